@@ -1,0 +1,26 @@
+"""Fixtures that every test folder shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from models_gguf import ARCHITECTURES, Architecture, gguf_path
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_path() -> Path:
+    """A tiny random-weight llama (see `models_gguf`)."""
+    return gguf_path("llama")
+
+
+@pytest.fixture(scope="session", params=sorted(ARCHITECTURES))
+def architecture(request: pytest.FixtureRequest) -> Architecture:
+    """Each architecture in turn."""
+    return ARCHITECTURES[request.param]
+
+
+@pytest.fixture(scope="session")
+def arch_path(architecture: Architecture) -> Path:
+    """The tiny model of each architecture in turn; `architecture` is the same test's description."""
+    return gguf_path(architecture.name)
