@@ -143,7 +143,11 @@ class Weights:
 def tensors(arch: Architecture, seed: int) -> Iterator[tuple[str, FloatArray]]:
     """Names and values of all tensors, in the order of the file."""
     w = Weights(seed)
-    yield "token_embd.weight", w.matrix(N_VOCAB, N_EMBD, gain=np.sqrt(N_EMBD))
+    scaled_later = arch.name == "gemma3"  # its graph multiplies the embedding by sqrt(n_embd)
+    yield (
+        "token_embd.weight",
+        w.matrix(N_VOCAB, N_EMBD, gain=1.0 if scaled_later else np.sqrt(N_EMBD)),
+    )
     for i, layer in enumerate(arch.layers):
         block = f"blk.{i}."
         yield block + "attn_norm.weight", w.around(1.0, N_EMBD)
