@@ -1,0 +1,216 @@
+/* plb: the shim between Python and libllama. Pure C99; this header is also the input of the cffi
+ * generator, so it holds declarations only.
+ *
+ * Rules of every function: it returns a code (or fills a struct), throws nothing, prints nothing,
+ * and never lets libllama reach an assertion with the arguments that it was given. An engine, its
+ * views and its slots belong to one thread at a time; the caller sees to that.
+ *
+ * One step, seen from the caller:
+ *     write rows 0..n-1 into views.token/pos/seq/flags; plb_step(engine, n);
+ *     read views.info->n_results records in views.results.
+ */
+#ifndef PLB_H
+#define PLB_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "llama.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* -- codes ------------------------------------------------------------------------------------
+ * 0 is success. Values from -999 to 999 are llama_decode's own (1 no KV slot, 2 aborted, -1 invalid
+ * batch, < -1 fatal). Ours start at -1000: what was asked is refused, nothing has been decoded,
+ * no slot has changed. */
+enum plb_code {
+    PLB_OK                = 0,
+    PLB_E_ARGUMENT        = -1000, /* NULL pointer or a number out of range */
+    PLB_E_MEMORY          = -1001, /* out of host memory */
+    PLB_E_EXCEPTION       = -1002, /* libllama threw; plb_last_error has the text */
+    PLB_E_NO_DECODER      = -1003, /* the context has no memory (encoder or embedding model) */
+    PLB_E_N_ROWS          = -1010, /* n_rows < 1 or > n_rows_max */
+    PLB_E_TOKEN           = -1011, /* token id outside 0..n_vocab-1 */
+    PLB_E_SEQ             = -1012, /* sequence id outside 0..n_seq_max-1 */
+    PLB_E_POS             = -1013, /* negative position */
+    PLB_E_FLAGS           = -1014, /* unknown bit in a row's flags */
+    PLB_E_N_OUTPUTS       = -1015, /* more output rows than n_outputs_max */
+    PLB_E_NO_SLOT         = -1016, /* a row asks to sample, its sequence has no slot */
+    PLB_E_SLOT_FINISHED   = -1017, /* a row asks to sample, its slot has finished or failed */
+    PLB_E_NON_CAUSAL      = -1018, /* non-causal attention and n_rows > n_ubatch */
+    PLB_E_SAMPLING        = -1020, /* a sampling parameter is out of range */
+    PLB_E_GRAMMAR         = -1021, /* the grammar does not parse */
+    /* codes of one result (plb_result.error): its request ends, the others go on */
+    PLB_E_LOGITS          = -1030, /* the row's logits hold NaN or +inf, or are not there */
+    PLB_E_NO_CANDIDATE    = -1031, /* every token is excluded (grammar dead end, biases) */
+    PLB_E_GRAMMAR_STATE   = -1032  /* the grammar could not take the chosen token */
+};
+
+/* -- rows ------------------------------------------------------------------------------------- */
+enum plb_row_flag {
+    PLB_ROW_OUTPUT = 1, /* keep this row's logits: readable by llama_get_logits_ith(ctx, row) */
+    PLB_ROW_SAMPLE = 2  /* sample this row with its sequence's slot (implies PLB_ROW_OUTPUT) */
+};
+
+enum plb_finish {
+    PLB_FINISH_NONE   = 0, /* goes on */
+    PLB_FINISH_EOG    = 1, /* the token is one of the vocabulary's end-of-generation tokens */
+    PLB_FINISH_STOP   = 2, /* the token is one of the request's stop token ids */
+    PLB_FINISH_LENGTH = 3, /* the token is the last one of the budget */
+    PLB_FINISH_ERROR  = 4  /* no token: see plb_result.error */
+};
+
+/* One sampled row. The token that ends a text (EOG, STOP) is in the record; whoever shows the text
+ * leaves it out. 32 bytes. */
+typedef struct plb_result {
+    int32_t seq;
+    int32_t row;     /* its row in the batch */
+    int32_t token;   /* -1 on error */
+    int32_t index;   /* how many tokens this slot had generated before this one */
+    int32_t finish;  /* enum plb_finish */
+    int32_t error;   /* 0, or a code from PLB_E_LOGITS on */
+    int32_t n_top;   /* valid entries in this result's row of top_token/top_logprob */
+    float   logprob; /* NaN unless the slot asked for log-probabilities */
+} plb_result;
+
+/* What one step did, for the caller and for the step trace. Times in ns. */
+typedef struct plb_step_info {
+    int64_t t_start_ns;   /* steady clock at entry */
+    int64_t build_ns;     /* checks and batch */
+    int64_t decode_ns;    /* llama_decode, until it returned */
+    int64_t sync_ns;      /* waiting for the device (0 when there was nothing to wait for) */
+    int64_t sample_ns;    /* all sampled rows */
+    int64_t n_reused;     /* graphs reused by the context so far, this step included */
+    int32_t code;         /* what plb_step returned */
+    int32_t n_rows;
+    int32_t n_outputs;
+    int32_t n_results;    /* records of this step */
+    int32_t first_result; /* index of its first record in plb_views.results */
+    int32_t bad_row;      /* the row that a code <= PLB_E_TOKEN speaks of, else -1 */
+} plb_step_info;
+
+/* -- engine ----------------------------------------------------------------------------------- */
+typedef struct plb_engine plb_engine;
+typedef struct plb_slot   plb_slot;
+
+typedef struct plb_engine_params {
+    int32_t n_outputs_max;  /* the n_outputs_max that the context was made with; 0 = n_batch */
+    int32_t n_logprobs_max; /* columns of top_token/top_logprob, 0..1024 */
+    int32_t n_threads;      /* threads of the sampler pool; 0 = choose (only 1 is used as yet) */
+    int32_t sync;           /* 1: wait for the device at every step, for exact timings;
+                               0: only when a row has an output */
+} plb_engine_params;
+
+/* Memory of the engine, valid and at the same addresses until plb_engine_free. */
+typedef struct plb_views {
+    int32_t n_rows_max;     /* rows that fit a step: the context's n_batch */
+    int32_t n_results_max;  /* records that fit results */
+    int32_t n_logprobs_max;
+    int32_t n_seq_max;
+    int32_t n_vocab;
+    /* rows, n_rows_max each: the caller writes, the engine never does */
+    llama_token  * token;
+    llama_pos    * pos;
+    llama_seq_id * seq;
+    uint8_t      * flags;
+    /* results */
+    plb_result  * results;      /* [n_results_max] */
+    llama_token * top_token;    /* [n_results_max][n_logprobs_max], most likely first */
+    float       * top_logprob;  /* [n_results_max][n_logprobs_max] */
+    plb_step_info * info;       /* the last step */
+} plb_views;
+
+plb_engine_params plb_engine_default_params(void);
+
+/* The context must outlive the engine's last plb_step; plb_engine_free may come after it. */
+int32_t plb_engine_new(struct llama_context * ctx, const plb_engine_params * params, plb_engine ** out);
+void    plb_engine_free(plb_engine * engine);
+int32_t plb_engine_views(plb_engine * engine, plb_views * out);
+
+/* Text of the engine's last failure, valid until its next call; "" when there was none. */
+const char * plb_last_error(const plb_engine * engine);
+/* A fixed text for a code of ours or of llama_decode. */
+const char * plb_code_text(int32_t code);
+
+/* -- slots: one per sequence id ------------------------------------------------------------------
+ * A slot is everything that sampling knows of a request: its sampler, what it has generated, its
+ * budget, and the row that it would decode next. */
+typedef struct plb_sampling {
+    int32_t  max_tokens;        /* >= 1: tokens to generate */
+    int32_t  min_tokens;        /* until then EOG and stop tokens are excluded */
+    float    temperature;       /* 0 = greedy */
+    int32_t  top_k;             /* <= 0 off */
+    float    top_p;             /* 1 off */
+    float    min_p;             /* 0 off */
+    float    typical_p;         /* 1 off */
+    float    repeat_penalty;    /* 1 off */
+    float    frequency_penalty; /* 0 off */
+    float    presence_penalty;  /* 0 off */
+    int32_t  penalty_last_n;    /* 0 off, -1 the whole context */
+    uint32_t seed;              /* LLAMA_DEFAULT_SEED = a random one (see plb_slot_info.seed) */
+    int32_t  n_logprobs;        /* -1 none, 0 the chosen token's, n also the n most likely ones */
+    int32_t  ignore_eog;        /* 1: EOG tokens are excluded throughout */
+    int32_t  n_logit_bias;
+    int32_t  n_stop_tokens;
+    const llama_logit_bias * logit_bias;  /* added to the logits; -INFINITY excludes */
+    const llama_token      * stop_tokens;
+    const char             * grammar;     /* GBNF with start rule "root"; NULL none */
+} plb_sampling;
+
+enum plb_path {
+    PLB_PATH_CHAIN = 0 /* a chain of libllama samplers */
+};
+
+typedef struct plb_slot_info {
+    int32_t  active;      /* 1: a slot is set and neither finished nor failed */
+    int32_t  finish;      /* enum plb_finish of the last result */
+    int32_t  error;
+    int32_t  path;        /* enum plb_path */
+    int32_t  n_generated;
+    int32_t  n_left;      /* budget left */
+    int32_t  next_token;  /* the row that continues this sequence; -1 before the first sample */
+    int32_t  next_pos;
+    uint32_t seed;        /* the seed in use, also when it was drawn at random */
+    int32_t  n_logprobs;
+} plb_slot_info;
+
+plb_sampling plb_sampling_default(void);
+
+/* prompt: tokens that came before, oldest first, for the penalties (the grammar does not see them).
+ * A slot that was there is replaced; on failure it stays. */
+int32_t plb_slot_set(plb_engine * engine, int32_t seq, const plb_sampling * sampling,
+                     const llama_token * prompt, int32_t n_prompt);
+int32_t plb_slot_clear(plb_engine * engine, int32_t seq); /* fine when there is none */
+/* dst becomes a copy of src, its draws, penalties and grammar state included (fork). */
+int32_t plb_slot_copy(plb_engine * engine, int32_t src, int32_t dst);
+/* New random draws from here on, so that forks part. */
+int32_t plb_slot_reseed(plb_engine * engine, int32_t seq, uint32_t seed);
+/* Take a slot out of the engine and put it under any sequence id later (preemption). put takes
+ * ownership and replaces; a slot that was taken and is not put back goes to plb_slot_free. */
+int32_t plb_slot_take(plb_engine * engine, int32_t seq, plb_slot ** out);
+int32_t plb_slot_put(plb_engine * engine, int32_t seq, plb_slot * slot);
+void    plb_slot_free(plb_slot * slot);
+int32_t plb_slot_get_info(plb_engine * engine, int32_t seq, plb_slot_info * out);
+/* Why the slot's last result was an error; "" when it was not. Valid until the slot changes. */
+const char * plb_slot_error(plb_engine * engine, int32_t seq);
+
+/* -- step -------------------------------------------------------------------------------------
+ * Checks the rows, decodes them, samples each row with PLB_ROW_SAMPLE in row order, writes the
+ * results and the info. Returns 0, llama_decode's code, or one of ours; other than 0 nothing was
+ * sampled and no slot has changed (what the KV cache holds then: see llama_decode).
+ * Several rows of one sequence may be sampled in one step: each continues the slot of the one
+ * before; after a finish the rest of them gives no result.
+ * Log-probabilities are a log-softmax of the row's raw logits over the whole vocabulary, before
+ * biases, penalties, grammar and truncation. */
+int32_t plb_step(plb_engine * engine, int32_t n_rows);
+
+/* -- log ring (native/log.cpp) ----------------------------------------------------------------- */
+/* -- end of log ring --------------------------------------------------------------------------- */
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* PLB_H */
