@@ -207,6 +207,15 @@ const char * plb_slot_error(plb_engine * engine, int32_t seq);
 int32_t plb_step(plb_engine * engine, int32_t n_rows);
 
 /* -- log ring (native/log.cpp) ----------------------------------------------------------------- */
+/* libllama's and ggml's log goes to a ring of fixed size, from any thread; nothing is printed. */
+void plb_log_install(void);              /* once, before anything else logs */
+void plb_log_set_level(int32_t level);   /* enum ggml_log_level; what is below is not kept */
+/* The oldest fragment (not 0-terminated; a line ends with \n): returns its size, 0 when there is
+ * none. dropped: fragments lost to a full ring since the last call. */
+int32_t plb_log_drain(char * buf, int32_t size, int32_t * level, int64_t * dropped);
+/* What the calling thread has logged as a warning or an error since its last mark, newest part. */
+void    plb_log_mark(void);
+int32_t plb_log_errors(char * buf, int32_t size);
 /* -- end of log ring --------------------------------------------------------------------------- */
 
 #ifdef __cplusplus
