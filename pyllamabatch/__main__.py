@@ -1,0 +1,10 @@
+"""`python -m pyllamabatch` is the same as `pyllamabatch`."""
+
+from __future__ import annotations
+
+import sys
+
+from pyllamabatch.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

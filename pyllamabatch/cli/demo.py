@@ -1,0 +1,143 @@
+"""The embedded model answers 32 different prompts at once, then the same ones one by one.
+
+Every prompt has one right answer, so a token that went to the wrong sequence shows. Exit status: 0
+if at least 9 in 10 answers of each pass are right, 1 if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pyllamabatch.cli.demo_board import Board, board
+from pyllamabatch.cli.options import at_least
+from pyllamabatch.engine import Engine
+from pyllamabatch.model import Model
+from pyllamabatch.models.tasks import Task, make_tasks
+from pyllamabatch.sampling import SamplingParams
+from pyllamabatch.vocab import Vocab
+
+NAME = "demo"
+HELP = "32 prompts at once with the embedded model"
+
+KINDS = ("recall", "copy", "add", "upper", "qa", "subtract", "reverse", "sort", "count")
+RIGHT_AT_LEAST = 0.9  # the model is right on more than 99% of most kinds of task
+
+
+@dataclass
+class Pass:
+    """One way to answer all prompts."""
+
+    name: str
+    seconds: float  # from the first submission to the last answer
+    answers: list[str]
+    tokens: list[list[int]]
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(map(len, self.tokens))
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.n_tokens / self.seconds
+
+    def n_right(self, tasks: list[Task]) -> int:
+        return sum(t.answer == a.strip() for t, a in zip(tasks, self.answers, strict=True))
+
+    def line(self, tasks: list[Task]) -> str:
+        return (
+            f"{self.name}: {self.n_tokens} tokens in {self.seconds:.2f} s, "
+            f"{self.tokens_per_second:.0f} tok/s, {self.n_right(tasks)} of {len(tasks)} right"
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-p", "--prompts", type=at_least(1, 128), default=32, metavar="N", help="default 32"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="other prompts")
+    parser.add_argument("-t", "--threads", type=at_least(1), metavar="N", help="CPU threads")
+    parser.add_argument("--plain", action="store_true", help="plain lines, also on a terminal")
+
+
+def run(args: argparse.Namespace) -> int:
+    tasks = pick(args.prompts, args.seed)
+    settings: dict[str, Any] = {}
+    if args.threads is not None:
+        settings = {"n_threads": args.threads, "n_threads_batch": args.threads}
+    with Model.default() as model:
+        prompts = [chat(model.vocab, task.prompt) for task in tasks]
+        params = [greedy(model.vocab, task.answer) for task in tasks]
+        n_ctx = sum(len(p) + q.max_tokens for p, q in zip(prompts, params, strict=True))
+        with Engine(model, n_seq_max=len(tasks), n_ctx=max(n_ctx, 512), **settings) as engine:
+            engine.submit(prompts[0], SamplingParams(max_tokens=2)).result()  # warm: both pay none
+            with board(tasks, plain=args.plain) as shown:
+                together = at_once(engine, prompts, params, shown)
+                alone = one_by_one(engine, prompts, params, shown)
+    report(tasks, together, alone)
+    right = min(together.n_right(tasks), alone.n_right(tasks))
+    return 0 if right >= RIGHT_AT_LEAST * len(tasks) else 1
+
+
+def pick(n: int, seed: int) -> list[Task]:
+    """`n` different held-out tasks, all kinds in turn."""
+    each = -(-n // len(KINDS))
+    kinds = [make_tasks(kind, each, seed) for kind in KINDS]
+    return [kinds[i % len(KINDS)][i // len(KINDS)] for i in range(n)]
+
+
+def chat(vocab: Vocab, text: str) -> list[int]:
+    """The prompt's tokens: `text` as the user's message in the model's chat template."""
+    prompt = vocab.apply_chat_template([{"role": "user", "content": text}])
+    return [int(token) for token in vocab.tokenize(prompt, parse_special=True)]
+
+
+def greedy(vocab: Vocab, answer: str) -> SamplingParams:
+    """Room for the right answer and for a wrong one that is a bit longer."""
+    n_tokens = len(vocab.tokenize(answer, add_special=False))
+    return SamplingParams(temperature=0, max_tokens=n_tokens + 16)
+
+
+def at_once(
+    engine: Engine, prompts: list[list[int]], params: list[SamplingParams], shown: Board
+) -> Pass:
+    began = time.perf_counter()
+    streams = [engine.submit(p, q) for p, q in zip(prompts, params, strict=True)]
+    shown.watch(streams)
+    results = [stream.result() for stream in streams]
+    return finished(f"{len(prompts)} at once", began, results, shown.answered)
+
+
+def one_by_one(
+    engine: Engine, prompts: list[list[int]], params: list[SamplingParams], shown: Board
+) -> Pass:
+    began = time.perf_counter()
+    results = []
+    for prompt, param in zip(prompts, params, strict=True):
+        results.append(engine.submit(prompt, param).result())
+        shown.one_by_one(len(results))
+    return finished("one by one", began, results, lambda i, text: None)
+
+
+def finished(name: str, began: float, results: list[Any], each: Callable[[int, str], None]) -> Pass:
+    seconds = time.perf_counter() - began
+    for i, result in enumerate(results):
+        each(i, result.text)
+    return Pass(
+        name, seconds, [r.text for r in results], [[int(t) for t in r.tokens] for r in results]
+    )
+
+
+def report(tasks: list[Task], together: Pass, alone: Pass) -> None:
+    pairs = zip(together.tokens, alone.tokens, strict=True)
+    n_same = sum(a == b for a, b in pairs)
+    ratio = together.tokens_per_second / alone.tokens_per_second
+    print(together.line(tasks))
+    print(alone.line(tasks))
+    print(
+        f"{ratio:.2f} times as fast at once; {n_same} of {len(tasks)} answers the same to the token"
+    )
+    print("(tok/s = generated tokens / wall time, prompts included; greedy, one context)")
