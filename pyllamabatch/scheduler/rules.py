@@ -1,0 +1,94 @@
+"""The rules that every plan keeps, by name. A plan that breaks one changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping, Sized
+from typing import NoReturn, Protocol
+
+from ..errors import PlanError
+from .view import Limits, Plan
+
+RULES: dict[str, str] = {
+    "known-sequence": "tokens and preempt name sequences that run or wait",
+    "whole-tokens": "a sequence advances by a whole number of tokens, at least 1",
+    "within-remaining": "no sequence advances by more than its remaining tokens",
+    "rows": "the rows of a step are at most n_batch",
+    "slots": "at most n_seq_max sequences run at once",
+    "cells": "the rows of a step fit into the free KV cells, those of the preempted included",
+    "preempt-running": "only a running sequence can be preempted, and only once",
+    "preempt-or-run": "a sequence that is preempted does not run in the same step",
+    "progress": "while nothing runs and somebody waits, somebody is admitted; while somebody runs, "
+    "a step has rows or preempts",
+}
+
+
+def broken(rule: str, detail: str) -> NoReturn:
+    raise PlanError(rule, f"{RULES[rule]}: {detail}")
+
+
+class _Ids(Container[int], Sized, Protocol): ...
+
+
+def check_plan(
+    plan: Plan,
+    *,
+    limits: Limits,
+    decoding: Mapping[int, int],
+    running: _Ids,
+    waiting: _Ids,
+    remaining: Callable[[int], int],
+    held: Callable[[int], int],
+    n_free: int,
+) -> None:
+    """Raise PlanError for the first rule that `plan` breaks.
+
+    `decoding`, `running`, `waiting`: the ids that decode, run (decoding or not) and wait.
+    `remaining`: the tokens that a sequence may advance by. `held`: the cells of a running one.
+    `n_free`: free KV cells. A step of pure decoding is checked without a loop in Python.
+    """
+    tokens = plan.tokens
+    n_rows = _check_tokens(tokens)
+    others = tokens.keys() - decoding.keys()
+    n_other_rows = n_new = 0
+    for id in others:
+        if id not in running:
+            if id not in waiting:
+                broken("known-sequence", f"tokens for {id!r}")
+            n_new += 1
+        n, limit = tokens[id], remaining(id)
+        if n > limit:
+            broken("within-remaining", f"sequence {id} by {n} of {limit}")
+        n_other_rows += n
+    if n_rows - n_other_rows != len(tokens) - len(others):
+        id = next(id for id, n in tokens.items() if n != 1 and id in decoding)
+        broken("within-remaining", f"sequence {id} by {tokens[id]} of 1")
+    n_freed = 0
+    for id in plan.preempt:
+        if id not in running:
+            rule = "preempt-running" if id in waiting else "known-sequence"
+            broken(rule, f"preempt {id!r}")
+        if id in tokens:
+            broken("preempt-or-run", f"sequence {id}")
+        n_freed += held(id)
+    if len(set(plan.preempt)) != len(plan.preempt):
+        broken("preempt-running", f"named twice in {plan.preempt}")
+    if n_rows > limits.n_batch:
+        broken("rows", f"{n_rows} of {limits.n_batch}")
+    n_running = len(running) + n_new - len(plan.preempt)
+    if n_running > limits.n_seq_max:
+        broken("slots", f"{n_running} of {limits.n_seq_max}")
+    if n_rows > n_free + n_freed:
+        broken("cells", f"{n_rows} rows, {n_free} cells free and {n_freed} given up")
+    if not tokens and not plan.preempt:
+        broken("progress", f"an empty plan with {len(running)} running")
+
+
+def _check_tokens(tokens: Mapping[int, int]) -> int:
+    """The sum of the rows, all of them whole and positive."""
+    if not tokens:
+        return 0
+    values = tokens.values()
+    if set(map(type, values)) != {int} or min(values) < 1:
+        id, n = next((id, n) for id, n in tokens.items() if type(n) is not int or n < 1)
+        broken("whole-tokens", f"sequence {id} by {n!r}")
+    return sum(values)

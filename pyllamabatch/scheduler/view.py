@@ -1,0 +1,132 @@
+"""What a policy sees and what it answers: frozen values, no behaviour.
+
+A sequence has tokens that are *known* (its prompt and what it has generated) and tokens that are
+*computed* (in the KV cache). Every step advances some sequences by some of their known tokens; a
+sequence whose last known token gets computed samples one more. There is no prefill phase and no
+decode phase: a decode is an advance by the one token that was sampled last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a step may not exceed.
+
+    `n_batch`: rows of one step. `n_ubatch`: rows that the device computes at a time.
+    `n_seq_max`: sequences that run at once. `n_cells`: KV cells of all sequences together.
+    `n_cells_seq`: KV cells of one sequence. `unified`: one pool of cells for all.
+    """
+
+    n_batch: int
+    n_ubatch: int
+    n_seq_max: int
+    n_cells: int
+    n_cells_seq: int
+    unified: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceView:
+    """One sequence, as it is before the step. Times are in seconds on the scheduler's clock."""
+
+    id: int
+    arrival: float
+    n_prompt: int
+    computed: int = 0
+    generated: int = 0
+    max_tokens: int = 1
+    running: bool = False
+    priority: int = 0
+    tenant: str = ""
+    deadline: float | None = None
+    prefix_hit: int = 0
+    preemptions: int = 0
+
+    @property
+    def known(self) -> int:
+        return self.n_prompt + self.generated
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens that are still to compute: what a step may advance it by."""
+        return self.n_prompt + self.generated - self.computed
+
+    @property
+    def decoding(self) -> bool:
+        """Nothing is left to compute but the token that was sampled last."""
+        return self.running and self.generated > 0 and self.remaining == 1
+
+
+@dataclass(frozen=True, slots=True)
+class StepView:
+    """The whole system before a step. Valid while `Policy.plan` runs; a `SequenceView` taken from
+    it stays true to that moment.
+
+    `running`: in the order of admission. `waiting`: in the order of arrival, preempted ones first.
+    `decoding`: id -> 1 for the running sequences that decode, ready to be taken into a plan whole.
+    `prefilling`: the other running ones. `kv_promised`: cells that running sequences need for
+    tokens that they know already; `kv_free - kv_promised` is what a newcomer may count on.
+    `cost`: the device's cost model, when there is one.
+    """
+
+    now: float
+    limits: Limits
+    running: Sequence[SequenceView]
+    waiting: Collection[SequenceView]
+    decoding: Mapping[int, int]
+    prefilling: Sequence[SequenceView]
+    kv_free: int
+    kv_promised: int = 0
+    cost: Any = None
+
+    @property
+    def kv_total(self) -> int:
+        return self.limits.n_cells
+
+    @classmethod
+    def of(
+        cls,
+        limits: Limits,
+        running: Iterable[SequenceView] = (),
+        waiting: Iterable[SequenceView] = (),
+        *,
+        now: float = 0.0,
+        cost: Any = None,
+    ) -> StepView:
+        """A view made by hand, to try a policy with no engine: the rest follows from the
+        sequences."""
+        running = tuple(running)
+        return cls(
+            now=now,
+            limits=limits,
+            running=running,
+            waiting=tuple(waiting),
+            decoding={s.id: 1 for s in running if s.decoding},
+            prefilling=tuple(s for s in running if not s.decoding),
+            kv_free=limits.n_cells - sum(s.computed for s in running),
+            kv_promised=sum(s.remaining for s in running),
+            cost=cost,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the next step is to be.
+
+    `tokens`: how many tokens each sequence advances; a waiting sequence named here is admitted.
+    `preempt`: running sequences that give up their cells before the step and wait again.
+    `reasons`: why, by sequence id, for the trace; decoding needs none.
+    """
+
+    tokens: Mapping[int, int] = field(default_factory=dict)
+    preempt: tuple[int, ...] = ()
+    reasons: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def n_rows(self) -> int:
+        return sum(self.tokens.values())

@@ -1,0 +1,129 @@
+"""A plan that breaks a rule is refused by the rule's name and changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pyllamabatch.errors import PlanError, RequestTooLong
+from pyllamabatch.scheduler import RULES, Limits, Plan, Scheduler, StepView, fcfs
+
+LIMITS = Limits(n_batch=32, n_ubatch=8, n_seq_max=3, n_cells=64, n_cells_seq=64)
+
+
+class Scripted:
+    """Plans as FCFS does until it is given a plan of its own."""
+
+    def __init__(self) -> None:
+        self.next: Plan | None = None
+        self._fcfs = fcfs()
+
+    def plan(self, view: StepView) -> Plan:
+        return self._fcfs.plan(view) if self.next is None else self.next
+
+
+def scheduler() -> tuple[Scheduler, Scripted]:
+    """1 and 2 decode, 3 is at 10 of 12 tokens, 4 waits."""
+    policy = Scripted()
+    made = Scheduler(LIMITS, policy)
+    for id, n_prompt in ((1, 10), (2, 12), (3, 12), (4, 4)):
+        made.add(id, n_prompt, 5, arrival=float(id))
+    step = made.plan(0.0)
+    assert step is not None
+    made.advance(step)
+    assert [s.decoding for s in made.view(0.0).running] == [True, True, False]
+    return made, policy
+
+
+def state(made: Scheduler) -> Any:
+    view = made.view(0.0)
+    return (
+        tuple(view.running),
+        tuple(view.waiting),
+        dict(view.decoding),
+        view.kv_free,
+        view.kv_promised,
+        [made.slot(id) for id in (1, 2, 3, 4)],
+        repr(made.counters),
+    )
+
+
+BROKEN: list[tuple[str, Plan]] = [
+    ("known-sequence", Plan({7: 1})),
+    ("known-sequence", Plan({1: 1}, preempt=(7,))),
+    ("whole-tokens", Plan({1: 0})),
+    ("whole-tokens", Plan({1: 1, 3: -1})),
+    ("whole-tokens", Plan({1: 1.0})),  # type: ignore[dict-item]
+    ("whole-tokens", Plan({1: np.int64(1)})),  # type: ignore[dict-item]
+    ("whole-tokens", Plan({1: True})),
+    ("within-remaining", Plan({1: 2})),
+    ("within-remaining", Plan({3: 3})),
+    ("within-remaining", Plan({4: 5}, preempt=(1,))),
+    ("slots", Plan({1: 1, 4: 1})),
+    ("preempt-running", Plan({1: 1}, preempt=(4,))),
+    ("preempt-running", Plan({1: 1}, preempt=(2, 2))),
+    ("preempt-or-run", Plan({1: 1, 2: 1}, preempt=(2,))),
+    ("progress", Plan({})),
+]
+
+
+@pytest.mark.parametrize(("rule", "plan"), BROKEN, ids=lambda value: str(value)[:40])
+def test_a_broken_rule_is_named_and_nothing_changes(rule: str, plan: Plan) -> None:
+    made, policy = scheduler()
+    before = state(made)
+    policy.next = plan
+    with pytest.raises(PlanError) as error:
+        made.plan(1.0)
+    assert error.value.rule == rule
+    assert RULES[rule] in str(error.value)
+    assert state(made) == before
+    policy.next = None
+    step = made.plan(1.0)
+    assert step is not None
+    assert step.n_rows == 4
+
+
+def test_rows_and_cells() -> None:
+    policy = Scripted()
+    made = Scheduler(Limits(16, 8, 3, n_cells=21, n_cells_seq=21), policy)
+    for id in (1, 2, 3):
+        made.add(id, 10, 5, arrival=0.0)
+    policy.next = Plan({1: 10, 2: 7})
+    with pytest.raises(PlanError, match="rows of a step are at most n_batch: 17 of 16") as error:
+        made.plan(0.0)
+    assert error.value.rule == "rows"
+    policy.next = Plan({1: 10, 2: 6})
+    step = made.plan(0.0)
+    assert step is not None
+    made.advance(step)
+    policy.next = Plan({1: 1, 2: 4, 3: 1})
+    with pytest.raises(PlanError, match="6 rows, 5 cells free and 0 given up") as error:
+        made.plan(0.0)
+    assert error.value.rule == "cells"
+    policy.next = Plan({1: 1, 3: 10}, preempt=(2,))
+    step = made.plan(0.0)
+    assert step is not None
+    assert step.preempted == ((2, 1),)
+    assert step.admitted == ((3, 1),)  # into the slot that was given up
+    made.advance(step)
+    assert [made.ledger.held(slot) for slot in range(3)] == [11, 10, 0]
+
+
+def test_every_rule_is_tested() -> None:
+    assert {rule for rule, _ in BROKEN} | {"rows", "cells"} == set(RULES)
+
+
+def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
+    made = Scheduler(LIMITS)
+    made.add(1, 60, 5, arrival=0.0)  # the last token needs no cell
+    with pytest.raises(RequestTooLong, match=r"60 tokens.*max_tokens=6.*65 KV cells.*64"):
+        made.add(2, 60, 6, arrival=0.0)
+    with pytest.raises(ValueError, match="at least 1"):
+        made.add(3, 0, 6, arrival=0.0)
+    with pytest.raises(ValueError, match="at least 1"):
+        made.add(3, 1, 0, arrival=0.0)
+    with pytest.raises(ValueError, match="here already"):
+        made.add(1, 1, 1, arrival=0.0)
+    assert made.n_waiting == 1

@@ -1,0 +1,274 @@
+"""The scheduler alone, driven through whole lives of sequences by a plain-Python executor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyllamabatch.scheduler import Limits, Scheduler, Step
+
+
+@dataclass
+class Machine:
+    """Computes steps by the book and checks each against its own record of the cache."""
+
+    limits: Limits
+    ends: dict[int, int] = field(default_factory=dict)  # id -> tokens after which it stops
+    prompts: dict[int, int] = field(default_factory=dict)
+    generated: dict[int, int] = field(default_factory=dict)
+    cells: dict[int, int] = field(default_factory=dict)  # slot -> computed
+    owner: dict[int, int] = field(default_factory=dict)  # slot -> id
+    first_rows: list[int] = field(default_factory=list)  # ids in the order they first ran
+    done: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(self.limits)
+
+    def add(self, id: int, n_prompt: int, max_tokens: int, end: int) -> None:
+        self.scheduler.add(id, n_prompt, max_tokens, arrival=float(id))
+        self.prompts[id], self.generated[id] = n_prompt, 0
+        self.ends[id] = min(end, max_tokens)
+
+    def leave(self, slot: int) -> None:
+        del self.cells[slot]
+        del self.owner[slot]
+
+    def remove(self, id: int) -> None:
+        slot = self.scheduler.remove(id)
+        if slot is not None:
+            assert self.owner[slot] == id
+            self.leave(slot)
+
+    def place(self, step: Step) -> None:
+        for id, slot in step.preempted:
+            assert self.owner[slot] == id
+            self.leave(slot)
+        for id, slot in step.admitted:
+            assert slot not in self.owner
+            self.owner[slot], self.cells[slot] = id, 0
+            if id not in self.first_rows:
+                self.first_rows.append(id)
+        assert len(self.owner) <= self.limits.n_seq_max
+
+    def compute(self, step: Step) -> None:
+        rows = len(step.decode) + sum(chunk.n for chunk in step.chunks)
+        assert rows == step.n_rows <= self.limits.n_batch
+        slots = [*step.decode.tolist(), *(chunk.slot for chunk in step.chunks)]
+        assert len(slots) == len(set(slots))
+        sampled = []
+        for slot in step.decode.tolist():
+            id = self.owner[slot]
+            assert self.cells[slot] == self.prompts[id] + self.generated[id] - 1
+            assert self.generated[id] >= 1
+            self.cells[slot] += 1
+            sampled.append(id)
+        for chunk in step.chunks:
+            assert self.owner[chunk.slot] == chunk.id
+            assert self.cells[chunk.slot] == chunk.start
+            self.cells[chunk.slot] += chunk.n
+            known = self.prompts[chunk.id] + self.generated[chunk.id]
+            assert self.cells[chunk.slot] <= known
+            assert chunk.last == (self.cells[chunk.slot] == known)
+            if chunk.last:
+                sampled.append(chunk.id)
+        if self.limits.unified:
+            assert sum(self.cells.values()) <= self.limits.n_cells
+        assert all(n <= self.limits.n_cells_seq for n in self.cells.values())
+        self.scheduler.advance(step)
+        for id in sampled:
+            self.generated[id] += 1
+            if self.generated[id] == self.ends[id]:
+                self.remove(id)
+                self.done.append(id)
+        self.check()
+
+    def check(self) -> None:
+        scheduler = self.scheduler
+        assert scheduler.ledger.used == sum(self.cells.values())
+        view = scheduler.view(0.0)
+        assert [s.id for s in view.running] == list(scheduler.running_ids())
+        assert {s.id for s in view.running if s.decoding} == set(view.decoding)
+        assert {s.id for s in view.running if not s.decoding} == {s.id for s in view.prefilling}
+        for seq in view.running:
+            assert seq.computed == self.cells[scheduler.slot(seq.id) or 0]
+            assert seq.generated == self.generated[seq.id]
+            assert seq.remaining >= 1
+        assert view.kv_promised == sum(s.remaining for s in view.running)
+        assert view.kv_free == self.limits.n_cells - sum(s.computed for s in view.running)
+
+    def step(self) -> Step | None:
+        step = self.scheduler.plan(0.0)
+        if step is not None:
+            self.place(step)
+            self.compute(step)
+        return step
+
+    def run(self, most: int = 100_000) -> None:
+        for _ in range(most):
+            if self.step() is None:
+                return
+        raise AssertionError("it never ends")
+
+
+limits = st.builds(
+    lambda n_batch, n_ubatch, n_seq_max, n_cells, unified: Limits(
+        n_batch=n_batch,
+        n_ubatch=min(n_batch, n_ubatch),
+        n_seq_max=n_seq_max,
+        n_cells=n_cells if unified else n_cells * n_seq_max,
+        n_cells_seq=n_cells,
+        unified=unified,
+    ),
+    st.integers(1, 40),
+    st.integers(1, 16),
+    st.integers(1, 6),
+    st.integers(12, 80),
+    st.booleans(),
+)
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(1, 60), st.integers(1, 30), st.integers(1, 30)),
+        st.tuples(st.just("step"), st.integers(1, 8)),
+        st.tuples(st.just("remove"), st.integers(0, 30)),
+        st.tuples(st.just("lost step")),
+        st.tuples(st.just("shed")),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(limits, operations)
+def test_whatever_happens_every_request_finishes_and_every_cell_comes_back(
+    limits: Limits, operations: list[tuple[object, ...]]
+) -> None:
+    machine = Machine(limits)
+    expected, removed = [], set()
+    for name, *numbers in operations:
+        n = [int(str(number)) for number in numbers]
+        if name == "add":
+            id = len(machine.prompts)
+            n_prompt = min(n[0], limits.n_cells_seq)
+            max_tokens = min(n[1], limits.n_cells_seq - n_prompt + 1)
+            machine.add(id, n_prompt, max_tokens, n[2])
+            expected.append(id)
+        elif name == "step":
+            for _ in range(n[0]):
+                machine.step()
+        elif name == "remove" and n[0] in machine.prompts and n[0] not in machine.done:
+            if n[0] not in removed:
+                machine.remove(n[0])
+                removed.add(n[0])
+        elif name == "lost step":  # planned and placed, but the device refused it
+            step = machine.scheduler.plan(0.0)
+            if step is not None:
+                machine.place(step)
+        elif name == "shed":
+            shed = machine.scheduler.shed()
+            if shed is not None:
+                assert machine.owner[shed[1]] == shed[0]
+                machine.leave(shed[1])
+    machine.run()
+    assert sorted(machine.done) == [id for id in expected if id not in removed]
+    assert all(machine.generated[id] == machine.ends[id] for id in machine.done)
+    assert machine.scheduler.idle
+    assert machine.scheduler.ledger.used == 0
+    counters = machine.scheduler.counters
+    assert counters.rows == counters.decode_rows + counters.prefill_rows
+    assert counters.tokens == sum(machine.generated.values())
+    assert counters.recomputed_rows <= counters.prefill_rows
+    assert machine.first_rows == sorted(machine.first_rows)  # nobody overtakes under FCFS
+
+
+def test_a_lone_request_step_by_step() -> None:
+    machine = Machine(Limits(n_batch=8, n_ubatch=4, n_seq_max=2, n_cells=32, n_cells_seq=32))
+    machine.add(0, 10, 3, 3)
+    shapes = []
+    while (step := machine.step()) is not None:
+        shapes.append((step.decode.tolist(), [(c.start, c.n, c.last) for c in step.chunks]))
+    assert shapes == [
+        ([], [(0, 8, False)]),
+        ([], [(8, 2, True)]),
+        ([0], []),
+        ([0], []),
+    ]
+    assert machine.scheduler.counters.tokens == 3
+
+
+def test_preempted_sequences_are_computed_again_and_go_first() -> None:
+    machine = Machine(Limits(n_batch=64, n_ubatch=64, n_seq_max=4, n_cells=40, n_cells_seq=40))
+    for id in range(4):
+        machine.add(id, 8, 20, 20)
+    preempted: list[int] = []
+    while (step := machine.step()) is not None:
+        preempted += [id for id, _ in step.preempted]
+    assert preempted
+    assert set(preempted) <= {1, 2, 3}  # the oldest never gives way
+    assert machine.done[0] == 0
+    counters = machine.scheduler.counters
+    assert counters.preemptions == len(preempted)
+    assert counters.recomputed_rows > 0
+    assert counters.tokens == 4 * 20
+
+
+def test_long_prompts_do_not_starve_among_short_ones() -> None:
+    machine = Machine(Limits(n_batch=16, n_ubatch=16, n_seq_max=3, n_cells=64, n_cells_seq=64))
+    machine.add(0, 4, 12, 12)
+    machine.step()
+    machine.add(1, 60, 2, 2)
+    for id in range(2, 60):
+        machine.add(id, 3, 4, 4)
+    machine.run()
+    assert machine.first_rows[:2] == [0, 1]
+    assert machine.done.index(1) == 1
+
+
+def test_after_a_shed_nobody_is_admitted_until_somebody_ends() -> None:
+    machine = Machine(Limits(n_batch=16, n_ubatch=16, n_seq_max=4, n_cells=64, n_cells_seq=64))
+    for id in range(3):
+        machine.add(id, 4, 4, 4)
+    machine.step()
+    assert machine.scheduler.shed() == (2, 2)
+    machine.leave(2)
+    machine.add(3, 1, 1, 1)
+    while not machine.done:
+        step = machine.step()
+        assert step is not None
+        assert step.admitted == ()
+    step = machine.step()
+    assert step is not None
+    assert [id for id, _ in step.admitted] == [2, 3]
+    machine.run()
+    assert sorted(machine.done) == [0, 1, 2, 3]
+
+
+def test_shed_leaves_the_last_one() -> None:
+    machine = Machine(Limits(n_batch=16, n_ubatch=16, n_seq_max=4, n_cells=64, n_cells_seq=64))
+    assert machine.scheduler.shed() is None
+    machine.add(0, 4, 4, 4)
+    machine.step()
+    assert machine.scheduler.shed() is None
+
+
+def test_views_are_values() -> None:
+    machine = Machine(Limits(n_batch=16, n_ubatch=16, n_seq_max=4, n_cells=64, n_cells_seq=64))
+    machine.add(0, 4, 4, 4)
+    machine.add(1, 3, 4, 4)
+    machine.step()
+    before = machine.scheduler.sequence(0)
+    machine.step()
+    after = machine.scheduler.sequence(0)
+    assert (before.generated, after.generated) == (1, 2)
+    assert machine.scheduler.sequence(0) is after  # made once, kept until it changes
+    view = machine.scheduler.view(0.0)
+    assert [view.running[0].id, view.running[-1].id] == [0, 1]
+    assert [s.id for s in view.running[::-1]] == [s.id for s in reversed(view.running)] == [1, 0]
+    with pytest.raises(AttributeError):
+        after.generated = 5  # type: ignore[misc]
+    with pytest.raises(KeyError):
+        machine.scheduler.sequence(9)
+    with pytest.raises(KeyError):
+        machine.scheduler.remove(9)
