@@ -1,0 +1,21 @@
+# ggml's options from ours and the platform. Each is a cache default: -DGGML_…=… still wins.
+# Also run alone, with the platform variables set, by tests/build/test_cmake_options.py.
+set(BUILD_SHARED_LIBS ON CACHE BOOL "" FORCE)
+
+if (APPLE)
+    set(GGML_METAL ON CACHE BOOL "Metal backend")
+    set(GGML_METAL_EMBED_LIBRARY ON CACHE BOOL "Metal library inside the backend")
+endif()
+
+if (PLB_PORTABLE)
+    set(GGML_NATIVE OFF CACHE BOOL "" FORCE)
+    set(GGML_BACKEND_DL ON CACHE BOOL "" FORCE)
+    set(GGML_CPU_ALL_VARIANTS ON CACHE BOOL "" FORCE)
+else()
+    set(GGML_NATIVE ON CACHE BOOL "Optimise for this machine")
+endif()
+
+# Only the libraries: tools are built by the benches, in a tree of their own.
+foreach(part COMMON TESTS TOOLS EXAMPLES SERVER APP UI)
+    set(LLAMA_BUILD_${part} OFF CACHE BOOL "" FORCE)
+endforeach()

