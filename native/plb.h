@@ -23,8 +23,8 @@ extern "C" {
 
 /* -- codes ------------------------------------------------------------------------------------
  * 0 is success. Values from -999 to 999 are llama_decode's own (1 no KV slot, 2 aborted, -1 invalid
- * batch, < -1 fatal). Ours start at -1000: what was asked is refused, nothing has been decoded,
- * no slot has changed. */
+ * batch, < -1 fatal). Ours start at -1000: what was asked is refused, nothing has been decoded
+ * (but see PLB_E_DECODE), no slot has changed. */
 enum plb_code {
     PLB_OK                = 0,
     PLB_E_ARGUMENT        = -1000, /* NULL pointer or a number out of range */
@@ -34,12 +34,13 @@ enum plb_code {
     PLB_E_N_ROWS          = -1010, /* n_rows < 1 or > n_rows_max */
     PLB_E_TOKEN           = -1011, /* token id outside 0..n_vocab-1 */
     PLB_E_SEQ             = -1012, /* sequence id outside 0..n_seq_max-1 */
-    PLB_E_POS             = -1013, /* negative position */
+    PLB_E_POS             = -1013, /* position outside 0..n_pos_max-1 */
     PLB_E_FLAGS           = -1014, /* unknown bit in a row's flags */
     PLB_E_N_OUTPUTS       = -1015, /* more output rows than n_outputs_max */
     PLB_E_NO_SLOT         = -1016, /* a row asks to sample, its sequence has no slot */
     PLB_E_SLOT_FINISHED   = -1017, /* a row asks to sample, its slot has finished or failed */
-    PLB_E_NON_CAUSAL      = -1018, /* non-causal attention and n_rows > n_ubatch */
+    PLB_E_UBATCH          = -1018, /* pooling or non-causal attention, and n_rows > n_ubatch */
+    PLB_E_DECODE          = -1019, /* llama_decode threw: as its codes < -1, rows may be in memory */
     PLB_E_SAMPLING        = -1020, /* a sampling parameter is out of range */
     PLB_E_GRAMMAR         = -1021, /* the grammar does not parse */
     /* codes of one result (plb_result.error): its request ends, the others go on */
@@ -99,6 +100,7 @@ typedef struct plb_engine_params {
     int32_t n_outputs_max;  /* the n_outputs_max that the context was made with; 0 = n_batch */
     int32_t n_logprobs_max; /* columns of top_token/top_logprob, 0..1024 */
     int32_t n_threads;      /* threads of the sampler pool; 0 = choose (only 1 is used as yet) */
+    int32_t all_outputs;    /* 1: the context computes embeddings, so each row is an output */
     int32_t sync;           /* 1: wait for the device at every step, for exact timings;
                                0: only when a row has an output */
 } plb_engine_params;
@@ -110,6 +112,7 @@ typedef struct plb_views {
     int32_t n_logprobs_max;
     int32_t n_seq_max;
     int32_t n_vocab;
+    int32_t n_pos_max;      /* positions that the model can take */
     /* rows, n_rows_max each: the caller writes, the engine never does */
     llama_token  * token;
     llama_pos    * pos;

@@ -1,0 +1,129 @@
+// What the files of the shim know of each other. Nothing here is part of the contract.
+#pragma once
+
+#include "plb.h"
+
+#include <cstdio>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace plb {
+
+struct sampler_free {
+    void operator()(llama_sampler * sampler) const { llama_sampler_free(sampler); }
+};
+using sampler_ptr = std::unique_ptr<llama_sampler, sampler_free>;
+
+// A failure on its way to a code and a text. Thrown inside the shim only.
+struct failure {
+    int32_t     code;
+    std::string text;
+};
+
+constexpr size_t TEXT_BYTES = 512;
+
+// Throws `failure` with PLB_E_GRAMMAR for what libllama would refuse, print about, or hang on.
+void check_grammar(const char * text);
+
+// What sampling needs of the engine; one per sampling thread.
+struct scratch {
+    std::vector<llama_token_data> candidates; // [n_vocab]
+};
+
+struct vocabulary {
+    const llama_vocab * vocab   = nullptr;
+    int32_t             n_vocab = 0;
+    int32_t             n_ctx   = 0;
+    std::vector<llama_token> eog;
+    std::vector<llama_token> suppressed; // by the model itself: never chosen
+};
+
+} // namespace plb
+
+struct plb_slot {
+    plb_sampling params = {};  // scalars; its pointers are not used
+    std::vector<llama_logit_bias> biases;
+    std::vector<llama_token>      stop_tokens;
+    plb::sampler_ptr chain;
+    plb::sampler_ptr grammar;  // beside the chain: it sees generated tokens only
+    const llama_vocab * vocab = nullptr; // that it was made for
+    uint32_t seed        = 0;
+    int32_t  n_generated = 0;
+    int32_t  finish      = PLB_FINISH_NONE;
+    int32_t  error       = 0;
+    int32_t  next_token  = -1;
+    int32_t  next_pos    = -1;
+    char     error_text[plb::TEXT_BYTES] = "";
+
+    bool active() const { return finish == PLB_FINISH_NONE; }
+};
+
+struct plb_engine {
+    llama_context * ctx = nullptr;
+    plb::vocabulary words;
+    plb_views       views = {};
+    int32_t n_outputs_max = 0;
+    int32_t n_ubatch      = 0;
+    bool    all_outputs   = false;
+    bool    sync          = false;
+
+    std::vector<llama_token>    token;
+    std::vector<llama_pos>      pos;
+    std::vector<llama_seq_id>   seq;
+    std::vector<uint8_t>        flags;
+    std::vector<int32_t>        n_seq_id;
+    std::vector<llama_seq_id *> seq_id;
+    std::vector<int8_t>         output;
+    std::vector<plb_result>     results;
+    std::vector<llama_token>    top_token;
+    std::vector<float>          top_logprob;
+    plb_step_info               info = {};
+
+    std::vector<std::unique_ptr<plb_slot>> slots; // [n_seq_max]
+    plb::scratch scratch;
+    char error[plb::TEXT_BYTES] = "";
+};
+
+namespace plb {
+
+// A slot from parameters; throws `failure`.
+std::unique_ptr<plb_slot> make_slot(const vocabulary & words, const plb_sampling & sampling,
+                                    int32_t n_logprobs_max,
+                                    const llama_token * prompt, int32_t n_prompt);
+std::unique_ptr<plb_slot> copy_slot(const plb_slot & slot);
+void reseed(plb_slot & slot, uint32_t seed);
+
+// Choose, account and accept one token. Fills result.token, index, finish, error, logprob and n_top.
+// Throws nothing: a failure is the slot's end, and is in the result.
+void sample_row(const vocabulary & words, scratch & scratch, plb_slot & slot, const float * logits,
+                plb_result & result, llama_token * top_token, float * top_logprob) noexcept;
+
+template <typename... Args>
+void set_text(char (&text)[TEXT_BYTES], const char * format, Args... args) noexcept {
+    snprintf(text, TEXT_BYTES, format, args...);
+}
+
+// Runs body; whatever it throws becomes a code and a text.
+template <typename Body>
+int32_t guarded(char (&text)[TEXT_BYTES], Body body) noexcept {
+    text[0] = 0;
+    try {
+        body();
+        return PLB_OK;
+    } catch (const failure & error) {
+        set_text(text, "%s", error.text.c_str());
+        return error.code;
+    } catch (const std::bad_alloc &) {
+        set_text(text, "%s", "out of memory");
+        return PLB_E_MEMORY;
+    } catch (const std::exception & error) {
+        set_text(text, "libllama: %s", error.what());
+        return PLB_E_EXCEPTION;
+    } catch (...) {
+        set_text(text, "%s", "libllama threw something that is no std::exception");
+        return PLB_E_EXCEPTION;
+    }
+}
+
+} // namespace plb

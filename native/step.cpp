@@ -1,0 +1,390 @@
+// The engine: its memory, and one step from rows to results.
+#include "engine.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <new>
+
+using namespace plb;
+
+namespace {
+
+constexpr int32_t N_LOGPROBS_LIMIT = 1024;
+constexpr int32_t ROW_FLAGS        = PLB_ROW_OUTPUT | PLB_ROW_SAMPLE;
+
+int64_t now_ns() {
+    using namespace std::chrono;
+    return duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count();
+}
+
+int32_t fail(plb_engine & engine, int32_t code, int32_t row = -1) {
+    engine.info.bad_row = row;
+    if (row < 0) {
+        set_text(engine.error, "%s", plb_code_text(code));
+    } else {
+        set_text(engine.error, "row %d: %s", row, plb_code_text(code));
+    }
+    return code;
+}
+
+void allocate(plb_engine & engine, int32_t n_rows, int32_t n_results, int32_t n_logprobs) {
+    engine.token.resize(n_rows);
+    engine.pos.resize(n_rows);
+    engine.seq.resize(n_rows);
+    engine.flags.resize(n_rows);
+    engine.output.resize(n_rows);
+    engine.n_seq_id.assign(n_rows, 1);
+    engine.seq_id.resize((size_t) n_rows + 1);
+    for (int32_t i = 0; i < n_rows; ++i) {
+        engine.seq_id[i] = &engine.seq[i];
+    }
+    engine.results.resize(n_results);
+    // one spare entry, so that the addresses are valid without any column too
+    engine.top_token.resize((size_t) n_results * n_logprobs + 1);
+    engine.top_logprob.resize((size_t) n_results * n_logprobs + 1);
+    engine.scratch.candidates.resize(engine.words.n_vocab);
+}
+
+void read_vocabulary(vocabulary & words, const llama_context * ctx) {
+    words.vocab   = llama_model_get_vocab(llama_get_model(ctx));
+    words.n_vocab = llama_vocab_n_tokens(words.vocab);
+    words.n_ctx   = (int32_t) std::min<uint32_t>(llama_n_ctx(ctx), INT32_MAX);
+    for (llama_token token = 0; token < words.n_vocab; ++token) {
+        if (llama_vocab_is_eog(words.vocab, token)) {
+            words.eog.push_back(token);
+        }
+    }
+    int32_t n = 0;
+    const llama_token * suppressed = llama_vocab_get_suppress_tokens(words.vocab, &n);
+    std::copy_if(suppressed, suppressed + n, std::back_inserter(words.suppressed),
+                 [&](llama_token token) { return token >= 0 && token < words.n_vocab; });
+}
+
+// A model that looks positions up in a table has as many as it was trained with.
+int32_t positions(const llama_model * model) {
+    const bool table = llama_model_rope_type(model) == LLAMA_ROPE_TYPE_NONE &&
+                       !llama_model_is_recurrent(model) && !llama_model_is_hybrid(model);
+    return table ? llama_model_n_ctx_train(model) : INT32_MAX;
+}
+
+// Everything that libllama would assert on, and what only we know: 0, or the code and the row.
+int32_t check_rows(plb_engine & engine, int32_t n_rows, int32_t & n_outputs) {
+    const plb_views & views = engine.views;
+    n_outputs = 0;
+    for (int32_t i = 0; i < n_rows; ++i) {
+        if (views.token[i] < 0 || views.token[i] >= views.n_vocab) {
+            return fail(engine, PLB_E_TOKEN, i);
+        }
+        if (views.seq[i] < 0 || views.seq[i] >= views.n_seq_max) {
+            return fail(engine, PLB_E_SEQ, i);
+        }
+        if (views.pos[i] < 0 || views.pos[i] >= views.n_pos_max) {
+            return fail(engine, PLB_E_POS, i);
+        }
+        if (views.flags[i] & ~ROW_FLAGS) {
+            return fail(engine, PLB_E_FLAGS, i);
+        }
+        if (views.flags[i] & PLB_ROW_SAMPLE) {
+            const plb_slot * slot = engine.slots[views.seq[i]].get();
+            if (slot == nullptr) {
+                return fail(engine, PLB_E_NO_SLOT, i);
+            }
+            if (!slot->active()) {
+                return fail(engine, PLB_E_SLOT_FINISHED, i);
+            }
+        }
+        n_outputs += engine.all_outputs || views.flags[i] != 0;
+    }
+    if (n_outputs > engine.n_outputs_max) {
+        return fail(engine, PLB_E_N_OUTPUTS);
+    }
+    const bool at_once = !llama_get_causal_attn(engine.ctx) || llama_pooling_type(engine.ctx) > 0;
+    if (at_once && n_rows > engine.n_ubatch) {
+        return fail(engine, PLB_E_UBATCH);
+    }
+    return PLB_OK;
+}
+
+llama_batch build_batch(plb_engine & engine, int32_t n_rows) {
+    for (int32_t i = 0; i < n_rows; ++i) {
+        engine.output[i] = engine.all_outputs || engine.flags[i] != 0;
+    }
+    return {n_rows,
+            engine.token.data(),
+            nullptr,
+            engine.pos.data(),
+            engine.n_seq_id.data(),
+            engine.seq_id.data(),
+            engine.output.data()};
+}
+
+int32_t sample_rows(plb_engine & engine, int32_t n_rows) {
+    const plb_views & views = engine.views;
+    int32_t n = 0;
+    for (int32_t i = 0; i < n_rows; ++i) {
+        if (!(engine.flags[i] & PLB_ROW_SAMPLE)) {
+            continue;
+        }
+        plb_slot & slot = *engine.slots[engine.seq[i]];
+        if (!slot.active()) {
+            continue; // finished on an earlier row of this step
+        }
+        plb_result & result = engine.results[n];
+        result.seq = engine.seq[i];
+        result.row = i;
+        const size_t top = (size_t) n * views.n_logprobs_max;
+        sample_row(engine.words, engine.scratch, slot, llama_get_logits_ith(engine.ctx, i), result,
+                   &engine.top_token[top], &engine.top_logprob[top]);
+        if (result.token >= 0) {
+            slot.next_token = result.token;
+            slot.next_pos   = engine.pos[i] + 1;
+        }
+        ++n;
+    }
+    return n;
+}
+
+int32_t run_step(plb_engine & engine, int32_t n_rows) {
+    plb_step_info & info = engine.info;
+    info.n_rows = n_rows;
+    if (n_rows < 1 || n_rows > engine.views.n_rows_max) {
+        return fail(engine, PLB_E_N_ROWS);
+    }
+    const int32_t refused = check_rows(engine, n_rows, info.n_outputs);
+    if (refused != PLB_OK) {
+        return refused;
+    }
+    const llama_batch batch = build_batch(engine, n_rows);
+    const int64_t t_built = now_ns();
+    info.build_ns = t_built - info.t_start_ns;
+
+    int32_t code = PLB_OK;
+    const int32_t threw = guarded(engine.error, [&] { code = llama_decode(engine.ctx, batch); });
+    const int64_t t_decoded = now_ns();
+    info.decode_ns = t_decoded - t_built;
+    if (threw || code) {
+        code = threw ? (int32_t) PLB_E_DECODE : code;
+        if (!threw) {
+            set_text(engine.error, "%s", plb_code_text(code));
+        }
+        return code;
+    }
+    if (info.n_outputs > 0 || engine.sync) {
+        const int32_t lost = guarded(engine.error, [&] { llama_synchronize(engine.ctx); });
+        if (lost) {
+            return PLB_E_DECODE;
+        }
+    }
+    const int64_t t_synced = now_ns();
+    info.sync_ns   = t_synced - t_decoded;
+    info.n_results = sample_rows(engine, n_rows);
+    info.sample_ns = now_ns() - t_synced;
+    return PLB_OK;
+}
+
+bool valid_seq(const plb_engine & engine, int32_t seq) {
+    return seq >= 0 && seq < engine.views.n_seq_max;
+}
+
+// The slot of a sequence, or nullptr with the code and the text set.
+plb_slot * find_slot(plb_engine & engine, int32_t seq, int32_t & code) {
+    code = PLB_OK;
+    if (!valid_seq(engine, seq)) {
+        code = fail(engine, PLB_E_SEQ);
+    } else if (!engine.slots[seq]) {
+        code = fail(engine, PLB_E_NO_SLOT);
+    }
+    return code ? nullptr : engine.slots[seq].get();
+}
+
+} // namespace
+
+plb_engine_params plb_engine_default_params(void) {
+    return {0, 20, 0, 0, 0};
+}
+
+plb_sampling plb_sampling_default(void) {
+    plb_sampling p = {};
+    p.max_tokens     = 128;
+    p.temperature    = 0.8f;
+    p.top_k          = 40;
+    p.top_p          = 0.95f;
+    p.min_p          = 0.05f;
+    p.typical_p      = 1;
+    p.repeat_penalty = 1;
+    p.penalty_last_n = 64;
+    p.seed           = LLAMA_DEFAULT_SEED;
+    p.n_logprobs     = -1;
+    return p;
+}
+
+int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, plb_engine ** out) {
+    if (ctx == nullptr || params == nullptr || out == nullptr) {
+        return PLB_E_ARGUMENT;
+    }
+    *out = nullptr;
+    if (llama_get_memory(ctx) == nullptr) {
+        return PLB_E_NO_DECODER;
+    }
+    const int32_t n_batch   = (int32_t) llama_n_batch(ctx);
+    const int32_t n_seq_max = (int32_t) llama_n_seq_max(ctx);
+    const int32_t n_outputs = params->n_outputs_max == 0 ? n_batch : params->n_outputs_max;
+    if (n_outputs < n_seq_max || params->n_logprobs_max < 0 ||
+        params->n_logprobs_max > N_LOGPROBS_LIMIT || params->n_threads < 0) {
+        return PLB_E_ARGUMENT;
+    }
+    char ignored[TEXT_BYTES];
+    return guarded(ignored, [&] {
+        auto engine = std::make_unique<plb_engine>();
+        engine->ctx           = ctx;
+        engine->n_outputs_max = std::min(n_outputs, n_batch);
+        engine->n_ubatch      = (int32_t) llama_n_ubatch(ctx);
+        engine->all_outputs   = params->all_outputs != 0;
+        engine->sync          = params->sync != 0;
+        engine->slots.resize(n_seq_max);
+        read_vocabulary(engine->words, ctx);
+        const int32_t n_logprobs = std::min(params->n_logprobs_max, engine->words.n_vocab);
+        allocate(*engine, n_batch, engine->n_outputs_max, n_logprobs);
+        engine->views = {
+            n_batch, engine->n_outputs_max, n_logprobs, n_seq_max, engine->words.n_vocab,
+            positions(llama_get_model(ctx)),
+            engine->token.data(), engine->pos.data(), engine->seq.data(), engine->flags.data(),
+            engine->results.data(), engine->top_token.data(), engine->top_logprob.data(),
+            &engine->info,
+        };
+        *out = engine.release();
+    });
+}
+
+void plb_engine_free(plb_engine * engine) {
+    delete engine;
+}
+
+int32_t plb_engine_views(plb_engine * engine, plb_views * out) {
+    if (engine == nullptr || out == nullptr) {
+        return PLB_E_ARGUMENT;
+    }
+    *out = engine->views;
+    return PLB_OK;
+}
+
+const char * plb_last_error(const plb_engine * engine) {
+    return engine == nullptr ? "" : engine->error;
+}
+
+int32_t plb_step(plb_engine * engine, int32_t n_rows) {
+    if (engine == nullptr) {
+        return PLB_E_ARGUMENT;
+    }
+    engine->error[0] = 0;
+    engine->info = {};
+    engine->info.t_start_ns = now_ns();
+    engine->info.bad_row    = -1;
+    engine->info.code       = run_step(*engine, n_rows);
+    engine->info.n_reused   = llama_perf_context(engine->ctx).n_reused;
+    return engine->info.code;
+}
+
+int32_t plb_slot_set(plb_engine * engine, int32_t seq, const plb_sampling * sampling,
+                     const llama_token * prompt, int32_t n_prompt) {
+    if (engine == nullptr || sampling == nullptr || n_prompt < 0 || (n_prompt > 0 && !prompt)) {
+        return PLB_E_ARGUMENT;
+    }
+    if (!valid_seq(*engine, seq)) {
+        return fail(*engine, PLB_E_SEQ);
+    }
+    return guarded(engine->error, [&] {
+        engine->slots[seq] = make_slot(engine->words, *sampling, engine->views.n_logprobs_max,
+                                       prompt, n_prompt);
+    });
+}
+
+int32_t plb_slot_clear(plb_engine * engine, int32_t seq) {
+    if (engine == nullptr) {
+        return PLB_E_ARGUMENT;
+    }
+    if (!valid_seq(*engine, seq)) {
+        return fail(*engine, PLB_E_SEQ);
+    }
+    engine->slots[seq].reset();
+    return PLB_OK;
+}
+
+int32_t plb_slot_copy(plb_engine * engine, int32_t src, int32_t dst) {
+    if (engine == nullptr) {
+        return PLB_E_ARGUMENT;
+    }
+    if (!valid_seq(*engine, dst)) {
+        return fail(*engine, PLB_E_SEQ);
+    }
+    int32_t code = PLB_OK;
+    const plb_slot * slot = find_slot(*engine, src, code);
+    if (slot == nullptr || src == dst) {
+        return code;
+    }
+    return guarded(engine->error, [&] { engine->slots[dst] = copy_slot(*slot); });
+}
+
+int32_t plb_slot_reseed(plb_engine * engine, int32_t seq, uint32_t seed) {
+    if (engine == nullptr) {
+        return PLB_E_ARGUMENT;
+    }
+    int32_t code = PLB_OK;
+    plb_slot * slot = find_slot(*engine, seq, code);
+    if (slot == nullptr) {
+        return code;
+    }
+    return guarded(engine->error, [&] { reseed(*slot, seed); });
+}
+
+int32_t plb_slot_take(plb_engine * engine, int32_t seq, plb_slot ** out) {
+    if (engine == nullptr || out == nullptr) {
+        return PLB_E_ARGUMENT;
+    }
+    *out = nullptr;
+    int32_t code = PLB_OK;
+    if (find_slot(*engine, seq, code) != nullptr) {
+        *out = engine->slots[seq].release();
+    }
+    return code;
+}
+
+int32_t plb_slot_put(plb_engine * engine, int32_t seq, plb_slot * slot) {
+    if (engine == nullptr || slot == nullptr) {
+        return PLB_E_ARGUMENT;
+    }
+    if (!valid_seq(*engine, seq)) {
+        return fail(*engine, PLB_E_SEQ);
+    }
+    if (slot->params.n_logprobs > engine->views.n_logprobs_max ||
+        slot->vocab != engine->words.vocab) {
+        return fail(*engine, PLB_E_SAMPLING); // made by an engine of another model or width
+    }
+    engine->slots[seq].reset(slot);
+    return PLB_OK;
+}
+
+void plb_slot_free(plb_slot * slot) {
+    delete slot;
+}
+
+int32_t plb_slot_get_info(plb_engine * engine, int32_t seq, plb_slot_info * out) {
+    if (engine == nullptr || out == nullptr) {
+        return PLB_E_ARGUMENT;
+    }
+    int32_t code = PLB_OK;
+    const plb_slot * slot = find_slot(*engine, seq, code);
+    if (slot != nullptr) {
+        *out = {
+            slot->active(), slot->finish, slot->error, PLB_PATH_CHAIN, slot->n_generated,
+            slot->params.max_tokens - slot->n_generated, slot->next_token, slot->next_pos,
+            slot->seed, slot->params.n_logprobs,
+        };
+    }
+    return code;
+}
+
+const char * plb_slot_error(plb_engine * engine, int32_t seq) {
+    const bool found = engine != nullptr && valid_seq(*engine, seq) && engine->slots[seq];
+    return found ? engine->slots[seq]->error_text : "";
+}
