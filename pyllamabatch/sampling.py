@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from .errors import ArgumentError
+from pyllamabatch.errors import ArgumentError
 
 INT32_MAX = 2**31 - 1
 SEED_MAX = 2**32 - 2  # 2**32 - 1 is libllama's "draw one at random"
@@ -109,7 +109,7 @@ class SamplingParams:
     def _freeze_logit_bias(self) -> None:
         if not isinstance(self.logit_bias, Mapping):
             raise ArgumentError("logit_bias", self.logit_bias, "a mapping of token id to bias")
-        frozen = {}
+        frozen: dict[int, float] = {}
         for token, bias in self.logit_bias.items():
             key = _as_integer("logit_bias", token, 0, INT32_MAX)
             limit = "a bias from -1e30 to 1e30, or -inf"

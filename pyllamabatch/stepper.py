@@ -25,19 +25,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import (
+from pyllamabatch._structs import integer
+from pyllamabatch.errors import (
     ArgumentError,
     ClosedError,
-    DecodeError,
+    ContextBusy,
+    FatalDecodeError,
     GrammarError,
     PyllamabatchError,
     UnsupportedOperation,
+    decode_error,
 )
-from .raw import ffi, lib
-from .sampling import SamplingParams
+from pyllamabatch.raw import ffi, lib
+from pyllamabatch.sampling import LOGPROBS_MAX, SamplingParams
 
 if TYPE_CHECKING:
-    from .context import Context
+    from pyllamabatch.context import Context
 
 OUTPUT = 1  # this row's logits can be read with Context.logits(row)
 SAMPLE = 2  # this row is sampled with its sequence's slot
@@ -185,7 +188,7 @@ class StepResult:
     def raise_for_code(self) -> None:
         """Raise the `DecodeError` that `code` stands for; nothing when it is 0."""
         if self.code:
-            raise DecodeError.from_code(self.code)
+            raise decode_error(self.code)
 
 
 @dataclass(frozen=True)
@@ -216,7 +219,6 @@ class DetachedSlot:
 class Stepper:
     """Rows in, one native call, sampled tokens out, on one `Context`.
 
-    - n_outputs_max: the context's own n_outputs_max; 0 means its n_batch.
     - n_logprobs_max: the largest `SamplingParams.logprobs` that a slot may ask for.
     - n_threads: sampler threads, 0 chooses (one as yet).
     - sync: wait for the device at every step, also when no row has an output; for exact timings.
@@ -229,31 +231,37 @@ class Stepper:
         self,
         context: Context,
         *,
-        n_outputs_max: int = 0,
         n_logprobs_max: int = 20,
         n_threads: int = 0,
         sync: bool = False,
     ) -> None:
-        params = lib.plb_engine_default_params()
-        params.n_outputs_max = _int32("n_outputs_max", n_outputs_max)
-        params.n_logprobs_max = _int32("n_logprobs_max", n_logprobs_max)
-        params.n_threads = _int32("n_threads", n_threads)
-        params.sync = int(sync)
+        if context.model._no_alloc:
+            raise UnsupportedOperation("the model was loaded with no_alloc: it has no weights")
+        params = ffi.new("plb_engine_params *")
+        params.n_outputs_max = context.n_outputs_max
+        params.all_outputs = bool(context.params["embeddings"])
+        params.n_logprobs_max = integer("n_logprobs_max", n_logprobs_max, 0, LOGPROBS_MAX)
+        params.n_threads = integer("n_threads", n_threads, 0, 512)
+        params.sync = bool(sync)
         out = ffi.new("plb_engine **")
-        code = lib.plb_engine_new(context.ptr, ffi.addressof(params), out)
-        if code == lib.PLB_E_NO_DECODER:
-            raise UnsupportedOperation(_code_text(code))
+        with context.exclusive():
+            code = lib.plb_engine_new(context.ptr, params, out)
+        if code == lib.PLB_E_MEMORY:
+            raise MemoryError("no memory for the stepper")
         if code:
-            raise ArgumentError("Stepper", (n_outputs_max, n_logprobs_max, n_threads), _code_text(code))
+            raise UnsupportedOperation(_code_text(code))
         engine = ffi.gc(out[0], lib.plb_engine_free)
         views = ffi.new("plb_views *")
         lib.plb_engine_views(engine, views)
 
         self._context: Context | None = context
+        self._encoder_first = context.model.has_encoder
+        self._info: Any = views.info
         self._engine: Any = engine
         self.n_rows_max: int = views.n_rows_max
         self.n_seq_max: int = views.n_seq_max
         self.n_vocab: int = views.n_vocab
+        self.n_pos_max: int = views.n_pos_max
         self.n_logprobs_max: int = views.n_logprobs_max
         rows, results, width = views.n_rows_max, views.n_results_max, views.n_logprobs_max
         self.rows = Rows(
@@ -277,13 +285,23 @@ class Stepper:
         over are refused before it sees them: `ArgumentError` with the row and the limit.
         """
         engine, context = self._open()
-        with context.exclusive():
+        if self._encoder_first and not context._encoded:
+            raise UnsupportedOperation("this model's decoder needs `Context.encode` first")
+        lock, result = context._lock, self.result
+        if not lock.acquire(blocking=False):
+            raise ContextBusy("another thread is inside this context")
+        try:
             code = lib.plb_step(engine, n_rows)
-        result = self.result
-        result.code = code
-        result.n_results = result._info.n_results
-        if code <= lib.PLB_E_ARGUMENT:
-            raise self._refused(code, n_rows)
+            result.code = code
+            result.n_results = self._info.n_results
+            if code <= _REFUSED:
+                raise self._refused(code, n_rows)
+            if code != -1:
+                context._outputs = None
+                if context.memory._stale:
+                    context.memory.applied()
+        finally:
+            lock.release()
         return result
 
     def set_slot(
@@ -428,7 +446,7 @@ class Stepper:
         limits = {
             lib.PLB_E_TOKEN: ("token", f"0 to {self.n_vocab - 1}"),
             lib.PLB_E_SEQ: ("seq", f"0 to {self.n_seq_max - 1}"),
-            lib.PLB_E_POS: ("pos", "0 or more"),
+            lib.PLB_E_POS: ("pos", f"0 to {self.n_pos_max - 1}"),
             lib.PLB_E_FLAGS: ("flags", "OUTPUT and SAMPLE only"),
             lib.PLB_E_NO_SLOT: ("seq", "a sequence with a slot, when it is sampled"),
             lib.PLB_E_SLOT_FINISHED: ("seq", "a sequence whose slot has not finished"),
@@ -440,11 +458,12 @@ class Stepper:
             return ArgumentError("n_rows", n_rows, f"1 to {self.n_rows_max}")
         if code == lib.PLB_E_MEMORY:
             return MemoryError(self.last_error)
-        if code == lib.PLB_E_EXCEPTION:
-            return PyllamabatchError(self.last_error)
+        if code == lib.PLB_E_DECODE:
+            return FatalDecodeError(code, self.last_error)
         return ArgumentError("n_rows", n_rows, self.last_error)
 
 
+_REFUSED: int = lib.PLB_E_ARGUMENT  # and below: ours, not llama_decode's
 _PATHS = {lib.PLB_PATH_CHAIN: "chain"}
 
 
@@ -463,12 +482,6 @@ def _view(engine: Any, pointer: Any, dtype: npt.DTypeLike, shape: tuple[int, ...
 
 def _hold(engine: Any, _pointer: Any) -> None:
     """A destructor whose only work is to have held the engine until now."""
-
-
-def _int32(name: str, value: int) -> int:
-    if not -(2**31) <= value < 2**31:
-        raise ArgumentError(name, value, "a 32-bit integer")
-    return value
 
 
 def _sampling_struct(params: SamplingParams) -> tuple[Any, tuple[Any, ...]]:
