@@ -1,0 +1,158 @@
+"""What can go wrong, one exception per kind of failure; all of them are `PyllamabatchError`."""
+
+from __future__ import annotations
+
+
+class PyllamabatchError(Exception):
+    """Base of every exception of this package."""
+
+
+class ArgumentError(PyllamabatchError, ValueError):
+    """An argument that libllama would reject, or abort on. Nothing has been done."""
+
+    def __init__(self, argument: str, value: object, limit: str) -> None:
+        super().__init__(f"{argument}={_short(value)}: {limit}")
+        self.argument = argument
+        self.value = value
+        self.limit = limit
+
+
+class RequestTooLong(ArgumentError):
+    """A prompt, or a prompt and its budget, that can never fit the context."""
+
+
+class ClosedError(PyllamabatchError):
+    """The object was closed. Make a new one."""
+
+
+class EngineClosed(ClosedError):
+    """The engine was closed while, or before, the request ran."""
+
+
+class ModelLoadError(PyllamabatchError):
+    """The file is missing, damaged or of a kind that this build can't load.
+
+    `path` is the file; `log` holds llama.cpp's own last lines, which the message ends with.
+    """
+
+    def __init__(self, path: str, reason: str, log: str = "") -> None:
+        super().__init__(f"can't load {path}: {reason}" + (f"\n{log}" if log else ""))
+        self.path = path
+        self.reason = reason
+        self.log = log
+
+
+class ModelLoadCancelled(PyllamabatchError):
+    """The progress callback returned False."""
+
+
+class ContextCreateError(PyllamabatchError):
+    """libllama could not make the context: the message ends with its own last lines."""
+
+
+class NotEnoughMemory(ContextCreateError):
+    """The context could not fit: `needed` is a lower bound, `available` is free now (bytes)."""
+
+    def __init__(self, needed: int, available: int, advice: str) -> None:
+        super().__init__(
+            f"the context needs at least {needed / 2**30:.1f} GiB, "
+            f"{available / 2**30:.1f} GiB are available: {advice}"
+        )
+        self.needed = needed
+        self.available = available
+
+
+class ContextBusy(PyllamabatchError):
+    """Another thread is inside this context. A context serves one thread at a time."""
+
+
+class BatchFull(PyllamabatchError):
+    """The rows do not fit the batch. None was added: decode and clear first, or add fewer."""
+
+
+class DecodeError(PyllamabatchError):
+    """`llama_decode` or `llama_encode` returned `code` (not 0)."""
+
+    def __init__(self, code: int, detail: str = "") -> None:
+        super().__init__(f"{self.explanation} (code {code})" + (f"\n{detail}" if detail else ""))
+        self.code = code
+        self.detail = detail
+
+    explanation = "decode failed"
+
+
+class KvCacheFull(DecodeError):
+    """No free cells for the batch. The memory is as it was: free a sequence or decode less."""
+
+    explanation = "no KV cells for this batch; the memory is unchanged"
+
+
+class DecodeAborted(DecodeError):
+    """The abort callback stopped it. Whole micro-batches may be in memory: see `Memory.pos_max`."""
+
+    explanation = "decode was aborted; micro-batches already done stay in memory"
+
+
+class InvalidBatch(DecodeError):
+    """libllama rejected the rows. The memory is as it was."""
+
+    explanation = "libllama rejected the batch; the memory is unchanged"
+
+
+class FatalDecodeError(DecodeError):
+    """The backend failed. Whole micro-batches may be in memory: see `Memory.pos_max`."""
+
+    explanation = "the backend failed; micro-batches already done stay in memory"
+
+
+def decode_error(code: int, detail: str = "") -> DecodeError:
+    """The exception for a return code of `llama_decode` that is not 0."""
+    kind: type[DecodeError]
+    if code == 1:
+        kind = KvCacheFull
+    elif code == 2:
+        kind = DecodeAborted
+    elif code == -1:
+        kind = InvalidBatch
+    elif code < -1:
+        kind = FatalDecodeError
+    else:
+        kind = DecodeError
+    return kind(code, detail)
+
+
+class UnsupportedOperation(PyllamabatchError):
+    """This model, or the memory of this context, can't do it. See `Context.capabilities`."""
+
+
+class TokenizeError(PyllamabatchError):
+    """The text is not valid UTF-8, or the vocabulary can't tokenize it."""
+
+
+class ChatTemplateError(PyllamabatchError):
+    """The model has no chat template, or llama.cpp does not know it."""
+
+
+class GrammarError(PyllamabatchError):
+    """The grammar does not parse, or leads nowhere."""
+
+
+class StateError(PyllamabatchError):
+    """A saved state that is damaged, or made by another model or context. Nothing was restored."""
+
+
+class AdapterError(PyllamabatchError):
+    """The LoRA file is missing, damaged or made for another model."""
+
+
+class PlanError(PyllamabatchError):
+    """A policy returned a plan that breaks `rule`. Nothing of it was applied."""
+
+    def __init__(self, rule: str, detail: str = "") -> None:
+        super().__init__(f"{rule}: {detail}" if detail else rule)
+        self.rule = rule
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,133 @@
+"""A sequence's state as bytes: libllama's data behind a header of ours.
+
+libllama checks a blob as it goes, partly by assertion; so a blob reaches it only when the header
+says that it is whole and of a model of the same make. All numbers little-endian:
+
+    8s magic  I version  16s fingerprint of the model  I tokens  Q bytes  I CRC-32 of what follows
+    int32[tokens], libllama's data
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import tempfile
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pyllamabatch import _log
+from pyllamabatch._structs import integer
+from pyllamabatch.errors import StateError, UnsupportedOperation
+from pyllamabatch.raw import ffi, lib
+
+if TYPE_CHECKING:
+    from pyllamabatch._model_params import PathLike
+    from pyllamabatch.context import Context
+    from pyllamabatch.model import Model
+    from pyllamabatch.vocab import TokenArray, Tokens
+
+_HEADER = struct.Struct("<8sI16sIQI")
+_MAGIC = b"PLBSTATE"
+_VERSION = 1
+
+
+def save(context: Context, seq_id: int, tokens: Tokens) -> bytes:
+    seq = integer("seq_id", seq_id, 0, context.n_seq_max - 1)
+    ids = context.model.vocab.check_tokens(tokens).astype("<i4").tobytes()
+    if not context.capabilities.has_memory:
+        raise UnsupportedOperation("the model keeps nothing between batches")
+    if context.memory.is_stale(seq):
+        raise UnsupportedOperation(
+            f"a shift or copy of sequence {seq} is applied by the next decode: save it after that"
+        )
+    _log.mark()
+    size = int(lib.llama_state_seq_get_size(context.ptr, seq))
+    start = _HEADER.size + len(ids)
+    data = bytearray(start + size)
+    data[_HEADER.size : start] = ids
+    body = ffi.from_buffer("uint8_t[]", memoryview(data)[start:], require_writable=True)
+    written = int(lib.llama_state_seq_get_data(context.ptr, body, size, seq))
+    if not 0 < written <= size:
+        raise StateError(f"libllama could not save sequence {seq}\n{_log.errors()}")
+    del body
+    del data[start + written :]
+    rest = memoryview(data)[_HEADER.size :]
+    _HEADER.pack_into(
+        data, 0, _MAGIC, _VERSION, _fingerprint(context.model), len(ids) // 4, written,
+        zlib.crc32(rest),
+    )  # fmt: skip
+    return bytes(data)
+
+
+def restore(context: Context, seq_id: int, data: bytes) -> TokenArray:
+    """Check the data, put it in place of the sequence and return its tokens."""
+    seq = integer("seq_id", seq_id, 0, context.n_seq_max - 1)
+    tokens, body = _parse(context.model, memoryview(data))
+    if not context.capabilities.has_memory:
+        raise UnsupportedOperation("the model keeps nothing between batches")
+    _log.mark()
+    source = ffi.from_buffer("uint8_t[]", body)
+    if lib.llama_state_seq_set_data(context.ptr, source, len(body), seq) != len(body):
+        log = _log.errors()
+        context.memory.seq_rm(seq)
+        raise StateError(f"the state does not fit this context; sequence {seq} is empty now\n{log}")
+    context.memory.restored(seq)
+    return tokens
+
+
+def _parse(model: Model, data: memoryview) -> tuple[TokenArray, memoryview]:
+    if len(data) < _HEADER.size:
+        raise StateError(f"{len(data)} bytes are too few for a state")
+    magic, version, fingerprint, n_tokens, size, crc = _HEADER.unpack_from(data)
+    if magic != _MAGIC:
+        raise StateError("not a state that this package saved")
+    if version != _VERSION:
+        raise StateError(f"a state of version {version}; this package reads {_VERSION}")
+    rest = data[_HEADER.size :]
+    if len(rest) != 4 * n_tokens + size:
+        raise StateError(f"{len(rest)} bytes instead of {4 * n_tokens + size}: truncated?")
+    if zlib.crc32(rest) != crc:
+        raise StateError("damaged: the checksum is wrong")
+    if fingerprint != _fingerprint(model):
+        raise StateError("the state was saved with another model")
+    tokens = np.frombuffer(rest[: 4 * n_tokens], "<i4").astype(np.int32)
+    return tokens, rest[4 * n_tokens :]
+
+
+def _fingerprint(model: Model) -> bytes:
+    """What has to be the same: the model's metadata and shapes, and llama.cpp's format."""
+    facts = (
+        sorted(model.metadata.items()),
+        model.n_params,
+        model.size_bytes,
+        model.n_vocab,
+        int(lib.LLAMA_STATE_SEQ_VERSION),
+    )
+    return hashlib.blake2b(repr(facts).encode(), digest_size=16).digest()
+
+
+def write(path: PathLike, data: bytes) -> None:
+    """Write whole or not at all."""
+    target = Path(path)
+    try:
+        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
+            try:
+                file.write(data)
+                file.flush()
+                os.replace(file.name, target)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        raise StateError(f"can't write {target}: {error.strerror or error}") from error
+
+
+def read(path: PathLike) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise StateError(f"can't read {os.fspath(path)}: {error.strerror or error}") from error
