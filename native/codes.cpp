@@ -1,4 +1,4 @@
-// One fixed text per code.
+// Fixed texts: one per code, and the build.
 #include "plb.h"
 
 const char * plb_code_text(int32_t code) {
@@ -31,4 +31,8 @@ const char * plb_code_text(int32_t code) {
         default:                    return code < -1 && code > -1000 ? "the backend failed"
                                                                      : "unknown code";
     }
+}
+
+const char * plb_llama_cpp_build(void) {
+    return PLB_LLAMA_CPP_BUILD;
 }

@@ -136,6 +136,8 @@ int32_t plb_engine_views(plb_engine * engine, plb_views * out);
 const char * plb_last_error(const plb_engine * engine);
 /* A fixed text for a code of ours or of llama_decode. */
 const char * plb_code_text(int32_t code);
+/* The llama.cpp that was compiled in: "b11549", or "own checkout". */
+const char * plb_llama_cpp_build(void);
 
 /* -- slots: one per sequence id ------------------------------------------------------------------
  * A slot is everything that sampling knows of a request: its sampler, what it has generated, its
