@@ -1,0 +1,1 @@
+"""How the data that pyllamabatch ships was made. Not part of the installed package."""
