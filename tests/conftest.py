@@ -22,5 +22,5 @@ def architecture(request: pytest.FixtureRequest) -> Architecture:
 
 @pytest.fixture(scope="session")
 def arch_path(architecture: Architecture) -> Path:
-    """The tiny model of each architecture in turn; `architecture` is the same test's description."""
+    """The tiny model of each architecture in turn; the fixture `architecture` describes it."""
     return gguf_path(architecture.name)

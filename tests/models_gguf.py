@@ -57,7 +57,7 @@ class Architecture:
     """What sets one architecture apart: its layers and what its memory can do."""
 
     name: str  # the key `general.architecture`
-    layers: tuple[str, ...]  # "attention", "window" (sliding) or "mamba", from the first to the last
+    layers: tuple[str, ...]  # "attention", "window" (sliding) or "mamba", in order
     bias: bool = False  # biases on Q, K and V
     qk_norm: bool = False  # RMS norm of Q and K per head
     post_norm: bool = False  # norms after attention and after the feed-forward
@@ -96,10 +96,10 @@ ARCHITECTURES = {
 }
 """Every architecture the tests know, by its GGUF name."""
 
-WORDS = (
-    "the and that for with you this have from are not was but all can one out has"
-    " key value name word code secret answer say hello world red green blue"
-).split()
+WORDS = """
+the and that for with you this have from are not was but all can one out has
+key value name word code secret answer say hello world red green blue
+""".split()  # noqa: SIM905 (a list of words reads better as text)
 
 
 def vocabulary() -> tuple[list[str], list[float], list[int]]:
@@ -213,12 +213,19 @@ def _feed_forward(arch: Architecture, w: Weights) -> Iterator[tuple[str, FloatAr
 
 
 def write_gguf(
-    path: Path, architecture: str, *, file_type: str = "f32", seed: int | None = None
+    path: Path,
+    architecture: str | Architecture,
+    *,
+    file_type: str = "f32",
+    seed: int | None = None,
 ) -> None:
-    """Writes one model.  `file_type` is the type of the matrices: f32, f16, q8_0 or q4_0."""
-    arch = ARCHITECTURES[architecture]
+    """Writes one model: a known architecture by name, or a variant of one.
+
+    `file_type` is the type of the matrices: f32, f16, q8_0 or q4_0.
+    """
+    arch = ARCHITECTURES[architecture] if isinstance(architecture, str) else architecture
     if seed is None:
-        seed = zlib.crc32(architecture.encode())
+        seed = zlib.crc32(arch.name.encode())
     writer = gguf.GGUFWriter(path, arch.name)
     _write_hyperparameters(writer, arch, file_type)
     _write_vocabulary(writer)

@@ -1,0 +1,1 @@
+"""Performance measurements of pyllamabatch and its peers: `python -m bench --help`."""

@@ -1,0 +1,247 @@
+"""The arms of the decode comparison: who decodes, and what its time contains.
+
+Every arm does the same work: `pl` prompts of `pp` random tokens, then `tg` timed decode steps of
+`pl` rows.  The prompts and, where an arm samples, the first sample are not in the decode time.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bench.models import BenchModel
+from bench.tools import ToolError, build_number, tool
+
+I32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one run does."""
+
+    model: BenchModel
+    pp: int
+    tg: int
+    pl: int
+    n_threads: int
+    sampling: str  # "greedy" or "default", for the arms that sample
+    seed: int
+    n_batch: int = 2048
+    n_ubatch: int = 512
+    n_gpu_layers: int = -1
+
+    @property
+    def n_ctx(self) -> int:
+        """Room for every sequence (one token more than timed: the first sample), as streams of a
+        multiple of 256 cells, so that unified and separate cells have the same total."""
+        per_sequence = self.pp + self.tg + 1
+        return self.pl * (-(-per_sequence // 256) * 256)
+
+    def prompts(self, n_vocab: int) -> I32:
+        """Random tokens, shape (pl, pp)."""
+        generator = np.random.default_rng(self.seed)
+        return generator.integers(0, n_vocab, (self.pl, self.pp), dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Times of one run in s; `settings` are row fields that differ from the case's."""
+
+    t_pp: float
+    t_tg: float
+    settings: dict[str, Any] = field(default_factory=dict)
+    detail: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Arm:
+    name: str
+    includes: str
+    sampling: bool  # whether the case's sampling applies
+    run: Callable[[Case], Measured]
+
+
+def run_batched_bench(case: Case, *, kv_unified: bool) -> Measured:
+    """llama-batched-bench in a process of its own; its model loading and warm-up are untimed."""
+    binary = tool("llama-batched-bench", log=False)
+    command = [
+        str(binary), "-m", str(case.model.path), "-c", str(case.n_ctx),
+        "-b", str(case.n_batch), "-ub", str(case.n_ubatch),
+        "-npp", str(case.pp), "-ntg", str(case.tg), "-npl", str(case.pl),
+        "-t", str(case.n_threads), "-tb", str(case.n_threads),
+        "-kvu" if kv_unified else "-no-kvu", "--output-format", "jsonl",
+    ]  # fmt: skip
+    if case.n_gpu_layers >= 0:
+        command += ["-ngl", str(case.n_gpu_layers)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode != 0 or len(lines) != 1:
+        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
+        raise ToolError(f"{' '.join(command)} gave no result:\n{tail}")
+    values = json.loads(lines[0])
+    names = ("n_kv_max", "n_batch", "n_ubatch", "flash_attn", "n_threads", "n_threads_batch")
+    settings = {name: int(values[name]) for name in names} | {"kv_unified": kv_unified}
+    return Measured(values["t_pp"], values["t_tg"], settings)
+
+
+class InProcess:
+    """The arms that run in this process; the model is loaded once and kept."""
+
+    def __init__(self, model: BenchModel, n_gpu_layers: int) -> None:
+        from pyllamabatch.model import Model
+
+        self.model = Model(model.path, n_gpu_layers=n_gpu_layers)
+
+    def facts(self) -> dict[str, Any]:
+        """The build's, the versions' and the model's part of a row."""
+        import pyllamabatch
+        from pyllamabatch.raw import ffi, lib
+
+        devices = [lib.ggml_backend_dev_get(i) for i in range(lib.ggml_backend_dev_count())]
+        names = [ffi.string(lib.ggml_backend_dev_name(d)).decode() for d in devices]
+        cpu = lib.GGML_BACKEND_DEVICE_TYPE_CPU
+        gpus = [
+            ffi.string(lib.ggml_backend_dev_description(d)).decode()
+            for d in devices
+            if lib.ggml_backend_dev_type(d) != cpu
+        ]
+        versions = {
+            "pyllamabatch": pyllamabatch.__version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+        }
+        return {
+            "backends": ",".join(names),
+            "gpu_info": ", ".join(gpus),
+            "build_number": build_number(),
+            "build_commit": f"b{build_number()}",
+            "versions": versions,
+            "model_type": self.model.description,
+            "model_size": self.model.size_bytes,
+            "model_n_params": self.model.n_params,
+        }
+
+    def raw(self, case: Case) -> Measured:
+        """The loop of docs/raw.md: cffi calls only, libllama's sampler chains."""
+        from pyllamabatch.raw import lib
+
+        with self._context(case) as context:
+            ctx, vocab = context.ptr, lib.llama_model_get_vocab(self.model.ptr)
+            prompts = case.prompts(lib.llama_vocab_n_tokens(vocab))
+            samplers = [_chain(case, seq) for seq in range(case.pl)]
+            batch = lib.llama_batch_init(case.n_batch, 0, 1)
+            for row in range(case.n_batch):
+                batch.n_seq_id[row] = 1
+
+            def decode(rows: list[tuple[int, int, int, bool]]) -> None:
+                batch.n_tokens = len(rows)
+                for i, (token, pos, seq, wanted) in enumerate(rows):
+                    batch.token[i], batch.pos[i], batch.logits[i] = token, pos, wanted
+                    batch.seq_id[i][0] = seq
+                code = lib.llama_decode(ctx, batch)
+                if code != 0:
+                    raise RuntimeError(f"llama_decode returned {code}")
+
+            try:
+                start = time.perf_counter()
+                rows = [
+                    (int(prompts[seq, pos]), pos, seq, pos == case.pp - 1)
+                    for seq in range(case.pl)
+                    for pos in range(case.pp)
+                ]
+                tokens = [0] * case.pl
+                for first in range(0, len(rows), case.n_batch):
+                    part = rows[first : first + case.n_batch]
+                    decode(part)
+                    for i, (_, _, seq, wanted) in enumerate(part):
+                        if wanted:
+                            tokens[seq] = lib.llama_sampler_sample(samplers[seq], ctx, i)
+                begin = time.perf_counter()
+                for step in range(case.tg):
+                    decode([(tokens[seq], case.pp + step, seq, True) for seq in range(case.pl)])
+                    for seq in range(case.pl):
+                        tokens[seq] = lib.llama_sampler_sample(samplers[seq], ctx, seq)
+                end = time.perf_counter()
+            finally:
+                lib.llama_batch_free(batch)
+                for sampler in samplers:
+                    lib.llama_sampler_free(sampler)
+        return Measured(begin - start, end - begin, {"kv_unified": case.pl > 1})
+
+    def stepper(self, case: Case) -> Measured:
+        """One plb_step per step through the Python face."""
+        from pyllamabatch.stepper import SAMPLE, Stepper
+
+        n = case.pl
+        with self._context(case) as context, Stepper(context) as stepper:
+            prompts = case.prompts(self.model.n_vocab)
+            for seq in range(n):
+                stepper.set_slot(seq, _sampling_params(case, seq, case.tg + 1))
+            rows = stepper.rows
+            token = np.zeros(n, np.int32)
+            start = time.perf_counter()
+            pos = np.tile(np.arange(case.pp, dtype=np.int32), n)
+            seq_ids = np.repeat(np.arange(n, dtype=np.int32), case.pp)
+            flags = np.where(pos == case.pp - 1, SAMPLE, 0).astype(np.uint8)
+            for first in range(0, pos.size, case.n_batch):
+                part = slice(first, first + case.n_batch)
+                k = pos[part].size
+                rows.token[:k], rows.pos[:k] = prompts.reshape(-1)[part], pos[part]
+                rows.seq[:k], rows.flags[:k] = seq_ids[part], flags[part]
+                result = stepper.step(k)
+                result.raise_for_code()
+                token[result.seq] = result.token
+            rows.seq[:n], rows.flags[:n] = np.arange(n), SAMPLE
+            begin = time.perf_counter()
+            for step in range(case.tg):
+                rows.token[:n] = token
+                rows.pos[:n] = case.pp + step
+                result = stepper.step(n)
+                result.raise_for_code()
+                token[:] = result.token
+            end = time.perf_counter()
+        return Measured(begin - start, end - begin, {"kv_unified": n > 1})
+
+    def _context(self, case: Case) -> Any:
+        return self.model.context(
+            n_ctx=case.n_ctx,
+            n_batch=case.n_batch,
+            n_ubatch=case.n_ubatch,
+            n_seq_max=case.pl,
+            n_threads=case.n_threads,
+            n_threads_batch=case.n_threads,
+        )
+
+
+def _sampling_params(case: Case, seq: int, max_tokens: int) -> Any:
+    from pyllamabatch.sampling import SamplingParams
+
+    extra: dict[str, Any] = {"temperature": 0.0} if case.sampling == "greedy" else {}
+    return SamplingParams(max_tokens=max_tokens, ignore_eog=True, seed=case.seed + seq, **extra)
+
+
+def _chain(case: Case, seq: int) -> Any:
+    """libllama's chain for the case's sampling; the numbers are SamplingParams' defaults."""
+    from pyllamabatch.raw import lib
+
+    chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+    if case.sampling == "greedy":
+        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
+    else:
+        for sampler in (
+            lib.llama_sampler_init_top_k(40),
+            lib.llama_sampler_init_top_p(0.95, 1),
+            lib.llama_sampler_init_min_p(0.05, 1),
+            lib.llama_sampler_init_temp(0.8),
+            lib.llama_sampler_init_dist(case.seed + seq),
+        ):
+            lib.llama_sampler_chain_add(chain, sampler)
+    return chain

@@ -1,0 +1,168 @@
+"""Models for the benches: random weights in a real shape, written on demand and kept."""
+
+from __future__ import annotations
+
+import os
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from bench.cache import cache_folder
+from bench.shapes import SHAPES, Shape, TensorSpec
+from bench.tools import vocabulary_file
+
+SEED = 20260101
+ROWS_AT_ONCE = 4096  # of a matrix while its values are drawn: bounds the memory in use
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """A model file and what a result row says of it."""
+
+    path: Path
+    name: str
+    seed: int | None  # of the random weights; None for a file of somebody else's
+
+
+def resolve(name: str) -> BenchModel:
+    """The model that `--model NAME` means: a shape's name (written, quantised to Q4_K_M and kept
+    in the cache folder), `default` (the embedded model), or a GGUF file."""
+    if name in SHAPES:
+        return BenchModel(quantised(SHAPES[name], "Q4_K_M"), f"{name} Q4_K_M random", SEED)
+    if name == "default":
+        from pyllamabatch.models import default_model_path
+
+        return BenchModel(Path(default_model_path()), "embedded default", None)
+    path = Path(name)
+    if not path.is_file():
+        known = ", ".join([*SHAPES, "default"])
+        raise SystemExit(f"--model {name}: no such file, and not one of {known}")
+    return BenchModel(path, path.stem, None)
+
+
+def quantised(shape: Shape, file_type: str, *, seed: int = SEED) -> Path:
+    """The path of `shape` with random weights in `file_type` (Q4_K_M, Q8_0, F16 …)."""
+    folder = cache_folder("models")
+    path = folder / f"{shape.name}-{file_type}-seed{seed}.gguf"
+    if path.is_file():
+        return path
+    print(f"writing {path} (once; {shape.n_params / 1e6:.0f} M parameters) …", file=sys.stderr)
+    half = folder / f"{shape.name}-F16-seed{seed}.gguf"
+    made = not half.is_file()
+    if made:
+        temporary = half.with_suffix(".partial")
+        write_f16(shape, temporary, vocabulary_file(shape.vocabulary), seed=seed)
+        temporary.replace(half)
+    if file_type == "F16":
+        return half
+    temporary = path.with_suffix(".partial")
+    quantise(half, temporary, file_type)
+    temporary.replace(path)
+    if made:
+        half.unlink()
+    return path
+
+
+def write_f16(shape: Shape, path: Path, vocabulary: Path | None, *, seed: int = SEED) -> None:
+    """Writes matrices as F16 and vectors as F32, one tensor in memory at a time.
+
+    `vocabulary` is a GGUF file whose `tokenizer.*` entries are copied; None writes a vocabulary
+    of numbered pieces (for tests).
+    """
+    writer = gguf.GGUFWriter(path, shape.architecture)
+    _write_hyperparameters(writer, shape)
+    if vocabulary is None:
+        _write_numbered_vocabulary(writer, shape.n_vocab)
+    else:
+        _copy_vocabulary(writer, vocabulary, shape.n_vocab)
+    specs = list(shape.tensors())
+    for spec in specs:
+        dtype: np.dtype[np.generic] = np.dtype(np.float16 if len(spec.shape) > 1 else np.float32)
+        writer.add_tensor_info(spec.name, spec.shape, dtype, spec.n_values * dtype.itemsize)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for spec in specs:
+        writer.write_tensor_data(random_tensor(spec, seed))
+    writer.close()
+
+
+def random_tensor(spec: TensorSpec, seed: int) -> npt.NDArray[np.floating]:
+    """The values of one tensor: they depend on its name and the seed, not on the others."""
+    random = np.random.default_rng([seed, zlib.crc32(spec.name.encode())])
+    if len(spec.shape) == 1:
+        centre = np.float32(1.0 if spec.norm else 0.0)
+        return centre + np.float32(0.02) * random.standard_normal(spec.shape, dtype=np.float32)
+    n_rows, n_columns = spec.shape
+    out = np.empty(spec.shape, np.float16)
+    for first in range(0, n_rows, ROWS_AT_ONCE):
+        rows = out[first : first + ROWS_AT_ONCE]
+        rows[:] = random.standard_normal(rows.shape, dtype=np.float32) / np.sqrt(n_columns)
+    return out
+
+
+def _write_hyperparameters(writer: gguf.GGUFWriter, shape: Shape) -> None:
+    writer.add_name(f"{shape.name} random weights")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_vocab_size(shape.n_vocab)
+    writer.add_context_length(shape.n_ctx_train)
+    writer.add_embedding_length(shape.n_embd)
+    writer.add_block_count(shape.n_layer)
+    writer.add_feed_forward_length(shape.n_ff)
+    writer.add_head_count(shape.n_head)
+    writer.add_head_count_kv(shape.n_head_kv)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_freq_base(shape.rope_base)
+    writer.add_layer_norm_rms_eps(shape.rms_eps)
+    if shape.sliding_window:
+        writer.add_sliding_window(shape.sliding_window)
+        pattern = [(i + 1) % shape.sliding_pattern != 0 for i in range(shape.n_layer)]
+        writer.add_sliding_window_pattern(pattern)
+
+
+def _copy_vocabulary(writer: gguf.GGUFWriter, source: Path, n_vocab: int) -> None:
+    for key, value, kinds in _tokenizer_entries(source):
+        if key == "tokenizer.ggml.tokens" and len(value) != n_vocab:
+            raise ValueError(f"{source} has {len(value)} tokens, the shape says {n_vocab}")
+        writer.add_key_value(key, value, kinds[0], kinds[1] if len(kinds) > 1 else None)
+
+
+def _tokenizer_entries(
+    source: Path,
+) -> Iterator[tuple[str, list[object] | str, list[gguf.GGUFValueType]]]:
+    for key, field in gguf.GGUFReader(source).fields.items():
+        if key.startswith("tokenizer."):
+            yield key, field.contents(), field.types
+
+
+def _write_numbered_vocabulary(writer: gguf.GGUFWriter, n_vocab: int) -> None:
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"<{i}>" for i in range(n_vocab)])
+    writer.add_token_scores([0.0] * n_vocab)
+    writer.add_token_types([int(gguf.TokenType.NORMAL)] * n_vocab)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+
+def quantise(source: Path, target: Path, file_type: str, *, n_threads: int = 0) -> None:
+    """libllama's own quantisation, through a raw call.
+
+    Raises RuntimeError when libllama refuses (it says why in its log).
+    """
+    from pyllamabatch.raw import ffi, lib
+
+    params = ffi.new("llama_model_quantize_params *", lib.llama_model_quantize_default_params())
+    params.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{file_type}")
+    params.nthread = n_threads or os.cpu_count() or 1
+    lib.llama_backend_init()
+    code = lib.llama_model_quantize(os.fsencode(source), os.fsencode(target), params)
+    if code != 0:
+        raise RuntimeError(f"llama_model_quantize({source}, {file_type}) returned {code}")

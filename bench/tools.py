@@ -1,0 +1,96 @@
+"""llama.cpp's own tools, built on demand from the tree that pyllamabatch is built from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from bench.cache import REPOSITORY, cache_folder
+
+OPTIONS = {
+    "CMAKE_BUILD_TYPE": "Release",
+    "BUILD_SHARED_LIBS": "ON",
+    "LLAMA_BUILD_COMMON": "ON",
+    "LLAMA_BUILD_TOOLS": "ON",
+    "LLAMA_BUILD_SERVER": "OFF",
+    "LLAMA_BUILD_EXAMPLES": "OFF",
+    "LLAMA_BUILD_TESTS": "OFF",
+    "LLAMA_BUILD_APP": "OFF",
+    "LLAMA_OPENSSL": "OFF",
+    "GGML_NATIVE": "ON",
+}
+"""What sets this build apart from upstream's defaults; the compiler flags are upstream's."""
+
+
+class ToolError(Exception):
+    """A tool could not be built or run; the message says what to do."""
+
+
+def source_tree() -> Path:
+    """llama.cpp's tree: `$PLB_LLAMA_CPP_DIR`, else `vendor/llama.cpp` (unpacked when missing)."""
+    named = os.environ.get("PLB_LLAMA_CPP_DIR")
+    tree = Path(named) if named else REPOSITORY / "vendor" / "llama.cpp"
+    if not named and not (tree / "include" / "llama.h").is_file():
+        subprocess.run([sys.executable, str(REPOSITORY / "vendor" / "unpack.py")], check=True)
+    if not (tree / "include" / "llama.h").is_file():
+        raise ToolError(f"no llama.cpp in {tree}: set PLB_LLAMA_CPP_DIR to a checkout")
+    return tree.resolve()
+
+
+def vocabulary_file(name: str) -> Path:
+    """Upstream's `models/ggml-vocab-NAME.gguf`."""
+    path = source_tree() / "models" / f"ggml-vocab-{name}.gguf"
+    if not path.is_file():
+        raise ToolError(f"{path} is missing: this tree was unpacked without the vocabulary")
+    return path
+
+
+def build_number() -> int:
+    """llama.cpp's build number, as the unpacked tree says it; 0 for another checkout."""
+    stamp = source_tree() / ".pyllamabatch-lock"
+    return int(stamp.read_text().split()[1]) if stamp.is_file() else 0
+
+
+def build_options() -> dict[str, str]:
+    """CMake options of the tool build; CMAKE_ARGS (as for the package) may add -D options."""
+    number = build_number()
+    options = OPTIONS | {"LLAMA_BUILD_NUMBER": str(number), "LLAMA_BUILD_COMMIT": f"b{number}"}
+    for word in os.environ.get("CMAKE_ARGS", "").split():
+        key, equals, value = word.removeprefix("-D").partition("=")
+        if word.startswith("-D") and equals and key.startswith(("GGML_", "CMAKE_")):
+            options[key.partition(":")[0]] = value
+    return options
+
+
+def tool(name: str, *, log: bool = True) -> Path:
+    """The path of llama.cpp's tool `name` (for example llama-batched-bench), built if missing.
+
+    Takes four to six minutes on two cores at first, then no time: the build stays in the cache
+    folder, one per source tree and set of options.
+    """
+    tree, options = source_tree(), build_options()
+    key = hashlib.sha256(f"{tree}{sorted(options.items())}".encode()).hexdigest()[:12]
+    build = cache_folder("tools", key)
+    binary = build / "bin" / (name + (".exe" if sys.platform == "win32" else ""))
+    # Ask the build system each time: a tree that changed under the same path is rebuilt.
+    for program in ("cmake", "ninja"):
+        if shutil.which(program) is None:
+            raise ToolError(f"{program} is not on PATH: python -m pip install {program}")
+    if log:
+        print(f"building {name} in {build} (minutes at first, then seconds) …", file=sys.stderr)
+    definitions = [f"-D{key}={value}" for key, value in options.items()]
+    if not (build / "build.ninja").is_file():
+        _run(["cmake", "-G", "Ninja", "-S", str(tree), "-B", str(build), *definitions])
+    _run(["cmake", "--build", str(build), "--target", name, "-j", str(os.cpu_count() or 1)])
+    return binary
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
+        raise ToolError(f"{' '.join(command[:3])} failed:\n{tail}")
