@@ -13,6 +13,7 @@ from importlib import metadata
 from typing import Any
 
 from pyllamabatch import _backend
+from pyllamabatch._backend import text
 from pyllamabatch.cli.options import add_model_arguments, load_model
 from pyllamabatch.model import Model
 from pyllamabatch.raw import ffi, lib
@@ -46,9 +47,9 @@ def installation() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "llama_cpp": {
-            "version": _text(lib.llama_version()),
-            "build": _text(lib.ggml_commit()),
-            "ggml_version": _text(lib.ggml_version()),
+            "version": text(lib.llama_version()),
+            "build": text(lib.plb_llama_cpp_build()),
+            "ggml_version": text(lib.ggml_version()),
             "max_sequences": int(lib.llama_max_parallel_sequences()),
             "gpu_offload": bool(lib.llama_supports_gpu_offload()),
             "mmap": bool(lib.llama_supports_mmap()),
@@ -70,26 +71,22 @@ def _backend_info(reg: Any) -> dict[str, Any]:
     if getter != ffi.NULL:
         feature = ffi.cast("ggml_backend_get_features_t", getter)(reg)
         while feature.name != ffi.NULL:
-            features[_text(feature.name)] = _text(feature.value)
+            features[text(feature.name)] = text(feature.value)
             feature += 1
-    return {"name": _text(lib.ggml_backend_reg_name(reg)), "features": features}
+    return {"name": text(lib.ggml_backend_reg_name(reg)), "features": features}
 
 
 def _device_info(device: Any) -> dict[str, Any]:
     props = ffi.new("struct ggml_backend_dev_props *")
     lib.ggml_backend_dev_get_props(device, props)
     return {
-        "name": _text(props.name),
-        "description": _text(props.description),
+        "name": text(props.name),
+        "description": text(props.description),
         "type": _DEVICE_TYPES[props.type],
-        "backend": _text(lib.ggml_backend_reg_name(lib.ggml_backend_dev_backend_reg(device))),
+        "backend": text(lib.ggml_backend_reg_name(lib.ggml_backend_dev_backend_reg(device))),
         "memory_free": int(props.memory_free),
         "memory_total": int(props.memory_total),
     }
-
-
-def _text(pointer: Any) -> str:
-    return "" if pointer == ffi.NULL else ffi.string(pointer).decode("utf-8", "replace")
 
 
 def describe(model: Model) -> dict[str, Any]:
@@ -152,8 +149,8 @@ def _model_lines(model: dict[str, Any]) -> list[str]:
         out.append(f"  {name.replace('_', ' ')}: {shown}")
     out.append("  metadata:")
     for key, value in sorted(model["metadata"].items()):
-        text = value if len(value) <= 100 else value[:97] + "..."
-        out.append(f"    {key} = {text!r}" if "\n" in text else f"    {key} = {text}")
+        shown = value if len(value) <= 100 else value[:97] + "..."
+        out.append(f"    {key} = {shown!r}" if "\n" in shown else f"    {key} = {shown}")
     return out
 
 

@@ -1,0 +1,62 @@
+"""`pyllamabatch info` and `--version`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyllamabatch.cli import main
+from pyllamabatch.models import default_model_path
+
+
+def test_json(capsys: Any) -> None:
+    assert main(["info", "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["version"] == metadata.version("pyllamabatch")
+    assert about["llama_cpp"]["build"].startswith("b")
+    assert about["llama_cpp"]["max_sequences"] == 256
+    cpu = next(backend for backend in about["backends"] if backend["name"] == "CPU")
+    assert cpu["features"]
+    device = next(device for device in about["devices"] if device["type"] == "CPU")
+    assert 0 < device["memory_free"] <= device["memory_total"]
+    model = about["model"]
+    assert model["path"] == str(default_model_path())
+    assert model["architecture"] == "llama"
+    assert model["chat_template"] is True
+    assert model["metadata"]["general.architecture"] == "llama"
+    assert model["capabilities"]["partial_removal"] is True
+
+
+def test_text_names_what_matters(capsys: Any) -> None:
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for words in ("llama.cpp b", "backend CPU", "device CPU", "default.gguf", "partial removal"):
+        assert words in text
+
+
+def test_without_a_model(capsys: Any) -> None:
+    assert main(["info", "--json", "--no-model"]) == 0
+    assert "model" not in json.loads(capsys.readouterr().out)
+
+
+def test_a_file_that_is_no_model(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "no.gguf"
+    path.write_bytes(b"not a model")
+    assert main(["info", "-m", str(path)]) == 1
+    assert "no.gguf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", [["--version"], ["--help"], ["generate", "--help"]])
+def test_help(args: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pyllamabatch", *args], capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 0
+    assert "pyllamabatch" in done.stdout
+    assert done.stderr == ""
