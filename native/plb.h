@@ -187,6 +187,12 @@ plb_sampling plb_sampling_default(void);
  * A slot that was there is replaced; on failure it stays. */
 int32_t plb_slot_set(plb_engine * engine, int32_t seq, const plb_sampling * sampling,
                      const llama_token * prompt, int32_t n_prompt);
+/* The same slot outside of the engine, for plb_slot_put: what it costs to make (a grammar) and to
+ * refuse is paid before the request has a sequence. Any thread may call it, also while the engine's
+ * own thread is in plb_step; error (NULL or n_error bytes) gets the text of a failure. */
+int32_t plb_slot_new(const plb_engine * engine, const plb_sampling * sampling,
+                     const llama_token * prompt, int32_t n_prompt, plb_slot ** out,
+                     char * error, int32_t n_error);
 int32_t plb_slot_clear(plb_engine * engine, int32_t seq); /* fine when there is none */
 /* dst becomes a copy of src, its draws, penalties and grammar state included (fork). */
 int32_t plb_slot_copy(plb_engine * engine, int32_t src, int32_t dst);
@@ -221,6 +227,15 @@ int32_t plb_log_drain(char * buf, int32_t size, int32_t * level, int64_t * dropp
 /* What the calling thread has logged as a warning or an error since its last mark, newest part. */
 void    plb_log_mark(void);
 int32_t plb_log_errors(char * buf, int32_t size);
+
+/* Calls that read a file or a blob: a failed assertion of libllama inside them, on the calling
+ * thread, is a failure (NULL or 0, its text in plb_log_errors) instead of the end of the process
+ * (native/guard.cpp). */
+void plb_guard_install(void); /* once */
+struct llama_model   * plb_model_load(const char ** paths, size_t n_paths, struct llama_model_params params);
+struct llama_context * plb_context_new(struct llama_model * model, struct llama_context_params params);
+struct llama_adapter_lora * plb_lora_load(struct llama_model * model, const char * path);
+size_t plb_state_seq_set(struct llama_context * ctx, const uint8_t * src, size_t size, llama_seq_id seq);
 /* -- end of log ring --------------------------------------------------------------------------- */
 
 #ifdef __cplusplus

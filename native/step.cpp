@@ -299,6 +299,25 @@ int32_t plb_slot_set(plb_engine * engine, int32_t seq, const plb_sampling * samp
     });
 }
 
+int32_t plb_slot_new(const plb_engine * engine, const plb_sampling * sampling,
+                     const llama_token * prompt, int32_t n_prompt, plb_slot ** out,
+                     char * error, int32_t n_error) {
+    if (engine == nullptr || sampling == nullptr || out == nullptr || n_prompt < 0 ||
+        (n_prompt > 0 && prompt == nullptr)) {
+        return PLB_E_ARGUMENT;
+    }
+    *out = nullptr;
+    char text[TEXT_BYTES] = "";
+    const int32_t code = guarded(text, [&] {
+        *out = make_slot(engine->words, *sampling, engine->views.n_logprobs_max, prompt, n_prompt)
+                   .release();
+    });
+    if (error != nullptr && n_error > 0) {
+        snprintf(error, (size_t) n_error, "%s", text);
+    }
+    return code;
+}
+
 int32_t plb_slot_clear(plb_engine * engine, int32_t seq) {
     if (engine == nullptr) {
         return PLB_E_ARGUMENT;

@@ -208,7 +208,8 @@ class SlotInfo:
 
 
 class DetachedSlot:
-    """A slot taken out of a stepper, to be put back under any sequence id (preemption)."""
+    """A slot outside of a stepper, to be put under any sequence id: made by `make_slot`, or taken
+    out by `take_slot` (preemption)."""
 
     __slots__ = ("_slot",)
 
@@ -328,6 +329,25 @@ class Stepper:
         del keep
         self._check_slot(code, seq_id)
 
+    def make_slot(
+        self, params: SamplingParams, prompt_tokens: Sequence[int] | I32 | None = None
+    ) -> DetachedSlot:
+        """What `set_slot` makes, with the same errors, for `put_slot` later. From any thread, also
+        while another one is in `step`; the caller sees to it that nobody closes the context."""
+        engine, _ = self._open()
+        prompt = np.ascontiguousarray(() if prompt_tokens is None else prompt_tokens, np.int32)
+        if prompt.ndim != 1:
+            raise ArgumentError("prompt_tokens", prompt.shape, "a one-dimensional array")
+        struct, keep = _sampling_struct(params)
+        out, text = ffi.new("plb_slot **"), ffi.new("char[]", 512)
+        code = lib.plb_slot_new(
+            engine, struct, ffi.from_buffer("llama_token[]", prompt), len(prompt), out, text, 512
+        )
+        del keep
+        if code:
+            raise self._slot_failure(code, -1, ffi.string(text).decode(errors="replace"))
+        return DetachedSlot(ffi.gc(out[0], lib.plb_slot_free))
+
     def clear_slot(self, seq_id: int) -> None:
         """Forget a sequence's sampler; fine when there is none."""
         engine, context = self._open()
@@ -425,20 +445,22 @@ class Stepper:
         return self._engine, context
 
     def _check_slot(self, code: int, seq_id: int) -> None:
-        if code == 0:
-            return
-        text = self.last_error or _code_text(code)
+        if code:
+            raise self._slot_failure(code, seq_id, self.last_error)
+
+    def _slot_failure(self, code: int, seq_id: int, text: str) -> Exception:
+        text = text or _code_text(code)
         if code == lib.PLB_E_GRAMMAR:
-            raise GrammarError(text)
+            return GrammarError(text)
         if code == lib.PLB_E_SEQ:
-            raise ArgumentError("seq_id", seq_id, f"0 to {self.n_seq_max - 1}")
+            return ArgumentError("seq_id", seq_id, f"0 to {self.n_seq_max - 1}")
         if code == lib.PLB_E_NO_SLOT:
-            raise ArgumentError("seq_id", seq_id, "a sequence with a slot")
+            return ArgumentError("seq_id", seq_id, "a sequence with a slot")
         if code == lib.PLB_E_MEMORY:
-            raise MemoryError(text)
+            return MemoryError(text)
         if code == lib.PLB_E_EXCEPTION:
-            raise PyllamabatchError(text)
-        raise ArgumentError("params", text, "what the vocabulary and the stepper allow")
+            return PyllamabatchError(text)
+        return ArgumentError("params", text, "what the vocabulary and the stepper allow")
 
     def _refused(self, code: int, n_rows: int) -> Exception:
         """The exception for a step that was refused before libllama saw it."""
