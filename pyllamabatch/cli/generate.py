@@ -19,6 +19,7 @@ Exit status: 0 all answered, 1 some lines failed, 2 nothing could be run, 130 in
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 import threading
@@ -190,7 +191,7 @@ class Requests:
         return self._vocab.tokenize(text, parse_special=True)
 
 
-def finish(request: Request, stream: Any) -> Row | None:
+def finish(request: Request, stream: Stream) -> Row | None:
     """The row of an ended stream, None if it was cancelled."""
     try:
         result = stream.result()
@@ -209,7 +210,19 @@ def finish(request: Request, stream: Any) -> Row | None:
         "ttft_ms": _ms(result.ttft_s),
         "e2el_ms": _ms(result.e2el_s),
     }
+    if result.logprobs is not None:
+        row["logprobs"] = [_finite(value) for value in result.logprobs]
+    if result.top_logprobs is not None:
+        row["top_logprobs"] = [
+            {str(token): _finite(value) for token, value in top.items()}
+            for top in result.top_logprobs
+        ]
     return row
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity: an excluded token's log-probability is null."""
+    return value if math.isfinite(value) else None
 
 
 def _ms(seconds: float | None) -> float | None:

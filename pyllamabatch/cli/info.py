@@ -124,15 +124,18 @@ def lines(about: dict[str, Any]) -> list[str]:
             if value != "0"
         )
         out.append(f"backend {backend['name']}: {features or 'no feature list'}")
-    for device in about["devices"]:
-        out.append(
-            f"device {device['name']} ({device['type']}, {device['backend']}): "
-            f"{device['description']}, {gib(device['memory_free'])} free "
-            f"of {gib(device['memory_total'])}"
-        )
+    out += map(_device_line, about["devices"])
     if "model" in about:
         out += ["", *_model_lines(about["model"])]
     return out
+
+
+def _device_line(device: dict[str, Any]) -> str:
+    return (
+        f"device {device['name']} ({device['type']}, {device['backend']}): "
+        f"{device['description']}, {gib(device['memory_free'])} free "
+        f"of {gib(device['memory_total'])}"
+    )
 
 
 def _model_lines(model: dict[str, Any]) -> list[str]:

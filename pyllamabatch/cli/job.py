@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from pyllamabatch.cli.results import FileSink, ResultsProblem, Row, Sink
 from pyllamabatch.cli.rows import BadLine, Request
@@ -21,42 +21,43 @@ Item = Request | BadLine
 class Handle(Protocol):
     """A request under way."""
 
-    def cancel(self) -> None: ...
+    def cancel(self) -> object: ...
 
 
-#: Start a request; the callable given is called once, from any thread, when it has ended.
-Start = Callable[[Request, Callable[[], None]], Handle]
-#: The row of a started request, waiting for its end; None if it was cancelled. Raises BadRequest
-#: if the request failed, another PyllamabatchError if the engine itself can't go on.
-Finish = Callable[[Request, Handle], "Row | None"]
+H = TypeVar("H", bound=Handle)
 
 
 class BadRequest(Exception):
     """A request that the model or the engine refuses; the message says why."""
 
 
-class Job:
+class Job(Generic[H]):
     """One run of `generate`, without knowledge of files, flags or the engine's class."""
 
     def __init__(
         self,
         items: Iterator[Item],
         sink: Sink,
-        start: Start,
-        finish: Finish,
+        start: Callable[[Request, Callable[[], None]], H],
+        finish: Callable[[Request, H], Row | None],
         key: Callable[[Item], str],
         *,
         window: int,
         on_progress: Callable[[int, int], None] = lambda n_done, n_tokens: None,
         on_problem: Callable[[Row], None] = lambda row: None,
     ) -> None:
-        """`window`: how many lines may be read beyond the last one written, at least 1."""
+        """`start` begins a request; the callable that it gets is to be called once, from any
+        thread, when the request has ended. `finish` waits for the end and makes the row, None if
+        the request was cancelled. Both raise BadRequest if it is the request that failed, another
+        PyllamabatchError if the engine can't go on. `window`: how many lines may be read beyond
+        the last one written, at least 1.
+        """
         self._items, self._sink = items, sink
         self._start, self._finish, self._key = start, finish, key
         self._on_progress, self._on_problem = on_progress, on_problem
         self._permits = threading.Semaphore(window)
         self._events: queue.SimpleQueue[Item | int | BaseException | None] = queue.SimpleQueue()
-        self._under_way: dict[int, tuple[Request, str, Handle]] = {}
+        self._under_way: dict[int, tuple[Request, str, H]] = {}
         self._n_read = self._n_written = self._n_tokens = 0
         self._interrupted = self._stopping = False
         self._old = sink if isinstance(sink, FileSink) else None

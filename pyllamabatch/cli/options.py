@@ -10,6 +10,7 @@ from typing import Any
 from pyllamabatch.engine import Engine
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.model import Model
+from pyllamabatch.scheduler import Policy, make_policy, policy_names
 
 #: flag, field of SamplingParams, type, help
 _SAMPLING = (
@@ -112,5 +113,11 @@ def open_engine(model: Model, args: argparse.Namespace, n_seq_max: int) -> Engin
     }
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if args.policy is not None:
-        settings["policy"] = policy_by_name(args.policy)
+        settings["policy"] = _policy(args.policy)
     return Engine(model, n_seq_max=n_seq_max, **settings)
+
+
+def _policy(name: str) -> Policy:
+    if name not in policy_names():
+        raise ArgumentError("--policy", name, f"one of {', '.join(policy_names())}")
+    return make_policy(name)
