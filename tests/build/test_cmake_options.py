@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CMAKE = shutil.which("cmake") or "cmake"  # the test extra installs it
 
-SHOW = "foreach(n ${NAMES})\n  message(STATUS \"${n}=${${n}}\")\nendforeach()\n"
+SHOW = 'foreach(n ${NAMES})\n  message(STATUS "${n}=${${n}}")\nendforeach()\n'
 
 
 def options(tmp_path: Path, **variables: str) -> dict[str, str]:
