@@ -67,7 +67,7 @@ struct thread_errors {
     }
 };
 
-// Trivially destructible but for the mutex, and never destroyed: a backend may log at exit.
+// Never destroyed: a backend may log at exit.
 ring & the_ring() {
     static ring * instance = new ring;
     return *instance;
@@ -104,6 +104,12 @@ void on_log(enum ggml_log_level level_in, const char * text, void *) {
 }
 
 } // namespace
+
+// For native/guard.cpp.
+void plb_log_append_error(const char * text) {
+    on_log(GGML_LOG_LEVEL_ERROR, text, nullptr);
+    on_log(GGML_LOG_LEVEL_CONT, "\n", nullptr);
+}
 
 void plb_log_install(void) {
     the_ring();

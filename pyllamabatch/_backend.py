@@ -23,6 +23,7 @@ def ensure() -> None:
         if _started.is_set():
             return
         lib.plb_log_install()
+        lib.plb_guard_install()
         if lib.ggml_backend_reg_count() == 0:  # backends are files to load: a portable build
             lib.ggml_backend_load_all_from_path(os.fsencode(_LIBRARIES))
         lib.llama_backend_init()

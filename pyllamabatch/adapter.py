@@ -35,7 +35,7 @@ class LoraAdapter:
         self.path = os.fspath(path)
         self.model = model
         _log.mark()
-        ptr = lib.llama_adapter_lora_init(model.ptr, file)
+        ptr = lib.plb_lora_load(model.ptr, file)
         log = _log.errors()
         if ptr == ffi.NULL:
             raise AdapterError(f"can't load the adapter {self.path}\n{log}")

@@ -90,7 +90,7 @@ class Context:
 
         self.model = model
         _log.mark()
-        ptr = lib.llama_init_from_model(model.ptr, native)
+        ptr = lib.plb_context_new(model.ptr, native)
         log = _log.errors()
         if ptr == ffi.NULL:
             raise ContextCreateError(f"libllama could not make the context\n{log}")

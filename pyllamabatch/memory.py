@@ -10,8 +10,9 @@ kind of memory; here each such case is an exception before the call. The rules, 
   window that the next token looks at;
 - with one stream per sequence (`kv_unified=False`) a copy takes a whole sequence into an empty
   one; with shared cells the range that is copied must be free in the destination;
-- positions are shifted only where the keys can be rotated (no M-RoPE, no BF16 keys), and a shift
-  moves every sequence that shares the cells.
+- positions are shifted only where all that is held can be: not a recurrent state (a copy shares
+  it, and would move too), not M-RoPE, not BF16 keys. A shift moves every sequence that shares the
+  cells.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ class Memory:
                 )
             low, high = (-1, -1) if whole else (p0, p1)
             lib.llama_memory_seq_cp(self.ptr, src, dst, low, high)
-            if not can.unified or src in self._stale:
+            if src in self._stale or not (can.unified or can.recurrent):
                 self._stale.add(dst)
 
     def seq_keep(self, seq_id: int) -> None:
@@ -173,13 +174,10 @@ class Memory:
         with self._context.exclusive():
             if delta == 0 or not self._overlaps(seq, p0, p1):
                 return
-            self._check_shift(seq, p0, p1)
-            can = self._context.capabilities
+            self._check_shift()
             last = min(p1 - 1, self.pos_max(seq))
             if last + delta > _MAX_POS - 1:
                 raise ArgumentError("delta", delta, f"moves position {last} past {_MAX_POS - 1}")
-            if last + delta < 0 and (can.recurrent or can.hybrid):
-                raise ArgumentError("delta", delta, f"moves position {last} below 0")
             lib.llama_memory_seq_add(self.ptr, seq, p0, p1, delta)
             self._moved(seq)
 
@@ -191,7 +189,7 @@ class Memory:
         with self._context.exclusive():
             if divisor == 1 or not self._overlaps(seq, p0, p1):
                 return
-            self._check_shift(seq, p0, p1)
+            self._check_shift()
             lib.llama_memory_seq_div(self.ptr, seq, p0, p1, divisor)
             self._moved(seq)
 
@@ -256,14 +254,9 @@ class Memory:
                 "the tokens again, or make the context with swa_full=True"
             )
 
-    def _check_shift(self, seq: int, p0: int, p1: int) -> None:
+    def _check_shift(self) -> None:
         if not self.can_shift:
             raise UnsupportedOperation("this memory can't shift positions (capabilities.can_shift)")
-        can = self._context.capabilities
-        if (can.recurrent or can.hybrid) and not self._whole(seq, p0, p1):
-            raise UnsupportedOperation(
-                f"only all of sequence {seq} can be shifted: its recurrent state has one position"
-            )
 
     def _moved(self, seq: int) -> None:
         # shared cells may belong to any sequence
@@ -278,12 +271,12 @@ def probe(context: Context) -> Capabilities:
     has_memory = memory != ffi.NULL
     lump = model.is_recurrent or model.is_hybrid
     unified = bool(context.params["kv_unified"])
-    rotates = model.is_recurrent or _can_rotate(model, context.params["type_k"])
+    shifts = has_memory and not lump and bool(lib.llama_memory_can_shift(memory))
     return Capabilities(
         has_memory=has_memory,
         partial_removal=has_memory and not lump and model.architecture not in _WHOLE_COPIES,
         max_rollback=context.n_rs_seq,
-        can_shift=has_memory and bool(lib.llama_memory_can_shift(memory)) and rotates,
+        can_shift=shifts and _can_rotate(model, context.params["type_k"]),
         unified=unified,
         prefix_copy=has_memory and unified and not lump and model.architecture not in _WHOLE_COPIES,
         recurrent=model.is_recurrent,

@@ -104,13 +104,8 @@ class Model:
         with progress_callback(progress) as (callback, user_data, failure):
             native.progress_callback = callback
             native.progress_callback_user_data = user_data
-            if splits:
-                names = [ffi.new("char[]", file) for file in files]
-                ptr = lib.llama_model_load_from_splits(
-                    ffi.new("const char *[]", names), len(names), native
-                )
-            else:
-                ptr = lib.llama_model_load_from_file(files[0], native)
+            names = [ffi.new("char[]", file) for file in files]
+            ptr = lib.plb_model_load(ffi.new("const char *[]", names), len(names), native)
         log = _log.errors()
         if ptr == ffi.NULL:
             if failure:

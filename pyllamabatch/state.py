@@ -71,7 +71,7 @@ def restore(context: Context, seq_id: int, data: bytes) -> TokenArray:
         raise UnsupportedOperation("the model keeps nothing between batches")
     _log.mark()
     source = ffi.from_buffer("uint8_t[]", body)
-    if lib.llama_state_seq_set_data(context.ptr, source, len(body), seq) != len(body):
+    if lib.plb_state_seq_set(context.ptr, source, len(body), seq) != len(body):
         log = _log.errors()
         context.memory.seq_rm(seq)
         raise StateError(f"the state does not fit this context; sequence {seq} is empty now\n{log}")
