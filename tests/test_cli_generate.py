@@ -55,8 +55,13 @@ def read(path: Path) -> Rows:
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
-def command(*args: str | Path) -> list[str]:
-    return [sys.executable, "-m", "pyllamabatch", "generate", *map(str, args)]
+def command(*args: str | Path | int | float) -> list[str]:
+    """One thread: on a model this small, more of them mostly wait for each other."""
+    return [sys.executable, "-m", "pyllamabatch", "generate", "-t", "1", *map(str, args)]
+
+
+def in_process(*args: str | Path | int | float) -> int:
+    return main(["generate", "-t", "1", *map(str, args)])
 
 
 def greedy(model: Model, context: Context, prompt: np.ndarray) -> list[int]:
@@ -64,7 +69,7 @@ def greedy(model: Model, context: Context, prompt: np.ndarray) -> list[int]:
     context.memory.clear()
     batch = Batch(max(len(prompt), 1))
     tokens: list[int] = []
-    batch.extend(prompt, 0, 0, logits_last=True)
+    batch.extend(prompt, 0, 0, logits=True)
     pos = len(prompt)
     while True:
         context.decode(batch)
@@ -80,14 +85,14 @@ def greedy(model: Model, context: Context, prompt: np.ndarray) -> list[int]:
 def test_200_prompts_are_what_they_are_one_by_one(model: Model, tmp_path: Path) -> None:
     lines = make_lines(200)
     out = tmp_path / "out.jsonl"
-    status = main(
-        ["generate", "--prompts", str(write(tmp_path / "in.jsonl", lines)), "--out", str(out),
-         "--parallel", "16", "-n", str(N_TOKENS), "--temperature", "0", "--quiet"]
-    )  # fmt: skip
+    prompts = write(tmp_path / "in.jsonl", lines)
+    status = in_process(
+        "--prompts", prompts, "--out", out, "--parallel", 16, "-n", N_TOKENS, "--temperature", 0
+    )
     assert status == 0
     rows = read(out)
     assert [row["id"] for row in rows] == [line["id"] for line in lines]
-    with model.context(n_ctx=2048, n_batch=2048, n_seq_max=1) as context:
+    with model.context(n_ctx=2048, n_threads=1) as context:
         for line, row in zip(lines, rows, strict=True):
             text = model.vocab.apply_chat_template(line["messages"])
             prompt = model.vocab.tokenize(text, parse_special=True)
@@ -168,8 +173,8 @@ def test_bad_lines_are_reported_and_the_rest_goes_on(tmp_path: Path, capsys: Any
     ]
     prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     prompts.write_text("\n".join(lines))
-    args = ["generate", "--prompts", str(prompts), "--out", str(out), "-n", "8", "-c", "2048"]
-    assert main(args) == 1
+    args = ("--prompts", prompts, "--out", out, "-n", 8, "-c", 2048)
+    assert in_process(*args) == 1
     rows = {row["line"]: row for row in read(out)}
     assert list(rows) == [1, 2, 3, 4, 5, 6, 8, 9, 10, 11]
     bad = {line for line, row in rows.items() if row["finish_reason"] == "error"}
@@ -180,7 +185,7 @@ def test_bad_lines_are_reported_and_the_rest_goes_on(tmp_path: Path, capsys: Any
         assert (f"in.jsonl:{line}: id " in errors) == (line in bad)
         assert ("error" in row) == (line in bad)
     assert "comment" in errors
-    assert main(args) == 0, "error rows count as finished"
+    assert in_process(*args) == 0, "error rows count as finished"
 
 
 def test_standard_input_and_output() -> None:
@@ -233,9 +238,10 @@ def test_seeds_make_sampling_repeatable(tmp_path: Path) -> None:
     texts = []
     for name in ("one", "two"):
         out = tmp_path / name
-        args = ["generate", "--prompts", str(prompts), "--out", str(out), "-q", "--seed", "5"]
-        assert main([*args, "-n", "24", "--temperature", "3", "--top-k", "0", "--top-p", "1",
-                     "--min-p", "0", "--ignore-eog"]) == 0  # fmt: skip
+        assert in_process(
+            "--prompts", prompts, "--out", out, "-q", "--seed", 5, "-n", 24, "--ignore-eog",
+            "--temperature", 3, "--top-k", 0, "--top-p", 1, "--min-p", 0,
+        ) == 0  # fmt: skip
         texts.append([row["tokens"] for row in read(out)])
     assert texts[0] == texts[1]
     assert texts[0][0] != texts[0][1]

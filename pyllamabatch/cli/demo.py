@@ -59,15 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-p", "--prompts", type=at_least(1, 128), default=32, metavar="N", help="default 32"
     )
     parser.add_argument("--seed", type=int, default=0, help="other prompts")
-    parser.add_argument("-t", "--threads", type=at_least(1), metavar="N", help="CPU threads")
+    parser.add_argument(
+        "-t", "--threads", type=at_least(1), default=1, metavar="N",
+        help="CPU threads, default 1: on a model this small, threads mostly wait for each other",
+    )  # fmt: skip
     parser.add_argument("--plain", action="store_true", help="plain lines, also on a terminal")
 
 
 def run(args: argparse.Namespace) -> int:
     tasks = pick(args.prompts, args.seed)
-    settings: dict[str, Any] = {}
-    if args.threads is not None:
-        settings = {"n_threads": args.threads, "n_threads_batch": args.threads}
+    settings = {"n_threads": args.threads, "n_threads_batch": args.threads}
     with Model.default() as model:
         prompts = [chat(model.vocab, task.prompt) for task in tasks]
         params = [greedy(model.vocab, task.answer) for task in tasks]
