@@ -24,7 +24,7 @@ struct failure {
 constexpr size_t TEXT_BYTES = 512;
 
 // Throws `failure` with PLB_E_GRAMMAR for what libllama would refuse, print about, or hang on.
-void check_grammar(const char * text);
+void check_grammar(const llama_vocab * vocab, const char * text);
 
 // What sampling needs of the engine; one per sampling thread.
 struct scratch {

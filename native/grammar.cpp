@@ -40,7 +40,7 @@ bool is_digit(char c) {
 // The same language, and the same synthetic rules for groups and repetitions, as libllama's parser.
 class parser {
 public:
-    explicit parser(const char * text) : text(text), pos(text) {}
+    parser(const llama_vocab * vocab, const char * text) : vocab(vocab), text(text), pos(text) {}
 
     std::vector<rule_t>      rules;
     std::vector<std::string> names; // of each rule; a synthetic one has its parent's
@@ -62,6 +62,7 @@ public:
     }
 
 private:
+    const llama_vocab * vocab;
     const char * text;
     const char * pos;
     std::vector<bool> defined;
@@ -138,9 +139,11 @@ private:
             fail(pos, "unexpected end");
         }
         if (*pos != '\\') {
-            do {
+            const unsigned char lead = (unsigned char) *pos++;
+            const int rest = lead >= 0xF0 ? 3 : lead >= 0xE0 ? 2 : lead >= 0xC0 ? 1 : 0;
+            for (int i = 0; i < rest && *pos; ++i) {
                 ++pos;
-            } while (((unsigned char) *pos & 0xC0) == 0x80); // the rest of a UTF-8 character
+            }
             return;
         }
         const char * start = pos++;
@@ -300,6 +303,10 @@ private:
         const size_t length = strcspn(pos, ">");
         if (pos[length] == '\0') {
             fail(start, "expected '>'");
+        }
+        llama_token tokens[2];
+        if (llama_tokenize(vocab, pos, (int32_t) length + 1, tokens, 2, false, true) != 1) {
+            fail(start, "this is not one token of the vocabulary");
         }
         pos += length + 1;
     }
@@ -540,8 +547,8 @@ void check_growth(const parser & grammar) {
 
 } // namespace
 
-void check_grammar(const char * text) {
-    parser grammar(text);
+void check_grammar(const llama_vocab * vocab, const char * text) {
+    parser grammar(vocab, text);
     grammar.parse();
     check_search(grammar);
     check_growth(grammar);

@@ -295,7 +295,7 @@ std::unique_ptr<plb_slot> make_slot(const vocabulary & words, const plb_sampling
         if (llama_vocab_type(words.vocab) == LLAMA_VOCAB_TYPE_NONE) {
             throw failure{PLB_E_GRAMMAR, "the model has no vocabulary to apply a grammar to"};
         }
-        check_grammar(sampling.grammar);
+        check_grammar(words.vocab, sampling.grammar);
         slot->grammar.reset(llama_sampler_init_grammar(words.vocab, sampling.grammar, "root"));
         if (!slot->grammar) {
             throw failure{PLB_E_GRAMMAR, "libllama does not accept this grammar: see its log"};

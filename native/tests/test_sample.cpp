@@ -1,0 +1,262 @@
+// Sampling one row: the same tokens as libllama's own chain, bad logits, log-probabilities, and no
+// allocation.
+#include "check.hpp"
+#include "engine.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <new>
+#include <random>
+
+#if defined(__GNUC__)
+#define NOINLINE __attribute__((noinline)) // inlined, malloc behind new draws a warning
+#else
+#define NOINLINE
+#endif
+
+static std::atomic<long> n_allocations{0};
+
+// Counts what the process allocates, libllama included where its symbols are shared.
+NOINLINE void * operator new(size_t size) {
+    ++n_allocations;
+    if (void * p = malloc(size ? size : 1)) {
+        return p;
+    }
+    throw std::bad_alloc();
+}
+NOINLINE void operator delete(void * p) noexcept { free(p); }
+NOINLINE void operator delete(void * p, size_t) noexcept { free(p); }
+
+namespace {
+
+struct sampler_test {
+    plb::vocabulary words;
+    plb::scratch    scratch;
+    std::mt19937    random{1};
+
+    sampler_test(const llama_model * model) {
+        words.vocab   = llama_model_get_vocab(model);
+        words.n_vocab = llama_vocab_n_tokens(words.vocab);
+        words.n_ctx   = 1024;
+        words.eog     = {llama_vocab_eos(words.vocab)};
+        scratch.candidates.resize(words.n_vocab);
+    }
+
+    std::vector<float> row(float scale) {
+        std::normal_distribution<float> draw(0, scale);
+        std::vector<float> logits(words.n_vocab);
+        std::generate(logits.begin(), logits.end(), [&] { return draw(random); });
+        return logits;
+    }
+
+    plb_result sample(plb_slot & slot, const std::vector<float> & logits,
+                      llama_token * top = nullptr, float * logprob = nullptr) {
+        plb_result result = {};
+        plb::sample_row(words, scratch, slot, logits.data(), result, top, logprob);
+        return result;
+    }
+};
+
+// libllama's chain in llama.cpp's order, built here from its public calls only.
+plb::sampler_ptr reference(const plb_sampling & p, const llama_vocab * vocab) {
+    llama_sampler * chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
+    const int32_t n_vocab = llama_vocab_n_tokens(vocab);
+    llama_sampler_chain_add(
+        chain, llama_sampler_init_logit_bias(n_vocab, p.n_logit_bias, p.logit_bias));
+    llama_sampler_chain_add(chain, llama_sampler_init_penalties(
+        n_vocab, p.penalty_last_n, p.repeat_penalty, p.frequency_penalty, p.presence_penalty));
+    llama_sampler_chain_add(chain, llama_sampler_init_top_n_sigma(-1));
+    llama_sampler_chain_add(chain, llama_sampler_init_top_k(p.top_k));
+    llama_sampler_chain_add(chain, llama_sampler_init_typical(p.typical_p, 0));
+    llama_sampler_chain_add(chain, llama_sampler_init_top_p(p.top_p, 0));
+    llama_sampler_chain_add(chain, llama_sampler_init_min_p(p.min_p, 0));
+    llama_sampler_chain_add(chain, llama_sampler_init_temp_ext(p.temperature, 0, 1));
+    llama_sampler_chain_add(chain, llama_sampler_init_dist(p.seed));
+    return plb::sampler_ptr(chain);
+}
+
+llama_token reference_token(llama_sampler * chain, const std::vector<float> & logits) {
+    std::vector<llama_token_data> data;
+    for (size_t i = 0; i < logits.size(); ++i) {
+        data.push_back({(llama_token) i, logits[i], 0});
+    }
+    llama_token_data_array array = {data.data(), data.size(), -1, false};
+    llama_sampler_apply(chain, &array);
+    CHECK(array.selected >= 0);
+    const llama_token token = array.data[array.selected].id;
+    llama_sampler_accept(chain, token);
+    return token;
+}
+
+void same_as_chain(sampler_test & t) {
+    const llama_logit_bias biases[] = {{7, 3.5f}, {11, -INFINITY}};
+    const std::vector<llama_token> prompt = {3, 4, 5, 4, 3, 9, 9, 9};
+    int n_compared = 0;
+    for (int variant = 0; variant < 64; ++variant) {
+        plb_sampling p = plb_sampling_default();
+        p.max_tokens  = 1000;
+        p.seed        = 100 + (uint32_t) variant;
+        p.temperature = variant % 5 == 0 ? 0 : 0.5f + 0.1f * (float) (variant % 7);
+        p.top_k       = (variant & 1) ? 20 : 0;
+        p.top_p       = (variant & 2) ? 0.9f : 1;
+        p.min_p       = (variant & 4) ? 0.05f : 0;
+        p.typical_p   = variant % 16 == 9 && p.temperature > 0 ? 0.9f : 1;
+        if (variant & 8) {
+            p.repeat_penalty    = 1.3f;
+            p.frequency_penalty = 0.2f;
+            p.presence_penalty  = 0.1f;
+            p.penalty_last_n    = 5;
+        }
+        if (variant & 16) {
+            p.n_logit_bias = 2;
+            p.logit_bias   = biases;
+        }
+        auto slot = plb::make_slot(t.words, p, 0, prompt.data(), (int32_t) prompt.size());
+        auto chain = reference(p, t.words.vocab);
+        for (const llama_token token : prompt) {
+            llama_sampler_accept(chain.get(), token);
+        }
+        for (int step = 0; step < 40; ++step) {
+            const auto logits = t.row(step % 2 ? 4.0f : 1.0f);
+            const plb_result result = t.sample(*slot, logits);
+            CHECK_EQ(result.error, 0);
+            CHECK_EQ(result.token, reference_token(chain.get(), logits));
+            ++n_compared;
+            if (result.finish == PLB_FINISH_EOG) {
+                break;
+            }
+        }
+    }
+    CHECK(n_compared > 1000);
+}
+
+void bad_logits(sampler_test & t) {
+    for (const float bad : {NAN, -NAN, INFINITY}) {
+        for (const size_t at : {(size_t) 0, (size_t) 17, (size_t) t.words.n_vocab - 1}) {
+            plb_sampling p = plb_sampling_default();
+            auto slot = plb::make_slot(t.words, p, 0, nullptr, 0);
+            auto logits = t.row(1);
+            logits[at] = bad;
+            const plb_result result = t.sample(*slot, logits);
+            CHECK_EQ(result.error, PLB_E_LOGITS);
+            CHECK_EQ(result.finish, PLB_FINISH_ERROR);
+            CHECK_EQ(result.token, -1);
+            CHECK(!slot->active());
+        }
+    }
+    plb_sampling p = plb_sampling_default();
+    auto slot = plb::make_slot(t.words, p, 0, nullptr, 0);
+    CHECK_EQ(t.sample(*slot, std::vector<float>(t.words.n_vocab, -INFINITY)).error, PLB_E_LOGITS);
+    slot = plb::make_slot(t.words, p, 0, nullptr, 0);
+    plb_result result = {};
+    plb::sample_row(t.words, t.scratch, *slot, nullptr, result, nullptr, nullptr);
+    CHECK_EQ(result.error, PLB_E_LOGITS);
+
+    // all but one at -inf is fine
+    slot = plb::make_slot(t.words, p, 0, nullptr, 0);
+    std::vector<float> one(t.words.n_vocab, -INFINITY);
+    one[42] = -1e30f;
+    CHECK_EQ(t.sample(*slot, one).token, 42);
+}
+
+void log_probabilities(sampler_test & t) {
+    plb_sampling p = plb_sampling_default();
+    p.n_logprobs = 5;
+    p.temperature = 0;
+    const llama_logit_bias bias = {9, 50.0f}; // chosen for its bias, reported without it
+    p.n_logit_bias = 1;
+    p.logit_bias   = &bias;
+    auto slot = plb::make_slot(t.words, p, 5, nullptr, 0);
+    auto logits = t.row(4);
+    logits[3] = logits[20] = 30; // a tie: the smaller id first
+    logits[5] = -INFINITY;
+    llama_token top[5];
+    float       logprob[5];
+    const plb_result result = t.sample(*slot, logits, top, logprob);
+    CHECK_EQ(result.token, 9);
+    CHECK_EQ(result.n_top, 5);
+    CHECK_EQ(top[0], 3);
+    CHECK_EQ(top[1], 20);
+    double sum = 0;
+    for (const float x : logits) {
+        sum += std::exp((double) x);
+    }
+    CHECK(std::fabs(result.logprob - (logits[9] - std::log(sum))) < 1e-5);
+    for (int i = 0; i < 5; ++i) {
+        CHECK(std::fabs(logprob[i] - (logits[top[i]] - std::log(sum))) < 1e-5);
+        CHECK(i == 0 || logprob[i - 1] >= logprob[i]);
+    }
+}
+
+void endings(sampler_test & t) {
+    const llama_token eos = t.words.eog[0];
+    std::vector<float> logits(t.words.n_vocab, 0);
+    logits[eos] = 10;
+    logits[6]   = 8;
+    logits[7]   = 6;
+    const llama_token stop = 6;
+    plb_sampling p = plb_sampling_default();
+    p.temperature   = 0;
+    p.max_tokens    = 4;
+    p.n_stop_tokens = 1;
+    p.stop_tokens   = &stop;
+
+    auto slot = plb::make_slot(t.words, p, 0, nullptr, 0);
+    plb_result result = t.sample(*slot, logits);
+    CHECK_EQ(result.token, eos);
+    CHECK_EQ(result.finish, PLB_FINISH_EOG);
+
+    p.ignore_eog = 1;
+    slot = plb::make_slot(t.words, p, 0, nullptr, 0);
+    result = t.sample(*slot, logits);
+    CHECK_EQ(result.token, stop);
+    CHECK_EQ(result.finish, PLB_FINISH_STOP);
+
+    p.min_tokens = 2;
+    slot = plb::make_slot(t.words, p, 0, nullptr, 0);
+    CHECK_EQ(t.sample(*slot, logits).token, 7);
+    CHECK_EQ(t.sample(*slot, logits).token, 7);
+    CHECK_EQ(t.sample(*slot, logits).token, stop);
+
+    p.n_stop_tokens = 0;
+    slot = plb::make_slot(t.words, p, 0, nullptr, 0);
+    for (int i = 0; i < 4; ++i) {
+        result = t.sample(*slot, logits);
+        CHECK_EQ(result.finish, i == 3 ? PLB_FINISH_LENGTH : PLB_FINISH_NONE);
+        CHECK_EQ(result.index, i);
+    }
+}
+
+void no_allocation(sampler_test & t) {
+    for (const float temperature : {0.0f, 0.8f}) {
+        plb_sampling p = plb_sampling_default();
+        p.max_tokens  = 1000;
+        p.temperature = temperature;
+        p.ignore_eog  = 1;
+        p.n_logprobs  = 3;
+        auto slot = plb::make_slot(t.words, p, 3, nullptr, 0);
+        const auto logits = t.row(4);
+        llama_token top[3];
+        float       logprob[3];
+        t.sample(*slot, logits, top, logprob);
+        const long before = n_allocations;
+        for (int i = 0; i < 100; ++i) {
+            CHECK_EQ(t.sample(*slot, logits, top, logprob).error, 0);
+        }
+        CHECK_EQ(n_allocations - before, 0);
+    }
+}
+
+} // namespace
+
+int main(int argc, char ** argv) {
+    fixture f(model_path(argc, argv), 64, 1, plb_engine_default_params());
+    sampler_test t(f.model);
+    same_as_chain(t);
+    bad_logits(t);
+    log_probabilities(t);
+    endings(t);
+    no_allocation(t);
+    return 0;
+}
