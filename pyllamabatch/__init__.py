@@ -13,20 +13,28 @@ if TYPE_CHECKING:
     from pyllamabatch.adapter import LoraAdapter
     from pyllamabatch.batch import Batch
     from pyllamabatch.context import Context
+    from pyllamabatch.engine import Engine
     from pyllamabatch.errors import PyllamabatchError
     from pyllamabatch.memory import Capabilities, Memory
     from pyllamabatch.model import Model
+    from pyllamabatch.sampling import SamplingParams
+    from pyllamabatch.stream import Result, Stream, Token
     from pyllamabatch.vocab import PieceDecoder, Vocab
 
 _HOME = {
     "Batch": "batch",
     "Capabilities": "memory",
     "Context": "context",
+    "Engine": "engine",
     "LoraAdapter": "adapter",
     "Memory": "memory",
     "Model": "model",
     "PieceDecoder": "vocab",
     "PyllamabatchError": "errors",
+    "Result": "stream",
+    "SamplingParams": "sampling",
+    "Stream": "stream",
+    "Token": "stream",
     "Vocab": "vocab",
 }
 
@@ -34,11 +42,16 @@ __all__ = [
     "Batch",
     "Capabilities",
     "Context",
+    "Engine",
     "LoraAdapter",
     "Memory",
     "Model",
     "PieceDecoder",
     "PyllamabatchError",
+    "Result",
+    "SamplingParams",
+    "Stream",
+    "Token",
     "Vocab",
     "__version__",
 ]

@@ -1,0 +1,299 @@
+"""Engine: many requests at once on one shared context."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ._limits import max_position
+from ._structs import integer
+from .context import Context
+from .decoder import Decoder, Request
+from .errors import ArgumentError, UnsupportedOperation
+from .model import Model
+from .sampling import SamplingParams
+from .scheduler import Limits, Policy, Scheduler
+from .stepper import Stepper
+from .stream import Result, Stream
+from .text import Pieces
+
+Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]]
+
+N_CTX_AT_LEAST = 16384  # of the default n_ctx, for models that were trained with less
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What an engine has done, at one moment between two steps.
+
+    `submitted` = `waiting` + `running` + the sum of `finished` (by finish reason). `rows` =
+    `decode_rows` + `prefill_rows`; `recomputed_rows`: prefill rows that had been computed before a
+    preemption. `tokens`: sampled, those that end a text included. `kv_used` of `kv_total` cells.
+    """
+
+    submitted: int
+    waiting: int
+    running: int
+    finished: dict[str, int]
+    steps: int
+    rows: int
+    decode_rows: int
+    prefill_rows: int
+    recomputed_rows: int
+    tokens: int
+    admissions: int
+    preemptions: int
+    kv_used: int
+    kv_total: int
+
+
+class Engine:
+    """Runs requests together on one context of `model`, in a thread of its own.
+
+        with Engine(model, n_seq_max=8) as engine:
+            stream = engine.submit("Once upon a time", SamplingParams(max_tokens=50))
+            for token in stream: print(token.text, end="")
+            results = engine.generate(["one", "two", "three"])
+
+    - n_seq_max: requests that run at once; others wait in line.
+    - n_ctx: KV cells of all of them together; 0 chooses: what the model was trained with, and for
+      small models up to 16384, but no more than `n_seq_max` requests can fill. The value that
+      libllama made of it is `engine.n_ctx`.
+    - n_batch: rows of a step at most; n_ubatch: rows that the device computes at once, and by
+      default the rows of a step while somebody waits for its next token.
+    - policy: who runs when, see `pyllamabatch.scheduler`; default `fcfs()`. One policy object
+      serves one engine.
+    - n_logprobs_max: the largest `SamplingParams.logprobs` that a request may ask for.
+    - context_params: any other parameter of `Context`. kv_unified=False gives every sequence
+      n_ctx / n_seq_max cells of its own.
+
+    A request's tokens do not depend on its neighbours. One that fails ends alone.
+    Raises UnsupportedOperation for models with an encoder and for embedding models.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        n_seq_max: int = 16,
+        n_ctx: int = 0,
+        n_batch: int = 2048,
+        n_ubatch: int = 512,
+        policy: Policy | None = None,
+        n_logprobs_max: int = 20,
+        **context_params: Any,
+    ) -> None:
+        if model.has_encoder or not model.has_decoder:
+            raise UnsupportedOperation(
+                f"the engine runs decoder-only models, {model.architecture} has an encoder"
+            )
+        for name in ("embeddings", "n_outputs_max"):
+            if context_params.get(name):
+                raise ArgumentError(name, context_params[name], "the engine sets it itself")
+        n_seq_max = integer("n_seq_max", n_seq_max, 1, 256)
+        if n_ctx == 0:
+            n_ctx = min(model.n_ctx_train * n_seq_max, max(model.n_ctx_train, N_CTX_AT_LEAST))
+        context_params.setdefault("kv_unified", True)
+        context = Context(
+            model,
+            n_ctx=n_ctx,
+            n_batch=n_batch,
+            n_ubatch=n_ubatch,
+            n_seq_max=n_seq_max,
+            n_outputs_max=n_seq_max,
+            **context_params,
+        )
+        try:
+            if not context.capabilities.has_memory or not context.capabilities.causal:
+                raise UnsupportedOperation(f"{model.architecture} does not generate token by token")
+            self.limits = limits_of(context)
+            scheduler = Scheduler(self.limits, policy)
+            stepper = Stepper(context, n_logprobs_max=n_logprobs_max)
+        except BaseException:
+            context.close()
+            raise
+        self.model = model
+        self.n_ctx: int = context.n_ctx
+        self.n_batch: int = context.n_batch
+        self.n_ubatch: int = context.n_ubatch
+        self.n_seq_max: int = context.n_seq_max
+        self.capabilities = context.capabilities
+        self._vocab = model.vocab
+        self._stepper = stepper
+        self._ids = itertools.count(1)
+
+        def close() -> None:
+            stepper.close()
+            context.close()
+
+        self._decoder = Decoder(scheduler, stepper, context.memory, Pieces(_piece_of(model)), close)
+        # Also when the engine is forgotten, and before the interpreter exits.
+        self._finalizer = weakref.finalize(self, self._decoder.close, wait=False, timeout=None)
+        self._decoder.start()
+
+    # -- requests
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        add_special: bool = True,
+        parse_special: bool = False,
+    ) -> Stream:
+        """Add a request and return at once.
+
+        `prompt`: text, or token ids as they are. `add_special`, `parse_special`: see
+        `Vocab.tokenize`; a prompt from a chat template needs `parse_special=True`.
+
+        Raises before anything has started: ArgumentError for an empty prompt, tokens that are not
+        in the vocabulary and parameters that do not suit the model, RequestTooLong when prompt and
+        max_tokens can never fit, GrammarError, TokenizeError, EngineClosed.
+        """
+        with self._decoder.visit():
+            request = self._request(prompt, params, add_special, parse_special)
+            self._decoder.submit([request])
+        return request.stream
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_special: bool = True,
+        parse_special: bool = False,
+    ) -> list[Result]:
+        """Run all prompts together and wait for them: the results in the same order.
+
+        `params`: one for all, or one each. A prompt that `submit` would refuse raises, and nothing
+        is started. One that fails later has `finish_reason` "error" and an `error`.
+        """
+        if isinstance(prompts, str):
+            raise ArgumentError("prompts", prompts, "must be a list of prompts")
+        each = [params] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(prompts):
+            raise ArgumentError("params", f"{len(each)} of them", f"{len(prompts)}, one per prompt")
+        with self._decoder.visit():
+            requests = [
+                self._request(prompt, param, add_special, parse_special)
+                for prompt, param in zip(prompts, each, strict=True)
+            ]
+            self._decoder.submit(requests)
+        streams = [request.stream for request in requests]
+        try:
+            return [stream.wait() for stream in streams]
+        except BaseException:  # interrupted: nobody wants them any more
+            for stream in streams:
+                stream.cancel()
+            raise
+
+    def _request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        add_special: bool,
+        parse_special: bool,
+    ) -> Request:
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise ArgumentError("params", params, "must be SamplingParams")
+        if isinstance(prompt, str):
+            tokens = self._vocab.tokenize(
+                prompt, add_special=add_special, parse_special=parse_special
+            )
+        else:
+            tokens = self._vocab.check_tokens(prompt, "prompt").copy()
+        if len(tokens) == 0:
+            raise ArgumentError("prompt", prompt, "has no tokens")
+        if params.stop and self._vocab.type == "none":
+            raise ArgumentError("stop", params.stop, "the model has no text: use stop_token_ids")
+        self._decoder.scheduler.check_fits(len(tokens), params.max_tokens)
+        sampler = self._stepper.make_slot(params, tokens)
+        stream = Stream(
+            next(self._ids),
+            len(tokens),
+            stops=params.stop,
+            logprobs=params.logprobs,
+            cancel=self._decoder.cancel,
+            keep=self,
+        )
+        return Request(tokens, params, stream, sampler)
+
+    # -- the engine itself
+
+    def stats(self) -> EngineStats:
+        decoder = self._decoder
+        with decoder.state:
+            scheduler = decoder.scheduler
+            counters = scheduler.counters
+            n_mail = decoder.n_mail
+            return EngineStats(
+                submitted=decoder.n_submitted,
+                waiting=scheduler.n_waiting + n_mail,
+                running=scheduler.n_running,
+                finished=decoder.finished.copy(),
+                steps=counters.steps,
+                rows=counters.rows,
+                decode_rows=counters.decode_rows,
+                prefill_rows=counters.prefill_rows,
+                recomputed_rows=counters.recomputed_rows,
+                tokens=counters.tokens,
+                admissions=counters.admissions,
+                preemptions=counters.preemptions,
+                kv_used=scheduler.ledger.used,
+                kv_total=scheduler.limits.n_cells,
+            )
+
+    @property
+    def closed(self) -> bool:
+        """No more requests are taken; those that are open may still be running."""
+        return self._decoder.closed
+
+    def close(self, *, wait: bool = True, timeout: float | None = None) -> None:
+        """Free the context. Open requests are finished first (for `timeout` seconds at most, then
+        cancelled), or with wait=False cancelled at once, which takes no longer than one step.
+        Closing twice is fine."""
+        self._decoder.close(wait=wait, timeout=timeout)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close(wait=error is None)
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.n_seq_max} sequences, {self.n_ctx} cells"
+        return f"<Engine {state}>"
+
+
+def limits_of(context: Context) -> Limits:
+    """What a step on this context may not exceed."""
+    can = context.capabilities
+    n_cells_seq = min(context.n_ctx_seq, max_position(context.model) + 1)
+    # A recurrent state has one size, however long the text: nobody takes cells from a neighbour.
+    unified = can.unified and not can.recurrent
+    return Limits(
+        n_batch=context.n_batch,
+        n_ubatch=context.n_ubatch,
+        n_seq_max=context.n_seq_max,
+        n_cells=context.n_ctx if unified else n_cells_seq * context.n_seq_max,
+        n_cells_seq=n_cells_seq,
+        unified=unified,
+    )
+
+
+def _piece_of(model: Model) -> Any:
+    vocab = model.vocab
+    return (lambda token: b"") if vocab.type == "none" else vocab.token_to_piece

@@ -1,0 +1,107 @@
+"""Pieces of tokens to text that may be shown: whole characters, and nothing of a stop string."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Sequence
+
+
+class Pieces(dict[int, bytes]):
+    """The bytes of each token, looked up once per engine."""
+
+    def __init__(self, piece: Callable[[int], bytes]) -> None:
+        super().__init__()
+        self._piece = piece
+
+    def __missing__(self, token: int) -> bytes:
+        piece = self[token] = self._piece(token)
+        return piece
+
+
+class TextFeed:
+    """Takes pieces one by one and says how many tokens' text is decided.
+
+    A token's text is decided once it ends on a whole UTF-8 character and no stop string can begin
+    in it any more. `parts[i]` is the text of token i: a character whose bytes come from several
+    tokens belongs to the last of them, bytes that are not UTF-8 become U+FFFD. The text ends
+    before the stop string that is complete first (of several complete at the same place, the one
+    that began first); how the text was cut into tokens makes no difference.
+    """
+
+    __slots__ = ("_decode", "_held", "_state", "_stops", "n_decided", "parts", "stop")
+
+    def __init__(self, stops: Sequence[str] = ()) -> None:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decode = decoder.decode
+        self._state = decoder.getstate
+        self._stops = tuple(stops)
+        self._held = ""  # the end of the text, in which a stop string may have begun
+        self.parts: list[str] = []
+        self.n_decided = 0
+        self.stop: str | None = None
+
+    def feed(self, piece: bytes) -> bool:
+        """The next token's piece; True when a stop string is complete, which ends the text."""
+        part = self._decode(piece)
+        self.parts.append(part)
+        if self._stops and part:
+            self._held += part
+            if self._find_stop():
+                return True
+            self._held = self._held[len(self._held) - self._n_undecided() :]
+        if not self._state()[0]:
+            self._decide()
+        return False
+
+    def finish(self) -> None:
+        """No more tokens: what was held back is text after all."""
+        if self.stop is None and (rest := self._decode(b"", True)):
+            self.parts[-1] += rest
+        self.n_decided = len(self.parts)
+
+    @property
+    def text(self) -> str:
+        """All text that is decided."""
+        return "".join(self.parts[: self.n_decided])
+
+    def _find_stop(self) -> bool:
+        best: tuple[int, int, str] | None = None
+        for stop in self._stops:
+            start = self._held.find(stop)
+            if start >= 0 and (best is None or (start + len(stop), start) < best[:2]):
+                best = (start + len(stop), start, stop)
+        if best is None:
+            return False
+        _, start, self.stop = best
+        self._cut(len(self._held) - start)
+        self.n_decided = len(self.parts)
+        return True
+
+    def _cut(self, n: int) -> None:
+        """Take the last `n` characters away; none of them has been decided."""
+        parts = self.parts
+        i = len(parts) - 1
+        while n > 0:
+            part = parts[i]
+            parts[i] = part[: max(0, len(part) - n)]
+            n -= len(part)
+            i -= 1
+
+    def _n_undecided(self) -> int:
+        """Length of the longest end of the text that a stop string begins with."""
+        held = self._held
+        longest = 0
+        for stop in self._stops:
+            for n in range(min(len(stop) - 1, len(held)), longest, -1):
+                if held.endswith(stop[:n]):
+                    longest = n
+                    break
+        return longest
+
+    def _decide(self) -> None:
+        """Every token before the held end of the text is decided."""
+        n, end = len(self._held), len(self.parts)
+        while n > 0:
+            end -= 1
+            n -= len(self.parts[end])
+        self.n_decided = end
