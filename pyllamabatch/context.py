@@ -200,6 +200,7 @@ class Context:
         if code != 0:
             raise decode_error(code, _log.errors())
         n = batch.n_tokens
+        self.memory.decoded(batch.seq_id[:n, 0])
         every = encoder or self.params["embeddings"]
         self._outputs = np.ones(n, np.int8) if every else batch.logits[:n].copy()
 

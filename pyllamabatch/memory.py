@@ -5,7 +5,7 @@ kind of memory; here each such case is an exception before the call. The rules, 
 
 - sequence ids are 0..n_seq_max-1; positions are >= 0;
 - a recurrent state is one lump for all positions: it can be removed or copied whole, or rolled
-  back by up to `n_rs_seq` tokens, nothing else;
+  back by up to `n_rs_seq` tokens of its last decode (not the first of them), nothing else;
 - a sliding window forgets: what is left after a removal or a partial copy must still hold the
   window that the next token looks at;
 - with one stream per sequence (`kv_unified=False`) a copy takes a whole sequence into an empty
@@ -19,6 +19,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from pyllamabatch._structs import integer
 from pyllamabatch.errors import ArgumentError, UnsupportedOperation
@@ -42,7 +45,8 @@ class Capabilities:
     partial_removal: bool
     """`seq_rm` of a part of a sequence (`max_rollback` may still allow the last tokens)."""
     max_rollback: int
-    """Tokens that can be removed at the end of a recurrent or hybrid sequence."""
+    """Tokens that can be removed at the end of a recurrent or hybrid sequence: at most these, and
+    fewer than the sequence had rows in its last decode."""
     can_shift: bool
     """`seq_add` and `seq_div`."""
     unified: bool
@@ -64,6 +68,7 @@ class Memory:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._stale: set[int] = set()  # shifted or copied; applied by the next decode
+        self._snapshots: dict[int, int] = {}  # see decoded()
 
     @property
     def ptr(self) -> Any:
@@ -91,6 +96,7 @@ class Memory:
         with self._context.exclusive():
             lib.llama_memory_clear(self.ptr, data)
             self._stale.clear()
+            self._snapshots.clear()
 
     def seq_rm(self, seq_id: int, p0: int = -1, p1: int = -1) -> None:
         """Remove [p0, p1) of a sequence, -1 for every sequence.
@@ -115,6 +121,7 @@ class Memory:
                     raise UnsupportedOperation(
                         f"libllama refuses to remove [{p0}, {p1}) of sequence {seq}"
                     )
+                self._snapshots.pop(seq, None)
                 if whole:
                     self._stale.discard(seq)
 
@@ -201,9 +208,20 @@ class Memory:
         """A decode went through: shifts and copies are done. For whoever calls libllama raw."""
         self._stale.clear()
 
+    def decoded(self, seq_ids: npt.NDArray[np.int32]) -> None:
+        """These rows were decoded: notes how far each sequence can be rolled back.
+
+        A decode writes a state for its own rows only, and libllama does not remember how many of
+        its `n_rs_seq` snapshots are of this past: it would take an old one and go on from there.
+        """
+        if self._context.capabilities.max_rollback:
+            seqs, rows = np.unique(seq_ids, return_counts=True)
+            self._snapshots.update(zip(seqs.tolist(), (rows - 1).tolist(), strict=True))
+
     def restored(self, seq_id: int) -> None:
         """A saved state took the place of a sequence."""
         self._stale.discard(seq_id)
+        self._snapshots.pop(seq_id, None)
 
     # -- the rules --
 
@@ -235,11 +253,13 @@ class Memory:
         can = self._context.capabilities
         last = self.pos_max(seq)
         if not can.partial_removal:
-            if p1 <= last or last - p0 + 1 > can.max_rollback:
+            back = min(can.max_rollback, self._snapshots.get(seq, 0))
+            if p1 <= last or last - p0 + 1 > back:
                 raise UnsupportedOperation(
                     f"can't remove [{p0}, {p1}) of sequence {seq} (0..{last}): its state goes "
-                    f"back at most {can.max_rollback} tokens (n_rs_seq); remove all of it with "
-                    "seq_rm and decode the tokens again, or restore a saved state"
+                    f"back at most {back} tokens now (n_rs_seq {can.max_rollback}, and less than "
+                    "its rows in the last decode); remove all of it with seq_rm and decode the "
+                    "tokens again, or restore a saved state"
                 )
         elif p1 > last:
             self._check_window(seq, p0, "trim")

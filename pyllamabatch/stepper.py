@@ -301,6 +301,8 @@ class Stepper:
                 context._outputs = None
                 if context.memory._stale:
                     context.memory.applied()
+                if context.capabilities.max_rollback:
+                    context.memory.decoded(self.rows.seq[:n_rows])
         finally:
             lock.release()
         return result

@@ -40,6 +40,7 @@ N_FF = 128
 N_CTX_TRAIN = 2048
 N_EXPERT, N_EXPERT_USED, N_FF_EXPERT = 8, 2, 64
 SSM_CONV, SSM_STATE, SSM_RANK, SSM_INNER = 4, 16, 4, 2 * N_EMBD
+CONV_CACHE = 4  # lfm2: tokens that a short convolution sees
 SLIDING_WINDOW = 24  # gemma3: prompts in tests must be longer for the window to matter
 ROPE_BASE = 10000.0
 LOGIT_STD = 4.0
@@ -52,12 +53,15 @@ CHAT_TEMPLATE = (
 )
 
 
+STATEFUL = ("mamba", "conv")  # layers that keep a state instead of cells
+
+
 @dataclass(frozen=True)
 class Architecture:
     """What sets one architecture apart: its layers and what its memory can do."""
 
     name: str  # the key `general.architecture`
-    layers: tuple[str, ...]  # "attention", "window" (sliding) or "mamba", in order
+    layers: tuple[str, ...]  # "attention", "window" (sliding), "mamba" or "conv", in order
     bias: bool = False  # biases on Q, K and V
     qk_norm: bool = False  # RMS norm of Q and K per head
     post_norm: bool = False  # norms after attention and after the feed-forward
@@ -68,12 +72,12 @@ class Architecture:
     @property
     def recurrent(self) -> bool:
         """No layer keeps KV cells."""
-        return all(layer == "mamba" for layer in self.layers)
+        return all(layer in STATEFUL for layer in self.layers)
 
     @property
     def hybrid(self) -> bool:
         """Some layers keep KV cells and some a recurrent state."""
-        return "mamba" in self.layers and not self.recurrent
+        return not self.recurrent and any(layer in STATEFUL for layer in self.layers)
 
     @property
     def window(self) -> int:
@@ -92,6 +96,8 @@ ARCHITECTURES = {
         Architecture("qwen3moe", ("attention",) * 3, qk_norm=True, experts=True),
         Architecture("mamba", ("mamba",) * 3, feed_forward=False),
         Architecture("jamba", ("mamba", "attention", "mamba", "attention"), dt_b_c_norm=True),
+        # a hybrid whose state can be rolled back (n_rs_seq), unlike the two before
+        Architecture("lfm2", ("conv", "attention", "conv", "attention"), qk_norm=True),
     )
 }
 """Every architecture the tests know, by its GGUF name."""
@@ -151,13 +157,14 @@ def tensors(arch: Architecture, seed: int) -> Iterator[tuple[str, FloatArray]]:
     for i, layer in enumerate(arch.layers):
         block = f"blk.{i}."
         yield block + "attn_norm.weight", w.around(1.0, N_EMBD)
-        inner = _mamba(arch, w) if layer == "mamba" else _attention(arch, w)
-        for name, value in inner:
+        write = {"mamba": _mamba, "conv": _conv}.get(layer, _attention)
+        for name, value in write(arch, w):
             yield block + name, value
         if arch.feed_forward:
             for name, value in _feed_forward(arch, w):
                 yield block + name, value
-    yield "output_norm.weight", w.around(1.0, N_EMBD)
+    final_norm = "token_embd_norm" if arch.name == "lfm2" else "output_norm"
+    yield final_norm + ".weight", w.around(1.0, N_EMBD)
     output = w.matrix(N_VOCAB, N_EMBD, gain=LOGIT_STD)
     output[: len(CONTROL_TOKENS)] = 0.0
     yield "output.weight", output
@@ -195,6 +202,12 @@ def _mamba(arch: Architecture, w: Weights) -> Iterator[tuple[str, FloatArray]]:
     yield "ssm_a", np.tile(-decay, (SSM_INNER, 1))
     yield "ssm_d", w.around(1.0, SSM_INNER)
     yield "ssm_out.weight", w.matrix(N_EMBD, SSM_INNER, gain=2.0)
+
+
+def _conv(arch: Architecture, w: Weights) -> Iterator[tuple[str, FloatArray]]:
+    yield "shortconv.conv.weight", w.matrix(N_EMBD, CONV_CACHE, gain=1.5)
+    yield "shortconv.in_proj.weight", w.matrix(3 * N_EMBD, N_EMBD, gain=1.5)
+    yield "shortconv.out_proj.weight", w.matrix(N_EMBD, N_EMBD, gain=1.5)
 
 
 def _feed_forward(arch: Architecture, w: Weights) -> Iterator[tuple[str, FloatArray]]:
@@ -247,7 +260,7 @@ def _write_hyperparameters(writer: gguf.GGUFWriter, arch: Architecture, file_typ
     writer.add_layer_norm_rms_eps(1e-5)
     if not arch.recurrent:
         writer.add_head_count(N_HEAD)
-        kv = [0 if layer == "mamba" else N_HEAD_KV for layer in arch.layers]
+        kv = [0 if layer in STATEFUL else N_HEAD_KV for layer in arch.layers]
         writer.add_head_count_kv(kv if arch.hybrid else N_HEAD_KV)
         writer.add_key_length(HEAD_DIM)
         writer.add_value_length(HEAD_DIM)
@@ -260,6 +273,8 @@ def _write_hyperparameters(writer: gguf.GGUFWriter, arch: Architecture, file_typ
         writer.add_ssm_inner_size(SSM_INNER)
         writer.add_ssm_state_size(SSM_STATE)
         writer.add_ssm_time_step_rank(SSM_RANK)
+    if "conv" in arch.layers:
+        writer.add_shortconv_l_cache(CONV_CACHE)
     if arch.window:
         writer.add_sliding_window(arch.window)
         writer.add_sliding_window_pattern([layer == "window" for layer in arch.layers])
@@ -292,7 +307,7 @@ _FILE_TYPES = {
     "q8_0": "MOSTLY_Q8_0",
     "q4_0": "MOSTLY_Q4_0",
 }
-_STAYS_F32 = ("norm", "bias", "ssm_a", "ssm_d", "conv1d", "ffn_gate_inp")
+_STAYS_F32 = ("norm", "bias", "ssm_a", "ssm_d", "conv1d", "shortconv.conv", "ffn_gate_inp")
 
 
 def _add_tensor(writer: gguf.GGUFWriter, name: str, value: FloatArray, file_type: str) -> None:
