@@ -3,12 +3,15 @@
 
 #include "plb.h"
 
+#include <cmath>
 #include <cstdio>
 #include <memory>
 #include <string>
 #include <vector>
 
 namespace plb {
+
+constexpr float NEVER = -INFINITY; // the logit of a token that may not be chosen
 
 struct sampler_free {
     void operator()(llama_sampler * sampler) const { llama_sampler_free(sampler); }
@@ -103,6 +106,9 @@ template <typename... Args>
 void set_text(char (&text)[TEXT_BYTES], const char * format, Args... args) noexcept {
     snprintf(text, TEXT_BYTES, format, args...);
 }
+
+// Sets the engine's text and the row that it speaks of; returns the code.
+int32_t fail(plb_engine & engine, int32_t code, int32_t row = -1) noexcept;
 
 // Runs body; whatever it throws becomes a code and a text.
 template <typename Body>

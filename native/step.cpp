@@ -7,6 +7,16 @@
 
 using namespace plb;
 
+int32_t plb::fail(plb_engine & engine, int32_t code, int32_t row) noexcept {
+    engine.info.bad_row = row;
+    if (row < 0) {
+        set_text(engine.error, "%s", plb_code_text(code));
+    } else {
+        set_text(engine.error, "row %d: %s", row, plb_code_text(code));
+    }
+    return code;
+}
+
 namespace {
 
 constexpr int32_t N_LOGPROBS_LIMIT = 1024;
@@ -15,16 +25,6 @@ constexpr int32_t ROW_FLAGS        = PLB_ROW_OUTPUT | PLB_ROW_SAMPLE;
 int64_t now_ns() {
     using namespace std::chrono;
     return duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count();
-}
-
-int32_t fail(plb_engine & engine, int32_t code, int32_t row = -1) {
-    engine.info.bad_row = row;
-    if (row < 0) {
-        set_text(engine.error, "%s", plb_code_text(code));
-    } else {
-        set_text(engine.error, "row %d: %s", row, plb_code_text(code));
-    }
-    return code;
 }
 
 void allocate(plb_engine & engine, int32_t n_rows, int32_t n_results, int32_t n_logprobs) {
@@ -182,40 +182,10 @@ int32_t run_step(plb_engine & engine, int32_t n_rows) {
     return PLB_OK;
 }
 
-bool valid_seq(const plb_engine & engine, int32_t seq) {
-    return seq >= 0 && seq < engine.views.n_seq_max;
-}
-
-// The slot of a sequence, or nullptr with the code and the text set.
-plb_slot * find_slot(plb_engine & engine, int32_t seq, int32_t & code) {
-    code = PLB_OK;
-    if (!valid_seq(engine, seq)) {
-        code = fail(engine, PLB_E_SEQ);
-    } else if (!engine.slots[seq]) {
-        code = fail(engine, PLB_E_NO_SLOT);
-    }
-    return code ? nullptr : engine.slots[seq].get();
-}
-
 } // namespace
 
 plb_engine_params plb_engine_default_params(void) {
     return {0, 20, 0, 0, 0};
-}
-
-plb_sampling plb_sampling_default(void) {
-    plb_sampling p = {};
-    p.max_tokens     = 128;
-    p.temperature    = 0.8f;
-    p.top_k          = 40;
-    p.top_p          = 0.95f;
-    p.min_p          = 0.05f;
-    p.typical_p      = 1;
-    p.repeat_penalty = 1;
-    p.penalty_last_n = 64;
-    p.seed           = LLAMA_DEFAULT_SEED;
-    p.n_logprobs     = -1;
-    return p;
 }
 
 int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, plb_engine ** out) {
@@ -283,127 +253,4 @@ int32_t plb_step(plb_engine * engine, int32_t n_rows) {
     engine->info.code       = run_step(*engine, n_rows);
     engine->info.n_reused   = llama_perf_context(engine->ctx).n_reused;
     return engine->info.code;
-}
-
-int32_t plb_slot_set(plb_engine * engine, int32_t seq, const plb_sampling * sampling,
-                     const llama_token * prompt, int32_t n_prompt) {
-    if (engine == nullptr || sampling == nullptr || n_prompt < 0 || (n_prompt > 0 && !prompt)) {
-        return PLB_E_ARGUMENT;
-    }
-    if (!valid_seq(*engine, seq)) {
-        return fail(*engine, PLB_E_SEQ);
-    }
-    return guarded(engine->error, [&] {
-        engine->slots[seq] = make_slot(engine->words, *sampling, engine->views.n_logprobs_max,
-                                       prompt, n_prompt);
-    });
-}
-
-int32_t plb_slot_new(const plb_engine * engine, const plb_sampling * sampling,
-                     const llama_token * prompt, int32_t n_prompt, plb_slot ** out,
-                     char * error, int32_t n_error) {
-    if (engine == nullptr || sampling == nullptr || out == nullptr || n_prompt < 0 ||
-        (n_prompt > 0 && prompt == nullptr)) {
-        return PLB_E_ARGUMENT;
-    }
-    *out = nullptr;
-    char text[TEXT_BYTES] = "";
-    const int32_t code = guarded(text, [&] {
-        *out = make_slot(engine->words, *sampling, engine->views.n_logprobs_max, prompt, n_prompt)
-                   .release();
-    });
-    if (error != nullptr && n_error > 0) {
-        snprintf(error, (size_t) n_error, "%s", text);
-    }
-    return code;
-}
-
-int32_t plb_slot_clear(plb_engine * engine, int32_t seq) {
-    if (engine == nullptr) {
-        return PLB_E_ARGUMENT;
-    }
-    if (!valid_seq(*engine, seq)) {
-        return fail(*engine, PLB_E_SEQ);
-    }
-    engine->slots[seq].reset();
-    return PLB_OK;
-}
-
-int32_t plb_slot_copy(plb_engine * engine, int32_t src, int32_t dst) {
-    if (engine == nullptr) {
-        return PLB_E_ARGUMENT;
-    }
-    if (!valid_seq(*engine, dst)) {
-        return fail(*engine, PLB_E_SEQ);
-    }
-    int32_t code = PLB_OK;
-    const plb_slot * slot = find_slot(*engine, src, code);
-    if (slot == nullptr || src == dst) {
-        return code;
-    }
-    return guarded(engine->error, [&] { engine->slots[dst] = copy_slot(*slot); });
-}
-
-int32_t plb_slot_reseed(plb_engine * engine, int32_t seq, uint32_t seed) {
-    if (engine == nullptr) {
-        return PLB_E_ARGUMENT;
-    }
-    int32_t code = PLB_OK;
-    plb_slot * slot = find_slot(*engine, seq, code);
-    if (slot == nullptr) {
-        return code;
-    }
-    return guarded(engine->error, [&] { reseed(*slot, seed); });
-}
-
-int32_t plb_slot_take(plb_engine * engine, int32_t seq, plb_slot ** out) {
-    if (engine == nullptr || out == nullptr) {
-        return PLB_E_ARGUMENT;
-    }
-    *out = nullptr;
-    int32_t code = PLB_OK;
-    if (find_slot(*engine, seq, code) != nullptr) {
-        *out = engine->slots[seq].release();
-    }
-    return code;
-}
-
-int32_t plb_slot_put(plb_engine * engine, int32_t seq, plb_slot * slot) {
-    if (engine == nullptr || slot == nullptr) {
-        return PLB_E_ARGUMENT;
-    }
-    if (!valid_seq(*engine, seq)) {
-        return fail(*engine, PLB_E_SEQ);
-    }
-    if (slot->params.n_logprobs > engine->views.n_logprobs_max ||
-        slot->vocab != engine->words.vocab) {
-        return fail(*engine, PLB_E_SAMPLING); // made by an engine of another model or width
-    }
-    engine->slots[seq].reset(slot);
-    return PLB_OK;
-}
-
-void plb_slot_free(plb_slot * slot) {
-    delete slot;
-}
-
-int32_t plb_slot_get_info(plb_engine * engine, int32_t seq, plb_slot_info * out) {
-    if (engine == nullptr || out == nullptr) {
-        return PLB_E_ARGUMENT;
-    }
-    int32_t code = PLB_OK;
-    const plb_slot * slot = find_slot(*engine, seq, code);
-    if (slot != nullptr) {
-        *out = {
-            slot->active(), slot->finish, slot->error, PLB_PATH_CHAIN, slot->n_generated,
-            slot->params.max_tokens - slot->n_generated, slot->next_token, slot->next_pos,
-            slot->seed, slot->params.n_logprobs,
-        };
-    }
-    return code;
-}
-
-const char * plb_slot_error(plb_engine * engine, int32_t seq) {
-    const bool found = engine != nullptr && valid_seq(*engine, seq) && engine->slots[seq];
-    return found ? engine->slots[seq]->error_text : "";
 }

@@ -1,0 +1,341 @@
+// Slots: a request's samplers from its parameters, and moving them about.
+#include "engine.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace plb {
+
+namespace {
+
+void require(bool ok, const char * name, double value, const char * limit) {
+    if (ok) {
+        return;
+    }
+    char text[TEXT_BYTES];
+    set_text(text, "%s=%g: %s", name, value, limit);
+    throw failure{PLB_E_SAMPLING, text};
+}
+
+void check_sampling(const plb_sampling & p, const vocabulary & words, int32_t n_logprobs_max) {
+    const auto finite = [](float x) { return std::isfinite(x); };
+    require(p.max_tokens >= 1, "max_tokens", p.max_tokens, "1 or more");
+    require(p.min_tokens >= 0 && p.min_tokens <= p.max_tokens, "min_tokens", p.min_tokens,
+            "0 to max_tokens");
+    require(finite(p.temperature) && (p.temperature == 0 || p.temperature >= 0.99e-4f),
+            "temperature", p.temperature, "0, or 1e-4 or more");
+    require(p.top_p >= 0 && p.top_p <= 1, "top_p", p.top_p, "0 to 1");
+    require(p.min_p >= 0 && p.min_p <= 1, "min_p", p.min_p, "0 to 1");
+    require(p.typical_p >= 0 && p.typical_p <= 1, "typical_p", p.typical_p, "0 to 1");
+    require(p.repeat_penalty >= 0.99e-6f && p.repeat_penalty <= 1.01e6f, "repeat_penalty",
+            p.repeat_penalty, "1e-6 to 1e6");
+    require(std::fabs(p.frequency_penalty) <= 1.01e6f, "frequency_penalty", p.frequency_penalty,
+            "-1e6 to 1e6");
+    require(std::fabs(p.presence_penalty) <= 1.01e6f, "presence_penalty", p.presence_penalty,
+            "-1e6 to 1e6");
+    require(p.penalty_last_n >= -1, "penalty_last_n", p.penalty_last_n, "-1 or more");
+    require(p.n_logprobs >= -1 && p.n_logprobs <= n_logprobs_max, "n_logprobs", p.n_logprobs,
+            "-1 to the engine's n_logprobs_max");
+    require(p.n_logit_bias >= 0 && (p.n_logit_bias == 0 || p.logit_bias), "n_logit_bias",
+            p.n_logit_bias, "0, or as many as logit_bias holds");
+    require(p.n_stop_tokens >= 0 && (p.n_stop_tokens == 0 || p.stop_tokens), "n_stop_tokens",
+            p.n_stop_tokens, "0, or as many as stop_tokens holds");
+    for (int32_t i = 0; i < p.n_logit_bias; ++i) {
+        const auto & [token, bias] = p.logit_bias[i];
+        require(token >= 0 && token < words.n_vocab, "logit_bias token", token,
+                "a token of the vocabulary");
+        require(std::fabs(bias) <= 1.01e30f || bias == NEVER, "logit_bias", bias,
+                "-1e30 to 1e30, or -inf");
+    }
+    for (int32_t i = 0; i < p.n_stop_tokens; ++i) {
+        require(p.stop_tokens[i] >= 0 && p.stop_tokens[i] < words.n_vocab, "stop token",
+                p.stop_tokens[i], "a token of the vocabulary");
+    }
+}
+
+sampler_ptr checked(llama_sampler * sampler) {
+    if (sampler == nullptr) {
+        throw failure{PLB_E_EXCEPTION, "libllama made no sampler"};
+    }
+    return sampler_ptr(sampler);
+}
+
+void add(llama_sampler * chain, llama_sampler * sampler) {
+    sampler_ptr owned = checked(sampler);
+    llama_sampler_chain_add(chain, owned.get());
+    owned.release();
+}
+
+bool has_penalties(const plb_sampling & p) {
+    return p.penalty_last_n != 0 &&
+           (p.repeat_penalty != 1 || p.frequency_penalty != 0 || p.presence_penalty != 0);
+}
+
+// llama.cpp's default order. The logit bias, which comes first there, is added while the candidates
+// are filled in: the same sum, without a search.
+sampler_ptr make_chain(const plb_sampling & p, const vocabulary & words) {
+    llama_sampler_chain_params params = llama_sampler_chain_default_params();
+    params.no_perf = true;
+    sampler_ptr chain = checked(llama_sampler_chain_init(params));
+    if (has_penalties(p)) {
+        const int32_t last_n = p.penalty_last_n < 0 ? words.n_ctx
+                                                    : std::min(p.penalty_last_n, words.n_ctx);
+        add(chain.get(), llama_sampler_init_penalties(words.n_vocab, last_n, p.repeat_penalty,
+                                                      p.frequency_penalty, p.presence_penalty));
+    }
+    if (p.temperature == 0) {
+        add(chain.get(), llama_sampler_init_greedy());
+        return chain;
+    }
+    if (p.top_k > 0) {
+        add(chain.get(), llama_sampler_init_top_k(p.top_k));
+    }
+    if (p.typical_p < 1) {
+        add(chain.get(), llama_sampler_init_typical(p.typical_p, 0));
+    }
+    if (p.top_p < 1) {
+        add(chain.get(), llama_sampler_init_top_p(p.top_p, 0));
+    }
+    if (p.min_p > 0) {
+        add(chain.get(), llama_sampler_init_min_p(p.min_p, 0));
+    }
+    add(chain.get(), llama_sampler_init_temp_ext(p.temperature, 0, 1));
+    add(chain.get(), llama_sampler_init_dist(p.seed));
+    return chain;
+}
+
+} // namespace
+
+std::unique_ptr<plb_slot> make_slot(const vocabulary & words, const plb_sampling & sampling,
+                                    int32_t n_logprobs_max,
+                                    const llama_token * prompt, int32_t n_prompt) {
+    check_sampling(sampling, words, n_logprobs_max);
+    for (int32_t i = 0; i < n_prompt; ++i) {
+        require(prompt[i] >= 0 && prompt[i] < words.n_vocab, "prompt token", prompt[i],
+                "a token of the vocabulary");
+    }
+    auto slot = std::make_unique<plb_slot>();
+    slot->params = sampling;
+    slot->vocab  = words.vocab;
+    slot->biases.assign(sampling.logit_bias, sampling.logit_bias + sampling.n_logit_bias);
+    slot->stop_tokens.assign(sampling.stop_tokens, sampling.stop_tokens + sampling.n_stop_tokens);
+    slot->chain = make_chain(sampling, words);
+    slot->seed  = llama_sampler_get_seed(slot->chain.get());
+    if (sampling.grammar != nullptr) {
+        if (llama_vocab_type(words.vocab) == LLAMA_VOCAB_TYPE_NONE) {
+            throw failure{PLB_E_GRAMMAR, "the model has no vocabulary to apply a grammar to"};
+        }
+        check_grammar(words.vocab, sampling.grammar);
+        slot->grammar.reset(llama_sampler_init_grammar(words.vocab, sampling.grammar, "root"));
+        if (!slot->grammar) {
+            throw failure{PLB_E_GRAMMAR, "libllama does not accept this grammar: see its log"};
+        }
+    }
+    slot->params.logit_bias  = nullptr;
+    slot->params.stop_tokens = nullptr;
+    slot->params.grammar     = nullptr;
+    if (has_penalties(sampling)) {
+        // what is further back than the penalties look has no effect
+        const int32_t last_n = sampling.penalty_last_n < 0 ? words.n_ctx : sampling.penalty_last_n;
+        for (int32_t i = std::max(0, n_prompt - last_n); i < n_prompt; ++i) {
+            llama_sampler_accept(slot->chain.get(), prompt[i]);
+        }
+    }
+    return slot;
+}
+
+std::unique_ptr<plb_slot> copy_slot(const plb_slot & source) {
+    auto slot = std::make_unique<plb_slot>();
+    slot->params      = source.params;
+    slot->vocab       = source.vocab;
+    slot->biases      = source.biases;
+    slot->stop_tokens = source.stop_tokens;
+    slot->chain       = checked(llama_sampler_clone(source.chain.get()));
+    if (source.grammar) {
+        slot->grammar = checked(llama_sampler_clone(source.grammar.get()));
+    }
+    slot->seed        = source.seed;
+    slot->n_generated = source.n_generated;
+    slot->finish      = source.finish;
+    slot->error       = source.error;
+    slot->next_token  = source.next_token;
+    slot->next_pos    = source.next_pos;
+    memcpy(slot->error_text, source.error_text, sizeof(source.error_text));
+    return slot;
+}
+
+void reseed(plb_slot & slot, uint32_t seed) {
+    slot.params.seed = seed;
+    if (slot.params.temperature == 0) {
+        slot.seed = seed; // greedy draws nothing
+        return;
+    }
+    llama_sampler * chain = slot.chain.get();
+    sampler_ptr draw = checked(llama_sampler_init_dist(seed));
+    sampler_ptr old(llama_sampler_chain_remove(chain, llama_sampler_chain_n(chain) - 1));
+    llama_sampler_chain_add(chain, draw.get()); // into the place that is free now
+    draw.release();
+    slot.seed = llama_sampler_get_seed(chain);
+}
+
+} // namespace plb
+
+using namespace plb;
+
+namespace {
+
+bool valid_seq(const plb_engine & engine, int32_t seq) {
+    return seq >= 0 && seq < engine.views.n_seq_max;
+}
+
+// The slot of a sequence, or nullptr with the code and the text set.
+plb_slot * find_slot(plb_engine & engine, int32_t seq, int32_t & code) {
+    code = PLB_OK;
+    if (!valid_seq(engine, seq)) {
+        code = fail(engine, PLB_E_SEQ);
+    } else if (!engine.slots[seq]) {
+        code = fail(engine, PLB_E_NO_SLOT);
+    }
+    return code ? nullptr : engine.slots[seq].get();
+}
+
+} // namespace
+
+plb_sampling plb_sampling_default(void) {
+    plb_sampling p = {};
+    p.max_tokens     = 128;
+    p.temperature    = 0.8f;
+    p.top_k          = 40;
+    p.top_p          = 0.95f;
+    p.min_p          = 0.05f;
+    p.typical_p      = 1;
+    p.repeat_penalty = 1;
+    p.penalty_last_n = 64;
+    p.seed           = LLAMA_DEFAULT_SEED;
+    p.n_logprobs     = -1;
+    return p;
+}
+
+int32_t plb_slot_set(plb_engine * engine, int32_t seq, const plb_sampling * sampling,
+                     const llama_token * prompt, int32_t n_prompt) {
+    if (engine == nullptr || sampling == nullptr || n_prompt < 0 || (n_prompt > 0 && !prompt)) {
+        return PLB_E_ARGUMENT;
+    }
+    if (!valid_seq(*engine, seq)) {
+        return fail(*engine, PLB_E_SEQ);
+    }
+    return guarded(engine->error, [&] {
+        engine->slots[seq] = make_slot(engine->words, *sampling, engine->views.n_logprobs_max,
+                                       prompt, n_prompt);
+    });
+}
+
+int32_t plb_slot_new(const plb_engine * engine, const plb_sampling * sampling,
+                     const llama_token * prompt, int32_t n_prompt, plb_slot ** out,
+                     char * error, int32_t n_error) {
+    if (engine == nullptr || sampling == nullptr || out == nullptr || n_prompt < 0 ||
+        (n_prompt > 0 && prompt == nullptr)) {
+        return PLB_E_ARGUMENT;
+    }
+    *out = nullptr;
+    char text[TEXT_BYTES] = "";
+    const int32_t code = guarded(text, [&] {
+        *out = make_slot(engine->words, *sampling, engine->views.n_logprobs_max, prompt, n_prompt)
+                   .release();
+    });
+    if (error != nullptr && n_error > 0) {
+        snprintf(error, (size_t) n_error, "%s", text);
+    }
+    return code;
+}
+
+int32_t plb_slot_clear(plb_engine * engine, int32_t seq) {
+    if (engine == nullptr) {
+        return PLB_E_ARGUMENT;
+    }
+    if (!valid_seq(*engine, seq)) {
+        return fail(*engine, PLB_E_SEQ);
+    }
+    engine->slots[seq].reset();
+    return PLB_OK;
+}
+
+int32_t plb_slot_copy(plb_engine * engine, int32_t src, int32_t dst) {
+    if (engine == nullptr) {
+        return PLB_E_ARGUMENT;
+    }
+    if (!valid_seq(*engine, dst)) {
+        return fail(*engine, PLB_E_SEQ);
+    }
+    int32_t code = PLB_OK;
+    const plb_slot * slot = find_slot(*engine, src, code);
+    if (slot == nullptr || src == dst) {
+        return code;
+    }
+    return guarded(engine->error, [&] { engine->slots[dst] = copy_slot(*slot); });
+}
+
+int32_t plb_slot_reseed(plb_engine * engine, int32_t seq, uint32_t seed) {
+    if (engine == nullptr) {
+        return PLB_E_ARGUMENT;
+    }
+    int32_t code = PLB_OK;
+    plb_slot * slot = find_slot(*engine, seq, code);
+    if (slot == nullptr) {
+        return code;
+    }
+    return guarded(engine->error, [&] { reseed(*slot, seed); });
+}
+
+int32_t plb_slot_take(plb_engine * engine, int32_t seq, plb_slot ** out) {
+    if (engine == nullptr || out == nullptr) {
+        return PLB_E_ARGUMENT;
+    }
+    *out = nullptr;
+    int32_t code = PLB_OK;
+    if (find_slot(*engine, seq, code) != nullptr) {
+        *out = engine->slots[seq].release();
+    }
+    return code;
+}
+
+int32_t plb_slot_put(plb_engine * engine, int32_t seq, plb_slot * slot) {
+    if (engine == nullptr || slot == nullptr) {
+        return PLB_E_ARGUMENT;
+    }
+    if (!valid_seq(*engine, seq)) {
+        return fail(*engine, PLB_E_SEQ);
+    }
+    if (slot->params.n_logprobs > engine->views.n_logprobs_max ||
+        slot->vocab != engine->words.vocab) {
+        return fail(*engine, PLB_E_SAMPLING); // made by an engine of another model or width
+    }
+    engine->slots[seq].reset(slot);
+    return PLB_OK;
+}
+
+void plb_slot_free(plb_slot * slot) {
+    delete slot;
+}
+
+int32_t plb_slot_get_info(plb_engine * engine, int32_t seq, plb_slot_info * out) {
+    if (engine == nullptr || out == nullptr) {
+        return PLB_E_ARGUMENT;
+    }
+    int32_t code = PLB_OK;
+    const plb_slot * slot = find_slot(*engine, seq, code);
+    if (slot != nullptr) {
+        *out = {
+            slot->active(), slot->finish, slot->error, PLB_PATH_CHAIN, slot->n_generated,
+            slot->params.max_tokens - slot->n_generated, slot->next_token, slot->next_pos,
+            slot->seed, slot->params.n_logprobs,
+        };
+    }
+    return code;
+}
+
+const char * plb_slot_error(plb_engine * engine, int32_t seq) {
+    const bool found = engine != nullptr && valid_seq(*engine, seq) && engine->slots[seq];
+    return found ? engine->slots[seq]->error_text : "";
+}
