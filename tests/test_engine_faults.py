@@ -1,0 +1,262 @@
+"""What the engine does when something goes wrong: whoever is not hit gets his own tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from engine_fakes import Rig, solo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyllamabatch.errors import (
+    DecodeAborted,
+    DecodeError,
+    EngineClosed,
+    FatalDecodeError,
+    GrammarError,
+    InvalidBatch,
+    KvCacheFull,
+    PlanError,
+    PyllamabatchError,
+)
+from pyllamabatch.sampling import SamplingParams
+from pyllamabatch.scheduler import Limits, Plan, StepView, fcfs
+
+LIMITS = Limits(n_batch=16, n_ubatch=8, n_seq_max=4, n_cells=64, n_cells_seq=64)
+
+
+def params(max_tokens: int = 10, **options: object) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0, **options)  # type: ignore[arg-type]
+
+
+def prompts(n: int, length: int = 5) -> list[list[int]]:
+    return [list(range(10 * i + 1, 10 * i + 1 + length)) for i in range(n)]
+
+
+def check_solo(rig: Rig) -> None:
+    """Every request that was not cancelled or failed has the tokens that it gets alone."""
+    for request in rig.requests:
+        result = request.stream.wait(0)
+        tokens, reason = solo(request.prompt.tolist(), request.params)
+        assert result.tokens == tokens[: len(result.tokens)]
+        if result.finish_reason in ("stop", "length"):
+            assert (result.tokens, result.finish_reason) == (tokens, reason)
+
+
+def test_the_fake_itself_runs_everything_as_if_alone() -> None:
+    rig = Rig(LIMITS)
+    for prompt in prompts(7):
+        rig.submit(prompt, params())
+    rig.run()
+    check_solo(rig)
+    assert rig.decoder.finished["length"] + rig.decoder.finished["stop"] == 7
+    assert rig.scheduler.counters.preemptions == 0
+
+
+def test_preempted_requests_get_the_same_tokens() -> None:
+    rig = Rig(LIMITS)
+    for prompt in prompts(6):
+        rig.submit(prompt, params(40))
+    rig.run()
+    check_solo(rig)
+    assert rig.scheduler.counters.preemptions > 0
+    assert rig.decoder.finished["error"] == 0
+
+
+@pytest.mark.parametrize("step", range(1, 11))
+def test_no_cells_at_any_step_preempts_and_ends_nobody(step: int) -> None:
+    rig = Rig(LIMITS, lambda n: 1 if n == step else None)
+    for prompt in prompts(3):
+        rig.submit(prompt, params())
+    rig.run()
+    check_solo(rig)
+    assert rig.decoder.finished["error"] == 0
+    assert rig.scheduler.counters.preemptions == 1
+
+
+def test_no_cells_several_times_in_a_row_sheds_one_after_the_other() -> None:
+    rig = Rig(LIMITS, lambda n: 1 if 4 <= n <= 6 else None)
+    for prompt in prompts(4):
+        rig.submit(prompt, params())
+    rig.run()
+    check_solo(rig)
+    assert rig.decoder.finished["error"] == 0
+    assert rig.scheduler.counters.preemptions == 3
+
+
+def test_no_cells_for_a_request_that_is_alone_is_its_error() -> None:
+    rig = Rig(LIMITS, lambda n: 1 if n == 2 else None)
+    stream = rig.submit(prompts(1)[0], params())
+    rig.run()
+    with pytest.raises(KvCacheFull):
+        stream.result(0)
+    again = rig.submit(prompts(1)[0], params())
+    rig.run()
+    check_solo(rig)
+    assert again.wait(0).finish_reason in ("stop", "length")
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [(2, DecodeAborted), (-1, InvalidBatch), (-2, FatalDecodeError), (-3, FatalDecodeError)],
+)
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_a_failed_decode_fails_its_rows_only(step: int, code: int, kind: type[DecodeError]) -> None:
+    rig = Rig(LIMITS, lambda n: code if n == step else None)
+    early = [rig.submit(prompt, params()) for prompt in prompts(2)]
+    for _ in range(step):
+        rig.turn()
+    for stream in early:
+        with pytest.raises(kind) as error:
+            stream.result(0)
+        assert error.value.code == code
+    assert early[0].wait(0).error is not early[1].wait(0).error
+    late = [rig.submit(prompt, params()) for prompt in prompts(3)]
+    rig.run()
+    check_solo(rig)
+    assert all(stream.wait(0).finish_reason in ("stop", "length") for stream in late)
+    assert rig.decoder.finished["error"] == 2
+
+
+class FirstTwoOnly:
+    """FCFS, but from the sixth plan on it runs only two of three sequences for a while."""
+
+    def __init__(self) -> None:
+        self._fcfs, self._n_plans = fcfs(), 0
+
+    def plan(self, view: StepView) -> Plan:
+        self._n_plans += 1
+        return Plan({1: 1, 2: 1}) if 6 <= self._n_plans <= 8 else self._fcfs.plan(view)
+
+
+def test_sequences_outside_of_a_failed_batch_go_on_from_what_the_cache_holds() -> None:
+    rig = Rig(LIMITS, lambda n: -3 if n == 8 else None, FirstTwoOnly())
+    for prompt in prompts(3):
+        rig.submit(prompt, params(20))
+    while rig.machine.n_steps < 7:
+        rig.turn()
+    slot = rig.scheduler.slot(3)
+    assert slot is not None
+    rig.machine.cells[slot].pop()  # libllama lost a cell of the third one as well
+    rig.run()
+    check_solo(rig)
+    reasons = [request.stream.wait(0).finish_reason for request in rig.requests]
+    assert reasons[:2] == ["error", "error"]
+    assert reasons[2] in ("stop", "length")
+    assert rig.scheduler.counters.preemptions == 1
+
+
+def test_an_exception_of_the_step_fails_its_rows_only() -> None:
+    rig = Rig(LIMITS, lambda n: PyllamabatchError("llama_decode threw") if n == 3 else None)
+    stream = rig.submit(prompts(1)[0], params())
+    for _ in range(3):
+        rig.turn()
+    with pytest.raises(PyllamabatchError, match="llama_decode threw"):
+        stream.result(0)
+    rig.submit(prompts(1)[0], params())
+    rig.run()
+    check_solo(rig)
+
+
+def test_a_row_that_can_not_be_sampled_ends_its_request_only() -> None:
+    rig = Rig(LIMITS)
+    for prompt in prompts(3):
+        rig.submit(prompt, params())
+    rig.turn()
+    rig.turn()
+    rig.machine.failing.add(1)
+    rig.run()
+    check_solo(rig)
+    reasons = [request.stream.wait(0).finish_reason for request in rig.requests]
+    assert reasons[1] == "error"
+    assert "error" not in (reasons[0], reasons[2])
+    with pytest.raises(GrammarError, match="nothing to choose for 1"):
+        rig.requests[1].stream.result(0)
+    assert rig.scheduler.counters.tokens == sum(
+        len(request.stream.tokens) + (request.stream.wait(0).finish_reason == "stop")
+        for request in rig.requests
+    )
+
+
+class Stubborn:
+    """A policy that answers with the same plan whatever it sees."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def plan(self, view: StepView) -> Plan:
+        return self._plan
+
+
+@pytest.mark.parametrize(
+    ("policy", "fault", "kind"),
+    [
+        (Stubborn(Plan({99: 1})), None, PlanError),
+        (Stubborn(Plan()), None, PlanError),
+        (None, RuntimeError("out of order"), RuntimeError),
+        (None, KeyboardInterrupt(), EngineClosed),
+    ],
+    ids=["bad plan", "empty plan", "bug", "interrupt"],
+)
+def test_the_thread_never_dies_silently(
+    policy: Stubborn | None, fault: BaseException | None, kind: type[Exception]
+) -> None:
+    rig = Rig(LIMITS, lambda n: fault, policy)
+    streams = [rig.submit(prompt, params()) for prompt in prompts(6)]
+    rig.decoder.start()
+    for stream in streams:
+        with pytest.raises(kind):
+            stream.result(10)
+    rig.decoder.close(wait=True, timeout=10)
+    assert rig.machine.closed
+    assert rig.decoder.finished["error"] == 6
+    with pytest.raises(EngineClosed, match=r"its thread ended with"):
+        rig.submit(prompts(1)[0], params())
+
+
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), st.integers(1, 30), st.integers(1, 40)),
+        st.tuples(st.just("turn"), st.integers(1, 6), st.just(0)),
+        st.tuples(st.just("cancel"), st.integers(0, 12), st.just(0)),
+    ),
+    max_size=30,
+)
+faults = st.dictionaries(st.integers(1, 60), st.sampled_from([1, 2, -1, -2]), max_size=5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    operations,
+    faults,
+    st.sampled_from(
+        [
+            LIMITS,
+            Limits(n_batch=3, n_ubatch=2, n_seq_max=3, n_cells=40, n_cells_seq=40),
+            Limits(n_batch=64, n_ubatch=8, n_seq_max=6, n_cells=45, n_cells_seq=45),
+            Limits(16, 8, 3, n_cells=150, n_cells_seq=50, unified=False),
+        ]
+    ),
+)
+def test_any_mix_of_arrivals_cancels_and_faults(
+    operations: list[tuple[str, int, int]], faults: dict[int, int], limits: Limits
+) -> None:
+    rig = Rig(limits, faults.get)
+    for name, a, b in operations:
+        if name == "submit":
+            max_tokens = min(b, limits.n_cells_seq - a + 1)
+            rig.submit([len(rig.requests) * 31 + i for i in range(a)], params(max_tokens))
+        elif name == "turn":
+            for _ in range(a):
+                rig.turn()
+        elif a < len(rig.requests):
+            rig.requests[a].stream.cancel()
+    rig.run()
+    check_solo(rig)
+    rig.check()
+    assert rig.machine.cells == {}
+    reasons = Counter(request.stream.wait(0).finish_reason for request in rig.requests)
+    assert {k: v for k, v in rig.decoder.finished.items() if v} == dict(reasons)
+    if not faults:
+        assert reasons["error"] == 0
