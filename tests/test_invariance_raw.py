@@ -15,7 +15,6 @@ import pytest
 from models_gguf import ARCHITECTURES, SLIDING_WINDOW, Architecture, gguf_path, write_gguf
 from oracle import (
     DEFAULT,
-    TOLERANCE_DEFAULT,
     RawModel,
     random_prompts,
     raw_context,
@@ -23,6 +22,7 @@ from oracle import (
     solo,
     together,
     tolerance,
+    tolerance_default,
 )
 
 N_TOKENS = 16
@@ -72,7 +72,9 @@ def test_libllamas_default_settings_stay_within_their_own_tolerance(
     prompts = random_prompts(5, seed=51)
     alone = [solo(model, prompt, N_TOKENS, settings=DEFAULT) for prompt in prompts]
     batched = together(model, prompts, alone, settings=DEFAULT, stagger=1)
-    assert largest_difference(batched, [r.logits for r in alone]) <= TOLERANCE_DEFAULT
+    assert largest_difference(batched, [r.logits for r in alone]) <= tolerance_default(
+        architecture.name
+    )
 
 
 def test_a_row_under_a_neighbours_id_is_far_outside_the_tolerance(
