@@ -15,9 +15,7 @@ nothing allocated, whatever the number of sequences.
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -25,6 +23,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from pyllamabatch._step import (
+    OUTPUT,
+    RESULT_DTYPE,
+    SAMPLE,
+    Finish,
+    Rows,
+    SlotInfo,
+    StepResult,
+)
 from pyllamabatch._structs import integer
 from pyllamabatch.errors import (
     ArgumentError,
@@ -34,177 +41,24 @@ from pyllamabatch.errors import (
     GrammarError,
     PyllamabatchError,
     UnsupportedOperation,
-    decode_error,
 )
 from pyllamabatch.raw import ffi, lib
-from pyllamabatch.sampling import LOGPROBS_MAX, SamplingParams
+from pyllamabatch.sampling import LOGPROBS_MAX, SEED_MAX, SamplingParams
 
 if TYPE_CHECKING:
     from pyllamabatch.context import Context
+    from pyllamabatch.vocab import TokenArray
 
-OUTPUT = 1  # this row's logits can be read with Context.logits(row)
-SAMPLE = 2  # this row is sampled with its sequence's slot
-
-I32 = npt.NDArray[np.int32]
-U8 = npt.NDArray[np.uint8]
-F32 = npt.NDArray[np.float32]
-
-RESULT_DTYPE = np.dtype(
-    [
-        ("seq", np.int32),
-        ("row", np.int32),
-        ("token", np.int32),
-        ("index", np.int32),
-        ("finish", np.int32),
-        ("error", np.int32),
-        ("n_top", np.int32),
-        ("logprob", np.float32),
-    ]
-)
-
-
-class Finish(enum.IntEnum):
-    """Why a sampled token is a request's last one; the values of `StepResult.finish`."""
-
-    NONE = 0  # it isn't
-    EOG = 1  # end-of-generation token
-    STOP = 2  # one of stop_token_ids
-    LENGTH = 3  # max_tokens reached
-    ERROR = 4  # no token: StepResult.error says why
-
-
-class Rows:
-    """The rows of the next step: persistent NumPy views, `n_rows_max` long each.
-
-    token, pos, seq: int32. flags: uint8, any of OUTPUT and SAMPLE. A step reads rows 0 to n - 1 and
-    leaves them as they are, so a steady batch only rewrites what changes.
-    """
-
-    __slots__ = ("flags", "pos", "seq", "token")
-
-    def __init__(self, token: I32, pos: I32, seq: I32, flags: U8) -> None:
-        self.token = token
-        self.pos = pos
-        self.seq = seq
-        self.flags = flags
-
-
-class StepResult:
-    """What the last step gave. One object per stepper, overwritten by the next step.
-
-    `records` is a structured array (RESULT_DTYPE) of `n_results` records in row order; seq, row,
-    token, index, finish, error, logprob and n_top are its columns. token is -1 on an error; index
-    counts the slot's tokens from 0; logprob is NaN unless asked for. top_token and top_logprob have
-    shape (n_results, n_logprobs_max), most likely first; the first n_top columns are valid.
-    All are views of memory that the next step overwrites: copy what must last.
-    """
-
-    __slots__ = ("_columns", "_info", "_records", "_top_logprob", "_top_token", "code", "n_results")
-
-    def __init__(self, info: Any, records: Any, top_token: I32, top_logprob: F32) -> None:
-        self._info = info
-        self._records = records
-        self._columns = {name: records[name] for name in RESULT_DTYPE.fields or ()}
-        self._top_token = top_token
-        self._top_logprob = top_logprob
-        self.code = 0
-        self.n_results = 0
-
-    @property
-    def records(self) -> npt.NDArray[np.void]:
-        records: npt.NDArray[np.void] = self._records[: self.n_results]
-        return records
-
-    @property
-    def seq(self) -> I32:
-        return self._column("seq")
-
-    @property
-    def row(self) -> I32:
-        return self._column("row")
-
-    @property
-    def token(self) -> I32:
-        return self._column("token")
-
-    @property
-    def index(self) -> I32:
-        return self._column("index")
-
-    @property
-    def finish(self) -> I32:
-        return self._column("finish")
-
-    @property
-    def error(self) -> I32:
-        return self._column("error")
-
-    @property
-    def n_top(self) -> I32:
-        return self._column("n_top")
-
-    @property
-    def logprob(self) -> F32:
-        column: F32 = self._columns["logprob"][: self.n_results]
-        return column
-
-    @property
-    def top_token(self) -> I32:
-        return self._top_token[: self.n_results]
-
-    @property
-    def top_logprob(self) -> F32:
-        return self._top_logprob[: self.n_results]
-
-    def _column(self, name: str) -> I32:
-        column: I32 = self._columns[name][: self.n_results]
-        return column
-
-    @property
-    def build_ns(self) -> int:
-        """Checking the rows and building the batch."""
-        return int(self._info.build_ns)
-
-    @property
-    def decode_ns(self) -> int:
-        """In llama_decode; a device may still be computing when it returns."""
-        return int(self._info.decode_ns)
-
-    @property
-    def sync_ns(self) -> int:
-        """Waiting for the device."""
-        return int(self._info.sync_ns)
-
-    @property
-    def sample_ns(self) -> int:
-        """Sampling all rows that asked for it."""
-        return int(self._info.sample_ns)
-
-    @property
-    def n_reused(self) -> int:
-        """Graphs that the context has reused so far."""
-        return int(self._info.n_reused)
-
-    def raise_for_code(self) -> None:
-        """Raise the `DecodeError` that `code` stands for; nothing when it is 0."""
-        if self.code:
-            raise decode_error(self.code)
-
-
-@dataclass(frozen=True)
-class SlotInfo:
-    """A slot's state: see `plb_slot_info` in native/plb.h."""
-
-    active: bool
-    finish: Finish
-    error: int
-    path: str
-    n_generated: int
-    n_left: int
-    next_token: int
-    next_pos: int
-    seed: int
-    logprobs: int | None
+__all__ = [
+    "OUTPUT",
+    "RESULT_DTYPE",
+    "SAMPLE",
+    "Finish",
+    "Rows",
+    "SlotInfo",
+    "StepResult",
+    "Stepper",
+]
 
 
 class DetachedSlot:
@@ -257,7 +111,7 @@ class Stepper:
 
         self._context: Context | None = context
         self._encoder_first = context.model.has_encoder
-        self._info: Any = views.info
+        self._info: Any = ffi.gc(views.info, partial(_hold, engine))
         self._engine: Any = engine
         self.n_rows_max: int = views.n_rows_max
         self.n_seq_max: int = views.n_seq_max
@@ -272,7 +126,7 @@ class Stepper:
             _view(engine, views.flags, np.uint8, (rows,)),
         )
         self.result = StepResult(
-            views.info,
+            self._info,
             _view(engine, views.results, RESULT_DTYPE, (results,)),
             _view(engine, views.top_token, np.int32, (results, width)),
             _view(engine, views.top_logprob, np.float32, (results, width)),
@@ -286,6 +140,8 @@ class Stepper:
         over are refused before it sees them: `ArgumentError` with the row and the limit.
         """
         engine, context = self._open()
+        if not 0 < n_rows <= self.n_rows_max:
+            raise ArgumentError("n_rows", n_rows, f"must be in 1..{self.n_rows_max}")
         if self._encoder_first and not context._encoded:
             raise UnsupportedOperation("this model's decoder needs `Context.encode` first")
         lock, result = context._lock, self.result
@@ -295,7 +151,7 @@ class Stepper:
             code = lib.plb_step(engine, n_rows)
             result.code = code
             result.n_results = self._info.n_results
-            if code <= _REFUSED:
+            if code <= _REFUSED and code != _THREW:
                 raise self._refused(code, n_rows)
             if code != -1:
                 context._outputs = None
@@ -305,13 +161,15 @@ class Stepper:
                     context.memory.decoded(self.rows.seq[:n_rows])
         finally:
             lock.release()
+        if code == _THREW:
+            raise FatalDecodeError(code, self.last_error)
         return result
 
     def set_slot(
         self,
         seq_id: int,
         params: SamplingParams,
-        prompt_tokens: Sequence[int] | I32 | None = None,
+        prompt_tokens: Iterable[int] | TokenArray | None = None,
     ) -> None:
         """Give a sequence its sampler, replacing the one it had.
 
@@ -319,27 +177,16 @@ class Stepper:
         them. Raises `GrammarError` for a grammar that does not parse and `ArgumentError` for token
         ids outside the vocabulary; the slot that was there stays then.
         """
-        engine, context = self._open()
-        prompt = np.ascontiguousarray(() if prompt_tokens is None else prompt_tokens, np.int32)
-        if prompt.ndim != 1:
-            raise ArgumentError("prompt_tokens", prompt.shape, "a one-dimensional array")
-        struct, keep = _sampling_struct(params)
-        with context.exclusive():
-            code = lib.plb_slot_set(
-                engine, seq_id, struct, ffi.from_buffer("llama_token[]", prompt), len(prompt)
-            )
-        del keep
-        self._check_slot(code, seq_id)
+        self.put_slot(seq_id, self.make_slot(params, prompt_tokens))
 
     def make_slot(
-        self, params: SamplingParams, prompt_tokens: Sequence[int] | I32 | None = None
+        self, params: SamplingParams, prompt_tokens: Iterable[int] | TokenArray | None = None
     ) -> DetachedSlot:
         """What `set_slot` makes, with the same errors, for `put_slot` later. From any thread, also
         while another one is in `step`; the caller sees to it that nobody closes the context."""
-        engine, _ = self._open()
-        prompt = np.ascontiguousarray(() if prompt_tokens is None else prompt_tokens, np.int32)
-        if prompt.ndim != 1:
-            raise ArgumentError("prompt_tokens", prompt.shape, "a one-dimensional array")
+        engine, context = self._open()
+        given = () if prompt_tokens is None else prompt_tokens
+        prompt = context.model.vocab.check_tokens(given, "prompt_tokens")
         struct, keep = _sampling_struct(params)
         out, text = ffi.new("plb_slot **"), ffi.new("char[]", 512)
         code = lib.plb_slot_new(
@@ -353,9 +200,9 @@ class Stepper:
     def clear_slot(self, seq_id: int) -> None:
         """Forget a sequence's sampler; fine when there is none."""
         engine, context = self._open()
+        seq = self._seq(seq_id)
         with context.exclusive():
-            code = lib.plb_slot_clear(engine, seq_id)
-        self._check_slot(code, seq_id)
+            lib.plb_slot_clear(engine, seq)
 
     def copy_slot(self, src: int, dst: int, *, seed: int | None = None) -> None:
         """Fork: dst gets a copy of src, penalties, grammar state, budget and draws included.
@@ -364,29 +211,29 @@ class Stepper:
         dst its own.
         """
         engine, context = self._open()
+        source, target = self._seq(src, "src"), self._seq(dst, "dst")
+        draws = None if seed is None else integer("seed", seed, 0, SEED_MAX)
         with context.exclusive():
-            code = lib.plb_slot_copy(engine, src, dst)
-            if code == 0 and seed is not None:
-                code = lib.plb_slot_reseed(engine, dst, seed)
-        self._check_slot(code, src)
+            self._check_slot(lib.plb_slot_copy(engine, source, target), src)
+            if draws is not None:
+                self._check_slot(lib.plb_slot_reseed(engine, target, draws), dst)
 
     def take_slot(self, seq_id: int) -> DetachedSlot:
         """Take a slot out, to `put_slot` it under any sequence id later."""
         engine, context = self._open()
-        out = ffi.new("plb_slot **")
+        out, seq = ffi.new("plb_slot **"), self._seq(seq_id)
         with context.exclusive():
-            code = lib.plb_slot_take(engine, seq_id, out)
-        self._check_slot(code, seq_id)
+            self._check_slot(lib.plb_slot_take(engine, seq, out), seq)
         return DetachedSlot(ffi.gc(out[0], lib.plb_slot_free))
 
     def put_slot(self, seq_id: int, slot: DetachedSlot) -> None:
         """Put a slot that was taken under a sequence id, replacing what is there."""
         engine, context = self._open()
         if slot._slot is None:
-            raise ArgumentError("slot", slot, "a slot that was not put back yet")
+            raise ArgumentError("slot", slot, "must be a slot that was not put back yet")
+        seq = self._seq(seq_id)
         with context.exclusive():
-            code = lib.plb_slot_put(engine, seq_id, slot._slot)
-        self._check_slot(code, seq_id)
+            self._check_slot(lib.plb_slot_put(engine, seq, slot._slot), seq)
         ffi.gc(slot._slot, None)  # the engine's from now on
         slot._slot = None
 
@@ -394,7 +241,7 @@ class Stepper:
         """A slot's state; `ArgumentError` when the sequence has none."""
         engine, _ = self._open()
         info = ffi.new("plb_slot_info *")
-        self._check_slot(lib.plb_slot_get_info(engine, seq_id, info), seq_id)
+        self._check_slot(lib.plb_slot_get_info(engine, self._seq(seq_id), info), seq_id)
         return SlotInfo(
             active=bool(info.active),
             finish=Finish(info.finish),
@@ -404,14 +251,14 @@ class Stepper:
             n_left=info.n_left,
             next_token=info.next_token,
             next_pos=info.next_pos,
-            seed=info.seed,
+            seed=None if info.seed == lib.LLAMA_DEFAULT_SEED else info.seed,
             logprobs=None if info.n_logprobs < 0 else info.n_logprobs,
         )
 
     def slot_error(self, seq_id: int) -> str:
         """Why the sequence's last result was an error; empty when it was not."""
         engine, _ = self._open()
-        text: bytes = ffi.string(lib.plb_slot_error(engine, seq_id))
+        text: bytes = ffi.string(lib.plb_slot_error(engine, self._seq(seq_id)))
         return text.decode(errors="replace")
 
     @property
@@ -446,6 +293,9 @@ class Stepper:
         _ = context.ptr  # raises ClosedError when the context is closed
         return self._engine, context
 
+    def _seq(self, seq_id: int, name: str = "seq_id") -> int:
+        return integer(name, seq_id, 0, self.n_seq_max - 1)
+
     def _check_slot(self, code: int, seq_id: int) -> None:
         if code:
             raise self._slot_failure(code, seq_id, self.last_error)
@@ -454,10 +304,8 @@ class Stepper:
         text = text or _code_text(code)
         if code == lib.PLB_E_GRAMMAR:
             return GrammarError(text)
-        if code == lib.PLB_E_SEQ:
-            return ArgumentError("seq_id", seq_id, f"0 to {self.n_seq_max - 1}")
         if code == lib.PLB_E_NO_SLOT:
-            return ArgumentError("seq_id", seq_id, "a sequence with a slot")
+            return ArgumentError("seq_id", seq_id, "must be a sequence with a slot")
         if code == lib.PLB_E_MEMORY:
             return MemoryError(text)
         if code == lib.PLB_E_EXCEPTION:
@@ -468,26 +316,23 @@ class Stepper:
         """The exception for a step that was refused before libllama saw it."""
         row = self.result._info.bad_row
         limits = {
-            lib.PLB_E_TOKEN: ("token", f"0 to {self.n_vocab - 1}"),
-            lib.PLB_E_SEQ: ("seq", f"0 to {self.n_seq_max - 1}"),
-            lib.PLB_E_POS: ("pos", f"0 to {self.n_pos_max - 1}"),
-            lib.PLB_E_FLAGS: ("flags", "OUTPUT and SAMPLE only"),
-            lib.PLB_E_NO_SLOT: ("seq", "a sequence with a slot, when it is sampled"),
-            lib.PLB_E_SLOT_FINISHED: ("seq", "a sequence whose slot has not finished"),
+            lib.PLB_E_TOKEN: ("token", f"must be in 0..{self.n_vocab - 1}"),
+            lib.PLB_E_SEQ: ("seq", f"must be in 0..{self.n_seq_max - 1}"),
+            lib.PLB_E_POS: ("pos", f"must be in 0..{self.n_pos_max - 1}"),
+            lib.PLB_E_FLAGS: ("flags", "must be OUTPUT and SAMPLE only"),
+            lib.PLB_E_NO_SLOT: ("seq", "must be a sequence with a slot, to be sampled"),
+            lib.PLB_E_SLOT_FINISHED: ("seq", "must be a sequence whose slot has not finished"),
         }
         if code in limits:
             name, limit = limits[code]
             return ArgumentError(f"rows.{name}[{row}]", int(getattr(self.rows, name)[row]), limit)
-        if code == lib.PLB_E_N_ROWS:
-            return ArgumentError("n_rows", n_rows, f"1 to {self.n_rows_max}")
         if code == lib.PLB_E_MEMORY:
             return MemoryError(self.last_error)
-        if code == lib.PLB_E_DECODE:
-            return FatalDecodeError(code, self.last_error)
         return ArgumentError("n_rows", n_rows, self.last_error)
 
 
 _REFUSED: int = lib.PLB_E_ARGUMENT  # and below: ours, not llama_decode's
+_THREW: int = lib.PLB_E_DECODE
 _PATHS = {lib.PLB_PATH_CHAIN: "chain"}
 
 
@@ -501,7 +346,7 @@ def _view(engine: Any, pointer: Any, dtype: npt.DTypeLike, shape: tuple[int, ...
     kind = np.dtype(dtype)
     size = kind.itemsize * int(np.prod(shape))
     owner = ffi.gc(ffi.cast("char *", pointer), partial(_hold, engine))
-    return np.frombuffer(ffi.buffer(owner, size), kind).reshape(shape)
+    return np.ndarray(shape, kind, ffi.buffer(owner, size))
 
 
 def _hold(engine: Any, _pointer: Any) -> None:
