@@ -26,7 +26,8 @@ MAX_CTX = 2**31 - 256  # cells are counted in 32 bits and n_ctx is rounded up to
 def check_params(model: Model, params: Any) -> int:
     """Check parameters together; returns the rows with output that a batch may have."""
     n_ctx = params.n_ctx or model.n_ctx_train
-    n_batch = min(n_ctx, params.n_batch) if model.is_causal else params.n_batch
+    causal = model.is_causal and params.attention_type != lib.LLAMA_ATTENTION_TYPE_NON_CAUSAL
+    n_batch = min(n_ctx, params.n_batch) if causal else params.n_batch
     n_ubatch = min(n_batch, params.n_ubatch or n_batch)
     n_outputs = params.n_outputs_max
     if n_outputs == 0 or model.has_encoder:
@@ -72,19 +73,23 @@ def check_batch(context: Context, batch: Batch, encoder: bool) -> None:
         raise ArgumentError("batch", batch, "has no rows")
     if n > context.n_batch:
         raise ArgumentError("batch.n_tokens", n, f"the context takes n_batch={context.n_batch}")
-    at_once = encoder or not context.capabilities.causal or context.pooling_type > 0
+    causal = lib.llama_get_causal_attn(context.ptr)
+    at_once = encoder or not causal or (context.params["embeddings"] and context.pooling_type > 0)
     if at_once and n > context.n_ubatch:
         raise ArgumentError(
             "batch.n_tokens", n, f"must be computed at once, n_ubatch={context.n_ubatch}"
         )
     batch.check(context.model.n_vocab, context.n_seq_max, max_position(context.model))
-    n_outputs = n if context.params["embeddings"] else np.count_nonzero(batch.logits[:n])
+    n_outputs = n if context.params["embeddings"] else int(np.count_nonzero(batch.logits[:n]))
     if n_outputs > context.n_outputs_max:
         raise ArgumentError(
             "batch.logits", n_outputs, f"rows with output, n_outputs_max={context.n_outputs_max}"
         )
-    if not context.capabilities.unified and (batch.n_seq_id[:n] > 1).any():
-        raise UnsupportedOperation("a row in several sequences needs kv_unified=True")
+    can = context.capabilities
+    if (can.recurrent or not can.unified) and (batch.n_seq_id[:n] > 1).any():
+        raise UnsupportedOperation(
+            "a row in several sequences needs kv_unified=True and a model that is not recurrent"
+        )
 
 
 def usable_cores() -> int:

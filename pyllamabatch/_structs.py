@@ -41,7 +41,7 @@ def convert(name: str, value: object, ctype: Any) -> Any:
     """`value` as the field `name` of that C type takes it, or `ArgumentError`."""
     if ctype.kind == "enum":
         return _enum(name, value, ctype)
-    if ctype.kind == "pointer":
+    if ctype.kind in ("pointer", "function"):
         if value is None:
             return ffi.NULL
         if not isinstance(value, ffi.CData):

@@ -315,7 +315,7 @@ class Context:
     def set_loras(self, adapters: Sequence[tuple[LoraAdapter, float]]) -> None:
         """Apply these adapters with these scales, and no others, from the next decode on."""
         for adapter, scale in adapters:
-            if adapter.model.ptr != self.model.ptr:
+            if adapter.model is not self.model:
                 raise ArgumentError("adapters", adapter, "was loaded for another model")
             if not np.isfinite(scale):
                 raise ArgumentError("adapters", scale, "a scale must be a finite number")

@@ -241,7 +241,7 @@ class Memory:
 
     def _overlaps(self, seq: int, p0: int, p1: int) -> bool:
         first, last = self._held(seq)
-        return last >= 0 and p0 <= last and p1 > first
+        return last >= 0 and p0 <= last and p1 > max(p0, first)
 
     def _whole(self, seq: int, p0: int, p1: int) -> bool:
         first, last = self._held(seq)
@@ -304,7 +304,7 @@ def probe(context: Context) -> Capabilities:
         swa_window=model.n_swa,
         encoder=model.has_encoder,
         decoder=model.has_decoder,
-        causal=model.is_causal,
+        causal=bool(lib.llama_get_causal_attn(context.ptr)),
     )
 
 

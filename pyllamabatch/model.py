@@ -25,7 +25,7 @@ from pyllamabatch._model_params import (
     string,
 )
 from pyllamabatch._structs import fill
-from pyllamabatch.errors import ClosedError, ModelLoadError
+from pyllamabatch.errors import ArgumentError, ClosedError, ModelLoadError
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.vocab import Vocab
 
@@ -41,8 +41,8 @@ _RESERVED = frozenset(
 class Model:
     """Weights and vocabulary, shared by any number of contexts and threads.
 
-    Closing a model that still has contexts is fine: the model can't be used any more, its memory is
-    freed when the last of its contexts is closed.
+    Closing a model that still has contexts is fine: nothing new can be made of it, and its memory
+    is freed when the last of its contexts is closed.
     """
 
     def __init__(
@@ -78,6 +78,10 @@ class Model:
         Raises `ModelLoadError`, `ModelLoadCancelled` or `ArgumentError`.
         """
         _backend.ensure()
+        if no_alloc:  # libllama asserts that nothing is mapped
+            if load_mode not in ("auto", "none"):
+                raise ArgumentError("load_mode", load_mode, "no_alloc reads nothing: leave it out")
+            load_mode = "none"
         files = [gguf_file(p) for p in (splits or [path])]
         native = lib.llama_model_default_params()
         keep: list[object] = []  # what the struct points to, until the model is loaded
@@ -130,6 +134,13 @@ class Model:
         return self._handle.ptr
 
     @property
+    def _native(self) -> Any:
+        """The pointer for the facts below, which a context that outlives the model still needs."""
+        if self._handle.ptr is None:
+            raise ClosedError(f"the model {self.path} is closed")
+        return self._handle.ptr
+
+    @property
     def closed(self) -> bool:
         return not self._close.alive
 
@@ -171,7 +182,7 @@ class Model:
     def metadata(self) -> dict[str, str]:
         """The scalar metadata of the GGUF file, as text."""
         return metadata(
-            self.ptr,
+            self._native,
             lib.llama_model_meta_count,
             lib.llama_model_meta_key_by_index,
             lib.llama_model_meta_val_str_by_index,
@@ -184,46 +195,46 @@ class Model:
     @cached_property
     def description(self) -> str:
         """Architecture, size and file type in one line."""
-        return string(lambda buffer, size: lib.llama_model_desc(self.ptr, buffer, size))
+        return string(lambda buffer, size: lib.llama_model_desc(self._native, buffer, size))
 
     @cached_property
     def n_params(self) -> int:
-        return int(lib.llama_model_n_params(self.ptr))
+        return int(lib.llama_model_n_params(self._native))
 
     @cached_property
     def size_bytes(self) -> int:
         """Bytes of all tensors."""
-        return int(lib.llama_model_size(self.ptr))
+        return int(lib.llama_model_size(self._native))
 
     @cached_property
     def n_ctx_train(self) -> int:
-        return int(lib.llama_model_n_ctx_train(self.ptr))
+        return int(lib.llama_model_n_ctx_train(self._native))
 
     @cached_property
     def n_embd(self) -> int:
-        return int(lib.llama_model_n_embd(self.ptr))
+        return int(lib.llama_model_n_embd(self._native))
 
     @cached_property
     def n_embd_out(self) -> int:
         """Width of an output embedding."""
-        return int(lib.llama_model_n_embd_out(self.ptr))
+        return int(lib.llama_model_n_embd_out(self._native))
 
     @cached_property
     def n_cls_out(self) -> int:
         """Outputs of a classifier or reranker; meaningless for other models."""
-        return int(lib.llama_model_n_cls_out(self.ptr))
+        return int(lib.llama_model_n_cls_out(self._native))
 
     @cached_property
     def n_layer(self) -> int:
-        return int(lib.llama_model_n_layer(self.ptr))
+        return int(lib.llama_model_n_layer(self._native))
 
     @cached_property
     def n_head(self) -> int:
-        return int(lib.llama_model_n_head(self.ptr))
+        return int(lib.llama_model_n_head(self._native))
 
     @cached_property
     def n_head_kv(self) -> int:
-        return int(lib.llama_model_n_head_kv(self.ptr))
+        return int(lib.llama_model_n_head_kv(self._native))
 
     @cached_property
     def head_dims(self) -> tuple[int, int]:
@@ -240,29 +251,29 @@ class Model:
     @cached_property
     def n_swa(self) -> int:
         """Tokens in the sliding window; 0 when there is none."""
-        return int(lib.llama_model_n_swa(self.ptr))
+        return int(lib.llama_model_n_swa(self._native))
 
     @cached_property
     def has_encoder(self) -> bool:
-        return bool(lib.llama_model_has_encoder(self.ptr))
+        return bool(lib.llama_model_has_encoder(self._native))
 
     @cached_property
     def has_decoder(self) -> bool:
-        return bool(lib.llama_model_has_decoder(self.ptr))
+        return bool(lib.llama_model_has_decoder(self._native))
 
     @cached_property
     def decoder_start_token(self) -> int | None:
         """The token that starts a decoder's output; None for decoder-only models."""
-        token = int(lib.llama_model_decoder_start_token(self.ptr))
+        token = int(lib.llama_model_decoder_start_token(self._native))
         return token if token >= 0 else None
 
     @cached_property
     def is_recurrent(self) -> bool:
-        return bool(lib.llama_model_is_recurrent(self.ptr))
+        return bool(lib.llama_model_is_recurrent(self._native))
 
     @cached_property
     def is_hybrid(self) -> bool:
-        return bool(lib.llama_model_is_hybrid(self.ptr))
+        return bool(lib.llama_model_is_hybrid(self._native))
 
     @cached_property
     def is_causal(self) -> bool:
@@ -272,10 +283,10 @@ class Model:
     @cached_property
     def rope_type(self) -> int:
         """`enum llama_rope_type`: -1 none, 0 norm, 2 neox, 8 M-RoPE, ..."""
-        return int(lib.llama_model_rope_type(self.ptr))
+        return int(lib.llama_model_rope_type(self._native))
 
     def chat_template(self, name: str | None = None) -> str | None:
         """The model's chat template (or the one of that name), None when it has none."""
         key = ffi.NULL if name is None else name.encode()
-        found = lib.llama_model_chat_template(self.ptr, key)
+        found = lib.llama_model_chat_template(self._native, key)
         return None if found == ffi.NULL else _backend.text(found)

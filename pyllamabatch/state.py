@@ -69,11 +69,12 @@ def restore(context: Context, seq_id: int, data: bytes) -> TokenArray:
     tokens, body = _parse(context.model, memoryview(data))
     if not context.capabilities.has_memory:
         raise UnsupportedOperation("the model keeps nothing between batches")
+    context.memory.seq_rm(seq)  # libllama leaves it in place when the saved one is empty
     _log.mark()
     source = ffi.from_buffer("uint8_t[]", body)
     if lib.plb_state_seq_set(context.ptr, source, len(body), seq) != len(body):
         log = _log.errors()
-        context.memory.seq_rm(seq)
+        context.memory.seq_rm(seq)  # what came before the failure
         raise StateError(f"the state does not fit this context; sequence {seq} is empty now\n{log}")
     context.memory.restored(seq)
     return tokens
