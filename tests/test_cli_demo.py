@@ -54,7 +54,11 @@ def test_bad_numbers_of_prompts(n: str, capsys: Any) -> None:
 class HalfWay:
     """A stream that has given some text so far."""
 
-    text = "hel"
+    text, tokens, done = "hel", [1, 2, 3], False
+
+
+class Done:
+    text, tokens, done = "y", [1], True
 
 
 def test_the_live_table() -> None:
@@ -70,9 +74,11 @@ def test_the_live_table() -> None:
         return re.sub(r"\x1b\[[0-9;]*m", "", capture.get())
 
     assert "2 prompts at once" in drawn()
-    board.watch([HalfWay(), HalfWay()])  # type: ignore[list-item]
-    assert "hel" in drawn()
-    assert "✓" not in drawn()
+    board.watch([HalfWay(), Done()])  # type: ignore[list-item]
+    text = drawn()
+    assert "hel" in text
+    assert "4 tokens" in text
+    assert text.count("✓") == 1
     board.answered(0, " hello\n")
     board.answered(1, "z")
     text = drawn()

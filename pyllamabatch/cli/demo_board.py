@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
@@ -95,12 +96,14 @@ class LiveBoard:
         self._streams: Sequence[Stream] = ()
         self._answers: dict[int, str] = {}
         self._n_alone = 0
+        self._began = time.monotonic()
+        self._console = console
         self._live = Live(
             console=console, get_renderable=self._draw, refresh_per_second=10, screen=False
         )
 
     def watch(self, streams: Sequence[Stream]) -> None:
-        self._streams = streams
+        self._streams, self._began = streams, time.monotonic()
 
     def answered(self, i: int, text: str) -> None:
         self._answers[i] = text
@@ -112,29 +115,40 @@ class LiveBoard:
         from rich.table import Table
         from rich.text import Text
 
-        width = self._live.console.width
         table = Table(box=None, expand=True, pad_edge=False, title_justify="left")
-        table.title = (
-            f"one by one: {self._n_alone} of {len(self._tasks)}"
-            if self._n_alone
-            else f"{len(self._tasks)} prompts at once"
-        )
+        table.title = self._title()
         table.add_column("task", width=8, no_wrap=True)
         table.add_column("prompt", ratio=1, no_wrap=True, overflow="ellipsis")
         table.add_column("", width=1)
         table.add_column("answer", ratio=1, no_wrap=True, overflow="ellipsis")
+        width = max(10, self._console.width // 2 - 8)
         for i, task in enumerate(self._tasks):
-            text = self._answers.get(i)
-            if text is None:
-                text = self._streams[i].text if self._streams else ""
-                mark = Text("")
-            elif is_right(task, text):
-                mark = Text("✓", "green")
-            else:
-                mark = Text("✗", "bold red")
-            asked = question(task, max(10, width // 2 - 8))
-            table.add_row(task.kind, Text(asked), mark, Text(text.strip()))
+            text, done = self._answer(i)
+            mark = Text("")
+            if done:
+                mark = Text("✓", "green") if is_right(task, text) else Text("✗", "bold red")
+            table.add_row(task.kind, Text(question(task, width)), mark, Text(text.strip()))
         return table
+
+    def _title(self) -> str:
+        n = len(self._tasks)
+        if self._n_alone:
+            return f"one by one: {self._n_alone} of {n}"
+        title = f"{n} prompts at once"
+        if not self._streams or self._answers:
+            return title
+        n_tokens = sum(len(stream.tokens) for stream in self._streams)
+        seconds = max(time.monotonic() - self._began, 1e-3)
+        return f"{title}: {n_tokens} tokens, {n_tokens / seconds:.0f} tok/s"
+
+    def _answer(self, i: int) -> tuple[str, bool]:
+        """The text of answer `i` so far, and whether it is whole."""
+        if i in self._answers:
+            return self._answers[i], True
+        if not self._streams:
+            return "", False
+        done = self._streams[i].done  # before its text: what is done has all of it
+        return self._streams[i].text, done
 
     def __enter__(self) -> LiveBoard:
         self._live.start()
