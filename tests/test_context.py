@@ -136,9 +136,12 @@ def test_too_large_for_memory(model: Model) -> None:
 def test_no_weights(tiny_llama_path: Path) -> None:
     with Model(tiny_llama_path, vocab_only=True) as model, pytest.raises(UnsupportedOperation):
         model.context()
-    with Model(tiny_llama_path, no_alloc=True) as model, model.context(n_ctx=256) as context:
-        with pytest.raises(UnsupportedOperation, match="no_alloc"):
-            run(context, PROMPT)
+    with (
+        Model(tiny_llama_path, no_alloc=True) as model,
+        model.context(n_ctx=256) as context,
+        pytest.raises(UnsupportedOperation, match="no_alloc"),
+    ):
+        run(context, PROMPT)
 
 
 # -- decoding --
@@ -248,9 +251,11 @@ def test_rows_in_several_sequences(context: Context, model: Model) -> None:
         batch.add(token, pos, [0, 2], logits=pos == len(PROMPT) - 1)
     context.decode(batch)
     assert context.memory.pos_max(0) == context.memory.pos_max(2) == len(PROMPT) - 1
-    with model.context(n_ctx=512, n_seq_max=4, kv_unified=False) as streams:
-        with pytest.raises(UnsupportedOperation, match="kv_unified"):
-            streams.decode(batch)
+    with (
+        model.context(n_ctx=512, n_seq_max=4, kv_unified=False) as streams,
+        pytest.raises(UnsupportedOperation, match="kv_unified"),
+    ):
+        streams.decode(batch)
 
 
 def test_decoders_have_no_encoder(context: Context) -> None:
@@ -317,9 +322,11 @@ def test_pooled_embeddings(model: Model) -> None:
 
 
 def test_pooled_sequences_are_computed_at_once(model: Model) -> None:
-    with model.context(n_ctx=512, n_ubatch=4, embeddings=True, pooling_type="mean") as context:
-        with pytest.raises(ArgumentError, match="n_ubatch=4"):
-            run(context, PROMPT)
+    with (
+        model.context(n_ctx=512, n_ubatch=4, embeddings=True, pooling_type="mean") as context,
+        pytest.raises(ArgumentError, match="n_ubatch=4"),
+    ):
+        run(context, PROMPT)
 
 
 def test_embeddings_must_be_asked_for(context: Context) -> None:
@@ -467,16 +474,18 @@ def test_two_threads_decoding(model: Model) -> None:
         outcomes: list[str] = []
         start = threading.Barrier(2)
 
+        def once() -> str:
+            try:
+                with context.exclusive():
+                    context.memory.clear()
+                    run(context, PROMPT * 20)
+            except ContextBusy:
+                return "busy"
+            return "done"
+
         def work() -> None:
             start.wait()
-            for _ in range(20):
-                try:
-                    with context.exclusive():
-                        context.memory.clear()
-                        run(context, PROMPT * 20)
-                    outcomes.append("done")
-                except ContextBusy:
-                    outcomes.append("busy")
+            outcomes.extend(once() for _ in range(20))
 
         threads = [threading.Thread(target=work) for _ in range(2)]
         for thread in threads:
