@@ -9,16 +9,20 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from bench.models import BenchModel
-from bench.tools import ToolError, build_number, tool
+from bench.tools import ToolError, build_options, tool
+
+if TYPE_CHECKING:
+    from pyllamabatch.scheduler import Plan, Policy, StepView
 
 I32 = npt.NDArray[np.int32]
 
@@ -69,6 +73,24 @@ class Arm:
     run: Callable[[Case], Measured]
 
 
+ATTEMPTS = 5
+
+
+def batched_bench_row(command: list[str]) -> dict[str, Any]:
+    """The tool's one JSON line.  It logs from a thread that it does not wait for at its end, so a
+    short run on a busy machine may print nothing: such a run is repeated."""
+    for _ in range(ATTEMPTS):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        if done.returncode == 0 and len(lines) == 1:
+            values: dict[str, Any] = json.loads(lines[0])
+            return values
+        if done.returncode != 0:
+            break
+    tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
+    raise ToolError(f"{' '.join(command)} gave no result:\n{tail}")
+
+
 def run_batched_bench(case: Case, *, kv_unified: bool) -> Measured:
     """llama-batched-bench in a process of its own; its model loading and warm-up are untimed."""
     binary = tool("llama-batched-bench", log=False)
@@ -81,15 +103,33 @@ def run_batched_bench(case: Case, *, kv_unified: bool) -> Measured:
     ]  # fmt: skip
     if case.n_gpu_layers >= 0:
         command += ["-ngl", str(case.n_gpu_layers)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode != 0 or len(lines) != 1:
-        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
-        raise ToolError(f"{' '.join(command)} gave no result:\n{tail}")
-    values = json.loads(lines[0])
+    values = batched_bench_row(command)
     names = ("n_kv_max", "n_batch", "n_ubatch", "flash_attn", "n_threads", "n_threads_batch")
-    settings = {name: int(values[name]) for name in names} | {"kv_unified": kv_unified}
+    settings: dict[str, Any] = {name: int(values[name]) for name in names}
+    settings |= {
+        "kv_unified": kv_unified,
+        "build_options": " ".join(f"{k}={v}" for k, v in sorted(build_options().items())),
+    }
     return Measured(values["t_pp"], values["t_tg"], settings)
+
+
+class StepClock:
+    """A policy that asks another one and notes when each steady step begins: a step in which `n`
+    sequences decode and nobody else is there.  `done` is set when `n_steps` of them are over."""
+
+    def __init__(self, policy: Policy, n: int, n_steps: int) -> None:
+        self.starts: list[float] = []
+        self.done = threading.Event()
+        self._policy = policy
+        self._n = n
+        self._n_steps = n_steps
+
+    def plan(self, view: StepView) -> Plan:
+        if len(view.decoding) == len(view.running) == self._n and not view.waiting:
+            self.starts.append(time.perf_counter())
+            if len(self.starts) > self._n_steps:
+                self.done.set()
+        return self._policy.plan(view)
 
 
 class InProcess:
@@ -105,6 +145,7 @@ class InProcess:
         import pyllamabatch
         from pyllamabatch.raw import ffi, lib
 
+        build = ffi.string(lib.plb_llama_cpp_build()).decode()
         devices = [lib.ggml_backend_dev_get(i) for i in range(lib.ggml_backend_dev_count())]
         names = [ffi.string(lib.ggml_backend_dev_name(d)).decode() for d in devices]
         cpu = lib.GGML_BACKEND_DEVICE_TYPE_CPU
@@ -121,8 +162,9 @@ class InProcess:
         return {
             "backends": ",".join(names),
             "gpu_info": ", ".join(gpus),
-            "build_number": build_number(),
-            "build_commit": f"b{build_number()}",
+            "build_number": int(build.removeprefix("b")) if build[1:].isdigit() else 0,
+            "build_commit": build,
+            "build_options": ffi.string(lib.llama_print_system_info()).decode().strip(" |"),
             "versions": versions,
             "model_type": self.model.description,
             "model_size": self.model.size_bytes,
@@ -209,6 +251,42 @@ class InProcess:
                 token[:] = result.token
             end = time.perf_counter()
         return Measured(begin - start, end - begin, {"kv_unified": n > 1})
+
+    def engine(self, case: Case) -> Measured:
+        """The engine; time runs between the plans of its steady steps."""
+        from pyllamabatch.engine import Engine
+        from pyllamabatch.scheduler import fcfs
+
+        clock = StepClock(fcfs(), case.pl, case.tg)
+        with Engine(
+            self.model,
+            n_seq_max=case.pl,
+            n_ctx=case.n_ctx,
+            n_batch=case.n_batch,
+            n_ubatch=case.n_ubatch,
+            n_threads=case.n_threads,
+            n_threads_batch=case.n_threads,
+            policy=clock,
+        ) as engine:
+            prompts = case.prompts(self.model.n_vocab)
+            room = case.n_ctx // case.pl - case.pp
+            start = time.perf_counter()
+            streams = [
+                engine.submit(prompt, _sampling_params(case, seq, room))
+                for seq, prompt in enumerate(prompts)
+            ]
+            reached = clock.done.wait(timeout=600)
+            for stream in streams:
+                stream.cancel()
+            if not reached:
+                raise RuntimeError(f"only {len(clock.starts)} steady steps in 600 s")
+        starts = clock.starts
+        return Measured(
+            starts[0] - start,
+            starts[case.tg] - starts[0],
+            {"kv_unified": True},
+            {"longest_step_s": float(np.diff(starts[: case.tg + 1]).max())},
+        )
 
     def _context(self, case: Case) -> Any:
         return self.model.context(

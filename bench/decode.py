@@ -13,7 +13,7 @@ from bench import report, schema
 from bench.arms import Arm, Case, InProcess, Measured, run_batched_bench
 from bench.cache import RESULTS
 from bench.models import resolve
-from bench.tools import build_options, tool
+from bench.tools import tool
 
 BASE = "llama-batched-bench"
 STREAMS = "batched-bench, streams"
@@ -103,6 +103,12 @@ def all_arms(inside: InProcess) -> list[Arm]:
             True,
             inside.stepper,
         ),
+        Arm(
+            "engine",
+            "Engine: scheduling, decode, sampling, text and delivery to one stream per sequence",
+            True,
+            inside.engine,
+        ),
     ]
 
 
@@ -134,7 +140,7 @@ def measure(
 def make_row(
     arm: Arm, case: Case, measured: Measured, facts: dict[str, Any], run_id: str, repeat: int
 ) -> schema.Row:
-    settings = {
+    settings: dict[str, Any] = {
         "n_kv_max": case.n_ctx,
         "n_batch": case.n_batch,
         "n_ubatch": case.n_ubatch,
@@ -144,7 +150,7 @@ def make_row(
         "n_gpu_layers": case.n_gpu_layers,
         "n_threads": case.n_threads,
         "n_threads_batch": case.n_threads,
-    } | measured.settings
+    }
     times = schema.speeds(
         pp=case.pp, tg=case.tg, pl=case.pl, t_pp=measured.t_pp, t_tg=measured.t_tg
     )
@@ -156,8 +162,6 @@ def make_row(
         repeat=repeat,
         sampling=case.sampling if arm.sampling else "none",
         **schema.machine(),
-        **facts,
-        build_options=" ".join(f"{k}={v}" for k, v in sorted(build_options().items())),
         model_filename=case.model.path.name,
         model_seed=case.model.seed,
         seed=case.seed,
@@ -166,7 +170,7 @@ def make_row(
         pl=case.pl,
         n_kv=case.pl * (case.pp + case.tg),
         detail=measured.detail,
-        **settings,
+        **(facts | settings | measured.settings),
         **times,
     )
 

@@ -93,12 +93,14 @@ def write_f16(shape: Shape, path: Path, vocabulary: Path | None, *, seed: int = 
     writer.close()
 
 
-def random_tensor(spec: TensorSpec, seed: int) -> npt.NDArray[np.floating]:
+def random_tensor(spec: TensorSpec, seed: int) -> npt.NDArray[np.float32] | npt.NDArray[np.float16]:
     """The values of one tensor: they depend on its name and the seed, not on the others."""
     random = np.random.default_rng([seed, zlib.crc32(spec.name.encode())])
     if len(spec.shape) == 1:
-        centre = np.float32(1.0 if spec.norm else 0.0)
-        return centre + np.float32(0.02) * random.standard_normal(spec.shape, dtype=np.float32)
+        vector: npt.NDArray[np.float32] = random.standard_normal(spec.shape, dtype=np.float32)
+        vector *= np.float32(0.02)
+        vector += np.float32(1.0 if spec.norm else 0.0)
+        return vector
     n_rows, n_columns = spec.shape
     out = np.empty(spec.shape, np.float16)
     for first in range(0, n_rows, ROWS_AT_ONCE):

@@ -43,7 +43,7 @@ class Row:
     # build and versions
     build_number: int  # llama.cpp's
     build_commit: str
-    build_options: str
+    build_options: str  # CMake's for a tool, the compiled-in CPU features for our own arms
     versions: dict[str, str]
     # model
     model_filename: str
@@ -106,7 +106,7 @@ def read(path: Path) -> Iterator[Row]:
                 yield Row.from_json(line)
 
 
-def speeds(*, pp: int, tg: int, pl: int, t_pp: float, t_tg: float) -> dict[str, float]:
+def speeds(*, pp: int, tg: int, pl: int, t_pp: float, t_tg: float) -> dict[str, Any]:
     """The derived values of a row, by the formulas beside the fields."""
     t = t_pp + t_tg
     return {

@@ -138,12 +138,15 @@ class Weights:
 
     def matrix(self, *shape: int, gain: float = 1.0) -> FloatArray:
         """Normal with the deviation that keeps the size of a unit-sized input, times `gain`."""
-        values = self._random.standard_normal(shape, dtype=np.float32)
-        return values * np.float32(gain / np.sqrt(shape[-1]))
+        values: FloatArray = self._random.standard_normal(shape, dtype=np.float32)
+        values *= np.float32(gain / np.sqrt(shape[-1]))
+        return values
 
     def around(self, centre: float, n: int, spread: float = 0.1) -> FloatArray:
-        values = self._random.standard_normal(n, dtype=np.float32)
-        return np.float32(centre) + np.float32(spread) * values
+        values: FloatArray = self._random.standard_normal(n, dtype=np.float32)
+        values *= np.float32(spread)
+        values += np.float32(centre)
+        return values
 
 
 def tensors(arch: Architecture, seed: int) -> Iterator[tuple[str, FloatArray]]:
