@@ -179,10 +179,13 @@ def test_interrupted_and_resumed(tmp_path: Path, stop_at: int) -> None:
         with pytest.raises(KeyboardInterrupt):
             job.run()
         job.stop()
-    kept = {json.loads(line)["line"] for line in out.read_bytes().splitlines()}
     part = tmp_path / "out.jsonl.part"
-    if part.exists():
-        kept |= {json.loads(line)["line"] for line in part.read_bytes().splitlines()}
+    kept = {
+        json.loads(line)["line"]
+        for path in (out, part)
+        if path.exists()
+        for line in path.read_bytes().splitlines()
+    }
     assert kept <= set(first.started)
 
     with FileSink(out) as sink:

@@ -113,7 +113,8 @@ def test_overwrite_begins_again(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     out.write_bytes(b"some notes of mine\n")
     (tmp_path / "out.jsonl.part").write_bytes(encode(row(7)))
-    with FileSink(out, overwrite=True) as sink:
+    with FileSink(out) as sink:
+        sink.clear()
         assert finished(sink) == []
         assert sink.early_rows(after_line=0) == {}
         sink.add(0, row(1))
@@ -130,3 +131,13 @@ def test_two_runs_on_one_file(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ResultsProblem, match="No such file"):
         FileSink(tmp_path / "nowhere" / "out.jsonl")
+
+
+def test_nothing_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    with FileSink(tmp_path / "out.jsonl") as sink:
+        assert finished(sink) == []
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "empty.jsonl").touch()
+    with FileSink(tmp_path / "empty.jsonl"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.jsonl"]

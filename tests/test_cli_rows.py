@@ -35,7 +35,13 @@ def test_blank_lines_count_and_a_byte_order_mark_does_not() -> None:
 
 def test_options_take_the_types_of_sampling_params() -> None:
     row = one(
-        prompt="a", temperature=0, stop="x", stop_token_ids=[3], logit_bias={"5": 1}, note="mine"
+        prompt="a",
+        temperature=0,
+        stop="x",
+        stop_token_ids=[3],
+        logit_bias={"5": 1},
+        note="mine",
+        max_tokens=None,
     )
     assert isinstance(row, Request)
     assert row.options == {

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from pyllamabatch.cli import demo, generate, info
-from pyllamabatch.errors import PyllamabatchError
+from pyllamabatch.errors import ArgumentError, PyllamabatchError
 
 #: Exit statuses, beside 0 and those that a command documents.
 FAILED = 1
+USAGE = 2
 INTERRUPTED = 130
 
 
@@ -26,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = args.run(args)
         sys.stdout.flush()
         return status
+    except ArgumentError as error:
+        print(f"pyllamabatch: {error}", file=sys.stderr)
+        return USAGE
     except PyllamabatchError as error:
         print(f"pyllamabatch: {error}", file=sys.stderr)
         return FAILED

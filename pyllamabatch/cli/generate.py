@@ -46,7 +46,7 @@ from pyllamabatch.cli.rows import BadLine, Request, digest, read_rows
 from pyllamabatch.engine import Engine
 from pyllamabatch.errors import EngineClosed, FatalDecodeError, PyllamabatchError
 from pyllamabatch.model import Model
-from pyllamabatch.sampling import SamplingParams
+from pyllamabatch.sampling import SEED_MAX, SamplingParams
 from pyllamabatch.stream import Stream
 
 NAME = "generate"
@@ -107,6 +107,8 @@ def _run(args: argparse.Namespace, stack: ExitStack) -> int:
         bar.note(f"{name}:{row['line']}: id {row['id']!r}: {row['error']}")
 
     engine = stack.enter_context(open_engine(model, args, args.parallel))
+    if args.overwrite and isinstance(sink, FileSink):  # only now that nothing else can be wrong
+        sink.clear()
     job = Job(
         items(), sink, requests.starter(engine), finish, requests.key,
         window=window, on_progress=bar.update, on_problem=on_problem,
@@ -159,7 +161,7 @@ class Requests:
         """Fields of SamplingParams: the line's own, else the command line's."""
         options = {**self._options, **request.options}
         if self._seed is not None:
-            options.setdefault("seed", (self._seed + request.line - 1) % 2**32)
+            options.setdefault("seed", (self._seed + request.line - 1) % (SEED_MAX + 1))
         return options
 
     def key(self, item: Item) -> str:
@@ -242,7 +244,7 @@ def _sink(args: argparse.Namespace, stack: ExitStack) -> Sink:
         return StreamSink(stack.enter_context(open(path, "wb")))
     if args.prompts != "-" and path.exists() and path.samefile(args.prompts):
         raise ResultsProblem(f"{path}: is the input and the output")
-    return stack.enter_context(FileSink(path, overwrite=args.overwrite))
+    return stack.enter_context(FileSink(path))
 
 
 def _count_lines(name: str) -> int | None:

@@ -58,7 +58,8 @@ class FileSink:
     Raises ResultsProblem if another run writes to the same file, or if the file is not ours.
     """
 
-    def __init__(self, path: Path, *, overwrite: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
+        self._made = not path.exists()
         self.path = path
         self.part_path = path.with_name(path.name + ".part")
         self._early: dict[int, Row] = {}
@@ -76,9 +77,6 @@ class FileSink:
         except ResultsProblem:
             self._file.close()
             raise
-        if overwrite:
-            self._file.truncate(0)
-            self._part.truncate(0)
         self._reader = open(path, "rb")  # noqa: SIM115
         self._read_to = 0
 
@@ -89,6 +87,11 @@ class FileSink:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ResultsProblem(f"{self.path}: another run is writing to this file") from None
+
+    def clear(self) -> None:
+        """Forget what an earlier run, or anybody else, wrote."""
+        self._file.truncate(0)
+        self._part.truncate(0)
 
     def next_finished(self) -> Row | None:
         """The next row of an earlier run, or None at the end (a torn last line is cut off)."""
@@ -142,14 +145,15 @@ class FileSink:
         return self._n_written
 
     def close(self) -> None:
-        """Close the files; `OUT.part` goes away when nothing waits in it."""
+        """Close the files; what we made and did not fill goes away."""
         if self._file.closed:
             return
-        empty = os.fstat(self._part.fileno()).st_size == 0
+        if os.fstat(self._part.fileno()).st_size == 0:
+            self.part_path.unlink(missing_ok=True)
+        if self._made and os.fstat(self._file.fileno()).st_size == 0:
+            self.path.unlink(missing_ok=True)
         self._reader.close()
         self._part.close()
-        if empty:
-            self.part_path.unlink(missing_ok=True)
         self._file.close()
 
     def __enter__(self) -> FileSink:

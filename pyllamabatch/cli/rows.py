@@ -152,8 +152,13 @@ def _messages(value: object) -> list[dict[str, str]]:
 
 
 def _options(data: dict[str, Any], option_names: frozenset[str]) -> dict[str, Any]:
-    """The line's sampling fields in the types of `SamplingParams`; ranges are checked there."""
-    options = {name: value for name, value in data.items() if name in option_names}
+    """The line's sampling fields in the types of `SamplingParams`; ranges are checked there.
+
+    A null is a field that is not given.
+    """
+    options = {
+        name: value for name, value in data.items() if name in option_names and value is not None
+    }
     if isinstance(options.get("stop"), str):
         options["stop"] = (options["stop"],)
     for name in ("stop", "stop_token_ids"):
