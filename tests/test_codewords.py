@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from pyllamabatch import Engine, Model, Result, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 N = 33
-SETTINGS = {"n_threads": 1}
+SETTINGS: dict[str, Any] = {"n_threads": 1}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,9 @@ def model() -> Iterator[Model]:
 @pytest.fixture(scope="module")
 def codewords() -> list[str]:
     """Five letters each; no two share three letters in a row, so a mixture is seen too."""
-    generator, words, seen = random.Random(5), [], set()
+    generator = random.Random(5)
+    words: list[str] = []
+    seen: set[str] = set()
     while len(words) < N:
         word = "".join(generator.choices(string.ascii_lowercase, k=5))
         parts = {word[i : i + 3] for i in range(3)}
@@ -47,7 +50,7 @@ def prompts(model: Model, codewords: list[str]) -> list[list[int]]:
             "What is the code of zebra?"
         )
         message = model.vocab.apply_chat_template([{"role": "user", "content": text}])
-        return model.vocab.tokenize(message, parse_special=True).tolist()
+        return [int(token) for token in model.vocab.tokenize(message, parse_special=True)]
 
     made = [prompt(word) for word in codewords]
     assert len({len(tokens) for tokens in made}) == 1

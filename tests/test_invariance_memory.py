@@ -31,7 +31,7 @@ from pyllamabatch.context import Context
 from pyllamabatch.errors import StateError, UnsupportedOperation
 from pyllamabatch.model import Model
 
-EXACT = {"flash_attn_type": "disabled", "type_k": "f32", "type_v": "f32"}
+EXACT: dict[str, Any] = {"flash_attn_type": "disabled", "type_k": "f32", "type_v": "f32"}
 N_TOKENS = 12
 PROMPT, OTHER = random_prompts(2, seed=100, shortest=60, longest=60)
 SUFFIX, OTHER_SUFFIX = PROMPT[40:], OTHER[40:]  # other tokens after the same 40
@@ -49,9 +49,10 @@ class Sequences:
     def feed(self, tokens: Sequence[int], *, seq: int = 0, pos: int = 0) -> Logits:
         """The logits after the last token, a copy."""
         self.batch.clear()
-        self.batch.extend(tokens, np.arange(pos, pos + len(tokens)), seq)
+        self.batch.extend(tokens, pos, seq)
         self.context.decode(self.batch)
-        return self.context.logits().copy()
+        logits: Logits = self.context.logits().copy()
+        return logits
 
     def greedy(self, logits: Logits, *, seq: int = 0, pos: int, n: int = N_TOKENS) -> Reference:
         tokens, rows = [int(logits.argmax())], [logits]
@@ -227,6 +228,23 @@ def test_mamba_has_no_snapshots_in_this_llama_cpp(name: str) -> None:
                 sequences.memory.seq_rm(0, len(PROMPT) - 1)
             got = sequences.greedy(logits, pos=len(PROMPT))
         assert_same(got, solo(oracle, PROMPT, N_TOKENS), tolerance(name))
+
+
+def test_a_window_that_forgot_cannot_be_trimmed_into() -> None:
+    """gemma3 with cells for the window only: what is gone is refused, the rest still goes on."""
+    with Model(gguf_path("gemma3")) as model, raw_model(gguf_path("gemma3")) as oracle:
+        sequences = Sequences(model, swa_full=False, n_ubatch=16, n_batch=16, n_seq_max=1)
+        with sequences.context:
+            long = (4 * (PROMPT + OTHER))[:480]
+            for pos in range(0, 480, 8):
+                logits = sequences.feed(long[pos : pos + 8], pos=pos)
+            oldest = sequences.memory.pos_min(0)
+            assert oldest > SLIDING_WINDOW
+            with pytest.raises(UnsupportedOperation, match="are forgotten"):
+                sequences.memory.seq_rm(0, oldest + 2)
+            assert sequences.memory.pos_max(0) == 479
+            got = sequences.greedy(logits, pos=480)
+        assert_same(got, solo(oracle, long, N_TOKENS), tolerance("gemma3"))
 
 
 # -- shift --
