@@ -27,6 +27,8 @@ from .text import Pieces
 
 log = logging.getLogger(__name__)
 
+LENGTH = int(Finish.LENGTH)
+
 Tokens = npt.NDArray[np.int32]
 
 
@@ -257,27 +259,29 @@ class Decoder:
         now = perf_counter()
         slots, tokens = result.seq, result.token
         self._next_token[slots] = tokens
-        pieces = self._pieces
+        pieces, at = self._pieces, self._at
         columns = (slots, tokens, result.finish, result.logprob)
         records = zip(*(column.tolist() for column in columns), strict=True)
         for i, (slot, token, finish, logprob) in enumerate(records):
-            request = self._at[slot]
+            request = at[slot]
             assert request is not None
-            if finish == Finish.EOG or finish == Finish.STOP:
-                self._end(request, "stop", stop=token)
+            if finish and finish != LENGTH:
+                self._last(request, slot, token, finish)
                 continue
-            if finish == Finish.ERROR:
-                self.scheduler.counters.tokens -= 1
-                self._end(request, "error", error=GrammarError(self._stepper.slot_error(slot)))
-                continue
-            top = None
-            if request.params.logprobs:
-                top = _top_of(result, i)
-            hit = request.stream._push(token, pieces[token], now, logprob, top)
-            if hit:
+            top = _top_of(result, i) if request.params.logprobs else None
+            if request.stream._push(token, pieces[token], now, logprob, top):
                 self._end(request, "stop")
-            elif finish == Finish.LENGTH:
+            elif finish:
                 self._end(request, "length")
+
+    def _last(self, request: Request, slot: int, token: int, finish: int) -> None:
+        """A sampled row that gives no token to show."""
+        if finish == Finish.ERROR:
+            self.scheduler.counters.tokens -= 1
+            error = GrammarError(self._stepper.slot_error(slot))
+            self._end(request, "error", error=error)
+        else:  # an end-of-generation or stop token
+            self._end(request, "stop", stop=token)
 
     # -- when a step fails
 

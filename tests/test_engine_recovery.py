@@ -1,0 +1,170 @@
+"""Faults on real contexts, in every architecture: what libllama's memory holds after a failure is
+cleaned up, and whoever comes next gets his own tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from models_gguf import Architecture, gguf_path
+from oracle import random_prompts
+
+from pyllamabatch.engine import Engine
+from pyllamabatch.errors import DecodeAborted, FatalDecodeError
+from pyllamabatch.model import Model
+from pyllamabatch.sampling import SamplingParams
+
+EXACT = {"flash_attn_type": "disabled", "type_k": "f32", "type_v": "f32", "n_threads": 1}
+PROMPTS = random_prompts(6, seed=7, shortest=5, longest=40)
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def model(architecture: Architecture) -> Iterator[Model]:
+    with Model(gguf_path(architecture.name)) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def expected(model: Model) -> list[list[int]]:
+    with engine_on(model, n_seq_max=1) as engine:
+        return [engine.submit(prompt, GREEDY).result(60).tokens for prompt in PROMPTS]
+
+
+def engine_on(model: Model, **options: Any) -> Engine:
+    options = {"n_seq_max": 3, "n_ctx": 512, "n_batch": 32, "n_ubatch": 16, **options}
+    return Engine(model, **options, **EXACT)
+
+
+class Faulty:
+    """A stepper whose step fails as libllama's may: before anything (1, -1), or after the first
+    half of the rows is in memory (2, below -1)."""
+
+    def __init__(self, engine: Engine, faults: dict[int, int]) -> None:
+        self._stepper: Any = engine._stepper
+        self._faults = faults
+        self.n_steps = 0
+        engine._decoder._stepper = self  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stepper, name)
+
+    def step(self, n_rows: int) -> Any:
+        self.n_steps += 1
+        code = self._faults.get(self.n_steps)
+        if code is None:
+            return self._stepper.step(n_rows)
+        if code not in (1, -1) and n_rows > 1:
+            half = n_rows // 2
+            self._stepper.rows.flags[:half] = 0
+            assert self._stepper.step(half).code == 0
+        return SimpleNamespace(code=code)
+
+
+class Checked:
+    """A stepper that compares ledger and counters with libllama's own positions at every step."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._stepper: Any = engine._stepper
+        self._scheduler = engine._decoder.scheduler
+        self._memory = engine._decoder._memory
+        self.n_steps = 0
+        engine._decoder._stepper = self  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stepper, name)
+
+    def step(self, n_rows: int) -> Any:
+        self.n_steps += 1
+        scheduler, n_slots = self._scheduler, self._scheduler.limits.n_seq_max
+        held = [self._memory.pos_max(slot) + 1 for slot in range(n_slots)]
+        assert held == [scheduler.computed(slot) for slot in range(n_slots)]
+        assert held == [scheduler.ledger.held(slot) for slot in range(n_slots)]
+        assert n_rows <= scheduler.ledger.free
+        result = self._stepper.step(n_rows)
+        assert result.code == 0  # what the ledger allows fits
+        return result
+
+
+def check_clean(engine: Engine) -> None:
+    memory = engine._decoder._memory
+    assert [memory.pos_max(seq) for seq in range(engine.n_seq_max)] == [-1] * engine.n_seq_max
+    stats = engine.stats()
+    assert stats.kv_used == stats.running == stats.waiting == 0
+    assert stats.submitted == sum(stats.finished.values())
+
+
+@pytest.mark.parametrize("step", [1, 2, 4, 9])
+def test_no_cells(model: Model, expected: list[list[int]], step: int) -> None:
+    with engine_on(model, n_batch=128) as engine:  # three prompts in the first step
+        Faulty(engine, {step: 1, step + 3: 1})
+        results = engine.generate(PROMPTS, GREEDY)
+        assert [result.tokens for result in results] == expected
+        assert engine.stats().preemptions == 2
+        check_clean(engine)
+
+
+@pytest.mark.parametrize(("code", "kind"), [(2, DecodeAborted), (-3, FatalDecodeError)])
+@pytest.mark.parametrize("step", [1, 3, 6])
+def test_a_decode_that_fails_half_way(
+    model: Model, expected: list[list[int]], step: int, code: int, kind: type[Exception]
+) -> None:
+    with engine_on(model) as engine:
+        Faulty(engine, {step: code})
+        results = engine.generate(PROMPTS, GREEDY)
+        failed = [result for result in results if result.finish_reason == "error"]
+        assert 1 <= len(failed) <= 3
+        assert all(isinstance(result.error, kind) for result in failed)
+        for result, tokens in zip(results, expected, strict=True):
+            assert result.tokens == tokens[: len(result.tokens)]
+            assert result in failed or len(result.tokens) == 12
+        check_clean(engine)
+        again = engine.generate(PROMPTS, GREEDY)
+        assert [result.tokens for result in again] == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_ctx": 256, "n_seq_max": 8},
+        {"n_ctx": 256, "n_seq_max": 8, "n_batch": 256, "n_ubatch": 256},
+        {"n_ctx": 256, "n_seq_max": 8, "swa_full": False},
+        {"n_ctx": 1024, "n_seq_max": 4, "kv_unified": False},
+        {"n_ctx": 1024, "n_seq_max": 4, "kv_unified": False, "swa_full": False},
+    ],
+    ids=str,
+)
+def test_the_ledger_is_right_at_every_step(model: Model, options: dict[str, Any]) -> None:
+    """Far more text than cells: preemption all the time, and libllama never says "no cells"."""
+    prompts = random_prompts(14, seed=8, shortest=1, longest=120)
+    with engine_on(model, **options) as engine:
+        checked = Checked(engine)
+        streams = [
+            engine.submit(prompt, SamplingParams(temperature=0, max_tokens=5 + 7 * (i % 11)))
+            for i, prompt in enumerate(prompts)
+        ]
+        for stream in streams[3::5]:
+            next(iter(stream))
+            stream.cancel()
+        for i, stream in enumerate(streams):
+            result = stream.result(60)
+            assert result.n_generated == 5 + 7 * (i % 11) or i % 5 == 3
+        assert checked.n_steps == engine.stats().steps
+        assert (engine.stats().preemptions > 0) == engine.limits.unified
+        check_clean(engine)
+
+
+def test_draws_survive_a_preemption(model: Model) -> None:
+    """Sampled, with penalties: the sampling state goes with the request."""
+    params = [
+        SamplingParams(max_tokens=12, seed=seed, repeat_penalty=1.3, presence_penalty=0.5)
+        for seed in range(len(PROMPTS))
+    ]
+    with engine_on(model) as engine:
+        expected = [result.tokens for result in engine.generate(PROMPTS, params)]
+    with engine_on(model) as engine:
+        Faulty(engine, {4: 1, 8: 1, 18: 1})
+        assert [result.tokens for result in engine.generate(PROMPTS, params)] == expected
+        assert engine.stats().preemptions == 3
