@@ -59,9 +59,7 @@ def _check_cache_type(name: str, ggml_type: int, width: int) -> None:
 
 def max_position(model: Model) -> int:
     """The last position that a row may have: ggml aborts past the end of a table of positions."""
-    table = model.rope_type == lib.LLAMA_ROPE_TYPE_NONE
-    table = table and not (model.is_recurrent or model.is_hybrid)
-    return model.n_ctx_train - 1 if table else 2**31 - 2
+    return model.n_ctx_train - 1 if model.has_position_table else 2**31 - 2
 
 
 def check_batch(context: Context, batch: Batch, encoder: bool) -> None:

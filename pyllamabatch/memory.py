@@ -309,8 +309,9 @@ def probe(context: Context) -> Capabilities:
 
 
 def _can_rotate(model: Model, type_k: int) -> bool:
-    """Whether ggml can rotate keys of that type where they lie; it aborts where it can't."""
-    if type_k == lib.GGML_TYPE_BF16:
+    """Whether ggml can rotate keys of that type where they lie (it aborts where it can't), and the
+    position is not in them otherwise."""
+    if type_k == lib.GGML_TYPE_BF16 or model.has_position_table:
         return False
     rotated = model.metadata.get(f"{model.architecture}.rope.dimension_count")
     whole_head = rotated is None or int(rotated) == model.head_dims[0]

@@ -285,6 +285,13 @@ class Model:
         """`enum llama_rope_type`: -1 none, 0 norm, 2 neox, 8 M-RoPE, ..."""
         return int(lib.llama_model_rope_type(self._native))
 
+    @cached_property
+    def has_position_table(self) -> bool:
+        """Positions are looked up in a table of n_ctx_train rows, and added to the tokens."""
+        if self.architecture == "mpt":  # with ALiBi it has none
+            return float(self.metadata.get("mpt.attention.max_alibi_bias", 0)) == 0
+        return self.architecture in ("bert", "gpt2", "starcoder")
+
     def chat_template(self, name: str | None = None) -> str | None:
         """The model's chat template (or the one of that name), None when it has none."""
         key = ffi.NULL if name is None else name.encode()
