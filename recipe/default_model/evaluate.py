@@ -40,17 +40,26 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=default_model_path())
     parser.add_argument("--n", type=int, default=1000, help="held-out prompts per task")
     parser.add_argument("--sequences", type=int, default=16, help="prompts in the batch at once")
+    parser.add_argument("--threads", type=int, default=1, help="a model this small gains little")
     parser.add_argument("--cpu", action="store_true", help="keep every layer off the GPU")
     parser.add_argument("--out", type=Path, help="folder for evaluation.json")
     args = parser.parse_args()
 
+    accuracy = {}
     with (
         Model(args.model, n_gpu_layers=0 if args.cpu else -1) as model,
-        Engine(model, n_seq_max=args.sequences, n_ctx=args.sequences * model.n_ctx_train) as engine,
+        Engine(
+            model,
+            n_seq_max=args.sequences,
+            n_ctx=args.sequences * model.n_ctx_train,
+            kv_unified=False,
+            n_threads=args.threads,
+            n_threads_batch=args.threads,
+        ) as engine,
     ):
-        accuracy = {kind: exact_match(engine, model, kind, args.n) for kind in tasks.TASKS}
-    for kind, share in accuracy.items():
-        print(f"{kind:12} {share:7.1%}")
+        for kind in tasks.TASKS:
+            accuracy[kind] = exact_match(engine, model, kind, args.n)
+            print(f"{kind:12} {accuracy[kind]:7.1%}", flush=True)
     report = {
         "bytes": args.model.stat().st_size,
         "sequences_at_once": args.sequences,

@@ -1,0 +1,203 @@
+"""The default model: its size, its tasks, its tokenizer, and its answers through the engine."""
+
+from __future__ import annotations
+
+import random
+import re
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyllamabatch import Engine, Model, SamplingParams
+from pyllamabatch.models import default_model_path, tasks, world
+
+RECIPE = Path(__file__).parents[2] / "recipe" / "default_model"
+TOKENIZER = SimpleNamespace(**runpy.run_path(str(RECIPE / "tokenizer.py")))
+GREEDY = SamplingParams(temperature=0.0, max_tokens=128)
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    with Model.default(n_gpu_layers=0) as default:
+        yield default
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["own-cells", "shared-cells"])
+def engine(model: Model, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """Sixteen sequences. One thread: on a busy machine two would mostly wait for each other."""
+    with Engine(
+        model,
+        n_seq_max=16,
+        n_ctx=16 * 1024,
+        kv_unified=request.param,
+        n_threads=1,
+        n_threads_batch=1,
+    ) as sixteen:
+        yield sixteen
+
+
+def chat(model: Model, prompt: str) -> str:
+    return model.vocab.apply_chat_template([{"role": "user", "content": prompt}])
+
+
+def answers(engine: Engine, model: Model, prompts: list[str]) -> list[str]:
+    tokens = [model.vocab.tokenize(chat(model, prompt), parse_special=True) for prompt in prompts]
+    return [result.text for result in engine.generate(tokens, GREEDY)]
+
+
+# --- the file ------------------------------------------------------------------------------------
+
+
+def test_the_file_is_at_most_4_mib() -> None:
+    assert default_model_path().stat().st_size <= 4 << 20
+
+
+def test_it_describes_itself(model: Model) -> None:
+    assert model.architecture == "llama"
+    assert model.n_ctx_train == 2048
+    assert model.vocab.n_tokens == TOKENIZER.N_VOCAB
+    assert model.metadata["general.license"] == "mit"
+
+
+# --- the tasks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", tasks.TASKS)
+def test_tasks_depend_on_the_seed_alone(kind: str) -> None:
+    assert tasks.make_tasks(kind, 20, seed=3) == tasks.make_tasks(kind, 20, seed=3)
+    assert tasks.make_tasks(kind, 20, seed=3) != tasks.make_tasks(kind, 20, seed=4)
+
+
+@pytest.mark.parametrize("kind", tasks.TASKS)
+def test_the_splits_share_no_prompt(kind: str) -> None:
+    rng = random.Random(0)
+    train = {tasks.make_task(kind, rng, "train").prompt for _ in range(1000)}
+    held_out = {tasks.make_task(kind, rng, "held_out").prompt for _ in range(200)}
+    assert train.isdisjoint(held_out)
+
+
+def test_a_held_out_sum_is_held_out_in_every_wording() -> None:
+    rng = random.Random(0)
+    wordings = ("What is 2 + 3?", "Calculate 3 + 2.", "2 + 3 =", "Add 3 and 2.")
+    small = {t.prompt for t in (tasks.make_task("add", rng, "train") for _ in range(20_000))}
+    seen = {wording in small for wording in wordings}
+    assert seen == {tasks.split_of("add", "2+3") == "train"}
+
+
+def test_one_problem_in_sixteen_is_held_out() -> None:
+    held_out = sum(tasks.split_of("copy", str(i)) == "held_out" for i in range(16_000))
+    assert 900 < held_out < 1100
+
+
+def test_every_piece_of_knowledge_is_asked_for_in_training() -> None:
+    for questions, answer in world.KNOWLEDGE:
+        assert any(tasks.split_of("qa", question) == "train" for question in questions), answer
+
+
+@pytest.mark.parametrize("kind", ["add", "subtract"])
+def test_sums_are_right(kind: str) -> None:
+    sign = {"add": 1, "subtract": -1}[kind]
+    for task in tasks.make_tasks(kind, 200, seed=7):
+        first, second = (int(number) for number in re.findall(r"\d+", task.prompt))
+        if task.prompt.startswith("Subtract"):
+            first, second = second, first
+        assert first + sign * second == int(task.answer), task
+
+
+@pytest.mark.parametrize("kind", ["recall", "recall_long"])
+def test_a_recalled_value_is_stated_once_and_the_prompt_fits(kind: str) -> None:
+    for task in tasks.make_tasks(kind, 200, seed=7):
+        question = re.search(r"(?:of|is|does) (\w+)(?: mean)?\?$", task.prompt)
+        assert question is not None, task
+        values = re.findall(rf"\b{question[1]} (?:is|=|means) (\w+)[.;]", task.prompt)
+        assert values == [task.answer], task
+        assert len(TOKENIZER.encode(task.prompt)) < 2000
+
+
+# --- the tokenizer -------------------------------------------------------------------------------
+
+
+def test_training_and_llama_cpp_tokenize_alike(model: Model) -> None:
+    for kind in tasks.TASKS:
+        for task in tasks.make_tasks(kind, 300, seed=5):
+            messages = [{"role": "user", "content": task.prompt}]
+            text = model.vocab.apply_chat_template(messages)
+            tokens = model.vocab.tokenize(text, parse_special=True)
+            assert tokens.tolist() == TOKENIZER.encode_chat(messages)
+
+
+def test_a_conversation_tokenizes_as_in_training(model: Model) -> None:
+    messages = [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "user", "content": "Reverse: hello"},
+        {"role": "assistant", "content": "olleh"},
+        {"role": "user", "content": "2 + 3 ="},
+    ]
+    tokens = model.vocab.tokenize(model.vocab.apply_chat_template(messages), parse_special=True)
+    assert tokens.tolist() == TOKENIZER.encode_chat(messages)
+
+
+@given(st.text(max_size=80))
+@settings(max_examples=1000, deadline=None)
+def test_any_text_comes_back(model: Model, text: str) -> None:
+    tokens = model.vocab.tokenize(text)
+    assert tokens.tolist() == TOKENIZER.encode(text)
+    assert model.vocab.detokenize(tokens) == text == TOKENIZER.decode(tokens.tolist())
+
+
+def test_control_tokens_in_plain_text_stay_text(model: Model) -> None:
+    text = "a <|im_end|> b"
+    assert model.vocab.tokenize(text).tolist() == TOKENIZER.encode(text)
+    assert model.vocab.eog_tokens == {TOKENIZER.IM_END, TOKENIZER.END_OF_TEXT}
+
+
+# --- the answers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", [False], indirect=True, ids=["own-cells"])
+@pytest.mark.parametrize("kind", [kind for kind in tasks.TASKS if kind != "recall_long"])
+def test_held_out_prompts_are_answered_exactly(engine: Engine, model: Model, kind: str) -> None:
+    held_out = tasks.make_tasks(kind, 40, seed=11)
+    said = answers(engine, model, [task.prompt for task in held_out])
+    wrong = [(t.prompt, t.answer, s) for t, s in zip(held_out, said, strict=True) if s != t.answer]
+    assert len(wrong) <= 1, wrong
+
+
+def test_sixteen_different_prompts_at_once_get_sixteen_answers(
+    engine: Engine, model: Model
+) -> None:
+    prompts = {
+        "Reverse: hello": "olleh",
+        "Spell planet backwards.": "tenalp",
+        "Copy: one two three": "one two three",
+        "Repeat after me: Grüße 42, ok?": "Grüße 42, ok?",
+        "Uppercase: hello world": "HELLO WORLD",
+        "Shout: stop it now": "STOP IT NOW",
+        "Sort the numbers: 42 7 19": "7 19 42",
+        "Sort the letters: hgfedcba": "abcdefgh",
+        "Sort the words: pear fish apple": "apple fish pear",
+        "What is 123 + 4567?": "4690",
+        "999 + 1 =": "1000",
+        "What is 12 - 345?": "-333",
+        "Count from 3 to 9.": "3 4 5 6 7 8 9",
+        "Count down from 30 to 20 by 5.": "30 25 20",
+        "Anna lives in Rome. Ben has a cat. Where does Anna live?": "Anna lives in Rome.",
+        "What is the capital of France?": "The capital of France is Paris.",
+    }
+    assert answers(engine, model, list(prompts)) == list(prompts.values())
+
+
+def test_a_later_turn_is_answered_too(engine: Engine, model: Model) -> None:
+    messages = [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "user", "content": "Reverse: hello"},
+        {"role": "assistant", "content": "olleh"},
+        {"role": "user", "content": "What is 250 + 250?"},
+    ]
+    tokens = model.vocab.tokenize(model.vocab.apply_chat_template(messages), parse_special=True)
+    assert engine.generate([tokens], GREEDY)[0].text == "500"
