@@ -134,8 +134,8 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = read(out)
     assert [row["id"] for row in rows] == [line["id"] for line in lines]
-    for line, row in kept.items():
-        assert rows[line - 1] == row  # its timings too: it was not run again
+    for number, row in kept.items():
+        assert rows[number - 1] == row  # its timings too: it was not run again
     assert not (tmp_path / "out.jsonl.part").exists()
 
 

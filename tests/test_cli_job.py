@@ -98,14 +98,19 @@ def key(item: Item) -> str:
     return digest(item.raw if isinstance(item, BadLine) else item.prompt)
 
 
-def job_on(engine: FakeEngine, sink: Sink, source: Iterable[bytes], window: int = 8) -> Job:
+def job_on(engine: FakeEngine, sink: Sink, source: Iterable[bytes], window: int = 8) -> Job[Work]:
     items: Iterator[Item] = read_rows(source, frozenset())
     return Job(items, sink, engine.start, engine.finish, key, window=window)
 
 
-def drain(engine: FakeEngine, job: Job) -> None:
+def drain(engine: FakeEngine, job: Job[Work]) -> None:
     """Run, ending the last requests from another thread as an engine does."""
-    timer = threading.Timer(0.2, lambda: [engine.end_one() for _ in list(engine.under_way)])
+
+    def end_all() -> None:
+        for _ in list(engine.under_way):
+            engine.end_one()
+
+    timer = threading.Timer(0.2, end_all)
     timer.start()
     try:
         job.run()

@@ -146,10 +146,11 @@ def _model_lines(model: dict[str, Any]) -> list[str]:
         f"  {model['n_layer']} layers, width {model['n_embd']}, vocabulary {model['n_vocab']:,}, "
         f"trained on {model['n_ctx_train']:,} positions, "
         f"{'with' if model['chat_template'] else 'no'} chat template",
+        "  of its memory, with cells shared by all sequences:",
     ]
     for name, value in model["capabilities"].items():
         shown = {True: "yes", False: "no"}.get(value, value) if type(value) is bool else value
-        out.append(f"  {name.replace('_', ' ')}: {shown}")
+        out.append(f"    {name.replace('_', ' ')}: {shown}")
     out.append("  metadata:")
     for key, value in sorted(model["metadata"].items()):
         shown = value if len(value) <= 100 else value[:97] + "..."
