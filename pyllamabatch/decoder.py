@@ -252,6 +252,8 @@ class Decoder:
             flags[first:n] = 0
             if chunk.last:
                 flags[n - 1] = SAMPLE
+            else:
+                self._next_token[chunk.slot] = request.tokens[end]
         return n
 
     def _deliver(self, result: Any) -> None:

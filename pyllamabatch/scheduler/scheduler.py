@@ -209,10 +209,12 @@ class Scheduler:
             entry.high = max(end, entry.high)
             if chunk.last:
                 self._known[slot] += 1
+                n_sampled += 1
+            known = int(self._known[slot])
+            if known - end == 1 and known > entry.view.n_prompt:
                 del self._prefilling[chunk.id]
                 self._decoding[chunk.id] = slot
                 self._decoding_changed()
-                n_sampled += 1
         counters.steps += 1
         counters.rows += step.n_rows
         counters.decode_rows += n_decodes

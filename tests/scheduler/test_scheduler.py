@@ -214,6 +214,15 @@ def test_preempted_sequences_are_computed_again_and_go_first() -> None:
     assert counters.tokens == 4 * 20
 
 
+def test_a_recomputed_sequence_decodes_as_soon_as_one_token_is_left() -> None:
+    machine = Machine(Limits(n_batch=7, n_ubatch=4, n_seq_max=2, n_cells=32, n_cells_seq=32))
+    machine.add(0, 13, 7, 7)
+    machine.add(1, 13, 3, 3)
+    machine.run()
+    assert machine.scheduler.counters.preemptions == 1
+    assert machine.done == [0, 1]
+
+
 def test_long_prompts_do_not_starve_among_short_ones() -> None:
     machine = Machine(Limits(n_batch=16, n_ubatch=16, n_seq_max=3, n_cells=64, n_cells_seq=64))
     machine.add(0, 4, 12, 12)
