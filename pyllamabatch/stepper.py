@@ -110,7 +110,9 @@ class Stepper:
         lib.plb_engine_views(engine, views)
 
         self._context: Context | None = context
+        self._lock = context._lock
         self._encoder_first = context.model.has_encoder
+        self._rollback = context.capabilities.max_rollback > 0
         self._info: Any = ffi.gc(views.info, partial(_hold, engine))
         self._engine: Any = engine
         self.n_rows_max: int = views.n_rows_max
@@ -139,31 +141,37 @@ class Stepper:
         (`result.raise_for_code()` turns it into an exception). Rows that libllama would stumble
         over are refused before it sees them: `ArgumentError` with the row and the limit.
         """
-        engine, context = self._open()
+        context = self._context
+        if context is None or context.closed:
+            self._open()  # raises
         if not 0 < n_rows <= self.n_rows_max:
             raise ArgumentError("n_rows", n_rows, f"must be in 1..{self.n_rows_max}")
-        if self._encoder_first and not context._encoded:
+        if self._encoder_first and not context._encoded:  # type: ignore[union-attr]
             raise UnsupportedOperation("this model's decoder needs `Context.encode` first")
-        lock, result = context._lock, self.result
-        if not lock.acquire(blocking=False):
+        if not self._lock.acquire(blocking=False):
             raise ContextBusy("another thread is inside this context")
         try:
-            code = lib.plb_step(engine, n_rows)
-            result.code = code
+            result = self.result
+            result.code = code = lib.plb_step(self._engine, n_rows)
             result.n_results = self._info.n_results
             if code <= _REFUSED and code != _THREW:
                 raise self._refused(code, n_rows)
             if code != -1:
-                context._outputs = None
-                if context.memory._stale:
-                    context.memory.applied()
-                if context.capabilities.max_rollback:
-                    context.memory.decoded(self.rows.seq[:n_rows])
+                self._decoded(context, n_rows)  # type: ignore[arg-type]
         finally:
-            lock.release()
+            self._lock.release()
         if code == _THREW:
             raise FatalDecodeError(code, self.last_error)
         return result
+
+    def _decoded(self, context: Context, n_rows: int) -> None:
+        """Rows went into the memory: what the typed layer knows of it is no longer so."""
+        context._outputs = None
+        memory = context.memory
+        if memory._stale:
+            memory.applied()
+        if self._rollback:
+            memory.decoded(self.rows.seq[:n_rows])
 
     def set_slot(
         self,
