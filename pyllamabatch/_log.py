@@ -32,12 +32,16 @@ class _Drain:
         self._level = ffi.new("int32_t *")
         self._dropped = ffi.new("int64_t *")
         self._partial = ""
+        self._kept = 0  # the level below which the ring keeps nothing
 
     def __call__(self) -> None:
         if not self._lock.acquire(blocking=False):
             return  # whoever drains now takes our lines too
         try:
-            lib.plb_log_set_level(_native_level())
+            level = _native_level()
+            if level != self._kept:
+                lib.plb_log_set_level(level)
+                self._kept = level
             while True:
                 size = lib.plb_log_drain(self._buffer, _SIZE, self._level, self._dropped)
                 if self._dropped[0]:
@@ -57,8 +61,10 @@ class _Drain:
 
 
 def _native_level() -> int:
-    level = logger.getEffectiveLevel()
-    return next((native for native, python in _LEVELS.items() if python >= level), 4)
+    for native, level in _LEVELS.items():
+        if logger.isEnabledFor(level):
+            return native
+    return 4
 
 
 drain = _Drain()

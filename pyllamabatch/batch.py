@@ -156,6 +156,8 @@ class Batch:
     def check(self, n_vocab: int, n_seq_max: int, max_pos: int = _MAX_POS) -> None:
         """Raise `ArgumentError` for the first row that libllama must not see."""
         n = self.n_tokens
+        if n == 0:
+            return
         rows = slice(0, n)
         counts = self.n_seq_id[rows]
         used = np.arange(self.n_seq_max) < counts[:, None]
@@ -176,8 +178,8 @@ def _flat(name: str, values: object) -> npt.NDArray[Any]:
 
 
 def _check_rows(name: str, values: npt.NDArray[Any], high: int, low: int = 0) -> None:
-    bad = (values < low) | (values > high)
-    if bad.any():
-        at = tuple(int(i) for i in np.argwhere(bad)[0])
-        index = ", ".join(map(str, at))
-        raise ArgumentError(f"batch.{name}[{index}]", int(values[at]), f"must be in {low}..{high}")
+    if low <= values.min() and values.max() <= high:
+        return
+    at = tuple(int(i) for i in np.argwhere((values < low) | (values > high))[0])
+    index = ", ".join(map(str, at))
+    raise ArgumentError(f"batch.{name}[{index}]", int(values[at]), f"must be in {low}..{high}")

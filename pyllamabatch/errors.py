@@ -137,6 +137,11 @@ class GrammarError(PyllamabatchError):
     """The grammar does not parse, or leads nowhere."""
 
 
+class SamplingError(PyllamabatchError):
+    """No token could be chosen for a row: the grammar or the biases exclude all of them, or the
+    logits are not numbers."""
+
+
 class StateError(PyllamabatchError):
     """A saved state that is damaged, or made by another model or context. Nothing was restored."""
 

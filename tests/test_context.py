@@ -35,7 +35,7 @@ def model() -> Iterator[Model]:
 
 @pytest.fixture
 def context(model: Model) -> Iterator[Context]:
-    with model.context(n_ctx=512, n_seq_max=4) as context:
+    with model.context(n_threads=1, n_ctx=512, n_seq_max=4) as context:
         yield context
 
 
@@ -51,13 +51,13 @@ def run(context: Context, tokens: list[int], pos: int = 0, seq: int = 0) -> np.n
 
 
 def test_values_are_read_back(model: Model) -> None:
-    with model.context(n_ctx=300, n_batch=64, n_ubatch=1000, n_seq_max=2) as context:
+    with model.context(n_threads=1, n_ctx=300, n_batch=64, n_ubatch=1000, n_seq_max=2) as context:
         assert context.n_ctx == 512  # rounded up
         assert (context.n_batch, context.n_ubatch) == (64, 64)
         assert context.n_seq_max == 2
         assert context.capabilities.unified
         assert context.n_ctx_seq == 512
-    with model.context(n_ctx=1024, n_seq_max=2, kv_unified=False) as context:
+    with model.context(n_threads=1, n_ctx=1024, n_seq_max=2, kv_unified=False) as context:
         assert context.n_ctx_seq == 512
         assert not context.capabilities.unified
     with model.context() as context:
@@ -129,7 +129,7 @@ def test_what_libllama_refuses_carries_its_reason(model: Model) -> None:
 
 def test_too_large_for_memory(model: Model) -> None:
     with pytest.raises(ContextCreateError, match="GiB are available") as caught:
-        model.context(n_ctx=2**30)
+        model.context(n_threads=1, n_ctx=2**30)
     assert caught.value.needed > caught.value.available > 0
 
 
@@ -138,7 +138,7 @@ def test_no_weights(tiny_llama_path: Path) -> None:
         model.context()
     with (
         Model(tiny_llama_path, no_alloc=True) as model,
-        model.context(n_ctx=256) as context,
+        model.context(n_threads=1, n_ctx=256) as context,
         pytest.raises(UnsupportedOperation, match="no_alloc"),
     ):
         run(context, PROMPT)
@@ -179,7 +179,7 @@ def test_no_outputs_yet(context: Context) -> None:
 
 
 def test_a_view_outlives_its_context(model: Model) -> None:
-    context = model.context(n_ctx=256)
+    context = model.context(n_threads=1, n_ctx=256)
     expected = run(context, PROMPT)
     view = context.logits()
     context.close()
@@ -231,14 +231,14 @@ def test_bad_rows(context: Context, spoil, argument: str) -> None:  # type: igno
 
 
 def test_more_rows_than_n_batch(model: Model) -> None:
-    with model.context(n_ctx=512, n_batch=8) as context:
+    with model.context(n_threads=1, n_ctx=512, n_batch=8) as context:
         with pytest.raises(ArgumentError, match="n_batch=8"):
             run(context, [5] * 9)
         run(context, [5] * 8)
 
 
 def test_more_outputs_than_reserved(model: Model) -> None:
-    with model.context(n_ctx=512, n_outputs_max=2) as context:
+    with model.context(n_threads=1, n_ctx=512, n_outputs_max=2) as context:
         batch = context.batch()
         batch.extend(PROMPT, 0, 0, [True] * len(PROMPT))
         with pytest.raises(ArgumentError, match="n_outputs_max=2"):
@@ -252,7 +252,7 @@ def test_rows_in_several_sequences(context: Context, model: Model) -> None:
     context.decode(batch)
     assert context.memory.pos_max(0) == context.memory.pos_max(2) == len(PROMPT) - 1
     with (
-        model.context(n_ctx=512, n_seq_max=4, kv_unified=False) as streams,
+        model.context(n_threads=1, n_ctx=512, n_seq_max=4, kv_unified=False) as streams,
         pytest.raises(UnsupportedOperation, match="kv_unified"),
     ):
         streams.decode(batch)
@@ -266,7 +266,7 @@ def test_decoders_have_no_encoder(context: Context) -> None:
 
 
 def test_non_causal_rows_are_computed_at_once(model: Model) -> None:
-    with model.context(n_ctx=512, n_ubatch=4, attention_type="non_causal") as context:
+    with model.context(n_threads=1, n_ctx=512, n_ubatch=4, attention_type="non_causal") as context:
         assert not context.capabilities.causal
         with pytest.raises(ArgumentError, match="n_ubatch=4"):
             run(context, PROMPT)
@@ -284,7 +284,7 @@ def test_perf_counts(context: Context) -> None:
 
 
 def test_embeddings_of_tokens(model: Model) -> None:
-    with model.context(n_ctx=512, embeddings=True, pooling_type="none") as context:
+    with model.context(n_threads=1, n_ctx=512, embeddings=True, pooling_type="none") as context:
         batch = context.batch()
         batch.extend(PROMPT, 0, 0)
         context.decode(batch)
@@ -297,7 +297,7 @@ def test_embeddings_of_tokens(model: Model) -> None:
 
 
 def test_pooled_embeddings(model: Model) -> None:
-    with model.context(n_ctx=512, embeddings=True, pooling_type="none") as context:
+    with model.context(n_threads=1, n_ctx=512, embeddings=True, pooling_type="none") as context:
         batch = context.batch()
         batch.extend(PROMPT, 0, 0)
         context.decode(batch)
@@ -323,7 +323,9 @@ def test_pooled_embeddings(model: Model) -> None:
 
 def test_pooled_sequences_are_computed_at_once(model: Model) -> None:
     with (
-        model.context(n_ctx=512, n_ubatch=4, embeddings=True, pooling_type="mean") as context,
+        model.context(
+            n_threads=1, n_ctx=512, n_ubatch=4, embeddings=True, pooling_type="mean"
+        ) as context,
         pytest.raises(ArgumentError, match="n_ubatch=4"),
     ):
         run(context, PROMPT)
@@ -342,8 +344,8 @@ def test_embeddings_must_be_asked_for(context: Context) -> None:
 def test_state_continues_like_the_original(architecture, unified: bool) -> None:  # type: ignore[no-untyped-def]
     with (
         Model(gguf_path(architecture.name)) as model,
-        model.context(n_ctx=1024, n_seq_max=4, kv_unified=unified) as context,
-        model.context(n_ctx=1024, n_seq_max=4, kv_unified=unified) as other,
+        model.context(n_threads=1, n_ctx=1024, n_seq_max=4, kv_unified=unified) as context,
+        model.context(n_threads=1, n_ctx=1024, n_seq_max=4, kv_unified=unified) as other,
     ):
         run(context, PROMPT * 6, seq=1)
         data = context.state_seq_get(1)
@@ -384,7 +386,7 @@ def test_damaged_states(context: Context) -> None:
 
 
 def test_state_of_another_model(context: Context) -> None:
-    with Model(gguf_path("qwen2")) as other, other.context(n_ctx=512) as source:
+    with Model(gguf_path("qwen2")) as other, other.context(n_threads=1, n_ctx=512) as source:
         run(source, PROMPT)
         data = source.state_seq_get(0)
     with pytest.raises(StateError, match="another model"):
@@ -394,9 +396,12 @@ def test_state_of_another_model(context: Context) -> None:
 def test_state_that_does_not_fit(context: Context, model: Model) -> None:
     run(context, [5] * 400)
     data = context.state_seq_get(0)
-    with model.context(n_ctx=256) as small, pytest.raises(StateError, match="does not fit"):
+    with (
+        model.context(n_threads=1, n_ctx=256) as small,
+        pytest.raises(StateError, match="does not fit"),
+    ):
         small.state_seq_set(data, 0)
-    with model.context(n_ctx=512, type_k="f32") as other:
+    with model.context(n_threads=1, n_ctx=512, type_k="f32") as other:
         run(other, PROMPT)
         with pytest.raises(StateError, match="type"):
             other.state_seq_set(data, 0)
@@ -417,7 +422,7 @@ def test_state_files_that_are_none(context: Context, tmp_path: Path) -> None:
 
 
 def test_close(model: Model) -> None:
-    context = model.context(n_ctx=256)
+    context = model.context(n_threads=1, n_ctx=256)
     memory, batch = context.memory, context.batch()
     batch.extend(PROMPT, 0, 0)
     context.close()
@@ -470,7 +475,7 @@ def test_one_thread_at_a_time(context: Context) -> None:
 
 
 def test_two_threads_decoding(model: Model) -> None:
-    with model.context(n_ctx=2048) as context:
+    with model.context(n_threads=1, n_ctx=2048) as context:
         outcomes: list[str] = []
         start = threading.Barrier(2)
 

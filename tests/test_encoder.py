@@ -83,7 +83,7 @@ def test_computed_at_once(bert: Model) -> None:
 
 def test_a_decoder_with_a_table_of_positions(tmp_path: Path) -> None:
     write_gpt2(tmp_path / "gpt2.gguf")
-    with Model(tmp_path / "gpt2.gguf") as model, model.context(n_ctx=256) as context:
+    with Model(tmp_path / "gpt2.gguf") as model, model.context(n_threads=1, n_ctx=256) as context:
         assert not context.memory.can_shift  # the position is in the token's embedding
         context.decode(batch_of([5] * N_POSITIONS))
         with pytest.raises(ArgumentError):

@@ -143,7 +143,7 @@ def test_close(tiny_llama_path: Path) -> None:
 def test_a_context_outlives_its_model(tiny_llama_path: Path) -> None:
     model = Model(tiny_llama_path)
     n_vocab = model.n_vocab
-    context = model.context(n_ctx=256)
+    context = model.context(n_threads=1, n_ctx=256)
     batch = context.batch()
     model.close()
     with context:
