@@ -22,7 +22,7 @@ from pyllamabatch.context import Context
 from pyllamabatch.model import Model
 from pyllamabatch.models.tasks import Task, make_tasks
 
-KINDS = ("recall", "copy", "add", "upper", "reverse", "qa", "sort", "count")
+KINDS = ("copy", "add", "upper", "reverse", "qa", "sort", "count")
 N_TOKENS = 48
 
 Rows = list[dict[str, Any]]
@@ -35,10 +35,11 @@ def model() -> Iterator[Model]:
 
 
 def make_lines(n: int) -> Rows:
-    """`n` chats with known answers, short and long ones mixed."""
-    tasks: list[Task] = []
+    """`n` different chats; a few of them are long."""
+    tasks: list[Task] = make_tasks("recall", 1 + n // 25, seed=7)
     for kind in KINDS:
         tasks += make_tasks(kind, -(-n // len(KINDS)), seed=7)
+    tasks = tasks[:n]
     random.Random(7).shuffle(tasks)
     return [
         {"id": f"{task.kind}-{i}", "messages": [{"role": "user", "content": task.prompt}]}

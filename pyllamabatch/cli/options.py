@@ -55,6 +55,11 @@ def add_context_arguments(parser: argparse.ArgumentParser) -> None:
         "-c", "--n-ctx", type=at_least(0), default=0, metavar="N",
         help="KV cells for all sequences together; 0: as the engine chooses",
     )  # fmt: skip
+    group.add_argument(
+        "--kv-unified", action=argparse.BooleanOptionalAction,
+        help="one pool of cells for all sequences (the default), or an equal share for each, "
+        "which is less to attend to",
+    )  # fmt: skip
     group.add_argument("-b", "--n-batch", type=at_least(1), metavar="N", help="most rows in a step")
     group.add_argument(
         "-ub", "--n-ubatch", type=at_least(1), metavar="N", help="most rows at a time"
@@ -108,6 +113,7 @@ def open_engine(model: Model, args: argparse.Namespace, n_seq_max: int) -> Engin
         "n_ctx": args.n_ctx,
         "n_batch": args.n_batch,
         "n_ubatch": args.n_ubatch,
+        "kv_unified": args.kv_unified,
         "n_threads": args.threads,
         "n_threads_batch": args.threads,
     }
