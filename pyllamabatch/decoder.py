@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .errors import EngineClosed, GrammarError, KvCacheFull, PyllamabatchError, decode_error
+from .errors import EngineClosed, KvCacheFull, PyllamabatchError, SamplingError, decode_error
 from .sampling import SamplingParams
 from .scheduler import Scheduler, Step
 from .stepper import SAMPLE, Finish
@@ -124,11 +124,13 @@ class Decoder:
         """All of them or none: EngineClosed."""
 
         def take() -> None:
-            now = perf_counter()
             for request in requests:
                 self._open[request.id] = request
                 self.scheduler.add(
-                    request.id, len(request.prompt), request.params.max_tokens, arrival=now
+                    request.id,
+                    len(request.prompt),
+                    request.params.max_tokens,
+                    arrival=request.stream.submitted_at,
                 )
 
         with self._wake:
@@ -280,7 +282,7 @@ class Decoder:
         """A sampled row that gives no token to show."""
         if finish == Finish.ERROR:
             self.scheduler.counters.tokens -= 1
-            error = GrammarError(self._stepper.slot_error(slot))
+            error = SamplingError(self._stepper.slot_error(slot))
             self._end(request, "error", error=error)
         else:  # an end-of-generation or stop token
             self._end(request, "stop", stop=token)

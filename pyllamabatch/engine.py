@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -233,11 +233,12 @@ class Engine:
         with decoder.state:
             scheduler = decoder.scheduler
             counters = scheduler.counters
-            n_mail = decoder.n_mail
+            waiting = scheduler.n_waiting + decoder.n_mail
+            running = scheduler.n_running
             return EngineStats(
-                submitted=decoder.n_submitted,
-                waiting=scheduler.n_waiting + n_mail,
-                running=scheduler.n_running,
+                submitted=waiting + running + sum(decoder.finished.values()),
+                waiting=waiting,
+                running=running,
                 finished=decoder.finished.copy(),
                 steps=counters.steps,
                 rows=counters.rows,
@@ -294,6 +295,9 @@ def limits_of(context: Context) -> Limits:
     )
 
 
-def _piece_of(model: Model) -> Any:
-    vocab = model.vocab
-    return (lambda token: b"") if vocab.type == "none" else vocab.token_to_piece
+def _piece_of(model: Model) -> Callable[[int], bytes]:
+    """`Vocab.token_to_piece` for as long as the context lives, also when the model is closed."""
+    if model.vocab.type == "none":
+        return lambda token: b""
+    ptr, piece = model.vocab.ptr, model.vocab._piece
+    return lambda token: piece(ptr, token, False)

@@ -76,7 +76,7 @@ class Stream:
     ) -> None:
         self.id = id
         self.n_prompt = n_prompt
-        self._submitted_at = perf_counter()
+        self.submitted_at = perf_counter()
         self._first_at: float | None = None
         self._lock = threading.Lock()
         self._more = threading.Condition(self._lock)
@@ -208,8 +208,8 @@ class Stream:
                 finish_reason=reason,
                 n_prompt=self.n_prompt,
                 n_generated=len(self._tokens),
-                ttft_s=None if first is None else first - self._submitted_at,
-                e2el_s=now - self._submitted_at,
+                ttft_s=None if first is None else first - self.submitted_at,
+                e2el_s=now - self.submitted_at,
                 stop=self._feed.stop if stop is None else stop,
                 error=error,
                 logprobs=self._logprobs,

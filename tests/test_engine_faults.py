@@ -14,11 +14,11 @@ from pyllamabatch.errors import (
     DecodeError,
     EngineClosed,
     FatalDecodeError,
-    GrammarError,
     InvalidBatch,
     KvCacheFull,
     PlanError,
     PyllamabatchError,
+    SamplingError,
 )
 from pyllamabatch.sampling import SamplingParams
 from pyllamabatch.scheduler import Limits, Plan, StepView, fcfs
@@ -171,7 +171,7 @@ def test_a_row_that_can_not_be_sampled_ends_its_request_only() -> None:
     reasons = [request.stream.wait(0).finish_reason for request in rig.requests]
     assert reasons[1] == "error"
     assert "error" not in (reasons[0], reasons[2])
-    with pytest.raises(GrammarError, match="nothing to choose for 1"):
+    with pytest.raises(SamplingError, match="nothing to choose for 1"):
         rig.requests[1].stream.result(0)
     assert rig.scheduler.counters.tokens == sum(
         len(request.stream.tokens) + (request.stream.wait(0).finish_reason == "stop")
