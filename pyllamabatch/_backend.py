@@ -7,10 +7,10 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-from pyllamabatch import _log
+from pyllamabatch import _log, _native
 from pyllamabatch.raw import ffi, lib
 
-_LIBRARIES = Path(__file__).parent / "lib"
+_LIBRARIES = Path(_native.__file__).parent / "lib"  # of an editable install, not the sources
 _started = threading.Event()
 _lock = threading.Lock()
 

@@ -17,12 +17,13 @@ from pyllamabatch.errors import (
     ClosedError,
     ContextBusy,
     ContextCreateError,
+    DecodeAborted,
     InvalidBatch,
     KvCacheFull,
     StateError,
     UnsupportedOperation,
 )
-from pyllamabatch.raw import lib
+from pyllamabatch.raw import ffi, lib
 
 PROMPT = [10, 20, 30, 40, 50, 60, 70]
 
@@ -270,6 +271,25 @@ def test_non_causal_rows_are_computed_at_once(model: Model) -> None:
         assert not context.capabilities.causal
         with pytest.raises(ArgumentError, match="n_ubatch=4"):
             run(context, PROMPT)
+
+
+def test_abort_callback(model: Model) -> None:
+    stop = ffi.callback("bool(void *)", lambda _: True)
+    with model.context(n_threads=1, n_ctx=512, abort_callback=stop) as context:
+        with pytest.raises(DecodeAborted) as caught:
+            run(context, PROMPT)
+        assert caught.value.code == 2
+        assert context.memory.pos_max(0) == -1
+
+
+def test_quantized_values_need_flash_attention() -> None:
+    with Model.default() as wide:
+        with wide.context(n_threads=1, n_ctx=256, type_k="q8_0", type_v="q8_0") as context:
+            run(context, PROMPT)
+            context.memory.seq_add(0, 0, -1, 3)  # rotates quantized keys
+            run(context, [5], pos=len(PROMPT) + 3)
+        with pytest.raises(ContextCreateError, match="flash_attn"):
+            wide.context(n_ctx=256, type_v="q8_0", flash_attn_type="disabled")
 
 
 def test_perf_counts(context: Context) -> None:
