@@ -70,7 +70,9 @@ def main(options: argparse.Namespace) -> int:
     print(f"\n{model.name}, {pp} prompt tokens and {tg} timed tokens per sequence, ", end="")
     print(f"{options.threads} threads, medians of {repeats}; decode tokens/s (ratio)\n")
     print(report.decode_table(rows, BASE))
-    print("\nWhat each time contains:")
+    widest = max(report.spread(rows).values())
+    print(f"\nLargest spread of an arm, (max - min) / median: {widest:.0%}")
+    print("What each time contains:")
     for arm in arms:
         print(f"- {arm.name}: {arm.includes}")
     print(f"\nrows: {out}")

@@ -77,16 +77,24 @@ def tool(name: str, *, log: bool = True) -> Path:
     build = cache_folder("tools", key)
     binary = build / "bin" / (name + (".exe" if sys.platform == "win32" else ""))
     # Ask the build system each time: a tree that changed under the same path is rebuilt.
-    for program in ("cmake", "ninja"):
-        if shutil.which(program) is None:
-            raise ToolError(f"{program} is not on PATH: python -m pip install {program}")
+    cmake, ninja = program("cmake"), program("ninja")
     if log:
         print(f"building {name} in {build} (minutes at first, then seconds) …", file=sys.stderr)
     definitions = [f"-D{key}={value}" for key, value in options.items()]
     if not (build / "build.ninja").is_file():
-        _run(["cmake", "-G", "Ninja", "-S", str(tree), "-B", str(build), *definitions])
-    _run(["cmake", "--build", str(build), "--target", name, "-j", str(os.cpu_count() or 1)])
+        definitions.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
+        _run([cmake, "-G", "Ninja", "-S", str(tree), "-B", str(build), *definitions])
+    _run([cmake, "--build", str(build), "--target", name, "-j", str(os.cpu_count() or 1)])
     return binary
+
+
+def program(name: str) -> str:
+    """The path of a program that pip may have put beside this Python, or that is on PATH."""
+    beside = Path(sys.executable).parent
+    found = shutil.which(name, path=str(beside)) or shutil.which(name)
+    if found is None:
+        raise ToolError(f"{name} is neither on PATH nor in {beside}: python -m pip install {name}")
+    return found
 
 
 def _run(command: list[str]) -> None:
