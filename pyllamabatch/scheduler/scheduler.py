@@ -57,8 +57,9 @@ class Scheduler:
             n_cells_seq=limits.n_cells_seq,
         )
         # Counters of the running sequences, by slot; 0 where nobody runs.
-        self._computed = np.zeros(limits.n_seq_max, dtype=np.int64)
-        self._known = np.zeros(limits.n_seq_max, dtype=np.int64)
+        self._counts = np.zeros((2, limits.n_seq_max), dtype=np.int64)
+        self._computed, self._known = self._counts
+        self._promised = 0  # their known tokens that are not computed yet
         self._free_slots = list(range(limits.n_seq_max))  # a heap
         # A running sequence is in `_running` and in one of `_prefilling`, `_decoding` (id -> slot).
         self._running: dict[int, _Entry] = {}
@@ -153,7 +154,7 @@ class Scheduler:
             decoding=self._shown,
             prefilling=_Views(self._prefilling, self._seen),
             kv_free=self.ledger.free,
-            kv_promised=int(self._known.sum() - self._computed.sum()),
+            kv_promised=self._promised,
             cost=self.cost,
         )
 
@@ -196,19 +197,20 @@ class Scheduler:
         n_decodes = len(decode)
         if n_decodes:
             self.ledger.take_one_each(decode)
-            self._computed[decode] += 1
-            self._known[decode] += 1
+            self._counts[:, decode] += 1
         n_sampled = n_decodes
         for chunk in step.chunks:
             slot, end = chunk.slot, chunk.start + chunk.n
             entry = self._prefilling[chunk.id]
             self.ledger.take(slot, chunk.n)
             self._computed[slot] = end
+            self._promised -= chunk.n
             counters.prefill_rows += chunk.n
             counters.recomputed_rows += max(0, min(end, entry.high) - chunk.start)
             entry.high = max(end, entry.high)
             if chunk.last:
                 self._known[slot] += 1
+                self._promised += 1
                 n_sampled += 1
             known = int(self._known[slot])
             if known - end == 1 and known > entry.view.n_prompt:
@@ -291,6 +293,7 @@ class Scheduler:
         entry.slot = slot = heapq.heappop(self._free_slots)
         self._computed[slot] = 0
         self._known[slot] = entry.view.known
+        self._promised += entry.view.known
         self._running[id] = self._prefilling[id] = entry
         self.counters.admissions += 1
         return entry
@@ -302,6 +305,7 @@ class Scheduler:
             self._decoding_changed()
         slot = entry.slot
         self.ledger.release(slot)
+        self._promised -= int(self._known[slot] - self._computed[slot])
         self._computed[slot] = self._known[slot] = 0
         heapq.heappush(self._free_slots, slot)
         return entry
