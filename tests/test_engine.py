@@ -82,6 +82,7 @@ def test_stream_result_and_generate_say_the_same(shared: Engine) -> None:
         assert token.top_logprobs is not None
         assert len(token.top_logprobs) == 2
         assert max(token.top_logprobs, key=token.top_logprobs.__getitem__) == token.token
+        assert token.logprob is not None
         assert token.logprob == pytest.approx(token.top_logprobs[token.token], abs=1e-5)
         assert token.logprob < 0
     again = shared.generate([PROMPT, np.array(PROMPT)], greedy())

@@ -16,7 +16,12 @@ from pyllamabatch.errors import DecodeAborted, FatalDecodeError
 from pyllamabatch.model import Model
 from pyllamabatch.sampling import SamplingParams
 
-EXACT = {"flash_attn_type": "disabled", "type_k": "f32", "type_v": "f32", "n_threads": 1}
+EXACT: dict[str, Any] = {
+    "flash_attn_type": "disabled",
+    "type_k": "f32",
+    "type_v": "f32",
+    "n_threads": 1,
+}
 PROMPTS = random_prompts(6, seed=7, shortest=5, longest=40)
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
@@ -46,7 +51,7 @@ class Faulty:
         self._stepper: Any = engine._stepper
         self._faults = faults
         self.n_steps = 0
-        engine._decoder._stepper = self  # type: ignore[assignment]
+        engine._decoder._stepper = self
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stepper, name)
@@ -71,7 +76,7 @@ class Checked:
         self._scheduler = engine._decoder.scheduler
         self._memory = engine._decoder._memory
         self.n_steps = 0
-        engine._decoder._stepper = self  # type: ignore[assignment]
+        engine._decoder._stepper = self
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stepper, name)

@@ -66,7 +66,8 @@ def test_log_probabilities_only_when_asked_for() -> None:
     made = stream()
     push(made, b"a")
     made._finish("length")
-    assert made.result().logprobs is made.result().top_logprobs is None
+    assert made.result().logprobs is None
+    assert made.result().top_logprobs is None
     assert next(iter(made)).logprob is None
     made = stream(logprobs=0)
     push(made, b"a")
@@ -83,7 +84,7 @@ def test_an_error_is_raised_after_the_tokens_that_came_before_it() -> None:
     made = stream()
     push(made, b"a")
     made._finish("error", error=KvCacheFull(1))
-    seen = []
+    seen: list[str] = []
     with pytest.raises(KvCacheFull):
         seen.extend(token.text for token in made)
     tokens = iter(made)

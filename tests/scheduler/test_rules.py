@@ -56,7 +56,7 @@ BROKEN: list[tuple[str, Plan]] = [
     ("whole-tokens", Plan({1: 0})),
     ("whole-tokens", Plan({1: 1, 3: -1})),
     ("whole-tokens", Plan({1: 1.0})),  # type: ignore[dict-item]
-    ("whole-tokens", Plan({1: np.int64(1)})),  # type: ignore[dict-item]
+    ("whole-tokens", Plan({1: np.int64(1)})),
     ("whole-tokens", Plan({1: True})),
     ("within-remaining", Plan({1: 2})),
     ("within-remaining", Plan({3: 3})),
