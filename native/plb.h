@@ -213,6 +213,9 @@ const char * plb_slot_error(plb_engine * engine, int32_t seq);
  * sampled and no slot has changed (what the KV cache holds then: see llama_decode).
  * Several rows of one sequence may be sampled in one step: each continues the slot of the one
  * before; after a finish the rest of them gives no result.
+ * Nothing is allocated here. libllama allocates in llama_decode (its copy of the batch, a graph that
+ * is not reused) and in some samplers (penalties, grammar, typical, top_k above 128, top_p and min_p
+ * without top_k); greedy and the default chain do not.
  * Log-probabilities are a log-softmax of the row's raw logits over the whole vocabulary, before
  * biases, penalties, grammar and truncation. */
 int32_t plb_step(plb_engine * engine, int32_t n_rows);

@@ -114,11 +114,26 @@ llama_token_data_array fill(const vocabulary & words, scratch & scratch, const p
     return {data, (size_t) words.n_vocab, -1, false};
 }
 
+// libllama's typical sampler takes log(p) of every candidate: one p = 0 makes its entropy NaN.
+void drop_impossible(llama_token_data_array & candidates) {
+    llama_token_data * end = candidates.data + candidates.size;
+    float max = NEVER;
+    for (const llama_token_data * c = candidates.data; c != end; ++c) {
+        max = std::max(max, c->logit);
+    }
+    end = std::remove_if(candidates.data, end,
+                         [=](const llama_token_data & c) { return !(c.logit > max - 100); });
+    candidates.size = (size_t) (end - candidates.data);
+}
+
 llama_token run_chain(plb_slot & slot, llama_token_data_array & candidates) {
     if (!any_candidate(candidates)) {
         throw failure{PLB_E_NO_CANDIDATE, slot.grammar
             ? "the grammar and the biases leave no token to choose"
             : "the biases leave no token to choose"};
+    }
+    if (slot.params.typical_p < 1) {
+        drop_impossible(candidates);
     }
     llama_sampler_apply(slot.chain.get(), &candidates);
     const int64_t at = candidates.selected;

@@ -120,6 +120,7 @@ llama_batch build_batch(plb_engine & engine, int32_t n_rows) {
 
 int32_t sample_rows(plb_engine & engine, int32_t n_rows) {
     const plb_views & views = engine.views;
+    const bool has_logits = llama_get_logits(engine.ctx) != nullptr;
     int32_t n = 0;
     for (int32_t i = 0; i < n_rows; ++i) {
         if (!(engine.flags[i] & PLB_ROW_SAMPLE)) {
@@ -133,8 +134,9 @@ int32_t sample_rows(plb_engine & engine, int32_t n_rows) {
         result.seq = engine.seq[i];
         result.row = i;
         const size_t top = (size_t) n * views.n_logprobs_max;
-        sample_row(engine.words, engine.scratch, slot, llama_get_logits_ith(engine.ctx, i), result,
-                   &engine.top_token[top], &engine.top_logprob[top]);
+        const float * logits = has_logits ? llama_get_logits_ith(engine.ctx, i) : nullptr;
+        sample_row(engine.words, engine.scratch, slot, logits, result, &engine.top_token[top],
+                   &engine.top_logprob[top]);
         if (result.token >= 0) {
             slot.next_token = result.token;
             slot.next_pos   = engine.pos[i] + 1;
@@ -177,7 +179,9 @@ int32_t run_step(plb_engine & engine, int32_t n_rows) {
     }
     const int64_t t_synced = now_ns();
     info.sync_ns   = t_synced - t_decoded;
-    info.n_results = sample_rows(engine, n_rows);
+    if (info.n_outputs > 0) {
+        info.n_results = sample_rows(engine, n_rows);
+    }
     info.sample_ns = now_ns() - t_synced;
     return PLB_OK;
 }

@@ -189,6 +189,28 @@ void log_probabilities(sampler_test & t) {
     }
 }
 
+// Typical sampling among tokens that are excluded: the likeliest of four equal ones is any of them.
+void typical_with_excluded(sampler_test & t) {
+    plb_sampling p = plb_sampling_default();
+    p.top_k = 0;
+    p.top_p = 1;
+    p.min_p = 0;
+    p.typical_p  = 0.5f;
+    p.max_tokens = 1000;
+    p.seed       = 1;
+    std::vector<float> logits(t.words.n_vocab, -INFINITY);
+    for (int i = 10; i < 14; ++i) {
+        logits[i] = 5;
+    }
+    logits[20] = -200;
+    auto slot = plb::make_slot(t.words, p, 0, nullptr, 0);
+    for (int i = 0; i < 50; ++i) {
+        const plb_result result = t.sample(*slot, logits);
+        CHECK_EQ(result.error, 0);
+        CHECK(result.token >= 10 && result.token < 14);
+    }
+}
+
 void endings(sampler_test & t) {
     const llama_token eos = t.words.eog[0];
     std::vector<float> logits(t.words.n_vocab, 0);
@@ -256,6 +278,7 @@ int main(int argc, char ** argv) {
     same_as_chain(t);
     bad_logits(t);
     log_probabilities(t);
+    typical_with_excluded(t);
     endings(t);
     no_allocation(t);
     return 0;
