@@ -34,7 +34,7 @@ def run(context: Context) -> np.ndarray:
     batch = Batch(len(PROMPT))
     batch.extend(PROMPT, 0, 0)
     context.decode(batch)
-    return context.logits().copy()
+    return np.array(context.logits())
 
 
 def test_apply_scale_and_drop(model: Model, lora_path: Path) -> None:

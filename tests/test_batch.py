@@ -57,7 +57,7 @@ def test_add() -> None:
     batch = Batch(3, n_seq_max=2)
     assert batch.add(11, 4, 1) == 0
     assert batch.add(12, 5, [0, 1], logits=True) == 1
-    assert batch.add(np.int32(13), np.int64(6), np.int32(0)) == 2  # type: ignore[arg-type]
+    assert batch.add(np.int32(13), np.int64(6), np.int32(0)) == 2
     assert batch.token.tolist() == [11, 12, 13]
     assert batch.pos.tolist() == [4, 5, 6]
     assert batch.n_seq_id.tolist() == [1, 2, 1]

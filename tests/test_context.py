@@ -20,6 +20,7 @@ from pyllamabatch.errors import (
     DecodeAborted,
     InvalidBatch,
     KvCacheFull,
+    NotEnoughMemory,
     StateError,
     UnsupportedOperation,
 )
@@ -45,7 +46,7 @@ def run(context: Context, tokens: list[int], pos: int = 0, seq: int = 0) -> np.n
     batch = Batch(len(tokens))
     batch.extend(tokens, pos, seq)
     context.decode(batch)
-    return context.logits().copy()
+    return np.array(context.logits())
 
 
 # -- parameters --
@@ -131,6 +132,7 @@ def test_what_libllama_refuses_carries_its_reason(model: Model) -> None:
 def test_too_large_for_memory(model: Model) -> None:
     with pytest.raises(ContextCreateError, match="GiB are available") as caught:
         model.context(n_threads=1, n_ctx=2**30)
+    assert isinstance(caught.value, NotEnoughMemory)
     assert caught.value.needed > caught.value.available > 0
 
 

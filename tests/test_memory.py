@@ -45,7 +45,7 @@ def decode(context: Context, tokens: list[int], pos: int, seq: int) -> np.ndarra
     batch = Batch(len(tokens))
     batch.extend(tokens, pos, seq, [True] * len(tokens))
     context.decode(batch)
-    return context.logits_all().copy()
+    return np.array(context.logits_all())
 
 
 def fresh(context: Context, tokens: list[int], n_last: int) -> np.ndarray:

@@ -112,7 +112,7 @@ def decode(context: Context, seq: int, pos: int, tokens: list[int]) -> np.ndarra
     batch = Batch(len(tokens))
     batch.extend(tokens, pos, seq)
     context.decode(batch)
-    return context.logits().copy()
+    return np.array(context.logits())
 
 
 def continuation(name: str, tokens: list[int]) -> np.ndarray:
@@ -342,15 +342,15 @@ LIMITS = settings(
 )
 
 
-class TestAttention(AttentionMachine.TestCase):  # type: ignore[misc]
+class TestAttention(AttentionMachine.TestCase):  # type: ignore[misc, valid-type]
     settings = LIMITS
 
 
-class TestRecurrent(RecurrentMachine.TestCase):  # type: ignore[misc]
+class TestRecurrent(RecurrentMachine.TestCase):  # type: ignore[misc, valid-type]
     settings = LIMITS
 
 
-class TestHybrid(HybridMachine.TestCase):  # type: ignore[misc]
+class TestHybrid(HybridMachine.TestCase):  # type: ignore[misc, valid-type]
     settings = LIMITS
 
 

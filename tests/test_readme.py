@@ -83,4 +83,4 @@ def test_the_layers_name_real_files() -> None:
     (table,) = re.findall(r"## Layers\n\n(.*?)\n\n", README + "\n\n", re.DOTALL)
     for cell in re.findall(r"^\| [a-z]+ \| (.*?) \|", table, re.MULTILINE):
         for name in re.findall(r"`([^`]+)`", cell):
-            assert (ROOT / name).exists() or (ROOT / "pyllamabatch" / name).exists(), name
+            assert (ROOT / name).exists() or (ROOT / "src" / "pyllamabatch" / name).exists(), name

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import cffi
-import pcpp  # type: ignore[import-untyped]
+import pcpp
 from pycparser import c_ast, c_generator, c_parser
 
 # Declared in a public header, but not on `lib`, each with its reason.
@@ -134,7 +134,7 @@ def _constants(pre: _Preprocessor, tree: c_ast.FileAST) -> Iterator[tuple[str, s
             continue
         if source in ("", "pyllamabatch") or name.startswith("__"):
             continue
-        tokens = pre.expand_macros([tok for tok in macro.value])
+        tokens = pre.expand_macros(list(macro.value))
         text = "".join(tok.value for tok in tokens).strip()
         kind = _kind(text)
         if kind == "int":

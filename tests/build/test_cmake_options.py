@@ -1,4 +1,4 @@
-"""CMake's choices, also for platforms that this machine is not: run without a compiler or a build."""
+"""CMake's choices, also for platforms that this machine is not. Nothing is compiled."""
 
 from __future__ import annotations
 
@@ -12,17 +12,25 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CMAKE = shutil.which("cmake") or "cmake"  # the test extra installs it
 
+NAMES = (
+    "BUILD_SHARED_LIBS",
+    "GGML_BACKEND_DL",
+    "GGML_CPU_ALL_VARIANTS",
+    "GGML_CUDA",
+    "GGML_METAL",
+    "GGML_METAL_EMBED_LIBRARY",
+    "GGML_NATIVE",
+    "LLAMA_BUILD_TOOLS",
+)
 SHOW = 'foreach(n ${NAMES})\n  message(STATUS "${n}=${${n}}")\nendforeach()\n'
 
 
 def options(tmp_path: Path, **variables: str) -> dict[str, str]:
     """What cmake/BackendOptions.cmake chooses when CMake has these variables."""
-    names = ["GGML_METAL", "GGML_METAL_EMBED_LIBRARY", "GGML_NATIVE", "GGML_BACKEND_DL",
-             "GGML_CPU_ALL_VARIANTS", "BUILD_SHARED_LIBS", "LLAMA_BUILD_TOOLS", "GGML_CUDA"]  # fmt: skip
     script = tmp_path / "show.cmake"
     script.write_text(
         "".join(f'set({k} "{v}")\n' for k, v in variables.items() if not k.startswith("GGML"))
-        + f'include("{ROOT}/cmake/BackendOptions.cmake")\nset(NAMES {" ".join(names)})\n{SHOW}'
+        + f'include("{ROOT}/cmake/BackendOptions.cmake")\nset(NAMES {" ".join(NAMES)})\n{SHOW}'
     )
     defined = [f"-D{k}={v}" for k, v in variables.items() if k.startswith("GGML")]
     done = subprocess.run(
