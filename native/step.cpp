@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
-#include <new>
+#include <iterator>
 
 using namespace plb;
 
