@@ -1,0 +1,401 @@
+// One row from its logits to a token.
+#include "fused.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace plb {
+
+namespace {
+
+constexpr float NEVER = -INFINITY;
+constexpr int32_t HEAP_MAX = 128; // the chain's own limit for std::partial_sort
+
+bool by_logit_and_id(const candidate & a, const candidate & b) {
+    return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
+}
+
+} // namespace
+
+fused_row::pass fused_row::then(pass p, step after) {
+    after_ = after;
+    return current_ = p;
+}
+
+fused_row::pass fused_row::fail(int32_t code) {
+    restore();
+    r_->error = code;
+    return current_ = NONE;
+}
+
+fused_row::pass fused_row::choose(llama_token token) {
+    restore();
+    r_->token = token;
+    if (r_->params->n_logprobs >= 0) {
+        r_->logprob = (float) (r_->logits[token] - norm_);
+    }
+    return current_ = NONE;
+}
+
+fused_row::pass fused_row::begin(fused_request & request) noexcept {
+    r_ = &request;
+    r_->error   = 0;
+    r_->token   = LLAMA_TOKEN_NULL;
+    r_->logprob = NAN;
+    r_->n_top   = 0;
+    bad_.store(false, std::memory_order_relaxed);
+    n_patches_ = 0;
+    row_ = {r_->logits, m_->tail, m_->n_vocab, m_->n_vocab / BLOCK,
+            (m_->n_vocab + BLOCK - 1) / BLOCK};
+    if (r_->params->n_logprobs >= 0) {
+        look();
+        return then(SCAN, &fused_row::after_raw_scan);
+    }
+    if (!patch()) {
+        return fail(PLB_E_LOGITS);
+    }
+    look();
+    return then(SCAN, &fused_row::after_scan);
+}
+
+// The last block, when it is not full.
+void fused_row::look() {
+    const int32_t rest = row_.n - row_.n_full * BLOCK;
+    if (rest > 0) {
+        std::fill(m_->tail, m_->tail + BLOCK, NEVER);
+        memcpy(m_->tail, row_.x + (int64_t) row_.n_full * BLOCK, (size_t) rest * sizeof(float));
+    }
+}
+
+// Biases, exclusions and penalties, written into the row. False if a NaN or +inf was there.
+bool fused_row::patch() {
+    const plb_sampling & p = *r_->params;
+    fused_state & state = *r_->state;
+    float * x = r_->logits;
+    bool good = true;
+    const auto change = [&](llama_token token, float to) {
+        good = good && x[token] < INFINITY;
+        state.patches[n_patches_++] = {token, x[token]};
+        x[token] = to;
+    };
+    for (size_t i = 0; i < r_->n_bias; ++i) {
+        change(r_->bias[i].token, x[r_->bias[i].token] + r_->bias[i].bias);
+    }
+    for (const token_span & span : r_->never) {
+        for (size_t i = 0; i < span.n; ++i) {
+            change(span.token[i], NEVER);
+        }
+    }
+    for (const penalty_window::entry & seen : state.window) {
+        float to = x[seen.token];
+        if (to <= 0) {
+            to *= p.repeat_penalty;
+        } else {
+            to /= p.repeat_penalty;
+        }
+        to -= (float) seen.count * p.frequency_penalty + p.presence_penalty;
+        change(seen.token, to);
+    }
+    return good;
+}
+
+void fused_row::restore() {
+    for (; n_patches_ > 0; --n_patches_) {
+        const fused_state::patch & change = r_->state->patches[n_patches_ - 1];
+        r_->logits[change.token] = change.logit;
+    }
+}
+
+void fused_row::run(pass p, int32_t first, int32_t last) noexcept {
+    const float * top = m_->block_max.data();
+    double * sum = m_->block_sum.data();
+    switch (p) {
+        case SCAN:
+            if (k_->scan(row_, first, last, m_->block_max.data())) {
+                bad_.store(true, std::memory_order_relaxed);
+            }
+            break;
+        case WEIGH:
+            k_->weigh(row_, first, last, top, how_, sum);
+            break;
+        case WEIGH_BOTH:
+            k_->weigh_both(row_, first, last, top, how_, upper_, sum, m_->upper_sum.data());
+            break;
+        case WEIGH_EXACTLY:
+            k_->weigh_exactly(row_, first, last, top, how_, sum);
+            break;
+        case ROUND:
+            k_->round(row_, first, last, how_, m_->base.data(), m_->grid.data());
+            break;
+        case NONE:
+            break;
+    }
+}
+
+float fused_row::largest() const {
+    const std::vector<float> & top = m_->block_max;
+    const size_t whole = top.size() / BLOCK * BLOCK;
+    float value = whole > 0 ? k_->maximum(top.data(), (int32_t) whole) : NEVER;
+    for (size_t b = whole; b < top.size(); ++b) {
+        value = std::max(value, top[b]);
+    }
+    return value;
+}
+
+llama_token fused_row::first_largest() const {
+    const float * top = m_->block_max.data();
+    int32_t b = 0;
+    while (b + BLOCK <= row_.n_blocks && k_->at_least(top + b, largest_) == 0) {
+        b += BLOCK;
+    }
+    while (top[b] < largest_) {
+        ++b;
+    }
+    return b * BLOCK + __builtin_ctzll(k_->at_least(row_.block(b), largest_));
+}
+
+double fused_row::total(const std::vector<double> & sums) const {
+    double part[4] = {};
+    size_t b = 0;
+    for (; b + 4 <= sums.size(); b += 4) {
+        for (size_t i = 0; i < 4; ++i) {
+            part[i] += sums[b + i];
+        }
+    }
+    for (; b < sums.size(); ++b) {
+        part[0] += sums[b];
+    }
+    return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+// As the chain computes it.
+float fused_row::weight(float logit) const {
+    return expf((how_.temp == 1 ? logit : logit / how_.temp) - how_.top);
+}
+
+// -- log-probabilities of the raw row -------------------------------------------------------------
+fused_row::pass fused_row::after_raw_scan() {
+    largest_ = largest();
+    if (bad_.load(std::memory_order_relaxed) || !std::isfinite(largest_)) {
+        return fail(PLB_E_LOGITS);
+    }
+    how_ = weighing(1, largest_, NEVER);
+    return then(WEIGH, &fused_row::after_raw_weighing);
+}
+
+fused_row::pass fused_row::after_raw_weighing() {
+    norm_ = largest_ + std::log(total(m_->block_sum));
+    const int32_t wanted = std::min(r_->params->n_logprobs, row_.n);
+    if (wanted > 0) {
+        candidate * list = m_->list.get();
+        const int32_t n = gather_above(top_block(wanted), row_.n);
+        r_->n_top = std::min(wanted, n);
+        std::partial_sort(list, list + r_->n_top, list + n, by_logit_and_id);
+        for (int32_t i = 0; i < r_->n_top; ++i) {
+            r_->top_token[i]   = list[i].id;
+            r_->top_logprob[i] = (float) (list[i].logit - norm_);
+        }
+    }
+    if (!patch()) {
+        return fail(PLB_E_LOGITS);
+    }
+    if (n_patches_ == 0) {
+        return after_scan();
+    }
+    look();
+    return then(SCAN, &fused_row::after_scan);
+}
+
+// -- which way ------------------------------------------------------------------------------------
+fused_row::pass fused_row::after_scan() {
+    const plb_sampling & p = *r_->params;
+    largest_ = largest();
+    if (bad_.load(std::memory_order_relaxed) || largest_ == INFINITY) {
+        return fail(PLB_E_LOGITS);
+    }
+    if (largest_ == NEVER) {
+        restore();
+        const bool any = std::any_of(row_.x, row_.x + row_.n, [](float x) { return x > NEVER; });
+        return fail(any ? PLB_E_NO_CANDIDATE : PLB_E_LOGITS);
+    }
+    if (p.temperature == 0) {
+        return choose(first_largest());
+    }
+    if (!std::isfinite(largest_ / p.temperature)) {
+        return fail(PLB_E_LOGITS);
+    }
+    if (p.top_k > 0 && (p.top_k < row_.n || row_.n <= LIST)) {
+        const int32_t k = std::min(p.top_k, row_.n);
+        const int32_t n = k <= HEAP_MAX ? order_by_heap(k) : order_by_buckets(k);
+        return draw_from_list(p.top_p < 1 ? nucleus(n, NAN) : n, true);
+    }
+    if (p.top_p < 1) {
+        return row_.n <= 1024 ? small_vocabulary() : by_top_p();
+    }
+    return by_index(cut());
+}
+
+// -- a list ---------------------------------------------------------------------------------------
+// The chain's top-p over the list: how many it keeps. sum: of all weights, NaN for the list's own.
+int32_t fused_row::nucleus(int32_t n, float sum) const {
+    const candidate * list = m_->list.get();
+    if (std::isnan(sum)) {
+        sum = 0;
+        for (int32_t i = 0; i < n; ++i) {
+            sum += expf(list[i].logit - list[0].logit);
+        }
+    }
+    float reached = 0;
+    for (int32_t i = 0; i < n; ++i) {
+        reached += expf(list[i].logit - list[0].logit) / sum;
+        if (reached >= r_->params->top_p) {
+            return i + 1;
+        }
+    }
+    return n;
+}
+
+// Min-p of a sorted list, temperature, draw.
+fused_row::pass fused_row::draw_from_list(int32_t n, bool sorted) {
+    const plb_sampling & p = *r_->params;
+    candidate * list = m_->list.get();
+    if (sorted && p.min_p > 0) {
+        const float low = list[0].logit + logf(p.min_p);
+        int32_t kept = 1;
+        while (kept < n && !(list[kept].logit < low)) {
+            ++kept;
+        }
+        n = kept;
+    }
+    std::uniform_real_distribution<double> draw(0.0, 1.0);
+    const double at = draw(r_->state->random);
+    if (n == 1) {
+        return choose(list[0].id);
+    }
+    how_ = weighing(p.temperature, largest_, NEVER);
+    double sum = 0;
+    for (int32_t i = 0; i < n; ++i) {
+        list[i].logit = weight(list[i].logit);
+        sum += list[i].logit;
+    }
+    const double target = sum * at;
+    double reached = 0;
+    int32_t chosen = -1;
+    for (int32_t i = 0; i < n; ++i) {
+        reached += list[i].logit;
+        if (list[i].logit > 0) {
+            chosen = i;
+            if (reached >= target) {
+                break;
+            }
+        }
+    }
+    return choose(list[chosen].id);
+}
+
+// -- in index order -------------------------------------------------------------------------------
+// Min-p, temperature and draw of all that is kept.
+fused_row::pass fused_row::by_index(cut keep) {
+    const plb_sampling & p = *r_->params;
+    if (p.min_p > 0) {
+        const float low = largest_ + logf(p.min_p);
+        if (low > keep.logit) {
+            keep = {low, row_.n};
+            const bool sorted = p.top_p < 1 || p.top_k > 0; // the chain has sorted everything
+            const int32_t n = sorted ? order_all(low) : gather_above(low, LIST);
+            if (n > 0) {
+                return draw_from_list(n, sorted);
+            }
+        }
+    }
+    keep_ = keep;
+    std::uniform_real_distribution<double> draw(0.0, 1.0);
+    draw_ = draw(r_->state->random);
+    how_  = weighing(p.temperature, largest_, keep.logit);
+    if (p.temperature == 1 && keep_.last_id >= 0 && keep_.last_id < row_.n) {
+        m_->block_sum.swap(m_->upper_sum); // top-p has just weighed what it keeps
+        return draw_from_nucleus();
+    }
+    return then(WEIGH, keep_.last_id >= 0 && keep_.last_id < row_.n
+                           ? &fused_row::draw_from_nucleus_weighed : &fused_row::draw_by_index);
+}
+
+fused_row::pass fused_row::draw_by_index() {
+    llama_token token;
+    double margin;
+    // a block's sum may be off by its share of WEIGH_ERROR, and so may the target
+    if (!walk(token, margin) || margin < 2 * WEIGH_ERROR * total(m_->block_sum)) {
+        return then(WEIGH_EXACTLY, &fused_row::draw_from_nucleus);
+    }
+    return choose(token);
+}
+
+// The sums are of all that equals the nucleus's last logit, kept or not.
+fused_row::pass fused_row::draw_from_nucleus_weighed() {
+    const float above = std::nextafter(keep_.logit, INFINITY);
+    for (int32_t b = keep_.last_id / BLOCK; b < row_.n_blocks; ++b) {
+        const float * x = row_.block(b);
+        if (m_->block_max[b] >= keep_.logit &&
+            (k_->at_least(x, keep_.logit) & ~k_->at_least(x, above)) != 0) {
+            double sum = 0;
+            for (int32_t i = 0; i < BLOCK; ++i) {
+                sum += keep_.keeps(x[i], b * BLOCK + i) ? weight(x[i]) : 0;
+            }
+            m_->block_sum[b] = sum;
+        }
+    }
+    return draw_from_nucleus();
+}
+
+// With the sums as they are.
+fused_row::pass fused_row::draw_from_nucleus() {
+    llama_token token;
+    double margin;
+    walk(token, margin);
+    return choose(token);
+}
+
+// Through the blocks' sums to the token that the draw falls on, and how far it is from another one.
+// False if it fell between the rounding of a block's sum and of its weights.
+bool fused_row::walk(llama_token & token, double & margin) const {
+    const double target = total(m_->block_sum) * draw_;
+    double reached = 0;
+    bool missed = false;
+    token  = first_largest(); // in case that it falls behind everything
+    margin = 0;
+    for (int32_t b = 0; b < row_.n_blocks; ++b) {
+        const double sum = m_->block_sum[b];
+        if (reached + sum < target || sum == 0) {
+            reached += sum;
+            continue;
+        }
+        const float * x = row_.block(b);
+        double inside = reached;
+        for (uint64_t bits = k_->at_least(x, how_.low); bits != 0; bits &= bits - 1) {
+            const int32_t i = __builtin_ctzll(bits);
+            const float w = keep_.keeps(x[i], b * BLOCK + i) ? weight(x[i]) : 0;
+            if (w > 0) {
+                token = b * BLOCK + i;
+                inside += w;
+                if (inside >= target) {
+                    margin = std::min(inside - target, target - (inside - w));
+                    return !missed;
+                }
+            }
+        }
+        missed = true;
+        reached += sum;
+    }
+    return false;
+}
+
+void fused_sample(const kernels & set, fused_memory & memory, fused_request & request) noexcept {
+    fused_row row;
+    row.bind(set, memory);
+    for (auto p = row.begin(request); p != fused_row::NONE; p = row.next()) {
+        row.run(p, 0, row.n_blocks());
+    }
+}
+
+} // namespace plb

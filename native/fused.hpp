@@ -1,0 +1,206 @@
+// The fused sampler: bias, penalties, truncation and draw in a few vectorised passes over one row of
+// logits, with no candidate records and no full sort. It chooses what llama.cpp's chain of the same
+// parameters chooses (order: bias, penalties, top-k, top-p, min-p, temperature, draw):
+//
+// - the same token for the same seed wherever the chain draws in index order (no top-k, no top-p),
+//   or from at most LIST candidates. Among equal logits this holds where std::partial_sort and
+//   std::sort are those that libllama was built with, and a bucket of the chain's sort, where it
+//   has to be sorted as a whole, holds no more than LIST of them; else the smaller id goes first.
+// - else (a nucleus of more than LIST, or top_k > LIST) the same candidates up to the rounding of
+//   the chain's running float sum, the same probabilities, one draw in index order.
+//
+// A NaN or +inf in the row is PLB_E_LOGITS, -inf excludes a token.
+#pragma once
+
+#include "fused_kernels.hpp"
+#include "plb.h"
+
+#include <atomic>
+#include <memory>
+#include <random>
+#include <vector>
+
+namespace plb {
+
+class pool;
+
+constexpr int32_t LIST = 8192; // candidates that are kept as a list, in the chain's order
+
+// Whether these parameters can take this path: no grammar, no typical-p.
+bool fused_supports(const plb_sampling & params);
+
+// The tokens that the penalties look back at, with their counts.
+class penalty_window {
+public:
+    struct entry {
+        llama_token token;
+        int32_t     count;
+    };
+
+    penalty_window() = default;
+    penalty_window(int32_t last_n, int32_t n_vocab); // last_n 0: remembers nothing
+    void add(llama_token token);
+    const entry * begin() const { return entries_.data(); }
+    const entry * end() const { return entries_.data() + n_entries_; }
+    size_t capacity() const { return entries_.size(); } // most distinct tokens
+
+private:
+    size_t find(llama_token token) const; // slot of the hash table: the token's, or a free one
+    void   remove(size_t slot);
+
+    std::vector<llama_token> ring_;
+    size_t next_ = 0, n_ring_ = 0;
+    std::vector<entry>   entries_;
+    size_t n_entries_ = 0;
+    std::vector<int32_t> table_; // index in entries_, -1 free; open addressing, a power of two
+};
+
+// What one request keeps from token to token.
+struct fused_state {
+    struct patch {
+        llama_token token;
+        float       logit; // before the change
+    };
+
+    std::mt19937   random;
+    penalty_window window;
+    std::vector<patch> patches; // room for all changes of a row
+
+    fused_state() = default;
+    // n_changes: biases and excluded tokens at most, penalties aside
+    fused_state(const plb_sampling & params, uint32_t seed, int32_t n_ctx, int32_t n_vocab,
+                size_t n_changes);
+};
+
+struct token_span {
+    const llama_token * token = nullptr;
+    size_t              n     = 0;
+};
+
+// One row to sample, and what came of it. The row is changed while it is sampled and is afterwards
+// as before: no two requests may share one at a time.
+struct fused_request {
+    float *              logits  = nullptr;
+    const plb_sampling * params  = nullptr; // its scalars
+    fused_state *        state   = nullptr;
+    const llama_logit_bias * bias = nullptr;
+    size_t               n_bias  = 0;
+    token_span           never[3]; // tokens that may not be chosen now
+
+    int32_t       error   = 0; // PLB_E_LOGITS, PLB_E_NO_CANDIDATE
+    llama_token   token   = -1;
+    float         logprob = NAN;
+    int32_t       n_top   = 0;
+    llama_token * top_token   = nullptr; // [params->n_logprobs]
+    float *       top_logprob = nullptr;
+};
+
+struct candidate {
+    float       logit;
+    llama_token id;
+};
+
+// Kept of a row: the logits above `logit`, and of those equal to it the ids up to last_id.
+struct cut {
+    float   logit   = -INFINITY;
+    int32_t last_id = -1;
+
+    bool keeps(float x, int32_t id) const { return x > logit || (x == logit && id <= last_id); }
+};
+
+// Memory to sample one row in. Not more than what is touched becomes resident.
+struct fused_memory {
+    explicit fused_memory(int32_t n_vocab);
+
+    int32_t n_vocab;
+    std::vector<float>  block_max, base, grid;
+    std::vector<double> block_sum, upper_sum;
+    std::unique_ptr<candidate[]> list, other; // [n_vocab + 1]
+    alignas(64) float tail[BLOCK];
+};
+
+// The sampling of one row as passes over its blocks, which can be split among threads, and the
+// decisions between them:
+//     for (auto p = row.begin(request); p != NONE; p = row.next()) row.run(p, 0, row.n_blocks());
+class fused_row {
+public:
+    enum pass { NONE, SCAN, WEIGH, WEIGH_BOTH, WEIGH_EXACTLY, ROUND };
+
+    void bind(const kernels & set, fused_memory & memory) { k_ = &set, m_ = &memory; }
+    pass begin(fused_request & request) noexcept;
+    void run(pass p, int32_t first, int32_t last) noexcept; // any thread, blocks disjoint
+    pass next() noexcept { return (this->*after_)(); }
+    pass current() const { return current_; }
+    int32_t n_blocks() const { return row_.n_blocks; }
+
+private:
+    using step = pass (fused_row::*)();
+
+    // fused.cpp: one row from its logits to a token
+    pass then(pass p, step after);
+    pass fail(int32_t code);
+    pass choose(llama_token token);
+    void look();
+    bool patch();
+    void restore();
+    pass after_raw_scan();
+    pass after_raw_weighing();
+    pass after_scan();
+    pass by_index(cut keep);
+    pass draw_by_index();
+    pass draw_from_nucleus();
+    pass draw_from_nucleus_weighed();
+    bool walk(llama_token & token, double & margin) const;
+    pass draw_from_list(int32_t n, bool sorted);
+    int32_t nucleus(int32_t n, float sum) const;
+    float   largest() const;
+    llama_token first_largest() const;
+    double  total(const std::vector<double> & sums) const;
+    float   weight(float logit) const;
+
+    // fused_top_p.cpp: top-p of the whole vocabulary
+    pass by_top_p();
+    pass small_vocabulary();
+    pass after_list_weighing();
+    pass after_rounding();
+    pass list_nucleus(float sum);
+    pass bracket(double excluded);
+    pass after_bracket_weighing();
+    cut  nucleus_edge(int32_t n, double above, double target);
+    float running_sum();
+
+    // fused_order.cpp: the largest candidates in the chain's order
+    template <typename Keep>
+    int32_t gather(candidate * out, float low, int32_t limit, Keep keep) const;
+    int32_t gather_above(float low, int32_t limit) const;
+    float   top_block(int32_t k);
+    int32_t order_by_heap(int32_t k);
+    int32_t order_by_buckets(int32_t k);
+    int32_t order_all(float low);
+    void    heap_of_bucket(candidate * out, int32_t bucket, int32_t k) const;
+
+    const kernels * k_ = nullptr;
+    fused_memory  * m_ = nullptr;
+    fused_request * r_ = nullptr;
+    row_view row_;
+    pass     current_ = NONE;
+    step     after_   = nullptr;
+    std::atomic<bool> bad_{false}; // a NaN was seen
+    size_t   n_patches_ = 0;
+    float    largest_ = 0;
+    weighing how_{1, 0, 0};
+    cut      keep_;               // of a draw by index
+    double   norm_ = 0, draw_ = 0;
+    // top-p
+    float    start_ = 0;          // 256 blocks reach it
+    double   above_start_ = 0;    // weight of what does
+    int32_t  n_above_start_ = 0;
+    float    low_ = 0, upper_ = 0; // the nucleus ends between them
+    double   total_ = 0, slack_ = 0;
+};
+
+// The whole of it on one thread, and on the threads of a pool: rows spread over them, or each pass
+// of the few rows there are.
+void fused_sample(const kernels & set, fused_memory & memory, fused_request & request) noexcept;
+
+} // namespace plb

@@ -1,0 +1,250 @@
+// The largest candidates of a row, in the order in which llama.cpp's chain would have them.
+//
+// The chain finds them with std::partial_sort (k <= 128), or by 128 buckets over the logits from -10
+// to 10, each bucket sorted, the last one partially. Where logits are equal, their order follows from
+// what these algorithms do with the elements before and after: so the same algorithms are run here,
+// on those elements only that can make a difference.
+#include "fused.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+namespace plb {
+
+namespace {
+
+constexpr int32_t N_BUCKETS = 128;
+constexpr int32_t N_BINS    = 1024;
+
+bool larger(const candidate & a, const candidate & b) {
+    return a.logit > b.logit;
+}
+
+int32_t bucket_of(float logit) {
+    const float at = 6.4f * logit + 64.0f;
+    return (int32_t) std::max(0.0f, std::min((float) (N_BUCKETS - 1), at));
+}
+
+// A logit that nothing of this bucket, or of a higher one, is below.
+float floor_of(int32_t bucket) {
+    return bucket <= 0 ? -INFINITY : (float) (bucket - 64) / 6.4f - 1e-4f;
+}
+
+int32_t lowest_bit(uint64_t bits) {
+    return __builtin_ctzll(bits);
+}
+
+} // namespace
+
+// The candidates x >= low for which keep(x) holds, in index order: how many, -1 if over limit.
+template <typename Keep>
+int32_t fused_row::gather(candidate * out, float low, int32_t limit, Keep keep) const {
+    int32_t n = 0;
+    for (int32_t b = 0; b < row_.n_blocks; ++b) {
+        if (!(m_->block_max[b] >= low)) {
+            continue;
+        }
+        const float * x = row_.block(b);
+        for (uint64_t bits = k_->at_least(x, low); bits != 0; bits &= bits - 1) {
+            const int32_t i = lowest_bit(bits);
+            const int32_t id = b * BLOCK + i;
+            if (id < row_.n && keep(x[i])) {
+                if (n == limit) {
+                    return -1;
+                }
+                out[n++] = {x[i], id};
+            }
+        }
+    }
+    return n;
+}
+
+// To the list: the finite x >= low.
+int32_t fused_row::gather_above(float low, int32_t limit) const {
+    return gather(m_->list.get(), low, limit, [](float x) { return x > -INFINITY; });
+}
+
+// A bound that the maxima of at least k blocks reach, and not of many more; -inf if there are fewer.
+float fused_row::top_block(int32_t k) {
+    const float * top = m_->block_max.data();
+    const int32_t n = row_.n_blocks;
+    if (k > n) {
+        return -INFINITY;
+    }
+    float least = largest_;
+    for (int32_t b = 0; b < n; ++b) {
+        least = top[b] < least && top[b] > -INFINITY ? top[b] : least;
+    }
+    const float scale = (N_BINS - 1) / (largest_ - least);
+    const auto bin = [=](float x) { return x >= least ? (int32_t) ((x - least) * scale) : -1; };
+    if (std::isfinite(scale)) {
+        int32_t count[N_BINS + 1] = {};
+        for (int32_t b = 0; b < n; ++b) {
+            ++count[std::min(bin(top[b]), N_BINS - 1) + 1];
+        }
+        int32_t reached = 0, at = N_BINS;
+        while (reached < k && at > 0) {
+            reached += count[at--];
+        }
+        if (reached >= k && reached <= 2 * k + 32) {
+            float bound = largest_;
+            for (int32_t b = 0; b < n; ++b) {
+                if (std::min(bin(top[b]), N_BINS - 1) >= at) {
+                    bound = std::min(bound, top[b]);
+                }
+            }
+            return bound;
+        }
+    }
+    float * copy = m_->grid.data();
+    std::copy(top, top + n, copy);
+    std::nth_element(copy, copy + k - 1, copy + n, [](float a, float b) { return a > b; });
+    return copy[k - 1];
+}
+
+// std::partial_sort of all candidates for the first k: those that are not above the smallest of the
+// k so far change nothing, and whole blocks are not.
+int32_t fused_row::order_by_heap(int32_t k) {
+    candidate * heap = m_->list.get();
+    for (int32_t i = 0; i < k; ++i) {
+        heap[i] = {row_.block(i / BLOCK)[i % BLOCK], i};
+    }
+    std::make_heap(heap, heap + k, larger);
+    const float * top = m_->block_max.data();
+    for (int32_t b = k / BLOCK; b < row_.n_blocks; ++b) {
+        if (!(top[b] > heap[0].logit)) {
+            continue;
+        }
+        const float * x = row_.block(b);
+        uint64_t bits = k_->at_least(x, heap[0].logit);
+        if (b == k / BLOCK) {
+            bits &= ~0ull << (k % BLOCK);
+        }
+        for (; bits != 0; bits &= bits - 1) {
+            const int32_t i = lowest_bit(bits);
+            if (x[i] > heap[0].logit) {
+                heap[k] = {x[i], b * BLOCK + i};
+                std::pop_heap(heap, heap + k + 1, larger); // the new one in, the smallest out
+            }
+        }
+    }
+    std::sort_heap(heap, heap + k, larger);
+    return k;
+}
+
+// The same for one bucket of the row.
+void fused_row::heap_of_bucket(candidate * heap, int32_t bucket, int32_t k) const {
+    const float low = floor_of(bucket);
+    const float * top = m_->block_max.data();
+    int32_t n = 0;
+    for (int32_t b = 0; b < row_.n_blocks; ++b) {
+        if (n == k ? !(top[b] > heap[0].logit) : !(top[b] >= low)) {
+            continue;
+        }
+        const float * x = row_.block(b);
+        uint64_t bits = k_->at_least(x, n == k ? heap[0].logit : low);
+        for (; bits != 0; bits &= bits - 1) {
+            const int32_t i = lowest_bit(bits);
+            const int32_t id = b * BLOCK + i;
+            if (id >= row_.n || bucket_of(x[i]) != bucket) {
+                continue;
+            }
+            if (n < k) {
+                heap[n++] = {x[i], id};
+                if (n == k) {
+                    std::make_heap(heap, heap + k, larger);
+                }
+            } else if (x[i] > heap[0].logit) {
+                heap[k] = {x[i], id};
+                std::pop_heap(heap, heap + k + 1, larger);
+            }
+        }
+    }
+    std::sort_heap(heap, heap + n, larger);
+}
+
+// The chain's bucket sort for the first k. The list then holds them.
+int32_t fused_row::order_by_buckets(int32_t k) {
+    const float bound = top_block(k);
+    const int32_t last = bound == -INFINITY ? -1 : bucket_of(bound); // what is below is not wanted
+    candidate * found = m_->list.get();
+    const int32_t n = gather(found, floor_of(last + 1), row_.n,
+                             [=](float x) { return bucket_of(x) > last; });
+    int32_t count[N_BUCKETS] = {};
+    for (int32_t i = 0; i < n; ++i) {
+        ++count[bucket_of(found[i].logit)];
+    }
+    int32_t bucket = N_BUCKETS, reached = 0; // the last one that is needed, complete or in part
+    while (reached < k && bucket > last + 1) {
+        reached += count[--bucket];
+    }
+    candidate * out = m_->other.get();
+    int32_t start[N_BUCKETS];
+    for (int32_t b = N_BUCKETS - 1, at = 0; b >= bucket; --b) {
+        start[b] = at;
+        at += count[b];
+    }
+    for (int32_t i = 0; i < n; ++i) {
+        const int32_t b = bucket_of(found[i].logit);
+        if (b >= bucket) {
+            out[start[b]++] = found[i];
+        }
+    }
+    int32_t done = 0;
+    for (int32_t b = N_BUCKETS - 1; b >= bucket; --b) {
+        candidate * first = out + done;
+        if (b == bucket && reached >= k) {
+            std::partial_sort(first, out + k, first + count[b], larger);
+        } else {
+            std::sort(first, first + count[b], larger);
+        }
+        done += count[b];
+    }
+    if (reached < k) {
+        heap_of_bucket(out + reached, last, k - reached);
+    }
+    m_->list.swap(m_->other);
+    return k;
+}
+
+// The chain's sort of everything, down to `low` at least: how many the list then holds, at most
+// LIST, or -1. If a bucket holds too many, equal logits go by id.
+int32_t fused_row::order_all(float low) {
+    const int32_t last = bucket_of(low);
+    candidate * found = m_->list.get();
+    int32_t n = gather(found, floor_of(last), LIST, [=](float x) { return bucket_of(x) >= last; });
+    if (n < 0) {
+        n = gather_above(low, LIST);
+        if (n > 0) {
+            std::sort(found, found + n, [](const candidate & a, const candidate & b) {
+                return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
+            });
+        }
+        return n;
+    }
+    int32_t count[N_BUCKETS] = {}, start[N_BUCKETS];
+    for (int32_t i = 0; i < n; ++i) {
+        ++count[bucket_of(found[i].logit)];
+    }
+    for (int32_t b = N_BUCKETS - 1, at = 0; b >= 0; --b) {
+        start[b] = at;
+        at += count[b];
+    }
+    candidate * out = m_->other.get();
+    for (int32_t i = 0; i < n; ++i) {
+        out[start[bucket_of(found[i].logit)]++] = found[i];
+    }
+    for (int32_t b = N_BUCKETS - 1, at = 0; b >= last; --b) {
+        candidate * end = out + at + count[b];
+        if (at + count[b] == row_.n && at < row_.n) {
+            std::partial_sort(out + at, end, end, larger); // the row's last bucket
+        } else {
+            std::sort(out + at, end, larger);
+        }
+        at += count[b];
+    }
+    m_->list.swap(m_->other);
+    return n;
+}
+
+} // namespace plb
