@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,21 @@ def run_batched_bench(case: Case, *, kv_unified: bool) -> Measured:
         "build_options": " ".join(f"{k}={v}" for k, v in sorted(build_options().items())),
     }
     return Measured(values["t_pp"], values["t_tg"], settings)
+
+
+def in_own_thread(work: Callable[[Case], Measured]) -> Callable[[Case], Measured]:
+    """Runs an arm in a thread that ends with it, as the engine's does.
+
+    ggml's OpenMP threads belong to the thread that computes and stay until it ends, and libgomp
+    stops spinning at barriers when there are more of them than cores: the leftovers of one arm
+    would slow the next one by a quarter.
+    """
+
+    def run(case: Case) -> Measured:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(work, case).result()
+
+    return run
 
 
 class StepClock:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import report, schema
-from bench.arms import Arm, Case, InProcess, Measured, run_batched_bench
+from bench.arms import Arm, Case, InProcess, Measured, in_own_thread, run_batched_bench
 from bench.cache import RESULTS
 from bench.models import resolve
 from bench.tools import tool
@@ -97,13 +97,13 @@ def all_arms(inside: InProcess) -> list[Arm]:
             "raw",
             "Python loop of raw calls: batch filled row by row, decode, a sampler chain per row",
             True,
-            inside.raw,
+            in_own_thread(inside.raw),
         ),
         Arm(
             "stepper",
             "Python loop of Stepper.step: NumPy rows, one native call decodes and samples",
             True,
-            inside.stepper,
+            in_own_thread(inside.stepper),
         ),
         Arm(
             "engine",
