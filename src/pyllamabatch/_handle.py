@@ -4,9 +4,30 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from pyllamabatch.errors import ClosedError
+
+T = TypeVar("T", bound="Owner")
+
+
+class Owner:
+    """Something with a native pointer and a `close`: a context manager that closes at its end."""
+
+    @property
+    def ptr(self) -> Any:
+        """The native pointer. ClosedError when it is gone."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self: T) -> T:
+        self.ptr  # noqa: B018 (raises when closed)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 class Handle:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import weakref
 from functools import cached_property
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pyllamabatch import _log
-from pyllamabatch._handle import Handle
+from pyllamabatch._handle import Handle, Owner
 from pyllamabatch._model_params import PathLike, gguf_file, metadata
 from pyllamabatch.errors import AdapterError, ClosedError, ModelLoadError, UnsupportedOperation
 from pyllamabatch.raw import ffi, lib
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from pyllamabatch.model import Model
 
 
-class LoraAdapter:
+class LoraAdapter(Owner):
     """A LoRA for one model: apply it with `Context.set_loras`.
 
     Like a model it may be closed while contexts use it; they keep it until they drop it.
@@ -63,15 +62,3 @@ class LoraAdapter:
 
     def close(self) -> None:
         self._close()
-
-    def __enter__(self) -> LoraAdapter:
-        self.ptr  # noqa: B018 (raises when closed)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

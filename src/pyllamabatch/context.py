@@ -6,14 +6,13 @@ import threading
 import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pyllamabatch import _log, state
-from pyllamabatch._handle import Handle
+from pyllamabatch._handle import Handle, Owner
 from pyllamabatch._limits import MAX_CTX, MAX_THREADS, check_batch, check_params, usable_cores
 from pyllamabatch._model_params import PathLike
 from pyllamabatch._structs import fill, integer, read
@@ -35,7 +34,7 @@ from pyllamabatch.vocab import TokenArray, Tokens
 FloatArray = npt.NDArray[np.float32]
 
 
-class Context:
+class Context(Owner):
     """A `llama_context`. One thread at a time: a second one gets `ContextBusy`.
 
     Arrays that it returns are views on libllama's buffers, valid until the next decode or encode
@@ -135,18 +134,6 @@ class Context:
         with self.exclusive():
             self._drop_loras()
             self._close()
-
-    def __enter__(self) -> Context:
-        self.ptr  # noqa: B018 (raises when closed)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.n_ctx} cells, {self.n_seq_max} sequences"
@@ -362,10 +349,5 @@ class _Exclusive(AbstractContextManager[None]):
             self.lock.release()
             raise ClosedError("the context is closed")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.lock.release()

@@ -7,11 +7,10 @@ import weakref
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pyllamabatch import _backend, _log
-from pyllamabatch._handle import Handle
+from pyllamabatch._handle import Handle, Owner
 from pyllamabatch._model_params import (
     KvOverride,
     PathLike,
@@ -38,7 +37,7 @@ _RESERVED = frozenset(
 )
 
 
-class Model:
+class Model(Owner):
     """Weights and vocabulary, shared by any number of contexts and threads.
 
     Closing a model that still has contexts is fine: nothing new can be made of it, and its memory
@@ -147,18 +146,6 @@ class Model:
     def close(self) -> None:
         """Let go of the model. Contexts that use it go on; closing twice is fine."""
         self._close()
-
-    def __enter__(self) -> Model:
-        self.ptr  # noqa: B018 (raises when closed)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else self.description

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from pyllamabatch.cli.console import live_console
@@ -31,12 +30,7 @@ class Board(Protocol):
     def one_by_one(self, n_done: int) -> None: ...
 
     def __enter__(self) -> Board: ...
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
 
 
 def board(tasks: Sequence[Task], *, plain: bool) -> Board:
@@ -77,12 +71,7 @@ class PlainBoard:
     def __enter__(self) -> PlainBoard:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         return None
 
 
@@ -154,11 +143,6 @@ class LiveBoard:
         self._live.start()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._live.vertical_overflow = "visible"  # the last picture in full, also if it scrolls
         self._live.stop()
