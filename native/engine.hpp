@@ -3,6 +3,7 @@
 
 #include "plb.h"
 
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -87,6 +88,9 @@ struct plb_engine {
     std::vector<llama_token>    top_token;
     std::vector<float>          top_logprob;
     plb_step_info               info = {};
+    std::vector<plb_step_info>  steps;  // [n_steps_max]
+    std::vector<uint8_t>        named;  // [n_seq_max]: a run's slots, while they are checked
+    std::atomic<bool>           bell{false};
 
     std::vector<std::unique_ptr<plb_slot>> slots; // [n_seq_max]
     plb::scratch scratch;
@@ -111,6 +115,10 @@ template <typename... Args>
 void set_text(char (&text)[TEXT_BYTES], const char * format, Args... args) noexcept {
     snprintf(text, TEXT_BYTES, format, args...);
 }
+
+// Check, build, decode, sample: rows 0..n_rows-1, records from first_result on. Fills engine.info,
+// and engine.steps[i_step] when the step was done; returns the code.
+int32_t one_step(plb_engine & engine, int32_t n_rows, int32_t i_step, int32_t first_result);
 
 // Sets the engine's text and the row that it speaks of; returns the code.
 int32_t fail(plb_engine & engine, int32_t code, int32_t row = -1) noexcept;

@@ -8,6 +8,7 @@
  * One step, seen from the caller:
  *     write rows 0..n-1 into views.token/pos/seq/flags; plb_step(engine, n);
  *     read views.info->n_results records in views.results.
+ * Steady decoding needs no rows from the caller: plb_run makes them of the slots, for several steps.
  */
 #ifndef PLB_H
 #define PLB_H
@@ -43,6 +44,9 @@ enum plb_code {
     PLB_E_DECODE          = -1019, /* llama_decode threw: as its codes < -1, rows may be in memory */
     PLB_E_SAMPLING        = -1020, /* a sampling parameter is out of range */
     PLB_E_GRAMMAR         = -1021, /* the grammar does not parse */
+    PLB_E_N_STEPS         = -1022, /* n_steps < 1 or > n_steps_max */
+    PLB_E_NO_TOKEN        = -1023, /* a slot that has sampled nothing yet has no next row */
+    PLB_E_SEQ_TWICE       = -1024, /* a run names a sequence twice */
     /* codes of one result (plb_result.error): its request ends, the others go on */
     PLB_E_LOGITS          = -1030, /* the row's logits hold NaN or +inf, or are not there */
     PLB_E_NO_CANDIDATE    = -1031, /* every token is excluded (grammar dead end, biases) */
@@ -92,6 +96,21 @@ typedef struct plb_step_info {
     int32_t bad_row;      /* the row that a code <= PLB_E_TOKEN speaks of, else -1 */
 } plb_step_info;
 
+enum plb_stop {
+    PLB_STOP_STEPS  = 0, /* all steps are done, or as many as there are positions for */
+    PLB_STOP_FINISH = 1, /* a slot has finished or failed in the last step */
+    PLB_STOP_BELL   = 2, /* the doorbell was rung */
+    PLB_STOP_CODE   = 3  /* the step after the last one returned a code other than 0 */
+};
+
+/* What one run did. */
+typedef struct plb_run_info {
+    int32_t code;      /* what plb_run returned */
+    int32_t stop;      /* enum plb_stop: why there are no more steps */
+    int32_t n_steps;   /* steps done: plb_views.steps holds as many */
+    int32_t n_results; /* records of all of them */
+} plb_run_info;
+
 /* -- engine ----------------------------------------------------------------------------------- */
 typedef struct plb_engine plb_engine;
 typedef struct plb_slot   plb_slot;
@@ -103,17 +122,19 @@ typedef struct plb_engine_params {
     int32_t all_outputs;    /* 1: the context computes embeddings, so each row is an output */
     int32_t sync;           /* 1: wait for the device at every step, for exact timings;
                                0: only when a row has an output */
+    int32_t n_steps_max;    /* steps of one plb_run at most, 1..65536: results has room for them */
 } plb_engine_params;
 
 /* Memory of the engine, valid and at the same addresses until plb_engine_free. */
 typedef struct plb_views {
     int32_t n_rows_max;     /* rows that fit a step: the context's n_batch */
-    int32_t n_results_max;  /* records that fit results */
+    int32_t n_results_max;  /* records that fit results: n_seq_max * n_steps_max, or n_outputs_max */
     int32_t n_logprobs_max;
     int32_t n_seq_max;
     int32_t n_vocab;
     int32_t n_pos_max;      /* positions that the model can take */
-    /* rows, n_rows_max each: the caller writes, the engine never does */
+    int32_t n_steps_max;    /* steps of a run at most */
+    /* rows, n_rows_max each: the caller writes; plb_run overwrites the first n_slots of them */
     llama_token  * token;
     llama_pos    * pos;
     llama_seq_id * seq;
@@ -122,7 +143,8 @@ typedef struct plb_views {
     plb_result  * results;      /* [n_results_max] */
     llama_token * top_token;    /* [n_results_max][n_logprobs_max], most likely first */
     float       * top_logprob;  /* [n_results_max][n_logprobs_max] */
-    plb_step_info * info;       /* the last step */
+    plb_step_info * info;       /* the last step, done or not */
+    plb_step_info * steps;      /* [n_steps_max]: the steps that the last call has done */
 } plb_views;
 
 plb_engine_params plb_engine_default_params(void);
@@ -219,6 +241,23 @@ const char * plb_slot_error(plb_engine * engine, int32_t seq);
  * Log-probabilities are a log-softmax of the row's raw logits over the whole vocabulary, before
  * biases, penalties, grammar and truncation. */
 int32_t plb_step(plb_engine * engine, int32_t n_rows);
+
+/* -- run --------------------------------------------------------------------------------------
+ * Up to n_steps steps of pure decoding, without coming back: in each, every sequence of slots (all
+ * different, each with a slot that has sampled and not finished) computes its slot's next token and
+ * samples. As n_steps times plb_step with those rows, in their order; a step is done whole.
+ * It ends early after a step in which a slot finished, after a step during which the doorbell was
+ * rung, and at a step that plb_step would return a code other than 0 for: that code is returned, and
+ * the steps before it, their results included, are as valid as ever. The records of all steps lie in
+ * results one after the other, steps[i].first_result is where those of step i begin.
+ * Nothing is allocated here either, however many steps (and see plb_step for libllama). */
+int32_t plb_run(plb_engine * engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_steps,
+                plb_run_info * out);
+/* End the run that is going on, or when there is none the next one, after the step that it is in.
+ * From any thread, until plb_engine_free. The run that ends takes the ring back, so a ring is never
+ * lost, and who looks for news after every run has seen what was there before the ring. A run makes
+ * at least one step. */
+void plb_doorbell_ring(plb_engine * engine);
 
 /* -- log ring (native/log.cpp) ----------------------------------------------------------------- */
 /* libllama's and ggml's log goes to a ring of fixed size, from any thread; nothing is printed. */

@@ -20,6 +20,7 @@ int32_t plb::fail(plb_engine & engine, int32_t code, int32_t row) noexcept {
 namespace {
 
 constexpr int32_t N_LOGPROBS_LIMIT = 1024;
+constexpr int32_t N_STEPS_LIMIT    = 65536;
 constexpr int32_t ROW_FLAGS        = PLB_ROW_OUTPUT | PLB_ROW_SAMPLE;
 
 int64_t now_ns() {
@@ -27,7 +28,8 @@ int64_t now_ns() {
     return duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count();
 }
 
-void allocate(plb_engine & engine, int32_t n_rows, int32_t n_results, int32_t n_logprobs) {
+void allocate(plb_engine & engine, int32_t n_rows, int32_t n_results, int32_t n_logprobs,
+              int32_t n_steps) {
     engine.token.resize(n_rows);
     engine.pos.resize(n_rows);
     engine.seq.resize(n_rows);
@@ -38,6 +40,8 @@ void allocate(plb_engine & engine, int32_t n_rows, int32_t n_results, int32_t n_
     for (int32_t i = 0; i < n_rows; ++i) {
         engine.seq_id[i] = &engine.seq[i];
     }
+    engine.steps.resize(n_steps);
+    engine.named.resize(engine.slots.size());
     engine.results.resize(n_results);
     // one spare entry, so that the addresses are valid without any column too
     engine.top_token.resize((size_t) n_results * n_logprobs + 1);
@@ -118,7 +122,7 @@ llama_batch build_batch(plb_engine & engine, int32_t n_rows) {
             engine.output.data()};
 }
 
-int32_t sample_rows(plb_engine & engine, int32_t n_rows) {
+int32_t sample_rows(plb_engine & engine, int32_t n_rows, int32_t first) {
     const plb_views & views = engine.views;
     const bool has_logits = llama_get_logits(engine.ctx) != nullptr;
     int32_t n = 0;
@@ -130,10 +134,10 @@ int32_t sample_rows(plb_engine & engine, int32_t n_rows) {
         if (!slot.active()) {
             continue; // finished on an earlier row of this step
         }
-        plb_result & result = engine.results[n];
+        plb_result & result = engine.results[first + n];
         result.seq = engine.seq[i];
         result.row = i;
-        const size_t top = (size_t) n * views.n_logprobs_max;
+        const size_t top = (size_t) (first + n) * views.n_logprobs_max;
         const float * logits = has_logits ? llama_get_logits_ith(engine.ctx, i) : nullptr;
         sample_row(engine.words, engine.scratch, slot, logits, result, &engine.top_token[top],
                    &engine.top_logprob[top]);
@@ -146,7 +150,7 @@ int32_t sample_rows(plb_engine & engine, int32_t n_rows) {
     return n;
 }
 
-int32_t run_step(plb_engine & engine, int32_t n_rows) {
+int32_t check_decode_sample(plb_engine & engine, int32_t n_rows) {
     plb_step_info & info = engine.info;
     info.n_rows = n_rows;
     if (n_rows < 1 || n_rows > engine.views.n_rows_max) {
@@ -180,7 +184,7 @@ int32_t run_step(plb_engine & engine, int32_t n_rows) {
     const int64_t t_synced = now_ns();
     info.sync_ns   = t_synced - t_decoded;
     if (info.n_outputs > 0) {
-        info.n_results = sample_rows(engine, n_rows);
+        info.n_results = sample_rows(engine, n_rows, info.first_result);
     }
     info.sample_ns = now_ns() - t_synced;
     return PLB_OK;
@@ -188,8 +192,23 @@ int32_t run_step(plb_engine & engine, int32_t n_rows) {
 
 } // namespace
 
+int32_t plb::one_step(plb_engine & engine, int32_t n_rows, int32_t i_step, int32_t first_result) {
+    engine.error[0] = 0;
+    plb_step_info & info = engine.info;
+    info = {};
+    info.t_start_ns   = now_ns();
+    info.first_result = first_result;
+    info.bad_row      = -1;
+    info.code         = check_decode_sample(engine, n_rows);
+    info.n_reused     = llama_perf_context(engine.ctx).n_reused;
+    if (info.code == PLB_OK) {
+        engine.steps[i_step] = info;
+    }
+    return info.code;
+}
+
 plb_engine_params plb_engine_default_params(void) {
-    return {0, 20, 0, 0, 0};
+    return {0, 20, 0, 0, 0, 32};
 }
 
 int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, plb_engine ** out) {
@@ -204,7 +223,8 @@ int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, pl
     const int32_t n_seq_max = (int32_t) llama_n_seq_max(ctx);
     const int32_t n_outputs = params->n_outputs_max == 0 ? n_batch : params->n_outputs_max;
     if (n_outputs < n_seq_max || params->n_logprobs_max < 0 ||
-        params->n_logprobs_max > N_LOGPROBS_LIMIT || params->n_threads < 0) {
+        params->n_logprobs_max > N_LOGPROBS_LIMIT || params->n_threads < 0 ||
+        params->n_steps_max < 1 || params->n_steps_max > N_STEPS_LIMIT) {
         return PLB_E_ARGUMENT;
     }
     char ignored[TEXT_BYTES];
@@ -218,13 +238,15 @@ int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, pl
         engine->slots.resize(n_seq_max);
         read_vocabulary(engine->words, ctx);
         const int32_t n_logprobs = std::min(params->n_logprobs_max, engine->words.n_vocab);
-        allocate(*engine, n_batch, engine->n_outputs_max, n_logprobs);
+        const int64_t n_records = std::max<int64_t>(engine->n_outputs_max,
+                                                    (int64_t) n_seq_max * params->n_steps_max);
+        allocate(*engine, n_batch, (int32_t) n_records, n_logprobs, params->n_steps_max);
         engine->views = {
-            n_batch, engine->n_outputs_max, n_logprobs, n_seq_max, engine->words.n_vocab,
-            positions(llama_get_model(ctx)),
+            n_batch, (int32_t) n_records, n_logprobs, n_seq_max, engine->words.n_vocab,
+            positions(llama_get_model(ctx)), params->n_steps_max,
             engine->token.data(), engine->pos.data(), engine->seq.data(), engine->flags.data(),
             engine->results.data(), engine->top_token.data(), engine->top_logprob.data(),
-            &engine->info,
+            &engine->info, engine->steps.data(),
         };
         *out = engine.release();
     });
@@ -250,11 +272,5 @@ int32_t plb_step(plb_engine * engine, int32_t n_rows) {
     if (engine == nullptr) {
         return PLB_E_ARGUMENT;
     }
-    engine->error[0] = 0;
-    engine->info = {};
-    engine->info.t_start_ns = now_ns();
-    engine->info.bad_row    = -1;
-    engine->info.code       = run_step(*engine, n_rows);
-    engine->info.n_reused   = llama_perf_context(engine->ctx).n_reused;
-    return engine->info.code;
+    return one_step(*engine, n_rows, 0, 0);
 }

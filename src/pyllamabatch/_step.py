@@ -32,6 +32,25 @@ RESULT_DTYPE = np.dtype(
 )
 
 
+# plb_step_info: what one step did; times in ns.
+STEP_DTYPE = np.dtype(
+    [
+        ("t_start_ns", np.int64),
+        ("build_ns", np.int64),
+        ("decode_ns", np.int64),
+        ("sync_ns", np.int64),
+        ("sample_ns", np.int64),
+        ("n_reused", np.int64),
+        ("code", np.int32),
+        ("n_rows", np.int32),
+        ("n_outputs", np.int32),
+        ("n_results", np.int32),
+        ("first_result", np.int32),
+        ("bad_row", np.int32),
+    ]
+)
+
+
 class Finish(enum.IntEnum):
     """Why a sampled token is a request's last one; the values of `StepResult.finish`."""
 
@@ -40,6 +59,15 @@ class Finish(enum.IntEnum):
     STOP = 2  # one of stop_token_ids
     LENGTH = 3  # max_tokens reached
     ERROR = 4  # no token: StepResult.error says why
+
+
+class Stop(enum.IntEnum):
+    """Why a run made no more steps; the values of `RunResult.stop`."""
+
+    STEPS = 0  # all are done, or as many as the model has positions for
+    FINISH = 1  # a slot has finished or failed in the last one
+    BELL = 2  # `Stepper.ring`
+    CODE = 3  # the next one returned `RunResult.code`
 
 
 class Rows:
@@ -58,26 +86,36 @@ class Rows:
         self.flags = flags
 
 
-class StepResult:
-    """What the last step gave. One object per stepper, overwritten by the next step.
+class Results:
+    """Sampled rows.
 
     `records` is a structured array (RESULT_DTYPE) of `n_results` records in row order; seq, row,
     token, index, finish, error, logprob and n_top are its columns. token is -1 on an error; index
     counts the slot's tokens from 0; logprob is NaN unless asked for. top_token and top_logprob have
     shape (n_results, n_logprobs_max), most likely first; the first n_top columns are valid.
-    All are views of memory that the next step overwrites: copy what must last.
+    All are views of memory that the next call overwrites: copy what must last.
     """
 
-    __slots__ = ("_columns", "_info", "_records", "_top_logprob", "_top_token", "code", "n_results")
+    __slots__ = (
+        "_columns",
+        "_records",
+        "_steps",
+        "_top_logprob",
+        "_top_token",
+        "code",
+        "n_results",
+        "n_steps",
+    )
 
-    def __init__(self, info: Any, records: Any, top_token: I32, top_logprob: F32) -> None:
-        self._info = info
+    def __init__(self, records: Any, top_token: I32, top_logprob: F32, steps: Any) -> None:
         self._records = records
+        self._steps = steps
         self._columns = {name: records[name] for name in RESULT_DTYPE.fields or ()}
         self._top_token = top_token
         self._top_logprob = top_logprob
         self.code = 0
         self.n_results = 0
+        self.n_steps = 0  # steps that were computed
 
     @property
     def records(self) -> npt.NDArray[np.void]:
@@ -130,6 +168,29 @@ class StepResult:
         return column
 
     @property
+    def steps(self) -> npt.NDArray[np.void]:
+        """What each of the steps did: STEP_DTYPE, shape (n_steps,). Times in ns."""
+        steps: npt.NDArray[np.void] = self._steps[: self.n_steps]
+        return steps
+
+    def raise_for_code(self) -> None:
+        """Raise the `DecodeError` that `code` stands for; nothing when it is 0."""
+        if self.code:
+            raise decode_error(self.code)
+
+
+class StepResult(Results):
+    """What the last step gave. One object per stepper, overwritten by the next step."""
+
+    __slots__ = ("_info",)
+
+    def __init__(
+        self, info: Any, records: Any, top_token: I32, top_logprob: F32, steps: Any
+    ) -> None:
+        super().__init__(records, top_token, top_logprob, steps)
+        self._info = info
+
+    @property
     def build_ns(self) -> int:
         """Checking the rows and building the batch."""
         return int(self._info.build_ns)
@@ -154,10 +215,21 @@ class StepResult:
         """Graphs that the context has reused so far."""
         return int(self._info.n_reused)
 
-    def raise_for_code(self) -> None:
-        """Raise the `DecodeError` that `code` stands for; nothing when it is 0."""
-        if self.code:
-            raise decode_error(self.code)
+
+class RunResult(Results):
+    """What the last run gave: the records of its `n_steps` steps, one step after the other.
+
+    One object per stepper, overwritten by the next run; steps and runs share the memory of the
+    records. `stop` says why the run ended; `code` is 0 or that of the step that could not be done
+    any more; the records of the steps before it are valid either way. Those of step i begin at
+    `steps[i]["first_result"]`.
+    """
+
+    __slots__ = ("stop",)
+
+    def __init__(self, records: Any, top_token: I32, top_logprob: F32, steps: Any) -> None:
+        super().__init__(records, top_token, top_logprob, steps)
+        self.stop = 0
 
 
 @dataclass(frozen=True)

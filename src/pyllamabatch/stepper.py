@@ -11,11 +11,14 @@ nothing allocated, whatever the number of sequences.
     result = stepper.step(n)
     result.raise_for_code()
     result.token[0], result.finish[0]
+
+Steady decoding needs no rows: `stepper.run([0], 16)` makes sixteen steps of the slots' own next
+tokens in one call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -23,14 +26,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from pyllamabatch._native_step import (
+    code_text,
+    hold,
+    refused_run,
+    refused_step,
+    sampling_struct,
+    slot_failure,
+    view_of,
+)
 from pyllamabatch._step import (
     OUTPUT,
     RESULT_DTYPE,
     SAMPLE,
+    STEP_DTYPE,
     Finish,
     Rows,
+    RunResult,
     SlotInfo,
     StepResult,
+    Stop,
 )
 from pyllamabatch._structs import integer
 from pyllamabatch.errors import (
@@ -38,8 +53,6 @@ from pyllamabatch.errors import (
     ClosedError,
     ContextBusy,
     FatalDecodeError,
-    GrammarError,
-    PyllamabatchError,
     UnsupportedOperation,
 )
 from pyllamabatch.raw import ffi, lib
@@ -53,11 +66,14 @@ __all__ = [
     "OUTPUT",
     "RESULT_DTYPE",
     "SAMPLE",
+    "STEP_DTYPE",
     "Finish",
     "Rows",
+    "RunResult",
     "SlotInfo",
     "StepResult",
     "Stepper",
+    "Stop",
 ]
 
 
@@ -76,6 +92,7 @@ class Stepper:
 
     - n_logprobs_max: the largest `SamplingParams.logprobs` that a slot may ask for.
     - n_threads: sampler threads, 0 chooses (one as yet).
+    - n_steps_max: the most steps of one `run`; memory for their results is set aside.
     - sync: wait for the device at every step, also when no row has an output; for exact timings.
 
     Keeps the context alive. Like the context it serves one thread at a time: a second one gets
@@ -88,6 +105,7 @@ class Stepper:
         *,
         n_logprobs_max: int = 20,
         n_threads: int = 0,
+        n_steps_max: int = 32,
         sync: bool = False,
     ) -> None:
         if context.model._no_alloc:
@@ -97,6 +115,7 @@ class Stepper:
         params.all_outputs = bool(context.params["embeddings"])
         params.n_logprobs_max = integer("n_logprobs_max", n_logprobs_max, 0, LOGPROBS_MAX)
         params.n_threads = integer("n_threads", n_threads, 0, 512)
+        params.n_steps_max = integer("n_steps_max", n_steps_max, 1, 65536)
         params.sync = bool(sync)
         out = ffi.new("plb_engine **")
         with context.exclusive():
@@ -104,7 +123,7 @@ class Stepper:
         if code == lib.PLB_E_MEMORY:
             raise MemoryError("no memory for the stepper")
         if code:
-            raise UnsupportedOperation(_code_text(code))
+            raise UnsupportedOperation(code_text(code))
         engine = ffi.gc(out[0], lib.plb_engine_free)
         views = ffi.new("plb_views *")
         lib.plb_engine_views(engine, views)
@@ -113,26 +132,30 @@ class Stepper:
         self._lock = context._lock
         self._encoder_first = context.model.has_encoder
         self._rollback = context.capabilities.max_rollback > 0
-        self._info: Any = ffi.gc(views.info, partial(_hold, engine))
+        self._info: Any = ffi.gc(views.info, partial(hold, engine))
         self._engine: Any = engine
         self.n_rows_max: int = views.n_rows_max
         self.n_seq_max: int = views.n_seq_max
         self.n_vocab: int = views.n_vocab
         self.n_pos_max: int = views.n_pos_max
         self.n_logprobs_max: int = views.n_logprobs_max
+        self.n_steps_max: int = views.n_steps_max
         rows, results, width = views.n_rows_max, views.n_results_max, views.n_logprobs_max
         self.rows = Rows(
-            _view(engine, views.token, np.int32, (rows,)),
-            _view(engine, views.pos, np.int32, (rows,)),
-            _view(engine, views.seq, np.int32, (rows,)),
-            _view(engine, views.flags, np.uint8, (rows,)),
+            view_of(engine, views.token, np.int32, (rows,)),
+            view_of(engine, views.pos, np.int32, (rows,)),
+            view_of(engine, views.seq, np.int32, (rows,)),
+            view_of(engine, views.flags, np.uint8, (rows,)),
         )
-        self.result = StepResult(
-            self._info,
-            _view(engine, views.results, RESULT_DTYPE, (results,)),
-            _view(engine, views.top_token, np.int32, (results, width)),
-            _view(engine, views.top_logprob, np.float32, (results, width)),
+        given = (
+            view_of(engine, views.results, RESULT_DTYPE, (results,)),
+            view_of(engine, views.top_token, np.int32, (results, width)),
+            view_of(engine, views.top_logprob, np.float32, (results, width)),
+            view_of(engine, views.steps, STEP_DTYPE, (views.n_steps_max,)),
         )
+        self.result = StepResult(self._info, *given)
+        self.run_result = RunResult(*given)
+        self._run: Any = ffi.new("plb_run_info *")
 
     def step(self, n_rows: int) -> StepResult:
         """Decode rows 0 to n_rows - 1 and sample those that ask for it; the reused `result`.
@@ -141,28 +164,77 @@ class Stepper:
         (`result.raise_for_code()` turns it into an exception). Rows that libllama would stumble
         over are refused before it sees them: `ArgumentError` with the row and the limit.
         """
-        context = self._context
-        if context is None or context.closed:
-            self._open()  # raises
+        context = self._ready()
         if not 0 < n_rows <= self.n_rows_max:
             raise ArgumentError("n_rows", n_rows, f"must be in 1..{self.n_rows_max}")
-        if self._encoder_first and not context._encoded:  # type: ignore[union-attr]
-            raise UnsupportedOperation("this model's decoder needs `Context.encode` first")
         if not self._lock.acquire(blocking=False):
             raise ContextBusy("another thread is inside this context")
         try:
             result = self.result
             result.code = code = lib.plb_step(self._engine, n_rows)
             result.n_results = self._info.n_results
+            result.n_steps = not code
             if code <= _REFUSED and code != _THREW:
-                raise self._refused(code, n_rows)
+                raise refused_step(self, code, n_rows)
             if code != -1:
-                self._decoded(context, n_rows)  # type: ignore[arg-type]
+                self._decoded(context, n_rows)
         finally:
             self._lock.release()
         if code == _THREW:
             raise FatalDecodeError(code, self.last_error)
         return result
+
+    def run(self, slots: npt.NDArray[np.int32] | Sequence[int], n_steps: int) -> RunResult:
+        """Up to n_steps steps of pure decoding in one call; the reused `run_result`.
+
+        In each step every sequence of `slots` (all different; each with a slot that has sampled and
+        not finished) computes its slot's next token and samples another one, as `step` would with
+        those rows. The run ends after the step in which a slot finishes or `ring` was called, and
+        before a step that llama_decode has no cells for or fails at: `result.code` then, and the
+        steps before it are done and their results valid. Rows 0 to len(slots) - 1 are overwritten.
+        Refused before libllama sees it, as in `step`: ArgumentError.
+        """
+        context = self._ready()
+        seqs = np.ascontiguousarray(slots, dtype=np.int32)
+        n_slots = seqs.size
+        if not 0 < n_slots <= self.n_seq_max:
+            raise ArgumentError("slots", f"{n_slots} of them", f"must be 1..{self.n_seq_max}")
+        if not 0 < n_steps <= self.n_steps_max:
+            raise ArgumentError("n_steps", n_steps, f"must be in 1..{self.n_steps_max}")
+        info = self._run
+        if not self._lock.acquire(blocking=False):
+            raise ContextBusy("another thread is inside this context")
+        try:
+            pointer = ffi.from_buffer("int32_t[]", seqs)
+            result = self.run_result
+            result.code = code = lib.plb_run(self._engine, pointer, n_slots, n_steps, info)
+            result.stop = info.stop
+            result.n_steps = info.n_steps
+            result.n_results = info.n_results
+            if code <= _REFUSED and code != _THREW:
+                raise refused_run(self, code, seqs)
+            if code != -1 or result.n_steps:
+                self._decoded(context, n_slots)
+        finally:
+            self._lock.release()
+        if code == _THREW and not result.n_steps:
+            raise FatalDecodeError(code, self.last_error)
+        return result
+
+    def ring(self) -> None:
+        """End the run that is going on, or if there is none the next one, after the step that it is
+        in. From any thread; a ring is never lost. Nothing happens when the stepper is closed."""
+        engine = self._engine
+        if engine is not None:
+            lib.plb_doorbell_ring(engine)
+
+    def _ready(self) -> Context:
+        context = self._context
+        if context is None or context.closed:
+            _, context = self._open()  # raises
+        if self._encoder_first and not context._encoded:
+            raise UnsupportedOperation("this model's decoder needs `Context.encode` first")
+        return context
 
     def _decoded(self, context: Context, n_rows: int) -> None:
         """Rows went into the memory: what the typed layer knows of it is no longer so."""
@@ -195,14 +267,14 @@ class Stepper:
         engine, context = self._open()
         given = () if prompt_tokens is None else prompt_tokens
         prompt = context.model.vocab.check_tokens(given, "prompt_tokens")
-        struct, keep = _sampling_struct(params)
+        struct, keep = sampling_struct(params)
         out, text = ffi.new("plb_slot **"), ffi.new("char[]", 512)
         code = lib.plb_slot_new(
             engine, struct, ffi.from_buffer("llama_token[]", prompt), len(prompt), out, text, 512
         )
         del keep
         if code:
-            raise self._slot_failure(code, -1, ffi.string(text).decode(errors="replace"))
+            raise slot_failure(code, -1, ffi.string(text).decode(errors="replace"))
         return DetachedSlot(ffi.gc(out[0], lib.plb_slot_free))
 
     def clear_slot(self, seq_id: int) -> None:
@@ -306,82 +378,9 @@ class Stepper:
 
     def _check_slot(self, code: int, seq_id: int) -> None:
         if code:
-            raise self._slot_failure(code, seq_id, self.last_error)
-
-    def _slot_failure(self, code: int, seq_id: int, text: str) -> Exception:
-        text = text or _code_text(code)
-        if code == lib.PLB_E_GRAMMAR:
-            return GrammarError(text)
-        if code == lib.PLB_E_NO_SLOT:
-            return ArgumentError("seq_id", seq_id, "must be a sequence with a slot")
-        if code == lib.PLB_E_MEMORY:
-            return MemoryError(text)
-        if code == lib.PLB_E_EXCEPTION:
-            return PyllamabatchError(text)
-        return ArgumentError("params", text, "what the vocabulary and the stepper allow")
-
-    def _refused(self, code: int, n_rows: int) -> Exception:
-        """The exception for a step that was refused before libllama saw it."""
-        row = self.result._info.bad_row
-        limits = {
-            lib.PLB_E_TOKEN: ("token", f"must be in 0..{self.n_vocab - 1}"),
-            lib.PLB_E_SEQ: ("seq", f"must be in 0..{self.n_seq_max - 1}"),
-            lib.PLB_E_POS: ("pos", f"must be in 0..{self.n_pos_max - 1}"),
-            lib.PLB_E_FLAGS: ("flags", "must be OUTPUT and SAMPLE only"),
-            lib.PLB_E_NO_SLOT: ("seq", "must be a sequence with a slot, to be sampled"),
-            lib.PLB_E_SLOT_FINISHED: ("seq", "must be a sequence whose slot has not finished"),
-        }
-        if code in limits:
-            name, limit = limits[code]
-            return ArgumentError(f"rows.{name}[{row}]", int(getattr(self.rows, name)[row]), limit)
-        if code == lib.PLB_E_MEMORY:
-            return MemoryError(self.last_error)
-        return ArgumentError("n_rows", n_rows, self.last_error)
+            raise slot_failure(code, seq_id, self.last_error)
 
 
 _REFUSED: int = lib.PLB_E_ARGUMENT  # and below: ours, not llama_decode's
 _THREW: int = lib.PLB_E_DECODE
 _PATHS = {lib.PLB_PATH_CHAIN: "chain"}
-
-
-def _code_text(code: int) -> str:
-    text: bytes = ffi.string(lib.plb_code_text(code))
-    return text.decode()
-
-
-def _view(engine: Any, pointer: Any, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> Any:
-    """A NumPy view on the engine's memory that keeps the engine alive."""
-    kind = np.dtype(dtype)
-    size = kind.itemsize * int(np.prod(shape))
-    owner = ffi.gc(ffi.cast("char *", pointer), partial(_hold, engine))
-    return np.ndarray(shape, kind, ffi.buffer(owner, size))
-
-
-def _hold(engine: Any, _pointer: Any) -> None:
-    """A destructor whose only work is to have held the engine until now."""
-
-
-def _sampling_struct(params: SamplingParams) -> tuple[Any, tuple[Any, ...]]:
-    """The plb_sampling of params, and what must live as long as it."""
-    biases = ffi.new("llama_logit_bias[]", list(params.logit_bias.items()))
-    stops = ffi.new("llama_token[]", list(params.stop_token_ids))
-    grammar = ffi.NULL if params.grammar is None else ffi.new("char[]", params.grammar.encode())
-    struct = ffi.new("plb_sampling *")
-    struct.max_tokens = params.max_tokens
-    struct.min_tokens = params.min_tokens
-    struct.temperature = params.temperature
-    struct.top_k = params.top_k
-    struct.top_p = params.top_p
-    struct.min_p = params.min_p
-    struct.typical_p = params.typical_p
-    struct.repeat_penalty = params.repeat_penalty
-    struct.frequency_penalty = params.frequency_penalty
-    struct.presence_penalty = params.presence_penalty
-    struct.penalty_last_n = params.penalty_last_n
-    struct.seed = lib.LLAMA_DEFAULT_SEED if params.seed is None else params.seed
-    struct.n_logprobs = -1 if params.logprobs is None else params.logprobs
-    struct.ignore_eog = int(params.ignore_eog)
-    struct.n_logit_bias, struct.logit_bias = len(params.logit_bias), biases
-    struct.n_stop_tokens, struct.stop_tokens = len(params.stop_token_ids), stops
-    struct.grammar = grammar
-    return struct, (biases, stops, grammar)

@@ -1,0 +1,307 @@
+// The run loop: the same as step by step, its ends, the doorbell, and no allocation of ours.
+#include "check.hpp"
+
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <new>
+#include <thread>
+
+#if defined(__GNUC__)
+#define NOINLINE __attribute__((noinline)) // inlined, malloc behind new draws a warning
+#else
+#define NOINLINE
+#endif
+
+static std::atomic<long> n_allocations{0};
+
+// Counts what the process allocates, libllama included where its symbols are shared.
+NOINLINE void * operator new(size_t size) {
+    ++n_allocations;
+    if (void * p = malloc(size ? size : 1)) {
+        return p;
+    }
+    throw std::bad_alloc();
+}
+NOINLINE void operator delete(void * p) noexcept { free(p); }
+NOINLINE void operator delete(void * p, size_t) noexcept { free(p); }
+
+namespace {
+
+constexpr int32_t N_STEPS = 3000;
+
+plb_engine_params params_of(int32_t n_steps_max) {
+    plb_engine_params params = plb_engine_default_params();
+    params.n_steps_max = n_steps_max;
+    return params;
+}
+
+plb_sampling sampling_of(int32_t max_tokens, float temperature) {
+    plb_sampling sampling = plb_sampling_default();
+    sampling.temperature = temperature;
+    sampling.max_tokens  = max_tokens;
+    sampling.seed        = 5;
+    sampling.ignore_eog  = 1;
+    sampling.n_logprobs  = 3;
+    return sampling;
+}
+
+plb_slot_info info_of(fixture & f, int32_t seq) {
+    plb_slot_info info = {};
+    CHECK_EQ(plb_slot_get_info(f.engine, seq, &info), PLB_OK);
+    return info;
+}
+
+// n sequences with a prompt each, their first tokens sampled; budgets[i] tokens for sequence i.
+void start(fixture & f, const std::vector<int32_t> & budgets, float temperature = 0) {
+    llama_memory_clear(llama_get_memory(f.ctx), true);
+    int32_t n_rows = 0;
+    for (int32_t seq = 0; seq < (int32_t) budgets.size(); ++seq) {
+        const plb_sampling s = sampling_of(budgets[seq], temperature);
+        CHECK_EQ(plb_slot_set(f.engine, seq, &s, nullptr, 0), PLB_OK);
+        const std::vector<llama_token> prompt = {1, 20 + seq, 40, 60 + 2 * seq};
+        f.prompt(n_rows, prompt, seq);
+        n_rows += (int32_t) prompt.size();
+    }
+    CHECK_EQ(plb_step(f.engine, n_rows), PLB_OK);
+    CHECK_EQ(f.views.info->n_results, budgets.size());
+}
+
+int32_t step_once(fixture & f, const std::vector<llama_seq_id> & slots) {
+    for (size_t i = 0; i < slots.size(); ++i) {
+        const plb_slot_info info = info_of(f, slots[i]);
+        f.row((int32_t) i, info.next_token, info.next_pos, slots[i], PLB_ROW_SAMPLE);
+    }
+    return plb_step(f.engine, (int32_t) slots.size());
+}
+
+plb_run_info run(fixture & f, const std::vector<llama_seq_id> & slots, int32_t n_steps) {
+    plb_run_info info = {};
+    const int32_t code = plb_run(f.engine, slots.data(), (int32_t) slots.size(), n_steps, &info);
+    CHECK_EQ(code, info.code);
+    return info;
+}
+
+void same_as_steps(fixture & f, float temperature) {
+    const std::vector<llama_seq_id> slots = {2, 0, 1};
+    std::vector<plb_result> expected;
+    std::vector<float> top;
+    start(f, {100, 100, 100}, temperature);
+    for (int32_t i = 0; i < 12; ++i) {
+        CHECK_EQ(step_once(f, slots), PLB_OK);
+        CHECK_EQ(f.views.info->n_results, 3);
+        CHECK_EQ(f.views.steps[0].t_start_ns, f.views.info->t_start_ns);
+        expected.insert(expected.end(), f.views.results, f.views.results + 3);
+        top.insert(top.end(), f.views.top_logprob, f.views.top_logprob + 3 * 20);
+    }
+    start(f, {100, 100, 100}, temperature);
+    const plb_run_info info = run(f, slots, 12);
+    CHECK_EQ(info.code, PLB_OK);
+    CHECK_EQ(info.stop, PLB_STOP_STEPS);
+    CHECK_EQ(info.n_steps, 12);
+    CHECK_EQ(info.n_results, 36);
+    CHECK(memcmp(f.views.results, expected.data(), 36 * sizeof(plb_result)) == 0);
+    for (int32_t i = 0; i < 36; ++i) {
+        CHECK_EQ(f.views.results[i].n_top, 3);
+        CHECK(memcmp(f.views.top_logprob + i * 20, top.data() + i * 20, 3 * sizeof(float)) == 0);
+    }
+    for (int32_t i = 0; i < 12; ++i) {
+        const plb_step_info & step = f.views.steps[i];
+        CHECK_EQ(step.code, PLB_OK);
+        CHECK_EQ(step.n_rows, 3);
+        CHECK_EQ(step.n_outputs, 3);
+        CHECK_EQ(step.n_results, 3);
+        CHECK_EQ(step.first_result, 3 * i);
+        CHECK(step.decode_ns > 0 && step.sample_ns > 0);
+        const int64_t end = step.t_start_ns + step.build_ns + step.decode_ns + step.sync_ns +
+                            step.sample_ns;
+        CHECK(i == 11 || end <= f.views.steps[i + 1].t_start_ns);
+    }
+    CHECK_EQ(info_of(f, 2).n_generated, 13);
+    CHECK_EQ(info_of(f, 2).next_pos, 4 + 12);
+    CHECK_EQ(step_once(f, slots), PLB_OK); // goes on from there, either way
+    CHECK_EQ(run(f, {1}, 2).n_steps, 2);
+}
+
+void refused(fixture & f) {
+    start(f, {2, 100});
+    plb_run_info info = {};
+    const llama_seq_id one = 1;
+    CHECK_EQ(plb_run(nullptr, &one, 1, 1, &info), PLB_E_ARGUMENT);
+    CHECK_EQ(plb_run(f.engine, nullptr, 1, 1, &info), PLB_E_ARGUMENT);
+    CHECK_EQ(plb_run(f.engine, &one, 1, 1, nullptr), PLB_E_ARGUMENT);
+    const plb_sampling s = sampling_of(4, 0);
+    CHECK_EQ(plb_slot_set(f.engine, 2, &s, nullptr, 0), PLB_OK);
+    CHECK_EQ(plb_slot_clear(f.engine, 3), PLB_OK);
+    CHECK_EQ(run(f, {0}, 5).stop, PLB_STOP_FINISH);
+    const auto refuses = [&](const std::vector<llama_seq_id> & slots, int32_t n, int32_t code,
+                             int32_t bad) {
+        const plb_run_info info = run(f, slots, n);
+        CHECK_EQ(info.code, code);
+        CHECK_EQ(info.stop, PLB_STOP_CODE);
+        CHECK_EQ(info.n_steps, 0);
+        CHECK_EQ(info.n_results, 0);
+        CHECK_EQ(f.views.info->bad_row, bad);
+        CHECK(plb_last_error(f.engine)[0] != 0);
+        CHECK(strcmp(plb_code_text(code), "unknown code") != 0);
+    };
+    CHECK_EQ(plb_run(f.engine, &one, 0, 1, &info), PLB_E_N_ROWS);
+    refuses({1, 1, 1, 1, 1}, 1, PLB_E_N_ROWS, -1);
+    refuses({1}, 0, PLB_E_N_STEPS, -1);
+    refuses({1}, f.views.n_steps_max + 1, PLB_E_N_STEPS, -1);
+    refuses({1, -1}, 1, PLB_E_SEQ, 1);
+    refuses({1, 4}, 1, PLB_E_SEQ, 1);
+    refuses({1, 3}, 1, PLB_E_NO_SLOT, 1);
+    refuses({1, 0}, 1, PLB_E_SLOT_FINISHED, 1);
+    refuses({1, 2}, 1, PLB_E_NO_TOKEN, 1);
+    refuses({1, 1}, 1, PLB_E_SEQ_TWICE, 1);
+    CHECK_EQ(info_of(f, 1).n_generated, 1);
+}
+
+// The step in which a slot finishes is the last one, and is done whole.
+void finish(fixture & f) {
+    start(f, {100, 7, 100});
+    plb_run_info info = run(f, {0, 1, 2}, 20);
+    CHECK_EQ(info.stop, PLB_STOP_FINISH);
+    CHECK_EQ(info.n_steps, 6);
+    CHECK_EQ(info.n_results, 18);
+    CHECK_EQ(f.views.results[16].seq, 1);
+    CHECK_EQ(f.views.results[16].finish, PLB_FINISH_LENGTH);
+    CHECK_EQ(f.views.results[17].finish, PLB_FINISH_NONE);
+    CHECK_EQ(info_of(f, 2).n_generated, 7);
+    info = run(f, {0, 2}, 3);
+    CHECK_EQ(info.stop, PLB_STOP_STEPS);
+    CHECK_EQ(info.n_results, 6);
+}
+
+// No cells at some step: what came before it stays, and the slots stand where it began.
+void decode_error(fixture & f) {
+    std::vector<plb_result> expected;
+    start(f, {1000, 1000});
+    while (step_once(f, {0, 1}) == PLB_OK) {
+        expected.insert(expected.end(), f.views.results, f.views.results + 2);
+    }
+    start(f, {1000, 1000});
+    const plb_run_info info = run(f, {0, 1}, N_STEPS);
+    CHECK_EQ(info.code, 1);
+    CHECK_EQ(info.stop, PLB_STOP_CODE);
+    CHECK_EQ(info.n_results, expected.size());
+    CHECK_EQ(info.n_steps * 2, info.n_results);
+    CHECK_EQ(f.views.info->code, 1);
+    CHECK(memcmp(f.views.results, expected.data(), expected.size() * sizeof(plb_result)) == 0);
+    const llama_memory_t memory = llama_get_memory(f.ctx);
+    for (llama_seq_id seq = 0; seq < 2; ++seq) {
+        CHECK_EQ(info_of(f, seq).n_generated, info.n_steps + 1);
+        CHECK_EQ(info_of(f, seq).next_pos, llama_memory_seq_pos_max(memory, seq) + 1);
+    }
+    CHECK(llama_memory_seq_rm(memory, 1, -1, -1));
+    CHECK_EQ(run(f, {0}, 2).n_steps, 2); // room again
+}
+
+int64_t now_ns() {
+    using namespace std::chrono;
+    return duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count();
+}
+
+void doorbell(fixture & f) {
+    start(f, {10000});
+    plb_doorbell_ring(nullptr);
+    plb_doorbell_ring(f.engine); // between two runs: the next one ends after one step
+    plb_doorbell_ring(f.engine);
+    plb_run_info info = run(f, {0}, 5);
+    CHECK_EQ(info.stop, PLB_STOP_BELL);
+    CHECK_EQ(info.n_steps, 1);
+    info = run(f, {0}, 5);
+    CHECK_EQ(info.stop, PLB_STOP_STEPS);
+    CHECK_EQ(info.n_steps, 5);
+
+    // from another thread: no step begins after the ring
+    std::atomic<bool> begins{false};
+    int64_t rung_at = 0;
+    std::thread ringer([&] {
+        while (!begins) {
+            std::this_thread::yield();
+        }
+        std::this_thread::sleep_for(std::chrono::milliseconds(3));
+        plb_doorbell_ring(f.engine);
+        rung_at = now_ns();
+    });
+    begins = true;
+    info = run(f, {0}, N_STEPS);
+    ringer.join();
+    CHECK_EQ(info.stop, PLB_STOP_BELL);
+    CHECK(info.n_steps < N_STEPS);
+    CHECK(f.views.steps[info.n_steps - 1].t_start_ns <= rung_at);
+}
+
+// A run allocates what its llama_decode calls allocate, and nothing more.
+void allocations(fixture & f, float temperature) {
+    constexpr int32_t N = 24;
+    std::vector<llama_token> tokens;
+    for (int32_t round = 0; round < 2; ++round) { // the first one warms up
+        start(f, {1000, 1000, 1000}, temperature);
+        const long before = n_allocations;
+        plb_run_info info = {};
+        const llama_seq_id slots[] = {0, 1, 2};
+        CHECK_EQ(plb_run(f.engine, slots, 3, N, &info), PLB_OK);
+        const long of_run = n_allocations - before;
+        CHECK_EQ(info.n_steps, N);
+        tokens.clear();
+        for (int32_t i = 0; i < info.n_results; ++i) {
+            tokens.push_back(f.views.results[i].token);
+        }
+        // the same rows again, by llama_decode alone
+        start(f, {1000, 1000, 1000}, temperature);
+        llama_batch batch = llama_batch_init(3, 0, 1);
+        batch.n_tokens = 3;
+        const long before_raw = n_allocations;
+        for (int32_t step = 0; step < N; ++step) {
+            for (int32_t i = 0; i < 3; ++i) {
+                batch.token[i]     = step ? tokens[3 * (step - 1) + i] : f.views.results[i].token;
+                batch.pos[i]       = 4 + step;
+                batch.n_seq_id[i]  = 1;
+                batch.seq_id[i][0] = i;
+                batch.logits[i]    = 1;
+            }
+            CHECK_EQ(llama_decode(f.ctx, batch), 0);
+            llama_synchronize(f.ctx);
+        }
+        const long of_decode = n_allocations - before_raw;
+        llama_batch_free(batch);
+        if (round == 1) {
+            printf("allocations of %d steps: %ld, of llama_decode alone %ld\n", N, of_run,
+                   of_decode);
+            CHECK_EQ(of_run, of_decode);
+        }
+    }
+}
+
+} // namespace
+
+int main(int argc, char ** argv) {
+    const char * path = model_path(argc, argv);
+    {
+        fixture f(path, 256, 4, params_of(N_STEPS));
+        same_as_steps(f, 0);
+        same_as_steps(f, 1.5f);
+        refused(f);
+        finish(f);
+        decode_error(f);
+        allocations(f, 0);
+        allocations(f, 0.8f);
+    }
+    {
+        fixture f(path, 4096, 1, params_of(N_STEPS));
+        CHECK_EQ(f.views.n_steps_max, N_STEPS);
+        CHECK_EQ(f.views.n_results_max, N_STEPS);
+        doorbell(f);
+    }
+    for (const int32_t n : {0, 65537}) {
+        fixture f(path, 64, 1, params_of(1));
+        const plb_engine_params params = params_of(n);
+        plb_engine * engine = nullptr;
+        CHECK_EQ(plb_engine_new(f.ctx, &params, &engine), PLB_E_ARGUMENT);
+        CHECK(engine == nullptr);
+    }
+    return 0;
+}
