@@ -10,6 +10,7 @@ namespace plb {
 namespace {
 
 constexpr float NEVER = -INFINITY;
+constexpr int32_t GROUP = 64; // blocks
 constexpr int32_t HEAP_MAX = 128; // the chain's own limit for std::partial_sort
 
 bool by_logit_and_id(const candidate & a, const candidate & b) {
@@ -125,8 +126,9 @@ void fused_row::run(pass p, int32_t first, int32_t last) noexcept {
         case WEIGH_EXACTLY:
             k_->weigh_exactly(row_, first, last, top, how_, sum);
             break;
-        case ROUND:
-            k_->round(row_, first, last, how_, m_->base.data(), m_->grid.data());
+        case WEIGH_ON_GRID:
+            k_->weigh_on_grid(row_, first, last, top, how_, split_ ? m_->before[first] : 0, sum,
+                              m_->base.data(), m_->grid.data());
             break;
         case NONE:
             break;
@@ -146,27 +148,35 @@ float fused_row::largest() const {
 llama_token fused_row::first_largest() const {
     const float * top = m_->block_max.data();
     int32_t b = 0;
-    while (b + BLOCK <= row_.n_blocks && k_->at_least(top + b, largest_) == 0) {
+    while (b + BLOCK <= row_.n_blocks && at_least(top + b, largest_) == 0) {
         b += BLOCK;
     }
     while (top[b] < largest_) {
         ++b;
     }
-    return b * BLOCK + __builtin_ctzll(k_->at_least(row_.block(b), largest_));
+    return b * BLOCK + __builtin_ctzll(at_least(row_.block(b), largest_));
 }
 
-double fused_row::total(const std::vector<double> & sums) const {
-    double part[4] = {};
-    size_t b = 0;
-    for (; b + 4 <= sums.size(); b += 4) {
-        for (size_t i = 0; i < 4; ++i) {
-            part[i] += sums[b + i];
+// Also leaves the sums of GROUP blocks each.
+double fused_row::total(const std::vector<double> & sums) {
+    const size_t n = sums.size();
+    double all = 0;
+    for (size_t b = 0, group = 0; b < n; b += GROUP, ++group) {
+        const size_t end = std::min(b + GROUP, n);
+        double part[4] = {};
+        size_t i = b;
+        for (; i + 4 <= end; i += 4) {
+            for (size_t j = 0; j < 4; ++j) {
+                part[j] += sums[i + j];
+            }
         }
+        for (; i < end; ++i) {
+            part[0] += sums[i];
+        }
+        m_->group_sum[group] = (part[0] + part[1]) + (part[2] + part[3]);
+        all += m_->group_sum[group];
     }
-    for (; b < sums.size(); ++b) {
-        part[0] += sums[b];
-    }
-    return (part[0] + part[1]) + (part[2] + part[3]);
+    return all;
 }
 
 // As the chain computes it.
@@ -225,9 +235,9 @@ fused_row::pass fused_row::after_scan() {
     if (!std::isfinite(largest_ / p.temperature)) {
         return fail(PLB_E_LOGITS);
     }
-    if (p.top_k > 0 && (p.top_k < row_.n || row_.n <= LIST)) {
+    if (p.top_k > 0 && (p.top_k < row_.n || p.top_p < 1 || row_.n <= LIST)) {
         const int32_t k = std::min(p.top_k, row_.n);
-        const int32_t n = k <= HEAP_MAX ? order_by_heap(k) : order_by_buckets(k);
+        const int32_t n = k <= HEAP_MAX ? order_by_heap(k) : order_top(k);
         return draw_from_list(p.top_p < 1 ? nucleus(n, NAN) : n, true);
     }
     if (p.top_p < 1) {
@@ -324,8 +334,8 @@ fused_row::pass fused_row::by_index(cut keep) {
 fused_row::pass fused_row::draw_by_index() {
     llama_token token;
     double margin;
-    // a block's sum may be off by its share of WEIGH_ERROR, and so may the target
-    if (!walk(token, margin) || margin < 2 * WEIGH_ERROR * total(m_->block_sum)) {
+    const double sum = total(m_->block_sum);
+    if (!walk(sum, token, margin) || margin < weigh_error(how_, sum)) {
         return then(WEIGH_EXACTLY, &fused_row::draw_from_nucleus);
     }
     return choose(token);
@@ -337,7 +347,7 @@ fused_row::pass fused_row::draw_from_nucleus_weighed() {
     for (int32_t b = keep_.last_id / BLOCK; b < row_.n_blocks; ++b) {
         const float * x = row_.block(b);
         if (m_->block_max[b] >= keep_.logit &&
-            (k_->at_least(x, keep_.logit) & ~k_->at_least(x, above)) != 0) {
+            (at_least(x, keep_.logit) & ~at_least(x, above)) != 0) {
             double sum = 0;
             for (int32_t i = 0; i < BLOCK; ++i) {
                 sum += keep_.keeps(x[i], b * BLOCK + i) ? weight(x[i]) : 0;
@@ -352,19 +362,26 @@ fused_row::pass fused_row::draw_from_nucleus_weighed() {
 fused_row::pass fused_row::draw_from_nucleus() {
     llama_token token;
     double margin;
-    walk(token, margin);
+    walk(total(m_->block_sum), token, margin);
     return choose(token);
 }
 
-// Through the blocks' sums to the token that the draw falls on, and how far it is from another one.
-// False if it fell between the rounding of a block's sum and of its weights.
-bool fused_row::walk(llama_token & token, double & margin) const {
-    const double target = total(m_->block_sum) * draw_;
+// Through the groups' and the blocks' sums (total() has just been taken) to the token that the draw
+// falls on, and how far it is from another one. False if it fell between the rounding of a block's
+// sum and of its weights.
+bool fused_row::walk(double sum_of_all, llama_token & token, double & margin) const {
+    const double target = sum_of_all * draw_;
     double reached = 0;
     bool missed = false;
     token  = first_largest(); // in case that it falls behind everything
     margin = 0;
     for (int32_t b = 0; b < row_.n_blocks; ++b) {
+        const double group = m_->group_sum[b / GROUP];
+        if (b % GROUP == 0 && (reached + group < target || group == 0)) {
+            reached += group;
+            b += GROUP - 1;
+            continue;
+        }
         const double sum = m_->block_sum[b];
         if (reached + sum < target || sum == 0) {
             reached += sum;
@@ -372,7 +389,7 @@ bool fused_row::walk(llama_token & token, double & margin) const {
         }
         const float * x = row_.block(b);
         double inside = reached;
-        for (uint64_t bits = k_->at_least(x, how_.low); bits != 0; bits &= bits - 1) {
+        for (uint64_t bits = at_least(x, how_.low); bits != 0; bits &= bits - 1) {
             const int32_t i = __builtin_ctzll(bits);
             const float w = keep_.keeps(x[i], b * BLOCK + i) ? weight(x[i]) : 0;
             if (w > 0) {
@@ -392,7 +409,7 @@ bool fused_row::walk(llama_token & token, double & margin) const {
 
 void fused_sample(const kernels & set, fused_memory & memory, fused_request & request) noexcept {
     fused_row row;
-    row.bind(set, memory);
+    row.bind(set, memory, false);
     for (auto p = row.begin(request); p != fused_row::NONE; p = row.next()) {
         row.run(p, 0, row.n_blocks());
     }

@@ -114,8 +114,8 @@ struct fused_memory {
 
     int32_t n_vocab;
     std::vector<float>  block_max, base, grid;
-    std::vector<double> block_sum, upper_sum;
-    std::unique_ptr<candidate[]> list, other; // [n_vocab + 1]
+    std::vector<double> before, block_sum, upper_sum, group_sum;
+    std::unique_ptr<candidate[]> list, other; // [n_vocab + BLOCK]
     alignas(64) float tail[BLOCK];
 };
 
@@ -124,9 +124,12 @@ struct fused_memory {
 //     for (auto p = row.begin(request); p != NONE; p = row.next()) row.run(p, 0, row.n_blocks());
 class fused_row {
 public:
-    enum pass { NONE, SCAN, WEIGH, WEIGH_BOTH, WEIGH_EXACTLY, ROUND };
+    enum pass { NONE, SCAN, WEIGH, WEIGH_BOTH, WEIGH_EXACTLY, WEIGH_ON_GRID };
 
-    void bind(const kernels & set, fused_memory & memory) { k_ = &set, m_ = &memory; }
+    // split: a pass may be run in parts
+    void bind(const kernels & set, fused_memory & memory, bool split) {
+        k_ = &set, m_ = &memory, split_ = split;
+    }
     pass begin(fused_request & request) noexcept;
     void run(pass p, int32_t first, int32_t last) noexcept; // any thread, blocks disjoint
     pass next() noexcept { return (this->*after_)(); }
@@ -150,30 +153,34 @@ private:
     pass draw_by_index();
     pass draw_from_nucleus();
     pass draw_from_nucleus_weighed();
-    bool walk(llama_token & token, double & margin) const;
+    bool walk(double sum, llama_token & token, double & margin) const;
     pass draw_from_list(int32_t n, bool sorted);
     int32_t nucleus(int32_t n, float sum) const;
     float   largest() const;
     llama_token first_largest() const;
-    double  total(const std::vector<double> & sums) const;
+    double  total(const std::vector<double> & sums);
     float   weight(float logit) const;
 
     // fused_top_p.cpp: top-p of the whole vocabulary
     pass by_top_p();
     pass small_vocabulary();
-    pass after_list_weighing();
-    pass after_rounding();
-    pass list_nucleus(float sum);
-    pass bracket(double excluded);
+    void sample_row();
+    pass list_or_bracket();
+    pass after_split_weighing();
+    pass after_grid();
+    pass bracket();
     pass after_bracket_weighing();
     cut  nucleus_edge(int32_t n, double above, double target);
     float running_sum();
 
     // fused_order.cpp: the largest candidates in the chain's order
+    uint64_t at_least(const float * x, float low) const { return k_->between(x, low, INFINITY); }
     template <typename Keep>
     int32_t gather(candidate * out, float low, int32_t limit, Keep keep) const;
     int32_t gather_above(float low, int32_t limit) const;
     float   top_block(int32_t k);
+    bool    sort_list(int32_t n, int32_t k);
+    int32_t order_top(int32_t k);
     int32_t order_by_heap(int32_t k);
     int32_t order_by_buckets(int32_t k);
     int32_t order_all(float low);
@@ -191,12 +198,15 @@ private:
     weighing how_{1, 0, 0};
     cut      keep_;               // of a draw by index
     double   norm_ = 0, draw_ = 0;
+    bool     split_ = false;
     // top-p
-    float    start_ = 0;          // 256 blocks reach it
-    double   above_start_ = 0;    // weight of what does
-    int32_t  n_above_start_ = 0;
+    float    start_ = 0;           // 256 blocks reach it
+    double   above_start_ = 0;     // weight of what does
+    double   total_ = 0;           // of all weights: a guess, later exact
+    double   guess_error_ = 0;     // of total_, relative
+    float    list_end_ = 0;        // where a nucleus of SMALL ends, roughly
     float    low_ = 0, upper_ = 0; // the nucleus ends between them
-    double   total_ = 0, slack_ = 0;
+    int32_t  tries_ = 0;
 };
 
 // The whole of it on one thread, and on the threads of a pool: rows spread over them, or each pass

@@ -17,12 +17,13 @@
 #include <arm_neon.h>
 #endif
 
-// Minimax polynomials of e^r on |r| <= ln(2)/2: relative error 3.1e-9 and 1.2e-12 before rounding.
-#define PLB_EXP_F2 0.499999934f
-#define PLB_EXP_F3 0.166665201f
-#define PLB_EXP_F4 0.0416683942f
-#define PLB_EXP_F5 0.00836878041f
-#define PLB_EXP_F6 0.00138144669f
+// Minimax polynomials: 2^f on |f| <= 1/2, relative error 7.5e-8, and e^r on |r| <= ln(2)/2, 1.2e-12.
+#define PLB_EXP_F0 1.0000001192092896f
+#define PLB_EXP_F1 0.6931469440460205f
+#define PLB_EXP_F2 0.24022117257118225f
+#define PLB_EXP_F3 0.05550714582204819f
+#define PLB_EXP_F4 0.009675655514001846f
+#define PLB_EXP_F5 0.0013276358367875218f
 
 #define PLB_EXP_D2 0.5000000000430223
 #define PLB_EXP_D3 0.1666666678514708

@@ -19,14 +19,22 @@ struct row_view {
     const float * block(int32_t b) const { return b < n_full ? x + (int64_t) b * BLOCK : tail; }
 };
 
-// A weight is exp(x / temp - top) of the logits x >= low, 0 of the others.
+// A weight is exp(x / temp - largest / temp) of the logits x >= low, 0 of the others.
 struct weighing {
     float temp;
-    float top; // largest x / temp
-    float low; // not below temp * (top - 87): smaller weights are taken for 0
+    float largest;
+    float top; // largest / temp
+    float low; // not below largest - 87 * temp: smaller weights are taken for 0
+    float scale; // log2(e) / temp, which is off by a share of
+    float scale_error;
 
     weighing(float temp, float largest, float least)
-        : temp(temp), top(largest / temp), low(std::fmax(least, largest - 87 * temp)) {}
+        : temp(temp), largest(largest), top(largest / temp),
+          low(std::fmax(least, largest - 87 * temp)) {
+        const double exact = 1.4426950408889634 / temp;
+        scale = (float) exact;
+        scale_error = (float) std::fabs(exact / scale - 1);
+    }
 };
 
 struct kernels {
@@ -35,26 +43,36 @@ struct kernels {
     float (*maximum)(const float * x, int32_t n);
     // Maxima of blocks first..last-1 (NaN left out of account); true if one holds a NaN.
     bool (*scan)(const row_view & row, int32_t first, int32_t last, float * block_max);
-    // Sums of weights of blocks first..last-1; relative error of each below WEIGH_ERROR.
+    // Sums of weights of blocks first..last-1. What a sum is off by against the chain's: see
+    // weigh_error.
     void (*weigh)(const row_view & row, int32_t first, int32_t last, const float * block_max,
                   const weighing & how, double * block_sum);
-    // The same at temperature 1, and in upper_sum the part of it that has x >= upper.
+    // The same, and in upper_sum the part of it that has x >= upper.
     void (*weigh_both)(const row_view & row, int32_t first, int32_t last, const float * block_max,
                        const weighing & how, float upper, double * block_sum, double * upper_sum);
-    // As weigh, with each weight rounded to the nearest float, as expf gives it.
+    // The same in the chain's arithmetic: x / temp, the difference and its expf rounded to floats.
     void (*weigh_exactly)(const row_view & row, int32_t first, int32_t last,
                           const float * block_max, const weighing & how, double * block_sum);
-    // What the weights of a block add to a running float sum that is in [base[b], 2 base[b]):
-    // grid[b]; NaN when that depends on the sum's last bit.
-    void (*round)(const row_view & row, int32_t first, int32_t last, const weighing & how,
-                  const float * base, float * grid);
-    // Bit i is set where x[i] >= low, for one block.
-    uint64_t (*at_least)(const float * x, float low);
+    // As weigh, and what the weights of a block add to a running float sum that is in
+    // [base[b], 2 base[b]) before and after: grid[b]; NaN when that depends on the sum's last bit.
+    // before: the sum of the blocks before `first`. base[b] is 0 as long as there is no sum.
+    void (*weigh_on_grid)(const row_view & row, int32_t first, int32_t last,
+                          const float * block_max, const weighing & how, double before,
+                          double * block_sum, float * base, float * grid);
+    // Bit i is set where low <= x[i] < upper, for one block.
+    uint64_t (*between)(const float * x, float low, float upper);
     // BLOCK weights, each rounded to the nearest float.
     void (*weights)(const float * x, const weighing & how, float * out);
 };
 
-constexpr double WEIGH_ERROR = 5e-7;
+// How far the sum of the weights up to some token may be from what the chain computes, once the sum
+// of all is made the same; the largest weight is 1. Roundings of quotients, differences and products
+// make each weight's error, in proportion to their size, and most of them cancel out; the error of
+// the scale does not. Three times the largest that was seen in normal rows of all widths and offsets.
+inline double weigh_error(const weighing & how, double sum) {
+    const double each = 4e-8 * (16 + std::fabs((double) how.top));
+    return 1.5 * each * std::sqrt(sum) + (1e-9 + 0.5 * how.scale_error) * sum;
+}
 
 // The best set for this machine. PLB_SIMD=base|avx2|avx512 in the environment asks for less.
 const kernels & best_kernels();

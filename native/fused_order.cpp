@@ -8,13 +8,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <functional>
 
 namespace plb {
 
 namespace {
 
 constexpr int32_t N_BUCKETS = 128;
-constexpr int32_t N_BINS    = 1024;
 
 bool larger(const candidate & a, const candidate & b) {
     return a.logit > b.logit;
@@ -45,7 +46,7 @@ int32_t fused_row::gather(candidate * out, float low, int32_t limit, Keep keep) 
             continue;
         }
         const float * x = row_.block(b);
-        for (uint64_t bits = k_->at_least(x, low); bits != 0; bits &= bits - 1) {
+        for (uint64_t bits = at_least(x, low); bits != 0; bits &= bits - 1) {
             const int32_t i = lowest_bit(bits);
             const int32_t id = b * BLOCK + i;
             if (id < row_.n && keep(x[i])) {
@@ -66,40 +67,91 @@ int32_t fused_row::gather_above(float low, int32_t limit) const {
 
 // A bound that the maxima of at least k blocks reach, and not of many more; -inf if there are fewer.
 float fused_row::top_block(int32_t k) {
+    constexpr int32_t SAMPLE = 512;
     const float * top = m_->block_max.data();
+    float * some = m_->grid.data();
     const int32_t n = row_.n_blocks;
     if (k > n) {
         return -INFINITY;
     }
-    float least = largest_;
-    for (int32_t b = 0; b < n; ++b) {
-        least = top[b] < least && top[b] > -INFINITY ? top[b] : least;
-    }
-    const float scale = (N_BINS - 1) / (largest_ - least);
-    const auto bin = [=](float x) { return x >= least ? (int32_t) ((x - least) * scale) : -1; };
-    if (std::isfinite(scale)) {
-        int32_t count[N_BINS + 1] = {};
-        for (int32_t b = 0; b < n; ++b) {
-            ++count[std::min(bin(top[b]), N_BINS - 1) + 1];
+    const int32_t stride = n / SAMPLE;
+    for (int32_t more = 2; stride > 1 && more <= 4; ++more) {
+        int32_t n_some = 0;
+        for (int32_t b = 0; b < n; b += stride) {
+            some[n_some++] = top[b];
         }
-        int32_t reached = 0, at = N_BINS;
-        while (reached < k && at > 0) {
-            reached += count[at--];
+        const int32_t rank = (int32_t) ((int64_t) k * more / (2 * stride)) + 4 * more;
+        if (rank > n_some) {
+            break;
         }
-        if (reached >= k && reached <= 2 * k + 32) {
-            float bound = largest_;
-            for (int32_t b = 0; b < n; ++b) {
-                if (std::min(bin(top[b]), N_BINS - 1) >= at) {
-                    bound = std::min(bound, top[b]);
-                }
-            }
+        std::nth_element(some, some + rank - 1, some + n_some, std::greater<float>());
+        const float bound = some[rank - 1];
+        int32_t reached = 0, b = 0;
+        for (; b + BLOCK <= n; b += BLOCK) {
+            reached += __builtin_popcountll(at_least(top + b, bound));
+        }
+        for (; b < n; ++b) {
+            reached += top[b] >= bound;
+        }
+        if (reached >= k && reached <= 3 * k + 64) {
             return bound;
         }
     }
-    float * copy = m_->grid.data();
-    std::copy(top, top + n, copy);
-    std::nth_element(copy, copy + k - 1, copy + n, [](float a, float b) { return a > b; });
-    return copy[k - 1];
+    std::copy(top, top + n, some);
+    std::nth_element(some, some + k - 1, some + n, std::greater<float>());
+    return some[k - 1];
+}
+
+// Sorts the list, which is in index order: by logit, then by id. True if none of the first k is
+// equal to another one.
+bool fused_row::sort_list(int32_t n, int32_t k) {
+    candidate * from = m_->list.get();
+    candidate * to   = m_->other.get();
+    const auto key = [](float logit) { // ascending where logits descend
+        uint32_t bits;
+        memcpy(&bits, &logit, sizeof(bits));
+        return bits >> 31 ? bits : ~bits & 0x7fffffffu;
+    };
+    int32_t count[4][256] = {};
+    for (int32_t i = 0; i < n; ++i) {
+        from[i].logit += 0.0f; // -0 is 0
+        const uint32_t bits = key(from[i].logit);
+        for (int32_t digit = 0; digit < 4; ++digit) {
+            ++count[digit][bits >> 8 * digit & 255];
+        }
+    }
+    for (int32_t digit = 0; digit < 4; ++digit) {
+        if (count[digit][key(from[0].logit) >> 8 * digit & 255] == n) {
+            continue; // the same in all of them
+        }
+        for (int32_t value = 0, at = 0; value < 256; ++value) {
+            const int32_t here = count[digit][value];
+            count[digit][value] = at;
+            at += here;
+        }
+        for (int32_t i = 0; i < n; ++i) {
+            to[count[digit][key(from[i].logit) >> 8 * digit & 255]++] = from[i];
+        }
+        m_->list.swap(m_->other);
+        std::swap(from, to);
+    }
+    bool distinct = true;
+    for (int32_t i = 1; i < n && i <= k; ++i) {
+        distinct = distinct && from[i].logit != from[i - 1].logit;
+    }
+    return distinct;
+}
+
+// The first k, in the order of the chain's bucket sort.
+int32_t fused_row::order_top(int32_t k) {
+    const float bound = top_block(k);
+    if (bound > -INFINITY) {
+        const int32_t n = gather_above(bound, 8 * k);
+        if (n >= k && sort_list(n, k)) {
+            return k;
+        }
+    }
+    return order_by_buckets(k); // the order of equal ones is the chain's business
 }
 
 // std::partial_sort of all candidates for the first k: those that are not above the smallest of the
@@ -116,7 +168,7 @@ int32_t fused_row::order_by_heap(int32_t k) {
             continue;
         }
         const float * x = row_.block(b);
-        uint64_t bits = k_->at_least(x, heap[0].logit);
+        uint64_t bits = at_least(x, heap[0].logit);
         if (b == k / BLOCK) {
             bits &= ~0ull << (k % BLOCK);
         }
@@ -142,7 +194,7 @@ void fused_row::heap_of_bucket(candidate * heap, int32_t bucket, int32_t k) cons
             continue;
         }
         const float * x = row_.block(b);
-        uint64_t bits = k_->at_least(x, n == k ? heap[0].logit : low);
+        uint64_t bits = at_least(x, n == k ? heap[0].logit : low);
         for (; bits != 0; bits &= bits - 1) {
             const int32_t i = lowest_bit(bits);
             const int32_t id = b * BLOCK + i;
@@ -216,9 +268,7 @@ int32_t fused_row::order_all(float low) {
     if (n < 0) {
         n = gather_above(low, LIST);
         if (n > 0) {
-            std::sort(found, found + n, [](const candidate & a, const candidate & b) {
-                return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
-            });
+            sort_list(n, 0);
         }
         return n;
     }

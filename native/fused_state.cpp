@@ -96,14 +96,16 @@ fused_state::fused_state(const plb_sampling & params, uint32_t seed, int32_t n_c
 
 fused_memory::fused_memory(int32_t n_vocab)
     : n_vocab(n_vocab),
-      list(new candidate[(size_t) n_vocab + 1]),
-      other(new candidate[(size_t) n_vocab + 1]) {
+      list(new candidate[(size_t) n_vocab + BLOCK]),
+      other(new candidate[(size_t) n_vocab + BLOCK]) {
     const size_t n_blocks = ((size_t) n_vocab + BLOCK - 1) / BLOCK;
     block_max.resize(n_blocks);
+    before.resize(n_blocks);
     base.resize(n_blocks);
     grid.resize(n_blocks);
     block_sum.resize(n_blocks);
     upper_sum.resize(n_blocks);
+    group_sum.resize(n_blocks);
 }
 
 } // namespace plb
