@@ -407,12 +407,4 @@ bool fused_row::walk(double sum_of_all, llama_token & token, double & margin) co
     return false;
 }
 
-void fused_sample(const kernels & set, fused_memory & memory, fused_request & request) noexcept {
-    fused_row row;
-    row.bind(set, memory, false);
-    for (auto p = row.begin(request); p != fused_row::NONE; p = row.next()) {
-        row.run(p, 0, row.n_blocks());
-    }
-}
-
 } // namespace plb
