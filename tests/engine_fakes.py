@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from pyllamabatch.decoder import Decoder, Request
+from pyllamabatch.decoder import Decoder
+from pyllamabatch.errors import PyllamabatchError
+from pyllamabatch.machine import Pace
+from pyllamabatch.request import Request
 from pyllamabatch.sampling import SamplingParams
 from pyllamabatch.scheduler import Limits, Policy, Scheduler
 from pyllamabatch.stepper import SAMPLE, Finish
@@ -46,6 +49,7 @@ class Slot:
 
     params: SamplingParams
     n_generated: int = 0
+    token: int = -1  # the one that was sampled last
 
 
 Fault = Callable[[int], object]  # step number -> None, a code, or an exception
@@ -54,10 +58,15 @@ Fault = Callable[[int], object]  # step number -> None, a code, or an exception
 @dataclass
 class FakeMachine:
     """Stepper and memory at once. `fault`: what goes wrong at which step; a code of 2 or below -1
-    leaves the rows before the middle of the batch in the cache, as libllama may."""
+    leaves the rows before the middle of the batch in the cache, as libllama may. `meanwhile`: what
+    another thread does while a step is computed."""
 
     limits: Limits
     fault: Fault = lambda step: None
+    n_steps_max: int = 1
+    meanwhile: Callable[[int], object] = lambda step: None
+    runs: list[int] = field(default_factory=list)  # steps of each run
+    rung: bool = False
     cells: dict[int, list[int]] = field(default_factory=dict)
     slots: dict[int, Slot] = field(default_factory=dict)
     n_steps: int = 0
@@ -94,10 +103,11 @@ class FakeMachine:
         assert 1 <= n_rows <= self.limits.n_batch
         self.n_steps += 1
         fault = self.fault(self.n_steps)
+        self.meanwhile(self.n_steps)
         if isinstance(fault, BaseException):
             raise fault
         if fault == 1 or fault == -1:
-            return SimpleNamespace(code=fault)
+            return SimpleNamespace(code=fault, n_steps=0)
         n_done = n_rows // 2 if fault else n_rows
         results = []
         for i in range(n_done):
@@ -111,22 +121,48 @@ class FakeMachine:
         if self.limits.unified:
             assert sum(map(len, self.cells.values())) <= self.limits.n_cells
         if fault:
-            return SimpleNamespace(code=fault)
+            return SimpleNamespace(code=fault, n_steps=0)
+        return self._results(0, 1, results)
+
+    def run(self, slots: Any, n_steps: int) -> Any:
+        assert 1 <= n_steps <= self.n_steps_max
+        rows, n = self.rows, len(slots)
+        results: list[tuple[int, int, int]] = []
+        n_done = code = 0
+        while n_done < n_steps and not code:
+            rows.token[:n] = [self.slots[slot].token for slot in slots.tolist()]
+            rows.pos[:n] = [len(self.cells[slot]) for slot in slots.tolist()]
+            rows.seq[:n], rows.flags[:n] = slots, SAMPLE
+            try:
+                step = self.step(n)
+            except PyllamabatchError:
+                if n_done == 0:
+                    raise
+                code = -1019
+                break
+            code = step.code
+            if code == 0:
+                n_done += 1
+                results += zip(step.seq.tolist(), step.token, step.finish, strict=True)
+                if step.finish.any() or self.rung:
+                    break
+        self.rung = False
+        self.runs.append(n_done)
+        return self._results(code, n_done, results)
+
+    def ring(self) -> None:
+        self.rung = True
+
+    def _results(self, code: int, n_steps: int, results: list[tuple[int, int, int]]) -> Any:
         seqs, tokens, finishes = np.array(results, dtype=np.int32).reshape(-1, 3).T
-        return SimpleNamespace(
-            code=0,
-            seq=seqs,
-            token=tokens,
-            finish=finishes,
-            logprob=np.zeros(len(seqs), np.float32),
-        )
+        return SimpleNamespace(code=code, n_steps=n_steps, seq=seqs, token=tokens, finish=finishes)
 
     def _sample(self, seq: int) -> tuple[int, int, int]:
         slot = self.slots[seq]
         if seq in self.failing:
             self.failing.discard(seq)
             return seq, -1, Finish.ERROR
-        token = next_token(self.cells[seq])
+        token = slot.token = next_token(self.cells[seq])
         slot.n_generated += 1
         finish = Finish.NONE
         if token == EOG:
@@ -151,9 +187,13 @@ class Rig:
     """A decoder on a fake machine, turned by hand instead of by its thread."""
 
     def __init__(
-        self, limits: Limits, fault: Fault = lambda step: None, policy: Policy | None = None
+        self,
+        limits: Limits,
+        fault: Fault = lambda step: None,
+        policy: Policy | None = None,
+        n_steps_max: int = 1,
     ) -> None:
-        self.machine = FakeMachine(limits, fault)
+        self.machine = FakeMachine(limits, fault, n_steps_max)
         self.scheduler = Scheduler(limits, policy)
         self.decoder = Decoder(
             self.scheduler,
@@ -162,6 +202,7 @@ class Rig:
             Pieces(lambda token: b"%d " % token),
             self._close,
         )
+        self.decoder._pace = Pace(1e9)  # as many steps as the machine does
         self.requests: list[Request] = []
 
     def _close(self) -> None:

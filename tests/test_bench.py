@@ -269,15 +269,19 @@ def test_the_step_clock_counts_steady_steps_only() -> None:
     }
     both = [SequenceView(id=i, arrival=0.0, **done) for i in (1, 2)]
     begun = SequenceView(id=2, arrival=0.0, n_prompt=9, computed=3, max_tokens=9, running=True)
-    clock = StepClock(fcfs(), 2, 2)
+    clock = StepClock(fcfs(), 2, 6)
     for running, waiting in (([both[0], begun], []), (both[:1], []), (both, [begun])):
         clock.plan(StepView.of(limits, running, waiting))
     assert clock.starts == []
-    for n in (1, 2, 3):
+    for steps in (0, 1, 4, 6):  # a plan may stand for several steps, but ends with the last one
         assert not clock.done.is_set()
-        plan = clock.plan(StepView.of(limits, both))
-        assert (dict(plan.tokens), len(clock.starts)) == ({1: 1, 2: 1}, n)
+        now = [dataclasses.replace(s, computed=3 + steps, generated=1 + steps) for s in both]
+        plan = clock.plan(StepView.of(limits, now))
+        assert dict(plan.tokens) == {1: 1, 2: 1}
+        assert plan.repeat == 6 - steps or steps == 6
     assert clock.done.is_set()
+    assert clock.steps == [0, 1, 4, 6]
+    assert len(clock.starts) == 4
 
 
 def test_a_tool_that_prints_nothing_is_asked_again(tmp_path: Path) -> None:

@@ -238,11 +238,15 @@ faults = st.dictionaries(st.integers(1, 60), st.sampled_from([1, 2, -1, -2]), ma
             Limits(16, 8, 3, n_cells=150, n_cells_seq=50, unified=False),
         ]
     ),
+    st.sampled_from([1, 2, 7, 100]),
 )
 def test_any_mix_of_arrivals_cancels_and_faults(
-    operations: list[tuple[str, int, int]], faults: dict[int, int], limits: Limits
+    operations: list[tuple[str, int, int]],
+    faults: dict[int, int],
+    limits: Limits,
+    n_steps_max: int,
 ) -> None:
-    rig = Rig(limits, faults.get)
+    rig = Rig(limits, faults.get, n_steps_max=n_steps_max)
     for name, a, b in operations:
         if name == "submit":
             max_tokens = min(b, limits.n_cells_seq - a + 1)

@@ -34,10 +34,20 @@ def test_one_each_checks_the_pool_before_it_changes_anything() -> None:
     ledger = KvLedger(5, 4)
     ledger.take(0, 3)
     with pytest.raises(ValueError, match="3 cells are asked for, 2 are free"):
-        ledger.take_one_each(np.array([0, 1, 2], dtype=np.int32))
+        ledger.take_each(np.array([0, 1, 2], dtype=np.int32))
     assert ledger.used == 3
-    ledger.take_one_each(np.array([0, 2], dtype=np.int32))
+    ledger.take_each(np.array([0, 2], dtype=np.int32))
     assert [ledger.held(slot) for slot in range(4)] == [4, 0, 1, 0]
+
+
+def test_several_steps_at_once() -> None:
+    ledger = KvLedger(12, 4)
+    slots = np.array([3, 1], dtype=np.int32)
+    with pytest.raises(ValueError, match="14 cells are asked for, 12 are free"):
+        ledger.take_each(slots, 7)
+    ledger.take_each(slots, 5)
+    assert [ledger.held(slot) for slot in range(4)] == [0, 5, 0, 5]
+    assert (ledger.used, ledger.free) == (10, 2)
 
 
 @pytest.mark.parametrize(("n_cells", "n_seq_max"), [(0, 1), (1, 0), (-1, 1)])

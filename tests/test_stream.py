@@ -22,7 +22,8 @@ def stream(**options: object) -> Stream:
 def push(made: Stream, *pieces: bytes) -> bool:
     hit = False
     for i, piece in enumerate(pieces, len(made._tokens)):
-        hit = made._push(100 + i, piece, time.perf_counter(), -0.5, {100 + i: -0.5})
+        now = time.perf_counter()
+        hit = made._push([100 + i], [piece], now, [-0.5], [{100 + i: -0.5}]) is not None
     return hit
 
 

@@ -1,9 +1,11 @@
 """The decoder thread: the only one that touches the context.
 
-One turn of its loop: take in what other threads have asked for, ask the scheduler for a step, fill
-the rows, one native call, hand out the tokens. Everything that ends a request early (cancel, a
-failed row, a failed decode, no cells left) ends it here, between two steps, so that the cache, the
-ledger and the counters always agree.
+One turn of its loop: take in what other threads have asked for, ask the scheduler for a step, one
+native call, hand out the tokens. While the plan stays the same the call makes several steps of it;
+whoever wants something rings the stepper's bell, and it comes back after the step that it is in.
+Everything that ends a request early (cancel, a failed row, a failed decode, no cells left, a stop
+string) ends it here, between two calls, so that the cache, the ledger and the counters always
+agree.
 """
 
 from __future__ import annotations
@@ -13,13 +15,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from .errors import EngineClosed, KvCacheFull, PyllamabatchError, SamplingError, decode_error
-from .sampling import SamplingParams
+from .machine import MemoryLike, Pace, StepperLike
+from .request import Request, logprobs_of
 from .scheduler import Scheduler, Step
 from .stepper import SAMPLE, Finish
 from .stream import FinishReason, Stream
@@ -28,45 +30,6 @@ from .text import Pieces
 log = logging.getLogger(__name__)
 
 LENGTH = int(Finish.LENGTH)
-
-Tokens = npt.NDArray[np.int32]
-
-
-class StepperLike(Protocol):
-    """What the decoder needs of a `Stepper`."""
-
-    @property
-    def rows(self) -> Any: ...
-    def step(self, n_rows: int) -> Any: ...
-    def clear_slot(self, seq_id: int) -> None: ...
-    def take_slot(self, seq_id: int) -> Any: ...
-    def put_slot(self, seq_id: int, slot: Any) -> None: ...
-    def slot_error(self, seq_id: int) -> str: ...
-
-
-class MemoryLike(Protocol):
-    """What the decoder needs of a `Memory`."""
-
-    def seq_rm(self, seq_id: int, p0: int = -1, p1: int = -1) -> None: ...
-    def pos_max(self, seq_id: int) -> int: ...
-
-
-class Request:
-    """What the decoder knows of a request. `tokens`: what is to be computed, int32: its prompt,
-    and after a preemption what it had generated too. `sampler`: its sampling state while it has no
-    slot."""
-
-    __slots__ = ("id", "params", "prompt", "sampler", "stream", "tokens")
-
-    def __init__(
-        self, prompt: Tokens, params: SamplingParams, stream: Stream, sampler: object
-    ) -> None:
-        self.id = stream.id
-        self.prompt = prompt
-        self.tokens = prompt
-        self.params = params
-        self.stream = stream
-        self.sampler = sampler
 
 
 class Decoder:
@@ -89,6 +52,7 @@ class Decoder:
         self._stepper = stepper
         self._memory = memory
         self._pieces = pieces
+        self._pace = Pace()
         self._close = close
         self._open: dict[int, Request] = {}  # by id, from `submit` to the end
         self._at: list[Request | None] = [None] * n  # by slot
@@ -139,6 +103,7 @@ class Decoder:
             self.n_submitted += len(requests)
             self._mail.append(take)
             self._wake.notify()
+        self._stepper.ring()
 
     def cancel(self, stream: Stream) -> None:
         self._post(lambda: self._cancel(stream.id))
@@ -205,9 +170,10 @@ class Decoder:
             if step is None:
                 return
             self._place(step)
-            n_rows = self._fill(step)
+        if step.n_rows == 0:
+            return
         try:
-            result = self._stepper.step(n_rows)
+            result = self._compute(step)
         except (PyllamabatchError, MemoryError) as problem:
             error = problem
             with self.state:
@@ -215,13 +181,25 @@ class Decoder:
             return
         with self.state:
             code = result.code
-            if code == 0:
-                self.scheduler.advance(step)
+            if result.n_steps:
+                self.scheduler.advance(step, result.n_steps)
                 self._deliver(result)
-            elif code == 1:
-                self._make_room(step)
-            else:
+            if code == 1:
+                if not result.n_steps:  # else some may have ended: it is planned anew
+                    self._make_room(step)
+            elif code:
                 self._fail_step(step, lambda: decode_error(code))
+
+    def _compute(self, step: Step) -> Any:
+        """The native call: one step, or as many of the same as the scheduler and the pace allow."""
+        stepper, pace = self._stepper, self._pace
+        if step.chunks:
+            return stepper.step(self._fill(step))
+        n_steps = min(step.repeat, pace.n_steps, stepper.n_steps_max)
+        start = perf_counter()
+        result = stepper.run(step.decode, n_steps)
+        pace.took(perf_counter() - start, result.n_steps)
+        return result
 
     def _place(self, step: Step) -> None:
         """Move sequences out of and into the slots that the step says."""
@@ -234,6 +212,7 @@ class Decoder:
             self._at[slot] = request
 
     def _fill(self, step: Step) -> int:
+        """Write the rows of a step; how many they are."""
         rows = self._stepper.rows
         token, pos, seq, flags = rows.token, rows.pos, rows.seq, rows.flags
         slots = step.decode
@@ -259,22 +238,33 @@ class Decoder:
         return n
 
     def _deliver(self, result: Any) -> None:
-        """Hand out the tokens of a step."""
+        """Hand out the tokens of the steps that were computed, each request's in one go. Every
+        step sampled the same sequences, and only in the last one some of them finished."""
         now = perf_counter()
-        slots, tokens = result.seq, result.token
-        self._next_token[slots] = tokens
+        n_steps = result.n_steps
+        n = len(result.seq) // n_steps
+        if n == 0:
+            return
+        slots, columns = result.seq[:n], result.token.reshape(n_steps, n)
+        self._next_token[slots] = columns[-1]
         pieces, at = self._pieces, self._at
-        columns = (slots, tokens, result.finish, result.logprob)
-        records = zip(*(column.tolist() for column in columns), strict=True)
-        for i, (slot, token, finish, logprob) in enumerate(records):
+        each = zip(slots.tolist(), columns.T.tolist(), result.finish[-n:].tolist(), strict=True)
+        for i, (slot, tokens, finish) in enumerate(each):
             request = at[slot]
             assert request is not None
-            if finish and finish != LENGTH:
-                self._last(request, slot, token, finish)
-                continue
-            top = _top_of(result, i) if request.params.logprobs else None
-            if request.stream._push(token, pieces[token], now, logprob, top):
-                self._end(request, "stop")
+            last = tokens.pop() if finish and finish != LENGTH else None
+            if tokens:
+                logprobs = top = None
+                if request.params.logprobs is not None:
+                    logprobs, top = logprobs_of(result, slice(i, n * len(tokens), n))
+                parts = [pieces[token] for token in tokens]
+                taken = request.stream._push(tokens, parts, now, logprobs, top)
+                if taken is not None:  # what came behind the stop string never was
+                    self.scheduler.counters.tokens -= n_steps - taken
+                    self._end(request, "stop")
+                    continue
+            if last is not None:
+                self._last(request, slot, last, finish)
             elif finish:
                 self._end(request, "length")
 
@@ -340,6 +330,7 @@ class Decoder:
         with self._wake:
             self._mail.append(act)
             self._wake.notify()
+        self._stepper.ring()
 
     def _cancel(self, id: int) -> None:
         request = self._open.get(id)
@@ -385,9 +376,3 @@ class Decoder:
         del self._open[request.id]
         self.finished[reason] += 1
         request.stream._finish(reason, stop, error)
-
-
-def _top_of(result: Any, i: int) -> dict[int, float]:
-    n = int(result.n_top[i])
-    tokens, logprobs = result.top_token[i, :n].tolist(), result.top_logprob[i, :n].tolist()
-    return dict(zip(tokens, logprobs, strict=True))

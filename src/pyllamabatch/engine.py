@@ -15,9 +15,10 @@ import numpy.typing as npt
 from ._limits import max_position
 from ._structs import integer
 from .context import Context
-from .decoder import Decoder, Request
+from .decoder import Decoder
 from .errors import ArgumentError, UnsupportedOperation
 from .model import Model
+from .request import Request
 from .sampling import SamplingParams
 from .scheduler import Limits, Policy, Scheduler
 from .stepper import Stepper

@@ -64,13 +64,13 @@ class KvLedger:
         self._held[slot] += n
         self._used += n
 
-    def take_one_each(self, slots: Slots) -> None:
-        """One more cell for each of `slots`, all different: a step of pure decoding."""
-        n = len(slots)
-        if n > self.free:
-            raise ValueError(f"{n} cells are asked for, {self.free} are free")
-        self._held[slots] += 1
-        self._used += n
+    def take_each(self, slots: Slots, n: int = 1) -> None:
+        """`n` more cells for each of `slots`, all different: as many steps of pure decoding."""
+        n_all = n * len(slots)
+        if n_all > self.free:
+            raise ValueError(f"{n_all} cells are asked for, {self.free} are free")
+        self._held[slots] += n
+        self._used += n_all
 
     def release(self, slot: int) -> int:
         """`slot` holds nothing any more; returns how many cells that frees."""

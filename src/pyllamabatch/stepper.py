@@ -173,7 +173,7 @@ class Stepper:
             result = self.result
             result.code = code = lib.plb_step(self._engine, n_rows)
             result.n_results = self._info.n_results
-            result.n_steps = not code
+            result.n_steps = 0 if code else 1
             if code <= _REFUSED and code != _THREW:
                 raise refused_step(self, code, n_rows)
             if code != -1:

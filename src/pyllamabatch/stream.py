@@ -171,22 +171,31 @@ class Stream:
     # -- the engine's side
 
     def _push(
-        self, token: int, piece: bytes, now: float, logprob: float, top: dict[int, float] | None
-    ) -> bool:
-        """One more token; True when it completes a stop string."""
+        self,
+        tokens: list[int],
+        pieces: list[bytes],
+        now: float,
+        logprobs: list[float] | None = None,
+        top: list[dict[int, float]] | None = None,
+    ) -> int | None:
+        """More tokens, at least one. When one of them completes a stop string, the text ends with
+        it: the number of tokens up to there, which are all that was taken."""
+        taken = None
         with self._lock:
             if self._first_at is None:
                 self._first_at = now
-            self._tokens.append(token)
-            self._pieces.append(piece)
-            if self._logprobs is not None:
-                self._logprobs.append(logprob)
-                if self._top is not None:
-                    self._top.append(top or {})
-            hit = self._stops and self._feed.feed(piece)
+            if self._stops:
+                feed = self._feed.feed
+                taken = next((i for i, piece in enumerate(pieces, 1) if feed(piece)), None)
+            self._tokens += tokens[:taken]
+            self._pieces += pieces[:taken]
+            if self._logprobs is not None and logprobs is not None:
+                self._logprobs += logprobs[:taken]
+                if self._top is not None and top is not None:
+                    self._top += top[:taken]
             if self._n_readers:
                 self._more.notify_all()
-        return hit
+        return taken
 
     def _finish(
         self,

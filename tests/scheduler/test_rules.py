@@ -65,6 +65,10 @@ BROKEN: list[tuple[str, Plan]] = [
     ("preempt-running", Plan({1: 1}, preempt=(4,))),
     ("preempt-running", Plan({1: 1}, preempt=(2, 2))),
     ("preempt-or-run", Plan({1: 1, 2: 1}, preempt=(2,))),
+    ("repeat", Plan({1: 1, 2: 1, 3: 2}, repeat=2)),
+    ("repeat", Plan({1: 1}, preempt=(2,), repeat=2)),
+    ("repeat", Plan({1: 1}, repeat=0)),
+    ("repeat", Plan({1: 1}, repeat=2.0)),  # type: ignore[arg-type]
     ("progress", Plan({})),
 ]
 

@@ -53,7 +53,7 @@ class Machine:
                 self.first_rows.append(id)
         assert len(self.owner) <= self.limits.n_seq_max
 
-    def compute(self, step: Step) -> None:
+    def compute(self, step: Step, *, advance: bool = True) -> None:
         rows = len(step.decode) + sum(chunk.n for chunk in step.chunks)
         assert rows == step.n_rows <= self.limits.n_batch
         slots = [*step.decode.tolist(), *(chunk.slot for chunk in step.chunks)]
@@ -77,13 +77,15 @@ class Machine:
         if self.limits.unified:
             assert sum(self.cells.values()) <= self.limits.n_cells
         assert all(n <= self.limits.n_cells_seq for n in self.cells.values())
-        self.scheduler.advance(step)
+        if advance:
+            self.scheduler.advance(step)
         for id in sampled:
             self.generated[id] += 1
-            if self.generated[id] == self.ends[id]:
+            if advance and self.generated[id] == self.ends[id]:
                 self.remove(id)
                 self.done.append(id)
-        self.check()
+        if advance:
+            self.check()
 
     def check(self) -> None:
         scheduler = self.scheduler
@@ -105,6 +107,29 @@ class Machine:
             self.place(step)
             self.compute(step)
         return step
+
+    def step_many(self, most: int) -> tuple[Step, int] | None:
+        """As `step`, as often as the plan stands for (at most `most` times), until somebody ends:
+        the scheduler hears of it once."""
+        step = self.scheduler.plan(0.0)
+        if step is None:
+            return None
+        self.place(step)
+        if step.repeat == 1:
+            self.compute(step)
+            return step, 1
+        ids = [self.owner[slot] for slot in step.decode.tolist()]
+        n = 0
+        while n < min(most, step.repeat) and all(self.generated[i] < self.ends[i] for i in ids):
+            self.compute(step, advance=False)
+            n += 1
+        self.scheduler.advance(step, n)
+        for id in ids:
+            if self.generated[id] == self.ends[id]:
+                self.remove(id)
+                self.done.append(id)
+        self.check()
+        return step, n
 
     def run(self, most: int = 100_000) -> None:
         for _ in range(most):
@@ -181,6 +206,75 @@ def test_whatever_happens_every_request_finishes_and_every_cell_comes_back(
     assert counters.tokens == sum(machine.generated.values())
     assert counters.recomputed_rows <= counters.prefill_rows
     assert machine.first_rows == sorted(machine.first_rows)  # nobody overtakes under FCFS
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    limits,
+    st.lists(st.tuples(st.integers(1, 60), st.integers(1, 30), st.integers(1, 30)), max_size=12),
+    st.integers(2, 40),
+)
+def test_several_steps_at_once_are_the_steps_that_would_have_been_planned(
+    limits: Limits, requests: list[tuple[int, int, int]], most: int
+) -> None:
+    """FCFS says that its plan stands; asked at every step it plans just that."""
+    one, many = Machine(limits), Machine(limits)
+    for machine in (one, many):
+        for id, (a, b, end) in enumerate(requests):
+            n_prompt = min(a, limits.n_cells_seq)
+            machine.add(id, n_prompt, min(b, limits.n_cells_seq - n_prompt + 1), end)
+    while (did := many.step_many(most)) is not None:
+        step, n = did
+        for i in range(n):
+            same = one.step()
+            assert same is not None
+            assert same.decode.tolist() == step.decode.tolist()
+            assert same.chunks == step.chunks
+            assert (same.admitted, same.preempted) == (step.admitted, step.preempted)
+            assert same.repeat == step.repeat - i
+        assert one.scheduler.counters == many.scheduler.counters
+        assert one.cells == many.cells
+    assert one.step() is None
+    assert one.done == many.done
+
+
+def test_a_plan_stands_until_a_budget_or_the_cells_end() -> None:
+    machine = Machine(Limits(n_batch=64, n_ubatch=64, n_seq_max=3, n_cells=64, n_cells_seq=64))
+    scheduler = machine.scheduler
+    machine.add(0, 10, 9, 9)
+    machine.add(1, 10, 30, 30)
+    first = machine.step()
+    assert first is not None
+    assert first.repeat == 1  # prompts
+    step = scheduler.plan(0.0)
+    assert step is not None
+    assert step.repeat == 8
+    for n in (0, 9, -1):
+        with pytest.raises(ValueError, match="1 to 8 times"):
+            scheduler.advance(step, n)
+    scheduler.advance(step, 3)
+    assert [s.generated for s in scheduler.view(0.0).running] == [4, 4]
+    assert scheduler.ledger.used == 26
+    counters = scheduler.counters
+    assert (counters.steps, counters.rows, counters.decode_rows, counters.tokens) == (4, 26, 6, 8)
+    scheduler.remove(0)
+    step = scheduler.plan(0.0)
+    assert step is not None
+    assert step.repeat == 26
+    scheduler.add(2, 60, 5, arrival=0.0)  # has a slot, but no cells: the plan still stands
+    step = scheduler.plan(0.0)
+    assert step is not None
+    assert (step.admitted, step.repeat) == ((), 26)
+    scheduler.add(3, 10, 40, arrival=0.0)
+    scheduler.remove(2)
+    step = scheduler.plan(0.0)
+    assert step is not None
+    assert [id for id, _ in step.admitted] == [3]
+    assert step.repeat == 1
+    scheduler.advance(step)
+    step = scheduler.plan(0.0)
+    assert step is not None
+    assert step.repeat == (64 - 13 - 11) // 2  # cells
 
 
 def test_a_lone_request_step_by_step() -> None:

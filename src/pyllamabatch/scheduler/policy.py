@@ -84,8 +84,12 @@ class Draft:
         self.preempt[seq.id] = seq
         self.reasons[seq.id] = reason
 
-    def plan(self) -> Plan:
-        return Plan(self.tokens, tuple(self.preempt), self.reasons)
+    def plan(self, repeat: int = 1) -> Plan:
+        """`repeat`: of a plan in which everybody who runs decodes."""
+        steady = len(self.tokens) == len(self.view.decoding) == len(self.view.running)
+        if not steady or self.n_admitted or self.preempt:
+            repeat = 1
+        return Plan(self.tokens, tuple(self.preempt), self.reasons, repeat)
 
 
 class Order(Protocol):
@@ -126,11 +130,16 @@ class Victim(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ComposedPolicy:
+    """`repeat`: for how many steps a plan stands in which everybody who runs decodes and nobody is
+    admitted. More than 1 only if the decisions would be the same at each of them, as long as nobody
+    comes or goes: they may not look at the time, nor admit somebody for having waited longer."""
+
     order: Order
     admit: Admit
     budget: Budget
     chunk: Chunk
     victim: Victim
+    repeat: int = 1
 
     def plan(self, view: StepView) -> Plan:
         draft = Draft(
@@ -160,7 +169,7 @@ class ComposedPolicy:
                     break
         if decodes is Decodes.LAST:
             self._decode(draft)
-        return draft.plan()
+        return draft.plan(self.repeat)
 
     def _decode(self, draft: Draft) -> None:
         n = len(draft.view.decoding)

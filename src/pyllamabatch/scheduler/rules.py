@@ -17,6 +17,8 @@ RULES: dict[str, str] = {
     "cells": "the rows of a step fit into the free KV cells, those of the preempted included",
     "preempt-running": "only a running sequence can be preempted, and only once",
     "preempt-or-run": "a sequence that is preempted does not run in the same step",
+    "repeat": "a plan stands for a whole number of steps, at least 1, and for more than one only "
+    "if all of its sequences decode and nobody is preempted",
     "progress": "while nothing runs and somebody waits, somebody is admitted; while somebody runs, "
     "a step has rows or preempts",
 }
@@ -79,6 +81,10 @@ def check_plan(
         broken("slots", f"{n_running} of {limits.n_seq_max}")
     if n_rows > n_free + n_freed:
         broken("cells", f"{n_rows} rows, {n_free} cells free and {n_freed} given up")
+    if type(plan.repeat) is not int or plan.repeat < 1:
+        broken("repeat", f"{plan.repeat!r} steps")
+    if plan.repeat > 1 and (others or plan.preempt):
+        broken("repeat", f"{plan.repeat} steps of {len(others)} that do not decode")
     if not tokens and not plan.preempt:
         broken("progress", f"an empty plan with {len(running)} running")
 

@@ -5,7 +5,8 @@ The live engine and the simulator drive the same object:
 
     step = scheduler.plan(now)       # ask the policy, check its plan, place newcomers
     ... remove the cells of step.preempted, compute the step's rows ...
-    scheduler.advance(step)          # every row is in the cache, every full sequence sampled
+    scheduler.advance(step)          # every row is in the cache, every full sequence sampled;
+                                     # up to `step.repeat` times without another plan
     scheduler.remove(id)             # whoever is done, at any time between steps
 
 A step that could not be computed is simply not advanced: the next `plan` starts from the same
@@ -59,6 +60,7 @@ class Scheduler:
         # Counters of the running sequences, by slot; 0 where nobody runs.
         self._counts = np.zeros((2, limits.n_seq_max), dtype=np.int64)
         self._computed, self._known = self._counts
+        self._most = np.zeros(limits.n_seq_max, dtype=np.int64)  # what `known` is at the very end
         self._promised = 0  # their known tokens that are not computed yet
         self._free_slots = list(range(limits.n_seq_max))  # a heap
         # A running sequence is in `_running` and in one of `_prefilling`, `_decoding` (id -> slot).
@@ -187,18 +189,25 @@ class Scheduler:
             decoding = self._decoding
             decode = np.array([decoding[id] for id in tokens if id in decoding], dtype=np.int32)
         n_rows = n_decodes + sum(chunk.n for chunk in chunks)
-        return Step(decode, tuple(chunks), preempted, tuple(admitted), n_rows, plan.reasons)
+        repeat = plan.repeat
+        if repeat > 1:
+            left = int((self._most[decode] - self._known[decode]).min())
+            repeat = max(1, min(repeat, left, self.ledger.free // n_rows))
+        return Step(decode, tuple(chunks), preempted, tuple(admitted), n_rows, plan.reasons, repeat)
 
-    def advance(self, step: Step) -> None:
-        """`step` has been computed: its rows are in the cache, and every sequence whose last known
-        token was among them knows one token more."""
+    def advance(self, step: Step, n: int = 1) -> None:
+        """`step` has been computed, `n` times of the `step.repeat` that it may be: its rows are in
+        the cache, and every sequence whose last known token was among them knows one token more,
+        each time."""
+        if not 1 <= n <= step.repeat:
+            raise ValueError(f"a step for 1 to {step.repeat} times was computed {n} times")
         counters = self.counters
         decode = step.decode
         n_decodes = len(decode)
         if n_decodes:
-            self.ledger.take_one_each(decode)
-            self._counts[:, decode] += 1
-        n_sampled = n_decodes
+            self.ledger.take_each(decode, n)
+            self._counts[:, decode] += n
+        n_sampled = n * n_decodes
         for chunk in step.chunks:
             slot, end = chunk.slot, chunk.start + chunk.n
             entry = self._prefilling[chunk.id]
@@ -217,9 +226,9 @@ class Scheduler:
                 del self._prefilling[chunk.id]
                 self._decoding[chunk.id] = slot
                 self._decoding_changed()
-        counters.steps += 1
-        counters.rows += step.n_rows
-        counters.decode_rows += n_decodes
+        counters.steps += n
+        counters.rows += n * step.n_rows
+        counters.decode_rows += n * n_decodes
         counters.tokens += n_sampled
 
     # -- what there is
@@ -293,6 +302,7 @@ class Scheduler:
         entry.slot = slot = heapq.heappop(self._free_slots)
         self._computed[slot] = 0
         self._known[slot] = entry.view.known
+        self._most[slot] = entry.view.n_prompt + entry.view.max_tokens
         self._promised += entry.view.known
         self._running[id] = self._prefilling[id] = entry
         self.counters.admissions += 1

@@ -23,7 +23,9 @@ class Chunk:
 @dataclass(frozen=True, slots=True)
 class Step:
     """A checked plan in terms of slots. `decode`: slots that compute their last known token and
-    sample (int32, read-only); `chunks`: all other rows. `preempted`, `admitted`: (id, slot)."""
+    sample (int32, read-only); `chunks`: all other rows. `preempted`, `admitted`: (id, slot).
+    `repeat`: how many times it may be computed before the policy is asked again, as long as no
+    sequence comes or goes; more than 1 only for pure decoding."""
 
     decode: Slots
     chunks: tuple[Chunk, ...]
@@ -31,6 +33,7 @@ class Step:
     admitted: tuple[tuple[int, int], ...]
     n_rows: int
     reasons: Mapping[int, str]
+    repeat: int = 1
 
 
 @dataclass(slots=True)

@@ -121,11 +121,15 @@ class Plan:
     `tokens`: how many tokens each sequence advances; a waiting sequence named here is admitted.
     `preempt`: running sequences that give up their cells before the step and wait again.
     `reasons`: why, by sequence id, for the trace; decoding needs none.
+    `repeat`: for how many steps the policy would plan the same, as long as no sequence comes or
+    goes: a bound, the steps end earlier where a budget or the KV cells do. More than 1 is for
+    plans of decoding alone.
     """
 
     tokens: Mapping[int, int] = field(default_factory=dict)
     preempt: tuple[int, ...] = ()
     reasons: Mapping[int, str] = field(default_factory=dict)
+    repeat: int = 1
 
     @property
     def n_rows(self) -> int:

@@ -84,6 +84,10 @@ class NewestFirst:
         return None
 
 
+# Who was not admitted is not admitted later either, unless somebody leaves: decoding takes cells.
+ALWAYS = 2**31
+
+
 def fcfs(*, watermark: float = 0.01, budget: int | None = None) -> ComposedPolicy:
     """`budget`: rows of a step while somebody decodes (default: see `TokenBudget`)."""
     return ComposedPolicy(
@@ -92,4 +96,5 @@ def fcfs(*, watermark: float = 0.01, budget: int | None = None) -> ComposedPolic
         budget=TokenBudget(budget),
         chunk=WhatIsLeft(),
         victim=NewestFirst(),
+        repeat=ALWAYS,
     )
