@@ -1,5 +1,5 @@
 # ggml's options from ours and the platform. Each is a cache default: -DGGML_…=… still wins.
-# Also run alone, with the platform variables set, by tests/build/test_cmake_options.py.
+# Also run alone, with the platform variables set, by tests/packaging/test_cmake_options.py.
 set(BUILD_SHARED_LIBS ON CACHE BOOL "" FORCE)
 
 if (APPLE)
