@@ -1,7 +1,9 @@
 // What the files of the shim know of each other. Nothing here is part of the contract.
 #pragma once
 
+#include "fused.hpp"
 #include "plb.h"
+#include "pool.hpp"
 
 #include <atomic>
 #include <cmath>
@@ -35,9 +37,14 @@ constexpr size_t TEXT_BYTES = 512;
 // Throws `failure` with PLB_E_GRAMMAR for what libllama would refuse, print about, or hang on.
 void check_grammar(const llama_vocab * vocab, const char * text);
 
-// What sampling needs of the engine; one per sampling thread.
+// What sampling needs of the engine; one per sampling thread. Resident is what has been used of it.
 struct scratch {
-    std::vector<llama_token_data> candidates; // [n_vocab]
+    explicit scratch(int32_t n_vocab)
+        : candidates(new llama_token_data[(size_t) n_vocab]), memory(n_vocab) {}
+
+    std::unique_ptr<llama_token_data[]> candidates; // [n_vocab]: the chain's
+    fused_memory memory;
+    fused_row    row;
 };
 
 struct vocabulary {
@@ -54,6 +61,8 @@ struct plb_slot {
     plb_sampling params = {};  // scalars; its pointers are not used
     std::vector<llama_logit_bias> biases;
     std::vector<llama_token>      stop_tokens;
+    int32_t path = PLB_PATH_CHAIN;
+    plb::fused_state fused;    // one of the two has the draws and the penalties
     plb::sampler_ptr chain;
     plb::sampler_ptr grammar;  // beside the chain: it sees generated tokens only
     const llama_vocab * vocab = nullptr; // that it was made for
@@ -67,6 +76,43 @@ struct plb_slot {
 
     bool active() const { return finish == PLB_FINISH_NONE; }
 };
+
+namespace plb {
+
+// One row to sample.
+struct row_job {
+    plb_slot *    slot;
+    const float * logits; // nullptr: there are none
+    plb_result *  result;
+    llama_token * top_token;
+    float *       top_logprob;
+};
+
+// Rows of different slots on the threads of a pool: spread over them or, where there are fewer rows
+// than half the threads, the fused ones cut into parts. Nothing is allocated after it is made.
+class row_sampler {
+public:
+    // n_threads 0: chosen
+    row_sampler(const vocabulary & words, int32_t n_threads);
+    row_sampler(const row_sampler &) = delete;
+    row_sampler & operator=(const row_sampler &) = delete;
+
+    int32_t   n_threads() const { return pool_.size(); }
+    scratch & own() { return *scratch_[0]; } // the calling thread's
+    void      sample(row_job * jobs, int32_t n) noexcept;
+
+private:
+    void sample_in_parts(row_job * jobs, int32_t n) noexcept;
+
+    const vocabulary & words_;
+    pool               pool_;
+    std::vector<std::unique_ptr<scratch>> scratch_;  // [threads]
+    std::vector<fused_request>            requests_; // [threads]
+    row_job * jobs_    = nullptr;
+    int32_t   n_parts_ = 0;
+};
+
+} // namespace plb
 
 struct plb_engine {
     llama_context * ctx = nullptr;
@@ -93,7 +139,8 @@ struct plb_engine {
     std::atomic<bool>           bell{false};
 
     std::vector<std::unique_ptr<plb_slot>> slots; // [n_seq_max]
-    plb::scratch scratch;
+    std::unique_ptr<plb::row_sampler> sampler;
+    std::vector<plb::row_job> jobs; // [n_outputs_max]
     char error[plb::TEXT_BYTES] = "";
 };
 
@@ -105,6 +152,10 @@ std::unique_ptr<plb_slot> make_slot(const vocabulary & words, const plb_sampling
                                     const llama_token * prompt, int32_t n_prompt);
 std::unique_ptr<plb_slot> copy_slot(const plb_slot & slot);
 void reseed(plb_slot & slot, uint32_t seed);
+
+// Its two halves for a slot of the fused path, with the sampling in between.
+void begin_fused(const vocabulary & words, const row_job & job, fused_request & request) noexcept;
+void end_fused(const vocabulary & words, const row_job & job, const fused_request & request) noexcept;
 
 // Choose, account and accept one token. Fills result.token, index, finish, error, logprob and n_top.
 // Throws nothing: a failure is the slot's end, and is in the result.

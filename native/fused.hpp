@@ -22,12 +22,11 @@
 
 namespace plb {
 
-class pool;
-
 constexpr int32_t LIST = 8192; // candidates that are kept as a list, in the chain's order
 
 // Whether these parameters can take this path: no grammar, no typical-p.
 bool fused_supports(const plb_sampling & params);
+bool has_penalties(const plb_sampling & params);
 
 // The tokens that the penalties look back at, with their counts.
 class penalty_window {
@@ -207,37 +206,6 @@ private:
     float    list_end_ = 0;        // where a nucleus of SMALL ends, roughly
     float    low_ = 0, upper_ = 0; // the nucleus ends between them
     int32_t  tries_ = 0;
-};
-
-// Many rows on the threads of a pool: spread over them or, where there are fewer rows than half the
-// threads, each row's passes cut into parts. Nothing is allocated after it is made.
-class fused_sampler {
-public:
-    // n_threads 0: default_threads()
-    fused_sampler(int32_t n_vocab, int32_t n_threads, const kernels & set = best_kernels());
-    ~fused_sampler();
-    fused_sampler(const fused_sampler &) = delete;
-    fused_sampler & operator=(const fused_sampler &) = delete;
-
-    int32_t n_threads() const;
-    pool &  threads() { return *pool_; }
-    // Whether `rows` rows are worth cutting into parts.
-    bool    splits(int32_t rows) const;
-    // One row, on the caller's thread, which is the pool's number `thread`.
-    void    sample(fused_request & request, int32_t thread) noexcept;
-    // n rows of different requests.
-    void    sample(fused_request * requests, int32_t n) noexcept;
-
-private:
-    void sample_split(fused_request * requests, int32_t n) noexcept;
-
-    const kernels & set_;
-    int32_t         n_vocab_;
-    std::unique_ptr<pool> pool_;
-    std::vector<std::unique_ptr<fused_memory>> memory_; // [threads]
-    std::unique_ptr<fused_row[]> rows_;                 // [threads]
-    fused_request * requests_ = nullptr;
-    int32_t         n_parts_  = 0;
 };
 
 } // namespace plb

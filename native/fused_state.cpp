@@ -5,14 +5,10 @@
 
 namespace plb {
 
-namespace {
-
 bool has_penalties(const plb_sampling & p) {
     return p.penalty_last_n != 0 &&
            (p.repeat_penalty != 1 || p.frequency_penalty != 0 || p.presence_penalty != 0);
 }
-
-} // namespace
 
 bool fused_supports(const plb_sampling & params) {
     return params.grammar == nullptr && !(params.typical_p < 1);

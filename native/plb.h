@@ -118,7 +118,7 @@ typedef struct plb_slot   plb_slot;
 typedef struct plb_engine_params {
     int32_t n_outputs_max;  /* the n_outputs_max that the context was made with; 0 = n_batch */
     int32_t n_logprobs_max; /* columns of top_token/top_logprob, 0..1024 */
-    int32_t n_threads;      /* threads of the sampler pool; 0 = choose (only 1 is used as yet) */
+    int32_t n_threads;      /* threads that sample, the caller's included; 0 = choose */
     int32_t all_outputs;    /* 1: the context computes embeddings, so each row is an output */
     int32_t sync;           /* 1: wait for the device at every step, for exact timings;
                                0: only when a row has an output */
@@ -181,13 +181,17 @@ typedef struct plb_sampling {
     int32_t  ignore_eog;        /* 1: EOG tokens are excluded throughout */
     int32_t  n_logit_bias;
     int32_t  n_stop_tokens;
+    int32_t  path;              /* enum plb_path */
     const llama_logit_bias * logit_bias;  /* added to the logits; -INFINITY excludes */
     const llama_token      * stop_tokens;
     const char             * grammar;     /* GBNF with start rule "root"; NULL none */
 } plb_sampling;
 
+/* Which code samples; the token is the same (native/fused.hpp says where it need not be). */
 enum plb_path {
-    PLB_PATH_CHAIN = 0 /* a chain of libllama samplers */
+    PLB_PATH_AUTO  = -1, /* asked for only: fused where it can, else the chain */
+    PLB_PATH_CHAIN = 0,  /* a chain of libllama samplers */
+    PLB_PATH_FUSED = 1   /* the fused sampler: no grammar, no typical_p */
 };
 
 typedef struct plb_slot_info {
@@ -258,6 +262,29 @@ int32_t plb_run(plb_engine * engine, const llama_seq_id * slots, int32_t n_slots
  * lost, and who looks for news after every run has seen what was there before the ring. A run makes
  * at least one step. */
 void plb_doorbell_ring(plb_engine * engine);
+
+/* -- rows of one's own (native/rows.cpp) -------------------------------------------------------
+ * Sampling without a context: slots 0..n_slots-1 that choose from rows of logits of the caller's, as
+ * the slots of an engine do. No vocabulary, so no end-of-generation tokens and no grammar. */
+typedef struct plb_rows plb_rows;
+
+int32_t plb_rows_new(int32_t n_vocab, int32_t n_slots, int32_t n_logprobs_max, int32_t n_threads,
+                     plb_rows ** out);
+void    plb_rows_free(plb_rows * rows);
+int32_t plb_rows_threads(const plb_rows * rows);
+int32_t plb_rows_set(plb_rows * rows, int32_t slot, const plb_sampling * sampling,
+                     const llama_token * prompt, int32_t n_prompt);
+/* Row i, n_vocab logits from logits + i * stride on, with slot i: results[i], and
+ * [i][n_logprobs_max] of the top arrays (NULL where no slot asks for log-probabilities). The rows
+ * change meanwhile and are as before afterwards. PLB_E_SLOT_FINISHED when one has finished. */
+int32_t plb_rows_sample(plb_rows * rows, int32_t n, float * logits, int64_t stride,
+                        plb_result * results, llama_token * top_token, float * top_logprob);
+/* Text of the last failure. */
+const char * plb_rows_error(const plb_rows * rows);
+/* One plain vectorised scan for the maximum, the yardstick of the benches; n a multiple of 64. */
+float        plb_rows_maximum(const float * logits, int32_t n);
+/* The instruction set that was chosen for this machine, or by PLB_SIMD in the environment. */
+const char * plb_rows_simd(void);
 
 /* -- log ring (native/log.cpp) ----------------------------------------------------------------- */
 /* libllama's and ggml's log goes to a ring of fixed size, from any thread; nothing is printed. */

@@ -90,7 +90,7 @@ bool any_candidate(const llama_token_data_array & candidates) {
 // All tokens with their biased logits, those that may not be chosen now at -inf.
 llama_token_data_array fill(const vocabulary & words, scratch & scratch, const plb_slot & slot,
                             const float * logits) {
-    llama_token_data * data = scratch.candidates.data();
+    llama_token_data * data = scratch.candidates.get();
     for (int32_t i = 0; i < words.n_vocab; ++i) {
         data[i] = {i, logits[i], 0.0f};
     }
@@ -191,13 +191,93 @@ int32_t finish_of(const vocabulary & words, const plb_slot & slot, llama_token t
 
 } // namespace
 
-void sample_row(const vocabulary & words, scratch & scratch, plb_slot & slot, const float * logits,
-                plb_result & result, llama_token * top_token, float * top_logprob) noexcept {
+// What a result starts from.
+static void begin_result(const plb_slot & slot, plb_result & result) {
     result.token   = LLAMA_TOKEN_NULL;
     result.index   = slot.n_generated;
     result.finish  = PLB_FINISH_NONE;
+    result.error   = PLB_OK;
     result.n_top   = 0;
     result.logprob = std::numeric_limits<float>::quiet_NaN();
+}
+
+// The token is chosen, or result.error says why not.
+static void end_result(const vocabulary & words, plb_slot & slot, plb_result & result) {
+    if (result.error) {
+        result.token  = LLAMA_TOKEN_NULL;
+        result.finish = PLB_FINISH_ERROR;
+    } else {
+        ++slot.n_generated;
+        result.finish = finish_of(words, slot, result.token);
+    }
+    slot.finish = result.finish;
+    slot.error  = result.error;
+}
+
+void begin_fused(const vocabulary & words, const row_job & job, fused_request & request) noexcept {
+    plb_slot & slot = *job.slot;
+    begin_result(slot, *job.result);
+    const bool too_early = slot.n_generated < slot.params.min_tokens;
+    request = {};
+    request.logits = const_cast<float *>(job.logits); // and back as it was, see fused_request
+    request.params = &slot.params;
+    request.state  = &slot.fused;
+    request.bias   = slot.biases.data();
+    request.n_bias = slot.biases.size();
+    request.never[0] = {words.suppressed.data(), words.suppressed.size()};
+    if (too_early || slot.params.ignore_eog) {
+        request.never[1] = {words.eog.data(), words.eog.size()};
+    }
+    if (too_early) {
+        request.never[2] = {slot.stop_tokens.data(), slot.stop_tokens.size()};
+    }
+    request.top_token   = job.top_token;
+    request.top_logprob = job.top_logprob;
+    if (job.logits == nullptr) {
+        request.error = PLB_E_LOGITS;
+    }
+}
+
+void end_fused(const vocabulary & words, const row_job & job, const fused_request & request) noexcept {
+    plb_slot & slot = *job.slot;
+    plb_result & result = *job.result;
+    slot.error_text[0] = 0;
+    result.token = request.token;
+    result.error = request.error;
+    if (request.error) {
+        set_text(slot.error_text, "%s",
+                 job.logits == nullptr ? "the context gave no logits for this row"
+                 : request.error == PLB_E_LOGITS
+                     ? "the row's logits hold NaN or +inf, or nothing but -inf"
+                     : "the biases leave no token to choose");
+    } else {
+        slot.fused.window.add(request.token);
+        result.logprob = request.logprob;
+        result.n_top   = request.n_top;
+    }
+    end_result(words, slot, result);
+}
+
+static void sample_fused(const vocabulary & words, scratch & scratch, const row_job & job) noexcept {
+    fused_request request;
+    begin_fused(words, job, request);
+    if (!request.error) {
+        fused_row & row = scratch.row;
+        row.bind(best_kernels(), scratch.memory, false);
+        for (auto p = row.begin(request); p != fused_row::NONE; p = row.next()) {
+            row.run(p, 0, row.n_blocks());
+        }
+    }
+    end_fused(words, job, request);
+}
+
+void sample_row(const vocabulary & words, scratch & scratch, plb_slot & slot, const float * logits,
+                plb_result & result, llama_token * top_token, float * top_logprob) noexcept {
+    if (slot.path == PLB_PATH_FUSED) {
+        sample_fused(words, scratch, {&slot, logits, &result, top_token, top_logprob});
+        return;
+    }
+    begin_result(slot, result);
     result.error = guarded(slot.error_text, [&] {
         if (logits == nullptr) {
             throw failure{PLB_E_LOGITS, "the context gave no logits for this row"};
@@ -220,14 +300,8 @@ void sample_row(const vocabulary & words, scratch & scratch, plb_slot & slot, co
             }
         }
         result.token = token;
-        ++slot.n_generated;
-        result.finish = finish_of(words, slot, token);
     });
-    if (result.error) {
-        result.finish = PLB_FINISH_ERROR;
-    }
-    slot.finish = result.finish;
-    slot.error  = result.error;
+    end_result(words, slot, result);
 }
 
 } // namespace plb

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <random>
 
 namespace plb {
 
@@ -41,6 +42,9 @@ void check_sampling(const plb_sampling & p, const vocabulary & words, int32_t n_
             p.n_logit_bias, "0, or as many as logit_bias holds");
     require(p.n_stop_tokens >= 0 && (p.n_stop_tokens == 0 || p.stop_tokens), "n_stop_tokens",
             p.n_stop_tokens, "0, or as many as stop_tokens holds");
+    require(p.path == PLB_PATH_AUTO || p.path == PLB_PATH_CHAIN ||
+            (p.path == PLB_PATH_FUSED && fused_supports(p)), "path", p.path,
+            "a path that can do what is asked for");
     for (int32_t i = 0; i < p.n_logit_bias; ++i) {
         const auto & [token, bias] = p.logit_bias[i];
         require(token >= 0 && token < words.n_vocab, "logit_bias token", token,
@@ -65,11 +69,6 @@ void add(llama_sampler * chain, llama_sampler * sampler) {
     sampler_ptr owned = checked(sampler);
     llama_sampler_chain_add(chain, owned.get());
     owned.release();
-}
-
-bool has_penalties(const plb_sampling & p) {
-    return p.penalty_last_n != 0 &&
-           (p.repeat_penalty != 1 || p.frequency_penalty != 0 || p.presence_penalty != 0);
 }
 
 // llama.cpp's default order. The logit bias, which comes first there, is added while the candidates
@@ -105,6 +104,17 @@ sampler_ptr make_chain(const plb_sampling & p, const vocabulary & words) {
     return chain;
 }
 
+// LLAMA_DEFAULT_SEED stands for a random one.
+uint32_t seed_of(uint32_t seed) {
+    if (seed == LLAMA_DEFAULT_SEED) {
+        std::random_device device;
+        do {
+            seed = device();
+        } while (seed == LLAMA_DEFAULT_SEED);
+    }
+    return seed;
+}
+
 } // namespace
 
 std::unique_ptr<plb_slot> make_slot(const vocabulary & words, const plb_sampling & sampling,
@@ -120,8 +130,16 @@ std::unique_ptr<plb_slot> make_slot(const vocabulary & words, const plb_sampling
     slot->vocab  = words.vocab;
     slot->biases.assign(sampling.logit_bias, sampling.logit_bias + sampling.n_logit_bias);
     slot->stop_tokens.assign(sampling.stop_tokens, sampling.stop_tokens + sampling.n_stop_tokens);
-    slot->chain = make_chain(sampling, words);
-    slot->seed  = llama_sampler_get_seed(slot->chain.get());
+    if (sampling.path != PLB_PATH_CHAIN && fused_supports(sampling)) {
+        slot->path = PLB_PATH_FUSED;
+        slot->seed = sampling.temperature == 0 ? LLAMA_DEFAULT_SEED : seed_of(sampling.seed);
+        slot->fused = fused_state(sampling, slot->seed, words.n_ctx, words.n_vocab,
+                                  slot->biases.size() + slot->stop_tokens.size() +
+                                      words.suppressed.size() + words.eog.size());
+    } else {
+        slot->chain = make_chain(sampling, words);
+        slot->seed  = llama_sampler_get_seed(slot->chain.get());
+    }
     if (sampling.grammar != nullptr) {
         if (llama_vocab_type(words.vocab) == LLAMA_VOCAB_TYPE_NONE) {
             throw failure{PLB_E_GRAMMAR, "the model has no vocabulary to apply a grammar to"};
@@ -139,7 +157,11 @@ std::unique_ptr<plb_slot> make_slot(const vocabulary & words, const plb_sampling
         // what is further back than the penalties look has no effect
         const int32_t last_n = sampling.penalty_last_n < 0 ? words.n_ctx : sampling.penalty_last_n;
         for (int32_t i = std::max(0, n_prompt - last_n); i < n_prompt; ++i) {
-            llama_sampler_accept(slot->chain.get(), prompt[i]);
+            if (slot->chain) {
+                llama_sampler_accept(slot->chain.get(), prompt[i]);
+            } else {
+                slot->fused.window.add(prompt[i]);
+            }
         }
     }
     return slot;
@@ -151,7 +173,11 @@ std::unique_ptr<plb_slot> copy_slot(const plb_slot & source) {
     slot->vocab       = source.vocab;
     slot->biases      = source.biases;
     slot->stop_tokens = source.stop_tokens;
-    slot->chain       = checked(llama_sampler_clone(source.chain.get()));
+    slot->path        = source.path;
+    slot->fused       = source.fused;
+    if (source.chain) {
+        slot->chain = checked(llama_sampler_clone(source.chain.get()));
+    }
     if (source.grammar) {
         slot->grammar = checked(llama_sampler_clone(source.grammar.get()));
     }
@@ -169,6 +195,11 @@ void reseed(plb_slot & slot, uint32_t seed) {
     slot.params.seed = seed;
     if (slot.params.temperature == 0) {
         slot.seed = seed; // greedy draws nothing
+        return;
+    }
+    if (slot.path == PLB_PATH_FUSED) {
+        slot.seed = seed_of(seed);
+        slot.fused.random.seed(slot.seed);
         return;
     }
     llama_sampler * chain = slot.chain.get();
@@ -214,6 +245,7 @@ plb_sampling plb_sampling_default(void) {
     p.penalty_last_n = 64;
     p.seed           = LLAMA_DEFAULT_SEED;
     p.n_logprobs     = -1;
+    p.path           = PLB_PATH_AUTO;
     return p;
 }
 
@@ -327,7 +359,7 @@ int32_t plb_slot_get_info(plb_engine * engine, int32_t seq, plb_slot_info * out)
     const plb_slot * slot = find_slot(*engine, seq, code);
     if (slot != nullptr) {
         *out = {
-            slot->active(), slot->finish, slot->error, PLB_PATH_CHAIN, slot->n_generated,
+            slot->active(), slot->finish, slot->error, slot->path, slot->n_generated,
             slot->params.max_tokens - slot->n_generated, slot->next_token, slot->next_pos,
             slot->seed, slot->params.n_logprobs,
         };

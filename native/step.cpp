@@ -46,7 +46,7 @@ void allocate(plb_engine & engine, int32_t n_rows, int32_t n_results, int32_t n_
     // one spare entry, so that the addresses are valid without any column too
     engine.top_token.resize((size_t) n_results * n_logprobs + 1);
     engine.top_logprob.resize((size_t) n_results * n_logprobs + 1);
-    engine.scratch.candidates.resize(engine.words.n_vocab);
+    engine.jobs.resize((size_t) engine.n_outputs_max);
 }
 
 void read_vocabulary(vocabulary & words, const llama_context * ctx) {
@@ -122,9 +122,32 @@ llama_batch build_batch(plb_engine & engine, int32_t n_rows) {
             engine.output.data()};
 }
 
+// Whether no slot has more than one of the rows that are sampled.
+bool each_slot_once(plb_engine & engine, int32_t n_rows) {
+    std::fill(engine.named.begin(), engine.named.end(), (uint8_t) 0);
+    for (int32_t i = 0; i < n_rows; ++i) {
+        if (engine.flags[i] & PLB_ROW_SAMPLE) {
+            uint8_t & named = engine.named[engine.seq[i]];
+            if (named) {
+                return false;
+            }
+            named = 1;
+        }
+    }
+    return true;
+}
+
+void advance(plb_engine & engine, const plb_result & result) {
+    if (result.token >= 0) {
+        plb_slot & slot = *engine.slots[result.seq];
+        slot.next_token = result.token;
+        slot.next_pos   = engine.pos[result.row] + 1;
+    }
+}
+
 int32_t sample_rows(plb_engine & engine, int32_t n_rows, int32_t first) {
-    const plb_views & views = engine.views;
     const bool has_logits = llama_get_logits(engine.ctx) != nullptr;
+    const bool at_once = each_slot_once(engine, n_rows);
     int32_t n = 0;
     for (int32_t i = 0; i < n_rows; ++i) {
         if (!(engine.flags[i] & PLB_ROW_SAMPLE)) {
@@ -137,15 +160,22 @@ int32_t sample_rows(plb_engine & engine, int32_t n_rows, int32_t first) {
         plb_result & result = engine.results[first + n];
         result.seq = engine.seq[i];
         result.row = i;
-        const size_t top = (size_t) (first + n) * views.n_logprobs_max;
-        const float * logits = has_logits ? llama_get_logits_ith(engine.ctx, i) : nullptr;
-        sample_row(engine.words, engine.scratch, slot, logits, result, &engine.top_token[top],
-                   &engine.top_logprob[top]);
-        if (result.token >= 0) {
-            slot.next_token = result.token;
-            slot.next_pos   = engine.pos[i] + 1;
+        const size_t top = (size_t) (first + n) * engine.views.n_logprobs_max;
+        engine.jobs[n] = {&slot, has_logits ? llama_get_logits_ith(engine.ctx, i) : nullptr, &result,
+                          &engine.top_token[top], &engine.top_logprob[top]};
+        if (!at_once) { // a row may go on from one before it
+            const row_job & job = engine.jobs[n];
+            sample_row(engine.words, engine.sampler->own(), slot, job.logits, result, job.top_token,
+                       job.top_logprob);
+            advance(engine, result);
         }
         ++n;
+    }
+    if (at_once) {
+        engine.sampler->sample(engine.jobs.data(), n);
+        for (int32_t i = 0; i < n; ++i) {
+            advance(engine, engine.results[first + i]);
+        }
     }
     return n;
 }
@@ -237,6 +267,7 @@ int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, pl
         engine->sync          = params->sync != 0;
         engine->slots.resize(n_seq_max);
         read_vocabulary(engine->words, ctx);
+        engine->sampler = std::make_unique<row_sampler>(engine->words, params->n_threads);
         const int32_t n_logprobs = std::min(params->n_logprobs_max, engine->words.n_vocab);
         const int64_t n_records = std::max<int64_t>(engine->n_outputs_max,
                                                     (int64_t) n_seq_max * params->n_steps_max);

@@ -35,12 +35,12 @@ struct sampler_test {
     plb::scratch    scratch;
     std::mt19937    random{1};
 
-    sampler_test(const llama_model * model) {
+    sampler_test(const llama_model * model)
+        : scratch(llama_vocab_n_tokens(llama_model_get_vocab(model))) {
         words.vocab   = llama_model_get_vocab(model);
         words.n_vocab = llama_vocab_n_tokens(words.vocab);
         words.n_ctx   = 1024;
         words.eog     = {llama_vocab_eos(words.vocab)};
-        scratch.candidates.resize(words.n_vocab);
     }
 
     std::vector<float> row(float scale) {

@@ -33,7 +33,19 @@ def hold(engine: Any, _pointer: Any) -> None:
     """A destructor whose only work is to have held the engine until now."""
 
 
-def sampling_struct(params: SamplingParams) -> tuple[Any, tuple[Any, ...]]:
+PATHS = {lib.PLB_PATH_AUTO: "auto", lib.PLB_PATH_CHAIN: "chain", lib.PLB_PATH_FUSED: "fused"}
+"""What `plb_path` values are called in Python."""
+
+
+def path_of(name: str) -> int:
+    """The `plb_path` of a `sampler` argument."""
+    for path, known in PATHS.items():
+        if known == name:
+            return int(path)
+    raise ArgumentError("sampler", name, f"must be one of {', '.join(PATHS.values())}")
+
+
+def sampling_struct(params: SamplingParams, path: int) -> tuple[Any, tuple[Any, ...]]:
     """The plb_sampling of params, and what must live as long as it."""
     biases = ffi.new("llama_logit_bias[]", list(params.logit_bias.items()))
     stops = ffi.new("llama_token[]", list(params.stop_token_ids))
@@ -53,6 +65,7 @@ def sampling_struct(params: SamplingParams) -> tuple[Any, tuple[Any, ...]]:
     struct.seed = lib.LLAMA_DEFAULT_SEED if params.seed is None else params.seed
     struct.n_logprobs = -1 if params.logprobs is None else params.logprobs
     struct.ignore_eog = int(params.ignore_eog)
+    struct.path = path
     struct.n_logit_bias, struct.logit_bias = len(params.logit_bias), biases
     struct.n_stop_tokens, struct.stop_tokens = len(params.stop_token_ids), stops
     struct.grammar = grammar

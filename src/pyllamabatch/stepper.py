@@ -27,8 +27,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pyllamabatch._native_step import (
+    PATHS,
     code_text,
     hold,
+    path_of,
     refused_run,
     refused_step,
     sampling_struct,
@@ -91,8 +93,12 @@ class Stepper:
     """Rows in, one native call, sampled tokens out, on one `Context`.
 
     - n_logprobs_max: the largest `SamplingParams.logprobs` that a slot may ask for.
-    - n_threads: sampler threads, 0 chooses (one as yet).
+    - n_threads: threads that sample, the caller's included; 0 takes the cores that the process may
+      use, 32 at most. They sleep while nothing is sampled.
     - n_steps_max: the most steps of one `run`; memory for their results is set aside.
+    - sampler: "auto" samples with the fused sampler where it can and else with libllama's own
+      chain, "chain" always with that, "fused" refuses what it cannot (grammar, typical_p). The
+      tokens are the same (native/fused.hpp says where not); `SlotInfo.path` tells which it is.
     - sync: wait for the device at every step, also when no row has an output; for exact timings.
 
     Keeps the context alive. Like the context it serves one thread at a time: a second one gets
@@ -106,10 +112,12 @@ class Stepper:
         n_logprobs_max: int = 20,
         n_threads: int = 0,
         n_steps_max: int = 32,
+        sampler: str = "auto",
         sync: bool = False,
     ) -> None:
         if context.model._no_alloc:
             raise UnsupportedOperation("the model was loaded with no_alloc: it has no weights")
+        path = path_of(sampler)
         params = ffi.new("plb_engine_params *")
         params.n_outputs_max = context.n_outputs_max
         params.all_outputs = bool(context.params["embeddings"])
@@ -128,6 +136,7 @@ class Stepper:
         views = ffi.new("plb_views *")
         lib.plb_engine_views(engine, views)
 
+        self._path = path
         self._context: Context | None = context
         self._lock = context._lock
         self._encoder_first = context.model.has_encoder
@@ -267,7 +276,7 @@ class Stepper:
         engine, context = self._open()
         given = () if prompt_tokens is None else prompt_tokens
         prompt = context.model.vocab.check_tokens(given, "prompt_tokens")
-        struct, keep = sampling_struct(params)
+        struct, keep = sampling_struct(params, self._path)
         out, text = ffi.new("plb_slot **"), ffi.new("char[]", 512)
         code = lib.plb_slot_new(
             engine, struct, ffi.from_buffer("llama_token[]", prompt), len(prompt), out, text, 512
@@ -326,7 +335,7 @@ class Stepper:
             active=bool(info.active),
             finish=Finish(info.finish),
             error=info.error,
-            path=_PATHS[info.path],
+            path=PATHS[info.path],
             n_generated=info.n_generated,
             n_left=info.n_left,
             next_token=info.next_token,
@@ -383,4 +392,3 @@ class Stepper:
 
 _REFUSED: int = lib.PLB_E_ARGUMENT  # and below: ours, not llama_decode's
 _THREW: int = lib.PLB_E_DECODE
-_PATHS = {lib.PLB_PATH_CHAIN: "chain"}
