@@ -14,7 +14,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from time import perf_counter
+from time import perf_counter, perf_counter_ns
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from .scheduler import Scheduler, Step
 from .stepper import SAMPLE, Finish
 from .stream import FinishReason, Stream
 from .text import Pieces
+from .trace import StepTrace
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Decoder:
         memory: MemoryLike,
         pieces: Pieces,
         close: Callable[[], None],
+        trace: StepTrace | None = None,
     ) -> None:
         n = scheduler.limits.n_seq_max
         self.scheduler = scheduler
@@ -54,6 +56,7 @@ class Decoder:
         self._pieces = pieces
         self._pace = Pace()
         self._close = close
+        self.trace = trace
         self._open: dict[int, Request] = {}  # by id, from `submit` to the end
         self._at: list[Request | None] = [None] * n  # by slot
         self._next_token = np.zeros(n, dtype=np.int32)  # by slot: the token sampled last
@@ -153,15 +156,24 @@ class Decoder:
         if not self._mail and not self.scheduler.idle:
             return True
         with self._wake:
-            while not self._mail and self.scheduler.idle:
-                if self._closing:
-                    return False
-                self._wake.wait()
+            if not self._mail and self.scheduler.idle and not self._wait():
+                return False
         with self.state:
             with self._wake:
                 mail, self._mail = self._mail, []
             for act in mail:
                 act()
+        return True
+
+    def _wait(self) -> bool:
+        """Until there is mail; False when the engine is closed. With `_wake` held."""
+        start = perf_counter_ns()
+        while not self._mail:
+            if self._closing:
+                return False
+            self._wake.wait()
+        if self.trace is not None:
+            self.trace.idle_ns += perf_counter_ns() - start
         return True
 
     def _turn(self) -> None:
@@ -182,6 +194,8 @@ class Decoder:
         with self.state:
             code = result.code
             if result.n_steps:
+                if self.trace is not None:
+                    self.trace.record(step, result.steps, self.scheduler.ledger.used)
                 self.scheduler.advance(step, result.n_steps)
                 self._deliver(result)
             if code == 1:
@@ -210,6 +224,8 @@ class Decoder:
             self._stepper.put_slot(slot, request.sampler)
             request.sampler = None
             self._at[slot] = request
+            if self.trace is not None:
+                self.trace.ids[slot] = id
 
     def _fill(self, step: Step) -> int:
         """Write the rows of a step; how many they are."""

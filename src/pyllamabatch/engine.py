@@ -24,6 +24,7 @@ from .scheduler import Limits, Policy, Scheduler
 from .stepper import Stepper
 from .stream import Result, Stream
 from .text import Pieces
+from .trace import StepTrace, Trace, trace_dtype
 
 Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]]
 
@@ -72,6 +73,7 @@ class Engine:
     - policy: who runs when, see `pyllamabatch.scheduler`; default `fcfs()`. One policy object
       serves one engine.
     - n_logprobs_max: the largest `SamplingParams.logprobs` that a request may ask for.
+    - n_trace: how many of the last steps `trace` remembers; 0 for none.
     - context_params: any other parameter of `Context`. kv_unified=False gives every sequence
       n_ctx / n_seq_max cells of its own.
 
@@ -89,6 +91,7 @@ class Engine:
         n_ubatch: int = 512,
         policy: Policy | None = None,
         n_logprobs_max: int = 20,
+        n_trace: int = 4096,
         **context_params: Any,
     ) -> None:
         if model.has_encoder or not model.has_decoder:
@@ -99,6 +102,7 @@ class Engine:
             if context_params.get(name):
                 raise ArgumentError(name, context_params[name], "the engine sets it itself")
         n_seq_max = integer("n_seq_max", n_seq_max, 1, 256)
+        n_trace = integer("n_trace", n_trace, 0, 2**24)
         if n_ctx == 0:
             n_ctx = min(model.n_ctx_train * n_seq_max, max(model.n_ctx_train, N_CTX_AT_LEAST))
         context_params.setdefault("kv_unified", True)
@@ -117,6 +121,7 @@ class Engine:
             self.limits = limits_of(context)
             scheduler = Scheduler(self.limits, policy)
             stepper = Stepper(context, n_logprobs_max=n_logprobs_max)
+            trace = StepTrace(n_trace, n_seq_max) if n_trace else None
         except BaseException:
             context.close()
             raise
@@ -134,7 +139,8 @@ class Engine:
             stepper.close()
             context.close()
 
-        self._decoder = Decoder(scheduler, stepper, context.memory, Pieces(_piece_of(model)), close)
+        pieces = Pieces(_piece_of(model))
+        self._decoder = Decoder(scheduler, stepper, context.memory, pieces, close, trace)
         # Also when the engine is forgotten, and before the interpreter exits.
         self._finalizer = weakref.finalize(self, self._decoder.close, wait=False, timeout=None)
         self._decoder.start()
@@ -252,6 +258,16 @@ class Engine:
                 kv_used=scheduler.ledger.used,
                 kv_total=scheduler.limits.n_cells,
             )
+
+    def trace(self) -> Trace:
+        """The last steps (`n_trace` at most), oldest first: `pyllamabatch.trace.trace_dtype` says
+        what of each. `pyllamabatch.trace.to_chrome` draws it."""
+        decoder = self._decoder
+        if decoder.trace is None:
+            return np.zeros(0, dtype=trace_dtype(self.n_seq_max))
+        with decoder.state:
+            table = decoder.trace.snapshot()
+        return table()
 
     @property
     def closed(self) -> bool:
