@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -106,6 +109,21 @@ def test_a_layout_that_moved_is_an_error(tmp_path: Path) -> None:
     spec.loader.exec_module(module)
     with pytest.raises(module.ffi.error, match="moved: wrong"):
         module.ffi.sizeof("struct moved")
+
+
+def test_wrappers_for_a_backend_that_is_loaded_at_run_time_compile(
+    found: declarations.Declarations, tmp_path: Path
+) -> None:
+    text = declarations.trampolines(found, "ggml-cpu.h")
+    for name, header in found.function_headers.items():
+        wrapped = header == "ggml-cpu.h" and name not in declarations.NOT_EXPOSED
+        assert (f"#define {name} plb_dynamic_{name}\n" in text) is wrapped, name
+    source = tmp_path / "wrappers.c"
+    source.write_text(f'#include "llama.h"\n#include "dynamic.h"\n{text}')
+    include = [f"-I{folder}" for folder in INCLUDE]
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    options = ["-fsyntax-only", "-Wall", "-Werror", "-Wno-unused-function"]
+    subprocess.run([*compiler, *options, *include, str(source)], check=True, timeout=60)
 
 
 def test_a_call_releases_the_gil_and_returns() -> None:

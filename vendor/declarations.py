@@ -12,6 +12,7 @@ error at import; enum values, array bounds in structs and numeric macros are lef
 from __future__ import annotations
 
 import argparse
+import copy
 import io
 import sys
 from collections.abc import Iterator
@@ -178,14 +179,16 @@ def trampolines(found: Declarations, header: str) -> str:
     for name, decl in found.functions.items():
         if found.function_headers[name] != header or name in NOT_EXPOSED:
             continue
-        function = decl.type
+        function = copy.deepcopy(decl.type)
         params = function.args.params if function.args else []
         if len(params) == 1 and params[0].name is None and c_text(params[0]).strip() == "void":
             params = []
         for i, param in enumerate(params):
-            _rename(param, f"a{i}")
+            param.name = f"a{i}"  # it may have had none
+            _rename(param.type, param.name)
         declared = ", ".join(c_text(p) for p in params) or "void"
         passed = ", ".join(f"a{i}" for i in range(len(params)))
+        _rename(function.type, None)
         result = c_text(c_ast.Typename(None, [], None, function.type)).strip()
         back = "" if result == "void" else "return "
         wrappers.append(
@@ -198,12 +201,8 @@ def trampolines(found: Declarations, header: str) -> str:
     return "\n".join(wrappers)
 
 
-def _rename(param: c_ast.Node, name: str) -> None:
-    """Give a parameter a new name, wherever pycparser keeps it."""
-    if isinstance(param, c_ast.Typename):
-        raise SystemExit(f"pyllamabatch: a parameter without a name: {c_text(param)}")
-    param.name = name
-    node = param.type
+def _rename(node: c_ast.Node, name: str | None) -> None:
+    """Give what a type declares a name: pycparser keeps it at the type's innermost node."""
     while not isinstance(node, c_ast.TypeDecl):
         node = node.type
     node.declname = name
