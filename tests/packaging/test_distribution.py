@@ -93,7 +93,7 @@ def test_the_wheel_holds_our_files_and_libraries_only(wheel: Path) -> None:
     needed = {f"lib{name}{SUFFIX}" for name in ("llama", "ggml", "ggml-base", "ggml-cpu")}
     assert needed <= libraries
     assert all(name.startswith("libggml-") for name in libraries - needed)
-    compiled = [name for name in names if name.startswith("pyllamabatch/_native")]
+    compiled = [name for name in names if name.startswith("pyllamabatch/_native.")]
     assert sorted(compiled) == ["pyllamabatch/_native.abi3.so", "pyllamabatch/_native.pyi"]
     assert "pyllamabatch/py.typed" in names
     licences = [name for name in names if "/licenses/" in name]
