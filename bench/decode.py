@@ -6,6 +6,7 @@ import argparse
 import sys
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from bench import report, schema
 from bench.arms import Arm, Case, InProcess, Measured, in_own_thread, run_batched_bench
 from bench.cache import RESULTS
 from bench.models import resolve
+from bench.quiet import undisturbed
 from bench.tools import tool
 
 BASE = "llama-batched-bench"
@@ -31,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu-layers", type=int, default=-1, help="-1 is libllama's default")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="a minute instead of ten")
+    parser.add_argument(
+        "--undisturbed",
+        type=float,
+        metavar="CORES",
+        help="wait until others use fewer cores than this, and repeat runs that they disturb",
+    )
     parser.add_argument("--out", type=Path, help="JSONL to append to (default bench/results)")
 
 
@@ -60,7 +68,7 @@ def main(options: argparse.Namespace) -> int:
     ]
     out = options.out or RESULTS / f"decode-{Path(options.model).stem}-{platform_tag()}.jsonl"
     rows = []
-    for row in measure(arms, cases, repeats, inside):
+    for row in measure(arms, cases, repeats, inside, options.undisturbed):
         schema.append(out, [row])
         rows.append(row)
         progress = f"{len(rows)}/{len(arms) * len(cases) * repeats}"
@@ -125,7 +133,11 @@ def choose(names: str, arms: list[Arm]) -> list[Arm]:
 
 
 def measure(
-    arms: list[Arm], cases: list[Case], repeats: int, inside: InProcess
+    arms: list[Arm],
+    cases: list[Case],
+    repeats: int,
+    inside: InProcess,
+    limit: float | None = None,
 ) -> Iterator[schema.Row]:
     """Rows as they are measured: in each repeat every case, in each case every arm in turn; odd
     repeats go through the arms backwards, so that no arm always runs after the same one."""
@@ -135,7 +147,8 @@ def measure(
         for case in cases:
             for arm in arms if repeat % 2 == 0 else arms[::-1]:
                 moment = schema.now()
-                measured = arm.run(case)
+                measured, others = undisturbed(partial(arm.run, case), limit)
+                measured.detail["other_cpu"] = round(others, 3)
                 yield make_row(arm, case, measured, facts | moment, run_id, repeat)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # `bench` is run from the repository, never installed
 
-from bench import models, report, schema  # noqa: E402
+from bench import models, quiet, report, schema  # noqa: E402
 from bench.__main__ import main  # noqa: E402
 from bench.arms import Arm, Case, InProcess, Measured, StepClock, batched_bench_row  # noqa: E402
 from bench.cache import RESULTS, cache_folder  # noqa: E402
@@ -300,6 +302,25 @@ def test_a_tool_that_prints_nothing_is_asked_again(tmp_path: Path) -> None:
     assert (tmp_path / "seen").read_text() == "xx"
     with pytest.raises(ToolError, match="gave no result"):
         batched_bench_row([sys.executable, "-c", "raise SystemExit('broken')"])
+
+
+def test_a_disturbed_run_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others use 2 cores while it waits, then none; 1.5 in the first run, 0.1 in the next."""
+    seen = iter([2.0, 0.0, 1.5, 0.0, 0.1])
+    monkeypatch.setattr(quiet.CpuWatch, "others", lambda self: next(seen))
+    monkeypatch.setattr(quiet, "SETTLE_S", 0.0)
+    runs = itertools.count(1)
+    assert quiet.undisturbed(lambda: next(runs), 0.2) == (2, 0.1)
+    assert next(seen, None) is None
+
+
+def test_our_own_work_does_not_count_as_the_others() -> None:
+    watch = quiet.CpuWatch()
+    began = sum(os.times()[:2])
+    while sum(os.times()[:2]) < began + 0.3:
+        pass
+    others = watch.others()
+    assert others == -1.0 or 0.0 <= others <= (os.cpu_count() or 1)
 
 
 def test_the_runner_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
