@@ -263,7 +263,7 @@ class Decoder:
             return
         slots, columns = result.seq[:n], result.token.reshape(n_steps, n)
         self._next_token[slots] = columns[-1]
-        pieces, at = self._pieces, self._at
+        piece, at = self._pieces.__getitem__, self._at
         each = zip(slots.tolist(), columns.T.tolist(), result.finish[-n:].tolist(), strict=True)
         for i, (slot, tokens, finish) in enumerate(each):
             request = at[slot]
@@ -273,8 +273,7 @@ class Decoder:
                 logprobs = top = None
                 if request.params.logprobs is not None:
                     logprobs, top = logprobs_of(result, slice(i, n * len(tokens), n))
-                parts = [pieces[token] for token in tokens]
-                taken = request.stream._push(tokens, parts, now, logprobs, top)
+                taken = request.stream._push(tokens, [*map(piece, tokens)], now, logprobs, top)
                 if taken is not None:  # what came behind the stop string never was
                     self.scheduler.counters.tokens -= n_steps - taken
                     self._end(request, "stop")

@@ -187,8 +187,10 @@ class Stream:
             if self._stops:
                 feed = self._feed.feed
                 taken = next((i for i, piece in enumerate(pieces, 1) if feed(piece)), None)
-            self._tokens += tokens[:taken]
-            self._pieces += pieces[:taken]
+                if taken is not None:
+                    tokens, pieces = tokens[:taken], pieces[:taken]
+            self._tokens += tokens
+            self._pieces += pieces
             if self._logprobs is not None and logprobs is not None:
                 self._logprobs += logprobs[:taken]
                 if self._top is not None and top is not None:
