@@ -47,6 +47,8 @@ fused_row::pass fused_row::begin(fused_request & request) noexcept {
     r_->n_top   = 0;
     bad_.store(false, std::memory_order_relaxed);
     n_patches_ = 0;
+    n_list_ = 0;
+    keep_ = cut();
     row_ = {r_->logits, m_->tail, m_->n_vocab, m_->n_vocab / BLOCK,
             (m_->n_vocab + BLOCK - 1) / BLOCK};
     if (r_->params->n_logprobs >= 0) {
@@ -127,7 +129,8 @@ void fused_row::run(pass p, int32_t first, int32_t last) noexcept {
             k_->weigh_exactly(row_, first, last, top, how_, sum);
             break;
         case WEIGH_ON_GRID:
-            k_->weigh_on_grid(row_, first, last, top, how_, split_ ? m_->before[first] : 0, sum,
+            k_->weigh_on_grid(row_, first, last, how_, exactly_, upper_,
+                              split_ ? m_->before[first] : 0, sum, m_->upper_sum.data(),
                               m_->base.data(), m_->grid.data());
             break;
         case NONE:
@@ -278,6 +281,7 @@ fused_row::pass fused_row::draw_from_list(int32_t n, bool sorted) {
         }
         n = kept;
     }
+    n_list_ = n;
     std::uniform_real_distribution<double> draw(0.0, 1.0);
     const double at = draw(r_->state->random);
     if (n == 1) {

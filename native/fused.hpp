@@ -134,6 +134,10 @@ public:
     pass next() noexcept { return (this->*after_)(); }
     pass current() const { return current_; }
     int32_t n_blocks() const { return row_.n_blocks; }
+    // What the draw was from: the memory's list of so many, with their weights if there are two or
+    // more, or all that was kept where that is 0.
+    int32_t n_list() const { return n_list_; }
+    const cut & kept() const { return keep_; }
 
 private:
     using step = pass (fused_row::*)();
@@ -163,10 +167,11 @@ private:
     // fused_top_p.cpp: top-p of the whole vocabulary
     pass by_top_p();
     pass small_vocabulary();
-    void sample_row();
-    pass list_or_bracket();
+    pass make_list();
+    pass weigh_on_grid(step after);
     pass after_split_weighing();
-    pass after_grid();
+    pass after_list_grid();
+    int32_t list_nucleus(int32_t n, float sum) const;
     pass bracket();
     pass after_bracket_weighing();
     cut  nucleus_edge(int32_t n, double above, double target);
@@ -196,6 +201,7 @@ private:
     float    largest_ = 0;
     weighing how_{1, 0, 0};
     cut      keep_;               // of a draw by index
+    int32_t  n_list_ = 0;         // of a draw from the list
     double   norm_ = 0, draw_ = 0;
     bool     split_ = false;
     // top-p
@@ -205,6 +211,9 @@ private:
     double   guess_error_ = 0;     // of total_, relative
     float    list_end_ = 0;        // where a nucleus of SMALL ends, roughly
     float    low_ = 0, upper_ = 0; // the nucleus ends between them
+    bool     exactly_ = false;     // the grid's weights are the chain's
+    bool     on_grid_ = false;     // the bounds' pass was on the grid
+    step     after_grid_ = nullptr;
     int32_t  tries_ = 0;
 };
 

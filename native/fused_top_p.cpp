@@ -18,6 +18,7 @@ constexpr int32_t SMALL     = 1024; // a nucleus up to here is certainly made a 
 constexpr int32_t N_BINS    = 1024;
 constexpr int32_t SAMPLED   = 128;  // blocks
 constexpr double  SUM_ERROR = 0.03; // more than a float sum of 2^19 terms is off by
+constexpr float   GRID_ERROR = 2e-6f; // of a float sum of weights that are not the chain's
 
 // Equal steps of the logit from low to high.
 struct bins {
@@ -60,12 +61,14 @@ fused_row::pass fused_row::by_top_p() {
     how_   = weighing(1, largest_, -INFINITY);
     start_ = top_block(FIRST_TRY);
     tries_ = 0;
+    exactly_ = false;
+    on_grid_ = true; // to be on the safe side
     list_end_ = start_;
     if (start_ == -INFINITY) {
-        return list_or_bracket(); // a vocabulary of few blocks
+        return make_list(); // a vocabulary of few blocks
     }
     const int32_t n = gather_above(start_, LIST);
-    above_start_ = 0;
+    above_start_ = n < 0 ? SMALL : 0; // so many alike that SMALL of them may weigh as much
     for (int32_t i = 0; i < n; ++i) {
         above_start_ += weight(m_->list[i].logit);
     }
@@ -85,16 +88,22 @@ fused_row::pass fused_row::by_top_p() {
     total_ = above_start_ + below * stride;
     guess_error_ = std::sqrt(variance * sampled) * stride / total_;
     const double p = r_->params->top_p;
-    if (n > 0 && above_start_ > (1 - SUM_ERROR - 3 * guess_error_) * p * total_) {
-        return list_or_bracket();
+    if (above_start_ > (1 - SUM_ERROR - 3 * guess_error_) * p * total_) {
+        return make_list();
     }
     return bracket();
 }
 
-// A list, as it seems.
-fused_row::pass fused_row::list_or_bracket() {
-    return split_ ? then(WEIGH, &fused_row::after_split_weighing)
-                  : then(WEIGH_ON_GRID, &fused_row::after_grid);
+// A small nucleus, as it seems.
+fused_row::pass fused_row::make_list() {
+    upper_ = INFINITY;
+    return weigh_on_grid(&fused_row::after_list_grid);
+}
+
+// Where the pass may be cut into parts, each has to know the sum before it.
+fused_row::pass fused_row::weigh_on_grid(step after) {
+    after_grid_ = after;
+    return split_ ? then(WEIGH, &fused_row::after_split_weighing) : then(WEIGH_ON_GRID, after);
 }
 
 fused_row::pass fused_row::after_split_weighing() {
@@ -103,18 +112,36 @@ fused_row::pass fused_row::after_split_weighing() {
         m_->before[b] = sum;
         sum += m_->block_sum[b];
     }
-    return then(WEIGH_ON_GRID, &fused_row::after_grid);
+    return then(WEIGH_ON_GRID, after_grid_);
 }
 
 // The float sum of all weights, added up one after the other as the chain does it. While the sum
 // stays in [base, 2 base), each addition moves it along one grid, by the weight rounded to that grid:
 // the kernel has added these up. Where that may not hold, the block is added up here.
 float fused_row::running_sum() {
+    const float * base = m_->base.data();
+    const float * grid = m_->grid.data();
+    const auto stays = [&](int32_t b, float sum, float after) {
+        return base[b] > 0 && sum >= base[b] && after < 2 * base[b]; // false for a NaN
+    };
     float sum = 0;
-    for (int32_t b = 0; b < row_.n_blocks; ++b) {
-        const float base = m_->base[b], after = sum + m_->grid[b];
-        if (base > 0 && sum >= base && after < 2 * base) { // false for a NaN
-            sum = after;
+    for (int32_t b = 0, n; b < row_.n_blocks; b += n) {
+        if (b + 4 <= row_.n_blocks && base[b] == base[b + 3] && base[b] == base[b + 1] &&
+            base[b] == base[b + 2]) {
+            const float after = sum + ((grid[b] + grid[b + 1]) + (grid[b + 2] + grid[b + 3]));
+            if (stays(b, sum, after)) {
+                sum = after;
+                n = 4;
+                continue;
+            }
+        }
+        n = 1;
+        if (!stays(b, sum, sum + grid[b])) { // on the right grid, if it stays on one
+            k_->weigh_on_grid(row_, b, b + 1, how_, exactly_, upper_, sum, m_->block_sum.data(),
+                              m_->upper_sum.data(), m_->base.data(), m_->grid.data());
+        }
+        if (stays(b, sum, sum + grid[b])) {
+            sum += grid[b];
             continue;
         }
         float e[BLOCK];
@@ -126,38 +153,44 @@ float fused_row::running_sum() {
     return sum;
 }
 
-fused_row::pass fused_row::after_grid() {
+// The chain's nucleus of the list: how many it keeps, 0 if the list ends before, -1 if it takes a
+// sum of exact weights to tell.
+int32_t fused_row::list_nucleus(int32_t n, float sum) const {
+    const int32_t kept = nucleus(n, sum);
+    if (!exactly_ && (nucleus(n, sum * (1 - GRID_ERROR)) != kept ||
+                      nucleus(n, sum * (1 + GRID_ERROR)) != kept)) {
+        return -1;
+    }
+    return kept < n || n == row_.n ? kept : 0;
+}
+
+fused_row::pass fused_row::after_list_grid() {
     const float sum = running_sum();
     total_ = total(m_->block_sum);
     guess_error_ = 0;
     const int32_t first = std::min(FIRST_TRY, row_.n);
     order_top(first);
-    int32_t kept = nucleus(first, sum); // all, when the list ends before it reaches p
-    if (kept < first) {
-        return draw_from_list(kept, true);
-    }
+    int32_t kept = list_nucleus(first, sum);
     float low  = list_end_ < start_ ? list_end_ : m_->list[first - 1].logit;
     float step = list_end_ < start_ ? 0 : std::max(0.02f, 0.1f * (largest_ - low));
-    for (int32_t i = 0; i < 16; ++i) {
+    for (int32_t i = 0; i < 16 && kept == 0; ++i) {
         int32_t n = gather_above(low - step, 4 * SMALL);
         if (n < 0) {
             step /= 2;
             continue;
         }
         low -= step;
-        if (n > 0 && !sort_list(n, n)) {
+        step = std::max(0.02f, step * 1.5f);
+        if (!sort_list(n, n)) {
             n = order_all(low); // the order of equal ones is the chain's business
         }
-        if (n < 0) {
-            break;
-        }
-        kept = nucleus(n, sum);
-        if (kept < n || n == row_.n) {
-            return draw_from_list(kept, true);
-        }
-        step = std::max(0.02f, step * 1.5f);
+        kept = n < 0 ? 0 : list_nucleus(n, sum);
     }
-    return bracket();
+    if (kept < 0) {
+        exactly_ = true;
+        return make_list();
+    }
+    return kept > 0 ? draw_from_list(kept, true) : bracket();
 }
 
 // Two bounds between which a large nucleus ends, from a sample.
@@ -165,7 +198,7 @@ fused_row::pass fused_row::bracket() {
     const double p = r_->params->top_p;
     const double excluded = (1 - p) * total_;
     // the sample's own error, and that of total_
-    const double slack = (0.05 + 2.5 * guess_error_) * (1 << 2 * tries_);
+    const double slack = (0.05 + 2 * guess_error_) * (1 << 2 * tries_);
     low_   = -INFINITY;
     upper_ = INFINITY;
     if (tries_++ < 2) {
@@ -201,18 +234,27 @@ fused_row::pass fused_row::bracket() {
         }
         if (guess_error_ > 0 && above <= SMALL) {
             list_end_ = low_;
-            return list_or_bracket();
+            return make_list();
         }
+        // weights below half a step of the chain's float sum are lost to it
+        double lost = 0;
+        w = std::exp((double) (scale.low + scale.step / 2 - largest_)) * stride;
+        for (int32_t i = 0; i < N_BINS && w < 6e-8 * total_ * stride; ++i, w *= ratio) {
+            lost += count[i] * w;
+        }
+        on_grid_ = lost > 1e-5 * (1 - p) * total_;
     }
     how_ = weighing(1, largest_, -INFINITY);
-    return then(WEIGH_BOTH, &fused_row::after_bracket_weighing);
+    return on_grid_ ? weigh_on_grid(&fused_row::after_bracket_weighing)
+                    : then(WEIGH_BOTH, &fused_row::after_bracket_weighing);
 }
 
 fused_row::pass fused_row::after_bracket_weighing() {
+    const float sum = on_grid_ ? running_sum() : 0;
     total_ = total(m_->block_sum);
     guess_error_ = 0;
     const double above  = total(m_->upper_sum);
-    const double target = r_->params->top_p * total_;
+    const double target = r_->params->top_p * (on_grid_ ? (double) sum : total_);
     cut edge;
     if (above < target) {
         int32_t n = 0;
@@ -241,10 +283,13 @@ fused_row::pass fused_row::after_bracket_weighing() {
 cut fused_row::nucleus_edge(int32_t n, double above, double target) {
     candidate * list = m_->list.get();
     candidate * weighed = m_->other.get();
-    float least = INFINITY, most = -INFINITY;
-    for (int32_t i = 0; i < n; ++i) {
-        least = std::min(least, list[i].logit);
-        most  = std::max(most, list[i].logit);
+    float least = low_, most = upper_;
+    if (!std::isfinite(low_) || !std::isfinite(upper_)) {
+        least = INFINITY, most = -INFINITY;
+        for (int32_t i = 0; i < n; ++i) {
+            least = std::min(least, list[i].logit);
+            most  = std::max(most, list[i].logit);
+        }
     }
     const bins scale(std::max(least, largest_ - 60), most);
     double sum[N_BINS] = {};

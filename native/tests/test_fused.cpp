@@ -1,0 +1,598 @@
+// The fused sampler against libllama's own chain: the same candidates in the same order, the same
+// probabilities, the same token, on random rows of several shapes and sizes, with every instruction
+// set that this machine has.
+//
+// PLB_TEST_ROWS: how many rows to compare (default 3000; the long run, some minutes, is 100000).
+#include "check.hpp"
+#include "engine.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <random>
+
+#if defined(__GNUC__)
+#define NOINLINE __attribute__((noinline)) // inlined, malloc behind new draws a warning
+#else
+#define NOINLINE
+#endif
+
+static std::atomic<long> n_allocations{0};
+
+NOINLINE void * operator new(size_t size) {
+    ++n_allocations;
+    if (void * p = malloc(size ? size : 1)) {
+        return p;
+    }
+    throw std::bad_alloc();
+}
+NOINLINE void operator delete(void * p) noexcept { free(p); }
+NOINLINE void operator delete(void * p, size_t) noexcept { free(p); }
+
+namespace {
+
+using plb::fused_row;
+
+const char * const SHAPES[] = {"narrow", "normal", "wide", "peaked", "ties", "half", "flat", "equal",
+                               "excluded", "high"};
+constexpr int32_t N_SHAPES = 10;
+
+void fill(std::vector<float> & x, int32_t shape, std::mt19937 & random) {
+    const float width[] = {1, 3, 6, 3, 3, 3, 1e-3f, 0, 3, 9};
+    std::normal_distribution<float> draw(0, 1);
+    for (float & v : x) {
+        v = width[shape] * draw(random);
+    }
+    std::uniform_int_distribution<size_t> index(0, x.size() - 1);
+    const std::string name = SHAPES[shape];
+    if (name == "peaked") {
+        for (int i = 0; i < 20; ++i) {
+            x[index(random)] = 12 + 3 * draw(random);
+        }
+    } else if (name == "ties") {
+        for (float & v : x) {
+            v = std::round(v * 8) / 8;
+        }
+    } else if (name == "half") { // the ties of logits with 11 significant bits
+        for (float & v : x) {
+            uint32_t bits;
+            memcpy(&bits, &v, sizeof(bits));
+            bits = (bits + 0x1000) & ~0x1fffu;
+            memcpy(&v, &bits, sizeof(bits));
+        }
+    } else if (name == "equal") {
+        std::fill(x.begin(), x.end(), 1.0f);
+    } else if (name == "excluded") {
+        for (float & v : x) {
+            v = index(random) % 10 ? -INFINITY : v;
+        }
+        x[index(random)] = 1;
+    } else if (name == "high") {
+        for (float & v : x) {
+            v += 14;
+        }
+    }
+}
+
+plb_sampling sampling(float temperature, int32_t top_k, float top_p, float min_p) {
+    plb_sampling p = plb_sampling_default();
+    p.max_tokens  = INT32_MAX;
+    p.temperature = temperature;
+    p.top_k       = top_k;
+    p.top_p       = top_p;
+    p.min_p       = min_p;
+    return p;
+}
+
+// From public calls only.
+plb::sampler_ptr chain_of(const plb_sampling & p, int32_t n_vocab, uint32_t seed) {
+    auto params = llama_sampler_chain_default_params();
+    params.no_perf = true;
+    llama_sampler * chain = llama_sampler_chain_init(params);
+    if (plb::has_penalties(p)) {
+        llama_sampler_chain_add(chain, llama_sampler_init_penalties(
+            n_vocab, p.penalty_last_n, p.repeat_penalty, p.frequency_penalty, p.presence_penalty));
+    }
+    if (p.temperature == 0) {
+        llama_sampler_chain_add(chain, llama_sampler_init_greedy());
+        return plb::sampler_ptr(chain);
+    }
+    if (p.top_k > 0) {
+        llama_sampler_chain_add(chain, llama_sampler_init_top_k(p.top_k));
+    }
+    llama_sampler_chain_add(chain, llama_sampler_init_top_p(p.top_p, 0));
+    llama_sampler_chain_add(chain, llama_sampler_init_min_p(p.min_p, 0));
+    llama_sampler_chain_add(chain, llama_sampler_init_temp_ext(p.temperature, 0, 1));
+    llama_sampler_chain_add(chain, llama_sampler_init_dist(seed));
+    return plb::sampler_ptr(chain);
+}
+
+// One row through one set of kernels, in one piece or in parts.
+struct one_row {
+    plb::fused_memory memory;
+    fused_row         row;
+    plb::fused_request request;
+
+    explicit one_row(int32_t n_vocab) : memory(n_vocab) {}
+
+    llama_token sample(const plb::kernels & set, std::vector<float> & x, const plb_sampling & p,
+                       plb::fused_state & state, int32_t n_parts = 1) {
+        request.logits = x.data();
+        request.params = &p;
+        request.state  = &state;
+        row.bind(set, memory, n_parts > 1);
+        for (auto pass = row.begin(request); pass != fused_row::NONE; pass = row.next()) {
+            for (int32_t i = 0; i < n_parts; ++i) {
+                row.run(pass, (int32_t) ((int64_t) row.n_blocks() * i / n_parts),
+                        (int32_t) ((int64_t) row.n_blocks() * (i + 1) / n_parts));
+            }
+        }
+        return request.token;
+    }
+};
+
+struct comparison {
+    long rows = 0, lists = 0, by_index = 0, large = 0, large_same = 0, moved = 0;
+    double worst = 0, most_moved = 0;
+};
+
+// The candidates, their order where the chain's is promised, and their probabilities.
+void compare(const one_row & ours, const llama_token_data_array & theirs, const std::vector<float> & x,
+             const plb_sampling & p, comparison & counts, std::vector<char> & marks) {
+    const size_t n = theirs.size;
+    double moved = 0; // weight of candidates that only one of the two has, in the sum of ours
+    const auto close = [&](double a, double b) {
+        const double difference = std::fabs(a - b) - 1.1 * a * moved;
+        counts.worst = std::max(counts.worst, difference);
+        CHECK(difference < 1e-5);
+    };
+    if (ours.row.n_list() > 0) {
+        ++counts.lists;
+        const plb::candidate * list = ours.memory.list.get();
+        double sum = 0;
+        for (int32_t i = 0; i < ours.row.n_list() && n > 1; ++i) {
+            sum += list[i].logit;
+        }
+        size_t at = 0; // the chain's list may hold excluded tokens
+        for (int32_t i = 0; i < ours.row.n_list(); ++i, ++at) {
+            if (n > 1 && list[i].logit == 0) {
+                --at;
+                continue;
+            }
+            while (at < n && theirs.data[at].p == 0) {
+                ++at;
+            }
+            CHECK(at < n);
+            CHECK_EQ(list[i].id, theirs.data[at].id);
+            if (n > 1) {
+                close(list[i].logit / sum, theirs.data[at].p);
+            }
+        }
+        for (; at < n; ++at) {
+            CHECK(theirs.data[at].p == 0);
+        }
+        return;
+    }
+    // a set: what ours keeps, and what theirs does
+    const float top = *std::max_element(x.begin(), x.end());
+    double sum = 0;
+    std::fill(marks.begin(), marks.end(), (char) 0);
+    for (size_t i = 0; i < x.size(); ++i) {
+        marks[i] = ours.row.kept().keeps(x[i], (int32_t) i);
+        sum += marks[i] ? std::exp(((double) x[i] - top) / p.temperature) : 0;
+    }
+    // which of the tokens at its end, where these are equal, is in is nobody's promise
+    long n_moved = 0, at_end = 0;
+    const float end = ours.row.kept().logit;
+    const auto weight = [&](size_t id) {
+        return std::exp(((double) x[id] - top) / p.temperature) / sum;
+    };
+    for (size_t i = 0; i < n; ++i) {
+        const llama_token id = theirs.data[i].id;
+        if (!marks[id]) {
+            const bool tie = x[id] == end;
+            at_end += tie;
+            n_moved += !tie && weight(id) > 0;
+            moved += tie ? 0 : weight(id);
+        }
+        marks[id] |= 2;
+    }
+    for (size_t i = 0; i < x.size(); ++i) {
+        if (marks[i] == 1) {
+            const bool tie = x[i] == end;
+            at_end -= tie;
+            n_moved += !tie && weight(i) > 0;
+            moved += tie ? 0 : weight(i);
+        }
+    }
+    n_moved += std::labs(at_end);
+    moved += (double) std::labs(at_end) * std::exp(((double) end - top) / p.temperature) / sum;
+    for (size_t i = 0; i < n; ++i) {
+        if (marks[theirs.data[i].id] == 3) {
+            close(weight((size_t) theirs.data[i].id), theirs.data[i].p);
+        }
+    }
+    counts.most_moved = std::max(counts.most_moved, moved);
+    counts.moved += n_moved;
+    if (p.top_p < 1) {
+        ++counts.large; // the chain's end of it is where its float sum gets to
+        CHECK(moved < 0.02);
+    } else {
+        ++counts.by_index;
+        CHECK(moved < 1e-6);
+    }
+}
+
+void same_as_chain(long n_rows, std::vector<const plb::kernels *> & sets) {
+    const plb_sampling variants[] = {
+        sampling(0, 40, 0.95f, 0.05f),    sampling(0.8f, 40, 0.95f, 0.05f), sampling(1, 40, 1, 0),
+        sampling(0.7f, 128, 1, 0),        sampling(1, 129, 0.99f, 0),       sampling(0.7f, 1000, 0.9f, 0),
+        sampling(1, 5000, 0.9f, 0.001f),  sampling(1, 1, 1, 0),             sampling(1, 0, 0.95f, 0),
+        sampling(0.8f, 0, 0.5f, 0),       sampling(0.8f, 0, 0.99f, 0.01f),  sampling(0.8f, 0, 1, 0.05f),
+        sampling(1.3f, 0, 1, 1e-4f),      sampling(0.8f, 0, 1, 0),          sampling(1, 0, 1, 0),
+        sampling(2.5f, 0, 0.999f, 0),     sampling(0.9f, INT32_MAX, 0.9f, 0.02f),
+        sampling(1, 0, 0, 0),             sampling(1, 20000, 1, 0),         sampling(0.3f, 0, 0.9f, 1),
+    };
+    constexpr int32_t N_VARIANTS = sizeof(variants) / sizeof(variants[0]);
+    std::mt19937 random(11);
+    comparison counts;
+    const int32_t sizes[] = {61, 300, 1000, 1025, 5000, 32000, 151936, 262144};
+    const double  share[] = {0.1, 0.1, 0.1, 0.1, 0.1, 0.3, 0.1, 0.1};
+    for (int32_t s = 0; s < 8; ++s) {
+        const int32_t n = sizes[s];
+        one_row ours(n);
+        std::vector<float> x(n), before(n);
+        std::vector<char> marks(n);
+        std::vector<llama_token_data> data(n);
+        const long wanted = (long) (share[s] * (double) n_rows);
+        const long each = std::max(1L, wanted / N_VARIANTS);
+        long done = 0;
+        for (int32_t variant = 0; variant < N_VARIANTS; ++variant) {
+            const plb_sampling & p = variants[variant];
+            plb::fused_state state(p, 99, 1000, n, 0);
+            auto chain = chain_of(p, n, 99);
+            for (long i = 0; i < each; ++i, ++done) {
+                fill(x, (int32_t) ((i + 3 * variant) % N_SHAPES), random);
+                before = x;
+                for (int32_t j = 0; j < n; ++j) {
+                    data[j] = {j, x[j], 0};
+                }
+                llama_token_data_array theirs = {data.data(), (size_t) n, -1, false};
+                llama_sampler_apply(chain.get(), &theirs);
+                const llama_token expected = theirs.data[theirs.selected].id;
+                const plb::kernels & set = *sets[(size_t) (i % (long) sets.size())];
+                const llama_token token = ours.sample(set, x, p, state, i % 4 == 3 ? 3 : 1);
+                CHECK_EQ(ours.request.error, 0);
+                CHECK(memcmp(x.data(), before.data(), sizeof(float) * (size_t) n) == 0);
+                const bool promised = p.temperature == 0 || theirs.size <= 1024 ||
+                                      (p.top_k <= 0 && p.top_p == 1);
+                if (promised && token != expected) {
+                    fprintf(stderr, "%s, %s, vocabulary %d, variant %d, row %ld: %d, the chain %d\n",
+                            set.name, SHAPES[(i + 3 * variant) % N_SHAPES], n, variant, i, token,
+                            expected);
+                    exit(1);
+                }
+                counts.large_same += !promised && token == expected;
+                if (p.temperature > 0) {
+                    compare(ours, theirs, x, p, counts, marks);
+                }
+            }
+        }
+        counts.rows += done;
+    }
+    printf("%ld rows: %ld lists, %ld by index, %ld large nuclei (%ld same tokens, %ld candidates "
+           "moved in all, at most %.1e of the weight), largest difference of a probability %.1e\n",
+           counts.rows, counts.lists, counts.by_index, counts.large, counts.large_same, counts.moved,
+           counts.most_moved, counts.worst);
+}
+
+// A nucleus of thousands, which has an order of its own: the frequencies are the probabilities.
+void distribution(const plb::kernels & set) {
+    const int32_t n = 32000;
+    std::mt19937 random(5);
+    std::vector<float> x(n);
+    fill(x, 0, random);
+    for (const float temperature : {1.0f, 0.7f}) {
+        const plb_sampling p = sampling(temperature, 0, 0.9f, 0);
+        plb::fused_state state(p, 3, 100, n, 0);
+        one_row ours(n);
+        constexpr int32_t GROUPS = 50, DRAWS = 20000;
+        std::vector<double> expected(GROUPS), seen(GROUPS);
+        ours.sample(set, x, p, state);
+        CHECK_EQ(ours.row.n_list(), 0);
+        double sum = 0;
+        for (int32_t i = 0; i < n; ++i) {
+            const double w = ours.row.kept().keeps(x[i], i) ? std::exp(x[i] / temperature) : 0;
+            expected[i % GROUPS] += w;
+            sum += w;
+        }
+        for (int32_t i = 0; i < DRAWS; ++i) {
+            const llama_token token = ours.sample(set, x, p, state);
+            CHECK(ours.row.kept().keeps(x[token], token));
+            seen[token % GROUPS] += 1;
+        }
+        double chi_square = 0;
+        for (int32_t i = 0; i < GROUPS; ++i) {
+            const double e = expected[i] / sum * DRAWS;
+            chi_square += (seen[i] - e) * (seen[i] - e) / e;
+        }
+        CHECK(chi_square < 100); // 49 degrees of freedom: exceeded once in 40,000
+    }
+}
+
+// What vectors compute, against loops.
+void kernel_results(const plb::kernels & set) {
+    std::mt19937 random(2);
+    const int32_t n = 64 * 9 + 17;
+    std::vector<float> x(n);
+    for (int round = 0; round < 50; ++round) {
+        fill(x, round % N_SHAPES, random);
+        float tail[64];
+        std::fill(tail, tail + 64, -INFINITY);
+        memcpy(tail, &x[64 * 9], sizeof(float) * 17);
+        const plb::row_view row = {x.data(), tail, n, 9, 10};
+        float top[10];
+        CHECK(!set.scan(row, 0, 10, top));
+        for (int32_t b = 0; b < 10; ++b) {
+            const auto first = x.begin() + 64 * b;
+            CHECK(top[b] == *std::max_element(first, b == 9 ? x.end() : first + 64));
+        }
+        const float largest = *std::max_element(x.begin(), x.end());
+        CHECK(set.maximum(x.data(), 64 * 9) == *std::max_element(top, top + 9));
+        for (const float temp : {1.0f, 0.8f, 0.1f, 3.0f}) {
+            const plb::weighing how(temp, largest, -INFINITY);
+            double fast[10], exact[10], on_grid[10], all[10], upper[10];
+            float base[10], grid[10], each[64];
+            set.weigh(row, 0, 10, top, how, fast);
+            set.weigh_exactly(row, 0, 10, top, how, exact);
+            set.weigh_both(row, 0, 10, top, how, 0, all, upper);
+            set.weigh_on_grid(row, 0, 10, how, false, 0, 0, on_grid, upper, base, grid);
+            for (int32_t b = 0; b < 10; ++b) {
+                double truth = 0, chain = 0, above = 0;
+                set.weights(row.block(b), how, each);
+                for (int32_t i = 0; i < 64; ++i) {
+                    const float v = row.block(b)[i];
+                    const double w = std::exp(((double) v - largest) / temp);
+                    truth += w;
+                    above += v >= 0 ? w : 0;
+                    const float theirs = expf((temp == 1 ? v : v / temp) - largest / temp);
+                    chain += theirs;
+                    CHECK(std::fabs(each[i] - theirs) <= 1.2e-7 * theirs + 2e-38);
+                }
+                const double most = 2e-6 * (1 + std::fabs(largest / temp)) * truth + 1e-30;
+                CHECK(std::fabs(fast[b] - truth) <= most);
+                CHECK(std::fabs(on_grid[b] - truth) <= most);
+                CHECK(std::fabs(all[b] - truth) <= most);
+                CHECK(std::fabs(upper[b] - above) <= most);
+                CHECK(std::fabs(exact[b] - chain) <= 1e-7 * chain + 2e-36);
+            }
+        }
+        uint64_t expected = 0;
+        for (int32_t i = 0; i < 64; ++i) {
+            expected |= (uint64_t) (x[i] >= -0.5f && x[i] < 1) << i;
+        }
+        CHECK(set.between(x.data(), -0.5f, 1) == expected);
+    }
+    // a NaN anywhere
+    const plb::row_view row = {x.data(), nullptr, 64 * 9, 9, 9};
+    float top[9];
+    for (int32_t at = 0; at < 64 * 9; ++at) {
+        std::fill(x.begin(), x.end(), 1.0f);
+        x[at] = at % 2 ? NAN : -NAN;
+        CHECK(set.scan(row, 0, 9, top));
+    }
+}
+
+// Bias, exclusions, penalties, log-probabilities: through plb_rows, against the chain of the slot.
+void changes() {
+    const int32_t n = 3000, steps = 60;
+    std::mt19937 random(4);
+    std::vector<float> x(n);
+    const llama_logit_bias bias[] = {{7, 5.0f}, {9, -INFINITY}, {2999, 8.0f}, {7, 1.0f}};
+    const llama_token stop[] = {7, 2999};
+    const std::vector<llama_token> prompt = {7, 8, 9, 7, 2999, 7};
+    for (int variant = 0; variant < 24; ++variant) {
+        plb_sampling p = sampling(variant % 4 ? 0.9f : 0, variant % 3 ? 0 : 30,
+                                  variant % 2 ? 0.9f : 1, variant % 5 ? 0 : 0.02f);
+        p.repeat_penalty    = variant % 2 ? 1.3f : 0.8f;
+        p.frequency_penalty = variant % 3 ? 0.5f : 0;
+        p.presence_penalty  = variant % 5 ? 0.3f : -0.2f;
+        p.penalty_last_n    = variant % 3 == 0 ? 3 : variant % 3 == 1 ? 40 : 1;
+        p.n_logit_bias = 4;
+        p.logit_bias   = bias;
+        p.n_stop_tokens = 2;
+        p.stop_tokens   = stop;
+        p.min_tokens = steps;
+        p.max_tokens = steps;
+        p.n_logprobs = 6;
+        p.seed = (uint32_t) variant;
+        plb_rows * rows = nullptr;
+        CHECK_EQ(plb_rows_new(n, 2, 6, 1, &rows), PLB_OK);
+        p.path = PLB_PATH_CHAIN;
+        CHECK_EQ(plb_rows_set(rows, 0, &p, prompt.data(), (int32_t) prompt.size()), PLB_OK);
+        p.path = PLB_PATH_FUSED;
+        CHECK_EQ(plb_rows_set(rows, 1, &p, prompt.data(), (int32_t) prompt.size()), PLB_OK);
+        for (int step = 0; step < steps; ++step) {
+            fill(x, step % 6, random);
+            std::vector<float> both = x;
+            both.insert(both.end(), x.begin(), x.end());
+            plb_result  result[2];
+            llama_token top[12];
+            float       logprob[12];
+            CHECK_EQ(plb_rows_sample(rows, 2, both.data(), n, result, top, logprob), PLB_OK);
+            CHECK(memcmp(x.data(), both.data() + n, sizeof(float) * n) == 0);
+            CHECK_EQ(result[0].error, 0);
+            CHECK_EQ(result[1].error, 0);
+            CHECK_EQ(result[0].token, result[1].token);
+            CHECK(result[1].token != 7 && result[1].token != 9 && result[1].token != 2999);
+            CHECK_EQ(result[0].finish, result[1].finish);
+            CHECK(std::fabs(result[0].logprob - result[1].logprob) < 1e-5);
+            CHECK_EQ(result[1].n_top, 6);
+            for (int i = 0; i < 6; ++i) {
+                CHECK_EQ(top[i], top[6 + i]);
+                CHECK(std::fabs(logprob[i] - logprob[6 + i]) < 1e-5);
+            }
+        }
+        plb_rows_free(rows);
+    }
+}
+
+void bad_rows(const plb::kernels & set) {
+    const int32_t n = 200;
+    one_row ours(n);
+    for (const plb_sampling & p : {sampling(0, 0, 1, 0), sampling(0.8f, 40, 0.95f, 0.05f),
+                                   sampling(1, 0, 0.9f, 0), sampling(0.8f, 0, 1, 0)}) {
+        plb::fused_state state(p, 1, 100, n, 8);
+        std::vector<float> x(n, 1.0f);
+        for (const float bad : {NAN, -NAN, INFINITY}) {
+            for (int32_t at = 0; at < n; at += 7) {
+                x[at] = bad;
+                ours.request = {};
+                ours.sample(set, x, p, state);
+                CHECK_EQ(ours.request.error, PLB_E_LOGITS);
+                // also where the token is excluded
+                const llama_token never = at;
+                ours.request.never[0] = {&never, 1};
+                ours.sample(set, x, p, state);
+                CHECK_EQ(ours.request.error, PLB_E_LOGITS);
+                CHECK(!(x[at] < INFINITY));
+                x[at] = 1;
+            }
+        }
+        ours.request = {};
+        std::fill(x.begin(), x.end(), -INFINITY);
+        ours.sample(set, x, p, state);
+        CHECK_EQ(ours.request.error, PLB_E_LOGITS);
+        x[5] = -1e30f;
+        CHECK_EQ(ours.sample(set, x, p, state), 5);
+        const llama_token five = 5;
+        ours.request.never[0] = {&five, 1};
+        ours.sample(set, x, p, state);
+        CHECK_EQ(ours.request.error, PLB_E_NO_CANDIDATE);
+        CHECK(x[5] == -1e30f);
+        ours.request = {};
+    }
+}
+
+void window() {
+    std::mt19937 random(8);
+    for (const int32_t last_n : {1, 2, 7, 64, 300}) {
+        plb::penalty_window ours(last_n, 50);
+        std::vector<llama_token> all;
+        for (int i = 0; i < 2000; ++i) {
+            all.push_back((llama_token) (random() % 50));
+            ours.add(all.back());
+            int32_t count[50] = {};
+            for (size_t j = all.size() - std::min(all.size(), (size_t) last_n); j < all.size(); ++j) {
+                ++count[all[j]];
+            }
+            for (const auto & seen : ours) {
+                CHECK_EQ(seen.count, count[seen.token]);
+                count[seen.token] = 0;
+            }
+            CHECK(std::all_of(count, count + 50, [](int32_t c) { return c == 0; }));
+        }
+    }
+}
+
+void pool_runs_each_task_once() {
+    for (const int32_t n_threads : {1, 2, 3, 8}) {
+        plb::pool pool(n_threads);
+        CHECK_EQ(pool.size(), n_threads);
+        struct {
+            int32_t n_threads;
+            std::atomic<int32_t> done[100];
+            std::atomic<int32_t> inside[8];
+        } tasks = {};
+        tasks.n_threads = n_threads;
+        for (int32_t round = 1; round <= 2000; ++round) {
+            const int32_t n = round % 100 + 1;
+            for (auto & done : tasks.done) {
+                done = 0;
+            }
+            pool.run(n, [](void * context, int32_t i, int32_t thread) {
+                auto & t = *static_cast<decltype(&tasks)>(context);
+                CHECK(thread >= 0 && thread < t.n_threads);
+                CHECK_EQ(t.inside[thread]++, 0);
+                ++t.done[i];
+                --t.inside[thread];
+            }, &tasks);
+            for (int32_t i = 0; i < 100; ++i) {
+                CHECK_EQ(tasks.done[i], i < n);
+            }
+            if (round % 200 == 0) { // long enough for all to park
+                std::this_thread::sleep_for(std::chrono::milliseconds(2));
+            }
+        }
+    }
+}
+
+// The tokens do not depend on the number of threads, and no call allocates.
+void threads_agree() {
+    const int32_t n = 40000, n_rows = 6;
+    std::mt19937 random(21);
+    std::vector<float> x((size_t) n * n_rows), row(n);
+    std::vector<std::vector<llama_token>> tokens;
+    for (const int32_t n_threads : {1, 4, 16}) {
+        plb_rows * rows = nullptr;
+        CHECK_EQ(plb_rows_new(n, n_rows, 2, n_threads, &rows), PLB_OK);
+        CHECK_EQ(plb_rows_threads(rows), n_threads);
+        const plb_sampling variants[] = {sampling(0.8f, 40, 0.95f, 0.05f), sampling(1, 0, 0.95f, 0),
+                                         sampling(0.8f, 0, 1, 0), sampling(0, 0, 1, 0),
+                                         sampling(1, 0, 0.5f, 0), sampling(1.2f, 500, 0.9f, 0)};
+        for (int32_t i = 0; i < n_rows; ++i) {
+            plb_sampling p = variants[i];
+            p.seed = (uint32_t) i;
+            p.path = i == 5 ? PLB_PATH_CHAIN : PLB_PATH_AUTO;
+            p.n_logprobs = i % 3;
+            CHECK_EQ(plb_rows_set(rows, i, &p, nullptr, 0), PLB_OK);
+        }
+        random.seed(21);
+        std::vector<llama_token> found;
+        for (int32_t round = 0; round < 30; ++round) {
+            for (int32_t i = 0; i < n_rows; ++i) {
+                fill(row, (round + i) % N_SHAPES, random);
+                std::copy(row.begin(), row.end(), x.begin() + (int64_t) n * i);
+            }
+            plb_result  result[n_rows];
+            llama_token top[2 * n_rows];
+            float       logprob[2 * n_rows];
+            const int32_t now = round % 3 ? 5 : n_rows; // with and without the chain's row
+            const long before = n_allocations;
+            CHECK_EQ(plb_rows_sample(rows, now, x.data(), n, result, top, logprob), PLB_OK);
+            CHECK(now == n_rows || n_allocations == before); // the chain's own top-k allocates
+            for (int32_t i = 0; i < now; ++i) {
+                CHECK_EQ(result[i].error, 0);
+                found.push_back(result[i].token);
+            }
+        }
+        tokens.push_back(found);
+        plb_rows_free(rows);
+    }
+    CHECK(tokens[0] == tokens[1] && tokens[0] == tokens[2]);
+}
+
+} // namespace
+
+int main() {
+    std::vector<const plb::kernels *> sets;
+    for (const char * name : {"avx512", "avx2", "base"}) {
+        if (const plb::kernels * set = plb::kernels_named(name)) {
+            sets.push_back(set);
+            kernel_results(*set);
+            bad_rows(*set);
+        }
+    }
+    CHECK(!sets.empty());
+    window();
+    changes();
+    pool_runs_each_task_once();
+    threads_agree();
+    distribution(*sets[0]);
+    const char * asked = getenv("PLB_TEST_ROWS");
+    same_as_chain(asked == nullptr ? 3000 : atol(asked), sets);
+    return 0;
+}
