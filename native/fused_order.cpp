@@ -35,6 +35,28 @@ int32_t lowest_bit(uint64_t bits) {
     return __builtin_ctzll(bits);
 }
 
+// One step of std::partial_sort: a candidate above the smallest of the k so far takes its place in
+// the heap. Which of the equal ones end where depends on how the library does it.
+void take_in(candidate * heap, int32_t k, candidate taken) {
+#if defined(_LIBCPP_VERSION)
+    // from the top down, as far as it has to
+    int32_t hole = 0;
+    for (int32_t child = 1; child < k; child = 2 * hole + 1) {
+        child += child + 1 < k && larger(heap[child], heap[child + 1]);
+        if (larger(heap[child], taken)) {
+            break;
+        }
+        heap[hole] = heap[child];
+        hole = child;
+    }
+    heap[hole] = taken;
+#else
+    // the hole at the top goes all the way down, the new one up from there: std::pop_heap
+    heap[k] = taken;
+    std::pop_heap(heap, heap + k + 1, larger);
+#endif
+}
+
 } // namespace
 
 // The candidates x >= low for which keep(x) holds, in index order: how many, -1 if over limit.
@@ -175,8 +197,7 @@ int32_t fused_row::order_by_heap(int32_t k) {
         for (; bits != 0; bits &= bits - 1) {
             const int32_t i = lowest_bit(bits);
             if (x[i] > heap[0].logit) {
-                heap[k] = {x[i], b * BLOCK + i};
-                std::pop_heap(heap, heap + k + 1, larger); // the new one in, the smallest out
+                take_in(heap, k, {x[i], b * BLOCK + i});
             }
         }
     }
@@ -207,8 +228,7 @@ void fused_row::heap_of_bucket(candidate * heap, int32_t bucket, int32_t k) cons
                     std::make_heap(heap, heap + k, larger);
                 }
             } else if (x[i] > heap[0].logit) {
-                heap[k] = {x[i], id};
-                std::pop_heap(heap, heap + k + 1, larger);
+                take_in(heap, k, {x[i], id});
             }
         }
     }

@@ -477,6 +477,31 @@ void bad_rows(const plb::kernels & set) {
     }
 }
 
+// The order of equal logits is that of std::partial_sort over all of them.
+void heap_order(const plb::kernels & set) {
+    std::mt19937 random(6);
+    for (const int32_t n : {50, 64, 1000, 20000}) {
+        one_row ours(n);
+        std::vector<float> x(n);
+        std::vector<plb::candidate> all(n);
+        for (int32_t i = 0; i < 60; ++i) {
+            fill(x, i % N_SHAPES, random);
+            const plb_sampling p = sampling(1, std::min(n, 1 + i * 2), 1, 0);
+            plb::fused_state state(p, 1, 100, n, 0);
+            ours.sample(set, x, p, state);
+            CHECK_EQ(ours.row.n_list(), p.top_k);
+            for (int32_t j = 0; j < n; ++j) {
+                all[j] = {x[j], j};
+            }
+            std::partial_sort(all.begin(), all.begin() + p.top_k, all.end(),
+                              [](const auto & a, const auto & b) { return a.logit > b.logit; });
+            for (int32_t j = 0; j < p.top_k; ++j) {
+                CHECK_EQ(ours.memory.list[j].id, all[j].id);
+            }
+        }
+    }
+}
+
 void window() {
     std::mt19937 random(8);
     for (const int32_t last_n : {1, 2, 7, 64, 300}) {
@@ -587,6 +612,7 @@ int main() {
         }
     }
     CHECK(!sets.empty());
+    heap_order(*sets[0]);
     window();
     changes();
     pool_runs_each_task_once();
