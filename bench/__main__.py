@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import decode
+from bench import decode, sampler
 from bench.models import quantised
 from bench.shapes import SHAPES
 from bench.tools import ToolError, tool
@@ -17,6 +17,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("list", help="the benches and the model shapes")
     decode_parser = commands.add_parser("decode", help=decode.__doc__)
     decode.add_arguments(decode_parser)
+    sampler_parser = commands.add_parser("sampler", help=sampler.__doc__)
+    sampler.add_arguments(sampler_parser)
     model_parser = commands.add_parser("model", help="write a random-weight model, print its path")
     model_parser.add_argument("shape", choices=sorted(SHAPES))
     model_parser.add_argument("--type", default="Q4_K_M")
@@ -26,12 +28,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "decode":
             return decode.main(options)
+        if options.command == "sampler":
+            return sampler.main(options)
         if options.command == "model":
             print(quantised(SHAPES[options.shape], options.type))
         elif options.command == "tool":
             print(tool(options.name))
         else:
-            print("decode    decode-only speed of our layers beside llama-batched-bench\n")
+            print("decode    decode-only speed of our layers beside llama-batched-bench")
+            print("sampler   sampling alone: rows of random logits, no model\n")
             for shape in SHAPES.values():
                 print(f"{shape.name:<13} {shape.n_params / 1e6:6.0f} M  {shape.source}")
     except ToolError as error:

@@ -1,0 +1,255 @@
+"""Sampling alone: rows of random logits, no model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bench import schema
+from bench.arms import build_facts
+from bench.cache import RESULTS
+from bench.quiet import undisturbed
+
+SCAN = "scan"
+SCANNED = "one vectorised scan of the row for its maximum: the yardstick"
+PARAMS: dict[str, dict[str, float]] = {
+    "greedy": {"temperature": 0},
+    "default": {"top_k": 40, "top_p": 0.95, "min_p": 0.05, "temperature": 0.8},
+    "top-p": {"top_p": 0.95, "temperature": 1},
+    "temperature": {"temperature": 0.8},
+}
+LIMITS = {"greedy": 1.5, "default": 3.0, "top-p": 15.0, "temperature": 6.0}
+WORST = 0.4  # s that a repeat of one arm should take at least, for the watch on others
+
+F32 = npt.NDArray[np.float32]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=int, default=1, help="rows sampled in one call")
+    parser.add_argument("--vocab", type=int, default=262144, help="logits per row")
+    parser.add_argument(
+        "--spread", default="3", help="standard deviations of the normal logits, comma separated"
+    )
+    parser.add_argument("--arms", default="", help=f"comma separated; {','.join(PARAMS)}")
+    parser.add_argument("--chain", action="store_true", help="libllama's chain beside each arm")
+    parser.add_argument(
+        "--threads", help="comma separated (1; with several rows 1 and one per core)"
+    )
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="seconds instead of a minute")
+    parser.add_argument("--undisturbed", type=float, metavar="CORES", help="as in decode")
+    parser.add_argument("--out", type=Path, help="JSONL to append to (default bench/results)")
+
+
+@dataclass(frozen=True)
+class SamplerArm:
+    """`call()` samples all rows once."""
+
+    name: str
+    sampling: str
+    path: str
+    n_threads: int
+    call: Callable[[], None]
+    keep: Any
+
+
+def main(options: argparse.Namespace) -> int:
+    names = options.arms.split(",") if options.arms else list(PARAMS)
+    unknown = [name for name in names if name not in PARAMS]
+    if unknown or options.vocab % 64 or options.vocab < 64 or options.rows < 1:
+        raise SystemExit(f"--arms {', '.join(PARAMS)}; --vocab a multiple of 64; --rows 1 or more")
+    cores = schema.machine()["n_cores"]
+    some = options.threads or ("1" if options.rows == 1 else f"1,{cores}")
+    threads = list(dict.fromkeys(int(word) for word in some.split(",")))
+    out = options.out or RESULTS / f"sampler-{sys.platform}-{cores}core.jsonl"
+    for spread in (float(word) for word in options.spread.split(",")):
+        rows = []
+        for row in measure(options, names, threads, spread):
+            schema.append(out, [row])
+            rows.append(row)
+        print(f"\n{options.rows} x {options.vocab} normal logits, spread {spread:g}: ", end="")
+        print(f"medians of {options.repeats} repeats\n")
+        print(table(rows, options.rows, threads))
+    print(f"\nrows: {out}")
+    return 0
+
+
+def measure(
+    options: argparse.Namespace, names: list[str], threads: list[int], spread: float
+) -> Iterator[schema.Row]:
+    """Rows as they are measured.  In each repeat every arm in turn, odd repeats backwards; within a
+    repeat each call of an arm follows a scan of the same row, so that both see the same machine."""
+    logits = normal_logits(options.rows, options.vocab, spread, options.seed)
+    arms = [
+        make_arm(name, path, n, logits, options.seed)
+        for name in names
+        for path in (("fused", "chain") if options.chain else ("fused",))
+        for n in threads
+    ]
+    scan = scanner(logits)
+    facts = build_facts() | {"model_type": "", "model_size": 0, "model_n_params": 0}
+    run_id = uuid.uuid4().hex[:12]
+    for arm in arms:  # pages and threads are there before anything counts
+        arm.call()
+    for repeat in range(1 if options.quick else options.repeats):
+        for arm in arms if repeat % 2 == 0 else arms[::-1]:
+            moment = schema.now()
+            least = 0.02 if options.quick else WORST
+            (t_scan, t_call), others = undisturbed(
+                lambda arm=arm, least=least: times(scan, arm.call, least), options.undisturbed
+            )
+            detail = {"scan_s": t_scan, "over_scan": t_call / t_scan, "spread": spread}
+            yield make_row(arm, options, t_call, facts | moment, run_id, repeat, detail, others)
+
+
+def times(scan: Callable[[], None], call: Callable[[], None], least: float) -> tuple[float, float]:
+    """Medians, in s, of one scan and of one call."""
+    scans: list[int] = []
+    calls: list[int] = []
+    began = time.perf_counter_ns()
+    while len(calls) < 5 or time.perf_counter_ns() - began < least * 1e9:
+        t0 = time.perf_counter_ns()
+        scan()
+        t1 = time.perf_counter_ns()
+        call()
+        t2 = time.perf_counter_ns()
+        scans.append(t1 - t0)
+        calls.append(t2 - t1)
+    return median(scans) / 1e9, median(calls) / 1e9
+
+
+def normal_logits(n_rows: int, n_vocab: int, spread: float, seed: int) -> F32:
+    generator = np.random.default_rng(seed)
+    logits = generator.standard_normal((n_rows, n_vocab), dtype=np.float32)
+    logits *= np.float32(spread)
+    return logits
+
+
+def scanner(logits: F32) -> Callable[[], None]:
+    from pyllamabatch.raw import ffi, lib
+
+    row = ffi.from_buffer("float[]", logits[0])
+    n, maximum = logits.shape[1], lib.plb_rows_maximum
+
+    def scan() -> None:
+        maximum(row, n)
+
+    return scan
+
+
+def make_arm(name: str, path: str, n_threads: int, logits: F32, seed: int) -> SamplerArm:
+    from pyllamabatch.raw import ffi, lib
+
+    n_rows, n_vocab = logits.shape
+    out = ffi.new("plb_rows **")
+    code = lib.plb_rows_new(n_vocab, n_rows, 0, n_threads, out)
+    if code:
+        raise SystemExit(f"plb_rows_new: {ffi.string(lib.plb_code_text(code)).decode()}")
+    rows = ffi.gc(out[0], lib.plb_rows_free)
+    sampling = ffi.new("plb_sampling *", lib.plb_sampling_default())
+    sampling.max_tokens = 2**31 - 1
+    sampling.top_k, sampling.top_p, sampling.min_p = 0, 1, 0
+    sampling.path = lib.PLB_PATH_CHAIN if path == "chain" else lib.PLB_PATH_FUSED
+    for key, value in PARAMS[name].items():
+        setattr(sampling, key, int(value) if key == "top_k" else value)
+    for i in range(n_rows):
+        sampling.seed = seed + i
+        lib.plb_rows_set(rows, i, sampling, ffi.NULL, 0)
+    buffer = ffi.from_buffer("float[]", logits.reshape(-1))
+    results = ffi.new("plb_result[]", n_rows)
+    sample = lib.plb_rows_sample
+
+    def call() -> None:
+        sample(rows, n_rows, buffer, n_vocab, results, ffi.NULL, ffi.NULL)
+
+    call()
+    if any(result.error for result in results):
+        raise SystemExit(f"{name}: a row was not sampled")
+    threads = "1 thread" if n_threads == 1 else f"{n_threads} threads"
+    label = f"{name}, {threads}" if path == "fused" else f"{name}, chain, {threads}"
+    return SamplerArm(label, name, path, n_threads, call, (rows, results, buffer))
+
+
+def make_row(
+    arm: SamplerArm,
+    options: argparse.Namespace,
+    t_call: float,
+    facts: dict[str, Any],
+    run_id: str,
+    repeat: int,
+    detail: dict[str, float],
+    others: float,
+) -> schema.Row:
+    includes = {
+        "fused": "one plb_rows_sample: check, penalties, truncation and draw of all rows",
+        "chain": "the same with a chain of libllama's samplers per row",
+    }[arm.path]
+    return schema.Row(
+        bench="sampler",
+        arm=arm.name,
+        includes=f"{includes}; scan_s: {SCANNED}",
+        run_id=run_id,
+        repeat=repeat,
+        sampling=arm.sampling,
+        **schema.machine(),
+        **facts,
+        model_filename=f"{options.vocab} normal logits",
+        model_seed=options.seed,
+        seed=options.seed,
+        n_kv_max=0,
+        n_batch=0,
+        n_ubatch=0,
+        flash_attn=-1,
+        kv_unified=False,
+        type_k="",
+        type_v="",
+        n_gpu_layers=0,
+        n_threads=arm.n_threads,
+        n_threads_batch=arm.n_threads,
+        pp=0,
+        tg=1,
+        pl=options.rows,
+        n_kv=0,
+        detail=detail | {"other_cpu": round(others, 3)},
+        **schema.speeds(pp=0, tg=1, pl=options.rows, t_pp=0.0, t_tg=t_call),
+    )
+
+
+def table(rows: list[schema.Row], n_rows: int, threads: list[int]) -> str:
+    """Time over one scan for one row, speed-up over one thread for several."""
+    several = n_rows > 1
+    what = "speed-up over 1 thread" if several else "over one scan"
+    lines = [f"| arm | us a call | {what} | at most |", "|---|--:|--:|--:|"]
+    if several:
+        lines[0] = lines[0].replace("at most", "us a row")
+    for arm in dict.fromkeys(row.arm for row in rows):
+        mine = [row for row in rows if row.arm == arm]
+        t = median(row.t_tg for row in mine)
+        if several:
+            alone = {
+                row.repeat: row.t_tg
+                for row in rows
+                if row.n_threads == 1
+                and row.sampling == mine[0].sampling
+                and ("chain" in row.arm) == ("chain" in arm)
+            }
+            speedups = [alone[row.repeat] / row.t_tg for row in mine if row.repeat in alone]
+            figure = f"{median(speedups):.2f}" if speedups else "—"
+            last = f"{t * 1e6 / n_rows:.1f}"
+        else:
+            figure = f"{median(row.detail['over_scan'] for row in mine):.2f}"
+            last = f"{LIMITS[mine[0].sampling]:g}" if "chain" not in arm else ""
+        lines.append(f"| {arm} | {t * 1e6:.1f} | {figure} | {last} |")
+    scan = median(row.detail["scan_s"] for row in rows)
+    return "\n".join(lines) + f"\n\none scan: {scan * 1e6:.1f} us"
