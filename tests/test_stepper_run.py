@@ -42,9 +42,10 @@ def context(model: Model) -> Iterator[Context]:
         yield context
 
 
-@pytest.fixture
-def stepper(context: Context) -> Iterator[Stepper]:
-    with Stepper(context) as stepper:
+@pytest.fixture(params=["auto", "chain"])
+def stepper(context: Context, request: pytest.FixtureRequest) -> Iterator[Stepper]:
+    """Both ways to sample: the fused sampler where it can, and libllama's chain."""
+    with Stepper(context, sampler=request.param) as stepper:
         yield stepper
 
 
