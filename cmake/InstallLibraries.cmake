@@ -14,6 +14,13 @@ set_property(TARGET ${libraries} PROPERTY SOVERSION)
 set_property(TARGET ${libraries} PROPERTY PUBLIC_HEADER)
 set_target_properties(${libraries} PROPERTIES
     INSTALL_RPATH "${origin}" BUILD_WITH_INSTALL_RPATH OFF MACOSX_RPATH ON)
+if (CMAKE_SYSTEM_NAME STREQUAL "Linux")
+    # CUDA's static libraries may bring a part of libstdc++ along; a copy that the other libraries
+    # would find before the real one crashes them.
+    foreach(library ${libraries})
+        target_link_options(${library} PRIVATE LINKER:--exclude-libs,ALL)
+    endforeach()
+endif()
 set_target_properties(_native PROPERTIES INSTALL_RPATH "${origin}/lib" MACOSX_RPATH ON)
 
 install(TARGETS _native LIBRARY DESTINATION pyllamabatch COMPONENT pyllamabatch)
