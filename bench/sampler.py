@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,7 +30,7 @@ PARAMS: dict[str, dict[str, float]] = {
     "temperature": {"temperature": 0.8},
 }
 LIMITS = {"greedy": 1.5, "default": 3.0, "top-p": 15.0, "temperature": 6.0}
-WORST = 0.4  # s that a repeat of one arm should take at least, for the watch on others
+LEAST_S = 0.4  # of a repeat of one arm, so that the watch on others sees them
 
 F32 = npt.NDArray[np.float32]
 
@@ -79,7 +80,7 @@ def main(options: argparse.Namespace) -> int:
             schema.append(out, [row])
             rows.append(row)
         print(f"\n{options.rows} x {options.vocab} normal logits, spread {spread:g}: ", end="")
-        print(f"medians of {options.repeats} repeats\n")
+        print(f"medians of {rows[-1].repeat + 1} repeats\n")
         print(table(rows, options.rows, threads))
     print(f"\nrows: {out}")
     return 0
@@ -105,10 +106,9 @@ def measure(
     for repeat in range(1 if options.quick else options.repeats):
         for arm in arms if repeat % 2 == 0 else arms[::-1]:
             moment = schema.now()
-            least = 0.02 if options.quick else WORST
-            (t_scan, t_call), others = undisturbed(
-                lambda arm=arm, least=least: times(scan, arm.call, least), options.undisturbed
-            )
+            least = 0.02 if options.quick else LEAST_S
+            run = partial(times, scan, arm.call, least)
+            (t_scan, t_call), others = undisturbed(run, options.undisturbed)
             detail = {"scan_s": t_scan, "over_scan": t_call / t_scan, "spread": spread}
             yield make_row(arm, options, t_call, facts | moment, run_id, repeat, detail, others)
 
