@@ -241,7 +241,8 @@ fused_row::pass fused_row::after_scan() {
     if (p.top_k > 0 && (p.top_k < row_.n || p.top_p < 1 || row_.n <= LIST)) {
         const int32_t k = std::min(p.top_k, row_.n);
         const int32_t n = k <= HEAP_MAX ? order_by_heap(k) : order_top(k);
-        return draw_from_list(p.top_p < 1 ? nucleus(n, NAN) : n, true);
+        const int32_t kept = p.top_p < 1 ? nucleus(n, NAN) : n;
+        return draw_from_list(kept > 0 ? kept : n, true);
     }
     if (p.top_p < 1) {
         return row_.n <= 1024 ? small_vocabulary() : by_top_p();
@@ -250,7 +251,8 @@ fused_row::pass fused_row::after_scan() {
 }
 
 // -- a list ---------------------------------------------------------------------------------------
-// The chain's top-p over the list: how many it keeps. sum: of all weights, NaN for the list's own.
+// The chain's top-p over the list: how many it keeps, 0 if the list ends before that. sum: of all
+// weights, NaN for the list's own.
 int32_t fused_row::nucleus(int32_t n, float sum) const {
     const candidate * list = m_->list.get();
     if (std::isnan(sum)) {
@@ -266,7 +268,7 @@ int32_t fused_row::nucleus(int32_t n, float sum) const {
             return i + 1;
         }
     }
-    return n;
+    return 0;
 }
 
 // Min-p of a sorted list, temperature, draw.

@@ -2,14 +2,18 @@
 // logits, with no candidate records and no full sort. It chooses what llama.cpp's chain of the same
 // parameters chooses (order: bias, penalties, top-k, top-p, min-p, temperature, draw):
 //
-// - the same token for the same seed wherever the chain draws in index order (no top-k, no top-p),
-//   or from at most LIST candidates. Among equal logits this holds where std::partial_sort and
-//   std::sort are those that libllama was built with, and a bucket of the chain's sort, where it
-//   has to be sorted as a whole, holds no more than LIST of them; else the smaller id goes first.
-// - else (a nucleus of more than LIST, or top_k > LIST) the same candidates up to the rounding of
-//   the chain's running float sum, the same probabilities, one draw in index order.
+// - The same token for the same seed where the chain draws in index order (neither top-k nor top-p),
+//   where there is a top-k below the vocabulary's size, and from a nucleus of up to 1,024 candidates.
+//   The order of equal logits is what std::partial_sort and std::sort make of the chain's array, so
+//   the same if libllama was built with the same standard library; only where a nucleus of more than
+//   256 reaches into a bucket of the chain's sort that holds more than LIST of them does the smaller
+//   id go first.
+// - Else (a larger nucleus) the candidates that the chain's running float sum leaves, up to the
+//   rounding of its cumulated probabilities, and one draw in index order: the same distribution, and
+//   a fixed token per seed.
 //
-// A NaN or +inf in the row is PLB_E_LOGITS, -inf excludes a token.
+// A NaN or +inf anywhere in the row is PLB_E_LOGITS, as is a row of nothing but -inf; -inf excludes
+// a token, and a row whose tokens are all excluded is PLB_E_NO_CANDIDATE.
 #pragma once
 
 #include "fused_kernels.hpp"
@@ -22,7 +26,7 @@
 
 namespace plb {
 
-constexpr int32_t LIST = 8192; // candidates that are kept as a list, in the chain's order
+constexpr int32_t LIST = 8192; // candidates that are put in order where nobody asked for so many
 
 // Whether these parameters can take this path: no grammar, no typical-p.
 bool fused_supports(const plb_sampling & params);

@@ -54,7 +54,8 @@ fused_row::pass fused_row::small_vocabulary() {
     } else {
         order_by_buckets(n);
     }
-    return draw_from_list(nucleus(n, sum), true);
+    const int32_t kept = nucleus(n, sum);
+    return draw_from_list(kept > 0 ? kept : n, true);
 }
 
 fused_row::pass fused_row::by_top_p() {
@@ -161,7 +162,7 @@ int32_t fused_row::list_nucleus(int32_t n, float sum) const {
                       nucleus(n, sum * (1 + GRID_ERROR)) != kept)) {
         return -1;
     }
-    return kept < n || n == row_.n ? kept : 0;
+    return kept == 0 && n == row_.n ? n : kept;
 }
 
 fused_row::pass fused_row::after_list_grid() {
@@ -229,10 +230,10 @@ fused_row::pass fused_row::bracket() {
         upper_ = b < N_BINS ? scale.edge(b) : INFINITY;
         // it may be small after all
         int32_t above = FIRST_TRY / 2;
-        for (int32_t i = N_BINS - 2; i >= b && above <= SMALL; --i) {
+        for (int32_t i = N_BINS - 2; i >= b && above <= 2 * SMALL; --i) {
             above += count[i] * stride;
         }
-        if (guess_error_ > 0 && above <= SMALL) {
+        if (guess_error_ > 0 && above <= 2 * SMALL) { // twice: the sample may be wrong about it
             list_end_ = low_;
             return make_list();
         }
