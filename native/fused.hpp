@@ -6,8 +6,8 @@
 //   where there is a top-k below the vocabulary's size, and from a nucleus of up to 1,024 candidates.
 //   The order of equal logits is what std::partial_sort and std::sort make of the chain's array, so
 //   the same if libllama was built with the same standard library; only where a nucleus of more than
-//   256 reaches into a bucket of the chain's sort that holds more than LIST of them does the smaller
-//   id go first.
+//   256 reaches into a bucket of the chain's sort that ends a list of more than BUCKETED tokens does
+//   the smaller id go first.
 // - Else (a larger nucleus) the candidates that the chain's running float sum leaves, up to the
 //   rounding of its cumulated probabilities, and one draw in index order: the same distribution, and
 //   a fixed token per seed.
@@ -26,7 +26,8 @@
 
 namespace plb {
 
-constexpr int32_t LIST = 8192; // candidates that are put in order where nobody asked for so many
+constexpr int32_t LIST     = 8192;  // candidates that are made a list where nobody asked for so many
+constexpr int32_t BUCKETED = 32768; // tokens that are sorted to have equal ones in the chain's order
 
 // Whether these parameters can take this path: no grammar, no typical-p.
 bool fused_supports(const plb_sampling & params);

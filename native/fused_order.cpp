@@ -280,11 +280,11 @@ int32_t fused_row::order_by_buckets(int32_t k) {
 }
 
 // The chain's sort of everything, down to `low` at least: how many the list then holds, at most
-// LIST, or -1. If a bucket holds too many, equal logits go by id.
+// BUCKETED, or -1. If the last bucket takes it beyond that, equal logits go by id.
 int32_t fused_row::order_all(float low) {
     const int32_t last = bucket_of(low);
     candidate * found = m_->list.get();
-    int32_t n = gather(found, floor_of(last), LIST, [=](float x) { return bucket_of(x) >= last; });
+    int32_t n = gather(found, floor_of(last), BUCKETED, [=](float x) { return bucket_of(x) >= last; });
     if (n < 0) {
         n = gather_above(low, LIST);
         if (n > 0) {
