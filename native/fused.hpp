@@ -177,7 +177,6 @@ private:
     pass after_split_weighing();
     pass after_list_grid();
     int32_t list_nucleus(int32_t n, float sum) const;
-    int32_t sample_bounds();
     pass bracket();
     pass after_bracket_weighing();
     cut  nucleus_edge(int32_t n, double above, double target);

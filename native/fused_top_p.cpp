@@ -157,23 +157,12 @@ float fused_row::running_sum() {
 // The chain's nucleus of the list: how many it keeps, 0 if the list ends before, -1 if it takes a
 // sum of exact weights to tell.
 int32_t fused_row::list_nucleus(int32_t n, float sum) const {
-    if (exactly_) {
-        const int32_t kept = nucleus(n, sum);
-        return kept == 0 && n == row_.n ? n : kept;
+    const int32_t kept = nucleus(n, sum);
+    if (!exactly_ && (nucleus(n, sum * (1 - GRID_ERROR)) != kept ||
+                      nucleus(n, sum * (1 + GRID_ERROR)) != kept)) {
+        return -1;
     }
-    const candidate * list = m_->list.get();
-    const float p = r_->params->top_p;
-    const float low = sum * (1 - GRID_ERROR), high = sum * (1 + GRID_ERROR);
-    float most = 0, least = 0;
-    for (int32_t i = 0; i < n; ++i) {
-        const float w = expf(list[i].logit - list[0].logit);
-        most  += w / low;
-        least += w / high;
-        if (most >= p) {
-            return least >= p ? i + 1 : -1;
-        }
-    }
-    return n == row_.n ? n : 0;
+    return kept == 0 && n == row_.n ? n : kept;
 }
 
 fused_row::pass fused_row::after_list_grid() {
@@ -205,65 +194,56 @@ fused_row::pass fused_row::after_list_grid() {
     return kept > 0 ? draw_from_list(kept, true) : bracket();
 }
 
-// Two bounds between which a large nucleus should end, from a sample of the row; roughly how many
-// candidates are above them.
-int32_t fused_row::sample_bounds() {
-    const int32_t stride = std::max(1, row_.n_full / SAMPLED);
-    const float top = start_ > -INFINITY ? start_ : largest_;
-    float least = top;
-    for (int32_t i = 0; i < row_.n_full * BLOCK; i += stride * BLOCK + 8) {
-        least = std::min(least, row_.x[i]);
-    }
-    const bins scale(std::max(least, largest_ - 60), top);
-    int32_t count[N_BINS] = {};
-    for (int32_t b = 0; b < row_.n_full; b += stride) {
-        const float * x = row_.block(b);
-        for (int32_t i = 0; i < BLOCK; ++i) {
-            ++count[scale.of(x[i])];
-        }
-    }
-    double sum[N_BINS]; // weight of the row's logits in a bin
-    double w = std::exp((double) (scale.low + scale.step / 2 - largest_)), lost = 0;
-    const double ratio = std::exp((double) scale.step);
-    for (int32_t i = 0; i < N_BINS; ++i, w *= ratio) {
-        sum[i] = count[i] * stride * w;
-        lost += w < 6e-8 * total_ ? sum[i] : 0;
-    }
-    const double excluded = (1 - (double) r_->params->top_p) * total_;
-    // weights below half a step of the chain's float sum are lost to it
-    on_grid_ = lost > 1e-5 * excluded;
-    double below = 0, squares = 0;
-    for (int32_t i = 0; i < N_BINS && below < excluded; ++i) {
-        below += sum[i];
-        squares += count[i] > 0 ? sum[i] * sum[i] / count[i] : 0;
-    }
-    const double error = std::sqrt(squares) / std::max(below, 1e-300);
-    const double slack = (0.015 + 2.5 * std::hypot(error, guess_error_)) * (1 << 2 * tries_);
-    int32_t bin = 0;
-    for (below = 0; bin < N_BINS && below + sum[bin] <= excluded * (1 - slack); ++bin) {
-        below += sum[bin];
-    }
-    low_ = bin == 0 ? -INFINITY : scale.edge(bin);
-    for (; bin < N_BINS && below < excluded * (1 + slack); ++bin) {
-        below += sum[bin];
-    }
-    upper_ = bin < N_BINS ? scale.edge(bin) : INFINITY;
-    int32_t above = FIRST_TRY;
-    for (int32_t i = N_BINS - 2; i >= bin; --i) {
-        above += count[i] * stride;
-    }
-    return above;
-}
-
+// Two bounds between which a large nucleus ends, from a sample.
 fused_row::pass fused_row::bracket() {
+    const double p = r_->params->top_p;
+    const double excluded = (1 - p) * total_;
+    // the sample's own error, and that of total_
+    const double slack = (0.05 + 2 * guess_error_) * (1 << 2 * tries_);
     low_   = -INFINITY;
     upper_ = INFINITY;
-    if (tries_ < 2) {
-        const int32_t above = sample_bounds();
-        if (tries_++ == 0 && guess_error_ > 0 && above <= 3 * SMALL / 2) { // a sample may be wrong
+    if (tries_++ < 2) {
+        const int32_t stride = std::max(1, row_.n_full / SAMPLED);
+        const float top = start_ > -INFINITY ? start_ : largest_;
+        float least = top;
+        for (int32_t i = 0; i < row_.n_full * BLOCK; i += stride * BLOCK + 8) {
+            least = std::min(least, row_.x[i]);
+        }
+        const bins scale(std::max(least, largest_ - 60), top);
+        int32_t count[N_BINS] = {};
+        for (int32_t b = 0; b < row_.n_full; b += stride) {
+            const float * x = row_.block(b);
+            for (int32_t i = 0; i < BLOCK; ++i) {
+                ++count[scale.of(x[i])];
+            }
+        }
+        const double ratio = std::exp((double) scale.step);
+        double w = std::exp((double) (scale.low + scale.step / 2 - largest_)) * stride, below = 0;
+        int32_t b = 0;
+        for (; b < N_BINS && below + count[b] * w <= excluded * (1 - slack); ++b, w *= ratio) {
+            below += count[b] * w;
+        }
+        low_ = b == 0 ? -INFINITY : scale.edge(b);
+        for (; b < N_BINS && below < excluded * (1 + slack); ++b, w *= ratio) {
+            below += count[b] * w;
+        }
+        upper_ = b < N_BINS ? scale.edge(b) : INFINITY;
+        // it may be small after all
+        int32_t above = FIRST_TRY / 2;
+        for (int32_t i = N_BINS - 2; i >= b && above <= 2 * SMALL; --i) {
+            above += count[i] * stride;
+        }
+        if (guess_error_ > 0 && above <= 2 * SMALL) { // twice: the sample may be wrong about it
             list_end_ = low_;
             return make_list();
         }
+        // weights below half a step of the chain's float sum are lost to it
+        double lost = 0;
+        w = std::exp((double) (scale.low + scale.step / 2 - largest_)) * stride;
+        for (int32_t i = 0; i < N_BINS && w < 6e-8 * total_ * stride; ++i, w *= ratio) {
+            lost += count[i] * w;
+        }
+        on_grid_ = lost > 1e-5 * (1 - p) * total_;
     }
     how_ = weighing(1, largest_, -INFINITY);
     return on_grid_ ? weigh_on_grid(&fused_row::after_bracket_weighing)
