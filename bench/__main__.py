@@ -3,46 +3,99 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import signal
 import sys
+from types import FrameType
+from typing import Protocol, cast
 
-from bench import decode, sampler
+from bench import suite
 from bench.models import quantised
 from bench.shapes import SHAPES
+from bench.targets import Target
 from bench.tools import ToolError, tool
+
+BENCHES = (
+    "decode",
+    "sampler",
+)
+"""One module each, `bench/NAME.py`; a new one needs no other entry."""
+
+
+class Bench(Protocol):
+    """What such a module has.  The first line of its docstring says what it compares."""
+
+    QUICK: tuple[str, ...]  # its arguments in `all --quick`
+    TARGETS: tuple[Target, ...]  # what it is to show
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """`--out FILE` (JSONL to append rows to) at least."""
+
+    def main(self, options: argparse.Namespace) -> int:
+        """Measure; write every row as soon as it is there; the exit status."""
+
+
+def load(name: str) -> Bench:
+    return cast(Bench, importlib.import_module(f"bench.{name}"))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="the benches and the model shapes")
-    decode_parser = commands.add_parser("decode", help=decode.__doc__)
-    decode.add_arguments(decode_parser)
-    sampler_parser = commands.add_parser("sampler", help=sampler.__doc__)
-    sampler.add_arguments(sampler_parser)
+    commands.add_parser("list", help="the benches, what they are to show, and the model shapes")
+    for name in BENCHES:
+        bench = load(name)
+        bench.add_arguments(commands.add_parser(name, help=about(bench), description=bench.__doc__))
+    whole = commands.add_parser("all", help="every bench, one after the other")
+    suite.add_arguments(whole)
     model_parser = commands.add_parser("model", help="write a random-weight model, print its path")
     model_parser.add_argument("shape", choices=sorted(SHAPES))
     model_parser.add_argument("--type", default="Q4_K_M")
-    tool_parser = commands.add_parser("tool", help="build a tool of llama.cpp, print its path")
-    tool_parser.add_argument("name")
+    tool_parser = commands.add_parser("tool", help="build tools of llama.cpp, print their paths")
+    tool_parser.add_argument("name", nargs="+")
     options = parser.parse_args(arguments)
+    before = signal.signal(signal.SIGTERM, _leave)
     try:
-        if options.command == "decode":
-            return decode.main(options)
-        if options.command == "sampler":
-            return sampler.main(options)
-        if options.command == "model":
-            print(quantised(SHAPES[options.shape], options.type))
-        elif options.command == "tool":
-            print(tool(options.name))
-        else:
-            print("decode    decode-only speed of our layers beside llama-batched-bench")
-            print("sampler   sampling alone: rows of random logits, no model\n")
-            for shape in SHAPES.values():
-                print(f"{shape.name:<13} {shape.n_params / 1e6:6.0f} M  {shape.source}")
+        return run(options)
     except ToolError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("bench: interrupted; the rows until here stay", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.command in BENCHES:
+        return load(options.command).main(options)
+    if options.command == "all":
+        return suite.main(options, {name: load(name).QUICK for name in BENCHES})
+    if options.command == "model":
+        print(quantised(SHAPES[options.shape], options.type))
+    elif options.command == "tool":
+        for name in options.name:
+            print(tool(name))
+    else:
+        for name in BENCHES:
+            bench = load(name)
+            print(f"{name:<10} {about(bench)}")
+            for target in bench.TARGETS:
+                print(f"{'':<10} - {target.text}: {target.limit}")
+        print()
+        for shape in SHAPES.values():
+            print(f"{shape.name:<14} {shape.n_params / 1e6:6.0f} M  {shape.source}")
     return 0
+
+
+def about(bench: Bench) -> str:
+    return (bench.__doc__ or "").splitlines()[0]
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Ends as Ctrl-C does: servers that a bench started are ended on the way out."""
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

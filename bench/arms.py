@@ -13,66 +13,18 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from bench import schema
+from bench.case import Case, Measured
 from bench.models import BenchModel
 from bench.tools import ToolError, build_options, tool
 
 if TYPE_CHECKING:
     from pyllamabatch.scheduler import Plan, Policy, StepView
-
-I32 = npt.NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class Case:
-    """What one run does."""
-
-    model: BenchModel
-    pp: int
-    tg: int
-    pl: int
-    n_threads: int
-    sampling: str  # "greedy" or "default", for the arms that sample
-    seed: int
-    n_batch: int = 2048
-    n_ubatch: int = 512
-    n_gpu_layers: int = -1
-
-    @property
-    def n_ctx(self) -> int:
-        """Room for every sequence (one token more than timed: the first sample), as streams of a
-        multiple of 256 cells, so that unified and separate cells have the same total."""
-        per_sequence = self.pp + self.tg + 1
-        return self.pl * (-(-per_sequence // 256) * 256)
-
-    def prompts(self, n_vocab: int) -> I32:
-        """Random tokens, shape (pl, pp)."""
-        generator = np.random.default_rng(self.seed)
-        return generator.integers(0, n_vocab, (self.pl, self.pp), dtype=np.int32)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Times of one run in s; `settings` are row fields that differ from the case's."""
-
-    t_pp: float
-    t_tg: float
-    settings: dict[str, Any] = field(default_factory=dict)
-    detail: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Arm:
-    name: str
-    includes: str
-    sampling: bool  # whether the case's sampling applies
-    run: Callable[[Case], Measured]
-
 
 ATTEMPTS = 5
 
@@ -92,7 +44,7 @@ def batched_bench_row(command: list[str]) -> dict[str, Any]:
     raise ToolError(f"{' '.join(command)} gave no result:\n{tail}")
 
 
-def run_batched_bench(case: Case, *, kv_unified: bool) -> Measured:
+def run_batched_bench(case: Case) -> Measured:
     """llama-batched-bench in a process of its own; its model loading and warm-up are untimed."""
     binary = tool("llama-batched-bench", log=False)
     command = [
@@ -100,17 +52,14 @@ def run_batched_bench(case: Case, *, kv_unified: bool) -> Measured:
         "-b", str(case.n_batch), "-ub", str(case.n_ubatch),
         "-npp", str(case.pp), "-ntg", str(case.tg), "-npl", str(case.pl),
         "-t", str(case.n_threads), "-tb", str(case.n_threads),
-        "-kvu" if kv_unified else "-no-kvu", "--output-format", "jsonl",
+        "-kvu" if case.kv_unified else "-no-kvu", "--output-format", "jsonl",
     ]  # fmt: skip
     if case.n_gpu_layers >= 0:
         command += ["-ngl", str(case.n_gpu_layers)]
     values = batched_bench_row(command)
     names = ("n_kv_max", "n_batch", "n_ubatch", "flash_attn", "n_threads", "n_threads_batch")
     settings: dict[str, Any] = {name: int(values[name]) for name in names}
-    settings |= {
-        "kv_unified": kv_unified,
-        "build_options": " ".join(f"{k}={v}" for k, v in sorted(build_options().items())),
-    }
+    settings["build_options"] = " ".join(f"{k}={v}" for k, v in sorted(build_options().items()))
     return Measured(values["t_pp"], values["t_tg"], settings)
 
 
@@ -178,6 +127,7 @@ def build_facts() -> dict[str, Any]:
     ]
     versions = {
         "pyllamabatch": pyllamabatch.__version__,
+        "commit": schema.commit(),
         "python": platform.python_version(),
         "numpy": np.__version__,
     }
@@ -252,7 +202,7 @@ class InProcess:
                 lib.llama_batch_free(batch)
                 for sampler in samplers:
                     lib.llama_sampler_free(sampler)
-        return Measured(begin - start, end - begin, {"kv_unified": case.pl > 1})
+        return Measured(begin - start, end - begin)
 
     def stepper(self, case: Case) -> Measured:
         """One plb_step per step through the Python face."""
@@ -286,7 +236,7 @@ class InProcess:
                 result.raise_for_code()
                 token[:] = result.token
             end = time.perf_counter()
-        return Measured(begin - start, end - begin, {"kv_unified": n > 1})
+        return Measured(begin - start, end - begin)
 
     def engine(self, case: Case) -> Measured:
         """The engine; time runs between the plans of its steady steps."""
@@ -302,6 +252,7 @@ class InProcess:
             n_ubatch=case.n_ubatch,
             n_threads=case.n_threads,
             n_threads_batch=case.n_threads,
+            kv_unified=case.kv_unified,
             policy=clock,
         ) as engine:
             prompts = case.prompts(self.model.n_vocab)
@@ -320,8 +271,7 @@ class InProcess:
         return Measured(
             starts[0] - start,
             starts[-1] - starts[0],
-            {"kv_unified": True},
-            {"longest_step_s": float((np.diff(starts) / np.diff(clock.steps)).max())},
+            detail={"longest_step_s": float((np.diff(starts) / np.diff(clock.steps)).max())},
         )
 
     def _context(self, case: Case) -> Any:
@@ -332,6 +282,7 @@ class InProcess:
             n_seq_max=case.pl,
             n_threads=case.n_threads,
             n_threads_batch=case.n_threads,
+            kv_unified=case.kv_unified,
         )
 
 

@@ -40,13 +40,22 @@ def spread(rows: Iterable[Row]) -> dict[tuple[str, int], float]:
     return {key: (max(v) - min(v)) / median(v) for key, v in groups.items()}
 
 
-def decode_table(rows: Sequence[Row], base: str) -> str:
-    """Decode speed by sequences (B) and arm; in brackets the ratio to `base`."""
-    speeds, ratios = median_speeds(rows), paired_ratios(rows, base)
+def in_words(row: Row) -> str:
+    """One row for somebody who watches."""
+    if row.error:
+        return f"{row.arm:<24} no result: {row.error.splitlines()[-1]}"
+    return f"{row.arm:<24} {row.speed_tg:8.1f} t/s"
+
+
+def table(rows: Sequence[Row], base: str, first: str = "B") -> str:
+    """Speed by sequences and arm, median of the repeats; in brackets the ratio to `base`; a dash
+    where there is no result.  Below it why, and the largest spread of an arm."""
+    good = [row for row in rows if not row.error]
+    speeds, ratios = median_speeds(good), paired_ratios(good, base)
     arms = list(dict.fromkeys(row.arm for row in rows))
     widths: Mapping[str, int] = {arm: max(len(arm), 16) for arm in arms}
     lines = [
-        "| B | " + " | ".join(f"{arm:>{widths[arm]}}" for arm in arms) + " |",
+        f"| {first} | " + " | ".join(f"{arm:>{widths[arm]}}" for arm in arms) + " |",
         "|--:|" + "|".join("-" * (widths[arm] + 1) + ":" for arm in arms) + "|",
     ]
     for pl in sorted({row.pl for row in rows}):
@@ -61,4 +70,12 @@ def decode_table(rows: Sequence[Row], base: str) -> str:
                 text = f"{speed:.1f} ({ratio:.3f})"
             cells.append(f"{text:>{widths[arm]}}")
         lines.append(f"| {pl} | " + " | ".join(cells) + " |")
+    if good:
+        lines += ["", f"Largest spread of an arm, (max - min) / median: {_widest(good):.0%}"]
+    failures = dict.fromkeys((row.arm, row.error) for row in rows if row.error)
+    lines += [f"{arm}: no result: {error}" for arm, error in failures]
     return "\n".join(lines)
+
+
+def _widest(rows: Iterable[Row]) -> float:
+    return max(spread(rows).values())

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench import schema
+from bench import report, schema
 from bench.arms import build_facts
 from bench.cache import RESULTS
 from bench.quiet import undisturbed
+from bench.targets import Figure, Target
 
 SCAN = "scan"
 SCANNED = "one vectorised scan of the row for its maximum: the yardstick"
@@ -30,16 +31,65 @@ PARAMS: dict[str, dict[str, float]] = {
     "temperature": {"temperature": 0.8},
 }
 LIMITS = {"greedy": 1.5, "default": 3.0, "top-p": 15.0, "temperature": 6.0}
+QUICK = ("--quick",)
+VOCAB = 262144
+SPREAD = 3.0  # standard deviation of the logits
 LEAST_S = 0.4  # of a repeat of one arm, so that the watch on others sees them
+
 
 F32 = npt.NDArray[np.float32]
 
 
+def over_scan(sampling: str) -> Figure:
+    """Time of one row on one thread over one scan of it."""
+
+    def figure(rows: Sequence[schema.Row]) -> float | None:
+        values = [
+            row.detail["over_scan"]
+            for row in rows
+            if row.arm == f"{sampling}, 1 thread" and row.pl == 1
+            if row.detail["spread"] == SPREAD and row.model_filename == f"{VOCAB} normal logits"
+        ]
+        return median(values) if values else None
+
+    return figure
+
+
+def speed_up(sampling: str, n_rows: int, n_threads: int) -> Figure:
+    """Time of all rows on one thread over that on several, paired by repeat."""
+
+    def figure(rows: Sequence[schema.Row]) -> float | None:
+        one = f"{sampling}, 1 thread"
+        ratios = report.paired_ratios((row for row in rows if row.detail["spread"] == SPREAD), one)
+        return ratios.get((f"{sampling}, {n_threads} threads", n_rows))
+
+    return figure
+
+
+TARGETS = (
+    *(
+        Target(f"{name}: time of a row of {VOCAB} over one scan of it", over_scan(name), at_most=x)
+        for name, x in LIMITS.items()
+    ),
+    *(
+        Target(
+            f"{name}: speed-up of 16 threads, 64 rows",
+            speed_up(name, 64, 16),
+            at_least=10.0,
+            where={"n_cores": 16},
+        )
+        for name in LIMITS
+    ),
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=1, help="rows sampled in one call")
-    parser.add_argument("--vocab", type=int, default=262144, help="logits per row")
+    parser.add_argument("--vocab", type=int, default=VOCAB, help="logits per row")
     parser.add_argument(
-        "--spread", default="3", help="standard deviations of the normal logits, comma separated"
+        "--spread",
+        default=f"{SPREAD:g}",
+        help="standard deviations of the normal logits, comma separated",
     )
     parser.add_argument("--arms", default="", help=f"comma separated; {','.join(PARAMS)}")
     parser.add_argument("--chain", action="store_true", help="libllama's chain beside each arm")

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -44,7 +45,7 @@ class Row:
     build_number: int  # llama.cpp's
     build_commit: str
     build_options: str  # CMake's for a tool, the compiled-in CPU features for our own arms
-    versions: dict[str, str]
+    versions: dict[str, str]  # "commit" is ours, "-dirty" after it when files had changed
     # model
     model_filename: str
     model_type: str
@@ -76,14 +77,16 @@ class Row:
     speed: float  # (pp + tg) * pl / t
     detail: dict[str, float] = field(default_factory=dict)  # per-phase times and the like
     schema: int = SCHEMA
+    error: str = ""  # why there is no result; times and speeds are 0 then
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, sort_keys=False)
 
     @classmethod
     def from_json(cls, line: str) -> Row:
-        """Raises ValueError when a key is missing or unknown, or the schema is another one."""
-        values = json.loads(line)
+        """Raises ValueError when a key is missing or unknown, or the schema is another one.
+        `error` may be missing: rows that older code wrote have none."""
+        values = {"error": ""} | json.loads(line)
         if values.get("schema") != SCHEMA:
             raise ValueError(f"schema {values.get('schema')!r}, this code reads {SCHEMA}")
         names = {f.name for f in fields(cls)}
@@ -93,6 +96,7 @@ class Row:
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
+    """Adds the rows to the file, which is complete and closed when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         for row in rows:
@@ -130,6 +134,27 @@ def machine() -> Mapping[str, Any]:
     }
 
 
+@cache
+def commit() -> str:
+    """Our commit, with "-dirty" when tracked files other than results differ from it; "unknown"
+    outside a checkout.  `PYLLAMABATCH_BENCH_COMMIT` says it for sources copied without history."""
+    named = os.environ.get("PYLLAMABATCH_BENCH_COMMIT")
+    if named:
+        return named
+    known = _git("rev-parse", "--short=12", "HEAD")
+    changed = _git("status", "--porcelain", "-uno", "--", ":/", ":(exclude,top)bench/results")
+    return (known or "unknown") + ("-dirty" if known and changed else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
 def now() -> dict[str, Any]:
     """The moment's part of a row."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else -1.0
@@ -153,8 +178,6 @@ def _cpu_name() -> str:
             family, model = seen.get("cpu family", "?"), seen.get("model", "?")
             return f"{seen['model name']} (family {family} model {model})"
     if sys.platform == "darwin":
-        import subprocess
-
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 0:

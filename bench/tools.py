@@ -11,12 +11,15 @@ from pathlib import Path
 
 from bench.cache import REPOSITORY, cache_folder
 
+UPSTREAM = Path(__file__).resolve().parent / "upstream"
 OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "ON",
     "LLAMA_BUILD_COMMON": "ON",
     "LLAMA_BUILD_TOOLS": "ON",
-    "LLAMA_BUILD_SERVER": "OFF",
+    "LLAMA_BUILD_SERVER": "ON",
+    "LLAMA_BUILD_UI": "OFF",  # the server without its web pages, which would be fetched
+    "LLAMA_USE_PREBUILT_UI": "OFF",
     "LLAMA_BUILD_EXAMPLES": "OFF",
     "LLAMA_BUILD_TESTS": "OFF",
     "LLAMA_BUILD_APP": "OFF",
@@ -83,7 +86,8 @@ def tool(name: str, *, log: bool = True) -> Path:
     definitions = [f"-D{key}={value}" for key, value in options.items()]
     if not (build / "build.ninja").is_file():
         definitions.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
-        _run([cmake, "-G", "Ninja", "-S", str(tree), "-B", str(build), *definitions])
+        definitions.append(f"-DPLB_LLAMA_CPP_DIR={tree}")
+        _run([cmake, "-G", "Ninja", "-S", str(UPSTREAM), "-B", str(build), *definitions])
     _run([cmake, "--build", str(build), "--target", name, "-j", str(os.cpu_count() or 1)])
     return binary
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # `bench` is run from the repository, never installed
 
 from bench import models, quiet, report, schema  # noqa: E402
-from bench.__main__ import main  # noqa: E402
-from bench.arms import Arm, Case, InProcess, Measured, StepClock, batched_bench_row  # noqa: E402
+from bench.__main__ import BENCHES, load, main  # noqa: E402
+from bench.arms import InProcess, StepClock, batched_bench_row  # noqa: E402
 from bench.cache import RESULTS, cache_folder  # noqa: E402
-from bench.decode import make_row, measure  # noqa: E402
+from bench.case import Arm, Case, Measured, case_row  # noqa: E402
+from bench.decode import measure  # noqa: E402
 from bench.models import BenchModel  # noqa: E402
+from bench.options import Budget, numbers  # noqa: E402
 from bench.shapes import GEMMA3_1B, LLAMA_3_2_1B, QWEN2_0_5B, SHAPES, Shape  # noqa: E402
+from bench.targets import Target, speed_ratio  # noqa: E402
 from bench.tools import ToolError, source_tree  # noqa: E402
 from pyllamabatch import Model  # noqa: E402
 
@@ -52,8 +56,14 @@ def row(arm: str = "engine", *, pl: int = 4, t_tg: float = 2.0, repeat: int = 0)
         sampling="greedy",
         seed=1,
     )
-    made = Arm(arm, "everything", True, lambda case: Measured(1.0, t_tg, {"kv_unified": True}))
-    return make_row(made, case, made.run(case), FACTS, "run", repeat)
+    made = Arm(arm, "everything", True, lambda case: Measured(1.0, t_tg))
+    return case_row("decode", made, case, made.run(case), FACTS, "run", repeat)
+
+
+def failed(arm: str) -> schema.Row:
+    made = Arm(arm, "nothing", True, lambda case: Measured(1.0, 1.0))
+    case = Case(BenchModel(Path("m.gguf"), "m", 7), 32, 16, 1, 2, "greedy", 1)
+    return case_row("decode", made, case, Measured.failed(RuntimeError("it broke")), FACTS, "r", 0)
 
 
 # -- rows --
@@ -95,7 +105,7 @@ def test_the_keys_are_those_of_upstreams_tools() -> None:
     ours = {
         "bench", "arm", "includes", "run_id", "repeat", "sampling", "n_cores", "memory_bytes",
         "os", "load_average", "build_options", "versions", "model_seed", "seed", "kv_unified",
-        "detail", "schema",
+        "detail", "schema", "error",
     }  # fmt: skip
     names = {field.name for field in dataclasses.fields(schema.Row)}
     assert ours < names
@@ -115,13 +125,39 @@ def test_the_machine_is_named_without_its_host_name() -> None:
 
 def test_committed_results_are_rows() -> None:
     rows = [made for path in sorted(RESULTS.glob("*.jsonl")) for made in schema.read(path)]
-    for made in rows:
-        assert made.speed_tg == pytest.approx(made.tg * made.pl / made.t_tg)
-        assert made.speed_pp == pytest.approx(made.pp * made.pl / made.t_pp)
+    for made in rows:  # a speed without its time (no prompt, say) is 0, as schema.speeds makes it
+        times = {"t_pp": made.t_pp, "t_tg": made.t_tg}
+        expected = schema.speeds(pp=made.pp, tg=made.tg, pl=made.pl, **times)
+        assert {name: getattr(made, name) for name in expected} == pytest.approx(expected)
+        assert (made.t_tg == 0) == bool(made.error)
     assert {made.schema for made in rows} <= {schema.SCHEMA}
 
 
 # -- views --
+
+
+def test_a_target_looks_at_its_own_rows_only() -> None:
+    about = {"n_cores": schema.machine()["n_cores"], "gpu_info": "", "build_commit": "b115"}
+    target = Target("t", speed_ratio("ours", "base", 4), at_least=2.0, where=about)
+    rows = [row("base", t_tg=2.0), row("ours", t_tg=1.0), row("ours", pl=8, t_tg=9.0)]
+    assert target.measured([*rows, failed("ours")]) == pytest.approx(2.0)
+    assert target.limit == "≥ 2"
+    assert target.met_by(2.0)
+    assert not target.met_by(1.99)
+    others = [dataclasses.replace(made, gpu_info="a GPU") for made in rows]
+    assert target.measured(others) is None
+    assert not Target("t", target.figure, at_most=1.0).met_by(2.0)
+
+
+def test_the_commit_of_a_row_can_be_said_by_whoever_copied_the_sources(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PYLLAMABATCH_BENCH_COMMIT", "abc")
+    schema.commit.cache_clear()
+    assert schema.commit() == "abc"
+    monkeypatch.delenv("PYLLAMABATCH_BENCH_COMMIT")
+    schema.commit.cache_clear()
+    assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?|unknown", schema.commit())
 
 
 def test_ratios_are_paired_by_repeat() -> None:
@@ -141,7 +177,10 @@ def test_ratios_are_paired_by_repeat() -> None:
 
 def test_the_table_has_a_line_per_batch_and_a_column_per_arm() -> None:
     rows = [row(arm, pl=pl) for pl in (16, 1) for arm in ("base", "ours")] + [row("rare", pl=1)]
-    lines = report.decode_table(rows, "base").splitlines()
+    text = report.table([*rows, failed("lost")], "base")
+    assert text.endswith("lost: no result: RuntimeError: it broke")
+    assert "spread of an arm, (max - min) / median: 0%" in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in lines] == ["B", "--:", "1", "16"]
     assert len({line.count("|") for line in lines}) == 1
     assert "8.0 (1.000)" in lines[2]
@@ -257,6 +296,18 @@ def test_every_arm_of_ours_does_the_work(case: Case, sampling: str) -> None:
         assert made.build_commit == "b11549" or made.build_number == 0
 
 
+def test_an_arm_that_fails_leaves_a_row_and_the_others_go_on(case: Case) -> None:
+    def broken(case: Case) -> Measured:
+        raise RuntimeError("no memory")
+
+    inside = InProcess(case.model, 0)
+    arms = [Arm("broken", "", True, broken), Arm("stepper", "", True, inside.stepper)]
+    lost, good = measure(arms, [case], 1, inside)
+    assert (lost.arm, lost.error, lost.t_tg) == ("broken", "RuntimeError: no memory", 0.0)
+    assert good.t_tg > 0
+    assert list(measure(arms, [case], 1, inside, budget=Budget(0.0))) == []
+
+
 def test_the_step_clock_counts_steady_steps_only() -> None:
     from pyllamabatch.scheduler import StepView, fcfs
     from pyllamabatch.scheduler.view import Limits, SequenceView
@@ -326,6 +377,15 @@ def test_our_own_work_does_not_count_as_the_others() -> None:
 def test_the_runner_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("decode", *SHAPES))
+    assert all(name in printed for name in (*BENCHES, *SHAPES))
+    for name in BENCHES:
+        assert all(target.text in printed for target in load(name).TARGETS)
     with pytest.raises(SystemExit, match="not one of"):
         main(["decode", "--model", "nowhere.gguf"])
+
+
+def test_numbers() -> None:
+    assert numbers("1,16,4") == [1, 16, 4]
+    for words in ("", "1,x", "0", "2,-1"):
+        with pytest.raises(SystemExit, match="1 or more"):
+            numbers(words)

@@ -1,0 +1,69 @@
+"""`python -m bench all`: every bench, each in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from bench.cache import REPOSITORY, RESULTS
+from bench.models import resolve
+from bench.tools import tool
+
+QUICK_MODEL = "qwen2-0.5b"
+QUICK_LIMIT_S = 600.0
+TOOLS = ("llama-batched-bench", "llama-server", "llama-parallel")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="each in a small form")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        metavar="S",
+        help=f"end all of it after so many seconds (--quick {QUICK_LIMIT_S:g}), not counting the "
+        "tools and the model, which are made first and kept",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for the JSONL files (bench/results; --quick build/bench)"
+    )
+
+
+def main(options: argparse.Namespace, benches: Mapping[str, tuple[str, ...]]) -> int:
+    """Runs the benches; `benches`: their arguments in the small form.  One that fails or ends
+    with the process it runs in leaves its rows, and the others go on; the status is 1 then."""
+    folder = options.out or (REPOSITORY / "build" / "bench" if options.quick else RESULTS)
+    limit = options.limit or (QUICK_LIMIT_S if options.quick else float("inf"))
+    for name in TOOLS:
+        tool(name)
+    resolve(QUICK_MODEL)
+    began = time.monotonic()
+    failed = []
+    for name, quick in benches.items():
+        left = limit - (time.monotonic() - began)
+        print(f"\n== {name}", flush=True)
+        if left <= 0 or _run(name, quick if options.quick else (), folder, left) != 0:
+            failed.append(name)
+    print(f"\n{time.monotonic() - began:.0f} s, rows in {folder}")
+    if failed:
+        print(f"not complete: {', '.join(failed)}")
+    return int(bool(failed))
+
+
+def _run(name: str, arguments: tuple[str, ...], folder: Path, seconds: float) -> int:
+    command = [sys.executable, "-m", "bench", name, *arguments]
+    with subprocess.Popen(
+        [*command, "--out", str(folder / f"{name}.jsonl")], cwd=REPOSITORY
+    ) as child:
+        try:
+            return child.wait(None if seconds == float("inf") else seconds)
+        except subprocess.TimeoutExpired:
+            print(f"{name}: the time for all benches is over")
+            child.terminate()  # it ends its servers and keeps its rows
+            return child.wait()
+        except BaseException:
+            child.terminate()
+            raise
