@@ -1,5 +1,6 @@
 """The scheduler and its policies: pure Python, no model needed."""
 
+from .gather import Gather, Gathering, Window
 from .policies import fcfs, make_policy, policy_names
 from .policy import ComposedPolicy, Decodes, Draft, Policy, Verdict
 from .rules import RULES
@@ -14,6 +15,8 @@ __all__ = [
     "Counters",
     "Decodes",
     "Draft",
+    "Gather",
+    "Gathering",
     "Limits",
     "Plan",
     "Policy",
@@ -22,6 +25,7 @@ __all__ = [
     "Step",
     "StepView",
     "Verdict",
+    "Window",
     "fcfs",
     "make_policy",
     "policy_names",

@@ -85,9 +85,9 @@ class Draft:
         self.reasons[seq.id] = reason
 
     def plan(self, repeat: int = 1) -> Plan:
-        """`repeat`: of a plan in which everybody who runs decodes."""
-        steady = len(self.tokens) == len(self.view.decoding) == len(self.view.running)
-        if not steady or self.n_admitted or self.preempt:
+        """`repeat`: of a plan in which everybody who runs and does not rest decodes."""
+        steady = len(self.tokens) == len(self.view.decoding) and not self.view.prefilling
+        if not steady or not self.tokens or self.n_admitted or self.preempt:
             repeat = 1
         return Plan(self.tokens, tuple(self.preempt), self.reasons, repeat)
 

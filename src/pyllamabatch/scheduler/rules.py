@@ -20,7 +20,7 @@ RULES: dict[str, str] = {
     "repeat": "a plan stands for a whole number of steps, at least 1, and for more than one only "
     "if all of its sequences decode and nobody is preempted",
     "progress": "while nothing runs and somebody waits, somebody is admitted; while somebody runs, "
-    "a step has rows or preempts",
+    "a step has rows or preempts, unless one of them rests",
 }
 
 
@@ -41,12 +41,14 @@ def check_plan(
     remaining: Callable[[int], int],
     held: Callable[[int], int],
     n_free: int,
+    resting: int = 0,
 ) -> None:
     """Raise PlanError for the first rule that `plan` breaks.
 
     `decoding`, `running`, `waiting`: the ids that decode, run (decoding or not) and wait.
     `remaining`: the tokens that a sequence may advance by. `held`: the cells of a running one.
-    `n_free`: free KV cells. A step of pure decoding is checked without a loop in Python.
+    `n_free`: free KV cells. `resting`: how many of the running have nothing to compute. A step of
+    pure decoding is checked without a loop in Python.
     """
     tokens = plan.tokens
     n_rows = _check_tokens(tokens)
@@ -85,7 +87,7 @@ def check_plan(
         broken("repeat", f"{plan.repeat!r} steps")
     if plan.repeat > 1 and (others or plan.preempt):
         broken("repeat", f"{plan.repeat} steps of {len(others)} that do not decode")
-    if not tokens and not plan.preempt:
+    if not tokens and not plan.preempt and not resting:
         broken("progress", f"an empty plan with {len(running)} running")
 
 

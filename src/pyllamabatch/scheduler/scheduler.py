@@ -9,6 +9,10 @@ The live engine and the simulator drive the same object:
                                      # up to `step.repeat` times without another plan
     scheduler.remove(id)             # whoever is done, at any time between steps
 
+Sequences that their owners drive by hand (`add(by_hand=True)`, `extend`, `ask`, `relax`, `trim`)
+run among the others and rest while there is nothing to compute; `hold` says whether a step should
+wait for them (see `gather`).
+
 A step that could not be computed is simply not advanced: the next `plan` starts from the same
 counters. Counters live in arrays by slot, so that a step of pure decoding costs no Python per
 sequence; views are made when a policy looks at them.
@@ -19,18 +23,22 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import numpy as np
 
 from ..errors import RequestTooLong
 from ..kv import KvLedger, Slots
+from .deadlines import Deadlines
+from .gather import Gather, Resting, Window
 from .policies import fcfs
 from .policy import Policy
 from .rules import check_plan
 from .step import Chunk, Counters, Step
 from .view import Limits, Plan, SequenceView, StepView
+
+PATIENCE_SECONDS = 0.5
 
 
 @dataclass(slots=True)
@@ -43,10 +51,20 @@ class _Entry:
 
 
 class Scheduler:
-    """`limits`: what the context can take. `policy`: default `fcfs()`. `cost`: the device's cost
-    model, passed on to the policy."""
+    """`limits`: what the context can take. `policy`: default `fcfs()`. `gather`: how long a step
+    waits for hand-driven sequences, default `Window()`. `patience`: seconds that a sequence may
+    rest while others wait for its slot or its cells; after that it may be preempted. `cost`: the
+    device's cost model, passed on to `policy` and `gather`."""
 
-    def __init__(self, limits: Limits, policy: Policy | None = None, *, cost: Any = None) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        policy: Policy | None = None,
+        *,
+        gather: Gather | None = None,
+        patience: float = PATIENCE_SECONDS,
+        cost: Any = None,
+    ) -> None:
         self.limits = limits
         self.policy = policy or fcfs()
         self.cost = cost
@@ -63,11 +81,20 @@ class Scheduler:
         self._most = np.zeros(limits.n_seq_max, dtype=np.int64)  # what `known` is at the very end
         self._promised = 0  # their known tokens that are not computed yet
         self._free_slots = list(range(limits.n_seq_max))  # a heap
-        # A running sequence is in `_running` and in one of `_prefilling`, `_decoding` (id -> slot).
+        # A running sequence is in `_running`, and unless it rests in one of `_prefilling` and
+        # `_decoding` (id -> slot). One that does not run is in `_waiting`, or `_aside` if it rests.
         self._running: dict[int, _Entry] = {}
         self._prefilling: dict[int, _Entry] = {}
         self._decoding: dict[int, int] = {}
         self._waiting: OrderedDict[int, _Entry] = OrderedDict()
+        self._aside: dict[int, _Entry] = {}
+        self._asked: dict[int, int] = {}  # slot -> id of the hand-driven ones in `_decoding`
+        self.deadlines = Deadlines()
+        self._resting = Resting(gather or Window())
+        self._patience = patience
+        self._ready_at: float | None = None  # when there was something to compute for this step
+        self._stuck = False  # nobody who has something to compute found room for it
+        self._now = 0.0
         # `_decoding` as the policy and the executor see it; made again when it has changed.
         self._shown: dict[int, int] | None = None
         self._slots: Slots | None = None
@@ -97,13 +124,15 @@ class Scheduler:
         priority: int = 0,
         tenant: str = "",
         deadline: float | None = None,
+        by_hand: bool = False,
     ) -> None:
-        """A new sequence joins the waiting line. Ids are never reused."""
+        """A new sequence joins the waiting line. Ids are never reused. `by_hand`: it gets a token
+        each time that it is asked for one; `max_tokens` is 1 then."""
         if n_prompt < 1 or max_tokens < 1:
             raise ValueError(
                 f"n_prompt and max_tokens are at least 1, got {n_prompt}, {max_tokens}"
             )
-        if id in self._running or id in self._waiting:
+        if id in self._running or id in self._waiting or id in self._aside:
             raise ValueError(f"sequence {id} is here already")
         self.check_fits(n_prompt, max_tokens)
         view = SequenceView(
@@ -114,14 +143,19 @@ class Scheduler:
             priority=priority,
             tenant=tenant,
             deadline=deadline,
+            goal=n_prompt - 1 if by_hand else None,
         )
-        self._waiting[id] = _Entry(view)
+        if deadline is not None:
+            self.deadlines.add(id, deadline)
+        self._line_up(_Entry(view))
 
     def remove(self, id: int) -> int | None:
         """A sequence ends, for whatever reason. Returns the slot it ran in, whose cells are free
         from now on, or None when it was waiting. KeyError when there is no such sequence."""
+        self.deadlines.remove(id)
         if id not in self._running:
-            del self._waiting[id]
+            if self._waiting.pop(id, None) is None:
+                del self._aside[id]
             return None
         self._short = False
         return self._leave(id).slot
@@ -141,6 +175,58 @@ class Scheduler:
         """A running sequence gives up its cells and its slot, which is returned, and waits to be
         computed again. KeyError when it does not run."""
         return self._preempt(id)
+
+    # -- hand-driven sequences
+
+    def extend(self, id: int, n: int) -> None:
+        """`n` more tokens are known, all but the last of them to be computed. RequestTooLong when
+        they can never fit."""
+        entry = self._by_hand(id)
+        view = self._seen(entry)
+        known = view.known + n
+        self.check_fits(known, 1)
+        self._steer(entry, replace(view, n_prompt=view.n_prompt + n, goal=known - 1))
+
+    def ask(self, id: int) -> None:
+        """Compute all that is known and sample the next token."""
+        entry = self._by_hand(id)
+        view = self._seen(entry)
+        self.check_fits(view.known, 1)
+        self._steer(entry, replace(view, goal=view.known))
+
+    def relax(self, id: int) -> None:
+        """Compute nothing more until `extend` or `ask`."""
+        entry = self._by_hand(id)
+        view = self._seen(entry)
+        self._steer(entry, replace(view, goal=view.computed))
+
+    def trim(self, id: int, known: int) -> int:
+        """Only the first `known` tokens are left, at least 1. Returns how many of them stay in the
+        cache: all but the last at most, for only a token that is computed can be sampled from."""
+        entry = self._by_hand(id)
+        view = self._seen(entry)
+        if not 1 <= known <= view.known:
+            raise ValueError(f"{known} tokens are to stay of {view.known}")
+        n_prompt = min(view.n_prompt, known)
+        computed = min(view.computed, known - 1)
+        if entry.slot >= 0 and computed < view.computed:
+            self.ledger.release(entry.slot)
+            self.ledger.take(entry.slot, computed)
+        left = replace(view, n_prompt=n_prompt, generated=known - n_prompt, computed=computed)
+        self._steer(entry, replace(left, goal=computed))
+        return computed
+
+    def hold(self, now: float) -> float:
+        """Seconds that the next `plan` had better wait, unless something is added or asked for
+        meanwhile: for hand-driven sequences that are about to ask, or because there is nothing to
+        do before somebody has rested for too long. 0: now."""
+        n_ready = len(self._decoding) + len(self._prefilling)
+        if self._stuck:
+            longest = self._resting.longest
+            return 0.0 if longest is None else max(0.0, longest[1] + self._patience - now)
+        if self._ready_at is None:
+            self._ready_at = now
+        return self._resting.wait(now, self._ready_at, n_ready, self.cost)
 
     # -- steps
 
@@ -162,13 +248,18 @@ class Scheduler:
 
     def plan(self, now: float) -> Step | None:
         """Ask the policy for the next step and apply its plan: preempt, admit, name the rows.
-        None when there is no sequence. PlanError, and nothing has changed, when the plan breaks a
-        rule."""
-        if not self._running and not self._waiting:
+        None when there is nothing to compute, or no room for those who wait. PlanError, and
+        nothing has changed, when the plan breaks a rule."""
+        if self.idle:
             return None
+        self._now, self._ready_at = now, None
+        made_way = self._make_way()
         plan = self.policy.plan(self.view(now))
         self._check(plan)
-        preempted = tuple((id, self._preempt(id)) for id in plan.preempt)
+        self._stuck = not plan.tokens and not plan.preempt
+        if self._stuck and not made_way:
+            return None
+        preempted = made_way + tuple((id, self._preempt(id)) for id in plan.preempt)
         tokens = plan.tokens
         admitted = []
         chunks = []
@@ -190,7 +281,9 @@ class Scheduler:
             decode = np.array([decoding[id] for id in tokens if id in decoding], dtype=np.int32)
         n_rows = n_decodes + sum(chunk.n for chunk in chunks)
         repeat = plan.repeat
-        if repeat > 1:
+        if repeat > 1 and self._asked:
+            repeat = 1
+        elif repeat > 1:
             left = int((self._most[decode] - self._known[decode]).min())
             repeat = max(1, min(repeat, left, self.ledger.free // n_rows))
         return Step(decode, tuple(chunks), preempted, tuple(admitted), n_rows, plan.reasons, repeat)
@@ -207,6 +300,11 @@ class Scheduler:
         if n_decodes:
             self.ledger.take_each(decode, n)
             self._counts[:, decode] += n
+            if self._asked:
+                for slot in [slot for slot in decode.tolist() if slot in self._asked]:
+                    entry = self._running[self._asked[slot]]
+                    self._promised -= 1
+                    self._steer(entry, self._seen(entry))
         n_sampled = n * n_decodes
         for chunk in step.chunks:
             slot, end = chunk.slot, chunk.start + chunk.n
@@ -219,10 +317,12 @@ class Scheduler:
             entry.high = max(end, entry.high)
             if chunk.last:
                 self._known[slot] += 1
-                self._promised += 1
+                self._promised += entry.view.goal is None
                 n_sampled += 1
             known = int(self._known[slot])
-            if known - end == 1 and known > entry.view.n_prompt:
+            if entry.view.goal is not None:
+                self._steer(entry, self._seen(entry))
+            elif known - end == 1 and known > entry.view.n_prompt:
                 del self._prefilling[chunk.id]
                 self._decoding[chunk.id] = slot
                 self._decoding_changed()
@@ -243,7 +343,13 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        return not self._running and not self._waiting
+        """Nobody has anything to compute."""
+        return not self._decoding and not self._prefilling and not self._waiting
+
+    @property
+    def n_resting(self) -> int:
+        """Hand-driven sequences that run and have nothing to compute."""
+        return len(self._running) - len(self._decoding) - len(self._prefilling)
 
     def running_ids(self) -> tuple[int, ...]:
         return tuple(self._running)
@@ -263,10 +369,68 @@ class Scheduler:
         return self._computed
 
     def sequence(self, id: int) -> SequenceView:
-        entry = self._running.get(id) or self._waiting[id]
-        return self._seen(entry)
+        return self._seen(self._entry(id))
 
     # -- inside
+
+    def _entry(self, id: int) -> _Entry:
+        return self._running.get(id) or self._waiting.get(id) or self._aside[id]
+
+    def _by_hand(self, id: int) -> _Entry:
+        entry = self._entry(id)
+        if entry.view.goal is None:
+            raise ValueError(f"sequence {id} is not driven by hand")
+        return entry
+
+    def _steer(self, entry: _Entry, view: SequenceView) -> None:
+        """A hand-driven sequence is `view` from now on: it goes where that belongs."""
+        id, slot = view.id, entry.slot
+        self._stuck = False
+        if slot < 0:
+            entry.view = view
+            if (id in self._waiting) != (view.remaining > 0):
+                if self._waiting.pop(id, None) is None:
+                    del self._aside[id]
+                self._line_up(entry)
+            return
+        old = self._seen(entry)
+        self._promised += view.remaining - old.remaining
+        entry.view = view
+        self._computed[slot], self._known[slot] = view.computed, view.known
+        if self._decoding.pop(id, None) is not None:
+            del self._asked[slot]
+            self._decoding_changed()
+        self._resting.end(id)
+        if view.remaining and not view.decoding:
+            self._prefilling[id] = entry
+            return
+        self._prefilling.pop(id, None)
+        if view.decoding:
+            self._decoding[id] = slot
+            self._asked[slot] = id
+            self._decoding_changed()
+        else:
+            self._resting.begin(id, self._now)
+
+    def _line_up(self, entry: _Entry, *, first: bool = False) -> None:
+        """Into the waiting line, or aside while there is nothing to compute."""
+        id = entry.view.id
+        self._stuck = False
+        if not entry.view.remaining:
+            self._aside[id] = entry
+            return
+        self._waiting[id] = entry
+        if first:
+            self._waiting.move_to_end(id, last=False)
+
+    def _make_way(self) -> tuple[tuple[int, int], ...]:
+        """Preempt the sequence that rests longest, if that is too long and others need its room."""
+        if not self._stuck and (self._free_slots or not self._waiting):
+            return ()
+        longest = self._resting.longest
+        if longest is None or self._now - longest[1] < self._patience:
+            return ()
+        return ((longest[0], self._preempt(longest[0])),)
 
     def _seen(self, entry: _Entry) -> SequenceView:
         view = entry.view
@@ -295,6 +459,7 @@ class Scheduler:
             remaining=remaining,
             held=held,
             n_free=self.ledger.free,
+            resting=self.n_resting,
         )
 
     def _admit(self, id: int) -> _Entry:
@@ -303,19 +468,21 @@ class Scheduler:
         self._computed[slot] = 0
         self._known[slot] = entry.view.known
         self._most[slot] = entry.view.n_prompt + entry.view.max_tokens
-        self._promised += entry.view.known
+        self._promised += entry.view.remaining
         self._running[id] = self._prefilling[id] = entry
         self.counters.admissions += 1
         return entry
 
     def _leave(self, id: int) -> _Entry:
         entry = self._running.pop(id)
-        if self._prefilling.pop(id, None) is None:
-            del self._decoding[id]
-            self._decoding_changed()
         slot = entry.slot
+        self._promised -= self._seen(entry).remaining
+        if self._prefilling.pop(id, None) is None and self._decoding.pop(id, None) is not None:
+            self._asked.pop(slot, None)
+            self._decoding_changed()
+        self._resting.end(id)
+        self._stuck = False
         self.ledger.release(slot)
-        self._promised -= int(self._known[slot] - self._computed[slot])
         self._computed[slot] = self._known[slot] = 0
         heapq.heappush(self._free_slots, slot)
         return entry
@@ -327,8 +494,9 @@ class Scheduler:
         self._leave(id)
         slot, entry.slot = entry.slot, -1
         entry.view = _moved(view, 0, view.generated, False, view.preemptions + 1)
-        self._waiting[id] = entry
-        self._waiting.move_to_end(id, last=False)
+        if not view.remaining:  # it rested, and is computed again when its owner wants more
+            entry.view = replace(entry.view, goal=0)
+        self._line_up(entry, first=True)
         self.counters.preemptions += 1
         return slot
 
@@ -360,6 +528,7 @@ def _moved(
         view.deadline,
         view.prefix_hit,
         preemptions,
+        view.goal,
     )
 
 

@@ -32,7 +32,12 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class SequenceView:
-    """One sequence, as it is before the step. Times are in seconds on the scheduler's clock."""
+    """One sequence, as it is before the step. Times are in seconds on the scheduler's clock.
+
+    `goal`: None for a request. A hand-driven sequence computes its first `goal` known tokens: all
+    of them when its owner wants the next token, all but the last one of a prompt. At its goal it
+    *rests*, keeping its slot and its cells.
+    """
 
     id: int
     arrival: float
@@ -46,6 +51,7 @@ class SequenceView:
     deadline: float | None = None
     prefix_hit: int = 0
     preemptions: int = 0
+    goal: int | None = None
 
     @property
     def known(self) -> int:
@@ -53,13 +59,19 @@ class SequenceView:
 
     @property
     def remaining(self) -> int:
-        """Known tokens that are still to compute: what a step may advance it by."""
-        return self.n_prompt + self.generated - self.computed
+        """Known tokens that are to compute: what a step may advance it by. 0 only while a
+        hand-driven sequence rests."""
+        if self.goal is None:
+            return self.n_prompt + self.generated - self.computed
+        return max(0, self.goal - self.computed)
 
     @property
     def decoding(self) -> bool:
-        """Nothing is left to compute but the token that was sampled last."""
-        return self.running and self.generated > 0 and self.remaining == 1
+        """Nothing is left to compute but the token that was sampled last; of a hand-driven
+        sequence, the last token that it knows."""
+        if not self.running or self.remaining != 1:
+            return False
+        return self.generated > 0 if self.goal is None else self.goal == self.known
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +81,9 @@ class StepView:
 
     `running`: in the order of admission. `waiting`: in the order of arrival, preempted ones first.
     `decoding`: id -> 1 for the running sequences that decode, ready to be taken into a plan whole.
-    `prefilling`: the other running ones. `kv_promised`: cells that running sequences need for
-    tokens that they know already; `kv_free - kv_promised` is what a newcomer may count on.
-    `cost`: the device's cost model, when there is one.
+    `prefilling`: the other running ones that have something to compute. `kv_promised`: cells that
+    running sequences need for tokens that they know already; `kv_free - kv_promised` is what a
+    newcomer may count on. `cost`: the device's cost model, when there is one.
     """
 
     now: float
@@ -107,7 +119,7 @@ class StepView:
             running=running,
             waiting=tuple(waiting),
             decoding={s.id: 1 for s in running if s.decoding},
-            prefilling=tuple(s for s in running if not s.decoding),
+            prefilling=tuple(s for s in running if s.remaining and not s.decoding),
             kv_free=limits.n_cells - sum(s.computed for s in running),
             kv_promised=sum(s.remaining for s in running),
             cost=cost,

@@ -1,0 +1,339 @@
+"""When a step starts, and hand-driven sequences among the others: no model, no clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyllamabatch.errors import RequestTooLong
+from pyllamabatch.scheduler import Gathering, Limits, Scheduler, Step, StepView, Window
+from pyllamabatch.scheduler.deadlines import Deadlines
+
+LIMITS = Limits(n_batch=32, n_ubatch=8, n_seq_max=4, n_cells=256, n_cells_seq=256)
+WINDOW = 0.2
+
+
+@dataclass
+class Hand:
+    """Hand-driven sequences, the cells that they hold by the book, and a clock."""
+
+    limits: Limits = LIMITS
+    patience: float = 5.0
+    now: float = 0.0
+    known: dict[int, int] = field(default_factory=dict)
+    cells: dict[int, int] = field(default_factory=dict)
+    sampled: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(self.limits, gather=Window(WINDOW), patience=self.patience)
+
+    def add(self, id: int, n: int) -> None:
+        self.scheduler.add(id, n, 1, arrival=self.now, by_hand=True)
+        self.known[id], self.sampled[id] = n, 0
+
+    def extend(self, id: int, n: int) -> None:
+        self.scheduler.extend(id, n)
+        self.known[id] += n
+
+    def trim(self, id: int, known: int) -> None:
+        kept = self.scheduler.trim(id, known)
+        self.known[id] = known
+        if id in self.cells:
+            assert kept == min(self.cells[id], known - 1)
+            self.cells[id] = kept
+
+    def remove(self, id: int) -> None:
+        self.scheduler.remove(id)
+        self.cells.pop(id, None)
+        del self.known[id]
+
+    def step(self) -> Step | None:
+        """One step, which takes a tenth of a second."""
+        step = self.scheduler.plan(self.now)
+        self.now += 0.1
+        if step is None:
+            return None
+        for id, _ in step.preempted:
+            del self.cells[id]
+        for id, _ in step.admitted:
+            self.cells[id] = 0
+        slots = {self.scheduler.slot(id): id for id in self.cells}
+        done = [slots[slot] for slot in step.decode.tolist()]
+        for id in done:
+            assert self.cells[id] == self.known[id] - 1
+            self.cells[id] += 1
+        for chunk in step.chunks:
+            assert chunk.start == self.cells[chunk.id]
+            self.cells[chunk.id] += chunk.n
+            assert chunk.last == (self.cells[chunk.id] == self.known[chunk.id])
+            if chunk.last:
+                done.append(chunk.id)
+        if step.n_rows:
+            self.scheduler.advance(step)
+        for id in done:
+            self.sampled[id] += 1
+            self.known[id] += 1
+        self.check()
+        return step
+
+    def run(self) -> None:
+        for _ in range(1000):
+            if self.scheduler.idle:
+                return
+            self.step()
+        raise AssertionError("it never rests")
+
+    def check(self) -> None:
+        scheduler = self.scheduler
+        view = scheduler.view(self.now)
+        assert scheduler.ledger.used == sum(self.cells.values())
+        assert {seq.id for seq in view.running} == set(self.cells)
+        for seq in view.running:
+            assert (seq.known, seq.computed) == (self.known[seq.id], self.cells[seq.id])
+        assert {seq.id for seq in view.running if seq.decoding} == set(view.decoding)
+        busy = {seq.id for seq in view.running if seq.remaining}
+        assert busy == {seq.id for seq in view.prefilling} | set(view.decoding)
+        assert scheduler.n_resting == len(view.running) - len(busy)
+        assert all(seq.remaining for seq in view.waiting)
+        assert view.kv_promised == sum(seq.remaining for seq in view.running)
+
+
+def test_a_window_ends_so_long_after_the_first_row() -> None:
+    at = Gathering(now=10.05, since=10.0, n_ready=1, n_expected=2)
+    assert Window(0.2)(at) == pytest.approx(0.15)
+    assert Window(0.05)(at) <= 1e-9
+    assert Window(0)(at) < 0
+
+
+def test_all_of_a_prompt_but_its_last_token_is_computed_until_a_token_is_asked_for() -> None:
+    hand = Hand()
+    hand.add(1, 10)
+    hand.run()
+    assert (hand.cells, hand.sampled) == ({1: 9}, {1: 0})
+    hand.scheduler.ask(1)
+    hand.run()
+    assert (hand.cells, hand.sampled, hand.known) == ({1: 10}, {1: 1}, {1: 11})
+    hand.scheduler.ask(1)
+    assert hand.scheduler.view(0.0).decoding == {1: 1}
+    hand.run()
+    assert (hand.cells, hand.sampled) == ({1: 11}, {1: 2})
+    hand.extend(1, 40)
+    hand.run()
+    assert (hand.cells, hand.sampled) == ({1: 51}, {1: 2})
+
+
+def test_a_prompt_of_one_token_has_nothing_to_compute_at_first() -> None:
+    hand = Hand()
+    hand.add(1, 1)
+    assert hand.scheduler.idle
+    assert hand.scheduler.plan(0.0) is None
+    hand.scheduler.ask(1)
+    hand.run()
+    assert (hand.cells, hand.sampled) == ({1: 1}, {1: 1})
+
+
+def test_a_step_waits_for_those_who_were_there_until_the_window_ends() -> None:
+    hand = Hand()
+    scheduler = hand.scheduler
+    for id in (1, 2, 3):
+        hand.add(id, 2)
+    assert scheduler.hold(0.0) == 0  # nobody has been here before
+    hand.run()
+    scheduler.ask(1)
+    assert scheduler.hold(10.0) == pytest.approx(WINDOW)
+    scheduler.ask(2)
+    assert scheduler.hold(10.15) == pytest.approx(WINDOW - 0.15)
+    scheduler.ask(3)
+    assert scheduler.hold(10.16) == 0
+    hand.run()
+    scheduler.ask(1)
+    scheduler.ask(2)
+    assert scheduler.hold(20.0) > 0
+    assert scheduler.hold(20.0 + WINDOW) == 0  # 3 does not come
+    hand.run()
+    scheduler.ask(2)
+    assert scheduler.hold(30.0) > 0
+    scheduler.ask(1)
+    assert scheduler.hold(30.0) == 0  # and is not waited for until it does
+
+
+def test_who_is_alone_or_gone_is_not_waited_for() -> None:
+    hand = Hand()
+    hand.add(1, 2)
+    hand.run()
+    hand.scheduler.ask(1)
+    assert hand.scheduler.hold(1.0) == 0
+    hand.add(2, 3)
+    hand.run()
+    hand.scheduler.ask(1)
+    assert hand.scheduler.hold(2.0) > 0
+    hand.remove(2)
+    assert hand.scheduler.hold(2.0) == 0
+
+
+def test_requests_run_for_many_steps_while_others_rest() -> None:
+    hand = Hand()
+    hand.add(1, 5)
+    hand.run()
+    hand.scheduler.add(2, 5, 50, arrival=0.0)
+    first = hand.scheduler.plan(0.0)
+    assert first is not None
+    hand.scheduler.advance(first)
+    step = hand.scheduler.plan(0.0)
+    assert step is not None
+    assert step.repeat > 1
+    hand.scheduler.ask(1)
+    both = hand.scheduler.plan(0.0)
+    assert both is not None
+    assert (both.n_rows, both.repeat) == (2, 1)
+
+
+def test_trimmed_tokens_give_their_cells_back_and_the_last_is_computed_again() -> None:
+    hand = Hand()
+    hand.add(1, 20)
+    hand.scheduler.ask(1)
+    hand.run()
+    hand.trim(1, 8)
+    hand.check()
+    assert hand.cells == {1: 7}
+    hand.scheduler.ask(1)
+    hand.run()
+    assert (hand.cells, hand.known) == ({1: 8}, {1: 9})
+    with pytest.raises(ValueError, match="0 tokens are to stay of 9"):
+        hand.scheduler.trim(1, 0)
+
+
+def test_a_sequence_that_can_not_grow_any_more_says_so_and_stays() -> None:
+    hand = Hand()
+    hand.add(1, 250)
+    hand.run()
+    with pytest.raises(RequestTooLong):
+        hand.extend(1, 7)
+    hand.extend(1, 6)
+    hand.scheduler.ask(1)
+    hand.run()
+    assert hand.known == {1: 257}
+    with pytest.raises(RequestTooLong):
+        hand.scheduler.ask(1)
+    hand.check()
+
+
+def test_who_rests_too_long_makes_way_and_comes_back() -> None:
+    hand = Hand()
+    for id in (1, 2, 3, 4):
+        hand.add(id, 10)
+    hand.run()
+    rest_began = hand.now
+    hand.add(5, 10)
+    assert hand.step() is None  # no slot
+    wait = hand.scheduler.hold(hand.now)
+    assert 0 < wait < hand.patience
+    hand.now += wait
+    assert hand.now > rest_began
+    step = hand.step()
+    assert step is not None
+    assert [id for id, _ in step.preempted] == [1]
+    assert [id for id, _ in step.admitted] == [5]
+    hand.run()
+    assert hand.scheduler.idle  # 1 wants nothing
+    hand.remove(2)
+    hand.scheduler.ask(1)
+    hand.run()
+    assert hand.sampled[1] == 1
+    assert hand.scheduler.counters.recomputed_rows == 9
+
+
+def test_who_relaxes_computes_no_more() -> None:
+    hand = Hand()
+    hand.add(1, 100)
+    hand.scheduler.ask(1)
+    hand.step()
+    hand.scheduler.relax(1)
+    assert hand.scheduler.idle
+    assert hand.cells == {1: 32}
+    hand.scheduler.ask(1)
+    hand.run()
+    assert hand.sampled == {1: 1}
+
+
+def test_requests_are_not_driven_by_hand() -> None:
+    scheduler = Scheduler(LIMITS)
+    scheduler.add(1, 5, 5, arrival=0.0)
+    with pytest.raises(ValueError, match="not driven by hand"):
+        scheduler.ask(1)
+
+
+def test_a_view_made_by_hand_knows_who_rests() -> None:
+    hand = Hand()
+    hand.add(1, 5)
+    hand.add(2, 5)
+    hand.run()
+    hand.scheduler.ask(1)
+    real = hand.scheduler.view(0.0)
+    made = StepView.of(LIMITS, real.running)
+    assert dict(made.decoding) == dict(real.decoding) == {1: 1}
+    assert list(made.prefilling) == list(real.prefilling) == []
+
+
+def test_deadlines() -> None:
+    deadlines = Deadlines()
+    for id, time in ((1, 5.0), (2, 3.0), (3, 4.0), (4, 3.0)):
+        deadlines.add(id, time)
+    deadlines.remove(3)
+    deadlines.remove(9)
+    assert deadlines.next == 3.0
+    assert deadlines.due(2.9) == []
+    assert deadlines.due(4.5) == [2, 4]
+    assert deadlines.next == 5.0
+    deadlines.remove(1)
+    assert deadlines.next is None
+    assert deadlines.due(99.0) == []
+
+
+ACTIONS = st.tuples(
+    st.sampled_from(["add", "extend", "ask", "relax", "trim", "remove", "step", "wait"]),
+    st.integers(0, 5),
+    st.integers(1, 60),
+)
+
+
+@given(st.lists(ACTIONS, max_size=60), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_cells_and_counters_agree_whatever_the_owners_do(
+    actions: list[tuple[str, int, int]], unified: bool
+) -> None:
+    limits = Limits(32, 8, 3, 96, 96 if unified else 32, unified)
+    hand = Hand(limits, patience=0.3)
+    ids = iter(range(1, 1000))
+    for what, which, n in actions:
+        names = sorted(hand.known)
+        id = names[which % len(names)] if names else 0
+        try:
+            if what == "add":
+                hand.add(next(ids), n)
+            elif what == "step":
+                hand.step()
+            elif what == "wait":
+                hand.now += hand.scheduler.hold(hand.now)
+            elif not id:
+                continue
+            elif what == "extend":
+                hand.extend(id, n)
+            elif what == "trim":
+                hand.trim(id, min(n, hand.known[id]))
+            elif what == "remove":
+                hand.remove(id)
+            else:
+                getattr(hand.scheduler, what)(id)
+        except RequestTooLong:
+            assert n + hand.known.get(id, 0) > limits.n_cells_seq
+        hand.check()
+    for id in sorted(hand.known):
+        if hand.known[id] <= limits.n_cells_seq:
+            before = hand.sampled[id]
+            hand.scheduler.ask(id)
+            hand.run()
+            assert hand.sampled[id] == before + 1
