@@ -72,12 +72,20 @@ struct plb_slot {
     int32_t  error       = 0;
     int32_t  next_token  = -1;
     int32_t  next_pos    = -1;
+    int32_t  n_draws     = 0;  // since it was seeded
     char     error_text[plb::TEXT_BYTES] = "";
 
     bool active() const { return finish == PLB_FINISH_NONE; }
 };
 
 namespace plb {
+
+// See plb_fault_set.
+struct fault {
+    int32_t countdown = 0; // 0: none
+    int32_t code      = 0;
+    int32_t n_rows    = 0;
+};
 
 // One row to sample.
 struct row_job {
@@ -137,6 +145,7 @@ struct plb_engine {
     std::vector<plb_step_info>  steps;  // [n_steps_max]
     std::vector<uint8_t>        named;  // [n_seq_max]: a run's slots, while they are checked
     std::atomic<bool>           bell{false};
+    plb::fault                  fault;
 
     std::vector<std::unique_ptr<plb_slot>> slots; // [n_seq_max]
     std::unique_ptr<plb::row_sampler> sampler;
@@ -152,6 +161,8 @@ std::unique_ptr<plb_slot> make_slot(const vocabulary & words, const plb_sampling
                                     const llama_token * prompt, int32_t n_prompt);
 std::unique_ptr<plb_slot> copy_slot(const plb_slot & slot);
 void reseed(plb_slot & slot, uint32_t seed);
+// Takes the slot to where it would be after sampling these tokens; throws `failure`.
+void replay(plb_slot & slot, const llama_token * tokens, int32_t n_tokens, int32_t n_draws);
 
 // Its two halves for a slot of the fused path, with the sampling in between.
 void begin_fused(const vocabulary & words, const row_job & job, fused_request & request) noexcept;

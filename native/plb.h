@@ -205,6 +205,7 @@ typedef struct plb_slot_info {
     int32_t  next_pos;
     uint32_t seed;        /* the seed in use, also when it was drawn at random */
     int32_t  n_logprobs;
+    int32_t  n_draws;     /* random numbers that it has taken since it was seeded */
 } plb_slot_info;
 
 plb_sampling plb_sampling_default(void);
@@ -229,6 +230,11 @@ int32_t plb_slot_reseed(plb_engine * engine, int32_t seq, uint32_t seed);
 int32_t plb_slot_take(plb_engine * engine, int32_t seq, plb_slot ** out);
 int32_t plb_slot_put(plb_engine * engine, int32_t seq, plb_slot * slot);
 void    plb_slot_free(plb_slot * slot);
+/* A new slot as if it had sampled these tokens, with as many random numbers, and next_pos were the
+ * position of the last of them: a saved sequence goes on as it would have. PLB_E_GRAMMAR_STATE when
+ * the grammar could not have been there. */
+int32_t plb_slot_replay(plb_slot * slot, const llama_token * tokens, int32_t n_tokens,
+                        int32_t n_draws, int32_t next_pos);
 int32_t plb_slot_get_info(plb_engine * engine, int32_t seq, plb_slot_info * out);
 /* Why the slot's last result was an error; "" when it was not. Valid until the slot changes. */
 const char * plb_slot_error(plb_engine * engine, int32_t seq);
@@ -245,6 +251,10 @@ const char * plb_slot_error(plb_engine * engine, int32_t seq);
  * Log-probabilities are a log-softmax of the row's raw logits over the whole vocabulary, before
  * biases, penalties, grammar and truncation. */
 int32_t plb_step(plb_engine * engine, int32_t n_rows);
+/* For tests of whoever drives the engine: the countdown-th decode from now on (1: the next one)
+ * computes the first n_rows of its rows only (-1: all of them) and reports this code, other than 0.
+ * countdown 0: no fault. One fault at a time. */
+int32_t plb_fault_set(plb_engine * engine, int32_t countdown, int32_t code, int32_t n_rows);
 
 /* -- run --------------------------------------------------------------------------------------
  * Up to n_steps steps of pure decoding, without coming back: in each, every sequence of slots (all

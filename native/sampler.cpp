@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <random>
 
 namespace plb {
 
@@ -136,6 +137,7 @@ llama_token run_chain(plb_slot & slot, llama_token_data_array & candidates) {
         drop_impossible(candidates);
     }
     llama_sampler_apply(slot.chain.get(), &candidates);
+    slot.n_draws += slot.params.temperature > 0;
     const int64_t at = candidates.selected;
     if (at < 0 || at >= (int64_t) candidates.size || !(candidates.data[at].logit > NEVER)) {
         throw failure{PLB_E_NO_CANDIDATE, "the samplers left no token to choose"};
@@ -252,10 +254,36 @@ void end_fused(const vocabulary & words, const row_job & job, const fused_reques
                      : "the biases leave no token to choose");
     } else {
         slot.fused.window.add(request.token);
+        slot.n_draws += slot.params.temperature > 0;
         result.logprob = request.logprob;
         result.n_top   = request.n_top;
     }
     end_result(words, slot, result);
+}
+
+void replay(plb_slot & slot, const llama_token * tokens, int32_t n_tokens, int32_t n_draws) {
+    std::uniform_real_distribution<double> draw(0.0, 1.0);
+    for (int32_t i = 0; i < n_draws; ++i) {
+        if (slot.path == PLB_PATH_FUSED) {
+            draw(slot.fused.random);
+            continue;
+        }
+        // the last of the chain takes one number for a single candidate, too
+        llama_token_data       single = {0, 0.0f, 0.0f};
+        llama_token_data_array array  = {&single, 1, -1, false};
+        llama_sampler * chain = slot.chain.get();
+        llama_sampler_apply(llama_sampler_chain_get(chain, llama_sampler_chain_n(chain) - 1), &array);
+    }
+    for (int32_t i = 0; i < n_tokens; ++i) {
+        if (slot.path == PLB_PATH_FUSED) {
+            slot.fused.window.add(tokens[i]);
+        } else {
+            accept(slot, tokens[i]);
+        }
+    }
+    slot.n_draws     += n_draws;
+    slot.n_generated += n_tokens;
+    slot.next_token   = tokens[n_tokens - 1];
 }
 
 static void sample_fused(const vocabulary & words, scratch & scratch, const row_job & job) noexcept {

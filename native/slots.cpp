@@ -187,12 +187,14 @@ std::unique_ptr<plb_slot> copy_slot(const plb_slot & source) {
     slot->error       = source.error;
     slot->next_token  = source.next_token;
     slot->next_pos    = source.next_pos;
+    slot->n_draws     = source.n_draws;
     memcpy(slot->error_text, source.error_text, sizeof(source.error_text));
     return slot;
 }
 
 void reseed(plb_slot & slot, uint32_t seed) {
     slot.params.seed = seed;
+    slot.n_draws     = 0;
     if (slot.params.temperature == 0) {
         slot.seed = seed; // greedy draws nothing
         return;
@@ -351,6 +353,24 @@ void plb_slot_free(plb_slot * slot) {
     delete slot;
 }
 
+int32_t plb_slot_replay(plb_slot * slot, const llama_token * tokens, int32_t n_tokens,
+                        int32_t n_draws, int32_t next_pos) {
+    if (slot == nullptr || tokens == nullptr || n_tokens < 1 || n_draws < 0 || next_pos < 0 ||
+        slot->next_token >= 0 || n_tokens >= slot->params.max_tokens ||
+        (n_draws > 0 && slot->params.temperature == 0)) {
+        return PLB_E_ARGUMENT;
+    }
+    const int32_t n_vocab = llama_vocab_n_tokens(slot->vocab);
+    for (int32_t i = 0; i < n_tokens; ++i) {
+        if (tokens[i] < 0 || tokens[i] >= n_vocab) {
+            return PLB_E_TOKEN;
+        }
+    }
+    const int32_t code = guarded(slot->error_text, [&] { replay(*slot, tokens, n_tokens, n_draws); });
+    slot->next_pos = next_pos;
+    return code;
+}
+
 int32_t plb_slot_get_info(plb_engine * engine, int32_t seq, plb_slot_info * out) {
     if (engine == nullptr || out == nullptr) {
         return PLB_E_ARGUMENT;
@@ -361,7 +381,7 @@ int32_t plb_slot_get_info(plb_engine * engine, int32_t seq, plb_slot_info * out)
         *out = {
             slot->active(), slot->finish, slot->error, slot->path, slot->n_generated,
             slot->params.max_tokens - slot->n_generated, slot->next_token, slot->next_pos,
-            slot->seed, slot->params.n_logprobs,
+            slot->seed, slot->params.n_logprobs, slot->n_draws,
         };
     }
     return code;

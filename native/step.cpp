@@ -122,6 +122,23 @@ llama_batch build_batch(plb_engine & engine, int32_t n_rows) {
             engine.output.data()};
 }
 
+// llama_decode, or the fault that a test has asked for.
+int32_t decode(plb_engine & engine, llama_batch batch) {
+    fault & fault = engine.fault;
+    if (fault.countdown == 0 || --fault.countdown > 0) {
+        return llama_decode(engine.ctx, batch);
+    }
+    batch.n_tokens = fault.n_rows < 0 ? batch.n_tokens : std::min(batch.n_tokens, fault.n_rows);
+    if (batch.n_tokens > 0) {
+        const int32_t code = llama_decode(engine.ctx, batch);
+        if (code != 0) {
+            return code;
+        }
+        llama_synchronize(engine.ctx);
+    }
+    return fault.code;
+}
+
 // Whether no slot has more than one of the rows that are sampled.
 bool each_slot_once(plb_engine & engine, int32_t n_rows) {
     std::fill(engine.named.begin(), engine.named.end(), (uint8_t) 0);
@@ -195,7 +212,7 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows) {
     info.build_ns = t_built - info.t_start_ns;
 
     int32_t code = PLB_OK;
-    const int32_t threw = guarded(engine.error, [&] { code = llama_decode(engine.ctx, batch); });
+    const int32_t threw = guarded(engine.error, [&] { code = decode(engine, batch); });
     const int64_t t_decoded = now_ns();
     info.decode_ns = t_decoded - t_built;
     if (threw || code) {
@@ -304,4 +321,12 @@ int32_t plb_step(plb_engine * engine, int32_t n_rows) {
         return PLB_E_ARGUMENT;
     }
     return one_step(*engine, n_rows, 0, 0);
+}
+
+int32_t plb_fault_set(plb_engine * engine, int32_t countdown, int32_t code, int32_t n_rows) {
+    if (engine == nullptr || countdown < 0 || (countdown > 0 && code == 0) || n_rows < -1) {
+        return PLB_E_ARGUMENT;
+    }
+    engine->fault = {countdown, code, n_rows};
+    return PLB_OK;
 }

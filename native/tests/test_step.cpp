@@ -249,6 +249,38 @@ void full_memory(fixture & f) {
     CHECK_EQ(plb_step(f.engine, 1), PLB_OK);
 }
 
+// The decode that was chosen fails as it was told to, and only that.
+void faults(fixture & f) {
+    llama_memory_t memory = llama_get_memory(f.ctx);
+    plb_sampling s = greedy(1000);
+    CHECK_EQ(plb_slot_set(f.engine, 0, &s, nullptr, 0), PLB_OK);
+    CHECK_EQ(plb_fault_set(nullptr, 1, 1, 0), PLB_E_ARGUMENT);
+    CHECK_EQ(plb_fault_set(f.engine, -1, 1, 0), PLB_E_ARGUMENT);
+    CHECK_EQ(plb_fault_set(f.engine, 1, 0, 0), PLB_E_ARGUMENT);
+    CHECK_EQ(plb_fault_set(f.engine, 1, 1, -2), PLB_E_ARGUMENT);
+    const struct { int32_t code, n_rows; llama_pos pos_max; } all[] = {
+        {1, 0, -1}, {2, 2, 1}, {-3, -1, 3}, {-1, 99, 3},
+    };
+    for (const auto & fault : all) {
+        llama_memory_clear(memory, true);
+        CHECK_EQ(plb_fault_set(f.engine, 2, fault.code, fault.n_rows), PLB_OK);
+        f.row(0, 10, 0, 1, 0);
+        CHECK_EQ(plb_step(f.engine, 1), PLB_OK);
+        const plb_slot_info before = info_of(f, 0);
+        f.prompt(0, {1, 20, 30, 40}, 0);
+        CHECK_EQ(plb_step(f.engine, 4), fault.code);
+        CHECK_EQ(f.views.info->n_results, 0);
+        CHECK_EQ(info_of(f, 0).n_generated, before.n_generated);
+        CHECK_EQ(llama_memory_seq_pos_max(memory, 0), fault.pos_max);
+        CHECK(llama_memory_seq_rm(memory, 0, -1, -1));
+        CHECK_EQ(plb_step(f.engine, 4), PLB_OK);
+    }
+    CHECK_EQ(plb_fault_set(f.engine, 1, 1, 0), PLB_OK);
+    CHECK_EQ(plb_fault_set(f.engine, 0, 0, 0), PLB_OK);
+    llama_memory_clear(memory, true);
+    CHECK_EQ(plb_step(f.engine, 4), PLB_OK);
+}
+
 } // namespace
 
 int main(int argc, char ** argv) {
@@ -259,5 +291,6 @@ int main(int argc, char ** argv) {
     slots_move(f);
     dead_end(f);
     full_memory(f);
+    faults(f);
     return 0;
 }

@@ -246,3 +246,4 @@ class SlotInfo:
     next_pos: int
     seed: int | None  # the one in use, also when it was drawn at random; None when greedy
     logprobs: int | None
+    n_draws: int  # random numbers taken since it was seeded

@@ -55,6 +55,7 @@ from pyllamabatch.errors import (
     ClosedError,
     ContextBusy,
     FatalDecodeError,
+    GrammarError,
     UnsupportedOperation,
 )
 from pyllamabatch.raw import ffi, lib
@@ -326,6 +327,33 @@ class Stepper:
         ffi.gc(slot._slot, None)  # the engine's from now on
         slot._slot = None
 
+    def replay(
+        self, slot: DetachedSlot, tokens: Iterable[int] | TokenArray, n_draws: int, next_pos: int
+    ) -> None:
+        """Take a new slot of `make_slot` to where it would be after sampling `tokens` (at least
+        one, fewer than its budget), with as many random numbers; the last of them is the row that
+        comes next, at position `next_pos`. For restoring a sequence: `SlotInfo.n_draws` is what to
+        save. `GrammarError` when the grammar does not lead there; the slot is of no use then."""
+        _, context = self._open()
+        ids = context.model.vocab.check_tokens(tokens, "tokens")
+        draws = integer("n_draws", n_draws, 0, 2**31 - 1)
+        pos = integer("next_pos", next_pos, 0, self.n_pos_max - 1)
+        if slot._slot is None:
+            raise ArgumentError("slot", slot, "must be a slot that was not put back yet")
+        pointer = ffi.from_buffer("llama_token[]", ids)
+        code = lib.plb_slot_replay(slot._slot, pointer, len(ids), draws, pos)
+        if code == lib.PLB_E_ARGUMENT:
+            raise ArgumentError("tokens", f"{len(ids)} of them", "1 or more, less than max_tokens")
+        if code:
+            raise GrammarError("the grammar does not lead to these tokens")
+
+    def fault(self, countdown: int, code: int, n_rows: int = -1) -> None:
+        """For tests: the `countdown`-th decode from now on computes the first `n_rows` of its rows
+        (-1: all) and reports `code`. 0: no fault."""
+        engine, _ = self._open()
+        if lib.plb_fault_set(engine, countdown, code, n_rows):
+            raise ArgumentError("fault", (countdown, code, n_rows), "see plb_fault_set in plb.h")
+
     def slot(self, seq_id: int) -> SlotInfo:
         """A slot's state; `ArgumentError` when the sequence has none."""
         engine, _ = self._open()
@@ -342,6 +370,7 @@ class Stepper:
             next_pos=info.next_pos,
             seed=None if info.seed == lib.LLAMA_DEFAULT_SEED else info.seed,
             logprobs=None if info.n_logprobs < 0 else info.n_logprobs,
+            n_draws=info.n_draws,
         )
 
     def slot_error(self, seq_id: int) -> str:

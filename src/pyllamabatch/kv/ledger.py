@@ -1,0 +1,257 @@
+"""Who holds which KV cells: plain arithmetic, no libllama.
+
+A cell holds one position of one sequence, or of several that share their beginning: it is counted
+once, and is free when the last of them has left it. With a unified cache all sequences draw from
+one pool of `n_cells`; with separate streams each slot has `n_cells_seq` of its own and nothing is
+shared.
+
+A slot (sequence id of the context) is live while a sequence runs in it, or kept: what it holds
+waits for somebody whose text begins in the same way, and can be dropped at any time.
+
+What is counted is positions, which is what the layers with full attention hold. Layers with a
+sliding window hold fewer (`swa_full=False`), in a pool that libllama makes large enough for every
+sequence; a recurrent state has one size whatever it has read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Slots = npt.NDArray[np.int32]
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """Cells of positions one after the other, up to `end`, that the same slots hold."""
+
+    start: int
+    end: int
+    n_live: int
+    n_kept: int
+
+
+class KvLedger:
+    """Counts the cells that each slot holds.
+
+    `n_cells`: all sequences together. `n_seq_max`: slots. `n_cells_seq`: one sequence at most;
+    `None` means `n_cells` for a unified cache and `n_cells // n_seq_max` for separate streams.
+
+    A slot's positions are `0 .. held - 1`: first those that others hold too (or have held), in
+    `_runs`; then, from `_own_from` on, those that have been its own ever since.
+    """
+
+    __slots__ = (
+        "_held",
+        "_kept",
+        "_live",
+        "_n_kept",
+        "_own_from",
+        "_runs",
+        "_used",
+        "n_cells",
+        "n_cells_seq",
+        "n_seq_max",
+        "unified",
+    )
+
+    def __init__(
+        self,
+        n_cells: int,
+        n_seq_max: int,
+        *,
+        unified: bool = True,
+        n_cells_seq: int | None = None,
+    ) -> None:
+        if n_cells < 1 or n_seq_max < 1:
+            raise ValueError(f"n_cells and n_seq_max must be positive, got {n_cells}, {n_seq_max}")
+        self.n_cells = n_cells
+        self.n_seq_max = n_seq_max
+        self.unified = unified
+        self.n_cells_seq = n_cells_seq or (n_cells if unified else n_cells // n_seq_max)
+        self._held = np.zeros(n_seq_max, dtype=np.int64)
+        self._own_from = [0] * n_seq_max
+        self._runs: list[list[_Run]] = [[] for _ in range(n_seq_max)]
+        self._kept = [False] * n_seq_max
+        self._used = 0  # cells that any slot holds
+        self._n_kept = 0  # of these, cells that no live slot holds
+
+    # -- what there is
+
+    @property
+    def used(self) -> int:
+        """Cells that somebody holds, kept ones included."""
+        return self._used
+
+    @property
+    def kept(self) -> int:
+        """Cells that only kept slots hold: they can be had by dropping these."""
+        return self._n_kept
+
+    @property
+    def empty(self) -> int:
+        """Cells that nobody holds."""
+        return self.n_cells - self._used
+
+    @property
+    def free(self) -> int:
+        """Cells that no live slot holds. With separate streams not every slot can use all of them:
+        see `room`."""
+        return self.n_cells - self._used + self._n_kept
+
+    def held(self, slot: int) -> int:
+        """Positions of `slot`, shared ones included."""
+        return int(self._held[slot])
+
+    def is_kept(self, slot: int) -> bool:
+        return self._kept[slot]
+
+    def alone(self, slot: int) -> int:
+        """Cells that no other slot holds: what `release` would empty."""
+        shared = sum(run.end - run.start for run in self._runs[slot] if run.n_live + run.n_kept > 1)
+        return int(self._held[slot]) - shared
+
+    def live_alone(self, slot: int) -> int:
+        """Of a live slot: the cells that no other live slot holds, free once it is not live."""
+        shared = sum(run.end - run.start for run in self._runs[slot] if run.n_live > 1)
+        return int(self._held[slot]) - shared
+
+    def not_live(self, slot: int, n: int) -> int:
+        """Of the first `n` positions of `slot` the cells that no live slot holds."""
+        if not self._kept[slot]:
+            return 0
+        own = max(0, n - self._own_from[slot])
+        runs = (run for run in self._runs[slot] if run.n_live == 0 and run.start < n)
+        return own + sum(min(run.end, n) - run.start for run in runs)
+
+    def room(self, slot: int) -> int:
+        """How many more tokens `slot` could take now, without dropping anything."""
+        room = self.n_cells_seq - int(self._held[slot])
+        return min(room, self.empty) if self.unified else room
+
+    # -- changes
+
+    def take(self, slot: int, n: int) -> None:
+        """Give `n` more cells to a live `slot`; ValueError when they are not there."""
+        if n < 0 or n > self.room(slot) or self._kept[slot]:
+            raise ValueError(f"slot {slot} asks for {n} cells, there is room for {self.room(slot)}")
+        self._held[slot] += n
+        self._used += n
+
+    def take_each(self, slots: Slots, n: int = 1) -> None:
+        """`n` more cells for each of the live `slots`, all different: as many steps of pure
+        decoding."""
+        n_all = n * len(slots)
+        if n_all > self.empty:
+            raise ValueError(f"{n_all} cells are asked for, {self.empty} are free")
+        self._held[slots] += n
+        self._used += n_all
+
+    def share(self, source: int, target: int, n: int) -> None:
+        """The empty `target` becomes live and holds the first `n` positions of `source`, too. In a
+        unified cache these are the same cells, in separate streams a copy."""
+        if self._held[target] or self._kept[target] or source == target:
+            raise ValueError(f"slot {target} can't share with {source}: it is not empty")
+        if not 0 < n <= self._held[source]:
+            raise ValueError(f"{n} of {self._held[source]} positions of slot {source}")
+        if not self.unified:
+            self.take(target, n)
+            return
+        self._cut(source, n)
+        runs = self._runs[target] = [run for run in self._runs[source] if run.start < n]
+        for run in runs:
+            if run.n_live == 0:
+                self._n_kept -= run.end - run.start
+            run.n_live += 1
+        self._held[target] = self._own_from[target] = n
+
+    def keep(self, slot: int) -> None:
+        """A live slot is not live any more, what it holds is kept."""
+        if self._kept[slot]:
+            raise ValueError(f"slot {slot} is kept already")
+        self._kept[slot] = True
+        self._n_kept += int(self._held[slot]) - self._own_from[slot]
+        for run in self._runs[slot]:
+            run.n_live -= 1
+            run.n_kept += 1
+            if run.n_live == 0:
+                self._n_kept += run.end - run.start
+
+    def revive(self, slot: int) -> None:
+        """A kept slot is live again, with all that it holds."""
+        if not self._kept[slot]:
+            raise ValueError(f"slot {slot} is live")
+        self._kept[slot] = False
+        self._n_kept -= int(self._held[slot]) - self._own_from[slot]
+        for run in self._runs[slot]:
+            if run.n_live == 0:
+                self._n_kept -= run.end - run.start
+            run.n_live += 1
+            run.n_kept -= 1
+
+    def trim(self, slot: int, n: int) -> int:
+        """Only the first `n` positions of `slot` are held from now on; returns how many cells that
+        empties. A kept slot that holds nothing is live again."""
+        held = int(self._held[slot])
+        if not 0 <= n <= held:
+            raise ValueError(f"{n} of {held} positions of slot {slot}")
+        kept = self._kept[slot]
+        own = held - max(n, self._own_from[slot])
+        emptied = max(own, 0)
+        if n < self._own_from[slot]:
+            self._cut(slot, n)
+            runs = self._runs[slot]
+            while runs and runs[-1].start >= n:
+                emptied += self._leave(runs.pop(), kept)
+            self._own_from[slot] = n
+        self._held[slot] = n
+        if kept:
+            self._n_kept -= max(own, 0)
+            self._kept[slot] = n > 0
+        self._used -= emptied
+        return emptied
+
+    def release(self, slot: int) -> int:
+        """`slot` holds nothing any more; returns how many cells that empties."""
+        return self.trim(slot, 0)
+
+    # -- inside
+
+    def _cut(self, slot: int, n: int) -> None:
+        """Make position `n` of `slot` the end of a run."""
+        runs, own_from = self._runs[slot], self._own_from[slot]
+        if n > own_from:  # what was its own is a run of one holder
+            kept = self._kept[slot]
+            runs.append(_Run(own_from, n, not kept, kept))
+            self._own_from[slot] = n
+            return
+        for run in runs:
+            if run.start < n < run.end:
+                rest = _Run(n, run.end, run.n_live, run.n_kept)
+                run.end = n
+                for others in self._runs:
+                    if run in others:
+                        others.insert(others.index(run) + 1, rest)
+                return
+
+    def _leave(self, run: _Run, kept: bool) -> int:
+        """One holder of `run` less; how many cells that empties."""
+        n = run.end - run.start
+        if kept:
+            run.n_kept -= 1
+            if run.n_live + run.n_kept == 0:
+                self._n_kept -= n
+                return n
+        else:
+            run.n_live -= 1
+            if run.n_live == 0:
+                if run.n_kept == 0:
+                    return n
+                self._n_kept += n
+        return 0
+
+    def __repr__(self) -> str:
+        kind = "unified" if self.unified else "streams"
+        return f"KvLedger({kind}, {self._used} of {self.n_cells} cells held, {self._n_kept} kept)"

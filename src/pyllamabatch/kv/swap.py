@@ -1,0 +1,111 @@
+"""What a preempted sequence costs: computing it again, or copying its state to the host and back.
+
+    recompute = rows / rows a second          (prefill, measured over the last steps)
+    swap      = 2 * bytes / bytes a second    (out and in, measured over the last copies)
+
+Rates are running means in which a new measurement counts for a fifth. Before the first one nothing
+is known of the device, and the sequence is computed again.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+Preemption = Literal["auto", "recompute", "swap"]
+
+NEW = 0.2
+COPY_RATE = 2e9  # bytes a second until it has been measured: pageable memory over PCIe 3
+
+
+class SwapChoice:
+    """`mode`: "auto" takes what is cheaper, the others are forced. `bytes_fixed`,
+    `bytes_per_token`: of a sequence's state."""
+
+    def __init__(
+        self, mode: Preemption = "auto", *, bytes_per_token: float = 0.0, bytes_fixed: float = 0.0
+    ) -> None:
+        if mode not in ("auto", "recompute", "swap"):
+            raise ValueError(f"preemption {mode!r}: auto, recompute or swap")
+        self.mode = mode
+        self.bytes_per_token = bytes_per_token
+        self.bytes_fixed = bytes_fixed
+        self.copy_rate = COPY_RATE
+        self.prefill_rate: float | None = None  # rows a second
+
+    def swaps(self, n_tokens: int) -> bool:
+        """Whether a sequence of `n_tokens` computed tokens is swapped rather than recomputed."""
+        if self.mode != "auto" or n_tokens == 0 or self.prefill_rate is None:
+            return self.mode == "swap" and n_tokens > 0
+        n_bytes = self.bytes_fixed + n_tokens * self.bytes_per_token
+        return 2 * n_bytes / self.copy_rate < n_tokens / self.prefill_rate
+
+    def computed(self, n_rows: int, seconds: float) -> None:
+        """A step computed `n_rows` rows of prompts, nearly nothing else."""
+        rate = n_rows / max(seconds, 1e-9)
+        old = self.prefill_rate
+        self.prefill_rate = rate if old is None else old + NEW * (rate - old)
+
+    def copied(self, n_bytes: int, seconds: float, n_tokens: int) -> None:
+        """A state of `n_tokens` was copied one way."""
+        self.copy_rate += NEW * (n_bytes / max(seconds, 1e-9) - self.copy_rate)
+        if n_tokens and not self.bytes_fixed:
+            self.bytes_per_token = n_bytes / n_tokens
+
+
+class SwapSpace:
+    """Saved states by sequence id: up to `n_bytes` in host memory, what is above that in files of
+    `folder` (default: the system's folder for temporary files), which are gone with it."""
+
+    def __init__(self, n_bytes: int, folder: str | os.PathLike[str] | None = None) -> None:
+        self.n_bytes = n_bytes
+        self.used = 0
+        self._folder = folder
+        self._states: dict[int, bytes | Path] = {}
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def __contains__(self, id: int) -> bool:
+        return id in self._states
+
+    def put(self, id: int, state: bytes) -> None:
+        """OSError when it has to go to a file and can't."""
+        self.drop(id)
+        if self.used + len(state) <= self.n_bytes:
+            self.used += len(state)
+            self._states[id] = state
+            return
+        handle, name = tempfile.mkstemp(prefix="pyllamabatch-", suffix=".state", dir=self._folder)
+        path = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(state)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+        self._states[id] = path
+
+    def take(self, id: int) -> bytes:
+        """The state, which is not here any more. KeyError; OSError when its file is gone."""
+        state = self._states[id]
+        try:
+            return state if isinstance(state, bytes) else state.read_bytes()
+        finally:
+            self.drop(id)
+
+    def drop(self, id: int) -> None:
+        """Fine when there is none."""
+        state = self._states.pop(id, b"")
+        if isinstance(state, bytes):
+            self.used -= len(state)
+        else:
+            with suppress(OSError):
+                state.unlink()
+
+    def clear(self) -> None:
+        for id in list(self._states):
+            self.drop(id)

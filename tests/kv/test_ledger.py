@@ -1,0 +1,205 @@
+"""KvLedger: cells are counted exactly, in one pool and in separate streams, shared and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyllamabatch.kv import KvLedger
+
+
+def test_one_pool_is_shared_by_all() -> None:
+    ledger = KvLedger(10, 4)
+    ledger.take(0, 6)
+    ledger.take(1, 3)
+    assert (ledger.used, ledger.free, ledger.room(0), ledger.room(2)) == (9, 1, 1, 1)
+    with pytest.raises(ValueError, match="slot 2 asks for 2 cells, there is room for 1"):
+        ledger.take(2, 2)
+    assert ledger.release(0) == 6
+    assert (ledger.free, ledger.held(0), ledger.held(1)) == (7, 0, 3)
+
+
+def test_streams_do_not_lend_each_other_cells() -> None:
+    ledger = KvLedger(12, 3, unified=False)
+    assert ledger.n_cells_seq == 4
+    ledger.take(0, 4)
+    assert (ledger.room(0), ledger.room(1), ledger.free) == (0, 4, 8)
+    with pytest.raises(ValueError, match="room for 0"):
+        ledger.take(0, 1)
+
+
+def test_one_each_checks_the_pool_before_it_changes_anything() -> None:
+    ledger = KvLedger(5, 4)
+    ledger.take(0, 3)
+    with pytest.raises(ValueError, match="3 cells are asked for, 2 are free"):
+        ledger.take_each(np.array([0, 1, 2], dtype=np.int32))
+    assert ledger.used == 3
+    ledger.take_each(np.array([0, 2], dtype=np.int32))
+    assert [ledger.held(slot) for slot in range(4)] == [4, 0, 1, 0]
+
+
+def test_several_steps_at_once() -> None:
+    ledger = KvLedger(12, 4)
+    slots = np.array([3, 1], dtype=np.int32)
+    with pytest.raises(ValueError, match="14 cells are asked for, 12 are free"):
+        ledger.take_each(slots, 7)
+    ledger.take_each(slots, 5)
+    assert [ledger.held(slot) for slot in range(4)] == [0, 5, 0, 5]
+    assert (ledger.used, ledger.free) == (10, 2)
+
+
+@pytest.mark.parametrize(("n_cells", "n_seq_max"), [(0, 1), (1, 0), (-1, 1)])
+def test_a_ledger_of_nothing_is_refused(n_cells: int, n_seq_max: int) -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        KvLedger(n_cells, n_seq_max)
+
+
+@given(
+    st.booleans(),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(-1, 12), st.booleans()), max_size=60),
+)
+def test_it_balances_whatever_happens(
+    unified: bool, operations: list[tuple[int, int, bool]]
+) -> None:
+    ledger = KvLedger(20, 4, unified=unified)
+    held = [0, 0, 0, 0]
+    for slot, n, release in operations:
+        if release:
+            assert ledger.release(slot) == held[slot]
+            held[slot] = 0
+        elif 0 <= n <= ledger.room(slot):
+            ledger.take(slot, n)
+            held[slot] += n
+        else:
+            with pytest.raises(ValueError, match="cells"):
+                ledger.take(slot, n)
+        assert [ledger.held(s) for s in range(4)] == held
+        assert ledger.used == sum(held)
+        assert ledger.free == 20 - sum(held) >= 0
+        assert max(held) <= ledger.n_cells_seq
+
+
+def test_shared_cells_are_counted_once() -> None:
+    ledger = KvLedger(100, 4)
+    ledger.take(0, 30)
+    ledger.share(0, 1, 20)
+    assert (ledger.used, ledger.held(1), ledger.alone(0), ledger.alone(1)) == (30, 20, 10, 0)
+    ledger.take(1, 5)
+    ledger.share(1, 2, 23)
+    assert (ledger.used, ledger.alone(0), ledger.alone(1), ledger.alone(2)) == (35, 10, 2, 0)
+    assert ledger.release(0) == 10
+    assert ledger.release(1) == 2
+    assert ledger.release(2) == 23
+    assert ledger.used == 0
+
+
+def test_what_is_kept_counts_as_free() -> None:
+    ledger = KvLedger(100, 4)
+    ledger.take(0, 30)
+    ledger.share(0, 1, 20)
+    ledger.keep(0)
+    assert (ledger.free, ledger.kept, ledger.empty) == (80, 10, 70)
+    assert (ledger.not_live(0, 20), ledger.not_live(0, 25), ledger.not_live(1, 20)) == (0, 5, 0)
+    ledger.keep(1)
+    assert (ledger.free, ledger.kept, ledger.not_live(0, 25)) == (100, 30, 25)
+    ledger.share(0, 2, 25)
+    assert (ledger.free, ledger.kept, ledger.live_alone(2), ledger.alone(2)) == (75, 5, 25, 0)
+    with pytest.raises(ValueError, match="asks for 1 cells"):
+        ledger.take(0, 1)
+    ledger.revive(0)
+    assert (ledger.kept, ledger.is_kept(0), ledger.live_alone(0)) == (0, False, 5)
+    with pytest.raises(ValueError, match="live"):
+        ledger.revive(0)
+
+
+def test_streams_copy_instead_of_sharing() -> None:
+    ledger = KvLedger(40, 4, unified=False)
+    ledger.take(0, 8)
+    ledger.share(0, 1, 8)
+    assert (ledger.used, ledger.alone(0), ledger.alone(1)) == (16, 8, 8)
+    assert ledger.trim(1, 3) == 5
+    assert (ledger.held(1), ledger.used) == (3, 11)
+
+
+@pytest.mark.parametrize(("source", "target", "n"), [(0, 1, 6), (0, 1, 0), (0, 0, 2), (0, 2, 2)])
+def test_a_share_that_can_not_be(source: int, target: int, n: int) -> None:
+    ledger = KvLedger(20, 3)
+    ledger.take(0, 5)
+    ledger.take(2, 1)
+    with pytest.raises(ValueError, match="slot"):
+        ledger.share(source, target, n)
+    assert ledger.used == 6
+
+
+class Cells:
+    """The model: every cell an object, every slot a list of them."""
+
+    def __init__(self, n_cells: int, n_slots: int) -> None:
+        self.n_cells = n_cells
+        self.slots: list[list[object]] = [[] for _ in range(n_slots)]
+        self.kept = [False] * n_slots
+
+    def all_of(self, slots: Iterable[int]) -> set[object]:
+        return {cell for slot in slots for cell in self.slots[slot]}
+
+    def check(self, ledger: KvLedger) -> None:
+        every = range(len(self.slots))
+        live = [slot for slot in every if not self.kept[slot]]
+        used, of_live = self.all_of(every), self.all_of(live)
+        assert (ledger.used, ledger.kept) == (len(used), len(used - of_live))
+        assert (ledger.free, ledger.empty) == (
+            self.n_cells - len(of_live),
+            self.n_cells - len(used),
+        )
+        for slot in every:
+            mine = set(self.slots[slot])
+            assert ledger.held(slot) == len(mine)
+            assert ledger.is_kept(slot) == self.kept[slot]
+            assert ledger.alone(slot) == len(mine - self.all_of(s for s in every if s != slot))
+            if slot in live:
+                others = self.all_of(s for s in live if s != slot)
+                assert ledger.live_alone(slot) == len(mine - others)
+            for n in range(len(mine) + 1):
+                assert ledger.not_live(slot, n) == len(set(self.slots[slot][:n]) - of_live)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["take", "share", "share", "keep", "revive", "trim", "release"]),
+            st.integers(0, 4),
+            st.integers(0, 4),
+            st.integers(0, 12),
+        ),
+        max_size=50,
+    )
+)
+def test_sharing_and_keeping_balance(operations: list[tuple[str, int, int, int]]) -> None:
+    ledger, cells = KvLedger(40, 5), Cells(40, 5)
+    for name, slot, other, n in operations:
+        mine, kept = cells.slots[slot], cells.kept[slot]
+        if name == "take" and not kept and n <= ledger.empty:
+            ledger.take(slot, n)
+            mine.extend(object() for _ in range(n))
+        elif name == "share" and not cells.slots[other] and 0 < n <= len(mine):
+            ledger.share(slot, other, n)
+            cells.slots[other] = mine[:n]
+        elif name == "keep" and mine and not kept:
+            ledger.keep(slot)
+            cells.kept[slot] = True
+        elif name == "revive" and kept:
+            ledger.revive(slot)
+            cells.kept[slot] = False
+        elif name in ("trim", "release"):
+            left = min(n, len(mine)) if name == "trim" else 0
+            before = ledger.used
+            emptied = ledger.trim(slot, left) if name == "trim" else ledger.release(slot)
+            assert emptied == before - ledger.used
+            del mine[left:]
+            cells.kept[slot] = kept and left > 0
+        cells.check(ledger)
