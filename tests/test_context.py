@@ -425,7 +425,13 @@ def test_state_that_does_not_fit(context: Context, model: Model) -> None:
         small.state_seq_set(data, 0)
     with model.context(n_threads=1, n_ctx=512, type_k="f32") as other:
         run(other, PROMPT)
-        with pytest.raises(StateError, match="type"):
+        with pytest.raises(StateError, match="type_k=1, this context has 0"):
+            other.state_seq_set(data, 0)
+        assert other.memory.pos_max(0) == len(PROMPT) - 1
+    layout = {"flash_attn_type": "disabled", "n_ctx": 512}
+    with model.context(n_threads=1, **layout) as other:
+        run(other, PROMPT)
+        with pytest.raises(StateError, match="does not fit"):
             other.state_seq_set(data, 0)
         assert other.memory.pos_max(0) == -1
         run(other, PROMPT)  # and it works on

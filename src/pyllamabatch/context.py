@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,8 @@ class Context(Owner):
         self._exclusive = _Exclusive(self._close)
         self._lock = self._exclusive.lock
         self._loras: list[Handle] = []
+        self.lora_names: list[tuple[str, float]] = []
+        """File name and scale of each adapter that is applied."""
         self._outputs: npt.NDArray[np.int8] | None = None
         self._encoded = False
 
@@ -308,6 +311,7 @@ class Context(Owner):
             lib.llama_set_adapters_lora(self.ptr, pointers, len(adapters), scales)
             self._drop_loras()
             self._loras = taken
+            self.lora_names = [(Path(a.path).name, float(scale)) for a, scale in adapters]
 
     def _drop_loras(self) -> None:
         for handle in self._loras:
