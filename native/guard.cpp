@@ -5,10 +5,14 @@
 #include "plb.h"
 
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <stdexcept>
+#include <string>
 
-void plb_log_append_error(const char * text); // log.cpp
+void plb_log_append_error(const char * text);              // log.cpp
+std::string plb_json_schema_grammar(const char * schema); // json_schema.cpp
 
 namespace {
 
@@ -62,4 +66,12 @@ struct llama_adapter_lora * plb_lora_load(struct llama_model * model, const char
 
 size_t plb_state_seq_set(struct llama_context * ctx, const uint8_t * src, size_t size, llama_seq_id seq) {
     return call((size_t) 0, [&] { return llama_state_seq_set_data(ctx, src, size, seq); });
+}
+
+char * plb_json_schema_to_gbnf(const char * schema) {
+    return call((char *) nullptr, [&] { return strdup(plb_json_schema_grammar(schema).c_str()); });
+}
+
+void plb_text_free(char * text) {
+    free(text);
 }

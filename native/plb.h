@@ -315,6 +315,11 @@ struct llama_model   * plb_model_load(const char ** paths, size_t n_paths, struc
 struct llama_context * plb_context_new(struct llama_model * model, struct llama_context_params params);
 struct llama_adapter_lora * plb_lora_load(struct llama_model * model, const char * path);
 size_t plb_state_seq_set(struct llama_context * ctx, const uint8_t * src, size_t size, llama_seq_id seq);
+/* The GBNF grammar (root "root") of the JSON texts that a schema allows, by llama.cpp's own
+ * converter; NULL, and why in plb_log_errors, for one that it can't read or keep whole. The caller
+ * bounds the schema's depth. To be freed with plb_text_free. */
+char * plb_json_schema_to_gbnf(const char * schema);
+void   plb_text_free(char * text);
 /* -- end of log ring --------------------------------------------------------------------------- */
 
 #ifdef __cplusplus

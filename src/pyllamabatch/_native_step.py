@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyllamabatch.errors import ArgumentError, GrammarError, PyllamabatchError
+from pyllamabatch.json_schema import schema_to_gbnf
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.sampling import SamplingParams
 
@@ -49,7 +50,10 @@ def sampling_struct(params: SamplingParams, path: int) -> tuple[Any, tuple[Any, 
     """The plb_sampling of params, and what must live as long as it."""
     biases = ffi.new("llama_logit_bias[]", list(params.logit_bias.items()))
     stops = ffi.new("llama_token[]", list(params.stop_token_ids))
-    grammar = ffi.NULL if params.grammar is None else ffi.new("char[]", params.grammar.encode())
+    rules = params.grammar
+    if isinstance(params.json_schema, str):
+        rules = schema_to_gbnf(params.json_schema)
+    grammar = ffi.NULL if rules is None else ffi.new("char[]", rules.encode())
     struct = ffi.new("plb_sampling *")
     struct.max_tokens = params.max_tokens
     struct.min_tokens = params.min_tokens

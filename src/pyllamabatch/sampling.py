@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from pyllamabatch.errors import ArgumentError
+from pyllamabatch.json_schema import Schema, schema_text
 
 INT32_MAX = 2**31 - 1
 SEED_MAX = 2**32 - 2  # 2**32 - 1 is libllama's "draw one at random"
@@ -32,7 +33,9 @@ class SamplingParams:
     - penalty_last_n: how many tokens back the penalties look, prompt included; -1 is all of them.
     - logit_bias: token id -> what is added to its logit; -inf excludes the token.
     - seed: 0 to 2**32 - 2; None draws one at random.
-    - grammar: GBNF whose start rule is `root`.
+    - grammar: GBNF whose start rule is `root`. json_schema: a JSON schema instead, as a mapping
+      or as JSON text (it is kept as text): the generated text is JSON that it allows, see
+      `pyllamabatch.json_schema`.
     - stop: texts that end the request (looked for in the generated text by the engine).
       stop_token_ids: token ids that do.
     - ignore_eog: end-of-generation tokens are never chosen.
@@ -54,6 +57,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     seed: int | None = None
     grammar: str | None = None
+    json_schema: Schema | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eog: bool = False
@@ -79,6 +83,10 @@ class SamplingParams:
         if self.seed is not None:
             self._integer("seed", 0, SEED_MAX)
         self._check_grammar()
+        if self.json_schema is not None:
+            if self.grammar is not None:
+                raise ArgumentError("json_schema", self.json_schema, "grammar is given already")
+            self._set("json_schema", schema_text(self.json_schema))
         self._freeze_stops()
         if not isinstance(self.ignore_eog, bool):
             raise ArgumentError("ignore_eog", self.ignore_eog, "True or False")
