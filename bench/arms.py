@@ -24,6 +24,7 @@ from bench.models import BenchModel
 from bench.tools import ToolError, build_options, tool
 
 if TYPE_CHECKING:
+    from pyllamabatch.sampling import SamplingParams
     from pyllamabatch.scheduler import Plan, Policy, StepView
 
 ATTEMPTS = 5
@@ -59,8 +60,13 @@ def run_batched_bench(case: Case) -> Measured:
     values = batched_bench_row(command)
     names = ("n_kv_max", "n_batch", "n_ubatch", "flash_attn", "n_threads", "n_threads_batch")
     settings: dict[str, Any] = {name: int(values[name]) for name in names}
-    settings["build_options"] = " ".join(f"{k}={v}" for k, v in sorted(build_options().items()))
+    settings["build_options"] = build_words()
     return Measured(values["t_pp"], values["t_tg"], settings)
+
+
+def build_words() -> str:
+    """The options that llama.cpp's tools are built with."""
+    return " ".join(f"{k}={v}" for k, v in sorted(build_options().items()))
 
 
 def in_own_thread(work: Callable[[Case], Measured]) -> Callable[[Case], Measured]:
@@ -212,7 +218,7 @@ class InProcess:
         with self._context(case) as context, Stepper(context) as stepper:
             prompts = case.prompts(self.model.n_vocab)
             for seq in range(n):
-                stepper.set_slot(seq, _sampling_params(case, seq, case.tg + 1))
+                stepper.set_slot(seq, sampling_params(case.sampling, case.seed + seq, case.tg + 1))
             rows = stepper.rows
             token = np.zeros(n, np.int32)
             start = time.perf_counter()
@@ -259,7 +265,7 @@ class InProcess:
             room = case.n_ctx // case.pl - case.pp
             start = time.perf_counter()
             streams = [
-                engine.submit(prompt, _sampling_params(case, seq, room))
+                engine.submit(prompt, sampling_params(case.sampling, case.seed + seq, room))
                 for seq, prompt in enumerate(prompts)
             ]
             reached = clock.done.wait(timeout=600)
@@ -286,11 +292,12 @@ class InProcess:
         )
 
 
-def _sampling_params(case: Case, seq: int, max_tokens: int) -> Any:
+def sampling_params(sampling: str, seed: int, max_tokens: int) -> SamplingParams:
+    """`sampling`: "greedy" or "default"; never ends before `max_tokens`."""
     from pyllamabatch.sampling import SamplingParams
 
-    extra: dict[str, Any] = {"temperature": 0.0} if case.sampling == "greedy" else {}
-    return SamplingParams(max_tokens=max_tokens, ignore_eog=True, seed=case.seed + seq, **extra)
+    extra: dict[str, Any] = {"temperature": 0.0} if sampling == "greedy" else {}
+    return SamplingParams(max_tokens=max_tokens, ignore_eog=True, seed=seed, **extra)
 
 
 def _chain(case: Case, seq: int) -> Any:

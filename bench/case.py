@@ -39,9 +39,9 @@ class Case:
         per_sequence = self.pp + self.tg + 1
         return self.pl * (-(-per_sequence // 256) * 256)
 
-    def prompts(self, n_vocab: int) -> I32:
-        """Random tokens, shape (pl, pp)."""
-        generator = np.random.default_rng(self.seed)
+    def prompts(self, n_vocab: int, which: int = 0) -> I32:
+        """Random tokens, shape (pl, pp); others for another `which`."""
+        generator = np.random.default_rng([self.seed, which])
         return generator.integers(0, n_vocab, (self.pl, self.pp), dtype=np.int32)
 
 

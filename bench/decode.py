@@ -13,7 +13,7 @@ from bench import report, schema
 from bench.arms import InProcess, in_own_thread, run_batched_bench
 from bench.case import Arm, Case, Measured, case_row
 from bench.models import resolve
-from bench.options import Budget, add_model, add_run, numbers, out_file
+from bench.options import Budget, add_model, add_run, choose, numbers, out_file
 from bench.quiet import undisturbed
 from bench.targets import Target, speed_ratio
 from bench.tools import tool
@@ -124,16 +124,6 @@ def all_arms(inside: InProcess) -> list[Arm]:
             inside.engine,
         ),
     ]
-
-
-def choose(names: str, arms: list[Arm]) -> list[Arm]:
-    if not names:
-        return arms
-    known = {arm.name: arm for arm in arms}
-    unknown = [name for name in names.split(",") if name not in known]
-    if unknown:
-        raise SystemExit(f"--arms {','.join(unknown)}: not one of {', '.join(known)}")
-    return [known[name] for name in names.split(",")]
 
 
 def measure(

@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from bench import schema
 from bench.cache import RESULTS
@@ -50,6 +51,25 @@ def numbers(words: str) -> list[int]:
     if min(values) < 1:
         raise SystemExit(f"{words}: numbers of 1 or more, comma separated")
     return values
+
+
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+T = TypeVar("T", bound=Named)
+
+
+def choose(names: str, arms: list[T]) -> list[T]:
+    """The arms that are named, comma separated; all of them for ""."""
+    if not names:
+        return arms
+    known = {arm.name: arm for arm in arms}
+    unknown = [name for name in names.split(",") if name not in known]
+    if unknown:
+        raise SystemExit(f"--arms {','.join(unknown)}: not one of {', '.join(known)}")
+    return [known[name] for name in names.split(",")]
 
 
 def out_file(options: argparse.Namespace, bench: str, subject: str) -> Path:

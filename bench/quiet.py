@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,17 +22,27 @@ def _busy_s() -> float | None:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def _own_s() -> float:
-    """CPU seconds of this process and of its children that have ended."""
+def _own_s(pids: Sequence[int] = ()) -> float:
+    """CPU seconds of this process, of its children that have ended, and of those named that run."""
     times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    own = times.user + times.system + times.children_user + times.children_system
+    return own + sum(_process_s(pid) for pid in pids)
+
+
+def _process_s(pid: int) -> float:
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:  # it has ended, or this is another system
+        return 0.0
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")  # utime, stime: proc(5)
 
 
 class CpuWatch:
-    """Counts from its creation on."""
+    """Counts from its creation on.  `pids`: children that run all the while and are no others."""
 
-    def __init__(self) -> None:
-        self._began = (time.perf_counter(), _busy_s(), _own_s())
+    def __init__(self, pids: Sequence[int] = ()) -> None:
+        self._pids = pids
+        self._began = (time.perf_counter(), _busy_s(), _own_s(pids))
 
     def others(self) -> float:
         """Cores that others kept busy on average, steal of a virtual machine included; -1 where
@@ -41,11 +51,13 @@ class CpuWatch:
         busy = _busy_s()
         if busy is None or busy_before is None:
             return -1.0
-        used = (busy - busy_before) - (_own_s() - own_before)
+        used = (busy - busy_before) - (_own_s(self._pids) - own_before)
         return max(0.0, used / (time.perf_counter() - began))
 
 
-def undisturbed(run: Callable[[], T], limit: float | None) -> tuple[T, float]:
+def undisturbed(
+    run: Callable[[], T], limit: float | None, pids: Sequence[int] = ()
+) -> tuple[T, float]:
     """What `run` returns, and the cores that others used meanwhile.
 
     With a `limit` the run waits until others use fewer cores, and is made again when they used
@@ -54,7 +66,7 @@ def undisturbed(run: Callable[[], T], limit: float | None) -> tuple[T, float]:
     while True:
         if limit is not None:
             _wait_for_quiet(limit)
-        watch = CpuWatch()
+        watch = CpuWatch(pids)
         result = run()
         others = watch.others()
         if limit is None or others <= limit:

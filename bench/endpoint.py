@@ -1,0 +1,182 @@
+"""`python -m bench.endpoint KIND CASE --port P`: a Python library behind llama-server's HTTP.
+
+Only what the load generator needs: GET /health, and POST /completion without streaming.  KIND:
+
+- engine: our engine, one shared context
+- xllamacpp: its own server, which is llama-server's code in this process
+- llama-cpp-python: one `Llama`, which takes one user at a time, behind a lock
+
+CASE: the settings as JSON (`bench.server.endpoint`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from bench.case import Case
+from bench.models import BenchModel
+from bench.serving import engine_settings
+
+HOST = "127.0.0.1"
+Complete = Callable[[dict[str, Any]], dict[str, Any]]
+"""From a request's body to the answer's."""
+
+
+def engine(case: Case, gpu: bool) -> Complete:
+    from pyllamabatch import Engine, Model, SamplingParams
+
+    serving = Engine(
+        Model(case.model.path, n_gpu_layers=case.n_gpu_layers), **engine_settings(case)
+    )
+
+    def complete(body: dict[str, Any]) -> dict[str, Any]:
+        params = SamplingParams(
+            max_tokens=body["n_predict"],
+            temperature=body["temperature"],
+            top_k=body["top_k"],
+            top_p=body["top_p"],
+            min_p=body["min_p"],
+            seed=body["seed"],
+            ignore_eog=body["ignore_eos"],
+        )
+        result = serving.submit(body["prompt"], params).result()
+        return {
+            "content": result.text,
+            "tokens_evaluated": result.n_prompt,
+            "tokens_predicted": result.n_generated,
+        }
+
+    return complete
+
+
+def llama_cpp_python(case: Case, gpu: bool) -> Complete:
+    import llama_cpp
+
+    if gpu and not llama_cpp.llama_supports_gpu_offload():
+        raise SystemExit("this build of llama-cpp-python does not use the GPU")
+    model = llama_cpp.Llama(
+        str(case.model.path),
+        n_gpu_layers=case.n_gpu_layers,
+        n_ctx=case.n_ctx // case.pl,
+        n_batch=case.n_batch,
+        n_ubatch=case.n_ubatch,
+        n_threads=case.n_threads,
+        n_threads_batch=case.n_threads,
+        verbose=False,
+    )
+    turn = threading.Lock()
+
+    def complete(body: dict[str, Any]) -> dict[str, Any]:
+        prompt = body["prompt"]
+        with turn:
+            model.reset()
+            model.set_seed(body["seed"])
+            generated = model.generate(
+                prompt,
+                top_k=body["top_k"],
+                top_p=body["top_p"],
+                min_p=body["min_p"],
+                temp=body["temperature"],
+                repeat_penalty=1.0,
+            )
+            tokens = list(islice(generated, body["n_predict"]))
+            text = model.detokenize(tokens).decode("utf-8", errors="replace")
+        return {
+            "content": text,
+            "tokens_evaluated": len(prompt),
+            "tokens_predicted": len(tokens),
+        }
+
+    return complete
+
+
+def serve_xllamacpp(case: Case, gpu: bool, port: int) -> None:
+    """Its own HTTP server, until the process ends."""
+    import xllamacpp
+
+    cpu = xllamacpp.ggml_backend_dev_type.GGML_BACKEND_DEVICE_TYPE_CPU
+    if gpu and all(device["type"] == cpu for device in xllamacpp.get_device_info()):
+        raise SystemExit("this build of xllamacpp does not use the GPU")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(case.model.path)
+    params.hostnames = [HOST]
+    params.port = port
+    params.n_parallel = case.pl
+    params.n_ctx = case.n_ctx
+    params.n_batch = case.n_batch
+    params.n_ubatch = case.n_ubatch
+    params.n_gpu_layers = case.n_gpu_layers
+    params.kv_unified = case.kv_unified
+    params.cpuparams.n_threads = case.n_threads
+    params.cpuparams_batch.n_threads = case.n_threads
+    params.cache_prompt = False
+    params.cache_ram_mib = 0
+    params.n_ctx_checkpoints = 0
+    params.fit_params = False
+    server = xllamacpp.Server(params)
+    print("listening on", server.listening_address, flush=True)
+    threading.Event().wait()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # connections stay open
+    disable_nagle_algorithm = True
+    wbufsize = -1  # an answer is one packet
+    complete: Complete
+
+    def do_GET(self) -> None:
+        self._answer(200 if self.path == "/health" else 404, {})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path != "/completion":
+            self._answer(404, {})
+            return
+        try:
+            self._answer(200, type(self).complete(body))
+        except Exception as error:
+            self._answer(500, {"error": f"{type(error).__name__}: {error}"})
+
+    def _answer(self, status: int, values: dict[str, Any]) -> None:
+        content = json.dumps(values).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Nothing per request."""
+
+
+class Server(ThreadingHTTPServer):
+    request_queue_size = 512  # clients that connect at once
+    daemon_threads = True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.endpoint", description=__doc__)
+    parser.add_argument("kind", choices=["engine", "xllamacpp", "llama-cpp-python"])
+    parser.add_argument("case", help="the settings as JSON")
+    parser.add_argument("--port", type=int, required=True)
+    options = parser.parse_args()
+    values = json.loads(options.case)
+    gpu = values.pop("gpu")
+    values["model"] = BenchModel(Path(values["model"]), "", None)
+    case = Case(**values)
+    if options.kind == "xllamacpp":
+        serve_xllamacpp(case, gpu, options.port)
+    complete = engine if options.kind == "engine" else llama_cpp_python
+    Handler.complete = staticmethod(complete(case, gpu))
+    Server((HOST, options.port), Handler).serve_forever()
+
+
+if __name__ == "__main__":
+    main()
