@@ -247,9 +247,9 @@ class InProcess:
     def engine(self, case: Case) -> Measured:
         """The engine; time runs between the plans of its steady steps."""
         from pyllamabatch.engine import Engine
-        from pyllamabatch.scheduler import fcfs
+        from pyllamabatch.scheduler import sarathi
 
-        clock = StepClock(fcfs(), case.pl, case.tg)
+        clock = StepClock(sarathi(), case.pl, case.tg)
         with Engine(
             self.model,
             n_seq_max=case.pl,

@@ -309,7 +309,7 @@ def test_an_arm_that_fails_leaves_a_row_and_the_others_go_on(case: Case) -> None
 
 
 def test_the_step_clock_counts_steady_steps_only() -> None:
-    from pyllamabatch.scheduler import StepView, fcfs
+    from pyllamabatch.scheduler import StepView, sarathi
     from pyllamabatch.scheduler.view import Limits, SequenceView
 
     limits = Limits(n_batch=8, n_ubatch=8, n_seq_max=2, n_cells=64, n_cells_seq=64)
@@ -322,7 +322,7 @@ def test_the_step_clock_counts_steady_steps_only() -> None:
     }
     both = [SequenceView(id=i, arrival=0.0, **done) for i in (1, 2)]
     begun = SequenceView(id=2, arrival=0.0, n_prompt=9, computed=3, max_tokens=9, running=True)
-    clock = StepClock(fcfs(), 2, 6)
+    clock = StepClock(sarathi(), 2, 6)
     for running, waiting in (([both[0], begun], []), (both[:1], []), (both, [begun])):
         clock.plan(StepView.of(limits, running, waiting))
     assert clock.starts == []

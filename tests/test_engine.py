@@ -30,7 +30,7 @@ from pyllamabatch.errors import (
 )
 from pyllamabatch.model import Model
 from pyllamabatch.sampling import SamplingParams
-from pyllamabatch.scheduler import fcfs
+from pyllamabatch.scheduler import sarathi
 
 PROMPT = [1, 20, 30, 40, 50]
 
@@ -440,7 +440,10 @@ def test_a_thread_that_prepares_a_request_is_waited_for(
 @pytest.mark.parametrize("name", ["mamba", "gemma3"])
 def test_memories_that_can_not_forget_in_part(name: str) -> None:
     """Recurrent and sliding-window: what preempts must not need more than whole removal."""
-    with Model(gguf_path(name)) as model, small(model, n_ctx=128, policy=fcfs(budget=8)) as engine:
+    with (
+        Model(gguf_path(name)) as model,
+        small(model, n_ctx=128, policy=sarathi(budget=8)) as engine,
+    ):
         results = engine.generate([[1, *range(10, 40)]] * 6, greedy(60))
         assert len({tuple(result.tokens) for result in results}) == 1
         stats = check_balanced(engine)

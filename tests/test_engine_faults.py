@@ -21,7 +21,7 @@ from pyllamabatch.errors import (
     SamplingError,
 )
 from pyllamabatch.sampling import SamplingParams
-from pyllamabatch.scheduler import Limits, Plan, StepView, fcfs
+from pyllamabatch.scheduler import Limits, Plan, StepView, sarathi
 
 LIMITS = Limits(n_batch=16, n_ubatch=8, n_seq_max=4, n_cells=64, n_cells_seq=64)
 
@@ -123,11 +123,11 @@ class FirstTwoOnly:
     """FCFS, but from the sixth plan on it runs only two of three sequences for a while."""
 
     def __init__(self) -> None:
-        self._fcfs, self._n_plans = fcfs(), 0
+        self._usual, self._n_plans = sarathi(), 0
 
     def plan(self, view: StepView) -> Plan:
         self._n_plans += 1
-        return Plan({1: 1, 2: 1}) if 6 <= self._n_plans <= 8 else self._fcfs.plan(view)
+        return Plan({1: 1, 2: 1}) if 6 <= self._n_plans <= 8 else self._usual.plan(view)
 
 
 def test_sequences_outside_of_a_failed_batch_go_on_from_what_the_cache_holds() -> None:

@@ -9,7 +9,7 @@ from engine_fakes import EOG, Rig, solo
 from pyllamabatch.errors import FatalDecodeError, KvCacheFull, PyllamabatchError
 from pyllamabatch.machine import Pace
 from pyllamabatch.sampling import SamplingParams
-from pyllamabatch.scheduler import Limits, Plan, StepView, fcfs
+from pyllamabatch.scheduler import Limits, Plan, StepView, sarathi
 
 LIMITS = Limits(n_batch=64, n_ubatch=64, n_seq_max=4, n_cells=256, n_cells_seq=256)
 PROMPTS = [[10 * i + 1, 2, 3] for i in range(4)]
@@ -46,11 +46,11 @@ def test_steady_decoding_is_a_few_runs() -> None:
 def test_a_policy_that_says_nothing_is_asked_at_every_step() -> None:
     class Plain:
         def __init__(self) -> None:
-            self.n_plans, self._fcfs = 0, fcfs()
+            self.n_plans, self._usual = 0, sarathi()
 
         def plan(self, view: StepView) -> Plan:
             self.n_plans += 1
-            plan = self._fcfs.plan(view)
+            plan = self._usual.plan(view)
             return Plan(plan.tokens, plan.preempt, plan.reasons)
 
     policy = Plain()

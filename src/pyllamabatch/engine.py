@@ -70,7 +70,7 @@ class Engine:
       libllama made of it is `engine.n_ctx`.
     - n_batch: rows of a step at most; n_ubatch: rows that the device computes at once, and by
       default the rows of a step while somebody waits for its next token.
-    - policy: who runs when, see `pyllamabatch.scheduler`; default `fcfs()`. One policy object
+    - policy: who runs when, see `pyllamabatch.scheduler`; default `sarathi()`. One policy object
       serves one engine.
     - n_logprobs_max: the largest `SamplingParams.logprobs` that a request may ask for.
     - n_trace: how many of the last steps `trace` remembers; 0 for none.

@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 
 from pyllamabatch.errors import PlanError, RequestTooLong
-from pyllamabatch.scheduler import RULES, Limits, Plan, Scheduler, StepView, fcfs
+from pyllamabatch.scheduler import RULES, Limits, Plan, Scheduler, StepView, sarathi
 
 LIMITS = Limits(n_batch=32, n_ubatch=8, n_seq_max=3, n_cells=64, n_cells_seq=64)
 
 
 class Scripted:
-    """Plans as FCFS does until it is given a plan of its own."""
+    """Plans as Sarathi does until it is given a plan of its own."""
 
     def __init__(self) -> None:
         self.next: Plan | None = None
-        self._fcfs = fcfs()
+        self._usual = sarathi()
 
     def plan(self, view: StepView) -> Plan:
-        return self._fcfs.plan(view) if self.next is None else self.next
+        return self._usual.plan(view) if self.next is None else self.next
 
 
 def scheduler() -> tuple[Scheduler, Scripted]:
@@ -69,7 +69,13 @@ BROKEN: list[tuple[str, Plan]] = [
     ("repeat", Plan({1: 1}, preempt=(2,), repeat=2)),
     ("repeat", Plan({1: 1}, repeat=0)),
     ("repeat", Plan({1: 1}, repeat=2.0)),  # type: ignore[arg-type]
+    ("repeat", Plan({}, wake=9.0, repeat=2)),
     ("progress", Plan({})),
+    ("wake", Plan({1: 1}, wake=9.0)),
+    ("wake", Plan({}, preempt=(1,), wake=9.0)),
+    ("wake", Plan({}, wake=1.0)),
+    ("wake", Plan({}, wake=float("inf"))),
+    ("wake", Plan({}, wake=float("nan"))),
 ]
 
 

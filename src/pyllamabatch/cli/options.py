@@ -10,7 +10,7 @@ from typing import Any
 from pyllamabatch.engine import Engine
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.model import Model
-from pyllamabatch.scheduler import Policy, make_policy, policy_names
+from pyllamabatch.scheduler import make_policy
 
 #: flag, field of SamplingParams, type, help
 _SAMPLING = (
@@ -65,7 +65,10 @@ def add_context_arguments(parser: argparse.ArgumentParser) -> None:
         "-ub", "--n-ubatch", type=at_least(1), metavar="N", help="most rows at a time"
     )
     group.add_argument("-t", "--threads", type=at_least(1), metavar="N", help="CPU threads")
-    group.add_argument("--policy", metavar="NAME", help="batching policy, default fcfs")
+    group.add_argument(
+        "--policy", metavar="NAME[:OPTION=VALUE,…]",
+        help="batching policy, default sarathi; another name lists all, see docs/policies.md",
+    )  # fmt: skip
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,11 +122,5 @@ def open_engine(model: Model, args: argparse.Namespace, n_seq_max: int) -> Engin
     }
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if args.policy is not None:
-        settings["policy"] = _policy(args.policy)
+        settings["policy"] = make_policy(args.policy)
     return Engine(model, n_seq_max=n_seq_max, **settings)
-
-
-def _policy(name: str) -> Policy:
-    if name not in policy_names():
-        raise ArgumentError("--policy", name, f"one of {', '.join(policy_names())}")
-    return make_policy(name)

@@ -1,11 +1,22 @@
 """The scheduler and its policies: pure Python, no model needed."""
 
 from .gather import Gather, Gathering, Window
-from .policies import fcfs, make_policy, policy_names
+from .line import Line
+from .policies import make_policy, policy_names
+from .policies.fair import fair
+from .policies.fcfs import fcfs
+from .policies.mlfq import mlfq
+from .policies.prefill_first import prefill_first
+from .policies.prefix import prefix
+from .policies.sarathi import sarathi
+from .policies.shortest import shortest
+from .policies.slo import slo
+from .policies.static import static
 from .policy import ComposedPolicy, Decodes, Draft, Policy, Verdict
 from .rules import RULES
 from .scheduler import Scheduler
 from .step import Chunk, Counters, Step
+from .tenants import Tenants
 from .view import Limits, Plan, SequenceView, StepView
 
 __all__ = [
@@ -18,15 +29,25 @@ __all__ = [
     "Gather",
     "Gathering",
     "Limits",
+    "Line",
     "Plan",
     "Policy",
     "Scheduler",
     "SequenceView",
     "Step",
     "StepView",
+    "Tenants",
     "Verdict",
     "Window",
+    "fair",
     "fcfs",
     "make_policy",
+    "mlfq",
     "policy_names",
+    "prefill_first",
+    "prefix",
+    "sarathi",
+    "shortest",
+    "slo",
+    "static",
 ]

@@ -7,7 +7,7 @@ decisions that can be replaced one by one; most new policies are one new decisio
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
 
@@ -24,7 +24,8 @@ class Policy(Protocol):
 class Verdict(Enum):
     ADMIT = "admit"
     SKIP = "skip"  # not this one now, look at the next
-    STOP = "stop"  # nobody else in this step
+    STOP = "stop"  # nobody else is admitted in this step
+    PREEMPT = "preempt"  # yes, if the victim decision names somebody to give way; then asked again
 
 
 class Decodes(Enum):
@@ -32,6 +33,7 @@ class Decodes(Enum):
 
     FIRST = "first"
     LAST = "last"
+    APART = "apart"  # only in a step in which nobody else has a row
     IN_ORDER = "in order"  # the order names them among the others
 
 
@@ -39,7 +41,8 @@ class Decodes(Enum):
 class Draft:
     """A plan in the making, with what is left to give: `rows` of the budget, `cells` of the KV
     cache, `slots` for newcomers. `promised`: cells that sequences of this step still need for
-    tokens that they know. Seen by the five decisions, changed by `ComposedPolicy` alone."""
+    tokens that they know. `wake`: when to ask again, should nobody have a row. Seen by the five
+    decisions, changed by `ComposedPolicy` alone, but for `ask_again`."""
 
     view: StepView
     rows: int
@@ -50,11 +53,25 @@ class Draft:
     preempt: dict[int, SequenceView] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
     n_admitted: int = 0
+    short: bool = False  # somebody gave up his cells, for want of them
+    wake: float | None = None
 
     @property
     def n_running(self) -> int:
         """Sequences that run after this step."""
         return len(self.view.running) + self.n_admitted - len(self.preempt)
+
+    def ask_again(self, at: float) -> None:
+        """By an admit decision that says no now and may say yes `at` that time."""
+        self.wake = at if self.wake is None else min(self.wake, at)
+
+    def copy(self) -> Draft:
+        return replace(
+            self,
+            tokens=self.tokens.copy(),
+            preempt=self.preempt.copy(),
+            reasons=self.reasons.copy(),
+        )
 
     def give(self, seq: SequenceView, n: int) -> None:
         self.tokens[seq.id] = n
@@ -64,7 +81,7 @@ class Draft:
 
     def give_all_decodes(self) -> None:
         decoding = self.view.decoding
-        self.tokens.update(decoding)
+        self.tokens = decoding.copy() | self.tokens
         self.rows -= len(decoding)
         self.cells -= len(decoding)
         self.promised -= len(decoding)
@@ -84,12 +101,22 @@ class Draft:
         self.preempt[seq.id] = seq
         self.reasons[seq.id] = reason
 
+    @property
+    def steady(self) -> bool:
+        """Everybody who runs and does not rest decodes, and that is all."""
+        view = self.view
+        return (
+            0 < len(self.tokens) == len(view.decoding)
+            and not len(view.prefilling)
+            and not self.n_admitted
+            and not self.preempt
+        )
+
     def plan(self, repeat: int = 1) -> Plan:
-        """`repeat`: of a plan in which everybody who runs and does not rest decodes."""
-        steady = len(self.tokens) == len(self.view.decoding) and not self.view.prefilling
-        if not steady or not self.tokens or self.n_admitted or self.preempt:
-            repeat = 1
-        return Plan(self.tokens, tuple(self.preempt), self.reasons, repeat)
+        if self.steady:
+            return Plan(self.view.decoding, (), self.reasons, 1 if self.wake else repeat)
+        wake = None if self.tokens or self.preempt else self.wake
+        return Plan(self.tokens, tuple(self.preempt), self.reasons, 1, wake)
 
 
 class Order(Protocol):
@@ -123,23 +150,35 @@ class Chunk(Protocol):
 
 class Victim(Protocol):
     """Who gives up its cells so that `seq` can go on: a running sequence that is not in
-    `draft.preempt` yet, maybe `seq` itself; None: nobody, `seq` waits for the next step."""
+    `draft.preempt` yet, maybe `seq` itself; None: nobody, `seq` waits for the next step.
+
+    So that somebody always gets on, it must go by an order of all sequences that changes only with
+    the tokens that they generate or with admission, and name only who comes after `seq` in it. With
+    `Verdict.PREEMPT` it is asked for a waiting `seq` too, and should spare whoever has not had a
+    fair turn (`SequenceView.turn`)."""
 
     def __call__(self, draft: Draft, seq: SequenceView) -> SequenceView | None: ...
 
 
+class Repeat(Protocol):
+    """For how many steps a steady plan stands: one in which everybody who runs (and does not rest)
+    decodes, and nobody is admitted or preempted. More than 1 only as far as the decisions would be
+    the same at each of them, as long as nobody comes or goes."""
+
+    def __call__(self, draft: Draft) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class ComposedPolicy:
-    """`repeat`: for how many steps a plan stands in which everybody who runs decodes and nobody is
-    admitted. More than 1 only if the decisions would be the same at each of them, as long as nobody
-    comes or goes: they may not look at the time, nor admit somebody for having waited longer."""
+    """`repeat`: a number, when it is always the same one. The decisions may not look at the time
+    then, nor admit somebody for having waited longer."""
 
     order: Order
     admit: Admit
     budget: Budget
     chunk: Chunk
     victim: Victim
-    repeat: int = 1
+    repeat: Repeat | int = 1
 
     def plan(self, view: StepView) -> Plan:
         draft = Draft(
@@ -152,28 +191,54 @@ class ComposedPolicy:
         decodes = self.order.decodes
         if decodes is Decodes.FIRST:
             self._decode(draft)
-        for seq in self.order(view):
+        draft = self._others(draft)
+        if decodes is Decodes.LAST or (decodes is Decodes.APART and not draft.tokens):
+            self._decode(draft)
+        if isinstance(self.repeat, int):
+            return draft.plan(self.repeat)
+        return draft.plan(self.repeat(draft) if draft.steady else 1)
+
+    def _others(self, draft: Draft) -> Draft:
+        """Whom the order names, until rows or newcomers are at their end; then the rest of those
+        that run."""
+        for seq in self.order(draft.view):
             if draft.rows < 1:
-                break
+                return draft
             if seq.id in draft.preempt or seq.id in draft.tokens:
                 continue
             if seq.running:
                 self._advance(draft, seq)
-            elif draft.preempt:
-                break  # cells are short: whoever gave his up comes before any newcomer
-            else:
-                verdict = self.admit(draft, seq)
-                if verdict is Verdict.ADMIT:
-                    self._start(draft, seq)
-                elif verdict is Verdict.STOP:
-                    break
-        if decodes is Decodes.LAST:
-            self._decode(draft)
-        return draft.plan(self.repeat)
+                continue
+            if draft.short:
+                break  # whoever gave up his cells comes before any newcomer
+            verdict = self.admit(draft, seq)
+            if verdict is Verdict.PREEMPT:
+                draft, verdict = self._make_way(draft, seq)
+            if verdict is Verdict.ADMIT:
+                self._start(draft, seq)
+            elif verdict is not Verdict.SKIP:
+                break
+        for seq in draft.view.prefilling:
+            if draft.rows < 1:
+                break
+            if seq.id not in draft.preempt and seq.id not in draft.tokens:
+                self._advance(draft, seq)
+        return draft
+
+    def _make_way(self, draft: Draft, seq: SequenceView) -> tuple[Draft, Verdict]:
+        """`draft` with victims enough that `seq` is admitted, or as it was."""
+        trial, verdict = draft.copy(), Verdict.PREEMPT
+        while verdict is Verdict.PREEMPT:
+            victim = self.victim(trial, seq)
+            if victim is None:
+                return draft, Verdict.STOP
+            trial.take_back(victim, f"preempted: sequence {seq.id} takes its place")
+            verdict = self.admit(trial, seq)
+        return (trial if verdict is Verdict.ADMIT else draft), verdict
 
     def _decode(self, draft: Draft) -> None:
         n = len(draft.view.decoding)
-        if n <= draft.rows and n <= draft.cells:
+        if n <= draft.rows and n <= draft.cells and not draft.preempt:
             draft.give_all_decodes()
             return
         for seq in draft.view.running:
@@ -188,6 +253,7 @@ class ComposedPolicy:
             if victim is None:
                 return
             draft.take_back(victim, f"preempted: sequence {seq.id} found no free cell")
+            draft.short = True
             if victim.id == seq.id:
                 return
         n = 1 if seq.decoding else self._cut(draft, seq)

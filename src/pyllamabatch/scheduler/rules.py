@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sized
+from math import inf
 from typing import NoReturn, Protocol
 
 from ..errors import PlanError
@@ -19,8 +20,9 @@ RULES: dict[str, str] = {
     "preempt-or-run": "a sequence that is preempted does not run in the same step",
     "repeat": "a plan stands for a whole number of steps, at least 1, and for more than one only "
     "if all of its sequences decode and nobody is preempted",
-    "progress": "while nothing runs and somebody waits, somebody is admitted; while somebody runs, "
-    "a step has rows or preempts, unless one of them rests",
+    "progress": "a step has rows, or preempts, or says until when there is nothing to do, unless "
+    "one of the running sequences rests",
+    "wake": "a plan that waits is empty, and waits until a finite time later than now",
 }
 
 
@@ -34,6 +36,7 @@ class _Ids(Container[int], Sized, Protocol): ...
 def check_plan(
     plan: Plan,
     *,
+    now: float,
     limits: Limits,
     decoding: Mapping[int, int],
     running: _Ids,
@@ -42,8 +45,9 @@ def check_plan(
     held: Callable[[int], int],
     n_free: int,
     resting: int = 0,
-) -> None:
-    """Raise PlanError for the first rule that `plan` breaks.
+) -> list[int]:
+    """Raise PlanError for the first rule that `plan` breaks; the ids that it advances otherwise
+    than by decoding, in its order.
 
     `decoding`, `running`, `waiting`: the ids that decode, run (decoding or not) and wait.
     `remaining`: the tokens that a sequence may advance by. `held`: the cells of a running one.
@@ -51,8 +55,11 @@ def check_plan(
     pure decoding is checked without a loop in Python.
     """
     tokens = plan.tokens
-    n_rows = _check_tokens(tokens)
-    others = tokens.keys() - decoding.keys()
+    if tokens is decoding:  # as it was shown, and nobody could change it
+        n_rows, others = len(tokens), []
+    else:
+        n_rows = _check_tokens(tokens)
+        others = [id for id in tokens if id not in decoding]
     n_other_rows = n_new = 0
     for id in others:
         if id not in running:
@@ -85,10 +92,16 @@ def check_plan(
         broken("cells", f"{n_rows} rows, {n_free} cells free and {n_freed} given up")
     if type(plan.repeat) is not int or plan.repeat < 1:
         broken("repeat", f"{plan.repeat!r} steps")
-    if plan.repeat > 1 and (others or plan.preempt):
+    if plan.repeat > 1 and (others or plan.preempt or not tokens):
         broken("repeat", f"{plan.repeat} steps of {len(others)} that do not decode")
-    if not tokens and not plan.preempt and not resting:
-        broken("progress", f"an empty plan with {len(running)} running")
+    if plan.wake is not None:
+        if tokens or plan.preempt:
+            broken("wake", f"{len(tokens)} sequences advance, {len(plan.preempt)} are preempted")
+        if not now < plan.wake < inf:
+            broken("wake", f"until {plan.wake!r}, and it is {now!r}")
+    elif not tokens and not plan.preempt and not resting:
+        broken("progress", f"an empty plan, {len(running)} run and {len(waiting)} wait")
+    return others
 
 
 def _check_tokens(tokens: Mapping[int, int]) -> int:

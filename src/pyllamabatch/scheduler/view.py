@@ -8,9 +8,13 @@ decode phase: a decode is an advance by the one token that was sampled last.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
+
+from .line import Line
+from .tenants import Tenants
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,11 @@ class Limits:
 class SequenceView:
     """One sequence, as it is before the step. Times are in seconds on the scheduler's clock.
 
+    `priority`: larger goes first. `deadline`: when it should be done. `itl_target`: the most
+    seconds between two of its tokens that its reader likes. `prefix_hit`: prompt tokens that would
+    come from the cache, if it were admitted now. `queued`: `StepView.step` when it joined the
+    waiting line, last time. `turn`: tokens generated since it was admitted, last time.
+
     `goal`: None for a request. A hand-driven sequence computes its first `goal` known tokens: all
     of them when its owner wants the next token, all but the last one of a prompt. At its goal it
     *rests*, keeping its slot and its cells.
@@ -52,6 +61,9 @@ class SequenceView:
     prefix_hit: int = 0
     preemptions: int = 0
     goal: int | None = None
+    itl_target: float | None = None
+    queued: int = 0
+    turn: int = 0
 
     @property
     def known(self) -> int:
@@ -79,26 +91,35 @@ class StepView:
     """The whole system before a step. Valid while `Policy.plan` runs; a `SequenceView` taken from
     it stays true to that moment.
 
-    `running`: in the order of admission. `waiting`: in the order of arrival, preempted ones first.
-    `decoding`: id -> 1 for the running sequences that decode, ready to be taken into a plan whole.
-    `prefilling`: the other running ones that have something to compute. `kv_promised`: cells that
-    running sequences need for tokens that they know already; `kv_free - kv_promised` is what a
-    newcomer may count on. `cost`: the device's cost model, when there is one.
+    `step`: how many steps have been computed. `running`: in the order of admission. `waiting`: in
+    the order of arrival, preempted ones first. `decoding`: id -> 1 for the running sequences that
+    decode, ready to be taken into a plan whole. `prefilling`: the other running ones that have
+    something to compute. `kv_promised`: cells that running sequences need for tokens that they
+    know already; `kv_free - kv_promised` is what a newcomer may count on. `cost`: the device's cost
+    model, when there is one: `cost.predict(rows, prefill, kv, n_seqs)` is the seconds of a step of
+    `rows` rows, `prefill` of them of prompts, of `n_seqs` sequences that hold `kv` cells.
     """
 
     now: float
     limits: Limits
-    running: Sequence[SequenceView]
-    waiting: Collection[SequenceView]
-    decoding: Mapping[int, int]
-    prefilling: Sequence[SequenceView]
+    running: Line
+    waiting: Line
+    decoding: dict[int, int] | MappingProxyType[int, int]
+    prefilling: Line
     kv_free: int
     kv_promised: int = 0
     cost: Any = None
+    step: int = 0
+    tenants: Tenants = field(default_factory=Tenants)
 
     @property
     def kv_total(self) -> int:
         return self.limits.n_cells
+
+    @property
+    def can_admit(self) -> bool:
+        """Somebody waits, and there is a slot."""
+        return len(self.waiting) > 0 and len(self.running) < self.limits.n_seq_max
 
     @classmethod
     def of(
@@ -109,20 +130,23 @@ class StepView:
         *,
         now: float = 0.0,
         cost: Any = None,
+        step: int = 0,
     ) -> StepView:
         """A view made by hand, to try a policy with no engine: the rest follows from the
         sequences."""
-        running = tuple(running)
+        running, waiting = Line(running), Line(waiting)
         return cls(
             now=now,
             limits=limits,
             running=running,
-            waiting=tuple(waiting),
+            waiting=waiting,
             decoding={s.id: 1 for s in running if s.decoding},
-            prefilling=tuple(s for s in running if s.remaining and not s.decoding),
+            prefilling=Line(s for s in running if s.remaining and not s.decoding),
             kv_free=limits.n_cells - sum(s.computed for s in running),
             kv_promised=sum(s.remaining for s in running),
             cost=cost,
+            step=step,
+            tenants=Tenants.of(running, waiting),
         )
 
 
@@ -136,12 +160,15 @@ class Plan:
     `repeat`: for how many steps the policy would plan the same, as long as no sequence comes or
     goes: a bound, the steps end earlier where a budget or the KV cells do. More than 1 is for
     plans of decoding alone.
+    `wake`: of an empty plan, until when there is nothing to do, on the scheduler's clock; the
+    policy is asked again then, or as soon as a sequence comes or goes.
     """
 
     tokens: Mapping[int, int] = field(default_factory=dict)
     preempt: tuple[int, ...] = ()
     reasons: Mapping[int, str] = field(default_factory=dict)
     repeat: int = 1
+    wake: float | None = None
 
     @property
     def n_rows(self) -> int:

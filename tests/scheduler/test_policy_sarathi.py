@@ -1,4 +1,4 @@
-"""FCFS by hand-made views: no engine, no scheduler, no model."""
+"""Sarathi and the shared decisions, by hand-made views: no engine, no scheduler, no model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from pyllamabatch.scheduler import (
     SequenceView,
     StepView,
     Verdict,
-    fcfs,
-    make_policy,
-    policy_names,
+    sarathi,
 )
-from pyllamabatch.scheduler.policies.fcfs import (
+from pyllamabatch.scheduler.policies.parts import (
     FirstCome,
     NewestFirst,
     TokenBudget,
@@ -57,7 +55,7 @@ def test_a_sequence_decodes_when_only_its_last_token_is_left() -> None:
 
 
 def test_an_idle_machine_takes_whole_prompts_up_to_n_batch() -> None:
-    plan = fcfs().plan(StepView.of(LIMITS, waiting=[waiting(1, 40), waiting(2, 40)]))
+    plan = sarathi().plan(StepView.of(LIMITS, waiting=[waiting(1, 40), waiting(2, 40)]))
     assert plan.tokens == {1: 40, 2: 24}
     assert plan.preempt == ()
     assert plan.reasons[2] == "admitted with 24 of 40 tokens"
@@ -65,38 +63,38 @@ def test_an_idle_machine_takes_whole_prompts_up_to_n_batch() -> None:
 
 def test_decoding_rows_come_first_and_prompts_fill_the_ubatch() -> None:
     view = StepView.of(LIMITS, [decoding(1), decoding(2), prefilling(3, 50, 10)], [waiting(4, 5)])
-    assert fcfs().plan(view).tokens == {1: 1, 2: 1, 3: 14}
+    assert sarathi().plan(view).tokens == {1: 1, 2: 1, 3: 14}
 
 
 def test_a_prompt_begun_goes_before_the_waiting_line() -> None:
     view = StepView.of(LIMITS, [decoding(1), prefilling(3, 20, 10)], [waiting(4, 9)])
-    assert fcfs().plan(view).tokens == {1: 1, 3: 10, 4: 5}
+    assert sarathi().plan(view).tokens == {1: 1, 3: 10, 4: 5}
 
 
 def test_no_slot_no_admission() -> None:
     running = [decoding(i) for i in range(4)]
-    assert set(fcfs().plan(StepView.of(LIMITS, running, [waiting(9, 1)])).tokens) == {0, 1, 2, 3}
+    assert set(sarathi().plan(StepView.of(LIMITS, running, [waiting(9, 1)])).tokens) == {0, 1, 2, 3}
 
 
 def test_the_first_that_does_not_fit_stops_the_line() -> None:
     view = StepView.of(LIMITS, [decoding(1, 150)], [waiting(2, 60), waiting(3, 2)])
-    assert fcfs().plan(view).tokens == {1: 1}
+    assert sarathi().plan(view).tokens == {1: 1}
 
 
 def test_what_running_prompts_will_need_is_not_given_to_newcomers() -> None:
     view = StepView.of(LIMITS, [decoding(1), prefilling(2, 150, 0)], [waiting(3, 60)])
-    assert set(fcfs().plan(view).tokens) == {1, 2}
+    assert set(sarathi().plan(view).tokens) == {1, 2}
 
 
 def test_a_lone_request_is_admitted_when_it_fills_the_cache_to_the_last_cell() -> None:
-    assert fcfs().plan(StepView.of(LIMITS, waiting=[waiting(1, 200)])).tokens == {1: 64}
+    assert sarathi().plan(StepView.of(LIMITS, waiting=[waiting(1, 200)])).tokens == {1: 64}
 
 
 def test_the_newest_gives_way_when_cells_run_out() -> None:
     view = StepView.of(
         LIMITS, [decoding(1, 100), decoding(2, 60), decoding(3, 40)], [waiting(4, 1)]
     )
-    plan = fcfs().plan(view)
+    plan = sarathi().plan(view)
     assert plan.preempt == (3,)
     assert plan.tokens == {1: 1, 2: 1}  # and the waiting one does not overtake the preempted
     assert plan.reasons[3] == "preempted: sequence 1 found no free cell"
@@ -104,24 +102,24 @@ def test_the_newest_gives_way_when_cells_run_out() -> None:
 
 def test_the_newest_itself_waits_with_its_cells() -> None:
     view = StepView.of(LIMITS, [decoding(1, 100), prefilling(2, 120, 99)])
-    assert fcfs().plan(view).tokens == {1: 1}
-    assert fcfs().plan(view).preempt == ()
+    assert sarathi().plan(view).tokens == {1: 1}
+    assert sarathi().plan(view).preempt == ()
 
 
 def test_an_old_prompt_takes_its_cells_back_from_newer_decodes() -> None:
     view = StepView.of(LIMITS, [prefilling(1, 120, 99), decoding(2, 99), decoding(3, 1)])
-    plan = fcfs().plan(view)
+    plan = sarathi().plan(view)
     assert plan.preempt == (3,)
     assert plan.tokens == {2: 1, 1: 1}
     view = StepView.of(LIMITS, [prefilling(1, 120, 100), decoding(2, 100)])
-    assert fcfs().plan(view).preempt == (2,)
-    assert fcfs().plan(view).tokens == {1: 16}
+    assert sarathi().plan(view).preempt == (2,)
+    assert sarathi().plan(view).tokens == {1: 16}
 
 
 def test_decodes_beyond_the_batch_go_oldest_first() -> None:
     limits = Limits(n_batch=2, n_ubatch=2, n_seq_max=4, n_cells=200, n_cells_seq=200)
     view = StepView.of(limits, [decoding(i) for i in range(4)])
-    assert fcfs().plan(view).tokens == {0: 1, 1: 1}
+    assert sarathi().plan(view).tokens == {0: 1, 1: 1}
 
 
 @pytest.mark.parametrize(
@@ -135,7 +133,7 @@ def test_the_budget_is_whole_ubatches(n_decoding: int, mixed: int | None, rows: 
 def test_separate_streams_need_no_reserve() -> None:
     limits = Limits(64, 16, 4, n_cells=40, n_cells_seq=10, unified=False)
     running = [decoding(i, 8, 2) for i in range(3)]
-    assert fcfs().plan(StepView.of(limits, running, [waiting(9, 10)])).tokens[9] == 10
+    assert sarathi().plan(StepView.of(limits, running, [waiting(9, 10)])).tokens[9] == 10
 
 
 def test_one_decision_is_replaced_without_touching_the_others() -> None:
@@ -168,10 +166,3 @@ def test_skip_looks_at_the_next_one() -> None:
     policy = ComposedPolicy(FirstCome(), NotTheFirst(), TokenBudget(), WhatIsLeft(), NewestFirst())
     view = StepView.of(LIMITS, waiting=[waiting(1, 6), waiting(2, 6)])
     assert policy.plan(view).tokens == {2: 6}
-
-
-def test_policies_have_names() -> None:
-    assert "fcfs" in policy_names()
-    assert isinstance(make_policy("fcfs", watermark=0.1), ComposedPolicy)
-    with pytest.raises(KeyError, match=r"no policy 'nobody'; there are: .*fcfs"):
-        make_policy("nobody")

@@ -1,0 +1,161 @@
+"""Where every sequence is: in a slot, in the waiting line, or aside."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import replace
+from types import MappingProxyType
+
+from ..kv import KvLedger, Slots
+from .deadlines import Deadlines
+from .gather import Gather, Resting, Window
+from .line import EntryLine
+from .running import Entry, Running, moved, slots_of
+from .step import Counters
+from .tenants import Tenants
+from .view import Limits, SequenceView
+
+
+class Placement:
+    """The state that the scheduler is made of, and the moves of a sequence from one place to
+    another.
+
+    A running sequence is in `_running`, and unless it rests in `_prefilling` or in
+    `_running.decoding`. One that does not run is in `_waiting`, or in `_aside` if it rests."""
+
+    def __init__(self, limits: Limits, gather: Gather | None) -> None:
+        self.limits = limits
+        self.counters = Counters()
+        self.ledger = KvLedger(
+            limits.n_cells,
+            limits.n_seq_max,
+            unified=limits.unified,
+            n_cells_seq=limits.n_cells_seq,
+        )
+        self.deadlines = Deadlines()
+        self._running = Running(limits.n_seq_max)
+        self._prefilling = EntryLine(self._running.seen)
+        self._waiting = EntryLine(self._running.seen)
+        self._aside: dict[int, Entry] = {}
+        self._tenants = Tenants(self._running.turns)
+        self._promised = 0  # what the running ones know and have not computed yet
+        self._free_slots = list(range(limits.n_seq_max))  # a heap
+        self._asked: dict[int, int] = {}  # slot -> id of the hand-driven ones that decode
+        self._resting = Resting(gather or Window())
+        self._ready_at: float | None = None  # when there was something to compute for this step
+        self._stuck = False  # nobody who has something to compute found room for it
+        self._wake: float | None = None  # before that the policy does not want to be asked again
+        self._now = 0.0
+        # Who decodes, as the policy and the executor see it; made again when it has changed.
+        self._shown: MappingProxyType[int, int] | None = None
+        self._slots: Slots | None = None
+
+    def preempt(self, id: int) -> int:
+        """A running sequence gives up its cells and its slot, which is returned, and waits to be
+        computed again. KeyError when it does not run."""
+        entry = self._leave(id)
+        view = entry.view
+        entry.high = max(entry.high, view.computed)
+        slot, entry.slot = entry.slot, -1
+        goal = view.goal if view.remaining else 0  # who rested is computed when its owner wants
+        step = self.counters.steps
+        waits = moved(view, 0, view.generated, False, view.preemptions + 1, step, 0)
+        entry.view = waits if goal == view.goal else replace(waits, goal=goal)
+        entry.true = True
+        self._line_up(entry, first=True)
+        self.counters.preemptions += 1
+        return slot
+
+    # -- inside
+
+    def _entry(self, id: int) -> Entry:
+        return self._running.get(id) or self._waiting.get(id) or self._aside[id]
+
+    def _changed(self) -> None:
+        """There is something to ask the policy about."""
+        self._stuck = False
+        self._wake = None
+
+    def _line_up(self, entry: Entry, *, first: bool = False) -> None:
+        """Into the waiting line, or aside while there is nothing to compute."""
+        id = entry.view.id
+        self._changed()
+        if not entry.view.remaining:
+            self._aside[id] = entry
+            return
+        self._tenants.waits(entry.tenant)
+        self._waiting.join(id, entry, first=first)
+
+    def _get_out(self, id: int) -> Entry:
+        """Out of the waiting line, or from aside. KeyError when it is in neither."""
+        entry = self._waiting.leave(id)
+        if entry is None:
+            return self._aside.pop(id)
+        self._tenants.waits(entry.tenant, -1)
+        return entry
+
+    def _admit(self, id: int) -> Entry:
+        entry = self._get_out(id)
+        view = entry.view
+        entry.slot = heapq.heappop(self._free_slots)
+        self._promised += view.remaining
+        if not view.preemptions:
+            self._tenants.admitted(entry.tenant, view.n_prompt)
+        self._running.join(id, entry)
+        self._prefilling.join(id, entry)
+        self.counters.admissions += 1
+        return entry
+
+    def _leave(self, id: int) -> Entry:
+        """Out of its slot, which is free from now on; its view stays as it was. KeyError when it
+        does not run."""
+        entry = self._running.ids[id]
+        view, slot = self._running.seen(entry), entry.slot
+        if self._prefilling.leave(id) is None:
+            self._decodes_no_more(id, slot)
+        self._resting.end(id)
+        self._running.leave(id)
+        self._changed()
+        self.ledger.release(slot)
+        self._promised -= view.remaining
+        self._tenants.left(entry.tenant, view.turn)
+        heapq.heappush(self._free_slots, slot)
+        return entry
+
+    def _steer(self, entry: Entry, view: SequenceView) -> None:
+        """A hand-driven sequence is `view` from now on: it goes where that belongs."""
+        id, slot = view.id, entry.slot
+        self._changed()
+        if slot < 0:
+            self._get_out(id)
+            entry.view = view
+            self._line_up(entry)
+            return
+        old = self._running.seen(entry)
+        self._promised += view.remaining - old.remaining
+        self._running.set(entry, view)
+        self._prefilling.leave(id)
+        self._decodes_no_more(id, slot)
+        self._resting.end(id)
+        if view.decoding:
+            self._decodes(id, slot)
+            self._asked[slot] = id
+        elif view.remaining:
+            self._prefilling.join(id, entry)
+        else:
+            self._resting.begin(id, self._now)
+
+    def _decodes(self, id: int, slot: int) -> None:
+        self._running.decoding[id] = slot
+        self._shown = self._slots = None
+
+    def _decodes_no_more(self, id: int, slot: int) -> None:
+        """Fine when it did not."""
+        if self._running.decoding.pop(id, None) is not None:
+            self._asked.pop(slot, None)
+            self._shown = self._slots = None
+
+    def _decode_slots(self) -> Slots:
+        if self._slots is None:
+            self._slots = slots_of(self._running.decoding)
+        return self._slots

@@ -1,0 +1,152 @@
+"""Multi-level feedback queue: every sequence starts at the level that its prompt's length says
+(skip-join), sinks a level with every quantum of tokens that it generates, and a newcomer of a
+better level takes the slot or the cells of one that has sunk below it. So short answers are quick
+without a prediction. Follows FastServe (Wu et al., 2023); who is preempted here gives up its cells
+and is computed again, so a turn lasts for at least one quantum of the best level.
+
+A level follows from the tokens that were generated, so the policy keeps no state. Nobody waits for
+ever: who has waited for `patience` steps goes first, as from the best level. A plan repeats while
+everybody decodes, until somebody sinks, ends his first quantum or has waited that long, or as long
+as nobody waits. Priorities are not looked at."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate, chain
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import ArgumentError
+from ..line import Line
+from ..policy import Admit, ComposedPolicy, Decodes, Draft, Verdict
+from ..view import SequenceView, StepView
+from .parts import ALWAYS, TokenBudget, WhatIsLeft, WhenItFits, aged, until_aged
+
+I64 = npt.NDArray[np.int64]
+
+
+class Levels:
+    """Level i lasts for `quantum` * `growth`**i generated tokens, the last of `n` for ever. A
+    prompt starts at the first level whose quantum is as long as its prefill, which takes as long as
+    generating one token for each `prompt_rows` of it."""
+
+    def __init__(
+        self, quantum: int = 32, growth: int = 2, n: int = 6, prompt_rows: int = 32
+    ) -> None:
+        given = {"quantum": quantum, "growth": growth, "n": n, "prompt_rows": prompt_rows}
+        for name, value in given.items():
+            if value < 1:
+                raise ArgumentError(name, value, "at least 1")
+        self.quantum = quantum
+        quanta = [quantum * growth**i for i in range(n - 1)]
+        self._prompts = [each * prompt_rows for each in quanta]  # the longest that starts there
+        self._starts = [0, *accumulate(quanta)]  # tokens before each level, from the first
+
+    def __call__(self, seq: SequenceView) -> int:
+        joined = self._starts[bisect_left(self._prompts, seq.n_prompt)]
+        return bisect_right(self._starts, seq.generated + joined) - 1
+
+    def of(self, running: Line) -> tuple[I64, I64]:
+        """Level of each, and how many more tokens it lasts."""
+        starts = np.array(self._starts)
+        joined = starts[np.searchsorted(self._prompts, running.column("n_prompt"))]
+        tokens = joined + running.column("generated")
+        level = np.searchsorted(starts, tokens, side="right") - 1
+        return level, np.append(starts[1:], ALWAYS)[level] - tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ByLevel:
+    levels: Levels
+    patience: int
+    decodes: Decodes = Decodes.FIRST
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise ArgumentError("patience", self.patience, "at least 1 step")
+
+    def __call__(self, view: StepView) -> Iterable[SequenceView]:
+        if not len(view.waiting):
+            return view.prefilling
+        first = aged(view, self.patience)
+        return chain(view.prefilling, first, view.waiting.by(self.levels))
+
+
+@dataclass(frozen=True, slots=True)
+class InItsPlace:
+    """Admit who `fits`, and who does not, if somebody gives way."""
+
+    fits: Admit
+
+    def __call__(self, draft: Draft, seq: SequenceView) -> Verdict:
+        verdict = self.fits(draft, seq)
+        return Verdict.PREEMPT if verdict is Verdict.STOP else verdict
+
+
+@dataclass(frozen=True, slots=True)
+class LowestLevel:
+    """Of the worst level the newest: for want of cells any that comes after `seq`; for a newcomer
+    one of a worse level than his, after a turn of at least a quantum."""
+
+    levels: Levels
+    patience: int
+
+    def __call__(self, draft: Draft, seq: SequenceView) -> SequenceView | None:
+        view = draft.view
+        running = view.running
+        level, _ = self.levels.of(running)
+        places = np.argsort(level, kind="stable")[::-1]
+        if not seq.running:
+            starved = view.step - seq.queued >= self.patience
+            own = 0 if starved else self.levels(seq)
+            sunk = (level > own) & (running.column("turn") >= self.levels.quantum)
+            places = places[sunk[places]]
+        for place in places.tolist():
+            candidate: SequenceView = running[place]
+            if candidate.id == seq.id:
+                return None
+            if candidate.id not in draft.preempt:
+                return candidate
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class UntilSunk:
+    levels: Levels
+    patience: int
+
+    def __call__(self, draft: Draft) -> int:
+        view = draft.view
+        if not len(view.waiting):
+            return ALWAYS
+        _, lasts = self.levels.of(view.running)
+        turn = self.levels.quantum - view.running.column("turn")
+        turn = turn[turn > 0]
+        most = min(int(lasts.min()), until_aged(view, self.patience))
+        return min(most, int(turn.min())) if len(turn) else most
+
+
+def mlfq(
+    *,
+    quantum: int = 32,
+    growth: int = 2,
+    levels: int = 6,
+    prompt_rows: int = 32,
+    patience: int = 2000,
+    budget: int | None = None,
+    watermark: float = 0.01,
+) -> ComposedPolicy:
+    """`quantum`, `growth`, `levels`, `prompt_rows`: see `Levels`. `patience`: steps. `budget`,
+    `watermark`: as in `sarathi`."""
+    made = Levels(quantum, growth, levels, prompt_rows)
+    return ComposedPolicy(
+        order=ByLevel(made, patience),
+        admit=InItsPlace(WhenItFits(watermark)),
+        budget=TokenBudget(budget),
+        chunk=WhatIsLeft(),
+        victim=LowestLevel(made, patience),
+        repeat=UntilSunk(made, patience),
+    )

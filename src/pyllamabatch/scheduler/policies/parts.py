@@ -1,0 +1,191 @@
+"""Decisions that several policies share: put them together, or replace one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain, takewhile
+
+from ...errors import ArgumentError
+from ..policy import Decodes, Draft, Order, Verdict
+from ..view import SequenceView, StepView
+
+# Who was not admitted is not admitted later either, unless somebody leaves: decoding takes cells.
+# So a steady plan stands for as long as nobody comes or goes.
+ALWAYS = 2**31
+
+
+def by_priority(seq: SequenceView) -> int:
+    return -seq.priority
+
+
+def by_queued(seq: SequenceView) -> int:
+    return seq.queued
+
+
+@dataclass(frozen=True, slots=True)
+class FirstCome:
+    """Prompts already begun, then the waiting line: by priority, and among equals as they came."""
+
+    decodes: Decodes = Decodes.FIRST
+
+    def __call__(self, view: StepView) -> Iterable[SequenceView]:
+        if not view.can_admit:
+            return view.prefilling
+        return chain(view.prefilling, view.waiting.by(by_priority))
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """Prompts already begun, then the waiting line, the smallest `rank(sequence)` first. What a
+    rank may look at: see `Line`."""
+
+    rank: Callable[[SequenceView], object]
+    decodes: Decodes = Decodes.FIRST
+
+    def __call__(self, view: StepView) -> Iterable[SequenceView]:
+        if not view.can_admit:
+            return view.prefilling
+        return chain(view.prefilling, view.waiting.by(self.rank))
+
+
+@dataclass(frozen=True, slots=True)
+class Aged:
+    """As `order`, but whoever has waited for `steps` steps goes before all who wait: so nobody
+    waits for ever. Its repeat: `UntilAged`."""
+
+    order: Order
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ArgumentError("patience", self.steps, "at least 1 step")
+
+    @property
+    def decodes(self) -> Decodes:
+        return self.order.decodes
+
+    def __call__(self, view: StepView) -> Iterable[SequenceView]:
+        if not len(view.waiting):
+            return self.order(view)
+        return chain(view.prefilling, aged(view, self.steps), self.order(view))
+
+
+def aged(view: StepView, steps: int) -> Iterable[SequenceView]:
+    """Who has waited for `steps` steps, the longest first."""
+    last = view.step - steps
+    return takewhile(lambda seq: seq.queued <= last, view.waiting.by(by_queued))
+
+
+@dataclass(frozen=True, slots=True)
+class UntilAged:
+    """A plan stands until the next one has waited for `steps` steps; with no slot to give, always:
+    his turn comes when somebody leaves."""
+
+    steps: int
+
+    def __call__(self, draft: Draft) -> int:
+        return until_aged(draft.view, self.steps) if draft.view.can_admit else ALWAYS
+
+
+def until_aged(view: StepView, steps: int) -> int:
+    last = view.step - steps
+    for seq in view.waiting.by(by_queued):
+        if seq.queued > last:
+            return seq.queued - last
+    return ALWAYS
+
+
+@dataclass(frozen=True, slots=True)
+class WhenItFits:
+    """Admit while there is a slot, and cells for all that the newcomer and the running ones know,
+    plus a reserve for what they will generate: the share `watermark` of the cache, at least one
+    cell each. The first that does not fit stops the line, so that no long prompt starves."""
+
+    watermark: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.watermark < 1:
+            raise ArgumentError("watermark", self.watermark, "a share, from 0 to below 1")
+
+    def __call__(self, draft: Draft, seq: SequenceView) -> Verdict:
+        if draft.slots < 1:
+            return Verdict.STOP
+        n_running = draft.n_running
+        if n_running == 0:
+            return Verdict.ADMIT
+        limits = draft.view.limits
+        reserve = max(n_running + 1, int(self.watermark * limits.n_cells)) if limits.unified else 0
+        spare = draft.cells - draft.promised - seq.remaining
+        return Verdict.ADMIT if spare >= reserve else Verdict.STOP
+
+
+@dataclass(frozen=True, slots=True)
+class WholeBatch:
+    """Rows of a step: `n_batch`, or `rows` if that is given."""
+
+    rows: int | None = None
+
+    def __call__(self, view: StepView) -> int:
+        return view.limits.n_batch if self.rows is None else self.rows
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBudget:
+    """Rows of a step: `n_batch` while nobody decodes; else `mixed`, or by default as many whole
+    ubatches as leave room for a prompt beside the decoding rows (one, normally)."""
+
+    mixed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mixed is not None and self.mixed < 1:
+            raise ArgumentError("budget", self.mixed, "at least 1 row")
+
+    def __call__(self, view: StepView) -> int:
+        n_decoding = len(view.decoding)
+        if n_decoding == 0:
+            return view.limits.n_batch
+        if self.mixed is not None:
+            return max(self.mixed, n_decoding)
+        n_ubatch = view.limits.n_ubatch
+        return n_ubatch * (n_decoding // n_ubatch + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class WhatIsLeft:
+    """As much of the prompt as the budget has left, at most `most` rows."""
+
+    most: int | None = None
+
+    def __call__(self, draft: Draft, seq: SequenceView) -> int:
+        return draft.rows if self.most is None else min(self.most, draft.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class NewestFirst:
+    """The newest running sequence gives way to an older one; the newest itself waits, and keeps
+    its cells until an older one needs them."""
+
+    def __call__(self, draft: Draft, seq: SequenceView) -> SequenceView | None:
+        for candidate in reversed(draft.view.running):
+            if candidate.id == seq.id:
+                return None
+            if candidate.id not in draft.preempt:
+                return candidate
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class LastRanked:
+    """The running sequence with the largest `rank(sequence)` gives way to one with a smaller, the
+    newer id among equals. The rank may change only with the tokens that a sequence generates."""
+
+    rank: Callable[[SequenceView], object]
+
+    def __call__(self, draft: Draft, seq: SequenceView) -> SequenceView | None:
+        def key(candidate: SequenceView) -> tuple[object, int]:
+            return self.rank(candidate), candidate.id
+
+        rest = (s for s in draft.view.running if s.id not in draft.preempt)
+        last = max(rest, key=key)
+        return None if last.id == seq.id else last

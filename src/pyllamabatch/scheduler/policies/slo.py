@@ -1,0 +1,100 @@
+"""By service level: the largest prompt chunk whose predicted step keeps the ITL target of everybody
+who decodes (the idea of Sarathi-Serve's budget, OSDI 2024, found anew at each step by a cost model
+of the device), and the earliest deadline first (Liu and Layland, 1973).
+
+A plan repeats while everybody decodes and nobody can be admitted: prompts always have some rows,
+so nobody is kept out by a target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from heapq import merge
+from math import inf
+
+from ...errors import ArgumentError
+from ..policy import Budget, ComposedPolicy, Decodes
+from ..view import SequenceView, StepView
+from .parts import ALWAYS, LastRanked, TokenBudget, WhatIsLeft, WhenItFits
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """The rank of a sequence: priority, then its deadline; without one it is due `ttft` seconds
+    after its arrival, or at no time."""
+
+    ttft: float = inf
+
+    def __call__(self, seq: SequenceView) -> tuple[int, float, float]:
+        due = seq.arrival + self.ttft if seq.deadline is None else seq.deadline
+        return -seq.priority, due, seq.arrival
+
+
+@dataclass(frozen=True, slots=True)
+class EarliestDeadline:
+    """Prompts already begun and newcomers in one order."""
+
+    rank: Deadline = Deadline()
+    decodes: Decodes = Decodes.FIRST
+
+    def __call__(self, view: StepView) -> Iterable[SequenceView]:
+        begun = view.prefilling.by(self.rank)
+        if not view.can_admit:
+            return begun
+        return merge(begun, view.waiting.by(self.rank), key=self.rank)
+
+
+@dataclass(frozen=True, slots=True)
+class WithinTarget:
+    """Rows of a step: those that decode, and as many of prompts as keep its predicted time within
+    the smallest ITL target of the running sequences (`itl` for those without one), but `least` at
+    the least. `otherwise`: where there is no cost model, or no target."""
+
+    otherwise: Budget
+    itl: float = inf
+    least: int = 16
+
+    def __call__(self, view: StepView) -> int:
+        n, most = len(view.decoding), view.limits.n_batch
+        if n == 0 or not (len(view.prefilling) or view.can_admit):
+            return most
+        target = min(self.itl, float(view.running.column("itl_target").min()))
+        if view.cost is None or target == inf:
+            return self.otherwise(view)
+        predict, kv = view.cost.predict, view.kv_total - view.kv_free
+        low, high = self.least, most - n
+        while low < high:  # the largest within the target: low always is, or is `least`
+            middle = (low + high + 1) // 2
+            if predict(n + middle, middle, kv, n + 1) <= target:
+                low = middle
+            else:
+                high = middle - 1
+        return n + low
+
+
+def slo(
+    *,
+    itl: float = inf,
+    ttft: float = inf,
+    least: int = 16,
+    budget: int | None = None,
+    watermark: float = 0.01,
+) -> ComposedPolicy:
+    """`itl`: seconds between two tokens at most, where a sequence has no target of its own. `ttft`:
+    seconds from arrival to deadline, where it has no deadline. `least`: rows of a step that prompts
+    get in any case. `budget`: rows of a step where nothing can be predicted (default: see
+    `TokenBudget`). `watermark`: see `WhenItFits`."""
+    for name, seconds in (("itl", itl), ("ttft", ttft)):
+        if not seconds > 0:
+            raise ArgumentError(name, seconds, "more than 0 seconds")
+    if least < 1:
+        raise ArgumentError("least", least, "at least 1 row")
+    rank = Deadline(ttft)
+    return ComposedPolicy(
+        order=EarliestDeadline(rank),
+        admit=WhenItFits(watermark),
+        budget=WithinTarget(TokenBudget(budget), itl, least),
+        chunk=WhatIsLeft(),
+        victim=LastRanked(rank),
+        repeat=ALWAYS,
+    )

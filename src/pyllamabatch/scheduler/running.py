@@ -1,0 +1,153 @@
+"""The running sequences: their counters, in arrays by slot, and how a policy sees them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..kv import Slots
+from .line import Column, EntryLine
+from .view import SequenceView
+
+I64 = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class Entry:
+    """One sequence. While it runs its counters are those of `Running` at `slot`."""
+
+    view: SequenceView
+    tenant: int
+    slot: int = -1
+    high: int = 0  # tokens that were computed at least once
+    true: bool = True  # `view` says how it is now
+
+
+class Running(EntryLine[Entry]):
+    """In the order of admission. The arrays (int64, shape (n_seq_max,)) are 0 where nobody runs.
+
+    `computed` and `known` tokens; `counts` is both of them, shape (2, n_seq_max); `most`: what
+    `known` is at the very end. `decoding`: id -> slot of those that decode.
+    """
+
+    def __init__(self, n_seq_max: int) -> None:
+        super().__init__(self.seen)
+        self._numbers = np.zeros((6, n_seq_max), dtype=np.int64)
+        self.computed, self.known, self._n_prompt, self.most, self._start, self._tenant = (
+            self._numbers
+        )
+        self.counts = self._numbers[:2]
+        self._itl_target = np.full(n_seq_max, np.inf)
+        self.decoding: dict[int, int] = {}
+        self._slot_of: dict[int, int] = {}
+        self._slots: Slots | None = None
+
+    def join(self, id: int, entry: Entry, *, first: bool = False) -> None:
+        """`entry.slot` is its own from now on."""
+        super().join(id, entry, first=first)
+        view, slot = entry.view, entry.slot
+        entry.true = False
+        known = view.known
+        most = view.n_prompt + view.max_tokens
+        self._numbers[:, slot] = 0, known, view.n_prompt, most, known, entry.tenant
+        self._itl_target[slot] = np.inf if view.itl_target is None else view.itl_target
+        self._slot_of[id] = slot
+        self._slots = None
+
+    def leave(self, id: int) -> Entry | None:
+        entry = super().leave(id)
+        if entry is not None:
+            self._numbers[:, entry.slot] = 0
+            del self._slot_of[id]
+            self._slots = None
+        return entry
+
+    def seen(self, entry: Entry) -> SequenceView:
+        """How it is now; made anew only when it has changed."""
+        view = entry.view
+        if entry.true:
+            return view
+        slot = entry.slot
+        computed, known = self.counts[:, slot].tolist()
+        generated = known - view.n_prompt
+        if view.computed != computed or view.generated != generated or not view.running:
+            turn = known - int(self._start[slot])
+            view = moved(view, computed, generated, True, view.preemptions, view.queued, turn)
+            entry.view = view
+        entry.true = view.id not in self.decoding  # a decode moves without a word
+        return view
+
+    def set(self, entry: Entry, view: SequenceView) -> None:
+        """A running sequence is `view` from now on, whose `turn` is what it was."""
+        entry.view, entry.true = view, False
+        slot, known = entry.slot, view.known
+        self.computed[slot], self.known[slot] = view.computed, known
+        self._n_prompt[slot], self._start[slot] = view.n_prompt, known - view.turn
+
+    def turns(self) -> tuple[I64, I64]:
+        """Tenant, and tokens generated since its admission, of each in turn."""
+        slots = self.slots
+        return self._tenant[slots], self.known[slots] - self._start[slots]
+
+    @property
+    def slots(self) -> Slots:
+        """Of each in turn."""
+        if self._slots is None:
+            self._slots = slots_of(self._slot_of)
+        return self._slots
+
+    def column(self, name: str) -> Column:
+        slots = self.slots
+        if name == "itl_target":
+            return self._itl_target[slots]
+        known = self.known[slots]
+        if name == "generated":
+            return known - self._n_prompt[slots]
+        if name == "turn":
+            return known - self._start[slots]
+        if name == "n_prompt":
+            return self._n_prompt[slots]
+        if name == "computed":
+            return self.computed[slots]
+        if name == "max_tokens":
+            return self.most[slots] - self._n_prompt[slots]
+        return super().column(name)
+
+
+def slots_of(places: dict[int, int]) -> Slots:
+    """The values as an array, read-only."""
+    slots = np.fromiter(places.values(), dtype=np.int32, count=len(places))
+    slots.flags.writeable = False
+    return slots
+
+
+def moved(
+    view: SequenceView,
+    computed: int,
+    generated: int,
+    running: bool,
+    preemptions: int,
+    queued: int,
+    turn: int,
+) -> SequenceView:
+    """As `dataclasses.replace`, which takes several times as long."""
+    return SequenceView(
+        view.id,
+        view.arrival,
+        view.n_prompt,
+        computed,
+        generated,
+        view.max_tokens,
+        running,
+        view.priority,
+        view.tenant,
+        view.deadline,
+        view.prefix_hit,
+        preemptions,
+        view.goal,
+        view.itl_target,
+        queued,
+        turn,
+    )

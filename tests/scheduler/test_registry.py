@@ -1,0 +1,80 @@
+"""Policies by name, with options as a command line gives them."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pytest
+
+from pyllamabatch.errors import ArgumentError
+from pyllamabatch.scheduler import (
+    ComposedPolicy,
+    SequenceView,
+    make_policy,
+    policies,
+    policy_names,
+    sarathi,
+    shortest,
+    slo,
+    static,
+)
+
+
+def half(seq: SequenceView) -> float:
+    return seq.max_tokens / 2
+
+
+def test_nine_ship() -> None:
+    shipped = "fair fcfs mlfq prefill-first prefix sarathi shortest slo static"
+    assert set(shipped.split()) == set(policies.SHIPPED) <= set(policy_names())
+
+
+def test_options_are_those_of_the_function() -> None:
+    assert make_policy("sarathi") == sarathi()
+    assert make_policy("sarathi:budget=512") == sarathi(budget=512) != sarathi()
+    assert make_policy("sarathi:budget=None") == sarathi()
+    assert make_policy("static: size = 4, wait=2") == static(size=4, wait=2.0)
+    assert make_policy("slo:itl=0.05,ttft=1") == slo(itl=0.05, ttft=1.0)
+    assert make_policy("shortest", predict=half, patience=7) == shortest(predict=half, patience=7)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nobody", r"one of fair, fcfs, mlfq, .*static"),
+        ("sarathi:512", r"NAME:option=value"),
+        ("sarathi:rows=512", r"no option 'rows'; options of sarathi: budget, watermark"),
+        ("sarathi:budget=many", r"budget='many': must be int or None"),
+        ("sarathi:budget=1.5", r"budget=1.5: must be int or None"),
+        ("sarathi:budget=True", r"budget=True: must be int or None"),
+        ("sarathi:budget=0", r"budget=0: at least 1 row"),
+        ("fcfs:watermark=1", r"watermark=1.0: a share"),
+        ("static:size=0", r"size=0: at least 1"),
+        ("static:wait=-1", r"wait=-1.0: seconds"),
+        ("slo:itl=0", r"itl=0.0: more than 0"),
+        ("slo:least=0", r"least=0: at least 1 row"),
+        ("mlfq:growth=0", r"growth=0: at least 1"),
+        ("mlfq:patience=0", r"patience=0: at least 1 step"),
+        ("prefix:patience=0", r"patience=0: at least 1 step"),
+        ("fair:generated=0", r"generated=0.0: more than 0"),
+        ("shortest:predict=4", r"predict=4: must be"),
+    ],
+)
+def test_what_is_wrong_is_said(spec: str, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        make_policy(spec)
+
+
+def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = EntryPoint("mine", "pyllamabatch.scheduler.policies.fcfs:fcfs", policies.GROUP)
+
+    def entry_points(*, group: str) -> list[Any]:
+        assert group == policies.GROUP
+        return [mine]
+
+    monkeypatch.setattr(policies, "entry_points", entry_points)
+    assert "mine" in policy_names()
+    assert isinstance(make_policy("mine:watermark=0.5"), ComposedPolicy)
+    with pytest.raises(ArgumentError, match=r"one of fair, .*mine"):
+        make_policy("yours")
