@@ -2,8 +2,10 @@
 #pragma once
 
 #include "fused.hpp"
+#include "placement.hpp"
 #include "plb.h"
 #include "pool.hpp"
+#include "shortlist.hpp"
 
 #include <atomic>
 #include <cmath>
@@ -62,6 +64,7 @@ struct plb_slot {
     std::vector<llama_logit_bias> biases;
     std::vector<llama_token>      stop_tokens;
     int32_t path = PLB_PATH_CHAIN;
+    bool    short_enough = false; // SHORTLIST candidates are all that it can ask for
     plb::fused_state fused;    // one of the two has the draws and the penalties
     plb::sampler_ptr chain;
     plb::sampler_ptr grammar;  // beside the chain: it sees generated tokens only
@@ -91,6 +94,7 @@ struct fault {
 struct row_job {
     plb_slot *    slot;
     const float * logits; // nullptr: there are none
+    const llama_token * ids; // of SHORTLIST candidates, whose logits they are; nullptr: a whole row
     plb_result *  result;
     llama_token * top_token;
     float *       top_logprob;
@@ -150,6 +154,9 @@ struct plb_engine {
     std::vector<std::unique_ptr<plb_slot>> slots; // [n_seq_max]
     std::unique_ptr<plb::row_sampler> sampler;
     std::vector<plb::row_job> jobs; // [n_outputs_max]
+    std::unique_ptr<plb::shortlist> on_device; // nullptr: never
+    plb::placement place{PLB_DEVICE_SAMPLING_OFF};
+    std::vector<plb::short_row> short_rows; // [n_rows]
     char error[plb::TEXT_BYTES] = "";
 };
 
@@ -170,8 +177,7 @@ void end_fused(const vocabulary & words, const row_job & job, const fused_reques
 
 // Choose, account and accept one token. Fills result.token, index, finish, error, logprob and n_top.
 // Throws nothing: a failure is the slot's end, and is in the result.
-void sample_row(const vocabulary & words, scratch & scratch, plb_slot & slot, const float * logits,
-                plb_result & result, llama_token * top_token, float * top_logprob) noexcept;
+void sample_row(const vocabulary & words, scratch & scratch, const row_job & job) noexcept;
 
 template <typename... Args>
 void set_text(char (&text)[TEXT_BYTES], const char * format, Args... args) noexcept {

@@ -310,6 +310,49 @@ fused_row::pass fused_row::draw_from_list(int32_t n, bool sorted) {
     return choose(list[chosen].id);
 }
 
+void fused_row::choose_from_shortlist(fused_request & request, const llama_token * ids,
+                                      int32_t n) noexcept {
+    r_ = &request;
+    n_patches_ = 0;
+    const plb_sampling & p = *r_->params;
+    const auto excluded = [&](llama_token token) {
+        return std::any_of(r_->never, r_->never + 3, [&](const token_span & span) {
+            return std::find(span.token, span.token + span.n, token) != span.token + span.n;
+        });
+    };
+    candidate * list = m_->list.get();
+    int32_t n_kept = 0;
+    bool any = false;
+    for (int32_t i = 0; i < n; ++i) {
+        const float x = r_->logits[i];
+        if (!(x < INFINITY)) {
+            fail(PLB_E_LOGITS);
+            return;
+        }
+        any = any || x > NEVER;
+        if (x > NEVER && !excluded(ids[i])) {
+            list[n_kept++] = {x, ids[i]};
+        }
+    }
+    if (n_kept == 0) {
+        fail(any ? PLB_E_NO_CANDIDATE : PLB_E_LOGITS);
+        return;
+    }
+    const int32_t k = p.temperature == 0 ? 1 : std::min(p.top_k, n_kept);
+    std::partial_sort(list, list + k, list + n_kept, by_logit_and_id);
+    largest_ = list[0].logit;
+    if (p.temperature == 0) {
+        choose(list[0].id);
+        return;
+    }
+    if (!std::isfinite(largest_ / p.temperature)) {
+        fail(PLB_E_LOGITS);
+        return;
+    }
+    const int32_t kept = p.top_p < 1 ? nucleus(k, NAN) : k;
+    draw_from_list(kept > 0 ? kept : k, true);
+}
+
 // -- in index order -------------------------------------------------------------------------------
 // Min-p, temperature and draw of all that is kept.
 fused_row::pass fused_row::by_index(cut keep) {

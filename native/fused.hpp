@@ -137,6 +137,9 @@ public:
     pass begin(fused_request & request) noexcept;
     void run(pass p, int32_t first, int32_t last) noexcept; // any thread, blocks disjoint
     pass next() noexcept { return (this->*after_)(); }
+    // Instead of all that: from the n largest logits of a row (request.logits, in any order) and whose
+    // they are. They hold all that top-k can keep.
+    void choose_from_shortlist(fused_request & request, const llama_token * ids, int32_t n) noexcept;
     pass current() const { return current_; }
     int32_t n_blocks() const { return row_.n_blocks; }
     // What the draw was from: the memory's list of so many, with their weights if there are two or

@@ -94,6 +94,8 @@ typedef struct plb_step_info {
     int32_t n_results;    /* records of this step */
     int32_t first_result; /* index of its first record in plb_views.results */
     int32_t bad_row;      /* the row that a code <= PLB_E_TOKEN speaks of, else -1 */
+    int32_t on_device;    /* 1: the device chose the candidates that were sampled from */
+    int32_t reserved;
 } plb_step_info;
 
 enum plb_stop {
@@ -123,7 +125,20 @@ typedef struct plb_engine_params {
     int32_t sync;           /* 1: wait for the device at every step, for exact timings;
                                0: only when a row has an output */
     int32_t n_steps_max;    /* steps of one plb_run at most, 1..65536: results has room for them */
+    int32_t device_sampling; /* enum plb_device_sampling */
 } plb_engine_params;
+
+/* Whether the device reduces each row of logits to the largest 128, which is what travels to the host
+ * (native/shortlist.hpp). Greedy, or a top_k of up to 128 less the tokens that may not be chosen, with
+ * top_p, min_p, temperature and seed: the same token but for the order of equal logits. A step with a
+ * row that asks for more (no top_k, penalties, biases, log-probabilities, a grammar, PLB_ROW_OUTPUT)
+ * is sampled from whole rows; a change between the two costs libllama a new graph and, once, three
+ * times the memory for outputs. */
+enum plb_device_sampling {
+    PLB_DEVICE_SAMPLING_AUTO = -1, /* where it is measured to be cheaper; never for the CPU backend */
+    PLB_DEVICE_SAMPLING_OFF  = 0,
+    PLB_DEVICE_SAMPLING_ON   = 1   /* wherever a step allows it, on any backend */
+};
 
 /* Memory of the engine, valid and at the same addresses until plb_engine_free. */
 typedef struct plb_views {
@@ -149,9 +164,12 @@ typedef struct plb_views {
 
 plb_engine_params plb_engine_default_params(void);
 
-/* The context must outlive the engine's last plb_step; plb_engine_free may come after it. */
+/* The context must outlive the engine's last plb_step; plb_engine_free may come after it. A context
+ * that is to be used on without the engine needs plb_engine_detach first, which takes back what device
+ * sampling has attached to it; the engine can go on as well. */
 int32_t plb_engine_new(struct llama_context * ctx, const plb_engine_params * params, plb_engine ** out);
 void    plb_engine_free(plb_engine * engine);
+int32_t plb_engine_detach(plb_engine * engine);
 int32_t plb_engine_views(plb_engine * engine, plb_views * out);
 
 /* Text of the engine's last failure, valid until its next call; "" when there was none. */

@@ -10,6 +10,7 @@ namespace plb {
 namespace {
 
 constexpr int32_t PART_MIN = 256; // blocks: a part has to be worth a thread's attention
+constexpr int32_t ALONE = 12; // shortlists: fewer are done before another thread is awake
 
 } // namespace
 
@@ -26,7 +27,7 @@ void row_sampler::sample(row_job * jobs, int32_t n) noexcept {
         return;
     }
     const auto fused = [](const row_job & job) {
-        return job.slot->path == PLB_PATH_FUSED && job.logits != nullptr;
+        return job.slot->path == PLB_PATH_FUSED && job.logits != nullptr && job.ids == nullptr;
     };
     if (2 * n <= pool_.size() && words_.n_vocab >= 2 * PART_MIN * BLOCK &&
         std::all_of(jobs, jobs + n, fused)) {
@@ -34,11 +35,15 @@ void row_sampler::sample(row_job * jobs, int32_t n) noexcept {
         return;
     }
     jobs_ = jobs;
+    if (n < ALONE && jobs[0].ids != nullptr) {
+        for (int32_t i = 0; i < n; ++i) {
+            sample_row(words_, own(), jobs[i]);
+        }
+        return;
+    }
     pool_.run(n, [](void * context, int32_t i, int32_t thread) {
         auto & self = *static_cast<row_sampler *>(context);
-        const row_job & job = self.jobs_[i];
-        sample_row(self.words_, *self.scratch_[thread], *job.slot, job.logits, *job.result,
-                   job.top_token, job.top_logprob);
+        sample_row(self.words_, *self.scratch_[thread], self.jobs_[i]);
     }, this);
 }
 
@@ -156,7 +161,7 @@ int32_t plb_rows_sample(plb_rows * rows, int32_t n, float * logits, int64_t stri
         const int64_t top = (int64_t) i * rows->n_logprobs_max;
         results[i].seq = i;
         results[i].row = i;
-        rows->jobs[i] = {slot, logits + i * stride, &results[i],
+        rows->jobs[i] = {slot, logits + i * stride, nullptr, &results[i],
                          top_token == nullptr ? &rows->no_token : top_token + top,
                          top_logprob == nullptr ? &rows->no_logprob : top_logprob + top};
     }

@@ -289,9 +289,11 @@ void replay(plb_slot & slot, const llama_token * tokens, int32_t n_tokens, int32
 static void sample_fused(const vocabulary & words, scratch & scratch, const row_job & job) noexcept {
     fused_request request;
     begin_fused(words, job, request);
-    if (!request.error) {
-        fused_row & row = scratch.row;
-        row.bind(best_kernels(), scratch.memory, false);
+    fused_row & row = scratch.row;
+    row.bind(best_kernels(), scratch.memory, false);
+    if (!request.error && job.ids != nullptr) {
+        row.choose_from_shortlist(request, job.ids, SHORTLIST);
+    } else if (!request.error) {
         for (auto p = row.begin(request); p != fused_row::NONE; p = row.next()) {
             row.run(p, 0, row.n_blocks());
         }
@@ -299,12 +301,14 @@ static void sample_fused(const vocabulary & words, scratch & scratch, const row_
     end_fused(words, job, request);
 }
 
-void sample_row(const vocabulary & words, scratch & scratch, plb_slot & slot, const float * logits,
-                plb_result & result, llama_token * top_token, float * top_logprob) noexcept {
-    if (slot.path == PLB_PATH_FUSED) {
-        sample_fused(words, scratch, {&slot, logits, &result, top_token, top_logprob});
+void sample_row(const vocabulary & words, scratch & scratch, const row_job & job) noexcept {
+    if (job.slot->path == PLB_PATH_FUSED) {
+        sample_fused(words, scratch, job);
         return;
     }
+    plb_slot & slot = *job.slot;
+    plb_result & result = *job.result;
+    const float * logits = job.logits;
     begin_result(slot, result);
     result.error = guarded(slot.error_text, [&] {
         if (logits == nullptr) {
@@ -324,7 +328,7 @@ void sample_row(const vocabulary & words, scratch & scratch, plb_slot & slot, co
             result.logprob = (float) (logits[token] - norm);
             if (slot.params.n_logprobs > 0) {
                 result.n_top = top_logits(logits, words.n_vocab, slot.params.n_logprobs, norm,
-                                          top_token, top_logprob);
+                                          job.top_token, job.top_logprob);
             }
         }
         result.token = token;

@@ -150,6 +150,11 @@ std::unique_ptr<plb_slot> make_slot(const vocabulary & words, const plb_sampling
             throw failure{PLB_E_GRAMMAR, "libllama does not accept this grammar: see its log"};
         }
     }
+    const size_t n_never = words.suppressed.size() + words.eog.size() + slot->stop_tokens.size();
+    const int32_t n_top = sampling.temperature == 0 ? 1 : sampling.top_k;
+    slot->short_enough = slot->path == PLB_PATH_FUSED && !has_penalties(sampling) &&
+                         slot->biases.empty() && sampling.n_logprobs < 0 && n_top > 0 &&
+                         (size_t) n_top + n_never <= (size_t) SHORTLIST;
     slot->params.logit_bias  = nullptr;
     slot->params.stop_tokens = nullptr;
     slot->params.grammar     = nullptr;
@@ -174,6 +179,7 @@ std::unique_ptr<plb_slot> copy_slot(const plb_slot & source) {
     slot->biases      = source.biases;
     slot->stop_tokens = source.stop_tokens;
     slot->path        = source.path;
+    slot->short_enough = source.short_enough;
     slot->fused       = source.fused;
     if (source.chain) {
         slot->chain = checked(llama_sampler_clone(source.chain.get()));

@@ -1,6 +1,8 @@
 // The engine: its memory, and one step from rows to results.
 #include "engine.hpp"
 
+#include "ggml-backend.h"
+
 #include <algorithm>
 #include <chrono>
 #include <iterator>
@@ -22,6 +24,8 @@ namespace {
 constexpr int32_t N_LOGPROBS_LIMIT = 1024;
 constexpr int32_t N_STEPS_LIMIT    = 65536;
 constexpr int32_t ROW_FLAGS        = PLB_ROW_OUTPUT | PLB_ROW_SAMPLE;
+constexpr int32_t N_VOCAB_WORTH    = 16384;
+constexpr int64_t MORE_BYTES_LIMIT = (int64_t) 512 << 20;
 
 int64_t now_ns() {
     using namespace std::chrono;
@@ -162,8 +166,39 @@ void advance(plb_engine & engine, const plb_result & result) {
     }
 }
 
+// Whether the device may choose for all rows of this step that give an output.
+bool short_enough(plb_engine & engine, int32_t n_rows) {
+    if (engine.all_outputs) {
+        return false;
+    }
+    for (int32_t i = 0; i < n_rows; ++i) {
+        const bool sampled = engine.flags[i] & PLB_ROW_SAMPLE;
+        if (sampled ? !engine.slots[engine.seq[i]]->short_enough : engine.flags[i] != 0) {
+            return false;
+        }
+    }
+    return each_slot_once(engine, n_rows);
+}
+
+// Before a decode: where this step's candidates are chosen.
+void choose_place(plb_engine & engine, int32_t n_rows) {
+    plb_step_info & info = engine.info;
+    if (engine.on_device == nullptr || info.n_outputs == 0) {
+        return;
+    }
+    shortlist & device = *engine.on_device;
+    info.on_device = engine.place.on_device(info.n_outputs, short_enough(engine, n_rows));
+    if (info.on_device && !device.attach()) {
+        info.on_device = 0;
+        engine.place.refuse();
+    } else if (!info.on_device) {
+        device.detach();
+    }
+    device.begin();
+}
+
 int32_t sample_rows(plb_engine & engine, int32_t n_rows, int32_t first) {
-    const bool has_logits = llama_get_logits(engine.ctx) != nullptr;
+    const bool has_logits = engine.info.on_device || llama_get_logits(engine.ctx) != nullptr;
     const bool at_once = each_slot_once(engine, n_rows);
     int32_t n = 0;
     for (int32_t i = 0; i < n_rows; ++i) {
@@ -178,12 +213,16 @@ int32_t sample_rows(plb_engine & engine, int32_t n_rows, int32_t first) {
         result.seq = engine.seq[i];
         result.row = i;
         const size_t top = (size_t) (first + n) * engine.views.n_logprobs_max;
-        engine.jobs[n] = {&slot, has_logits ? llama_get_logits_ith(engine.ctx, i) : nullptr, &result,
-                          &engine.top_token[top], &engine.top_logprob[top]};
+        row_job & job = engine.jobs[n];
+        job = {&slot, nullptr, nullptr, &result, &engine.top_token[top], &engine.top_logprob[top]};
+        if (engine.info.on_device) {
+            job.logits = engine.short_rows[i].logit;
+            job.ids    = engine.short_rows[i].id;
+        } else if (has_logits) {
+            job.logits = llama_get_logits_ith(engine.ctx, i);
+        }
         if (!at_once) { // a row may go on from one before it
-            const row_job & job = engine.jobs[n];
-            sample_row(engine.words, engine.sampler->own(), slot, job.logits, result, job.top_token,
-                       job.top_logprob);
+            sample_row(engine.words, engine.sampler->own(), job);
             advance(engine, result);
         }
         ++n;
@@ -212,7 +251,10 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows) {
     info.build_ns = t_built - info.t_start_ns;
 
     int32_t code = PLB_OK;
-    const int32_t threw = guarded(engine.error, [&] { code = decode(engine, batch); });
+    const int32_t threw = guarded(engine.error, [&] {
+        choose_place(engine, n_rows);
+        code = decode(engine, batch);
+    });
     const int64_t t_decoded = now_ns();
     info.decode_ns = t_decoded - t_built;
     if (threw || code) {
@@ -230,11 +272,42 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows) {
     }
     const int64_t t_synced = now_ns();
     info.sync_ns   = t_synced - t_decoded;
+    if (info.on_device && !engine.on_device->read(batch, engine.short_rows)) {
+        set_text(engine.error, "%s", "device sampling: the candidates' rows can't be told");
+        return PLB_E_DECODE;
+    }
     if (info.n_outputs > 0) {
         info.n_results = sample_rows(engine, n_rows, info.first_result);
     }
-    info.sample_ns = now_ns() - t_synced;
+    const int64_t t_sampled = now_ns();
+    info.sample_ns = t_sampled - t_synced;
+    if (info.n_results == n_rows) {
+        engine.place.took(n_rows, info.on_device != 0, t_sampled - t_built);
+    }
     return PLB_OK;
+}
+
+// Whether it is worth asking the device at all.
+bool may_sample_on_device(const plb_engine & engine, int32_t mode) {
+    const int32_t n_vocab = engine.words.n_vocab;
+    if (mode == PLB_DEVICE_SAMPLING_OFF || !shortlist::fits(n_vocab, engine.n_outputs_max)) {
+        return false;
+    }
+    if (mode == PLB_DEVICE_SAMPLING_ON) {
+        return true;
+    }
+    // libllama sets memory aside for three more rows of the vocabulary's size for each output.
+    const int64_t more = (int64_t) 3 * sizeof(float) * n_vocab * engine.n_outputs_max;
+    if (n_vocab < N_VOCAB_WORTH || more > MORE_BYTES_LIMIT) {
+        return false;
+    }
+    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+        const enum ggml_backend_dev_type type = ggml_backend_dev_type(ggml_backend_dev_get(i));
+        if (type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU) {
+            return true;
+        }
+    }
+    return false;
 }
 
 } // namespace
@@ -255,7 +328,7 @@ int32_t plb::one_step(plb_engine & engine, int32_t n_rows, int32_t i_step, int32
 }
 
 plb_engine_params plb_engine_default_params(void) {
-    return {0, 20, 0, 0, 0, 32};
+    return {0, 20, 0, 0, 0, 32, PLB_DEVICE_SAMPLING_AUTO};
 }
 
 int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, plb_engine ** out) {
@@ -271,7 +344,9 @@ int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, pl
     const int32_t n_outputs = params->n_outputs_max == 0 ? n_batch : params->n_outputs_max;
     if (n_outputs < n_seq_max || params->n_logprobs_max < 0 ||
         params->n_logprobs_max > N_LOGPROBS_LIMIT || params->n_threads < 0 ||
-        params->n_steps_max < 1 || params->n_steps_max > N_STEPS_LIMIT) {
+        params->n_steps_max < 1 || params->n_steps_max > N_STEPS_LIMIT ||
+        params->device_sampling < PLB_DEVICE_SAMPLING_AUTO ||
+        params->device_sampling > PLB_DEVICE_SAMPLING_ON) {
         return PLB_E_ARGUMENT;
     }
     char ignored[TEXT_BYTES];
@@ -284,6 +359,11 @@ int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, pl
         engine->sync          = params->sync != 0;
         engine->slots.resize(n_seq_max);
         read_vocabulary(engine->words, ctx);
+        if (may_sample_on_device(*engine, params->device_sampling)) {
+            engine->place     = placement(params->device_sampling);
+            engine->on_device = std::make_unique<shortlist>(ctx);
+            engine->short_rows.resize((size_t) n_batch);
+        }
         engine->sampler = std::make_unique<row_sampler>(engine->words, params->n_threads);
         const int32_t n_logprobs = std::min(params->n_logprobs_max, engine->words.n_vocab);
         const int64_t n_records = std::max<int64_t>(engine->n_outputs_max,
@@ -302,6 +382,17 @@ int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, pl
 
 void plb_engine_free(plb_engine * engine) {
     delete engine;
+}
+
+int32_t plb_engine_detach(plb_engine * engine) {
+    if (engine == nullptr) {
+        return PLB_E_ARGUMENT;
+    }
+    return guarded(engine->error, [&] {
+        if (engine->on_device) {
+            engine->on_device->detach();
+        }
+    });
 }
 
 int32_t plb_engine_views(plb_engine * engine, plb_views * out) {

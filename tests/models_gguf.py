@@ -68,6 +68,7 @@ class Architecture:
     experts: bool = False
     feed_forward: bool = True
     dt_b_c_norm: bool = False  # norms inside the mamba layers
+    n_spare: int = 0  # tokens beside those of `vocabulary()`
 
     @property
     def recurrent(self) -> bool:
@@ -108,19 +109,21 @@ key value name word code secret answer say hello world red green blue
 """.split()  # noqa: SIM905 (a list of words reads better as text)
 
 
-def vocabulary() -> tuple[list[str], list[float], list[int]]:
+def vocabulary(n_spare: int = 0) -> tuple[list[str], list[float], list[int]]:
     """Pieces, scores and types of a small SentencePiece vocabulary: control tokens, 256 bytes,
-    printable ASCII, and the prefixes of a few words, longer pieces scoring higher."""
+    printable ASCII, and the prefixes of a few words, longer pieces scoring higher; `n_spare` more
+    that no text needs."""
     bytes_ = [f"<0x{b:02X}>" for b in range(256)]
     characters = [*(chr(c) for c in range(33, 127)), "\u2581"]
     prefixes = {("\u2581" + word)[:n] for word in WORDS for n in range(2, len(word) + 2)}
     merged = sorted(prefixes, key=lambda piece: (-len(piece), piece))
-    pieces = [*CONTROL_TOKENS, *bytes_, *merged, *characters]
+    spare = [f"\u2581spare{i}" for i in range(n_spare)]
+    pieces = [*CONTROL_TOKENS, *bytes_, *merged, *characters, *spare]
     types = [
         gguf.TokenType.UNKNOWN,
         *[gguf.TokenType.CONTROL] * (len(CONTROL_TOKENS) - 1),
         *[gguf.TokenType.BYTE] * len(bytes_),
-        *[gguf.TokenType.NORMAL] * (len(merged) + len(characters)),
+        *[gguf.TokenType.NORMAL] * (len(merged) + len(characters) + n_spare),
     ]
     first_normal = len(CONTROL_TOKENS) + len(bytes_)
     scores = [0.0] * first_normal + [-float(i) for i in range(len(pieces) - first_normal)]
@@ -155,7 +158,7 @@ def tensors(arch: Architecture, seed: int) -> Iterator[tuple[str, FloatArray]]:
     scaled_later = arch.name == "gemma3"  # its graph multiplies the embedding by sqrt(n_embd)
     yield (
         "token_embd.weight",
-        w.matrix(N_VOCAB, N_EMBD, gain=1.0 if scaled_later else np.sqrt(N_EMBD)),
+        w.matrix(N_VOCAB + arch.n_spare, N_EMBD, gain=1.0 if scaled_later else np.sqrt(N_EMBD)),
     )
     for i, layer in enumerate(arch.layers):
         block = f"blk.{i}."
@@ -168,7 +171,7 @@ def tensors(arch: Architecture, seed: int) -> Iterator[tuple[str, FloatArray]]:
                 yield block + name, value
     final_norm = "token_embd_norm" if arch.name == "lfm2" else "output_norm"
     yield final_norm + ".weight", w.around(1.0, N_EMBD)
-    output = w.matrix(N_VOCAB, N_EMBD, gain=LOGIT_STD)
+    output = w.matrix(N_VOCAB + arch.n_spare, N_EMBD, gain=LOGIT_STD)
     output[: len(CONTROL_TOKENS)] = 0.0
     yield "output.weight", output
 
@@ -244,7 +247,7 @@ def write_gguf(
         seed = zlib.crc32(arch.name.encode())
     writer = gguf.GGUFWriter(path, arch.name)
     _write_hyperparameters(writer, arch, file_type)
-    _write_vocabulary(writer)
+    _write_vocabulary(writer, arch.n_spare)
     for name, value in tensors(arch, seed):
         _add_tensor(writer, name, value, file_type)
     writer.write_header_to_file()
@@ -287,8 +290,8 @@ def _write_hyperparameters(writer: gguf.GGUFWriter, arch: Architecture, file_typ
         writer.add_expert_feed_forward_length(N_FF_EXPERT)
 
 
-def _write_vocabulary(writer: gguf.GGUFWriter) -> None:
-    pieces, scores, types = vocabulary()
+def _write_vocabulary(writer: gguf.GGUFWriter, n_spare: int) -> None:
+    pieces, scores, types = vocabulary(n_spare)
     writer.add_vocab_size(len(pieces))
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")

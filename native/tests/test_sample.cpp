@@ -53,7 +53,7 @@ struct sampler_test {
     plb_result sample(plb_slot & slot, const std::vector<float> & logits,
                       llama_token * top = nullptr, float * logprob = nullptr) {
         plb_result result = {};
-        plb::sample_row(words, scratch, slot, logits.data(), result, top, logprob);
+        plb::sample_row(words, scratch, {&slot, logits.data(), nullptr, &result, top, logprob});
         return result;
     }
 };
@@ -150,7 +150,7 @@ void bad_logits(sampler_test & t) {
     CHECK_EQ(t.sample(*slot, std::vector<float>(t.words.n_vocab, -INFINITY)).error, PLB_E_LOGITS);
     slot = plb::make_slot(t.words, p, 0, nullptr, 0);
     plb_result result = {};
-    plb::sample_row(t.words, t.scratch, *slot, nullptr, result, nullptr, nullptr);
+    plb::sample_row(t.words, t.scratch, {slot.get(), nullptr, nullptr, &result, nullptr, nullptr});
     CHECK_EQ(result.error, PLB_E_LOGITS);
 
     // all but one at -inf is fine

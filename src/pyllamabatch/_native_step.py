@@ -46,6 +46,20 @@ def path_of(name: str) -> int:
     raise ArgumentError("sampler", name, f"must be one of {', '.join(PATHS.values())}")
 
 
+DEVICE_SAMPLING = {
+    "auto": lib.PLB_DEVICE_SAMPLING_AUTO,
+    False: lib.PLB_DEVICE_SAMPLING_OFF,
+    True: lib.PLB_DEVICE_SAMPLING_ON,
+}
+
+
+def device_sampling_of(value: bool | str) -> int:
+    """The `plb_device_sampling` of a `device_sampling` argument."""
+    if isinstance(value, bool) or value == "auto":
+        return int(DEVICE_SAMPLING[value])
+    raise ArgumentError("device_sampling", value, 'must be "auto", True or False')
+
+
 def sampling_struct(params: SamplingParams, path: int) -> tuple[Any, tuple[Any, ...]]:
     """The plb_sampling of params, and what must live as long as it."""
     biases = ffi.new("llama_logit_bias[]", list(params.logit_bias.items()))

@@ -47,6 +47,8 @@ STEP_DTYPE = np.dtype(
         ("n_results", np.int32),
         ("first_result", np.int32),
         ("bad_row", np.int32),
+        ("on_device", np.int32),
+        ("reserved", np.int32),
     ]
 )
 

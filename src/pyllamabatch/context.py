@@ -102,6 +102,7 @@ class Context(Owner):
         self._loras: list[Handle] = []
         self.lora_names: list[tuple[str, float]] = []
         """File name and scale of each adapter that is applied."""
+        self._attached: list[Any] = []  # plb_engines, whose samplers libllama may point to
         self._outputs: npt.NDArray[np.int8] | None = None
         self._encoded = False
 
@@ -137,6 +138,7 @@ class Context(Owner):
         with self.exclusive():
             self._drop_loras()
             self._close()
+            self._attached.clear()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.n_ctx} cells, {self.n_seq_max} sequences"
@@ -177,6 +179,8 @@ class Context(Owner):
     def _run(self, call: Any, batch: Batch, encoder: bool) -> None:
         check_batch(self, batch, encoder)
         self._outputs = None
+        for engine in self._attached:  # whoever decodes here wants whole rows of logits
+            lib.plb_engine_detach(engine)
         _log.mark()
         code = call(self.ptr, batch.struct)
         if code != -1:

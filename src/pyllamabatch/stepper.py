@@ -29,6 +29,7 @@ import numpy.typing as npt
 from pyllamabatch._native_step import (
     PATHS,
     code_text,
+    device_sampling_of,
     hold,
     path_of,
     refused_run,
@@ -100,6 +101,10 @@ class Stepper:
     - sampler: "auto" samples with the fused sampler where it can and else with libllama's own
       chain, "chain" always with that, "fused" refuses what it cannot (grammar, typical_p). The
       tokens are the same (native/fused.hpp says where not); `SlotInfo.path` tells which it is.
+    - device_sampling: True lets the device choose the 128 largest logits of each row, where a step
+      asks for no more (greedy, or a smaller top_k without penalties, biases and log-probabilities),
+      so that whole rows need not travel; "auto" where that is measured to be faster, never on a
+      CPU. The tokens are the same but for the order of equal logits; `steps["on_device"]` tells.
     - sync: wait for the device at every step, also when no row has an output; for exact timings.
 
     Keeps the context alive. Like the context it serves one thread at a time: a second one gets
@@ -114,17 +119,20 @@ class Stepper:
         n_threads: int = 0,
         n_steps_max: int = 32,
         sampler: str = "auto",
+        device_sampling: bool | str = "auto",
         sync: bool = False,
     ) -> None:
         if context.model._no_alloc:
             raise UnsupportedOperation("the model was loaded with no_alloc: it has no weights")
         path = path_of(sampler)
+        on_device = device_sampling_of(device_sampling)
         params = ffi.new("plb_engine_params *")
         params.n_outputs_max = context.n_outputs_max
         params.all_outputs = bool(context.params["embeddings"])
         params.n_logprobs_max = integer("n_logprobs_max", n_logprobs_max, 0, LOGPROBS_MAX)
         params.n_threads = integer("n_threads", n_threads, 0, 512)
         params.n_steps_max = integer("n_steps_max", n_steps_max, 1, 65536)
+        params.device_sampling = on_device
         params.sync = bool(sync)
         out = ffi.new("plb_engine **")
         with context.exclusive():
@@ -134,6 +142,7 @@ class Stepper:
         if code:
             raise UnsupportedOperation(code_text(code))
         engine = ffi.gc(out[0], lib.plb_engine_free)
+        context._attached.append(engine)  # the context may come to point into it
         views = ffi.new("plb_views *")
         lib.plb_engine_views(engine, views)
 
@@ -388,10 +397,14 @@ class Stepper:
 
     def close(self) -> None:
         """Free the slots; safe to call twice. Views still held elsewhere stay readable."""
-        engine, self._engine, self._context = self._engine, None, None
-        if engine is not None:
+        engine, context = self._engine, self._context
+        self._engine = self._context = None
+        if engine is not None and context is not None:
             for seq_id in range(self.n_seq_max):
                 lib.plb_slot_clear(engine, seq_id)
+            if not context.closed:
+                lib.plb_engine_detach(engine)
+                context._attached.remove(engine)
 
     def __enter__(self) -> Stepper:
         return self

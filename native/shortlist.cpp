@@ -1,0 +1,225 @@
+// The graph of the shortlist, and finding its rows in what libllama copied.
+#include "shortlist.hpp"
+
+#include "ggml-backend.h"
+#include "ggml.h"
+
+#include <algorithm>
+
+namespace plb {
+
+namespace {
+
+struct member {
+    shortlist::shared * shared;
+    llama_seq_id        seq;
+};
+
+member & self(llama_sampler * sampler) {
+    return *static_cast<member *>(sampler->ctx);
+}
+
+struct tensors {
+    ggml_tensor * logits;
+    ggml_tensor * ids;
+};
+
+// rows: float32 [n_vocab, n], the last one libllama's padding. The logits of all rows' candidates
+// and behind them the serial number, in one piece: one copy to the host, not one for every row.
+tensors make_graph(ggml_context * ctx, ggml_tensor * rows, int32_t serial) {
+    const int64_t n_vocab = rows->ne[0];
+    const int64_t n       = ggml_nrows(rows);
+    ggml_tensor * ids    = ggml_top_k(ctx, rows, SHORTLIST);
+    ggml_tensor * single = ggml_reshape_3d(ctx, rows, 1, n_vocab, n);
+    ggml_tensor * logits = ggml_get_rows(ctx, single, ids);
+    logits = ggml_reshape_1d(ctx, logits, n * SHORTLIST);
+    ggml_tensor * number = ggml_fill(ctx, ggml_view_1d(ctx, logits, 1, 0), (float) serial);
+    return {ggml_concat(ctx, logits, number, 0), ggml_reshape_1d(ctx, ids, n * SHORTLIST)};
+}
+
+bool supported(ggml_backend_dev_t device, int32_t n_vocab) {
+    if (device == nullptr) {
+        return true; // the CPU
+    }
+    ggml_init_params params = {64 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true};
+    ggml_context * ctx = ggml_init(params);
+    if (ctx == nullptr) {
+        return false;
+    }
+    ggml_cgraph * graph = ggml_new_graph(ctx);
+    const tensors made = make_graph(ctx, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_vocab, 2), 1);
+    ggml_build_forward_expand(graph, made.logits);
+    ggml_build_forward_expand(graph, made.ids);
+    bool all = true;
+    for (int32_t i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        all = all && ggml_backend_dev_supports_op(device, ggml_graph_node(graph, i));
+    }
+    ggml_free(ctx);
+    return all;
+}
+
+// -- llama_sampler_i ------------------------------------------------------------------------------
+const char * get_name(const llama_sampler *) {
+    return "pyllamabatch-shortlist";
+}
+
+void apply_on_host(llama_sampler *, llama_token_data_array *) {} // never asked to
+
+void free_member(llama_sampler * sampler) {
+    delete static_cast<member *>(sampler->ctx);
+}
+
+bool backend_init(llama_sampler * sampler, ggml_backend_buffer_type_t type, uint32_t n_per_seq) {
+    shortlist::shared & shared = *self(sampler).shared;
+    shared.refused = shared.refused || n_per_seq != 1 ||
+                     !supported(ggml_backend_buft_get_device(type), shared.n_vocab);
+    return !shared.refused;
+}
+
+void backend_reset(llama_sampler * sampler) {
+    self(sampler).shared->graph_context = nullptr;
+}
+
+// Asked once for every sequence of the context, those without a row in this graph included: they
+// are given row 0.
+void backend_apply(llama_sampler * sampler, ggml_context * ctx, ggml_cgraph * graph,
+                   llama_sampler_data * data) {
+    const auto & [shared_ptr, seq] = self(sampler);
+    shortlist::shared & shared = *shared_ptr;
+    ggml_tensor * rows = data->logits->view_src != nullptr ? data->logits->view_src : data->logits;
+    const int32_t n_rows = (int32_t) ggml_nrows(rows) - 1;
+    const int32_t row = data->logits == rows ? 0 : (int32_t) (data->logits->view_offs / rows->nb[1]);
+    *data = {};
+    if (!shortlist::fits((int32_t) rows->ne[0], n_rows)) {
+        return; // a graph that is only measured
+    }
+    if (shared.graph_context != ctx) {
+        shared.graph_context = ctx;
+        shared.serial = shared.serial % (1 << 20) + 1; // exact as a float
+        const tensors made = make_graph(ctx, rows, shared.serial);
+        ggml_build_forward_expand(graph, made.logits);
+        shared.logits = made.logits;
+        shared.ids    = made.ids;
+        if (n_rows > 0) {
+            shared.graphs.push_back({shared.serial, n_rows, {}});
+            shared.graphs.back().row_of.resize((size_t) shared.n_seq_max);
+        }
+    }
+    if (n_rows > 0 && seq < shared.n_seq_max) {
+        shared.graphs.back().row_of[(size_t) seq] = row;
+    }
+    if (row == 0) { // the first row carries what belongs to all
+        data->logits     = shared.logits;
+        data->candidates = shared.ids;
+    }
+}
+
+llama_sampler_i interface_of_members() {
+    llama_sampler_i functions = {};
+    functions.name          = get_name;
+    functions.apply         = apply_on_host;
+    functions.free          = free_member;
+    functions.backend_init  = backend_init;
+    functions.backend_apply = backend_apply;
+    functions.backend_reset = backend_reset;
+    return functions;
+}
+
+} // namespace
+
+bool shortlist::fits(int32_t n_vocab, int32_t n_outputs) {
+    return (int64_t) SHORTLIST * (n_outputs + 1) + 1 <= n_vocab;
+}
+
+shortlist::shortlist(llama_context * ctx) : ctx_(ctx) {
+    shared_.n_seq_max = (int32_t) llama_n_seq_max(ctx);
+    shared_.n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)));
+}
+
+shortlist::~shortlist() {
+    free_chains(); // the context may be gone
+}
+
+void shortlist::free_chains() {
+    for (llama_sampler * chain : chains_) {
+        llama_sampler_free(chain);
+    }
+    chains_.clear();
+}
+
+bool shortlist::attach() {
+    static llama_sampler_i functions = interface_of_members();
+    if (attached()) {
+        return true;
+    }
+    if (shared_.refused) {
+        return false;
+    }
+    for (llama_seq_id seq = 0; seq < shared_.n_seq_max; ++seq) {
+        llama_sampler * chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
+        chains_.push_back(chain);
+        llama_sampler_chain_add(chain, llama_sampler_init(&functions, new member{&shared_, seq}));
+        if (!llama_set_sampler(ctx_, seq, chain) || shared_.refused) {
+            shared_.refused = true;
+            detach();
+            return false;
+        }
+    }
+    return true;
+}
+
+void shortlist::detach() {
+    for (size_t seq = 0; seq < chains_.size(); ++seq) {
+        llama_set_sampler(ctx_, (llama_seq_id) seq, nullptr);
+    }
+    free_chains();
+    shared_.graphs.clear();
+    shared_.graph_context = nullptr;
+}
+
+void shortlist::begin() {
+    std::vector<shared::graph> & graphs = shared_.graphs;
+    if (graphs.size() > 1) { // only the last one can be used again
+        graphs.front() = std::move(graphs.back());
+        graphs.resize(1);
+    }
+}
+
+bool shortlist::read(const llama_batch & batch, std::vector<short_row> & rows) {
+    heads_.clear();
+    rows.assign((size_t) batch.n_tokens, {});
+    for (int32_t i = 0; i < batch.n_tokens; ++i) {
+        const uint32_t n = batch.logits[i] ? llama_get_sampled_logits_count_ith(ctx_, i) : 0;
+        if (n == 0) {
+            continue;
+        }
+        const float * logits = llama_get_sampled_logits_ith(ctx_, i);
+        const int32_t serial = (int32_t) logits[n - 1];
+        const auto graph = std::find_if(shared_.graphs.begin(), shared_.graphs.end(),
+                                        [&](const shared::graph & g) { return g.serial == serial; });
+        if (graph == shared_.graphs.end() || (int64_t) n != (int64_t) SHORTLIST * (graph->n_rows + 1) + 1) {
+            return false;
+        }
+        heads_.push_back({logits, llama_get_sampled_candidates_ith(ctx_, i), &*graph});
+        rows[(size_t) i] = {logits, heads_.back().ids};
+    }
+    for (int32_t i = 0; i < batch.n_tokens; ++i) {
+        if (!batch.logits[i] || rows[(size_t) i].logit != nullptr) {
+            continue;
+        }
+        const auto seq = (size_t) batch.seq_id[i][0];
+        for (const head & head : heads_) {
+            const int64_t row = head.graph->row_of[seq];
+            if (row > 0) { // it is an output of this graph, and a sequence has only one
+                rows[(size_t) i] = {head.logits + row * SHORTLIST, head.ids + row * SHORTLIST};
+                break;
+            }
+        }
+        if (rows[(size_t) i].logit == nullptr) {
+            return false;
+        }
+    }
+    return true;
+}
+
+} // namespace plb
