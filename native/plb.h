@@ -314,6 +314,20 @@ float        plb_rows_maximum(const float * logits, int32_t n);
 /* The instruction set that was chosen for this machine, or by PLB_SIMD in the environment. */
 const char * plb_rows_simd(void);
 
+/* -- memory (native/memory.cpp) ----------------------------------------------------------------- */
+/* Bytes in buffers of one type; of a no_alloc model, bytes that there would be. */
+typedef struct plb_memory_part {
+    char    buffer_type[64];
+    char    device[64]; /* its name; "" when the type has none */
+    int32_t host;       /* 1: memory that the CPU can use */
+    int64_t model;      /* weights */
+    int64_t context;    /* KV cells, recurrent states */
+    int64_t compute;    /* graphs; the buffer of the outputs is not among them */
+} plb_memory_part;
+
+/* How many parts there are (also when there is room for fewer), or a code. */
+int32_t plb_memory_breakdown(const struct llama_context * ctx, plb_memory_part * parts, int32_t n_parts);
+
 /* -- log ring (native/log.cpp) ----------------------------------------------------------------- */
 /* libllama's and ggml's log goes to a ring of fixed size, from any thread; nothing is printed. */
 void plb_log_install(void);              /* once, before anything else logs */

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,8 @@ from ._limits import max_position
 from ._structs import integer
 from .context import Context
 from .decoder import Decoder
+from .device.choose import cost_of
+from .device.cost import CostModel
 from .errors import ArgumentError, UnsupportedOperation
 from .model import Model
 from .request import Request
@@ -74,6 +76,9 @@ class Engine:
       serves one engine.
     - n_logprobs_max: the largest `SamplingParams.logprobs` that a request may ask for.
     - n_trace: how many of the last steps `trace` remembers; 0 for none.
+    - cost: what a step costs on this device, for policies that ask: a `CostModel`, or None; "auto":
+      of a stored profile (`pyllamabatch calibrate`), a prior where there is none. The engine's own
+      steps refine it, unless n_trace is 0.
     - context_params: any other parameter of `Context`. kv_unified=False gives every sequence
       n_ctx / n_seq_max cells of its own.
 
@@ -92,6 +97,7 @@ class Engine:
         policy: Policy | None = None,
         n_logprobs_max: int = 20,
         n_trace: int = 4096,
+        cost: CostModel | Literal["auto"] | None = "auto",
         **context_params: Any,
     ) -> None:
         if model.has_encoder or not model.has_decoder:
@@ -119,9 +125,10 @@ class Engine:
             if not context.capabilities.has_memory or not context.capabilities.causal:
                 raise UnsupportedOperation(f"{model.architecture} does not generate token by token")
             self.limits = limits_of(context)
-            scheduler = Scheduler(self.limits, policy)
+            self.cost = cost_of(context) if cost == "auto" else cost
+            scheduler = Scheduler(self.limits, policy, cost=self.cost)
             stepper = Stepper(context, n_logprobs_max=n_logprobs_max)
-            trace = StepTrace(n_trace, n_seq_max) if n_trace else None
+            trace = StepTrace(n_trace, n_seq_max, self.cost) if n_trace else None
         except BaseException:
             context.close()
             raise

@@ -158,6 +158,15 @@ class PlanError(PyllamabatchError):
         self.rule = rule
 
 
+class ProfileError(PyllamabatchError):
+    """A file that is not a device profile, or of a schema that this version does not know."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name = name
+        self.reason = reason
+
+
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._step import STEP_DTYPE
+from .device.cost import CostModel
 from .kv import Slots
 from .scheduler import Chunk, Step
 
@@ -74,10 +75,11 @@ class StepTrace:
     """The last `capacity` steps. Recording is cheap, the table is made when it is asked for.
 
     `ids`: the request in each slot, by slot, kept by whoever places requests. `idle_ns`: since the
-    last step, added to by whoever waits.
+    last step, added to by whoever waits. `cost`: a cost model to refine by what is recorded.
     """
 
-    def __init__(self, capacity: int, n_seq_max: int) -> None:
+    def __init__(self, capacity: int, n_seq_max: int, cost: CostModel | None = None) -> None:
+        self._cost = cost
         self.ids = np.zeros(n_seq_max, dtype=np.int64)
         self.idle_ns = 0
         self._capacity = capacity
@@ -101,6 +103,16 @@ class StepTrace:
         while self._n_kept - calls[0].n >= self._capacity:
             self._n_kept -= calls.popleft().n
         self._write(steps)
+        if self._cost is not None and n:
+            self._observe(self._cost, step, steps, kv_used)
+
+    def _observe(self, cost: CostModel, step: Step, steps: Trace, kv_used: int) -> None:
+        """The steps of one call, on average, to the cost model."""
+        n, last, n_decode = len(steps), steps[-1].item(), len(step.decode)
+        ns = last[0] + sum(last[1 : 1 + len(_TIMES)]) - int(steps["t_start_ns"][0])
+        kv = kv_used + step.n_rows * (n - 1) / 2
+        prefill = step.n_rows - n_decode
+        cost.observe(step.n_rows, prefill, kv, n_decode + len(step.chunks), ns * 1e-9 / n)
 
     def _write(self, steps: Trace) -> None:
         size = len(self._ring)

@@ -1,0 +1,1 @@
+"""What a device charges for a step, and what fits in it."""

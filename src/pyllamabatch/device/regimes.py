@@ -1,0 +1,152 @@
+"""What the kernels of the pinned llama.cpp (b11549) do with n rows, by backend and weight type.
+
+A regime is a range of row counts that one kernel serves. Within it rows come in tiles: a tile that
+is not full costs like a full one. The table tells calibration where to measure and the cost model
+where its steps are; what a step costs is measured. Files are those of `ggml/src` in llama.cpp.
+
+Metal (ggml-metal/ggml-metal-common.cpp: `ggml_metal_mul_mv_mma_rows_min`, `..._MMA_ROWS_MAX`,
+`..._MMA_TILE_ROWS`, `ggml_metal_op_mul_mat_use_mm`, `ggml_metal_op_mul_mat_id_use_mm`;
+ggml-metal-impl.h and ggml-metal-device.cpp: the tile of `mul_mm`): a mat-vec kernel for one row,
+small-batch mat-vec below `rows_min`, few-row matrix kernels in tiles of 8 up to 16 rows, then
+`mul_mm`. Expert products are mat-vec per row up to 31 rows, `mul_mm_id` from 32 on.
+
+CUDA (ggml-cuda/mmvq.cuh: `MMVQ_MAX_BATCH_SIZE`; mmvf.cuh; mmf.cu; mmq.cu, the loop over J): quants
+are mat-vec (one template per row count) up to 8 rows, then `mmq`, whose tile is the smallest
+multiple of 8 that holds the rows, at most 128. F16, BF16 and F32 are mat-vec up to 3 to 8 rows
+(mmvf.cu), tensor-core `mmf` up to 16, then cuBLAS. Some chips leave mat-vec earlier: `mmvq.cu`.
+
+CPU (ggml-cpu/repack.cpp: `forward_mul_mat_one_chunk`, `ggml_repack_get_optimal_repack_type`;
+llamafile/sgemm.cpp): repacked weights take four rows at a time, and each of the rest alone, so
+seven rows cost more than eight. Of the others, those of blocks of 32 (Q4_0, Q5_0, Q8_0, IQ4_NL) and
+the floats go from two rows on in tinyBLAS's tiles, up to 4 and 6 rows wide; the rest row by row. A
+file mixes types: the cost model takes all of it for tiles of four.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+METAL_ROWS_MIN = {"F32": 6, "TQ2_0": 5, "BF16": 4} | dict.fromkeys(
+    ("F16", "Q2_0", "Q4_K", "Q5_0", "Q5_1", "Q2_K", "IQ4_NL", "MXFP4"), 3
+)
+METAL_ROWS_MIN_ELSE = 2
+METAL_MMA_ROWS_MAX = 16
+METAL_MMA_TILE = 8
+METAL_MM_TILE = 32  # 128 on chips with tensor units (M5)
+METAL_MOE_MM_MIN = 32
+METAL_ATTENTION_TILED = 20  # ggml-metal-ops.cpp: `ggml_metal_op_flash_attn_ext_use_vec`
+CUDA_VEC_MAX = 8
+CUDA_MMF_MAX = 16
+CUDA_TILE = 8
+CUDA_TILE_MAX = 128
+CPU_ROWS = 4
+CPU_ATTENTION_TILED = 64  # ggml-cpu/common.h: GGML_FA_TILE_Q
+
+
+@dataclass(frozen=True, slots=True)
+class Regime:
+    """Row counts from `first` on. `tile`: rows that are computed at once; `rest`: rows beyond the
+    last full tile cost one more tile ("tile"), or a pass of their own each ("each")."""
+
+    first: int
+    tile: int = 1
+    rest: str = "tile"
+    kernel: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The regimes of one backend for one kind of weights, in order of `first`, the first from one
+    row. `attention_from`: rows from which attention has a kernel of its own for many rows."""
+
+    regimes: tuple[Regime, ...]
+    attention_from: int = 2**31
+
+    def of(self, n: int) -> int:
+        """Index of the regime that n rows fall into."""
+        return sum(regime.first <= n for regime in self.regimes) - 1
+
+    def edges(self, limit: int) -> tuple[int, ...]:
+        """Row counts where the cost may jump: the last row before, and the first row of, every
+        regime and tile, up to `limit`."""
+        found = set()
+        ends = [*(regime.first for regime in self.regimes[1:]), limit + 1]
+        for regime, end in zip(self.regimes, ends, strict=True):
+            found |= {regime.first, end - 1}
+            if regime.tile == 1:
+                continue
+            first = -(-regime.first // regime.tile) * regime.tile
+            for edge in range(first, end, regime.tile):
+                found |= {edge, edge + 1}
+        return tuple(sorted(n for n in found if 1 <= n <= limit))
+
+
+def kernels(backend: str, weight_type: str, *, moe: bool = False, features: str = "") -> Kernels:
+    """What is known of a backend ("Metal" or "MTL", "CUDA", "CPU", ...) for weights that are mostly
+    of this type ("Q4_K", "F16", ...). `features`: the CPU's instruction sets ("AVX2 AVX512", ...).
+
+    An unknown backend gets one regime without steps.
+    """
+    kind = backend.upper()
+    if kind.startswith(("MTL", "METAL")):
+        return _metal(weight_type, moe)
+    if kind.startswith(("CUDA", "ROCM", "MUSA")):
+        return _cuda(weight_type)
+    if kind.startswith("CPU"):
+        return _cpu(weight_type, features)
+    return Kernels((Regime(1),))
+
+
+def _metal(weight_type: str, moe: bool) -> Kernels:
+    low = METAL_ROWS_MIN.get(weight_type, METAL_ROWS_MIN_ELSE)
+    found = [Regime(1, kernel="mul_mv")]
+    if low > 2:
+        found.append(Regime(2, kernel="mul_mv_ext"))
+    found.append(Regime(low, METAL_MMA_TILE, kernel="mul_mv_mma"))
+    found.append(Regime(METAL_MMA_ROWS_MAX + 1, METAL_MM_TILE, kernel="mul_mm"))
+    if moe:
+        found.append(Regime(METAL_MOE_MM_MIN, METAL_MM_TILE, kernel="mul_mm, mul_mm_id"))
+    return Kernels(tuple(found), METAL_ATTENTION_TILED)
+
+
+def _cuda(weight_type: str) -> Kernels:
+    if weight_type in ("F16", "BF16", "F32"):
+        found = [Regime(1, kernel="mmvf"), Regime(2, kernel="mmvf, mmf"),
+                 Regime(CUDA_MMF_MAX + 1, kernel="cuBLAS")]  # fmt: skip
+        return Kernels(tuple(found), CUDA_VEC_MAX + 1)
+    found = [
+        Regime(1, kernel="mmvq"),
+        Regime(2, kernel="mmvq"),
+        Regime(CUDA_VEC_MAX + 1, CUDA_TILE, kernel="mmq"),
+        Regime(CUDA_TILE_MAX + 1, CUDA_TILE_MAX, kernel="mmq"),
+    ]
+    return Kernels(tuple(found), CUDA_VEC_MAX + 1)
+
+
+_REPACKED = {
+    "AVX2": ("Q4_0", "Q4_K", "IQ4_NL", "MXFP4"),
+    "AVX512": ("Q2_K",),
+    "DOTPROD": ("Q4_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "MXFP4", "Q8_0"),
+}
+
+
+def _cpu(weight_type: str, features: str) -> Kernels:
+    has = set(features.upper().split())
+    if any(weight_type in types for name, types in _REPACKED.items() if name in has):
+        many = Regime(2, CPU_ROWS, "each", "gemm of 4, gemv")
+    else:
+        many = Regime(2, CPU_ROWS, "tile", "tinyBLAS or vec_dot")
+    return Kernels((Regime(1, kernel="gemv or vec_dot"), many), CPU_ATTENTION_TILED)
+
+
+def rows_to_measure(found: Kernels, limit: int = 64) -> Sequence[int]:
+    """Row counts for calibration, up to `limit`: every one to 12, the edges, then steps of a
+    quarter."""
+    wanted = set(range(1, min(12, limit) + 1))
+    wanted |= {n for n in found.edges(limit) if n <= 40}
+    n = 16
+    while n <= limit:
+        wanted.add(n)
+        n = max(n + 4, n * 5 // 4 // 4 * 4)
+    return sorted({*wanted, limit})

@@ -1,0 +1,149 @@
+"""The terms of the cost model: what a step's time is a sum of, and how they are fitted.
+
+A ubatch of n rows, o of them sampled, costs
+
+    sum over regimes r of  (1 - h) * [n in r] * c_r . f_r(n)  +  h * [o in r] * c_r . f_r(o)
+    + c_base + c_output * o + c_experts * e(n) + attention
+
+f_r(n) is (1, tiles of n, n), or (1, full tiles, rows beyond them, tiles) where those rows pass one
+by one; h is the output matrix's share of the weights, which only sampled rows pass. e(n) =
+1 - (1 - k/E)^n is the share of E experts that n rows with k each are expected to touch, if they
+choose evenly. Attention is c_cells * kv + c_all * n * (cells in sight) + c_own * (own cells that
+the rows look at); c_all and c_own have other values from `Kernels.attention_from` rows on. With
+cells of each sequence's own there is no c_all. All c are >= 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pyllamabatch.device.regimes import Kernels, Regime
+
+F64 = npt.NDArray[np.float64]
+
+
+class Ubatch(NamedTuple):
+    """Rows that are computed at once. `sampled`: rows with output. `cells`: held by all sequences,
+    `reads`: cells of their own that the rows look at, in all."""
+
+    rows: int
+    sampled: int
+    cells: float
+    reads: float
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """The terms' names, and their values for a ubatch."""
+
+    kernels: Kernels
+    output_share: float
+    unified: bool
+    n_expert: int = 0
+    n_expert_used: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        found = ["base", "output", "experts", "cells", "all", "own", "all many", "own many"]
+        for regime in self.kernels.regimes:
+            found += [f"{part} {regime.first}+" for part in _parts(regime)]
+        return tuple(found)
+
+    def of(self, ubatch: Ubatch) -> list[float]:
+        n, out = ubatch.rows, ubatch.sampled
+        values = [1.0, float(out), self.experts(n), ubatch.cells]
+        in_sight = n * (ubatch.cells + n / 2) if self.unified else 0.0
+        attention = [in_sight, ubatch.reads, 0.0, 0.0]
+        values += attention if n < self.kernels.attention_from else attention[2:] + attention[:2]
+        body, head = self.kernels.of(n), self.kernels.of(out) if out else -1
+        for i, regime in enumerate(self.kernels.regimes):
+            rows = _values(regime, n) if i == body else (0.0,) * len(_parts(regime))
+            last = _values(regime, out) if i == head else (0.0,) * len(rows)
+            h = self.output_share
+            values += [(1 - h) * a + h * b for a, b in zip(rows, last, strict=True)]
+        return values
+
+    def experts(self, n: int) -> float:
+        if not self.n_expert:
+            return 0.0
+        return 1.0 - float((1.0 - self.n_expert_used / self.n_expert) ** n)
+
+
+def _parts(regime: Regime) -> tuple[str, ...]:
+    if regime.rest == "each":
+        return ("pass", "full tile", "row beyond", "tile")
+    return ("pass", "tile", "row") if regime.tile > 1 else ("pass", "row")
+
+
+def _values(regime: Regime, n: int) -> tuple[float, ...]:
+    tiles = -(-n // regime.tile)
+    if regime.rest == "each":
+        return (1.0, float(n // regime.tile), float(n % regime.tile), float(tiles))
+    return (1.0, float(tiles), float(n)) if regime.tile > 1 else (1.0, float(n))
+
+
+class Fit(NamedTuple):
+    """coefficients: seconds per unit of each term. residuals: (measured - fitted) / fitted.
+    covariance: of the coefficients for residuals of 1, over the terms that are in use."""
+
+    coefficients: F64
+    residuals: F64
+    covariance: F64
+
+
+def fit(design: F64, seconds: F64, spread: F64) -> Fit:
+    """Least squares of relative errors with coefficients >= 0, outliers weighed down (Huber).
+
+    design: (samples, terms); seconds, spread: (samples,), spread relative.
+    """
+    base = 1.0 / (0.02 + spread)
+    base /= base.mean()
+    relative = design / seconds[:, None]
+    weight = base
+    for _ in range(6):
+        coefficients = nnls(relative * weight[:, None], weight)
+        residuals = 1.0 - relative @ coefficients
+        scale = max(1.4826 * float(np.median(np.abs(residuals))), 1e-4)
+        weight = base * np.minimum(1.0, 1.5 * scale / np.maximum(np.abs(residuals), 1e-12)) ** 0.5
+    used = coefficients > 0
+    inside = (relative * weight[:, None])[:, used]
+    covariance = np.zeros((len(coefficients),) * 2)
+    covariance[np.ix_(used, used)] = np.linalg.pinv(inside.T @ inside)
+    return Fit(coefficients, residuals / np.maximum(1.0 - residuals, 1e-9), covariance)
+
+
+def nnls(design: F64, target: F64) -> F64:
+    """min |design x - target| with x >= 0: Lawson and Hanson's active set method (Solving Least
+    Squares Problems, 1974, chapter 23), columns scaled to length 1."""
+    length = np.sqrt((design**2).sum(axis=0))
+    live = length > 0
+    a = design / np.where(live, length, 1.0)
+    gram, right = a.T @ a, a.T @ target
+    x = np.zeros(a.shape[1])
+    free = np.zeros(a.shape[1], dtype=bool)
+    tolerance = 1e-10 * max(float(np.abs(right).max()), 1e-300)
+    for _ in range(6 * a.shape[1]):
+        gradient = np.where(free | ~live, -np.inf, right - gram @ x)
+        if gradient.max() <= tolerance:
+            break
+        free[int(gradient.argmax())] = True
+        while True:
+            at = np.flatnonzero(free)
+            solution = np.linalg.lstsq(gram[np.ix_(at, at)], right[at], rcond=1e-12)[0]
+            if (solution > 0).all():
+                x[:] = 0.0
+                x[at] = solution
+                break
+            low = at[solution <= 0]
+            step = (x[low] / (x[low] - solution[solution <= 0] + 1e-300)).min()
+            x[at] += step * (solution - x[at])
+            free &= x > 1e-14
+            x[~free] = 0.0
+            if not free.any():
+                break
+    scaled: F64 = x / np.where(live, length, 1.0)
+    return scaled

@@ -1,0 +1,121 @@
+"""Calibration: what it measures, on every kind of memory, and how it ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyllamabatch import Model
+from pyllamabatch.cli import main
+from pyllamabatch.device.calibrate import calibrate, plan_shapes
+from pyllamabatch.device.cost import CostModel
+from pyllamabatch.device.profile import Profile, Shape
+from pyllamabatch.device.regimes import kernels
+from pyllamabatch.device.rig import Rig
+from pyllamabatch.errors import ArgumentError
+
+
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handful of shapes of each kind, so that a tiny model is done in a second."""
+
+    def few(*_: object) -> list[Shape]:
+        decode = [Shape(n, depth=8) for n in (1, 2, 3, 4)]
+        deep = [Shape(2, depth=40), Shape(8, 8, 1, 40)]
+        return [*decode, Shape(12, 10, 1, 8), Shape(16, 16, 1), Shape(20, 20, 1), *deep]
+
+    monkeypatch.setattr("pyllamabatch.device.calibrate.plan_shapes", few)
+    monkeypatch.setattr("pyllamabatch.device.calibrate.N_CTX", 2048)
+    monkeypatch.setattr("pyllamabatch.device.calibrate.busy_cores", lambda: 0.0)
+
+
+def test_every_memory(arch_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch)
+    with Model(arch_path) as model:
+        profile = calibrate(model, budget=20.0, n_ubatch=16, n_threads=1)
+    shapes = {(s.rows, s.prefill, s.unified) for s in profile.samples}
+    expected = {(n, 0, u) for n in (1, 2, 3, 4) for u in (True, False)}
+    assert expected | {(20, 20, True), (12, 10, True)} <= shapes
+    assert all(s.seconds > 0 for s in profile.samples)
+    assert profile.about["complete"] is True
+    assert Profile.from_json(profile.to_json()) == profile
+    cost = CostModel.fit(profile)
+    assert cost.calibrated
+    assert cost.predict(4, 0, 32, 4) > 0
+
+
+def test_rig_takes_steps_back(tiny_llama_path: Path) -> None:
+    with Model(tiny_llama_path) as model, Rig(model, n_seq_max=4, n_ctx=512, n_threads=1) as rig:
+        memory = rig.context.memory
+        rig.hold(3, 20)
+        assert [memory.pos_max(seq) for seq in range(4)] == [19, 19, 19, -1]
+        assert len(rig.time(Shape(12, 10, 1, 20), 3)) == 3
+        assert [memory.pos_max(seq) for seq in range(4)] == [19, 19, 19, -1]
+        rig.hold(1, 50)
+        assert [memory.pos_max(seq) for seq in range(4)] == [49, -1, -1, -1]
+        rig.hold(2, 0)
+        assert [memory.pos_max(seq) for seq in range(4)] == [-1] * 4
+
+
+def test_interrupt_keeps_what_is_measured(
+    tiny_llama_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyllamabatch.device.calibrate.BASE_DEPTH", 4)
+    monkeypatch.setattr("pyllamabatch.device.calibrate.N_CTX", 2048)
+    monkeypatch.setattr("pyllamabatch.device.calibrate.busy_cores", lambda: 0.0)
+    n_calls = 0
+
+    def interrupt(share: float, text: str) -> None:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 20:
+            raise KeyboardInterrupt
+
+    with Model(tiny_llama_path) as model:
+        profile = calibrate(model, budget=60, progress=interrupt, n_threads=1)
+        assert profile.about["complete"] is False
+        assert 12 <= len(profile.samples) < 20
+        n_calls = 18
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(model, budget=60, progress=interrupt, n_threads=1)
+
+
+def test_shapes_cover_the_edges() -> None:
+    found = kernels("CUDA", "Q4_K")
+    shapes = plan_shapes(found, 512, True)
+    decode = {s.rows for s in shapes if s.prefill == 0}
+    assert {1, 8, 9, 16, 17, 32, 33, 64} <= decode
+    assert {s.depth for s in shapes} >= {0, 128, 512, 1024, 4096}
+    assert any(s.prefill and s.prefill < s.rows for s in shapes)
+    assert all(sum(s.chunks()) == s.prefill and s.n_seqs <= 65 for s in shapes)
+    assert all(s.n_seqs <= 33 for s in plan_shapes(found, 512, False))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"budget": 0}, {"layouts": ()}, {"layouts": ("both",)}, {"budget": float("nan")}]
+)
+def test_bad_arguments(tiny_llama_path: Path, bad: dict[str, Any]) -> None:
+    with Model(tiny_llama_path) as model, pytest.raises(ArgumentError):
+        calibrate(model, **bad)
+
+
+def test_command(
+    tiny_llama_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    small(monkeypatch)
+    monkeypatch.setenv("PYLLAMABATCH_CACHE", str(tmp_path))
+    common = ["calibrate", "-m", str(tiny_llama_path), "--budget", "20", "-t", "1", "-q"]
+    assert main([*common, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    path = Path(said["profile"])
+    assert path.parent == tmp_path / "profiles"
+    assert len(Profile.load(path).samples) == said["samples"]
+    assert set(said["layouts"]) == {"unified", "streams"}
+    assert main([*common, "--layout", "streams", "--out", str(tmp_path / "x.json")]) == 0
+    assert "streams: the model is" in capsys.readouterr().out
+    assert all(not s.unified for s in Profile.load(tmp_path / "x.json").samples)

@@ -1,0 +1,198 @@
+"""The cost model: what it recovers of a known device, its limits, and its refinement."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pyllamabatch.device.cost import CostModel, split
+from pyllamabatch.device.profile import Key, Profile, Sample
+from pyllamabatch.device.regimes import Kernels, Regime, kernels
+from pyllamabatch.device.terms import Terms, Ubatch, nnls
+from pyllamabatch.errors import ArgumentError
+
+CUDA = kernels("CUDA", "Q4_K")
+
+# Step times of an NVIDIA H200 (ms) by rows, Gemma-3-1B's shape in Q4_K_M, 128 cells each.
+H200 = {
+    1: 2.06, 2: 2.13, 3: 2.19, 4: 2.34, 5: 2.58, 6: 2.75, 7: 2.89, 8: 3.05, 9: 4.03, 10: 4.23,
+    12: 4.27, 14: 4.38, 16: 4.42, 17: 4.73, 20: 4.86, 24: 5.02, 28: 5.36, 32: 5.52, 33: 5.81,
+    40: 6.11, 48: 6.64, 56: 7.47, 64: 7.89,
+}  # fmt: skip
+
+
+def profile(samples: list[Sample], known: Kernels = CUDA, share: float = 0.0) -> Profile:
+    return Profile(Key("device", "CUDA", "model"), known, tuple(samples), 512, share)
+
+
+def h200() -> list[Sample]:
+    return [Sample(n, 0, 128 * n, n, True, ms / 1e3) for n, ms in H200.items()]
+
+
+def error(cost: CostModel, sample: Sample) -> float:
+    predicted = cost.predict(sample.rows, sample.prefill, sample.kv, sample.n_seqs)
+    return abs(predicted / sample.seconds - 1)
+
+
+def test_h200_held_out() -> None:
+    samples = h200()
+    errors = []
+    for i, left_out in enumerate(samples):
+        errors.append(error(CostModel.fit(profile(samples[:i] + samples[i + 1 :])), left_out))
+    assert np.median(errors) <= 0.05
+    assert np.percentile(errors, 95) <= 0.15
+
+
+def test_h200_edge() -> None:
+    """The step from 8 to 9 rows is there, and nine streams are better served eight at a time."""
+    cost = CostModel.fit(profile(h200()))
+    eight, nine = cost.predict(8, 0, 9 * 128, 8), cost.predict(9, 0, 9 * 128, 9)
+    assert nine / eight > 1.25
+    assert 8 / eight > 1.1 * 9 / nine
+
+
+def device(rows: int, prefill: int, kv: float, n_seqs: int) -> float:
+    """A made-up device: a pass, tiles of 8, sampled rows, attention to own cells."""
+    own = kv / n_seqs
+    chunks = n_seqs - rows + prefill
+    reads = rows * own + (prefill**2 / 2 / chunks if prefill else 0.0)
+    tiles = -(-rows // 8)
+    return 2e-3 + 3e-4 * tiles + 5e-5 * (rows - prefill) + 2e-7 * reads
+
+
+def made_up(seed: int, noise: float = 0.02) -> list[Sample]:
+    random = np.random.default_rng(seed)
+    found = []
+    for _ in range(120):
+        decode, depth = int(random.integers(0, 33)), int(random.integers(0, 2000))
+        chunk = int(random.integers(1, 400)) if decode == 0 or random.random() < 0.5 else 0
+        n_seqs = decode + (chunk > 0)
+        shape = (decode + chunk, chunk, depth * n_seqs, n_seqs)
+        seconds = device(*shape) * float(random.normal(1, noise))
+        found.append(Sample(*shape, True, seconds, 0.01, 5))
+    return found
+
+
+KNOWN = Kernels((Regime(1, 8),))
+
+
+def test_recovers_a_device() -> None:
+    cost = CostModel.fit(profile(made_up(1), KNOWN))
+    errors = [error(cost, s) for s in made_up(2, noise=0.0)]
+    assert np.median(errors) < 0.02
+    assert max(errors) < 0.1
+    assert cost.calibrated
+    assert cost.error[0] < 0.03
+    estimate = cost.estimate(16, 8, 1000, 9)
+    assert estimate.seconds == cost.predict(16, 8, 1000, 9)
+    assert 0.005 < estimate.sigma < 0.1
+
+
+def test_outliers_are_weighed_down() -> None:
+    samples = made_up(3)
+    samples[::10] = [replace(s, seconds=8 * s.seconds) for s in samples[::10]]
+    cost = CostModel.fit(profile(samples, KNOWN))
+    assert np.median([error(cost, s) for s in made_up(4, noise=0.0)]) < 0.06
+
+
+def test_far_shapes_are_less_certain() -> None:
+    near = [s for s in made_up(5) if s.kv < 8000]
+    cost = CostModel.fit(profile(near, KNOWN))
+    assert cost.estimate(16, 0, 200_000, 16).sigma > cost.estimate(16, 0, 4000, 16).sigma
+
+
+def test_more_work_takes_longer() -> None:
+    cost = CostModel.fit(profile(made_up(6), KNOWN))
+    assert cost.predict(0) == 0.0
+    assert cost.predict(8, 0, 800, 8) <= cost.predict(8, 0, 80000, 8)
+    assert cost.predict(8, 0, 800, 8) <= cost.predict(24, 0, 800, 24)
+    assert cost.predict(512, 512, 0, 1) < cost.predict(1300, 1300, 0, 1)
+    assert cost.predict(1024, 1024, 0, 1) >= 2 * cost.predict(512, 512, 0, 1)
+
+
+def test_predict_agrees_with_the_terms() -> None:
+    """The tables of `predict` give what the formula says, in one ubatch and in several."""
+    for unified in (True, False):
+        cost = CostModel.fit(profile(h200() + made_up(7), share=0.3), unified=unified)
+        for shape in ((5, 0, 640, 5), (64, 60, 2000, 5), (700, 690, 3000, 11), (96, 96, 0, 2)):
+            parts = split(*shape, 512, unified)
+            formula = sum(
+                float(np.dot(cost.terms.of(part), list(cost.coefficients.values())))
+                for part in parts
+            )
+            assert math.isclose(cost.predict(*shape), formula, rel_tol=1e-9)
+
+
+def test_split() -> None:
+    assert split(0, 0, 0, 0, 512, True) == []
+    assert split(5, 0, 50, 5, 512, True) == [Ubatch(5, 5, 50, 50)]
+    first, second = split(600, 590, 0, 11, 512, True)
+    assert (first.rows, first.sampled, second.rows, second.sampled) == (512, 10, 88, 0)
+    # cells of each sequence's own: one row of every sequence, then the rest of the prompt
+    first, second = split(104, 100, 0, 5, 512, False)
+    assert (first.rows, first.sampled, second.rows, second.sampled) == (5, 4, 99, 0)
+
+
+def test_too_few_samples() -> None:
+    with pytest.raises(ArgumentError, match="samples"):
+        CostModel.fit(profile(h200()[:3]))
+
+
+def test_observe_moves_a_regime() -> None:
+    cost = CostModel.fit(profile(h200()))
+    other, before = cost.predict(12, 0, 1536, 12), cost.predict(4, 0, 512, 4)
+    for _ in range(200):
+        cost.observe(4, 0, 512, 4, 1.5 * before)
+    assert cost.predict(4, 0, 512, 4) == pytest.approx(1.5 * before, rel=0.05)
+    assert cost.predict(12, 0, 1536, 12) == other
+    for _ in range(2000):
+        cost.observe(4, 0, 512, 4, 1000 * before)
+    assert cost.predict(4, 0, 512, 4) <= 4.0001 * before  # bounded
+
+
+def test_one_step_moves_little() -> None:
+    cost = CostModel.fit(profile(h200()))
+    before = cost.predict(4, 0, 512, 4)
+    cost.observe(4, 0, 512, 4, 1e6)
+    assert cost.predict(4, 0, 512, 4) <= 1.25 * before
+    for nonsense in (0.0, -1.0, math.nan):
+        cost.observe(4, 0, 512, 4, nonsense)
+    cost.observe(0, 0, 0, 0, 1.0)
+    assert cost.predict(4, 0, 512, 4) <= 1.25 * before
+
+
+def test_prior_learns_its_level() -> None:
+    cost = CostModel.prior(CUDA, 1e9, gpu=True)
+    assert not cost.calibrated
+    assert cost.predict(9) >= cost.predict(8)
+    for n in (1, 4, 8, 16, 32):
+        for _ in range(50):
+            cost.observe(n, 0, 128 * n, n, H200[n] / 1e3)
+    for n in (1, 4, 8, 16, 32):
+        assert cost.predict(n, 0, 128 * n, n) == pytest.approx(H200[n] / 1e3, rel=0.5)
+
+
+def test_experts() -> None:
+    terms = Terms(KNOWN, 0.0, True, 8, 2)
+    touched = [terms.experts(n) for n in (1, 2, 8, 64)]
+    assert touched[0] == pytest.approx(0.25)
+    assert touched == sorted(touched)
+    assert touched[-1] == pytest.approx(1.0)
+
+
+def test_nnls() -> None:
+    random = np.random.default_rng(0)
+    design = random.random((40, 6))
+    exact = np.array([1.0, 0.0, 2.0, 0.0, 0.5, 3.0])
+    assert np.allclose(nnls(design, design @ exact), exact, atol=1e-8)
+    for seed in range(20):  # the optimum's own conditions (Karush, Kuhn, Tucker)
+        random = np.random.default_rng(seed)
+        design, target = random.normal(size=(30, 8)), random.normal(size=30)
+        x = nnls(design, target)
+        slope = design.T @ (design @ x - target)
+        assert (x >= 0).all()
+        assert (slope > -1e-7).all()
+        assert np.abs(slope[x > 0]).max(initial=0) < 1e-7
