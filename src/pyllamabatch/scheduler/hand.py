@@ -68,8 +68,7 @@ class HandDriven(Placement):
         n_prompt = min(view.n_prompt, known)
         computed = min(view.computed, known - 1)
         if entry.slot >= 0 and computed < view.computed:
-            self.ledger.release(entry.slot)
-            self.ledger.take(entry.slot, computed)
+            self.ledger.trim(entry.slot, computed)
         left = replace(view, n_prompt=n_prompt, generated=known - n_prompt, computed=computed)
         self._steer(entry, replace(left, goal=computed))
         return computed

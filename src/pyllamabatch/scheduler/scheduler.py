@@ -172,13 +172,17 @@ class Scheduler(HandDriven):
             last = start + n == int(running.known[entry.slot])
             chunks.append(Chunk(id, entry.slot, start, n, last))
             n_rows += n
-        if n_decodes == len(running.decoding):
+        asked = self._asked
+        for slot, id in asked.items():
+            if id in tokens:
+                chunks.append(Chunk(id, slot, int(running.computed[slot]), 1, True))
+        if n_decodes == len(running.decoding) and not asked:
             decode = self._decode_slots()
         else:
-            decoding = running.decoding
-            decode = np.array([decoding[id] for id in tokens if id in decoding], dtype=np.int32)
+            slots = ((id, slot) for id, slot in running.decoding.items() if slot not in asked)
+            decode = np.array([slot for id, slot in slots if id in tokens], dtype=np.int32)
         repeat = plan.repeat
-        if repeat > 1 and self._asked:
+        if repeat > 1 and asked:
             repeat = 1
         elif repeat > 1:
             left = int((running.most[decode] - running.known[decode]).min())
@@ -197,12 +201,7 @@ class Scheduler(HandDriven):
         if n_decodes:
             self.ledger.take_each(decode, n)
             running.counts[:, decode] += n
-            if self._asked:
-                for slot in [slot for slot in decode.tolist() if slot in self._asked]:
-                    entry = running.ids[self._asked[slot]]
-                    self._promised -= 1
-                    self._steer(entry, running.seen(entry))
-        n_sampled = n * n_decodes
+        n_last = n_by_hand = 0
         for chunk in step.chunks:
             slot, end = chunk.slot, chunk.start + chunk.n
             entry = running.ids[chunk.id]
@@ -210,23 +209,27 @@ class Scheduler(HandDriven):
             self.ledger.take(slot, chunk.n)
             running.computed[slot] = end
             self._promised -= chunk.n
-            counters.prefill_rows += chunk.n
+            n_by_hand += chunk.id in running.decoding
             counters.recomputed_rows += max(0, min(end, entry.high) - chunk.start)
             entry.high = max(end, entry.high)
             if chunk.last:
                 running.known[slot] += 1
                 self._promised += entry.view.goal is None
-                n_sampled += 1
+                n_last += 1
             known = int(running.known[slot])
             if entry.view.goal is not None:
                 self._steer(entry, running.seen(entry))
             elif known - end == 1 and known > entry.view.n_prompt:
                 self._prefilling.leave(chunk.id)
                 self._decodes(chunk.id, slot)
+        n_decoded = n * n_decodes + n_by_hand
         counters.steps += n
         counters.rows += n * step.n_rows
-        counters.decode_rows += n * n_decodes
-        counters.tokens += n_sampled
+        counters.decode_rows += n_decoded
+        counters.prefill_rows += n * step.n_rows - n_decoded
+        counters.tokens += n * n_decodes + n_last
+        n_sampled = n_decodes + n_last
+        counters.fill[n_sampled] = counters.fill.get(n_sampled, 0) + n
 
     # -- what there is
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..kv import Slots
 
@@ -22,10 +22,11 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A checked plan in terms of slots. `decode`: slots that compute their last known token and
-    sample (int32, read-only); `chunks`: all other rows. `preempted`, `admitted`: (id, slot).
-    `repeat`: how many times it may be computed before the policy is asked again, as long as no
-    sequence comes or goes; more than 1 only for pure decoding."""
+    """A checked plan in terms of slots. `decode`: slots that compute the token sampled last and
+    sample (int32, read-only); `chunks`: all other rows, those of hand-driven sequences included.
+    `preempted`, `admitted`: (id, slot). `repeat`: how many times it may be computed before the
+    policy is asked again, as long as no sequence comes or goes; more than 1 only for pure
+    decoding."""
 
     decode: Slots
     chunks: tuple[Chunk, ...]
@@ -39,7 +40,8 @@ class Step:
 @dataclass(slots=True)
 class Counters:
     """What has been computed so far. `rows` = `decode_rows` + `prefill_rows`; `recomputed_rows`
-    are the prefill rows that a preempted sequence had computed before; `tokens` = sampled."""
+    are the prefill rows that a preempted sequence had computed before; `tokens` = sampled; `fill`:
+    how many steps have sampled so many sequences."""
 
     steps: int = 0
     rows: int = 0
@@ -49,3 +51,4 @@ class Counters:
     tokens: int = 0
     admissions: int = 0
     preemptions: int = 0
+    fill: dict[int, int] = field(default_factory=dict)
