@@ -70,7 +70,7 @@ def quantised(shape: Shape, file_type: str, *, seed: int = SEED) -> Path:
 
 
 def write_f16(shape: Shape, path: Path, vocabulary: Path | None, *, seed: int = SEED) -> None:
-    """Writes matrices as F16 and vectors as F32, one tensor in memory at a time.
+    """Writes matrices as F16 and vectors (and routers) as F32, one tensor in memory at a time.
 
     `vocabulary` is a GGUF file whose `tokenizer.*` entries are copied; None writes a vocabulary
     of numbered pieces (for tests).
@@ -83,7 +83,8 @@ def write_f16(shape: Shape, path: Path, vocabulary: Path | None, *, seed: int = 
         _copy_vocabulary(writer, vocabulary, shape.n_vocab)
     specs = list(shape.tensors())
     for spec in specs:
-        dtype: np.dtype[np.generic] = np.dtype(np.float16 if len(spec.shape) > 1 else np.float32)
+        whole = spec.f32 or len(spec.shape) == 1
+        dtype: np.dtype[np.generic] = np.dtype(np.float32 if whole else np.float16)
         writer.add_tensor_info(spec.name, spec.shape, dtype, spec.n_values * dtype.itemsize)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -101,10 +102,11 @@ def random_tensor(spec: TensorSpec, seed: int) -> npt.NDArray[np.float32] | npt.
         vector *= np.float32(0.02)
         vector += np.float32(1.0 if spec.norm else 0.0)
         return vector
-    n_rows, n_columns = spec.shape
-    out = np.empty(spec.shape, np.float16)
-    for first in range(0, n_rows, ROWS_AT_ONCE):
-        rows = out[first : first + ROWS_AT_ONCE]
+    n_columns = spec.shape[-1]
+    out = np.empty(spec.shape, np.float32 if spec.f32 else np.float16)
+    matrix = out.reshape(-1, n_columns)  # of all experts
+    for first in range(0, len(matrix), ROWS_AT_ONCE):
+        rows = matrix[first : first + ROWS_AT_ONCE]
         rows[:] = random.standard_normal(rows.shape, dtype=np.float32) / np.sqrt(n_columns)
     return out
 
@@ -117,6 +119,10 @@ def _write_hyperparameters(writer: gguf.GGUFWriter, shape: Shape) -> None:
     writer.add_embedding_length(shape.n_embd)
     writer.add_block_count(shape.n_layer)
     writer.add_feed_forward_length(shape.n_ff)
+    if shape.n_expert:
+        writer.add_expert_count(shape.n_expert)
+        writer.add_expert_used_count(shape.n_expert_used)
+        writer.add_expert_feed_forward_length(shape.n_ff)
     writer.add_head_count(shape.n_head)
     writer.add_head_count_kv(shape.n_head_kv)
     writer.add_key_length(shape.head_dim)

@@ -16,7 +16,8 @@ class TensorSpec:
 
     name: str
     shape: tuple[int, ...]
-    norm: bool = False  # around one and kept as F32; else a bias (1-D) or a matrix
+    norm: bool = False  # around one; else a bias (1-D), a matrix, or a matrix per expert
+    f32: bool = False  # not F16, as every vector, and never quantised
 
     @property
     def n_values(self) -> int:
@@ -48,6 +49,8 @@ class Shape:
     post_norm: bool = False
     sliding_window: int = 0
     sliding_pattern: int = 0  # every so many layers one sees everything
+    n_expert: int = 0  # n_ff wide each; 0: one plain feed-forward block
+    n_expert_used: int = 0
     source: str = ""  # whose sizes these are
 
     def tensors(self) -> Iterator[TensorSpec]:
@@ -68,9 +71,13 @@ class Shape:
             if self.post_norm:
                 yield TensorSpec(block + "post_attention_norm.weight", (self.n_embd,), norm=True)
             yield TensorSpec(block + "ffn_norm.weight", (self.n_embd,), norm=True)
-            yield TensorSpec(block + "ffn_gate.weight", (self.n_ff, self.n_embd))
-            yield TensorSpec(block + "ffn_up.weight", (self.n_ff, self.n_embd))
-            yield TensorSpec(block + "ffn_down.weight", (self.n_embd, self.n_ff))
+            experts, each = ("_exps", (self.n_expert,)) if self.n_expert else ("", ())
+            if self.n_expert:
+                router = (self.n_expert, self.n_embd)
+                yield TensorSpec(block + "ffn_gate_inp.weight", router, f32=True)
+            yield TensorSpec(f"{block}ffn_gate{experts}.weight", (*each, self.n_ff, self.n_embd))
+            yield TensorSpec(f"{block}ffn_up{experts}.weight", (*each, self.n_ff, self.n_embd))
+            yield TensorSpec(f"{block}ffn_down{experts}.weight", (*each, self.n_embd, self.n_ff))
             if self.post_norm:
                 yield TensorSpec(block + "post_ffw_norm.weight", (self.n_embd,), norm=True)
         yield TensorSpec("output_norm.weight", (self.n_embd,), norm=True)
@@ -144,4 +151,23 @@ LLAMA_3_2_1B = Shape(
     rms_eps=1e-5,
     source="config.json of Llama 3.2 1B, without its rope scaling factors",
 )
-SHAPES = {shape.name: shape for shape in (QWEN2_0_5B, GEMMA3_1B, LLAMA_3_2_1B)}
+MOE_1B = Shape(
+    name="moe-1b-a0.4b",
+    architecture="qwen3moe",
+    vocabulary="qwen2",
+    n_vocab=151936,
+    n_layer=24,
+    n_embd=1024,
+    n_head=16,
+    n_head_kv=8,
+    head_dim=64,
+    n_ff=512,
+    n_ctx_train=4096,
+    rope_base=1e4,
+    rms_eps=1e-6,
+    qk_norm=True,
+    n_expert=32,
+    n_expert_used=8,
+    source="sizes of Granite 3.0 1B-A400M in Qwen3-MoE's form, Qwen2's vocabulary",
+)
+SHAPES = {shape.name: shape for shape in (QWEN2_0_5B, GEMMA3_1B, LLAMA_3_2_1B, MOE_1B)}

@@ -26,7 +26,7 @@ from bench.case import Arm, Case, Measured, case_row  # noqa: E402
 from bench.decode import measure  # noqa: E402
 from bench.models import BenchModel  # noqa: E402
 from bench.options import Budget, numbers  # noqa: E402
-from bench.shapes import GEMMA3_1B, LLAMA_3_2_1B, QWEN2_0_5B, SHAPES, Shape  # noqa: E402
+from bench.shapes import GEMMA3_1B, LLAMA_3_2_1B, MOE_1B, QWEN2_0_5B, SHAPES, Shape  # noqa: E402
 from bench.targets import Target, speed_ratio  # noqa: E402
 from bench.tools import ToolError, source_tree  # noqa: E402
 from pyllamabatch import Model  # noqa: E402
@@ -192,7 +192,13 @@ def test_the_table_has_a_line_per_batch_and_a_column_per_arm() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "n_params"),
-    [(QWEN2_0_5B, 494_032_768), (GEMMA3_1B, 999_885_952), (LLAMA_3_2_1B, 1_235_814_400)],
+    [
+        (QWEN2_0_5B, 494_032_768),
+        (GEMMA3_1B, 999_885_952),
+        (LLAMA_3_2_1B, 1_235_814_400),
+        # its source has 49,155 tokens and no norms of queries and keys
+        (MOE_1B, 1_334_628_352 + (151_936 - 49_155) * 1024 + 24 * 2 * 64),
+    ],
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_shapes_have_the_published_number_of_parameters(shape: Shape, n_params: int) -> None:
