@@ -6,12 +6,12 @@ decisions that can be replaced one by one; most new policies are one new decisio
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
 
-from .view import Plan, SequenceView, StepView
+from .view import Plan, SequenceView, StepView, Tokens
 
 
 class Policy(Protocol):
@@ -49,12 +49,30 @@ class Draft:
     cells: int
     slots: int
     promised: int
-    tokens: dict[int, int] = field(default_factory=dict)
+    decode_all: bool = False
+    others: dict[int, int] = field(default_factory=dict)  # tokens; not of those that `decode_all`
     preempt: dict[int, SequenceView] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
     n_admitted: int = 0
     short: bool = False  # somebody gave up his cells, for want of them
     wake: float | None = None
+
+    @property
+    def tokens(self) -> Mapping[int, int]:
+        """As in `Plan.tokens`, so far."""
+        if not self.decode_all:
+            return self.others
+        decoding = self.view.decoding
+        return Tokens(decoding, self.others, [id for id in self.preempt if id in decoding])
+
+    def has(self, seq: SequenceView) -> bool:
+        """It has tokens, or is preempted."""
+        id = seq.id
+        return (
+            id in self.others
+            or id in self.preempt
+            or (self.decode_all and id in self.view.decoding)
+        )
 
     @property
     def n_running(self) -> int:
@@ -68,23 +86,23 @@ class Draft:
     def copy(self) -> Draft:
         return replace(
             self,
-            tokens=self.tokens.copy(),
+            others=self.others.copy(),
             preempt=self.preempt.copy(),
             reasons=self.reasons.copy(),
         )
 
     def give(self, seq: SequenceView, n: int) -> None:
-        self.tokens[seq.id] = n
+        self.others[seq.id] = n
         self.rows -= n
         self.cells -= n
         self.promised -= n
 
     def give_all_decodes(self) -> None:
-        decoding = self.view.decoding
-        self.tokens = decoding.copy() | self.tokens
-        self.rows -= len(decoding)
-        self.cells -= len(decoding)
-        self.promised -= len(decoding)
+        n = len(self.view.decoding)
+        self.decode_all = True
+        self.rows -= n
+        self.cells -= n
+        self.promised -= n
 
     def admit(self, seq: SequenceView) -> None:
         self.slots -= 1
@@ -93,7 +111,8 @@ class Draft:
 
     def take_back(self, seq: SequenceView, reason: str) -> None:
         """Preempt: the rows that it had in this draft and the cells that it holds come back."""
-        n = self.tokens.pop(seq.id, 0)
+        decodes = self.decode_all and seq.id in self.view.decoding
+        n = 1 if decodes else self.others.pop(seq.id, 0)
         self.rows += n
         self.cells += n + seq.computed
         self.promised -= seq.remaining - n
@@ -104,19 +123,22 @@ class Draft:
     @property
     def steady(self) -> bool:
         """Everybody who runs and does not rest decodes, and that is all."""
-        view = self.view
+        view, n = self.view, len(self.view.decoding)
         return (
-            0 < len(self.tokens) == len(view.decoding)
+            n > 0
+            and (self.decode_all or len(self.others) == n)
             and not len(view.prefilling)
             and not self.n_admitted
             and not self.preempt
         )
 
     def plan(self, repeat: int = 1) -> Plan:
-        if self.steady:
-            return Plan(self.view.decoding, (), self.reasons, 1 if self.wake else repeat)
-        wake = None if self.tokens or self.preempt else self.wake
-        return Plan(self.tokens, tuple(self.preempt), self.reasons, 1, wake)
+        """`repeat`: of a steady plan."""
+        if not self.steady or self.wake is not None:
+            repeat = 1
+        tokens = self.tokens
+        wake = None if len(tokens) or self.preempt else self.wake
+        return Plan(tokens, tuple(self.preempt), self.reasons, repeat, wake)
 
 
 class Order(Protocol):
@@ -192,7 +214,7 @@ class ComposedPolicy:
         if decodes is Decodes.FIRST:
             self._decode(draft)
         draft = self._others(draft)
-        if decodes is Decodes.LAST or (decodes is Decodes.APART and not draft.tokens):
+        if decodes is Decodes.LAST or (decodes is Decodes.APART and not draft.others):
             self._decode(draft)
         if isinstance(self.repeat, int):
             return draft.plan(self.repeat)
@@ -204,7 +226,7 @@ class ComposedPolicy:
         for seq in self.order(draft.view):
             if draft.rows < 1:
                 return draft
-            if seq.id in draft.preempt or seq.id in draft.tokens:
+            if draft.has(seq):
                 continue
             if seq.running:
                 self._advance(draft, seq)
@@ -221,17 +243,18 @@ class ComposedPolicy:
         for seq in draft.view.prefilling:
             if draft.rows < 1:
                 break
-            if seq.id not in draft.preempt and seq.id not in draft.tokens:
+            if not draft.has(seq):
                 self._advance(draft, seq)
         return draft
 
     def _make_way(self, draft: Draft, seq: SequenceView) -> tuple[Draft, Verdict]:
         """`draft` with victims enough that `seq` is admitted, or as it was."""
-        trial, verdict = draft.copy(), Verdict.PREEMPT
+        trial, verdict = draft, Verdict.PREEMPT
         while verdict is Verdict.PREEMPT:
             victim = self.victim(trial, seq)
             if victim is None:
                 return draft, Verdict.STOP
+            trial = draft.copy() if trial is draft else trial
             trial.take_back(victim, f"preempted: sequence {seq.id} takes its place")
             verdict = self.admit(trial, seq)
         return (trial if verdict is Verdict.ADMIT else draft), verdict

@@ -7,7 +7,7 @@ from math import inf
 from typing import NoReturn, Protocol
 
 from ..errors import PlanError
-from .view import Limits, Plan
+from .view import Limits, Plan, Tokens
 
 RULES: dict[str, str] = {
     "known-sequence": "tokens and preempt name sequences that run or wait",
@@ -45,34 +45,42 @@ def check_plan(
     held: Callable[[int], int],
     n_free: int,
     resting: int = 0,
-) -> list[int]:
-    """Raise PlanError for the first rule that `plan` breaks; the ids that it advances otherwise
-    than by decoding, in its order.
+) -> Mapping[int, int]:
+    """Raise PlanError for the first rule that `plan` breaks; whom it advances otherwise than by
+    decoding, in its order.
 
     `decoding`, `running`, `waiting`: the ids that decode, run (decoding or not) and wait.
     `remaining`: the tokens that a sequence may advance by. `held`: the cells of a running one.
     `n_free`: free KV cells. `resting`: how many of the running have nothing to compute. A step of
-    pure decoding is checked without a loop in Python.
+    pure decoding is checked without a loop in Python, one of `Tokens` without any over those who
+    decode.
     """
     tokens = plan.tokens
-    if tokens is decoding:  # as it was shown, and nobody could change it
-        n_rows, others = len(tokens), []
+    if isinstance(tokens, Tokens) and tokens.decoding is decoding:
+        without = set(tokens.without)
+        others = tokens.others
+        for id in [*without, *others]:
+            if (id in without) != (id in decoding):
+                broken("known-sequence", f"{id!r} decodes, or does not, otherwise than shown")
+        n_decodes = len(decoding) - len(without)
+        _check_whole(others)
     else:
-        n_rows = _check_tokens(tokens)
-        others = [id for id in tokens if id not in decoding]
-    n_other_rows = n_new = 0
-    for id in others:
+        _check_whole(tokens)
+        others = {id: n for id, n in tokens.items() if id not in decoding}
+        n_decodes = len(tokens) - len(others)
+        if sum(tokens.values()) - sum(others.values()) != n_decodes:
+            id = next(id for id, n in tokens.items() if n != 1 and id in decoding)
+            broken("within-remaining", f"sequence {id} by {tokens[id]} of 1")
+    n_rows, n_new = n_decodes, 0
+    for id, n in others.items():
         if id not in running:
             if id not in waiting:
                 broken("known-sequence", f"tokens for {id!r}")
             n_new += 1
-        n, limit = tokens[id], remaining(id)
+        limit = remaining(id)
         if n > limit:
             broken("within-remaining", f"sequence {id} by {n} of {limit}")
-        n_other_rows += n
-    if n_rows - n_other_rows != len(tokens) - len(others):
-        id = next(id for id, n in tokens.items() if n != 1 and id in decoding)
-        broken("within-remaining", f"sequence {id} by {tokens[id]} of 1")
+        n_rows += n
     n_freed = 0
     for id in plan.preempt:
         if id not in running:
@@ -104,12 +112,8 @@ def check_plan(
     return others
 
 
-def _check_tokens(tokens: Mapping[int, int]) -> int:
-    """The sum of the rows, all of them whole and positive."""
-    if not tokens:
-        return 0
+def _check_whole(tokens: Mapping[int, int]) -> None:
     values = tokens.values()
-    if set(map(type, values)) != {int} or min(values) < 1:
+    if tokens and (set(map(type, values)) != {int} or min(values) < 1):
         id, n = next((id, n) for id, n in tokens.items() if type(n) is not int or n < 1)
         broken("whole-tokens", f"sequence {id} by {n!r}")
-    return sum(values)

@@ -20,6 +20,7 @@ sequence; views are made when a policy looks at them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -154,7 +155,7 @@ class Scheduler(HandDriven):
         plan = self.policy.plan(view)
         others = self._check(plan, view)
         self._wake = plan.wake
-        self._stuck = not plan.tokens and not plan.preempt
+        self._stuck = not len(plan.tokens) and not plan.preempt
         if self._stuck and not made_way:
             return None
         preempted = made_way + tuple((id, self.preempt(id)) for id in plan.preempt)
@@ -162,13 +163,12 @@ class Scheduler(HandDriven):
         n_rows = n_decodes = len(tokens) - len(others)
         admitted = []
         chunks = []
-        for id in others:
+        for id, n in others.items():
             entry = running.get(id)
             if entry is None:
                 entry = self._admit(id)
                 admitted.append((id, entry.slot))
             start = int(running.computed[entry.slot])
-            n = tokens[id]
             last = start + n == int(running.known[entry.slot])
             chunks.append(Chunk(id, entry.slot, start, n, last))
             n_rows += n
@@ -200,7 +200,8 @@ class Scheduler(HandDriven):
         n_decodes = len(decode)
         if n_decodes:
             self.ledger.take_each(decode, n)
-            running.counts[:, decode] += n
+            running.computed[decode] += n
+            running.known[decode] += n
         n_last = n_by_hand = 0
         for chunk in step.chunks:
             slot, end = chunk.slot, chunk.start + chunk.n
@@ -274,7 +275,7 @@ class Scheduler(HandDriven):
 
     # -- inside
 
-    def _check(self, plan: Plan, view: StepView) -> list[int]:
+    def _check(self, plan: Plan, view: StepView) -> Mapping[int, int]:
         def remaining(id: int) -> int:
             return self.sequence(id).remaining
 

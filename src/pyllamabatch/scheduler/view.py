@@ -8,9 +8,9 @@ decode phase: a decode is an advance by the one token that was sampled last.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from itertools import chain
 from typing import Any
 
 from .line import Line
@@ -104,7 +104,7 @@ class StepView:
     limits: Limits
     running: Line
     waiting: Line
-    decoding: dict[int, int] | MappingProxyType[int, int]
+    decoding: Mapping[int, int]
     prefilling: Line
     kv_free: int
     kv_promised: int = 0
@@ -148,6 +148,35 @@ class StepView:
             step=step,
             tenants=Tenants.of(running, waiting),
         )
+
+
+class Tokens(Mapping[int, int]):
+    """`Plan.tokens` that need no loop over those who decode: one for each of `decoding`, but not
+    for those in `without`, and what `others` (no decoding ones) get."""
+
+    __slots__ = ("decoding", "others", "without")
+
+    def __init__(
+        self, decoding: Mapping[int, int], others: Mapping[int, int], without: Collection[int] = ()
+    ) -> None:
+        self.decoding = decoding
+        self.others = others
+        self.without = without
+
+    def __len__(self) -> int:
+        return len(self.decoding) - len(self.without) + len(self.others)
+
+    def __iter__(self) -> Iterator[int]:
+        decoding = (id for id in self.decoding if id not in self.without)
+        return chain(decoding if self.without else self.decoding, self.others)
+
+    def __getitem__(self, id: int) -> int:
+        if id in self.decoding and id not in self.without:
+            return 1
+        return self.others[id]
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,8 @@ class Levels:
         quanta = [quantum * growth**i for i in range(n - 1)]
         self._prompts = [each * prompt_rows for each in quanta]  # the longest that starts there
         self._starts = [0, *accumulate(quanta)]  # tokens before each level, from the first
+        self._arrays = np.array(self._prompts), np.array(self._starts)
+        self._ends = np.append(self._starts[1:], ALWAYS)
 
     def __call__(self, seq: SequenceView) -> int:
         joined = self._starts[bisect_left(self._prompts, seq.n_prompt)]
@@ -51,11 +53,11 @@ class Levels:
 
     def of(self, running: Line) -> tuple[I64, I64]:
         """Level of each, and how many more tokens it lasts."""
-        starts = np.array(self._starts)
-        joined = starts[np.searchsorted(self._prompts, running.column("n_prompt"))]
-        tokens = joined + running.column("generated")
-        level = np.searchsorted(starts, tokens, side="right") - 1
-        return level, np.append(starts[1:], ALWAYS)[level] - tokens
+        prompts, starts = self._arrays
+        tokens = starts[prompts.searchsorted(running.column("n_prompt"))]
+        tokens += running.column("generated")
+        level = starts.searchsorted(tokens, side="right") - 1
+        return level, self._ends[level] - tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +100,13 @@ class LowestLevel:
         view = draft.view
         running = view.running
         level, _ = self.levels.of(running)
-        places = np.argsort(level, kind="stable")[::-1]
+        places = np.arange(len(level))
         if not seq.running:
             starved = view.step - seq.queued >= self.patience
             own = 0 if starved else self.levels(seq)
-            sunk = (level > own) & (running.column("turn") >= self.levels.quantum)
-            places = places[sunk[places]]
-        for place in places.tolist():
+            had_his_turn = running.column("turn") >= self.levels.quantum
+            (places,) = np.nonzero((level > own) & had_his_turn)
+        for place in places[np.argsort(level[places], kind="stable")][::-1].tolist():
             candidate: SequenceView = running[place]
             if candidate.id == seq.id:
                 return None
