@@ -27,7 +27,7 @@ bool placement::on_device(int32_t n_rows, bool able) {
     if (!able) {
         // A change costs some steps' time: the more often it has to be undone, the rarer it is.
         if (on_ && n_on_ < CALM_MAX) {
-            calm_wanted_ = std::min(2 * calm_wanted_, CALM_MAX);
+            calm_wanted_ = std::clamp(2 * calm_wanted_, CALM, CALM_MAX);
         }
         on_   = false;
         calm_ = trial_ = 0;

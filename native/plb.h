@@ -135,7 +135,7 @@ typedef struct plb_engine_params {
  * is sampled from whole rows; a change between the two costs libllama a new graph and, once, three
  * times the memory for outputs. */
 enum plb_device_sampling {
-    PLB_DEVICE_SAMPLING_AUTO = -1, /* where it is measured to be cheaper; never for the CPU backend */
+    PLB_DEVICE_SAMPLING_AUTO = -1, /* where it is cheaper (native/placement.hpp); never for the CPU backend */
     PLB_DEVICE_SAMPLING_OFF  = 0,
     PLB_DEVICE_SAMPLING_ON   = 1   /* wherever a step allows it, on any backend */
 };

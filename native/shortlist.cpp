@@ -39,7 +39,7 @@ tensors make_graph(ggml_context * ctx, ggml_tensor * rows, int32_t serial) {
 
 bool supported(ggml_backend_dev_t device, int32_t n_vocab) {
     if (device == nullptr) {
-        return true; // the CPU
+        return true; // the CPU's
     }
     ggml_init_params params = {64 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true};
     ggml_context * ctx = ggml_init(params);
@@ -71,8 +71,10 @@ void free_member(llama_sampler * sampler) {
 
 bool backend_init(llama_sampler * sampler, ggml_backend_buffer_type_t type, uint32_t n_per_seq) {
     shortlist::shared & shared = *self(sampler).shared;
-    shared.refused = shared.refused || n_per_seq != 1 ||
-                     !supported(ggml_backend_buft_get_device(type), shared.n_vocab);
+    ggml_backend_dev_t device = ggml_backend_buft_get_device(type);
+    const bool cpu = device == nullptr || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU;
+    shared.refused = shared.refused || n_per_seq != 1 || (cpu && !shared.on_cpu) ||
+                     !supported(device, shared.n_vocab);
     return !shared.refused;
 }
 
@@ -131,7 +133,8 @@ bool shortlist::fits(int32_t n_vocab, int32_t n_outputs) {
     return (int64_t) SHORTLIST * (n_outputs + 1) + 1 <= n_vocab;
 }
 
-shortlist::shortlist(llama_context * ctx) : ctx_(ctx) {
+shortlist::shortlist(llama_context * ctx, bool on_cpu) : ctx_(ctx) {
+    shared_.on_cpu    = on_cpu;
     shared_.n_seq_max = (int32_t) llama_n_seq_max(ctx);
     shared_.n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)));
 }

@@ -24,7 +24,8 @@ struct short_row {
 
 class shortlist {
 public:
-    explicit shortlist(llama_context * ctx);
+    // on_cpu: also for a model whose output is computed there
+    shortlist(llama_context * ctx, bool on_cpu);
     ~shortlist(); // does not touch the context
     shortlist(const shortlist &) = delete;
     shortlist & operator=(const shortlist &) = delete;
@@ -48,6 +49,7 @@ public:
         ggml_tensor * logits = nullptr; // SHORTLIST of each row, then the graph's serial number
         ggml_tensor * ids    = nullptr;
         int32_t serial  = 0;
+        bool    on_cpu  = false;
         bool    refused = false;        // by the device
         struct graph {
             int32_t serial;

@@ -287,27 +287,31 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows) {
     return PLB_OK;
 }
 
-// Whether it is worth asking the device at all.
-bool may_sample_on_device(const plb_engine & engine, int32_t mode) {
+// Whether it is worth asking the device at all, and whether that is known.
+void place_sampling(plb_engine & engine, int32_t mode) {
     const int32_t n_vocab = engine.words.n_vocab;
     if (mode == PLB_DEVICE_SAMPLING_OFF || !shortlist::fits(n_vocab, engine.n_outputs_max)) {
-        return false;
+        return;
     }
-    if (mode == PLB_DEVICE_SAMPLING_ON) {
-        return true;
-    }
+    bool ask = mode == PLB_DEVICE_SAMPLING_ON, known = false;
     // libllama sets memory aside for three more rows of the vocabulary's size for each output.
     const int64_t more = (int64_t) 3 * sizeof(float) * n_vocab * engine.n_outputs_max;
-    if (n_vocab < N_VOCAB_WORTH || more > MORE_BYTES_LIMIT) {
-        return false;
-    }
-    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
-        const enum ggml_backend_dev_type type = ggml_backend_dev_type(ggml_backend_dev_get(i));
-        if (type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU) {
-            return true;
+    if (!ask && n_vocab >= N_VOCAB_WORTH && more <= MORE_BYTES_LIMIT) {
+        for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+            ggml_backend_dev_props device = {};
+            ggml_backend_dev_get_props(ggml_backend_dev_get(i), &device);
+            ask   = ask || device.type == GGML_BACKEND_DEVICE_TYPE_GPU ||
+                  device.type == GGML_BACKEND_DEVICE_TYPE_IGPU;
+            known = known || (device.type == GGML_BACKEND_DEVICE_TYPE_GPU &&
+                              !device.caps.buffer_from_host_ptr); // memory of its own
         }
     }
-    return false;
+    if (ask) {
+        engine.place     = placement(mode, known);
+        engine.on_device =
+            std::make_unique<shortlist>(engine.ctx, mode == PLB_DEVICE_SAMPLING_ON);
+        engine.short_rows.resize((size_t) engine.views.n_rows_max);
+    }
 }
 
 } // namespace
@@ -359,11 +363,6 @@ int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, pl
         engine->sync          = params->sync != 0;
         engine->slots.resize(n_seq_max);
         read_vocabulary(engine->words, ctx);
-        if (may_sample_on_device(*engine, params->device_sampling)) {
-            engine->place     = placement(params->device_sampling);
-            engine->on_device = std::make_unique<shortlist>(ctx);
-            engine->short_rows.resize((size_t) n_batch);
-        }
         engine->sampler = std::make_unique<row_sampler>(engine->words, params->n_threads);
         const int32_t n_logprobs = std::min(params->n_logprobs_max, engine->words.n_vocab);
         const int64_t n_records = std::max<int64_t>(engine->n_outputs_max,
@@ -376,6 +375,7 @@ int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, pl
             engine->results.data(), engine->top_token.data(), engine->top_logprob.data(),
             &engine->info, engine->steps.data(),
         };
+        place_sampling(*engine, params->device_sampling);
         *out = engine.release();
     });
 }

@@ -64,6 +64,14 @@ void a_batch_that_changes_is_not_judged() {
     CHECK(place.cheaper_from() == INT32_MAX);
 }
 
+void what_is_known_is_not_tried() {
+    placement place(PLB_DEVICE_SAMPLING_AUTO, true);
+    CHECK(steps(place, 1, 100) == 100);
+    CHECK(steps(place, 64, 100) == 100);
+    CHECK(!step(place, 64, false));
+    CHECK(steps(place, 64, 100) > 70);
+}
+
 void modes() {
     placement off(PLB_DEVICE_SAMPLING_OFF), on(PLB_DEVICE_SAMPLING_ON);
     CHECK(steps(off, 64, 100) == 0);
@@ -82,6 +90,7 @@ int main() {
     what_is_dearer_is_tried_once();
     a_step_that_cannot_is_the_hosts();
     a_batch_that_changes_is_not_judged();
+    what_is_known_is_not_tried();
     modes();
     return 0;
 }
