@@ -5,6 +5,7 @@
 #include "placement.hpp"
 #include "plb.h"
 #include "pool.hpp"
+#include "ring.hpp"
 #include "shortlist.hpp"
 
 #include <atomic>
@@ -69,6 +70,7 @@ struct plb_slot {
     plb::sampler_ptr chain;
     plb::sampler_ptr grammar;  // beside the chain: it sees generated tokens only
     const llama_vocab * vocab = nullptr; // that it was made for
+    std::vector<llama_token> generated;  // only of slots that have a vocabulary
     uint32_t seed        = 0;
     int32_t  n_generated = 0;
     int32_t  finish      = PLB_FINISH_NONE;
@@ -134,6 +136,7 @@ struct plb_engine {
     int32_t n_ubatch      = 0;
     bool    all_outputs   = false;
     bool    sync          = false;
+    bool    stream        = false;
 
     std::vector<llama_token>    token;
     std::vector<llama_pos>      pos;
@@ -146,8 +149,10 @@ struct plb_engine {
     std::vector<llama_token>    top_token;
     std::vector<float>          top_logprob;
     plb_step_info               info = {};
-    std::vector<plb_step_info>  steps;  // [n_steps_max]
-    std::vector<uint8_t>        named;  // [n_seq_max]: a run's slots, while they are checked
+    std::vector<plb_step_info>  steps;    // [n_steps_max]
+    std::vector<plb_result>     finished; // [n_seq_max]
+    plb::ring                   ring;     // where in results and steps
+    std::vector<uint8_t>        named;    // [n_seq_max]: a run's slots, while they are checked
     std::atomic<bool>           bell{false};
     plb::fault                  fault;
 
@@ -184,9 +189,9 @@ void set_text(char (&text)[TEXT_BYTES], const char * format, Args... args) noexc
     snprintf(text, TEXT_BYTES, format, args...);
 }
 
-// Check, build, decode, sample: rows 0..n_rows-1, records from first_result on. Fills engine.info,
-// and engine.steps[i_step] when the step was done; returns the code.
-int32_t one_step(plb_engine & engine, int32_t n_rows, int32_t i_step, int32_t first_result);
+// Check, build, decode, sample: rows 0..n_rows-1, the records from first_record on, which is the
+// ring's. The step is recorded there, done or not, and in engine.info; returns the code.
+int32_t one_step(plb_engine & engine, int32_t n_rows, int32_t first_record);
 
 // Sets the engine's text and the row that it speaks of; returns the code.
 int32_t fail(plb_engine & engine, int32_t code, int32_t row = -1) noexcept;

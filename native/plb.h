@@ -8,7 +8,8 @@
  * One step, seen from the caller:
  *     write rows 0..n-1 into views.token/pos/seq/flags; plb_step(engine, n);
  *     read views.info->n_results records in views.results.
- * Steady decoding needs no rows from the caller: plb_run makes them of the slots, for several steps.
+ * Steady decoding needs no rows from the caller: plb_run makes them of the slots, for several steps,
+ * and another thread reads what they gave while it goes on (plb_ring_wait, plb_ring_read).
  */
 #ifndef PLB_H
 #define PLB_H
@@ -47,6 +48,7 @@ enum plb_code {
     PLB_E_N_STEPS         = -1022, /* n_steps < 1 or > n_steps_max */
     PLB_E_NO_TOKEN        = -1023, /* a slot that has sampled nothing yet has no next row */
     PLB_E_SEQ_TWICE       = -1024, /* a run names a sequence twice */
+    PLB_E_STREAM          = -1025, /* plb_step on an engine whose results are read from its ring */
     /* codes of one result (plb_result.error): its request ends, the others go on */
     PLB_E_LOGITS          = -1030, /* the row's logits hold NaN or +inf, or are not there */
     PLB_E_NO_CANDIDATE    = -1031, /* every token is excluded (grammar dead end, biases) */
@@ -91,7 +93,7 @@ typedef struct plb_step_info {
     int32_t code;         /* what plb_step returned */
     int32_t n_rows;
     int32_t n_outputs;
-    int32_t n_results;    /* records of this step */
+    int32_t n_results;    /* records of this step, 0 when code is not 0 */
     int32_t first_result; /* index of its first record in plb_views.results */
     int32_t bad_row;      /* the row that a code <= PLB_E_TOKEN speaks of, else -1 */
     int32_t on_device;    /* 1: the device chose the candidates that were sampled from */
@@ -102,15 +104,20 @@ enum plb_stop {
     PLB_STOP_STEPS  = 0, /* all steps are done, or as many as there are positions for */
     PLB_STOP_FINISH = 1, /* a slot has finished or failed in the last step */
     PLB_STOP_BELL   = 2, /* the doorbell was rung */
-    PLB_STOP_CODE   = 3  /* the step after the last one returned a code other than 0 */
+    PLB_STOP_CODE   = 3, /* the step after the last one returned a code other than 0 */
+    PLB_STOP_FULL   = 4  /* the ring is full, and nobody read for as long as a run waits */
 };
 
 /* What one run did. */
 typedef struct plb_run_info {
-    int32_t code;      /* what plb_run returned */
-    int32_t stop;      /* enum plb_stop: why there are no more steps */
-    int32_t n_steps;   /* steps done: plb_views.steps holds as many */
-    int32_t n_results; /* records of all of them */
+    int64_t n_recorded; /* steps that were tried since the engine was made, this run's included */
+    int64_t n_reused;   /* graphs that this run has reused */
+    int64_t ns;         /* from the beginning of its first step to the end of its last one */
+    int32_t code;       /* what plb_run returned */
+    int32_t stop;       /* enum plb_stop: why there are no more steps */
+    int32_t n_steps;    /* steps done */
+    int32_t n_results;  /* records of all of them */
+    int32_t n_finished; /* records in plb_views.finished: of the last step */
 } plb_run_info;
 
 /* -- engine ----------------------------------------------------------------------------------- */
@@ -124,8 +131,11 @@ typedef struct plb_engine_params {
     int32_t all_outputs;    /* 1: the context computes embeddings, so each row is an output */
     int32_t sync;           /* 1: wait for the device at every step, for exact timings;
                                0: only when a row has an output */
-    int32_t n_steps_max;    /* steps of one plb_run at most, 1..65536: results has room for them */
+    int32_t n_steps_max;    /* steps that the ring holds, 1..65536 */
     int32_t device_sampling; /* enum plb_device_sampling */
+    int32_t stream;         /* 0: a call overwrites what the one before it gave, and a run makes
+                               n_steps_max steps at most; 1: results stay until another thread has
+                               read them, see plb_ring_read */
 } plb_engine_params;
 
 /* Whether the device reduces each row of logits to the largest 128, which is what travels to the host
@@ -148,7 +158,7 @@ typedef struct plb_views {
     int32_t n_seq_max;
     int32_t n_vocab;
     int32_t n_pos_max;      /* positions that the model can take */
-    int32_t n_steps_max;    /* steps of a run at most */
+    int32_t n_steps_max;    /* steps that fit the ring */
     /* rows, n_rows_max each: the caller writes; plb_run overwrites the first n_slots of them */
     llama_token  * token;
     llama_pos    * pos;
@@ -159,7 +169,9 @@ typedef struct plb_views {
     llama_token * top_token;    /* [n_results_max][n_logprobs_max], most likely first */
     float       * top_logprob;  /* [n_results_max][n_logprobs_max] */
     plb_step_info * info;       /* the last step, done or not */
-    plb_step_info * steps;      /* [n_steps_max]: the steps that the last call has done */
+    plb_step_info * steps;      /* [n_steps_max]: without `stream` the steps of the last call, the
+                                   one that failed included */
+    plb_result  * finished;     /* [n_seq_max]: of a run's last step, the records with a finish */
 } plb_views;
 
 plb_engine_params plb_engine_default_params(void);
@@ -253,6 +265,8 @@ void    plb_slot_free(plb_slot * slot);
  * the grammar could not have been there. */
 int32_t plb_slot_replay(plb_slot * slot, const llama_token * tokens, int32_t n_tokens,
                         int32_t n_draws, int32_t next_pos);
+/* What a slot has generated, oldest first: *out is valid until the slot changes. Returns how many. */
+int32_t plb_slot_tokens(const plb_slot * slot, const llama_token ** out);
 int32_t plb_slot_get_info(plb_engine * engine, int32_t seq, plb_slot_info * out);
 /* Why the slot's last result was an error; "" when it was not. Valid until the slot changes. */
 const char * plb_slot_error(plb_engine * engine, int32_t seq);
@@ -275,21 +289,69 @@ int32_t plb_step(plb_engine * engine, int32_t n_rows);
 int32_t plb_fault_set(plb_engine * engine, int32_t countdown, int32_t code, int32_t n_rows);
 
 /* -- run --------------------------------------------------------------------------------------
- * Up to n_steps steps of pure decoding, without coming back: in each, every sequence of slots (all
- * different, each with a slot that has sampled and not finished) computes its slot's next token and
- * samples. As n_steps times plb_step with those rows, in their order; a step is done whole.
+ * Up to n_steps steps without coming back: in each, every sequence of slots (all different, each with
+ * a slot that has sampled and not finished) computes its slot's next token and samples. As n_steps
+ * times plb_step with those rows, in their order; a step is done whole.
+ * n_more rows of the caller's own (prompts), written at n_slots and behind, join the one step of a run
+ * with n_steps = 1; n_slots may be 0 then.
  * It ends early after a step in which a slot finished, after a step during which the doorbell was
  * rung, and at a step that plb_step would return a code other than 0 for: that code is returned, and
  * the steps before it, their results included, are as valid as ever. The records of all steps lie in
  * results one after the other, steps[i].first_result is where those of step i begin.
  * Nothing is allocated here either, however many steps (and see plb_step for libllama). */
-int32_t plb_run(plb_engine * engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_steps,
-                plb_run_info * out);
+int32_t plb_run(plb_engine * engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_more,
+                int32_t n_steps, plb_run_info * out);
 /* End the run that is going on, or when there is none the next one, after the step that it is in.
  * From any thread, until plb_engine_free. The run that ends takes the ring back, so a ring is never
  * lost, and who looks for news after every run has seen what was there before the ring. A run makes
- * at least one step. */
+ * at least one step, unless it ends with PLB_STOP_FULL. */
 void plb_doorbell_ring(plb_engine * engine);
+
+/* -- reading while a run goes on (engines with `stream`) ---------------------------------------
+ * Each step that was tried, failed ones included, is recorded with its records, and stays until it
+ * was read: by one thread, which may be another one than that which computes. Steps are counted from
+ * 0 over the life of the engine. A run hands each step over when the next one begins; its last one
+ * is handed over by the next run or by plb_ring_flush, so that the caller, who has a plan to change,
+ * comes first. A run that finds no room waits for the reader for up to 50 ms, or until the bell
+ * rings. */
+
+/* What was read, in columns by sequence: a reader's memory, filled by plb_ring_read. Tokens that end
+ * a text (EOG, STOP) and errors are left out. */
+typedef struct plb_page {
+    int32_t n_steps_max;       /* room for steps, and for tokens of each sequence */
+    int32_t n_steps;           /* steps that are there */
+    plb_step_info * steps;     /* [n_steps_max] */
+    int32_t       * n_tokens;  /* [n_seq_max]: tokens of each sequence that are there */
+    llama_token   * token;     /* [n_seq_max][n_steps_max] */
+    int32_t       * step;      /* [n_seq_max][n_steps_max]: the index in steps of each token */
+    float         * logprob;   /* as token; this one and those below may be NULL */
+    int32_t       * n_top;     /* as token */
+    llama_token   * top_token; /* [n_seq_max][n_steps_max][n_logprobs_max] */
+    float         * top_logprob;
+} plb_page;
+
+/* Steps handed over so far, once they are at least n_wanted, plb_ring_flush was called since the last
+ * wait, or timeout_ns are over. */
+int64_t plb_ring_wait(plb_engine * engine, int64_t n_wanted, int64_t timeout_ns);
+/* Move the next steps, below `until` and as many as fit, from the ring to the end of a page; how
+ * many. */
+int32_t plb_ring_read(plb_engine * engine, int64_t until, plb_page * page);
+/* Hand over the last step, and wake the reader anyway. From the thread that computes. */
+void    plb_ring_flush(plb_engine * engine);
+/* Wake the reader. From any thread. */
+void    plb_ring_wake(plb_engine * engine);
+/* Steps handed over so far. From any thread. */
+int64_t plb_ring_count(plb_engine * engine);
+/* The clock of plb_step_info.t_start_ns. */
+int64_t plb_now_ns(void);
+
+/* -- text ---------------------------------------------------------------------------------------
+ * The bytes that tokens stand for, one after the other: those of token i are
+ * out[offsets[i]] .. out[offsets[i + 1] - 1], offsets has n + 1 entries. Special tokens give nothing.
+ * Returns the bytes of all, and has written nothing behind `size` when they are more; or
+ * PLB_E_ARGUMENT, PLB_E_TOKEN, PLB_E_MEMORY, PLB_E_EXCEPTION. */
+int64_t plb_pieces(const struct llama_vocab * vocab, const llama_token * tokens, int32_t n,
+                   char * out, int64_t size, int64_t * offsets);
 
 /* -- rows of one's own (native/rows.cpp) -------------------------------------------------------
  * Sampling without a context: slots 0..n_slots-1 that choose from rows of logits of the caller's, as

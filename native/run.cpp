@@ -7,13 +7,18 @@ using namespace plb;
 
 namespace {
 
-int32_t check_run(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots,
+constexpr auto FULL_WAIT = std::chrono::milliseconds(50); // for a reader, before a run gives up
+
+int32_t check_run(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_more,
                   int32_t n_steps) {
     const plb_views & views = engine.views;
-    if (n_slots < 1 || n_slots > std::min(views.n_seq_max, views.n_rows_max)) {
+    const int32_t n_rows_max = views.n_rows_max;
+    if (n_slots < 0 || n_more < 0 || n_slots > std::min(views.n_seq_max, n_rows_max) ||
+        n_more > n_rows_max - n_slots || n_slots + n_more < 1) {
         return fail(engine, PLB_E_N_ROWS);
     }
-    if (n_steps < 1 || n_steps > views.n_steps_max) {
+    if (n_steps < 1 || (!engine.stream && n_steps > views.n_steps_max) ||
+        (n_more > 0 && n_steps > 1)) {
         return fail(engine, PLB_E_N_STEPS);
     }
     std::fill(engine.named.begin(), engine.named.end(), (uint8_t) 0);
@@ -60,27 +65,48 @@ llama_pos write_next(plb_engine & engine, int32_t n_slots) {
     return last;
 }
 
-bool any_finished(const plb_engine & engine) {
-    const plb_result * first = &engine.results[engine.info.first_result];
-    return std::any_of(first, first + engine.info.n_results,
-                       [](const plb_result & r) { return r.finish != PLB_FINISH_NONE; });
+// Rows that will be sampled; a step with more than the context has outputs for is refused anyway.
+int32_t count_sampled(const plb_engine & engine, int32_t n_slots, int32_t n_more) {
+    int32_t n = n_slots;
+    for (int32_t i = n_slots; i < n_slots + n_more; ++i) {
+        n += (engine.flags[i] & PLB_ROW_SAMPLE) != 0;
+    }
+    return std::min(n, engine.n_outputs_max);
 }
 
-int32_t run_steps(plb_engine & engine, int32_t n_slots, int32_t n_steps, plb_run_info & run) {
+int32_t collect_finished(plb_engine & engine) {
+    const plb_result * first = &engine.results[engine.info.first_result];
+    const auto end = std::copy_if(first, first + engine.info.n_results, engine.finished.begin(),
+                                  [](const plb_result & r) { return r.finish != PLB_FINISH_NONE; });
+    return (int32_t) (end - engine.finished.begin());
+}
+
+int32_t run_steps(plb_engine & engine, int32_t n_slots, int32_t n_more, int32_t n_steps,
+                  plb_run_info & run) {
+    const int32_t n_sampled = count_sampled(engine, n_slots, n_more);
+    const auto take_bell = [&] { return engine.bell.exchange(false, std::memory_order_acquire); };
     while (run.n_steps < n_steps) {
+        engine.ring.publish();
         const llama_pos last = write_next(engine, n_slots);
         if (run.n_steps > 0 && last >= engine.views.n_pos_max) {
             break;
         }
-        const int32_t code = one_step(engine, n_slots, run.n_steps, run.n_results);
+        if (!engine.ring.has_room(n_sampled) &&
+            !engine.ring.wait_for_room(n_sampled, [&] { return engine.bell.load(); }, FULL_WAIT)) {
+            take_bell();
+            run.stop = PLB_STOP_FULL;
+            break;
+        }
+        const int32_t code = one_step(engine, n_slots + n_more, engine.ring.reserve(n_sampled));
         if (code != PLB_OK) {
             run.stop = PLB_STOP_CODE;
             return code;
         }
         ++run.n_steps;
         run.n_results += engine.info.n_results;
-        const bool rung = engine.bell.exchange(false, std::memory_order_acquire);
-        if (any_finished(engine)) {
+        const bool rung = take_bell();
+        run.n_finished = collect_finished(engine);
+        if (run.n_finished > 0) {
             run.stop = PLB_STOP_FINISH;
             break;
         }
@@ -94,28 +120,38 @@ int32_t run_steps(plb_engine & engine, int32_t n_slots, int32_t n_steps, plb_run
 
 } // namespace
 
-int32_t plb_run(plb_engine * engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_steps,
-                plb_run_info * out) {
-    if (engine == nullptr || slots == nullptr || out == nullptr) {
+int32_t plb_run(plb_engine * engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_more,
+                int32_t n_steps, plb_run_info * out) {
+    if (engine == nullptr || out == nullptr || (n_slots > 0 && slots == nullptr)) {
         return PLB_E_ARGUMENT;
     }
     *out = {};
     engine->error[0] = 0;
     engine->info = {};
     engine->info.bad_row = -1;
-    out->code = check_run(*engine, slots, n_slots, n_steps);
+    if (!engine->stream) {
+        engine->ring.start_over();
+    }
+    out->code = check_run(*engine, slots, n_slots, n_more, n_steps);
     if (out->code != PLB_OK) {
         out->stop = PLB_STOP_CODE;
         engine->info.code = out->code;
-        return out->code;
+    } else {
+        engine->info.n_reused = llama_perf_context(engine->ctx).n_reused;
+        out->n_reused = -engine->info.n_reused;
+        write_rows(*engine, slots, n_slots);
+        out->ns   = -plb_now_ns();
+        out->code = run_steps(*engine, n_slots, n_more, n_steps, *out);
+        out->ns  += plb_now_ns();
+        out->n_reused += engine->info.n_reused;
     }
-    write_rows(*engine, slots, n_slots);
-    out->code = run_steps(*engine, n_slots, n_steps, *out);
+    out->n_recorded = engine->ring.n_done();
     return out->code;
 }
 
 void plb_doorbell_ring(plb_engine * engine) {
     if (engine != nullptr) {
-        engine->bell.store(true, std::memory_order_release);
+        engine->bell.store(true);
+        engine->ring.wake_writer();
     }
 }

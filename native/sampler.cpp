@@ -210,6 +210,9 @@ static void end_result(const vocabulary & words, plb_slot & slot, plb_result & r
         result.finish = PLB_FINISH_ERROR;
     } else {
         ++slot.n_generated;
+        if (words.vocab != nullptr) {
+            slot.generated.push_back(result.token); // reserved in make_slot
+        }
         result.finish = finish_of(words, slot, result.token);
     }
     slot.finish = result.finish;
@@ -283,6 +286,7 @@ void replay(plb_slot & slot, const llama_token * tokens, int32_t n_tokens, int32
     }
     slot.n_draws     += n_draws;
     slot.n_generated += n_tokens;
+    slot.generated.insert(slot.generated.end(), tokens, tokens + n_tokens);
     slot.next_token   = tokens[n_tokens - 1];
 }
 

@@ -128,6 +128,9 @@ std::unique_ptr<plb_slot> make_slot(const vocabulary & words, const plb_sampling
     auto slot = std::make_unique<plb_slot>();
     slot->params = sampling;
     slot->vocab  = words.vocab;
+    if (words.vocab != nullptr) {
+        slot->generated.reserve((size_t) std::min(sampling.max_tokens, words.n_ctx));
+    }
     slot->biases.assign(sampling.logit_bias, sampling.logit_bias + sampling.n_logit_bias);
     slot->stop_tokens.assign(sampling.stop_tokens, sampling.stop_tokens + sampling.n_stop_tokens);
     if (sampling.path != PLB_PATH_CHAIN && fused_supports(sampling)) {
@@ -194,6 +197,8 @@ std::unique_ptr<plb_slot> copy_slot(const plb_slot & source) {
     slot->next_token  = source.next_token;
     slot->next_pos    = source.next_pos;
     slot->n_draws     = source.n_draws;
+    slot->generated.reserve(source.generated.capacity());
+    slot->generated   = source.generated;
     memcpy(slot->error_text, source.error_text, sizeof(source.error_text));
     return slot;
 }
@@ -375,6 +380,14 @@ int32_t plb_slot_replay(plb_slot * slot, const llama_token * tokens, int32_t n_t
     const int32_t code = guarded(slot->error_text, [&] { replay(*slot, tokens, n_tokens, n_draws); });
     slot->next_pos = next_pos;
     return code;
+}
+
+int32_t plb_slot_tokens(const plb_slot * slot, const llama_token ** out) {
+    if (slot == nullptr || out == nullptr) {
+        return PLB_E_ARGUMENT;
+    }
+    *out = slot->generated.data();
+    return (int32_t) slot->generated.size();
 }
 
 int32_t plb_slot_get_info(plb_engine * engine, int32_t seq, plb_slot_info * out) {

@@ -4,7 +4,6 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
-#include <chrono>
 #include <iterator>
 
 using namespace plb;
@@ -27,11 +26,6 @@ constexpr int32_t ROW_FLAGS        = PLB_ROW_OUTPUT | PLB_ROW_SAMPLE;
 constexpr int32_t N_VOCAB_WORTH    = 16384;
 constexpr int64_t MORE_BYTES_LIMIT = (int64_t) 512 << 20;
 
-int64_t now_ns() {
-    using namespace std::chrono;
-    return duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count();
-}
-
 void allocate(plb_engine & engine, int32_t n_rows, int32_t n_results, int32_t n_logprobs,
               int32_t n_steps) {
     engine.token.resize(n_rows);
@@ -45,6 +39,8 @@ void allocate(plb_engine & engine, int32_t n_rows, int32_t n_results, int32_t n_
         engine.seq_id[i] = &engine.seq[i];
     }
     engine.steps.resize(n_steps);
+    engine.finished.resize(engine.slots.size());
+    engine.ring.allocate(n_steps, n_results);
     engine.named.resize(engine.slots.size());
     engine.results.resize(n_results);
     // one spare entry, so that the addresses are valid without any column too
@@ -247,7 +243,7 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows) {
         return refused;
     }
     const llama_batch batch = build_batch(engine, n_rows);
-    const int64_t t_built = now_ns();
+    const int64_t t_built = plb_now_ns();
     info.build_ns = t_built - info.t_start_ns;
 
     int32_t code = PLB_OK;
@@ -255,7 +251,7 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows) {
         choose_place(engine, n_rows);
         code = decode(engine, batch);
     });
-    const int64_t t_decoded = now_ns();
+    const int64_t t_decoded = plb_now_ns();
     info.decode_ns = t_decoded - t_built;
     if (threw || code) {
         code = threw ? (int32_t) PLB_E_DECODE : code;
@@ -270,7 +266,7 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows) {
             return PLB_E_DECODE;
         }
     }
-    const int64_t t_synced = now_ns();
+    const int64_t t_synced = plb_now_ns();
     info.sync_ns   = t_synced - t_decoded;
     if (info.on_device && !engine.on_device->read(batch, engine.short_rows)) {
         set_text(engine.error, "%s", "device sampling: the candidates' rows can't be told");
@@ -279,7 +275,7 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows) {
     if (info.n_outputs > 0) {
         info.n_results = sample_rows(engine, n_rows, info.first_result);
     }
-    const int64_t t_sampled = now_ns();
+    const int64_t t_sampled = plb_now_ns();
     info.sample_ns = t_sampled - t_synced;
     if (info.n_results == n_rows) {
         engine.place.took(n_rows, info.on_device != 0, t_sampled - t_built);
@@ -316,23 +312,22 @@ void place_sampling(plb_engine & engine, int32_t mode) {
 
 } // namespace
 
-int32_t plb::one_step(plb_engine & engine, int32_t n_rows, int32_t i_step, int32_t first_result) {
+int32_t plb::one_step(plb_engine & engine, int32_t n_rows, int32_t first_record) {
     engine.error[0] = 0;
     plb_step_info & info = engine.info;
     info = {};
-    info.t_start_ns   = now_ns();
-    info.first_result = first_result;
+    info.t_start_ns   = plb_now_ns();
+    info.first_result = first_record;
     info.bad_row      = -1;
     info.code         = check_decode_sample(engine, n_rows);
     info.n_reused     = llama_perf_context(engine.ctx).n_reused;
-    if (info.code == PLB_OK) {
-        engine.steps[i_step] = info;
-    }
+    engine.steps[engine.ring.next_step()] = info;
+    engine.ring.record(info.n_results);
     return info.code;
 }
 
 plb_engine_params plb_engine_default_params(void) {
-    return {0, 20, 0, 0, 0, 32, PLB_DEVICE_SAMPLING_AUTO};
+    return {0, 20, 0, 0, 0, 32, PLB_DEVICE_SAMPLING_AUTO, 0};
 }
 
 int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, plb_engine ** out) {
@@ -361,6 +356,7 @@ int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, pl
         engine->n_ubatch      = (int32_t) llama_n_ubatch(ctx);
         engine->all_outputs   = params->all_outputs != 0;
         engine->sync          = params->sync != 0;
+        engine->stream        = params->stream != 0;
         engine->slots.resize(n_seq_max);
         read_vocabulary(engine->words, ctx);
         engine->sampler = std::make_unique<row_sampler>(engine->words, params->n_threads);
@@ -373,7 +369,7 @@ int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, pl
             positions(llama_get_model(ctx)), params->n_steps_max,
             engine->token.data(), engine->pos.data(), engine->seq.data(), engine->flags.data(),
             engine->results.data(), engine->top_token.data(), engine->top_logprob.data(),
-            &engine->info, engine->steps.data(),
+            &engine->info, engine->steps.data(), engine->finished.data(),
         };
         place_sampling(*engine, params->device_sampling);
         *out = engine.release();
@@ -411,7 +407,11 @@ int32_t plb_step(plb_engine * engine, int32_t n_rows) {
     if (engine == nullptr) {
         return PLB_E_ARGUMENT;
     }
-    return one_step(*engine, n_rows, 0, 0);
+    if (engine->stream) {
+        return fail(*engine, PLB_E_STREAM);
+    }
+    engine->ring.start_over();
+    return one_step(*engine, n_rows, 0);
 }
 
 int32_t plb_fault_set(plb_engine * engine, int32_t countdown, int32_t code, int32_t n_rows) {

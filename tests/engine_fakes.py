@@ -6,6 +6,7 @@ position or neighbour and everything after it differs from `solo`.
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from pyllamabatch._stream_step import Run
 from pyllamabatch.decoder import Decoder
-from pyllamabatch.errors import PyllamabatchError
-from pyllamabatch.machine import Pace
+from pyllamabatch.delivery import PAGE_STEPS
+from pyllamabatch.page import Page
 from pyllamabatch.request import Request
 from pyllamabatch.sampling import SamplingParams
 from pyllamabatch.scheduler import Limits, Policy, Scheduler
@@ -48,30 +50,40 @@ class Slot:
     """Sampling state: it must survive a preemption."""
 
     params: SamplingParams
-    n_generated: int = 0
-    token: int = -1  # the one that was sampled last
+    generated: list[int] = field(default_factory=list)
+
+    def tokens(self) -> list[int]:
+        return self.generated
 
 
 Fault = Callable[[int], object]  # step number -> None, a code, or an exception
+Sampled = tuple[int, int, int]  # slot, token, finish
 
 
 @dataclass
 class FakeMachine:
-    """Stepper and memory at once. `fault`: what goes wrong at which step; a code of 2 or below -1
-    leaves the rows before the middle of the batch in the cache, as libllama may. `meanwhile`: what
-    another thread does while a step is computed."""
+    """Stepper, ring and memory at once. `fault`: what goes wrong at which step; a code of 2 or
+    below -1 leaves the rows before the middle of the batch in the cache, as libllama may.
+    `meanwhile`: what other threads do while a step is computed. `n_steps_max`: of a run."""
 
     limits: Limits
     fault: Fault = lambda step: None
     n_steps_max: int = 1
     meanwhile: Callable[[int], object] = lambda step: None
-    runs: list[int] = field(default_factory=list)  # steps of each run
+    n_room: int = 10**9  # steps that the ring holds
+    runs: list[int] = field(default_factory=list)  # steps of each run of decoding alone
     rung: bool = False
     cells: dict[int, list[int]] = field(default_factory=dict)
     slots: dict[int, Slot] = field(default_factory=dict)
     n_steps: int = 0
     closed: bool = False
     failing: set[int] = field(default_factory=set)  # slots whose next sample is an error
+    n_logprobs_max: int = 0
+    recorded: list[tuple[int, list[Sampled]]] = field(default_factory=list)  # by step: code, result
+    n_published: int = 0
+    n_taken: int = 0
+    news: threading.Condition = field(default_factory=threading.Condition)
+    woken: bool = False
 
     def __post_init__(self) -> None:
         n = self.limits.n_batch
@@ -98,19 +110,63 @@ class FakeMachine:
     def slot_error(self, seq_id: int) -> str:
         return f"nothing to choose for {seq_id}"
 
-    def step(self, n_rows: int) -> Any:
+    @property
+    def n_recorded(self) -> int:
+        return len(self.recorded)
+
+    def compute(self, slots: Any, n_steps: int, n_more: int = 0) -> Run:
+        n, n_done, code, finished = len(slots), 0, 0, []
+        assert 1 <= n + n_more <= self.limits.n_batch
+        assert n_steps == 1 or not n_more
+        while n_done < min(n_steps, self.n_steps_max) and not code:
+            self._publish()
+            if len(self.recorded) - self.n_taken >= self.n_room:
+                break
+            self._write(slots)
+            self.n_steps += 1
+            fault = self.fault(self.n_steps)
+            self.meanwhile(self.n_steps)
+            if isinstance(fault, BaseException):
+                if n_done == 0:
+                    raise fault
+                fault = -1019
+            sampled = self._decode(n + n_more, fault)
+            code = int(fault or 0)  # type: ignore[call-overload]
+            self.recorded.append((code, sampled))
+            if code == 0:
+                n_done += 1
+                finished = [record for record in sampled if record[2]]
+                if finished or self.rung:
+                    break
+        self.rung = False
+        if not n_more:
+            self.runs.append(n_done)
+        return Run(code, n_done, 0, 1e-3 * n_done, finished)
+
+    def ring(self) -> None:
+        self.rung = True
+
+    def flush(self) -> None:
+        self._publish()
+        self.wake()
+
+    def _publish(self) -> None:
+        with self.news:
+            self.n_published = len(self.recorded)
+            self.news.notify_all()
+
+    def _write(self, slots: Any) -> None:
+        rows, n = self.rows, len(slots)
+        rows.token[:n] = [self.slots[slot].generated[-1] for slot in slots.tolist()]
+        rows.pos[:n] = [len(self.cells[slot]) for slot in slots.tolist()]
+        rows.seq[:n], rows.flags[:n] = slots, SAMPLE
+
+    def _decode(self, n_rows: int, fault: object) -> list[Sampled]:
         rows = self.rows
-        assert 1 <= n_rows <= self.limits.n_batch
-        self.n_steps += 1
-        fault = self.fault(self.n_steps)
-        self.meanwhile(self.n_steps)
-        if isinstance(fault, BaseException):
-            raise fault
-        if fault == 1 or fault == -1:
-            return SimpleNamespace(code=fault, n_steps=0)
-        n_done = n_rows // 2 if fault else n_rows
+        if fault in (1, -1):
+            return []
         results = []
-        for i in range(n_done):
+        for i in range(n_rows // 2 if fault else n_rows):
             seq, token, pos = int(rows.seq[i]), int(rows.token[i]), int(rows.pos[i])
             held = self.cells.setdefault(seq, [])
             assert pos == len(held), (seq, pos, held)
@@ -120,58 +176,51 @@ class FakeMachine:
                 results.append(self._sample(seq))
         if self.limits.unified:
             assert sum(map(len, self.cells.values())) <= self.limits.n_cells
-        if fault:
-            return SimpleNamespace(code=fault, n_steps=0)
-        return self._results(0, 1, results)
+        return results
 
-    def run(self, slots: Any, n_steps: int) -> Any:
-        assert 1 <= n_steps <= self.n_steps_max
-        rows, n = self.rows, len(slots)
-        results: list[tuple[int, int, int]] = []
-        n_done = code = 0
-        while n_done < n_steps and not code:
-            rows.token[:n] = [self.slots[slot].token for slot in slots.tolist()]
-            rows.pos[:n] = [len(self.cells[slot]) for slot in slots.tolist()]
-            rows.seq[:n], rows.flags[:n] = slots, SAMPLE
-            try:
-                step = self.step(n)
-            except PyllamabatchError:
-                if n_done == 0:
-                    raise
-                code = -1019
-                break
-            code = step.code
-            if code == 0:
-                n_done += 1
-                results += zip(step.seq.tolist(), step.token, step.finish, strict=True)
-                if step.finish.any() or self.rung:
-                    break
-        self.rung = False
-        self.runs.append(n_done)
-        return self._results(code, n_done, results)
-
-    def ring(self) -> None:
-        self.rung = True
-
-    def _results(self, code: int, n_steps: int, results: list[tuple[int, int, int]]) -> Any:
-        seqs, tokens, finishes = np.array(results, dtype=np.int32).reshape(-1, 3).T
-        return SimpleNamespace(code=code, n_steps=n_steps, seq=seqs, token=tokens, finish=finishes)
-
-    def _sample(self, seq: int) -> tuple[int, int, int]:
+    def _sample(self, seq: int) -> Sampled:
         slot = self.slots[seq]
         if seq in self.failing:
             self.failing.discard(seq)
             return seq, -1, Finish.ERROR
-        token = slot.token = next_token(self.cells[seq])
-        slot.n_generated += 1
+        token = next_token(self.cells[seq])
+        slot.generated.append(token)
         finish = Finish.NONE
         if token == EOG:
             finish = Finish.EOG
         elif token in slot.params.stop_token_ids:
             finish = Finish.STOP
-        elif slot.n_generated == slot.params.max_tokens:
+        elif len(slot.generated) == slot.params.max_tokens:
             finish = Finish.LENGTH
         return seq, token, finish
+
+    # -- the ring's reader
+
+    def wait(self, n_wanted: int, timeout: float) -> int:
+        with self.news:
+            self.news.wait_for(lambda: self.n_published >= n_wanted or self.woken, timeout)
+            self.woken = False
+            return self.n_published
+
+    def wake(self) -> None:
+        with self.news:
+            self.woken = True
+            self.news.notify_all()
+
+    def read(self, until: int, page: Page) -> int:
+        n = 0
+        while self.n_taken < min(until, self.n_published) and page.struct.n_steps < PAGE_STEPS:
+            code, sampled = self.recorded[self.n_taken]
+            page.steps.table[page.struct.n_steps]["code"] = code
+            for seq, token, finish in sampled:
+                if finish in (Finish.NONE, Finish.LENGTH):
+                    at = page.n_tokens[seq]
+                    page.token[seq, at], page.step[seq, at] = token, page.struct.n_steps
+                    page.n_tokens[seq] += 1
+            page.struct.n_steps += 1
+            self.n_taken += 1
+            n += 1
+        return n
 
     # -- Memory
 
@@ -195,22 +244,21 @@ class Rig:
     ) -> None:
         self.machine = FakeMachine(limits, fault, n_steps_max)
         self.scheduler = Scheduler(limits, policy)
-        self.decoder = Decoder(
-            self.scheduler,
-            self.machine,
-            self.machine,
-            Pieces(lambda token: b"%d " % token),
-            self._close,
-        )
-        self.decoder._pace = Pace(1e9)  # as many steps as the machine does
+        self.decoder = Decoder(self.scheduler, self.machine, self.machine, self._close)
         self.requests: list[Request] = []
+        self._pieces = Pieces(lambda tokens: [b"%d " % token for token in tokens])
 
     def _close(self) -> None:
         self.machine.closed = True
 
     def submit(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
         stream = Stream(
-            len(self.requests) + 1, len(prompt), stops=params.stop, cancel=self.decoder.cancel
+            len(self.requests) + 1,
+            len(prompt),
+            pieces=self._pieces,
+            stops=params.stop,
+            cancel=self.decoder.cancel,
+            watch=self.decoder.delivery.watch,
         )
         request = Request(np.array(prompt, np.int32), params, stream, Slot(params))
         self.requests.append(request)
@@ -218,17 +266,36 @@ class Rig:
         return stream
 
     def turn(self) -> None:
+        """One turn of the decoder, and one of the delivery thread for what came before it."""
         if self.decoder._mail or not self.scheduler.idle:
             self.decoder._take_mail()
             self.decoder._turn()
             self.check()
+            self.deliver()
+
+    def deliver(self) -> None:
+        """As if the delivery thread had its turn now."""
+        self.machine.wake()
+        self.decoder.delivery.turn()
+
+    def settle(self) -> None:
+        """All that was computed is delivered."""
+        self.machine.flush()
+        self.deliver()
 
     def run(self) -> None:
         for _ in range(100_000):
             if self.scheduler.idle and not self.decoder._mail:
-                return
+                self.settle()
+                if not self.decoder._mail:  # a stop string in the last tokens
+                    return
             self.turn()
         raise AssertionError("it never ends")
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that count: `EngineStats.tokens`."""
+        return self.scheduler.counters.tokens - self.decoder.delivery.n_dropped
 
     def check(self) -> None:
         """Cache, ledger, slots and streams say the same."""
@@ -239,7 +306,8 @@ class Rig:
         assert set(machine.slots) == running
         assert set(held) <= running
         assert all(scheduler.computed(slot) == n for slot, n in held.items())
-        n_open = sum(not request.stream.done for request in self.requests)
+        n_open = len(self.decoder.seats.open)
         with self.decoder.state:
-            assert n_open == scheduler.n_running + scheduler.n_waiting + self.decoder.n_mail
-            assert self.decoder.n_submitted == n_open + sum(self.decoder.finished.values())
+            assert n_open == scheduler.n_running + scheduler.n_waiting
+        n_done = sum(request.stream.done for request in self.requests)
+        assert n_done == sum(self.decoder.delivery.finished.values())

@@ -50,7 +50,7 @@ def test_the_fake_itself_runs_everything_as_if_alone() -> None:
         rig.submit(prompt, params())
     rig.run()
     check_solo(rig)
-    assert rig.decoder.finished["length"] + rig.decoder.finished["stop"] == 7
+    assert rig.decoder.delivery.finished["length"] + rig.decoder.delivery.finished["stop"] == 7
     assert rig.scheduler.counters.preemptions == 0
 
 
@@ -61,7 +61,7 @@ def test_preempted_requests_get_the_same_tokens() -> None:
     rig.run()
     check_solo(rig)
     assert rig.scheduler.counters.preemptions > 0
-    assert rig.decoder.finished["error"] == 0
+    assert rig.decoder.delivery.finished["error"] == 0
 
 
 @pytest.mark.parametrize("step", range(1, 11))
@@ -71,7 +71,7 @@ def test_no_cells_at_any_step_preempts_and_ends_nobody(step: int) -> None:
         rig.submit(prompt, params())
     rig.run()
     check_solo(rig)
-    assert rig.decoder.finished["error"] == 0
+    assert rig.decoder.delivery.finished["error"] == 0
     assert rig.scheduler.counters.preemptions == 1
 
 
@@ -81,7 +81,7 @@ def test_no_cells_several_times_in_a_row_sheds_one_after_the_other() -> None:
         rig.submit(prompt, params())
     rig.run()
     check_solo(rig)
-    assert rig.decoder.finished["error"] == 0
+    assert rig.decoder.delivery.finished["error"] == 0
     assert rig.scheduler.counters.preemptions == 3
 
 
@@ -107,6 +107,7 @@ def test_a_failed_decode_fails_its_rows_only(step: int, code: int, kind: type[De
     early = [rig.submit(prompt, params()) for prompt in prompts(2)]
     for _ in range(step):
         rig.turn()
+    rig.settle()
     for stream in early:
         with pytest.raises(kind) as error:
             stream.result(0)
@@ -116,7 +117,7 @@ def test_a_failed_decode_fails_its_rows_only(step: int, code: int, kind: type[De
     rig.run()
     check_solo(rig)
     assert all(stream.wait(0).finish_reason in ("stop", "length") for stream in late)
-    assert rig.decoder.finished["error"] == 2
+    assert rig.decoder.delivery.finished["error"] == 2
 
 
 class FirstTwoOnly:
@@ -152,6 +153,7 @@ def test_an_exception_of_the_step_fails_its_rows_only() -> None:
     stream = rig.submit(prompts(1)[0], params())
     for _ in range(3):
         rig.turn()
+    rig.settle()
     with pytest.raises(PyllamabatchError, match="llama_decode threw"):
         stream.result(0)
     rig.submit(prompts(1)[0], params())
@@ -173,7 +175,7 @@ def test_a_row_that_can_not_be_sampled_ends_its_request_only() -> None:
     assert "error" not in (reasons[0], reasons[2])
     with pytest.raises(SamplingError, match="nothing to choose for 1"):
         rig.requests[1].stream.result(0)
-    assert rig.scheduler.counters.tokens == sum(
+    assert rig.n_tokens == sum(
         len(request.stream.tokens) + (request.stream.wait(0).finish_reason == "stop")
         for request in rig.requests
     )
@@ -210,7 +212,7 @@ def test_the_thread_never_dies_silently(
             stream.result(10)
     rig.decoder.close(wait=True, timeout=10)
     assert rig.machine.closed
-    assert rig.decoder.finished["error"] == 6
+    assert rig.decoder.delivery.finished["error"] == 6
     with pytest.raises(EngineClosed, match=r"its thread ended with"):
         rig.submit(prompts(1)[0], params())
 
@@ -261,6 +263,6 @@ def test_any_mix_of_arrivals_cancels_and_faults(
     rig.check()
     assert rig.machine.cells == {}
     reasons = Counter(request.stream.wait(0).finish_reason for request in rig.requests)
-    assert {k: v for k, v in rig.decoder.finished.items() if v} == dict(reasons)
+    assert {k: v for k, v in rig.decoder.delivery.finished.items() if v} == dict(reasons)
     if not faults:
         assert reasons["error"] == 0

@@ -4,18 +4,18 @@ cleaned up, and whoever comes next gets his own tokens."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from models_gguf import Architecture, gguf_path
 from oracle import random_prompts
 
+from pyllamabatch._stream_step import Run
 from pyllamabatch.engine import Engine
 from pyllamabatch.errors import DecodeAborted, FatalDecodeError
 from pyllamabatch.model import Model
 from pyllamabatch.sampling import SamplingParams
-from pyllamabatch.stepper import SAMPLE
 
 EXACT: dict[str, Any] = {
     "flash_attn_type": "disabled",
@@ -57,31 +57,30 @@ class Faulty:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stepper, name)
 
-    def step(self, n_rows: int) -> Any:
-        self.n_steps += 1
-        code = self._faults.get(self.n_steps)
-        if code is None:
-            return self._stepper.step(n_rows)
-        if code not in (1, -1) and n_rows > 1:
-            half = n_rows // 2
-            self._stepper.rows.flags[:half] = 0
-            assert self._stepper.step(half).code == 0
-        return SimpleNamespace(code=code, n_steps=0)
-
-    def run(self, slots: Any, n_steps: int) -> Any:
-        """Up to the next fault in one go; what fails, fails as a step."""
+    def compute(self, slots: Any, n_steps: int, n_more: int = 0) -> Any:
+        """Up to the next fault in one go; what fails, fails as a step of its own."""
         first = self.n_steps + 1
-        if first in self._faults:
-            rows, n = self._stepper.rows, len(slots)
-            info = [self._stepper.slot(slot) for slot in slots]
-            rows.token[:n] = [slot.next_token for slot in info]
-            rows.pos[:n] = [slot.next_pos for slot in info]
-            rows.seq[:n], rows.flags[:n] = slots, SAMPLE
-            return self.step(n)
+        code = self._faults.get(first)
+        if code is not None:
+            self.n_steps += 1
+            if code not in (1, -1) and len(slots) + n_more > 1:
+                self._first_half(slots, n_more)
+            return Run(code, 0, 0, 0.0, [])
         next_fault = min((step for step in self._faults if step > first), default=first + n_steps)
-        result = self._stepper.run(slots, min(n_steps, next_fault - first))
-        self.n_steps += result.n_steps
-        return result
+        run = self._stepper.compute(slots, min(n_steps, next_fault - first), n_more)
+        self.n_steps += run.n_steps
+        return run
+
+    def _first_half(self, slots: Any, n_more: int) -> None:
+        """Into the memory, without sampling."""
+        rows, n = self._stepper.rows, len(slots)
+        info = [self._stepper.slot(slot) for slot in slots]
+        rows.token[:n] = [slot.next_token for slot in info]
+        rows.pos[:n] = [slot.next_pos for slot in info]
+        rows.seq[:n] = slots
+        half = (n + n_more) // 2
+        rows.flags[:half] = 0
+        assert self._stepper.compute(np.zeros(0, np.int32), 1, half).code == 0
 
 
 class Checked:
@@ -97,13 +96,9 @@ class Checked:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stepper, name)
 
-    def step(self, n_rows: int) -> Any:
-        self._check(n_rows)
-        return self._done(self._stepper.step(n_rows))
-
-    def run(self, slots: Any, n_steps: int) -> Any:
-        self._check(len(slots) * n_steps)
-        return self._done(self._stepper.run(slots, n_steps))
+    def compute(self, slots: Any, n_steps: int, n_more: int = 0) -> Any:
+        self._check(len(slots) * n_steps + n_more)
+        return self._done(self._stepper.compute(slots, n_steps, n_more))
 
     def _check(self, n_cells: int) -> None:
         scheduler, n_slots = self._scheduler, self._scheduler.limits.n_seq_max

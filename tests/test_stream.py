@@ -9,22 +9,52 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pyllamabatch.errors import KvCacheFull
+from pyllamabatch.page import Page
 from pyllamabatch.stream import Stream
+from pyllamabatch.text import Pieces
+
+N_STEPS = 64
+PIECES: dict[int, bytes] = {}  # by token, of the test that runs
 
 
 def stream(**options: object) -> Stream:
+    """A stream at the beginning of a page, in column 1."""
+    PIECES.clear()
     cancelled: list[Stream] = []
-    made = Stream(1, 3, cancel=cancelled.append, **options)  # type: ignore[arg-type]
-    made.cancelled = cancelled  # type: ignore[attr-defined]
+    watched: set[Stream] = set()
+    made = Stream(
+        1,
+        3,
+        pieces=Pieces(lambda tokens: [PIECES[token] for token in tokens]),
+        cancel=cancelled.append,
+        watch=watched.add,
+        **options,  # type: ignore[arg-type]
+    )
+    made.cancelled, made.watched = cancelled, watched  # type: ignore[attr-defined]
+    made._begin(Page(2, N_STEPS, 3), 1)
     return made
 
 
 def push(made: Stream, *pieces: bytes) -> bool:
-    hit = False
-    for i, piece in enumerate(pieces, len(made._tokens)):
-        now = time.perf_counter()
-        hit = made._push([100 + i], [piece], now, [-0.5], [{100 + i: -0.5}]) is not None
-    return hit
+    """One token more for each piece, delivered as the delivery thread does."""
+    page = made._page
+    assert page is not None
+    for piece in pieces:
+        at, step = int(page.n_tokens[1]), page.struct.n_steps
+        token = 100 + at
+        PIECES[token] = piece
+        page.token[1, at], page.step[1, at] = token, step
+        if page.top_token is not None and page.top_logprob is not None:
+            page.logprob[1, at], page.n_top[1, at] = -0.5, 1  # type: ignore[index]
+            page.top_token[1, at], page.top_logprob[1, at] = token, -0.5
+        page.steps.table[step]["t_start_ns"] = time.perf_counter_ns()
+        page.n_tokens[1], page.struct.n_steps = at + 1, step + 1
+    page.show()
+    stopped = made._scan() if made._stops else False
+    if made in made.watched:  # type: ignore[attr-defined]
+        made.watched.discard(made)  # type: ignore[attr-defined]
+        made._tell()
+    return stopped
 
 
 def test_tokens_come_in_order_to_every_reader() -> None:
@@ -57,7 +87,10 @@ def test_held_back_text_arrives_with_its_tokens_at_the_end() -> None:
 def test_a_stop_string_ends_the_text_and_keeps_the_tokens() -> None:
     made = stream(stops=("END",))
     assert push(made, b"a", b"E", b"N", b"D!")
-    made._finish("stop")
+    push(made, b"x", b"y")
+    counted: list[tuple[str, int]] = []
+    made._finish("length", count=lambda *given: counted.append(given))
+    assert counted == [("stop", 2)]
     result = made.result()
     assert (result.text, result.stop, result.tokens) == ("a", "END", [100, 101, 102, 103])
     assert list(made.text_stream()) == ["a"]
@@ -137,3 +170,60 @@ def test_text_can_be_read_at_any_time() -> None:
     push(made, b"ab")
     assert (made.text, made.tokens) == ("ab", [100])
     assert repr(made) == "<Stream 1: open, 1 tokens>"
+
+
+def test_a_token_that_ends_the_text_behind_a_stop_string_does_not_count_either() -> None:
+    made = stream(stops=("b",))
+    push(made, b"a", b"b", b"c")
+    counted: list[tuple[str, int]] = []
+    made._finish("stop", 7, count=lambda *given: counted.append(given))
+    assert (made.result().stop, made.tokens, counted) == ("b", [100, 101], [("stop", 2)])
+
+
+def test_a_reader_finds_the_stop_string_before_the_delivery_thread() -> None:
+    made = stream(stops=("b",))
+    page = made._page
+    assert page is not None
+    PIECES.update({100: b"a", 101: b"b", 102: b"c"})
+    page.token[1, :3], page.step[1, :3], page.n_tokens[1] = (100, 101, 102), 0, 3
+    page.show()
+    assert made.text == "a"
+    assert made.tokens == [100, 101]
+    assert made._scan()
+
+
+def test_pages_turn_and_slots_change() -> None:
+    """A preempted request goes on in another column of another page."""
+    made = stream()
+    push(made, b"a", b"b")
+    made._turn_to(None)
+    assert made.text == "ab"
+    page = Page(2, N_STEPS)
+    page.token[0, :2], page.step[0, :2], page.n_tokens[0] = (7, 8), 0, 1
+    page.show()
+    made._begin(page, 0)
+    assert made.tokens == [100, 101]  # what is there already is somebody else's
+    PIECES[8] = b"c"
+    page.n_tokens[0] = 2
+    page.show()
+    made._turn_to(Page(2, N_STEPS))
+    assert (made.tokens, made.text) == ([100, 101, 8], "abc")
+    made._finish("length")
+    assert made.result().n_generated == 3
+
+
+def test_text_that_nobody_looked_at_is_the_same() -> None:
+    euro = "€".encode()
+    pieces = [b"a" + euro[:1], euro[1:], b"", b"\xff", b"b" + euro[:2]]
+    texts = []
+    for looks in (0, 1, 5):
+        made = stream()
+        for i, piece in enumerate(pieces):
+            push(made, piece)
+            if i < looks:
+                assert made.text == made.text
+        made._finish("length")
+        assert "".join(token.text for token in made) == made.result().text
+        assert [token.text for token in made] == ["a", "€", "", "\ufffd", "b\ufffd"]
+        texts.append(made.result().text)
+    assert texts == ["a€\ufffdb\ufffd"] * 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -109,15 +108,16 @@ def test_any_bytes_become_text(data: bytes, cuts: list[int]) -> None:
     assert feed.text == data.decode("utf-8", "replace")
 
 
-def test_pieces_are_looked_up_once() -> None:
-    asked: list[int] = []
+def test_pieces_are_fetched_once_and_together() -> None:
+    asked: list[list[int]] = []
 
-    def piece(token: int) -> bytes:
-        asked.append(token)
-        return b"%d" % token
+    def fetch(tokens: list[int]) -> list[bytes]:
+        asked.append(sorted(tokens))
+        return [b"%d" % token for token in tokens]
 
-    pieces = Pieces(piece)
-    assert [pieces[7], pieces[7], pieces[8]] == [b"7", b"7", b"8"]
-    assert asked == [7, 8]
-    with pytest.raises(ZeroDivisionError):
-        Pieces(lambda token: b"%d" % (token // 0))[1]
+    pieces = Pieces(fetch)
+    assert pieces.of([7, 9, 7, 8]) == [b"7", b"9", b"7", b"8"]
+    assert pieces.of([8]) == [b"8"]
+    assert pieces.of([9, 1]) == [b"9", b"1"]
+    assert pieces.of([]) == []
+    assert asked == [[7, 8, 9], [1]]

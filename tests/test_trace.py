@@ -16,10 +16,11 @@ from models_gguf import gguf_path
 from pyllamabatch.engine import Engine
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.model import Model
+from pyllamabatch.page import PHASES, Steps
 from pyllamabatch.sampling import SamplingParams
 from pyllamabatch.scheduler import Chunk, Step
 from pyllamabatch.stepper import STEP_DTYPE
-from pyllamabatch.trace import PHASES, StepTrace, Trace, to_chrome
+from pyllamabatch.trace import StepTrace, Trace, to_chrome
 
 PROMPTS = [[1, *range(20, 25 + 3 * i)] for i in range(5)]
 
@@ -58,20 +59,41 @@ def native(first_ns: int, n: int, n_reused: int = 0) -> Trace:
     return steps
 
 
+class Recorder:
+    """A trace, and how many steps it has been told of."""
+
+    def __init__(self, capacity: int, n_seq_max: int) -> None:
+        self.made = StepTrace(capacity, n_seq_max)
+        self.n = 0
+
+    def record(self, step: Step, table: Trace, kv_used: int) -> None:
+        """One call, its steps on a page of their own."""
+        self.made.begin(self.n, step, kv_used)
+        steps = Steps(len(table))
+        self.made.add_steps(steps)
+        steps.table[:], steps.n = table, len(table)
+        self.n += len(table)
+
+    def table(self) -> Trace:
+        return self.made.snapshot()()
+
+
 def test_what_is_kept_of_a_step_and_of_a_run() -> None:
-    made = StepTrace(16, 4)
+    recorder = Recorder(16, 4)
+    made = recorder.made
     made.ids[:] = (7, 0, 9, 8)
     made.idle_ns = 5000
-    made.record(step_of([0, 3], (Chunk(9, 2, 4, 6, True),)), native(1000, 1, 1), 30)
+    recorder.record(step_of([0, 3], (Chunk(9, 2, 4, 6, True),)), native(1000, 1, 1), 30)
     made.idle_ns = 300
-    made.record(step_of([3, 2]), native(2000, 3, 2), 38)
-    trace = made.snapshot()()
+    recorder.record(step_of([3, 2]), native(2000, 3, 2), 38)
+    trace = recorder.table()
     assert trace["rows"].tolist() == [8, 2, 2, 2]
     assert trace["prefill_rows"].tolist() == [6, 0, 0, 0]
     assert trace["decode_rows"].tolist() == [2, 2, 2, 2]
     assert trace["kv_used"].tolist() == [38, 40, 42, 44]
     assert trace["run"].tolist() == [0, 1, 1, 1]
     assert trace["reused"].tolist() == [1, 1, 1, 1]
+    assert trace["code"].tolist() == [0, 0, 0, 0]
     assert trace["ids"].tolist() == [[7, 0, 9, 8], *[[0, 0, 9, 8]] * 3]
     assert trace["chunk"].tolist() == [[0, 0, 6, 0], *[[0] * 4] * 3]
     assert trace["python_ns"].tolist() == [0, 900 - 300, 10, 10]
@@ -80,16 +102,45 @@ def test_what_is_kept_of_a_step_and_of_a_run() -> None:
     assert phases(trace).sum() + trace["python_ns"].sum() + 300 == end - trace["t_start_ns"][0]
 
 
+def test_a_step_that_failed_is_there_and_took_no_cells() -> None:
+    recorder = Recorder(16, 4)
+    steps = native(1000, 3)
+    steps["code"][2], steps["n_results"][2] = -3, 0
+    recorder.record(step_of([0, 1]), steps, 10)
+    recorder.made.idle_ns = 40
+    recorder.made.begin(3, step_of([2]), 7)  # a call that came to nothing: no step of its own
+    recorder.made.idle_ns = 2
+    recorder.record(step_of([2]), native(2000, 1, 3), 7)
+    trace = recorder.table()
+    assert trace["code"].tolist() == [0, 0, -3, 0]
+    assert trace["rows"].tolist() == [2, 2, 2, 1]
+    assert trace["kv_used"].tolist() == [12, 14, 14, 8]
+    assert trace["sampled"].tolist() == [2, 2, 0, 2]
+    assert trace["python_ns"].tolist() == [0, 10, 10, 2000 - 1320 - 42]
+
+
 @pytest.mark.parametrize("sizes", [[1] * 20, [3] * 9, [8, 8], [5, 30], [40], [7, 1, 8, 2]])
 def test_the_ring_keeps_the_last_ones_in_order(sizes: list[int]) -> None:
-    made, n = StepTrace(8, 2), 0
+    recorder = Recorder(8, 2)
     for size in sizes:
-        made.record(step_of([0]), native(1000 + 110 * n, size), n)
-        n += size
-    trace = made.snapshot()()
+        n = recorder.n
+        recorder.record(step_of([0]), native(1000 + 110 * n, size, n), n)
+    trace, n = recorder.table(), recorder.n
     first = max(0, n - 8)
     assert trace["kv_used"].tolist() == list(range(first + 1, n + 1))
     assert (np.diff(trace["t_start_ns"]) == 110).all()
+    assert trace["python_ns"].tolist() == [0 if first == 0 else 10, *[10] * (len(trace) - 1)]
+    assert trace["reused"].tolist() == [0 if first == 0 else 1, *[1] * (len(trace) - 1)]
+
+
+def test_what_is_computed_but_not_delivered_yet_is_not_there_yet() -> None:
+    recorder = Recorder(8, 2)
+    recorder.made.add_steps(Steps(4))
+    assert len(recorder.table()) == 0
+    recorder.record(step_of([0]), native(1000, 6), 0)
+    for first in (6, 9, 12):
+        recorder.made.begin(first, step_of([0, 1]), 6)
+    assert recorder.table()["rows"].tolist() == [1] * 6
 
 
 @pytest.mark.parametrize(
@@ -110,6 +161,8 @@ def test_its_sums_are_the_engines_counters(
     assert len(trace) == stats.steps
     for name in ("rows", "prefill_rows", "decode_rows"):
         assert trace[name].sum() == getattr(stats, name)
+    assert trace["reused"].sum() == stats.graphs_reused > 0
+    assert not trace["code"].any()
     assert trace["sampled"].sum() == stats.tokens
     assert (trace["rows"] == trace["prefill_rows"] + trace["decode_rows"]).all()
     assert (trace["chunk"].sum(axis=1) == trace["prefill_rows"]).all()

@@ -9,8 +9,13 @@ import pytest
 from models_gguf import BOS, CHAT_TEMPLATE, EOS, IM_END, IM_START, N_VOCAB, gguf_path
 
 from pyllamabatch import Model, Vocab
-from pyllamabatch.errors import ArgumentError, ChatTemplateError, TokenizeError
-from pyllamabatch.vocab import chat_templates
+from pyllamabatch.errors import (
+    ArgumentError,
+    ChatTemplateError,
+    PyllamabatchError,
+    TokenizeError,
+)
+from pyllamabatch.vocab import chat_templates, pieces_of
 
 TEXTS = [
     "hello",
@@ -133,3 +138,19 @@ def test_bad_messages(vocab: Vocab) -> None:
     for message in ({"role": "user"}, {"role": "user", "content": "a\0b"}):
         with pytest.raises(ArgumentError, match=r"messages\[0\].content"):
             vocab.apply_chat_template([message])
+
+
+def test_pieces_of_many_tokens_in_one_call(vocab: Vocab) -> None:
+    tokens = list(range(N_VOCAB)) * 3
+    assert pieces_of(vocab.ptr, tokens) == [vocab.token_to_piece(token) for token in tokens]
+    assert pieces_of(vocab.ptr, []) == []
+    for bad in (-1, N_VOCAB):
+        with pytest.raises(PyllamabatchError, match="outside the vocabulary"):
+            pieces_of(vocab.ptr, [5, bad])
+
+
+def test_pieces_that_need_more_room_than_was_guessed() -> None:
+    with Model.default() as model:
+        vocab = model.vocab
+        longest = max(range(vocab.n_tokens), key=lambda token: len(vocab.token_to_piece(token)))
+        assert pieces_of(vocab.ptr, [longest] * 9) == [vocab.token_to_piece(longest)] * 9

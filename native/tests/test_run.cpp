@@ -77,7 +77,7 @@ int32_t step_once(fixture & f, const std::vector<llama_seq_id> & slots) {
 
 plb_run_info run(fixture & f, const std::vector<llama_seq_id> & slots, int32_t n_steps) {
     plb_run_info info = {};
-    const int32_t code = plb_run(f.engine, slots.data(), (int32_t) slots.size(), n_steps, &info);
+    const int32_t code = plb_run(f.engine, slots.data(), (int32_t) slots.size(), 0, n_steps, &info);
     CHECK_EQ(code, info.code);
     return info;
 }
@@ -127,9 +127,9 @@ void refused(fixture & f) {
     start(f, {2, 100});
     plb_run_info info = {};
     const llama_seq_id one = 1;
-    CHECK_EQ(plb_run(nullptr, &one, 1, 1, &info), PLB_E_ARGUMENT);
-    CHECK_EQ(plb_run(f.engine, nullptr, 1, 1, &info), PLB_E_ARGUMENT);
-    CHECK_EQ(plb_run(f.engine, &one, 1, 1, nullptr), PLB_E_ARGUMENT);
+    CHECK_EQ(plb_run(nullptr, &one, 1, 0, 1, &info), PLB_E_ARGUMENT);
+    CHECK_EQ(plb_run(f.engine, nullptr, 1, 0, 1, &info), PLB_E_ARGUMENT);
+    CHECK_EQ(plb_run(f.engine, &one, 1, 0, 1, nullptr), PLB_E_ARGUMENT);
     const plb_sampling s = sampling_of(4, 0);
     CHECK_EQ(plb_slot_set(f.engine, 2, &s, nullptr, 0), PLB_OK);
     CHECK_EQ(plb_slot_clear(f.engine, 3), PLB_OK);
@@ -145,7 +145,9 @@ void refused(fixture & f) {
         CHECK(plb_last_error(f.engine)[0] != 0);
         CHECK(strcmp(plb_code_text(code), "unknown code") != 0);
     };
-    CHECK_EQ(plb_run(f.engine, &one, 0, 1, &info), PLB_E_N_ROWS);
+    CHECK_EQ(plb_run(f.engine, &one, 0, 0, 1, &info), PLB_E_N_ROWS);
+    CHECK_EQ(plb_run(f.engine, &one, 1, 64, 1, &info), PLB_E_N_ROWS);
+    CHECK_EQ(plb_run(f.engine, &one, 1, 1, 2, &info), PLB_E_N_STEPS);
     refuses({1, 1, 1, 1, 1}, 1, PLB_E_N_ROWS, -1);
     refuses({1}, 0, PLB_E_N_STEPS, -1);
     refuses({1}, f.views.n_steps_max + 1, PLB_E_N_STEPS, -1);
@@ -243,7 +245,7 @@ void allocations(fixture & f, float temperature) {
         const long before = n_allocations;
         plb_run_info info = {};
         const llama_seq_id slots[] = {0, 1, 2};
-        CHECK_EQ(plb_run(f.engine, slots, 3, N, &info), PLB_OK);
+        CHECK_EQ(plb_run(f.engine, slots, 3, 0, N, &info), PLB_OK);
         const long of_run = n_allocations - before;
         CHECK_EQ(info.n_steps, N);
         tokens.clear();

@@ -34,6 +34,22 @@ def hold(engine: Any, _pointer: Any) -> None:
     """A destructor whose only work is to have held the engine until now."""
 
 
+class DetachedSlot:
+    """A slot outside of a stepper, to be put under any sequence id: made by `make_slot`, or taken
+    out by `take_slot` (preemption)."""
+
+    __slots__ = ("_slot",)
+
+    def __init__(self, slot: Any) -> None:
+        self._slot = slot
+
+    def tokens(self) -> npt.NDArray[np.int32]:
+        """What it has generated so far, oldest first: int32."""
+        out = ffi.new("llama_token **")
+        n = lib.plb_slot_tokens(self._slot, out)
+        return np.array(ffi.unpack(out[0], n) if n else (), np.int32)
+
+
 PATHS = {lib.PLB_PATH_AUTO: "auto", lib.PLB_PATH_CHAIN: "chain", lib.PLB_PATH_FUSED: "fused"}
 """What `plb_path` values are called in Python."""
 

@@ -70,6 +70,7 @@ class Stop(enum.IntEnum):
     FINISH = 1  # a slot has finished or failed in the last one
     BELL = 2  # `Stepper.ring`
     CODE = 3  # the next one returned `RunResult.code`
+    FULL = 4  # nobody reads the ring (never in a `Stepper`, whose results are read in between)
 
 
 class Rows:

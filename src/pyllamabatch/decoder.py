@@ -1,11 +1,11 @@
 """The decoder thread: the only one that touches the context.
 
 One turn of its loop: take in what other threads have asked for, ask the scheduler for a step, one
-native call, hand out the tokens. While the plan stays the same the call makes several steps of it;
-whoever wants something rings the stepper's bell, and it comes back after the step that it is in.
-Everything that ends a request early (cancel, a failed row, a failed decode, no cells left, a stop
-string) ends it here, between two calls, so that the cache, the ledger and the counters always
-agree.
+native call. While the plan stays the same the call goes on with it, and the delivery thread hands
+out the tokens meanwhile; whoever wants something rings the stepper's bell, and the call comes back
+after the step that it is in. Everything that ends a request early (cancel, a failed row, a failed
+decode, no cells left, a stop string) ends it here, between two calls, so that the cache, the ledger
+and the counters always agree.
 """
 
 from __future__ import annotations
@@ -19,47 +19,46 @@ from typing import Any
 
 import numpy as np
 
+from ._stream_step import Run
+from .delivery import Delivery
 from .errors import EngineClosed, KvCacheFull, PyllamabatchError, SamplingError, decode_error
-from .machine import MemoryLike, Pace, StepperLike
-from .request import Request, logprobs_of
+from .machine import MemoryLike, StepperLike
+from .request import Request
 from .scheduler import Scheduler, Step
+from .seats import Seats
 from .stepper import SAMPLE, Finish
-from .stream import FinishReason, Stream
-from .text import Pieces
+from .stream import Stream
 from .trace import StepTrace
 
 log = logging.getLogger(__name__)
 
-LENGTH = int(Finish.LENGTH)
-
 
 class Decoder:
     """Runs requests on one context. `close` frees the context; it is called at the very end, by
-    the decoder's own thread."""
+    the decoder's own thread, when the delivery thread has ended."""
 
     def __init__(
         self,
         scheduler: Scheduler,
-        stepper: StepperLike,
+        stepper: Any,
         memory: MemoryLike,
-        pieces: Pieces,
         close: Callable[[], None],
         trace: StepTrace | None = None,
     ) -> None:
-        n = scheduler.limits.n_seq_max
         self.scheduler = scheduler
-        self.finished: dict[str, int] = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
         self.n_submitted = 0
+        self.n_reused = 0  # graphs
         self.error: BaseException | None = None  # what ended the thread, if it was not `close`
-        self._stepper = stepper
-        self._memory = memory
-        self._pieces = pieces
-        self._pace = Pace()
-        self._close = close
         self.trace = trace
-        self._open: dict[int, Request] = {}  # by id, from `submit` to the end
-        self._at: list[Request | None] = [None] * n  # by slot
-        self._next_token = np.zeros(n, dtype=np.int32)  # by slot: the token sampled last
+        self.delivery = Delivery(
+            stepper, scheduler.limits.n_seq_max, self._stopped, self._delivery_failed, trace
+        )
+        self.seats = Seats(scheduler, stepper, memory, self.delivery, trace)
+        self._stepper: StepperLike = stepper
+        self._memory = memory
+        self._close = close
+        self._running: tuple[Step, int] | None = None  # the call that goes on, and its first step
+        self._n_taken = 0  # of `n_submitted`
         self._mail: list[Callable[[], None]] = []
         self._closing = False
         self._n_visitors = 0  # threads that prepare a request
@@ -71,6 +70,7 @@ class Decoder:
     # -- from any thread
 
     def start(self) -> None:
+        self.delivery.thread.start()
         self._thread.start()
 
     @contextmanager
@@ -92,13 +92,8 @@ class Decoder:
 
         def take() -> None:
             for request in requests:
-                self._open[request.id] = request
-                self.scheduler.add(
-                    request.id,
-                    len(request.prompt),
-                    request.params.max_tokens,
-                    arrival=request.stream.submitted_at,
-                )
+                self._n_taken += 1
+                self.seats.add(request)
 
         with self._wake:
             if self._closing:
@@ -113,13 +108,14 @@ class Decoder:
 
     def close(self, *, wait: bool, timeout: float | None) -> None:
         """No more requests; those that are open are finished (`wait`, but no longer than
-        `timeout` seconds) or cancelled. Returns when the thread has ended, unless it is its own."""
+        `timeout` seconds) or cancelled. Returns when the threads have ended, unless it is called
+        by one of them."""
         with self._wake:
             self._closing = True
             self._wake.notify()
         if not wait:
             self._post(self._cancel_all)
-        if threading.current_thread() is self._thread:
+        if threading.current_thread() in (self._thread, self.delivery.thread):
             return
         self._thread.join(timeout if wait else None)
         if self._thread.is_alive():
@@ -134,7 +130,15 @@ class Decoder:
     def n_mail(self) -> int:
         """Requests that the thread has not taken in yet. With `state` held."""
         with self._wake:
-            return self.n_submitted - sum(self.finished.values()) - len(self._open)
+            return self.n_submitted - self._n_taken
+
+    def progress(self) -> tuple[int, int]:
+        """Of the call that goes on: steps that are done and in no counter yet, and the rows of
+        each. With `state` held."""
+        if self._running is None:
+            return 0, 0
+        step, first = self._running
+        return max(0, self._stepper.n_published - first), step.n_rows
 
     # -- the loop
 
@@ -146,6 +150,10 @@ class Decoder:
             log.exception("the decoder thread failed; its engine is closed")
             self._fail_all(error)
         finally:
+            self.delivery.close(self._stepper.n_recorded)
+            self._stepper.flush()
+            self.delivery.thread.join()
+            self.delivery.finish_rest(self._cause())
             with self._wake:
                 self._wake.wait_for(lambda: self._n_visitors == 0)
             self._close()
@@ -155,6 +163,8 @@ class Decoder:
         False: closed, and nothing is left to do."""
         if not self._mail and not self.scheduler.idle:
             return True
+        if not self._mail:
+            self._stepper.flush()
         with self._wake:
             if not self._mail and self.scheduler.idle and not self._wait():
                 return False
@@ -163,6 +173,8 @@ class Decoder:
                 mail, self._mail = self._mail, []
             for act in mail:
                 act()
+        if self.error is not None:
+            raise self.error
         return True
 
     def _wait(self) -> bool:
@@ -177,120 +189,84 @@ class Decoder:
         return True
 
     def _turn(self) -> None:
+        stepper = self._stepper
         with self.state:
             step = self.scheduler.plan(perf_counter())
             if step is None:
                 return
-            self._place(step)
-        if step.n_rows == 0:
-            return
+            for id, slot in step.preempted:
+                self.seats.leave(id, slot)
+            for id, slot in step.admitted:
+                self.seats.admit(id, slot)
+            if step.n_rows == 0:
+                return
+            n_more = self._fill(step) if step.chunks else 0
+            first = stepper.n_recorded
+            if self.trace is not None:
+                self.trace.begin(first, step, self.scheduler.ledger.used)
+            self._running = step, first
+        if self.delivery.has_events:
+            stepper.flush()
         try:
-            result = self._compute(step)
+            run = stepper.compute(step.decode, step.repeat, n_more)
         except (PyllamabatchError, MemoryError) as problem:
             error = problem
             with self.state:
+                self._running = None
                 self._fail_step(step, lambda: error)
             return
         with self.state:
-            code = result.code
-            if result.n_steps:
-                if self.trace is not None:
-                    self.trace.record(step, result.steps, self.scheduler.ledger.used)
-                self.scheduler.advance(step, result.n_steps)
-                self._deliver(result)
-            if code == 1:
-                if not result.n_steps:  # else some may have ended: it is planned anew
-                    self._make_room(step)
-            elif code:
-                self._fail_step(step, lambda: decode_error(code))
-
-    def _compute(self, step: Step) -> Any:
-        """The native call: one step, or as many of the same as the scheduler and the pace allow."""
-        stepper, pace = self._stepper, self._pace
-        if step.chunks:
-            return stepper.step(self._fill(step))
-        n_steps = min(step.repeat, pace.n_steps, stepper.n_steps_max)
-        start = perf_counter()
-        result = stepper.run(step.decode, n_steps)
-        pace.took(perf_counter() - start, result.n_steps)
-        return result
-
-    def _place(self, step: Step) -> None:
-        """Move sequences out of and into the slots that the step says."""
-        for id, slot in step.preempted:
-            self._leave(self._open[id], slot)
-        for id, slot in step.admitted:
-            request = self._open[id]
-            self._stepper.put_slot(slot, request.sampler)
-            request.sampler = None
-            self._at[slot] = request
-            if self.trace is not None:
-                self.trace.ids[slot] = id
+            self._running = None
+            self._apply(step, run)
 
     def _fill(self, step: Step) -> int:
-        """Write the rows of a step; how many they are."""
+        """Write the rows of prompts, behind those that the native call makes of `step.decode`; how
+        many they are."""
         rows = self._stepper.rows
-        token, pos, seq, flags = rows.token, rows.pos, rows.seq, rows.flags
-        slots = step.decode
-        n = len(slots)
-        if n:
-            token[:n] = self._next_token[slots]
-            pos[:n] = self.scheduler.positions[slots]
-            seq[:n] = slots
-            flags[:n] = SAMPLE
+        first = end = len(step.decode)
         for chunk in step.chunks:
-            request = self._at[chunk.slot]
+            request = self.seats.at[chunk.slot]
             assert request is not None
-            first, n = n, n + chunk.n
-            end = chunk.start + chunk.n
-            token[first:n] = request.tokens[chunk.start : end]
-            pos[first:n] = np.arange(chunk.start, end)
-            seq[first:n] = chunk.slot
-            flags[first:n] = 0
+            start, end = end, end + chunk.n
+            rows.token[start:end] = request.tokens[chunk.start : chunk.start + chunk.n]
+            rows.pos[start:end] = np.arange(chunk.start, chunk.start + chunk.n)
+            rows.seq[start:end] = chunk.slot
+            rows.flags[start:end] = 0
             if chunk.last:
-                flags[n - 1] = SAMPLE
-            else:
-                self._next_token[chunk.slot] = request.tokens[end]
-        return n
+                rows.flags[end - 1] = SAMPLE
+        return end - first
 
-    def _deliver(self, result: Any) -> None:
-        """Hand out the tokens of the steps that were computed, each request's in one go. Every
-        step sampled the same sequences, and only in the last one some of them finished."""
-        now = perf_counter()
-        n_steps = result.n_steps
-        n = len(result.seq) // n_steps
-        if n == 0:
-            return
-        slots, columns = result.seq[:n], result.token.reshape(n_steps, n)
-        self._next_token[slots] = columns[-1]
-        piece, at = self._pieces.__getitem__, self._at
-        each = zip(slots.tolist(), columns.T.tolist(), result.finish[-n:].tolist(), strict=True)
-        for i, (slot, tokens, finish) in enumerate(each):
-            request = at[slot]
+    def _apply(self, step: Step, run: Run) -> None:
+        """What the call has done, and who has finished in its last step."""
+        self.n_reused += run.n_reused
+        if run.n_steps:
+            if self.scheduler.cost is not None:
+                self._observe(step, run)
+            self.scheduler.advance(step, run.n_steps)
+        for slot, token, finish in run.finished:
+            request = self.seats.at[slot]
             assert request is not None
-            last = tokens.pop() if finish and finish != LENGTH else None
-            if tokens:
-                logprobs = top = None
-                if request.params.logprobs is not None:
-                    logprobs, top = logprobs_of(result, slice(i, n * len(tokens), n))
-                taken = request.stream._push(tokens, [*map(piece, tokens)], now, logprobs, top)
-                if taken is not None:  # what came behind the stop string never was
-                    self.scheduler.counters.tokens -= n_steps - taken
-                    self._end(request, "stop")
-                    continue
-            if last is not None:
-                self._last(request, slot, last, finish)
-            elif finish:
-                self._end(request, "length")
+            if finish == Finish.LENGTH:
+                self.seats.end(request, "length")
+            elif finish == Finish.ERROR:
+                self.scheduler.counters.tokens -= 1
+                error = SamplingError(self._stepper.slot_error(slot))
+                self.seats.end(request, "error", error=error)
+            else:  # an end-of-generation or stop token
+                self.seats.end(request, "stop", stop=token)
+        if run.code == 1:
+            if not run.n_steps:  # else some may have ended: it is planned anew
+                self._make_room(step)
+        elif run.code:
+            self._fail_step(step, lambda: decode_error(run.code))
 
-    def _last(self, request: Request, slot: int, token: int, finish: int) -> None:
-        """A sampled row that gives no token to show."""
-        if finish == Finish.ERROR:
-            self.scheduler.counters.tokens -= 1
-            error = SamplingError(self._stepper.slot_error(slot))
-            self._end(request, "error", error=error)
-        else:  # an end-of-generation or stop token
-            self._end(request, "stop", stop=token)
+    def _observe(self, step: Step, run: Run) -> None:
+        """The steps of one call, on average, to the cost model."""
+        n, n_decode = run.n_steps, len(step.decode)
+        kv = self.scheduler.ledger.used + step.n_rows * (n - 1) / 2
+        n_sequences = n_decode + len(step.chunks)
+        prefill = step.n_rows - n_decode
+        self.scheduler.cost.observe(step.n_rows, prefill, kv, n_sequences, run.seconds / n)
 
     # -- when a step fails
 
@@ -301,24 +277,23 @@ class Decoder:
         if shed is None:
             self._fail_step(step, lambda: KvCacheFull(1))
             return
-        id, slot = shed
-        log.warning("llama_decode found no KV cells: request %d is preempted", id)
-        self._leave(self._open[id], slot)
+        log.warning("llama_decode found no KV cells: request %d is preempted", shed[0])
+        self.seats.leave(*shed)
 
     def _fail_step(self, step: Step, error: Callable[[], Exception]) -> None:
         """The sequences of the step fail, each with an error of its own. The others go on from
         what the cache really holds of them."""
         slots = {*step.decode.tolist(), *(chunk.slot for chunk in step.chunks)}
         for slot in slots:
-            request = self._at[slot]
+            request = self.seats.at[slot]
             if request is not None:
-                self._end(request, "error", error=error())
+                self.seats.end(request, "error", error=error())
         scheduler = self.scheduler
         for id in scheduler.running_ids():
             slot = scheduler.slot(id)
             if slot is not None and self._memory.pos_max(slot) != scheduler.computed(slot) - 1:
                 scheduler.preempt(id)
-                self._leave(self._open[id], slot)
+                self.seats.leave(id, slot)
 
     def _fail_all(self, error: BaseException) -> None:
         """The thread is about to end: nobody may be left waiting."""
@@ -330,16 +305,19 @@ class Decoder:
             for act in mail:
                 with suppress(Exception):  # the first error is the one to report
                     act()
-            cause = error if isinstance(error, Exception) else self._closed()
-            for request in list(self._open.values()):
-                self._retire(request, "error", error=cause)
+            for request in list(self.seats.open.values()):
+                self.seats.retire(request, "error", error=self._cause())
+
+    def _cause(self) -> Exception:
+        """What requests end with that the thread leaves behind."""
+        return self.error if isinstance(self.error, Exception) else self._closed()
 
     def _closed(self) -> EngineClosed:
         if self.error is None:
             return EngineClosed("the engine is closed")
         return EngineClosed(f"the engine is closed: its thread ended with {self.error!r}")
 
-    # -- the life of one request
+    # -- what other threads ask for
 
     def _post(self, act: Callable[[], None]) -> None:
         with self._wake:
@@ -348,46 +326,25 @@ class Decoder:
         self._stepper.ring()
 
     def _cancel(self, id: int) -> None:
-        request = self._open.get(id)
+        request = self.seats.open.get(id)
         if request is not None:
-            self._end(request, "cancelled")
+            self.seats.end(request, "cancelled")
 
     def _cancel_all(self) -> None:
-        for request in list(self._open.values()):
-            self._end(request, "cancelled")
+        for request in list(self.seats.open.values()):
+            self.seats.end(request, "cancelled")
 
-    def _leave(self, request: Request, slot: int) -> None:
-        """Preempted: cells and slot are given up, the sampling state is kept, and what was
-        generated is to be computed again behind the prompt."""
-        request.sampler = self._stepper.take_slot(slot)
-        self._memory.seq_rm(slot)
-        self._at[slot] = None
-        generated = np.array(request.stream._tokens, dtype=np.int32)
-        request.tokens = np.concatenate((request.prompt, generated))
+    def _stopped(self, id: int) -> None:
+        """A stop string has been found in a request's text; what was sampled behind it does not
+        count."""
 
-    def _end(
-        self,
-        request: Request,
-        reason: FinishReason,
-        *,
-        stop: int | None = None,
-        error: Exception | None = None,
-    ) -> None:
-        slot = self.scheduler.remove(request.id)
-        if slot is not None:
-            self._stepper.clear_slot(slot)
-            self._memory.seq_rm(slot)
-            self._at[slot] = None
-        self._retire(request, reason, stop=stop, error=error)
+        def end() -> None:
+            request = self.seats.open.get(id)
+            if request is not None:
+                self.seats.end(request, "stop")
 
-    def _retire(
-        self,
-        request: Request,
-        reason: FinishReason,
-        *,
-        stop: int | None = None,
-        error: Exception | None = None,
-    ) -> None:
-        del self._open[request.id]
-        self.finished[reason] += 1
-        request.stream._finish(reason, stop, error)
+        self._post(end)
+
+    def _delivery_failed(self, error: BaseException) -> None:
+        self.error = error
+        self._post(lambda: None)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._limits import max_position
+from ._stream_step import StreamStepper
 from ._structs import integer
 from .context import Context
 from .decoder import Decoder
@@ -23,13 +24,14 @@ from .model import Model
 from .request import Request
 from .sampling import SamplingParams
 from .scheduler import Limits, Policy, Scheduler
-from .stepper import Stepper
 from .stream import Result, Stream
 from .text import Pieces
 from .trace import StepTrace, Trace, trace_dtype
+from .vocab import pieces_of
 
 Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]]
 
+RING_STEPS = 256  # steps that are computed at most before their tokens are read
 N_CTX_AT_LEAST = 16384  # of the default n_ctx, for models that were trained with less
 
 
@@ -40,6 +42,8 @@ class EngineStats:
     `submitted` = `waiting` + `running` + the sum of `finished` (by finish reason). `rows` =
     `decode_rows` + `prefill_rows`; `recomputed_rows`: prefill rows that had been computed before a
     preemption. `tokens`: sampled, those that end a text included. `kv_used` of `kv_total` cells.
+    `graphs_reused`: compute graphs that did not have to be built anew, counted by libllama when a
+    native call returns; steps of one size reuse theirs.
     """
 
     submitted: int
@@ -56,6 +60,7 @@ class EngineStats:
     preemptions: int
     kv_used: int
     kv_total: int
+    graphs_reused: int
 
 
 class Engine:
@@ -78,7 +83,7 @@ class Engine:
     - n_trace: how many of the last steps `trace` remembers; 0 for none.
     - cost: what a step costs on this device, for policies that ask: a `CostModel`, or None; "auto":
       of a stored profile (`pyllamabatch calibrate`), a prior where there is none. The engine's own
-      steps refine it, unless n_trace is 0.
+      steps refine it.
     - context_params: any other parameter of `Context`. kv_unified=False gives every sequence
       n_ctx / n_seq_max cells of its own.
 
@@ -127,8 +132,8 @@ class Engine:
             self.limits = limits_of(context)
             self.cost = cost_of(context) if cost == "auto" else cost
             scheduler = Scheduler(self.limits, policy, cost=self.cost)
-            stepper = Stepper(context, n_logprobs_max=n_logprobs_max)
-            trace = StepTrace(n_trace, n_seq_max, self.cost) if n_trace else None
+            stepper = StreamStepper(context, n_logprobs_max=n_logprobs_max, n_steps_max=RING_STEPS)
+            trace = StepTrace(n_trace, n_seq_max) if n_trace else None
         except BaseException:
             context.close()
             raise
@@ -146,8 +151,8 @@ class Engine:
             stepper.close()
             context.close()
 
-        pieces = Pieces(_piece_of(model))
-        self._decoder = Decoder(scheduler, stepper, context.memory, pieces, close, trace)
+        self._pieces = Pieces(_pieces_of(model))
+        self._decoder = Decoder(scheduler, stepper, context.memory, close, trace)
         # Also when the engine is forgotten, and before the interpreter exits.
         self._finalizer = weakref.finalize(self, self._decoder.close, wait=False, timeout=None)
         self._decoder.start()
@@ -233,9 +238,11 @@ class Engine:
         stream = Stream(
             next(self._ids),
             len(tokens),
+            pieces=self._pieces,
             stops=params.stop,
             logprobs=params.logprobs,
             cancel=self._decoder.cancel,
+            watch=self._decoder.delivery.watch,
             keep=self,
         )
         return Request(tokens, params, stream, sampler)
@@ -245,25 +252,26 @@ class Engine:
     def stats(self) -> EngineStats:
         decoder = self._decoder
         with decoder.state:
-            scheduler = decoder.scheduler
+            scheduler, finished = decoder.scheduler, decoder.delivery.finished.copy()
             counters = scheduler.counters
             waiting = scheduler.n_waiting + decoder.n_mail
-            running = scheduler.n_running
+            n, n_rows = decoder.progress()
             return EngineStats(
-                submitted=waiting + running + sum(decoder.finished.values()),
+                submitted=decoder.n_submitted,
                 waiting=waiting,
-                running=running,
-                finished=decoder.finished.copy(),
-                steps=counters.steps,
-                rows=counters.rows,
-                decode_rows=counters.decode_rows,
+                running=decoder.n_submitted - waiting - sum(finished.values()),
+                finished=finished,
+                steps=counters.steps + n,
+                rows=counters.rows + n * n_rows,
+                decode_rows=counters.decode_rows + n * n_rows,
                 prefill_rows=counters.prefill_rows,
                 recomputed_rows=counters.recomputed_rows,
-                tokens=counters.tokens,
+                tokens=counters.tokens + n * n_rows - decoder.delivery.n_dropped,
                 admissions=counters.admissions,
                 preemptions=counters.preemptions,
-                kv_used=scheduler.ledger.used,
+                kv_used=scheduler.ledger.used + n * n_rows,
                 kv_total=scheduler.limits.n_cells,
+                graphs_reused=decoder.n_reused,
             )
 
     def trace(self) -> Trace:
@@ -319,9 +327,7 @@ def limits_of(context: Context) -> Limits:
     )
 
 
-def _piece_of(model: Model) -> Callable[[int], bytes]:
-    """`Vocab.token_to_piece` for as long as the context lives, also when the model is closed."""
-    if model.vocab.type == "none":
-        return lambda token: b""
-    ptr, piece = model.vocab.ptr, model.vocab._piece
-    return lambda token: piece(ptr, token, False)
+def _pieces_of(model: Model) -> Callable[[list[int]], list[bytes]]:
+    """The bytes of tokens for as long as the context lives, also when the model is closed."""
+    ptr = model.vocab.ptr
+    return lambda tokens: pieces_of(ptr, tokens)

@@ -1,23 +1,25 @@
-"""What the decoder runs on: a stepper and a memory; and how long it lets them run."""
+"""What the decoder and the delivery thread run on: a stepper, its ring and a memory."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
+from ._stream_step import Run
 from .kv import Slots
-
-RUN_SECONDS = 0.02
+from .page import Page
 
 
 class StepperLike(Protocol):
-    """What the decoder needs of a `Stepper`."""
+    """What the decoder needs of a `StreamStepper`."""
 
     @property
     def rows(self) -> Any: ...
     @property
-    def n_steps_max(self) -> int: ...
-    def step(self, n_rows: int) -> Any: ...
-    def run(self, slots: Slots, n_steps: int) -> Any: ...
+    def n_recorded(self) -> int: ...
+    @property
+    def n_published(self) -> int: ...
+    def compute(self, slots: Slots, n_steps: int, n_more: int = 0) -> Run: ...
+    def flush(self) -> None: ...
     def ring(self) -> None: ...
     def clear_slot(self, seq_id: int) -> None: ...
     def take_slot(self, seq_id: int) -> Any: ...
@@ -25,24 +27,20 @@ class StepperLike(Protocol):
     def slot_error(self, seq_id: int) -> str: ...
 
 
+class ReaderLike(Protocol):
+    """What the delivery thread needs of it."""
+
+    @property
+    def n_steps_max(self) -> int: ...
+    @property
+    def n_logprobs_max(self) -> int: ...
+    def wait(self, n_wanted: int, timeout: float) -> int: ...
+    def read(self, until: int, page: Page) -> int: ...
+    def wake(self) -> None: ...
+
+
 class MemoryLike(Protocol):
     """What the decoder needs of a `Memory`."""
 
     def seq_rm(self, seq_id: int, p0: int = -1, p1: int = -1) -> None: ...
     def pos_max(self, seq_id: int) -> int: ...
-
-
-class Pace:
-    """How many steps a run may take. Its tokens reach their readers when it returns, so it should
-    not take much longer than `seconds` at the speed of the run before; where one step takes longer
-    than that, it is one step."""
-
-    def __init__(self, seconds: float = RUN_SECONDS) -> None:
-        self.n_steps = 1
-        self._seconds = seconds
-
-    def took(self, seconds: float, n_steps: int) -> None:
-        """The last run: its time and the steps that it did."""
-        if n_steps:
-            per_step = max(seconds / n_steps, 1e-9)
-            self.n_steps = max(1, int(self._seconds / per_step))

@@ -1,8 +1,6 @@
-"""A request as the decoder knows it, and what it takes from a step's records."""
+"""A request as the decoder knows it."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,15 +27,3 @@ class Request:
         self.params = params
         self.stream = stream
         self.sampler = sampler
-
-
-def logprobs_of(result: Any, records: slice) -> tuple[list[float], list[dict[int, float]]]:
-    """Of one request's records: the log-probability, and those of the most likely tokens."""
-    n_top = result.n_top[records].tolist()
-    tokens = result.top_token[records].tolist()
-    logprobs = result.top_logprob[records].tolist()
-    top = [
-        dict(zip(token[:n], logprob[:n], strict=True))
-        for n, token, logprob in zip(n_top, tokens, logprobs, strict=True)
-    ]
-    return result.logprob[records].tolist(), top

@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from pyllamabatch._native_step import (
     PATHS,
+    DetachedSlot,
     code_text,
     device_sampling_of,
     hold,
@@ -71,6 +72,7 @@ __all__ = [
     "RESULT_DTYPE",
     "SAMPLE",
     "STEP_DTYPE",
+    "DetachedSlot",
     "Finish",
     "Rows",
     "RunResult",
@@ -79,16 +81,6 @@ __all__ = [
     "Stepper",
     "Stop",
 ]
-
-
-class DetachedSlot:
-    """A slot outside of a stepper, to be put under any sequence id: made by `make_slot`, or taken
-    out by `take_slot` (preemption)."""
-
-    __slots__ = ("_slot",)
-
-    def __init__(self, slot: Any) -> None:
-        self._slot = slot
 
 
 class Stepper:
@@ -110,6 +102,8 @@ class Stepper:
     Keeps the context alive. Like the context it serves one thread at a time: a second one gets
     `ContextBusy`. Closing the context first is fine, the stepper then raises `ClosedError`.
     """
+
+    _stream = False  # whether another thread reads the results: `_stream_step.StreamStepper`
 
     def __init__(
         self,
@@ -134,6 +128,7 @@ class Stepper:
         params.n_steps_max = integer("n_steps_max", n_steps_max, 1, 65536)
         params.device_sampling = on_device
         params.sync = bool(sync)
+        params.stream = self._stream
         out = ffi.new("plb_engine **")
         with context.exclusive():
             code = lib.plb_engine_new(context.ptr, params, out)
@@ -175,6 +170,7 @@ class Stepper:
         self.result = StepResult(self._info, *given)
         self.run_result = RunResult(*given)
         self._run: Any = ffi.new("plb_run_info *")
+        self._finished: Any = views.finished
 
     def step(self, n_rows: int) -> StepResult:
         """Decode rows 0 to n_rows - 1 and sample those that ask for it; the reused `result`.
@@ -226,7 +222,7 @@ class Stepper:
         try:
             pointer = ffi.from_buffer("int32_t[]", seqs)
             result = self.run_result
-            result.code = code = lib.plb_run(self._engine, pointer, n_slots, n_steps, info)
+            result.code = code = lib.plb_run(self._engine, pointer, n_slots, 0, n_steps, info)
             result.stop = info.stop
             result.n_steps = info.n_steps
             result.n_results = info.n_results

@@ -1,4 +1,9 @@
-"""Stream: one request's tokens and text as they come; Result: what it was in the end."""
+"""Stream: one request's tokens and text as they come; Result: what it was in the end.
+
+A stream takes its tokens from the page that the delivery thread fills (page.py) when somebody looks
+at it: a reader in its own thread, the delivery thread where a stop string may be in them, when the
+page is full, and at the end.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +12,12 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from .text import TextFeed
+from .text import Pieces, TextFeed
+
+if TYPE_CHECKING:
+    from .page import Page
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +77,11 @@ class Stream:
         id: int,
         n_prompt: int,
         *,
+        pieces: Pieces,
         stops: tuple[str, ...] = (),
         logprobs: int | None = None,
         cancel: Callable[[Stream], None],
+        watch: Callable[[Stream], None],
         keep: object = None,
     ) -> None:
         self.id = id
@@ -81,16 +91,22 @@ class Stream:
         self._lock = threading.Lock()
         self._more = threading.Condition(self._lock)
         self._end = threading.Condition(self._lock)
-        self._n_readers = 0  # threads that wait for more
+        self._page: Page | None = None  # while it has a slot
+        self._slot = -1
+        self._n_taken = 0  # tokens of the page's column
         self._tokens: list[int] = []
-        self._pieces: list[bytes] = []
         self._logprobs: list[float] | None = None if logprobs is None else []
         self._top: list[dict[int, float]] | None = [] if logprobs else None
+        self._pieces_of = pieces.of
+        self._pieces: list[bytes] = []  # of all tokens, at the end
         self._feed = TextFeed(stops)
         self._stops = bool(stops)
+        self._stopped = False  # by a stop string
+        self._n_dropped = 0  # tokens behind it
         self._result: Result | None = None
         self._callbacks: list[Callable[[Stream], Any]] = []
         self._cancel = cancel
+        self._watch = watch
         self._keep = keep  # the engine lives as long as its streams
 
     # -- reading
@@ -125,6 +141,7 @@ class Stream:
     def tokens(self) -> list[int]:
         """The tokens so far."""
         with self._lock:
+            self._take()
             return self._tokens.copy()
 
     @property
@@ -155,8 +172,8 @@ class Stream:
         return True
 
     def add_done_callback(self, callback: Callable[[Stream], Any]) -> None:
-        """`callback(stream)` is called once, when the request has ended: by the engine's thread,
-        so it must be quick, or at once when it has ended already."""
+        """`callback(stream)` is called once, when the request has ended: by the engine's delivery
+        thread, so it must be quick, or at once when it has ended already."""
         with self._lock:
             if self._result is None:
                 self._callbacks.append(callback)
@@ -168,60 +185,70 @@ class Stream:
         state = result.finish_reason if result else "open"
         return f"<Stream {self.id}: {state}, {len(self._tokens)} tokens>"
 
-    # -- the engine's side
+    # -- the delivery thread's side
 
-    def _push(
-        self,
-        tokens: list[int],
-        pieces: list[bytes],
-        now: float,
-        logprobs: list[float] | None = None,
-        top: list[dict[int, float]] | None = None,
-    ) -> int | None:
-        """More tokens, at least one. When one of them completes a stop string, the text ends with
-        it: the number of tokens up to there, which are all that was taken."""
-        taken = None
+    def _begin(self, page: Page, slot: int) -> None:
+        """What comes into this column of the page from now on is this stream's."""
         with self._lock:
-            if self._first_at is None:
-                self._first_at = now
-            if self._stops:
-                feed = self._feed.feed
-                taken = next((i for i, piece in enumerate(pieces, 1) if feed(piece)), None)
-                if taken is not None:
-                    tokens, pieces = tokens[:taken], pieces[:taken]
-            self._tokens += tokens
-            self._pieces += pieces
-            if self._logprobs is not None and logprobs is not None:
-                self._logprobs += logprobs[:taken]
-                if self._top is not None and top is not None:
-                    self._top += top[:taken]
-            if self._n_readers:
-                self._more.notify_all()
-        return taken
+            self._page, self._slot = page, slot
+            self._n_taken = page.shown[slot]
+
+    def _turn_to(self, page: Page | None) -> None:
+        """Take the rest of the page; it goes on at the beginning of the next one, if there is
+        one."""
+        with self._lock:
+            self._take()
+            self._page, self._n_taken = page, 0
+
+    def _has_more(self) -> bool:
+        """Whether there is something that nobody has taken."""
+        page = self._page
+        return page is not None and page.shown[self._slot] > self._n_taken
+
+    def _scan(self) -> bool:
+        """Look for a stop string in what is new; whether there has been one."""
+        with self._lock:
+            self._take()
+            return self._stopped
+
+    def _tell(self) -> None:
+        """Wake who waits for more."""
+        with self._lock:
+            self._more.notify_all()
 
     def _finish(
         self,
         reason: FinishReason,
         stop: str | int | None = None,
         error: Exception | None = None,
+        count: Callable[[FinishReason, int], None] = lambda reason, n_dropped: None,
     ) -> None:
+        """The end, unless a stop string was there first. `count` is told how it ended, and how many
+        tokens (`stop`, the one that ended it, included) were behind a stop string, before anybody
+        can see the result."""
         now = perf_counter()
         with self._lock:
             if self._result is not None:
                 return
-            self._catch_up()
-            self._feed.finish()
+            self._take()
+            self._page = None
+            if self._stopped:
+                self._n_dropped += stop is not None
+                reason, stop, error = "stop", self._feed.stop, None
+            self._pieces = self._pieces_of(self._tokens)  # the vocabulary may be gone later
+            text = self._whole_text()
+            count(reason, self._n_dropped)
             first = self._first_at
             self._result = Result(
                 id=self.id,
-                text=self._feed.text,
+                text=text,
                 tokens=self._tokens.copy(),
                 finish_reason=reason,
                 n_prompt=self.n_prompt,
                 n_generated=len(self._tokens),
                 ttft_s=None if first is None else first - self.submitted_at,
                 e2el_s=now - self.submitted_at,
-                stop=self._feed.stop if stop is None else stop,
+                stop=stop,
                 error=error,
                 logprobs=self._logprobs,
                 top_logprobs=self._top,
@@ -241,21 +268,68 @@ class Stream:
 
     # -- inside, with the lock held
 
+    def _take(self) -> None:
+        """What is new in the page."""
+        page, slot = self._page, self._slot
+        if page is None:
+            return
+        new = slice(self._n_taken, page.shown[slot])
+        if new.start == new.stop:
+            return
+        self._n_taken = new.stop
+        if self._stopped:
+            self._n_dropped += new.stop - new.start
+            return
+        if self._first_at is None:
+            self._first_at = page.steps.end_s(int(page.step[slot, new.start]))
+        self._tokens += page.token[slot, new].tolist()
+        if self._logprobs is not None and page.logprob is not None:
+            self._logprobs += page.logprob[slot, new].tolist()
+            if self._top is not None:
+                self._top += page.top(slot, new)
+        if self._stops:
+            self._look_for_stops()
+
+    def _look_for_stops(self) -> None:
+        parts = self._feed.parts
+        for piece in self._pieces_of(self._tokens[len(parts) :]):
+            if self._feed.feed(piece):
+                self._stopped = True
+                n = len(parts)
+                self._n_dropped = len(self._tokens) - n
+                for values in (self._tokens, self._logprobs, self._top):
+                    if values is not None:
+                        del values[n:]
+                return
+
     def _catch_up(self) -> None:
+        """All text that there is so far."""
+        self._take()
         feed = self._feed
-        for piece in self._pieces[len(feed.parts) :]:
-            feed.feed(piece)
+        n = len(feed.parts)
+        if n < len(self._tokens):
+            for piece in self._pieces[n:] or self._pieces_of(self._tokens[n:]):
+                feed.feed(piece)
+        if self._result is not None:
+            feed.finish()
+
+    def _whole_text(self) -> str:
+        """At the end. Text that nobody has looked at is not cut into tokens now."""
+        if self._feed.parts or self._stops:
+            for piece in self._pieces[len(self._feed.parts) :]:
+                self._feed.feed(piece)
+            self._feed.finish()
+            return self._feed.text
+        return b"".join(self._pieces).decode("utf-8", "replace")
 
     def _wait_for_more(self, index: int) -> None:
-        self._n_readers += 1
-        try:
-            while True:
-                self._catch_up()
-                if self._feed.n_decided > index or self._result is not None:
-                    return
+        while True:
+            self._catch_up()
+            if self._feed.n_decided > index or self._result is not None:
+                return
+            self._watch(self)
+            if not self._has_more():  # looked at again: `_watch` was too late for what came before
                 self._more.wait()
-        finally:
-            self._n_readers -= 1
 
     def _token(self, i: int) -> Token:
         return Token(

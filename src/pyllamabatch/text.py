@@ -7,15 +7,19 @@ from collections.abc import Callable, Sequence
 
 
 class Pieces(dict[int, bytes]):
-    """The bytes of each token, looked up once per engine."""
+    """The bytes of each token, looked up once per engine: `fetch` gives those of several."""
 
-    def __init__(self, piece: Callable[[int], bytes]) -> None:
+    def __init__(self, fetch: Callable[[list[int]], list[bytes]]) -> None:
         super().__init__()
-        self._piece = piece
+        self._fetch = fetch
 
-    def __missing__(self, token: int) -> bytes:
-        piece = self[token] = self._piece(token)
-        return piece
+    def of(self, tokens: list[int]) -> list[bytes]:
+        """Those of each of these tokens; what is not known yet is fetched in one go."""
+        new = set(tokens).difference(self)
+        if new:
+            missing = list(new)
+            self.update(zip(missing, self._fetch(missing), strict=True))
+        return [*map(self.__getitem__, tokens)]
 
 
 class TextFeed:

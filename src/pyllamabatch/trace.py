@@ -8,6 +8,7 @@ to_chrome(trace, "steps.json")       # open it in https://ui.perfetto.dev or chr
 from __future__ import annotations
 
 import json
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from os import PathLike
@@ -16,25 +17,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ._step import STEP_DTYPE
-from .device.cost import CostModel
 from .kv import Slots
+from .page import PHASES, TIMES, Steps
 from .scheduler import Chunk, Step
 
 Trace = npt.NDArray[np.void]
-
-PHASES = ("build", "decode", "sync", "sample")
-_TIMES = tuple(f"{phase}_ns" for phase in PHASES)
 
 
 def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
     """One step. Times in ns.
 
     - t_start_ns: when it began, on a steady clock whose zero means nothing.
+    - code: 0, or why it was not computed: then its rows are in no counter, and only its times and
+      the rows that it would have had are here.
     - build_ns, decode_ns, sync_ns, sample_ns: checks and batch; llama_decode; waiting for the
       device; sampling.
     - python_ns: from the end of the step before to the beginning of this one, without the time in
-      which there was nothing to do; next to nothing within a run.
+      which there was nothing to do: what the device waits for. Next to nothing within a run.
     - rows = prefill_rows + decode_rows; sampled: rows that gave a token (or a failure).
     - kv_used: cells that are held after the step. reused: graphs that it reused.
     - run: a number that steps of the same native call share.
@@ -44,7 +43,7 @@ def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
     return np.dtype(
         [
             ("t_start_ns", np.int64),
-            *((name, np.int64) for name in _TIMES),
+            *((name, np.int64) for name in TIMES),
             ("python_ns", np.int64),
             ("run", np.int64),
             ("kv_used", np.int64),
@@ -53,6 +52,7 @@ def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
             ("decode_rows", np.int32),
             ("sampled", np.int32),
             ("reused", np.int32),
+            ("code", np.int32),
             ("ids", np.int64, (n_seq_max,)),
             ("chunk", np.int32, (n_seq_max,)),
         ]
@@ -62,7 +62,7 @@ def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
 class _Call(NamedTuple):
     """What the steps of one native call have in common."""
 
-    n: int
+    first: int  # the number of its first step
     n_rows: int
     kv_used: int  # before
     idle_ns: int  # before
@@ -74,99 +74,107 @@ class _Call(NamedTuple):
 class StepTrace:
     """The last `capacity` steps. Recording is cheap, the table is made when it is asked for.
 
-    `ids`: the request in each slot, by slot, kept by whoever places requests. `idle_ns`: since the
-    last step, added to by whoever waits. `cost`: a cost model to refine by what is recorded.
+    The decoder's: `ids`, the request in each slot, by slot, kept by whoever places requests;
+    `idle_ns`, since the last step, added to by whoever waits; `begin`. The delivery thread's:
+    `add_steps`.
     """
 
-    def __init__(self, capacity: int, n_seq_max: int, cost: CostModel | None = None) -> None:
-        self._cost = cost
+    def __init__(self, capacity: int, n_seq_max: int) -> None:
         self.ids = np.zeros(n_seq_max, dtype=np.int64)
         self.idle_ns = 0
         self._capacity = capacity
-        self._ring = np.zeros(capacity + 1, dtype=STEP_DTYPE)  # and the step before them
         self._calls: deque[_Call] = deque()
-        self._n_kept = 0  # steps of `_calls`
-        self._n_calls = 0  # of all time
-        self._n = 0  # steps of all time
+        self._n_dropped_calls = 0
+        self._pages: deque[Steps] = deque()
+        self._n_dropped = 0  # steps of pages that are not kept any more
+        self._lock = threading.Lock()  # guards the two
 
-    def record(self, step: Step, steps: Trace, kv_used: int) -> None:
-        """`steps`: what the native call says of each of its steps (STEP_DTYPE), all of them
-        `step`; `kv_used`: cells that were held before it."""
-        n, decode, calls = len(steps), step.decode, self._calls
+    def begin(self, first: int, step: Step, kv_used: int) -> None:
+        """The steps from number `first` on are `step`; `kv_used`: cells that are held before it."""
+        decode, calls, idle_ns = step.decode, self._calls, self.idle_ns
         # Who decodes is one array until somebody comes or goes (Scheduler): so are their ids.
         same = calls and calls[-1].decode is decode
         ids = calls[-1].ids if same else self.ids[decode]
-        calls.append(_Call(n, step.n_rows, kv_used, self.idle_ns, decode, ids, step.chunks))
+        if calls and calls[-1].first == first:  # it came to nothing
+            idle_ns += calls.pop().idle_ns
+        calls.append(_Call(first, step.n_rows, kv_used, idle_ns, decode, ids, step.chunks))
         self.idle_ns = 0
-        self._n_calls += 1
-        self._n_kept += n
-        while self._n_kept - calls[0].n >= self._capacity:
-            self._n_kept -= calls.popleft().n
-        self._write(steps)
-        if self._cost is not None and n:
-            self._observe(self._cost, step, steps, kv_used)
+        while len(calls) > 1 and calls[1].first <= first - self._capacity:
+            calls.popleft()
+            self._n_dropped_calls += 1
 
-    def _observe(self, cost: CostModel, step: Step, steps: Trace, kv_used: int) -> None:
-        """The steps of one call, on average, to the cost model."""
-        n, last, n_decode = len(steps), steps[-1].item(), len(step.decode)
-        ns = last[0] + sum(last[1 : 1 + len(_TIMES)]) - int(steps["t_start_ns"][0])
-        kv = kv_used + step.n_rows * (n - 1) / 2
-        prefill = step.n_rows - n_decode
-        cost.observe(step.n_rows, prefill, kv, n_decode + len(step.chunks), ns * 1e-9 / n)
-
-    def _write(self, steps: Trace) -> None:
-        size = len(self._ring)
-        self._n += len(steps)
-        steps = steps[-size:]
-        at = (self._n - len(steps)) % size
-        first = min(len(steps), size - at)
-        self._ring[at : at + first] = steps[:first]
-        if first < len(steps):
-            self._ring[: len(steps) - first] = steps[first:]
+    def add_steps(self, steps: Steps) -> None:
+        """A page that is being filled, behind the one before it, which is full."""
+        with self._lock:
+            pages = self._pages
+            pages.append(steps)
+            # the wanted ones and one before them, without the newest page, which is empty yet
+            while sum(page.n for page in pages) - pages[0].n > self._capacity:
+                self._n_dropped += pages.popleft().n
 
     def snapshot(self) -> Callable[[], Trace]:
         """What is kept now; the table (trace_dtype, oldest step first) is made by calling it."""
-        size = len(self._ring)
-        at = self._n % size if self._n > size else 0
-        steps = np.concatenate((self._ring[at : self._n], self._ring[:at]))
-        calls, n, n_calls = list(self._calls), min(self._n, self._capacity), self._n_calls
-        n_kept, n_seq_max = self._n_kept, len(self.ids)
-        return lambda: _table(steps, calls, n, n_kept, n_calls - len(calls), n_seq_max)
+        with self._lock:
+            n_dropped, pages = self._n_dropped, [(page.table, page.n) for page in self._pages]
+        calls, first_call = list(self._calls), self._n_dropped_calls
+        capacity, n_seq_max = self._capacity, len(self.ids)
+
+        def table() -> Trace:
+            steps = np.concatenate([table[:n] for table, n in pages])
+            return _table(steps, n_dropped, calls, first_call, capacity, n_seq_max)
+
+        return table
 
 
 def _table(
-    steps: Trace, calls: list[_Call], n: int, n_kept: int, first_call: int, n_seq_max: int
+    steps: Trace,
+    first_step: int,
+    calls: list[_Call],
+    first_call: int,
+    capacity: int,
+    n_seq_max: int,
 ) -> Trace:
-    """`steps`: the last n and the one before them, if there was one; `calls`: of `n_kept` steps, of
-    which the last n are wanted; `first_call`: the number of the first."""
-    sizes = np.array([call.n for call in calls], dtype=np.int64)
-    ends = np.cumsum(sizes)
+    """`steps`: those from number `first_step` on; `calls`: those from number `first_call` on."""
+    n = min(len(steps), capacity)
+    if calls:
+        n = min(n, max(0, first_step + len(steps) - calls[0].first))
+    table = np.zeros(n, dtype=trace_dtype(n_seq_max))
+    if n == 0:
+        return table
+    number = first_step + len(steps) - n + np.arange(n)
+    all_steps = steps[-n - 1 :]  # one before them, if there is one
+    steps = steps[-n:]
+    firsts = np.array([call.first for call in calls], dtype=np.int64)
+    of = np.searchsorted(firsts, number, side="right") - 1  # the call of each step
 
     def each(values: Iterable[int]) -> npt.NDArray[np.int64]:
-        """A value of every call, for every step of it that is wanted."""
-        return np.repeat(np.fromiter(values, np.int64, len(calls)), sizes)[n_kept - n :]
+        """A value of every call, for every step."""
+        return np.fromiter(values, np.int64, len(calls))[of]
 
-    table = np.zeros(n, dtype=trace_dtype(n_seq_max))
-    before, steps = steps[: len(steps) - n], steps[len(steps) - n :]
-    for name in ("t_start_ns", *_TIMES):
+    for name in ("t_start_ns", *TIMES, "code"):
         table[name] = steps[name]
-    in_call = np.arange(n_kept - n, n_kept) - each(ends - sizes)
+    in_call = number - firsts[of]
     idle = np.where(in_call == 0, each(call.idle_ns for call in calls), 0)
-    all_steps = np.concatenate((before, steps)) if len(before) else steps
-    end = all_steps["t_start_ns"] + np.sum([all_steps[name] for name in _TIMES], axis=0)
+    end = all_steps["t_start_ns"] + np.sum([all_steps[name] for name in TIMES], axis=0)
     gaps = all_steps["t_start_ns"][1:] - end[:-1]
     table["python_ns"][n - len(gaps) :] = np.maximum(gaps - idle[n - len(gaps) :], 0)
-    n_reused = int(before["n_reused"][-1]) if len(before) else 0
-    table["reused"] = np.diff(steps["n_reused"], prepend=n_reused)
+    reused = np.diff(all_steps["n_reused"], prepend=all_steps["n_reused"][:1])
+    if len(all_steps) == n:  # from the very first step on
+        reused[0] = steps["n_reused"][0]
+    table["reused"] = reused[-n:]
     table["sampled"] = steps["n_results"]
     rows = each(call.n_rows for call in calls)
-    table["run"] = each(range(first_call, first_call + len(calls)))
-    table["kv_used"] = each(call.kv_used for call in calls) + rows * (in_call + 1)
+    n_done = in_call + (steps["code"] == 0)
+    table["run"] = first_call + of
+    table["kv_used"] = each(call.kv_used for call in calls) + rows * n_done
     table["rows"] = rows
     table["decode_rows"] = each(len(call.decode) for call in calls)
     table["prefill_rows"] = table["rows"] - table["decode_rows"]
-    for call, end_of_call in zip(calls, (ends - (n_kept - n)).tolist(), strict=True):
-        of_call = slice(max(0, end_of_call - call.n), end_of_call)
+    starts = np.searchsorted(number, firsts).tolist()
+    for call, start, stop in zip(calls, starts, [*starts[1:], n], strict=True):
+        if start == stop:
+            continue
+        of_call = slice(start, stop)
         table["ids"][of_call, call.decode] = call.ids
         for chunk in call.chunks:
             table["ids"][of_call, chunk.slot] = chunk.id
@@ -208,9 +216,9 @@ def _starts(trace: Trace) -> list[int]:
 
 
 def _steps(trace: Trace) -> Iterator[dict[str, Any]]:
-    shown = ("rows", "prefill_rows", "decode_rows", "sampled", "kv_used", "reused", "run")
+    shown = ("rows", "prefill_rows", "decode_rows", "sampled", "kv_used", "reused", "run", "code")
     columns = [trace[name].tolist() for name in shown]
-    phases = [trace[name].tolist() for name in _TIMES]
+    phases = [trace[name].tolist() for name in TIMES]
     gaps = trace["python_ns"].tolist()
     for i, start in enumerate(_starts(trace)):
         times = [phase[i] for phase in phases]
@@ -233,7 +241,7 @@ def _steps(trace: Trace) -> Iterator[dict[str, Any]]:
 
 
 def _sequences(trace: Trace) -> Iterator[dict[str, Any]]:
-    took = np.sum([trace[name] for name in _TIMES], axis=0)
+    took = np.sum([trace[name] for name in TIMES], axis=0)
     where = np.nonzero(trace["ids"])
     columns = (
         trace["ids"][where].tolist(),

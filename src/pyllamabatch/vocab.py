@@ -15,6 +15,7 @@ from pyllamabatch._structs import integer
 from pyllamabatch.errors import (
     ArgumentError,
     ChatTemplateError,
+    PyllamabatchError,
     TokenizeError,
     UnsupportedOperation,
 )
@@ -273,6 +274,22 @@ class Vocab:
             if n >= 0:
                 return bytes(ffi.buffer(buffer, n))
             size = -n
+
+
+def pieces_of(ptr: Any, tokens: Sequence[int]) -> list[bytes]:
+    """The bytes of each token of a `llama_vocab *`, special ones b"", in one native call."""
+    n = len(tokens)
+    ids, offsets = ffi.new("llama_token[]", tokens), ffi.new("int64_t[]", n + 1)
+    size = 16 * n
+    while True:
+        buffer = ffi.new("char[]", size)
+        needed = lib.plb_pieces(ptr, ids, n, buffer, size, offsets)
+        if needed < 0:
+            raise PyllamabatchError(c_text(lib.plb_code_text(needed)))
+        if needed <= size:
+            data = ffi.buffer(buffer, needed)[:]
+            return [data[offsets[i] : offsets[i + 1]] for i in range(n)]
+        size = needed
 
 
 class PieceDecoder:
