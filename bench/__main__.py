@@ -9,7 +9,7 @@ import sys
 from types import FrameType
 from typing import Protocol, cast
 
-from bench import suite
+from bench import suite, summary
 from bench.models import quantised
 from bench.shapes import SHAPES
 from bench.targets import Target
@@ -20,7 +20,8 @@ BENCHES = (
     "sampler",
     "serve",
 )
-"""One module each, `bench/NAME.py`; a new one needs no other entry."""
+"""One module each, `bench/NAME.py`; a new one needs no other entry.  It may have `view(rows)`, the
+Markdown that the report shows of its rows; else that is `summary.plain`."""
 
 
 class Bench(Protocol):
@@ -49,6 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
         bench.add_arguments(commands.add_parser(name, help=about(bench), description=bench.__doc__))
     whole = commands.add_parser("all", help="every bench, one after the other")
     suite.add_arguments(whole)
+    page = commands.add_parser("report", help="Markdown and plots of the result rows")
+    summary.add_arguments(page)
     model_parser = commands.add_parser("model", help="write a random-weight model, print its path")
     model_parser.add_argument("shape", choices=sorted(SHAPES))
     model_parser.add_argument("--type", default="Q4_K_M")
@@ -73,6 +76,8 @@ def run(options: argparse.Namespace) -> int:
         return load(options.command).main(options)
     if options.command == "all":
         return suite.main(options, {name: load(name).QUICK for name in BENCHES})
+    if options.command == "report":
+        return summary.main(options, {name: shown(load(name)) for name in BENCHES})
     if options.command == "model":
         print(quantised(SHAPES[options.shape], options.type))
     elif options.command == "tool":
@@ -88,6 +93,10 @@ def run(options: argparse.Namespace) -> int:
         for shape in SHAPES.values():
             print(f"{shape.name:<14} {shape.n_params / 1e6:6.0f} M  {shape.source}")
     return 0
+
+
+def shown(bench: Bench) -> summary.Shown:
+    return summary.Shown(about(bench), bench.TARGETS, getattr(bench, "view", summary.plain))
 
 
 def about(bench: Bench) -> str:

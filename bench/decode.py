@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -89,12 +89,16 @@ def main(options: argparse.Namespace) -> int:
     print(f"\n{model.name}, {pp} prompt tokens and {tg} timed tokens per sequence, ", end="")
     print(f"{options.threads} threads, KV {options.kv}, medians of {repeats}; ", end="")
     print("decode tokens/s (ratio)\n")
-    print(report.table(rows, BASE))
+    print(view(rows))
     print("\nWhat each time contains:")
     for arm in arms:
         print(f"- {arm.name}: {arm.includes}")
     print(f"\nrows: {out}")
     return int(any(row.error for row in rows))
+
+
+def view(rows: Sequence[schema.Row]) -> str:
+    return report.table(rows, BASE)
 
 
 def all_arms(inside: InProcess) -> list[Arm]:

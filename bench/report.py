@@ -32,12 +32,30 @@ def paired_ratios(rows: Iterable[Row], base: str) -> dict[tuple[str, int], float
     return {key: median(values) for key, values in groups.items()}
 
 
-def spread(rows: Iterable[Row]) -> dict[tuple[str, int], float]:
-    """(largest - smallest) / median of `speed_tg` by (arm, pl)."""
+def ranges(rows: Iterable[Row]) -> dict[tuple[str, int], tuple[float, float]]:
+    """Smallest and largest `speed_tg` by (arm, pl)."""
     groups: dict[tuple[str, int], list[float]] = {}
     for row in rows:
         groups.setdefault((row.arm, row.pl), []).append(row.speed_tg)
-    return {key: (max(v) - min(v)) / median(v) for key, v in groups.items()}
+    return {key: (min(values), max(values)) for key, values in groups.items()}
+
+
+def spread(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
+    """(largest - smallest) / median of `speed_tg` by (arm, pl)."""
+    middle = median_speeds(rows)
+    return {key: (high - low) / middle[key] for key, (low, high) in ranges(rows).items()}
+
+
+def median_of(values: Iterable[float | None]) -> float | None:
+    """Median of those that are there."""
+    there = [value for value in values if value is not None]
+    return median(there) if there else None
+
+
+def failures(rows: Iterable[Row]) -> list[str]:
+    """A line per arm and reason that there is no result."""
+    reasons = dict.fromkeys((row.arm, row.error) for row in rows if row.error)
+    return [f"{arm}: no result: {error}" for arm, error in reasons]
 
 
 def in_words(row: Row) -> str:
@@ -71,11 +89,6 @@ def table(rows: Sequence[Row], base: str, first: str = "B") -> str:
             cells.append(f"{text:>{widths[arm]}}")
         lines.append(f"| {pl} | " + " | ".join(cells) + " |")
     if good:
-        lines += ["", f"Largest spread of an arm, (max - min) / median: {_widest(good):.0%}"]
-    failures = dict.fromkeys((row.arm, row.error) for row in rows if row.error)
-    lines += [f"{arm}: no result: {error}" for arm, error in failures]
-    return "\n".join(lines)
-
-
-def _widest(rows: Iterable[Row]) -> float:
-    return max(spread(rows).values())
+        widest = max(spread(good).values())
+        lines += ["", f"Largest spread of an arm, (max - min) / median: {widest:.0%}"]
+    return "\n".join(lines + failures(rows))

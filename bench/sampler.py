@@ -129,9 +129,8 @@ def main(options: argparse.Namespace) -> int:
         for row in measure(options, names, threads, spread):
             schema.append(out, [row])
             rows.append(row)
-        print(f"\n{options.rows} x {options.vocab} normal logits, spread {spread:g}: ", end="")
-        print(f"medians of {rows[-1].repeat + 1} repeats\n")
-        print(table(rows, options.rows, threads))
+        print(f"\n{options.vocab} logits a row, medians of {rows[-1].repeat + 1} repeats; ", end="")
+        print(view(rows))
     print(f"\nrows: {out}")
     return 0
 
@@ -276,26 +275,30 @@ def make_row(
     )
 
 
-def table(rows: list[schema.Row], n_rows: int, threads: list[int]) -> str:
+def view(rows: Sequence[schema.Row]) -> str:
+    """A table per number of rows and spread of the logits."""
+    kinds = dict.fromkeys((row.pl, row.detail["spread"]) for row in rows)
+    return "\n\n".join(
+        f"{n} row{'s' * (n > 1)} of normal logits, spread {width:g}:\n\n"
+        + table([row for row in rows if (row.pl, row.detail["spread"]) == (n, width)])
+        for n, width in kinds
+    )
+
+
+def table(rows: Sequence[schema.Row]) -> str:
     """Time over one scan for one row, speed-up over one thread for several."""
-    several = n_rows > 1
-    what = "speed-up over 1 thread" if several else "over one scan"
-    lines = [f"| arm | us a call | {what} | at most |", "|---|--:|--:|--:|"]
-    if several:
-        lines[0] = lines[0].replace("at most", "us a row")
+    n_rows = rows[0].pl
+    if n_rows > 1:
+        lines = ["| arm | us a call | speed-up over 1 thread | us a row |", "|---|--:|--:|--:|"]
+    else:
+        lines = ["| arm | us a call | over one scan | at most |", "|---|--:|--:|--:|"]
     for arm in dict.fromkeys(row.arm for row in rows):
         mine = [row for row in rows if row.arm == arm]
         t = median(row.t_tg for row in mine)
-        if several:
-            alone = {
-                row.repeat: row.t_tg
-                for row in rows
-                if row.n_threads == 1
-                and row.sampling == mine[0].sampling
-                and ("chain" in row.arm) == ("chain" in arm)
-            }
-            speedups = [alone[row.repeat] / row.t_tg for row in mine if row.repeat in alone]
-            figure = f"{median(speedups):.2f}" if speedups else "—"
+        if n_rows > 1:
+            alone = arm.rpartition(", ")[0] + ", 1 thread"
+            ratio = report.paired_ratios(rows, alone).get((arm, n_rows))
+            figure = "—" if ratio is None else f"{ratio:.2f}"
             last = f"{t * 1e6 / n_rows:.1f}"
         else:
             figure = f"{median(row.detail['over_scan'] for row in mine):.2f}"

@@ -12,7 +12,7 @@ import importlib.metadata
 import importlib.util
 import sys
 import uuid
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -114,13 +114,17 @@ def main(options: argparse.Namespace) -> int:
     print(f"\n{model.name}, {pp} prompt tokens and {tg} generated per client, ", end="")
     print(f"{options.threads} threads, KV {options.kv}, medians of {repeats}; ", end="")
     print("generated tokens / wall time, 1/s (ratio)\n")
-    print(report.table(rows, BASE, "clients"))
+    print(view(rows))
     print("\nWhat each time contains:")
     for arm in arms:
         print(f"- {arm.name}: {arm.includes}")
     print(f"\nrows: {out}")
     optional = {arm.name for arm in arms if arm.package}
     return int(any(row.error and row.arm not in optional for row in rows))
+
+
+def view(rows: Sequence[schema.Row]) -> str:
+    return report.table(rows, BASE, "clients")
 
 
 def all_arms(inside: InProcess, limit_s: float) -> list[ServeArm]:

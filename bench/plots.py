@@ -1,0 +1,73 @@
+"""Plots of result rows: speed over the number of sequences, a line per arm."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from bench import report
+from bench.schema import Row
+from bench.summary import Setting
+
+STYLE: Any = {  # some of matplotlib's versions type every key
+    "svg.hashsalt": "pyllamabatch",  # the same bytes for the same rows
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def draw_all(groups: Mapping[Setting, Sequence[Row]], folder: Path) -> dict[Setting, str]:
+    """One SVG per setting that has several numbers of sequences; their paths from `folder`'s
+    parent.  Files of earlier plots that are not made again are removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plots: dict[Setting, str] = {}
+    for setting, rows in groups.items():
+        good = [row for row in rows if not row.error]
+        if len({row.pl for row in good}) > 1:
+            plots[setting] = file_name(setting, plots.values())
+            draw(good, folder / plots[setting])
+    for old in folder.glob("*.svg"):
+        if old.name not in plots.values():
+            old.unlink()
+    return {setting: f"{folder.name}/{name}" for setting, name in plots.items()}
+
+
+def file_name(setting: Setting, taken: Collection[str]) -> str:
+    """From the setting; two of the same name are counted."""
+    words = re.sub(
+        r"[^a-z0-9.]+", "-", f"{setting.bench} {setting.model} {setting.short_machine}".lower()
+    )
+    stem = words.strip("-")
+    numbered = (f"{stem}-{i}.svg" for i in itertools.count(2))
+    return next(name for name in itertools.chain([f"{stem}.svg"], numbered) if name not in taken)
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Medians, with the smallest and the largest as bars."""
+    middle, ranges = report.median_speeds(rows), report.ranges(rows)
+    counts = sorted({row.pl for row in rows})
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axes = figure.subplots()
+        for arm in dict.fromkeys(row.arm for row in rows):
+            points = [pl for pl in counts if (arm, pl) in middle]
+            speeds = [middle[arm, pl] for pl in points]
+            below = [middle[arm, pl] - ranges[arm, pl][0] for pl in points]
+            above = [ranges[arm, pl][1] - middle[arm, pl] for pl in points]
+            axes.errorbar(points, speeds, (below, above), marker="o", ms=4, capsize=2, label=arm)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("sequences")
+        axes.set_ylabel("tokens/s")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+        figure.savefig(path, format="svg", metadata={"Date": None})
