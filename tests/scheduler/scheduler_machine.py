@@ -114,8 +114,12 @@ class Machine:
         step = self._plan()
         if step is not None:
             self.place(step)
-            self.compute(step)
+            self.compute_parts(step)
         return step
+
+    def compute_parts(self, step: Step) -> None:
+        for part in (step,) if self.limits.unified else step.parts():
+            self.compute(part)
 
     def step_many(self, most: int) -> tuple[Step, int] | None:
         """As `step`, as often as the plan stands for (at most `most` times), until somebody ends:
@@ -125,7 +129,7 @@ class Machine:
             return None
         self.place(step)
         if step.repeat == 1:
-            self.compute(step)
+            self.compute_parts(step)
             return step, 1
         ids = [self.owner[slot] for slot in step.decode.tolist()]
         n = 0

@@ -157,5 +157,5 @@ class Placement:
 
     def _decode_slots(self) -> Slots:
         if self._slots is None:
-            self._slots = slots_of(self._running.decoding)
+            self._slots = slots_of(sorted(self._running.decoding.values()))
         return self._slots

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,7 +96,7 @@ class Running(EntryLine[Entry]):
     def slots(self) -> Slots:
         """Of each in turn."""
         if self._slots is None:
-            self._slots = slots_of(self._slot_of)
+            self._slots = slots_of(self._slot_of.values())
         return self._slots
 
     def column(self, name: str) -> Column:
@@ -116,9 +117,9 @@ class Running(EntryLine[Entry]):
         return super().column(name)
 
 
-def slots_of(places: dict[int, int]) -> Slots:
-    """The values as an array, read-only."""
-    slots = np.fromiter(places.values(), dtype=np.int32, count=len(places))
+def slots_of(places: Collection[int]) -> Slots:
+    """As an array, read-only."""
+    slots = np.fromiter(places, dtype=np.int32, count=len(places))
     slots.flags.writeable = False
     return slots
 

@@ -180,7 +180,7 @@ class Scheduler(HandDriven):
             decode = self._decode_slots()
         else:
             slots = ((id, slot) for id, slot in running.decoding.items() if slot not in asked)
-            decode = np.array([slot for id, slot in slots if id in tokens], dtype=np.int32)
+            decode = np.array(sorted(slot for id, slot in slots if id in tokens), dtype=np.int32)
         repeat = plan.repeat
         if repeat > 1 and asked:
             repeat = 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..kv import Slots
 
@@ -23,10 +23,10 @@ class Chunk:
 @dataclass(frozen=True, slots=True)
 class Step:
     """A checked plan in terms of slots. `decode`: slots that compute the token sampled last and
-    sample (int32, read-only); `chunks`: all other rows, those of hand-driven sequences included.
-    `preempted`, `admitted`: (id, slot). `repeat`: how many times it may be computed before the
-    policy is asked again, as long as no sequence comes or goes; more than 1 only for pure
-    decoding."""
+    sample (int32, ascending, read-only); `chunks`: all other rows, those of hand-driven sequences
+    included. `preempted`, `admitted`: (id, slot). `repeat`: how many times it may be computed
+    before the policy is asked again, as long as no sequence comes or goes; more than 1 only for
+    pure decoding."""
 
     decode: Slots
     chunks: tuple[Chunk, ...]
@@ -35,6 +35,46 @@ class Step:
     n_rows: int
     reasons: Mapping[int, str]
     repeat: int = 1
+
+    def parts(self) -> tuple[Step, ...]:
+        """The native calls that this step is best computed in where every sequence has a stream of
+        cells of its own, one after another; each is a step that can be advanced by itself.
+
+        libllama makes ubatches there of sequences with ascending ids and the same number of rows.
+        So rows of a prompt share none with those that decode, and of two prompts only pieces of the
+        same length from neighbouring slots go together; in one call, a mixture is cut into more and
+        smaller ubatches, and outputs that come out of order are sorted by moving whole rows of
+        logits (NVIDIA H200, 62 sequences: 7.6 ms a step in order, 172 ms in reverse)."""
+        groups: list[list[Chunk]] = []
+        for chunk in sorted(self.chunks, key=_slot):
+            last = groups[-1][-1] if groups else None
+            if last is not None and (last.n, last.slot + 1) == (chunk.n, chunk.slot):
+                groups[-1].append(chunk)
+            else:
+                groups.append([chunk])
+        single = [chunk for group in groups for chunk in group if chunk.n == 1]
+        groups = [group for group in groups if group[0].n > 1]
+        if single or len(self.decode):
+            groups.insert(0, single)
+        if len(groups) == 1:
+            return (replace(self, chunks=tuple(groups[0])),)
+        parts = []
+        for i, group in enumerate(groups):
+            first = i == 0
+            part = replace(
+                self,
+                decode=self.decode if first and group is single else self.decode[:0],
+                chunks=tuple(group),
+                preempted=self.preempted if first else (),
+                admitted=self.admitted if first else (),
+            )
+            n_rows = len(part.decode) + sum(chunk.n for chunk in group)
+            parts.append(replace(part, n_rows=n_rows))
+        return tuple(parts)
+
+
+def _slot(chunk: Chunk) -> int:
+    return chunk.slot
 
 
 @dataclass(slots=True)

@@ -133,7 +133,9 @@ class WholeBatch:
 @dataclass(frozen=True, slots=True)
 class TokenBudget:
     """Rows of a step: `n_batch` while nobody decodes; else `mixed`, or by default as many whole
-    ubatches as leave room for a prompt beside the decoding rows (one, normally)."""
+    ubatches as leave room for a prompt beside the decoding rows (one, normally). Where every
+    sequence has a stream of cells of its own, rows of a prompt and decoding rows never share a
+    ubatch (`Step.parts`): there it is an ubatch beside them."""
 
     mixed: int | None = None
 
@@ -148,6 +150,8 @@ class TokenBudget:
         if self.mixed is not None:
             return max(self.mixed, n_decoding)
         n_ubatch = view.limits.n_ubatch
+        if not view.limits.unified:
+            return n_decoding + n_ubatch
         return n_ubatch * (n_decoding // n_ubatch + 1)
 
 

@@ -1,0 +1,60 @@
+"""Step.parts: the native calls of a step where every sequence has a stream of cells of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyllamabatch.scheduler import Chunk, Step
+
+
+def step(decode: list[int], chunks: dict[int, int]) -> Step:
+    rows = tuple(Chunk(100 + slot, slot, 0, n, True) for slot, n in chunks.items())
+    n_rows = len(decode) + sum(chunks.values())
+    return Step(np.array(decode, np.int32), rows, ((1, 2),), ((3, 4),), n_rows, {7: "why"})
+
+
+def shape(whole: Step) -> list[tuple[list[int], dict[int, int]]]:
+    return [(p.decode.tolist(), {c.slot: c.n for c in p.chunks}) for p in whole.parts()]
+
+
+def test_pure_steps_are_one_call() -> None:
+    assert shape(step([0, 1, 5], {})) == [([0, 1, 5], {})]
+    assert shape(step([], {3: 1})) == [([], {3: 1})]
+    assert shape(step([], {4: 50})) == [([], {4: 50})]
+
+
+def test_prompts_go_apart_from_those_that_decode() -> None:
+    assert shape(step([0, 1], {2: 20})) == [([0, 1], {}), ([], {2: 20})]
+    assert shape(step([0, 2], {5: 1, 1: 1})) == [([0, 2], {1: 1, 5: 1})]
+
+
+def test_prompts_go_together_where_libllama_can_compute_them_together() -> None:
+    assert shape(step([], {4: 20, 3: 20, 2: 20})) == [([], {2: 20, 3: 20, 4: 20})]
+    assert shape(step([], {2: 20, 3: 21})) == [([], {2: 20}), ([], {3: 21})]
+    assert shape(step([0], {2: 20, 4: 20})) == [([0], {}), ([], {2: 20}), ([], {4: 20})]
+
+
+@given(
+    st.lists(st.integers(0, 9), unique=True).map(sorted),
+    st.dictionaries(st.integers(10, 19), st.integers(1, 3), min_size=1),
+)
+def test_every_row_is_in_one_part_and_in_order(decode: list[int], chunks: dict[int, int]) -> None:
+    whole = step(decode, chunks)
+    parts = whole.parts()
+    assert [s for p in parts for s in p.decode.tolist()] == decode
+    assert {c.slot: c for p in parts for c in p.chunks} == {c.slot: c for c in whole.chunks}
+    assert sum(len(p.chunks) for p in parts) == len(chunks)
+    for i, part in enumerate(parts):
+        assert part.n_rows == len(part.decode) + sum(c.n for c in part.chunks) > 0
+        assert (part.preempted, part.admitted) == (
+            (whole.preempted, whole.admitted) if i == 0 else ((), ())
+        )
+        slots = [c.slot for c in part.chunks]
+        assert slots == sorted(slots)
+        lengths = {c.n for c in part.chunks}
+        assert len(lengths) <= 1
+        if lengths and lengths != {1}:
+            assert not len(part.decode)
+            assert slots == list(range(slots[0], slots[0] + len(slots)))
