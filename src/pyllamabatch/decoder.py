@@ -198,6 +198,7 @@ class Decoder:
                 self.seats.leave(id, slot)
             for id, slot in step.admitted:
                 self.seats.admit(id, slot)
+            self.scheduler.take_moves()  # nothing is shared: the seats remove it all
             if step.n_rows == 0:
                 return
             n_more = self._fill(step) if step.chunks else 0

@@ -40,17 +40,14 @@ class Rig:
         self.n_slots = N_RUN + self.sharing.n_kept
         self.ledger = KvLedger(N_CELLS, self.n_slots, unified=self.unified)
         self.cache = PrefixCache(self.ledger, self.sharing, keep=self.keep)
-        self.free = list(range(self.n_slots))
 
     def start(self, tokens: Tokens, space: object = "") -> tuple[int, Hit]:
         hit = self.cache.find(tokens, space)
         if hit.cells > self.ledger.free:
             hit = NO_HIT
-        taken = self.free.pop(0) if self.free else None
-        slot = self.cache.start(1, taken, hit)
-        if taken is not None and slot != taken:
-            self.free.insert(0, taken)
+        slot = self.cache.start(1, hit)
         self.cache.lives(slot, tokens, space, hit.n)
+        assert slot not in self.live
         self.live[slot] = tokens
         self.check()
         assert self.ledger.held(slot) == hit.n
@@ -65,16 +62,12 @@ class Rig:
         self.carry_out()
         self.ledger.take(slot, n)
         self.cells.setdefault(slot, []).extend((int(t), object()) for t in tokens[at : at + n])
-        if self.cache.wants_checkpoint(slot):
-            target = self.free.pop(0) if self.free else self.cache.free_slot()
-            self.carry_out()
-            self.cache.checkpoint(slot, target, tokens)
+        self.cache.make_checkpoints()
         self.check()
 
     def end(self, slot: int, known: bool = True) -> None:
         tokens = self.live.pop(slot)
-        if not self.cache.leaves(slot, tokens if known else None):
-            self.free.append(slot)
+        self.cache.leaves(slot, tokens if known else None)
         self.check()
 
     def carry_out(self) -> None:
@@ -83,8 +76,6 @@ class Rig:
             held = cells.get(move.slot, [])
             if move.kind == "remove":
                 cells.pop(move.slot, None)
-                if move.slot not in self.free and move.slot not in self.live:
-                    self.free.append(move.slot)
             elif move.kind == "trim":
                 assert sharing.trim
                 assert 0 < move.n < len(held)
@@ -103,7 +94,6 @@ class Rig:
 
     def check(self) -> None:
         self.carry_out()
-        self.free = [s for s in self.free if s not in self.live and not self.ledger.is_kept(s)]
         for slot in range(self.n_slots):
             held = self.cells.get(slot, [])
             assert len(held) == self.ledger.held(slot)
@@ -112,7 +102,7 @@ class Rig:
         assert self.ledger.used == len({cell for held in self.cells.values() for _, cell in held})
         kept = [slot for slot in range(self.n_slots) if self.ledger.is_kept(slot)]
         assert len(kept) == self.cache.n_kept
-        assert sorted([*kept, *self.live, *self.free]) == list(range(self.n_slots))
+        assert sorted([*kept, *self.live, *self.cache._free]) == list(range(self.n_slots))
 
 
 def test_what_ended_is_found_again() -> None:
@@ -144,18 +134,18 @@ def test_somebody_who_is_still_computing_is_worth_waiting_for() -> None:
     slot, _ = rig.start(tokens)
     rig.advance(slot, 10)
     other = np.concatenate((tokens[:80], text(1, 10)))
-    assert rig.cache.pending(other, "", NO_HIT) == Hit(slot, 80)
-    assert rig.cache.pending(other, "b", NO_HIT) == NO_HIT
+    assert rig.cache.pending(other, "", 0) == Hit(slot, 80)
+    assert rig.cache.pending(other, "b", 0) == NO_HIT
     rig.advance(slot, 70)
     hit = rig.cache.find(other, "")
-    assert (hit, rig.cache.pending(other, "", hit)) == (Hit(slot, 80, 0), NO_HIT)
+    assert (hit, rig.cache.pending(other, "", hit.n)) == (Hit(slot, 80, 0), NO_HIT)
 
 
 def test_a_state_is_kept_where_somebody_waits_for_it() -> None:
     rig, tokens = Rig(STATES), text(0, 100)
     slot, _ = rig.start(tokens)
     other = np.concatenate((tokens[:50], text(1, 10)))
-    assert rig.cache.pending(other, "", NO_HIT) == Hit(slot, 50)
+    assert rig.cache.pending(other, "", 0) == Hit(slot, 50)
     rig.advance(slot, 80)
     assert rig.ledger.held(slot) == 50
     hit = rig.cache.find(other, "")
@@ -252,14 +242,14 @@ def test_no_slot_is_left_when_all_are_live() -> None:
     for i in range(N_RUN):
         rig.start(text(i, 20))
     with pytest.raises(ValueError, match="every slot is live"):
-        rig.cache.free_slot()
+        rig.cache.start(1)
 
 
 def test_moves_say_what_to_do() -> None:
     rig, tokens = Rig(UNIFIED), text(0, 60)
     slot, _ = rig.start(tokens)
     rig.advance(slot, 60)
-    rig.cache.start(7, 1, Hit(slot, 20))
+    assert rig.cache.start(7, Hit(slot, 20)) == 1
     assert rig.cache.moves == [Move("copy", 1, slot, 20, False, 7)]
 
 
@@ -286,7 +276,7 @@ def test_any_mix_keeps_memory_and_ledger_together(
         if name == "start" and len(live) < N_RUN:
             tokens = np.concatenate((text(seed % 2, a), text(seed + 5, b)))
             if rig.unified or len(tokens) <= rig.ledger.n_cells_seq:
-                pending = rig.cache.pending(tokens, "", rig.cache.find(tokens, ""))
+                pending = rig.cache.pending(tokens, "", rig.cache.find(tokens, "").n)
                 assert pending.n < len(tokens)
                 rig.start(tokens)
         elif name == "advance" and live:

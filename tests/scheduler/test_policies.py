@@ -40,7 +40,7 @@ class Arrival(NamedTuple):
     end: int
     after: int  # steps after the one before it
     facts: dict[str, Any]
-    prefix_hit: int
+    alike: int  # tokens that it begins with as the others do
     cancelled: bool
 
 
@@ -77,8 +77,15 @@ def arrive(machine: Machine, arrival: Arrival) -> int:
     id = len(machine.prompts)
     n_prompt = min(arrival.n_prompt, machine.limits.n_cells_seq)
     max_tokens = min(arrival.max_tokens, machine.limits.n_cells_seq - n_prompt + 1)
-    machine.add(id, n_prompt, max_tokens, arrival.end, arrival=machine.now, **arrival.facts)
-    machine.scheduler.set_prefix_hit(id, min(arrival.prefix_hit, n_prompt - 1))
+    machine.add(
+        id,
+        n_prompt,
+        max_tokens,
+        arrival.end,
+        arrival=machine.now,
+        alike=arrival.alike,
+        **arrival.facts,
+    )
     return id
 
 

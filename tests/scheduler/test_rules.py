@@ -109,7 +109,7 @@ def test_rows_and_cells() -> None:
     assert step is not None
     made.advance(step)
     policy.next = Plan({1: 1, 2: 4, 3: 1})
-    with pytest.raises(PlanError, match="6 rows, 5 cells free and 0 given up") as error:
+    with pytest.raises(PlanError, match="6 rows, 0 to start from, 5 free and 0 given up") as error:
         made.plan(0.0)
     assert error.value.rule == "cells"
     policy.next = Plan({1: 1, 3: 10}, preempt=(2,))

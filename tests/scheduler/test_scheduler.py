@@ -89,7 +89,7 @@ def test_several_steps_at_once_are_the_steps_that_would_have_been_planned(
             assert (same.admitted, same.preempted) == (step.admitted, step.preempted)
             assert same.repeat == step.repeat - i
         assert one.scheduler.counters == many.scheduler.counters
-        assert one.cells == many.cells
+        assert one.held == many.held
     assert one.step() is None
     assert one.done == many.done
 

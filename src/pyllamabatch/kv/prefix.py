@@ -8,8 +8,9 @@ with, the kept ones (their sequence has ended, or was preempted) by all that the
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,9 +55,10 @@ class Move:
     """A change of the memory. remove: all of `slot`. trim: all of `slot` but its first `n`
     positions. copy: the first `n` positions of `source` (all that it holds, if `whole`) to the
     empty `slot`. save: the state of `slot` to the host, for sequence `id`. load: the saved state of
-    `id` to the empty `slot`. `id`: the sequence that starts from this, 0 when none does."""
+    `id` to the empty `slot`, which uses it up. discard: the saved state of `id`. `id`: the sequence
+    that starts from this, 0 when none does."""
 
-    kind: Literal["remove", "trim", "copy", "save", "load"]
+    kind: Literal["remove", "trim", "copy", "save", "load", "discard"]
     slot: int
     source: int = -1
     n: int = 0
@@ -77,21 +79,31 @@ class Hit:
 NO_HIT = Hit()
 
 
+Key = tuple[Hashable, bytes]
+
+
+def key_of(tokens: Tokens, space: Hashable) -> Key:
+    """Sequences of different keys can't start from each other."""
+    return space, tokens[:MIN_HIT].tobytes()
+
+
 class PrefixCache:
-    """`ledger`: of the same slots. `keep`: whether what a sequence leaves behind is kept; if not,
+    """Owns the slots of `ledger`. `keep`: whether what a sequence leaves behind is kept; if not,
     live sequences of one space still start from each other.
 
-    A *space* divides sequences that must not share: other adapters, other tenants. `version` moves
-    whenever a hit may have become another one."""
+    A *space* divides sequences that must not share: other adapters, other tenants. `changed`: keys
+    of sequences whose hit may have become another one, until somebody clears it. `moves`: what is
+    to be done in the memory, in this order, before the next step; whoever does it clears it."""
 
     def __init__(self, ledger: KvLedger, sharing: Sharing, *, keep: bool = True) -> None:
         self.sharing = sharing
-        self.version = 0
+        self.keep = keep and sharing.any
         self.moves: list[Move] = []
+        self.changed: set[Key] = set()
         self._ledger = ledger
-        self._keep = keep and sharing.any
+        self._free = list(range(ledger.n_seq_max))  # empty slots, a heap
         self._trees: dict[Hashable, PrefixTree] = {}
-        self._space: dict[int, Hashable] = {}  # by slot
+        self._known: dict[int, tuple[Key, Tokens]] = {}  # by slot
         self._kept: OrderedDict[int, None] = OrderedDict()  # slots, the least recently used first
         self._stops: dict[int, set[int]] = {}  # by live slot: where a checkpoint is wanted
 
@@ -105,12 +117,11 @@ class PrefixCache:
         """The longest usable beginning of `tokens`; the last token is left to compute."""
         best, best_kept = NO_HIT, False
         limit = len(tokens) - 1
-        tree = self._trees.get(space)
-        for slot, n in tree.matches(tokens) if tree is not None else ():
+        for slot, n in self._matches(tokens, space):
             n = min(n, limit)
             if n < max(best.n, MIN_HIT):
                 break
-            n, kept = self._usable(slot, n), self._ledger.is_kept(slot)
+            n, kept = self._usable(slot, n), slot in self._kept
             # in a stream of its own what is kept needs no copy
             if n > best.n or (n == best.n and kept and not best_kept and not self._ledger.unified):
                 best, best_kept = Hit(slot, n), kept
@@ -118,28 +129,32 @@ class PrefixCache:
             return NO_HIT
         return Hit(best.slot, best.n, self._cells(best))
 
-    def pending(self, tokens: Tokens, space: Hashable, hit: Hit) -> Hit:
-        """A beginning worth waiting for: a live slot is computing it and is not there yet."""
-        if not self.sharing.copy_part and not self.sharing.copy_whole:
+    def pending(self, tokens: Tokens, space: Hashable, n_sure: int) -> Hit:
+        """A beginning worth waiting for, if `n_sure` tokens can be had at once: a live slot is
+        computing it and is not there yet."""
+        sharing, limit = self.sharing, len(tokens) - 1
+        if not sharing.copy_part and not sharing.copy_whole:
             return NO_HIT
-        limit = len(tokens) - 1
-        tree = self._trees.get(space)
-        for slot, n in tree.matches(tokens) if tree is not None else ():
+        for slot, n in self._matches(tokens, space):
             n = min(n, limit)
-            if n < hit.n + MIN_HIT:
+            if n < n_sure + MIN_HIT:
                 break
-            if self._ledger.is_kept(slot) or self._ledger.held(slot) >= n:
+            if slot in self._kept or self._ledger.held(slot) >= n:
                 continue
-            if self.sharing.copy_part or self.sharing.trim:
-                return Hit(slot, n)
-            if self.sharing.at_checkpoints:
-                self._stops[slot].add(n)
-                return Hit(slot, n)
+            if sharing.at_checkpoints:
+                self._stops.setdefault(slot, set()).add(n)
+            elif not sharing.copy_part and not sharing.trim:
+                continue
+            return Hit(slot, n)
         return NO_HIT
+
+    def _matches(self, tokens: Tokens, space: Hashable) -> Iterator[tuple[int, int]]:
+        tree = self._trees.get(space)
+        return iter(()) if tree is None else tree.matches(tokens)
 
     def _usable(self, slot: int, n: int) -> int:
         """How much of the `n` tokens in common with `slot` a sequence can start from."""
-        sharing, kept = self.sharing, self._ledger.is_kept(slot)
+        sharing, kept = self.sharing, slot in self._kept
         held = self._ledger.held(slot)
         n = min(n, held)
         copies = sharing.copy_whole or sharing.copy_part
@@ -150,14 +165,14 @@ class PrefixCache:
         return n if sharing.copy_part or (sharing.trim and (kept or copies)) else 0
 
     def _cells(self, hit: Hit) -> int:
-        takes_over = self._ledger.is_kept(hit.slot) and not self._copies(hit)
+        takes_over = hit.slot in self._kept and not self._copies(hit)
         if self._ledger.unified or takes_over:
             return self._ledger.not_live(hit.slot, hit.n)
         return hit.n
 
     def _copies(self, hit: Hit) -> bool:
         """Whether a start from `hit` leaves its slot as it is."""
-        if not self._ledger.is_kept(hit.slot):
+        if hit.slot not in self._kept:
             return True
         whole = hit.n == self._ledger.held(hit.slot)
         return self.sharing.n_kept > 0 and (
@@ -166,17 +181,16 @@ class PrefixCache:
 
     # -- sequences come and go
 
-    def start(self, id: int, slot: int | None, hit: Hit) -> int:
-        """Sequence `id` starts from `hit` in the empty `slot` (None: there is none, and what is
-        kept has to make way). Returns its slot."""
-        if hit is NO_HIT:
-            return self.free_slot() if slot is None else slot
-        self.version += 1
+    def start(self, id: int, hit: Hit = NO_HIT) -> int:
+        """A slot for sequence `id`, which holds the first `hit.n` tokens."""
         source, n, ledger = hit.slot, hit.n, self._ledger
-        copies = self._copies(hit)
-        if slot is None and copies:
-            slot = self._make_slot(besides=source)
-        if slot is None or not copies:  # the kept slot itself goes on
+        copies = n > 0 and self._copies(hit)
+        slot = self._take_slot(besides=source) if copies or n == 0 else None
+        if n == 0:
+            if slot is None:
+                raise ValueError("every slot is live")
+            return slot
+        if slot is None:  # the kept slot itself goes on
             self._forget(source)
             ledger.revive(source)
             if n < ledger.held(source):
@@ -195,49 +209,65 @@ class PrefixCache:
         return slot
 
     def lives(self, slot: int, tokens: Tokens, space: Hashable, start: int) -> None:
-        """A sequence that begins with `tokens` runs in `slot` now, from position `start` on."""
+        """A sequence that begins with `tokens` runs in `slot`, from position `start` on; or it
+        goes on with other tokens than it was said to."""
         if not self.sharing.any:
             return
-        self.version += 1
-        stops = self._stops[slot] = set()
-        tree = self._trees.setdefault(space, PrefixTree())
-        if self.sharing.at_checkpoints:  # where it parts from others, the next one may part as well
-            n = min(next(tree.matches(tokens), (0, 0))[1], len(tokens) - 1)
-            if n >= start + MIN_HIT:
-                stops.add(n)
-        tree.insert(slot, tokens)
-        self._space[slot] = space
-
-    def leaves(self, slot: int, tokens: Tokens | None) -> bool:
-        """The sequence in `slot` does not run any more. `tokens`: all that it knew, None when what
-        it holds is worth nothing. True when the slot is kept, False when it is empty now."""
-        space = self._space.get(slot)
         self._forget(slot)
-        ledger = self._ledger
-        held = ledger.held(slot)
-        if tokens is not None and self._keep and min(held, len(tokens)) >= MIN_HIT:
-            n = min(held, len(tokens))
-            if (n == held or self.sharing.trim) and not self._covered(tokens[:n], space):
-                if n < held:
-                    ledger.trim(slot, n)
-                    self.moves.append(Move("trim", slot, n=n))
-                self._drop_covered(tokens[:n], space)
-                self._hold(slot, tokens[:n], space)
-                return True
-        self._remove(slot)
-        return False
+        if self.sharing.at_checkpoints:  # where it parts from others, the next one may part as well
+            n = min(next(self._matches(tokens, space), (0, 0))[1], len(tokens) - 1)
+            if n >= start + MIN_HIT:
+                self._stops.setdefault(slot, set()).add(n)
+        self._learn(slot, tokens, space)
+
+    def leaves(self, slot: int, tokens: Tokens | None) -> None:
+        """The sequence in `slot` does not run any more. `tokens`: all that it knew, None when what
+        it holds is worth nothing."""
+        known = self._known.get(slot)
+        held = self._ledger.held(slot)
+        n = 0 if tokens is None or known is None or not self.keep else min(held, len(tokens))
+        self._forget(slot)
+        if n < MIN_HIT or (n < held and not self.sharing.trim):
+            self._empty(slot)
+            return
+        assert tokens is not None
+        assert known is not None
+        tokens, space = tokens[:n], known[0][0]
+        if self._covered(tokens, space):
+            self._empty(slot)
+            return
+        if n < held:
+            self._ledger.trim(slot, n)
+            self.moves.append(Move("trim", slot, n=n))
+        self._drop_covered(tokens, space)
+        self._hold(slot, tokens, space)
 
     def _hold(self, slot: int, tokens: Tokens, space: Hashable) -> None:
         self._ledger.keep(slot)
-        self._trees.setdefault(space, PrefixTree()).insert(slot, tokens)
-        self._space[slot] = space
+        self._learn(slot, tokens, space)
         self._kept[slot] = None
-        self.version += 1
+
+    def _learn(self, slot: int, tokens: Tokens, space: Hashable) -> None:
+        self._trees.setdefault(space, PrefixTree()).insert(slot, tokens)
+        key = key_of(tokens, space)
+        self._known[slot] = key, tokens
+        self.changed.add(key)
+
+    def _forget(self, slot: int) -> None:
+        """What `slot` holds is not to be found any more."""
+        self._kept.pop(slot, None)
+        self._stops.pop(slot, None)
+        if slot in self._known:
+            key, _ = self._known.pop(slot)
+            self.changed.add(key)
+            tree = self._trees[key[0]]
+            tree.remove(slot)
+            if not len(tree):
+                del self._trees[key[0]]
 
     def _covered(self, tokens: Tokens, space: Hashable) -> bool:
         """Another kept slot can do all that one of `tokens` could."""
-        tree = self._trees.get(space)
-        for slot, n in tree.matches(tokens) if tree is not None else ():
+        for slot, n in self._matches(tokens, space):
             if n < len(tokens):
                 return False
             if slot in self._kept and self._usable(slot, n) == n:
@@ -249,9 +279,7 @@ class PrefixCache:
         """Kept slots that can't do more than one of `tokens` will, where any part of it is good."""
         if not self.sharing.copy_part or self.sharing.window:
             return
-        tree = self._trees.get(space)
-        found = list(tree.matches(tokens)) if tree is not None else []
-        for slot, n in found:
+        for slot, n in list(self._matches(tokens, space)):
             if slot in self._kept and n == self._ledger.held(slot):
                 self.drop(slot)
 
@@ -262,20 +290,23 @@ class PrefixCache:
         stops = self._stops.get(slot, ())
         return min((stop - start for stop in stops if start < stop < start + n), default=n)
 
-    def wants_checkpoint(self, slot: int) -> bool:
-        """Whether `slot` is where a checkpoint was asked for; it is crossed off."""
-        stops = self._stops.get(slot)
-        if not stops or self._ledger.held(slot) not in stops:
-            return False
-        stops.discard(self._ledger.held(slot))
-        return True
-
-    def checkpoint(self, slot: int, target: int, tokens: Tokens) -> None:
-        """Keep a copy of what the live `slot` holds, the beginning of `tokens`, in `target`."""
-        n = self._ledger.held(slot)
-        self._ledger.share(slot, target, n)
-        self.moves.append(Move("copy", target, slot, n, whole=True))
-        self._hold(target, tokens[:n], self._space[slot])
+    def make_checkpoints(self) -> None:
+        """Keep copies of the states that were asked for and are there now. Called before each
+        step."""
+        for slot, stops in list(self._stops.items()):
+            n = self._ledger.held(slot)
+            if n in stops:
+                target = self._take_slot()
+                if target is not None:
+                    (space, _), tokens = self._known[slot]
+                    self._ledger.share(slot, target, n)
+                    self.moves.append(Move("copy", target, slot, n, whole=True))
+                    self._hold(target, tokens[:n], space)
+            left = {stop for stop in stops if stop > n}
+            if left:
+                self._stops[slot] = left
+            else:
+                del self._stops[slot]
 
     # -- making room
 
@@ -294,48 +325,31 @@ class PrefixCache:
             if self.sharing.trim and not self.sharing.window and cut < alone and left >= MIN_HIT:
                 ledger.trim(slot, left)
                 self.moves.append(Move("trim", slot, n=left))
-                self.version += 1
+                self.changed.add(self._known[slot][0])
             else:
                 self.drop(slot)
-
-    def free_slot(self) -> int:
-        """The least recently used kept slot, emptied."""
-        slot = self._make_slot()
-        if slot is None:
-            raise ValueError("every slot is live")
-        return slot
-
-    def _make_slot(self, besides: int = -1) -> int | None:
-        slot = next((slot for slot in self._kept if slot != besides), None)
-        if slot is not None:
-            self.drop(slot)
-        return slot
 
     def drop(self, slot: int) -> None:
         """Empty a kept slot."""
         self._forget(slot)
-        self._remove(slot)
+        self._empty(slot)
 
-    def drop_all(self) -> list[int]:
-        """Empty all kept slots; these are they."""
-        slots = list(self._kept)
-        for slot in slots:
+    def drop_all(self) -> None:
+        """Empty all kept slots."""
+        for slot in list(self._kept):
             self.drop(slot)
-        return slots
 
-    def _remove(self, slot: int) -> None:
-        self.version += 1
+    def _empty(self, slot: int) -> None:
         self._ledger.release(slot)
         self.moves.append(Move("remove", slot))
+        heapq.heappush(self._free, slot)
 
-    def _forget(self, slot: int) -> None:
-        """What `slot` holds is not to be found any more."""
-        self._kept.pop(slot, None)
-        self._stops.pop(slot, None)
-        if slot in self._space:
-            self.version += 1
-            space = self._space.pop(slot)
-            tree = self._trees[space]
-            tree.remove(slot)
-            if not len(tree):
-                del self._trees[space]
+    def _take_slot(self, besides: int = -1) -> int | None:
+        """An empty slot, or the least recently used kept one (but not `besides`), emptied; None
+        when all others are live."""
+        if not self._free:
+            slot = next((slot for slot in self._kept if slot != besides), None)
+            if slot is None:
+                return None
+            self.drop(slot)
+        return heapq.heappop(self._free)

@@ -6,10 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import RequestTooLong
-from .gather import Gather
 from .placement import Placement
 from .running import Entry
-from .view import Limits
 
 PATIENCE_SECONDS = 0.5
 
@@ -17,12 +15,8 @@ PATIENCE_SECONDS = 0.5
 class HandDriven(Placement):
     """The part of the scheduler that their owners talk to."""
 
-    def __init__(
-        self, limits: Limits, gather: Gather | None, patience: float, cost: Any = None
-    ) -> None:
-        super().__init__(limits, gather)
-        self.cost = cost
-        self._patience = patience
+    _patience: float
+    cost: Any
 
     def check_fits(self, n_prompt: int, max_tokens: int) -> None:
         """RequestTooLong when the request could not finish even with the cache to itself. The
@@ -68,7 +62,7 @@ class HandDriven(Placement):
         n_prompt = min(view.n_prompt, known)
         computed = min(view.computed, known - 1)
         if entry.slot >= 0 and computed < view.computed:
-            self.ledger.trim(entry.slot, computed)
+            self.starts.trim(id, entry.slot, computed, self._tokens(entry))
         left = replace(view, n_prompt=n_prompt, generated=known - n_prompt, computed=computed)
         self._steer(entry, replace(left, goal=computed))
         return computed
@@ -97,7 +91,8 @@ class HandDriven(Placement):
 
     def _make_way(self) -> tuple[tuple[int, int], ...]:
         """Preempt the sequence that rests longest, if that is too long and others need its room."""
-        if not self._stuck and (self._free_slots or not len(self._waiting)):
+        n_free = self.limits.n_seq_max - len(self._running)
+        if not self._stuck and (n_free or not len(self._waiting)):
             return ()
         longest = self._resting.longest
         if longest is None or self._now - longest[1] < self._patience:

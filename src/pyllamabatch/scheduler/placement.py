@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import replace
 from types import MappingProxyType
 
-from ..kv import KvLedger, Slots
+from ..kv import KvLedger, Move, Sharing, Slots, SwapChoice
+from ..kv.tree import Tokens
 from .deadlines import Deadlines
 from .gather import Gather, Resting, Window
 from .line import EntryLine
 from .running import Entry, Running, moved, slots_of
+from .starts import Start, Starts, TokensOf
 from .step import Counters
 from .tenants import Tenants
 from .view import Limits, SequenceView
@@ -21,25 +22,37 @@ class Placement:
     another.
 
     A running sequence is in `_running`, and unless it rests in `_prefilling` or in
-    `_running.decoding`. One that does not run is in `_waiting`, or in `_aside` if it rests."""
+    `_running.decoding`. One that does not run is in `_waiting`, or in `_aside` if it rests.
 
-    def __init__(self, limits: Limits, gather: Gather | None) -> None:
+    There are `n_slots` slots: one for each sequence that may run, and those for what is kept."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        gather: Gather | None,
+        sharing: Sharing,
+        tokens_of: TokensOf | None,
+        keep: bool,
+        swap: SwapChoice | None,
+    ) -> None:
         self.limits = limits
+        self.n_slots = limits.n_seq_max + sharing.n_kept
         self.counters = Counters()
         self.ledger = KvLedger(
             limits.n_cells,
-            limits.n_seq_max,
+            self.n_slots,
             unified=limits.unified,
             n_cells_seq=limits.n_cells_seq,
         )
+        self.starts = Starts(self.ledger, sharing, keep=keep, swap=swap)
         self.deadlines = Deadlines()
-        self._running = Running(limits.n_seq_max)
+        self._tokens_of = tokens_of
+        self._running = Running(self.n_slots)
         self._prefilling = EntryLine(self._running.seen)
         self._waiting = EntryLine(self._running.seen)
         self._aside: dict[int, Entry] = {}
         self._tenants = Tenants(self._running.turns)
         self._promised = 0  # what the running ones know and have not computed yet
-        self._free_slots = list(range(limits.n_seq_max))  # a heap
         self._asked: dict[int, int] = {}  # slot -> id of the hand-driven ones that decode
         self._resting = Resting(gather or Window())
         self._ready_at: float | None = None  # when there was something to compute for this step
@@ -51,9 +64,10 @@ class Placement:
         self._slots: Slots | None = None
 
     def preempt(self, id: int) -> int:
-        """A running sequence gives up its cells and its slot, which is returned, and waits to be
-        computed again. KeyError when it does not run."""
+        """A running sequence gives up its cells and its slot, which is returned, and waits to run
+        again. KeyError when it does not run."""
         entry = self._leave(id)
+        self.starts.preempt(id, entry.slot, self._tokens(entry))
         view = entry.view
         entry.high = max(entry.high, view.computed)
         slot, entry.slot = entry.slot, -1
@@ -66,7 +80,26 @@ class Placement:
         self.counters.preemptions += 1
         return slot
 
+    def take_moves(self) -> list[Move]:
+        """What is to be done in the memory since the last call, in this order, before the next
+        step is computed."""
+        moves, self.starts.cache.moves = self.starts.cache.moves, []
+        return moves
+
+    def drop_kept(self) -> bool:
+        """Nothing is kept any more, for the cache is fuller than the ledger says; whether anything
+        was."""
+        any_kept = self.starts.cache.n_kept > 0
+        self.starts.cache.drop_all()
+        return any_kept
+
     # -- inside
+
+    def _tokens(self, entry: Entry) -> Tokens | None:
+        """What it is to compute."""
+        view = entry.view
+        tokens = None if self._tokens_of is None else self._tokens_of(view.id)
+        return tokens if tokens is None or view.goal is None else tokens[: view.goal]
 
     def _entry(self, id: int) -> Entry:
         return self._running.get(id) or self._waiting.get(id) or self._aside[id]
@@ -83,32 +116,45 @@ class Placement:
         if not entry.view.remaining:
             self._aside[id] = entry
             return
+        entry.view = _from(entry.view, self.starts.joined_line(id, self._tokens(entry)))
         self._tenants.waits(entry.tenant)
         self._waiting.join(id, entry, first=first)
 
     def _get_out(self, id: int) -> Entry:
         """Out of the waiting line, or from aside. KeyError when it is in neither."""
+        self.starts.left_line(id)
         entry = self._waiting.leave(id)
         if entry is None:
             return self._aside.pop(id)
         self._tenants.waits(entry.tenant, -1)
         return entry
 
-    def _admit(self, id: int) -> Entry:
+    def _admit(self, id: int, spare: int, fresh: set[int]) -> Entry | None:
+        """See `Starts.admit`."""
+        admitted = self.starts.admit(id, spare, fresh)
+        if admitted is None:
+            return None
         entry = self._get_out(id)
-        view = entry.view
-        entry.slot = heapq.heappop(self._free_slots)
+        entry.slot, start = admitted
+        view = entry.view = replace(
+            entry.view, prefix_hit=start.n, prefix_cells=0, prefix_pending=0
+        )
         self._promised += view.remaining
         if not view.preemptions:
             self._tenants.admitted(entry.tenant, view.n_prompt)
         self._running.join(id, entry)
+        self._running.computed[entry.slot] = start.n
         self._prefilling.join(id, entry)
-        self.counters.admissions += 1
+        counters = self.counters
+        counters.admissions += 1
+        counters.known_tokens += view.known
+        counters.loaded_tokens += start.saved
+        counters.prefix_tokens += start.hit.n
         return entry
 
     def _leave(self, id: int) -> Entry:
-        """Out of its slot, which is free from now on; its view stays as it was. KeyError when it
-        does not run."""
+        """It does not run any more; its view stays as it was, and `starts` has to hear what
+        becomes of its slot. KeyError when it does not run."""
         entry = self._running.ids[id]
         view, slot = self._running.seen(entry), entry.slot
         if self._prefilling.leave(id) is None:
@@ -116,10 +162,8 @@ class Placement:
         self._resting.end(id)
         self._running.leave(id)
         self._changed()
-        self.ledger.release(slot)
         self._promised -= view.remaining
         self._tenants.left(entry.tenant, view.turn)
-        heapq.heappush(self._free_slots, slot)
         return entry
 
     def _steer(self, entry: Entry, view: SequenceView) -> None:
@@ -159,3 +203,16 @@ class Placement:
         if self._slots is None:
             self._slots = slots_of(sorted(self._running.decoding.values()))
         return self._slots
+
+
+def _from(view: SequenceView, start: Start) -> SequenceView:
+    """`view` of a waiting sequence, with what it could start from."""
+    if (view.prefix_hit, view.prefix_cells, view.prefix_pending) == seen_of(start):
+        return view
+    hit, cells, pending = seen_of(start)
+    return replace(view, prefix_hit=hit, prefix_cells=cells, prefix_pending=pending)
+
+
+def seen_of(start: Start) -> tuple[int, int, int]:
+    """`prefix_hit`, `prefix_cells`, `prefix_pending`."""
+    return start.n, start.cells, start.pending.n

@@ -107,6 +107,7 @@ class Draft:
     def admit(self, seq: SequenceView) -> None:
         self.slots -= 1
         self.n_admitted += 1
+        self.cells -= seq.prefix_cells
         self.promised += seq.remaining
 
     def take_back(self, seq: SequenceView, reason: str) -> None:
@@ -114,7 +115,7 @@ class Draft:
         decodes = self.decode_all and seq.id in self.view.decoding
         n = 1 if decodes else self.others.pop(seq.id, 0)
         self.rows += n
-        self.cells += n + seq.computed
+        self.cells += n + self.view.frees(seq)
         self.promised -= seq.remaining - n
         self.slots += 1
         self.preempt[seq.id] = seq
@@ -233,6 +234,8 @@ class ComposedPolicy:
                 continue
             if draft.short:
                 break  # whoever gave up his cells comes before any newcomer
+            if seq.prefix_pending:
+                continue  # what it begins with is being computed
             verdict = self.admit(draft, seq)
             if verdict is Verdict.PREEMPT:
                 draft, verdict = self._make_way(draft, seq)
@@ -286,7 +289,9 @@ class ComposedPolicy:
                 draft.reasons[seq.id] = f"chunk of {n} rows, {seq.remaining - n} tokens to go"
 
     def _start(self, draft: Draft, seq: SequenceView) -> None:
-        n = self._cut(draft, seq)
+        if draft.cells <= seq.prefix_cells:
+            return
+        n = min(self._cut(draft, seq), draft.cells - seq.prefix_cells)
         if n > 0:
             draft.admit(seq)
             draft.give(seq, n)

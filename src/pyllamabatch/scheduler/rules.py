@@ -15,7 +15,8 @@ RULES: dict[str, str] = {
     "within-remaining": "no sequence advances by more than its remaining tokens",
     "rows": "the rows of a step are at most n_batch",
     "slots": "at most n_seq_max sequences run at once",
-    "cells": "the rows of a step fit into the free KV cells, those of the preempted included",
+    "cells": "the rows of a step, and what newcomers start from, fit into the free KV cells, those "
+    "of the preempted included",
     "preempt-running": "only a running sequence can be preempted, and only once",
     "preempt-or-run": "a sequence that is preempted does not run in the same step",
     "repeat": "a plan stands for a whole number of steps, at least 1, and for more than one only "
@@ -42,7 +43,8 @@ def check_plan(
     running: _Ids,
     waiting: _Ids,
     remaining: Callable[[int], int],
-    held: Callable[[int], int],
+    taken: Callable[[int], int],
+    freed: Callable[[int], int],
     n_free: int,
     resting: int = 0,
 ) -> Mapping[int, int]:
@@ -50,10 +52,10 @@ def check_plan(
     decoding, in its order.
 
     `decoding`, `running`, `waiting`: the ids that decode, run (decoding or not) and wait.
-    `remaining`: the tokens that a sequence may advance by. `held`: the cells of a running one.
-    `n_free`: free KV cells. `resting`: how many of the running have nothing to compute. A step of
-    pure decoding is checked without a loop in Python, one of `Tokens` without any over those who
-    decode.
+    `remaining`: the tokens that a sequence may advance by. `taken`: free cells that a waiting one
+    takes before that. `freed`: those that a running one gives up. `n_free`: free KV cells.
+    `resting`: how many of the running have nothing to compute. A step of pure decoding is checked
+    without a loop in Python, one of `Tokens` without any over those who decode.
     """
     tokens = plan.tokens
     if isinstance(tokens, Tokens) and tokens.decoding is decoding:
@@ -71,12 +73,13 @@ def check_plan(
         if sum(tokens.values()) - sum(others.values()) != n_decodes:
             id = next(id for id, n in tokens.items() if n != 1 and id in decoding)
             broken("within-remaining", f"sequence {id} by {tokens[id]} of 1")
-    n_rows, n_new = n_decodes, 0
+    n_rows, n_new, n_taken = n_decodes, 0, 0
     for id, n in others.items():
         if id not in running:
             if id not in waiting:
                 broken("known-sequence", f"tokens for {id!r}")
             n_new += 1
+            n_taken += taken(id)
         limit = remaining(id)
         if n > limit:
             broken("within-remaining", f"sequence {id} by {n} of {limit}")
@@ -88,7 +91,7 @@ def check_plan(
             broken(rule, f"preempt {id!r}")
         if id in tokens:
             broken("preempt-or-run", f"sequence {id}")
-        n_freed += held(id)
+        n_freed += freed(id)
     if len(set(plan.preempt)) != len(plan.preempt):
         broken("preempt-running", f"named twice in {plan.preempt}")
     if n_rows > limits.n_batch:
@@ -96,8 +99,9 @@ def check_plan(
     n_running = len(running) + n_new - len(plan.preempt)
     if n_running > limits.n_seq_max:
         broken("slots", f"{n_running} of {limits.n_seq_max}")
-    if n_rows > n_free + n_freed:
-        broken("cells", f"{n_rows} rows, {n_free} cells free and {n_freed} given up")
+    if n_rows + n_taken > n_free + n_freed:
+        detail = f"{n_rows} rows, {n_taken} to start from, {n_free} free and {n_freed} given up"
+        broken("cells", detail)
     if type(plan.repeat) is not int or plan.repeat < 1:
         broken("repeat", f"{plan.repeat!r} steps")
     if plan.repeat > 1 and (others or plan.preempt or not tokens):

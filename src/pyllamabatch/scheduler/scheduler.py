@@ -4,7 +4,7 @@ Pure state. Time comes in as an argument; nothing here sleeps, starts a thread o
 The live engine and the simulator drive the same object:
 
     step = scheduler.plan(now)       # ask the policy, check its plan, place newcomers
-    ... remove the cells of step.preempted, compute the step's rows ...
+    ... carry out scheduler.take_moves(), compute the step's rows ...
     scheduler.advance(step)          # every row is in the cache, every full sequence sampled;
                                      # up to `step.repeat` times without another plan
     scheduler.remove(id)             # whoever is done, at any time between steps
@@ -20,28 +20,38 @@ sequence; views are made when a policy looks at them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from ..kv import Sharing, SwapChoice
 from .gather import Gather
 from .hand import PATIENCE_SECONDS, HandDriven
 from .line import Line
+from .placement import seen_of
 from .policies import sarathi
 from .policy import Policy
 from .rules import check_plan
 from .running import Entry
+from .starts import TokensOf
 from .step import Chunk, Step
 from .view import Limits, Plan, SequenceView, StepView
+
+AT_ONCE = 32  # steps of decoding that cells are emptied for, if they are there
 
 
 class Scheduler(HandDriven):
     """`limits`: what the context can take. `policy`: default `sarathi()`. `gather`: how long a step
     waits for hand-driven sequences, default `Window()`. `patience`: seconds that a sequence may
     rest while others wait for its slot or its cells; after that it may be preempted. `cost`: the
-    device's cost model, passed on to `policy` and `gather`."""
+    device's cost model, passed on to `policy` and `gather`.
+
+    `sharing`: what sequences can take over from each other, default nothing. `tokens_of(id)`: the
+    tokens that a sequence knows, int32, its prompt and what was sampled; without it, or where it
+    says None, nothing is shared. `keep`: keep what sequences leave behind, for others that begin in
+    the same way. `swap`: what becomes of the preempted, default recompute."""
 
     def __init__(
         self,
@@ -51,8 +61,14 @@ class Scheduler(HandDriven):
         gather: Gather | None = None,
         patience: float = PATIENCE_SECONDS,
         cost: Any = None,
+        sharing: Sharing | None = None,
+        tokens_of: TokensOf | None = None,
+        keep: bool = True,
+        swap: SwapChoice | None = None,
     ) -> None:
-        super().__init__(limits, gather, patience, cost)
+        super().__init__(limits, gather, sharing or Sharing(), tokens_of, keep, swap)
+        self.cost = cost
+        self._patience = patience
         self.policy = policy or sarathi()
         self._short = False  # see `shed`
 
@@ -70,10 +86,13 @@ class Scheduler(HandDriven):
         deadline: float | None = None,
         itl_target: float | None = None,
         by_hand: bool = False,
+        space: Hashable = None,
+        saved: int = 0,
     ) -> None:
         """A new sequence joins the waiting line. Ids are never reused. For `arrival` and what
         follows see `SequenceView`. `by_hand`: it gets a token each time that it is asked for one;
-        `max_tokens` is 1 then."""
+        `max_tokens` is 1 then. `space`: only sequences of the same one start from each other.
+        `saved`: positions that it has in a saved state, fewer than it knows tokens."""
         if n_prompt < 1 or max_tokens < 1:
             raise ValueError(
                 f"n_prompt and max_tokens are at least 1, got {n_prompt}, {max_tokens}"
@@ -95,22 +114,25 @@ class Scheduler(HandDriven):
         )
         if deadline is not None:
             self.deadlines.add(id, deadline)
+        self.starts.add(id, space, saved)
         self._line_up(Entry(view, self._tenants.number(tenant)))
 
-    def set_prefix_hit(self, id: int, n: int) -> None:
-        """`n` prompt tokens of a waiting sequence could come from the cache."""
-        self._waiting.put(id, prefix_hit=n)
-
-    def remove(self, id: int) -> int | None:
-        """A sequence ends, for whatever reason. Returns the slot it ran in, whose cells are free
-        from now on, or None when it was waiting. KeyError when there is no such sequence."""
+    def remove(self, id: int, *, worth: bool = True) -> int | None:
+        """A sequence ends, for whatever reason. Returns the slot it ran in, which is nobody's from
+        now on, or None when it was waiting. `worth`: what it holds is right, and may be kept.
+        KeyError when there is no such sequence."""
         self.deadlines.remove(id)
+        slot = None
         if id in self._running.ids:
             self._short = False
-            return self._leave(id).slot
-        self._get_out(id)
-        self._changed()
-        return None
+            entry = self._leave(id)
+            slot = entry.slot
+            self.starts.cache.leaves(slot, self._tokens(entry) if worth else None)
+        else:
+            self._get_out(id)
+            self._changed()
+        self.starts.forget(id)
+        return slot
 
     def shed(self) -> tuple[int, int] | None:
         """The cache turned out to be fuller than the ledger says: the newest running sequence
@@ -140,6 +162,7 @@ class Scheduler(HandDriven):
             self.cost,
             self.counters.steps,
             self._tenants,
+            self._alone,
         )
 
     def plan(self, now: float) -> Step | None:
@@ -151,6 +174,10 @@ class Scheduler(HandDriven):
             return None
         self._now, self._ready_at = now, None
         made_way = self._make_way()
+        self.starts.cache.make_checkpoints()
+        for id, start in self.starts.refresh():
+            hit, cells, pending = seen_of(start)
+            self._waiting.put(id, prefix_hit=hit, prefix_cells=cells, prefix_pending=pending)
         view = self.view(now)
         plan = self.policy.plan(view)
         others = self._check(plan, view)
@@ -161,16 +188,19 @@ class Scheduler(HandDriven):
         preempted = made_way + tuple((id, self.preempt(id)) for id in plan.preempt)
         tokens, running = plan.tokens, self._running
         n_rows = n_decodes = len(tokens) - len(others)
-        admitted = []
+        new = [id for id in others if id not in running.ids]
+        admitted = self._admit_all(new, n_decodes + sum(others.values())) if new else ()
         chunks = []
         for id, n in others.items():
             entry = running.get(id)
             if entry is None:
-                entry = self._admit(id)
-                admitted.append((id, entry.slot))
-            start = int(running.computed[entry.slot])
-            last = start + n == int(running.known[entry.slot])
-            chunks.append(Chunk(id, entry.slot, start, n, last))
+                continue
+            slot = entry.slot
+            first = int(running.computed[slot])
+            n = min(n, running.seen(entry).remaining)
+            n = self.starts.cache.cut(slot, first, n)
+            last = first + n == int(running.known[slot])
+            chunks.append(Chunk(id, slot, first, n, last))
             n_rows += n
         asked = self._asked
         for slot, id in asked.items():
@@ -187,7 +217,22 @@ class Scheduler(HandDriven):
         elif repeat > 1:
             left = int((running.most[decode] - running.known[decode]).min())
             repeat = max(1, min(repeat, left, self.ledger.free // n_rows))
-        return Step(decode, tuple(chunks), preempted, tuple(admitted), n_rows, plan.reasons, repeat)
+        self.starts.cache.make_cells(n_rows * min(repeat, AT_ONCE))
+        if repeat > 1:
+            repeat = max(1, min(repeat, self.ledger.empty // n_rows))
+        return Step(decode, tuple(chunks), preempted, admitted, n_rows, plan.reasons, repeat)
+
+    def _admit_all(self, ids: list[int], n_rows: int) -> tuple[tuple[int, int], ...]:
+        """Of those that the plan admits, but who had better wait for another of them stays where
+        it is. `n_rows`: of the plan."""
+        admitted: dict[int, int] = {}
+        fresh: set[int] = set()
+        for id in ids:
+            entry = self._admit(id, self.ledger.free - n_rows, fresh)
+            if entry is not None:
+                admitted[id] = entry.slot
+                fresh.add(entry.slot)
+        return tuple(admitted.items())
 
     def advance(self, step: Step, n: int = 1) -> None:
         """`step` has been computed, `n` times of the `step.repeat` that it may be: its rows are in
@@ -279,8 +324,8 @@ class Scheduler(HandDriven):
         def remaining(id: int) -> int:
             return self.sequence(id).remaining
 
-        def held(id: int) -> int:
-            return self.ledger.held(self._running.ids[id].slot)
+        def taken(id: int) -> int:
+            return self._waiting.ids[id].view.prefix_cells
 
         return check_plan(
             plan,
@@ -290,7 +335,12 @@ class Scheduler(HandDriven):
             running=self._running.ids,
             waiting=self._waiting.ids,
             remaining=remaining,
-            held=held,
+            taken=taken,
+            freed=self._alone,
             n_free=self.ledger.free,
             resting=self.n_resting,
         )
+
+    def _alone(self, id: int) -> int:
+        """Cells that no other running sequence shares."""
+        return self.ledger.live_alone(self._running.ids[id].slot)

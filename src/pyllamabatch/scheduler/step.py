@@ -81,7 +81,8 @@ def _slot(chunk: Chunk) -> int:
 class Counters:
     """What has been computed so far. `rows` = `decode_rows` + `prefill_rows`; `recomputed_rows`
     are the prefill rows that a preempted sequence had computed before; `tokens` = sampled; `fill`:
-    how many steps have sampled so many sequences."""
+    how many steps have sampled so many sequences. `known_tokens`: of sequences when they were
+    admitted; of these `prefix_tokens` were in the cache and `loaded_tokens` in a saved state."""
 
     steps: int = 0
     rows: int = 0
@@ -92,3 +93,6 @@ class Counters:
     admissions: int = 0
     preemptions: int = 0
     fill: dict[int, int] = field(default_factory=dict)
+    known_tokens: int = 0
+    prefix_tokens: int = 0
+    loaded_tokens: int = 0

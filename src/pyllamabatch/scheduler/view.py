@@ -8,7 +8,7 @@ decode phase: a decode is an advance by the one token that was sampled last.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -39,8 +39,11 @@ class SequenceView:
     """One sequence, as it is before the step. Times are in seconds on the scheduler's clock.
 
     `priority`: larger goes first. `deadline`: when it should be done. `itl_target`: the most
-    seconds between two of its tokens that its reader likes. `prefix_hit`: prompt tokens that would
-    come from the cache, if it were admitted now. `queued`: `StepView.step` when it joined the
+    seconds between two of its tokens that its reader likes. `prefix_hit`: tokens that would not be
+    computed, if it were admitted now, because they are in the cache or in its saved state; of a
+    running one, that were not. `prefix_cells`: how many of the free cells it would take for these.
+    `prefix_pending`: a running sequence is computing so many tokens that it begins with, too:
+    worth waiting for, 0 when nobody is. `queued`: `StepView.step` when it joined the
     waiting line, last time. `turn`: tokens generated since it was admitted, last time.
 
     `goal`: None for a request. A hand-driven sequence computes its first `goal` known tokens: all
@@ -64,6 +67,8 @@ class SequenceView:
     itl_target: float | None = None
     queued: int = 0
     turn: int = 0
+    prefix_cells: int = 0
+    prefix_pending: int = 0
 
     @property
     def known(self) -> int:
@@ -73,9 +78,10 @@ class SequenceView:
     def remaining(self) -> int:
         """Known tokens that are to compute: what a step may advance it by. 0 only while a
         hand-driven sequence rests."""
+        done = self.computed if self.running else max(self.computed, self.prefix_hit)
         if self.goal is None:
-            return self.n_prompt + self.generated - self.computed
-        return max(0, self.goal - self.computed)
+            return self.n_prompt + self.generated - done
+        return max(0, self.goal - done)
 
     @property
     def decoding(self) -> bool:
@@ -111,6 +117,12 @@ class StepView:
     cost: Any = None
     step: int = 0
     tenants: Tenants = field(default_factory=Tenants)
+    kv_alone: Callable[[int], int] | None = None
+
+    def frees(self, seq: SequenceView) -> int:
+        """Cells that are free when a running sequence is preempted: those that no other running one
+        shares with it."""
+        return seq.computed if self.kv_alone is None else self.kv_alone(seq.id)
 
     @property
     def kv_total(self) -> int:

@@ -116,7 +116,7 @@ class WhenItFits:
             return Verdict.ADMIT
         limits = draft.view.limits
         reserve = max(n_running + 1, int(self.watermark * limits.n_cells)) if limits.unified else 0
-        spare = draft.cells - draft.promised - seq.remaining
+        spare = draft.cells - draft.promised - seq.prefix_cells - seq.remaining
         return Verdict.ADMIT if spare >= reserve else Verdict.STOP
 
 
