@@ -14,6 +14,7 @@ import pytest
 from models_gguf import ARCHITECTURES, Architecture, write_gguf
 
 from pyllamabatch.context import Context
+from pyllamabatch.engine import Engine
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.model import Model
 from pyllamabatch.sampling import SamplingParams
@@ -233,6 +234,26 @@ def test_a_small_vocabulary_has_no_room_for_it() -> None:
 def test_auto_leaves_a_cpu_alone(model: Model) -> None:
     with context_of(model) as context, Stepper(context) as stepper:
         generate(stepper, mixed(1), 40, on_device=0)
+
+
+@pytest.mark.parametrize("kv_unified", [True, False])
+def test_the_engine_passes_it_on(model: Model, kv_unified: bool) -> None:
+    prompts = [prompt(seq, 6 + seq).tolist() for seq in range(8)]
+    both = []
+    for device_sampling in (True, False):
+        with Engine(
+            model,
+            n_seq_max=4,
+            n_ctx=512,
+            n_threads=1,
+            kv_unified=kv_unified,
+            device_sampling=device_sampling,
+        ) as engine:
+            each = [SamplingParams(max_tokens=20, seed=i, ignore_eog=True) for i in range(8)]
+            both.append([result.tokens for result in engine.generate(prompts, each)])
+            trace = engine.trace()
+            assert {*trace["on_device"][trace["sampled"] > 0].tolist()} == {int(device_sampling)}
+    assert both[0] == both[1]
 
 
 @pytest.mark.parametrize("value", ["yes", 1, None, 0.5])

@@ -189,7 +189,6 @@ class Decoder:
         return True
 
     def _turn(self) -> None:
-        stepper = self._stepper
         with self.state:
             step = self.scheduler.plan(perf_counter())
             if step is None:
@@ -201,6 +200,15 @@ class Decoder:
             self.scheduler.take_moves()  # nothing is shared: the seats remove it all
             if step.n_rows == 0:
                 return
+        for part in (step,) if self.scheduler.limits.unified else step.parts():
+            if not self._call(part):
+                return
+
+    def _call(self, step: Step) -> bool:
+        """The native call for a step or a part of one. False if it failed: it is to be planned
+        anew."""
+        stepper = self._stepper
+        with self.state:
             n_more = self._fill(step) if step.chunks else 0
             first = stepper.n_recorded
             if self.trace is not None:
@@ -215,10 +223,11 @@ class Decoder:
             with self.state:
                 self._running = None
                 self._fail_step(step, lambda: error)
-            return
+            return False
         with self.state:
             self._running = None
             self._apply(step, run)
+        return run.code == 0
 
     def _fill(self, step: Step) -> int:
         """Write the rows of prompts, behind those that the native call makes of `step.decode`; how

@@ -80,6 +80,8 @@ class Engine:
     - policy: who runs when, see `pyllamabatch.scheduler`; default `sarathi()`. One policy object
       serves one engine.
     - n_logprobs_max: the largest `SamplingParams.logprobs` that a request may ask for.
+    - device_sampling: the device chooses candidates, so that whole rows of logits need not travel:
+      "auto" where that is cheaper; see `Stepper`.
     - n_trace: how many of the last steps `trace` remembers; 0 for none.
     - cost: what a step costs on this device, for policies that ask: a `CostModel`, or None; "auto":
       of a stored profile (`pyllamabatch calibrate`), a prior where there is none. The engine's own
@@ -101,6 +103,7 @@ class Engine:
         n_ubatch: int = 512,
         policy: Policy | None = None,
         n_logprobs_max: int = 20,
+        device_sampling: bool | str = "auto",
         n_trace: int = 4096,
         cost: CostModel | Literal["auto"] | None = "auto",
         **context_params: Any,
@@ -132,7 +135,12 @@ class Engine:
             self.limits = limits_of(context)
             self.cost = cost_of(context) if cost == "auto" else cost
             scheduler = Scheduler(self.limits, policy, cost=self.cost)
-            stepper = StreamStepper(context, n_logprobs_max=n_logprobs_max, n_steps_max=RING_STEPS)
+            stepper = StreamStepper(
+                context,
+                n_logprobs_max=n_logprobs_max,
+                n_steps_max=RING_STEPS,
+                device_sampling=device_sampling,
+            )
             trace = StepTrace(n_trace, n_seq_max) if n_trace else None
         except BaseException:
             context.close()

@@ -35,7 +35,8 @@ def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
     - python_ns: from the end of the step before to the beginning of this one, without the time in
       which there was nothing to do: what the device waits for. Next to nothing within a run.
     - rows = prefill_rows + decode_rows; sampled: rows that gave a token (or a failure).
-    - kv_used: cells that are held after the step. reused: graphs that it reused.
+    - kv_used: cells that are held after the step. reused: graphs that it reused. on_device: 1
+      where the device chose the candidates (`Stepper`'s device_sampling).
     - run: a number that steps of the same native call share.
     - ids, chunk, by slot, shape (n_seq_max,): whose request has rows in this step, 0 where there
       are none; and how many rows of known tokens, 0 when it decodes.
@@ -53,6 +54,7 @@ def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
             ("sampled", np.int32),
             ("reused", np.int32),
             ("code", np.int32),
+            ("on_device", np.int32),
             ("ids", np.int64, (n_seq_max,)),
             ("chunk", np.int32, (n_seq_max,)),
         ]
@@ -151,7 +153,7 @@ def _table(
         """A value of every call, for every step."""
         return np.fromiter(values, np.int64, len(calls))[of]
 
-    for name in ("t_start_ns", *TIMES, "code"):
+    for name in ("t_start_ns", *TIMES, "code", "on_device"):
         table[name] = steps[name]
     in_call = number - firsts[of]
     idle = np.where(in_call == 0, each(call.idle_ns for call in calls), 0)
