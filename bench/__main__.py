@@ -18,6 +18,7 @@ from bench.tools import ToolError, tool
 BENCHES = (
     "decode",
     "sampler",
+    "scheduler",
     "serve",
 )
 """One module each, `bench/NAME.py`; a new one needs no other entry.  It may have `view(rows)`, the

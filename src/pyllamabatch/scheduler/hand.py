@@ -73,7 +73,7 @@ class HandDriven(Placement):
         before somebody has rested for too long, or because the policy wants to wait. 0: now."""
         if self._wake is not None:
             return max(0.0, self._wake - now)
-        n_ready = len(self._running.decoding) + len(self._prefilling)
+        n_ready = len(self._running.decoding) + len(self._prefilling.ids)
         if self._stuck:
             longest = self._resting.longest
             return 0.0 if longest is None else max(0.0, longest[1] + self._patience - now)
@@ -91,8 +91,8 @@ class HandDriven(Placement):
 
     def _make_way(self) -> tuple[tuple[int, int], ...]:
         """Preempt the sequence that rests longest, if that is too long and others need its room."""
-        n_free = self.limits.n_seq_max - len(self._running)
-        if not self._stuck and (n_free or not len(self._waiting)):
+        n_free = self.limits.n_seq_max - len(self._running.ids)
+        if not self._stuck and (n_free or not self._waiting.ids):
             return ()
         longest = self._resting.longest
         if longest is None or self._now - longest[1] < self._patience:

@@ -79,11 +79,11 @@ class EntryLine(Line, Generic[E]):
     """A line that sequences join and leave. Each view is made when it is looked at (`seen`), and
     every order that was asked for is kept up to date."""
 
-    __slots__ = ("_entries", "_first", "_last", "_orders", "_seen", "_splits", "_where")
+    __slots__ = ("_first", "_last", "_orders", "_seen", "_splits", "_where", "ids")
 
     def __init__(self, seen: Callable[[E], SequenceView]) -> None:
         self._seen = seen
-        self._entries: OrderedDict[int, E] = OrderedDict()
+        self.ids: OrderedDict[int, E] = OrderedDict()  # whom it holds; changed by itself alone
         self._where: dict[int, int] = {}  # id -> a number that grows along the line
         self._first = self._last = 0
         self._orders: dict[Rank, _Sorted] = {}
@@ -93,9 +93,9 @@ class EntryLine(Line, Generic[E]):
 
     def join(self, id: int, entry: E, *, first: bool = False) -> None:
         """At the end of the line, or with `first` at its head."""
-        self._entries[id] = entry
+        self.ids[id] = entry
         if first:
-            self._entries.move_to_end(id, last=False)
+            self.ids.move_to_end(id, last=False)
             self._first -= 1
             self._where[id] = self._first
         else:
@@ -105,23 +105,18 @@ class EntryLine(Line, Generic[E]):
 
     def leave(self, id: int) -> E | None:
         """What the line held of `id`; None when it did not."""
-        entry = self._entries.pop(id, None)
+        entry = self.ids.pop(id, None)
         if entry is not None:
             del self._where[id]
             self._unindex(id)
         return entry
 
     def get(self, id: int) -> E | None:
-        return self._entries.get(id)
-
-    @property
-    def ids(self) -> OrderedDict[int, E]:
-        """Whom the line holds, in its order."""
-        return self._entries
+        return self.ids.get(id)
 
     def put(self, id: int, **changes: Any) -> None:
         """Change fields of the view of a sequence in the line: it may rank differently then."""
-        entry = self._entries[id]
+        entry = self.ids[id]
         self._unindex(id)
         entry.view = replace(entry.view, **changes)
         self._index(id, entry.view)
@@ -129,20 +124,20 @@ class EntryLine(Line, Generic[E]):
     # -- for the policy
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.ids)
 
     def __iter__(self) -> Iterator[SequenceView]:
-        return map(self._seen, self._entries.values())
+        return map(self._seen, self.ids.values())
 
     def __reversed__(self) -> Iterator[SequenceView]:
-        return map(self._seen, reversed(self._entries.values()))
+        return map(self._seen, reversed(self.ids.values()))
 
     @overload
     def __getitem__(self, index: int) -> SequenceView: ...
     @overload
     def __getitem__(self, index: slice) -> tuple[SequenceView, ...]: ...
     def __getitem__(self, index: int | slice) -> SequenceView | tuple[SequenceView, ...]:
-        entries = list(self._entries.values())
+        entries = list(self.ids.values())
         if isinstance(index, slice):
             return tuple(map(self._seen, entries[index]))
         return self._seen(entries[index])
@@ -151,16 +146,16 @@ class EntryLine(Line, Generic[E]):
         order = self._orders.get(rank)
         if order is None:
             _make_room(self._orders)
-            order = self._orders[rank] = _Sorted(rank, self._entries.values(), self._where)
-        entries, seen = self._entries, self._seen
+            order = self._orders[rank] = _Sorted(rank, self.ids.values(), self._where)
+        entries, seen = self.ids, self._seen
         return (seen(entries[id]) for _, _, id in order.sorted)
 
     def split(self, key: Key) -> Mapping[Hashable, Iterable[SequenceView]]:
         split = self._splits.get(key)
         if split is None:
             _make_room(self._splits)
-            split = self._splits[key] = _Split(key, self._entries.values(), self._where)
-        entries, seen = self._entries, self._seen
+            split = self._splits[key] = _Split(key, self.ids.values(), self._where)
+        entries, seen = self.ids, self._seen
 
         def views(line: list[tuple[int, int]]) -> Iterable[SequenceView]:
             return (seen(entries[id]) for _, id in line)
@@ -170,6 +165,8 @@ class EntryLine(Line, Generic[E]):
     # -- inside
 
     def _index(self, id: int, view: SequenceView) -> None:
+        if not self._orders and not self._splits:
+            return
         place = self._where[id]
         for order in self._orders.values():
             order.add(id, view, place)
@@ -177,6 +174,8 @@ class EntryLine(Line, Generic[E]):
             split.add(id, view, place)
 
     def _unindex(self, id: int) -> None:
+        if not self._orders and not self._splits:
+            return
         for order in self._orders.values():
             order.remove(id)
         for split in self._splits.values():

@@ -88,9 +88,8 @@ class Running(EntryLine[Entry]):
         self._n_prompt[slot], self._start[slot] = view.n_prompt, known - view.turn
 
     def turns(self) -> tuple[I64, I64]:
-        """Tenant, and tokens generated since its admission, of each in turn."""
-        slots = self.slots
-        return self._tenant[slots], self.known[slots] - self._start[slots]
+        """By slot: the tenant, -1 where nobody runs, and tokens generated since the admission."""
+        return np.where(self.known > 0, self._tenant, -1), self.known - self._start
 
     @property
     def slots(self) -> Slots:

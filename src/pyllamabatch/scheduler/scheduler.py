@@ -138,7 +138,7 @@ class Scheduler(HandDriven):
         """The cache turned out to be fuller than the ledger says: the newest running sequence
         gives up its cells, and nobody is admitted until another one ends. Returns its (id, slot),
         or None when no more than one runs."""
-        if len(self._running) < 2:
+        if len(self._running.ids) < 2:
             return None
         id = next(reversed(self._running.ids))
         slot = self.preempt(id)
@@ -154,7 +154,7 @@ class Scheduler(HandDriven):
             now,
             self.limits,
             self._running,
-            Line() if self._short and len(self._running) else self._waiting,
+            Line() if self._short and self._running.ids else self._waiting,
             self._shown,
             self._prefilling,
             self.ledger.free,
@@ -281,21 +281,21 @@ class Scheduler(HandDriven):
 
     @property
     def n_running(self) -> int:
-        return len(self._running)
+        return len(self._running.ids)
 
     @property
     def n_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting.ids)
 
     @property
     def idle(self) -> bool:
         """Nobody has anything to compute."""
-        return not (self._running.decoding or len(self._prefilling) or len(self._waiting))
+        return not (self._running.decoding or self._prefilling.ids or self._waiting.ids)
 
     @property
     def n_resting(self) -> int:
         """Hand-driven sequences that run and have nothing to compute."""
-        return len(self._running) - len(self._running.decoding) - len(self._prefilling)
+        return len(self._running.ids) - len(self._running.decoding) - len(self._prefilling.ids)
 
     def running_ids(self) -> tuple[int, ...]:
         return tuple(self._running.ids)

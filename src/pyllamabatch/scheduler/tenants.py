@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 I64 = npt.NDArray[np.int64]
 
-# (tenant number, tokens generated since its admission) of each running sequence
+# (tenant number, tokens generated since its admission) of each running sequence; -1 for nobody
 Running = Callable[[], tuple[I64, I64]]
 
 
@@ -90,7 +90,7 @@ class Tenants:
     @property
     def running(self) -> I64:
         numbers, _ = self._running()
-        return np.bincount(numbers, minlength=len(self.names))
+        return np.bincount(numbers + 1, minlength=len(self.names) + 1)[1:]
 
     @property
     def prompt(self) -> I64:
@@ -99,9 +99,9 @@ class Tenants:
 
     @property
     def generated(self) -> I64:
-        generated: I64 = self._generated[: len(self.names)].copy()
-        np.add.at(generated, *self._running())
-        return generated
+        numbers, turns = self._running()
+        running = np.bincount(numbers + 1, turns, minlength=len(self.names) + 1)[1:]
+        return self._generated[: len(self.names)] + running.astype(np.int64)
 
 
 def _columns(pairs: list[tuple[int, int]]) -> tuple[I64, I64]:

@@ -166,7 +166,7 @@ class Tokens(Mapping[int, int]):
     """`Plan.tokens` that need no loop over those who decode: one for each of `decoding`, but not
     for those in `without`, and what `others` (no decoding ones) get."""
 
-    __slots__ = ("decoding", "others", "without")
+    __slots__ = ("_n", "decoding", "others", "without")
 
     def __init__(
         self, decoding: Mapping[int, int], others: Mapping[int, int], without: Collection[int] = ()
@@ -174,9 +174,10 @@ class Tokens(Mapping[int, int]):
         self.decoding = decoding
         self.others = others
         self.without = without
+        self._n = len(decoding) - len(without) + len(others)
 
     def __len__(self) -> int:
-        return len(self.decoding) - len(self.without) + len(self.others)
+        return self._n
 
     def __iter__(self) -> Iterator[int]:
         decoding = (id for id in self.decoding if id not in self.without)

@@ -23,6 +23,7 @@ from ..view import SequenceView, StepView
 from .parts import ALWAYS, NewestFirst, TokenBudget, WhatIsLeft, WhenItFits
 
 F64 = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
 
 
 def tenant_of(seq: SequenceView) -> str:
@@ -70,21 +71,22 @@ class LeastServed:
             self._waited = np.append(self._waited, np.zeros(n_new, dtype=bool))
         counters = self._lift + self._prompt * tenants.prompt + self._generated * tenants.generated
         waits = tenants.waiting > 0
-        came = waits & ~self._waited
-        if came.any():
-            stayed = counters[waits & self._waited]
-            if len(stayed):
-                level = stayed.min()
-            else:
-                level = counters[self._left] if self._left >= 0 else 0.0
-            lifted = np.where(came, np.maximum(counters, level), counters)
-            self._lift += lifted - counters
-            counters = lifted
+        if (waits != self._waited).any():
+            counters = self._shift(waits, counters)
+        return np.where(waits, counters, inf)
+
+    def _shift(self, waits: Flags, counters: F64) -> F64:
+        """Others wait than before: lift who has come."""
+        came, stayed = waits & ~self._waited, counters[waits & self._waited]
+        last = counters[self._left] if self._left >= 0 else 0.0
+        level = stayed.min() if len(stayed) else last
+        lifted = np.where(came, np.maximum(counters, level), counters)
+        self._lift += lifted - counters
         left = self._waited & ~waits
         if left.any():
             self._left = int(np.where(left, counters, inf).argmin())
         self._waited = waits
-        return np.where(waits, counters, inf)
+        return lifted
 
     def _next(self, view: StepView, counters: F64) -> Iterator[SequenceView]:
         yield from view.prefilling

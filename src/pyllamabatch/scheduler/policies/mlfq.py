@@ -45,19 +45,25 @@ class Levels:
         self._prompts = [each * prompt_rows for each in quanta]  # the longest that starts there
         self._starts = [0, *accumulate(quanta)]  # tokens before each level, from the first
         self._arrays = np.array(self._prompts), np.array(self._starts)
-        self._ends = np.append(self._starts[1:], ALWAYS)
 
     def __call__(self, seq: SequenceView) -> int:
         joined = self._starts[bisect_left(self._prompts, seq.n_prompt)]
         return bisect_right(self._starts, seq.generated + joined) - 1
 
-    def of(self, running: Line) -> tuple[I64, I64]:
-        """Level of each, and how many more tokens it lasts."""
+    def tokens(self, running: Line) -> I64:
+        """Of each, as if it had started at the first level."""
         prompts, starts = self._arrays
-        tokens = starts[prompts.searchsorted(running.column("n_prompt"))]
+        tokens: I64 = starts[prompts.searchsorted(running.column("n_prompt"))]
         tokens += running.column("generated")
-        level = starts.searchsorted(tokens, side="right") - 1
-        return level, self._ends[level] - tokens
+        return tokens
+
+    def of(self, tokens: I64) -> I64:
+        """Levels."""
+        return self._arrays[1].searchsorted(tokens, side="right") - 1
+
+    def end(self, level: int) -> int:
+        """The tokens with which a worse level begins."""
+        return self._starts[level + 1] if level + 1 < len(self._starts) else ALWAYS
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +105,17 @@ class LowestLevel:
     def __call__(self, draft: Draft, seq: SequenceView) -> SequenceView | None:
         view = draft.view
         running = view.running
-        level, _ = self.levels.of(running)
-        places = np.arange(len(level))
-        if not seq.running:
+        if seq.running:
+            level = self.levels.of(self.levels.tokens(running))
+            places = np.arange(len(level))
+        else:
+            had_their_turn = running.column("turn") >= self.levels.quantum
+            if not had_their_turn.any():
+                return None
+            level = self.levels.of(self.levels.tokens(running))
             starved = view.step - seq.queued >= self.patience
             own = 0 if starved else self.levels(seq)
-            had_his_turn = running.column("turn") >= self.levels.quantum
-            (places,) = np.nonzero((level > own) & had_his_turn)
+            (places,) = np.nonzero((level > own) & had_their_turn)
         for place in places[np.argsort(level[places], kind="stable")][::-1].tolist():
             candidate: SequenceView = running[place]
             if candidate.id == seq.id:
@@ -117,18 +127,23 @@ class LowestLevel:
 
 @dataclass(frozen=True, slots=True)
 class UntilSunk:
+    """A plan stands until another of the running has sunk below the first in line and has had his
+    turn, or somebody else comes first for having waited."""
+
     levels: Levels
     patience: int
 
     def __call__(self, draft: Draft) -> int:
-        view = draft.view
+        view, levels = draft.view, self.levels
         if not len(view.waiting):
             return ALWAYS
-        _, lasts = self.levels.of(view.running)
-        turn = self.levels.quantum - view.running.column("turn")
-        turn = turn[turn > 0]
-        most = min(int(lasts.min()), until_aged(view, self.patience))
-        return min(most, int(turn.min())) if len(turn) else most
+        first = next(iter(view.waiting.by(levels)))
+        level = 0 if any(aged(view, self.patience)) else levels(first)
+        sinks = levels.end(level) - levels.tokens(view.running)
+        turn = levels.quantum - view.running.column("turn")
+        steps = np.maximum(sinks, turn)
+        steps = steps[steps > 0]
+        return min(int(steps.min(initial=ALWAYS)), until_aged(view, self.patience))
 
 
 def mlfq(
