@@ -55,6 +55,11 @@ def devices() -> dict[str, Device]:
     return found
 
 
+def mmap_works() -> bool:
+    """Files can be mapped on this system, which libllama then does by default."""
+    return bool(lib.llama_supports_mmap())
+
+
 def text(pointer: object) -> str:
     """A C string of llama.cpp; "" for NULL."""
     if pointer == ffi.NULL:

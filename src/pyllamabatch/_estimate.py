@@ -7,11 +7,10 @@ model keeps less than a plain one): a refusal is always right.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyllamabatch import _backend
+from pyllamabatch.device.machines import host_available
 from pyllamabatch.errors import NotEnoughMemory
 from pyllamabatch.raw import lib
 
@@ -61,23 +60,4 @@ def _bytes(ggml_type: int, width: int) -> int:
 
 def _available() -> int:
     """Bytes that host and devices together could still give."""
-    return _host_available() + sum(d.free for d in _backend.devices().values() if d.kind != "cpu")
-
-
-def _host_available() -> int:
-    """Free host memory: /proc where there is one, never more than the control group allows."""
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    free = [
-        1024 * int(line.split()[1])
-        for line in _lines("/proc/meminfo")
-        if line.startswith("MemAvailable:")
-    ]
-    allowed = [int(line) for line in _lines("/sys/fs/cgroup/memory.max") if line.strip().isdigit()]
-    return min(physical, *free, *allowed)
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
+    return host_available() + sum(d.free for d in _backend.devices().values() if d.kind != "cpu")

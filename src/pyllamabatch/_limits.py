@@ -44,7 +44,8 @@ def check_params(model: Model, params: Any) -> int:
         raise ArgumentError("n_rs_seq", params.n_rs_seq, f"must be below n_ubatch-1={n_ubatch - 1}")
     for name, width in zip(("type_k", "type_v"), model.head_dims, strict=True):
         _check_cache_type(name, getattr(params, name), width)
-    check_fits(model, params, n_ctx, n_batch, params.n_seq_max)
+    if not model._no_alloc:
+        check_fits(model, params, n_ctx, n_batch, params.n_seq_max)
     return int(n_outputs)
 
 

@@ -19,6 +19,7 @@ from .context import Context
 from .decoder import Decoder
 from .device.choose import cost_of
 from .device.cost import CostModel
+from .device.residency import fitting_n_ctx
 from .errors import ArgumentError, UnsupportedOperation
 from .model import Model
 from .request import Request
@@ -73,8 +74,8 @@ class Engine:
 
     - n_seq_max: requests that run at once; others wait in line.
     - n_ctx: KV cells of all of them together; 0 chooses: what the model was trained with, and for
-      small models up to 16384, but no more than `n_seq_max` requests can fill. The value that
-      libllama made of it is `engine.n_ctx`.
+      small models up to 16384, but no more than `n_seq_max` requests can fill, nor than memory has
+      room for. The value that libllama made of it is `engine.n_ctx`.
     - n_batch: rows of a step at most; n_ubatch: rows that the device computes at once, and by
       default the rows of a step while somebody waits for its next token.
     - policy: who runs when, see `pyllamabatch.scheduler`; default `sarathi()`. One policy object
@@ -90,7 +91,8 @@ class Engine:
       n_ctx / n_seq_max cells of its own.
 
     A request's tokens do not depend on its neighbours. One that fails ends alone.
-    Raises UnsupportedOperation for models with an encoder and for embedding models.
+    Raises UnsupportedOperation for models with an encoder and for embedding models, and
+    NotEnoughMemory, before anything is allocated, for an n_ctx that does not fit.
     """
 
     def __init__(
@@ -117,18 +119,13 @@ class Engine:
                 raise ArgumentError(name, context_params[name], "the engine sets it itself")
         n_seq_max = integer("n_seq_max", n_seq_max, 1, 256)
         n_trace = integer("n_trace", n_trace, 0, 2**24)
-        if n_ctx == 0:
+        ours_to_choose = n_ctx == 0
+        if ours_to_choose:
             n_ctx = min(model.n_ctx_train * n_seq_max, max(model.n_ctx_train, N_CTX_AT_LEAST))
         context_params.setdefault("kv_unified", True)
-        context = Context(
-            model,
-            n_ctx=n_ctx,
-            n_batch=n_batch,
-            n_ubatch=n_ubatch,
-            n_seq_max=n_seq_max,
-            n_outputs_max=n_seq_max,
-            **context_params,
-        )
+        context_params |= {"n_batch": n_batch, "n_ubatch": n_ubatch, "n_seq_max": n_seq_max}
+        n_ctx = fitting_n_ctx(model, n_ctx, shrink=ours_to_choose, **context_params)
+        context = Context(model, n_ctx=n_ctx, n_outputs_max=n_seq_max, **context_params)
         try:
             if not context.capabilities.has_memory or not context.capabilities.causal:
                 raise UnsupportedOperation(f"{model.architecture} does not generate token by token")

@@ -174,7 +174,7 @@ class CostModel:
             profile.n_expert,
             profile.n_expert_used,
         )
-        samples = profile.only(unified=unified).samples
+        samples = _calm(profile.only(unified=unified).samples)
         if len(samples) < 4:
             raise ArgumentError("profile", f"{len(samples)} samples", "must have 4 at least")
         design = np.array([_row(terms, s, profile.n_ubatch) for s in samples])
@@ -221,6 +221,12 @@ class CostModel:
 
 
 _SEEN_MAX = 60
+
+
+def _calm(samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
+    """Those that were measured undisturbed at least once, where they are enough."""
+    calm = tuple(sample for sample in samples if sample.n > 0)
+    return calm if len(calm) >= max(4, len(samples) // 2) else samples
 
 
 def _row(terms: Terms, s: Sample, n_ubatch: int) -> list[float]:

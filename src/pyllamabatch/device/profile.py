@@ -53,7 +53,8 @@ class Shape:
 class Sample:
     """A measured step: rows, prompt rows among them, KV cells held before it, sequences that have
     rows in it, one pool of cells or one each; median seconds, half of the range between the
-    quartiles relative to it (0 where only the median is known), and of how many steps."""
+    quartiles relative to it (0 where only the median is known), and of how many steps (0: all were
+    disturbed)."""
 
     rows: int
     prefill: int
