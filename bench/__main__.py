@@ -46,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="the benches, what they are to show, and the model shapes")
-    for name in BENCHES:
+    words = sys.argv[1:] if arguments is None else arguments
+    for name in needed(words[0] if words else ""):
         bench = load(name)
         bench.add_arguments(commands.add_parser(name, help=about(bench), description=bench.__doc__))
     whole = commands.add_parser("all", help="every bench, one after the other")
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     model_parser.add_argument("--type", default="Q4_K_M")
     tool_parser = commands.add_parser("tool", help="build tools of llama.cpp, print their paths")
     tool_parser.add_argument("name", nargs="+")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(words)
     before = signal.signal(signal.SIGTERM, _leave)
     try:
         return run(options)
@@ -70,6 +71,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def needed(command: str) -> tuple[str, ...]:
+    """The benches that a command imports: itself, or none for what is made before the package."""
+    if command in BENCHES:
+        return (command,)
+    return () if command in ("tool", "model") else BENCHES
 
 
 def run(options: argparse.Namespace) -> int:

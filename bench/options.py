@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from pathlib import Path
@@ -39,7 +40,9 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="start no run after so many seconds; the rows until then stay",
     )
-    parser.add_argument("--out", type=Path, help="JSONL to append to (default bench/results)")
+    parser.add_argument(
+        "--out", type=Path, help="JSONL file to append to, or a folder for it (bench/results)"
+    )
 
 
 def numbers(words: str) -> list[int]:
@@ -72,11 +75,15 @@ def choose(names: str, arms: list[T]) -> list[T]:
     return [known[name] for name in names.split(",")]
 
 
-def out_file(options: argparse.Namespace, bench: str, subject: str) -> Path:
-    """`--out`, else a file of the bench, its subject and the machine (which has no name here)."""
-    machine = f"{sys.platform}-{schema.machine()['n_cores']}core"
-    path: Path = options.out or RESULTS / f"{bench}-{subject}-{machine}.jsonl"
-    return path
+def out_file(options: argparse.Namespace, bench: str, subject: str, gpu: str = "") -> Path:
+    """`--out` when that is a .jsonl file, else a file in that folder, named after the bench, its
+    subject and the machine (the GPU, or the system and its cores)."""
+    out: Path = options.out or RESULTS
+    if out.suffix == ".jsonl":
+        return out
+    machine = gpu or f"{sys.platform} {schema.machine()['n_cores']}core"
+    tag = re.sub(r"[^a-z0-9.]+", "-", machine.lower()).strip("-")
+    return out / f"{'-'.join(word for word in (bench, subject, tag) if word)}.jsonl"
 
 
 class Budget:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -18,7 +16,7 @@ import numpy.typing as npt
 
 from bench import report, schema
 from bench.arms import build_facts
-from bench.cache import RESULTS
+from bench.options import Budget, add_run, out_file
 from bench.quiet import undisturbed
 from bench.targets import Figure, Target
 
@@ -97,10 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", help="comma separated (1; with several rows 1 and one per core)"
     )
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="seconds instead of a minute")
-    parser.add_argument("--undisturbed", type=float, metavar="CORES", help="as in decode")
-    parser.add_argument("--out", type=Path, help="JSONL to append to (default bench/results)")
+    add_run(parser)
 
 
 @dataclass(frozen=True)
@@ -123,12 +118,14 @@ def main(options: argparse.Namespace) -> int:
     cores = schema.machine()["n_cores"]
     some = options.threads or ("1" if options.rows == 1 else f"1,{cores}")
     threads = list(dict.fromkeys(int(word) for word in some.split(",")))
-    out = options.out or RESULTS / f"sampler-{sys.platform}-{cores}core.jsonl"
+    out = out_file(options, "sampler", "")
     for spread in (float(word) for word in options.spread.split(",")):
         rows = []
         for row in measure(options, names, threads, spread):
             schema.append(out, [row])
             rows.append(row)
+        if not rows:
+            break
         print(f"\n{options.vocab} logits a row, medians of {rows[-1].repeat + 1} repeats; ", end="")
         print(view(rows))
     print(f"\nrows: {out}")
@@ -150,10 +147,13 @@ def measure(
     scan = scanner(logits)
     facts = build_facts() | {"model_type": "", "model_size": 0, "model_n_params": 0}
     run_id = uuid.uuid4().hex[:12]
+    budget = Budget(options.budget)
     for arm in arms:  # pages and threads are there before anything counts
         arm.call()
     for repeat in range(1 if options.quick else options.repeats):
         for arm in arms if repeat % 2 == 0 else arms[::-1]:
+            if budget.spent():
+                return
             moment = schema.now()
             least = 0.02 if options.quick else LEAST_S
             run = partial(times, scan, arm.call, least)

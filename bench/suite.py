@@ -15,6 +15,7 @@ from bench.tools import tool
 
 QUICK_MODEL = "qwen2-0.5b"
 QUICK_LIMIT_S = 600.0
+QUICK_RESULTS = REPOSITORY / "build" / "bench"
 TOOLS = ("llama-batched-bench", "llama-server", "llama-parallel")
 
 
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace, benches: Mapping[str, tuple[str, ...]]) -> int:
     """Runs the benches; `benches`: their arguments in the small form.  One that fails or ends
     with the process it runs in leaves its rows, and the others go on; the status is 1 then."""
-    folder = options.out or (REPOSITORY / "build" / "bench" if options.quick else RESULTS)
+    folder: Path = options.out or (QUICK_RESULTS if options.quick else RESULTS)
     limit = options.limit or (QUICK_LIMIT_S if options.quick else float("inf"))
     for name in TOOLS:
         tool(name)
@@ -55,9 +56,7 @@ def main(options: argparse.Namespace, benches: Mapping[str, tuple[str, ...]]) ->
 
 def _run(name: str, arguments: tuple[str, ...], folder: Path, seconds: float) -> int:
     command = [sys.executable, "-m", "bench", name, *arguments]
-    with subprocess.Popen(
-        [*command, "--out", str(folder / f"{name}.jsonl")], cwd=REPOSITORY
-    ) as child:
+    with subprocess.Popen([*command, "--out", str(folder)], cwd=REPOSITORY) as child:
         try:
             return child.wait(None if seconds == float("inf") else seconds)
         except subprocess.TimeoutExpired:
