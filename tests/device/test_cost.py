@@ -131,9 +131,9 @@ def test_split() -> None:
     assert split(5, 0, 50, 5, 512, True) == [Ubatch(5, 5, 50, 50)]
     first, second = split(600, 590, 0, 11, 512, True)
     assert (first.rows, first.sampled, second.rows, second.sampled) == (512, 10, 88, 0)
-    # cells of each sequence's own: one row of every sequence, then the rest of the prompt
+    # cells of each sequence's own: those that decode, then the prompt
     first, second = split(104, 100, 0, 5, 512, False)
-    assert (first.rows, first.sampled, second.rows, second.sampled) == (5, 4, 99, 0)
+    assert (first.rows, first.sampled, second.rows, second.sampled) == (4, 4, 100, 0)
 
 
 def test_too_few_samples() -> None:

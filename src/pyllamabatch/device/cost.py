@@ -8,13 +8,14 @@ An engine refines it from its own steps.
 
 from __future__ import annotations
 
+from operator import mul
 from typing import NamedTuple
 
 import numpy as np
 
 from pyllamabatch.device.profile import Profile, Sample
 from pyllamabatch.device.regimes import Kernels
-from pyllamabatch.device.terms import F64, Terms, Ubatch, fit
+from pyllamabatch.device.terms import F64, Terms, Ubatch, fit, parts, values_of
 from pyllamabatch.errors import ArgumentError
 
 _ATTENTION = ("all", "own", "all many", "own many")
@@ -56,21 +57,23 @@ class CostModel:
         self.unified = terms.unified
         self.calibrated = calibrated
         self.error = error
-        self._vector = coefficients
         self._covariance = covariance
         self._residual = residual
         # Tables by row count, so that `predict` is a few look-ups.
-        kernels = terms.kernels
-        each: list[float] = [self._no_attention(n, 0) for n in range(1, n_ubatch + 1)]
-        self._body: list[float] = [0.0, *each]
-        self._head = [0.0] + [self._no_attention(1, n) - each[0] for n in range(1, n_ubatch + 1)]
+        kernels, h = terms.kernels, terms.output_share
+        passes = self._passes()
+        base, output, experts = (self.coefficients[n] for n in ("base", "output", "experts"))
+        self._body: list[float] = [
+            base + experts * terms.experts(n) + (1 - h) * t for n, t in enumerate(passes)
+        ]
+        self._head: list[float] = [output * n + h * t for n, t in enumerate(passes)]
         self._cell = self.coefficients["cells"]
         small = [self.coefficients[name] for name in _ATTENTION[:2]]
         many = [self.coefficients[name] for name in _ATTENTION[2:]]
         chosen = [small if n < kernels.attention_from else many for n in range(n_ubatch + 1)]
         self._all = [n * c[0] for n, c in enumerate(chosen)]
         self._own = [c[1] for c in chosen]
-        self._regime = [max(kernels.of(n), 0) for n in range(n_ubatch + 1)]
+        self._regime = [0, *map(kernels.of, range(1, n_ubatch + 1))]
         # What refinement has found: a factor for each regime, without and with prompt rows.
         self._scale = [1.0] * (2 * len(kernels.regimes))
         self._seen = [0] * len(self._scale)
@@ -81,9 +84,7 @@ class CostModel:
         """Seconds of a step of `rows` rows, `prefill` of them prompt rows that are not sampled, in
         `n_seqs` sequences that hold `kv` cells together before it. 0 rows take no time."""
         if rows > self.n_ubatch or rows == 0 or (prefill != 0 and not self.unified):
-            return sum(
-                self._time(part, prefill > 0) for part in self._split(rows, prefill, kv, n_seqs)
-            )
+            return sum(map(self._time, self._split(rows, prefill, kv, n_seqs)))
         reads = rows * kv / n_seqs
         at = self._regime[rows]
         if prefill:
@@ -110,21 +111,27 @@ class CostModel:
         return Estimate(seconds, variance**0.5)
 
     def _features(self, rows: int, prefill: int, kv: float, n_seqs: int) -> F64:
-        parts = self._split(rows, prefill, kv, n_seqs)
-        total: F64 = np.sum([self.terms.of(part) for part in parts], axis=0, dtype=np.float64)
+        found = self._split(rows, prefill, kv, n_seqs)
+        total: F64 = np.sum([self.terms.of(part) for part in found], axis=0, dtype=np.float64)
         return total
 
-    def _no_attention(self, n: int, sampled: int) -> float:
-        return float(np.dot(self.terms.of(Ubatch(n, sampled, -n / 2, 0.0)), self._vector)) + (
-            self.coefficients["cells"] * n / 2
-        )
+    def _passes(self) -> list[float]:
+        """Seconds of n rows in their regime, for n in 0..n_ubatch."""
+        regimes = self.terms.kernels.regimes
+        ends = [*(regime.first for regime in regimes[1:]), self.n_ubatch + 1]
+        found = [0.0]
+        for regime, end in zip(regimes, ends, strict=True):
+            c = [self.coefficients[f"{part} {regime.first}+"] for part in parts(regime)]
+            rows = range(regime.first, min(end, self.n_ubatch + 1))
+            found += [sum(map(mul, c, values_of(regime, n))) for n in rows]
+        return found
 
     def _split(self, rows: int, prefill: int, kv: float, n_seqs: int) -> list[Ubatch]:
         return split(rows, prefill, kv, n_seqs, self.n_ubatch, self.unified)
 
-    def _time(self, part: Ubatch, mixed: bool) -> float:
+    def _time(self, part: Ubatch) -> float:
         n = part.rows
-        return self._scale[2 * self._regime[n] + mixed] * (
+        return self._scale[2 * self._regime[n] + (part.sampled < n)] * (
             self._body[n]
             + self._head[part.sampled]
             + self._all[n] * (part.cells + 0.5 * n)
@@ -230,25 +237,26 @@ def _calm(samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
 
 
 def _row(terms: Terms, s: Sample, n_ubatch: int) -> list[float]:
-    parts = split(s.rows, s.prefill, s.kv, s.n_seqs, n_ubatch, s.unified)
-    values: list[float] = np.sum([terms.of(part) for part in parts], axis=0).tolist()
+    found = split(s.rows, s.prefill, s.kv, s.n_seqs, n_ubatch, s.unified)
+    values: list[float] = np.sum([terms.of(part) for part in found], axis=0).tolist()
     return values
 
 
 def split(
     rows: int, prefill: int, kv: float, n_seqs: int, n_ubatch: int, unified: bool
 ) -> list[Ubatch]:
-    """The ubatches that libllama makes of a step (src/llama-batch.cpp: `split_simple` for shared
-    cells, `split_equal`, as many rows of every sequence, for cells of each one's own)."""
+    """The ubatches that a step is computed in: n_ubatch rows each (src/llama-batch.cpp:
+    `split_simple`); with cells of each sequence's own those that decode apart from the prompts
+    (`Step.parts`)."""
     if rows == 0:
         return []
     decode = rows - prefill
     n_chunks = n_seqs - decode
     own = kv / n_seqs
-    parts: list[Ubatch] = []
+    found: list[Ubatch] = []
     if not unified and decode and prefill:
-        parts.append(Ubatch(n_seqs, decode, kv, n_seqs * own))
-        rows, prefill, decode = prefill - n_chunks, prefill - n_chunks, 0
+        found.append(Ubatch(decode, decode, kv, decode * own))
+        rows, decode = prefill, 0
     done = 0  # prompt rows
     while rows:
         n = min(rows, n_ubatch)
@@ -257,6 +265,6 @@ def split(
         reads = n * own
         if chunk:
             reads += chunk * (done + chunk / 2) / n_chunks
-        parts.append(Ubatch(n, sampled, kv, reads))
+        found.append(Ubatch(n, sampled, kv, reads))
         kv, done, rows = kv + n, done + chunk, rows - n
-    return parts
+    return found

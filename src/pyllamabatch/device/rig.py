@@ -148,18 +148,26 @@ class Rig(Owner):
         n = 0
         decode = shape.rows - shape.prefill
         grown: dict[int, int] = {}
+        taken: list[Took] = []
         for seq in range(decode):
             n = self._write(n, 1, seq, self._held.get(seq, 0), sample=True)
             grown[seq] = 1
+        if decode and shape.prefill and not self.context.capabilities.unified:
+            taken.append(self._call(n))  # as `Step.parts` has it
+            n = 0
         for i, size in enumerate(shape.chunks()):
             seq = decode + i
             n = self._write(n, size, seq, self._held.get(seq, 0))
             grown[seq] = size
+        taken.append(self._call(n))
+        self._undo(grown, shape.depth)
+        return Took(sum(t.seconds for t in taken), any(t.disturbed for t in taken))
+
+    def _call(self, n_rows: int) -> Took:
         cpu, wall = time.process_time(), time.perf_counter()
-        result = self.stepper.step(n)
+        result = self.stepper.step(n_rows)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         result.raise_for_code()
-        self._undo(grown, shape.depth)
         took = result.steps[0]
         seconds = float(sum(took[name] for name in _PARTS)) * 1e-9
         return Took(seconds, cpu < _UNDISTURBED * wall * self._n_threads)

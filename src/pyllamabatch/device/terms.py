@@ -50,7 +50,7 @@ class Terms:
     def names(self) -> tuple[str, ...]:
         found = ["base", "output", "experts", "cells", "all", "own", "all many", "own many"]
         for regime in self.kernels.regimes:
-            found += [f"{part} {regime.first}+" for part in _parts(regime)]
+            found += [f"{part} {regime.first}+" for part in parts(regime)]
         return tuple(found)
 
     def of(self, ubatch: Ubatch) -> list[float]:
@@ -61,8 +61,8 @@ class Terms:
         values += attention if n < self.kernels.attention_from else attention[2:] + attention[:2]
         body, head = self.kernels.of(n), self.kernels.of(out) if out else -1
         for i, regime in enumerate(self.kernels.regimes):
-            rows = _values(regime, n) if i == body else (0.0,) * len(_parts(regime))
-            last = _values(regime, out) if i == head else (0.0,) * len(rows)
+            rows = values_of(regime, n) if i == body else (0.0,) * len(parts(regime))
+            last = values_of(regime, out) if i == head else (0.0,) * len(rows)
             h = self.output_share
             values += [(1 - h) * a + h * b for a, b in zip(rows, last, strict=True)]
         return values
@@ -73,13 +73,15 @@ class Terms:
         return 1.0 - float((1.0 - self.n_expert_used / self.n_expert) ** n)
 
 
-def _parts(regime: Regime) -> tuple[str, ...]:
+def parts(regime: Regime) -> tuple[str, ...]:
+    """Names of a regime's terms."""
     if regime.rest == "each":
         return ("pass", "full tile", "row beyond", "tile")
     return ("pass", "tile", "row") if regime.tile > 1 else ("pass", "row")
 
 
-def _values(regime: Regime, n: int) -> tuple[float, ...]:
+def values_of(regime: Regime, n: int) -> tuple[float, ...]:
+    """Their values for n rows: f_r(n)."""
     tiles = -(-n // regime.tile)
     if regime.rest == "each":
         return (1.0, float(n // regime.tile), float(n % regime.tile), float(tiles))
