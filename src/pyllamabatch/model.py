@@ -102,8 +102,9 @@ class Model(Owner):
 
         self.path = os.fspath(path)
         # What to load it with again, without its weights (device/residency.py).
-        self._load = dict(params, splits=splits, devices=devices, n_gpu_layers=n_gpu_layers,
-                          tensor_split=tensor_split, kv_overrides=kv_overrides)  # fmt: skip
+        again: dict[str, Any] = {"splits": splits, "devices": devices, "n_gpu_layers": n_gpu_layers}
+        again |= {"tensor_split": tensor_split, "kv_overrides": kv_overrides}
+        self._load: dict[str, Any] = {**params, **again}
         self._no_alloc = no_alloc
         self._vocab_only = vocab_only
         _log.mark()

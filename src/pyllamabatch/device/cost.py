@@ -218,8 +218,9 @@ class CostModel:
         for regime in kernels.regimes:
             guess[f"pass {regime.first}+"] = one_pass
             if regime.rest == "each":
-                guess[f"full tile {regime.first}+"] = 2 * row
-                guess[f"row beyond {regime.first}+"] = row
+                guess[f"full tile {regime.first}+"] = 0.6 * regime.tile * row
+                for n in range(1, regime.tile):
+                    guess[f"{n} beyond {regime.first}+"] = n * row
             elif regime.tile > 1:
                 guess[f"tile {regime.first}+"] = regime.tile * row
             else:

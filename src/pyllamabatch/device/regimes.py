@@ -18,8 +18,8 @@ multiple of 8 that holds the rows, at most 128. F16, BF16 and F32 are mat-vec up
 CPU (ggml-cpu/repack.cpp: `forward_mul_mat_one_chunk`, `ggml_repack_get_optimal_repack_type`;
 llamafile/sgemm.cpp): repacked weights take four rows at a time, and each of the rest alone, so
 seven rows cost more than eight. Of the others, those of blocks of 32 (Q4_0, Q5_0, Q8_0, IQ4_NL) and
-the floats go from two rows on in tinyBLAS's tiles, up to 4 and 6 rows wide; the rest row by row. A
-file mixes types: the cost model takes all of it for tiles of four.
+the floats go from two rows on in tinyBLAS's tiles, up to 4 and 6 rows wide, the rest in narrower
+ones; K-quants row by row. A file mixes types: the cost model takes all of it for tiles of four.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ CPU_ATTENTION_TILED = 64  # ggml-cpu/common.h: GGML_FA_TILE_Q
 @dataclass(frozen=True, slots=True)
 class Regime:
     """Row counts from `first` on. `tile`: rows that are computed at once; `rest`: rows beyond the
-    last full tile cost one more tile ("tile"), or a pass of their own each ("each")."""
+    last full tile cost one more tile ("tile"), or for each number of them something else ("each"),
+    which may be more than a tile."""
 
     first: int
     tile: int = 1
@@ -136,7 +137,7 @@ def _cpu(weight_type: str, features: str) -> Kernels:
     if any(weight_type in types for name, types in _REPACKED.items() if name in has):
         many = Regime(2, CPU_ROWS, "each", "gemm of 4, gemv")
     else:
-        many = Regime(2, CPU_ROWS, "tile", "tinyBLAS or vec_dot")
+        many = Regime(2, CPU_ROWS, "each", "tinyBLAS in tiles of 4 and less, or vec_dot")
     return Kernels((Regime(1, kernel="gemv or vec_dot"), many), CPU_ATTENTION_TILED)
 
 

@@ -136,7 +136,8 @@ def footprint_of(context: Context, n_outputs: int, *, mmap: bool) -> Footprint:
     device = host = Pool()
     logits = 4 * max(n_outputs, context.n_seq_max) * context.model.n_vocab
     for part in memory_parts(context):
-        on_cpu = part.device not in devices or devices[part.device].kind == "cpu"
+        known = devices.get(part.device)
+        on_cpu = known is None or known.kind == "cpu" or part.host
         # Metal's buffers are mapped too; other devices, and repacked weights, are copies.
         mapped = mmap and (part.host if on_cpu else part.buffer_type.startswith("MTL"))
         weights = Pool(part.model, 0) if mapped else Pool(0, part.model)

@@ -5,12 +5,12 @@ A ubatch of n rows, o of them sampled, costs
     sum over regimes r of  (1 - h) * [n in r] * c_r . f_r(n)  +  h * [o in r] * c_r . f_r(o)
     + c_base + c_output * o + c_experts * e(n) + attention
 
-f_r(n) is (1, tiles of n, n), or (1, full tiles, rows beyond them, tiles) where those rows pass one
-by one; h is the output matrix's share of the weights, which only sampled rows pass. e(n) =
-1 - (1 - k/E)^n is the share of E experts that n rows with k each are expected to touch, if they
-choose evenly. Attention is c_cells * kv + c_all * n * (cells in sight) + c_own * (own cells that
-the rows look at); c_all and c_own have other values from `Kernels.attention_from` rows on. With
-cells of each sequence's own there is no c_all. All c are >= 0.
+f_r(n) is (1, tiles of n, n), or (1, full tiles, [1 row beyond them], [2 rows], ...) where those
+rows go another way; h is the output matrix's share of the weights, which only sampled rows pass.
+e(n) = 1 - (1 - k/E)^n is the share of E experts that n rows with k each are expected to touch, if
+they choose evenly. Attention is c_cells * kv + c_all * n * (cells in sight) + c_own * (own cells
+that the rows look at); c_all and c_own have other values from `Kernels.attention_from` rows on.
+With cells of each sequence's own there is no c_all. All c are >= 0.
 """
 
 from __future__ import annotations
@@ -76,15 +76,16 @@ class Terms:
 def parts(regime: Regime) -> tuple[str, ...]:
     """Names of a regime's terms."""
     if regime.rest == "each":
-        return ("pass", "full tile", "row beyond", "tile")
+        return ("pass", "full tile", *(f"{i} beyond" for i in range(1, regime.tile)))
     return ("pass", "tile", "row") if regime.tile > 1 else ("pass", "row")
 
 
 def values_of(regime: Regime, n: int) -> tuple[float, ...]:
     """Their values for n rows: f_r(n)."""
-    tiles = -(-n // regime.tile)
+    full, beyond = divmod(n, regime.tile)
     if regime.rest == "each":
-        return (1.0, float(n // regime.tile), float(n % regime.tile), float(tiles))
+        return (1.0, float(full), *(float(i == beyond) for i in range(1, regime.tile)))
+    tiles = full + (beyond > 0)
     return (1.0, float(tiles), float(n)) if regime.tile > 1 else (1.0, float(n))
 
 

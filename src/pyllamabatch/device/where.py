@@ -110,7 +110,9 @@ def _tensors(model: Model) -> Iterator[tuple[str, str, int]]:
 
 
 def _files(model: Model) -> list[Path]:
-    """The model's file, and its other parts where it is split by llama.cpp's own pattern."""
+    """The model's file, or all of them where it is split."""
+    if model._load["splits"]:
+        return [Path(part) for part in model._load["splits"]]
     first = Path(model.path)
     found = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", first.name)
     if found is None:
