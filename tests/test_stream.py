@@ -7,11 +7,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pyllamabatch.errors import KvCacheFull
 from pyllamabatch.page import Page
 from pyllamabatch.stream import Stream
-from pyllamabatch.text import Pieces
+from pyllamabatch.text import Pieces, TextFeed
 
 N_STEPS = 64
 PIECES: dict[int, bytes] = {}  # by token, of the test that runs
@@ -50,7 +52,7 @@ def push(made: Stream, *pieces: bytes) -> bool:
         page.steps.table[step]["t_start_ns"] = time.perf_counter_ns()
         page.n_tokens[1], page.struct.n_steps = at + 1, step + 1
     page.show()
-    stopped = made._scan() if made._stops else False
+    stopped = made._scan() if made._harmless is not None else False
     if made in made.watched:  # type: ignore[attr-defined]
         made.watched.discard(made)  # type: ignore[attr-defined]
         made._tell()
@@ -190,6 +192,30 @@ def test_a_reader_finds_the_stop_string_before_the_delivery_thread() -> None:
     assert made.text == "a"
     assert made.tokens == [100, 101]
     assert made._scan()
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.binary(max_size=3) | st.text("abE€", max_size=3).map(str.encode), max_size=30),
+    st.lists(st.text("abE€\ufffd", min_size=1, max_size=3), min_size=1, max_size=3),
+    st.sets(st.integers(0, 30)),
+)
+def test_stop_strings_are_found_as_if_every_piece_had_been_searched(
+    pieces: list[bytes], stops: list[str], looks: set[int]
+) -> None:
+    feed = TextFeed(stops)
+    n = next((i for i, piece in enumerate(pieces, 1) if feed.feed(piece)), len(pieces))
+    feed.finish()
+    made = stream(stops=tuple(stops))
+    for i, piece in enumerate(pieces):
+        push(made, piece)
+        if i in looks:
+            assert feed.text.startswith(made.text)
+    made._finish("length")
+    result = made.result()
+    assert (result.text, result.stop, result.n_generated) == (feed.text, feed.stop, n)
+    assert [token.text for token in made] == feed.parts
+    assert result.finish_reason == ("length" if feed.stop is None else "stop")
 
 
 def test_pages_turn_and_slots_change() -> None:

@@ -186,7 +186,7 @@ class Delivery:
         return page
 
     def _tell(self) -> None:
-        told = [stream for stream in self._watched.copy() if stream._has_more()]
+        told = [stream for stream in self._watched.copy() if stream._has_more() or stream.done]
         for stream in told:
             self._watched.discard(stream)
             stream._tell()
@@ -199,7 +199,7 @@ class Delivery:
             self._turn_page(logprobs=True)
         self._at[slot] = stream
         stream._begin(self._page, slot)
-        if stream._stops:
+        if stream._harmless is not None:
             self._with_stops.add(stream)
 
     def _leave(self, slot: int) -> None:

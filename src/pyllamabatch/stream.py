@@ -98,9 +98,9 @@ class Stream:
         self._logprobs: list[float] | None = None if logprobs is None else []
         self._top: list[dict[int, float]] | None = [] if logprobs else None
         self._pieces_of = pieces.of
+        self._harmless = pieces.harmless(stops) if stops else None
         self._pieces: list[bytes] = []  # of all tokens, at the end
         self._feed = TextFeed(stops)
-        self._stops = bool(stops)
         self._stopped = False  # by a stop string
         self._n_dropped = 0  # tokens behind it
         self._result: Result | None = None
@@ -133,6 +133,7 @@ class Stream:
     @property
     def text(self) -> str:
         """The text so far."""
+        self._look()
         with self._lock:
             self._catch_up()
             return self._feed.text
@@ -140,6 +141,7 @@ class Stream:
     @property
     def tokens(self) -> list[int]:
         """The tokens so far."""
+        self._look()
         with self._lock:
             self._take()
             return self._tokens.copy()
@@ -282,12 +284,14 @@ class Stream:
             return
         if self._first_at is None:
             self._first_at = page.steps.end_s(int(page.step[slot, new.start]))
-        self._tokens += page.token[slot, new].tolist()
+        tokens = page.token[slot, new].tolist()
+        self._tokens += tokens
         if self._logprobs is not None and page.logprob is not None:
             self._logprobs += page.logprob[slot, new].tolist()
             if self._top is not None:
                 self._top += page.top(slot, new)
-        if self._stops:
+        harmless = self._harmless
+        if harmless is not None and (self._feed.holds or not harmless.covers(tokens)):
             self._look_for_stops()
 
     def _look_for_stops(self) -> None:
@@ -314,11 +318,8 @@ class Stream:
             feed.finish()
 
     def _whole_text(self) -> str:
-        """At the end. Text that nobody has looked at is not cut into tokens now."""
-        if self._feed.parts or self._stops:
-            for piece in self._pieces[len(self._feed.parts) :]:
-                self._feed.feed(piece)
-            self._feed.finish()
+        """At the end. What nobody has looked at is not cut into tokens now."""
+        if self._stopped:
             return self._feed.text
         return b"".join(self._pieces).decode("utf-8", "replace")
 
@@ -330,6 +331,11 @@ class Stream:
             self._watch(self)
             if not self._has_more():  # looked at again: `_watch` was too late for what came before
                 self._more.wait()
+
+    def _look(self) -> None:
+        """Without the lock: who looks at what there is finds what is new when he looks again."""
+        if self._result is None:
+            self._watch(self)
 
     def _token(self, i: int) -> Token:
         return Token(

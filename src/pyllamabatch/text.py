@@ -12,6 +12,7 @@ class Pieces(dict[int, bytes]):
     def __init__(self, fetch: Callable[[list[int]], list[bytes]]) -> None:
         super().__init__()
         self._fetch = fetch
+        self._harmless: dict[tuple[str, ...], Harmless] = {}
 
     def of(self, tokens: list[int]) -> list[bytes]:
         """Those of each of these tokens; what is not known yet is fetched in one go."""
@@ -20,6 +21,41 @@ class Pieces(dict[int, bytes]):
             missing = list(new)
             self.update(zip(missing, self._fetch(missing), strict=True))
         return [*map(self.__getitem__, tokens)]
+
+    def harmless(self, stops: tuple[str, ...]) -> Harmless:
+        """The tokens in which none of these stop strings can begin, as far as they are known."""
+        found = self._harmless.get(stops)
+        if found is None:
+            found = Harmless(self, stops)
+            if len(self._harmless) < 64:  # sets of stop strings that requests share
+                self._harmless[stops] = found
+        return found
+
+
+class Harmless:
+    """Tokens in which none of some stop strings can begin, because the first byte of none is in
+    their pieces: as long as nothing is held back, their text need not be searched."""
+
+    __slots__ = ("_firsts", "_pieces", "_tokens")
+
+    def __init__(self, pieces: Pieces, stops: tuple[str, ...]) -> None:
+        self._pieces = pieces
+        self._firsts = {stop.encode("utf-8", "surrogatepass")[:1] for stop in stops}
+        if any("\ufffd" in stop for stop in stops):
+            self._firsts.add(b"")  # any bytes that are not UTF-8 may become one
+        self._tokens: set[int] = set()
+
+    def covers(self, tokens: list[int]) -> bool:
+        known = self._tokens
+        if known.issuperset(tokens):
+            return True
+        every = True
+        for token, piece in zip(tokens, self._pieces.of(tokens), strict=True):
+            if any(first in piece for first in self._firsts):
+                every = False
+            else:
+                known.add(token)
+        return every
 
 
 class TextFeed:
@@ -62,6 +98,11 @@ class TextFeed:
         if self.stop is None and (rest := self._decode(b"", True)):
             self.parts[-1] += rest
         self.n_decided = len(self.parts)
+
+    @property
+    def holds(self) -> bool:
+        """Whether a stop string may have begun at the end of the text."""
+        return bool(self._held)
 
     @property
     def text(self) -> str:
