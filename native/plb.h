@@ -340,6 +340,10 @@ int32_t plb_ring_read(plb_engine * engine, int64_t until, plb_page * page);
 void    plb_ring_flush(plb_engine * engine);
 /* Wake the reader. From any thread. */
 void    plb_ring_wake(plb_engine * engine);
+/* For the reader, between two pieces of work that keep others from planning (an interpreter's lock):
+ * returns when a run goes on, or when the thread that computes has flushed because it has nothing to
+ * do, at the latest after timeout_ns. */
+void    plb_ring_give_way(plb_engine * engine, int64_t timeout_ns);
 /* Steps handed over so far. From any thread. */
 int64_t plb_ring_count(plb_engine * engine);
 /* The clock of plb_step_info.t_start_ns. */

@@ -83,6 +83,7 @@ int32_t plb_ring_read(plb_engine * engine, int64_t until, plb_page * page) {
 
 void plb_ring_flush(plb_engine * engine) {
     if (engine != nullptr) {
+        engine->ring.plan(false);
         engine->ring.publish();
         engine->ring.wake_reader();
     }
@@ -91,6 +92,12 @@ void plb_ring_flush(plb_engine * engine) {
 void plb_ring_wake(plb_engine * engine) {
     if (engine != nullptr) {
         engine->ring.wake_reader();
+    }
+}
+
+void plb_ring_give_way(plb_engine * engine, int64_t timeout_ns) {
+    if (engine != nullptr) {
+        engine->ring.give_way(std::chrono::nanoseconds(std::max<int64_t>(timeout_ns, 0)));
     }
 }
 

@@ -101,7 +101,19 @@ public:
         return has_room(n_records);
     }
 
+    // Between two runs the computing thread has something to plan: true until it is at it again.
+    void plan(bool planning) {
+        planning_.store(planning);
+        if (!planning) {
+            to_reader_.notify();
+        }
+    }
+
     // -- the reader
+
+    void give_way(std::chrono::nanoseconds timeout) {
+        to_reader_.wait([&] { return !planning_.load(); }, timeout);
+    }
 
     int64_t wait(int64_t n_wanted, std::chrono::nanoseconds timeout) {
         wanted_.store(n_wanted);
@@ -144,7 +156,7 @@ private:
     std::vector<int64_t> starts_; // [n_steps_]: the first record of each
 
     std::atomic<int64_t> published_{0}, taken_{0}, wanted_{0};
-    std::atomic<bool>    poked_{false};
+    std::atomic<bool>    poked_{false}, planning_{false};
     signal to_reader_, to_writer_;
 };
 

@@ -140,12 +140,14 @@ int32_t plb_run(plb_engine * engine, const llama_seq_id * slots, int32_t n_slots
         engine->info.n_reused = llama_perf_context(engine->ctx).n_reused;
         out->n_reused = -engine->info.n_reused;
         write_rows(*engine, slots, n_slots);
+        engine->ring.plan(false);
         out->ns   = -plb_now_ns();
         out->code = run_steps(*engine, n_slots, n_more, n_steps, *out);
         out->ns  += plb_now_ns();
         out->n_reused += engine->info.n_reused;
     }
     out->n_recorded = engine->ring.n_done();
+    engine->ring.plan(true);
     return out->code;
 }
 

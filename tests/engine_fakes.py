@@ -207,6 +207,9 @@ class FakeMachine:
             self.woken = True
             self.news.notify_all()
 
+    def give_way(self) -> None:
+        pass
+
     def read(self, until: int, page: Page) -> int:
         n = 0
         while self.n_taken < min(until, self.n_published) and page.struct.n_steps < PAGE_STEPS:

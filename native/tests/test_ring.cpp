@@ -128,6 +128,23 @@ void handed_over(fixture & f) {
     CHECK(plb_ring_read(f.engine, 0, nullptr) == PLB_E_ARGUMENT);
 }
 
+// The reader stands back while the other thread plans, not while it computes or has nothing to do.
+void gives_way(fixture & f) {
+    const auto waited = [&](int64_t timeout_ns) {
+        const int64_t begin = plb_now_ns();
+        plb_ring_give_way(f.engine, timeout_ns);
+        return plb_now_ns() - begin;
+    };
+    plb_ring_flush(f.engine);
+    CHECK(waited(100 * SECOND) < 10 * SECOND);
+    start(f, 1, 100);
+    CHECK(waited(SECOND / 100) >= SECOND / 100);
+    std::thread other([&] { plb_ring_flush(f.engine); });
+    CHECK(waited(100 * SECOND) < 10 * SECOND);
+    other.join();
+    plb_ring_give_way(nullptr, 0);
+}
+
 // A full ring: the run waits a while, ends, and goes on when there is room.
 void full(fixture & f) {
     page p(4, 64, 3);
@@ -286,6 +303,7 @@ int main(int argc, char ** argv) {
     {
         fixture f(path, 2048, 4, params_of(1, 12));
         handed_over(f);
+        gives_way(f);
         full(f);
         failed(f);
         pieces(f);

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _REFUSED: int = lib.PLB_E_ARGUMENT
 _THREW: int = lib.PLB_E_DECODE
 _MOST = 2**31 - 1
+_GIVE_WAY_NS = 2_000_000
 
 
 class Run(NamedTuple):
@@ -94,6 +95,10 @@ class StreamStepper(Stepper):
         """Steps to see so far: once there are n_wanted, after a `flush` or `wake`, or after
         `timeout` seconds."""
         return int(lib.plb_ring_wait(self._engine, n_wanted, int(timeout * 1e9)))
+
+    def give_way(self) -> None:
+        """By the reader, between two pieces of work: let the thread that computes plan first."""
+        lib.plb_ring_give_way(self._engine, _GIVE_WAY_NS)
 
     def read(self, until: int, page: Page) -> int:
         """Move the steps below `until`, as many as fit, into a page; how many."""

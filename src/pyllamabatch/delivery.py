@@ -25,10 +25,11 @@ from .trace import StepTrace
 log = logging.getLogger(__name__)
 
 PAGE_STEPS = 128
-LAZY_SECONDS = 0.02  # tokens that nobody waits for are taken at least so often, while any come
+LAZY_SECONDS = 0.1  # tokens that nobody waits for are taken at least so often, while any come
 IDLE_SECONDS = 1.0
 TELL_SECONDS = 5e-5  # what a reader who is woken needs; it is left to them before more are woken
-TELL_SECONDS_MAX = 0.005
+REST_SECONDS_MAX = 0.005
+AT_ONCE = 8  # streams that are searched before the decoder may come first
 
 
 class Delivery:
@@ -122,27 +123,35 @@ class Delivery:
     def _run(self) -> None:
         try:
             while self._open:
-                self.turn()
-                if self._n_told:
-                    time.sleep(min(self._n_told * TELL_SECONDS, TELL_SECONDS_MAX))
+                published = self._wait()
+                began = time.perf_counter()
+                self._hand_out(published)
+                busy = time.perf_counter() - began + self._n_told * TELL_SECONDS
+                time.sleep(min(busy, REST_SECONDS_MAX))  # others need the interpreter, too
         except BaseException as error:
             log.exception("the delivery thread failed; its engine is closed")
             self._on_failure(error)
 
     def turn(self) -> None:
         """Wait for steps or events, and hand out what there is."""
+        self._hand_out(self._wait())
+
+    def _hand_out(self, published: int) -> None:
         events = self._events
-        published = self._wait()
         while True:
             # What comes before a step was in `events` before the step was handed over.
             self._read(min(published, events[0][0]) if events else published)
             if not events or events[0][0] > self._n_read:
                 break
+            self._reader.give_way()
             _, act, args = events.popleft()
             act(*args)
-        for stream in [stream for stream in self._with_stops if stream._scan()]:
-            self._with_stops.discard(stream)
-            self._on_stop(stream.id)
+        for i, stream in enumerate(list(self._with_stops), 1):
+            if stream._scan():
+                self._with_stops.discard(stream)
+                self._on_stop(stream.id)
+            if i % AT_ONCE == 0:
+                self._reader.give_way()
         self._tell()
 
     def _wait(self) -> int:
