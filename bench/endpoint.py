@@ -69,6 +69,7 @@ def llama_cpp_python(case: Case, gpu: bool) -> Complete:
         n_ubatch=case.n_ubatch,
         n_threads=case.n_threads,
         n_threads_batch=case.n_threads,
+        flash_attn=True,
         verbose=False,
     )
     turn = threading.Lock()

@@ -55,6 +55,10 @@ class Clients(ABC):
     @abstractmethod
     def close(self, *, now: bool = False) -> None: ...
 
+    @abstractmethod
+    def connect(self) -> None:
+        """By each client, before the time starts."""
+
     def warm_up(self) -> None:
         self._fire(0, min(8, self.case.tg))
 
@@ -80,8 +84,10 @@ class Clients(ABC):
 
         with ThreadPoolExecutor(case.pl) as clients:
             try:
+                list(clients.map(lambda _: self.connect(), range(case.pl)))
                 times = list(clients.map(client, range(case.pl)))
             except BaseException:
+                start.abort()
                 self.close(now=True)  # or those who still wait would keep us here
                 raise
         wall = max(end for _, end in times) - min(began for began, _ in times)
@@ -98,6 +104,8 @@ class EngineClients(Clients):
         self._limit_s = limit_s
         self._engine = Engine(model, **engine_settings(case))
 
+    def connect(self) -> None: ...
+
     def ask(self, prompt: I32, tokens: int, seed: int) -> None:
         params = sampling_params(self.case.sampling, seed, tokens)
         result = self._engine.submit(prompt, params).result(timeout=self._limit_s)
@@ -108,8 +116,8 @@ class EngineClients(Clients):
 
 
 class HttpClients(Clients):
-    """A process that answers llama-server's POST /completion on loopback; one connection per
-    client, kept open."""
+    """A process that answers llama-server's POST /completion on loopback; at most one connection
+    per client, kept open."""
 
     def __init__(
         self, case: Case, n_vocab: int, server: ServerProcess, limit_s: float, **extra: Any
@@ -126,6 +134,15 @@ class HttpClients(Clients):
             limits=httpx.Limits(max_connections=case.pl, max_keepalive_connections=case.pl),
             trust_env=False,  # no proxy between us and loopback
         )
+
+    def connect(self) -> None:
+        """A server may have closed a connection while others ran, at the moment we use it."""
+        import httpx
+
+        try:
+            self._http.get("/health")
+        except httpx.TransportError:
+            self._http.get("/health")
 
     def ask(self, prompt: I32, tokens: int, seed: int) -> None:
         own = {"prompt": prompt.tolist(), "n_predict": tokens, "seed": seed}

@@ -152,6 +152,8 @@ def test_nothing_runs_on_when_the_bench_is_left(case: Case, inside: InProcess, f
             super().__init__(case, inside.model.n_vocab)
             started.append(fake("hangs"))
 
+        def connect(self) -> None: ...
+
         def ask(self, prompt: Any, tokens: int, seed: int) -> None: ...
 
         def close(self, *, now: bool = False) -> None:
