@@ -78,7 +78,12 @@ def main(options: argparse.Namespace) -> int:
         )
         for pl in batches
     ]
-    out = out_file(options, "decode", Path(options.model).stem, inside.facts()["gpu_info"])
+    out = out_file(
+        options,
+        "decode",
+        Path(options.model).name.removesuffix(".gguf"),
+        inside.facts()["gpu_info"],
+    )
     rows = []
     budget = Budget(options.budget)
     for row in measure(arms, cases, repeats, inside, options.undisturbed, budget):

@@ -102,7 +102,9 @@ def main(options: argparse.Namespace) -> int:
         )
         for pl in clients
     ]
-    out = out_file(options, "serve", Path(options.model).stem, inside.facts()["gpu_info"])
+    out = out_file(
+        options, "serve", Path(options.model).name.removesuffix(".gguf"), inside.facts()["gpu_info"]
+    )
     rows = []
     budget = Budget(options.budget)
     running = measure(arms, cases, repeats, inside, options.undisturbed, budget)

@@ -108,7 +108,7 @@ def setting_of(run: Sequence[Row]) -> Setting:
     return Setting(
         bench=row.bench,
         machine=f"{row.gpu_info} ({machine})" if row.gpu_info else machine,
-        model=row.model_type or row.model_filename,
+        model=row.model_filename.removesuffix(".gguf"),
         work=f"{row.pp} prompt tokens, {row.tg} tokens" if row.pp else "no prompt",
         settings=", ".join(settings),
     )
