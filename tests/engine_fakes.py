@@ -18,6 +18,8 @@ import numpy as np
 from pyllamabatch._stream_step import Run
 from pyllamabatch.decoder import Decoder
 from pyllamabatch.delivery import PAGE_STEPS
+from pyllamabatch.errors import StateError, UnsupportedOperation
+from pyllamabatch.kv import Sharing, SwapChoice, SwapSpace
 from pyllamabatch.page import Page
 from pyllamabatch.request import Request
 from pyllamabatch.sampling import SamplingParams
@@ -52,10 +54,11 @@ class Slot:
     params: SamplingParams
     generated: list[int] = field(default_factory=list)
 
-    def tokens(self) -> list[int]:
-        return self.generated
+    def tokens(self) -> Any:
+        return np.array(self.generated, dtype=np.int32)
 
 
+Cell = tuple[int, object]  # a token and an identity
 Fault = Callable[[int], object]  # step number -> None, a code, or an exception
 Sampled = tuple[int, int, int]  # slot, token, finish
 
@@ -73,7 +76,9 @@ class FakeMachine:
     n_room: int = 10**9  # steps that the ring holds
     runs: list[int] = field(default_factory=list)  # steps of each run of decoding alone
     rung: bool = False
-    cells: dict[int, list[int]] = field(default_factory=dict)
+    sharing: Sharing = field(default_factory=Sharing)  # what its memory can do
+    stubborn: bool = False  # it refuses every copy
+    cells: dict[int, list[Cell]] = field(default_factory=dict)
     slots: dict[int, Slot] = field(default_factory=dict)
     n_steps: int = 0
     closed: bool = False
@@ -98,7 +103,6 @@ class FakeMachine:
 
     def put_slot(self, seq_id: int, slot: Slot) -> None:
         assert seq_id not in self.slots
-        assert not self.cells.get(seq_id)
         self.slots[seq_id] = slot
 
     def take_slot(self, seq_id: int) -> Slot:
@@ -170,12 +174,12 @@ class FakeMachine:
             seq, token, pos = int(rows.seq[i]), int(rows.token[i]), int(rows.pos[i])
             held = self.cells.setdefault(seq, [])
             assert pos == len(held), (seq, pos, held)
-            held.append(token)
+            held.append((token, object()))
             assert len(held) <= self.limits.n_cells_seq
             if rows.flags[i] & SAMPLE and not fault:
                 results.append(self._sample(seq))
         if self.limits.unified:
-            assert sum(map(len, self.cells.values())) <= self.limits.n_cells
+            assert self.n_held <= self.limits.n_cells
         return results
 
     def _sample(self, seq: int) -> Sampled:
@@ -183,7 +187,7 @@ class FakeMachine:
         if seq in self.failing:
             self.failing.discard(seq)
             return seq, -1, Finish.ERROR
-        token = next_token(self.cells[seq])
+        token = next_token([token for token, _ in self.cells[seq]])
         slot.generated.append(token)
         finish = Finish.NONE
         if token == EOG:
@@ -228,8 +232,38 @@ class FakeMachine:
     # -- Memory
 
     def seq_rm(self, seq_id: int, p0: int = -1, p1: int = -1) -> None:
-        assert (p0, p1) == (-1, -1)  # all that every kind of memory can do
-        self.cells.pop(seq_id, None)
+        assert p1 == -1
+        held = self.cells.get(seq_id, [])
+        if p0 > 0 and not self.sharing.trim:
+            raise UnsupportedOperation("only all of it")
+        self.cells[seq_id] = held[: max(p0, 0)]
+        if not self.cells[seq_id]:
+            del self.cells[seq_id]
+
+    def seq_cp(self, src: int, dst: int, p0: int = -1, p1: int = -1) -> None:
+        assert not self.cells.get(dst)
+        if self.stubborn:
+            raise UnsupportedOperation("no copies today")
+        n = len(self.cells[src]) if p1 < 0 else p1
+        assert self.sharing.copy_whole if p1 < 0 else self.sharing.copy_part
+        copied = self.cells[src][:n]
+        unified = self.limits.unified
+        self.cells[dst] = copied if unified else [(token, object()) for token, _ in copied]
+
+    def state_seq_get(self, seq_id: int) -> bytes:
+        if self.stubborn:
+            raise StateError("no states today")
+        return np.array([token for token, _ in self.cells[seq_id]], np.int32).tobytes()
+
+    def state_seq_set(self, data: bytes, seq_id: int) -> None:
+        assert not self.cells.get(seq_id)
+        tokens = np.frombuffer(data, np.int32).tolist()
+        self.cells[seq_id] = [(token, object()) for token in tokens]
+
+    @property
+    def n_held(self) -> int:
+        """Cells in use, shared ones once."""
+        return len({cell for held in self.cells.values() for _, cell in held})
 
     def pos_max(self, seq_id: int) -> int:
         return len(self.cells.get(seq_id, ())) - 1
@@ -244,10 +278,21 @@ class Rig:
         fault: Fault = lambda step: None,
         policy: Policy | None = None,
         n_steps_max: int = 1,
+        sharing: Sharing | None = None,
+        swap: SwapChoice | None = None,
     ) -> None:
-        self.machine = FakeMachine(limits, fault, n_steps_max)
-        self.scheduler = Scheduler(limits, policy)
-        self.decoder = Decoder(self.scheduler, self.machine, self.machine, self._close)
+        sharing = sharing or Sharing(trim=True)
+        self.machine = FakeMachine(limits, fault, n_steps_max, sharing=sharing)
+        self.scheduler = Scheduler(limits, policy, sharing=sharing, swap=swap)
+        self.space = SwapSpace(10**6)
+        self.decoder = Decoder(
+            self.scheduler,
+            self.machine,
+            self.machine,
+            self.machine,
+            self._close,
+            space=self.space,
+        )
         self.requests: list[Request] = []
         self._pieces = Pieces(lambda tokens: [b"%d " % token for token in tokens])
 
@@ -303,12 +348,16 @@ class Rig:
     def check(self) -> None:
         """Cache, ledger, slots and streams say the same."""
         scheduler, machine = self.scheduler, self.machine
-        held = {slot: len(cells) for slot, cells in machine.cells.items() if cells}
-        assert scheduler.ledger.used == sum(held.values())
+        ledger = scheduler.ledger
+        assert ledger.used == machine.n_held
         running = {scheduler.slot(id) for id in scheduler.running_ids()}
         assert set(machine.slots) == running
-        assert set(held) <= running
-        assert all(scheduler.computed(slot) == n for slot, n in held.items())
+        for slot in range(scheduler.n_slots):
+            held = len(machine.cells.get(slot, ()))
+            assert held == ledger.held(slot)
+            assert slot not in running or held == scheduler.computed(slot)
+            assert slot in running or ledger.is_kept(slot) == (held > 0)
+        assert set(scheduler.starts._saved) == set(self.space._states)
         n_open = len(self.decoder.seats.open)
         with self.decoder.state:
             assert n_open == scheduler.n_running + scheduler.n_waiting

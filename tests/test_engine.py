@@ -62,8 +62,10 @@ def check_balanced(engine: Engine) -> EngineStats:
     assert stats.rows == stats.decode_rows + stats.prefill_rows
     if stats.waiting == stats.running == 0:
         assert stats.kv_used == 0
-        memory = engine._decoder._memory
-        assert [memory.pos_max(i) for i in range(engine.n_seq_max)] == [-1] * engine.n_seq_max
+        ledger, memory = engine._decoder.scheduler.ledger, engine._decoder._memory
+        slots = range(ledger.n_seq_max)
+        assert [memory.pos_max(i) + 1 for i in slots] == [ledger.held(i) for i in slots]
+        assert stats.kv_kept == ledger.used
     return stats
 
 

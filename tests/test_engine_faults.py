@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from engine_fakes import Rig, solo
@@ -20,6 +22,7 @@ from pyllamabatch.errors import (
     PyllamabatchError,
     SamplingError,
 )
+from pyllamabatch.kv import Sharing, SwapChoice
 from pyllamabatch.sampling import SamplingParams
 from pyllamabatch.scheduler import Limits, Plan, StepView, sarathi
 
@@ -86,7 +89,7 @@ def test_no_cells_several_times_in_a_row_sheds_one_after_the_other() -> None:
 
 
 def test_no_cells_for_a_request_that_is_alone_is_its_error() -> None:
-    rig = Rig(LIMITS, lambda n: 1 if n == 2 else None)
+    rig = Rig(LIMITS, lambda n: 1 if n in (2, 3) else None)
     stream = rig.submit(prompts(1)[0], params())
     rig.run()
     with pytest.raises(KvCacheFull):
@@ -101,11 +104,15 @@ def test_no_cells_for_a_request_that_is_alone_is_its_error() -> None:
     ("code", "kind"),
     [(2, DecodeAborted), (-1, InvalidBatch), (-2, FatalDecodeError), (-3, FatalDecodeError)],
 )
+@pytest.mark.parametrize("sharing", [Sharing(), Sharing(trim=True)])
 @pytest.mark.parametrize("step", [1, 2, 5])
-def test_a_failed_decode_fails_its_rows_only(step: int, code: int, kind: type[DecodeError]) -> None:
-    rig = Rig(LIMITS, lambda n: code if n == step else None)
+def test_a_failed_decode_fails_its_rows_only(
+    step: int, sharing: Sharing, code: int, kind: type[DecodeError]
+) -> None:
+    faulty = (step,) if code == -1 else (step, step + 1)
+    rig = Rig(LIMITS, lambda n: code if n in faulty else None, sharing=sharing)
     early = [rig.submit(prompt, params()) for prompt in prompts(2)]
-    for _ in range(step):
+    for _ in range(step + (code != -1)):
         rig.turn()
     rig.settle()
     for stream in early:
@@ -120,6 +127,18 @@ def test_a_failed_decode_fails_its_rows_only(step: int, code: int, kind: type[De
     assert rig.decoder.delivery.finished["error"] == 2
 
 
+@pytest.mark.parametrize("sharing", [Sharing(), Sharing(trim=True)])
+@pytest.mark.parametrize("code", [2, -2, -3, -1019])
+@pytest.mark.parametrize("step", range(1, 9))
+def test_a_step_that_fails_once_is_tried_again(step: int, code: int, sharing: Sharing) -> None:
+    rig = Rig(LIMITS, lambda n: code if n == step else None, sharing=sharing)
+    for prompt in prompts(3):
+        rig.submit(prompt, params())
+    rig.run()
+    check_solo(rig)
+    assert rig.decoder.delivery.finished["error"] == 0
+
+
 class FirstTwoOnly:
     """FCFS, but from the sixth plan on it runs only two of three sequences for a while."""
 
@@ -128,11 +147,11 @@ class FirstTwoOnly:
 
     def plan(self, view: StepView) -> Plan:
         self._n_plans += 1
-        return Plan({1: 1, 2: 1}) if 6 <= self._n_plans <= 8 else self._usual.plan(view)
+        return Plan({1: 1, 2: 1}) if 6 <= self._n_plans <= 9 else self._usual.plan(view)
 
 
 def test_sequences_outside_of_a_failed_batch_go_on_from_what_the_cache_holds() -> None:
-    rig = Rig(LIMITS, lambda n: -3 if n == 8 else None, FirstTwoOnly())
+    rig = Rig(LIMITS, lambda n: -3 if n in (8, 9) else None, FirstTwoOnly())
     for prompt in prompts(3):
         rig.submit(prompt, params(20))
     while rig.machine.n_steps < 7:
@@ -241,18 +260,39 @@ faults = st.dictionaries(st.integers(1, 60), st.sampled_from([1, 2, -1, -2]), ma
         ]
     ),
     st.sampled_from([1, 2, 7, 100]),
+    st.sampled_from(
+        [
+            Sharing(),
+            Sharing(copy_part=True, copy_whole=True, trim=True, n_kept=3),
+            Sharing(copy_whole=True, n_kept=3),
+            Sharing(trim=True, window=20),
+        ]
+    ),
+    st.sampled_from(["recompute", "swap"]),
+    st.booleans(),
 )
 def test_any_mix_of_arrivals_cancels_and_faults(
     operations: list[tuple[str, int, int]],
     faults: dict[int, int],
     limits: Limits,
     n_steps_max: int,
+    sharing: Sharing,
+    preemption: Any,
+    stubborn: bool,
 ) -> None:
-    rig = Rig(limits, faults.get, n_steps_max=n_steps_max)
+    """Every other prompt begins as the one before it. `stubborn`: the memory refuses all copies and
+    states, so everything has to be computed after all."""
+    if not limits.unified:
+        n_slots = limits.n_seq_max + sharing.n_kept
+        limits = replace(limits, n_cells=n_slots * limits.n_cells_seq)
+    rig = Rig(
+        limits, faults.get, n_steps_max=n_steps_max, sharing=sharing, swap=SwapChoice(preemption)
+    )
+    rig.machine.stubborn = stubborn
     for name, a, b in operations:
         if name == "submit":
             max_tokens = min(b, limits.n_cells_seq - a + 1)
-            rig.submit([len(rig.requests) * 31 + i for i in range(a)], params(max_tokens))
+            rig.submit([len(rig.requests) // 2 * 31 + i for i in range(a)], params(max_tokens))
         elif name == "turn":
             for _ in range(a):
                 rig.turn()
@@ -261,7 +301,11 @@ def test_any_mix_of_arrivals_cancels_and_faults(
     rig.run()
     check_solo(rig)
     rig.check()
+    rig.scheduler.drop_kept()
+    rig.decoder._mover.carry_out()
+    rig.check()
     assert rig.machine.cells == {}
+    assert len(rig.space) == 0
     reasons = Counter(request.stream.wait(0).finish_reason for request in rig.requests)
     assert {k: v for k, v in rig.decoder.delivery.finished.items() if v} == dict(reasons)
     if not faults:

@@ -13,7 +13,7 @@ from oracle import random_prompts
 
 from pyllamabatch._stream_step import Run
 from pyllamabatch.engine import Engine
-from pyllamabatch.errors import DecodeAborted, FatalDecodeError
+from pyllamabatch.errors import DecodeAborted, FatalDecodeError, InvalidBatch
 from pyllamabatch.model import Model
 from pyllamabatch.sampling import SamplingParams
 
@@ -101,11 +101,14 @@ class Checked:
         return self._done(self._stepper.compute(slots, n_steps, n_more))
 
     def _check(self, n_cells: int) -> None:
-        scheduler, n_slots = self._scheduler, self._scheduler.limits.n_seq_max
+        scheduler, n_slots = self._scheduler, self._scheduler.n_slots
         held = [self._memory.pos_max(slot) + 1 for slot in range(n_slots)]
-        assert held == [scheduler.computed(slot) for slot in range(n_slots)]
         assert held == [scheduler.ledger.held(slot) for slot in range(n_slots)]
-        assert n_cells <= scheduler.ledger.free
+        for id in scheduler.running_ids():
+            slot = scheduler.slot(id)
+            assert slot is not None
+            assert held[slot] == scheduler.computed(slot)
+        assert n_cells <= scheduler.ledger.empty
 
     def _done(self, result: Any) -> Any:
         assert result.code == 0  # what the ledger allows fits
@@ -114,9 +117,12 @@ class Checked:
 
 
 def check_clean(engine: Engine) -> None:
-    memory = engine._decoder._memory
-    assert [memory.pos_max(seq) for seq in range(engine.n_seq_max)] == [-1] * engine.n_seq_max
+    decoder = engine._decoder
+    ledger, memory = decoder.scheduler.ledger, decoder._memory
+    slots = range(ledger.n_seq_max)
+    assert [memory.pos_max(slot) + 1 for slot in slots] == [ledger.held(slot) for slot in slots]
     stats = engine.stats()
+    assert stats.kv_kept == ledger.used
     assert stats.kv_used == stats.running == stats.waiting == 0
     assert stats.submitted == sum(stats.finished.values())
 
@@ -127,21 +133,48 @@ def test_no_cells(model: Model, expected: list[list[int]], step: int) -> None:
         Faulty(engine, {step: 1, step + 3: 1})
         results = engine.generate(PROMPTS, GREEDY)
         assert [result.tokens for result in results] == expected
-        assert engine.stats().preemptions == 2
+        assert engine.stats().preemptions >= 1
         check_clean(engine)
 
 
-@pytest.mark.parametrize(("code", "kind"), [(2, DecodeAborted), (-3, FatalDecodeError)])
+KINDS = {2: DecodeAborted, -1: InvalidBatch, -3: FatalDecodeError}
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 20, -1], ids="{} rows done".format)
+@pytest.mark.parametrize("code", [1, 2, -1, -3])
+def test_a_fault_at_any_decode(
+    model: Model, expected: list[list[int]], code: int, n_rows: int
+) -> None:
+    """Every decode of the scenario in turn reports `code` and leaves `n_rows` of its rows in the
+    memory. Only -1, which says that the rows are wrong, ends requests: those of that batch."""
+    with engine_on(model) as engine:
+        for nth in (1, 2, 3, 5, 8, 13, 21):
+            engine._stepper.fault(nth, code, n_rows)
+            results = engine.generate(PROMPTS, GREEDY)
+            failed = [result for result in results if result.finish_reason == "error"]
+            assert len(failed) <= 3
+            assert bool(failed) <= (code == -1)
+            for result, tokens in zip(results, expected, strict=True):
+                assert result.tokens == tokens[: len(result.tokens)]
+                assert result in failed or len(result.tokens) == 12
+            for result in failed:
+                assert isinstance(result.error, KINDS[code])
+            check_clean(engine)
+        engine._stepper.fault(0, 0)
+        assert [result.tokens for result in engine.generate(PROMPTS, GREEDY)] == expected
+
+
+@pytest.mark.parametrize("code", [2, -3])
 @pytest.mark.parametrize("step", [1, 3, 6])
-def test_a_decode_that_fails_half_way(
-    model: Model, expected: list[list[int]], step: int, code: int, kind: type[Exception]
+def test_a_decode_that_fails_twice_in_a_row(
+    model: Model, expected: list[list[int]], step: int, code: int
 ) -> None:
     with engine_on(model) as engine:
-        Faulty(engine, {step: code})
+        Faulty(engine, {step: code, step + 1: code})
         results = engine.generate(PROMPTS, GREEDY)
         failed = [result for result in results if result.finish_reason == "error"]
         assert 1 <= len(failed) <= 3
-        assert all(isinstance(result.error, kind) for result in failed)
+        assert all(isinstance(result.error, KINDS[code]) for result in failed)
         for result, tokens in zip(results, expected, strict=True):
             assert result.tokens == tokens[: len(result.tokens)]
             assert result in failed or len(result.tokens) == 12
@@ -158,12 +191,19 @@ def test_a_decode_that_fails_half_way(
         {"n_ctx": 256, "n_seq_max": 8, "swa_full": False},
         {"n_ctx": 1024, "n_seq_max": 4, "kv_unified": False},
         {"n_ctx": 1024, "n_seq_max": 4, "kv_unified": False, "swa_full": False},
+        {"n_ctx": 256, "n_seq_max": 8, "preemption": "swap"},
+        {"n_ctx": 256, "n_seq_max": 8, "preemption": "swap", "swap_bytes": 0},
+        {"n_ctx": 256, "n_seq_max": 8, "preemption": "recompute", "prefix_cache": False},
+        {"n_ctx": 1024, "n_seq_max": 4, "kv_unified": False, "prefix_cache": False},
     ],
     ids=str,
 )
 def test_the_ledger_is_right_at_every_step(model: Model, options: dict[str, Any]) -> None:
-    """Far more text than cells: preemption all the time, and libllama never says "no cells"."""
+    """Far more text than cells: preemption all the time, and libllama never says "no cells". Half
+    of the prompts begin alike."""
     prompts = random_prompts(14, seed=8, shortest=1, longest=120)
+    for i in range(0, 14, 2):
+        prompts[i] = [*prompts[4][:40], *prompts[i]][:120]
     with engine_on(model, **options) as engine:
         checked = Checked(engine)
         with engine._decoder.state:  # nobody starts before the last one is in line
@@ -193,4 +233,4 @@ def test_draws_survive_a_preemption(model: Model) -> None:
     with engine_on(model) as engine:
         Faulty(engine, {4: 1, 8: 1, 18: 1})
         assert [result.tokens for result in engine.generate(PROMPTS, params)] == expected
-        assert engine.stats().preemptions == 3
+        assert engine.stats().preemptions >= 1

@@ -8,7 +8,7 @@ compared is asserted.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -147,18 +147,30 @@ def test_a_stream_of_cells_per_sequence(model: Model, alone: list[Reference], li
     assert_as_alone([r.tokens for r in results], alone[:10], limit)
 
 
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
 def test_too_few_cells_for_all_of_them(
-    model: Model, architecture: Architecture, alone: list[Reference], limit: float
+    model: Model,
+    architecture: Architecture,
+    alone: list[Reference],
+    limit: float,
+    preemption: Literal["recompute", "swap"],
+    prefix_cache: bool,
 ) -> None:
-    """Requests that are preempted and computed again get the same tokens."""
-    with Engine(model, n_seq_max=8, n_ctx=256, n_batch=64, **EXACT) as engine:
+    """Requests that are preempted and computed again, or swapped, get the same tokens."""
+    options: dict[str, Any] = {"preemption": preemption, "prefix_cache": prefix_cache, **EXACT}
+    with Engine(model, n_seq_max=8, n_ctx=256, n_batch=64, **options) as engine:
         results = engine.generate(PROMPTS[:16], GREEDY)
         stats = engine.stats()
     if architecture.recurrent:  # a state has one size: there is nothing to run out of
         assert stats.preemptions == 0
     else:
         assert stats.preemptions > 0
-        assert stats.recomputed_rows > 0
+        if preemption == "swap":
+            assert stats.swapped_tokens > 0
+            assert stats.recomputed_rows == 0
+        else:
+            assert stats.recomputed_rows > 0
     assert [r.finish_reason for r in results] == ["length"] * 16
     assert_as_alone([r.tokens for r in results], alone[:16], limit)
 

@@ -38,6 +38,13 @@ def check_fits(model: Model, params: Any, n_ctx: int, n_batch: int, n_outputs: i
         )
 
 
+def cell_bytes(model: Model, params: dict[str, Any]) -> float:
+    """Bytes of one cell in all layers that keep cells, roughly: what a state has per token."""
+    heads = model.n_layer * model.n_head_kv
+    key, value = model.head_dims
+    return heads * (_bytes(params["type_k"], key) + _bytes(params["type_v"], value))
+
+
 def _layers(model: Model) -> int:
     """Layers that are sure to keep n_ctx cells: one where the model mixes kinds of layers."""
     prefix = f"{model.architecture}.attention."

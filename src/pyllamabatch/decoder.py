@@ -21,8 +21,20 @@ import numpy as np
 
 from ._stream_step import Run
 from .delivery import Delivery
-from .errors import EngineClosed, KvCacheFull, PyllamabatchError, SamplingError, decode_error
+from .errors import (
+    DecodeAborted,
+    DecodeError,
+    EngineClosed,
+    FatalDecodeError,
+    KvCacheFull,
+    PyllamabatchError,
+    SamplingError,
+    UnsupportedOperation,
+    decode_error,
+)
+from .kv import SwapSpace
 from .machine import MemoryLike, StepperLike
+from .moves import Mover, StatesLike
 from .request import Request
 from .scheduler import Scheduler, Step
 from .seats import Seats
@@ -31,6 +43,8 @@ from .stream import Stream
 from .trace import StepTrace
 
 log = logging.getLogger(__name__)
+
+RETRIES = 1  # of a step that failed for no reason that could be helped
 
 
 class Decoder:
@@ -42,8 +56,10 @@ class Decoder:
         scheduler: Scheduler,
         stepper: Any,
         memory: MemoryLike,
+        states: StatesLike,
         close: Callable[[], None],
         trace: StepTrace | None = None,
+        space: SwapSpace | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.n_submitted = 0
@@ -51,9 +67,13 @@ class Decoder:
         self.error: BaseException | None = None  # what ended the thread, if it was not `close`
         self.trace = trace
         self.delivery = Delivery(
-            stepper, scheduler.limits.n_seq_max, self._stopped, self._delivery_failed, trace
+            stepper, scheduler.n_slots, self._stopped, self._delivery_failed, trace
         )
-        self.seats = Seats(scheduler, stepper, memory, self.delivery, trace)
+        self.seats = Seats(scheduler, stepper, self.delivery, trace)
+        scheduler.tokens_of = self.seats.tokens_of
+        self._space = SwapSpace(0) if space is None else space
+        self._mover = Mover(scheduler, memory, states, self._space)
+        self._n_failures = 0  # of llama_decode, one after the other
         self._stepper: StepperLike = stepper
         self._memory = memory
         self._close = close
@@ -156,6 +176,7 @@ class Decoder:
             self.delivery.finish_rest(self._cause())
             with self._wake:
                 self._wake.wait_for(lambda: self._n_visitors == 0)
+            self._space.clear()
             self._close()
 
     def _take_mail(self) -> bool:
@@ -173,6 +194,7 @@ class Decoder:
                 mail, self._mail = self._mail, []
             for act in mail:
                 act()
+            self._mover.carry_out()
         if self.error is not None:
             raise self.error
         return True
@@ -195,10 +217,11 @@ class Decoder:
                 return
             for id, slot in step.preempted:
                 self.seats.leave(id, slot)
+            failed = self._mover.carry_out()
             for id, slot in step.admitted:
-                self.seats.admit(id, slot)
-            self.scheduler.take_moves()  # nothing is shared: the seats remove it all
-            if step.n_rows == 0:
+                if id not in failed:
+                    self.seats.admit(id, slot)
+            if failed or step.n_rows == 0:
                 return
         for part in (step,) if self.scheduler.limits.unified else step.parts():
             if not self._call(part):
@@ -222,11 +245,13 @@ class Decoder:
             error = problem
             with self.state:
                 self._running = None
-                self._fail_step(step, lambda: error)
+                self._failed(step, error)
+                self._mover.carry_out()
             return False
         with self.state:
             self._running = None
             self._apply(step, run)
+            self._mover.carry_out()
         return run.code == 0
 
     def _fill(self, step: Step) -> int:
@@ -250,8 +275,8 @@ class Decoder:
         """What the call has done, and who has finished in its last step."""
         self.n_reused += run.n_reused
         if run.n_steps:
-            if self.scheduler.cost is not None:
-                self._observe(step, run)
+            self._n_failures = 0
+            self._observe(step, run)
             self.scheduler.advance(step, run.n_steps)
         for slot, token, finish in run.finished:
             request = self.seats.at[slot]
@@ -264,15 +289,17 @@ class Decoder:
                 self.seats.end(request, "error", error=error)
             else:  # an end-of-generation or stop token
                 self.seats.end(request, "stop", stop=token)
-        if run.code == 1:
-            if not run.n_steps:  # else some may have ended: it is planned anew
-                self._make_room(step)
-        elif run.code:
-            self._fail_step(step, lambda: decode_error(run.code))
+        if run.code:
+            self._failed(step, decode_error(run.code), any_done=run.n_steps > 0)
 
     def _observe(self, step: Step, run: Run) -> None:
-        """The steps of one call, on average, to the cost model."""
+        """The steps of one call, on average, to the cost model; prompts to the estimate of what a
+        preemption costs."""
         n, n_decode = run.n_steps, len(step.decode)
+        if step.n_rows - n_decode >= 16 + 8 * n_decode:
+            self.scheduler.starts.swap.computed(step.n_rows, run.seconds)
+        if self.scheduler.cost is None:
+            return
         kv = self.scheduler.ledger.used + step.n_rows * (n - 1) / 2
         n_sequences = n_decode + len(step.chunks)
         prefill = step.n_rows - n_decode
@@ -280,30 +307,55 @@ class Decoder:
 
     # -- when a step fails
 
-    def _make_room(self, step: Step) -> None:
-        """libllama found no cells although the ledger has them: the newest sequence gives way. A
-        sequence that is alone can't be helped."""
+    def _failed(self, step: Step, error: Exception, *, any_done: bool = False) -> None:
+        """`step` was not computed. What the memory holds of it is taken out; then it is tried again
+        with more room, or once more as it is; who can't be helped fails."""
+        requests = [self.seats.at[slot] for slot in step.slots]
+        self._reconcile()
+        if isinstance(error, KvCacheFull) and (any_done or self._make_room()):
+            return  # `any_done`: some may have ended, it is planned anew
+        if isinstance(error, (KvCacheFull, DecodeAborted, FatalDecodeError)):
+            self._n_failures += 1
+            if self._n_failures <= RETRIES:
+                log.warning("%s; the step is tried again", error)
+                return
+        self._n_failures = 0
+        for request in requests:
+            if request is not None and request.id in self.seats.open:
+                own = decode_error(error.code) if isinstance(error, DecodeError) else error
+                self.seats.end(request, "error", error=own)
+
+    def _make_room(self) -> bool:
+        """libllama found no cells although the ledger has them: what is kept goes, and if there is
+        nothing the newest sequence gives way. False: a sequence that is alone can't be helped."""
+        if self.scheduler.drop_kept():
+            log.warning("llama_decode found no KV cells: kept prefixes are dropped")
+            return True
         shed = self.scheduler.shed()
         if shed is None:
-            self._fail_step(step, lambda: KvCacheFull(1))
-            return
+            return False
         log.warning("llama_decode found no KV cells: request %d is preempted", shed[0])
         self.seats.leave(*shed)
+        return True
 
-    def _fail_step(self, step: Step, error: Callable[[], Exception]) -> None:
-        """The sequences of the step fail, each with an error of its own. The others go on from
-        what the cache really holds of them."""
-        slots = {*step.decode.tolist(), *(chunk.slot for chunk in step.chunks)}
-        for slot in slots:
-            request = self.seats.at[slot]
-            if request is not None:
-                self.seats.end(request, "error", error=error())
-        scheduler = self.scheduler
+    def _reconcile(self) -> None:
+        """What libllama holds of each running sequence is what the ledger says: rows that are there
+        without having counted are taken out, and who has lost some is computed again."""
+        scheduler, memory = self.scheduler, self._memory
         for id in scheduler.running_ids():
             slot = scheduler.slot(id)
-            if slot is not None and self._memory.pos_max(slot) != scheduler.computed(slot) - 1:
-                scheduler.preempt(id)
-                self.seats.leave(id, slot)
+            assert slot is not None
+            n, held = scheduler.computed(slot), memory.pos_max(slot) + 1
+            if held == n:
+                continue
+            try:
+                if held > n:
+                    memory.seq_rm(slot, n)
+                    continue
+            except UnsupportedOperation as problem:
+                log.info("request %d is computed again: %s", id, problem)
+            scheduler.preempt(id, worth=False)
+            self.seats.leave(id, slot)
 
     def _fail_all(self, error: BaseException) -> None:
         """The thread is about to end: nobody may be left waiting."""

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._limits import max_position
+from ._model_params import PathLike
 from ._stream_step import StreamStepper
 from ._structs import integer
 from .context import Context
@@ -21,10 +22,12 @@ from .device.choose import cost_of
 from .device.cost import CostModel
 from .device.residency import fitting_n_ctx
 from .errors import ArgumentError, UnsupportedOperation
+from .kv import Preemption, SwapSpace
 from .model import Model
 from .request import Request
 from .sampling import SamplingParams
 from .scheduler import Limits, Policy, Scheduler
+from .sharing import n_kept, sharing_of, swap_choice
 from .stream import Result, Stream
 from .text import Pieces
 from .trace import StepTrace, Trace, trace_dtype
@@ -42,7 +45,10 @@ class EngineStats:
 
     `submitted` = `waiting` + `running` + the sum of `finished` (by finish reason). `rows` =
     `decode_rows` + `prefill_rows`; `recomputed_rows`: prefill rows that had been computed before a
-    preemption. `tokens`: sampled, those that end a text included. `kv_used` of `kv_total` cells.
+    preemption. `tokens`: sampled, those that end a text included. `kv_used` of `kv_total` cells are
+    held by requests that run, and `kv_kept` others by the beginnings that are kept for others.
+    `known_tokens`: of all requests when they were admitted, again if they were preempted; of these
+    `prefix_tokens` were in the cache (`prefix_hit_rate`) and `swapped_tokens` in a saved state.
     `graphs_reused`: compute graphs that did not have to be built anew, counted by libllama when a
     native call returns; steps of one size reuse theirs.
     """
@@ -62,6 +68,16 @@ class EngineStats:
     kv_used: int
     kv_total: int
     graphs_reused: int
+    kv_kept: int = 0
+    known_tokens: int = 0
+    prefix_tokens: int = 0
+    swapped_tokens: int = 0
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """Share of `known_tokens` that did not have to be computed because they were in the cache;
+        0 when nobody was admitted."""
+        return self.prefix_tokens / self.known_tokens if self.known_tokens else 0.0
 
 
 class Engine:
@@ -87,6 +103,14 @@ class Engine:
     - cost: what a step costs on this device, for policies that ask: a `CostModel`, or None; "auto":
       of a stored profile (`pyllamabatch calibrate`), a prior where there is none. The engine's own
       steps refine it.
+    - prefix_cache: keep what requests leave in the cache until its cells are needed, so that one
+      that begins in the same way (a system prompt, the next turn of a conversation) starts from
+      there. On by default: it takes nothing from those who run, and a hit saves a prefill. What is
+      kept does lie among the cells that every step looks over; with False nothing is kept.
+    - preemption: what happens to a request that has to give up its cells: "recompute" later,
+      "swap" its state to the host and back, "auto" for what is cheaper by the rates measured so far
+      (`pyllamabatch.kv.swap`). swap_bytes: host memory for swapped states; more of them go to files
+      in swap_folder (default: the system's for temporary files).
     - context_params: any other parameter of `Context`. kv_unified=False gives every sequence
       n_ctx / n_seq_max cells of its own.
 
@@ -108,6 +132,10 @@ class Engine:
         device_sampling: bool | str = "auto",
         n_trace: int = 4096,
         cost: CostModel | Literal["auto"] | None = "auto",
+        prefix_cache: bool = True,
+        preemption: Preemption = "auto",
+        swap_bytes: int = 2**30,
+        swap_folder: PathLike | None = None,
         **context_params: Any,
     ) -> None:
         if model.has_encoder or not model.has_decoder:
@@ -119,26 +147,39 @@ class Engine:
                 raise ArgumentError(name, context_params[name], "the engine sets it itself")
         n_seq_max = integer("n_seq_max", n_seq_max, 1, 256)
         n_trace = integer("n_trace", n_trace, 0, 2**24)
+        swap_bytes = integer("swap_bytes", swap_bytes, 0, 2**63 - 1)
+        if preemption not in ("auto", "recompute", "swap"):
+            raise ArgumentError("preemption", preemption, '"auto", "recompute" or "swap"')
         ours_to_choose = n_ctx == 0
         if ours_to_choose:
             n_ctx = min(model.n_ctx_train * n_seq_max, max(model.n_ctx_train, N_CTX_AT_LEAST))
         context_params.setdefault("kv_unified", True)
-        context_params |= {"n_batch": n_batch, "n_ubatch": n_ubatch, "n_seq_max": n_seq_max}
+        n_slots = n_seq_max
+        if prefix_cache:
+            n_slots += n_kept(model, n_seq_max, min(n_batch, n_ctx), context_params)
+        context_params |= {"n_batch": n_batch, "n_ubatch": n_ubatch, "n_seq_max": n_slots}
         n_ctx = fitting_n_ctx(model, n_ctx, shrink=ours_to_choose, **context_params)
-        context = Context(model, n_ctx=n_ctx, n_outputs_max=n_seq_max, **context_params)
+        context = Context(model, n_ctx=n_ctx, n_outputs_max=n_slots, **context_params)
         try:
             if not context.capabilities.has_memory or not context.capabilities.causal:
                 raise UnsupportedOperation(f"{model.architecture} does not generate token by token")
-            self.limits = limits_of(context)
+            self.limits = limits_of(context, n_seq_max)
             self.cost = cost_of(context) if cost == "auto" else cost
-            scheduler = Scheduler(self.limits, policy, cost=self.cost)
+            scheduler = Scheduler(
+                self.limits,
+                policy,
+                cost=self.cost,
+                sharing=sharing_of(context, n_seq_max),
+                keep=bool(prefix_cache),
+                swap=swap_choice(context, preemption),
+            )
             stepper = StreamStepper(
                 context,
                 n_logprobs_max=n_logprobs_max,
                 n_steps_max=RING_STEPS,
                 device_sampling=device_sampling,
             )
-            trace = StepTrace(n_trace, n_seq_max) if n_trace else None
+            trace = StepTrace(n_trace, n_slots) if n_trace else None
         except BaseException:
             context.close()
             raise
@@ -146,7 +187,7 @@ class Engine:
         self.n_ctx: int = context.n_ctx
         self.n_batch: int = context.n_batch
         self.n_ubatch: int = context.n_ubatch
-        self.n_seq_max: int = context.n_seq_max
+        self.n_seq_max: int = n_seq_max
         self.capabilities = context.capabilities
         self._vocab = model.vocab
         self._stepper = stepper
@@ -157,7 +198,8 @@ class Engine:
             context.close()
 
         self._pieces = Pieces(_pieces_of(model))
-        self._decoder = Decoder(scheduler, stepper, context.memory, close, trace)
+        space = SwapSpace(swap_bytes, swap_folder)
+        self._decoder = Decoder(scheduler, stepper, context.memory, context, close, trace, space)
         # Also when the engine is forgotten, and before the interpreter exits.
         self._finalizer = weakref.finalize(self, self._decoder.close, wait=False, timeout=None)
         self._decoder.start()
@@ -274,9 +316,13 @@ class Engine:
                 tokens=counters.tokens + n * n_rows - decoder.delivery.n_dropped,
                 admissions=counters.admissions,
                 preemptions=counters.preemptions,
-                kv_used=scheduler.ledger.used + n * n_rows,
+                kv_used=scheduler.ledger.used - scheduler.ledger.kept + n * n_rows,
                 kv_total=scheduler.limits.n_cells,
                 graphs_reused=decoder.n_reused,
+                kv_kept=scheduler.ledger.kept,
+                known_tokens=counters.known_tokens,
+                prefix_tokens=counters.prefix_tokens,
+                swapped_tokens=counters.loaded_tokens,
             )
 
     def trace(self) -> Trace:
@@ -284,7 +330,7 @@ class Engine:
         what of each. `pyllamabatch.trace.to_chrome` draws it."""
         decoder = self._decoder
         if decoder.trace is None:
-            return np.zeros(0, dtype=trace_dtype(self.n_seq_max))
+            return np.zeros(0, dtype=trace_dtype(decoder.scheduler.n_slots))
         with decoder.state:
             table = decoder.trace.snapshot()
         return table()
@@ -316,8 +362,8 @@ class Engine:
         return f"<Engine {state}>"
 
 
-def limits_of(context: Context) -> Limits:
-    """What a step on this context may not exceed."""
+def limits_of(context: Context, n_seq_max: int) -> Limits:
+    """What a step on this context may not exceed, of whose slots `n_seq_max` may run at once."""
     can = context.capabilities
     n_cells_seq = min(context.n_ctx_seq, max_position(context.model) + 1)
     # A recurrent state has one size, however long the text: nobody takes cells from a neighbour.
@@ -325,7 +371,7 @@ def limits_of(context: Context) -> Limits:
     return Limits(
         n_batch=context.n_batch,
         n_ubatch=context.n_ubatch,
-        n_seq_max=context.n_seq_max,
+        n_seq_max=n_seq_max,
         n_cells=context.n_ctx if unified else n_cells_seq * context.n_seq_max,
         n_cells_seq=n_cells_seq,
         unified=unified,

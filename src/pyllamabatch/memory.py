@@ -284,21 +284,27 @@ class Memory:
         self._stale.update(range(self._context.n_seq_max) if unified else (seq,))
 
 
+def copies_whole_only(model: Model) -> bool:
+    """Whether only all of a sequence can be copied or removed."""
+    return model.is_recurrent or model.is_hybrid or model.architecture in _WHOLE_COPIES
+
+
 def probe(context: Context) -> Capabilities:
     """What the memory of this context can do, from the model and from what libllama reports."""
     model = context.model
     memory = lib.llama_get_memory(context.ptr)
     has_memory = memory != ffi.NULL
+    whole_only = copies_whole_only(model)
     lump = model.is_recurrent or model.is_hybrid
     unified = bool(context.params["kv_unified"])
     shifts = has_memory and not lump and bool(lib.llama_memory_can_shift(memory))
     return Capabilities(
         has_memory=has_memory,
-        partial_removal=has_memory and not lump and model.architecture not in _WHOLE_COPIES,
+        partial_removal=has_memory and not whole_only,
         max_rollback=context.n_rs_seq,
         can_shift=shifts and _can_rotate(model, context.params["type_k"]),
         unified=unified,
-        prefix_copy=has_memory and unified and not lump and model.architecture not in _WHOLE_COPIES,
+        prefix_copy=has_memory and unified and not whole_only,
         recurrent=model.is_recurrent,
         hybrid=model.is_hybrid,
         swa_window=model.n_swa,

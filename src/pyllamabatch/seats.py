@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from .delivery import Delivery
-from .machine import MemoryLike, StepperLike
-from .request import Request
+from .machine import StepperLike
+from .request import Request, Tokens
 from .scheduler import Scheduler
 from .stream import FinishReason
 from .trace import StepTrace
@@ -23,15 +23,13 @@ class Seats:
         self,
         scheduler: Scheduler,
         stepper: StepperLike,
-        memory: MemoryLike,
         delivery: Delivery,
         trace: StepTrace | None,
     ) -> None:
-        self.at: list[Request | None] = [None] * scheduler.limits.n_seq_max  # by slot
+        self.at: list[Request | None] = [None] * scheduler.n_slots  # by slot
         self.open: dict[int, Request] = {}  # by id, from `add` to `end`
         self._scheduler = scheduler
         self._stepper = stepper
-        self._memory = memory
         self._delivery = delivery
         self._trace = trace
 
@@ -43,11 +41,23 @@ class Seats:
             len(request.prompt),
             request.params.max_tokens,
             arrival=request.stream.submitted_at,
+            space=request.space,
         )
 
-    def admit(self, id: int, slot: int) -> None:
-        """The scheduler has given it a slot; its tokens are computed from position 0 on."""
+    def tokens_of(self, id: int) -> Tokens:
+        """All that a request knows: its prompt and what was sampled."""
         request = self.open[id]
+        if request.slot < 0:
+            return request.tokens
+        sampler = self._stepper.take_slot(request.slot)
+        tokens = np.concatenate((request.prompt, sampler.tokens()), dtype=np.int32)
+        self._stepper.put_slot(request.slot, sampler)
+        return tokens
+
+    def admit(self, id: int, slot: int) -> None:
+        """The scheduler has given it a slot."""
+        request = self.open[id]
+        request.slot = slot
         self._stepper.put_slot(slot, request.sampler)
         request.sampler = None
         self.at[slot] = request
@@ -56,12 +66,12 @@ class Seats:
             self._trace.ids[slot] = id
 
     def leave(self, id: int, slot: int) -> None:
-        """The scheduler has preempted it: cells and slot are given up, the sampling state is kept,
-        and what was generated is to be computed again behind the prompt."""
+        """The scheduler has preempted it: the sampling state is kept, and what was generated comes
+        behind the prompt."""
         request = self.open[id]
         request.sampler = sampler = self._stepper.take_slot(slot)
-        request.tokens = np.concatenate((request.prompt, sampler.tokens()))
-        self._free(slot)
+        request.tokens = np.concatenate((request.prompt, sampler.tokens()), dtype=np.int32)
+        self._free(request)
 
     def end(
         self,
@@ -72,10 +82,10 @@ class Seats:
         error: Exception | None = None,
     ) -> None:
         """It is over, wherever it was; the stream ends behind all that was sampled for it."""
-        slot = self._scheduler.remove(request.id)
-        if slot is not None:
-            self._stepper.clear_slot(slot)
-            self._free(slot)
+        self._scheduler.remove(request.id, worth=reason != "error")
+        if request.slot >= 0:
+            self._stepper.clear_slot(request.slot)
+            self._free(request)
         self.retire(request, reason, stop=stop, error=error)
 
     def retire(
@@ -90,7 +100,7 @@ class Seats:
         del self.open[request.id]
         self._delivery.end(self._stepper.n_recorded, request.stream, reason, stop, error)
 
-    def _free(self, slot: int) -> None:
-        self._memory.seq_rm(slot)
-        self.at[slot] = None
-        self._delivery.leave(self._stepper.n_recorded, slot)
+    def _free(self, request: Request) -> None:
+        self.at[request.slot] = None
+        self._delivery.leave(self._stepper.n_recorded, request.slot)
+        request.slot = -1

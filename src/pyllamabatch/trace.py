@@ -38,8 +38,8 @@ def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
     - kv_used: cells that are held after the step. reused: graphs that it reused. on_device: 1
       where the device chose the candidates (`Stepper`'s device_sampling).
     - run: a number that steps of the same native call share.
-    - ids, chunk, by slot, shape (n_seq_max,): whose request has rows in this step, 0 where there
-      are none; and how many rows of known tokens, 0 when it decodes.
+    - ids, chunk, by slot, shape (slots,): whose request has rows in this step, 0 where there are
+      none; and how many rows of known tokens, 0 when it decodes.
     """
     return np.dtype(
         [

@@ -28,8 +28,9 @@ class Sharing:
     - copy_part: any beginning of a sequence can be copied to an empty slot.
     - copy_whole: all of a sequence can.
     - trim: the end of a sequence can be cut off.
-    - window: a sequence longer than this is only good as a whole (older cells of a sliding window
-      are given to others); 0: no such limit.
+    - window: a sequence longer than this is only good as a whole, for the older cells of its
+      sliding window are given to others; 0: no such limit. tries: they may be there all the same
+      (the window has as many cells as the rest), so a part is worth a try.
     - n_kept: slots beyond those that may run at once, for what is kept.
     """
 
@@ -37,6 +38,7 @@ class Sharing:
     copy_whole: bool = False
     trim: bool = False
     window: int = 0
+    tries: bool = False
     n_kept: int = 0
 
     @property
@@ -160,7 +162,7 @@ class PrefixCache:
         copies = sharing.copy_whole or sharing.copy_part
         if n == held:
             return n if kept or copies else 0
-        if sharing.window and held > sharing.window:
+        if sharing.window and held > sharing.window and not sharing.tries:
             return 0
         return n if sharing.copy_part or (sharing.trim and (kept or copies)) else 0
 
@@ -330,9 +332,10 @@ class PrefixCache:
                 self.drop(slot)
 
     def drop(self, slot: int) -> None:
-        """Empty a kept slot."""
-        self._forget(slot)
-        self._empty(slot)
+        """Empty a kept slot; fine when it is not kept."""
+        if slot in self._kept:
+            self._forget(slot)
+            self._empty(slot)
 
     def drop_all(self) -> None:
         """Empty all kept slots."""

@@ -46,7 +46,7 @@ class Placement:
         )
         self.starts = Starts(self.ledger, sharing, keep=keep, swap=swap)
         self.deadlines = Deadlines()
-        self._tokens_of = tokens_of
+        self.tokens_of = tokens_of
         self._running = Running(self.n_slots)
         self._prefilling = EntryLine(self._running.seen)
         self._waiting = EntryLine(self._running.seen)
@@ -63,11 +63,15 @@ class Placement:
         self._shown: MappingProxyType[int, int] | None = None
         self._slots: Slots | None = None
 
-    def preempt(self, id: int) -> int:
+    def preempt(self, id: int, *, worth: bool = True) -> int:
         """A running sequence gives up its cells and its slot, which is returned, and waits to run
-        again. KeyError when it does not run."""
+        again. `worth`: what it holds is right, and may be kept or saved. KeyError when it does not
+        run."""
         entry = self._leave(id)
-        self.starts.preempt(id, entry.slot, self._tokens(entry))
+        if worth:
+            self.starts.preempt(id, entry.slot, self._tokens(entry))
+        else:
+            self.starts.cache.leaves(entry.slot, None)
         view = entry.view
         entry.high = max(entry.high, view.computed)
         slot, entry.slot = entry.slot, -1
@@ -86,6 +90,12 @@ class Placement:
         moves, self.starts.cache.moves = self.starts.cache.moves, []
         return moves
 
+    def failed_start(self, id: int) -> int:
+        """The memory refused what a sequence was to start from. It shares nothing any more, and
+        waits to be computed; its slot."""
+        self.starts.isolate(id)
+        return self.preempt(id, worth=False)
+
     def drop_kept(self) -> bool:
         """Nothing is kept any more, for the cache is fuller than the ledger says; whether anything
         was."""
@@ -98,7 +108,7 @@ class Placement:
     def _tokens(self, entry: Entry) -> Tokens | None:
         """What it is to compute."""
         view = entry.view
-        tokens = None if self._tokens_of is None else self._tokens_of(view.id)
+        tokens = None if self.tokens_of is None else self.tokens_of(view.id)
         return tokens if tokens is None or view.goal is None else tokens[: view.goal]
 
     def _entry(self, id: int) -> Entry:

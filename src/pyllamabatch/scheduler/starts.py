@@ -66,6 +66,10 @@ class Starts:
         if saved:
             self._saved[id] = saved
 
+    def isolate(self, id: int) -> None:
+        """It starts from nobody and nobody from it, from its next start on."""
+        self._spaces[id] = ("alone", id)
+
     def forget(self, id: int) -> None:
         """A sequence that is in no slot ends."""
         self.left_line(id)
@@ -74,8 +78,11 @@ class Starts:
 
     def lost_saved(self, id: int) -> None:
         """Its saved state is of no use; fine when there is none."""
-        if self._saved.pop(id, 0):
-            self.cache.moves.append(Move("discard", -1, id=id))
+        if not self._saved.pop(id, 0):
+            return
+        self.cache.moves.append(Move("discard", -1, id=id))
+        if id in self._waiting:
+            self._dirty[id] = None
 
     def joined_line(self, id: int, tokens: Tokens | None) -> Start:
         """It waits, from now on or with other tokens than before."""
@@ -116,9 +123,10 @@ class Starts:
         for id in list(self._dirty)[:LOOKS]:
             del self._dirty[id]
             start = self._waiting[id]
-            before = start.hit, start.pending
+            before = start.hit, start.pending, start.saved
+            start.saved = self._saved.get(id, 0)
             self._look(id, start)
-            if before != (start.hit, start.pending):
+            if before != (start.hit, start.pending, start.saved):
                 moved.append((id, start))
         return moved
 
@@ -140,6 +148,7 @@ class Starts:
         the rows of this step do not need. `fresh`: slots that were given in the same plan; None,
         and nothing has changed, when it had better wait for one of these."""
         start = self._waiting[id]
+        start.saved = self._saved.get(id, 0)
         self._look(id, start)
         if start.pending.slot in fresh:
             return None

@@ -36,6 +36,11 @@ class Step:
     reasons: Mapping[int, str]
     repeat: int = 1
 
+    @property
+    def slots(self) -> list[int]:
+        """All that have rows in it."""
+        return [*self.decode.tolist(), *(chunk.slot for chunk in self.chunks)]
+
     def parts(self) -> tuple[Step, ...]:
         """The native calls that this step is best computed in where every sequence has a stream of
         cells of its own, one after another; each is a step that can be advanced by itself.

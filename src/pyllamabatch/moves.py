@@ -1,0 +1,83 @@
+"""Mover: carries out in the memory what the scheduler has decided."""
+
+from __future__ import annotations
+
+import logging
+from time import perf_counter
+from typing import Protocol
+
+from .errors import PyllamabatchError
+from .kv import Move, SwapSpace
+from .machine import MemoryLike
+from .scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+
+class StatesLike(Protocol):
+    """What it needs of a `Context`."""
+
+    def state_seq_get(self, seq_id: int) -> bytes: ...
+    def state_seq_set(self, data: bytes, seq_id: int) -> None: ...
+
+
+class Mover:
+    """The decoder thread's. `space`: where the states of swapped sequences lie."""
+
+    def __init__(
+        self, scheduler: Scheduler, memory: MemoryLike, states: StatesLike, space: SwapSpace
+    ) -> None:
+        self._scheduler = scheduler
+        self._memory = memory
+        self._states = states
+        self._space = space
+
+    def carry_out(self) -> set[int]:
+        """All that has been decided. Returns the sequences that could not start from what they were
+        to: they wait again, to be computed, and a step that has them is void."""
+        failed: set[int] = set()
+        while moves := self._scheduler.take_moves():
+            for move in moves:
+                if move.id in failed and move.kind in ("copy", "trim", "load"):
+                    continue
+                try:
+                    self._carry_out(move)
+                except (PyllamabatchError, OSError) as problem:
+                    log.warning("%s of slot %d failed: %s", move.kind, move.slot, problem)
+                    if self._failed(move):
+                        failed.add(move.id)
+        return failed
+
+    def _carry_out(self, move: Move) -> None:
+        memory, slot, n = self._memory, move.slot, move.n
+        if move.kind == "remove":
+            memory.seq_rm(slot)
+        elif move.kind == "trim":
+            memory.seq_rm(slot, n)
+        elif move.kind == "copy":
+            memory.seq_cp(move.source, slot, *(() if move.whole else (0, n)))
+        elif move.kind == "discard":
+            self._space.drop(move.id)
+        else:
+            start = perf_counter()
+            if move.kind == "save":
+                state = self._states.state_seq_get(slot)
+                self._space.put(move.id, state)
+            else:
+                state = self._space.take(move.id)
+                self._states.state_seq_set(state, slot)
+            self._scheduler.starts.swap.copied(len(state), perf_counter() - start, n)
+
+    def _failed(self, move: Move) -> bool:
+        """What it was for is given up. True when a sequence was to start from it."""
+        if move.kind == "remove":
+            raise RuntimeError(f"sequence {move.slot} can't be removed")
+        if move.kind == "save":
+            self._scheduler.starts.lost_saved(move.id)
+        elif move.id:
+            self._scheduler.failed_start(move.id)
+            return True
+        else:  # of what is kept
+            self._memory.seq_rm(move.slot)
+            self._scheduler.starts.cache.drop(move.slot)
+        return False
