@@ -128,7 +128,7 @@ def test_predict_agrees_with_the_terms() -> None:
 
 def test_split() -> None:
     assert split(0, 0, 0, 0, 512, True) == []
-    assert split(5, 0, 50, 5, 512, True) == [Ubatch(5, 5, 50, 50)]
+    assert split(5, 0, 50, 5, 512, True) == [Ubatch(5, 5, 50, 50, 0)]
     first, second = split(600, 590, 0, 11, 512, True)
     assert (first.rows, first.sampled, second.rows, second.sampled) == (512, 10, 88, 0)
     # cells of each sequence's own: those that decode, then the prompt

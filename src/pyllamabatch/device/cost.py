@@ -15,10 +15,10 @@ import numpy as np
 
 from pyllamabatch.device.profile import Profile, Sample
 from pyllamabatch.device.regimes import Kernels
-from pyllamabatch.device.terms import F64, Terms, Ubatch, fit, parts, values_of
+from pyllamabatch.device.terms import ATTENTION, F64, Fit, Terms, Ubatch, fit, parts, values_of
 from pyllamabatch.errors import ArgumentError
 
-_ATTENTION = ("all", "own", "all many", "own many")
+_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the output matrix's share, that a fit tries for h
 _SLOWEST, _FASTEST = 4.0, 0.25  # times the model that refinement goes to
 
 
@@ -62,17 +62,19 @@ class CostModel:
         # Tables by row count, so that `predict` is a few look-ups.
         kernels, h = terms.kernels, terms.output_share
         passes = self._passes()
-        base, output, experts = (self.coefficients[n] for n in ("base", "output", "experts"))
+        base, head, output, experts, cell = coefficients[:5].tolist()
         self._body: list[float] = [
             base + experts * terms.experts(n) + (1 - h) * t for n, t in enumerate(passes)
         ]
-        self._head: list[float] = [output * n + h * t for n, t in enumerate(passes)]
-        self._cell = self.coefficients["cells"]
-        small = [self.coefficients[name] for name in _ATTENTION[:2]]
-        many = [self.coefficients[name] for name in _ATTENTION[2:]]
-        chosen = [small if n < kernels.attention_from else many for n in range(n_ubatch + 1)]
-        self._all = [n * c[0] for n, c in enumerate(chosen)]
-        self._own = [c[1] for c in chosen]
+        self._head: list[float] = [
+            head * (n > 0) + output * n + h * t for n, t in enumerate(passes)
+        ]
+        self._cell: float = cell
+        self._all, self._own, all_prompt, own_prompt = coefficients[5 : 5 + len(ATTENTION)].tolist()
+        few = min(kernels.attention_from, n_ubatch + 1)
+        many = n_ubatch + 1 - few
+        self._all_prompt: list[float] = [self._all] * few + [all_prompt] * many
+        self._own_prompt: list[float] = [self._own] * few + [own_prompt] * many
         self._regime = [0, *map(kernels.of, range(1, n_ubatch + 1))]
         # What refinement has found: a factor for each regime, without and with prompt rows.
         self._scale = [1.0] * (2 * len(kernels.regimes))
@@ -85,20 +87,20 @@ class CostModel:
         `n_seqs` sequences that hold `kv` cells together before it. 0 rows take no time."""
         if rows > self.n_ubatch or rows == 0 or (prefill != 0 and not self.unified):
             return sum(map(self._time, self._split(rows, prefill, kv, n_seqs)))
-        reads = rows * kv / n_seqs
-        at = self._regime[rows]
-        if prefill:
-            reads += 0.5 * prefill * prefill / (n_seqs - rows + prefill)
-            at += at + 1
-        else:
-            at += at
-        return self._scale[at] * (
+        decode, own, sight = rows - prefill, kv / n_seqs, kv + 0.5 * rows
+        seconds = (
             self._body[rows]
-            + self._head[rows - prefill]
-            + self._all[rows] * (kv + 0.5 * rows)
-            + self._own[rows] * reads
+            + self._head[decode]
             + self._cell * kv
+            + decode * (self._all * sight + self._own * own)
         )
+        if not prefill:
+            return self._scale[2 * self._regime[rows]] * seconds
+        chunk = prefill / (n_seqs - decode)
+        seconds += prefill * (
+            self._all_prompt[rows] * sight + self._own_prompt[rows] * (own + 0.5 * chunk)
+        )
+        return self._scale[2 * self._regime[rows] + 1] * seconds
 
     def estimate(self, rows: int, prefill: int = 0, kv: float = 0, n_seqs: int = 1) -> Estimate:
         """`predict` with its uncertainty: what the fit leaves unexplained, and how far the shape is
@@ -130,13 +132,16 @@ class CostModel:
         return split(rows, prefill, kv, n_seqs, self.n_ubatch, self.unified)
 
     def _time(self, part: Ubatch) -> float:
-        n = part.rows
-        return self._scale[2 * self._regime[n] + (part.sampled < n)] * (
+        n, sampled = part.rows, part.sampled
+        sight = part.cells + 0.5 * n
+        return self._scale[2 * self._regime[n] + (sampled < n)] * (
             self._body[n]
-            + self._head[part.sampled]
-            + self._all[n] * (part.cells + 0.5 * n)
-            + self._own[n] * part.reads
+            + self._head[sampled]
             + self._cell * part.cells
+            + self._all * sampled * sight
+            + self._own * part.reads
+            + self._all_prompt[n] * (n - sampled) * sight
+            + self._own_prompt[n] * part.prompt_reads
         )
 
     # -- refinement --
@@ -174,19 +179,22 @@ class CostModel:
     def fit(cls, profile: Profile, *, unified: bool = True, n_ubatch: int = 0) -> CostModel:
         """A model of a profile, in some milliseconds, for contexts of this layout and n_ubatch (0:
         the profile's). Raises ArgumentError where it has too few samples (fewer than 4)."""
-        terms = Terms(
-            profile.kernels,
-            profile.output_share,
-            unified,
-            profile.n_expert,
-            profile.n_expert_used,
-        )
         samples = _calm(profile.only(unified=unified).samples)
         if len(samples) < 4:
             raise ArgumentError("profile", f"{len(samples)} samples", "must have 4 at least")
-        design = np.array([_row(terms, s, profile.n_ubatch) for s in samples])
         seconds = np.array([s.seconds for s in samples])
-        found = fit(design, seconds, np.array([s.spread for s in samples]))
+        spread = np.array([s.spread for s in samples])
+
+        def attempt(share: float, n_rounds: int) -> tuple[Terms, Fit]:
+            terms = Terms(profile.kernels, share, unified, profile.n_expert, profile.n_expert_used)
+            design = np.array([_row(terms, s, profile.n_ubatch) for s in samples])
+            return terms, fit(design, seconds, spread, n_rounds)
+
+        shares = (
+            [profile.output_share * part for part in _SHARES] if profile.output_share else [0.0]
+        )
+        quick = [np.abs(attempt(share, 2)[1].residuals).clip(0, 0.2).mean() for share in shares]
+        terms, found = attempt(shares[int(np.argmin(quick))], 6)
         errors = np.abs(found.residuals)
         return cls(
             terms,
@@ -263,9 +271,7 @@ def split(
         n = min(rows, n_ubatch)
         sampled, decode = min(decode, n), max(decode - n, 0)
         chunk = n - sampled
-        reads = n * own
-        if chunk:
-            reads += chunk * (done + chunk / 2) / n_chunks
-        found.append(Ubatch(n, sampled, kv, reads))
+        of_prompts = chunk * (own + (done + chunk / 2) / n_chunks) if chunk else 0.0
+        found.append(Ubatch(n, sampled, kv, sampled * own, of_prompts))
         kv, done, rows = kv + n, done + chunk, rows - n
     return found

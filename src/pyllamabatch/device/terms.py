@@ -3,14 +3,19 @@
 A ubatch of n rows, o of them sampled, costs
 
     sum over regimes r of  (1 - h) * [n in r] * c_r . f_r(n)  +  h * [o in r] * c_r . f_r(o)
-    + c_base + c_output * o + c_experts * e(n) + attention
+    + c_base + c_head * [o > 0] + c_output * o + c_experts * e(n) + attention
 
 f_r(n) is (1, tiles of n, n), or (1, full tiles, [1 row beyond them], [2 rows], ...) where those
-rows go another way; h is the output matrix's share of the weights, which only sampled rows pass.
-e(n) = 1 - (1 - k/E)^n is the share of E experts that n rows with k each are expected to touch, if
-they choose evenly. Attention is c_cells * kv + c_all * n * (cells in sight) + c_own * (own cells
-that the rows look at); c_all and c_own have other values from `Kernels.attention_from` rows on.
-With cells of each sequence's own there is no c_all. All c are >= 0.
+rows go another way. Only sampled rows pass the output matrix: h is between 0, where its time is
+c_head and c_output alone, and its share of the weights, where it behaves like the others; the fit
+chooses. e(n) = 1 - (1 - k/E)^n is the share of E experts that n rows with k each are expected to
+touch, if they choose evenly. Attention is
+
+    c_cells * kv  +  c_all * o * (cells in sight) + c_own * (own cells that the o rows look at)
+                  +  the same for the n - o prompt rows
+
+Prompt rows, neighbours in one sequence, have c's of their own where there are at least
+`Kernels.attention_from` rows. With cells of each sequence's own there is no c_all. All c are >= 0.
 """
 
 from __future__ import annotations
@@ -24,16 +29,19 @@ import numpy.typing as npt
 from pyllamabatch.device.regimes import Kernels, Regime
 
 F64 = npt.NDArray[np.float64]
+ATTENTION = ("all", "own", "all prompt", "own prompt")
 
 
 class Ubatch(NamedTuple):
-    """Rows that are computed at once. `sampled`: rows with output. `cells`: held by all sequences,
-    `reads`: cells of their own that the rows look at, in all."""
+    """Rows that are computed at once. `sampled`: rows with output, one of a sequence; the others
+    are prompt rows. `cells`: held by all sequences. `reads`, `prompt_reads`: cells of their own
+    that the sampled rows and the prompt rows look at, in all."""
 
     rows: int
     sampled: int
     cells: float
     reads: float
+    prompt_reads: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +56,23 @@ class Terms:
 
     @property
     def names(self) -> tuple[str, ...]:
-        found = ["base", "output", "experts", "cells", "all", "own", "all many", "own many"]
+        found = ["base", "head", "output", "experts", "cells", *ATTENTION]
         for regime in self.kernels.regimes:
             found += [f"{part} {regime.first}+" for part in parts(regime)]
         return tuple(found)
 
     def of(self, ubatch: Ubatch) -> list[float]:
         n, out = ubatch.rows, ubatch.sampled
-        values = [1.0, float(out), self.experts(n), ubatch.cells]
-        in_sight = n * (ubatch.cells + n / 2) if self.unified else 0.0
-        attention = [in_sight, ubatch.reads, 0.0, 0.0]
-        values += attention if n < self.kernels.attention_from else attention[2:] + attention[:2]
+        values = [1.0, float(out > 0), float(out), self.experts(n), ubatch.cells]
+        in_sight = ubatch.cells + n / 2 if self.unified else 0.0
+        prompt = [(n - out) * in_sight, ubatch.prompt_reads]
+        one_by_one = [out * in_sight, ubatch.reads]
+        if n < self.kernels.attention_from:
+            one_by_one, prompt = (
+                [a + b for a, b in zip(one_by_one, prompt, strict=True)],
+                [0.0, 0.0],
+            )
+        values += one_by_one + prompt
         body, head = self.kernels.of(n), self.kernels.of(out) if out else -1
         for i, regime in enumerate(self.kernels.regimes):
             rows = values_of(regime, n) if i == body else (0.0,) * len(parts(regime))
@@ -98,8 +112,9 @@ class Fit(NamedTuple):
     covariance: F64
 
 
-def fit(design: F64, seconds: F64, spread: F64) -> Fit:
-    """Least squares of relative errors with coefficients >= 0, outliers weighed down (Huber).
+def fit(design: F64, seconds: F64, spread: F64, n_rounds: int = 6) -> Fit:
+    """Least squares of relative errors with coefficients >= 0, outliers weighed down (Huber) in
+    `n_rounds` rounds.
 
     design: (samples, terms); seconds, spread: (samples,), spread relative.
     """
@@ -107,7 +122,7 @@ def fit(design: F64, seconds: F64, spread: F64) -> Fit:
     base /= base.mean()
     relative = design / seconds[:, None]
     weight = base
-    for _ in range(6):
+    for _ in range(n_rounds):
         coefficients = nnls(relative * weight[:, None], weight)
         residuals = 1.0 - relative @ coefficients
         scale = max(1.4826 * float(np.median(np.abs(residuals))), 1e-4)
