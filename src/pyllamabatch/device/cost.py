@@ -50,9 +50,8 @@ class CostModel:
         calibrated: bool = False,
     ) -> None:
         self.terms = terms
-        self.coefficients: dict[str, float] = dict(
-            zip(terms.names, coefficients.tolist(), strict=True)
-        )
+        values: list[float] = coefficients.tolist()
+        self.coefficients = dict(zip(terms.names, values, strict=True))
         self.n_ubatch = n_ubatch
         self.unified = terms.unified
         self.calibrated = calibrated
@@ -62,15 +61,14 @@ class CostModel:
         # Tables by row count, so that `predict` is a few look-ups.
         kernels, h = terms.kernels, terms.output_share
         passes = self._passes()
-        base, head, output, experts, cell = coefficients[:5].tolist()
+        base, head, output, experts, self._cell = values[:5]
         self._body: list[float] = [
             base + experts * terms.experts(n) + (1 - h) * t for n, t in enumerate(passes)
         ]
         self._head: list[float] = [
             head * (n > 0) + output * n + h * t for n, t in enumerate(passes)
         ]
-        self._cell: float = cell
-        self._all, self._own, all_prompt, own_prompt = coefficients[5 : 5 + len(ATTENTION)].tolist()
+        self._all, self._own, all_prompt, own_prompt = values[5 : 5 + len(ATTENTION)]
         few = min(kernels.attention_from, n_ubatch + 1)
         many = n_ubatch + 1 - few
         self._all_prompt: list[float] = [self._all] * few + [all_prompt] * many
