@@ -2,6 +2,7 @@
 #pragma once
 
 #include "fused.hpp"
+#include "gaps.hpp"
 #include "placement.hpp"
 #include "plb.h"
 #include "pool.hpp"
@@ -162,6 +163,7 @@ struct plb_engine {
     std::unique_ptr<plb::shortlist> on_device; // nullptr: never
     plb::placement place{PLB_DEVICE_SAMPLING_OFF};
     std::vector<plb::short_row> short_rows; // [n_rows]
+    std::unique_ptr<plb::gaps> gaps; // nullptr: none are filled
     char error[plb::TEXT_BYTES] = "";
 };
 

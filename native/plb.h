@@ -97,7 +97,7 @@ typedef struct plb_step_info {
     int32_t first_result; /* index of its first record in plb_views.results */
     int32_t bad_row;      /* the row that a code <= PLB_E_TOKEN speaks of, else -1 */
     int32_t on_device;    /* 1: the device chose the candidates that were sampled from */
-    int32_t reserved;
+    int32_t n_filled;     /* rows of unused sequences that it had besides, see gap_max */
 } plb_step_info;
 
 enum plb_stop {
@@ -133,6 +133,9 @@ typedef struct plb_engine_params {
                                0: only when a row has an output */
     int32_t n_steps_max;    /* steps that the ring holds, 1..65536 */
     int32_t device_sampling; /* enum plb_device_sampling */
+    int32_t gap_max;         /* for contexts with a stream of cells for each sequence: so many unused
+                                sequences in a row get a row each where that keeps an ubatch whole
+                                (native/gaps.hpp); 0 none */
     int32_t stream;         /* 0: a call overwrites what the one before it gave, and a run makes
                                n_steps_max steps at most; 1: results stay until another thread has
                                read them, see plb_ring_read */

@@ -211,11 +211,12 @@ int32_t sample_rows(plb_engine & engine, int32_t n_rows, int32_t first) {
         const size_t top = (size_t) (first + n) * engine.views.n_logprobs_max;
         row_job & job = engine.jobs[n];
         job = {&slot, nullptr, nullptr, &result, &engine.top_token[top], &engine.top_logprob[top]};
+        const int32_t at = engine.gaps ? engine.gaps->row(i) : i;
         if (engine.info.on_device) {
-            job.logits = engine.short_rows[i].logit;
-            job.ids    = engine.short_rows[i].id;
+            job.logits = engine.short_rows[at].logit;
+            job.ids    = engine.short_rows[at].id;
         } else if (has_logits) {
-            job.logits = llama_get_logits_ith(engine.ctx, i);
+            job.logits = llama_get_logits_ith(engine.ctx, at);
         }
         if (!at_once) { // a row may go on from one before it
             sample_row(engine.words, engine.sampler->own(), job);
@@ -242,7 +243,11 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows) {
     if (refused != PLB_OK) {
         return refused;
     }
-    const llama_batch batch = build_batch(engine, n_rows);
+    llama_batch batch = build_batch(engine, n_rows);
+    if (engine.gaps) {
+        batch = engine.gaps->fill(batch);
+        info.n_filled = engine.gaps->n_filled();
+    }
     const int64_t t_built = plb_now_ns();
     info.build_ns = t_built - info.t_start_ns;
 
@@ -327,7 +332,7 @@ int32_t plb::one_step(plb_engine & engine, int32_t n_rows, int32_t first_record)
 }
 
 plb_engine_params plb_engine_default_params(void) {
-    return {0, 20, 0, 0, 0, 32, PLB_DEVICE_SAMPLING_AUTO, 0};
+    return {0, 20, 0, 0, 0, 32, PLB_DEVICE_SAMPLING_AUTO, 0, 0};
 }
 
 int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, plb_engine ** out) {
@@ -345,7 +350,7 @@ int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, pl
         params->n_logprobs_max > N_LOGPROBS_LIMIT || params->n_threads < 0 ||
         params->n_steps_max < 1 || params->n_steps_max > N_STEPS_LIMIT ||
         params->device_sampling < PLB_DEVICE_SAMPLING_AUTO ||
-        params->device_sampling > PLB_DEVICE_SAMPLING_ON) {
+        params->device_sampling > PLB_DEVICE_SAMPLING_ON || params->gap_max < 0) {
         return PLB_E_ARGUMENT;
     }
     char ignored[TEXT_BYTES];
@@ -372,6 +377,9 @@ int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, pl
             &engine->info, engine->steps.data(), engine->finished.data(),
         };
         place_sampling(*engine, params->device_sampling);
+        if (params->gap_max > 0) {
+            engine->gaps = std::make_unique<gaps>(ctx, params->gap_max);
+        }
         *out = engine.release();
     });
 }
@@ -411,7 +419,11 @@ int32_t plb_step(plb_engine * engine, int32_t n_rows) {
         return fail(*engine, PLB_E_STREAM);
     }
     engine->ring.start_over();
-    return one_step(*engine, n_rows, 0);
+    const int32_t code = one_step(*engine, n_rows, 0);
+    if (engine->gaps) {
+        engine->gaps->clear();
+    }
+    return code;
 }
 
 int32_t plb_fault_set(plb_engine * engine, int32_t countdown, int32_t code, int32_t n_rows) {

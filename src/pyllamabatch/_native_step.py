@@ -14,6 +14,7 @@ from pyllamabatch.raw import ffi, lib
 from pyllamabatch.sampling import SamplingParams
 
 if TYPE_CHECKING:
+    from pyllamabatch.context import Context
     from pyllamabatch.stepper import Stepper
 
 
@@ -74,6 +75,14 @@ def device_sampling_of(value: bool | str) -> int:
     if isinstance(value, bool) or value == "auto":
         return int(DEVICE_SAMPLING[value])
     raise ArgumentError("device_sampling", value, 'must be "auto", True or False')
+
+
+def gap_max_of(context: Context) -> int:
+    """The default of `Stepper`'s gap_max."""
+    if context.params["kv_unified"] and not context.capabilities.recurrent:
+        return 0
+    on_device = lib.llama_supports_gpu_offload() and context.model._load["n_gpu_layers"] != 0
+    return 16 if on_device else 1
 
 
 def sampling_struct(params: SamplingParams, path: int) -> tuple[Any, tuple[Any, ...]]:

@@ -48,7 +48,7 @@ STEP_DTYPE = np.dtype(
         ("first_result", np.int32),
         ("bad_row", np.int32),
         ("on_device", np.int32),
-        ("reserved", np.int32),
+        ("n_filled", np.int32),
     ]
 )
 

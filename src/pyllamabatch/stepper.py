@@ -31,6 +31,7 @@ from pyllamabatch._native_step import (
     DetachedSlot,
     code_text,
     device_sampling_of,
+    gap_max_of,
     hold,
     path_of,
     refused_run,
@@ -97,6 +98,11 @@ class Stepper:
       asks for no more (greedy, or a smaller top_k without penalties, biases and log-probabilities),
       so that whole rows need not travel; "auto" where that is measured to be faster, never on a
       CPU. The tokens are the same but for the order of equal logits; `steps["on_device"]` tells.
+    - gap_max: where every sequence has a stream of cells of its own (kv_unified=False), libllama
+      computes at once only sequences whose ids follow each other. So many unused sequences in a row
+      get a row of their own in such a step, so that it is not cut in two: default 16 on a device,
+      where a row costs little beside reading the weights again, 1 on a CPU, 0 for a unified cache.
+      `steps["n_filled"]` tells how many there were.
     - sync: wait for the device at every step, also when no row has an output; for exact timings.
 
     Keeps the context alive. Like the context it serves one thread at a time: a second one gets
@@ -114,6 +120,7 @@ class Stepper:
         n_steps_max: int = 32,
         sampler: str = "auto",
         device_sampling: bool | str = "auto",
+        gap_max: int | None = None,
         sync: bool = False,
     ) -> None:
         if context.model._no_alloc:
@@ -127,6 +134,8 @@ class Stepper:
         params.n_threads = integer("n_threads", n_threads, 0, 512)
         params.n_steps_max = integer("n_steps_max", n_steps_max, 1, 65536)
         params.device_sampling = on_device
+        gaps = gap_max_of(context) if gap_max is None else gap_max
+        params.gap_max = integer("gap_max", gaps, 0, 256)
         params.sync = bool(sync)
         params.stream = self._stream
         out = ffi.new("plb_engine **")

@@ -1,0 +1,124 @@
+"""Unused sequences between those that decode: a row each keeps a step in one ubatch, and nobody
+sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from models_gguf import gguf_path
+
+from pyllamabatch.context import Context
+from pyllamabatch.engine import Engine
+from pyllamabatch.errors import ArgumentError
+from pyllamabatch.model import Model
+from pyllamabatch.sampling import SamplingParams
+from pyllamabatch.stepper import SAMPLE, Stepper
+
+N_SEQ = 8
+PROMPT = [1, 270, 280, 290]
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3", "mamba", "jamba"])
+def model(request: pytest.FixtureRequest) -> Iterator[Model]:
+    with Model(gguf_path(request.param)) as model:
+        yield model
+
+
+@pytest.fixture
+def context(model: Model) -> Iterator[Context]:
+    with model.context(
+        n_ctx=2048, n_batch=64, n_seq_max=N_SEQ, kv_unified=False, n_threads=1
+    ) as context:
+        yield context
+
+
+def start(stepper: Stepper, seqs: list[int], n: int) -> list[int]:
+    """Prompts, one a step; the first tokens."""
+    rows, first = stepper.rows, []
+    for seq in seqs:
+        stepper.set_slot(seq, SamplingParams(max_tokens=n, seed=seq, ignore_eog=True, top_k=0))
+        rows.token[:4], rows.pos[:4], rows.seq[:4] = PROMPT, np.arange(4), seq
+        rows.flags[:4] = (0, 0, 0, SAMPLE)
+        result = stepper.step(4)
+        result.raise_for_code()
+        assert stepper._info.n_filled == 0
+        first.append(int(result.token[0]))
+    return first
+
+
+def run(context: Context, seqs: list[int], gap_max: int, n: int = 20) -> Any:
+    """Tokens by sequence, rows that were filled in and graphs that were used again per step."""
+    context.memory.clear()
+    with Stepper(context, gap_max=gap_max) as stepper:
+        tokens = [[token] for token in start(stepper, seqs, n + 1)]
+        result = stepper.run(np.array(seqs, np.int32), n)
+        assert result.n_steps == n
+        for i, column in enumerate(result.token.reshape(n, len(seqs)).T.tolist()):
+            tokens[i] += column
+        steps = result.steps
+        filled = {*steps["n_filled"].tolist()}
+        reused = np.diff(steps["n_reused"])[-n // 2 :]
+        held = [context.memory.pos_max(seq) for seq in range(N_SEQ)]
+    assert held == [4 + n - 1 if seq in seqs else -1 for seq in range(N_SEQ)]
+    return tokens, filled, reused
+
+
+def test_the_tokens_are_those_of_every_sequence_alone(context: Context) -> None:
+    alone = {seq: run(context, [seq], 0)[0][0] for seq in range(N_SEQ)}
+    for seqs in ([0, 2], [1, 4, 7], [0, 1, 3, 7], [2, 3, 4]):
+        tokens, filled, _ = run(context, seqs, 16)
+        assert tokens == [alone[seq] for seq in seqs]
+        assert filled == {seqs[-1] - seqs[0] + 1 - len(seqs)}
+
+
+@pytest.mark.parametrize("model", ["llama", "gemma3"], indirect=True)
+def test_it_is_one_ubatch(context: Context) -> None:
+    """A graph is used again for the same sequences, so where there is more than one ubatch none
+    is."""
+    _, filled, reused = run(context, [0, 2, 4, 6], 16)
+    assert filled == {3}
+    assert {*reused.tolist()} == {1}
+    _, filled, reused = run(context, [0, 2, 4, 6], 0)
+    assert filled == {0}
+    assert {*reused.tolist()} == {0}
+
+
+def test_wide_gaps_and_used_sequences_are_left_alone(context: Context) -> None:
+    _, filled, _ = run(context, [0, 4, 6], 2)
+    assert filled == {1}  # 5; 1 to 3 are too many
+    context.memory.clear()
+    with Stepper(context, gap_max=16) as stepper:
+        start(stepper, [0, 1, 2], 20)
+        result = stepper.run(np.array([0, 2], np.int32), 5)  # 1 waits
+        assert {*result.steps["n_filled"].tolist()} == {0}
+        assert [context.memory.pos_max(seq) for seq in range(3)] == [8, 3, 8]
+
+
+def test_the_default(model: Model) -> None:
+    for kv_unified in (True, False):
+        with model.context(n_ctx=1024, n_seq_max=4, kv_unified=kv_unified, n_threads=1) as context:
+            wanted = int(not kv_unified or context.capabilities.recurrent)
+            context.memory.clear()
+            with Stepper(context) as stepper:
+                start(stepper, [0, 2], 10)
+                result = stepper.run(np.array([0, 2], np.int32), 3)
+                assert {*result.steps["n_filled"].tolist()} == {wanted}
+    with (
+        model.context(n_ctx=64, n_threads=1) as context,
+        pytest.raises(ArgumentError, match="gap_max"),
+    ):
+        Stepper(context, gap_max=-1)
+
+
+def test_an_engine_whose_sequences_end_one_by_one(model: Model) -> None:
+    each = [SamplingParams(max_tokens=3 + 5 * (i % 4), seed=i, ignore_eog=True) for i in range(12)]
+    both = []
+    for n_seq_max in (6, 1):
+        with Engine(
+            model, n_seq_max=n_seq_max, n_ctx=64 * n_seq_max, kv_unified=False, n_threads=1
+        ) as engine:
+            both.append([r.tokens for r in engine.generate([PROMPT] * 12, each)])
+    assert both[0] == both[1]
