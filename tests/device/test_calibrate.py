@@ -10,7 +10,7 @@ import pytest
 
 from pyllamabatch import Model
 from pyllamabatch.cli import main
-from pyllamabatch.device.calibrate import calibrate, plan_shapes
+from pyllamabatch.device.calibrate import calibrate, open_rig, plan_shapes
 from pyllamabatch.device.cost import CostModel
 from pyllamabatch.device.profile import Profile, Shape
 from pyllamabatch.device.regimes import kernels
@@ -80,6 +80,14 @@ def test_interrupt_keeps_what_is_measured(
         n_calls = 18
         with pytest.raises(KeyboardInterrupt):
             calibrate(model, budget=60, progress=interrupt, n_threads=1)
+
+
+def test_rig_is_as_large_as_memory_allows(
+    tiny_llama_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyllamabatch.device.residency.host_available", lambda: 8 * 2**20)
+    with Model(tiny_llama_path) as model, open_rig(model, True, {"n_threads": 1}) as rig:
+        assert 256 <= rig.context.n_ctx < 36864
 
 
 def test_shapes_cover_the_edges() -> None:

@@ -18,8 +18,9 @@ import numpy as np
 from pyllamabatch.device import where
 from pyllamabatch.device.profile import Profile, Sample, Shape
 from pyllamabatch.device.regimes import Kernels, rows_to_measure
+from pyllamabatch.device.residency import fitting_n_ctx
 from pyllamabatch.device.rig import Rig, Took
-from pyllamabatch.errors import ArgumentError, KvCacheFull, NotEnoughMemory
+from pyllamabatch.errors import ArgumentError, KvCacheFull
 from pyllamabatch.model import Model
 
 Progress = Callable[[float, str], None]
@@ -60,9 +61,10 @@ def calibrate(
     found: dict[str, Any] = {}
     samples: list[Sample] = []
     complete = True
-    for name in sorted(layouts, reverse=True):  # unified first
+    ordered = [name for name in ("unified", "streams") if name in layouts]
+    for name in ordered:
         unified = name == "unified"
-        share = 1.0 if name == sorted(layouts)[0] else 1.0 - STREAMS_SHARE
+        share = 1.0 if name == ordered[-1] else 1.0 - STREAMS_SHARE
         with open_rig(model, unified, context_params) as rig:
             if not found:
                 key = where.key_of(rig.context)
@@ -97,11 +99,9 @@ def open_rig(model: Model, unified: bool, context_params: dict[str, Any]) -> Rig
     """A rig as large as the memory allows."""
     n_seq_max = N_SEQ_UNIFIED if unified else N_SEQ_STREAMS
     n_ctx = N_CTX if unified else -(-N_CTX // (256 * n_seq_max)) * 256 * n_seq_max
-    try:
-        return Rig(model, n_seq_max=n_seq_max, n_ctx=n_ctx, kv_unified=unified, **context_params)
-    except NotEnoughMemory:
-        n_ctx //= 4
-        return Rig(model, n_seq_max=n_seq_max, n_ctx=n_ctx, kv_unified=unified, **context_params)
+    params = {"n_seq_max": n_seq_max, "kv_unified": unified, **context_params}
+    n_ctx = fitting_n_ctx(model, n_ctx, shrink=True, **params)
+    return Rig(model, n_ctx=n_ctx, **params)
 
 
 def plan_shapes(kernels: Kernels, n_ubatch: int, unified: bool) -> list[Shape]:

@@ -77,7 +77,7 @@ def here() -> Machine:
 def host_memory() -> int:
     """Physical memory, or what the control group allows of it."""
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(physical, *_allowed(), physical)
+    return min([physical, *_allowed()])
 
 
 def host_available() -> int:
@@ -88,7 +88,7 @@ def host_available() -> int:
         for line in _lines("/proc/meminfo")
         if line.startswith("MemAvailable:")
     ]
-    return min(host_memory(), *free, host_memory())
+    return min([host_memory(), *free])
 
 
 def _allowed() -> list[int]:
