@@ -21,8 +21,9 @@ BENCHES = (
     "scheduler",
     "serve",
 )
-"""One module each, `bench/NAME.py`; a new one needs no other entry.  It may have `view(rows)`, the
-Markdown that the report shows of its rows; else that is `summary.plain`."""
+"""One module each, `bench/NAME.py`; a new one needs no other entry.  For the report it may have
+`view(rows)`, Markdown of its rows (else `summary.plain`), and `PLOT = True`, a plot of `speed_tg`
+over `pl`."""
 
 
 class Bench(Protocol):
@@ -105,7 +106,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def shown(bench: Bench) -> summary.Shown:
-    return summary.Shown(about(bench), bench.TARGETS, getattr(bench, "view", summary.plain))
+    return summary.Shown(
+        about(bench),
+        bench.TARGETS,
+        getattr(bench, "view", summary.plain),
+        getattr(bench, "PLOT", False),
+    )
 
 
 def about(bench: Bench) -> str:

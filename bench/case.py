@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -63,17 +63,31 @@ class Measured:
         return cls(0.0, 0.0, error=failure[-ERROR_CHARACTERS:])
 
 
+class Described(Protocol):
+    """What a row says of an arm.  `includes`: what its time contains; `sampling`: whether the
+    case's applies."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def includes(self) -> str: ...
+    @property
+    def sampling(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Arm:
+    """A way to do the work of `decode`."""
+
     name: str
     includes: str
-    sampling: bool  # whether the case's sampling applies
+    sampling: bool
     run: Callable[[Case], Measured]
 
 
 def case_row(
     bench: str,
-    arm: Arm,
+    arm: Described,
     case: Case,
     measured: Measured,
     facts: dict[str, Any],

@@ -20,6 +20,7 @@ from bench.tools import tool
 
 BASE = "llama-batched-bench"
 QUICK = ("--quick", "-B", "1,4")
+PLOT = True
 TARGETS = (
     *(
         Target(

@@ -25,19 +25,19 @@ STYLE: Any = {  # some of matplotlib's versions type every key
 
 
 def draw_all(groups: Mapping[Setting, Sequence[Row]], folder: Path) -> dict[Setting, str]:
-    """One SVG per setting that has several numbers of sequences; their paths from `folder`'s
-    parent.  Files of earlier plots that are not made again are removed."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """One SVG in `folder`/plots per setting that has several numbers of sequences: their paths
+    from `folder`.  Files of earlier plots that are not made again are removed."""
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
     plots: dict[Setting, str] = {}
     for setting, rows in groups.items():
         good = [row for row in rows if not row.error]
         if len({row.pl for row in good}) > 1:
-            plots[setting] = file_name(setting, plots.values())
+            plots[setting] = f"plots/{file_name(setting, plots.values())}"
             draw(good, folder / plots[setting])
-    for old in folder.glob("*.svg"):
-        if old.name not in plots.values():
+    for old in (folder / "plots").glob("*.svg"):
+        if f"plots/{old.name}" not in plots.values():
             old.unlink()
-    return {setting: f"{folder.name}/{name}" for setting, name in plots.items()}
+    return plots
 
 
 def file_name(setting: Setting, taken: Collection[str]) -> str:
@@ -47,7 +47,8 @@ def file_name(setting: Setting, taken: Collection[str]) -> str:
     )
     stem = words.strip("-")
     numbered = (f"{stem}-{i}.svg" for i in itertools.count(2))
-    return next(name for name in itertools.chain([f"{stem}.svg"], numbered) if name not in taken)
+    names = itertools.chain([f"{stem}.svg"], numbered)
+    return next(name for name in names if f"plots/{name}" not in taken)
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

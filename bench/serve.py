@@ -21,7 +21,7 @@ from typing import Any
 from bench import report, schema
 from bench.arms import InProcess, build_words
 from bench.cache import cache_folder
-from bench.case import Arm, Case, Measured, case_row
+from bench.case import Case, Measured, case_row
 from bench.models import resolve
 from bench.options import Budget, add_model, add_run, choose, numbers, out_file
 from bench.peers import run_all_in, run_parallel
@@ -34,6 +34,7 @@ from bench.tools import tool
 BASE = "llama-server"
 BACKEND = "llama-server-backend-sampling"
 QUICK = ("--quick",)
+PLOT = True
 ON_H200 = {"gpu_info": "H200", "model_type": "gemma3 1B", "pp": 256, "tg": 128}
 TARGETS = tuple(
     Target(
@@ -44,7 +45,6 @@ TARGETS = tuple(
     )
     for pl, base, least in ((64, BASE, 5.0), (8, BASE, 1.8), (64, BACKEND, 2.0))
 )
-
 
 Open = Callable[[Case], Serving]
 
@@ -207,8 +207,7 @@ def measure(
 
     def row(arm: ServeArm, case: Case, measured: Measured, repeat: int) -> schema.Row:
         mine = facts | own_facts(arm, facts["versions"]) | schema.now()
-        named = Arm(arm.name, arm.includes, arm.sampling, lambda case: measured)
-        return case_row("serve", named, case, measured, mine, run_id, repeat)
+        return case_row("serve", arm, case, measured, mine, run_id, repeat)
 
     for case in cases:
         with contextlib.ExitStack() as open_arms:

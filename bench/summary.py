@@ -23,6 +23,7 @@ class Shown:
     about: str
     targets: tuple[Target, ...]
     view: View
+    plot: bool
 
 
 @dataclass(frozen=True, order=True)
@@ -69,7 +70,8 @@ def main(options: argparse.Namespace, benches: Mapping[str, Shown]) -> int:
     if not options.no_plots:
         from bench.plots import draw_all
 
-        plots = draw_all(groups, folder / "plots")
+        drawn = {name for name, shown in benches.items() if shown.plot}
+        plots = draw_all({s: rows for s, rows in groups.items() if s.bench in drawn}, folder)
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "README.md"
     page.write_text(markdown(groups, plots, benches), encoding="utf-8")

@@ -63,7 +63,7 @@ def test_targets_are_met_missed_or_not_measured() -> None:
         Target(f"at {pl}", speed_ratio("ours", "base", pl), at_least=2.0) for pl in (1, 4, 16)
     )
     rows = [row("base", 4.0), row("ours", 2.0), row("base", 4.0, pl=4), row("ours", 3.0, pl=4)]
-    shown = {"decode": Shown("about", targets, plain)}
+    shown = {"decode": Shown("about", targets, plain, plot=False)}
     text = markdown(latest(rows), {}, shown)
     assert "| at 1 | ≥ 2 | 2 | met |" in text
     assert "| at 4 | ≥ 2 | 1.33 | **missed** |" in text
