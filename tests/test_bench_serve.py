@@ -126,9 +126,12 @@ def test_the_engine_serves_the_same_with_and_without_http(
 def test_a_server_that_fails_leaves_a_row_and_the_others_go_on(
     case: Case, inside: InProcess, fake: Any, answer: str, message: str
 ) -> None:
+    limit_s = 1.0 if answer == "hangs" else 60.0
     arms = [
         ServeArm(
-            "broken", "", lambda case: HttpClients(case, inside.model.n_vocab, fake(answer), 1.0)
+            "broken",
+            "",
+            lambda case: HttpClients(case, inside.model.n_vocab, fake(answer), limit_s),
         ),
         ServeArm("absent", "", lambda case: pytest.fail("opened"), package="no_such_package"),
         ServeArm("engine", "", lambda case: EngineClients(case, inside.model, 60.0)),
