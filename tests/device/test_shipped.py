@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bench import published
-from pyllamabatch.device.cost import CostModel
-from pyllamabatch.device.profile import Profile, Sample, shipped_names, shipped_profile
+from pyllamabatch.device.cost import CostModel, held_out
+from pyllamabatch.device.profile import Profile, shipped_names, shipped_profile
 
 NAMES = shipped_names()
 
@@ -30,22 +29,11 @@ def test_fits(name: str) -> None:
         assert cost.error[1] <= 0.15
 
 
-def held_out(profile: Profile, unified: bool) -> list[float]:
-    """Errors on every fifth sample, left out in turn."""
-    samples = [s for s in profile.samples if s.unified == unified and s.n > 0]
-    errors = []
-    for k in range(5):
-        kept = tuple(s for i, s in enumerate(samples) if i % 5 != k)
-        cost = CostModel.fit(replace(profile, samples=kept), unified=unified)
-        errors += [_error(cost, s) for s in samples[k::5]]
-    return errors
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_held_out(name: str) -> None:
     profile = shipped_profile(name)
     for unified in {sample.unified for sample in profile.samples}:
-        assert np.median(held_out(profile, unified)) <= 0.05
+        assert np.median(held_out(profile, unified=unified)) <= 0.05
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("nvidia-h200")])
@@ -53,11 +41,7 @@ def test_held_out_of_what_was_measured(name: str) -> None:
     """Where every kind of shape was measured the worst ones are near, too."""
     profile = shipped_profile(name)
     for unified in (True, False):
-        assert np.percentile(held_out(profile, unified), 95) <= 0.15
-
-
-def _error(cost: CostModel, s: Sample) -> float:
-    return abs(cost.predict(s.rows, s.prefill, s.kv, s.n_seqs) / s.seconds - 1)
+        assert np.percentile(held_out(profile, unified=unified), 95) <= 0.15
 
 
 def test_m2_ultra_gemma() -> None:

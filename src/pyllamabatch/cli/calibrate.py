@@ -16,10 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pyllamabatch.cli.console import live_console
 from pyllamabatch.cli.options import add_model_arguments, at_least, load_model
 from pyllamabatch.device.calibrate import Progress, calibrate
-from pyllamabatch.device.cost import CostModel
+from pyllamabatch.device.cost import CostModel, held_out
 from pyllamabatch.device.profile import Profile, file_name, profile_folder
 
 NAME = "calibrate"
@@ -84,13 +86,14 @@ def summary(profile: Profile) -> dict[str, Any]:
     }
     for unified in sorted({s.unified for s in profile.samples}, reverse=True):
         samples = profile.only(unified=unified).samples
-        if len(samples) < 4:
+        unseen = held_out(profile, unified=unified)
+        if not unseen:  # too few, or disturbed throughout
             continue
         cost = CostModel.fit(profile, unified=unified)
         decode = {s.rows: s for s in reversed(samples) if s.prefill == 0}
         found["layouts"]["unified" if unified else "streams"] = {
-            "error_median": round(cost.error[0], 4),
-            "error_p95": round(cost.error[1], 4),
+            "held_out_median": round(float(np.median(unseen)), 4),
+            "held_out_p95": round(float(np.percentile(unseen, 95)), 4),
             "decode": [
                 {
                     "rows": n,
@@ -112,8 +115,8 @@ def lines(profile: Profile, found: dict[str, Any]) -> list[str]:
     ]
     for name, layout in found["layouts"].items():
         out.append(
-            f"{name}: the model is {layout['error_median']:.1%} off (median), "
-            f"{layout['error_p95']:.1%} (95th percentile)"
+            f"{name}: the model is {layout['held_out_median']:.1%} off where it was not measured "
+            f"(median; 95th percentile {layout['held_out_p95']:.1%})"
         )
         out.append("  rows  measured ms  model ms   tok/s")
         out += [

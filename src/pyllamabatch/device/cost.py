@@ -8,6 +8,7 @@ An engine refines it from its own steps.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from operator import mul
 from typing import NamedTuple
 
@@ -235,6 +236,24 @@ class CostModel:
 
 
 _SEEN_MAX = 60
+
+
+def held_out(profile: Profile, *, unified: bool = True, parts: int = 5) -> list[float]:
+    """Relative errors on samples of this layout that the fit has not seen: each is left out once,
+    with every `parts`-th one; none where they are too few. It says how good the model is, which
+    `CostModel.error` does not."""
+    samples = [s for s in profile.samples if s.unified == unified and s.n > 0]
+    errors: list[float] = []
+    for k in range(parts):
+        kept = tuple(s for i, s in enumerate(samples) if i % parts != k)
+        if len(kept) < 4:
+            return []
+        cost = CostModel.fit(replace(profile, samples=kept), unified=unified)
+        errors += [
+            abs(cost.predict(s.rows, s.prefill, s.kv, s.n_seqs) / s.seconds - 1)
+            for s in samples[k::parts]
+        ]
+    return errors
 
 
 def _calm(samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
