@@ -24,7 +24,7 @@ constexpr int32_t N_LOGPROBS_LIMIT = 1024;
 constexpr int32_t N_STEPS_LIMIT    = 65536;
 constexpr int32_t ROW_FLAGS        = PLB_ROW_OUTPUT | PLB_ROW_SAMPLE;
 constexpr int32_t N_VOCAB_WORTH    = 16384;
-constexpr int64_t MORE_BYTES_LIMIT = (int64_t) 512 << 20;
+constexpr int64_t MORE_BYTES_LIMIT = (int64_t) 1 << 30;
 
 void allocate(plb_engine & engine, int32_t n_rows, int32_t n_results, int32_t n_logprobs,
               int32_t n_steps) {

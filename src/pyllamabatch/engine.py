@@ -105,8 +105,10 @@ class Engine:
       steps refine it.
     - prefix_cache: keep what requests leave in the cache until its cells are needed, so that one
       that begins in the same way (a system prompt, the next turn of a conversation) starts from
-      there. On by default: it takes nothing from those who run, and a hit saves a prefill. What is
-      kept does lie among the cells that every step looks over; with False nothing is kept.
+      there. By default where all share one pool of cells: there it takes nothing from those who
+      run, and a hit saves a prefill. What is kept does lie among the cells that every step looks
+      over. With kv_unified=False it keeps a sequence's own place from others, and a step of places
+      that do not follow each other takes several times as long (`Step.parts`).
     - preemption: what happens to a request that has to give up its cells: "recompute" later,
       "swap" its state to the host and back, "auto" for what is cheaper by the rates measured so far
       (`pyllamabatch.kv.swap`). swap_bytes: host memory for swapped states; more of them go to files
@@ -132,7 +134,7 @@ class Engine:
         device_sampling: bool | str = "auto",
         n_trace: int = 4096,
         cost: CostModel | Literal["auto"] | None = "auto",
-        prefix_cache: bool = True,
+        prefix_cache: bool | None = None,
         preemption: Preemption = "auto",
         swap_bytes: int = 2**30,
         swap_folder: PathLike | None = None,
@@ -155,6 +157,8 @@ class Engine:
             n_ctx = min(model.n_ctx_train * n_seq_max, max(model.n_ctx_train, N_CTX_AT_LEAST))
         context_params.setdefault("kv_unified", True)
         n_slots = n_seq_max
+        if prefix_cache is None:
+            prefix_cache = bool(context_params["kv_unified"])
         if prefix_cache:
             n_slots += n_kept(model, n_seq_max, min(n_batch, n_ctx), context_params)
         context_params |= {"n_batch": n_batch, "n_ubatch": n_ubatch, "n_seq_max": n_slots}
