@@ -146,9 +146,10 @@ class Placement:
             return None
         entry = self._get_out(id)
         entry.slot, start = admitted
-        view = entry.view = replace(
-            entry.view, prefix_hit=start.n, prefix_cells=0, prefix_pending=0
-        )
+        view = entry.view
+        if (view.prefix_hit, view.prefix_cells, view.prefix_pending) != (start.n, 0, 0):
+            view = replace(view, prefix_hit=start.n, prefix_cells=0, prefix_pending=0)
+            entry.view = view
         self._promised += view.remaining
         if not view.preemptions:
             self._tenants.admitted(entry.tenant, view.n_prompt)
