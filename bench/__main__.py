@@ -20,6 +20,7 @@ BENCHES = (
     "sampler",
     "scheduler",
     "serve",
+    "stall",
 )
 """One module each, `bench/NAME.py`; a new one needs no other entry.  For the report it may have
 `view(rows)`, Markdown of its rows (else `summary.plain`), and `PLOT = True`, a plot of `speed_tg`

@@ -31,7 +31,7 @@ class Together:
         if len(view.running):
             if view.running.column("turn").max() > 1:
                 return Verdict.STOP
-        elif draft.n_admitted == 0 and len(view.waiting) < size:
+        elif self.wait and draft.n_admitted == 0 and len(view.waiting) < size:
             latest = seq.arrival + self.wait
             if view.now < latest:
                 draft.ask_again(latest)

@@ -1,0 +1,281 @@
+"""What makes each policy itself, by views made by hand and by whole lives of sequences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from scheduler_machine import Machine
+
+from pyllamabatch.scheduler import (
+    Limits,
+    Policy,
+    SequenceView,
+    StepView,
+    fair,
+    fcfs,
+    mlfq,
+    prefill_first,
+    prefix,
+    sarathi,
+    shortest,
+    slo,
+    static,
+)
+from pyllamabatch.scheduler.policies.mlfq import Levels
+
+LIMITS = Limits(n_batch=64, n_ubatch=16, n_seq_max=4, n_cells=400, n_cells_seq=400)
+
+
+def waiting(id: int, n_prompt: int = 10, **facts: Any) -> SequenceView:
+    return SequenceView(id, float(id), n_prompt, **({"max_tokens": 8} | facts))
+
+
+def prefilling(id: int, n_prompt: int, computed: int, **facts: Any) -> SequenceView:
+    return waiting(id, n_prompt, computed=computed, running=True, **facts)
+
+
+def decoding(id: int, n_prompt: int = 5, generated: int = 1, **facts: Any) -> SequenceView:
+    computed = n_prompt + generated - 1
+    facts = {"max_tokens": 100, "turn": generated} | facts
+    return prefilling(id, n_prompt, computed, generated=generated, **facts)
+
+
+def tokens(policy: Policy, *sequences: SequenceView, **facts: Any) -> dict[int, int]:
+    running = [seq for seq in sequences if seq.running]
+    view = StepView.of(LIMITS, running, [seq for seq in sequences if not seq.running], **facts)
+    return dict(policy.plan(view).tokens)
+
+
+# -- who computes beside whom
+
+
+def test_fcfs_computes_whole_prompts_beside_the_decodes() -> None:
+    assert tokens(fcfs(), decoding(1), waiting(2, 40), waiting(3, 40)) == {1: 1, 2: 40, 3: 23}
+
+
+def test_prefill_first_lets_nobody_decode_while_there_is_a_prompt() -> None:
+    assert tokens(prefill_first(), decoding(1), waiting(2, 40)) == {2: 40}
+    assert tokens(prefill_first(), decoding(1), prefilling(2, 40, 30)) == {2: 10}
+    full = [decoding(id) for id in range(4)]
+    assert tokens(prefill_first(), *full, waiting(9)) == {0: 1, 1: 1, 2: 1, 3: 1}
+
+
+def test_priority_goes_before_arrival() -> None:
+    line = [waiting(1, 60), waiting(2, 60, priority=1), waiting(3, 60, priority=1)]
+    for policy in (fcfs(), prefill_first(), sarathi(), shortest(), slo(), prefix(), static()):
+        assert tokens(policy, *line) == {2: 60, 3: 4}
+    for policy in (mlfq(), fair()):  # which say that they don't look at it
+        assert tokens(policy, *line) == {1: 60, 2: 4}
+
+
+# -- static
+
+
+def test_static_admits_until_the_batch_decodes_and_then_nobody() -> None:
+    policy = static(size=3)
+    assert tokens(policy, waiting(1, 60), waiting(2, 60)) == {1: 60, 2: 4}
+    assert tokens(policy, decoding(1, 60), prefilling(2, 60, 4), waiting(3, 5)) == {2: 56, 3: 5}
+    assert tokens(policy, decoding(1), decoding(2), waiting(3)) == {3: 10}
+    assert tokens(policy, decoding(1), decoding(2, generated=2), waiting(3)) == {1: 1, 2: 1}
+    full = [decoding(1), decoding(2), decoding(3)]
+    assert tokens(policy, *full, waiting(4)) == {1: 1, 2: 1, 3: 1}
+
+
+def test_static_batches_follow_each_other() -> None:
+    machine = Machine(LIMITS, static(size=2))
+    for id in range(6):
+        machine.add(id, 5, 9, end=2 + id)
+    machine.run()
+    assert machine.done == [0, 1, 2, 3, 4, 5]
+    assert machine.scheduler.counters.steps == 3 + 5 + 7  # the longest of each
+
+
+def test_static_waits_for_its_batch_but_not_for_ever() -> None:
+    policy = static(size=2, wait=5.0)
+    plan = policy.plan(StepView.of(LIMITS, waiting=[waiting(1)], now=3.0))
+    assert (dict(plan.tokens), plan.wake) == ({}, 6.0)
+    assert tokens(policy, waiting(1), now=6.0) == {1: 10}
+    assert tokens(policy, waiting(1), waiting(2), now=3.0) == {1: 10, 2: 10}
+    machine = Machine(LIMITS, policy)
+    machine.add(0, 5, 3, end=3)
+    assert machine.scheduler.plan(1.0) is None
+    assert machine.scheduler.hold(1.0) == 4.0
+    machine.add(1, 5, 3, end=3)
+    assert machine.scheduler.hold(1.0) == 0.0  # the batch is full
+    step = machine.scheduler.plan(1.0)
+    assert step is not None
+    assert [id for id, _ in step.admitted] == [0, 1]
+
+
+# -- slo
+
+
+class Cost:
+    """1 s a step, and 0.1 s a row."""
+
+    def predict(self, rows: int, prefill: int, kv: int, n_seqs: int) -> float:
+        return 1.0 + 0.1 * rows
+
+
+@pytest.mark.parametrize(("target", "rows"), [(3.0, 18), (1.35, 2), (1.0, 2), (100.0, 40)])
+def test_slo_takes_the_largest_chunk_within_the_smallest_target(target: float, rows: int) -> None:
+    running = [decoding(1, itl_target=target), decoding(2, itl_target=200.0)]
+    policy = slo(least=2)
+    plan = tokens(policy, *running, waiting(3, 40, itl_target=0.1), cost=Cost())
+    assert plan == {1: 1, 2: 1, 3: rows}
+
+
+def test_slo_without_a_target_or_a_model_has_a_token_budget() -> None:
+    assert tokens(slo(), decoding(1), waiting(3, 40), cost=Cost()) == {1: 1, 3: 15}
+    assert tokens(slo(itl=2.0, least=1), decoding(1), waiting(3, 40), cost=Cost()) == {1: 1, 3: 9}
+    assert tokens(slo(itl=1.5, least=1), decoding(1), waiting(3, 40), cost=Cost()) == {1: 1, 3: 4}
+    assert tokens(slo(itl=2.0), decoding(1, itl_target=1.0), waiting(3, 40)) == {1: 1, 3: 15}
+    assert tokens(slo(budget=5), decoding(1), waiting(3, 40)) == {1: 1, 3: 4}
+
+
+def test_slo_runs_the_earliest_deadline_first_begun_or_not() -> None:
+    lax = prefilling(1, 100, 50, deadline=90.0)
+    assert tokens(slo(), lax, waiting(2, 60, deadline=20.0), waiting(3)) == {2: 60, 1: 4}
+    assert tokens(slo(), lax, waiting(2, 60)) == {1: 50, 2: 14}
+    assert tokens(slo(ttft=10.0), lax, waiting(2, 60)) == {2: 60, 1: 4}
+
+
+def test_slo_takes_cells_from_the_latest_deadline() -> None:
+    limits = Limits(64, 16, 4, n_cells=60, n_cells_seq=60)
+    running = [decoding(1, 20, deadline=9.0), decoding(2, 20, deadline=5.0), decoding(3, 20)]
+    plan = slo().plan(StepView.of(limits, running))
+    assert (plan.preempt, dict(plan.tokens)) == ((3,), {1: 1, 2: 1})
+
+
+# -- shortest
+
+
+def test_shortest_goes_by_what_is_predicted() -> None:
+    line = [waiting(1, 30, max_tokens=50), waiting(2, 30, max_tokens=9), waiting(3, 20)]
+    assert tokens(shortest(), *line) == {3: 20, 2: 30, 1: 14}
+    predicted = {1: 3.0, 2: 40.0, 3: 30.0}
+    by_oracle = shortest(predict=lambda seq: predicted[seq.id])
+    assert tokens(by_oracle, *line) == {1: 30, 3: 20, 2: 14}
+
+
+def test_the_longest_gives_way() -> None:
+    limits = Limits(64, 16, 4, n_cells=60, n_cells_seq=60)
+    running = [decoding(id, 20, max_tokens=most) for id, most in ((1, 50), (2, 9), (3, 30))]
+    assert shortest().plan(StepView.of(limits, running)).preempt == (1,)
+
+
+@pytest.mark.parametrize("policy", [shortest(patience=20), prefix(patience=20)])
+def test_patience_ends(policy: Policy) -> None:
+    """A long request against short ones that never end to come."""
+    machine = Machine(Limits(64, 16, 1, 400, 400), policy)
+    machine.add(0, 5, 3, 3)
+    machine.step()
+    machine.add(1, 50, 90, 90)
+    for id in range(2, 40):
+        machine.add(id, 10, 2, 2)
+        machine.step()
+        machine.step()
+    assert 1 in machine.first_rows[:12]
+    machine.run()
+
+
+# -- mlfq
+
+
+def test_levels() -> None:
+    levels = Levels(quantum=4, growth=2, n=4, prompt_rows=10)
+    assert [levels(waiting(1, n)) for n in (1, 40, 41, 80, 81, 160, 161, 9999)] == [
+        0, 0, 1, 1, 2, 2, 3, 3,
+    ]  # fmt: skip
+    sinks = [levels(waiting(1, 5, generated=n)) for n in (3, 4, 11, 12, 27, 28, 999)]
+    assert sinks == [0, 1, 1, 2, 2, 3, 3]
+    assert [levels(waiting(1, 50, generated=n)) for n in (7, 8, 23, 24)] == [1, 2, 2, 3]
+    view = StepView.of(LIMITS, [decoding(1, 5, 11), decoding(2, 50, 8), decoding(3, 9999, 9)])
+    assert levels.of(levels.tokens(view.running)).tolist() == [levels(s) for s in view.running]
+
+
+def test_mlfq_gives_the_place_of_one_that_has_sunk_to_a_newcomer() -> None:
+    policy = mlfq(quantum=4, prompt_rows=10)
+    full = [decoding(1, generated=9), decoding(2, generated=30), decoding(3, generated=30)]
+    newest = decoding(4, generated=40, turn=3)  # is in its turn
+    plan = policy.plan(StepView.of(LIMITS, [*full, newest], [waiting(9)]))
+    assert plan.preempt == (3,)
+    assert dict(plan.tokens) == {1: 1, 2: 1, 4: 1, 9: 10}
+    assert plan.reasons[3] == "preempted: sequence 9 takes its place"
+    long = waiting(9, 9999)  # of the worst level
+    assert policy.plan(StepView.of(LIMITS, [*full, newest], [long])).preempt == ()
+    starved = StepView.of(LIMITS, [*full, newest], [waiting(9, 300, queued=5)], step=2005)
+    assert policy.plan(starved).preempt == (3,)
+
+
+def test_mlfq_preempts_nobody_in_vain() -> None:
+    """Nobody who may give way has cells enough: nobody does."""
+    policy = mlfq(quantum=4)
+    running = [decoding(1, 250, 3), decoding(2, 10, 40), decoding(3, 10, 40)]
+    assert policy.plan(StepView.of(LIMITS, running, [waiting(9, 300)])).preempt == ()
+
+
+def test_short_answers_overtake_long_ones() -> None:
+    done = {}
+    for policy in (sarathi(), mlfq(quantum=4)):
+        machine = Machine(Limits(64, 16, 2, 400, 400), policy)
+        for id, end in ((0, 80), (1, 80), (2, 3), (3, 3)):
+            machine.add(id, 5, 100, end)
+        machine.run()
+        done[policy] = machine.done
+    assert list(done.values()) == [[0, 1, 2, 3], [2, 3, 0, 1]]
+
+
+# -- fair
+
+
+def test_the_tenant_that_was_served_least_is_next() -> None:
+    served = decoding(1, 50, 20, tenant="a")
+    line = [waiting(2, 30, tenant="a"), waiting(3, 30, tenant="b"), waiting(4, 30, tenant="b")]
+    assert tokens(fair(budget=64), served, *line) == {1: 1, 3: 30, 4: 30, 2: 3}
+    # Once b has been charged for two prompts of 30 it is b's 60 against a's 50 + 2 * 2.
+    served = decoding(1, 50, 2, tenant="a")
+    assert tokens(fair(budget=64), served, *line) == {1: 1, 3: 30, 4: 30, 2: 3}
+    served = decoding(1, 20, 2, tenant="a")
+    assert tokens(fair(budget=64), served, *line) == {1: 1, 3: 30, 2: 30, 4: 3}
+
+
+def service(machine: Machine, tenant: str) -> float:
+    tenants = machine.scheduler.view(0.0).tenants
+    i = tenants.names.index(tenant)
+    return float(tenants.prompt[i] + 2 * tenants.generated[i])
+
+
+def test_a_crowd_gets_no_more_than_a_single_tenant() -> None:
+    """b has as much as a, who asks ten times as often: the bound of the paper, for one prompt and
+    one batch of answers."""
+    machine = Machine(Limits(64, 16, 4, 400, 400), fair())
+    for id in range(60):
+        machine.add(id, 10, 20, 20, tenant="b" if id % 10 == 0 else "a")
+    while any(seq.tenant == "b" for seq in machine.scheduler.view(0.0).waiting):
+        machine.step()
+        assert abs(service(machine, "a") - service(machine, "b")) <= 2 * 4 * (10 + 2 * 20)
+    machine.run()
+
+
+def test_who_comes_late_has_saved_nothing_up() -> None:
+    machine = Machine(Limits(64, 16, 1, 400, 400), fair())
+    for id in range(10):
+        machine.add(id, 10, 40, 40, tenant="a")
+    while len(machine.done) < 6:
+        machine.step()
+    for id in range(10, 16):
+        machine.add(id, 10, 40, 40, tenant="b")
+    while len(machine.done) < 12:
+        machine.step()
+    late = [id for id in machine.done[6:] if id >= 10]
+    assert len(late) == 3  # half of what was served from then on, though b had had nothing
+
+
+# -- prefix
+
+
+def test_the_longest_hit_is_next() -> None:
+    line = [waiting(1, 30), waiting(2, 40, prefix_hit=10), waiting(3, 60, prefix_hit=35)]
+    assert tokens(prefix(), *line) == {3: 25, 2: 30, 1: 9}
