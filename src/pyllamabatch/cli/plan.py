@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _bytes(text: str) -> int:
-    """ "80.8G" is 80.8e9; K, M, G, T, and Ki, Mi, Gi, Ti."""
+    """A number with K, M, G, T (powers of 1000: 80.8G is 80.8e9) or Ki, Mi, Gi, Ti."""
     powers = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
     powers |= {f"{c}i": 2 ** (10 * i) for i, c in enumerate("kmgt", 1)}
     number = text.rstrip("BbiKkMmGgTt")
@@ -107,10 +107,9 @@ def plan_by_size(args: argparse.Namespace, chosen: Machine) -> dict[str, Any]:
 def plan_by_file(args: argparse.Namespace, chosen: Machine) -> dict[str, Any]:
     path = default_model_path() if args.model is None else args.model
     n, params = args.sequences, {"n_ubatch": args.n_ubatch}
-    on_cpu: dict[str, Any] = (
-        {"devices": []} if chosen.kind == "cpu" and chosen.name != "here" else {}
-    )
-    with Projector(path, n_gpu_layers=args.n_gpu_layers, **on_cpu) as projector:
+    # The devices of this machine say nothing of another one.
+    devices: list[str] | None = None if chosen.name == "here" else []
+    with Projector(path, n_gpu_layers=args.n_gpu_layers, devices=devices) as projector:
 
         def footprint(n_ctx: int, n_seq_max: int) -> Footprint:
             found = projector.footprint(n_ctx=n_ctx, n_seq_max=n_seq_max, **params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import re
 from collections import Counter
@@ -90,14 +91,15 @@ def weigh(model: Model) -> Weights:
 
 
 def _count(model: Model, name: str) -> int:
-    return int(model.metadata.get(f"{model.architecture}.{name}", 0))
+    text = model.metadata.get(f"{model.architecture}.{name}", "")
+    return int(text) if text.isdigit() else 0
 
 
 def _tensors(model: Model) -> Iterator[tuple[str, str, int]]:
     """Name, type and bytes of every tensor."""
     for path in _files(model):
         params = ffi.new("struct gguf_init_params *", {"no_alloc": True, "ctx": ffi.NULL})
-        gguf = lib.gguf_init_from_file(str(path).encode(), params[0])
+        gguf = lib.gguf_init_from_file(os.fsencode(path), params[0])
         if gguf == ffi.NULL:
             continue
         try:
