@@ -12,7 +12,7 @@ from pyllamabatch.device.cost import CostModel, split
 from pyllamabatch.device.profile import Key, Profile, Sample
 from pyllamabatch.device.regimes import Kernels, Regime, kernels
 from pyllamabatch.device.terms import Terms, Ubatch, nnls
-from pyllamabatch.errors import ArgumentError
+from pyllamabatch.errors import ArgumentError, ProfileError
 
 CUDA = kernels("CUDA", "Q4_K")
 
@@ -134,6 +134,30 @@ def test_split() -> None:
     # cells of each sequence's own: those that decode, then the prompt
     first, second = split(104, 100, 0, 5, 512, False)
     assert (first.rows, first.sampled, second.rows, second.sampled) == (4, 4, 100, 0)
+
+
+def test_json_round_trip() -> None:
+    for cost in (
+        CostModel.fit(profile(h200() + made_up(8), share=0.3)),
+        CostModel.prior(kernels("CPU", "Q4_K"), 1e9, gpu=False, unified=False),
+    ):
+        again = CostModel.from_json(cost.to_json())
+        for shape in ((1, 0, 100, 1), (24, 16, 9000, 9), (700, 690, 3000, 11)):
+            assert again.estimate(*shape) == cost.estimate(*shape)
+        assert again.calibrated == cost.calibrated
+        assert again.error == cost.error
+    text = cost.to_json()
+    for bad in ("", "[]", text.replace("base", "bass"), text.replace('"schema": 1', '"schema": 0')):
+        with pytest.raises(ProfileError):
+            CostModel.from_json(bad)
+
+
+def test_sequences_that_do_not_add_up() -> None:
+    """A policy's slip is no division by zero."""
+    cost = CostModel.fit(profile(h200() + made_up(9)))
+    assert cost.predict(12, 4, 100, 8) > 0
+    assert cost.predict(4, 4, 0, 0) > 0
+    assert cost.predict(600, 592, 100, 8) > 0
 
 
 def test_too_few_samples() -> None:

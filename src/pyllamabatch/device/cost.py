@@ -8,16 +8,17 @@ An engine refines it from its own steps.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from operator import mul
 from typing import NamedTuple
 
 import numpy as np
 
-from pyllamabatch.device.profile import Profile, Sample
-from pyllamabatch.device.regimes import Kernels
+from pyllamabatch.device.profile import SCHEMA, Profile, Sample
+from pyllamabatch.device.regimes import Kernels, Regime
 from pyllamabatch.device.terms import ATTENTION, F64, Fit, Terms, Ubatch, fit, parts, values_of
-from pyllamabatch.errors import ArgumentError
+from pyllamabatch.errors import ArgumentError, ProfileError
 
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the output matrix's share, that a fit tries for h
 _SLOWEST, _FASTEST = 4.0, 0.25  # times the model that refinement goes to
@@ -86,7 +87,7 @@ class CostModel:
         `n_seqs` sequences that hold `kv` cells together before it. 0 rows take no time."""
         if rows > self.n_ubatch or rows == 0 or (prefill != 0 and not self.unified):
             return sum(map(self._time, self._split(rows, prefill, kv, n_seqs)))
-        decode, own, sight = rows - prefill, kv / n_seqs, kv + 0.5 * rows
+        decode, own, sight = rows - prefill, kv / (n_seqs or 1), kv + 0.5 * rows
         seconds = (
             self._body[rows]
             + self._head[decode]
@@ -95,7 +96,7 @@ class CostModel:
         )
         if not prefill:
             return self._scale[2 * self._regime[rows]] * seconds
-        chunk = prefill / (n_seqs - decode)
+        chunk = prefill / (n_seqs - decode or 1)
         seconds += prefill * (
             self._all_prompt[rows] * sight + self._own_prompt[rows] * (own + 0.5 * chunk)
         )
@@ -205,6 +206,47 @@ class CostModel:
             calibrated=True,
         )
 
+    def to_json(self) -> str:
+        """The fitted model, without what refinement has found; `from_json` makes it again."""
+        terms = asdict(self.terms)
+        covariance = None if self._covariance is None else self._covariance.tolist()
+        return json.dumps(
+            {
+                "schema": SCHEMA,
+                "terms": terms,
+                "coefficients": self.coefficients,
+                "n_ubatch": self.n_ubatch,
+                "residual": self._residual,
+                "error": self.error,
+                "calibrated": self.calibrated,
+                "covariance": covariance,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> CostModel:
+        """Raises ProfileError for what `to_json` has not made."""
+        try:
+            data = json.loads(text)
+            if data["schema"] != SCHEMA:
+                raise ValueError(f"schema {data['schema']}, this version reads {SCHEMA}")
+            given = data["terms"].pop("kernels")
+            regimes = tuple(Regime(**regime) for regime in given["regimes"])
+            terms = Terms(Kernels(regimes, given["attention_from"]), **data["terms"])
+            values = np.array([data["coefficients"][name] for name in terms.names], np.float64)
+            covariance = data["covariance"]
+            return cls(
+                terms,
+                values,
+                int(data["n_ubatch"]),
+                covariance=None if covariance is None else np.array(covariance, np.float64),
+                residual=float(data["residual"]),
+                error=(float(data["error"][0]), float(data["error"][1])),
+                calibrated=bool(data["calibrated"]),
+            )
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise ProfileError("cost model", f"{type(error).__name__}: {error}") from None
+
     @classmethod
     def prior(
         cls,
@@ -277,8 +319,8 @@ def split(
     if rows == 0:
         return []
     decode = rows - prefill
-    n_chunks = n_seqs - decode
-    own = kv / n_seqs
+    n_chunks = n_seqs - decode or 1
+    own = kv / (n_seqs or 1)
     found: list[Ubatch] = []
     if not unified and decode and prefill:
         found.append(Ubatch(decode, decode, kv, decode * own))
