@@ -17,6 +17,7 @@ from bench.tools import ToolError, tool
 
 BENCHES = (
     "decode",
+    "prefix",
     "sampler",
     "scheduler",
     "serve",
