@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kv import Sharing, SwapChoice
+from ..kv import Sharing, Slots, SwapChoice
 from .gather import Gather
 from .hand import PATIENCE_SECONDS, HandDriven
 from .line import Line
@@ -40,6 +40,9 @@ from .step import Chunk, Step
 from .view import Limits, Plan, SequenceView, StepView
 
 AT_ONCE = 32  # steps of decoding that cells are emptied for, if they are there
+
+NOBODY: Slots = np.zeros(0, dtype=np.int32)
+NOBODY.flags.writeable = False
 
 
 class Scheduler(HandDriven):
@@ -208,6 +211,8 @@ class Scheduler(HandDriven):
                 chunks.append(Chunk(id, slot, int(running.computed[slot]), 1, True))
         if n_decodes == len(running.decoding) and not asked:
             decode = self._decode_slots()
+        elif n_decodes == 0:
+            decode = NOBODY
         else:
             slots = ((id, slot) for id, slot in running.decoding.items() if slot not in asked)
             decode = np.array(sorted(slot for id, slot in slots if id in tokens), dtype=np.int32)

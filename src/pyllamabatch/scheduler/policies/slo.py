@@ -38,10 +38,12 @@ class EarliestDeadline:
     decodes: Decodes = Decodes.FIRST
 
     def __call__(self, view: StepView) -> Iterable[SequenceView]:
-        begun = view.prefilling.by(self.rank)
         if not view.can_admit:
-            return begun
-        return merge(begun, view.waiting.by(self.rank), key=self.rank)
+            return view.prefilling.by(self.rank)
+        line = view.waiting.by(self.rank)
+        if not len(view.prefilling):
+            return line
+        return merge(view.prefilling.by(self.rank), line, key=self.rank)
 
 
 @dataclass(frozen=True, slots=True)
