@@ -22,6 +22,7 @@ BENCHES = (
     "scheduler",
     "serve",
     "stall",
+    "step",
 )
 """One module each, `bench/NAME.py`; a new one needs no other entry.  For the report it may have
 `view(rows)`, Markdown of its rows (else `summary.plain`), and `PLOT = True`, a plot of `speed_tg`

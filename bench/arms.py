@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from bench import schema
 from bench.case import Case, Measured
@@ -26,6 +27,7 @@ from bench.tools import ToolError, build_options, tool
 if TYPE_CHECKING:
     from pyllamabatch.sampling import SamplingParams
     from pyllamabatch.scheduler import Plan, Policy, StepView
+    from pyllamabatch.stepper import Stepper
 
 ATTEMPTS = 5
 
@@ -167,7 +169,7 @@ class InProcess:
         """The loop of docs/raw.md: cffi calls only, libllama's sampler chains."""
         from pyllamabatch.raw import lib
 
-        with self._context(case) as context:
+        with self.context(case) as context:
             ctx, vocab = context.ptr, lib.llama_model_get_vocab(self.model.ptr)
             prompts = case.prompts(lib.llama_vocab_n_tokens(vocab))
             samplers = [_chain(case, seq) for seq in range(case.pl)]
@@ -215,24 +217,10 @@ class InProcess:
         from pyllamabatch.stepper import SAMPLE, Stepper
 
         n = case.pl
-        with self._context(case) as context, Stepper(context) as stepper:
-            prompts = case.prompts(self.model.n_vocab)
-            for seq in range(n):
-                stepper.set_slot(seq, sampling_params(case.sampling, case.seed + seq, case.tg + 1))
+        with self.context(case) as context, Stepper(context) as stepper:
             rows = stepper.rows
-            token = np.zeros(n, np.int32)
             start = time.perf_counter()
-            pos = np.tile(np.arange(case.pp, dtype=np.int32), n)
-            seq_ids = np.repeat(np.arange(n, dtype=np.int32), case.pp)
-            flags = np.where(pos == case.pp - 1, SAMPLE, 0).astype(np.uint8)
-            for first in range(0, pos.size, case.n_batch):
-                part = slice(first, first + case.n_batch)
-                k = pos[part].size
-                rows.token[:k], rows.pos[:k] = prompts.reshape(-1)[part], pos[part]
-                rows.seq[:k], rows.flags[:k] = seq_ids[part], flags[part]
-                result = stepper.step(k)
-                result.raise_for_code()
-                token[result.seq] = result.token
+            token = compute_prompts(stepper, case)
             rows.seq[:n], rows.flags[:n] = np.arange(n), SAMPLE
             begin = time.perf_counter()
             for step in range(case.tg):
@@ -242,6 +230,20 @@ class InProcess:
                 result.raise_for_code()
                 token[:] = result.token
             end = time.perf_counter()
+        return Measured(begin - start, end - begin)
+
+    def c_loop(self, case: Case) -> Measured:
+        """All steps in one plb_run."""
+        from pyllamabatch.stepper import Stepper
+
+        with self.context(case) as context, Stepper(context, n_steps_max=case.tg) as stepper:
+            start = time.perf_counter()
+            compute_prompts(stepper, case)
+            begin = time.perf_counter()
+            result = stepper.run(range(case.pl), case.tg)
+            end = time.perf_counter()
+            if result.n_steps != case.tg:
+                raise RuntimeError(f"the run ended after {result.n_steps} of {case.tg} steps")
         return Measured(begin - start, end - begin)
 
     def engine(self, case: Case) -> Measured:
@@ -280,7 +282,7 @@ class InProcess:
             detail={"longest_step_s": float((np.diff(starts) / np.diff(clock.steps)).max())},
         )
 
-    def _context(self, case: Case) -> Any:
+    def context(self, case: Case) -> Any:
         return self.model.context(
             n_ctx=case.n_ctx,
             n_batch=case.n_batch,
@@ -290,6 +292,30 @@ class InProcess:
             n_threads_batch=case.n_threads,
             kv_unified=case.kv_unified,
         )
+
+
+def compute_prompts(stepper: Stepper, case: Case) -> npt.NDArray[np.int32]:
+    """Slots for the case's sequences and their prompts, in steps of n_batch rows; the first token
+    of each, sampled."""
+    from pyllamabatch.stepper import SAMPLE
+
+    n, rows = case.pl, stepper.rows
+    token = np.zeros(n, np.int32)
+    for seq in range(n):
+        stepper.set_slot(seq, sampling_params(case.sampling, case.seed + seq, case.tg + 2))
+    prompts = case.prompts(stepper.n_vocab).reshape(-1)
+    pos = np.tile(np.arange(case.pp, dtype=np.int32), n)
+    seq_ids = np.repeat(np.arange(n, dtype=np.int32), case.pp)
+    flags = np.where(pos == case.pp - 1, SAMPLE, 0).astype(np.uint8)
+    for first in range(0, pos.size, case.n_batch):
+        part = slice(first, first + case.n_batch)
+        k = pos[part].size
+        rows.token[:k], rows.pos[:k] = prompts[part], pos[part]
+        rows.seq[:k], rows.flags[:k] = seq_ids[part], flags[part]
+        result = stepper.step(k)
+        result.raise_for_code()
+        token[result.seq] = result.token
+    return token
 
 
 def sampling_params(sampling: str, seed: int, max_tokens: int) -> SamplingParams:

@@ -19,6 +19,7 @@ from bench.targets import Target, speed_ratio
 from bench.tools import tool
 
 BASE = "llama-batched-bench"
+C_LOOP = "C loop"
 QUICK = ("--quick", "-B", "1,4")
 PLOT = True
 TARGETS = (
@@ -39,6 +40,12 @@ TARGETS = (
             where={"gpu_info": "H200", "model_type": "gemma3 1B"},
         )
         for pl in (1, 8, 32, 64)
+    ),
+    Target(
+        f"B = 16: engine over the {C_LOOP}, embedded model",
+        speed_ratio("engine", C_LOOP, 16),
+        at_least=0.9,
+        where={"model_filename": "default.gguf"},
     ),
 )
 
@@ -126,6 +133,12 @@ def all_arms(inside: InProcess) -> list[Arm]:
             "Python loop of Stepper.step: NumPy rows, one native call decodes and samples",
             True,
             in_own_thread(inside.stepper),
+        ),
+        Arm(
+            C_LOOP,
+            "one plb_run: the shim's C++ loop decodes and samples all steps, nothing else",
+            True,
+            in_own_thread(inside.c_loop),
         ),
         Arm(
             "engine",
