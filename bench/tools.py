@@ -73,12 +73,19 @@ def tool(name: str, *, log: bool = True) -> Path:
     """The path of llama.cpp's tool `name` (for example llama-batched-bench), built if missing.
 
     Takes four to six minutes on two cores at first, then no time: the build stays in the cache
-    folder, one per source tree and set of options.
+    folder, one per source tree and set of options. `$PLB_LLAMA_CPP_TOOLS` names a folder of tools
+    that were built elsewhere from the same llama.cpp.
     """
+    suffix = ".exe" if sys.platform == "win32" else ""
+    if ready := os.environ.get("PLB_LLAMA_CPP_TOOLS"):
+        binary = Path(ready, name + suffix)
+        if not binary.is_file():
+            raise ToolError(f"{binary} is missing: PLB_LLAMA_CPP_TOOLS={ready} names its folder")
+        return binary
     tree, options = source_tree(), build_options()
     key = hashlib.sha256(f"{tree}{sorted(options.items())}".encode()).hexdigest()[:12]
     build = cache_folder("tools", key)
-    binary = build / "bin" / (name + (".exe" if sys.platform == "win32" else ""))
+    binary = build / "bin" / (name + suffix)
     # Ask the build system each time: a tree that changed under the same path is rebuilt.
     cmake, ninja = program("cmake"), program("ninja")
     if log:

@@ -28,7 +28,7 @@ from bench.models import BenchModel  # noqa: E402
 from bench.options import Budget, numbers  # noqa: E402
 from bench.shapes import GEMMA3_1B, LLAMA_3_2_1B, MOE_1B, QWEN2_0_5B, SHAPES, Shape  # noqa: E402
 from bench.targets import Target, speed_ratio  # noqa: E402
-from bench.tools import ToolError, source_tree  # noqa: E402
+from bench.tools import ToolError, source_tree, tool  # noqa: E402
 from pyllamabatch import Model  # noqa: E402
 
 FACTS: dict[str, Any] = {
@@ -121,6 +121,15 @@ def test_the_machine_is_named_without_its_host_name() -> None:
     assert facts["memory_bytes"] > 0
     node = platform.node()
     assert not node or node not in json.dumps({**facts, "os": facts["os"]})
+
+
+def test_tools_that_were_built_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "llama-batched-bench" + (".exe" if sys.platform == "win32" else "")
+    (tmp_path / name).touch()
+    monkeypatch.setenv("PLB_LLAMA_CPP_TOOLS", str(tmp_path))
+    assert tool("llama-batched-bench") == tmp_path / name
+    with pytest.raises(ToolError, match="llama-server is missing"):
+        tool("llama-server")
 
 
 def test_committed_results_are_rows() -> None:
