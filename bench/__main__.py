@@ -16,11 +16,13 @@ from bench.targets import Target
 from bench.tools import ToolError, tool
 
 BENCHES = (
+    "coalesce",
     "decode",
     "prefix",
     "sampler",
     "scheduler",
     "serve",
+    "soak",
     "stall",
     "step",
 )

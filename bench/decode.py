@@ -156,6 +156,7 @@ def measure(
     inside: InProcess,
     limit: float | None = None,
     budget: Budget | None = None,
+    bench: str = "decode",
 ) -> Iterator[schema.Row]:
     """Rows as they are measured: in each repeat every case, in each case every arm in turn; odd
     repeats go through the arms backwards, so that no arm always runs after the same one.  An arm
@@ -173,4 +174,4 @@ def measure(
                     measured.detail["other_cpu"] = round(others, 3)
                 except Exception as failure:
                     measured = Measured.failed(failure)
-                yield case_row("decode", arm, case, measured, facts | moment, run_id, repeat)
+                yield case_row(bench, arm, case, measured, facts | moment, run_id, repeat)

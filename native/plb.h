@@ -58,7 +58,8 @@ enum plb_code {
 /* -- rows ------------------------------------------------------------------------------------- */
 enum plb_row_flag {
     PLB_ROW_OUTPUT = 1, /* keep this row's logits: readable by llama_get_logits_ith(ctx, row) */
-    PLB_ROW_SAMPLE = 2  /* sample this row with its sequence's slot (implies PLB_ROW_OUTPUT) */
+    PLB_ROW_SAMPLE = 2, /* sample this row with its sequence's slot (implies PLB_ROW_OUTPUT) */
+    PLB_ROW_REPORT = 4  /* plb_run: its record is in plb_views.finished, whether it finishes or not */
 };
 
 enum plb_finish {
@@ -174,7 +175,8 @@ typedef struct plb_views {
     plb_step_info * info;       /* the last step, done or not */
     plb_step_info * steps;      /* [n_steps_max]: without `stream` the steps of the last call, the
                                    one that failed included */
-    plb_result  * finished;     /* [n_seq_max]: of a run's last step, the records with a finish */
+    plb_result  * finished;     /* [n_seq_max]: of a run's last step, the records with a finish and
+                                   those of rows with PLB_ROW_REPORT */
 } plb_views;
 
 plb_engine_params plb_engine_default_params(void);

@@ -76,8 +76,11 @@ int32_t count_sampled(const plb_engine & engine, int32_t n_slots, int32_t n_more
 
 int32_t collect_finished(plb_engine & engine) {
     const plb_result * first = &engine.results[engine.info.first_result];
-    const auto end = std::copy_if(first, first + engine.info.n_results, engine.finished.begin(),
-                                  [](const plb_result & r) { return r.finish != PLB_FINISH_NONE; });
+    const auto wanted = [&](const plb_result & r) {
+        return r.finish != PLB_FINISH_NONE || (engine.flags[r.row] & PLB_ROW_REPORT);
+    };
+    const auto end =
+        std::copy_if(first, first + engine.info.n_results, engine.finished.begin(), wanted);
     return (int32_t) (end - engine.finished.begin());
 }
 

@@ -22,7 +22,7 @@ namespace {
 
 constexpr int32_t N_LOGPROBS_LIMIT = 1024;
 constexpr int32_t N_STEPS_LIMIT    = 65536;
-constexpr int32_t ROW_FLAGS        = PLB_ROW_OUTPUT | PLB_ROW_SAMPLE;
+constexpr int32_t ROW_FLAGS        = PLB_ROW_OUTPUT | PLB_ROW_SAMPLE | PLB_ROW_REPORT;
 constexpr int32_t N_VOCAB_WORTH    = 16384;
 constexpr int64_t MORE_BYTES_LIMIT = (int64_t) 1 << 30;
 

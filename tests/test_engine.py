@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from models_gguf import EOS, N_VOCAB, gguf_path
 
-from pyllamabatch.engine import Engine, EngineStats
+from pyllamabatch.engine import Engine
 from pyllamabatch.errors import (
     ArgumentError,
     ClosedError,
@@ -31,6 +31,7 @@ from pyllamabatch.errors import (
 from pyllamabatch.model import Model
 from pyllamabatch.sampling import SamplingParams
 from pyllamabatch.scheduler import sarathi
+from pyllamabatch.stats import EngineStats
 
 PROMPT = [1, 20, 30, 40, 50]
 
@@ -304,7 +305,7 @@ def test_stats_are_consistent_at_every_moment(model: Model) -> None:
         while not all(stream.done for stream in streams):
             seen.append(check_balanced(engine))
         stats = check_balanced(engine)
-    assert stats.finished == {"stop": 0, "length": 8, "cancelled": 0, "error": 0}
+    assert stats.finished == {"stop": 0, "length": 8, "cancelled": 0, "deadline": 0, "error": 0}
     assert stats.tokens == 800
     assert stats.preemptions > 0
     assert stats.admissions == 8 + stats.preemptions

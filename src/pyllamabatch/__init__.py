@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pyllamabatch.memory import Capabilities, Memory
     from pyllamabatch.model import Model
     from pyllamabatch.sampling import SamplingParams
+    from pyllamabatch.sequence import Sampled, Sequence
     from pyllamabatch.stream import Result, Stream, Token
     from pyllamabatch.vocab import PieceDecoder, Vocab
 
@@ -32,7 +33,9 @@ _HOME = {
     "PieceDecoder": "vocab",
     "PyllamabatchError": "errors",
     "Result": "stream",
+    "Sampled": "sequence",
     "SamplingParams": "sampling",
+    "Sequence": "sequence",
     "Stream": "stream",
     "Token": "stream",
     "Vocab": "vocab",
@@ -49,7 +52,9 @@ __all__ = [
     "PieceDecoder",
     "PyllamabatchError",
     "Result",
+    "Sampled",
     "SamplingParams",
+    "Sequence",
     "Stream",
     "Token",
     "Vocab",

@@ -135,7 +135,7 @@ def refused_step(stepper: Stepper, code: int, n_rows: int) -> Exception:
         lib.PLB_E_TOKEN: ("token", f"must be in 0..{stepper.n_vocab - 1}"),
         lib.PLB_E_SEQ: ("seq", f"must be in 0..{stepper.n_seq_max - 1}"),
         lib.PLB_E_POS: ("pos", f"must be in 0..{stepper.n_pos_max - 1}"),
-        lib.PLB_E_FLAGS: ("flags", "must be OUTPUT and SAMPLE only"),
+        lib.PLB_E_FLAGS: ("flags", "must be OUTPUT, SAMPLE and REPORT only"),
         lib.PLB_E_NO_SLOT: ("seq", "must be a sequence with a slot, to be sampled"),
         lib.PLB_E_SLOT_FINISHED: ("seq", "must be a sequence whose slot has not finished"),
     }

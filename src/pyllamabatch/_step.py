@@ -13,6 +13,7 @@ from pyllamabatch.errors import decode_error
 
 OUTPUT = 1  # this row's logits can be read with Context.logits(row)
 SAMPLE = 2  # this row is sampled with its sequence's slot
+REPORT = 4  # what was sampled for this row is in `Run.reported`
 
 I32 = npt.NDArray[np.int32]
 U8 = npt.NDArray[np.uint8]
@@ -76,8 +77,8 @@ class Stop(enum.IntEnum):
 class Rows:
     """The rows of the next step: persistent NumPy views, `n_rows_max` long each.
 
-    token, pos, seq: int32. flags: uint8, any of OUTPUT and SAMPLE. A step reads rows 0 to n - 1 and
-    leaves them as they are, so a steady batch only rewrites what changes.
+    token, pos, seq: int32. flags: uint8, any of OUTPUT, SAMPLE and REPORT. A step reads rows 0 to
+    n - 1 and leaves them as they are, so a steady batch only rewrites what changes.
     """
 
     __slots__ = ("flags", "pos", "seq", "token")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ._native_step import refused_run, refused_step
+from ._step import REPORT
 from .errors import ContextBusy, FatalDecodeError
 from .raw import ffi, lib
 from .stepper import Stepper
@@ -24,14 +26,15 @@ _GIVE_WAY_NS = 2_000_000
 class Run(NamedTuple):
     """What a run did: llama_decode's code (0, or that of the step behind the last one), steps that
     were computed, graphs that they reused, seconds of all of them, and of the last one (slot,
-    token, finish) where a sequence finished; token is -1 and finish `Finish.ERROR` where a row
-    could not be sampled."""
+    token, finish) where a sequence finished, and (slot, token, finish, log-probability) of the rows
+    with REPORT; token is -1 and finish `Finish.ERROR` where a row could not be sampled."""
 
     code: int
     n_steps: int
     n_reused: int
     seconds: float
     finished: list[tuple[int, int, int]]
+    reported: Sequence[tuple[int, int, int, float]] = ()
 
 
 class StreamStepper(Stepper):
@@ -68,8 +71,14 @@ class StreamStepper(Stepper):
         if code == _THREW and not info.n_steps:
             raise FatalDecodeError(code, self.last_error)
         n = info.n_finished
-        finished = [(r.seq, r.token, r.finish) for r in self._finished[0:n]] if n else []
-        return Run(code, info.n_steps, info.n_reused, info.ns * 1e-9, finished)
+        finished: list[tuple[int, int, int]] = []
+        reported: list[tuple[int, int, int, float]] = []
+        for r in self._finished[0:n] if n else ():
+            if self.rows.flags[r.row] & REPORT:
+                reported.append((r.seq, r.token, r.finish, r.logprob))
+            else:
+                finished.append((r.seq, r.token, r.finish))
+        return Run(code, info.n_steps, info.n_reused, info.ns * 1e-9, finished, reported)
 
     @property
     def n_recorded(self) -> int:

@@ -28,17 +28,20 @@ from .errors import (
     FatalDecodeError,
     KvCacheFull,
     PyllamabatchError,
+    QueueFull,
     SamplingError,
     UnsupportedOperation,
     decode_error,
 )
+from .hand import Call, Hand
+from .hands import Hands
 from .kv import SwapSpace
 from .machine import MemoryLike, StepperLike
 from .moves import Mover, StatesLike
 from .request import Request
 from .scheduler import Scheduler, Step
 from .seats import Seats
-from .stepper import SAMPLE, Finish
+from .stepper import Finish
 from .stream import Stream
 from .trace import StepTrace
 
@@ -60,6 +63,7 @@ class Decoder:
         close: Callable[[], None],
         trace: StepTrace | None = None,
         space: SwapSpace | None = None,
+        max_waiting: int | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.n_submitted = 0
@@ -69,7 +73,8 @@ class Decoder:
         self.delivery = Delivery(
             stepper, scheduler.n_slots, self._stopped, self._delivery_failed, trace
         )
-        self.seats = Seats(scheduler, stepper, self.delivery, trace)
+        self.seats = Seats(scheduler, stepper, self.delivery, trace, self._left_line)
+        self.hands = Hands(scheduler, stepper, memory, self.seats)
         scheduler.tokens_of = self.seats.tokens_of
         self._space = SwapSpace(0) if space is None else space
         self._mover = Mover(scheduler, memory, states, self._space)
@@ -82,7 +87,14 @@ class Decoder:
         self._mail: list[Callable[[], None]] = []
         self._closing = False
         self._n_visitors = 0  # threads that prepare a request
-        self._wake = threading.Condition(threading.Lock())  # guards mail and closing
+        self._n_awaited = 0  # hand-driven sequences that the next step waits for
+        self._max_waiting = max_waiting
+        self._n_in_line = 0  # requests that have not had a slot yet
+        lock = threading.Lock()  # guards mail, closing and the line
+        self._wake = threading.Condition(lock)
+        self._room = threading.Condition(lock)  # in the line
+        self._room_calls: list[Callable[[], None]] = []
+        self._step_s = 0.0  # the last step's
         # Guards the state between two steps. Whoever needs both takes `_wake` second.
         self.state = threading.RLock()
         self._thread = threading.Thread(target=self._run, name="pyllamabatch-decoder", daemon=True)
@@ -107,21 +119,66 @@ class Decoder:
                 self._n_visitors -= 1
                 self._wake.notify()
 
-    def submit(self, requests: list[Request]) -> None:
-        """All of them or none: EngineClosed."""
+    def submit(self, requests: list[Request], timeout: float | None = None) -> None:
+        """All of them or none: EngineClosed, and QueueFull when the line has no room within
+        `timeout` seconds (None: however long it takes)."""
 
         def take() -> None:
             for request in requests:
                 self._n_taken += 1
                 self.seats.add(request)
 
+        n = len(requests)
         with self._wake:
+            self._room.wait_for(lambda: self._closing or self._has_room(n), timeout)
             if self._closing:
                 raise self._closed()
-            self.n_submitted += len(requests)
+            if not self._has_room(n):
+                raise QueueFull(f"{self._n_in_line} requests wait, max_waiting={self._max_waiting}")
+            self.n_submitted += n
+            self._n_in_line += n
             self._mail.append(take)
             self._wake.notify()
         self._stepper.ring()
+
+    def has_room(self, n: int) -> bool:
+        """Whether `n` more requests can be submitted at once."""
+        with self._wake:
+            return self._has_room(n)
+
+    def when_room(self, call: Callable[[], None]) -> bool:
+        """Whether another request can be submitted (EngineClosed at once, too); if not, `call()`
+        once when it may be so."""
+        with self._wake:
+            if self._closing or self._has_room(1):
+                return True
+            self._room_calls.append(call)
+            return False
+
+    def call_hands(
+        self, act: Callable[[Hands], None], call: Call | None = None, *, ask: bool = False
+    ) -> None:
+        """`act(hands)` between two steps. EngineClosed when the engine is closed. `call`: fails
+        with it. `ask`: it asks for a token, so that the step may wait for more of that kind."""
+
+        def take() -> None:
+            try:
+                act(self.hands)
+            except Exception as error:
+                if call is not None and call.pending:
+                    call.finish(error=error)
+                raise
+
+        with self._wake:
+            if self._closing:
+                raise self._closed()
+            self._mail.append(take)
+            self._n_awaited -= 1
+            wake = not ask or self._n_awaited <= 0
+            if wake:
+                self._wake.notify()
+        if wake:
+            self._stepper.ring()
 
     def cancel(self, stream: Stream) -> None:
         self._post(lambda: self._cancel(stream.id))
@@ -132,7 +189,10 @@ class Decoder:
         by one of them."""
         with self._wake:
             self._closing = True
+            self._mail.append(self._drop_hands)
             self._wake.notify()
+            self._tell_room()
+        self._stepper.ring()
         if not wait:
             self._post(self._cancel_all)
         if threading.current_thread() in (self._thread, self.delivery.thread):
@@ -180,35 +240,65 @@ class Decoder:
             self._close()
 
     def _take_mail(self) -> bool:
-        """Do what other threads have asked for; wait for it when there is nothing else to do.
-        False: closed, and nothing is left to do."""
-        if not self._mail and not self.scheduler.idle:
-            return True
-        if not self._mail:
-            self._stepper.flush()
-        with self._wake:
-            if not self._mail and self.scheduler.idle and not self._wait():
+        """Do what other threads have asked for, and wait for as long as there is nothing else to
+        do, or the scheduler would. False: closed, and nothing is left to do."""
+        scheduler = self.scheduler
+        while True:
+            news = bool(self._mail)
+            if news:
+                self._do_mail()
+            if scheduler.deadlines.next is not None:
+                self._end_overdue()
+            seconds = self._seconds_to_wait()
+            if seconds == 0 or (seconds is None and news):
+                return True
+            if not self._mail and (self.delivery.has_events or self.seats.open):
+                self._stepper.flush()
+            if not self._wait(seconds):
                 return False
+
+    def _seconds_to_wait(self) -> float | None:
+        """Until the next step had better begin; None while there is nothing to compute."""
+        if self.scheduler.idle:
+            return None
+        now, deadline = perf_counter(), self.scheduler.deadlines.next
+        seconds = self.scheduler.hold(now)
+        return seconds if deadline is None else min(seconds, max(0.0, deadline - now))
+
+    def _do_mail(self) -> None:
         with self.state:
             with self._wake:
-                mail, self._mail = self._mail, []
-            for act in mail:
-                act()
+                mail, self._mail = iter(self._mail), []
+            try:
+                for act in mail:
+                    act()
+            except BaseException:  # `_fail_all` does the rest
+                with self._wake:
+                    self._mail[:0] = mail
+                raise
             self._mover.carry_out()
         if self.error is not None:
             raise self.error
-        return True
 
-    def _wait(self) -> bool:
-        """Until there is mail; False when the engine is closed. With `_wake` held."""
+    def _wait(self, seconds: float | None) -> bool:
+        """Until there is mail, or for so many seconds. False when there is nothing to wait for: the
+        engine is closed."""
         start = perf_counter_ns()
-        while not self._mail:
-            if self._closing:
-                return False
-            self._wake.wait()
+        with self._wake:
+            self._n_awaited = 0 if seconds is None else self.scheduler.n_expected
+            if not self._mail:
+                if self._closing and seconds is None:
+                    return False
+                self._wake.wait(seconds)
+            self._n_awaited = 0
         if self.trace is not None:
             self.trace.idle_ns += perf_counter_ns() - start
         return True
+
+    def _end_overdue(self) -> None:
+        with self.state:
+            for id in self.scheduler.deadlines.due(perf_counter()):
+                self.seats.end(self.seats.open[id], "deadline")
 
     def _turn(self) -> None:
         with self.state:
@@ -240,7 +330,7 @@ class Decoder:
         if self.delivery.has_events:
             stepper.flush()
         try:
-            run = stepper.compute(step.decode, step.repeat, n_more)
+            run = stepper.compute(step.decode, self._n_steps(step), n_more)
         except (PyllamabatchError, MemoryError) as problem:
             error = problem
             with self.state:
@@ -254,21 +344,29 @@ class Decoder:
             self._mover.carry_out()
         return run.code == 0
 
+    def _n_steps(self, step: Step) -> int:
+        """How many times the step may be computed before somebody's deadline has passed."""
+        deadline = self.scheduler.deadlines.next
+        if deadline is None or step.repeat == 1:
+            return step.repeat
+        seconds = deadline - perf_counter()
+        return max(1, int(min(step.repeat, seconds / max(self._step_s, 1e-6))))
+
     def _fill(self, step: Step) -> int:
         """Write the rows of prompts, behind those that the native call makes of `step.decode`; how
         many they are."""
         rows = self._stepper.rows
         first = end = len(step.decode)
         for chunk in step.chunks:
-            request = self.seats.at[chunk.slot]
-            assert request is not None
+            guest = self.seats.at[chunk.slot]
+            assert guest is not None
             start, end = end, end + chunk.n
-            rows.token[start:end] = request.tokens[chunk.start : chunk.start + chunk.n]
+            rows.token[start:end] = guest.tokens[chunk.start : chunk.start + chunk.n]
             rows.pos[start:end] = np.arange(chunk.start, chunk.start + chunk.n)
             rows.seq[start:end] = chunk.slot
             rows.flags[start:end] = 0
             if chunk.last:
-                rows.flags[end - 1] = SAMPLE
+                rows.flags[end - 1] = guest.flags
         return end - first
 
     def _apply(self, step: Step, run: Run) -> None:
@@ -276,11 +374,18 @@ class Decoder:
         self.n_reused += run.n_reused
         if run.n_steps:
             self._n_failures = 0
+            self._step_s = run.seconds / run.n_steps
             self._observe(step, run)
             self.scheduler.advance(step, run.n_steps)
+            if self.seats.hands:
+                self.hands.stepped(step)
+        for slot, token, finish, logprob in run.reported:
+            hand = self.seats.at[slot]
+            assert isinstance(hand, Hand)
+            self.hands.sampled(hand, token, finish, logprob)
         for slot, token, finish in run.finished:
             request = self.seats.at[slot]
-            assert request is not None
+            assert isinstance(request, Request)
             if finish == Finish.LENGTH:
                 self.seats.end(request, "length")
             elif finish == Finish.ERROR:
@@ -310,7 +415,7 @@ class Decoder:
     def _failed(self, step: Step, error: Exception, *, any_done: bool = False) -> None:
         """`step` was not computed. What the memory holds of it is taken out; then it is tried again
         with more room, or once more as it is; who can't be helped fails."""
-        requests = [self.seats.at[slot] for slot in step.slots]
+        guests = [self.seats.at[slot] for slot in step.slots]
         self._reconcile()
         if isinstance(error, KvCacheFull) and (any_done or self._make_room()):
             return  # `any_done`: some may have ended, it is planned anew
@@ -320,10 +425,12 @@ class Decoder:
                 log.warning("%s; the step is tried again", error)
                 return
         self._n_failures = 0
-        for request in requests:
-            if request is not None and request.id in self.seats.open:
-                own = decode_error(error.code) if isinstance(error, DecodeError) else error
-                self.seats.end(request, "error", error=own)
+        for guest in guests:
+            own = decode_error(error.code) if isinstance(error, DecodeError) else error
+            if isinstance(guest, Hand):
+                self.hands.failed(guest, own)
+            elif guest is not None and guest.id in self.seats.open:
+                self.seats.end(guest, "error", error=own)
 
     def _make_room(self) -> bool:
         """libllama found no cells although the ledger has them: what is kept goes, and if there is
@@ -334,7 +441,7 @@ class Decoder:
         shed = self.scheduler.shed()
         if shed is None:
             return False
-        log.warning("llama_decode found no KV cells: request %d is preempted", shed[0])
+        log.warning("llama_decode found no KV cells: sequence %d is preempted", shed[0])
         self.seats.leave(*shed)
         return True
 
@@ -369,6 +476,9 @@ class Decoder:
                     act()
             for request in list(self.seats.open.values()):
                 self.seats.retire(request, "error", error=self._cause())
+            for hand in self.seats.hands.values():
+                if hand.call is not None:
+                    hand.call.finish(error=self._cause())
 
     def _cause(self) -> Exception:
         """What requests end with that the thread leaves behind."""
@@ -391,6 +501,26 @@ class Decoder:
         request = self.seats.open.get(id)
         if request is not None:
             self.seats.end(request, "cancelled")
+
+    def _drop_hands(self) -> None:
+        for hand in list(self.seats.hands.values()):
+            self.hands.drop(hand, self._closed())
+
+    def _has_room(self, n: int) -> bool:
+        return self._max_waiting is None or self._n_in_line + n <= self._max_waiting
+
+    def _left_line(self) -> None:
+        with self._wake:
+            self._n_in_line -= 1
+            if self._max_waiting is not None:
+                self._tell_room()
+
+    def _tell_room(self) -> None:
+        """With the lock held."""
+        self._room.notify_all()
+        calls, self._room_calls = self._room_calls, []
+        for call in calls:
+            call()
 
     def _cancel_all(self) -> None:
         for request in list(self.seats.open.values()):

@@ -51,6 +51,7 @@ class Delivery:
             "stop": 0,
             "length": 0,
             "cancelled": 0,
+            "deadline": 0,
             "error": 0,
         }
         self.n_dropped = 0  # sampled, but behind a stop string

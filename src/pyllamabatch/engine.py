@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,62 +22,29 @@ from .device.choose import cost_of
 from .device.cost import CostModel
 from .device.residency import fitting_n_ctx
 from .errors import ArgumentError, UnsupportedOperation
+from .hand import Hand
 from .kv import Preemption, SwapSpace
 from .model import Model
-from .request import Request
+from .request import Options, Request, Tokens, check_options, seconds_of
 from .sampling import SEED_MAX, SamplingParams
-from .scheduler import Limits, Policy, Scheduler
+from .scheduler import Gather, Limits, Policy, Scheduler
+from .scheduler.hand import PATIENCE_SECONDS
+from .sequence import Sequence as HandDriven
+from .sequence import by_hand
 from .sharing import n_kept, sharing_of, swap_choice
+from .stats import EngineStats, stats_of
 from .stream import Result, Stream
 from .text import Pieces
 from .trace import StepTrace, Trace, trace_dtype
 from .vocab import pieces_of
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]]
 
 RING_STEPS = 256  # steps that are computed at most before their tokens are read
 N_CTX_AT_LEAST = 16384  # of the default n_ctx, for models that were trained with less
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """What an engine has done, at one moment between two steps.
-
-    `submitted` = `waiting` + `running` + the sum of `finished` (by finish reason). `rows` =
-    `decode_rows` + `prefill_rows`; `recomputed_rows`: prefill rows that had been computed before a
-    preemption. `tokens`: sampled, those that end a text included. `kv_used` of `kv_total` cells are
-    held by requests that run, and `kv_kept` others by the beginnings that are kept for others.
-    `known_tokens`: of all requests when they were admitted, again if they were preempted; of these
-    `prefix_tokens` were in the cache (`prefix_hit_rate`) and `swapped_tokens` in a saved state.
-    `graphs_reused`: compute graphs that did not have to be built anew, counted by libllama when a
-    native call returns; steps of one size reuse theirs.
-    """
-
-    submitted: int
-    waiting: int
-    running: int
-    finished: dict[str, int]
-    steps: int
-    rows: int
-    decode_rows: int
-    prefill_rows: int
-    recomputed_rows: int
-    tokens: int
-    admissions: int
-    preemptions: int
-    kv_used: int
-    kv_total: int
-    graphs_reused: int
-    kv_kept: int = 0
-    known_tokens: int = 0
-    prefix_tokens: int = 0
-    swapped_tokens: int = 0
-
-    @property
-    def prefix_hit_rate(self) -> float:
-        """Share of `known_tokens` that did not have to be computed because they were in the cache;
-        0 when nobody was admitted."""
-        return self.prefix_tokens / self.known_tokens if self.known_tokens else 0.0
 
 
 class Engine:
@@ -100,6 +67,10 @@ class Engine:
     - device_sampling: the device chooses candidates, so that whole rows of logits need not travel:
       "auto" where that is cheaper; see `Stepper`.
     - n_trace: how many of the last steps `trace` remembers; 0 for none.
+    - max_waiting: requests that wait in line for their first slot at most; None: any number. What
+      happens to more is said in `submit`.
+    - gather: how long a step waits for hand-driven sequences that are about to ask; default
+      `Window(200e-6)`. patience: seconds that one of these may rest while others wait for its room.
     - cost: what a step costs on this device, for policies that ask: a `CostModel`, or None; "auto":
       of a stored profile (`pyllamabatch calibrate`), a prior where there is none. The engine's own
       steps refine it.
@@ -133,6 +104,9 @@ class Engine:
         n_logprobs_max: int = 20,
         device_sampling: bool | str = "auto",
         n_trace: int = 4096,
+        max_waiting: int | None = None,
+        gather: Gather | None = None,
+        patience: float = PATIENCE_SECONDS,
         cost: CostModel | Literal["auto"] | None = "auto",
         prefix_cache: bool | None = None,
         preemption: Preemption = "auto",
@@ -152,6 +126,9 @@ class Engine:
         swap_bytes = integer("swap_bytes", swap_bytes, 0, 2**63 - 1)
         if preemption not in ("auto", "recompute", "swap"):
             raise ArgumentError("preemption", preemption, '"auto", "recompute" or "swap"')
+        if max_waiting is not None:
+            max_waiting = integer("max_waiting", max_waiting, 1, 2**31)
+        patience = seconds_of("patience", patience)
         ours_to_choose = n_ctx == 0
         if ours_to_choose:
             n_ctx = min(model.n_ctx_train * n_seq_max, max(model.n_ctx_train, N_CTX_AT_LEAST))
@@ -172,6 +149,8 @@ class Engine:
             scheduler = Scheduler(
                 self.limits,
                 policy,
+                gather=gather,
+                patience=patience,
                 cost=self.cost,
                 sharing=sharing_of(context, n_seq_max),
                 keep=bool(prefix_cache),
@@ -204,7 +183,9 @@ class Engine:
 
         self._pieces = Pieces(_pieces_of(model))
         space = SwapSpace(swap_bytes, swap_folder)
-        self._decoder = Decoder(scheduler, stepper, context.memory, context, close, trace, space)
+        self._decoder = Decoder(
+            scheduler, stepper, context.memory, context, close, trace, space, max_waiting
+        )
         # Also when the engine is forgotten, and before the interpreter exits.
         self._finalizer = weakref.finalize(self, self._decoder.close, wait=False, timeout=None)
         self._decoder.start()
@@ -216,21 +197,24 @@ class Engine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        add_special: bool = True,
-        parse_special: bool = False,
+        queue_timeout: float | None = None,
+        **options: Unpack[Options],
     ) -> Stream:
-        """Add a request and return at once.
+        """Add a request and return at once, or as soon as there is room in the line.
 
-        `prompt`: text, or token ids as they are. `add_special`, `parse_special`: see
-        `Vocab.tokenize`; a prompt from a chat template needs `parse_special=True`.
+        `prompt`: text, or token ids as they are. `options`: see `Options`. `queue_timeout`: seconds
+        to wait for room where `max_waiting` requests wait in line already; None: as long as it
+        takes.
 
         Raises before anything has started: ArgumentError for an empty prompt, tokens that are not
         in the vocabulary and parameters that do not suit the model, RequestTooLong when prompt and
-        max_tokens can never fit, GrammarError, TokenizeError, EngineClosed.
+        max_tokens can never fit, GrammarError, TokenizeError, QueueFull, EngineClosed.
         """
+        if queue_timeout is not None:
+            queue_timeout = seconds_of("queue_timeout", queue_timeout)
         with self._decoder.visit():
-            request = self._request(prompt, params, add_special, parse_special)
-            self._decoder.submit([request])
+            request = self._request(prompt, params, options)
+            self._decoder.submit([request], queue_timeout)
         return request.stream
 
     def submit_n(
@@ -238,9 +222,7 @@ class Engine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         n: int = 1,
-        *,
-        add_special: bool = True,
-        parse_special: bool = False,
+        **options: Unpack[Options],
     ) -> list[Stream]:
         """`n` samples of one prompt, which is computed once: each a request of its own, with the
         seeds `seed`, `seed + 1`, ... (as vLLM's), or random ones without. Otherwise as `submit`.
@@ -256,7 +238,7 @@ class Engine:
         if params.seed is not None:
             each = [replace(params, seed=(params.seed + i) % (SEED_MAX + 1)) for i in range(n)]
         with self._decoder.visit():
-            requests = [self._request(prompt, one, add_special, parse_special) for one in each]
+            requests = [self._request(prompt, one, options) for one in each]
             for request in requests:
                 request.space = None if self._prefix_cache else ("samples", requests[0].id)
             self._decoder.submit(requests)
@@ -266,52 +248,62 @@ class Engine:
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        add_special: bool = True,
-        parse_special: bool = False,
+        **options: Unpack[Options],
     ) -> list[Result]:
         """Run all prompts together and wait for them: the results in the same order.
 
-        `params`: one for all, or one each. A prompt that `submit` would refuse raises, and nothing
-        is started. One that fails later has `finish_reason` "error" and an `error`.
+        `params`: one for all, or one each. `options`: of all, see `Options`. A prompt that `submit`
+        would refuse raises, and nothing is started. One that fails later has `finish_reason`
+        "error" and an `error`. Where `max_waiting` is less than they are, it waits for room.
         """
-        if isinstance(prompts, str):
-            raise ArgumentError("prompts", prompts, "must be a list of prompts")
-        each = [params] * len(prompts) if not isinstance(params, Sequence) else list(params)
-        if len(each) != len(prompts):
-            raise ArgumentError("params", f"{len(each)} of them", f"{len(prompts)}, one per prompt")
-        with self._decoder.visit():
-            requests = [
-                self._request(prompt, param, add_special, parse_special)
-                for prompt, param in zip(prompts, each, strict=True)
-            ]
-            self._decoder.submit(requests)
+        requests = self._requests(prompts, params, options)
         streams = [request.stream for request in requests]
         try:
+            with self._decoder.visit():
+                if self._decoder.has_room(len(requests)):
+                    self._decoder.submit(requests)
+                else:
+                    for request in requests:
+                        self._decoder.submit([request])
             return [stream.wait() for stream in streams]
         except BaseException:  # interrupted: nobody wants them any more
             for stream in streams:
                 stream.cancel()
             raise
 
-    def _request(
+    def sequence(
+        self, params: SamplingParams | None = None, *, priority: int = 0, tenant: str = ""
+    ) -> HandDriven:
+        """A sequence to be driven by hand, empty at first. `params`: how its tokens are chosen; it
+        has no budget (`max_tokens` has no say), and nobody looks for stop strings: ArgumentError if
+        there are any. EngineClosed."""
+        hand = Hand(next(self._ids), by_hand(params), priority, tenant)
+        with self._decoder.visit():
+            return HandDriven(self, hand, self._pieces)
+
+    def _requests(
         self,
-        prompt: Prompt,
-        params: SamplingParams | None,
-        add_special: bool,
-        parse_special: bool,
-    ) -> Request:
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        options: Options,
+    ) -> list[Request]:
+        if isinstance(prompts, str):
+            raise ArgumentError("prompts", prompts, "must be a list of prompts")
+        each = [params] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(prompts):
+            raise ArgumentError("params", f"{len(each)} of them", f"{len(prompts)}, one per prompt")
+        with self._decoder.visit():
+            return [
+                self._request(prompt, param, options)
+                for prompt, param in zip(prompts, each, strict=True)
+            ]
+
+    def _request(self, prompt: Prompt, params: SamplingParams | None, options: Options) -> Request:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise ArgumentError("params", params, "must be SamplingParams")
-        if isinstance(prompt, str):
-            tokens = self._vocab.tokenize(
-                prompt, add_special=add_special, parse_special=parse_special
-            )
-        else:
-            tokens = self._vocab.check_tokens(prompt, "prompt").copy()
-        if len(tokens) == 0:
-            raise ArgumentError("prompt", prompt, "has no tokens")
+        terms = check_options(options)
+        tokens = self._tokens(prompt, terms.add_special, terms.parse_special)
         if params.stop and self._vocab.type == "none":
             raise ArgumentError("stop", params.stop, "the model has no text: use stop_token_ids")
         self._decoder.scheduler.check_fits(len(tokens), params.max_tokens)
@@ -326,38 +318,23 @@ class Engine:
             watch=self._decoder.delivery.watch,
             keep=self,
         )
-        return Request(tokens, params, stream, sampler)
+        return Request(tokens, params, stream, sampler, terms)
+
+    def _tokens(self, prompt: Prompt, add_special: bool, parse_special: bool) -> Tokens:
+        if isinstance(prompt, str):
+            tokens = self._vocab.tokenize(
+                prompt, add_special=add_special, parse_special=parse_special
+            )
+        else:
+            tokens = self._vocab.check_tokens(prompt, "prompt").copy()
+        if len(tokens) == 0:
+            raise ArgumentError("prompt", prompt, "has no tokens")
+        return tokens
 
     # -- the engine itself
 
     def stats(self) -> EngineStats:
-        decoder = self._decoder
-        with decoder.state:
-            scheduler, finished = decoder.scheduler, decoder.delivery.finished.copy()
-            counters = scheduler.counters
-            waiting = scheduler.n_waiting + decoder.n_mail
-            n, n_rows = decoder.progress()
-            return EngineStats(
-                submitted=decoder.n_submitted,
-                waiting=waiting,
-                running=decoder.n_submitted - waiting - sum(finished.values()),
-                finished=finished,
-                steps=counters.steps + n,
-                rows=counters.rows + n * n_rows,
-                decode_rows=counters.decode_rows + n * n_rows,
-                prefill_rows=counters.prefill_rows,
-                recomputed_rows=counters.recomputed_rows,
-                tokens=counters.tokens + n * n_rows - decoder.delivery.n_dropped,
-                admissions=counters.admissions,
-                preemptions=counters.preemptions,
-                kv_used=scheduler.ledger.used - scheduler.ledger.kept + n * n_rows,
-                kv_total=scheduler.limits.n_cells,
-                graphs_reused=decoder.n_reused,
-                kv_kept=scheduler.ledger.kept,
-                known_tokens=counters.known_tokens,
-                prefix_tokens=counters.prefix_tokens,
-                swapped_tokens=counters.loaded_tokens,
-            )
+        return stats_of(self._decoder)
 
     def trace(self) -> Trace:
         """The last steps (`n_trace` at most), oldest first: `pyllamabatch.trace.trace_dtype` says

@@ -62,6 +62,14 @@ class NotEnoughMemory(ContextCreateError):
         self.available = available
 
 
+class QueueFull(PyllamabatchError):
+    """As many requests wait in line as the engine takes (`max_waiting`). Nothing was submitted."""
+
+
+class Cancelled(PyllamabatchError):
+    """Another thread has cancelled the call, which has not happened."""
+
+
 class ContextBusy(PyllamabatchError):
     """Another thread is inside this context. A context serves one thread at a time."""
 

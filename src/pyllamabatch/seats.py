@@ -6,9 +6,12 @@ place each: its sampler, its cells, its stream.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .delivery import Delivery
+from .hand import Hand
 from .machine import StepperLike
 from .request import Request, Tokens
 from .scheduler import Scheduler
@@ -17,7 +20,8 @@ from .trace import StepTrace
 
 
 class Seats:
-    """The decoder thread's; every method is called with its `state` held, between two steps."""
+    """The decoder thread's; every method is called with its `state` held, between two steps.
+    `left_line()`: a request waits for its first slot no more."""
 
     def __init__(
         self,
@@ -25,9 +29,12 @@ class Seats:
         stepper: StepperLike,
         delivery: Delivery,
         trace: StepTrace | None,
+        left_line: Callable[[], None] = lambda: None,
     ) -> None:
-        self.at: list[Request | None] = [None] * scheduler.n_slots  # by slot
+        self.at: list[Request | Hand | None] = [None] * scheduler.n_slots  # by slot
         self.open: dict[int, Request] = {}  # by id, from `add` to `end`
+        self.hands: dict[int, Hand] = {}  # hand-driven ones that know tokens
+        self._left_line = left_line
         self._scheduler = scheduler
         self._stepper = stepper
         self._delivery = delivery
@@ -42,36 +49,44 @@ class Seats:
             request.params.max_tokens,
             arrival=request.stream.submitted_at,
             space=request.space,
+            priority=request.terms.priority,
+            tenant=request.terms.tenant,
+            deadline=request.terms.deadline,
+            itl_target=request.terms.itl_target,
         )
 
     def tokens_of(self, id: int) -> Tokens:
-        """All that a request knows: its prompt and what was sampled."""
-        request = self.open[id]
-        if request.slot < 0:
-            return request.tokens
-        sampler = self._stepper.take_slot(request.slot)
-        tokens = np.concatenate((request.prompt, sampler.tokens()), dtype=np.int32)
-        self._stepper.put_slot(request.slot, sampler)
+        """All that a sequence knows: what it was given and what was sampled."""
+        guest = self._guest(id)
+        if isinstance(guest, Hand) or guest.slot < 0:
+            return np.array(guest.tokens, dtype=np.int32)
+        sampler = self._stepper.take_slot(guest.slot)
+        tokens = np.concatenate((guest.prompt, sampler.tokens()), dtype=np.int32)
+        self._stepper.put_slot(guest.slot, sampler)
         return tokens
 
     def admit(self, id: int, slot: int) -> None:
         """The scheduler has given it a slot."""
-        request = self.open[id]
-        request.slot = slot
-        self._stepper.put_slot(slot, request.sampler)
-        request.sampler = None
-        self.at[slot] = request
-        self._delivery.place(self._stepper.n_recorded, slot, request.stream)
+        guest = self._guest(id)
+        guest.slot = slot
+        self._stepper.put_slot(slot, guest.sampler)
+        guest.sampler = None
+        self.at[slot] = guest
+        if isinstance(guest, Request):
+            self._delivery.place(self._stepper.n_recorded, slot, guest.stream)
+            if not guest.seated:
+                guest.seated = True
+                self._left_line()
         if self._trace is not None:
             self._trace.ids[slot] = id
 
     def leave(self, id: int, slot: int) -> None:
         """The scheduler has preempted it: the sampling state is kept, and what was generated comes
         behind the prompt."""
-        request = self.open[id]
-        request.sampler = sampler = self._stepper.take_slot(slot)
-        request.tokens = np.concatenate((request.prompt, sampler.tokens()), dtype=np.int32)
-        self._free(request)
+        guest = self._guest(id)
+        guest.sampler = self._stepper.take_slot(slot)
+        guest.unseated()
+        self.free(guest)
 
     def end(
         self,
@@ -85,7 +100,7 @@ class Seats:
         self._scheduler.remove(request.id, worth=reason != "error")
         if request.slot >= 0:
             self._stepper.clear_slot(request.slot)
-            self._free(request)
+            self.free(request)
         self.retire(request, reason, stop=stop, error=error)
 
     def retire(
@@ -98,9 +113,16 @@ class Seats:
     ) -> None:
         """`end` of a request that holds nothing, or of an engine that is broken."""
         del self.open[request.id]
+        if not request.seated:
+            self._left_line()
         self._delivery.end(self._stepper.n_recorded, request.stream, reason, stop, error)
 
-    def _free(self, request: Request) -> None:
-        self.at[request.slot] = None
-        self._delivery.leave(self._stepper.n_recorded, request.slot)
-        request.slot = -1
+    def free(self, guest: Request | Hand) -> None:
+        """It sits nowhere any more."""
+        self.at[guest.slot] = None
+        if isinstance(guest, Request):
+            self._delivery.leave(self._stepper.n_recorded, guest.slot)
+        guest.slot = -1
+
+    def _guest(self, id: int) -> Request | Hand:
+        return self.open.get(id) or self.hands[id]

@@ -81,6 +81,11 @@ class HandDriven(Placement):
             self._ready_at = now
         return self._resting.wait(now, self._ready_at, n_ready, self.cost)
 
+    @property
+    def n_expected(self) -> int:
+        """How many hand-driven sequences `hold` waits for."""
+        return 0 if self._stuck or self._wake is not None else self._resting.n_expected
+
     # -- inside
 
     def _by_hand(self, id: int) -> Entry:

@@ -292,6 +292,10 @@ class Scheduler(HandDriven):
     def n_waiting(self) -> int:
         return len(self._waiting.ids)
 
+    def waits(self, id: int) -> bool:
+        """Whether a sequence is in the waiting line."""
+        return id in self._waiting.ids
+
     @property
     def idle(self) -> bool:
         """Nobody has anything to compute."""

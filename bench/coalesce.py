@@ -1,0 +1,170 @@
+"""Threads that ask for one token at a time: rows per decode, and time per token beside a raw loop.
+
+Every arm computes the same prompts, which are outside the time, and then `tg` tokens per sequence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from bench import decode, report, schema
+from bench.arms import InProcess, in_own_thread, sampling_params
+from bench.case import Arm, Case, Measured
+from bench.models import resolve
+from bench.options import Budget, add_model, add_run, numbers, out_file
+from bench.targets import Figure, Target, speed_ratio
+
+BASE = "stepper"
+QUICK = ("--quick", "--model", "default")
+
+
+def fill(pl: int) -> Figure:
+    """Mean rows per decode over the threads that ask, the worst repeat."""
+
+    def figure(rows: Sequence[schema.Row]) -> float | None:
+        values = [row.detail["rows_per_decode"] / pl for row in rows if _is_threads(row, pl)]
+        return min(values) if values else None
+
+    return figure
+
+
+def _is_threads(row: schema.Row, pl: int) -> bool:
+    return row.arm == "threads" and row.pl == pl
+
+
+TARGETS = (
+    *(Target(f"{pl} threads: rows per decode / {pl}", fill(pl), at_least=0.95) for pl in (2, 4, 8)),
+    Target(
+        "one thread: tokens per s over the raw loop's",
+        speed_ratio("threads", BASE, 1),
+        at_least=0.97,
+    ),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("-N", default="1,2,4,8", help="threads, comma separated")
+    parser.add_argument("--window", type=float, default=200.0, help="of the engine, µs")
+    parser.add_argument("--prompt-tokens", type=int, default=32, help="per sequence")
+    parser.add_argument("--tokens", type=int, help="timed per sequence (64; --quick 32)")
+    parser.add_argument("--repeats", type=int, help="runs of each arm (5; --quick 2)")
+    parser.add_argument("--sampling", choices=["greedy", "default"], default="default")
+    add_run(parser)
+
+
+def main(options: argparse.Namespace) -> int:
+    tokens = options.tokens or (32 if options.quick else 64)
+    repeats = options.repeats or (2 if options.quick else 5)
+    model = resolve(options.model)
+    inside = InProcess(model, options.gpu_layers)
+    arms = [
+        Arm(
+            BASE,
+            "one thread: a Python loop of Stepper.step with a row per sequence",
+            True,
+            in_own_thread(inside.stepper),
+        ),
+        Arm(
+            "threads",
+            "a thread per sequence, each in a loop of Sequence.sample",
+            True,
+            lambda case: run_threads(case, inside, options.window * 1e-6),
+        ),
+    ]
+    cases = [
+        Case(
+            model=model,
+            pp=options.prompt_tokens,
+            tg=tokens,
+            pl=pl,
+            n_threads=options.threads,
+            sampling=options.sampling,
+            seed=options.seed,
+            kv_unified=options.kv == "unified",
+            n_gpu_layers=options.gpu_layers,
+        )
+        for pl in numbers(options.N)
+    ]
+    out = out_file(options, "coalesce", Path(options.model).stem)
+    rows = []
+    budget = Budget(options.budget)
+    for row in decode.measure(
+        arms, cases, repeats, inside, options.undisturbed, budget, bench="coalesce"
+    ):
+        schema.append(out, [row])
+        rows.append(row)
+        print(f"N={row.pl:<3} {report.in_words(row)}", file=sys.stderr)
+    print(f"\n{model.name}, {tokens} tokens per sequence, window {options.window:g} µs, ", end="")
+    print(f"medians of {repeats}; tokens/s (ratio)\n")
+    print(report.table(rows, BASE, "N"))
+    for pl in (case.pl for case in cases):
+        good = [row for row in rows if _is_threads(row, pl) and not row.error]
+        if good:
+            mean = median(row.detail["rows_per_decode"] for row in good)
+            print(f"{pl} threads: {mean:.3f} rows per decode")
+    print(f"\nrows: {out}")
+    return int(any(row.error for row in rows))
+
+
+def run_threads(case: Case, inside: InProcess, window: float) -> Measured:
+    """Every thread has its prompt computed and one token sampled when the time begins."""
+    from pyllamabatch.engine import Engine
+    from pyllamabatch.scheduler import Window
+
+    prompts = case.prompts(inside.model.n_vocab)
+    ready = threading.Barrier(case.pl + 1)
+    errors: list[BaseException] = []
+
+    def drive(engine: Engine, i: int) -> None:
+        params = sampling_params(case.sampling, case.seed + i, case.tg)
+        try:
+            with engine.sequence(params) as sequence:
+                sequence.prompt(prompts[i])
+                sequence.sample()
+                ready.wait()
+                for _ in range(case.tg):
+                    sequence.sample()
+                ready.wait()
+        except BaseException as error:
+            errors.append(error)
+            ready.abort()
+
+    with Engine(
+        inside.model,
+        n_seq_max=case.pl,
+        n_ctx=case.n_ctx,
+        n_batch=case.n_batch,
+        n_ubatch=case.n_ubatch,
+        n_threads=case.n_threads,
+        n_threads_batch=case.n_threads,
+        kv_unified=case.kv_unified,
+        gather=Window(window),
+    ) as engine:
+        threads = [threading.Thread(target=drive, args=(engine, i)) for i in range(case.pl)]
+        for thread in threads:
+            thread.start()
+        start = time.perf_counter()
+        try:
+            ready.wait()
+            before, begin = engine.stats(), time.perf_counter()
+            ready.wait()
+            end, after = time.perf_counter(), engine.stats()
+        except threading.BrokenBarrierError:
+            pass
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+    n_steps = after.steps - before.steps
+    return Measured(
+        begin - start,
+        end - begin,
+        detail={"rows_per_decode": (after.rows - before.rows) / n_steps, "steps": float(n_steps)},
+    )

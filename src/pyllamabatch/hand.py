@@ -1,0 +1,84 @@
+"""A hand-driven sequence as the decoder knows it, and what its owner waits for."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from ._step import REPORT, SAMPLE, Finish
+from .sampling import SamplingParams
+
+
+class Call:
+    """What an owner waits for: `value`, unless it raises `error`."""
+
+    __slots__ = ("_done", "error", "value")
+
+    def __init__(self) -> None:
+        self._done = threading.Lock()
+        self._done.acquire()
+        self.value: Any = None
+        self.error: Exception | None = None
+
+    def finish(self, value: Any = None, error: Exception | None = None) -> None:
+        self.value, self.error = value, error
+        self._done.release()
+
+    @property
+    def pending(self) -> bool:
+        return self._done.locked()
+
+    def wait(self) -> Any:
+        self._done.acquire()
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A token that was sampled. `finish`: not NONE when it ends the text."""
+
+    token: int
+    logprob: float | None
+    finish: Finish
+
+
+class Hand:
+    """One sequence. `tokens`: all that it knows; the sampler has chosen those behind the first
+    `n_given`. `sampler`: its sampling state while it has no slot. `spent`: the sampling state has
+    come to an end, and the next `ask` brings another one. `call`: what its owner waits for, and
+    `back_to` how many tokens it knew before, where that would add some."""
+
+    __slots__ = (
+        "back_to",
+        "call",
+        "id",
+        "n_given",
+        "params",
+        "priority",
+        "sampler",
+        "slot",
+        "spent",
+        "tenant",
+        "tokens",
+    )
+
+    flags = SAMPLE | REPORT  # see `Request`
+
+    def __init__(self, id: int, params: SamplingParams, priority: int, tenant: str) -> None:
+        self.id = id
+        self.params = params
+        self.priority = priority
+        self.tenant = tenant
+        self.tokens: list[int] = []
+        self.n_given = 0
+        self.sampler: Any = None
+        self.slot = -1
+        self.spent = False
+        self.call: Call | None = None
+        self.back_to: int | None = None
+
+    def unseated(self) -> None:
+        """See `Request`: `tokens` is all that is to be computed again, as ever."""

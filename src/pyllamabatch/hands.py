@@ -1,0 +1,178 @@
+"""What the owners of hand-driven sequences ask for, one thing at a time each, and what a step gives
+them."""
+
+from __future__ import annotations
+
+from math import isnan
+from time import perf_counter
+from typing import Any
+
+from ._step import Finish
+from .errors import Cancelled, EngineClosed, PyllamabatchError, SamplingError, UnsupportedOperation
+from .hand import Call, Draw, Hand
+from .machine import MemoryLike, StepperLike
+from .scheduler import Scheduler, Step
+from .seats import Seats
+
+
+class Hands:
+    """The decoder thread's, as `Seats`: every method is called between two steps. Those that
+    take a `Call` finish it, now or after a step."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        stepper: StepperLike,
+        memory: MemoryLike,
+        seats: Seats,
+    ) -> None:
+        self._open = seats.hands
+        self._scheduler = scheduler
+        self._stepper = stepper
+        self._memory = memory
+        self._seats = seats
+
+    # -- what owners ask for
+
+    def extend(self, hand: Hand, tokens: list[int], sampler: Any, call: Call) -> None:
+        """These tokens come next."""
+        scheduler, n = self._scheduler, len(hand.tokens)
+        hand.tokens += tokens
+        self._open[hand.id] = hand
+        try:
+            if n:
+                scheduler.extend(hand.id, len(tokens))
+            else:
+                scheduler.add(
+                    hand.id,
+                    len(tokens),
+                    1,
+                    arrival=perf_counter(),
+                    priority=hand.priority,
+                    tenant=hand.tenant,
+                    by_hand=True,
+                )
+        except PyllamabatchError as error:
+            del hand.tokens[n:]
+            if not n:
+                del self._open[hand.id]
+            call.finish(error=error)
+            return
+        self._renew(hand, sampler)
+        hand.call, hand.back_to = call, n
+        self._settle(hand)
+
+    def ask(self, hand: Hand, sampler: Any, call: Call) -> None:
+        """Sample the next token; with another sampling state, if there is one."""
+        try:
+            self._scheduler.ask(hand.id)
+        except PyllamabatchError as error:
+            call.finish(error=error)
+            return
+        if sampler is not None:
+            self._renew(hand, sampler)
+        hand.call, hand.back_to = call, None
+
+    def trim(self, hand: Hand, n: int, sampler: Any, call: Call) -> None:
+        """Only the first `n` tokens stay."""
+        self._trim(hand, n)
+        if n:
+            self._renew(hand, sampler)
+        call.finish()
+
+    def cancel(self, hand: Hand) -> None:
+        """What its owner waits for is not wanted any more: it has not happened."""
+        self._take_back(hand, Cancelled("the call was cancelled; the sequence is as it was before"))
+
+    def close(self, hand: Hand, call: Call) -> None:
+        self.drop(hand, EngineClosed("the sequence is closed"))
+        call.finish()
+
+    def drop(self, hand: Hand, error: Exception) -> None:
+        """It is over; its owner, if he waits, gets `error`."""
+        if hand.id in self._open:
+            self._remove(hand)
+        call, hand.call = hand.call, None
+        if call is not None:
+            call.finish(error=error)
+
+    # -- what steps do
+
+    def stepped(self, step: Step) -> None:
+        """The step was computed: some prompts may be complete."""
+        for chunk in step.chunks:
+            hand = self._seats.at[chunk.slot]
+            if isinstance(hand, Hand) and not chunk.last:
+                self._settle(hand)
+
+    def sampled(self, hand: Hand, token: int, finish: int, logprob: float) -> None:
+        if finish == Finish.ERROR:
+            error = SamplingError(self._stepper.slot_error(hand.slot))
+            self._scheduler.counters.tokens -= 1
+            self._cut(hand, len(hand.tokens))  # the scheduler has counted a token
+            hand.spent = True
+            self._take_back(hand, error)
+            return
+        hand.tokens.append(token)
+        hand.spent = finish != Finish.NONE
+        call, hand.call = hand.call, None
+        assert call is not None
+        call.finish(Draw(token, None if isnan(logprob) else logprob, Finish(finish)))
+
+    def failed(self, hand: Hand, error: Exception) -> None:
+        """A step that it was in has failed."""
+        self._take_back(hand, error)
+
+    # -- inside
+
+    def _settle(self, hand: Hand) -> None:
+        """The end of a prompt, if all of it is computed."""
+        if hand.back_to is not None and self._scheduler.sequence(hand.id).remaining == 0:
+            call, hand.call = hand.call, None
+            assert call is not None
+            call.finish()
+
+    def _take_back(self, hand: Hand, error: Exception) -> None:
+        call, hand.call = hand.call, None
+        if call is None:
+            return
+        if hand.back_to is None:
+            self._scheduler.relax(hand.id)
+        else:
+            self._trim(hand, hand.back_to)
+            hand.spent = True
+        call.finish(error=error)
+
+    def _renew(self, hand: Hand, sampler: Any) -> None:
+        if hand.slot < 0:
+            hand.sampler = sampler
+        else:
+            self._stepper.put_slot(hand.slot, sampler)
+        hand.spent, hand.n_given = False, len(hand.tokens)
+
+    def _trim(self, hand: Hand, n: int) -> None:
+        if n:
+            self._cut(hand, n)
+        else:
+            self._remove(hand)
+        del hand.tokens[n:]
+
+    def _remove(self, hand: Hand) -> None:
+        self._scheduler.remove(hand.id)
+        del self._open[hand.id]
+        if hand.slot >= 0:
+            self._stepper.clear_slot(hand.slot)
+            self._seats.free(hand)
+
+    def _cut(self, hand: Hand, n: int) -> None:
+        """The scheduler's counts and the cells, down to `n` tokens."""
+        scheduler, id, slot = self._scheduler, hand.id, hand.slot
+        before = 0 if slot < 0 else scheduler.computed(slot)
+        kept = scheduler.trim(id, n)
+        if slot < 0 or kept == before:
+            return
+        try:
+            self._memory.seq_rm(slot, kept)
+        except UnsupportedOperation:  # a recurrent state, a window that is forgotten
+            scheduler.preempt(id, worth=False)
+            self._seats.leave(id, slot)

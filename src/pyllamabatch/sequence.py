@@ -1,0 +1,248 @@
+"""Sequence: one sequence of an engine, driven by hand."""
+
+from __future__ import annotations
+
+import codecs
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from ._step import Finish
+from .errors import ArgumentError, ClosedError, EngineClosed
+from .hand import Call, Draw, Hand
+from .sampling import INT32_MAX, SEED_MAX, SamplingParams
+
+if TYPE_CHECKING:
+    from .decoder import Decoder
+    from .engine import Engine, Prompt
+    from .text import Pieces
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One sampled token. `piece`: its bytes; `text`: what it adds to the text, "" where a character
+    is only partly there. `logprob`: None unless asked for. `end`: it is an end-of-generation token
+    or one of the stop tokens."""
+
+    token: int
+    piece: bytes
+    text: str
+    logprob: float | None
+    end: bool
+
+
+class Sequence:
+    """One sequence of an engine, driven by hand: `Engine.sequence` makes it.
+
+        with engine.sequence(SamplingParams(temperature=0)) as seq:
+            seq.prompt("Once upon a time")
+            while not (sampled := seq.sample()).end:
+                print(sampled.text, end="")
+
+    It runs in the engine's own batches, beside its requests. `sample` calls of several threads
+    become one decode; long prompts are computed in chunks beside the others' tokens. Between two
+    calls it keeps its cells, but when others wait for room it may be computed again.
+
+    Every method may be called from any thread; two calls on the same sequence wait for each other,
+    except for `cancel`. Whatever a call raises, the sequence is as it was before the call, and
+    usable.
+    """
+
+    def __init__(self, engine: Engine, hand: Hand, pieces: Pieces) -> None:
+        self._engine = engine
+        self._decoder = engine._decoder
+        self._hand = hand
+        self._pieces = pieces
+        self._lock = threading.RLock()
+        self._closed = False
+        self._n_renewed = 0
+        self._reset_text()
+        # Also when it is forgotten.
+        self._finalizer = weakref.finalize(self, _forget, self._decoder, hand)
+        self._finalizer.atexit = False
+
+    # -- what it is
+
+    @property
+    def params(self) -> SamplingParams:
+        return self._hand.params
+
+    @property
+    def position(self) -> int:
+        """How many tokens it knows: prompts and what was sampled."""
+        return len(self._hand.tokens)
+
+    @property
+    def tokens(self) -> list[int]:
+        """All that it knows, oldest first."""
+        return self._hand.tokens.copy()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    # -- what it does
+
+    def prompt(
+        self, prompt: Prompt, *, add_special: bool | None = None, parse_special: bool = False
+    ) -> None:
+        """Add a text or token ids, and compute all but the last token of it (`sample` needs that
+        one's row). `add_special`: as in `Vocab.tokenize`; None: at the beginning of the sequence.
+
+        Sampling begins anew behind it: penalties look back at all tokens, a grammar starts at its
+        root, and a seed is moved on by one.
+
+        Raises ArgumentError for an empty prompt and for tokens that are not in the vocabulary,
+        RequestTooLong when it can never fit, Cancelled, EngineClosed, and DecodeError when
+        llama_decode fails.
+        """
+        with self._lock:
+            self._check_open()
+            special = self.position == 0 if add_special is None else add_special
+            with self._decoder.visit():
+                tokens = self._engine._tokens(prompt, special, parse_special).tolist()
+                sampler = self._sampler(self._hand.tokens + tokens)
+            self._call(lambda hands, call: hands.extend(self._hand, tokens, sampler, call))
+            self._reset_text()
+
+    def sample(self) -> Sampled:
+        """Compute what is not computed yet, and sample the next token, which the sequence knows
+        from then on (one that is an `end` too).
+
+        Raises ArgumentError when nothing is known yet, RequestTooLong when there is no cell for
+        another token, SamplingError when no token can be chosen, Cancelled, EngineClosed, and
+        DecodeError when llama_decode fails.
+        """
+        hand = self._hand
+        with self._lock:
+            self._check_open()
+            if not hand.tokens:
+                raise ArgumentError("prompt", None, "a sequence needs a token to start from")
+            sampler = None
+            if hand.spent:
+                with self._decoder.visit():
+                    sampler = self._sampler(hand.tokens)
+                self._reset_text()
+            draw: Draw = self._call(lambda hands, call: hands.ask(hand, sampler, call), ask=True)
+            (piece,) = self._pieces.of([draw.token])
+            return Sampled(
+                token=draw.token,
+                piece=piece,
+                text=self._decode(piece),
+                logprob=draw.logprob,
+                end=draw.finish != Finish.NONE,
+            )
+
+    def trim(self, n: int) -> None:
+        """Forget all but the first `n` tokens; 0 empties the sequence. Sampling begins anew, as
+        behind a prompt. Where the memory can't remove a part (recurrent states, sliding windows),
+        the sequence is computed again. Raises ArgumentError for more tokens than there are."""
+        with self._lock:
+            self._check_open()
+            if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= self.position:
+                raise ArgumentError("n", n, f"an integer from 0 to {self.position}")
+            if n == self.position:
+                return
+            with self._decoder.visit():
+                sampler = self._sampler(self._hand.tokens[:n]) if n else None
+            self._call(lambda hands, call: hands.trim(self._hand, n, sampler, call))
+            self._reset_text()
+
+    def fork(self, params: SamplingParams | None = None) -> Sequence:
+        """Another sequence that knows the same tokens, and shares its cells where the memory can.
+        `params`: default this one's, with draws of
+        its own. Raises as `prompt` does."""
+        with self._lock:
+            self._check_open()
+            if params is None:
+                params = replace(self.params, seed=None)
+            child = self._engine.sequence(
+                params, priority=self._hand.priority, tenant=self._hand.tenant
+            )
+            if self._hand.tokens:
+                try:
+                    child.prompt(self._hand.tokens)
+                except BaseException:
+                    child.close()
+                    raise
+            return child
+
+    def cancel(self) -> None:
+        """The call that another thread is in, if any, ends within a step: it raises Cancelled, and
+        the sequence is as it was before. One that is over by then is not undone."""
+        with suppress(EngineClosed):
+            self._decoder.call_hands(lambda hands: hands.cancel(self._hand))
+
+    def close(self) -> None:
+        """Give its cells back. A call that another thread is in is cancelled. Closing twice is
+        fine, also after the engine."""
+        self.cancel()
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._finalizer.detach()
+            with suppress(ClosedError):  # the engine has done it
+                self._call(lambda hands, call: hands.close(self._hand, call))
+
+    def __enter__(self) -> Sequence:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{self.position} tokens"
+        return f"<Sequence {self._hand.id}: {state}>"
+
+    # -- inside
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"sequence {self._hand.id} is closed")
+
+    def _reset_text(self) -> None:
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+
+    def _sampler(self, tokens: list[int]) -> Any:
+        """A sampling state that begins behind `tokens`."""
+        params = self.params
+        if params.seed is not None:
+            params = replace(params, seed=(params.seed + self._n_renewed) % (SEED_MAX + 1))
+        sampler = self._engine._stepper.make_slot(params, tokens)
+        self._n_renewed += 1
+        return sampler
+
+    def _call(self, act: Callable[[Any, Call], None], *, ask: bool = False) -> Any:
+        call = Call()
+        self._decoder.call_hands(lambda hands: act(hands, call), call, ask=ask)
+        try:
+            return call.wait()
+        except BaseException:
+            if call.pending:  # interrupted: nobody waits for it any more
+                self.cancel()
+            raise
+
+
+def _forget(decoder: Decoder, hand: Hand) -> None:
+    with suppress(EngineClosed):
+        decoder.call_hands(lambda hands: hands.close(hand, Call()))
+
+
+def by_hand(params: SamplingParams | None) -> SamplingParams:
+    """The parameters of a hand-driven sequence, which has no budget and no stop strings."""
+    params = SamplingParams() if params is None else params
+    if not isinstance(params, SamplingParams):
+        raise ArgumentError("params", params, "must be SamplingParams")
+    if params.stop:
+        raise ArgumentError("stop", params.stop, "of a hand-driven sequence the owner looks")
+    return replace(params, max_tokens=INT32_MAX)
