@@ -19,7 +19,7 @@ from bench.quiet import undisturbed
 from bench.targets import Figure, Target
 from pyllamabatch.scheduler import Limits, Scheduler, make_policy, policy_names
 
-QUICK = ("--quick", "--running", "32,256", "--waiting", "1000")
+QUICK = ("--quick", "--waiting", "1000")
 RUNNING, WAITING = 256, 1000  # what the targets are about
 NOBODY_MAKES_WAY = {"mlfq": "mlfq:quantum=1000000000"}  # each has a long first turn
 AT_ONCE = 64  # steps that one plan stands for in a run
@@ -97,9 +97,9 @@ TARGETS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policies", default="", help="comma separated; all by default")
-    parser.add_argument("--running", default="32,64,128,256", help="sequences, comma separated")
-    parser.add_argument("--waiting", default="100,1000,10000", help="sequences, comma separated")
-    parser.add_argument("--repeats", type=int, help="of each measurement (5; --quick 2)")
+    parser.add_argument("--running", default="32,256", help="sequences, comma separated")
+    parser.add_argument("--waiting", default="1000,10000", help="sequences, comma separated")
+    parser.add_argument("--repeats", type=int, help="of each measurement (3; --quick 2)")
     add_run(parser)
 
 
@@ -110,7 +110,7 @@ def main(options: argparse.Namespace) -> int:
     for row in measure(options, names, numbers(options.running), numbers(options.waiting)):
         schema.append(out, [row])
         rows.append(row)
-    print(table(rows))
+    print(view(rows))
     for target in TARGETS:
         value = target.measured(rows)
         if value is not None:
@@ -126,7 +126,7 @@ def measure(
     run_id = uuid.uuid4().hex[:12]
     facts = build_facts()
     least = 0.02 if options.quick else 0.1
-    for repeat in range(options.repeats or (2 if options.quick else 5)):
+    for repeat in range(options.repeats or (2 if options.quick else 3)):
         for name, scenario, n_running, n_waiting in itertools.product(
             names, SCENARIOS, running, waiting
         ):
@@ -236,7 +236,7 @@ def prepare(name: str, scenario: str, n_running: int, n_waiting: int) -> tuple[S
     return scheduler, {"steady": step, "run": run, "join": join, "chunk": step}[scenario]
 
 
-def table(rows: Sequence[schema.Row]) -> str:
+def view(rows: Sequence[schema.Row]) -> str:
     """Microseconds of a step, medians of the repeats, by policy and scenario."""
     sizes = sorted({(row.pl, int(row.detail["waiting"])) for row in rows})
     heads = [f"{pl} + {waiting}" for pl, waiting in sizes]

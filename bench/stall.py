@@ -31,6 +31,7 @@ from bench.options import Budget, add_model, add_run, out_file
 from bench.quiet import undisturbed
 from bench.targets import Figure, Target
 from pyllamabatch.engine import Engine
+from pyllamabatch.errors import PyllamabatchError
 from pyllamabatch.sampling import SamplingParams
 from pyllamabatch.scheduler import make_policy
 from pyllamabatch.stream import Stream
@@ -39,7 +40,7 @@ STREAMS, TOKENS, ARRIVES = 8, 72, 40  # readers, tokens of each, and after which
 SHORT, LONG = 32, 6000  # prompt tokens: of a reader, and of the one that arrives
 CHUNKED, PREFILL_FIRST = "sarathi:budget=12", "prefill-first"
 ALSO = ("sarathi", "fcfs")
-QUICK = ("--arms", f"{CHUNKED},{PREFILL_FIRST}", "--repeats", "1")
+QUICK = ("--quick", "--arms", f"{CHUNKED},{PREFILL_FIRST}", "--prompt-tokens", "1500")
 
 
 def p99_over_median(policy: str) -> Figure:
@@ -96,7 +97,7 @@ def main(options: argparse.Namespace) -> int:
         schema.append(out, [row])
         rows.append(row)
         print(in_words(row), file=sys.stderr)
-    print(table(rows))
+    print(view(rows))
     missed = False
     for target in TARGETS:
         value = target.measured(rows)
@@ -117,8 +118,11 @@ def measure(inside: InProcess, case: Case, options: argparse.Namespace) -> Itera
             if budget.spent():
                 return
             facts = inside.facts() | schema.now()
-            measured, others = undisturbed(partial(arm.run, case), options.undisturbed)
-            measured.detail["other_cpu"] = round(others, 3)
+            try:
+                measured, others = undisturbed(partial(arm.run, case), options.undisturbed)
+                measured.detail["other_cpu"] = round(others, 3)
+            except (PyllamabatchError, MemoryError) as failure:
+                measured = Measured.failed(failure)
             yield case_row("stall", arm, case, measured, facts, run_id, repeat)
 
 
@@ -140,9 +144,15 @@ class Reader:
     half: threading.Semaphore
 
     def __call__(self) -> None:
-        for token in self.stream:
-            self.times.append(time.perf_counter())
-            if token.index + 1 == ARRIVES:
+        try:
+            for _ in self.stream:
+                self.times.append(time.perf_counter())
+                if len(self.times) == ARRIVES:
+                    self.half.release()
+        except PyllamabatchError:
+            return  # the stream's result says it again
+        finally:
+            if len(self.times) < ARRIVES:
                 self.half.release()
 
 
@@ -198,13 +208,15 @@ def run(inside: InProcess, policy: str, case: Case) -> Measured:
 
 def in_words(row: schema.Row) -> str:
     detail = row.detail
+    if row.error:
+        return f"{row.arm:<20} {row.error}"
     return (
         f"{row.arm:<20} ITL median {1e3 * detail['itl_median_s']:7.1f} ms, "
         f"p99 {1e3 * detail['itl_p99_s']:8.1f} ms, longest {1e3 * detail['itl_max_s']:8.1f} ms"
     )
 
 
-def table(rows: Sequence[schema.Row]) -> str:
+def view(rows: Sequence[schema.Row]) -> str:
     """Medians of the runs."""
     lines = [
         f"\n{STREAMS} streams, a prompt of {rows[0].pp} tokens arrives; ITL in ms\n",
@@ -213,6 +225,8 @@ def table(rows: Sequence[schema.Row]) -> str:
     ]
     for arm in dict.fromkeys(row.arm for row in rows):
         details = [row.detail for row in rows if row.arm == arm and not row.error]
+        if not details:
+            continue
 
         def middle(name: str, details: list[dict[str, float]] = details) -> float:
             return median(detail[name] for detail in details)

@@ -113,7 +113,7 @@ def live(spec: str, limits: Limits, arrivals: list[Arrival]) -> tuple[Machine, l
 
 
 @each_policy
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(limits=limits, arrivals=arrivals)
 def test_everybody_finishes_and_the_same_again(
     spec: str, limits: Limits, arrivals: list[Arrival]
@@ -129,7 +129,7 @@ def test_everybody_finishes_and_the_same_again(
 
 
 @each_policy
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(limits=limits, arrivals=arrivals, most=st.integers(2, 40))
 def test_a_plan_stands_for_as_long_as_it_says(
     spec: str, limits: Limits, arrivals: list[Arrival], most: int
