@@ -184,6 +184,33 @@ def test_a_saved_state_is_discarded_with_its_sequence() -> None:
     one.run()
 
 
+@pytest.mark.parametrize(("left", "loads"), [(45, 1), (20, 0)])
+def test_a_hand_driven_one_that_is_swapped_and_trimmed(left: int, loads: int) -> None:
+    """What comes behind the cut may be other tokens than those in the saved state."""
+    one = machine(swap=SwapChoice("swap"))
+    one.tokens[1] = list(range(40))
+    one.scheduler.add(1, 40, 1, arrival=0.0, by_hand=True)
+    step = one.scheduler.plan(0.0)
+    assert step is not None
+    one.place(step)
+    one.scheduler.advance(step)
+    one.cells[0] = [(token, object()) for token in range(39)]
+    one.leave(one.scheduler.preempt(1))
+    assert len(one.saved[1]) == 39
+    one.tokens[1] += range(500, 510)
+    one.scheduler.extend(1, 10)
+    del one.tokens[1][left:]
+    one.scheduler.trim(1, left)
+    one.tokens[1] += range(900, 930)
+    one.scheduler.extend(1, 30)
+    step = one.scheduler.plan(0.0)
+    assert step is not None
+    one.carry_out()
+    assert one.moved["load"] == loads
+    assert one.moved["discard"] == 1 - loads
+    assert step.chunks[0].start == 39 * loads
+
+
 def test_a_sequence_may_come_with_a_saved_state() -> None:
     one = machine()
     one.saved[1] = list(range(40))

@@ -61,7 +61,9 @@ class HandDriven(Placement):
             raise ValueError(f"{known} tokens are to stay of {view.known}")
         n_prompt = min(view.n_prompt, known)
         computed = min(view.computed, known - 1)
-        if entry.slot >= 0 and computed < view.computed:
+        if entry.slot < 0:
+            self.starts.trim_saved(id, known)
+        elif computed < view.computed:
             self.starts.trim(id, entry.slot, computed, self._tokens(entry))
         left = replace(view, n_prompt=n_prompt, generated=known - n_prompt, computed=computed)
         self._steer(entry, replace(left, goal=computed))

@@ -84,6 +84,11 @@ class Starts:
         if id in self._waiting:
             self._dirty[id] = None
 
+    def trim_saved(self, id: int, known: int) -> None:
+        """Of a sequence that is in no slot only the first `known` tokens are left."""
+        if self._saved.get(id, 0) >= known:
+            self.lost_saved(id)
+
     def joined_line(self, id: int, tokens: Tokens | None) -> Start:
         """It waits, from now on or with other tokens than before."""
         self.left_line(id)
