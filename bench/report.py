@@ -53,9 +53,9 @@ def median_of(values: Iterable[float | None]) -> float | None:
 
 
 def failures(rows: Iterable[Row]) -> list[str]:
-    """A line per arm and reason that there is no result."""
-    reasons = dict.fromkeys((row.arm, row.error) for row in rows if row.error)
-    return [f"{arm}: no result: {error}" for arm, error in reasons]
+    """A line per arm and reason that there is no result; the rows have what is cut off here."""
+    reasons = dict.fromkeys((row.arm, " ".join(row.error.split())) for row in rows if row.error)
+    return [f"{arm}: no result: {error[:200]}" for arm, error in reasons]
 
 
 def in_words(row: Row) -> str:

@@ -7,7 +7,9 @@ import itertools
 import json
 import os
 import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -387,6 +389,19 @@ def test_our_own_work_does_not_count_as_the_others() -> None:
         pass
     others = watch.others()
     assert others == -1.0 or 0.0 <= others <= (os.cpu_count() or 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_server_of_ours_does_not_count_as_the_others() -> None:
+    work = "x = 0\nwhile True: x += 1"
+    with subprocess.Popen([sys.executable, "-c", work]) as child:
+        watch = quiet.CpuWatch((child.pid,))
+        while quiet._process_s(child.pid) < 0.3:
+            time.sleep(0.05)
+        assert quiet._own_s((child.pid,)) - quiet._own_s() >= 0.3
+        assert watch.others() >= 0.0
+        child.kill()
+    assert quiet._process_s(child.pid) == 0.0
 
 
 def test_the_runner_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
