@@ -1,0 +1,59 @@
+"""Every policy, live: the same tokens, in another order of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from pyllamabatch import Engine, Model, SamplingParams
+from pyllamabatch.scheduler import Plan, Policy, StepView, make_policy, policy_names, static
+
+TASKS = ["Copy: hello", "What is 17 + 25?", "Write in capitals: batch", "Reverse: drawer"]
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    with Model.default() as model:
+        yield model
+
+
+def answers(model: Model, spec: str) -> list[tuple[str, str]]:
+    """Of 8 requests through 3 places, with cells for about half of them."""
+    prompts = [
+        model.vocab.apply_chat_template([{"role": "user", "content": task}]) for task in TASKS * 2
+    ]
+    policy = make_policy(spec)
+    with Engine(model, n_seq_max=3, n_ctx=256, n_ubatch=16, policy=policy, n_threads=1) as engine:
+        results = engine.generate(prompts, GREEDY, parse_special=True)
+        assert engine.stats().finished["stop"] == len(prompts)
+    return [(result.text, result.finish_reason) for result in results]
+
+
+@pytest.mark.parametrize("spec", [*policy_names(), "mlfq:quantum=2,prompt_rows=4", "slo:itl=0.001"])
+def test_a_policy_does_not_change_what_is_said(model: Model, spec: str) -> None:
+    said = ["hello", "42", "BATCH", "reward"]
+    assert answers(model, spec) == [(text, "stop") for text in said * 2]
+
+
+class Counted:
+    """A policy, and how often it was asked."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.n_plans = policy, 0
+
+    def plan(self, view: StepView) -> Plan:
+        self.n_plans += 1
+        return self.policy.plan(view)
+
+
+def test_nobody_asks_a_policy_that_waits(model: Model) -> None:
+    policy = Counted(static(size=2, wait=0.3))
+    with Engine(model, n_seq_max=2, n_ctx=256, policy=policy, n_threads=1) as engine:
+        alone = engine.submit("Copy: a", SamplingParams(temperature=0, max_tokens=1)).result(60)
+        assert alone.n_generated == 1
+        assert alone.e2el_s >= 0.3
+        assert policy.n_plans <= 5
+        two = [engine.submit("Copy: b", GREEDY) for _ in range(2)]
+        assert [stream.result(60).n_generated > 0 for stream in two] == [True, True]
