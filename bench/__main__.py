@@ -22,6 +22,7 @@ BENCHES = (
     "sampler",
     "scheduler",
     "serve",
+    "simulator",
     "soak",
     "stall",
     "step",

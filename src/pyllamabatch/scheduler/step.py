@@ -41,6 +41,12 @@ class Step:
         """All that have rows in it."""
         return [*self.decode.tolist(), *(chunk.slot for chunk in self.chunks)]
 
+    def shape(self, kv: float) -> tuple[int, int, float, int]:
+        """What `CostModel.predict` is told, when `kv` cells are held before it: rows, those of
+        prompts, kv, sequences."""
+        n_decode = len(self.decode)
+        return self.n_rows, self.n_rows - n_decode, kv, n_decode + len(self.chunks)
+
     def parts(self) -> tuple[Step, ...]:
         """The native calls that this step is best computed in where every sequence has a stream of
         cells of its own, one after another; each is a step that can be advanced by itself.

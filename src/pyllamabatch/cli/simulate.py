@@ -1,0 +1,212 @@
+"""Run a trace of requests through the engine's own scheduler, in virtual time.
+
+The time of a step is that of a profile (`pyllamabatch calibrate`, or one that is shipped); no model
+is loaded. Several policies run the same trace, side by side. --trace takes a file (Azure's .csv,
+Mooncake's .jsonl, ShareGPT's .json) or draws one: poisson:rate=4,n=1000,prompt=100-900,output=128;
+gamma:rate=4,cv=3,…; closed:clients=16,…. With --validate the trace also runs live, in real time, on
+the model of -m, whose profile is the simulation's; both and the errors are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyllamabatch.cli.options import add_model_arguments, at_least, load_model
+from pyllamabatch.device.cost import CostModel
+from pyllamabatch.device.profile import Profile, shipped_names, shipped_profile
+from pyllamabatch.errors import ArgumentError
+from pyllamabatch.scheduler import make_policy
+from pyllamabatch.sim import (
+    ROUTERS,
+    Machine,
+    Request,
+    load_trace,
+    parse_slo,
+    report,
+    simulate,
+    summarise,
+)
+from pyllamabatch.sim.replica import OVERHEAD
+
+if TYPE_CHECKING:
+    from pyllamabatch.model import Model
+
+NAME = "simulate"
+HELP = "a trace of requests in virtual time: policies side by side"
+
+SETTINGS = (
+    *("trace", "profile", "slo", "seed", "requests", "rate", "n_seq_max", "n_ctx", "n_batch"),
+    *("n_ubatch", "kv_unified", "prefix_cache", "overhead", "replicas", "router"),
+)
+"""What the reports say of a run."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--profile",
+        metavar="NAME|FILE",
+        help=f"step times: a file, or {', '.join(shipped_names())}",
+    )
+    parser.add_argument("--trace", required=True, metavar="FILE|SPEC")
+    parser.add_argument(
+        "--policy", default="sarathi", metavar="A,B,…", help="with options: sarathi,slo:margin=0.8"
+    )
+    parser.add_argument(
+        "--slo", type=str, default="", metavar="ttft=S,itl=S", help="targets; also tpot, e2el"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--requests", type=at_least(1), metavar="N", help="the first N of the trace"
+    )
+    parser.add_argument(
+        "--rate", type=float, metavar="R", help="requests a second, instead of a file's own times"
+    )
+    group = parser.add_argument_group("engines")
+    group.add_argument("-s", "--n-seq-max", type=at_least(1, 256), default=16, metavar="N")
+    group.add_argument(
+        "-c", "--n-ctx", type=at_least(1), default=32768, metavar="N", help="KV cells (32768)"
+    )
+    group.add_argument("-b", "--n-batch", type=at_least(1), default=2048, metavar="N")
+    group.add_argument("-ub", "--n-ubatch", type=at_least(1), default=512, metavar="N")
+    group.add_argument("--kv-unified", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument(
+        "--prefix-cache", action=argparse.BooleanOptionalAction, default=True,
+        help="keep what requests leave behind",
+    )  # fmt: skip
+    group.add_argument(
+        "--overhead", type=float, default=OVERHEAD, metavar="S", help="of a call beside its steps"
+    )
+    group.add_argument("--replicas", type=at_least(1, 10000), default=1, metavar="N")
+    group.add_argument("--router", default="least-outstanding", choices=tuple(ROUTERS))
+    group = parser.add_argument_group("output")
+    group.add_argument("--jsonl", type=Path, metavar="FILE", help="figures and every request")
+    group.add_argument("--markdown", type=Path, metavar="FILE")
+    group.add_argument("--html", type=Path, metavar="FILE", help="with plots; needs matplotlib")
+    group.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--validate", action="store_true", help="live, too: one policy")
+    add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    slo = parse_slo(args.slo)
+    policies = split_policies(args.policy)
+    for policy in policies:
+        make_policy(policy)  # what is wrong with one is said before anything runs
+    if args.overhead < 0:
+        raise ArgumentError("overhead", args.overhead, "seconds, at least 0")
+    if args.validate:
+        return validate(args, policies)
+    requests = load_trace(args.trace, seed=args.seed, n=args.requests, rate=args.rate)
+    if "itl" in slo:  # for policies that look at it
+        requests = [replace(r, itl_target=r.itl_target or slo["itl"]) for r in requests]
+    machine = Machine.of(
+        cost_of(args),
+        n_seq_max=args.n_seq_max,
+        n_cells=args.n_ctx,
+        n_batch=args.n_batch,
+        n_ubatch=args.n_ubatch,
+        unified=args.kv_unified,
+        prefix_cache=args.prefix_cache,
+        overhead=args.overhead,
+    )
+    runs = [
+        simulate(requests, machine, policy, n_replicas=args.replicas, router=args.router)
+        for policy in policies
+    ]
+    summaries = {run.policy: run.summary(slo) for run in runs}
+    title = f"{args.trace} on {args.profile}"
+    text = report.markdown(summaries, title)
+    print(json.dumps(summaries) if args.json else text, end="\n" if args.json else "")
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    if args.jsonl is not None:
+        _write(args.jsonl, "".join(f"{line}\n" for line in report.jsonl(runs, summaries, settings)))
+    if args.markdown is not None:
+        _write(args.markdown, text)
+    if args.html is not None:
+        from pyllamabatch.sim import plots
+
+        _write(args.html, report.page(summaries, title, settings, plots.draw(runs)))
+    return 0
+
+
+def split_policies(text: str) -> list[str]:
+    """ "a,b:x=1,y=2,c" is a, b:x=1,y=2 and c. ArgumentError when one is there twice."""
+    found: list[str] = []
+    for item in text.split(","):
+        if found and "=" in item and ":" not in item.partition("=")[0]:
+            found[-1] += f",{item}"
+        else:
+            found.append(item)
+    if len(set(found)) < len(found):
+        raise ArgumentError("--policy", text, "every one once")
+    return found
+
+
+def cost_of(args: argparse.Namespace) -> CostModel:
+    """ArgumentError for a profile that was not measured."""
+    if args.profile is None:
+        raise ArgumentError("--profile", None, "a file of `pyllamabatch calibrate`, or a name")
+    shipped = args.profile in shipped_names()
+    profile = shipped_profile(args.profile) if shipped else Profile.load(args.profile)
+    return CostModel.fit(profile, unified=args.kv_unified, n_ubatch=args.n_ubatch)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ArgumentError("file", str(path), str(error)) from None
+
+
+# -- live
+
+
+def validate(args: argparse.Namespace, policies: Sequence[str]) -> int:
+    """The trace live and simulated."""
+    from pyllamabatch.sim import live
+
+    if len(policies) > 1 or args.replicas > 1:
+        raise ArgumentError("--validate", args.policy, "one policy, one replica")
+    with load_model(args) as model:
+        requests = _requests(args, model)
+        with _engine(args, model, policies[0]) as engine:
+            if engine.cost is None or not engine.cost.calibrated:
+                raise ArgumentError(
+                    "--validate", args.model, "there is no profile: run `pyllamabatch calibrate`"
+                )
+            machine = live.machine_of(engine, args.overhead)
+            simulated = simulate(requests, machine, policies[0])
+            live.warm_up(engine)
+            outcomes = live.run_live(engine, requests)
+    found = summarise(outcomes, [], {}), simulated.summary()
+    if args.json:
+        print(json.dumps({"live": found[0], "simulated": found[1]}))
+    else:
+        print(live.comparison(*found), end="")
+    return 0
+
+
+def _requests(args: argparse.Namespace, model: Model) -> list[Request]:
+    def count(text: str) -> int:
+        return max(1, len(model.vocab.tokenize(text, add_special=False)))
+
+    return load_trace(args.trace, seed=args.seed, n=args.requests, rate=args.rate, count=count)
+
+
+def _engine(args: argparse.Namespace, model: Model, policy: str) -> Any:
+    from pyllamabatch.engine import Engine
+
+    return Engine(
+        model,
+        n_seq_max=args.n_seq_max,
+        n_ctx=args.n_ctx,
+        n_batch=args.n_batch,
+        n_ubatch=args.n_ubatch,
+        kv_unified=args.kv_unified,
+        policy=make_policy(policy),
+    )

@@ -1,0 +1,130 @@
+"""The same trace on a real engine, and how far the simulation is from it.
+
+Prompts are random tokens, equal where the trace says that prompts begin in the same way; every
+request generates exactly as many tokens as the trace says.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from time import perf_counter, sleep
+
+import numpy as np
+import numpy.typing as npt
+
+from ..engine import Engine
+from ..sampling import SamplingParams
+from .metrics import Outcome
+from .replica import Machine
+from .workload import Request
+
+COMPARED = {
+    "tokens_per_s": "output tokens/s",
+    "tpot_mean": "TPOT, mean, ms",
+    "ttft_p50": "TTFT, median, ms",
+    "ttft_p99": "TTFT, 99th percentile, ms",
+    "e2el_mean": "E2EL, mean, ms",
+}
+"""Figures that a simulation is judged by."""
+
+_LEAD = 0.2  # s before the first arrival, to start the threads
+
+
+def machine_of(engine: Engine, overhead: float) -> Machine:
+    """What a simulated engine has to be, to be like this one; its cost model is that of now."""
+    cache = engine._decoder.scheduler.starts.cache
+    cost = copy.deepcopy(engine.cost)
+    assert cost is not None
+    return Machine(cost, engine.limits, cache.sharing, cache.keep, overhead)
+
+
+def run_live(engine: Engine, requests: Iterable[Request]) -> list[Outcome]:
+    """Submit every request when it comes, wait for all, in real time. queueing, preemption, ITL and
+    prefixes of the outcomes are not known, and 0. Raises what a request failed with."""
+    live = _Live(engine)
+    chains: dict[int, list[Request]] = {}  # those after one another, by the last of them
+    for request in requests:
+        chain = [] if request.after is None else chains.pop(request.after)
+        chains[request.id] = [*chain, request]
+    threads = [
+        threading.Thread(target=live.run, args=(chain,), daemon=True) for chain in chains.values()
+    ]
+    for thread in threads:
+        thread.start()
+    live.begin()
+    for thread in threads:
+        thread.join()
+    if live.errors:
+        raise live.errors[0]
+    return sorted(live.outcomes, key=lambda o: o.id)
+
+
+def warm_up(engine: Engine) -> None:
+    """Two requests: an engine's first calls are slower."""
+    params = SamplingParams(max_tokens=8, ignore_eog=True)
+    engine.generate([[0] * 8, [1] * 8], params)
+
+
+class _Live:
+    def __init__(self, engine: Engine) -> None:
+        self.outcomes: list[Outcome] = []
+        self.errors: list[Exception] = []
+        self._engine = engine
+        self._n_vocab = engine.model.n_vocab
+        self._answers: dict[int, npt.NDArray[np.int32]] = {}
+        self._began = threading.Event()
+        self._start = 0.0
+
+    def begin(self) -> None:
+        self._start = perf_counter() + _LEAD
+        self._began.set()
+
+    def run(self, chain: Sequence[Request]) -> None:
+        """Requests one after the other; the first one comes at its time."""
+        self._began.wait()
+        due = self._start
+        try:
+            for request in chain:
+                due += request.arrival
+                prompt = self._prompt(request)
+                params = SamplingParams(
+                    max_tokens=request.n_output, ignore_eog=True, seed=request.id
+                )
+                sleep(max(0.0, due - perf_counter()))
+                came = perf_counter() - self._start
+                result = self._engine.submit(prompt, params).result()
+                if result.error is not None:
+                    raise result.error
+                assert result.ttft_s is not None
+                self._answers[request.answer] = np.array(result.tokens, dtype=np.int32)
+                outcome = Outcome(
+                    request.id, came, request.n_prompt, request.n_output, request.tenant
+                )
+                outcome.admitted = came
+                outcome.first, outcome.end = came + result.ttft_s, came + result.e2el_s
+                self.outcomes.append(outcome)
+                due = self._start + outcome.end
+        except Exception as error:
+            self.errors.append(error)
+
+    def _prompt(self, request: Request) -> npt.NDArray[np.int32]:
+        return np.concatenate([self._tokens(piece, n) for piece, n in request.content])
+
+    def _tokens(self, piece: int, n: int) -> npt.NDArray[np.int32]:
+        answer = self._answers.get(piece)
+        if answer is not None:
+            return answer[:n]
+        generator = np.random.default_rng(piece)
+        return generator.integers(0, self._n_vocab, n, dtype=np.int32)
+
+
+def comparison(live: Mapping[str, float], simulated: Mapping[str, float]) -> str:
+    """Markdown: both, and the error of the simulation."""
+    lines = ["| | live | simulated | error |", "|---|---:|---:|---:|"]
+    for name, label in COMPARED.items():
+        scale = 1e3 if label.endswith("ms") else 1.0
+        a, b = live[name], simulated[name]
+        lines.append(f"| {label} | {scale * a:.2f} | {scale * b:.2f} | {b / a - 1:+.1%} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,249 @@
+"""The scheduler under a virtual clock."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyllamabatch.errors import ArgumentError, PlanError
+from pyllamabatch.scheduler import Plan, Policy, StepView, make_policy, policy_names, sarathi
+from pyllamabatch.sim import Machine, Request, Simulated, SimulationStuck, draw, simulate
+
+
+@dataclass(frozen=True)
+class Linear:
+    """10 ms a step, 1 ms a row, 1 us a cell."""
+
+    cell: float = 1e-6
+
+    def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
+        return 0.010 + 0.001 * rows + self.cell * kv
+
+
+def machine(**options: object) -> Machine:
+    given: dict[str, object] = {"n_seq_max": 4, "n_cells": 4096, "overhead": 0.0, **options}
+    return Machine.of(given.pop("cost", Linear(0.0)), **given)  # type: ignore[arg-type]
+
+
+def one(id: int, arrival: float, n_prompt: int, n_output: int, **more: object) -> Request:
+    content = ((2 * id, n_prompt),)
+    return Request(id, arrival, n_prompt, n_output, content, 2 * id + 1, **more)  # type: ignore[arg-type]
+
+
+def test_one_request() -> None:
+    (o,) = simulate([one(1, 2.0, 90, 11)], machine()).outcomes
+    assert (o.arrival, o.admitted) == (2.0, 2.0)
+    assert o.first == pytest.approx(2.0 + 0.100)
+    assert o.end == pytest.approx(2.0 + 0.100 + 10 * 0.011)
+    assert o.longest_itl == pytest.approx(0.011)
+
+
+def test_overhead_is_paid_once_a_call() -> None:
+    (o,) = simulate([one(1, 0.0, 90, 11)], machine(overhead=0.5)).outcomes
+    assert o.end == pytest.approx(0.5 + 0.100 + 0.5 + 10 * 0.011)
+
+
+def test_a_newcomer_waits_for_the_step_that_goes_on_and_no_longer() -> None:
+    run = simulate([one(1, 0.0, 90, 1000), one(2, 0.105, 40, 1)], machine())
+    first, second = sorted(run.outcomes, key=lambda o: o.id)
+    assert second.admitted == pytest.approx(0.111)  # the first decode begins at 0.1, takes 11 ms
+    assert second.first == second.end == pytest.approx(0.111 + 0.010 + 0.041)
+    assert first.longest_itl == pytest.approx(0.051)
+    assert first.end == pytest.approx(0.1 + 998 * 0.011 + 0.051)
+
+
+def test_cells_make_steps_longer() -> None:
+    (o,) = simulate([one(1, 0.0, 100, 101)], machine(cost=Linear(1e-5))).outcomes
+    cells = sum(range(100, 200))
+    assert o.end == pytest.approx(0.110 + 100 * 0.011 + 1e-5 * cells)
+
+
+def test_an_end_of_text_before_the_budget() -> None:
+    run = simulate([one(1, 0.0, 10, 5, max_tokens=50), one(2, 0.0, 10, 20)], machine())
+    assert [(o.id, o.n_output) for o in run.outcomes] == [(1, 5), (2, 20)]
+    assert run.outcomes[0].end == pytest.approx(0.030 + 4 * 0.012)
+
+
+def test_queueing_and_a_closed_loop() -> None:
+    requests = [one(1, 0.0, 10, 3), one(2, 0.0, 10, 3), one(3, 0.5, 10, 3, after=1)]
+    run = simulate(requests, machine(n_seq_max=1))
+    a, b, c = sorted(run.outcomes, key=lambda o: o.id)
+    assert b.queueing == pytest.approx(a.end)
+    assert c.arrival == pytest.approx(a.end + 0.5)
+
+
+def test_what_can_never_fit_is_rejected_and_the_rest_goes_on() -> None:
+    requests = [one(1, 0.0, 5000, 5), one(2, 0.25, 10, 5, after=1), one(3, 0.0, 10, 5)]
+    run = simulate(requests, machine())
+    assert [(o.id, o.rejected) for o in run.outcomes] == [(1, True), (3, False), (2, False)]
+    assert run.outcomes[-1].arrival == 0.25
+    assert run.summary()["rejected"] == 1
+
+
+def test_a_prefix_is_computed_once() -> None:
+    """Of prompts of 100 tokens in common and 20 of their own, when the first has been computed."""
+    requests = [
+        Request(i, float(i), 120, 3, ((0, 100), (10 + i, 20)), 20 + i, None) for i in range(3)
+    ]
+    run = simulate(requests, machine())
+    assert [o.prefix for o in run.outcomes] == [0, 100, 100]
+    assert [round(o.ttft, 6) for o in run.outcomes] == [0.130, 0.030, 0.030]
+    assert run.summary()["prefix_share"] == pytest.approx(200 / 360)
+    alone = simulate(requests, machine(prefix_cache=False))
+    assert [o.prefix for o in alone.outcomes] == [0, 0, 0]
+
+
+def test_a_conversation_starts_from_its_own_answer() -> None:
+    first = Request(1, 0.0, 100, 50, ((0, 100),), 1)
+    second = Request(2, 1.0, 170, 5, ((0, 100), (1, 50), (2, 20)), 3, after=1)
+    run = simulate([first, second], machine())
+    assert run.outcomes[1].prefix == 149  # the token that was sampled last is in no cell
+
+
+def test_preemption() -> None:
+    requests = [one(i, 0.0, 100, 150) for i in range(4)]
+    run = simulate(requests, machine(n_cells=600))
+    found = run.summary()
+    assert found["preemptions"] > 0
+    preempted = [o for o in run.outcomes if o.preemptions]
+    assert all(o.preemption > 0 for o in preempted)
+    assert found["kv_peak"] <= 1
+
+
+def test_replicas_share_the_traffic() -> None:
+    requests = draw("closed:clients=16,n=200,prompt=50,output=40-80,prefix=40,prefixes=4", 0)
+    single = simulate(requests, machine())
+    for router in ("round-robin", "least-outstanding", "prefix-affinity"):
+        run = simulate(requests, machine(), n_replicas=4, router=router)
+        assert {o.replica for o in run.outcomes} == {0, 1, 2, 3}
+        assert run.summary()["duration"] < 0.4 * single.summary()["duration"]
+        assert len(run.loads) == len(run.points) == 4
+
+
+def test_affinity_finds_more_in_the_cache() -> None:
+    requests = draw("poisson:rate=20,n=400,prompt=300,output=10,prefix=250,prefixes=16", 0)
+    share = {
+        router: simulate(requests, machine(n_cells=2048), n_replicas=4, router=router).summary()
+        for router in ("round-robin", "prefix-affinity")
+    }
+    assert share["prefix-affinity"]["prefix_share"] > 1.3 * share["round-robin"]["prefix_share"]
+
+
+def test_curves_are_thinned_out() -> None:
+    run = simulate(draw("poisson:rate=100,n=3000,prompt=5,output=5", 0), machine())
+    assert 1000 <= len(run.points[0]) <= 2000
+    times = [t for t, *_ in run.points[0]]
+    assert times == sorted(times)
+
+
+def everything(run: Simulated) -> list[tuple[object, ...]]:
+    return [astuple(o) for o in run.outcomes]
+
+
+class OneByOne:
+    """Plans every step by itself."""
+
+    def __init__(self, name: str) -> None:
+        self._policy = make_policy(name)
+
+    def plan(self, view: StepView) -> Plan:
+        return replace(self._policy.plan(view), repeat=1)
+
+
+requests_ = st.lists(
+    st.tuples(
+        st.floats(0, 2), st.integers(1, 120), st.integers(1, 60), st.integers(0, 2), st.booleans()
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    requests_,
+    st.sampled_from(sorted(policy_names())),
+    st.sampled_from([300, 1000]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_every_policy_serves_everybody(
+    drawn: list[tuple[float, int, int, int, bool]],
+    policy: str,
+    n_cells: int,
+    unified: bool,
+    cache: bool,
+) -> None:
+    """Whatever the policy: everybody is served, times add up, the same again is the same, and
+    many steps for one plan are what they are one by one."""
+    requests = []
+    for i, (arrival, n_prompt, n_output, begin, follows) in enumerate(drawn):
+        content = ((begin, n_prompt),) if begin else ((100 + 2 * i, n_prompt),)
+        after = i - 1 if follows and i else None
+        requests.append(
+            Request(i, arrival, n_prompt, n_output, content, 101 + 2 * i, after, itl_target=0.05)
+        )
+    how = machine(n_cells=n_cells * (1 if unified else 4), unified=unified, prefix_cache=cache)
+    run = simulate(requests, how, policy)
+    assert sorted(o.id for o in run.outcomes) == list(range(len(drawn)))
+    for o in run.outcomes:
+        assert o.arrival <= o.admitted < o.first <= o.end
+        assert o.execution >= 0
+        assert (o.preemptions > 0) == (o.preemption > 0) or o.preemption == 0
+        assert o.longest_itl <= o.end - o.first + 1e-9
+    assert sum(n for n in run.loads[0].rows.values()) > 0
+    assert everything(simulate(requests, how, policy)) == everything(run)
+    if policy in ("fcfs", "sarathi", "static", "prefill-first", "prefix"):
+        slow = simulate(requests, how, lambda: OneByOne(policy))
+        for a, b in zip(run.outcomes, slow.outcomes, strict=True):
+            assert a.id == b.id
+            assert (a.first, a.end) == pytest.approx((b.first, b.end))
+
+
+class Nobody:
+    """Waits for ever."""
+
+    def plan(self, view: StepView) -> Plan:
+        return Plan(wake=view.now + 1) if view.now < 3 else Plan({1: 1})
+
+
+def test_a_policy_may_wait() -> None:
+    (o,) = simulate([one(1, 0.0, 1, 1)], machine(), Nobody).outcomes
+    assert o.admitted == 3.0
+
+
+def test_a_bad_plan_and_bad_arguments() -> None:
+    class Bad:
+        def plan(self, view: StepView) -> Plan:
+            return Plan({7: 1})
+
+    with pytest.raises(PlanError, match="known-sequence"):
+        simulate([one(1, 0.0, 1, 1)], machine(), Bad)
+    with pytest.raises(ArgumentError, match="every id once"):
+        simulate([one(1, 0.0, 1, 1)] * 2, machine())
+    with pytest.raises(ArgumentError, match="replicas"):
+        simulate([], machine(), n_replicas=0)
+    with pytest.raises(ArgumentError, match="router"):
+        simulate([], machine(), router="random")
+    with pytest.raises(ArgumentError, match="policy"):
+        simulate([], machine(), "none")
+
+
+def test_who_comes_after_nobody_is_said() -> None:
+    with pytest.raises(SimulationStuck, match="1 request"):
+        simulate([one(1, 0.0, 5, 5), one(2, 0.0, 5, 5, after=9)], machine())
+
+
+def test_a_policy_object_is_made_for_each_replica() -> None:
+    made: list[Policy] = []
+
+    def make() -> Policy:
+        made.append(sarathi())
+        return made[-1]
+
+    run = simulate(draw("poisson:rate=9,n=20", 0), machine(), make, n_replicas=3)
+    assert len(made) == 3
+    assert run.policy == "make"
