@@ -406,9 +406,7 @@ class Decoder:
         if self.scheduler.cost is None:
             return
         kv = self.scheduler.ledger.used + step.n_rows * (n - 1) / 2
-        n_sequences = n_decode + len(step.chunks)
-        prefill = step.n_rows - n_decode
-        self.scheduler.cost.observe(step.n_rows, prefill, kv, n_sequences, run.seconds / n)
+        self.scheduler.cost.observe(*step.shape(kv), run.seconds / n)
 
     # -- when a step fails
 

@@ -17,6 +17,7 @@ import numpy as np
 from ..kv import Sharing
 from ..kv.tree import Tokens
 from ..scheduler import Limits, Policy, Scheduler, Step
+from ..sharing import LEAST_KEPT
 from .metrics import F64, Load, Outcome
 from .workload import Request
 
@@ -60,7 +61,9 @@ class Machine:
         (unified), or taken over whole or cut (a stream for each sequence). As many slots are for
         what is kept as an engine has, beside those that run."""
         n_cells_seq = n_cells if unified else max(1, n_cells // n_seq_max)
-        n_kept = max(0, min(max(n_seq_max, 16), 256 - n_seq_max)) if unified else 0
+        n_kept = 0
+        if unified:
+            n_kept = max(0, min(max(n_seq_max, LEAST_KEPT), 256 - n_seq_max, n_batch - n_seq_max))
         limits = Limits(n_batch, n_ubatch, n_seq_max, n_cells, n_cells_seq, unified)
         sharing = Sharing(copy_part=unified, copy_whole=True, trim=True, n_kept=n_kept)
         return cls(cost, limits, sharing if prefix_cache else Sharing(), prefix_cache, overhead)
