@@ -77,6 +77,9 @@ def test_cuda_limits() -> None:
 def test_cpu_groups() -> None:
     source = text("ggml-cpu/repack.cpp")
     assert f"nrows % {regimes.CPU_ROWS}" in source
+    assert f"if (nrows > {regimes.CPU_ROWS - 1})" in source
+    x86 = text("ggml-cpu/arch/x86/repack.cpp")
+    assert f"int anr = nr - nr % {regimes.CPU_GROUP};" in x86
     body = source[source.index("ggml_repack_get_optimal_repack_type(") :]
     for kind in ("Q4_0", "Q4_K", "IQ4_NL", "MXFP4"):
         part = body[body.index(f"cur->type == GGML_TYPE_{kind})") :]
@@ -104,9 +107,9 @@ def test_regime_of_rows() -> None:
     found = kernels("CUDA", "Q4_K")
     assert [found.of(n) for n in (1, 2, 8, 9, 128, 129, 5000)] == [0, 1, 1, 2, 2, 3, 3]
     assert {1, 2, 8, 9, 16, 17, 64} <= set(found.edges(64))
-    assert kernels("CPU", "Q4_K", features="AVX2").regimes[1].rest == "each"
-    assert "gemm" in kernels("CPU", "Q4_K", features="AVX2").regimes[1].kernel
-    assert "tinyBLAS" in kernels("CPU", "Q5_0", features="AVX2").regimes[1].kernel
+    assert kernels("CPU", "Q4_K", features="AVX2").regimes[2].rest == "each"
+    assert "gemm" in kernels("CPU", "Q4_K", features="AVX2").regimes[2].kernel
+    assert "tinyBLAS" in kernels("CPU", "Q5_0", features="AVX2").regimes[2].kernel
     assert kernels("Vulkan", "Q4_K") == Kernels((Regime(1),))
 
 

@@ -16,10 +16,11 @@ multiple of 8 that holds the rows, at most 128. F16, BF16 and F32 are mat-vec up
 (mmvf.cu), tensor-core `mmf` up to 16, then cuBLAS. Some chips leave mat-vec earlier: `mmvq.cu`.
 
 CPU (ggml-cpu/repack.cpp: `forward_mul_mat_one_chunk`, `ggml_repack_get_optimal_repack_type`;
-llamafile/sgemm.cpp): repacked weights take four rows at a time, and each of the rest alone, so
-seven rows cost more than eight. Of the others, those of blocks of 32 (Q4_0, Q5_0, Q8_0, IQ4_NL) and
-the floats go from two rows on in tinyBLAS's tiles, up to 4 and 6 rows wide, the rest in narrower
-ones; K-quants row by row. A file mixes types: the cost model takes all of it for tiles of four.
+arch/x86/repack.cpp; llamafile/sgemm.cpp): repacked weights go row by row below four rows, then
+sixteen at a time, then four, and each of the rest alone, so seven rows cost more than eight. Of the
+others, those of blocks of 32 (Q4_0, Q5_0, Q8_0, IQ4_NL) and the floats go from two rows on in
+tinyBLAS's tiles, up to 4 and 6 rows wide, the rest in narrower ones; K-quants row by row. A file
+mixes types: the cost model takes all of it for tiles of four in groups of sixteen.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ CUDA_MMF_MAX = 16
 CUDA_TILE = 8
 CUDA_TILE_MAX = 128
 CPU_ROWS = 4
+CPU_GROUP = 16
 CPU_ATTENTION_TILED = 64  # ggml-cpu/common.h: GGML_FA_TILE_Q
 
 
@@ -48,12 +50,13 @@ CPU_ATTENTION_TILED = 64  # ggml-cpu/common.h: GGML_FA_TILE_Q
 class Regime:
     """Row counts from `first` on. `tile`: rows that are computed at once; `rest`: rows beyond the
     last full tile cost one more tile ("tile"), or for each number of them something else ("each"),
-    which may be more than a tile."""
+    which may be more than a tile. `group`: so many rows at once are cheaper than their tiles."""
 
     first: int
     tile: int = 1
     rest: str = "tile"
     kernel: str = ""
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +138,12 @@ _REPACKED = {
 def _cpu(weight_type: str, features: str) -> Kernels:
     has = set(features.upper().split())
     if any(weight_type in types for name, types in _REPACKED.items() if name in has):
-        many = Regime(2, CPU_ROWS, "each", "gemm of 4, gemv")
+        few, many = "gemv", "gemm of 16 and 4, gemv"
     else:
-        many = Regime(2, CPU_ROWS, "each", "tinyBLAS in tiles of 4 and less, or vec_dot")
-    return Kernels((Regime(1, kernel="gemv or vec_dot"), many), CPU_ATTENTION_TILED)
+        few = many = "tinyBLAS in tiles of 4 and less, or vec_dot"
+    found = [Regime(1, kernel="gemv or vec_dot"), Regime(2, kernel=few),
+             Regime(CPU_ROWS, CPU_ROWS, "each", many, CPU_GROUP)]  # fmt: skip
+    return Kernels(tuple(found), CPU_ATTENTION_TILED)
 
 
 def rows_to_measure(found: Kernels, limit: int = 64) -> Sequence[int]:

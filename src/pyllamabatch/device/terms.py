@@ -5,11 +5,12 @@ A ubatch of n rows, o of them sampled, costs
     sum over regimes r of  (1 - h) * [n in r] * c_r . f_r(n)  +  h * [o in r] * c_r . f_r(o)
     + c_base + c_head * [o > 0] + c_output * o + c_experts * e(n) + attention
 
-f_r(n) is (1, tiles of n, n), or (1, full tiles, [1 row beyond them], [2 rows], ...) where those
-rows go another way. Only sampled rows pass the output matrix: h is between 0, where its time is
-c_head and c_output alone, and its share of the weights, where it behaves like the others; the fit
-chooses. e(n) = 1 - (1 - k/E)^n is the share of E experts that n rows with k each are expected to
-touch, if they choose evenly. Attention is
+f_r(n) is (1, tiles of n, n), or where rows beyond full tiles go another way, in passes of their
+own, ([there are full tiles beyond groups], groups, full tiles beyond them, [1 row beyond those],
+[2 rows], ...). Only sampled rows pass the output
+matrix: h is between 0, where its time is c_head and c_output alone, and its share of the weights,
+where it behaves like the others; the fit chooses. e(n) = 1 - (1 - k/E)^n is the share of E experts
+that n rows with k each are expected to touch, if they choose evenly. Attention is
 
     c_cells * kv  +  c_all * o * (cells in sight) + c_own * (own cells that the o rows look at)
                   +  the same for the n - o prompt rows
@@ -90,7 +91,8 @@ class Terms:
 def parts(regime: Regime) -> tuple[str, ...]:
     """Names of a regime's terms."""
     if regime.rest == "each":
-        return ("pass", "full tile", *(f"{i} beyond" for i in range(1, regime.tile)))
+        group = ("group",) if regime.group else ()
+        return ("pass", *group, "full tile", *(f"{i} beyond" for i in range(1, regime.tile)))
     return ("pass", "tile", "row") if regime.tile > 1 else ("pass", "row")
 
 
@@ -98,7 +100,11 @@ def values_of(regime: Regime, n: int) -> tuple[float, ...]:
     """Their values for n rows: f_r(n)."""
     full, beyond = divmod(n, regime.tile)
     if regime.rest == "each":
-        return (1.0, float(full), *(float(i == beyond) for i in range(1, regime.tile)))
+        each = [float(i == beyond) for i in range(1, regime.tile)]
+        if not regime.group:
+            return (1.0, float(full), *each)
+        groups, rest = divmod(n, regime.group)
+        return (float(rest >= regime.tile), float(groups), float(rest // regime.tile), *each)
     tiles = full + (beyond > 0)
     return (1.0, float(tiles), float(n)) if regime.tile > 1 else (1.0, float(n))
 
