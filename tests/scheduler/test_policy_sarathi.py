@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler import (
     ComposedPolicy,
     Decodes,
@@ -166,3 +167,35 @@ def test_skip_looks_at_the_next_one() -> None:
     policy = ComposedPolicy(FirstCome(), NotTheFirst(), TokenBudget(), WhatIsLeft(), NewestFirst())
     view = StepView.of(LIMITS, waiting=[waiting(1, 6), waiting(2, 6)])
     assert policy.plan(view).tokens == {2: 6}
+
+
+class Cost:
+    """A device that takes 1 ms a row, and 10 ms for any step."""
+
+    def predict(self, rows: int, prefill: int = 0, kv: float = 0, n_seqs: int = 1) -> float:
+        return 0.01 + 0.001 * rows
+
+
+def budget_of(n_decoding: int, n_batch: int = 2048, **options: float) -> int:
+    limits = Limits(n_batch=n_batch, n_ubatch=64, n_seq_max=128, n_cells=10**6, n_cells_seq=10**5)
+    running = [decoding(i, 10) for i in range(n_decoding)]
+    view = StepView.of(limits, running, [waiting(999, 5000)], cost=Cost())
+    return sarathi(**options).plan(view).n_rows
+
+
+def test_with_a_cost_model_a_step_keeps_the_time() -> None:
+    assert budget_of(4) == 90  # 100 ms
+    assert budget_of(4, itl=0.05) == 40
+    assert budget_of(4, n_batch=32) == 32
+    assert budget_of(0) == 2048  # nobody waits for a token
+
+
+def test_a_slow_device_gives_prompts_as_long_as_it_gives_those_who_decode() -> None:
+    assert budget_of(100) == 210  # 110 ms alone, so 220
+    assert budget_of(100, stretch=1) == 116  # prompts get 16 rows in any case
+
+
+@pytest.mark.parametrize("options", [{"itl": 0.0}, {"stretch": 0.5}, {"budget": 0}])
+def test_bad_options(options: dict[str, float]) -> None:
+    with pytest.raises(ArgumentError, match=next(iter(options))):
+        sarathi(**options)  # type: ignore[arg-type]

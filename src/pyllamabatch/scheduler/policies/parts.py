@@ -155,6 +155,52 @@ class TokenBudget:
         return n_ubatch * (n_decoding // n_ubatch + 1)
 
 
+LEAST_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Paced:
+    """Rows of a step: those that decode, and as many of prompts as keep its predicted time within
+    `itl` seconds, or, where a device is too slow for that, within `stretch` times what the decoding
+    rows take alone; 16 rows of prompts at the least. `otherwise`: where nothing can be
+    predicted."""
+
+    otherwise: TokenBudget = TokenBudget()
+    itl: float = 0.1
+    stretch: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.itl > 0:
+            raise ArgumentError("itl", self.itl, "more than 0 seconds")
+        if not self.stretch >= 1:
+            raise ArgumentError("stretch", self.stretch, "at least 1")
+
+    def __call__(self, view: StepView) -> int:
+        n, most = len(view.decoding), view.limits.n_batch
+        if view.cost is None or n == 0:
+            return self.otherwise(view)
+        if not (len(view.prefilling) or view.can_admit):
+            return most
+        kv = view.kv_total - view.kv_free
+        alone = view.cost.predict(n, 0, kv, n)
+        return n + most_within(view, max(self.itl, self.stretch * alone), LEAST_ROWS)
+
+
+def most_within(view: StepView, seconds: float, least: int) -> int:
+    """The most rows of a prompt that a step can have, beside all who decode, and be predicted to
+    take no longer than `seconds`; but `least` at the least."""
+    n, kv = len(view.decoding), view.kv_total - view.kv_free
+    predict = view.cost.predict
+    low, high = least, view.limits.n_batch - n
+    while low < high:  # the largest within the target: low always is, or is `least`
+        middle = (low + high + 1) // 2
+        if predict(n + middle, middle, kv, n + 1) <= seconds:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 @dataclass(frozen=True, slots=True)
 class WhatIsLeft:
     """As much of the prompt as the budget has left, at most `most` rows."""

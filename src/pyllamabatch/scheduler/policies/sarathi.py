@@ -1,22 +1,31 @@
 """Chunked prefill, decodes first: whoever decodes gets its row at every step, and prompts fill the
-rest of a token budget in chunks, so that no prompt holds anybody up for longer than such a step.
-Follows Sarathi-Serve (Agrawal et al., OSDI 2024).
+rest of a budget in chunks, so that no prompt holds anybody up for longer than such a step. Follows
+Sarathi-Serve (Agrawal et al., OSDI 2024), whose budget is a number of tokens that is profiled for
+each device; here it is found anew at each step, by the cost model.
 
 A plan repeats while everybody decodes and nobody can be admitted."""
 
 from __future__ import annotations
 
 from ..policy import ComposedPolicy
-from .parts import ALWAYS, FirstCome, NewestFirst, TokenBudget, WhatIsLeft, WhenItFits
+from .parts import ALWAYS, FirstCome, NewestFirst, Paced, TokenBudget, WhatIsLeft, WhenItFits
 
 
-def sarathi(*, budget: int | None = None, watermark: float = 0.01) -> ComposedPolicy:
-    """`budget`: rows of a step while somebody decodes (default: see `TokenBudget`). `watermark`:
-    see `WhenItFits`."""
+def sarathi(
+    *,
+    budget: int | None = None,
+    itl: float = 0.1,
+    stretch: float = 2.0,
+    watermark: float = 0.01,
+) -> ComposedPolicy:
+    """`budget`: rows of a step while somebody decodes, whatever they take. Without it a step may
+    take `itl` seconds, or `stretch` times what the decoding rows take alone if that is longer (and
+    without a cost model have the rows that `TokenBudget` says). `watermark`: see `WhenItFits`."""
+    paced = Paced(TokenBudget(), itl, stretch)
     return ComposedPolicy(
         order=FirstCome(),
         admit=WhenItFits(watermark),
-        budget=TokenBudget(budget),
+        budget=paced if budget is None else TokenBudget(budget),
         chunk=WhatIsLeft(),
         victim=NewestFirst(),
         repeat=ALWAYS,

@@ -15,7 +15,7 @@ from math import inf
 from ...errors import ArgumentError
 from ..policy import Budget, ComposedPolicy, Decodes
 from ..view import SequenceView, StepView
-from .parts import ALWAYS, LastRanked, TokenBudget, WhatIsLeft, WhenItFits
+from .parts import ALWAYS, LastRanked, TokenBudget, WhatIsLeft, WhenItFits, most_within
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +63,7 @@ class WithinTarget:
         target = min(self.itl, float(view.running.column("itl_target").min()))
         if view.cost is None or target == inf:
             return self.otherwise(view)
-        predict, kv = view.cost.predict, view.kv_total - view.kv_free
-        low, high = self.least, most - n
-        while low < high:  # the largest within the target: low always is, or is `least`
-            middle = (low + high + 1) // 2
-            if predict(n + middle, middle, kv, n + 1) <= target:
-                low = middle
-            else:
-                high = middle - 1
-        return n + low
+        return n + most_within(view, target, self.least)
 
 
 def slo(
