@@ -54,7 +54,8 @@ def n_prompt_rows(prompts: list[list[int]]) -> int:
 def test_a_common_beginning_is_computed_once(
     model: Model, architecture: Architecture, alone: list[Reference], unified: bool
 ) -> None:
-    with engine_on(model, kv_unified=unified, n_ctx=1024 if unified else 4096) as engine:
+    options = {"kv_unified": unified, "n_ctx": 1024 if unified else 4096, "prefix_cache": True}
+    with engine_on(model, **options) as engine:
         results = engine.generate(PROMPTS, GREEDY)
         stats = engine.stats()
     assert_as_alone([r.tokens for r in results], alone, tolerance(architecture.name), 0.98)
