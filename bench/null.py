@@ -177,7 +177,9 @@ class NullEngine:
         machine's: the decoder's, the delivery thread's."""
         decoder, machine = self._decoder, self.machine
         if self._read:
-            decoder.delivery._watched.update(r.stream for r in decoder.seats.at if r is not None)
+            decoder.delivery._watched.update(
+                r.stream for r in decoder.seats.open.values() if r.slot >= 0
+            )
         machine.own_ns, began = 0, time.thread_time_ns()
         if decoder._mail or not decoder.scheduler.idle:
             decoder._take_mail()

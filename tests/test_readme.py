@@ -1,4 +1,4 @@
-"""The Python in README.md and docs/raw.md runs as it is printed, each block in a new process."""
+"""The Python in the README and two guides runs as it is printed, each block in a new process."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RAW = (ROOT / "docs" / "raw.md").read_text(encoding="utf-8")
+ENGINE = (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -84,3 +85,11 @@ def test_the_layers_name_real_files() -> None:
     for cell in re.findall(r"^\| [a-z]+ \| (.*?) \|", table, re.MULTILINE):
         for name in re.findall(r"`([^`]+)`", cell):
             assert (ROOT / name).exists() or (ROOT / "src" / "pyllamabatch" / name).exists(), name
+
+
+def test_the_guide_of_the_engine() -> None:
+    requests, schema, tasks, by_hand = blocks(ENGINE, "python")
+    assert run(requests).split() == ["hello", "stop", "reward", "stop", "4", "2", "stop"]
+    assert run(schema) == "['n', 'word']\n"
+    assert run(tasks) == "0 1 2 3 [4, 4, 4]\n"
+    assert run(by_hand) == "hello 4 True\n"

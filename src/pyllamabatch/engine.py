@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from . import aio
 from ._limits import max_position
 from ._model_params import PathLike
 from ._stream_step import StreamStepper
@@ -33,7 +35,7 @@ from .sequence import Sequence as HandDriven
 from .sequence import by_hand
 from .sharing import n_kept, sharing_of, swap_choice
 from .stats import EngineStats, stats_of
-from .stream import Result, Stream
+from .stream import Result, Stream, Token
 from .text import Pieces
 from .trace import StepTrace, Trace, trace_dtype
 from .vocab import pieces_of
@@ -176,6 +178,7 @@ class Engine:
         self._prefix_cache = bool(prefix_cache)
         self._stepper = stepper
         self._ids = itertools.count(1)
+        self._relays = aio.Relays()
 
         def close() -> None:
             stepper.close()
@@ -270,6 +273,35 @@ class Engine:
             for stream in streams:
                 stream.cancel()
             raise
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        **options: Unpack[Options],
+    ) -> AsyncGenerator[Token, None]:
+        """`submit` for asyncio: `async for token in engine.stream(prompt)`. The request is made at
+        the first step of the loop, which waits while the line is full. Leaving the loop, or
+        cancelling its task, cancels the request (where it matters when, use
+        `contextlib.aclosing`). Raises what `submit` raises, and the request's error at the end."""
+        relay = self._relays.here()
+        with self._decoder.visit():
+            request = self._request(prompt, params, options)
+            await aio.submit(self._decoder, request, relay)
+        async with aclosing(aio.tokens(request.stream, relay)) as tokens:
+            async for token in tokens:
+                yield token
+
+    async def agenerate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Unpack[Options],
+    ) -> list[Result]:
+        """`generate` for asyncio. Cancelling the task cancels the requests."""
+        relay = self._relays.here()
+        requests = self._requests(prompts, params, options)
+        return await aio.generate(self._decoder, requests, relay)
 
     def sequence(
         self, params: SamplingParams | None = None, *, priority: int = 0, tenant: str = ""

@@ -105,6 +105,7 @@ class Stream:
         self._n_dropped = 0  # tokens behind it
         self._result: Result | None = None
         self._callbacks: list[Callable[[Stream], Any]] = []
+        self._calls: list[Callable[[], None]] = []  # for more
         self._cancel = cancel
         self._watch = watch
         self._keep = keep  # the engine lives as long as its streams
@@ -216,7 +217,7 @@ class Stream:
     def _tell(self) -> None:
         """Wake who waits for more."""
         with self._lock:
-            self._more.notify_all()
+            self._call_all()
 
     def _finish(
         self,
@@ -257,7 +258,7 @@ class Stream:
             )
             self._keep = None
             callbacks, self._callbacks = self._callbacks, []
-            self._more.notify_all()
+            self._call_all()
             self._end.notify_all()
         for callback in callbacks:
             self._call(callback)
@@ -331,6 +332,30 @@ class Stream:
             self._watch(self)
             if not self._has_more():  # looked at again: `_watch` was too late for what came before
                 self._more.wait()
+
+    def _when_more(self, index: int, call: Callable[[], None]) -> bool:
+        """Whether there are decided tokens from `index` on, or the end. If not, `call()` once when
+        there may be, with the lock held."""
+        with self._lock:
+            while True:
+                self._catch_up()
+                if self._feed.n_decided > index or self._result is not None:
+                    return True
+                self._watch(self)
+                if not self._has_more():  # see `_wait_for_more`
+                    self._calls.append(call)
+                    return False
+
+    def _decided(self, index: int) -> list[Token]:
+        """The tokens from `index` on whose text is decided."""
+        with self._lock:
+            return [self._token(i) for i in range(index, self._feed.n_decided)]
+
+    def _call_all(self) -> None:
+        self._more.notify_all()
+        calls, self._calls = self._calls, []
+        for call in calls:
+            call()
 
     def _look(self) -> None:
         """Without the lock: who looks at what there is finds what is new when he looks again."""
