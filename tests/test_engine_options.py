@@ -210,3 +210,31 @@ def test_closing_wakes_who_waits_for_room(model: Model) -> None:
     engine.close(wait=False)
     thread.join()
     assert len(caught) == 1
+
+
+# -- min_tokens
+
+
+def test_nothing_ends_a_text_before_min_tokens() -> None:
+    with Model.default() as model, small(model) as engine:
+        prompt = "Copy: abcdefgh. Copy: abcdefgh."
+        free = engine.submit(prompt, SamplingParams(temperature=0, max_tokens=24, ignore_eog=True))
+        whole = free.result(60)
+        character, token = whole.text[0], whole.tokens[0]
+        for n in (1, 5, 20):
+            endings: list[dict[str, Any]] = [{"stop": (character,)}, {"stop_token_ids": (token,)}]
+            for ends in endings:
+                params = SamplingParams(
+                    temperature=0, max_tokens=24, ignore_eog=True, min_tokens=n, **ends
+                )
+                result = engine.submit(prompt, params).result(60)
+                assert result.n_generated >= n
+                if "stop" in ends and result.finish_reason == "stop":
+                    assert result.tokens == whole.tokens[: result.n_generated]
+            stops = tuple(set(whole.text))
+            always = SamplingParams(
+                temperature=0, max_tokens=24, ignore_eog=True, min_tokens=n, stop=stops
+            )
+            result = engine.submit(prompt, always).result(60)
+            assert (result.finish_reason, result.n_generated) == ("stop", n + 1)
+            assert whole.text.startswith(result.text)

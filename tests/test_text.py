@@ -121,3 +121,11 @@ def test_pieces_are_fetched_once_and_together() -> None:
     assert pieces.of([9, 1]) == [b"9", b"1"]
     assert pieces.of([]) == []
     assert asked == [[7, 8, 9], [1]]
+
+
+def test_the_first_tokens_are_not_searched() -> None:
+    feed = TextFeed(["ab"], 3)
+    pieces = [b"ab", b"a", b"b a", b"b", b"a", b"bc"]
+    assert [feed.feed(piece) for piece in pieces] == [False] * 5 + [True]
+    assert feed.text == "abab ab"
+    assert feed.stop == "ab"

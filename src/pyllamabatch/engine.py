@@ -345,6 +345,7 @@ class Engine:
             len(tokens),
             pieces=self._pieces,
             stops=params.stop,
+            min_tokens=params.min_tokens,
             logprobs=params.logprobs,
             cancel=self._decoder.cancel,
             watch=self._decoder.delivery.watch,

@@ -27,7 +27,8 @@ class SamplingParams:
     equals) after bias, penalties and grammar; the truncations have no say then.
 
     - max_tokens: tokens to generate, at least 1. min_tokens: as many are generated before an
-      end-of-generation token or a stop token id may be chosen.
+      end-of-generation token or a stop token id may be chosen, and stop strings are looked for
+      behind them.
     - top_k <= 0, top_p = 1, min_p = 0, typical_p = 1, repeat_penalty = 1, frequency_penalty = 0
       and presence_penalty = 0 are each "off".
     - penalty_last_n: how many tokens back the penalties look, prompt included; -1 is all of them.

@@ -79,6 +79,7 @@ class Stream:
         *,
         pieces: Pieces,
         stops: tuple[str, ...] = (),
+        min_tokens: int = 0,
         logprobs: int | None = None,
         cancel: Callable[[Stream], None],
         watch: Callable[[Stream], None],
@@ -100,7 +101,7 @@ class Stream:
         self._pieces_of = pieces.of
         self._harmless = pieces.harmless(stops) if stops else None
         self._pieces: list[bytes] = []  # of all tokens, at the end
-        self._feed = TextFeed(stops)
+        self._feed = TextFeed(stops, min_tokens)
         self._stopped = False  # by a stop string
         self._n_dropped = 0  # tokens behind it
         self._result: Result | None = None

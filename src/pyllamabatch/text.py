@@ -65,16 +65,27 @@ class TextFeed:
     in it any more. `parts[i]` is the text of token i: a character whose bytes come from several
     tokens belongs to the last of them, bytes that are not UTF-8 become U+FFFD. The text ends
     before the stop string that is complete first (of several complete at the same place, the one
-    that began first); how the text was cut into tokens makes no difference.
+    that began first); how the text was cut into tokens makes no difference. `min_tokens`: in the
+    text of so many tokens, the first ones, stop strings are not looked for.
     """
 
-    __slots__ = ("_decode", "_held", "_state", "_stops", "n_decided", "parts", "stop")
+    __slots__ = (
+        "_decode",
+        "_held",
+        "_min_tokens",
+        "_state",
+        "_stops",
+        "n_decided",
+        "parts",
+        "stop",
+    )
 
-    def __init__(self, stops: Sequence[str] = ()) -> None:
+    def __init__(self, stops: Sequence[str] = (), min_tokens: int = 0) -> None:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._decode = decoder.decode
         self._state = decoder.getstate
         self._stops = tuple(stops)
+        self._min_tokens = min_tokens
         self._held = ""  # the end of the text, in which a stop string may have begun
         self.parts: list[str] = []
         self.n_decided = 0
@@ -84,7 +95,7 @@ class TextFeed:
         """The next token's piece; True when a stop string is complete, which ends the text."""
         part = self._decode(piece)
         self.parts.append(part)
-        if self._stops and part:
+        if self._stops and part and len(self.parts) > self._min_tokens:
             self._held += part
             if self._find_stop():
                 return True
