@@ -100,7 +100,8 @@ class LeastServed:
                 counters[first] = inf
             else:
                 yield seq
-                counters[first] += self._prompt * seq.n_prompt
+                if not seq.preemptions:  # else it has been charged
+                    counters[first] += self._prompt * seq.n_prompt
 
 
 def fair(
