@@ -131,6 +131,10 @@ def test_slo_without_a_target_or_a_model_has_a_token_budget() -> None:
     assert tokens(slo(itl=2.0, least=1), decoding(1), waiting(3, 40), cost=Cost()) == {1: 1, 3: 9}
     assert tokens(slo(itl=1.5, least=1), decoding(1), waiting(3, 40), cost=Cost()) == {1: 1, 3: 4}
     assert tokens(slo(itl=2.0), decoding(1, itl_target=1.0), waiting(3, 40)) == {1: 1, 3: 15}
+    own = decoding(1, itl_target=2.0)  # which goes before `itl`
+    assert tokens(slo(itl=1.5, least=1), own, waiting(3, 40), cost=Cost()) == {1: 1, 3: 9}
+    close = slo(margin=0.8, least=1)
+    assert tokens(close, own, waiting(3, 40), cost=Cost()) == {1: 1, 3: 5}
     assert tokens(slo(budget=5), decoding(1), waiting(3, 40)) == {1: 1, 3: 4}
 
 

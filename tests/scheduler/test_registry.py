@@ -44,7 +44,7 @@ def test_options_are_those_of_the_function() -> None:
     [
         ("nobody", r"one of fair, fcfs, mlfq, .*static"),
         ("sarathi:512", r"NAME:option=value"),
-        ("sarathi:rows=512", r"no option 'rows'; options of sarathi: budget, watermark"),
+        ("sarathi:rows=512", r"no option 'rows'; options of sarathi: budget, .*watermark"),
         ("sarathi:budget=many", r"budget='many': must be int or None"),
         ("sarathi:budget=1.5", r"budget=1.5: must be int or None"),
         ("sarathi:budget=True", r"budget=True: must be int or None"),
@@ -54,6 +54,7 @@ def test_options_are_those_of_the_function() -> None:
         ("static:wait=-1", r"wait=-1.0: seconds"),
         ("slo:itl=0", r"itl=0.0: more than 0"),
         ("slo:least=0", r"least=0: at least 1 row"),
+        ("slo:margin=0", r"margin=0.0: above 0"),
         ("mlfq:growth=0", r"growth=0: at least 1"),
         ("mlfq:patience=0", r"patience=0: at least 1 step"),
         ("prefix:patience=0", r"patience=0: at least 1 step"),

@@ -49,21 +49,24 @@ class EarliestDeadline:
 @dataclass(frozen=True, slots=True)
 class WithinTarget:
     """Rows of a step: those that decode, and as many of prompts as keep its predicted time within
-    the smallest ITL target of the running sequences (`itl` for those without one), but `least` at
-    the least. `otherwise`: where there is no cost model, or no target."""
+    `margin` times the smallest ITL target of the running sequences (`itl` for those without one),
+    but `least` at the least. `otherwise`: where there is no cost model, or no target."""
 
     otherwise: Budget
     itl: float = inf
     least: int = 16
+    margin: float = 1.0
 
     def __call__(self, view: StepView) -> int:
         n, most = len(view.decoding), view.limits.n_batch
         if n == 0 or not (len(view.prefilling) or view.can_admit):
             return most
-        target = min(self.itl, float(view.running.column("itl_target").min()))
+        targets = view.running.column("itl_target")
+        targets[targets == inf] = self.itl
+        target = float(targets.min())
         if view.cost is None or target == inf:
             return self.otherwise(view)
-        return n + most_within(view, target, self.least)
+        return n + most_within(view, self.margin * target, self.least)
 
 
 def slo(
@@ -71,23 +74,27 @@ def slo(
     itl: float = inf,
     ttft: float = inf,
     least: int = 16,
+    margin: float = 1.0,
     budget: int | None = None,
     watermark: float = 0.01,
 ) -> ComposedPolicy:
     """`itl`: seconds between two tokens at most, where a sequence has no target of its own. `ttft`:
     seconds from arrival to deadline, where it has no deadline. `least`: rows of a step that prompts
-    get in any case. `budget`: rows of a step where nothing can be predicted (default: see
-    `TokenBudget`). `watermark`: see `WhenItFits`."""
+    get in any case. `margin`: the share of a target that a predicted step may take, below 1 because
+    a prediction errs and a step is not all that a reader waits for. `budget`: rows of a step where
+    nothing can be predicted (default: see `TokenBudget`). `watermark`: see `WhenItFits`."""
     for name, seconds in (("itl", itl), ("ttft", ttft)):
         if not seconds > 0:
             raise ArgumentError(name, seconds, "more than 0 seconds")
     if least < 1:
         raise ArgumentError("least", least, "at least 1 row")
+    if not 0 < margin <= 1:
+        raise ArgumentError("margin", margin, "above 0, at most 1")
     rank = Deadline(ttft)
     return ComposedPolicy(
         order=EarliestDeadline(rank),
         admit=WhenItFits(watermark),
-        budget=WithinTarget(TokenBudget(budget), itl, least),
+        budget=WithinTarget(TokenBudget(budget), itl, least, margin),
         chunk=WhatIsLeft(),
         victim=LastRanked(rank),
         repeat=ALWAYS,
