@@ -220,6 +220,30 @@ def test_what_is_kept_makes_way_the_oldest_first() -> None:
     assert rig.cache.n_kept == 0
 
 
+def test_what_nobody_has_started_from_is_kept_up_to_a_share() -> None:
+    ledger = KvLedger(32_000, 12)
+    cache = PrefixCache(ledger, Sharing(copy_part=True, copy_whole=True, trim=True, n_kept=9))
+
+    def run(tokens: Tokens, *, comes_back: bool = False) -> int:
+        hit = cache.find(tokens, "")
+        slot = cache.start(1, hit)
+        cache.lives(slot, tokens, "", hit.n)
+        ledger.take(slot, len(tokens) - hit.n)
+        cache.leaves(slot, tokens, comes_back=comes_back)
+        return hit.n
+
+    used = text(0, 1000)
+    run(used)
+    assert run(np.concatenate((used, text(1, 30)))) == 1000
+    back = text(2, 1000)
+    run(back, comes_back=True)
+    for i in range(10, 20):
+        run(text(i, 1000))
+        assert ledger.kept <= 4000 + 2 * 1030
+    assert cache.find(used, "").n == cache.find(back, "").n == 999
+    assert [cache.find(text(i, 1000), "").n for i in (10, 15, 16, 19)] == [0, 0, 999, 999]
+
+
 def test_nothing_is_kept_when_it_is_not_wanted() -> None:
     rig, tokens = Rig(UNIFIED, keep=False), text(0, 60)
     slot, _ = rig.start(tokens)

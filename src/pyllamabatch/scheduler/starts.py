@@ -189,4 +189,4 @@ class Starts:
             self._saved[id] = n
             self.cache.moves.append(Move("save", slot, n=n, id=id))
             tokens = None
-        self.cache.leaves(slot, tokens)
+        self.cache.leaves(slot, tokens, comes_back=True)
