@@ -61,6 +61,7 @@ measure() {
 cores=$(python -c 'from bench.schema import machine; print(machine()["n_cores"])')
 measure sampler --repeats 3
 measure sampler --repeats 3 --rows 64 --threads "1,$cores"
+measure step --model "$model" --budget 60
 measure decode --model "$model" -B "$counts" --prompt-tokens 256 --tokens 128 \
     --repeats "$repeats" --arms llama-batched-bench,stepper,engine --budget "$budget"
 measure serve --model "$model" --clients "$counts" --repeats "$repeats" --answer-limit 60 \
