@@ -10,11 +10,13 @@ import pytest
 
 from pyllamabatch import Model
 from pyllamabatch.cli import main
-from pyllamabatch.device.calibrate import calibrate, open_rig, plan_shapes
+from pyllamabatch.cli.calibrate import lines, summary
+from pyllamabatch.device import where
+from pyllamabatch.device.calibrate import _sample, calibrate, open_rig, plan_shapes
 from pyllamabatch.device.cost import CostModel
 from pyllamabatch.device.profile import Profile, Shape
 from pyllamabatch.device.regimes import kernels
-from pyllamabatch.device.rig import Rig
+from pyllamabatch.device.rig import Rig, Took
 from pyllamabatch.errors import ArgumentError
 
 
@@ -88,6 +90,21 @@ def test_rig_is_as_large_as_memory_allows(
     monkeypatch.setattr("pyllamabatch.device.residency.host_available", lambda: 8 * 2**20)
     with Model(tiny_llama_path) as model, open_rig(model, True, {"n_threads": 1}) as rig:
         assert 256 <= rig.context.n_ctx < 36864
+
+
+def test_disturbed_steps_are_told(tiny_llama_path: Path) -> None:
+    took = [Took(0.5, True), Took(0.2, True)]
+    sample = _sample(Shape(4, depth=8), took, True)
+    assert (sample.seconds, sample.n) == (0.2, 0)
+    calm = _sample(Shape(4, depth=8), [*took, Took(0.3, False)], True)
+    assert (calm.seconds, calm.n) == (0.3, 1)
+    with Model(tiny_llama_path) as model, model.context(n_ctx=64) as context:
+        key = where.key_of(context)
+    profile = Profile(key, kernels("CPU", "F32"), (sample, calm), 64, about={"complete": True,
+                                                                         "model": ""})  # fmt: skip
+    found = summary(profile)
+    assert found["disturbed"] == 1
+    assert any("1 of them were disturbed" in line for line in lines(profile, found))
 
 
 def test_shapes_cover_the_edges() -> None:

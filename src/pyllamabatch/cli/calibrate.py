@@ -81,6 +81,7 @@ def summary(profile: Profile) -> dict[str, Any]:
         "device": profile.key.device,
         "backend": profile.key.backend,
         "samples": len(profile.samples),
+        "disturbed": sum(sample.n == 0 for sample in profile.samples),
         "complete": profile.about["complete"],
         "layouts": {},
     }
@@ -113,6 +114,11 @@ def lines(profile: Profile, found: dict[str, Any]) -> list[str]:
         f"{found['device']} ({found['backend']}), {profile.about['model']}: "
         f"{found['samples']} shapes" + ("" if found["complete"] else ", interrupted")
     ]
+    if found["disturbed"]:
+        out.append(
+            f"{found['disturbed']} of them were disturbed at every try: "
+            "measure again when nobody else uses the processor"
+        )
     for name, layout in found["layouts"].items():
         out.append(
             f"{name}: the model is {layout['held_out_median']:.1%} off where it was not measured "
