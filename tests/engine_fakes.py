@@ -78,6 +78,7 @@ class FakeMachine:
     rung: bool = False
     sharing: Sharing = field(default_factory=Sharing)  # what its memory can do
     stubborn: bool = False  # it refuses every copy
+    lossy: bool = False  # its copies are empty
     cells: dict[int, list[Cell]] = field(default_factory=dict)
     slots: dict[int, Slot] = field(default_factory=dict)
     n_steps: int = 0
@@ -246,7 +247,7 @@ class FakeMachine:
             raise UnsupportedOperation("no copies today")
         n = len(self.cells[src]) if p1 < 0 else p1
         assert self.sharing.copy_whole if p1 < 0 else self.sharing.copy_part
-        copied = self.cells[src][:n]
+        copied = [] if self.lossy else self.cells[src][:n]
         unified = self.limits.unified
         self.cells[dst] = copied if unified else [(token, object()) for token, _ in copied]
 

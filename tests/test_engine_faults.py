@@ -269,7 +269,7 @@ faults = st.dictionaries(st.integers(1, 60), st.sampled_from([1, 2, -1, -2]), ma
         ]
     ),
     st.sampled_from(["recompute", "swap"]),
-    st.booleans(),
+    st.sampled_from(["", "", "stubborn", "lossy"]),
 )
 def test_any_mix_of_arrivals_cancels_and_faults(
     operations: list[tuple[str, int, int]],
@@ -278,17 +278,17 @@ def test_any_mix_of_arrivals_cancels_and_faults(
     n_steps_max: int,
     sharing: Sharing,
     preemption: Any,
-    stubborn: bool,
+    memory: str,
 ) -> None:
-    """Every other prompt begins as the one before it. `stubborn`: the memory refuses all copies and
-    states, so everything has to be computed after all."""
+    """Every other prompt begins as the one before it. `memory`: it refuses all copies and states
+    ("stubborn"), or makes empty ones without a word, so everything has to be computed after all."""
     if not limits.unified:
         n_slots = limits.n_seq_max + sharing.n_kept
         limits = replace(limits, n_cells=n_slots * limits.n_cells_seq)
     rig = Rig(
         limits, faults.get, n_steps_max=n_steps_max, sharing=sharing, swap=SwapChoice(preemption)
     )
-    rig.machine.stubborn = stubborn
+    rig.machine.stubborn, rig.machine.lossy = memory == "stubborn", memory == "lossy"
     for name, a, b in operations:
         if name == "submit":
             max_tokens = min(b, limits.n_cells_seq - a + 1)

@@ -6,7 +6,7 @@ import logging
 from time import perf_counter
 from typing import Protocol
 
-from .errors import PyllamabatchError
+from .errors import PyllamabatchError, StateError
 from .kv import Move, SwapSpace
 from .machine import MemoryLike
 from .scheduler import Scheduler
@@ -56,6 +56,7 @@ class Mover:
             memory.seq_rm(slot, n)
         elif move.kind == "copy":
             memory.seq_cp(move.source, slot, *(() if move.whole else (0, n)))
+            self._check(slot, n)
         elif move.kind == "discard":
             self._space.drop(move.id)
         else:
@@ -66,7 +67,13 @@ class Mover:
             else:
                 state = self._space.take(move.id)
                 self._states.state_seq_set(state, slot)
+                self._check(slot, n)
             self._scheduler.starts.swap.copied(len(state), perf_counter() - start, n)
+
+    def _check(self, slot: int, n: int) -> None:
+        held = self._memory.pos_max(slot) + 1
+        if held != n:
+            raise StateError(f"{held} positions came instead of {n}")
 
     def _failed(self, move: Move) -> bool:
         """What it was for is given up. True when a sequence was to start from it."""

@@ -130,7 +130,9 @@ class Scheduler(HandDriven):
             self._short = False
             entry = self._leave(id)
             slot = entry.slot
-            self.starts.cache.leaves(slot, self._tokens(entry) if worth else None)
+            self.starts.cache.leaves(
+                slot, self._tokens(entry) if worth and self.starts.cache.keep else None
+            )
         else:
             self._get_out(id)
             self._changed()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from itertools import islice
 
 from ..kv import Hit, KvLedger, Move, PrefixCache, Sharing, SwapChoice
 from ..kv.prefix import NO_HIT, Key, key_of
@@ -125,7 +126,7 @@ class Starts:
             if self._ledger.held(pending.slot) >= pending.n:
                 self._dirty[id] = None
         moved = []
-        for id in list(self._dirty)[:LOOKS]:
+        for id in list(islice(self._dirty, LOOKS)):
             del self._dirty[id]
             start = self._waiting[id]
             before = start.hit, start.pending, start.saved
