@@ -250,10 +250,23 @@ def test_seeds_make_sampling_repeatable(tmp_path: Path) -> None:
     assert texts[0][0] == texts[0][2]
 
 
+def test_a_trace_of_what_the_engine_did(tmp_path: Path) -> None:
+    lines: Rows = [{"prompt": "a", "max_tokens": 3 + i} for i in range(4)]
+    prompts, trace = write(tmp_path / "in.jsonl", lines), tmp_path / "steps.json"
+    options = ("--parallel", 2, "--ignore-eog", "--trace", trace)
+    assert in_process("--prompts", prompts, "--out", tmp_path / "out.jsonl", "-q", *options) == 0
+    events = json.loads(trace.read_text())["traceEvents"]
+    steps = [event for event in events if event["name"] == "step"]
+    assert sum(step["args"]["sampled"] for step in steps) == 3 + 4 + 5 + 6
+    tracks = {e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert tracks == {"steps", *(f"request {i}" for i in range(1, 5))}
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--prompts", "in.jsonl", "--trace", "nowhere/steps.json"], "nowhere"),
         (["--prompts", "in.jsonl", "--out", "nowhere/out.jsonl"], "nowhere"),
         (["--prompts", "in.jsonl", "--out", "in.jsonl"], "input and the output"),
         (["--prompts", "in.jsonl", "--out", "notes.txt"], "--overwrite"),

@@ -48,11 +48,13 @@ from pyllamabatch.errors import EngineClosed, FatalDecodeError, PyllamabatchErro
 from pyllamabatch.model import Model
 from pyllamabatch.sampling import SEED_MAX, SamplingParams
 from pyllamabatch.stream import Stream
+from pyllamabatch.trace import to_chrome
 
 NAME = "generate"
 HELP = "answer a file of prompts, many at once"
 
 INTERRUPTED = 130
+N_TRACE = 2**16  # steps
 OPTION_NAMES = frozenset(field.name for field in fields(SamplingParams))
 
 
@@ -65,6 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="lines read ahead of the last one written; default 4 times --parallel",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="forget what --out holds")
+    parser.add_argument(
+        "--trace", metavar="FILE",
+        help=f"write the last {N_TRACE} steps as JSON for https://ui.perfetto.dev",
+    )  # fmt: skip
     parser.add_argument("-q", "--quiet", action="store_true", help="report bad lines only")
     add_model_arguments(parser)
     add_context_arguments(parser)
@@ -106,7 +112,13 @@ def _run(args: argparse.Namespace, stack: ExitStack) -> int:
     def on_problem(row: Row) -> None:
         bar.note(f"{name}:{row['line']}: id {row['id']!r}: {row['error']}")
 
-    engine = stack.enter_context(open_engine(model, args, args.parallel))
+    traced = {}
+    if args.trace is not None:
+        open(args.trace, "w").close()  # if it can't be written, that is said now
+        traced["n_trace"] = N_TRACE
+    engine = stack.enter_context(open_engine(model, args, args.parallel, **traced))
+    if args.trace is not None:
+        stack.callback(lambda: to_chrome(engine.trace(), args.trace))
     if args.overwrite and isinstance(sink, FileSink):  # only now that nothing else can be wrong
         sink.clear()
     job = Job(

@@ -110,8 +110,8 @@ def load_model(args: argparse.Namespace) -> Model:
     return Model(args.model, n_gpu_layers=args.n_gpu_layers)
 
 
-def open_engine(model: Model, args: argparse.Namespace, n_seq_max: int) -> Engine:
-    """An engine with the context flags of `add_context_arguments`."""
+def open_engine(model: Model, args: argparse.Namespace, n_seq_max: int, **options: Any) -> Engine:
+    """An engine with the context flags of `add_context_arguments` and these options."""
     given = {
         "n_ctx": args.n_ctx,
         "n_batch": args.n_batch,
@@ -120,7 +120,7 @@ def open_engine(model: Model, args: argparse.Namespace, n_seq_max: int) -> Engin
         "n_threads": args.threads,
         "n_threads_batch": args.threads,
     }
-    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    settings = options | {name: value for name, value in given.items() if value is not None}
     if args.policy is not None:
         settings["policy"] = make_policy(args.policy)
     return Engine(model, n_seq_max=n_seq_max, **settings)
