@@ -119,6 +119,7 @@ def soak(
         n_threads=case.n_threads,
         n_threads_batch=case.n_threads,
         kv_unified=case.kv_unified,
+        n_trace=256,  # full before memory is looked at
         flash_attn_type="disabled",
         type_k="f32",
         type_v="f32",

@@ -74,9 +74,9 @@ class Decoder:
             stepper, scheduler.n_slots, self._stopped, self._delivery_failed, trace
         )
         self.seats = Seats(scheduler, stepper, self.delivery, trace, self._left_line)
-        self.hands = Hands(scheduler, stepper, memory, self.seats)
         scheduler.tokens_of = self.seats.tokens_of
         self._space = SwapSpace(0) if space is None else space
+        self.hands = Hands(scheduler, stepper, memory, self.seats, states, self._space)
         self._mover = Mover(scheduler, memory, states, self._space)
         self._n_failures = 0  # of llama_decode, one after the other
         self._stepper: StepperLike = stepper

@@ -7,12 +7,15 @@ from math import isnan
 from time import perf_counter
 from typing import Any
 
+from . import snapshot
 from ._step import Finish
 from .errors import Cancelled, EngineClosed, PyllamabatchError, SamplingError, UnsupportedOperation
 from .hand import Call, Draw, Hand
-from .machine import MemoryLike, StepperLike
+from .kv import SwapSpace
+from .machine import MemoryLike
 from .scheduler import Scheduler, Step
 from .seats import Seats
+from .snapshot import Saved
 
 
 class Hands:
@@ -22,15 +25,19 @@ class Hands:
     def __init__(
         self,
         scheduler: Scheduler,
-        stepper: StepperLike,
+        stepper: Any,
         memory: MemoryLike,
         seats: Seats,
+        states: Any,
+        space: SwapSpace,
     ) -> None:
         self._open = seats.hands
         self._scheduler = scheduler
         self._stepper = stepper
         self._memory = memory
         self._seats = seats
+        self._states = states  # the context
+        self._space = space
 
     # -- what owners ask for
 
@@ -61,6 +68,53 @@ class Hands:
         self._renew(hand, sampler)
         hand.call, hand.back_to = call, n
         self._settle(hand)
+
+    def compute(self, hand: Hand, call: Call) -> None:
+        """All of its tokens but the last, as behind a prompt."""
+        n = len(hand.tokens)
+        try:
+            self._scheduler.extend(hand.id, 0)
+        except PyllamabatchError as error:
+            call.finish(error=error)
+            return
+        hand.call, hand.back_to = call, n
+        self._settle(hand)
+
+    def save(self, hand: Hand, call: Call) -> None:
+        """It as bytes; None when it has given its cells up meanwhile."""
+        if hand.slot < 0:
+            call.finish(None)
+            return
+        params = None if hand.spent else hand.params
+        try:
+            data = snapshot.save(
+                self._states, self._stepper, hand.slot, hand.tokens, params, hand.n_given
+            )
+        except PyllamabatchError as error:
+            call.finish(error=error)
+        else:
+            call.finish(data)
+
+    def restore(self, hand: Hand, saved: Saved, data: bytes, sampler: Any, call: Call) -> None:
+        """It is what was saved."""
+        if hand.tokens:
+            self._trim(hand, 0)
+        hand.tokens += saved.tokens.tolist()
+        self._open[hand.id] = hand
+        self._space.put(hand.id, data)
+        self._scheduler.add(
+            hand.id,
+            len(hand.tokens),
+            1,
+            arrival=perf_counter(),
+            priority=hand.priority,
+            tenant=hand.tenant,
+            by_hand=True,
+            saved=saved.n_computed,
+        )
+        self._renew(hand, sampler)
+        hand.n_given = saved.n_prompt
+        call.finish()
 
     def ask(self, hand: Hand, sampler: Any, call: Call) -> None:
         """Sample the next token; with another sampling state, if there is one."""
@@ -127,9 +181,11 @@ class Hands:
 
     def _settle(self, hand: Hand) -> None:
         """The end of a prompt, if all of it is computed."""
-        if hand.back_to is not None and self._scheduler.sequence(hand.id).remaining == 0:
-            call, hand.call = hand.call, None
-            assert call is not None
+        call = hand.call
+        if call is None or hand.back_to is None:
+            return
+        if self._scheduler.sequence(hand.id).remaining == 0:
+            hand.call = None
             call.finish()
 
     def _take_back(self, hand: Hand, error: Exception) -> None:

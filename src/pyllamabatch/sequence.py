@@ -15,6 +15,7 @@ from ._step import Finish
 from .errors import ArgumentError, ClosedError, EngineClosed
 from .hand import Call, Draw, Hand
 from .sampling import INT32_MAX, SEED_MAX, SamplingParams
+from .snapshot import read, slot_of
 
 if TYPE_CHECKING:
     from .decoder import Decoder
@@ -170,6 +171,39 @@ class Sequence:
                     child.close()
                     raise
             return child
+
+    def snapshot(self) -> bytes:
+        """It as bytes: cells, tokens, and where its sampling is, for `restore` in any engine of the
+        same model. Raises ArgumentError for less than two tokens, StateError, UnsupportedOperation
+        (see `pyllamabatch.snapshot`), and what `prompt` raises."""
+        with self._lock:
+            self._check_open()
+            if self.position < 2:
+                raise ArgumentError("position", self.position, "a snapshot has two tokens or more")
+            while True:
+                self._call(lambda hands, call: hands.compute(self._hand, call))
+                data = self._call(lambda hands, call: hands.save(self._hand, call))
+                if data is not None:
+                    saved: bytes = data
+                    return saved
+
+    def restore(self, data: bytes) -> None:
+        """Be what was saved, in place of all that it knows, its sampling parameters included. Where
+        the state does not suit this engine's context, its tokens are computed again. Raises
+        StateError when the data are damaged or of another model, RequestTooLong."""
+        hand = self._hand
+        with self._lock:
+            self._check_open()
+            with self._decoder.visit():
+                saved = read(self._engine.model, data)
+                self._decoder.scheduler.check_fits(len(saved.tokens), 1)
+                sampler = slot_of(self._engine._stepper, saved)
+                if sampler is None:
+                    sampler = self._sampler(saved.tokens.tolist())
+            if saved.params is not None:
+                hand.params = saved.params
+            self._call(lambda hands, call: hands.restore(hand, saved, data, sampler, call))
+            self._reset_text()
 
     def cancel(self) -> None:
         """The call that another thread is in, if any, ends within a step: it raises Cancelled, and

@@ -103,6 +103,9 @@ class Scheduler(HandDriven):
         if id in self._running.ids or id in self._waiting.ids or id in self._aside:
             raise ValueError(f"sequence {id} is here already")
         self.check_fits(n_prompt, max_tokens)
+        goal = None
+        if by_hand:  # what is saved is loaded when its owner wants more
+            goal = 0 if saved else n_prompt - 1
         view = SequenceView(
             id=id,
             arrival=arrival,
@@ -111,7 +114,7 @@ class Scheduler(HandDriven):
             priority=priority,
             tenant=tenant,
             deadline=deadline,
-            goal=n_prompt - 1 if by_hand else None,
+            goal=goal,
             itl_target=itl_target,
             queued=self.counters.steps,
         )
