@@ -75,8 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-ub", "--n-ubatch", type=at_least(1), default=512, metavar="N")
     group.add_argument("--kv-unified", action=argparse.BooleanOptionalAction, default=True)
     group.add_argument(
-        "--prefix-cache", action=argparse.BooleanOptionalAction, default=True,
-        help="keep what requests leave behind",
+        "--prefix-cache", action=argparse.BooleanOptionalAction,
+        help="keep what requests leave behind (where cells are unified)",
     )  # fmt: skip
     group.add_argument(
         "--overhead", type=float, default=OVERHEAD, metavar="S", help="of a call beside its steps"
@@ -208,5 +208,6 @@ def _engine(args: argparse.Namespace, model: Model, policy: str) -> Any:
         n_batch=args.n_batch,
         n_ubatch=args.n_ubatch,
         kv_unified=args.kv_unified,
+        prefix_cache=args.prefix_cache,
         policy=make_policy(policy),
     )

@@ -54,19 +54,20 @@ class Machine:
         n_batch: int = 2048,
         n_ubatch: int = 512,
         unified: bool = True,
-        prefix_cache: bool = True,
+        prefix_cache: bool | None = None,
         overhead: float = OVERHEAD,
     ) -> Machine:
-        """One whose cells can do what those of ordinary attention can: any beginning can be shared
-        (unified), or taken over whole or cut (a stream for each sequence). As many slots are for
-        what is kept as an engine has, beside those that run."""
+        """One with ordinary attention, as an engine makes it: any beginning can be shared
+        (unified), or copied whole and cut (a stream for each sequence). `prefix_cache`: keep what
+        requests leave, default where cells are unified."""
         n_cells_seq = n_cells if unified else max(1, n_cells // n_seq_max)
+        keep = unified if prefix_cache is None else prefix_cache
         n_kept = 0
-        if unified:
+        if unified and keep:
             n_kept = max(0, min(max(n_seq_max, LEAST_KEPT), 256 - n_seq_max, n_batch - n_seq_max))
         limits = Limits(n_batch, n_ubatch, n_seq_max, n_cells, n_cells_seq, unified)
         sharing = Sharing(copy_part=unified, copy_whole=True, trim=True, n_kept=n_kept)
-        return cls(cost, limits, sharing if prefix_cache else Sharing(), prefix_cache, overhead)
+        return cls(cost, limits, sharing, keep, overhead)
 
 
 @dataclass(slots=True)
