@@ -46,12 +46,12 @@ def detail_of(arm: str, name: str) -> Figure:
 TARGETS = (
     Target(
         f"Python: us a step, steady decode, {N_SEQS} sequences",
-        detail_of("python, steady", "step_us"),
+        detail_of("python: steady", "step_us"),
         at_most=20.0,
     ),
     Target(
         "Stepper.step from Python: us over the C loop, 1 sequence",
-        detail_of("stepper, 1", "over_c_us"),
+        detail_of("stepper: 1", "over_c_us"),
         at_most=15.0,
     ),
 )
@@ -119,31 +119,31 @@ def all_arms(inside: InProcess) -> list[Arm]:
     nothing = "on a machine that computes nothing: CPU time of the decoder's and the delivery"
     return [
         Arm(
-            "python, steady",
+            "python: steady",
             f"{nothing} thread's work; nobody comes or goes, calls of {RUN} steps",
             False,
             partial(python_time, Workload(most=RUN)),
         ),
         Arm(
-            "python, each step planned",
+            "python: each step planned",
             f"{nothing} thread's work; a plan and a call for every step",
             False,
             partial(python_time, Workload(most=1)),
         ),
         Arm(
-            "python, each step read",
+            "python: each step read",
             f"{nothing} thread's work; planned as above, and every stream has a reader to wake",
             False,
             partial(python_time, Workload(most=1, read=True)),
         ),
         Arm(
-            "python, stop strings",
+            "python: stop strings",
             f"{nothing} thread's work; planned as above, two stop strings for every request",
             False,
             partial(python_time, Workload(most=1, stops=("Human:", "###"))),
         ),
         Arm(
-            "python, turnover",
+            "python: turnover",
             f"{nothing} thread's work; requests of {N_TOKENS} tokens, one ends and one is admitted "
             "every other step; submitting is the caller's time",
             False,
@@ -151,7 +151,7 @@ def all_arms(inside: InProcess) -> list[Arm]:
         ),
         *(
             Arm(
-                f"stepper, {n}",
+                f"stepper: {n}",
                 f"Python: {n} rows written, Stepper.step; over_c_us: time outside of the native "
                 "step, less that of plb_run's loop over the same steps",
                 True,
@@ -160,19 +160,19 @@ def all_arms(inside: InProcess) -> list[Arm]:
             for n in (1, N_SEQS)
         ),
         Arm(
-            "gap, steady",
+            "gap: steady",
             f"engine, {N_SEQS} requests of the same length, results at the end",
             True,
             partial(gaps, inside, Load()),
         ),
         Arm(
-            "gap, each token read",
+            "gap: each token read",
             "the same, and a thread for each stream reads every token",
             True,
             partial(gaps, inside, Load(read=True)),
         ),
         Arm(
-            "gap, turnover",
+            "gap: turnover",
             "engine, two requests in line for each sequence, of different lengths",
             True,
             partial(gaps, inside, Load(rounds=3)),

@@ -39,10 +39,10 @@ def test_every_arm_has_its_figures(rows: list[schema.Row]) -> None:
             assert 0 < detail["gap_share"] < 1
             assert row.t_tg > 0
     calls = {row.arm: row.detail.get("native_calls", 0) for row in rows}
-    assert calls["gap, turnover"] > calls["gap, steady"]
+    assert calls["gap: turnover"] > calls["gap: steady"]
     assert [target.measured(rows) for target in TARGETS] == [
-        detail_of("python, steady", "step_us")(rows),
-        detail_of("stepper, 1", "over_c_us")(rows),
+        detail_of("python: steady", "step_us")(rows),
+        detail_of("stepper: 1", "over_c_us")(rows),
     ]
 
 
