@@ -90,7 +90,8 @@ class Decoder:
         self._n_awaited = 0  # hand-driven sequences that the next step waits for
         self._max_waiting = max_waiting
         self._n_in_line = 0  # requests that have not had a slot yet
-        lock = threading.Lock()  # guards mail, closing and the line
+        # Guards mail, closing and the line. A forgotten sequence may be collected while it is held.
+        lock = threading.RLock()
         self._wake = threading.Condition(lock)
         self._room = threading.Condition(lock)  # in the line
         self._room_calls: list[Callable[[], None]] = []
