@@ -86,8 +86,11 @@ def test_live_and_simulated(
     assert main(["simulate", *trace, "--validate", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["live"]["requests"] == found["simulated"]["requests"] == 6
-    assert main(["simulate", *trace, "--validate"]) == 0
-    assert "| TTFT, median, ms |" in capsys.readouterr().out
+    table = tmp_path / "table.md"
+    assert main(["simulate", *trace, "--validate", "-t", "2", "--markdown", str(table)]) == 0
+    out = capsys.readouterr().out
+    assert "| TTFT, median, ms |" in out
+    assert table.read_text(encoding="utf-8") == out
 
 
 def test_splitting_policies() -> None:

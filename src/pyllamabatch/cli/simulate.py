@@ -88,7 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--markdown", type=Path, metavar="FILE")
     group.add_argument("--html", type=Path, metavar="FILE", help="with plots; needs matplotlib")
     group.add_argument("--json", action="store_true", help="print the figures as JSON")
-    parser.add_argument("--validate", action="store_true", help="live, too: one policy")
+    group = parser.add_argument_group("live")
+    group.add_argument("--validate", action="store_true", help="live, too: one policy")
+    group.add_argument("-t", "--threads", type=at_least(1), metavar="N", help="CPU threads")
     add_model_arguments(parser)
 
 
@@ -179,6 +181,7 @@ def validate(args: argparse.Namespace, policies: Sequence[str]) -> int:
                 raise ArgumentError(
                     "--validate", args.model, "there is no profile: run `pyllamabatch calibrate`"
                 )
+            about = live.describe(engine)
             machine = live.machine_of(engine, args.overhead)
             simulated = simulate(requests, machine, policies[0])
             live.warm_up(engine)
@@ -186,8 +189,11 @@ def validate(args: argparse.Namespace, policies: Sequence[str]) -> int:
     found = summarise(outcomes, [], {}), simulated.summary()
     if args.json:
         print(json.dumps({"live": found[0], "simulated": found[1]}))
-    else:
-        print(live.comparison(*found), end="")
+        return 0
+    text = f"{about}: {args.trace}, {args.n_seq_max} sequences\n\n{live.comparison(*found)}"
+    print(text, end="")
+    if args.markdown is not None:
+        _write(args.markdown, text)
     return 0
 
 
@@ -201,6 +207,9 @@ def _requests(args: argparse.Namespace, model: Model) -> list[Request]:
 def _engine(args: argparse.Namespace, model: Model, policy: str) -> Any:
     from pyllamabatch.engine import Engine
 
+    threads = {}
+    if args.threads is not None:
+        threads = {"n_threads": args.threads, "n_threads_batch": args.threads}
     return Engine(
         model,
         n_seq_max=args.n_seq_max,
@@ -210,4 +219,5 @@ def _engine(args: argparse.Namespace, model: Model, policy: str) -> Any:
         kv_unified=args.kv_unified,
         prefix_cache=args.prefix_cache,
         policy=make_policy(policy),
+        **threads,
     )

@@ -14,6 +14,7 @@ from time import perf_counter, sleep
 import numpy as np
 import numpy.typing as npt
 
+from ..device import where
 from ..engine import Engine
 from ..sampling import SamplingParams
 from .metrics import Outcome
@@ -30,6 +31,12 @@ COMPARED = {
 """Figures that a simulation is judged by."""
 
 _LEAD = 0.2  # s before the first arrival, to start the threads
+
+
+def describe(engine: Engine) -> str:
+    """Device and model."""
+    device, _, _ = where.device_of(engine._stepper._ready())
+    return f"{device.description}, {engine.model.description}"
 
 
 def machine_of(engine: Engine, overhead: float) -> Machine:

@@ -22,7 +22,8 @@ from .metrics import F64, Load, Outcome
 from .workload import Request
 
 N_POINTS = 2000  # of the curves over time, at least half of it once there are so many calls
-# Of the engine around a call, measured on two machines: plan, fill rows, hand over tokens.
+# Seconds of the engine around a call, on a fast core: plan, admission, rows of prompts. `python -m
+# bench step` measures what it is on a machine ("gap, turnover").
 OVERHEAD = 1e-4
 
 
