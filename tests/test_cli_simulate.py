@@ -85,7 +85,7 @@ def test_live_and_simulated(
     trace = ["--trace", "closed:clients=3,n=6,prompt=5-40,output=4-9", "-s", "4", "-c", "2048"]
     assert main(["simulate", *trace, "--validate", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["live"]["requests"] == found["simulated"]["requests"] == 6
+    assert [found[name]["requests"] for name in ("live", "profile", "refined")] == [6, 6, 6]
     table = tmp_path / "table.md"
     assert main(["simulate", *trace, "--validate", "-t", "2", "--markdown", str(table)]) == 0
     out = capsys.readouterr().out

@@ -66,8 +66,11 @@ def test_a_trace_in_real_time() -> None:
         if request.after is not None:
             assert outcome.arrival >= ends[request.after]
     live = summarise(outcomes, [], {})
-    text = comparison(live, simulate(requests, machine).summary())
-    assert text.count("\n") == 2 + len(COMPARED)
+    simulated = simulate(requests, machine).summary()
+    head, *lines = comparison(live, {"profile": simulated, "the same": live}).splitlines()
+    assert head == "| | live | profile | error | the same | error |"
+    assert len(lines) == 1 + len(COMPARED)
+    assert all(line.endswith("| +0.0% |") for line in lines[1:])
 
 
 def test_what_a_request_fails_with_is_raised() -> None:

@@ -4,7 +4,8 @@ The time of a step is that of a profile (`pyllamabatch calibrate`, or one that i
 is loaded. Several policies run the same trace, side by side. --trace takes a file (Azure's .csv,
 Mooncake's .jsonl, ShareGPT's .json) or draws one: poisson:rate=4,n=1000,prompt=100-900,output=128;
 gamma:rate=4,cv=3,…; closed:clients=16,…. With --validate the trace also runs live, in real time, on
-the model of -m, whose profile is the simulation's; both and the errors are printed.
+the model of -m; beside that, with the errors, stands the simulation by the stored profile, and by
+the cost model as the engine has refined it in that run.
 """
 
 from __future__ import annotations
@@ -182,15 +183,19 @@ def validate(args: argparse.Namespace, policies: Sequence[str]) -> int:
                     "--validate", args.model, "there is no profile: run `pyllamabatch calibrate`"
                 )
             about = live.describe(engine)
-            machine = live.machine_of(engine, args.overhead)
-            simulated = simulate(requests, machine, policies[0])
+            profiled = live.machine_of(engine, args.overhead)
             live.warm_up(engine)
-            outcomes = live.run_live(engine, requests)
-    found = summarise(outcomes, [], {}), simulated.summary()
+            figures = summarise(live.run_live(engine, requests), [], {})
+            refined = live.machine_of(engine, args.overhead)
+    simulated = {
+        "profile": simulate(requests, profiled, policies[0]).summary(),
+        "refined": simulate(requests, refined, policies[0]).summary(),
+    }
     if args.json:
-        print(json.dumps({"live": found[0], "simulated": found[1]}))
+        print(json.dumps({"live": figures, **simulated}))
         return 0
-    text = f"{about}: {args.trace}, {args.n_seq_max} sequences\n\n{live.comparison(*found)}"
+    table = live.comparison(figures, simulated)
+    text = f"{about}: {args.trace}, {args.n_seq_max} sequences\n\n{table}"
     print(text, end="")
     if args.markdown is not None:
         _write(args.markdown, text)

@@ -30,6 +30,8 @@ COMPARED = {
 }
 """Figures that a simulation is judged by."""
 
+Figures = Mapping[str, float]
+
 _LEAD = 0.2  # s before the first arrival, to start the threads
 
 
@@ -127,11 +129,12 @@ class _Live:
         return generator.integers(0, self._n_vocab, n, dtype=np.int32)
 
 
-def comparison(live: Mapping[str, float], simulated: Mapping[str, float]) -> str:
-    """Markdown: both, and the error of the simulation."""
-    lines = ["| | live | simulated | error |", "|---|---:|---:|---:|"]
+def comparison(live: Figures, simulated: Mapping[str, Figures]) -> str:
+    """Markdown: the live run beside simulations by name, with the error of each."""
+    heads = [text for name in simulated for text in (name, "error")]
+    lines = [f"| | live | {' | '.join(heads)} |", "|---|" + "---:|" * (1 + len(heads))]
     for name, label in COMPARED.items():
-        scale = 1e3 if label.endswith("ms") else 1.0
-        a, b = live[name], simulated[name]
-        lines.append(f"| {label} | {scale * a:.2f} | {scale * b:.2f} | {b / a - 1:+.1%} |")
+        scale, a = 1e3 if label.endswith("ms") else 1.0, live[name]
+        found = [f"{scale * b[name]:.2f} | {b[name] / a - 1:+.1%}" for b in simulated.values()]
+        lines.append(f"| {label} | {scale * a:.2f} | {' | '.join(found)} |")
     return "\n".join(lines) + "\n"
