@@ -356,7 +356,7 @@ def test_a_bad_grammar_says_why(
         ("pos", -1, r"0\.\."),
         ("seq", -1, r"0\.\.3"),
         ("seq", 4, r"0\.\.3"),
-        ("flags", 4, "OUTPUT and SAMPLE"),
+        ("flags", 8, "OUTPUT, SAMPLE and REPORT"),
         ("seq", 1, "a slot"),
     ],
 )
