@@ -113,7 +113,7 @@ void rows(fixture & f) {
     }
     f.row(1, 10, -1, 0, PLB_ROW_SAMPLE);
     refuses(f, 2, PLB_E_POS, 1);
-    f.row(1, 10, 1, 0, 4);
+    f.row(1, 10, 1, 0, 8);
     refuses(f, 2, PLB_E_FLAGS, 1);
     f.row(1, 10, 1, 1, PLB_ROW_SAMPLE);
     refuses(f, 2, PLB_E_NO_SLOT, 1);
