@@ -186,6 +186,9 @@ def test_every_policy_serves_everybody(
     for i, (arrival, n_prompt, n_output, begin, follows) in enumerate(drawn):
         content = ((begin, n_prompt),) if begin else ((100 + 2 * i, n_prompt),)
         after = i - 1 if follows and i else None
+        # Steps last whole milliseconds: an arrival at the very end of one would be before or after
+        # it by rounding alone, so each is a little off in its own way.
+        arrival += 2**i * 1e-8
         requests.append(
             Request(i, arrival, n_prompt, n_output, content, 101 + 2 * i, after, itl_target=0.05)
         )
