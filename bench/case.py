@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -43,6 +44,26 @@ class Case:
         """Random tokens, shape (pl, pp); others for another `which`."""
         generator = np.random.default_rng([self.seed, which])
         return generator.integers(0, n_vocab, (self.pl, self.pp), dtype=np.int32)
+
+
+def cases_of(
+    options: argparse.Namespace, model: BenchModel, pp: int, tg: int, each: Iterable[int]
+) -> list[Case]:
+    """A case for each number of sequences, by the options of `add_model` and --sampling."""
+    return [
+        Case(
+            model=model,
+            pp=pp,
+            tg=tg,
+            pl=pl,
+            n_threads=options.threads,
+            sampling=options.sampling,
+            seed=options.seed,
+            kv_unified=options.kv == "unified",
+            n_gpu_layers=options.gpu_layers,
+        )
+        for pl in each
+    ]
 
 
 @dataclass(frozen=True)

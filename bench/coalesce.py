@@ -15,7 +15,7 @@ from statistics import median
 
 from bench import decode, report, schema
 from bench.arms import InProcess, in_own_thread, sampling_params
-from bench.case import Arm, Case, Measured
+from bench.case import Arm, Case, Measured, cases_of
 from bench.models import resolve
 from bench.options import Budget, add_model, add_run, numbers, out_file
 from bench.targets import Figure, Target, speed_ratio
@@ -78,20 +78,7 @@ def main(options: argparse.Namespace) -> int:
             lambda case: run_threads(case, inside, options.window * 1e-6),
         ),
     ]
-    cases = [
-        Case(
-            model=model,
-            pp=options.prompt_tokens,
-            tg=tokens,
-            pl=pl,
-            n_threads=options.threads,
-            sampling=options.sampling,
-            seed=options.seed,
-            kv_unified=options.kv == "unified",
-            n_gpu_layers=options.gpu_layers,
-        )
-        for pl in numbers(options.N)
-    ]
+    cases = cases_of(options, model, options.prompt_tokens, tokens, numbers(options.N))
     out = out_file(options, "coalesce", Path(options.model).stem)
     rows = []
     budget = Budget(options.budget)

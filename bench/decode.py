@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bench import report, schema
 from bench.arms import InProcess, in_own_thread, run_batched_bench
-from bench.case import Arm, Case, Measured, case_row
+from bench.case import Arm, Case, Measured, case_row, cases_of
 from bench.models import resolve
 from bench.options import Budget, add_model, add_run, choose, numbers, out_file
 from bench.quiet import undisturbed
@@ -72,20 +72,7 @@ def main(options: argparse.Namespace) -> int:
     arms = choose(options.arms, all_arms(inside))
     if any(arm.name == BASE for arm in arms):
         tool(BASE)
-    cases = [
-        Case(
-            model=model,
-            pp=pp,
-            tg=tg,
-            pl=pl,
-            n_threads=options.threads,
-            sampling=options.sampling,
-            seed=options.seed,
-            kv_unified=options.kv == "unified",
-            n_gpu_layers=options.gpu_layers,
-        )
-        for pl in batches
-    ]
+    cases = cases_of(options, model, pp, tg, batches)
     out = out_file(
         options,
         "decode",

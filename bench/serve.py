@@ -21,7 +21,7 @@ from typing import Any
 from bench import report, schema
 from bench.arms import InProcess, build_words
 from bench.cache import cache_folder
-from bench.case import Case, Measured, case_row
+from bench.case import Case, Measured, case_row, cases_of
 from bench.models import resolve
 from bench.options import Budget, add_model, add_run, choose, numbers, out_file
 from bench.peers import run_all_in, run_parallel
@@ -88,20 +88,7 @@ def main(options: argparse.Namespace) -> int:
     arms = choose(options.arms, all_arms(inside, options.answer_limit))
     for name in dict.fromkeys(arm.tool for arm in arms if arm.tool):
         tool(name)
-    cases = [
-        Case(
-            model=model,
-            pp=pp,
-            tg=tg,
-            pl=pl,
-            n_threads=options.threads,
-            sampling=options.sampling,
-            seed=options.seed,
-            kv_unified=options.kv == "unified",
-            n_gpu_layers=options.gpu_layers,
-        )
-        for pl in clients
-    ]
+    cases = cases_of(options, model, pp, tg, clients)
     out = out_file(
         options, "serve", Path(options.model).name.removesuffix(".gguf"), inside.facts()["gpu_info"]
     )

@@ -195,7 +195,7 @@ void choose_place(plb_engine & engine, int32_t n_rows) {
 
 int32_t sample_rows(plb_engine & engine, int32_t n_rows, int32_t first) {
     const bool has_logits = engine.info.on_device || llama_get_logits(engine.ctx) != nullptr;
-    const bool at_once = each_slot_once(engine, n_rows);
+    const bool at_once = engine.info.on_device || each_slot_once(engine, n_rows); // short_enough
     int32_t n = 0;
     for (int32_t i = 0; i < n_rows; ++i) {
         if (!(engine.flags[i] & PLB_ROW_SAMPLE)) {

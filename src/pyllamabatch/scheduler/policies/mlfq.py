@@ -23,7 +23,7 @@ from ...errors import ArgumentError
 from ..line import Line
 from ..policy import Admit, ComposedPolicy, Decodes, Draft, Verdict
 from ..view import SequenceView, StepView
-from .parts import ALWAYS, TokenBudget, WhatIsLeft, WhenItFits, aged, until_aged
+from .parts import ALWAYS, TokenBudget, WhatIsLeft, WhenItFits, aged, first_to_go, until_aged
 
 I64 = npt.NDArray[np.int64]
 
@@ -116,13 +116,8 @@ class LowestLevel:
             starved = view.step - seq.queued >= self.patience
             own = 0 if starved else self.levels(seq)
             (places,) = np.nonzero((level > own) & had_their_turn)
-        for place in places[np.argsort(level[places], kind="stable")][::-1].tolist():
-            candidate: SequenceView = running[place]
-            if candidate.id == seq.id:
-                return None
-            if candidate.id not in draft.preempt:
-                return candidate
-        return None
+        last_first = places[np.argsort(level[places], kind="stable")][::-1].tolist()
+        return first_to_go(draft, seq, (running[place] for place in last_first))
 
 
 @dataclass(frozen=True, slots=True)

@@ -217,12 +217,19 @@ class NewestFirst:
     its cells until an older one needs them."""
 
     def __call__(self, draft: Draft, seq: SequenceView) -> SequenceView | None:
-        for candidate in reversed(draft.view.running):
-            if candidate.id == seq.id:
-                return None
-            if candidate.id not in draft.preempt:
-                return candidate
-        return None
+        return first_to_go(draft, seq, reversed(draft.view.running))
+
+
+def first_to_go(
+    draft: Draft, seq: SequenceView, candidates: Iterable[SequenceView]
+) -> SequenceView | None:
+    """The first of `candidates` who has not given way yet; None when it is `seq`'s own turn."""
+    for candidate in candidates:
+        if candidate.id == seq.id:
+            return None
+        if candidate.id not in draft.preempt:
+            return candidate
+    return None
 
 
 @dataclass(frozen=True, slots=True)
