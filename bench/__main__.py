@@ -7,13 +7,16 @@ import importlib
 import signal
 import sys
 from types import FrameType
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
-from bench import suite, summary
+from bench import suite
 from bench.models import quantised
 from bench.shapes import SHAPES
-from bench.targets import Target
 from bench.tools import ToolError, tool
+
+if TYPE_CHECKING:
+    from bench.summary import Shown
+    from bench.targets import Target
 
 BENCHES = (
     "coalesce",
@@ -59,8 +62,11 @@ def main(arguments: list[str] | None = None) -> int:
         bench.add_arguments(commands.add_parser(name, help=about(bench), description=bench.__doc__))
     whole = commands.add_parser("all", help="every bench, one after the other")
     suite.add_arguments(whole)
-    page = commands.add_parser("report", help="Markdown and plots of the result rows")
-    summary.add_arguments(page)
+    if needed(words[0] if words else ""):  # it reads rows, whose type is the package's
+        from bench import summary
+
+        page = commands.add_parser("report", help="Markdown and plots of the result rows")
+        summary.add_arguments(page)
     model_parser = commands.add_parser("model", help="write a random-weight model, print its path")
     model_parser.add_argument("shape", choices=sorted(SHAPES))
     model_parser.add_argument("--type", default="Q4_K_M")
@@ -93,6 +99,8 @@ def run(options: argparse.Namespace) -> int:
     if options.command == "all":
         return suite.main(options, {name: load(name).QUICK for name in BENCHES})
     if options.command == "report":
+        from bench import summary
+
         return summary.main(options, {name: shown(load(name)) for name in BENCHES})
     if options.command == "model":
         print(quantised(SHAPES[options.shape], options.type))
@@ -111,7 +119,9 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def shown(bench: Bench) -> summary.Shown:
+def shown(bench: Bench) -> Shown:
+    from bench import summary
+
     return summary.Shown(
         about(bench),
         bench.TARGETS,

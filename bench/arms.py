@@ -7,7 +7,6 @@ Every arm does the same work: `pl` prompts of `pp` random tokens, then `tg` time
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import threading
 import time
@@ -23,6 +22,7 @@ from bench import schema
 from bench.case import Case, Measured
 from bench.models import BenchModel
 from bench.tools import ToolError, build_options, tool
+from pyllamabatch.compare import facts
 
 if TYPE_CHECKING:
     from pyllamabatch.sampling import SamplingParams
@@ -119,36 +119,6 @@ class StepClock:
         return replace(plan, repeat=min(plan.repeat, left))  # a plan begins where the time ends
 
 
-def build_facts() -> dict[str, Any]:
-    """The build's and the versions' part of a row."""
-    import pyllamabatch
-    from pyllamabatch.raw import ffi, lib
-
-    build = ffi.string(lib.plb_llama_cpp_build()).decode()
-    devices = [lib.ggml_backend_dev_get(i) for i in range(lib.ggml_backend_dev_count())]
-    names = [ffi.string(lib.ggml_backend_dev_name(d)).decode() for d in devices]
-    cpu = lib.GGML_BACKEND_DEVICE_TYPE_CPU
-    gpus = [
-        ffi.string(lib.ggml_backend_dev_description(d)).decode()
-        for d in devices
-        if lib.ggml_backend_dev_type(d) != cpu
-    ]
-    versions = {
-        "pyllamabatch": pyllamabatch.__version__,
-        "commit": schema.commit(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-    }
-    return {
-        "backends": ",".join(names),
-        "gpu_info": ", ".join(gpus),
-        "build_number": int(build.removeprefix("b")) if build[1:].isdigit() else 0,
-        "build_commit": build,
-        "build_options": ffi.string(lib.llama_print_system_info()).decode().strip(" |"),
-        "versions": versions,
-    }
-
-
 class InProcess:
     """The arms that run in this process; the model is loaded once and kept."""
 
@@ -159,11 +129,7 @@ class InProcess:
 
     def facts(self) -> dict[str, Any]:
         """The build's, the versions' and the model's part of a row."""
-        return build_facts() | {
-            "model_type": self.model.description,
-            "model_size": self.model.size_bytes,
-            "model_n_params": self.model.n_params,
-        }
+        return schema.build() | facts.about(self.model)
 
     def raw(self, case: Case) -> Measured:
         """The loop of docs/raw.md: cffi calls only, libllama's sampler chains."""

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from bench import report, schema
-from bench.arms import build_facts
 from bench.options import Budget, add_run, out_file
 from bench.quiet import undisturbed
 from bench.targets import Figure, Target
@@ -145,7 +144,7 @@ def measure(
         for n in threads
     ]
     scan = scanner(logits)
-    facts = build_facts() | {"model_type": "", "model_size": 0, "model_n_params": 0}
+    facts = schema.build() | {"model_type": "", "model_size": 0, "model_n_params": 0}
     run_id = uuid.uuid4().hex[:12]
     budget = Budget(options.budget)
     for arm in arms:  # pages and threads are there before anything counts

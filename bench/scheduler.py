@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import median
 
 from bench import schema
-from bench.arms import build_facts
 from bench.options import add_run, numbers, out_file
 from bench.quiet import undisturbed
 from bench.targets import Figure, Target
@@ -124,7 +123,7 @@ def measure(
     options: argparse.Namespace, names: Sequence[str], running: list[int], waiting: list[int]
 ) -> Iterator[schema.Row]:
     run_id = uuid.uuid4().hex[:12]
-    facts = build_facts()
+    facts = schema.build()
     least = 0.02 if options.quick else 0.1
     for repeat in range(options.repeats or (2 if options.quick else 3)):
         for name, scenario, n_running, n_waiting in itertools.product(

@@ -12,7 +12,6 @@ from statistics import median
 from typing import Any
 
 from bench import schema
-from bench.arms import build_facts
 from bench.options import add_run, out_file
 from bench.quiet import undisturbed
 from bench.targets import Figure, Target
@@ -104,7 +103,7 @@ def main(options: argparse.Namespace) -> int:
 
 def measure(options: argparse.Namespace) -> Iterator[schema.Row]:
     run_id = uuid.uuid4().hex[:12]
-    facts = build_facts()
+    facts = schema.build()
     n = options.requests or (500 if options.quick else 2000)
     for repeat in range(options.repeats or (2 if options.quick else 5)):
         for name, load in LOADS.items():

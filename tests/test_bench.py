@@ -171,6 +171,20 @@ def test_the_commit_of_a_row_can_be_said_by_whoever_copied_the_sources(
     assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?|unknown", schema.commit())
 
 
+def test_what_is_made_before_the_package_does_not_import_it() -> None:
+    """bench/measure.sh has llama.cpp's tools and the model built beside the package."""
+    code = (
+        "import sys; sys.modules['pyllamabatch'] = None\n"
+        "from bench.__main__ import main\n"
+        "main([sys.argv[1], '--help'])"
+    )
+    for command, status in (("tool", 0), ("model", 0), ("list", 1)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, command], cwd=REPOSITORY, capture_output=True, check=False
+        )
+        assert done.returncode == status, done.stderr.decode()
+
+
 def test_ratios_are_paired_by_repeat() -> None:
     """A machine that halves its speed in the second repeat leaves the ratio alone."""
     rows = [

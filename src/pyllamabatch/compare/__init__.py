@@ -1,0 +1,1 @@
+"""The four ways to serve N users, side by side: `pyllamabatch compare`."""
