@@ -181,7 +181,7 @@ class NullEngine:
                 r.stream for r in decoder.seats.open.values() if r.slot >= 0
             )
         machine.own_ns, began = 0, time.thread_time_ns()
-        if decoder._mail or not decoder.scheduler.idle:
+        if decoder.mailbox or not decoder.scheduler.idle:
             decoder._take_mail()
             decoder._turn()
         else:

@@ -316,7 +316,7 @@ class Rig:
 
     def turn(self) -> None:
         """One turn of the decoder, and one of the delivery thread for what came before it."""
-        if self.decoder._mail or not self.scheduler.idle:
+        if self.decoder.mailbox or not self.scheduler.idle:
             self.decoder._take_mail()
             self.decoder._turn()
             self.check()
@@ -334,9 +334,9 @@ class Rig:
 
     def run(self) -> None:
         for _ in range(100_000):
-            if self.scheduler.idle and not self.decoder._mail:
+            if self.scheduler.idle and not self.decoder.mailbox:
                 self.settle()
-                if not self.decoder._mail:  # a stop string in the last tokens
+                if not self.decoder.mailbox:  # a stop string in the last tokens
                     return
             self.turn()
         raise AssertionError("it never ends")

@@ -76,7 +76,7 @@ async def submit(decoder: Decoder, request: Request, relay: Relay) -> None:
             decoder.submit([request], 0)
             return
         except QueueFull:
-            if decoder.when_room(wake):
+            if decoder.mailbox.when_room(wake):
                 continue
         await future
 
@@ -105,7 +105,7 @@ async def generate(decoder: Decoder, requests: list[Request], relay: Relay) -> l
     """What they are in the end, in their order."""
     streams = [request.stream for request in requests]
     try:
-        with decoder.visit():
+        with decoder.mailbox.visit():
             for request in requests:
                 await submit(decoder, request, relay)
         for stream in streams:

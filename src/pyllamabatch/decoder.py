@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from time import perf_counter, perf_counter_ns
 from typing import Any
 
@@ -21,23 +21,14 @@ import numpy as np
 
 from ._stream_step import Run
 from .delivery import Delivery
-from .errors import (
-    DecodeAborted,
-    DecodeError,
-    EngineClosed,
-    FatalDecodeError,
-    KvCacheFull,
-    PyllamabatchError,
-    QueueFull,
-    SamplingError,
-    UnsupportedOperation,
-    decode_error,
-)
+from .errors import PyllamabatchError, SamplingError, decode_error
 from .hand import Call, Hand
 from .hands import Hands
 from .kv import SwapSpace
 from .machine import MemoryLike, StepperLike
+from .mailbox import Mailbox
 from .moves import Mover, StatesLike
+from .recovery import Recovery
 from .request import Request
 from .scheduler import Scheduler, Step
 from .seats import Seats
@@ -46,8 +37,6 @@ from .stream import Stream
 from .trace import StepTrace
 
 log = logging.getLogger(__name__)
-
-RETRIES = 1  # of a step that failed for no reason that could be helped
 
 
 class Decoder:
@@ -66,37 +55,25 @@ class Decoder:
         max_waiting: int | None = None,
     ) -> None:
         self.scheduler = scheduler
-        self.n_submitted = 0
+        self.mailbox = Mailbox(stepper.ring, max_waiting)
         self.n_reused = 0  # graphs
-        self.error: BaseException | None = None  # what ended the thread, if it was not `close`
         self.trace = trace
         self.delivery = Delivery(
             stepper, scheduler.n_slots, self._stopped, self._delivery_failed, trace
         )
-        self.seats = Seats(scheduler, stepper, self.delivery, trace, self._left_line)
+        self.seats = Seats(scheduler, stepper, self.delivery, trace, self.mailbox.left_line)
         scheduler.tokens_of = self.seats.tokens_of
         self._space = SwapSpace(0) if space is None else space
         self.hands = Hands(scheduler, stepper, memory, self.seats, states, self._space)
         self._mover = Mover(scheduler, memory, states, self._space)
-        self._n_failures = 0  # of llama_decode, one after the other
+        self._recovery = Recovery(scheduler, memory, self.seats, self.hands)
         self._stepper: StepperLike = stepper
         self._memory = memory
         self._close = close
         self._running: tuple[Step, int] | None = None  # the call that goes on, and its first step
         self._n_taken = 0  # of `n_submitted`
-        self._mail: list[Callable[[], None]] = []
-        self._closing = False
-        self._n_visitors = 0  # threads that prepare a request
-        self._n_awaited = 0  # hand-driven sequences that the next step waits for
-        self._max_waiting = max_waiting
-        self._n_in_line = 0  # requests that have not had a slot yet
-        # Guards mail, closing and the line. A forgotten sequence may be collected while it is held.
-        lock = threading.RLock()
-        self._wake = threading.Condition(lock)
-        self._room = threading.Condition(lock)  # in the line
-        self._room_calls: list[Callable[[], None]] = []
         self._step_s = 0.0  # the last step's
-        # Guards the state between two steps. Whoever needs both takes `_wake` second.
+        # Guards the state between two steps. Whoever needs the mailbox, too, takes that second.
         self.state = threading.RLock()
         self._thread = threading.Thread(target=self._run, name="pyllamabatch-decoder", daemon=True)
 
@@ -105,20 +82,6 @@ class Decoder:
     def start(self) -> None:
         self.delivery.thread.start()
         self._thread.start()
-
-    @contextmanager
-    def visit(self) -> Iterator[None]:
-        """The model and the stepper stay open inside. EngineClosed when they are closed already."""
-        with self._wake:
-            if self._closing:
-                raise self._closed()
-            self._n_visitors += 1
-        try:
-            yield
-        finally:
-            with self._wake:
-                self._n_visitors -= 1
-                self._wake.notify()
 
     def submit(self, requests: list[Request], timeout: float | None = None) -> None:
         """All of them or none: EngineClosed, and QueueFull when the line has no room within
@@ -129,32 +92,7 @@ class Decoder:
                 self._n_taken += 1
                 self.seats.add(request)
 
-        n = len(requests)
-        with self._wake:
-            self._room.wait_for(lambda: self._closing or self._has_room(n), timeout)
-            if self._closing:
-                raise self._closed()
-            if not self._has_room(n):
-                raise QueueFull(f"{self._n_in_line} requests wait, max_waiting={self._max_waiting}")
-            self.n_submitted += n
-            self._n_in_line += n
-            self._mail.append(take)
-            self._wake.notify()
-        self._stepper.ring()
-
-    def has_room(self, n: int) -> bool:
-        """Whether `n` more requests can be submitted at once."""
-        with self._wake:
-            return self._has_room(n)
-
-    def when_room(self, call: Callable[[], None]) -> bool:
-        """Whether another request can be submitted (EngineClosed at once, too); if not, `call()`
-        once when it may be so."""
-        with self._wake:
-            if self._closing or self._has_room(1):
-                return True
-            self._room_calls.append(call)
-            return False
+        self.mailbox.submit(take, len(requests), timeout)
 
     def call_hands(
         self, act: Callable[[Hands], None], call: Call | None = None, *, ask: bool = False
@@ -170,48 +108,29 @@ class Decoder:
                     call.finish(error=error)
                 raise
 
-        with self._wake:
-            if self._closing:
-                raise self._closed()
-            self._mail.append(take)
-            self._n_awaited -= 1
-            wake = not ask or self._n_awaited <= 0
-            if wake:
-                self._wake.notify()
-        if wake:
-            self._stepper.ring()
+        self.mailbox.ask(take, awaited=ask)
 
     def cancel(self, stream: Stream) -> None:
-        self._post(lambda: self._cancel(stream.id))
+        self.mailbox.post(lambda: self._cancel(stream.id))
 
     def close(self, *, wait: bool, timeout: float | None) -> None:
         """No more requests; those that are open are finished (`wait`, but no longer than
         `timeout` seconds) or cancelled. Returns when the threads have ended, unless it is called
         by one of them."""
-        with self._wake:
-            self._closing = True
-            self._mail.append(self._drop_hands)
-            self._wake.notify()
-            self._tell_room()
-        self._stepper.ring()
+        self.mailbox.close(self._drop_hands)
         if not wait:
-            self._post(self._cancel_all)
+            self.mailbox.post(self._cancel_all)
         if threading.current_thread() in (self._thread, self.delivery.thread):
             return
         self._thread.join(timeout if wait else None)
         if self._thread.is_alive():
-            self._post(self._cancel_all)
+            self.mailbox.post(self._cancel_all)
             self._thread.join()
-
-    @property
-    def closed(self) -> bool:
-        return self._closing
 
     @property
     def n_mail(self) -> int:
         """Requests that the thread has not taken in yet. With `state` held."""
-        with self._wake:
-            return self.n_submitted - self._n_taken
+        return self.mailbox.n_submitted - self._n_taken
 
     def progress(self) -> tuple[int, int]:
         """Of the call that goes on: steps that are done and in no counter yet, and the rows of
@@ -235,8 +154,7 @@ class Decoder:
             self._stepper.flush()
             self.delivery.thread.join()
             self.delivery.finish_rest(self._cause())
-            with self._wake:
-                self._wake.wait_for(lambda: self._n_visitors == 0)
+            self.mailbox.wait_for_visitors()
             self._space.clear()
             self._close()
 
@@ -245,7 +163,7 @@ class Decoder:
         do, or the scheduler would. False: closed, and nothing is left to do."""
         scheduler = self.scheduler
         while True:
-            news = bool(self._mail)
+            news = bool(self.mailbox)
             if news:
                 self._do_mail()
             if scheduler.deadlines.next is not None:
@@ -253,7 +171,7 @@ class Decoder:
             seconds = self._seconds_to_wait()
             if seconds == 0 or (seconds is None and news):
                 return True
-            if not self._mail and (self.delivery.has_events or self.seats.open):
+            if not self.mailbox and (self.delivery.has_events or self.seats.open):
                 self._stepper.flush()
             if not self._wait(seconds):
                 return False
@@ -268,33 +186,23 @@ class Decoder:
 
     def _do_mail(self) -> None:
         with self.state:
-            with self._wake:
-                mail, self._mail = iter(self._mail), []
+            mail = iter(self.mailbox.take())
             try:
                 for act in mail:
                     act()
             except BaseException:  # `_fail_all` does the rest
-                with self._wake:
-                    self._mail[:0] = mail
+                self.mailbox.put_back(list(mail))
                 raise
             self._mover.carry_out()
-        if self.error is not None:
-            raise self.error
 
     def _wait(self, seconds: float | None) -> bool:
         """Until there is mail, or for so many seconds. False when there is nothing to wait for: the
         engine is closed."""
         start = perf_counter_ns()
-        with self._wake:
-            self._n_awaited = 0 if seconds is None else self.scheduler.n_expected
-            if not self._mail:
-                if self._closing and seconds is None:
-                    return False
-                self._wake.wait(seconds)
-            self._n_awaited = 0
-        if self.trace is not None:
+        open = self.mailbox.wait(seconds, 0 if seconds is None else self.scheduler.n_expected)
+        if open and self.trace is not None:
             self.trace.idle_ns += perf_counter_ns() - start
-        return True
+        return open
 
     def _end_overdue(self) -> None:
         with self.state:
@@ -336,7 +244,7 @@ class Decoder:
             error = problem
             with self.state:
                 self._running = None
-                self._failed(step, error)
+                self._recovery.failed(step, error)
                 self._mover.carry_out()
             return False
         with self.state:
@@ -374,7 +282,7 @@ class Decoder:
         """What the call has done, and who has finished in its last step."""
         self.n_reused += run.n_reused
         if run.n_steps:
-            self._n_failures = 0
+            self._recovery.computed()
             self._step_s = run.seconds / run.n_steps
             self._observe(step, run)
             self.scheduler.advance(step, run.n_steps)
@@ -396,7 +304,7 @@ class Decoder:
             else:  # an end-of-generation or stop token
                 self.seats.end(request, "stop", stop=token)
         if run.code:
-            self._failed(step, decode_error(run.code), any_done=run.n_steps > 0)
+            self._recovery.failed(step, decode_error(run.code), any_done=run.n_steps > 0)
 
     def _observe(self, step: Step, run: Run) -> None:
         """The steps of one call, on average, to the cost model; prompts to the estimate of what a
@@ -409,68 +317,12 @@ class Decoder:
         kv = self.scheduler.ledger.used + step.n_rows * (n - 1) / 2
         self.scheduler.cost.observe(*step.shape(kv), run.seconds / n)
 
-    # -- when a step fails
-
-    def _failed(self, step: Step, error: Exception, *, any_done: bool = False) -> None:
-        """`step` was not computed. What the memory holds of it is taken out; then it is tried again
-        with more room, or once more as it is; who can't be helped fails."""
-        guests = [self.seats.at[slot] for slot in step.slots]
-        self._reconcile()
-        if isinstance(error, KvCacheFull) and (any_done or self._make_room()):
-            return  # `any_done`: some may have ended, it is planned anew
-        if isinstance(error, (KvCacheFull, DecodeAborted, FatalDecodeError)):
-            self._n_failures += 1
-            if self._n_failures <= RETRIES:
-                log.warning("%s; the step is tried again", error)
-                return
-        self._n_failures = 0
-        for guest in guests:
-            own = decode_error(error.code) if isinstance(error, DecodeError) else error
-            if isinstance(guest, Hand):
-                self.hands.failed(guest, own)
-            elif guest is not None and guest.id in self.seats.open:
-                self.seats.end(guest, "error", error=own)
-
-    def _make_room(self) -> bool:
-        """libllama found no cells although the ledger has them: what is kept goes, and if there is
-        nothing the newest sequence gives way. False: a sequence that is alone can't be helped."""
-        if self.scheduler.drop_kept():
-            log.warning("llama_decode found no KV cells: kept prefixes are dropped")
-            return True
-        shed = self.scheduler.shed()
-        if shed is None:
-            return False
-        log.warning("llama_decode found no KV cells: sequence %d is preempted", shed[0])
-        self.seats.leave(*shed)
-        return True
-
-    def _reconcile(self) -> None:
-        """What libllama holds of each running sequence is what the ledger says: rows that are there
-        without having counted are taken out, and who has lost some is computed again."""
-        scheduler, memory = self.scheduler, self._memory
-        for id in scheduler.running_ids():
-            slot = scheduler.slot(id)
-            assert slot is not None
-            n, held = scheduler.computed(slot), memory.pos_max(slot) + 1
-            if held == n:
-                continue
-            try:
-                if held > n:
-                    memory.seq_rm(slot, n)
-                    continue
-            except UnsupportedOperation as problem:
-                log.info("request %d is computed again: %s", id, problem)
-            scheduler.preempt(id, worth=False)
-            self.seats.leave(id, slot)
+    # -- the end
 
     def _fail_all(self, error: BaseException) -> None:
         """The thread is about to end: nobody may be left waiting."""
-        self.error = error
         with self.state:
-            with self._wake:
-                self._closing = True
-                mail, self._mail = self._mail, []
-            for act in mail:
+            for act in self.mailbox.fail(error):
                 with suppress(Exception):  # the first error is the one to report
                     act()
             for request in list(self.seats.open.values()):
@@ -481,20 +333,10 @@ class Decoder:
 
     def _cause(self) -> Exception:
         """What requests end with that the thread leaves behind."""
-        return self.error if isinstance(self.error, Exception) else self._closed()
-
-    def _closed(self) -> EngineClosed:
-        if self.error is None:
-            return EngineClosed("the engine is closed")
-        return EngineClosed(f"the engine is closed: its thread ended with {self.error!r}")
+        error = self.mailbox.error
+        return error if isinstance(error, Exception) else self.mailbox.why_closed()
 
     # -- what other threads ask for
-
-    def _post(self, act: Callable[[], None]) -> None:
-        with self._wake:
-            self._mail.append(act)
-            self._wake.notify()
-        self._stepper.ring()
 
     def _cancel(self, id: int) -> None:
         request = self.seats.open.get(id)
@@ -503,23 +345,7 @@ class Decoder:
 
     def _drop_hands(self) -> None:
         for hand in list(self.seats.hands.values()):
-            self.hands.drop(hand, self._closed())
-
-    def _has_room(self, n: int) -> bool:
-        return self._max_waiting is None or self._n_in_line + n <= self._max_waiting
-
-    def _left_line(self) -> None:
-        with self._wake:
-            self._n_in_line -= 1
-            if self._max_waiting is not None:
-                self._tell_room()
-
-    def _tell_room(self) -> None:
-        """With the lock held."""
-        self._room.notify_all()
-        calls, self._room_calls = self._room_calls, []
-        for call in calls:
-            call()
+            self.hands.drop(hand, self.mailbox.why_closed())
 
     def _cancel_all(self) -> None:
         for request in list(self.seats.open.values()):
@@ -534,8 +360,11 @@ class Decoder:
             if request is not None:
                 self.seats.end(request, "stop")
 
-        self._post(end)
+        self.mailbox.post(end)
 
     def _delivery_failed(self, error: BaseException) -> None:
-        self.error = error
-        self._post(lambda: None)
+        def fail() -> None:
+            raise error
+
+        self.mailbox.error = error  # also where this thread has ended already
+        self.mailbox.post(fail)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from . import aio
 from ._limits import max_position
@@ -24,26 +22,21 @@ from .device.choose import cost_of
 from .device.cost import CostModel
 from .device.residency import fitting_n_ctx
 from .errors import ArgumentError, UnsupportedOperation
-from .hand import Hand
+from .intake import Intake, Prompt
 from .kv import Preemption, SwapSpace
 from .model import Model
-from .request import Options, Request, Tokens, check_options, seconds_of
+from .request import Options, seconds_of
 from .sampling import SEED_MAX, SamplingParams
 from .scheduler import Gather, Limits, Policy, Scheduler
 from .scheduler.hand import PATIENCE_SECONDS
 from .sequence import Sequence as HandDriven
-from .sequence import by_hand
 from .sharing import n_kept, sharing_of, swap_choice
 from .stats import EngineStats, stats_of
 from .stream import Result, Stream, Token
-from .text import Pieces
 from .trace import StepTrace, Trace, trace_dtype
-from .vocab import pieces_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]]
 
 RING_STEPS = 256  # steps that are computed at most before their tokens are read
 N_CTX_AT_LEAST = 16384  # of the default n_ctx, for models that were trained with less
@@ -174,21 +167,19 @@ class Engine:
         self.n_ubatch: int = context.n_ubatch
         self.n_seq_max: int = n_seq_max
         self.capabilities = context.capabilities
-        self._vocab = model.vocab
         self._prefix_cache = bool(prefix_cache)
         self._stepper = stepper
-        self._ids = itertools.count(1)
         self._relays = aio.Relays()
 
         def close() -> None:
             stepper.close()
             context.close()
 
-        self._pieces = Pieces(_pieces_of(model))
         space = SwapSpace(swap_bytes, swap_folder)
         self._decoder = Decoder(
             scheduler, stepper, context.memory, context, close, trace, space, max_waiting
         )
+        self._intake = Intake(model, self._decoder, stepper)
         # Also when the engine is forgotten, and before the interpreter exits.
         self._finalizer = weakref.finalize(self, self._decoder.close, wait=False, timeout=None)
         self._decoder.start()
@@ -215,8 +206,8 @@ class Engine:
         """
         if queue_timeout is not None:
             queue_timeout = seconds_of("queue_timeout", queue_timeout)
-        with self._decoder.visit():
-            request = self._request(prompt, params, options)
+        with self._decoder.mailbox.visit():
+            request = self._intake.request(prompt, params, options, self)
             self._decoder.submit([request], queue_timeout)
         return request.stream
 
@@ -240,8 +231,8 @@ class Engine:
         each = [params] * n
         if params.seed is not None:
             each = [replace(params, seed=(params.seed + i) % (SEED_MAX + 1)) for i in range(n)]
-        with self._decoder.visit():
-            requests = [self._request(prompt, one, options) for one in each]
+        with self._decoder.mailbox.visit():
+            requests = [self._intake.request(prompt, one, options, self) for one in each]
             for request in requests:
                 request.space = None if self._prefix_cache else ("samples", requests[0].id)
             self._decoder.submit(requests)
@@ -259,11 +250,12 @@ class Engine:
         would refuse raises, and nothing is started. One that fails later has `finish_reason`
         "error" and an `error`. Where `max_waiting` is less than they are, it waits for room.
         """
-        requests = self._requests(prompts, params, options)
+        with self._decoder.mailbox.visit():
+            requests = self._intake.requests(prompts, params, options, self)
         streams = [request.stream for request in requests]
         try:
-            with self._decoder.visit():
-                if self._decoder.has_room(len(requests)):
+            with self._decoder.mailbox.visit():
+                if self._decoder.mailbox.has_room(len(requests)):
                     self._decoder.submit(requests)
                 else:
                     for request in requests:
@@ -285,8 +277,8 @@ class Engine:
         cancelling its task, cancels the request (where it matters when, use
         `contextlib.aclosing`). Raises what `submit` raises, and the request's error at the end."""
         relay = self._relays.here()
-        with self._decoder.visit():
-            request = self._request(prompt, params, options)
+        with self._decoder.mailbox.visit():
+            request = self._intake.request(prompt, params, options, self)
             await aio.submit(self._decoder, request, relay)
         async with aclosing(aio.tokens(request.stream, relay)) as tokens:
             async for token in tokens:
@@ -300,7 +292,8 @@ class Engine:
     ) -> list[Result]:
         """`generate` for asyncio. Cancelling the task cancels the requests."""
         relay = self._relays.here()
-        requests = self._requests(prompts, params, options)
+        with self._decoder.mailbox.visit():
+            requests = self._intake.requests(prompts, params, options, self)
         return await aio.generate(self._decoder, requests, relay)
 
     def sequence(
@@ -309,60 +302,9 @@ class Engine:
         """A sequence to be driven by hand, empty at first. `params`: how its tokens are chosen; it
         has no budget (`max_tokens` has no say), and nobody looks for stop strings: ArgumentError if
         there are any. EngineClosed."""
-        hand = Hand(next(self._ids), by_hand(params), priority, tenant)
-        with self._decoder.visit():
-            return HandDriven(self, hand, self._pieces)
-
-    def _requests(
-        self,
-        prompts: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None,
-        options: Options,
-    ) -> list[Request]:
-        if isinstance(prompts, str):
-            raise ArgumentError("prompts", prompts, "must be a list of prompts")
-        each = [params] * len(prompts) if not isinstance(params, Sequence) else list(params)
-        if len(each) != len(prompts):
-            raise ArgumentError("params", f"{len(each)} of them", f"{len(prompts)}, one per prompt")
-        with self._decoder.visit():
-            return [
-                self._request(prompt, param, options)
-                for prompt, param in zip(prompts, each, strict=True)
-            ]
-
-    def _request(self, prompt: Prompt, params: SamplingParams | None, options: Options) -> Request:
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise ArgumentError("params", params, "must be SamplingParams")
-        terms = check_options(options)
-        tokens = self._tokens(prompt, terms.add_special, terms.parse_special)
-        if params.stop and self._vocab.type == "none":
-            raise ArgumentError("stop", params.stop, "the model has no text: use stop_token_ids")
-        self._decoder.scheduler.check_fits(len(tokens), params.max_tokens)
-        sampler = self._stepper.make_slot(params, tokens)
-        stream = Stream(
-            next(self._ids),
-            len(tokens),
-            pieces=self._pieces,
-            stops=params.stop,
-            min_tokens=params.min_tokens,
-            logprobs=params.logprobs,
-            cancel=self._decoder.cancel,
-            watch=self._decoder.delivery.watch,
-            keep=self,
-        )
-        return Request(tokens, params, stream, sampler, terms)
-
-    def _tokens(self, prompt: Prompt, add_special: bool, parse_special: bool) -> Tokens:
-        if isinstance(prompt, str):
-            tokens = self._vocab.tokenize(
-                prompt, add_special=add_special, parse_special=parse_special
-            )
-        else:
-            tokens = self._vocab.check_tokens(prompt, "prompt").copy()
-        if len(tokens) == 0:
-            raise ArgumentError("prompt", prompt, "has no tokens")
-        return tokens
+        hand = self._intake.hand(params, priority, tenant)
+        with self._decoder.mailbox.visit():
+            return HandDriven(self, hand, self._intake.pieces)
 
     # -- the engine itself
 
@@ -382,7 +324,7 @@ class Engine:
     @property
     def closed(self) -> bool:
         """No more requests are taken; those that are open may still be running."""
-        return self._decoder.closed
+        return self._decoder.mailbox.closed
 
     def close(self, *, wait: bool = True, timeout: float | None = None) -> None:
         """Free the context. Open requests are finished first (for `timeout` seconds at most, then
@@ -420,9 +362,3 @@ def limits_of(context: Context, n_seq_max: int) -> Limits:
         n_cells_seq=n_cells_seq,
         unified=unified,
     )
-
-
-def _pieces_of(model: Model) -> Callable[[list[int]], list[bytes]]:
-    """The bytes of tokens for as long as the context lives, also when the model is closed."""
-    ptr = model.vocab.ptr
-    return lambda tokens: pieces_of(ptr, tokens)

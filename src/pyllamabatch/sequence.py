@@ -19,7 +19,8 @@ from .snapshot import read, slot_of
 
 if TYPE_CHECKING:
     from .decoder import Decoder
-    from .engine import Engine, Prompt
+    from .engine import Engine
+    from .intake import Prompt
     from .text import Pieces
 
 
@@ -104,8 +105,8 @@ class Sequence:
         with self._lock:
             self._check_open()
             special = self.position == 0 if add_special is None else add_special
-            with self._decoder.visit():
-                tokens = self._engine._tokens(prompt, special, parse_special).tolist()
+            with self._decoder.mailbox.visit():
+                tokens = self._engine._intake.tokens(prompt, special, parse_special).tolist()
                 sampler = self._sampler(self._hand.tokens + tokens)
             self._call(lambda hands, call: hands.extend(self._hand, tokens, sampler, call))
             self._reset_text()
@@ -125,7 +126,7 @@ class Sequence:
                 raise ArgumentError("prompt", None, "a sequence needs a token to start from")
             sampler = None
             if hand.spent:
-                with self._decoder.visit():
+                with self._decoder.mailbox.visit():
                     sampler = self._sampler(hand.tokens)
                 self._reset_text()
             draw: Draw = self._call(lambda hands, call: hands.ask(hand, sampler, call), ask=True)
@@ -148,7 +149,7 @@ class Sequence:
                 raise ArgumentError("n", n, f"an integer from 0 to {self.position}")
             if n == self.position:
                 return
-            with self._decoder.visit():
+            with self._decoder.mailbox.visit():
                 sampler = self._sampler(self._hand.tokens[:n]) if n else None
             self._call(lambda hands, call: hands.trim(self._hand, n, sampler, call))
             self._reset_text()
@@ -194,7 +195,7 @@ class Sequence:
         hand = self._hand
         with self._lock:
             self._check_open()
-            with self._decoder.visit():
+            with self._decoder.mailbox.visit():
                 saved = read(self._engine.model, data)
                 self._decoder.scheduler.check_fits(len(saved.tokens), 1)
                 sampler = slot_of(self._engine._stepper, saved)

@@ -65,9 +65,9 @@ def stats_of(decoder: Decoder) -> EngineStats:
         if n:
             fill[n_rows] = fill.get(n_rows, 0) + n
         return EngineStats(
-            submitted=decoder.n_submitted,
+            submitted=decoder.mailbox.n_submitted,
             waiting=waiting,
-            running=decoder.n_submitted - waiting - sum(finished.values()),
+            running=decoder.mailbox.n_submitted - waiting - sum(finished.values()),
             finished={**finished},
             steps=counters.steps + n,
             rows=counters.rows + n * n_rows,
