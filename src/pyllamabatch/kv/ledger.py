@@ -140,7 +140,7 @@ class KvLedger:
         self._held[slot] += n
         self._used += n
 
-    def take_each(self, slots: Slots, n: int = 1) -> None:
+    def take_each(self, slots: npt.NDArray[np.integer], n: int = 1) -> None:
         """`n` more cells for each of the live `slots`, all different: as many steps of pure
         decoding."""
         n_all = n * len(slots)

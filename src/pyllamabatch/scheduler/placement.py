@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import MappingProxyType
 
-from ..kv import KvLedger, Move, Sharing, Slots, SwapChoice
+from ..kv import KvLedger, Move, Sharing, SwapChoice
 from ..kv.tree import Tokens
 from .deadlines import Deadlines
 from .gather import Gather, Resting, Window
 from .line import EntryLine
-from .running import Entry, Running, moved, slots_of
+from .running import Entry, Running, moved
 from .starts import Start, Starts, TokensOf
 from .step import Counters
 from .tenants import Tenants
@@ -59,14 +58,12 @@ class Placement:
         self._stuck = False  # nobody who has something to compute found room for it
         self._wake: float | None = None  # before that the policy does not want to be asked again
         self._now = 0.0
-        # Who decodes, as the policy and the executor see it; made again when it has changed.
-        self._shown: MappingProxyType[int, int] | None = None
-        self._slots: Slots | None = None
 
     def preempt(self, id: int, *, worth: bool = True) -> int:
         """A running sequence gives up its cells and its slot, which is returned, and waits to run
         again. `worth`: what it holds is right, and may be kept or saved. KeyError when it does not
         run."""
+        self._running.seen(self._running.ids[id])  # what it is at its end
         entry = self._leave(id)
         if worth:
             self.starts.preempt(id, entry.slot, self._tokens(entry))
@@ -144,7 +141,9 @@ class Placement:
         admitted = self.starts.admit(id, spare, fresh)
         if admitted is None:
             return None
-        entry = self._get_out(id)
+        entry = self._waiting.ids[id]
+        self._waiting.leave(id)
+        self._tenants.waits(entry.tenant, -1)
         entry.slot, start = admitted
         view = entry.view
         if (view.prefix_hit, view.prefix_cells, view.prefix_pending) != (start.n, 0, 0):
@@ -166,15 +165,16 @@ class Placement:
     def _leave(self, id: int) -> Entry:
         """It does not run any more; its view stays as it was, and `starts` has to hear what
         becomes of its slot. KeyError when it does not run."""
-        entry = self._running.ids[id]
-        view, slot = self._running.seen(entry), entry.slot
+        running = self._running
+        entry = running.ids[id]
+        self._promised -= running.remaining(entry)
+        self._tenants.left(entry.tenant, running.turn(entry.slot))
         if self._prefilling.leave(id) is None:
-            self._decodes_no_more(id, slot)
-        self._resting.end(id)
-        self._running.leave(id)
+            self._decodes_no_more(id, entry.slot)
+        if entry.view.goal is not None:
+            self._resting.end(id)
+        running.leave(id)
         self._changed()
-        self._promised -= view.remaining
-        self._tenants.left(entry.tenant, view.turn)
         return entry
 
     def _steer(self, entry: Entry, view: SequenceView) -> None:
@@ -193,27 +193,17 @@ class Placement:
         self._decodes_no_more(id, slot)
         self._resting.end(id)
         if view.decoding:
-            self._decodes(id, slot)
+            self._running.decodes(id, slot)
             self._asked[slot] = id
         elif view.remaining:
             self._prefilling.join(id, entry)
         else:
             self._resting.begin(id, self._now)
 
-    def _decodes(self, id: int, slot: int) -> None:
-        self._running.decoding[id] = slot
-        self._shown = self._slots = None
-
     def _decodes_no_more(self, id: int, slot: int) -> None:
         """Fine when it did not."""
-        if self._running.decoding.pop(id, None) is not None:
+        if self._running.decodes_no_more(id, slot):
             self._asked.pop(slot, None)
-            self._shown = self._slots = None
-
-    def _decode_slots(self) -> Slots:
-        if self._slots is None:
-            self._slots = slots_of(sorted(self._running.decoding.values()))
-        return self._slots
 
 
 def _from(view: SequenceView, start: Start) -> SequenceView:

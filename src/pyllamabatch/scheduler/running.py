@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,7 @@ class Running(EntryLine[Entry]):
     """In the order of admission. The arrays (int64, shape (n_seq_max,)) are 0 where nobody runs.
 
     `computed` and `known` tokens; `counts` is both of them, shape (2, n_seq_max); `most`: what
-    `known` is at the very end. `decoding`: id -> slot of those that decode.
+    `known` is at the very end. `decoding`: id -> 1 for those that decode, as a policy sees it.
     """
 
     def __init__(self, n_seq_max: int) -> None:
@@ -41,7 +42,10 @@ class Running(EntryLine[Entry]):
         )
         self.counts = self._numbers[:2]
         self._itl_target = np.full(n_seq_max, np.inf)
-        self.decoding: dict[int, int] = {}
+        self._decoding: dict[int, int] = {}
+        self.decoding: Mapping[int, int] = MappingProxyType(self._decoding)
+        self._decodes_in = np.zeros(n_seq_max, dtype=bool)
+        self._decode_slots: Slots | None = None
         self._slot_of: dict[int, int] = {}
         self._slots: Slots | None = None
 
@@ -87,6 +91,38 @@ class Running(EntryLine[Entry]):
         self.computed[slot], self.known[slot] = view.computed, known
         self._n_prompt[slot], self._start[slot] = view.n_prompt, known - view.turn
 
+    def decodes(self, id: int, slot: int) -> None:
+        """It decodes from now on."""
+        self._decoding[id] = 1
+        self._decodes_in[slot] = True
+        self._decode_slots = None
+
+    def decodes_no_more(self, id: int, slot: int) -> bool:
+        """Whether it did."""
+        if self._decoding.pop(id, None) is None:
+            return False
+        self._decodes_in[slot] = False
+        self._decode_slots = None
+        return True
+
+    @property
+    def decode_slots(self) -> Slots:
+        """Of those that decode: ascending, read-only."""
+        if self._decode_slots is None:
+            self._decode_slots = self._decodes_in.nonzero()[0].astype(np.int32)
+            self._decode_slots.flags.writeable = False
+        return self._decode_slots
+
+    def remaining(self, entry: Entry) -> int:
+        """`seen(entry).remaining`, and no view is made."""
+        goal = entry.view.goal
+        last = self.known[entry.slot] if goal is None else goal
+        return max(0, int(last - self.computed[entry.slot]))
+
+    def turn(self, slot: int) -> int:
+        """Tokens that the sequence in `slot` has generated since its admission."""
+        return int(self.known[slot] - self._start[slot])
+
     def turns(self) -> tuple[I64, I64]:
         """By slot: the tenant, -1 where nobody runs, and tokens generated since the admission."""
         return np.where(self.known > 0, self._tenant, -1), self.known - self._start
@@ -95,7 +131,7 @@ class Running(EntryLine[Entry]):
     def slots(self) -> Slots:
         """Of each in turn."""
         if self._slots is None:
-            self._slots = slots_of(self._slot_of.values())
+            self._slots = np.fromiter(self._slot_of.values(), np.int32, len(self._slot_of))
         return self._slots
 
     def column(self, name: str) -> Column:
@@ -114,13 +150,6 @@ class Running(EntryLine[Entry]):
         if name == "max_tokens":
             return self.most[slots] - self._n_prompt[slots]
         return super().column(name)
-
-
-def slots_of(places: Collection[int]) -> Slots:
-    """As an array, read-only."""
-    slots = np.fromiter(places, dtype=np.int32, count=len(places))
-    slots.flags.writeable = False
-    return slots
 
 
 def moved(

@@ -21,7 +21,6 @@ sequence; views are made when a policy looks at them.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -156,14 +155,12 @@ class Scheduler(HandDriven):
     # -- steps
 
     def view(self, now: float) -> StepView:
-        if self._shown is None:
-            self._shown = MappingProxyType(dict.fromkeys(self._running.decoding, 1))
         return StepView(
             now,
             self.limits,
             self._running,
             Line() if self._short and self._running.ids else self._waiting,
-            self._shown,
+            self._running.decoding,
             self._prefilling,
             self.ledger.free,
             self._promised,
@@ -205,7 +202,7 @@ class Scheduler(HandDriven):
                 continue
             slot = entry.slot
             first = int(running.computed[slot])
-            n = min(n, running.seen(entry).remaining)
+            n = min(n, running.remaining(entry))
             n = self.starts.cache.cut(slot, first, n)
             last = first + n == int(running.known[slot])
             chunks.append(Chunk(id, slot, first, n, last))
@@ -215,12 +212,12 @@ class Scheduler(HandDriven):
             if id in tokens:
                 chunks.append(Chunk(id, slot, int(running.computed[slot]), 1, True))
         if n_decodes == len(running.decoding) and not asked:
-            decode = self._decode_slots()
+            decode = running.decode_slots
         elif n_decodes == 0:
             decode = NOBODY
         else:
-            slots = ((id, slot) for id, slot in running.decoding.items() if slot not in asked)
-            decode = np.array(sorted(slot for id, slot in slots if id in tokens), dtype=np.int32)
+            slots = {running.ids[id].slot for id in running.decoding if id in tokens}
+            decode = np.array(sorted(slots - asked.keys()), dtype=np.int32)
         repeat = plan.repeat
         if repeat > 1 and asked:
             repeat = 1
@@ -254,9 +251,10 @@ class Scheduler(HandDriven):
         decode = step.decode
         n_decodes = len(decode)
         if n_decodes:
-            self.ledger.take_each(decode, n)
-            running.computed[decode] += n
-            running.known[decode] += n
+            slots = decode.astype(np.intp)  # an index of any other type takes NumPy twice as long
+            self.ledger.take_each(slots, n)
+            running.computed[slots] += n
+            running.known[slots] += n
         n_last = n_by_hand = 0
         for chunk in step.chunks:
             slot, end = chunk.slot, chunk.start + chunk.n
@@ -277,7 +275,7 @@ class Scheduler(HandDriven):
                 self._steer(entry, running.seen(entry))
             elif known - end == 1 and known > entry.view.n_prompt:
                 self._prefilling.leave(chunk.id)
-                self._decodes(chunk.id, slot)
+                running.decodes(chunk.id, slot)
         n_decoded = n * n_decodes + n_by_hand
         counters.steps += n
         counters.rows += n * step.n_rows

@@ -72,8 +72,7 @@ class Starts:
         self._spaces[id] = ("alone", id)
 
     def forget(self, id: int) -> None:
-        """A sequence that is in no slot ends."""
-        self.left_line(id)
+        """A sequence that is in no slot and does not wait ends."""
         self.lost_saved(id)
         del self._spaces[id]
 
@@ -91,8 +90,7 @@ class Starts:
             self.lost_saved(id)
 
     def joined_line(self, id: int, tokens: Tokens | None) -> Start:
-        """It waits, from now on or with other tokens than before."""
-        self.left_line(id)
+        """It waits from now on."""
         if tokens is not None and self._saved.get(id, 0) >= len(tokens):
             self.lost_saved(id)
         space = self._spaces[id]
