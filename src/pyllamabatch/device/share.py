@@ -117,14 +117,18 @@ class _Child:
             self._process.stdout.close()
 
 
+def rollup(pid: int, proc: Path = Path("/proc")) -> dict[str, int]:
+    """Bytes of one process by the names of `Shared`'s sizes: rss, pss, shared. Raises OSError where
+    the kernel does not say, or when there is no such process (any more)."""
+    text = (proc / str(pid) / "smaps_rollup").read_text()
+    lines = (line.split(":") for line in text.splitlines()[1:])
+    kib = {name: int(rest[0].split()[0]) for name, *rest in lines}
+    return {name: 1024 * sum(kib[field] for field in fields) for name, fields in _FIELDS.items()}
+
+
 def _sum(children: list[_Child]) -> dict[str, int]:
-    total = dict.fromkeys(_FIELDS, 0)
-    for child in children:
-        text = Path(f"/proc/{child.pid}/smaps_rollup").read_text()
-        sizes = dict(line.split(":") for line in text.splitlines()[1:])
-        for name, fields in _FIELDS.items():
-            total[name] += sum(1024 * int(sizes[field].split()[0]) for field in fields)
-    return total
+    each = [rollup(child.pid) for child in children]
+    return {name: sum(sizes[name] for sizes in each) for name in _FIELDS}
 
 
 def _serve(path: str, n_ctx: int, n_gpu_layers: int) -> None:
