@@ -3,53 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import median
 
 from bench.schema import Row
+from pyllamabatch.compare.medians import median_of, median_speeds, paired_ratios, ranges, spread
 
-
-def median_speeds(rows: Iterable[Row]) -> dict[tuple[str, int], float]:
-    """Median `speed_tg` by (arm, pl)."""
-    groups: dict[tuple[str, int], list[float]] = {}
-    for row in rows:
-        groups.setdefault((row.arm, row.pl), []).append(row.speed_tg)
-    return {key: median(values) for key, values in groups.items()}
-
-
-def paired_ratios(rows: Iterable[Row], base: str) -> dict[tuple[str, int], float]:
-    """Median over repeats of speed_tg / (speed_tg of `base` in the same repeat and at the same pl).
-
-    Runs of one repeat are neighbours in time, so a machine that slows down for a while moves both
-    sides of a ratio.  A repeat without the base is left out.
-    """
-    rows = list(rows)
-    bases = {(r.run_id, r.repeat, r.pl): r.speed_tg for r in rows if r.arm == base}
-    groups: dict[tuple[str, int], list[float]] = {}
-    for row in rows:
-        reference = bases.get((row.run_id, row.repeat, row.pl))
-        if reference:
-            groups.setdefault((row.arm, row.pl), []).append(row.speed_tg / reference)
-    return {key: median(values) for key, values in groups.items()}
-
-
-def ranges(rows: Iterable[Row]) -> dict[tuple[str, int], tuple[float, float]]:
-    """Smallest and largest `speed_tg` by (arm, pl)."""
-    groups: dict[tuple[str, int], list[float]] = {}
-    for row in rows:
-        groups.setdefault((row.arm, row.pl), []).append(row.speed_tg)
-    return {key: (min(values), max(values)) for key, values in groups.items()}
-
-
-def spread(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
-    """(largest - smallest) / median of `speed_tg` by (arm, pl)."""
-    middle = median_speeds(rows)
-    return {key: (high - low) / middle[key] for key, (low, high) in ranges(rows).items()}
-
-
-def median_of(values: Iterable[float | None]) -> float | None:
-    """Median of those that are there."""
-    there = [value for value in values if value is not None]
-    return median(there) if there else None
+__all__ = [
+    "failures", "in_words", "median_of", "median_speeds", "paired_ratios", "ranges", "spread",
+    "table",
+]  # fmt: skip
 
 
 def failures(rows: Iterable[Row]) -> list[str]:

@@ -1,0 +1,89 @@
+"""Rows of `pyllamabatch compare` for somebody who reads: a table, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from pyllamabatch.compare.advice import advice
+from pyllamabatch.compare.medians import Comparison, by_bench
+from pyllamabatch.compare.row import Row
+
+__all__ = ["advice", "table"]
+
+TITLES = {
+    "compare": "All at once, decode only: prompts and first tokens are not in the time",
+    "compare-ds4": "Identical completions, fired at once: prompts are in the time",
+    "compare-poisson": "Requests that come at random (Poisson): prompts are in the time",
+}
+GIB = 2**30
+
+Value = Callable[[Comparison, str, int], "float | None"]
+
+
+def _of(name: str, scale: float = 1.0) -> Value:
+    def value(them: Comparison, arm: str, n: int) -> float | None:
+        found = them.detail(arm, n, name)
+        return None if found is None else found * scale
+
+    return value
+
+
+COLUMNS: tuple[tuple[str, str, Value], ...] = (
+    ("tok/s", "{:.1f}", lambda them, arm, n: them.speed(arm, n)),
+    ("over contexts", "{:.2f}", lambda them, arm, n: them.ratio(arm, n, "contexts")),
+    ("over single", "{:.2f}", lambda them, arm, n: them.ratio(arm, n, "single", 1)),
+    ("each, tok/s", "{:.1f}", _of("per_sequence_tokens_per_second")),
+    ("TTFT p50, ms", "{:.0f}", _of("ttft_p50_s", 1e3)),
+    ("p99", "{:.0f}", _of("ttft_p99_s", 1e3)),
+    ("ITL p50, ms", "{:.1f}", _of("itl_p50_s", 1e3)),
+    ("p99", "{:.1f}", _of("itl_p99_s", 1e3)),
+    ("fairness", "{:.2f}", _of("fairness")),
+    ("RSS, GiB", "{:.2f}", _of("rss_bytes", 1 / GIB)),
+    ("PSS, GiB", "{:.2f}", _of("pss_bytes", 1 / GIB)),
+    ("footprint, GiB", "{:.2f}", _of("footprint_bytes", 1 / GIB)),
+    ("wired, GiB", "{:.2f}", _of("wired_bytes", 1 / GIB)),
+    ("device, GiB", "{:.2f}", _of("device_bytes", 1 / GIB)),
+    ("J/token", "{:.2f}", lambda them, arm, n: them.joules_per_token(arm, n)),
+)
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Markdown: of each bench a table with a line for each number of users and arm. Medians over
+    repeats; ratios are medians of pairs in one repeat. A column that no row has is left out, and
+    why an arm has no result stands in its line."""
+    groups = by_bench(rows)
+    if not groups:
+        return "No rows.\n"
+    parts = [
+        f"{TITLES.get(bench, bench)}.\n\n{_table(them)}\n"
+        for bench, them in sorted(groups.items(), key=lambda item: _place(item[0]))
+    ]
+    return "\n".join(parts)
+
+
+def _place(bench: str) -> int:
+    names = list(TITLES)
+    return names.index(bench) if bench in names else len(names)
+
+
+def _table(them: Comparison) -> str:
+    lines = [
+        (n, arm, [value(them, arm, n) for _, _, value in COLUMNS])
+        for n in them.counts
+        for arm in them.arms
+        if any((row.arm, row.pl) == (arm, n) for row in them.rows)
+    ]
+    used = [i for i in range(len(COLUMNS)) if any(v[i] is not None for _, _, v in lines)]
+    used = used or [0]  # nobody has a result: the reasons want a column
+    heads = [COLUMNS[i][0] for i in used]
+    text = [_line(["N", "arm", *heads]), "|--:|---|" + "--:|" * len(used)]
+    for n, arm, values in lines:
+        cells = ["" if values[i] is None else COLUMNS[i][1].format(values[i]) for i in used]
+        if why := them.problem(arm, n):
+            cells[0] = f"— {why}"
+        text.append(_line([str(n), arm, *cells]))
+    return "\n".join(text)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
