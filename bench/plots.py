@@ -6,22 +6,11 @@ import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-from matplotlib.figure import Figure
 
 from bench import report
 from bench.schema import Row
 from bench.summary import Setting
-
-STYLE: Any = {  # some of matplotlib's versions type every key
-    "svg.hashsalt": "pyllamabatch",  # the same bytes for the same rows
-    "svg.fonttype": "none",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
+from pyllamabatch._plots import styled, svg
 
 
 def draw_all(groups: Mapping[Setting, Sequence[Row]], folder: Path) -> dict[Setting, str]:
@@ -55,8 +44,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Medians, with the smallest and the largest as bars."""
     middle, ranges = report.median_speeds(rows), report.ranges(rows)
     counts = sorted({row.pl for row in rows})
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    with styled() as new:
+        figure = new(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.subplots()
         for arm in dict.fromkeys(row.arm for row in rows):
             points = [pl for pl in counts if (arm, pl) in middle]
@@ -71,4 +60,4 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.set_ylabel("tokens/s")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        path.write_text(svg(figure), encoding="utf-8")

@@ -211,4 +211,6 @@ def test_nothing_is_said_of_sharing_where_it_is_not_known() -> None:
     tiny = [row("processes", 2, 50, rss_bytes=GIB, pss_bytes=GIB / 2, model_size=4 * 2**20)]
     assert "PSS" not in overall(tiny)
     assert "PSS" not in overall([row("processes", 2, 50, rss_bytes=GIB)])
+    assert "PSS" not in overall([row("processes", 2, 50, pss_bytes=GIB)])
+    assert "PSS" not in overall([row("processes", 1, 50, rss_bytes=GIB, pss_bytes=GIB)])
     assert "PSS" not in overall([row("engine", 2, 50, rss_bytes=GIB, pss_bytes=GIB)])

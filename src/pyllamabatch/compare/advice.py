@@ -209,12 +209,16 @@ def _overall(them: Comparison, chosen: list[tuple[int, str]]) -> str:
 def _sharing(them: Comparison) -> str:
     """What processes have in common, as far as RSS and PSS say it, for the most of them."""
     arm = next((arm for arm in them.arms if arm.split()[0] == "processes"), "")
-    counts = [n for n in them.counts if n > 1 and them.detail(arm, n, "pss_bytes") is not None]
+    found = {
+        n: (rss, pss)
+        for n in them.counts
+        if (rss := them.detail(arm, n, "rss_bytes")) and (pss := them.detail(arm, n, "pss_bytes"))
+    }
+    n = max(found, default=0)
     weights = them.rows[0].model_size
-    if not counts or weights < FEW_WEIGHTS:
+    if n < 2 or weights < FEW_WEIGHTS:
         return ""
-    n = counts[-1]
-    rss, pss = (them.detail(arm, n, f"{kind}_bytes") or 0.0 for kind in ("rss", "pss"))
+    rss, pss = found[n]
     sizes = f"{pss / GIB:.2f} GiB together (PSS), their RSS adds up to {rss / GIB:.2f}"
     if rss - pss >= (n - 1) * weights / 2:
         return f"The {n} processes share the weights by mmap: {sizes}"

@@ -51,22 +51,27 @@ def table(rows: Iterable[Row]) -> str:
     """Markdown: of each bench a table with a line for each number of users and arm. Medians over
     repeats; ratios are medians of pairs in one repeat. A column that no row has is left out, and
     why an arm has no result stands in its line."""
-    groups = by_bench(rows)
-    if not groups:
-        return "No rows.\n"
-    parts = [
-        f"{TITLES.get(bench, bench)}.\n\n{_table(them)}\n"
-        for bench, them in sorted(groups.items(), key=lambda item: _place(item[0]))
-    ]
-    return "\n".join(parts)
+    parts = []
+    for title, (heads, lines) in tables(rows).items():
+        rule = "|--:|---|" + "--:|" * (len(heads) - 2)
+        parts.append("\n".join([f"{title}.", "", _line(heads), rule, *map(_line, lines)]) + "\n")
+    return "\n".join(parts) or "No rows.\n"
 
 
-def _place(bench: str) -> int:
+def tables(rows: Iterable[Row]) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """The same as cells: heads and lines by title."""
+    return {TITLES.get(bench, bench): _cells(them) for bench, them in comparisons(rows).items()}
+
+
+def comparisons(rows: Iterable[Row]) -> dict[str, Comparison]:
+    """By bench, in the order of `TITLES`, others behind."""
     names = list(TITLES)
-    return names.index(bench) if bench in names else len(names)
+    groups = by_bench(rows)
+    known = sorted(groups, key=lambda name: names.index(name) if name in names else len(names))
+    return {bench: groups[bench] for bench in known}
 
 
-def _table(them: Comparison) -> str:
+def _cells(them: Comparison) -> tuple[list[str], list[list[str]]]:
     lines = [
         (n, arm, [value(them, arm, n) for _, _, value in COLUMNS])
         for n in them.counts
@@ -75,14 +80,13 @@ def _table(them: Comparison) -> str:
     ]
     used = [i for i in range(len(COLUMNS)) if any(v[i] is not None for _, _, v in lines)]
     used = used or [0]  # nobody has a result: the reasons want a column
-    heads = [COLUMNS[i][0] for i in used]
-    text = [_line(["N", "arm", *heads]), "|--:|---|" + "--:|" * len(used)]
+    text = []
     for n, arm, values in lines:
         cells = ["" if values[i] is None else COLUMNS[i][1].format(values[i]) for i in used]
         if why := them.problem(arm, n):
             cells[0] = f"— {why}"
-        text.append(_line([str(n), arm, *cells]))
-    return "\n".join(text)
+        text.append([str(n), arm, *cells])
+    return ["N", "arm", *(COLUMNS[i][0] for i in used)], text
 
 
 def _line(cells: Iterable[str]) -> str:

@@ -1,46 +1,28 @@
-"""Plots of runs, as SVG. Needs matplotlib: `pip install pyllamabatch[plots]`."""
+"""Plots of runs, as SVG."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import UnsupportedOperation
+from .._plots import styled, svg
 from .simulate import Simulated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_STYLE: Any = {
-    "svg.hashsalt": "pyllamabatch",  # the same bytes for the same runs
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
-
 
 def draw(runs: Sequence[Simulated]) -> dict[str, str]:
     """SVG text by title: shares of requests by their times, and what ran over time (of the first
     replica). UnsupportedOperation without matplotlib."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UnsupportedOperation(
-            "plots need matplotlib: pip install 'pyllamabatch[plots]'"
-        ) from None
     drawn = {}
-    with matplotlib.rc_context(_STYLE):
+    with styled() as new:
         for title, fill in (("Requests by their times", _shares), ("Over time", _over_time)):
-            figure = Figure(figsize=(9, 3), layout="constrained")
-            axes = figure.subplots(1, 3)
-            fill(runs, axes)
-            text = io.StringIO()
-            figure.savefig(text, format="svg", metadata={"Date": None})
-            drawn[title] = text.getvalue()
+            figure = new(figsize=(9, 3), layout="constrained")
+            fill(runs, figure.subplots(1, 3))
+            drawn[title] = svg(figure)
     return drawn
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from .. import _html
 from .metrics import PERCENTILES
 from .simulate import Simulated
 
@@ -90,36 +90,15 @@ def jsonl(
             yield json.dumps({"kind": "request", "policy": run.policy, **asdict(outcome)})
 
 
-_STYLE = """
-body { font: 14px/1.5 system-ui, sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: .15em .8em; border-bottom: 1px solid #ddd; text-align: right }
-td:first-child { text-align: left }
-svg { max-width: 100%; height: auto }
-"""
-
-
 def page(
     summaries: Summaries, title: str, settings: Mapping[str, Any], plots: Mapping[str, str]
 ) -> str:
     """An HTML document that needs nothing else. `plots`: SVG text by title."""
     head, *rows = table(summaries)
-    heads = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n"
-        for row in rows
-    )
-    drawn = "".join(
-        f"<h2>{html.escape(name)}</h2>\n{svg[svg.index('<svg') :]}\n" for name, svg in plots.items()
-    )
-    given = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>\n"
-        for name, value in settings.items()
-    )
-    title = html.escape(title)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head><body>\n<h1>{title}</h1>\n"
-        f"<table><tr>{heads}</tr>\n{body}</table>\n{drawn}"
-        f"<h2>Settings</h2>\n<table>{given}</table>\n</body></html>\n"
+    return _html.document(
+        title,
+        _html.table(rows, head),
+        _html.drawings(plots),
+        "<h2>Settings</h2>",
+        _html.table(settings.items()),
     )

@@ -1,0 +1,47 @@
+"""HTML documents that need nothing else: tables and drawings."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping
+
+_STYLE = """
+body { font: 14px/1.5 system-ui, sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: .15em .8em; border-bottom: 1px solid #ddd; text-align: right }
+td:first-child, td.text { text-align: left }
+svg { max-width: 100%; height: auto }
+"""
+
+
+def document(title: str, *parts: str) -> str:
+    """`title` as text, `parts` as HTML."""
+    title = html.escape(title)
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{_STYLE}</style></head><body>\n<h1>{title}</h1>\n{body}\n</body></html>\n"
+    )
+
+
+def table(rows: Iterable[Iterable[object]], heads: Iterable[str] = ()) -> str:
+    """Of text cells."""
+    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in heads)
+    lines = [f"<tr>{top}</tr>"] if top else []
+    lines += [
+        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
+        for row in rows
+    ]
+    return "<table>" + "\n".join(lines) + "</table>"
+
+
+def paragraphs(text: str) -> str:
+    """One for each line."""
+    return "\n".join(f"<p>{html.escape(line)}</p>" for line in text.splitlines())
+
+
+def drawings(plots: Mapping[str, str]) -> str:
+    """SVG texts under their titles."""
+    return "\n".join(
+        f"<h2>{html.escape(name)}</h2>\n{svg[svg.index('<svg') :]}" for name, svg in plots.items()
+    )
