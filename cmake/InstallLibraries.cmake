@@ -15,9 +15,9 @@ set_property(TARGET ${libraries} PROPERTY PUBLIC_HEADER)
 set_target_properties(${libraries} PROPERTIES
     INSTALL_RPATH "${origin}" BUILD_WITH_INSTALL_RPATH OFF MACOSX_RPATH ON)
 if (CMAKE_SYSTEM_NAME STREQUAL "Linux")
-    # CUDA's static libraries may bring a part of libstdc++ along; a copy that the other libraries
-    # would find before the real one crashes them.
-    foreach(library ${libraries})
+    # CUDA's static libraries may bring a part of libstdc++ along, and some compilers link all of it;
+    # a copy that the other libraries would find before the real one crashes them, or this module.
+    foreach(library ${libraries} _native)
         target_link_options(${library} PRIVATE LINKER:--exclude-libs,ALL)
     endforeach()
 endif()
