@@ -31,8 +31,8 @@ BENCHES = (
     "step",
 )
 """One module each, `bench/NAME.py`; a new one needs no other entry.  For the report it may have
-`view(rows)`, Markdown of its rows (else `summary.plain`), and `PLOT = True`, a plot of `speed_tg`
-over `pl`."""
+`view(rows)`, Markdown of its rows (else `summary.plain`), `draw(rows, path)` (`bench.plots.draw`
+plots `speed_tg` over `pl`), and `NAMES`, what its rows call it where that is not its own name."""
 
 
 class Bench(Protocol):
@@ -126,7 +126,8 @@ def shown(bench: Bench) -> Shown:
         about(bench),
         bench.TARGETS,
         getattr(bench, "view", summary.plain),
-        getattr(bench, "PLOT", False),
+        getattr(bench, "draw", None),
+        getattr(bench, "NAMES", ()),
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from bench import report, schema
+from bench import plots, report, schema
 from bench.arms import InProcess, in_own_thread, run_batched_bench
 from bench.case import Arm, Case, Measured, case_row, cases_of
 from bench.models import resolve
@@ -21,7 +21,7 @@ from bench.tools import tool
 BASE = "llama-batched-bench"
 C_LOOP = "C loop"
 QUICK = ("--quick", "-B", "1,4")
-PLOT = True
+draw = plots.draw
 TARGETS = (
     *(
         Target(

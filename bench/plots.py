@@ -9,20 +9,22 @@ from pathlib import Path
 
 from bench import report
 from bench.schema import Row
-from bench.summary import Setting
+from bench.summary import Draw, Setting
 from pyllamabatch._plots import styled, svg
 
 
-def draw_all(groups: Mapping[Setting, Sequence[Row]], folder: Path) -> dict[Setting, str]:
-    """One SVG in `folder`/plots per setting that has several numbers of sequences: their paths
-    from `folder`.  Files of earlier plots that are not made again are removed."""
+def draw_all(
+    groups: Mapping[Setting, Sequence[Row]], draws: Mapping[str, Draw], folder: Path
+) -> dict[Setting, str]:
+    """One SVG in `folder`/plots per setting that has several numbers of sequences, by the bench's
+    entry in `draws`: their paths from `folder`.  Files of earlier plots that are not made again are
+    removed."""
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     plots: dict[Setting, str] = {}
     for setting, rows in groups.items():
-        good = [row for row in rows if not row.error]
-        if len({row.pl for row in good}) > 1:
+        if setting.bench in draws and len({row.pl for row in rows if not row.error}) > 1:
             plots[setting] = f"plots/{file_name(setting, plots.values())}"
-            draw(good, folder / plots[setting])
+            draws[setting.bench](rows, folder / plots[setting])
     for old in (folder / "plots").glob("*.svg"):
         if f"plots/{old.name}" not in plots.values():
             old.unlink()
@@ -42,6 +44,7 @@ def file_name(setting: Setting, taken: Collection[str]) -> str:
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Medians, with the smallest and the largest as bars."""
+    rows = [row for row in rows if not row.error]
     middle, ranges = report.median_speeds(rows), report.ranges(rows)
     counts = sorted({row.pl for row in rows})
     with styled() as new:

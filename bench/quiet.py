@@ -65,7 +65,7 @@ def undisturbed(
     """
     while True:
         if limit is not None:
-            _wait_for_quiet(limit)
+            wait_for_quiet(limit)
         watch = CpuWatch(pids)
         result = run()
         others = watch.others()
@@ -73,7 +73,7 @@ def undisturbed(
             return result, others
 
 
-def _wait_for_quiet(limit: float) -> None:
+def wait_for_quiet(limit: float) -> None:
     while True:
         watch = CpuWatch()
         time.sleep(SETTLE_S)

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import report, schema
+from bench import plots, report, schema
 from bench.arms import InProcess, build_words
 from bench.cache import cache_folder
 from bench.case import Case, Measured, case_row, cases_of
@@ -34,7 +34,7 @@ from bench.tools import tool
 BASE = "llama-server"
 BACKEND = "llama-server-backend-sampling"
 QUICK = ("--quick",)
-PLOT = True
+draw = plots.draw
 ON_H200 = {"gpu_info": "H200", "model_type": "gemma3 1B", "pp": 256, "tg": 128}
 TARGETS = tuple(
     Target(

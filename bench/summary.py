@@ -14,6 +14,8 @@ from bench.targets import Target
 
 View = Callable[[Sequence[Row]], str]
 """Markdown of the rows of one setting."""
+Draw = Callable[[Sequence[Row], Path], None]
+"""Their plot, into an SVG file."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,9 @@ class Shown:
     about: str
     targets: tuple[Target, ...]
     view: View
-    plot: bool
+    draw: Draw | None = None
+    names: tuple[str, ...] = ()
+    """What its rows call it, where that is not its own name alone."""
 
 
 @dataclass(frozen=True, order=True)
@@ -70,8 +74,13 @@ def main(options: argparse.Namespace, benches: Mapping[str, Shown]) -> int:
     if not options.no_plots:
         from bench.plots import draw_all
 
-        drawn = {name for name, shown in benches.items() if shown.plot}
-        plots = draw_all({s: rows for s, rows in groups.items() if s.bench in drawn}, folder)
+        drawn = {
+            word: shown.draw
+            for name, shown in benches.items()
+            for word in shown.names or (name,)
+            if shown.draw
+        }
+        plots = draw_all(groups, drawn, folder)
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "README.md"
     page.write_text(markdown(groups, plots, benches), encoding="utf-8")
@@ -85,9 +94,9 @@ def latest(rows: Iterable[Row]) -> dict[Setting, list[Row]]:
     A run is one invocation of a bench: its arms are compared with each other and with nothing
     else, so a later run replaces an earlier one whole.
     """
-    runs: dict[str, list[Row]] = {}
+    runs: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        runs.setdefault(row.run_id, []).append(row)
+        runs.setdefault((row.run_id, row.bench), []).append(row)
     chosen: dict[tuple[Setting, int], list[Row]] = {}
     for run in sorted(runs.values(), key=lambda run: (run[0].test_time, run[0].run_id)):
         setting = setting_of(run)
@@ -106,7 +115,7 @@ def setting_of(run: Sequence[Row]) -> Setting:
     sampling = "/".join(sorted({row.sampling for row in run} - {"none"})) or "none"
     settings = [f"sampling {sampling}"]
     if row.pp:
-        settings.insert(0, f"KV {cells}, {row.n_threads} threads")
+        settings.insert(0, f"KV {cells}, {max(row.n_threads for row in run)} threads")
     return Setting(
         bench=row.bench,
         machine=f"{row.gpu_info} ({machine})" if row.gpu_info else machine,
@@ -129,7 +138,8 @@ def markdown(
         "tables of different machines or dates are not to be compared.",
     ]
     for name, shown in benches.items():
-        mine = {setting: rows for setting, rows in groups.items() if setting.bench == name}
+        names = shown.names or (name,)
+        mine = {setting: rows for setting, rows in groups.items() if setting.bench in names}
         lines += ["", f"## {name}", "", shown.about]
         lines += targets_table(shown.targets, mine)
         for setting, rows in mine.items():
@@ -138,7 +148,8 @@ def markdown(
             if setting in plots:
                 lines += [f"![{setting.model}]({plots[setting]})", ""]
             lines.append(shown.view(rows))
-    unknown = sorted({setting.bench for setting in groups} - set(benches))
+    known = {word for name, shown in benches.items() for word in shown.names or (name,)}
+    unknown = sorted({setting.bench for setting in groups} - known)
     if unknown:
         lines += ["", f"Rows of benches that this code does not have: {', '.join(unknown)}."]
     return "\n".join(lines) + "\n"

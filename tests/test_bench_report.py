@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # `bench` is run from the repository, never installed
 
-from bench import schema, suite  # noqa: E402
+from bench import plots, schema, suite  # noqa: E402
 from bench.__main__ import BENCHES, load, main, shown  # noqa: E402
 from bench.case import Arm, Case, Measured, case_row  # noqa: E402
 from bench.models import BenchModel  # noqa: E402
@@ -63,7 +64,7 @@ def test_targets_are_met_missed_or_not_measured() -> None:
         Target(f"at {pl}", speed_ratio("ours", "base", pl), at_least=2.0) for pl in (1, 4, 16)
     )
     rows = [row("base", 4.0), row("ours", 2.0), row("base", 4.0, pl=4), row("ours", 3.0, pl=4)]
-    shown = {"decode": Shown("about", targets, plain, plot=False)}
+    shown = {"decode": Shown("about", targets, plain)}
     text = markdown(latest(rows), {}, shown)
     assert "| at 1 | ≥ 2 | 2 | met |" in text
     assert "| at 4 | ≥ 2 | 1.33 | **missed** |" in text
@@ -141,3 +142,26 @@ def test_the_benches_show_their_own_rows() -> None:
         assert shown(load(name)).about
     assert shown(load("decode")).view([row("engine", 1.0)]).startswith("| B |")
     assert shown(load("serve")).view([row("engine", 1.0)]).startswith("| clients |")
+
+
+def test_a_bench_may_name_its_rows_otherwise_and_draw_them_itself(tmp_path: Path) -> None:
+    """One invocation may have rows of two names: two settings, one heading."""
+    rows = [row("ours", 1.0), row("ours", 1.0, pl=2)]
+    rows += [dataclasses.replace(made, bench="other") for made in rows]
+    groups = latest(rows)
+    assert [setting.bench for setting in groups] == ["decode", "other"]
+    drawn: list[tuple[str, int]] = []
+
+    def draw(mine: Sequence[schema.Row], path: Path) -> None:
+        drawn.append((mine[0].bench, len(mine)))
+        path.write_text("<svg>", encoding="utf-8")
+
+    drawings = plots.draw_all(groups, {"other": draw}, tmp_path)
+    assert [setting.bench for setting in drawings] == ["other"]
+    assert drawn == [("other", 2)]
+    shown = {"decode": Shown("about", (), plain, draw, ("decode", "other"))}
+    text = markdown(groups, drawings, shown)
+    assert text.count("## decode") == 1
+    assert text.count("### m: ") == 2
+    assert "(plots/other-m-" in text
+    assert "does not have" not in text
