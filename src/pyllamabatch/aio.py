@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -117,6 +118,13 @@ async def generate(decoder: Decoder, requests: list[Request], relay: Relay) -> l
             stream.cancel()
         raise
     return [stream.wait() for stream in streams]
+
+
+async def outcome(future: Future[bool], timeout: float | None) -> bool:
+    """What another thread makes of it; False after `timeout` seconds."""
+    here = asyncio.wrap_future(future)
+    await asyncio.wait({here}, timeout=timeout)
+    return here.done() and here.result()
 
 
 def _call(wake: Callable[[], None], _: Stream) -> None:

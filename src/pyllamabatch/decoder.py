@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from time import perf_counter, perf_counter_ns
 from typing import Any
@@ -59,7 +60,12 @@ class Decoder:
         self.n_reused = 0  # graphs
         self.trace = trace
         self.delivery = Delivery(
-            stepper, scheduler.n_slots, self._stopped, self._delivery_failed, trace
+            stepper,
+            scheduler.n_slots,
+            self._stopped,
+            self._delivery_failed,
+            self.mailbox.ended,
+            trace,
         )
         self.seats = Seats(scheduler, stepper, self.delivery, trace, self.mailbox.left_line)
         scheduler.tokens_of = self.seats.tokens_of
@@ -84,8 +90,8 @@ class Decoder:
         self._thread.start()
 
     def submit(self, requests: list[Request], timeout: float | None = None) -> None:
-        """All of them or none: EngineClosed, and QueueFull when the line has no room within
-        `timeout` seconds (None: however long it takes)."""
+        """All of them or none: EngineClosed, EngineDraining, and QueueFull when the line has no
+        room within `timeout` seconds (None: however long it takes)."""
 
         def take() -> None:
             for request in requests:
@@ -95,10 +101,14 @@ class Decoder:
         self.mailbox.submit(take, len(requests), timeout)
 
     def call_hands(
-        self, act: Callable[[Hands], None], call: Call | None = None, *, ask: bool = False
+        self,
+        act: Callable[[Hands], None],
+        call: Call | None = None,
+        *,
+        more: bool = False,
+        ask: bool = False,
     ) -> None:
-        """`act(hands)` between two steps. EngineClosed when the engine is closed. `call`: fails
-        with it. `ask`: it asks for a token, so that the step may wait for more of that kind."""
+        """`act(hands)` between two steps. `call`: fails with it. For the rest see `Mailbox.ask`."""
 
         def take() -> None:
             try:
@@ -108,10 +118,17 @@ class Decoder:
                     call.finish(error=error)
                 raise
 
-        self.mailbox.ask(take, awaited=ask)
+        self.mailbox.ask(take, more=more, awaited=ask)
 
     def cancel(self, stream: Stream) -> None:
         self.mailbox.post(lambda: self._cancel(stream.id))
+
+    def drain(self, *, cancel: bool = False) -> Future[bool]:
+        """See `Mailbox.drain`. `cancel`: what is open is cancelled."""
+        drained = self.mailbox.drain()
+        if cancel:
+            self.mailbox.post(self._cancel_all)
+        return drained
 
     def close(self, *, wait: bool, timeout: float | None) -> None:
         """No more requests; those that are open are finished (`wait`, but no longer than
@@ -120,12 +137,16 @@ class Decoder:
         self.mailbox.close(self._drop_hands)
         if not wait:
             self.mailbox.post(self._cancel_all)
-        if threading.current_thread() in (self._thread, self.delivery.thread):
+        if self.is_own_thread():
             return
         self._thread.join(timeout if wait else None)
         if self._thread.is_alive():
             self.mailbox.post(self._cancel_all)
             self._thread.join()
+
+    def is_own_thread(self) -> bool:
+        """Whether the caller would wait for itself."""
+        return threading.current_thread() in (self._thread, self.delivery.thread)
 
     @property
     def n_mail(self) -> int:
@@ -154,7 +175,7 @@ class Decoder:
             self._stepper.flush()
             self.delivery.thread.join()
             self.delivery.finish_rest(self._cause())
-            self.mailbox.wait_for_visitors()
+            self.mailbox.end()
             self._space.clear()
             self._close()
 
@@ -350,6 +371,8 @@ class Decoder:
     def _cancel_all(self) -> None:
         for request in list(self.seats.open.values()):
             self.seats.end(request, "cancelled")
+        for hand in list(self.seats.hands.values()):
+            self.hands.cancel(hand)
 
     def _stopped(self, id: int) -> None:
         """A stop string has been found in a request's text; what was sampled behind it does not

@@ -34,8 +34,8 @@ AT_ONCE = 8  # streams that are searched before the decoder may come first
 
 class Delivery:
     """`on_stop(id)`: a stop string has ended the text of a request whose tokens still come.
-    `on_failure(error)`: the thread is about to end because of a bug. Both are called by the
-    delivery thread.
+    `on_failure(error)`: the thread is about to end because of a bug. `on_end()`: a stream has
+    ended. All of them are called by the delivery thread.
 
     place, leave, end and close are the decoder's: `at` is the number of steps recorded so far."""
 
@@ -45,6 +45,7 @@ class Delivery:
         n_seq_max: int,
         on_stop: Callable[[int], None],
         on_failure: Callable[[BaseException], None],
+        on_end: Callable[[], None],
         trace: StepTrace | None = None,
     ) -> None:
         self.finished: dict[str, int] = {
@@ -59,6 +60,7 @@ class Delivery:
         self._reader = reader
         self._on_stop = on_stop
         self._on_failure = on_failure
+        self._on_end = on_end
         self._trace = trace
         self._n_seq_max = n_seq_max
         self._at: list[Stream | None] = [None] * n_seq_max  # by slot
@@ -223,6 +225,7 @@ class Delivery:
         self._with_stops.discard(stream)
         self._watched.discard(stream)
         stream._finish(reason, stop, error, self._count)
+        self._on_end()
 
     def _count(self, reason: FinishReason, n_dropped: int) -> None:
         self.finished[reason] += 1

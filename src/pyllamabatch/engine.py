@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import aclosing
 from dataclasses import replace
 from types import TracebackType
@@ -202,7 +204,8 @@ class Engine:
 
         Raises before anything has started: ArgumentError for an empty prompt, tokens that are not
         in the vocabulary and parameters that do not suit the model, RequestTooLong when prompt and
-        max_tokens can never fit, GrammarError, TokenizeError, QueueFull, EngineClosed.
+        max_tokens can never fit, GrammarError, TokenizeError, QueueFull, EngineDraining,
+        EngineClosed.
         """
         if queue_timeout is not None:
             queue_timeout = seconds_of("queue_timeout", queue_timeout)
@@ -320,6 +323,49 @@ class Engine:
         with decoder.state:
             table = decoder.trace.snapshot()
         return table()
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Take no more requests until `resume`, and wait until those that are open have ended: for
+        `timeout` seconds at most (None: however long it takes), whereupon they go on. Whether all
+        have ended, and nothing is being computed.
+
+        Until `resume`, `submit` and its kin raise EngineDraining, those that wait for room in the
+        line now included, and so do `Sequence.prompt`, `sample` and `fork`; what else a sequence
+        can do, it can. Calls of sequences that are under way are waited for."""
+        if timeout is not None:
+            timeout = seconds_of("timeout", timeout)
+        return self._wait_drained(self._decoder.drain(), timeout)
+
+    def stop(self) -> None:
+        """As `drain`, but what is open is cancelled, which takes no longer than one step."""
+        self._wait_drained(self._decoder.drain(cancel=True), None)
+
+    def resume(self) -> None:
+        """Take requests again. Fine when it was not drained. EngineClosed."""
+        self._decoder.mailbox.resume()
+
+    async def adrain(self, timeout: float | None = None) -> bool:
+        """`drain` for asyncio. Cancelling the task resumes nothing."""
+        if timeout is not None:
+            timeout = seconds_of("timeout", timeout)
+        return await aio.outcome(self._decoder.drain(), timeout)
+
+    async def astop(self) -> None:
+        """`stop` for asyncio."""
+        await aio.outcome(self._decoder.drain(cancel=True), None)
+
+    def _wait_drained(self, drained: Future[bool], timeout: float | None) -> bool:
+        if self._decoder.is_own_thread():  # a callback of a stream: it can't wait for itself
+            timeout = 0
+        try:
+            return drained.result(timeout)
+        except FutureTimeout:
+            return False
+
+    @property
+    def draining(self) -> bool:
+        """No requests are taken until `resume`."""
+        return self._decoder.mailbox.draining
 
     @property
     def closed(self) -> bool:

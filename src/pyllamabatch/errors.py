@@ -29,6 +29,10 @@ class EngineClosed(ClosedError):
     """The engine was closed while, or before, the request ran."""
 
 
+class EngineDraining(PyllamabatchError):
+    """The engine is drained, and takes nothing more to compute until `resume`. Nothing was done."""
+
+
 class ModelLoadError(PyllamabatchError):
     """The file is missing, damaged or of a kind that this build can't load.
 

@@ -2,16 +2,18 @@
 
 Anybody posts acts, which the decoder's thread does between two steps, and waits here while it has
 nothing to compute. Whoever comes through the door (`visit`) keeps the model and the stepper open
-until he leaves; requests wait in front of it while the line is full.
+until he leaves; requests wait in front of it while the line is full. While it is drained, nothing
+that is to be computed comes in; it is quiet when nothing is left of what was there before.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 
-from .errors import EngineClosed, QueueFull
+from .errors import EngineClosed, EngineDraining, QueueFull
 
 Act = Callable[[], None]
 
@@ -23,11 +25,14 @@ class Mailbox:
     def __init__(self, ring: Act, max_waiting: int | None = None) -> None:
         self.n_submitted = 0
         self.closed = False
+        self.draining = False
         self.error: BaseException | None = None  # what closed it, if it was not `close`
         self._ring = ring
         self._max_waiting = max_waiting
         self._mail: list[Act] = []
         self._n_in_line = 0
+        self._n_ended = 0  # of `n_submitted`, their readers told
+        self._idle = False  # the decoder's thread has nothing to compute
         self._n_visitors = 0
         self._n_awaited = 0  # hand-driven sequences that the next step waits for
         # Guards all of this. A forgotten sequence may be collected while it is held.
@@ -35,6 +40,7 @@ class Mailbox:
         self._news = threading.Condition(lock)
         self._room = threading.Condition(lock)
         self._room_calls: list[Act] = []
+        self._drains: list[Future[bool]] = []
 
     # -- from any thread
 
@@ -52,11 +58,12 @@ class Mailbox:
                 self._news.notify()
 
     def submit(self, act: Act, n: int, timeout: float | None = None) -> None:
-        """`act` takes in `n` requests. EngineClosed, and QueueFull when the line has no room for
-        all of them within `timeout` seconds (None: however long it takes)."""
+        """`act` takes in `n` requests. EngineClosed, EngineDraining, and QueueFull when the line
+        has no room for all of them within `timeout` seconds (None: however long it takes)."""
         with self._news:
-            self._room.wait_for(lambda: self.closed or self._has_room(n), timeout)
+            self._room.wait_for(lambda: self._shut or self._has_room(n), timeout)
             self._check_open()
+            self._check_taking()
             if not self._has_room(n):
                 raise QueueFull(f"{self._n_in_line} requests wait, max_waiting={self._max_waiting}")
             self.n_submitted += n
@@ -64,11 +71,14 @@ class Mailbox:
             self._put(act)
         self._ring()
 
-    def ask(self, act: Act, *, awaited: bool) -> None:
-        """`act` is of a hand-driven sequence. `awaited`: it asks for a token, so that the step may
-        wait for more of that kind. EngineClosed."""
+    def ask(self, act: Act, *, more: bool, awaited: bool) -> None:
+        """`act` is of a hand-driven sequence. `more`: it brings more to compute. `awaited`: it asks
+        for a token, so that the step may wait for more of that kind. EngineClosed, and
+        EngineDraining where it brings more."""
         with self._news:
             self._check_open()
+            if more:
+                self._check_taking()
             self._n_awaited -= 1
             wake = not awaited or self._n_awaited <= 0
             self._put(act, wake=wake)
@@ -89,6 +99,31 @@ class Mailbox:
             self._tell_room()
         self._ring()
 
+    def drain(self) -> Future[bool]:
+        """Nothing more to compute comes in until `resume`. True when all that was there has ended,
+        False when it was resumed before that."""
+        with self._news:
+            self.draining = True
+            self._tell_room()
+            future: Future[bool] = Future()
+            future.set_running_or_notify_cancel()  # nobody can cancel it
+            self._drains.append(future)
+            self._tell_drains()
+            return future
+
+    def resume(self) -> None:
+        """EngineClosed."""
+        with self._news:
+            self._check_open()
+            self.draining = False
+            self._tell_drains(True)
+
+    def ended(self) -> None:
+        """A request has, and its reader knows."""
+        with self._news:
+            self._n_ended += 1
+            self._tell_drains()
+
     # -- the line in front of the slots
 
     def has_room(self, n: int) -> bool:
@@ -97,10 +132,9 @@ class Mailbox:
             return self._has_room(n)
 
     def when_room(self, call: Act) -> bool:
-        """Whether another request can be submitted (EngineClosed at once, too); if not, `call()`
-        once when it may be so."""
+        """Whether `submit` has an answer at once; if not, `call()` when it may be so."""
         with self._news:
-            if self.closed or self._has_room(1):
+            if self._shut or self._has_room(1):
                 return True
             self._room_calls.append(call)
             return False
@@ -121,6 +155,7 @@ class Mailbox:
         """All that is there, oldest first."""
         with self._news:
             mail, self._mail = self._mail, []
+            self._idle = False
             return mail
 
     def put_back(self, mail: list[Act]) -> None:
@@ -135,8 +170,11 @@ class Mailbox:
         with self._news:
             self._n_awaited = n_awaited
             if not self._mail:
-                if self.closed and seconds is None:
-                    return False
+                if seconds is None:
+                    self._idle = True
+                    self._tell_drains()
+                    if self.closed:
+                        return False
                 self._news.wait(seconds)
             self._n_awaited = 0
         return True
@@ -147,8 +185,10 @@ class Mailbox:
             self.closed, self.error = True, error
             return self.take()
 
-    def wait_for_visitors(self) -> None:
+    def end(self) -> None:
+        """Nothing is done any more; returns when all visitors have left."""
         with self._news:
+            self._tell_drains(True)
             self._news.wait_for(lambda: self._n_visitors == 0)
 
     def why_closed(self) -> EngineClosed:
@@ -161,6 +201,24 @@ class Mailbox:
     def _check_open(self) -> None:
         if self.closed:
             raise self.why_closed()
+
+    def _check_taking(self) -> None:
+        if self.draining:
+            raise EngineDraining("the engine is drained: it takes no more until it is resumed")
+
+    @property
+    def _shut(self) -> bool:
+        return self.closed or self.draining
+
+    @property
+    def _quiet(self) -> bool:
+        return self._idle and not self._mail and self._n_ended == self.n_submitted
+
+    def _tell_drains(self, anyway: bool = False) -> None:
+        if self._drains and (anyway or self._quiet):
+            drains, self._drains = self._drains, []
+            for future in drains:
+                future.set_result(self._quiet)
 
     def _put(self, act: Act, *, wake: bool = True) -> None:
         self._mail.append(act)

@@ -99,8 +99,8 @@ class Sequence:
         root, and a seed is moved on by one.
 
         Raises ArgumentError for an empty prompt and for tokens that are not in the vocabulary,
-        RequestTooLong when it can never fit, Cancelled, EngineClosed, and DecodeError when
-        llama_decode fails.
+        RequestTooLong when it can never fit, Cancelled, EngineDraining, EngineClosed, and
+        DecodeError when llama_decode fails.
         """
         with self._lock:
             self._check_open()
@@ -108,7 +108,9 @@ class Sequence:
             with self._decoder.mailbox.visit():
                 tokens = self._engine._intake.tokens(prompt, special, parse_special).tolist()
                 sampler = self._sampler(self._hand.tokens + tokens)
-            self._call(lambda hands, call: hands.extend(self._hand, tokens, sampler, call))
+            self._call(
+                lambda hands, call: hands.extend(self._hand, tokens, sampler, call), more=True
+            )
             self._reset_text()
 
     def sample(self) -> Sampled:
@@ -116,8 +118,8 @@ class Sequence:
         from then on (one that is an `end` too).
 
         Raises ArgumentError when nothing is known yet, RequestTooLong when there is no cell for
-        another token, SamplingError when no token can be chosen, Cancelled, EngineClosed, and
-        DecodeError when llama_decode fails.
+        another token, SamplingError when no token can be chosen, Cancelled, EngineDraining,
+        EngineClosed, and DecodeError when llama_decode fails.
         """
         hand = self._hand
         with self._lock:
@@ -129,7 +131,9 @@ class Sequence:
                 with self._decoder.mailbox.visit():
                     sampler = self._sampler(hand.tokens)
                 self._reset_text()
-            draw: Draw = self._call(lambda hands, call: hands.ask(hand, sampler, call), ask=True)
+            draw: Draw = self._call(
+                lambda hands, call: hands.ask(hand, sampler, call), more=True, ask=True
+            )
             (piece,) = self._pieces.of([draw.token])
             return Sampled(
                 token=draw.token,
@@ -257,9 +261,11 @@ class Sequence:
         self._n_renewed += 1
         return sampler
 
-    def _call(self, act: Callable[[Any, Call], None], *, ask: bool = False) -> Any:
+    def _call(
+        self, act: Callable[[Any, Call], None], *, more: bool = False, ask: bool = False
+    ) -> Any:
         call = Call()
-        self._decoder.call_hands(lambda hands: act(hands, call), call, ask=ask)
+        self._decoder.call_hands(lambda hands: act(hands, call), call, more=more, ask=ask)
         try:
             return call.wait()
         except BaseException:
