@@ -101,6 +101,9 @@ class NullMachine:
     def wake(self) -> None: ...
     def give_way(self) -> None: ...
 
+    def renew(self) -> None:
+        raise AssertionError("it never fails")
+
     def put_slot(self, seq_id: int, slot: NullSlot) -> None:
         self._slots[seq_id], self._left[seq_id] = slot, slot.left
 

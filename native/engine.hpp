@@ -91,6 +91,7 @@ struct fault {
     int32_t countdown = 0; // 0: none
     int32_t code      = 0;
     int32_t n_rows    = 0;
+    int32_t n_times   = 0;
 };
 
 // One row to sample.

@@ -17,6 +17,7 @@ public:
     // most: sequences in a row that are filled in; 0: none
     gaps(llama_context * ctx, int32_t most);
 
+    int32_t most() const { return most_; }
     // The batch with rows for the gaps, or as it is: where it is not one row for each of ascending
     // sequences, or a sequence in between holds something. Valid until the next call.
     llama_batch fill(const llama_batch & batch);

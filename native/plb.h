@@ -187,6 +187,10 @@ plb_engine_params plb_engine_default_params(void);
 int32_t plb_engine_new(struct llama_context * ctx, const plb_engine_params * params, plb_engine ** out);
 void    plb_engine_free(plb_engine * engine);
 int32_t plb_engine_detach(plb_engine * engine);
+/* From now on another context of the same model, made with the same parameters, whose memory is empty;
+ * the one before may be gone already. Slots, views and what was recorded stay. PLB_E_ARGUMENT, and
+ * nothing has changed, when it is of another size. */
+int32_t plb_engine_rebind(plb_engine * engine, struct llama_context * ctx);
 int32_t plb_engine_views(plb_engine * engine, plb_views * out);
 
 /* Text of the engine's last failure, valid until its next call; "" when there was none. */
@@ -289,9 +293,10 @@ const char * plb_slot_error(plb_engine * engine, int32_t seq);
  * biases, penalties, grammar and truncation. */
 int32_t plb_step(plb_engine * engine, int32_t n_rows);
 /* For tests of whoever drives the engine: the countdown-th decode from now on (1: the next one)
- * computes the first n_rows of its rows only (-1: all of them) and reports this code, other than 0.
- * countdown 0: no fault. One fault at a time. */
-int32_t plb_fault_set(plb_engine * engine, int32_t countdown, int32_t code, int32_t n_rows);
+ * computes the first n_rows of its rows only (-1: all of them) and reports this code, other than 0;
+ * so do those behind it, n_times (1 or more) in all. countdown 0: no fault. One fault at a time. */
+int32_t plb_fault_set(plb_engine * engine, int32_t countdown, int32_t code, int32_t n_rows,
+                      int32_t n_times);
 
 /* -- run --------------------------------------------------------------------------------------
  * Up to n_steps steps without coming back: in each, every sequence of slots (all different, each with

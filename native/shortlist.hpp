@@ -26,6 +26,8 @@ class shortlist {
 public:
     // on_cpu: also for a model whose output is computed there
     shortlist(llama_context * ctx, bool on_cpu);
+    shortlist(llama_context * ctx, const shortlist & before) // of another context
+        : shortlist(ctx, before.shared_.on_cpu) {}
     ~shortlist(); // does not touch the context
     shortlist(const shortlist &) = delete;
     shortlist & operator=(const shortlist &) = delete;

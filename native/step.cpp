@@ -128,6 +128,7 @@ int32_t decode(plb_engine & engine, llama_batch batch) {
     if (fault.countdown == 0 || --fault.countdown > 0) {
         return llama_decode(engine.ctx, batch);
     }
+    fault.countdown = --fault.n_times > 0;
     batch.n_tokens = fault.n_rows < 0 ? batch.n_tokens : std::min(batch.n_tokens, fault.n_rows);
     if (batch.n_tokens > 0) {
         const int32_t code = llama_decode(engine.ctx, batch);
@@ -399,6 +400,25 @@ int32_t plb_engine_detach(plb_engine * engine) {
     });
 }
 
+int32_t plb_engine_rebind(plb_engine * engine, llama_context * ctx) {
+    if (engine == nullptr || ctx == nullptr || llama_get_memory(ctx) == nullptr ||
+        (int32_t) llama_n_batch(ctx) != engine->views.n_rows_max ||
+        (int32_t) llama_n_ubatch(ctx) != engine->n_ubatch ||
+        (int32_t) llama_n_seq_max(ctx) != engine->views.n_seq_max ||
+        (int32_t) std::min<uint32_t>(llama_n_ctx(ctx), INT32_MAX) != engine->words.n_ctx ||
+        llama_model_get_vocab(llama_get_model(ctx)) != engine->words.vocab) {
+        return PLB_E_ARGUMENT;
+    }
+    return guarded(engine->error, [&] {
+        auto device = engine->on_device ? std::make_unique<shortlist>(ctx, *engine->on_device)
+                                        : nullptr;
+        auto filled = engine->gaps ? std::make_unique<gaps>(ctx, engine->gaps->most()) : nullptr;
+        engine->on_device = std::move(device);
+        engine->gaps      = std::move(filled);
+        engine->ctx       = ctx;
+    });
+}
+
 int32_t plb_engine_views(plb_engine * engine, plb_views * out) {
     if (engine == nullptr || out == nullptr) {
         return PLB_E_ARGUMENT;
@@ -426,10 +446,12 @@ int32_t plb_step(plb_engine * engine, int32_t n_rows) {
     return code;
 }
 
-int32_t plb_fault_set(plb_engine * engine, int32_t countdown, int32_t code, int32_t n_rows) {
-    if (engine == nullptr || countdown < 0 || (countdown > 0 && code == 0) || n_rows < -1) {
+int32_t plb_fault_set(plb_engine * engine, int32_t countdown, int32_t code, int32_t n_rows,
+                      int32_t n_times) {
+    if (engine == nullptr || countdown < 0 || (countdown > 0 && code == 0) || n_rows < -1 ||
+        n_times < 1) {
         return PLB_E_ARGUMENT;
     }
-    engine->fault = {countdown, code, n_rows};
+    engine->fault = {countdown, code, n_rows, n_times};
     return PLB_OK;
 }

@@ -18,7 +18,7 @@ import numpy as np
 from pyllamabatch._stream_step import Run
 from pyllamabatch.decoder import Decoder
 from pyllamabatch.delivery import PAGE_STEPS
-from pyllamabatch.errors import StateError, UnsupportedOperation
+from pyllamabatch.errors import ContextCreateError, StateError, UnsupportedOperation
 from pyllamabatch.kv import Sharing, SwapChoice, SwapSpace
 from pyllamabatch.page import Page
 from pyllamabatch.request import Request
@@ -73,6 +73,9 @@ class FakeMachine:
     fault: Fault = lambda step: None
     n_steps_max: int = 1
     meanwhile: Callable[[int], object] = lambda step: None
+    barren: bool = False  # no fresh context can be made
+    n_renewed: int = 0
+    n_now: int = 0  # rows of the step that is being computed
     n_room: int = 10**9  # steps that the ring holds
     runs: list[int] = field(default_factory=list)  # steps of each run of decoding alone
     rung: bool = False
@@ -128,7 +131,7 @@ class FakeMachine:
             if len(self.recorded) - self.n_taken >= self.n_room:
                 break
             self._write(slots)
-            self.n_steps += 1
+            self.n_steps, self.n_now = self.n_steps + 1, n + n_more
             fault = self.fault(self.n_steps)
             self.meanwhile(self.n_steps)
             if isinstance(fault, BaseException):
@@ -261,6 +264,12 @@ class FakeMachine:
         tokens = np.frombuffer(data, np.int32).tolist()
         self.cells[seq_id] = [(token, object()) for token in tokens]
 
+    def renew(self) -> None:
+        self.cells.clear()
+        if self.barren:
+            raise ContextCreateError("no memory left")
+        self.n_renewed += 1
+
     @property
     def n_held(self) -> int:
         """Cells in use, shared ones once."""
@@ -281,6 +290,7 @@ class Rig:
         n_steps_max: int = 1,
         sharing: Sharing | None = None,
         swap: SwapChoice | None = None,
+        max_restarts: int = 0,
     ) -> None:
         sharing = sharing or Sharing(trim=True)
         self.machine = FakeMachine(limits, fault, n_steps_max, sharing=sharing)
@@ -293,6 +303,7 @@ class Rig:
             self.machine,
             self._close,
             space=self.space,
+            max_restarts=max_restarts,
         )
         self.requests: list[Request] = []
         self._pieces = Pieces(lambda tokens: [b"%d " % token for token in tokens])

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyllamabatch.errors import (
+    ContextCreateError,
     DecodeAborted,
     DecodeError,
     EngineClosed,
@@ -125,6 +126,62 @@ def test_a_failed_decode_fails_its_rows_only(
     check_solo(rig)
     assert all(stream.wait(0).finish_reason in ("stop", "length") for stream in late)
     assert rig.decoder.delivery.finished["error"] == 2
+
+
+@pytest.mark.parametrize("code", [-2, -3, -1019])
+@pytest.mark.parametrize("step", range(1, 9))
+def test_a_fresh_context_takes_the_place_of_one_that_fails_twice(step: int, code: int) -> None:
+    """Five requests on four slots: whoever ran comes before the one who waited."""
+    rig = Rig(LIMITS, lambda n: code if n in (step, step + 1) else None, max_restarts=2)
+    for prompt in prompts(5):
+        rig.submit(prompt, params())
+    for _ in range(step + 1):
+        running = rig.scheduler.running_ids()
+        rig.turn()
+    assert rig.machine.n_renewed == rig.decoder.recovery.n_restarts == 1
+    assert rig.machine.cells == {}
+    assert rig.scheduler.ledger.used == 0
+    assert [view.id for view in rig.scheduler.view(0).waiting][: len(running)] == list(running)
+    rig.run()
+    check_solo(rig)
+    assert rig.decoder.delivery.finished["error"] == 0
+
+
+def test_a_request_that_breaks_every_context_ends_and_the_others_go_on() -> None:
+    def fault(n: int) -> int | None:
+        rows = rig.machine.rows
+        return -3 if 900 in rows.token[: rig.machine.n_now] else None
+
+    rig = Rig(LIMITS, fault, max_restarts=2)
+    before = [rig.submit(prompt, params(20)) for prompt in prompts(2)]
+    for _ in range(4):
+        rig.turn()
+    poison = rig.submit([5, 900, 6], params())
+    after = rig.submit(prompts(3)[2], params())
+    rig.run()
+    assert rig.machine.n_renewed == 2
+    with pytest.raises(FatalDecodeError):
+        poison.result(0)
+    check_solo(rig)
+    for stream in (*before, after):  # those that were in its last step, too, have what is right
+        assert stream.wait(0).finish_reason in ("stop", "length", "error")
+    rig.submit(prompts(1)[0], params())
+    rig.run()
+    check_solo(rig)
+    assert rig.machine.n_renewed == 2
+
+
+def test_without_a_fresh_context_everybody_is_told() -> None:
+    rig = Rig(LIMITS, lambda n: -3 if n in (3, 4) else None, max_restarts=2)
+    rig.machine.barren = True
+    streams = [rig.submit(prompt, params()) for prompt in prompts(6)]
+    rig.decoder.start()
+    for stream in streams:
+        with pytest.raises(ContextCreateError, match=r"backend failed.*no memory left"):
+            stream.result(10)
+    rig.decoder.close(wait=True, timeout=10)
+    with pytest.raises(EngineClosed, match="no memory left"):
+        rig.submit(prompts(1)[0], params())
 
 
 @pytest.mark.parametrize("sharing", [Sharing(), Sharing(trim=True)])
@@ -244,7 +301,7 @@ operations = st.lists(
     ),
     max_size=30,
 )
-faults = st.dictionaries(st.integers(1, 60), st.sampled_from([1, 2, -1, -2]), max_size=5)
+faults = st.dictionaries(st.integers(1, 60), st.sampled_from([1, 2, -1, -2, -2]), max_size=8)
 
 
 @settings(max_examples=150, deadline=None)
@@ -270,6 +327,7 @@ faults = st.dictionaries(st.integers(1, 60), st.sampled_from([1, 2, -1, -2]), ma
     ),
     st.sampled_from(["recompute", "swap"]),
     st.sampled_from(["", "", "stubborn", "lossy"]),
+    st.sampled_from([0, 1, 3]),
 )
 def test_any_mix_of_arrivals_cancels_and_faults(
     operations: list[tuple[str, int, int]],
@@ -279,6 +337,7 @@ def test_any_mix_of_arrivals_cancels_and_faults(
     sharing: Sharing,
     preemption: Any,
     memory: str,
+    max_restarts: int,
 ) -> None:
     """Every other prompt begins as the one before it. `memory`: it refuses all copies and states
     ("stubborn"), or makes empty ones without a word, so everything has to be computed after all."""
@@ -286,7 +345,12 @@ def test_any_mix_of_arrivals_cancels_and_faults(
         n_slots = limits.n_seq_max + sharing.n_kept
         limits = replace(limits, n_cells=n_slots * limits.n_cells_seq)
     rig = Rig(
-        limits, faults.get, n_steps_max=n_steps_max, sharing=sharing, swap=SwapChoice(preemption)
+        limits,
+        faults.get,
+        n_steps_max=n_steps_max,
+        sharing=sharing,
+        swap=SwapChoice(preemption),
+        max_restarts=max_restarts,
     )
     rig.machine.stubborn, rig.machine.lossy = memory == "stubborn", memory == "lossy"
     for name, a, b in operations:

@@ -169,7 +169,7 @@ def test_a_fault_at_any_decode(
 def test_a_decode_that_fails_twice_in_a_row(
     model: Model, expected: list[list[int]], step: int, code: int
 ) -> None:
-    with engine_on(model) as engine:
+    with engine_on(model, max_restarts=0) as engine:
         Faulty(engine, {step: code, step + 1: code})
         results = engine.generate(PROMPTS, GREEDY)
         failed = [result for result in results if result.finish_reason == "error"]
@@ -178,6 +178,22 @@ def test_a_decode_that_fails_twice_in_a_row(
         for result, tokens in zip(results, expected, strict=True):
             assert result.tokens == tokens[: len(result.tokens)]
             assert result in failed or len(result.tokens) == 12
+        check_clean(engine)
+        again = engine.generate(PROMPTS, GREEDY)
+        assert [result.tokens for result in again] == expected
+
+
+@pytest.mark.parametrize("n_rows", [0, 7])
+@pytest.mark.parametrize("step", [1, 3, 6, 14])
+def test_a_fresh_context_after_a_decode_that_fails_twice(
+    model: Model, expected: list[list[int]], step: int, n_rows: int
+) -> None:
+    """Twice in a row, so that the second fresh context is needed at once; nobody notices."""
+    with engine_on(model) as engine:
+        engine._stepper.fault(step, -3, n_rows, 4)
+        results = engine.generate(PROMPTS, GREEDY)
+        assert [result.tokens for result in results] == expected
+        assert engine.stats().restarts == 2
         check_clean(engine)
         again = engine.generate(PROMPTS, GREEDY)
         assert [result.tokens for result in again] == expected

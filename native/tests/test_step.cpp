@@ -254,16 +254,17 @@ void faults(fixture & f) {
     llama_memory_t memory = llama_get_memory(f.ctx);
     plb_sampling s = greedy(1000);
     CHECK_EQ(plb_slot_set(f.engine, 0, &s, nullptr, 0), PLB_OK);
-    CHECK_EQ(plb_fault_set(nullptr, 1, 1, 0), PLB_E_ARGUMENT);
-    CHECK_EQ(plb_fault_set(f.engine, -1, 1, 0), PLB_E_ARGUMENT);
-    CHECK_EQ(plb_fault_set(f.engine, 1, 0, 0), PLB_E_ARGUMENT);
-    CHECK_EQ(plb_fault_set(f.engine, 1, 1, -2), PLB_E_ARGUMENT);
+    CHECK_EQ(plb_fault_set(nullptr, 1, 1, 0, 1), PLB_E_ARGUMENT);
+    CHECK_EQ(plb_fault_set(f.engine, -1, 1, 0, 1), PLB_E_ARGUMENT);
+    CHECK_EQ(plb_fault_set(f.engine, 1, 0, 0, 1), PLB_E_ARGUMENT);
+    CHECK_EQ(plb_fault_set(f.engine, 1, 1, -2, 1), PLB_E_ARGUMENT);
+    CHECK_EQ(plb_fault_set(f.engine, 1, 1, 0, 0), PLB_E_ARGUMENT);
     const struct { int32_t code, n_rows; llama_pos pos_max; } all[] = {
         {1, 0, -1}, {2, 2, 1}, {-3, -1, 3}, {-1, 99, 3},
     };
     for (const auto & fault : all) {
         llama_memory_clear(memory, true);
-        CHECK_EQ(plb_fault_set(f.engine, 2, fault.code, fault.n_rows), PLB_OK);
+        CHECK_EQ(plb_fault_set(f.engine, 2, fault.code, fault.n_rows, 1), PLB_OK);
         f.row(0, 10, 0, 1, 0);
         CHECK_EQ(plb_step(f.engine, 1), PLB_OK);
         const plb_slot_info before = info_of(f, 0);
@@ -275,10 +276,51 @@ void faults(fixture & f) {
         CHECK(llama_memory_seq_rm(memory, 0, -1, -1));
         CHECK_EQ(plb_step(f.engine, 4), PLB_OK);
     }
-    CHECK_EQ(plb_fault_set(f.engine, 1, 1, 0), PLB_OK);
-    CHECK_EQ(plb_fault_set(f.engine, 0, 0, 0), PLB_OK);
+    CHECK_EQ(plb_fault_set(f.engine, 2, -3, 0, 2), PLB_OK);
+    for (const int32_t code : {0, -3, -3, 0}) {
+        llama_memory_clear(memory, true);
+        CHECK_EQ(plb_step(f.engine, 4), code);
+    }
+    CHECK_EQ(plb_fault_set(f.engine, 1, 1, 0, 1), PLB_OK);
+    CHECK_EQ(plb_fault_set(f.engine, 0, 0, 0, 1), PLB_OK);
     llama_memory_clear(memory, true);
     CHECK_EQ(plb_step(f.engine, 4), PLB_OK);
+}
+
+// Another context in the first one's place, which is gone: slots go on, the memory is empty.
+void another_context(fixture & f) {
+    plb_sampling s = greedy(1000);
+    CHECK_EQ(plb_slot_set(f.engine, 0, &s, nullptr, 0), PLB_OK);
+    llama_memory_clear(llama_get_memory(f.ctx), true);
+    f.prompt(0, {1, 20, 30, 40}, 0);
+    CHECK_EQ(plb_step(f.engine, 4), PLB_OK);
+    const plb_slot_info first = info_of(f, 0);
+    f.row(0, first.next_token, first.next_pos, 0, PLB_ROW_SAMPLE);
+    CHECK_EQ(plb_step(f.engine, 1), PLB_OK);
+    const llama_token second = info_of(f, 0).next_token;
+
+    llama_context_params p = llama_context_default_params();
+    p.n_ctx = 256;
+    p.n_batch = p.n_ubatch = 32;
+    p.n_seq_max = 4;
+    p.n_threads = p.n_threads_batch = 1;
+    p.kv_unified = true;
+    llama_context * other = llama_init_from_model(f.model, p);
+    CHECK_EQ(plb_engine_rebind(f.engine, other), PLB_E_ARGUMENT); // of another size
+    CHECK_EQ(plb_engine_rebind(f.engine, nullptr), PLB_E_ARGUMENT);
+    CHECK_EQ(plb_engine_rebind(nullptr, f.ctx), PLB_E_ARGUMENT);
+    llama_free(other);
+    p.n_batch = p.n_ubatch = 64;
+    llama_free(f.ctx);
+    f.ctx = llama_init_from_model(f.model, p);
+    CHECK_EQ(plb_engine_rebind(f.engine, f.ctx), PLB_OK);
+    CHECK_EQ(llama_memory_seq_pos_max(llama_get_memory(f.ctx), 0), -1);
+    f.prompt(0, {1, 20, 30, 40}, 0);
+    f.row(3, 40, 3, 0, 0);
+    f.row(4, first.next_token, 4, 0, PLB_ROW_SAMPLE);
+    CHECK_EQ(plb_step(f.engine, 5), PLB_OK);
+    CHECK_EQ(info_of(f, 0).n_generated, 3);
+    CHECK_EQ(info_of(f, 0).next_token, second);
 }
 
 } // namespace
@@ -292,5 +334,6 @@ int main(int argc, char ** argv) {
     dead_end(f);
     full_memory(f);
     faults(f);
+    another_context(f);
     return 0;
 }

@@ -94,12 +94,13 @@ class Context(Owner):
         log = _log.errors()
         if ptr == ffi.NULL:
             raise ContextCreateError(f"libllama could not make the context\n{log}")
+        self._native = native
         self._keep = params  # callbacks and samplers that libllama points to
         self._handle = Handle(ptr, lib.llama_free, model._handle)
         self._close = weakref.finalize(self, self._handle.release)
         self._exclusive = _Exclusive(self._close)
         self._lock = self._exclusive.lock
-        self._loras: list[Handle] = []
+        self._loras: list[tuple[Handle, float]] = []
         self.lora_names: list[tuple[str, float]] = []
         """File name and scale of each adapter that is applied."""
         self._attached: list[Any] = []  # plb_engines, whose samplers libllama may point to
@@ -139,6 +140,35 @@ class Context(Owner):
             self._drop_loras()
             self._close()
             self._attached.clear()
+
+    def renew(self) -> None:
+        """A fresh llama_context, made with the same parameters, in place of this one that has
+        failed: its memory is empty, its outputs are gone; adapters, threads and steppers, with
+        their slots, stay. ContextCreateError, and this one is closed, when it can't be made."""
+        with self.exclusive():
+            threads = self.n_threads, self.n_threads_batch
+            model = self.model._handle.retain()  # which may be closed by now
+            try:
+                self._close.detach()
+                self._handle.release()
+                _log.mark()
+                ptr = lib.plb_context_new(model.ptr, self._native)
+                if ptr == ffi.NULL:
+                    self._drop_loras()
+                    self._attached.clear()
+                    log = _log.errors()
+                    raise ContextCreateError(f"libllama could not make the context again\n{log}")
+                self._handle = Handle(ptr, lib.llama_free, model)
+            finally:
+                model.release()
+            self._close = self._exclusive.close = weakref.finalize(self, self._handle.release)
+            self._outputs, self._encoded = None, False
+            self.memory.renewed()
+            lib.llama_set_n_threads(ptr, *threads)
+            self._apply_loras()
+            for engine in self._attached:
+                if lib.plb_engine_rebind(engine, ptr):
+                    raise ContextCreateError("the fresh context is of another size")
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.n_ctx} cells, {self.n_seq_max} sequences"
@@ -309,16 +339,22 @@ class Context(Owner):
             if not np.isfinite(scale):
                 raise ArgumentError("adapters", scale, "a scale must be a finite number")
         with self.exclusive():
-            pointers = ffi.new("struct llama_adapter_lora *[]", [a.ptr for a, _ in adapters] or 1)
-            scales = ffi.new("float[]", [s for _, s in adapters] or 1)
-            taken = [adapter._handle.retain() for adapter, _ in adapters]
-            lib.llama_set_adapters_lora(self.ptr, pointers, len(adapters), scales)
-            self._drop_loras()
-            self._loras = taken
+            for adapter, _ in adapters:
+                adapter.ptr  # noqa: B018 (raises when closed)
+            before = self._loras
+            self._loras = [(adapter._handle.retain(), float(scale)) for adapter, scale in adapters]
+            self._apply_loras()
+            for handle, _ in before:
+                handle.release()
             self.lora_names = [(Path(a.path).name, float(scale)) for a, scale in adapters]
 
+    def _apply_loras(self) -> None:
+        pointers = ffi.new("struct llama_adapter_lora *[]", [h.ptr for h, _ in self._loras] or 1)
+        scales = ffi.new("float[]", [scale for _, scale in self._loras] or 1)
+        lib.llama_set_adapters_lora(self.ptr, pointers, len(self._loras), scales)
+
     def _drop_loras(self) -> None:
-        for handle in self._loras:
+        for handle, _ in self._loras:
             handle.release()
         self._loras = []
 
@@ -347,13 +383,13 @@ class _Exclusive(AbstractContextManager[None]):
     """A context's lock, one for all its methods: entering costs well under a microsecond."""
 
     def __init__(self, close: weakref.finalize[..., Context]) -> None:
-        self._close = close
+        self.close = close
         self.lock = threading.RLock()
 
     def __enter__(self) -> None:
         if not self.lock.acquire(blocking=False):
             raise ContextBusy("another thread is inside this context; use one thread, or a lock")
-        if not self._close.alive:
+        if not self.close.alive:
             self.lock.release()
             raise ClosedError("the context is closed")
 

@@ -26,9 +26,9 @@ from .errors import PyllamabatchError, SamplingError, decode_error
 from .hand import Call, Hand
 from .hands import Hands
 from .kv import SwapSpace
-from .machine import MemoryLike, StepperLike
+from .machine import ContextLike, MemoryLike, StepperLike
 from .mailbox import Mailbox
-from .moves import Mover, StatesLike
+from .moves import Mover
 from .recovery import Recovery
 from .request import Request
 from .scheduler import Scheduler, Step
@@ -49,11 +49,12 @@ class Decoder:
         scheduler: Scheduler,
         stepper: Any,
         memory: MemoryLike,
-        states: StatesLike,
+        states: ContextLike,
         close: Callable[[], None],
         trace: StepTrace | None = None,
         space: SwapSpace | None = None,
         max_waiting: int | None = None,
+        max_restarts: int = 0,
     ) -> None:
         self.scheduler = scheduler
         self.mailbox = Mailbox(stepper.ring, max_waiting)
@@ -72,7 +73,9 @@ class Decoder:
         self._space = SwapSpace(0) if space is None else space
         self.hands = Hands(scheduler, stepper, memory, self.seats, states, self._space)
         self._mover = Mover(scheduler, memory, states, self._space)
-        self._recovery = Recovery(scheduler, memory, self.seats, self.hands)
+        self.recovery = Recovery(
+            scheduler, memory, self.seats, self.hands, states.renew, max_restarts
+        )
         self._stepper: StepperLike = stepper
         self._memory = memory
         self._close = close
@@ -265,7 +268,7 @@ class Decoder:
             error = problem
             with self.state:
                 self._running = None
-                self._recovery.failed(step, error)
+                self.recovery.failed(step, error)
                 self._mover.carry_out()
             return False
         with self.state:
@@ -303,7 +306,7 @@ class Decoder:
         """What the call has done, and who has finished in its last step."""
         self.n_reused += run.n_reused
         if run.n_steps:
-            self._recovery.computed()
+            self.recovery.computed()
             self._step_s = run.seconds / run.n_steps
             self._observe(step, run)
             self.scheduler.advance(step, run.n_steps)
@@ -325,7 +328,7 @@ class Decoder:
             else:  # an end-of-generation or stop token
                 self.seats.end(request, "stop", stop=token)
         if run.code:
-            self._recovery.failed(step, decode_error(run.code), any_done=run.n_steps > 0)
+            self.recovery.failed(step, decode_error(run.code), any_done=run.n_steps > 0)
 
     def _observe(self, step: Step, run: Run) -> None:
         """The steps of one call, on average, to the cost model; prompts to the estimate of what a

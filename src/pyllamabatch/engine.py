@@ -81,6 +81,10 @@ class Engine:
       "swap" its state to the host and back, "auto" for what is cheaper by the rates measured so far
       (`pyllamabatch.kv.swap`). swap_bytes: host memory for swapped states; more of them go to files
       in swap_folder (default: the system's for temporary files).
+    - max_restarts: when llama_decode fails twice in a row for a reason of the backend's, a fresh
+      context takes the place of the one that failed, and what ran is computed again: so often for
+      a request (or a call of a hand-driven sequence) that was in the failed step. If that happens
+      to it once more it ends with the error. 0: at once, and the context stays.
     - context_params: any other parameter of `Context`. kv_unified=False gives every sequence
       n_ctx / n_seq_max cells of its own.
 
@@ -109,6 +113,7 @@ class Engine:
         preemption: Preemption = "auto",
         swap_bytes: int = 2**30,
         swap_folder: PathLike | None = None,
+        max_restarts: int = 2,
         **context_params: Any,
     ) -> None:
         if model.has_encoder or not model.has_decoder:
@@ -125,6 +130,7 @@ class Engine:
             raise ArgumentError("preemption", preemption, '"auto", "recompute" or "swap"')
         if max_waiting is not None:
             max_waiting = integer("max_waiting", max_waiting, 1, 2**31)
+        max_restarts = integer("max_restarts", max_restarts, 0, 2**31)
         patience = seconds_of("patience", patience)
         ours_to_choose = n_ctx == 0
         if ours_to_choose:
@@ -179,7 +185,15 @@ class Engine:
 
         space = SwapSpace(swap_bytes, swap_folder)
         self._decoder = Decoder(
-            scheduler, stepper, context.memory, context, close, trace, space, max_waiting
+            scheduler,
+            stepper,
+            context.memory,
+            context,
+            close,
+            trace,
+            space,
+            max_waiting,
+            max_restarts,
         )
         self._intake = Intake(model, self._decoder, stepper)
         # Also when the engine is forgotten, and before the interpreter exits.

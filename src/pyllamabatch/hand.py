@@ -49,13 +49,15 @@ class Hand:
     """One sequence. `tokens`: all that it knows; the sampler has chosen those behind the first
     `n_given`. `sampler`: its sampling state while it has no slot. `spent`: the sampling state has
     come to an end, and the next `ask` brings another one. `call`: what its owner waits for, and
-    `back_to` how many tokens it knew before, where that would add some."""
+    `back_to` how many tokens it knew before, where that would add some. `n_restarts`: of the
+    context since then."""
 
     __slots__ = (
         "back_to",
         "call",
         "id",
         "n_given",
+        "n_restarts",
         "params",
         "priority",
         "sampler",
@@ -74,11 +76,16 @@ class Hand:
         self.tenant = tenant
         self.tokens: list[int] = []
         self.n_given = 0
+        self.n_restarts = 0
         self.sampler: Any = None
         self.slot = -1
         self.spent = False
         self.call: Call | None = None
         self.back_to: int | None = None
+
+    def wait_for(self, call: Call, back_to: int | None = None) -> None:
+        """Its owner does."""
+        self.call, self.back_to, self.n_restarts = call, back_to, 0
 
     def unseated(self) -> None:
         """See `Request`: `tokens` is all that is to be computed again, as ever."""

@@ -66,7 +66,7 @@ class Hands:
             call.finish(error=error)
             return
         self._renew(hand, sampler)
-        hand.call, hand.back_to = call, n
+        hand.wait_for(call, n)
         self._settle(hand)
 
     def compute(self, hand: Hand, call: Call) -> None:
@@ -77,7 +77,7 @@ class Hands:
         except PyllamabatchError as error:
             call.finish(error=error)
             return
-        hand.call, hand.back_to = call, n
+        hand.wait_for(call, n)
         self._settle(hand)
 
     def save(self, hand: Hand, call: Call) -> None:
@@ -125,7 +125,7 @@ class Hands:
             return
         if sampler is not None:
             self._renew(hand, sampler)
-        hand.call, hand.back_to = call, None
+        hand.wait_for(call)
 
     def trim(self, hand: Hand, n: int, sampler: Any, call: Call) -> None:
         """Only the first `n` tokens stay."""

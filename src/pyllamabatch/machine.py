@@ -1,4 +1,4 @@
-"""What the decoder and the delivery thread run on: a stepper, its ring and a memory."""
+"""What the decoder and the delivery thread run on: a stepper, its ring, a context, its memory."""
 
 from __future__ import annotations
 
@@ -38,6 +38,14 @@ class ReaderLike(Protocol):
     def read(self, until: int, page: Page) -> int: ...
     def wake(self) -> None: ...
     def give_way(self) -> None: ...
+
+
+class ContextLike(Protocol):
+    """What the decoder needs of a `Context`."""
+
+    def state_seq_get(self, seq_id: int) -> bytes: ...
+    def state_seq_set(self, data: bytes, seq_id: int) -> None: ...
+    def renew(self) -> None: ...
 
 
 class MemoryLike(Protocol):

@@ -218,6 +218,11 @@ class Memory:
             seqs, rows = np.unique(seq_ids, return_counts=True)
             self._snapshots.update(zip(seqs.tolist(), (rows - 1).tolist(), strict=True))
 
+    def renewed(self) -> None:
+        """It is another memory, and empty."""
+        self._stale.clear()
+        self._snapshots.clear()
+
     def restored(self, seq_id: int) -> None:
         """A saved state took the place of a sequence."""
         self._stale.discard(seq_id)

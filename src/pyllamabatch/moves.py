@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import logging
 from time import perf_counter
-from typing import Protocol
 
 from .errors import PyllamabatchError, StateError
 from .kv import Move, SwapSpace
-from .machine import MemoryLike
+from .machine import ContextLike, MemoryLike
 from .scheduler import Scheduler
 
 log = logging.getLogger(__name__)
-
-
-class StatesLike(Protocol):
-    """What it needs of a `Context`."""
-
-    def state_seq_get(self, seq_id: int) -> bytes: ...
-    def state_seq_set(self, data: bytes, seq_id: int) -> None: ...
 
 
 class Mover:
     """The decoder thread's. `space`: where the states of swapped sequences lie."""
 
     def __init__(
-        self, scheduler: Scheduler, memory: MemoryLike, states: StatesLike, space: SwapSpace
+        self, scheduler: Scheduler, memory: MemoryLike, states: ContextLike, space: SwapSpace
     ) -> None:
         self._scheduler = scheduler
         self._memory = memory

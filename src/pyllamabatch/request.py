@@ -96,10 +96,11 @@ class Request:
     """What the decoder knows of a request. `tokens`: what is to be computed, int32: its prompt,
     and after a preemption what it had generated too. `slot`: where it runs, else -1. `sampler`: its
     sampling state while it has no slot. `space`: only requests of the same one start from each
-    other; None is everybody's."""
+    other; None is everybody's. `n_restarts`: of the context, because of steps that it was in."""
 
     __slots__ = (
         "id",
+        "n_restarts",
         "params",
         "prompt",
         "sampler",
@@ -124,6 +125,7 @@ class Request:
     ) -> None:
         self.id = stream.id
         self.terms = terms
+        self.n_restarts = 0
         self.seated = False  # it has had a slot
         self.prompt = prompt
         self.tokens = prompt

@@ -22,7 +22,7 @@ class EngineStats:
     again if they were preempted; of these `prefix_tokens` were in the cache (`prefix_hit_rate`) and
     `swapped_tokens` in a saved state.
     `graphs_reused`: compute graphs that did not have to be built anew, counted by libllama when a
-    native call returns; steps of one size reuse theirs.
+    native call returns; steps of one size reuse theirs. `restarts`: fresh contexts after a failure.
     """
 
     submitted: int
@@ -46,6 +46,7 @@ class EngineStats:
     known_tokens: int = 0
     prefix_tokens: int = 0
     swapped_tokens: int = 0
+    restarts: int = 0
 
     @property
     def prefix_hit_rate(self) -> float:
@@ -86,4 +87,5 @@ def stats_of(decoder: Decoder) -> EngineStats:
             known_tokens=counters.known_tokens,
             prefix_tokens=counters.prefix_tokens,
             swapped_tokens=counters.loaded_tokens,
+            restarts=decoder.recovery.n_restarts,
         )

@@ -361,12 +361,13 @@ class Stepper:
         if code:
             raise GrammarError("the grammar does not lead to these tokens")
 
-    def fault(self, countdown: int, code: int, n_rows: int = -1) -> None:
-        """For tests: the `countdown`-th decode from now on computes the first `n_rows` of its rows
-        (-1: all) and reports `code`. 0: no fault."""
+    def fault(self, countdown: int, code: int, n_rows: int = -1, n_times: int = 1) -> None:
+        """For tests: the `countdown`-th decode from now on, and those behind it, `n_times` in all,
+        compute the first `n_rows` of their rows (-1: all) and report `code`. 0: no fault."""
         engine, _ = self._open()
-        if lib.plb_fault_set(engine, countdown, code, n_rows):
-            raise ArgumentError("fault", (countdown, code, n_rows), "see plb_fault_set in plb.h")
+        if lib.plb_fault_set(engine, countdown, code, n_rows, n_times):
+            given = countdown, code, n_rows, n_times
+            raise ArgumentError("fault", given, "see plb_fault_set in plb.h")
 
     def slot(self, seq_id: int) -> SlotInfo:
         """A slot's state; `ArgumentError` when the sequence has none."""
