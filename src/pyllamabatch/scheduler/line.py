@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
 
 import numpy as np
@@ -22,7 +23,7 @@ Column = npt.NDArray[Any]
 class Line(Sequence["SequenceView"]):
     """The running, prefilling or waiting sequences of a view: a sequence of `SequenceView`s.
 
-    `by` and `split` cost little at each step, because the scheduler keeps what they have sorted:
+    `by`, `above` and `split` cost little at each step, because the scheduler keeps what they have sorted:
     the function that they get must be the same one each time (not a lambda made on the spot), and
     must look only at what stays as it is while a sequence is in that line: not at `computed` of a
     prefilling one, not at `generated` of a running one.
@@ -50,6 +51,10 @@ class Line(Sequence["SequenceView"]):
         """The smallest `rank(sequence)` first; equal ones in the order of the line."""
         return sorted(self, key=rank)
 
+    def above(self, rank: Rank, bound: Any) -> Iterable[SequenceView]:
+        """As `by`, but only those whose rank is larger than `bound`."""
+        return (view for view in self.by(rank) if rank(view) > bound)
+
     def split(self, key: Key) -> Mapping[Hashable, Iterable[SequenceView]]:
         """One line for each value of `key(sequence)`."""
         lines: dict[Hashable, list[SequenceView]] = {}
@@ -65,6 +70,11 @@ class Line(Sequence["SequenceView"]):
             return np.array([np.inf if t is None else t for t in targets], dtype=np.float64)
         return np.array([getattr(view, name) for view in self], dtype=np.int64)
 
+    def unordered(self, name: str) -> Column:
+        """As `column`, in some other order, the same one for every name: costs less where
+        sequences come and go at every step."""
+        return self.column(name)
+
 
 class Seen(Protocol):
     """What a scheduler's line holds of each sequence."""
@@ -77,14 +87,15 @@ E = TypeVar("E", bound=Seen)
 
 class EntryLine(Line, Generic[E]):
     """A line that sequences join and leave. Each view is made when it is looked at (`seen`), and
-    every order that was asked for is kept up to date."""
+    every order that was asked for is kept up to date; whoever asks for none pays for none."""
 
     __slots__ = ("_first", "_last", "_orders", "_seen", "_splits", "_where", "ids")
 
     def __init__(self, seen: Callable[[E], SequenceView]) -> None:
         self._seen = seen
         self.ids: OrderedDict[int, E] = OrderedDict()  # whom it holds; changed by itself alone
-        self._where: dict[int, int] = {}  # id -> a number that grows along the line
+        # id -> a number that grows along the line, from the first order on
+        self._where: dict[int, int] | None = None
         self._first = self._last = 0
         self._orders: dict[Rank, _Sorted] = {}
         self._splits: dict[Key, _Split] = {}
@@ -96,18 +107,20 @@ class EntryLine(Line, Generic[E]):
         self.ids[id] = entry
         if first:
             self.ids.move_to_end(id, last=False)
+        if self._where is None:
+            return
+        if first:
             self._first -= 1
             self._where[id] = self._first
         else:
             self._where[id] = self._last
             self._last += 1
-        self._index(id, entry.view)
+        self._index(id, entry.view, self._where[id])
 
     def leave(self, id: int) -> E | None:
         """What the line held of `id`; None when it did not."""
         entry = self.ids.pop(id, None)
-        if entry is not None:
-            del self._where[id]
+        if self._where is not None and self._where.pop(id, None) is not None:
             self._unindex(id)
         return entry
 
@@ -117,9 +130,10 @@ class EntryLine(Line, Generic[E]):
     def put(self, id: int, **changes: Any) -> None:
         """Change fields of the view of a sequence in the line: it may rank differently then."""
         entry = self.ids[id]
-        self._unindex(id)
         entry.view = replace(entry.view, **changes)
-        self._index(id, entry.view)
+        if self._where is not None:
+            self._unindex(id)
+            self._index(id, entry.view, self._where[id])
 
     # -- for the policy
 
@@ -143,18 +157,19 @@ class EntryLine(Line, Generic[E]):
         return self._seen(entries[index])
 
     def by(self, rank: Rank) -> Iterable[SequenceView]:
-        order = self._orders.get(rank)
-        if order is None:
-            _make_room(self._orders)
-            order = self._orders[rank] = _Sorted(rank, self.ids.values(), self._where)
         entries, seen = self.ids, self._seen
-        return (seen(entries[id]) for _, _, id in order.sorted)
+        return (seen(entries[id]) for _, _, id in self._sorted(rank))
+
+    def above(self, rank: Rank, bound: Any) -> Iterable[SequenceView]:
+        order, entries, seen = self._sorted(rank), self.ids, self._seen
+        start = bisect_right(order, bound, key=_rank_of)
+        return (seen(entries[id]) for _, _, id in islice(order, start, None))
 
     def split(self, key: Key) -> Mapping[Hashable, Iterable[SequenceView]]:
         split = self._splits.get(key)
         if split is None:
             _make_room(self._splits)
-            split = self._splits[key] = _Split(key, self.ids.values(), self._where)
+            split = self._splits[key] = _Split(key, self.ids.values(), self._places())
         entries, seen = self.ids, self._seen
 
         def views(line: list[tuple[int, int]]) -> Iterable[SequenceView]:
@@ -164,18 +179,26 @@ class EntryLine(Line, Generic[E]):
 
     # -- inside
 
-    def _index(self, id: int, view: SequenceView) -> None:
-        if not self._orders and not self._splits:
-            return
-        place = self._where[id]
+    def _sorted(self, rank: Rank) -> list[Ranked]:
+        order = self._orders.get(rank)
+        if order is None:
+            _make_room(self._orders)
+            order = self._orders[rank] = _Sorted(rank, self.ids.values(), self._places())
+        return order.sorted
+
+    def _places(self) -> Mapping[int, int]:
+        if self._where is None:
+            self._where = {id: place for place, id in enumerate(self.ids)}
+            self._last = len(self._where)
+        return self._where
+
+    def _index(self, id: int, view: SequenceView, place: int) -> None:
         for order in self._orders.values():
             order.add(id, view, place)
         for split in self._splits.values():
             split.add(id, view, place)
 
     def _unindex(self, id: int) -> None:
-        if not self._orders and not self._splits:
-            return
         for order in self._orders.values():
             order.remove(id)
         for split in self._splits.values():
@@ -190,8 +213,15 @@ def _make_room(kept: dict[Any, Any]) -> None:
         del kept[next(iter(kept))]
 
 
+Ranked = tuple[Any, int, int]  # rank, place in the line, id
+
+
+def _rank_of(item: Ranked) -> Any:
+    return item[0]
+
+
 class _Sorted:
-    """(rank, place in the line, id) of each sequence, smallest first."""
+    """Each sequence, smallest first."""
 
     __slots__ = ("_at", "_rank", "sorted")
 

@@ -10,10 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..kv import Slots
-from .line import Column, EntryLine
+from .line import Column, EntryLine, Line
 from .view import SequenceView
 
 I64 = npt.NDArray[np.int64]
+
+# What `Running` knows of each without a view of it.
+IN_ARRAYS = frozenset(("itl_target", "generated", "turn", "n_prompt", "computed", "max_tokens"))
 
 
 @dataclass(slots=True)
@@ -47,7 +50,9 @@ class Running(EntryLine[Entry]):
         self._decodes_in = np.zeros(n_seq_max, dtype=bool)
         self._decode_slots: Slots | None = None
         self._slot_of: dict[int, int] = {}
-        self._slots: Slots | None = None
+        # Of all, in the order of admission and ascending; made again when it has changed.
+        self._slots: npt.NDArray[np.intp] | None = None
+        self._ascending: npt.NDArray[np.intp] | None = None
 
     def join(self, id: int, entry: Entry, *, first: bool = False) -> None:
         """`entry.slot` is its own from now on."""
@@ -56,17 +61,17 @@ class Running(EntryLine[Entry]):
         entry.true = False
         known = view.known
         most = view.n_prompt + view.max_tokens
-        self._numbers[:, slot] = 0, known, view.n_prompt, most, known, entry.tenant
+        self._numbers[:, slot] = 0, known, view.n_prompt, most, known, entry.tenant + 1
         self._itl_target[slot] = np.inf if view.itl_target is None else view.itl_target
         self._slot_of[id] = slot
-        self._slots = None
+        self._slots = self._ascending = None
 
     def leave(self, id: int) -> Entry | None:
         entry = super().leave(id)
         if entry is not None:
             self._numbers[:, entry.slot] = 0
             del self._slot_of[id]
-            self._slots = None
+            self._slots = self._ascending = None
         return entry
 
     def seen(self, entry: Entry) -> SequenceView:
@@ -124,18 +129,31 @@ class Running(EntryLine[Entry]):
         return int(self.known[slot] - self._start[slot])
 
     def turns(self) -> tuple[I64, I64]:
-        """By slot: the tenant, -1 where nobody runs, and tokens generated since the admission."""
-        return np.where(self.known > 0, self._tenant, -1), self.known - self._start
+        """By slot: the tenant's number + 1, 0 where nobody runs, and tokens generated since the
+        admission."""
+        return self._tenant, self.known - self._start
 
     @property
-    def slots(self) -> Slots:
+    def slots(self) -> npt.NDArray[np.intp]:
         """Of each in turn."""
         if self._slots is None:
-            self._slots = np.fromiter(self._slot_of.values(), np.int32, len(self._slot_of))
+            self._slots = np.fromiter(self._slot_of.values(), np.intp, len(self._slot_of))
         return self._slots
 
     def column(self, name: str) -> Column:
-        slots = self.slots
+        if name not in IN_ARRAYS:
+            return super().column(name)
+        return self._column(name, self.slots)
+
+    def unordered(self, name: str) -> Column:
+        if name not in IN_ARRAYS:
+            entries = sorted(self.ids.values(), key=_slot)
+            return Line(map(self.seen, entries)).column(name)
+        if self._ascending is None:
+            (self._ascending,) = self._tenant.nonzero()
+        return self._column(name, self._ascending)
+
+    def _column(self, name: str, slots: npt.NDArray[np.intp]) -> Column:
         if name == "itl_target":
             return self._itl_target[slots]
         known = self.known[slots]
@@ -147,9 +165,11 @@ class Running(EntryLine[Entry]):
             return self._n_prompt[slots]
         if name == "computed":
             return self.computed[slots]
-        if name == "max_tokens":
-            return self.most[slots] - self._n_prompt[slots]
-        return super().column(name)
+        return self.most[slots] - self._n_prompt[slots]  # max_tokens
+
+
+def _slot(entry: Entry) -> int:
+    return entry.slot
 
 
 def moved(

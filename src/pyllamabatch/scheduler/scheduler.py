@@ -200,11 +200,11 @@ class Scheduler(HandDriven):
             entry = running.get(id)
             if entry is None:
                 continue
-            slot = entry.slot
-            first = int(running.computed[slot])
-            n = min(n, running.remaining(entry))
+            slot, goal = entry.slot, entry.view.goal
+            first, known = running.counts[:, slot].tolist()
+            n = min(n, (known if goal is None else goal) - first)
             n = self.starts.cache.cut(slot, first, n)
-            last = first + n == int(running.known[slot])
+            last = first + n == known
             chunks.append(Chunk(id, slot, first, n, last))
             n_rows += n
         asked = self._asked
@@ -333,12 +333,6 @@ class Scheduler(HandDriven):
     # -- inside
 
     def _check(self, plan: Plan, view: StepView) -> Mapping[int, int]:
-        def remaining(id: int) -> int:
-            return self.sequence(id).remaining
-
-        def taken(id: int) -> int:
-            return self._waiting.ids[id].view.prefix_cells
-
         return check_plan(
             plan,
             now=view.now,
@@ -346,12 +340,21 @@ class Scheduler(HandDriven):
             decoding=view.decoding,
             running=self._running.ids,
             waiting=self._waiting.ids,
-            remaining=remaining,
-            taken=taken,
+            remaining=self._remaining,
+            taken=self._taken,
             freed=self._alone,
             n_free=self.ledger.free,
             resting=self.n_resting,
         )
+
+    def _remaining(self, id: int) -> int:
+        entry = self._running.get(id)
+        if entry is None:
+            return self._waiting.ids[id].view.remaining
+        return self._running.remaining(entry)
+
+    def _taken(self, id: int) -> int:
+        return self._waiting.ids[id].view.prefix_cells
 
     def _alone(self, id: int) -> int:
         """Cells that no other running sequence shares."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 I64 = npt.NDArray[np.int64]
 
-# (tenant number, tokens generated since its admission) of each running sequence; -1 for nobody
+# (tenant number + 1, tokens generated since its admission) of each running sequence; 0, 0: nobody
 Running = Callable[[], tuple[I64, I64]]
 
 
@@ -43,7 +43,7 @@ class Tenants:
         made = cls(lambda: _columns(slots))
         for view in running:
             number = made.number(view.tenant)
-            slots.append((number, view.generated))
+            slots.append((number + 1, view.generated))
             made.admitted(number, view.n_prompt)
         for view in waiting:
             number = made.number(view.tenant)
@@ -90,7 +90,7 @@ class Tenants:
     @property
     def running(self) -> I64:
         numbers, _ = self._running()
-        return np.bincount(numbers + 1, minlength=len(self.names) + 1)[1:]
+        return np.bincount(numbers, minlength=len(self.names) + 1)[1:]
 
     @property
     def prompt(self) -> I64:
@@ -100,7 +100,7 @@ class Tenants:
     @property
     def generated(self) -> I64:
         numbers, turns = self._running()
-        running = np.bincount(numbers + 1, turns, minlength=len(self.names) + 1)[1:]
+        running = np.bincount(numbers, turns, minlength=len(self.names) + 1)[1:]
         return self._generated[: len(self.names)] + running.astype(np.int64)
 
 

@@ -50,15 +50,15 @@ class Levels:
         joined = self._starts[bisect_left(self._prompts, seq.n_prompt)]
         return bisect_right(self._starts, seq.generated + joined) - 1
 
-    def tokens(self, running: Line) -> I64:
+    def tokens(self, n_prompt: I64, generated: I64) -> I64:
         """Of each, as if it had started at the first level."""
         prompts, starts = self._arrays
-        tokens: I64 = starts[prompts.searchsorted(running.column("n_prompt"))]
-        tokens += running.column("generated")
+        tokens: I64 = starts[prompts.searchsorted(n_prompt)] + generated
         return tokens
 
-    def of(self, tokens: I64) -> I64:
-        """Levels."""
+    def of(self, running: Line) -> I64:
+        """The level of each."""
+        tokens = self.tokens(running.column("n_prompt"), running.column("generated"))
         return self._arrays[1].searchsorted(tokens, side="right") - 1
 
     def end(self, level: int) -> int:
@@ -106,13 +106,13 @@ class LowestLevel:
         view = draft.view
         running = view.running
         if seq.running:
-            level = self.levels.of(self.levels.tokens(running))
+            level = self.levels.of(running)
             places = np.arange(len(level))
         else:
-            had_their_turn = running.column("turn") >= self.levels.quantum
-            if not had_their_turn.any():
+            if running.unordered("turn").max(initial=0) < self.levels.quantum:
                 return None
-            level = self.levels.of(self.levels.tokens(running))
+            had_their_turn = running.column("turn") >= self.levels.quantum
+            level = self.levels.of(running)
             starved = view.step - seq.queued >= self.patience
             own = 0 if starved else self.levels(seq)
             (places,) = np.nonzero((level > own) & had_their_turn)
@@ -134,8 +134,10 @@ class UntilSunk:
             return ALWAYS
         first = next(iter(view.waiting.by(levels)))
         level = 0 if any(aged(view, self.patience)) else levels(first)
-        sinks = levels.end(level) - levels.tokens(view.running)
-        turn = levels.quantum - view.running.column("turn")
+        running = view.running
+        tokens = levels.tokens(running.unordered("n_prompt"), running.unordered("generated"))
+        sinks = levels.end(level) - tokens
+        turn = levels.quantum - running.unordered("turn")
         steps = np.maximum(sinks, turn)
         steps = steps[steps > 0]
         return min(int(steps.min(initial=ALWAYS)), until_aged(view, self.patience))

@@ -90,10 +90,8 @@ class UntilAged:
 
 def until_aged(view: StepView, steps: int) -> int:
     last = view.step - steps
-    for seq in view.waiting.by(by_queued):
-        if seq.queued > last:
-            return seq.queued - last
-    return ALWAYS
+    seq = next(iter(view.waiting.above(by_queued, last)), None)
+    return ALWAYS if seq is None else seq.queued - last
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,14 +188,29 @@ def most_within(view: StepView, seconds: float, least: int) -> int:
     """The most rows of a prompt that a step can have, beside all who decode, and be predicted to
     take no longer than `seconds`; but `least` at the least."""
     n, kv = len(view.decoding), view.kv_total - view.kv_free
-    predict = view.cost.predict
+
+    def excess(rows: int) -> float:
+        seconds_of_step: float = view.cost.predict(n + rows, rows, kv, n + 1)
+        return seconds_of_step - seconds
+
     low, high = least, view.limits.n_batch - n
-    while low < high:  # the largest within the target: low always is, or is `least`
-        middle = (low + high + 1) // 2
-        if predict(n + middle, middle, kv, n + 1) <= seconds:
-            low = middle
+    if low >= high:
+        return low
+    if (above := excess(high)) <= 0:
+        return high
+    if (below := excess(low)) > 0:
+        return low
+    straight = True
+    while high - low > 1:  # low is within the target, high is not
+        middle = (low + high) // 2
+        if straight:  # where a straight line between them meets the target, every other time
+            guess = low + int((high - low) * below / (below - above))
+            middle = min(max(guess, low + 1), high - 1)
+        straight = not straight
+        if (value := excess(middle)) <= 0:
+            low, below = middle, value
         else:
-            high = middle - 1
+            high, above = middle, value
     return low
 
 

@@ -61,7 +61,7 @@ class WithinTarget:
         n, most = len(view.decoding), view.limits.n_batch
         if n == 0 or not (len(view.prefilling) or view.can_admit):
             return most
-        targets = view.running.column("itl_target")
+        targets = view.running.unordered("itl_target")
         targets[targets == inf] = self.itl
         target = float(targets.min())
         if view.cost is None or target == inf:

@@ -29,7 +29,7 @@ class Together:
         if draft.n_running >= size:
             return Verdict.STOP
         if len(view.running):
-            if view.running.column("turn").max() > 1:
+            if view.running.unordered("turn").max() > 1:
                 return Verdict.STOP
         elif self.wait and draft.n_admitted == 0 and len(view.waiting) < size:
             latest = seq.arrival + self.wait
