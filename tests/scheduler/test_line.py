@@ -60,6 +60,10 @@ def test_a_line_that_changes_is_the_line_that_it_is(changes: list[tuple[int, int
         assert ids(line) == ids(expected)
         assert ids(reversed(line)) == ids(reversed(expected))
         assert ids(line.by(by_priority)) == ids(expected.by(by_priority))
+        assert ids(line.above(by_priority, -kind)) == ids(expected.above(by_priority, -kind))
+        assert ids(line.above(by_priority, -kind)) == [
+            view.id for view in expected.by(by_priority) if by_priority(view) > -kind
+        ]
         lines, expected_lines = line.split(tenant), expected.split(tenant)
         assert {name: ids(lines[name]) for name in lines} == {
             name: ids(expected_lines[name]) for name in expected_lines
@@ -98,6 +102,10 @@ def test_columns_and_tenants_are_those_of_the_sequences(
         names = ("generated", "computed", "n_prompt", "turn", "max_tokens", "itl_target", "known")
         for name in names:
             assert real.running.column(name).tolist() == plain.column(name).tolist()
+        rows = zip(*(real.running.unordered(name).tolist() for name in names), strict=True)
+        assert sorted(rows) == sorted(
+            zip(*(plain.column(name).tolist() for name in names), strict=True)
+        )
         for name in generated:
             generated[name] = sum(
                 machine.generated[id] for id, request in enumerate(requests) if request[2] == name
