@@ -39,13 +39,19 @@ curves = st.lists(
 ).map(lambda rises: list(accumulate(rises, initial=1.0)))
 
 
-@given(curves, st.floats(0.5, 60.0), st.integers(1, 20))
+@given(curves, st.integers(4, 480).map(lambda n: n / 8), st.integers(1, 20))
 def test_it_is_the_largest_within_the_target(
     seconds: list[float], target: float, least: int
 ) -> None:
     cost = Steps(seconds)
     good = [n for n in range(least, N_BATCH) if seconds[n] <= target]
     assert most_within(view_of(cost), target, least) == max(good, default=least)
+    assert cost.n_asked <= 2 + 2 * log2(N_BATCH)
+
+
+def test_a_cliff_takes_no_more_than_halving_twice() -> None:
+    cost = Steps([1.0] * 60 + [1e9] * 5)
+    assert most_within(view_of(cost), 1.5, 1) == 59
     assert cost.n_asked <= 2 + 2 * log2(N_BATCH)
 
 

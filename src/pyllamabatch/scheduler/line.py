@@ -23,10 +23,10 @@ Column = npt.NDArray[Any]
 class Line(Sequence["SequenceView"]):
     """The running, prefilling or waiting sequences of a view: a sequence of `SequenceView`s.
 
-    `by`, `above` and `split` cost little at each step, because the scheduler keeps what they have sorted:
-    the function that they get must be the same one each time (not a lambda made on the spot), and
-    must look only at what stays as it is while a sequence is in that line: not at `computed` of a
-    prefilling one, not at `generated` of a running one.
+    `by`, `above` and `split` cost little at each step, because the scheduler keeps what they have
+    sorted: the function that they get must be the same one each time (not a lambda made on the
+    spot), and must look only at what stays as it is while a sequence is in that line: not at
+    `computed` of a prefilling one, not at `generated` of a running one.
     """
 
     __slots__ = ("_views",)
