@@ -196,7 +196,7 @@ def test_levels() -> None:
     assert sinks == [0, 1, 1, 2, 2, 3, 3]
     assert [levels(waiting(1, 50, generated=n)) for n in (7, 8, 23, 24)] == [1, 2, 2, 3]
     view = StepView.of(LIMITS, [decoding(1, 5, 11), decoding(2, 50, 8), decoding(3, 9999, 9)])
-    assert levels.of(levels.tokens(view.running)).tolist() == [levels(s) for s in view.running]
+    assert levels.of(view.running).tolist() == [levels(s) for s in view.running]
 
 
 def test_mlfq_gives_the_place_of_one_that_has_sunk_to_a_newcomer() -> None:
