@@ -71,6 +71,17 @@ def test_a_table_of_failures_and_of_nothing() -> None:
     assert advice([]) == ""
 
 
+def test_requests_at_random_have_no_ratios_of_speeds() -> None:
+    rows = [row(arm, 2, 10, bench="compare-poisson") for arm in ("contexts", "engine")]
+    assert heads(table(rows)) == ["tok/s"]
+
+
+def test_one_run_of_each_says_nothing_of_noise() -> None:
+    once = [row("engine", 2, 10)]
+    assert "Each ran once" in overall(once)
+    assert "Each ran once" not in overall([*once, row("engine", 2, 10, repeat=1)])
+
+
 def test_reasons_are_short() -> None:
     assert short("a\n\nlast  line\n") == "last line"
     assert short("x" * 200) == "x" * 89 + "…"
@@ -132,6 +143,7 @@ def test_the_raw_loop_gives_way_to_the_engine_unless_it_is_slower() -> None:
     assert "shared is as fast within the noise; the engine also lets requests" in line_for(rows, 2)
     slower = [row("shared", 2, 120), row("engine", 2, 100)]
     assert line_for(slower, 2).startswith("2 users: shared,")
+    assert "start together: the engine has 0.83 of that" in line_for(slower, 2)
     alone = [row("shared", 2, 100), row("contexts", 2, 99)]
     assert line_for(alone, 2).startswith("2 users: contexts,")
 
@@ -194,6 +206,18 @@ def test_who_answers_sooner_when_requests_come_at_random() -> None:
 def test_without_the_burst_the_completions_decide() -> None:
     rows = [row("engine", 2, 90, bench="compare-ds4"), row("contexts", 2, 50, bench="compare-ds4")]
     assert line_for(rows, 2).startswith("2 users: engine, 90 tok/s")
+
+
+def test_with_requests_at_random_alone_each_ones_speed_decides() -> None:
+    def at_random(arm: str, each: float) -> Row:
+        return row(arm, 2, 9, bench="compare-poisson", per_sequence_tokens_per_second=each)
+
+    rows = [at_random("engine", 40), at_random("contexts", 30), at_random("shared", 39.5)]
+    assert line_for(rows, 2).startswith(
+        "2 users: engine, 40 tok/s for a request that comes at random, waiting included. "
+        "shared is as fast within the noise"
+    )
+    assert "contexts" not in line_for(rows, 2)
 
 
 @pytest.mark.parametrize(("pss", "words"), [(0.7, "share the weights by mmap"), (1.5, "little")])

@@ -57,20 +57,26 @@ def as_fast(ratios: Sequence[float]) -> bool:
 def _for(n: int, them: Comparison, poisson: Comparison | None) -> tuple[str, str]:
     """The arm for n users ("" if none has a result), and the sentences about it."""
     users = "1 user" if n == 1 else f"{n} users"
-    speeds = {arm: s for arm in them.arms if (s := them.speed(arm, n)) is not None}
+    at_random = them.bench == MAIN[-1]
+    rank = _each if at_random else Comparison.speed
+    speeds = {arm: s for arm in them.arms if (s := rank(them, arm, n)) is not None}
     if n > 1:
         speeds.pop("single", None)
     failed = [f"{arm} has no result: {p}" for arm in them.arms if (p := them.problem(arm, n))]
     if not speeds:
         return "", _sentences(f"{users}: nothing to take", *failed)
     best = max(speeds, key=lambda arm: speeds[arm])
-    equal = [best]
-    equal += [arm for arm in speeds if arm != best and as_fast(them.ratios(arm, n, best))]
+    ratios = {
+        arm: [speeds[arm] / speeds[best]] if at_random else them.ratios(arm, n, best)
+        for arm in speeds
+        if arm != best
+    }
+    equal = [best, *(arm for arm in ratios if as_fast(ratios[arm]))]
     arm, why = _pick(equal, them, n)
     return arm, _sentences(
-        f"{users}: {arm}, {_speed(arm, n, them)}",
+        f"{users}: {arm}, {_request(arm, n, them) if at_random else _speed(arm, n, them)}",
         _ties(arm, equal, why),
-        _limits(arm, n, them),
+        "" if at_random else _limits(arm, n, them),
         _memory(arm, n, them, list(speeds)),
         _energy(arm, n, them, list(speeds)),
         _latency(arm, n, poisson),
@@ -108,7 +114,7 @@ def _speed(arm: str, n: int, them: Comparison) -> str:
     speed = them.speed(arm, n) or 0.0
     if n == 1:
         return f"{speed:.4g} tok/s"
-    each = them.detail(arm, n, "per_sequence_tokens_per_second") or speed / n
+    each = _each(them, arm, n) or speed / n
     text = f"{speed:.4g} tok/s together and {each:.4g} each"
     found = [
         f"{ratio:.2f} × {words}"
@@ -116,6 +122,17 @@ def _speed(arm: str, n: int, them: Comparison) -> str:
         if base != arm and (ratio := them.ratio(arm, n, base, base_n)) is not None
     ]
     return f"{text}: {_list(found)}" if found else text
+
+
+def _each(them: Comparison, arm: str, n: int) -> float | None:
+    return them.detail(arm, n, "per_sequence_tokens_per_second")
+
+
+def _request(arm: str, n: int, them: Comparison) -> str:
+    """When requests come at random, how fast all are is how fast they come: each one's own speed
+    counts, from when it came."""
+    each = _each(them, arm, n) or 0.0
+    return f"{each:.4g} tok/s for a request that comes at random, waiting included"
 
 
 def _ties(arm: str, equal: list[str], why: str) -> str:
@@ -133,6 +150,10 @@ def _limits(arm: str, n: int, them: Comparison) -> str:
             found.append(f"{n} users share what one alone gets")
         elif (median_of(over) or 1.0) < 1:
             found.append(f"together they get less than one alone, so {n} one after the other")
+    if arm.split()[0] == "shared" and (engine := them.ratio("engine", n, arm)) is not None:
+        found.append(
+            f"it is a plain loop, for those who start together: the engine has {engine:.2f} of that"
+        )
     fairness = them.detail(arm, n, "fairness")
     if fairness is not None and fairness < UNEVEN:
         found.append(f"its streams are uneven (fairness {fairness:.2f})")
@@ -203,7 +224,12 @@ def _overall(them: Comparison, chosen: list[tuple[int, str]]) -> str:
     text = f"Overall, with {model} on {where}: {', then '.join(parts) or 'no arm to take'}"
     known = {arm.split()[0] for arm in them.arms}
     missing = [arm for arm in ARMS if arm not in known]
-    return _sentences(text, _sharing(them), f"Not measured: {_list(missing)}" if missing else "")
+    return _sentences(
+        text,
+        _sharing(them),
+        f"Not measured: {_list(missing)}" if missing else "",
+        "" if any(row.repeat for row in them.rows) else "Each ran once: noise is not known",
+    )
 
 
 def _sharing(them: Comparison) -> str:

@@ -13,7 +13,7 @@ from pyllamabatch._plots import styled, svg
 from pyllamabatch.compare.advice import GIB, MEMORY
 from pyllamabatch.compare.medians import Comparison, ranges
 from pyllamabatch.compare.row import Row
-from pyllamabatch.compare.summary import TITLES, advice, comparisons, tables
+from pyllamabatch.compare.summary import POISSON, TITLES, advice, comparisons, tables
 from pyllamabatch.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def draw(rows: Sequence[Row], new: type[Figure]) -> Figure:
 
 
 def panels(bench: str, them: Comparison) -> tuple[Panel, Panel, Panel]:
-    if bench == "compare-poisson":  # how fast all are is how fast they come
+    if bench == POISSON:  # how fast all are is how fast they come
         return (
             partial(_lines, name="ttft_p99_s", scale=1e3, label="TTFT, p99, ms"),
             partial(_lines, name="itl_p99_s", scale=1e3, label="ITL, p99, ms"),

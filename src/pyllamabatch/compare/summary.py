@@ -10,10 +10,11 @@ from pyllamabatch.compare.row import Row
 
 __all__ = ["advice", "table"]
 
+POISSON = "compare-poisson"
 TITLES = {
     "compare": "All at once, decode only: prompts and first tokens are not in the time",
     "compare-ds4": "Identical completions, fired at once: prompts are in the time",
-    "compare-poisson": "Requests that come at random (Poisson): prompts are in the time",
+    POISSON: "Requests that come at random (Poisson): prompts are in the time",
 }
 GIB = 2**30
 
@@ -28,10 +29,19 @@ def _of(name: str, scale: float = 1.0) -> Value:
     return value
 
 
+def _over(base: str, base_n: int | None = None) -> Value:
+    """Not where requests come at random: how fast all are is how fast they come."""
+
+    def value(them: Comparison, arm: str, n: int) -> float | None:
+        return None if them.bench == POISSON else them.ratio(arm, n, base, base_n)
+
+    return value
+
+
 COLUMNS: tuple[tuple[str, str, Value], ...] = (
     ("tok/s", "{:.1f}", lambda them, arm, n: them.speed(arm, n)),
-    ("over contexts", "{:.2f}", lambda them, arm, n: them.ratio(arm, n, "contexts")),
-    ("over single", "{:.2f}", lambda them, arm, n: them.ratio(arm, n, "single", 1)),
+    ("over contexts", "{:.2f}", _over("contexts")),
+    ("over single", "{:.2f}", _over("single", 1)),
     ("each, tok/s", "{:.1f}", _of("per_sequence_tokens_per_second")),
     ("TTFT p50, ms", "{:.0f}", _of("ttft_p50_s", 1e3)),
     ("p99", "{:.0f}", _of("ttft_p99_s", 1e3)),
