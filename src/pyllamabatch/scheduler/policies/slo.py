@@ -62,8 +62,9 @@ class WithinTarget:
         if n == 0 or not (len(view.prefilling) or view.can_admit):
             return most
         targets = view.running.unordered("itl_target")
-        targets[targets == inf] = self.itl
         target = float(targets.min())
+        if self.itl < target and targets.max() == inf:
+            target = self.itl
         if view.cost is None or target == inf:
             return self.otherwise(view)
         return n + most_within(view, self.margin * target, self.least)
