@@ -31,6 +31,7 @@ from .request import Options, seconds_of
 from .sampling import SEED_MAX, SamplingParams
 from .scheduler import Gather, Limits, Policy, Scheduler
 from .scheduler.hand import PATIENCE_SECONDS
+from .scheduler.policy import check_policy
 from .sequence import Sequence as HandDriven
 from .sharing import n_kept, sharing_of, swap_choice
 from .stats import EngineStats, stats_of
@@ -132,6 +133,8 @@ class Engine:
             max_waiting = integer("max_waiting", max_waiting, 1, 2**31)
         max_restarts = integer("max_restarts", max_restarts, 0, 2**31)
         patience = seconds_of("patience", patience)
+        if policy is not None:
+            policy = check_policy(policy, policy)
         ours_to_choose = n_ctx == 0
         if ours_to_choose:
             n_ctx = min(model.n_ctx_train * n_seq_max, max(model.n_ctx_train, N_CTX_AT_LEAST))

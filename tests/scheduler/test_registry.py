@@ -67,15 +67,46 @@ def test_what_is_wrong_is_said(spec: str, message: str) -> None:
         make_policy(spec)
 
 
-def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = EntryPoint("mine", "pyllamabatch.scheduler.policies.fcfs:fcfs", policies.GROUP)
+def nothing() -> int:
+    return 3
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other packages have installed."""
+    values = {
+        "mine": "pyllamabatch.scheduler.policies.fcfs:fcfs",
+        "away": "pyllamabatch.scheduler.nowhere:fcfs",
+        "gone": "pyllamabatch.scheduler.policies.fcfs:away",
+        "number": "pyllamabatch.scheduler.policies.parts:ALWAYS",
+        "nothing": f"{__name__}:nothing",
+    }
 
     def entry_points(*, group: str) -> list[Any]:
         assert group == policies.GROUP
-        return [mine]
+        return [EntryPoint(name, value, group) for name, value in values.items()]
 
     monkeypatch.setattr(policies, "entry_points", entry_points)
+
+
+@pytest.mark.usefixtures("packages")
+def test_entry_points() -> None:
     assert "mine" in policy_names()
     assert isinstance(make_policy("mine:watermark=0.5"), ComposedPolicy)
-    with pytest.raises(ArgumentError, match=r"one of fair, .*mine"):
+    with pytest.raises(ArgumentError, match=r"one of away, fair, .*mine"):
         make_policy("yours")
+
+
+@pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("away", r"policy='away': its entry point '.*nowhere:fcfs' can't be loaded: No module"),
+        ("gone", r"policy='gone': its entry point '.*:away' can't be loaded: .*no attribute"),
+        ("number", r"policy='number': its entry point '.*:ALWAYS' must make a policy, it is 2147"),
+        ("nothing", r"policy='nothing': must have plan\(view\)"),
+    ],
+)
+def test_an_entry_point_that_is_none_is_said(name: str, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        make_policy(name)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyllamabatch.errors import PlanError, RequestTooLong
+from pyllamabatch.errors import ArgumentError, PlanError, RequestTooLong
 from pyllamabatch.scheduler import RULES, Limits, Plan, Scheduler, StepView, sarathi
 
 LIMITS = Limits(n_batch=32, n_ubatch=8, n_seq_max=3, n_cells=64, n_cells_seq=64)
@@ -17,10 +17,10 @@ class Scripted:
     """Plans as Sarathi does until it is given a plan of its own."""
 
     def __init__(self) -> None:
-        self.next: Plan | None = None
+        self.next: Any = None
         self._usual = sarathi()
 
-    def plan(self, view: StepView) -> Plan:
+    def plan(self, view: StepView) -> Any:
         return self._usual.plan(view) if self.next is None else self.next
 
 
@@ -50,7 +50,9 @@ def state(made: Scheduler) -> Any:
     )
 
 
-BROKEN: list[tuple[str, Plan]] = [
+BROKEN: list[tuple[str, Any]] = [
+    ("plan", {1: 1}),
+    ("plan", Plan),
     ("known-sequence", Plan({7: 1})),
     ("known-sequence", Plan({1: 1}, preempt=(7,))),
     ("whole-tokens", Plan({1: 0})),
@@ -80,7 +82,7 @@ BROKEN: list[tuple[str, Plan]] = [
 
 
 @pytest.mark.parametrize(("rule", "plan"), BROKEN, ids=lambda value: str(value)[:40])
-def test_a_broken_rule_is_named_and_nothing_changes(rule: str, plan: Plan) -> None:
+def test_a_broken_rule_is_named_and_nothing_changes(rule: str, plan: Any) -> None:
     made, policy = scheduler()
     before = state(made)
     policy.next = plan
@@ -119,6 +121,24 @@ def test_rows_and_cells() -> None:
     assert step.admitted == ((3, 1),)  # into the slot that was given up
     made.advance(step)
     assert [made.ledger.held(slot) for slot in range(3)] == [11, 10, 0]
+
+
+class Forgets:
+    def plan(self, view: StepView) -> Any:
+        view.waiting  # noqa: B018  and no answer
+
+
+def test_a_policy_that_forgets_its_answer_is_told() -> None:
+    made = Scheduler(LIMITS, Forgets())
+    made.add(1, 10, 5, arrival=0.0)
+    with pytest.raises(PlanError, match=r"plan: a policy answers with a Plan: None"):
+        made.plan(0.0)
+
+
+@pytest.mark.parametrize("policy", ["mlfq", 3, Forgets, object()], ids=str)
+def test_what_is_no_policy_is_refused(policy: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"policy=.*: must have plan\(view\)"):
+        Scheduler(LIMITS, policy)
 
 
 def test_every_rule_is_tested() -> None:

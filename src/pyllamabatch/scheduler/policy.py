@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
+from ..errors import ArgumentError
 from .view import Plan, SequenceView, StepView, Tokens
 
 
@@ -19,6 +20,15 @@ class Policy(Protocol):
     scheduler checks against the limits before anything happens."""
 
     def plan(self, view: StepView) -> Plan: ...
+
+
+def check_policy(policy: Any, given: object) -> Policy:
+    """`policy`, which `given` names; ArgumentError when it is none."""
+    if isinstance(policy, type) or not callable(getattr(policy, "plan", None)):
+        limit = 'must have plan(view), as make_policy("sarathi") or your own has'
+        raise ArgumentError("policy", given, limit)
+    made: Policy = policy
+    return made
 
 
 class Verdict(Enum):

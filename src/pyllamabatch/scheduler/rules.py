@@ -10,6 +10,7 @@ from ..errors import PlanError
 from .view import Limits, Plan, Tokens
 
 RULES: dict[str, str] = {
+    "plan": "a policy answers with a Plan",
     "known-sequence": "tokens and preempt name sequences that run or wait",
     "whole-tokens": "a sequence advances by a whole number of tokens, at least 1",
     "within-remaining": "no sequence advances by more than its remaining tokens",
@@ -57,6 +58,8 @@ def check_plan(
     `resting`: how many of the running have nothing to compute. A step of pure decoding is checked
     without a loop in Python, one of `Tokens` without any over those who decode.
     """
+    if not isinstance(plan, Plan):
+        broken("plan", f"{plan!r}")
     tokens = plan.tokens
     if isinstance(tokens, Tokens) and tokens.decoding is decoding:
         without = set(tokens.without)

@@ -31,7 +31,7 @@ from .hand import PATIENCE_SECONDS, HandDriven
 from .line import Line
 from .placement import seen_of
 from .policies import sarathi
-from .policy import Policy
+from .policy import Policy, check_policy
 from .rules import check_plan
 from .running import Entry
 from .starts import TokensOf
@@ -71,7 +71,7 @@ class Scheduler(HandDriven):
         super().__init__(limits, gather, sharing or Sharing(), tokens_of, keep, swap)
         self.cost = cost
         self._patience = patience
-        self.policy = policy or sarathi()
+        self.policy = sarathi() if policy is None else check_policy(policy, policy)
         self._short = False  # see `shed`
 
     # -- sequences come and go

@@ -6,12 +6,12 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from ...errors import ArgumentError
-from ..policy import Policy
+from ..policy import Policy, check_policy
 from .fair import fair
 from .fcfs import fcfs
 from .mlfq import mlfq
@@ -45,7 +45,8 @@ def make_policy(spec: str, **options: Any) -> Policy:
     """The policy that `spec` names: "NAME" or "NAME:option=value,option=value", values as Python
     writes them, text without quotes; more `options` as keywords.
 
-    ArgumentError names the policies, or the options of this one, or what is wrong with a value."""
+    ArgumentError names the policies, or the options of this one, or what is wrong with a value, or
+    says that another package's entry point can't be loaded, or makes something else."""
     name, _, rest = spec.partition(":")
     make = _factory(name)
     parameters = inspect.signature(make, eval_str=True).parameters
@@ -57,8 +58,7 @@ def make_policy(spec: str, **options: Any) -> Policy:
             known = ", ".join(parameters) or "none"
             raise ArgumentError("policy", spec, f"no option {option!r}; options of {name}: {known}")
         options[option] = _value(option, text, parameters[option].annotation)
-    policy: Policy = make(**options)
-    return policy
+    return check_policy(make(**options), spec)
 
 
 def _factory(name: str) -> Callable[..., Policy]:
@@ -66,10 +66,22 @@ def _factory(name: str) -> Callable[..., Policy]:
     if make is None:
         for point in entry_points(group=GROUP):
             if point.name == name:
-                loaded: Callable[..., Policy] = point.load()
-                return loaded
+                return _loaded(point)
         raise ArgumentError("policy", name, f"one of {', '.join(policy_names())}")
     return make
+
+
+def _loaded(point: EntryPoint) -> Callable[..., Policy]:
+    try:
+        make = point.load()
+    except (ImportError, AttributeError) as problem:
+        limit = f"its entry point {point.value!r} can't be loaded: {problem}"
+        raise ArgumentError("policy", point.name, limit) from problem
+    if not callable(make):
+        limit = f"its entry point {point.value!r} must make a policy, it is {make!r}"
+        raise ArgumentError("policy", point.name, limit)
+    loaded: Callable[..., Policy] = make
+    return loaded
 
 
 def _value(option: str, text: str, kind: Any) -> Any:
