@@ -68,12 +68,17 @@ llama_batch gaps::fill(const llama_batch & batch) {
             seq_id_.data(), output_.data()};
 }
 
-void gaps::clear() {
+bool gaps::clear() {
+    size_t n_left = 0;
     for (llama_seq_id seq : filled_) {
-        llama_memory_seq_rm(memory_, seq, -1, -1);
-        next_[(size_t) seq] = 0;
+        if (llama_memory_seq_rm(memory_, seq, -1, -1)) {
+            next_[(size_t) seq] = 0;
+        } else {
+            filled_[n_left++] = seq;
+        }
     }
-    filled_.clear();
+    filled_.resize(n_left);
+    return n_left == 0;
 }
 
 } // namespace plb

@@ -24,8 +24,8 @@ public:
     int32_t n_filled() const { return n_filled_; }
     // Where a row of the last batch is now.
     int32_t row(int32_t i) const { return n_filled_ > 0 ? row_[(size_t) i] : i; }
-    // What the rows have left behind.
-    void clear();
+    // Removes what the rows have left behind. False: libllama refuses, and it is still there.
+    bool clear();
 
 private:
     bool ours(llama_seq_id seq) const; // it holds nothing, or rows of ours

@@ -146,8 +146,9 @@ int32_t plb_run(plb_engine * engine, const llama_seq_id * slots, int32_t n_slots
         engine->ring.plan(false);
         out->ns   = -plb_now_ns();
         out->code = run_steps(*engine, n_slots, n_more, n_steps, *out);
-        if (engine->gaps) {
-            engine->gaps->clear();
+        if (clear_gaps(*engine, out->code) != out->code) {
+            out->code = engine->info.code;
+            out->stop = PLB_STOP_CODE;
         }
         out->ns  += plb_now_ns();
         out->n_reused += engine->info.n_reused;

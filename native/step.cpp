@@ -318,6 +318,15 @@ void place_sampling(plb_engine & engine, int32_t mode) {
 
 } // namespace
 
+int32_t plb::clear_gaps(plb_engine & engine, int32_t code) {
+    if (!engine.gaps || engine.gaps->clear() || code != PLB_OK) {
+        return code;
+    }
+    set_text(engine.error, "%s", "libllama does not remove the rows that filled gaps");
+    engine.info.code = PLB_E_DECODE;
+    return PLB_E_DECODE;
+}
+
 int32_t plb::one_step(plb_engine & engine, int32_t n_rows, int32_t first_record) {
     engine.error[0] = 0;
     plb_step_info & info = engine.info;
@@ -439,11 +448,7 @@ int32_t plb_step(plb_engine * engine, int32_t n_rows) {
         return fail(*engine, PLB_E_STREAM);
     }
     engine->ring.start_over();
-    const int32_t code = one_step(*engine, n_rows, 0);
-    if (engine->gaps) {
-        engine->gaps->clear();
-    }
-    return code;
+    return clear_gaps(*engine, one_step(*engine, n_rows, 0));
 }
 
 int32_t plb_fault_set(plb_engine * engine, int32_t countdown, int32_t code, int32_t n_rows,
