@@ -13,7 +13,7 @@ from oracle import random_prompts
 
 from pyllamabatch._stream_step import Run
 from pyllamabatch.engine import Engine
-from pyllamabatch.errors import DecodeAborted, FatalDecodeError, InvalidBatch
+from pyllamabatch.errors import DecodeAborted, FatalDecodeError, InvalidBatch, KvCacheFull
 from pyllamabatch.model import Model
 from pyllamabatch.sampling import SamplingParams
 
@@ -250,3 +250,40 @@ def test_draws_survive_a_preemption(model: Model) -> None:
         Faulty(engine, {4: 1, 8: 1, 18: 1})
         assert [result.tokens for result in engine.generate(PROMPTS, params)] == expected
         assert engine.stats().preemptions >= 1
+
+
+def test_what_the_ledger_calls_empty_is_there_to_the_last_cell(
+    model: Model, architecture: Architecture
+) -> None:
+    """Neither more nor less: cells that several sequences share are counted once. What it calls
+    empty is filled up behind its back, and libllama has no cell more."""
+    prompts = random_prompts(4, seed=5, shortest=30, longest=60)
+    prompts = [prompts[0], *([*prompts[0][:29], *prompt] for prompt in prompts[1:])]
+    with engine_on(model, n_ctx=512, n_seq_max=4) as engine:
+        engine.generate(prompts[:1], GREEDY)
+        results = engine.generate(prompts[1:], GREEDY)
+        ledger = engine._decoder.scheduler.ledger
+        memory: Any = engine._decoder._memory
+        context = memory._context
+        with engine._decoder.state:
+            held = sum(ledger.held(slot) for slot in range(ledger.n_seq_max))
+            assert ledger.used > 0
+            if engine.capabilities.prefix_copy:
+                assert engine.stats().prefix_tokens >= 3 * 29
+                assert held > ledger.used
+            n_empty = ledger.empty
+            slot = next(i for i in range(ledger.n_seq_max) if not ledger.held(i))
+            batch = context.batch(1)
+            for n in range(n_empty):
+                batch.clear()
+                batch.add(300, n, slot, True)
+                context.decode(batch)
+            batch.clear()
+            batch.add(300, n_empty, slot, True)
+            if architecture.recurrent:  # one state, whatever it has read: the ledger is a budget
+                context.decode(batch)
+            else:
+                with pytest.raises(KvCacheFull):
+                    context.decode(batch)
+            memory.seq_rm(slot)
+        assert engine.generate(prompts[1:], GREEDY)[0].tokens == results[0].tokens
