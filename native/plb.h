@@ -415,6 +415,10 @@ int32_t plb_log_drain(char * buf, int32_t size, int32_t * level, int64_t * dropp
 void    plb_log_mark(void);
 int32_t plb_log_errors(char * buf, int32_t size);
 
+/* The calling thread has no helpers of OpenMP's any more until it computes again: for a thread that
+ * has computed and will wait for others that do (native/openmp.cpp). plb_model_load does it, too. */
+void plb_threads_rest(void);
+
 /* Calls that read a file or a blob: a failed assertion of libllama inside them, on the calling
  * thread, is a failure (NULL or 0, its text in plb_log_errors) instead of the end of the process
  * (native/guard.cpp). */

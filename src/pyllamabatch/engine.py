@@ -27,6 +27,7 @@ from .errors import ArgumentError, UnsupportedOperation
 from .intake import Intake, Prompt
 from .kv import Preemption, SwapSpace
 from .model import Model
+from .raw import lib
 from .request import Options, seconds_of
 from .sampling import SEED_MAX, SamplingParams
 from .scheduler import Gather, Limits, Policy, Scheduler
@@ -201,6 +202,7 @@ class Engine:
         self._intake = Intake(model, self._decoder, stepper)
         # Also when the engine is forgotten, and before the interpreter exits.
         self._finalizer = weakref.finalize(self, self._decoder.close, wait=False, timeout=None)
+        lib.plb_threads_rest()  # of this thread, which may have computed; the decoder's has its own
         self._decoder.start()
 
     # -- requests
