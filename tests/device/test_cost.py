@@ -126,14 +126,60 @@ def test_predict_agrees_with_the_terms() -> None:
             assert math.isclose(cost.predict(*shape), formula, rel_tol=1e-9)
 
 
+def test_tiles_of_another_kernel() -> None:
+    """Steps at tiles of 16 beside another kernel's rows are found, and said before measuring."""
+    found = Kernels((Regime(1), Regime(2)), tiles=(16, 32))
+    samples = tuple(
+        Sample(n, 0, 0, n, True, 5e-3 + 1e-4 * n + 2e-3 * -(-n // 16) * (n > 1))
+        for n in (1, 2, 3, 4, 8, 12, 15, 16, 17, 24, 31, 32, 33, 48, 49, 64)
+    )
+    cost = CostModel.fit(Profile(Key("", "", ""), found, samples, 512))
+    assert cost.predict(33, 0, 0, 33) - cost.predict(32, 0, 0, 32) == pytest.approx(2.1e-3, rel=0.1)
+    assert cost.predict(30, 0, 0, 30) - cost.predict(20, 0, 0, 20) == pytest.approx(1e-3, rel=0.1)
+    again = CostModel.from_json(cost.to_json())
+    assert again.predict(33, 0, 0, 33) == cost.predict(33, 0, 0, 33)
+    prior = CostModel.prior(found, 1e9, gpu=False)
+    assert prior.predict(17, 0, 0, 17) - prior.predict(16, 0, 0, 16) > prior.predict(
+        16, 0, 0, 16
+    ) - prior.predict(15, 0, 0, 15)
+
+
+def test_the_last_row_of_a_prompt_is_sampled() -> None:
+    """Rows that pass the output matrix: those that decode, and one of each prompt."""
+    samples = tuple(
+        Sample(n, prefill, 0, n - prefill + bool(prefill), True,
+               1e-3 + 1e-5 * n + 1e-3 * (n - prefill + bool(prefill)))
+        for n in (1, 2, 4, 8, 16, 32, 64)
+        for prefill in {0, n, n // 2}
+    )  # fmt: skip
+    cost = CostModel.fit(Profile(Key("", "", ""), Kernels((Regime(1),)), samples, 512))
+    assert cost.predict(64, 64, 0, 1) == pytest.approx(1e-3 + 64e-5 + 1e-3, rel=0.02)
+    assert cost.predict(64, 64, 0, 4) == pytest.approx(1e-3 + 64e-5 + 4e-3, rel=0.02)
+    assert cost.predict(64, 56, 0, 9) == pytest.approx(1e-3 + 64e-5 + 9e-3, rel=0.02)
+
+
+def test_new_graphs() -> None:
+    samples = h200()
+    known = [replace(s, new=5e-3 + 1e-5 * i, settle=1e-3) for i, s in enumerate(samples[:3])]
+    cost = CostModel.fit(profile([*known, *samples[3:]]))
+    assert cost.new_graph.step == pytest.approx(5.01e-3)
+    assert cost.new_graph.settle == 1e-3
+    assert CostModel.from_json(cost.to_json()).new_graph == cost.new_graph
+    assert CostModel.fit(profile(samples)).new_graph == (0.0, 0.0)
+    slower = cost.at_speed(1.5, 2.0)
+    assert slower.predict(4, 0, 100, 4) == pytest.approx(1.5 * cost.predict(4, 0, 100, 4))
+    assert slower.predict(40, 36, 100, 5) == pytest.approx(2 * cost.predict(40, 36, 100, 5))
+    assert slower.new_graph == cost.new_graph
+
+
 def test_split() -> None:
     assert split(0, 0, 0, 0, 512, True) == []
-    assert split(5, 0, 50, 5, 512, True) == [Ubatch(5, 5, 50, 50, 0)]
+    assert split(5, 0, 50, 5, 512, True) == [Ubatch(5, 5, 5, 50, 50, 0)]
     first, second = split(600, 590, 0, 11, 512, True)
-    assert (first.rows, first.sampled, second.rows, second.sampled) == (512, 10, 88, 0)
+    assert (first.rows, first.sampled, second.rows, second.sampled) == (512, 10, 88, 1)
     # cells of each sequence's own: those that decode, then the prompt
     first, second = split(104, 100, 0, 5, 512, False)
-    assert (first.rows, first.sampled, second.rows, second.sampled) == (4, 4, 100, 0)
+    assert (first.rows, first.sampled, second.rows, second.sampled) == (4, 4, 100, 1)
 
 
 def test_json_round_trip() -> None:

@@ -35,6 +35,27 @@ def function(name: str, head: str) -> str:
     return source[start : source.index("\n}\n", start)]
 
 
+def test_amx() -> None:
+    """Tiles of AMX, and the types that have them."""
+    tile = number("ggml-cpu/amx/common.h", r"#define TILE_M (\d+)")
+    body = function("ggml-cpu/amx/mmq.cpp", "void ggml_backend_amx_mul_mat(")
+    assert "if (M == 1)" in body
+    assert "constexpr int BLOCK_M = TILE_M * 2;" in body
+    assert (tile, 2 * tile) == regimes.AMX_TILES
+    body = function("ggml-cpu/amx/common.h", "inline bool qtype_has_amx_kernels(")
+    assert set(re.findall(r"GGML_TYPE_(\w+)", body)) == set(regimes.AMX_TYPES)
+
+    has = "AVX2 AVX512 AMX_INT8"
+    assert kernels("CPU", "Q4_K", features=has).tiles == (16, 32)
+    assert [r.first for r in kernels("CPU", "Q4_K", features=has).regimes] == [1, 2]
+    assert kernels("CPU", "Q5_0", features=has).tiles == ()
+    mixed = kernels("CPU", "Q5_0", features=has, others=("Q6_K", "Q5_0"))
+    assert mixed.tiles == (16, 32)
+    assert mixed.regimes[-1].rest == "each"
+    assert kernels("CPU", "Q4_K", features="AVX2", others=("Q6_K",)).tiles == ()
+    assert {16, 17, 32, 33} <= set(mixed.edges(64))
+
+
 COMMON = "ggml-metal/ggml-metal-common.cpp"
 
 

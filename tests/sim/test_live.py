@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from pyllamabatch import Engine, Model, SamplingParams
+from pyllamabatch.device.cost import CostModel
+from pyllamabatch.device.profile import Key, Profile, Sample
+from pyllamabatch.device.regimes import Kernels, Regime
+from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler import make_policy
-from pyllamabatch.sim import draw, load_trace, simulate, summarise
-from pyllamabatch.sim.live import COMPARED, comparison, machine_of, run_live
+from pyllamabatch.sim import Machine, draw, load_trace, simulate, summarise
+from pyllamabatch.sim.live import machine_of, run_live
+from pyllamabatch.sim.load import at_load
+from pyllamabatch.sim.validate import (
+    AT_SPEED,
+    BOUNDS,
+    COMPARED,
+    Validator,
+    comparison,
+    drift,
+    split,
+    step_table,
+    within,
+)
 
 
 @pytest.mark.parametrize("policy", ["sarathi", "fcfs", "static", "prefill-first"])
@@ -65,12 +82,75 @@ def test_a_trace_in_real_time() -> None:
         assert outcome.arrival < outcome.first <= outcome.end
         if request.after is not None:
             assert outcome.arrival >= ends[request.after]
-    live = summarise(outcomes, [], {})
-    simulated = simulate(requests, machine).summary()
-    head, *lines = comparison(live, {"profile": simulated, "the same": live}).splitlines()
-    assert head == "| | live | profile | error | the same | error |"
-    assert len(lines) == 1 + len(COMPARED)
-    assert all(line.endswith("| +0.0% |") for line in lines[1:])
+    assert summarise(outcomes, [], {})["requests"] == 9
+    assert simulate(requests, machine).summary()["requests"] == 9
+
+
+def test_a_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a cost model that says twice what steps take: the probes find it out."""
+    monkeypatch.setattr("pyllamabatch.sim.validate._PROBE_SECONDS", 0.1)
+    requests = draw("poisson:rate=40,n=8,prompt=5-40,output=2-8", 0)
+    with Model.default() as model:
+
+        def made(cost: CostModel) -> Engine:
+            return Engine(
+                model, n_seq_max=4, n_ctx=1024, n_threads=1, n_threads_batch=1, prefix_cache=False,
+                cost=cost,
+            )  # fmt: skip
+
+        with made(slow(1.0)) as engine:
+            speed = Validator(engine, "sarathi").probe()
+            twice = slow(2.0).at_speed(speed.decode, speed.prompt)
+        with made(twice) as engine:
+            validator = Validator(engine, "sarathi")
+            found = validator.run(split(requests, 2), lambda text: None)
+    assert found.live["requests"] == 8
+    assert {f["requests"] for f in found.simulated.values()} == {8}
+    assert all(len(errors) == 2 for errors in found.errors.values())
+    assert len(found.speeds) == 3
+    ratios = [s.decode for s in found.speeds]
+    assert 0.1 < np.median(ratios) < 0.9  # half, on a machine that others use, too
+    assert (found.steps.rows >= found.steps.prompt).all()
+    assert found.steps.prompt.sum() == sum(r.n_prompt for r in requests)
+    assert (found.steps.new[found.steps.prompt > 0] > 0).any()
+    head, _, *lines = comparison(found).splitlines()
+    assert head.startswith(f"| | live | {AT_SPEED} | error | at most | of segments | profile |")
+    assert len(lines) == len(COMPARED)
+    assert set(within(found)) == set(BOUNDS)
+    assert "3 probes" in drift(found)
+    assert step_table(found).count("\n") >= 4
+
+
+def slow(factor: float) -> CostModel:
+    """A device that takes 1 ms a step and 0.1 ms a row, times `factor`."""
+    samples = [
+        Sample(n, prefill, 0, n - prefill or 1, True, factor * (1e-3 + 1e-4 * n))
+        for n in range(1, 65)
+        for prefill in (0, n)
+    ]
+    kernels = Kernels((Regime(1),))
+    return CostModel.fit(Profile(Key("made up", "CPU", ""), kernels, tuple(samples), 512))
+
+
+def test_segments_and_loads() -> None:
+    requests = draw("poisson:rate=3,n=10,prompt=20,output=4", 0)
+    parts = split(requests, 3)
+    assert [len(part) for part in parts] == [4, 4, 2]
+    assert [part[0].arrival for part in parts] == [0.0] * 3
+    gaps = np.diff([r.arrival for r in requests])
+    assert np.allclose(np.diff([r.arrival for r in parts[1]]), gaps[4:7])
+    talks = draw("closed:clients=2,n=6,prompt=5,output=2", 0)
+    assert split(talks, 3) == [talks]
+
+    machine = Machine.of(slow(1.0), n_seq_max=2, overhead=0.0)
+    capacity = simulate([replace(r, arrival=0.0) for r in requests], machine).summary()[
+        "requests_per_s"
+    ]
+    half = at_load(requests, machine, "sarathi", 0.5)
+    assert 9 / half[-1].arrival == pytest.approx(0.5 * capacity)
+    for load, trace in ((0.0, requests), (0.5, talks)):
+        with pytest.raises(ArgumentError, match="load"):
+            at_load(trace, machine, "sarathi", load)
 
 
 def test_what_a_request_fails_with_is_raised() -> None:

@@ -46,6 +46,37 @@ def test_overhead_is_paid_once_a_call() -> None:
     assert o.end == pytest.approx(0.5 + 0.100 + 0.5 + 10 * 0.011)
 
 
+def test_a_new_graph_costs_once_and_again_where_the_cells_grow() -> None:
+    """A prompt's step and the first one behind it have graphs of their own; then 256 more cells."""
+
+    def ends(n_output: int, **options: object) -> float:
+        made = machine(overhead=0.0, **options)
+        made = replace(made, new_graph=(10.0, 1.0))
+        plain = replace(made, new_graph=(0.0, 0.0))
+        requests = [one(0, 0.0, 8, n_output)]
+        times = [simulate(requests, m).outcomes[0].end for m in (made, plain)]
+        return times[0] - times[1]
+
+    for unified in (True, False):
+        assert ends(1, unified=unified) == pytest.approx(10)
+        assert ends(2, unified=unified) == pytest.approx(20)
+        assert ends(3, unified=unified) == pytest.approx(21)
+        assert ends(249, unified=unified) == pytest.approx(21)  # 8 and 248 cells
+        assert ends(250, unified=unified) == pytest.approx(31)
+        assert ends(251, unified=unified) == pytest.approx(32)
+
+
+def test_a_token_reaches_its_reader_later() -> None:
+    requests = [one(0, 0.0, 8, 3), replace(one(1, 2.0, 8, 1), after=0)]
+    made = machine(overhead=0.0)
+    at_once = simulate(requests, made).outcomes
+    later = simulate(requests, replace(made, latency=0.5)).outcomes
+    for a, b, wait in zip(at_once, later, (0.5, 1.0), strict=True):
+        assert b.first - a.first == pytest.approx(wait)
+        assert b.end - a.end == pytest.approx(wait)
+        assert b.tpot == (None if a.tpot is None else pytest.approx(a.tpot))
+
+
 def test_a_newcomer_waits_for_the_step_that_goes_on_and_no_longer() -> None:
     run = simulate([one(1, 0.0, 90, 1000), one(2, 0.105, 40, 1)], machine())
     first, second = sorted(run.outcomes, key=lambda o: o.id)

@@ -4,16 +4,19 @@ The time of a step is that of a profile (`pyllamabatch calibrate`, or one that i
 is loaded. Several policies run the same trace, side by side. --trace takes a file (Azure's .csv,
 Mooncake's .jsonl, ShareGPT's .json) or draws one: poisson:rate=4,n=1000,prompt=100-900,output=128;
 gamma:rate=4,cv=3,…; closed:clients=16,…. With --validate the trace also runs live, in real time, on
-the model of -m; beside that, with the errors, stands the simulation by the stored profile, and by
-the cost model as the engine has refined it in that run.
+the model of -m, in segments with a probe of the device's speed between them; beside that, with the
+errors, stands the simulation. Choose a load below saturation (--load 0.6), where a step that takes
+3 % longer is no queue that is 50 % longer.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +33,8 @@ from pyllamabatch.sim import (
     parse_slo,
     report,
     simulate,
-    summarise,
 )
+from pyllamabatch.sim.load import at_load
 from pyllamabatch.sim.replica import OVERHEAD
 
 if TYPE_CHECKING:
@@ -39,10 +42,11 @@ if TYPE_CHECKING:
 
 NAME = "simulate"
 HELP = "a trace of requests in virtual time: policies side by side"
+N_TRACE = 2**16  # steps of a segment that runs live
 
 SETTINGS = (
-    *("trace", "profile", "slo", "seed", "requests", "rate", "n_seq_max", "n_ctx", "n_batch"),
-    *("n_ubatch", "kv_unified", "prefix_cache", "overhead", "replicas", "router"),
+    *("trace", "profile", "slo", "seed", "requests", "rate", "load", "n_seq_max", "n_ctx"),
+    *("n_batch", "n_ubatch", "kv_unified", "prefix_cache", "overhead", "replicas", "router"),
 )
 """What the reports say of a run."""
 
@@ -54,6 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"step times: a file, or {', '.join(shipped_names())}",
     )
     parser.add_argument("--trace", required=True, metavar="FILE|SPEC")
+    parser.add_argument(
+        "--load", type=float, metavar="SHARE",
+        help="stretch arrivals to this share of the requests that the machine can end in a second",
+    )  # fmt: skip
     parser.add_argument(
         "--policy", default="sarathi", metavar="A,B,…", help="with options: sarathi,slo:margin=0.8"
     )
@@ -80,8 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep what requests leave behind (where cells are unified)",
     )  # fmt: skip
     group.add_argument(
-        "--overhead", type=float, default=OVERHEAD, metavar="S", help="of a call beside its steps"
-    )
+        "--overhead", type=float, metavar="S",
+        help=f"of a call beside its steps ({OVERHEAD}; with --validate, what is measured)",
+    )  # fmt: skip
     group.add_argument("--replicas", type=at_least(1, 10000), default=1, metavar="N")
     group.add_argument("--router", default="least-outstanding", choices=tuple(ROUTERS))
     group = parser.add_argument_group("output")
@@ -91,6 +100,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--json", action="store_true", help="print the figures as JSON")
     group = parser.add_argument_group("live")
     group.add_argument("--validate", action="store_true", help="live, too: one policy")
+    group.add_argument(
+        "--segments", type=at_least(1, 1000), default=6, metavar="N", help="with probes between (6)"
+    )
     group.add_argument("-t", "--threads", type=at_least(1), metavar="N", help="CPU threads")
     add_model_arguments(parser)
 
@@ -100,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     policies = split_policies(args.policy)
     for policy in policies:
         make_policy(policy)  # what is wrong with one is said before anything runs
-    if args.overhead < 0:
+    if args.overhead is not None and not 0 <= args.overhead < inf:
         raise ArgumentError("overhead", args.overhead, "seconds, at least 0")
     if args.validate:
         return validate(args, policies)
@@ -115,8 +127,10 @@ def run(args: argparse.Namespace) -> int:
         n_ubatch=args.n_ubatch,
         unified=args.kv_unified,
         prefix_cache=args.prefix_cache,
-        overhead=args.overhead,
+        overhead=OVERHEAD if args.overhead is None else args.overhead,
     )
+    if args.load is not None:
+        requests = at_load(requests, machine, policies[0], args.load)
     runs = [
         simulate(requests, machine, policy, n_replicas=args.replicas, router=args.router)
         for policy in policies
@@ -170,36 +184,43 @@ def _write(path: Path, text: str) -> None:
 
 
 def validate(args: argparse.Namespace, policies: Sequence[str]) -> int:
-    """The trace live and simulated."""
+    """The trace live and simulated; 1 when the simulation is not within its bounds."""
     from pyllamabatch.sim import live
+    from pyllamabatch.sim import validate as validation
 
     if len(policies) > 1 or args.replicas > 1:
         raise ArgumentError("--validate", args.policy, "one policy, one replica")
     with load_model(args) as model:
         requests = _requests(args, model)
         with _engine(args, model, policies[0]) as engine:
-            if engine.cost is None or not engine.cost.calibrated:
-                raise ArgumentError(
-                    "--validate", args.model, "there is no profile: run `pyllamabatch calibrate`"
-                )
+            validator = validation.Validator(engine, policies[0], args.overhead)
+            if args.load is not None:
+                requests = at_load(requests, validator.machine(), policies[0], args.load)
+            n = 1 if args.prefix_cache else args.segments  # what is kept would go on to the next
+            found = validator.run(
+                validation.split(requests, n),
+                lambda text: print(text, file=sys.stderr, flush=True),
+            )
             about = live.describe(engine)
-            profiled = live.machine_of(engine, args.overhead)
-            live.warm_up(engine)
-            figures = summarise(live.run_live(engine, requests), [], {})
-            refined = live.machine_of(engine, args.overhead)
-    simulated = {
-        "profile": simulate(requests, profiled, policies[0]).summary(),
-        "refined": simulate(requests, refined, policies[0]).summary(),
-    }
+    met = validation.within(found)
     if args.json:
-        print(json.dumps({"live": figures, **simulated}))
-        return 0
-    table = live.comparison(figures, simulated)
-    text = f"{about}: {args.trace}, {args.n_seq_max} sequences\n\n{table}"
+        figures = {
+            "live": found.live, **found.simulated, "errors": found.errors,
+            "probes": [speed._asdict() for speed in found.speeds], "within": met,
+        }  # fmt: skip
+        print(json.dumps(figures))
+        return 0 if all(met.values()) else 1
+    load = f" at {args.load:g} of what the profile says it can do" if args.load else ""
+    cells = "shared cells" if args.kv_unified else "cells of each sequence's own"
+    text = (
+        f"{about}: {args.trace}{load}, {len(requests)} requests, {args.n_seq_max} sequences, "
+        f"{cells}, {policies[0]}\n\n{validation.comparison(found)}\n{validation.drift(found)}\n"
+        f"{validation.step_table(found)}"
+    )
     print(text, end="")
     if args.markdown is not None:
         _write(args.markdown, text)
-    return 0
+    return 0 if all(met.values()) else 1
 
 
 def _requests(args: argparse.Namespace, model: Model) -> list[Request]:
@@ -222,7 +243,8 @@ def _engine(args: argparse.Namespace, model: Model, policy: str) -> Any:
         n_batch=args.n_batch,
         n_ubatch=args.n_ubatch,
         kv_unified=args.kv_unified,
-        prefix_cache=args.prefix_cache,
+        prefix_cache=bool(args.prefix_cache),
         policy=make_policy(policy),
+        n_trace=N_TRACE,
         **threads,
     )

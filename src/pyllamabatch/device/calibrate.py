@@ -2,7 +2,8 @@
 
 Shapes are gone through in rounds, so that a disturbance hits a few repeats of each and not all of
 one; a shape's time is the median. Within a round a shape's steps follow each other, as decoding
-does, so that graphs are reused; the first ones of a block are not counted.
+does, so that graphs are reused. What the first ones of a block take more, whose graph is new, is
+kept beside it.
 """
 
 from __future__ import annotations
@@ -185,6 +186,7 @@ def measure(
 ) -> tuple[list[Sample], bool]:
     """Samples of the shapes, and whether nobody interrupted it."""
     times: dict[Shape, list[Took]] = {}
+    begins: dict[Shape, list[tuple[Took, ...]]] = {}
     whole = True
     try:
         fitting = [s for s in shapes if _fits(s, rig, unified)]
@@ -200,24 +202,33 @@ def measure(
                     continue
                 clock.wait_for_quiet(rig.on_cpu)
                 try:
-                    taken += _block(rig, shape)
+                    begin, steady = _block(rig, shape)
+                    taken += steady
+                    begins.setdefault(shape, []).append(begin)
                 except KvCacheFull:  # a kind of memory that needs more cells than it has rows
                     rig.clear()
                     fitting.remove(shape)
     except KeyboardInterrupt:
         whole = False
-    return [_sample(shape, taken, unified) for shape, taken in times.items() if taken], whole
+    found = [
+        _sample(shape, taken, unified, begins[shape]) for shape, taken in times.items() if taken
+    ]
+    return found, whole
 
 
 _WANTED = (1, 3, 6, 9, 12, 16, 20, 25, 30, 40)  # undisturbed steps of a shape, by round
 
 
-def _block(rig: Rig, shape: Shape) -> list[Took]:
-    """A few consecutive steps, without the first ones, which build what later ones reuse."""
-    first = rig.time(shape, 1)[0].seconds
-    n = int(min(max(_BLOCK_SECONDS / first, 1), 12))
-    warm = 0 if n == 1 else 3 if n > 4 else 1
-    return rig.time(shape, n + warm)[warm:]
+_BEGIN = 3  # steps of a block that may be slower: their graph is new, or new to the device
+
+
+def _block(rig: Rig, shape: Shape) -> tuple[tuple[Took, ...], list[Took]]:
+    """A few consecutive steps: the first ones, which make what later ones reuse, and the others."""
+    first = rig.time(shape, 1)
+    n = int(min(max(_BLOCK_SECONDS / first[0].seconds, 1), 12))
+    taken = first + rig.time(shape, n + (_BEGIN - 1 if n > 4 else 0))
+    n_begin = _BEGIN if n > 4 else 1
+    return tuple(taken[:n_begin]), taken[n_begin:]
 
 
 def _fits(shape: Shape, rig: Rig, unified: bool) -> bool:
@@ -237,10 +248,21 @@ def _words(shape: Shape, unified: bool, n_round: int) -> str:
     return f"{layout}, round {n_round}: {rows}"
 
 
-def _sample(shape: Shape, taken: list[Took], unified: bool) -> Sample:
-    """The median of the undisturbed steps; where there are none, the least disturbed one's."""
+def _sample(
+    shape: Shape, taken: list[Took], unified: bool, begins: Sequence[tuple[Took, ...]] = ()
+) -> Sample:
+    """The median of the undisturbed steps; where there are none, the least disturbed one's. What
+    the beginnings of blocks took more, if there are undisturbed ones with a new graph; the very
+    first one, which may have loaded a kernel, only where it is the only one."""
     calm = [t.seconds for t in taken if not t.disturbed]
     low, middle, high = np.percentile(calm or [min(taken).seconds], (25, 50, 75))
+    fresh = [
+        [t.seconds - middle for t in begin]
+        for begin in begins[1:] or begins
+        if begin[0].new and not any(t.disturbed for t in begin)
+    ]
+    new = [extra[0] for extra in fresh if calm]
+    settle = [sum(extra[1:]) for extra in fresh if calm and len(extra) > 1]
     return Sample(
         rows=shape.rows,
         prefill=shape.prefill,
@@ -250,4 +272,6 @@ def _sample(shape: Shape, taken: list[Took], unified: bool) -> Sample:
         seconds=float(f"{middle:.6g}"),
         spread=round(float((high - low) / (2 * middle)), 4) if calm else 0.5,
         n=len(calm),
+        new=float(f"{np.median(new):.4g}") if new else None,
+        settle=float(f"{np.median(settle):.4g}") if settle else None,
     )

@@ -8,6 +8,7 @@ An engine refines it from its own steps.
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict, replace
 from operator import mul
@@ -17,7 +18,17 @@ import numpy as np
 
 from pyllamabatch.device.profile import SCHEMA, Profile, Sample
 from pyllamabatch.device.regimes import Kernels, Regime
-from pyllamabatch.device.terms import ATTENTION, F64, Fit, Terms, Ubatch, fit, parts, values_of
+from pyllamabatch.device.terms import (
+    ATTENTION,
+    F64,
+    Fit,
+    Terms,
+    Ubatch,
+    fit,
+    parts,
+    tiles_of,
+    values_of,
+)
 from pyllamabatch.errors import ArgumentError, ProfileError
 
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the output matrix's share, that a fit tries for h
@@ -31,13 +42,24 @@ class Estimate(NamedTuple):
     sigma: float
 
 
+class NewGraph(NamedTuple):
+    """Seconds that a step takes more whose graph libllama has to make (`step`), and that the next
+    ones with the same graph take more in all (`settle`: the device prepares for it)."""
+
+    step: float = 0.0
+    settle: float = 0.0
+
+
+_SAME_GRAPH = NewGraph()
+
+
 class CostModel:
-    """Seconds of a step by its shape.
+    """Seconds of a step by its shape, where the graph of the step before is reused.
 
     `calibrated`: made of measurements, of this device or the profile's; a prior is not: its steps
     are where the kernels have them, how high they are and all absolute times are guesses until
     `observe` has seen some. `error`: median and 95th percentile of the relative error on the
-    profile's own samples.
+    profile's own samples. `new_graph`: what it costs when the graph can't be reused.
     """
 
     def __init__(
@@ -50,8 +72,10 @@ class CostModel:
         residual: float = 0.5,
         error: tuple[float, float] = (0.5, 1.0),
         calibrated: bool = False,
+        new_graph: NewGraph = _SAME_GRAPH,
     ) -> None:
         self.terms = terms
+        self.new_graph = new_graph
         values: list[float] = coefficients.tolist()
         self.coefficients = dict(zip(terms.names, values, strict=True))
         self.n_ubatch = n_ubatch
@@ -83,21 +107,20 @@ class CostModel:
     # -- prediction --
 
     def predict(self, rows: int, prefill: int = 0, kv: float = 0, n_seqs: int = 1) -> float:
-        """Seconds of a step of `rows` rows, `prefill` of them prompt rows that are not sampled, in
-        `n_seqs` sequences that hold `kv` cells together before it. 0 rows take no time."""
+        """Seconds of a step of `rows` rows, `prefill` of them prompt rows, in `n_seqs` sequences
+        that hold `kv` cells together before it. One row of each sequence is sampled. 0 rows take no
+        time."""
         if rows > self.n_ubatch or rows == 0 or (prefill != 0 and not self.unified):
             return sum(map(self._time, self._split(rows, prefill, kv, n_seqs)))
         decode, own, sight = rows - prefill, kv / (n_seqs or 1), kv + 0.5 * rows
         seconds = (
-            self._body[rows]
-            + self._head[decode]
-            + self._cell * kv
-            + decode * (self._all * sight + self._own * own)
+            self._body[rows] + self._cell * kv + decode * (self._all * sight + self._own * own)
         )
         if not prefill:
-            return self._scale[2 * self._regime[rows]] * seconds
-        chunk = prefill / (n_seqs - decode or 1)
-        seconds += prefill * (
+            return self._scale[2 * self._regime[rows]] * (seconds + self._head[decode])
+        n_chunks = n_seqs - decode or 1
+        chunk = prefill / n_chunks
+        seconds += self._head[min(decode + n_chunks, rows)] + prefill * (
             self._all_prompt[rows] * sight + self._own_prompt[rows] * (own + 0.5 * chunk)
         )
         return self._scale[2 * self._regime[rows] + 1] * seconds
@@ -126,21 +149,24 @@ class CostModel:
             c = [self.coefficients[f"{part} {regime.first}+"] for part in parts(regime)]
             rows = range(regime.first, min(end, self.n_ubatch + 1))
             found += [sum(map(mul, c, values_of(regime, n))) for n in rows]
+        for tile in self.terms.kernels.tiles:
+            each = self.coefficients[f"tile of {tile}"]
+            found = [t + each * tiles_of(tile, n) for n, t in enumerate(found)]
         return found
 
     def _split(self, rows: int, prefill: int, kv: float, n_seqs: int) -> list[Ubatch]:
         return split(rows, prefill, kv, n_seqs, self.n_ubatch, self.unified)
 
     def _time(self, part: Ubatch) -> float:
-        n, sampled = part.rows, part.sampled
+        n, decode = part.rows, part.decode
         sight = part.cells + 0.5 * n
-        return self._scale[2 * self._regime[n] + (sampled < n)] * (
+        return self._scale[2 * self._regime[n] + (decode < n)] * (
             self._body[n]
-            + self._head[sampled]
+            + self._head[part.sampled]
             + self._cell * part.cells
-            + self._all * sampled * sight
+            + self._all * decode * sight
             + self._own * part.reads
-            + self._all_prompt[n] * (n - sampled) * sight
+            + self._all_prompt[n] * (n - decode) * sight
             + self._own_prompt[n] * part.prompt_reads
         )
 
@@ -173,6 +199,15 @@ class CostModel:
         count stops at 60): decoding alone and with prompt rows in turn."""
         return tuple(zip(self._scale, self._seen, strict=True))
 
+    def at_speed(self, decode: float, prompt: float) -> CostModel:
+        """The same device when it is slower (more than 1) or faster: steps that only decode, and
+        those with prompt rows, take so many times what this model says."""
+        found = copy.copy(self)
+        factors = [decode, prompt] * (len(self._scale) // 2)
+        found._scale = list(map(mul, self._scale, factors))
+        found._seen = [0] * len(self._seen)
+        return found
+
     # -- making one --
 
     @classmethod
@@ -204,6 +239,7 @@ class CostModel:
             residual=max(1.4826 * float(np.median(errors)), 0.005),
             error=(float(np.median(errors)), float(np.percentile(errors, 95))),
             calibrated=True,
+            new_graph=_new_graph(samples),
         )
 
     def to_json(self) -> str:
@@ -220,6 +256,7 @@ class CostModel:
                 "error": self.error,
                 "calibrated": self.calibrated,
                 "covariance": covariance,
+                "new_graph": self.new_graph,
             }
         )
 
@@ -232,7 +269,8 @@ class CostModel:
                 raise ValueError(f"schema {data['schema']}, this version reads {SCHEMA}")
             given = data["terms"].pop("kernels")
             regimes = tuple(Regime(**regime) for regime in given["regimes"])
-            terms = Terms(Kernels(regimes, given["attention_from"]), **data["terms"])
+            kernels = Kernels(regimes, given["attention_from"], tuple(given["tiles"]))
+            terms = Terms(kernels, **data["terms"])
             values = np.array([data["coefficients"][name] for name in terms.names], np.float64)
             covariance = data["covariance"]
             return cls(
@@ -243,6 +281,7 @@ class CostModel:
                 residual=float(data["residual"]),
                 error=(float(data["error"][0]), float(data["error"][1])),
                 calibrated=bool(data["calibrated"]),
+                new_graph=NewGraph(*map(float, data["new_graph"])),
             )
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ProfileError("cost model", f"{type(error).__name__}: {error}") from None
@@ -264,6 +303,8 @@ class CostModel:
         row = one_pass / (32 if gpu else 3)
         terms = Terms(kernels, 0.0, unified)
         guess = dict.fromkeys(terms.names, 0.0)
+        for tile in kernels.tiles:
+            guess[f"tile of {tile}"] = 0.25 * one_pass
         for regime in kernels.regimes:
             guess[f"pass {regime.first}+"] = one_pass
             if regime.rest == "each":
@@ -306,6 +347,16 @@ def _calm(samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
     return calm if len(calm) >= max(4, len(samples) // 2) else samples
 
 
+def _new_graph(samples: tuple[Sample, ...]) -> NewGraph:
+    """Medians: it hardly depends on the rows."""
+    new = [s.new for s in samples if s.new is not None]
+    settle = [s.settle for s in samples if s.settle is not None]
+    return NewGraph(
+        max(0.0, float(np.median(new))) if new else 0.0,
+        max(0.0, float(np.median(settle))) if settle else 0.0,
+    )
+
+
 def _row(terms: Terms, s: Sample, n_ubatch: int) -> list[float]:
     found = split(s.rows, s.prefill, s.kv, s.n_seqs, n_ubatch, s.unified)
     values: list[float] = np.sum([terms.of(part) for part in found], axis=0).tolist()
@@ -325,14 +376,15 @@ def split(
     own = kv / (n_seqs or 1)
     found: list[Ubatch] = []
     if not unified and decode and prefill:
-        found.append(Ubatch(decode, decode, kv, decode * own))
+        found.append(Ubatch(decode, decode, decode, kv, decode * own))
         rows, decode = prefill, 0
     done = 0  # prompt rows
     while rows:
         n = min(rows, n_ubatch)
-        sampled, decode = min(decode, n), max(decode - n, 0)
-        chunk = n - sampled
+        single, decode = min(decode, n), max(decode - n, 0)
+        chunk = n - single
         of_prompts = chunk * (own + (done + chunk / 2) / n_chunks) if chunk else 0.0
-        found.append(Ubatch(n, sampled, kv, sampled * own, of_prompts))
+        sampled = min(n, single + n_chunks) if chunk and n == rows else single
+        found.append(Ubatch(n, single, sampled, kv, single * own, of_prompts))
         kv, done, rows = kv + n, done + chunk, rows - n
     return found

@@ -54,7 +54,8 @@ class Sample:
     """A measured step: rows, prompt rows among them, KV cells held before it, sequences that have
     rows in it, one pool of cells or one each; median seconds, half of the range between the
     quartiles relative to it (0 where only the median is known), and of how many steps (0: all were
-    disturbed)."""
+    disturbed). The graph is reused in them. new: seconds that a step takes more when it is not;
+    settle: that the two steps behind that one take more in all; None: not known."""
 
     rows: int
     prefill: int
@@ -64,9 +65,14 @@ class Sample:
     seconds: float
     spread: float = 0.0
     n: int = 1
+    new: float | None = None
+    settle: float | None = None
 
 
-_SAMPLE_FIELDS = ("rows", "prefill", "kv", "n_seqs", "unified", "seconds", "spread", "n")
+_SAMPLE_FIELDS = (
+    *("rows", "prefill", "kv", "n_seqs", "unified", "seconds", "spread", "n"),
+    *("new", "settle"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +122,7 @@ class Profile:
         head["key"] = {**asdict(self.key), "context": dict(self.key.context)}
         head["kernels"] = {
             "attention_from": self.kernels.attention_from,
+            "tiles": list(self.kernels.tiles),
             "regimes": [asdict(regime) for regime in self.kernels.regimes],
         }
         for name in ("n_ubatch", "output_share", "n_expert", "n_expert_used"):
@@ -135,6 +142,7 @@ class Profile:
             kernels = Kernels(
                 tuple(Regime(**regime) for regime in data["kernels"]["regimes"]),
                 data["kernels"]["attention_from"],
+                tuple(data["kernels"].get("tiles", ())),
             )
             samples = tuple(
                 Sample(**dict(zip(data["fields"], row, strict=True))) for row in data["samples"]

@@ -19,13 +19,17 @@ CPU (ggml-cpu/repack.cpp: `forward_mul_mat_one_chunk`, `ggml_repack_get_optimal_
 arch/x86/repack.cpp; llamafile/sgemm.cpp): repacked weights go row by row below four rows, then
 sixteen at a time, then four, and each of the rest alone, so seven rows cost more than eight. Of the
 others, those of blocks of 32 (Q4_0, Q5_0, Q8_0, IQ4_NL) and the floats go from two rows on in
-tinyBLAS's tiles, up to 4 and 6 rows wide, the rest in narrower ones; K-quants row by row. A file
-mixes types: the cost model takes all of it for tiles of four in groups of sixteen.
+tinyBLAS's tiles, up to 4 and 6 rows wide, the rest in narrower ones; K-quants row by row. Where the
+CPU has AMX (amx/amx.cpp: `qtype_has_amx_kernels`; amx/mmq.cpp: `ggml_backend_amx_mul_mat`,
+`TILE_M`), most quants have neither: a single row goes through a kernel of its own, and from two on
+each block of 32 rows unpacks the weights again and computes them in tiles of 16. A file mixes types
+(Q4_K_M has Q5_0 where rows are not a multiple of 256 long), so blocks and tiles come on top of what
+the type of most bytes has: the cost model takes that for tiles of four in groups of sixteen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 METAL_ROWS_MIN = {"F32": 6, "TQ2_0": 5, "BF16": 4} | dict.fromkeys(
@@ -44,6 +48,8 @@ CUDA_TILE_MAX = 128
 CPU_ROWS = 4
 CPU_GROUP = 16
 CPU_ATTENTION_TILED = 64  # ggml-cpu/common.h: GGML_FA_TILE_Q
+AMX_TILES = (16, 32)
+AMX_TYPES = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +68,12 @@ class Regime:
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """The regimes of one backend for one kind of weights, in order of `first`, the first from one
-    row. `attention_from`: rows from which attention has a kernel of its own for many rows."""
+    row. `attention_from`: rows from which attention has a kernel of its own for many rows. `tiles`:
+    rows that another kernel computes at once, from two on, which other weights of a file have."""
 
     regimes: tuple[Regime, ...]
     attention_from: int = 2**31
+    tiles: tuple[int, ...] = ()
 
     def of(self, n: int) -> int:
         """Index of the regime that n rows fall into."""
@@ -83,12 +91,23 @@ class Kernels:
             first = -(-regime.first // regime.tile) * regime.tile
             for edge in range(first, end, regime.tile):
                 found |= {edge, edge + 1}
+        for tile in self.tiles:
+            for edge in range(tile, limit + 1, tile):
+                found |= {edge, edge + 1}
         return tuple(sorted(n for n in found if 1 <= n <= limit))
 
 
-def kernels(backend: str, weight_type: str, *, moe: bool = False, features: str = "") -> Kernels:
+def kernels(
+    backend: str,
+    weight_type: str,
+    *,
+    moe: bool = False,
+    features: str = "",
+    others: Collection[str] = (),
+) -> Kernels:
     """What is known of a backend ("Metal" or "MTL", "CUDA", "CPU", ...) for weights that are mostly
     of this type ("Q4_K", "F16", ...). `features`: the CPU's instruction sets ("AVX2 AVX512", ...).
+    `others`: types that a good part of the weights have.
 
     An unknown backend gets one regime without steps.
     """
@@ -98,7 +117,7 @@ def kernels(backend: str, weight_type: str, *, moe: bool = False, features: str 
     if kind.startswith(("CUDA", "ROCM", "MUSA")):
         return _cuda(weight_type)
     if kind.startswith("CPU"):
-        return _cpu(weight_type, features)
+        return _cpu(weight_type, features, others)
     return Kernels((Regime(1),))
 
 
@@ -135,15 +154,20 @@ _REPACKED = {
 }
 
 
-def _cpu(weight_type: str, features: str) -> Kernels:
+def _cpu(weight_type: str, features: str, others: Collection[str]) -> Kernels:
     has = set(features.upper().split())
+    amx = {weight_type, *others}.intersection(AMX_TYPES) if "AMX_INT8" in has else set()
+    tiles = AMX_TILES if amx else ()
+    if weight_type in amx:
+        found = [Regime(1, kernel="AMX: avx512-vnni"), Regime(2, kernel="AMX")]
+        return Kernels(tuple(found), CPU_ATTENTION_TILED, tiles)
     if any(weight_type in types for name, types in _REPACKED.items() if name in has):
         few, many = "gemv", "gemm of 16 and 4, gemv"
     else:
         few = many = "tinyBLAS in tiles of 4 and less, or vec_dot"
     found = [Regime(1, kernel="gemv or vec_dot"), Regime(2, kernel=few),
              Regime(CPU_ROWS, CPU_ROWS, "each", many, CPU_GROUP)]  # fmt: skip
-    return Kernels(tuple(found), CPU_ATTENTION_TILED)
+    return Kernels(tuple(found), CPU_ATTENTION_TILED, tiles)
 
 
 def rows_to_measure(found: Kernels, limit: int = 64) -> Sequence[int]:

@@ -29,10 +29,11 @@ _SAMPLING = SamplingParams(max_tokens=2**30, ignore_eog=True, seed=1)
 
 class Took(NamedTuple):
     """One step. disturbed: the CPU's threads, which never sleep within a step, did not get the
-    cores all the time; somebody else was at work."""
+    cores all the time; somebody else was at work. new: graphs of it that libllama had to make."""
 
     seconds: float
     disturbed: bool
+    new: int = 0
 
 
 class Rig(Owner):
@@ -60,6 +61,7 @@ class Rig(Owner):
         self._held: dict[int, int] = {}  # positions by sequence
         self._states: dict[int, bytes] = {}  # of one sequence, by depth
         self._seconds_per_token = 0.0
+        self._n_reused = 0  # graphs, so far
         device, _, share = where.device_of(self.context)
         self.on_cpu = device.kind == "cpu" or share < where.WHOLE
         self._n_threads = self.context.n_threads if self.on_cpu else 0
@@ -120,7 +122,7 @@ class Rig(Owner):
         while have < depth:
             n = min(self.context.n_batch, depth - have)
             self._write(0, n, 0, have)
-            self.stepper.step(n).raise_for_code()
+            self._call(n)
             have = self._held[0] = have + n
         if have > first:
             self._seconds_per_token = (time.monotonic() - began) / (have - first)
@@ -136,7 +138,8 @@ class Rig(Owner):
         """`n_steps` steps of this shape, at the depth that is held.
 
         The first `decode` sequences decode; the prompt rows belong to the next ones, which hold
-        `depth` tokens too. What a step adds is taken away again, where the memory can.
+        `depth` tokens too, and are the prompts' last ones: each gives a token. What a step adds is
+        taken away again, where the memory can.
         """
         taken = []
         for _ in range(n_steps):
@@ -158,10 +161,15 @@ class Rig(Owner):
         for i, size in enumerate(shape.chunks()):
             seq = decode + i
             n = self._write(n, size, seq, self._held.get(seq, 0))
+            self.stepper.rows.flags[n - 1] = SAMPLE
             grown[seq] = size
         taken.append(self._call(n))
         self._undo(grown, shape.depth)
-        return Took(sum(t.seconds for t in taken), any(t.disturbed for t in taken))
+        return Took(
+            sum(t.seconds for t in taken),
+            any(t.disturbed for t in taken),
+            sum(t.new for t in taken),
+        )
 
     def _call(self, n_rows: int) -> Took:
         cpu, wall = time.process_time(), time.perf_counter()
@@ -170,7 +178,10 @@ class Rig(Owner):
         result.raise_for_code()
         took = result.steps[0]
         seconds = float(sum(took[name] for name in _PARTS)) * 1e-9
-        return Took(seconds, cpu < _UNDISTURBED * wall * self._n_threads)
+        n_reused = int(took["n_reused"]) - self._n_reused
+        self._n_reused += n_reused
+        new = max(0, -(-n_rows // self.context.n_ubatch) - n_reused)
+        return Took(seconds, cpu < _UNDISTURBED * wall * self._n_threads, new)
 
     def _undo(self, grown: dict[int, int], depth: int) -> None:
         """Take the rows of a step away; where the memory can't (recurrent states, a window that has

@@ -3,11 +3,13 @@
 A ubatch of n rows, o of them sampled, costs
 
     sum over regimes r of  (1 - h) * [n in r] * c_r . f_r(n)  +  h * [o in r] * c_r . f_r(o)
+    + sum over tiles t of  c_t * ((1 - h) * ceil(n / t) + h * ceil(o / t))
     + c_base + c_head * [o > 0] + c_output * o + c_experts * e(n) + attention
 
 f_r(n) is (1, tiles of n, n), or where rows beyond full tiles go another way, in passes of their
 own, ([there are full tiles beyond groups], groups, full tiles beyond them, [1 row beyond those],
-[2 rows], ...). Only sampled rows pass the output
+[2 rows], ...). The tiles are those of other kernels that some of the weights go through. Only
+sampled rows pass the output
 matrix: h is between 0, where its time is c_head and c_output alone, and its share of the weights,
 where it behaves like the others; the fit chooses. e(n) = 1 - (1 - k/E)^n is the share of E experts
 that n rows with k each are expected to touch, if they choose evenly. Attention is
@@ -34,11 +36,13 @@ ATTENTION = ("all", "own", "all prompt", "own prompt")
 
 
 class Ubatch(NamedTuple):
-    """Rows that are computed at once. `sampled`: rows with output, one of a sequence; the others
-    are prompt rows. `cells`: held by all sequences. `reads`, `prompt_reads`: cells of their own
-    that the sampled rows and the prompt rows look at, in all."""
+    """Rows that are computed at once. `decode`: rows of sequences that have one each; the others
+    are prompt rows. `sampled`: rows with output, those and the last ones of prompts. `cells`: held
+    by all sequences. `reads`, `prompt_reads`: cells of their own that the decoding rows and the
+    prompt rows look at, in all."""
 
     rows: int
+    decode: int
     sampled: int
     cells: float
     reads: float
@@ -58,6 +62,7 @@ class Terms:
     @property
     def names(self) -> tuple[str, ...]:
         found = ["base", "head", "output", "experts", "cells", *ATTENTION]
+        found += [f"tile of {tile}" for tile in self.kernels.tiles]
         for regime in self.kernels.regimes:
             found += [f"{part} {regime.first}+" for part in parts(regime)]
         return tuple(found)
@@ -66,19 +71,21 @@ class Terms:
         n, out = ubatch.rows, ubatch.sampled
         values = [1.0, float(out > 0), float(out), self.experts(n), ubatch.cells]
         in_sight = ubatch.cells + n / 2 if self.unified else 0.0
-        prompt = [(n - out) * in_sight, ubatch.prompt_reads]
-        one_by_one = [out * in_sight, ubatch.reads]
+        prompt = [(n - ubatch.decode) * in_sight, ubatch.prompt_reads]
+        one_by_one = [ubatch.decode * in_sight, ubatch.reads]
         if n < self.kernels.attention_from:
             one_by_one, prompt = (
                 [a + b for a, b in zip(one_by_one, prompt, strict=True)],
                 [0.0, 0.0],
             )
         values += one_by_one + prompt
+        h = self.output_share
+        for tile in self.kernels.tiles:
+            values.append((1 - h) * tiles_of(tile, n) + h * tiles_of(tile, out))
         body, head = self.kernels.of(n), self.kernels.of(out) if out else -1
         for i, regime in enumerate(self.kernels.regimes):
             rows = values_of(regime, n) if i == body else (0.0,) * len(parts(regime))
             last = values_of(regime, out) if i == head else (0.0,) * len(rows)
-            h = self.output_share
             values += [(1 - h) * a + h * b for a, b in zip(rows, last, strict=True)]
         return values
 
@@ -86,6 +93,11 @@ class Terms:
         if not self.n_expert:
             return 0.0
         return 1.0 - float((1.0 - self.n_expert_used / self.n_expert) ** n)
+
+
+def tiles_of(tile: int, n: int) -> int:
+    """How many tiles n rows fill, of kernels that have another one for a single row."""
+    return -(-n // tile) if n > 1 else 0
 
 
 def parts(regime: Regime) -> tuple[str, ...]:

@@ -54,8 +54,9 @@ def memory_parts(context: Context) -> list[Part]:
 class Weights:
     """What the tensors of a file weigh. `kind`: the type of most matrix bytes ("Q4_K").
     `output_share`: the output matrix's part of the bytes that a sampled row passes; a mixture of
-    experts counts those experts that a row uses. `row_bytes`: those bytes. `input_bytes`: tables
-    that rows are only looked up in; they stay with the CPU."""
+    experts counts those experts that a row uses. `row_bytes`: those bytes. `kinds`: types that have
+    a twentieth of them or more. `input_bytes`: tables that rows are only looked up in; they stay
+    with the CPU."""
 
     kind: str
     output_share: float
@@ -63,6 +64,7 @@ class Weights:
     input_bytes: int
     n_expert: int
     n_expert_used: int
+    kinds: tuple[str, ...] = ()
 
 
 def weigh(model: Model) -> Weights:
@@ -70,24 +72,30 @@ def weigh(model: Model) -> Weights:
     n_expert = _count(model, "expert_count")
     n_used = _count(model, "expert_used_count")
     by_kind: Counter[str] = Counter()
+    passed: Counter[str] = Counter()
+    tied = ""
     inputs = 0
     output = embedding = total = 0.0
     for name, kind, size in _tensors(model):
         if "token_embd." in name:
             inputs += size
-            embedding = size if name == "token_embd.weight" else embedding
+            if name == "token_embd.weight":
+                embedding, tied = size, kind
             continue
         share = n_used / n_expert if n_expert and "_exps" in name else 1.0
         by_kind[kind] += size
+        passed[kind] += round(size * share)
         total += size * share
         if name == "output.weight":
             output = size
     if not output:  # tied: the embedding is the output matrix, too
         output = embedding
         total += embedding
+        passed[tied] += round(embedding)
     kind = max(by_kind, key=lambda k: by_kind[k]) if by_kind else "F16"
     share = output / total if total else 0.0
-    return Weights(kind, round(share, 4), int(total), inputs, n_expert, n_used)
+    kinds = tuple(sorted(k for k, n in passed.items() if n >= 0.05 * total))
+    return Weights(kind, round(share, 4), int(total), inputs, n_expert, n_used, kinds)
 
 
 def _count(model: Model, name: str) -> int:
@@ -194,7 +202,13 @@ def _type_name(ggml_type: int) -> str:
 
 def kernels_of(backend: str, weights: Weights) -> Kernels:
     """The regimes of this machine's backend for these weights."""
-    return kernels(backend, weights.kind, moe=weights.n_expert > 0, features=cpu_features())
+    return kernels(
+        backend,
+        weights.kind,
+        moe=weights.n_expert > 0,
+        features=cpu_features(),
+        others=weights.kinds,
+    )
 
 
 def cpu_features() -> str:

@@ -105,6 +105,10 @@ class KvLedger:
         """Positions of `slot`, shared ones included."""
         return int(self._held[slot])
 
+    def longest(self, slots: list[int]) -> int:
+        """Positions of the one of `slots` that has most."""
+        return int(self._held[slots].max())
+
     def is_kept(self, slot: int) -> bool:
         return self._kept[slot]
 

@@ -8,29 +8,20 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from time import perf_counter, sleep
 
 import numpy as np
 import numpy.typing as npt
 
 from ..device import where
+from ..device.cost import CostModel
 from ..engine import Engine
 from ..sampling import SamplingParams
+from ..stream import Result
 from .metrics import Outcome
 from .replica import Machine
 from .workload import Request
-
-COMPARED = {
-    "tokens_per_s": "output tokens/s",
-    "tpot_mean": "TPOT, mean, ms",
-    "ttft_p50": "TTFT, median, ms",
-    "ttft_p99": "TTFT, 99th percentile, ms",
-    "e2el_mean": "E2EL, mean, ms",
-}
-"""Figures that a simulation is judged by."""
-
-Figures = Mapping[str, float]
 
 _LEAD = 0.2  # s before the first arrival, to start the threads
 
@@ -41,28 +32,37 @@ def describe(engine: Engine) -> str:
     return f"{device.description}, {engine.model.description}"
 
 
-def machine_of(engine: Engine, overhead: float) -> Machine:
-    """What a simulated engine has to be, to be like this one; its cost model is that of now."""
+def machine_of(
+    engine: Engine, overhead: float, latency: float = 0.0, cost: CostModel | None = None
+) -> Machine:
+    """What a simulated engine has to be, to be like this one. `cost`: by default a copy of the
+    engine's own as it is now."""
     cache = engine._decoder.scheduler.starts.cache
-    cost = copy.deepcopy(engine.cost)
-    assert cost is not None
-    return Machine(cost, engine.limits, cache.sharing, cache.keep, overhead)
+    chosen = copy.deepcopy(engine.cost) if cost is None else cost
+    assert chosen is not None
+    return Machine(
+        chosen, engine.limits, cache.sharing, cache.keep, overhead, latency, chosen.new_graph
+    )
 
 
 def run_live(engine: Engine, requests: Iterable[Request]) -> list[Outcome]:
     """Submit every request when it comes, wait for all, in real time. queueing, preemption, ITL and
     prefixes of the outcomes are not known, and 0. Raises what a request failed with."""
     live = _Live(engine)
+    requests = list(requests)
     chains: dict[int, list[Request]] = {}  # those after one another, by the last of them
     for request in requests:
         chain = [] if request.after is None else chains.pop(request.after)
         chains[request.id] = [*chain, request]
+    alone = sorted((c[0] for c in chains.values() if len(c) == 1), key=lambda r: r.arrival)
     threads = [
-        threading.Thread(target=live.run, args=(chain,), daemon=True) for chain in chains.values()
+        threading.Thread(target=live.run, args=(chain,), daemon=True)
+        for chain in chains.values()
+        if len(chain) > 1
     ]
     for thread in threads:
         thread.start()
-    live.begin()
+    live.run_alone(alone)
     for thread in threads:
         thread.join()
     if live.errors:
@@ -86,9 +86,23 @@ class _Live:
         self._began = threading.Event()
         self._start = 0.0
 
-    def begin(self) -> None:
+    def run_alone(self, requests: Sequence[Request]) -> None:
+        """Start the clock; submit each at its time, and wait for all."""
+        prompts = [self._prompt(request) for request in requests]
+        streams = []
         self._start = perf_counter() + _LEAD
         self._began.set()
+        try:
+            for request, prompt in zip(requests, prompts, strict=True):
+                sleep(max(0.0, self._start + request.arrival - perf_counter()))
+                came = perf_counter() - self._start
+                streams.append((request, came, self._engine.submit(prompt, _params(request))))
+            for request, came, stream in streams:
+                self._take(request, came, stream.result())
+        except Exception as error:
+            self.errors.append(error)
+            for _, _, stream in streams:
+                stream.cancel()
 
     def run(self, chain: Sequence[Request]) -> None:
         """Requests one after the other; the first one comes at its time."""
@@ -98,25 +112,23 @@ class _Live:
             for request in chain:
                 due += request.arrival
                 prompt = self._prompt(request)
-                params = SamplingParams(
-                    max_tokens=request.n_output, ignore_eog=True, seed=request.id
-                )
                 sleep(max(0.0, due - perf_counter()))
                 came = perf_counter() - self._start
-                result = self._engine.submit(prompt, params).result()
-                if result.error is not None:
-                    raise result.error
-                assert result.ttft_s is not None
-                self._answers[request.answer] = np.array(result.tokens, dtype=np.int32)
-                outcome = Outcome(
-                    request.id, came, request.n_prompt, request.n_output, request.tenant
-                )
-                outcome.admitted = came
-                outcome.first, outcome.end = came + result.ttft_s, came + result.e2el_s
-                self.outcomes.append(outcome)
-                due = self._start + outcome.end
+                result = self._engine.submit(prompt, _params(request)).result()
+                due = self._start + self._take(request, came, result).end
         except Exception as error:
             self.errors.append(error)
+
+    def _take(self, request: Request, came: float, result: Result) -> Outcome:
+        if result.error is not None:
+            raise result.error
+        assert result.ttft_s is not None
+        self._answers[request.answer] = np.array(result.tokens, dtype=np.int32)
+        outcome = Outcome(request.id, came, request.n_prompt, request.n_output, request.tenant)
+        outcome.admitted = came
+        outcome.first, outcome.end = came + result.ttft_s, came + result.e2el_s
+        self.outcomes.append(outcome)
+        return outcome
 
     def _prompt(self, request: Request) -> npt.NDArray[np.int32]:
         return np.concatenate([self._tokens(piece, n) for piece, n in request.content])
@@ -129,12 +141,5 @@ class _Live:
         return generator.integers(0, self._n_vocab, n, dtype=np.int32)
 
 
-def comparison(live: Figures, simulated: Mapping[str, Figures]) -> str:
-    """Markdown: the live run beside simulations by name, with the error of each."""
-    heads = [text for name in simulated for text in (name, "error")]
-    lines = [f"| | live | {' | '.join(heads)} |", "|---|" + "---:|" * (1 + len(heads))]
-    for name, label in COMPARED.items():
-        scale, a = 1e3 if label.endswith("ms") else 1.0, live[name]
-        found = [f"{scale * b[name]:.2f} | {b[name] / a - 1:+.1%}" for b in simulated.values()]
-        lines.append(f"| {label} | {scale * a:.2f} | {' | '.join(found)} |")
-    return "\n".join(lines) + "\n"
+def _params(request: Request) -> SamplingParams:
+    return SamplingParams(max_tokens=request.n_output, ignore_eog=True, seed=request.id)

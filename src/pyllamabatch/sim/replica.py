@@ -13,6 +13,7 @@ from math import inf
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from ..kv import Sharing
 from ..kv.tree import Tokens
@@ -25,6 +26,7 @@ N_POINTS = 2000  # of the curves over time, at least half of it once there are s
 # Seconds of the engine around a call, on a fast core: plan, admission, rows of prompts. `python -m
 # bench step` measures what it is on a machine ("gap, turnover").
 OVERHEAD = 1e-4
+_N_KV = 256  # cells that a graph's attention grows by (src/llama-kv-cache.cpp: `get_n_kv`)
 
 
 class Cost(Protocol):
@@ -36,14 +38,17 @@ class Cost(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What every replica is. `sharing`, `keep`: see `Scheduler`; `overhead`: seconds of a native
-    call beside its steps."""
+    """What every replica is. `sharing`, `keep`: see `Scheduler`. Seconds: `overhead`, of a native
+    call beside its steps; `latency`, until a token that is there has reached whoever waits for it;
+    `new_graph`: (of a step whose graph is new, of those behind it), see `CostModel.new_graph`."""
 
     cost: Cost
     limits: Limits
     sharing: Sharing = field(default_factory=Sharing)
     keep: bool = True
     overhead: float = OVERHEAD
+    latency: float = 0.0
+    new_graph: tuple[float, float] = (0.0, 0.0)
 
     @classmethod
     def of(
@@ -68,7 +73,8 @@ class Machine:
             n_kept = max(0, min(max(n_seq_max, LEAST_KEPT), 256 - n_seq_max, n_batch - n_seq_max))
         limits = Limits(n_batch, n_ubatch, n_seq_max, n_cells, n_cells_seq, unified)
         sharing = Sharing(copy_part=unified, copy_whole=True, trim=True, n_kept=n_kept)
-        return cls(cost, limits, sharing, keep, overhead)
+        new_graph = getattr(cost, "new_graph", (0.0, 0.0))
+        return cls(cost, limits, sharing, keep, overhead, new_graph=new_graph)
 
 
 @dataclass(slots=True)
@@ -88,7 +94,7 @@ class _Open:
 
 @dataclass(slots=True)
 class _Flight:
-    """A call: when each of its steps ends, and the cells that were free before it."""
+    """A call: when each of its steps ends, the cells that were free before it."""
 
     step: Step
     start: float
@@ -127,6 +133,9 @@ class Replica:
         self._last = np.zeros(n)
         self._gap = np.zeros(n)
         self._every, self._n_calls = 1, 0
+        self._graph: tuple[object, ...] = ()  # what the last one was made for, but for its cells
+        self._n_kv = 0  # cells that it looks at
+        self._grown = np.zeros(0, dtype=np.int64)  # the same, at each step of the call
 
     # -- requests
 
@@ -236,16 +245,49 @@ class Replica:
         start = now + machine.overhead
         if n > 1:
             last = predict(rows, prefill, kv + rows * (n - 1), n_seqs)
-            steps = np.arange(n)
-            ends = start + np.cumsum(first + (last - first) / (n - 1) * steps)
+            times: F64 = first + (last - first) / (n - 1) * np.arange(n, dtype=np.float64)
         else:
-            ends = np.array([start + first])
-        self._flight = _Flight(step, now, ends, ledger.free)
+            times = np.array([first], dtype=np.float64)
+        if machine.new_graph[0]:
+            self._add_new_graphs(times, step, ledger.used)
+        self._flight = _Flight(step, now, start + np.cumsum(times), ledger.free)
+
+    def _add_new_graphs(self, times: F64, step: Step, used: int) -> None:
+        """To the steps whose graph libllama can't reuse (src/llama-graph.h: `allow_reuse`): other
+        rows than before, or cells in sight beyond what the graph was made for."""
+        new, settle = self.machine.new_graph
+        limits, n = self.machine.limits, len(times)
+        graph = (step.decode.tobytes(), *((c.slot, c.n, c.last) for c in step.chunks))
+        n_graphs = -(-step.n_rows // limits.n_ubatch)
+        at = [0] if graph != self._graph or n_graphs > 1 else []
+        self._graph = graph
+        if limits.unified:
+            grown = self._cells(used + step.n_rows * np.arange(1, n + 1))
+        else:
+            longest = self.scheduler.ledger.longest(step.slots)
+            grown = self._cells(longest + np.arange(1, n + 1))
+        before = np.concatenate(([self._n_kv], grown[:-1]))
+        at += [i for i in np.flatnonzero(grown != before).tolist() if i or not at]
+        self._grown = grown
+        for i in at:
+            times[i] += new * n_graphs
+            if i + 1 < n:
+                times[i + 1] += settle
+
+    def _cells(self, used: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Cells that a graph looks at when so many are held: whole blocks, up to the last one that
+        is held. Whoever leaves makes holes below it first."""
+        blocks = -(-used // _N_KV) * _N_KV
+        top = self._n_kv if self._n_kv <= 2 * used[0] else 0
+        found: npt.NDArray[np.int64] = np.maximum(blocks, top)
+        return found
 
     def _apply(self, flight: _Flight) -> None:
         step, ends, scheduler = flight.step, flight.ends, self.scheduler
         n, end, decode = len(ends), float(ends[-1]), step.decode
         self._count(flight, n, end)
+        if len(self._grown):
+            self._n_kv = int(self._grown[n - 1])
         scheduler.advance(step, n)
         done: list[int] = []
         if len(decode):
@@ -273,7 +315,7 @@ class Replica:
         one = self._at[slot]
         assert one is not None
         if self._left[slot] == one.request.n_output:
-            one.outcome.first = now
+            one.outcome.first = now + self.machine.latency
         else:
             gap = now - self._last[slot]
             self.load.itl.add(np.array([gap]))
@@ -286,7 +328,8 @@ class Replica:
         assert one is not None
         self._at[slot] = None
         outcome = one.outcome
-        outcome.end, outcome.longest_itl = now, float(self._gap[slot])
+        outcome.end = now + self.machine.latency
+        outcome.longest_itl = float(self._gap[slot])
         self.scheduler.remove(outcome.id)
         del self._open[outcome.id]
         self._ended(outcome)

@@ -1,0 +1,342 @@
+"""How far a simulation is from the engine, on a device whose own speed moves.
+
+The trace is cut into segments. Before the first, between them and behind the last, a probe measures
+the engine on requests of its own: how much faster or slower the device is than its profile says
+when it only decodes and with prompt rows, what a native call costs beside its steps, and how long a
+token takes to whoever waits for it. A segment is simulated with the profile at the mean speed of
+the two probes around it. So nothing of a segment is used to predict it. The profile as it is stands
+beside that, and the cost model as the engine has refined it in the very segment, which says what
+the simulator itself is off.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from statistics import fmean, median
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..device.cost import CostModel
+from ..engine import Engine
+from ..errors import ArgumentError
+from ..page import TIMES
+from ..sampling import SamplingParams
+from ..trace import Trace
+from .live import machine_of, run_live
+from .metrics import Outcome, summarise
+from .replica import Machine
+from .simulate import simulate
+from .workload import Request
+
+Figures = Mapping[str, float]
+Array = npt.NDArray[Any]
+
+COMPARED = {
+    "tokens_per_s": "output tokens/s",
+    "tpot_mean": "TPOT, mean, ms",
+    "ttft_p50": "TTFT, median, ms",
+    "ttft_p99": "TTFT, 99th percentile, ms",
+    "e2el_mean": "E2EL, mean, ms",
+}
+"""Figures that a simulation is judged by."""
+
+BOUNDS = {"tokens_per_s": 0.05, "tpot_mean": 0.05, "ttft_p50": 0.10, "ttft_p99": 0.20}
+"""Relative errors that it is to stay within."""
+
+AT_SPEED = "at the probes' speed"
+"""The simulation that the bounds are for."""
+
+_PROBE_SECONDS = 2.0
+_PROBE_PROMPT, _PROBE_OUTPUT = 64, 16
+_N_ALONE = 4
+
+
+class Speed(NamedTuple):
+    """What a probe found. decode, prompt: what steps without and with prompt rows take, over what
+    the model says. overhead, latency: as of `Machine`, s."""
+
+    decode: float
+    prompt: float
+    overhead: float
+    latency: float
+
+    @classmethod
+    def mean(cls, found: Iterable[Speed]) -> Speed:
+        return cls(*map(fmean, zip(*found, strict=True)))
+
+
+class Steps(NamedTuple):
+    """Steps of a trace, arrays (steps,): rows, those of prompts, graphs that were new, seconds
+    measured, seconds by a model without new graphs."""
+
+    rows: Array
+    prompt: Array
+    new: Array
+    seconds: Array
+    model: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """live, simulated by name: figures of all segments together. errors: those of each segment, of
+    `AT_SPEED`, by figure. steps: of all segments, the model at the probes' speed."""
+
+    live: Figures
+    simulated: Mapping[str, Figures]
+    errors: Mapping[str, Sequence[float]]
+    speeds: Sequence[Speed]
+    steps: Steps
+    new_graph: tuple[float, float]
+
+
+def split(requests: Sequence[Request], n: int) -> list[list[Request]]:
+    """About `n` segments, each beginning at 0; one where requests come after others."""
+    if any(request.after is not None for request in requests) or n == 1:
+        return [list(requests)]
+    ordered = sorted(requests, key=lambda r: r.arrival)
+    size = -(-len(ordered) // n)
+    parts = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    return [[replace(r, arrival=r.arrival - part[0].arrival) for r in part] for part in parts]
+
+
+def steps_of(table: Trace, cost: CostModel, n_ubatch: int) -> Steps:
+    """The steps of an engine's trace that were computed, beside what a model says of them."""
+    table = table[table["code"] == 0]
+    rows, prompt = table["rows"], table["prefill_rows"]
+    n_seqs = table["decode_rows"] + (table["chunk"] > 0).sum(axis=1)
+    kv = table["kv_used"] - rows
+    shapes = zip(rows.tolist(), prompt.tolist(), kv.tolist(), n_seqs.tolist(), strict=True)
+    model = np.array([cost.predict(*shape) for shape in shapes])
+    seconds = np.sum([table[name] for name in TIMES], axis=0) * 1e-9
+    new = np.maximum(-(-rows // n_ubatch) - table["reused"], 0)
+    return Steps(rows, prompt, new, seconds, model)
+
+
+class Validator:
+    """Of one engine, which nobody else uses. It must have a calibrated cost model, and its trace
+    must be long enough for a segment."""
+
+    def __init__(self, engine: Engine, policy: str, overhead: float | None = None) -> None:
+        """overhead: instead of what the probes find."""
+        if engine.cost is None or not engine.cost.calibrated:
+            raise ArgumentError("engine", engine, "has no profile: run `pyllamabatch calibrate`")
+        self.engine = engine
+        self.policy = policy
+        self._overhead = overhead
+        self._cost = copy.deepcopy(engine.cost)
+        self._seed = 0
+        self._n_runs = -1  # the newest native call that was looked at
+
+    def machine(self) -> Machine:
+        """By the profile as it is."""
+        return machine_of(self.engine, self._overhead or 1e-4, cost=self._cost)
+
+    def run(
+        self, segments: Sequence[Sequence[Request]], progress: Callable[[str], None] = print
+    ) -> Validation:
+        """The segments live, one after the other, and simulated."""
+        self.probe()  # an engine's first calls are slower
+        speeds = [self.probe()]
+        lived: list[list[Outcome]] = []
+        refined: list[Machine] = []
+        tables: list[Trace] = []
+        for i, segment in enumerate(segments, 1):
+            self._new_steps()
+            lived.append(run_live(self.engine, segment))
+            tables.append(self._new_steps())
+            refined.append(machine_of(self.engine, 0.0))
+            speeds.append(self.probe())
+            progress(f"segment {i} of {len(segments)}: {_words(speeds[-1])}")
+        around = [Speed.mean(pair) for pair in pairwise(speeds)]
+        overall = Speed.mean(speeds)
+        names = {
+            "profile": [self._machine(overall, self._cost)] * len(segments),
+            AT_SPEED: [self._machine(s, self._at(s)) for s in around],
+            "refined": [
+                replace(m, overhead=s.overhead, latency=s.latency)
+                for m, s in zip(refined, around, strict=True)
+            ],
+        }
+        simulated = {
+            name: [
+                list(simulate(segment, machine, self.policy).outcomes)
+                for segment, machine in zip(segments, machines, strict=True)
+            ]
+            for name, machines in names.items()
+        }
+        each = [
+            (_figures([a]), _figures([b])) for a, b in zip(lived, simulated[AT_SPEED], strict=True)
+        ]
+        return Validation(
+            live=_figures(lived),
+            simulated={name: _figures(found) for name, found in simulated.items()},
+            errors={name: [b[name] / a[name] - 1 for a, b in each] for name in COMPARED},
+            speeds=speeds,
+            steps=_joined(
+                steps_of(table, self._at(s), self.engine.n_ubatch)
+                for table, s in zip(tables, around, strict=True)
+            ),
+            new_graph=self._cost.new_graph,
+        )
+
+    def probe(self) -> Speed:
+        """Requests alone, then a few at once, in turn, for `_PROBE_SECONDS`."""
+        began = perf_counter()
+        waits: list[float] = []
+        tables: list[Trace] = []
+        n_seq_max = self.engine.n_seq_max
+        while not tables or perf_counter() - began < _PROBE_SECONDS:
+            for _ in range(_N_ALONE):
+                self._new_steps()
+                (ttft,) = self._ask(1)
+                table = self._new_steps()
+                first = table[: int(np.argmax(table["sampled"] > 0)) + 1]
+                waits.append(ttft - _seconds(first).sum() - first["python_ns"][1:].sum() * 1e-9)
+                tables.append(table)
+            for n in sorted({min(2, n_seq_max), -(-n_seq_max // 2)}):
+                self._ask(n)
+                tables.append(self._new_steps())
+        table = np.concatenate(tables)
+        steps = steps_of(table, self._cost, self.engine.n_ubatch)
+        left = steps.seconds - steps.new * self._cost.new_graph.step
+        ratio = left / steps.model
+        decodes = (steps.prompt == 0) & (steps.new == 0)
+        if not decodes.any():
+            decodes = steps.prompt == 0
+        changed = np.diff(table["run"], prepend=table["run"][:1]) > 0
+        overhead = self._overhead
+        if overhead is None:
+            overhead = float(np.median(table["python_ns"][changed])) * 1e-9
+        return Speed(
+            float(np.median(ratio[decodes])),
+            float(np.median(ratio[steps.prompt > 0])),
+            overhead,
+            max(0.0, median(waits) - overhead),
+        )
+
+    def _ask(self, n: int) -> list[float]:
+        """n requests at once, of random tokens; their times to the first token, s."""
+        self._seed += 1
+        generator = np.random.default_rng([self._seed, 1])
+        n_prompt = max(1, min(_PROBE_PROMPT, self.engine.limits.n_cells_seq - _PROBE_OUTPUT - 1))
+        prompts = generator.integers(0, self.engine.model.n_vocab, (n, n_prompt), dtype=np.int32)
+        params = SamplingParams(max_tokens=_PROBE_OUTPUT, ignore_eog=True, seed=1)
+        found = self.engine.generate(list(prompts), params)
+        for result in found:
+            if result.error is not None:
+                raise result.error
+        return [result.ttft_s or 0.0 for result in found]
+
+    def _new_steps(self) -> Trace:
+        """Steps since it was called last."""
+        table = self.engine.trace()
+        new = table[table["run"] > self._n_runs]
+        if len(table):
+            self._n_runs = int(table["run"][-1])
+        return new
+
+    def _machine(self, speed: Speed, cost: CostModel) -> Machine:
+        return machine_of(self.engine, speed.overhead, speed.latency, cost)
+
+    def _at(self, speed: Speed) -> CostModel:
+        return self._cost.at_speed(speed.decode, speed.prompt)
+
+
+def _seconds(table: Trace) -> Array:
+    total: Array = np.sum([table[name] for name in TIMES], axis=0) * 1e-9
+    return total
+
+
+def _joined(parts: Iterable[Steps]) -> Steps:
+    return Steps(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _figures(segments: Sequence[Sequence[Outcome]]) -> Figures:
+    """Of segments as if they had followed each other without a pause."""
+    outcomes: list[Outcome] = []
+    end = 0.0
+    for segment in segments:
+        shift = end - min(o.arrival for o in segment)
+        for o in segment:
+            moved = replace(o, arrival=o.arrival + shift, first=o.first + shift, end=o.end + shift)
+            outcomes.append(moved)
+            end = max(end, moved.end)
+    return summarise(outcomes, [], {})
+
+
+def _words(speed: Speed) -> str:
+    return (
+        f"steps take {speed.decode:.3f} of the profile's, {speed.prompt:.3f} with prompts; "
+        f"{1e3 * speed.overhead:.2f} ms a call, {1e3 * speed.latency:.2f} ms to the reader"
+    )
+
+
+def comparison(found: Validation) -> str:
+    """Markdown: the figures of the live run beside those of each simulation, with their errors; for
+    `AT_SPEED` those that it is to stay within, and the errors of the segments."""
+    names = [AT_SPEED, *(name for name in found.simulated if name != AT_SPEED)]
+    heads = [text for name in names for text in (name, "error")]
+    heads[2:2] = ["at most", "of segments"]
+    lines = [f"| | live | {' | '.join(heads)} |", "|---|" + "---:|" * (1 + len(heads))]
+    for name, label in COMPARED.items():
+        scale, a = 1e3 if label.endswith("ms") else 1.0, found.live[name]
+        cells = [f"{scale * a:.2f}"]
+        for simulated in names:
+            b = found.simulated[simulated][name]
+            cells += [f"{scale * b:.2f}", f"{b / a - 1:+.1%}"]
+            if simulated == AT_SPEED:
+                bound, errors = BOUNDS.get(name), found.errors[name]
+                cells.append("" if bound is None else f"{bound:.0%}")
+                cells.append(f"{min(errors):+.1%} to {max(errors):+.1%}")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def within(found: Validation) -> dict[str, bool]:
+    """Whether the simulation at the probes' speed stays within each of `BOUNDS`."""
+    simulated = found.simulated[AT_SPEED]
+    return {
+        name: abs(simulated[name] / found.live[name] - 1) <= bound for name, bound in BOUNDS.items()
+    }
+
+
+def drift(found: Validation) -> str:
+    """What the probes found, in a sentence."""
+    decode, prompt, overhead, latency = zip(*found.speeds, strict=True)
+    return (
+        f"{len(found.speeds)} probes: steps that decode took {min(decode):.3f} to "
+        f"{max(decode):.3f} of what the profile says, those with prompts {min(prompt):.3f} to "
+        f"{max(prompt):.3f}; a call {1e3 * median(overhead):.2f} ms beside its steps, a token "
+        f"{1e3 * median(latency):.2f} ms to its reader; a new graph "
+        f"{1e3 * found.new_graph[0]:.2f} ms, and {1e3 * found.new_graph[1]:.2f} ms behind it.\n"
+    )
+
+
+def step_table(found: Validation) -> str:
+    """Markdown: mean times of the live run's steps, by kind, beside the model's."""
+    steps = found.steps
+    model = steps.model + steps.new * found.new_graph[0]
+    kinds = {
+        "decode": (steps.prompt == 0) & (steps.new == 0),
+        "decode, new graph": (steps.prompt == 0) & (steps.new > 0),
+        "with prompts": steps.prompt > 0,
+    }
+    lines = [
+        "| steps | how many | rows, mean | share of the time | measured, ms | model, ms | error |",
+        "|---|" + "---:|" * 6,
+    ]
+    for name, those in kinds.items():
+        if those.any():
+            a, b = steps.seconds[those].mean(), model[those].mean()
+            share = steps.seconds[those].sum() / steps.seconds.sum()
+            lines.append(
+                f"| {name} | {those.sum()} | {steps.rows[those].mean():.1f} | {share:.0%} | "
+                f"{1e3 * a:.2f} | {1e3 * b:.2f} | {b / a - 1:+.1%} |"
+            )
+    return "\n".join(lines) + "\n"
