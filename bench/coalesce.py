@@ -1,5 +1,6 @@
 """Threads that ask for one token at a time: rows per decode, and time per token beside a raw loop.
 
+The engine waits for threads as it does by default, and in another arm for a fixed window.
 Every arm computes the same prompts, which are outside the time, and then `tg` tokens per sequence.
 """
 
@@ -12,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from bench import decode, report, schema
 from bench.arms import InProcess, in_own_thread, sampling_params
@@ -20,29 +22,34 @@ from bench.models import resolve
 from bench.options import Budget, add_model, add_run, numbers, out_file
 from bench.targets import Figure, Target, speed_ratio
 
+if TYPE_CHECKING:
+    from pyllamabatch.engine import Engine
+    from pyllamabatch.scheduler import Gather
+
 BASE = "stepper"
+THREADS, WINDOW = "threads", "threads-window"
 QUICK = ("--quick", "--model", "default")
 
 
 def fill(pl: int) -> Figure:
-    """Mean rows per decode over the threads that ask, the worst repeat."""
+    """Mean rows per decode over the threads that ask, the worst repeat of the default arm."""
 
     def figure(rows: Sequence[schema.Row]) -> float | None:
-        values = [row.detail["rows_per_decode"] / pl for row in rows if _is_threads(row, pl)]
+        values = [row.detail["rows_per_decode"] / pl for row in rows if _is(row, THREADS, pl)]
         return min(values) if values else None
 
     return figure
 
 
-def _is_threads(row: schema.Row, pl: int) -> bool:
-    return row.arm == "threads" and row.pl == pl
+def _is(row: schema.Row, arm: str, pl: int) -> bool:
+    return row.arm == arm and row.pl == pl
 
 
 TARGETS = (
     *(Target(f"{pl} threads: rows per decode / {pl}", fill(pl), at_least=0.95) for pl in (2, 4, 8)),
     Target(
         "one thread: tokens per s over the raw loop's",
-        speed_ratio("threads", BASE, 1),
+        speed_ratio(THREADS, BASE, 1),
         at_least=0.97,
     ),
 )
@@ -51,7 +58,7 @@ TARGETS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("-N", default="1,2,4,8", help="threads, comma separated")
-    parser.add_argument("--window", type=float, default=200.0, help="of the engine, µs")
+    parser.add_argument("--window", type=float, default=200.0, help="µs, of the arm that has one")
     parser.add_argument("--prompt-tokens", type=int, default=32, help="per sequence")
     parser.add_argument("--tokens", type=int, help="timed per sequence (64; --quick 32)")
     parser.add_argument("--repeats", type=int, help="runs of each arm (5; --quick 2)")
@@ -60,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
+    from pyllamabatch.scheduler import Window
+
     tokens = options.tokens or (32 if options.quick else 64)
     repeats = options.repeats or (2 if options.quick else 5)
     model = resolve(options.model)
@@ -72,10 +81,16 @@ def main(options: argparse.Namespace) -> int:
             in_own_thread(inside.stepper),
         ),
         Arm(
-            "threads",
-            "a thread per sequence, each in a loop of Sequence.sample",
+            THREADS,
+            "a thread per sequence, each in a loop of Sequence.sample; the engine's default window",
             True,
-            lambda case: run_threads(case, inside, options.window * 1e-6),
+            lambda case: run_threads(case, inside, None),
+        ),
+        Arm(
+            WINDOW,
+            f"the same with a fixed window of {options.window:g} µs",
+            True,
+            lambda case: run_threads(case, inside, Window(options.window * 1e-6)),
         ),
     ]
     cases = cases_of(options, model, options.prompt_tokens, tokens, numbers(options.N))
@@ -92,18 +107,21 @@ def main(options: argparse.Namespace) -> int:
     print(f"medians of {repeats}; tokens/s (ratio)\n")
     print(report.table(rows, BASE, "N"))
     for pl in (case.pl for case in cases):
-        good = [row for row in rows if _is_threads(row, pl) and not row.error]
-        if good:
-            mean = median(row.detail["rows_per_decode"] for row in good)
-            print(f"{pl} threads: {mean:.3f} rows per decode")
+        for arm in (THREADS, WINDOW):
+            good = [row for row in rows if _is(row, arm, pl) and not row.error]
+            if good:
+                per_decode = [row.detail["rows_per_decode"] for row in good]
+                print(
+                    f"{pl} {arm}: {median(per_decode):.3f} rows per decode, "
+                    f"the worst run {min(per_decode):.3f}"
+                )
     print(f"\nrows: {out}")
     return int(any(row.error for row in rows))
 
 
-def run_threads(case: Case, inside: InProcess, window: float) -> Measured:
+def run_threads(case: Case, inside: InProcess, gather: Gather | None) -> Measured:
     """Every thread has its prompt computed and one token sampled when the time begins."""
     from pyllamabatch.engine import Engine
-    from pyllamabatch.scheduler import Window
 
     prompts = case.prompts(inside.model.n_vocab)
     ready = threading.Barrier(case.pl + 1)
@@ -132,7 +150,7 @@ def run_threads(case: Case, inside: InProcess, window: float) -> Measured:
         n_threads=case.n_threads,
         n_threads_batch=case.n_threads,
         kv_unified=case.kv_unified,
-        gather=Window(window),
+        gather=gather,
     ) as engine:
         threads = [threading.Thread(target=drive, args=(engine, i)) for i in range(case.pl)]
         for thread in threads:

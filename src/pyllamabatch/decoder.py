@@ -223,7 +223,7 @@ class Decoder:
         """Until there is mail, or for so many seconds. False when there is nothing to wait for: the
         engine is closed."""
         start = perf_counter_ns()
-        open = self.mailbox.wait(seconds, 0 if seconds is None else self.scheduler.n_expected)
+        open = self.mailbox.wait(seconds, 0 if seconds is None else self.scheduler.n_awaited)
         if open and self.trace is not None:
             self.trace.idle_ns += perf_counter_ns() - start
         return open
@@ -309,7 +309,7 @@ class Decoder:
             self.recovery.computed()
             self._step_s = run.seconds / run.n_steps
             self._observe(step, run)
-            self.scheduler.advance(step, run.n_steps)
+            self.scheduler.advance(step, run.n_steps, perf_counter())
             if self.seats.hands:
                 self.hands.stepped(step)
         for slot, token, finish, logprob in run.reported:

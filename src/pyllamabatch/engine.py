@@ -69,7 +69,8 @@ class Engine:
     - max_waiting: requests that wait in line for their first slot at most; None: any number. What
       happens to more is said in `submit`.
     - gather: how long a step waits for hand-driven sequences that are about to ask; default
-      `Window(200e-6)`. patience: seconds that one of these may rest while others wait for its room.
+      `CostWindow()`; `Window(200e-6)` waits for a fixed time, `Window(0)` never. patience: seconds
+      that one of these may rest while others wait for its room.
     - cost: what a step costs on this device, for policies that ask: a `CostModel`, or None; "auto":
       of a stored profile (`pyllamabatch calibrate`), a prior where there is none. The engine's own
       steps refine it.

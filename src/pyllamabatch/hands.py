@@ -41,14 +41,14 @@ class Hands:
 
     # -- what owners ask for
 
-    def extend(self, hand: Hand, tokens: list[int], sampler: Any, call: Call) -> None:
-        """These tokens come next."""
+    def extend(self, hand: Hand, tokens: list[int], sampler: Any, call: Call, now: float) -> None:
+        """These tokens come next. `now`: when that was asked for."""
         scheduler, n = self._scheduler, len(hand.tokens)
         hand.tokens += tokens
         self._open[hand.id] = hand
         try:
             if n:
-                scheduler.extend(hand.id, len(tokens))
+                scheduler.extend(hand.id, len(tokens), now)
             else:
                 scheduler.add(
                     hand.id,
@@ -116,10 +116,11 @@ class Hands:
         hand.n_given = saved.n_prompt
         call.finish()
 
-    def ask(self, hand: Hand, sampler: Any, call: Call) -> None:
-        """Sample the next token; with another sampling state, if there is one."""
+    def ask(self, hand: Hand, sampler: Any, call: Call, now: float) -> None:
+        """Sample the next token; with another sampling state, if there is one. `now`: when that was
+        asked for."""
         try:
-            self._scheduler.ask(hand.id)
+            self._scheduler.ask(hand.id, now)
         except PyllamabatchError as error:
             call.finish(error=error)
             return

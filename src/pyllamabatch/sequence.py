@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,7 @@ class Sequence:
         RequestTooLong when it can never fit, Cancelled, EngineDraining, EngineClosed, and
         DecodeError when llama_decode fails.
         """
+        now = perf_counter()
         with self._lock:
             self._check_open()
             special = self.position == 0 if add_special is None else add_special
@@ -109,7 +111,7 @@ class Sequence:
                 tokens = self._engine._intake.tokens(prompt, special, parse_special).tolist()
                 sampler = self._sampler(self._hand.tokens + tokens)
             self._call(
-                lambda hands, call: hands.extend(self._hand, tokens, sampler, call), more=True
+                lambda hands, call: hands.extend(self._hand, tokens, sampler, call, now), more=True
             )
             self._reset_text()
 
@@ -121,7 +123,7 @@ class Sequence:
         another token, SamplingError when no token can be chosen, Cancelled, EngineDraining,
         EngineClosed, and DecodeError when llama_decode fails.
         """
-        hand = self._hand
+        hand, now = self._hand, perf_counter()
         with self._lock:
             self._check_open()
             if not hand.tokens:
@@ -132,7 +134,7 @@ class Sequence:
                     sampler = self._sampler(hand.tokens)
                 self._reset_text()
             draw: Draw = self._call(
-                lambda hands, call: hands.ask(hand, sampler, call), more=True, ask=True
+                lambda hands, call: hands.ask(hand, sampler, call, now), more=True, ask=True
             )
             (piece,) = self._pieces.of([draw.token])
             return Sampled(

@@ -58,8 +58,8 @@ class CostModel:
 
     `calibrated`: made of measurements, of this device or the profile's; a prior is not: its steps
     are where the kernels have them, how high they are and all absolute times are guesses until
-    `observe` has seen some. `error`: median and 95th percentile of the relative error on the
-    profile's own samples. `new_graph`: what it costs when the graph can't be reused.
+    `observe` has seen some (`absolute`). `error`: median and 95th percentile of the relative error
+    on the profile's own samples. `new_graph`: what it costs when the graph can't be reused.
     """
 
     def __init__(
@@ -192,6 +192,11 @@ class CostModel:
             ratio = min(max(ratio, 0.5), 2.0)
         scale = self._scale[at] * (1.0 + (min(ratio, 4.0) - 1.0) / (seen + 4))
         self._scale[at] = min(max(scale, _FASTEST), _SLOWEST) if self.calibrated else scale
+
+    @property
+    def absolute(self) -> bool:
+        """Whether its seconds are more than a guess: measured, or followed from a step at least."""
+        return self.calibrated or any(self._seen)
 
     @property
     def refinement(self) -> tuple[tuple[float, int], ...]:

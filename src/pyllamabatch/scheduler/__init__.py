@@ -1,6 +1,6 @@
 """The scheduler and its policies: pure Python, no model needed."""
 
-from .gather import Gather, Gathering, Window
+from .gather import CostWindow, Gather, Gathering, Rest, Window
 from .line import Line
 from .policies import make_policy, policy_names
 from .policies.fair import fair
@@ -23,6 +23,7 @@ __all__ = [
     "RULES",
     "Chunk",
     "ComposedPolicy",
+    "CostWindow",
     "Counters",
     "Decodes",
     "Draft",
@@ -32,6 +33,7 @@ __all__ = [
     "Line",
     "Plan",
     "Policy",
+    "Rest",
     "Scheduler",
     "SequenceView",
     "Step",

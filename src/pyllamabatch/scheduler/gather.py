@@ -3,14 +3,42 @@
 Owners of hand-driven sequences ask for one token at a time. Between two steps their sequences have
 nothing to compute for as long as it takes the owners to look at their tokens, so a step that starts
 with the first who asks leaves the others to the next one. The scheduler knows who may be waited
-for; how long is one small function of a frozen value, and has no clock: the engine asks it in real
-time, a simulator in virtual time.
+for, and how long each has taken until now (`resting`); how long to wait is one small function of a
+frozen value, and has no clock: the engine asks it in real time, a simulator in virtual time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Protocol
+
+from ..errors import ArgumentError
+
+LONGEST_SECONDS = 0.1
+SOONEST_SECONDS = 1e-5  # that a thread which is woken can be there
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """A hand-driven sequence that has nothing to compute, and is expected to have soon. Seconds.
+
+    `rested`: since it had nothing to compute any more. `mean`, `spread`: of its rests until now
+    (`resting.Habit`). `returns`: the share of them that were over within a step's time."""
+
+    rested: float
+    mean: float
+    spread: float
+    returns: float = 1.0
+
+    @property
+    def wait(self) -> float:
+        """How much longer it is expected to take: what is left of the mean; never less than the
+        spread, for it can't be known better than that; and who is late by some time is expected to
+        be late by as much again (the law of Lindy: times that have no typical length, as those of a
+        thread that does not get a core, are Pareto distributed with a mean excess of that kind)."""
+        return max(self.spread, abs(self.mean - self.rested), SOONEST_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,70 +46,105 @@ class Gathering:
     """The step that could start now. Times in seconds on the scheduler's clock.
 
     `since`: when the first of its rows was there. `n_ready`: running sequences with something to
-    compute. `n_expected`: hand-driven ones that have nothing to compute, but have had since the
+    compute. `expected`: the hand-driven ones that have nothing to compute, but have had since the
     last time that nobody waited for them any more. `cost`: the device's cost model, when there
-    is one.
+    is one; `kv`: cells that are held.
     """
 
     now: float
     since: float
     n_ready: int
-    n_expected: int
+    expected: tuple[Rest, ...]
     cost: Any = None
+    kv: float = 0.0
+
+    @property
+    def n_expected(self) -> int:
+        return len(self.expected)
 
 
 class Gather(Protocol):
-    """How many seconds longer to wait for those who are expected; 0 or less: not at all. Asked
-    again whenever somebody comes, never when nobody is expected."""
+    """How many seconds longer to wait, for those whose `Rest.wait` is within them; 0 or less: not
+    at all. Asked again when they have passed or all of those have come, never when nobody is
+    expected."""
 
     def __call__(self, gathering: Gathering) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Wait `seconds` from the first row on; 0 never waits."""
+    """Wait `seconds` from the first row on; 0 never waits. ArgumentError below 0."""
 
     seconds: float = 200e-6
+
+    def __post_init__(self) -> None:
+        _check("seconds", self.seconds)
 
     def __call__(self, gathering: Gathering) -> float:
         return gathering.since + self.seconds - gathering.now
 
 
-class Resting:
-    """The hand-driven sequences that run and wait for their owners, longest first, and which of
-    them are expected: those that have had something to compute since the last wait in vain."""
+@dataclass(frozen=True, slots=True)
+class CostWindow:
+    """Wait while it is expected to gain more than it costs, by the device's cost model.
 
-    __slots__ = ("_expected", "_since", "gather")
+    Say n rows are ready and k more are expected in w seconds; T(n) is what a step of n rows takes.
+    Going now, the n have their tokens after T(n), and the k, who come during that step, after
+    another one of all: T(n) + T(n + k). Waiting, all have them after w + T(n + k). So k sequences
+    gain T(n) − w each, and n lose w + T(n + k) − T(n). In seconds of sequences:
 
-    def __init__(self, gather: Gather) -> None:
-        self.gather = gather
-        self._since: dict[int, float] = {}
-        self._expected: set[int] = set()
+        gain  k · T(n) − n · (T(n + k) − T(n))      price  (n + k) · w
 
-    def begin(self, id: int, now: float) -> None:
-        self._since[id] = now
-        self._expected.add(id)
+    The same limit, w < T(n) − n / (n + k) · T(n + k), is what keeps the device's throughput: a step
+    of n rows takes T(n) for what a full one does in its share n / (n + k) of T(n + k).
 
-    def end(self, id: int) -> None:
-        self._since.pop(id, None)
-        self._expected.discard(id)
+    Where only e of the k come (e: the sum of `Rest.returns`, T taken as straight from n to n + k),
+    the gain is e / k of that and the price (n + e) · w. Of the groups of those who are expected
+    first, it waits for the one with the largest gain less price, w being the `Rest.wait` of the
+    last of them; not at all when that is never above 0: so never for somebody who thinks for
+    longer than a step takes. It looks again after 2 · w, and never waits for more than
+    gain / (n + e) at a time, which is what the wait can bring. Who is late is soon expected so
+    late that the price is too high. `longest`: seconds from the first row on, whatever the gain
+    (ArgumentError below 0).
 
-    def wait(self, now: float, since: float, n_ready: int, cost: Any) -> float:
-        """Seconds to wait for the expected ones, who are not expected any more once that is 0."""
-        if not self._expected:
-            return 0.0
-        gathering = Gathering(now, since, n_ready, len(self._expected), cost)
-        seconds = self.gather(gathering)
-        if seconds > 0:
-            return seconds
-        self._expected.clear()
-        return 0.0
+    `otherwise` decides as long as there is no cost model, or only a prior that has not seen a step
+    (`CostModel.absolute`).
 
-    @property
-    def n_expected(self) -> int:
-        return len(self._expected)
+    Rows of prompts that are in the same step are taken for one each. It makes T smaller than it is
+    and the wait shorter.
+    """
 
-    @property
-    def longest(self) -> tuple[int, float] | None:
-        """(id, since when) of the one that has rested longest."""
-        return next(iter(self._since.items()), None)
+    longest: float = LONGEST_SECONDS
+    otherwise: Gather = field(default_factory=Window)
+
+    def __post_init__(self) -> None:
+        _check("longest", self.longest)
+
+    def __call__(self, gathering: Gathering) -> float:
+        cost = gathering.cost
+        if cost is None or not cost.absolute:
+            return self.otherwise(gathering)
+        best = seconds = 0.0
+        for wait, limit, net in groups(gathering):
+            if net > best:
+                best, seconds = net, min(2 * wait, limit)
+        return min(seconds, gathering.since + self.longest - gathering.now)
+
+
+def groups(gathering: Gathering) -> Iterable[tuple[float, float, float]]:
+    """Of the first 1, 2, ... of those who are expected: seconds until the last of them is likely to
+    have come, the seconds that they are worth, and what waiting for them brings (in seconds of
+    sequences, see `CostWindow`)."""
+    n, kv, predict = gathering.n_ready, gathering.kv, gathering.cost.predict
+    alone = predict(n, 0, kv, n)
+    come = 0.0
+    soonest = sorted((rest.wait, rest.returns) for rest in gathering.expected)
+    for k, (wait, returns) in enumerate(soonest, 1):
+        come += returns
+        gain = come / k * (k * alone - n * (predict(n + k, 0, kv, n + k) - alone))
+        yield wait, gain / (n + come), gain - (n + come) * wait
+
+
+def _check(name: str, seconds: float) -> None:
+    if not (isfinite(seconds) and seconds >= 0):
+        raise ArgumentError(name, seconds, "must be a number of seconds, 0 or more")

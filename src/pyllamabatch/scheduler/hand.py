@@ -30,20 +30,22 @@ class HandDriven(Placement):
                 f"a sequence of this engine can have {limit}",
             )
 
-    def extend(self, id: int, n: int) -> None:
-        """`n` more tokens are known, all but the last of them to be computed. RequestTooLong when
-        they can never fit."""
+    def extend(self, id: int, n: int, now: float | None = None) -> None:
+        """`n` more tokens are known, all but the last of them to be computed. `now`: when its owner
+        wanted that, for who learns how long he takes. RequestTooLong when they can never fit."""
         entry = self._by_hand(id)
         view = self._running.seen(entry)
         known = view.known + n
         self.check_fits(known, 1)
+        self._learn(id, now)
         self._steer(entry, replace(view, n_prompt=view.n_prompt + n, goal=known - 1))
 
-    def ask(self, id: int) -> None:
-        """Compute all that is known and sample the next token."""
+    def ask(self, id: int, now: float | None = None) -> None:
+        """Compute all that is known and sample the next token. `now`: as in `extend`."""
         entry = self._by_hand(id)
         view = self._running.seen(entry)
         self.check_fits(view.known, 1)
+        self._learn(id, now)
         self._steer(entry, replace(view, goal=view.known))
 
     def relax(self, id: int) -> None:
@@ -81,14 +83,20 @@ class HandDriven(Placement):
             return 0.0 if longest is None else max(0.0, longest[1] + self._patience - now)
         if self._ready_at is None:
             self._ready_at = now
-        return self._resting.wait(now, self._ready_at, n_ready, self.cost)
+        held = self.ledger.used
+        return self._resting.wait(now, self._ready_at, n_ready, self.cost, held)
 
     @property
-    def n_expected(self) -> int:
-        """How many hand-driven sequences `hold` waits for."""
-        return 0 if self._stuck or self._wake is not None else self._resting.n_expected
+    def n_awaited(self) -> int:
+        """How many hand-driven sequences have to ask before it is worth to ask `hold` again sooner
+        than it has said."""
+        return 0 if self._stuck or self._wake is not None else self._resting.n_awaited
 
     # -- inside
+
+    def _learn(self, id: int, now: float | None) -> None:
+        if now is not None:
+            self._resting.learn(id, now)
 
     def _by_hand(self, id: int) -> Entry:
         entry = self._entry(id)

@@ -7,8 +7,9 @@ from dataclasses import replace
 from ..kv import KvLedger, Move, Sharing, SwapChoice
 from ..kv.tree import Tokens
 from .deadlines import Deadlines
-from .gather import Gather, Resting, Window
+from .gather import CostWindow, Gather
 from .line import EntryLine
+from .resting import Resting
 from .running import Entry, Running, moved
 from .starts import Start, Starts, TokensOf
 from .step import Counters
@@ -53,7 +54,7 @@ class Placement:
         self._tenants = Tenants(self._running.turns)
         self._promised = 0  # what the running ones know and have not computed yet
         self._asked: dict[int, int] = {}  # slot -> id of the hand-driven ones that decode
-        self._resting = Resting(gather or Window())
+        self._resting = Resting(gather or CostWindow())
         self._ready_at: float | None = None  # when there was something to compute for this step
         self._stuck = False  # nobody who has something to compute found room for it
         self._wake: float | None = None  # before that the policy does not want to be asked again

@@ -46,7 +46,7 @@ NOBODY.flags.writeable = False
 
 class Scheduler(HandDriven):
     """`limits`: what the context can take. `policy`: default `sarathi()`. `gather`: how long a step
-    waits for hand-driven sequences, default `Window()`. `patience`: seconds that a sequence may
+    waits for hand-driven sequences, default `CostWindow()`. `patience`: seconds that a sequence may
     rest while others wait for its slot or its cells; after that it may be preempted. `cost`: the
     device's cost model, passed on to `policy` and `gather`.
 
@@ -139,6 +139,7 @@ class Scheduler(HandDriven):
             self._get_out(id)
             self._changed()
         self.starts.forget(id)
+        self._resting.forget(id)
         return slot
 
     def shed(self) -> tuple[int, int] | None:
@@ -241,12 +242,15 @@ class Scheduler(HandDriven):
                 fresh.add(entry.slot)
         return tuple(admitted.items())
 
-    def advance(self, step: Step, n: int = 1) -> None:
+    def advance(self, step: Step, n: int = 1, now: float | None = None) -> None:
         """`step` has been computed, `n` times of the `step.repeat` that it may be: its rows are in
         the cache, and every sequence whose last known token was among them knows one token more,
-        each time."""
+        each time. `now`: when its results were there; without it, when it was planned."""
         if not 1 <= n <= step.repeat:
             raise ValueError(f"a step for 1 to {step.repeat} times was computed {n} times")
+        if now is not None:
+            self._resting.within = (now - self._now) / n
+            self._now = now
         counters, running = self.counters, self._running
         decode = step.decode
         n_decodes = len(decode)

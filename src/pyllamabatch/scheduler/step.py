@@ -43,9 +43,11 @@ class Step:
 
     def shape(self, kv: float) -> tuple[int, int, float, int]:
         """What `CostModel.predict` is told, when `kv` cells are held before it: rows, those of
-        prompts, kv, sequences."""
-        n_decode = len(self.decode)
-        return self.n_rows, self.n_rows - n_decode, kv, n_decode + len(self.chunks)
+        prompts, kv, sequences. A row that is the last of a sequence, and alone, is none of a
+        prompt: those of hand-driven sequences are so."""
+        n_decode, chunks = len(self.decode), self.chunks
+        n_last = sum(chunk.last and chunk.n == 1 for chunk in chunks)
+        return self.n_rows, self.n_rows - n_decode - n_last, kv, n_decode + len(chunks)
 
     def parts(self) -> tuple[Step, ...]:
         """The native calls that this step is best computed in where every sequence has a stream of
