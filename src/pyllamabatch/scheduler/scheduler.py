@@ -191,7 +191,9 @@ class Scheduler(HandDriven):
         self._stuck = not len(plan.tokens) and not plan.preempt
         if self._stuck and not made_way:
             return None
-        preempted = made_way + tuple((id, self.preempt(id)) for id in plan.preempt)
+        preempted = made_way
+        if plan.preempt:
+            preempted += tuple((id, self.preempt(id)) for id in plan.preempt)
         tokens, running = plan.tokens, self._running
         n_rows = n_decodes = len(tokens) - len(others)
         new = [id for id in others if id not in running.ids]

