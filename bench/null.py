@@ -124,10 +124,10 @@ class NullMachine:
     def pos_max(self, seq_id: int) -> int:
         return -1
 
-    def state_seq_get(self, seq_id: int) -> bytes:
+    def state_seq_get(self, seq_id: int, loras: Any = None) -> bytes:
         raise NotImplementedError("nobody is preempted")
 
-    def state_seq_set(self, data: bytes, seq_id: int) -> None:
+    def state_seq_set(self, data: bytes, seq_id: int, loras: Any = None) -> None:
         raise NotImplementedError("nobody is preempted")
 
 

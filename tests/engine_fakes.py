@@ -20,6 +20,7 @@ from pyllamabatch.decoder import Decoder
 from pyllamabatch.delivery import PAGE_STEPS
 from pyllamabatch.errors import ContextCreateError, StateError, UnsupportedOperation
 from pyllamabatch.kv import Sharing, SwapChoice, SwapSpace
+from pyllamabatch.loras import LoraNames, LoraSet
 from pyllamabatch.page import Page
 from pyllamabatch.request import Request
 from pyllamabatch.sampling import SamplingParams
@@ -32,15 +33,18 @@ EOG = 0
 N_VOCAB = 997
 
 
-def next_token(tokens: Sequence[int]) -> int:
-    return zlib.crc32(np.asarray(tokens, dtype=np.int32).tobytes()) % N_VOCAB
+def next_token(tokens: Sequence[int], lora: LoraSet = ()) -> int:
+    text = np.asarray(tokens, dtype=np.int32).tobytes() + (repr(lora).encode() if lora else b"")
+    return zlib.crc32(text) % N_VOCAB
 
 
-def solo(prompt: Sequence[int], params: SamplingParams) -> tuple[list[int], str]:
+def solo(
+    prompt: Sequence[int], params: SamplingParams, lora: LoraSet = ()
+) -> tuple[list[int], str]:
     """Tokens and finish reason of a request that is alone in the world."""
     tokens = list(prompt)
     while len(tokens) - len(prompt) < params.max_tokens:
-        token = next_token(tokens)
+        token = next_token(tokens, lora)
         if token == EOG or token in params.stop_token_ids:
             return tokens[len(prompt) :], "stop"
         tokens.append(token)
@@ -52,13 +56,21 @@ class Slot:
     """Sampling state: it must survive a preemption."""
 
     params: SamplingParams
+    lora: LoraSet = ()
     generated: list[int] = field(default_factory=list)
 
     def tokens(self) -> Any:
         return np.array(self.generated, dtype=np.int32)
 
 
-Cell = tuple[int, object]  # a token and an identity
+class Identity:
+    """Of a cell. `lora`: the adapters that it was computed with."""
+
+    def __init__(self, lora: LoraSet) -> None:
+        self.lora = lora
+
+
+Cell = tuple[int, Identity]  # a token and its cell
 Fault = Callable[[int], object]  # step number -> None, a code, or an exception
 Sampled = tuple[int, int, int]  # slot, token, finish
 
@@ -75,6 +87,9 @@ class FakeMachine:
     meanwhile: Callable[[int], object] = lambda step: None
     barren: bool = False  # no fresh context can be made
     n_renewed: int = 0
+    names: tuple[str, ...] = ()  # of adapters
+    applied: LoraSet = ()
+    n_applied: int = 0  # changes of these
     n_now: int = 0  # rows of the step that is being computed
     n_room: int = 10**9  # steps that the ring holds
     runs: list[int] = field(default_factory=list)  # steps of each run of decoding alone
@@ -178,7 +193,8 @@ class FakeMachine:
             seq, token, pos = int(rows.seq[i]), int(rows.token[i]), int(rows.pos[i])
             held = self.cells.setdefault(seq, [])
             assert pos == len(held), (seq, pos, held)
-            held.append((token, object()))
+            assert self.slots[seq].lora == self.applied
+            held.append((token, Identity(self.applied)))
             assert len(held) <= self.limits.n_cells_seq
             if rows.flags[i] & SAMPLE and not fault:
                 results.append(self._sample(seq))
@@ -191,7 +207,8 @@ class FakeMachine:
         if seq in self.failing:
             self.failing.discard(seq)
             return seq, -1, Finish.ERROR
-        token = next_token([token for token, _ in self.cells[seq]])
+        assert {cell.lora for _, cell in self.cells[seq]} == {slot.lora}
+        token = next_token([token for token, _ in self.cells[seq]], slot.lora)
         slot.generated.append(token)
         finish = Finish.NONE
         if token == EOG:
@@ -252,17 +269,29 @@ class FakeMachine:
         assert self.sharing.copy_whole if p1 < 0 else self.sharing.copy_part
         copied = [] if self.lossy else self.cells[src][:n]
         unified = self.limits.unified
-        self.cells[dst] = copied if unified else [(token, object()) for token, _ in copied]
+        self.cells[dst] = copied
+        if not unified:
+            self.cells[dst] = [(token, Identity(cell.lora)) for token, cell in copied]
 
-    def state_seq_get(self, seq_id: int) -> bytes:
+    def state_seq_get(self, seq_id: int, loras: LoraNames | None = None) -> bytes:
+        assert {(cell.lora) for _, cell in self.cells[seq_id]} == {tuple(loras or ())}
         if self.stubborn:
             raise StateError("no states today")
         return np.array([token for token, _ in self.cells[seq_id]], np.int32).tobytes()
 
-    def state_seq_set(self, data: bytes, seq_id: int) -> None:
+    def state_seq_set(self, data: bytes, seq_id: int, loras: LoraNames | None = None) -> None:
         assert not self.cells.get(seq_id)
         tokens = np.frombuffer(data, np.int32).tolist()
-        self.cells[seq_id] = [(token, object()) for token in tokens]
+        self.cells[seq_id] = [(token, Identity(tuple(loras or ()))) for token in tokens]
+
+    # -- Loras
+
+    def apply(self, lora: LoraSet) -> None:
+        self.n_applied += lora != self.applied
+        self.applied = lora
+
+    def files(self, lora: LoraSet) -> LoraNames:
+        return list(lora)
 
     def renew(self) -> None:
         self.cells.clear()
@@ -291,9 +320,11 @@ class Rig:
         sharing: Sharing | None = None,
         swap: SwapChoice | None = None,
         max_restarts: int = 0,
+        loras: tuple[str, ...] = (),
     ) -> None:
         sharing = sharing or Sharing(trim=True)
         self.machine = FakeMachine(limits, fault, n_steps_max, sharing=sharing)
+        self.machine.names = loras
         self.scheduler = Scheduler(limits, policy, sharing=sharing, swap=swap)
         self.space = SwapSpace(10**6)
         self.decoder = Decoder(
@@ -304,6 +335,7 @@ class Rig:
             self._close,
             space=self.space,
             max_restarts=max_restarts,
+            loras=self.machine,
         )
         self.requests: list[Request] = []
         self._pieces = Pieces(lambda tokens: [b"%d " % token for token in tokens])
@@ -311,7 +343,7 @@ class Rig:
     def _close(self) -> None:
         self.machine.closed = True
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
+    def submit(self, prompt: Sequence[int], params: SamplingParams, lora: LoraSet = ()) -> Stream:
         stream = Stream(
             len(self.requests) + 1,
             len(prompt),
@@ -320,7 +352,14 @@ class Rig:
             cancel=self.decoder.cancel,
             watch=self.decoder.delivery.watch,
         )
-        request = Request(np.array(prompt, np.int32), params, stream, Slot(params))
+        request = Request(
+            np.array(prompt, np.int32),
+            params,
+            stream,
+            Slot(params, lora),
+            space=lora or None,
+            lora=lora,
+        )
         self.requests.append(request)
         self.decoder.submit([request])
         return stream

@@ -78,9 +78,9 @@ def write_bert(path: Path) -> None:
     _finish(writer)
 
 
-def write_lora(path: Path, architecture: str = "llama", width: int = N_EMBD) -> None:
+def write_lora(path: Path, architecture: str = "llama", width: int = N_EMBD, seed: int = 4) -> None:
     """A rank 4 change of the first layer's query and output projections."""
-    writer, w = gguf.GGUFWriter(path, architecture), Weights(4)
+    writer, w = gguf.GGUFWriter(path, architecture), Weights(seed)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 8.0)

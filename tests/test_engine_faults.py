@@ -24,6 +24,7 @@ from pyllamabatch.errors import (
     SamplingError,
 )
 from pyllamabatch.kv import Sharing, SwapChoice
+from pyllamabatch.loras import LoraSet
 from pyllamabatch.sampling import SamplingParams
 from pyllamabatch.scheduler import Limits, Plan, StepView, sarathi
 
@@ -42,7 +43,7 @@ def check_solo(rig: Rig) -> None:
     """Every request that was not cancelled or failed has the tokens that it gets alone."""
     for request in rig.requests:
         result = request.stream.wait(0)
-        tokens, reason = solo(request.prompt.tolist(), request.params)
+        tokens, reason = solo(request.prompt.tolist(), request.params, request.lora)
         assert result.tokens == tokens[: len(result.tokens)]
         if result.finish_reason in ("stop", "length"):
             assert (result.tokens, result.finish_reason) == (tokens, reason)
@@ -257,6 +258,35 @@ def test_a_row_that_can_not_be_sampled_ends_its_request_only() -> None:
     )
 
 
+def test_a_step_is_one_call_for_each_set_of_adapters() -> None:
+    """And the one that is applied already comes first, so that there is one change for each two."""
+    rig = Rig(LIMITS, n_steps_max=100, loras=("a", "b"))
+    sets: list[LoraSet] = [(), (("a", 1.0),), (), (("a", 0.5), ("b", 1.0))]
+    for prompt, lora in zip(prompts(4, 3), sets, strict=True):
+        rig.submit(prompt, params(12), lora)
+    rig.run()
+    check_solo(rig)
+    assert rig.decoder.delivery.finished["error"] == rig.scheduler.counters.preemptions == 0
+    assert max(rig.machine.runs) == 8  # nobody waits for longer
+    assert len(rig.machine.runs) == 6  # behind a turn of prompts
+    assert rig.machine.n_applied == 6  # not nine
+
+
+def test_nobody_starts_from_what_other_adapters_have_computed() -> None:
+    sharing = Sharing(copy_part=True, copy_whole=True, trim=True, n_kept=3)
+    limits = replace(LIMITS, n_cells=400, n_cells_seq=400)
+    rig = Rig(limits, sharing=sharing, loras=("a", "b"))
+    prompt = list(range(1, 41))
+    for lora in ((), (("a", 1.0),), (("a", 0.5),), (("b", 1.0),)):
+        rig.submit(prompt, params(4), lora)
+        rig.run()
+        assert rig.scheduler.counters.prefix_tokens == 0
+    rig.submit([*prompt, 7], params(4), (("a", 1.0),))
+    rig.run()
+    assert rig.scheduler.counters.prefix_tokens == 40
+    check_solo(rig)
+
+
 class Stubborn:
     """A policy that answers with the same plan whatever it sees."""
 
@@ -328,6 +358,7 @@ faults = st.dictionaries(st.integers(1, 60), st.sampled_from([1, 2, -1, -2, -2])
     st.sampled_from(["recompute", "swap"]),
     st.sampled_from(["", "", "stubborn", "lossy"]),
     st.sampled_from([0, 1, 3]),
+    st.sampled_from([(), (), ("a",), ("a", "b")]),
 )
 def test_any_mix_of_arrivals_cancels_and_faults(
     operations: list[tuple[str, int, int]],
@@ -338,9 +369,11 @@ def test_any_mix_of_arrivals_cancels_and_faults(
     preemption: Any,
     memory: str,
     max_restarts: int,
+    loras: tuple[str, ...],
 ) -> None:
-    """Every other prompt begins as the one before it. `memory`: it refuses all copies and states
-    ("stubborn"), or makes empty ones without a word, so everything has to be computed after all."""
+    """Four prompts at a time begin alike. `memory`: it refuses all copies and states
+    ("stubborn"), or makes empty ones without a word, so everything has to be computed after all.
+    `loras`: adapters that requests have in turn, after one that has none."""
     if not limits.unified:
         n_slots = limits.n_seq_max + sharing.n_kept
         limits = replace(limits, n_cells=n_slots * limits.n_cells_seq)
@@ -351,12 +384,15 @@ def test_any_mix_of_arrivals_cancels_and_faults(
         sharing=sharing,
         swap=SwapChoice(preemption),
         max_restarts=max_restarts,
+        loras=loras,
     )
+    choices: list[LoraSet] = [(), *(((name, 1.0),) for name in loras)]
     rig.machine.stubborn, rig.machine.lossy = memory == "stubborn", memory == "lossy"
     for name, a, b in operations:
         if name == "submit":
             max_tokens = min(b, limits.n_cells_seq - a + 1)
-            rig.submit([len(rig.requests) // 2 * 31 + i for i in range(a)], params(max_tokens))
+            prompt = [len(rig.requests) // 4 * 31 + i for i in range(a)]
+            rig.submit(prompt, params(max_tokens), choices[len(rig.requests) % len(choices)])
         elif name == "turn":
             for _ in range(a):
                 rig.turn()

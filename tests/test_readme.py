@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from models_special import write_lora
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,9 +25,13 @@ def block_with(text: str, words: str) -> str:
     return found
 
 
-def run(program: str) -> str:
+def run(program: str, folder: Path | None = None) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, encoding="utf-8", timeout=120
+        [sys.executable, "-c", program],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        cwd=folder,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -87,8 +92,11 @@ def test_the_layers_name_real_files() -> None:
             assert (ROOT / name).exists() or (ROOT / "src" / "pyllamabatch" / name).exists(), name
 
 
-def test_the_guide_of_the_engine() -> None:
-    requests, schema, tasks, by_hand = blocks(ENGINE, "python")
+def test_the_guide_of_the_engine(tmp_path: Path) -> None:
+    requests, schema, loras, tasks, by_hand = blocks(ENGINE, "python")
+    for name in ("law", "tone"):
+        write_lora(tmp_path / f"{name}.gguf", width=256)
+    assert run(loras, tmp_path).split() == ["8", "8", "8", "False"]
     assert run(requests).split() == ["hello", "stop", "reward", "stop", "4", "2", "stop"]
     assert run(schema) == "['n', 'word']\n"
     assert run(tasks) == "0 1 2 3 [4, 4, 4]\n"

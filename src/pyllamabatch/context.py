@@ -27,6 +27,7 @@ from pyllamabatch.errors import (
     UnsupportedOperation,
     decode_error,
 )
+from pyllamabatch.loras import LoraNames
 from pyllamabatch.memory import Memory, probe
 from pyllamabatch.model import Model
 from pyllamabatch.raw import ffi, lib
@@ -100,9 +101,7 @@ class Context(Owner):
         self._close = weakref.finalize(self, self._handle.release)
         self._exclusive = _Exclusive(self._close)
         self._lock = self._exclusive.lock
-        self._loras: list[tuple[Handle, float]] = []
-        self.lora_names: list[tuple[str, float]] = []
-        """File name and scale of each adapter that is applied."""
+        self._loras: list[tuple[Handle, str, float]] = []  # a file's name, a scale
         self._attached: list[Any] = []  # plb_engines, whose samplers libllama may point to
         self._outputs: npt.NDArray[np.int8] | None = None
         self._encoded = False
@@ -308,16 +307,18 @@ class Context(Owner):
 
     # -- state --
 
-    def state_seq_get(self, seq_id: int) -> bytes:
-        """The state of a sequence, with a header that tells whose it is and a checksum."""
+    def state_seq_get(self, seq_id: int, loras: LoraNames | None = None) -> bytes:
+        """The state of a sequence, with a header that tells whose it is and a checksum. `loras`:
+        file names and scales of the adapters that it was computed with, if not those of now."""
         with self.exclusive():
-            return state.save(self, seq_id, ())
+            return state.save(self, seq_id, (), loras=loras)
 
-    def state_seq_set(self, data: bytes, seq_id: int) -> None:
+    def state_seq_set(self, data: bytes, seq_id: int, loras: LoraNames | None = None) -> None:
         """Replace a sequence by a saved state. `StateError` leaves the sequence as it was when the
-        data is damaged or of another model, and empty when it does not fit."""
+        data is damaged or of another model, and empty when it does not fit. `loras`: those that it
+        will go on with, if not those of now."""
         with self.exclusive():
-            state.restore(self, seq_id, data)
+            state.restore(self, seq_id, data, loras)
 
     def state_seq_save(self, path: PathLike, seq_id: int, tokens: Tokens = ()) -> None:
         """Write the state of a sequence to a file, and the tokens that made it, if given."""
@@ -338,23 +339,30 @@ class Context(Owner):
                 raise ArgumentError("adapters", adapter, "was loaded for another model")
             if not np.isfinite(scale):
                 raise ArgumentError("adapters", scale, "a scale must be a finite number")
+        for adapter, _ in adapters:
+            adapter.ptr  # noqa: B018 (raises when closed)
+        self._set_loras([(a._handle, Path(a.path).name, float(scale)) for a, scale in adapters])
+
+    @property
+    def lora_names(self) -> list[tuple[str, float]]:
+        """File name and scale of each adapter that is applied."""
+        return [(name, scale) for _, name, scale in self._loras]
+
+    def _set_loras(self, loras: Sequence[tuple[Handle, str, float]]) -> None:
         with self.exclusive():
-            for adapter, _ in adapters:
-                adapter.ptr  # noqa: B018 (raises when closed)
             before = self._loras
-            self._loras = [(adapter._handle.retain(), float(scale)) for adapter, scale in adapters]
+            self._loras = [(handle.retain(), name, scale) for handle, name, scale in loras]
             self._apply_loras()
-            for handle, _ in before:
+            for handle, _, _ in before:
                 handle.release()
-            self.lora_names = [(Path(a.path).name, float(scale)) for a, scale in adapters]
 
     def _apply_loras(self) -> None:
-        pointers = ffi.new("struct llama_adapter_lora *[]", [h.ptr for h, _ in self._loras] or 1)
-        scales = ffi.new("float[]", [scale for _, scale in self._loras] or 1)
+        pointers = ffi.new("struct llama_adapter_lora *[]", [h.ptr for h, _, _ in self._loras] or 1)
+        scales = ffi.new("float[]", [scale for _, _, scale in self._loras] or 1)
         lib.llama_set_adapters_lora(self.ptr, pointers, len(self._loras), scales)
 
     def _drop_loras(self) -> None:
-        for handle, _ in self._loras:
+        for handle, _, _ in self._loras:
             handle.release()
         self._loras = []
 

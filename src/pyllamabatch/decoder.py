@@ -26,7 +26,8 @@ from .errors import PyllamabatchError, SamplingError, decode_error
 from .hand import Call, Hand
 from .hands import Hands
 from .kv import SwapSpace
-from .machine import ContextLike, MemoryLike, StepperLike
+from .loras import LoraNames
+from .machine import ContextLike, LorasLike, MemoryLike, StepperLike
 from .mailbox import Mailbox
 from .moves import Mover
 from .recovery import Recovery
@@ -55,6 +56,7 @@ class Decoder:
         space: SwapSpace | None = None,
         max_waiting: int | None = None,
         max_restarts: int = 0,
+        loras: LorasLike | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.mailbox = Mailbox(stepper.ring, max_waiting)
@@ -71,8 +73,13 @@ class Decoder:
         self.seats = Seats(scheduler, stepper, self.delivery, trace, self.mailbox.left_line)
         scheduler.tokens_of = self.seats.tokens_of
         self._space = SwapSpace(0) if space is None else space
-        self.hands = Hands(scheduler, stepper, memory, self.seats, states, self._space)
-        self._mover = Mover(scheduler, memory, states, self._space)
+        self._loras = loras if loras is not None and loras.names else None
+
+        def loras_of(id: int) -> LoraNames:
+            return [] if self._loras is None else self._loras.files(self.seats.lora(id))
+
+        self.hands = Hands(scheduler, stepper, memory, self.seats, states, self._space, loras_of)
+        self._mover = Mover(scheduler, memory, states, self._space, loras_of)
         self.recovery = Recovery(
             scheduler, memory, self.seats, self.hands, states.renew, max_restarts
         )
@@ -246,9 +253,18 @@ class Decoder:
                     self.seats.admit(id, slot)
             if failed or step.n_rows == 0:
                 return
-        for part in (step,) if self.scheduler.limits.unified else step.parts():
+        for part in self._parts(step):
             if not self._call(part):
                 return
+
+    def _parts(self, step: Step) -> tuple[Step, ...]:
+        """The native calls that a step is made of: rows with different adapters can't share one."""
+        parts: tuple[Step, ...] = (step,)
+        if self._loras is not None:
+            parts = step.by_group(self.seats.lora_at, self._loras.applied)
+        if not self.scheduler.limits.unified:
+            parts = tuple(call for part in parts for call in part.parts())
+        return parts
 
     def _call(self, step: Step) -> bool:
         """The native call for a step or a part of one. False if it failed: it is to be planned
@@ -263,6 +279,8 @@ class Decoder:
         if self.delivery.has_events:
             stepper.flush()
         try:
+            if self._loras is not None:
+                self._loras.apply(self.seats.lora_at(step.slots[0]))
             run = stepper.compute(step.decode, self._n_steps(step), n_more)
         except (PyllamabatchError, MemoryError) as problem:
             error = problem
@@ -278,8 +296,11 @@ class Decoder:
         return run.code == 0
 
     def _n_steps(self, step: Step) -> int:
-        """How many times the step may be computed before somebody's deadline has passed."""
+        """How many times the step may be computed before somebody's deadline has passed, or news
+        that a call before it in this turn was ended for."""
         deadline = self.scheduler.deadlines.next
+        if step.repeat > 1 and self.mailbox:
+            return 1
         if deadline is None or step.repeat == 1:
             return step.repeat
         seconds = deadline - perf_counter()

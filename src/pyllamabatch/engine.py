@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import aclosing
@@ -18,6 +18,7 @@ from ._limits import max_position
 from ._model_params import PathLike
 from ._stream_step import StreamStepper
 from ._structs import integer
+from .adapter import LoraAdapter
 from .context import Context
 from .decoder import Decoder
 from .device.choose import cost_of
@@ -26,6 +27,7 @@ from .device.residency import fitting_n_ctx
 from .errors import ArgumentError, UnsupportedOperation
 from .intake import Intake, Prompt
 from .kv import Preemption, SwapSpace
+from .loras import Loras
 from .model import Model
 from .raw import lib
 from .request import Options, seconds_of
@@ -88,6 +90,8 @@ class Engine:
       context takes the place of the one that failed, and what ran is computed again: so often for
       a request (or a call of a hand-driven sequence) that was in the failed step. If that happens
       to it once more it ends with the error. 0: at once, and the context stays.
+    - loras: adapters by the names that requests give them (`Options.lora`). Rows with different
+      ones can't be in one decode: a step is as many native calls as it has sets of adapters.
     - context_params: any other parameter of `Context`. kv_unified=False gives every sequence
       n_ctx / n_seq_max cells of its own.
 
@@ -117,6 +121,7 @@ class Engine:
         swap_bytes: int = 2**30,
         swap_folder: PathLike | None = None,
         max_restarts: int = 2,
+        loras: Mapping[str, LoraAdapter] | None = None,
         **context_params: Any,
     ) -> None:
         if model.has_encoder or not model.has_decoder:
@@ -171,6 +176,7 @@ class Engine:
                 device_sampling=device_sampling,
             )
             trace = StepTrace(n_trace, n_slots) if n_trace else None
+            adapters = Loras(context, loras or {})
         except BaseException:
             context.close()
             raise
@@ -187,6 +193,7 @@ class Engine:
         def close() -> None:
             stepper.close()
             context.close()
+            adapters.close()
 
         space = SwapSpace(swap_bytes, swap_folder)
         self._decoder = Decoder(
@@ -199,8 +206,9 @@ class Engine:
             space,
             max_waiting,
             max_restarts,
+            adapters,
         )
-        self._intake = Intake(model, self._decoder, stepper)
+        self._intake = Intake(model, self._decoder, stepper, adapters, bool(prefix_cache))
         # Also when the engine is forgotten, and before the interpreter exits.
         self._finalizer = weakref.finalize(self, self._decoder.close, wait=False, timeout=None)
         lib.plb_threads_rest()  # of this thread, which may have computed; the decoder's has its own
@@ -257,7 +265,8 @@ class Engine:
         with self._decoder.mailbox.visit():
             requests = [self._intake.request(prompt, one, options, self) for one in each]
             for request in requests:
-                request.space = None if self._prefix_cache else ("samples", requests[0].id)
+                if not self._prefix_cache:
+                    request.space = "samples", requests[0].id
             self._decoder.submit(requests)
         return [request.stream for request in requests]
 
@@ -320,12 +329,17 @@ class Engine:
         return await aio.generate(self._decoder, requests, relay)
 
     def sequence(
-        self, params: SamplingParams | None = None, *, priority: int = 0, tenant: str = ""
+        self,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        tenant: str = "",
+        lora: str | Mapping[str, float] | None = None,
     ) -> HandDriven:
         """A sequence to be driven by hand, empty at first. `params`: how its tokens are chosen; it
         has no budget (`max_tokens` has no say), and nobody looks for stop strings: ArgumentError if
-        there are any. EngineClosed."""
-        hand = self._intake.hand(params, priority, tenant)
+        there are any. `lora`: see `Options`. EngineClosed."""
+        hand = self._intake.hand(params, priority, tenant, self._intake.loras.choose(lora))
         with self._decoder.mailbox.visit():
             return HandDriven(self, hand, self._intake.pieces)
 
@@ -381,6 +395,11 @@ class Engine:
             return drained.result(timeout)
         except FutureTimeout:
             return False
+
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """The names that `Options.lora` may use."""
+        return self._intake.loras.names
 
     @property
     def draining(self) -> bool:

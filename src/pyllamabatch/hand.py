@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
 from ._step import REPORT, SAMPLE, Finish
+from .loras import LoraSet
 from .sampling import SamplingParams
 
 
@@ -50,18 +52,20 @@ class Hand:
     `n_given`. `sampler`: its sampling state while it has no slot. `spent`: the sampling state has
     come to an end, and the next `ask` brings another one. `call`: what its owner waits for, and
     `back_to` how many tokens it knew before, where that would add some. `n_restarts`: of the
-    context since then."""
+    context since then. `lora`, `space`: see `Request`."""
 
     __slots__ = (
         "back_to",
         "call",
         "id",
+        "lora",
         "n_given",
         "n_restarts",
         "params",
         "priority",
         "sampler",
         "slot",
+        "space",
         "spent",
         "tenant",
         "tokens",
@@ -69,7 +73,17 @@ class Hand:
 
     flags = SAMPLE | REPORT  # see `Request`
 
-    def __init__(self, id: int, params: SamplingParams, priority: int, tenant: str) -> None:
+    def __init__(
+        self,
+        id: int,
+        params: SamplingParams,
+        priority: int,
+        tenant: str,
+        lora: LoraSet = (),
+        space: Hashable = None,
+    ) -> None:
+        self.lora = lora
+        self.space = space
         self.id = id
         self.params = params
         self.priority = priority

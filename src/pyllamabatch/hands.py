@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import isnan
 from time import perf_counter
 from typing import Any
@@ -12,6 +13,7 @@ from ._step import Finish
 from .errors import Cancelled, EngineClosed, PyllamabatchError, SamplingError, UnsupportedOperation
 from .hand import Call, Draw, Hand
 from .kv import SwapSpace
+from .loras import LoraNames
 from .machine import MemoryLike
 from .scheduler import Scheduler, Step
 from .seats import Seats
@@ -30,7 +32,9 @@ class Hands:
         seats: Seats,
         states: Any,
         space: SwapSpace,
+        loras_of: Callable[[int], LoraNames],
     ) -> None:
+        self._loras_of = loras_of
         self._open = seats.hands
         self._scheduler = scheduler
         self._stepper = stepper
@@ -57,6 +61,7 @@ class Hands:
                     arrival=perf_counter(),
                     priority=hand.priority,
                     tenant=hand.tenant,
+                    space=hand.space,
                     by_hand=True,
                 )
         except PyllamabatchError as error:
@@ -88,7 +93,13 @@ class Hands:
         params = None if hand.spent else hand.params
         try:
             data = snapshot.save(
-                self._states, self._stepper, hand.slot, hand.tokens, params, hand.n_given
+                self._states,
+                self._stepper,
+                hand.slot,
+                hand.tokens,
+                params,
+                hand.n_given,
+                self._loras_of(hand.id),
             )
         except PyllamabatchError as error:
             call.finish(error=error)
@@ -109,6 +120,7 @@ class Hands:
             arrival=perf_counter(),
             priority=hand.priority,
             tenant=hand.tenant,
+            space=hand.space,
             by_hand=True,
             saved=saved.n_computed,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from .decoder import Decoder
 from .errors import ArgumentError
 from .hand import Hand
+from .loras import Loras, LoraSet
 from .request import Options, Request, Tokens, check_options
 from .sampling import SamplingParams
 from .sequence import by_hand
@@ -29,7 +30,16 @@ Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]]
 class Intake:
     """Any thread's, while it visits the decoder's mailbox."""
 
-    def __init__(self, model: Model, decoder: Decoder, stepper: Stepper) -> None:
+    def __init__(
+        self,
+        model: Model,
+        decoder: Decoder,
+        stepper: Stepper,
+        loras: Loras,
+        prefix_cache: bool,
+    ) -> None:
+        self.loras = loras
+        self._prefix_cache = prefix_cache
         self.pieces = Pieces(_pieces_of(model))
         self._ids = itertools.count(1)
         self._vocab = model.vocab
@@ -61,6 +71,7 @@ class Intake:
         if not isinstance(params, SamplingParams):
             raise ArgumentError("params", params, "must be SamplingParams")
         terms = check_options(options)
+        lora = self.loras.choose(terms.lora)
         tokens = self.tokens(prompt, terms.add_special, terms.parse_special)
         if params.stop and self._vocab.type == "none":
             raise ArgumentError("stop", params.stop, "the model has no text: use stop_token_ids")
@@ -77,10 +88,16 @@ class Intake:
             watch=self._decoder.delivery.watch,
             keep=keep,
         )
-        return Request(tokens, params, stream, sampler, terms)
+        return Request(tokens, params, stream, sampler, terms, self._space(lora), lora)
 
-    def hand(self, params: SamplingParams | None, priority: int, tenant: str) -> Hand:
-        return Hand(next(self._ids), by_hand(params), priority, tenant)
+    def hand(
+        self, params: SamplingParams | None, priority: int, tenant: str, lora: LoraSet
+    ) -> Hand:
+        return Hand(next(self._ids), by_hand(params), priority, tenant, lora, self._space(lora))
+
+    def _space(self, lora: LoraSet) -> Hashable:
+        """What is computed with other adapters is no beginning for it."""
+        return lora if lora and self._prefix_cache else None
 
     def tokens(self, prompt: Prompt, add_special: bool, parse_special: bool) -> Tokens:
         """ArgumentError for none, and for what is not in the vocabulary."""

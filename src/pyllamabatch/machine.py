@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from ._stream_step import Run
 from .kv import Slots
+from .loras import LoraNames, LoraSet
 from .page import Page
 
 
@@ -43,9 +44,20 @@ class ReaderLike(Protocol):
 class ContextLike(Protocol):
     """What the decoder needs of a `Context`."""
 
-    def state_seq_get(self, seq_id: int) -> bytes: ...
-    def state_seq_set(self, data: bytes, seq_id: int) -> None: ...
+    def state_seq_get(self, seq_id: int, loras: LoraNames | None = None) -> bytes: ...
+    def state_seq_set(self, data: bytes, seq_id: int, loras: LoraNames | None = None) -> None: ...
     def renew(self) -> None: ...
+
+
+class LorasLike(Protocol):
+    """What the decoder needs of `Loras`."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def applied(self) -> LoraSet: ...
+    def apply(self, lora: LoraSet) -> None: ...
+    def files(self, lora: LoraSet) -> LoraNames: ...
 
 
 class MemoryLike(Protocol):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from time import perf_counter
 
 from .errors import PyllamabatchError, StateError
 from .kv import Move, SwapSpace
+from .loras import LoraNames
 from .machine import ContextLike, MemoryLike
 from .scheduler import Scheduler
 
@@ -14,11 +16,18 @@ log = logging.getLogger(__name__)
 
 
 class Mover:
-    """The decoder thread's. `space`: where the states of swapped sequences lie."""
+    """The decoder thread's. `space`: where the states of swapped sequences lie. `loras_of(id)`: the
+    adapters that a sequence is computed with."""
 
     def __init__(
-        self, scheduler: Scheduler, memory: MemoryLike, states: ContextLike, space: SwapSpace
+        self,
+        scheduler: Scheduler,
+        memory: MemoryLike,
+        states: ContextLike,
+        space: SwapSpace,
+        loras_of: Callable[[int], LoraNames],
     ) -> None:
+        self._loras_of = loras_of
         self._scheduler = scheduler
         self._memory = memory
         self._states = states
@@ -54,11 +63,11 @@ class Mover:
         else:
             start = perf_counter()
             if move.kind == "save":
-                state = self._states.state_seq_get(slot)
+                state = self._states.state_seq_get(slot, self._loras_of(move.id))
                 self._space.put(move.id, state)
             else:
                 state = self._space.take(move.id)
-                self._states.state_seq_set(state, slot)
+                self._states.state_seq_set(state, slot, self._loras_of(move.id))
                 self._check(slot, n)
             self._scheduler.starts.swap.copied(len(state), perf_counter() - start, n)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, TypedDict
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from ._step import SAMPLE
 from ._structs import integer
 from .errors import ArgumentError
+from .loras import LoraSet
 from .sampling import SamplingParams
 from .stream import Stream
 
@@ -31,6 +32,8 @@ class Options(TypedDict, total=False):
     - timeout: seconds from now on, or deadline: a time on the clock of `time.perf_counter`; what is
       not done by then, in the line or running, ends with finish_reason "deadline" and what it has.
     - itl_target: the most seconds between two tokens that its reader likes; for policies, too.
+    - lora: which of the engine's adapters apply to it: a name, or names with scales, as
+      {"style": 0.5, "facts": 1.0}; by default none.
     """
 
     add_special: bool
@@ -40,6 +43,7 @@ class Options(TypedDict, total=False):
     timeout: float
     deadline: float
     itl_target: float
+    lora: str | Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,7 @@ class Terms:
     tenant: str = ""
     deadline: float | None = None
     itl_target: float | None = None
+    lora: str | Mapping[str, float] | None = None  # not checked
 
 
 NO_TERMS = Terms()
@@ -96,10 +101,12 @@ class Request:
     """What the decoder knows of a request. `tokens`: what is to be computed, int32: its prompt,
     and after a preemption what it had generated too. `slot`: where it runs, else -1. `sampler`: its
     sampling state while it has no slot. `space`: only requests of the same one start from each
-    other; None is everybody's. `n_restarts`: of the context, because of steps that it was in."""
+    other; None is everybody's. `lora`: the adapters that it is computed with. `n_restarts`: of the
+    context, because of steps that it was in."""
 
     __slots__ = (
         "id",
+        "lora",
         "n_restarts",
         "params",
         "prompt",
@@ -122,7 +129,9 @@ class Request:
         sampler: Any,
         terms: Terms = NO_TERMS,
         space: Hashable = None,
+        lora: LoraSet = (),
     ) -> None:
+        self.lora = lora
         self.id = stream.id
         self.terms = terms
         self.n_restarts = 0

@@ -12,6 +12,7 @@ import numpy as np
 
 from .delivery import Delivery
 from .hand import Hand
+from .loras import LoraSet
 from .machine import StepperLike
 from .request import Request, Tokens
 from .scheduler import Scheduler
@@ -123,6 +124,15 @@ class Seats:
         if isinstance(guest, Request):
             self._delivery.leave(self._stepper.n_recorded, guest.slot)
         guest.slot = -1
+
+    def lora(self, id: int) -> LoraSet:
+        """The adapters that a sequence is computed with."""
+        return self._guest(id).lora
+
+    def lora_at(self, slot: int) -> LoraSet:
+        guest = self.at[slot]
+        assert guest is not None
+        return guest.lora
 
     def _guest(self, id: int) -> Request | Hand:
         return self.open.get(id) or self.hands[id]

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ._step import Finish
-from .errors import ArgumentError, ClosedError, EngineClosed
+from .errors import ArgumentError, ClosedError, EngineClosed, StateError
 from .hand import Call, Draw, Hand
 from .sampling import INT32_MAX, SEED_MAX, SamplingParams
 from .snapshot import read, slot_of
@@ -168,8 +168,9 @@ class Sequence:
             self._check_open()
             if params is None:
                 params = replace(self.params, seed=None)
+            hand = self._hand
             child = self._engine.sequence(
-                params, priority=self._hand.priority, tenant=self._hand.tenant
+                params, priority=hand.priority, tenant=hand.tenant, lora=dict(hand.lora)
             )
             if self._hand.tokens:
                 try:
@@ -197,12 +198,16 @@ class Sequence:
     def restore(self, data: bytes) -> None:
         """Be what was saved, in place of all that it knows, its sampling parameters included. Where
         the state does not suit this engine's context, its tokens are computed again. Raises
-        StateError when the data are damaged or of another model, RequestTooLong."""
+        StateError when the data are damaged, of another model, or computed with other adapters than
+        this sequence has; RequestTooLong."""
         hand = self._hand
         with self._lock:
             self._check_open()
             with self._decoder.mailbox.visit():
                 saved = read(self._engine.model, data)
+                adapters = self._engine._intake.loras.files(hand.lora)
+                if list(saved.loras) != adapters:
+                    raise StateError(f"saved with adapters {saved.loras}, these are {adapters}")
                 self._decoder.scheduler.check_fits(len(saved.tokens), 1)
                 sampler = slot_of(self._engine._stepper, saved)
                 if sampler is None:

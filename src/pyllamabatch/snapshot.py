@@ -23,6 +23,7 @@ from .sampling import SamplingParams
 
 if TYPE_CHECKING:
     from .context import Context
+    from .loras import LoraNames
     from .model import Model
     from .stepper import DetachedSlot, Stepper
     from .vocab import TokenArray, Tokens
@@ -34,7 +35,8 @@ class Saved:
 
     `tokens`: all that it knew, int32; the first `n_prompt` were given to it, the others sampled.
     `n_computed`: how many of them the state holds. `params`: None without a sampling state;
-    `params.seed` is the one in use. `n_draws`: random numbers that it had taken.
+    `params.seed` is the one in use. `n_draws`: random numbers that it had taken. `loras`: file
+    names and scales of the adapters that it was computed with.
     """
 
     tokens: TokenArray
@@ -42,6 +44,7 @@ class Saved:
     n_computed: int
     params: SamplingParams | None = None
     n_draws: int = 0
+    loras: tuple[tuple[str, float], ...] = ()
 
 
 def save(
@@ -51,10 +54,11 @@ def save(
     tokens: Tokens,
     params: SamplingParams | None = None,
     n_prompt: int | None = None,
+    loras: LoraNames | None = None,
 ) -> bytes:
     """`tokens`: all that the sequence knows, the one that was sampled last included; `n_prompt` of
     them were not sampled (default: all). With `params`, which its slot was made of, the sampling
-    state goes along. Between two steps.
+    state goes along. `loras`: as in `Context.state_seq_get`. Between two steps.
 
     Raises UnsupportedOperation and StateError as `Context.state_seq_get`, ArgumentError for a
     sequence that has finished.
@@ -78,7 +82,7 @@ def save(
         sampling["logit_bias"] = sorted(params.logit_bias.items())
         note["sampling"], note["n_draws"] = sampling, info.n_draws
     with context.exclusive():
-        return state.save(context, seq_id, tokens, note)
+        return state.save(context, seq_id, tokens, note, loras)
 
 
 def read(model: Model, data: bytes) -> Saved:
@@ -93,7 +97,10 @@ def read(model: Model, data: bytes) -> Saved:
             params = SamplingParams(**sampling)
         except (TypeError, ArgumentError) as error:
             raise StateError(f"its sampling parameters are not of this version: {error}") from None
-    return Saved(tokens, note["n_prompt"], note["n_computed"], params, note.get("n_draws", 0))
+    loras = tuple((name, scale) for name, scale in note["context"]["loras"])
+    return Saved(
+        tokens, note["n_prompt"], note["n_computed"], params, note.get("n_draws", 0), loras
+    )
 
 
 def slot_of(stepper: Stepper, saved: Saved) -> DetachedSlot | None:

@@ -34,6 +34,7 @@ from pyllamabatch.raw import ffi, lib
 if TYPE_CHECKING:
     from pyllamabatch._model_params import PathLike
     from pyllamabatch.context import Context
+    from pyllamabatch.loras import LoraNames
     from pyllamabatch.model import Model
     from pyllamabatch.vocab import TokenArray, Tokens
 
@@ -58,9 +59,13 @@ _PARAMETERS = (
 
 
 def save(
-    context: Context, seq_id: int, tokens: Tokens, note: Mapping[str, Any] | None = None
+    context: Context,
+    seq_id: int,
+    tokens: Tokens,
+    note: Mapping[str, Any] | None = None,
+    loras: LoraNames | None = None,
 ) -> bytes:
-    """`note`: anything JSON; `read_note` gives it back."""
+    """`note`: anything JSON; `read_note` gives it back. `loras`: default the context's."""
     seq = integer("seq_id", seq_id, 0, context.n_seq_max - 1)
     ids = context.model.vocab.check_tokens(tokens).astype("<i4").tobytes()
     if not context.capabilities.has_memory:
@@ -71,7 +76,7 @@ def save(
         )
     _log.mark()
     size = int(lib.llama_state_seq_get_size(context.ptr, seq))
-    text = json.dumps({**(note or {}), "context": _facts(context)}).encode()
+    text = json.dumps({**(note or {}), "context": _facts(context, loras)}).encode()
     start = _HEADER.size + len(ids) + len(text)
     data = bytearray(start + size)
     data[_HEADER.size : start] = ids + text
@@ -89,11 +94,13 @@ def save(
     return bytes(data)
 
 
-def restore(context: Context, seq_id: int, data: bytes) -> TokenArray:
+def restore(
+    context: Context, seq_id: int, data: bytes, loras: LoraNames | None = None
+) -> TokenArray:
     """Check the data, put it in place of the sequence and return its tokens."""
     seq = integer("seq_id", seq_id, 0, context.n_seq_max - 1)
     tokens, note, body = _parse(context.model, memoryview(data))
-    _check_facts(context, note)
+    _check_facts(_facts(context, loras), note)
     if not context.capabilities.has_memory:
         raise UnsupportedOperation("the model keeps nothing between batches")
     context.memory.seq_rm(seq)  # libllama leaves it in place when the saved one is empty
@@ -136,16 +143,16 @@ def _parse(model: Model, data: memoryview) -> tuple[TokenArray, dict[str, Any], 
     return tokens, note, rest[start:]
 
 
-def _facts(context: Context) -> dict[str, Any]:
+def _facts(context: Context, loras: LoraNames | None) -> dict[str, Any]:
     """What a state of this context depends on, beside its model. A parameter that is 0 or unset
     takes the model's own value, so it is the same number in every context of that model."""
     facts: dict[str, Any] = {name: context.params[name] for name in _PARAMETERS}
-    facts["loras"] = context.lora_names
+    facts["loras"] = sorted(context.lora_names if loras is None else loras)
     return facts
 
 
-def _check_facts(context: Context, note: Mapping[str, Any]) -> None:
-    here, saved = json.loads(json.dumps(_facts(context))), note["context"]
+def _check_facts(facts: Mapping[str, Any], note: Mapping[str, Any]) -> None:
+    here, saved = json.loads(json.dumps(facts)), note["context"]
     for name, value in here.items():
         if saved.get(name) != value:
             raise StateError(

@@ -1,6 +1,9 @@
-"""Step.parts: the native calls of a step where every sequence has a stream of cells of its own."""
+"""The native calls of a step: where every sequence has a stream of cells of its own, and where
+groups can't share one."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import given
@@ -66,3 +69,25 @@ def test_a_row_that_is_asked_for_by_hand_costs_what_a_decode_does() -> None:
     prompt = (Chunk(110, 7, 0, 16, False), Chunk(111, 8, 4, 1, False))
     assert Step(rows, hands, (), (), 4, {}).shape(50.0) == (4, 0, 50.0, 4)
     assert Step(rows, hands + prompt, (), (), 21, {}).shape(50.0) == (21, 17, 50.0, 6)
+
+
+def test_groups_get_a_call_each_and_the_first_one_comes_first() -> None:
+    whole = replace(step([0, 1, 2, 5], {3: 20, 4: 1}), repeat=1)
+    parts = whole.by_group(lambda slot: "ab"[slot % 2], "b")
+    assert [(p.decode.tolist(), [c.slot for c in p.chunks]) for p in parts] == [
+        ([1, 5], [3]),
+        ([0, 2], [4]),
+    ]
+    assert [p.n_rows for p in parts] == [22, 3]
+    assert (parts[0].preempted, parts[0].admitted) == (whole.preempted, whole.admitted)
+    assert (parts[1].preempted, parts[1].admitted) == ((), ())
+    assert whole.by_group(lambda slot: 7, 7) == (whole,)
+    assert whole.by_group(lambda slot: 7, 8) == (whole,)
+
+
+def test_groups_take_turns() -> None:
+    whole = replace(step([0, 1], {}), repeat=100)
+    (alone,) = whole.by_group(lambda slot: "a", "a")
+    assert alone.repeat == 100
+    assert [p.repeat for p in whole.by_group(lambda slot: slot, 1)] == [8, 8]
+    assert [p.decode.tolist() for p in whole.by_group(lambda slot: slot, 1)] == [[1], [0]]

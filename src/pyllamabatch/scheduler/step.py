@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from ..kv import Slots
+
+# Steps of one group before another one's turn. A change of adapters makes libllama plan its graphs
+# anew, which takes about as long as a step.
+AT_A_TIME = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,20 @@ class Step:
         n_last = sum(chunk.last and chunk.n == 1 for chunk in chunks)
         return self.n_rows, self.n_rows - n_decode - n_last, kv, n_decode + len(chunks)
 
+    def by_group(self, group_of: Callable[[int], Hashable], first: Hashable) -> tuple[Step, ...]:
+        """This step as one for each group of slots, `first` first if it is among them. Where there
+        are several, none is computed more than `AT_A_TIME` times before the others' turn."""
+        groups: dict[Hashable, tuple[list[int], list[Chunk]]] = {first: ([], [])}
+        for slot in self.decode.tolist():
+            groups.setdefault(group_of(slot), ([], []))[0].append(slot)
+        for chunk in self.chunks:
+            groups.setdefault(group_of(chunk.slot), ([], []))[1].append(chunk)
+        pieces = [piece for piece in groups.values() if piece != ([], [])]
+        if len(pieces) == 1:
+            return (self,)
+        at_a_time = replace(self, repeat=min(self.repeat, AT_A_TIME))
+        return at_a_time._cut([(np.array(slots, np.int32), chunks) for slots, chunks in pieces])
+
     def parts(self) -> tuple[Step, ...]:
         """The native calls that this step is best computed in where every sequence has a stream of
         cells of its own, one after another; each is a step that can be advanced by itself.
@@ -71,18 +91,21 @@ class Step:
             groups.insert(0, single)
         if len(groups) == 1:
             return (replace(self, chunks=tuple(groups[0])),)
-        parts = []
-        for i, group in enumerate(groups):
-            first = i == 0
+        none = self.decode[:0]
+        return self._cut([(self.decode if g is single else none, g) for g in groups])
+
+    def _cut(self, pieces: Sequence[tuple[Slots, Sequence[Chunk]]]) -> tuple[Step, ...]:
+        parts: list[Step] = []
+        for decode, chunks in pieces:
             part = replace(
                 self,
-                decode=self.decode if first and group is single else self.decode[:0],
-                chunks=tuple(group),
-                preempted=self.preempted if first else (),
-                admitted=self.admitted if first else (),
+                decode=decode,
+                chunks=tuple(chunks),
+                preempted=() if parts else self.preempted,
+                admitted=() if parts else self.admitted,
+                n_rows=len(decode) + sum(chunk.n for chunk in chunks),
             )
-            n_rows = len(part.decode) + sum(chunk.n for chunk in group)
-            parts.append(replace(part, n_rows=n_rows))
+            parts.append(part)
         return tuple(parts)
 
 
