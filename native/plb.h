@@ -114,6 +114,7 @@ typedef struct plb_run_info {
     int64_t n_recorded; /* steps that were tried since the engine was made, this run's included */
     int64_t n_reused;   /* graphs that this run has reused */
     int64_t ns;         /* from the beginning of its first step to the end of its last one */
+    int64_t first_ns;   /* to the end of its first one */
     int32_t code;       /* what plb_run returned */
     int32_t stop;       /* enum plb_stop: why there are no more steps */
     int32_t n_steps;    /* steps done */

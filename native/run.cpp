@@ -105,7 +105,9 @@ int32_t run_steps(plb_engine & engine, int32_t n_slots, int32_t n_more, int32_t 
             run.stop = PLB_STOP_CODE;
             return code;
         }
-        ++run.n_steps;
+        if (++run.n_steps == 1) {
+            run.first_ns = run.ns + plb_now_ns();
+        }
         run.n_results += engine.info.n_results;
         const bool rung = take_bell();
         run.n_finished = collect_finished(engine);

@@ -81,8 +81,12 @@ def gap_max_of(context: Context) -> int:
     """The default of `Stepper`'s gap_max."""
     if context.params["kv_unified"] and not context.capabilities.recurrent:
         return 0
-    on_device = lib.llama_supports_gpu_offload() and context.model._load["n_gpu_layers"] != 0
-    return 16 if on_device else 1
+    return 16 if offloaded(context) else 1
+
+
+def offloaded(context: Context) -> bool:
+    """A device other than the CPU computes, some of it at least."""
+    return bool(lib.llama_supports_gpu_offload()) and context.model._load["n_gpu_layers"] != 0
 
 
 def sampling_struct(params: SamplingParams, path: int) -> tuple[Any, tuple[Any, ...]]:

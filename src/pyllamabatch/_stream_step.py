@@ -27,7 +27,8 @@ class Run(NamedTuple):
     """What a run did: llama_decode's code (0, or that of the step behind the last one), steps that
     were computed, graphs that they reused, seconds of all of them, and of the last one (slot,
     token, finish) where a sequence finished, and (slot, token, finish, log-probability) of the rows
-    with REPORT; token is -1 and finish `Finish.ERROR` where a row could not be sampled."""
+    with REPORT; token is -1 and finish `Finish.ERROR` where a row could not be sampled;
+    first_seconds: of its first step."""
 
     code: int
     n_steps: int
@@ -35,6 +36,7 @@ class Run(NamedTuple):
     seconds: float
     finished: list[tuple[int, int, int]]
     reported: Sequence[tuple[int, int, int, float]] = ()
+    first_seconds: float = 0.0
 
 
 class StreamStepper(Stepper):
@@ -78,7 +80,8 @@ class StreamStepper(Stepper):
                 reported.append((r.seq, r.token, r.finish, r.logprob))
             else:
                 finished.append((r.seq, r.token, r.finish))
-        return Run(code, info.n_steps, info.n_reused, info.ns * 1e-9, finished, reported)
+        seconds, first = info.ns * 1e-9, info.first_ns * 1e-9
+        return Run(code, info.n_steps, info.n_reused, seconds, finished, reported, first)
 
     @property
     def n_recorded(self) -> int:

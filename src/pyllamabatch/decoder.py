@@ -30,6 +30,7 @@ from .loras import LoraNames
 from .machine import ContextLike, LorasLike, MemoryLike, StepperLike
 from .mailbox import Mailbox
 from .moves import Mover
+from .observe import Observer
 from .recovery import Recovery
 from .request import Request
 from .scheduler import Scheduler, Step
@@ -80,6 +81,7 @@ class Decoder:
 
         self.hands = Hands(scheduler, stepper, memory, self.seats, states, self._space, loras_of)
         self._mover = Mover(scheduler, memory, states, self._space, loras_of)
+        self._observe = Observer(scheduler)
         self.recovery = Recovery(
             scheduler, memory, self.seats, self.hands, states.renew, max_restarts
         )
@@ -350,17 +352,6 @@ class Decoder:
                 self.seats.end(request, "stop", stop=token)
         if run.code:
             self.recovery.failed(step, decode_error(run.code), any_done=run.n_steps > 0)
-
-    def _observe(self, step: Step, run: Run) -> None:
-        """The steps of one call, on average, to the cost model; prompts to the estimate of what a
-        preemption costs."""
-        n, n_decode = run.n_steps, len(step.decode)
-        if step.n_rows - n_decode >= 16 + 8 * n_decode:
-            self.scheduler.starts.swap.computed(step.n_rows, run.seconds)
-        if self.scheduler.cost is None:
-            return
-        kv = self.scheduler.ledger.used + step.n_rows * (n - 1) / 2
-        self.scheduler.cost.observe(*step.shape(kv), run.seconds / n)
 
     # -- the end
 

@@ -16,6 +16,7 @@ import numpy as np
 from . import aio
 from ._limits import max_position
 from ._model_params import PathLike
+from ._native_step import offloaded
 from ._stream_step import StreamStepper
 from ._structs import integer
 from .adapter import LoraAdapter
@@ -62,8 +63,8 @@ class Engine:
       room for. The value that libllama made of it is `engine.n_ctx`.
     - n_batch: rows of a step at most; n_ubatch: rows that the device computes at once, and by
       default the rows of a step while somebody waits for its next token.
-    - policy: who runs when, see `pyllamabatch.scheduler`; default `sarathi()`. One policy object
-      serves one engine.
+    - policy: who runs when, see `pyllamabatch.scheduler`; default `device_aware()`. One policy
+      object serves one engine.
     - n_logprobs_max: the largest `SamplingParams.logprobs` that a request may ask for.
     - device_sampling: the device chooses candidates, so that whole rows of logits need not travel:
       "auto" where that is cheaper; see `Stepper`.
@@ -159,6 +160,11 @@ class Engine:
                 raise UnsupportedOperation(f"{model.architecture} does not generate token by token")
             self.limits = limits_of(context, n_seq_max)
             self.cost = cost_of(context) if cost == "auto" else cost
+            if self.cost is not None:
+                if device_sampling is False or not offloaded(context):
+                    self.cost.switch = 0.0  # libllama makes no graph for another set of sequences
+                elif not self.cost.switch:
+                    self.cost.switch = None  # it was not measured: it will show
             scheduler = Scheduler(
                 self.limits,
                 policy,

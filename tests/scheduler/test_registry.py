@@ -25,9 +25,10 @@ def half(seq: SequenceView) -> float:
     return seq.max_tokens / 2
 
 
-def test_nine_ship() -> None:
+def test_twelve_ship() -> None:
     shipped = "fair fcfs mlfq prefill-first prefix sarathi shortest slo static"
-    assert set(shipped.split()) == set(policies.SHIPPED) <= set(policy_names())
+    ours = "device-aware tile-fill width"
+    assert {*shipped.split(), *ours.split()} == set(policies.SHIPPED) <= set(policy_names())
 
 
 def test_options_are_those_of_the_function() -> None:
@@ -42,7 +43,7 @@ def test_options_are_those_of_the_function() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nobody", r"one of fair, fcfs, mlfq, .*static"),
+        ("nobody", r"one of device-aware, fair, fcfs, mlfq, .*static"),
         ("sarathi:512", r"NAME:option=value"),
         ("sarathi:rows=512", r"no option 'rows'; options of sarathi: budget, .*watermark"),
         ("sarathi:budget=many", r"budget='many': must be int or None"),
@@ -93,7 +94,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_entry_points() -> None:
     assert "mine" in policy_names()
     assert isinstance(make_policy("mine:watermark=0.5"), ComposedPolicy)
-    with pytest.raises(ArgumentError, match=r"one of away, fair, .*mine"):
+    with pytest.raises(ArgumentError, match=r"one of away, device-aware, fair, .*mine"):
         make_policy("yours")
 
 

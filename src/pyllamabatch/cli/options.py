@@ -67,7 +67,7 @@ def add_context_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-t", "--threads", type=at_least(1), metavar="N", help="CPU threads")
     group.add_argument(
         "--policy", metavar="NAME[:OPTION=VALUE,…]",
-        help="batching policy, default sarathi; another name lists all, see docs/policies.md",
+        help="batching policy, default device-aware; another name lists all, see docs/policies.md",
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from pyllamabatch.device.cost import CostModel
 from pyllamabatch.device.profile import Profile, shipped_names, shipped_profile
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler import make_policy
+from pyllamabatch.scheduler.policies import DEFAULT
 from pyllamabatch.sim import (
     ROUTERS,
     Machine,
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stretch arrivals to this share of the requests that the machine can end in a second",
     )  # fmt: skip
     parser.add_argument(
-        "--policy", default="sarathi", metavar="A,B,…", help="with options: sarathi,slo:margin=0.8"
+        "--policy", default=DEFAULT, metavar="A,B,…", help="with options: sarathi,slo:margin=0.8"
     )
     parser.add_argument(
         "--slo", type=str, default="", metavar="ttft=S,itl=S", help="targets; also tpot, e2el"

@@ -60,6 +60,8 @@ class CostModel:
     are where the kernels have them, how high they are and all absolute times are guesses until
     `observe` has seen some (`absolute`). `error`: median and 95th percentile of the relative error
     on the profile's own samples. `new_graph`: what it costs when the graph can't be reused.
+    `edges`: row counts that end a tile or a kernel's range, up to n_ubatch: one row more may cost
+    a jump. `switch`: see `observe_switch`.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class CostModel:
         self.unified = terms.unified
         self.calibrated = calibrated
         self.error = error
+        self.switch: float | None = sum(new_graph)
         self._covariance = covariance
         self._residual = residual
         # Tables by row count, so that `predict` is a few look-ups.
@@ -100,6 +103,8 @@ class CostModel:
         self._all_prompt: list[float] = [self._all] * few + [all_prompt] * many
         self._own_prompt: list[float] = [self._own] * few + [own_prompt] * many
         self._regime = [0, *map(kernels.of, range(1, n_ubatch + 1))]
+        jumps = kernels.edges(n_ubatch)
+        self.edges = tuple(n for n in jumps if n + 1 in jumps or n == n_ubatch)
         # What refinement has found: a factor for each regime, without and with prompt rows.
         self._scale = [1.0] * (2 * len(kernels.regimes))
         self._seen = [0] * len(self._scale)
@@ -179,7 +184,10 @@ class CostModel:
         if rows < 1 or rows > self.n_ubatch or not seconds > 0:
             return
         at = 2 * self._regime[rows] + (prefill > 0)
-        ratio = seconds / self.predict(rows, prefill, kv, n_seqs)
+        expected = self.predict(rows, prefill, kv, n_seqs)
+        if not expected > 0:  # a fit of few samples may know nothing of a regime
+            return
+        ratio = seconds / expected
         seen = self._seen[at] = min(self._seen[at] + 1, _SEEN_MAX)
         if not self.calibrated:
             if seen == 1:  # the level first, for every regime that nothing is known of
@@ -192,6 +200,14 @@ class CostModel:
             ratio = min(max(ratio, 0.5), 2.0)
         scale = self._scale[at] * (1.0 + (min(ratio, 4.0) - 1.0) / (seen + 4))
         self._scale[at] = min(max(scale, _FASTEST), _SLOWEST) if self.calibrated else scale
+
+    def observe_switch(self, seconds: float) -> None:
+        """What a step took longer because other sequences decode in it than in the one before,
+        though as many. Where the device samples that is a new graph, elsewhere next to nothing.
+        `switch` starts with what a new graph was measured to take and follows what is observed;
+        None: nobody knows yet."""
+        seconds = max(0.0, seconds)
+        self.switch = seconds if self.switch is None else 0.75 * self.switch + 0.25 * seconds
 
     @property
     def absolute(self) -> bool:

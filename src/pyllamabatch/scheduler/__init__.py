@@ -3,6 +3,7 @@
 from .gather import CostWindow, Gather, Gathering, Rest, Window
 from .line import Line
 from .policies import make_policy, policy_names
+from .policies.device_aware import device_aware
 from .policies.fair import fair
 from .policies.fcfs import fcfs
 from .policies.mlfq import mlfq
@@ -12,7 +13,9 @@ from .policies.sarathi import sarathi
 from .policies.shortest import shortest
 from .policies.slo import slo
 from .policies.static import static
-from .policy import ComposedPolicy, Decodes, Draft, Policy, Verdict
+from .policies.tile_fill import tile_fill
+from .policies.width import width
+from .policy import ComposedPolicy, Decodes, Draft, Policy, Round, Verdict, Width
 from .rules import RULES
 from .scheduler import Scheduler
 from .step import Chunk, Counters, Step
@@ -34,13 +37,16 @@ __all__ = [
     "Plan",
     "Policy",
     "Rest",
+    "Round",
     "Scheduler",
     "SequenceView",
     "Step",
     "StepView",
     "Tenants",
     "Verdict",
+    "Width",
     "Window",
+    "device_aware",
     "fair",
     "fcfs",
     "make_policy",
@@ -52,4 +58,6 @@ __all__ = [
     "shortest",
     "slo",
     "static",
+    "tile_fill",
+    "width",
 ]

@@ -1,15 +1,15 @@
 """Policies: what the next step is to be.
 
-Anything with `plan(view) -> Plan` is a policy. `ComposedPolicy` puts one together from five
-decisions that can be replaced one by one; most new policies are one new decision.
+Anything with `plan(view) -> Plan` is a policy. `ComposedPolicy` puts one together from decisions
+that can be replaced one by one; most new policies are one new decision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..errors import ArgumentError
 from .view import Plan, SequenceView, StepView, Tokens
@@ -51,8 +51,9 @@ class Decodes(Enum):
 class Draft:
     """A plan in the making, with what is left to give: `rows` of the budget, `cells` of the KV
     cache, `slots` for newcomers. `promised`: cells that sequences of this step still need for
-    tokens that they know. `wake`: when to ask again, should nobody have a row. Seen by the five
-    decisions, changed by `ComposedPolicy` alone, but for `ask_again`."""
+    tokens that they know. `wake`: when to ask again, should nobody have a row. Seen by the
+    decisions, changed by `ComposedPolicy` alone, but for `ask_again`. `sit_out`: of those that
+    `decode_all`, who has no row in this step."""
 
     view: StepView
     rows: int
@@ -66,6 +67,7 @@ class Draft:
     n_admitted: int = 0
     short: bool = False  # somebody gave up his cells, for want of them
     wake: float | None = None
+    sit_out: Set[int] = frozenset()
 
     @property
     def tokens(self) -> Mapping[int, int]:
@@ -73,7 +75,8 @@ class Draft:
         if not self.decode_all:
             return self.others
         decoding = self.view.decoding
-        return Tokens(decoding, self.others, [id for id in self.preempt if id in decoding])
+        without = self.sit_out or {id for id in self.preempt if id in decoding}
+        return Tokens(decoding, self.others, without)
 
     def has(self, seq: SequenceView) -> bool:
         """It has tokens, or is preempted."""
@@ -201,10 +204,28 @@ class Repeat(Protocol):
     def __call__(self, draft: Draft) -> int: ...
 
 
+class Round(NamedTuple):
+    """Some of those that decode have a row, the others (`sit_out`, not all of them) have theirs in
+    a later round; `steps`: for how many steps that stands."""
+
+    sit_out: Set[int]
+    steps: int
+
+
+class Width(Protocol):
+    """Who decodes in this step, asked when all would and nobody else has a row: where several
+    narrow steps are faster than a wide one, they may take turns. What it says may depend on what
+    it has said before, and on the steps since then (`StepView.step`), but not on the time: asked
+    at each of the steps that it has answered for, it must say the same."""
+
+    def __call__(self, draft: Draft) -> Round: ...
+
+
 @dataclass(frozen=True, slots=True)
 class ComposedPolicy:
     """`repeat`: a number, when it is always the same one. The decisions may not look at the time
-    then, nor admit somebody for having waited longer."""
+    then, nor admit somebody for having waited longer. `width`: without it all who decode do so at
+    every step."""
 
     order: Order
     admit: Admit
@@ -212,6 +233,7 @@ class ComposedPolicy:
     chunk: Chunk
     victim: Victim
     repeat: Repeat | int = 1
+    width: Width | None = None
 
     def plan(self, view: StepView) -> Plan:
         draft = Draft(
@@ -227,9 +249,13 @@ class ComposedPolicy:
         draft = self._others(draft)
         if decodes is Decodes.LAST or (decodes is Decodes.APART and not draft.others):
             self._decode(draft)
-        if isinstance(self.repeat, int):
-            return draft.plan(self.repeat)
-        return draft.plan(self.repeat(draft) if draft.steady else 1)
+        if not draft.steady:
+            return draft.plan()
+        repeat = self.repeat if isinstance(self.repeat, int) else self.repeat(draft)
+        if self.width is not None and draft.decode_all:
+            draft.sit_out, steps = self.width(draft)
+            repeat = min(repeat, steps)
+        return draft.plan(repeat)
 
     def _others(self, draft: Draft) -> Draft:
         """Whom the order names, until rows or newcomers are at their end; then the rest of those

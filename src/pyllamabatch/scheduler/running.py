@@ -118,6 +118,13 @@ class Running(EntryLine[Entry]):
             self._decode_slots.flags.writeable = False
         return self._decode_slots
 
+    def decode_slots_but(self, out: list[int]) -> Slots:
+        """`decode_slots` without these."""
+        left = self._decodes_in.copy()
+        left[out] = False
+        slots: Slots = left.nonzero()[0].astype(np.int32)
+        return slots
+
     def remaining(self, entry: Entry) -> int:
         """`seen(entry).remaining`, and no view is made."""
         goal = entry.view.goal

@@ -30,13 +30,13 @@ from .gather import Gather
 from .hand import PATIENCE_SECONDS, HandDriven
 from .line import Line
 from .placement import seen_of
-from .policies import sarathi
+from .policies import device_aware
 from .policy import Policy, check_policy
 from .rules import check_plan
 from .running import Entry
 from .starts import TokensOf
 from .step import Chunk, Step
-from .view import Limits, Plan, SequenceView, StepView
+from .view import Limits, Plan, SequenceView, StepView, Tokens
 
 AT_ONCE = 32  # steps of decoding that cells are emptied for, if they are there
 
@@ -45,10 +45,10 @@ NOBODY.flags.writeable = False
 
 
 class Scheduler(HandDriven):
-    """`limits`: what the context can take. `policy`: default `sarathi()`. `gather`: how long a step
-    waits for hand-driven sequences, default `CostWindow()`. `patience`: seconds that a sequence may
-    rest while others wait for its slot or its cells; after that it may be preempted. `cost`: the
-    device's cost model, passed on to `policy` and `gather`.
+    """`limits`: what the context can take. `policy`: default `device_aware()`. `gather`: how long a
+    step waits for hand-driven sequences, default `CostWindow()`. `patience`: seconds that a
+    sequence may rest while others wait for its slot or its cells; after that it may be preempted.
+    `cost`: the device's cost model, passed on to `policy` and `gather`.
 
     `sharing`: what sequences can take over from each other, default nothing. `tokens_of(id)`: the
     tokens that a sequence knows, int32, its prompt and what was sampled; without it, or where it
@@ -71,7 +71,7 @@ class Scheduler(HandDriven):
         super().__init__(limits, gather, sharing or Sharing(), tokens_of, keep, swap)
         self.cost = cost
         self._patience = patience
-        self.policy = sarathi() if policy is None else check_policy(policy, policy)
+        self.policy = device_aware() if policy is None else check_policy(policy, policy)
         self._short = False  # see `shed`
 
     # -- sequences come and go
@@ -219,8 +219,12 @@ class Scheduler(HandDriven):
         elif n_decodes == 0:
             decode = NOBODY
         else:
-            slots = {running.ids[id].slot for id in running.decoding if id in tokens}
-            decode = np.array(sorted(slots - asked.keys()), dtype=np.int32)
+            if isinstance(tokens, Tokens) and tokens.decoding is view.decoding:
+                out = tokens.without
+            else:
+                out = [id for id in running.decoding if id not in tokens]
+            decode = running.decode_slots_but([*(running.ids[id].slot for id in out), *asked])
+        n_out = len(running.decoding) - n_decodes
         repeat = plan.repeat
         if repeat > 1 and asked:
             repeat = 1
@@ -230,7 +234,7 @@ class Scheduler(HandDriven):
         self.starts.cache.make_cells(n_rows * min(repeat, AT_ONCE))
         if repeat > 1:
             repeat = max(1, min(repeat, self.ledger.empty // n_rows))
-        return Step(decode, tuple(chunks), preempted, admitted, n_rows, plan.reasons, repeat)
+        return Step(decode, tuple(chunks), preempted, admitted, n_rows, plan.reasons, repeat, n_out)
 
     def _admit_all(self, ids: list[int], n_rows: int) -> tuple[tuple[int, int], ...]:
         """Of those that the plan admits, but who had better wait for another of them stays where

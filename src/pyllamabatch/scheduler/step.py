@@ -32,7 +32,7 @@ class Step:
     sample (int32, ascending, read-only); `chunks`: all other rows, those of hand-driven sequences
     included. `preempted`, `admitted`: (id, slot). `repeat`: how many times it may be computed
     before the policy is asked again, as long as no sequence comes or goes; more than 1 only for
-    pure decoding."""
+    pure decoding. `n_out`: sequences that decode, but have no row in this step."""
 
     decode: Slots
     chunks: tuple[Chunk, ...]
@@ -41,19 +41,27 @@ class Step:
     n_rows: int
     reasons: Mapping[int, str]
     repeat: int = 1
+    n_out: int = 0
 
     @property
     def slots(self) -> list[int]:
         """All that have rows in it."""
         return [*self.decode.tolist(), *(chunk.slot for chunk in self.chunks)]
 
-    def shape(self, kv: float) -> tuple[int, int, float, int]:
+    def shape(self, kv: float, unified: bool = True) -> tuple[int, int, float, int]:
         """What `CostModel.predict` is told, when `kv` cells are held before it: rows, those of
         prompts, kv, sequences. A row that is the last of a sequence, and alone, is none of a
-        prompt: those of hand-driven sequences are so."""
+        prompt: those of hand-driven sequences are so. Cells of who has no row are looked over too
+        where cells are `unified`; elsewhere they are left out, by their share."""
         n_decode, chunks = len(self.decode), self.chunks
         n_last = sum(chunk.last and chunk.n == 1 for chunk in chunks)
-        return self.n_rows, self.n_rows - n_decode - n_last, kv, n_decode + len(chunks)
+        n_seqs = n_decode + len(chunks)
+        if self.n_out and not chunks:
+            if unified:
+                n_seqs += self.n_out
+            else:
+                kv *= n_seqs / (n_seqs + self.n_out)
+        return self.n_rows, self.n_rows - n_decode - n_last, kv, n_seqs
 
     def by_group(self, group_of: Callable[[int], Hashable], first: Hashable) -> tuple[Step, ...]:
         """This step as one for each group of slots, `first` first if it is among them. Where there

@@ -10,6 +10,7 @@ from math import inf
 
 from ..errors import ArgumentError, PyllamabatchError, RequestTooLong
 from ..scheduler import Policy, make_policy
+from ..scheduler.policies import DEFAULT
 from .metrics import Load, Outcome, summarise
 from .replica import Machine, Replica
 from .router import make_router
@@ -38,7 +39,7 @@ class Simulated:
 def simulate(
     requests: Iterable[Request],
     machine: Machine,
-    policy: str | Callable[[], Policy] = "sarathi",
+    policy: str | Callable[[], Policy] = DEFAULT,
     *,
     n_replicas: int = 1,
     router: str = "least-outstanding",

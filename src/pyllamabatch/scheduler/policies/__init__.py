@@ -12,6 +12,7 @@ from typing import Any, Union, get_args, get_origin
 
 from ...errors import ArgumentError
 from ..policy import Policy, check_policy
+from .device_aware import device_aware
 from .fair import fair
 from .fcfs import fcfs
 from .mlfq import mlfq
@@ -21,6 +22,8 @@ from .sarathi import sarathi
 from .shortest import shortest
 from .slo import slo
 from .static import static
+from .tile_fill import tile_fill
+from .width import width
 
 GROUP = "pyllamabatch.policies"
 
@@ -34,7 +37,11 @@ SHIPPED: dict[str, Callable[..., Policy]] = {
     "mlfq": mlfq,
     "fair": fair,
     "prefix": prefix,
+    "tile-fill": tile_fill,
+    "width": width,
+    "device-aware": device_aware,
 }
+DEFAULT = "device-aware"
 
 
 def policy_names() -> tuple[str, ...]:
@@ -43,7 +50,7 @@ def policy_names() -> tuple[str, ...]:
 
 def make_policy(spec: str, **options: Any) -> Policy:
     """The policy that `spec` names: "NAME" or "NAME:option=value,option=value", values as Python
-    writes them, text without quotes; more `options` as keywords.
+    writes them, text without quotes; more `options` as keywords. A name of ours may have _ for -.
 
     ArgumentError names the policies, or the options of this one, or what is wrong with a value, or
     says that another package's entry point can't be loaded, or makes something else."""
@@ -62,7 +69,7 @@ def make_policy(spec: str, **options: Any) -> Policy:
 
 
 def _factory(name: str) -> Callable[..., Policy]:
-    make = SHIPPED.get(name)
+    make = SHIPPED.get(name.replace("_", "-"))
     if make is None:
         for point in entry_points(group=GROUP):
             if point.name == name:
@@ -102,8 +109,10 @@ def _value(option: str, text: str, kind: Any) -> Any:
 
 
 __all__ = [
+    "DEFAULT",
     "GROUP",
     "SHIPPED",
+    "device_aware",
     "fair",
     "fcfs",
     "make_policy",
@@ -115,4 +124,6 @@ __all__ = [
     "shortest",
     "slo",
     "static",
+    "tile_fill",
+    "width",
 ]

@@ -181,7 +181,11 @@ class Paced:
             return most
         kv = view.kv_total - view.kv_free
         alone = view.cost.predict(n, 0, kv, n)
-        return n + most_within(view, max(self.itl, self.stretch * alone), LEAST_ROWS)
+        return n + most_within(view, self.target(alone), LEAST_ROWS)
+
+    def target(self, alone: float) -> float:
+        """Seconds of a step whose decoding rows take `alone`."""
+        return max(self.itl, self.stretch * alone)
 
 
 def most_within(view: StepView, seconds: float, least: int) -> int:

@@ -1,0 +1,24 @@
+"""What the device is good at, by its cost model: the pacing of `sarathi`, prompts in chunks up to
+the edge of a tile (`tile_fill`), and narrower rounds where they are faster (`width`). Each acts
+only where measurements say that it gains; without a cost model this is `sarathi`. The default."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..policy import ComposedPolicy
+from .tile_fill import tile_fill
+from .width import Turns
+
+
+def device_aware(
+    *,
+    itl: float = 0.1,
+    stretch: float = 2.0,
+    gain: float = 0.04,
+    reserve: int = 0,
+    watermark: float = 0.01,
+) -> ComposedPolicy:
+    """Options: see `sarathi`, `tile_fill` and `width`."""
+    filled = tile_fill(itl=itl, stretch=stretch, reserve=reserve, watermark=watermark)
+    return replace(filled, width=Turns(itl, gain))

@@ -1,0 +1,155 @@
+"""Narrower rounds, where k of them are faster than one wide batch: a kernel that serves few rows
+ends at some width (8 on CUDA and on Metal's older builds, see `device/regimes.py`), and a batch of
+one row more takes so much longer that rounds of the narrow width give more tokens in a second. Of n
+sequences that decode, w have a row at a step, in rotation: round robin (as Kleinrock's processor
+sharing, 1967, in quanta of `hold` steps), so that all get the same share. No system that we know
+does this; the M2 Ultra's and the H200's curves ask for it (docs/device.md).
+
+Not where every sequence has a stream of cells of its own (`Limits.unified` is False): only
+sequences in consecutive slots share a ubatch there, so the rounds would have to be windows of
+slots without a gap, and for 8 of 9 that is no rotation that gives all the same share."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Set
+from itertools import islice
+from math import ceil, inf
+from typing import Any, NamedTuple
+
+from ...errors import ArgumentError
+from ..policy import ComposedPolicy, Draft, Round
+from ..view import StepView
+from .parts import ALWAYS, FirstCome, NewestFirst, Paced, TokenBudget, WhatIsLeft, WhenItFits
+from .tile_fill import measured
+
+ROUNDS = 4  # at most: each adds to the wait
+MANY = 32
+REVIEW = 512  # steps after which a choice is made anew, as the cells fill
+LOSS = 0.01  # share of the time that switches may take, if the targets allow it
+PATIENCE = 0.1  # so much more must be won where somebody waits longer than for the wide batch
+MARGIN = 0.01  # by which a wait must be shorter to count as no longer
+PROBE = 32  # steps of a round while nobody knows what a switch costs
+
+
+class Split(NamedTuple):
+    """`width` rows at a step, the same ones for `hold` steps. `gain`: predicted tokens per second
+    over those of all at once."""
+
+    width: int
+    hold: int
+    gain: float
+
+
+class Turns:
+    """All who decode have a row at every step, unless the cost model says that fewer at a time, in
+    turns, give more tokens in a second: at least `gain` more, and twice the model's own median
+    error. The longest time between two tokens of a sequence that this makes stays within its ITL
+    target (`itl` where it has none), or below that of the wide batch; and it is longer than that
+    only where it wins a tenth more.
+
+    A change of who decodes costs `CostModel.switch` seconds (a new graph, where the device samples
+    for each row); a round is held until that is 1% of the time, or as long as the targets allow.
+    One object serves one engine: it keeps whose turn it is."""
+
+    __slots__ = ("_known", "_queue", "_review", "_split", "_until", "gain", "itl")
+
+    def __init__(self, itl: float = 0.1, gain: float = 0.04) -> None:
+        if not itl > 0:
+            raise ArgumentError("itl", itl, "more than 0 seconds")
+        if not 0 <= gain < inf:
+            raise ArgumentError("gain", gain, "at least 0")
+        self.itl, self.gain = itl, gain
+        self._known: Set[int] = set()  # who decodes
+        self._queue: deque[int] = deque()  # the same; who has waited longest is first
+        self._split: Split | None = None
+        self._until = 0  # the step before which the same ones go
+        self._review = 0
+
+    def __call__(self, draft: Draft) -> Round:
+        view, step = draft.view, draft.view.step
+        split = self._split
+        if split is not None and step >= self._until:
+            self._queue.rotate(-split.width)
+        if view.decoding.keys() != self._known or step >= self._review:
+            self._follow(view.decoding)
+            split = self._split = best_split(view, self.itl, self.gain)
+            self._review = step + REVIEW
+            if split is not None:
+                self._until = min(self._until, step + split.hold)
+        if split is None:
+            self._until = step
+            return Round(frozenset(), self._review - step)
+        if step >= self._until:
+            self._until = step + split.hold
+        out: Set[int] = frozenset(islice(self._queue, split.width, None))
+        return Round(out, min(self._until, self._review) - step)
+
+    def _follow(self, decoding: Mapping[int, int]) -> None:
+        """Who has come is last in the line."""
+        here = [id for id in self._queue if id in decoding]
+        here += [id for id in decoding if id not in self._known]
+        self._queue, self._known = deque(here), set(here)
+
+
+def best_split(view: StepView, itl: float, gain: float) -> Split | None:
+    """How to take turns; None where all at once is as good, or nothing was measured."""
+    cost, n = view.cost, len(view.decoding)
+    if n < 2 or not view.limits.unified or not measured(cost):
+        return None
+    kv = view.kv_total - view.kv_free
+    wide: float = cost.predict(n, 0, kv, n)
+    targets = view.running.column("itl_target")
+    targets[targets == inf] = itl
+    most = max(wide, float(targets.min()))
+    least = 1 + max(gain, 2 * getattr(cost, "error", (0.0,))[0])
+    best, found = 0.0, None
+    for width in widths(n, cost):
+        seconds: float = cost.predict(width, 0, kv, n)
+        if not seconds > 0:
+            continue
+        switch = getattr(cost, "switch", 0.0)
+        wanted = PROBE if switch is None else max(1, ceil(switch / (LOSS * seconds)))
+        probing, switch = switch is None, switch or 0.0
+        rounds = -(-n // width) - 1  # of others, that somebody waits for; then his own step
+        for limit, need in (((1 - MARGIN) * wide, 1.0), (most, 1 + PATIENCE)):
+            if probing and need == 1.0:
+                continue  # a short round would tell at every step what one long round can
+            left = limit - seconds - (rounds + 1) * switch
+            hold = min(wanted, int(left / (rounds * seconds)))
+            if hold < 1:
+                continue
+            won = width * wide / (n * (seconds + switch / hold))
+            if won >= least and won / need > best:
+                best, found = won / need, Split(width, hold, won)
+    return found
+
+
+def widths(n: int, cost: Any) -> Iterable[int]:
+    """Those worth a try: of many, a kernel's edges and rounds of about the same size."""
+    few = -(-n // ROUNDS)
+    if n <= MANY:
+        return range(few, n)
+    edges = (edge for edge in getattr(cost, "edges", ()) if few <= edge < n)
+    return sorted({*edges, *(-(-n // k) for k in range(2, ROUNDS + 1))})
+
+
+def width(
+    *,
+    budget: int | None = None,
+    itl: float = 0.1,
+    stretch: float = 2.0,
+    gain: float = 0.04,
+    watermark: float = 0.01,
+) -> ComposedPolicy:
+    """`gain`: see `Turns`. Otherwise as `sarathi`; `itl` is the ITL target of who has none, too."""
+    paced = Paced(TokenBudget(), itl, stretch)
+    return ComposedPolicy(
+        order=FirstCome(),
+        admit=WhenItFits(watermark),
+        budget=paced if budget is None else TokenBudget(budget),
+        chunk=WhatIsLeft(),
+        victim=NewestFirst(),
+        repeat=ALWAYS,
+        width=Turns(itl, gain),
+    )

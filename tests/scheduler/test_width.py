@@ -1,0 +1,203 @@
+"""Turns: who decodes in a step where fewer rows at a time are faster."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scheduler_machine import Machine
+
+from pyllamabatch.errors import ArgumentError
+from pyllamabatch.scheduler import Limits, SequenceView, StepView, make_policy, sarathi, width
+from pyllamabatch.scheduler.policies.width import Turns, best_split
+
+LIMITS = Limits(n_batch=64, n_ubatch=64, n_seq_max=20, n_cells=20000, n_cells_seq=20000)
+
+
+class Edge:
+    """One row as fast as `edge` rows; one more takes `jump` as long as these."""
+
+    calibrated = True
+    error = (0.01, 0.05)
+
+    def __init__(
+        self, edge: int = 8, jump: float = 2.1, seconds: float = 0.02, switch: float | None = 0.0
+    ) -> None:
+        self.edge, self.jump, self.seconds, self.switch = edge, jump, seconds, switch
+        self.edges = (edge,)
+
+    def predict(self, rows: int, prefill: int = 0, kv: float = 0, n_seqs: int = 1) -> float:
+        return self.seconds * (1.0 if rows <= self.edge else self.jump) * (1 + 1e-9 * kv)
+
+
+def decoding(n: int, **facts: Any) -> list[SequenceView]:
+    return [
+        SequenceView(i, 0.0, 10, computed=10, generated=1, max_tokens=99, running=True, **facts)
+        for i in range(n)
+    ]
+
+
+def split(n: int, cost: Any, itl: float = 0.1, limits: Limits = LIMITS, **facts: Any) -> Any:
+    return best_split(StepView.of(limits, decoding(n, **facts), cost=cost), itl, 0.04)
+
+
+def test_the_width_is_where_tokens_per_second_are_most() -> None:
+    assert split(8, Edge()) is None
+    found = split(9, Edge())
+    assert found[:2] == (8, 1)
+    assert found.gain == pytest.approx(8 / 9 * 2.1, rel=1e-6)
+    assert split(16, Edge(jump=1.9)) is None  # 16 rows in 1.9 are more than 8 in 1
+    assert split(17, Edge(edge=16)).width == 16
+
+
+def test_a_wait_is_no_longer_than_the_wide_step_or_the_target() -> None:
+    # Two narrow steps are 0.04 s, the wide one 0.038 s.
+    assert split(9, Edge(jump=1.9)).width == 8
+    assert split(9, Edge(jump=1.9), itl=0.039) is None
+    assert split(9, Edge(jump=1.9), itl_target=0.039) is None
+    assert split(9, Edge(jump=2.1), itl=0.001).width == 8  # no longer than the wide one
+
+
+def test_a_longer_wait_must_win_more() -> None:
+    class Cost(Edge):
+        def predict(self, rows: int, prefill: int = 0, kv: float = 0, n_seqs: int = 1) -> float:
+            return {7: 0.018, 8: 0.02}.get(rows, 0.018 if rows < 7 else 0.0385)
+
+    assert split(9, Cost()).width == 7  # 8 are 3% faster, but two steps of them take longer than 9
+
+
+def test_what_nobody_has_measured_splits_nothing() -> None:
+    class Prior(Edge):
+        calibrated = False
+
+    assert split(9, None) is None
+    assert split(9, Prior()) is None
+
+
+def test_a_gain_within_the_error_is_none() -> None:
+    class Rough(Edge):
+        error = (0.5, 1.0)
+
+    assert split(9, Rough()) is None
+
+
+def test_streams_of_cells_take_no_turns() -> None:
+    apart = Limits(64, 64, 20, 20000, 1000, unified=False)
+    assert split(9, Edge(), limits=apart) is None
+
+
+def test_a_round_is_held_for_as_long_as_a_switch_needs() -> None:
+    assert split(9, Edge(jump=1.9, seconds=0.003, switch=0.0003)).hold == 10  # 1%
+    held = split(9, Edge(seconds=0.003, switch=0.006))  # 200 steps would be, but for the target
+    assert held.hold == int((0.1 - 0.003 - 2 * 0.006) / 0.003)
+    assert held.gain == pytest.approx(8 / 9 * 2.1 * 0.003 / (0.003 + 0.006 / held.hold), rel=1e-3)
+    assert split(9, Edge(seconds=0.02, switch=0.06)) is None  # a switch costs more than is won
+    assert split(9, Edge(seconds=0.001, switch=None)).hold == 32  # nobody knows yet
+
+
+@pytest.mark.parametrize("bad", [{"itl": 0.0}, {"gain": -0.1}])
+def test_bad_options_name_the_limit(bad: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=next(iter(bad))):
+        width(**bad)
+
+
+def run(machine: Machine, n_steps: int) -> list[tuple[set[int], set[int]]]:
+    """Who decodes, and who of them has a row, at each step."""
+    found = []
+    for _ in range(n_steps):
+        who = set(machine.scheduler.view(0.0).decoding)
+        step = machine.step()
+        if step is None:
+            break
+        found.append((who, {machine.owner[s] for s in step.decode.tolist() if s in machine.owner}))
+    return found
+
+
+def machine_of(n: int, cost: Any, spec: str = "width", max_tokens: int = 500) -> Machine:
+    machine = Machine(LIMITS, make_policy(spec))
+    machine.scheduler.cost = cost
+    for id in range(n):
+        machine.add(id, 3, max_tokens, max_tokens)
+    return machine
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(9, 16),
+    seconds=st.sampled_from([0.001, 0.02]),
+    switch=st.sampled_from([0.0, 1e-4, 5e-4]),
+)
+def test_all_get_the_same_share(n: int, seconds: float, switch: float) -> None:
+    cost = Edge(jump=2.6, seconds=seconds, switch=switch)
+    machine = machine_of(n, cost)
+    steps = [(who, had) for who, had in run(machine, 400) if len(who) == n]
+    found = split(n, cost)
+    assert found is not None
+    rows = Counter(id for _, had in steps for id in had)
+    assert all(len(had) == found.width for _, had in steps)
+    assert max(rows.values()) - min(rows.values()) <= found.hold * (-(-n // found.width) - 1)
+    most = (-(-n // found.width) - 1) * found.hold + 1  # steps from a row to the next one
+    for id in range(n):
+        at = [i for i, (_, had) in enumerate(steps) if id in had]
+        assert max(after - before for before, after in pairwise(at)) <= most
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    start=st.integers(6, 12),
+    changes=st.lists(st.tuples(st.integers(1, 7), st.booleans()), max_size=40),
+    switch=st.sampled_from([0.0, 3e-4]),
+)
+def test_nobody_starves_while_others_come_and_go(
+    start: int, changes: list[tuple[int, bool]], switch: float
+) -> None:
+    cost = Edge(seconds=0.003, switch=switch)
+    machine = machine_of(start, cost)
+    last: dict[int, int] = {}
+    n_step = 0
+    for n_steps, leaves in [*changes, (60, False)]:
+        for who, had in run(machine, n_steps):
+            n_step += 1
+            for id in who:
+                last.setdefault(id, n_step - 1)
+            last.update(dict.fromkeys(had, n_step))
+            # Each window of others is held for `hold`; who joins meanwhile is behind.
+            most = 3 * 10 * -(-LIMITS.n_seq_max // 8)
+            assert all(n_step - last[id] <= most for id in who)
+        ids = machine.scheduler.running_ids()
+        if leaves and len(ids) > 1:
+            machine.remove(ids[0])
+        elif len(ids) < LIMITS.n_seq_max:
+            machine.add(len(machine.prompts), 3, 500, 500)
+
+
+def test_without_a_cost_model_it_is_sarathi() -> None:
+    for spec in ("width", "tile-fill", "device-aware"):
+        for n in (1, 9, 16):
+            view = StepView.of(LIMITS, decoding(n), [SequenceView(99, 0.0, 40)])
+            plan, usual = make_policy(spec).plan(view), sarathi().plan(view)
+            assert dict(plan.tokens) == dict(usual.tokens)
+            steady = StepView.of(LIMITS, decoding(n))
+            assert make_policy(spec).plan(steady).tokens == sarathi().plan(steady).tokens
+            assert make_policy(spec).plan(steady).repeat > 1
+
+
+def test_a_steady_batch_stays_in_the_native_loop() -> None:
+    machine = machine_of(8, Edge())
+    for _ in range(3):
+        machine.step()
+    did = machine.step_many(1000)
+    assert did is not None
+    assert did[1] > 400
+
+
+def test_where_prompts_come_all_decode() -> None:
+    view = StepView.of(LIMITS, decoding(9), [SequenceView(99, 0.0, 40)], cost=Edge())
+    assert len(make_policy("device-aware").plan(view).tokens) == 10
+    policy = make_policy("device-aware")
+    assert len(policy.plan(StepView.of(LIMITS, decoding(9), cost=Edge())).tokens) == 8
+    assert isinstance(policy.width, Turns)  # type: ignore[attr-defined]
