@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 BENCHES = (
     "coalesce",
     "decode",
+    "policies",
     "prefix",
     "sampler",
     "scheduler",
@@ -29,6 +30,7 @@ BENCHES = (
     "soak",
     "stall",
     "step",
+    "width",
 )
 """One module each, `bench/NAME.py`; a new one needs no other entry.  For the report it may have
 `view(rows)`, Markdown of its rows (else `summary.plain`), `draw(rows, path)` (`bench.plots.draw`

@@ -1,0 +1,350 @@
+"""The default policy beside the same one that counts only tokens, live: n streams that decode, and
+clients whose prompts come in between.
+
+Both arms have a cost model of the device. The default asks it how many rows a step had better
+have, and lets streams take turns, or fills up with rows of prompts; "counted" never asks: every
+stream has a row at each step, prompts the rest of an ubatch. Steady: the window in which all n
+streams decode and nobody else is there, by the engine's step trace; tokens of it over its time.
+Mixed: N clients ask again when they have their answer; all tokens over all time. ITL: between two
+tokens of a stream, every pair of all streams, in the window. Arms alternate within a run.
+
+The model is that of the profile that an engine finds (`pyllamabatch calibrate`), of `--profile`, or
+of `--calibrate S` seconds first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import ceil
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bench import report, schema
+from bench.arms import InProcess
+from bench.case import Case, Measured, case_row, cases_of
+from bench.models import resolve
+from bench.options import Budget, add_model, add_run, choose, numbers, out_file
+from bench.quiet import undisturbed
+from bench.targets import Figure, Target
+from pyllamabatch.device.calibrate import calibrate
+from pyllamabatch.device.cost import CostModel
+from pyllamabatch.device.profile import Profile, shipped_names, shipped_profile
+from pyllamabatch.engine import Engine
+from pyllamabatch.errors import PyllamabatchError
+from pyllamabatch.sampling import SamplingParams
+from pyllamabatch.scheduler import make_policy
+from pyllamabatch.trace import Trace
+
+F64 = npt.NDArray[np.float64]
+DEFAULT, COUNTED, PACED = "device-aware", "counted", "sarathi"
+POLICIES = {DEFAULT: DEFAULT, COUNTED: "sarathi:budget=512", PACED: PACED}
+MIXED_ROUNDS = 3  # requests of each client
+QUICK = ("--quick", "-n", "2,8,9", "--mixed", "4")
+PLOT = True
+
+
+def ratio(n: int, name: str = "speed_tg", mixed: bool = False) -> Figure:
+    """Of the default over counted, at n streams: the median of the repeats' ratios of speeds."""
+
+    def figure(rows: Sequence[schema.Row]) -> float | None:
+        mine = [row for row in rows if row.pl == n and bool(row.detail.get("mixed")) == mixed]
+        return report.paired_ratios(mine, COUNTED).get((DEFAULT, n))
+
+    return figure
+
+
+def worst(rows: Sequence[schema.Row]) -> float | None:
+    """The smallest of these ratios, of all n."""
+    steady = [row for row in rows if not row.detail.get("mixed")]
+    found = report.paired_ratios(steady, COUNTED)
+    values = [value for (arm, _), value in found.items() if arm == DEFAULT]
+    return min(values) if values else None
+
+
+H200 = {"gpu_info": "H200", "model_type": "gemma3 1B", "kv_unified": True}
+TARGETS = (
+    Target("9 streams: default over counted, Gemma 3 1B on an H200", ratio(9), 1.10, where=H200),
+    Target("10 streams: default over counted, Gemma 3 1B on an H200", ratio(10), 1.06, where=H200),
+    Target("any number of streams: default over counted, the smallest", worst, 0.99),
+)
+
+
+@dataclass(frozen=True)
+class Policied:
+    """An arm that runs a case, steady or mixed (True)."""
+
+    name: str
+    includes: str
+    sampling: bool
+    run: Callable[[Case, bool], Measured]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.set_defaults(kv="unified")
+    parser.add_argument(
+        "-n", "--streams", default="1,4,8,9,10,12,16,20", help="that decode, comma separated"
+    )
+    parser.add_argument("--mixed", default="12", help="clients, comma separated; '' for none")
+    parser.add_argument("--arms", default=f"{COUNTED},{DEFAULT}", help=f"also {PACED}")
+    parser.add_argument("--sampling", choices=["greedy", "default"], default="default")
+    parser.add_argument(
+        "--device-sampling", choices=["auto", "off"], default="auto", help="see `Engine`"
+    )
+    parser.add_argument("--prompt-tokens", type=int, help="of each stream (64; --quick 16)")
+    parser.add_argument("--tokens", type=int, help="of each stream (256; --quick 32)")
+    parser.add_argument("--itl", type=float, default=0.1, help="the default's ITL target, seconds")
+    parser.add_argument("--calibrate", type=float, metavar="S", help="measure the device first")
+    parser.add_argument("--profile", metavar="NAME|FILE", help="shipped, or a file")
+    parser.add_argument("--repeats", type=int, help="runs of each arm (3; --quick 1)")
+    add_run(parser)
+
+
+def main(options: argparse.Namespace) -> int:
+    quick = options.quick
+    pp = options.prompt_tokens or (16 if quick else 64)
+    tg = options.tokens or (32 if quick else 256)
+    model = resolve(options.model)
+    inside = InProcess(model, options.gpu_layers)
+    steady = cases_of(options, model, pp, tg, numbers(options.streams))
+    mixed = cases_of(
+        options, model, 4 * pp, tg // 4, numbers(options.mixed) if options.mixed else ()
+    )
+    profile = profile_of(inside, steady[0], options)
+    arms = choose(options.arms, [arm_of(inside, name, options, profile) for name in POLICIES])
+    subject = Path(options.model).name.removesuffix(".gguf")
+    out = out_file(options, "width", subject, inside.facts()["gpu_info"])
+    rows = []
+    for row in measure(inside, arms, steady, mixed, options):
+        schema.append(out, [row])
+        rows.append(row)
+        print(in_words(row), file=sys.stderr)
+    print(view(rows))
+    for target in TARGETS:
+        value = target.measured(rows)
+        if value is not None:
+            met = "met" if target.met_by(value) else "MISSED"
+            print(f"{target.text}: {value:.3f} ({target.limit}: {met})")
+    print(f"\nrows: {out}")
+    return int(any(row.error for row in rows))
+
+
+def profile_of(inside: InProcess, case: Case, options: argparse.Namespace) -> Profile | None:
+    """None: the engines look for one."""
+    if options.profile:
+        named = options.profile in shipped_names()
+        return shipped_profile(options.profile) if named else Profile.load(Path(options.profile))
+    if not options.calibrate:
+        return None
+    layout = "unified" if case.kv_unified else "streams"
+    print(f"measuring the device for {options.calibrate:g} s", file=sys.stderr)
+    return calibrate(
+        inside.model,
+        budget=options.calibrate,
+        layouts=(layout,),
+        n_threads=case.n_threads,
+        n_threads_batch=case.n_threads,
+        n_ubatch=case.n_ubatch,
+    )
+
+
+def measure(
+    inside: InProcess,
+    arms: Sequence[Policied],
+    steady: Sequence[Case],
+    mixed: Sequence[Case],
+    options: argparse.Namespace,
+) -> Iterator[schema.Row]:
+    run_id = uuid.uuid4().hex[:12]
+    budget = Budget(options.budget)
+    facts = inside.facts()
+    for repeat in range(options.repeats or (1 if options.quick else 3)):
+        for case, is_mixed in [*((c, False) for c in steady), *((c, True) for c in mixed)]:
+            for arm in arms if repeat % 2 == 0 else arms[::-1]:
+                if budget.spent():
+                    return
+                moment = schema.now()
+                try:
+                    run = partial(arm.run, case, is_mixed)
+                    measured, others = undisturbed(run, options.undisturbed)
+                    measured.detail["other_cpu"] = round(others, 3)
+                except (PyllamabatchError, MemoryError, RuntimeError) as failure:
+                    measured = Measured.failed(failure)
+                measured.detail["mixed"] = float(is_mixed)
+                yield case_row("width", arm, case, measured, facts | moment, run_id, repeat)
+
+
+def arm_of(
+    inside: InProcess, name: str, options: argparse.Namespace, profile: Profile | None
+) -> Policied:
+    includes = (
+        "Engine, by its step trace. Steady: pl streams of pp prompt tokens decode up to tg each, "
+        f"t_tg: while all do. Mixed: pl clients, {MIXED_ROUNDS} requests each, t_tg: all of it"
+    )
+    return Policied(name, includes, True, partial(run_once, inside, name, options, profile))
+
+
+def run_once(
+    inside: InProcess,
+    name: str,
+    options: argparse.Namespace,
+    profile: Profile | None,
+    case: Case,
+    mixed: bool,
+) -> Measured:
+    """One engine, one load. RuntimeError where there is no measured cost model."""
+    spec = POLICIES[name] + (f":itl={options.itl}" if name != COUNTED else "")
+    steps = case.tg * MIXED_ROUNDS * 4 if mixed else 4 * case.tg
+    cost: Any = "auto"
+    if profile is not None:
+        cost = CostModel.fit(profile, unified=case.kv_unified, n_ubatch=case.n_ubatch)
+    with Engine(
+        inside.model,
+        n_seq_max=case.pl,
+        n_ctx=case.n_ctx,
+        n_batch=case.n_batch,
+        n_ubatch=case.n_ubatch,
+        policy=make_policy(spec),
+        kv_unified=case.kv_unified,
+        prefix_cache=False,
+        n_threads=case.n_threads,
+        n_threads_batch=case.n_threads,
+        device_sampling="auto" if options.device_sampling == "auto" else False,
+        n_trace=steps + 512,
+        cost=cost,
+    ) as engine:
+        if engine.cost is None or not engine.cost.calibrated:
+            raise RuntimeError("nothing is known of this device and model: --calibrate")
+        seconds, n_tokens, gaps = (mixed_load if mixed else steady_load)(engine, case)
+        trace = engine.trace()
+        switch = engine.cost.switch
+        context = engine.n_ctx
+    detail: dict[str, float] = {
+        "itl_median_s": median(gaps),
+        "itl_p99_s": sorted(gaps)[ceil(0.99 * len(gaps)) - 1],
+        "itl_max_s": max(gaps),
+        "n_tokens": n_tokens,
+        "rows_mean": float(trace["rows"].mean()),
+        "on_device": float(trace["on_device"].mean()),
+        "reused": float((trace["reused"] > 0).mean()),
+    }
+    if switch is not None:
+        detail["switch_s"] = switch
+    # t_tg is the time for tg tokens of each stream, at the rate of the window
+    return Measured(0.0, seconds * case.tg * case.pl / n_tokens, {"n_kv_max": context}, detail)
+
+
+def params_of(case: Case, seed: int) -> SamplingParams:
+    if case.sampling == "greedy":
+        return SamplingParams(max_tokens=case.tg, ignore_eog=True, temperature=0.0)
+    return SamplingParams(max_tokens=case.tg, ignore_eog=True, seed=seed)
+
+
+def steady_load(engine: Engine, case: Case) -> tuple[float, int, list[float]]:
+    """Seconds, tokens and ITL of the steps in which all streams decode."""
+    prompts = case.prompts(engine.model.n_vocab)
+    streams = [engine.submit(p, params_of(case, i)) for i, p in enumerate(prompts)]
+    for stream in streams:
+        stream.wait()
+    trace = engine.trace()
+    decodes = (trace["ids"] != 0) & (trace["chunk"] == 0)
+    first = int(trace["prefill_rows"].nonzero()[0][-1]) + 1
+    had = decodes.cumsum(axis=0)
+    over = (had == had[-1]) & (had[-1] > 0)  # a stream's last row, and what follows
+    last = int(over.any(axis=1).argmax())
+    window = trace[first:last]
+    if len(window) < 2:
+        raise RuntimeError("the streams do not decode together for long enough: --tokens")
+    ends = ends_of(window)
+    return float(ends[-1] - ends[0]), int(window["sampled"][1:].sum()), itl(window, ends)
+
+
+def mixed_load(engine: Engine, case: Case) -> tuple[float, int, list[float]]:
+    prompts = [
+        case.prompts(engine.model.n_vocab, which=which)[i]
+        for i in range(case.pl)
+        for which in range(MIXED_ROUNDS)
+    ]
+    rng = np.random.default_rng(case.seed)
+    lengths = rng.integers(case.pp // 4, case.pp + 1, len(prompts)).tolist()
+
+    def client(i: int) -> None:
+        for k in range(i * MIXED_ROUNDS, (i + 1) * MIXED_ROUNDS):
+            engine.submit(prompts[k][: lengths[k]], params_of(case, k)).wait()
+
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(case.pl)]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - began
+    trace = engine.trace()
+    n_tokens = case.tg * len(prompts)
+    return seconds, n_tokens, itl(trace, ends_of(trace))
+
+
+def ends_of(trace: Trace) -> F64:
+    """When each step was over, s."""
+    names = ("t_start_ns", "build_ns", "decode_ns", "sync_ns", "sample_ns")
+    total: F64 = np.sum([trace[name] for name in names], axis=0) * 1e-9
+    return total
+
+
+def itl(trace: Trace, ends: F64) -> list[float]:
+    """Seconds between two decoding rows of the same request."""
+    found: list[float] = []
+    for slot in range(trace["ids"].shape[1]):
+        ids = trace["ids"][:, slot]
+        at = ((ids != 0) & (trace["chunk"][:, slot] == 0)).nonzero()[0]
+        same = ids[at][1:] == ids[at][:-1]
+        found += np.diff(ends[at])[same].tolist()
+    return found
+
+
+def in_words(row: schema.Row) -> str:
+    load = f"{'mixed' if row.detail.get('mixed') else 'steady'} n={row.pl:<3}"
+    if row.error:
+        return f"{load} {row.arm:<13} {row.error}"
+    detail = row.detail
+    switch = f", switch {1e3 * detail['switch_s']:.2f} ms" if "switch_s" in detail else ""
+    return (
+        f"{load} {row.arm:<13} {row.speed_tg:8.1f} tok/s, ITL median "
+        f"{1e3 * detail['itl_median_s']:.1f}, p99 {1e3 * detail['itl_p99_s']:.1f}, longest "
+        f"{1e3 * detail['itl_max_s']:.1f} ms, {detail['rows_mean']:.1f} rows a step{switch}"
+    )
+
+
+def view(rows: Sequence[schema.Row]) -> str:
+    """Medians of the repeats; ratios are the medians of ratios within a repeat."""
+    lines = [
+        "| load | counted tok/s | default tok/s | ratio | ITL p99, ms | longest, ms |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for mixed in (False, True):
+        mine = [r for r in rows if bool(r.detail.get("mixed")) == mixed and not r.error]
+        ratios = report.paired_ratios(mine, COUNTED)
+        for n in dict.fromkeys(row.pl for row in mine):
+            by_arm = {a: [r for r in mine if r.pl == n and r.arm == a] for a in (COUNTED, DEFAULT)}
+            if not all(by_arm.values()):
+                continue
+            speeds = [median(r.speed_tg for r in by_arm[a]) for a in by_arm]
+            p99 = [1e3 * median(r.detail["itl_p99_s"] for r in by_arm[a]) for a in by_arm]
+            most = [1e3 * median(r.detail["itl_max_s"] for r in by_arm[a]) for a in by_arm]
+            lines.append(
+                f"| {f'{n} clients' if mixed else f'{n} streams'} | {speeds[0]:.1f} | "
+                f"{speeds[1]:.1f} | {ratios.get((DEFAULT, n), float('nan')):.3f} | "
+                f"{p99[0]:.1f} → {p99[1]:.1f} | {most[0]:.1f} → {most[1]:.1f} |"
+            )
+    return "\n".join(lines) + "\n"
