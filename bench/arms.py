@@ -20,12 +20,11 @@ import numpy.typing as npt
 
 from bench import schema
 from bench.case import Case, Measured
-from bench.models import BenchModel
 from bench.tools import ToolError, build_options, tool
 from pyllamabatch.compare import facts
+from pyllamabatch.compare.case import ModelFile, sampling_params
 
 if TYPE_CHECKING:
-    from pyllamabatch.sampling import SamplingParams
     from pyllamabatch.scheduler import Plan, Policy, StepView
     from pyllamabatch.stepper import Stepper
 
@@ -122,7 +121,7 @@ class StepClock:
 class InProcess:
     """The arms that run in this process; the model is loaded once and kept."""
 
-    def __init__(self, model: BenchModel, n_gpu_layers: int) -> None:
+    def __init__(self, model: ModelFile, n_gpu_layers: int) -> None:
         from pyllamabatch.model import Model
 
         self.model = Model(model.path, n_gpu_layers=n_gpu_layers)
@@ -133,49 +132,23 @@ class InProcess:
 
     def raw(self, case: Case) -> Measured:
         """The loop of docs/raw.md: cffi calls only, libllama's sampler chains."""
-        from pyllamabatch.raw import lib
+        from pyllamabatch.compare.loop import ChainLoop
 
         with self.context(case) as context:
-            ctx, vocab = context.ptr, lib.llama_model_get_vocab(self.model.ptr)
-            prompts = case.prompts(lib.llama_vocab_n_tokens(vocab))
-            samplers = [_chain(case, seq) for seq in range(case.pl)]
-            batch = lib.llama_batch_init(case.n_batch, 0, 1)
-            for row in range(case.n_batch):
-                batch.n_seq_id[row] = 1
-
-            def decode(rows: list[tuple[int, int, int, bool]]) -> None:
-                batch.n_tokens = len(rows)
-                for i, (token, pos, seq, wanted) in enumerate(rows):
-                    batch.token[i], batch.pos[i], batch.logits[i] = token, pos, wanted
-                    batch.seq_id[i][0] = seq
-                code = lib.llama_decode(ctx, batch)
-                if code != 0:
-                    raise RuntimeError(f"llama_decode returned {code}")
-
+            prompts = case.prompts(self.model.n_vocab)
+            loop = ChainLoop(context, case.sampling)
             try:
                 start = time.perf_counter()
-                rows = [
-                    (int(prompts[seq, pos]), pos, seq, pos == case.pp - 1)
-                    for seq in range(case.pl)
-                    for pos in range(case.pp)
-                ]
-                tokens = [0] * case.pl
-                for first in range(0, len(rows), case.n_batch):
-                    part = rows[first : first + case.n_batch]
-                    decode(part)
-                    for i, (_, _, seq, wanted) in enumerate(part):
-                        if wanted:
-                            tokens[seq] = lib.llama_sampler_sample(samplers[seq], ctx, i)
+                for seq, prompt in enumerate(prompts.tolist()):
+                    loop.start(seq, prompt, case.seed + seq)
+                while loop.prefilling:
+                    loop.step(decode=False)
                 begin = time.perf_counter()
-                for step in range(case.tg):
-                    decode([(tokens[seq], case.pp + step, seq, True) for seq in range(case.pl)])
-                    for seq in range(case.pl):
-                        tokens[seq] = lib.llama_sampler_sample(samplers[seq], ctx, seq)
+                for _ in range(case.tg):
+                    loop.step()
                 end = time.perf_counter()
             finally:
-                lib.llama_batch_free(batch)
-                for sampler in samplers:
-                    lib.llama_sampler_free(sampler)
+                loop.close()
         return Measured(begin - start, end - begin)
 
     def stepper(self, case: Case) -> Measured:
@@ -218,17 +191,7 @@ class InProcess:
         from pyllamabatch.scheduler import sarathi
 
         clock = StepClock(sarathi(), case.pl, case.tg)
-        with Engine(
-            self.model,
-            n_seq_max=case.pl,
-            n_ctx=case.n_ctx,
-            n_batch=case.n_batch,
-            n_ubatch=case.n_ubatch,
-            n_threads=case.n_threads,
-            n_threads_batch=case.n_threads,
-            kv_unified=case.kv_unified,
-            policy=clock,
-        ) as engine:
+        with Engine(self.model, policy=clock, **case.context_params()) as engine:
             prompts = case.prompts(self.model.n_vocab)
             room = case.n_ctx // case.pl - case.pp
             start = time.perf_counter()
@@ -249,15 +212,7 @@ class InProcess:
         )
 
     def context(self, case: Case) -> Any:
-        return self.model.context(
-            n_ctx=case.n_ctx,
-            n_batch=case.n_batch,
-            n_ubatch=case.n_ubatch,
-            n_seq_max=case.pl,
-            n_threads=case.n_threads,
-            n_threads_batch=case.n_threads,
-            kv_unified=case.kv_unified,
-        )
+        return self.model.context(**case.context_params())
 
 
 def compute_prompts(stepper: Stepper, case: Case) -> npt.NDArray[np.int32]:
@@ -282,30 +237,3 @@ def compute_prompts(stepper: Stepper, case: Case) -> npt.NDArray[np.int32]:
         result.raise_for_code()
         token[result.seq] = result.token
     return token
-
-
-def sampling_params(sampling: str, seed: int, max_tokens: int) -> SamplingParams:
-    """`sampling`: "greedy" or "default"; never ends before `max_tokens`."""
-    from pyllamabatch.sampling import SamplingParams
-
-    extra: dict[str, Any] = {"temperature": 0.0} if sampling == "greedy" else {}
-    return SamplingParams(max_tokens=max_tokens, ignore_eog=True, seed=seed, **extra)
-
-
-def _chain(case: Case, seq: int) -> Any:
-    """libllama's chain for the case's sampling; the numbers are SamplingParams' defaults."""
-    from pyllamabatch.raw import lib
-
-    chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-    if case.sampling == "greedy":
-        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
-    else:
-        for sampler in (
-            lib.llama_sampler_init_top_k(40),
-            lib.llama_sampler_init_top_p(0.95, 1),
-            lib.llama_sampler_init_min_p(0.05, 1),
-            lib.llama_sampler_init_temp(0.8),
-            lib.llama_sampler_init_dist(case.seed + seq),
-        ):
-            lib.llama_sampler_chain_add(chain, sampler)
-    return chain

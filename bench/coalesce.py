@@ -16,11 +16,12 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from bench import decode, report, schema
-from bench.arms import InProcess, in_own_thread, sampling_params
+from bench.arms import InProcess, in_own_thread
 from bench.case import Arm, Case, Measured, cases_of
 from bench.models import resolve
 from bench.options import Budget, add_model, add_run, numbers, out_file
 from bench.targets import Figure, Target, speed_ratio
+from pyllamabatch.compare.case import sampling_params
 
 if TYPE_CHECKING:
     from pyllamabatch.engine import Engine

@@ -22,7 +22,6 @@ from typing import Any
 
 from bench.case import Case
 from bench.models import BenchModel
-from bench.serving import engine_settings
 
 HOST = "127.0.0.1"
 Complete = Callable[[dict[str, Any]], dict[str, Any]]
@@ -33,7 +32,7 @@ def engine(case: Case, gpu: bool) -> Complete:
     from pyllamabatch import Engine, Model, SamplingParams
 
     serving = Engine(
-        Model(case.model.path, n_gpu_layers=case.n_gpu_layers), **engine_settings(case)
+        Model(case.model.path, n_gpu_layers=case.n_gpu_layers), **case.context_params()
     )
 
     def complete(body: dict[str, Any]) -> dict[str, Any]:

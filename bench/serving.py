@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from bench.arms import sampling_params
 from bench.case import I32, Case, Measured
+from pyllamabatch.compare.case import sampling_params
 
 if TYPE_CHECKING:
     from bench.server import ServerProcess
@@ -102,7 +102,7 @@ class EngineClients(Clients):
 
         super().__init__(case, model.n_vocab)
         self._limit_s = limit_s
-        self._engine = Engine(model, **engine_settings(case))
+        self._engine = Engine(model, **case.context_params())
 
     def connect(self) -> None: ...
 
@@ -173,19 +173,6 @@ class Tool:
         return self._work(self._case)
 
     def close(self, *, now: bool = False) -> None: ...
-
-
-def engine_settings(case: Case) -> dict[str, Any]:
-    """The arguments of `Engine` for a case."""
-    return {
-        "n_seq_max": case.pl,
-        "n_ctx": case.n_ctx,
-        "n_batch": case.n_batch,
-        "n_ubatch": case.n_ubatch,
-        "n_threads": case.n_threads,
-        "n_threads_batch": case.n_threads,
-        "kv_unified": case.kv_unified,
-    }
 
 
 def request_body(sampling: str) -> dict[str, Any]:

@@ -21,12 +21,13 @@ import numpy as np
 import numpy.typing as npt
 
 from bench import report, schema
-from bench.arms import InProcess, compute_prompts, sampling_params
+from bench.arms import InProcess, compute_prompts
 from bench.case import Arm, Case, Measured, case_row
 from bench.models import resolve
 from bench.options import Budget, add_run, choose, out_file
 from bench.quiet import undisturbed
 from bench.targets import Figure, Target
+from pyllamabatch.compare.case import sampling_params
 
 N_SEQS = 64
 N_TOKENS = 128  # of a request, where requests come and go
