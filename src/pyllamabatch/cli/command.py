@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from pyllamabatch.cli import calibrate, demo, generate, info, plan, simulate
+from pyllamabatch.cli import calibrate, compare, demo, generate, info, plan, simulate
 from pyllamabatch.errors import ArgumentError, PyllamabatchError
 
 #: Exit statuses, beside 0 and those that a command documents.
@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--version", action="version", version=f"pyllamabatch {metadata.version('pyllamabatch')}"
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (demo, generate, calibrate, plan, simulate, info):
+    for command in (demo, generate, compare, calibrate, plan, simulate, info):
         sub = commands.add_parser(
             command.NAME,
             help=command.HELP,

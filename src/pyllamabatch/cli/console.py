@@ -102,3 +102,66 @@ class BarProgress:
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
+
+
+class RunsDisplay(Protocol):
+    """How far a comparison of many runs is. A context manager."""
+
+    def running(self, what: str) -> None: ...
+    def done(self, result: str) -> None: ...
+    def __enter__(self) -> RunsDisplay: ...
+    def __exit__(self, *error: object) -> None: ...
+
+
+def runs_display(total: int, *, quiet: bool = False) -> RunsDisplay:
+    """A line for each run on the standard error, on a terminal with a bar below."""
+    console = None if quiet else live_console()
+    return PlainRuns(total, quiet=quiet) if console is None else BarRuns(total, console)
+
+
+class PlainRuns:
+    def __init__(self, total: int, *, quiet: bool) -> None:
+        self._total = total
+        self._n_done = 0
+        self._quiet = quiet
+
+    def running(self, what: str) -> None: ...
+
+    def done(self, result: str) -> None:
+        self._n_done += 1
+        if not self._quiet:
+            print(f"{self._n_done:>4}/{self._total}  {result}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> PlainRuns:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
+class BarRuns:
+    def __init__(self, total: int, console: Console) -> None:
+        from rich import progress as rich_progress
+
+        self._bar = rich_progress.Progress(
+            rich_progress.TextColumn("{task.description}"),
+            rich_progress.BarColumn(),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._bar.add_task("compare", total=total)
+
+    def running(self, what: str) -> None:
+        self._bar.update(self._task, description=what)
+
+    def done(self, result: str) -> None:
+        self._bar.console.print(result, markup=False, highlight=False, soft_wrap=True)
+        self._bar.advance(self._task)
+
+    def __enter__(self) -> BarRuns:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()

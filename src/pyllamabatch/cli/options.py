@@ -41,6 +41,21 @@ def at_least(low: int, high: int | None = None) -> Callable[[str], int]:
     return whole_number
 
 
+def n_bytes(text: str) -> int:
+    """A number with K, M, G, T (powers of 1000: 80.8G is 80.8e9) or Ki, Mi, Gi, Ti."""
+    powers = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+    powers |= {f"{c}i": 2 ** (10 * i) for i, c in enumerate("kmgt", 1)}
+    number = text.rstrip("BbiKkMmGgTt")
+    unit = text[len(number) :].lower().rstrip("b")
+    try:
+        value = float(number) * powers[unit]
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of bytes") from None
+    if not 0 <= value < 2**60:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of bytes")
+    return int(value)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("-m", "--model", metavar="FILE.gguf", help="default: the embedded model")

@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict, replace
 from typing import Any
 
-from pyllamabatch.cli.options import add_model_arguments, at_least
+from pyllamabatch.cli.options import add_model_arguments, at_least, n_bytes
 from pyllamabatch.device.machines import GIB, MACHINES, Machine, machine
 from pyllamabatch.device.residency import Footprint, Pool, Projector, by_size, most
 from pyllamabatch.device.share import Shared, measure
@@ -27,17 +27,17 @@ GRAPHS = 10**9  # bytes of a process beside weights and cells, where no file tel
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument(
-        "--weights", type=_bytes, metavar="BYTES", help="instead of a file: 80.8G, 153G, ..."
+        "--weights", type=n_bytes, metavar="BYTES", help="instead of a file: 80.8G, 153G, ..."
     )
     parser.add_argument(
-        "--kv-per-cell", type=_bytes, default=0, metavar="BYTES", help="with --weights"
+        "--kv-per-cell", type=n_bytes, default=0, metavar="BYTES", help="with --weights"
     )
     parser.add_argument(
         "--machine", default="here", metavar="NAME", help=f"here, {', '.join(MACHINES)}"
     )
-    parser.add_argument("--memory", type=_bytes, metavar="BYTES", help="instead of the machine's")
+    parser.add_argument("--memory", type=n_bytes, metavar="BYTES", help="instead of the machine's")
     parser.add_argument(
-        "--limit", type=_bytes, metavar="BYTES",
+        "--limit", type=n_bytes, metavar="BYTES",
         help="of the device (a Mac's wired limit), instead of the machine's",
     )  # fmt: skip
     parser.add_argument(
@@ -74,21 +74,6 @@ def run(args: argparse.Namespace) -> int:
         found["measured"] = [asdict(s) for s in shared]
     print(json.dumps(found) if args.json else "\n".join(lines(found, args, chosen, shared)))
     return 0
-
-
-def _bytes(text: str) -> int:
-    """A number with K, M, G, T (powers of 1000: 80.8G is 80.8e9) or Ki, Mi, Gi, Ti."""
-    powers = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-    powers |= {f"{c}i": 2 ** (10 * i) for i, c in enumerate("kmgt", 1)}
-    number = text.rstrip("BbiKkMmGgTt")
-    unit = text[len(number) :].lower().rstrip("b")
-    try:
-        value = float(number) * powers[unit]
-    except (KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of bytes") from None
-    if not 0 <= value < 2**60:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of bytes")
-    return int(value)
 
 
 def plan_by_size(args: argparse.Namespace, chosen: Machine) -> dict[str, Any]:

@@ -38,8 +38,7 @@ Panel = Callable[[Comparison, "Axes"], None]
 def save(rows: Sequence[Row], path: Path) -> None:
     """A picture (.png, .svg) or a page (.html) in `path`, by its suffix. Raises ArgumentError for
     another suffix or without rows, UnsupportedOperation without matplotlib."""
-    if path.suffix not in KINDS:
-        raise ArgumentError("path", str(path), f"must end in {', '.join(KINDS)}")
+    check(path)
     if not rows:
         raise ArgumentError("rows", rows, "must be one at least")
     with styled() as new:
@@ -49,6 +48,14 @@ def save(rows: Sequence[Row], path: Path) -> None:
             return
         text = svg(figure)
     path.write_text(page(rows, text) if path.suffix == ".html" else text, encoding="utf-8")
+
+
+def check(path: Path) -> None:
+    """What `save` raises for the path, and without matplotlib."""
+    if path.suffix not in KINDS:
+        raise ArgumentError("path", str(path), f"must end in {', '.join(KINDS)}")
+    with styled():
+        pass
 
 
 def page(rows: Sequence[Row], plots: str) -> str:

@@ -1,0 +1,294 @@
+"""`pyllamabatch compare` with the embedded model: every arm does what it was asked, and what fails
+or is interrupted harms nobody else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyllamabatch.cli import main
+from pyllamabatch.compare.row import Row, read
+
+SHORT = ["--prompt-tokens", "12", "--sample-tokens", "6", "--repeats", "1", "--quiet", "-t", "1"]
+ARMS = ["single", "processes", "contexts", "shared", "engine"]
+KEYS = [
+    *("scenario", "num_sequences", "prompt_tokens", "sample_tokens", "elapsed_seconds"),
+    *("total_tokens_sampled", "aggregate_tokens_per_second", "per_sequence_tokens_per_second"),
+]
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
+
+
+def compare(*words: str | Path) -> int:
+    return main(["compare", *SHORT, *map(str, words)])
+
+
+def rows_of(out: Path, *words: str) -> list[Row]:
+    compare("--out", out, *words)
+    return list(read(out))
+
+
+@pytest.fixture(scope="module")
+def burst(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """Two repeats, with the fused sampler beside the chain."""
+    out = tmp_path_factory.mktemp("burst") / "rows.jsonl"
+    words = ["-n", "2", "--repeats", "2", "--sampler", "chain,fused", "--keep-loaded"]
+    assert compare("--out", out, *words) == 0
+    return list(read(out))
+
+
+def test_every_arm_runs_and_its_neighbours_change_places(burst: list[Row]) -> None:
+    arms = [name for kind in ARMS[:-1] for name in (kind, f"{kind} fused")] + ["engine"]
+    assert [row.arm for row in burst] == arms + arms[::-1]
+    assert [row.repeat for row in burst] == [0] * 9 + [1] * 9
+    assert [row.pl for row in burst[:3]] == [1, 1, 2]
+    assert not any(row.error for row in burst)
+
+
+def test_a_burst_times_all_tokens_but_the_first(burst: list[Row]) -> None:
+    for row in burst:
+        detail = row.detail
+        assert (row.bench, row.pp, row.tg, row.t_pp) == ("compare", 12, 5, 0.0)
+        assert detail["completed"] == detail["requests"] == row.pl
+        assert detail["total_tokens_sampled"] == 5 * row.pl
+        assert detail["elapsed_seconds"] == row.t_tg > 0
+        assert row.speed_tg == pytest.approx(5 * row.pl / row.t_tg)
+        slow, mean, fast = (
+            detail[f"{name}_tokens_per_second"] for name in ("slowest", "per_sequence", "fastest")
+        )
+        assert 0 < slow <= mean <= fast
+        assert detail["fairness"] == pytest.approx(slow / fast)
+        assert 0 < detail["ttft_p50_s"] <= detail["ttft_p99_s"]
+        assert detail["itl_p50_s"] <= detail["itl_p99_s"]
+
+
+def test_rows_say_where_and_how(burst: list[Row]) -> None:
+    for row in burst:
+        assert row.model_filename == "default.gguf"
+        assert row.model_n_params > 3e6
+        assert row.backends
+        assert row.n_threads == row.detail["n_threads_each"] == 1
+        assert ("fused" in row.arm) == ("fused sampler" in row.includes)
+        assert ("no HTTP" in row.includes) == (not row.arm.startswith("processes"))
+        assert "HTTP" in row.includes or "http" in row.includes
+
+
+def test_completions_fired_at_once_count_whole(tmp_path: Path) -> None:
+    rows = rows_of(
+        tmp_path / "r.jsonl", "--protocol", "ds4", "-n", "2", "--arms", ",".join(ARMS[1:])
+    )
+    assert [row.arm for row in rows] == ARMS[1:]
+    for row in rows:
+        assert not row.error
+        assert (row.bench, row.tg, row.detail["total_tokens_sampled"]) == ("compare-ds4", 6, 12)
+        assert row.t_tg >= row.detail["ttft_p99_s"]
+
+
+@pytest.mark.parametrize("kv", ["streams", "unified"])
+def test_requests_that_come_at_random(tmp_path: Path, kv: str) -> None:
+    words = ["--protocol", "poisson", "--rate", "40", "-n", "2", "--requests", "3", "--kv", kv]
+    rows = rows_of(tmp_path / "r.jsonl", *words, "--arms", ",".join(ARMS[1:]))
+    assert [row.arm for row in rows] == ARMS[1:]
+    for row in rows:
+        assert not row.error
+        assert row.kv_unified == (kv == "unified")
+        assert (row.bench, row.pp, row.tg) == ("compare-poisson", 3 * 12, 3 * 6)
+        assert row.detail["completed"] == row.detail["requests"] == 6
+        assert row.detail["total_tokens_sampled"] == 36
+        assert row.detail["rate"] == 40
+
+
+def test_threads_are_divided_or_not(tmp_path: Path) -> None:
+    words = ["-n", "3", "-t", "6", "--arms", "contexts,shared"]
+    fair = rows_of(tmp_path / "fair.jsonl", *words)
+    assert [row.n_threads for row in fair] == [2, 6]
+    seed = rows_of(tmp_path / "seed.jsonl", *words, "--oversubscribe")
+    assert [row.n_threads for row in seed] == [6, 6]
+
+
+# -- scenarios and the gate --
+
+
+@pytest.mark.parametrize("scenario", ["a_two_contexts", "b_shared_context", "c_engine_threaded"])
+def test_a_scenario_prints_the_bench_s_line(
+    scenario: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert compare("--scenario", scenario, "--num-sequences", "3", "--gpu-layers", "0") == 0
+    (line,) = capfd.readouterr().out.splitlines()
+    values = json.loads(line)
+    assert list(values) == KEYS
+    assert values["scenario"] == scenario
+    assert [values[key] for key in KEYS[1:4]] == [3, 12, 6]
+    assert values["total_tokens_sampled"] == (6 - 1) * 3
+    speed = values["total_tokens_sampled"] / values["elapsed_seconds"]
+    assert values["aggregate_tokens_per_second"] == pytest.approx(speed)
+    assert values["per_sequence_tokens_per_second"] == pytest.approx(speed / 3)
+
+
+def test_a_scenario_that_fails_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    """More sequences than the cells' memory would hold."""
+    assert compare("--scenario", "b_shared_context", "--ctx-size", str(2**29)) == 1
+    (line,) = capfd.readouterr().out.splitlines()
+    values = json.loads(line)
+    assert list(values) == ["scenario", "error"]
+    assert "memory" in values["error"].lower()
+
+
+@pytest.mark.parametrize(("least", "status"), [("1e-6", 0), ("1e6", 3)])
+def test_the_gate_sets_the_status(
+    least: str, status: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--scenario", "b_shared_context", "--gate", least]
+    assert compare(*words) == status
+    out, err = capfd.readouterr()
+    assert list(json.loads(out)) == KEYS  # one line, of the scenario alone
+    assert f"at least {float(least):g} wanted" in err
+
+
+def test_a_gate_that_has_no_ratio_is_not_met(tmp_path: Path) -> None:
+    words = ["-n", "2", "--arms", "contexts,engine", "--ctx-size", str(2**29), "--gate", "1e-6"]
+    assert compare(*words) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--gate", "1.4", "--arms", "engine"], "--gate"),
+        (["--gate", "1.4", "-n", "1"], "--gate"),
+        (["--arms", "engines"], "engines"),
+        (["--scenario", "a_two_contexts", "--arms", "engine"], "--scenario"),
+        (["--scenario", "a_two_contexts", "-n", "2,3"], "--num-sequences"),
+        (["--sample-tokens", "1"], "--sample-tokens"),
+        (["--ctx-size", "17"], "--ctx-size"),
+        (["-n", "0"], "--num-sequences"),
+        (["--protocol", "poisson"], "--rate"),
+        (["--process-memory", "1G", "--arms", "engine"], "--process-memory"),
+        (["--plot", "x.gif"], "x.gif"),
+        (["--out", "/dev/null/x"], "--out"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_before_anything_runs(
+    words: list[str], named: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert compare(*words) == 2
+    assert named in capfd.readouterr().err
+
+
+def test_a_file_that_is_no_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF but no more")
+    assert compare("-m", tmp_path / "m.gguf") == 1
+    assert "m.gguf" in capfd.readouterr().err
+
+
+# -- what goes wrong --
+
+
+@LINUX
+@pytest.mark.parametrize("limit", ["--process-memory", "--total-memory"])
+def test_over_commit_ends_an_arm_and_not_the_others(
+    tmp_path: Path, limit: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rows.jsonl"
+    words = ["-n", "1,2", limit, "64Mi", "--arms", "processes,contexts", "--out", str(out)]
+    assert compare(*words, "--ctx-size", "65536") == 1
+    rows = list(read(out))
+    assert [(row.arm, row.pl, bool(row.error)) for row in rows] == [
+        ("processes", 1, True),
+        ("contexts", 1, False),
+        ("processes", 2, True),
+        ("contexts", 2, False),
+    ]
+    for row in rows[::2]:
+        assert row.speed_tg == 0
+        assert "worker 0" in row.error
+    assert "worker 0" in capfd.readouterr().out  # the table says it
+
+
+def test_ctrl_c_leaves_no_process_and_keeps_the_rows(tmp_path: Path) -> None:
+    started = Started(tmp_path, "--arms", "single,processes", "-n", "2", "--sample-tokens", "3000")
+    with started:
+        started.wait_for_row()
+        started.wait_for_children(3)  # two workers and the router
+        started.process.send_signal(signal.SIGINT)
+        out, err = started.process.communicate(timeout=60)
+    assert started.process.returncode == 130
+    assert "interrupted" in err
+    assert "single" in out  # a table of what there is
+    assert [row.arm for row in read(started.rows)] == ["single"]
+    started.assert_all_gone(within_s=0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_whatever_ends_it_no_process_stays(tmp_path: Path, number: signal.Signals) -> None:
+    with Started(tmp_path, "--arms", "processes", "-n", "2", "--sample-tokens", "3000") as started:
+        started.wait_for_children(3)
+        started.process.send_signal(number)
+        started.process.communicate(timeout=60)
+    assert started.process.returncode == (130 if number == signal.SIGTERM else -number)
+    started.assert_all_gone(within_s=0 if number == signal.SIGTERM else 20)
+
+
+class Started:
+    """The command in a process of its own, which ends with the block."""
+
+    def __init__(self, folder: Path, *words: str) -> None:
+        self.rows = folder / "rows.jsonl"
+        command = [sys.executable, "-m", "pyllamabatch", "compare", *SHORT]
+        # A shell's background job ignores SIGINT, and so would what it starts.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            self.process = subprocess.Popen(
+                [*command, "--out", str(self.rows), *words],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
+        self.children: set[int] = set()
+
+    def __enter__(self) -> Started:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def wait_for_row(self) -> None:
+        wait_until(lambda: self.rows.exists() and self.rows.read_text().count("\n") > 0)
+
+    def wait_for_children(self, n: int) -> None:
+        def there() -> bool:
+            listing = subprocess.run(
+                ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
+            )
+            pairs = [map(int, line.split()) for line in listing.stdout.splitlines()]
+            self.children = {pid for pid, parent in pairs if parent == self.process.pid}
+            return len(self.children) == n
+
+        wait_until(there)
+
+    def assert_all_gone(self, within_s: float) -> None:
+        wait_until(lambda: not any(map(alive, self.children)), within_s)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_until(true: Any, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.05)
