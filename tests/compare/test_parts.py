@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from pyllamabatch import Engine, Model
-from pyllamabatch._child import Child, ChildFailed
+from pyllamabatch._child import Child, ChildFailed, interrupts_later
 from pyllamabatch.compare.arms import Arm, ArmError, answer, chosen
 from pyllamabatch.compare.case import Case, GgufFile, sampling_params
 from pyllamabatch.compare.clients import at_once
@@ -272,6 +272,24 @@ def test_a_child_that_does_not_answer_is_not_waited_for() -> None:
     with Child("pyllamabatch.compare.host") as child, pytest.raises(ChildFailed, match="no answer"):
         child.answer(0.05)
     assert child.ended()
+
+
+def test_an_interrupt_waits_until_the_process_is_somebody_s() -> None:
+    done: list[str] = []
+
+    def start() -> None:
+        with interrupts_later():
+            signal.raise_signal(signal.SIGINT)
+            done.append("noted")
+        done.append("too late")
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done == ["noted"]
 
 
 @pytest.fixture

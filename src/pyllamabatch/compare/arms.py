@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from pyllamabatch._child import Child
+from pyllamabatch._child import Child, interrupts_later
 from pyllamabatch.compare.case import Case
 from pyllamabatch.compare.host import PROBE
 from pyllamabatch.compare.job import Job, Outcome
@@ -114,11 +115,11 @@ def answer(child: Child, limit_s: float) -> dict[str, Any]:
 
 def probe(case: Case, verbose: bool) -> dict[str, Any]:
     """What rows say of the build and the model. ArmError when the file can't be loaded."""
-    hosted = Hosted(PROBE, CHAIN, case, verbose)
-    try:
+    with ExitStack() as stack:
+        with interrupts_later():
+            hosted = Hosted(PROBE, CHAIN, case, verbose)
+            stack.callback(hosted.close)
         return hosted.ready()
-    finally:
-        hosted.close()
 
 
 def chosen(kinds: list[str], samplers: list[str]) -> list[Arm]:

@@ -99,15 +99,11 @@ def drive(loop: Loop, n_slots: int, todo: Todo, all_ready: Callable[[], object])
 
 
 class Shared(Inside):
-    """One context for all sequences, one batch per step, in a thread of its own as in the other
-    arms: ggml's OpenMP threads belong to the thread that computes, those of the thread that loads
-    the model stay, and libgomp does not spin at barriers when there are more of them than cores. An
-    arm that computed where it loaded would have other barriers than the rest."""
+    """One context for all sequences, one batch per step."""
 
     def __init__(self, model: Model, case: Case, sampler: str) -> None:
         super().__init__(model, case)
         self._stack = ExitStack()
-        self._thread = self._stack.enter_context(ThreadPoolExecutor(1))
         context = self._stack.enter_context(model.context(**case.context_params()))
         self._loop = loop_of(sampler, context, case.sampling)
         self._stack.callback(self._loop.close)
@@ -119,7 +115,7 @@ class Shared(Inside):
         def all_ready() -> None:
             begin[0] = time.perf_counter()
 
-        self._thread.submit(drive, self._loop, self.case.pl, todo, all_ready).result()
+        drive(self._loop, self.case.pl, todo, all_ready)
         return Outcome(begin[0], todo.served)
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pyllamabatch._child import interrupts_later
 from pyllamabatch.compare import facts
 from pyllamabatch.compare.arms import Arm, Hosted, Serving
 from pyllamabatch.compare.case import Case, Measured, case_row
@@ -125,8 +126,9 @@ class _Opened:
             serving = self._open[arm][1]
             reader = Reader(serving.pids)
         else:
-            serving = open_arm(plan, arm, case)
-            self._stack.callback(serving.close)
+            with interrupts_later():
+                serving = open_arm(plan, arm, case)
+                self._stack.callback(serving.close)
             self._open[arm] = case, serving
             reader = Reader(serving.pids)  # before anything is loaded
             serving.load()

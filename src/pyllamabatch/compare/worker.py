@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -126,10 +125,7 @@ def main() -> None:
         tell_parent(json.dumps({"error": f"{type(error).__name__}: {error}"}))
         return
     tell_parent(json.dumps({"port": server.server_port, "n_vocab": model.n_vocab}))
-    # Where the other arms compute: in a thread that has not loaded the model (see `inside.Shared`).
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    thread.join()
+    server.serve_forever()
 
 
 def limit_memory(n_bytes: int) -> None:
