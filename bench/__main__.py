@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 BENCHES = (
     "coalesce",
+    "compare",
     "decode",
     "policies",
     "prefix",

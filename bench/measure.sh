@@ -64,6 +64,10 @@ measure sampler --repeats 3 --rows 64 --threads "1,$cores"
 measure step --model "$model" --budget 60
 measure decode --model "$model" -B "$counts" --prompt-tokens 256 --tokens 128 \
     --repeats "$repeats" --arms llama-batched-bench,stepper,engine --budget "$budget"
+# All arms at 2 and 4 users; beyond, processes only take turns on a GPU. 100 s on an H200.
+measure compare --model "$model" -N 2,4 --repeats 2 --keep-loaded --budget 60
+measure compare --model "$model" -N 3,8,16 --arms single,contexts,shared,engine --repeats 2 \
+    --keep-loaded --budget 60
 measure serve --model "$model" --clients "$counts" --repeats "$repeats" --answer-limit 60 \
     --budget $((2 * budget))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up import GIB, row
+from made_up_rows import GIB, row
 
 from pyllamabatch._plots import styled
 from pyllamabatch.compare import plots

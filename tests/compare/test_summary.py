@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from made_up import GIB, row
+from made_up_rows import GIB, row
 
 from pyllamabatch.compare.advice import as_fast
 from pyllamabatch.compare.medians import short

@@ -1,0 +1,148 @@
+"""The four ways to serve N users side by side: processes, contexts, a shared context, the engine.
+
+The rows are those of `pyllamabatch compare`, which does the work; here they get the benches' models
+and files. Arms run in turn, each in processes of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+
+from bench import report, schema
+from bench.case import cases_of
+from bench.models import BenchModel, resolve
+from bench.options import Budget, add_model, add_run, numbers, out_file
+from bench.quiet import wait_for_quiet
+from bench.targets import Figure, Target, speed_ratio
+from pyllamabatch.compare import plots, summary
+from pyllamabatch.compare.arms import NAMES as ARMS
+from pyllamabatch.compare.arms import chosen, probe
+from pyllamabatch.compare.job import BENCHES, BURST, POISSON
+from pyllamabatch.compare.medians import paired_ratios
+from pyllamabatch.compare.run import Plan, measure
+
+QUICK = ("--quick",)
+NAMES = tuple(BENCHES.values())
+ON_H200 = {"gpu_info": "H200", "model_type": "gemma3 1B"}
+
+
+def of_burst(figure: Figure) -> Figure:
+    return lambda rows: figure([row for row in rows if row.bench == BENCHES[BURST]])
+
+
+def over_one_user(rows: Sequence[schema.Row]) -> float | None:
+    return paired_ratios(rows, "single", 1).get(("engine", 2))
+
+
+TARGETS = (
+    *(
+        Target(
+            f"N = {n}: engine over contexts, default sampling, Gemma 3 1B on an H200",
+            of_burst(speed_ratio("engine", "contexts", n, sampling="default")),
+            at_least=least,
+            where=ON_H200,
+        )
+        for n, least in ((2, 1.45), (3, 1.55), (4, 1.65), (8, 2.0), (16, 2.4))
+    ),
+    Target(
+        "N = 2: engine over one user alone, default sampling, Gemma 3 1B on an H200",
+        of_burst(over_one_user),
+        at_least=1.9,
+        where=ON_H200,
+    ),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("-N", "--users", help="comma separated (1,2,3,4,8; --quick 1,2)")
+    parser.add_argument("--arms", default=",".join(ARMS), help="comma separated")
+    parser.add_argument(
+        "--protocols", default=BURST, help=f"comma separated, of {', '.join(BENCHES)}"
+    )
+    parser.add_argument("--samplers", default="chain", help="chain, fused or both (chain,fused)")
+    parser.add_argument("--sampling", choices=["greedy", "default"], default="default")
+    parser.add_argument("--prompt-tokens", type=int, help="per user (256; --quick 32)")
+    parser.add_argument("--tokens", type=int, help="of an answer (200; --quick 16)")
+    parser.add_argument("--rate", type=float, default=1.0, help="poisson: requests a second")
+    parser.add_argument("--requests", type=int, default=4, help="poisson: of each user")
+    parser.add_argument("--repeats", type=int, help="runs of each arm (3; --quick 1)")
+    parser.add_argument(
+        "--keep-loaded",
+        action="store_true",
+        help="all arms of a number of users stay loaded, which takes memory and spares time",
+    )
+    add_run(parser)
+
+
+def main(options: argparse.Namespace) -> int:
+    model = resolve(options.model)
+    todo = plans(options, model)
+    about = probe(todo[0].cases[0], False)
+    about["versions"]["commit"] = schema.commit()
+    subject = Path(options.model).name.removesuffix(".gguf")
+    out = out_file(options, "compare", subject, about["gpu_info"])
+    rows = []
+    budget = Budget(options.budget)
+    for plan in todo:
+        with contextlib.closing(measure(plan, about)) as running:  # ends processes, also on Ctrl-C
+            for row in until_spent(running, budget, options.undisturbed):
+                schema.append(out, [row])
+                rows.append(row)
+                print(f"{row.bench} N={row.pl:<3} {report.in_words(row)}", file=sys.stderr)
+    print(f"\n{model.name}, {options.threads} threads, medians of {todo[0].repeats}\n")
+    print(f"{view(rows)}\nrows: {out}")
+    return int(any(row.error for row in rows))
+
+
+def view(rows: Sequence[schema.Row]) -> str:
+    """The table; what follows from it where it decides."""
+    lines = summary.advice(rows).splitlines() if rows and rows[0].bench == BENCHES[BURST] else []
+    return "\n".join([summary.table(rows), *(f"- {line}" for line in lines)])
+
+
+def draw(rows: Sequence[schema.Row], path: Path) -> None:
+    plots.save(rows, path)
+
+
+def plans(options: argparse.Namespace, model: BenchModel) -> list[Plan]:
+    """One for each protocol."""
+    quick = options.quick
+    pp = options.prompt_tokens or (32 if quick else 256)
+    tokens = options.tokens or (16 if quick else 200)
+    users = numbers(options.users or ("1,2" if quick else "1,2,3,4,8"))
+    found = []
+    for protocol in options.protocols.split(","):
+        if protocol not in BENCHES:
+            raise SystemExit(f"--protocols {protocol}: not one of {', '.join(BENCHES)}")
+        timed = tokens - 1 if protocol == BURST else tokens
+        found.append(
+            Plan(
+                protocol=protocol,
+                arms=chosen(options.arms.split(","), options.samplers.split(",")),
+                cases=cases_of(options, model, pp, timed, users),
+                tokens=tokens,
+                requests=options.requests if protocol == POISSON else 1,
+                rate=options.rate,
+                repeats=options.repeats or (1 if quick else 3),
+                keep_loaded=options.keep_loaded,
+            )
+        )
+    return found
+
+
+def until_spent(
+    running: Generator[schema.Row, None, None], budget: Budget, limit: float | None
+) -> Iterator[schema.Row]:
+    """Rows while there is time for more runs; with a `limit` each run waits for quiet."""
+    while not budget.spent():
+        if limit is not None:
+            wait_for_quiet(limit)
+        row = next(running, None)
+        if row is None:
+            return
+        yield row
