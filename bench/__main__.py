@@ -22,6 +22,7 @@ BENCHES = (
     "coalesce",
     "compare",
     "decode",
+    "plan",
     "policies",
     "prefix",
     "sampler",
@@ -31,6 +32,7 @@ BENCHES = (
     "soak",
     "stall",
     "step",
+    "validate",
     "width",
 )
 """One module each, `bench/NAME.py`; a new one needs no other entry.  For the report it may have

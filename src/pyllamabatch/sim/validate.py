@@ -318,25 +318,39 @@ def drift(found: Validation) -> str:
     )
 
 
-def step_table(found: Validation) -> str:
-    """Markdown: mean times of the live run's steps, by kind, beside the model's."""
+def kinds(found: Validation) -> dict[str, dict[str, float]]:
+    """The live run's steps by kind: how many `steps`, mean `rows`, `share` of the time, and mean
+    seconds, `measured` and by the `model` at the probes' speed, new graphs included."""
     steps = found.steps
     model = steps.model + steps.new * found.new_graph[0]
-    kinds = {
+    chosen = {
         "decode": (steps.prompt == 0) & (steps.new == 0),
         "decode, new graph": (steps.prompt == 0) & (steps.new > 0),
         "with prompts": steps.prompt > 0,
     }
+    return {
+        name: {
+            "steps": float(those.sum()),
+            "rows": float(steps.rows[those].mean()),
+            "share": float(steps.seconds[those].sum() / steps.seconds.sum()),
+            "measured": float(steps.seconds[those].mean()),
+            "model": float(model[those].mean()),
+        }
+        for name, those in chosen.items()
+        if those.any()
+    }
+
+
+def step_table(found: Validation) -> str:
+    """Markdown of `kinds`."""
     lines = [
         "| steps | how many | rows, mean | share of the time | measured, ms | model, ms | error |",
         "|---|" + "---:|" * 6,
     ]
-    for name, those in kinds.items():
-        if those.any():
-            a, b = steps.seconds[those].mean(), model[those].mean()
-            share = steps.seconds[those].sum() / steps.seconds.sum()
-            lines.append(
-                f"| {name} | {those.sum()} | {steps.rows[those].mean():.1f} | {share:.0%} | "
-                f"{1e3 * a:.2f} | {1e3 * b:.2f} | {b / a - 1:+.1%} |"
-            )
+    for name, k in kinds(found).items():
+        lines.append(
+            f"| {name} | {k['steps']:.0f} | {k['rows']:.1f} | {k['share']:.0%} | "
+            f"{1e3 * k['measured']:.2f} | {1e3 * k['model']:.2f} | "
+            f"{k['model'] / k['measured'] - 1:+.1%} |"
+        )
     return "\n".join(lines) + "\n"
