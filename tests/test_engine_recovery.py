@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checked import Checked
 from models_gguf import Architecture, gguf_path
 from oracle import random_prompts
 
@@ -81,39 +82,6 @@ class Faulty:
         half = (n + n_more) // 2
         rows.flags[:half] = 0
         assert self._stepper.compute(np.zeros(0, np.int32), 1, half).code == 0
-
-
-class Checked:
-    """A stepper that compares ledger and counters with libllama's own positions at every step."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._stepper: Any = engine._stepper
-        self._scheduler = engine._decoder.scheduler
-        self._memory = engine._decoder._memory
-        self.n_steps = 0
-        engine._decoder._stepper = self
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stepper, name)
-
-    def compute(self, slots: Any, n_steps: int, n_more: int = 0) -> Any:
-        self._check(len(slots) * n_steps + n_more)
-        return self._done(self._stepper.compute(slots, n_steps, n_more))
-
-    def _check(self, n_cells: int) -> None:
-        scheduler, n_slots = self._scheduler, self._scheduler.n_slots
-        held = [self._memory.pos_max(slot) + 1 for slot in range(n_slots)]
-        assert held == [scheduler.ledger.held(slot) for slot in range(n_slots)]
-        for id in scheduler.running_ids():
-            slot = scheduler.slot(id)
-            assert slot is not None
-            assert held[slot] == scheduler.computed(slot)
-        assert n_cells <= scheduler.ledger.empty
-
-    def _done(self, result: Any) -> Any:
-        assert result.code == 0  # what the ledger allows fits
-        self.n_steps += result.n_steps
-        return result
 
 
 def check_clean(engine: Engine) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checked import Checked
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import TOLERANCE_QUANTISED, Agreement, RawModel, Reference, raw_context, raw_model
@@ -113,6 +114,7 @@ def test_every_request_gets_what_it_gets_alone(
     if not options["kv_unified"]:
         options["n_ctx"] = 256 * options["n_seq_max"]
     with Engine(model, n_ubatch=32, **{**options, **EXACT}) as engine:
+        checked = Checked(engine, may_fail=bool(faults))
         streams: list[tuple[Stream, int, int]] = []
         left = faults.copy()
         for which, n, n_samples, what in requests:
@@ -136,6 +138,7 @@ def test_every_request_gets_what_it_gets_alone(
             assert held == [ledger.held(slot) for slot in slots]
     assert stats.kv_used == stats.running == stats.waiting == 0
     assert stats.finished["error"] == 0
+    assert checked.n_checks > 0 or stats.steps == 0
     agreement = Agreement()
     for result, (_, which, n) in zip(results, streams, strict=True):
         tokens, reference = result.tokens, alone[which]
