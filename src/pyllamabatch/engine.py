@@ -161,7 +161,7 @@ class Engine:
             self.limits = limits_of(context, n_seq_max)
             self.cost = cost_of(context) if cost == "auto" else cost
             if self.cost is not None:
-                if device_sampling is False or not offloaded(context):
+                if self.limits.unified and (device_sampling is False or not offloaded(context)):
                     self.cost.switch = 0.0  # libllama makes no graph for another set of sequences
                 elif not self.cost.switch:
                     self.cost.switch = None  # it was not measured: it will show

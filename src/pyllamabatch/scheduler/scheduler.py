@@ -169,6 +169,7 @@ class Scheduler(HandDriven):
             self.counters.steps,
             self._tenants,
             self._alone,
+            self._slot_of,
         )
 
     def plan(self, now: float) -> Step | None:
@@ -365,6 +366,9 @@ class Scheduler(HandDriven):
 
     def _taken(self, id: int) -> int:
         return self._waiting.ids[id].view.prefix_cells
+
+    def _slot_of(self, id: int) -> int:
+        return self._running.ids[id].slot
 
     def _alone(self, id: int) -> int:
         """Cells that no other running sequence shares."""

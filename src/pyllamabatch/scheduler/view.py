@@ -118,11 +118,19 @@ class StepView:
     step: int = 0
     tenants: Tenants = field(default_factory=Tenants)
     kv_alone: Callable[[int], int] | None = None
+    slot_of: Callable[[int], int] | None = None
 
     def frees(self, seq: SequenceView) -> int:
         """Cells that are free when a running sequence is preempted: those that no other running one
         shares with it."""
         return seq.computed if self.kv_alone is None else self.kv_alone(seq.id)
+
+    def slot(self, id: int) -> int:
+        """Where a running sequence runs. Where every one has a stream of cells of its own, those in
+        consecutive slots share a ubatch. In a view made by hand: where it stands among them."""
+        if self.slot_of is not None:
+            return self.slot_of(id)
+        return [seq.id for seq in self.running].index(id)
 
     @property
     def kv_total(self) -> int:

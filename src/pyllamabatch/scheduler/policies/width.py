@@ -5,15 +5,13 @@ sequences that decode, w have a row at a step, in rotation: round robin (as Klei
 sharing, 1967, in quanta of `hold` steps), so that all get the same share. No system that we know
 does this; the M2 Ultra's and the H200's curves ask for it (docs/device.md).
 
-Not where every sequence has a stream of cells of its own (`Limits.unified` is False): only
-sequences in consecutive slots share a ubatch there, so the rounds would have to be windows of
-slots without a gap, and for 8 of 9 that is no rotation that gives all the same share."""
+Where every sequence has a stream of cells of its own (`Limits.unified` is False) only sequences in
+consecutive slots share a ubatch. There a round is a window of slots, and windows do not overlap:
+of 9 sequences 5 and 4, never 8 and 1 and 7 and so on."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Mapping, Set
-from itertools import islice
+from collections.abc import Iterable, Set
 from math import ceil, inf
 from typing import Any, NamedTuple
 
@@ -21,6 +19,7 @@ from ...errors import ArgumentError
 from ..policy import ComposedPolicy, Draft, Round
 from ..view import StepView
 from .parts import ALWAYS, FirstCome, NewestFirst, Paced, TokenBudget, WhatIsLeft, WhenItFits
+from .rotation import Queue, Rotation, Windows
 from .tile_fill import measured
 
 ROUNDS = 4  # at most: each adds to the wait
@@ -52,7 +51,7 @@ class Turns:
     for each row); a round is held until that is 1% of the time, or as long as the targets allow.
     One object serves one engine: it keeps whose turn it is."""
 
-    __slots__ = ("_known", "_queue", "_review", "_split", "_until", "gain", "itl")
+    __slots__ = ("_known", "_review", "_rotation", "_split", "_until", "gain", "itl")
 
     def __init__(self, itl: float = 0.1, gain: float = 0.04) -> None:
         if not itl > 0:
@@ -61,18 +60,22 @@ class Turns:
             raise ArgumentError("gain", gain, "at least 0")
         self.itl, self.gain = itl, gain
         self._known: Set[int] = set()  # who decodes
-        self._queue: deque[int] = deque()  # the same; who has waited longest is first
+        self._rotation: Rotation | None = None
         self._split: Split | None = None
         self._until = 0  # the step before which the same ones go
         self._review = 0
 
     def __call__(self, draft: Draft) -> Round:
-        view, step = draft.view, draft.view.step
-        split = self._split
+        view, step, split = draft.view, draft.view.step, self._split
+        rotation = self._rotation
+        if rotation is None:
+            rotation = Queue() if view.limits.unified else Windows()
+            self._rotation = rotation
         if split is not None and step >= self._until:
-            self._queue.rotate(-split.width)
+            rotation.turn(split.width)
         if view.decoding.keys() != self._known or step >= self._review:
-            self._follow(view.decoding)
+            self._known = set(view.decoding)
+            rotation.follow(view)
             split = self._split = best_split(view, self.itl, self.gain)
             self._review = step + REVIEW
             if split is not None:
@@ -82,20 +85,13 @@ class Turns:
             return Round(frozenset(), self._review - step)
         if step >= self._until:
             self._until = step + split.hold
-        out: Set[int] = frozenset(islice(self._queue, split.width, None))
-        return Round(out, min(self._until, self._review) - step)
-
-    def _follow(self, decoding: Mapping[int, int]) -> None:
-        """Who has come is last in the line."""
-        here = [id for id in self._queue if id in decoding]
-        here += [id for id in decoding if id not in self._known]
-        self._queue, self._known = deque(here), set(here)
+        return Round(rotation.out(split.width), min(self._until, self._review) - step)
 
 
 def best_split(view: StepView, itl: float, gain: float) -> Split | None:
     """How to take turns; None where all at once is as good, or nothing was measured."""
     cost, n = view.cost, len(view.decoding)
-    if n < 2 or not view.limits.unified or not measured(cost):
+    if n < 2 or not measured(cost):
         return None
     kv = view.kv_total - view.kv_free
     wide: float = cost.predict(n, 0, kv, n)
@@ -103,35 +99,49 @@ def best_split(view: StepView, itl: float, gain: float) -> Split | None:
     targets[targets == inf] = itl
     most = max(wide, float(targets.min()))
     least = 1 + max(gain, 2 * getattr(cost, "error", (0.0,))[0])
+    known: float | None = getattr(cost, "switch", 0.0)
+    switch = known or 0.0
     best, found = 0.0, None
-    for width in widths(n, cost):
-        seconds: float = cost.predict(width, 0, kv, n)
-        if not seconds > 0:
+    for width in widths(n, cost, view.limits.unified):
+        steps = times(cost, n, width, kv, view.limits.unified)
+        if not min(steps) > 0:
             continue
-        switch = getattr(cost, "switch", 0.0)
-        wanted = PROBE if switch is None else max(1, ceil(switch / (LOSS * seconds)))
-        probing, switch = switch is None, switch or 0.0
-        rounds = -(-n // width) - 1  # of others, that somebody waits for; then his own step
-        for limit, need in (((1 - MARGIN) * wide, 1.0), (most, 1 + PATIENCE)):
-            if probing and need == 1.0:
-                continue  # a short round would tell at every step what one long round can
-            left = limit - seconds - (rounds + 1) * switch
-            hold = min(wanted, int(left / (rounds * seconds)))
+        mean, k = sum(steps) / len(steps), len(steps)
+        share = mean * n / width if view.limits.unified else sum(steps)  # for a token of everybody
+        wanted = PROBE if known is None else max(1, ceil(switch / (LOSS * mean)))
+        # A short round would tell at every step what one long round can.
+        limits = [(most, 1 + PATIENCE)]
+        if known is not None:
+            limits.append(((1 - MARGIN) * wide, 1.0))
+        for limit, need in limits:
+            # The others' rounds, and one's own first step.
+            hold = min(wanted, int((limit - min(steps) - k * switch) / (sum(steps) - min(steps))))
             if hold < 1:
                 continue
-            won = width * wide / (n * (seconds + switch / hold))
+            won = wide / (share * (1 + switch / (hold * mean)))
             if won >= least and won / need > best:
                 best, found = won / need, Split(width, hold, won)
     return found
 
 
-def widths(n: int, cost: Any) -> Iterable[int]:
-    """Those worth a try: of many, a kernel's edges and rounds of about the same size."""
+def times(cost: Any, n: int, width: int, kv: float, unified: bool) -> list[float]:
+    """Seconds of a step of each of the rounds that one may have to wait for, its own included."""
+    if unified:  # cells of those who sit out are looked over, too
+        return [cost.predict(width, 0, kv, n)] * -(-n // width)
+    sizes = [width] * (n // width) + ([n % width] if n % width else [])
+    return [cost.predict(size, 0, kv * size / n, size) for size in sizes]
+
+
+def widths(n: int, cost: Any, unified: bool) -> Iterable[int]:
+    """Those worth a try: of many, a kernel's edges and rounds of about the same size; where windows
+    may not overlap only these."""
     few = -(-n // ROUNDS)
+    even = {-(-n // k) for k in range(2, ROUNDS + 1)}
+    if not unified:
+        return sorted(even)
     if n <= MANY:
         return range(few, n)
-    edges = (edge for edge in getattr(cost, "edges", ()) if few <= edge < n)
-    return sorted({*edges, *(-(-n // k) for k in range(2, ROUNDS + 1))})
+    return sorted({*even, *(edge for edge in getattr(cost, "edges", ()) if few <= edge < n)})
 
 
 def width(

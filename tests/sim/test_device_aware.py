@@ -1,0 +1,71 @@
+"""The default policy on the profile of an M2 Ultra with gemma-3-4b, whose kernels for more than 8
+rows took twice as long as those for 8 (llama.cpp's own table, build 7948)."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.policies import COUNTED, steady
+from pyllamabatch.device.cost import CostModel
+from pyllamabatch.device.profile import shipped_profile
+from pyllamabatch.scheduler.policies import DEFAULT
+from pyllamabatch.sim import Machine, draw, simulate
+from pyllamabatch.sim.workload import Request
+
+
+@pytest.fixture(scope="module")
+def cost() -> CostModel:
+    return CostModel.fit(shipped_profile("m2-ultra-gemma-3-4b-it-qat"), n_ubatch=512)
+
+
+def run(cost: CostModel, requests: list[Request], policy: str) -> tuple[float, float]:
+    """Tokens per second, and p99 of the ITL."""
+    machine = Machine.of(cost, n_seq_max=32, n_cells=65536, prefix_cache=False)
+    found = simulate(requests, machine, policy).summary()
+    return found["tokens_per_s"], found["itl_p99"]
+
+
+@pytest.mark.parametrize(
+    ("n", "counted", "default"),
+    [
+        (8, 421.2, 421.2),
+        (9, 241.8, 397.2),
+        (10, 266.8, 397.4),
+        (11, 291.5, 397.6),
+        (12, 315.9, 411.6),
+        (13, 339.5, 418.2),
+        (14, 363.1, 418.3),
+        (15, 386.5, 418.5),
+        (16, 409.5, 409.5),
+        (17, 432.1, 432.1),
+    ],
+)
+def test_streams_that_decode(cost: CostModel, n: int, counted: float, default: float) -> None:
+    before, wait_before = run(cost, steady(n), COUNTED)
+    now, wait = run(cost, steady(n), DEFAULT)
+    assert before == pytest.approx(counted, abs=0.2)
+    assert now == pytest.approx(default, abs=0.2)
+    assert wait <= wait_before
+    if 9 <= n <= 13:
+        assert now >= 1.2 * before
+
+
+@pytest.mark.parametrize("n", range(9, 17))
+def test_no_schedule_of_these_rows_is_much_faster(cost: CostModel, n: int) -> None:
+    """What any choice of rows could give, were nobody to wait: from 14 streams on it is less than
+    a fifth more than all at once."""
+    kv = 400 * n
+    rates = [w / cost.predict(w, 0, kv, n) for w in range(1, n + 1)]
+    bound = max(rates) / rates[-1]
+    assert (bound >= 1.2) == (n <= 13)
+    got = run(cost, steady(n), DEFAULT)[0] / run(cost, steady(n), COUNTED)[0]
+    assert got >= 0.92 * bound
+
+
+@pytest.mark.parametrize(("n", "gain"), [(9, 1.2), (10, 1.2), (12, 1.1), (14, 1.1), (16, 1.04)])
+def test_clients_that_ask_again(cost: CostModel, n: int, gain: float) -> None:
+    requests = draw(f"closed:clients={n},n={8 * n},prompt=256~0.8,output=128~0.8", 1)
+    before, wait_before = run(cost, requests, COUNTED)
+    now, wait = run(cost, requests, DEFAULT)
+    assert now >= gain * before
+    assert wait <= 0.65 * wait_before

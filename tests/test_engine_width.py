@@ -1,0 +1,160 @@
+"""An engine whose streams take turns: the same tokens, no long waits, and what it learns of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pyllamabatch._stream_step import Run
+from pyllamabatch.device.cost import CostModel
+from pyllamabatch.device.regimes import Kernels, Regime
+from pyllamabatch.engine import Engine
+from pyllamabatch.model import Model
+from pyllamabatch.observe import Observer
+from pyllamabatch.sampling import SamplingParams
+from pyllamabatch.scheduler import Step, make_policy
+
+N, EDGE, TOKENS = 10, 8, 48
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    with Model.default() as model:
+        yield model
+
+
+class Edge(CostModel):
+    """As measured on a device where 9 rows take three times as long as 8; it learns nothing."""
+
+    def __init__(self) -> None:
+        prior = CostModel.prior(Kernels((Regime(1), Regime(EDGE + 1))), 1e6, 32, gpu=False)
+        self.__dict__ |= prior.__dict__
+        self.calibrated, self.error = True, (0.01, 0.05)
+
+    def predict(self, rows: int, prefill: int = 0, kv: float = 0, n_seqs: int = 1) -> float:
+        return 0.002 if rows <= EDGE else 0.006
+
+    def observe(self, *shape: float) -> None:
+        pass
+
+    def observe_switch(self, seconds: float) -> None:
+        pass
+
+
+def made(model: Model, policy: str, cost: Any) -> tuple[list[list[int]], Any]:
+    prompts = [f"Copy: word{i} and more" for i in range(N)]
+    params = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eog=True)
+    with Engine(
+        model,
+        n_seq_max=N,
+        n_ctx=2048,
+        policy=make_policy(policy),
+        cost=cost,
+        n_threads=1,
+        n_threads_batch=1,
+    ) as engine:
+        results = engine.generate(prompts, params)
+        return [result.tokens for result in results], engine.trace()
+
+
+def test_turns_change_no_token_and_nobody_waits_for_long(model: Model) -> None:
+    expected, _ = made(model, "sarathi", None)
+    tokens, trace = made(model, "device-aware", Edge())
+    assert tokens == expected
+    steady = trace[trace["prefill_rows"] == 0]
+    # All have a row in some of the first steps, while prompts are computed; then 8 of 10 at a time.
+    assert (steady["rows"] == EDGE).sum() >= TOKENS * N // EDGE - 12
+    assert steady["rows"].max() == EDGE
+    for slot in range(N):
+        at = (steady["ids"][:, slot] != 0).nonzero()[0]
+        assert max(after - before for before, after in pairwise(at)) <= 2
+
+
+def test_all_at_once_where_it_is_not_measured(model: Model) -> None:
+    cost = Edge()
+    cost.calibrated = False
+    _, trace = made(model, "device-aware", cost)
+    assert trace[trace["prefill_rows"] == 0]["rows"].max() == N
+
+
+class Learner:
+    """Writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, float]] = []
+        self.switches: list[float] = []
+
+    def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
+        return 0.003
+
+    def observe(self, rows: int, prefill: int, kv: float, n_seqs: int, seconds: float) -> None:
+        self.steps.append((rows, seconds))
+
+    def observe_switch(self, seconds: float) -> None:
+        self.switches.append(seconds)
+
+
+def observed(monkeypatch: pytest.MonkeyPatch, calls: list[tuple[list[int], Run]]) -> Learner:
+    """Calls that follow each other without a pause: who decodes, and what it took."""
+    now = 0.0
+    cost = Learner()
+    scheduler: Any = SimpleNamespace(
+        cost=cost, ledger=SimpleNamespace(used=100), limits=SimpleNamespace(unified=True)
+    )
+    monkeypatch.setattr("pyllamabatch.observe.perf_counter", lambda: now)
+    observe = Observer(scheduler)
+    for slots, run in calls:
+        now += run.seconds
+        decode = np.array(slots, dtype=np.int32)
+        observe(Step(decode, (), (), (), len(slots), {}, run.n_steps), run)
+    return cost
+
+
+def call(n: int, n_reused: int, seconds: float, first: float) -> Run:
+    return Run(0, n, n_reused, seconds, [], (), first)
+
+
+def test_a_switch_costs_what_its_first_step_took_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = observed(
+        monkeypatch,
+        [
+            ([0, 1, 2], call(10, 9, 0.039, 0.012)),  # a graph for 9 ms
+            ([1, 2, 3], call(10, 9, 0.038, 0.011)),
+            ([2, 3, 4], call(10, 10, 0.030, 0.003)),  # the same graph
+            ([3, 4, 5], call(1, 0, 0.010, 0.010)),  # 7 ms more than predicted
+        ],
+    )
+    assert cost.switches == pytest.approx([0.008, 0.0, 0.007], abs=1e-9)
+    # A step's own time is without its graph, and unknown where there is no other step.
+    assert [rows for rows, _ in cost.steps] == [3, 3, 3]
+    assert [seconds for _, seconds in cost.steps] == pytest.approx([0.003] * 3)
+
+
+def test_more_or_fewer_rows_are_no_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = observed(
+        monkeypatch,
+        [
+            ([0, 1, 2], call(10, 9, 0.039, 0.012)),
+            ([0, 1, 2], call(10, 10, 0.030, 0.003)),
+            ([0, 1, 2, 3], call(10, 9, 0.038, 0.011)),
+            ([0, 1, 3], call(1, 0, 0.011, 0.011)),
+        ],
+    )
+    assert cost.switches == []
+    assert cost.steps[-1][0] == 3
+    assert cost.steps[-1][1] == pytest.approx(0.011)
+
+
+def test_what_a_switch_costs_is_followed() -> None:
+    cost = Edge()
+    assert cost.switch == 0.0
+    cost.switch = None
+    CostModel.observe_switch(cost, 0.008)
+    assert cost.switch == 0.008
+    CostModel.observe_switch(cost, 0.004)
+    assert cost.switch == pytest.approx(0.007)
