@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from bench.case import I32, Case, Measured
 from pyllamabatch.compare.case import sampling_params
+from pyllamabatch.compare.clients import at_once
 
 if TYPE_CHECKING:
     from bench.server import ServerProcess
@@ -74,24 +73,17 @@ class Clients(ABC):
         """Seconds in all, and of each client."""
         case = self.case
         prompts = case.prompts(self._n_vocab, which)
-        start = threading.Barrier(case.pl)
 
-        def client(i: int) -> tuple[float, float]:
-            start.wait()
-            began = time.perf_counter()
+        def client(i: int, began: float) -> float:
             self.ask(prompts[i], tokens, case.seed + i)
-            return began, time.perf_counter()
+            return time.perf_counter()
 
-        with ThreadPoolExecutor(case.pl) as clients:
-            try:
-                list(clients.map(lambda _: self.connect(), range(case.pl)))
-                times = list(clients.map(client, range(case.pl)))
-            except BaseException:
-                start.abort()
-                self.close(now=True)  # or those who still wait would keep us here
-                raise
-        wall = max(end for _, end in times) - min(began for began, _ in times)
-        return wall, [end - began for began, end in times]
+        def close() -> None:
+            self.close(now=True)  # or those who still wait would keep us here
+
+        at_once(case.pl, lambda i, began: self.connect(), close)
+        began, ends = at_once(case.pl, client, close)
+        return max(ends) - began, [end - began for end in ends]
 
 
 class EngineClients(Clients):

@@ -183,6 +183,7 @@ def test_arms_take_turns_and_single_runs_once() -> None:
     arms = chosen(["single", "contexts", "engine"], [CHAIN, FUSED])
     names = ["single", "single fused", "contexts", "contexts fused", "engine"]
     assert [arm.name for arm in arms] == names
+    assert [arm.name for arm in chosen(["engine", "shared"], [FUSED])] == ["engine", "shared fused"]
     plan = Plan("burst", arms, [case_of(2), case_of(4)], tokens=7, repeats=2)
     runs = [(case.pl, repeat, arm.name) for case, repeat, arm in plan.runs()]
     first = [(1 if "single" in name else 2, 0, name) for name in names]

@@ -44,7 +44,7 @@ class ArmError(PyllamabatchError):
 
 @dataclass(frozen=True)
 class Arm:
-    """`kind`: one of NAMES. `sampler`: CHAIN or FUSED, no matter for the engine."""
+    """`kind`: one of NAMES. `sampler`: CHAIN or FUSED; the engine has its own, under CHAIN."""
 
     kind: str
     sampler: str = CHAIN
@@ -127,5 +127,5 @@ def chosen(kinds: list[str], samplers: list[str]) -> list[Arm]:
     return [
         Arm(kind, sampler)
         for kind in kinds
-        for sampler in (samplers if kind != "engine" else samplers[:1])
+        for sampler in (samplers if kind != "engine" else [CHAIN])
     ]

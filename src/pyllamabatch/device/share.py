@@ -6,21 +6,18 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
 import sys
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, Queue
-from threading import Thread
-from typing import IO
 
+from pyllamabatch._child import Child, lines_of_parent, tell_parent
 from pyllamabatch._model_params import PathLike
 from pyllamabatch.device.residency import Projector
 from pyllamabatch.errors import PyllamabatchError, UnsupportedOperation
 
-SECONDS = 120  # a child ends itself after that, whatever happens
+MODULE = "pyllamabatch.device.share"
+SECONDS = 120  # to wait for a child's answer
 _FIELDS = {"rss": ("Rss",), "pss": ("Pss",), "shared": ("Shared_Clean", "Shared_Dirty")}
 
 
@@ -49,19 +46,18 @@ def measure(path: PathLike, n: int, n_ctx: int, n_gpu_layers: int = -1) -> list[
         raise UnsupportedOperation("this system has no /proc/PID/smaps_rollup")
     with Projector(path, n_gpu_layers=n_gpu_layers) as projector:
         host = projector.footprint(n_ctx=n_ctx, **_CONTEXT).host
-    command = [sys.executable, "-m", "pyllamabatch.device.share", str(path)]
-    command += [str(n_ctx), str(n_gpu_layers)]
+    arguments = [str(path), str(n_ctx), str(n_gpu_layers)]
     found = []
     with ExitStack() as stack:
-        children = [stack.enter_context(_Child(command)) for _ in range(n)]
+        children = [stack.enter_context(Child(MODULE, arguments)) for _ in range(n)]
         for child in children:
-            child.wait_for("ready")
+            _wait_for(child, "ready")
         base = _sum(children)["pss"]
         for state in ("idle", "active"):
             for child in children:
                 child.tell(state)
             for child in children:
-                child.wait_for(state)
+                _wait_for(child, state)
             sizes = _sum(children)
             planned = base + host.mapped + n * host.private
             found.append(Shared(n, state, **sizes, base=base, planned=planned))
@@ -71,50 +67,10 @@ def measure(path: PathLike, n: int, n_ctx: int, n_gpu_layers: int = -1) -> list[
 _CONTEXT = {"n_batch": 64, "n_ubatch": 64}
 
 
-class _Child:
-    """A process of ours: it ends with the block, or by itself after `SECONDS`."""
-
-    def __init__(self, command: list[str]) -> None:
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
-        self.pid = self._process.pid
-        self._lines: Queue[str] = Queue()
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._stdin: IO[str] = self._process.stdin
-        self._reader = Thread(target=self._read, args=(self._process.stdout,), daemon=True)
-        self._reader.start()
-
-    def _read(self, stdout: IO[str]) -> None:
-        for line in stdout:
-            self._lines.put(line.strip())
-        self._lines.put("")
-
-    def tell(self, word: str) -> None:
-        with suppress(OSError):  # it has ended: `wait_for` says so
-            self._stdin.write(word + "\n")
-            self._stdin.flush()
-
-    def wait_for(self, word: str) -> None:
-        try:
-            line = self._lines.get(timeout=SECONDS)
-        except Empty:
-            line = "no answer"
-        if line != word:
-            raise PyllamabatchError(f"a measured process failed: {line or 'it ended'}")
-
-    def __enter__(self) -> _Child:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._reader.join()
-        with suppress(OSError):
-            self._stdin.close()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+def _wait_for(child: Child, word: str) -> None:
+    line = child.answer(SECONDS)
+    if line != word:
+        raise PyllamabatchError(f"a measured process failed: {line}")
 
 
 def rollup(pid: int, proc: Path = Path("/proc")) -> dict[str, int]:
@@ -126,7 +82,7 @@ def rollup(pid: int, proc: Path = Path("/proc")) -> dict[str, int]:
     return {name: 1024 * sum(kib[field] for field in fields) for name, fields in _FIELDS.items()}
 
 
-def _sum(children: list[_Child]) -> dict[str, int]:
+def _sum(children: list[Child]) -> dict[str, int]:
     each = [rollup(child.pid) for child in children]
     return {name: sum(sizes[name] for sizes in each) for name in _FIELDS}
 
@@ -135,19 +91,14 @@ def _serve(path: str, n_ctx: int, n_gpu_layers: int) -> None:
     """A child: load when told "idle", compute when told "active" until the parent ends it."""
     from pyllamabatch.model import Model
 
-    signal.alarm(SECONDS)
-    words = iter(sys.stdin.readline, "")
-
-    def answer(word: str) -> None:
-        print(word, flush=True)
-
-    answer("ready")
+    words = lines_of_parent()
+    tell_parent("ready")
     next(words)
     with (
         Model(path, n_gpu_layers=n_gpu_layers) as model,
         model.context(n_ctx=n_ctx, n_threads=1, **_CONTEXT) as context,
     ):
-        answer("idle")
+        tell_parent("idle")
         next(words)
         batch = context.batch()
         batch.extend([1] * min(32, context.n_ctx_seq // 2), 0, 0)
@@ -156,10 +107,9 @@ def _serve(path: str, n_ctx: int, n_gpu_layers: int) -> None:
             context.memory.clear(data=False)
             context.decode(batch)
             if not said:
-                answer("active")
+                tell_parent("active")
                 said = True
 
 
 if __name__ == "__main__":
-    with suppress(StopIteration, KeyboardInterrupt):
-        _serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    _serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
