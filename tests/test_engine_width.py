@@ -18,6 +18,7 @@ from pyllamabatch.model import Model
 from pyllamabatch.observe import Observer
 from pyllamabatch.sampling import SamplingParams
 from pyllamabatch.scheduler import Step, make_policy
+from pyllamabatch.scheduler.step import Chunk
 
 N, EDGE, TOKENS = 10, 8, 48
 
@@ -85,7 +86,8 @@ def test_all_at_once_where_it_is_not_measured(model: Model) -> None:
 class Learner:
     """Writes down what it is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, new_graph: tuple[float, float] = (0.0, 0.0)) -> None:
+        self.new_graph = new_graph
         self.steps: list[tuple[int, float]] = []
         self.switches: list[float] = []
 
@@ -99,19 +101,29 @@ class Learner:
         self.switches.append(seconds)
 
 
-def observed(monkeypatch: pytest.MonkeyPatch, calls: list[tuple[list[int], Run]]) -> Learner:
-    """Calls that follow each other without a pause: who decodes, and what it took."""
+def observed(
+    monkeypatch: pytest.MonkeyPatch,
+    calls: list[tuple[list[int], Run]],
+    cost: Learner | None = None,
+    n_prompt: int = 0,
+) -> Learner:
+    """Calls that follow each other without a pause: who decodes, `n_prompt` rows of a prompt beside
+    them, and what it took."""
     now = 0.0
-    cost = Learner()
+    cost = cost or Learner()
     scheduler: Any = SimpleNamespace(
-        cost=cost, ledger=SimpleNamespace(used=100), limits=SimpleNamespace(unified=True)
+        cost=cost,
+        ledger=SimpleNamespace(used=100),
+        limits=SimpleNamespace(unified=True, n_ubatch=8),
+        starts=SimpleNamespace(swap=SimpleNamespace(computed=lambda rows, seconds: None)),
     )
+    chunks = (Chunk(9, 9, 0, n_prompt, True),) if n_prompt else ()
     monkeypatch.setattr("pyllamabatch.observe.perf_counter", lambda: now)
     observe = Observer(scheduler)
     for slots, run in calls:
         now += run.seconds
         decode = np.array(slots, dtype=np.int32)
-        observe(Step(decode, (), (), (), len(slots), {}, run.n_steps), run)
+        observe(Step(decode, chunks, (), (), len(slots) + n_prompt, {}, run.n_steps), run)
     return cost
 
 
@@ -133,6 +145,26 @@ def test_a_switch_costs_what_its_first_step_took_longer(monkeypatch: pytest.Monk
     # A step's own time is without its graph, and unknown where there is no other step.
     assert [rows for rows, _ in cost.steps] == [3, 3, 3]
     assert [seconds for _, seconds in cost.steps] == pytest.approx([0.003] * 3)
+
+
+def test_what_new_graphs_were_measured_to_take_is_no_part_of_a_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """3 ms a step; 2 ms for a new graph, and 4 ms in the two steps behind it."""
+    calls = [
+        ([0, 1, 2], call(10, 9, 0.036, 0.005)),
+        ([0, 1], call(3, 2, 0.015, 0.005)),
+        ([0, 1, 2], call(2, 1, 0.010, 0.005)),
+        ([0, 1], call(1, 0, 0.005, 0.005)),
+        ([0, 1], call(10, 10, 0.030, 0.003)),
+    ]
+    cost = observed(monkeypatch, calls, Learner((0.002, 0.004)))
+    assert [seconds for _, seconds in cost.steps] == pytest.approx([0.003] * 5)
+    # Of two ubatches; the second time the graph of one of them was there.
+    calls = [([0, 1], call(1, 0, 0.007, 0.007)), ([0, 1], call(1, 1, 0.005, 0.005))]
+    cost = observed(monkeypatch, calls, Learner((0.002, 0.004)), n_prompt=10)
+    assert [rows for rows, _ in cost.steps] == [12, 12]
+    assert [seconds for _, seconds in cost.steps] == pytest.approx([0.003] * 2)
 
 
 def test_more_or_fewer_rows_are_no_switch(monkeypatch: pytest.MonkeyPatch) -> None:

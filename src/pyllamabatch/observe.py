@@ -11,6 +11,8 @@ from ._stream_step import Run
 from .kv import Slots
 from .scheduler import Scheduler, Step
 
+SETTLED = 3  # steps of a new graph, behind which the device has prepared for it
+
 
 class Observer:
     """`scheduler.cost` is the model, when there is one."""
@@ -32,19 +34,31 @@ class Observer:
         switched = self._switched(step)
         self._before = None if step.chunks else step.decode
         gap, self._end = end - run.seconds - self._end, end
-        seconds = run.seconds / n
-        made_anew = not step.chunks and run.n_reused == n - 1  # the graph, for the first step
-        if made_anew and n > 1:
-            seconds = (run.seconds - run.first_seconds) / (n - 1)
         kv = scheduler.ledger.used + step.n_rows * (n - 1) / 2
         shape = step.shape(kv, scheduler.limits.unified)
+        made_anew = not step.chunks and run.n_reused == n - 1  # the graph, for the first step
+        seconds = self._each(step, run, made_anew)
         if switched and run.code == 0:
-            if made_anew and n == 1:
+            if made_anew and n == 1:  # no other step to compare it with
                 seconds = cost.predict(*shape)
             first = run.first_seconds - seconds if made_anew else 0.0
             cost.observe_switch(max(0.0, first) + max(0.0, gap))
         if not (switched and made_anew and n == 1):
             cost.observe(*shape, seconds)
+
+    def _each(self, step: Step, run: Run, made_anew: bool) -> float:
+        """Seconds of a step whose graph is there already, which is what the model tells: without
+        what new graphs were measured to take, or else without the first step, which had one."""
+        n, limits = run.n_steps, self._scheduler.limits
+        first, settle = getattr(self._scheduler.cost, "new_graph", (0.0, 0.0))
+        if step.chunks:
+            n_graphs = -(-step.n_rows // limits.n_ubatch)
+            return run.seconds - max(0, n_graphs - run.n_reused) * first
+        if not made_anew:
+            return run.seconds / n
+        if n <= SETTLED:
+            return (run.seconds - first - settle * (n - 1) / (SETTLED - 1)) / n
+        return (run.seconds - run.first_seconds - settle) / (n - 1)
 
     def _switched(self, step: Step) -> bool:
         """As many sequences decode as before, and nobody else, but not the same ones."""
