@@ -113,8 +113,8 @@ def observed(
     cost = cost or Learner()
     scheduler: Any = SimpleNamespace(
         cost=cost,
-        ledger=SimpleNamespace(used=100),
-        limits=SimpleNamespace(unified=True, n_ubatch=8),
+        in_sight=lambda step: 100,
+        limits=SimpleNamespace(n_ubatch=8),
         starts=SimpleNamespace(swap=SimpleNamespace(computed=lambda rows, seconds: None)),
     )
     chunks = (Chunk(9, 9, 0, n_prompt, True),) if n_prompt else ()

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pyllamabatch.device.cost import CostModel, split
+from pyllamabatch.device.cost import CostModel, held_out, split
 from pyllamabatch.device.profile import Key, Profile, Sample
 from pyllamabatch.device.regimes import Kernels, Regime, kernels
 from pyllamabatch.device.terms import Terms, Ubatch, nnls
@@ -170,6 +170,21 @@ def test_new_graphs() -> None:
     assert slower.predict(4, 0, 100, 4) == pytest.approx(1.5 * cost.predict(4, 0, 100, 4))
     assert slower.predict(40, 36, 100, 5) == pytest.approx(2 * cost.predict(40, 36, 100, 5))
     assert slower.new_graph == cost.new_graph
+
+
+def test_steps_of_several_ubatches_make_their_graphs_each_time() -> None:
+    """Their samples have them in it, and the model of a step has not."""
+    graph, samples = 2e-3, []
+    for n in (1, 2, 4, 8, 16, 32, 64):
+        samples.append(Sample(n, 0, 0, n, False, 2e-3 + 1e-5 * n, new=graph, settle=0.0))
+        samples.append(Sample(n, n, 0, 1, False, 2e-3 + 1e-5 * n, new=graph, settle=0.0))
+        mixed = 4e-3 + 1e-5 * (4 + n) + 2 * graph
+        samples.append(Sample(4 + n, n, 0, 5, False, mixed, new=0.0, settle=0.0))
+    plain = Profile(Key("", "", ""), Kernels((Regime(1),)), tuple(samples), 512)
+    cost = CostModel.fit(plain, unified=False)
+    assert cost.new_graph.step == pytest.approx(graph)
+    assert cost.predict(36, 32, 0, 5) == pytest.approx(4e-3 + 36e-5, rel=0.01)
+    assert max(held_out(plain, unified=False)) < 0.03
 
 
 def test_split() -> None:

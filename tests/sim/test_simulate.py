@@ -66,6 +66,23 @@ def test_a_new_graph_costs_once_and_again_where_the_cells_grow() -> None:
         assert ends(251, unified=unified) == pytest.approx(32)
 
 
+def test_a_call_in_streams_reads_the_cells_of_its_own_sequences() -> None:
+    """The prompt of the second one does not attend to the first, which holds 1,000 cells."""
+
+    class Cells:
+        unified = False
+
+        def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
+            return 1.0 + kv
+
+    made = machine(cost=Cells(), unified=False)
+    requests = [one(0, 0.0, 1000, 3), one(1, 1.5, 8, 1)]
+    ends = {o.id: o.end for o in simulate(requests, made).outcomes}
+    # The first's prompt, two steps of 1,000 and 1,001 cells, of which the second comes in the first.
+    assert ends[1] == pytest.approx(1 + 1001 + 1002 + 1)
+    assert ends[0] == pytest.approx(1 + 1001 + 1002)
+
+
 def test_a_token_reaches_its_reader_later() -> None:
     requests = [one(0, 0.0, 8, 3), replace(one(1, 2.0, 8, 1), after=0)]
     made = machine(overhead=0.0)

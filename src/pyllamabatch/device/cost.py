@@ -238,7 +238,10 @@ class CostModel:
         samples = _calm(profile.only(unified=unified).samples)
         if len(samples) < 4:
             raise ArgumentError("profile", f"{len(samples)} samples", "must have 4 at least")
+        new_graph = _new_graph(samples, profile.n_ubatch)
         seconds = np.array([s.seconds for s in samples])
+        made = [_graphs_each(s, profile.n_ubatch) for s in samples]
+        seconds -= np.minimum(np.array(made) * new_graph.step, 0.5 * seconds)
         spread = np.array([s.spread for s in samples])
 
         def attempt(share: float, n_rounds: int) -> tuple[Terms, Fit]:
@@ -260,7 +263,7 @@ class CostModel:
             residual=max(1.4826 * float(np.median(errors)), 0.005),
             error=(float(np.median(errors)), float(np.percentile(errors, 95))),
             calibrated=True,
-            new_graph=_new_graph(samples),
+            new_graph=new_graph,
         )
 
     def to_json(self) -> str:
@@ -346,7 +349,8 @@ _SEEN_MAX = 60
 
 def held_out(profile: Profile, *, unified: bool = True, parts: int = 5) -> list[float]:
     """Relative errors on samples of this layout that the fit has not seen: each is left out once,
-    with every `parts`-th one; none where they are too few. It says how good the model is, which
+    with every `parts`-th one; none where they are too few. New graphs count where steps of that
+    shape have some. It says how good the model is, which
     `CostModel.error` does not."""
     samples = [s for s in profile.samples if s.unified == unified and s.n > 0]
     errors: list[float] = []
@@ -355,10 +359,10 @@ def held_out(profile: Profile, *, unified: bool = True, parts: int = 5) -> list[
         if len(kept) < 4:
             return []
         cost = CostModel.fit(replace(profile, samples=kept), unified=unified)
-        errors += [
-            abs(cost.predict(s.rows, s.prefill, s.kv, s.n_seqs) / s.seconds - 1)
-            for s in samples[k::parts]
-        ]
+        for s in samples[k::parts]:
+            graphs = _graphs_each(s, profile.n_ubatch) * cost.new_graph.step
+            predicted = cost.predict(s.rows, s.prefill, s.kv, s.n_seqs) + graphs
+            errors.append(abs(predicted / s.seconds - 1))
     return errors
 
 
@@ -368,14 +372,22 @@ def _calm(samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
     return calm if len(calm) >= max(4, len(samples) // 2) else samples
 
 
-def _new_graph(samples: tuple[Sample, ...]) -> NewGraph:
+def _new_graph(samples: tuple[Sample, ...], n_ubatch: int) -> NewGraph:
     """Medians: it hardly depends on the rows."""
-    new = [s.new for s in samples if s.new is not None]
-    settle = [s.settle for s in samples if s.settle is not None]
+    one = [s for s in samples if not _graphs_each(s, n_ubatch)]
+    new = [s.new for s in one if s.new is not None]
+    settle = [s.settle for s in one if s.settle is not None]
     return NewGraph(
         max(0.0, float(np.median(new))) if new else 0.0,
         max(0.0, float(np.median(settle))) if settle else 0.0,
     )
+
+
+def _graphs_each(s: Sample, n_ubatch: int) -> int:
+    """Graphs that are new at every one of equal steps: libllama keeps the last one alone, so of
+    several ubatches none finds its own."""
+    n = len(split(s.rows, s.prefill, s.kv, s.n_seqs, n_ubatch, s.unified))
+    return n if n > 1 else 0
 
 
 def _row(terms: Terms, s: Sample, n_ubatch: int) -> list[float]:

@@ -225,7 +225,7 @@ class Scheduler(HandDriven):
             else:
                 out = [id for id in running.decoding if id not in tokens]
             decode = running.decode_slots_but([*(running.ids[id].slot for id in out), *asked])
-        n_out = len(running.decoding) - n_decodes
+        n_out = len(running.decoding) - n_decodes if self.limits.unified else 0
         repeat = plan.repeat
         if repeat > 1 and asked:
             repeat = 1
@@ -331,6 +331,13 @@ class Scheduler(HandDriven):
     def computed(self, slot: int) -> int:
         """Tokens of the sequence in `slot` that are in the cache: its next position."""
         return int(self._running.computed[slot])
+
+    def in_sight(self, step: Step) -> int:
+        """Cells that attention looks over in `step`, before it: all that are held, or where every
+        sequence has a stream of its own those of its sequences."""
+        if self.limits.unified:
+            return self.ledger.used
+        return int(self._running.computed[step.slots].sum())
 
     @property
     def positions(self) -> Any:

@@ -32,7 +32,8 @@ class Step:
     sample (int32, ascending, read-only); `chunks`: all other rows, those of hand-driven sequences
     included. `preempted`, `admitted`: (id, slot). `repeat`: how many times it may be computed
     before the policy is asked again, as long as no sequence comes or goes; more than 1 only for
-    pure decoding. `n_out`: sequences that decode, but have no row in this step."""
+    pure decoding. `n_out`: sequences that decode and have no row in this step,
+    but whose cells are in sight."""
 
     decode: Slots
     chunks: tuple[Chunk, ...]
@@ -48,19 +49,14 @@ class Step:
         """All that have rows in it."""
         return [*self.decode.tolist(), *(chunk.slot for chunk in self.chunks)]
 
-    def shape(self, kv: float, unified: bool = True) -> tuple[int, int, float, int]:
-        """What `CostModel.predict` is told, when `kv` cells are held before it: rows, those of
+    def shape(self, kv: float) -> tuple[int, int, float, int]:
+        """What `CostModel.predict` is told, when `kv` cells are in sight before it: rows, those of
         prompts, kv, sequences. A row that is the last of a sequence, and alone, is none of a
-        prompt: those of hand-driven sequences are so. Cells of who has no row are looked over too
-        where cells are `unified`; elsewhere they are left out, by their share."""
+        prompt: those of hand-driven sequences are so. Who decodes, has no row now and is in sight
+        counts as a sequence."""
         n_decode, chunks = len(self.decode), self.chunks
         n_last = sum(chunk.last and chunk.n == 1 for chunk in chunks)
-        n_seqs = n_decode + len(chunks)
-        if self.n_out and not chunks:
-            if unified:
-                n_seqs += self.n_out
-            else:
-                kv *= n_seqs / (n_seqs + self.n_out)
+        n_seqs = n_decode + len(chunks) + (0 if chunks else self.n_out)
         return self.n_rows, self.n_rows - n_decode - n_last, kv, n_seqs
 
     def by_group(self, group_of: Callable[[int], Hashable], first: Hashable) -> tuple[Step, ...]:

@@ -239,7 +239,7 @@ class Replica:
         n = step.repeat
         if n > 1:
             n = min(n, int(self._left[step.decode].min()))
-        rows, prefill, kv, n_seqs = step.shape(ledger.used, machine.limits.unified)
+        rows, prefill, kv, n_seqs = step.shape(self.scheduler.in_sight(step))
         predict = machine.cost.predict
         first = predict(rows, prefill, kv, n_seqs)
         start = now + machine.overhead

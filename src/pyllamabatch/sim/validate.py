@@ -106,16 +106,31 @@ def split(requests: Sequence[Request], n: int) -> list[list[Request]]:
 
 
 def steps_of(table: Trace, cost: CostModel, n_ubatch: int) -> Steps:
-    """The steps of an engine's trace that were computed, beside what a model says of them."""
+    """The steps of an engine's trace that were computed, beside what a model says of them. It
+    begins when nobody runs."""
     table = table[table["code"] == 0]
     rows, prompt = table["rows"], table["prefill_rows"]
     n_seqs = table["decode_rows"] + (table["chunk"] > 0).sum(axis=1)
-    kv = table["kv_used"] - rows
+    kv = table["kv_used"] - rows if cost.unified else own_cells(table)
     shapes = zip(rows.tolist(), prompt.tolist(), kv.tolist(), n_seqs.tolist(), strict=True)
     model = np.array([cost.predict(*shape) for shape in shapes])
     seconds = np.sum([table[name] for name in TIMES], axis=0) * 1e-9
     new = np.maximum(-(-rows // n_ubatch) - table["reused"], 0)
     return Steps(rows, prompt, new, seconds, model)
+
+
+def own_cells(table: Trace) -> npt.NDArray[np.int64]:
+    """Cells, before each step, of those that have rows in it; nobody starts from kept ones."""
+    ids, counts = table["ids"], np.maximum(table["chunk"], 1)
+    held, whose = np.zeros((2, ids.shape[1]), dtype=np.int64)
+    found = np.zeros(len(table), dtype=np.int64)
+    for i, here in enumerate(ids):
+        on = here != 0
+        held[on & (here != whose)] = 0
+        whose[on] = here[on]
+        found[i] = held[on].sum()
+        held[on] += counts[i][on]
+    return found
 
 
 class Validator:
