@@ -78,7 +78,7 @@ def test_a_call_in_streams_reads_the_cells_of_its_own_sequences() -> None:
     made = machine(cost=Cells(), unified=False)
     requests = [one(0, 0.0, 1000, 3), one(1, 1.5, 8, 1)]
     ends = {o.id: o.end for o in simulate(requests, made).outcomes}
-    # The first's prompt, two steps of 1,000 and 1,001 cells, of which the second comes in the first.
+    # The first's prompt, two steps of 1,000 and 1,001 cells; the second comes in the first of them.
     assert ends[1] == pytest.approx(1 + 1001 + 1002 + 1)
     assert ends[0] == pytest.approx(1 + 1001 + 1002)
 

@@ -32,8 +32,8 @@ class Step:
     sample (int32, ascending, read-only); `chunks`: all other rows, those of hand-driven sequences
     included. `preempted`, `admitted`: (id, slot). `repeat`: how many times it may be computed
     before the policy is asked again, as long as no sequence comes or goes; more than 1 only for
-    pure decoding. `n_out`: sequences that decode and have no row in this step,
-    but whose cells are in sight."""
+    pure decoding. `n_out`: sequences that decode and have no row in this step, but whose cells are
+    in sight."""
 
     decode: Slots
     chunks: tuple[Chunk, ...]
