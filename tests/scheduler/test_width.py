@@ -57,7 +57,6 @@ def test_the_width_is_where_tokens_per_second_are_most() -> None:
 
 
 def test_a_wait_is_no_longer_than_the_wide_step_or_the_target() -> None:
-    # Two narrow steps are 0.04 s, the wide one 0.038 s.
     assert split(9, Edge(jump=1.9)).width == 8
     assert split(9, Edge(jump=1.9), itl=0.039) is None
     assert split(9, Edge(jump=1.9), itl_target=0.039) is None
@@ -229,3 +228,38 @@ def test_where_prompts_come_all_decode() -> None:
     policy = make_policy("device-aware")
     assert len(policy.plan(StepView.of(LIMITS, decoding(9), cost=Edge())).tokens) == 8
     assert isinstance(policy.width, Turns)  # type: ignore[attr-defined]
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    most=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    start=st.integers(9, 13),
+    switch=st.sampled_from([0.0, 3e-4, None]),
+    limits=st.sampled_from([LIMITS, APART]),
+)
+def test_asked_at_each_step_it_says_the_same(
+    most: list[int], start: int, switch: float | None, limits: Limits
+) -> None:
+    machines = []
+    for _ in range(2):
+        machine = Machine(limits, make_policy("device-aware"))
+        machine.scheduler.cost = Edge(seconds=0.003, jump=2.3, switch=switch)
+        for id in range(start):
+            machine.add(id, 3, 60, 60)
+        machines.append(machine)
+    one, many = machines
+    for n_most in most:
+        did = many.step_many(n_most)
+        assert did is not None
+        step, n = did
+        for _ in range(n):
+            same = one.step()
+            assert same is not None
+            assert (same.decode.tolist(), same.chunks) == (step.decode.tolist(), step.chunks)
+    for machine in machines:
+        machine.add(99, 3, 60, 60)
+    for _ in range(5):
+        did, same = many.step_many(1), one.step()
+        assert did is not None
+        assert same is not None
+        assert did[0].decode.tolist() == same.decode.tolist()

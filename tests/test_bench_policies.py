@@ -1,0 +1,81 @@
+"""The benches of the default policy: simulated, and live on the embedded model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import policies, schema, width
+from bench.__main__ import main
+from pyllamabatch.trace import trace_dtype
+
+M2 = policies.M2
+
+
+def test_simulated_rows_and_their_view(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.jsonl"
+    words = ["--profiles", M2, "--streams", "8-9", "--loads", "0.8", "--requests", "20"]
+    assert main(["policies", *words, "--out", str(out)]) == 0
+    rows = list(schema.read(out))
+    assert len(rows) == 3 * len(policies.POLICIES)
+    loads = {(policies.load_of(row), row.arm) for row in rows}
+    assert loads == {
+        (load, arm) for load in ("steady 8", "steady 9", "mixed 0.8") for arm in policies.POLICIES
+    }
+    assert policies.pairs(rows, "speed_tg")[M2, "steady 8"] == 1.0
+    assert policies.ratio(M2, 9)(rows) == policies.pairs(rows, "speed_tg")[M2, "steady 9"] > 1.2
+    assert policies.ratio(M2, 12)(rows) is None
+    worst = policies.worst(rows)
+    assert worst is not None
+    assert worst <= 1.0
+    printed = capsys.readouterr().out
+    assert f"| {M2} | 1 | 1.64 (0.93) |" in printed
+    assert "9 streams: default over counted: 1.6" in printed
+
+
+def test_numbers_and_ranges_of_streams() -> None:
+    assert policies.streams_of("1-3,8") == [1, 2, 3, 8]
+    with pytest.raises(SystemExit, match="0"):
+        policies.streams_of("0-2")
+
+
+def test_itl_is_between_two_rows_of_the_same_request() -> None:
+    trace = np.zeros(4, dtype=trace_dtype(2))
+    trace["t_start_ns"] = [0, 1_000_000_000, 2_000_000_000, 4_000_000_000]
+    trace["decode_ns"] = 500_000_000
+    trace["ids"] = [[1, 2], [1, 0], [1, 2], [3, 2]]
+    trace["chunk"] = [[0, 0], [5, 0], [0, 0], [0, 0]]  # in the second step a prompt of 5 rows
+    ends = width.ends_of(trace)
+    assert ends.tolist() == [0.5, 1.5, 2.5, 4.5]
+    assert sorted(width.itl(trace, ends)) == [2.0, 2.0, 2.0]
+
+
+def test_live_rows_on_the_embedded_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rows.jsonl"
+    words = ["--model", "default", "--threads", "1", "-n", "2", "--mixed", "2", "--tokens", "24"]
+    words += ["--prompt-tokens", "8", "--repeats", "1", "--profile", M2, "--out", str(out)]
+    assert main(["width", *words]) == 0
+    rows = list(schema.read(out))
+    assert [(r.arm, r.pl, r.detail["mixed"]) for r in rows] == [
+        ("counted", 2, 0.0),
+        ("device-aware", 2, 0.0),
+        ("counted", 2, 1.0),
+        ("device-aware", 2, 1.0),
+    ]
+    steady, mixed = rows[0], rows[2]
+    assert 2 * 16 < steady.detail["n_tokens"] < 2 * 24  # the window is shorter than their lives
+    assert steady.speed_tg == pytest.approx(2 * 24 / steady.t_tg)
+    assert mixed.detail["n_tokens"] == 2 * width.MIXED_ROUNDS * 6
+    assert 0 < steady.detail["itl_median_s"] <= steady.detail["itl_p99_s"]
+    assert "| 2 streams |" in capsys.readouterr().out
+
+
+def test_what_is_not_measured_is_said(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    words = ["--model", "default", "-n", "2", "--mixed", "", "--tokens", "8", "--repeats", "1"]
+    assert main(["width", *words, "--out", str(out)]) == 1
+    assert "--calibrate" in next(iter(schema.read(out))).error
