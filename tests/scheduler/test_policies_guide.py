@@ -24,7 +24,7 @@ def names() -> dict[str, Any]:
 
 
 def test_every_block_runs(names: dict[str, Any]) -> None:
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
     assert names["done"] == [2, 3, 1]
     own = next(block for block in BLOCKS if "def short_prompts" in block)
     assert len([line for line in own.splitlines() if line]) <= 20
