@@ -217,11 +217,11 @@ def test_ctrl_c_leaves_no_process_and_keeps_the_rows(tmp_path: Path) -> None:
         started.wait_for_children(3)  # two workers and the router
         started.process.send_signal(signal.SIGINT)
         out, err = started.process.communicate(timeout=60)
+        started.assert_all_gone(within_s=0)
     assert started.process.returncode == 130
     assert "interrupted" in err
     assert "single" in out  # a table of what there is
     assert [row.arm for row in read(started.rows)] == ["single"]
-    started.assert_all_gone(within_s=0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -230,8 +230,8 @@ def test_whatever_ends_it_no_process_stays(tmp_path: Path, number: signal.Signal
         started.wait_for_children(3)
         started.process.send_signal(number)
         started.process.communicate(timeout=60)
+        started.assert_all_gone(within_s=0 if number == signal.SIGTERM else 20)
     assert started.process.returncode == (130 if number == signal.SIGTERM else -number)
-    started.assert_all_gone(within_s=0 if number == signal.SIGTERM else 20)
 
 
 class Started:
@@ -257,8 +257,12 @@ class Started:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        """Its children too, where the test has failed because they stayed."""
         self.process.kill()
         self.process.wait()
+        for pid in self.children:
+            if error[0] is not None and alive(pid):
+                os.kill(pid, signal.SIGKILL)
 
     def wait_for_row(self) -> None:
         wait_until(lambda: self.rows.exists() and self.rows.read_text().count("\n") > 0)
