@@ -159,11 +159,13 @@ class Validator:
         self.probe()  # an engine's first calls are slower
         speeds = [self.probe()]
         lived: list[list[Outcome]] = []
+        came: list[list[Request]] = []
         refined: list[Machine] = []
         tables: list[Trace] = []
         for i, segment in enumerate(segments, 1):
             self._new_steps()
             lived.append(run_live(self.engine, segment))
+            came.append(_as_they_came(segment, lived[-1]))
             tables.append(self._new_steps())
             refined.append(machine_of(self.engine, 0.0))
             speeds.append(self.probe())
@@ -181,7 +183,7 @@ class Validator:
         simulated = {
             name: [
                 list(simulate(segment, machine, self.policy).outcomes)
-                for segment, machine in zip(segments, machines, strict=True)
+                for segment, machine in zip(came, machines, strict=True)
             ]
             for name, machines in names.items()
         }
@@ -261,6 +263,12 @@ class Validator:
 
     def _at(self, speed: Speed) -> CostModel:
         return self._cost.at_speed(speed.decode, speed.prompt)
+
+
+def _as_they_came(requests: Sequence[Request], outcomes: Iterable[Outcome]) -> list[Request]:
+    """With the times at which they were really submitted: a thread may wake up late."""
+    at = {o.id: o.arrival for o in outcomes}
+    return [r if r.after is not None else replace(r, arrival=at[r.id]) for r in requests]
 
 
 def _seconds(table: Trace) -> Array:
