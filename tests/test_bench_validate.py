@@ -1,0 +1,67 @@
+"""The bench that validates: its rows, its tables, and the part of the page that is made of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))  # `bench` is run from the repository, never installed
+
+from bench import schema, validate  # noqa: E402
+from bench.__main__ import main  # noqa: E402
+from bench.docs import replace_part  # noqa: E402
+from pyllamabatch.device.profile import shipped_profile  # noqa: E402
+from pyllamabatch.sim.validate import AT_SPEED, COMPARED  # noqa: E402
+
+
+def test_rows_tables_and_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = tmp_path / "profile.json"
+    shipped_profile("nvidia-h200-gemma-3-1b-q4_k_m").save(profile)
+    monkeypatch.setattr("pyllamabatch.sim.validate._PROBE_SECONDS", 0.1)
+    words = ["validate", "--model", "default", "--threads", "1", "--profile", str(profile)]
+    words += ["-s", "4", "--n-ctx", "2048", "--prompt", "5-20", "--output", "2-4", "--quick"]
+    words += ["--live", "0.2", "--layouts", "unified,streams", "--out", str(tmp_path)]
+    assert main(words) == 0
+    (path,) = tmp_path.glob("validate-default-*.jsonl")
+    rows = list(schema.read(path))
+    for unified in (True, False):
+        mine = {row.arm: row for row in rows if row.kv_unified == unified}
+        assert {"cost model", "live", "profile", AT_SPEED, "refined"} < set(mine)
+        live, simulated = mine["live"].detail, mine[AT_SPEED].detail
+        for name in COMPARED:
+            error = simulated[name] / live[name] - 1
+            assert simulated[f"error {name}"] == pytest.approx(error)
+        assert mine["cost model"].detail["held_out_median"] < 0.05
+        assert mine["live"].tg == pytest.approx(live["tokens_per_s"] * mine["live"].t_tg, abs=1)
+        assert sum(r.detail["share"] for r in mine.values() if "share" in r.detail) == (
+            pytest.approx(1)
+        )
+    errors = [r.detail["error tpot_mean"] for r in rows if r.arm == AT_SPEED]
+    assert validate.error_of("tpot_mean")(rows) == max(map(abs, errors))
+    text = validate.view(rows)
+    assert text.count("| TTFT, median, ms |") == 2
+
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- validation -->\nold\n<!-- end of validation -->\nbehind\n")
+    monkeypatch.setattr(validate, "DOCS", page)
+    assert main(["validate", "--docs", "--out", str(tmp_path)]) == 0
+    made = page.read_text()
+    assert made.startswith("before\n")
+    assert made.endswith("behind\n")
+    assert "old" not in made
+    assert text.strip() in made
+
+
+def test_a_page_without_the_place(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- a -->\n")
+    with pytest.raises(ValueError, match="end of a"):
+        replace_part(page, "a", "text")
+
+
+def test_the_page_has_its_place() -> None:
+    text = validate.DOCS.read_text(encoding="utf-8")
+    assert text.count("<!-- validation -->\n") == text.count("<!-- end of validation -->\n") == 1
