@@ -171,6 +171,7 @@ class Clock:
         """On a CPU that others use, until they don't; for a quarter of the budget in all."""
         began = time.monotonic()
         while on_cpu and self._patience > 0 and self.left > 0 and busy_cores() > _BUSY_CORES:
+            self.show("waiting: others use the processor")
             time.sleep(0.05)
             self._patience -= time.monotonic() - began
             began = time.monotonic()
