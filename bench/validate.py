@@ -29,6 +29,7 @@ from pyllamabatch.device.profile import Profile, file_name
 from pyllamabatch.engine import Engine
 from pyllamabatch.model import Model
 from pyllamabatch.scheduler import make_policy
+from pyllamabatch.scheduler.policies import DEFAULT
 from pyllamabatch.sim.load import at_load
 from pyllamabatch.sim.validate import AT_SPEED, BOUNDS, COMPARED, Validation, Validator, split
 from pyllamabatch.sim.validate import kinds as kinds_of_steps
@@ -80,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n-ctx", type=int, default=16384)
     parser.add_argument("--prompt", default="20-150", help="tokens (20-150)")
     parser.add_argument("--output", default="16-48", help="tokens (16-48)")
-    parser.add_argument("--policy", default="sarathi")
+    parser.add_argument("--policy", default=DEFAULT)
     parser.add_argument("--loads", default="0.6", help="of what the profile says it can do (0.6)")
     parser.add_argument("--live", type=float, help="seconds of each live run (240; --quick 20)")
     parser.add_argument("--segments", type=int, help="of each live run (6; --quick 2)")

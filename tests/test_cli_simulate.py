@@ -14,6 +14,7 @@ from pyllamabatch.cli.simulate import split_policies
 from pyllamabatch.device import where
 from pyllamabatch.device.profile import file_name, profile_folder, shipped_profile
 from pyllamabatch.errors import ArgumentError
+from pyllamabatch.scheduler.policies import DEFAULT
 
 PROFILE = ["simulate", "--profile", "m2-ultra-gemma-3-4b-it-qat"]
 TRACE = ["--trace", "poisson:rate=2,n=30,prompt=10-200,output=5-40"]
@@ -41,7 +42,7 @@ def test_json_is_the_same_for_the_same_seed(capsys: pytest.CaptureFixture[str]) 
 
     assert run("1") == run("1")
     assert run("1") != run("2")
-    assert run("1")["sarathi"]["requests"] == 30
+    assert run("1")[DEFAULT]["requests"] == 30
 
 
 @pytest.mark.parametrize(
