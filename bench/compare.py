@@ -100,9 +100,11 @@ def main(options: argparse.Namespace) -> int:
 
 
 def view(rows: Sequence[schema.Row]) -> str:
-    """The table; what follows from it where it decides."""
-    lines = summary.advice(rows).splitlines() if rows and rows[0].bench == BENCHES[BURST] else []
-    return "\n".join([summary.table(rows), *(f"- {line}" for line in lines)])
+    """The table; where it decides, in short before it, and what follows from it."""
+    if not rows or rows[0].bench != BENCHES[BURST]:
+        return summary.table(rows)
+    advice = [f"- {line}" for line in summary.advice(rows).splitlines()]
+    return "\n".join([summary.brief(rows), *advice, "", summary.table(rows)])
 
 
 def draw(rows: Sequence[schema.Row], path: Path) -> None:

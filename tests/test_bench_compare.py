@@ -73,6 +73,7 @@ def test_the_report_has_the_table_of_each_protocol_and_the_advice_once() -> None
     mine = shown(load("compare"))
     text = markdown(latest(rows), {}, {"compare": mine})
     assert text.count("| N | arm |") == 2
+    assert text.count("| tok/s together | 2 |") == 1
     assert text.count("- 2 users: engine, 90 tok/s") == 1
     assert text.count("- Overall, with") == 1
     assert "does not have" not in text

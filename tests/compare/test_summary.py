@@ -10,7 +10,7 @@ from made_up_rows import GIB, row
 from pyllamabatch.compare.advice import as_fast
 from pyllamabatch.compare.medians import short
 from pyllamabatch.compare.row import Row
-from pyllamabatch.compare.summary import advice, table
+from pyllamabatch.compare.summary import advice, brief, table
 
 
 def cells(text: str, arm: str, n: int) -> list[str]:
@@ -63,6 +63,20 @@ def test_columns_that_no_row_has_are_left_out_and_failures_say_why() -> None:
     assert cells(second, "engine", 2) == ["40.0", "250", "1500", "0.99"]
     assert cells(second, "contexts", 2)[0] == "— DecodeError: no / room"
     assert cells(second, "processes", 2)[0] == "— 1 of 2 completed"
+
+
+def test_in_brief_a_line_for_each_arm() -> None:
+    rows = [row("single", 1, 50), row("contexts", 2, 60, pss_bytes=0.25 * GIB)]
+    rows += [row("engine", 2, 90, pss_bytes=0.5 * GIB), row("processes", 2, 0, error="broken")]
+    assert brief(rows).splitlines() == [
+        "| tok/s together | 1 | 2 | GiB (PSS) at 2 |",
+        "|---|--:|--:|--:|",
+        "| single | 50 |  |  |",
+        "| contexts |  | 60 | 0.25 |",
+        "| engine |  | 90 (1.50) | 0.50 |",
+        "| processes |  | — |  |",
+    ]
+    assert brief([row("engine", 2, 90)]).splitlines()[0] == "| tok/s together | 2 |"
 
 
 def test_a_table_of_failures_and_of_nothing() -> None:

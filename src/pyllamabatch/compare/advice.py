@@ -160,6 +160,11 @@ def _limits(arm: str, n: int, them: Comparison) -> str:
     return "; ".join(found)
 
 
+def memory_kind(them: Comparison) -> tuple[str, str]:
+    """The first figure of `MEMORY` that anybody has, and its name; "" when there is none."""
+    return next((m for m in MEMORY if any(m[0] in row.detail for row in them.good)), ("", ""))
+
+
 def _memory_kind(them: Comparison, n: int, arms: Sequence[str]) -> tuple[str, str]:
     """The figure that all of them have; "" when there is none."""
     for name, words in MEMORY:

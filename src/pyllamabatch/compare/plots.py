@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyllamabatch import _html
 from pyllamabatch._plots import styled, svg
-from pyllamabatch.compare.advice import GIB, MEMORY
+from pyllamabatch.compare.advice import GIB, memory_kind
 from pyllamabatch.compare.medians import Comparison, ranges
 from pyllamabatch.compare.row import Row
 from pyllamabatch.compare.summary import POISSON, TITLES, advice, comparisons, tables
@@ -148,11 +148,11 @@ def _lines(them: Comparison, at: Axes, *, name: str, scale: float, label: str) -
 
 
 def _memory(them: Comparison, at: Axes) -> None:
-    for name, words in MEMORY:
-        if any(name in row.detail for row in them.good):
-            _lines(them, at, name=name, scale=1 / GIB, label=f"memory ({words}), GiB")
-            return
-    at.set_ylabel("memory: not known here")
+    name, words = memory_kind(them)
+    if name:
+        _lines(them, at, name=name, scale=1 / GIB, label=f"memory ({words}), GiB")
+    else:
+        at.set_ylabel("memory: not known here")
 
 
 def _look(arm: str, arms: Sequence[str]) -> tuple[str, str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from pyllamabatch.compare.advice import advice
+from pyllamabatch.compare.advice import advice, memory_kind
 from pyllamabatch.compare.medians import Comparison, by_bench
 from pyllamabatch.compare.row import Row
 
-__all__ = ["advice", "table"]
+__all__ = ["advice", "brief", "table"]
 
 POISSON = "compare-poisson"
 TITLES = {
@@ -66,6 +66,32 @@ def table(rows: Iterable[Row]) -> str:
         rule = "|--:|---|" + "--:|" * (len(heads) - 2)
         parts.append("\n".join([f"{title}.", "", _line(heads), rule, *map(_line, lines)]) + "\n")
     return "\n".join(parts) or "No rows.\n"
+
+
+def brief(rows: Iterable[Row]) -> str:
+    """Markdown of one bench: a line for each arm, a column for each N: tokens/s of all together, in
+    brackets the ratio to contexts; and what the arm takes of memory at the largest N."""
+    them = Comparison(list(rows))
+    memory, words = memory_kind(them)
+    last = max(them.counts)
+    heads = ["tok/s together", *map(str, them.counts)]
+    if memory:
+        heads.append(f"GiB ({words}) at {last}")
+    lines = [_line(heads), "|---|" + "--:|" * (len(heads) - 1)]
+    for arm in them.arms:
+        cells = [_speed_cell(them, arm, n) for n in them.counts]
+        if memory:
+            size = them.detail(arm, last, memory)
+            cells.append("" if size is None else f"{size / GIB:.2f}")
+        lines.append(_line([arm, *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def _speed_cell(them: Comparison, arm: str, n: int) -> str:
+    speed, over = them.speed(arm, n), them.ratio(arm, n, "contexts")
+    if speed is None:
+        return "—" if them.problem(arm, n) else ""
+    return f"{speed:.4g}" if over is None or arm == "contexts" else f"{speed:.4g} ({over:.2f})"
 
 
 def tables(rows: Iterable[Row]) -> dict[str, tuple[list[str], list[list[str]]]]:
