@@ -234,7 +234,7 @@ def test_with_requests_at_random_alone_each_ones_speed_decides() -> None:
     assert "contexts" not in line_for(rows, 2)
 
 
-@pytest.mark.parametrize(("pss", "words"), [(0.7, "share the weights by mmap"), (1.5, "little")])
+@pytest.mark.parametrize(("pss", "words"), [(0.7, "share the file that they map"), (1.5, "little")])
 def test_what_processes_share_is_what_rss_and_pss_say(pss: float, words: str) -> None:
     rows = [
         row("processes", n, 50, rss_bytes=n * 0.5 * GIB, pss_bytes=min(pss, n * 0.5) * GIB)
@@ -243,6 +243,9 @@ def test_what_processes_share_is_what_rss_and_pss_say(pss: float, words: str) ->
     assert f"The 4 processes {'share' if pss < 1 else ''}" in overall(rows)
     assert words in overall(rows)
     assert f"{pss:.2f} GiB together (PSS), their RSS adds up to 2.00" in overall(rows)
+    more = (pss - min(pss, 1.0)) / 2
+    assert f"each further one adds {more:.2f} of its own" in overall(rows)
+    assert "further" not in overall(rows[1:])
 
 
 def test_nothing_is_said_of_sharing_where_it_is_not_known() -> None:

@@ -245,15 +245,18 @@ def _sharing(them: Comparison) -> str:
         for n in them.counts
         if (rss := them.detail(arm, n, "rss_bytes")) and (pss := them.detail(arm, n, "pss_bytes"))
     }
-    n = max(found, default=0)
+    n, least = max(found, default=0), min(found, default=0)
     weights = them.rows[0].model_size
     if n < 2 or weights < FEW_WEIGHTS:
         return ""
     rss, pss = found[n]
-    sizes = f"{pss / GIB:.2f} GiB together (PSS), their RSS adds up to {rss / GIB:.2f}"
+    text = f"{pss / GIB:.2f} GiB together (PSS), their RSS adds up to {rss / GIB:.2f}"
+    if least < n:
+        more = (pss - found[least][1]) / (n - least) / GIB
+        text += f"; each further one adds {more:.2f} of its own"
     if rss - pss >= (n - 1) * weights / 2:
-        return f"The {n} processes share the weights by mmap: {sizes}"
-    return f"The {n} processes share little of the weights, which are copied, not mapped: {sizes}"
+        return f"The {n} processes share the file that they map: {text}"
+    return f"The {n} processes share little of the weights, which are copied, not mapped: {text}"
 
 
 def _list(words: Sequence[str]) -> str:
