@@ -43,6 +43,8 @@ class Child:
             text=True,
             bufsize=1,
             start_new_session=True,
+            # ggml would let a debugger, if there is one, write to the output that we read
+            env={"GGML_NO_BACKTRACE": "1"} | os.environ,
         )
         self.pid = self._process.pid
         self._lines: Queue[str | None] = Queue()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from pyllamabatch._child import Child, ChildFailed
 from pyllamabatch.cli import main
 from pyllamabatch.compare.row import Row, read
 
@@ -295,3 +296,19 @@ def wait_until(true: Any, seconds: float = 60.0) -> None:
     while not true():
         assert time.monotonic() < end, "did not happen in time"
         time.sleep(0.05)
+
+
+@LINUX
+def test_a_debugger_does_not_write_between_a_childs_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ggml starts gdb before it aborts, where there is one."""
+    debugger = tmp_path / "gdb"
+    debugger.write_text("#!/bin/sh\necho '[New LWP 1]'\n", encoding="utf-8")
+    debugger.chmod(0o755)
+    program = "from pyllamabatch.raw import lib\nlib.ggml_abort(b'a.c', 1, b'gone')\n"
+    (tmp_path / "aborts.py").write_text(program, encoding="utf-8")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with Child("aborts") as child, pytest.raises(ChildFailed, match="ended with -6"):
+        pytest.fail(child.answer(60))
