@@ -306,7 +306,10 @@ def test_a_debugger_does_not_write_between_a_childs_answers(
     debugger = tmp_path / "gdb"
     debugger.write_text("#!/bin/sh\necho '[New LWP 1]'\n", encoding="utf-8")
     debugger.chmod(0o755)
-    program = "from pyllamabatch.raw import lib\nlib.ggml_abort(b'a.c', 1, b'gone')\n"
+    program = (
+        "import resource\nfrom pyllamabatch.raw import lib\n"
+        "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\nlib.ggml_abort(b'a.c', 1, b'gone')\n"
+    )
     (tmp_path / "aborts.py").write_text(program, encoding="utf-8")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
