@@ -22,7 +22,7 @@ from bench.targets import Figure, Target
 from pyllamabatch.device.cost import CostModel
 from pyllamabatch.device.profile import shipped_names, shipped_profile
 from pyllamabatch.scheduler.policies import DEFAULT
-from pyllamabatch.sim import Machine, Request, draw, simulate
+from pyllamabatch.sim import Machine, Request, simulate, workload
 
 COUNTED = "sarathi:budget=512"
 POLICIES = (COUNTED, DEFAULT, "fcfs", "sarathi")
@@ -142,7 +142,9 @@ def streams_of(words: str) -> list[int]:
 
 
 def steady(n: int) -> list[Request]:
-    return draw(f"closed:clients={n},n={n},prompt={STEADY_PROMPT},output={STEADY_TOKENS}", seed=1)
+    return workload.draw(
+        f"closed:clients={n},n={n},prompt={STEADY_PROMPT},output={STEADY_TOKENS}", seed=1
+    )
 
 
 def mixed(cost: CostModel, share: float, n: int, seed: int) -> list[Request]:
@@ -152,7 +154,7 @@ def mixed(cost: CostModel, share: float, n: int, seed: int) -> list[Request]:
     prompt = cost.predict(N_UBATCH, N_UBATCH - 1, 16 * MIXED_PROMPT, 2) / N_UBATCH
     rate = share / (MIXED_TOKENS * decode + MIXED_PROMPT * prompt)
     lengths = f"prompt={MIXED_PROMPT}~0.8,output={MIXED_TOKENS}~0.8"
-    return draw(f"poisson:rate={rate},n={n},{lengths}", seed)
+    return workload.draw(f"poisson:rate={rate},n={n},{lengths}", seed)
 
 
 def row_of(

@@ -51,7 +51,6 @@ DEFAULT, COUNTED, PACED = "device-aware", "counted", "sarathi"
 POLICIES = {DEFAULT: DEFAULT, COUNTED: "sarathi:budget=512", PACED: PACED}
 MIXED_ROUNDS = 3  # requests of each client
 QUICK = ("--quick", "-n", "2,8,9", "--mixed", "4", "--calibrate", "40")
-PLOT = True
 
 
 def ratio(n: int, name: str = "speed_tg", mixed: bool = False) -> Figure:
