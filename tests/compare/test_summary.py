@@ -172,9 +172,9 @@ def test_arms_with_another_sampler_are_arms() -> None:
 def test_what_users_share_is_said() -> None:
     rows = [row("single", 1, 100), row("engine", 2, 101), row("engine", 4, 80)]
     assert "2 users share what one alone gets." in line_for(rows, 2)
-    assert "together they get less than one alone" in line_for(rows, 4)
+    assert "Together they get less than one alone" in line_for(rows, 4)
     uneven = [row("engine", 2, 100, fairness=0.5), row("engine", 4, 100, fairness=0.99)]
-    assert "its streams are uneven (fairness 0.50)." in line_for(uneven, 2)
+    assert "Its streams are uneven (fairness 0.50)." in line_for(uneven, 2)
     assert "uneven" not in line_for(uneven, 4)
 
 

@@ -157,7 +157,8 @@ def _limits(arm: str, n: int, them: Comparison) -> str:
     fairness = them.detail(arm, n, "fairness")
     if fairness is not None and fairness < UNEVEN:
         found.append(f"its streams are uneven (fairness {fairness:.2f})")
-    return "; ".join(found)
+    text = "; ".join(found)
+    return text[:1].upper() + text[1:]
 
 
 def memory_kind(them: Comparison) -> tuple[str, str]:
