@@ -230,6 +230,29 @@ def test_steppers_keep_their_slots(model: Model) -> None:
         assert stepper.slot(1).n_generated == 4
 
 
+def test_slots_can_be_made_while_it_is_renewed(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with model.context(n_ctx=256, **EXACT) as context, Stepper(context) as stepper:
+        made, new = [], lib.plb_context_new
+
+        def slowly(*args: Any) -> Any:
+            with ThreadPoolExecutor(1) as pool:
+                made.append(pool.submit(stepper.make_slot, GREEDY, [1, 2]).result(30))
+            return new(*args)
+
+        class Lib:
+            plb_context_new = staticmethod(slowly)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(lib, name)
+
+        monkeypatch.setattr("pyllamabatch.context.lib", Lib())
+        context.renew()
+        assert len(made) == 1
+        stepper.put_slot(0, made[0])
+
+
 def test_renew_that_fails_closes_it(model: Model) -> None:
     with model.context(n_ctx=256, **EXACT) as context, Stepper(context) as stepper:
         context._native.n_seq_max = 100_000

@@ -97,8 +97,8 @@ class Context(Owner):
             raise ContextCreateError(f"libllama could not make the context\n{log}")
         self._native = native
         self._keep = params  # callbacks and samplers that libllama points to
-        self._handle = Handle(ptr, lib.llama_free, model._handle)
-        self._close = weakref.finalize(self, self._handle.release)
+        self._held = [Handle(ptr, lib.llama_free, model._handle)]  # the one of now
+        self._close = weakref.finalize(self, _release, self._held)
         self._exclusive = _Exclusive(self._close)
         self._lock = self._exclusive.lock
         self._loras: list[tuple[Handle, str, float]] = []  # a file's name, a scale
@@ -131,6 +131,10 @@ class Context(Owner):
     def closed(self) -> bool:
         return not self._close.alive
 
+    @property
+    def _handle(self) -> Handle:
+        return self._held[0]
+
     def close(self) -> None:
         """Free the context. Closing twice is fine; `ContextBusy` while another thread is inside."""
         if self.closed:
@@ -143,24 +147,24 @@ class Context(Owner):
     def renew(self) -> None:
         """A fresh llama_context, made with the same parameters, in place of this one that has
         failed: its memory is empty, its outputs are gone; adapters, threads and steppers, with
-        their slots, stay. ContextCreateError, and this one is closed, when it can't be made."""
+        their slots, stay, and other threads may make slots meanwhile. ContextCreateError, and this
+        one is closed, when it can't be made."""
         with self.exclusive():
             threads = self.n_threads, self.n_threads_batch
             model = self.model._handle.retain()  # which may be closed by now
             try:
-                self._close.detach()
                 self._handle.release()
                 _log.mark()
                 ptr = lib.plb_context_new(model.ptr, self._native)
                 if ptr == ffi.NULL:
+                    self._close.detach()
                     self._drop_loras()
                     self._attached.clear()
                     log = _log.errors()
                     raise ContextCreateError(f"libllama could not make the context again\n{log}")
-                self._handle = Handle(ptr, lib.llama_free, model)
+                self._held[0] = Handle(ptr, lib.llama_free, model)
             finally:
                 model.release()
-            self._close = self._exclusive.close = weakref.finalize(self, self._handle.release)
             self._outputs, self._encoded = None, False
             self.memory.renewed()
             lib.llama_set_n_threads(ptr, *threads)
@@ -387,17 +391,21 @@ class Context(Owner):
             return read(lib.llama_perf_context(self.ptr))
 
 
+def _release(held: list[Handle]) -> None:
+    held[0].release()
+
+
 class _Exclusive(AbstractContextManager[None]):
     """A context's lock, one for all its methods: entering costs well under a microsecond."""
 
     def __init__(self, close: weakref.finalize[..., Context]) -> None:
-        self.close = close
+        self._close = close
         self.lock = threading.RLock()
 
     def __enter__(self) -> None:
         if not self.lock.acquire(blocking=False):
             raise ContextBusy("another thread is inside this context; use one thread, or a lock")
-        if not self.close.alive:
+        if not self._close.alive:
             self.lock.release()
             raise ClosedError("the context is closed")
 
