@@ -241,6 +241,7 @@ class Decoder:
         with self.state:
             for id in self.scheduler.deadlines.due(perf_counter()):
                 self.seats.end(self.seats.open[id], "deadline")
+            self._mover.carry_out()
 
     def _turn(self) -> None:
         with self.state:
