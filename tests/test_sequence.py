@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -183,6 +184,34 @@ def test_a_snapshot_of_any_architecture(architecture: Architecture) -> None:
             copy.restore(data)
             assert drive(copy, 6) == expected
         check_empty(engine)
+
+
+def test_a_snapshot_goes_through_a_file(model: Model, tmp_path: Path) -> None:
+    path = tmp_path / "seq.state"
+    with engine_on(model) as engine, engine.sequence(GREEDY) as sequence:
+        sequence.prompt(PROMPT)
+        first = drive(sequence, 3)
+        sequence.save(path)
+        with pytest.raises(StateError, match="can't write"):
+            sequence.save(tmp_path / "nowhere" / "seq.state")
+        rest = drive(sequence, 4)
+    assert [file.name for file in tmp_path.iterdir()] == ["seq.state"]
+    with engine_on(model, n_seq_max=2) as engine, engine.sequence() as other:
+        other.load(path)
+        assert other.tokens == PROMPT + first
+        assert drive(other, 4) == rest
+        path.write_bytes(path.read_bytes()[:-1])
+        for wrong in (path, tmp_path / "none"):
+            with pytest.raises(StateError):
+                other.load(wrong)
+        assert other.tokens == PROMPT + first + rest
+    with (
+        Model(gguf_path("qwen2")) as qwen,
+        engine_on(qwen) as engine,
+        engine.sequence() as other,
+        pytest.raises(StateError),
+    ):
+        other.load(path)
 
 
 def test_threads_share_their_decodes(model: Model) -> None:

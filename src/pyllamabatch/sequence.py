@@ -12,6 +12,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from . import state
 from ._step import Finish
 from .errors import ArgumentError, ClosedError, EngineClosed, StateError
 from .hand import Call, Draw, Hand
@@ -19,6 +20,7 @@ from .sampling import INT32_MAX, SEED_MAX, SamplingParams
 from .snapshot import read, slot_of
 
 if TYPE_CHECKING:
+    from ._model_params import PathLike
     from .decoder import Decoder
     from .engine import Engine
     from .intake import Prompt
@@ -216,6 +218,14 @@ class Sequence:
                 hand.params = saved.params
             self._call(lambda hands, call: hands.restore(hand, saved, data, sampler, call))
             self._reset_text()
+
+    def save(self, path: PathLike) -> None:
+        """`snapshot` to a file, which is written whole or not at all. StateError when it can't."""
+        state.write(path, self.snapshot())
+
+    def load(self, path: PathLike) -> None:
+        """`restore` from a file. StateError when it can't be read."""
+        self.restore(state.read(path))
 
     def cancel(self) -> None:
         """The call that another thread is in, if any, ends within a step: it raises Cancelled, and
