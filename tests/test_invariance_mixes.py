@@ -1,47 +1,25 @@
-"""Nobody pays for a neighbour, on the embedded model: random mixes of arrivals, cancels, samples of
-one prompt, common beginnings, far too few cells and failing decodes, in engines of every kind. Each
-request that finishes has the tokens that it gets alone through raw calls."""
+"""Nobody pays for a neighbour, on the embedded model: 200 random mixes of arrivals, cancels,
+deadlines, samples of one prompt, hand-driven forks, common beginnings, far too few cells and
+failing decodes, in engines of every kind. Each request that finishes has the tokens that it gets
+alone through raw calls, and each that ends early has the first of them."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from checked import Checked
-from hypothesis import HealthCheck, given, settings
+from embedded import EXACT, N_TOKENS, check, solos, texts
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import TOLERANCE_QUANTISED, Agreement, RawModel, Reference, raw_context, raw_model
+from oracle import Agreement, Reference
 
 from pyllamabatch.engine import Engine
 from pyllamabatch.model import Model
-from pyllamabatch.models import default_model_path
 from pyllamabatch.sampling import SamplingParams
 from pyllamabatch.stream import Stream
-
-EXACT: dict[str, Any] = {
-    "flash_attn_type": "disabled",
-    "type_k": "f32",
-    "type_v": "f32",
-    "n_threads": 1,
-}
-N_TOKENS = 24
-
-
-def texts(n_vocab: int) -> list[list[int]]:
-    """Twelve prompts of 3 to 140 tokens: two families with a common beginning, and loners."""
-    random = np.random.default_rng(17)
-    families = [
-        random.integers(10, n_vocab, 90).tolist(),
-        random.integers(10, n_vocab, 40).tolist(),
-    ]
-    prompts = []
-    for i, n in enumerate([3, 9, 17, 30, 50, 5, 12, 33, 70, 20, 110, 48]):
-        own = random.integers(10, n_vocab, n).tolist()
-        prompts.append([*families[i % 3], *own] if i % 3 < 2 else own)
-    return prompts
 
 
 @pytest.fixture(scope="module")
@@ -52,24 +30,7 @@ def model() -> Iterator[Model]:
 
 @pytest.fixture(scope="module")
 def alone(model: Model) -> list[Reference]:
-    eog = sorted(model.vocab.eog_tokens)
-    with raw_model(Path(default_model_path())) as oracle:
-        return [solo(oracle, prompt, eog) for prompt in texts(model.n_vocab)]
-
-
-def solo(oracle: RawModel, prompt: list[int], never: list[int]) -> Reference:
-    """As `oracle.solo`, without the tokens that end a text."""
-    n_ctx = len(prompt) + N_TOKENS
-    with raw_context(oracle, n_ctx=n_ctx, n_batch=512, n_ubatch=512) as context:
-        row = context.feed(prompt)
-        tokens, rows = [], []
-        while True:
-            row[never] = -1e9
-            tokens.append(int(row.argmax()))
-            rows.append(row)
-            if len(tokens) == N_TOKENS:
-                return Reference(tokens, np.array(rows))
-            row = context.feed(tokens[-1:], pos=len(prompt) + len(tokens) - 1)
+    return solos(model)
 
 
 engines = st.fixed_dictionaries(
@@ -88,61 +49,95 @@ requests = st.lists(
         st.integers(0, 11),  # prompt
         st.integers(1, N_TOKENS),
         st.sampled_from([1, 1, 1, 3]),  # samples
-        st.sampled_from(["stay", "stay", "stay", "cancel", "wait"]),
+        st.sampled_from(["stay", "stay", "stay", "cancel", "wait", "soon", "later", "hand"]),
     ),
     min_size=1,
-    max_size=12,
+    max_size=10,
 )
+TIMEOUTS = {"soon": 0.004, "later": 0.03}
 faults = st.lists(
-    st.tuples(st.integers(1, 15), st.sampled_from([1, 2, -3]), st.sampled_from([0, 5, -1])),
+    st.tuples(
+        st.integers(1, 15),
+        st.sampled_from([1, 2, -3]),
+        st.sampled_from([0, 5, -1]),
+    ),
     max_size=3,
 )
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(engines, requests, faults)
-def test_every_request_gets_what_it_gets_alone(
-    model: Model,
-    alone: list[Reference],
-    options: dict[str, Any],
-    requests: list[tuple[int, int, int, str]],
-    faults: list[tuple[int, int, int]],
-) -> None:
+def by_hand(engine: Engine, prompt: list[int], n: int) -> list[list[int]]:
+    """`n` tokens of a sequence, and of one that leaves it half way."""
+    greedy = SamplingParams(temperature=0, ignore_eog=True)
+    with engine.sequence(greedy) as seq:
+        seq.prompt(prompt)
+        for _ in range(n // 2):
+            seq.sample()
+        with seq.fork() as other:
+            for _ in range(n - n // 2):
+                other.sample()
+                seq.sample()
+            return [seq.tokens[len(prompt) :], other.tokens[len(prompt) :]]
+
+
+def test_every_request_gets_what_it_gets_alone(model: Model, alone: list[Reference]) -> None:
     prompts = texts(model.n_vocab)
-    if not options["kv_unified"]:
-        options["n_ctx"] = 256 * options["n_seq_max"]
-    with Engine(model, n_ubatch=32, **{**options, **EXACT}) as engine:
-        checked = Checked(engine, may_fail=bool(faults))
-        streams: list[tuple[Stream, int, int]] = []
-        left = faults.copy()
-        for which, n, n_samples, what in requests:
-            if left:
-                with engine._decoder.state:
-                    engine._stepper.fault(*left.pop())
-            params = SamplingParams(temperature=0, max_tokens=n, ignore_eog=True)
-            for stream in engine.submit_n(prompts[which], params, n_samples):
-                streams.append((stream, which, n))
-            if what == "wait":
-                stream.wait(60)
-            elif what == "cancel":
-                stream.cancel()
-        results = [stream.wait(60) for stream, _, _ in streams]
-        stats = engine.stats()
-        decoder = engine._decoder
-        with decoder.state:
-            ledger, memory = decoder.scheduler.ledger, decoder._memory
+    seen: Counter[str] = Counter()
+    agreement = Agreement()
+
+    @settings(max_examples=200, deadline=None)
+    @given(engines, requests, faults)
+    def mix(
+        options: dict[str, Any],
+        requests: list[tuple[int, int, int, str]],
+        faults: list[tuple[int, int, int]],
+    ) -> None:
+        if not options["kv_unified"]:
+            options["n_ctx"] = 256 * options["n_seq_max"]
+        with Engine(model, n_ubatch=32, **{**options, **EXACT}) as engine:
+            checked = Checked(engine, may_fail=bool(faults))
+            streams: list[tuple[Stream, int, int]] = []
+            left = faults.copy()
+            for which, n, n_samples, what in requests:
+                if left:
+                    nth, code, n_rows = left.pop()
+                    with engine._decoder.state:  # a fatal one twice: a fresh context
+                        engine._stepper.fault(nth, code, n_rows, 1 + (code == -3))
+                if what == "hand":
+                    for tokens in by_hand(engine, prompts[which], n):
+                        assert len(tokens) == n
+                        check(agreement, alone[which], tokens)
+                    seen["hand"] += 1
+                    continue
+                params = SamplingParams(temperature=0, max_tokens=n, ignore_eog=True)
+                terms: dict[str, Any] = {}
+                if what in TIMEOUTS:
+                    terms["timeout"] = TIMEOUTS[what]
+                for stream in engine.submit_n(prompts[which], params, n_samples, **terms):
+                    streams.append((stream, which, n))
+                if what == "wait":
+                    stream.wait(60)
+                elif what == "cancel":
+                    stream.cancel()
+            results = [stream.wait(60) for stream, _, _ in streams]
+            assert engine.drain(60)
+            stats = engine.stats()
+            ledger, memory = engine._decoder.scheduler.ledger, engine._decoder._memory
             slots = range(ledger.n_seq_max)
             held = [memory.pos_max(slot) + 1 for slot in slots]
             assert held == [ledger.held(slot) for slot in slots]
-    assert stats.kv_used == stats.running == stats.waiting == 0
-    assert stats.finished["error"] == 0
-    assert checked.n_checks > 0 or stats.steps == 0
-    agreement = Agreement()
-    for result, (_, which, n) in zip(results, streams, strict=True):
-        tokens, reference = result.tokens, alone[which]
-        assert len(tokens) == n or result.finish_reason == "cancelled"
-        first = Reference(reference.tokens[: len(tokens)], reference.logits[: len(tokens)])
-        if tokens:
-            agreement.check(first, tokens, TOLERANCE_QUANTISED)
+        assert stats.kv_used == stats.running == stats.waiting == stats.sequences == 0
+        assert stats.finished["error"] == 0
+        assert checked.n_checks > 0 or stats.steps == 0
+        assert stats.submitted == len(streams) == sum(stats.finished.values())
+        for result, (_, which, n) in zip(results, streams, strict=True):
+            assert result.n_generated == n or result.finish_reason in ("cancelled", "deadline")
+            check(agreement, alone[which], result.tokens)
+            seen[result.finish_reason] += 1
+        for name in ("preemptions", "restarts", "swapped_tokens", "prefix_tokens"):
+            seen[name] += getattr(stats, name) > 0
+
+    mix()
+    assert agreement.fraction > 0.9
+    kinds = ["length", "cancelled", "deadline", "hand"]
+    kinds += ["preemptions", "restarts", "swapped_tokens", "prefix_tokens"]
+    assert min(seen[kind] for kind in kinds) >= 5, seen
