@@ -339,6 +339,27 @@ def test_a_failed_decode_is_an_error_and_no_end(model: Model) -> None:
         check_empty(engine)
 
 
+def test_owners_take_turns_after_a_decode_that_found_no_cells(model: Model) -> None:
+    """The one that gave way comes back as soon as the other one rests for too long, and after that
+    nobody waits for anybody."""
+    with engine_on(model, patience=0.05) as engine:
+        expected = engine.submit(PROMPT, GREEDY).result(60).tokens
+        with engine.sequence(GREEDY) as first, engine.sequence(GREEDY) as second:
+            first.prompt(PROMPT)
+            second.prompt([1, 60, 61])
+            engine._decoder.scheduler.drop_kept()
+            with engine._decoder.state:
+                engine._stepper.fault(1, 1, 0)
+            assert second.sample().token >= 0
+            before = engine.stats().preemptions
+            tokens = []
+            for _ in range(6):
+                tokens.append(first.sample().token)
+                second.sample()
+            assert tokens == expected[:6]
+            assert engine.stats().preemptions <= before + 1
+
+
 def test_a_token_that_can_not_be_chosen_is_an_error(engine: Engine) -> None:
     nothing = SamplingParams(logit_bias={token: -float("inf") for token in range(N_VOCAB)})
     with engine.sequence(nothing) as sequence:

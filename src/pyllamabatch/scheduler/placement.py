@@ -56,6 +56,7 @@ class Placement:
         self._asked: dict[int, int] = {}  # slot -> id of the hand-driven ones that decode
         self._resting = Resting(gather or CostWindow())
         self._ready_at: float | None = None  # when there was something to compute for this step
+        self._short = False  # see `Scheduler.shed`
         self._stuck = False  # nobody who has something to compute found room for it
         self._wake: float | None = None  # before that the policy does not want to be asked again
         self._now = 0.0
@@ -176,6 +177,7 @@ class Placement:
             self._resting.end(id)
         running.leave(id)
         self._changed()
+        self._short = False
         return entry
 
     def _steer(self, entry: Entry, view: SequenceView) -> None:

@@ -72,7 +72,6 @@ class Scheduler(HandDriven):
         self.cost = cost
         self._patience = patience
         self.policy = device_aware() if policy is None else check_policy(policy, policy)
-        self._short = False  # see `shed`
 
     # -- sequences come and go
 
@@ -129,7 +128,6 @@ class Scheduler(HandDriven):
         self.deadlines.remove(id)
         slot = None
         if id in self._running.ids:
-            self._short = False
             entry = self._leave(id)
             slot = entry.slot
             self.starts.cache.leaves(
@@ -144,7 +142,7 @@ class Scheduler(HandDriven):
 
     def shed(self) -> tuple[int, int] | None:
         """The cache turned out to be fuller than the ledger says: the newest running sequence
-        gives up its cells, and nobody is admitted until another one ends. Returns its (id, slot),
+        gives up its cells, and nobody is admitted until another one leaves. Returns its (id, slot),
         or None when no more than one runs."""
         if len(self._running.ids) < 2:
             return None
