@@ -106,6 +106,7 @@ def test_any_mixture_gets_what_each_gets_alone(
     adapters: dict[str, LoraAdapter],
     alone: list[list[list[int]]],
     options: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with engine_on(model, adapters, **options) as engine:
         for n_times in range(2):  # the second time with what is kept
@@ -119,6 +120,7 @@ def test_any_mixture_gets_what_each_gets_alone(
             assert engine.stats().preemptions > 0
         if options.get("preemption") == "swap":
             assert engine.stats().swapped_tokens > 0
+        assert "failed" not in caplog.text  # a state that is refused is computed again
         check_empty(engine)
 
 
