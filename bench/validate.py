@@ -25,7 +25,7 @@ from bench.targets import Figure, Target
 from pyllamabatch.compare import facts
 from pyllamabatch.device.calibrate import calibrate
 from pyllamabatch.device.cost import CostModel, held_out
-from pyllamabatch.device.profile import Profile, file_name
+from pyllamabatch.device.profile import SHIPPED, Profile, file_name
 from pyllamabatch.engine import Engine
 from pyllamabatch.model import Model
 from pyllamabatch.scheduler import make_policy
@@ -87,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--segments", type=int, help="of each live run (6; --quick 2)")
     parser.add_argument("--calibrate", type=float, help="seconds (240; --quick 20)")
     parser.add_argument("--profile", type=Path, help="that was measured before, instead")
+    parser.add_argument("--ship", metavar="NAME", help="keep the profile in the package, too")
     parser.add_argument(
         "--docs", action="store_true",
         help="measure nothing: the tables of all rows of --out into docs/simulator.md",
@@ -194,6 +195,8 @@ def profile_of(
     path = out_file(options, "validate", "x").parent / "profiles" / file_name(profile.key)
     profile.save(path)
     print(f"profile: {path}", flush=True)
+    if options.ship:
+        profile.save(SHIPPED / f"{options.ship}.json")
     return profile
 
 

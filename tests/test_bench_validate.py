@@ -13,7 +13,7 @@ sys.path.insert(0, str(REPOSITORY))  # `bench` is run from the repository, never
 from bench import schema, validate  # noqa: E402
 from bench.__main__ import main  # noqa: E402
 from bench.docs import replace_part  # noqa: E402
-from pyllamabatch.device.profile import shipped_profile  # noqa: E402
+from pyllamabatch.device.profile import Profile, Shape, shipped_profile  # noqa: E402
 from pyllamabatch.sim.validate import AT_SPEED, COMPARED  # noqa: E402
 
 
@@ -53,6 +53,23 @@ def test_rows_tables_and_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert made.endswith("behind\n")
     assert "old" not in made
     assert text.strip() in made
+
+
+def test_a_profile_is_measured_and_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [Shape(rows=n, depth=8) for n in (1, 2, 3, 4)]
+    shapes += [Shape(12, 10, 1, 8), Shape(16, 16, 1), Shape(20, 20, 1)]
+    monkeypatch.setattr("pyllamabatch.device.calibrate.plan_shapes", lambda *_: shapes)
+    monkeypatch.setattr("pyllamabatch.device.calibrate.N_CTX", 2048)
+    monkeypatch.setattr("pyllamabatch.device.calibrate.busy_cores", lambda: 0.0)
+    monkeypatch.setattr("pyllamabatch.sim.validate._PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(validate, "SHIPPED", tmp_path / "shipped")
+    words = ["validate", "--model", "default", "--threads", "1", "--calibrate", "5", "--quick"]
+    words += ["-s", "2", "--n-ctx", "1024", "--prompt", "5-20", "--output", "2-4"]
+    assert main([*words, "--live", "0.1", "--ship", "mine", "--out", str(tmp_path)]) == 0
+    shipped = Profile.load(tmp_path / "shipped" / "mine.json")
+    assert {s.rows for s in shipped.samples} == {1, 2, 3, 4, 12, 16, 20}
+    (kept,) = (tmp_path / "profiles").glob("*.json")
+    assert Profile.load(kept) == shipped
 
 
 def test_a_page_without_the_place(tmp_path: Path) -> None:
