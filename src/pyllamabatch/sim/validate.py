@@ -231,8 +231,8 @@ class Validator:
         if overhead is None:
             overhead = float(np.median(table["python_ns"][changed])) * 1e-9
         return Speed(
-            float(np.median(ratio[decodes])),
-            float(np.median(ratio[steps.prompt > 0])),
+            _typical(ratio[decodes], steps.model[decodes]),
+            _typical(ratio[steps.prompt > 0], steps.model[steps.prompt > 0]),
             overhead,
             max(0.0, median(waits) - overhead),
         )
@@ -269,6 +269,12 @@ def _as_they_came(requests: Sequence[Request], outcomes: Iterable[Outcome]) -> l
     """With the times at which they were really submitted: a thread may wake up late."""
     at = {o.id: o.arrival for o in outcomes}
     return [r if r.after is not None else replace(r, arrival=at[r.id]) for r in requests]
+
+
+def _typical(ratio: Array, weight: Array) -> float:
+    """The mean, in which what holds the device up now and then counts as it does in a run; but no
+    step for more than four times the median."""
+    return float(np.average(np.minimum(ratio, 4.0 * np.median(ratio)), weights=weight))
 
 
 def _seconds(table: Trace) -> Array:
