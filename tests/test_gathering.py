@@ -107,7 +107,7 @@ def test_dear_steps_are_full(model: Model, n: int) -> None:
 
 
 def test_steps_that_cost_nothing_wait_for_nobody(model: Model) -> None:
-    cost, gather = Flat(), Watched(CostWindow())
+    cost, gather = Flat(), Watched(CostWindow(least=0))
     with engine_on(model, 4, cost=cost, gather=gather) as engine:
         fill = drive(engine, cost, 4, 32, step_s=0.0)
     assert sum(rows * steps for rows, steps in fill.items()) == 128

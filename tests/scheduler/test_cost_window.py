@@ -58,10 +58,22 @@ def test_a_row_is_worth_its_share_of_a_step_whose_time_does_not_grow() -> None:
 
 
 def test_rows_that_cost_as_much_later_are_not_waited_for() -> None:
-    assert CostWindow()(at(1, in_seconds(1e-6), Steps(0.0, 0.02))) == 0
+    assert CostWindow(least=0)(at(1, in_seconds(1e-6), Steps(0.0, 0.02))) == 0
     tiles = Steps(0.04, tile=4)
     assert CostWindow()(at(3, in_seconds(0.001), tiles)) > 0
     assert CostWindow()(at(4, in_seconds(0.001), tiles)) == 0  # a fifth begins another pass
+
+
+def test_the_little_that_no_model_knows_of_is_waited_for() -> None:
+    """Steps of next to no time, owners who are there in a moment; not those who hardly return."""
+    free, window = Steps(1e-6), CostWindow()
+    assert window(at(1, in_seconds(50e-6), free)) == pytest.approx(200e-6)
+    assert window(at(1, in_seconds(50e-6), free, waited=150e-6)) == pytest.approx(50e-6)
+    assert window(at(1, in_seconds(50e-6), free, waited=210e-6)) <= 0
+    assert window(at(1, in_seconds(300e-6), free)) == 0
+    assert window(at(1, in_seconds(50e-6, returns=0.4), free)) == 0
+    assert CostWindow(least=1e-3)(at(1, in_seconds(300e-6), free)) == pytest.approx(1e-3)
+    assert CostWindow(longest=1e-4)(at(1, in_seconds(50e-6), free)) == pytest.approx(1e-4)
 
 
 def test_it_waits_for_those_who_are_worth_it_and_not_for_the_rest() -> None:
@@ -94,6 +106,8 @@ def test_without_a_level_it_is_a_window() -> None:
 def test_windows_are_finite(seconds: float) -> None:
     with pytest.raises(ArgumentError, match="longest"):
         CostWindow(longest=seconds)
+    with pytest.raises(ArgumentError, match="least"):
+        CostWindow(least=seconds)
     with pytest.raises(ArgumentError, match="seconds"):
         Window(seconds)
 
@@ -110,7 +124,7 @@ NEAR = 1e-9  # of a gain, in seconds: rounding decides there
 
 @given(GATHERINGS, st.floats(0, 0.1))
 def test_it_never_waits_for_longer_than_what_it_gains(g: Gathering, longest: float) -> None:
-    answer = CostWindow(longest)(g)
+    answer = CostWindow(longest, least=0)(g)
     assert g.now + answer <= g.since + longest + 1e-12
     if answer <= 0:
         return
@@ -123,7 +137,7 @@ def test_it_never_waits_for_longer_than_what_it_gains(g: Gathering, longest: flo
 def test_it_waits_the_rather_the_dearer_a_step_and_the_sooner_and_surer_they_come(
     g: Gathering, dearer: float, sooner: float, surer: float
 ) -> None:
-    window = CostWindow(1e9)
+    window = CostWindow(1e9, least=0)
     if max(net for _, _, net in groups(g)) <= NEAR:
         return  # it does not wait, or rounding decides
     assert window(g) > 0
@@ -139,7 +153,8 @@ def test_it_waits_the_rather_the_dearer_a_step_and_the_sooner_and_surer_they_com
 @example(1, 1, 0.0, 0.001)
 def test_the_more_are_ready_the_sooner_they_go(n: int, k: int, wait: float, pass_s: float) -> None:
     one, more = (
-        CostWindow(1e9)(at(ready, in_seconds(*[wait] * k), Steps(pass_s))) for ready in (n, n + 1)
+        CostWindow(1e9, least=0)(at(ready, in_seconds(*[wait] * k), Steps(pass_s)))
+        for ready in (n, n + 1)
     )
     assert more <= one + 1e-12
 

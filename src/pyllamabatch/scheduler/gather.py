@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from ..errors import ArgumentError
 
-LONGEST_SECONDS = 0.1
+LEAST_SECONDS, LONGEST_SECONDS = 200e-6, 0.1
 SOONEST_SECONDS = 1e-5  # that a thread which is woken can be there
 
 
@@ -104,7 +104,12 @@ class CostWindow:
     last of them; not at all when that is never above 0: so never for somebody who thinks for
     longer than a step takes. It looks again after 2 · w, and never waits for more than
     gain / (n + e) at a time, which is what the wait can bring. Who is late is soon expected so
-    late that the price is too high. `longest`: seconds from the first row on, whatever the gain
+    late that the price is too high.
+
+    A model of the device does not know what a step takes besides: the engine's own time and the
+    waking of threads, which are more than the decode of a small model. So while somebody is
+    expected within `least` seconds, who comes back so soon more often than not, it waits for that
+    long from the first row on in any case; and for `longest` at most, whatever the gain
     (ArgumentError below 0).
 
     `otherwise` decides as long as there is no cost model, or only a prior that has not seen a step
@@ -115,9 +120,11 @@ class CostWindow:
     """
 
     longest: float = LONGEST_SECONDS
+    least: float = LEAST_SECONDS
     otherwise: Gather = field(default_factory=Window)
 
     def __post_init__(self) -> None:
+        _check("least", self.least)
         _check("longest", self.longest)
 
     def __call__(self, gathering: Gathering) -> float:
@@ -128,7 +135,10 @@ class CostWindow:
         for wait, limit, net in groups(gathering):
             if net > best:
                 best, seconds = net, min(2 * wait, limit)
-        return min(seconds, gathering.since + self.longest - gathering.now)
+        waited = gathering.now - gathering.since
+        if any(rest.wait <= self.least and rest.returns >= 0.5 for rest in gathering.expected):
+            seconds = max(seconds, self.least - waited)
+        return min(seconds, self.longest - waited)
 
 
 def groups(gathering: Gathering) -> Iterable[tuple[float, float, float]]:
@@ -138,9 +148,9 @@ def groups(gathering: Gathering) -> Iterable[tuple[float, float, float]]:
     n, kv, predict = gathering.n_ready, gathering.kv, gathering.cost.predict
     alone = predict(n, 0, kv, n)
     come = 0.0
-    soonest = sorted((rest.wait, rest.returns) for rest in gathering.expected)
+    soonest = sorted((rest.wait, -rest.returns) for rest in gathering.expected)
     for k, (wait, returns) in enumerate(soonest, 1):
-        come += returns
+        come -= returns
         gain = come / k * (k * alone - n * (predict(n + k, 0, kv, n + k) - alone))
         yield wait, gain / (n + come), gain - (n + come) * wait
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .gather import Gather, Gathering, Rest
+from .gather import LEAST_SECONDS, Gather, Gathering, Rest
 
 FIRST_SECONDS = 200e-6  # mean and spread of an owner's time before anything is known
 
@@ -12,11 +12,11 @@ FIRST_SECONDS = 200e-6  # mean and spread of an owner's time before anything is 
 class Habit:
     """How long an owner takes from a token to the next thing that it asks for.
 
-    Times within that of a step are averaged, `mean` and mean deviation `spread` with the weights of
-    RFC 6298 (1/8 and 1/4), which estimates round trips of packets for the same purpose. Longer ones
-    (a user reads, a thread waits for others) are never worth to be waited for, however long they
-    are: of those only the share counts, `returns` being the others'. It begins at a half, and has
-    the weight 1/8 too."""
+    Times within that of a step, or within 200 µs, are averaged, `mean` and mean deviation `spread`
+    with the weights of RFC 6298 (1/8 and 1/4), which estimates round trips of packets for the same
+    purpose. Longer ones (a user reads, a thread waits for others) are never worth to be waited for,
+    however long they are: of those only the share counts, `returns` being the others'. It begins at
+    a half, and has the weight 1/8 too."""
 
     __slots__ = ("mean", "returns", "spread")
 
@@ -67,7 +67,7 @@ class Resting:
         if habit is None:
             habit = self._habits[id] = Habit(self.usual)
         for each in (habit, self.usual):
-            each.learn(max(0.0, now - since), self.within)
+            each.learn(max(0.0, now - since), max(self.within, LEAST_SECONDS))
 
     def forget(self, id: int) -> None:
         """It is gone."""
