@@ -161,9 +161,11 @@ def machine_of(n: int, cost: Any, spec: str = "width", max_tokens: int = 500) ->
 def test_all_get_the_same_share(n: int, seconds: float, switch: float) -> None:
     cost = Edge(jump=2.6, seconds=seconds, switch=switch)
     machine = machine_of(n, cost)
-    steps = [(who, had) for who, had in run(machine, 160) if len(who) == n]
     found = split(n, cost)
     assert found is not None
+    steps = [(who, had) for who, had in run(machine, 160 + found.hold) if len(who) == n]
+    first, steps = steps[: found.hold - 1], steps[found.hold - 1 :]  # nobody has come or gone since
+    assert all(len(had) == n for _, had in first)
     rows = Counter(id for _, had in steps for id in had)
     assert all(len(had) == found.width for _, had in steps)
     assert max(rows.values()) - min(rows.values()) <= found.hold * (-(-n // found.width) - 1)

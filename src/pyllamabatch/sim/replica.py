@@ -257,7 +257,10 @@ class Replica:
         rows than before, or cells in sight beyond what the graph was made for."""
         new, settle = self.machine.new_graph
         limits, n = self.machine.limits, len(times)
-        graph = (step.decode.tobytes(), *((c.slot, c.n, c.last) for c in step.chunks))
+        if limits.unified:  # whose rows they are does not matter
+            graph: tuple[object, ...] = (len(step.decode), *((c.n, c.last) for c in step.chunks))
+        else:
+            graph = (step.decode.tobytes(), *((c.slot, c.n, c.last) for c in step.chunks))
         n_graphs = -(-step.n_rows // limits.n_ubatch)
         at = [0] if graph != self._graph or n_graphs > 1 else []
         self._graph = graph

@@ -49,9 +49,11 @@ class Turns:
 
     A change of who decodes costs `CostModel.switch` seconds (a new graph, where the device samples
     for each row); a round is held until that is 1% of the time, or as long as the targets allow.
-    One object serves one engine: it keeps whose turn it is."""
+    Turns begin when the same ones have decoded for as long as a round is held: where others come
+    and go sooner, a switch would not pay. One object serves one engine: it keeps whose turn it
+    is."""
 
-    __slots__ = ("_known", "_review", "_rotation", "_split", "_until", "gain", "itl")
+    __slots__ = ("_known", "_review", "_rotation", "_since", "_split", "_until", "gain", "itl")
 
     def __init__(self, itl: float = 0.1, gain: float = 0.04) -> None:
         if not itl > 0:
@@ -60,6 +62,7 @@ class Turns:
             raise ArgumentError("gain", gain, "at least 0")
         self.itl, self.gain = itl, gain
         self._known: Set[int] = set()  # who decodes
+        self._since = 0  # from this step on
         self._rotation: Rotation | None = None
         self._split: Split | None = None
         self._until = 0  # the step before which the same ones go
@@ -73,16 +76,19 @@ class Turns:
             self._rotation = rotation
         if split is not None and step >= self._until:
             rotation.turn(split.width)
-        if view.decoding.keys() != self._known or step >= self._review:
-            self._known = set(view.decoding)
+        others = view.decoding.keys() != self._known
+        if others:
+            self._known, self._since = set(view.decoding), step
+        if others or step >= self._review:
             rotation.follow(view)
             split = self._split = best_split(view, self.itl, self.gain)
             self._review = step + REVIEW
             if split is not None:
                 self._until = min(self._until, step + split.hold)
-        if split is None:
+        begin = self._review if split is None else self._since + split.hold - 1
+        if split is None or step < begin:
             self._until = step
-            return Round(frozenset(), self._review - step)
+            return Round(frozenset(), min(begin, self._review) - step)
         if step >= self._until:
             self._until = step + split.hold
         return Round(rotation.out(split.width), min(self._until, self._review) - step)
