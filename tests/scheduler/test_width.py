@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -38,7 +39,7 @@ class Edge:
 
 def decoding(n: int, **facts: Any) -> list[SequenceView]:
     return [
-        SequenceView(i, 0.0, 10, computed=10, generated=1, max_tokens=99, running=True, **facts)
+        SequenceView(i, 0.0, 10, computed=10, generated=1, max_tokens=9999, running=True, **facts)
         for i in range(n)
     ]
 
@@ -126,6 +127,24 @@ def test_a_round_is_held_for_as_long_as_a_switch_needs() -> None:
     assert split(9, Edge(seconds=0.001, switch=None)).hold == 32  # nobody knows yet
 
 
+def test_everybody_sits_out_once_before_the_first_ends() -> None:
+    """Of 9 eight at a time, in nine rounds; of 16 in two."""
+    cost = Edge(jump=4.0, seconds=0.003, switch=0.006)
+    for n, left, hold in ((9, 9 * 9, 9), (9, 9 * 10 - 1, 9), (16, 2 * 9, 9)):
+        known = [replace(s, max_tokens=1 + left) for s in decoding(n)]
+        view = StepView.of(LIMITS, known, cost=cost)
+        found = best_split(view, 0.1, 0.0)
+        assert found is not None
+        assert (found.width, found.hold) == (8, hold)
+    view = StepView.of(LIMITS, [replace(s, max_tokens=9) for s in decoding(9)], cost=cost)
+    dear = Edge(jump=2.1, seconds=0.003, switch=0.006)  # more, at each step, than it wins
+    assert best_split(StepView.of(LIMITS, view.running, cost=dear), 0.1, 0.0) is None
+    free = StepView.of(LIMITS, view.running, cost=Edge())
+    assert best_split(free, 0.1, 0.0)[:2] == (8, 1)  # type: ignore[index]
+    hands = [replace(s, n_prompt=11, max_tokens=1, generated=0, goal=11) for s in decoding(9)]
+    assert best_split(StepView.of(LIMITS, hands, cost=cost), 0.1, 0.0) == split(9, cost)
+
+
 @pytest.mark.parametrize("bad", [{"itl": 0.0}, {"gain": -0.1}])
 def test_bad_options_name_the_limit(bad: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError, match=next(iter(bad))):
@@ -160,7 +179,7 @@ def machine_of(n: int, cost: Any, spec: str = "width", max_tokens: int = 500) ->
 )
 def test_all_get_the_same_share(n: int, seconds: float, switch: float) -> None:
     cost = Edge(jump=2.6, seconds=seconds, switch=switch)
-    machine = machine_of(n, cost)
+    machine = machine_of(n, cost, max_tokens=5000)
     found = split(n, cost)
     assert found is not None
     steps = [(who, had) for who, had in run(machine, 160 + found.hold) if len(who) == n]

@@ -12,7 +12,7 @@ of 9 sequences 5 and 4, never 8 and 1 and 7 and so on."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Set
-from math import ceil, inf
+from math import ceil, gcd, inf
 from typing import Any, NamedTuple
 
 from ...errors import ArgumentError
@@ -50,8 +50,9 @@ class Turns:
     A change of who decodes costs `CostModel.switch` seconds (a new graph, where the device samples
     for each row); a round is held until that is 1% of the time, or as long as the targets allow.
     Turns begin when the same ones have decoded for as long as a round is held: where others come
-    and go sooner, a switch would not pay. One object serves one engine: it keeps whose turn it
-    is."""
+    and go sooner, a switch would not pay. And a round of more than one step is so short that all
+    have sat out once before the first may be at his end (`max_tokens`): else some are left behind,
+    and decode in a narrow batch. One object serves one engine: it keeps whose turn it is."""
 
     __slots__ = ("_known", "_review", "_rotation", "_since", "_split", "_until", "gain", "itl")
 
@@ -65,31 +66,33 @@ class Turns:
         self._since = 0  # from this step on
         self._rotation: Rotation | None = None
         self._split: Split | None = None
-        self._until = 0  # the step before which the same ones go
+        self._until: int | None = None  # the step before which the same ones go; None: all do
         self._review = 0
 
     def __call__(self, draft: Draft) -> Round:
-        view, step, split = draft.view, draft.view.step, self._split
+        view, step = draft.view, draft.view.step
         rotation = self._rotation
         if rotation is None:
             rotation = Queue() if view.limits.unified else Windows()
             self._rotation = rotation
-        if split is not None and step >= self._until:
-            rotation.turn(split.width)
         others = view.decoding.keys() != self._known
+        if self._until is not None and (others or step >= self._until):
+            assert self._split is not None
+            rotation.turn(self._split.width)
+            self._until = None
         if others:
             self._known, self._since = set(view.decoding), step
         if others or step >= self._review:
             rotation.follow(view)
-            split = self._split = best_split(view, self.itl, self.gain)
+            self._split = best_split(view, self.itl, self.gain)
             self._review = step + REVIEW
-            if split is not None:
-                self._until = min(self._until, step + split.hold)
+            if self._split is None:
+                self._until = None
+        split = self._split
         begin = self._review if split is None else self._since + split.hold - 1
         if split is None or step < begin:
-            self._until = step
             return Round(frozenset(), min(begin, self._review) - step)
-        if step >= self._until:
+        if self._until is None:
             self._until = step + split.hold
         return Round(rotation.out(split.width), min(self._until, self._review) - step)
 
@@ -107,6 +110,7 @@ def best_split(view: StepView, itl: float, gain: float) -> Split | None:
     least = 1 + max(gain, 2 * getattr(cost, "error", (0.0,))[0])
     known: float | None = getattr(cost, "switch", 0.0)
     switch = known or 0.0
+    left = tokens_left(view)
     best, found = 0.0, None
     for width in widths(n, cost, view.limits.unified):
         steps = times(cost, n, width, kv, view.limits.unified)
@@ -115,6 +119,9 @@ def best_split(view: StepView, itl: float, gain: float) -> Split | None:
         mean, k = sum(steps) / len(steps), len(steps)
         share = mean * n / width if view.limits.unified else sum(steps)  # for a token of everybody
         wanted = PROBE if known is None else max(1, ceil(switch / (LOSS * mean)))
+        # Rounds until everybody has had the same.
+        cycle = n // gcd(n, width) if view.limits.unified else k
+        wanted = min(wanted, max(1, left // cycle))
         # A short round would tell at every step what one long round can.
         limits = [(most, 1 + PATIENCE)]
         if known is not None:
@@ -128,6 +135,13 @@ def best_split(view: StepView, itl: float, gain: float) -> Split | None:
             if won >= least and won / need > best:
                 best, found = won / need, Split(width, hold, won)
     return found
+
+
+def tokens_left(view: StepView) -> int:
+    """That the first one to end may still get; of hand-driven sequences nobody knows."""
+    most = view.running.column("max_tokens")
+    left = (most - view.running.column("generated"))[most > 1]
+    return int(left.min()) if len(left) else 2**31
 
 
 def times(cost: Any, n: int, width: int, kv: float, unified: bool) -> list[float]:
