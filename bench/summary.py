@@ -89,7 +89,8 @@ def main(options: argparse.Namespace, benches: Mapping[str, Shown]) -> int:
 
 
 def latest(rows: Iterable[Row]) -> dict[Setting, list[Row]]:
-    """Rows by setting, and of each number of sequences those of the latest run that has it.
+    """Rows by setting, and of each number of sequences those of the latest run that has it, among
+    those with the most arms.
 
     A run is one invocation of a bench: its arms are compared with each other and with nothing
     else, so a later run replaces an earlier one whole.
@@ -101,11 +102,17 @@ def latest(rows: Iterable[Row]) -> dict[Setting, list[Row]]:
     for run in sorted(runs.values(), key=lambda run: (run[0].test_time, run[0].run_id)):
         setting = setting_of(run)
         for pl in {row.pl for row in run}:
-            chosen[setting, pl] = [row for row in run if row.pl == pl]
+            mine = [row for row in run if row.pl == pl]
+            if n_arms(mine) >= n_arms(chosen.get((setting, pl), ())):
+                chosen[setting, pl] = mine
     groups: dict[Setting, list[Row]] = {}
     for setting, pl in sorted(chosen):
         groups.setdefault(setting, []).extend(chosen[setting, pl])
     return groups
+
+
+def n_arms(rows: Iterable[Row]) -> int:
+    return len({row.arm for row in rows})
 
 
 def setting_of(run: Sequence[Row]) -> Setting:
