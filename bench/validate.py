@@ -135,6 +135,7 @@ def measure(options: argparse.Namespace, bench_model: BenchModel) -> Iterator[sc
             unified = kv == "unified"
             about = {**common, "kv_unified": unified}
             cost, detail = fitted(profile, unified)
+            detail["sequences"] = options.sequences
             yield row(about, MODEL, "samples of calibration, each predicted without it", 0, detail)
             for load in map(float, options.loads.split(",")):
                 with Engine(
@@ -171,7 +172,7 @@ def settings(options: argparse.Namespace, model: BenchModel, run_id: str) -> dic
         "n_threads": options.threads,
         "n_threads_batch": options.threads,
         "pp": 0,
-        "pl": options.sequences,
+        "pl": 1,  # the tokens of all sequences together
         "n_kv": 0,
     }
 
@@ -299,7 +300,8 @@ def view(rows: Sequence[schema.Row]) -> str:
 def _head(r: schema.Row) -> str:
     machine = r.gpu_info or f"{r.cpu_info}, {r.n_threads} threads"
     cells = "shared cells" if r.kv_unified else "cells of each sequence's own"
-    return f"**{machine}: {r.model_type}, {r.pl} sequences, {cells}** ({r.test_time[:10]})\n"
+    what = f"{machine}: {r.model_type}, {r.detail['sequences']:g} sequences, {cells}"
+    return f"**{what}** ({r.test_time[:10]})\n"
 
 
 def _model(r: schema.Row) -> str:
