@@ -18,7 +18,7 @@ from typing import Any
 
 from bench import schema
 from bench.options import add_run, numbers, out_file
-from bench.targets import Figure, Target
+from bench.targets import Figure, Target, judged
 from pyllamabatch.device.cost import CostModel
 from pyllamabatch.device.profile import shipped_names, shipped_profile
 from pyllamabatch.scheduler.policies import DEFAULT
@@ -104,11 +104,7 @@ def main(options: argparse.Namespace) -> int:
         rows.append(row)
         print(in_words(row), file=sys.stderr)
     print(view(rows))
-    for target in TARGETS:
-        value = target.measured(rows)
-        if value is not None:
-            met = "met" if target.met_by(value) else "MISSED"
-            print(f"{target.text}: {value:.3f} ({target.limit}: {met})")
+    print(judged(TARGETS, rows, ".3f"), end="")
     print(f"\nrows: {out}")
     return 0
 

@@ -15,7 +15,7 @@ from statistics import median
 from bench import schema
 from bench.options import add_run, numbers, out_file
 from bench.quiet import undisturbed
-from bench.targets import Figure, Target
+from bench.targets import Figure, Target, judged
 from pyllamabatch.scheduler import Limits, Scheduler, make_policy, policy_names
 
 QUICK = ("--quick", "--waiting", "1000")
@@ -110,11 +110,7 @@ def main(options: argparse.Namespace) -> int:
         schema.append(out, [row])
         rows.append(row)
     print(view(rows))
-    for target in TARGETS:
-        value = target.measured(rows)
-        if value is not None:
-            met = "met" if target.met_by(value) else "MISSED"
-            print(f"{target.text}: {value:.1f} ({target.limit}: {met})")
+    print(judged(TARGETS, rows, ".1f"), end="")
     print(f"\nrows: {out}")
     return 0
 

@@ -14,7 +14,7 @@ from typing import Any
 from bench import schema
 from bench.options import add_run, out_file
 from bench.quiet import undisturbed
-from bench.targets import Figure, Target
+from bench.targets import Figure, Target, judged
 from pyllamabatch.sim import Machine, draw, simulate
 
 QUICK = ("--quick",)
@@ -92,11 +92,7 @@ def main(options: argparse.Namespace) -> int:
         schema.append(out, [row])
         rows.append(row)
     print(view(rows))
-    for target in TARGETS:
-        value = target.measured(rows)
-        if value is not None:
-            met = "met" if target.met_by(value) else "MISSED"
-            print(f"{target.text}: {value:.0f} ({target.limit}: {met})")
+    print(judged(TARGETS, rows, ".0f"), end="")
     print(f"\nrows: {out}")
     return 0
 

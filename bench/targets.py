@@ -55,3 +55,14 @@ def speed_ratio(arm: str, base: str, pl: int, *, sampling: str | None = None) ->
         return paired_ratios(pair, base).get((arm, pl))
 
     return figure
+
+
+def judged(targets: Iterable[Target], rows: Sequence[Row], spec: str = ".3g") -> str:
+    """A line for each target that the rows measure; `spec`: how the value is written."""
+    lines = []
+    for target in targets:
+        value = target.measured(rows)
+        if value is not None:
+            met = "met" if target.met_by(value) else "MISSED"
+            lines.append(f"{target.text}: {value:{spec}} ({target.limit}: {met})\n")
+    return "".join(lines)

@@ -21,7 +21,7 @@ from bench import schema
 from bench.docs import replace_part
 from bench.models import BenchModel, resolve
 from bench.options import add_model, add_run, out_file
-from bench.targets import Figure, Target
+from bench.targets import Figure, Target, judged
 from pyllamabatch.compare import facts
 from pyllamabatch.device.calibrate import calibrate
 from pyllamabatch.device.cost import CostModel, held_out
@@ -110,11 +110,7 @@ def main(options: argparse.Namespace) -> int:
         schema.append(out, [row])
         rows.append(row)
     print(view(rows))
-    for target in TARGETS:
-        value = target.measured(rows)
-        if value is not None:
-            met = "met" if target.met_by(value) else "MISSED"
-            print(f"{target.text}: {value:.3g} ({target.limit}: {met})")
+    print(judged(TARGETS, rows, ".3g"), end="")
     print(f"\nrows: {out}")
     return 0
 

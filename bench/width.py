@@ -36,7 +36,7 @@ from bench.case import Case, Measured, case_row, cases_of
 from bench.models import resolve
 from bench.options import Budget, add_model, add_run, choose, numbers, out_file
 from bench.quiet import undisturbed
-from bench.targets import Figure, Target
+from bench.targets import Figure, Target, judged
 from pyllamabatch.device.calibrate import calibrate
 from pyllamabatch.device.cost import CostModel
 from pyllamabatch.device.profile import Profile, shipped_names, shipped_profile
@@ -130,11 +130,7 @@ def main(options: argparse.Namespace) -> int:
         rows.append(row)
         print(in_words(row), file=sys.stderr)
     print(view(rows))
-    for target in TARGETS:
-        value = target.measured(rows)
-        if value is not None:
-            met = "met" if target.met_by(value) else "MISSED"
-            print(f"{target.text}: {value:.3f} ({target.limit}: {met})")
+    print(judged(TARGETS, rows, ".3f"), end="")
     print(f"\nrows: {out}")
     return int(any(row.error for row in rows))
 

@@ -7,14 +7,15 @@ of the tile; here the cost model of the device says where the edges are and what
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any, NamedTuple
 
 from ...errors import ArgumentError
 from ..policy import ComposedPolicy
 from ..view import StepView
-from .parts import ALWAYS, FirstCome, NewestFirst, Paced, TokenBudget, WhatIsLeft, WhenItFits
+from .parts import Paced, TokenBudget
+from .sarathi import sarathi
 
 NEAR = 0.02  # so much dearer a row may be for a shorter step
 OVER = 0.05  # so much longer than its target a step may be for a full tile
@@ -134,11 +135,6 @@ def tile_fill(
 ) -> ComposedPolicy:
     """`reserve`: see `TileFill`. Otherwise as `sarathi`; `budget` is for where nothing has been
     measured."""
-    return ComposedPolicy(
-        order=FirstCome(),
-        admit=WhenItFits(watermark),
-        budget=TileFill(Paced(TokenBudget(budget), itl, stretch), reserve),
-        chunk=WhatIsLeft(),
-        victim=NewestFirst(),
-        repeat=ALWAYS,
-    )
+    plain = sarathi(itl=itl, stretch=stretch, watermark=watermark)
+    paced = Paced(TokenBudget(budget), itl, stretch)
+    return replace(plain, budget=TileFill(paced, reserve))

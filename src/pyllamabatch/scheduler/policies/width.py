@@ -12,14 +12,15 @@ of 9 sequences 5 and 4, never 8 and 1 and 7 and so on."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Set
+from dataclasses import replace
 from math import ceil, gcd, inf
 from typing import Any, NamedTuple
 
 from ...errors import ArgumentError
 from ..policy import ComposedPolicy, Draft, Round
 from ..view import StepView
-from .parts import ALWAYS, FirstCome, NewestFirst, Paced, TokenBudget, WhatIsLeft, WhenItFits
 from .rotation import Queue, Rotation, Windows
+from .sarathi import sarathi
 from .tile_fill import measured
 
 ROUNDS = 4  # at most: each adds to the wait
@@ -173,13 +174,5 @@ def width(
     watermark: float = 0.01,
 ) -> ComposedPolicy:
     """`gain`: see `Turns`. Otherwise as `sarathi`; `itl` is the ITL target of who has none, too."""
-    paced = Paced(TokenBudget(), itl, stretch)
-    return ComposedPolicy(
-        order=FirstCome(),
-        admit=WhenItFits(watermark),
-        budget=paced if budget is None else TokenBudget(budget),
-        chunk=WhatIsLeft(),
-        victim=NewestFirst(),
-        repeat=ALWAYS,
-        width=Turns(itl, gain),
-    )
+    plain = sarathi(budget=budget, itl=itl, stretch=stretch, watermark=watermark)
+    return replace(plain, width=Turns(itl, gain))
