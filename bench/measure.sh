@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the package and llama.cpp's tools, measures, and leaves one JSONL file per bench.
+# Builds the package and llama.cpp's tools on it, measures, and leaves one JSONL file per bench.
 #
 #   bench/measure.sh [RESULTS]
 #
@@ -15,12 +15,12 @@
 #   MODEL     a shape of `python -m bench list`, or a GGUF file (gemma3-1b)
 #   COUNTS    sequences and clients in the order of their importance (64,8,32,1)
 #   REPEATS   runs of each arm (3)
-#   BUDGET    seconds for decode; serve has twice as much (120)
+#   BUDGET    seconds for all benches, which share it (270)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 results=${1:-bench/results}
 python=${PYTHON:-python3}
-model=${MODEL:-gemma3-1b} counts=${COUNTS:-64,8,32,1} repeats=${REPEATS:-3} budget=${BUDGET:-120}
+model=${MODEL:-gemma3-1b} counts=${COUNTS:-64,8,32,1} repeats=${REPEATS:-3} budget=${BUDGET:-270}
 work=build/measure
 mkdir -p "$work" "$results"
 export CMAKE_GENERATOR=Ninja PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
@@ -41,14 +41,13 @@ else
     python vendor/unpack.py
 fi
 
-say "package, and llama.cpp's tools behind it"
-nice -n 15 python -m bench tool llama-batched-bench llama-server llama-parallel \
-    >"$work/tools.log" 2>&1 &
-tools=$!
-trap 'kill $tools 2>/dev/null || true' EXIT
+say "package"
 python -m pip install -q --no-build-isolation --no-deps . >"$work/package.log" 2>&1 ||
     { tail -40 "$work/package.log"; exit 1; }
-say "the package is there: the model"
+say "llama.cpp's tools on the package's ggml, and the model"
+python -m bench tool llama-batched-bench llama-server llama-parallel >"$work/tools.log" 2>&1 &
+tools=$!
+trap 'kill $tools 2>/dev/null || true' EXIT
 python -c 'import sys; from bench.models import resolve; resolve(sys.argv[1])' "$model"
 wait "$tools" || { tail -20 "$work/tools.log"; exit 1; }
 trap - EXIT
@@ -59,17 +58,18 @@ measure() {
     python -m bench "$@" --out "$results" || failed="$failed $1"
 }
 cores=$(python -c 'from bench.schema import machine; print(machine()["n_cores"])')
+share() { echo $((budget * $1 / 100)); }
 measure sampler --repeats 3
 measure sampler --repeats 3 --rows 64 --threads "1,$cores"
-measure step --model "$model" --budget 60
+measure step --model "$model" --budget "$(share 10)"
 measure decode --model "$model" -B "$counts" --prompt-tokens 256 --tokens 128 \
-    --repeats "$repeats" --arms llama-batched-bench,stepper,engine --budget "$budget"
-# All arms at 2 and 4 users; beyond, processes only take turns on a GPU. 100 s on an H200.
-measure compare --model "$model" -N 2,4 --repeats 2 --keep-loaded --budget 60
+    --repeats "$repeats" --arms llama-batched-bench,stepper,engine --budget "$(share 20)"
+# All arms at 2 and 4 users; beyond, processes only take turns on a GPU.
+measure compare --model "$model" -N 2,4 --repeats 2 --keep-loaded --budget "$(share 15)"
 measure compare --model "$model" -N 3,8,16 --arms single,contexts,shared,engine --repeats 2 \
-    --keep-loaded --budget 60
+    --keep-loaded --budget "$(share 15)"
 measure serve --model "$model" --clients "$counts" --repeats "$repeats" --answer-limit 60 \
-    --budget $((2 * budget))
+    --budget "$(share 40)"
 
 say "done: rows in $results"
 python -m bench report --no-plots --out "$work/report" "$results"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bench/measure.sh for the NVIDIA GPU of this machine: under ten minutes on an H200 with 16 cores
-# when WHEELS and ARCHIVE are given, two thirds of it compiling.
+# when WHEELS and ARCHIVE are given, half of it compiling.
 #
 #   ARCHITECTURE   CUDA's name of the GPU (that of this machine; 90a-real for an H200)
 set -euo pipefail

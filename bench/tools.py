@@ -1,4 +1,5 @@
-"""llama.cpp's own tools, built on demand from the tree that pyllamabatch is built from."""
+"""llama.cpp's own tools, built on demand from the tree that pyllamabatch is built from, and on the
+ggml of the installed package: the same kernels on both sides, which are compiled once."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 from bench.cache import REPOSITORY, cache_folder
+from pyllamabatch import _native
 
 UPSTREAM = Path(__file__).resolve().parent / "upstream"
 OPTIONS = {
@@ -69,10 +71,17 @@ def build_options() -> dict[str, str]:
     return options
 
 
+def ggml_folder() -> Path | None:
+    """Of the package's ggml; None where the tools need one of their own: on Windows, which links to
+    import libraries, and of a portable build, which finds its backends beside itself."""
+    folder = Path(_native.__file__).parent / "lib"
+    return folder if list(folder.glob("libggml-cpu.*")) else None
+
+
 def tool(name: str, *, log: bool = True) -> Path:
     """The path of llama.cpp's tool `name` (for example llama-batched-bench), built if missing.
 
-    Takes four to six minutes on two cores at first, then no time: the build stays in the cache
+    Takes three to five minutes on two cores at first, then no time: the build stays in the cache
     folder, one per source tree and set of options. `$PLB_LLAMA_CPP_TOOLS` names a folder of tools
     that were built elsewhere from the same llama.cpp.
     """
@@ -83,6 +92,8 @@ def tool(name: str, *, log: bool = True) -> Path:
             raise ToolError(f"{binary} is missing: PLB_LLAMA_CPP_TOOLS={ready} names its folder")
         return binary
     tree, options = source_tree(), build_options()
+    if ggml := ggml_folder():
+        options["PLB_GGML_DIR"] = str(ggml)
     key = hashlib.sha256(f"{tree}{sorted(options.items())}".encode()).hexdigest()[:12]
     build = cache_folder("tools", key)
     binary = build / "bin" / (name + suffix)
