@@ -204,7 +204,7 @@ def fitted(profile: Profile, unified: bool) -> tuple[CostModel, dict[str, float]
     fit_s = time.thread_time() - began
     unseen = held_out(profile, unified=unified)
     samples = [s for s in profile.samples if s.unified == unified]
-    shapes = [(s.rows, s.prefill, s.kv, s.n_seqs) for s in samples if s.rows <= cost.n_ubatch]
+    shapes = [s.shape for s in samples if s.rows <= cost.n_ubatch]
     each = []
     for _ in range(9):
         began = time.thread_time()

@@ -115,7 +115,9 @@ def test_shapes_cover_the_edges() -> None:
     assert {s.depth for s in shapes} >= {0, 128, 512, 1024, 4096}
     assert any(s.prefill and s.prefill < s.rows for s in shapes)
     assert all(sum(s.chunks()) == s.prefill and s.n_seqs <= 65 for s in shapes)
-    assert all(s.n_seqs <= 33 for s in plan_shapes(found, 512, False))
+    streams = plan_shapes(found, 512, False)
+    assert all(s.n_seqs <= 33 for s in streams)
+    assert {128, 192, 256, 384, 512} <= {s.rows for s in streams if s.prefill == s.rows}
 
 
 @pytest.mark.parametrize(

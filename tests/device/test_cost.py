@@ -187,6 +187,35 @@ def test_steps_of_several_ubatches_make_their_graphs_each_time() -> None:
     assert max(held_out(plain, unified=False)) < 0.03
 
 
+def test_one_sequence_alone_is_the_same_in_both_layouts() -> None:
+    """What only the other layout has of it fills a hole: on an NVIDIA H200 a regime begins at 128
+    rows, and with 128 and 512 alone the steps between were thought to take as long as 512."""
+
+    def seconds(n: int) -> float:
+        return 6e-3 + 2e-5 * n
+
+    def prompts(unified: bool, *rows: int) -> list[Sample]:
+        return [Sample(n, n, 0, 1, unified, seconds(n)) for n in rows]
+
+    decode = [Sample(n, 0, 128 * n, n, False, 2e-3 + 1e-4 * n) for n in (1, 2, 4, 8)]
+    streams = [*decode, *prompts(False, 32, 64, 128, 512)]
+    alone = profile([*streams, *prompts(True, 192, 256, 384, 512)])
+    several = [replace(s, n_seqs=2) for s in prompts(True, 192, 256, 384)]
+    assert alone.only(unified=False).samples == (*streams, *prompts(True, 192, 256, 384))
+    assert profile([*streams, *several]).only(unified=False).samples == tuple(streams)
+    cost = CostModel.fit(alone, unified=False)
+    assert cost.predict(224, 224, 0, 1) == pytest.approx(seconds(224), rel=0.05)
+
+
+def test_held_out_of_a_layout_is_about_its_own_samples() -> None:
+    """The other one's help to fit, and are not counted."""
+    alone = Sample(100, 100, 0, 1, False, 1.0)
+    both = profile([*h200(), *(replace(s, unified=False) for s in h200()), alone])
+    assert alone in both.only(unified=True).samples
+    assert len(held_out(both, unified=True)) == len(h200())
+    assert len(held_out(both, unified=False)) == len(h200()) + 1
+
+
 def test_split() -> None:
     assert split(0, 0, 0, 0, 512, True) == []
     assert split(5, 0, 50, 5, 512, True) == [Ubatch(5, 5, 5, 50, 50, 0)]

@@ -352,16 +352,18 @@ def held_out(profile: Profile, *, unified: bool = True, parts: int = 5) -> list[
     with every `parts`-th one; none where they are too few. New graphs count where steps of that
     shape have some. It says how good the model is, which
     `CostModel.error` does not."""
-    samples = [s for s in profile.samples if s.unified == unified and s.n > 0]
+    known = [s for s in profile.only(unified=unified).samples if s.n > 0]
+    samples = [s for s in known if s.unified == unified]
     errors: list[float] = []
     for k in range(parts):
-        kept = tuple(s for i, s in enumerate(samples) if i % parts != k)
+        left_out = samples[k::parts]
+        kept = tuple(s for s in known if s not in left_out)
         if len(kept) < 4:
             return []
         cost = CostModel.fit(replace(profile, samples=kept), unified=unified)
-        for s in samples[k::parts]:
+        for s in left_out:
             graphs = _graphs_each(s, profile.n_ubatch) * cost.new_graph.step
-            predicted = cost.predict(s.rows, s.prefill, s.kv, s.n_seqs) + graphs
+            predicted = cost.predict(*s.shape) + graphs
             errors.append(abs(predicted / s.seconds - 1))
     return errors
 

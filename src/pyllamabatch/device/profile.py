@@ -68,6 +68,11 @@ class Sample:
     new: float | None = None
     settle: float | None = None
 
+    @property
+    def shape(self) -> tuple[int, int, float, int]:
+        """As `CostModel.predict` takes it."""
+        return self.rows, self.prefill, self.kv, self.n_seqs
+
 
 _SAMPLE_FIELDS = (
     *("rows", "prefill", "kv", "n_seqs", "unified", "seconds", "spread", "n"),
@@ -112,9 +117,15 @@ class Profile:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def only(self, *, unified: bool) -> Profile:
-        """The samples of one cache layout; all of them where there are none of it."""
-        chosen = tuple(s for s in self.samples if s.unified == unified)
-        return replace(self, samples=chosen) if chosen else self
+        """The samples of one cache layout; all of them where there are none of it. One sequence
+        alone is the same in both: of those it has the shapes, too, that only the other one has."""
+        chosen = [s for s in self.samples if s.unified == unified]
+        if not chosen:
+            return self
+        known = {s.shape for s in chosen}
+        alone = (s for s in self.samples if s.unified != unified and s.n_seqs == 1)
+        chosen += [s for s in alone if s.shape not in known]
+        return replace(self, samples=tuple(chosen))
 
     def to_json(self) -> str:
         """One JSON object, a sample a line."""
