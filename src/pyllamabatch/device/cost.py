@@ -115,20 +115,36 @@ class CostModel:
         """Seconds of a step of `rows` rows, `prefill` of them prompt rows, in `n_seqs` sequences
         that hold `kv` cells together before it. One row of each sequence is sampled. 0 rows take no
         time."""
-        if rows > self.n_ubatch or rows == 0 or (prefill != 0 and not self.unified):
+        if rows > self.n_ubatch or rows == 0:
             return sum(map(self._time, self._split(rows, prefill, kv, n_seqs)))
-        decode, own, sight = rows - prefill, kv / (n_seqs or 1), kv + 0.5 * rows
-        seconds = (
-            self._body[rows] + self._cell * kv + decode * (self._all * sight + self._own * own)
-        )
+        decode, own = rows - prefill, kv / (n_seqs or 1)
         if not prefill:
-            return self._scale[2 * self._regime[rows]] * (seconds + self._head[decode])
+            return self._decodes(rows, kv, own)
         n_chunks = n_seqs - decode or 1
-        chunk = prefill / n_chunks
-        seconds += self._head[min(decode + n_chunks, rows)] + prefill * (
-            self._all_prompt[rows] * sight + self._own_prompt[rows] * (own + 0.5 * chunk)
+        if decode and not self.unified:
+            return self._decodes(decode, kv, own) + self._prompts(prefill, 0, n_chunks, kv, own)
+        return self._prompts(rows, decode, n_chunks, kv, own)
+
+    def _decodes(self, n: int, kv: float, own: float) -> float:
+        """A ubatch of rows that decode. own: cells of a sequence."""
+        return self._scale[2 * self._regime[n]] * (
+            self._body[n]
+            + self._head[n]
+            + self._cell * kv
+            + n * (self._all * (kv + 0.5 * n) + self._own * own)
         )
-        return self._scale[2 * self._regime[rows] + 1] * seconds
+
+    def _prompts(self, n: int, decode: int, n_chunks: int, kv: float, own: float) -> float:
+        """One with prompt rows."""
+        prompt, sight = n - decode, kv + 0.5 * n
+        return self._scale[2 * self._regime[n] + 1] * (
+            self._body[n]
+            + self._head[min(decode + n_chunks, n)]
+            + self._cell * kv
+            + decode * (self._all * sight + self._own * own)
+            + prompt * (self._all_prompt[n] * sight)
+            + prompt * (self._own_prompt[n] * (own + 0.5 * prompt / n_chunks))
+        )
 
     def estimate(self, rows: int, prefill: int = 0, kv: float = 0, n_seqs: int = 1) -> Estimate:
         """`predict` with its uncertainty: what the fit leaves unexplained, and how far the shape is
