@@ -40,7 +40,6 @@ DOCS = Path(__file__).resolve().parent.parent / "docs" / "simulator.md"
 N_TRACE = 2**16  # steps of a segment
 TRIES = 2000  # predictions that are timed
 MODEL = "cost model"
-SIMULATED = ("profile", AT_SPEED, "refined")
 
 
 def error_of(name: str) -> Figure:
@@ -257,8 +256,7 @@ def rows_of(about: dict[str, Any], found: Validation, n: int, load: float) -> It
         detail |= {f"{name} slowest": max(each), f"{name} fastest": min(each)}
     live = {name: found.live[name] for name in COMPARED}
     yield row(about, "live", "the engine, in real time", found.live["duration"], detail | live)
-    for arm in SIMULATED:
-        figures = found.simulated[arm]
+    for arm, figures in found.simulated.items():
         detail = {"load": load} | {name: figures[name] for name in COMPARED}
         detail |= {f"error {name}": figures[name] / found.live[name] - 1 for name in COMPARED}
         if arm == AT_SPEED:
@@ -280,53 +278,53 @@ def row(
 
 
 def view(rows: Sequence[schema.Row]) -> str:
-    """The tables of each run, layout and load."""
+    """The tables of the latest run of each machine, model and layout, by load."""
+    latest = {(_what(r), r.kv_unified): r.run_id for r in rows}
     out: list[str] = []
-    for run_id in dict.fromkeys(r.run_id for r in rows):
-        of_run = [r for r in rows if r.run_id == run_id]
-        for unified in dict.fromkeys(r.kv_unified for r in of_run):
-            mine = [r for r in of_run if r.kv_unified == unified]
-            out += [_head(mine[0]), *map(_model, (r for r in mine if r.arm == MODEL))]
-            loads = (r.detail["load"] for r in mine if r.arm != MODEL)
-            out += [_tables([r for r in mine if r.detail.get("load") == x])
-                    for x in dict.fromkeys(loads)]  # fmt: skip
+    for (what, unified), run_id in latest.items():
+        mine = [r for r in rows if (r.run_id, r.kv_unified) == (run_id, unified)]
+        out += [f"**{what}** ({mine[0].test_time[:10]})\n"]
+        out += map(_model, (r for r in mine if r.arm == MODEL))
+        loads = dict.fromkeys(r.detail["load"] for r in mine if r.arm != MODEL)
+        out += [_tables([r for r in mine if r.detail.get("load") == x]) for x in loads]
     return "\n".join(out)
 
 
-def _head(r: schema.Row) -> str:
+def _what(r: schema.Row) -> str:
     machine = r.gpu_info or f"{r.cpu_info}, {r.n_threads} threads"
     cells = "shared cells" if r.kv_unified else "cells of each sequence's own"
-    what = f"{machine}: {r.model_type}, {r.detail['sequences']:g} sequences, {cells}"
-    return f"**{what}** ({r.test_time[:10]})\n"
+    return f"{machine}: {r.model_type}, {cells}"
 
 
 def _model(r: schema.Row) -> str:
     d = r.detail
     return (
-        f"Cost model, held out: {d['held_out_median']:.1%} median, {d['held_out_p95']:.1%} at the "
-        f"95th percentile, of {d['samples']:.0f} shapes. A fit takes {d['fit_ms']:.0f} ms, a "
-        f"prediction {d['predict_us']:.2f} us.\n"
+        f"{d['sequences']:g} sequences. Cost model, held out: {d['held_out_median']:.1%} median, "
+        f"{d['held_out_p95']:.1%} at the 95th percentile, of {d['samples']:.0f} shapes. A fit "
+        f"takes {d['fit_ms']:.0f} ms, a prediction {d['predict_us']:.2f} us.\n"
     )
 
 
 def _tables(rows: Sequence[schema.Row]) -> str:
     by_arm = {r.arm: r for r in rows}
     live, best = by_arm["live"].detail, by_arm[AT_SPEED].detail
+    arms = [arm for arm in (AT_SPEED, "profile", "refined") if arm in by_arm]
+    heads = [text for arm in arms for text in (arm, "error")]
+    heads[2:2] = ["at most", "of segments"]
     lines = [
         f"{live['requests']:.0f} requests at {live['load']:g} of what the profile says it can do, "
         f"in {live['segments']:.0f} segments. The probes found steps that decode at "
         f"{live['decode fastest']:.3f} to {live['decode slowest']:.3f} of the profile's time, and "
         f"those with prompts at {live['prompt fastest']:.3f} to {live['prompt slowest']:.3f}.",
         "",
-        f"| | live | {AT_SPEED} | error | at most | of segments "
-        "| profile | error | refined | error |",
-        "|---|" + "---:|" * 9,
+        f"| | live | {' | '.join(heads)} |",
+        "|---|" + "---:|" * (1 + len(heads)),
     ]
     for name, label in COMPARED.items():
         scale = 1e3 if label.endswith("ms") else 1.0
         bound = f"{BOUNDS[name]:.0%}" if name in BOUNDS else ""
         cells = [f"{scale * live[name]:.2f}"]
-        for arm in (AT_SPEED, "profile", "refined"):
+        for arm in arms:
             d = by_arm[arm].detail
             cells += [f"{scale * d[name]:.2f}", f"{d[f'error {name}']:+.1%}"]
             if arm == AT_SPEED:

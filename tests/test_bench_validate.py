@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,11 @@ def test_rows_tables_and_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert validate.error_of("tpot_mean")(rows) == max(map(abs, errors))
     text = validate.view(rows)
     assert text.count("| TTFT, median, ms |") == 2
+    # of a layout that was measured again only the latest run; an arm less is a column less
+    again = [replace(r, run_id="again") for r in rows if r.kv_unified and r.arm != "refined"]
+    newest = validate.view([*rows, *again])
+    assert newest.count("| TTFT, median, ms |") == 2
+    assert newest.count("refined") == 1
 
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- validation -->\nold\n<!-- end of validation -->\nbehind\n")
