@@ -144,6 +144,17 @@ def test_tiles_of_another_kernel() -> None:
     ) - prior.predict(15, 0, 0, 15)
 
 
+def test_two_rows_and_three_on_a_cpu() -> None:
+    """As two cores with AVX2 take them, in ms: what two rows cost says nothing about three."""
+    took = {1: 26, 2: 46, 3: 89, 4: 90, 5: 117, 6: 118, 7: 153, 8: 159, 9: 188, 10: 187, 11: 214,
+            12: 213, 13: 241, 16: 214, 17: 239, 20: 264, 24: 332, 32: 410, 48: 671}  # fmt: skip
+    samples = tuple(Sample(n, 0, 128 * n, n, True, 1e-3 * ms) for n, ms in took.items())
+    found = kernels("CPU", "Q5_0", features="AVX2")
+    cost = CostModel.fit(profile(list(samples), found, share=0.37))
+    for n in (1, 2, 3, 4):
+        assert cost.predict(n, 0, 128 * n, n) == pytest.approx(1e-3 * took[n], rel=0.06)
+
+
 def test_the_last_row_of_a_prompt_is_sampled() -> None:
     """Rows that pass the output matrix: those that decode, and one of each prompt."""
     samples = tuple(

@@ -108,6 +108,14 @@ def test_cpu_groups() -> None:
     assert number("ggml-cpu/common.h", r"GGML_FA_TILE_Q\s*=? *(\d+)") == regimes.CPU_ATTENTION_TILED
 
 
+def test_two_rows_are_a_tile_of_tinyblas_and_three_are_not() -> None:
+    source = text("ggml-cpu/llamafile/sgemm.cpp")
+    body = source[source.index("class tinyBLAS_Q0_AVX {") :]
+    few = body[body.index("#else\n        case 0x44:") :]
+    assert "case 0x42:\n            mc = 4;\n            nc = 2;" in few[: few.index("break;")]
+    assert [r.first for r in kernels("CPU", "Q5_0", features="AVX2").regimes] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     ("kind", "firsts"),
     [
@@ -128,9 +136,9 @@ def test_regime_of_rows() -> None:
     found = kernels("CUDA", "Q4_K")
     assert [found.of(n) for n in (1, 2, 8, 9, 128, 129, 5000)] == [0, 1, 1, 2, 2, 3, 3]
     assert {1, 2, 8, 9, 16, 17, 64} <= set(found.edges(64))
-    assert kernels("CPU", "Q4_K", features="AVX2").regimes[2].rest == "each"
-    assert "gemm" in kernels("CPU", "Q4_K", features="AVX2").regimes[2].kernel
-    assert "tinyBLAS" in kernels("CPU", "Q5_0", features="AVX2").regimes[2].kernel
+    assert kernels("CPU", "Q4_K", features="AVX2").regimes[-1].rest == "each"
+    assert "gemm" in kernels("CPU", "Q4_K", features="AVX2").regimes[-1].kernel
+    assert "tinyBLAS" in kernels("CPU", "Q5_0", features="AVX2").regimes[-1].kernel
     assert kernels("Vulkan", "Q4_K") == Kernels((Regime(1),))
 
 

@@ -19,8 +19,8 @@ CPU (ggml-cpu/repack.cpp: `forward_mul_mat_one_chunk`, `ggml_repack_get_optimal_
 arch/x86/repack.cpp; llamafile/sgemm.cpp): repacked weights go row by row below four rows, then
 sixteen at a time, then four, and each of the rest alone, so seven rows cost more than eight. Of the
 others, those of blocks of 32 (Q4_0, Q5_0, Q8_0, IQ4_NL) and the floats go from two rows on in
-tinyBLAS's tiles, up to 4 and 6 rows wide, the rest in narrower ones; K-quants row by row. Where the
-CPU has AMX (amx/amx.cpp: `qtype_has_amx_kernels`; amx/mmq.cpp: `ggml_backend_amx_mul_mat`,
+tinyBLAS's tiles, up to 4 and 6 rows wide (2 and 3 with AVX2 only), the rest in narrower ones: a
+third row can cost as much as two; K-quants row by row. Where the CPU has AMX (amx/amx.cpp: `qtype_has_amx_kernels`; amx/mmq.cpp: `ggml_backend_amx_mul_mat`,
 `TILE_M`), most quants have neither: a single row goes through a kernel of its own, and from two on
 each block of 32 rows unpacks the weights again and computes them in tiles of 16. A file mixes types
 (Q4_K_M has Q5_0 where rows are not a multiple of 256 long), so blocks and tiles come on top of what
@@ -165,7 +165,7 @@ def _cpu(weight_type: str, features: str, others: Collection[str]) -> Kernels:
         few, many = "gemv", "gemm of 16 and 4, gemv"
     else:
         few = many = "tinyBLAS in tiles of 4 and less, or vec_dot"
-    found = [Regime(1, kernel="gemv or vec_dot"), Regime(2, kernel=few),
+    found = [Regime(1, kernel="gemv or vec_dot"), Regime(2, kernel=few), Regime(3, kernel=few),
              Regime(CPU_ROWS, CPU_ROWS, "each", many, CPU_GROUP)]  # fmt: skip
     return Kernels(tuple(found), CPU_ATTENTION_TILED, tiles)
 
