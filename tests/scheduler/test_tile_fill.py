@@ -71,6 +71,20 @@ def test_where_pacing_makes_rows_dear_it_does_not_pace() -> None:
     assert rows(8, dear) == 128
 
 
+@pytest.mark.parametrize(("once", "found"), [(0.0, 24), (0.004, 24), (0.03, 112)])
+def test_what_a_prompt_costs_at_every_step_of_it_is_the_price_of_pacing(
+    once: float, found: int
+) -> None:
+    """As on a CPU, which unpacks weights for rows of prompts. Beside 8 who decode in 50 ms a row of
+    a prompt takes 5, and each step with such rows `once` more: what all its rows share."""
+
+    class Once(Tiles):
+        def predict(self, rows: int, prefill: int = 0, kv: float = 0, n_seqs: int = 1) -> float:
+            return 0.05 + (once if prefill else 0.0) + 0.005 * prefill
+
+    assert rows(8, Once()) == found
+
+
 def test_what_nobody_has_measured_is_paced_as_before() -> None:
     class Prior(Tiles):
         calibrated = False

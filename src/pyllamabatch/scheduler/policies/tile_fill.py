@@ -19,7 +19,7 @@ from .sarathi import sarathi
 
 NEAR = 0.02  # so much dearer a row may be for a shorter step
 OVER = 0.05  # so much longer than its target a step may be for a full tile
-BACKLOG, LEAST_WORTH = 0.125, 0.5  # see `TileFill`
+BACKLOG, PRICE = 0.125, 0.075  # see `TileFill`
 BESIDE = 32  # rows beyond the target's that are looked at, if it has few
 MANY = 64  # candidates, and results that are kept
 
@@ -40,9 +40,9 @@ class TileFill:
     that are about as good the narrowest. As `paced` where there is no cost model, or none that was
     measured.
 
-    Pacing has a price: in a short step a row may cost more. `worth` is what it costs in the best of
-    all steps over what it costs in this one. Where that is below a half (experts, which the first
-    rows of a prompt all load), or where more prompts wait for rows than one, and `worth` for each
+    Pacing has a price: in a short step a row of a prompt may add more to what the decoding rows
+    take anyway. Where it adds 7.5% more than in the best of all steps (experts, which the first
+    rows of a prompt all load; CPUs), or where more prompts wait for rows than one, and one for each
     eight that decode, it is the best of all steps: whoever waits would decode, and the batch gets
     small. (M2 Ultra, gpt-oss-120b, simulated under load: pacing alone halves the throughput.)
 
@@ -87,6 +87,10 @@ class TileFill:
             value: float = predict(n + held + prompt, prompt, kv, n + 1)
             return value
 
+        def added(prompt: int) -> float:
+            """To the step by each row of a prompt."""
+            return (seconds(prompt) - seconds(0)) / prompt
+
         base = n + held if limits.unified else 0  # else prompts have ubatches of their own
         least = max(1, min(paced // 2, limits.n_ubatch - base))
         edges = edges_of(view.cost, limits.n_ubatch, limits.n_batch)
@@ -104,9 +108,8 @@ class TileFill:
                 best = rate, prompt
             if rate > (1 + NEAR) * far[0]:
                 far = rate, prompt
-        worth = best[0] / far[0]
-        patience = 1 + BACKLOG * n * worth if worth >= LEAST_WORTH else 0.0
-        return Fill(n + best[1], n + far[1], patience)
+        dear = added(best[1]) > (1 + PRICE) * added(far[1])
+        return Fill(n + best[1], n + far[1], 0.0 if dear else 1 + BACKLOG * n)
 
 
 def measured(cost: Any) -> bool:
