@@ -5,8 +5,10 @@ Both arms have a cost model of the device. The default asks it how many rows a s
 have, and lets streams take turns, or fills up with rows of prompts; "counted" never asks: every
 stream has a row at each step, prompts the rest of an ubatch. Steady: the window in which all n
 streams decode and nobody else is there, by the engine's step trace; tokens of it over its time.
-Mixed: N clients ask again when they have their answer; all tokens over all time. ITL: between two
-tokens of a stream, every pair of all streams, in the window. Arms alternate within a run.
+Mixed: N clients take the next of a list of requests when they have their answer; all tokens over
+all time. Prompts and answers differ in length, as else all end at once and ask again at once: then
+prompts come only when nobody decodes. Each repeat draws its own. ITL: between two tokens of a
+stream, every pair of all streams, in the window. Arms alternate within a run.
 
 The model is that of the profile that an engine finds (`pyllamabatch calibrate`), of `--profile`, or
 of `--calibrate S` seconds first.
@@ -16,11 +18,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -37,6 +39,7 @@ from bench.models import resolve
 from bench.options import Budget, add_model, add_run, choose, numbers, out_file
 from bench.quiet import undisturbed
 from bench.targets import Figure, Target, judged
+from pyllamabatch.compare.medians import pairs
 from pyllamabatch.device.calibrate import calibrate
 from pyllamabatch.device.cost import CostModel
 from pyllamabatch.device.profile import Profile, shipped_names, shipped_profile
@@ -49,7 +52,7 @@ from pyllamabatch.trace import Trace
 F64 = npt.NDArray[np.float64]
 DEFAULT, COUNTED, PACED = "device-aware", "counted", "sarathi"
 POLICIES = {DEFAULT: DEFAULT, COUNTED: "sarathi:budget=512", PACED: PACED}
-MIXED_ROUNDS = 3  # requests of each client
+MIXED_ROUNDS = 6  # requests for each client
 QUICK = ("--quick", "-n", "2,8,9", "--mixed", "4", "--calibrate", "40")
 
 
@@ -63,10 +66,10 @@ def ratio(n: int, name: str = "speed_tg", mixed: bool = False) -> Figure:
     return figure
 
 
-def worst(rows: Sequence[schema.Row]) -> float | None:
+def worst(rows: Sequence[schema.Row], mixed: bool = False) -> float | None:
     """The smallest of these ratios, of all n."""
-    steady = [row for row in rows if not row.detail.get("mixed")]
-    found = report.paired_ratios(steady, COUNTED)
+    mine = [row for row in rows if bool(row.detail.get("mixed")) == mixed]
+    found = report.paired_ratios(mine, COUNTED)
     values = [value for (arm, _), value in found.items() if arm == DEFAULT]
     return min(values) if values else None
 
@@ -76,6 +79,11 @@ TARGETS = (
     Target("9 streams: default over counted, Gemma 3 1B on an H200", ratio(9), 1.10, where=H200),
     Target("10 streams: default over counted, Gemma 3 1B on an H200", ratio(10), 1.06, where=H200),
     Target("any number of streams: default over counted, the smallest", worst, 0.99),
+    Target(
+        "any number of clients: default over counted, the smallest",
+        partial(worst, mixed=True),
+        0.99,
+    ),
 )
 
 
@@ -118,7 +126,7 @@ def main(options: argparse.Namespace) -> int:
     inside = InProcess(model, options.gpu_layers)
     steady = cases_of(options, model, pp, tg, numbers(options.streams))
     mixed = cases_of(
-        options, model, 4 * pp, tg // 4, numbers(options.mixed) if options.mixed else ()
+        options, model, 4 * pp, tg // 2, numbers(options.mixed) if options.mixed else ()
     )
     profile = profile_of(inside, steady[0], options)
     arms = choose(options.arms, [arm_of(inside, name, options, profile) for name in POLICIES])
@@ -171,7 +179,7 @@ def measure(
                     return
                 moment = schema.now()
                 try:
-                    run = partial(arm.run, case, is_mixed)
+                    run = partial(arm.run, replace(case, seed=case.seed + repeat), is_mixed)
                     measured, others = undisturbed(run, options.undisturbed)
                     measured.detail["other_cpu"] = round(others, 3)
                 except (PyllamabatchError, MemoryError, RuntimeError) as failure:
@@ -185,7 +193,8 @@ def arm_of(
 ) -> Policied:
     includes = (
         "Engine, by its step trace. Steady: pl streams of pp prompt tokens decode up to tg each, "
-        f"t_tg: while all do. Mixed: pl clients, {MIXED_ROUNDS} requests each, t_tg: all of it"
+        f"t_tg: while all do. Mixed: pl clients, {MIXED_ROUNDS} requests for each, prompts of pp/4 "
+        "to pp and answers of tg/4 to tg tokens, t_tg: all of it. Lengths: by seed + repeat"
     )
     return Policied(name, includes, True, partial(run_once, inside, name, options, profile))
 
@@ -266,28 +275,23 @@ def steady_load(engine: Engine, case: Case) -> tuple[float, int, list[float]]:
 
 
 def mixed_load(engine: Engine, case: Case) -> tuple[float, int, list[float]]:
-    prompts = [
-        case.prompts(engine.model.n_vocab, which=which)[i]
-        for i in range(case.pl)
-        for which in range(MIXED_ROUNDS)
-    ]
+    """Seconds, tokens and ITL of all requests."""
+    n = case.pl * MIXED_ROUNDS
+    prompts = case.prompts(engine.model.n_vocab, n=n)
     rng = np.random.default_rng(case.seed)
-    lengths = rng.integers(case.pp // 4, case.pp + 1, len(prompts)).tolist()
+    n_prompt = rng.integers(-(-case.pp // 4), case.pp, n, endpoint=True)
+    n_answer = rng.integers(-(-case.tg // 4), case.tg, n, endpoint=True)
 
-    def client(i: int) -> None:
-        for k in range(i * MIXED_ROUNDS, (i + 1) * MIXED_ROUNDS):
-            engine.submit(prompts[k][: lengths[k]], params_of(case, k)).wait()
+    def ask(k: int) -> None:
+        params = params_of(replace(case, tg=int(n_answer[k])), k)
+        engine.submit(prompts[k, : n_prompt[k]], params).wait()
 
-    threads = [threading.Thread(target=client, args=(i,)) for i in range(case.pl)]
     began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(case.pl) as clients:
+        list(clients.map(ask, range(n)))
     seconds = time.perf_counter() - began
     trace = engine.trace()
-    n_tokens = case.tg * len(prompts)
-    return seconds, n_tokens, itl(trace, ends_of(trace))
+    return seconds, int(n_answer.sum()), itl(trace, ends_of(trace))
 
 
 def ends_of(trace: Trace) -> F64:
@@ -322,24 +326,25 @@ def in_words(row: schema.Row) -> str:
 
 
 def view(rows: Sequence[schema.Row]) -> str:
-    """Medians of the repeats; ratios are the medians of ratios within a repeat."""
+    """Medians of the repeats; ratios are the medians of ratios within a repeat, and their range."""
     lines = [
         "| load | counted tok/s | default tok/s | ratio | ITL p99, ms | longest, ms |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for mixed in (False, True):
         mine = [r for r in rows if bool(r.detail.get("mixed")) == mixed and not r.error]
-        ratios = report.paired_ratios(mine, COUNTED)
+        ratios = pairs(mine, COUNTED)
         for n in dict.fromkeys(row.pl for row in mine):
             by_arm = {a: [r for r in mine if r.pl == n and r.arm == a] for a in (COUNTED, DEFAULT)}
             if not all(by_arm.values()):
                 continue
+            found = ratios.get((DEFAULT, n), [float("nan")])
             speeds = [median(r.speed_tg for r in by_arm[a]) for a in by_arm]
             p99 = [1e3 * median(r.detail["itl_p99_s"] for r in by_arm[a]) for a in by_arm]
             most = [1e3 * median(r.detail["itl_max_s"] for r in by_arm[a]) for a in by_arm]
             lines.append(
                 f"| {f'{n} clients' if mixed else f'{n} streams'} | {speeds[0]:.1f} | "
-                f"{speeds[1]:.1f} | {ratios.get((DEFAULT, n), float('nan')):.3f} | "
+                f"{speeds[1]:.1f} | {median(found):.3f} ({min(found):.3f} to {max(found):.3f}) | "
                 f"{p99[0]:.1f} → {p99[1]:.1f} | {most[0]:.1f} → {most[1]:.1f} |"
             )
     return "\n".join(lines) + "\n"
