@@ -15,7 +15,7 @@
 #   MODEL     a shape of `python -m bench list`, or a GGUF file (gemma3-1b)
 #   COUNTS    sequences and clients in the order of their importance (64,8,32,1)
 #   REPEATS   runs of each arm of decode (3)
-#   BUDGET    seconds for all benches, which share it (240)
+#   BUDGET    seconds for step, decode, compare and serve, which share it (240)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 results=${1:-bench/results}
@@ -66,7 +66,7 @@ measure decode --model "$model" -B "$counts" --prompt-tokens 256 --tokens 128 \
     --repeats "$repeats" --arms llama-batched-bench,stepper,engine --budget "$(share 20)"
 # All arms at 2 and 4 users; beyond, processes only take turns on a GPU.
 measure compare --model "$model" -N 2,4 --repeats 2 --keep-loaded --budget "$(share 15)"
-measure compare --model "$model" -N 8,16 --arms single,contexts,shared,engine --repeats 2 \
+measure compare --model "$model" -N 8,16,3 --arms single,contexts,shared,engine --repeats 2 \
     --keep-loaded --budget "$(share 15)"
 measure serve --model "$model" --clients "$counts" --repeats 1 --answer-limit 60 \
     --budget "$(share 40)"

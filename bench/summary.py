@@ -98,16 +98,18 @@ def latest(rows: Iterable[Row]) -> dict[Setting, list[Row]]:
     runs: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         runs.setdefault((row.run_id, row.bench), []).append(row)
-    chosen: dict[tuple[Setting, int], list[Row]] = {}
+    chosen: dict[tuple[Setting, tuple[int, bool]], list[Row]] = {}
     for run in sorted(runs.values(), key=lambda run: (run[0].test_time, run[0].run_id)):
         setting = setting_of(run)
-        for pl in {row.pl for row in run}:
-            mine = [row for row in run if row.pl == pl]
-            if n_arms(mine) >= n_arms(chosen.get((setting, pl), ())):
-                chosen[setting, pl] = mine
+        loads: dict[tuple[int, bool], list[Row]] = {}
+        for row in run:  # `width`: n clients are another load than n streams
+            loads.setdefault((row.pl, bool(row.detail.get("mixed"))), []).append(row)
+        for load, mine in loads.items():
+            if n_arms(mine) >= n_arms(chosen.get((setting, load), ())):
+                chosen[setting, load] = mine
     groups: dict[Setting, list[Row]] = {}
-    for setting, pl in sorted(chosen):
-        groups.setdefault(setting, []).extend(chosen[setting, pl])
+    for setting, load in sorted(chosen):
+        groups.setdefault(setting, []).extend(chosen[setting, load])
     return groups
 
 

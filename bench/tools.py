@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 from bench.cache import REPOSITORY, cache_folder
-from pyllamabatch import _native
 
 UPSTREAM = Path(__file__).resolve().parent / "upstream"
 OPTIONS = {
@@ -72,10 +71,17 @@ def build_options() -> dict[str, str]:
 
 
 def ggml_folder() -> Path | None:
-    """Of the package's ggml; None where the tools need one of their own: on Windows, which links to
-    import libraries, and of a portable build, which finds its backends beside itself."""
+    """Of the package's ggml; None where the tools need one of their own: without the package, made
+    of another llama.cpp than it, on Windows, which links to import libraries, and beside a portable
+    build, which finds its backends in its own folder."""
+    try:
+        from pyllamabatch import _native
+        from pyllamabatch.raw import ffi, lib
+    except ImportError:
+        return None
     folder = Path(_native.__file__).parent / "lib"
-    return folder if list(folder.glob("libggml-cpu.*")) else None
+    same = ffi.string(lib.plb_llama_cpp_build()).decode() == f"b{build_number()}"
+    return folder if same and list(folder.glob("libggml-cpu.*")) else None
 
 
 def tool(name: str, *, log: bool = True) -> Path:

@@ -279,7 +279,7 @@ def row(
 
 def view(rows: Sequence[schema.Row]) -> str:
     """The tables of the latest run of each machine, model and layout, by load."""
-    latest = {(_what(r), r.kv_unified): r.run_id for r in rows}
+    latest = {(_what(r), r.kv_unified): r.run_id for r in sorted(rows, key=lambda r: r.test_time)}
     out: list[str] = []
     for (what, unified), run_id in latest.items():
         mine = [r for r in rows if (r.run_id, r.kv_unified) == (run_id, unified)]

@@ -20,7 +20,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # `bench` is run from the repository, never installed
 
-from bench import models, quiet, report, schema  # noqa: E402
+from bench import models, quiet, report, schema, tools  # noqa: E402
 from bench.__main__ import BENCHES, load, main  # noqa: E402
 from bench.arms import InProcess, StepClock, batched_bench_row  # noqa: E402
 from bench.cache import RESULTS, cache_folder  # noqa: E402
@@ -31,7 +31,8 @@ from bench.options import Budget, numbers  # noqa: E402
 from bench.shapes import GEMMA3_1B, LLAMA_3_2_1B, MOE_1B, QWEN2_0_5B, SHAPES, Shape  # noqa: E402
 from bench.targets import Target, speed_ratio  # noqa: E402
 from bench.tools import ToolError, source_tree, tool  # noqa: E402
-from pyllamabatch import Model  # noqa: E402
+from pyllamabatch import Model, _native  # noqa: E402
+from pyllamabatch.raw import ffi, lib  # noqa: E402
 
 FACTS: dict[str, Any] = {
     "backends": "CPU",
@@ -132,6 +133,18 @@ def test_tools_that_were_built_elsewhere(tmp_path: Path, monkeypatch: pytest.Mon
     assert tool("llama-batched-bench") == tmp_path / name
     with pytest.raises(ToolError, match="llama-server is missing"):
         tool("llama-server")
+
+
+def test_tools_use_the_packages_ggml_if_it_is_of_the_same_llama_cpp(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    package = Path(_native.__file__).parent / "lib"
+    linked = bool(list(package.glob("libggml-cpu.*")))  # not on Windows, nor a portable build
+    number = int(ffi.string(lib.plb_llama_cpp_build()).decode().removeprefix("b"))
+    monkeypatch.setattr(tools, "build_number", lambda: number)
+    assert tools.ggml_folder() == (package if linked else None)
+    monkeypatch.setattr(tools, "build_number", lambda: number + 1)
+    assert tools.ggml_folder() is None
 
 
 def test_committed_results_are_rows() -> None:

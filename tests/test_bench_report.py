@@ -59,6 +59,13 @@ def test_of_each_number_of_sequences_the_latest_run_counts() -> None:
     assert ["streams" in setting.settings for setting in groups] == [True, False]
 
 
+def test_clients_are_another_load_than_as_many_streams() -> None:
+    mixed = row("clients", 1.0, pl=4)
+    mixed.detail["mixed"] = 1.0
+    ((one, two),) = latest([mixed, row("streams", 1.0, pl=4, run="2")]).values()
+    assert {one.arm, two.arm} == {"clients", "streams"}
+
+
 def test_targets_are_met_missed_or_not_measured() -> None:
     targets = tuple(
         Target(f"at {pl}", speed_ratio("ours", "base", pl), at_least=2.0) for pl in (1, 4, 16)

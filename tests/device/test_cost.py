@@ -216,6 +216,11 @@ def test_one_sequence_alone_is_the_same_in_both_layouts() -> None:
     assert profile([*streams, *several]).only(unified=False).samples == tuple(streams)
     cost = CostModel.fit(alone, unified=False)
     assert cost.predict(224, 224, 0, 1) == pytest.approx(seconds(224), rel=0.05)
+    # What was only measured while others used the device is a hole, too, and fills none.
+    disturbed = replace(prompts(False, 192)[0], n=0, seconds=1.0)
+    (calm,) = prompts(True, 192)
+    assert calm in profile([*streams, disturbed, calm]).only(unified=False).samples
+    assert profile([*streams, replace(calm, n=0)]).only(unified=False).samples == tuple(streams)
 
 
 def test_held_out_of_a_layout_is_about_its_own_samples() -> None:
@@ -225,6 +230,7 @@ def test_held_out_of_a_layout_is_about_its_own_samples() -> None:
     assert alone in both.only(unified=True).samples
     assert len(held_out(both, unified=True)) == len(h200())
     assert len(held_out(both, unified=False)) == len(h200()) + 1
+    assert held_out(profile([*h200(), alone]), unified=False) == []
 
 
 def test_split() -> None:

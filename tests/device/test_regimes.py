@@ -112,7 +112,10 @@ def test_two_rows_are_a_tile_of_tinyblas_and_three_are_not() -> None:
     source = text("ggml-cpu/llamafile/sgemm.cpp")
     body = source[source.index("class tinyBLAS_Q0_AVX {") :]
     few = body[body.index("#else\n        case 0x44:") :]
-    assert "case 0x42:\n            mc = 4;\n            nc = 2;" in few[: few.index("break;")]
+    assert (
+        "case 0x43:\n        case 0x42:\n            mc = 4;\n            nc = 2;"
+        in few[: few.index("break;")]
+    )
     assert [r.first for r in kernels("CPU", "Q5_0", features="AVX2").regimes] == [1, 2, 3, 4]
 
 

@@ -71,7 +71,7 @@ def test_where_pacing_makes_rows_dear_it_does_not_pace() -> None:
     assert rows(8, dear) == 128
 
 
-@pytest.mark.parametrize(("once", "found"), [(0.0, 24), (0.004, 24), (0.03, 112)])
+@pytest.mark.parametrize(("once", "found"), [(0.0, 24), (0.0076, 24), (0.008, 80), (0.03, 112)])
 def test_what_a_prompt_costs_at_every_step_of_it_is_the_price_of_pacing(
     once: float, found: int
 ) -> None:

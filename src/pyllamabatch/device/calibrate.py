@@ -115,9 +115,9 @@ def plan_shapes(kernels: Kernels, n_ubatch: int, unified: bool) -> list[Shape]:
     )
     for n in mixed_decode:
         shapes += [Shape(n + c, c, 1, BASE_DEPTH) for c in (*mixed_chunks, full - n)]
-    chunks = (32, 64, 128, 192, 256, 384, 512)
+    chunks = [32, 64, 128, 192, 256, 384, 512]
     if unified:
-        chunks = (16, 24, 48, 96, *chunks)
+        chunks += [16, 24, 48, 96]
     shapes += [Shape(n, n, 1) for n in chunks if n <= n_ubatch]
     if n_ubatch > 512:
         shapes += [Shape(n, n, 1) for n in (768, 1024, 2048) if n <= n_ubatch]

@@ -370,14 +370,14 @@ def held_out(profile: Profile, *, unified: bool = True, parts: int = 5) -> list[
     `CostModel.error` does not."""
     known = [s for s in profile.only(unified=unified).samples if s.n > 0]
     samples = [s for s in known if s.unified == unified]
+    others = [s for s in known if s.unified != unified]
     errors: list[float] = []
     for k in range(parts):
-        left_out = samples[k::parts]
-        kept = tuple(s for s in known if s not in left_out)
+        kept = tuple(s for i, s in enumerate(samples) if i % parts != k)
         if len(kept) < 4:
             return []
-        cost = CostModel.fit(replace(profile, samples=kept), unified=unified)
-        for s in left_out:
+        cost = CostModel.fit(replace(profile, samples=(*kept, *others)), unified=unified)
+        for s in samples[k::parts]:
             graphs = _graphs_each(s, profile.n_ubatch) * cost.new_graph.step
             predicted = cost.predict(*s.shape) + graphs
             errors.append(abs(predicted / s.seconds - 1))

@@ -118,12 +118,13 @@ class Profile:
 
     def only(self, *, unified: bool) -> Profile:
         """The samples of one cache layout; all of them where there are none of it. One sequence
-        alone is the same in both: of those it has the shapes, too, that only the other one has."""
+        alone is the same in both: of those it has the shapes, too, that only the other one has
+        undisturbed."""
         chosen = [s for s in self.samples if s.unified == unified]
         if not chosen:
             return self
-        known = {s.shape for s in chosen}
-        alone = (s for s in self.samples if s.unified != unified and s.n_seqs == 1)
+        known = {s.shape for s in chosen if s.n > 0}
+        alone = (s for s in self.samples if s.unified != unified and s.n_seqs == 1 and s.n > 0)
         chosen += [s for s in alone if s.shape not in known]
         return replace(self, samples=tuple(chosen))
 
