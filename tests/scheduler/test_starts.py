@@ -211,6 +211,29 @@ def test_a_hand_driven_one_that_is_swapped_and_trimmed(left: int, loads: int) ->
     assert step.chunks[0].start == 39 * loads
 
 
+def test_a_hand_driven_one_is_asked_when_less_is_left_than_it_had_begun_with() -> None:
+    """It waited, would have begun with 39 tokens, and was trimmed to 5: all of them are to do."""
+    one = machine(swap=SwapChoice("swap"))
+    one.tokens[1] = list(range(40))
+    one.scheduler.add(1, 40, 1, arrival=0.0, by_hand=True)
+    step = one.scheduler.plan(0.0)
+    assert step is not None
+    one.place(step)
+    one.scheduler.advance(step)
+    one.cells[0] = [(token, object()) for token in range(39)]
+    one.leave(one.scheduler.preempt(1))
+    one.tokens[1] += range(500, 510)
+    one.scheduler.extend(1, 10)
+    assert one.scheduler.sequence(1).prefix_hit == 39
+    del one.tokens[1][5:]
+    one.scheduler.trim(1, 5)
+    one.scheduler.ask(1)
+    assert one.scheduler.sequence(1).remaining == 5
+    step = one.scheduler.plan(0.0)
+    assert step is not None
+    assert [(chunk.start, chunk.n, chunk.last) for chunk in step.chunks] == [(0, 5, True)]
+
+
 def test_a_sequence_may_come_with_a_saved_state() -> None:
     one = machine()
     one.saved[1] = list(range(40))
