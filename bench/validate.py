@@ -279,10 +279,10 @@ def row(
 
 def view(rows: Sequence[schema.Row]) -> str:
     """The tables of the latest run of each machine, model and layout, by load."""
-    latest = {(_what(r), r.kv_unified): r.run_id for r in sorted(rows, key=lambda r: r.test_time)}
+    latest = {_what(r): r.run_id for r in sorted(rows, key=lambda r: r.test_time)}
     out: list[str] = []
-    for (what, unified), run_id in latest.items():
-        mine = [r for r in rows if (r.run_id, r.kv_unified) == (run_id, unified)]
+    for what, run_id in latest.items():
+        mine = [r for r in rows if (_what(r), r.run_id) == (what, run_id)]
         out += [f"**{what}** ({mine[0].test_time[:10]})\n"]
         out += map(_model, (r for r in mine if r.arm == MODEL))
         loads = dict.fromkeys(r.detail["load"] for r in mine if r.arm != MODEL)
