@@ -184,9 +184,8 @@ def test_a_saved_state_is_discarded_with_its_sequence() -> None:
     one.run()
 
 
-@pytest.mark.parametrize(("left", "loads"), [(45, 1), (20, 0)])
-def test_a_hand_driven_one_that_is_swapped_and_trimmed(left: int, loads: int) -> None:
-    """What comes behind the cut may be other tokens than those in the saved state."""
+def swapped_by_hand() -> Machine:
+    """With one hand-driven sequence, of whose 40 tokens 39 are saved."""
     one = machine(swap=SwapChoice("swap"))
     one.tokens[1] = list(range(40))
     one.scheduler.add(1, 40, 1, arrival=0.0, by_hand=True)
@@ -197,6 +196,13 @@ def test_a_hand_driven_one_that_is_swapped_and_trimmed(left: int, loads: int) ->
     one.cells[0] = [(token, object()) for token in range(39)]
     one.leave(one.scheduler.preempt(1))
     assert len(one.saved[1]) == 39
+    return one
+
+
+@pytest.mark.parametrize(("left", "loads"), [(45, 1), (20, 0)])
+def test_a_hand_driven_one_that_is_swapped_and_trimmed(left: int, loads: int) -> None:
+    """What comes behind the cut may be other tokens than those in the saved state."""
+    one = swapped_by_hand()
     one.tokens[1] += range(500, 510)
     one.scheduler.extend(1, 10)
     del one.tokens[1][left:]
@@ -213,15 +219,7 @@ def test_a_hand_driven_one_that_is_swapped_and_trimmed(left: int, loads: int) ->
 
 def test_a_hand_driven_one_is_asked_when_less_is_left_than_it_had_begun_with() -> None:
     """It waited, would have begun with 39 tokens, and was trimmed to 5: all of them are to do."""
-    one = machine(swap=SwapChoice("swap"))
-    one.tokens[1] = list(range(40))
-    one.scheduler.add(1, 40, 1, arrival=0.0, by_hand=True)
-    step = one.scheduler.plan(0.0)
-    assert step is not None
-    one.place(step)
-    one.scheduler.advance(step)
-    one.cells[0] = [(token, object()) for token in range(39)]
-    one.leave(one.scheduler.preempt(1))
+    one = swapped_by_hand()
     one.tokens[1] += range(500, 510)
     one.scheduler.extend(1, 10)
     assert one.scheduler.sequence(1).prefix_hit == 39
@@ -232,6 +230,17 @@ def test_a_hand_driven_one_is_asked_when_less_is_left_than_it_had_begun_with() -
     step = one.scheduler.plan(0.0)
     assert step is not None
     assert [(chunk.start, chunk.n, chunk.last) for chunk in step.chunks] == [(0, 5, True)]
+
+
+def test_a_hand_driven_one_that_has_lost_what_it_began_with_computes_it() -> None:
+    one = swapped_by_hand()
+    one.scheduler.ask(1)
+    assert one.scheduler.plan(0.0) is not None
+    assert one.scheduler.sequence(1).prefix_hit == 39
+    one.scheduler.relax(1)
+    one.scheduler.preempt(1, worth=False)
+    one.scheduler.extend(1, 0)
+    assert one.scheduler.sequence(1).remaining == 39
 
 
 def test_a_sequence_may_come_with_a_saved_state() -> None:

@@ -65,8 +65,6 @@ class HandDriven(Placement):
         computed = min(view.computed, known - 1)
         if entry.slot < 0:
             self.starts.trim_saved(id, known)
-            # What it began with may be more than is left; it looks again when it joins the line.
-            view = replace(view, prefix_hit=0, prefix_cells=0, prefix_pending=0)
         elif computed < view.computed:
             self.starts.trim(id, entry.slot, computed, self._tokens(entry))
         left = replace(view, n_prompt=n_prompt, generated=known - n_prompt, computed=computed)

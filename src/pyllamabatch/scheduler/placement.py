@@ -186,7 +186,8 @@ class Placement:
         self._changed()
         if slot < 0:
             self._get_out(id)
-            entry.view = view
+            # What it began with, or could have, is in doubt: `_line_up` looks again.
+            entry.view = replace(view, prefix_hit=0, prefix_cells=0, prefix_pending=0)
             self._line_up(entry)
             return
         old = self._running.seen(entry)
