@@ -19,7 +19,7 @@ from pyllamabatch.sampling import SamplingParams
 from pyllamabatch.stepper import SAMPLE, Stepper
 
 N_SEQ, N_PROMPT, N_TOKENS = 8, 4, 20
-PROMPTS = random_prompts(N_SEQ, seed=8, shortest=N_PROMPT - 1, longest=N_PROMPT - 1)
+PROMPTS = random_prompts(N_SEQ, seed=11, shortest=N_PROMPT - 1, longest=N_PROMPT - 1)
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3", "mamba", "jamba"])
