@@ -4,8 +4,10 @@ tokens, and others.
 "counted" is `sarathi:budget=512`: every stream has a row at each step, prompts the rest of an
 ubatch, and the cost model is not asked. Steady: n streams decode, and nobody else comes. Mixed:
 Poisson arrivals, prompts of about 256 and answers of about 128 tokens, at a share of what the
-device can do; throughput is all tokens over the time to the last one. The same arguments give the
-same figures, to the last bit.
+device can do; throughput is all tokens over the time to the last one. Clients: as many as there are
+slots, who ask again when they have their answer, prompts of 64 to 256 and answers of 32 to 128
+tokens, as the live ones of `bench width`. The same arguments give the same figures, to the last
+bit.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import argparse
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import NamedTuple
 
 from bench import schema
 from bench.options import add_run, numbers, out_file
@@ -27,10 +29,14 @@ from pyllamabatch.sim import Machine, Request, simulate, workload
 COUNTED = "sarathi:budget=512"
 POLICIES = (COUNTED, DEFAULT, "fcfs", "sarathi")
 N_SEQ_MAX, N_CELLS, N_UBATCH = 32, 65536, 512
-STREAMS, LOADS = "1-20,24,28,32", "0.5,0.8,1.5"
+STREAMS, LOADS, CLIENTS = "1-20,24,28,32", "0.5,0.8,1.5", "4,8,16,32"
 STEADY_PROMPT, STEADY_TOKENS = 128, 512
 MIXED_PROMPT, MIXED_TOKENS = 256, 128
-QUICK = ("--profiles", "m2-ultra-gemma-3-4b-it-qat", "--streams", "8,9,12", "--loads", "0.8")
+CLIENT_ROUNDS = 12  # requests of each client
+QUICK = (
+    *("--profiles", "m2-ultra-gemma-3-4b-it-qat", "--streams", "8,9,12"),
+    *("--loads", "0.8", "--clients", "8"),
+)
 M2 = "m2-ultra-gemma-3-4b-it-qat"
 
 
@@ -66,7 +72,9 @@ def pairs(rows: Sequence[schema.Row], name: str) -> dict[tuple[str, str], float]
 
 def load_of(row: schema.Row) -> str:
     share = row.detail["load"]
-    return f"mixed {share:g}" if share else f"steady {row.pl}"
+    if share:
+        return f"mixed {share:g}"
+    return f"{'clients' if row.detail.get('clients') else 'steady'} {row.pl}"
 
 
 TARGETS = (
@@ -90,6 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profiles", default=",".join(shipped_names()), help="comma separated")
     parser.add_argument("--streams", default=STREAMS, help="that decode: numbers and ranges")
     parser.add_argument("--loads", default=LOADS, help="shares of what the device can do")
+    parser.add_argument("--clients", default=CLIENTS, help="that ask again: numbers and ranges")
     parser.add_argument("--policies", default=";".join(POLICIES), help="separated by ;")
     parser.add_argument("--requests", type=int, default=300, help="of a mixed load")
     parser.add_argument("--kv", choices=["unified", "streams"], default="unified")
@@ -118,20 +127,38 @@ def measure(options: argparse.Namespace) -> Iterator[schema.Row]:
         if not any(sample.unified == unified for sample in profile.samples):
             profile = profile.only(unified=not unified)
         cost = CostModel.fit(profile, unified=unified, n_ubatch=N_UBATCH)
-        loads = [(n, 0.0, steady(n)) for n in streams_of(options.streams)]
-        loads += [
-            (N_SEQ_MAX, share, mixed(cost, share, options.requests, options.seed))
-            for share in shares
+        loads = [
+            *(Load(n, N_SEQ_MAX, steady(n)) for n in streams_of(options.streams)),
+            *(
+                Load(
+                    N_SEQ_MAX, N_SEQ_MAX, mixed(cost, share, options.requests, options.seed), share
+                )
+                for share in shares
+            ),
+            *(
+                Load(n, n, clients(n, options.seed), clients=True)
+                for n in streams_of(options.clients)
+            ),
         ]
-        for n, share, requests in loads:
+        for load in loads:
             for policy in options.policies.split(";"):
-                yield row_of(name, profile, policy, n, share, requests, options, run_id)
+                yield row_of(name, cost, policy, load, options, run_id)
+
+
+class Load(NamedTuple):
+    """pl: streams, slots or clients; share: of what the device can do."""
+
+    pl: int
+    n_seq_max: int
+    requests: list[Request]
+    share: float = 0.0
+    clients: bool = False
 
 
 def streams_of(words: str) -> list[int]:
     """ "1-3,8": 1, 2, 3, 8."""
     found: list[int] = []
-    for word in words.split(","):
+    for word in filter(None, words.split(",")):
         first, _, last = word.partition("-")
         found += range(numbers(first)[0], numbers(last or first)[0] + 1)
     return found
@@ -153,29 +180,27 @@ def mixed(cost: CostModel, share: float, n: int, seed: int) -> list[Request]:
     return workload.draw(f"poisson:rate={rate},n={n},{lengths}", seed)
 
 
+def clients(n: int, seed: int) -> list[Request]:
+    lengths = "prompt=64-256,output=32-128"
+    return workload.draw(f"closed:clients={n},n={n * CLIENT_ROUNDS},{lengths}", seed)
+
+
 def row_of(
-    name: str,
-    profile: Any,
-    policy: str,
-    n: int,
-    share: float,
-    requests: list[Request],
-    options: argparse.Namespace,
-    run_id: str,
+    name: str, cost: CostModel, policy: str, load: Load, options: argparse.Namespace, run_id: str
 ) -> schema.Row:
-    unified = options.kv == "unified"
-    cost = CostModel.fit(profile, unified=unified, n_ubatch=N_UBATCH)
+    unified, n = cost.unified, load.pl
     machine = Machine.of(
-        cost, n_seq_max=N_SEQ_MAX, n_cells=N_CELLS, n_ubatch=N_UBATCH, unified=unified,
+        cost, n_seq_max=load.n_seq_max, n_cells=N_CELLS, n_ubatch=N_UBATCH, unified=unified,
         prefix_cache=False,
     )  # fmt: skip
-    found = simulate(requests, machine, policy).summary()
-    pp = STEADY_PROMPT if not share else MIXED_PROMPT
-    tg = STEADY_TOKENS if not share else MIXED_TOKENS
+    found = simulate(load.requests, machine, policy).summary()
+    is_mixed = load.share or load.clients
+    pp, tg = (MIXED_PROMPT, MIXED_TOKENS) if is_mixed else (STEADY_PROMPT, STEADY_TOKENS)
     # t_tg: the time that tg tokens of each stream take at this throughput
     seconds = tg * n / found["tokens_per_s"]
     detail = {
-        "load": share,
+        "load": load.share,
+        "clients": float(load.clients),
         "duration_s": found["duration"],
         "itl_p50_s": found["itl_p50"],
         "itl_p99_s": found["itl_p99"],
@@ -188,7 +213,8 @@ def row_of(
         bench="policies",
         arm=policy,
         includes="simulate(): Scheduler and policy with the profile's cost model; load 0: pl "
-        "streams; else Poisson arrivals at that share of what the device can do, pl slots",
+        "streams, or pl clients; else Poisson arrivals at that share of what the device can do, pl "
+        "slots",
         run_id=run_id,
         repeat=0,
         sampling="none",

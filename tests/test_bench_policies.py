@@ -17,13 +17,13 @@ M2 = policies.M2
 def test_simulated_rows_and_their_view(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows.jsonl"
     words = ["--profiles", M2, "--streams", "8-9", "--loads", "0.8", "--requests", "20"]
-    assert main(["policies", *words, "--out", str(out)]) == 0
+    assert main(["policies", *words, "--clients", "4,12", "--out", str(out)]) == 0
     rows = list(schema.read(out))
-    assert len(rows) == 3 * len(policies.POLICIES)
+    assert len(rows) == 5 * len(policies.POLICIES)
     loads = {(policies.load_of(row), row.arm) for row in rows}
-    assert loads == {
-        (load, arm) for load in ("steady 8", "steady 9", "mixed 0.8") for arm in policies.POLICIES
-    }
+    names = ("steady 8", "steady 9", "mixed 0.8", "clients 4", "clients 12")
+    assert loads == {(load, arm) for load in names for arm in policies.POLICIES}
+    assert policies.pairs(rows, "speed_tg")[M2, "clients 12"] > 1.15
     assert policies.pairs(rows, "speed_tg")[M2, "steady 8"] == 1.0
     assert policies.ratio(M2, 9)(rows) == policies.pairs(rows, "speed_tg")[M2, "steady 9"] > 1.2
     assert policies.ratio(M2, 12)(rows) is None
