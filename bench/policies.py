@@ -32,7 +32,7 @@ N_SEQ_MAX, N_CELLS, N_UBATCH = 32, 65536, 512
 STREAMS, LOADS, CLIENTS = "1-20,24,28,32", "0.5,0.8,1.5", "4,8,16,32"
 STEADY_PROMPT, STEADY_TOKENS = 128, 512
 MIXED_PROMPT, MIXED_TOKENS = 256, 128
-CLIENT_ROUNDS = 12  # requests of each client
+CLIENT_PROMPT, CLIENT_TOKENS, CLIENT_ROUNDS = (64, 256), (32, 128), 12  # from, to; requests of each
 QUICK = (
     *("--profiles", "m2-ultra-gemma-3-4b-it-qat", "--streams", "8,9,12"),
     *("--loads", "0.8", "--clients", "8"),
@@ -181,7 +181,7 @@ def mixed(cost: CostModel, share: float, n: int, seed: int) -> list[Request]:
 
 
 def clients(n: int, seed: int) -> list[Request]:
-    lengths = "prompt=64-256,output=32-128"
+    lengths = "prompt={}-{},output={}-{}".format(*CLIENT_PROMPT, *CLIENT_TOKENS)
     return workload.draw(f"closed:clients={n},n={n * CLIENT_ROUNDS},{lengths}", seed)
 
 
@@ -194,8 +194,11 @@ def row_of(
         prefix_cache=False,
     )  # fmt: skip
     found = simulate(load.requests, machine, policy).summary()
-    is_mixed = load.share or load.clients
-    pp, tg = (MIXED_PROMPT, MIXED_TOKENS) if is_mixed else (STEADY_PROMPT, STEADY_TOKENS)
+    pp, tg = STEADY_PROMPT, STEADY_TOKENS
+    if load.share:
+        pp, tg = MIXED_PROMPT, MIXED_TOKENS
+    elif load.clients:
+        pp, tg = sum(CLIENT_PROMPT) // 2, sum(CLIENT_TOKENS) // 2
     # t_tg: the time that tg tokens of each stream take at this throughput
     seconds = tg * n / found["tokens_per_s"]
     detail = {

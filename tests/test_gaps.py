@@ -4,6 +4,7 @@ sees it."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,11 +52,11 @@ def greedy(n: int) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=n, ignore_eog=True)
 
 
-def start(stepper: Stepper, seqs: list[int], n: int) -> list[int]:
+def start(stepper: Stepper, seqs: list[int], n: int, temperature: float = 0.0) -> list[int]:
     """Prompts, one a step; the first tokens."""
     rows, first = stepper.rows, []
     for seq in seqs:
-        stepper.set_slot(seq, greedy(n))
+        stepper.set_slot(seq, replace(greedy(n), temperature=temperature, seed=seq))
         prompt = slice(0, N_PROMPT)
         rows.token[prompt], rows.pos[prompt], rows.seq[prompt] = PROMPTS[seq], range(N_PROMPT), seq
         rows.flags[prompt] = (*[0] * (N_PROMPT - 1), SAMPLE)
@@ -66,11 +67,13 @@ def start(stepper: Stepper, seqs: list[int], n: int) -> list[int]:
     return first
 
 
-def run(context: Context, seqs: list[int], gap_max: int, n: int = N_TOKENS) -> Any:
+def run(
+    context: Context, seqs: list[int], gap_max: int, n: int = N_TOKENS, temperature: float = 0.0
+) -> Any:
     """Tokens by sequence, rows that were filled in and graphs that were used again per step."""
     context.memory.clear()
     with Stepper(context, gap_max=gap_max) as stepper:
-        tokens = [[token] for token in start(stepper, seqs, n + 1)]
+        tokens = [[token] for token in start(stepper, seqs, n + 1, temperature)]
         result = stepper.run(np.array(seqs, np.int32), n)
         assert result.n_steps == n
         for i, column in enumerate(result.token.reshape(n, len(seqs)).T.tolist()):
@@ -93,6 +96,16 @@ def test_the_tokens_are_those_of_every_sequence_alone(
             agreement.check(alone[seq], got, tolerance(name))
         assert filled == {seqs[-1] - seqs[0] + 1 - len(seqs)}
     assert agreement.fraction >= 0.9
+
+
+@pytest.mark.parametrize("name", ["llama"], indirect=True)
+def test_rows_that_are_filled_in_draw_nothing(context: Context) -> None:
+    """Where rounding is small enough for the same seeds to draw the same tokens."""
+    without, filled, _ = run(context, [0, 2, 5], 0, temperature=1.0)
+    assert filled == {0}
+    tokens, filled, _ = run(context, [0, 2, 5], 16, temperature=1.0)
+    assert filled == {3}
+    assert tokens == without
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"], indirect=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 
-from bench.policies import COUNTED, steady
+from bench.policies import COUNTED, clients, steady
 from pyllamabatch.device.cost import CostModel
-from pyllamabatch.device.profile import shipped_profile
+from pyllamabatch.device.profile import shipped_names, shipped_profile
 from pyllamabatch.scheduler.policies import DEFAULT
 from pyllamabatch.sim import Machine, draw, simulate
 from pyllamabatch.sim.workload import Request
@@ -69,3 +69,16 @@ def test_clients_that_ask_again(cost: CostModel, n: int, gain: float) -> None:
     now, wait = run(cost, requests, DEFAULT)
     assert now >= gain * before
     assert wait <= 0.65 * wait_before
+
+
+@pytest.mark.parametrize("name", shipped_names())
+@pytest.mark.parametrize("n", [4, 16])
+def test_clients_lose_nothing_on_any_device(name: str, n: int) -> None:
+    """As many slots as clients: whatever a step loses somebody waits for."""
+    profile = shipped_profile(name)
+    model = CostModel.fit(profile, unified=True, n_ubatch=512)
+    requests = clients(n, seed=1)
+    machine = Machine.of(model, n_seq_max=n, n_cells=65536, prefix_cache=False)
+    before, now = (simulate(requests, machine, p).summary() for p in (COUNTED, DEFAULT))
+    assert now["tokens_per_s"] >= 0.99 * before["tokens_per_s"]
+    assert now["itl_p99"] <= 1.15 * before["itl_p99"]

@@ -120,7 +120,7 @@ class CostModel:
         decode, own = rows - prefill, kv / (n_seqs or 1)
         if not prefill:
             return self._decodes(rows, kv, own)
-        n_chunks = n_seqs - decode or 1
+        n_chunks = n_seqs - decode if n_seqs > decode else 1
         if decode and not self.unified:
             return self._decodes(decode, kv, own) + self._prompts(prefill, 0, n_chunks, kv, own)
         return self._prompts(rows, decode, n_chunks, kv, own)
@@ -423,7 +423,7 @@ def split(
     if rows == 0:
         return []
     decode = rows - prefill
-    n_chunks = n_seqs - decode or 1
+    n_chunks = n_seqs - decode if n_seqs > decode else 1
     own = kv / (n_seqs or 1)
     found: list[Ubatch] = []
     if not unified and decode and prefill:

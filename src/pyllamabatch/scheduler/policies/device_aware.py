@@ -1,6 +1,6 @@
-"""What the device is good at, by its cost model: the pacing of `sarathi`, prompts in chunks up to
-the edge of a tile (`tile_fill`), and narrower rounds where they are faster (`width`). Each acts
-only where measurements say that it gains; without a cost model this is `sarathi`. The default."""
+"""What the device is good at, by its cost model: `sarathi` with as many rows of prompts at a step
+as are cheap there (`tile_fill`), and narrower rounds where they are faster (`width`). Without a
+cost model this is `sarathi`. The default."""
 
 from __future__ import annotations
 

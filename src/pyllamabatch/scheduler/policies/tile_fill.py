@@ -11,56 +11,46 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice
 from math import log2
-from typing import Any, NamedTuple
+from typing import Any
 
 from ...errors import ArgumentError
 from ..policy import ComposedPolicy
-from ..view import SequenceView, StepView
-from .parts import Paced, TokenBudget
+from ..view import Limits, SequenceView, StepView
+from .parts import LEAST_ROWS, Paced, TokenBudget
 from .sarathi import sarathi
 
 OVER = 0.05  # so much longer than its target a step may be for a full tile
-# What may be lost of the throughput for steps within their target, and while slots are free, that
-# is while nobody waits for what is lost.
+# What throughput may be lost to keep steps within their target; the second while slots are free,
+# for then nobody waits for it.
 LOSS, LOSS_FREE = 0.01, 0.075
-BESIDE = 32  # rows beyond those counted without a cost model that are looked at
 PER_DOUBLING = 4  # so many steps are looked at from one to that with twice its rows
 ENOUGH = 4  # batches of rows: where more wait, the last step of them does not matter
-MANY = 64  # tables that are kept
-
-
-class Steps(NamedTuple):
-    """The steps that n who decode can be in: `seconds` by the rows of prompts, ascending. `paced`:
-    those within the target, `longest`: seconds that it allows. `alone`: seconds without
-    prompts."""
-
-    seconds: dict[int, float]
-    paced: int
-    longest: float
-    alone: float
+MANY = 64  # sets of candidates that are kept
 
 
 @dataclass(frozen=True, slots=True)
 class TileFill:
-    """Rows of a step, by what the cost model says that the rows of prompts that wait will take:
-    all steps of them, the last and shorter one, too, less what the tokens of those who decode would
-    take in that time if whoever waits did, too. (In narrow steps a prompt takes long, and the batch
-    is small until then.)
+    """Rows of a step, by what the cost model says that the rows of prompts that wait will take, so
+    many at a step: the time of all steps of them, the last, shorter one, too, less what the tokens
+    decoded meanwhile would take in steps in which everybody decodes, also who waits now. (In narrow
+    steps a prompt takes long, and the batch is small until it is computed.)
 
-    Of the steps within the target of `paced` the widest that takes about as little as any of them;
-    where throughput would lose more than 1% by that, the narrowest by which it does not. It
-    may lose 7.5% while slots are free, for then nobody waits for what is lost. So experts, which the
-    first rows of a prompt all load, get more rows than the target allows. (M2 Ultra, gpt-oss-120b,
-    simulated under load: pacing alone halves the throughput.) From half of what `paced` allows, or
-    one ubatch if that is fewer, to what is counted without a cost model. As `paced` where there is
-    none, or none that was measured.
+    Of the steps within the target of `paced` it takes the widest that takes about as little as any
+    of them, if that loses no more than 1% of the time; else the narrowest that loses no more. 7.5%
+    may be lost while slots are free, for then nobody waits for it. So experts, which the first rows
+    of a prompt all load, get more rows than the target allows. (M2 Ultra, gpt-oss-120b, simulated
+    under load: pacing alone halves the throughput.) From half of what `paced` allows, or one ubatch
+    if that is fewer, to what is counted without a cost model. As `paced` where there is none, or
+    none that was measured.
 
     `reserve`: rows that are left free for each sequence that decodes, up to the edge (speculative
-    ones of its own)."""
+    ones of its own), where the batch has room for them and for some rows of prompts."""
 
     paced: Paced
     reserve: int = 0
-    _known: dict[Any, Steps] = field(default_factory=dict, compare=False, repr=False)
+    _known: dict[Any, tuple[int, tuple[int, ...]]] = field(
+        init=False, default_factory=dict, compare=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         if self.reserve < 0:
@@ -68,71 +58,97 @@ class TileFill:
 
     def __call__(self, view: StepView) -> int:
         n, cost, limits = len(view.decoding), view.cost, view.limits
-        slots = limits.n_seq_max - len(view.running)
-        n_prompts = len(view.prefilling) + min(len(view.waiting), slots)
-        if n == 0 or not n_prompts or not measured(cost):
+        if n == 0 or not measured(cost):
             return self.paced(view)
-        kv = view.kv_total - view.kv_free
+        admitted = who_fits(view)
+        n_prompts = len(view.prefilling) + len(admitted)
+        if not n_prompts:
+            return self.paced(view)
+        kv, predict = view.kv_total - view.kv_free, cost.predict
         # The same while there are about as many cells, and the model has not learned much.
-        key = n, rough(kv), view.step // 64, id(cost), limits
-        steps = self._known.get(key)
-        if steps is None:
+        key = n, rough(kv), view.step // 64, cost, limits
+        found = self._known.get(key)
+        if found is None:
             if len(self._known) >= MANY:
                 self._known.clear()
-            steps = self._known[key] = self._steps(view, n, kv)
-        if not steps.seconds:
-            return n + steps.paced
+            found = self._known[key] = self._candidates(view, n, kv)
+        paced, candidates = found
+        if not candidates:
+            return n
 
-        held, together = n * self.reserve, n + n_prompts
-        at_best = cost.predict(together + held, 0, kv, together) * n / together
-        decode = min(steps.alone, at_best)
-        rows = rows_of(chain(view.prefilling, islice(view.waiting, slots)), ENOUGH * limits.n_batch)
+        base = n + self._held(n, limits)
+        together = n + n_prompts
+        everybody = predict(together + self._held(together, limits), 0, kv, together)
+        decode = min(predict(base, 0, kv, n), everybody * n / together)
+        seconds = {prompt: predict(base + prompt, prompt, kv, n + 1) for prompt in candidates}
+        enough = ENOUGH * limits.n_batch
+        rows = rows_of(chain(view.prefilling, admitted), enough)
 
         def added(prompt: int) -> float:
-            """Seconds, by all rows that wait, so many at a step."""
+            """By all rows that wait, so many at a step."""
             n_steps, rest = divmod(rows, prompt)
-            seconds: float = n_steps * (steps.seconds[prompt] - decode)
-            if rest:
-                seconds += cost.predict(n + held + rest, rest, kv, n + 1) - decode
-            return seconds
+            total: float = n_steps * (seconds[prompt] - decode)
+            if rest and rows < enough:
+                total += predict(base + rest, rest, kv, n + 1) - decode
+            elif rest:
+                total *= rows / (rows - rest)
+            return total
 
-        each = {prompt: added(prompt) for prompt in steps.seconds}
-        best = min(each, key=each.__getitem__)
-        least, taken = each[best], -(-rows // best) * steps.seconds[best]
-        near = LOSS * taken
-        inside = [p for p, seconds in steps.seconds.items() if seconds <= steps.longest]
-        most = min(each[p] for p in inside) + near
-        found = max(p for p in inside if each[p] <= most)
-        if each[found] > least + (LOSS_FREE if slots > len(view.waiting) else LOSS) * taken:
-            found = min(p for p in each if each[p] <= least + near)
-        return n + found
+        each = {prompt: added(prompt) for prompt in candidates}
+        best = min(each.values())
+        taken = best + -(-rows // candidates[-1]) * decode  # at least
+        free = len(admitted) == len(view.waiting) and len(view.running) + len(admitted) < (
+            limits.n_seq_max
+        )
+        most = best + (LOSS_FREE if free else LOSS) * taken
+        longest = (1 + OVER) * max(seconds[paced], self.paced.target(predict(n, 0, kv, n)))
+        inside = [p for p in candidates if seconds[p] <= longest]
+        least = min(each[p] for p in inside)
+        if least > most:
+            return n + min(p for p in candidates if each[p] <= most)
+        most = min(most, least + LOSS * taken)
+        return n + max(p for p in inside if each[p] <= most)
 
-    def _steps(self, view: StepView, n: int, kv: int) -> Steps:
+    def _held(self, n: int, limits: Limits) -> int:
+        return min(n * self.reserve, max(0, limits.n_batch - n - LEAST_ROWS))
+
+    def _candidates(self, view: StepView, n: int, kv: int) -> tuple[int, tuple[int, ...]]:
+        """Rows of prompts that `paced` allows, and those worth a look, ascending: these, what is
+        counted without a cost model, and edges, of about as many rows the one at which each takes
+        the least. None where those who decode fill the batch."""
         predict, limits = view.cost.predict, view.limits
-        held = n * self.reserve
-        room = limits.n_batch - n - held
-        most = min(self.paced.otherwise(view) - n, room)
+        held = self._held(n, limits)
+        most = min(self.paced.otherwise(view) - n, limits.n_batch - n - held)
         paced = min(self.paced(view) - n, most)
         if paced < 1:
-            return Steps({}, paced, 0.0, 0.0)
-        alone = predict(n + held, 0, kv, n)
+            return 0, ()
         base = n + held if limits.unified else 0  # else prompts have ubatches of their own
         least = max(1, min(paced // 2, limits.n_ubatch - base))
-        last = min(most + BESIDE, room)
         edges = edges_of(view.cost, limits.n_ubatch, limits.n_batch)
-        prompts = {edge - base for edge in edges if least <= edge - base <= last}
-        seconds = {p: predict(n + held + p, p, kv, n + 1) for p in sorted({paced, most, *prompts})}
+        prompts = [edge - base for edge in edges if least <= edge - base <= most]
+        alone = predict(n + held, 0, kv, n)
 
         def row(prompt: int) -> float:
             """Seconds, by each of so many."""
-            added: float = seconds[prompt] - alone
+            added: float = predict(n + held + prompt, prompt, kv, n + 1) - alone
             return added / prompt
 
-        about = groupby(sorted(prompts), key=lambda prompt: int(PER_DOUBLING * log2(prompt)))
-        kept = {paced, most, *(min(some, key=row) for _, some in about)}
-        seconds = {prompt: taken for prompt, taken in seconds.items() if prompt in kept}
-        longest = (1 + OVER) * max(seconds[paced], self.paced.target(predict(n, 0, kv, n)))
-        return Steps(seconds, paced, longest, alone)
+        about = groupby(prompts, key=lambda prompt: int(PER_DOUBLING * log2(prompt)))
+        return paced, (*sorted({paced, most, *(min(some, key=row) for _, some in about)}),)
+
+
+def who_fits(view: StepView) -> list[SequenceView]:
+    """Those who wait that slots and cells are free for, as they came."""
+    slots, limits = view.limits.n_seq_max - len(view.running), view.limits
+    cells = view.kv_free - view.kv_promised
+    found = []
+    for seq in islice(view.waiting, max(0, slots)):
+        if limits.unified:
+            cells -= seq.prefix_cells + seq.remaining
+            if cells < 0:
+                break
+        found.append(seq)
+    return found
 
 
 def rows_of(sequences: Iterable[SequenceView], enough: int) -> int:
@@ -169,8 +185,8 @@ def tile_fill(
     reserve: int = 0,
     watermark: float = 0.01,
 ) -> ComposedPolicy:
-    """`reserve`: see `TileFill`. Otherwise as `sarathi`; `budget` is for where nothing has been
-    measured."""
+    """`reserve`: see `TileFill`. Otherwise as `sarathi`; `budget`: rows of a step where nothing has
+    been measured, and the most where something has."""
     plain = sarathi(itl=itl, stretch=stretch, watermark=watermark)
     paced = Paced(TokenBudget(budget), itl, stretch)
     return replace(plain, budget=TileFill(paced, reserve))
