@@ -232,6 +232,7 @@ def run_once(
             raise RuntimeError("nothing is known of this device and model: --calibrate")
         seconds, n_tokens, gaps = (mixed_load if mixed else steady_load)(engine, case)
         trace = engine.trace()
+        reckoned = reckon(engine.cost, trace)
         switch = engine.cost.switch
         context = engine.n_ctx
     detail: dict[str, float] = {
@@ -242,11 +243,21 @@ def run_once(
         "rows_mean": float(trace["rows"].mean()),
         "on_device": float(trace["on_device"].mean()),
         "reused": float((trace["reused"] > 0).mean()),
+        "predicted_s": reckoned,
     }
     if switch is not None:
         detail["switch_s"] = switch
     # t_tg is the time for tg tokens of each stream, at the rate of the window
     return Measured(0.0, seconds * case.tg * case.pl / n_tokens, {"n_kv_max": context}, detail)
+
+
+def reckon(cost: CostModel, trace: Trace) -> float:
+    """Seconds of all steps by the cost model, as it was before the engine refined it: the same for
+    equal steps, however busy the machine was in one run or the other."""
+    predict = CostModel.from_json(cost.to_json()).predict
+    names = ("rows", "prefill_rows", "kv_used")
+    steps = zip(*(trace[name].tolist() for name in names), strict=True)
+    return sum(predict(n, prompt, kv, n - prompt + (prompt > 0)) for n, prompt, kv in steps)
 
 
 def params_of(case: Case, seed: int) -> SamplingParams:
@@ -326,10 +337,12 @@ def in_words(row: schema.Row) -> str:
 
 
 def view(rows: Sequence[schema.Row]) -> str:
-    """Medians of the repeats; ratios are the medians of ratios within a repeat, and their range."""
+    """Medians of the repeats; ratios are the medians of ratios within a repeat, and their range.
+    Reckoned: the same of the seconds that the cost model says for the steps of a mixed load, in
+    which the machine's own speed plays no part."""
     lines = [
-        "| load | counted tok/s | default tok/s | ratio | ITL p99, ms | longest, ms |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| load | counted tok/s | default tok/s | ratio | reckoned | ITL p99, ms | longest, ms |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for mixed in (False, True):
         mine = [r for r in rows if bool(r.detail.get("mixed")) == mixed and not r.error]
@@ -345,6 +358,17 @@ def view(rows: Sequence[schema.Row]) -> str:
             lines.append(
                 f"| {f'{n} clients' if mixed else f'{n} streams'} | {speeds[0]:.1f} | "
                 f"{speeds[1]:.1f} | {median(found):.3f} ({min(found):.3f} to {max(found):.3f}) | "
+                f"{reckoned(*by_arm.values()) if mixed else ''} | "
                 f"{p99[0]:.1f} → {p99[1]:.1f} | {most[0]:.1f} → {most[1]:.1f} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def reckoned(counted: Sequence[schema.Row], default: Sequence[schema.Row]) -> str:
+    """How many times as long as the default's the steps of counted are, of each repeat."""
+    seconds = [
+        {(r.run_id, r.repeat): r.detail["predicted_s"] for r in rows if "predicted_s" in r.detail}
+        for rows in (counted, default)
+    ]
+    found = [value / seconds[1][key] for key, value in seconds[0].items() if key in seconds[1]]
+    return f"{median(found):.3f} ({min(found):.3f} to {max(found):.3f})" if found else ""

@@ -9,6 +9,8 @@ import pytest
 
 from bench import policies, schema, width
 from bench.__main__ import main
+from pyllamabatch.device.cost import CostModel
+from pyllamabatch.device.profile import shipped_profile
 from pyllamabatch.trace import trace_dtype
 
 M2 = policies.M2
@@ -52,6 +54,18 @@ def test_itl_is_between_two_rows_of_the_same_request() -> None:
     assert sorted(width.itl(trace, ends)) == [2.0, 2.0, 2.0]
 
 
+def test_steps_are_reckoned_by_the_model_as_it_was() -> None:
+    cost = CostModel.fit(shipped_profile(M2), n_ubatch=512)
+    trace = np.zeros(3, dtype=trace_dtype(2))
+    trace["rows"], trace["prefill_rows"], trace["kv_used"] = [2, 40, 38], [0, 38, 38], [100, 140, 9]
+    expected = sum(
+        cost.predict(*shape) for shape in ((2, 0, 100, 2), (40, 38, 140, 3), (38, 38, 9, 1))
+    )
+    for _ in range(9):
+        cost.observe(40, 38, 140, 3, 1.0)
+    assert width.reckon(cost, trace) == pytest.approx(expected)
+
+
 def test_live_rows_on_the_embedded_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,7 +90,11 @@ def test_live_rows_on_the_embedded_model(
     assert 3 * n_requests < mixed.detail["n_tokens"] < 12 * n_requests
     assert mixed.speed_tg == pytest.approx(2 * 12 / mixed.t_tg)
     assert 0 < steady.detail["itl_median_s"] <= steady.detail["itl_p99_s"]
-    assert "| 2 streams |" in capsys.readouterr().out
+    seconds = [row.detail["predicted_s"] for row in rows]
+    ratios = seconds[2] / seconds[3], seconds[7] / seconds[6]  # counted over the default
+    printed = capsys.readouterr().out
+    assert "| 2 streams |" in printed
+    assert f"({min(ratios):.3f} to {max(ratios):.3f})" in printed
 
 
 def test_what_is_not_measured_is_said(tmp_path: Path) -> None:
