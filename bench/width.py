@@ -101,7 +101,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.set_defaults(kv="unified")
     parser.add_argument(
-        "-n", "--streams", default="1,4,8,9,10,12,16,20", help="that decode, comma separated"
+        "-n",
+        "--streams",
+        default="1,4,8,9,10,12,16,20",
+        help="that decode, comma separated; '' for none",
     )
     parser.add_argument("--mixed", default="12", help="clients, comma separated; '' for none")
     parser.add_argument("--arms", default=f"{COUNTED},{DEFAULT}", help=f"also {PACED}")
@@ -124,11 +127,11 @@ def main(options: argparse.Namespace) -> int:
     tg = options.tokens or (32 if quick else 256)
     model = resolve(options.model)
     inside = InProcess(model, options.gpu_layers)
-    steady = cases_of(options, model, pp, tg, numbers(options.streams))
+    steady = cases_of(options, model, pp, tg, numbers(options.streams) if options.streams else ())
     mixed = cases_of(
         options, model, 4 * pp, tg // 2, numbers(options.mixed) if options.mixed else ()
     )
-    profile = profile_of(inside, steady[0], options)
+    profile = profile_of(inside, [*steady, *mixed], options)
     arms = choose(options.arms, [arm_of(inside, name, options, profile) for name in POLICIES])
     subject = Path(options.model).name.removesuffix(".gguf")
     out = out_file(options, "width", subject, inside.facts()["gpu_info"])
@@ -143,13 +146,16 @@ def main(options: argparse.Namespace) -> int:
     return int(any(row.error for row in rows))
 
 
-def profile_of(inside: InProcess, case: Case, options: argparse.Namespace) -> Profile | None:
+def profile_of(
+    inside: InProcess, cases: Sequence[Case], options: argparse.Namespace
+) -> Profile | None:
     """None: the engines look for one."""
     if options.profile:
         named = options.profile in shipped_names()
         return shipped_profile(options.profile) if named else Profile.load(Path(options.profile))
-    if not options.calibrate:
+    if not options.calibrate or not cases:
         return None
+    case = cases[0]
     layout = "unified" if case.kv_unified else "streams"
     print(f"measuring the device for {options.calibrate:g} s", file=sys.stderr)
     return calibrate(

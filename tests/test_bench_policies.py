@@ -97,8 +97,9 @@ def test_live_rows_on_the_embedded_model(
     assert f"({min(ratios):.3f} to {max(ratios):.3f})" in printed
 
 
-def test_what_is_not_measured_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loads", [("-n", "2", "--mixed", ""), ("-n", "", "--mixed", "2")])
+def test_what_is_not_measured_is_said(tmp_path: Path, loads: tuple[str, ...]) -> None:
     out = tmp_path / "rows.jsonl"
-    words = ["--model", "default", "-n", "2", "--mixed", "", "--tokens", "8", "--repeats", "1"]
+    words = ["--model", "default", *loads, "--tokens", "8", "--repeats", "1"]
     assert main(["width", *words, "--out", str(out)]) == 1
     assert "--calibrate" in next(iter(schema.read(out))).error
