@@ -128,17 +128,12 @@ def measure(options: argparse.Namespace) -> Iterator[schema.Row]:
             profile = profile.only(unified=not unified)
         cost = CostModel.fit(profile, unified=unified, n_ubatch=N_UBATCH)
         loads = [
-            *(Load(n, N_SEQ_MAX, steady(n)) for n in streams_of(options.streams)),
+            *(Load(n, steady(n)) for n in streams_of(options.streams)),
             *(
-                Load(
-                    N_SEQ_MAX, N_SEQ_MAX, mixed(cost, share, options.requests, options.seed), share
-                )
+                Load(N_SEQ_MAX, mixed(cost, share, options.requests, options.seed), share)
                 for share in shares
             ),
-            *(
-                Load(n, n, clients(n, options.seed), clients=True)
-                for n in streams_of(options.clients)
-            ),
+            *(Load(n, clients(n, options.seed), clients=True) for n in streams_of(options.clients)),
         ]
         for load in loads:
             for policy in options.policies.split(";"):
@@ -149,10 +144,13 @@ class Load(NamedTuple):
     """pl: streams, slots or clients; share: of what the device can do."""
 
     pl: int
-    n_seq_max: int
     requests: list[Request]
     share: float = 0.0
     clients: bool = False
+
+    @property
+    def n_seq_max(self) -> int:
+        return self.pl if self.clients else N_SEQ_MAX
 
 
 def streams_of(words: str) -> list[int]:

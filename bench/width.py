@@ -127,10 +127,9 @@ def main(options: argparse.Namespace) -> int:
     tg = options.tokens or (32 if quick else 256)
     model = resolve(options.model)
     inside = InProcess(model, options.gpu_layers)
-    steady = cases_of(options, model, pp, tg, numbers(options.streams) if options.streams else ())
-    mixed = cases_of(
-        options, model, 4 * pp, tg // 2, numbers(options.mixed) if options.mixed else ()
-    )
+    streams, clients = (numbers(w) if w else () for w in (options.streams, options.mixed))
+    steady = cases_of(options, model, pp, tg, streams)
+    mixed = cases_of(options, model, 4 * pp, tg // 2, clients)
     profile = profile_of(inside, [*steady, *mixed], options)
     arms = choose(options.arms, [arm_of(inside, name, options, profile) for name in POLICIES])
     subject = Path(options.model).name.removesuffix(".gguf")
@@ -353,6 +352,7 @@ def view(rows: Sequence[schema.Row]) -> str:
     for mixed in (False, True):
         mine = [r for r in rows if bool(r.detail.get("mixed")) == mixed and not r.error]
         ratios = pairs(mine, COUNTED)
+        by_model = reckoned(mine) if mixed else {}
         for n in dict.fromkeys(row.pl for row in mine):
             by_arm = {a: [r for r in mine if r.pl == n and r.arm == a] for a in (COUNTED, DEFAULT)}
             if not all(by_arm.values()):
@@ -363,18 +363,19 @@ def view(rows: Sequence[schema.Row]) -> str:
             most = [1e3 * median(r.detail["itl_max_s"] for r in by_arm[a]) for a in by_arm]
             lines.append(
                 f"| {f'{n} clients' if mixed else f'{n} streams'} | {speeds[0]:.1f} | "
-                f"{speeds[1]:.1f} | {median(found):.3f} ({min(found):.3f} to {max(found):.3f}) | "
-                f"{reckoned(*by_arm.values()) if mixed else ''} | "
+                f"{speeds[1]:.1f} | {in_range(found)} | "
+                f"{in_range(by_model.get((DEFAULT, n), []))} | "
                 f"{p99[0]:.1f} → {p99[1]:.1f} | {most[0]:.1f} → {most[1]:.1f} |"
             )
     return "\n".join(lines) + "\n"
 
 
-def reckoned(counted: Sequence[schema.Row], default: Sequence[schema.Row]) -> str:
-    """How many times as long as the default's the steps of counted are, of each repeat."""
-    seconds = [
-        {(r.run_id, r.repeat): r.detail["predicted_s"] for r in rows if "predicted_s" in r.detail}
-        for rows in (counted, default)
-    ]
-    found = [value / seconds[1][key] for key, value in seconds[0].items() if key in seconds[1]]
-    return f"{median(found):.3f} ({min(found):.3f} to {max(found):.3f})" if found else ""
+def reckoned(rows: Sequence[schema.Row]) -> dict[tuple[str, int], list[float]]:
+    """As `pairs`, of the speeds that the cost model says."""
+    known = [row for row in rows if "predicted_s" in row.detail]
+    speeds = [replace(row, speed_tg=1 / row.detail["predicted_s"]) for row in known]
+    return pairs(speeds, COUNTED)
+
+
+def in_range(values: Sequence[float]) -> str:
+    return f"{median(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else ""

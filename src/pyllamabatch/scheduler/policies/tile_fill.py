@@ -86,13 +86,12 @@ class TileFill:
 
         def added(prompt: int) -> float:
             """By all rows that wait, so many at a step."""
+            step: float = seconds[prompt] - decode
+            if rows >= enough:
+                return rows / prompt * step
             n_steps, rest = divmod(rows, prompt)
-            total: float = n_steps * (seconds[prompt] - decode)
-            if rest and rows < enough:
-                total += predict(base + rest, rest, kv, n + 1) - decode
-            elif rest:
-                total *= rows / (rows - rest)
-            return total
+            last = predict(base + rest, rest, kv, n + 1) - decode if rest else 0.0
+            return n_steps * step + last
 
         each = {prompt: added(prompt) for prompt in candidates}
         best = min(each.values())
