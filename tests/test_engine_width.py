@@ -18,6 +18,7 @@ from pyllamabatch.model import Model
 from pyllamabatch.observe import Observer
 from pyllamabatch.sampling import SamplingParams
 from pyllamabatch.scheduler import Step, make_policy
+from pyllamabatch.scheduler.policies.width import TRIAL
 from pyllamabatch.scheduler.step import Chunk
 
 N, EDGE, TOKENS = 10, 8, 48
@@ -68,9 +69,10 @@ def test_turns_change_no_token_and_nobody_waits_for_long(model: Model) -> None:
     tokens, trace = made(model, "device-aware", Edge())
     assert tokens == expected
     steady = trace[trace["prefill_rows"] == 0]
-    # All have a row in some of the first steps, while prompts are computed; then 8 of 10 at a time.
-    assert (steady["rows"] == EDGE).sum() >= TOKENS * N // EDGE - 12
-    assert steady["rows"].max() == EDGE
+    # All have a row while prompts are computed, and in a trial; then 8 of 10 at a time.
+    assert (steady["rows"] == N).sum() == TRIAL
+    assert (steady["rows"] == EDGE).sum() >= (TOKENS - TRIAL) * N // EDGE - 12
+    assert set(steady["rows"][TRIAL:-10]) == {EDGE}
     for slot in range(N):
         at = (steady["ids"][:, slot] != 0).nonzero()[0]
         assert max(after - before for before, after in pairwise(at)) <= 2

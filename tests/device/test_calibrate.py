@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,16 @@ from pyllamabatch import Model
 from pyllamabatch.cli import main
 from pyllamabatch.cli.calibrate import lines, summary
 from pyllamabatch.device import where
-from pyllamabatch.device.calibrate import _sample, calibrate, open_rig, plan_shapes
+from pyllamabatch.device.calibrate import (
+    BASE_DEPTH,
+    Clock,
+    _sample,
+    calibrate,
+    measure,
+    open_rig,
+    plan_shapes,
+    visits,
+)
 from pyllamabatch.device.cost import CostModel
 from pyllamabatch.device.profile import Profile, Shape
 from pyllamabatch.device.regimes import kernels
@@ -105,6 +115,55 @@ def test_disturbed_steps_are_told(tiny_llama_path: Path) -> None:
     found = summary(profile)
     assert found["disturbed"] == 1
     assert any("1 of them were disturbed" in line for line in lines(profile, found))
+
+
+def test_steps_of_few_rows_are_come_back_to() -> None:
+    shapes = plan_shapes(kernels("CPU", "Q4_K", features="AVX2"), 512, True)
+    found = [shape for n_round, shape, _ in visits(shapes) if n_round == 1]
+    assert list(dict.fromkeys(found)) == shapes
+    for shape in shapes:
+        few = shape.rows <= 8 and not shape.prefill and shape.depth == BASE_DEPTH
+        at = [i for i, s in enumerate(found) if s == shape]
+        assert len(at) == (5 if few else 1)
+        assert not few or max(after - at[0] for after in at) > 0.6 * len(found)
+
+
+class SlowAtFirst:
+    """A rig that needs so many milliseconds for a step of n rows, and half as many more until 2
+    seconds are over."""
+
+    on_cpu = False
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        limits = {"n_seq_max": 65, "n_batch": 2048, "n_ctx": 36864, "n_ctx_seq": 36864}
+        self.context = SimpleNamespace(**limits)
+        self.stepper = SimpleNamespace(n_pos_max=36864)
+
+    def ready(self, shape: Shape) -> bool:
+        return True
+
+    def time(self, shape: Shape, n_steps: int) -> list[Took]:
+        took = []
+        for _ in range(n_steps):
+            seconds = 1e-3 * shape.rows * (1.5 if self.now < 2 else 1.0)
+            self.now += seconds
+            took.append(Took(seconds, False))
+        return took
+
+
+def test_a_slow_moment_at_first_is_outvoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig: Any = SlowAtFirst()
+    shapes = plan_shapes(kernels("CPU", "Q4_K", features="AVX2"), 512, True)
+    monkeypatch.setattr("time.monotonic", lambda: rig.now)
+    budget = 20.0
+    samples, whole = measure(rig, shapes, True, Clock(0.0, budget, 1.0, None))
+    assert whole
+    assert rig.now == pytest.approx(budget, abs=1.0)
+    assert any(s.rows > 40 for s in samples)  # went on to others
+    for sample in samples:
+        if sample.prefill == 0 and sample.rows <= 8 and sample.kv == BASE_DEPTH * sample.rows:
+            assert sample.seconds == pytest.approx(1e-3 * sample.rows)
 
 
 def test_shapes_cover_the_edges() -> None:

@@ -1,16 +1,18 @@
 """Calibration: step times of many shapes on this device, within a budget of seconds.
 
 Shapes are gone through in rounds, so that a disturbance hits a few repeats of each and not all of
-one; a shape's time is the median. Within a round a shape's steps follow each other, as decoding
-does, so that graphs are reused. What the first ones of a block take more, whose graph is new, is
-kept beside it.
+one; a shape's time is the median. Decoding steps of few rows, each of which may have a kernel of
+its own, are come back to within the first round: where steps are slow it may be the only one.
+Within a round a shape's steps follow each other, as decoding does, so that graphs are reused. What
+the first ones of a block take more, whose graph is new, is kept beside it.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -192,25 +194,26 @@ def measure(
     begins: dict[Shape, list[tuple[Took, ...]]] = {}
     whole = True
     try:
-        fitting = [s for s in shapes if _fits(s, rig, unified)]
-        for n_round, wanted in enumerate(_WANTED, 1):
-            for shape in fitting[:]:
-                taken = times.setdefault(shape, [])
-                if clock.left <= 0 or sum(not t.disturbed for t in taken) >= wanted:
-                    continue
-                clock.show(_words(shape, unified, n_round))
-                if taken and 2 * min(taken).seconds > clock.left:
-                    continue
-                if not rig.ready(shape) and rig.seconds_to_hold(shape.depth) > 0.15 * clock.left:
-                    continue
-                clock.wait_for_quiet(rig.on_cpu)
-                try:
-                    begin, steady = _block(rig, shape)
-                    taken += steady
-                    begins.setdefault(shape, []).append(begin)
-                except KvCacheFull:  # a kind of memory that needs more cells than it has rows
-                    rig.clear()
-                    fitting.remove(shape)
+        too_large: set[Shape] = set()
+        for n_round, shape, wanted in visits([s for s in shapes if _fits(s, rig, unified)]):
+            taken = times.setdefault(shape, [])
+            if clock.left <= 0 or shape in too_large:
+                continue
+            if sum(not t.disturbed for t in taken) >= wanted:
+                continue
+            clock.show(_words(shape, unified, n_round))
+            if taken and 2 * min(taken).seconds > clock.left:
+                continue
+            if not rig.ready(shape) and rig.seconds_to_hold(shape.depth) > 0.15 * clock.left:
+                continue
+            clock.wait_for_quiet(rig.on_cpu)
+            try:
+                begin, steady = _block(rig, shape)
+                taken += steady
+                begins.setdefault(shape, []).append(begin)
+            except KvCacheFull:  # a kind of memory that needs more cells than it has rows
+                rig.clear()
+                too_large.add(shape)
     except KeyboardInterrupt:
         whole = False
     found = [
@@ -220,6 +223,20 @@ def measure(
 
 
 _WANTED = (1, 3, 6, 9, 12, 16, 20, 25, 30, 40)  # undisturbed steps of a shape, by round
+_FEW = 8  # rows
+_AGAIN = 4  # times, within the first round
+
+
+def visits(shapes: Sequence[Shape]) -> Iterator[tuple[int, Shape, float]]:
+    """Round, shape, and how many undisturbed steps of it are enough."""
+    few = [s for s in shapes if s.rows <= _FEW and not s.prefill and s.depth == BASE_DEPTH]
+    part = -(-len(shapes) // _AGAIN)
+    for i, shape in enumerate(shapes, 1):
+        yield 1, shape, _WANTED[0]
+        if i % part == 0 or i == len(shapes):
+            yield from ((1, again, inf) for again in few)
+    for n_round, wanted in enumerate(_WANTED[1:], 2):
+        yield from ((n_round, shape, wanted) for shape in shapes)
 
 
 _BEGIN = 3  # steps of a block that may be slower: their graph is new, or new to the device

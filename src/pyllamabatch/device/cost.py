@@ -213,8 +213,8 @@ class CostModel:
                 self._scale[at] *= ratio
                 return
         else:
-            ratio = min(max(ratio, 0.5), 2.0)
-        scale = self._scale[at] * (1.0 + (min(ratio, 4.0) - 1.0) / (seen + 4))
+            ratio = min(max(ratio, 1 / _STEP_MOST), _STEP_MOST)
+        scale = self._scale[at] * (1.0 + (min(ratio, 4.0) - 1.0) / (seen + _FIT_COUNTS))
         self._scale[at] = min(max(scale, _FASTEST), _SLOWEST) if self.calibrated else scale
 
     def observe_switch(self, seconds: float) -> None:
@@ -361,6 +361,8 @@ class CostModel:
 
 
 _SEEN_MAX = 60
+_FIT_COUNTS = 2  # steps: what the fit says of a regime counts as much as so many observed ones
+_STEP_MOST = 1.6  # a step that is further away counts as this
 
 
 def held_out(profile: Profile, *, unified: bool = True, parts: int = 5) -> list[float]:

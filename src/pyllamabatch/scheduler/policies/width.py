@@ -11,6 +11,7 @@ of 9 sequences 5 and 4, never 8 and 1 and 7 and so on."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Set
 from dataclasses import replace
 from math import ceil, gcd, inf
@@ -25,7 +26,9 @@ from .tile_fill import measured
 
 ROUNDS = 4  # at most: each adds to the wait
 MANY = 32
-REVIEW = 512  # steps after which a choice is made anew, as the cells fill
+REVIEW = 512  # steps after which a choice is made anew, as the cells fill; sooner while it is new
+TRIAL = 12  # steps of all, before the first turns of so many
+RENEW = 8192  # steps after which that is old
 LOSS = 0.01  # share of the time that switches may take, if the targets allow it
 PATIENCE = 0.1  # so much more must be won where somebody waits longer than for the wide batch
 MARGIN = 0.01  # by which a wait must be shorter to count as no longer
@@ -55,7 +58,10 @@ class Turns:
     have sat out once before the first may be at his end (`max_tokens`): else some are left behind,
     and decode in a narrow batch. One object serves one engine: it keeps whose turn it is."""
 
-    __slots__ = ("_known", "_review", "_rotation", "_since", "_split", "_until", "gain", "itl")
+    __slots__ = (
+        *("_known", "_renew", "_review", "_rotation", "_since", "_split"),
+        *("_trial", "_tried", "_until", "gain", "itl"),
+    )
 
     def __init__(self, itl: float = 0.1, gain: float = 0.04) -> None:
         if not itl > 0:
@@ -69,6 +75,9 @@ class Turns:
         self._split: Split | None = None
         self._until: int | None = None  # the step before which the same ones go; None: all do
         self._review = 0
+        self._tried: Counter[int] = Counter()  # wide steps of n sequences
+        self._trial = -1  # the last one
+        self._renew = RENEW
 
     def __call__(self, draft: Draft) -> Round:
         view, step = draft.view, draft.view.step
@@ -86,10 +95,17 @@ class Turns:
         if others or step >= self._review:
             rotation.follow(view)
             self._split = best_split(view, self.itl, self.gain)
-            self._review = step + REVIEW
+            self._review = step + min(max(TRIAL, step - self._since), REVIEW)
             if self._split is None:
                 self._until = None
-        split = self._split
+            if step >= self._renew:
+                self._tried.clear()
+                self._renew = step + RENEW
+        split, n = self._split, len(view.decoding)
+        if split is not None and (self._tried[n] < TRIAL or step == self._trial):
+            self._tried[n] += step != self._trial
+            self._trial, self._review = step, step + 1
+            return Round(frozenset(), 1)
         begin = self._review if split is None else self._since + split.hold - 1
         if split is None or step < begin:
             return Round(frozenset(), min(begin, self._review) - step)
