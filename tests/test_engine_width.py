@@ -116,6 +116,7 @@ def observed(
     scheduler: Any = SimpleNamespace(
         cost=cost,
         in_sight=lambda step: 100,
+        shapes=lambda step, kv: [step.shape(kv)],
         limits=SimpleNamespace(n_ubatch=8),
         starts=SimpleNamespace(swap=SimpleNamespace(computed=lambda rows, seconds: None)),
     )

@@ -17,6 +17,7 @@ from pyllamabatch.engine import Engine
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.model import Model
 from pyllamabatch.sampling import SamplingParams
+from pyllamabatch.scheduler.step import spans
 from pyllamabatch.stepper import SAMPLE, Stepper
 
 N_SEQ, N_PROMPT, N_TOKENS = 8, 4, 20
@@ -145,6 +146,27 @@ def test_the_default(model: Model) -> None:
         pytest.raises(ArgumentError, match="gap_max"),
     ):
         Stepper(context, gap_max=-1)
+
+
+def test_the_scheduler_tells_what_is_filled_in(model: Model) -> None:
+    """The cost model is asked for the rows that are computed, and told what they took."""
+    with Engine(
+        model, n_seq_max=8, n_ctx=64 * 8, kv_unified=False, n_threads=1, cost=None
+    ) as engine:
+        most = engine.limits.gap_max
+        engine.generate(PROMPTS, [greedy(n) for n in (30, 5, 20, 10, 15, 25, 8, 35)])
+        trace = engine.trace()
+    assert most == 1
+    alone = trace[trace["prefill_rows"] == 0]
+    told = []
+    for row in alone:
+        slots = np.flatnonzero(row["ids"])
+        held = np.where(row["ids"] > 0, 9, 0)
+        found = spans(slots.astype(np.int32), held, most)
+        assert sum(span.decode for span in found) == len(slots)
+        told.append(sum(span.rows for span in found) - len(slots))
+    assert alone["filled"].tolist() == told
+    assert set(told) >= {0, 1, 2}
 
 
 def test_an_engine_whose_sequences_end_one_by_one(

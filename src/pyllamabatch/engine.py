@@ -16,7 +16,7 @@ import numpy as np
 from . import aio
 from ._limits import max_position
 from ._model_params import PathLike
-from ._native_step import offloaded
+from ._native_step import gap_max_of, offloaded
 from ._stream_step import StreamStepper
 from ._structs import integer
 from .adapter import LoraAdapter
@@ -452,4 +452,5 @@ def limits_of(context: Context, n_seq_max: int) -> Limits:
         n_cells=context.n_ctx if unified else n_cells_seq * context.n_seq_max,
         n_cells_seq=n_cells_seq,
         unified=unified,
+        gap_max=gap_max_of(context),
     )

@@ -35,6 +35,8 @@ def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
     - python_ns: from the end of the step before to the beginning of this one, without the time in
       which there was nothing to do: what the device waits for. Next to nothing within a run.
     - rows = prefill_rows + decode_rows; sampled: rows that gave a token (or a failure).
+    - filled: rows that nobody sees, beside these, so that those around them are computed together
+      (`Stepper`'s gap_max).
     - kv_used: cells that are held after the step. reused: graphs that it reused. on_device: 1
       where the device chose the candidates (`Stepper`'s device_sampling).
     - run: a number that steps of the same native call share.
@@ -52,6 +54,7 @@ def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
             ("prefill_rows", np.int32),
             ("decode_rows", np.int32),
             ("sampled", np.int32),
+            ("filled", np.int32),
             ("reused", np.int32),
             ("code", np.int32),
             ("on_device", np.int32),
@@ -165,6 +168,7 @@ def _table(
         reused[0] = steps["n_reused"][0]
     table["reused"] = reused[-n:]
     table["sampled"] = steps["n_results"]
+    table["filled"] = steps["n_filled"]
     rows = each(call.n_rows for call in calls)
     n_done = in_call + (steps["code"] == 0)
     table["run"] = first_call + of

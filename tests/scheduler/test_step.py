@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyllamabatch.scheduler import Chunk, Step
+from pyllamabatch.scheduler.step import spans
 
 
 def step(decode: list[int], chunks: dict[int, int]) -> Step:
@@ -91,3 +92,41 @@ def test_groups_take_turns() -> None:
     assert alone.repeat == 100
     assert [p.repeat for p in whole.by_group(lambda slot: slot, 1)] == [8, 8]
     assert [p.decode.tolist() for p in whole.by_group(lambda slot: slot, 1)] == [[1], [0]]
+
+
+def test_neighbours_are_computed_together_and_what_is_filled_in_between() -> None:
+    held = np.zeros(12, np.int64)
+    held[[0, 1, 3, 5, 8, 9]] = 7
+
+    def found(slots: list[int], gap_max: int) -> list[tuple[int, int]]:
+        return [(s.rows, s.decode) for s in spans(np.array(slots, np.int32), held, gap_max)]
+
+    assert found([0, 1], 0) == [(2, 2)]
+    assert found([5], 0) == [(1, 1)]
+    assert found([0, 1, 3, 5, 8], 16) == [(9, 5)]
+    assert found([0, 1, 3, 5, 8], 1) == [(6, 4), (1, 1)]
+    assert found([0, 1, 3, 5, 8], 0) == [(2, 2), (1, 1), (1, 1), (1, 1)]
+    assert found([0, 3, 8, 9], 16) == [(1, 1), (1, 1), (2, 2)]  # 1 and 5 hold something
+
+
+@given(
+    st.sets(st.integers(0, 30), min_size=1),
+    st.sets(st.integers(0, 30)),
+    st.integers(0, 4),
+)
+def test_a_span_ends_where_a_gap_cannot_be_filled(
+    decode: set[int], others: set[int], gap_max: int
+) -> None:
+    held = np.zeros(31, np.int64)
+    held[[*decode, *others]] = 1
+    found = spans(np.array(sorted(decode), np.int32), held, gap_max)
+    left, expected = sorted(decode), []
+    while left:
+        together = [left.pop(0)]
+        while left:
+            between = range(together[-1] + 1, left[0])
+            if len(between) > gap_max or any(held[slot] for slot in between):
+                break
+            together.append(left.pop(0))
+        expected.append((together[-1] - together[0] + 1, len(together)))
+    assert [(span.rows, span.decode) for span in found] == expected

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
+from math import ceil
 from typing import Any
 
 import pytest
@@ -183,8 +184,8 @@ def test_all_get_the_same_share(n: int, seconds: float, switch: float) -> None:
     machine = machine_of(n, cost, max_tokens=5000)
     found = split(n, cost)
     assert found is not None
-    steps = [(who, had) for who, had in run(machine, 180 + found.hold) if len(who) == n]
-    n_first = max(TRIAL, found.hold - 1)  # nobody has come or gone since
+    steps = [(who, had) for who, had in run(machine, 180 + 2 * found.hold) if len(who) == n]
+    n_first = found.hold - 1 + TRIAL  # nobody has come or gone since
     first, steps = steps[:n_first], steps[n_first:]
     assert all(len(had) == n for _, had in first)
     rows = Counter(id for _, had in steps for id in had)
@@ -240,13 +241,9 @@ def test_a_steady_batch_stays_in_the_native_loop() -> None:
     machine = machine_of(8, Edge())
     for _ in range(3):
         machine.step()
-    calls = []
-    for _ in range(5):
-        did = machine.step_many(1000)
-        assert did is not None
-        calls.append(did[1])
-    assert calls[0] >= TRIAL - 3
-    assert calls[1:] == [TRIAL, 2 * TRIAL, 4 * TRIAL, 8 * TRIAL]  # between looks at the choice
+    did = machine.step_many(1000)
+    assert did is not None
+    assert did[1] > 400
 
 
 def test_where_prompts_come_all_decode() -> None:
@@ -256,6 +253,39 @@ def test_where_prompts_come_all_decode() -> None:
     assert isinstance(policy.width, Turns)  # type: ignore[attr-defined]
     alone = [StepView.of(LIMITS, decoding(9), cost=Edge(), step=i) for i in range(TRIAL + 2)]
     assert [len(policy.plan(view).tokens) for view in alone] == [9] * TRIAL + [8, 8]
+
+
+def first_turn(machine: Machine, n: int, n_steps: int = 300) -> int | None:
+    """For how many steps all of n decode before they take turns."""
+    steps = [had for who, had in run(machine, n_steps) if len(who) == n]
+    narrow = [i for i, had in enumerate(steps) if len(had) < n]
+    return narrow[0] if narrow else None
+
+
+def test_the_graph_of_other_rows_must_pay() -> None:
+    """A narrow step of 3 ms and its share of the others' rows take 3.375 ms for a token of
+    everybody, a wide one 6.3: a graph of 60 ms pays in 22 steps, 4% gained, too."""
+
+    class Graphs(Edge):
+        new_graph = (0.02, 0.04)
+
+    cost = Graphs(seconds=0.003)
+    found = split(9, cost)
+    assert (found.width, found.lasting) == (8, ceil(0.06 / (0.0063 / 1.04 - 0.003375)))
+    assert first_turn(machine_of(9, cost), 9) == found.lasting + TRIAL
+    short = [replace(s, max_tokens=found.lasting) for s in decoding(9)]
+    assert best_split(StepView.of(LIMITS, short, cost=cost), 0.1, 0.04) is None
+    # where others come and go sooner there are none, and later they begin at once
+    machine = machine_of(9, cost, max_tokens=1500)
+    for id in range(20, 40):
+        assert first_turn(machine, 9, found.lasting - 2) is None
+        machine.remove(machine.scheduler.running_ids()[0])
+        machine.add(id, 3, 1500, 1500)
+    for id in range(40, 50):
+        run(machine, 100)
+        machine.remove(machine.scheduler.running_ids()[0])
+        machine.add(id, 3, 1500, 1500)
+    assert first_turn(machine, 9) == 0
 
 
 class Learned(Edge):

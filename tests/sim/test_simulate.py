@@ -9,7 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from pyllamabatch.errors import ArgumentError, PlanError
-from pyllamabatch.scheduler import Plan, Policy, StepView, make_policy, policy_names, sarathi
+from pyllamabatch.scheduler import Plan, Policy, StepView, make_policy, policy_names, sarathi, width
 from pyllamabatch.sim import Machine, Request, Simulated, SimulationStuck, draw, simulate
 
 
@@ -81,6 +81,49 @@ def test_a_call_in_streams_reads_the_cells_of_its_own_sequences() -> None:
     # The first's prompt, two steps of 1,000 and 1,001 cells; the second comes in the first of them.
     assert ends[1] == pytest.approx(1 + 1001 + 1002 + 1)
     assert ends[0] == pytest.approx(1 + 1001 + 1002)
+
+
+def test_streams_that_are_no_neighbours_cost_what_is_computed() -> None:
+    """Of three the one in the middle ends: its row is computed on where gaps are filled, else the
+    others need two ubatches."""
+    requests = [one(0, 0.0, 8, 31), one(1, 0.0, 8, 11), one(2, 0.0, 8, 31)]
+
+    def tail(**options: object) -> float:
+        ends = {o.id: o.end for o in simulate(requests, machine(**options)).outcomes}
+        return ends[2] - ends[1]
+
+    assert tail(unified=True) == pytest.approx(20 * 0.012)
+    assert tail(unified=False) == pytest.approx(20 * 0.013)
+    assert tail(unified=False, gap_max=0) == pytest.approx(20 * 2 * 0.011)
+    made = machine(unified=False, gap_max=0)
+    new = replace(made, new_graph=(0.5, 0.0))
+    ends = {o.id: o.end for o in simulate(requests, new).outcomes}
+    assert ends[2] - ends[1] == pytest.approx(20 * 2 * (0.011 + 0.5))
+
+
+def test_others_in_the_same_rows_cost_a_switch() -> None:
+    """Where the cells are shared; two of three take turns of three steps: the others' round and
+    two switches are as long as the wide step then."""
+
+    class Costs(Linear):
+        calibrated = True
+        new_graph = (0.0, 0.0)
+        error = (0.0, 0.0)
+        edges = (2,)
+        switch = 0.001
+
+        def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
+            return 0.010 if rows <= 2 or prefill else 0.050
+
+    requests = [one(i, 0.0, 8, 301) for i in range(3)]
+    made = replace(machine(cost=Costs()), new_graph=(1e-9, 0.0))
+    run = simulate(requests, made, lambda: width(itl=0.03))
+    (load,) = run.loads
+    turns, wide, steps = load.rows[2], load.rows[3], sum(load.rows.values())
+    assert turns > 400
+    end = max(o.end for o in run.outcomes)
+    computed = 0.010 * (steps - wide) + 0.050 * wide
+    assert end - computed == pytest.approx(0.001 * turns / 3, abs=0.003)
 
 
 def test_a_token_reaches_its_reader_later() -> None:

@@ -105,6 +105,11 @@ class KvLedger:
         """Positions of `slot`, shared ones included."""
         return int(self._held[slot])
 
+    @property
+    def positions(self) -> npt.NDArray[np.int64]:
+        """`held` of all slots; the ledger's own, to read."""
+        return self._held
+
     def longest(self, slots: list[int]) -> int:
         """Positions of the one of `slots` that has most."""
         return int(self._held[slots].max())

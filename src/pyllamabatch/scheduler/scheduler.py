@@ -35,7 +35,7 @@ from .policy import Policy, check_policy
 from .rules import check_plan
 from .running import Entry
 from .starts import TokensOf
-from .step import Chunk, Step
+from .step import Chunk, Shape, Step, spans
 from .view import Limits, Plan, SequenceView, StepView, Tokens
 
 AT_ONCE = 32  # steps of decoding that cells are emptied for, if they are there
@@ -336,6 +336,18 @@ class Scheduler(HandDriven):
         if self.limits.unified:
             return self.ledger.used
         return int(self._running.computed[step.slots].sum())
+
+    def shapes(self, step: Step, kv: float) -> list[Shape]:
+        """What `CostModel.predict` is told of each part of `step`, one of its `parts`, that is
+        computed at once. One, but where every sequence has a stream of cells of its own and those
+        who decode are not neighbours. kv: cells in sight before it."""
+        shape, n = step.shape(kv), len(step.decode)
+        if self.limits.unified or n < 2 or step.chunks:
+            return [shape]
+        found = spans(step.decode, self.ledger.positions, self.limits.gap_max)
+        if found[0].rows == n:
+            return [shape]
+        return [(rows, 0, kv * decode / n, rows) for rows, decode in found]
 
     @property
     def positions(self) -> Any:

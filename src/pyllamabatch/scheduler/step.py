@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ..kv import Slots
 
 # Steps of one group before another one's turn. A change of adapters makes libllama plan its graphs
 # anew, which takes about as long as a step.
 AT_A_TIME = 8
+
+
+Shape = tuple[int, int, float, int]
+"""Rows, those of prompts, KV cells, sequences: as `CostModel.predict` takes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +55,7 @@ class Step:
         """All that have rows in it."""
         return [*self.decode.tolist(), *(chunk.slot for chunk in self.chunks)]
 
-    def shape(self, kv: float) -> tuple[int, int, float, int]:
+    def shape(self, kv: float) -> Shape:
         """What `CostModel.predict` is told, when `kv` cells are in sight before it: rows, those of
         prompts, kv, sequences. A row that is the last of a sequence, and alone, is none of a
         prompt: those of hand-driven sequences are so. Who decodes, has no row now and is in sight
@@ -111,6 +117,32 @@ class Step:
             )
             parts.append(part)
         return tuple(parts)
+
+
+class Span(NamedTuple):
+    """Slots that are computed together: how many rows that are, and how many of them decode."""
+
+    rows: int
+    decode: int
+
+
+def spans(slots: Slots, held: npt.NDArray[np.int64], gap_max: int) -> list[Span]:
+    """What libllama makes of rows that decode in ascending `slots`, where each sequence has a
+    stream of cells of its own: neighbours are computed together (src/llama-batch.cpp:
+    `split_equal`), and with them up to `gap_max` slots in between that hold nothing
+    (native/gaps.hpp). held: positions by slot."""
+    first, n = int(slots[0]), len(slots)
+    if int(slots[-1]) - first + 1 == n:
+        return [Span(n, n)]
+    found: list[Span] = []
+    start, n_before, before = first, 0, first
+    for i, slot in enumerate(slots[1:].tolist(), 1):
+        gap = slot - before - 1
+        if gap and (gap > gap_max or held[before + 1 : slot].any()):
+            found.append(Span(before + 1 - start, i - n_before))
+            start, n_before = slot, i
+        before = slot
+    return [*found, Span(before + 1 - start, n - n_before)]
 
 
 def _slot(chunk: Chunk) -> int:

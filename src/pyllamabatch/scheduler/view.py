@@ -23,7 +23,9 @@ class Limits:
 
     `n_batch`: rows of one step. `n_ubatch`: rows that the device computes at a time.
     `n_seq_max`: sequences that run at once. `n_cells`: KV cells of all sequences together.
-    `n_cells_seq`: KV cells of one sequence. `unified`: one pool of cells for all.
+    `n_cells_seq`: KV cells of one sequence. `unified`: one pool of cells for all. `gap_max`: where
+    it is not, so many slots in a row that hold nothing are filled with rows that nobody sees, so
+    that those around them are computed together (`Stepper`'s gap_max).
     """
 
     n_batch: int
@@ -32,6 +34,7 @@ class Limits:
     n_cells: int
     n_cells_seq: int
     unified: bool = True
+    gap_max: int = 0
 
 
 @dataclass(frozen=True, slots=True)

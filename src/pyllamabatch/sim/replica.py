@@ -7,6 +7,7 @@ is a number that whoever owns the replica passes in.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
@@ -62,18 +63,25 @@ class Machine:
         unified: bool = True,
         prefix_cache: bool | None = None,
         overhead: float = OVERHEAD,
+        gap_max: int = 16,
     ) -> Machine:
         """One with ordinary attention, as an engine makes it: any beginning can be shared
         (unified), or copied whole and cut (a stream for each sequence). `prefix_cache`: keep what
-        requests leave, default where cells are unified."""
+        requests leave, default where cells are unified. `gap_max`: see `Limits`, which has it where
+        they are not; that of a GPU."""
         n_cells_seq = n_cells if unified else max(1, n_cells // n_seq_max)
         keep = unified if prefix_cache is None else prefix_cache
         n_kept = 0
         if unified and keep:
             n_kept = max(0, min(max(n_seq_max, LEAST_KEPT), 256 - n_seq_max, n_batch - n_seq_max))
-        limits = Limits(n_batch, n_ubatch, n_seq_max, n_cells, n_cells_seq, unified)
+        limits = Limits(
+            n_batch, n_ubatch, n_seq_max, n_cells, n_cells_seq, unified, 0 if unified else gap_max
+        )
         sharing = Sharing(copy_part=unified, copy_whole=True, trim=True, n_kept=n_kept)
         new_graph = getattr(cost, "new_graph", (0.0, 0.0))
+        if getattr(cost, "switch", 0.0) is None:  # it is not more than any other graph
+            cost = copy.copy(cost)
+            cost.switch = new_graph[0]  # type: ignore[attr-defined]
         return cls(cost, limits, sharing, keep, overhead, new_graph=new_graph)
 
 
@@ -134,6 +142,7 @@ class Replica:
         self._gap = np.zeros(n)
         self._every, self._n_calls = 1, 0
         self._graph: tuple[object, ...] = ()  # what the last one was made for, but for its cells
+        self._decoded = b""  # the slots of its rows
         self._n_kv = 0  # cells that it looks at
         self._grown = np.zeros(0, dtype=np.int64)  # the same, at each step of the call
 
@@ -239,30 +248,39 @@ class Replica:
         n = step.repeat
         if n > 1:
             n = min(n, int(self._left[step.decode].min()))
-        rows, prefill, kv, n_seqs = step.shape(self.scheduler.in_sight(step))
-        predict = machine.cost.predict
-        first = predict(rows, prefill, kv, n_seqs)
+        predict, kv = machine.cost.predict, self.scheduler.in_sight(step)
+        shapes = self.scheduler.shapes(step, kv)
+        first = sum(predict(*shape) for shape in shapes)
         start = now + machine.overhead
         if n > 1:
-            last = predict(rows, prefill, kv + rows * (n - 1), n_seqs)
+            later = self.scheduler.shapes(step, kv + step.n_rows * (n - 1))
+            last = sum(predict(*shape) for shape in later)
             times: F64 = first + (last - first) / (n - 1) * np.arange(n, dtype=np.float64)
         else:
             times = np.array([first], dtype=np.float64)
         if machine.new_graph[0]:
-            self._add_new_graphs(times, step, ledger.used)
+            self._add_new_graphs(times, step, len(shapes), ledger.used)
         self._flight = _Flight(step, now, start + np.cumsum(times), ledger.free)
 
-    def _add_new_graphs(self, times: F64, step: Step, used: int) -> None:
+    def _add_new_graphs(self, times: F64, step: Step, n_parts: int, used: int) -> None:
         """To the steps whose graph libllama can't reuse (src/llama-graph.h: `allow_reuse`): other
-        rows than before, or cells in sight beyond what the graph was made for."""
+        rows than before, or cells in sight beyond what the graph was made for. n_parts: those that
+        decode are computed in so many."""
         new, settle = self.machine.new_graph
         limits, n = self.machine.limits, len(times)
         if limits.unified:  # whose rows they are does not matter
             graph: tuple[object, ...] = (len(step.decode), *((c.n, c.last) for c in step.chunks))
         else:
             graph = (step.decode.tobytes(), *((c.slot, c.n, c.last) for c in step.chunks))
-        n_graphs = -(-step.n_rows // limits.n_ubatch)
-        at = [0] if graph != self._graph or n_graphs > 1 else []
+        n_graphs = max(n_parts, -(-step.n_rows // limits.n_ubatch))
+        at = [0] if graph != self._graph else []
+        who, before = step.decode.tobytes(), self._decoded
+        self._decoded = who
+        if not at and who != before:
+            times[0] += getattr(self.machine.cost, "switch", 0.0) or 0.0
+        if n_graphs > 1:  # libllama keeps the last one alone
+            at = list(range(n))
+            new, settle = new * n_graphs, 0.0
         self._graph = graph
         if limits.unified:
             grown = self._cells(used + step.n_rows * np.arange(1, n + 1))
@@ -270,10 +288,10 @@ class Replica:
             longest = self.scheduler.ledger.longest(step.slots)
             grown = self._cells(longest + np.arange(1, n + 1))
         before = np.concatenate(([self._n_kv], grown[:-1]))
-        at += [i for i in np.flatnonzero(grown != before).tolist() if i or not at]
+        at += [i for i in np.flatnonzero(grown != before).tolist() if i not in at]
         self._grown = grown
         for i in at:
-            times[i] += new * n_graphs
+            times[i] += new
             if i + 1 < n:
                 times[i + 1] += settle
 

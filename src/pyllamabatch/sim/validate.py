@@ -110,9 +110,10 @@ def steps_of(table: Trace, cost: CostModel, n_ubatch: int) -> Steps:
     begins when nobody runs."""
     table = table[table["code"] == 0]
     rows, prompt = table["rows"], table["prefill_rows"]
-    n_seqs = table["decode_rows"] + (table["chunk"] > 0).sum(axis=1)
+    n_seqs = table["decode_rows"] + (table["chunk"] > 0).sum(axis=1) + table["filled"]
     kv = table["kv_used"] - rows if cost.unified else own_cells(table)
-    shapes = zip(rows.tolist(), prompt.tolist(), kv.tolist(), n_seqs.tolist(), strict=True)
+    computed = rows + table["filled"]
+    shapes = zip(computed.tolist(), prompt.tolist(), kv.tolist(), n_seqs.tolist(), strict=True)
     model = np.array([cost.predict(*shape) for shape in shapes])
     seconds = np.sum([table[name] for name in TIMES], axis=0) * 1e-9
     new = np.maximum(-(-rows // n_ubatch) - table["reused"], 0)

@@ -37,11 +37,13 @@ PROBE = 32  # steps of a round while nobody knows what a switch costs
 
 class Split(NamedTuple):
     """`width` rows at a step, the same ones for `hold` steps. `gain`: predicted tokens per second
-    over those of all at once."""
+    over those of all at once. `lasting`: tokens of each until the graph of these rows, which is
+    another one, has paid."""
 
     width: int
     hold: int
     gain: float
+    lasting: int = 0
 
 
 class Turns:
@@ -54,12 +56,14 @@ class Turns:
     A change of who decodes costs `CostModel.switch` seconds (a new graph, where the device samples
     for each row); a round is held until that is 1% of the time, or as long as the targets allow.
     Turns begin when the same ones have decoded for as long as a round is held: where others come
-    and go sooner, a switch would not pay. And a round of more than one step is so short that all
+    and go sooner, a switch would not pay. The first narrow step needs a graph of its own
+    (`CostModel.new_graph`); so they begin only where the same ones are known to decode for long
+    enough together that it pays, or have done so already. And a round of more than one step is so short that all
     have sat out once before the first may be at his end (`max_tokens`): else some are left behind,
     and decode in a narrow batch. One object serves one engine: it keeps whose turn it is."""
 
     __slots__ = (
-        *("_known", "_renew", "_review", "_rotation", "_since", "_split"),
+        *("_known", "_lasted", "_renew", "_review", "_rotation", "_since", "_split"),
         *("_trial", "_tried", "_until", "gain", "itl"),
     )
 
@@ -71,6 +75,7 @@ class Turns:
         self.itl, self.gain = itl, gain
         self._known: Set[int] = set()  # who decodes
         self._since = 0  # from this step on
+        self._lasted = 0.0  # for how many steps the same ones have decoded, on average
         self._rotation: Rotation | None = None
         self._split: Split | None = None
         self._until: int | None = None  # the step before which the same ones go; None: all do
@@ -91,26 +96,32 @@ class Turns:
             rotation.turn(self._split.width)
             self._until = None
         if others:
+            self._lasted += (step - self._since - self._lasted) / 4
             self._known, self._since = set(view.decoding), step
         if others or step >= self._review:
             rotation.follow(view)
             self._split = best_split(view, self.itl, self.gain)
-            self._review = step + min(max(TRIAL, step - self._since), REVIEW)
+            self._review = step + REVIEW
             if self._split is None:
                 self._until = None
             if step >= self._renew:
                 self._tried.clear()
                 self._renew = step + RENEW
         split, n = self._split, len(view.decoding)
-        if split is not None and (self._tried[n] < TRIAL or step == self._trial):
+        if split is None:
+            return Round(frozenset(), self._review - step)
+        begin = self._since + split.hold - 1
+        if self._lasted < split.lasting:
+            begin = max(begin, self._since + split.lasting)
+        if step < begin:
+            return Round(frozenset(), min(begin, self._review) - step)
+        if self._tried[n] < TRIAL or step == self._trial:
             self._tried[n] += step != self._trial
             self._trial, self._review = step, step + 1
             return Round(frozenset(), 1)
-        begin = self._review if split is None else self._since + split.hold - 1
-        if split is None or step < begin:
-            return Round(frozenset(), min(begin, self._review) - step)
         if self._until is None:
             self._until = step + split.hold
+        self._review = min(self._review, step + max(TRIAL, step - self._since))
         return Round(rotation.out(split.width), min(self._until, self._review) - step)
 
 
@@ -128,6 +139,7 @@ def best_split(view: StepView, itl: float, gain: float) -> Split | None:
     known: float | None = getattr(cost, "switch", 0.0)
     switch = known or 0.0
     left = tokens_left(view)
+    entry: float = sum(getattr(cost, "new_graph", ()))
     best, found = 0.0, None
     for width in widths(n, cost, view.limits.unified):
         steps = times(cost, n, width, kv, view.limits.unified)
@@ -148,9 +160,13 @@ def best_split(view: StepView, itl: float, gain: float) -> Split | None:
             hold = min(wanted, int((limit - min(steps) - k * switch) / (sum(steps) - min(steps))))
             if hold < 1:
                 continue
-            won = wide / (share * (1 + switch / (hold * mean)))
-            if won >= least and won / need > best:
-                best, found = won / need, Split(width, hold, won)
+            each = share * (1 + switch / (hold * mean))
+            won = wide / each
+            if won < least or won / need <= best:
+                continue
+            lasting = ceil(entry / (wide / least - each)) if entry else 0
+            if lasting <= left:
+                best, found = won / need, Split(width, hold, won, lasting)
     return found
 
 
