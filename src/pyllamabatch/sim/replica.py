@@ -274,10 +274,10 @@ class Replica:
             graph = (step.decode.tobytes(), *((c.slot, c.n, c.last) for c in step.chunks))
         n_graphs = max(n_parts, -(-step.n_rows // limits.n_ubatch))
         at = [0] if graph != self._graph else []
-        who, before = step.decode.tobytes(), self._decoded
-        self._decoded = who
-        if not at and who != before:
+        who = step.decode.tobytes()
+        if not at and who != self._decoded:
             times[0] += getattr(self.machine.cost, "switch", 0.0) or 0.0
+        self._decoded = who
         if n_graphs > 1:  # libllama keeps the last one alone
             at = list(range(n))
             new, settle = new * n_graphs, 0.0

@@ -57,10 +57,16 @@ class Turns:
     for each row); a round is held until that is 1% of the time, or as long as the targets allow.
     Turns begin when the same ones have decoded for as long as a round is held: where others come
     and go sooner, a switch would not pay. The first narrow step needs a graph of its own
-    (`CostModel.new_graph`); so they begin only where the same ones are known to decode for long
-    enough together that it pays, or have done so already. And a round of more than one step is so short that all
-    have sat out once before the first may be at his end (`max_tokens`): else some are left behind,
-    and decode in a narrow batch. One object serves one engine: it keeps whose turn it is."""
+    (`CostModel.new_graph`): so they begin only where the same ones usually decode together for so
+    long that it pays, or have done so already. And a round of more than one step is so short that
+    all have sat out once before the first may be at his end (`max_tokens`): else some are left
+    behind, and decode in a narrow batch.
+
+    Before the first turns of n sequences all of them decode for `TRIAL` steps more, and the choice
+    is made anew by what an engine has learned from these (`CostModel.observe`): once turns are
+    taken the wide step is made no more, and nobody would see that the profile is wrong about it.
+    The trial is made again after `RENEW` steps. One object serves one engine: it keeps whose turn
+    it is."""
 
     __slots__ = (
         *("_known", "_lasted", "_renew", "_review", "_rotation", "_since", "_split"),
