@@ -41,7 +41,7 @@ class Edge(CostModel):
     def predict(self, rows: int, prefill: int = 0, kv: float = 0, n_seqs: int = 1) -> float:
         return 0.002 if rows <= EDGE else 0.006
 
-    def observe(self, *shape: float) -> None:
+    def observe(self, *what: float) -> None:
         pass
 
     def observe_switch(self, seconds: float) -> None:
@@ -96,7 +96,9 @@ class Learner:
     def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
         return 0.003
 
-    def observe(self, rows: int, prefill: int, kv: float, n_seqs: int, seconds: float) -> None:
+    def observe(
+        self, rows: int, prefill: int, kv: float, n_seqs: int, seconds: float, n_steps: int
+    ) -> None:
         self.steps.append((rows, seconds))
 
     def observe_switch(self, seconds: float) -> None:

@@ -46,7 +46,7 @@ class Observer:
             first = run.first_seconds - seconds if made_anew else 0.0
             cost.observe_switch(max(0.0, first) + max(0.0, gap))
         if not (switched and made_anew and n == 1):
-            cost.observe(*shape, seconds)
+            cost.observe(*shape, seconds, n)
 
     def _each(self, step: Step, run: Run, made_anew: bool) -> float:
         """Seconds of a step whose graph is there already, which is what the model tells: without

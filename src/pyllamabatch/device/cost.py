@@ -193,10 +193,13 @@ class CostModel:
 
     # -- refinement --
 
-    def observe(self, rows: int, prefill: int, kv: float, n_seqs: int, seconds: float) -> None:
-        """A step that was measured: moves the factor of its regime a little towards it. A few
-        microseconds and no memory, however many; one step can't move it far, and it stays within a
-        quarter and four times the model (a prior, whose level is a guess, may go anywhere)."""
+    def observe(
+        self, rows: int, prefill: int, kv: float, n_seqs: int, seconds: float, n_steps: int = 1
+    ) -> None:
+        """Steps that were measured, `seconds` each on average: moves the factor of their regime
+        towards it. A few microseconds and no memory, however many; one step can't move it far, and
+        it stays within a quarter and four times the model (a prior, whose level is a guess, may go
+        anywhere)."""
         if rows < 1 or rows > self.n_ubatch or not seconds > 0:
             return
         at = 2 * self._regime[rows] + (prefill > 0)
@@ -204,9 +207,10 @@ class CostModel:
         if not expected > 0:  # a fit of few samples may know nothing of a regime
             return
         ratio = seconds / expected
-        seen = self._seen[at] = min(self._seen[at] + 1, _SEEN_MAX)
+        known, n_steps = self._seen[at], min(n_steps, _CALL_COUNTS)
+        seen = self._seen[at] = min(known + n_steps, _SEEN_MAX)
         if not self.calibrated:
-            if seen == 1:  # the level first, for every regime that nothing is known of
+            if known == 0:  # the level first, for every regime that nothing is known of
                 for i, n in enumerate(self._seen):
                     if n == 0:
                         self._scale[i] *= ratio
@@ -214,7 +218,8 @@ class CostModel:
                 return
         else:
             ratio = min(max(ratio, 1 / _STEP_MOST), _STEP_MOST)
-        scale = self._scale[at] * (1.0 + (min(ratio, 4.0) - 1.0) / (seen + _FIT_COUNTS))
+        share = n_steps / (seen + _FIT_COUNTS)
+        scale = self._scale[at] * (1.0 + (min(ratio, 4.0) - 1.0) * share)
         self._scale[at] = min(max(scale, _FASTEST), _SLOWEST) if self.calibrated else scale
 
     def observe_switch(self, seconds: float) -> None:
@@ -362,6 +367,7 @@ class CostModel:
 
 _SEEN_MAX = 60
 _FIT_COUNTS = 2  # steps: what the fit says of a regime counts as much as so many observed ones
+_CALL_COUNTS = 8  # steps: a call of more counts as so many, for something may have disturbed it
 _STEP_MOST = 1.6  # a step that is further away counts as this
 
 

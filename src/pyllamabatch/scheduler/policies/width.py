@@ -27,8 +27,8 @@ from .tile_fill import measured
 ROUNDS = 4  # at most: each adds to the wait
 MANY = 32
 REVIEW = 512  # steps after which a choice is made anew, as the cells fill; sooner while it is new
-TRIAL = 12  # steps of all, before the first turns of so many
-RENEW = 8192  # steps after which that is old
+TRIAL = 12  # steps of all before the first turns of so many
+RENEW = 8192  # steps after which these are old
 LOSS = 0.01  # share of the time that switches may take, if the targets allow it
 PATIENCE = 0.1  # so much more must be won where somebody waits longer than for the wide batch
 MARGIN = 0.01  # by which a wait must be shorter to count as no longer
@@ -62,15 +62,15 @@ class Turns:
     all have sat out once before the first may be at his end (`max_tokens`): else some are left
     behind, and decode in a narrow batch.
 
-    Before the first turns of n sequences all of them decode for `TRIAL` steps more, and the choice
-    is made anew by what an engine has learned from these (`CostModel.observe`): once turns are
-    taken the wide step is made no more, and nobody would see that the profile is wrong about it.
-    The trial is made again after `RENEW` steps. One object serves one engine: it keeps whose turn
-    it is."""
+    Before the first turns of n sequences all of them have decoded for `TRIAL` steps at least, and
+    the choice is made anew by what an engine has learned from these (`CostModel.observe`): once
+    turns are taken the wide step is made no more, and nobody would see that the profile is wrong
+    about it. After `RENEW` steps that is old, and they do so again. One object serves one engine:
+    it keeps whose turn it is."""
 
     __slots__ = (
-        *("_known", "_lasted", "_renew", "_review", "_rotation", "_since", "_split"),
-        *("_trial", "_tried", "_until", "gain", "itl"),
+        *("_all", "_known", "_lasted", "_renew", "_review", "_rotation", "_since"),
+        *("_split", "_tried", "_until", "gain", "itl"),
     )
 
     def __init__(self, itl: float = 0.1, gain: float = 0.04) -> None:
@@ -86,8 +86,8 @@ class Turns:
         self._split: Split | None = None
         self._until: int | None = None  # the step before which the same ones go; None: all do
         self._review = 0
-        self._tried: Counter[int] = Counter()  # wide steps of n sequences
-        self._trial = -1  # the last one
+        self._tried: Counter[int] = Counter()  # steps of all n sequences that decoded
+        self._all = 0, 0, 0  # n, the step, and how many of them are to be
         self._renew = RENEW
 
     def __call__(self, draft: Draft) -> Round:
@@ -96,6 +96,9 @@ class Turns:
         if rotation is None:
             rotation = Queue() if view.limits.unified else Windows()
             self._rotation = rotation
+        n_before, at, steps = self._all
+        self._tried[n_before] += min(step - at, steps)
+        self._all = 0, step, 0
         others = view.decoding.keys() != self._known
         if self._until is not None and (others or step >= self._until):
             assert self._split is not None
@@ -113,22 +116,28 @@ class Turns:
             if step >= self._renew:
                 self._tried.clear()
                 self._renew = step + RENEW
-        split, n = self._split, len(view.decoding)
-        if split is None:
+        split = self._split
+        begin = self._begin(split, len(view.decoding), step)
+        if split is None or step < begin:
+            # A choice that is to be carried out is made anew by what these steps have told.
+            self._review = min(self._review, begin)
+            self._all = len(view.decoding), step, self._review - step
             return Round(frozenset(), self._review - step)
-        begin = self._since + split.hold - 1
-        if self._lasted < split.lasting:
-            begin = max(begin, self._since + split.lasting)
-        if step < begin:
-            return Round(frozenset(), min(begin, self._review) - step)
-        if self._tried[n] < TRIAL or step == self._trial:
-            self._tried[n] += step != self._trial
-            self._trial, self._review = step, step + 1
-            return Round(frozenset(), 1)
         if self._until is None:
             self._until = step + split.hold
         self._review = min(self._review, step + max(TRIAL, step - self._since))
         return Round(rotation.out(split.width), min(self._until, self._review) - step)
+
+    def _begin(self, split: Split | None, n: int, step: int) -> int:
+        """From which step on turns may be taken."""
+        if split is None:
+            return self._review
+        begin = self._since + split.hold - 1
+        if self._lasted < split.lasting:
+            begin = max(begin, self._since + split.lasting)
+        if step >= begin and self._tried[n] < TRIAL:
+            return step + 1  # each step by itself: one that was disturbed counts as one
+        return begin
 
 
 def best_split(view: StepView, itl: float, gain: float) -> Split | None:
