@@ -33,7 +33,7 @@ def test_simulated_rows_and_their_view(tmp_path: Path, capsys: pytest.CaptureFix
     assert worst is not None
     assert worst <= 1.0
     printed = capsys.readouterr().out
-    assert f"| {M2} | 1 | 1.62 (0.93) |" in printed
+    assert f"| {M2} | 1 | 1.62 (1.00) |" in printed
     assert "9 streams: default over counted: 1.6" in printed
 
 

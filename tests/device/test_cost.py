@@ -275,13 +275,31 @@ def test_too_few_samples() -> None:
 def test_observe_moves_a_regime() -> None:
     cost = CostModel.fit(profile(h200()))
     other, before = cost.predict(12, 0, 1536, 12), cost.predict(4, 0, 512, 4)
+    prompt = cost.predict(64, 64, 0, 1)
+    cost.observe(12, 0, 1536, 12, other)
     for _ in range(200):
         cost.observe(4, 0, 512, 4, 1.5 * before)
     assert cost.predict(4, 0, 512, 4) == pytest.approx(1.5 * before, rel=0.05)
     assert cost.predict(12, 0, 1536, 12) == other
+    assert cost.predict(64, 64, 0, 1) == prompt
     for _ in range(2000):
         cost.observe(4, 0, 512, 4, 1000 * before)
     assert cost.predict(4, 0, 512, 4) <= 4.0001 * before  # bounded
+
+
+def test_a_regime_that_nobody_has_seen_follows_the_others() -> None:
+    """A device that is a tenth faster today: what 8 rows and 9 are to each other stays, whichever
+    were made."""
+    cost = CostModel.fit(profile(h200()))
+    eight, nine = cost.predict(8, 0, 1024, 8), cost.predict(9, 0, 1152, 9)
+    for _ in range(30):
+        cost.observe(9, 0, 1152, 9, 0.9 * nine)
+    assert cost.predict(9, 0, 1152, 9) == pytest.approx(0.9 * nine, rel=0.01)
+    assert cost.predict(8, 0, 1024, 8) == pytest.approx(0.9 * eight, rel=0.01)
+    for _ in range(30):  # it was measured while the device was slow
+        cost.observe(8, 0, 1024, 8, 0.7 * eight)
+    assert cost.predict(9, 0, 1152, 9) == pytest.approx(0.9 * nine, rel=0.01)
+    assert cost.predict(8, 0, 1024, 8) == pytest.approx(0.7 * eight, rel=0.02)
 
 
 def test_one_step_moves_little() -> None:

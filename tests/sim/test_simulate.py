@@ -9,7 +9,16 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from pyllamabatch.errors import ArgumentError, PlanError
-from pyllamabatch.scheduler import Plan, Policy, StepView, make_policy, policy_names, sarathi, width
+from pyllamabatch.scheduler import (
+    Plan,
+    Policy,
+    StepView,
+    fcfs,
+    make_policy,
+    policy_names,
+    sarathi,
+    width,
+)
 from pyllamabatch.sim import Machine, Request, Simulated, SimulationStuck, draw, simulate
 
 
@@ -64,6 +73,19 @@ def test_a_new_graph_costs_once_and_again_where_the_cells_grow() -> None:
         assert ends(249, unified=unified) == pytest.approx(21)  # 8 and 248 cells
         assert ends(250, unified=unified) == pytest.approx(31)
         assert ends(251, unified=unified) == pytest.approx(32)
+
+
+def test_what_settles_behind_a_new_graph_may_be_the_next_call() -> None:
+    """Calls of one step, as the policy asks: the third one is behind the first one that decodes."""
+
+    class OneByOne:
+        def plan(self, view: StepView) -> Plan:
+            return replace(fcfs().plan(view), repeat=1)
+
+    made = replace(machine(), new_graph=(10.0, 1.0))
+    ends = [simulate([one(0, 0.0, 8, n)], made, OneByOne).outcomes[0].end for n in (1, 2, 3, 4)]
+    plain = [simulate([one(0, 0.0, 8, n)], machine()).outcomes[0].end for n in (1, 2, 3, 4)]
+    assert [a - b for a, b in zip(ends, plain, strict=True)] == pytest.approx([10, 20, 21, 21])
 
 
 def test_a_call_in_streams_reads_the_cells_of_its_own_sequences() -> None:

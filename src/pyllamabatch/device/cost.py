@@ -197,9 +197,10 @@ class CostModel:
         self, rows: int, prefill: int, kv: float, n_seqs: int, seconds: float, n_steps: int = 1
     ) -> None:
         """Steps that were measured, `seconds` each on average: moves the factor of their regime
-        towards it. A few microseconds and no memory, however many; one step can't move it far, and
-        it stays within a quarter and four times the model (a prior, whose level is a guess, may go
-        anywhere)."""
+        towards it, and of regimes that nobody has observed yet, with or without prompt rows as
+        these: the device may be faster or slower today. A few microseconds and no memory, however
+        many; one step can't move it far, and it stays within a quarter and four times the model (a
+        prior, whose level is a guess, may go anywhere)."""
         if rows < 1 or rows > self.n_ubatch or not seconds > 0:
             return
         at = 2 * self._regime[rows] + (prefill > 0)
@@ -219,8 +220,11 @@ class CostModel:
         else:
             ratio = min(max(ratio, 1 / _STEP_MOST), _STEP_MOST)
         share = n_steps / (seen + _FIT_COUNTS)
-        scale = self._scale[at] * (1.0 + (min(ratio, 4.0) - 1.0) * share)
-        self._scale[at] = min(max(scale, _FASTEST), _SLOWEST) if self.calibrated else scale
+        moved = 1.0 + (min(ratio, 4.0) - 1.0) * share
+        for i in range(at % 2, len(self._scale), 2):
+            if i == at or not self._seen[i]:
+                scale = self._scale[i] * moved
+                self._scale[i] = min(max(scale, _FASTEST), _SLOWEST) if self.calibrated else scale
 
     def observe_switch(self, seconds: float) -> None:
         """What a step took longer because other sequences decode in it than in the one before,

@@ -143,6 +143,7 @@ class Replica:
         self._every, self._n_calls = 1, 0
         self._graph: tuple[object, ...] = ()  # what the last one was made for, but for its cells
         self._decoded = b""  # the slots of its rows
+        self._fresh = False  # the last step before this call was the first one with its graph
         self._n_kv = 0  # cells that it looks at
         self._grown = np.zeros(0, dtype=np.int64)  # the same, at each step of the call
 
@@ -290,6 +291,9 @@ class Replica:
         before = np.concatenate(([self._n_kv], grown[:-1]))
         at += [i for i in np.flatnonzero(grown != before).tolist() if i not in at]
         self._grown = grown
+        if self._fresh and 0 not in at:
+            times[0] += settle
+        self._fresh = n - 1 in at
         for i in at:
             times[i] += new
             if i + 1 < n:

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from ..device.cost import CostModel
 from ..engine import Engine
 from ..errors import ArgumentError
+from ..observe import SETTLED
 from ..page import TIMES
 from ..sampling import SamplingParams
 from ..trace import Trace
@@ -72,12 +73,14 @@ class Speed(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """Steps of a trace, arrays (steps,): rows, those of prompts, graphs that were new, seconds
-    measured, seconds by a model without new graphs."""
+    """Steps of a trace, arrays (steps,): rows, those of prompts, graphs that were new, whether it
+    is one of the two behind such a step, seconds measured, seconds by a model without new graphs
+    and without what settles behind them."""
 
     rows: Array
     prompt: Array
     new: Array
+    behind: Array
     seconds: Array
     model: Array
 
@@ -117,7 +120,11 @@ def steps_of(table: Trace, cost: CostModel, n_ubatch: int) -> Steps:
     model = np.array([cost.predict(*shape) for shape in shapes])
     seconds = np.sum([table[name] for name in TIMES], axis=0) * 1e-9
     new = np.maximum(-(-rows // n_ubatch) - table["reused"], 0)
-    return Steps(rows, prompt, new, seconds, model)
+    fresh = new > 0
+    behind = np.zeros(len(table), dtype=bool)
+    for k in range(1, SETTLED):
+        behind[k:] |= fresh[:-k]
+    return Steps(rows, prompt, new, behind & ~fresh, seconds, model)
 
 
 def own_cells(table: Trace) -> npt.NDArray[np.int64]:
@@ -204,38 +211,50 @@ class Validator:
         )
 
     def probe(self) -> Speed:
-        """Requests alone, then a few at once, in turn, for `_PROBE_SECONDS`."""
+        """Requests alone, then a few at once, in turn, for `_PROBE_SECONDS`; as many of them count
+        as much as one."""
         began = perf_counter()
         waits: list[float] = []
         tables: list[Trace] = []
+        decode: list[float] = []
+        prompt: list[float] = []
         n_seq_max = self.engine.n_seq_max
         while not tables or perf_counter() - began < _PROBE_SECONDS:
-            for _ in range(_N_ALONE):
-                self._new_steps()
-                (ttft,) = self._ask(1)
-                table = self._new_steps()
-                first = table[: int(np.argmax(table["sampled"] > 0)) + 1]
-                waits.append(ttft - _seconds(first).sum() - first["python_ns"][1:].sum() * 1e-9)
-                tables.append(table)
-            for n in sorted({min(2, n_seq_max), -(-n_seq_max // 2)}):
-                self._ask(n)
-                tables.append(self._new_steps())
+            for n in sorted({1, min(2, n_seq_max), -(-n_seq_max // 2)}):
+                asked: list[Trace] = []
+                for _ in range(_N_ALONE if n == 1 else 1):
+                    self._new_steps()
+                    ttft = self._ask(n)[0]
+                    table = self._new_steps()
+                    asked.append(table)
+                    if n > 1:
+                        continue
+                    first = table[: int(np.argmax(table["sampled"] > 0)) + 1]
+                    waits.append(ttft - _seconds(first).sum() - first["python_ns"][1:].sum() * 1e-9)
+                tables += asked
+                one, other = self._ratios(np.concatenate(asked))
+                decode.append(one)
+                prompt.append(other)
         table = np.concatenate(tables)
-        steps = steps_of(table, self._cost, self.engine.n_ubatch)
-        left = steps.seconds - steps.new * self._cost.new_graph.step
-        ratio = left / steps.model
-        decodes = (steps.prompt == 0) & (steps.new == 0)
-        if not decodes.any():
-            decodes = steps.prompt == 0
         changed = np.diff(table["run"], prepend=table["run"][:1]) > 0
         overhead = self._overhead
         if overhead is None:
             overhead = float(np.median(table["python_ns"][changed])) * 1e-9
-        return Speed(
-            _typical(ratio[decodes], steps.model[decodes]),
-            _typical(ratio[steps.prompt > 0], steps.model[steps.prompt > 0]),
-            overhead,
-            max(0.0, median(waits) - overhead),
+        latency = max(0.0, median(waits) - overhead)
+        return Speed(fmean(decode), fmean(prompt), overhead, latency)
+
+    def _ratios(self, table: Trace) -> tuple[float, float]:
+        """What steps took over what the model says: those that decode, where no graph was new and
+        the device has settled, and those with prompts."""
+        steps = steps_of(table, self._cost, self.engine.n_ubatch)
+        ratio = (steps.seconds - steps.new * self._cost.new_graph.step) / steps.model
+        decodes = (steps.prompt == 0) & (steps.new == 0)
+        settled = decodes & ~steps.behind
+        found = next(those for those in (settled, decodes, steps.prompt == 0) if those.any())
+        prompts = steps.prompt > 0
+        return (
+            _typical(ratio[found], steps.model[found]),
+            _typical(ratio[prompts], steps.model[prompts]),
         )
 
     def _ask(self, n: int) -> list[float]:
@@ -352,7 +371,8 @@ def kinds(found: Validation) -> dict[str, dict[str, float]]:
     """The live run's steps by kind: how many `steps`, mean `rows`, `share` of the time, and mean
     seconds, `measured` and by the `model` at the probes' speed, new graphs included."""
     steps = found.steps
-    model = steps.model + steps.new * found.new_graph[0]
+    step, settle = found.new_graph
+    model = steps.model + steps.new * step + steps.behind * settle / (SETTLED - 1)
     chosen = {
         "decode": (steps.prompt == 0) & (steps.new == 0),
         "decode, new graph": (steps.prompt == 0) & (steps.new > 0),

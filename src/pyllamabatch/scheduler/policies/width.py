@@ -29,7 +29,8 @@ MANY = 32
 REVIEW = 512  # steps after which a choice is made anew, as the cells fill; sooner while it is new
 TRIAL = 12  # steps of all before the first turns of so many
 RENEW = 8192  # steps after which these are old
-LOSS = 0.01  # share of the time that switches may take, if the targets allow it
+LOSS = 0.01  # share of the time that switches take, if the targets allow it
+LOSS_MOST = 0.06  # that they may take
 PATIENCE = 0.1  # so much more must be won where somebody waits longer than for the wide batch
 MARGIN = 0.01  # by which a wait must be shorter to count as no longer
 PROBE = 32  # steps of a round while nobody knows what a switch costs
@@ -54,7 +55,8 @@ class Turns:
     only where it wins a tenth more.
 
     A change of who decodes costs `CostModel.switch` seconds (a new graph, where the device samples
-    for each row); a round is held until that is 1% of the time, or as long as the targets allow.
+    for each row); a round is held until that is 1% of the time, or as long as the targets allow,
+    and where it would be more than 6% there are no turns.
     Turns begin when the same ones have decoded for as long as a round is held: where others come
     and go sooner, a switch would not pay. The first narrow step needs a graph of its own
     (`CostModel.new_graph`): so they begin only where the same ones usually decode together for so
@@ -177,9 +179,9 @@ def best_split(view: StepView, itl: float, gain: float) -> Split | None:
                 continue
             each = share * (1 + switch / (hold * mean))
             won = wide / each
-            if won < least or won / need <= best:
+            if won < least or won / need <= best or switch > LOSS_MOST * hold * mean:
                 continue
-            lasting = ceil(entry / (wide / least - each)) if entry else 0
+            lasting = ceil(entry / (wide - each)) if entry else 0
             if lasting <= left:
                 best, found = won / need, Split(width, hold, won, lasting)
     return found
