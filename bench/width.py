@@ -47,6 +47,7 @@ from pyllamabatch.engine import Engine
 from pyllamabatch.errors import PyllamabatchError
 from pyllamabatch.sampling import SamplingParams
 from pyllamabatch.scheduler import make_policy
+from pyllamabatch.sim.validate import steps_of
 from pyllamabatch.trace import Trace
 
 F64 = npt.NDArray[np.float64]
@@ -257,12 +258,11 @@ def run_once(
 
 
 def reckon(cost: CostModel, trace: Trace) -> float:
-    """Seconds of all steps by the cost model, as it was before the engine refined it: the same for
-    equal steps, however busy the machine was in one run or the other."""
-    predict = CostModel.from_json(cost.to_json()).predict
-    names = ("rows", "prefill_rows", "kv_used")
-    steps = zip(*(trace[name].tolist() for name in names), strict=True)
-    return sum(predict(n, prompt, kv, n - prompt + (prompt > 0)) for n, prompt, kv in steps)
+    """Seconds of all steps by the cost model, as it was before the engine refined it, with the
+    graphs that were new: the same for equal steps, however busy the machine was in one run or the
+    other."""
+    plain = CostModel.from_json(cost.to_json())
+    return float(steps_of(trace, plain, cost.n_ubatch).reckoned(plain.new_graph).sum())
 
 
 def params_of(case: Case, seed: int) -> SamplingParams:

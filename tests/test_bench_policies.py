@@ -9,7 +9,7 @@ import pytest
 
 from bench import policies, schema, width
 from bench.__main__ import main
-from pyllamabatch.device.cost import CostModel
+from pyllamabatch.device.cost import CostModel, NewGraph
 from pyllamabatch.device.profile import shipped_profile
 from pyllamabatch.trace import trace_dtype
 
@@ -57,13 +57,22 @@ def test_itl_is_between_two_rows_of_the_same_request() -> None:
 def test_steps_are_reckoned_by_the_model_as_it_was() -> None:
     cost = CostModel.fit(shipped_profile(M2), n_ubatch=512)
     trace = np.zeros(3, dtype=trace_dtype(2))
-    trace["rows"], trace["prefill_rows"], trace["kv_used"] = [2, 40, 38], [0, 38, 38], [100, 140, 9]
+    trace["rows"], trace["prefill_rows"], trace["kv_used"] = (
+        [2, 40, 38],
+        [0, 38, 38],
+        [102, 180, 47],
+    )
+    trace["decode_rows"], trace["chunk"] = [2, 2, 0], [[0, 0], [0, 38], [0, 38]]
+    trace["reused"] = 1
     expected = sum(
         cost.predict(*shape) for shape in ((2, 0, 100, 2), (40, 38, 140, 3), (38, 38, 9, 1))
     )
     for _ in range(9):
         cost.observe(40, 38, 140, 3, 1.0)
     assert width.reckon(cost, trace) == pytest.approx(expected)
+    cost.new_graph = NewGraph(0.5, 0.25)
+    trace["reused"] = [0, 1, 1]
+    assert width.reckon(cost, trace) == pytest.approx(expected + 0.75)
 
 
 def test_live_rows_on_the_embedded_model(

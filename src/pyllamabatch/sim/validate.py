@@ -84,6 +84,12 @@ class Steps(NamedTuple):
     seconds: Array
     model: Array
 
+    def reckoned(self, new_graph: tuple[float, float]) -> Array:
+        """Seconds by the model, new graphs and what settles behind them included."""
+        step, settle = new_graph
+        found: Array = self.model + self.new * step + self.behind * settle / (SETTLED - 1)
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class Validation:
@@ -371,8 +377,7 @@ def kinds(found: Validation) -> dict[str, dict[str, float]]:
     """The live run's steps by kind: how many `steps`, mean `rows`, `share` of the time, and mean
     seconds, `measured` and by the `model` at the probes' speed, new graphs included."""
     steps = found.steps
-    step, settle = found.new_graph
-    model = steps.model + steps.new * step + steps.behind * settle / (SETTLED - 1)
+    model = steps.reckoned(found.new_graph)
     chosen = {
         "decode": (steps.prompt == 0) & (steps.new == 0),
         "decode, new graph": (steps.prompt == 0) & (steps.new > 0),
