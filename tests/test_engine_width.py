@@ -110,15 +110,16 @@ def observed(
     calls: list[tuple[list[int], Run]],
     cost: Learner | None = None,
     n_prompt: int = 0,
+    shapes: list[tuple[int, int, float, int]] | None = None,
 ) -> Learner:
     """Calls that follow each other without a pause: who decodes, `n_prompt` rows of a prompt beside
-    them, and what it took."""
+    them, and what it took. shapes: what they are computed in, if not all at once."""
     now = 0.0
     cost = cost or Learner()
     scheduler: Any = SimpleNamespace(
         cost=cost,
         in_sight=lambda step: 100,
-        shapes=lambda step, kv: [step.shape(kv)],
+        shapes=lambda step, kv: shapes or [step.shape(kv)],
         limits=SimpleNamespace(n_ubatch=8),
         starts=SimpleNamespace(swap=SimpleNamespace(computed=lambda rows, seconds: None)),
     )
@@ -161,7 +162,7 @@ def test_what_new_graphs_were_measured_to_take_is_no_part_of_a_step(
         ([0, 1], call(3, 2, 0.015, 0.005)),
         ([0, 1, 2], call(2, 1, 0.010, 0.005)),
         ([0, 1], call(1, 0, 0.005, 0.005)),
-        ([0, 1], call(10, 10, 0.030, 0.003)),
+        ([0, 1], call(10, 10, 0.034, 0.005)),
     ]
     cost = observed(monkeypatch, calls, Learner((0.002, 0.004)))
     assert [seconds for _, seconds in cost.steps] == pytest.approx([0.003] * 5)
@@ -170,6 +171,29 @@ def test_what_new_graphs_were_measured_to_take_is_no_part_of_a_step(
     cost = observed(monkeypatch, calls, Learner((0.002, 0.004)), n_prompt=10)
     assert [rows for rows, _ in cost.steps] == [12, 12]
     assert [seconds for _, seconds in cost.steps] == pytest.approx([0.003] * 2)
+
+
+def test_what_settles_in_a_later_call_is_no_part_of_its_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """2 ms for the graph, 4 in the two steps behind it, whether they are calls of their own."""
+    one_by_one = [
+        ([0, 1], call(1, 0, 0.005, 0.005)),
+        *(([0, 1], call(1, 1, seconds, seconds)) for seconds in (0.005, 0.005, 0.003)),
+    ]
+    cost = observed(monkeypatch, one_by_one, Learner((0.002, 0.004)))
+    assert [seconds for _, seconds in cost.steps] == pytest.approx([0.003] * 4)
+    together = [([0, 1], call(2, 1, 0.010, 0.005)), ([0, 1], call(3, 3, 0.011, 0.005))]
+    cost = observed(monkeypatch, together, Learner((0.002, 0.004)))
+    assert [seconds for _, seconds in cost.steps] == pytest.approx([0.003] * 2)
+
+
+def test_of_a_batch_in_parts_only_the_switch_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [(1, 0, 50.0, 1), (1, 0, 50.0, 1)]
+    calls = [([0, 2], call(1, 0, 0.005, 0.005)), ([1, 3], call(1, 0, 0.007, 0.007))]
+    cost = observed(monkeypatch, calls, shapes=parts)
+    assert cost.steps == []
+    assert cost.switches == pytest.approx([0.001])  # two steps of 3 ms would be 6
 
 
 def test_more_or_fewer_rows_are_no_switch(monkeypatch: pytest.MonkeyPatch) -> None:

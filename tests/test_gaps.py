@@ -148,8 +148,7 @@ def test_the_default(model: Model) -> None:
         Stepper(context, gap_max=-1)
 
 
-def test_the_scheduler_tells_what_is_filled_in(model: Model) -> None:
-    """The cost model is asked for the rows that are computed, and told what they took."""
+def test_spans_tell_what_is_filled_in(model: Model) -> None:
     with Engine(
         model, n_seq_max=8, n_ctx=64 * 8, kv_unified=False, n_threads=1, cost=None
     ) as engine:

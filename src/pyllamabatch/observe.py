@@ -21,6 +21,7 @@ class Observer:
         self._scheduler = scheduler
         self._before: Slots | None = None  # who decoded in the call before, and nobody else did
         self._end = 0.0  # of that call
+        self._n_old = SETTLED  # steps since the last new graph
 
     def __call__(self, step: Step, run: Run) -> None:
         """After a call, and before the scheduler advances."""
@@ -35,29 +36,31 @@ class Observer:
         self._before = None if step.chunks else step.decode
         gap, self._end = end - run.seconds - self._end, end
         kv = scheduler.in_sight(step) + step.n_rows * (n - 1) / 2
-        shape, *others = scheduler.shapes(step, kv)
-        if others:  # one number says nothing of each
-            return
+        shapes = scheduler.shapes(step, kv)
         made_anew = not step.chunks and run.n_reused == n - 1  # the graph, for the first step
         seconds = self._each(step, run, made_anew)
         if switched and run.code == 0:
             if made_anew and n == 1:  # no other step to compare it with
-                seconds = cost.predict(*shape)
+                seconds = sum(cost.predict(*shape) for shape in shapes)
             first = run.first_seconds - seconds if made_anew else 0.0
             cost.observe_switch(max(0.0, first) + max(0.0, gap))
-        if not (switched and made_anew and n == 1):
-            cost.observe(*shape, seconds, n)
+        # Of several parts one number says nothing of each.
+        if len(shapes) == 1 and not (switched and made_anew and n == 1):
+            cost.observe(*shapes[0], seconds, n)
 
     def _each(self, step: Step, run: Run, made_anew: bool) -> float:
         """Seconds of a step whose graph is there already, which is what the model tells: without
         what new graphs were measured to take, or else without the first step, which had one."""
         n, limits = run.n_steps, self._scheduler.limits
         first, settle = getattr(self._scheduler.cost, "new_graph", (0.0, 0.0))
+        settling = max(0, min(SETTLED - 1 - self._n_old, n))
+        self._n_old = n - 1 if made_anew else self._n_old + n
         if step.chunks:
+            self._n_old = 0
             n_graphs = -(-step.n_rows // limits.n_ubatch)
             return run.seconds - max(0, n_graphs - run.n_reused) * first
         if not made_anew:
-            return run.seconds / n
+            return (run.seconds - settle * settling / (SETTLED - 1)) / n
         if n <= SETTLED:
             return (run.seconds - first - settle * (n - 1) / (SETTLED - 1)) / n
         return (run.seconds - run.first_seconds - settle) / (n - 1)

@@ -302,6 +302,17 @@ def test_a_regime_that_nobody_has_seen_follows_the_others() -> None:
     assert cost.predict(8, 0, 1024, 8) == pytest.approx(0.7 * eight, rel=0.02)
 
 
+def test_who_follows_several_follows_their_mean() -> None:
+    cost = CostModel.fit(profile(h200()))
+    shapes = [(n, 0, 128.0 * n, n) for n in (1, 4, 9)]
+    before = [cost.predict(*shape) for shape in shapes]
+    for _ in range(40):
+        for shape, seconds in zip(shapes[:2], before, strict=False):
+            cost.observe(*shape, 1.2 * seconds)
+    after = [cost.predict(*shape) / seconds for shape, seconds in zip(shapes, before, strict=True)]
+    assert after == pytest.approx([1.2, 1.2, 1.2], rel=0.03)
+
+
 def test_one_step_moves_little() -> None:
     cost = CostModel.fit(profile(h200()))
     before = cost.predict(4, 0, 512, 4)

@@ -231,3 +231,39 @@ def test_views_are_values() -> None:
         machine.scheduler.sequence(9)
     with pytest.raises(KeyError):
         machine.scheduler.remove(9)
+
+
+def test_the_cost_model_is_asked_for_what_is_computed_at_once() -> None:
+    """Of five in slots 0 to 4 some go: gaps are filled up to gap_max, else the batch is cut."""
+
+    def shapes(unified: bool, gap_max: int, gone: list[int]) -> list[tuple[int, int, float, int]]:
+        machine = Machine(Limits(64, 64, 8, 800, 100, unified=unified, gap_max=gap_max), fcfs())
+        for id in range(5):
+            machine.add(id, 3, 50, 50)
+        machine.step()
+        for id in gone:
+            machine.remove(id)
+        step = machine.scheduler.plan(0.0)
+        assert step is not None
+        return machine.scheduler.shapes(step, 30.0)
+
+    assert shapes(True, 0, [1]) == [(4, 0, 30.0, 4)]
+    assert shapes(False, 1, []) == [(5, 0, 30.0, 5)]
+    assert shapes(False, 1, [1]) == [(5, 0, 30.0, 5)]
+    assert shapes(False, 0, [1]) == [(1, 0, 7.5, 1), (3, 0, 22.5, 3)]
+    assert shapes(False, 1, [1, 3]) == [(5, 0, 30.0, 5)]
+    assert shapes(False, 1, [1, 2]) == [(1, 0, 10.0, 1), (2, 0, 20.0, 2)]
+
+
+def test_a_filled_part_is_not_taken_for_the_whole() -> None:
+    """Slots 0, 2 and 5: three rows for the first two, and one more apart."""
+    machine = Machine(Limits(64, 64, 8, 800, 100, unified=False, gap_max=1), fcfs())
+    for id in range(6):
+        machine.add(id, 3, 50, 50)
+    machine.step()
+    for id in (1, 3, 4):
+        machine.remove(id)
+    step = machine.scheduler.plan(0.0)
+    assert step is not None
+    assert step.decode.tolist() == [0, 2, 5]
+    assert machine.scheduler.shapes(step, 30.0) == [(3, 0, 20.0, 3), (1, 0, 10.0, 1)]

@@ -34,6 +34,7 @@ class Edge:
     ) -> None:
         self.edge, self.jump, self.seconds, self.switch = edge, jump, seconds, switch
         self.edges = (edge,)
+        self.new_graph = 0.0, 0.0
 
     def predict(self, rows: int, prefill: int = 0, kv: float = 0, n_seqs: int = 1) -> float:
         return self.seconds * (1.0 if rows <= self.edge else self.jump) * (1 + 1e-9 * kv)
@@ -267,16 +268,17 @@ def test_the_graph_of_other_rows_must_pay() -> None:
     """A narrow step of 3 ms and its share of the others' rows take 3.375 ms for a token of
     everybody, a wide one 6.3: a graph of 60 ms pays in 21 steps."""
 
-    class Graphs(Edge):
-        new_graph = (0.02, 0.04)
-
-    cost = Graphs(seconds=0.003)
+    cost = Edge(seconds=0.003)
+    cost.new_graph = 0.02, 0.04
     found = split(9, cost)
     assert (found.width, found.lasting) == (8, ceil(0.06 / (0.0063 - 0.003375)))
     assert first_turn(machine_of(9, cost), 9) == found.lasting > TRIAL
     short = [replace(s, max_tokens=found.lasting) for s in decoding(9)]
     assert best_split(StepView.of(LIMITS, short, cost=cost), 0.1, 0.04) is None
     # where others come and go sooner there are none, and later they begin at once
+    begun = best_split(StepView.of(LIMITS, short, cost=cost), 0.1, 0.04, begun=True)
+    assert begun is not None
+    assert begun.lasting == 0  # the graph is there
     machine = machine_of(9, cost, max_tokens=1500)
     for id in range(20, 40):
         assert first_turn(machine, 9, found.lasting - 2) is None
@@ -353,17 +355,24 @@ def test_a_trial_is_made_for_each_number_of_sequences_and_again_when_old(
     most=st.lists(st.integers(1, 40), min_size=1, max_size=5),
     start=st.integers(9, 13),
     switch=st.sampled_from([0.0, 3e-4, None]),
+    new_graph=st.sampled_from([(0.0, 0.0), (0.002, 0.006)]),
     limits=st.sampled_from([LIMITS, APART]),
 )
 def test_asked_at_each_step_it_says_the_same(
-    most: list[int], start: int, switch: float | None, limits: Limits
+    most: list[int],
+    start: int,
+    switch: float | None,
+    new_graph: tuple[float, float],
+    limits: Limits,
 ) -> None:
     machines = []
     for _ in range(2):
         machine = Machine(limits, make_policy("device-aware"))
-        machine.scheduler.cost = Edge(seconds=0.003, jump=2.3, switch=switch)
+        cost = Edge(seconds=0.003, jump=2.3, switch=switch)
+        cost.new_graph = new_graph
+        machine.scheduler.cost = cost
         for id in range(start):
-            machine.add(id, 3, 60, 60)
+            machine.add(id, 3, 90, 90)
         machines.append(machine)
     one, many = machines
     for n_most in most:

@@ -202,7 +202,8 @@ def measure(
             if sum(not t.disturbed for t in taken) >= wanted:
                 continue
             clock.show(_words(shape, unified, n_round))
-            if taken and 2 * min(taken).seconds > clock.left:
+            share = 1.0 if wanted < inf else _AGAIN_SHARE
+            if taken and 2 * min(taken).seconds > share * clock.left:
                 continue
             if not rig.ready(shape) and rig.seconds_to_hold(shape.depth) > 0.15 * clock.left:
                 continue
@@ -225,10 +226,11 @@ def measure(
 _WANTED = (1, 3, 6, 9, 12, 16, 20, 25, 30, 40)  # undisturbed steps of a shape, by round
 _FEW = 8  # rows
 _AGAIN = 4  # times, within the first round
+_AGAIN_SHARE = 0.005  # of what is left of the budget, that one of these may take
 
 
 def visits(shapes: Sequence[Shape]) -> Iterator[tuple[int, Shape, float]]:
-    """Round, shape, and how many undisturbed steps of it are enough."""
+    """Round, shape, and how many undisturbed steps of it are enough; inf: come back to."""
     few = [s for s in shapes if s.rows <= _FEW and not s.prefill and s.depth == BASE_DEPTH]
     part = -(-len(shapes) // _AGAIN)
     for i, shape in enumerate(shapes, 1):

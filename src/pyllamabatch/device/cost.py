@@ -197,10 +197,10 @@ class CostModel:
         self, rows: int, prefill: int, kv: float, n_seqs: int, seconds: float, n_steps: int = 1
     ) -> None:
         """Steps that were measured, `seconds` each on average: moves the factor of their regime
-        towards it, and of regimes that nobody has observed yet, with or without prompt rows as
-        these: the device may be faster or slower today. A few microseconds and no memory, however
-        many; one step can't move it far, and it stays within a quarter and four times the model (a
-        prior, whose level is a guess, may go anywhere)."""
+        towards it. Regimes that nobody has observed yet follow the mean of those of the same kind,
+        with or without prompt rows: the device may be faster or slower today. A few microseconds
+        and no memory, however many; one step can't move it far, and it stays within a quarter and
+        four times the model (a prior, whose level is a guess, may go anywhere)."""
         if rows < 1 or rows > self.n_ubatch or not seconds > 0:
             return
         at = 2 * self._regime[rows] + (prefill > 0)
@@ -221,9 +221,11 @@ class CostModel:
             ratio = min(max(ratio, 1 / _STEP_MOST), _STEP_MOST)
         share = n_steps / (seen + _FIT_COUNTS)
         moved = 1.0 + (min(ratio, 4.0) - 1.0) * share
-        for i in range(at % 2, len(self._scale), 2):
-            if i == at or not self._seen[i]:
-                scale = self._scale[i] * moved
+        alike = range(at % 2, len(self._scale), 2)
+        n_seen = sum(self._seen[i] > 0 for i in alike)
+        for i in alike:
+            if i == at or not self._seen[i]:  # these follow the mean of the others
+                scale = self._scale[i] * (moved if i == at else moved ** (1 / n_seen))
                 self._scale[i] = min(max(scale, _FASTEST), _SLOWEST) if self.calibrated else scale
 
     def observe_switch(self, seconds: float) -> None:
@@ -241,8 +243,9 @@ class CostModel:
 
     @property
     def refinement(self) -> tuple[tuple[float, int], ...]:
-        """The factor that steps of each regime have been found to take, and of how many steps (the
-        count stops at 60): decoding alone and with prompt rows in turn."""
+        """The factor that steps of each regime have been found to take, and of how many steps (a
+        call counts as 8 at most, and the count stops at 60): decoding alone and with prompt rows in
+        turn."""
         return tuple(zip(self._scale, self._seen, strict=True))
 
     def at_speed(self, decode: float, prompt: float) -> CostModel:

@@ -106,7 +106,7 @@ class KvLedger:
         return int(self._held[slot])
 
     @property
-    def positions(self) -> npt.NDArray[np.int64]:
+    def held_by_slot(self) -> npt.NDArray[np.int64]:
         """`held` of all slots; the ledger's own, to read."""
         return self._held
 

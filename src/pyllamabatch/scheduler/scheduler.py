@@ -344,8 +344,8 @@ class Scheduler(HandDriven):
         shape, n = step.shape(kv), len(step.decode)
         if self.limits.unified or n < 2 or step.chunks:
             return [shape]
-        found = spans(step.decode, self.ledger.positions, self.limits.gap_max)
-        if found[0].rows == n:
+        found = spans(step.decode, self.ledger.held_by_slot, self.limits.gap_max)
+        if found == [(n, n)]:
             return [shape]
         return [(rows, 0, kv * decode / n, rows) for rows, decode in found]
 

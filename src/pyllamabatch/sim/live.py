@@ -20,7 +20,7 @@ from ..engine import Engine
 from ..sampling import SamplingParams
 from ..stream import Result
 from .metrics import Outcome
-from .replica import Machine
+from .replica import Machine, with_switch
 from .workload import Request
 
 _LEAD = 0.2  # s before the first arrival, to start the threads
@@ -41,7 +41,13 @@ def machine_of(
     chosen = copy.deepcopy(engine.cost) if cost is None else cost
     assert chosen is not None
     return Machine(
-        chosen, engine.limits, cache.sharing, cache.keep, overhead, latency, chosen.new_graph
+        with_switch(chosen),
+        engine.limits,
+        cache.sharing,
+        cache.keep,
+        overhead,
+        latency,
+        chosen.new_graph,
     )
 
 

@@ -67,8 +67,8 @@ class Machine:
     ) -> Machine:
         """One with ordinary attention, as an engine makes it: any beginning can be shared
         (unified), or copied whole and cut (a stream for each sequence). `prefix_cache`: keep what
-        requests leave, default where cells are unified. `gap_max`: see `Limits`, which has it where
-        they are not; that of a GPU."""
+        requests leave, default where cells are unified. `gap_max`: see `Limits`, for cells that
+        are not unified; by default what a GPU gets."""
         n_cells_seq = n_cells if unified else max(1, n_cells // n_seq_max)
         keep = unified if prefix_cache is None else prefix_cache
         n_kept = 0
@@ -78,11 +78,16 @@ class Machine:
             n_batch, n_ubatch, n_seq_max, n_cells, n_cells_seq, unified, 0 if unified else gap_max
         )
         sharing = Sharing(copy_part=unified, copy_whole=True, trim=True, n_kept=n_kept)
-        new_graph = getattr(cost, "new_graph", (0.0, 0.0))
-        if getattr(cost, "switch", 0.0) is None:  # it is not more than any other graph
-            cost = copy.copy(cost)
-            cost.switch = new_graph[0]  # type: ignore[attr-defined]
+        cost, new_graph = with_switch(cost), getattr(cost, "new_graph", (0.0, 0.0))
         return cls(cost, limits, sharing, keep, overhead, new_graph=new_graph)
+
+
+def with_switch(cost: Cost) -> Cost:
+    """Where nobody knows what a switch costs: as much as a new graph."""
+    if getattr(cost, "switch", 0.0) is None:
+        cost = copy.copy(cost)
+        cost.switch = getattr(cost, "new_graph", (0.0, 0.0))[0]  # type: ignore[attr-defined]
+    return cost
 
 
 @dataclass(slots=True)
@@ -259,7 +264,7 @@ class Replica:
             times: F64 = first + (last - first) / (n - 1) * np.arange(n, dtype=np.float64)
         else:
             times = np.array([first], dtype=np.float64)
-        if machine.new_graph[0]:
+        if machine.new_graph[0] or getattr(machine.cost, "switch", 0.0):
             self._add_new_graphs(times, step, len(shapes), ledger.used)
         self._flight = _Flight(step, now, start + np.cumsum(times), ledger.free)
 
@@ -276,13 +281,13 @@ class Replica:
         n_graphs = max(n_parts, -(-step.n_rows // limits.n_ubatch))
         at = [0] if graph != self._graph else []
         who = step.decode.tobytes()
-        if not at and who != self._decoded:
+        if not at and n_graphs == 1 and not step.chunks and who != self._decoded:
             times[0] += getattr(self.machine.cost, "switch", 0.0) or 0.0
         self._decoded = who
         if n_graphs > 1:  # libllama keeps the last one alone
             at = list(range(n))
             new, settle = new * n_graphs, 0.0
-        self._graph = graph
+        self._graph = graph if n_graphs == 1 else ()
         if limits.unified:
             grown = self._cells(used + step.n_rows * np.arange(1, n + 1))
         else:
@@ -296,7 +301,7 @@ class Replica:
         self._fresh = n - 1 in at
         for i in at:
             times[i] += new
-            if i + 1 < n:
+            if i + 1 < n and i + 1 not in at:
                 times[i + 1] += settle
 
     def _cells(self, used: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -116,7 +116,8 @@ def split(requests: Sequence[Request], n: int) -> list[list[Request]]:
 
 def steps_of(table: Trace, cost: CostModel, n_ubatch: int) -> Steps:
     """The steps of an engine's trace that were computed, beside what a model says of them. It
-    begins when nobody runs."""
+    begins when nobody runs. What a trace does not have: who sits out, whose cells are in sight,
+    too; and that libllama cut a step in several, as it does with streams that are no neighbours."""
     table = table[table["code"] == 0]
     rows, prompt = table["rows"], table["prefill_rows"]
     n_seqs = table["decode_rows"] + (table["chunk"] > 0).sum(axis=1) + table["filled"]
@@ -217,8 +218,8 @@ class Validator:
         )
 
     def probe(self) -> Speed:
-        """Requests alone, then a few at once, in turn, for `_PROBE_SECONDS`; as many of them count
-        as much as one."""
+        """Requests alone, then a few at once, in turn, for `_PROBE_SECONDS`; each number of
+        requests at once counts the same."""
         began = perf_counter()
         waits: list[float] = []
         tables: list[Trace] = []

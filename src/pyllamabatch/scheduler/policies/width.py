@@ -26,7 +26,7 @@ from .tile_fill import measured
 
 ROUNDS = 4  # at most: each adds to the wait
 MANY = 32
-REVIEW = 512  # steps after which a choice is made anew, as the cells fill; sooner while it is new
+REVIEW = 512  # steps after which a choice is made anew, as the cells fill; sooner in new turns
 TRIAL = 12  # steps of all before the first turns of so many
 RENEW = 8192  # steps after which these are old
 LOSS = 0.01  # share of the time that switches take, if the targets allow it
@@ -71,8 +71,8 @@ class Turns:
     it keeps whose turn it is."""
 
     __slots__ = (
-        *("_all", "_known", "_lasted", "_renew", "_review", "_rotation", "_since"),
-        *("_split", "_tried", "_until", "gain", "itl"),
+        *("_answer", "_had", "_known", "_lasted", "_renew", "_review", "_rotation"),
+        *("_split", "_tried", "_turning", "_until", "gain", "itl"),
     )
 
     def __init__(self, itl: float = 0.1, gain: float = 0.04) -> None:
@@ -82,36 +82,36 @@ class Turns:
             raise ArgumentError("gain", gain, "at least 0")
         self.itl, self.gain = itl, gain
         self._known: Set[int] = set()  # who decodes
-        self._since = 0  # from this step on
-        self._lasted = 0.0  # for how many steps the same ones have decoded, on average
+        self._had = 0.0  # tokens of each since then
+        self._lasted = 0.0  # of those before, on average
         self._rotation: Rotation | None = None
         self._split: Split | None = None
+        self._turning = False  # turns are taken, and the graph of these rows is there
         self._until: int | None = None  # the step before which the same ones go; None: all do
         self._review = 0
         self._tried: Counter[int] = Counter()  # steps of all n sequences that decoded
-        self._all = 0, 0, 0  # n, the step, and how many of them are to be
         self._renew = RENEW
+        self._answer = 0, 0, 0  # the last one: at which step, for how many, how many have a row
 
     def __call__(self, draft: Draft) -> Round:
-        view, step = draft.view, draft.view.step
+        view, step, n = draft.view, draft.view.step, len(draft.view.decoding)
         rotation = self._rotation
         if rotation is None:
             rotation = Queue() if view.limits.unified else Windows()
             self._rotation = rotation
-        n_before, at, steps = self._all
-        self._tried[n_before] += min(step - at, steps)
-        self._all = 0, step, 0
         others = view.decoding.keys() != self._known
+        self._count(step, others)
         if self._until is not None and (others or step >= self._until):
             assert self._split is not None
             rotation.turn(self._split.width)
             self._until = None
         if others:
-            self._lasted += (step - self._since - self._lasted) / 4
-            self._known, self._since = set(view.decoding), step
+            if self._known:
+                self._lasted += (self._had - self._lasted) / 4
+            self._known, self._had, self._turning = set(view.decoding), 0.0, False
         if others or step >= self._review:
             rotation.follow(view)
-            self._split = best_split(view, self.itl, self.gain)
+            self._split = best_split(view, self.itl, self.gain, begun=self._turning)
             self._review = step + REVIEW
             if self._split is None:
                 self._until = None
@@ -119,31 +119,45 @@ class Turns:
                 self._tried.clear()
                 self._renew = step + RENEW
         split = self._split
-        begin = self._begin(split, len(view.decoding), step)
-        if split is None or step < begin:
+        wait = self._review - step if split is None else self._wait(split, n)
+        if split is None or wait > 0:
             # A choice that is to be carried out is made anew by what these steps have told.
-            self._review = min(self._review, begin)
-            self._all = len(view.decoding), step, self._review - step
+            self._review, self._turning = min(self._review, step + wait), False
+            self._answer = step, self._review - step, n
             return Round(frozenset(), self._review - step)
         if self._until is None:
             self._until = step + split.hold
-        self._review = min(self._review, step + max(TRIAL, step - self._since))
-        return Round(rotation.out(split.width), min(self._until, self._review) - step)
+        self._turning = True
+        self._review = min(self._review, step + max(TRIAL, int(self._had)))
+        self._answer = step, min(self._until, self._review) - step, split.width
+        return Round(rotation.out(split.width), self._answer[1])
 
-    def _begin(self, split: Split | None, n: int, step: int) -> int:
-        """From which step on turns may be taken."""
-        if split is None:
-            return self._review
-        begin = self._since + split.hold - 1
+    def _count(self, step: int, others: bool) -> None:
+        """The steps since the last answer. Where somebody has come, some may have had rows of his
+        prompt: only the first one is known to be of these rows alone."""
+        at, steps, rows = self._answer
+        n, passed = len(self._known), min(step - at, steps)
+        if n:
+            self._had += passed * rows / n
+        if rows == n:
+            self._tried[n] += min(passed, 1) if others else passed
+        self._answer = step, 0, 0
+
+    def _wait(self, split: Split, n: int) -> int:
+        """For how many steps all decode yet."""
+        if self._turning and self._tried[n] >= TRIAL:
+            return 0
+        need = split.hold - 1
         if self._lasted < split.lasting:
-            begin = max(begin, self._since + split.lasting)
-        if step >= begin and self._tried[n] < TRIAL:
-            return step + 1  # each step by itself: one that was disturbed counts as one
-        return begin
+            need = max(need, split.lasting)
+        if self._had < need:
+            return ceil(need - self._had)
+        return int(self._tried[n] < TRIAL)  # by itself: if it is disturbed it counts as one
 
 
-def best_split(view: StepView, itl: float, gain: float) -> Split | None:
-    """How to take turns; None where all at once is as good, or nothing was measured."""
+def best_split(view: StepView, itl: float, gain: float, *, begun: bool = False) -> Split | None:
+    """How to take turns; None where all at once is as good, or nothing was measured. begun: the
+    graph of narrow steps is there. Rows that fill gaps between slots are not reckoned with."""
     cost, n = view.cost, len(view.decoding)
     if n < 2 or not measured(cost):
         return None
@@ -156,7 +170,7 @@ def best_split(view: StepView, itl: float, gain: float) -> Split | None:
     known: float | None = getattr(cost, "switch", 0.0)
     switch = known or 0.0
     left = tokens_left(view)
-    entry: float = sum(getattr(cost, "new_graph", ()))
+    entry: float = 0.0 if begun else sum(getattr(cost, "new_graph", ()))
     best, found = 0.0, None
     for width in widths(n, cost, view.limits.unified):
         steps = times(cost, n, width, kv, view.limits.unified)
@@ -179,7 +193,7 @@ def best_split(view: StepView, itl: float, gain: float) -> Split | None:
                 continue
             each = share * (1 + switch / (hold * mean))
             won = wide / each
-            if won < least or won / need <= best or switch > LOSS_MOST * hold * mean:
+            if won <= 1 or won < least or won / need <= best or switch > LOSS_MOST * hold * mean:
                 continue
             lasting = ceil(entry / (wide - each)) if entry else 0
             if lasting <= left:
