@@ -350,6 +350,26 @@ def test_prior_learns_its_level() -> None:
         assert cost.predict(n, 0, 128 * n, n) == pytest.approx(H200[n] / 1e3, rel=0.5)
 
 
+def test_kernels_for_many_rows_begin_with_a_cost() -> None:
+    """Two x86 cores with AMX, prompt rows beside 7 that decode (ms): 48 take longer than 57, as
+    attention for 64 rows and more is another kernel, which costs 66 ms to begin."""
+    cpu = kernels("CPU", "Q4_K", features="AVX512")
+    assert cpu.attention_from == 64
+
+    def seconds(n: int, prompt: int) -> float:
+        return (
+            0.02 + (0.006 if n < 64 else 0.0038) * n + (0.066 if n >= 64 else 0.0) + 1e-4 * prompt
+        )
+
+    shapes = [(n, 0) for n in (1, 2, 3, *range(4, 33), 48, 60, 64)]
+    shapes += [(7 + c, c) for c in (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 505)]
+    samples = [Sample(n, c, 0, n - c + (c > 0), True, seconds(n, c)) for n, c in shapes]
+    cost = CostModel.fit(profile(samples, cpu))
+    assert cost.coefficients["many"] > 0.02
+    for c in (57, 121, 313, 441):
+        assert cost.predict(7 + c, c, 0, 8) == pytest.approx(seconds(7 + c, c), rel=0.06)
+
+
 def test_experts() -> None:
     terms = Terms(KNOWN, 0.0, True, 8, 2)
     touched = [terms.experts(n) for n in (1, 2, 8, 64)]

@@ -91,13 +91,14 @@ class CostModel:
         kernels, h = terms.kernels, terms.output_share
         passes = self._passes()
         base, head, output, experts, self._cell = values[:5]
+        self._all, self._own, all_prompt, own_prompt, many = values[5 : 6 + len(ATTENTION)]
         self._body: list[float] = [
-            base + experts * terms.experts(n) + (1 - h) * t for n, t in enumerate(passes)
+            base + experts * terms.experts(n) + many * (n >= kernels.attention_from) + (1 - h) * t
+            for n, t in enumerate(passes)
         ]
         self._head: list[float] = [
             head * (n > 0) + output * n + h * t for n, t in enumerate(passes)
         ]
-        self._all, self._own, all_prompt, own_prompt = values[5 : 5 + len(ATTENTION)]
         few = min(kernels.attention_from, n_ubatch + 1)
         many = n_ubatch + 1 - few
         self._all_prompt: list[float] = [self._all] * few + [all_prompt] * many

@@ -4,7 +4,7 @@ A ubatch of n rows, o of them sampled, costs
 
     sum over regimes r of  (1 - h) * [n in r] * c_r . f_r(n)  +  h * [o in r] * c_r . f_r(o)
     + sum over tiles t of  c_t * ((1 - h) * ceil(n / t) + h * ceil(o / t))
-    + c_base + c_head * [o > 0] + c_output * o + c_experts * e(n) + attention
+    + c_base + c_head * [o > 0] + c_output * o + c_experts * e(n) + c_many * [n is many] + attention
 
 f_r(n) is (1, tiles of n, n), or where rows beyond full tiles go another way, in passes of their
 own, ([there are full tiles beyond groups], groups, full tiles beyond them, [1 row beyond those],
@@ -18,7 +18,8 @@ that n rows with k each are expected to touch, if they choose evenly. Attention 
                   +  the same for the n - o prompt rows
 
 Prompt rows, neighbours in one sequence, have c's of their own where there are at least
-`Kernels.attention_from` rows. With cells of each sequence's own there is no c_all. All c are >= 0.
+`Kernels.attention_from` rows, and c_many is what beginning the kernels for so many costs. With
+cells of each sequence's own there is no c_all. All c are >= 0.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Terms:
 
     @property
     def names(self) -> tuple[str, ...]:
-        found = ["base", "head", "output", "experts", "cells", *ATTENTION]
+        found = ["base", "head", "output", "experts", "cells", *ATTENTION, "many"]
         found += [f"tile of {tile}" for tile in self.kernels.tiles]
         for regime in self.kernels.regimes:
             found += [f"{part} {regime.first}+" for part in parts(regime)]
@@ -78,7 +79,7 @@ class Terms:
                 [a + b for a, b in zip(one_by_one, prompt, strict=True)],
                 [0.0, 0.0],
             )
-        values += one_by_one + prompt
+        values += [*one_by_one, *prompt, float(n >= self.kernels.attention_from)]
         h = self.output_share
         for tile in self.kernels.tiles:
             values.append((1 - h) * tiles_of(tile, n) + h * tiles_of(tile, out))
