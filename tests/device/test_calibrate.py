@@ -117,6 +117,17 @@ def test_disturbed_steps_are_told(tiny_llama_path: Path) -> None:
     assert any("1 of them were disturbed" in line for line in lines(profile, found))
 
 
+@pytest.mark.parametrize("unified", [True, False])
+def test_rows_beyond_full_tiles_are_measured_where_they_show(unified: bool) -> None:
+    """Each has a cost of its own on a CPU: only a step of few rows can tell it from the error of a
+    large one."""
+    found = kernels("CPU", "Q4_K", features="AVX2")
+    shapes = plan_shapes(found, 512, unified)
+    few = {s.rows for s in shapes if not s.prefill and s.rows <= 16}
+    (each,) = (regime for regime in found.regimes if regime.rest == "each")
+    assert {n % each.tile for n in few if n > each.first} == set(range(each.tile))
+
+
 def test_steps_of_few_rows_are_come_back_to() -> None:
     shapes = plan_shapes(kernels("CPU", "Q4_K", features="AVX2"), 512, True)
     found = [shape for n_round, shape, _ in visits(shapes) if n_round == 1]
