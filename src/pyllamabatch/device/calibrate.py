@@ -110,7 +110,7 @@ def open_rig(model: Model, unified: bool, context_params: dict[str, Any]) -> Rig
 def plan_shapes(kernels: Kernels, n_ubatch: int, unified: bool) -> list[Shape]:
     """What to measure, the most important first and shapes of one depth together."""
     full = min(n_ubatch, 512)
-    decode = rows_to_measure(kernels) if unified else (*range(1, 9), 12, 16, 24, 32)
+    decode = rows_to_measure(kernels) if unified else (*range(1, 13), 16, 24, 32)
     shapes = [Shape(rows=n, depth=BASE_DEPTH) for n in decode]
     mixed_decode, mixed_chunks = (
         ((1, 4, 8, 16, 32), (8, 32, 128)) if unified else ((1, 8), (32, 128))
