@@ -33,7 +33,9 @@ class Flat:
     def predict(self, rows: int, prefill: int = 0, kv: float = 0, n_seqs: int = 1) -> float:
         return self.seconds
 
-    def observe(self, rows: int, prefill: int, kv: float, n_seqs: int, seconds: float) -> None:
+    def observe(
+        self, rows: int, prefill: int, kv: float, n_seqs: int, seconds: float, n_steps: int
+    ) -> None:
         self.seen.append((rows, prefill, kv, n_seqs))
 
 
