@@ -57,11 +57,8 @@ def test_itl_is_between_two_rows_of_the_same_request() -> None:
 def test_steps_are_reckoned_by_the_model_as_it_was() -> None:
     cost = CostModel.fit(shipped_profile(M2), n_ubatch=512)
     trace = np.zeros(3, dtype=trace_dtype(2))
-    trace["rows"], trace["prefill_rows"], trace["kv_used"] = (
-        [2, 40, 38],
-        [0, 38, 38],
-        [102, 180, 47],
-    )
+    trace["rows"], trace["prefill_rows"] = [2, 40, 38], [0, 38, 38]
+    trace["kv_used"] = [102, 180, 47]
     trace["decode_rows"], trace["chunk"] = [2, 2, 0], [[0, 0], [0, 38], [0, 38]]
     trace["reused"] = 1
     expected = sum(

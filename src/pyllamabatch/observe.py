@@ -8,10 +8,9 @@ from time import perf_counter
 import numpy as np
 
 from ._stream_step import Run
+from .device.cost import SETTLED
 from .kv import Slots
 from .scheduler import Scheduler, Step
-
-SETTLED = 3  # steps of a new graph, behind which the device has prepared for it
 
 
 class Observer:

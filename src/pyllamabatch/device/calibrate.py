@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from pyllamabatch.device import where
+from pyllamabatch.device.cost import SETTLED
 from pyllamabatch.device.profile import Profile, Sample, Shape
 from pyllamabatch.device.regimes import Kernels, rows_to_measure
 from pyllamabatch.device.residency import fitting_n_ctx
@@ -241,15 +242,12 @@ def visits(shapes: Sequence[Shape]) -> Iterator[tuple[int, Shape, float]]:
         yield from ((n_round, shape, wanted) for shape in shapes)
 
 
-_BEGIN = 3  # steps of a block that may be slower: their graph is new, or new to the device
-
-
 def _block(rig: Rig, shape: Shape) -> tuple[tuple[Took, ...], list[Took]]:
     """A few consecutive steps: the first ones, which make what later ones reuse, and the others."""
     first = rig.time(shape, 1)
     n = int(min(max(_BLOCK_SECONDS / first[0].seconds, 1), 12))
-    taken = first + rig.time(shape, n + (_BEGIN - 1 if n > 4 else 0))
-    n_begin = _BEGIN if n > 4 else 1
+    taken = first + rig.time(shape, n + (SETTLED - 1 if n > 4 else 0))
+    n_begin = SETTLED if n > 4 else 1
     return tuple(taken[:n_begin]), taken[n_begin:]
 
 

@@ -42,6 +42,9 @@ class Estimate(NamedTuple):
     sigma: float
 
 
+SETTLED = 3  # steps of a new graph, behind which the device has prepared for it
+
+
 class NewGraph(NamedTuple):
     """Seconds that a step takes more whose graph libllama has to make (`step`), and that the next
     ones with the same graph take more in all (`settle`: the device prepares for it)."""
@@ -91,16 +94,16 @@ class CostModel:
         kernels, h = terms.kernels, terms.output_share
         passes = self._passes()
         base, head, output, experts, self._cell = values[:5]
-        self._all, self._own, all_prompt, own_prompt, many = values[5 : 6 + len(ATTENTION)]
+        self._all, self._own, all_prompt, own_prompt, begin_many = values[5 : 6 + len(ATTENTION)]
+        few = min(kernels.attention_from, n_ubatch + 1)
+        many = n_ubatch + 1 - few
         self._body: list[float] = [
-            base + experts * terms.experts(n) + many * (n >= kernels.attention_from) + (1 - h) * t
+            base + experts * terms.experts(n) + begin_many * (n >= few) + (1 - h) * t
             for n, t in enumerate(passes)
         ]
         self._head: list[float] = [
             head * (n > 0) + output * n + h * t for n, t in enumerate(passes)
         ]
-        few = min(kernels.attention_from, n_ubatch + 1)
-        many = n_ubatch + 1 - few
         self._all_prompt: list[float] = [self._all] * few + [all_prompt] * many
         self._own_prompt: list[float] = [self._own] * few + [own_prompt] * many
         self._regime = [0, *map(kernels.of, range(1, n_ubatch + 1))]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import starmap
 from math import inf
 from typing import Protocol
 
@@ -256,11 +257,13 @@ class Replica:
             n = min(n, int(self._left[step.decode].min()))
         predict, kv = machine.cost.predict, self.scheduler.in_sight(step)
         shapes = self.scheduler.shapes(step, kv)
-        first = sum(predict(*shape) for shape in shapes)
+        first = sum(starmap(predict, shapes))
         start = now + machine.overhead
         if n > 1:
-            later = self.scheduler.shapes(step, kv + step.n_rows * (n - 1))
-            last = sum(predict(*shape) for shape in later)
+            later = kv + step.n_rows * (n - 1)
+            last = sum(
+                [predict(rows, 0, held * later / kv, seqs) for rows, _, held, seqs in shapes]
+            )
             times: F64 = first + (last - first) / (n - 1) * np.arange(n, dtype=np.float64)
         else:
             times = np.array([first], dtype=np.float64)
@@ -273,14 +276,13 @@ class Replica:
         rows than before, or cells in sight beyond what the graph was made for. n_parts: those that
         decode are computed in so many."""
         new, settle = self.machine.new_graph
-        limits, n = self.machine.limits, len(times)
+        limits, n, who = self.machine.limits, len(times), step.decode.tobytes()
         if limits.unified:  # whose rows they are does not matter
             graph: tuple[object, ...] = (len(step.decode), *((c.n, c.last) for c in step.chunks))
         else:
-            graph = (step.decode.tobytes(), *((c.slot, c.n, c.last) for c in step.chunks))
+            graph = (who, *((c.slot, c.n, c.last) for c in step.chunks))
         n_graphs = max(n_parts, -(-step.n_rows // limits.n_ubatch))
         at = [0] if graph != self._graph else []
-        who = step.decode.tobytes()
         if not at and n_graphs == 1 and not step.chunks and who != self._decoded:
             times[0] += getattr(self.machine.cost, "switch", 0.0) or 0.0
         self._decoded = who

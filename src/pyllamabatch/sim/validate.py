@@ -22,10 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..device.cost import CostModel
+from ..device.cost import SETTLED, CostModel
 from ..engine import Engine
 from ..errors import ArgumentError
-from ..observe import SETTLED
 from ..page import TIMES
 from ..sampling import SamplingParams
 from ..trace import Trace
@@ -231,13 +230,10 @@ class Validator:
                 asked: list[Trace] = []
                 for _ in range(_N_ALONE if n == 1 else 1):
                     self._new_steps()
-                    ttft = self._ask(n)[0]
-                    table = self._new_steps()
-                    asked.append(table)
-                    if n > 1:
-                        continue
-                    first = table[: int(np.argmax(table["sampled"] > 0)) + 1]
-                    waits.append(ttft - _seconds(first).sum() - first["python_ns"][1:].sum() * 1e-9)
+                    ttft = self._ask(n)
+                    asked.append(self._new_steps())
+                    if n == 1:
+                        waits.append(_beside_steps(ttft[0], asked[-1]))
                 tables += asked
                 one, other = self._ratios(np.concatenate(asked))
                 decode.append(one)
@@ -296,6 +292,13 @@ def _as_they_came(requests: Sequence[Request], outcomes: Iterable[Outcome]) -> l
     """With the times at which they were really submitted: a thread may wake up late."""
     at = {o.id: o.arrival for o in outcomes}
     return [r if r.after is not None else replace(r, arrival=at[r.id]) for r in requests]
+
+
+def _beside_steps(ttft: float, table: Trace) -> float:
+    """Seconds of a request's time to its first token that are none of its steps', nor between
+    them."""
+    first = table[: int(np.argmax(table["sampled"] > 0)) + 1]
+    return float(ttft - _seconds(first).sum() - first["python_ns"][1:].sum() * 1e-9)
 
 
 def _typical(ratio: Array, weight: Array) -> float:
