@@ -63,21 +63,29 @@ def engine_on(model: Model, n: int, **options: Any) -> Engine:
 
 
 def drive(engine: Engine, cost: Flat, n: int, n_tokens: int, step_s: float) -> dict[int, int]:
-    """`n` threads sample `n_tokens` each, the last of them a moment later than the others, steps
-    being taken for so long; how many steps sampled so many of them."""
+    """`n` threads sample until each has a token, and `n_tokens` each from then on, the last of them
+    a moment later than the others, steps being taken for so long; how many steps sampled so many of
+    them."""
     begin, end = threading.Barrier(n + 1, timeout=60), threading.Barrier(n, timeout=60)
+    joined: list[int] = []
 
-    def run(i: int) -> None:
+    def run(i: int) -> int:
         with engine.sequence(PARAMS) as sequence:
             sequence.prompt([1 + i, 2, 3])
             begin.wait()
             begin.wait()
-            for _ in range(n_tokens):
+            sampled = together = 0
+            while together < n_tokens:
                 if i == n - 1:
                     time.sleep(LATE)
+                together += len(joined) == n
                 sequence.sample()
-            cost.seconds = 0.0  # those who joined last go on without it
+                sampled += 1
+                if sampled == 1:
+                    joined.append(i)
+            cost.seconds = 0.0  # the others go on without it
             end.wait()  # nobody leaves before the others are done
+            return sampled
 
     with ThreadPoolExecutor(n) as threads:
         runs = [threads.submit(run, i) for i in range(n)]
@@ -85,20 +93,22 @@ def drive(engine: Engine, cost: Flat, n: int, n_tokens: int, step_s: float) -> d
         cost.seconds = step_s
         before = engine.stats().fill
         begin.wait()
-        for one in runs:
-            one.result(120)
-    fill = engine.stats().fill
-    return {rows: fill[rows] - before.get(rows, 0) for rows in fill if rows}
+        sampled = sum(one.result(120) for one in runs)
+    after = engine.stats().fill
+    fill = {rows: after[rows] - before.get(rows, 0) for rows in after if rows}
+    assert sum(rows * steps for rows, steps in fill.items()) == sampled >= n * n_tokens
+    return fill
 
 
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_dear_steps_are_full(model: Model, n: int) -> None:
     cost, gather = Flat(), Watched(CostWindow(longest=30))
     with engine_on(model, n, cost=cost, gather=gather) as engine:
-        fill = drive(engine, cost, n, 32, step_s=100.0)
-    # Each joins at its own time, and is waited for from then on.
-    assert fill[n] >= 32 - n
-    assert sum(rows * steps for rows, steps in fill.items()) == 32 * n
+        fill = drive(engine, cost, n, 32, step_s=1e4)
+    # Each joins at its own time, and is waited for from then on: the step in which the last one
+    # joins is full, and so are those of the 32 tokens behind it. Had one gone without somebody, who
+    # was in it would have been done one full step sooner.
+    assert fill[n] >= 33
     for gathering, seconds in gather.answers:
         assert gathering.n_ready + gathering.n_expected <= n
         assert seconds <= gathering.since + 30 - gathering.now
@@ -111,15 +121,14 @@ def test_dear_steps_are_full(model: Model, n: int) -> None:
 def test_steps_that_cost_nothing_wait_for_nobody(model: Model) -> None:
     cost, gather = Flat(), Watched(CostWindow(least=0))
     with engine_on(model, 4, cost=cost, gather=gather) as engine:
-        fill = drive(engine, cost, 4, 32, step_s=0.0)
-    assert sum(rows * steps for rows, steps in fill.items()) == 128
+        drive(engine, cost, 4, 32, step_s=0.0)
     assert all(seconds <= 0 for _, seconds in gather.answers)
 
 
 def test_a_sequence_that_is_alone_is_never_held(model: Model) -> None:
     cost, gather = Flat(), Watched(CostWindow())
     with engine_on(model, 4, cost=cost, gather=gather) as engine:
-        assert drive(engine, cost, 1, 32, step_s=100.0) == {1: 32}
+        assert drive(engine, cost, 1, 32, step_s=1e4) == {1: 33}
     assert gather.answers == []
 
 
