@@ -370,6 +370,47 @@ def test_kernels_for_many_rows_begin_with_a_cost() -> None:
         assert cost.predict(7 + c, c, 0, 8) == pytest.approx(seconds(7 + c, c), rel=0.06)
 
 
+def test_rows_that_decode_pay_for_the_cells_of_all_where_attention_computes_tiles() -> None:
+    """As two x86 cores do: 60 streams of 128 cells decode in 463 ms and 64 in 868, of 512 cells in
+    2977; 64 rows of one prompt behind 512 cells take 324."""
+    cpu = kernels("CPU", "Q4_K", features="AVX512")
+
+    def seconds(decode: int, prompt: int, own: float) -> float:
+        n, n_seqs = decode + prompt, decode + (prompt > 0)
+        weights = 0.03 + 0.005 * n
+        if n < 64:
+            return weights + 6e-6 * (decode * own + prompt * (own + prompt / 2))
+        return weights + 1.2e-6 * decode * n_seqs * own + 2e-6 * prompt * (own + prompt / 2)
+
+    shapes = [(n, 0, own) for n in (*range(1, 33), 48, 60) for own in (128, 1024)]
+    shapes += [(64, 0, own) for own in (128, 512, 1024)]
+    shapes += [(8, c, own) for c in (8, 32, 120, 248, 504) for own in (128, 1024)]
+    shapes += [(0, c, own) for c in (16, 32, 64, 128, 256, 512) for own in (0, 512)]
+    samples = [
+        Sample(d + c, c, (d + (c > 0)) * own, d + (c > 0), True, seconds(d, c, own))
+        for d, c, own in shapes
+    ]
+    cost = CostModel.fit(profile(samples, cpu))
+    for d, c, own in ((64, 0, 256), (60, 0, 512), (8, 440, 512), (0, 384, 256)):
+        n_seqs = d + (c > 0)
+        found = cost.predict(d + c, c, n_seqs * own, n_seqs)
+        assert found == pytest.approx(seconds(d, c, own), rel=0.06)
+    assert cost.predict(64, 0, 64 * 512, 64) > 2.5 * cost.predict(60, 0, 60 * 512, 60)
+
+
+def test_the_first_group_of_rows_may_cost_more_than_those_behind_it() -> None:
+    """Two x86 cores, rows of one prompt: 16 take 91 ms, 32 take 149, 48 take 211."""
+    cpu = kernels("CPU", "Q4_K", features="AVX512")
+
+    def seconds(n: int) -> float:
+        return 0.018 + (0.031 if n >= 16 else 0.002) + 0.0037 * n
+
+    samples = [Sample(n, 0, 0, n, True, seconds(n)) for n in (*range(1, 34), 48, 60, 64)]
+    cost = CostModel.fit(profile(samples, cpu))
+    for n in (8, 12, 16, 32, 48):
+        assert cost.predict(n, 0, 0, n) == pytest.approx(seconds(n), rel=0.04)
+
+
 def test_experts() -> None:
     terms = Terms(KNOWN, 0.0, True, 8, 2)
     touched = [terms.experts(n) for n in (1, 2, 8, 64)]

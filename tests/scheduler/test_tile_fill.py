@@ -172,7 +172,7 @@ def test_what_a_prompt_costs_at_every_step_of_it_is_the_price_of_pacing(
 ) -> None:
     """As on a CPU, which unpacks weights for rows of prompts. Beside 8 who decode in 40 ms a row of
     a prompt takes 5, as theirs do, and each step with such rows `once` more: what all its rows
-    share. 7.5% of the time are given for the target while slots are free, else 1%."""
+    share. 1% of the time is given for the target where no slot is free, 6% where three quarters are."""
 
     class Once(Tiles):
         def predict(self, rows: int, prefill: int = 0, kv: float = 0, n_seqs: int = 1) -> float:
@@ -180,6 +180,17 @@ def test_what_a_prompt_costs_at_every_step_of_it_is_the_price_of_pacing(
 
     assert rows(8, Once()) == free
     assert rows(8, Once(), limits=full(9)) == taken
+
+
+def test_the_fewer_slots_are_free_the_less_is_given_for_the_target() -> None:
+    class Once(Tiles):
+        def predict(self, rows: int, prefill: int = 0, kv: float = 0, n_seqs: int = 1) -> float:
+            return 0.005 * rows + (0.008 if prefill else 0.0)
+
+    taken = [rows(8, Once(), limits=full(n)) for n in (9, 10, 12, 16, 24, 40, 400)]
+    assert taken == sorted(taken, reverse=True)
+    assert len(set(taken)) >= 4
+    assert rows(8, Once(), n_waiting=3, limits=full(10)) == taken[0]  # one waits for a slot
 
 
 @pytest.mark.parametrize("seed", range(300))

@@ -94,18 +94,20 @@ class CostModel:
         kernels, h = terms.kernels, terms.output_share
         passes = self._passes()
         base, head, output, experts, self._cell = values[:5]
-        self._all, self._own, all_prompt, own_prompt, begin_many = values[5 : 6 + len(ATTENTION)]
+        all, own, all_many, own_many, all_prompt, own_prompt, begin = values[5 : 6 + len(ATTENTION)]
         few = min(kernels.attention_from, n_ubatch + 1)
         many = n_ubatch + 1 - few
         self._body: list[float] = [
-            base + experts * terms.experts(n) + begin_many * (n >= few) + (1 - h) * t
+            base + experts * terms.experts(n) + begin * (n >= few) + (1 - h) * t
             for n, t in enumerate(passes)
         ]
         self._head: list[float] = [
             head * (n > 0) + output * n + h * t for n, t in enumerate(passes)
         ]
-        self._all_prompt: list[float] = [self._all] * few + [all_prompt] * many
-        self._own_prompt: list[float] = [self._own] * few + [own_prompt] * many
+        self._all: list[float] = [all] * few + [all_many] * many
+        self._own: list[float] = [own] * few + [own_many] * many
+        self._all_prompt: list[float] = [all] * few + [all_prompt] * many
+        self._own_prompt: list[float] = [own] * few + [own_prompt] * many
         self._regime = [0, *map(kernels.of, range(1, n_ubatch + 1))]
         jumps = kernels.edges(n_ubatch)
         self.edges = tuple(n for n in jumps if n + 1 in jumps or n == n_ubatch)
@@ -135,7 +137,7 @@ class CostModel:
             self._body[n]
             + self._head[n]
             + self._cell * kv
-            + n * (self._all * (kv + 0.5 * n) + self._own * own)
+            + n * (self._all[n] * (kv + 0.5 * n) + self._own[n] * own)
         )
 
     def _prompts(self, n: int, decode: int, n_chunks: int, kv: float, own: float) -> float:
@@ -145,7 +147,7 @@ class CostModel:
             self._body[n]
             + self._head[min(decode + n_chunks, n)]
             + self._cell * kv
-            + decode * (self._all * sight + self._own * own)
+            + decode * (self._all[n] * sight + self._own[n] * own)
             + prompt * (self._all_prompt[n] * sight)
             + prompt * (self._own_prompt[n] * (own + 0.5 * prompt / n_chunks))
         )
@@ -189,8 +191,8 @@ class CostModel:
             self._body[n]
             + self._head[part.sampled]
             + self._cell * part.cells
-            + self._all * decode * sight
-            + self._own * part.reads
+            + self._all[n] * decode * sight
+            + self._own[n] * part.reads
             + self._all_prompt[n] * (n - decode) * sight
             + self._own_prompt[n] * part.prompt_reads
         )

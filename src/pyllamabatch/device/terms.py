@@ -7,24 +7,26 @@ A ubatch of n rows, o of them sampled, costs
     + c_base + c_head * [o > 0] + c_output * o + c_experts * e(n) + c_many * [n is many] + attention
 
 f_r(n) is (1, tiles of n, n), or where rows beyond full tiles go another way, in passes of their
-own, ([there are full tiles beyond groups], groups, full tiles beyond them, [1 row beyond those],
-[2 rows], ...). The tiles are those of other kernels that some of the weights go through. Only
-sampled rows pass the output
-matrix: h is between 0, where its time is c_head and c_output alone, and its share of the weights,
-where it behaves like the others; the fit chooses. e(n) = 1 - (1 - k/E)^n is the share of E experts
-that n rows with k each are expected to touch, if they choose evenly. Attention is
+own, ([there is a group], [there are full tiles beyond groups], groups, full tiles beyond them,
+[1 row beyond those], [2 rows], ...). The tiles are those of other kernels that some of the weights
+go through. Only sampled rows pass the output matrix: h is between 0, where its time is c_head and
+c_output alone, and its share of the weights, where it behaves like the others; the fit chooses.
+e(n) = 1 - (1 - k/E)^n is the share of E experts that n rows with k each are expected to touch, if
+they choose evenly. Attention is
 
-    c_cells * kv  +  c_all * o * (cells in sight) + c_own * (own cells that the o rows look at)
-                  +  the same for the n - o prompt rows
+    c_cells * kv  +  c_all * n * (cells in sight)  +  c_own * (own cells that the n rows look at)
 
-Prompt rows, neighbours in one sequence, have c's of their own where there are at least
-`Kernels.attention_from` rows, and c_many is what beginning the kernels for so many costs. With
-cells of each sequence's own there is no c_all. All c are >= 0.
+Where there are `Kernels.attention_from` rows or more, it has kernels that compute tiles of them;
+c_many is what beginning those costs. Rows of one prompt look at the same cells, and a tile skips
+the others; rows that decode look at different ones, and each pays for those of all in its tile. So
+there both have a c_all and a c_own of their own. With cells of each sequence's own there is no
+c_all. All c are >= 0.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import add
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +35,7 @@ import numpy.typing as npt
 from pyllamabatch.device.regimes import Kernels, Regime
 
 F64 = npt.NDArray[np.float64]
-ATTENTION = ("all", "own", "all prompt", "own prompt")
+ATTENTION = ("all", "own", "all many", "own many", "all prompt", "own prompt")
 
 
 class Ubatch(NamedTuple):
@@ -72,14 +74,12 @@ class Terms:
         n, out = ubatch.rows, ubatch.sampled
         values = [1.0, float(out > 0), float(out), self.experts(n), ubatch.cells]
         in_sight = ubatch.cells + n / 2 if self.unified else 0.0
+        alone = [ubatch.decode * in_sight, ubatch.reads]
         prompt = [(n - ubatch.decode) * in_sight, ubatch.prompt_reads]
-        one_by_one = [ubatch.decode * in_sight, ubatch.reads]
         if n < self.kernels.attention_from:
-            one_by_one, prompt = (
-                [a + b for a, b in zip(one_by_one, prompt, strict=True)],
-                [0.0, 0.0],
-            )
-        values += [*one_by_one, *prompt, float(n >= self.kernels.attention_from)]
+            values += [*map(add, alone, prompt), 0.0, 0.0, 0.0, 0.0, 0.0]
+        else:
+            values += [0.0, 0.0, *alone, *prompt, 1.0]
         h = self.output_share
         for tile in self.kernels.tiles:
             values.append((1 - h) * tiles_of(tile, n) + h * tiles_of(tile, out))
@@ -104,8 +104,9 @@ def tiles_of(tile: int, n: int) -> int:
 def parts(regime: Regime) -> tuple[str, ...]:
     """Names of a regime's terms."""
     if regime.rest == "each":
-        group = ("group",) if regime.group else ()
-        return ("pass", *group, "full tile", *(f"{i} beyond" for i in range(1, regime.tile)))
+        beyond = (f"{i} beyond" for i in range(1, regime.tile))
+        groups = ("any group", "pass", "group") if regime.group else ("pass",)
+        return (*groups, "full tile", *beyond)
     return ("pass", "tile", "row") if regime.tile > 1 else ("pass", "row")
 
 
@@ -117,7 +118,8 @@ def values_of(regime: Regime, n: int) -> tuple[float, ...]:
         if not regime.group:
             return (1.0, float(full), *each)
         groups, rest = divmod(n, regime.group)
-        return (float(rest >= regime.tile), float(groups), float(rest // regime.tile), *each)
+        tiles = rest // regime.tile
+        return (float(groups > 0), float(tiles > 0), float(groups), float(tiles), *each)
     tiles = full + (beyond > 0)
     return (1.0, float(tiles), float(n)) if regime.tile > 1 else (1.0, float(n))
 

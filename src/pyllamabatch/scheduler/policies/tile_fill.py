@@ -20,8 +20,7 @@ from .parts import LEAST_ROWS, Paced, TokenBudget
 from .sarathi import sarathi
 
 OVER = 0.05  # so much longer than its target a step may be for a full tile
-# What throughput may be lost to keep steps within their target; the second while slots are free,
-# for then nobody waits for it.
+# What throughput may be lost to keep steps within their target: where no slot is free, and all are.
 LOSS, LOSS_FREE = 0.01, 0.075
 PER_DOUBLING = 4  # so many steps are looked at from one to that with twice its rows
 ENOUGH = 4  # batches of rows: where more wait, the last step of them does not matter
@@ -36,12 +35,14 @@ class TileFill:
     steps a prompt takes long, and the batch is small until it is computed.)
 
     Of the steps within the target of `paced` it takes the widest that takes about as little as any
-    of them, if that loses no more than 1% of the time; else the narrowest that loses no more. 7.5%
-    may be lost while slots are free, for then nobody waits for it. So experts, which the first rows
-    of a prompt all load, get more rows than the target allows. (M2 Ultra, gpt-oss-120b, simulated
-    under load: pacing alone halves the throughput.) From half of what `paced` allows, or one ubatch
-    if that is fewer, to what is counted without a cost model. As `paced` where there is none, or
-    none that was measured.
+    of them, if that loses no more than 1% of the time; else the narrowest that loses no more. Where
+    slots are free it may be more, in proportion, up to 7.5% where all are: so much nobody else waits
+    for. (Near the device's limit requests pile up by what is lost: two x86 cores at 0.8 of it took
+    14% longer for each, where one free slot allowed all of the 7.5%.) So experts, which the first
+    rows of a prompt all load, get more rows than the target allows. (M2 Ultra, gpt-oss-120b,
+    simulated under load: pacing alone halves the throughput.) From half of what `paced` allows, or
+    one ubatch if that is fewer, to what is counted without a cost model. As `paced` where there is
+    none, or none that was measured.
 
     `reserve`: rows that are left free for each sequence that decodes, up to the edge (speculative
     ones of its own), where the batch has room for them and for some rows of prompts."""
@@ -96,10 +97,9 @@ class TileFill:
         each = {prompt: added(prompt) for prompt in candidates}
         best = min(each.values())
         taken = best + -(-rows // candidates[-1]) * decode  # at least
-        free = len(admitted) == len(view.waiting) and len(view.running) + len(admitted) < (
-            limits.n_seq_max
-        )
-        most = best + (LOSS_FREE if free else LOSS) * taken
+        free = limits.n_seq_max - len(view.running) - len(admitted)
+        share = free / limits.n_seq_max if len(admitted) == len(view.waiting) else 0.0
+        most = best + (LOSS + share * (LOSS_FREE - LOSS)) * taken
         longest = (1 + OVER) * max(seconds[paced], self.paced.target(predict(n, 0, kv, n)))
         inside = [p for p in candidates if seconds[p] <= longest]
         least = min(each[p] for p in inside)
