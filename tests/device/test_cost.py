@@ -223,6 +223,31 @@ def test_one_sequence_alone_is_the_same_in_both_layouts() -> None:
     assert profile([*streams, replace(calm, n=0)]).only(unified=False).samples == tuple(streams)
 
 
+def test_weights_cost_the_same_in_both_layouts_and_attention_does_not() -> None:
+    """Five to seven rows were measured with shared cells alone."""
+    cpu = kernels("CPU", "Q4_K", features="AVX512")
+    beyond = (0.0, 0.021, 0.024, 0.031)
+
+    def seconds(n: int, own: float, unified: bool) -> float:
+        weights = 0.02 + 0.028 * (n // 4) + beyond[n % 4]
+        return weights + n * own * (9e-6 + 4e-7 * n if unified else 2e-6)
+
+    def samples(unified: bool, *rows: int) -> list[Sample]:
+        return [
+            Sample(n, 0, n * own, n, unified, seconds(n, own, unified))
+            for n in rows
+            for own in (128, 1024)
+        ]
+
+    both = profile([*samples(True, *range(1, 13)), *samples(False, 1, 4, 8, 12)], cpu)
+    for unified in (True, False):
+        cost = CostModel.fit(both, unified=unified)
+        for n in (5, 6, 7):
+            expected = seconds(n, 512, unified)
+            assert cost.predict(n, 0, 512 * n, n) == pytest.approx(expected, rel=0.03)
+    assert max(held_out(both, unified=False)) < 0.1
+
+
 def test_held_out_of_a_layout_is_about_its_own_samples() -> None:
     """The other one's help to fit, and are not counted."""
     alone = Sample(100, 100, 0, 1, False, 1.0)

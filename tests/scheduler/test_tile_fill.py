@@ -172,7 +172,7 @@ def test_what_a_prompt_costs_at_every_step_of_it_is_the_price_of_pacing(
 ) -> None:
     """As on a CPU, which unpacks weights for rows of prompts. Beside 8 who decode in 40 ms a row of
     a prompt takes 5, as theirs do, and each step with such rows `once` more: what all its rows
-    share. 1% of the time is given for the target where no slot is free, 6% where three quarters are."""
+    share. 1% of the time is given for the target where no slot is free, 6% where most are."""
 
     class Once(Tiles):
         def predict(self, rows: int, prefill: int = 0, kv: float = 0, n_seqs: int = 1) -> float:

@@ -19,8 +19,8 @@ import numpy as np
 from pyllamabatch.device.profile import SCHEMA, Profile, Sample
 from pyllamabatch.device.regimes import Kernels, Regime
 from pyllamabatch.device.terms import (
-    ATTENTION,
     F64,
+    OF_LAYOUT,
     Fit,
     Terms,
     Ubatch,
@@ -31,6 +31,7 @@ from pyllamabatch.device.terms import (
 )
 from pyllamabatch.errors import ArgumentError, ProfileError
 
+_OTHER_LAYOUT = 0.5  # what a sample of the other cache layout counts
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the output matrix's share, that a fit tries for h
 _SLOWEST, _FASTEST = 4.0, 0.25  # times the model that refinement goes to
 
@@ -94,7 +95,7 @@ class CostModel:
         kernels, h = terms.kernels, terms.output_share
         passes = self._passes()
         base, head, output, experts, self._cell = values[:5]
-        all, own, all_many, own_many, all_prompt, own_prompt, begin = values[5 : 6 + len(ATTENTION)]
+        all, own, all_many, own_many, all_prompt, own_prompt, begin = values[5:12]
         few = min(kernels.attention_from, n_ubatch + 1)
         many = n_ubatch + 1 - few
         self._body: list[float] = [
@@ -268,29 +269,44 @@ class CostModel:
     @classmethod
     def fit(cls, profile: Profile, *, unified: bool = True, n_ubatch: int = 0) -> CostModel:
         """A model of a profile, in some milliseconds, for contexts of this layout and n_ubatch (0:
-        the profile's). Raises ArgumentError where it has too few samples (fewer than 4)."""
-        samples = _calm(profile.only(unified=unified).samples)
+        the profile's). What the weights cost is the same in both layouts: the samples of the other
+        one count half for that, and have attention of their own. Raises ArgumentError where it has
+        too few samples (fewer than 4)."""
+        chosen = profile.only(unified=unified).samples
+        samples = _calm(chosen)
         if len(samples) < 4:
             raise ArgumentError("profile", f"{len(samples)} samples", "must have 4 at least")
+        known = set(chosen)
+        others = tuple(
+            s for s in profile.samples if s.n > 0 and s not in known and s.unified != unified
+        )
         new_graph = _new_graph(samples, profile.n_ubatch)
-        seconds = np.array([s.seconds for s in samples])
-        made = [_graphs_each(s, profile.n_ubatch) for s in samples]
-        seconds -= np.minimum(np.array(made) * new_graph.step, 0.5 * seconds)
-        spread = np.array([s.spread for s in samples])
+        seconds = np.concatenate([_reused(part, profile.n_ubatch) for part in (samples, others)])
+        spread = np.array([s.spread for s in (*samples, *others)])
+        worth = np.array([1.0] * len(samples) + [_OTHER_LAYOUT] * len(others))
 
-        def attempt(share: float, n_rounds: int) -> tuple[Terms, Fit]:
-            terms = Terms(profile.kernels, share, unified, profile.n_expert, profile.n_expert_used)
-            design = np.array([_row(terms, s, profile.n_ubatch) for s in samples])
-            return terms, fit(design, seconds, spread, n_rounds)
+        terms = Terms(profile.kernels, 0.0, unified, profile.n_expert, profile.n_expert_used)
+        apart, like = (
+            _design(replace(terms, output_share=h), samples, others, profile.n_ubatch)
+            for h in (0.0, 1.0)
+        )
+
+        def attempt(share: float, n_rounds: int) -> Fit:
+            design = (1 - share) * apart + share * like
+            found, n = fit(design, seconds, spread, worth, n_rounds), len(terms.names)
+            return Fit(
+                found.coefficients[:n], found.residuals[: len(samples)], found.covariance[:n, :n]
+            )
 
         shares = (
             [profile.output_share * part for part in _SHARES] if profile.output_share else [0.0]
         )
-        quick = [np.abs(attempt(share, 2)[1].residuals).clip(0, 0.2).mean() for share in shares]
-        terms, found = attempt(shares[int(np.argmin(quick))], 6)
+        quick = [np.abs(attempt(share, 2).residuals).clip(0, 0.2).mean() for share in shares]
+        share = shares[int(np.argmin(quick))]
+        found = attempt(share, 6)
         errors = np.abs(found.residuals)
         return cls(
-            terms,
+            replace(terms, output_share=share),
             found.coefficients,
             n_ubatch or profile.n_ubatch,
             covariance=found.covariance,
@@ -389,7 +405,7 @@ def held_out(profile: Profile, *, unified: bool = True, parts: int = 5) -> list[
     with every `parts`-th one; none where they are too few. New graphs count where steps of that
     shape have some. It says how good the model is, which
     `CostModel.error` does not."""
-    known = [s for s in profile.only(unified=unified).samples if s.n > 0]
+    known = [s for s in profile.samples if s.n > 0]
     samples = [s for s in known if s.unified == unified]
     others = [s for s in known if s.unified != unified]
     errors: list[float] = []
@@ -427,6 +443,29 @@ def _graphs_each(s: Sample, n_ubatch: int) -> int:
     several ubatches none finds its own."""
     n = len(split(s.rows, s.prefill, s.kv, s.n_seqs, n_ubatch, s.unified))
     return n if n > 1 else 0
+
+
+def _reused(samples: tuple[Sample, ...], n_ubatch: int) -> F64:
+    """Their seconds without the graphs that were new at every step."""
+    each = _new_graph(samples, n_ubatch).step
+    return np.array(
+        [s.seconds - min(_graphs_each(s, n_ubatch) * each, 0.5 * s.seconds) for s in samples]
+    )
+
+
+def _design(
+    terms: Terms, samples: tuple[Sample, ...], others: tuple[Sample, ...], n_ubatch: int
+) -> F64:
+    """(samples and others, terms and those of the other layout)."""
+    mine = np.array([_row(terms, s, n_ubatch) for s in samples])
+    if not others:
+        return mine
+    terms = replace(terms, unified=not terms.unified)
+    theirs = np.array([_row(terms, s, n_ubatch) for s in others])
+    at = [terms.names.index(name) for name in OF_LAYOUT]
+    apart = theirs[:, at]
+    theirs[:, at] = 0.0
+    return np.block([[mine, np.zeros((len(mine), len(at)))], [theirs, apart]])
 
 
 def _row(terms: Terms, s: Sample, n_ubatch: int) -> list[float]:

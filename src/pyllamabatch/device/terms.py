@@ -36,6 +36,7 @@ from pyllamabatch.device.regimes import Kernels, Regime
 
 F64 = npt.NDArray[np.float64]
 ATTENTION = ("all", "own", "all many", "own many", "all prompt", "own prompt")
+OF_LAYOUT = ("cells", *ATTENTION, "many")  # what differs between cells that are shared and streams
 
 
 class Ubatch(NamedTuple):
@@ -64,7 +65,7 @@ class Terms:
 
     @property
     def names(self) -> tuple[str, ...]:
-        found = ["base", "head", "output", "experts", "cells", *ATTENTION, "many"]
+        found = ["base", "head", "output", "experts", *OF_LAYOUT]
         found += [f"tile of {tile}" for tile in self.kernels.tiles]
         for regime in self.kernels.regimes:
             found += [f"{part} {regime.first}+" for part in parts(regime)]
@@ -133,13 +134,13 @@ class Fit(NamedTuple):
     covariance: F64
 
 
-def fit(design: F64, seconds: F64, spread: F64, n_rounds: int = 6) -> Fit:
+def fit(design: F64, seconds: F64, spread: F64, worth: F64 | float = 1.0, n_rounds: int = 6) -> Fit:
     """Least squares of relative errors with coefficients >= 0, outliers weighed down (Huber) in
     `n_rounds` rounds.
 
-    design: (samples, terms); seconds, spread: (samples,), spread relative.
+    design: (samples, terms); seconds, spread, worth: (samples,), spread relative.
     """
-    base = 1.0 / (0.02 + spread)
+    base = worth / (0.02 + spread)
     base /= base.mean()
     relative = design / seconds[:, None]
     weight = base

@@ -36,13 +36,13 @@ class TileFill:
 
     Of the steps within the target of `paced` it takes the widest that takes about as little as any
     of them, if that loses no more than 1% of the time; else the narrowest that loses no more. Where
-    slots are free it may be more, in proportion, up to 7.5% where all are: so much nobody else waits
-    for. (Near the device's limit requests pile up by what is lost: two x86 cores at 0.8 of it took
-    14% longer for each, where one free slot allowed all of the 7.5%.) So experts, which the first
-    rows of a prompt all load, get more rows than the target allows. (M2 Ultra, gpt-oss-120b,
-    simulated under load: pacing alone halves the throughput.) From half of what `paced` allows, or
-    one ubatch if that is fewer, to what is counted without a cost model. As `paced` where there is
-    none, or none that was measured.
+    slots are free it may be more, in proportion, up to 7.5% where all are: for so much of it nobody
+    else waits. (Near the device's limit requests pile up by what is lost: where one free slot
+    allowed all of the 7.5%, two x86 cores at 0.8 of it took 14% longer for each, simulated.) So
+    experts, which the first rows of a prompt all load, get more rows than the target allows. (M2
+    Ultra, gpt-oss-120b, simulated under load: pacing alone halves the throughput.) From half of
+    what `paced` allows, or one ubatch if that is fewer, to what is counted without a cost model. As
+    `paced` where there is none, or none that was measured.
 
     `reserve`: rows that are left free for each sequence that decodes, up to the edge (speculative
     ones of its own), where the batch has room for them and for some rows of prompts."""
