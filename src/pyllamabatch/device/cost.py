@@ -385,6 +385,7 @@ class CostModel:
                 guess[f"full tile {regime.first}+"] = 0.6 * regime.tile * row
                 if regime.group:
                     guess[f"group {regime.first}+"] = one_pass + 0.5 * regime.group * row
+                    guess[f"tile beyond {regime.first}+"] = 0.6 * regime.tile * row
                 for n in range(1, regime.tile):
                     guess[f"{n} beyond {regime.first}+"] = n * row
             elif regime.tile > 1:

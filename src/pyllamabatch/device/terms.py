@@ -7,9 +7,9 @@ A ubatch of n rows, o of them sampled, costs
     + c_base + c_head * [o > 0] + c_output * o + c_experts * e(n) + c_many * [n is many] + attention
 
 f_r(n) is (1, tiles of n, n), or where rows beyond full tiles go another way, in passes of their
-own, ([there is a group], [there are full tiles beyond groups], groups, full tiles beyond them,
-[1 row beyond those], [2 rows], ...). The tiles are those of other kernels that some of the weights
-go through. Only sampled rows pass the output matrix: h is between 0, where its time is c_head and
+own, (1, full tiles, [1 row beyond those], [2 rows], ...); where so many rows at once are a cheaper
+group, the first two are for fewer than that, and in their place come (1, groups, full tiles beyond
+them) for more. The tiles are those of other kernels that some of the weights go through. Only sampled rows pass the output matrix: h is between 0, where its time is c_head and
 c_output alone, and its share of the weights, where it behaves like the others; the fit chooses.
 e(n) = 1 - (1 - k/E)^n is the share of E experts that n rows with k each are expected to touch, if
 they choose evenly. Attention is
@@ -105,9 +105,9 @@ def tiles_of(tile: int, n: int) -> int:
 def parts(regime: Regime) -> tuple[str, ...]:
     """Names of a regime's terms."""
     if regime.rest == "each":
+        groups = ("groups", "group", "tile beyond") if regime.group else ()
         beyond = (f"{i} beyond" for i in range(1, regime.tile))
-        groups = ("any group", "pass", "group") if regime.group else ("pass",)
-        return (*groups, "full tile", *beyond)
+        return ("pass", "full tile", *groups, *beyond)
     return ("pass", "tile", "row") if regime.tile > 1 else ("pass", "row")
 
 
@@ -119,8 +119,9 @@ def values_of(regime: Regime, n: int) -> tuple[float, ...]:
         if not regime.group:
             return (1.0, float(full), *each)
         groups, rest = divmod(n, regime.group)
-        tiles = rest // regime.tile
-        return (float(groups > 0), float(tiles > 0), float(groups), float(tiles), *each)
+        if not groups:
+            return (1.0, float(full), 0.0, 0.0, 0.0, *each)
+        return (0.0, 0.0, 1.0, float(groups), float(rest // regime.tile), *each)
     tiles = full + (beyond > 0)
     return (1.0, float(tiles), float(n)) if regime.tile > 1 else (1.0, float(n))
 

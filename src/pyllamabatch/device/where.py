@@ -235,7 +235,7 @@ def driver() -> str:
         text = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
         mac = platform.mac_ver()[0]
-        return f"macOS {mac}" if mac else platform.release()
+        return f"macOS {mac}" if mac else platform.release().split("-")[0]
     found = re.search(r"Kernel Module.*?(\d+\.\d+(?:\.\d+)?)", text)
     return f"NVIDIA {found.group(1)}" if found else text.splitlines()[0]
 
