@@ -272,6 +272,7 @@ class CostModel:
         the profile's). What the weights cost is the same in both layouts: the samples of the other
         one count half for that, and have attention of their own. Raises ArgumentError where it has
         too few samples (fewer than 4)."""
+        profile = _at_one_speed(profile, unified)
         chosen = profile.only(unified=unified).samples
         samples = _calm(chosen)
         if len(samples) < 4:
@@ -444,6 +445,22 @@ def _graphs_each(s: Sample, n_ubatch: int) -> int:
     several ubatches none finds its own."""
     n = len(split(s.rows, s.prefill, s.kv, s.n_seqs, n_ubatch, s.unified))
     return n if n > 1 else 0
+
+
+def _at_one_speed(profile: Profile, unified: bool) -> Profile:
+    """The other layout's samples as if the device had been as fast as when this one's were taken:
+    one sequence alone takes the same in both."""
+    alone = [s for s in profile.samples if s.n_seqs == 1 and s.n > 0]
+    here = {s.shape: s.seconds for s in alone if s.unified == unified}
+    ratios = [here[s.shape] / s.seconds for s in alone if s.unified != unified and s.shape in here]
+    if not ratios:
+        return profile
+    speed = float(np.median(ratios))
+    samples = (
+        s if s.unified == unified else replace(s, seconds=speed * s.seconds)
+        for s in profile.samples
+    )
+    return replace(profile, samples=tuple(samples))
 
 
 def _reused(samples: tuple[Sample, ...], n_ubatch: int) -> F64:

@@ -9,8 +9,9 @@ A ubatch of n rows, o of them sampled, costs
 f_r(n) is (1, tiles of n, n), or where rows beyond full tiles go another way, in passes of their
 own, (1, full tiles, [1 row beyond those], [2 rows], ...); where so many rows at once are a cheaper
 group, the first two are for fewer than that, and in their place come (1, groups, full tiles beyond
-them) for more. The tiles are those of other kernels that some of the weights go through. Only sampled rows pass the output matrix: h is between 0, where its time is c_head and
-c_output alone, and its share of the weights, where it behaves like the others; the fit chooses.
+them) for more. The tiles are those of other kernels that some of the weights go through. Only
+sampled rows pass the output matrix: h is between 0, where its time is c_head and c_output alone,
+and its share of the weights, where it behaves like the others; the fit chooses.
 e(n) = 1 - (1 - k/E)^n is the share of E experts that n rows with k each are expected to touch, if
 they choose evenly. Attention is
 
