@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pyllamabatch.device.cost import CostModel, held_out, split
-from pyllamabatch.device.profile import Key, Profile, Sample
+from pyllamabatch.device.profile import Key, Profile, Sample, shipped_profile
 from pyllamabatch.device.regimes import Kernels, Regime, kernels
 from pyllamabatch.device.terms import Terms, Ubatch, nnls
 from pyllamabatch.errors import ArgumentError, ProfileError
@@ -396,14 +396,14 @@ def test_kernels_for_many_rows_begin_with_a_cost() -> None:
     shapes += [(7 + c, c) for c in (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 505)]
     samples = [Sample(n, c, 0, n - c + (c > 0), True, seconds(n, c)) for n, c in shapes]
     cost = CostModel.fit(profile(samples, cpu))
-    assert cost.coefficients["many"] > 0.02
+    assert cost.coefficients["many"] > 0.015
     for c in (57, 121, 313, 441):
         assert cost.predict(7 + c, c, 0, 8) == pytest.approx(seconds(7 + c, c), rel=0.06)
 
 
 def test_rows_that_decode_pay_for_the_cells_of_all_where_attention_computes_tiles() -> None:
-    """As two x86 cores do: 60 streams of 128 cells decode in 463 ms and 64 in 868, of 512 cells in
-    2977; 64 rows of one prompt behind 512 cells take 324."""
+    """As two x86 cores do: 60 streams of 128 cells decode in 466 ms and 64 in 1041, of 512 cells in
+    3703; 64 rows of one prompt behind 512 cells take 331."""
     cpu = kernels("CPU", "Q4_K", features="AVX512")
 
     def seconds(decode: int, prompt: int, own: float) -> float:
@@ -429,8 +429,28 @@ def test_rows_that_decode_pay_for_the_cells_of_all_where_attention_computes_tile
     assert cost.predict(64, 0, 64 * 512, 64) > 2.5 * cost.predict(60, 0, 60 * 512, 60)
 
 
+def test_attention_that_no_sample_has_is_that_of_fewer_rows() -> None:
+    """Calibration has 32 streams at most: of 64 with cells of their own nothing is known."""
+    cpu = kernels("CPU", "Q4_K", features="AVX512")
+    samples = [
+        Sample(n, 0, n * own, n, False, 0.02 + 0.005 * n + 4e-6 * n * own)
+        for n in range(1, 33)
+        for own in (128, 1024)
+    ]
+    cost = CostModel.fit(profile(samples, cpu), unified=False)
+    longer = cost.predict(64, 0, 64 * 1024, 64) - cost.predict(64, 0, 64 * 128, 64)
+    assert longer == pytest.approx(64 * 896 * 4e-6, rel=0.05)
+
+
+def test_decoding_beside_a_prompt_does_not_hide_its_own_attention() -> None:
+    """The one x86 thread's profile has 64 rows and more only with prompts among them."""
+    cost = CostModel.fit(shipped_profile("x86-1-thread-qwen2-0.5b-q4_k_m"))
+    for own in (128, 512, 4096):
+        assert cost.predict(64, 0, 64 * own, 64) > cost.predict(60, 0, 60 * own, 60) * 0.9
+
+
 def test_the_first_group_of_rows_may_cost_more_than_those_behind_it() -> None:
-    """Two x86 cores, rows of one prompt: 16 take 91 ms, 32 take 149, 48 take 211."""
+    """Two x86 cores, rows of one prompt: 16 take 102 ms, 32 take 180, 48 take 215."""
     cpu = kernels("CPU", "Q4_K", features="AVX512")
 
     def seconds(n: int) -> float:

@@ -70,7 +70,7 @@ def test_clients_that_ask_again(cost: CostModel, n: int, gain: float) -> None:
     before, wait_before = run(cost, requests, COUNTED)
     now, wait = run(cost, requests, DEFAULT)
     assert now >= gain * before
-    assert wait <= 0.71 * wait_before
+    assert wait <= 0.71 * wait_before  # 0.70 of nine: the fewer slots are free, the less is paced
 
 
 @pytest.mark.parametrize("name", shipped_names())

@@ -31,7 +31,7 @@ from pyllamabatch.device.terms import (
 )
 from pyllamabatch.errors import ArgumentError, ProfileError
 
-_OTHER_LAYOUT = 0.5  # what a sample of the other cache layout counts
+_OTHER_LAYOUT = 0.5  # times the residuals of samples of the other cache layout
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the output matrix's share, that a fit tries for h
 _SLOWEST, _FASTEST = 4.0, 0.25  # times the model that refinement goes to
 
@@ -95,7 +95,7 @@ class CostModel:
         kernels, h = terms.kernels, terms.output_share
         passes = self._passes()
         base, head, output, experts, self._cell = values[:5]
-        all, own, all_many, own_many, all_prompt, own_prompt, begin = values[5:12]
+        all_few, own_few, all_many, own_many, all_prompt, own_prompt, begin = values[5:12]
         few = min(kernels.attention_from, n_ubatch + 1)
         many = n_ubatch + 1 - few
         self._body: list[float] = [
@@ -105,10 +105,10 @@ class CostModel:
         self._head: list[float] = [
             head * (n > 0) + output * n + h * t for n, t in enumerate(passes)
         ]
-        self._all: list[float] = [all] * few + [all_many] * many
-        self._own: list[float] = [own] * few + [own_many] * many
-        self._all_prompt: list[float] = [all] * few + [all_prompt] * many
-        self._own_prompt: list[float] = [own] * few + [own_prompt] * many
+        self._all: list[float] = [all_few] * few + [all_few + all_many] * many
+        self._own: list[float] = [own_few] * few + [own_few + own_many] * many
+        self._all_prompt: list[float] = [all_few] * few + [all_prompt] * many
+        self._own_prompt: list[float] = [own_few] * few + [own_prompt] * many
         self._regime = [0, *map(kernels.of, range(1, n_ubatch + 1))]
         jumps = kernels.edges(n_ubatch)
         self.edges = tuple(n for n in jumps if n + 1 in jumps or n == n_ubatch)
@@ -270,8 +270,8 @@ class CostModel:
     def fit(cls, profile: Profile, *, unified: bool = True, n_ubatch: int = 0) -> CostModel:
         """A model of a profile, in some milliseconds, for contexts of this layout and n_ubatch (0:
         the profile's). What the weights cost is the same in both layouts: the samples of the other
-        one count half for that, and have attention of their own. Raises ArgumentError where it has
-        too few samples (fewer than 4)."""
+        one count for that, as if they were half as exact, and have attention of their own. Raises
+        ArgumentError where it has too few samples (fewer than 4)."""
         profile = _at_one_speed(profile, unified)
         chosen = profile.only(unified=unified).samples
         samples = _calm(chosen)
@@ -385,6 +385,7 @@ class CostModel:
             if regime.rest == "each":
                 guess[f"full tile {regime.first}+"] = 0.6 * regime.tile * row
                 if regime.group:
+                    # each goes through the weights: no more for the first one
                     guess[f"group {regime.first}+"] = one_pass + 0.5 * regime.group * row
                     guess[f"tile beyond {regime.first}+"] = 0.6 * regime.tile * row
                 for n in range(1, regime.tile):
@@ -404,9 +405,9 @@ _STEP_MOST = 1.6  # a step that is further away counts as this
 
 def held_out(profile: Profile, *, unified: bool = True, parts: int = 5) -> list[float]:
     """Relative errors on samples of this layout that the fit has not seen: each is left out once,
-    with every `parts`-th one; none where they are too few. New graphs count where steps of that
-    shape have some. It says how good the model is, which
-    `CostModel.error` does not."""
+    with every `parts`-th one, and with what the other layout has of the same step; none where they
+    are too few. New graphs count where steps of that shape have some. It says how good the model
+    is, which `CostModel.error` does not."""
     known = [s for s in profile.samples if s.n > 0]
     samples = [s for s in known if s.unified == unified]
     others = [s for s in known if s.unified != unified]
@@ -415,7 +416,9 @@ def held_out(profile: Profile, *, unified: bool = True, parts: int = 5) -> list[
         kept = tuple(s for i, s in enumerate(samples) if i % parts != k)
         if len(kept) < 4:
             return []
-        cost = CostModel.fit(replace(profile, samples=(*kept, *others)), unified=unified)
+        out = {s.shape for s in samples[k::parts] if s.n_seqs == 1}  # the same step in both
+        kept += tuple(s for s in others if s.shape not in out)
+        cost = CostModel.fit(replace(profile, samples=kept), unified=unified)
         for s in samples[k::parts]:
             graphs = _graphs_each(s, profile.n_ubatch) * cost.new_graph.step
             predicted = cost.predict(*s.shape) + graphs
@@ -456,10 +459,12 @@ def _at_one_speed(profile: Profile, unified: bool) -> Profile:
     if not ratios:
         return profile
     speed = float(np.median(ratios))
-    samples = (
-        s if s.unified == unified else replace(s, seconds=speed * s.seconds)
-        for s in profile.samples
-    )
+
+    def scaled(s: Sample) -> Sample:
+        new, settle = (None if t is None else speed * t for t in (s.new, s.settle))
+        return replace(s, seconds=speed * s.seconds, new=new, settle=settle)
+
+    samples = (s if s.unified == unified else scaled(s) for s in profile.samples)
     return replace(profile, samples=tuple(samples))
 
 

@@ -82,7 +82,7 @@ class Kernels:
 
     def edges(self, limit: int) -> tuple[int, ...]:
         """Row counts where the cost may jump: the last row before, and the first row of, every
-        regime and tile, up to `limit`."""
+        regime, tile and kernel of attention, up to `limit`."""
         found = set()
         ends = [*(regime.first for regime in self.regimes[1:]), limit + 1]
         for regime, end in zip(self.regimes, ends, strict=True):
@@ -95,6 +95,7 @@ class Kernels:
         for tile in self.tiles:
             for edge in range(tile, limit + 1, tile):
                 found |= {edge, edge + 1}
+        found |= {self.attention_from - 1, self.attention_from}
         return tuple(sorted(n for n in found if 1 <= n <= limit))
 
 

@@ -19,9 +19,9 @@ they choose evenly. Attention is
 
 Where there are `Kernels.attention_from` rows or more, it has kernels that compute tiles of them;
 c_many is what beginning those costs. Rows of one prompt look at the same cells, and a tile skips
-the others; rows that decode look at different ones, and each pays for those of all in its tile. So
-there both have a c_all and a c_own of their own. With cells of each sequence's own there is no
-c_all. All c are >= 0.
+the others: they have a c_all and a c_own of their own. Rows that decode look at different cells,
+and each pays for those of all in its tile: a c_all and a c_own come on top of theirs. With cells of
+each sequence's own there is no c_all. All c are >= 0.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Terms:
         if n < self.kernels.attention_from:
             values += [*map(add, alone, prompt), 0.0, 0.0, 0.0, 0.0, 0.0]
         else:
-            values += [0.0, 0.0, *alone, *prompt, 1.0]
+            values += [*alone, *alone, *prompt, 1.0]
         h = self.output_share
         for tile in self.kernels.tiles:
             values.append((1 - h) * tiles_of(tile, n) + h * tiles_of(tile, out))
@@ -106,7 +106,7 @@ def tiles_of(tile: int, n: int) -> int:
 def parts(regime: Regime) -> tuple[str, ...]:
     """Names of a regime's terms."""
     if regime.rest == "each":
-        groups = ("groups", "group", "tile beyond") if regime.group else ()
+        groups = ("any group", "group", "tile beyond") if regime.group else ()
         beyond = (f"{i} beyond" for i in range(1, regime.tile))
         return ("pass", "full tile", *groups, *beyond)
     return ("pass", "tile", "row") if regime.tile > 1 else ("pass", "row")

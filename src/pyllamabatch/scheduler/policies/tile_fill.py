@@ -20,7 +20,8 @@ from .parts import LEAST_ROWS, Paced, TokenBudget
 from .sarathi import sarathi
 
 OVER = 0.05  # so much longer than its target a step may be for a full tile
-# What throughput may be lost to keep steps within their target: where no slot is free, and all are.
+# The share of throughput that may be lost to keep steps within their target: where no slot is
+# free, and where all are.
 LOSS, LOSS_FREE = 0.01, 0.075
 PER_DOUBLING = 4  # so many steps are looked at from one to that with twice its rows
 ENOUGH = 4  # batches of rows: where more wait, the last step of them does not matter
@@ -36,13 +37,13 @@ class TileFill:
 
     Of the steps within the target of `paced` it takes the widest that takes about as little as any
     of them, if that loses no more than 1% of the time; else the narrowest that loses no more. Where
-    slots are free it may be more, in proportion, up to 7.5% where all are: for so much of it nobody
-    else waits. (Near the device's limit requests pile up by what is lost: where one free slot
-    allowed all of the 7.5%, two x86 cores at 0.8 of it took 14% longer for each, simulated.) So
-    experts, which the first rows of a prompt all load, get more rows than the target allows. (M2
-    Ultra, gpt-oss-120b, simulated under load: pacing alone halves the throughput.) From half of
-    what `paced` allows, or one ubatch if that is fewer, to what is counted without a cost model. As
-    `paced` where there is none, or none that was measured.
+    slots are free more may be lost, in proportion to them, up to 7.5% if all were: fewer requests
+    wait for it. So experts, which the first rows of a prompt all load, get more rows than the
+    target allows. (M2 Ultra, gpt-oss-120b, simulated under load: pacing alone halves the
+    throughput. Near the device's limit requests pile up: with 7.5% for a single free slot, requests
+    took 14% longer on two x86 cores at 0.8 of it, simulated.) From half of what `paced` allows, or
+    one ubatch if that is fewer, to what is counted without a cost model. As `paced` where there is
+    none, or none that was measured.
 
     `reserve`: rows that are left free for each sequence that decodes, up to the edge (speculative
     ones of its own), where the batch has room for them and for some rows of prompts."""
