@@ -397,6 +397,7 @@ def test_kernels_for_many_rows_begin_with_a_cost() -> None:
     samples = [Sample(n, c, 0, n - c + (c > 0), True, seconds(n, c)) for n, c in shapes]
     cost = CostModel.fit(profile(samples, cpu))
     assert cost.coefficients["many"] > 0.015
+    assert cost.predict(7 + 48, 48, 0, 8) > cost.predict(7 + 57, 57, 0, 8)
     for c in (57, 121, 313, 441):
         assert cost.predict(7 + c, c, 0, 8) == pytest.approx(seconds(7 + c, c), rel=0.06)
 

@@ -94,8 +94,8 @@ class CostModel:
         # Tables by row count, so that `predict` is a few look-ups.
         kernels, h = terms.kernels, terms.output_share
         passes = self._passes()
-        base, head, output, experts, self._cell = values[:5]
-        all_few, own_few, all_many, own_many, all_prompt, own_prompt, begin = values[5:12]
+        base, head, output, experts, self._cell, *attention = values[: 4 + len(OF_LAYOUT)]
+        all_few, own_few, all_many, own_many, all_prompt, own_prompt, begin = attention
         few = min(kernels.attention_from, n_ubatch + 1)
         many = n_ubatch + 1 - few
         self._body: list[float] = [
@@ -282,7 +282,13 @@ class CostModel:
             s for s in profile.samples if s.n > 0 and s not in known and s.unified != unified
         )
         new_graph = _new_graph(samples, profile.n_ubatch)
-        seconds = np.concatenate([_reused(part, profile.n_ubatch) for part in (samples, others)])
+        theirs = _new_graph(others, profile.n_ubatch)
+        seconds = np.array(
+            [
+                *(_reused(s, new_graph.step, profile.n_ubatch) for s in samples),
+                *(_reused(s, theirs.step, profile.n_ubatch) for s in others),
+            ]
+        )
         spread = np.array([s.spread for s in (*samples, *others)])
         worth = np.array([1.0] * len(samples) + [_OTHER_LAYOUT] * len(others))
 
@@ -468,12 +474,9 @@ def _at_one_speed(profile: Profile, unified: bool) -> Profile:
     return replace(profile, samples=tuple(samples))
 
 
-def _reused(samples: tuple[Sample, ...], n_ubatch: int) -> F64:
-    """Their seconds without the graphs that were new at every step."""
-    each = _new_graph(samples, n_ubatch).step
-    return np.array(
-        [s.seconds - min(_graphs_each(s, n_ubatch) * each, 0.5 * s.seconds) for s in samples]
-    )
+def _reused(s: Sample, each: float, n_ubatch: int) -> float:
+    """Its seconds without the graphs that were new at every step, which took `each`."""
+    return s.seconds - min(_graphs_each(s, n_ubatch) * each, 0.5 * s.seconds)
 
 
 def _design(

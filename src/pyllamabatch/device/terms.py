@@ -36,8 +36,17 @@ import numpy.typing as npt
 from pyllamabatch.device.regimes import Kernels, Regime
 
 F64 = npt.NDArray[np.float64]
-ATTENTION = ("all", "own", "all many", "own many", "all prompt", "own prompt")
-OF_LAYOUT = ("cells", *ATTENTION, "many")  # what differs between cells that are shared and streams
+# What differs between cells that are shared and streams: attention.
+OF_LAYOUT = (
+    "cells",
+    "all",
+    "own",
+    "all many",
+    "own many",
+    "all prompt",
+    "own prompt",
+    "many",
+)
 
 
 class Ubatch(NamedTuple):
@@ -136,7 +145,7 @@ class Fit(NamedTuple):
     covariance: F64
 
 
-def fit(design: F64, seconds: F64, spread: F64, worth: F64 | float = 1.0, n_rounds: int = 6) -> Fit:
+def fit(design: F64, seconds: F64, spread: F64, worth: F64, n_rounds: int) -> Fit:
     """Least squares of relative errors with coefficients >= 0, outliers weighed down (Huber) in
     `n_rounds` rounds.
 
