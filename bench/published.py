@@ -29,14 +29,14 @@ from pyllamabatch.device.regimes import Kernels, Regime, kernels
 PROFILES = REPOSITORY / "src" / "pyllamabatch" / "device" / "profiles"
 Step = tuple[int, int, float, int]  # rows, prefill, kv, n_seqs
 
-# What the models' own configurations say: weights, experts, experts that a row uses.
+# What the models' own configurations say: weights, experts, experts that a row uses, window.
 MODELS = {
-    "gpt-oss-20b": ("MXFP4", 32, 4),
-    "gpt-oss-120b": ("MXFP4", 128, 4),
-    "qwen3-coder-30b-a3b-instruct-q8_0": ("Q8_0", 128, 8),
-    "qwen2.5-coder-7b-q8_0": ("Q8_0", 0, 0),
-    "gemma-3-4b-it-qat": ("Q4_0", 0, 0),
-    "glm-4.7-flash": ("Q8_0", 64, 4),
+    "gpt-oss-20b": ("MXFP4", 32, 4, 128),
+    "gpt-oss-120b": ("MXFP4", 128, 4, 128),
+    "qwen3-coder-30b-a3b-instruct-q8_0": ("Q8_0", 128, 8, 0),
+    "qwen2.5-coder-7b-q8_0": ("Q8_0", 0, 0, 0),
+    "gemma-3-4b-it-qat": ("Q4_0", 0, 0, 1024),
+    "glm-4.7-flash": ("Q8_0", 64, 4, 0),
 }
 
 
@@ -63,7 +63,7 @@ def profiles(text: str, source: str, device: str, backend: str) -> dict[str, Pro
     for part in re.split(r"^## (?=\S+/)", text, flags=re.MULTILINE)[1:]:
         full = part.split(maxsplit=1)[0]
         name = full.split("/")[1].lower().removesuffix("-gguf")
-        kind, n_expert, n_used = MODELS[name]
+        kind, n_expert, n_used, n_swa = MODELS[name]
         settings = dict(re.findall(r"(\w+) = (-?\d+)", part))
         build = re.findall(r"^build: (.*)$", part, flags=re.MULTILINE)[0]
         about: dict[str, Any] = {
@@ -78,6 +78,7 @@ def profiles(text: str, source: str, device: str, backend: str) -> dict[str, Pro
             int(settings["n_ubatch"]),
             n_expert=n_expert,
             n_expert_used=n_used,
+            n_swa=n_swa,
             about=about,
         )
     return found

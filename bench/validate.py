@@ -244,7 +244,7 @@ def run(options: argparse.Namespace, engine: Engine, load: float) -> tuple[Valid
 
 def rows_of(about: dict[str, Any], found: Validation, n: int, load: float) -> Iterator[schema.Row]:
     """One of the live run, one of each simulation, one of each kind of steps."""
-    decode, prompt, overhead, latency = (list(each) for each in zip(*found.speeds, strict=True))
+    decode, prompt, graph, overhead, latency = (list(e) for e in zip(*found.speeds, strict=True))
     detail = {
         "load": load,
         "requests": n,
@@ -252,7 +252,7 @@ def rows_of(about: dict[str, Any], found: Validation, n: int, load: float) -> It
         "overhead_ms": 1e3 * median(overhead),
         "latency_ms": 1e3 * median(latency),
     }
-    for name, each in (("decode", decode), ("prompt", prompt)):
+    for name, each in (("decode", decode), ("prompt", prompt), ("graph", graph)):
         detail |= {f"{name} slowest": max(each), f"{name} fastest": min(each)}
     live = {name: found.live[name] for name in COMPARED}
     yield row(about, "live", "the engine, in real time", found.live["duration"], detail | live)

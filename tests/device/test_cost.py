@@ -7,34 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from made_up_profiles import CUDA, H200, KNOWN, error, h200, made_up, profile
 
-from pyllamabatch.device.cost import CostModel, held_out, split
-from pyllamabatch.device.profile import Key, Profile, Sample, shipped_profile
+from pyllamabatch.device.cost import CostModel, held_out
+from pyllamabatch.device.profile import Key, Profile, Sample
 from pyllamabatch.device.regimes import Kernels, Regime, kernels
 from pyllamabatch.device.terms import Terms, Ubatch, nnls
 from pyllamabatch.errors import ArgumentError, ProfileError
-
-CUDA = kernels("CUDA", "Q4_K")
-
-# Step times of an NVIDIA H200 (ms) by rows, Gemma-3-1B's shape in Q4_K_M, 128 cells each.
-H200 = {
-    1: 2.06, 2: 2.13, 3: 2.19, 4: 2.34, 5: 2.58, 6: 2.75, 7: 2.89, 8: 3.05, 9: 4.03, 10: 4.23,
-    12: 4.27, 14: 4.38, 16: 4.42, 17: 4.73, 20: 4.86, 24: 5.02, 28: 5.36, 32: 5.52, 33: 5.81,
-    40: 6.11, 48: 6.64, 56: 7.47, 64: 7.89,
-}  # fmt: skip
-
-
-def profile(samples: list[Sample], known: Kernels = CUDA, share: float = 0.0) -> Profile:
-    return Profile(Key("device", "CUDA", "model"), known, tuple(samples), 512, share)
-
-
-def h200() -> list[Sample]:
-    return [Sample(n, 0, 128 * n, n, True, ms / 1e3) for n, ms in H200.items()]
-
-
-def error(cost: CostModel, sample: Sample) -> float:
-    predicted = cost.predict(sample.rows, sample.prefill, sample.kv, sample.n_seqs)
-    return abs(predicted / sample.seconds - 1)
 
 
 def test_h200_held_out() -> None:
@@ -52,31 +31,6 @@ def test_h200_edge() -> None:
     eight, nine = cost.predict(8, 0, 9 * 128, 8), cost.predict(9, 0, 9 * 128, 9)
     assert nine / eight > 1.25
     assert 8 / eight > 1.1 * 9 / nine
-
-
-def device(rows: int, prefill: int, kv: float, n_seqs: int) -> float:
-    """A made-up device: a pass, tiles of 8, sampled rows, attention to own cells."""
-    own = kv / n_seqs
-    chunks = n_seqs - rows + prefill
-    reads = rows * own + (prefill**2 / 2 / chunks if prefill else 0.0)
-    tiles = -(-rows // 8)
-    return 2e-3 + 3e-4 * tiles + 5e-5 * (rows - prefill) + 2e-7 * reads
-
-
-def made_up(seed: int, noise: float = 0.02) -> list[Sample]:
-    random = np.random.default_rng(seed)
-    found = []
-    for _ in range(120):
-        decode, depth = int(random.integers(0, 33)), int(random.integers(0, 2000))
-        chunk = int(random.integers(1, 400)) if decode == 0 or random.random() < 0.5 else 0
-        n_seqs = decode + (chunk > 0)
-        shape = (decode + chunk, chunk, depth * n_seqs, n_seqs)
-        seconds = device(*shape) * float(random.normal(1, noise))
-        found.append(Sample(*shape, True, seconds, 0.01, 5))
-    return found
-
-
-KNOWN = Kernels((Regime(1, 8),))
 
 
 def test_recovers_a_device() -> None:
@@ -118,7 +72,7 @@ def test_predict_agrees_with_the_terms() -> None:
     for unified in (True, False):
         cost = CostModel.fit(profile(h200() + made_up(7), share=0.3), unified=unified)
         for shape in ((5, 0, 640, 5), (64, 60, 2000, 5), (700, 690, 3000, 11), (96, 96, 0, 2)):
-            parts = split(*shape, 512, unified)
+            parts = cost.terms.split(*shape, 512)
             formula = sum(
                 float(np.dot(cost.terms.of(part), list(cost.coefficients.values())))
                 for part in parts
@@ -198,79 +152,14 @@ def test_steps_of_several_ubatches_make_their_graphs_each_time() -> None:
     assert max(held_out(plain, unified=False)) < 0.03
 
 
-def test_one_sequence_alone_is_the_same_in_both_layouts() -> None:
-    """What only the other layout has of it fills a hole: on an NVIDIA H200 a regime begins at 128
-    rows, and with 128 and 512 alone the steps between were thought to take as long as 512."""
-
-    def seconds(n: int) -> float:
-        return 6e-3 + 2e-5 * n
-
-    def prompts(unified: bool, *rows: int) -> list[Sample]:
-        return [Sample(n, n, 0, 1, unified, seconds(n)) for n in rows]
-
-    decode = [Sample(n, 0, 128 * n, n, False, 2e-3 + 1e-4 * n) for n in (1, 2, 4, 8)]
-    streams = [*decode, *prompts(False, 32, 64, 128, 512)]
-    alone = profile([*streams, *prompts(True, 192, 256, 384, 512)])
-    several = [replace(s, n_seqs=2) for s in prompts(True, 192, 256, 384)]
-    assert alone.only(unified=False).samples == (*streams, *prompts(True, 192, 256, 384))
-    assert profile([*streams, *several]).only(unified=False).samples == tuple(streams)
-    cost = CostModel.fit(alone, unified=False)
-    assert cost.predict(224, 224, 0, 1) == pytest.approx(seconds(224), rel=0.05)
-    # What was only measured while others used the device is a hole, too, and fills none.
-    disturbed = replace(prompts(False, 192)[0], n=0, seconds=1.0)
-    (calm,) = prompts(True, 192)
-    assert calm in profile([*streams, disturbed, calm]).only(unified=False).samples
-    assert profile([*streams, replace(calm, n=0)]).only(unified=False).samples == tuple(streams)
-
-
-def test_weights_cost_the_same_in_both_layouts_and_attention_does_not() -> None:
-    """Five to seven rows were measured with shared cells alone."""
-    cpu = kernels("CPU", "Q4_K", features="AVX512")
-    beyond = (0.0, 0.021, 0.024, 0.031)
-
-    def seconds(n: int, own: float, unified: bool) -> float:
-        weights = 0.02 + 0.028 * (n // 4) + beyond[n % 4]
-        return weights + n * own * (2e-6 + 1.5e-6 * n if unified else 3.5e-6)
-
-    def samples(unified: bool, *rows: int) -> list[Sample]:
-        return [
-            Sample(n, 0, n * own, n, unified, seconds(n, own, unified))
-            for n in rows
-            for own in (128, 1024)
-        ]
-
-    both = profile([*samples(True, *range(1, 13)), *samples(False, 1, 4, 8, 12)], cpu)
-    for unified in (True, False):
-        cost = CostModel.fit(both, unified=unified)
-        for n in (5, 6, 7):
-            expected = seconds(n, 512, unified)
-            assert cost.predict(n, 0, 512 * n, n) == pytest.approx(expected, rel=0.03)
-    assert max(held_out(both, unified=False)) < 0.1
-    # The device was a fifth slower when it was measured with shared cells.
-    slow = [replace(s, seconds=1.2 * s.seconds) for s in samples(True, *range(1, 13))]
-    cost = CostModel.fit(profile([*slow, *samples(False, 1, 4, 8, 12)], cpu), unified=False)
-    for n in (5, 6, 7):
-        expected = seconds(n, 512, False)
-        assert cost.predict(n, 0, 512 * n, n) == pytest.approx(expected, rel=0.03)
-
-
-def test_held_out_of_a_layout_is_about_its_own_samples() -> None:
-    """The other one's help to fit, and are not counted."""
-    alone = Sample(100, 100, 0, 1, False, 1.0)
-    both = profile([*h200(), *(replace(s, unified=False) for s in h200()), alone])
-    assert alone in both.only(unified=True).samples
-    assert len(held_out(both, unified=True)) == len(h200())
-    assert len(held_out(both, unified=False)) == len(h200()) + 1
-    assert held_out(profile([*h200(), alone]), unified=False) == []
-
-
 def test_split() -> None:
-    assert split(0, 0, 0, 0, 512, True) == []
-    assert split(5, 0, 50, 5, 512, True) == [Ubatch(5, 5, 5, 50, 50, 0)]
-    first, second = split(600, 590, 0, 11, 512, True)
+    shared, apart = (Terms(KNOWN, 0.0, unified) for unified in (True, False))
+    assert shared.split(0, 0, 0, 0, 512) == []
+    assert shared.split(5, 0, 50, 5, 512) == [Ubatch(5, 5, 5, 50, 50, 0)]
+    first, second = shared.split(600, 590, 0, 11, 512)
     assert (first.rows, first.sampled, second.rows, second.sampled) == (512, 10, 88, 1)
     # cells of each sequence's own: those that decode, then the prompt
-    first, second = split(104, 100, 0, 5, 512, False)
+    first, second = apart.split(104, 100, 0, 5, 512)
     assert (first.rows, first.sampled, second.rows, second.sampled) == (4, 4, 100, 1)
 
 
@@ -379,75 +268,6 @@ def test_prior_learns_its_level() -> None:
             cost.observe(n, 0, 128 * n, n, H200[n] / 1e3)
     for n in (1, 4, 8, 16, 32):
         assert cost.predict(n, 0, 128 * n, n) == pytest.approx(H200[n] / 1e3, rel=0.5)
-
-
-def test_kernels_for_many_rows_begin_with_a_cost() -> None:
-    """Two x86 cores with AMX, prompt rows beside 7 that decode (ms): 48 take longer than 57, as
-    attention for 64 rows and more is another kernel, which costs 66 ms to begin."""
-    cpu = kernels("CPU", "Q4_K", features="AVX512")
-    assert cpu.attention_from == 64
-
-    def seconds(n: int, prompt: int) -> float:
-        return (
-            0.02 + (0.006 if n < 64 else 0.0038) * n + (0.066 if n >= 64 else 0.0) + 1e-4 * prompt
-        )
-
-    shapes = [(n, 0) for n in (1, 2, 3, *range(4, 33), 48, 60, 64)]
-    shapes += [(7 + c, c) for c in (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 505)]
-    samples = [Sample(n, c, 0, n - c + (c > 0), True, seconds(n, c)) for n, c in shapes]
-    cost = CostModel.fit(profile(samples, cpu))
-    assert cost.coefficients["many"] > 0.015
-    assert cost.predict(7 + 48, 48, 0, 8) > cost.predict(7 + 57, 57, 0, 8)
-    for c in (57, 121, 313, 441):
-        assert cost.predict(7 + c, c, 0, 8) == pytest.approx(seconds(7 + c, c), rel=0.06)
-
-
-def test_rows_that_decode_pay_for_the_cells_of_all_where_attention_computes_tiles() -> None:
-    """As two x86 cores do: 60 streams of 128 cells decode in 466 ms and 64 in 1041, of 512 cells in
-    3703; 64 rows of one prompt behind 512 cells take 331."""
-    cpu = kernels("CPU", "Q4_K", features="AVX512")
-
-    def seconds(decode: int, prompt: int, own: float) -> float:
-        n, n_seqs = decode + prompt, decode + (prompt > 0)
-        weights = 0.03 + 0.005 * n
-        if n < 64:
-            return weights + 6e-6 * (decode * own + prompt * (own + prompt / 2))
-        return weights + 1.2e-6 * decode * n_seqs * own + 2e-6 * prompt * (own + prompt / 2)
-
-    shapes = [(n, 0, own) for n in (*range(1, 33), 48, 60) for own in (128, 1024)]
-    shapes += [(64, 0, own) for own in (128, 512, 1024)]
-    shapes += [(8, c, own) for c in (8, 32, 120, 248, 504) for own in (128, 1024)]
-    shapes += [(0, c, own) for c in (16, 32, 64, 128, 256, 512) for own in (0, 512)]
-    samples = [
-        Sample(d + c, c, (d + (c > 0)) * own, d + (c > 0), True, seconds(d, c, own))
-        for d, c, own in shapes
-    ]
-    cost = CostModel.fit(profile(samples, cpu))
-    for d, c, own in ((64, 0, 256), (60, 0, 512), (8, 440, 512), (0, 384, 256)):
-        n_seqs = d + (c > 0)
-        found = cost.predict(d + c, c, n_seqs * own, n_seqs)
-        assert found == pytest.approx(seconds(d, c, own), rel=0.06)
-    assert cost.predict(64, 0, 64 * 512, 64) > 2.5 * cost.predict(60, 0, 60 * 512, 60)
-
-
-def test_attention_that_no_sample_has_is_that_of_fewer_rows() -> None:
-    """Calibration has 32 streams at most: of 64 with cells of their own nothing is known."""
-    cpu = kernels("CPU", "Q4_K", features="AVX512")
-    samples = [
-        Sample(n, 0, n * own, n, False, 0.02 + 0.005 * n + 4e-6 * n * own)
-        for n in range(1, 33)
-        for own in (128, 1024)
-    ]
-    cost = CostModel.fit(profile(samples, cpu), unified=False)
-    longer = cost.predict(64, 0, 64 * 1024, 64) - cost.predict(64, 0, 64 * 128, 64)
-    assert longer == pytest.approx(64 * 896 * 4e-6, rel=0.05)
-
-
-def test_decoding_beside_a_prompt_does_not_hide_its_own_attention() -> None:
-    """The one x86 thread's profile has 64 rows and more only with prompts among them."""
-    cost = CostModel.fit(shipped_profile("x86-1-thread-qwen2-0.5b-q4_k_m"))
-    for own in (128, 512, 4096):
-        assert cost.predict(64, 0, 64 * own, 64) > cost.predict(60, 0, 60 * own, 60) * 0.9
 
 
 def test_the_first_group_of_rows_may_cost_more_than_those_behind_it() -> None:

@@ -203,3 +203,106 @@ def test_sharing_and_keeping_balance(operations: list[tuple[str, int, int, int]]
             del mine[left:]
             cells.kept[slot] = kept and left > 0
         cells.check(ledger)
+
+
+class Pool:
+    """What libllama does with a pool of cells (src/llama-kv-cache.cpp: `find_slot`, `seq_rm`)."""
+
+    def __init__(self, n_cells: int) -> None:
+        self.owner = np.full(n_cells, -1)
+        self.head = 0
+
+    def take(self, slots: list[int]) -> None:
+        """A row for each."""
+        n, at = len(slots), self.head
+        if at > (self.owner >= 0).sum() + 2 * n:
+            at = 0
+        for slot in slots:
+            while self.owner[at % len(self.owner)] >= 0:
+                at += 1
+            self.owner[at % len(self.owner)] = slot
+            at += 1
+        self.head = (at - 1) % len(self.owner) + 1
+
+    def release(self, slot: int) -> None:
+        at = (self.owner == slot).nonzero()[0]
+        self.owner[at] = -1
+        self.head = min(self.head, int(at[0]))
+
+    @property
+    def reach(self) -> int:
+        """`used_max_p1`"""
+        held = (self.owner >= 0).nonzero()[0]
+        return int(held[-1]) + 1 if len(held) else 0
+
+
+@pytest.mark.parametrize("n_seqs", [2, 8, 32])
+def test_reach_is_about_where_libllama_s_cells_end(n_seqs: int) -> None:
+    """Prompts of 20 to 200 tokens, answers of 10 to 100, all slots in use: within 2% on average,
+    where those in use alone are a twelfth fewer, or more."""
+    random = np.random.default_rng(n_seqs)
+    ledger, pool = KvLedger(n_seqs * 300, n_seqs), Pool(n_seqs * 300)
+    left = [0] * n_seqs
+    found = []
+    for _ in range(2000):
+        for slot in range(n_seqs):
+            if left[slot] == 0:
+                n_prompt, left[slot] = random.integers(20, 200), int(random.integers(10, 100))
+                ledger.take(slot, int(n_prompt))
+                pool.take([slot] * n_prompt)
+        ledger.take_each(np.arange(n_seqs))
+        pool.take([*range(n_seqs)])
+        found.append((ledger.used, ledger.reach, pool.reach))
+        for slot in range(n_seqs):
+            left[slot] -= 1
+            if left[slot] == 0:
+                ledger.release(slot)
+                pool.release(slot)
+    used, reach, exact = np.mean(found[100:], axis=0)
+    assert reach == pytest.approx(exact, rel=0.02)
+    assert used < 0.93 * exact
+    off = [abs(r / e - 1) for _, r, e in found[100:]]
+    assert np.mean(off) < 0.06
+
+
+def test_reach() -> None:
+    ledger = KvLedger(100, 4)
+    assert ledger.reach == 0
+    ledger.take(0, 30)
+    ledger.take(1, 20)
+    assert ledger.reach == 50
+    assert ledger.release(0) == 30
+    assert (ledger.used, ledger.reach) == (20, 50)
+    ledger.take(2, 10)  # into the hole
+    assert (ledger.used, ledger.reach) == (30, 50)
+    ledger.release(1)
+    assert 10 <= ledger.reach < 50
+    ledger.take(3, 90)
+    assert (ledger.used, ledger.reach) == (100, 100)
+    for slot in (2, 3):
+        ledger.release(slot)
+    assert ledger.reach == 0
+
+
+def test_who_shares_a_beginning_reaches_as_far() -> None:
+    ledger = KvLedger(100, 4)
+    ledger.take(0, 30)
+    ledger.share(0, 1, 10)
+    ledger.take(1, 5)
+    ledger.release(0)
+    assert (ledger.used, ledger.reach) == (15, 35)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40)), max_size=60))
+def test_reach_is_never_less_than_what_is_used(moves: list[tuple[int, int]]) -> None:
+    """And never more than there is."""
+    ledger = KvLedger(100, 4)
+    for slot, n in moves:
+        if n % 3 and ledger.room(slot) >= n:
+            ledger.take(slot, n)
+        elif ledger.held(slot):
+            ledger.trim(slot, 0 if n % 2 else ledger.held(slot) // 2)
+        assert ledger.used <= ledger.reach <= 100
+        if ledger.used == 0:
+            assert ledger.reach == 0

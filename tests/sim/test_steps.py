@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pyllamabatch.device.cost import NewGraph
-from pyllamabatch.sim.validate import Validator, own_cells, steps_of
+from pyllamabatch.sim.validate import Validator, own_cells, reaches, steps_of
 from pyllamabatch.trace import trace_dtype
 
 
@@ -31,19 +31,40 @@ def test_cells_of_those_that_have_rows() -> None:
     assert own_cells(table).tolist() == [0, 0, 30, 20, 31 + 25, 0, 32 + 40]
 
 
+def test_reaches_are_the_ledger_s() -> None:
+    """Two prompts, two steps of both; the first one ends, and the other goes on in its holes; then
+    a third in its slot."""
+    steps: list[tuple[dict[int, int], dict[int, int]]] = [
+        ({0: 7, 1: 8}, {0: 30, 1: 20}),
+        ({0: 7, 1: 8}, {}),
+        ({0: 7, 1: 8}, {}),
+        ({1: 8}, {}),
+        ({0: 9}, {0: 40}),
+        ({0: 9, 1: 8}, {}),
+    ]
+    table = np.zeros(len(steps), dtype=trace_dtype(3))
+    for row, (ids, chunks) in zip(table, steps, strict=True):
+        for slot, id in ids.items():
+            row["ids"][slot] = id
+        for slot, n in chunks.items():
+            row["chunk"][slot] = n
+    # 32 cells of the first one are free then: 1 and 31 of the 40 go there
+    assert reaches(table).tolist() == [0, 50, 52, 54, 54, 63]
+
+
 class Costs:
     """A millisecond a row, half of one more for a new graph, and one in the two steps behind it."""
 
-    unified = True
+    unified, dense = True, False
     new_graph = NewGraph(0.0005, 0.001)
 
     def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
         return 0.001 * rows
 
 
-def traced(factor: float) -> Any:
+def traced(factor: float, graph: float = 1.0) -> Any:
     """A prompt of 64 rows and two answers, four steps of two rows and then of one, on a device that
-    takes `factor` times what the model says beside the graphs."""
+    takes `factor` times what the model says beside the graphs, and `graph` times for those."""
     table = np.zeros(9, dtype=trace_dtype(2))
     table["rows"] = [64, 2, 2, 2, 2, 1, 1, 1, 1]
     table["prefill_rows"] = [64, *[0] * 8]
@@ -53,23 +74,24 @@ def traced(factor: float) -> Any:
     table["ids"][:, 0] = 7
     table["reused"] = [0, 0, 1, 1, 1, 0, 1, 1, 1]
     seconds = factor * 0.001 * table["rows"]
-    seconds[[0, 1, 5]] += 0.0005
-    seconds[[2, 3, 6, 7]] += 0.0005
+    seconds[[0, 1, 5]] += graph * 0.0005
+    seconds[[2, 3, 6, 7]] += graph * 0.0005
     table["decode_ns"] = np.round(1e9 * seconds)
     return table
 
 
-@pytest.mark.parametrize("factor", [0.8, 1.0, 1.7])
-def test_what_graphs_cost_is_no_part_of_a_device_s_speed(factor: float) -> None:
-    table, cost = traced(factor), Costs()
+@pytest.mark.parametrize(("factor", "graph"), [(0.8, 1.0), (1.0, 1.4), (1.7, 0.5)])
+def test_graphs_have_a_speed_of_their_own(factor: float, graph: float) -> None:
+    table, cost = traced(factor, graph), Costs()
     steps = steps_of(table, cost, 512)  # type: ignore[arg-type]
     assert steps.new.tolist() == [1, 1, 0, 0, 0, 1, 0, 0, 0]
     assert steps.behind.tolist() == [False, False, True, True, False, False, True, True, False]
     probed: Any = SimpleNamespace(_cost=cost, engine=SimpleNamespace(n_ubatch=512))
-    assert Validator._ratios(probed, table) == pytest.approx((factor, factor))
+    assert Validator._ratios(probed, table) == pytest.approx((factor, factor, graph), rel=1e-5)
     short = table[:3]  # nothing has settled: what there is, then
-    decode, _ = Validator._ratios(probed, short)
-    assert decode == pytest.approx(factor + 0.25)
+    decode, _, unknown = Validator._ratios(probed, short)
+    assert decode == pytest.approx(factor + 0.25 * graph)
+    assert unknown == 1.0
 
 
 def test_rows_that_fill_gaps_are_computed_too() -> None:

@@ -90,7 +90,7 @@ def summary(profile: Profile) -> dict[str, Any]:
         unseen = held_out(profile, unified=unified)
         if not unseen:  # too few, or disturbed throughout
             continue
-        cost = CostModel.fit(profile, unified=unified)
+        cost = CostModel.fit(profile, unified=unified, swa_full=False)
         decode = {s.rows: s for s in reversed(samples) if s.prefill == 0}
         found["layouts"]["unified" if unified else "streams"] = {
             "held_out_median": round(float(np.median(unseen)), 4),

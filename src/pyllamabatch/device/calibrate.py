@@ -95,6 +95,7 @@ def calibrate(
         output_share=weights.output_share,
         n_expert=weights.n_expert,
         n_expert_used=weights.n_expert_used,
+        n_swa=model.n_swa,
         **found,
     )
 

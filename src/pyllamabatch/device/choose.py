@@ -22,7 +22,8 @@ def cost_of(context: Context) -> CostModel:
     if profile is not None and len(profile.samples) >= 4:
         if profile.key.distance(key):
             log.info("the profile was measured with %s", dict(profile.key.context))
-        return CostModel.fit(profile, unified=unified, n_ubatch=n_ubatch)
+        swa_full = bool(context.params["swa_full"])
+        return CostModel.fit(profile, unified=unified, n_ubatch=n_ubatch, swa_full=swa_full)
     model = context.model
     moe = f"{model.architecture}.expert_count" in model.metadata
     known = kernels(key.backend, where.file_type(model), moe=moe, features=where.cpu_features())

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from math import inf
 from operator import mul
 from typing import NamedTuple
 
@@ -33,6 +35,7 @@ from pyllamabatch.errors import ArgumentError, ProfileError
 
 _OTHER_LAYOUT = 0.5  # times the residuals of samples of the other cache layout
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the output matrix's share, that a fit tries for h
+_WINDOWED = (0.0, 0.5, 0.75, 0.875)  # that it tries for w
 _SLOWEST, _FASTEST = 4.0, 0.25  # times the model that refinement goes to
 
 
@@ -65,7 +68,7 @@ class CostModel:
     `observe` has seen some (`absolute`). `error`: median and 95th percentile of the relative error
     on the profile's own samples. `new_graph`: what it costs when the graph can't be reused.
     `edges`: row counts that end a tile or a kernel's range, up to n_ubatch: one row more may cost
-    a jump. `switch`: see `observe_switch`.
+    a jump. `dense`: see `Kernels`. `switch`: see `observe_switch`.
     """
 
     def __init__(
@@ -86,11 +89,14 @@ class CostModel:
         self.coefficients = dict(zip(terms.names, values, strict=True))
         self.n_ubatch = n_ubatch
         self.unified = terms.unified
+        self.dense = terms.kernels.dense
         self.calibrated = calibrated
         self.error = error
         self.switch: float | None = None if any(new_graph) else 0.0
         self._covariance = covariance
         self._residual = residual
+        self._windowed = terms.windowed
+        self._window = terms.window if terms.windowed else inf
         # Tables by row count, so that `predict` is a few look-ups.
         kernels, h = terms.kernels, terms.output_share
         passes = self._passes()
@@ -125,6 +131,9 @@ class CostModel:
         if rows > self.n_ubatch or rows == 0:
             return sum(map(self._time, self._split(rows, prefill, kv, n_seqs)))
         decode, own = rows - prefill, kv / (n_seqs or 1)
+        if own > self._window:
+            own -= self._windowed * (own - self._window)
+            kv = own * n_seqs
         if not prefill:
             return self._decodes(rows, kv, own)
         n_chunks = n_seqs - decode if n_seqs > decode else 1
@@ -183,7 +192,7 @@ class CostModel:
         return found
 
     def _split(self, rows: int, prefill: int, kv: float, n_seqs: int) -> list[Ubatch]:
-        return split(rows, prefill, kv, n_seqs, self.n_ubatch, self.unified)
+        return self.terms.split(rows, prefill, kv, n_seqs, self.n_ubatch)
 
     def _time(self, part: Ubatch) -> float:
         n, decode = part.rows, part.decode
@@ -255,23 +264,37 @@ class CostModel:
         turn."""
         return tuple(zip(self._scale, self._seen, strict=True))
 
-    def at_speed(self, decode: float, prompt: float) -> CostModel:
-        """The same device when it is slower (more than 1) or faster: steps that only decode, and
-        those with prompt rows, take so many times what this model says."""
+    def at_speed(self, decode: float, prompt: float, graph: float = 1.0) -> CostModel:
+        """The same device when it is slower (more than 1) or faster: steps that only decode, those
+        with prompt rows, and new graphs take so many times what this model says."""
         found = copy.copy(self)
         factors = [decode, prompt] * (len(self._scale) // 2)
         found._scale = list(map(mul, self._scale, factors))
         found._seen = [0] * len(self._seen)
+        step, settle = self.new_graph
+        found.new_graph = NewGraph(graph * step, graph * settle)
         return found
 
     # -- making one --
 
     @classmethod
-    def fit(cls, profile: Profile, *, unified: bool = True, n_ubatch: int = 0) -> CostModel:
+    def fit(
+        cls,
+        profile: Profile,
+        *,
+        unified: bool = True,
+        n_ubatch: int = 0,
+        swa_full: bool = True,
+    ) -> CostModel:
         """A model of a profile, in some milliseconds, for contexts of this layout and n_ubatch (0:
         the profile's). What the weights cost is the same in both layouts: the samples of the other
-        one count for that, as if they were half as exact, and have attention of their own. Raises
-        ArgumentError where it has too few samples (fewer than 4)."""
+        one count for that, as if they were half as exact, and have attention of their own.
+
+        swa_full: the context's (libllama's default). Layers with a window then hold every cell, and
+        dense kernels compute them. Samples are of sequences of which they hold the window alone.
+
+        Raises ArgumentError where it has too few samples (fewer than 4)."""
+        all_cells = swa_full and profile.kernels.dense
         profile = _at_one_speed(profile, unified)
         chosen = profile.only(unified=unified).samples
         samples = _calm(chosen)
@@ -292,28 +315,40 @@ class CostModel:
         spread = np.array([s.spread for s in (*samples, *others)])
         worth = np.array([1.0] * len(samples) + [_OTHER_LAYOUT] * len(others))
 
-        terms = Terms(profile.kernels, 0.0, unified, profile.n_expert, profile.n_expert_used)
-        apart, like = (
-            _design(replace(terms, output_share=h), samples, others, profile.n_ubatch)
-            for h in (0.0, 1.0)
+        terms = Terms(
+            profile.kernels,
+            0.0,
+            unified,
+            profile.n_expert,
+            profile.n_expert_used,
+            profile.n_swa,
+        )
+        plain, all_share, all_window = (
+            _design(each, samples, others, profile.n_ubatch)
+            for each in (terms, replace(terms, output_share=1.0), replace(terms, windowed=1.0))
         )
 
-        def attempt(share: float, n_rounds: int) -> Fit:
-            design = (1 - share) * apart + share * like
+        def attempt(share: float, windowed: float, n_rounds: int) -> Fit:
+            design = plain + share * (all_share - plain) + windowed * (all_window - plain)
             found, n = fit(design, seconds, spread, worth, n_rounds), len(terms.names)
             return Fit(
                 found.coefficients[:n], found.residuals[: len(samples)], found.covariance[:n, :n]
             )
 
-        shares = (
-            [profile.output_share * part for part in _SHARES] if profile.output_share else [0.0]
-        )
-        quick = [np.abs(attempt(share, 2).residuals).clip(0, 0.2).mean() for share in shares]
-        share = shares[int(np.argmin(quick))]
-        found = attempt(share, 6)
+        def best(tried: Sequence[float], attempt: Callable[[float], Fit]) -> float:
+            if len(tried) == 1:
+                return tried[0]
+            errors = [np.abs(attempt(x).residuals).clip(0, 0.2).mean() for x in tried]
+            return tried[int(np.argmin(errors))]
+
+        shares = sorted({profile.output_share * part for part in _SHARES})
+        share = best(shares, lambda x: attempt(x, 0.0, 2))
+        deep = profile.n_swa > 0 and (all_window != plain).any()
+        windowed = best(_WINDOWED if deep else (0.0,), lambda x: attempt(share, x, 2))
+        found = attempt(share, windowed, 6)
         errors = np.abs(found.residuals)
         return cls(
-            replace(terms, output_share=share),
+            replace(terms, output_share=share, windowed=0.0 if all_cells else windowed),
             found.coefficients,
             n_ubatch or profile.n_ubatch,
             covariance=found.covariance,
@@ -350,7 +385,9 @@ class CostModel:
                 raise ValueError(f"schema {data['schema']}, this version reads {SCHEMA}")
             given = data["terms"].pop("kernels")
             regimes = tuple(Regime(**regime) for regime in given["regimes"])
-            kernels = Kernels(regimes, given["attention_from"], tuple(given["tiles"]))
+            kernels = Kernels(
+                regimes, given["attention_from"], tuple(given["tiles"]), given["dense"]
+            )
             terms = Terms(kernels, **data["terms"])
             values = np.array([data["coefficients"][name] for name in terms.names], np.float64)
             covariance = data["covariance"]
@@ -424,7 +461,8 @@ def held_out(profile: Profile, *, unified: bool = True, parts: int = 5) -> list[
             return []
         out = {s.shape for s in samples[k::parts] if s.n_seqs == 1}  # the same step in both
         kept += tuple(s for s in others if s.shape not in out)
-        cost = CostModel.fit(replace(profile, samples=kept), unified=unified)
+        part = replace(profile, samples=kept)
+        cost = CostModel.fit(part, unified=unified, swa_full=False)  # as samples are
         for s in samples[k::parts]:
             graphs = _graphs_each(s, profile.n_ubatch) * cost.new_graph.step
             predicted = cost.predict(*s.shape) + graphs
@@ -452,7 +490,8 @@ def _new_graph(samples: tuple[Sample, ...], n_ubatch: int) -> NewGraph:
 def _graphs_each(s: Sample, n_ubatch: int) -> int:
     """Graphs that are new at every one of equal steps: libllama keeps the last one alone, so of
     several ubatches none finds its own."""
-    n = len(split(s.rows, s.prefill, s.kv, s.n_seqs, n_ubatch, s.unified))
+    apart = (s.rows - s.prefill, s.prefill) if s.prefill and not s.unified else (s.rows,)
+    n = sum(-(-rows // n_ubatch) for rows in apart)
     return n if n > 1 else 0
 
 
@@ -495,33 +534,6 @@ def _design(
 
 
 def _row(terms: Terms, s: Sample, n_ubatch: int) -> list[float]:
-    found = split(s.rows, s.prefill, s.kv, s.n_seqs, n_ubatch, s.unified)
+    found = terms.split(*s.shape, n_ubatch)
     values: list[float] = np.sum([terms.of(part) for part in found], axis=0).tolist()
     return values
-
-
-def split(
-    rows: int, prefill: int, kv: float, n_seqs: int, n_ubatch: int, unified: bool
-) -> list[Ubatch]:
-    """The ubatches that a step is computed in: n_ubatch rows each (src/llama-batch.cpp:
-    `split_simple`); with cells of each sequence's own those that decode apart from the prompts
-    (`Step.parts`)."""
-    if rows == 0:
-        return []
-    decode = rows - prefill
-    n_chunks = n_seqs - decode if n_seqs > decode else 1
-    own = kv / (n_seqs or 1)
-    found: list[Ubatch] = []
-    if not unified and decode and prefill:
-        found.append(Ubatch(decode, decode, decode, kv, decode * own))
-        rows, decode = prefill, 0
-    done = 0  # prompt rows
-    while rows:
-        n = min(rows, n_ubatch)
-        single, decode = min(decode, n), max(decode - n, 0)
-        chunk = n - single
-        of_prompts = chunk * (own + (done + chunk / 2) / n_chunks) if chunk else 0.0
-        sampled = min(n, single + n_chunks) if chunk and n == rows else single
-        found.append(Ubatch(n, single, sampled, kv, single * own, of_prompts))
-        kv, done, rows = kv + n, done + chunk, rows - n
-    return found

@@ -105,7 +105,8 @@ class Key:
 class Profile:
     """Raw samples and where they come from. `about`: driver, llama.cpp build, model facts, date,
     source; for people. `output_share`: the output matrix's part of the weights that a row passes.
-    `n_expert`, `n_expert_used`: of a mixture of experts, else 0."""
+    `n_expert`, `n_expert_used`: of a mixture of experts, else 0. `n_swa`: cells of the sliding
+    window that some of its layers have, else 0."""
 
     key: Key
     kernels: Kernels
@@ -114,6 +115,7 @@ class Profile:
     output_share: float = 0.0
     n_expert: int = 0
     n_expert_used: int = 0
+    n_swa: int = 0
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def only(self, *, unified: bool) -> Profile:
@@ -135,9 +137,10 @@ class Profile:
         head["kernels"] = {
             "attention_from": self.kernels.attention_from,
             "tiles": list(self.kernels.tiles),
+            "dense": self.kernels.dense,
             "regimes": [asdict(regime) for regime in self.kernels.regimes],
         }
-        for name in ("n_ubatch", "output_share", "n_expert", "n_expert_used"):
+        for name in ("n_ubatch", "output_share", "n_expert", "n_expert_used", "n_swa"):
             head[name] = getattr(self, name)
         head["fields"] = list(_SAMPLE_FIELDS)
         text = json.dumps(head, indent=1)[:-2]
@@ -155,6 +158,7 @@ class Profile:
                 tuple(Regime(**regime) for regime in data["kernels"]["regimes"]),
                 data["kernels"]["attention_from"],
                 tuple(data["kernels"].get("tiles", ())),
+                bool(data["kernels"].get("dense", False)),
             )
             samples = tuple(
                 Sample(**dict(zip(data["fields"], row, strict=True))) for row in data["samples"]
@@ -170,6 +174,7 @@ class Profile:
                 float(data["output_share"]),
                 int(data["n_expert"]),
                 int(data["n_expert_used"]),
+                int(data.get("n_swa", 0)),
                 data["about"],
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:

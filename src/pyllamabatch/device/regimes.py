@@ -70,11 +70,14 @@ class Regime:
 class Kernels:
     """The regimes of one backend for one kind of weights, in order of `first`, the first from one
     row. `attention_from`: rows from which attention has a kernel of its own for many rows. `tiles`:
-    rows that another kernel computes at once, from two on, which other weights of a file have."""
+    rows that another kernel computes at once, from two on, which other weights of a file have.
+    `dense`: attention computes all cells up to the last one that is held, those too that are free
+    or masked for its rows; other kernels leave blocks of them out."""
 
     regimes: tuple[Regime, ...]
     attention_from: int = 2**31
     tiles: tuple[int, ...] = ()
+    dense: bool = False
 
     def of(self, n: int) -> int:
         """Index of the regime that n rows fall into."""
@@ -139,14 +142,14 @@ def _cuda(weight_type: str) -> Kernels:
     if weight_type in ("F16", "BF16", "F32"):
         found = [Regime(1, kernel="mmvf"), Regime(2, kernel="mmvf, mmf"),
                  Regime(CUDA_MMF_MAX + 1, kernel="cuBLAS")]  # fmt: skip
-        return Kernels(tuple(found), CUDA_VEC_MAX + 1)
+        return Kernels(tuple(found), CUDA_VEC_MAX + 1, dense=True)
     found = [
         Regime(1, kernel="mmvq"),
         Regime(2, kernel="mmvq"),
         Regime(CUDA_VEC_MAX + 1, CUDA_TILE, kernel="mmq"),
         Regime(CUDA_TILE_MAX + 1, CUDA_TILE_MAX, kernel="mmq"),
     ]
-    return Kernels(tuple(found), CUDA_VEC_MAX + 1)
+    return Kernels(tuple(found), CUDA_VEC_MAX + 1, dense=True)
 
 
 _REPACKED = {

@@ -22,6 +22,10 @@ c_many is what beginning those costs. Rows of one prompt look at the same cells,
 the others: they have a c_all and a c_own of their own. Rows that decode look at different cells,
 and each pays for those of all in its tile: a c_all and a c_own come on top of theirs. With cells of
 each sequence's own there is no c_all. All c are >= 0.
+
+Layers with a sliding window look at that many cells of a sequence at most. Of one that holds more,
+w * (own - window) fewer count, as cells of its own and of those in sight: w is the part that such
+layers have in what attention takes, which the fit chooses, too.
 """
 
 from __future__ import annotations
@@ -65,13 +69,15 @@ class Ubatch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """The terms' names, and their values for a ubatch."""
+    """The terms' names, and their values for a ubatch. `window`: cells of it; `windowed`: see w."""
 
     kernels: Kernels
     output_share: float
     unified: bool
     n_expert: int = 0
     n_expert_used: int = 0
+    window: int = 0
+    windowed: float = 0.0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -100,6 +106,37 @@ class Terms:
             last = values_of(regime, out) if i == head else (0.0,) * len(rows)
             values += [(1 - h) * a + h * b for a, b in zip(rows, last, strict=True)]
         return values
+
+    def split(self, rows: int, prefill: int, kv: float, n_seqs: int, n_ubatch: int) -> list[Ubatch]:
+        """The ubatches that a step is computed in: n_ubatch rows each (src/llama-batch.cpp:
+        `split_simple`); with cells of each sequence's own those that decode apart from the prompts
+        (`Step.parts`)."""
+        if rows == 0:
+            return []
+        decode = rows - prefill
+        n_chunks = n_seqs - decode if n_seqs > decode else 1
+        own = self.looked_at(kv / (n_seqs or 1))
+        kv = own * (n_seqs or 1)
+        found: list[Ubatch] = []
+        if not self.unified and decode and prefill:
+            found.append(Ubatch(decode, decode, decode, kv, decode * own))
+            rows, decode = prefill, 0
+        done = 0  # prompt rows
+        while rows:
+            n = min(rows, n_ubatch)
+            single, decode = min(decode, n), max(decode - n, 0)
+            chunk = n - single
+            of_prompts = chunk * (own + (done + chunk / 2) / n_chunks) if chunk else 0.0
+            sampled = min(n, single + n_chunks) if chunk and n == rows else single
+            found.append(Ubatch(n, single, sampled, kv, single * own, of_prompts))
+            kv, done, rows = kv + n, done + chunk, rows - n
+        return found
+
+    def looked_at(self, own: float) -> float:
+        """Of a sequence's own cells, as many as its layers look at on average."""
+        if self.windowed and own > self.window:
+            return own - self.windowed * (own - self.window)
+        return own
 
     def experts(self, n: int) -> float:
         if not self.n_expert:

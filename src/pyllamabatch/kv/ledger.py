@@ -11,6 +11,10 @@ waits for somebody whose text begins in the same way, and can be dropped at any 
 What is counted is positions, which is what the layers with full attention hold. Layers with a
 sliding window hold fewer (`swa_full=False`), in a pool that libllama makes large enough for every
 sequence; a recurrent state has one size whatever it has read.
+
+Where the cells of a pool are is libllama's affair (src/llama-kv-cache.cpp: `find_slot`): a row
+takes the next free one behind the last row's, or from the first one on that somebody has left.
+`reach` follows that about, as if the free ones were spread evenly.
 """
 
 from __future__ import annotations
@@ -44,11 +48,15 @@ class KvLedger:
     """
 
     __slots__ = (
+        "_first",
+        "_head",
         "_held",
         "_kept",
+        "_last",
         "_live",
         "_n_kept",
         "_own_from",
+        "_reach",
         "_runs",
         "_used",
         "n_cells",
@@ -76,6 +84,9 @@ class KvLedger:
         self._runs: list[list[_Run]] = [[] for _ in range(n_seq_max)]
         self._kept = [False] * n_seq_max
         self._used = 0  # cells that any slot holds
+        self._head = self._reach = 0.0  # where the next row looks; behind the last cell
+        self._first = np.full(n_seq_max, np.inf)  # about, of each slot's cells
+        self._last = np.zeros(n_seq_max)
         self._n_kept = 0  # of these, cells that no live slot holds
 
     # -- what there is
@@ -100,6 +111,12 @@ class KvLedger:
         """Cells that no live slot holds. With separate streams not every slot can use all of them:
         see `room`."""
         return self.n_cells - self._used + self._n_kept
+
+    @property
+    def reach(self) -> int:
+        """Cells of a unified cache up to the last one that is held, about: `used` and the free ones
+        between them."""
+        return max(self._used, min(round(self._reach), self.n_cells))
 
     def held(self, slot: int) -> int:
         """Positions of `slot`, shared ones included."""
@@ -146,6 +163,7 @@ class KvLedger:
         """Give `n` more cells to a live `slot`; ValueError when they are not there."""
         if n < 0 or n > self.room(slot) or self._kept[slot]:
             raise ValueError(f"slot {slot} asks for {n} cells, there is room for {self.room(slot)}")
+        self._place(slot, n, n)
         self._held[slot] += n
         self._used += n
 
@@ -155,6 +173,7 @@ class KvLedger:
         n_all = n * len(slots)
         if n_all > self.empty:
             raise ValueError(f"{n_all} cells are asked for, {self.empty} are free")
+        self._place(slots, n_all, len(slots))
         self._held[slots] += n
         self._used += n_all
 
@@ -175,6 +194,7 @@ class KvLedger:
                 self._n_kept -= run.end - run.start
             run.n_live += 1
         self._held[target] = self._own_from[target] = n
+        self._first[target], self._last[target] = self._first[source], self._last[source]
 
     def keep(self, slot: int) -> None:
         """A live slot is not live any more, what it holds is kept."""
@@ -220,6 +240,10 @@ class KvLedger:
             self._n_kept -= max(own, 0)
             self._kept[slot] = n > 0
         self._used -= emptied
+        if n == 0 and held:
+            self._head = min(self._head, float(self._first[slot]))
+            self._first[slot], self._last[slot] = np.inf, 0.0
+            self._reach = max(self._used, float(self._last.max()))
         return emptied
 
     def release(self, slot: int) -> int:
@@ -227,6 +251,24 @@ class KvLedger:
         return self.trim(slot, 0)
 
     # -- inside
+
+    def _place(self, slots: int | npt.NDArray[np.integer], n: int, n_rows: int) -> None:
+        """The next `n` free cells are for these slots, `n_rows` at once."""
+        if not self.unified or not n:
+            return
+        head, reach, used = self._head, self._reach, self._used
+        if head > min(used + 2 * n_rows, self.n_cells):
+            head = 0.0
+        free = reach - used
+        if head >= reach:
+            end = head + n
+        elif n < free:
+            end = head + n * (reach - head) / free
+        else:
+            end = used + n
+        self._first[slots] = np.minimum(self._first[slots], head)
+        self._last[slots] = np.maximum(self._last[slots], end)
+        self._head, self._reach = end, max(reach, end)
 
     def _cut(self, slot: int, n: int) -> None:
         """Make position `n` of `slot` the end of a run."""

@@ -331,10 +331,11 @@ class Scheduler(HandDriven):
         return int(self._running.computed[slot])
 
     def in_sight(self, step: Step) -> int:
-        """Cells that attention looks over in `step`, before it: all that are held, or where every
-        sequence has a stream of its own those of its sequences."""
+        """Cells that attention looks over in `step`, before it: all that are held (and those free
+        ones between them that dense kernels compute, too), or where every sequence has a stream of
+        its own those of its sequences."""
         if self.limits.unified:
-            return self.ledger.used
+            return self.ledger.reach if getattr(self.cost, "dense", False) else self.ledger.used
         return int(self._running.computed[step.slots].sum())
 
     def shapes(self, step: Step, kv: float) -> list[Shape]:

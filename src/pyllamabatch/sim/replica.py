@@ -15,7 +15,6 @@ from math import inf
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from ..kv import Sharing
 from ..kv.tree import Tokens
@@ -268,10 +267,10 @@ class Replica:
         else:
             times = np.array([first], dtype=np.float64)
         if machine.new_graph[0] or getattr(machine.cost, "switch", 0.0):
-            self._add_new_graphs(times, step, len(shapes), ledger.used)
+            self._add_new_graphs(times, step, len(shapes))
         self._flight = _Flight(step, now, start + np.cumsum(times), ledger.free)
 
-    def _add_new_graphs(self, times: F64, step: Step, n_parts: int, used: int) -> None:
+    def _add_new_graphs(self, times: F64, step: Step, n_parts: int) -> None:
         """To the steps whose graph libllama can't reuse (src/llama-graph.h: `allow_reuse`): other
         rows than before, or cells in sight beyond what the graph was made for. n_parts: those that
         decode are computed in so many."""
@@ -290,11 +289,12 @@ class Replica:
             at = list(range(n))
             new, settle = new * n_graphs, 0.0
         self._graph = graph if n_graphs == 1 else ()
+        ledger, ahead = self.scheduler.ledger, np.arange(1, n + 1)
         if limits.unified:
-            grown = self._cells(used + step.n_rows * np.arange(1, n + 1))
+            cells = np.maximum(ledger.reach, ledger.used + step.n_rows * ahead)
         else:
-            longest = self.scheduler.ledger.longest(step.slots)
-            grown = self._cells(longest + np.arange(1, n + 1))
+            cells = ledger.longest(step.slots) + ahead
+        grown = -(-cells // _N_KV) * _N_KV
         before = np.concatenate(([self._n_kv], grown[:-1]))
         at += [i for i in np.flatnonzero(grown != before).tolist() if i not in at]
         self._grown = grown
@@ -305,14 +305,6 @@ class Replica:
             times[i] += new
             if i + 1 < n and i + 1 not in at:
                 times[i + 1] += settle
-
-    def _cells(self, used: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Cells that a graph looks at when so many are held: whole blocks, up to the last one that
-        is held. Whoever leaves makes holes below it first."""
-        blocks = -(-used // _N_KV) * _N_KV
-        top = self._n_kv if self._n_kv <= 2 * used[0] else 0
-        found: npt.NDArray[np.int64] = np.maximum(blocks, top)
-        return found
 
     def _apply(self, flight: _Flight) -> None:
         step, ends, scheduler = flight.step, flight.ends, self.scheduler

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from ..device.cost import SETTLED, CostModel
 from ..engine import Engine
 from ..errors import ArgumentError
+from ..kv import KvLedger
 from ..page import TIMES
 from ..sampling import SamplingParams
 from ..trace import Trace
@@ -59,10 +60,12 @@ _N_ALONE = 4
 
 class Speed(NamedTuple):
     """What a probe found. decode, prompt: what steps without and with prompt rows take, over what
-    the model says. overhead, latency: as of `Machine`, s."""
+    the model says; graph: what new graphs take, with what settles behind them. overhead, latency:
+    as of `Machine`, s."""
 
     decode: float
     prompt: float
+    graph: float
     overhead: float
     latency: float
 
@@ -120,7 +123,10 @@ def steps_of(table: Trace, cost: CostModel, n_ubatch: int) -> Steps:
     table = table[table["code"] == 0]
     rows, prompt = table["rows"], table["prefill_rows"]
     n_seqs = table["decode_rows"] + (table["chunk"] > 0).sum(axis=1) + table["filled"]
-    kv = table["kv_used"] - rows if cost.unified else own_cells(table)
+    if cost.unified:
+        kv = reaches(table) if cost.dense else table["kv_used"] - rows
+    else:
+        kv = own_cells(table)
     computed = rows + table["filled"]
     shapes = zip(computed.tolist(), prompt.tolist(), kv.tolist(), n_seqs.tolist(), strict=True)
     model = np.array([cost.predict(*shape) for shape in shapes])
@@ -131,6 +137,27 @@ def steps_of(table: Trace, cost: CostModel, n_ubatch: int) -> Steps:
     for k in range(1, SETTLED):
         behind[k:] |= fresh[:-k]
     return Steps(rows, prompt, new, behind & ~fresh, seconds, model)
+
+
+def reaches(table: Trace) -> npt.NDArray[np.int64]:
+    """`KvLedger.reach` before each step; nobody starts from kept cells."""
+    ids, counts = table["ids"], np.maximum(table["chunk"], 1)
+    n_steps, n_slots = ids.shape
+    ends = np.zeros(ids.shape, dtype=bool)  # the last step of whoever is in the slot
+    for slot in range(n_slots):
+        at = ids[:, slot].nonzero()[0]
+        ends[at[np.append(np.diff(ids[at, slot]) != 0, True)[: len(at)]], slot] = True
+    ledger = KvLedger(2**31, n_slots)
+    found = np.zeros(n_steps, dtype=np.int64)
+    for i, here in enumerate(ids):
+        found[i] = ledger.reach
+        decodes = (here != 0) & (table["chunk"][i] == 0)
+        ledger.take_each(decodes.nonzero()[0])
+        for slot in ((here != 0) & ~decodes).nonzero()[0].tolist():
+            ledger.take(slot, int(counts[i, slot]))
+        for slot in ends[i].nonzero()[0].tolist():
+            ledger.release(slot)
+    return found
 
 
 def own_cells(table: Trace) -> npt.NDArray[np.int64]:
@@ -213,7 +240,7 @@ class Validator:
                 steps_of(table, self._at(s), self.engine.n_ubatch)
                 for table, s in zip(tables, around, strict=True)
             ),
-            new_graph=self._cost.new_graph,
+            new_graph=self._at(overall).new_graph,
         )
 
     def probe(self) -> Speed:
@@ -222,8 +249,7 @@ class Validator:
         began = perf_counter()
         waits: list[float] = []
         tables: list[Trace] = []
-        decode: list[float] = []
-        prompt: list[float] = []
+        ratios: list[tuple[float, float, float]] = []
         n_seq_max = self.engine.n_seq_max
         while not tables or perf_counter() - began < _PROBE_SECONDS:
             for n in sorted({1, min(2, n_seq_max), -(-n_seq_max // 2)}):
@@ -235,30 +261,36 @@ class Validator:
                     if n == 1:
                         waits.append(_beside_steps(ttft[0], asked[-1]))
                 tables += asked
-                one, other = self._ratios(np.concatenate(asked))
-                decode.append(one)
-                prompt.append(other)
+                ratios.append(self._ratios(np.concatenate(asked)))
         table = np.concatenate(tables)
         changed = np.diff(table["run"], prepend=table["run"][:1]) > 0
         overhead = self._overhead
         if overhead is None:
             overhead = float(np.median(table["python_ns"][changed])) * 1e-9
         latency = max(0.0, median(waits) - overhead)
-        return Speed(fmean(decode), fmean(prompt), overhead, latency)
+        decode, prompt, graph = map(fmean, zip(*ratios, strict=True))
+        return Speed(decode, prompt, graph, overhead, latency)
 
-    def _ratios(self, table: Trace) -> tuple[float, float]:
+    def _ratios(self, table: Trace) -> tuple[float, float, float]:
         """What steps took over what the model says: those that decode, where no graph was new and
-        the device has settled, and those with prompts."""
+        the device has settled, and those with prompts; and new graphs of steps that decode."""
         steps = steps_of(table, self._cost, self.engine.n_ubatch)
-        ratio = (steps.seconds - steps.new * self._cost.new_graph.step) / steps.model
+        ratio = steps.seconds / steps.model
         decodes = (steps.prompt == 0) & (steps.new == 0)
         settled = decodes & ~steps.behind
         found = next(those for those in (settled, decodes, steps.prompt == 0) if those.any())
+        decode = _typical(ratio[found], steps.model[found])
+        extra = steps.reckoned(self._cost.new_graph) - steps.model
+        unsettled = (steps.prompt == 0) & (extra > 0)
+        graph = 1.0
+        if unsettled.any() and settled.any():
+            more = steps.seconds - decode * steps.model
+            graph = max(
+                0.0, _typical((more / np.maximum(extra, 1e-12))[unsettled], extra[unsettled])
+            )
         prompts = steps.prompt > 0
-        return (
-            _typical(ratio[found], steps.model[found]),
-            _typical(ratio[prompts], steps.model[prompts]),
-        )
+        ratio = (steps.seconds - graph * steps.new * self._cost.new_graph.step) / steps.model
+        return decode, _typical(ratio[prompts], steps.model[prompts]), graph
 
     def _ask(self, n: int) -> list[float]:
         """n requests at once, of random tokens; their times to the first token, s."""
@@ -285,7 +317,7 @@ class Validator:
         return machine_of(self.engine, speed.overhead, speed.latency, cost)
 
     def _at(self, speed: Speed) -> CostModel:
-        return self._cost.at_speed(speed.decode, speed.prompt)
+        return self._cost.at_speed(speed.decode, speed.prompt, speed.graph)
 
 
 def _as_they_came(requests: Sequence[Request], outcomes: Iterable[Outcome]) -> list[Request]:
@@ -331,7 +363,8 @@ def _figures(segments: Sequence[Sequence[Outcome]]) -> Figures:
 
 def _words(speed: Speed) -> str:
     return (
-        f"steps take {speed.decode:.3f} of the profile's, {speed.prompt:.3f} with prompts; "
+        f"steps take {speed.decode:.3f} of the profile's, {speed.prompt:.3f} with prompts, new "
+        f"graphs {speed.graph:.2f}; "
         f"{1e3 * speed.overhead:.2f} ms a call, {1e3 * speed.latency:.2f} ms to the reader"
     )
 
@@ -367,13 +400,14 @@ def within(found: Validation) -> dict[str, bool]:
 
 def drift(found: Validation) -> str:
     """What the probes found, in a sentence."""
-    decode, prompt, overhead, latency = zip(*found.speeds, strict=True)
+    decode, prompt, graph, overhead, latency = zip(*found.speeds, strict=True)
     return (
         f"{len(found.speeds)} probes: steps that decode took {min(decode):.3f} to "
         f"{max(decode):.3f} of what the profile says, those with prompts {min(prompt):.3f} to "
         f"{max(prompt):.3f}; a call {1e3 * median(overhead):.2f} ms beside its steps, a token "
         f"{1e3 * median(latency):.2f} ms to its reader; a new graph "
-        f"{1e3 * found.new_graph[0]:.2f} ms, and {1e3 * found.new_graph[1]:.2f} ms behind it.\n"
+        f"{1e3 * found.new_graph[0]:.2f} ms, and {1e3 * found.new_graph[1]:.2f} ms behind it, "
+        f"{min(graph):.2f} to {max(graph):.2f} of what the profile says.\n"
     )
 
 
