@@ -252,7 +252,8 @@ def rows_of(about: dict[str, Any], found: Validation, n: int, load: float) -> It
         "overhead_ms": 1e3 * median(overhead),
         "latency_ms": 1e3 * median(latency),
     }
-    for name, each in (("decode", decode), ("prompt", prompt), ("graph", graph)):
+    regimes = [x for each in decode for x in each]
+    for name, each in (("decode", regimes), ("prompt", prompt), ("graph", graph)):
         detail |= {f"{name} slowest": max(each), f"{name} fastest": min(each)}
     live = {name: found.live[name] for name in COMPARED}
     yield row(about, "live", "the engine, in real time", found.live["duration"], detail | live)

@@ -264,11 +264,23 @@ class CostModel:
         turn."""
         return tuple(zip(self._scale, self._seen, strict=True))
 
-    def at_speed(self, decode: float, prompt: float, graph: float = 1.0) -> CostModel:
-        """The same device when it is slower (more than 1) or faster: steps that only decode, those
-        with prompt rows, and new graphs take so many times what this model says."""
+    @property
+    def n_regimes(self) -> int:
+        return len(self.terms.kernels.regimes)
+
+    def regime_of(self, rows: int) -> int:
+        """Which regime of `Kernels` so many rows are in; the last one's, beyond n_ubatch."""
+        return self._regime[min(rows, self.n_ubatch)]
+
+    def at_speed(
+        self, decode: float | Sequence[float], prompt: float, graph: float = 1.0
+    ) -> CostModel:
+        """The same device when it is slower (more than 1) or faster: steps that only decode (of
+        each regime, or all), those with prompt rows, and new graphs take so many times what this
+        model says."""
         found = copy.copy(self)
-        factors = [decode, prompt] * (len(self._scale) // 2)
+        each = [decode] * self.n_regimes if isinstance(decode, (int, float)) else decode
+        factors = [x for regime in each for x in (regime, prompt)]
         found._scale = list(map(mul, self._scale, factors))
         found._seen = [0] * len(self._seen)
         step, settle = self.new_graph

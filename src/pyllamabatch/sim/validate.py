@@ -54,16 +54,17 @@ AT_SPEED = "at the probes' speed"
 """The simulation that the bounds are for."""
 
 _PROBE_SECONDS = 2.0
-_PROBE_PROMPT, _PROBE_OUTPUT = 64, 16
+_PROBE_PROMPT, _PROBE_OUTPUT = 64, (8, 24)  # tokens; prompts are as the trace's where there is one
 _N_ALONE = 4
+_LEAST_STEPS = 8  # of a regime, to say something of it
 
 
 class Speed(NamedTuple):
-    """What a probe found. decode, prompt: what steps without and with prompt rows take, over what
-    the model says; graph: what new graphs take, with what settles behind them. overhead, latency:
-    as of `Machine`, s."""
+    """What a probe found. decode, prompt: what steps without prompt rows, in each regime of the
+    kernels, and with such rows take, over what the model says; graph: what new graphs take, with
+    what settles behind them. overhead, latency: as of `Machine`, s."""
 
-    decode: float
+    decode: tuple[float, ...]
     prompt: float
     graph: float
     overhead: float
@@ -71,15 +72,19 @@ class Speed(NamedTuple):
 
     @classmethod
     def mean(cls, found: Iterable[Speed]) -> Speed:
-        return cls(*map(fmean, zip(*found, strict=True)))
+        decode, *others = zip(*found, strict=True)
+        each = tuple(fmean(regime) for regime in zip(*decode, strict=True))
+        prompt, graph, overhead, latency = map(fmean, others)
+        return cls(each, prompt, graph, overhead, latency)
 
 
 class Steps(NamedTuple):
-    """Steps of a trace, arrays (steps,): rows, those of prompts, graphs that were new, whether it
-    is one of the two behind such a step, seconds measured, seconds by a model without new graphs
-    and without what settles behind them."""
+    """Steps of a trace, arrays (steps,): rows, the regime of the kernels that they are in, those of
+    prompts, graphs that were new, whether it is one of the two behind such a step, seconds
+    measured, seconds by a model without new graphs and without what settles behind them."""
 
     rows: Array
+    regime: Array
     prompt: Array
     new: Array
     behind: Array
@@ -130,13 +135,14 @@ def steps_of(table: Trace, cost: CostModel, n_ubatch: int) -> Steps:
     computed = rows + table["filled"]
     shapes = zip(computed.tolist(), prompt.tolist(), kv.tolist(), n_seqs.tolist(), strict=True)
     model = np.array([cost.predict(*shape) for shape in shapes])
+    regime = np.array([cost.regime_of(n) for n in computed.tolist()], dtype=np.int64)
     seconds = np.sum([table[name] for name in TIMES], axis=0) * 1e-9
     new = np.maximum(-(-rows // n_ubatch) - table["reused"], 0)
     fresh = new > 0
     behind = np.zeros(len(table), dtype=bool)
     for k in range(1, SETTLED):
         behind[k:] |= fresh[:-k]
-    return Steps(rows, prompt, new, behind & ~fresh, seconds, model)
+    return Steps(rows, regime, prompt, new, behind & ~fresh, seconds, model)
 
 
 def reaches(table: Trace) -> npt.NDArray[np.int64]:
@@ -187,6 +193,7 @@ class Validator:
         self._overhead = overhead
         self._cost = copy.deepcopy(engine.cost)
         self._seed = 0
+        self._lengths = np.array([_PROBE_PROMPT])  # of prompts
         self._n_runs = -1  # the newest native call that was looked at
 
     def machine(self) -> Machine:
@@ -197,6 +204,7 @@ class Validator:
         self, segments: Sequence[Sequence[Request]], progress: Callable[[str], None] = print
     ) -> Validation:
         """The segments live, one after the other, and simulated."""
+        self._lengths = np.array([r.n_prompt for segment in segments for r in segment])
         self.probe()  # an engine's first calls are slower
         speeds = [self.probe()]
         lived: list[list[Outcome]] = []
@@ -244,62 +252,70 @@ class Validator:
         )
 
     def probe(self) -> Speed:
-        """Requests alone, then a few at once, in turn, for `_PROBE_SECONDS`; each number of
-        requests at once counts the same."""
+        """Requests alone, then a few at once and as many as can be, in turn, for
+        `_PROBE_SECONDS`. Their lengths differ, so that they end one after the other."""
         began = perf_counter()
         waits: list[float] = []
         tables: list[Trace] = []
-        ratios: list[tuple[float, float, float]] = []
         n_seq_max = self.engine.n_seq_max
         while not tables or perf_counter() - began < _PROBE_SECONDS:
-            for n in sorted({1, min(2, n_seq_max), -(-n_seq_max // 2)}):
-                asked: list[Trace] = []
+            for n in sorted({1, min(2, n_seq_max), -(-n_seq_max // 2), n_seq_max}):
                 for _ in range(_N_ALONE if n == 1 else 1):
                     self._new_steps()
                     ttft = self._ask(n)
-                    asked.append(self._new_steps())
+                    tables.append(self._new_steps())
                     if n == 1:
-                        waits.append(_beside_steps(ttft[0], asked[-1]))
-                tables += asked
-                ratios.append(self._ratios(np.concatenate(asked)))
+                        waits.append(_beside_steps(ttft[0], tables[-1]))
         table = np.concatenate(tables)
         changed = np.diff(table["run"], prepend=table["run"][:1]) > 0
         overhead = self._overhead
         if overhead is None:
             overhead = float(np.median(table["python_ns"][changed])) * 1e-9
         latency = max(0.0, median(waits) - overhead)
-        decode, prompt, graph = map(fmean, zip(*ratios, strict=True))
-        return Speed(decode, prompt, graph, overhead, latency)
+        return Speed(*self._ratios(table), overhead, latency)
 
-    def _ratios(self, table: Trace) -> tuple[float, float, float]:
+    def _ratios(self, table: Trace) -> tuple[tuple[float, ...], float, float]:
         """What steps took over what the model says: those that decode, where no graph was new and
-        the device has settled, and those with prompts; and new graphs of steps that decode."""
-        steps = steps_of(table, self._cost, self.engine.n_ubatch)
+        the device has settled, by regime (all of them, where there are few of it), and those with
+        prompts; and new graphs of steps that decode."""
+        steps, cost = steps_of(table, self._cost, self.engine.n_ubatch), self._cost
+        decodes = steps.prompt == 0
+        settled = decodes & (steps.new == 0) & ~steps.behind
+        chosen = next(
+            those for those in (settled, decodes & (steps.new == 0), decodes) if those.any()
+        )
         ratio = steps.seconds / steps.model
-        decodes = (steps.prompt == 0) & (steps.new == 0)
-        settled = decodes & ~steps.behind
-        found = next(those for those in (settled, decodes, steps.prompt == 0) if those.any())
-        decode = _typical(ratio[found], steps.model[found])
-        extra = steps.reckoned(self._cost.new_graph) - steps.model
-        unsettled = (steps.prompt == 0) & (extra > 0)
-        graph = 1.0
+        overall = _typical(ratio[chosen], steps.model[chosen])
+        decode = [overall] * cost.n_regimes
+        for i in range(cost.n_regimes):
+            those = chosen & (steps.regime == i)
+            if those.sum() >= _LEAST_STEPS:
+                decode[i] = _typical(ratio[those], steps.model[those])
+        speed = np.array(decode)[steps.regime] * steps.model
+        extra = steps.reckoned(cost.new_graph) - steps.model
+        unsettled, graph = decodes & (extra > 0), 1.0
         if unsettled.any() and settled.any():
-            more = steps.seconds - decode * steps.model
-            graph = max(
-                0.0, _typical((more / np.maximum(extra, 1e-12))[unsettled], extra[unsettled])
-            )
+            more = (steps.seconds - speed)[unsettled] / extra[unsettled]
+            graph = max(0.0, _typical(more, extra[unsettled]))
         prompts = steps.prompt > 0
-        ratio = (steps.seconds - graph * steps.new * self._cost.new_graph.step) / steps.model
-        return decode, _typical(ratio[prompts], steps.model[prompts]), graph
+        ratio = (steps.seconds - graph * steps.new * cost.new_graph.step) / steps.model
+        return tuple(decode), _typical(ratio[prompts], steps.model[prompts]), graph
 
     def _ask(self, n: int) -> list[float]:
         """n requests at once, of random tokens; their times to the first token, s."""
         self._seed += 1
         generator = np.random.default_rng([self._seed, 1])
-        n_prompt = max(1, min(_PROBE_PROMPT, self.engine.limits.n_cells_seq - _PROBE_OUTPUT - 1))
-        prompts = generator.integers(0, self.engine.model.n_vocab, (n, n_prompt), dtype=np.int32)
-        params = SamplingParams(max_tokens=_PROBE_OUTPUT, ignore_eog=True, seed=1)
-        found = self.engine.generate(list(prompts), params)
+        limits, n_outputs = self.engine.limits, generator.integers(*_PROBE_OUTPUT, n, endpoint=True)
+        each = min(limits.n_cells_seq, limits.n_cells // self.engine.n_seq_max)
+        n_prompts = generator.choice(self._lengths, n).clip(1, max(1, each - _PROBE_OUTPUT[1] - 1))
+        streams = [
+            self.engine.submit(
+                generator.integers(0, self.engine.model.n_vocab, int(n_prompt), dtype=np.int32),
+                SamplingParams(max_tokens=int(n_output), ignore_eog=True, seed=1),
+            )
+            for n_prompt, n_output in zip(n_prompts, n_outputs, strict=True)
+        ]
+        found = [stream.result() for stream in streams]
         for result in found:
             if result.error is not None:
                 raise result.error
@@ -362,8 +378,9 @@ def _figures(segments: Sequence[Sequence[Outcome]]) -> Figures:
 
 
 def _words(speed: Speed) -> str:
+    decode = " ".join(f"{x:.3f}" for x in speed.decode)
     return (
-        f"steps take {speed.decode:.3f} of the profile's, {speed.prompt:.3f} with prompts, new "
+        f"steps take {decode} of the profile's, {speed.prompt:.3f} with prompts, new "
         f"graphs {speed.graph:.2f}; "
         f"{1e3 * speed.overhead:.2f} ms a call, {1e3 * speed.latency:.2f} ms to the reader"
     )
@@ -401,9 +418,10 @@ def within(found: Validation) -> dict[str, bool]:
 def drift(found: Validation) -> str:
     """What the probes found, in a sentence."""
     decode, prompt, graph, overhead, latency = zip(*found.speeds, strict=True)
+    regimes = [x for each in decode for x in each]
     return (
-        f"{len(found.speeds)} probes: steps that decode took {min(decode):.3f} to "
-        f"{max(decode):.3f} of what the profile says, those with prompts {min(prompt):.3f} to "
+        f"{len(found.speeds)} probes: steps that decode took {min(regimes):.3f} to "
+        f"{max(regimes):.3f} of what the profile says, those with prompts {min(prompt):.3f} to "
         f"{max(prompt):.3f}; a call {1e3 * median(overhead):.2f} ms beside its steps, a token "
         f"{1e3 * median(latency):.2f} ms to its reader; a new graph "
         f"{1e3 * found.new_graph[0]:.2f} ms, and {1e3 * found.new_graph[1]:.2f} ms behind it, "
