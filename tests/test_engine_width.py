@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pyllamabatch._stream_step import Run
-from pyllamabatch.device.cost import CostModel
+from pyllamabatch.device.cost import CostModel, NewGraph
 from pyllamabatch.device.regimes import Kernels, Regime
 from pyllamabatch.engine import Engine
 from pyllamabatch.model import Model
@@ -118,7 +118,7 @@ def observed(
     cost = cost or Learner()
     scheduler: Any = SimpleNamespace(
         cost=cost,
-        in_sight=lambda step: 100,
+        in_sight=lambda step, ahead: 100 + step.n_rows * ahead,
         shapes=lambda step, kv: shapes or [step.shape(kv)],
         limits=SimpleNamespace(n_ubatch=8),
         starts=SimpleNamespace(swap=SimpleNamespace(computed=lambda rows, seconds: None)),
@@ -213,9 +213,20 @@ def test_more_or_fewer_rows_are_no_switch(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_what_a_switch_costs_is_followed() -> None:
     cost = Edge()
+    cost.new_graph = NewGraph(0.005, 0.0)
     assert cost.switch == 0.0
     cost.switch = None
     CostModel.observe_switch(cost, 0.008)
     assert cost.switch == 0.008
     CostModel.observe_switch(cost, 0.004)
     assert cost.switch == pytest.approx(0.007)
+    # disturbed: twice what is known, or a new graph's
+    CostModel.observe_switch(cost, 0.5)
+    assert cost.switch == pytest.approx(0.75 * 0.007 + 0.25 * 0.014)
+    cost.switch = None
+    CostModel.observe_switch(cost, 0.5)
+    assert cost.switch == pytest.approx(0.01)
+    # where graphs cost nothing there is nothing to compare it with
+    cost.switch = 0.0
+    CostModel.observe_switch(cost, 0.004)
+    assert cost.switch == pytest.approx(0.001)

@@ -34,7 +34,7 @@ class Observer:
         switched = self._switched(step)
         self._before = None if step.chunks else step.decode
         gap, self._end = end - run.seconds - self._end, end
-        kv = scheduler.in_sight(step) + step.n_rows * (n - 1) / 2
+        kv = scheduler.in_sight(step, (n - 1) / 2)
         shapes = scheduler.shapes(step, kv)
         made_anew = not step.chunks and run.n_reused == n - 1  # the graph, for the first step
         seconds = self._each(step, run, made_anew)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from models_gguf import gguf_path
 
 from pyllamabatch import Model
 from pyllamabatch.cli import main
@@ -69,6 +70,18 @@ def test_rig_takes_steps_back(tiny_llama_path: Path) -> None:
         assert [memory.pos_max(seq) for seq in range(4)] == [49, -1, -1, -1]
         rig.hold(2, 0)
         assert [memory.pos_max(seq) for seq in range(4)] == [-1] * 4
+
+
+def test_rig_holds_the_same_of_every_sequence() -> None:
+    """Where layers have a window: of the first one, which is computed, too."""
+    with Model(gguf_path("gemma3")) as model, Rig(model, n_seq_max=2, n_ctx=512) as rig:
+        memory, n = rig.context.memory, 3 * model.n_swa
+        for _ in range(2):
+            rig.hold(2, n)
+            assert [memory.pos_max(seq) for seq in (0, 1)] == [n - 1] * 2
+            assert memory.pos_min(0) == memory.pos_min(1) > n - 2 * model.n_swa
+            rig.hold(2, 8)
+            assert memory.pos_min(0) == memory.pos_min(1) == 0
 
 
 def test_interrupt_keeps_what_is_measured(

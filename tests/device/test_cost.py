@@ -135,6 +135,16 @@ def test_new_graphs() -> None:
     assert slower.predict(4, 0, 100, 4) == pytest.approx(1.5 * cost.predict(4, 0, 100, 4))
     assert slower.predict(40, 36, 100, 5) == pytest.approx(2 * cost.predict(40, 36, 100, 5))
     assert slower.new_graph == cost.new_graph
+    each = cost.at_speed([1.1, 1.2, 1.3, 1.4], 2.0, 3.0)  # 1, 2 to 8, 9 to 128 rows, and more
+    for n, factor in ((1, 1.1), (2, 1.2), (8, 1.2), (9, 1.3), (64, 1.3)):
+        assert each.predict(n, 0, 100, n) == pytest.approx(factor * cost.predict(n, 0, 100, n))
+    assert each.predict(40, 36, 100, 5) == pytest.approx(2 * cost.predict(40, 36, 100, 5))
+    assert each.new_graph == pytest.approx((3 * cost.new_graph.step, 3 * cost.new_graph.settle))
+    assert (each.n_regimes, each.regime_of(8), each.regime_of(9), each.regime_of(999)) == (
+        *(4, 1, 2, 3),
+    )
+    with pytest.raises(ValueError, match="shorter"):
+        cost.at_speed([1.1, 1.2], 2.0)
 
 
 def test_steps_of_several_ubatches_make_their_graphs_each_time() -> None:

@@ -148,7 +148,7 @@ def test_decoding_beside_a_prompt_does_not_hide_its_own_attention() -> None:
         assert cost.predict(64, 0, 64 * own, 64) > cost.predict(60, 0, 60 * own, 60) * 0.9
 
 
-def windowed(dense: bool) -> Profile:
+def windowed(masked: bool) -> Profile:
     """Three layers of four look at 512 cells of a sequence at most, and in the samples hold no
     more."""
     shapes = [(n, 0, own) for n in range(1, 17) for own in (128, 256, 512, 1024, 4096)]
@@ -159,32 +159,39 @@ def windowed(dense: bool) -> Profile:
         seen = own - 0.75 * max(0, own - 512)
         seconds = 2e-3 + 1e-4 * n + 2e-8 * n * (n_seqs * seen + n / 2)
         samples.append(Sample(n, c, n_seqs * own, n_seqs, True, seconds))
-    return replace(profile(samples, replace(KNOWN, dense=dense)), n_swa=512)
+    return replace(profile(samples, replace(KNOWN, computes_masked=masked)), n_swa=512)
 
 
 def test_layers_with_a_window_look_at_no_more_cells_than_it_has() -> None:
     """An NVIDIA H100, gemma3 1B: 8 streams of 128 cells take 3.18 ms, of 512 take 3.52, of 1,024
     take 3.62."""
-    known = windowed(dense=False)
+    known = windowed(masked=False)
     cost = CostModel.fit(known)
-    assert cost.terms.windowed == 0.75
+    assert cost.terms.window_share == 0.75
     assert np.median(held_out(known)) < 0.002
     for own, seen in ((300, 300), (512, 512), (2000, 512 + 372)):
         found = cost.predict(8, 0, 8 * own, 8)
         assert found == pytest.approx(2.8e-3 + 2e-8 * 8 * (8 * seen + 4), rel=0.01)
     # in several ubatches, by the terms
-    parts = cost.terms.split(700, 692, 9 * 2000, 9, 512)
-    assert [part.cells for part in parts] == pytest.approx([9 * 884, 9 * 884 + 512])
+    whole = cost.predict(1024, 1024, 0, 1)
+    assert whole == pytest.approx(cost.predict(512, 512, 0, 1) + cost.predict(512, 512, 512, 1))
+    parts = cost.terms.split(2048, 2048, 0, 1, 512)
+    assert [part.cells for part in parts] == [0, 512, 512 + 128, 512 + 256]
+    assert [part.prompt_reads / 512 - 256 for part in parts] == [0, 512, 640, 768]
     assert CostModel.from_json(cost.to_json()).predict(8, 0, 9000, 8) == cost.predict(8, 0, 9000, 8)
     # without windows nothing is tried
-    assert CostModel.fit(replace(known, n_swa=0)).terms.windowed == 0.0
+    assert CostModel.fit(replace(known, n_swa=0)).terms.window_share == 0.0
 
 
-def test_dense_kernels_compute_what_a_window_masks() -> None:
+def test_kernels_that_compute_what_a_window_masks() -> None:
     """Where the layers with a window hold every cell, as libllama's contexts do by default."""
-    known = windowed(dense=True)
+    known = windowed(masked=True)
     cost, small = CostModel.fit(known), CostModel.fit(known, swa_full=False)
-    assert (cost.dense, cost.terms.windowed, small.terms.windowed) == (True, 0.0, 0.75)
+    assert (cost.computes_masked, cost.terms.window_share, small.terms.window_share) == (
+        True,
+        0.0,
+        0.75,
+    )
     assert cost.predict(8, 0, 8 * 512, 8) == small.predict(8, 0, 8 * 512, 8)
     assert cost.predict(8, 0, 8 * 2000, 8) == pytest.approx(
         2.8e-3 + 2e-8 * 8 * (8 * 2000 + 4), rel=0.01

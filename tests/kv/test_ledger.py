@@ -206,16 +206,17 @@ def test_sharing_and_keeping_balance(operations: list[tuple[str, int, int, int]]
 
 
 class Pool:
-    """What libllama does with a pool of cells (src/llama-kv-cache.cpp: `find_slot`, `seq_rm`)."""
+    """What libllama does with a pool of cells (src/llama-kv-cache.cpp: `find_slot`, `seq_rm`): here
+    a row each, and nobody shares."""
 
     def __init__(self, n_cells: int) -> None:
         self.owner = np.full(n_cells, -1)
         self.head = 0
 
     def take(self, slots: list[int]) -> None:
-        """A row for each."""
-        n, at = len(slots), self.head
-        if at > (self.owner >= 0).sum() + 2 * n:
+        """A row for each, in one ubatch."""
+        at = self.head
+        if at > (self.owner >= 0).sum() + 2 * len(slots):
             at = 0
         for slot in slots:
             while self.owner[at % len(self.owner)] >= 0:
@@ -224,8 +225,8 @@ class Pool:
             at += 1
         self.head = (at - 1) % len(self.owner) + 1
 
-    def release(self, slot: int) -> None:
-        at = (self.owner == slot).nonzero()[0]
+    def trim(self, slot: int, n: int) -> None:
+        at = (self.owner == slot).nonzero()[0][n:]
         self.owner[at] = -1
         self.head = min(self.head, int(at[0]))
 
@@ -238,8 +239,9 @@ class Pool:
 
 @pytest.mark.parametrize("n_seqs", [2, 8, 32])
 def test_reach_is_about_where_libllama_s_cells_end(n_seqs: int) -> None:
-    """Prompts of 20 to 200 tokens, answers of 10 to 100, all slots in use: within 2% on average,
-    where those in use alone are a twelfth fewer, or more."""
+    """Prompts of 20 to 200 tokens, answers of 10 to 100, all slots in use, and some of them give
+    half of what they hold back: the mean is within 2%, single steps are 6% off on average; those in
+    use alone are a twelfth fewer, or more."""
     random = np.random.default_rng(n_seqs)
     ledger, pool = KvLedger(n_seqs * 300, n_seqs), Pool(n_seqs * 300)
     left = [0] * n_seqs
@@ -257,7 +259,11 @@ def test_reach_is_about_where_libllama_s_cells_end(n_seqs: int) -> None:
             left[slot] -= 1
             if left[slot] == 0:
                 ledger.release(slot)
-                pool.release(slot)
+                pool.trim(slot, 0)
+            elif random.random() < 0.002:
+                half = ledger.held(slot) // 2
+                ledger.trim(slot, half)
+                pool.trim(slot, half)
     used, reach, exact = np.mean(found[100:], axis=0)
     assert reach == pytest.approx(exact, rel=0.02)
     assert used < 0.93 * exact
@@ -284,13 +290,28 @@ def test_reach() -> None:
     assert ledger.reach == 0
 
 
-def test_who_shares_a_beginning_reaches_as_far() -> None:
-    ledger = KvLedger(100, 4)
-    ledger.take(0, 30)
-    ledger.share(0, 1, 10)
-    ledger.take(1, 5)
-    ledger.release(0)
-    assert (ledger.used, ledger.reach) == (15, 35)
+def test_who_shares_a_beginning_reaches_as_far_as_that() -> None:
+    ledger = KvLedger(10000, 4)
+    ledger.take(0, 100)
+    ledger.take(1, 5000)
+    ledger.share(1, 2, 50)
+    assert ledger.reach == 5100
+    ledger.release(1)
+    assert (ledger.used, ledger.reach) == (150, 150)
+    ledger.share(2, 3, 50)
+    ledger.release(2)
+    assert (ledger.used, ledger.reach) == (150, 150)
+    ledger.take(0, 10)  # what only slot 1 had held is free, from 150 on
+    assert ledger.reach == 160
+
+
+def test_what_is_trimmed_is_not_reached() -> None:
+    ledger = KvLedger(10000, 4)
+    ledger.take(0, 5000)
+    ledger.keep(0)
+    ledger.trim(0, 100)
+    ledger.take(1, 10)
+    assert (ledger.used, ledger.reach) == (110, 110)
 
 
 @settings(max_examples=50, deadline=None)

@@ -105,6 +105,32 @@ def test_a_call_in_streams_reads_the_cells_of_its_own_sequences() -> None:
     assert ends[0] == pytest.approx(1 + 1001 + 1002)
 
 
+def test_free_cells_cost_where_kernels_compute_them() -> None:
+    """A long one leaves; the other's cells are behind it, and it fills the hole in 29 steps by
+    little."""
+
+    class Masking(Linear):
+        computes_masked = True
+
+    class Seen:
+        def __init__(self) -> None:
+            self.cells: list[float] = []
+            seen.append(self.cells)
+
+        def plan(self, view: StepView) -> Plan:
+            self.cells.append(view.kv_in_sight)
+            return fcfs().plan(view)
+
+    requests = [one(0, 0.0, 1000, 2), one(1, 0.0, 100, 31)]
+    ends: list[float] = []
+    seen: list[list[float]] = []
+    for cost in (Linear(), Masking()):
+        made = machine(cost=cost, prefix_cache=False)
+        ends.append(simulate(requests, made, Seen).outcomes[1].end)
+    assert seen == [[0, 1100, 101], [0, 1100, 1102]]
+    assert ends[1] - ends[0] == pytest.approx(1e-6 * sum(1102 - (101 + k) for k in range(29)))
+
+
 def test_streams_that_are_no_neighbours_cost_what_is_computed() -> None:
     """Of three the one in the middle ends: its row is computed on where gaps are filled, else the
     others need two ubatches."""

@@ -31,7 +31,7 @@ def test_cells_of_those_that_have_rows() -> None:
     assert own_cells(table).tolist() == [0, 0, 30, 20, 31 + 25, 0, 32 + 40]
 
 
-def test_reaches_are_the_ledger_s() -> None:
+def test_free_cells_are_in_sight_of_some_kernels() -> None:
     """Two prompts, two steps of both; the first one ends, and the other goes on in its holes; then
     a third in its slot."""
     steps: list[tuple[dict[int, int], dict[int, int]]] = [
@@ -51,11 +51,22 @@ def test_reaches_are_the_ledger_s() -> None:
     # 32 cells of the first one are free then: 1 and 31 of the 40 go there
     assert reaches(table).tolist() == [0, 50, 52, 54, 54, 63]
 
+    class Cells(Costs):
+        def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
+            return kv
+
+    table["rows"] = [50, 2, 2, 1, 40, 2]
+    table["kv_used"] = [50, 52, 54, 23, 63, 65]
+    cost: Any = Cells()
+    assert steps_of(table, cost, 512).model.tolist() == [0, 50, 52, 22, 23, 63]
+    cost.computes_masked = True
+    assert steps_of(table, cost, 512).model.tolist() == [0, 50, 52, 54, 54, 63]
+
 
 class Costs:
     """A millisecond a row, half of one more for a new graph, and one in the two steps behind it."""
 
-    unified, dense = True, False
+    unified, computes_masked = True, False
     new_graph = NewGraph(0.0005, 0.001)
     n_regimes = 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from pyllamabatch.context import Context
 from pyllamabatch.device import where
@@ -22,6 +23,7 @@ def cost_of(context: Context) -> CostModel:
     if profile is not None and len(profile.samples) >= 4:
         if profile.key.distance(key):
             log.info("the profile was measured with %s", dict(profile.key.context))
+        profile = replace(profile, n_swa=context.model.n_swa)  # an older one does not know it
         swa_full = bool(context.params["swa_full"])
         return CostModel.fit(profile, unified=unified, n_ubatch=n_ubatch, swa_full=swa_full)
     model = context.model

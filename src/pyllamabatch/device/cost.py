@@ -68,7 +68,7 @@ class CostModel:
     `observe` has seen some (`absolute`). `error`: median and 95th percentile of the relative error
     on the profile's own samples. `new_graph`: what it costs when the graph can't be reused.
     `edges`: row counts that end a tile or a kernel's range, up to n_ubatch: one row more may cost
-    a jump. `dense`: see `Kernels`. `switch`: see `observe_switch`.
+    a jump. `computes_masked`: see `Kernels`. `switch`: see `observe_switch`.
     """
 
     def __init__(
@@ -89,14 +89,14 @@ class CostModel:
         self.coefficients = dict(zip(terms.names, values, strict=True))
         self.n_ubatch = n_ubatch
         self.unified = terms.unified
-        self.dense = terms.kernels.dense
+        self.computes_masked = terms.kernels.computes_masked
         self.calibrated = calibrated
         self.error = error
         self.switch: float | None = None if any(new_graph) else 0.0
         self._covariance = covariance
         self._residual = residual
-        self._windowed = terms.windowed
-        self._window = terms.window if terms.windowed else inf
+        self._window = terms.window if terms.window_share else inf
+        self._window_share = terms.window_share
         # Tables by row count, so that `predict` is a few look-ups.
         kernels, h = terms.kernels, terms.output_share
         passes = self._passes()
@@ -131,9 +131,9 @@ class CostModel:
         if rows > self.n_ubatch or rows == 0:
             return sum(map(self._time, self._split(rows, prefill, kv, n_seqs)))
         decode, own = rows - prefill, kv / (n_seqs or 1)
-        if own > self._window:
-            own -= self._windowed * (own - self._window)
-            kv = own * n_seqs
+        if own > self._window:  # as `Terms.looked_at`, in a tenth of a microsecond
+            own -= self._window_share * (own - self._window)
+            kv = own * (n_seqs or 1)
         if not prefill:
             return self._decodes(rows, kv, own)
         n_chunks = n_seqs - decode if n_seqs > decode else 1
@@ -248,8 +248,11 @@ class CostModel:
         """What a step took longer because other sequences decode in it than in the one before,
         though as many. `switch` follows what is observed; None: nobody knows yet. Where new graphs
         cost nothing it begins with 0. (It is less than a graph of other rows: on an NVIDIA H200
-        0.2 ms and what the engine takes between two calls, where that is 2 ms and 5 behind it.)"""
-        seconds = max(0.0, seconds)
+        0.2 ms and what the engine takes between two calls, where that is 2 ms and 5 behind it.)
+        One that took more than twice as long as what is known, or at first than a new graph, counts
+        as that: a disturbed one would end all turns, and then there are no more to learn from."""
+        known = self.new_graph.step if self.switch is None else self.switch
+        seconds = max(0.0, min(seconds, 2 * known) if known else seconds)
         self.switch = seconds if self.switch is None else 0.75 * self.switch + 0.25 * seconds
 
     @property
@@ -281,7 +284,7 @@ class CostModel:
         found = copy.copy(self)
         each = [decode] * self.n_regimes if isinstance(decode, (int, float)) else decode
         factors = [x for regime in each for x in (regime, prompt)]
-        found._scale = list(map(mul, self._scale, factors))
+        found._scale = [a * b for a, b in zip(self._scale, factors, strict=True)]
         found._seen = [0] * len(self._seen)
         step, settle = self.new_graph
         found.new_graph = NewGraph(graph * step, graph * settle)
@@ -303,10 +306,12 @@ class CostModel:
         one count for that, as if they were half as exact, and have attention of their own.
 
         swa_full: the context's (libllama's default). Layers with a window then hold every cell, and
-        dense kernels compute them. Samples are of sequences of which they hold the window alone.
+        kernels that compute what is masked are charged for them all. Samples are of sequences of
+        which those layers hold the window alone. (Both are a little more than that, and less:
+        libllama gives masked cells to others when it comes by them.)
 
         Raises ArgumentError where it has too few samples (fewer than 4)."""
-        all_cells = swa_full and profile.kernels.dense
+        all_cells = swa_full and profile.kernels.computes_masked
         profile = _at_one_speed(profile, unified)
         chosen = profile.only(unified=unified).samples
         samples = _calm(chosen)
@@ -337,11 +342,11 @@ class CostModel:
         )
         plain, all_share, all_window = (
             _design(each, samples, others, profile.n_ubatch)
-            for each in (terms, replace(terms, output_share=1.0), replace(terms, windowed=1.0))
+            for each in (terms, replace(terms, output_share=1.0), replace(terms, window_share=1.0))
         )
 
-        def attempt(share: float, windowed: float, n_rounds: int) -> Fit:
-            design = plain + share * (all_share - plain) + windowed * (all_window - plain)
+        def attempt(share: float, window_share: float, n_rounds: int) -> Fit:
+            design = plain + share * (all_share - plain) + window_share * (all_window - plain)
             found, n = fit(design, seconds, spread, worth, n_rounds), len(terms.names)
             return Fit(
                 found.coefficients[:n], found.residuals[: len(samples)], found.covariance[:n, :n]
@@ -360,7 +365,7 @@ class CostModel:
         found = attempt(share, windowed, 6)
         errors = np.abs(found.residuals)
         return cls(
-            replace(terms, output_share=share, windowed=0.0 if all_cells else windowed),
+            replace(terms, output_share=share, window_share=0.0 if all_cells else windowed),
             found.coefficients,
             n_ubatch or profile.n_ubatch,
             covariance=found.covariance,
@@ -397,9 +402,8 @@ class CostModel:
                 raise ValueError(f"schema {data['schema']}, this version reads {SCHEMA}")
             given = data["terms"].pop("kernels")
             regimes = tuple(Regime(**regime) for regime in given["regimes"])
-            kernels = Kernels(
-                regimes, given["attention_from"], tuple(given["tiles"]), given["dense"]
-            )
+            masked = given.get("computes_masked", False)
+            kernels = Kernels(regimes, given["attention_from"], tuple(given["tiles"]), masked)
             terms = Terms(kernels, **data["terms"])
             values = np.array([data["coefficients"][name] for name in terms.names], np.float64)
             covariance = data["covariance"]

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pyllamabatch.device.regimes import Kernels, Regime
+from pyllamabatch.device.regimes import Kernels, Regime, is_cuda
 from pyllamabatch.errors import ProfileError
 
 SCHEMA = 1
@@ -137,7 +137,7 @@ class Profile:
         head["kernels"] = {
             "attention_from": self.kernels.attention_from,
             "tiles": list(self.kernels.tiles),
-            "dense": self.kernels.dense,
+            "computes_masked": self.kernels.computes_masked,
             "regimes": [asdict(regime) for regime in self.kernels.regimes],
         }
         for name in ("n_ubatch", "output_share", "n_expert", "n_expert_used", "n_swa"):
@@ -158,7 +158,7 @@ class Profile:
                 tuple(Regime(**regime) for regime in data["kernels"]["regimes"]),
                 data["kernels"]["attention_from"],
                 tuple(data["kernels"].get("tiles", ())),
-                bool(data["kernels"].get("dense", False)),
+                bool(data["kernels"].get("computes_masked", is_cuda(data["key"]["backend"]))),
             )
             samples = tuple(
                 Sample(**dict(zip(data["fields"], row, strict=True))) for row in data["samples"]

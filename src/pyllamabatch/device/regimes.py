@@ -71,13 +71,14 @@ class Kernels:
     """The regimes of one backend for one kind of weights, in order of `first`, the first from one
     row. `attention_from`: rows from which attention has a kernel of its own for many rows. `tiles`:
     rows that another kernel computes at once, from two on, which other weights of a file have.
-    `dense`: attention computes all cells up to the last one that is held, those too that are free
-    or masked for its rows; other kernels leave blocks of them out."""
+    `computes_masked`: attention computes all cells up to the last one that is held, those too that
+    are free or masked for its rows; other kernels leave blocks of them out (Metal: fa_aux.metal,
+    `kernel_flash_attn_ext_blk`; CPU: ops.cpp, where the mask is -INFINITY)."""
 
     regimes: tuple[Regime, ...]
     attention_from: int = 2**31
     tiles: tuple[int, ...] = ()
-    dense: bool = False
+    computes_masked: bool = False
 
     def of(self, n: int) -> int:
         """Index of the regime that n rows fall into."""
@@ -119,11 +120,16 @@ def kernels(
     kind = backend.upper()
     if kind.startswith(("MTL", "METAL")):
         return _metal(weight_type, moe)
-    if kind.startswith(("CUDA", "ROCM", "MUSA")):
+    if is_cuda(backend):
         return _cuda(weight_type)
     if kind.startswith("CPU"):
         return _cpu(weight_type, features, others)
     return Kernels((Regime(1),))
+
+
+def is_cuda(backend: str) -> bool:
+    """Whether these are the CUDA backend's sources, whatever they are compiled for."""
+    return backend.upper().startswith(("CUDA", "ROCM", "MUSA"))
 
 
 def _metal(weight_type: str, moe: bool) -> Kernels:
@@ -142,14 +148,14 @@ def _cuda(weight_type: str) -> Kernels:
     if weight_type in ("F16", "BF16", "F32"):
         found = [Regime(1, kernel="mmvf"), Regime(2, kernel="mmvf, mmf"),
                  Regime(CUDA_MMF_MAX + 1, kernel="cuBLAS")]  # fmt: skip
-        return Kernels(tuple(found), CUDA_VEC_MAX + 1, dense=True)
+        return Kernels(tuple(found), CUDA_VEC_MAX + 1, computes_masked=True)
     found = [
         Regime(1, kernel="mmvq"),
         Regime(2, kernel="mmvq"),
         Regime(CUDA_VEC_MAX + 1, CUDA_TILE, kernel="mmq"),
         Regime(CUDA_TILE_MAX + 1, CUDA_TILE_MAX, kernel="mmq"),
     ]
-    return Kernels(tuple(found), CUDA_VEC_MAX + 1, dense=True)
+    return Kernels(tuple(found), CUDA_VEC_MAX + 1, computes_masked=True)
 
 
 _REPACKED = {

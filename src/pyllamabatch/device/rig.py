@@ -109,6 +109,9 @@ class Rig(Owner):
         if depth not in self._states:
             self._compute(depth)
             self._keep(depth)
+            if depth in self._states and self.context.model.n_swa:
+                memory.seq_rm(0)  # a state has the window's cells alone, where there is one
+                del self._held[0]
         missing = [seq for seq in range(n_seqs) if seq not in self._held]
         if missing:
             state = self._states.get(depth) or self.context.state_seq_get(0)

@@ -69,7 +69,7 @@ class Ubatch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """The terms' names, and their values for a ubatch. `window`: cells of it; `windowed`: see w."""
+    """The terms' names, and their values for a ubatch. `window`: in cells; `window_share`: w."""
 
     kernels: Kernels
     output_share: float
@@ -77,7 +77,7 @@ class Terms:
     n_expert: int = 0
     n_expert_used: int = 0
     window: int = 0
-    windowed: float = 0.0
+    window_share: float = 0.0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -115,27 +115,31 @@ class Terms:
             return []
         decode = rows - prefill
         n_chunks = n_seqs - decode if n_seqs > decode else 1
-        own = self.looked_at(kv / (n_seqs or 1))
-        kv = own * (n_seqs or 1)
+        n_seqs = n_seqs or 1
+        own = kv / n_seqs
         found: list[Ubatch] = []
         if not self.unified and decode and prefill:
-            found.append(Ubatch(decode, decode, decode, kv, decode * own))
+            looked = self.looked_at(own)
+            found.append(Ubatch(decode, decode, decode, looked * n_seqs, decode * looked))
             rows, decode = prefill, 0
         done = 0  # prompt rows
         while rows:
             n = min(rows, n_ubatch)
             single, decode = min(decode, n), max(decode - n, 0)
             chunk = n - single
-            of_prompts = chunk * (own + (done + chunk / 2) / n_chunks) if chunk else 0.0
+            before = self.looked_at(own + done / n_chunks)
+            of_prompts = chunk * (before + chunk / 2 / n_chunks) if chunk else 0.0
             sampled = min(n, single + n_chunks) if chunk and n == rows else single
-            found.append(Ubatch(n, single, sampled, kv, single * own, of_prompts))
+            cells = self.looked_at(kv / n_seqs) * n_seqs
+            of_single = single * self.looked_at(own)
+            found.append(Ubatch(n, single, sampled, cells, of_single, of_prompts))
             kv, done, rows = kv + n, done + chunk, rows - n
         return found
 
     def looked_at(self, own: float) -> float:
         """Of a sequence's own cells, as many as its layers look at on average."""
-        if self.windowed and own > self.window:
-            return own - self.windowed * (own - self.window)
+        if self.window_share and own > self.window:
+            return own - self.window_share * (own - self.window)
         return own
 
     def experts(self, n: int) -> float:

@@ -163,7 +163,7 @@ class KvLedger:
         """Give `n` more cells to a live `slot`; ValueError when they are not there."""
         if n < 0 or n > self.room(slot) or self._kept[slot]:
             raise ValueError(f"slot {slot} asks for {n} cells, there is room for {self.room(slot)}")
-        self._place(slot, n, n)
+        self._place(slot, n)
         self._held[slot] += n
         self._used += n
 
@@ -173,7 +173,7 @@ class KvLedger:
         n_all = n * len(slots)
         if n_all > self.empty:
             raise ValueError(f"{n_all} cells are asked for, {self.empty} are free")
-        self._place(slots, n_all, len(slots))
+        self._place(slots, n_all)
         self._held[slots] += n
         self._used += n_all
 
@@ -194,7 +194,8 @@ class KvLedger:
                 self._n_kept -= run.end - run.start
             run.n_live += 1
         self._held[target] = self._own_from[target] = n
-        self._first[target], self._last[target] = self._first[source], self._last[source]
+        last = self._cell(source, n, int(self._held[source]))
+        self._first[target], self._last[target] = self._first[source], last
 
     def keep(self, slot: int) -> None:
         """A live slot is not live any more, what it holds is kept."""
@@ -240,9 +241,12 @@ class KvLedger:
             self._n_kept -= max(own, 0)
             self._kept[slot] = n > 0
         self._used -= emptied
-        if n == 0 and held:
-            self._head = min(self._head, float(self._first[slot]))
-            self._first[slot], self._last[slot] = np.inf, 0.0
+        if self.unified and n < held:
+            if emptied:
+                self._head = min(self._head, self._cell(slot, held - emptied, held))
+            self._last[slot] = self._cell(slot, n, held) if n else 0.0
+            if n == 0:
+                self._first[slot] = np.inf
             self._reach = max(self._used, float(self._last.max()))
         return emptied
 
@@ -252,23 +256,22 @@ class KvLedger:
 
     # -- inside
 
-    def _place(self, slots: int | npt.NDArray[np.integer], n: int, n_rows: int) -> None:
-        """The next `n` free cells are for these slots, `n_rows` at once."""
+    def _place(self, slots: int | npt.NDArray[np.integer], n: int) -> None:
+        """The next `n` free cells are for these slots. All in front of the head are held, so it is
+        no further than `used`."""
         if not self.unified or not n:
             return
-        head, reach, used = self._head, self._reach, self._used
-        if head > min(used + 2 * n_rows, self.n_cells):
-            head = 0.0
-        free = reach - used
-        if head >= reach:
-            end = head + n
-        elif n < free:
-            end = head + n * (reach - head) / free
-        else:
-            end = used + n
+        reach, used = self._reach, self._used
+        head, free = min(self._head, used), reach - used
+        end = head + n * (reach - head) / free if n < free else float(used + n)
         self._first[slots] = np.minimum(self._first[slots], head)
         self._last[slots] = np.maximum(self._last[slots], end)
         self._head, self._reach = end, max(reach, end)
+
+    def _cell(self, slot: int, n: int, held: int) -> float:
+        """Where position `n` of a slot that holds so many is, as if they were spread evenly."""
+        first = float(self._first[slot])
+        return first + (float(self._last[slot]) - first) * n / held
 
     def _cut(self, slot: int, n: int) -> None:
         """Make position `n` of `slot` the end of a run."""

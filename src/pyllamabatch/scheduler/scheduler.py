@@ -168,6 +168,7 @@ class Scheduler(HandDriven):
             self._tenants,
             self._alone,
             self._slot_of,
+            int(self._cells_in_sight()) if self.limits.unified else None,
         )
 
     def plan(self, now: float) -> Step | None:
@@ -330,13 +331,19 @@ class Scheduler(HandDriven):
         """Tokens of the sequence in `slot` that are in the cache: its next position."""
         return int(self._running.computed[slot])
 
-    def in_sight(self, step: Step) -> int:
-        """Cells that attention looks over in `step`, before it: all that are held (and those free
-        ones between them that dense kernels compute, too), or where every sequence has a stream of
-        its own those of its sequences."""
+    def in_sight(self, step: Step, ahead: float = 0) -> float:
+        """Cells that attention looks over in `step`, before it, or when it has been computed
+        `ahead` times: all that are held (and the free ones between them, for kernels that compute
+        those, too), or where every sequence has a stream of its own those of its sequences."""
+        more = step.n_rows * ahead
         if self.limits.unified:
-            return self.ledger.reach if getattr(self.cost, "dense", False) else self.ledger.used
-        return int(self._running.computed[step.slots].sum())
+            return self._cells_in_sight(more)
+        return float(self._running.computed[step.slots].sum() + more)
+
+    def _cells_in_sight(self, more: float = 0) -> float:
+        """Of a pool, when so many more are held: they go where cells are free, first."""
+        held = self.ledger.used + more
+        return max(held, self.ledger.reach) if getattr(self.cost, "computes_masked", 0) else held
 
     def shapes(self, step: Step, kv: float) -> list[Shape]:
         """What `CostModel.predict` is told of each part of `step`, one of its `parts`, that is

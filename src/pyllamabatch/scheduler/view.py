@@ -106,7 +106,8 @@ class StepView:
     something to compute. `kv_promised`: cells that running sequences need for tokens that they
     know already; `kv_free - kv_promised` is what a newcomer may count on. `cost`: the device's cost
     model, when there is one: `cost.predict(rows, prefill, kv, n_seqs)` is the seconds of a step of
-    `rows` rows, `prefill` of them of prompts, of `n_seqs` sequences that hold `kv` cells.
+    `rows` rows, `prefill` of them of prompts, of `n_seqs` sequences that hold `kv` cells; of a step
+    of all that run `kv` is `kv_in_sight`. `kv_pool`: that, where all share a pool of cells.
     """
 
     now: float
@@ -122,6 +123,7 @@ class StepView:
     tenants: Tenants = field(default_factory=Tenants)
     kv_alone: Callable[[int], int] | None = None
     slot_of: Callable[[int], int] | None = None
+    kv_pool: int | None = None
 
     def frees(self, seq: SequenceView) -> int:
         """Cells that are free when a running sequence is preempted: those that no other running one
@@ -138,6 +140,12 @@ class StepView:
     @property
     def kv_total(self) -> int:
         return self.limits.n_cells
+
+    @property
+    def kv_in_sight(self) -> int:
+        """Cells that attention looks over when all decode, for `cost`: in a pool that all share
+        kept ones, too, and free ones that its kernels compute."""
+        return self.kv_total - self.kv_free if self.kv_pool is None else self.kv_pool
 
     @property
     def can_admit(self) -> bool:

@@ -259,7 +259,7 @@ class Replica:
         first = sum(starmap(predict, shapes))
         start = now + machine.overhead
         if n > 1:
-            later = kv + step.n_rows * (n - 1)
+            later = self.scheduler.in_sight(step, n - 1)
             last = sum(
                 [predict(rows, 0, held * later / kv, seqs) for rows, _, held, seqs in shapes]
             )

@@ -54,7 +54,7 @@ AT_SPEED = "at the probes' speed"
 """The simulation that the bounds are for."""
 
 _PROBE_SECONDS = 2.0
-_PROBE_PROMPT, _PROBE_OUTPUT = 64, (8, 24)  # tokens; prompts are as the trace's where there is one
+_PROBE_PROMPT, _PROBE_OUTPUT = 64, (16, 48)  # tokens; prompts are as the trace's where there is one
 _N_ALONE = 4
 _LEAST_STEPS = 8  # of a regime, to say something of it
 
@@ -128,10 +128,12 @@ def steps_of(table: Trace, cost: CostModel, n_ubatch: int) -> Steps:
     table = table[table["code"] == 0]
     rows, prompt = table["rows"], table["prefill_rows"]
     n_seqs = table["decode_rows"] + (table["chunk"] > 0).sum(axis=1) + table["filled"]
-    if cost.unified:
-        kv = reaches(table) if cost.dense else table["kv_used"] - rows
-    else:
+    if not cost.unified:
         kv = own_cells(table)
+    else:
+        kv = table["kv_used"] - rows
+        if cost.computes_masked:
+            kv = np.maximum(kv, reaches(table))
     computed = rows + table["filled"]
     shapes = zip(computed.tolist(), prompt.tolist(), kv.tolist(), n_seqs.tolist(), strict=True)
     model = np.array([cost.predict(*shape) for shape in shapes])
@@ -146,7 +148,7 @@ def steps_of(table: Trace, cost: CostModel, n_ubatch: int) -> Steps:
 
 
 def reaches(table: Trace) -> npt.NDArray[np.int64]:
-    """`KvLedger.reach` before each step; nobody starts from kept cells."""
+    """`KvLedger.reach` before each step, of sequences that compute all that they hold."""
     ids, counts = table["ids"], np.maximum(table["chunk"], 1)
     n_steps, n_slots = ids.shape
     ends = np.zeros(ids.shape, dtype=bool)  # the last step of whoever is in the slot
@@ -293,10 +295,11 @@ class Validator:
                 decode[i] = _typical(ratio[those], steps.model[those])
         speed = np.array(decode)[steps.regime] * steps.model
         extra = steps.reckoned(cost.new_graph) - steps.model
-        unsettled, graph = decodes & (extra > 0), 1.0
+        unsettled, graph = decodes & (extra > 0.1 * speed), 1.0  # what less is lost in the others
         if unsettled.any() and settled.any():
-            more = (steps.seconds - speed)[unsettled] / extra[unsettled]
-            graph = max(0.0, _typical(more, extra[unsettled]))
+            extra = extra[unsettled]
+            more = np.minimum((steps.seconds - speed)[unsettled], 4 * extra)
+            graph = max(0.0, float(more.sum() / extra.sum()))
         prompts = steps.prompt > 0
         ratio = (steps.seconds - graph * steps.new * cost.new_graph.step) / steps.model
         return tuple(decode), _typical(ratio[prompts], steps.model[prompts]), graph

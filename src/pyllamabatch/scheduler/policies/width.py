@@ -161,7 +161,7 @@ def best_split(view: StepView, itl: float, gain: float, *, begun: bool = False) 
     cost, n = view.cost, len(view.decoding)
     if n < 2 or not measured(cost):
         return None
-    kv = view.kv_total - view.kv_free
+    kv = view.kv_in_sight
     wide: float = cost.predict(n, 0, kv, n)
     targets = view.running.column("itl_target")
     targets[targets == inf] = itl
