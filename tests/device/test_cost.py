@@ -171,6 +171,15 @@ def test_split() -> None:
     # cells of each sequence's own: those that decode, then the prompt
     first, second = apart.split(104, 100, 0, 5, 512)
     assert (first.rows, first.sampled, second.rows, second.sampled) == (4, 4, 100, 1)
+    # more that decode than fit into one
+    found = apart.split(30, 10, 210, 21, 16)
+    assert [(part.rows, part.cells, part.reads) for part in found[:2]] == [
+        (16, 168, 160),
+        (4, 42, 40),
+    ]
+    assert [part.rows for part in found] == [16, 4, 10]
+    cost = CostModel.fit(profile(h200() + made_up(7)), unified=False, n_ubatch=16)
+    assert cost.predict(30, 10, 210, 21) > cost.predict(10, 10, 0, 1)
 
 
 def test_json_round_trip() -> None:

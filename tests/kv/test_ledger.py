@@ -211,6 +211,7 @@ class Pool:
 
     def __init__(self, n_cells: int) -> None:
         self.owner = np.full(n_cells, -1)
+        self.pos = np.zeros(n_cells, dtype=int)
         self.head = 0
 
     def take(self, slots: list[int]) -> None:
@@ -221,12 +222,13 @@ class Pool:
         for slot in slots:
             while self.owner[at % len(self.owner)] >= 0:
                 at += 1
+            self.pos[at % len(self.owner)] = (self.owner == slot).sum()
             self.owner[at % len(self.owner)] = slot
             at += 1
         self.head = (at - 1) % len(self.owner) + 1
 
     def trim(self, slot: int, n: int) -> None:
-        at = (self.owner == slot).nonzero()[0][n:]
+        at = ((self.owner == slot) & (self.pos >= n)).nonzero()[0]
         self.owner[at] = -1
         self.head = min(self.head, int(at[0]))
 
@@ -303,6 +305,31 @@ def test_who_shares_a_beginning_reaches_as_far_as_that() -> None:
     assert (ledger.used, ledger.reach) == (150, 150)
     ledger.take(0, 10)  # what only slot 1 had held is free, from 150 on
     assert ledger.reach == 160
+
+
+def test_a_shared_beginning_is_not_as_far_as_what_follows_it() -> None:
+    """A system prompt in front of a burst; whoever has it reaches far, by his own cells alone."""
+    for goes in (False, True):
+        ledger = KvLedger(100000, 4)
+        ledger.take(0, 1000)
+        ledger.share(0, 1, 1000)
+        ledger.take(2, 19000)
+        ledger.take(1, 300)
+        if goes:
+            ledger.trim(1, 1150)
+            ledger.release(2)
+            assert (ledger.used, ledger.reach) == (1150, 10650)  # spread from 1,000 to 20,300
+            ledger.trim(1, 1000)
+        else:
+            ledger.share(1, 3, 1000)
+            ledger.release(2)
+            ledger.release(1)
+        assert (ledger.used, ledger.reach) == (1000, 1000)
+        ledger.share(0, 2, 400)  # a part of it
+        ledger.release(0)
+        ledger.release(3)
+        ledger.release(1)
+        assert (ledger.used, ledger.reach) == (400, 400)
 
 
 def test_what_is_trimmed_is_not_reached() -> None:

@@ -97,7 +97,7 @@ class Rig(Owner):
         """Sequences 0 to n_seqs - 1 hold `depth` tokens each, the others nothing."""
         memory = self.context.memory
         for seq, held in list(self._held.items()):
-            near = held == depth or (not self._stays and 0 < depth < held)
+            near = held == depth or (not self._stays and 0 < depth < held <= depth + _DRIFT)
             if seq < n_seqs and near:
                 continue
             if seq == 0 and held < depth and depth not in self._states:
@@ -114,10 +114,11 @@ class Rig(Owner):
                 del self._held[0]
         missing = [seq for seq in range(n_seqs) if seq not in self._held]
         if missing:
-            state = self._states.get(depth) or self.context.state_seq_get(0)
+            state = self._states.get(depth)
+            at = depth if state else self._held[0]
             for seq in missing:
-                self.context.state_seq_set(state, seq)
-                self._held[seq] = depth
+                self.context.state_seq_set(state or self.context.state_seq_get(0), seq)
+                self._held[seq] = at
 
     def _compute(self, depth: int) -> None:
         have = self._held.get(0, 0)

@@ -119,8 +119,12 @@ class Terms:
         own = kv / n_seqs
         found: list[Ubatch] = []
         if not self.unified and decode and prefill:
-            looked = self.looked_at(own)
-            found.append(Ubatch(decode, decode, decode, looked * n_seqs, decode * looked))
+            looked, left = self.looked_at(own), decode
+            while left:
+                n = min(left, n_ubatch)
+                cells = looked * n_seqs * n / decode
+                found.append(Ubatch(n, n, n, cells, n * looked))
+                left -= n
             rows, decode = prefill, 0
         done = 0  # prompt rows
         while rows:

@@ -29,12 +29,14 @@ Slots = npt.NDArray[np.int32]
 
 @dataclass(slots=True, eq=False)
 class _Run:
-    """Cells of positions one after the other, up to `end`, that the same slots hold."""
+    """Cells of positions one after the other, up to `end`, that the same slots hold. cell: where
+    `end` is, see `reach`."""
 
     start: int
     end: int
     n_live: int
     n_kept: int
+    cell: float = 0.0
 
 
 class KvLedger:
@@ -194,8 +196,7 @@ class KvLedger:
                 self._n_kept -= run.end - run.start
             run.n_live += 1
         self._held[target] = self._own_from[target] = n
-        last = self._cell(source, n, int(self._held[source]))
-        self._first[target], self._last[target] = self._first[source], last
+        self._first[target], self._last[target] = self._first[source], runs[-1].cell
 
     def keep(self, slot: int) -> None:
         """A live slot is not live any more, what it holds is kept."""
@@ -227,26 +228,30 @@ class KvLedger:
         held = int(self._held[slot])
         if not 0 <= n <= held:
             raise ValueError(f"{n} of {held} positions of slot {slot}")
-        kept = self._kept[slot]
+        kept, runs = self._kept[slot], self._runs[slot]
         own = held - max(n, self._own_from[slot])
         emptied = max(own, 0)
+        at = self._cell(slot, held - emptied) if self.unified else 0.0  # from where on it empties
         if n < self._own_from[slot]:
             self._cut(slot, n)
-            runs = self._runs[slot]
             while runs and runs[-1].start >= n:
-                emptied += self._leave(runs.pop(), kept)
+                left = self._leave(runs.pop(), kept)
+                if left:
+                    at = self._before(slot)
+                emptied += left
             self._own_from[slot] = n
+        if self.unified and n < held:
+            if emptied:
+                self._head = min(self._head, at)
+            self._last[slot] = self._before(slot) if own < held - n else at
+            if n == 0:
+                self._first[slot], self._last[slot] = np.inf, 0.0
         self._held[slot] = n
         if kept:
             self._n_kept -= max(own, 0)
             self._kept[slot] = n > 0
         self._used -= emptied
-        if self.unified and n < held:
-            if emptied:
-                self._head = min(self._head, self._cell(slot, held - emptied, held))
-            self._last[slot] = self._cell(slot, n, held) if n else 0.0
-            if n == 0:
-                self._first[slot] = np.inf
+        if self.unified:
             self._reach = max(self._used, float(self._last.max()))
         return emptied
 
@@ -268,22 +273,32 @@ class KvLedger:
         self._last[slots] = np.maximum(self._last[slots], end)
         self._head, self._reach = end, max(reach, end)
 
-    def _cell(self, slot: int, n: int, held: int) -> float:
-        """Where position `n` of a slot that holds so many is, as if they were spread evenly."""
-        first = float(self._first[slot])
-        return first + (float(self._last[slot]) - first) * n / held
+    def _before(self, slot: int, i: int | None = None) -> float:
+        """Where the cells of a slot's run `i`, or those of its own, begin."""
+        runs = self._runs[slot][:i]
+        return runs[-1].cell if runs else float(self._first[slot])
+
+    def _cell(self, slot: int, n: int) -> float:
+        """Where position `n` is, one of its own, as if these were spread evenly."""
+        first, own_from = self._before(slot), self._own_from[slot]
+        if n == own_from:
+            return first
+        part = (n - own_from) / (int(self._held[slot]) - own_from)
+        return first + (float(self._last[slot]) - first) * part
 
     def _cut(self, slot: int, n: int) -> None:
         """Make position `n` of `slot` the end of a run."""
         runs, own_from = self._runs[slot], self._own_from[slot]
         if n > own_from:  # what was its own is a run of one holder
             kept = self._kept[slot]
-            runs.append(_Run(own_from, n, not kept, kept))
+            runs.append(_Run(own_from, n, not kept, kept, self._cell(slot, n)))
             self._own_from[slot] = n
             return
-        for run in runs:
+        for i, run in enumerate(runs):
             if run.start < n < run.end:
-                rest = _Run(n, run.end, run.n_live, run.n_kept)
+                rest = _Run(n, run.end, run.n_live, run.n_kept, run.cell)
+                first = self._before(slot, i)
+                run.cell = first + (run.cell - first) * (n - run.start) / (run.end - run.start)
                 run.end = n
                 for others in self._runs:
                     if run in others:
