@@ -1,5 +1,6 @@
 """An engine's trace beside the cost model."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,18 @@ import pytest
 from pyllamabatch.device.cost import NewGraph
 from pyllamabatch.sim.validate import Validator, own_cells, reaches, steps_of
 from pyllamabatch.trace import trace_dtype
+
+Made = tuple[dict[int, int], dict[int, int]]  # by slot: who has rows in a step, prompt rows
+
+
+def table_of(steps: Sequence[Made], n_slots: int) -> Any:
+    table = np.zeros(len(steps), dtype=trace_dtype(n_slots))
+    for row, (ids, chunks) in zip(table, steps, strict=True):
+        for slot, id in ids.items():
+            row["ids"][slot] = id
+        for slot, n in chunks.items():
+            row["chunk"][slot] = n
+    return table
 
 
 def test_cells_of_those_that_have_rows() -> None:
@@ -22,19 +35,14 @@ def test_cells_of_those_that_have_rows() -> None:
         ({1: 9}, {1: 40}),
         ({0: 7, 1: 9}, {}),
     ]
-    table = np.zeros(len(steps), dtype=trace_dtype(4))
-    for row, (ids, chunks) in zip(table, steps, strict=True):
-        for slot, id in ids.items():
-            row["ids"][slot] = id
-        for slot, n in chunks.items():
-            row["chunk"][slot] = n
+    table = table_of(steps, 4)
     assert own_cells(table).tolist() == [0, 0, 30, 20, 31 + 25, 0, 32 + 40]
 
 
 def test_free_cells_are_in_sight_of_some_kernels() -> None:
     """Two prompts, two steps of both; the first one ends, and the other goes on in its holes; then
     a third in its slot."""
-    steps: list[tuple[dict[int, int], dict[int, int]]] = [
+    steps: list[Made] = [
         ({0: 7, 1: 8}, {0: 30, 1: 20}),
         ({0: 7, 1: 8}, {}),
         ({0: 7, 1: 8}, {}),
@@ -42,12 +50,7 @@ def test_free_cells_are_in_sight_of_some_kernels() -> None:
         ({0: 9}, {0: 40}),
         ({0: 9, 1: 8}, {}),
     ]
-    table = np.zeros(len(steps), dtype=trace_dtype(3))
-    for row, (ids, chunks) in zip(table, steps, strict=True):
-        for slot, id in ids.items():
-            row["ids"][slot] = id
-        for slot, n in chunks.items():
-            row["chunk"][slot] = n
+    table = table_of(steps, 3)
     # 32 cells of the first one are free then: 1 and 31 of the 40 go there
     assert reaches(table).tolist() == [0, 50, 52, 54, 54, 63]
 
