@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pyllamabatch.device.profile import SCHEMA, Profile, Sample
-from pyllamabatch.device.regimes import Kernels, Regime
+from pyllamabatch.device.regimes import Kernels
 from pyllamabatch.device.terms import (
     F64,
     OF_LAYOUT,
@@ -35,7 +35,7 @@ from pyllamabatch.errors import ArgumentError, ProfileError
 
 _OTHER_LAYOUT = 0.5  # times the residuals of samples of the other cache layout
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the output matrix's share, that a fit tries for h
-_WINDOWED = (0.0, 0.5, 0.75, 0.875)  # that it tries for w
+_WINDOW_SHARES = (0.0, 0.5, 0.75, 0.875)  # that it tries for w
 _SLOWEST, _FASTEST = 4.0, 0.25  # times the model that refinement goes to
 
 
@@ -252,7 +252,9 @@ class CostModel:
         One that took more than twice as long as what is known, or at first than a new graph, counts
         as that: a disturbed one would end all turns, and then there are no more to learn from."""
         known = self.new_graph.step if self.switch is None else self.switch
-        seconds = max(0.0, min(seconds, 2 * known) if known else seconds)
+        seconds = max(0.0, seconds)
+        if known:
+            seconds = min(seconds, 2 * known)
         self.switch = seconds if self.switch is None else 0.75 * self.switch + 0.25 * seconds
 
     @property
@@ -340,10 +342,13 @@ class CostModel:
             profile.n_expert_used,
             profile.n_swa,
         )
-        plain, all_share, all_window = (
-            _design(each, samples, others, profile.n_ubatch)
-            for each in (terms, replace(terms, output_share=1.0), replace(terms, window_share=1.0))
-        )
+
+        def design_of(terms: Terms) -> F64:
+            return _design(terms, samples, others, profile.n_ubatch)
+
+        plain = design_of(terms)  # the others are linear in h and w
+        all_share = design_of(replace(terms, output_share=1.0))
+        all_window = design_of(replace(terms, window_share=1.0)) if profile.n_swa else plain
 
         def attempt(share: float, window_share: float, n_rounds: int) -> Fit:
             design = plain + share * (all_share - plain) + window_share * (all_window - plain)
@@ -352,20 +357,20 @@ class CostModel:
                 found.coefficients[:n], found.residuals[: len(samples)], found.covariance[:n, :n]
             )
 
-        def best(tried: Sequence[float], attempt: Callable[[float], Fit]) -> float:
+        def best(tried: Sequence[float], quick: Callable[[float], Fit]) -> float:
             if len(tried) == 1:
                 return tried[0]
-            errors = [np.abs(attempt(x).residuals).clip(0, 0.2).mean() for x in tried]
+            errors = [np.abs(quick(x).residuals).clip(0, 0.2).mean() for x in tried]
             return tried[int(np.argmin(errors))]
 
         shares = sorted({profile.output_share * part for part in _SHARES})
         share = best(shares, lambda x: attempt(x, 0.0, 2))
-        deep = profile.n_swa > 0 and (all_window != plain).any()
-        windowed = best(_WINDOWED if deep else (0.0,), lambda x: attempt(share, x, 2))
-        found = attempt(share, windowed, 6)
+        window_shares = _WINDOW_SHARES if (all_window != plain).any() else (0.0,)
+        window_share = best(window_shares, lambda x: attempt(share, x, 2))
+        found = attempt(share, window_share, 6)
         errors = np.abs(found.residuals)
         return cls(
-            replace(terms, output_share=share, window_share=0.0 if all_cells else windowed),
+            replace(terms, output_share=share, window_share=0.0 if all_cells else window_share),
             found.coefficients,
             n_ubatch or profile.n_ubatch,
             covariance=found.covariance,
@@ -400,11 +405,7 @@ class CostModel:
             data = json.loads(text)
             if data["schema"] != SCHEMA:
                 raise ValueError(f"schema {data['schema']}, this version reads {SCHEMA}")
-            given = data["terms"].pop("kernels")
-            regimes = tuple(Regime(**regime) for regime in given["regimes"])
-            masked = given.get("computes_masked", False)
-            kernels = Kernels(regimes, given["attention_from"], tuple(given["tiles"]), masked)
-            terms = Terms(kernels, **data["terms"])
+            terms = Terms(Kernels.from_dict(data["terms"].pop("kernels")), **data["terms"])
             values = np.array([data["coefficients"][name] for name in terms.names], np.float64)
             covariance = data["covariance"]
             return cls(

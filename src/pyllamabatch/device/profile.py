@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pyllamabatch.device.regimes import Kernels, Regime, is_cuda
+from pyllamabatch.device.regimes import Kernels, is_cuda
 from pyllamabatch.errors import ProfileError
 
 SCHEMA = 1
@@ -154,12 +154,8 @@ class Profile:
             data = json.loads(text)
             if data["schema"] != SCHEMA:
                 raise ProfileError(name, f"schema {data['schema']}, this version reads {SCHEMA}")
-            kernels = Kernels(
-                tuple(Regime(**regime) for regime in data["kernels"]["regimes"]),
-                data["kernels"]["attention_from"],
-                tuple(data["kernels"].get("tiles", ())),
-                bool(data["kernels"].get("computes_masked", is_cuda(data["key"]["backend"]))),
-            )
+            masked = is_cuda(data["key"]["backend"])  # an older file does not say it
+            kernels = Kernels.from_dict({"computes_masked": masked, **data["kernels"]})
             samples = tuple(
                 Sample(**dict(zip(data["fields"], row, strict=True))) for row in data["samples"]
             )

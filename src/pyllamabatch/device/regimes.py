@@ -30,8 +30,9 @@ bytes has: the cost model takes that for tiles of four in groups of sixteen.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 METAL_ROWS_MIN = {"F32": 6, "TQ2_0": 5, "BF16": 4} | dict.fromkeys(
     ("F16", "Q2_0", "Q4_K", "Q5_0", "Q5_1", "Q2_K", "IQ4_NL", "MXFP4"), 3
@@ -79,6 +80,16 @@ class Kernels:
     attention_from: int = 2**31
     tiles: tuple[int, ...] = ()
     computes_masked: bool = False
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Kernels:
+        """Of what `dataclasses.asdict` makes, here or in an older version."""
+        return cls(
+            tuple(Regime(**regime) for regime in data["regimes"]),
+            data["attention_from"],
+            tuple(data.get("tiles", ())),
+            bool(data.get("computes_masked", False)),
+        )
 
     def of(self, n: int) -> int:
         """Index of the regime that n rows fall into."""

@@ -116,8 +116,9 @@ class Rig(Owner):
         if missing:
             state = self._states.get(depth)
             at = depth if state else self._held[0]
+            state = state or self.context.state_seq_get(0)
             for seq in missing:
-                self.context.state_seq_set(state or self.context.state_seq_get(0), seq)
+                self.context.state_seq_set(state, seq)
                 self._held[seq] = at
 
     def _compute(self, depth: int) -> None:

@@ -31,8 +31,8 @@ _N_KV = 256  # cells that a graph's attention grows by (src/llama-kv-cache.cpp: 
 
 
 class Cost(Protocol):
-    """See `CostModel.predict`. Linear in `kv`: the steps of one call are taken between the first
-    and the last."""
+    """See `CostModel.predict`. About linear in `kv`: the steps of one call are taken between the
+    first and the last."""
 
     def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float: ...
 

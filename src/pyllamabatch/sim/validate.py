@@ -154,7 +154,7 @@ def reaches(table: Trace) -> npt.NDArray[np.int64]:
     ends = np.zeros(ids.shape, dtype=bool)  # the last step of whoever is in the slot
     for slot in range(n_slots):
         at = ids[:, slot].nonzero()[0]
-        ends[at[np.append(np.diff(ids[at, slot]) != 0, True)[: len(at)]], slot] = True
+        ends[at[np.diff(ids[at, slot], append=0) != 0], slot] = True
     ledger = KvLedger(2**31, n_slots)
     found = np.zeros(n_steps, dtype=np.int64)
     for i, here in enumerate(ids):
@@ -282,10 +282,9 @@ class Validator:
         prompts; and new graphs of steps that decode."""
         steps, cost = steps_of(table, self._cost, self.engine.n_ubatch), self._cost
         decodes = steps.prompt == 0
-        settled = decodes & (steps.new == 0) & ~steps.behind
-        chosen = next(
-            those for those in (settled, decodes & (steps.new == 0), decodes) if those.any()
-        )
+        old = decodes & (steps.new == 0)
+        settled = old & ~steps.behind
+        chosen = next(those for those in (settled, old, decodes) if those.any())
         ratio = steps.seconds / steps.model
         overall = _typical(ratio[chosen], steps.model[chosen])
         decode = [overall] * cost.n_regimes
