@@ -26,7 +26,7 @@ from pyllamabatch.compare.case import ModelFile, sampling_params
 
 if TYPE_CHECKING:
     from pyllamabatch.scheduler import Plan, Policy, StepView
-    from pyllamabatch.stepper import Stepper
+    from pyllamabatch.step.stepper import Stepper
 
 ATTEMPTS = 5
 
@@ -122,7 +122,7 @@ class InProcess:
     """The arms that run in this process; the model is loaded once and kept."""
 
     def __init__(self, model: ModelFile, n_gpu_layers: int) -> None:
-        from pyllamabatch.model import Model
+        from pyllamabatch.llama.model import Model
 
         self.model = Model(model.path, n_gpu_layers=n_gpu_layers)
 
@@ -153,7 +153,7 @@ class InProcess:
 
     def stepper(self, case: Case) -> Measured:
         """One plb_step per step through the Python face."""
-        from pyllamabatch.stepper import SAMPLE, Stepper
+        from pyllamabatch.step.stepper import SAMPLE, Stepper
 
         n = case.pl
         with self.context(case) as context, Stepper(context) as stepper:
@@ -173,7 +173,7 @@ class InProcess:
 
     def c_loop(self, case: Case) -> Measured:
         """All steps in one plb_run."""
-        from pyllamabatch.stepper import Stepper
+        from pyllamabatch.step.stepper import Stepper
 
         with self.context(case) as context, Stepper(context, n_steps_max=case.tg) as stepper:
             start = time.perf_counter()
@@ -187,7 +187,7 @@ class InProcess:
 
     def engine(self, case: Case) -> Measured:
         """The engine; time runs between the plans of its steady steps."""
-        from pyllamabatch.engine import Engine
+        from pyllamabatch.engine.engine import Engine
         from pyllamabatch.scheduler import sarathi
 
         clock = StepClock(sarathi(), case.pl, case.tg)
@@ -218,7 +218,7 @@ class InProcess:
 def compute_prompts(stepper: Stepper, case: Case) -> npt.NDArray[np.int32]:
     """Slots for the case's sequences and their prompts, in steps of n_batch rows; the first token
     of each, sampled."""
-    from pyllamabatch.stepper import SAMPLE
+    from pyllamabatch.step.stepper import SAMPLE
 
     n, rows = case.pl, stepper.rows
     token = np.zeros(n, np.int32)

@@ -24,7 +24,7 @@ from bench.targets import Figure, Target, speed_ratio
 from pyllamabatch.compare.case import sampling_params
 
 if TYPE_CHECKING:
-    from pyllamabatch.engine import Engine
+    from pyllamabatch.engine.engine import Engine
     from pyllamabatch.scheduler import Gather
 
 BASE = "stepper"
@@ -122,7 +122,7 @@ def main(options: argparse.Namespace) -> int:
 
 def run_threads(case: Case, inside: InProcess, gather: Gather | None) -> Measured:
     """Every thread has its prompt computed and one token sampled when the time begins."""
-    from pyllamabatch.engine import Engine
+    from pyllamabatch.engine.engine import Engine
 
     prompts = case.prompts(inside.model.n_vocab)
     ready = threading.Barrier(case.pl + 1)

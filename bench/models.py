@@ -165,7 +165,7 @@ def quantise(source: Path, target: Path, file_type: str, *, n_threads: int = 0) 
 
     Raises RuntimeError when libllama refuses (it says why in its log).
     """
-    from pyllamabatch import _backend
+    from pyllamabatch.llama import runtime as _backend
     from pyllamabatch.raw import ffi, lib
 
     params = ffi.new("llama_model_quantize_params *", lib.llama_model_quantize_default_params())

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pyllamabatch._stream_step import Run
-from pyllamabatch.decoder import Decoder
-from pyllamabatch.page import Page
-from pyllamabatch.request import Request
-from pyllamabatch.sampling import SamplingParams
+from pyllamabatch.engine.core import Decoder
+from pyllamabatch.engine.detokenizer import Pieces
+from pyllamabatch.engine.request import Request
+from pyllamabatch.engine.stream import Stream
 from pyllamabatch.scheduler import Limits, Policy, Scheduler
-from pyllamabatch.stepper import Finish
-from pyllamabatch.stream import Stream
-from pyllamabatch.text import Pieces
-from pyllamabatch.trace import StepTrace
+from pyllamabatch.step.ring_reader import Page
+from pyllamabatch.step.sampling_params import SamplingParams
+from pyllamabatch.step.stepper import Finish
+from pyllamabatch.step.stream_stepper import Run
+from pyllamabatch.step.trace import StepTrace
 
 N_PROMPT = 8
 TOKEN = 7

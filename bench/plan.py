@@ -24,9 +24,9 @@ from bench.options import Budget, add_model, add_run, out_file
 from bench.targets import Figure, Target
 
 if TYPE_CHECKING:
-    from pyllamabatch.context import Context
-    from pyllamabatch.device.residency import Footprint
-    from pyllamabatch.model import Model
+    from pyllamabatch.llama.context import Context
+    from pyllamabatch.llama.model import Model
+    from pyllamabatch.planner.residency import Footprint
 
 QUICK = ("--quick",)
 SECONDS = 300  # of one load at most
@@ -152,7 +152,7 @@ def load(model: BenchModel, layout: Layout, n_gpu_layers: int) -> dict[str, Any]
         capture_output=True, text=True, timeout=SECONDS, check=False,
     )  # fmt: skip
     if done.returncode != 0:
-        from pyllamabatch.model import Model
+        from pyllamabatch.llama.model import Model
 
         with Model(model.path, vocab_only=True) as shapes:
             facts = _facts(shapes)
@@ -169,9 +169,9 @@ def _facts(model: Model) -> dict[str, Any]:
 
 def child(path: str, n_gpu_layers: int, layout: Layout) -> dict[str, Any]:
     """Project, load, compute, and compare; bytes in `detail`, and relative differences."""
-    from pyllamabatch.device.residency import Projector, footprint_of
-    from pyllamabatch.model import Model
+    from pyllamabatch.llama.model import Model
     from pyllamabatch.models import default_model_path
+    from pyllamabatch.planner.residency import Projector, footprint_of
 
     params = layout.params()
     start = free()
@@ -216,7 +216,7 @@ def in_contexts(found: Footprint) -> int:
 
 def free() -> int:
     """Bytes that the GPUs have free, for everybody; 0 without one."""
-    from pyllamabatch import _backend
+    from pyllamabatch.llama import runtime as _backend
 
     return sum(d.free for d in _backend.devices().values() if d.kind != "cpu" and d.total)
 

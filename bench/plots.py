@@ -10,7 +10,7 @@ from pathlib import Path
 from bench import report
 from bench.schema import Row
 from bench.summary import Draw, Setting
-from pyllamabatch._plots import styled, svg
+from pyllamabatch.compare.figures import styled, svg
 
 
 def draw_all(

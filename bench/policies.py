@@ -21,8 +21,8 @@ from typing import NamedTuple
 from bench import schema
 from bench.options import add_run, numbers, out_file
 from bench.targets import Figure, Target, judged
-from pyllamabatch.device.cost import CostModel
-from pyllamabatch.device.profile import shipped_names, shipped_profile
+from pyllamabatch.cost.model import CostModel
+from pyllamabatch.cost.profile import shipped_names, shipped_profile
 from pyllamabatch.scheduler.policies import DEFAULT
 from pyllamabatch.sim import Machine, Request, simulate, workload
 

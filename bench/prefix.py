@@ -159,8 +159,8 @@ class _Bench:
 
     def _run(self, case: Case, rounds: list[int], *, prefix_cache: bool) -> Measured:
         """Of the last of the rounds; each has other endings."""
-        from pyllamabatch.engine import Engine
-        from pyllamabatch.sampling import SamplingParams
+        from pyllamabatch.engine.engine import Engine
+        from pyllamabatch.step.sampling_params import SamplingParams
 
         model = self._inside.model
         params = SamplingParams(temperature=0, max_tokens=case.tg, ignore_eog=True)

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.cache import REPOSITORY
-from pyllamabatch.device.profile import Key, Profile, Sample
-from pyllamabatch.device.regimes import Kernels, Regime, kernels
+from pyllamabatch.cost.kernels import Kernels, Regime, kernels
+from pyllamabatch.cost.profile import Key, Profile, Sample
 
 PROFILES = REPOSITORY / "src" / "pyllamabatch" / "device" / "profiles"
 Step = tuple[int, int, float, int]  # rows, prefill, kv, n_seqs

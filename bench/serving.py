@@ -15,7 +15,7 @@ from pyllamabatch.compare.clients import at_once
 
 if TYPE_CHECKING:
     from bench.server import ServerProcess
-    from pyllamabatch.model import Model
+    from pyllamabatch.llama.model import Model
 
 
 class WrongAnswer(Exception):
@@ -90,7 +90,7 @@ class EngineClients(Clients):
     """Our engine in this process."""
 
     def __init__(self, case: Case, model: Model, limit_s: float) -> None:
-        from pyllamabatch.engine import Engine
+        from pyllamabatch.engine.engine import Engine
 
         super().__init__(case, model.n_vocab)
         self._limit_s = limit_s

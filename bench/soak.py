@@ -106,8 +106,8 @@ class Tally:
 def soak(
     inside: InProcess, case: Case, n_requests: int, cancelled: float, limit: float | None
 ) -> Measured:
-    from pyllamabatch.engine import Engine
-    from pyllamabatch.sampling import SamplingParams
+    from pyllamabatch.engine.engine import Engine
+    from pyllamabatch.step.sampling_params import SamplingParams
 
     prompts = np.random.default_rng(case.seed).integers(0, inside.model.n_vocab, (2000, 12))
     with Engine(

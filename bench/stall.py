@@ -30,11 +30,11 @@ from bench.models import resolve
 from bench.options import Budget, add_model, add_run, out_file
 from bench.quiet import undisturbed
 from bench.targets import Figure, Target
-from pyllamabatch.engine import Engine
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.engine.stream import Stream
 from pyllamabatch.errors import PyllamabatchError
-from pyllamabatch.sampling import SamplingParams
 from pyllamabatch.scheduler import make_policy
-from pyllamabatch.stream import Stream
+from pyllamabatch.step.sampling_params import SamplingParams
 
 STREAMS, TOKENS, ARRIVES = 8, 72, 40  # readers, tokens of each, and after which the prompt comes
 SHORT, LONG = 32, 6000  # prompt tokens: of a reader, and of the one that arrives

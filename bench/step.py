@@ -222,7 +222,7 @@ def python_time(load: Workload, case: Case) -> Measured:
 
 
 def stepper_time(inside: InProcess, n: int, case: Case) -> Measured:
-    from pyllamabatch.stepper import SAMPLE, Stepper
+    from pyllamabatch.step.stepper import SAMPLE, Stepper
 
     case = replace(case, pl=n)
     n_steps = case.tg
@@ -271,7 +271,7 @@ class Load:
 
 
 def gaps(inside: InProcess, load: Load, case: Case) -> Measured:
-    from pyllamabatch.engine import Engine
+    from pyllamabatch.engine.engine import Engine
 
     with Engine(
         inside.model,

@@ -23,11 +23,11 @@ from bench.models import BenchModel, resolve
 from bench.options import add_model, add_run, out_file
 from bench.targets import Figure, Target, judged
 from pyllamabatch.compare import facts
-from pyllamabatch.device.calibrate import calibrate
-from pyllamabatch.device.cost import CostModel, held_out
-from pyllamabatch.device.profile import SHIPPED, Profile, file_name
-from pyllamabatch.engine import Engine
-from pyllamabatch.model import Model
+from pyllamabatch.cost.calibrate import calibrate
+from pyllamabatch.cost.model import CostModel, held_out
+from pyllamabatch.cost.profile import SHIPPED, Profile, file_name
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import make_policy
 from pyllamabatch.scheduler.policies import DEFAULT
 from pyllamabatch.sim.load import at_load

@@ -40,15 +40,15 @@ from bench.options import Budget, add_model, add_run, choose, numbers, out_file
 from bench.quiet import undisturbed
 from bench.targets import Figure, Target, judged
 from pyllamabatch.compare.medians import pairs
-from pyllamabatch.device.calibrate import calibrate
-from pyllamabatch.device.cost import CostModel
-from pyllamabatch.device.profile import Profile, shipped_names, shipped_profile
-from pyllamabatch.engine import Engine
+from pyllamabatch.cost.calibrate import calibrate
+from pyllamabatch.cost.model import CostModel
+from pyllamabatch.cost.profile import Profile, shipped_names, shipped_profile
+from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import PyllamabatchError
-from pyllamabatch.sampling import SamplingParams
 from pyllamabatch.scheduler import make_policy
 from pyllamabatch.sim.validate import steps_of
-from pyllamabatch.trace import Trace
+from pyllamabatch.step.sampling_params import SamplingParams
+from pyllamabatch.step.trace import Trace
 
 F64 = npt.NDArray[np.float64]
 DEFAULT, COUNTED, PACED = "device-aware", "counted", "sarathi"

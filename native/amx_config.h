@@ -1,5 +1,5 @@
 /* Included before ggml's AMX kernels (cmake/AmxConfig.cmake): what a compiler and b11549 itself get
- * wrong there. On a CPU with AMX, tests/test_invariance_engine.py's quantised weights tell. */
+ * wrong there. On a CPU with AMX, tests/properties/test_invariance_engine.py's quantised weights tell. */
 #if defined(__AMX_INT8__)
 #include <ggml.h>
 #include <immintrin.h>

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from models_gguf import ARCHITECTURES, Architecture, gguf_path
+
+from tests.support.models_gguf import ARCHITECTURES, Architecture, gguf_path
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from models_special import write_lora
+
+from tests.support.models_special import write_lora
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import models_gguf
+from tests.support import models_gguf
 
 models_gguf.write_gguf(Path(sys.argv[1]), "llama")

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from pyllamabatch._child import Child, ChildFailed
 from pyllamabatch.cli import main
+from pyllamabatch.compare.child import Child, ChildFailed
 from pyllamabatch.compare.row import Row, read
 
 SHORT = ["--prompt-tokens", "12", "--sample-tokens", "6", "--repeats", "1", "--quiet", "-t", "1"]

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from pyllamabatch import Engine, Model
-from pyllamabatch._child import Child, ChildFailed, interrupts_later
 from pyllamabatch.compare.arms import Arm, ArmError, answer, chosen
 from pyllamabatch.compare.case import Case, GgufFile, sampling_params
+from pyllamabatch.compare.child import Child, ChildFailed, interrupts_later
 from pyllamabatch.compare.clients import at_once
 from pyllamabatch.compare.job import Job, Outcome, Served, figures, poisson_arrivals
 from pyllamabatch.compare.loop import CHAIN, FUSED, loop_of

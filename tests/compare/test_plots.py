@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up_rows import GIB, row
 
-from pyllamabatch._plots import styled
 from pyllamabatch.compare import plots
+from pyllamabatch.compare.figures import styled
 from pyllamabatch.compare.row import Row
 from pyllamabatch.errors import ArgumentError, UnsupportedOperation
+from tests.support.made_up_rows import GIB, row
 
 SCALE = {"processes": 1.0, "contexts": 1.05, "shared": 1.7, "engine": 1.8, "engine fused": 1.9}
 

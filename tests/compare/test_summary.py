@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from made_up_rows import GIB, row
 
 from pyllamabatch.compare.advice import as_fast
 from pyllamabatch.compare.medians import short
 from pyllamabatch.compare.row import Row
 from pyllamabatch.compare.summary import advice, brief, table
+from tests.support.made_up_rows import GIB, row
 
 
 def cells(text: str, arm: str, n: int) -> list[str]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pyllamabatch import Engine, Model, SamplingParams
 from pyllamabatch.models import default_model_path, tasks, world
 
-RECIPE = Path(__file__).parents[2] / "recipe" / "default_model"
+RECIPE = Path(__file__).parents[2] / "tools" / "recipe" / "default_model"
 TOKENIZER = SimpleNamespace(**runpy.run_path(str(RECIPE / "tokenizer.py")))
 GREEDY = SamplingParams(temperature=0.0, max_tokens=128)
 

@@ -79,7 +79,7 @@ def test_the_sdist_ships_the_source_it_builds(sdist: Path) -> None:
     assert {"CMakeLists.txt", "vendor/llama.cpp.lock", "vendor/llama.cpp/include/llama.h"} <= names
     assert {"vendor/llama.cpp/LICENSE", "native/plb.h", "LICENSE"} <= names
     assert any(name.endswith(".gguf") and "models/" in name for name in names)
-    assert any(name.endswith(".json") and "device/profiles/" in name for name in names)
+    assert any(name.endswith(".json") and "cost/profiles/" in name for name in names)
     assert not [name for name in names if name.endswith((".so", ".o", ".dylib", ".pyc"))]
     assert not [name for name in names if name.startswith(("build/", ".git/"))]
 

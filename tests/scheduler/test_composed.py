@@ -7,7 +7,6 @@ from itertools import chain
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduler_machine import Machine, limits
 
 from pyllamabatch.scheduler import (
     ComposedPolicy,
@@ -33,6 +32,7 @@ from pyllamabatch.scheduler.policies.parts import (
 )
 from pyllamabatch.scheduler.policies.shortest import Remaining
 from pyllamabatch.scheduler.policies.slo import EarliestDeadline
+from tests.support.scheduler_machine import Machine, limits
 
 
 class EverybodyInOrder:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduler_machine import Machine, limits
 
 from pyllamabatch.scheduler import Limits, Step, make_policy, policy_names
+from tests.support.scheduler_machine import Machine, limits
 
 SPECS = [
     *policy_names(),

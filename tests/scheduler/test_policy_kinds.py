@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from scheduler_machine import Machine
 
 from pyllamabatch.scheduler import (
     Limits,
@@ -23,6 +22,7 @@ from pyllamabatch.scheduler import (
     static,
 )
 from pyllamabatch.scheduler.policies.mlfq import Levels
+from tests.support.scheduler_machine import Machine
 
 LIMITS = Limits(n_batch=64, n_ubatch=16, n_seq_max=4, n_cells=400, n_cells_seq=400)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduler_machine import Machine, limits
 
 from pyllamabatch.scheduler import Limits, fcfs
+from tests.support.scheduler_machine import Machine, limits
 
 operations = st.lists(
     st.one_of(

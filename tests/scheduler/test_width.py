@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduler_machine import Machine
 
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler import Limits, SequenceView, StepView, make_policy, sarathi, width
 from pyllamabatch.scheduler.policies.rotation import Windows
 from pyllamabatch.scheduler.policies.width import TRIAL, Turns, best_split
+from tests.support.scheduler_machine import Machine
 
 LIMITS = Limits(n_batch=64, n_ubatch=64, n_seq_max=20, n_cells=20000, n_cells_seq=20000)
 APART = Limits(64, 64, 20, 20000, 1000, unified=False)

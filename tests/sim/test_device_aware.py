@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 
 from bench.policies import COUNTED, clients, steady
-from pyllamabatch.device.cost import CostModel
-from pyllamabatch.device.profile import shipped_names, shipped_profile
+from pyllamabatch.cost.model import CostModel
+from pyllamabatch.cost.profile import shipped_names, shipped_profile
 from pyllamabatch.scheduler.policies import DEFAULT
 from pyllamabatch.sim import Machine, draw, simulate
 from pyllamabatch.sim.workload import Request

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pyllamabatch.errors import ArgumentError
-from pyllamabatch.kv.tree import n_common
+from pyllamabatch.kv.radix_tree import n_common
 from pyllamabatch.sim import Request, load_trace
 
 SAMPLES = Path(__file__).parent / "samples"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from pyllamabatch import Engine, Model, SamplingParams
-from pyllamabatch.device.cost import CostModel
-from pyllamabatch.device.profile import Key, Profile, Sample
-from pyllamabatch.device.regimes import Kernels, Regime
+from pyllamabatch.cost.kernels import Kernels, Regime
+from pyllamabatch.cost.model import CostModel
+from pyllamabatch.cost.profile import Key, Profile, Sample
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler import make_policy
 from pyllamabatch.sim import Machine, draw, load_trace, simulate, summarise

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyllamabatch.device.cost import NewGraph
+from pyllamabatch.cost.model import NewGraph
 from pyllamabatch.sim.validate import Validator, own_cells, reaches, steps_of
-from pyllamabatch.trace import trace_dtype
+from pyllamabatch.step.trace import trace_dtype
 
 Made = tuple[dict[int, int], dict[int, int]]  # by slot: who has rows in a step, prompt rows
 

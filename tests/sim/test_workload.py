@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pyllamabatch.errors import ArgumentError
-from pyllamabatch.kv.tree import n_common
+from pyllamabatch.kv.radix_tree import n_common
 from pyllamabatch.sim import Lengths, draw, load_trace
 
 

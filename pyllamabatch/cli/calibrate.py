@@ -1,0 +1,163 @@
+"""Measure what steps cost on this device with this model, and keep it as a profile.
+
+Times steps of many shapes (rows, prompt rows, KV depth, sequences; cells shared or of each
+sequence's own) with random tokens until the budget is spent, fits the cost model, and saves the
+samples in the user's cache folder, where `Engine` finds them. Ctrl-C keeps what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyllamabatch.cli.console import live_console
+from pyllamabatch.cli.options import add_model_arguments, at_least, load_model
+from pyllamabatch.cost.calibrate import Progress, calibrate
+from pyllamabatch.cost.model import CostModel, held_out
+from pyllamabatch.cost.profile import Profile, file_name, profile_folder
+
+NAME = "calibrate"
+HELP = "measure this device's step times with a model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--budget", type=_seconds, default=120.0, metavar="S", help="seconds to measure (120)"
+    )
+    parser.add_argument(
+        "--layout", choices=("both", "unified", "streams"), default="both",
+        help="cells shared by all sequences, or of each one's own (both)",
+    )  # fmt: skip
+    parser.add_argument("-ub", "--n-ubatch", type=at_least(1), default=512, metavar="N")
+    parser.add_argument("-t", "--threads", type=at_least(1), metavar="N", help="CPU threads")
+    parser.add_argument("--type-k", metavar="TYPE", help="of the KV cells: f16, q8_0, ...")
+    parser.add_argument("--type-v", metavar="TYPE")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="instead of the cache folder")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
+
+
+def run(args: argparse.Namespace) -> int:
+    given = {
+        "n_ubatch": args.n_ubatch,
+        "n_threads": args.threads,
+        "type_k": args.type_k,
+        "type_v": args.type_v,
+    }
+    params = {name: value for name, value in given.items() if value is not None}
+    layouts = ("unified", "streams") if args.layout == "both" else (args.layout,)
+    with load_model(args) as model, _progress(args.quiet) as progress:
+        profile = calibrate(model, budget=args.budget, layouts=layouts, progress=progress, **params)
+    path = args.out or profile_folder() / file_name(profile.key)
+    profile.save(path)
+    found = summary(profile)
+    if args.json:
+        print(json.dumps({"profile": str(path), **found}))
+    else:
+        print("\n".join(lines(profile, found)))
+        print(f"saved as {path}")
+    return 0
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 86400:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
+    return value
+
+
+def summary(profile: Profile) -> dict[str, Any]:
+    """What was found, for each layout: how well the model fits, and what decoding costs."""
+    found: dict[str, Any] = {
+        "device": profile.key.device,
+        "backend": profile.key.backend,
+        "samples": len(profile.samples),
+        "disturbed": sum(sample.n == 0 for sample in profile.samples),
+        "complete": profile.about["complete"],
+        "layouts": {},
+    }
+    for unified in sorted({s.unified for s in profile.samples}, reverse=True):
+        samples = profile.only(unified=unified).samples
+        unseen = held_out(profile, unified=unified)
+        if not unseen:  # too few, or disturbed throughout
+            continue
+        cost = CostModel.fit(profile, unified=unified, swa_full=False)
+        decode = {s.rows: s for s in reversed(samples) if s.prefill == 0}
+        found["layouts"]["unified" if unified else "streams"] = {
+            "held_out_median": round(float(np.median(unseen)), 4),
+            "held_out_p95": round(float(np.percentile(unseen, 95)), 4),
+            "decode": [
+                {
+                    "rows": n,
+                    "kv": s.kv,
+                    "measured_ms": round(1e3 * s.seconds, 3),
+                    "model_ms": round(1e3 * cost.predict(n, 0, s.kv, s.n_seqs), 3),
+                }
+                for n, s in sorted(decode.items())
+            ],
+        }
+    return found
+
+
+def lines(profile: Profile, found: dict[str, Any]) -> list[str]:
+    """The summary for people to read."""
+    out = [
+        f"{found['device']} ({found['backend']}), {profile.about['model']}: "
+        f"{found['samples']} shapes" + ("" if found["complete"] else ", interrupted")
+    ]
+    if found["disturbed"]:
+        out.append(
+            f"{found['disturbed']} of them were disturbed at every try: "
+            "measure again when nobody else uses the processor"
+        )
+    for name, layout in found["layouts"].items():
+        out.append(
+            f"{name}: the model is {layout['held_out_median']:.1%} off where it was not measured "
+            f"(median; 95th percentile {layout['held_out_p95']:.1%})"
+        )
+        out.append("  rows  measured ms  model ms   tok/s")
+        out += [
+            f"  {d['rows']:>4}  {d['measured_ms']:>11.2f}  {d['model_ms']:>8.2f}  "
+            f"{1e3 * d['rows'] / d['measured_ms']:>6.0f}"
+            for d in layout["decode"]
+        ]
+    return out
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Progress | None]:
+    """A bar on a terminal, a line every ten seconds elsewhere; on the standard error."""
+    console = None if quiet else live_console()
+    if quiet:
+        yield None
+    elif console is None:
+        shown = time.monotonic()
+
+        def line(share: float, text: str) -> None:
+            nonlocal shown
+            if time.monotonic() - shown >= 10:
+                shown = time.monotonic()
+                print(f"{share:4.0%} {text}", file=sys.stderr, flush=True)
+
+        yield line
+    else:
+        from rich import progress as rich_progress
+
+        bar = rich_progress.Progress(
+            rich_progress.BarColumn(),
+            rich_progress.TaskProgressColumn(),
+            rich_progress.TextColumn("{task.description}"),
+            console=console,
+        )
+        task = bar.add_task("", total=1.0)
+        with bar:
+            yield lambda share, text: bar.update(task, completed=share, description=text)

@@ -1,0 +1,177 @@
+"""One run's work and result, and the row that keeps both: for `pyllamabatch compare` and for the
+benches."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pyllamabatch.compare import facts as of_machine
+from pyllamabatch.compare.row import Row, speeds
+from pyllamabatch.step.sampling_params import SamplingParams
+
+I32 = npt.NDArray[np.int32]
+ERROR_CHARACTERS = 600  # of a failure's message, its end
+
+
+class ModelFile(Protocol):
+    """A model file and what a row says of it."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def seed(self) -> int | None:
+        """Of random weights; None for a file of somebody else's."""
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A model file of somebody else's."""
+
+    path: Path
+    seed: None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one run does."""
+
+    model: ModelFile
+    pp: int
+    tg: int
+    pl: int
+    n_threads: int
+    sampling: str  # "greedy" or "default", for the arms that sample
+    seed: int
+    kv_unified: bool = False  # one pool of cells, or a stream per sequence
+    n_batch: int = 2048
+    n_ubatch: int = 512
+    n_gpu_layers: int = -1
+    n_cells: int = 0  # KV cells for each sequence; 0: as many as it needs
+
+    @property
+    def n_ctx(self) -> int:
+        """Room for every sequence (one token more than timed: the first sample), as streams of a
+        multiple of 256 cells, so that unified and separate cells have the same total."""
+        per_sequence = self.n_cells or self.pp + self.tg + 1
+        return self.pl * (-(-per_sequence // 256) * 256)
+
+    def prompts(self, n_vocab: int, which: int = 0, n: int | None = None) -> I32:
+        """Random tokens, shape (n, pp), by default one prompt per sequence; others for another
+        `which`."""
+        generator = np.random.default_rng([self.seed, which])
+        shape = (self.pl if n is None else n, self.pp)
+        return generator.integers(0, n_vocab, shape, dtype=np.int32)
+
+    def to_json(self) -> str:
+        """For another process; of the model only its path."""
+        return json.dumps(vars(self) | {"model": str(self.model.path)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Case:
+        values = json.loads(text)
+        return cls(**values | {"model": GgufFile(Path(values["model"]))})
+
+    def context_params(self) -> dict[str, Any]:
+        """The arguments of `Engine` and `Model.context`."""
+        return {
+            "n_seq_max": self.pl,
+            "n_ctx": self.n_ctx,
+            "n_batch": self.n_batch,
+            "n_ubatch": self.n_ubatch,
+            "n_threads": self.n_threads,
+            "n_threads_batch": self.n_threads,
+            "kv_unified": self.kv_unified,
+        }
+
+
+def sampling_params(sampling: str, seed: int, max_tokens: int) -> SamplingParams:
+    """`sampling`: "greedy" or "default"; never ends before `max_tokens`."""
+    extra: dict[str, Any] = {"temperature": 0.0} if sampling == "greedy" else {}
+    return SamplingParams(max_tokens=max_tokens, ignore_eog=True, seed=seed, **extra)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Times of one run in s; `settings` are row fields that differ from the case's."""
+
+    t_pp: float
+    t_tg: float
+    settings: dict[str, Any] = field(default_factory=dict)
+    detail: dict[str, float] = field(default_factory=dict)
+    error: str = ""
+
+    @classmethod
+    def failed(cls, failure: Exception | str) -> Measured:
+        """No result, and why."""
+        if isinstance(failure, Exception):
+            failure = f"{type(failure).__name__}: {failure}"
+        return cls(0.0, 0.0, error=failure[-ERROR_CHARACTERS:])
+
+
+class Described(Protocol):
+    """What a row says of an arm.  `includes`: what its time contains; `sampling`: whether the
+    case's applies."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def includes(self) -> str: ...
+    @property
+    def sampling(self) -> bool: ...
+
+
+def case_row(
+    bench: str,
+    arm: Described,
+    case: Case,
+    measured: Measured,
+    facts: dict[str, Any],
+    run_id: str,
+    repeat: int,
+) -> Row:
+    """The row of one run; `facts`: of the build, the model and the moment (`facts.py`)."""
+    settings: dict[str, Any] = {
+        "n_kv_max": case.n_ctx,
+        "n_batch": case.n_batch,
+        "n_ubatch": case.n_ubatch,
+        "flash_attn": -1,
+        "kv_unified": case.kv_unified,
+        "type_k": "f16",
+        "type_v": "f16",
+        "n_gpu_layers": case.n_gpu_layers,
+        "n_threads": case.n_threads,
+        "n_threads_batch": case.n_threads,
+    }
+    times = speeds(pp=case.pp, tg=case.tg, pl=case.pl, t_pp=measured.t_pp, t_tg=measured.t_tg)
+    return Row(
+        bench=bench,
+        arm=arm.name,
+        includes=arm.includes,
+        run_id=run_id,
+        repeat=repeat,
+        sampling=case.sampling if arm.sampling else "none",
+        **of_machine.machine(),
+        model_filename=case.model.path.name,
+        model_seed=case.model.seed,
+        seed=case.seed,
+        pp=case.pp,
+        tg=case.tg,
+        pl=case.pl,
+        n_kv=case.pl * (case.pp + case.tg),
+        detail=measured.detail,
+        error=measured.error,
+        **(facts | settings | measured.settings),
+        **times,
+    )

@@ -1,0 +1,33 @@
+"""The cost model that suits a context."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from pyllamabatch.cost import where
+from pyllamabatch.cost.kernels import kernels
+from pyllamabatch.cost.model import CostModel
+from pyllamabatch.cost.profile import find_profile
+from pyllamabatch.llama.context import Context
+
+log = logging.getLogger(__name__)
+
+
+def cost_of(context: Context) -> CostModel:
+    """Of the stored profile that matches the context's device, model and parameters best; a prior
+    (`CostModel.prior`, `calibrated` is False) where there is none."""
+    key = where.key_of(context)
+    unified, n_ubatch = context.capabilities.unified, context.n_ubatch
+    profile = find_profile(key)
+    if profile is not None and len(profile.samples) >= 4:
+        if profile.key.distance(key):
+            log.info("the profile was measured with %s", dict(profile.key.context))
+        profile = replace(profile, n_swa=context.model.n_swa)  # an older one does not know it
+        swa_full = bool(context.params["swa_full"])
+        return CostModel.fit(profile, unified=unified, n_ubatch=n_ubatch, swa_full=swa_full)
+    model = context.model
+    moe = f"{model.architecture}.expert_count" in model.metadata
+    known = kernels(key.backend, where.file_type(model), moe=moe, features=where.cpu_features())
+    gpu = not key.backend.startswith("CPU")
+    return CostModel.prior(known, model.size_bytes, n_ubatch, gpu=gpu, unified=unified)

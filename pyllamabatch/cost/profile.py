@@ -1,0 +1,248 @@
+"""Profile: what was measured on one device with one model, as JSON, and where profiles are kept.
+
+Profiles of one's own are in the user's cache folder (`profile_folder`), those that come with the
+package in `device/profiles`. `find_profile` takes the best match of both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pyllamabatch.cost.kernels import Kernels, is_cuda
+from pyllamabatch.errors import ProfileError
+
+SCHEMA = 1
+SHIPPED = Path(__file__).parent / "profiles"
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A step: `rows` in all, `prefill` of them rows of prompts that are not sampled, in `n_chunks`
+    sequences; the others decode, a sequence each. Every sequence holds `depth` cells before."""
+
+    rows: int
+    prefill: int = 0
+    n_chunks: int = 0
+    depth: int = 0
+
+    @property
+    def n_seqs(self) -> int:
+        return self.rows - self.prefill + self.n_chunks
+
+    @property
+    def kv(self) -> int:
+        """Cells that are held before the step."""
+        return self.n_seqs * self.depth
+
+    def chunks(self) -> list[int]:
+        """Prompt rows of each sequence that has some."""
+        if not self.n_chunks:
+            return []
+        each, more = divmod(self.prefill, self.n_chunks)
+        return [each + (i < more) for i in range(self.n_chunks)]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A measured step: rows, prompt rows among them, KV cells held before it, sequences that have
+    rows in it, one pool of cells or one each; median seconds, half of the range between the
+    quartiles relative to it (0 where only the median is known), and of how many steps (0: all were
+    disturbed). The graph is reused in them. new: seconds that a step takes more when it is not;
+    settle: that the two steps behind that one take more in all; None: not known."""
+
+    rows: int
+    prefill: int
+    kv: float
+    n_seqs: int
+    unified: bool
+    seconds: float
+    spread: float = 0.0
+    n: int = 1
+    new: float | None = None
+    settle: float | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, float, int]:
+        """As `CostModel.predict` takes it."""
+        return self.rows, self.prefill, self.kv, self.n_seqs
+
+
+_SAMPLE_FIELDS = (
+    *("rows", "prefill", "kv", "n_seqs", "unified", "seconds", "spread", "n"),
+    *("new", "settle"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What a step's time depends on, other than its shape: a profile suits an engine with the same.
+
+    device: its description; backend: ggml's name of it. model: `fingerprint`. context: parameters
+    that change the kernels or the work (threads, cache types, flash attention, n_ubatch).
+    """
+
+    device: str
+    backend: str
+    model: str
+    context: Mapping[str, int | str] = field(default_factory=dict)
+
+    def distance(self, other: Key) -> int | None:
+        """0 for the same; more where context parameters differ; None: of no use."""
+        if (self.device, self.backend, self.model) != (other.device, other.backend, other.model):
+            return None
+        names = {*self.context, *other.context}
+        return sum(self.context.get(name) != other.context.get(name) for name in names)
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Raw samples and where they come from. `about`: driver, llama.cpp build, model facts, date,
+    source; for people. `output_share`: the output matrix's part of the weights that a row passes.
+    `n_expert`, `n_expert_used`: of a mixture of experts, else 0. `n_swa`: cells of the sliding
+    window that some of its layers have, else 0."""
+
+    key: Key
+    kernels: Kernels
+    samples: tuple[Sample, ...]
+    n_ubatch: int
+    output_share: float = 0.0
+    n_expert: int = 0
+    n_expert_used: int = 0
+    n_swa: int = 0
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def only(self, *, unified: bool) -> Profile:
+        """The samples of one cache layout; all of them where there are none of it. One sequence
+        alone is the same in both: of those it has the shapes, too, that only the other one has
+        undisturbed."""
+        chosen = [s for s in self.samples if s.unified == unified]
+        if not chosen:
+            return self
+        known = {s.shape for s in chosen if s.n > 0}
+        alone = (s for s in self.samples if s.unified != unified and s.n_seqs == 1 and s.n > 0)
+        chosen += [s for s in alone if s.shape not in known]
+        return replace(self, samples=tuple(chosen))
+
+    def to_json(self) -> str:
+        """One JSON object, a sample a line."""
+        head: dict[str, Any] = {"schema": SCHEMA, "about": dict(self.about)}
+        head["key"] = {**asdict(self.key), "context": dict(self.key.context)}
+        head["kernels"] = {
+            "attention_from": self.kernels.attention_from,
+            "tiles": list(self.kernels.tiles),
+            "computes_masked": self.kernels.computes_masked,
+            "regimes": [asdict(regime) for regime in self.kernels.regimes],
+        }
+        for name in ("n_ubatch", "output_share", "n_expert", "n_expert_used", "n_swa"):
+            head[name] = getattr(self, name)
+        head["fields"] = list(_SAMPLE_FIELDS)
+        text = json.dumps(head, indent=1)[:-2]
+        rows = [json.dumps([getattr(s, name) for name in _SAMPLE_FIELDS]) for s in self.samples]
+        return text + ',\n "samples": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str, name: str = "profile") -> Profile:
+        """Raises `ProfileError` for what is not a profile of this schema."""
+        try:
+            data = json.loads(text)
+            if data["schema"] != SCHEMA:
+                raise ProfileError(name, f"schema {data['schema']}, this version reads {SCHEMA}")
+            masked = is_cuda(data["key"]["backend"])  # an older file does not say it
+            kernels = Kernels.from_dict({"computes_masked": masked, **data["kernels"]})
+            samples = tuple(
+                Sample(**dict(zip(data["fields"], row, strict=True))) for row in data["samples"]
+            )
+            for sample in samples:
+                if not (sample.seconds > 0 and 0 <= sample.prefill <= sample.rows > 0):
+                    raise ValueError(f"no such step: {sample}")
+            return cls(
+                Key(**data["key"]),
+                kernels,
+                samples,
+                int(data["n_ubatch"]),
+                float(data["output_share"]),
+                int(data["n_expert"]),
+                int(data["n_expert_used"]),
+                int(data.get("n_swa", 0)),
+                data["about"],
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ProfileError(name, f"{type(error).__name__}: {error}") from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file whole or not at all."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        partial.write_text(self.to_json(), encoding="utf-8")
+        partial.replace(target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Profile:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ProfileError(os.fspath(path), str(error)) from None
+        return cls.from_json(text, os.fspath(path))
+
+
+def profile_folder() -> Path:
+    """Where `pyllamabatch calibrate` keeps profiles: `profiles` in $PYLLAMABATCH_CACHE, else in
+    pyllamabatch's part of the user's cache folder ($XDG_CACHE_HOME or ~/.cache; ~/Library/Caches;
+    %LOCALAPPDATA%)."""
+    named = os.environ.get("PYLLAMABATCH_CACHE")
+    if named:
+        return Path(named) / "profiles"
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home())
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "pyllamabatch" / "profiles"
+
+
+def file_name(key: Key) -> str:
+    """A profile's own name: one per device, model and context parameters."""
+    words = [key.device, key.model, *(f"{k}-{v}" for k, v in sorted(key.context.items()))]
+    kept = "_".join(words).lower()
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in kept)[:180] + ".json"
+
+
+def find_profile(key: Key) -> Profile | None:
+    """The profile that suits best: fewest context parameters that differ, one's own before shipped
+    ones. None where device, backend or model are not known. Files that can't be read are passed
+    over."""
+    best: tuple[int, Profile] | None = None
+    for profile in _stored(key.model):
+        distance = profile.key.distance(key)
+        if distance is not None and (best is None or distance < best[0]):
+            best = distance, profile
+    return None if best is None else best[1]
+
+
+def _stored(model: str) -> Iterator[Profile]:
+    """Profiles of this model; the text of the others is not parsed."""
+    for folder in (profile_folder(), SHIPPED):
+        for path in sorted(folder.glob("*.json")):
+            with suppress(ProfileError, OSError, UnicodeDecodeError):
+                text = path.read_text(encoding="utf-8")
+                if f'"{model}"' in text:
+                    yield Profile.from_json(text, path.name)
+
+
+def shipped_profile(name: str) -> Profile:
+    """A profile that comes with the package, by the name of its file without .json; ProfileError
+    where there is none."""
+    return Profile.load(SHIPPED / f"{name}.json")
+
+
+def shipped_names() -> list[str]:
+    return sorted(path.stem for path in SHIPPED.glob("*.json"))

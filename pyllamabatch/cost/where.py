@@ -1,0 +1,254 @@
+"""What a profile is matched by: the device that a context runs on, and what its model weighs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pyllamabatch.cost.kernels import Kernels, kernels
+from pyllamabatch.cost.profile import Key
+from pyllamabatch.errors import PyllamabatchError
+from pyllamabatch.llama import runtime as _backend
+from pyllamabatch.llama.context import Context
+from pyllamabatch.llama.model import Model
+from pyllamabatch.raw import ffi, lib
+
+WHOLE = 0.98  # of the weights on one device: it computes all layers
+
+
+class Part(NamedTuple):
+    """Bytes in buffers of one type: weights, KV cells and states, graphs."""
+
+    buffer_type: str
+    device: str  # its name
+    host: bool  # memory that the CPU can use
+    model: int
+    context: int
+    compute: int
+
+
+def memory_parts(context: Context) -> list[Part]:
+    """What a context takes up, by buffer type; of a model loaded with no_alloc, what it would. The
+    buffer of the logits is not among it."""
+    with context.exclusive():
+        n = lib.plb_memory_breakdown(context.ptr, ffi.NULL, 0)
+        parts = ffi.new("plb_memory_part[]", max(n, 1))
+        n = lib.plb_memory_breakdown(context.ptr, parts, n)
+    if n < 0:
+        raise PyllamabatchError("libllama can't say what the context takes up")
+    text = _backend.text
+    return [
+        Part(text(p.buffer_type), text(p.device), bool(p.host), p.model, p.context, p.compute)
+        for p in parts[0:n]
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What the tensors of a file weigh. `kind`: the type of most matrix bytes ("Q4_K").
+    `output_share`: the output matrix's part of the bytes that a sampled row passes; a mixture of
+    experts counts those experts that a row uses. `row_bytes`: those bytes. `kinds`: types that have
+    a twentieth of them or more. `input_bytes`: tables that rows are only looked up in; they stay
+    with the CPU."""
+
+    kind: str
+    output_share: float
+    row_bytes: int
+    input_bytes: int
+    n_expert: int
+    n_expert_used: int
+    kinds: tuple[str, ...] = ()
+
+
+def weigh(model: Model) -> Weights:
+    """Read from the GGUF header(s) of the model's file(s)."""
+    n_expert = _count(model, "expert_count")
+    n_used = _count(model, "expert_used_count")
+    by_kind: Counter[str] = Counter()
+    passed: Counter[str] = Counter()
+    tied = ""
+    inputs = 0
+    output = embedding = total = 0.0
+    for name, kind, size in _tensors(model):
+        if "token_embd." in name:
+            inputs += size
+            if name == "token_embd.weight":
+                embedding, tied = size, kind
+            continue
+        share = n_used / n_expert if n_expert and "_exps" in name else 1.0
+        by_kind[kind] += size
+        passed[kind] += round(size * share)
+        total += size * share
+        if name == "output.weight":
+            output = size
+    if not output:  # tied: the embedding is the output matrix, too
+        output = embedding
+        total += embedding
+        passed[tied] += round(embedding)
+    kind = max(by_kind, key=lambda k: by_kind[k]) if by_kind else "F16"
+    share = output / total if total else 0.0
+    kinds = tuple(sorted(k for k, n in passed.items() if n >= 0.05 * total))
+    return Weights(kind, round(share, 4), int(total), inputs, n_expert, n_used, kinds)
+
+
+def _count(model: Model, name: str) -> int:
+    text = model.metadata.get(f"{model.architecture}.{name}", "")
+    return int(text) if text.isdigit() else 0
+
+
+def _tensors(model: Model) -> Iterator[tuple[str, str, int]]:
+    """Name, type and bytes of every tensor."""
+    for path in _files(model):
+        params = ffi.new("struct gguf_init_params *", {"no_alloc": True, "ctx": ffi.NULL})
+        gguf = lib.gguf_init_from_file(os.fsencode(path), params[0])
+        if gguf == ffi.NULL:
+            continue
+        try:
+            for i in range(lib.gguf_get_n_tensors(gguf)):
+                kind = _backend.text(lib.ggml_type_name(lib.gguf_get_tensor_type(gguf, i)))
+                size = int(lib.gguf_get_tensor_size(gguf, i))
+                yield _backend.text(lib.gguf_get_tensor_name(gguf, i)), kind.upper(), size
+        finally:
+            lib.gguf_free(gguf)
+
+
+def _files(model: Model) -> list[Path]:
+    """The model's file, or all of them where it is split."""
+    if model._load["splits"]:
+        return [Path(part) for part in model._load["splits"]]
+    first = Path(model.path)
+    found = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", first.name)
+    if found is None:
+        return [first]
+    stem, count = found.groups()
+    return [first.with_name(f"{stem}-{i:05}-of-{count}.gguf") for i in range(1, int(count) + 1)]
+
+
+def fingerprint(model: Model) -> str:
+    """16 hex digits for everything that the time of a step depends on: shape and types, not the
+    weights' values."""
+    prefix = model.architecture
+    facts = (
+        prefix,
+        model.n_params,
+        model.size_bytes,
+        model.n_layer,
+        model.n_embd,
+        model.n_vocab,
+        model.n_head_kv,
+        model.head_dims,
+        model.n_swa,
+        _count(model, "expert_count"),
+        _count(model, "expert_used_count"),
+        model.metadata.get("general.file_type"),
+    )
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def device_of(context: Context) -> tuple[_backend.Device, str, float]:
+    """The device that holds most of the weights, its backend's name, and its share of those that
+    rows pass."""
+    devices = _backend.devices()
+    held: Counter[str] = Counter()
+    for part in memory_parts(context):
+        kind = devices[part.device].kind if part.device in devices else "cpu"
+        held["" if part.host or kind == "cpu" else part.device] += part.model
+    if held[""] and len(held) > 1:
+        held[""] = max(0, held[""] - weigh(context.model).input_bytes)
+    total = sum(held.values())
+    name = max(held, key=lambda n: held[n]) if total else ""
+    device = devices[name] if name else next(d for d in devices.values() if d.kind == "cpu")
+    reg = lib.ggml_backend_dev_backend_reg(lib.ggml_backend_dev_by_name(device.name.encode()))
+    share = held[name] / total if total else 1.0
+    return device, _backend.text(lib.ggml_backend_reg_name(reg)), share
+
+
+def file_type(model: Model) -> str:
+    """The type of most weights, as the file itself says it: "Q4_K", "F16" where it does not."""
+    numbers = ffi.typeof("enum llama_ftype").relements
+    wanted = model.metadata.get("general.file_type", "")
+    names = [name for name, number in numbers.items() if str(number) == wanted]
+    kind = re.sub(r"LLAMA_FTYPE_(ALL_|MOSTLY_)", "", names[0]) if names else "F16"
+    return re.sub(r"(_K)_[SML]$|_MOE$", r"\1", kind)
+
+
+def key_of(context: Context) -> Key:
+    """What a profile for this context must match."""
+    device, backend, share = device_of(context)
+    params = context.params
+    settings: dict[str, int | str] = {
+        "n_ubatch": context.n_ubatch,
+        "type_k": _type_name(params["type_k"]),
+        "type_v": _type_name(params["type_v"]),
+        "flash_attn": int(params["flash_attn_type"]),
+    }
+    if device.kind == "cpu" or share < WHOLE:
+        settings["n_threads"] = context.n_threads
+    if share < WHOLE:
+        settings["on_device"] = f"{share:.2f}"
+    return Key(device.description, backend, fingerprint(context.model), settings)
+
+
+def _type_name(ggml_type: int) -> str:
+    return _backend.text(lib.ggml_type_name(ggml_type))
+
+
+def kernels_of(backend: str, weights: Weights) -> Kernels:
+    """The regimes of this machine's backend for these weights."""
+    return kernels(
+        backend,
+        weights.kind,
+        moe=weights.n_expert > 0,
+        features=cpu_features(),
+        others=weights.kinds,
+    )
+
+
+def cpu_features() -> str:
+    """Instruction sets that the CPU backend uses here, by ggml's names."""
+    _backend.ensure()
+    found: list[str] = []
+    for i in range(lib.ggml_backend_reg_count()):
+        reg = lib.ggml_backend_reg_get(i)
+        if _backend.text(lib.ggml_backend_reg_name(reg)) != "CPU":
+            continue
+        getter = lib.ggml_backend_reg_get_proc_address(reg, b"ggml_backend_get_features")
+        if getter != ffi.NULL:
+            feature = ffi.cast("ggml_backend_get_features_t", getter)(reg)
+            while feature.name != ffi.NULL:
+                if _backend.text(feature.value) not in ("", "0"):
+                    found.append(_backend.text(feature.name))
+                feature += 1
+    return " ".join(found)
+
+
+def driver() -> str:
+    """The driver's or system's version, where it says one."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        mac = platform.mac_ver()[0]
+        return f"macOS {mac}" if mac else platform.release().split("-")[0]
+    found = re.search(r"Kernel Module.*?(\d+\.\d+(?:\.\d+)?)", text)
+    return f"NVIDIA {found.group(1)}" if found else text.splitlines()[0]
+
+
+def about(model: Model, context: Context) -> dict[str, Any]:
+    """For people: whose profile it is."""
+    return {
+        "model": model.description,
+        "file": Path(model.path).name,
+        "architecture": model.architecture,
+        "n_params": model.n_params,
+        "size_bytes": model.size_bytes,
+        "llama_cpp": _backend.text(lib.plb_llama_cpp_build()),
+        "driver": driver(),
+        "n_batch": context.n_batch,
+    }

@@ -1,0 +1,131 @@
+"""asyncio: tokens and results in event loops, without a thread per request.
+
+The engine's delivery thread wakes a loop once however many of its tasks have news; each task then
+takes what is there for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from ..errors import QueueFull
+from .stream import Result, Stream, Token
+
+if TYPE_CHECKING:
+    from .core import Decoder
+    from .request import Request
+
+
+class Relay:
+    """The way into one event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._due: list[asyncio.Future[None]] = []
+
+    def future(self) -> tuple[asyncio.Future[None], Callable[[], None]]:
+        """A future of the loop, and what completes it: from any thread, also more than once."""
+        future: asyncio.Future[None] = self._loop.create_future()
+        return future, partial(self._wake, future)
+
+    def _wake(self, future: asyncio.Future[None]) -> None:
+        with self._lock:
+            self._due.append(future)
+            if len(self._due) > 1:
+                return  # the loop has been told already
+        try:
+            self._loop.call_soon_threadsafe(self._complete)
+        except RuntimeError:  # the loop is closed: nobody waits
+            self._due.clear()
+
+    def _complete(self) -> None:
+        with self._lock:
+            due, self._due = self._due, []
+        for future in due:
+            if not future.done():
+                future.set_result(None)
+
+
+class Relays:
+    """One for each event loop that an engine serves."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._of: WeakKeyDictionary[asyncio.AbstractEventLoop, Relay] = WeakKeyDictionary()
+
+    def here(self) -> Relay:
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            relay = self._of.get(loop)
+            if relay is None:
+                relay = self._of[loop] = Relay(loop)
+            return relay
+
+
+async def submit(decoder: Decoder, request: Request, relay: Relay) -> None:
+    """As `Decoder.submit`, but the task waits where the line is full."""
+    while True:
+        future, wake = relay.future()
+        try:
+            decoder.submit([request], 0)
+            return
+        except QueueFull:
+            if decoder.mailbox.when_room(wake):
+                continue
+        await future
+
+
+async def tokens(stream: Stream, relay: Relay) -> AsyncGenerator[Token, None]:
+    """Its tokens as their text is decided. Who leaves before the end cancels the request."""
+    index = 0
+    try:
+        while True:
+            future, wake = relay.future()
+            if not stream._when_more(index, wake):
+                await future
+                continue
+            new = stream._decided(index)
+            for token in new:
+                yield token
+            index += len(new)
+            if not new:
+                stream._raise_error()
+                return
+    finally:
+        stream.cancel()
+
+
+async def generate(decoder: Decoder, requests: list[Request], relay: Relay) -> list[Result]:
+    """What they are in the end, in their order."""
+    streams = [request.stream for request in requests]
+    try:
+        with decoder.mailbox.visit():
+            for request in requests:
+                await submit(decoder, request, relay)
+        for stream in streams:
+            future, wake = relay.future()
+            stream.add_done_callback(partial(_call, wake))
+            await future
+    except BaseException:  # cancelled: nobody wants them any more
+        for stream in streams:
+            stream.cancel()
+        raise
+    return [stream.wait() for stream in streams]
+
+
+async def outcome(future: Future[bool], timeout: float | None) -> bool:
+    """What another thread makes of it; False after `timeout` seconds."""
+    here = asyncio.wrap_future(future)
+    await asyncio.wait({here}, timeout=timeout)
+    return here.done() and here.result()
+
+
+def _call(wake: Callable[[], None], _: Stream) -> None:
+    wake()

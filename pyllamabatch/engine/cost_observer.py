@@ -1,0 +1,72 @@
+"""What the calls of an engine say of its device: to the cost model, and to the estimate of what a
+preemption costs."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+import numpy as np
+
+from ..cost.model import SETTLED
+from ..kv import Slots
+from ..scheduler import Scheduler, Step
+from ..step.stream_stepper import Run
+
+
+class Observer:
+    """`scheduler.cost` is the model, when there is one."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._before: Slots | None = None  # who decoded in the call before, and nobody else did
+        self._end = 0.0  # of that call
+        self._n_old = SETTLED  # steps since the last new graph
+
+    def __call__(self, step: Step, run: Run) -> None:
+        """After a call, and before the scheduler advances."""
+        scheduler, n, n_decode = self._scheduler, run.n_steps, len(step.decode)
+        cost = scheduler.cost
+        if step.n_rows - n_decode >= 16 + 8 * n_decode:
+            scheduler.starts.swap.computed(step.n_rows, run.seconds)
+        if cost is None:
+            return
+        end = perf_counter()
+        switched = self._switched(step)
+        self._before = None if step.chunks else step.decode
+        gap, self._end = end - run.seconds - self._end, end
+        kv = scheduler.in_sight(step, (n - 1) / 2)
+        shapes = scheduler.shapes(step, kv)
+        made_anew = not step.chunks and run.n_reused == n - 1  # the graph, for the first step
+        seconds = self._each(step, run, made_anew)
+        if switched and run.code == 0:
+            if made_anew and n == 1:  # no other step to compare it with
+                seconds = sum(cost.predict(*shape) for shape in shapes)
+            first = run.first_seconds - seconds if made_anew else 0.0
+            cost.observe_switch(max(0.0, first) + max(0.0, gap))
+        # Of several parts one number says nothing of each.
+        if len(shapes) == 1 and not (switched and made_anew and n == 1):
+            cost.observe(*shapes[0], seconds, n)
+
+    def _each(self, step: Step, run: Run, made_anew: bool) -> float:
+        """Seconds of a step whose graph is there already, which is what the model tells: without
+        what new graphs were measured to take, or else without the first step, which had one."""
+        n, limits = run.n_steps, self._scheduler.limits
+        first, settle = getattr(self._scheduler.cost, "new_graph", (0.0, 0.0))
+        settling = max(0, min(SETTLED - 1 - self._n_old, n))
+        self._n_old = n - 1 if made_anew else self._n_old + n
+        if step.chunks:
+            self._n_old = 0
+            n_graphs = -(-step.n_rows // limits.n_ubatch)
+            return run.seconds - max(0, n_graphs - run.n_reused) * first
+        if not made_anew:
+            return (run.seconds - settle * settling / (SETTLED - 1)) / n
+        if n <= SETTLED:
+            return (run.seconds - first - settle * (n - 1) / (SETTLED - 1)) / n
+        return (run.seconds - run.first_seconds - settle) / (n - 1)
+
+    def _switched(self, step: Step) -> bool:
+        """As many sequences decode as before, and nobody else, but not the same ones."""
+        before, now = self._before, step.decode
+        if before is None or step.chunks or before is now or len(before) != len(now):
+            return False
+        return not np.array_equal(before, now)

@@ -1,0 +1,131 @@
+"""A sequence as bytes: what its cells hold, its tokens, and where its sampling was.
+
+    data = snapshot.save(context, stepper, seq_id, tokens, params, n_prompt)
+    ...                                     # another process, another engine of the same model
+    saved = snapshot.restore(context, stepper, seq_id, data)
+
+What is saved continues as the original would have: the draws, the penalties, the grammar, the
+budget and the minimum length are where they were. Not saved: the logits of the last row (the next
+step makes new ones), the log-probabilities that were handed out, the text of a half character
+(detokenize the tokens again), who waits for it, and a LoRA's weights (its file name and scale are
+compared). The number of threads, the backend and the batch sizes may differ; they move logits in
+their last bits, as a neighbour does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ArgumentError, StateError
+from ..llama import state
+from ..step.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from ..llama.context import Context
+    from ..llama.lora_set import LoraNames
+    from ..llama.model import Model
+    from ..llama.vocab import TokenArray, Tokens
+    from ..step.stepper import DetachedSlot, Stepper
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a snapshot says of its sequence.
+
+    `tokens`: all that it knew, int32; the first `n_prompt` were given to it, the others sampled.
+    `n_computed`: how many of them the state holds. `params`: None without a sampling state;
+    `params.seed` is the one in use. `n_draws`: random numbers that it had taken. `loras`: file
+    names and scales of the adapters that it was computed with.
+    """
+
+    tokens: TokenArray
+    n_prompt: int
+    n_computed: int
+    params: SamplingParams | None = None
+    n_draws: int = 0
+    loras: tuple[tuple[str, float], ...] = ()
+
+
+def save(
+    context: Context,
+    stepper: Stepper | None,
+    seq_id: int,
+    tokens: Tokens,
+    params: SamplingParams | None = None,
+    n_prompt: int | None = None,
+    loras: LoraNames | None = None,
+) -> bytes:
+    """`tokens`: all that the sequence knows, the one that was sampled last included; `n_prompt` of
+    them were not sampled (default: all). With `params`, which its slot was made of, the sampling
+    state goes along. `loras`: as in `Context.state_seq_get`. Between two steps.
+
+    Raises UnsupportedOperation and StateError as `Context.state_seq_get`, ArgumentError for a
+    sequence that has finished.
+    """
+    n_tokens = len(context.model.vocab.check_tokens(tokens))
+    n_prompt = n_tokens if n_prompt is None else n_prompt
+    note: dict[str, Any] = {
+        "n_prompt": n_prompt,
+        "n_computed": context.memory.pos_max(seq_id) + 1,
+    }
+    if params is not None and stepper is not None:
+        info = stepper.slot(seq_id)
+        if not info.active or info.n_generated != n_tokens - n_prompt:
+            raise ArgumentError(
+                "tokens",
+                f"{n_tokens - n_prompt} of them sampled",
+                f"as many as its slot has ({info.n_generated}), and it must not have finished",
+            )
+        sampling = asdict(params)
+        sampling["seed"] = info.seed if info.seed is not None else params.seed
+        sampling["logit_bias"] = sorted(params.logit_bias.items())
+        note["sampling"], note["n_draws"] = sampling, info.n_draws
+    with context.exclusive():
+        return state.save(context, seq_id, tokens, note, loras)
+
+
+def read(model: Model, data: bytes) -> Saved:
+    """What a snapshot is of. StateError when it is damaged or of another model."""
+    tokens, note = state.read_note(model, data)
+    if "n_prompt" not in note:
+        raise StateError("a plain state: Context.state_seq_set restores it")
+    params, sampling = None, note.get("sampling")
+    if sampling is not None:
+        sampling["logit_bias"] = dict(sampling.get("logit_bias", ()))
+        try:
+            params = SamplingParams(**sampling)
+        except (TypeError, ArgumentError) as error:
+            raise StateError(f"its sampling parameters are not of this version: {error}") from None
+    loras = tuple((name, scale) for name, scale in note["context"]["loras"])
+    return Saved(
+        tokens, note["n_prompt"], note["n_computed"], params, note.get("n_draws", 0), loras
+    )
+
+
+def slot_of(stepper: Stepper, saved: Saved) -> DetachedSlot | None:
+    """Its sampling state as a slot to put under a sequence id; None when there is none."""
+    if saved.params is None:
+        return None
+    prompt, sampled = saved.tokens[: saved.n_prompt], saved.tokens[saved.n_prompt :]
+    slot = stepper.make_slot(saved.params, prompt)
+    if len(sampled):
+        stepper.replay(slot, sampled, saved.n_draws, len(saved.tokens) - 1)
+    return slot
+
+
+def restore(context: Context, stepper: Stepper | None, seq_id: int, data: bytes) -> Saved:
+    """Put it in place of a sequence, its sampling state (if there is one and a `stepper`) in place
+    of the slot.
+
+    Raises StateError, and nothing has changed, when it is damaged, of another model or computed
+    with other parameters; StateError, and the sequence is empty, when this context has no room.
+    """
+    saved = read(context.model, data)
+    slot = None if stepper is None else slot_of(stepper, saved)
+    context.state_seq_set(data, seq_id)
+    if stepper is not None:
+        stepper.clear_slot(seq_id)
+        if slot is not None:
+            stepper.put_slot(seq_id, slot)
+    return saved

@@ -1,0 +1,91 @@
+"""What an engine has done so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .core import Decoder
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What an engine has done, at one moment between two steps.
+
+    `submitted` = `waiting` + `running` + the sum of `finished` (by finish reason); hand-driven
+    `sequences` that know tokens are not among these. `rows` = `decode_rows` + `prefill_rows`;
+    `recomputed_rows`: prefill rows that had been computed before a preemption. `tokens`: sampled,
+    those that end a text included. `fill`: how many steps have sampled so many sequences.
+    `kv_used` of `kv_total` cells are held by sequences that run, and `kv_kept` others by the
+    beginnings that are kept for others. `known_tokens`: of all sequences when they were admitted,
+    again if they were preempted; of these `prefix_tokens` were in the cache (`prefix_hit_rate`) and
+    `swapped_tokens` in a saved state.
+    `graphs_reused`: compute graphs that did not have to be built anew, counted by libllama when a
+    native call returns; steps of one size reuse theirs. `restarts`: fresh contexts after a failure.
+    """
+
+    submitted: int
+    waiting: int
+    running: int
+    finished: dict[str, int]
+    steps: int
+    rows: int
+    decode_rows: int
+    prefill_rows: int
+    recomputed_rows: int
+    tokens: int
+    admissions: int
+    preemptions: int
+    kv_used: int
+    kv_total: int
+    graphs_reused: int
+    sequences: int
+    fill: dict[int, int]
+    kv_kept: int = 0
+    known_tokens: int = 0
+    prefix_tokens: int = 0
+    swapped_tokens: int = 0
+    restarts: int = 0
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """Share of `known_tokens` that did not have to be computed because they were in the cache;
+        0 when nobody was admitted."""
+        return self.prefix_tokens / self.known_tokens if self.known_tokens else 0.0
+
+
+def stats_of(decoder: Decoder) -> EngineStats:
+    """At this moment, steps of a call that still goes on included."""
+    with decoder.state:
+        scheduler, finished = decoder.scheduler, decoder.delivery.finished.copy()
+        counters, hands = scheduler.counters, decoder.seats.hands
+        waiting = scheduler.n_waiting - sum(map(scheduler.waits, hands)) + decoder.n_mail
+        n, n_rows = decoder.progress()
+        fill = counters.fill.copy()
+        if n:
+            fill[n_rows] = fill.get(n_rows, 0) + n
+        return EngineStats(
+            submitted=decoder.mailbox.n_submitted,
+            waiting=waiting,
+            running=decoder.mailbox.n_submitted - waiting - sum(finished.values()),
+            finished={**finished},
+            steps=counters.steps + n,
+            rows=counters.rows + n * n_rows,
+            decode_rows=counters.decode_rows + n * n_rows,
+            prefill_rows=counters.prefill_rows,
+            recomputed_rows=counters.recomputed_rows,
+            tokens=counters.tokens + n * n_rows - decoder.delivery.n_dropped,
+            admissions=counters.admissions,
+            preemptions=counters.preemptions,
+            kv_used=scheduler.ledger.used - scheduler.ledger.kept + n * n_rows,
+            kv_total=scheduler.limits.n_cells,
+            graphs_reused=decoder.n_reused,
+            sequences=len(hands),
+            fill=fill,
+            kv_kept=scheduler.ledger.kept,
+            known_tokens=counters.known_tokens,
+            prefix_tokens=counters.prefix_tokens,
+            swapped_tokens=counters.loaded_tokens,
+            restarts=decoder.recovery.n_restarts,
+        )

@@ -1,0 +1,378 @@
+"""Stream: one request's tokens and text as they come; Result: what it was in the end.
+
+A stream takes its tokens from the page that the delivery thread fills (page.py) when somebody looks
+at it: a reader in its own thread, the delivery thread where a stop string may be in them, when the
+page is full, and at the end.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Literal
+
+from .detokenizer import Pieces, TextFeed
+
+if TYPE_CHECKING:
+    from ..step.ring_reader import Page
+
+log = logging.getLogger(__name__)
+
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token. `text`: what it adds to the text, "" where a character or a stop string
+    is only partly there. `logprob`, `top_logprobs` (token -> log-probability, the most likely
+    first): None unless asked for."""
+
+    token: int
+    text: str
+    index: int
+    logprob: float | None = None
+    top_logprobs: dict[int, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished request.
+
+    `tokens`: all that were generated, but for the end-of-generation or stop token that ended them;
+    tokens that make up a stop string are there, their text is not. `stop`: the text or the token
+    that ended it. `error`: why, when `finish_reason` is "error". `ttft_s`: from submission to the
+    first token, None when there was none; `e2el_s`: to the end.
+    """
+
+    id: int
+    text: str
+    tokens: list[int]
+    finish_reason: FinishReason
+    n_prompt: int
+    n_generated: int
+    ttft_s: float | None
+    e2el_s: float
+    stop: str | int | None = None
+    error: Exception | None = None
+    logprobs: list[float] | None = None
+    top_logprobs: list[dict[int, float]] | None = None
+
+
+class Stream:
+    """A submitted request. Every method may be called from any thread.
+
+        for token in stream: ...            # Token objects, as soon as their text is certain
+        for text in stream.text_stream():   # the same, text only
+        stream.result(timeout=10)           # wait for the end
+
+    Iterating starts at the first token each time. It raises the request's error where the tokens
+    end because of one.
+    """
+
+    def __init__(
+        self,
+        id: int,
+        n_prompt: int,
+        *,
+        pieces: Pieces,
+        stops: tuple[str, ...] = (),
+        min_tokens: int = 0,
+        logprobs: int | None = None,
+        cancel: Callable[[Stream], None],
+        watch: Callable[[Stream], None],
+        keep: object = None,
+    ) -> None:
+        self.id = id
+        self.n_prompt = n_prompt
+        self.submitted_at = perf_counter()
+        self._first_at: float | None = None
+        self._lock = threading.Lock()
+        self._more = threading.Condition(self._lock)
+        self._end = threading.Condition(self._lock)
+        self._page: Page | None = None  # while it has a slot
+        self._slot = -1
+        self._n_taken = 0  # tokens of the page's column
+        self._tokens: list[int] = []
+        self._logprobs: list[float] | None = None if logprobs is None else []
+        self._top: list[dict[int, float]] | None = [] if logprobs else None
+        self._pieces_of = pieces.of
+        self._harmless = pieces.harmless(stops) if stops else None
+        self._pieces: list[bytes] = []  # of all tokens, at the end
+        self._feed = TextFeed(stops, min_tokens)
+        self._stopped = False  # by a stop string
+        self._n_dropped = 0  # tokens behind it
+        self._result: Result | None = None
+        self._callbacks: list[Callable[[Stream], Any]] = []
+        self._calls: list[Callable[[], None]] = []  # for more
+        self._cancel = cancel
+        self._watch = watch
+        self._keep = keep  # the engine lives as long as its streams
+
+    # -- reading
+
+    def __iter__(self) -> Iterator[Token]:
+        index = 0
+        while True:
+            with self._lock:
+                self._wait_for_more(index)
+                n_decided = self._feed.n_decided
+                tokens = [self._token(i) for i in range(index, n_decided)]
+            yield from tokens
+            index = n_decided
+            if not tokens:
+                self._raise_error()
+                return
+
+    def text_stream(self) -> Iterator[str]:
+        """The text, piece by piece, without empty pieces."""
+        for token in self:
+            if token.text:
+                yield token.text
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        self._look()
+        with self._lock:
+            self._catch_up()
+            return self._feed.text
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens so far."""
+        self._look()
+        with self._lock:
+            self._take()
+            return self._tokens.copy()
+
+    @property
+    def done(self) -> bool:
+        return self._result is not None
+
+    def wait(self, timeout: float | None = None) -> Result:
+        """The result once it is there, also when it is an error. TimeoutError when it takes longer
+        than `timeout` seconds."""
+        with self._lock:
+            if not self._end.wait_for(lambda: self._result is not None, timeout):
+                raise TimeoutError(f"request {self.id} is not done after {timeout} s")
+            assert self._result is not None
+            return self._result
+
+    def result(self, timeout: float | None = None) -> Result:
+        """As `wait`, but raises the request's error when it failed."""
+        result = self.wait(timeout)
+        self._raise_error()
+        return result
+
+    def cancel(self) -> bool:
+        """End the request within a step; what it has generated stays. False when it has ended
+        already."""
+        if self.done:
+            return False
+        self._cancel(self)
+        return True
+
+    def add_done_callback(self, callback: Callable[[Stream], Any]) -> None:
+        """`callback(stream)` is called once, when the request has ended: by the engine's delivery
+        thread, so it must be quick, or at once when it has ended already."""
+        with self._lock:
+            if self._result is None:
+                self._callbacks.append(callback)
+                return
+        callback(self)
+
+    def __repr__(self) -> str:
+        result = self._result
+        state = result.finish_reason if result else "open"
+        return f"<Stream {self.id}: {state}, {len(self._tokens)} tokens>"
+
+    # -- the delivery thread's side
+
+    def _begin(self, page: Page, slot: int) -> None:
+        """What comes into this column of the page from now on is this stream's."""
+        with self._lock:
+            self._page, self._slot = page, slot
+            self._n_taken = page.shown[slot]
+
+    def _turn_to(self, page: Page | None) -> None:
+        """Take the rest of the page; it goes on at the beginning of the next one, if there is
+        one."""
+        with self._lock:
+            self._take()
+            self._page, self._n_taken = page, 0
+
+    def _has_more(self) -> bool:
+        """Whether there is something that nobody has taken."""
+        page = self._page
+        return page is not None and page.shown[self._slot] > self._n_taken
+
+    def _scan(self) -> bool:
+        """Look for a stop string in what is new; whether there has been one."""
+        with self._lock:
+            self._take()
+            return self._stopped
+
+    def _tell(self) -> None:
+        """Wake who waits for more."""
+        with self._lock:
+            self._call_all()
+
+    def _finish(
+        self,
+        reason: FinishReason,
+        stop: str | int | None = None,
+        error: Exception | None = None,
+        count: Callable[[FinishReason, int], None] = lambda reason, n_dropped: None,
+    ) -> None:
+        """The end, unless a stop string was there first. `count` is told how it ended, and how many
+        tokens (`stop`, the one that ended it, included) were behind a stop string, before anybody
+        can see the result."""
+        now = perf_counter()
+        with self._lock:
+            if self._result is not None:
+                return
+            self._take()
+            self._page = None
+            if self._stopped:
+                self._n_dropped += stop is not None
+                reason, stop, error = "stop", self._feed.stop, None
+            self._pieces = self._pieces_of(self._tokens)  # the vocabulary may be gone later
+            text = self._whole_text()
+            count(reason, self._n_dropped)
+            first = self._first_at
+            self._result = Result(
+                id=self.id,
+                text=text,
+                tokens=self._tokens.copy(),
+                finish_reason=reason,
+                n_prompt=self.n_prompt,
+                n_generated=len(self._tokens),
+                ttft_s=None if first is None else first - self.submitted_at,
+                e2el_s=now - self.submitted_at,
+                stop=stop,
+                error=error,
+                logprobs=self._logprobs,
+                top_logprobs=self._top,
+            )
+            self._keep = None
+            callbacks, self._callbacks = self._callbacks, []
+            self._call_all()
+            self._end.notify_all()
+        for callback in callbacks:
+            self._call(callback)
+
+    def _call(self, callback: Callable[[Stream], Any]) -> None:
+        try:
+            callback(self)
+        except Exception:
+            log.exception("a done callback of request %d failed", self.id)
+
+    # -- inside, with the lock held
+
+    def _take(self) -> None:
+        """What is new in the page."""
+        page, slot = self._page, self._slot
+        if page is None:
+            return
+        new = slice(self._n_taken, page.shown[slot])
+        if new.start == new.stop:
+            return
+        self._n_taken = new.stop
+        if self._stopped:
+            self._n_dropped += new.stop - new.start
+            return
+        if self._first_at is None:
+            self._first_at = page.steps.end_s(int(page.step[slot, new.start]))
+        tokens = page.token[slot, new].tolist()
+        self._tokens += tokens
+        if self._logprobs is not None and page.logprob is not None:
+            self._logprobs += page.logprob[slot, new].tolist()
+            if self._top is not None:
+                self._top += page.top(slot, new)
+        harmless = self._harmless
+        if harmless is not None and (self._feed.holds or not harmless.covers(tokens)):
+            self._look_for_stops()
+
+    def _look_for_stops(self) -> None:
+        parts = self._feed.parts
+        for piece in self._pieces_of(self._tokens[len(parts) :]):
+            if self._feed.feed(piece):
+                self._stopped = True
+                n = len(parts)
+                self._n_dropped = len(self._tokens) - n
+                for values in (self._tokens, self._logprobs, self._top):
+                    if values is not None:
+                        del values[n:]
+                return
+
+    def _catch_up(self) -> None:
+        """All text that there is so far."""
+        self._take()
+        feed = self._feed
+        n = len(feed.parts)
+        if n < len(self._tokens):
+            for piece in self._pieces[n:] or self._pieces_of(self._tokens[n:]):
+                feed.feed(piece)
+        if self._result is not None:
+            feed.finish()
+
+    def _whole_text(self) -> str:
+        """At the end. What nobody has looked at is not cut into tokens now."""
+        if self._stopped:
+            return self._feed.text
+        return b"".join(self._pieces).decode("utf-8", "replace")
+
+    def _wait_for_more(self, index: int) -> None:
+        while True:
+            self._catch_up()
+            if self._feed.n_decided > index or self._result is not None:
+                return
+            self._watch(self)
+            if not self._has_more():  # looked at again: `_watch` was too late for what came before
+                self._more.wait()
+
+    def _when_more(self, index: int, call: Callable[[], None]) -> bool:
+        """Whether there are decided tokens from `index` on, or the end. If not, `call()` once when
+        there may be, with the lock held."""
+        with self._lock:
+            while True:
+                self._catch_up()
+                if self._feed.n_decided > index or self._result is not None:
+                    return True
+                self._watch(self)
+                if not self._has_more():  # see `_wait_for_more`
+                    self._calls.append(call)
+                    return False
+
+    def _decided(self, index: int) -> list[Token]:
+        """The tokens from `index` on whose text is decided."""
+        with self._lock:
+            return [self._token(i) for i in range(index, self._feed.n_decided)]
+
+    def _call_all(self) -> None:
+        self._more.notify_all()
+        calls, self._calls = self._calls, []
+        for call in calls:
+            call()
+
+    def _look(self) -> None:
+        """Without the lock: who looks at what there is finds what is new when he looks again."""
+        if self._result is None:
+            self._watch(self)
+
+    def _token(self, i: int) -> Token:
+        return Token(
+            token=self._tokens[i],
+            text=self._feed.parts[i],
+            index=i,
+            logprob=None if self._logprobs is None else self._logprobs[i],
+            top_logprobs=None if self._top is None else self._top[i],
+        )
+
+    def _raise_error(self) -> None:
+        result = self._result
+        if result is not None and result.error is not None:
+            raise result.error.with_traceback(None)

@@ -1,0 +1,22 @@
+"""KV memory as plain Python: who holds which cells, which beginnings are worth keeping, and what a
+preemption should do. No libllama here: the engine and the simulator use the same objects."""
+
+from __future__ import annotations
+
+from .accounting import KvLedger, Slots
+from .prefix_cache import Hit, Move, PrefixCache, Sharing
+from .radix_tree import PrefixTree
+from .swap import Preemption, SwapChoice, SwapSpace
+
+__all__ = [
+    "Hit",
+    "KvLedger",
+    "Move",
+    "Preemption",
+    "PrefixCache",
+    "PrefixTree",
+    "Sharing",
+    "Slots",
+    "SwapChoice",
+    "SwapSpace",
+]

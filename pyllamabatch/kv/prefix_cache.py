@@ -1,0 +1,392 @@
+"""PrefixCache: which sequence starts from whose cells, which beginnings are kept, and which of
+them goes when cells or slots are short. Decisions only: what is to be done in the memory comes out
+as moves, which the engine carries out and the simulator skips.
+
+Every slot that holds something is known by its tokens: the live ones by those that they began
+with, the kept ones (their sequence has ended, or was preempted) by all that they hold.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from .accounting import KvLedger
+from .radix_tree import PrefixTree, Tokens
+
+# Shorter beginnings are computed again: that costs less than a step's wait for them.
+MIN_HIT = 16
+
+# Every step looks over the cells that are kept, too, where all share one pool: on an x86 core, four
+# sequences of the embedded model, 1.6 CPU-ms a step with none, 2.4 with 4,000, 3.9 with 12,000. So
+# what nobody has started from yet may take an eighth of the pool, and all of it together half; the
+# first FREE_TO_KEEP cells are not worth counting.
+UNPROVEN_SHARE = 1 / 8
+KEPT_SHARE = 1 / 2
+FREE_TO_KEEP = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """What sequences of one context can take over from each other.
+
+    - copy_part: any beginning of a sequence can be copied to an empty slot.
+    - copy_whole: all of a sequence can.
+    - trim: the end of a sequence can be cut off.
+    - window: a sequence longer than this is only good as a whole, for the older cells of its
+      sliding window are given to others; 0: no such limit. tries: they may be there all the same
+      (the window has as many cells as the rest), so a part is worth a try.
+    - n_kept: slots beyond those that may run at once, for what is kept.
+    """
+
+    copy_part: bool = False
+    copy_whole: bool = False
+    trim: bool = False
+    window: int = 0
+    tries: bool = False
+    n_kept: int = 0
+
+    @property
+    def any(self) -> bool:
+        """Whether there is any way to use what another sequence has computed."""
+        return self.copy_part or self.copy_whole or self.trim
+
+    @property
+    def at_checkpoints(self) -> bool:
+        """Only whole states can be taken over, so they have to be kept at the right positions."""
+        return self.copy_whole and not self.trim and not self.copy_part and self.n_kept > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A change of the memory. remove: all of `slot`. trim: all of `slot` but its first `n`
+    positions. copy: the first `n` positions of `source` (all that it holds, if `whole`) to the
+    empty `slot`. save: the state of `slot` to the host, for sequence `id`. load: the saved state of
+    `id` to the empty `slot`, which uses it up. discard: the saved state of `id`. `id`: the sequence
+    that starts from this, 0 when none does."""
+
+    kind: Literal["remove", "trim", "copy", "save", "load", "discard"]
+    slot: int
+    source: int = -1
+    n: int = 0
+    whole: bool = False
+    id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """The first `n` tokens of a sequence are in `slot`. `cells`: those of them that count as free
+    until they are used."""
+
+    slot: int = -1
+    n: int = 0
+    cells: int = 0
+
+
+NO_HIT = Hit()
+
+
+Key = tuple[Hashable, bytes]
+
+
+def key_of(tokens: Tokens, space: Hashable) -> Key:
+    """Sequences of different keys can't start from each other."""
+    return space, tokens[:MIN_HIT].tobytes()
+
+
+class PrefixCache:
+    """Owns the slots of `ledger`. `keep`: whether what a sequence leaves behind is kept; if not,
+    live sequences of one space still start from each other.
+
+    A *space* divides sequences that must not share: other adapters, other tenants. `changed`: keys
+    of sequences whose hit may have become another one, until somebody clears it. `moves`: what is
+    to be done in the memory, in this order, before the next step; whoever does it clears it."""
+
+    def __init__(self, ledger: KvLedger, sharing: Sharing, *, keep: bool = True) -> None:
+        self.sharing = sharing
+        self.keep = keep and sharing.any
+        self.moves: list[Move] = []
+        self.changed: set[Key] = set()
+        self._ledger = ledger
+        self._free = list(range(ledger.n_seq_max))  # empty slots, a heap
+        self._trees: dict[Hashable, PrefixTree] = {}
+        self._known: dict[int, tuple[Key, Tokens]] = {}  # by slot
+        self._kept: OrderedDict[int, None] = OrderedDict()  # slots, the least recently used first
+        self._proven: set[int] = set()  # kept slots that somebody has started from
+        self._stops: dict[int, set[int]] = {}  # by live slot: where a checkpoint is wanted
+
+    @property
+    def n_kept(self) -> int:
+        return len(self._kept)
+
+    # -- looking for a start
+
+    def find(self, tokens: Tokens, space: Hashable) -> Hit:
+        """The longest usable beginning of `tokens`; the last token is left to compute."""
+        best, best_kept = NO_HIT, False
+        limit = len(tokens) - 1
+        for slot, n in self._matches(tokens, space):
+            n = min(n, limit)
+            if n < max(best.n, MIN_HIT):
+                break
+            n, kept = self._usable(slot, n), slot in self._kept
+            # in a stream of its own what is kept needs no copy
+            if n > best.n or (n == best.n and kept and not best_kept and not self._ledger.unified):
+                best, best_kept = Hit(slot, n), kept
+        if best.n < MIN_HIT:
+            return NO_HIT
+        return Hit(best.slot, best.n, self._cells(best))
+
+    def pending(self, tokens: Tokens, space: Hashable, n_sure: int) -> Hit:
+        """A beginning worth waiting for, if `n_sure` tokens can be had at once: a live slot is
+        computing it and is not there yet."""
+        sharing, limit = self.sharing, len(tokens) - 1
+        if not sharing.copy_part and not sharing.copy_whole:
+            return NO_HIT
+        for slot, n in self._matches(tokens, space):
+            n = min(n, limit)
+            if n < n_sure + MIN_HIT:
+                break
+            if slot in self._kept or self._ledger.held(slot) >= n:
+                continue
+            if sharing.at_checkpoints:
+                self._stops.setdefault(slot, set()).add(n)
+            elif not sharing.copy_part and not sharing.trim:
+                continue
+            return Hit(slot, n)
+        return NO_HIT
+
+    def _matches(self, tokens: Tokens, space: Hashable) -> Iterator[tuple[int, int]]:
+        tree = self._trees.get(space)
+        return iter(()) if tree is None else tree.matches(tokens)
+
+    def _usable(self, slot: int, n: int) -> int:
+        """How much of the `n` tokens in common with `slot` a sequence can start from."""
+        sharing, kept = self.sharing, slot in self._kept
+        held = self._ledger.held(slot)
+        n = min(n, held)
+        copies = sharing.copy_whole or sharing.copy_part
+        if n == held:
+            return n if kept or copies else 0
+        if sharing.window and held > sharing.window and not sharing.tries:
+            return 0
+        return n if sharing.copy_part or (sharing.trim and (kept or copies)) else 0
+
+    def _cells(self, hit: Hit) -> int:
+        takes_over = hit.slot in self._kept and not self._copies(hit)
+        if self._ledger.unified or takes_over:
+            return self._ledger.not_live(hit.slot, hit.n)
+        return hit.n
+
+    def _copies(self, hit: Hit) -> bool:
+        """Whether a start from `hit` leaves its slot as it is."""
+        if hit.slot not in self._kept:
+            return True
+        whole = hit.n == self._ledger.held(hit.slot)
+        return self.sharing.n_kept > 0 and (
+            self.sharing.copy_part or (whole and self.sharing.copy_whole)
+        )
+
+    # -- sequences come and go
+
+    def start(self, id: int, hit: Hit = NO_HIT) -> int:
+        """A slot for sequence `id`, which holds the first `hit.n` tokens."""
+        source, n, ledger = hit.slot, hit.n, self._ledger
+        copies = n > 0 and self._copies(hit)
+        slot = self._take_slot(besides=source) if copies or n == 0 else None
+        if n == 0:
+            if slot is None:
+                raise ValueError("every slot is live")
+            return slot
+        if slot is None:  # the kept slot itself goes on
+            self._forget(source)
+            ledger.revive(source)
+            if n < ledger.held(source):
+                ledger.trim(source, n)
+                self.moves.append(Move("trim", source, n=n, id=id))
+            return source
+        held = ledger.held(source)
+        whole = n == held or not self.sharing.copy_part
+        if source in self._kept:
+            self._kept.move_to_end(source)
+            self._proven.add(source)
+        self.moves.append(Move("copy", slot, source, held if whole else n, whole, id))
+        ledger.share(source, slot, held if whole else n)
+        if whole and n < held:
+            ledger.trim(slot, n)
+            self.moves.append(Move("trim", slot, n=n, id=id))
+        return slot
+
+    def lives(self, slot: int, tokens: Tokens, space: Hashable, start: int) -> None:
+        """A sequence that begins with `tokens` runs in `slot`, from position `start` on; or it
+        goes on with other tokens than it was said to."""
+        if not self.sharing.any:
+            return
+        self._forget(slot)
+        if self.sharing.at_checkpoints:  # where it parts from others, the next one may part as well
+            n = min(next(self._matches(tokens, space), (0, 0))[1], len(tokens) - 1)
+            if n >= start + MIN_HIT:
+                self._stops.setdefault(slot, set()).add(n)
+        self._learn(slot, tokens, space)
+
+    def leaves(self, slot: int, tokens: Tokens | None, *, comes_back: bool = False) -> None:
+        """The sequence in `slot` does not run any more. `tokens`: all that it knew, None when what
+        it holds is worth nothing. `comes_back`: it is going to start from there again."""
+        known = self._known.get(slot)
+        held = self._ledger.held(slot)
+        n = 0 if tokens is None or known is None or not self.keep else min(held, len(tokens))
+        self._forget(slot)
+        if n < MIN_HIT or (n < held and not self.sharing.trim):
+            self._empty(slot)
+            return
+        assert tokens is not None
+        assert known is not None
+        tokens, space = tokens[:n], known[0][0]
+        if self._covered(tokens, space):
+            self._empty(slot)
+            return
+        if n < held:
+            self._ledger.trim(slot, n)
+            self.moves.append(Move("trim", slot, n=n))
+        takes_place = self._drop_covered(tokens, space)
+        self._hold(slot, tokens, space)
+        if comes_back or takes_place:
+            self._proven.add(slot)
+        self._keep_within_bounds()
+
+    def _hold(self, slot: int, tokens: Tokens, space: Hashable) -> None:
+        self._ledger.keep(slot)
+        self._learn(slot, tokens, space)
+        self._kept[slot] = None
+
+    def _learn(self, slot: int, tokens: Tokens, space: Hashable) -> None:
+        self._trees.setdefault(space, PrefixTree()).insert(slot, tokens)
+        key = key_of(tokens, space)
+        self._known[slot] = key, tokens
+        self.changed.add(key)
+
+    def _forget(self, slot: int) -> None:
+        """What `slot` holds is not to be found any more."""
+        self._kept.pop(slot, None)
+        self._proven.discard(slot)
+        self._stops.pop(slot, None)
+        if slot in self._known:
+            key, _ = self._known.pop(slot)
+            self.changed.add(key)
+            tree = self._trees[key[0]]
+            tree.remove(slot)
+            if not len(tree):
+                del self._trees[key[0]]
+
+    def _covered(self, tokens: Tokens, space: Hashable) -> bool:
+        """Another kept slot can do all that one of `tokens` could."""
+        for slot, n in self._matches(tokens, space):
+            if n < len(tokens):
+                return False
+            if slot in self._kept and self._usable(slot, n) == n:
+                self._kept.move_to_end(slot)
+                return True
+        return False
+
+    def _drop_covered(self, tokens: Tokens, space: Hashable) -> bool:
+        """Kept slots that can't do more than one of `tokens` will, where any part of it is good.
+        Whether somebody has started from one of them."""
+        proven = False
+        if not self.sharing.copy_part or self.sharing.window:
+            return proven
+        for slot, n in list(self._matches(tokens, space)):
+            if slot in self._kept and n == self._ledger.held(slot):
+                proven |= slot in self._proven
+                self.drop(slot)
+        return proven
+
+    # -- checkpoints
+
+    def cut(self, slot: int, start: int, n: int) -> int:
+        """How many of `n` rows from `start` on may be computed before a checkpoint is due."""
+        stops = self._stops.get(slot, ())
+        return min((stop - start for stop in stops if start < stop < start + n), default=n)
+
+    def make_checkpoints(self) -> None:
+        """Keep copies of the states that were asked for and are there now. Called before each
+        step."""
+        for slot, stops in list(self._stops.items()):
+            n = self._ledger.held(slot)
+            if n in stops:
+                target = self._take_slot()
+                if target is not None:
+                    (space, _), tokens = self._known[slot]
+                    self._ledger.share(slot, target, n)
+                    self.moves.append(Move("copy", target, slot, n, whole=True))
+                    self._hold(target, tokens[:n], space)
+            left = {stop for stop in stops if stop > n}
+            if left:
+                self._stops[slot] = left
+            else:
+                del self._stops[slot]
+
+    # -- making room
+
+    def make_cells(self, n: int) -> None:
+        """Drop what is kept, the least recently used first, until `n` cells are empty. The ledger
+        has them: see `KvLedger.free`."""
+        ledger = self._ledger
+        if not ledger.unified:
+            return
+        while ledger.empty < n:
+            slot = next(s for s in self._kept if ledger.not_live(s, ledger.held(s)))
+            missing, alone = n - ledger.empty, ledger.alone(slot)
+            # not cell by cell: every cut costs a look at all cells
+            cut = max(missing, MIN_HIT, alone // 4)
+            left = ledger.held(slot) - cut
+            if self.sharing.trim and not self.sharing.window and cut < alone and left >= MIN_HIT:
+                ledger.trim(slot, left)
+                self.moves.append(Move("trim", slot, n=left))
+                self.changed.add(self._known[slot][0])
+            else:
+                self.drop(slot)
+
+    def _keep_within_bounds(self) -> None:
+        ledger = self._ledger
+        if not ledger.unified or ledger.kept <= FREE_TO_KEEP:
+            return
+        n_unproven = max(FREE_TO_KEEP, int(UNPROVEN_SHARE * ledger.n_cells))
+        n_kept = max(FREE_TO_KEEP, int(KEPT_SHARE * ledger.n_cells))
+        unproven = [slot for slot in self._kept if slot not in self._proven]
+        n = sum(map(ledger.alone, unproven))
+        for slot in unproven:
+            if n <= n_unproven:
+                break
+            n -= ledger.alone(slot)
+            self.drop(slot)
+        while ledger.kept > n_kept:
+            self.drop(next(iter(self._kept)))
+
+    def drop(self, slot: int) -> None:
+        """Empty a kept slot; fine when it is not kept."""
+        if slot in self._kept:
+            self._forget(slot)
+            self._empty(slot)
+
+    def drop_all(self) -> None:
+        """Empty all kept slots."""
+        for slot in list(self._kept):
+            self.drop(slot)
+
+    def _empty(self, slot: int) -> None:
+        self._ledger.release(slot)
+        self.moves.append(Move("remove", slot))
+        heapq.heappush(self._free, slot)
+
+    def _take_slot(self, besides: int = -1) -> int | None:
+        """An empty slot, or the least recently used kept one (but not `besides`), emptied; None
+        when all others are live."""
+        if not self._free:
+            slot = next((slot for slot in self._kept if slot != besides), None)
+            if slot is None:
+                return None
+            self.drop(slot)
+        return heapq.heappop(self._free)

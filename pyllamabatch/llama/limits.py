@@ -1,0 +1,98 @@
+"""What libllama would abort on when a context is made or run, checked before.
+
+Each rule names the assertion's reason, not its line: they are re-read when llama.cpp moves.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyllamabatch.errors import ArgumentError, UnsupportedOperation
+from pyllamabatch.llama.batch import Batch
+from pyllamabatch.llama.estimate import check_fits
+from pyllamabatch.raw import lib
+
+if TYPE_CHECKING:
+    from pyllamabatch.llama.context import Context
+    from pyllamabatch.llama.model import Model
+
+MAX_THREADS = 512  # GGML_MAX_N_THREADS
+MAX_CTX = 2**31 - 256  # cells are counted in 32 bits and n_ctx is rounded up to 256
+
+
+def check_params(model: Model, params: Any) -> int:
+    """Check parameters together; returns the rows with output that a batch may have."""
+    n_ctx = params.n_ctx or model.n_ctx_train
+    causal = model.is_causal and params.attention_type != lib.LLAMA_ATTENTION_TYPE_NON_CAUSAL
+    n_batch = min(n_ctx, params.n_batch) if causal else params.n_batch
+    n_ubatch = min(n_batch, params.n_ubatch or n_batch)
+    n_outputs = params.n_outputs_max
+    if n_outputs == 0 or model.has_encoder:
+        n_outputs = n_batch
+    if n_batch < params.n_seq_max:
+        raise ArgumentError(
+            "n_batch", n_batch, f"must hold a row of each sequence, n_seq_max={params.n_seq_max}"
+        )
+    if n_outputs < params.n_seq_max:
+        raise ArgumentError(
+            "n_outputs_max", n_outputs, f"must be at least n_seq_max={params.n_seq_max}"
+        )
+    if params.n_rs_seq and params.n_rs_seq + 1 >= n_ubatch:
+        raise ArgumentError("n_rs_seq", params.n_rs_seq, f"must be below n_ubatch-1={n_ubatch - 1}")
+    for name, width in zip(("type_k", "type_v"), model.head_dims, strict=True):
+        _check_cache_type(name, getattr(params, name), width)
+    if not model._no_alloc:
+        check_fits(model, params, n_ctx, n_batch, params.n_seq_max)
+    return int(n_outputs)
+
+
+def _check_cache_type(name: str, ggml_type: int, width: int) -> None:
+    kinds = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
+    if ggml_type not in {getattr(lib, f"GGML_TYPE_{kind}") for kind in kinds}:
+        raise ArgumentError(name, ggml_type, f"a cache can be {', '.join(kinds).lower()}")
+    block = int(lib.ggml_blck_size(ggml_type))
+    if width % block:
+        raise ArgumentError(name, ggml_type, f"its block of {block} does not divide {width} (head)")
+
+
+def max_position(model: Model) -> int:
+    """The last position that a row may have: ggml aborts past the end of a table of positions."""
+    return model.n_ctx_train - 1 if model.has_position_table else 2**31 - 2
+
+
+def check_batch(context: Context, batch: Batch, encoder: bool) -> None:
+    """Check the rows that are about to run in this context."""
+    if context.model._no_alloc:
+        raise UnsupportedOperation("the model was loaded with no_alloc: it has no weights")
+    n = batch.n_tokens
+    if n == 0:
+        raise ArgumentError("batch", batch, "has no rows")
+    if n > context.n_batch:
+        raise ArgumentError("batch.n_tokens", n, f"the context takes n_batch={context.n_batch}")
+    causal = lib.llama_get_causal_attn(context.ptr)
+    at_once = encoder or not causal or (context.params["embeddings"] and context.pooling_type > 0)
+    if at_once and n > context.n_ubatch:
+        raise ArgumentError(
+            "batch.n_tokens", n, f"must be computed at once, n_ubatch={context.n_ubatch}"
+        )
+    batch.check(context.model.n_vocab, context.n_seq_max, max_position(context.model))
+    n_outputs = n if context.params["embeddings"] else int(np.count_nonzero(batch.logits[:n]))
+    if n_outputs > context.n_outputs_max:
+        raise ArgumentError(
+            "batch.logits", n_outputs, f"rows with output, n_outputs_max={context.n_outputs_max}"
+        )
+    can = context.capabilities
+    if (can.recurrent or not can.unified) and (batch.n_seq_id[:n] > 1).any():
+        raise UnsupportedOperation(
+            "a row in several sequences needs kv_unified=True and a model that is not recurrent"
+        )
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min(cores, MAX_THREADS)

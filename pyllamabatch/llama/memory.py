@@ -1,0 +1,336 @@
+"""Memory: which tokens of which sequences a context holds. Capabilities: what it can do with them.
+
+libllama aborts the process, or quietly does something else, when an operation does not suit the
+kind of memory; here each such case is an exception before the call. The rules, in one place:
+
+- sequence ids are 0..n_seq_max-1; positions are >= 0;
+- a recurrent state is one lump for all positions: it can be removed or copied whole, or rolled
+  back by up to `n_rs_seq` tokens of its last decode (not the first of them), nothing else;
+- a sliding window forgets: what is left after a removal or a partial copy must still hold the
+  window that the next token looks at;
+- with one stream per sequence (`kv_unified=False`) a copy takes a whole sequence into an empty
+  one; with shared cells the range that is copied must be free in the destination;
+- positions are shifted only where all that is held can be: not a recurrent state (a copy shares
+  it, and would move too), not M-RoPE, not BF16 keys. A shift moves every sequence that shares the
+  cells.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pyllamabatch.errors import ArgumentError, UnsupportedOperation
+from pyllamabatch.llama.structs import integer
+from pyllamabatch.raw import ffi, lib
+
+if TYPE_CHECKING:
+    from pyllamabatch.llama.context import Context
+    from pyllamabatch.llama.model import Model
+
+_MAX_POS = 2**31 - 1
+# Memories that copy whole sequences only, whatever the stream layout (their seq_cp asserts it).
+_WHOLE_COPIES = frozenset({"deepseek4", "glm5-next", "qwen4exp"})
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What the memory of one context can do."""
+
+    has_memory: bool
+    """False for encoders and embedding models: nothing is kept between decodes."""
+    partial_removal: bool
+    """`seq_rm` of a part of a sequence (`max_rollback` may still allow the last tokens)."""
+    max_rollback: int
+    """Tokens that can be removed at the end of a recurrent or hybrid sequence: at most these, and
+    fewer than the sequence had rows in its last decode."""
+    can_shift: bool
+    """`seq_add` and `seq_div`."""
+    unified: bool
+    """Cells are shared by the sequences; else each has its own n_ctx_seq cells."""
+    prefix_copy: bool
+    """`seq_cp` of a part of a sequence."""
+    recurrent: bool
+    hybrid: bool
+    swa_window: int
+    """Tokens that the layers with a sliding window see; older ones may be forgotten. 0: none."""
+    encoder: bool
+    decoder: bool
+    causal: bool
+
+
+class Memory:
+    """The memory of a context. Ranges are [p0, p1); p0 < 0 is from the start, p1 < 0 to the end."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._stale: set[int] = set()  # shifted or copied; applied by the next decode
+        self._snapshots: dict[int, int] = {}  # see decoded()
+
+    @property
+    def ptr(self) -> Any:
+        """`llama_memory_t`; NULL when the model keeps nothing."""
+        return lib.llama_get_memory(self._context.ptr)
+
+    @property
+    def can_shift(self) -> bool:
+        return self._context.capabilities.can_shift
+
+    def pos_min(self, seq_id: int) -> int:
+        """The first position held of a sequence, -1 when it is empty."""
+        seq = self._seq(seq_id)
+        with self._context.exclusive():
+            return int(lib.llama_memory_seq_pos_min(self.ptr, seq))
+
+    def pos_max(self, seq_id: int) -> int:
+        """The last position held of a sequence, -1 when it is empty."""
+        seq = self._seq(seq_id)
+        with self._context.exclusive():
+            return int(lib.llama_memory_seq_pos_max(self.ptr, seq))
+
+    def clear(self, data: bool = True) -> None:
+        """Forget every sequence; `data` also zeroes the buffers."""
+        with self._context.exclusive():
+            lib.llama_memory_clear(self.ptr, data)
+            self._stale.clear()
+            self._snapshots.clear()
+
+    def seq_rm(self, seq_id: int, p0: int = -1, p1: int = -1) -> None:
+        """Remove [p0, p1) of a sequence, -1 for every sequence.
+
+        Raises `UnsupportedOperation`, with nothing removed, when this memory can't.
+        """
+        p0, p1 = _range(p0, p1)
+        with self._context.exclusive():
+            if seq_id == -1:
+                seqs = range(self._context.n_seq_max)
+            else:
+                seqs = range(self._seq(seq_id), seq_id + 1)
+            held = [seq for seq in seqs if self._overlaps(seq, p0, p1)]
+            for seq in held:
+                self._check_removal(seq, p0, p1)
+            for seq in held:
+                whole = self._whole(seq, p0, p1)
+                first, last = self._held(seq)
+                low = -1 if p0 <= first else p0
+                removed = lib.llama_memory_seq_rm(self.ptr, seq, low, -1 if p1 > last else p1)
+                if not removed:
+                    raise UnsupportedOperation(
+                        f"libllama refuses to remove [{p0}, {p1}) of sequence {seq}"
+                    )
+                self._snapshots.pop(seq, None)
+                if whole:
+                    self._stale.discard(seq)
+
+    def seq_cp(self, src: int, dst: int, p0: int = -1, p1: int = -1) -> None:
+        """Copy [p0, p1) of `src` to `dst`; with shared cells this costs no memory.
+
+        The copy's range of `dst` must be empty, all of `dst` where the copy takes the whole
+        sequence (`capabilities.prefix_copy` is False).
+        """
+        p0, p1 = _range(p0, p1)
+        src, dst = self._seq(src, "src"), self._seq(dst, "dst")
+        if src == dst:
+            raise ArgumentError("dst", dst, "must not be the source")
+        with self._context.exclusive():
+            if not self._overlaps(src, p0, p1):
+                return
+            can = self._context.capabilities
+            whole = self._whole(src, p0, p1)
+            if not whole and not can.prefix_copy:
+                why = "a recurrent state" if can.recurrent or can.hybrid else "a stream of its own"
+                raise UnsupportedOperation(
+                    f"only all of sequence {src} can be copied, not [{p0}, {p1}): it has {why}"
+                )
+            if not whole:
+                self._check_window(src, min(p1, self.pos_max(src) + 1), "copy")
+            taken = (p0, p1) if can.prefix_copy else (0, _MAX_POS)
+            if self._overlaps(dst, *taken):
+                raise ArgumentError(
+                    "dst",
+                    dst,
+                    f"it holds {self.pos_min(dst)}..{self.pos_max(dst)}: "
+                    f"remove that first with seq_rm({dst})",
+                )
+            low, high = (-1, -1) if whole else (p0, p1)
+            lib.llama_memory_seq_cp(self.ptr, src, dst, low, high)
+            if src in self._stale or not (can.unified or can.recurrent):
+                self._stale.add(dst)
+
+    def seq_keep(self, seq_id: int) -> None:
+        """Remove every sequence but this one."""
+        keep = self._seq(seq_id)
+        with self._context.exclusive():
+            # libllama's own seq_keep sees only the stream of the sequence
+            for seq in range(self._context.n_seq_max):
+                if seq != keep:
+                    self.seq_rm(seq)
+
+    def seq_add(self, seq_id: int, p0: int, p1: int, delta: int) -> None:
+        """Move [p0, p1) of a sequence by `delta` positions; what falls below 0 is removed.
+
+        The keys are rotated by the next decode. Cells that `seq_cp` shares with other sequences
+        move for these too.
+        """
+        seq = self._seq(seq_id)
+        delta = integer("delta", delta, -_MAX_POS, _MAX_POS)
+        p0, p1 = _range(p0, p1)
+        with self._context.exclusive():
+            if delta == 0 or not self._overlaps(seq, p0, p1):
+                return
+            self._check_shift()
+            last = min(p1 - 1, self.pos_max(seq))
+            if last + delta > _MAX_POS - 1:
+                raise ArgumentError("delta", delta, f"moves position {last} past {_MAX_POS - 1}")
+            lib.llama_memory_seq_add(self.ptr, seq, p0, p1, delta)
+            self._moved(seq)
+
+    def seq_div(self, seq_id: int, p0: int, p1: int, divisor: int) -> None:
+        """Divide the positions [p0, p1) of a sequence by `divisor` >= 1 (self-extend)."""
+        seq = self._seq(seq_id)
+        divisor = integer("divisor", divisor, 1, _MAX_POS)
+        p0, p1 = _range(p0, p1)
+        with self._context.exclusive():
+            if divisor == 1 or not self._overlaps(seq, p0, p1):
+                return
+            self._check_shift()
+            lib.llama_memory_seq_div(self.ptr, seq, p0, p1, divisor)
+            self._moved(seq)
+
+    def is_stale(self, seq_id: int) -> bool:
+        """A shift or copy of this sequence waits for the next decode; it can't be saved yet."""
+        return self._seq(seq_id) in self._stale
+
+    def applied(self) -> None:
+        """A decode went through: shifts and copies are done. For whoever calls libllama raw."""
+        self._stale.clear()
+
+    def decoded(self, seq_ids: npt.NDArray[np.int32]) -> None:
+        """These rows were decoded: notes how far each sequence can be rolled back.
+
+        A decode writes a state for its own rows only, and libllama does not remember how many of
+        its `n_rs_seq` snapshots are of this past: it would take an old one and go on from there.
+        """
+        if self._context.capabilities.max_rollback:
+            seqs, rows = np.unique(seq_ids, return_counts=True)
+            self._snapshots.update(zip(seqs.tolist(), (rows - 1).tolist(), strict=True))
+
+    def renewed(self) -> None:
+        """It is another memory, and empty."""
+        self._stale.clear()
+        self._snapshots.clear()
+
+    def restored(self, seq_id: int) -> None:
+        """A saved state took the place of a sequence."""
+        self._stale.discard(seq_id)
+        self._snapshots.pop(seq_id, None)
+
+    # -- the rules --
+
+    def _seq(self, seq_id: int, name: str = "seq_id") -> int:
+        return integer(name, seq_id, 0, self._context.n_seq_max - 1)
+
+    def _held(self, seq: int) -> tuple[int, int]:
+        """First and last position that something is held for; last < 0 when empty.
+
+        A recurrent state stands for all positions up to its own; of a sliding window model only
+        some layers forget, and pos_min speaks of these.
+        """
+        last = self.pos_max(seq)
+        can = self._context.capabilities
+        lump = can.recurrent or can.hybrid or can.swa_window
+        return 0 if lump else self.pos_min(seq), last
+
+    def _overlaps(self, seq: int, p0: int, p1: int) -> bool:
+        first, last = self._held(seq)
+        return last >= 0 and p0 <= last and p1 > max(p0, first)
+
+    def _whole(self, seq: int, p0: int, p1: int) -> bool:
+        first, last = self._held(seq)
+        return p0 <= max(first, 0) and p1 > last
+
+    def _check_removal(self, seq: int, p0: int, p1: int) -> None:
+        if self._whole(seq, p0, p1):
+            return
+        can = self._context.capabilities
+        last = self.pos_max(seq)
+        if not can.partial_removal:
+            back = min(can.max_rollback, self._snapshots.get(seq, 0))
+            if p1 <= last or last - p0 + 1 > back:
+                raise UnsupportedOperation(
+                    f"can't remove [{p0}, {p1}) of sequence {seq} (0..{last}): its state goes "
+                    f"back at most {back} tokens now (n_rs_seq {can.max_rollback}, and less than "
+                    "its rows in the last decode); remove all of it with seq_rm and decode the "
+                    "tokens again, or restore a saved state"
+                )
+        elif p1 > last:
+            self._check_window(seq, p0, "trim")
+
+    def _check_window(self, seq: int, end: int, what: str) -> None:
+        """The next token at `end` must find its sliding window in memory."""
+        window = self._context.capabilities.swa_window
+        if window and self.pos_min(seq) > max(0, end - window + 1):
+            raise UnsupportedOperation(
+                f"can't {what} sequence {seq} at {end}: of the sliding window of {window} tokens "
+                f"those before {self.pos_min(seq)} are forgotten; remove the sequence and decode "
+                "the tokens again, or make the context with swa_full=True"
+            )
+
+    def _check_shift(self) -> None:
+        if not self.can_shift:
+            raise UnsupportedOperation("this memory can't shift positions (capabilities.can_shift)")
+
+    def _moved(self, seq: int) -> None:
+        # shared cells may belong to any sequence
+        unified = self._context.capabilities.unified
+        self._stale.update(range(self._context.n_seq_max) if unified else (seq,))
+
+
+def copies_whole_only(model: Model) -> bool:
+    """Whether only all of a sequence can be copied or removed."""
+    return model.is_recurrent or model.is_hybrid or model.architecture in _WHOLE_COPIES
+
+
+def probe(context: Context) -> Capabilities:
+    """What the memory of this context can do, from the model and from what libllama reports."""
+    model = context.model
+    memory = lib.llama_get_memory(context.ptr)
+    has_memory = memory != ffi.NULL
+    whole_only = copies_whole_only(model)
+    lump = model.is_recurrent or model.is_hybrid
+    unified = bool(context.params["kv_unified"])
+    shifts = has_memory and not lump and bool(lib.llama_memory_can_shift(memory))
+    return Capabilities(
+        has_memory=has_memory,
+        partial_removal=has_memory and not whole_only,
+        max_rollback=context.n_rs_seq,
+        can_shift=shifts and _can_rotate(model, context.params["type_k"]),
+        unified=unified,
+        prefix_copy=has_memory and unified and not whole_only,
+        recurrent=model.is_recurrent,
+        hybrid=model.is_hybrid,
+        swa_window=model.n_swa,
+        encoder=model.has_encoder,
+        decoder=model.has_decoder,
+        causal=bool(lib.llama_get_causal_attn(context.ptr)),
+    )
+
+
+def _can_rotate(model: Model, type_k: int) -> bool:
+    """Whether ggml can rotate keys of that type where they lie (it aborts where it can't), and the
+    position is not in them otherwise."""
+    if type_k == lib.GGML_TYPE_BF16 or model.has_position_table:
+        return False
+    rotated = model.metadata.get(f"{model.architecture}.rope.dimension_count")
+    whole_head = rotated is None or int(rotated) == model.head_dims[0]
+    return whole_head or not lib.ggml_is_quantized(type_k)
+
+
+def _range(p0: int, p1: int) -> tuple[int, int]:
+    """A range with its open ends closed."""
+    p0 = integer("p0", p0, -1, _MAX_POS)
+    p1 = integer("p1", p1, -1, _MAX_POS)
+    return max(p0, 0), _MAX_POS if p1 < 0 else p1

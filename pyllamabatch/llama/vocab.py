@@ -1,0 +1,356 @@
+"""Vocab: text to tokens and back."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pyllamabatch.errors import (
+    ArgumentError,
+    ChatTemplateError,
+    PyllamabatchError,
+    TokenizeError,
+    UnsupportedOperation,
+)
+from pyllamabatch.llama.runtime import text as c_text
+from pyllamabatch.llama.structs import integer
+from pyllamabatch.raw import ffi, lib
+
+if TYPE_CHECKING:
+    from pyllamabatch.llama.model import Model
+
+TokenArray = npt.NDArray[np.int32]
+Tokens = Sequence[int] | TokenArray
+
+_MAX_TEXT = 2**31 - 1
+
+
+class Vocab:
+    """The vocabulary of a model. Its methods may be called from any thread."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self.n_tokens: int = lib.llama_vocab_n_tokens(self.ptr)
+
+    @property
+    def ptr(self) -> Any:
+        """`const struct llama_vocab *`; `ClosedError` once the model is closed."""
+        return lib.llama_model_get_vocab(self._model.ptr)
+
+    def __len__(self) -> int:
+        return self.n_tokens
+
+    def __repr__(self) -> str:
+        return f"<Vocab {self.type} with {self.n_tokens} tokens>"
+
+    @cached_property
+    def type(self) -> str:
+        """The kind of tokenizer: "spm", "bpe", "wpm", "ugm", "rwkv", ... or "none"."""
+        names = ffi.typeof("enum llama_vocab_type").elements
+        name: str = names[int(lib.llama_vocab_type(self.ptr))]
+        return name.removeprefix("LLAMA_VOCAB_TYPE_").lower()
+
+    # -- special tokens (None when the vocabulary has none) --
+
+    @cached_property
+    def bos(self) -> int | None:
+        return _token(lib.llama_vocab_bos(self.ptr))
+
+    @cached_property
+    def eos(self) -> int | None:
+        return _token(lib.llama_vocab_eos(self.ptr))
+
+    @cached_property
+    def eot(self) -> int | None:
+        return _token(lib.llama_vocab_eot(self.ptr))
+
+    @cached_property
+    def sep(self) -> int | None:
+        return _token(lib.llama_vocab_sep(self.ptr))
+
+    @cached_property
+    def nl(self) -> int | None:
+        return _token(lib.llama_vocab_nl(self.ptr))
+
+    @cached_property
+    def pad(self) -> int | None:
+        return _token(lib.llama_vocab_pad(self.ptr))
+
+    @cached_property
+    def mask(self) -> int | None:
+        return _token(lib.llama_vocab_mask(self.ptr))
+
+    @cached_property
+    def add_bos(self) -> bool:
+        """Whether `add_special` puts `bos` in front."""
+        return bool(lib.llama_vocab_get_add_bos(self.ptr))
+
+    @cached_property
+    def add_eos(self) -> bool:
+        return bool(lib.llama_vocab_get_add_eos(self.ptr))
+
+    @cached_property
+    def add_sep(self) -> bool:
+        return bool(lib.llama_vocab_get_add_sep(self.ptr))
+
+    @cached_property
+    def eog_tokens(self) -> frozenset[int]:
+        """Every token that ends a generation (EOS, EOT and the like)."""
+        ptr = self.ptr
+        return frozenset(t for t in range(self.n_tokens) if lib.llama_vocab_is_eog(ptr, t))
+
+    def is_eog(self, token: int) -> bool:
+        return bool(lib.llama_vocab_is_eog(self.ptr, self._check(token)))
+
+    def is_control(self, token: int) -> bool:
+        self._need_text()
+        return bool(lib.llama_vocab_is_control(self.ptr, self._check(token)))
+
+    # -- text to tokens --
+
+    def tokenize(
+        self, text: str | bytes, *, add_special: bool = True, parse_special: bool = False
+    ) -> TokenArray:
+        """The tokens of a text: int32, shape (n,).
+
+        `add_special` adds BOS and the like as the model wants them; `parse_special` reads special
+        tokens that are written out in the text (leave it off for text that a user typed).
+        Raises `TokenizeError` for text that is not UTF-8.
+        """
+        self._need_text()
+        data = _utf8(text)
+        if add_special:
+            self._need_special()
+        ptr = self.ptr
+        tokens = np.empty(len(data) + 16, np.int32)  # enough but for unusual normalizers
+        for _ in range(2):
+            n = lib.llama_tokenize(
+                ptr,
+                data,
+                len(data),
+                ffi.cast("llama_token *", tokens.ctypes.data),
+                len(tokens),
+                add_special,
+                parse_special,
+            )
+            if n >= 0:
+                found: TokenArray = tokens[:n].copy()
+                return found
+            if n == -(2**31):
+                break
+            tokens = np.empty(-n, np.int32)
+        raise TokenizeError(f"a text of {len(data)} bytes gives more tokens than fit an int32")
+
+    # -- tokens to text --
+
+    def token_to_piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes that a token stands for; may be a part of a UTF-8 character.
+
+        Special tokens give b"" unless `special`.
+        """
+        self._need_text()
+        return self._piece(self.ptr, self._check(token), special)
+
+    def detokenize(
+        self, tokens: Tokens, *, remove_special: bool = False, unparse_special: bool = False
+    ) -> str:
+        """The text of tokens; bytes that are not UTF-8 become U+FFFD.
+
+        `remove_special` leaves out the BOS and EOS that `tokenize` added; `unparse_special` writes
+        special tokens out.
+        """
+        self._need_text()
+        ids = self.check_tokens(tokens)
+        ptr, pointer = self.ptr, ffi.cast("llama_token *", ids.ctypes.data)
+        size = 8 * len(ids) + 64
+        while True:
+            buffer = ffi.new("char[]", size)
+            n = lib.llama_detokenize(
+                ptr, pointer, len(ids), buffer, size, remove_special, unparse_special
+            )
+            if n >= 0:
+                return bytes(ffi.buffer(buffer, n)).decode("utf-8", "replace")
+            size = -n + 1
+
+    def decoder(self, *, special: bool = False) -> PieceDecoder:
+        """A decoder for tokens that arrive one by one."""
+        return PieceDecoder(self, special=special)
+
+    # -- chat --
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+    ) -> str:
+        """A conversation as the model's prompt, by llama.cpp's own (not Jinja) formatter.
+
+        messages: {"role": ..., "content": ...} each. template: the text of a template, or the
+        name of one of `chat_templates()`; default: the model's. Tokenize the result with
+        `parse_special=True`. Raises `ChatTemplateError` when there is no template or llama.cpp
+        does not know it.
+        """
+        if template is None:
+            template = self._model.chat_template()
+            if template is None:
+                raise ChatTemplateError(
+                    f"the model has no chat template; name one: {', '.join(chat_templates())}"
+                )
+        keep = [
+            [ffi.new("char[]", _c_string(f"messages[{i}].{key}", message.get(key)))
+             for key in ("role", "content")]
+            for i, message in enumerate(messages)
+        ]  # fmt: skip
+        chat = ffi.new("struct llama_chat_message[]", max(1, len(keep)))
+        for item, (role, content) in zip(chat, keep, strict=False):
+            item.role, item.content = role, content
+        name = _c_string("template", template)
+        size = 2 * sum(len(role) + len(content) for role, content in keep) + 256
+        while True:
+            buffer = ffi.new("char[]", size)
+            n = lib.llama_chat_apply_template(
+                name, chat, len(keep), add_generation_prompt, buffer, size
+            )
+            if n < 0:
+                raise ChatTemplateError(
+                    "llama.cpp does not know this template: name one of "
+                    f"{', '.join(chat_templates())}, or format the prompt yourself. It begins: "
+                    f"{template[:120]!r}"
+                )
+            if n <= size:
+                return bytes(ffi.buffer(buffer, n)).decode("utf-8", "replace")
+            size = n
+
+    # -- checks --
+
+    def check_tokens(self, tokens: Iterable[int] | TokenArray, name: str = "tokens") -> TokenArray:
+        """Tokens as a contiguous int32 array, each of them checked to be of this vocabulary."""
+        try:
+            array = np.asarray(
+                tokens if isinstance(tokens, (np.ndarray, Sequence)) else list(tokens)
+            )
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(name, tokens, "must be integers") from error
+        if array.size == 0:
+            array = array.astype(np.int32)
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise ArgumentError(name, tokens, "must be a flat sequence of integers")
+        bad = (array < 0) | (array >= self.n_tokens)
+        if bad.any():
+            at = int(np.argmax(bad))
+            raise ArgumentError(
+                f"{name}[{at}]", int(array[at]), f"must be in 0..{self.n_tokens - 1}"
+            )
+        return np.ascontiguousarray(array, np.int32)
+
+    def _check(self, token: int) -> int:
+        return integer("token", token, 0, self.n_tokens - 1)
+
+    def _need_text(self) -> None:
+        if self.type == "none":
+            raise UnsupportedOperation("the model has no tokenizer: it takes token ids only")
+
+    def _need_special(self) -> None:
+        wanted = ("bos", self.add_bos), ("eos", self.add_eos), ("sep", self.add_sep)
+        for name, add in wanted:
+            if add and getattr(self, name) is None and not (name == "sep" and self.type != "wpm"):
+                raise TokenizeError(
+                    f"the model asks for a {name} token but has none; use add_special=False"
+                )
+
+    @staticmethod
+    def _piece(ptr: Any, token: int, special: bool) -> bytes:
+        size = 64
+        while True:
+            buffer = ffi.new("char[]", size)
+            n = lib.llama_token_to_piece(ptr, token, buffer, size, 0, special)
+            if n >= 0:
+                return bytes(ffi.buffer(buffer, n))
+            size = -n
+
+
+def pieces_of(ptr: Any, tokens: Sequence[int]) -> list[bytes]:
+    """The bytes of each token of a `llama_vocab *`, special ones b"", in one native call."""
+    n = len(tokens)
+    ids, offsets = ffi.new("llama_token[]", tokens), ffi.new("int64_t[]", n + 1)
+    size = 16 * n
+    while True:
+        buffer = ffi.new("char[]", size)
+        needed = lib.plb_pieces(ptr, ids, n, buffer, size, offsets)
+        if needed < 0:
+            raise PyllamabatchError(c_text(lib.plb_code_text(needed)))
+        if needed <= size:
+            data = ffi.buffer(buffer, needed)[:]
+            return [data[offsets[i] : offsets[i + 1]] for i in range(n)]
+        size = needed
+
+
+class PieceDecoder:
+    """Tokens in, text out, as soon as it is whole: an unfinished UTF-8 character waits."""
+
+    def __init__(self, vocab: Vocab, *, special: bool = False) -> None:
+        vocab._need_text()
+        self._vocab = vocab
+        self._special = special
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, tokens: int | Tokens) -> str:
+        """The text that these tokens complete; may be ""."""
+        vocab = self._vocab
+        ids: Iterable[int]
+        if isinstance(tokens, (Sequence, np.ndarray)):
+            ids = vocab.check_tokens(tokens).tolist()
+        else:
+            ids = (vocab._check(tokens),)
+        ptr = vocab.ptr
+        return "".join(self._decoder.decode(vocab._piece(ptr, t, self._special)) for t in ids)
+
+    def flush(self) -> str:
+        """What is left, U+FFFD for an unfinished character. The decoder is as new afterwards."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
+
+
+def chat_templates() -> list[str]:
+    """The names of the chat templates that llama.cpp knows."""
+    n = lib.llama_chat_builtin_templates(ffi.NULL, 0)
+    names = ffi.new("const char *[]", n)
+    lib.llama_chat_builtin_templates(names, n)
+    return [c_text(name) for name in names]
+
+
+def _token(token: int) -> int | None:
+    return token if token >= 0 else None
+
+
+def _utf8(text: str | bytes) -> bytes:
+    if not isinstance(text, (str, bytes)):
+        raise ArgumentError("text", text, "must be str or bytes")
+    try:
+        if isinstance(text, str):
+            data = text.encode("utf-8")
+        else:
+            text.decode("utf-8")
+            data = text
+    except UnicodeError as error:
+        raise TokenizeError(f"the text is not valid UTF-8: {error}") from error
+    if len(data) > _MAX_TEXT:
+        raise TokenizeError(f"the text has {len(data)} bytes, at most {_MAX_TEXT} are possible")
+    return data
+
+
+def _c_string(name: str, value: object) -> bytes:
+    if not isinstance(value, str):
+        raise ArgumentError(name, value, "must be a string")
+    data = _utf8(value)
+    if b"\0" in data:
+        raise ArgumentError(name, value, "must not contain a NUL character")
+    return data

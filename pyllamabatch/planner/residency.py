@@ -1,0 +1,254 @@
+"""What a context takes up, before anything is allocated, and how many of them a machine holds.
+
+`Projector` loads a model without its weights and makes contexts without their buffers; libllama
+then says what they would be (`plb_memory_breakdown`), and the buffer of the logits is added
+(n_outputs x n_vocab x 4 bytes, src/llama-context.cpp: `output_reserve`).
+
+A machine is two limits: what its device may hold (a GPU's memory; on a Mac the working set that
+Metal recommends, or `iogpu.wired_limit_mb`), and its memory. Weights that are mapped from the file
+are in memory once, whoever maps them. But a Metal process wires all that its graphs touch while it
+is active, mapped pages too, so each active process counts whole against the working set; and a
+CUDA process has a copy of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from pyllamabatch.cost.where import memory_parts
+from pyllamabatch.errors import NotEnoughMemory
+from pyllamabatch.llama import runtime as _backend
+from pyllamabatch.llama.context import Context
+from pyllamabatch.llama.handle import Owner
+from pyllamabatch.llama.limits import MAX_CTX
+from pyllamabatch.llama.model import Model
+from pyllamabatch.llama.params import PathLike
+from pyllamabatch.llama.structs import integer
+from pyllamabatch.planner.machines import Machine, host_available
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Bytes in one place. mapped: weights that are pages of the file; copied: weights in memory of
+    the process's own; kv: cells and states; compute: graphs; logits: the output buffer."""
+
+    mapped: int = 0
+    copied: int = 0
+    kv: int = 0
+    compute: int = 0
+    logits: int = 0
+
+    @property
+    def context(self) -> int:
+        """What each further context adds."""
+        return self.kv + self.compute + self.logits
+
+    @property
+    def private(self) -> int:
+        """What each further process adds, where mapped pages are shared."""
+        return self.copied + self.context
+
+    @property
+    def total(self) -> int:
+        return self.mapped + self.private
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """A model and one context of it: on the device, and in the host's memory. Without a device
+    everything is the host's."""
+
+    device: Pool
+    host: Pool
+
+    @property
+    def total(self) -> int:
+        return self.device.total + self.host.total
+
+    def check(self, machine: Machine, n_processes: int = 1, n_contexts: int = 1) -> bool:
+        """Do so many processes, with so many of these contexts each, fit while all are active?"""
+        return all(used <= limit for used, limit in self.use(machine, n_processes, n_contexts))
+
+    def use(
+        self, machine: Machine, n_processes: int = 1, n_contexts: int = 1
+    ) -> list[tuple[int, int]]:
+        """(bytes in use, limit): of the device, and of the host's memory."""
+        more = n_contexts - 1
+        device = self.device.total + more * self.device.context + machine.process_overhead
+        host = self.host.private + more * self.host.context
+        if machine.kind == "metal":  # one memory: its wired part, and all of it
+            shared = self.device.mapped + self.host.mapped
+            private = device - self.device.mapped + host
+            return [
+                (n_processes * device, machine.device_limit),
+                (shared + n_processes * private, machine.memory),
+            ]
+        found = [(self.host.mapped + n_processes * host, machine.memory)]
+        if machine.kind != "cpu":
+            found.insert(0, (n_processes * device, machine.device_limit))
+        return found
+
+
+class Projector(Owner):
+    """Footprints of a model's contexts. Loads the vocabulary and the shapes, no weights."""
+
+    def __init__(self, path: PathLike, *, mmap: bool = True, **model_params: Any) -> None:
+        """mmap: the model will be mapped, as is libllama's default. model_params: as for `Model`
+        (devices, n_gpu_layers, splits, ...)."""
+        self.model = Model(path, no_alloc=True, **model_params)
+        self._mmap = mmap and _backend.mmap_works()
+
+    @property
+    def ptr(self) -> Any:
+        return self.model.ptr
+
+    def close(self) -> None:
+        self.model.close()
+
+    def footprint(
+        self, *, n_ctx: int = 0, n_seq_max: int = 1, n_outputs: int = 0, **context_params: Any
+    ) -> Footprint:
+        """Of one context with these parameters. n_outputs: rows with output in one step (0:
+        n_seq_max). Raises what `Context` raises for the parameters.
+
+        libllama keeps notes on every cell even so (about 50 bytes): contexts of more than 2**20
+        cells follow from two smaller ones; sizes are linear by then.
+        """
+        n_outputs = n_outputs or n_seq_max
+        if n_ctx > _CELLS:
+            given = {"n_seq_max": n_seq_max, "n_outputs": n_outputs, **context_params}
+            half = self.footprint(n_ctx=_CELLS // 2, **given)
+            full = self.footprint(n_ctx=_CELLS, **given)
+            return _line(half, full, n_ctx / _CELLS)
+        params = {"n_outputs_max": n_outputs, **context_params}
+        with Context(self.model, n_ctx=n_ctx, n_seq_max=n_seq_max, **params) as context:
+            return footprint_of(context, n_outputs, mmap=self._mmap)
+
+
+def footprint_of(context: Context, n_outputs: int, *, mmap: bool) -> Footprint:
+    """Of a context of a no_alloc model."""
+    devices = _backend.devices()
+    device = host = Pool()
+    logits = 4 * max(n_outputs, context.n_seq_max) * context.model.n_vocab
+    for part in memory_parts(context):
+        known = devices.get(part.device)
+        on_cpu = known is None or known.kind == "cpu" or part.host
+        # Metal's buffers are mapped too; other devices, and repacked weights, are copies.
+        mapped = mmap and (part.host if on_cpu else part.buffer_type.startswith("MTL"))
+        weights = Pool(part.model, 0) if mapped else Pool(0, part.model)
+        new = replace(weights, kv=part.context, compute=part.compute)
+        if on_cpu:
+            host = _sum(host, new)
+        else:
+            device = _sum(device, new)
+    if mmap and device == Pool() and host.mapped:
+        # One mapping from the first to the last tensor, those that are copied from it included.
+        host = replace(host, mapped=context.model.size_bytes)
+    return Footprint(device, replace(host, logits=logits))
+
+
+_CELLS = 2**20
+
+
+def _line(half: Footprint, full: Footprint, x: float) -> Footprint:
+    """Where the line through `half` (at 0.5) and `full` (at 1) is at x."""
+    device, host = (
+        Pool(*(round(b + (b - a) * 2 * (x - 1)) for a, b in zip(_bytes(p), _bytes(q), strict=True)))
+        for p, q in ((half.device, full.device), (half.host, full.host))
+    )
+    return Footprint(device, host)
+
+
+def _bytes(pool: Pool) -> tuple[int, ...]:
+    return tuple(asdict(pool).values())
+
+
+def _sum(a: Pool, b: Pool) -> Pool:
+    return Pool(*(x + y for x, y in zip(_bytes(a), _bytes(b), strict=True)))
+
+
+def by_size(weights: int, n_ctx: int, kv_per_cell: int, graphs: int, machine: Machine) -> Footprint:
+    """Without a file: weights, cells and graphs by their bytes."""
+    mapped = machine.kind != "cuda"
+    pool = Pool(
+        mapped=weights if mapped else 0,
+        copied=0 if mapped else weights,
+        kv=n_ctx * kv_per_cell,
+        compute=graphs,
+    )
+    return Footprint(Pool(), pool) if machine.kind == "cpu" else Footprint(pool, Pool())
+
+
+def most(fits: Callable[[int], bool], limit: int = 2**20) -> int:
+    """The largest n in 0..limit for which `fits(n)`, where it holds up to there."""
+    high = 1
+    while high <= limit and fits(high):
+        high *= 2
+    low = high // 2
+    high = min(high, limit + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def fitting_n_ctx(model: Model, n_ctx: int, *, shrink: bool, **params: Any) -> int:
+    """`n_ctx` if a context with these parameters fits what is free now, beside the model that is
+    loaded; with `shrink` the largest below it that does. Raises `NotEnoughMemory`.
+
+    Where even a generous guess fits twice, nothing is projected.
+    """
+    devices = [d.free for d in _backend.devices().values() if d.kind != "cpu" and d.total]
+    available = Footprint(Pool(compute=sum(devices)), Pool(compute=host_available()))
+    if 2 * _generous(model, n_ctx, params) <= (sum(devices) or available.total):
+        return n_ctx
+    load: dict[str, Any] = model._load
+    with Projector(model.path, **load) as projector:
+
+        def short(cells: int) -> tuple[int, int] | None:
+            """(needed, available) of the place that is too small."""
+            found = projector.footprint(n_ctx=cells, **params)
+            for need, has in (
+                (found.device.context, available.device.total),
+                (found.host.context, available.host.total),
+            ):
+                if need > has:
+                    return need, has
+            return None
+
+        first = short(n_ctx)
+        if first is None:
+            return n_ctx
+        step = 256 * (1 if params.get("kv_unified", True) else int(params["n_seq_max"]))
+        blocks = most(lambda b: short(step * b) is None, n_ctx // step)
+        if not shrink or blocks == 0:
+            raise NotEnoughMemory(*first, f"n_ctx={step * blocks} would fit")
+        log.warning(
+            "n_ctx is %d instead of %d: %.1f GiB would be needed, %.1f are free",
+            step * blocks, n_ctx, first[0] / 2**30, first[1] / 2**30,
+        )  # fmt: skip
+        return step * blocks
+
+
+def _generous(model: Model, n_ctx: int, params: Mapping[str, Any]) -> int:
+    """More bytes than the context will need: full layers of F32 cells, masks and scores of every
+    head, states of every sequence, and graphs."""
+    n_seq_max = int(params.get("n_seq_max", 1))
+    n_ubatch = integer("n_ubatch", params.get("n_ubatch", 512), 0, 2**31 - 1)
+    n_ubatch = min(n_ubatch or 2048, integer("n_ctx", n_ctx, 0, MAX_CTX))
+    flash = params.get("flash_attn_type", "auto") not in ("disabled", 0)
+    cell = 40 + 4 * model.n_layer * model.n_head_kv * sum(model.head_dims) + 4 * n_ubatch
+    if not flash:
+        cell += 4 * model.n_head * n_ubatch
+    states = n_seq_max * model.n_layer * model.n_embd * 2048
+    stateful = model.is_recurrent or model.is_hybrid
+    graphs = 256 * n_ubatch * model.n_embd + 8 * n_seq_max * model.n_vocab
+    return n_ctx * cell + graphs + (states if stateful else 0)

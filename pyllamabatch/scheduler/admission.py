@@ -1,0 +1,198 @@
+"""Where sequences start: behind a beginning that is in the cache, from a saved state, or at 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from itertools import islice
+
+from ..kv import Hit, KvLedger, Move, PrefixCache, Sharing, SwapChoice
+from ..kv.prefix_cache import NO_HIT, Key, key_of
+from ..kv.radix_tree import Tokens
+
+TokensOf = Callable[[int], "Tokens | None"]
+
+LOOKS = 32  # so many waiting sequences at most are looked at again before one step
+
+
+@dataclass(slots=True)
+class Start:
+    """What a waiting sequence could start from now. `tokens`: those that it is to compute, None
+    when it shares nothing. `pending`: a better beginning that a running one is about to have
+    computed. `saved`: positions in its own saved state."""
+
+    tokens: Tokens | None
+    saved: int
+    key: Key = (None, b"")  # how the tokens begin
+    hit: Hit = NO_HIT
+    pending: Hit = NO_HIT
+
+    @property
+    def n(self) -> int:
+        return max(self.hit.n, self.saved)
+
+    @property
+    def cells(self) -> int:
+        """Cells that count as free and that it takes before it computes anything."""
+        return self.saved if self.saved > self.hit.n else self.hit.cells
+
+
+class Starts:
+    """`keep`: see `PrefixCache`. `swap`: what a preemption does."""
+
+    def __init__(
+        self,
+        ledger: KvLedger,
+        sharing: Sharing,
+        *,
+        keep: bool = True,
+        swap: SwapChoice | None = None,
+    ) -> None:
+        self.cache = PrefixCache(ledger, sharing, keep=keep)
+        self.swap = swap or SwapChoice("recompute")
+        self._ledger = ledger
+        self._spaces: dict[int, Hashable] = {}  # by id, of all sequences
+        self._saved: dict[int, int] = {}  # positions in the saved state, by id
+        self._waiting: dict[int, Start] = {}
+        self._alike: dict[Key, set[int]] = {}  # who waits, by how they begin
+        self._dirty: dict[int, None] = {}  # whom to look at again, in this order
+        self._pending: set[int] = set()
+
+    # -- while they wait
+
+    def add(self, id: int, space: Hashable, saved: int = 0) -> None:
+        """A new sequence. Those of one `space` may start from each other; None is the space of all
+        that name none, or nobody's when nothing is kept. `saved`: see `Start`."""
+        self._spaces[id] = ("alone", id) if space is None and not self.cache.keep else space
+        if saved:
+            self._saved[id] = saved
+
+    def isolate(self, id: int) -> None:
+        """It starts from nobody and nobody from it, from its next start on."""
+        self._spaces[id] = ("alone", id)
+
+    def forget(self, id: int) -> None:
+        """A sequence that is in no slot and does not wait ends."""
+        self.lost_saved(id)
+        del self._spaces[id]
+
+    def lost_saved(self, id: int) -> None:
+        """Its saved state is of no use; fine when there is none."""
+        if not self._saved.pop(id, 0):
+            return
+        self.cache.moves.append(Move("discard", -1, id=id))
+        if id in self._waiting:
+            self._dirty[id] = None
+
+    def trim_saved(self, id: int, known: int) -> None:
+        """Of a sequence that is in no slot only the first `known` tokens are left."""
+        if self._saved.get(id, 0) >= known:
+            self.lost_saved(id)
+
+    def joined_line(self, id: int, tokens: Tokens | None) -> Start:
+        """It waits from now on."""
+        if tokens is not None and self._saved.get(id, 0) >= len(tokens):
+            self.lost_saved(id)
+        start = self._waiting[id] = Start(tokens, self._saved.get(id, 0))
+        if tokens is not None:
+            start.key = key_of(tokens, self._spaces[id])
+            self._alike.setdefault(start.key, set()).add(id)
+            self._look(id, start)
+        return start
+
+    def left_line(self, id: int) -> None:
+        """It does not wait any more; fine when it did not."""
+        start = self._waiting.pop(id, None)
+        if start is None:
+            return
+        self._dirty.pop(id, None)
+        if start.tokens is None:
+            return
+        self._pending.discard(id)
+        alike = self._alike[start.key]
+        alike.discard(id)
+        if not alike:
+            del self._alike[start.key]
+
+    def refresh(self) -> list[tuple[int, Start]]:
+        """Who of those that wait could start from something else now. At most `LOOKS` of them at a
+        time: the others' turn comes at the next call."""
+        changed = self.cache.changed
+        if not (changed or self._pending or self._dirty):
+            return []
+        for key in changed:
+            self._dirty.update(dict.fromkeys(self._alike.get(key, ())))
+        changed.clear()
+        for id in self._pending:
+            pending = self._waiting[id].pending
+            if self._ledger.held(pending.slot) >= pending.n:
+                self._dirty[id] = None
+        moved = []
+        for id in list(islice(self._dirty, LOOKS)):
+            del self._dirty[id]
+            start = self._waiting[id]
+            before = start.hit, start.pending, start.saved
+            start.saved = self._saved.get(id, 0)
+            self._look(id, start)
+            if before != (start.hit, start.pending, start.saved):
+                moved.append((id, start))
+        return moved
+
+    def _look(self, id: int, start: Start) -> None:
+        if start.tokens is None:
+            return
+        space = start.key[0]
+        start.hit = self.cache.find(start.tokens, space)
+        start.pending = self.cache.pending(start.tokens, space, start.n)
+        if start.pending is NO_HIT:
+            self._pending.discard(id)
+        else:
+            self._pending.add(id)
+
+    # -- while they run
+
+    def admit(self, id: int, spare: int, fresh: set[int]) -> tuple[int, Start] | None:
+        """A slot for a sequence that waits, and what it starts from there. `spare`: free cells that
+        the rows of this step do not need. `fresh`: slots that were given in the same plan; None,
+        and nothing has changed, when it had better wait for one of these."""
+        start, cache = self._waiting[id], self.cache
+        start.saved = self._saved.get(id, 0)
+        if start.tokens is None and not start.saved:
+            self.left_line(id)
+            return cache.start(id), start
+        self._look(id, start)
+        if start.pending.slot in fresh:
+            return None
+        if start.cells > spare:
+            start.hit, start.saved = NO_HIT, 0
+        n = start.n
+        if start.saved > start.hit.n:
+            start.hit = NO_HIT
+            slot = cache.start(id)
+            cache.make_cells(n)
+            self._ledger.take(slot, n)
+            cache.moves.append(Move("load", slot, n=n, id=id))
+            del self._saved[id]
+        else:
+            slot = cache.start(id, start.hit)
+            self.lost_saved(id)
+        self.left_line(id)
+        if start.tokens is not None:
+            cache.lives(slot, start.tokens, self._spaces[id], n)
+        return slot, start
+
+    def trim(self, id: int, slot: int, n: int, tokens: Tokens | None) -> None:
+        """Only the first `n` positions of a running sequence are left, and what comes next may
+        differ from what it knew."""
+        self._ledger.trim(slot, n)
+        if tokens is not None:
+            self.cache.lives(slot, tokens[:n], self._spaces[id], n)
+
+    def preempt(self, id: int, slot: int, tokens: Tokens | None) -> None:
+        """The sequence in `slot` does not run for a while: what it holds is kept, or saved."""
+        n = self._ledger.held(slot)
+        if self.swap.swaps(n):
+            self._saved[id] = n
+            self.cache.moves.append(Move("save", slot, n=n, id=id))
+            tokens = None
+        self.cache.leaves(slot, tokens, comes_back=True)

@@ -1,0 +1,151 @@
+"""The same trace on a real engine, and how far the simulation is from it.
+
+Prompts are random tokens, equal where the trace says that prompts begin in the same way; every
+request generates exactly as many tokens as the trace says.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterable, Sequence
+from time import perf_counter, sleep
+
+import numpy as np
+import numpy.typing as npt
+
+from ..cost import where
+from ..cost.model import CostModel
+from ..engine.engine import Engine
+from ..engine.stream import Result
+from ..step.sampling_params import SamplingParams
+from .metrics import Outcome
+from .replica import Machine, with_switch
+from .workload import Request
+
+_LEAD = 0.2  # s before the first arrival, to start the threads
+
+
+def describe(engine: Engine) -> str:
+    """Device and model."""
+    device, _, _ = where.device_of(engine._stepper._ready())
+    return f"{device.description}, {engine.model.description}"
+
+
+def machine_of(
+    engine: Engine, overhead: float, latency: float = 0.0, cost: CostModel | None = None
+) -> Machine:
+    """What a simulated engine has to be, to be like this one. `cost`: by default a copy of the
+    engine's own as it is now."""
+    cache = engine._decoder.scheduler.starts.cache
+    chosen = copy.deepcopy(engine.cost) if cost is None else cost
+    assert chosen is not None
+    return Machine(
+        with_switch(chosen),
+        engine.limits,
+        cache.sharing,
+        cache.keep,
+        overhead,
+        latency,
+        chosen.new_graph,
+    )
+
+
+def run_live(engine: Engine, requests: Iterable[Request]) -> list[Outcome]:
+    """Submit every request when it comes, wait for all, in real time. queueing, preemption, ITL and
+    prefixes of the outcomes are not known, and 0. Raises what a request failed with."""
+    live = _Live(engine)
+    requests = list(requests)
+    chains: dict[int, list[Request]] = {}  # those after one another, by the last of them
+    for request in requests:
+        chain = [] if request.after is None else chains.pop(request.after)
+        chains[request.id] = [*chain, request]
+    alone = sorted((c[0] for c in chains.values() if len(c) == 1), key=lambda r: r.arrival)
+    threads = [
+        threading.Thread(target=live.run, args=(chain,), daemon=True)
+        for chain in chains.values()
+        if len(chain) > 1
+    ]
+    for thread in threads:
+        thread.start()
+    live.run_alone(alone)
+    for thread in threads:
+        thread.join()
+    if live.errors:
+        raise live.errors[0]
+    return sorted(live.outcomes, key=lambda o: o.id)
+
+
+def warm_up(engine: Engine) -> None:
+    """Two requests: an engine's first calls are slower."""
+    params = SamplingParams(max_tokens=8, ignore_eog=True)
+    engine.generate([[0] * 8, [1] * 8], params)
+
+
+class _Live:
+    def __init__(self, engine: Engine) -> None:
+        self.outcomes: list[Outcome] = []
+        self.errors: list[Exception] = []
+        self._engine = engine
+        self._n_vocab = engine.model.n_vocab
+        self._answers: dict[int, npt.NDArray[np.int32]] = {}
+        self._began = threading.Event()
+        self._start = 0.0
+
+    def run_alone(self, requests: Sequence[Request]) -> None:
+        """Start the clock; submit each at its time, and wait for all."""
+        prompts = [self._prompt(request) for request in requests]
+        streams = []
+        self._start = perf_counter() + _LEAD
+        self._began.set()
+        try:
+            for request, prompt in zip(requests, prompts, strict=True):
+                sleep(max(0.0, self._start + request.arrival - perf_counter()))
+                came = perf_counter() - self._start
+                streams.append((request, came, self._engine.submit(prompt, _params(request))))
+            for request, came, stream in streams:
+                self._take(request, came, stream.result())
+        except Exception as error:
+            self.errors.append(error)
+            for _, _, stream in streams:
+                stream.cancel()
+
+    def run(self, chain: Sequence[Request]) -> None:
+        """Requests one after the other; the first one comes at its time."""
+        self._began.wait()
+        due = self._start
+        try:
+            for request in chain:
+                due += request.arrival
+                prompt = self._prompt(request)
+                sleep(max(0.0, due - perf_counter()))
+                came = perf_counter() - self._start
+                result = self._engine.submit(prompt, _params(request)).result()
+                due = self._start + self._take(request, came, result).end
+        except Exception as error:
+            self.errors.append(error)
+
+    def _take(self, request: Request, came: float, result: Result) -> Outcome:
+        if result.error is not None:
+            raise result.error
+        assert result.ttft_s is not None
+        self._answers[request.answer] = np.array(result.tokens, dtype=np.int32)
+        outcome = Outcome(request.id, came, request.n_prompt, request.n_output, request.tenant)
+        outcome.admitted = came
+        outcome.first, outcome.end = came + result.ttft_s, came + result.e2el_s
+        self.outcomes.append(outcome)
+        return outcome
+
+    def _prompt(self, request: Request) -> npt.NDArray[np.int32]:
+        return np.concatenate([self._tokens(piece, n) for piece, n in request.content])
+
+    def _tokens(self, piece: int, n: int) -> npt.NDArray[np.int32]:
+        answer = self._answers.get(piece)
+        if answer is not None:
+            return answer[:n]
+        generator = np.random.default_rng(piece)
+        return generator.integers(0, self._n_vocab, n, dtype=np.int32)
+
+
+def _params(request: Request) -> SamplingParams:
+    return SamplingParams(max_tokens=request.n_output, ignore_eog=True, seed=request.id)

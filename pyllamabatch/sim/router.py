@@ -1,0 +1,83 @@
+"""Which replica a request goes to, of several that share the traffic."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from ..errors import ArgumentError
+from ..kv import PrefixTree
+from ..kv.prefix_cache import MIN_HIT
+from .workload import Request
+
+
+class HasOpen(Protocol):
+    @property
+    def n_open(self) -> int:
+        """Requests that it has and that have not ended."""
+
+
+class Router(Protocol):
+    def __call__(self, request: Request, replicas: Sequence[HasOpen]) -> int:
+        """The index of the one that takes it. Asked once for each request, as they come."""
+
+
+class RoundRobin:
+    """One after the other."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def __call__(self, request: Request, replicas: Sequence[HasOpen]) -> int:
+        chosen = self._next % len(replicas)
+        self._next = chosen + 1
+        return chosen
+
+
+class LeastOutstanding:
+    """The one with the fewest requests that have not ended; the first of several."""
+
+    def __call__(self, request: Request, replicas: Sequence[HasOpen]) -> int:
+        return min(range(len(replicas)), key=lambda i: replicas[i].n_open)
+
+
+class PrefixAffinity:
+    """Where the request went, of the last `memory`, that begins in the same way for longest; but
+    the least busy one when that has more than `slack` requests less."""
+
+    def __init__(self, slack: int = 8, memory: int = 4096) -> None:
+        self.slack = slack
+        self.memory = memory
+        self._tree = PrefixTree()
+        self._went: OrderedDict[int, int] = OrderedDict()  # request -> replica
+        self._least = LeastOutstanding()
+
+    def __call__(self, request: Request, replicas: Sequence[HasOpen]) -> int:
+        tokens = request.tokens()
+        chosen = least = self._least(request, replicas)
+        for id, n in self._tree.matches(tokens):
+            if n >= MIN_HIT:
+                chosen = self._went[id]
+            break
+        if replicas[chosen].n_open - replicas[least].n_open > self.slack:
+            chosen = least
+        self._tree.insert(request.id, tokens)
+        self._went[request.id] = chosen
+        if len(self._went) > self.memory:
+            self._tree.remove(self._went.popitem(last=False)[0])
+        return chosen
+
+
+ROUTERS: dict[str, Callable[[], Router]] = {
+    "round-robin": RoundRobin,
+    "least-outstanding": LeastOutstanding,
+    "prefix-affinity": PrefixAffinity,
+}
+
+
+def make_router(name: str) -> Router:
+    """ArgumentError names those that there are."""
+    if name not in ROUTERS:
+        raise ArgumentError("router", name, f"one of {', '.join(ROUTERS)}")
+    return ROUTERS[name]()

@@ -1,0 +1,469 @@
+"""How far a simulation is from the engine, on a device whose own speed moves.
+
+The trace is cut into segments. Before the first, between them and behind the last, a probe measures
+the engine on requests of its own: how much faster or slower the device is than its profile says
+when it only decodes and with prompt rows, what a native call costs beside its steps, and how long a
+token takes to whoever waits for it. A segment is simulated with the profile at the mean speed of
+the two probes around it. So nothing of a segment is used to predict it. The profile as it is stands
+beside that, and the cost model as the engine has refined it in the very segment, which says what
+the simulator itself is off.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from statistics import fmean, median
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..cost.model import SETTLED, CostModel
+from ..engine.engine import Engine
+from ..errors import ArgumentError
+from ..kv import KvLedger
+from ..step.ring_reader import TIMES
+from ..step.sampling_params import SamplingParams
+from ..step.trace import Trace
+from .live import machine_of, run_live
+from .metrics import Outcome, summarise
+from .replica import Machine
+from .simulate import simulate
+from .workload import Request
+
+Figures = Mapping[str, float]
+Array = npt.NDArray[Any]
+
+COMPARED = {
+    "tokens_per_s": "output tokens/s",
+    "tpot_mean": "TPOT, mean, ms",
+    "ttft_p50": "TTFT, median, ms",
+    "ttft_p99": "TTFT, 99th percentile, ms",
+    "e2el_mean": "E2EL, mean, ms",
+}
+"""Figures that a simulation is judged by."""
+
+BOUNDS = {"tokens_per_s": 0.05, "tpot_mean": 0.05, "ttft_p50": 0.10, "ttft_p99": 0.20}
+"""Relative errors that it is to stay within."""
+
+AT_SPEED = "at the probes' speed"
+"""The simulation that the bounds are for."""
+
+_PROBE_SECONDS = 2.0
+_PROBE_PROMPT, _PROBE_OUTPUT = 64, (16, 48)  # tokens; prompts are as the trace's where there is one
+_N_ALONE = 4
+_LEAST_STEPS = 8  # of a regime, to say something of it
+
+
+class Speed(NamedTuple):
+    """What a probe found. decode, prompt: what steps without prompt rows, in each regime of the
+    kernels, and with such rows take, over what the model says; graph: what new graphs take, with
+    what settles behind them. overhead, latency: as of `Machine`, s."""
+
+    decode: tuple[float, ...]
+    prompt: float
+    graph: float
+    overhead: float
+    latency: float
+
+    @classmethod
+    def mean(cls, found: Iterable[Speed]) -> Speed:
+        decode, *others = zip(*found, strict=True)
+        each = tuple(fmean(regime) for regime in zip(*decode, strict=True))
+        prompt, graph, overhead, latency = map(fmean, others)
+        return cls(each, prompt, graph, overhead, latency)
+
+
+class Steps(NamedTuple):
+    """Steps of a trace, arrays (steps,): rows, the regime of the kernels that they are in, those of
+    prompts, graphs that were new, whether it is one of the two behind such a step, seconds
+    measured, seconds by a model without new graphs and without what settles behind them."""
+
+    rows: Array
+    regime: Array
+    prompt: Array
+    new: Array
+    behind: Array
+    seconds: Array
+    model: Array
+
+    def reckoned(self, new_graph: tuple[float, float]) -> Array:
+        """Seconds by the model, new graphs and what settles behind them included."""
+        step, settle = new_graph
+        found: Array = self.model + self.new * step + self.behind * settle / (SETTLED - 1)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """live, simulated by name: figures of all segments together. errors: those of each segment, of
+    `AT_SPEED`, by figure. steps: of all segments, the model at the probes' speed."""
+
+    live: Figures
+    simulated: Mapping[str, Figures]
+    errors: Mapping[str, Sequence[float]]
+    speeds: Sequence[Speed]
+    steps: Steps
+    new_graph: tuple[float, float]
+
+
+def split(requests: Sequence[Request], n: int) -> list[list[Request]]:
+    """About `n` segments, each beginning at 0; one where requests come after others."""
+    if any(request.after is not None for request in requests) or n == 1:
+        return [list(requests)]
+    ordered = sorted(requests, key=lambda r: r.arrival)
+    size = -(-len(ordered) // n)
+    parts = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    return [[replace(r, arrival=r.arrival - part[0].arrival) for r in part] for part in parts]
+
+
+def steps_of(table: Trace, cost: CostModel, n_ubatch: int) -> Steps:
+    """The steps of an engine's trace that were computed, beside what a model says of them. It
+    begins when nobody runs. What a trace does not have: who sits out, whose cells are in sight,
+    too; and that libllama cut a step in several, as it does with streams that are no neighbours."""
+    table = table[table["code"] == 0]
+    rows, prompt = table["rows"], table["prefill_rows"]
+    n_seqs = table["decode_rows"] + (table["chunk"] > 0).sum(axis=1) + table["filled"]
+    if not cost.unified:
+        kv = own_cells(table)
+    else:
+        kv = table["kv_used"] - rows
+        if cost.computes_masked:
+            kv = np.maximum(kv, reaches(table))
+    computed = rows + table["filled"]
+    shapes = zip(computed.tolist(), prompt.tolist(), kv.tolist(), n_seqs.tolist(), strict=True)
+    model = np.array([cost.predict(*shape) for shape in shapes])
+    regime = np.array([cost.regime_of(n) for n in computed.tolist()], dtype=np.int64)
+    seconds = np.sum([table[name] for name in TIMES], axis=0) * 1e-9
+    new = np.maximum(-(-rows // n_ubatch) - table["reused"], 0)
+    fresh = new > 0
+    behind = np.zeros(len(table), dtype=bool)
+    for k in range(1, SETTLED):
+        behind[k:] |= fresh[:-k]
+    return Steps(rows, regime, prompt, new, behind & ~fresh, seconds, model)
+
+
+def reaches(table: Trace) -> npt.NDArray[np.int64]:
+    """`KvLedger.reach` before each step, of sequences that compute all that they hold."""
+    ids, counts = table["ids"], np.maximum(table["chunk"], 1)
+    n_steps, n_slots = ids.shape
+    ends = np.zeros(ids.shape, dtype=bool)  # the last step of whoever is in the slot
+    for slot in range(n_slots):
+        at = ids[:, slot].nonzero()[0]
+        ends[at[np.diff(ids[at, slot], append=0) != 0], slot] = True
+    ledger = KvLedger(2**31, n_slots)
+    found = np.zeros(n_steps, dtype=np.int64)
+    for i, here in enumerate(ids):
+        found[i] = ledger.reach
+        decodes = (here != 0) & (table["chunk"][i] == 0)
+        ledger.take_each(decodes.nonzero()[0])
+        for slot in ((here != 0) & ~decodes).nonzero()[0].tolist():
+            ledger.take(slot, int(counts[i, slot]))
+        for slot in ends[i].nonzero()[0].tolist():
+            ledger.release(slot)
+    return found
+
+
+def own_cells(table: Trace) -> npt.NDArray[np.int64]:
+    """Cells, before each step, of those that have rows in it; nobody starts from kept ones."""
+    ids, counts = table["ids"], np.maximum(table["chunk"], 1)
+    held, whose = np.zeros((2, ids.shape[1]), dtype=np.int64)
+    found = np.zeros(len(table), dtype=np.int64)
+    for i, here in enumerate(ids):
+        on = here != 0
+        held[on & (here != whose)] = 0
+        whose[on] = here[on]
+        found[i] = held[on].sum()
+        held[on] += counts[i][on]
+    return found
+
+
+class Validator:
+    """Of one engine, which nobody else uses. It must have a calibrated cost model, and its trace
+    must be long enough for a segment."""
+
+    def __init__(self, engine: Engine, policy: str, overhead: float | None = None) -> None:
+        """overhead: instead of what the probes find."""
+        if engine.cost is None or not engine.cost.calibrated:
+            raise ArgumentError("engine", engine, "has no profile: run `pyllamabatch calibrate`")
+        self.engine = engine
+        self.policy = policy
+        self._overhead = overhead
+        self._cost = copy.deepcopy(engine.cost)
+        self._seed = 0
+        self._lengths = np.array([_PROBE_PROMPT])  # of prompts
+        self._n_runs = -1  # the newest native call that was looked at
+
+    def machine(self) -> Machine:
+        """By the profile as it is."""
+        return machine_of(self.engine, self._overhead or 1e-4, cost=self._cost)
+
+    def run(
+        self, segments: Sequence[Sequence[Request]], progress: Callable[[str], None] = print
+    ) -> Validation:
+        """The segments live, one after the other, and simulated."""
+        self._lengths = np.array([r.n_prompt for segment in segments for r in segment])
+        self.probe()  # an engine's first calls are slower
+        speeds = [self.probe()]
+        lived: list[list[Outcome]] = []
+        came: list[list[Request]] = []
+        refined: list[Machine] = []
+        tables: list[Trace] = []
+        for i, segment in enumerate(segments, 1):
+            self._new_steps()
+            lived.append(run_live(self.engine, segment))
+            came.append(_as_they_came(segment, lived[-1]))
+            tables.append(self._new_steps())
+            refined.append(machine_of(self.engine, 0.0))
+            speeds.append(self.probe())
+            progress(f"segment {i} of {len(segments)}: {_words(speeds[-1])}")
+        around = [Speed.mean(pair) for pair in pairwise(speeds)]
+        overall = Speed.mean(speeds)
+        names = {
+            "profile": [self._machine(overall, self._cost)] * len(segments),
+            AT_SPEED: [self._machine(s, self._at(s)) for s in around],
+            "refined": [
+                replace(m, overhead=s.overhead, latency=s.latency)
+                for m, s in zip(refined, around, strict=True)
+            ],
+        }
+        simulated = {
+            name: [
+                list(simulate(segment, machine, self.policy).outcomes)
+                for segment, machine in zip(came, machines, strict=True)
+            ]
+            for name, machines in names.items()
+        }
+        each = [
+            (_figures([a]), _figures([b])) for a, b in zip(lived, simulated[AT_SPEED], strict=True)
+        ]
+        return Validation(
+            live=_figures(lived),
+            simulated={name: _figures(found) for name, found in simulated.items()},
+            errors={name: [b[name] / a[name] - 1 for a, b in each] for name in COMPARED},
+            speeds=speeds,
+            steps=_joined(
+                steps_of(table, self._at(s), self.engine.n_ubatch)
+                for table, s in zip(tables, around, strict=True)
+            ),
+            new_graph=self._at(overall).new_graph,
+        )
+
+    def probe(self) -> Speed:
+        """Requests alone, then a few at once and as many as can be, in turn, for
+        `_PROBE_SECONDS`. Their lengths differ, so that they end one after the other."""
+        began = perf_counter()
+        waits: list[float] = []
+        tables: list[Trace] = []
+        n_seq_max = self.engine.n_seq_max
+        while not tables or perf_counter() - began < _PROBE_SECONDS:
+            for n in sorted({1, min(2, n_seq_max), -(-n_seq_max // 2), n_seq_max}):
+                for _ in range(_N_ALONE if n == 1 else 1):
+                    self._new_steps()
+                    ttft = self._ask(n)
+                    tables.append(self._new_steps())
+                    if n == 1:
+                        waits.append(_beside_steps(ttft[0], tables[-1]))
+        table = np.concatenate(tables)
+        changed = np.diff(table["run"], prepend=table["run"][:1]) > 0
+        overhead = self._overhead
+        if overhead is None:
+            overhead = float(np.median(table["python_ns"][changed])) * 1e-9
+        latency = max(0.0, median(waits) - overhead)
+        return Speed(*self._ratios(table), overhead, latency)
+
+    def _ratios(self, table: Trace) -> tuple[tuple[float, ...], float, float]:
+        """What steps took over what the model says: those that decode, where no graph was new and
+        the device has settled, by regime (all of them, where there are few of it), and those with
+        prompts; and new graphs of steps that decode."""
+        steps, cost = steps_of(table, self._cost, self.engine.n_ubatch), self._cost
+        decodes = steps.prompt == 0
+        old = decodes & (steps.new == 0)
+        settled = old & ~steps.behind
+        chosen = next(those for those in (settled, old, decodes) if those.any())
+        ratio = steps.seconds / steps.model
+        overall = _typical(ratio[chosen], steps.model[chosen])
+        decode = [overall] * cost.n_regimes
+        for i in range(cost.n_regimes):
+            those = chosen & (steps.regime == i)
+            if those.sum() >= _LEAST_STEPS:
+                decode[i] = _typical(ratio[those], steps.model[those])
+        speed = np.array(decode)[steps.regime] * steps.model
+        extra = steps.reckoned(cost.new_graph) - steps.model
+        unsettled, graph = decodes & (extra > 0.1 * speed), 1.0  # what less is lost in the others
+        if unsettled.any() and settled.any():
+            extra = extra[unsettled]
+            more = np.minimum((steps.seconds - speed)[unsettled], 4 * extra)
+            graph = max(0.0, float(more.sum() / extra.sum()))
+        prompts = steps.prompt > 0
+        ratio = (steps.seconds - graph * steps.new * cost.new_graph.step) / steps.model
+        return tuple(decode), _typical(ratio[prompts], steps.model[prompts]), graph
+
+    def _ask(self, n: int) -> list[float]:
+        """n requests at once, of random tokens; their times to the first token, s."""
+        self._seed += 1
+        generator = np.random.default_rng([self._seed, 1])
+        limits, n_outputs = self.engine.limits, generator.integers(*_PROBE_OUTPUT, n, endpoint=True)
+        each = min(limits.n_cells_seq, limits.n_cells // self.engine.n_seq_max)
+        n_prompts = generator.choice(self._lengths, n).clip(1, max(1, each - _PROBE_OUTPUT[1] - 1))
+        streams = [
+            self.engine.submit(
+                generator.integers(0, self.engine.model.n_vocab, int(n_prompt), dtype=np.int32),
+                SamplingParams(max_tokens=int(n_output), ignore_eog=True, seed=1),
+            )
+            for n_prompt, n_output in zip(n_prompts, n_outputs, strict=True)
+        ]
+        found = [stream.result() for stream in streams]
+        for result in found:
+            if result.error is not None:
+                raise result.error
+        return [result.ttft_s or 0.0 for result in found]
+
+    def _new_steps(self) -> Trace:
+        """Steps since it was called last."""
+        table = self.engine.trace()
+        new = table[table["run"] > self._n_runs]
+        if len(table):
+            self._n_runs = int(table["run"][-1])
+        return new
+
+    def _machine(self, speed: Speed, cost: CostModel) -> Machine:
+        return machine_of(self.engine, speed.overhead, speed.latency, cost)
+
+    def _at(self, speed: Speed) -> CostModel:
+        return self._cost.at_speed(speed.decode, speed.prompt, speed.graph)
+
+
+def _as_they_came(requests: Sequence[Request], outcomes: Iterable[Outcome]) -> list[Request]:
+    """With the times at which they were really submitted: a thread may wake up late."""
+    at = {o.id: o.arrival for o in outcomes}
+    return [r if r.after is not None else replace(r, arrival=at[r.id]) for r in requests]
+
+
+def _beside_steps(ttft: float, table: Trace) -> float:
+    """Seconds of a request's time to its first token that are none of its steps', nor between
+    them."""
+    first = table[: int(np.argmax(table["sampled"] > 0)) + 1]
+    return float(ttft - _seconds(first).sum() - first["python_ns"][1:].sum() * 1e-9)
+
+
+def _typical(ratio: Array, weight: Array) -> float:
+    """The mean, in which what holds the device up now and then counts as it does in a run; but no
+    step for more than four times the median."""
+    return float(np.average(np.minimum(ratio, 4.0 * np.median(ratio)), weights=weight))
+
+
+def _seconds(table: Trace) -> Array:
+    total: Array = np.sum([table[name] for name in TIMES], axis=0) * 1e-9
+    return total
+
+
+def _joined(parts: Iterable[Steps]) -> Steps:
+    return Steps(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _figures(segments: Sequence[Sequence[Outcome]]) -> Figures:
+    """Of segments as if they had followed each other without a pause."""
+    outcomes: list[Outcome] = []
+    end = 0.0
+    for segment in segments:
+        shift = end - min(o.arrival for o in segment)
+        for o in segment:
+            moved = replace(o, arrival=o.arrival + shift, first=o.first + shift, end=o.end + shift)
+            outcomes.append(moved)
+            end = max(end, moved.end)
+    return summarise(outcomes, [], {})
+
+
+def _words(speed: Speed) -> str:
+    decode = " ".join(f"{x:.3f}" for x in speed.decode)
+    return (
+        f"steps take {decode} of the profile's, {speed.prompt:.3f} with prompts, new "
+        f"graphs {speed.graph:.2f}; "
+        f"{1e3 * speed.overhead:.2f} ms a call, {1e3 * speed.latency:.2f} ms to the reader"
+    )
+
+
+def comparison(found: Validation) -> str:
+    """Markdown: the figures of the live run beside those of each simulation, with their errors; for
+    `AT_SPEED` those that it is to stay within, and the errors of the segments."""
+    names = [AT_SPEED, *(name for name in found.simulated if name != AT_SPEED)]
+    heads = [text for name in names for text in (name, "error")]
+    heads[2:2] = ["at most", "of segments"]
+    lines = [f"| | live | {' | '.join(heads)} |", "|---|" + "---:|" * (1 + len(heads))]
+    for name, label in COMPARED.items():
+        scale, a = 1e3 if label.endswith("ms") else 1.0, found.live[name]
+        cells = [f"{scale * a:.2f}"]
+        for simulated in names:
+            b = found.simulated[simulated][name]
+            cells += [f"{scale * b:.2f}", f"{b / a - 1:+.1%}"]
+            if simulated == AT_SPEED:
+                bound, errors = BOUNDS.get(name), found.errors[name]
+                cells.append("" if bound is None else f"{bound:.0%}")
+                cells.append(f"{min(errors):+.1%} to {max(errors):+.1%}")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def within(found: Validation) -> dict[str, bool]:
+    """Whether the simulation at the probes' speed stays within each of `BOUNDS`."""
+    simulated = found.simulated[AT_SPEED]
+    return {
+        name: abs(simulated[name] / found.live[name] - 1) <= bound for name, bound in BOUNDS.items()
+    }
+
+
+def drift(found: Validation) -> str:
+    """What the probes found, in a sentence."""
+    decode, prompt, graph, overhead, latency = zip(*found.speeds, strict=True)
+    regimes = [x for each in decode for x in each]
+    return (
+        f"{len(found.speeds)} probes: steps that decode took {min(regimes):.3f} to "
+        f"{max(regimes):.3f} of what the profile says, those with prompts {min(prompt):.3f} to "
+        f"{max(prompt):.3f}; a call {1e3 * median(overhead):.2f} ms beside its steps, a token "
+        f"{1e3 * median(latency):.2f} ms to its reader; a new graph "
+        f"{1e3 * found.new_graph[0]:.2f} ms, and {1e3 * found.new_graph[1]:.2f} ms behind it, "
+        f"{min(graph):.2f} to {max(graph):.2f} of what the profile says.\n"
+    )
+
+
+def kinds(found: Validation) -> dict[str, dict[str, float]]:
+    """The live run's steps by kind: how many `steps`, mean `rows`, `share` of the time, and mean
+    seconds, `measured` and by the `model` at the probes' speed, new graphs included."""
+    steps = found.steps
+    model = steps.reckoned(found.new_graph)
+    chosen = {
+        "decode": (steps.prompt == 0) & (steps.new == 0),
+        "decode, new graph": (steps.prompt == 0) & (steps.new > 0),
+        "with prompts": steps.prompt > 0,
+    }
+    return {
+        name: {
+            "steps": float(those.sum()),
+            "rows": float(steps.rows[those].mean()),
+            "share": float(steps.seconds[those].sum() / steps.seconds.sum()),
+            "measured": float(steps.seconds[those].mean()),
+            "model": float(model[those].mean()),
+        }
+        for name, those in chosen.items()
+        if those.any()
+    }
+
+
+def step_table(found: Validation) -> str:
+    """Markdown of `kinds`."""
+    lines = [
+        "| steps | how many | rows, mean | share of the time | measured, ms | model, ms | error |",
+        "|---|" + "---:|" * 6,
+    ]
+    for name, k in kinds(found).items():
+        lines.append(
+            f"| {name} | {k['steps']:.0f} | {k['rows']:.1f} | {k['share']:.0%} | "
+            f"{1e3 * k['measured']:.2f} | {1e3 * k['model']:.2f} | "
+            f"{k['model'] / k['measured'] - 1:+.1%} |"
+        )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,166 @@
+"""SamplingParams: how one request wants its tokens chosen, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from pyllamabatch.errors import ArgumentError
+from pyllamabatch.step.json_schema import Schema, schema_text
+
+INT32_MAX = 2**31 - 1
+SEED_MAX = 2**32 - 2  # 2**32 - 1 is libllama's "draw one at random"
+LOGPROBS_MAX = 1024
+GRAMMAR_BYTES_MAX = 1 << 20
+TEMPERATURE_MIN = 1e-4  # smaller ones overflow float32 on their way to what 0 gives exactly
+PENALTY_MAX = 1e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """What a request asks of sampling. Raises `ArgumentError` for a value out of its range.
+
+    The order is llama.cpp's default one: logit bias, penalties, top-k, typical, top-p, min-p,
+    temperature, draw. `temperature=0` is greedy: the most likely token (the smallest id among
+    equals) after bias, penalties and grammar; the truncations have no say then.
+
+    - max_tokens: tokens to generate, at least 1. min_tokens: as many are generated before an
+      end-of-generation token or a stop token id may be chosen, and stop strings are looked for
+      behind them.
+    - top_k <= 0, top_p = 1, min_p = 0, typical_p = 1, repeat_penalty = 1, frequency_penalty = 0
+      and presence_penalty = 0 are each "off".
+    - penalty_last_n: how many tokens back the penalties look, prompt included; -1 is all of them.
+    - logit_bias: token id -> what is added to its logit; -inf excludes the token.
+    - seed: 0 to 2**32 - 2; None draws one at random.
+    - grammar: GBNF whose start rule is `root`. json_schema: a JSON schema instead, as a mapping
+      or as JSON text (it is kept as text): the generated text is JSON that it allows, see
+      `pyllamabatch.step.json_schema`.
+    - stop: texts that end the request (looked for in the generated text by the engine).
+      stop_token_ids: token ids that do.
+    - ignore_eog: end-of-generation tokens are never chosen.
+    - logprobs: None is off, 0 gives the chosen token's log-probability, n also the n most likely
+      tokens'. They are a log-softmax of the raw logits over the whole vocabulary, before bias,
+      penalties, grammar and truncation.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    typical_p: float = 1.0
+    repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    penalty_last_n: int = 64
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    seed: int | None = None
+    grammar: str | None = None
+    json_schema: Schema | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eog: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        self._integer("max_tokens", 1, INT32_MAX)
+        self._integer("min_tokens", 0, self.max_tokens)
+        self._number("temperature", 0.0, math.inf)
+        if 0 < self.temperature < TEMPERATURE_MIN:
+            limit = f"0 (greedy) or at least {TEMPERATURE_MIN}"
+            raise ArgumentError("temperature", self.temperature, limit)
+        self._integer("top_k", -1, INT32_MAX)
+        self._number("top_p", 0.0, 1.0)
+        self._number("min_p", 0.0, 1.0)
+        self._number("typical_p", 0.0, 1.0)
+        self._number("repeat_penalty", 1 / PENALTY_MAX, PENALTY_MAX)
+        self._number("frequency_penalty", -PENALTY_MAX, PENALTY_MAX)
+        self._number("presence_penalty", -PENALTY_MAX, PENALTY_MAX)
+        self._integer("penalty_last_n", -1, INT32_MAX)
+        self._freeze_logit_bias()
+        if self.seed is not None:
+            self._integer("seed", 0, SEED_MAX)
+        self._check_grammar()
+        if self.json_schema is not None:
+            if self.grammar is not None:
+                raise ArgumentError("json_schema", self.json_schema, "grammar is given already")
+            self._set("json_schema", schema_text(self.json_schema))
+        self._freeze_stops()
+        if not isinstance(self.ignore_eog, bool):
+            raise ArgumentError("ignore_eog", self.ignore_eog, "True or False")
+        if self.logprobs is not None:
+            self._integer("logprobs", 0, LOGPROBS_MAX)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _integer(self, name: str, low: int, high: int) -> None:
+        self._set(name, _as_integer(name, getattr(self, name), low, high))
+
+    def _number(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        limit = f"a number from {low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise ArgumentError(name, value, limit)
+        number = float(value)
+        # float32 is what the native side gets
+        if not (low <= number <= high and abs(number) < 3e38):
+            raise ArgumentError(name, value, limit + ", finite")
+        self._set(name, number)
+
+    def _freeze_logit_bias(self) -> None:
+        if not isinstance(self.logit_bias, Mapping):
+            raise ArgumentError("logit_bias", self.logit_bias, "a mapping of token id to bias")
+        frozen: dict[int, float] = {}
+        for token, bias in self.logit_bias.items():
+            key = _as_integer("logit_bias", token, 0, INT32_MAX)
+            limit = "a bias from -1e30 to 1e30, or -inf"
+            if isinstance(bias, bool) or not isinstance(bias, numbers.Real):
+                raise ArgumentError(f"logit_bias[{key}]", bias, limit)
+            number = float(bias)
+            if not (abs(number) <= 1e30 or number == -math.inf):
+                raise ArgumentError(f"logit_bias[{key}]", bias, limit)
+            frozen[key] = number
+        self._set("logit_bias", frozen)
+
+    def _check_grammar(self) -> None:
+        grammar = self.grammar
+        if grammar is None:
+            return
+        limit = f"GBNF text of 1 to {GRAMMAR_BYTES_MAX} bytes, without NUL"
+        if not isinstance(grammar, str) or not grammar.strip() or "\0" in grammar:
+            raise ArgumentError("grammar", grammar, limit)
+        try:
+            size = len(grammar.encode())
+        except UnicodeEncodeError:
+            raise ArgumentError("grammar", grammar, "text that UTF-8 can hold") from None
+        if size > GRAMMAR_BYTES_MAX:
+            raise ArgumentError("grammar", f"{size} bytes", limit)
+
+    def _freeze_stops(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        texts = tuple(stop) if isinstance(stop, Iterable) else (stop,)
+        for text in texts:
+            if not isinstance(text, str) or not text:
+                raise ArgumentError("stop", text, "texts of at least one character")
+        self._set("stop", texts)
+        tokens = self.stop_token_ids
+        ids = tuple(tokens) if isinstance(tokens, Iterable) else (tokens,)
+        checked = (_as_integer("stop_token_ids", token, 0, INT32_MAX) for token in ids)
+        self._set("stop_token_ids", tuple(checked))
+
+
+def _as_integer(name: str, value: object, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ArgumentError(name, value, f"an integer from {low} to {high}")
+    number = int(value)
+    if not low <= number <= high:
+        raise ArgumentError(name, value, f"an integer from {low} to {high}")
+    return number

@@ -1,0 +1,442 @@
+"""Stepper: the Python face of the native step (native/plb.h).
+
+Write rows into `stepper.rows`, call `stepper.step(n)`, read the result: one native call per step,
+nothing allocated, whatever the number of sequences.
+
+    stepper.set_slot(0, SamplingParams(temperature=0), prompt)
+    rows = stepper.rows
+    n = len(prompt)
+    rows.token[:n], rows.pos[:n], rows.seq[:n], rows.flags[:n] = prompt, range(n), 0, 0
+    rows.flags[n - 1] = SAMPLE
+    result = stepper.step(n)
+    result.raise_for_code()
+    result.token[0], result.finish[0]
+
+Steady decoding needs no rows: `stepper.run([0], 16)` makes sixteen steps of the slots' own next
+tokens in one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pyllamabatch.errors import (
+    ArgumentError,
+    ClosedError,
+    ContextBusy,
+    FatalDecodeError,
+    GrammarError,
+    UnsupportedOperation,
+)
+from pyllamabatch.llama.structs import integer
+from pyllamabatch.raw import ffi, lib
+from pyllamabatch.step.native import (
+    PATHS,
+    DetachedSlot,
+    code_text,
+    device_sampling_of,
+    gap_max_of,
+    hold,
+    path_of,
+    refused_run,
+    refused_step,
+    sampling_struct,
+    slot_failure,
+    view_of,
+)
+from pyllamabatch.step.sampling_params import LOGPROBS_MAX, SEED_MAX, SamplingParams
+from pyllamabatch.step.types import (
+    OUTPUT,
+    RESULT_DTYPE,
+    SAMPLE,
+    STEP_DTYPE,
+    Finish,
+    Rows,
+    RunResult,
+    SlotInfo,
+    StepResult,
+    Stop,
+)
+
+if TYPE_CHECKING:
+    from pyllamabatch.llama.context import Context
+    from pyllamabatch.llama.vocab import TokenArray
+
+__all__ = [
+    "OUTPUT",
+    "RESULT_DTYPE",
+    "SAMPLE",
+    "STEP_DTYPE",
+    "DetachedSlot",
+    "Finish",
+    "Rows",
+    "RunResult",
+    "SlotInfo",
+    "StepResult",
+    "Stepper",
+    "Stop",
+]
+
+
+class Stepper:
+    """Rows in, one native call, sampled tokens out, on one `Context`.
+
+    - n_logprobs_max: the largest `SamplingParams.logprobs` that a slot may ask for.
+    - n_threads: threads that sample, the caller's included; 0 takes the cores that the process may
+      use, 32 at most. They sleep while nothing is sampled.
+    - n_steps_max: the most steps of one `run`; memory for their results is set aside.
+    - sampler: "auto" samples with the fused sampler where it can and else with libllama's own
+      chain, "chain" always with that, "fused" refuses what it cannot (grammar, typical_p). The
+      tokens are the same (native/fused.hpp says where not); `SlotInfo.path` tells which it is.
+    - device_sampling: True lets the device choose the 128 largest logits of each row, where a step
+      asks for no more (greedy, or a smaller top_k without penalties, biases and log-probabilities),
+      so that whole rows need not travel; "auto" where that is measured to be faster, never on a
+      CPU. The tokens are the same but for the order of equal logits; `steps["on_device"]` tells.
+    - gap_max: where every sequence has a stream of cells of its own (kv_unified=False), libllama
+      computes at once only sequences whose ids follow each other. So many unused sequences in a row
+      get a row of their own in such a step, so that it is not cut in two: default 16 on a device,
+      where a row costs little beside reading the weights again, 1 on a CPU, 0 for a unified cache.
+      `steps["n_filled"]` tells how many there were.
+    - sync: wait for the device at every step, also when no row has an output; for exact timings.
+
+    Keeps the context alive. Like the context it serves one thread at a time: a second one gets
+    `ContextBusy`. Closing the context first is fine, the stepper then raises `ClosedError`.
+    """
+
+    _stream = False  # whether another thread reads the results: `_stream_step.StreamStepper`
+
+    def __init__(
+        self,
+        context: Context,
+        *,
+        n_logprobs_max: int = 20,
+        n_threads: int = 0,
+        n_steps_max: int = 32,
+        sampler: str = "auto",
+        device_sampling: bool | str = "auto",
+        gap_max: int | None = None,
+        sync: bool = False,
+    ) -> None:
+        if context.model._no_alloc:
+            raise UnsupportedOperation("the model was loaded with no_alloc: it has no weights")
+        path = path_of(sampler)
+        on_device = device_sampling_of(device_sampling)
+        params = ffi.new("plb_engine_params *")
+        params.n_outputs_max = context.n_outputs_max
+        params.all_outputs = bool(context.params["embeddings"])
+        params.n_logprobs_max = integer("n_logprobs_max", n_logprobs_max, 0, LOGPROBS_MAX)
+        params.n_threads = integer("n_threads", n_threads, 0, 512)
+        params.n_steps_max = integer("n_steps_max", n_steps_max, 1, 65536)
+        params.device_sampling = on_device
+        gaps = gap_max_of(context) if gap_max is None else gap_max
+        params.gap_max = integer("gap_max", gaps, 0, 256)
+        params.sync = bool(sync)
+        params.stream = self._stream
+        out = ffi.new("plb_engine **")
+        with context.exclusive():
+            code = lib.plb_engine_new(context.ptr, params, out)
+        if code == lib.PLB_E_MEMORY:
+            raise MemoryError("no memory for the stepper")
+        if code:
+            raise UnsupportedOperation(code_text(code))
+        engine = ffi.gc(out[0], lib.plb_engine_free)
+        context._attached.append(engine)  # the context may come to point into it
+        views = ffi.new("plb_views *")
+        lib.plb_engine_views(engine, views)
+
+        self._path = path
+        self._context: Context | None = context
+        self._lock = context._lock
+        self._encoder_first = context.model.has_encoder
+        self._rollback = context.capabilities.max_rollback > 0
+        self._info: Any = ffi.gc(views.info, partial(hold, engine))
+        self._engine: Any = engine
+        self.n_rows_max: int = views.n_rows_max
+        self.n_seq_max: int = views.n_seq_max
+        self.n_vocab: int = views.n_vocab
+        self.n_pos_max: int = views.n_pos_max
+        self.n_logprobs_max: int = views.n_logprobs_max
+        self.n_steps_max: int = views.n_steps_max
+        rows, results, width = views.n_rows_max, views.n_results_max, views.n_logprobs_max
+        self.rows = Rows(
+            view_of(engine, views.token, np.int32, (rows,)),
+            view_of(engine, views.pos, np.int32, (rows,)),
+            view_of(engine, views.seq, np.int32, (rows,)),
+            view_of(engine, views.flags, np.uint8, (rows,)),
+        )
+        given = (
+            view_of(engine, views.results, RESULT_DTYPE, (results,)),
+            view_of(engine, views.top_token, np.int32, (results, width)),
+            view_of(engine, views.top_logprob, np.float32, (results, width)),
+            view_of(engine, views.steps, STEP_DTYPE, (views.n_steps_max,)),
+        )
+        self.result = StepResult(self._info, *given)
+        self.run_result = RunResult(*given)
+        self._run: Any = ffi.new("plb_run_info *")
+        self._finished: Any = views.finished
+
+    def step(self, n_rows: int) -> StepResult:
+        """Decode rows 0 to n_rows - 1 and sample those that ask for it; the reused `result`.
+
+        `result.code` is llama_decode's: 0, or nothing was sampled and no slot has changed
+        (`result.raise_for_code()` turns it into an exception). Rows that libllama would stumble
+        over are refused before it sees them: `ArgumentError` with the row and the limit.
+        """
+        context = self._ready()
+        if not 0 < n_rows <= self.n_rows_max:
+            raise ArgumentError("n_rows", n_rows, f"must be in 1..{self.n_rows_max}")
+        if not self._lock.acquire(blocking=False):
+            raise ContextBusy("another thread is inside this context")
+        try:
+            result = self.result
+            result.code = code = lib.plb_step(self._engine, n_rows)
+            result.n_results = self._info.n_results
+            result.n_steps = 0 if code else 1
+            if code <= _REFUSED and code != _THREW:
+                raise refused_step(self, code, n_rows)
+            if code != -1:
+                self._decoded(context, n_rows)
+        finally:
+            self._lock.release()
+        if code == _THREW:
+            raise FatalDecodeError(code, self.last_error)
+        return result
+
+    def run(self, slots: npt.NDArray[np.int32] | Sequence[int], n_steps: int) -> RunResult:
+        """Up to n_steps steps of pure decoding in one call; the reused `run_result`.
+
+        In each step every sequence of `slots` (all different; each with a slot that has sampled and
+        not finished) computes its slot's next token and samples another one, as `step` would with
+        those rows. The run ends after the step in which a slot finishes or `ring` was called, and
+        before a step that llama_decode has no cells for or fails at: `result.code` then, and the
+        steps before it are done and their results valid. Rows 0 to len(slots) - 1 are overwritten.
+        Refused before libllama sees it, as in `step`: ArgumentError.
+        """
+        context = self._ready()
+        seqs = np.ascontiguousarray(slots, dtype=np.int32)
+        n_slots = seqs.size
+        if not 0 < n_slots <= self.n_seq_max:
+            raise ArgumentError("slots", f"{n_slots} of them", f"must be 1..{self.n_seq_max}")
+        if not 0 < n_steps <= self.n_steps_max:
+            raise ArgumentError("n_steps", n_steps, f"must be in 1..{self.n_steps_max}")
+        info = self._run
+        if not self._lock.acquire(blocking=False):
+            raise ContextBusy("another thread is inside this context")
+        try:
+            pointer = ffi.from_buffer("int32_t[]", seqs)
+            result = self.run_result
+            result.code = code = lib.plb_run(self._engine, pointer, n_slots, 0, n_steps, info)
+            result.stop = info.stop
+            result.n_steps = info.n_steps
+            result.n_results = info.n_results
+            if code <= _REFUSED and code != _THREW:
+                raise refused_run(self, code, seqs)
+            if code != -1 or result.n_steps:
+                self._decoded(context, n_slots)
+        finally:
+            self._lock.release()
+        if code == _THREW and not result.n_steps:
+            raise FatalDecodeError(code, self.last_error)
+        return result
+
+    def ring(self) -> None:
+        """End the run that is going on, or if there is none the next one, after the step that it is
+        in. From any thread; a ring is never lost. Nothing happens when the stepper is closed."""
+        engine = self._engine
+        if engine is not None:
+            lib.plb_doorbell_ring(engine)
+
+    def _ready(self) -> Context:
+        context = self._context
+        if context is None or context.closed:
+            _, context = self._open()  # raises
+        if self._encoder_first and not context._encoded:
+            raise UnsupportedOperation("this model's decoder needs `Context.encode` first")
+        return context
+
+    def _decoded(self, context: Context, n_rows: int) -> None:
+        """Rows went into the memory: what the typed layer knows of it is no longer so."""
+        context._outputs = None
+        memory = context.memory
+        if memory._stale:
+            memory.applied()
+        if self._rollback:
+            memory.decoded(self.rows.seq[:n_rows])
+
+    def set_slot(
+        self,
+        seq_id: int,
+        params: SamplingParams,
+        prompt_tokens: Iterable[int] | TokenArray | None = None,
+    ) -> None:
+        """Give a sequence its sampler, replacing the one it had.
+
+        prompt_tokens are the tokens that came before, oldest first: the penalties look back at
+        them. Raises `GrammarError` for a grammar that does not parse and `ArgumentError` for token
+        ids outside the vocabulary; the slot that was there stays then.
+        """
+        self.put_slot(seq_id, self.make_slot(params, prompt_tokens))
+
+    def make_slot(
+        self, params: SamplingParams, prompt_tokens: Iterable[int] | TokenArray | None = None
+    ) -> DetachedSlot:
+        """What `set_slot` makes, with the same errors, for `put_slot` later. From any thread, also
+        while another one is in `step`; the caller sees to it that nobody closes the context."""
+        engine, context = self._open()
+        given = () if prompt_tokens is None else prompt_tokens
+        prompt = context.model.vocab.check_tokens(given, "prompt_tokens")
+        struct, keep = sampling_struct(params, self._path)
+        out, text = ffi.new("plb_slot **"), ffi.new("char[]", 512)
+        code = lib.plb_slot_new(
+            engine, struct, ffi.from_buffer("llama_token[]", prompt), len(prompt), out, text, 512
+        )
+        del keep
+        if code:
+            raise slot_failure(code, -1, ffi.string(text).decode(errors="replace"))
+        return DetachedSlot(ffi.gc(out[0], lib.plb_slot_free))
+
+    def clear_slot(self, seq_id: int) -> None:
+        """Forget a sequence's sampler; fine when there is none."""
+        engine, context = self._open()
+        seq = self._seq(seq_id)
+        with context.exclusive():
+            lib.plb_slot_clear(engine, seq)
+
+    def copy_slot(self, src: int, dst: int, *, seed: int | None = None) -> None:
+        """Fork: dst gets a copy of src, penalties, grammar state, budget and draws included.
+
+        With the same draws both would choose the same tokens from the same logits; `seed` gives
+        dst its own.
+        """
+        engine, context = self._open()
+        source, target = self._seq(src, "src"), self._seq(dst, "dst")
+        draws = None if seed is None else integer("seed", seed, 0, SEED_MAX)
+        with context.exclusive():
+            self._check_slot(lib.plb_slot_copy(engine, source, target), src)
+            if draws is not None:
+                self._check_slot(lib.plb_slot_reseed(engine, target, draws), dst)
+
+    def take_slot(self, seq_id: int) -> DetachedSlot:
+        """Take a slot out, to `put_slot` it under any sequence id later."""
+        engine, context = self._open()
+        out, seq = ffi.new("plb_slot **"), self._seq(seq_id)
+        with context.exclusive():
+            self._check_slot(lib.plb_slot_take(engine, seq, out), seq)
+        return DetachedSlot(ffi.gc(out[0], lib.plb_slot_free))
+
+    def put_slot(self, seq_id: int, slot: DetachedSlot) -> None:
+        """Put a slot that was taken under a sequence id, replacing what is there."""
+        engine, context = self._open()
+        if slot._slot is None:
+            raise ArgumentError("slot", slot, "must be a slot that was not put back yet")
+        seq = self._seq(seq_id)
+        with context.exclusive():
+            self._check_slot(lib.plb_slot_put(engine, seq, slot._slot), seq)
+        ffi.gc(slot._slot, None)  # the engine's from now on
+        slot._slot = None
+
+    def replay(
+        self, slot: DetachedSlot, tokens: Iterable[int] | TokenArray, n_draws: int, next_pos: int
+    ) -> None:
+        """Take a new slot of `make_slot` to where it would be after sampling `tokens` (at least
+        one, fewer than its budget), with as many random numbers; the last of them is the row that
+        comes next, at position `next_pos`. For restoring a sequence: `SlotInfo.n_draws` is what to
+        save. `GrammarError` when the grammar does not lead there; the slot is of no use then."""
+        _, context = self._open()
+        ids = context.model.vocab.check_tokens(tokens, "tokens")
+        draws = integer("n_draws", n_draws, 0, 2**31 - 1)
+        pos = integer("next_pos", next_pos, 0, self.n_pos_max - 1)
+        if slot._slot is None:
+            raise ArgumentError("slot", slot, "must be a slot that was not put back yet")
+        pointer = ffi.from_buffer("llama_token[]", ids)
+        code = lib.plb_slot_replay(slot._slot, pointer, len(ids), draws, pos)
+        if code == lib.PLB_E_ARGUMENT:
+            raise ArgumentError("tokens", f"{len(ids)} of them", "1 or more, less than max_tokens")
+        if code:
+            raise GrammarError("the grammar does not lead to these tokens")
+
+    def fault(self, countdown: int, code: int, n_rows: int = -1, n_times: int = 1) -> None:
+        """For tests: the `countdown`-th decode from now on, and those behind it, `n_times` in all,
+        compute the first `n_rows` of their rows (-1: all) and report `code`. 0: no fault."""
+        engine, _ = self._open()
+        if lib.plb_fault_set(engine, countdown, code, n_rows, n_times):
+            given = countdown, code, n_rows, n_times
+            raise ArgumentError("fault", given, "see plb_fault_set in plb.h")
+
+    def slot(self, seq_id: int) -> SlotInfo:
+        """A slot's state; `ArgumentError` when the sequence has none."""
+        engine, _ = self._open()
+        info = ffi.new("plb_slot_info *")
+        self._check_slot(lib.plb_slot_get_info(engine, self._seq(seq_id), info), seq_id)
+        return SlotInfo(
+            active=bool(info.active),
+            finish=Finish(info.finish),
+            error=info.error,
+            path=PATHS[info.path],
+            n_generated=info.n_generated,
+            n_left=info.n_left,
+            next_token=info.next_token,
+            next_pos=info.next_pos,
+            seed=None if info.seed == lib.LLAMA_DEFAULT_SEED else info.seed,
+            logprobs=None if info.n_logprobs < 0 else info.n_logprobs,
+            n_draws=info.n_draws,
+        )
+
+    def slot_error(self, seq_id: int) -> str:
+        """Why the sequence's last result was an error; empty when it was not."""
+        engine, _ = self._open()
+        text: bytes = ffi.string(lib.plb_slot_error(engine, self._seq(seq_id)))
+        return text.decode(errors="replace")
+
+    @property
+    def last_error(self) -> str:
+        """Text of the last failure."""
+        engine, _ = self._open()
+        text: bytes = ffi.string(lib.plb_last_error(engine))
+        return text.decode(errors="replace")
+
+    def close(self) -> None:
+        """Free the slots; safe to call twice. Views still held elsewhere stay readable."""
+        engine, context = self._engine, self._context
+        self._engine = self._context = None
+        if engine is not None and context is not None:
+            for seq_id in range(self.n_seq_max):
+                lib.plb_slot_clear(engine, seq_id)
+            if not context.closed:
+                lib.plb_engine_detach(engine)
+                context._attached.remove(engine)
+
+    def __enter__(self) -> Stepper:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open(self) -> tuple[Any, Context]:
+        context = self._context
+        if context is None:
+            raise ClosedError("the stepper is closed")
+        _ = context.ptr  # raises ClosedError when the context is closed
+        return self._engine, context
+
+    def _seq(self, seq_id: int, name: str = "seq_id") -> int:
+        return integer(name, seq_id, 0, self.n_seq_max - 1)
+
+    def _check_slot(self, code: int, seq_id: int) -> None:
+        if code:
+            raise slot_failure(code, seq_id, self.last_error)
+
+
+_REFUSED: int = lib.PLB_E_ARGUMENT  # and below: ours, not llama_decode's
+_THREW: int = lib.PLB_E_DECODE

@@ -1,1 +1,0 @@
-"""How the data that pyllamabatch ships was made. Not part of the installed package."""

@@ -1,0 +1,108 @@
+"""The bench of the four ways to serve N users: plans, targets, views, and a small real run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Generator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench import compare, schema
+from bench.__main__ import load, main, shown
+from bench.models import BenchModel
+from bench.options import Budget
+from bench.summary import latest, markdown
+from pyllamabatch.compare.arms import NAMES as ARMS
+from tests.support.made_up_rows import row
+
+MODEL = BenchModel(Path("m.gguf"), "m", 7)
+
+
+def options(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def on_h200(arm: str, n: int, speed: float, bench: str = "compare") -> schema.Row:
+    return replace(row(arm, n, speed, bench=bench, gpu="NVIDIA H200"), model_type="gemma3 1B Q4_K")
+
+
+def test_a_plan_for_each_protocol() -> None:
+    burst, poisson = compare.plans(
+        options("--protocols", "burst,poisson", "-N", "1,4", "--tokens", "30", "--rate", "2"), MODEL
+    )
+    assert [case.pl for case in burst.cases] == [1, 4]
+    assert [arm.name for arm in burst.arms] == list(ARMS)
+    assert (burst.tokens, burst.cases[0].tg, burst.requests, burst.repeats) == (30, 29, 1, 3)
+    assert (poisson.tokens, poisson.cases[0].tg, poisson.requests) == (30, 30, 4)
+    assert poisson.rate == 2
+    (quick,) = compare.plans(options(*compare.QUICK), MODEL)
+    assert (quick.cases[0].pp, quick.tokens, quick.repeats) == (32, 16, 1)
+    with pytest.raises(SystemExit, match="not one of burst, ds4, poisson"):
+        compare.plans(options("--protocols", "brust"), MODEL)
+
+
+def test_targets_are_of_the_burst_alone() -> None:
+    rows = [on_h200("single", 1, 400)]
+    for n, ratio in ((2, 1.5), (16, 2.0)):
+        rows += [on_h200("contexts", n, 500), on_h200("engine", n, 500 * ratio)]
+    rows += [on_h200("contexts", 4, 9, "compare-ds4"), on_h200("engine", 4, 90, "compare-ds4")]
+    found = {target.text.split(",")[0]: target for target in compare.TARGETS}
+    measured = {text: target.measured(rows) for text, target in found.items()}
+    assert measured["N = 2: engine over contexts"] == pytest.approx(1.5)
+    assert measured["N = 2: engine over one user alone"] == pytest.approx(750 / 400)
+    assert measured["N = 16: engine over contexts"] == pytest.approx(2.0)
+    assert measured["N = 4: engine over contexts"] is None
+    assert [text for text, t in found.items() if (m := measured[text]) and t.met_by(m)] == [
+        "N = 2: engine over contexts"
+    ]
+    assert found["N = 2: engine over contexts"].measured([row("engine", 2, 9)]) is None
+
+
+def test_the_report_has_the_table_of_each_protocol_and_the_advice_once() -> None:
+    rows = [row("contexts", 2, 50), row("engine", 2, 90)]
+    rows += [row(arm, 2, 40, bench="compare-ds4") for arm in ("contexts", "engine")]
+    mine = shown(load("compare"))
+    text = markdown(latest(rows), {}, {"compare": mine})
+    assert text.count("| N | arm |") == 2
+    assert text.count("| tok/s together | 2 |") == 1
+    assert text.count("- 2 users: engine, 90 tok/s") == 1
+    assert text.count("- Overall, with") == 1
+    assert "does not have" not in text
+
+
+def test_no_run_begins_when_the_budget_is_spent() -> None:
+    begun = []
+
+    def running() -> Generator[schema.Row, None, None]:
+        for n in (1, 2):
+            begun.append(n)
+            yield row("engine", n, 9)
+
+    assert [r.pl for r in compare.until_spent(running(), Budget(None), None)] == [1, 2]
+    begun.clear()
+    assert list(compare.until_spent(running(), Budget(0.0), None)) == []
+    assert begun == []
+
+
+def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--quick", "--model", "default", "-N", "2", "--arms", "contexts,engine"]
+    assert main(["compare", *words, "--threads", "1", "--out", str(tmp_path)]) == 0
+    (file,) = tmp_path.iterdir()
+    rows = list(schema.read(file))
+    assert [(r.bench, r.arm, r.pl) for r in rows] == [
+        ("compare", "contexts", 2),
+        ("compare", "engine", 2),
+    ]
+    assert all(r.speed_tg > 0 and r.tg == 15 and not r.error for r in rows)
+    assert {r.versions["commit"] for r in rows} == {schema.commit()}
+    assert file.name.startswith("compare-default-")
+    if sys.platform == "linux":
+        assert all(r.detail["rss_bytes"] > 0 for r in rows)
+    out = capsys.readouterr().out
+    assert "| 2 | engine |" in out
+    assert "- 2 users: " in out

@@ -1,0 +1,104 @@
+"""pyllamabatch simulate."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pyllamabatch import Model
+from pyllamabatch.cli import main
+from pyllamabatch.cli.simulate import split_policies
+from pyllamabatch.cost import where
+from pyllamabatch.cost.profile import file_name, profile_folder, shipped_profile
+from pyllamabatch.errors import ArgumentError
+from pyllamabatch.scheduler.policies import DEFAULT
+
+PROFILE = ["simulate", "--profile", "m2-ultra-gemma-3-4b-it-qat"]
+TRACE = ["--trace", "poisson:rate=2,n=30,prompt=10-200,output=5-40"]
+
+
+def test_policies_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {name: tmp_path / f"out.{name}" for name in ("jsonl", "markdown", "html")}
+    words = [word for name, path in files.items() for word in (f"--{name}", str(path))]
+    options = ["--policy", "fcfs,sarathi:budget=64", "--slo", "ttft=1,itl=50ms", "-s", "4"]
+    assert main([*PROFILE, *TRACE, *options, *words]) == 0
+    out = capsys.readouterr().out
+    assert "| fcfs | sarathi:budget=64 |" in out
+    assert files["markdown"].read_text(encoding="utf-8") == out
+    assert files["html"].read_text(encoding="utf-8").count("<svg") == 2
+    lines = files["jsonl"].read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[0])["n_seq_max"] == 4
+    assert len(lines) == 1 + 2 * (1 + 30)
+
+
+def test_json_is_the_same_for_the_same_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(seed: str) -> dict[str, dict[str, float]]:
+        assert main([*PROFILE, *TRACE, "--json", "--seed", seed, "--replicas", "2"]) == 0
+        found: dict[str, dict[str, float]] = json.loads(capsys.readouterr().out)
+        return found
+
+    assert run("1") == run("1")
+    assert run("1") != run("2")
+    assert run("1")[DEFAULT]["requests"] == 30
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([*PROFILE, "--trace", "none.csv"], "none.csv"),
+        (["simulate", *TRACE], "--profile"),
+        (["simulate", "--profile", "no-such-file.json", *TRACE], "no-such-file"),
+        ([*PROFILE, *TRACE, "--policy", "fastest"], "fastest"),
+        ([*PROFILE, *TRACE, "--policy", "fcfs,fcfs"], "every one once"),
+        ([*PROFILE, *TRACE, "--slo", "speed=1"], "slo"),
+        ([*PROFILE, *TRACE, "--overhead", "-1"], "overhead"),
+        ([*PROFILE, *TRACE, "--jsonl", "/no/such/folder/x"], "/no/such/folder"),
+        (["simulate", *TRACE, "--validate", "--policy", "fcfs,sarathi"], "one policy"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) in (1, 2)
+    assert says in capsys.readouterr().err
+
+
+def test_a_live_run_needs_a_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYLLAMABATCH_CACHE", str(tmp_path))
+    assert main(["simulate", *TRACE, "--validate", "-c", "2048"]) == 2
+    assert "pyllamabatch calibrate" in capsys.readouterr().err
+
+
+def test_live_and_simulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The profile of this device and model is what the simulation goes by."""
+    monkeypatch.setenv("PYLLAMABATCH_CACHE", str(tmp_path))
+    with Model.default() as model, model.context(n_ctx=2048, n_seq_max=4) as context:
+        key = where.key_of(context)
+    profile = replace(shipped_profile(PROFILE[2]), key=key)
+    profile.save(profile_folder() / file_name(key))
+    trace = ["--trace", "closed:clients=3,n=6,prompt=5-40,output=4-9", "-s", "4", "-c", "2048"]
+    monkeypatch.setattr("pyllamabatch.sim.validate._PROBE_SECONDS", 0.1)
+    status = main(["simulate", *trace, "--validate", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [found[name]["requests"] for name in ("live", "profile", "refined")] == [6, 6, 6]
+    assert status == (not all(found["within"].values()))
+    table = tmp_path / "table.md"
+    assert main(["simulate", *trace, "--validate", "-t", "2", "--markdown", str(table)]) in (0, 1)
+    out = capsys.readouterr().out
+    assert "| TTFT, median, ms |" in out
+    assert "\n| with prompts | " in out
+    assert table.read_text(encoding="utf-8") == out
+
+
+def test_splitting_policies() -> None:
+    assert split_policies("a,b:x=1,y=2,c") == ["a", "b:x=1,y=2", "c"]
+    assert split_policies("a") == ["a"]
+    with pytest.raises(ArgumentError):
+        split_policies("a,a")

@@ -1,0 +1,96 @@
+"""The profiles that come with the package, and how published tables become profiles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import published
+from pyllamabatch.cost.model import CostModel, held_out
+from pyllamabatch.cost.profile import Profile, shipped_names, shipped_profile
+
+NAMES = shipped_names()
+
+
+def test_there_are_some() -> None:
+    assert {f"{machine}-{model}" for machine in ("m2-ultra", "dgx-spark")
+            for model in published.MODELS} <= set(NAMES)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fits(name: str) -> None:
+    profile = shipped_profile(name)
+    assert profile.about["source"]
+    for unified in {sample.unified for sample in profile.samples}:
+        cost = CostModel.fit(profile, unified=unified)
+        assert cost.error[0] <= 0.05
+        assert cost.error[1] <= 0.15
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_held_out(name: str) -> None:
+    profile = shipped_profile(name)
+    for unified in {sample.unified for sample in profile.samples}:
+        assert np.median(held_out(profile, unified=unified)) <= 0.05
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("nvidia-h200")])
+def test_held_out_of_what_was_measured(name: str) -> None:
+    """Where every kind of shape was measured the worst ones are near, too."""
+    profile = shipped_profile(name)
+    for unified in (True, False):
+        assert np.percentile(held_out(profile, unified=unified), 95) <= 0.15
+
+
+def test_m2_ultra_gemma() -> None:
+    """The table's own figures for 32 decode steps: eight rows twice are faster than sixteen."""
+    cost = CostModel.fit(shipped_profile("m2-ultra-gemma-3-4b-it-qat"), unified=False)
+    for rows, seconds in {1: 0.235, 2: 0.312, 4: 0.404, 8: 0.579, 16: 1.207, 32: 1.299}.items():
+        assert 32 * cost.predict(rows, 0, rows * 528, rows) == pytest.approx(seconds, rel=0.1)
+    eight, sixteen = cost.predict(8, 0, 16 * 528, 8), cost.predict(16, 0, 16 * 528, 16)
+    assert 2 * eight < sixteen
+    assert cost.predict(32, 16, 16 * 528, 17) > 1.5 * sixteen  # two ubatches
+    # with shared cells prompt rows ride along
+    shared = CostModel.fit(shipped_profile("m2-ultra-gemma-3-4b-it-qat"), unified=True)
+    assert shared.predict(32, 16, 16 * 528, 17) < 1.1 * shared.predict(16, 0, 16 * 528, 16)
+
+
+TABLE = """
+## ggml-org/gemma-3-4b-it-qat-GGUF
+
+main: n_kv_max = 270336, n_batch = 2048, n_ubatch = 1024, flash_attn = 1
+
+|    PP |     TG |    B |   N_KV |   T_PP s | S_PP t/s |   T_TG s | S_TG t/s |      T s |    S t/s |
+|-------|--------|------|--------|----------|----------|----------|----------|----------|----------|
+|   512 |     32 |    1 |    544 |    0.200 |  2560.00 |    0.320 |   100.00 |    0.520 |  1046.15 |
+|   512 |     32 |    8 |   4352 |    2.000 |  2048.00 |    0.640 |   400.00 |    2.640 |  1648.48 |
+|  4096 |     32 |    2 |   8256 |    4.000 |  2048.00 |    0.640 |   100.00 |    4.640 |  1779.31 |
+
+| model        |       size | backend    |            test |                  t/s |
+| ------------ | ---------: | ---------- | --------------: | -------------------: |
+| gemma3 4B    |   2.35 GiB | MTL,BLAS   |          pp2048 |       2000.00 ± 3.56 |
+| gemma3 4B    |   2.35 GiB | MTL,BLAS   |            tg32 |         99.00 ± 3.90 |
+| gemma3 4B    |   2.35 GiB | MTL,BLAS   |  tg32 @ d4096   |         50.00 ± 0.17 |
+| gemma3 4B    |   2.35 GiB | MTL,BLAS   |  pp512 @ d4096  |       1000.00 ± 0.17 |
+
+build: b828e18c7 (7948)
+"""
+
+
+def test_published_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "some-mac.md"
+    source.write_text(TABLE.replace("d4096   |", "d4096 |").replace("d4096  |", "d4096 |"))
+    args = [str(source), "--device", "A Mac", "--backend", "MTL", "--name", "mac"]
+    assert published.main([*args, "--out", str(tmp_path)]) == 0
+    profile = Profile.load(tmp_path / "mac-gemma-3-4b-it-qat.json")
+    assert profile.n_ubatch == 1024
+    assert "some-mac.md" in profile.about["source"]
+    steps = {(s.rows, s.prefill, s.kv, s.n_seqs): s.seconds for s in profile.samples}
+    assert steps == pytest.approx({
+        (1, 0, 528.0, 1): 0.01, (8, 0, 8 * 528.0, 8): 0.02, (2, 0, 2 * 4112.0, 2): 0.02,
+        (512, 512, 0.0, 1): 0.2, (2048, 2048, 0.0, 4): 1.0,  # two steps of four prompts
+        (2048, 2048, 1024.0, 1): 1.0, (2048, 2048, 0.0, 1): 1.024,
+        (1, 0, 16.0, 1): 1 / 99, (1, 0, 4112.0, 1): 0.02, (512, 512, 4096.0, 1): 0.512,
+    }, rel=1e-5)  # fmt: skip

@@ -1,0 +1,129 @@
+"""What a profile is matched by, and the profiles' files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pyllamabatch import Engine, Model
+from pyllamabatch.cost import where
+from pyllamabatch.cost.kernels import kernels
+from pyllamabatch.cost.model import CostModel
+from pyllamabatch.cost.profile import Key, Profile, Sample, file_name, find_profile, profile_folder
+from pyllamabatch.errors import ProfileError
+
+
+def profile(key: Key, seconds: float = 0.01) -> Profile:
+    samples = tuple(Sample(n, 0, 10 * n, n, True, seconds * (n + 1)) for n in (1, 2, 4, 8, 16))
+    return Profile(key, kernels("CPU", "F32"), samples, 512)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PYLLAMABATCH_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_parts_of_a_context(arch_path: Path) -> None:
+    with Model(arch_path) as model, model.context(n_ctx=256) as context:
+        parts = where.memory_parts(context)
+        assert sum(part.model for part in parts) == pytest.approx(model.size_bytes, rel=0.05)
+        assert sum(part.context for part in parts) > 0
+        assert sum(part.compute for part in parts) > 0
+
+
+def test_weights(tiny_llama_path: Path) -> None:
+    with Model(tiny_llama_path) as model:
+        weights = where.weigh(model)
+        assert weights.kind == "F32" == where.file_type(model)
+        assert 0 < weights.output_share < 1
+        assert weights.row_bytes + weights.input_bytes == pytest.approx(model.size_bytes, rel=0.02)
+
+
+def test_key(tiny_llama_path: Path) -> None:
+    with Model(tiny_llama_path) as model, model.context(n_ctx=64, n_threads=1) as context:
+        key = where.key_of(context)
+        assert key.backend == "CPU"
+        assert key.context["n_threads"] == 1
+        assert key.context["type_k"] == "f16"
+        assert key.model == where.fingerprint(model)
+        assert "/" not in file_name(key)
+        assert where.cpu_features()
+
+
+def test_distance() -> None:
+    key = Key("device", "CPU", "model", {"n_threads": 2, "type_k": "f16"})
+    assert key.distance(key) == 0
+    assert key.distance(replace(key, context={"n_threads": 1, "type_k": "f16"})) == 1
+    assert key.distance(replace(key, context={})) == 2
+    assert key.distance(replace(key, device="other")) is None
+    assert key.distance(replace(key, model="other")) is None
+
+
+def test_nearest_profile_is_found(cache: Path) -> None:
+    key = Key("device", "CPU", "0123456789abcdef", {"n_threads": 2})
+    assert find_profile(key) is None
+    far = profile(replace(key, context={"n_threads": 1}), 0.02)
+    far.save(profile_folder() / "far.json")
+    (profile_folder() / "damaged.json").write_text('{"0123456789abcdef"')
+    assert find_profile(key) == far
+    near = profile(key)
+    near.save(profile_folder() / file_name(key))
+    assert find_profile(key) == near
+    assert find_profile(replace(key, model="fedcba9876543210")) is None
+
+
+def test_round_trip(cache: Path) -> None:
+    made = profile(Key("device", "CPU", "model", {"n_threads": 2}))
+    made.save(cache / "a" / "p.json")
+    assert Profile.load(cache / "a" / "p.json") == made
+    again = CostModel.fit(Profile.load(cache / "a" / "p.json"))
+    assert again.predict(5, 0, 50, 5) == CostModel.fit(made).predict(5, 0, 50, 5)
+    assert sorted(path.name for path in (cache / "a").iterdir()) == ["p.json"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ('"schema": 1', '"schema": 2'),
+        ('"samples"', '"sample"'),
+        ("[1, 0, 10", "[1, 5, 10"),
+        ("[1, 0, 10", "[0, 10"),
+        ('"first": 1', '"last": 1'),
+        ("{", "["),
+    ],
+)
+def test_damaged_profiles(change: tuple[str, str]) -> None:
+    text = profile(Key("device", "CPU", "model")).to_json()
+    assert change[0] in text
+    with pytest.raises(ProfileError):
+        Profile.from_json(text.replace(*change))
+
+
+def test_missing_profile(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match=r"nothing\.json"):
+        Profile.load(tmp_path / "nothing.json")
+
+
+def test_engine_finds_its_profile(cache: Path, tiny_llama_path: Path) -> None:
+    with Model(tiny_llama_path) as model:
+        with Engine(model, n_seq_max=2, n_threads=1) as engine:
+            assert engine.cost is not None
+            assert not engine.cost.calibrated
+        with model.context(n_ctx=512, n_threads=1) as context:
+            key = where.key_of(context)
+        profile(key).save(profile_folder() / file_name(key))
+        with Engine(model, n_seq_max=2, n_threads=1) as engine:
+            assert engine.cost is not None
+            assert engine.cost.calibrated
+            engine.generate([[5, 6, 7]] * 3)
+            seen = [n for _, n in engine.cost.refinement]
+            assert sum(seen) > 0
+        mine = CostModel.fit(profile(key))
+        with Engine(model, n_seq_max=2, n_threads=1, cost=mine) as engine:
+            assert engine.cost is mine
+        with Engine(model, n_seq_max=2, n_threads=1, cost=None) as engine:
+            assert engine.cost is None
+            assert engine.generate([[5, 6, 7]])[0].finish_reason in ("stop", "length")

@@ -1,0 +1,145 @@
+"""asyncio: the same tokens as threads get, tasks that are cancelled, a line that is full."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from pyllamabatch.engine.aio import Relay
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.errors import ArgumentError, EngineClosed, RequestTooLong
+from pyllamabatch.llama.model import Model
+from pyllamabatch.step.sampling_params import SamplingParams
+from tests.support.models_gguf import gguf_path
+
+PROMPTS = [[1, 20 + i, 30, 40] for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    with Model(gguf_path("llama")) as model:
+        yield model
+
+
+def small(model: Model, **options: Any) -> Engine:
+    return Engine(model, **{"n_seq_max": 4, "n_ctx": 2048, "n_threads": 1, **options})
+
+
+def greedy(max_tokens: int = 8) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eog=True)
+
+
+async def collect(engine: Engine, prompt: list[int], **options: Any) -> list[int]:
+    return [token.token async for token in engine.stream(prompt, greedy(), **options)]
+
+
+def check_done(engine: Engine) -> None:
+    """Cancels take a step: wait for them."""
+    end = time.monotonic() + 30
+    while (stats := engine.stats()).running or stats.waiting:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    assert stats.kv_used == 0
+    assert stats.submitted == sum(stats.finished.values())
+
+
+@pytest.mark.parametrize("max_waiting", [None, 1])
+def test_tasks_get_what_threads_get(model: Model, max_waiting: int | None) -> None:
+    with small(model, max_waiting=max_waiting) as engine:
+        expected = [result.tokens for result in engine.generate(PROMPTS, greedy())]
+        n_threads = threading.active_count()
+
+        async def run() -> None:
+            tasks = [asyncio.create_task(collect(engine, prompt)) for prompt in PROMPTS]
+            assert await asyncio.gather(*tasks) == expected
+            results = await engine.agenerate(PROMPTS, greedy())
+            assert [result.tokens for result in results] == expected
+            assert threading.active_count() == n_threads
+
+        asyncio.run(run())
+        asyncio.run(run())  # another loop
+        check_done(engine)
+
+
+def test_text_is_what_the_stream_says(model: Model) -> None:
+    with Model.default() as default, small(default) as engine:
+        params = SamplingParams(temperature=0, max_tokens=20, logprobs=1)
+        result = engine.submit("Copy: hello. Copy: ", params).result(60)
+
+        async def run() -> list[Any]:
+            return [token async for token in engine.stream("Copy: hello. Copy: ", params)]
+
+        tokens = asyncio.run(run())
+        assert "".join(token.text for token in tokens) == result.text
+        assert [token.logprob for token in tokens] == result.logprobs
+
+
+def test_a_cancelled_task_cancels_its_request(model: Model) -> None:
+    with small(model) as engine:
+
+        async def run() -> None:
+            reading = asyncio.create_task(anext_of(engine))
+            waiting = asyncio.create_task(engine.agenerate(PROMPTS, greedy(500)))
+            await asyncio.sleep(0.02)
+            for task in (reading, waiting):
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            async with aclosing(engine.stream(PROMPTS[0], greedy(400))) as stream:
+                async for _ in stream:
+                    break
+
+        async def anext_of(engine: Engine) -> None:
+            async for _ in engine.stream(PROMPTS[0], greedy(500)):
+                await asyncio.sleep(10)
+
+        asyncio.run(run())
+        check_done(engine)
+        assert engine.stats().finished["cancelled"] > 0
+        assert engine.stats().finished["length"] < 14
+
+
+def test_errors_and_deadlines(model: Model) -> None:
+    engine = small(model)
+
+    async def run() -> None:
+        with pytest.raises(ArgumentError):
+            await collect(engine, [])
+        with pytest.raises(RequestTooLong):
+            await engine.agenerate([[1] * 5000], greedy())
+        assert await collect(engine, PROMPTS[0], timeout=0) == []
+        (late,) = await engine.agenerate([PROMPTS[0]], greedy(), timeout=0)
+        assert late.finish_reason == "deadline"
+        engine.close()
+        with pytest.raises(EngineClosed):
+            await collect(engine, PROMPTS[0])
+
+    asyncio.run(run())
+
+
+def test_a_loop_is_told_once_for_many_tasks() -> None:
+    async def run() -> int:
+        loop = asyncio.get_running_loop()
+        relay, told = Relay(loop), 0
+        call_soon = loop.call_soon_threadsafe
+
+        def count(*args: Any) -> Any:
+            nonlocal told
+            told += 1
+            return call_soon(*args)
+
+        setattr(loop, "call_soon_threadsafe", count)  # noqa: B010
+        pairs = [relay.future() for _ in range(50)]
+        for _, wake in pairs:
+            wake()
+            wake()  # more than once is fine
+        await asyncio.gather(*(future for future, _ in pairs))
+        return told
+
+    assert asyncio.run(run()) == 1

@@ -1,0 +1,453 @@
+"""Engine on real contexts: what a caller sees.
+
+That tokens are those of solo runs is test_invariance_engine's; here the settings are such that
+kernels for one row and for many agree but for the order of their F32 sums.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.engine.stats import EngineStats
+from pyllamabatch.errors import (
+    ArgumentError,
+    ClosedError,
+    EngineClosed,
+    GrammarError,
+    RequestTooLong,
+    SamplingError,
+    UnsupportedOperation,
+)
+from pyllamabatch.llama.model import Model
+from pyllamabatch.scheduler import sarathi
+from pyllamabatch.step.sampling_params import SamplingParams
+from tests.support.models_gguf import EOS, N_VOCAB, gguf_path
+
+PROMPT = [1, 20, 30, 40, 50]
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    with Model(gguf_path("llama")) as model:
+        yield model
+
+
+def small(model: Model, **options: Any) -> Engine:
+    exact = {"flash_attn_type": "disabled", "type_k": "f32", "type_v": "f32", "n_threads": 1}
+    return Engine(model, **{"n_seq_max": 4, "n_ctx": 512, **exact, **options})
+
+
+@pytest.fixture(scope="module")
+def shared(model: Model) -> Iterator[Engine]:
+    with small(model) as engine:
+        yield engine
+
+
+def greedy(max_tokens: int = 8, **options: Any) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, **options)
+
+
+def check_balanced(engine: Engine) -> EngineStats:
+    stats = engine.stats()
+    assert stats.submitted == stats.waiting + stats.running + sum(stats.finished.values())
+    assert stats.rows == stats.decode_rows + stats.prefill_rows
+    if stats.waiting == stats.running == 0:
+        assert stats.kv_used == 0
+        ledger, memory = engine._decoder.scheduler.ledger, engine._decoder._memory
+        slots = range(ledger.n_seq_max)
+        assert [memory.pos_max(i) + 1 for i in slots] == [ledger.held(i) for i in slots]
+        assert stats.kv_kept == ledger.used
+    return stats
+
+
+def test_stream_result_and_generate_say_the_same(shared: Engine) -> None:
+    stream = shared.submit(PROMPT, greedy(logprobs=2))
+    tokens = list(stream)
+    result = stream.result(30)
+    assert [token.token for token in tokens] == result.tokens == stream.tokens
+    assert "".join(token.text for token in tokens) == result.text == stream.text
+    assert "".join(stream.text_stream()) == result.text
+    assert (result.finish_reason, result.n_prompt, result.n_generated) == ("length", 5, 8)
+    assert result.ttft_s is not None
+    assert 0 < result.ttft_s <= result.e2el_s
+    assert result.logprobs == [token.logprob for token in tokens]
+    for token in tokens:
+        assert token.top_logprobs is not None
+        assert len(token.top_logprobs) == 2
+        assert max(token.top_logprobs, key=token.top_logprobs.__getitem__) == token.token
+        assert token.logprob is not None
+        assert token.logprob == pytest.approx(token.top_logprobs[token.token], abs=1e-5)
+        assert token.logprob < 0
+    again = shared.generate([PROMPT, np.array(PROMPT)], greedy())
+    assert [r.tokens for r in again] == [result.tokens] * 2
+    check_balanced(shared)
+
+
+def test_text_and_its_tokens_are_the_same_prompt(model: Model, shared: Engine) -> None:
+    text = "Hello, wörld"
+    tokens = model.vocab.tokenize(text)
+    a, b = shared.generate([text, tokens], greedy())
+    assert a.tokens == b.tokens
+    assert a.n_prompt == len(tokens)
+    plain = shared.generate([text], greedy(), add_special=False)[0]
+    assert plain.n_prompt == len(tokens) - 1
+
+
+def test_the_prompt_may_change_after_submit(shared: Engine) -> None:
+    prompt = np.array(PROMPT, np.int32)
+    streams = [shared.submit(prompt, greedy()) for _ in range(8)]
+    prompt[:] = 7
+    assert {tuple(stream.result(30).tokens) for stream in streams} == {
+        tuple(shared.generate([PROMPT], greedy())[0].tokens)
+    }
+
+
+# -- how requests end
+
+
+def test_end_of_generation_is_not_part_of_the_tokens(shared: Engine) -> None:
+    result = shared.submit(PROMPT, greedy(logit_bias={EOS: 1000.0})).result(30)
+    assert (result.finish_reason, result.tokens, result.text) == ("stop", [], "")
+    assert result.stop == EOS
+    assert result.ttft_s is None
+
+
+def test_a_stop_token_ends_it(shared: Engine) -> None:
+    tokens = shared.submit(PROMPT, greedy()).result(30).tokens
+    stop = tokens[3]
+    result = shared.submit(PROMPT, greedy(stop_token_ids=(stop,))).result(30)
+    assert (result.finish_reason, result.stop) == ("stop", stop)
+    assert result.tokens == tokens[: tokens.index(stop)]
+
+
+def test_a_stop_string_across_tokens_ends_it(model: Model) -> None:
+    with Model.default() as default, small(default) as engine:
+        prompt = "Copy: abcdefgh. Copy: abcdefgh."
+        whole = engine.submit(prompt, greedy(24, ignore_eog=True)).result(60)
+        start = len(whole.text) // 2
+        stop = whole.text[start : start + 3]
+        expected = whole.text[: whole.text.index(stop)]
+        stream = engine.submit(prompt, greedy(24, ignore_eog=True, stop=(stop,)))
+        shown = list(stream.text_stream())
+        result = stream.result(60)
+        assert (result.finish_reason, result.stop) == ("stop", stop)
+        assert result.text == "".join(shown) == expected
+        assert result.tokens == whole.tokens[: len(result.tokens)]
+        assert len(result.tokens) < len(whole.tokens)
+        check_balanced(engine)
+
+
+def test_a_grammar_rules_the_text() -> None:
+    with Model.default() as default, small(default) as engine:
+        grammar = 'root ::= "yes" | "no"'
+        results = engine.generate(["Hm? "] * 5, SamplingParams(grammar=grammar, max_tokens=20))
+        assert {result.text for result in results} <= {"yes", "no"}
+        assert {result.finish_reason for result in results} == {"stop"}
+
+
+def test_one_that_can_not_be_sampled_fails_alone(shared: Engine) -> None:
+    expected = shared.generate([PROMPT], greedy())[0].tokens
+    nothing = greedy(logit_bias=dict.fromkeys(range(N_VOCAB), float("-inf")))
+    results = shared.generate([PROMPT] * 3, [greedy(), nothing, greedy()])
+    assert [result.finish_reason for result in results] == ["length", "error", "length"]
+    assert results[0].tokens == results[2].tokens == expected
+    assert isinstance(results[1].error, SamplingError)
+    check_balanced(shared)
+
+
+# -- what is refused at once
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "error", "words"),
+    [
+        ([], greedy(), ArgumentError, "has no tokens"),
+        ([1, N_VOCAB], greedy(), ArgumentError, rf"prompt\[1\]={N_VOCAB}"),
+        ([1, -1], greedy(), ArgumentError, r"prompt\[1\]=-1"),
+        ([[1, 2]], greedy(), ArgumentError, "flat sequence"),
+        ([1.5], greedy(), ArgumentError, "integers"),
+        ([1] * 513, greedy(1), RequestTooLong, "513 tokens.*max_tokens=1.*513 KV cells.*512"),
+        ([1] * 500, greedy(14), RequestTooLong, "513 KV cells"),
+        (PROMPT, greedy(grammar="root ::= ("), GrammarError, "line 1"),
+        (PROMPT, greedy(stop_token_ids=(N_VOCAB,)), ArgumentError, "stop token"),
+        (PROMPT, greedy(logit_bias={N_VOCAB: 1.0}), ArgumentError, "logit_bias"),
+        (PROMPT, greedy(logprobs=21), ArgumentError, "n_logprobs_max"),
+        (PROMPT, {"temperature": 0}, ArgumentError, "must be SamplingParams"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_bad_requests_raise_at_submit(
+    shared: Engine, prompt: Any, params: Any, error: type[Exception], words: str
+) -> None:
+    before = shared.stats().submitted
+    with pytest.raises(error, match=words):
+        shared.submit(prompt, params)
+    with pytest.raises(error, match=words):
+        shared.generate([PROMPT, prompt], [greedy(), params])
+    assert shared.stats().submitted == before  # not even the good one has started
+    assert shared.submit(PROMPT, greedy()).result(30).finish_reason == "length"
+
+
+def test_a_text_without_tokens(shared: Engine) -> None:
+    with pytest.raises(ArgumentError, match="has no tokens"):
+        shared.submit("", greedy(), add_special=False)
+    with pytest.raises(ArgumentError, match="must be a list of prompts"):
+        shared.generate("one prompt")
+    with pytest.raises(ArgumentError, match="one per prompt"):
+        shared.generate([PROMPT], [greedy(), greedy()])
+    assert shared.generate([]) == []
+
+
+def test_a_request_may_fill_the_cache_to_the_last_cell(shared: Engine) -> None:
+    long = [1] * 505
+    results = shared.generate([long, PROMPT, long], greedy(8))
+    assert [result.n_generated for result in results] == [8, 8, 8]
+    assert results[0].tokens == results[2].tokens
+    check_balanced(shared)
+
+
+@pytest.mark.parametrize("options", [{"n_seq_max": 0}, {"n_seq_max": 257}, {"n_ctx": -1}])
+def test_bad_engines(model: Model, options: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError):
+        small(model, **options)
+
+
+def test_what_the_engine_sets_itself(model: Model) -> None:
+    with pytest.raises(ArgumentError, match="embeddings=True: the engine sets it itself"):
+        small(model, embeddings=True)
+
+
+def test_encoders_are_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(model.__dict__, "has_encoder", True)
+    with pytest.raises(UnsupportedOperation, match="has an encoder"):
+        small(model)
+
+
+def test_the_default_context_suits_the_model(model: Model) -> None:
+    with Engine(model, n_seq_max=2, n_threads=1) as engine:
+        assert engine.n_ctx == 2 * model.n_ctx_train
+        assert engine.capabilities.unified
+    with Engine(model, n_seq_max=32, n_threads=1) as engine:
+        assert engine.n_ctx == 16384
+
+
+# -- cancel
+
+
+def test_cancel_ends_it_within_a_step_and_nobody_else(shared: Engine) -> None:
+    expected = shared.generate([PROMPT], greedy(100))[0].tokens
+    long = [shared.submit(PROMPT, greedy(400)) for _ in range(3)]
+    neighbour = shared.submit(PROMPT, greedy(100))
+    next(iter(long[0]))
+    for stream in long:
+        assert stream.cancel()
+    for stream in long:
+        result = stream.result(30)
+        assert result.finish_reason == "cancelled"
+        assert result.n_generated < 400
+        assert expected[: result.n_generated] == result.tokens[:100]
+        assert list(stream)[-1:] == list(stream)[-1:]
+        assert not stream.cancel()
+    assert neighbour.result(30).tokens == expected
+    check_balanced(shared)
+
+
+def test_cancel_before_it_runs(shared: Engine) -> None:
+    running = [shared.submit(PROMPT, greedy(200)) for _ in range(4)]
+    waiting = shared.submit(PROMPT, greedy())
+    waiting.cancel()
+    assert waiting.result(30).tokens == []
+    assert waiting.result().finish_reason == "cancelled"
+    for stream in running:
+        stream.cancel()
+        stream.result(30)
+    check_balanced(shared)
+
+
+# -- threads
+
+
+def test_many_threads_at_once(model: Model) -> None:
+    random = np.random.default_rng(0)
+    prompts = [random.integers(5, N_VOCAB, n).tolist() for n in random.integers(1, 30, 60)]
+    with small(model) as engine:
+        expected = [r.tokens for r in engine.generate(prompts, greedy(5))]
+
+        def work(i: int) -> list[int] | None:
+            stream = engine.submit(prompts[i], greedy(5))
+            if i % 5 == 0:
+                stream.cancel()
+            tokens = [token.token for token in stream] if i % 2 else stream.result(60).tokens
+            return None if stream.result(60).finish_reason == "cancelled" else tokens
+
+        with ThreadPoolExecutor(16) as pool:
+            got = list(pool.map(work, range(60)))
+        for i, tokens in enumerate(got):
+            assert tokens == expected[i] or (i % 5 == 0 and tokens is None)
+        stats = check_balanced(engine)
+        assert stats.submitted == 120
+
+
+def test_stats_are_consistent_at_every_moment(model: Model) -> None:
+    with small(model, n_ctx=256) as engine:
+        streams = [engine.submit(PROMPT, greedy(100)) for _ in range(8)]
+        seen = []
+        while not all(stream.done for stream in streams):
+            seen.append(check_balanced(engine))
+        stats = check_balanced(engine)
+    assert stats.finished == {"stop": 0, "length": 8, "cancelled": 0, "deadline": 0, "error": 0}
+    assert stats.tokens == 800
+    assert stats.preemptions > 0
+    assert stats.admissions == 8 + stats.preemptions
+    assert stats.recomputed_rows <= stats.prefill_rows - 8 * len(PROMPT)
+    assert [s.steps for s in seen] == sorted(s.steps for s in seen)
+
+
+def test_a_done_callback_may_submit(model: Model) -> None:
+    done = threading.Event()
+    with small(model) as engine:
+        results = []
+
+        def again(stream: Any) -> None:
+            results.append(stream.result())
+            if len(results) < 3:
+                engine.submit(PROMPT, greedy()).add_done_callback(again)
+            else:
+                engine.stats()
+                done.set()
+
+        engine.submit(PROMPT, greedy()).add_done_callback(again)
+        assert done.wait(30)
+    assert len({tuple(result.tokens) for result in results}) == 1
+
+
+# -- the end of an engine
+
+
+def test_close_finishes_what_is_open(model: Model) -> None:
+    engine = small(model)
+    streams = [engine.submit(PROMPT, greedy()) for _ in range(10)]
+    engine.close()
+    assert [stream.wait(0).finish_reason for stream in streams] == ["length"] * 10
+    with pytest.raises(EngineClosed):
+        engine.submit(PROMPT, greedy())
+    engine.close()
+    engine.close(wait=False)
+    assert engine.closed
+    assert repr(engine) == "<Engine closed>"
+    assert engine.stats().submitted == 10
+
+
+def test_close_now_cancels_what_is_open(model: Model) -> None:
+    engine = small(model)
+    streams = [engine.submit(PROMPT, greedy(400)) for _ in range(10)]
+    engine.close(wait=False)
+    reasons = [stream.wait(0).finish_reason for stream in streams]
+    assert set(reasons) == {"cancelled"}
+    assert engine.stats().finished["cancelled"] == 10
+    with pytest.raises(ClosedError):
+        engine._decoder._memory.pos_max(0)  # the context is gone
+
+
+def test_close_waits_no_longer_than_it_is_told(model: Model) -> None:
+    engine = small(model)
+    streams = [engine.submit(PROMPT, greedy(500)) for _ in range(20)]
+    engine.close(timeout=0.05)
+    assert all(stream.done for stream in streams)
+    assert streams[-1].wait(0).finish_reason == "cancelled"
+
+
+def test_an_exception_in_the_with_block_closes_at_once(model: Model) -> None:
+    streams = []
+
+    def fail() -> None:
+        with small(model) as engine:
+            streams.append(engine.submit(PROMPT, greedy(500)))
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        fail()
+    stream = streams[0]
+    assert stream.wait(0).finish_reason == "cancelled"
+
+
+def test_results_outlive_engine_and_model() -> None:
+    with Model.default() as model, small(model) as engine:
+        stream = engine.submit("1, 2, 3,", greedy(5, ignore_eog=True))
+        stream.result(60)
+    assert stream.text == stream.result().text == "".join(t.text for t in stream)
+    assert len(stream.text) > 0
+
+
+def test_a_closed_model_does_not_disturb_its_engine() -> None:
+    model = Model(gguf_path("llama"))
+    with small(model) as engine:
+        model.close()
+        stream = engine.submit(PROMPT, greedy())
+        assert stream.result(30).finish_reason == "length"
+        assert len(stream.text) > 0
+        with pytest.raises(ClosedError):
+            engine.submit("a text would need the vocabulary", greedy())
+        assert engine.submit(PROMPT, greedy()).result(30).text == stream.text
+
+
+def test_a_forgotten_engine_ends_by_itself_but_not_under_a_stream(model: Model) -> None:
+    stream = small(model).submit(PROMPT, greedy(50))
+    gc.collect()
+    assert stream.result(30).finish_reason == "length"
+    engine = small(model)
+    thread = engine._decoder._thread
+    gone = weakref.ref(engine)
+    del engine
+    gc.collect()
+    assert gone() is None
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_thread_that_prepares_a_request_is_waited_for(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = small(model)
+    inside, go_on = threading.Event(), threading.Event()
+    make_slot = engine._stepper.make_slot
+
+    def slow(*args: Any) -> Any:
+        inside.set()
+        assert go_on.wait(10)
+        return make_slot(*args)
+
+    monkeypatch.setattr(engine._stepper, "make_slot", slow)
+    with ThreadPoolExecutor(2) as pool:
+        late = pool.submit(engine.submit, PROMPT, greedy())
+        assert inside.wait(10)
+        closing = pool.submit(engine.close)
+        time.sleep(0.05)
+        assert not closing.done()
+        go_on.set()
+        closing.result(30)
+        with pytest.raises(EngineClosed):
+            late.result(30)
+
+
+@pytest.mark.parametrize("name", ["mamba", "gemma3"])
+def test_memories_that_can_not_forget_in_part(name: str) -> None:
+    """Recurrent and sliding-window: what preempts must not need more than whole removal."""
+    with (
+        Model(gguf_path(name)) as model,
+        small(model, n_ctx=128, policy=sarathi(budget=8)) as engine,
+    ):
+        results = engine.generate([[1, *range(10, 40)]] * 6, greedy(60))
+        assert len({tuple(result.tokens) for result in results}) == 1
+        stats = check_balanced(engine)
+        assert (stats.preemptions == 0) == engine.capabilities.recurrent

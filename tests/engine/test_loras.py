@@ -1,0 +1,292 @@
+"""LoRA adapters by request: each gets what it gets alone on a context with just its adapters."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pyllamabatch import Batch, Engine, LoraAdapter, Model, SamplingParams
+from pyllamabatch.errors import ArgumentError, ClosedError, StateError
+from tests.support.models_gguf import gguf_path
+from tests.support.models_special import write_lora
+
+EXACT: dict[str, Any] = {
+    "flash_attn_type": "disabled",
+    "type_k": "f32",
+    "type_v": "f32",
+    "n_threads": 1,
+}
+N_TOKENS = 24
+GREEDY = SamplingParams(temperature=0, max_tokens=N_TOKENS, ignore_eog=True)
+PROMPTS = [[1, *range(10 * i + 20, 10 * i + 26 + 5 * i)] for i in range(4)]
+SETS: list[Mapping[str, float]] = [{}, {"a": 1.0}, {"a": 0.5}, {"b": 1.0}, {"b": 1.0, "a": 0.25}]
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    with Model(gguf_path("llama")) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def adapters(
+    model: Model, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, LoraAdapter]]:
+    folder = tmp_path_factory.mktemp("loras")
+    loaded = {}
+    for seed, name in enumerate("ab"):
+        path = folder / f"{name}.gguf"
+        write_lora(path, seed=seed)
+        loaded[name] = model.load_lora(path)
+    yield loaded
+    for adapter in loaded.values():
+        adapter.close()
+
+
+@pytest.fixture(scope="module")
+def alone(model: Model, adapters: dict[str, LoraAdapter]) -> list[list[list[int]]]:
+    """By prompt and by set, with the typed layer: one sequence, one context."""
+    never = sorted(model.vocab.eog_tokens)
+    expected = []
+    for prompt in PROMPTS:
+        each = []
+        for chosen in SETS:
+            with model.context(n_ctx=256, **EXACT) as context:
+                context.set_loras([(adapters[name], scale) for name, scale in chosen.items()])
+                batch, new = Batch(64), list(prompt)
+                tokens: list[int] = []
+                while len(tokens) < N_TOKENS:
+                    batch.clear()
+                    batch.extend(new, len(prompt) + len(tokens) - len(new), 0)
+                    context.decode(batch)
+                    row = np.array(context.logits())
+                    row[never] = -np.inf
+                    new = [int(row.argmax())]
+                    tokens += new
+                each.append(tokens)
+        expected.append(each)
+    assert all(len({tuple(tokens) for tokens in each}) == len(SETS) for each in expected)
+    return expected
+
+
+def engine_on(model: Model, adapters: Mapping[str, LoraAdapter], **options: Any) -> Engine:
+    options = {"n_seq_max": 6, "n_ctx": 768, "n_batch": 32, "n_ubatch": 16, **options}
+    return Engine(model, loras=adapters, **options, **EXACT)
+
+
+def check_empty(engine: Engine) -> None:
+    stats = engine.stats()
+    assert stats.running == stats.waiting == stats.kv_used == stats.finished["error"] == 0
+    ledger, memory = engine._decoder.scheduler.ledger, engine._decoder._memory
+    slots = range(ledger.n_seq_max)
+    assert [memory.pos_max(slot) + 1 for slot in slots] == [ledger.held(slot) for slot in slots]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"n_batch": 512, "n_ubatch": 512},
+        {"n_ctx": 256, "n_seq_max": 12, "preemption": "recompute"},
+        {"n_ctx": 256, "n_seq_max": 12, "preemption": "swap"},
+        {"kv_unified": False},
+        {"prefix_cache": False},
+        {"n_seq_max": 1},
+    ],
+    ids=str,
+)
+def test_any_mixture_gets_what_each_gets_alone(
+    model: Model,
+    adapters: dict[str, LoraAdapter],
+    alone: list[list[list[int]]],
+    options: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with engine_on(model, adapters, **options) as engine:
+        for n_times in range(2):  # the second time with what is kept
+            streams = [
+                [engine.submit(prompt, GREEDY, lora=chosen) for chosen in SETS]
+                for prompt in PROMPTS
+            ]
+            got = [[stream.result(60).tokens for stream in row] for row in streams]
+            assert got == alone, n_times
+        if "n_ctx" in options:
+            assert engine.stats().preemptions > 0
+        if options.get("preemption") == "swap":
+            assert engine.stats().swapped_tokens > 0
+        assert "failed" not in caplog.text  # a state that is refused is computed again
+        check_empty(engine)
+
+
+def test_a_beginning_is_shared_within_one_set_only(
+    model: Model, adapters: dict[str, LoraAdapter], alone: list[list[list[int]]]
+) -> None:
+    with engine_on(model, adapters, n_ctx=2048) as engine:
+        for chosen in SETS:
+            engine.submit(PROMPTS[3], GREEDY, lora=chosen).result(60)
+        assert engine.stats().prefix_tokens == 0
+        tokens = [engine.submit(PROMPTS[3], GREEDY, lora=s).result(60).tokens for s in SETS]
+        assert tokens == alone[3]
+        assert engine.stats().prefix_tokens == len(SETS) * (len(PROMPTS[3]) - 1)
+
+
+def test_every_way_to_ask(
+    model: Model, adapters: dict[str, LoraAdapter], alone: list[list[list[int]]]
+) -> None:
+    with engine_on(model, adapters) as engine:
+        assert engine.loras == ("a", "b")
+        expected = alone[0][1]
+        assert engine.submit(PROMPTS[0], GREEDY, lora="a").result(60).tokens == expected
+        for zero in ({"a": 1, "b": 0}, {"a": 1.0, "b": 0.0}):
+            assert engine.submit(PROMPTS[0], GREEDY, lora=zero).result(60).tokens == expected
+        (result,) = engine.generate([PROMPTS[0]], GREEDY, lora="a")
+        assert result.tokens == expected
+        for stream in engine.submit_n(PROMPTS[0], GREEDY, 3, lora="a"):
+            assert stream.result(60).tokens == expected
+        with engine.sequence(GREEDY, lora="a") as seq:
+            seq.prompt(PROMPTS[0])
+            tokens = [seq.sample().token for _ in range(4)]
+            with seq.fork() as other:
+                tokens.append(other.sample().token)
+            assert tokens == expected[:5]
+
+        async def run() -> None:
+            tokens = [token.token async for token in engine.stream(PROMPTS[0], GREEDY, lora="a")]
+            assert tokens == expected
+            (result,) = await engine.agenerate([PROMPTS[0]], GREEDY, lora="a")
+            assert result.tokens == expected
+
+        asyncio.run(run())
+        assert engine.submit(PROMPTS[0], GREEDY).result(60).tokens == alone[0][0]
+        check_empty(engine)
+
+
+@pytest.mark.parametrize(
+    ("lora", "reason"),
+    [
+        ("c", "the engine's adapters are a, b"),
+        ({"a": 1.0, "c": 0.0}, "the engine's adapters are a, b"),
+        ({"a": float("nan")}, "finite"),
+        ({"a": float("inf")}, "finite"),
+        ({"a": "1"}, "finite"),
+        ({"a": True}, "finite"),
+        (["a"], "a name, or names with scales"),
+        (1, "a name, or names with scales"),
+    ],
+    ids=str,
+)
+def test_what_there_is_not(
+    model: Model, adapters: dict[str, LoraAdapter], lora: Any, reason: str
+) -> None:
+    with engine_on(model, adapters) as engine:
+        with pytest.raises(ArgumentError, match=reason):
+            engine.submit(PROMPTS[0], GREEDY, lora=lora)
+        with pytest.raises(ArgumentError, match=reason):
+            engine.sequence(GREEDY, lora=lora)
+        assert engine.stats().submitted == 0
+
+
+def test_adapters_that_an_engine_can_not_take(
+    model: Model, adapters: dict[str, LoraAdapter], tmp_path: Path
+) -> None:
+    write_lora(tmp_path / "gone.gguf")
+    gone = model.load_lora(tmp_path / "gone.gguf")
+    gone.close()
+    with pytest.raises(ClosedError):
+        engine_on(model, {"gone": gone})
+    with pytest.raises(ArgumentError, match="a name must be text"):
+        engine_on(model, {1: adapters["a"]})  # type: ignore[dict-item]
+    with Model(gguf_path("llama")) as twin, pytest.raises(ArgumentError, match="another model"):
+        engine_on(twin, adapters)
+    with engine_on(model, {}) as engine, pytest.raises(ArgumentError, match="none: see Engine"):
+        engine.submit(PROMPTS[0], GREEDY, lora="a")
+
+
+def test_an_adapter_may_be_closed_under_an_engine(
+    model: Model, alone: list[list[list[int]]], tmp_path: Path
+) -> None:
+    write_lora(tmp_path / "a.gguf", seed=0)
+    adapter = model.load_lora(tmp_path / "a.gguf")
+    with engine_on(model, {"a": adapter}) as engine:
+        adapter.close()
+        for chosen in (0, 1, 2):
+            got = engine.submit(PROMPTS[1], GREEDY, lora=SETS[chosen]).result(60).tokens
+            assert got == alone[1][chosen]
+        handle = engine._intake.loras._of["a"][0]
+    with pytest.raises(ClosedError):
+        handle.retain()  # the engine was the last to hold it
+
+
+def test_a_snapshot_knows_its_adapters(
+    model: Model, adapters: dict[str, LoraAdapter], alone: list[list[list[int]]]
+) -> None:
+    with engine_on(model, adapters) as engine:
+        # The context has others when it is saved.
+        running = engine.submit(PROMPTS[3], SamplingParams(temperature=0, max_tokens=100))
+        with engine.sequence(GREEDY, lora={"b": 1.0, "a": 0.25}) as seq:
+            seq.prompt(PROMPTS[2])
+            tokens = [seq.sample().token for _ in range(3)]
+            saved = seq.snapshot()
+        running.cancel()
+        assert tokens == alone[2][4][:3]
+    other = {"x": adapters["a"], "y": adapters["b"]}
+    with engine_on(model, other, n_seq_max=2) as engine:
+        for wrong in (None, "x", {"x": 0.25, "y": 0.5}):
+            with engine.sequence(lora=wrong) as seq, pytest.raises(StateError, match="adapters"):
+                seq.restore(saved)
+        with engine.sequence(lora={"x": 0.25, "y": 1.0}) as seq:
+            seq.restore(saved)
+            assert [seq.sample().token for _ in range(5)] == alone[2][4][3:8]
+            assert engine.stats().swapped_tokens > 0  # the state itself, not its tokens again
+
+
+def test_a_fresh_context_has_the_adapters_that_were_applied(
+    model: Model, adapters: dict[str, LoraAdapter], alone: list[list[list[int]]]
+) -> None:
+    with engine_on(model, adapters) as engine:
+        for step in (1, 3, 9):
+            engine._stepper.fault(step, -3, 1, 2)
+            streams = [engine.submit(PROMPTS[1], GREEDY, lora=chosen) for chosen in SETS]
+            assert [stream.result(60).tokens for stream in streams] == alone[1]
+        assert engine.stats().restarts == 3
+        check_empty(engine)
+
+
+def test_a_cancel_waits_for_one_step_of_each_set(
+    model: Model, adapters: dict[str, LoraAdapter]
+) -> None:
+    with engine_on(model, adapters, n_ctx=2048) as engine:
+        calls: list[int] = []  # steps that each may have
+        turns: list[int] = []  # the call that each begins with
+        cancelled = threading.Event()
+        decoder: Any = engine._decoder
+        compute, parts = decoder._stepper.compute, decoder._parts
+        long = SamplingParams(temperature=0, max_tokens=500, ignore_eog=True)
+
+        def begin(step: Any) -> Any:
+            turns.append(len(calls))
+            return parts(step)
+
+        def computed(slots: Any, n_steps: int, n_more: int = 0) -> Any:
+            if len(calls) >= 20 and turns[-1] == len(calls) and not cancelled.is_set():
+                streams[0].cancel()
+                cancelled.set()
+                del calls[:]
+            calls.append(n_steps)
+            return compute(slots, n_steps, n_more)
+
+        with decoder.state:
+            streams = [engine.submit(PROMPTS[0], long, lora=chosen) for chosen in SETS[:3]]
+            decoder._stepper.compute, decoder._parts = computed, begin
+        assert cancelled.wait(60)
+        assert streams[0].wait(60).finish_reason == "cancelled"
+        for stream in streams:
+            stream.cancel()
+            stream.wait(60)
+        assert calls[:3] == [8, 1, 1]  # and the first one comes back when the bell rings

@@ -1,0 +1,252 @@
+"""What requests may ask for beside their tokens: deadlines, room in the line, priorities."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.errors import ArgumentError, EngineClosed, QueueFull
+from pyllamabatch.llama.model import Model
+from pyllamabatch.scheduler import Plan, Policy, StepView, fcfs
+from pyllamabatch.step.sampling_params import SamplingParams
+from tests.support.models_gguf import gguf_path
+
+PROMPT = [1, 20, 30, 40, 50]
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    with Model(gguf_path("llama")) as model:
+        yield model
+
+
+def small(model: Model, **options: Any) -> Engine:
+    return Engine(model, **{"n_seq_max": 2, "n_ctx": 2048, "n_threads": 1, **options})
+
+
+def greedy(max_tokens: int = 8) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eog=True)
+
+
+class Gate:
+    """A policy that plans nothing until it is opened; from then on FCFS, or another."""
+
+    def __init__(self, policy: Policy | None = None) -> None:
+        self.policy = policy or fcfs()
+        self.opened = False
+        self.asked = threading.Event()
+        self.admitted: list[int] = []
+
+    def plan(self, view: StepView) -> Plan:
+        if not self.opened:
+            self.asked.set()
+            return Plan(wake=view.now + 0.005)
+        plan = self.policy.plan(view)
+        running = {seq.id for seq in view.running}
+        self.admitted += [id for id in plan.tokens if id not in running]
+        return plan
+
+
+def check_empty(engine: Engine) -> None:
+    stats = engine.stats()
+    assert (stats.kv_used, stats.running, stats.waiting) == (0, 0, 0)
+    assert stats.submitted == sum(stats.finished.values())
+
+
+# -- deadlines
+
+
+def test_a_deadline_ends_a_running_request_with_what_it_has(model: Model) -> None:
+    with small(model) as engine:
+        whole = engine.submit(PROMPT, greedy(50)).result(60).tokens
+        stream = engine.submit(PROMPT, greedy(2000), timeout=0.1)
+        other = engine.submit(PROMPT, greedy(50))
+        result = stream.result(60)
+        assert result.finish_reason == "deadline"
+        assert result.error is None
+        assert result.e2el_s >= 0.1
+        n = min(50, len(result.tokens))
+        assert n > 0
+        assert result.tokens[:n] == whole[:n]
+        assert other.result(60).tokens == whole
+        check_empty(engine)
+
+
+def test_a_deadline_ends_one_that_waits(model: Model) -> None:
+    gate = Gate()
+    with small(model, policy=gate) as engine:
+        late = engine.submit(PROMPT, greedy(), deadline=time.perf_counter() + 0.02)
+        gone = engine.submit(PROMPT, greedy(), timeout=0)
+        fine = engine.submit(PROMPT, greedy(), timeout=1000)
+        for stream in (late, gone):
+            result = stream.result(60)
+            assert (result.finish_reason, result.tokens, result.ttft_s) == ("deadline", [], None)
+        gate.opened = True
+        assert fine.result(60).finish_reason == "length"
+        assert engine.stats().finished["deadline"] == 2
+        check_empty(engine)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"timeout": -1},
+        {"timeout": float("nan")},
+        {"timeout": "1"},
+        {"timeout": 1.0, "deadline": 5.0},
+        {"deadline": float("inf")},
+        {"itl_target": -1.0},
+        {"priority": 1.5},
+        {"priority": 2**40},
+        {"tenant": 7},
+        {"queue_timeout": -1},
+    ],
+)
+def test_bad_options_start_nothing(model: Model, options: dict[str, Any]) -> None:
+    with small(model) as engine:
+        with pytest.raises(ArgumentError):
+            engine.submit(PROMPT, greedy(), **options)
+        with pytest.raises(TypeError):
+            engine.submit(PROMPT, greedy(), prioritty=3)  # type: ignore[call-arg]
+        assert engine.stats().submitted == 0
+
+
+def test_bad_options_of_an_engine(model: Model) -> None:
+    for options in ({"max_waiting": 0}, {"max_waiting": 1.5}, {"patience": -1}, {"policy": "mlfq"}):
+        with pytest.raises(ArgumentError):
+            small(model, **options)
+
+
+# -- who goes first
+
+
+class Urgent:
+    """The largest priority runs alone."""
+
+    def plan(self, view: StepView) -> Plan:
+        if view.running:
+            (seq,) = view.running
+        else:
+            seq = max(view.waiting, key=lambda seq: (seq.priority, seq.tenant))
+        return Plan({seq.id: seq.remaining})
+
+
+def test_policies_see_priority_and_tenant(model: Model) -> None:
+    gate = Gate(Urgent())
+    with small(model, policy=gate) as engine:
+        first = engine.submit(PROMPT, greedy())
+        streams = [
+            engine.submit(PROMPT, greedy(), priority=1, tenant="a"),
+            engine.submit(PROMPT, greedy(), priority=5),
+            engine.submit(PROMPT, greedy(), priority=1, tenant="b"),
+        ]
+        gate.opened = True
+        for stream in (first, *streams):
+            stream.result(60)
+    low, high, tenant_b = (stream.id for stream in streams)
+    assert gate.admitted == [high, tenant_b, low, first.id]
+
+
+# -- room in the line
+
+
+def test_the_default_policy_admits_the_largest_priority_first(model: Model) -> None:
+    order: list[int] = []
+    with small(model, n_seq_max=1, n_trace=64) as engine:
+        with engine._decoder.state:  # nobody starts before the last one is in line
+            for priority in (0, 3, -1, 3, 7):
+                engine.submit(PROMPT, greedy(2), priority=priority).add_done_callback(
+                    lambda stream, priority=priority: order.append(priority)  # type: ignore[misc]
+                )
+        assert engine.drain(60)
+    assert order == [7, 3, 3, 0, -1]
+
+
+def test_a_full_line_refuses_or_waits(model: Model) -> None:
+    gate = Gate()
+    with small(model, policy=gate, max_waiting=2) as engine:
+        streams = [engine.submit(PROMPT, greedy()) for _ in range(2)]
+        with pytest.raises(QueueFull):
+            engine.submit(PROMPT, greedy(), queue_timeout=0)
+        with pytest.raises(QueueFull):
+            engine.submit(PROMPT, greedy(), queue_timeout=0.01)
+        assert engine.stats().submitted == 2
+        late: list[Any] = []
+        thread = threading.Thread(
+            target=lambda: late.append(engine.submit(PROMPT, greedy()).result(60))
+        )
+        thread.start()
+        gate.opened = True
+        thread.join()
+        assert [stream.result(60).tokens for stream in streams] == [late[0].tokens] * 2
+        check_empty(engine)
+
+
+def test_a_cancelled_request_makes_room(model: Model) -> None:
+    gate = Gate()
+    with small(model, policy=gate, max_waiting=1) as engine:
+        first = engine.submit(PROMPT, greedy())
+        first.cancel()
+        second = engine.submit(PROMPT, greedy(), queue_timeout=60)
+        gate.opened = True
+        assert second.result(60).finish_reason == "length"
+        check_empty(engine)
+
+
+def test_generate_waits_for_room(model: Model) -> None:
+    with small(model, max_waiting=2) as engine:
+        results = engine.generate([PROMPT] * 20, greedy())
+        assert len({tuple(result.tokens) for result in results}) == 1
+        check_empty(engine)
+
+
+def test_closing_wakes_who_waits_for_room(model: Model) -> None:
+    engine = small(model, policy=Gate(), max_waiting=1)
+    engine.submit(PROMPT, greedy())
+    caught: list[BaseException] = []
+
+    def submit() -> None:
+        try:
+            engine.submit(PROMPT, greedy())
+        except EngineClosed as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=submit)
+    thread.start()
+    time.sleep(0.01)
+    engine.close(wait=False)
+    thread.join()
+    assert len(caught) == 1
+
+
+# -- min_tokens
+
+
+def test_nothing_ends_a_text_before_min_tokens() -> None:
+    with Model.default() as model, small(model) as engine:
+        prompt = "Copy: abcdefgh. Copy: abcdefgh."
+        free = engine.submit(prompt, SamplingParams(temperature=0, max_tokens=24, ignore_eog=True))
+        whole = free.result(60)
+        character, token = whole.text[0], whole.tokens[0]
+        for n in (1, 5, 20):
+            endings: list[dict[str, Any]] = [{"stop": (character,)}, {"stop_token_ids": (token,)}]
+            for ends in endings:
+                params = SamplingParams(
+                    temperature=0, max_tokens=24, ignore_eog=True, min_tokens=n, **ends
+                )
+                result = engine.submit(prompt, params).result(60)
+                assert result.n_generated >= n
+                if "stop" in ends and result.finish_reason == "stop":
+                    assert result.tokens == whole.tokens[: result.n_generated]
+            stops = tuple(set(whole.text))
+            always = SamplingParams(
+                temperature=0, max_tokens=24, ignore_eog=True, min_tokens=n, stop=stops
+            )
+            result = engine.submit(prompt, always).result(60)
+            assert (result.finish_reason, result.n_generated) == ("stop", n + 1)
+            assert whole.text.startswith(result.text)

@@ -1,0 +1,220 @@
+"""Delivery while a run goes on: step by step on the fake machine, in threads on a real engine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.errors import EngineClosed
+from pyllamabatch.llama.model import Model
+from pyllamabatch.scheduler import Limits
+from pyllamabatch.step.sampling_params import SamplingParams
+from tests.support.engine_fakes import Rig, solo
+from tests.support.models_gguf import gguf_path
+
+LIMITS = Limits(n_batch=64, n_ubatch=64, n_seq_max=4, n_cells=2048, n_cells_seq=1024)
+PROMPTS = [[10 * i + 1, 2, 3] for i in range(4)]
+
+
+def greedy(max_tokens: int = 40, **options: object) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0, **options)  # type: ignore[arg-type]
+
+
+def rig_of(n_steps_max: int = 1000) -> Rig:
+    return Rig(LIMITS, n_steps_max=n_steps_max)
+
+
+def long_prompts(n: int, least: int) -> list[list[int]]:
+    """Prompts of requests that go on for at least so many tokens."""
+    all_prompts = ([i, 2, 3] for i in range(1, 900))
+    found = (p for p in all_prompts if len(solo(p, greedy(least))[0]) == least)
+    return [next(found) for _ in range(n)]
+
+
+def test_each_token_arrives_while_the_run_goes_on() -> None:
+    rig = rig_of()
+    prompts = long_prompts(3, 50)
+    streams = [rig.submit(prompt, greedy(50)) for prompt in prompts]
+    seen: list[list[int]] = []
+
+    def look(n: int) -> None:
+        rig.deliver()
+        seen.append([len(stream.tokens) for stream in streams])
+
+    rig.machine.meanwhile = look
+    rig.run()
+    assert seen == [[n - 1] * 3 for n in range(1, 51)]  # of all steps before the one that goes on
+    assert rig.machine.runs == [49]
+
+
+def test_a_stop_string_in_the_middle_of_a_long_run_ends_it_after_that_step() -> None:
+    rig = rig_of()
+    prompts = long_prompts(2, 60)
+    tokens = solo(prompts[0], greedy(60))[0]
+    at = next(i for i in range(20, 60) if tokens[i] not in tokens[:i] and tokens[i] > 99)
+    stop = f" {tokens[at]} "
+    stream = rig.submit(prompts[0], greedy(60, stop=(stop,)))
+    other = rig.submit(prompts[1], greedy(60))
+    rig.machine.meanwhile = lambda n: rig.deliver()
+    rig.run()
+    assert stream.wait(0).finish_reason == "stop"
+    assert stream.tokens == tokens[: at + 1]
+    assert stream.text == "".join(f"{t} " for t in tokens[:at])[:-1]
+    assert rig.machine.runs[0] == at + 1  # the step that was going on when it was found is the last
+    assert rig.decoder.delivery.n_dropped == 1
+    assert other.tokens == solo(prompts[1], greedy(60))[0]
+    assert rig.n_tokens == at + 1 + 60
+    assert rig.scheduler.ledger.used == rig.scheduler.ledger.kept
+
+
+def test_a_stop_string_that_is_found_after_the_end() -> None:
+    """Nobody looked until the budget was used up: the text still ends where it should."""
+    rig = rig_of()
+    prompt = long_prompts(1, 60)[0]
+    tokens = solo(prompt, greedy(60))[0]
+    stream = rig.submit(prompt, greedy(60, stop=(f"{tokens[30]} ",)))
+    first = next(i for i, t in enumerate(tokens) if f"{t} ".endswith(f"{tokens[30]} "))
+    rig.run()
+    assert stream.wait(0).finish_reason == "stop"
+    assert len(stream.tokens) == first + 1 == rig.n_tokens
+    assert rig.decoder.delivery.finished == {
+        "stop": 1,
+        "length": 0,
+        "cancelled": 0,
+        "deadline": 0,
+        "error": 0,
+    }
+
+
+@pytest.mark.parametrize("n_room", [1, 2, 7])
+def test_a_full_ring_holds_up_the_run_and_loses_nothing(n_room: int) -> None:
+    rig = rig_of()
+    rig.machine.n_room = n_room
+    streams = [rig.submit(prompt, greedy()) for prompt in PROMPTS]
+    cancelled = rig.submit(long_prompts(1, 300)[0], greedy(300))
+    for _ in range(40):
+        rig.turn()
+    cancelled.cancel()
+    rig.run()
+    for stream, prompt in zip(streams, PROMPTS, strict=True):
+        result = stream.wait(0)
+        assert (result.tokens, result.finish_reason) == solo(prompt, greedy())
+    assert cancelled.wait(0).finish_reason == "cancelled"
+    assert cancelled.tokens == solo(cancelled_prompt(rig), greedy(300))[0][: len(cancelled.tokens)]
+    assert max(rig.machine.runs) <= n_room
+
+
+def cancelled_prompt(rig: Rig) -> list[int]:
+    prompt: list[int] = rig.requests[-1].prompt.tolist()
+    return prompt
+
+
+def test_a_run_that_found_no_room_is_tried_again() -> None:
+    rig = rig_of()
+    rig.machine.n_room = 3
+    rig.submit(PROMPTS[0], greedy())
+    for _ in range(9):
+        rig.decoder._take_mail()
+        rig.decoder._turn()
+        rig.check()
+    assert rig.machine.runs[-5:] == [0] * 5
+    assert len(rig.machine.recorded) == 3
+    rig.run()
+    assert rig.requests[0].stream.wait(0).tokens == solo(PROMPTS[0], greedy())[0]
+
+
+def test_more_steps_than_a_page_has_room_for_and_late_readers() -> None:
+    rig = rig_of()
+    prompts = long_prompts(2, 700)
+    streams = [rig.submit(prompt, greedy(700)) for prompt in prompts]
+    rig.machine.meanwhile = lambda n: rig.deliver() if n % 150 == 0 else None
+    rig.run()
+    for stream, prompt in zip(streams, prompts, strict=True):
+        assert stream.tokens == solo(prompt, greedy(700))[0]
+        assert [token.token for token in stream] == stream.tokens
+
+
+def test_a_delivery_thread_that_fails_ends_everybody() -> None:
+    rig = rig_of()
+    streams = [rig.submit(prompt, greedy()) for prompt in PROMPTS * 3]
+    rig.machine.read = None  # type: ignore[assignment,method-assign]
+    rig.decoder.start()
+    for stream in streams:
+        with pytest.raises(TypeError, match="not callable"):
+            stream.result(10)
+    rig.decoder.close(wait=True, timeout=10)
+    assert rig.machine.closed
+    assert rig.decoder.delivery.finished["error"] == len(streams)
+    with pytest.raises(EngineClosed, match="its thread ended with TypeError"):
+        rig.submit(PROMPTS[0], greedy())
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    with Model(gguf_path("llama")) as model:
+        yield model
+
+
+def test_an_engine_delivers_while_its_run_goes_on(model: Model) -> None:
+    with Engine(model, n_seq_max=2, n_ctx=8192, n_threads=1) as engine:
+        params = greedy(3000, ignore_eog=True)
+        streams = [engine.submit([1, 20 + i], params) for i in range(2)]
+        tokens = iter(streams[0])
+        first = [next(tokens).token for _ in range(100)]
+        counted, stats = engine._decoder.scheduler.counters.steps, engine.stats()
+        assert counted < 20  # the run has not come back since both were there
+        assert stats.steps >= 99
+        assert stats.rows == stats.decode_rows + stats.prefill_rows
+        assert stats.kv_used >= 100
+        assert (stats.running, stats.waiting) == (2, 0)
+        assert len(streams[1].tokens) > 0
+        for stream in streams:
+            stream.cancel()
+            assert stream.result(30).finish_reason == "cancelled"
+        assert streams[0].tokens[:100] == first
+        assert engine.stats().tokens == sum(len(stream.tokens) for stream in streams)
+
+
+def test_readers_and_waiters_and_lookers_at_once(model: Model) -> None:
+    """Whoever looks, however often, sees the beginning of the same tokens."""
+    exact: dict[str, Any] = {
+        "flash_attn_type": "disabled",
+        "type_k": "f32",
+        "type_v": "f32",
+        "n_threads": 1,
+    }
+    with Engine(model, n_seq_max=4, n_ctx=1024, **exact) as engine:
+        params = greedy(200, ignore_eog=True, logprobs=2)
+        expected = engine.generate([[1, 20], [1, 30]], params)
+        streams = [engine.submit(prompt, params) for prompt in ([1, 20], [1, 30])]
+        read: dict[int, list[int]] = {}
+        wrong: list[int] = []
+
+        def look(i: int) -> None:
+            while not streams[i].done:
+                tokens = streams[i].tokens
+                if tokens != expected[i].tokens[: len(tokens)]:
+                    wrong.append(i)
+                if not expected[i].text.startswith(streams[i].text):
+                    wrong.append(i)
+
+        def iterate(i: int, key: int) -> None:
+            read[key] = [token.token for token in streams[i]]
+
+        threads = [threading.Thread(target=iterate, args=(k % 2, k)) for k in range(6)]
+        threads += [threading.Thread(target=look, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        results = [stream.result(60) for stream in streams]
+        for thread in threads:
+            thread.join(60)
+        assert [r.tokens for r in results] == [r.tokens for r in expected]
+        for result, alike in zip(results, expected, strict=True):
+            assert result.logprobs == pytest.approx(alike.logprobs, abs=1e-2)
+            assert [len(top) for top in result.top_logprobs or ()] == [2] * 200
+        assert read == {k: expected[k % 2].tokens for k in range(6)}
+        assert not wrong

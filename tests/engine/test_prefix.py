@@ -1,0 +1,159 @@
+"""What requests share, on real contexts: beginnings are computed once, and nobody can tell from the
+tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from test_invariance_engine import assert_as_alone
+
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.errors import ArgumentError
+from pyllamabatch.llama.model import Model
+from pyllamabatch.step.sampling_params import SamplingParams
+from tests.support.models_gguf import Architecture, gguf_path
+from tests.support.oracle import Reference, random_prompts, raw_model, solo, tolerance
+
+EXACT: dict[str, Any] = {
+    "flash_attn_type": "disabled",
+    "type_k": "f32",
+    "type_v": "f32",
+    "n_threads": 1,
+}
+N_TOKENS = 12
+GREEDY = SamplingParams(temperature=0, max_tokens=N_TOKENS)
+COMMON, *ENDS = random_prompts(11, seed=31, shortest=8, longest=20)
+COMMON = [*COMMON, *range(280, 390)]
+PROMPTS = [[*COMMON, *end[1:]] for end in ENDS]
+
+
+@pytest.fixture(scope="module")
+def model(architecture: Architecture) -> Iterator[Model]:
+    with Model(gguf_path(architecture.name)) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def alone(architecture: Architecture) -> list[Reference]:
+    with raw_model(gguf_path(architecture.name)) as oracle:
+        return [solo(oracle, prompt, N_TOKENS) for prompt in PROMPTS]
+
+
+def engine_on(model: Model, **options: Any) -> Engine:
+    options = {"n_seq_max": 4, "n_ctx": 1024, "n_batch": 64, "n_ubatch": 32, **options}
+    return Engine(model, **options, **EXACT)
+
+
+def n_prompt_rows(prompts: list[list[int]]) -> int:
+    return sum(map(len, prompts))
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_a_common_beginning_is_computed_once(
+    model: Model, architecture: Architecture, alone: list[Reference], unified: bool
+) -> None:
+    options = {"kv_unified": unified, "n_ctx": 1024 if unified else 4096, "prefix_cache": True}
+    with engine_on(model, **options) as engine:
+        results = engine.generate(PROMPTS, GREEDY)
+        stats = engine.stats()
+    assert_as_alone([r.tokens for r in results], alone, tolerance(architecture.name), 0.98)
+    n = len(COMMON)
+    if not unified and (architecture.recurrent or architecture.hybrid):
+        # a state in the middle of a text needs a slot of its own to be kept in
+        assert stats.prefill_rows <= n_prompt_rows(PROMPTS)
+        return
+    assert stats.prefill_rows <= n_prompt_rows(PROMPTS) - (len(PROMPTS) - 1) * n + 16
+    assert stats.prefix_tokens >= (len(PROMPTS) - 1) * n - 16
+    assert stats.prefix_hit_rate > 0.6
+
+
+def test_without_a_cache_nothing_is_shared(
+    model: Model, architecture: Architecture, alone: list[Reference]
+) -> None:
+    with engine_on(model, prefix_cache=False) as engine:
+        results = engine.generate(PROMPTS, GREEDY)
+        stats = engine.stats()
+    assert_as_alone([r.tokens for r in results], alone, tolerance(architecture.name), 0.98)
+    assert (stats.prefix_tokens, stats.kv_kept) == (0, 0)
+    assert stats.prefill_rows == n_prompt_rows(PROMPTS)
+
+
+def test_a_conversation_goes_on_from_what_it_left(model: Model, architecture: Architecture) -> None:
+    """Three turns, each the whole history and more; the answer's last token was never computed."""
+    with engine_on(model) as engine:
+        history = PROMPTS[0]
+        for turn in range(3):
+            before = engine.stats()
+            result = engine.submit(history, GREEDY).result(60)
+            stats = engine.stats()
+            if turn:
+                hit = stats.prefix_tokens - before.prefix_tokens
+                assert hit == len(history) - 5 - 1
+                assert stats.prefill_rows - before.prefill_rows == 6
+            history = [*history, *result.tokens, *range(200, 205)]
+        with raw_model(gguf_path(architecture.name)) as oracle:
+            expected = solo(oracle, history, N_TOKENS)
+        tokens = engine.submit(history, GREEDY).result(60).tokens
+    assert_as_alone([tokens], [expected], tolerance(architecture.name), 0.5)
+
+
+def test_the_same_prompt_again_and_again(
+    model: Model, architecture: Architecture, alone: list[Reference]
+) -> None:
+    with engine_on(model) as engine:
+        for _ in range(3):
+            result = engine.submit(PROMPTS[3], GREEDY).result(60)
+            assert_as_alone([result.tokens], alone[3:4], tolerance(architecture.name), 0.5)
+        stats = engine.stats()
+    can = engine.capabilities
+    if not (can.recurrent or can.hybrid):
+        assert stats.prefix_tokens == 2 * (len(PROMPTS[3]) - 1)
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_samples_of_one_prompt(model: Model, prefix_cache: bool) -> None:
+    params = SamplingParams(temperature=1.2, seed=40, max_tokens=N_TOKENS)
+    with engine_on(model, prefix_cache=prefix_cache) as engine:
+        streams = engine.submit_n(PROMPTS[1], params, 4)
+        samples = [stream.result(60).tokens for stream in streams]
+        stats = engine.stats()
+        assert len({tuple(sample) for sample in samples}) == 4
+        again = engine.submit_n(PROMPTS[1], params, 4)
+        assert [stream.result(60).tokens for stream in again] == samples
+        can = engine.capabilities
+    if prefix_cache or not (can.recurrent or can.hybrid):
+        assert stats.prefill_rows == len(PROMPTS[1]) + 3
+    else:
+        assert stats.prefill_rows <= 4 * len(PROMPTS[1])
+
+
+def test_samples_that_make_no_sense() -> None:
+    with Model(gguf_path("llama")) as model, engine_on(model) as engine:
+        for n in (0, -1, 1.5):
+            with pytest.raises(ArgumentError, match="n="):
+                engine.submit_n(PROMPTS[0], GREEDY, n)  # type: ignore[arg-type]
+        with pytest.raises(ArgumentError, match="params"):
+            engine.submit_n(PROMPTS[0], "greedy", 2)  # type: ignore[arg-type]
+        assert engine.stats().submitted == 0
+
+
+@pytest.mark.parametrize("preemption", ["sometimes", None])
+def test_a_preemption_that_is_none(preemption: Any) -> None:
+    with Model(gguf_path("llama")) as model, pytest.raises(ArgumentError, match="preemption"):
+        engine_on(model, preemption=preemption)
+
+
+def test_kept_beginnings_never_stand_in_the_way() -> None:
+    """Long prompts that have nothing in common, one after the other: each needs all the cells."""
+    prompts = random_prompts(6, seed=9, shortest=200, longest=230)
+    with Model(gguf_path("llama")) as model:
+        with engine_on(model, n_ctx=256, prefix_cache=False) as engine:
+            expected = [engine.submit(p, GREEDY).result(60).tokens for p in prompts]
+        with engine_on(model, n_ctx=256) as engine:
+            assert [engine.submit(p, GREEDY).result(60).tokens for p in prompts] == expected
+            stats = engine.stats()
+            assert stats.preemptions == 0
+            assert stats.finished["error"] == 0
+            assert 0 < stats.kv_kept <= stats.kv_total

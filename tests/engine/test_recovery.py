@@ -1,0 +1,257 @@
+"""Faults on real contexts, in every architecture: what libllama's memory holds after a failure is
+cleaned up, and whoever comes next gets his own tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.errors import DecodeAborted, FatalDecodeError, InvalidBatch, KvCacheFull
+from pyllamabatch.llama.model import Model
+from pyllamabatch.step.sampling_params import SamplingParams
+from pyllamabatch.step.stream_stepper import Run
+from tests.support.checked import Checked
+from tests.support.models_gguf import Architecture, gguf_path
+from tests.support.oracle import random_prompts
+
+EXACT: dict[str, Any] = {
+    "flash_attn_type": "disabled",
+    "type_k": "f32",
+    "type_v": "f32",
+    "n_threads": 1,
+}
+PROMPTS = random_prompts(6, seed=7, shortest=5, longest=40)
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def model(architecture: Architecture) -> Iterator[Model]:
+    with Model(gguf_path(architecture.name)) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def expected(model: Model) -> list[list[int]]:
+    with engine_on(model, n_seq_max=1) as engine:
+        return [engine.submit(prompt, GREEDY).result(60).tokens for prompt in PROMPTS]
+
+
+def engine_on(model: Model, **options: Any) -> Engine:
+    options = {"n_seq_max": 3, "n_ctx": 512, "n_batch": 32, "n_ubatch": 16, **options}
+    return Engine(model, **options, **EXACT)
+
+
+class Faulty:
+    """A stepper whose step fails as libllama's may: before anything (1, -1), or after the first
+    half of the rows is in memory (2, below -1)."""
+
+    def __init__(self, engine: Engine, faults: dict[int, int]) -> None:
+        self._stepper: Any = engine._stepper
+        self._faults = faults
+        self.n_steps = 0
+        engine._decoder._stepper = self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stepper, name)
+
+    def compute(self, slots: Any, n_steps: int, n_more: int = 0) -> Any:
+        """Up to the next fault in one go; what fails, fails as a step of its own."""
+        first = self.n_steps + 1
+        code = self._faults.get(first)
+        if code is not None:
+            self.n_steps += 1
+            if code not in (1, -1) and len(slots) + n_more > 1:
+                self._first_half(slots, n_more)
+            return Run(code, 0, 0, 0.0, [])
+        next_fault = min((step for step in self._faults if step > first), default=first + n_steps)
+        run = self._stepper.compute(slots, min(n_steps, next_fault - first), n_more)
+        self.n_steps += run.n_steps
+        return run
+
+    def _first_half(self, slots: Any, n_more: int) -> None:
+        """Into the memory, without sampling."""
+        rows, n = self._stepper.rows, len(slots)
+        info = [self._stepper.slot(slot) for slot in slots]
+        rows.token[:n] = [slot.next_token for slot in info]
+        rows.pos[:n] = [slot.next_pos for slot in info]
+        rows.seq[:n] = slots
+        half = (n + n_more) // 2
+        rows.flags[:half] = 0
+        assert self._stepper.compute(np.zeros(0, np.int32), 1, half).code == 0
+
+
+def check_clean(engine: Engine) -> None:
+    decoder = engine._decoder
+    ledger, memory = decoder.scheduler.ledger, decoder._memory
+    slots = range(ledger.n_seq_max)
+    assert [memory.pos_max(slot) + 1 for slot in slots] == [ledger.held(slot) for slot in slots]
+    stats = engine.stats()
+    assert stats.kv_kept == ledger.used
+    assert stats.kv_used == stats.running == stats.waiting == 0
+    assert stats.submitted == sum(stats.finished.values())
+
+
+@pytest.mark.parametrize("step", [1, 2, 4, 9])
+def test_no_cells(model: Model, expected: list[list[int]], step: int) -> None:
+    with engine_on(model, n_batch=128) as engine:  # three prompts in the first step
+        Faulty(engine, {step: 1, step + 3: 1})
+        results = engine.generate(PROMPTS, GREEDY)
+        assert [result.tokens for result in results] == expected
+        assert engine.stats().preemptions >= 1
+        check_clean(engine)
+
+
+KINDS = {2: DecodeAborted, -1: InvalidBatch, -3: FatalDecodeError}
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 20, -1], ids="{} rows done".format)
+@pytest.mark.parametrize("code", [1, 2, -1, -3])
+def test_a_fault_at_any_decode(
+    model: Model, expected: list[list[int]], code: int, n_rows: int
+) -> None:
+    """Every decode of the scenario in turn reports `code` and leaves `n_rows` of its rows in the
+    memory. Only -1, which says that the rows are wrong, ends requests: those of that batch."""
+    with engine_on(model) as engine:
+        for nth in (1, 2, 3, 5, 8, 13, 21):
+            engine._stepper.fault(nth, code, n_rows)
+            results = engine.generate(PROMPTS, GREEDY)
+            failed = [result for result in results if result.finish_reason == "error"]
+            assert len(failed) <= 3
+            assert bool(failed) <= (code == -1)
+            for result, tokens in zip(results, expected, strict=True):
+                assert result.tokens == tokens[: len(result.tokens)]
+                assert result in failed or len(result.tokens) == 12
+            for result in failed:
+                assert isinstance(result.error, KINDS[code])
+            check_clean(engine)
+        engine._stepper.fault(0, 0)
+        assert [result.tokens for result in engine.generate(PROMPTS, GREEDY)] == expected
+
+
+@pytest.mark.parametrize("code", [2, -3])
+@pytest.mark.parametrize("step", [1, 3, 6])
+def test_a_decode_that_fails_twice_in_a_row(
+    model: Model, expected: list[list[int]], step: int, code: int
+) -> None:
+    with engine_on(model, max_restarts=0) as engine:
+        Faulty(engine, {step: code, step + 1: code})
+        results = engine.generate(PROMPTS, GREEDY)
+        failed = [result for result in results if result.finish_reason == "error"]
+        assert 1 <= len(failed) <= 3
+        assert all(isinstance(result.error, KINDS[code]) for result in failed)
+        for result, tokens in zip(results, expected, strict=True):
+            assert result.tokens == tokens[: len(result.tokens)]
+            assert result in failed or len(result.tokens) == 12
+        check_clean(engine)
+        again = engine.generate(PROMPTS, GREEDY)
+        assert [result.tokens for result in again] == expected
+
+
+@pytest.mark.parametrize("n_rows", [0, 7])
+@pytest.mark.parametrize("step", [1, 3, 6, 14])
+def test_a_fresh_context_after_a_decode_that_fails_twice(
+    model: Model, expected: list[list[int]], step: int, n_rows: int
+) -> None:
+    """Twice in a row, so that the second fresh context is needed at once; nobody notices."""
+    with engine_on(model) as engine:
+        engine._stepper.fault(step, -3, n_rows, 4)
+        results = engine.generate(PROMPTS, GREEDY)
+        assert [result.tokens for result in results] == expected
+        assert engine.stats().restarts == 2
+        check_clean(engine)
+        again = engine.generate(PROMPTS, GREEDY)
+        assert [result.tokens for result in again] == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_ctx": 256, "n_seq_max": 8},
+        {"n_ctx": 256, "n_seq_max": 8, "n_batch": 256, "n_ubatch": 256},
+        {"n_ctx": 256, "n_seq_max": 8, "swa_full": False},
+        {"n_ctx": 1024, "n_seq_max": 4, "kv_unified": False},
+        {"n_ctx": 1024, "n_seq_max": 4, "kv_unified": False, "swa_full": False},
+        {"n_ctx": 256, "n_seq_max": 8, "preemption": "swap"},
+        {"n_ctx": 256, "n_seq_max": 8, "preemption": "swap", "swap_bytes": 0},
+        {"n_ctx": 256, "n_seq_max": 8, "preemption": "recompute", "prefix_cache": False},
+        {"n_ctx": 1024, "n_seq_max": 4, "kv_unified": False, "prefix_cache": False},
+    ],
+    ids=str,
+)
+def test_the_ledger_is_right_at_every_step(model: Model, options: dict[str, Any]) -> None:
+    """Far more text than cells: preemption all the time, and libllama never says "no cells". Half
+    of the prompts begin alike."""
+    prompts = random_prompts(14, seed=8, shortest=1, longest=120)
+    for i in range(0, 14, 2):
+        prompts[i] = [*prompts[4][:40], *prompts[i]][:120]
+    with engine_on(model, **options) as engine:
+        checked = Checked(engine)
+        with engine._decoder.state:  # nobody starts before the last one is in line
+            streams = [
+                engine.submit(prompt, SamplingParams(temperature=0, max_tokens=25 + 7 * (i % 11)))
+                for i, prompt in enumerate(prompts)
+            ]
+        for stream in streams[3::5]:
+            next(iter(stream))
+            stream.cancel()
+        for i, stream in enumerate(streams):
+            result = stream.result(60)
+            assert result.n_generated == 25 + 7 * (i % 11) or i % 5 == 3
+        assert checked.n_steps == engine.stats().steps
+        assert (engine.stats().preemptions > 0) == engine.limits.unified
+        check_clean(engine)
+
+
+def test_draws_survive_a_preemption(model: Model) -> None:
+    """Sampled, with penalties: the sampling state goes with the request."""
+    params = [
+        SamplingParams(max_tokens=12, seed=seed, repeat_penalty=1.3, presence_penalty=0.5)
+        for seed in range(len(PROMPTS))
+    ]
+    with engine_on(model) as engine:
+        expected = [result.tokens for result in engine.generate(PROMPTS, params)]
+    with engine_on(model) as engine:
+        Faulty(engine, {4: 1, 8: 1, 18: 1})
+        assert [result.tokens for result in engine.generate(PROMPTS, params)] == expected
+        assert engine.stats().preemptions >= 1
+
+
+def test_what_the_ledger_calls_empty_is_there_to_the_last_cell(
+    model: Model, architecture: Architecture
+) -> None:
+    """Neither more nor less: cells that several sequences share are counted once. What it calls
+    empty is filled up behind its back, and libllama has no cell more."""
+    prompts = random_prompts(4, seed=5, shortest=30, longest=60)
+    prompts = [prompts[0], *([*prompts[0][:29], *prompt] for prompt in prompts[1:])]
+    with engine_on(model, n_ctx=512, n_seq_max=4) as engine:
+        engine.generate(prompts[:1], GREEDY)
+        results = engine.generate(prompts[1:], GREEDY)
+        ledger = engine._decoder.scheduler.ledger
+        memory: Any = engine._decoder._memory
+        context = memory._context
+        with engine._decoder.state:
+            held = sum(ledger.held(slot) for slot in range(ledger.n_seq_max))
+            assert ledger.used > 0
+            if engine.capabilities.prefix_copy:
+                assert engine.stats().prefix_tokens >= 3 * 29
+                assert held > ledger.used
+            n_empty = ledger.empty
+            slot = next(i for i in range(ledger.n_seq_max) if not ledger.held(i))
+            batch = context.batch(1)
+            for n in range(n_empty):
+                batch.clear()
+                batch.add(300, n, slot, True)
+                context.decode(batch)
+            batch.clear()
+            batch.add(300, n_empty, slot, True)
+            if architecture.recurrent:  # one state, whatever it has read: the ledger is a budget
+                context.decode(batch)
+            else:
+                with pytest.raises(KvCacheFull):
+                    context.decode(batch)
+            memory.seq_rm(slot)
+        assert engine.generate(prompts[1:], GREEDY)[0].tokens == results[0].tokens

@@ -1,0 +1,180 @@
+"""Several steps in one call: what happens in the middle of a run comes out as if it had happened
+between two steps."""
+
+from __future__ import annotations
+
+import pytest
+
+from pyllamabatch.errors import FatalDecodeError, KvCacheFull, PyllamabatchError
+from pyllamabatch.scheduler import Limits, Plan, StepView, sarathi
+from pyllamabatch.step.sampling_params import SamplingParams
+from tests.support.engine_fakes import EOG, Rig, solo
+
+LIMITS = Limits(n_batch=64, n_ubatch=64, n_seq_max=4, n_cells=256, n_cells_seq=256)
+PROMPTS = [[10 * i + 1, 2, 3] for i in range(4)]
+
+
+def greedy(max_tokens: int = 40, **options: object) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0, **options)  # type: ignore[arg-type]
+
+
+def rig_of(**options: object) -> Rig:
+    return Rig(LIMITS, n_steps_max=32, **options)  # type: ignore[arg-type]
+
+
+def check_as_alone(rig: Rig, *indices: int) -> None:
+    for i in indices:
+        request = rig.requests[i]
+        result = request.stream.wait(0)
+        assert (result.tokens, result.finish_reason) == solo(PROMPTS[i], request.params)
+
+
+def test_steady_decoding_is_a_few_runs() -> None:
+    rig = rig_of()
+    for prompt in PROMPTS:
+        rig.submit(prompt, greedy())
+    rig.run()
+    check_as_alone(rig, 0, 1, 2, 3)
+    runs = rig.machine.runs
+    assert sum(runs) == rig.scheduler.counters.steps - 1 == rig.machine.n_steps - 1
+    ends = {len(solo(p, greedy())[0]) for p in PROMPTS}
+    assert len(runs) <= 1 + len(ends) + sum(runs) // 32
+
+
+def test_a_policy_that_says_nothing_is_asked_at_every_step() -> None:
+    class Plain:
+        def __init__(self) -> None:
+            self.n_plans, self._usual = 0, sarathi()
+
+        def plan(self, view: StepView) -> Plan:
+            self.n_plans += 1
+            plan = self._usual.plan(view)
+            return Plan(plan.tokens, plan.preempt, plan.reasons)
+
+    policy = Plain()
+    rig = rig_of(policy=policy)
+    rig.submit(PROMPTS[0], greedy())
+    rig.run()
+    check_as_alone(rig, 0)
+    assert policy.n_plans == rig.machine.n_steps
+    assert set(rig.machine.runs) == {1}
+
+
+@pytest.mark.parametrize("at", [0, 1, 5, 12, 31])
+def test_a_stop_string_in_the_middle_of_a_run(at: int) -> None:
+    """What came behind it never was; the neighbours keep their tokens."""
+    rig = rig_of()
+    tokens, _ = solo(PROMPTS[0], greedy())
+    assert len(tokens) > 31
+    first = next(i for i, t in enumerate(tokens) if f"{t} ".endswith(f"{tokens[at]} "))
+    stop = f"{tokens[at]} "
+    rig.submit(PROMPTS[0], greedy(stop=(stop,)))
+    for prompt in PROMPTS[1:]:
+        rig.submit(prompt, greedy())
+    rig.run()
+    rig.check()
+    result = rig.requests[0].stream.wait(0)
+    assert (result.finish_reason, result.stop) == ("stop", stop)
+    assert result.tokens == tokens[: first + 1]
+    assert result.text == "".join(f"{t} " for t in tokens[: first + 1])[: -len(stop)]
+    check_as_alone(rig, 1, 2, 3)
+    delivered = sum(len(request.stream.tokens) for request in rig.requests)
+    ended = sum(r.stream.wait(0).stop == EOG for r in rig.requests)
+    assert rig.n_tokens == delivered + ended
+
+
+def test_a_stop_string_before_an_end_in_the_same_run() -> None:
+    """The text ended at the stop string; that the run went on to the budget does not count."""
+    rig = rig_of()
+    tokens, _ = solo(PROMPTS[0], greedy(20))
+    stream = rig.submit(PROMPTS[0], greedy(20, stop=(f" {tokens[10]} ",)))
+    rig.run()
+    assert stream.wait(0).finish_reason == "stop"
+    assert stream.tokens == tokens[:11]
+    assert rig.n_tokens == 11
+
+
+@pytest.mark.parametrize("step", [2, 3, 9])
+def test_cancel_in_the_middle_of_a_run_ends_it_after_that_step(step: int) -> None:
+    rig = rig_of()
+    streams = [rig.submit(prompt, greedy()) for prompt in PROMPTS]
+    rig.machine.meanwhile = lambda n: n == step and streams[2].cancel()
+    rig.run()
+    result = streams[2].wait(0)
+    assert result.finish_reason == "cancelled"
+    assert result.tokens == solo(PROMPTS[2], greedy())[0][:step]
+    check_as_alone(rig, 0, 1, 3)
+
+
+def test_a_submission_in_the_middle_of_a_run_joins_at_the_next_step() -> None:
+    rig = rig_of()
+    rig.submit(PROMPTS[0], greedy())
+    rig.machine.meanwhile = lambda n: n == 7 and rig.submit(PROMPTS[1], greedy())
+    rig.run()
+    check_as_alone(rig, 0, 1)
+    assert rig.machine.runs[0] == 6  # steps 2 to 7; step 8 has the prompt
+    assert rig.scheduler.counters.prefill_rows == len(PROMPTS[0]) + len(PROMPTS[1])
+
+
+@pytest.mark.parametrize("n_cells", [24, 40, 61])
+def test_cells_run_out_between_runs_not_in_them(n_cells: int) -> None:
+    limits = Limits(n_batch=64, n_ubatch=64, n_seq_max=4, n_cells=n_cells, n_cells_seq=n_cells)
+    rig = Rig(limits, n_steps_max=32)
+    for prompt in PROMPTS:
+        rig.submit(prompt, greedy(20))
+    rig.run()
+    check_as_alone(rig, 0, 1, 2, 3)
+    assert rig.scheduler.counters.preemptions > 0
+    assert max(rig.machine.runs) > 1
+
+
+def test_libllama_finds_no_cells_in_the_middle_of_a_run() -> None:
+    rig = rig_of(fault=lambda n: 1 if n in (6, 7) else None)
+    for prompt in PROMPTS:
+        rig.submit(prompt, greedy())
+    rig.run()
+    check_as_alone(rig, 0, 1, 2, 3)
+    assert rig.scheduler.counters.preemptions == 1  # for the second: the first cut a run short
+    assert rig.decoder.delivery.finished["error"] == 0
+
+
+def test_no_cells_for_one_that_is_alone_keeps_what_came_before() -> None:
+    rig = rig_of(fault=lambda n: 1 if n >= 6 else None)
+    stream = rig.submit(PROMPTS[0], greedy())
+    rig.run()
+    assert isinstance(stream.wait(0).error, KvCacheFull)
+    assert stream.tokens == solo(PROMPTS[0], greedy())[0][:5]
+
+
+@pytest.mark.parametrize("fault", [2, -3, PyllamabatchError("llama_decode threw")])
+def test_a_decode_that_fails_in_the_middle_of_a_run(fault: object) -> None:
+    """Once: the step is tried again; twice in a row: its requests fail, with what they had."""
+    once = rig_of(fault=lambda n: fault if n == 9 else None)
+    for prompt in PROMPTS:
+        once.submit(prompt, greedy())
+    once.run()
+    assert once.decoder.delivery.finished["error"] == 0
+    rig = rig_of(fault=lambda n: fault if n in (9, 10) else None)
+    streams = [rig.submit(prompt, greedy()) for prompt in PROMPTS]
+    rig.run()
+    for stream, prompt in zip(streams, PROMPTS, strict=True):
+        result = stream.wait(0)
+        assert result.finish_reason == "error"
+        assert isinstance(result.error, PyllamabatchError)
+        assert isinstance(result.error, FatalDecodeError) or fault in (2, result.error)
+        assert result.tokens == solo(prompt, greedy())[0][:8]
+    assert rig.machine.cells == {}
+    rig.machine.fault = lambda n: None
+    again = rig.submit(PROMPTS[0], greedy())
+    rig.run()
+    assert again.wait(0).tokens == solo(PROMPTS[0], greedy())[0]
+
+
+def test_a_row_that_can_not_be_sampled_in_the_middle_of_a_run() -> None:
+    rig = rig_of()
+    streams = [rig.submit(prompt, greedy()) for prompt in PROMPTS]
+    rig.machine.meanwhile = lambda n: rig.machine.failing.update({3} if n == 6 else ())
+    rig.run()
+    assert streams[3].wait(0).finish_reason == "error"
+    assert streams[3].tokens == solo(PROMPTS[3], greedy())[0][:5]
+    check_as_alone(rig, 0, 1, 2)

@@ -1,0 +1,501 @@
+"""Hand-driven sequences on real contexts: what they give is what raw calls and requests give."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.engine.sequence import Sequence
+from pyllamabatch.errors import (
+    ArgumentError,
+    Cancelled,
+    ClosedError,
+    DecodeError,
+    EngineClosed,
+    GrammarError,
+    RequestTooLong,
+    SamplingError,
+    StateError,
+)
+from pyllamabatch.llama.model import Model
+from pyllamabatch.scheduler import Window
+from pyllamabatch.step.sampling_params import SamplingParams
+from tests.support.models_gguf import EOS, N_VOCAB, Architecture, gguf_path
+
+EXACT: dict[str, Any] = {
+    "flash_attn_type": "disabled",
+    "type_k": "f32",
+    "type_v": "f32",
+    "n_threads": 1,
+}
+PROMPT = [1, 20, 30, 40, 50]
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eog=True)
+
+
+def engine_on(model: Model, **options: Any) -> Engine:
+    return Engine(model, **{"n_seq_max": 4, "n_ctx": 1024, "n_batch": 64, **EXACT, **options})
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    with Model(gguf_path("llama")) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def engine(model: Model) -> Iterator[Engine]:
+    with engine_on(model) as engine:
+        yield engine
+
+
+def drive(sequence: Sequence, n: int) -> list[int]:
+    return [sequence.sample().token for _ in range(n)]
+
+
+def check_empty(engine: Engine) -> None:
+    """Nobody is there any more: neither for the counters nor in the cells."""
+    stats = engine.stats()
+    assert (stats.sequences, stats.kv_used, stats.running, stats.waiting) == (0, 0, 0, 0)
+    memory, ledger = engine._decoder._memory, engine._decoder.scheduler.ledger
+    assert stats.kv_kept == ledger.used
+    for slot in range(ledger.n_seq_max):
+        assert memory.pos_max(slot) + 1 == ledger.held(slot)
+
+
+def test_it_gives_what_a_request_gives(architecture: Architecture) -> None:
+    prompt = [1, *range(10, 40)]
+    with Model(gguf_path(architecture.name)) as model, engine_on(model, n_batch=16) as engine:
+        expected = engine.submit(prompt, GREEDY).result(60).tokens
+        with engine.sequence(GREEDY) as sequence:
+            sequence.prompt(prompt[:20])
+            sequence.prompt(prompt[20:])
+            assert sequence.position == 31
+            assert drive(sequence, 12) == expected
+            assert sequence.tokens == prompt + expected
+            sequence.trim(31 + 4)
+            assert drive(sequence, 8) == expected[4:]
+            sequence.trim(10)
+            sequence.prompt(prompt[10:])
+            assert drive(sequence, 12) == expected
+        check_empty(engine)
+
+
+def test_text_pieces_and_log_probabilities(model: Model) -> None:
+    params = SamplingParams(temperature=0, logprobs=0, ignore_eog=True, max_tokens=8)
+    with Model.default() as default, engine_on(default) as engine:
+        expected = engine.submit("Copy: héllo ✓.", params).result(60)
+        with engine.sequence(params) as sequence:
+            sequence.prompt("Copy: héllo ✓.")
+            sampled = [sequence.sample() for _ in range(8)]
+    assert [one.token for one in sampled] == expected.tokens
+    assert "".join(one.text for one in sampled) == expected.text
+    assert b"".join(one.piece for one in sampled).decode("utf-8", "replace") == expected.text
+    assert expected.logprobs is not None
+    assert [one.logprob for one in sampled] == pytest.approx(expected.logprobs, abs=1e-4)
+
+
+def test_an_end_token_is_said_once_and_the_sequence_goes_on(engine: Engine) -> None:
+    with engine.sequence(SamplingParams(temperature=0, logit_bias={EOS: 1000.0})) as sequence:
+        sequence.prompt(PROMPT)
+        sampled = sequence.sample()
+        assert (sampled.token, sampled.end, sampled.logprob) == (EOS, True, None)
+        assert sequence.tokens == [*PROMPT, EOS]
+        assert sequence.sample().end  # it may be asked for more
+        sequence.prompt([60, 61])
+        assert sequence.sample().end
+        assert sequence.position == 10
+        sequence.trim(5)
+        assert sequence.sample().end
+    check_empty(engine)
+
+
+def test_a_stop_token_is_an_end(engine: Engine) -> None:
+    token = engine.submit(PROMPT, GREEDY).result(60).tokens[2]
+    params = SamplingParams(temperature=0, ignore_eog=True, stop_token_ids=(token,))
+    with engine.sequence(params) as sequence:
+        sequence.prompt(PROMPT)
+        ends = [sequence.sample().end for _ in range(3)]
+    assert ends[-1]
+    assert sequence.tokens.index(token, 5) == 5 + ends.index(True)
+
+
+def test_a_fork_knows_the_same_and_goes_its_own_way(engine: Engine) -> None:
+    with engine.sequence(GREEDY) as sequence:
+        sequence.prompt(PROMPT)
+        first = drive(sequence, 4)
+        with sequence.fork() as fork:
+            assert fork.tokens == sequence.tokens
+            assert drive(fork, 4) == drive(sequence, 4)
+            fork.prompt([7, 8])
+            assert fork.position == sequence.position + 2
+        assert drive(sequence, 4) == engine.submit(PROMPT, GREEDY).result(60).tokens[8:]
+        assert sequence.tokens[5:9] == first
+    check_empty(engine)
+
+
+def test_a_snapshot_goes_on_in_another_engine(model: Model) -> None:
+    params = SamplingParams(temperature=1.0, seed=7, repeat_penalty=1.2, ignore_eog=True)
+    with engine_on(model) as one, engine_on(model) as two:
+        with one.sequence(params) as sequence:
+            with pytest.raises(ArgumentError):
+                sequence.snapshot()
+            sequence.prompt([1, *range(20, 60)])
+            drive(sequence, 3)
+            data = sequence.snapshot()
+            tokens, rest = sequence.tokens, drive(sequence, 8)
+        with two.sequence() as copy:
+            copy.prompt(PROMPT)
+            copy.restore(data)
+            assert copy.tokens == tokens
+            assert copy.params.seed == 7
+            before = two.stats()
+            assert drive(copy, 8) == rest
+            after = two.stats()
+            assert after.rows - before.rows == 8  # nothing was computed again
+            with pytest.raises(StateError):
+                copy.restore(data[:100])
+            assert copy.tokens == tokens + rest
+        check_empty(one)
+        check_empty(two)
+    with engine_on(model, type_k="f16", type_v="f16") as other, other.sequence() as copy:
+        copy.restore(data)  # of another cache: computed again
+        assert copy.tokens == tokens
+        assert len(drive(copy, 4)) == 4
+
+
+def test_a_snapshot_of_any_architecture(architecture: Architecture) -> None:
+    with Model(gguf_path(architecture.name)) as model, engine_on(model) as engine:
+        with engine.sequence(GREEDY) as sequence, engine.sequence() as copy:
+            sequence.prompt([1, *range(10, 40)])
+            drive(sequence, 2)
+            data = sequence.snapshot()
+            expected = drive(sequence, 6)
+            copy.restore(data)
+            assert drive(copy, 6) == expected
+        check_empty(engine)
+
+
+def test_a_snapshot_goes_through_a_file(model: Model, tmp_path: Path) -> None:
+    path = tmp_path / "seq.state"
+    with engine_on(model) as engine, engine.sequence(GREEDY) as sequence:
+        sequence.prompt(PROMPT)
+        first = drive(sequence, 3)
+        sequence.save(path)
+        with pytest.raises(StateError, match="can't write"):
+            sequence.save(tmp_path / "nowhere" / "seq.state")
+        rest = drive(sequence, 4)
+    assert [file.name for file in tmp_path.iterdir()] == ["seq.state"]
+    with engine_on(model, n_seq_max=2) as engine, engine.sequence() as other:
+        other.load(path)
+        assert other.tokens == PROMPT + first
+        assert drive(other, 4) == rest
+        path.write_bytes(path.read_bytes()[:-1])
+        for wrong in (path, tmp_path / "none"):
+            with pytest.raises(StateError):
+                other.load(wrong)
+        assert other.tokens == PROMPT + first + rest
+    with (
+        Model(gguf_path("qwen2")) as qwen,
+        engine_on(qwen) as engine,
+        engine.sequence() as other,
+        pytest.raises(StateError),
+    ):
+        other.load(path)
+
+
+def test_threads_share_their_decodes(model: Model) -> None:
+    n, n_tokens = 4, 48
+    barrier = threading.Barrier(n)
+
+    def run(engine: Engine, i: int) -> list[int]:
+        with engine.sequence(GREEDY) as sequence:
+            sequence.prompt([1, 20 + i, 30])
+            barrier.wait()
+            tokens = drive(sequence, n_tokens)
+            barrier.wait()  # nobody leaves before the others are done
+            return tokens
+
+    with engine_on(model, gather=Window(5.0)) as engine:  # so that none misses it
+        alone = [
+            engine.submit([1, 20 + i, 30], SamplingParams(temperature=0, max_tokens=n_tokens))
+            .result(60)
+            .tokens
+            for i in range(n)
+        ]
+        before = engine.stats()
+        with ThreadPoolExecutor(n) as threads:
+            got = list(threads.map(lambda i: run(engine, i), range(n)))
+        after = engine.stats()
+        for one, expected in zip(got, alone, strict=True):
+            assert one[: len(expected)] == expected
+        steps = {n_rows: after.fill[n_rows] - before.fill.get(n_rows, 0) for n_rows in after.fill}
+        assert steps.get(n, 0) >= 1  # as many as the machine lets come in time
+        check_empty(engine)
+
+
+def test_requests_and_sequences_run_side_by_side(engine: Engine) -> None:
+    expected = engine.submit(PROMPT, GREEDY).result(60).tokens
+    streams = [engine.submit(PROMPT, GREEDY) for _ in range(6)]
+    with engine.sequence(GREEDY) as sequence:
+        sequence.prompt(PROMPT)
+        assert drive(sequence, 12) == expected
+    assert [stream.result(60).tokens for stream in streams] == [expected] * 6
+    check_empty(engine)
+
+
+def test_more_sequences_than_slots_take_turns(model: Model) -> None:
+    with engine_on(model, n_seq_max=2, patience=0.01) as engine:
+        expected = engine.submit(PROMPT, GREEDY).result(60).tokens
+        sequences = [engine.sequence(GREEDY) for _ in range(4)]
+        got: list[list[int]] = [[] for _ in sequences]
+        for sequence in sequences:
+            sequence.prompt(PROMPT)
+        for _ in range(3):
+            for i, sequence in enumerate(sequences):
+                got[i] += drive(sequence, 2)
+        assert got == [expected[:6]] * 4
+        assert engine.submit(PROMPT, GREEDY).result(60).tokens == expected
+        assert engine.stats().preemptions > 0
+        for sequence in sequences:
+            sequence.close()
+        check_empty(engine)
+
+
+# -- cancel, errors, the end
+
+
+def slow(engine: Engine, seconds: float) -> None:
+    """Every decode takes so long."""
+    compute = engine._stepper.compute
+
+    def computed(*args: Any) -> Any:
+        time.sleep(seconds)
+        return compute(*args)
+
+    setattr(engine._stepper, "compute", computed)  # noqa: B010 (mypy would not take it otherwise)
+
+
+@contextmanager
+def failing(engine: Engine, code: int) -> Iterator[None]:
+    """Every decode computes its first row and fails."""
+    compute = engine._stepper.compute
+
+    def fail(*args: Any) -> Any:
+        engine._stepper.fault(1, code, 1)
+        return compute(*args)
+
+    setattr(engine._stepper, "compute", fail)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(engine._stepper, "compute", compute)  # noqa: B010
+
+
+def test_a_cancelled_call_has_not_happened(model: Model) -> None:
+    with engine_on(model, n_batch=8, n_ubatch=8) as engine:
+        slow(engine, 0.01)
+        with engine.sequence(GREEDY) as sequence, ThreadPoolExecutor(1) as thread:
+            sequence.prompt(PROMPT)
+            first = drive(sequence, 2)
+            prompt = thread.submit(sequence.prompt, list(range(100, 400)))
+            while sequence.position < 100:  # it has begun
+                time.sleep(0.001)
+            sequence.cancel()
+            with pytest.raises(Cancelled):
+                prompt.result(30)
+            assert sequence.tokens == PROMPT + first
+            sequence.cancel()  # nothing to cancel
+            rest = drive(sequence, 4)
+        assert first + rest == engine.submit(PROMPT, GREEDY).result(60).tokens[:6]
+        check_empty(engine)
+
+
+def test_a_failed_decode_is_an_error_and_no_end(model: Model) -> None:
+    with engine_on(model) as engine:
+        expected = engine.submit(PROMPT, GREEDY).result(60).tokens
+        with engine.sequence(GREEDY) as sequence:
+            sequence.prompt(PROMPT)
+            first = drive(sequence, 3)
+            for code in (2, -3):
+                with failing(engine, code), pytest.raises(DecodeError):
+                    sequence.sample()
+                assert sequence.tokens == PROMPT + first
+            with failing(engine, -3), pytest.raises(DecodeError):
+                sequence.prompt([60, 61, 62])
+            assert sequence.tokens == PROMPT + first
+            engine._stepper.fault(1, -3)  # once is tried again
+            assert first + drive(sequence, 9) == expected
+        check_empty(engine)
+
+
+def test_owners_take_turns_after_a_decode_that_found_no_cells(model: Model) -> None:
+    """The one that gave way comes back as soon as the other one rests for too long, and after that
+    nobody waits for anybody."""
+    with engine_on(model, patience=0.05) as engine:
+        expected = engine.submit(PROMPT, GREEDY).result(60).tokens
+        with engine.sequence(GREEDY) as first, engine.sequence(GREEDY) as second:
+            first.prompt(PROMPT)
+            second.prompt([1, 60, 61])
+            engine._decoder.scheduler.drop_kept()
+            with engine._decoder.state:
+                engine._stepper.fault(1, 1, 0)
+            assert second.sample().token >= 0
+            before = engine.stats().preemptions
+            tokens = []
+            for _ in range(6):
+                tokens.append(first.sample().token)
+                second.sample()
+            assert tokens == expected[:6]
+            assert engine.stats().preemptions <= before + 1
+
+
+def test_a_token_that_can_not_be_chosen_is_an_error(engine: Engine) -> None:
+    nothing = SamplingParams(logit_bias={token: -float("inf") for token in range(N_VOCAB)})
+    with engine.sequence(nothing) as sequence:
+        sequence.prompt(PROMPT)
+        for _ in range(2):
+            with pytest.raises(SamplingError):
+                sequence.sample()
+            assert sequence.position == 5
+    check_empty(engine)
+
+
+def test_bad_arguments_leave_it_as_it_was(engine: Engine) -> None:
+    with pytest.raises(ArgumentError):
+        engine.sequence(SamplingParams(stop=("x",)))
+    with pytest.raises(GrammarError):
+        engine.sequence(SamplingParams(grammar="root ::= (")).prompt(PROMPT)
+    with engine.sequence(GREEDY) as sequence:
+        with pytest.raises(ArgumentError):
+            sequence.sample()
+        for bad in ([], [N_VOCAB], [-1]):
+            with pytest.raises(ArgumentError):
+                sequence.prompt(bad)
+        with pytest.raises(RequestTooLong):
+            sequence.prompt([5] * 1100)
+        sequence.prompt(PROMPT)
+        with pytest.raises(RequestTooLong):
+            sequence.prompt([5] * 1020)
+        for n in (-1, 6, True, 1.5):
+            with pytest.raises(ArgumentError):
+                sequence.trim(n)  # type: ignore[arg-type]
+        assert sequence.tokens == PROMPT
+        sequence.trim(0)
+        assert sequence.position == 0
+        sequence.prompt(PROMPT)
+        assert drive(sequence, 2) == engine.submit(PROMPT, GREEDY).result(60).tokens[:2]
+    with pytest.raises(ClosedError):
+        sequence.sample()
+    sequence.close()
+    check_empty(engine)
+
+
+def test_a_full_sequence_says_so(model: Model) -> None:
+    with engine_on(model, n_ctx=256, n_seq_max=1) as engine:
+        with engine.sequence(GREEDY) as sequence:
+            sequence.prompt([5] * (engine.n_ctx - 1))
+            drive(sequence, 2)
+            with pytest.raises(RequestTooLong):
+                sequence.sample()
+            sequence.trim(10)
+            drive(sequence, 2)
+        check_empty(engine)
+
+
+def test_a_closed_engine_wakes_its_owners(model: Model) -> None:
+    engine = engine_on(model, n_batch=8, n_ubatch=8)
+    slow(engine, 0.01)
+    sequence = engine.sequence(GREEDY)
+    with ThreadPoolExecutor(1) as thread:
+        prompt = thread.submit(sequence.prompt, [7] * 500)
+        while sequence.position < 500:
+            time.sleep(0.001)
+        engine.close()
+        with pytest.raises(EngineClosed):
+            prompt.result(30)
+    with pytest.raises(EngineClosed):
+        sequence.prompt(PROMPT)
+    sequence.close()
+    with pytest.raises(EngineClosed):
+        engine.sequence()
+
+
+def test_a_forgotten_sequence_gives_its_cells_back(engine: Engine) -> None:
+    sequence = engine.sequence(GREEDY)
+    sequence.prompt(PROMPT)
+    assert engine.stats().kv_used == 4
+    del sequence
+    gc.collect()
+    engine.submit(PROMPT, GREEDY).result(60)
+    check_empty(engine)
+
+
+def test_a_grammar_begins_anew_with_each_prompt() -> None:
+    with Model.default() as default, engine_on(default) as engine:
+        params = SamplingParams(grammar='root ::= "yes" | "no"')
+        with engine.sequence(params) as sequence:
+            for _ in range(3):
+                sequence.prompt("Hm? ")
+                text = ""
+                while not (sampled := sequence.sample()).end:
+                    text += sampled.text
+                assert text in ("yes", "no")
+
+
+OPS = st.lists(
+    st.tuples(
+        st.integers(0, 2),
+        st.sampled_from(["prompt", "sample", "trim", "cancel", "request"]),
+        st.integers(1, 30),
+    ),
+    max_size=25,
+)
+
+
+@given(OPS)
+@settings(max_examples=30, deadline=None)
+def test_whatever_the_owners_do_everybody_gets_his_own(ops: list[tuple[int, str, int]]) -> None:
+    """Three sequences on two slots and a request now and then: greedy tokens of each are those of
+    a request with the same beginning, and in the end nothing is left over."""
+    model = Model(gguf_path("llama"))
+    with model, engine_on(model, n_seq_max=2, n_ctx=256, patience=0.0) as engine:
+        sequences = [engine.sequence(GREEDY) for _ in range(3)]
+        known: list[list[int]] = [[], [], []]
+        streams = []
+        for which, what, n in ops:
+            sequence, tokens = sequences[which], known[which]
+            if what == "prompt" and len(tokens) + n < 60:
+                part = [(7 * i + n) % N_VOCAB for i in range(n)]
+                sequence.prompt(part)
+                tokens += part
+            elif what == "sample" and tokens:
+                sampled = sequence.sample()
+                expected = engine.submit(
+                    tokens, SamplingParams(temperature=0, max_tokens=1, ignore_eog=True)
+                )
+                assert [sampled.token] == expected.result(60).tokens
+                tokens.append(sampled.token)
+            elif what == "trim":
+                sequence.trim(min(n, len(tokens)))
+                del tokens[n:]
+            elif what == "cancel":
+                sequence.cancel()
+            elif what == "request":
+                streams.append(engine.submit([n, n + 1], GREEDY))
+            assert sequence.tokens == tokens
+        for stream in streams:
+            assert len(stream.result(60).tokens) == 12
+        for sequence in sequences:
+            sequence.close()
+        check_empty(engine)

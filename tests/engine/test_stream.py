@@ -1,0 +1,255 @@
+"""Stream: reading from threads while another one pushes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyllamabatch.engine.detokenizer import Pieces, TextFeed
+from pyllamabatch.engine.stream import Stream
+from pyllamabatch.errors import KvCacheFull
+from pyllamabatch.step.ring_reader import Page
+
+N_STEPS = 64
+PIECES: dict[int, bytes] = {}  # by token, of the test that runs
+
+
+def stream(**options: object) -> Stream:
+    """A stream at the beginning of a page, in column 1."""
+    PIECES.clear()
+    cancelled: list[Stream] = []
+    watched: set[Stream] = set()
+    made = Stream(
+        1,
+        3,
+        pieces=Pieces(lambda tokens: [PIECES[token] for token in tokens]),
+        cancel=cancelled.append,
+        watch=watched.add,
+        **options,  # type: ignore[arg-type]
+    )
+    made.cancelled, made.watched = cancelled, watched  # type: ignore[attr-defined]
+    made._begin(Page(2, N_STEPS, 3), 1)
+    return made
+
+
+def push(made: Stream, *pieces: bytes) -> bool:
+    """One token more for each piece, delivered as the delivery thread does."""
+    page = made._page
+    assert page is not None
+    for piece in pieces:
+        at, step = int(page.n_tokens[1]), page.struct.n_steps
+        token = 100 + at
+        PIECES[token] = piece
+        page.token[1, at], page.step[1, at] = token, step
+        if page.top_token is not None and page.top_logprob is not None:
+            page.logprob[1, at], page.n_top[1, at] = -0.5, 1  # type: ignore[index]
+            page.top_token[1, at], page.top_logprob[1, at] = token, -0.5
+        page.steps.table[step]["t_start_ns"] = time.perf_counter_ns()
+        page.n_tokens[1], page.struct.n_steps = at + 1, step + 1
+    page.show()
+    stopped = made._scan() if made._harmless is not None else False
+    if made in made.watched:  # type: ignore[attr-defined]
+        made.watched.discard(made)  # type: ignore[attr-defined]
+        made._tell()
+    return stopped
+
+
+def test_tokens_come_in_order_to_every_reader() -> None:
+    made = stream()
+    with ThreadPoolExecutor(4) as pool:
+        readers = [
+            pool.submit(lambda: [(t.index, t.token, t.text) for t in made]) for _ in range(3)
+        ]
+        result = pool.submit(made.result, 10)
+        for i in range(50):
+            push(made, b"%d," % i)
+        made._finish("length")
+        expected = [(i, 100 + i, f"{i},") for i in range(50)]
+        assert [reader.result(10) for reader in readers] == [expected] * 3
+    assert result.result().text == "".join(f"{i}," for i in range(50))
+    assert [t.token for t in made] == list(range(100, 150))  # again, from the start
+    assert result.result().n_generated == 50
+    assert (result.result().ttft_s or 9) <= result.result().e2el_s
+
+
+def test_held_back_text_arrives_with_its_tokens_at_the_end() -> None:
+    made = stream(stops=("END",))
+    assert not push(made, b"a", b"E", b"N")
+    assert made.text == "a"
+    made._finish("length")
+    assert [(t.token, t.text) for t in made] == [(100, "a"), (101, "E"), (102, "N")]
+    assert made.result().text == "aEN"
+
+
+def test_a_stop_string_ends_the_text_and_keeps_the_tokens() -> None:
+    made = stream(stops=("END",))
+    assert push(made, b"a", b"E", b"N", b"D!")
+    push(made, b"x", b"y")
+    counted: list[tuple[str, int]] = []
+    made._finish("length", count=lambda *given: counted.append(given))
+    assert counted == [("stop", 2)]
+    result = made.result()
+    assert (result.text, result.stop, result.tokens) == ("a", "END", [100, 101, 102, 103])
+    assert list(made.text_stream()) == ["a"]
+
+
+def test_log_probabilities_only_when_asked_for() -> None:
+    made = stream()
+    push(made, b"a")
+    made._finish("length")
+    assert made.result().logprobs is None
+    assert made.result().top_logprobs is None
+    assert next(iter(made)).logprob is None
+    made = stream(logprobs=0)
+    push(made, b"a")
+    made._finish("length")
+    assert (made.result().logprobs, made.result().top_logprobs) == ([-0.5], None)
+    made = stream(logprobs=2)
+    push(made, b"a")
+    made._finish("length")
+    assert made.result().top_logprobs == [{100: -0.5}]
+    assert next(iter(made)).top_logprobs == {100: -0.5}
+
+
+def test_an_error_is_raised_after_the_tokens_that_came_before_it() -> None:
+    made = stream()
+    push(made, b"a")
+    made._finish("error", error=KvCacheFull(1))
+    seen: list[str] = []
+    with pytest.raises(KvCacheFull):
+        seen.extend(token.text for token in made)
+    tokens = iter(made)
+    assert next(tokens).text == "a"
+    with pytest.raises(KvCacheFull):
+        next(tokens)
+    with pytest.raises(KvCacheFull):
+        made.result()
+    result = made.wait()
+    assert (result.finish_reason, result.text) == ("error", "a")
+    assert isinstance(result.error, KvCacheFull)
+
+
+def test_waiting_ends_by_itself() -> None:
+    made = stream()
+    with pytest.raises(TimeoutError, match="request 1 is not done"):
+        made.result(timeout=0.01)
+    assert not made.done
+    threading.Timer(0.02, made._finish, ["cancelled"]).start()
+    assert made.result(timeout=10).finish_reason == "cancelled"
+    assert made.result().ttft_s is None
+
+
+def test_the_first_end_counts() -> None:
+    made = stream()
+    made._finish("stop", 7)
+    made._finish("cancelled")
+    assert made.result().finish_reason == "stop"
+    assert made.result().stop == 7
+    assert not made.cancel()
+    assert made.cancelled == []  # type: ignore[attr-defined]
+
+
+def test_callbacks_are_called_once_and_may_fail(caplog: pytest.LogCaptureFixture) -> None:
+    made = stream()
+    called: list[str] = []
+    made.add_done_callback(lambda s: called.append(f"first {s.done}"))
+    made.add_done_callback(lambda s: 1 // 0)
+    made.add_done_callback(lambda s: called.append("third"))
+    made._finish("stop")
+    made.add_done_callback(lambda s: called.append("late"))
+    assert called == ["first True", "third", "late"]
+    assert "a done callback of request 1 failed" in caplog.text
+
+
+def test_text_can_be_read_at_any_time() -> None:
+    made = stream()
+    assert made.text == ""
+    push(made, b"ab")
+    assert (made.text, made.tokens) == ("ab", [100])
+    assert repr(made) == "<Stream 1: open, 1 tokens>"
+
+
+def test_a_token_that_ends_the_text_behind_a_stop_string_does_not_count_either() -> None:
+    made = stream(stops=("b",))
+    push(made, b"a", b"b", b"c")
+    counted: list[tuple[str, int]] = []
+    made._finish("stop", 7, count=lambda *given: counted.append(given))
+    assert (made.result().stop, made.tokens, counted) == ("b", [100, 101], [("stop", 2)])
+
+
+def test_a_reader_finds_the_stop_string_before_the_delivery_thread() -> None:
+    made = stream(stops=("b",))
+    page = made._page
+    assert page is not None
+    PIECES.update({100: b"a", 101: b"b", 102: b"c"})
+    page.token[1, :3], page.step[1, :3], page.n_tokens[1] = (100, 101, 102), 0, 3
+    page.show()
+    assert made.text == "a"
+    assert made.tokens == [100, 101]
+    assert made._scan()
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.binary(max_size=3) | st.text("abE€", max_size=3).map(str.encode), max_size=30),
+    st.lists(st.text("abE€\ufffd", min_size=1, max_size=3), min_size=1, max_size=3),
+    st.sets(st.integers(0, 30)),
+)
+def test_stop_strings_are_found_as_if_every_piece_had_been_searched(
+    pieces: list[bytes], stops: list[str], looks: set[int]
+) -> None:
+    feed = TextFeed(stops)
+    n = next((i for i, piece in enumerate(pieces, 1) if feed.feed(piece)), len(pieces))
+    feed.finish()
+    made = stream(stops=tuple(stops))
+    for i, piece in enumerate(pieces):
+        push(made, piece)
+        if i in looks:
+            assert feed.text.startswith(made.text)
+    made._finish("length")
+    result = made.result()
+    assert (result.text, result.stop, result.n_generated) == (feed.text, feed.stop, n)
+    assert [token.text for token in made] == feed.parts
+    assert result.finish_reason == ("length" if feed.stop is None else "stop")
+
+
+def test_pages_turn_and_slots_change() -> None:
+    """A preempted request goes on in another column of another page."""
+    made = stream()
+    push(made, b"a", b"b")
+    made._turn_to(None)
+    assert made.text == "ab"
+    page = Page(2, N_STEPS)
+    page.token[0, :2], page.step[0, :2], page.n_tokens[0] = (7, 8), 0, 1
+    page.show()
+    made._begin(page, 0)
+    assert made.tokens == [100, 101]  # what is there already is somebody else's
+    PIECES[8] = b"c"
+    page.n_tokens[0] = 2
+    page.show()
+    made._turn_to(Page(2, N_STEPS))
+    assert (made.tokens, made.text) == ([100, 101, 8], "abc")
+    made._finish("length")
+    assert made.result().n_generated == 3
+
+
+def test_text_that_nobody_looked_at_is_the_same() -> None:
+    euro = "€".encode()
+    pieces = [b"a" + euro[:1], euro[1:], b"", b"\xff", b"b" + euro[:2]]
+    texts = []
+    for looks in (0, 1, 5):
+        made = stream()
+        for i, piece in enumerate(pieces):
+            push(made, piece)
+            if i < looks:
+                assert made.text == made.text
+        made._finish("length")
+        assert "".join(token.text for token in made) == made.result().text
+        assert [token.text for token in made] == ["a", "€", "", "\ufffd", "b\ufffd"]
+        texts.append(made.result().text)
+    assert texts == ["a€\ufffdb\ufffd"] * 3

@@ -1,0 +1,313 @@
+"""PrefixCache on a memory of plain lists that refuses what the real ones would refuse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyllamabatch.kv import Hit, KvLedger, Move, PrefixCache, Sharing
+from pyllamabatch.kv.prefix_cache import MIN_HIT, NO_HIT
+from pyllamabatch.kv.radix_tree import Tokens
+
+UNIFIED = Sharing(copy_part=True, copy_whole=True, trim=True, n_kept=4)
+STATES = Sharing(copy_whole=True, n_kept=4)  # recurrent, hybrid
+STREAMS = Sharing(copy_whole=True, trim=True)
+WINDOW = Sharing(trim=True, window=24)
+NOTHING = Sharing()
+LIMITS = [(UNIFIED, True), (STATES, True), (STREAMS, False), (WINDOW, True), (NOTHING, True)]
+N_RUN, N_CELLS = 3, 300
+
+
+def text(seed: int, n: int) -> Tokens:
+    return np.random.default_rng(seed).integers(0, 1000, n).astype(np.int32)
+
+
+@dataclass
+class Rig:
+    """A cache, its ledger, and the cells that the moves make of it: (token, identity)."""
+
+    sharing: Sharing
+    unified: bool = True
+    keep: bool = True
+    cells: dict[int, list[tuple[int, object]]] = field(default_factory=dict)
+    live: dict[int, Tokens] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.n_slots = N_RUN + self.sharing.n_kept
+        self.ledger = KvLedger(N_CELLS, self.n_slots, unified=self.unified)
+        self.cache = PrefixCache(self.ledger, self.sharing, keep=self.keep)
+
+    def start(self, tokens: Tokens, space: object = "") -> tuple[int, Hit]:
+        hit = self.cache.find(tokens, space)
+        if hit.cells > self.ledger.free:
+            hit = NO_HIT
+        slot = self.cache.start(1, hit)
+        self.cache.lives(slot, tokens, space, hit.n)
+        assert slot not in self.live
+        self.live[slot] = tokens
+        self.check()
+        assert self.ledger.held(slot) == hit.n
+        return slot, hit
+
+    def advance(self, slot: int, n: int) -> None:
+        tokens, at = self.live[slot], self.ledger.held(slot)
+        n = self.cache.cut(slot, at, min(n, len(tokens) - at, self.ledger.free))
+        if not self.unified:
+            n = min(n, self.ledger.n_cells_seq - at)
+        self.cache.make_cells(n)
+        self.carry_out()
+        self.ledger.take(slot, n)
+        self.cells.setdefault(slot, []).extend((int(t), object()) for t in tokens[at : at + n])
+        self.cache.make_checkpoints()
+        self.check()
+
+    def end(self, slot: int, known: bool = True) -> None:
+        tokens = self.live.pop(slot)
+        self.cache.leaves(slot, tokens if known else None)
+        self.check()
+
+    def carry_out(self) -> None:
+        sharing, cells = self.sharing, self.cells
+        for move in self.cache.moves:
+            held = cells.get(move.slot, [])
+            if move.kind == "remove":
+                cells.pop(move.slot, None)
+            elif move.kind == "trim":
+                assert sharing.trim
+                assert 0 < move.n < len(held)
+                assert not sharing.window or len(held) <= sharing.window
+                del held[move.n :]
+            else:
+                assert move.kind == "copy"
+                source = cells[move.source]
+                assert not held
+                assert sharing.copy_whole if move.whole else sharing.copy_part
+                assert move.n == len(source) or (not move.whole and move.n < len(source))
+                copied = source[: move.n]
+                fresh = [(token, object()) for token, _ in copied]
+                cells[move.slot] = copied if self.unified else fresh
+        self.cache.moves.clear()
+
+    def check(self) -> None:
+        self.carry_out()
+        for slot in range(self.n_slots):
+            held = self.cells.get(slot, [])
+            assert len(held) == self.ledger.held(slot)
+            if slot in self.live:
+                assert [token for token, _ in held] == self.live[slot][: len(held)].tolist()
+        assert self.ledger.used == len({cell for held in self.cells.values() for _, cell in held})
+        kept = [slot for slot in range(self.n_slots) if self.ledger.is_kept(slot)]
+        assert len(kept) == self.cache.n_kept
+        assert sorted([*kept, *self.live, *self.cache._free]) == list(range(self.n_slots))
+
+
+def test_what_ended_is_found_again() -> None:
+    rig, tokens = Rig(UNIFIED), text(0, 60)
+    slot, hit = rig.start(tokens)
+    assert hit == NO_HIT
+    rig.advance(slot, 60)
+    rig.end(slot)
+    other = np.concatenate((tokens[:40], text(1, 10)))
+    again, hit = rig.start(other)
+    assert (hit.slot, hit.n, hit.cells, again != slot) == (slot, 40, 40, True)
+    assert rig.ledger.used == 60
+    assert rig.start(other, space="another")[1] == NO_HIT
+    assert rig.start(text(2, 50))[1] == NO_HIT
+
+
+def test_the_last_token_is_always_computed() -> None:
+    rig, tokens = Rig(UNIFIED), text(0, 30)
+    slot, _ = rig.start(tokens)
+    rig.advance(slot, 30)
+    assert rig.start(tokens)[1].n == 29
+    assert rig.start(tokens[: MIN_HIT + 1])[1].n == MIN_HIT
+    rig.end(slot)
+    assert rig.cache.find(tokens[:MIN_HIT], "") == NO_HIT
+
+
+def test_somebody_who_is_still_computing_is_worth_waiting_for() -> None:
+    rig, tokens = Rig(UNIFIED), text(0, 100)
+    slot, _ = rig.start(tokens)
+    rig.advance(slot, 10)
+    other = np.concatenate((tokens[:80], text(1, 10)))
+    assert rig.cache.pending(other, "", 0) == Hit(slot, 80)
+    assert rig.cache.pending(other, "b", 0) == NO_HIT
+    rig.advance(slot, 70)
+    hit = rig.cache.find(other, "")
+    assert (hit, rig.cache.pending(other, "", hit.n)) == (Hit(slot, 80, 0), NO_HIT)
+
+
+def test_a_state_is_kept_where_somebody_waits_for_it() -> None:
+    rig, tokens = Rig(STATES), text(0, 100)
+    slot, _ = rig.start(tokens)
+    other = np.concatenate((tokens[:50], text(1, 10)))
+    assert rig.cache.pending(other, "", 0) == Hit(slot, 50)
+    rig.advance(slot, 80)
+    assert rig.ledger.held(slot) == 50
+    hit = rig.cache.find(other, "")
+    assert hit.n == 50
+    rig.advance(slot, 80)
+    assert rig.cache.find(other, "").n == 50
+    assert rig.start(other)[1].n == 50
+    assert rig.start(tokens)[1].n == 50
+
+
+def test_a_state_is_kept_where_two_texts_have_parted() -> None:
+    rig, tokens = Rig(STATES), text(0, 60)
+    slot, _ = rig.start(tokens)
+    rig.advance(slot, 60)
+    rig.end(slot)
+    second = np.concatenate((tokens[:40], text(1, 20)))
+    slot, hit = rig.start(second)
+    assert hit == NO_HIT  # the state is of 60 tokens
+    for _ in range(3):
+        rig.advance(slot, 60)
+    third = np.concatenate((tokens[:40], text(2, 20)))
+    assert rig.start(third)[1].n == 40
+    longer = np.concatenate((tokens, text(3, 5)))
+    assert rig.start(longer)[1].n == 60
+
+
+def test_a_stream_goes_on_where_it_is() -> None:
+    rig, tokens = Rig(STREAMS, unified=False), text(0, 60)
+    slot, _ = rig.start(tokens)
+    rig.advance(slot, 60)
+    rig.end(slot)
+    other = np.concatenate((tokens[:40], text(1, 20)))
+    assert rig.start(other)[0] == slot
+    third, hit = rig.start(other)  # a copy, for that one is live now
+    assert (third != slot, hit.n) == (True, 40)
+
+
+def test_a_long_sequence_with_a_window_is_only_good_as_a_whole() -> None:
+    rig, tokens = Rig(WINDOW), text(0, 60)
+    slot, _ = rig.start(tokens)
+    rig.advance(slot, 60)
+    rig.end(slot)
+    assert rig.cache.find(np.concatenate((tokens[:40], text(1, 20))), "") == NO_HIT
+    longer, hit = rig.start(np.concatenate((tokens, text(1, 20))))
+    assert (longer, hit.n) == (slot, 60)
+
+
+def test_what_is_kept_makes_way_the_oldest_first() -> None:
+    rig = Rig(UNIFIED)
+    texts = [text(i, 60) for i in range(5)]
+    for tokens in texts[:4]:
+        slot, _ = rig.start(tokens)
+        rig.advance(slot, 60)
+        rig.end(slot)
+    rig.cache.find(texts[0], "")
+    slot, hit = rig.start(np.concatenate((texts[0], texts[4])))
+    assert hit.n == 60
+    rig.end(slot)  # holds no more than what is kept
+    assert rig.cache.n_kept == 4
+    slot, _ = rig.start(texts[4])
+    rig.advance(slot, 60)
+    rig.cache.make_cells(1)
+    rig.check()
+    found = [rig.cache.find(tokens, "").n for tokens in texts]
+    assert found == [59, 44, 59, 59, 59]
+    rig.cache.make_cells(170)
+    rig.check()
+    assert [rig.cache.find(tokens, "").n for tokens in texts] == [59, 0, 0, 0, 59]
+    rig.cache.drop_all()
+    rig.check()
+    assert rig.ledger.used == 60
+    assert rig.cache.n_kept == 0
+
+
+def test_what_nobody_has_started_from_is_kept_up_to_a_share() -> None:
+    ledger = KvLedger(32_000, 12)
+    cache = PrefixCache(ledger, Sharing(copy_part=True, copy_whole=True, trim=True, n_kept=9))
+
+    def run(tokens: Tokens, *, comes_back: bool = False) -> int:
+        hit = cache.find(tokens, "")
+        slot = cache.start(1, hit)
+        cache.lives(slot, tokens, "", hit.n)
+        ledger.take(slot, len(tokens) - hit.n)
+        cache.leaves(slot, tokens, comes_back=comes_back)
+        return hit.n
+
+    used = text(0, 1000)
+    run(used)
+    assert run(np.concatenate((used, text(1, 30)))) == 1000
+    back = text(2, 1000)
+    run(back, comes_back=True)
+    for i in range(10, 20):
+        run(text(i, 1000))
+        assert ledger.kept <= 4000 + 2 * 1030
+    assert cache.find(used, "").n == cache.find(back, "").n == 999
+    assert [cache.find(text(i, 1000), "").n for i in (10, 15, 16, 19)] == [0, 0, 999, 999]
+
+
+def test_nothing_is_kept_when_it_is_not_wanted() -> None:
+    rig, tokens = Rig(UNIFIED, keep=False), text(0, 60)
+    slot, _ = rig.start(tokens)
+    rig.advance(slot, 60)
+    assert rig.start(tokens)[1].n == 59
+    rig.end(slot)
+    assert rig.cache.n_kept == 0
+
+
+def test_a_slot_that_is_worth_nothing_is_emptied() -> None:
+    rig, tokens = Rig(UNIFIED), text(0, 60)
+    slot, _ = rig.start(tokens)
+    rig.advance(slot, 60)
+    rig.end(slot, known=False)
+    assert (rig.ledger.used, rig.cache.find(tokens, "")) == (0, NO_HIT)
+
+
+def test_no_slot_is_left_when_all_are_live() -> None:
+    rig = Rig(NOTHING)
+    for i in range(N_RUN):
+        rig.start(text(i, 20))
+    with pytest.raises(ValueError, match="every slot is live"):
+        rig.cache.start(1)
+
+
+def test_moves_say_what_to_do() -> None:
+    rig, tokens = Rig(UNIFIED), text(0, 60)
+    slot, _ = rig.start(tokens)
+    rig.advance(slot, 60)
+    assert rig.cache.start(7, Hit(slot, 20)) == 1
+    assert rig.cache.moves == [Move("copy", 1, slot, 20, False, 7)]
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    st.sampled_from(LIMITS),
+    st.booleans(),
+    st.lists(
+        st.tuples(
+            st.sampled_from(["start", "advance", "advance", "end", "fail", "cells"]),
+            st.integers(0, 9),
+            st.integers(0, 60),
+            st.integers(1, 60),
+        ),
+        max_size=60,
+    ),
+)
+def test_any_mix_keeps_memory_and_ledger_together(
+    limits: tuple[Sharing, bool], keep: bool, operations: list[tuple[str, int, int, int]]
+) -> None:
+    rig = Rig(*limits, keep=keep)
+    for name, seed, a, b in operations:
+        live = sorted(rig.live)
+        if name == "start" and len(live) < N_RUN:
+            tokens = np.concatenate((text(seed % 2, a), text(seed + 5, b)))
+            if rig.unified or len(tokens) <= rig.ledger.n_cells_seq:
+                pending = rig.cache.pending(tokens, "", rig.cache.find(tokens, "").n)
+                assert pending.n < len(tokens)
+                rig.start(tokens)
+        elif name == "advance" and live:
+            rig.advance(live[seed % len(live)], b)
+        elif name in ("end", "fail") and live:
+            rig.end(live[seed % len(live)], name == "end")
+        elif name == "cells" and b <= rig.ledger.free:
+            rig.cache.make_cells(b)
+            rig.check()
+            assert rig.ledger.empty >= b or not rig.unified

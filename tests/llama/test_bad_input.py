@@ -1,0 +1,265 @@
+"""Bad input of every kind, all in one process: an exception each, and the process works on.
+
+What libllama would end the process for is here on purpose. The argument checks of single
+functions are with their tests; these are the ways in which a user goes wrong.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGUFReader
+
+from pyllamabatch import Batch, Model
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.errors import (
+    ArgumentError,
+    BatchFull,
+    ClosedError,
+    EngineClosed,
+    GrammarError,
+    KvCacheFull,
+    ModelLoadError,
+    NotEnoughMemory,
+    PyllamabatchError,
+    RequestTooLong,
+    TokenizeError,
+)
+from pyllamabatch.step.sampling_params import SamplingParams
+from tests.support.models_gguf import N_VOCAB, gguf_path
+
+N_CTX = 256
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    with Model(gguf_path("llama")) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def engine(model: Model) -> Iterator[Engine]:
+    with Engine(model, n_seq_max=2, n_ctx=N_CTX, n_threads=1) as engine:
+        yield engine
+
+
+@pytest.fixture(autouse=True)
+def works_on(model: Model) -> Iterator[None]:
+    """After each test the process is there and the model still answers."""
+    yield
+    with model.context(n_threads=1, n_ctx=N_CTX) as context:
+        batch = Batch(3)
+        batch.extend([5, 6, 7], 0, 0)
+        context.decode(batch)
+        assert np.isfinite(context.logits()).all()
+
+
+# -- files --
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "not a GGUF"),
+        (b"GGU", "not a GGUF"),
+        (b"GGUF", "rejects"),
+        (b"GGUF" + bytes(100), "rejects"),
+        (b"GGUF\x03\x00\x00\x00" + b"\xff" * 16, "rejects"),
+        (b"PK\x03\x04 a zip archive", "not a GGUF"),
+        (b"GGML" * 100, "not a GGUF"),
+    ],
+)
+def test_not_a_model(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ModelLoadError, match=reason) as caught:
+        Model(path)
+    assert caught.value.path == str(path)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    for path, reason in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(ModelLoadError, match=reason):
+            Model(path)
+    for bad in ("", "a\0b"):
+        with pytest.raises(ArgumentError):
+            Model(bad)
+
+
+@pytest.mark.parametrize("name", ["llama", "mamba"])
+def test_truncated_anywhere(tmp_path: Path, name: str) -> None:
+    whole = gguf_path(name).read_bytes()
+    start = GGUFReader(gguf_path(name)).data_offset
+    path = tmp_path / "cut.gguf"
+    for size in [*range(0, start, 211), start, start + 1, len(whole) // 2, len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(ModelLoadError):
+            Model(path)
+
+
+def test_damaged_metadata(tmp_path: Path) -> None:
+    """Bits flipped in the header: the file loads or not, and nothing else happens."""
+    whole = gguf_path("llama").read_bytes()
+    start = GGUFReader(gguf_path("llama")).data_offset
+    path = tmp_path / "bad.gguf"
+    random_ = random.Random(0)
+    outcomes = set()
+    for _ in range(60):
+        data = bytearray(whole)
+        data[random_.randrange(start)] ^= 1 << random_.randrange(8)
+        path.write_bytes(data)
+        try:
+            Model(path, load_mode="none").close()
+        except ModelLoadError as error:
+            outcomes.add(error.reason)
+        else:
+            outcomes.add("loads")
+    assert len(outcomes) >= 2
+
+
+def test_a_failed_assertion_is_an_error(tmp_path: Path) -> None:
+    """Two equal tokens: llama.cpp asserts that there are none."""
+    data = gguf_path("llama").read_bytes()
+    assert data.count(b"<0x41>") == 1
+    path = tmp_path / "twice.gguf"
+    path.write_bytes(data.replace(b"<0x41>", b"<0x42>"))
+    with pytest.raises(ModelLoadError, match="GGML_ASSERT"):
+        Model(path)
+
+
+# -- sizes --
+
+
+@pytest.mark.parametrize(
+    ("n_ctx", "kind"),
+    [
+        (-1, ArgumentError),
+        (2**31, ArgumentError),
+        (2**32 - 1, ArgumentError),
+        (2**64, ArgumentError),
+        (2**30, NotEnoughMemory),
+        (2**31 - 256, NotEnoughMemory),
+    ],
+)
+def test_absurd_contexts(model: Model, n_ctx: int, kind: type[PyllamabatchError]) -> None:
+    with pytest.raises(kind):
+        model.context(n_threads=1, n_ctx=n_ctx)
+
+
+def test_no_context_size_means_the_models(model: Model) -> None:
+    with model.context(n_threads=1, n_ctx=0) as context:
+        assert context.n_ctx == model.n_ctx_train
+
+
+def test_prompt_longer_than_the_context(model: Model, engine: Engine) -> None:
+    with model.context(n_threads=1, n_ctx=N_CTX, n_batch=N_CTX) as context:
+        batch = Batch(2 * N_CTX)
+        batch.extend([5] * (N_CTX + 1), 0, 0)
+        with pytest.raises(ArgumentError, match="n_batch"):
+            context.decode(batch)
+        batch.clear()
+        batch.extend([5] * N_CTX, 0, 0)
+        context.decode(batch)
+        batch.clear()
+        batch.extend([5], N_CTX, 0)
+        with pytest.raises(KvCacheFull):
+            context.decode(batch)
+        with pytest.raises(BatchFull):
+            batch.extend([5] * 2 * N_CTX, 0, 0)
+    with pytest.raises(RequestTooLong):
+        engine.submit([5] * (N_CTX + 1), SamplingParams(max_tokens=4))
+
+
+# -- requests --
+
+
+@pytest.mark.parametrize("max_tokens", [0, -1, -(2**40), 2**40, 1.5, None])
+def test_budgets(max_tokens: Any) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        SamplingParams(max_tokens=max_tokens)
+    assert caught.value.argument == "max_tokens"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind"),
+    [
+        ([], ArgumentError),
+        ([-1], ArgumentError),
+        ([N_VOCAB], ArgumentError),
+        ([2**40], ArgumentError),
+        ([1.5], ArgumentError),
+        ("\ud800", TokenizeError),
+        (b"\xff\xfe", PyllamabatchError),
+        (None, PyllamabatchError),
+    ],
+)
+def test_prompts(engine: Engine, prompt: Any, kind: type[PyllamabatchError]) -> None:
+    with pytest.raises(kind):
+        engine.submit(prompt)
+    assert engine.submit([5, 6], SamplingParams(max_tokens=2)).result(60).n_generated == 2
+
+
+@pytest.mark.parametrize("grammar", ["", "root", "x ::= y", 'root ::= "a', "root ::= root"])
+def test_grammars(engine: Engine, grammar: str) -> None:
+    with pytest.raises((GrammarError, ArgumentError)):
+        engine.submit("x", SamplingParams(grammar=grammar))
+
+
+def test_ids_out_of_range(model: Model) -> None:
+    with model.context(n_threads=1, n_ctx=N_CTX, n_seq_max=2) as context:
+        uses: list[Callable[[int], object]] = [
+            context.memory.pos_max,
+            context.memory.seq_keep,
+            context.state_seq_get,
+            lambda seq: context.memory.seq_cp(0, seq),
+            lambda seq: context.memory.seq_add(seq, 0, -1, 1),
+            lambda seq: Batch(1).add(5, 0, seq),
+            lambda seq: model.vocab.token_to_piece(seq),
+            lambda seq: model.vocab.is_eog(seq),
+        ]
+        for bad in (-1, -(2**31), 2**31, 2**70):
+            for use in uses:
+                with pytest.raises(ArgumentError):
+                    use(bad)
+        with pytest.raises(ArgumentError):
+            context.memory.pos_max(2)
+
+
+# -- order of closing --
+
+
+def test_closed_objects(model: Model) -> None:
+    engine = Engine(model, n_seq_max=1, n_ctx=N_CTX, n_threads=1)
+    engine.close()
+    engine.close()
+    with pytest.raises(EngineClosed):
+        engine.submit("x")
+    context = model.context(n_threads=1, n_ctx=N_CTX)
+    memory = context.memory
+    context.close()
+    for use in (lambda: memory.pos_max(0), context.logits, context.perf, memory.clear):
+        with pytest.raises(ClosedError):
+            use()
+
+
+def test_any_order_of_closing_and_collecting() -> None:
+    for order in range(6):
+        model = Model(gguf_path("llama"))
+        context = model.context(n_threads=1, n_ctx=N_CTX)
+        batch = Batch(3)
+        batch.extend([5, 6, 7], 0, 0)
+        context.decode(batch)
+        view = context.logits()
+        steps: list[Callable[[], None]] = [model.close, context.close, gc.collect]  # type: ignore[list-item]
+        for i in np.random.default_rng(order).permutation(3):
+            steps[i]()
+        assert np.isfinite(view).all()
+        del model, context
+        gc.collect()
+        assert np.isfinite(view).all()

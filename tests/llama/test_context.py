@@ -1,0 +1,529 @@
+"""Context: parameters, decoding, outputs, states, one thread at a time."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pyllamabatch import Batch, Context, Model
+from pyllamabatch.errors import (
+    ArgumentError,
+    ClosedError,
+    ContextBusy,
+    ContextCreateError,
+    DecodeAborted,
+    InvalidBatch,
+    KvCacheFull,
+    NotEnoughMemory,
+    StateError,
+    UnsupportedOperation,
+)
+from pyllamabatch.raw import ffi, lib
+from tests.support.models_gguf import N_EMBD, N_VOCAB, gguf_path
+
+PROMPT = [10, 20, 30, 40, 50, 60, 70]
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    with Model(gguf_path("llama")) as model:
+        yield model
+
+
+@pytest.fixture
+def context(model: Model) -> Iterator[Context]:
+    with model.context(n_threads=1, n_ctx=512, n_seq_max=4) as context:
+        yield context
+
+
+def run(context: Context, tokens: list[int], pos: int = 0, seq: int = 0) -> np.ndarray:
+    """Decode tokens of one sequence; a copy of the last row's logits."""
+    batch = Batch(len(tokens))
+    batch.extend(tokens, pos, seq)
+    context.decode(batch)
+    return np.array(context.logits())
+
+
+# -- parameters --
+
+
+def test_values_are_read_back(model: Model) -> None:
+    with model.context(n_threads=1, n_ctx=300, n_batch=64, n_ubatch=1000, n_seq_max=2) as context:
+        assert context.n_ctx == 512  # rounded up
+        assert (context.n_batch, context.n_ubatch) == (64, 64)
+        assert context.n_seq_max == 2
+        assert context.capabilities.unified
+        assert context.n_ctx_seq == 512
+    with model.context(n_threads=1, n_ctx=1024, n_seq_max=2, kv_unified=False) as context:
+        assert context.n_ctx_seq == 512
+        assert not context.capabilities.unified
+    with model.context() as context:
+        assert context.n_ctx == model.n_ctx_train
+
+
+def test_parameters_have_their_own_names(model: Model) -> None:
+    with model.context(
+        n_ctx=256,
+        type_k="f32",
+        type_v=lib.GGML_TYPE_F32,
+        flash_attn_type="disabled",
+        rope_freq_base=500000.0,
+        rope_scaling_type="linear",
+        embeddings=True,
+        pooling_type="none",
+        n_threads=1,
+        no_perf=False,
+    ) as context:
+        assert context.params["type_k"] == context.params["type_v"] == lib.GGML_TYPE_F32
+        assert context.params["rope_freq_base"] == 500000.0
+        assert context.pooling_type == lib.LLAMA_POOLING_TYPE_NONE
+        assert context.n_threads == context.n_threads_batch == 1
+        context.set_threads(2, 1)
+        assert (context.n_threads, context.n_threads_batch) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("params", "argument"),
+    [
+        ({"n_ctx": -1}, "n_ctx"),
+        ({"n_ctx": 2**31}, "n_ctx"),
+        ({"n_ctx": 2**32 - 1}, "n_ctx"),
+        ({"n_ctx": "512"}, "n_ctx"),
+        ({"n_ctx": 512.0}, "n_ctx"),
+        ({"n_batch": 0}, "n_batch"),
+        ({"n_batch": -5}, "n_batch"),
+        ({"n_ubatch": -1}, "n_ubatch"),
+        ({"n_seq_max": 0}, "n_seq_max"),
+        ({"n_seq_max": 257}, "n_seq_max"),
+        ({"n_seq_max": 9, "n_batch": 8}, "n_batch"),
+        ({"n_seq_max": 9, "n_ctx": 8}, "n_batch"),
+        ({"n_seq_max": 9, "n_outputs_max": 8}, "n_outputs_max"),
+        ({"n_rs_seq": 511}, "n_rs_seq"),
+        ({"n_threads": 0}, "n_threads"),
+        ({"n_threads": 10**6}, "n_threads"),
+        ({"type_k": "q4_k"}, "type_k"),
+        ({"type_k": "i32"}, "type_k"),
+        ({"type_v": "q8_0"}, "type_v"),  # 16 wide heads
+        ({"type_v": 10**6}, "type_v"),
+        ({"pooling_type": "average"}, "pooling_type"),
+        ({"embeddings": 1}, "embeddings"),
+        ({"rope_freq_base": float("nan")}, "rope_freq_base"),
+        ({"abort_callback": "stop"}, "abort_callback"),
+        ({"n_cxt": 512}, "n_cxt"),
+    ],
+)
+def test_bad_parameters(model: Model, params: dict[str, object], argument: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        model.context(**params)
+    assert caught.value.argument == argument
+    assert caught.value.limit
+
+
+def test_what_libllama_refuses_carries_its_reason(model: Model) -> None:
+    with pytest.raises(ContextCreateError, match="MTP"):
+        model.context(ctx_type="mtp")
+
+
+def test_too_large_for_memory(model: Model) -> None:
+    with pytest.raises(ContextCreateError, match="GiB are available") as caught:
+        model.context(n_threads=1, n_ctx=2**30)
+    assert isinstance(caught.value, NotEnoughMemory)
+    assert caught.value.needed > caught.value.available > 0
+
+
+def test_no_weights(tiny_llama_path: Path) -> None:
+    with Model(tiny_llama_path, vocab_only=True) as model, pytest.raises(UnsupportedOperation):
+        model.context()
+    with (
+        Model(tiny_llama_path, no_alloc=True) as model,
+        model.context(n_threads=1, n_ctx=256) as context,
+        pytest.raises(UnsupportedOperation, match="no_alloc"),
+    ):
+        run(context, PROMPT)
+
+
+# -- decoding --
+
+
+def test_logits(context: Context) -> None:
+    batch = context.batch()
+    batch.extend(PROMPT, 0, 0, [False, True] + [False] * 4 + [True])
+    context.decode(batch)
+    everything = context.logits_all()
+    assert everything.shape == (2, N_VOCAB)
+    assert everything.dtype == np.float32
+    assert (context.logits(1) == everything[0]).all()
+    assert (context.logits(6) == context.logits(-1)).all()
+    assert (context.logits(-2) == everything[0]).all()
+    assert not (everything[0] == everything[1]).all()
+    for row in (0, 5, 7, -3, 2**40):
+        with pytest.raises(ArgumentError):
+            context.logits(row)
+
+
+def test_rows_after_a_smaller_batch(context: Context) -> None:
+    run(context, PROMPT)
+    run(context, [5], pos=len(PROMPT))
+    assert context.logits(0).shape == (N_VOCAB,)
+    with pytest.raises(ArgumentError):
+        context.logits(6)  # of the batch before
+
+
+def test_no_outputs_yet(context: Context) -> None:
+    with pytest.raises(UnsupportedOperation):
+        context.logits()
+    with pytest.raises(UnsupportedOperation):
+        context.logits_all()
+
+
+def test_a_view_outlives_its_context(model: Model) -> None:
+    context = model.context(n_threads=1, n_ctx=256)
+    expected = run(context, PROMPT)
+    view = context.logits()
+    context.close()
+    del context
+    gc.collect()
+    assert (view == expected).all()
+
+
+def test_cache_full_leaves_memory_as_it_was(context: Context) -> None:
+    run(context, [7] * 500)
+    with pytest.raises(KvCacheFull) as caught:
+        run(context, [7] * 13, pos=500)
+    assert caught.value.code == 1
+    assert context.memory.pos_max(0) == 499
+    run(context, [7] * 12, pos=500)
+    assert context.memory.pos_max(0) == 511
+
+
+def test_positions_must_go_on(context: Context) -> None:
+    run(context, PROMPT)
+    with pytest.raises(InvalidBatch, match="positions") as caught:
+        run(context, [5], pos=20)
+    assert caught.value.code == -1
+    assert context.memory.pos_max(0) == len(PROMPT) - 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "argument"),
+    [
+        (lambda b: b.token.__setitem__(1, -1), "batch.token[1]"),
+        (lambda b: b.token.__setitem__(2, N_VOCAB), "batch.token[2]"),
+        (lambda b: b.pos.__setitem__(1, -5), "batch.pos[1]"),
+        (lambda b: b.pos.__setitem__(0, 2**31 - 1), "batch.pos[0]"),
+        (lambda b: b.n_seq_id.__setitem__(1, 0), "batch.n_seq_id[1]"),
+        (lambda b: b.n_seq_id.__setitem__(1, 99), "batch.n_seq_id[1]"),
+        (lambda b: b.seq_id.__setitem__((1, 0), 4), "batch.seq_id[1, 0]"),
+        (lambda b: b.seq_id.__setitem__((1, 0), -1), "batch.seq_id[1, 0]"),
+        (lambda b: setattr(b, "n_tokens", 0), "batch"),
+    ],
+)
+def test_bad_rows(context: Context, spoil, argument: str) -> None:  # type: ignore[no-untyped-def]
+    batch = context.batch()
+    batch.extend([5, 6, 7], 0, 0)
+    spoil(batch)
+    with pytest.raises(ArgumentError) as caught:
+        context.decode(batch)
+    assert caught.value.argument == argument
+    assert context.memory.pos_max(0) == -1
+
+
+def test_more_rows_than_n_batch(model: Model) -> None:
+    with model.context(n_threads=1, n_ctx=512, n_batch=8) as context:
+        with pytest.raises(ArgumentError, match="n_batch=8"):
+            run(context, [5] * 9)
+        run(context, [5] * 8)
+
+
+def test_more_outputs_than_reserved(model: Model) -> None:
+    with model.context(n_threads=1, n_ctx=512, n_outputs_max=2) as context:
+        batch = context.batch()
+        batch.extend(PROMPT, 0, 0, [True] * len(PROMPT))
+        with pytest.raises(ArgumentError, match="n_outputs_max=2"):
+            context.decode(batch)
+
+
+def test_rows_in_several_sequences(context: Context, model: Model) -> None:
+    batch = context.batch()
+    for pos, token in enumerate(PROMPT):
+        batch.add(token, pos, [0, 2], logits=pos == len(PROMPT) - 1)
+    context.decode(batch)
+    assert context.memory.pos_max(0) == context.memory.pos_max(2) == len(PROMPT) - 1
+    with (
+        model.context(n_threads=1, n_ctx=512, n_seq_max=4, kv_unified=False) as streams,
+        pytest.raises(UnsupportedOperation, match="kv_unified"),
+    ):
+        streams.decode(batch)
+
+
+def test_decoders_have_no_encoder(context: Context) -> None:
+    batch = context.batch()
+    batch.extend(PROMPT, 0, 0)
+    with pytest.raises(UnsupportedOperation, match="no encoder"):
+        context.encode(batch)
+
+
+def test_non_causal_rows_are_computed_at_once(model: Model) -> None:
+    with model.context(n_threads=1, n_ctx=512, n_ubatch=4, attention_type="non_causal") as context:
+        assert not context.capabilities.causal
+        with pytest.raises(ArgumentError, match="n_ubatch=4"):
+            run(context, PROMPT)
+
+
+def test_abort_callback(model: Model) -> None:
+    stop = ffi.callback("bool(void *)", lambda _: True)
+    with model.context(n_threads=1, n_ctx=512, abort_callback=stop) as context:
+        with pytest.raises(DecodeAborted) as caught:
+            run(context, PROMPT)
+        assert caught.value.code == 2
+        assert context.memory.pos_max(0) == -1
+
+
+def test_quantized_values_need_flash_attention() -> None:
+    with Model.default() as wide:
+        with wide.context(n_threads=1, n_ctx=256, type_k="q8_0", type_v="q8_0") as context:
+            run(context, PROMPT)
+            context.memory.seq_add(0, 0, -1, 3)  # rotates quantized keys
+            run(context, [5], pos=len(PROMPT) + 3)
+        with pytest.raises(ContextCreateError, match="flash_attn"):
+            wide.context(n_ctx=256, type_v="q8_0", flash_attn_type="disabled")
+
+
+def test_perf_counts(context: Context) -> None:
+    run(context, PROMPT)
+    context.synchronize()
+    perf = context.perf()
+    assert perf["n_p_eval"] == len(PROMPT)
+    assert set(perf) >= {"n_reused", "t_p_eval_ms", "n_eval"}
+
+
+# -- embeddings --
+
+
+def test_embeddings_of_tokens(model: Model) -> None:
+    with model.context(n_threads=1, n_ctx=512, embeddings=True, pooling_type="none") as context:
+        batch = context.batch()
+        batch.extend(PROMPT, 0, 0)
+        context.decode(batch)
+        rows = context.embeddings_all()
+        assert rows.shape == (len(PROMPT), N_EMBD)
+        assert (context.embeddings(3) == rows[3]).all()
+        assert np.isfinite(rows).all()
+        with pytest.raises(UnsupportedOperation, match="use embeddings"):
+            context.embeddings_seq(0)
+
+
+def test_pooled_embeddings(model: Model) -> None:
+    with model.context(n_threads=1, n_ctx=512, embeddings=True, pooling_type="none") as context:
+        batch = context.batch()
+        batch.extend(PROMPT, 0, 0)
+        context.decode(batch)
+        rows = context.embeddings_all().copy()
+    for pooling, expected in (("mean", rows.mean(0)), ("last", rows[-1]), ("cls", rows[0])):
+        with model.context(
+            n_ctx=512, n_seq_max=2, embeddings=True, pooling_type=pooling
+        ) as context:
+            batch = context.batch()
+            batch.extend(PROMPT, 0, 1)
+            batch.extend(PROMPT[1:4], 0, 0)
+            context.decode(batch)
+            np.testing.assert_allclose(context.embeddings_seq(1), expected, rtol=1e-3, atol=1e-3)
+            assert not np.allclose(context.embeddings_seq(0), expected, atol=1e-3)
+            with pytest.raises(UnsupportedOperation, match="use embeddings_seq"):
+                context.embeddings(0)
+            batch.clear()
+            batch.extend(PROMPT[:3], len(PROMPT), 1)
+            context.decode(batch)
+            with pytest.raises(UnsupportedOperation, match="not in the last batch"):
+                context.embeddings_seq(0)
+
+
+def test_pooled_sequences_are_computed_at_once(model: Model) -> None:
+    with (
+        model.context(
+            n_threads=1, n_ctx=512, n_ubatch=4, embeddings=True, pooling_type="mean"
+        ) as context,
+        pytest.raises(ArgumentError, match="n_ubatch=4"),
+    ):
+        run(context, PROMPT)
+
+
+def test_embeddings_must_be_asked_for(context: Context) -> None:
+    run(context, PROMPT)
+    with pytest.raises(UnsupportedOperation, match="embeddings=True"):
+        context.embeddings()
+
+
+# -- states --
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_state_continues_like_the_original(architecture, unified: bool) -> None:  # type: ignore[no-untyped-def]
+    with (
+        Model(gguf_path(architecture.name)) as model,
+        model.context(n_threads=1, n_ctx=1024, n_seq_max=4, kv_unified=unified) as context,
+        model.context(n_threads=1, n_ctx=1024, n_seq_max=4, kv_unified=unified) as other,
+    ):
+        run(context, PROMPT * 6, seq=1)
+        data = context.state_seq_get(1)
+        expected = run(context, [9], pos=42, seq=1)
+        context.state_seq_set(data, 3)
+        other.state_seq_set(data, 0)
+        assert context.memory.pos_max(3) == other.memory.pos_max(0) == 41
+        np.testing.assert_allclose(run(context, [9], pos=42, seq=3), expected, atol=1e-3)
+        np.testing.assert_allclose(run(other, [9], pos=42, seq=0), expected, atol=1e-3)
+
+
+def test_state_file(context: Context, tmp_path: Path) -> None:
+    run(context, PROMPT)
+    path = tmp_path / "a.state"
+    context.state_seq_save(path, 0, PROMPT)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.state"]
+    tokens = context.state_seq_load(path, 2)
+    assert tokens.tolist() == PROMPT
+    assert tokens.dtype == np.int32
+    assert context.memory.pos_max(2) == len(PROMPT) - 1
+
+
+def test_empty_state(context: Context) -> None:
+    run(context, PROMPT, seq=1)
+    context.state_seq_set(context.state_seq_get(0), 1)
+    assert context.memory.pos_max(1) == -1
+
+
+def test_damaged_states(context: Context) -> None:
+    run(context, PROMPT)
+    data = context.state_seq_get(0)
+    flipped = [data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :] for i in range(0, len(data), 97)]
+    cut = [data[:n] for n in (0, 5, 43, 44, 45, len(data) // 2, len(data) - 1)]
+    for bad in (*flipped, *cut, data + b"x", b"garbage" * 99):
+        with pytest.raises(StateError):
+            context.state_seq_set(bad, 0)
+        assert context.memory.pos_max(0) == len(PROMPT) - 1
+
+
+def test_state_of_another_model(context: Context) -> None:
+    with Model(gguf_path("qwen2")) as other, other.context(n_threads=1, n_ctx=512) as source:
+        run(source, PROMPT)
+        data = source.state_seq_get(0)
+    with pytest.raises(StateError, match="another model"):
+        context.state_seq_set(data, 0)
+
+
+def test_state_that_does_not_fit(context: Context, model: Model) -> None:
+    run(context, [5] * 400)
+    data = context.state_seq_get(0)
+    with (
+        model.context(n_threads=1, n_ctx=256) as small,
+        pytest.raises(StateError, match="does not fit"),
+    ):
+        small.state_seq_set(data, 0)
+    with model.context(n_threads=1, n_ctx=512, type_k="f32") as other:
+        run(other, PROMPT)
+        with pytest.raises(StateError, match="type_k=1, this context has 0"):
+            other.state_seq_set(data, 0)
+        assert other.memory.pos_max(0) == len(PROMPT) - 1
+    layout = {"flash_attn_type": "disabled", "n_ctx": 512}
+    with model.context(n_threads=1, **layout) as other:
+        run(other, PROMPT)
+        with pytest.raises(StateError, match="does not fit"):
+            other.state_seq_set(data, 0)
+        assert other.memory.pos_max(0) == -1
+        run(other, PROMPT)  # and it works on
+
+
+def test_state_files_that_are_none(context: Context, tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="No such file"):
+        context.state_seq_load(tmp_path / "none", 0)
+    with pytest.raises(StateError, match="Is a directory"):
+        context.state_seq_load(tmp_path, 0)
+    with pytest.raises(StateError, match="can't write"):
+        context.state_seq_save(tmp_path / "none" / "x", 0)
+
+
+# -- life --
+
+
+def test_close(model: Model) -> None:
+    context = model.context(n_threads=1, n_ctx=256)
+    memory, batch = context.memory, context.batch()
+    batch.extend(PROMPT, 0, 0)
+    context.close()
+    context.close()
+    assert context.closed
+    for use in (
+        lambda: context.decode(batch),
+        lambda: context.logits(),
+        lambda: context.synchronize(),
+        lambda: context.state_seq_get(0),
+        lambda: context.set_threads(1),
+        lambda: context.perf(),
+        lambda: context.n_threads,
+        lambda: memory.pos_max(0),
+        lambda: memory.clear(),
+        lambda: memory.seq_rm(0),
+        lambda: context.__enter__(),
+    ):
+        with pytest.raises(ClosedError):
+            use()
+
+
+def test_one_thread_at_a_time(context: Context) -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with context.exclusive(), context.exclusive():  # again in the same thread: fine
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert inside.wait(10)
+        batch = context.batch()
+        batch.extend(PROMPT, 0, 0)
+        for use in (
+            lambda: context.decode(batch),
+            lambda: context.memory.clear(),
+            lambda: context.logits(),
+            lambda: context.close(),
+        ):
+            with pytest.raises(ContextBusy):
+                use()
+        assert not context.closed
+    finally:
+        leave.set()
+        thread.join()
+    context.decode(batch)
+
+
+def test_two_threads_decoding(model: Model) -> None:
+    with model.context(n_threads=1, n_ctx=2048) as context:
+        outcomes: list[str] = []
+        start = threading.Barrier(2)
+
+        def once() -> str:
+            try:
+                with context.exclusive():
+                    context.memory.clear()
+                    run(context, PROMPT * 20)
+            except ContextBusy:
+                return "busy"
+            return "done"
+
+        def work() -> None:
+            start.wait()
+            outcomes.extend(once() for _ in range(20))
+
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(outcomes) == 40
+        assert outcomes.count("done") >= 20

@@ -1,0 +1,262 @@
+"""Device sampling: the shortlist gives what whole rows give, and steps that ask for more get them.
+
+The CPU backend is the device here: the same graph, the same way back to the host."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.errors import ArgumentError
+from pyllamabatch.llama.context import Context
+from pyllamabatch.llama.model import Model
+from pyllamabatch.step.sampling_params import SamplingParams
+from pyllamabatch.step.stepper import OUTPUT, SAMPLE, Finish, Stepper
+from tests.support.models_gguf import ARCHITECTURES, Architecture, write_gguf
+
+N_SEQ = 5
+WIDE = Architecture("llama", ("attention",) * 3, n_spare=4000)
+WIDE_STATE = Architecture("lfm2", ARCHITECTURES["lfm2"].layers, qk_norm=True, n_spare=4000)
+Tokens = npt.NDArray[np.int32]
+
+
+@pytest.fixture(scope="module", params=[WIDE, WIDE_STATE], ids=["llama", "lfm2"])
+def model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Model]:
+    path = tmp_path_factory.mktemp("wide") / "wide.gguf"
+    write_gguf(path, request.param)
+    with Model(path) as model:
+        yield model
+
+
+def context_of(model: Model, **params: Any) -> Context:
+    given: dict[str, Any] = {"n_ctx": 2048, "n_batch": 128, "n_ubatch": 128, "n_seq_max": N_SEQ}
+    return model.context(**(given | {"n_outputs_max": N_SEQ, "n_threads": 1} | params))
+
+
+def prompt(seq: int, n: int) -> Tokens:
+    return np.random.default_rng(seq).integers(10, 4000, n, dtype=np.int32)
+
+
+def generate(
+    stepper: Stepper, each: Sequence[SamplingParams], n_steps: int, *, on_device: int
+) -> list[list[int]]:
+    """Prompts of different lengths in one step, then steps of one row each. `on_device`: what
+    every step has to say of itself."""
+    tokens: list[list[int]] = [[] for _ in each]
+    rows, n = stepper.rows, 0
+    prompts = [prompt(seq, 3 + 7 * (seq % 3)) % stepper.n_vocab for seq in range(len(each))]
+    for seq, (params, given) in enumerate(zip(each, prompts, strict=True)):
+        stepper.set_slot(seq, params, given)
+        part = slice(n, n + len(given))
+        rows.token[part], rows.seq[part], rows.flags[part] = given, seq, 0
+        rows.pos[part] = np.arange(len(given))
+        n += len(given)
+        rows.flags[n - 1] = SAMPLE
+    result = stepper.step(n)
+    for step in range(n_steps):
+        result.raise_for_code()
+        assert stepper._info.on_device == on_device
+        for seq, token, finish in zip(result.seq, result.token, result.finish, strict=True):
+            assert finish == Finish.NONE
+            tokens[seq].append(int(token))
+        n = len(each)
+        order = np.roll(np.arange(n, dtype=np.int32), step)  # rows in any order
+        rows.token[:n] = [tokens[seq][-1] for seq in order]
+        rows.pos[:n] = [len(prompts[seq]) + step for seq in order]
+        rows.seq[:n], rows.flags[:n] = order, SAMPLE
+        result = stepper.step(n)
+    return tokens
+
+
+def mixed(seed: int) -> list[SamplingParams]:
+    each: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0},
+        {"top_k": 100, "top_p": 1.0, "min_p": 0.0, "temperature": 2.0},
+        {"top_k": 7, "ignore_eog": True, "stop_token_ids": (5, 6)},
+        {"top_p": 0.5, "min_p": 0.2, "min_tokens": 3},
+    ]
+    return [
+        SamplingParams(**{"max_tokens": 100, "seed": seed + i, "ignore_eog": True, **options})
+        for i, options in enumerate(each)
+    ]
+
+
+@pytest.mark.parametrize("kv_unified", [True, False])
+@pytest.mark.parametrize("n_ubatch", [128, 16])
+def test_the_same_tokens_as_from_whole_rows(model: Model, kv_unified: bool, n_ubatch: int) -> None:
+    params = {"kv_unified": kv_unified, "n_ubatch": n_ubatch}
+    for seed in range(3):
+        both = []
+        for on_device in (True, False):
+            with (
+                context_of(model, **params) as context,
+                Stepper(context, device_sampling=on_device) as stepper,
+            ):
+                each = generate(stepper, mixed(100 * seed), 12, on_device=int(on_device))
+                both.append(each)
+        assert both[0] == both[1]
+        assert len({*both[0][0]}) > 3  # and not because there was nothing to choose
+
+
+def test_the_chains_distribution(model: Model) -> None:
+    params: dict[str, Any] = {"temperature": 1.6, "top_k": 20, "top_p": 0.98, "min_p": 0.01}
+
+    def counts(sampler: str, device_sampling: bool, seed: int) -> Counter[int]:
+        found: Counter[int] = Counter()
+        with (
+            context_of(model) as context,
+            Stepper(context, sampler=sampler, device_sampling=device_sampling) as stepper,
+        ):
+            given = prompt(0, 4)
+            rows = stepper.rows
+            for round in range(500):
+                context.memory.clear()
+                for seq in range(N_SEQ):
+                    n = seed + round * N_SEQ + seq
+                    stepper.set_slot(seq, SamplingParams(seed=n, **params))
+                    part = slice(4 * seq, 4 * seq + 4)
+                    rows.token[part], rows.pos[part], rows.seq[part] = given, np.arange(4), seq
+                    rows.flags[part] = (0, 0, 0, SAMPLE)
+                result = stepper.step(4 * N_SEQ)
+                result.raise_for_code()
+                assert stepper._info.on_device == device_sampling
+                found.update(result.token.tolist())
+        return found
+
+    ours = counts("fused", True, 0)
+    chain = counts("chain", False, 1_000_000)
+    tokens = [t for t in ours.keys() | chain.keys() if ours[t] + chain[t] >= 10]
+    assert len(tokens) >= 6
+    pairs = [(ours[t], chain[t]) for t in tokens]
+    assert chi_square_z(pairs) < 4
+    (a, b), *rest = sorted(pairs, reverse=True)
+    (c, d), *rest = rest
+    moved = a // 3  # that the check can fail: a third of one token's share given to another one
+    assert chi_square_z([(a - moved, b), (c + moved, d), *rest]) > 4
+
+
+def chi_square_z(pairs: Sequence[tuple[int, int]]) -> float:
+    """Two samples of the same size: how many standard deviations their chi-square is off (Wilson
+    and Hilferty, 1931)."""
+    square = sum((a - b) ** 2 / (a + b) for a, b in pairs)
+    k = len(pairs) - 1
+    return float(((square / k) ** (1 / 3) - (1 - 2 / (9 * k))) / (2 / (9 * k)) ** 0.5)
+
+
+ASKS_FOR_MORE: list[dict[str, Any]] = [
+    {"logprobs": 0},
+    {"top_k": 0},
+    {"top_k": 127},
+    {"repeat_penalty": 1.1},
+    {"logit_bias": {7: 2.0}},
+    {"typical_p": 0.9},
+    {"grammar": "root ::= [a-z]+"},
+]
+
+
+@pytest.mark.parametrize("options", ASKS_FOR_MORE, ids=lambda options: next(iter(options)))
+def test_a_row_that_asks_for_more_gets_it(model: Model, options: dict[str, Any]) -> None:
+    both = []
+    for device_sampling in (True, False):
+        with (
+            context_of(model) as context,
+            Stepper(context, device_sampling=device_sampling) as stepper,
+        ):
+            each = mixed(7)
+            before = generate(stepper, each, 3, on_device=int(device_sampling))
+            context.memory.clear()
+            each[1] = SamplingParams(max_tokens=100, seed=9, ignore_eog=True, **options)
+            during = generate(stepper, each, 3, on_device=0)
+            context.memory.clear()
+            after = generate(stepper, mixed(7), 3, on_device=int(device_sampling))
+        assert before == after
+        both.append((before, during))
+    assert both[0] == both[1]
+
+
+def test_logits_that_are_asked_for_are_there(model: Model) -> None:
+    with context_of(model) as context, Stepper(context, device_sampling=True) as stepper:
+        generate(stepper, mixed(1), 2, on_device=1)
+        stepper.set_slot(0, SamplingParams(temperature=0))
+        context.memory.clear()
+        rows = stepper.rows
+        rows.token[:2], rows.pos[:2], rows.seq[:2] = 20, 0, (0, 1)
+        rows.flags[:2] = (SAMPLE, OUTPUT)
+        result = stepper.step(2)
+        assert stepper._info.on_device == 0
+        assert int(result.token[0]) == int(np.argmax(context.logits(1)))
+
+
+def test_the_context_is_whole_afterwards(model: Model) -> None:
+    """Without the stepper, and beside it."""
+    with context_of(model) as context:
+        stepper = Stepper(context, device_sampling=True)
+        generate(stepper, mixed(1), 2, on_device=1)
+
+        def greedy() -> int:
+            context.memory.clear()
+            batch = context.batch()
+            batch.extend(prompt(0, 9), 0, 0)
+            context.decode(batch)
+            return int(np.argmax(context.logits(8)))
+
+        beside = greedy()
+        context.memory.clear()
+        generate(stepper, mixed(1), 2, on_device=1)
+        stepper.close()
+        assert greedy() == beside
+        Stepper(context, device_sampling=True)  # dropped without being closed
+        assert greedy() == beside
+    stepper = Stepper(context := context_of(model), device_sampling=True)
+    generate(stepper, mixed(1), 2, on_device=1)
+    context.close()
+    stepper.close()
+
+
+def test_a_small_vocabulary_has_no_room_for_it() -> None:
+    with (
+        Model.default() as model,
+        context_of(model) as context,
+        Stepper(context, device_sampling=True) as stepper,
+    ):
+        generate(stepper, mixed(1), 2, on_device=0)
+
+
+def test_auto_leaves_a_cpu_alone(model: Model) -> None:
+    with context_of(model) as context, Stepper(context) as stepper:
+        generate(stepper, mixed(1), 40, on_device=0)
+
+
+@pytest.mark.parametrize("kv_unified", [True, False])
+def test_the_engine_passes_it_on(model: Model, kv_unified: bool) -> None:
+    prompts = [prompt(seq, 6 + seq).tolist() for seq in range(8)]
+    both = []
+    for device_sampling in (True, False):
+        with Engine(
+            model,
+            n_seq_max=4,
+            n_ctx=512,
+            n_threads=1,
+            kv_unified=kv_unified,
+            device_sampling=device_sampling,
+        ) as engine:
+            each = [SamplingParams(max_tokens=20, seed=i, ignore_eog=True) for i in range(8)]
+            both.append([result.tokens for result in engine.generate(prompts, each)])
+            trace = engine.trace()
+            assert {*trace["on_device"][trace["sampled"] > 0].tolist()} == {int(device_sampling)}
+    assert both[0] == both[1]
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None, 0.5])
+def test_bad_values(model: Model, value: Any) -> None:
+    with context_of(model) as context, pytest.raises(ArgumentError, match="device_sampling"):
+        Stepper(context, device_sampling=value)

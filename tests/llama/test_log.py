@@ -1,0 +1,83 @@
+"""llama.cpp's log: in order, from any thread, bounded, and with the call that failed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+
+from pyllamabatch import Model
+from pyllamabatch.errors import ModelLoadError
+from pyllamabatch.llama import log as _log
+from pyllamabatch.raw import ffi, lib
+from tests.support.models_gguf import gguf_path
+
+LOGGER = "pyllamabatch.llama"
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.name == LOGGER]
+
+
+def test_levels(tiny_llama_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    counts = []
+    for level in (logging.WARNING, logging.INFO, logging.DEBUG):
+        with caplog.at_level(level, logger=LOGGER):
+            _log.drain()
+            caplog.clear()
+            Model(tiny_llama_path).close()
+            counts.append(len(messages(caplog)))
+    assert counts[0] < counts[1] < counts[2]
+
+
+def test_a_full_ring_drops_the_oldest(
+    tiny_llama_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = str(tiny_llama_path).encode()
+    with caplog.at_level(logging.DEBUG, logger=LOGGER):
+        _log.drain()
+        caplog.clear()
+        for _ in range(30):
+            lib.llama_model_free(
+                lib.llama_model_load_from_file(path, lib.llama_model_default_params())
+            )
+        _log.drain()
+    lines = messages(caplog)
+    assert any("were lost" in line for line in lines)
+    assert sum(map(len, lines)) < 2**18
+    caplog.clear()
+    _log.drain()
+    assert messages(caplog) == []
+
+
+def test_errors_are_of_the_thread_that_failed(tmp_path: Path) -> None:
+    whole = gguf_path("llama").read_bytes()
+    found: dict[str, str] = {}
+
+    def fail(name: str) -> None:
+        path = tmp_path / name
+        path.write_bytes(whole.replace(b"llama.block_count", name.encode()[:17]))
+        with pytest.raises(ModelLoadError) as caught:
+            Model(path)
+        found[name] = caught.value.log
+
+    names = [f"{i:017d}" for i in range(6)]
+    threads = [threading.Thread(target=fail, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == names
+    for name, log in found.items():
+        assert "block_count" in log
+        assert log.count("failed to load model") == 1
+        assert not any(other in log for other in names if other != name)
+
+
+def test_bad_arguments_of_the_ring() -> None:
+    level, dropped = ffi.new("int32_t *"), ffi.new("int64_t *")
+    assert lib.plb_log_drain(ffi.NULL, 10, level, dropped) == lib.PLB_E_ARGUMENT
+    assert lib.plb_log_errors(ffi.NULL, 10) == lib.PLB_E_ARGUMENT
+    assert lib.plb_log_errors(ffi.new("char[]", 1), 0) == lib.PLB_E_ARGUMENT

@@ -1,0 +1,277 @@
+"""Memory: each operation against recomputing from the tokens; what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from pyllamabatch import Batch, Context, Model
+from pyllamabatch.errors import ArgumentError, StateError, UnsupportedOperation
+from tests.support.models_gguf import SLIDING_WINDOW, Architecture, gguf_path
+
+N = 60  # longer than gemma3's window
+TOKENS = [10 + 7 * i % 400 for i in range(N)]
+NEXT = [33, 44, 55]
+TOLERANCE = 0.06  # of logits with a deviation of 4: other batch shapes, other kernels, F16 cache
+
+
+@pytest.fixture(scope="module")
+def models() -> Iterator[Callable[[str], Model]]:
+    loaded: dict[str, Model] = {}
+
+    def get(name: str) -> Model:
+        return (
+            loaded.setdefault(name, Model(gguf_path(name))) if name not in loaded else loaded[name]
+        )
+
+    yield get
+    for model in loaded.values():
+        model.close()
+
+
+@pytest.fixture(params=[True, False], ids=["unified", "streams"])
+def context(
+    request: pytest.FixtureRequest, architecture: Architecture, models: Callable[[str], Model]
+) -> Iterator[Context]:
+    model = models(architecture.name)
+    with model.context(n_threads=1, n_ctx=1024, n_seq_max=4, kv_unified=request.param) as context:
+        yield context
+
+
+def decode(context: Context, tokens: list[int], pos: int, seq: int) -> np.ndarray:
+    """Logits of every row, copied."""
+    batch = Batch(len(tokens))
+    batch.extend(tokens, pos, seq, [True] * len(tokens))
+    context.decode(batch)
+    return np.array(context.logits_all())
+
+
+def fresh(context: Context, tokens: list[int], n_last: int) -> np.ndarray:
+    """The last rows' logits of a context that has seen nothing else."""
+    with context.model.context(n_threads=1, n_ctx=1024) as alone:
+        return decode(alone, tokens, 0, 0)[-n_last:]
+
+
+def spans(context: Context) -> list[tuple[int, int]]:
+    memory = context.memory
+    return [(memory.pos_min(seq), memory.pos_max(seq)) for seq in range(context.n_seq_max)]
+
+
+EMPTY = (-1, -1)
+
+
+def test_fork(context: Context) -> None:
+    decode(context, TOKENS, 0, 0)
+    context.memory.seq_cp(0, 2)
+    assert context.memory.pos_max(2) == N - 1
+    expected = fresh(context, TOKENS + NEXT, len(NEXT))
+    np.testing.assert_allclose(decode(context, NEXT, N, 2), expected, atol=TOLERANCE)
+    other = [77, 88, 99]  # the parent goes its own way
+    np.testing.assert_allclose(
+        decode(context, other, N, 0), fresh(context, TOKENS + other, 3), atol=TOLERANCE
+    )
+    context.memory.seq_rm(0)
+    np.testing.assert_allclose(
+        decode(context, [5], N + 3, 2), fresh(context, [*TOKENS, *NEXT, 5], 1), atol=TOLERANCE
+    )
+
+
+def test_trim(context: Context) -> None:
+    decode(context, TOKENS, 0, 1)
+    if context.capabilities.partial_removal:
+        context.memory.seq_rm(1, N - 10)
+        assert context.memory.pos_max(1) == N - 11
+        expected = fresh(context, TOKENS[:-10] + NEXT, len(NEXT))
+        np.testing.assert_allclose(decode(context, NEXT, N - 10, 1), expected, atol=TOLERANCE)
+    else:
+        before = spans(context)
+        for p0, p1 in ((N - 10, -1), (0, 5), (5, 10), (N - 1, N)):
+            with pytest.raises(UnsupportedOperation, match="goes back at most 0 tokens"):
+                context.memory.seq_rm(1, p0, p1)
+        assert spans(context) == before
+        expected = fresh(context, TOKENS + NEXT, len(NEXT))
+        np.testing.assert_allclose(decode(context, NEXT, N, 1), expected, atol=TOLERANCE)
+
+
+def test_prefix_copy(context: Context) -> None:
+    decode(context, TOKENS, 0, 0)
+    if context.capabilities.prefix_copy:
+        context.memory.seq_cp(0, 1, 0, N - 5)
+        assert context.memory.pos_max(1) == N - 6
+        expected = fresh(context, TOKENS[:-5] + NEXT, len(NEXT))
+        np.testing.assert_allclose(decode(context, NEXT, N - 5, 1), expected, atol=TOLERANCE)
+    else:
+        for p0, p1 in ((0, N - 5), (1, -1), (5, 10)):
+            with pytest.raises(UnsupportedOperation, match="only all of sequence 0"):
+                context.memory.seq_cp(0, 1, p0, p1)
+        assert context.memory.pos_max(1) == -1
+
+
+def test_shift(context: Context) -> None:
+    decode(context, TOKENS, 0, 0)
+    if not context.capabilities.can_shift:
+        before = spans(context)
+        with pytest.raises(UnsupportedOperation, match="can't shift"):
+            context.memory.seq_add(0, 0, -1, 5)
+        with pytest.raises(UnsupportedOperation, match="can't shift"):
+            context.memory.seq_div(0, 0, -1, 2)
+        assert spans(context) == before
+        return
+    # drop the head and close the gap: as if the rest had been computed at positions from 0 on,
+    # exactly so for the first layer; here only that positions and continuation are in order
+    context.memory.seq_rm(0, 0, 10)
+    context.memory.seq_add(0, 10, -1, -10)
+    assert context.memory.pos_max(0) == N - 11
+    assert np.isfinite(decode(context, NEXT, N - 10, 0)).all()
+    assert context.memory.pos_max(0) == N - 8
+
+
+def test_a_shift_keeps_relative_positions(models: Callable[[str], Model]) -> None:
+    with models("llama").context(n_threads=1, n_ctx=512) as context:  # RoPE sees differences only
+        decode(context, TOKENS, 0, 0)
+        expected = decode(context, NEXT, N, 0)
+        context.memory.clear()
+        decode(context, TOKENS, 0, 0)
+        context.memory.seq_add(0, 0, -1, 100)
+        assert spans(context) == [(100, N + 99)]
+        np.testing.assert_allclose(decode(context, NEXT, N + 100, 0), expected, atol=TOLERANCE)
+
+
+def test_keep_and_clear(context: Context) -> None:
+    for seq in range(4):
+        decode(context, TOKENS[:8], 0, seq)
+    context.memory.seq_keep(2)
+    assert [span[1] for span in spans(context)] == [-1, -1, 7, -1]
+    decode(context, TOKENS[:8], 0, 0)
+    context.memory.seq_rm(-1)
+    assert spans(context) == [EMPTY] * 4
+    decode(context, TOKENS[:8], 0, 3)
+    context.memory.clear()
+    assert spans(context) == [EMPTY] * 4
+    np.testing.assert_allclose(
+        decode(context, TOKENS[:8], 0, 1), fresh(context, TOKENS[:8], 8), atol=TOLERANCE
+    )
+
+
+def test_ranges_that_hold_nothing_are_fine(context: Context) -> None:
+    decode(context, TOKENS[:8], 0, 0)
+    before = spans(context)
+    context.memory.seq_rm(1)
+    context.memory.seq_rm(0, 8)
+    context.memory.seq_rm(0, 5, 5)
+    context.memory.seq_cp(1, 2)
+    context.memory.seq_cp(0, 2, 8)
+    context.memory.seq_add(1, 0, -1, 3)
+    context.memory.seq_div(3, 0, -1, 3)
+    assert spans(context) == before
+
+
+def test_copy_into_a_used_sequence(context: Context) -> None:
+    for seq in (0, 1):
+        decode(context, TOKENS[:8], 0, seq)
+    before = spans(context)
+    with pytest.raises(ArgumentError, match=r"seq_rm\(1\)") as caught:
+        context.memory.seq_cp(0, 1)
+    assert caught.value.argument == "dst"
+    with pytest.raises(ArgumentError):
+        context.memory.seq_cp(0, 0)
+    assert spans(context) == before
+
+
+def test_a_window_that_is_forgotten(models: Callable[[str], Model]) -> None:
+    """gemma3, one sequence at a time in a small cache: old cells of the window are reused."""
+    with models("gemma3").context(n_threads=1, n_ctx=1024, n_ubatch=32, swa_full=False) as context:
+        assert context.capabilities.swa_window == SLIDING_WINDOW
+        for start in range(0, 900, 30):
+            decode(context, [5 + start % 100] * 30, start, 0)
+        low = context.memory.pos_min(0)
+        assert 0 < low < 900 - SLIDING_WINDOW
+        with pytest.raises(UnsupportedOperation, match="sliding window"):
+            context.memory.seq_rm(0, low + SLIDING_WINDOW - 2)
+        with pytest.raises(UnsupportedOperation, match="sliding window"):
+            context.memory.seq_rm(0, 5)
+        assert context.memory.pos_max(0) == 899
+        context.memory.seq_rm(0, low + SLIDING_WINDOW - 1)
+        assert context.memory.pos_max(0) == low + SLIDING_WINDOW - 2
+        decode(context, NEXT, low + SLIDING_WINDOW - 1, 0)
+        context.memory.seq_rm(0)
+        assert spans(context) == [EMPTY]
+
+
+def test_states_wait_for_what_is_pending(models: Callable[[str], Model]) -> None:
+    with models("llama").context(n_threads=1, n_ctx=1024, n_seq_max=2, kv_unified=False) as context:
+        decode(context, TOKENS, 0, 0)
+        context.memory.seq_cp(0, 1)
+        assert context.memory.is_stale(1)
+        assert not context.memory.is_stale(0)
+        with pytest.raises(UnsupportedOperation, match="next decode"):
+            context.state_seq_get(1)
+        decode(context, [5], N, 0)
+        assert not context.memory.is_stale(1)
+        data = context.state_seq_get(1)
+        context.state_seq_set(data, 0)
+        np.testing.assert_allclose(
+            decode(context, NEXT, N, 0), fresh(context, TOKENS + NEXT, 3), atol=TOLERANCE
+        )
+        context.memory.seq_add(0, 0, -1, 2)
+        with pytest.raises(UnsupportedOperation, match="next decode"):
+            context.state_seq_get(0)
+
+
+def test_a_state_takes_a_shifted_sequences_place(models: Callable[[str], Model]) -> None:
+    with models("llama").context(n_threads=1, n_ctx=512) as context:
+        decode(context, TOKENS, 0, 0)
+        data = context.state_seq_get(0)
+        context.memory.seq_add(0, 0, -1, 7)
+        context.state_seq_set(data, 0)
+        assert spans(context) == [(0, N - 1)]
+        with pytest.raises(StateError):
+            context.state_seq_set(data[:-1], 0)
+        np.testing.assert_allclose(
+            decode(context, NEXT, N, 0), fresh(context, TOKENS + NEXT, 3), atol=TOLERANCE
+        )
+
+
+def test_bf16_keys_are_not_shifted(models: Callable[[str], Model]) -> None:
+    with models("llama").context(n_threads=1, n_ctx=256, type_k="bf16") as context:
+        assert not context.memory.can_shift
+        decode(context, TOKENS, 0, 0)
+        with pytest.raises(UnsupportedOperation):
+            context.memory.seq_add(0, 0, -1, 1)
+
+
+@pytest.mark.parametrize(
+    ("use", "argument"),
+    [
+        (lambda m: m.pos_min(-1), "seq_id"),
+        (lambda m: m.pos_max(4), "seq_id"),
+        (lambda m: m.seq_rm(-2), "seq_id"),
+        (lambda m: m.seq_rm(4), "seq_id"),
+        (lambda m: m.seq_rm(255), "seq_id"),
+        (lambda m: m.seq_rm("0"), "seq_id"),
+        (lambda m: m.seq_rm(0, -2), "p0"),
+        (lambda m: m.seq_rm(0, 0, 2**31), "p1"),
+        (lambda m: m.seq_rm(0, 0.5), "p0"),
+        (lambda m: m.seq_cp(-1, 0), "src"),
+        (lambda m: m.seq_cp(0, 4), "dst"),
+        (lambda m: m.seq_cp(0, 2**40), "dst"),
+        (lambda m: m.seq_keep(-1), "seq_id"),
+        (lambda m: m.seq_keep(4), "seq_id"),
+        (lambda m: m.seq_add(-1, 0, -1, 1), "seq_id"),
+        (lambda m: m.seq_add(0, 0, -1, 2**31), "delta"),
+        (lambda m: m.seq_add(0, 0, -1, 2**31 - 5), "delta"),
+        (lambda m: m.seq_div(0, 0, -1, 0), "divisor"),
+        (lambda m: m.seq_div(0, 0, -1, -3), "divisor"),
+        (lambda m: m.seq_div(9, 0, -1, 2), "seq_id"),
+    ],
+)
+def test_bad_arguments(models: Callable[[str], Model], use, argument: str) -> None:  # type: ignore[no-untyped-def]
+    with models("llama").context(n_threads=1, n_ctx=256, n_seq_max=4) as context:
+        decode(context, TOKENS[:8], 0, 0)
+        before = spans(context)
+        with pytest.raises(ArgumentError) as caught:
+            use(context.memory)
+        assert caught.value.argument == argument
+        assert spans(context) == before

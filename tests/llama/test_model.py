@@ -1,0 +1,176 @@
+"""Model: what it says of itself, its options, its life."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from pyllamabatch import Model
+from pyllamabatch.errors import ArgumentError, ClosedError, ModelLoadCancelled
+from tests.support.models_gguf import (
+    ARCHITECTURES,
+    N_CTX_TRAIN,
+    N_EMBD,
+    N_HEAD,
+    N_HEAD_KV,
+    gguf_path,
+)
+
+
+def test_describes_itself(tiny_llama_path: Path) -> None:
+    with Model(tiny_llama_path) as model:
+        assert model.architecture == "llama"
+        assert model.n_embd == model.n_embd_out == N_EMBD
+        assert (model.n_head, model.n_head_kv) == (N_HEAD, N_HEAD_KV)
+        assert model.n_layer == len(ARCHITECTURES["llama"].layers)
+        assert model.n_ctx_train == N_CTX_TRAIN
+        assert model.head_dims == (16, 16)
+        assert model.size_bytes == 4 * model.n_params > 0
+        assert model.metadata["general.name"]
+        assert int(model.metadata["llama.block_count"]) == model.n_layer
+        assert model.has_decoder
+        assert not model.has_encoder
+        assert model.decoder_start_token is None
+        assert not model.is_recurrent
+        assert not model.is_hybrid
+        assert model.is_causal
+        assert model.n_swa == 0
+        assert "llama" in repr(model)
+
+
+def test_kinds_of_memory() -> None:
+    kinds = {}
+    for name in ARCHITECTURES:
+        with Model(gguf_path(name)) as model:
+            kinds[name] = (model.is_recurrent, model.is_hybrid, model.n_swa > 0)
+    assert kinds["mamba"] == (True, False, False)
+    assert kinds["jamba"] == (False, True, False)
+    assert kinds["gemma3"] == (False, False, True)
+    assert kinds["llama"] == (False, False, False)
+
+
+def test_progress_rises_to_one(tiny_llama_path: Path) -> None:
+    seen: list[float] = []
+    Model(tiny_llama_path, progress=seen.append).close()  # None goes on
+    assert seen == sorted(seen)
+    assert seen[-1] == 1.0
+
+
+def test_progress_cancels(tiny_llama_path: Path) -> None:
+    with pytest.raises(ModelLoadCancelled):
+        Model(tiny_llama_path, progress=lambda fraction: False)
+
+
+def test_exception_in_progress_is_raised(tiny_llama_path: Path) -> None:
+    def fail(fraction: float) -> bool:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        Model(tiny_llama_path, progress=fail)
+
+
+@pytest.mark.parametrize("mode", ["auto", "mmap", "none"])
+def test_load_modes(tiny_llama_path: Path, mode: str) -> None:
+    with Model(tiny_llama_path, load_mode=mode, check_tensors=True) as model:
+        assert model.n_params > 0
+
+
+def test_splits(tiny_llama_path: Path) -> None:
+    with Model("one of one", splits=[tiny_llama_path]) as model:
+        assert model.architecture == "llama"
+
+
+def test_overrides(tiny_llama_path: Path) -> None:
+    with Model(tiny_llama_path, kv_overrides={"llama.context_length": 77}) as model:
+        assert model.n_ctx_train == 77
+    with pytest.raises(ArgumentError, match="1 to 127 bytes"):
+        Model(tiny_llama_path, kv_overrides={"k" * 128: 1})
+
+
+def test_vocab_only(tiny_llama_path: Path) -> None:
+    with Model(tiny_llama_path, vocab_only=True) as model:
+        tokens = model.vocab.tokenize("a b")
+        assert model.vocab.detokenize(tokens, remove_special=True).strip() == "a b"
+
+
+def test_devices(tiny_llama_path: Path) -> None:
+    with Model(tiny_llama_path, devices=[]) as model:
+        assert model.n_params > 0
+    for name in ("no such device", "CPU"):
+        with pytest.raises(ArgumentError) as caught:
+            Model(tiny_llama_path, devices=[name])
+        assert caught.value.argument == "devices"
+
+
+@pytest.mark.parametrize(
+    ("params", "argument"),
+    [
+        ({"load_mode": "fast"}, "load_mode"),
+        ({"split_mode": 17}, "split_mode"),
+        ({"n_gpu_layers": 2**40}, "n_gpu_layers"),
+        ({"n_gpu_layers": 1.5}, "n_gpu_layers"),
+        ({"check_tensors": 1}, "check_tensors"),
+        ({"tensor_split": [-1.0]}, "tensor_split"),
+        ({"tensor_split": [1.0] * 999}, "tensor_split"),
+        ({"progress_callback": None}, "progress_callback"),
+        ({"n_gpu_layer": 1}, "n_gpu_layer"),
+        ({"no_alloc": True, "load_mode": "mmap"}, "load_mode"),
+    ],
+)
+def test_bad_options(tiny_llama_path: Path, params: dict[str, object], argument: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        Model(tiny_llama_path, **params)  # type: ignore[arg-type]
+    assert caught.value.argument == argument
+
+
+def test_a_misspelt_option_is_named(tiny_llama_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="did you mean n_gpu_layers"):
+        Model(tiny_llama_path, n_gpu_layer=1)
+
+
+def test_close(tiny_llama_path: Path) -> None:
+    model = Model(tiny_llama_path)
+    vocab = model.vocab
+    model.close()
+    model.close()
+    assert model.closed
+    for use in (
+        lambda: model.n_embd,
+        lambda: vocab.tokenize("x"),
+        lambda: vocab.is_eog(0),
+        lambda: model.context(),
+        lambda: model.__enter__(),
+    ):
+        with pytest.raises(ClosedError):
+            use()
+
+
+def test_a_context_outlives_its_model(tiny_llama_path: Path) -> None:
+    model = Model(tiny_llama_path)
+    n_vocab = model.n_vocab
+    context = model.context(n_threads=1, n_ctx=256)
+    batch = context.batch()
+    model.close()
+    with context:
+        batch.extend([5, 6, 7], 0, 0)
+        context.decode(batch)
+        assert context.logits().shape == (n_vocab,)
+
+
+def test_log_goes_to_logging(tiny_llama_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("pyllamabatch.llama")
+    assert logging.getLogger("pyllamabatch").handlers  # quiet: no handler of last resort
+    with caplog.at_level(logging.INFO, logger=logger.name):
+        Model(tiny_llama_path).close()  # takes up the level
+        caplog.clear()
+        Model(tiny_llama_path).close()
+    assert any("tiny-llama" in record.message for record in caplog.records)
+    assert all("\n" not in record.message for record in caplog.records)
+
+
+def test_nothing_is_printed(tiny_llama_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Model(tiny_llama_path).close()
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "")

@@ -1,0 +1,198 @@
+"""What a context will take up, against what it then takes, and how many fit a machine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pyllamabatch import Engine, Model
+from pyllamabatch.cli import main
+from pyllamabatch.cost.where import memory_parts
+from pyllamabatch.errors import ArgumentError, NotEnoughMemory
+from pyllamabatch.planner import residency
+from pyllamabatch.planner.machines import GIB, MACHINES, Machine, here, host_available, machine
+from pyllamabatch.planner.residency import Footprint, Pool, Projector, most
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_projection_is_what_is_allocated(arch_path: Path, unified: bool) -> None:
+    """Within 2%, part by part: weights, cells, graphs (the CPU's share of them)."""
+    params = {"n_ctx": 2048, "n_seq_max": 4, "kv_unified": unified, "n_ubatch": 64}
+    with Projector(arch_path) as projector:
+        planned = projector.footprint(**params)
+    with Model(arch_path) as model, model.context(n_outputs_max=4, **params) as context:
+        real = memory_parts(context)
+        n_vocab = model.n_vocab
+    host = planned.host
+    assert planned.device == Pool()
+    weights = sum(part.model for part in real)
+    assert host.mapped + host.copied == pytest.approx(weights, rel=0.02)
+    assert host.kv == pytest.approx(sum(part.context for part in real), rel=0.02)
+    assert host.compute == pytest.approx(sum(part.compute for part in real), rel=0.02)
+    assert host.logits == 4 * 4 * n_vocab
+
+
+def test_projection_allocates_nothing(tiny_llama_path: Path) -> None:
+    """A context that no machine has room for is projected all the same."""
+    with Projector(tiny_llama_path) as projector:
+        small, large = (projector.footprint(n_ctx=n) for n in (2**20, 2**30))
+    assert large.host.kv == 2**10 * small.host.kv > 64 * GIB
+
+
+def test_more_sequences_need_more(tiny_llama_path: Path) -> None:
+    with Projector(tiny_llama_path) as projector:
+        one = projector.footprint(n_ctx=512)
+        four = projector.footprint(n_ctx=2048, n_seq_max=4)
+    assert four.host.kv == 4 * one.host.kv
+    assert four.host.logits == 4 * one.host.logits
+    assert four.host.mapped == one.host.mapped
+
+
+def test_use_of_a_mac() -> None:
+    """Mapped weights are in memory once, and wired for every active process."""
+    mac = Machine("mac", "metal", 100, 75)
+    found = Footprint(Pool(mapped=20, kv=3, compute=2), Pool(compute=1))
+    assert found.use(mac, 3) == [(75, 75), (20 + 3 * 6, 100)]
+    assert found.check(mac, 3)
+    assert not found.check(mac, 4)
+    assert found.use(mac, 1, 4) == [(20 + 4 * 5, 75), (20 + 4 * 6, 100)]
+
+
+def test_use_of_a_gpu_and_a_cpu() -> None:
+    found = Footprint(Pool(copied=20, kv=3, compute=2), Pool(mapped=5, compute=1))
+    gpu = Machine("gpu", "cuda", 100, 60, 4)
+    assert found.use(gpu, 2) == [(58, 60), (7, 100)]
+    assert not found.check(gpu, 3)
+    cpu = Machine("cpu", "cpu", 40, 0)
+    plain = Footprint(Pool(), Pool(mapped=20, copied=1, kv=3, compute=2, logits=1))
+    assert plain.use(cpu, 2) == [(34, 40)]
+    assert most(lambda n: plain.check(cpu, n)) == 2
+    assert most(lambda n: plain.check(cpu, 1, n)) == 3
+
+
+@pytest.mark.parametrize("answer", [0, 1, 2, 3, 7, 8, 9, 50, 100])
+def test_most(answer: int) -> None:
+    assert most(lambda n: n <= answer, 50) == min(answer, 50)
+
+
+@pytest.mark.parametrize(("weights", "processes"), [("80.8G", 2), ("153G", 1), ("239G", 0)])
+def test_measured_processes_of_an_m3_ultra(
+    weights: str, processes: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ds4's issue 314: 2 active processes of 80.8 GB, or 1 of 153 GB, on 256 GB."""
+    assert main(["plan", "--weights", weights, "--machine", "m3-ultra-256", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["max_active_processes"] == processes
+
+
+@pytest.mark.parametrize("limit", ["192Gi", "206G", "239G"])
+def test_the_measured_processes_do_not_hang_on_the_limit(
+    limit: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same for every limit that macOS is known to set on 256 GB."""
+    for weights, processes in (("80.8G", 2), ("153G", 1)):
+        common = ["plan", "--machine", "m3-ultra-256", "--limit", limit, "--json"]
+        assert main([*common, "--weights", weights]) == 0
+        assert json.loads(capsys.readouterr().out)["max_active_processes"] == processes
+
+
+def test_plan_of_a_file(tiny_llama_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["plan", "-m", str(tiny_llama_path), "-n", "3", "-c", "512"]
+    assert main([*common, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["max_active_processes"] > 3
+    assert found["shared_context"]["fits"]
+    # on a CPU, where nothing is copied, processes share as much as contexts do
+    assert found["shared_context"]["use"] < found["contexts"]["use"] == found["processes"]["use"]
+    assert main([*common, "--machine", "m2-ultra-192"]) == 0
+    assert "3 active processes" in capsys.readouterr().out
+    assert main([*common, "--machine", "h200", "--json"]) == 0
+    there = json.loads(capsys.readouterr().out)
+    assert there["one_process"]["device"]["mapped"] == 0
+    assert there["one_process"]["device"]["copied"] > 0
+
+
+def test_largest_context_fits_and_the_next_does_not(
+    tiny_llama_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["plan", "-m", str(tiny_llama_path), "-n", "4", "--memory", "8M", "--json"]
+    assert main(args) == 0
+    n_ctx = json.loads(capsys.readouterr().out)["max_n_ctx"]
+    assert 0 < n_ctx < 4 * 2048
+    small = replace(here(), memory=8 * 10**6)
+    with Projector(tiny_llama_path) as projector:
+        sizes = [projector.footprint(n_ctx=n, n_seq_max=4) for n in (n_ctx, n_ctx + 256)]
+    assert [size.check(small) for size in sizes] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--machine", "nowhere"],
+        ["--weights", "1G", "--measure"],
+        ["--weights", "1G", "-m", "x.gguf"],
+    ],
+)
+def test_plan_refuses(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *args]) == 2
+    assert capsys.readouterr().err.startswith("pyllamabatch: ")
+
+
+@pytest.mark.parametrize("size", ["x", "-1G", "1X", "nan"])
+def test_sizes_are_checked(size: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "--weights", size])
+
+
+def test_machines() -> None:
+    assert machine("here") == here()
+    assert 0 < host_available() <= here().memory
+    assert all(m.source and m.device_limit > 0 and m.memory > 0 for m in MACHINES.values())
+    with pytest.raises(ArgumentError, match="m3-ultra-256"):
+        machine("abacus")
+
+
+def test_measured_processes(tiny_llama_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two processes share the file's pages: the sum of PSS is less than that of RSS."""
+    args = ["plan", "-m", str(tiny_llama_path), "-n", "2", "-c", "256", "--measure", "--json"]
+    assert main(args) == 0
+    idle, active = json.loads(capsys.readouterr().out)["measured"]
+    assert (idle["state"], active["state"]) == ("idle", "active")
+    for found in (idle, active):
+        assert 0 < found["pss"] < found["rss"]
+        assert 0 < found["shared"] < found["rss"]
+        assert found["planned"] > found["base"] > 0
+
+
+class TestEngine:
+    """It never finds out by an out-of-memory."""
+
+    @pytest.fixture
+    def little(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(residency, "host_available", lambda: 3 * 2**20)
+
+    def test_shrinks_what_it_chooses(self, tiny_llama_path: Path, little: None) -> None:
+        with Model(tiny_llama_path) as model:
+            wanted = min(model.n_ctx_train * 4, 16384)
+            with Engine(model, n_seq_max=4, n_ubatch=64, n_threads=1) as engine:
+                assert 256 <= engine.n_ctx < wanted
+                assert len(engine.generate([[5, 6, 7]])[0].tokens) > 0
+
+    def test_refuses_what_it_is_given(self, tiny_llama_path: Path, little: None) -> None:
+        with Model(tiny_llama_path) as model:
+            with pytest.raises(NotEnoughMemory, match=r"n_ctx=\d+ would fit") as caught:
+                Engine(model, n_seq_max=4, n_ctx=2**20, n_ubatch=64)
+            assert caught.value.needed > caught.value.available == 3 * 2**20
+
+    def test_loads_no_twin_where_there_is_plenty(
+        self, tiny_llama_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: object, **__: object) -> Projector:
+            raise AssertionError("projected")
+
+        monkeypatch.setattr(residency, "Projector", refuse)
+        monkeypatch.setattr(residency, "host_available", lambda: 2**40)
+        with Model(tiny_llama_path) as model, Engine(model, n_seq_max=4, n_threads=1) as engine:
+            assert engine.n_ctx == min(model.n_ctx_train * 4, 16384)

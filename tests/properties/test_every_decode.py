@@ -1,0 +1,250 @@
+"""Every decode of a run fails in turn, with every code, once or several times in a row: who can be
+helped gets what he gets alone, and nobody ends who was not in a step that failed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.errors import (
+    DecodeAborted,
+    DecodeError,
+    FatalDecodeError,
+    InvalidBatch,
+    KvCacheFull,
+)
+from pyllamabatch.kv import Sharing, SwapChoice
+from pyllamabatch.llama.model import Model
+from pyllamabatch.scheduler import Limits
+from pyllamabatch.step.sampling_params import SamplingParams
+from tests.support.embedded import EXACT, check, solos, texts
+from tests.support.engine_fakes import Rig, solo
+from tests.support.oracle import Agreement, Reference
+
+KINDS: dict[int, type[DecodeError]] = {
+    1: KvCacheFull,
+    2: DecodeAborted,
+    -1: InvalidBatch,
+    -2: FatalDecodeError,
+    -3: FatalDecodeError,
+    -1019: FatalDecodeError,
+}
+RESTARTS = 2
+
+MACHINES: dict[str, tuple[Limits, Sharing]] = {
+    "shared cells": (
+        Limits(n_batch=8, n_ubatch=8, n_seq_max=3, n_cells=48, n_cells_seq=48),
+        Sharing(copy_part=True, copy_whole=True, trim=True, n_kept=2),
+    ),
+    "streams": (
+        Limits(n_batch=8, n_ubatch=8, n_seq_max=3, n_cells=96, n_cells_seq=32, unified=False),
+        Sharing(trim=True),
+    ),
+    "recurrent": (
+        Limits(n_batch=8, n_ubatch=8, n_seq_max=3, n_cells=96, n_cells_seq=32, unified=False),
+        Sharing(copy_whole=True),
+    ),
+}
+
+
+def run(
+    machine: str, faults: dict[int, int], max_restarts: int = RESTARTS, n_steps_max: int = 3
+) -> tuple[Rig, dict[int, set[int]]]:
+    """Five requests on three slots; who was in each step that failed."""
+    limits, sharing = MACHINES[machine]
+    hit: dict[int, set[int]] = {}
+
+    def fault(step: int) -> int | None:
+        if step in faults:
+            seats, rows = rig.decoder.seats, rig.machine.rows.seq[: rig.machine.n_now]
+            guests = [seats.at[slot] for slot in set(rows.tolist())]
+            hit[step] = {guest.id for guest in guests if guest is not None}
+        return faults.get(step)
+
+    rig = Rig(
+        limits,
+        fault,
+        n_steps_max=n_steps_max,
+        sharing=sharing,
+        swap=SwapChoice("swap" if machine == "shared cells" else "recompute"),
+        max_restarts=max_restarts,
+    )
+    for i in range(5):
+        prompt = [7 * (i // 2) + k for k in range(1, 4 + 2 * i)]
+        rig.submit(prompt, SamplingParams(temperature=0, max_tokens=4 + i))
+    rig.run()
+    return rig, hit
+
+
+def check_survivors(rig: Rig, code: int) -> set[int]:
+    """Whoever has not failed has what he gets alone; who has failed, the beginning of it, and an
+    error of his own. Who has failed."""
+    failed = set()
+    errors = []
+    for request in rig.requests:
+        result = request.stream.wait(0)
+        tokens, reason = solo(request.prompt.tolist(), request.params)
+        if result.finish_reason == "error":
+            failed.add(request.id)
+            errors.append(result.error)
+            assert type(result.error) is KINDS[code]
+            assert result.error.code == code
+            assert result.tokens == tokens[: len(result.tokens)]
+        else:
+            assert (result.tokens, result.finish_reason) == (tokens, reason)
+    assert len({id(error) for error in errors}) == len(errors)
+    rig.scheduler.drop_kept()
+    rig.decoder._mover.carry_out()
+    rig.check()
+    assert rig.machine.cells == {}
+    assert len(rig.space) == 0
+    return failed
+
+
+def restarts(hit: dict[int, set[int]]) -> tuple[set[int], int]:
+    """Who fails, and how many fresh contexts it takes, where all failures come in one row: each
+    second one costs those who are in it one of their RESTARTS."""
+    paid: Counter[int] = Counter()
+    failed: set[int] = set()
+    n = 0
+    for step in sorted(hit)[1::2]:
+        helped = {id for id in hit[step] if paid[id] < RESTARTS}
+        failed |= hit[step] - helped
+        paid.update(helped)
+        n += bool(helped)
+    return failed, n
+
+
+@pytest.mark.parametrize("n_times", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("code", KINDS)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_every_decode_of_a_run(machine: str, code: int, n_times: int) -> None:
+    n_decodes = run(machine, {})[0].machine.n_steps
+    assert n_decodes > 12
+    n_failed = 0
+    for first in range(1, n_decodes + 1):
+        for n_steps_max in (1, 100):
+            faults = dict.fromkeys(range(first, first + n_times), code)
+            rig, hit = run(machine, faults, n_steps_max=n_steps_max)
+            failed = check_survivors(rig, code)
+            n_failed += len(failed)
+            assert failed <= set().union(*hit.values())
+            assert rig.machine.n_renewed == rig.decoder.recovery.n_restarts
+            if code == 1:  # who is not alone can be helped by the others' giving way
+                assert not failed or any(len(guests) == 1 for guests in hit.values())
+                assert n_times > 1 or not failed
+            elif code == 2:  # one retry
+                assert bool(failed) == any(k in hit and k + 1 in hit for k in hit)
+            elif code == -1:  # the rows are wrong: no retry
+                assert failed == set().union(*hit.values())
+            else:
+                assert (failed, rig.machine.n_renewed) == restarts(hit)
+    assert n_failed > 0 or (code == 1 and n_times == 1) or (code != -1 and n_times < 6)
+
+
+@pytest.mark.parametrize("code", [-2, -1019])
+@pytest.mark.parametrize("machine", MACHINES)
+def test_without_restarts_the_step_that_fails_twice_ends_its_requests(
+    machine: str, code: int
+) -> None:
+    n_decodes = run(machine, {}, 0)[0].machine.n_steps
+    for first in range(1, n_decodes + 1):
+        rig, hit = run(machine, {first: code, first + 1: code}, 0)
+        assert check_survivors(rig, code) == hit.get(first + 1, set())
+        assert rig.machine.n_renewed == 0
+
+
+@pytest.mark.parametrize("codes", [(1, -2, -2), (-2, 1, -2), (2, -2), (-2, -1), (-3, -3, 1, 1, 1)])
+@pytest.mark.parametrize("machine", MACHINES)
+def test_different_codes_one_after_the_other(machine: str, codes: tuple[int, ...]) -> None:
+    n_decodes = run(machine, {})[0].machine.n_steps
+    for first in range(1, n_decodes + 1):
+        rig, hit = run(machine, {first + i: code for i, code in enumerate(codes)})
+        for request in rig.requests:
+            result = request.stream.wait(0)
+            tokens, _ = solo(request.prompt.tolist(), request.params)
+            if result.finish_reason == "error":
+                assert request.id in set().union(*hit.values())
+                assert result.tokens == tokens[: len(result.tokens)]
+            else:
+                assert result.tokens == tokens
+        rig.check()
+
+
+# -- the embedded model
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    with Model.default() as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def alone(model: Model) -> list[Reference]:
+    return solos(model)
+
+
+CHOSEN = [0, 3, 6, 5]  # prompts, two of them with a common beginning
+BUDGETS = [3, 7, 5, 9]
+
+
+@pytest.mark.parametrize(
+    ("code", "n_rows", "n_times"),
+    [(1, 0, 1), (2, 9, 2), (-1, 0, 1), (-3, -1, 1), (-3, 2, 2), (-3, 0, 6)],
+)
+@pytest.mark.parametrize("options", [{}, {"kv_unified": False}], ids=["shared cells", "streams"])
+def test_every_decode_of_the_embedded_model(
+    model: Model,
+    alone: list[Reference],
+    options: dict[str, Any],
+    code: int,
+    n_rows: int,
+    n_times: int,
+) -> None:
+    prompts = [texts(model.n_vocab)[i] for i in CHOSEN]
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eog=True) for n in BUDGETS]
+    agreement, n_failed = Agreement(), 0
+    limits: dict[str, Any] = {"n_seq_max": 3, "n_ctx": 768, "n_batch": 64, "n_ubatch": 32}
+    with Engine(model, prefix_cache=False, **limits, **options, **EXACT) as engine:
+
+        def run() -> int:
+            """How many have failed."""
+            with engine._decoder.state:  # nobody starts before the last one is in line
+                streams = [
+                    engine.submit(prompt, each)
+                    for prompt, each in zip(prompts, params, strict=True)
+                ]
+            results = [stream.wait(60) for stream in streams]
+            failed = [result for result in results if result.finish_reason == "error"]
+            for result, i, n in zip(results, CHOSEN, BUDGETS, strict=True):
+                check(agreement, alone[i], result.tokens)
+                assert result in failed or result.n_generated == n
+            assert all(type(result.error) is KINDS[code] for result in failed)
+            stats = engine.stats()
+            assert stats.running == stats.waiting == stats.kv_used == stats.kv_kept == 0
+            return len(failed)
+
+        assert run() == 0
+        n_decodes = engine.stats().steps
+        assert n_decodes > 10
+        for nth in range(1, n_decodes + 1):
+            before = engine.stats()
+            engine._stepper.fault(nth, code, n_rows, n_times)
+            n = run()
+            engine._stepper.fault(0, 0)
+            n_failed += n
+            assert n <= 3
+            assert n == 0 or code == -1 or n_times in (2, 6)
+            if code < -1:
+                n_fresh = min(n_times // 2, RESTARTS)
+                assert engine.stats().restarts - before.restarts == n_fresh
+        assert run() == 0
+        ledger, memory = engine._decoder.scheduler.ledger, engine._decoder._memory
+        assert all(memory.pos_max(slot) == -1 for slot in range(ledger.n_seq_max))
+    assert (n_failed > 0) == (code == -1 or (code, n_times) in ((2, 2), (-3, 6)))
+    assert agreement.fraction > 0.9

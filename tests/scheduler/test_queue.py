@@ -1,0 +1,125 @@
+"""Lines that keep their orders say the same as sorting them would; tenants add up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyllamabatch.scheduler import Limits, Line, SequenceView, StepView, fair
+from pyllamabatch.scheduler.queue import MOST_ORDERS, EntryLine
+from pyllamabatch.scheduler.running import Entry
+from tests.support.scheduler_machine import Machine
+
+
+def by_priority(seq: SequenceView) -> int:
+    return -seq.priority
+
+
+def by_prompt(seq: SequenceView) -> int:
+    return seq.n_prompt
+
+
+def tenant(seq: SequenceView) -> str:
+    return seq.tenant
+
+
+def ids(views: Any) -> list[int]:
+    return [view.id for view in views]
+
+
+def view_of(entry: Entry) -> SequenceView:
+    return entry.view
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9), st.integers(0, 2)), max_size=60))
+def test_a_line_that_changes_is_the_line_that_it_is(changes: list[tuple[int, int, int]]) -> None:
+    """Asked at each moment, or only now and then, `by` and `split` are those of a plain line."""
+    line: EntryLine[Entry] = EntryLine(view_of)
+    plain: list[SequenceView] = []
+    for id, (what, n, kind) in enumerate(changes):
+        view = SequenceView(id, 0.0, n + 1, priority=kind, tenant="abc"[kind])
+        if what < 3 or not plain:
+            first = what == 0
+            line.join(id, Entry(view, 0), first=first)
+            plain.insert(0 if first else len(plain), view)
+        elif what == 3:
+            gone = plain.pop(n % len(plain))
+            assert line.leave(gone.id) is not None
+            assert line.leave(gone.id) is None
+        else:
+            place = n % len(plain)
+            line.put(plain[place].id, priority=kind)
+            plain[place] = line.ids[plain[place].id].view
+            assert plain[place].priority == kind
+        if what == 5:
+            continue
+        expected = Line(plain)
+        assert ids(line) == ids(expected)
+        assert ids(reversed(line)) == ids(reversed(expected))
+        assert ids(line.by(by_priority)) == ids(expected.by(by_priority))
+        assert ids(line.above(by_priority, -kind)) == ids(expected.above(by_priority, -kind))
+        assert ids(line.above(by_priority, -kind)) == [
+            view.id for view in expected.by(by_priority) if by_priority(view) > -kind
+        ]
+        lines, expected_lines = line.split(tenant), expected.split(tenant)
+        assert {name: ids(lines[name]) for name in lines} == {
+            name: ids(expected_lines[name]) for name in expected_lines
+        }
+        assert len(lines) == len(expected_lines)
+        if n % 3 == 0:
+            assert ids(line.by(by_prompt)) == ids(expected.by(by_prompt))
+            assert line.column("n_prompt").tolist() == expected.column("n_prompt").tolist()
+
+
+def test_orders_that_are_made_on_the_spot_are_forgotten() -> None:
+    line: EntryLine[Entry] = EntryLine(view_of)
+    for id in range(5):
+        line.join(id, Entry(SequenceView(id, 0.0, 9 - id), 0))
+    for _ in range(3 * MOST_ORDERS):
+        assert ids(line.by(lambda seq: seq.n_prompt)) == [4, 3, 2, 1, 0]
+        assert len(line.split(lambda seq: seq.id)) == 5
+    assert len(line._orders) == len(line._splits) == MOST_ORDERS
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 20), st.sampled_from("abc")), max_size=9)
+)
+def test_columns_and_tenants_are_those_of_the_sequences(
+    requests: list[tuple[int, int, str]],
+) -> None:
+    machine = Machine(Limits(16, 8, 3, 90, 90), fair())
+    for id, (n_prompt, end, name) in enumerate(requests):
+        target = None if id % 2 else 0.5 + id
+        machine.add(id, n_prompt, 20, end, tenant=name, itl_target=target)
+    generated = dict.fromkeys((name for _, _, name in requests), 0)
+    while machine.step() is not None:
+        real = machine.scheduler.view(0.0)
+        plain = Line(real.running)
+        names = ("generated", "computed", "n_prompt", "turn", "max_tokens", "itl_target", "known")
+        for name in names:
+            assert real.running.column(name).tolist() == plain.column(name).tolist()
+        rows = zip(*(real.running.unordered(name).tolist() for name in names), strict=True)
+        assert sorted(rows) == sorted(
+            zip(*(plain.column(name).tolist() for name in names), strict=True)
+        )
+        for name in generated:
+            generated[name] = sum(
+                machine.generated[id] for id, request in enumerate(requests) if request[2] == name
+            )
+        tenants = real.tenants
+        assert dict(zip(tenants.names, tenants.generated.tolist(), strict=True)) == generated
+        made = StepView.of(machine.limits, real.running, real.waiting).tenants
+        for i, name in enumerate(made.names):
+            j = tenants.names.index(name)
+            assert (made.waiting[i], made.running[i]) == (tenants.waiting[j], tenants.running[j])
+    tenants = machine.scheduler.view(0.0).tenants
+    prompts = dict.fromkeys(generated, 0)
+    for n_prompt, _, name in requests:
+        prompts[name] += n_prompt
+    assert dict(zip(tenants.names, tenants.prompt.tolist(), strict=True)) == prompts
+    assert not tenants.waiting.any()
+    assert not tenants.running.any()

@@ -1,0 +1,181 @@
+"""Unused sequences between those that decode: a row each keeps a step in one ubatch, and nobody
+sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.errors import ArgumentError
+from pyllamabatch.llama.context import Context
+from pyllamabatch.llama.model import Model
+from pyllamabatch.scheduler.step import spans
+from pyllamabatch.step.sampling_params import SamplingParams
+from pyllamabatch.step.stepper import SAMPLE, Stepper
+from tests.support.models_gguf import gguf_path
+from tests.support.oracle import EXACT, Agreement, Reference, random_prompts, solos, tolerance
+
+N_SEQ, N_PROMPT, N_TOKENS = 8, 4, 20
+PROMPTS = random_prompts(N_SEQ, seed=11, shortest=N_PROMPT - 1, longest=N_PROMPT - 1)
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3", "mamba", "jamba"])
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(name: str) -> Iterator[Model]:
+    with Model(gguf_path(name)) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def alone(name: str) -> list[Reference]:
+    """What each prompt gets on a context of its own."""
+    return solos(name, PROMPTS, N_TOKENS + 1)
+
+
+@pytest.fixture
+def context(model: Model) -> Iterator[Context]:
+    with model.context(
+        n_ctx=2048, n_batch=64, n_seq_max=N_SEQ, kv_unified=False, n_threads=1, **EXACT
+    ) as context:
+        yield context
+
+
+def greedy(n: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=n, ignore_eog=True)
+
+
+def start(stepper: Stepper, seqs: list[int], n: int, temperature: float = 0.0) -> list[int]:
+    """Prompts, one a step; the first tokens."""
+    rows, first = stepper.rows, []
+    for seq in seqs:
+        stepper.set_slot(seq, replace(greedy(n), temperature=temperature, seed=seq))
+        prompt = slice(0, N_PROMPT)
+        rows.token[prompt], rows.pos[prompt], rows.seq[prompt] = PROMPTS[seq], range(N_PROMPT), seq
+        rows.flags[prompt] = (*[0] * (N_PROMPT - 1), SAMPLE)
+        result = stepper.step(N_PROMPT)
+        result.raise_for_code()
+        assert stepper._info.n_filled == 0
+        first.append(int(result.token[0]))
+    return first
+
+
+def run(
+    context: Context, seqs: list[int], gap_max: int, n: int = N_TOKENS, temperature: float = 0.0
+) -> Any:
+    """Tokens by sequence, rows that were filled in and graphs that were used again per step."""
+    context.memory.clear()
+    with Stepper(context, gap_max=gap_max) as stepper:
+        tokens = [[token] for token in start(stepper, seqs, n + 1, temperature)]
+        result = stepper.run(np.array(seqs, np.int32), n)
+        assert result.n_steps == n
+        for i, column in enumerate(result.token.reshape(n, len(seqs)).T.tolist()):
+            tokens[i] += column
+        steps = result.steps
+        filled = {*steps["n_filled"].tolist()}
+        reused = np.diff(steps["n_reused"])[-n // 2 :]
+        held = [context.memory.pos_max(seq) for seq in range(N_SEQ)]
+    assert held == [N_PROMPT + n - 1 if seq in seqs else -1 for seq in range(N_SEQ)]
+    return tokens, filled, reused
+
+
+def test_the_tokens_are_those_of_every_sequence_alone(
+    context: Context, name: str, alone: list[Reference]
+) -> None:
+    agreement = Agreement()
+    for seqs in ([0, 2], [1, 4, 7], [0, 1, 3, 7], [2, 3, 4]):
+        tokens, filled, _ = run(context, seqs, 16)
+        for seq, got in zip(seqs, tokens, strict=True):
+            agreement.check(alone[seq], got, tolerance(name))
+        assert filled == {seqs[-1] - seqs[0] + 1 - len(seqs)}
+    assert agreement.fraction >= 0.9
+
+
+@pytest.mark.parametrize("name", ["llama"], indirect=True)
+def test_rows_that_are_filled_in_draw_nothing(context: Context) -> None:
+    """Where rounding is small enough for the same seeds to draw the same tokens."""
+    without, filled, _ = run(context, [0, 2, 5], 0, temperature=1.0)
+    assert filled == {0}
+    tokens, filled, _ = run(context, [0, 2, 5], 16, temperature=1.0)
+    assert filled == {3}
+    assert tokens == without
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"], indirect=True)
+def test_it_is_one_ubatch(context: Context) -> None:
+    """A graph is used again for the same sequences, so where there is more than one ubatch none
+    is."""
+    _, filled, reused = run(context, [0, 2, 4, 6], 16)
+    assert filled == {3}
+    assert {*reused.tolist()} == {1}
+    _, filled, reused = run(context, [0, 2, 4, 6], 0)
+    assert filled == {0}
+    assert {*reused.tolist()} == {0}
+
+
+def test_wide_gaps_and_used_sequences_are_left_alone(context: Context) -> None:
+    _, filled, _ = run(context, [0, 4, 6], 2)
+    assert filled == {1}  # 5; 1 to 3 are too many
+    context.memory.clear()
+    with Stepper(context, gap_max=16) as stepper:
+        start(stepper, [0, 1, 2], 20)
+        result = stepper.run(np.array([0, 2], np.int32), 5)  # 1 waits
+        assert {*result.steps["n_filled"].tolist()} == {0}
+        assert [context.memory.pos_max(seq) for seq in range(3)] == [8, 3, 8]
+
+
+def test_the_default(model: Model) -> None:
+    for kv_unified in (True, False):
+        with model.context(n_ctx=1024, n_seq_max=4, kv_unified=kv_unified, n_threads=1) as context:
+            wanted = int(not kv_unified or context.capabilities.recurrent)
+            context.memory.clear()
+            with Stepper(context) as stepper:
+                start(stepper, [0, 2], 10)
+                result = stepper.run(np.array([0, 2], np.int32), 3)
+                assert {*result.steps["n_filled"].tolist()} == {wanted}
+    with (
+        model.context(n_ctx=64, n_threads=1) as context,
+        pytest.raises(ArgumentError, match="gap_max"),
+    ):
+        Stepper(context, gap_max=-1)
+
+
+def test_spans_tell_what_is_filled_in(model: Model) -> None:
+    with Engine(
+        model, n_seq_max=8, n_ctx=64 * 8, kv_unified=False, n_threads=1, cost=None
+    ) as engine:
+        most = engine.limits.gap_max
+        engine.generate(PROMPTS, [greedy(n) for n in (30, 5, 20, 10, 15, 25, 8, 35)])
+        trace = engine.trace()
+    assert most == 1
+    alone = trace[trace["prefill_rows"] == 0]
+    told = []
+    for row in alone:
+        slots = np.flatnonzero(row["ids"])
+        held = np.where(row["ids"] > 0, 9, 0)
+        found = spans(slots.astype(np.int32), held, most)
+        assert sum(span.decode for span in found) == len(slots)
+        told.append(sum(span.rows for span in found) - len(slots))
+    assert alone["filled"].tolist() == told
+    assert set(told) >= {0, 1, 2}
+
+
+def test_an_engine_whose_sequences_end_one_by_one(
+    model: Model, name: str, alone: list[Reference]
+) -> None:
+    lengths = [3 + 5 * (i % 4) for i in range(2 * N_SEQ)]
+    with Engine(model, n_seq_max=6, n_ctx=64 * 6, kv_unified=False, n_threads=1, **EXACT) as engine:
+        results = engine.generate(PROMPTS * 2, [greedy(n) for n in lengths])
+    agreement = Agreement()
+    for result, reference, n in zip(results, alone * 2, lengths, strict=True):
+        first = Reference(reference.tokens[:n], reference.logits[:n])
+        agreement.check(first, result.tokens, tolerance(name))
+    assert agreement.fraction >= 0.9

@@ -1,0 +1,126 @@
+"""JSON schemas: what they become, what is refused, and that the engine keeps to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.errors import ArgumentError, GrammarError
+from pyllamabatch.llama.model import Model
+from pyllamabatch.step.json_schema import schema_text, schema_to_gbnf
+from pyllamabatch.step.sampling_params import SamplingParams
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "pattern": "^[a-z]{2,5}$"},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 1, "maxItems": 3},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Model.default() as model, Engine(model, n_seq_max=4, n_ctx=2048, n_threads=1) as engine:
+        yield engine
+
+
+def test_every_text_is_what_the_schema_says(engine: Engine) -> None:
+    """High temperature: it is the grammar that decides, not the model."""
+    params = [
+        SamplingParams(json_schema=PERSON, temperature=3.0, seed=seed, max_tokens=200)
+        for seed in range(8)
+    ]
+    results = engine.generate(["Somebody: "] * 8, params)
+    for result in results:
+        assert result.finish_reason == "stop"
+        value = json.loads(result.text)
+        assert set(value) == {"name", "age", "tags"}
+        assert value["name"].isalpha()
+        assert 2 <= len(value["name"]) <= 5
+        assert 0 <= value["age"] <= 120
+        assert 1 <= len(value["tags"]) <= 3
+        assert set(value["tags"]) <= {"a", "b"}
+    assert len({result.text for result in results}) > 1
+
+
+def test_text_and_mapping_are_the_same() -> None:
+    a, b = SamplingParams(json_schema=PERSON), SamplingParams(json_schema=json.dumps(PERSON))
+    assert a == b
+    assert hash(a) == hash(b)
+    assert json.loads(str(a.json_schema)) == PERSON
+
+
+def test_the_grammar_of_a_schema() -> None:
+    grammar = schema_to_gbnf(schema_text({"enum": ["yes", 1, None]}))
+    assert 'root ::= ("\\"yes\\"" | "1" | "null")' in grammar
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+BAD: list[Any] = [
+    "{",
+    "[1]",
+    7,
+    {"const": float("nan")},
+    {"const": {1, 2}},
+    nested(70),
+    {"properties": {f"p{i}": {} for i in range(501)}},
+    {"description": "x" * 2**18},
+    {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"$ref": "#/$defs/a"}}},
+    {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+    {"const": "\ud800"},
+]
+
+
+@pytest.mark.parametrize("schema", BAD)
+def test_what_is_no_schema_is_refused(schema: Any) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        SamplingParams(json_schema=schema)
+    assert caught.value.argument == "json_schema"
+
+
+def test_a_grammar_and_a_schema_are_one_too_many() -> None:
+    with pytest.raises(ArgumentError):
+        SamplingParams(json_schema={}, grammar='root ::= "a"')
+
+
+@pytest.mark.parametrize(
+    ("schema", "why"),
+    [
+        ({"type": "thing"}, "unrecognized type"),
+        ({"anyOf": []}, "must not be empty"),
+        ({"type": "array", "minItems": -3}, "minItems"),
+        ({"$ref": "#/$defs/none"}, "cannot resolve"),
+        ({"$ref": "https://example.com/schema"}, "only references into the same document"),
+        ({"type": "string", "pattern": "^(a$"}, "unbalanced"),
+        ({"type": "string", "pattern": "^a(?=b)$"}, "not supported"),
+        ({"type": "string", "pattern": "^" + "(" * 5000 + "a" + ")" * 5000 + "$"}, "deep"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}]}}}, "recursi"),
+    ],
+)
+def test_what_can_not_be_kept_whole_is_an_error_at_submit(
+    engine: Engine, schema: Any, why: str
+) -> None:
+    params = SamplingParams(json_schema=schema)
+    with pytest.raises(GrammarError, match=why):
+        engine.submit("x", params)
+
+
+def test_nested_as_deep_as_allowed(engine: Engine) -> None:
+    result = engine.submit(
+        "x", SamplingParams(json_schema=nested(30), temperature=0, max_tokens=100)
+    ).result(60)
+    assert result.text.startswith("[")

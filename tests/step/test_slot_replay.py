@@ -1,0 +1,117 @@
+"""Replay: a new slot that is told what was sampled goes on as the one that sampled it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pyllamabatch.errors import ArgumentError, GrammarError
+from pyllamabatch.llama.context import Context
+from pyllamabatch.llama.model import Model
+from pyllamabatch.step.sampling_params import SamplingParams
+from pyllamabatch.step.stepper import SAMPLE, Stepper
+from tests.support.models_gguf import gguf_path
+
+PROMPT = [1, 300, 301, 302]
+
+
+@pytest.fixture(scope="module")
+def context() -> Iterator[Context]:
+    with Model(gguf_path("llama")) as model, model.context(n_ctx=256, n_threads=1) as context:
+        yield context
+
+
+def generate(stepper: Stepper, n: int) -> list[int]:
+    """`n` tokens of slot 0, which has sampled already."""
+    tokens: list[int] = []
+    while len(tokens) < n:
+        result = stepper.run([0], 1)
+        result.raise_for_code()
+        tokens.append(int(result.token[0]))
+    return tokens
+
+
+def start(stepper: Stepper, params: SamplingParams) -> int:
+    stepper.set_slot(0, params, PROMPT)
+    rows, n = stepper.rows, len(PROMPT)
+    rows.token[:n], rows.pos[:n], rows.seq[:n], rows.flags[:n] = PROMPT, range(n), 0, 0
+    rows.flags[n - 1] = SAMPLE
+    result = stepper.step(n)
+    result.raise_for_code()
+    return int(result.token[0])
+
+
+@pytest.mark.parametrize("sampler", ["fused", "chain"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0},
+        {"temperature": 1.3, "seed": 5},
+        {"temperature": 1.3, "seed": 5, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
+        {"temperature": 0.9, "seed": 6, "repeat_penalty": 1.4, "presence_penalty": 0.3},
+        {"temperature": 1.5, "seed": 7, "grammar": 'root ::= ("a" | "b" | "cd")*'},
+    ],
+    ids=str,
+)
+def test_it_goes_on_as_if_it_had_sampled(
+    context: Context, sampler: str, options: dict[str, Any]
+) -> None:
+    if sampler == "fused" and "grammar" in options:
+        sampler = "auto"
+    params = SamplingParams(max_tokens=40, **options)
+    with Stepper(context, sampler=sampler, n_threads=1) as stepper:
+        context.memory.clear()
+        tokens = [start(stepper, params), *generate(stepper, 9)]
+        info, state = stepper.slot(0), context.state_seq_get(0)
+        rest = generate(stepper, 12)
+
+        slot = stepper.make_slot(params, PROMPT)
+        stepper.replay(slot, tokens, info.n_draws, info.next_pos)
+        stepper.put_slot(0, slot)
+        context.state_seq_set(state, 0)
+        assert stepper.slot(0) == info
+        assert generate(stepper, 12) == rest
+
+
+def test_draws_are_counted(context: Context) -> None:
+    with Stepper(context, n_threads=1) as stepper:
+        context.memory.clear()
+        start(stepper, SamplingParams(seed=3, max_tokens=20))
+        assert stepper.slot(0).n_draws == 1
+        generate(stepper, 2)
+        slot = stepper.take_slot(0)
+        stepper.put_slot(0, slot)
+        assert stepper.slot(0).n_draws == 3
+
+
+def test_what_can_not_have_been_sampled(context: Context) -> None:
+    params = SamplingParams(max_tokens=4, temperature=0, grammar='root ::= "abc"')
+    with Stepper(context, n_threads=1) as stepper:
+        for tokens, draws in [([], 0), ([5] * 4, 0), ([5], 1)]:
+            with pytest.raises(ArgumentError):
+                stepper.replay(stepper.make_slot(params), tokens, draws, 4)
+        with pytest.raises(ArgumentError):
+            stepper.replay(stepper.make_slot(params), np.array([10**6]), 0, 4)
+        wrong = context.model.vocab.tokenize("z", add_special=False)
+        with pytest.raises(GrammarError, match="does not lead"):
+            stepper.replay(stepper.make_slot(params), wrong, 0, 4)
+        used = stepper.make_slot(params)
+        stepper.put_slot(0, used)
+        with pytest.raises(ArgumentError, match="not put back"):
+            stepper.replay(used, [5], 0, 4)
+
+
+def test_a_fault_hits_the_decode_that_was_named(context: Context) -> None:
+    with Stepper(context, n_threads=1) as stepper:
+        context.memory.clear()
+        start(stepper, SamplingParams(temperature=0, max_tokens=20))
+        stepper.fault(3, -3, 0)
+        assert len(generate(stepper, 2)) == 2
+        assert stepper.run([0], 1).code == -3
+        assert context.memory.pos_max(0) == len(PROMPT) + 1
+        assert len(generate(stepper, 2)) == 2
+        with pytest.raises(ArgumentError, match="fault"):
+            stepper.fault(1, 0)

@@ -1,0 +1,654 @@
+"""The native step against raw libllama: same tokens, same numbers, and errors instead of aborts."""
+
+from __future__ import annotations
+
+import gc
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGUFReader
+
+from pyllamabatch.errors import (
+    ArgumentError,
+    ClosedError,
+    ContextBusy,
+    GrammarError,
+    InvalidBatch,
+    KvCacheFull,
+)
+from pyllamabatch.llama import runtime as _backend
+from pyllamabatch.llama.context import Context
+from pyllamabatch.llama.model import Model
+from pyllamabatch.raw import ffi, lib
+from pyllamabatch.step.sampling_params import SamplingParams
+from pyllamabatch.step.stepper import OUTPUT, SAMPLE, Finish, Stepper, StepResult
+from tests.support.models_gguf import EOS, gguf_path, write_gguf
+from tests.support.oracle import RawContext, raw_context, raw_model
+
+PROMPT = [1, 270, 280, 290, 300, 310]
+OTHER = [1, 320, 330, 340]
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    with Model(gguf_path("llama")) as model:
+        yield model
+
+
+@pytest.fixture
+def context(model: Model) -> Iterator[Context]:
+    settings = {"type_k": "f32", "type_v": "f32", "flash_attn_type": "disabled"}
+    with model.context(n_ctx=512, n_batch=64, n_seq_max=4, n_threads=1, **settings) as context:
+        yield context
+
+
+@pytest.fixture(params=["auto", "chain"])
+def stepper(context: Context, request: pytest.FixtureRequest) -> Iterator[Stepper]:
+    """Both ways to sample: the fused sampler where it can, and libllama's chain."""
+    with Stepper(context, sampler=request.param) as stepper:
+        yield stepper
+
+
+def write(
+    stepper: Stepper, tokens: Sequence[int], *, seq: int = 0, pos: int = 0, at: int = 0
+) -> int:
+    """Rows of a sequence, the last one sampled; returns the row after them."""
+    rows, end = stepper.rows, at + len(tokens)
+    rows.token[at:end] = tokens
+    rows.pos[at:end] = np.arange(pos, pos + len(tokens))
+    rows.seq[at:end] = seq
+    rows.flags[at:end] = 0
+    rows.flags[end - 1] = SAMPLE
+    return end
+
+
+def generate(
+    stepper: Stepper, params: SamplingParams, prompt: Sequence[int] = PROMPT, *, seq: int = 0
+) -> tuple[list[int], Finish]:
+    """One request alone: its tokens and how it ended."""
+    stepper.set_slot(seq, params, prompt)
+    result = stepper.step(write(stepper, prompt, seq=seq))
+    tokens: list[int] = []
+    while True:
+        result.raise_for_code()
+        finish = Finish(result.finish[0])
+        if finish is not Finish.ERROR:
+            tokens.append(int(result.token[0]))
+        if finish:
+            return tokens, finish
+        info = stepper.slot(seq)
+        result = stepper.step(write(stepper, [info.next_token], seq=seq, pos=info.next_pos))
+
+
+# -- the same as raw calls --
+
+
+def raw_generate(n: int, choose: Callable[[RawContext], int]) -> list[int]:
+    settings = {
+        "type_k": lib.GGML_TYPE_F32,
+        "type_v": lib.GGML_TYPE_F32,
+        "flash_attn_type": lib.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+        "n_threads": 1,
+    }
+    with (
+        raw_model(gguf_path("llama")) as raw,
+        raw_context(raw, settings=settings, n_ctx=512, n_batch=64) as context,
+    ):
+        context.feed(PROMPT)
+        tokens = [choose(context)]
+        while len(tokens) < n:
+            context.feed(tokens[-1:], pos=len(PROMPT) + len(tokens) - 1)
+            tokens.append(choose(context))
+        return tokens
+
+
+def test_greedy_is_the_argmax_of_raw_decoding(stepper: Stepper) -> None:
+    def argmax(context: RawContext) -> int:
+        logits = lib.llama_get_logits_ith(context.ptr, -1)
+        return int(np.frombuffer(ffi.buffer(logits, 4 * stepper.n_vocab), np.float32).argmax())
+
+    tokens, finish = generate(stepper, SamplingParams(temperature=0, max_tokens=24))
+    assert tokens == raw_generate(24, argmax)
+    assert finish is Finish.LENGTH
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345, 2**32 - 2])
+@pytest.mark.parametrize("penalties", [False, True])
+def test_seeded_sampling_is_libllamas_own_chain(
+    stepper: Stepper, seed: int, penalties: bool
+) -> None:
+    repeat, frequency, presence = (1.3, 0.2, 0.1) if penalties else (1.0, 0.0, 0.0)
+    params = SamplingParams(
+        max_tokens=24,
+        seed=seed,
+        temperature=1.5,
+        top_p=0.98,
+        min_p=0.02,
+        repeat_penalty=repeat,
+        frequency_penalty=frequency,
+        presence_penalty=presence,
+        logit_bias={270: 2.0, 280: -math.inf},
+    )
+    bias = ffi.new("llama_logit_bias[]", list(params.logit_bias.items()))
+    chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+    for sampler in (
+        lib.llama_sampler_init_logit_bias(stepper.n_vocab, len(bias), bias),
+        lib.llama_sampler_init_penalties(stepper.n_vocab, 64, repeat, frequency, presence),
+        lib.llama_sampler_init_top_k(40),
+        lib.llama_sampler_init_top_p(params.top_p, 0),
+        lib.llama_sampler_init_min_p(params.min_p, 0),
+        lib.llama_sampler_init_temp_ext(params.temperature, 0, 1),
+        lib.llama_sampler_init_dist(seed),
+    ):
+        lib.llama_sampler_chain_add(chain, sampler)
+    for token in PROMPT:
+        lib.llama_sampler_accept(chain, token)
+    expected = raw_generate(24, lambda c: int(lib.llama_sampler_sample(chain, c.ptr, -1)))
+    lib.llama_sampler_free(chain)
+
+    tokens, finish = generate(stepper, params)
+    n = len(tokens)
+    assert tokens == expected[:n]
+    assert finish is (Finish.EOG if tokens[-1] == EOS else Finish.LENGTH)
+    assert stepper.slot(0).seed == seed
+    assert len(set(tokens)) > 5
+
+
+def test_without_a_seed_draws_differ_and_the_seed_is_known(stepper: Stepper) -> None:
+    params = SamplingParams(max_tokens=20, temperature=3.0, top_k=0, top_p=1, min_p=0)
+    first, _ = generate(stepper, params)
+    seed = stepper.slot(0).seed
+    assert seed is not None
+    runs = {tuple(first)}
+    for _ in range(3):
+        stepper._context.memory.clear()  # type: ignore[union-attr]
+        runs.add(tuple(generate(stepper, params)[0]))
+    assert len(runs) > 1
+    stepper._context.memory.clear()  # type: ignore[union-attr]
+    again = SamplingParams(max_tokens=20, temperature=3.0, top_k=0, top_p=1, min_p=0, seed=seed)
+    assert generate(stepper, again)[0] == first
+
+
+# -- log-probabilities --
+
+
+def log_softmax(logits: Any) -> Any:
+    wide = np.asarray(logits, np.float64)
+    return wide - wide.max() - np.log(np.exp(wide - wide.max()).sum())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_log_probabilities_are_those_of_the_raw_logits(
+    stepper: Stepper, context: Context, temperature: float
+) -> None:
+    params = SamplingParams(
+        temperature=temperature, seed=5, logprobs=7, logit_bias={300: 9.0}, repeat_penalty=1.5
+    )
+    stepper.set_slot(0, params, PROMPT)
+    stepper.set_slot(1, SamplingParams(logprobs=0), OTHER)
+    stepper.set_slot(2, SamplingParams(), OTHER)
+    n = write(stepper, PROMPT)
+    n = write(stepper, OTHER, seq=1, at=n)
+    result = stepper.step(write(stepper, OTHER, seq=2, at=n))
+    assert result.n_top.tolist() == [7, 0, 0]
+    for i in range(2):
+        expected = log_softmax(context.logits(int(result.row[i])))
+        np.testing.assert_allclose(result.logprob[i], expected[result.token[i]], atol=1e-5)
+    assert math.isnan(result.logprob[2])
+    expected = log_softmax(context.logits(int(result.row[0])))
+    best = np.argsort(-expected, kind="stable")[:7]
+    assert result.top_token[0, :7].tolist() == best.tolist()
+    np.testing.assert_allclose(result.top_logprob[0, :7], expected[best], atol=1e-5)
+    assert result.top_token.shape == (3, 20)
+
+
+def test_more_log_probabilities_than_the_stepper_has_room_for(context: Context) -> None:
+    with Stepper(context, n_logprobs_max=3) as stepper:
+        stepper.set_slot(0, SamplingParams(logprobs=3))
+        with pytest.raises(ArgumentError, match="n_logprobs"):
+            stepper.set_slot(0, SamplingParams(logprobs=4))
+    with Stepper(context, n_logprobs_max=0) as stepper:
+        tokens, _ = generate(stepper, SamplingParams(max_tokens=3, logprobs=0, seed=1))
+        assert len(tokens) == 3
+    with pytest.raises(ArgumentError, match="n_logprobs_max"):
+        Stepper(context, n_logprobs_max=-1)
+
+
+# -- ends --
+
+
+def greedy_tokens(stepper: Stepper, n: int = 8) -> list[int]:
+    tokens, _ = generate(stepper, SamplingParams(temperature=0, max_tokens=n))
+    stepper._context.memory.clear()  # type: ignore[union-attr]
+    return tokens
+
+
+def test_budget(stepper: Stepper) -> None:
+    tokens, finish = generate(stepper, SamplingParams(temperature=0, max_tokens=5))
+    assert (len(tokens), finish) == (5, Finish.LENGTH)
+    info = stepper.slot(0)
+    assert (info.n_generated, info.n_left, info.active) == (5, 0, False)
+    assert info.next_pos == len(PROMPT) + 4
+
+
+def test_stop_token_ids_end_a_request_at_the_token(stepper: Stepper) -> None:
+    free = greedy_tokens(stepper)
+    stop = free[3]
+    params = SamplingParams(temperature=0, max_tokens=8, stop_token_ids=(stop,))
+    tokens, finish = generate(stepper, params)
+    assert tokens == free[: free.index(stop) + 1]
+    assert finish is Finish.STOP
+
+
+def test_end_of_generation(stepper: Stepper) -> None:
+    """A bias makes the end of text certain, from the first token on."""
+    bias = {EOS: 1000.0}
+    params = SamplingParams(temperature=0, max_tokens=8, logit_bias=bias)
+    assert generate(stepper, params) == ([EOS], Finish.EOG)
+
+
+def test_min_tokens_and_ignore_eog_exclude_the_end(stepper: Stepper, context: Context) -> None:
+    free = greedy_tokens(stepper)
+    bias = {EOS: 1000.0}
+    late = SamplingParams(temperature=0, max_tokens=8, min_tokens=3, logit_bias=bias)
+    assert generate(stepper, late) == ([*free[:3], EOS], Finish.EOG)
+    context.memory.clear()
+    never = SamplingParams(temperature=0, max_tokens=8, ignore_eog=True, logit_bias=bias)
+    assert generate(stepper, never) == (free, Finish.LENGTH)
+    context.memory.clear()
+    stop = SamplingParams(
+        temperature=0, max_tokens=8, min_tokens=1, stop_token_ids=tuple(free), logit_bias=bias
+    )
+    tokens, _ = generate(stepper, stop)
+    assert tokens[0] not in free
+
+
+# -- grammars --
+
+
+def test_a_grammar_forces_its_language(stepper: Stepper, model: Model, context: Context) -> None:
+    grammar = 'root ::= ("yes" | "no") " " [0-9] [0-9]'
+    for seed in range(8):
+        context.memory.clear()
+        params = SamplingParams(seed=seed, temperature=1.5, grammar=grammar, max_tokens=30)
+        tokens, finish = generate(stepper, params)
+        assert finish is Finish.EOG
+        answer, number = model.vocab.detokenize(tokens[:-1]).strip().split(" ")
+        assert answer in ("yes", "no")
+        assert number.isdigit()
+        assert len(number) == 2
+
+
+def test_a_grammar_that_is_never_in_the_way_changes_nothing(
+    stepper: Stepper, context: Context
+) -> None:
+    params = SamplingParams(seed=3, temperature=1.2, max_tokens=12, ignore_eog=True)
+    free, _ = generate(stepper, params)
+    context.memory.clear()
+    text = SamplingParams(
+        seed=3, temperature=1.2, max_tokens=12, ignore_eog=True, grammar="root ::= .*"
+    )
+    bound, finish = generate(stepper, text)
+    same = next((i for i, (a, b) in enumerate(zip(free, bound, strict=False)) if a != b), 12)
+    # a byte token that can't start a character is refused, and only then do they part
+    assert same > 0
+    assert finish is Finish.LENGTH
+
+
+def test_a_dead_end_is_an_error_of_that_request_only(stepper: Stepper) -> None:
+    bias = dict.fromkeys(range(stepper.n_vocab), -math.inf)
+    stepper.set_slot(0, SamplingParams(temperature=0, logit_bias=bias), PROMPT)
+    stepper.set_slot(1, SamplingParams(temperature=0), OTHER)
+    result = stepper.step(write(stepper, OTHER, seq=1, at=write(stepper, PROMPT)))
+    assert result.code == 0
+    assert result.finish.tolist() == [Finish.ERROR, Finish.NONE]
+    assert result.error.tolist() == [lib.PLB_E_NO_CANDIDATE, 0]
+    assert result.token[0] == -1
+    assert result.token[1] >= 0
+    assert "no token" in stepper.slot_error(0)
+    assert stepper.slot_error(1) == ""
+    assert not stepper.slot(0).active
+
+    # the grammar is done and its end is excluded
+    params = SamplingParams(temperature=0, grammar='root ::= "a"', ignore_eog=True)
+    tokens, finish = generate(stepper, params, seq=2)
+    assert finish is Finish.ERROR
+    assert len(tokens) >= 1
+
+
+@pytest.mark.parametrize(
+    ("grammar", "why"),
+    [
+        ("root ::= (", "line 1, column 11"),
+        ('x ::= "a"', "no rule 'root'"),
+        ("root ::= x", "'x' is used and not defined"),
+        ('root ::= root "a" | "b"', "left-recursive"),
+        ('root ::= "a"{3,2}', "maximum is below its minimum"),
+        ("root ::= " + 5000 * "(", "nested"),
+        ("nonsense", "expected ::="),
+    ],
+)
+def test_a_bad_grammar_says_why(
+    stepper: Stepper, capfd: pytest.CaptureFixture[str], grammar: str, why: str
+) -> None:
+    stepper.set_slot(0, SamplingParams(seed=9))
+    with pytest.raises(GrammarError, match=why):
+        stepper.set_slot(0, SamplingParams(grammar=grammar))
+    assert stepper.slot(0).seed == 9  # the slot that was there stays
+    with pytest.raises(GrammarError, match=why):
+        stepper.make_slot(SamplingParams(grammar=grammar))
+    assert capfd.readouterr() == ("", "")
+
+
+# -- rows --
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "limit"),
+    [
+        ("token", -1, r"0\.\."),
+        ("token", 10**6, r"0\.\."),
+        ("pos", -1, r"0\.\."),
+        ("seq", -1, r"0\.\.3"),
+        ("seq", 4, r"0\.\.3"),
+        ("flags", 8, "OUTPUT, SAMPLE and REPORT"),
+        ("seq", 1, "a slot"),
+    ],
+)
+def test_bad_rows_are_refused_before_libllama(
+    stepper: Stepper, context: Context, column: str, value: int, limit: str
+) -> None:
+    stepper.set_slot(0, SamplingParams(temperature=0))
+    n = write(stepper, PROMPT)
+    row = n - 1
+    getattr(stepper.rows, column)[row] = value
+    with pytest.raises(ArgumentError, match=limit) as caught:
+        stepper.step(n)
+    assert caught.value.argument == f"rows.{column}[{row}]"
+    assert caught.value.value == value
+    assert context.memory.pos_max(0) == -1
+    assert stepper.slot(0).n_generated == 0
+    assert stepper.result.n_results == 0
+
+
+@pytest.mark.parametrize("n_rows", [0, -1, 65, 2**40, -(2**40)])
+def test_the_number_of_rows_is_checked(stepper: Stepper, n_rows: int) -> None:
+    with pytest.raises(ArgumentError, match=r"1\.\.64"):
+        stepper.step(n_rows)
+
+
+def test_too_many_outputs(model: Model) -> None:
+    with (
+        model.context(n_ctx=64, n_batch=16, n_seq_max=2, n_outputs_max=3) as context,
+        Stepper(context) as stepper,
+    ):
+        n = write(stepper, [1, 270, 280, 290])
+        stepper.rows.flags[:n] = OUTPUT
+        with pytest.raises(ArgumentError, match="n_outputs_max"):
+            stepper.step(n)
+        stepper.rows.flags[0] = 0
+        assert stepper.step(n).code == 0
+
+
+def test_a_gap_in_the_positions_is_libllamas_refusal(stepper: Stepper) -> None:
+    stepper.set_slot(0, SamplingParams(temperature=0))
+    n = write(stepper, PROMPT)
+    stepper.rows.pos[n - 1] += 3
+    result = stepper.step(n)
+    assert (result.code, result.n_results) == (-1, 0)
+    with pytest.raises(InvalidBatch):
+        result.raise_for_code()
+    assert stepper.slot(0).n_generated == 0
+
+
+def test_a_full_memory_changes_no_slot(model: Model) -> None:
+    with model.context(n_ctx=256, n_batch=64, n_seq_max=1) as context, Stepper(context) as stepper:
+        stepper.set_slot(0, SamplingParams(temperature=0, max_tokens=10_000))
+        result = stepper.step(write(stepper, PROMPT))
+        while result.code == 0:
+            info = stepper.slot(0)
+            result = stepper.step(write(stepper, [info.next_token], pos=info.next_pos))
+        with pytest.raises(KvCacheFull):
+            result.raise_for_code()
+        assert stepper.slot(0) == info
+        context.memory.clear()
+        assert stepper.step(write(stepper, PROMPT)).code == 0
+
+
+def test_a_finished_slot_samples_no_more(stepper: Stepper) -> None:
+    generate(stepper, SamplingParams(temperature=0, max_tokens=1))
+    with pytest.raises(ArgumentError, match="has not finished"):
+        stepper.step(write(stepper, [270], pos=len(PROMPT)))
+
+
+def test_several_rows_of_one_sequence_sample_in_order(stepper: Stepper, context: Context) -> None:
+    """As verifying a draft does: the rows after a finish give no result."""
+    alone = greedy_tokens(stepper, 3)
+    stepper.set_slot(0, SamplingParams(temperature=0, max_tokens=3), PROMPT)
+    feed = [*PROMPT, *alone, 270]
+    n = write(stepper, feed)
+    stepper.rows.flags[len(PROMPT) - 1 : n] = SAMPLE
+    result = stepper.step(n)
+    assert result.token.tolist() == alone
+    assert result.index.tolist() == [0, 1, 2]
+    assert result.finish.tolist() == [0, 0, Finish.LENGTH]
+
+
+def test_rows_without_a_sample_need_no_slot(stepper: Stepper, context: Context) -> None:
+    n = write(stepper, PROMPT)
+    stepper.rows.flags[:n] = 0
+    result = stepper.step(n)
+    assert (result.code, result.n_results, result.sync_ns) == (0, 0, result.sync_ns)
+    assert context.memory.pos_max(0) == n - 1
+    stepper.set_slot(0, SamplingParams(temperature=0, max_tokens=8))
+    result = stepper.step(write(stepper, [270], pos=n))
+    assert result.n_results == 1
+    assert result.build_ns > 0
+    assert result.decode_ns > 0
+    assert result.sample_ns > 0
+
+
+def test_bad_logits_are_an_error_of_that_row_only(tmp_path: Path) -> None:
+    """A model whose embedding of one token is NaN: who reads that token has NaN logits."""
+    path = tmp_path / "nan.gguf"
+    write_gguf(path, "llama")
+    (embedding,) = (t for t in GGUFReader(path, "r+").tensors if t.name == "token_embd.weight")
+    embedding.data[300] = np.nan
+    with (
+        Model(path) as model,
+        # cells of their own: NaN in a cell that a mask hides still spoils a sum over all cells
+        model.context(n_ctx=512, n_batch=64, n_seq_max=2, kv_unified=False) as context,
+        Stepper(context) as stepper,
+    ):
+        for seq in range(2):
+            stepper.set_slot(seq, SamplingParams(seed=1, temperature=2.0))
+        n = write(stepper, [1, 270, 300, 280])
+        result = stepper.step(write(stepper, [1, 270, 280], seq=1, at=n))
+        assert result.code == 0
+        assert result.error.tolist() == [lib.PLB_E_LOGITS, 0]
+        assert result.finish.tolist() == [Finish.ERROR, Finish.NONE]
+        assert "NaN" in stepper.slot_error(0)
+        assert stepper.slot(1).active
+
+
+# -- slots that move --
+
+
+def test_copy_slot_forks_draws_penalties_and_grammar(stepper: Stepper, context: Context) -> None:
+    params = SamplingParams(
+        seed=11, temperature=2.0, max_tokens=12, repeat_penalty=1.4, grammar="root ::= [ -~]*"
+    )
+    stepper.set_slot(0, params, PROMPT)
+    result = stepper.step(write(stepper, PROMPT))
+    for dst, seed in ((1, None), (2, 77)):
+        stepper.copy_slot(0, dst, seed=seed)
+        context.memory.seq_cp(0, dst)
+    assert stepper.slot(1) == stepper.slot(0)
+    assert stepper.slot(2).seed == 77
+    tokens: list[list[int]] = [[], [], []]
+    while result.code == 0 and all(stepper.slot(seq).active for seq in range(3)):
+        for seq in range(3):
+            info = stepper.slot(seq)
+            write(stepper, [info.next_token], seq=seq, pos=info.next_pos, at=seq)
+        result = stepper.step(3)
+        for seq, token in zip(result.seq, result.token, strict=True):
+            tokens[seq].append(int(token))
+    assert tokens[0] == tokens[1]
+    assert tokens[0] != tokens[2]
+    assert len(tokens[0]) > 2
+
+
+def test_a_slot_taken_out_goes_on_under_another_sequence(
+    stepper: Stepper, context: Context
+) -> None:
+    params = SamplingParams(seed=4, temperature=1.5, max_tokens=10, ignore_eog=True)
+    expected, _ = generate(stepper, params)
+    context.memory.clear()
+
+    stepper.set_slot(0, params, PROMPT)
+    tokens = [int(stepper.step(write(stepper, PROMPT)).token[0])]
+    slot = stepper.take_slot(0)
+    with pytest.raises(ArgumentError, match="a slot"):
+        stepper.slot(0)
+    context.memory.seq_rm(0)
+    stepper.put_slot(3, slot)
+    with pytest.raises(ArgumentError, match="was not put back"):
+        stepper.put_slot(2, slot)
+    result = stepper.step(write(stepper, [*PROMPT, *tokens], seq=3))  # recomputed
+    while True:
+        tokens.append(int(result.token[0]))
+        info = stepper.slot(3)
+        if not info.active:
+            break
+        result = stepper.step(write(stepper, [info.next_token], seq=3, pos=info.next_pos))
+    assert tokens == expected
+
+
+def test_make_slot_works_while_another_thread_is_inside(stepper: Stepper, context: Context) -> None:
+    made: list[Any] = []
+    params = SamplingParams(temperature=0, grammar="root ::= .*")
+    with context.exclusive():
+        thread = threading.Thread(target=lambda: made.append(stepper.make_slot(params, PROMPT)))
+        thread.start()
+        thread.join()
+    stepper.put_slot(0, made[0])
+    assert stepper.slot(0).active
+
+
+@pytest.mark.parametrize("seq_id", [-1, 4, 10**6])
+def test_sequence_ids_of_slots_are_checked(stepper: Stepper, seq_id: int) -> None:
+    stepper.set_slot(0, SamplingParams())
+    for call in (
+        lambda: stepper.set_slot(seq_id, SamplingParams()),
+        lambda: stepper.clear_slot(seq_id),
+        lambda: stepper.copy_slot(0, seq_id),
+        lambda: stepper.copy_slot(seq_id, 0),
+        lambda: stepper.take_slot(seq_id),
+        lambda: stepper.slot(seq_id),
+    ):
+        with pytest.raises(ArgumentError, match=r"0\.\.3"):
+            call()
+
+
+def test_tokens_of_a_slot_are_checked(stepper: Stepper) -> None:
+    outside = stepper.n_vocab
+    for params, prompt in (
+        (SamplingParams(), [outside]),
+        (SamplingParams(), [-1]),
+        (SamplingParams(logit_bias={outside: 1.0}), None),
+        (SamplingParams(stop_token_ids=(outside,)), None),
+    ):
+        with pytest.raises(ArgumentError, match="token"):
+            stepper.set_slot(0, params, prompt)
+    with pytest.raises(ArgumentError, match="prompt_tokens"):
+        stepper.set_slot(0, SamplingParams(), [2**40])
+    with pytest.raises(ArgumentError, match="prompt_tokens"):
+        stepper.set_slot(0, SamplingParams(), [[1, 2]])  # type: ignore[list-item]
+    stepper.set_slot(0, SamplingParams())
+    with pytest.raises(ArgumentError, match="seed"):
+        stepper.copy_slot(0, 1, seed=-1)
+
+
+# -- life --
+
+
+def test_closed_things_say_so(context: Context) -> None:
+    stepper = Stepper(context)
+    stepper.close()
+    stepper.close()
+    for call in (
+        lambda: stepper.step(1),
+        lambda: stepper.set_slot(0, SamplingParams()),
+        lambda: stepper.slot(0),
+        lambda: stepper.last_error,
+    ):
+        with pytest.raises(ClosedError, match="stepper"):
+            call()
+
+
+def test_closing_the_context_first_is_fine(model: Model) -> None:
+    context = model.context(n_ctx=64, n_seq_max=2)
+    stepper = Stepper(context)
+    stepper.set_slot(0, SamplingParams(grammar="root ::= .*"))
+    n = write(stepper, PROMPT)
+    context.close()
+    with pytest.raises(ClosedError, match="context"):
+        stepper.step(n)
+    slot_rows = stepper.rows
+    stepper.close()
+    del stepper
+    gc.collect()
+    slot_rows.token[:] = 7  # the views outlive the stepper
+    assert (slot_rows.token == 7).all()
+
+
+def test_one_thread_at_a_time(stepper: Stepper, context: Context) -> None:
+    stepper.set_slot(0, SamplingParams(temperature=0))
+    n = write(stepper, PROMPT)
+    errors: list[BaseException] = []
+
+    def intrude() -> None:
+        try:
+            stepper.step(n)
+        except ContextBusy as error:
+            errors.append(error)
+
+    with context.exclusive():
+        thread = threading.Thread(target=intrude)
+        thread.start()
+        thread.join()
+        assert len(errors) == 1
+        assert stepper.step(n).code == 0  # the owner may
+
+
+def test_an_encoder_has_nothing_to_step(model: Model) -> None:
+    engine = ffi.new("plb_engine **")
+    params = ffi.new("plb_engine_params *", lib.plb_engine_default_params())
+    assert lib.plb_engine_new(ffi.NULL, params, engine) == lib.PLB_E_ARGUMENT
+    assert engine[0] == ffi.NULL
+
+
+def test_the_result_is_one_object_that_steps_overwrite(stepper: Stepper) -> None:
+    stepper.set_slot(0, SamplingParams(temperature=0, max_tokens=9))
+    first = stepper.step(write(stepper, PROMPT))
+    assert isinstance(first, StepResult)
+    view = first.token
+    info = stepper.slot(0)
+    assert stepper.step(write(stepper, [info.next_token], pos=info.next_pos)) is first
+    assert view[0] == first.token[0]
+    assert first.records["index"].tolist() == [1]
+
+
+def test_nothing_is_printed(stepper: Stepper, capfd: pytest.CaptureFixture[str]) -> None:
+    _backend.ensure()
+    generate(stepper, SamplingParams(temperature=0, max_tokens=3, grammar="root ::= [a-z ]*"))
+    n = write(stepper, PROMPT)
+    stepper.rows.pos[0] = 99
+    stepper.set_slot(0, SamplingParams())
+    stepper.step(n)
+    assert capfd.readouterr() == ("", "")

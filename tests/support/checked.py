@@ -1,0 +1,43 @@
+"""A stepper that compares ledger and counters with libllama's own positions at every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyllamabatch.engine.engine import Engine
+
+
+class Checked:
+    """Sits between an engine's decoder and its stepper. `may_fail`: decodes are made to fail on
+    purpose; else each must succeed, for what the ledger allows fits."""
+
+    def __init__(self, engine: Engine, *, may_fail: bool = False) -> None:
+        self._stepper: Any = engine._stepper
+        self._scheduler = engine._decoder.scheduler
+        self._memory = engine._decoder._memory
+        self._may_fail = may_fail
+        self.n_steps = 0
+        self.n_checks = 0
+        engine._decoder._stepper = self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stepper, name)
+
+    def compute(self, slots: Any, n_steps: int, n_more: int = 0) -> Any:
+        self._check(len(slots) * n_steps + n_more)
+        result = self._stepper.compute(slots, n_steps, n_more)
+        assert result.code == 0 or self._may_fail
+        self.n_steps += result.n_steps
+        return result
+
+    def _check(self, n_cells: int) -> None:
+        """Before a step, so after the one before it and all moves since."""
+        scheduler, n_slots = self._scheduler, self._scheduler.n_slots
+        held = [self._memory.pos_max(slot) + 1 for slot in range(n_slots)]
+        assert held == [scheduler.ledger.held(slot) for slot in range(n_slots)]
+        for id in scheduler.running_ids():
+            slot = scheduler.slot(id)
+            assert slot is not None
+            assert held[slot] == scheduler.computed(slot)
+        assert n_cells <= scheduler.ledger.empty
+        self.n_checks += 1
