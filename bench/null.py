@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pyllamabatch.engine.core import Decoder
+from pyllamabatch.engine.core import EngineCore
 from pyllamabatch.engine.detokenizer import Pieces
 from pyllamabatch.engine.request import Request
 from pyllamabatch.engine.stream import Stream
@@ -150,7 +150,7 @@ class NullEngine:
         scheduler = Scheduler(limits, policy)
         trace = StepTrace(4096, n_slots)
         machine = self.machine
-        self._decoder = Decoder(scheduler, machine, machine, machine, lambda: None, trace)
+        self._core = EngineCore(scheduler, machine, machine, machine, lambda: None, trace)
         self._pieces = Pieces(lambda tokens: [b" word"] * len(tokens))
         self._stops = stops
         self._read = read
@@ -159,37 +159,37 @@ class NullEngine:
     def submit(self, n_tokens: int) -> None:
         self._n_requests += 1
         params = SamplingParams(max_tokens=n_tokens, stop=self._stops)
-        delivery = self._decoder.delivery
+        delivery = self._core.output_processor
         stream = Stream(
             self._n_requests,
             N_PROMPT,
             pieces=self._pieces,
             stops=self._stops,
-            cancel=self._decoder.cancel,
+            cancel=self._core.cancel,
             watch=delivery.watch,
         )
         prompt = np.full(N_PROMPT, TOKEN, np.int32)
-        self._decoder.submit([Request(prompt, params, stream, NullSlot(n_tokens))])
+        self._core.submit([Request(prompt, params, stream, NullSlot(n_tokens))])
 
     @property
     def n_finished(self) -> int:
-        return sum(self._decoder.delivery.finished.values())
+        return sum(self._core.output_processor.finished.values())
 
     def turn(self) -> tuple[int, int]:
         """CPU time in ns that the two threads would have taken for one turn each, without the
         machine's: the decoder's, the delivery thread's."""
-        decoder, machine = self._decoder, self.machine
+        decoder, machine = self._core, self.machine
         if self._read:
-            decoder.delivery._watched.update(
-                r.stream for r in decoder.seats.open.values() if r.slot >= 0
+            decoder.output_processor._watched.update(
+                r.stream for r in decoder.slot_table.open.values() if r.slot >= 0
             )
         machine.own_ns, began = 0, time.thread_time_ns()
-        if decoder.mailbox or not decoder.scheduler.idle:
+        if decoder.commands or not decoder.scheduler.idle:
             decoder._take_mail()
             decoder._turn()
         else:
             machine.flush()
         decoder_ns = time.thread_time_ns() - began - machine.own_ns
         machine.own_ns, began = 0, time.thread_time_ns()
-        decoder.delivery.turn()
+        decoder.output_processor.turn()
         return decoder_ns, time.thread_time_ns() - began - machine.own_ns

@@ -6,21 +6,18 @@ import importlib.util
 import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import cffi
 import pytest
 
 from pyllamabatch.raw import ffi, lib
+from vendor import declarations
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "vendor" / "llama.cpp"
 INCLUDE = [SOURCE / "include", SOURCE / "ggml" / "include", ROOT / "native"]
 PUBLIC = ["llama.h", "ggml.h", "ggml-backend.h", "ggml-cpu.h", "gguf.h"]
-
-sys.path.insert(0, str(ROOT / "vendor"))
-import declarations  # noqa: E402
 
 
 @pytest.fixture(scope="module")

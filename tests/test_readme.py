@@ -94,11 +94,11 @@ def test_the_layers_name_real_files() -> None:
 
 
 def test_the_guide_of_the_engine(tmp_path: Path) -> None:
-    requests, schema, loras, tasks, by_hand = blocks(ENGINE, "python")
+    requests, schema, loras, tasks, interactive = blocks(ENGINE, "python")
     for name in ("law", "tone"):
         write_lora(tmp_path / f"{name}.gguf", width=256)
     assert run(loras, tmp_path).split() == ["8", "8", "8", "False"]
     assert run(requests).split() == ["hello", "stop", "reward", "stop", "4", "2", "stop"]
     assert run(schema) == "['n', 'word']\n"
     assert run(tasks) == "0 1 2 3 [4, 4, 4]\n"
-    assert run(by_hand) == "hello 4 True\n"
+    assert run(interactive) == "hello 4 True\n"

@@ -85,7 +85,7 @@ class Job(Generic[H]):
         if self._old is not None and self._old.next_finished() is not None:
             raise ResultsProblem(
                 f"{self._old.path}: holds more rows than the input has lines; "
-                "is it the output of another input? Move it away, or use --overwrite"
+                "is it the output of another input? KvOperation it away, or use --overwrite"
             )
 
     def interrupt(self) -> None:

@@ -90,9 +90,9 @@ class Terms:
     def of(self, ubatch: Ubatch) -> list[float]:
         n, out = ubatch.rows, ubatch.sampled
         values = [1.0, float(out > 0), float(out), self.experts(n), ubatch.cells]
-        in_sight = ubatch.cells + n / 2 if self.unified else 0.0
-        alone = [ubatch.decode * in_sight, ubatch.reads]
-        prompt = [(n - ubatch.decode) * in_sight, ubatch.prompt_reads]
+        attended_cells = ubatch.cells + n / 2 if self.unified else 0.0
+        alone = [ubatch.decode * attended_cells, ubatch.reads]
+        prompt = [(n - ubatch.decode) * attended_cells, ubatch.prompt_reads]
         if n < self.kernels.attention_from:
             values += [*map(add, alone, prompt), 0.0, 0.0, 0.0, 0.0, 0.0]
         else:

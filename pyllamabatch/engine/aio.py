@@ -18,7 +18,7 @@ from ..errors import QueueFull
 from .stream import Result, Stream, Token
 
 if TYPE_CHECKING:
-    from .core import Decoder
+    from .core import EngineCore
     from .request import Request
 
 
@@ -69,15 +69,15 @@ class Relays:
             return relay
 
 
-async def submit(decoder: Decoder, request: Request, relay: Relay) -> None:
-    """As `Decoder.submit`, but the task waits where the line is full."""
+async def submit(core: EngineCore, request: Request, relay: Relay) -> None:
+    """As `EngineCore.submit`, but the task waits where the line is full."""
     while True:
         future, wake = relay.future()
         try:
-            decoder.submit([request], 0)
+            core.submit([request], 0)
             return
         except QueueFull:
-            if decoder.mailbox.when_room(wake):
+            if core.commands.when_room(wake):
                 continue
         await future
 
@@ -102,13 +102,13 @@ async def tokens(stream: Stream, relay: Relay) -> AsyncGenerator[Token, None]:
         stream.cancel()
 
 
-async def generate(decoder: Decoder, requests: list[Request], relay: Relay) -> list[Result]:
+async def generate(core: EngineCore, requests: list[Request], relay: Relay) -> list[Result]:
     """What they are in the end, in their order."""
     streams = [request.stream for request in requests]
     try:
-        with decoder.mailbox.visit():
+        with core.commands.visit():
             for request in requests:
-                await submit(decoder, request, relay)
+                await submit(core, request, relay)
         for stream in streams:
             future, wake = relay.future()
             stream.add_done_callback(partial(_call, wake))

@@ -1,6 +1,6 @@
-"""The mailbox: what other threads have for the decoder's, and whether they may.
+"""The commands: what other threads have for the core's, and whether they may.
 
-Anybody posts acts, which the decoder's thread does between two steps, and waits here while it has
+Anybody posts acts, which the core's thread does between two steps, and waits here while it has
 nothing to compute. Whoever comes through the door (`visit`) keeps the model and the stepper open
 until he leaves; requests wait in front of it while the line is full. While it is drained, nothing
 that is to be computed comes in; it is quiet when nothing is left of what was there before.
@@ -18,7 +18,7 @@ from ..errors import EngineClosed, EngineDraining, QueueFull
 Act = Callable[[], None]
 
 
-class Mailbox:
+class CommandQueue:
     """`ring()` ends the native call that goes on, if there is one, after the step that it is in.
     `max_waiting`: requests that have not had a slot yet, at most; None: any number."""
 
@@ -32,9 +32,9 @@ class Mailbox:
         self._mail: list[Act] = []
         self._n_in_line = 0
         self._n_ended = 0  # of `n_submitted`, their readers told
-        self._idle = False  # the decoder's thread has nothing to compute
+        self._idle = False  # the core's thread has nothing to compute
         self._n_visitors = 0
-        self._n_awaited = 0  # hand-driven sequences that the next step waits for
+        self._n_awaited = 0  # interactive sequences that the next step waits for
         # Guards all of this. A forgotten sequence may be collected while it is held.
         lock = threading.RLock()
         self._news = threading.Condition(lock)
@@ -72,7 +72,7 @@ class Mailbox:
         self._ring()
 
     def ask(self, act: Act, *, more: bool, awaited: bool) -> None:
-        """`act` is of a hand-driven sequence. `more`: it brings more to compute. `awaited`: it asks
+        """`act` is of a interactive sequence. `more`: it brings more to compute. `awaited`: it asks
         for a token, so that the step may wait for more of that kind. EngineClosed, and
         EngineDraining where it brings more."""
         with self._news:
@@ -146,7 +146,7 @@ class Mailbox:
             if self._max_waiting is not None:
                 self._tell_room()
 
-    # -- the decoder's thread
+    # -- the core's thread
 
     def __bool__(self) -> bool:
         return bool(self._mail)
@@ -165,7 +165,7 @@ class Mailbox:
 
     def wait(self, seconds: float | None, n_awaited: int = 0) -> bool:
         """Until there is mail, or for so many seconds (None: however long it takes). `n_awaited`:
-        so many hand-driven sequences are worth being woken for, all at once. False when there is
+        so many interactive sequences are worth being woken for, all at once. False when there is
         nothing to wait for: it is closed."""
         with self._news:
             self._n_awaited = n_awaited

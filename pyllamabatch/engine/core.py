@@ -1,10 +1,11 @@
-"""The decoder thread: the only one that touches the context.
+"""The core thread: the only one that touches the context.
 
 One turn of its loop: take in what other threads have asked for, ask the scheduler for a step, one
 native call. While the plan stays the same the call goes on with it, and the delivery thread hands
 out the tokens meanwhile; whoever wants something rings the stepper's bell, and the call comes back
 after the step that it is in. Everything that ends a request early (cancel, a failed row, a failed
-decode, no cells left, a stop string) ends it here, between two calls, so that the cache, the ledger
+decode, no cells left, a stop string) ends it here, between two calls, so that the cache, the
+accounting
 and the counters always agree.
 """
 
@@ -27,24 +28,24 @@ from ..scheduler import Scheduler, Step
 from ..step.stepper import Finish
 from ..step.stream_stepper import Run
 from ..step.trace import StepTrace
-from .command_queue import Mailbox
-from .cost_observer import Observer
+from .command_queue import CommandQueue
+from .cost_observer import CostObserver
 from .hand import Call, Hand
-from .interactive import Hands
-from .kv_executor import Mover
-from .output_processor import Delivery
+from .interactive import InteractiveRunner
+from .kv_executor import KvExecutor
+from .output_processor import OutputProcessor
 from .protocols import ContextLike, LorasLike, MemoryLike, StepperLike
 from .recovery import Recovery
 from .request import Request
-from .slot_table import Seats
+from .slot_table import SlotTable
 from .stream import Stream
 
 log = logging.getLogger(__name__)
 
 
-class Decoder:
+class EngineCore:
     """Runs requests on one context. `close` frees the context; it is called at the very end, by
-    the decoder's own thread, when the delivery thread has ended."""
+    the core's own thread, when the delivery thread has ended."""
 
     def __init__(
         self,
@@ -60,30 +61,34 @@ class Decoder:
         loras: LorasLike | None = None,
     ) -> None:
         self.scheduler = scheduler
-        self.mailbox = Mailbox(stepper.ring, max_waiting)
+        self.commands = CommandQueue(stepper.ring, max_waiting)
         self.n_reused = 0  # graphs
         self.trace = trace
-        self.delivery = Delivery(
+        self.output_processor = OutputProcessor(
             stepper,
             scheduler.n_slots,
             self._stopped,
             self._delivery_failed,
-            self.mailbox.ended,
+            self.commands.ended,
             trace,
         )
-        self.seats = Seats(scheduler, stepper, self.delivery, trace, self.mailbox.left_line)
-        scheduler.tokens_of = self.seats.tokens_of
+        self.slot_table = SlotTable(
+            scheduler, stepper, self.output_processor, trace, self.commands.left_line
+        )
+        scheduler.tokens_of = self.slot_table.tokens_of
         self._space = SwapSpace(0) if space is None else space
         self._loras = loras if loras is not None and loras.names else None
 
         def loras_of(id: int) -> LoraNames:
-            return [] if self._loras is None else self._loras.files(self.seats.lora(id))
+            return [] if self._loras is None else self._loras.files(self.slot_table.lora(id))
 
-        self.hands = Hands(scheduler, stepper, memory, self.seats, states, self._space, loras_of)
-        self._mover = Mover(scheduler, memory, states, self._space, loras_of)
-        self._observe = Observer(scheduler)
+        self.hands = InteractiveRunner(
+            scheduler, stepper, memory, self.slot_table, states, self._space, loras_of
+        )
+        self._kv_executor = KvExecutor(scheduler, memory, states, self._space, loras_of)
+        self._observe = CostObserver(scheduler)
         self.recovery = Recovery(
-            scheduler, memory, self.seats, self.hands, states.renew, max_restarts
+            scheduler, memory, self.slot_table, self.hands, states.renew, max_restarts
         )
         self._stepper: StepperLike = stepper
         self._memory = memory
@@ -91,14 +96,14 @@ class Decoder:
         self._running: tuple[Step, int] | None = None  # the call that goes on, and its first step
         self._n_taken = 0  # of `n_submitted`
         self._step_s = 0.0  # the last step's
-        # Guards the state between two steps. Whoever needs the mailbox, too, takes that second.
+        # Guards the state between two steps. Whoever needs the commands, too, takes that second.
         self.state = threading.RLock()
-        self._thread = threading.Thread(target=self._run, name="pyllamabatch-decoder", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="pyllamabatch-core", daemon=True)
 
     # -- from any thread
 
     def start(self) -> None:
-        self.delivery.thread.start()
+        self.output_processor.thread.start()
         self._thread.start()
 
     def submit(self, requests: list[Request], timeout: float | None = None) -> None:
@@ -108,19 +113,20 @@ class Decoder:
         def take() -> None:
             for request in requests:
                 self._n_taken += 1
-                self.seats.add(request)
+                self.slot_table.add(request)
 
-        self.mailbox.submit(take, len(requests), timeout)
+        self.commands.submit(take, len(requests), timeout)
 
     def call_hands(
         self,
-        act: Callable[[Hands], None],
+        act: Callable[[InteractiveRunner], None],
         call: Call | None = None,
         *,
         more: bool = False,
         ask: bool = False,
     ) -> None:
-        """`act(hands)` between two steps. `call`: fails with it. For the rest see `Mailbox.ask`."""
+        """`act(hands)` between two steps. `call`: fails with it. For the rest see
+        `CommandQueue.ask`."""
 
         def take() -> None:
             try:
@@ -130,40 +136,40 @@ class Decoder:
                     call.finish(error=error)
                 raise
 
-        self.mailbox.ask(take, more=more, awaited=ask)
+        self.commands.ask(take, more=more, awaited=ask)
 
     def cancel(self, stream: Stream) -> None:
-        self.mailbox.post(lambda: self._cancel(stream.id))
+        self.commands.post(lambda: self._cancel(stream.id))
 
     def drain(self, *, cancel: bool = False) -> Future[bool]:
-        """See `Mailbox.drain`. `cancel`: what is open is cancelled."""
-        drained = self.mailbox.drain()
+        """See `CommandQueue.drain`. `cancel`: what is open is cancelled."""
+        drained = self.commands.drain()
         if cancel:
-            self.mailbox.post(self._cancel_all)
+            self.commands.post(self._cancel_all)
         return drained
 
     def close(self, *, wait: bool, timeout: float | None) -> None:
         """No more requests; those that are open are finished (`wait`, but no longer than
         `timeout` seconds) or cancelled. Returns when the threads have ended, unless it is called
         by one of them."""
-        self.mailbox.close(self._drop_hands)
+        self.commands.close(self._drop_hands)
         if not wait:
-            self.mailbox.post(self._cancel_all)
+            self.commands.post(self._cancel_all)
         if self.is_own_thread():
             return
         self._thread.join(timeout if wait else None)
         if self._thread.is_alive():
-            self.mailbox.post(self._cancel_all)
+            self.commands.post(self._cancel_all)
             self._thread.join()
 
     def is_own_thread(self) -> bool:
         """Whether the caller would wait for itself."""
-        return threading.current_thread() in (self._thread, self.delivery.thread)
+        return threading.current_thread() in (self._thread, self.output_processor.thread)
 
     @property
     def n_mail(self) -> int:
         """Requests that the thread has not taken in yet. With `state` held."""
-        return self.mailbox.n_submitted - self._n_taken
+        return self.commands.n_submitted - self._n_taken
 
     def progress(self) -> tuple[int, int]:
         """Of the call that goes on: steps that are done and in no counter yet, and the rows of
@@ -180,14 +186,14 @@ class Decoder:
             while self._take_mail():
                 self._turn()
         except BaseException as error:
-            log.exception("the decoder thread failed; its engine is closed")
+            log.exception("the core thread failed; its engine is closed")
             self._fail_all(error)
         finally:
-            self.delivery.close(self._stepper.n_recorded)
+            self.output_processor.close(self._stepper.n_recorded)
             self._stepper.flush()
-            self.delivery.thread.join()
-            self.delivery.finish_rest(self._cause())
-            self.mailbox.end()
+            self.output_processor.thread.join()
+            self.output_processor.finish_rest(self._cause())
+            self.commands.end()
             self._space.clear()
             self._close()
 
@@ -196,7 +202,7 @@ class Decoder:
         do, or the scheduler would. False: closed, and nothing is left to do."""
         scheduler = self.scheduler
         while True:
-            news = bool(self.mailbox)
+            news = bool(self.commands)
             if news:
                 self._do_mail()
             if scheduler.deadlines.next is not None:
@@ -204,7 +210,7 @@ class Decoder:
             seconds = self._seconds_to_wait()
             if seconds == 0 or (seconds is None and news):
                 return True
-            if not self.mailbox and (self.delivery.has_events or self.seats.open):
+            if not self.commands and (self.output_processor.has_events or self.slot_table.open):
                 self._stepper.flush()
             if not self._wait(seconds):
                 return False
@@ -219,20 +225,20 @@ class Decoder:
 
     def _do_mail(self) -> None:
         with self.state:
-            mail = iter(self.mailbox.take())
+            mail = iter(self.commands.take())
             try:
                 for act in mail:
                     act()
             except BaseException:  # `_fail_all` does the rest
-                self.mailbox.put_back(list(mail))
+                self.commands.put_back(list(mail))
                 raise
-            self._mover.carry_out()
+            self._kv_executor.carry_out()
 
     def _wait(self, seconds: float | None) -> bool:
         """Until there is mail, or for so many seconds. False when there is nothing to wait for: the
         engine is closed."""
         start = perf_counter_ns()
-        open = self.mailbox.wait(seconds, 0 if seconds is None else self.scheduler.n_awaited)
+        open = self.commands.wait(seconds, 0 if seconds is None else self.scheduler.n_awaited)
         if open and self.trace is not None:
             self.trace.idle_ns += perf_counter_ns() - start
         return open
@@ -240,8 +246,8 @@ class Decoder:
     def _end_overdue(self) -> None:
         with self.state:
             for id in self.scheduler.deadlines.due(perf_counter()):
-                self.seats.end(self.seats.open[id], "deadline")
-            self._mover.carry_out()
+                self.slot_table.end(self.slot_table.open[id], "deadline")
+            self._kv_executor.carry_out()
 
     def _turn(self) -> None:
         with self.state:
@@ -249,11 +255,11 @@ class Decoder:
             if step is None:
                 return
             for id, slot in step.preempted:
-                self.seats.leave(id, slot)
-            failed = self._mover.carry_out()
+                self.slot_table.leave(id, slot)
+            failed = self._kv_executor.carry_out()
             for id, slot in step.admitted:
                 if id not in failed:
-                    self.seats.admit(id, slot)
+                    self.slot_table.admit(id, slot)
             if failed or step.n_rows == 0:
                 return
         for part in self._parts(step):
@@ -264,7 +270,7 @@ class Decoder:
         """The native calls that a step is made of: rows with different adapters can't share one."""
         parts: tuple[Step, ...] = (step,)
         if self._loras is not None:
-            parts = step.by_group(self.seats.lora_at, self._loras.applied)
+            parts = step.by_group(self.slot_table.lora_at, self._loras.applied)
         if not self.scheduler.limits.unified:
             parts = tuple(call for part in parts for call in part.parts())
         return parts
@@ -277,32 +283,32 @@ class Decoder:
             n_more = self._fill(step) if step.chunks else 0
             first = stepper.n_recorded
             if self.trace is not None:
-                self.trace.begin(first, step, self.scheduler.ledger.used)
+                self.trace.begin(first, step, self.scheduler.accounting.used)
             self._running = step, first
-        if self.delivery.has_events:
+        if self.output_processor.has_events:
             stepper.flush()
         try:
             if self._loras is not None:
-                self._loras.apply(self.seats.lora_at(step.slots[0]))
+                self._loras.apply(self.slot_table.lora_at(step.slots[0]))
             run = stepper.compute(step.decode, self._n_steps(step), n_more)
         except (PyllamabatchError, MemoryError) as problem:
             error = problem
             with self.state:
                 self._running = None
                 self.recovery.failed(step, error)
-                self._mover.carry_out()
+                self._kv_executor.carry_out()
             return False
         with self.state:
             self._running = None
             self._apply(step, run)
-            self._mover.carry_out()
+            self._kv_executor.carry_out()
         return run.code == 0
 
     def _n_steps(self, step: Step) -> int:
         """How many times the step may be computed before somebody's deadline has passed, or news
         that a call before it in this turn was ended for."""
         deadline = self.scheduler.deadlines.next
-        if step.repeat > 1 and self.mailbox:
+        if step.repeat > 1 and self.commands:
             return 1
         if deadline is None or step.repeat == 1:
             return step.repeat
@@ -315,15 +321,15 @@ class Decoder:
         rows = self._stepper.rows
         first = end = len(step.decode)
         for chunk in step.chunks:
-            guest = self.seats.at[chunk.slot]
-            assert guest is not None
+            occupant = self.slot_table.at[chunk.slot]
+            assert occupant is not None
             start, end = end, end + chunk.n
-            rows.token[start:end] = guest.tokens[chunk.start : chunk.start + chunk.n]
+            rows.token[start:end] = occupant.tokens[chunk.start : chunk.start + chunk.n]
             rows.pos[start:end] = np.arange(chunk.start, chunk.start + chunk.n)
             rows.seq[start:end] = chunk.slot
             rows.flags[start:end] = 0
             if chunk.last:
-                rows.flags[end - 1] = guest.flags
+                rows.flags[end - 1] = occupant.flags
         return end - first
 
     def _apply(self, step: Step, run: Run) -> None:
@@ -334,23 +340,23 @@ class Decoder:
             self._step_s = run.seconds / run.n_steps
             self._observe(step, run)
             self.scheduler.advance(step, run.n_steps, perf_counter())
-            if self.seats.hands:
+            if self.slot_table.hands:
                 self.hands.stepped(step)
         for slot, token, finish, logprob in run.reported:
-            hand = self.seats.at[slot]
+            hand = self.slot_table.at[slot]
             assert isinstance(hand, Hand)
             self.hands.sampled(hand, token, finish, logprob)
         for slot, token, finish in run.finished:
-            request = self.seats.at[slot]
+            request = self.slot_table.at[slot]
             assert isinstance(request, Request)
             if finish == Finish.LENGTH:
-                self.seats.end(request, "length")
+                self.slot_table.end(request, "length")
             elif finish == Finish.ERROR:
                 self.scheduler.counters.tokens -= 1
                 error = SamplingError(self._stepper.slot_error(slot))
-                self.seats.end(request, "error", error=error)
+                self.slot_table.end(request, "error", error=error)
             else:  # an end-of-generation or stop token
-                self.seats.end(request, "stop", stop=token)
+                self.slot_table.end(request, "stop", stop=token)
         if run.code:
             self.recovery.failed(step, decode_error(run.code), any_done=run.n_steps > 0)
 
@@ -359,35 +365,35 @@ class Decoder:
     def _fail_all(self, error: BaseException) -> None:
         """The thread is about to end: nobody may be left waiting."""
         with self.state:
-            for act in self.mailbox.fail(error):
+            for act in self.commands.fail(error):
                 with suppress(Exception):  # the first error is the one to report
                     act()
-            for request in list(self.seats.open.values()):
-                self.seats.retire(request, "error", error=self._cause())
-            for hand in self.seats.hands.values():
+            for request in list(self.slot_table.open.values()):
+                self.slot_table.retire(request, "error", error=self._cause())
+            for hand in self.slot_table.hands.values():
                 if hand.call is not None:
                     hand.call.finish(error=self._cause())
 
     def _cause(self) -> Exception:
         """What requests end with that the thread leaves behind."""
-        error = self.mailbox.error
-        return error if isinstance(error, Exception) else self.mailbox.why_closed()
+        error = self.commands.error
+        return error if isinstance(error, Exception) else self.commands.why_closed()
 
     # -- what other threads ask for
 
     def _cancel(self, id: int) -> None:
-        request = self.seats.open.get(id)
+        request = self.slot_table.open.get(id)
         if request is not None:
-            self.seats.end(request, "cancelled")
+            self.slot_table.end(request, "cancelled")
 
     def _drop_hands(self) -> None:
-        for hand in list(self.seats.hands.values()):
-            self.hands.drop(hand, self.mailbox.why_closed())
+        for hand in list(self.slot_table.hands.values()):
+            self.hands.drop(hand, self.commands.why_closed())
 
     def _cancel_all(self) -> None:
-        for request in list(self.seats.open.values()):
-            self.seats.end(request, "cancelled")
-        for hand in list(self.seats.hands.values()):
+        for request in list(self.slot_table.open.values()):
+            self.slot_table.end(request, "cancelled")
+        for hand in list(self.slot_table.hands.values()):
             self.hands.cancel(hand)
 
     def _stopped(self, id: int) -> None:
@@ -395,15 +401,15 @@ class Decoder:
         count."""
 
         def end() -> None:
-            request = self.seats.open.get(id)
+            request = self.slot_table.open.get(id)
             if request is not None:
-                self.seats.end(request, "stop")
+                self.slot_table.end(request, "stop")
 
-        self.mailbox.post(end)
+        self.commands.post(end)
 
     def _delivery_failed(self, error: BaseException) -> None:
         def fail() -> None:
             raise error
 
-        self.mailbox.error = error  # also where this thread has ended already
-        self.mailbox.post(fail)
+        self.commands.error = error  # also where this thread has ended already
+        self.commands.post(fail)

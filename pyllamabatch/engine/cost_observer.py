@@ -13,7 +13,7 @@ from ..scheduler import Scheduler, Step
 from ..step.stream_stepper import Run
 
 
-class Observer:
+class CostObserver:
     """`scheduler.cost` is the model, when there is one."""
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -34,31 +34,31 @@ class Observer:
         switched = self._switched(step)
         self._before = None if step.chunks else step.decode
         gap, self._end = end - run.seconds - self._end, end
-        kv = scheduler.in_sight(step, (n - 1) / 2)
+        kv = scheduler.attended_cells(step, (n - 1) / 2)
         shapes = scheduler.shapes(step, kv)
-        made_anew = not step.chunks and run.n_reused == n - 1  # the graph, for the first step
-        seconds = self._each(step, run, made_anew)
+        rebuilt = not step.chunks and run.n_reused == n - 1  # the graph, for the first step
+        seconds = self._each(step, run, rebuilt)
         if switched and run.code == 0:
-            if made_anew and n == 1:  # no other step to compare it with
+            if rebuilt and n == 1:  # no other step to compare it with
                 seconds = sum(cost.predict(*shape) for shape in shapes)
-            first = run.first_seconds - seconds if made_anew else 0.0
+            first = run.first_seconds - seconds if rebuilt else 0.0
             cost.observe_switch(max(0.0, first) + max(0.0, gap))
         # Of several parts one number says nothing of each.
-        if len(shapes) == 1 and not (switched and made_anew and n == 1):
+        if len(shapes) == 1 and not (switched and rebuilt and n == 1):
             cost.observe(*shapes[0], seconds, n)
 
-    def _each(self, step: Step, run: Run, made_anew: bool) -> float:
+    def _each(self, step: Step, run: Run, rebuilt: bool) -> float:
         """Seconds of a step whose graph is there already, which is what the model tells: without
         what new graphs were measured to take, or else without the first step, which had one."""
         n, limits = run.n_steps, self._scheduler.limits
         first, settle = getattr(self._scheduler.cost, "new_graph", (0.0, 0.0))
         settling = max(0, min(SETTLED - 1 - self._n_old, n))
-        self._n_old = n - 1 if made_anew else self._n_old + n
+        self._n_old = n - 1 if rebuilt else self._n_old + n
         if step.chunks:
             self._n_old = 0
             n_graphs = -(-step.n_rows // limits.n_ubatch)
             return run.seconds - max(0, n_graphs - run.n_reused) * first
-        if not made_anew:
+        if not rebuilt:
             return (run.seconds - settle * settling / (SETTLED - 1)) / n
         if n <= SETTLED:
             return (run.seconds - first - settle * (n - 1) / (SETTLED - 1)) / n

@@ -34,11 +34,11 @@ from ..step.sampling_params import SEED_MAX, SamplingParams
 from ..step.stream_stepper import StreamStepper
 from ..step.trace import StepTrace, Trace, trace_dtype
 from . import aio
-from .core import Decoder
-from .input_processor import Intake, Prompt
+from .core import EngineCore
+from .input_processor import InputProcessor, Prompt
 from .kv_config import n_kept, sharing_of, swap_choice
 from .request import Options, seconds_of
-from .sequence import Sequence as HandDriven
+from .sequence import Sequence as InteractiveSequences
 from .stats import EngineStats, stats_of
 from .stream import Result, Stream, Token
 
@@ -71,7 +71,7 @@ class Engine:
     - n_trace: how many of the last steps `trace` remembers; 0 for none.
     - max_waiting: requests that wait in line for their first slot at most; None: any number. What
       happens to more is said in `submit`.
-    - gather: how long a step waits for hand-driven sequences that are about to ask; default
+    - gather: how long a step waits for interactive sequences that are about to ask; default
       `CostWindow()`; `Window(200e-6)` waits for a fixed time, `Window(0)` never. patience: seconds
       that one of these may rest while others wait for its room.
     - cost: what a step costs on this device, for policies that ask: a `CostModel`, or None; "auto":
@@ -89,7 +89,7 @@ class Engine:
       in swap_folder (default: the system's for temporary files).
     - max_restarts: when llama_decode fails twice in a row for a reason of the backend's, a fresh
       context takes the place of the one that failed, and what ran is computed again: so often for
-      a request (or a call of a hand-driven sequence) that was in the failed step. If that happens
+      a request (or a call of a interactive sequence) that was in the failed step. If that happens
       to it once more it ends with the error. 0: at once, and the context stays.
     - loras: adapters by the names that requests give them (`Options.lora`). Rows with different
       ones can't be in one decode: a step is as many native calls as it has sets of adapters.
@@ -202,7 +202,7 @@ class Engine:
             adapters.close()
 
         space = SwapSpace(swap_bytes, swap_folder)
-        self._decoder = Decoder(
+        self._core = EngineCore(
             scheduler,
             stepper,
             context.memory,
@@ -214,11 +214,13 @@ class Engine:
             max_restarts,
             adapters,
         )
-        self._intake = Intake(model, self._decoder, stepper, adapters, bool(prefix_cache))
+        self._input_processor = InputProcessor(
+            model, self._core, stepper, adapters, bool(prefix_cache)
+        )
         # Also when the engine is forgotten, and before the interpreter exits.
-        self._finalizer = weakref.finalize(self, self._decoder.close, wait=False, timeout=None)
-        lib.plb_threads_rest()  # of this thread, which may have computed; the decoder's has its own
-        self._decoder.start()
+        self._finalizer = weakref.finalize(self, self._core.close, wait=False, timeout=None)
+        lib.plb_threads_rest()  # of this thread, which may have computed; the core's has its own
+        self._core.start()
 
     # -- requests
 
@@ -243,9 +245,9 @@ class Engine:
         """
         if queue_timeout is not None:
             queue_timeout = seconds_of("queue_timeout", queue_timeout)
-        with self._decoder.mailbox.visit():
-            request = self._intake.request(prompt, params, options, self)
-            self._decoder.submit([request], queue_timeout)
+        with self._core.commands.visit():
+            request = self._input_processor.request(prompt, params, options, self)
+            self._core.submit([request], queue_timeout)
         return request.stream
 
     def submit_n(
@@ -268,12 +270,12 @@ class Engine:
         each = [params] * n
         if params.seed is not None:
             each = [replace(params, seed=(params.seed + i) % (SEED_MAX + 1)) for i in range(n)]
-        with self._decoder.mailbox.visit():
-            requests = [self._intake.request(prompt, one, options, self) for one in each]
+        with self._core.commands.visit():
+            requests = [self._input_processor.request(prompt, one, options, self) for one in each]
             for request in requests:
                 if not self._prefix_cache:
                     request.space = "samples", requests[0].id
-            self._decoder.submit(requests)
+            self._core.submit(requests)
         return [request.stream for request in requests]
 
     def generate(
@@ -288,16 +290,16 @@ class Engine:
         would refuse raises, and nothing is started. One that fails later has `finish_reason`
         "error" and an `error`. Where `max_waiting` is less than they are, it waits for room.
         """
-        with self._decoder.mailbox.visit():
-            requests = self._intake.requests(prompts, params, options, self)
+        with self._core.commands.visit():
+            requests = self._input_processor.requests(prompts, params, options, self)
         streams = [request.stream for request in requests]
         try:
-            with self._decoder.mailbox.visit():
-                if self._decoder.mailbox.has_room(len(requests)):
-                    self._decoder.submit(requests)
+            with self._core.commands.visit():
+                if self._core.commands.has_room(len(requests)):
+                    self._core.submit(requests)
                 else:
                     for request in requests:
-                        self._decoder.submit([request])
+                        self._core.submit([request])
             return [stream.wait() for stream in streams]
         except BaseException:  # interrupted: nobody wants them any more
             for stream in streams:
@@ -315,9 +317,9 @@ class Engine:
         cancelling its task, cancels the request (where it matters when, use
         `contextlib.aclosing`). Raises what `submit` raises, and the request's error at the end."""
         relay = self._relays.here()
-        with self._decoder.mailbox.visit():
-            request = self._intake.request(prompt, params, options, self)
-            await aio.submit(self._decoder, request, relay)
+        with self._core.commands.visit():
+            request = self._input_processor.request(prompt, params, options, self)
+            await aio.submit(self._core, request, relay)
         async with aclosing(aio.tokens(request.stream, relay)) as tokens:
             async for token in tokens:
                 yield token
@@ -330,9 +332,9 @@ class Engine:
     ) -> list[Result]:
         """`generate` for asyncio. Cancelling the task cancels the requests."""
         relay = self._relays.here()
-        with self._decoder.mailbox.visit():
-            requests = self._intake.requests(prompts, params, options, self)
-        return await aio.generate(self._decoder, requests, relay)
+        with self._core.commands.visit():
+            requests = self._input_processor.requests(prompts, params, options, self)
+        return await aio.generate(self._core, requests, relay)
 
     def sequence(
         self,
@@ -341,28 +343,30 @@ class Engine:
         priority: int = 0,
         tenant: str = "",
         lora: str | Mapping[str, float] | None = None,
-    ) -> HandDriven:
+    ) -> InteractiveSequences:
         """A sequence to be driven by hand, empty at first. `params`: how its tokens are chosen; it
         has no budget (`max_tokens` has no say), and nobody looks for stop strings: ArgumentError if
         there are any. `lora`: see `Options`. EngineClosed."""
-        hand = self._intake.hand(params, priority, tenant, self._intake.loras.choose(lora))
-        with self._decoder.mailbox.visit():
-            return HandDriven(self, hand, self._intake.pieces)
+        hand = self._input_processor.hand(
+            params, priority, tenant, self._input_processor.loras.choose(lora)
+        )
+        with self._core.commands.visit():
+            return InteractiveSequences(self, hand, self._input_processor.pieces)
 
     # -- the engine itself
 
     def stats(self) -> EngineStats:
-        return stats_of(self._decoder)
+        return stats_of(self._core)
 
     def trace(self) -> Trace:
         """The last steps (`n_trace` at most), oldest first: `pyllamabatch.step.trace.trace_dtype`
         says
         what of each. `pyllamabatch.step.trace.to_chrome` draws it."""
-        decoder = self._decoder
-        if decoder.trace is None:
-            return np.zeros(0, dtype=trace_dtype(decoder.scheduler.n_slots))
-        with decoder.state:
-            table = decoder.trace.snapshot()
+        core = self._core
+        if core.trace is None:
+            return np.zeros(0, dtype=trace_dtype(core.scheduler.n_slots))
+        with core.state:
+            table = core.trace.snapshot()
         return table()
 
     def drain(self, timeout: float | None = None) -> bool:
@@ -375,28 +379,28 @@ class Engine:
         can do, it can. Calls of sequences that are under way are waited for."""
         if timeout is not None:
             timeout = seconds_of("timeout", timeout)
-        return self._wait_drained(self._decoder.drain(), timeout)
+        return self._wait_drained(self._core.drain(), timeout)
 
     def stop(self) -> None:
         """As `drain`, but what is open is cancelled, which takes no longer than one step."""
-        self._wait_drained(self._decoder.drain(cancel=True), None)
+        self._wait_drained(self._core.drain(cancel=True), None)
 
     def resume(self) -> None:
         """Take requests again. Fine when it was not drained. EngineClosed."""
-        self._decoder.mailbox.resume()
+        self._core.commands.resume()
 
     async def adrain(self, timeout: float | None = None) -> bool:
         """`drain` for asyncio. Cancelling the task resumes nothing."""
         if timeout is not None:
             timeout = seconds_of("timeout", timeout)
-        return await aio.outcome(self._decoder.drain(), timeout)
+        return await aio.outcome(self._core.drain(), timeout)
 
     async def astop(self) -> None:
         """`stop` for asyncio."""
-        await aio.outcome(self._decoder.drain(cancel=True), None)
+        await aio.outcome(self._core.drain(cancel=True), None)
 
     def _wait_drained(self, drained: Future[bool], timeout: float | None) -> bool:
-        if self._decoder.is_own_thread():  # a callback of a stream: it can't wait for itself
+        if self._core.is_own_thread():  # a callback of a stream: it can't wait for itself
             timeout = 0
         try:
             return drained.result(timeout)
@@ -406,23 +410,23 @@ class Engine:
     @property
     def loras(self) -> tuple[str, ...]:
         """The names that `Options.lora` may use."""
-        return self._intake.loras.names
+        return self._input_processor.loras.names
 
     @property
     def draining(self) -> bool:
         """No requests are taken until `resume`."""
-        return self._decoder.mailbox.draining
+        return self._core.commands.draining
 
     @property
     def closed(self) -> bool:
         """No more requests are taken; those that are open may still be running."""
-        return self._decoder.mailbox.closed
+        return self._core.commands.closed
 
     def close(self, *, wait: bool = True, timeout: float | None = None) -> None:
         """Free the context. Open requests are finished first (for `timeout` seconds at most, then
         cancelled), or with wait=False cancelled at once, which takes no longer than one step.
         Closing twice is fine."""
-        self._decoder.close(wait=wait, timeout=timeout)
+        self._core.close(wait=wait, timeout=timeout)
 
     def __enter__(self) -> Engine:
         return self

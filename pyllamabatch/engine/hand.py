@@ -1,4 +1,4 @@
-"""A hand-driven sequence as the decoder knows it, and what its owner waits for."""
+"""A interactive sequence as the core knows it, and what its owner waits for."""
 
 from __future__ import annotations
 

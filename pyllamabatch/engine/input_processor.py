@@ -1,4 +1,4 @@
-"""From what a caller gives to what the decoder knows: everything is checked before it begins."""
+"""From what a caller gives to what the core knows: everything is checked before it begins."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..errors import ArgumentError
 from ..llama.lora_set import Loras, LoraSet
 from ..llama.vocab import pieces_of
 from ..step.sampling_params import SamplingParams
-from .core import Decoder
+from .core import EngineCore
 from .detokenizer import Pieces
 from .hand import Hand
 from .request import Options, Request, Tokens, check_options
-from .sequence import by_hand
+from .sequence import interactive
 from .stream import Stream
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]]
 
 
-class Intake:
-    """Any thread's, while it visits the decoder's mailbox."""
+class InputProcessor:
+    """Any thread's, while it visits the core's commands."""
 
     def __init__(
         self,
         model: Model,
-        decoder: Decoder,
+        core: EngineCore,
         stepper: Stepper,
         loras: Loras,
         prefix_cache: bool,
@@ -43,7 +43,7 @@ class Intake:
         self.pieces = Pieces(_pieces_of(model))
         self._ids = itertools.count(1)
         self._vocab = model.vocab
-        self._decoder = decoder
+        self._core = core
         self._stepper = stepper
 
     def requests(
@@ -75,7 +75,7 @@ class Intake:
         tokens = self.tokens(prompt, terms.add_special, terms.parse_special)
         if params.stop and self._vocab.type == "none":
             raise ArgumentError("stop", params.stop, "the model has no text: use stop_token_ids")
-        self._decoder.scheduler.check_fits(len(tokens), params.max_tokens)
+        self._core.scheduler.check_fits(len(tokens), params.max_tokens)
         sampler = self._stepper.make_slot(params, tokens)
         stream = Stream(
             next(self._ids),
@@ -84,8 +84,8 @@ class Intake:
             stops=params.stop,
             min_tokens=params.min_tokens,
             logprobs=params.logprobs,
-            cancel=self._decoder.cancel,
-            watch=self._decoder.delivery.watch,
+            cancel=self._core.cancel,
+            watch=self._core.output_processor.watch,
             keep=keep,
         )
         return Request(tokens, params, stream, sampler, terms, self._space(lora), lora)
@@ -93,7 +93,7 @@ class Intake:
     def hand(
         self, params: SamplingParams | None, priority: int, tenant: str, lora: LoraSet
     ) -> Hand:
-        return Hand(next(self._ids), by_hand(params), priority, tenant, lora, self._space(lora))
+        return Hand(next(self._ids), interactive(params), priority, tenant, lora, self._space(lora))
 
     def _space(self, lora: LoraSet) -> Hashable:
         """What is computed with other adapters is no beginning for it."""

@@ -1,4 +1,4 @@
-"""What the owners of hand-driven sequences ask for, one thing at a time each, and what a step gives
+"""What the owners of interactive sequences ask for, one thing at a time each, and what a step gives
 them."""
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ..step.types import Finish
 from . import snapshot
 from .hand import Call, Draw, Hand
 from .protocols import MemoryLike
-from .slot_table import Seats
+from .slot_table import SlotTable
 from .snapshot import Saved
 
 
-class Hands:
-    """The decoder thread's, as `Seats`: every method is called between two steps. Those that
+class InteractiveRunner:
+    """The core thread's, as `SlotTable`: every method is called between two steps. Those that
     take a `Call` finish it, now or after a step."""
 
     def __init__(
@@ -29,17 +29,17 @@ class Hands:
         scheduler: Scheduler,
         stepper: Any,
         memory: MemoryLike,
-        seats: Seats,
+        slot_table: SlotTable,
         states: Any,
         space: SwapSpace,
         loras_of: Callable[[int], LoraNames],
     ) -> None:
         self._loras_of = loras_of
-        self._open = seats.hands
+        self._open = slot_table.hands
         self._scheduler = scheduler
         self._stepper = stepper
         self._memory = memory
-        self._seats = seats
+        self._slot_table = slot_table
         self._states = states  # the context
         self._space = space
 
@@ -62,7 +62,7 @@ class Hands:
                     priority=hand.priority,
                     tenant=hand.tenant,
                     space=hand.space,
-                    by_hand=True,
+                    interactive=True,
                 )
         except PyllamabatchError as error:
             del hand.tokens[n:]
@@ -121,7 +121,7 @@ class Hands:
             priority=hand.priority,
             tenant=hand.tenant,
             space=hand.space,
-            by_hand=True,
+            interactive=True,
             saved=saved.n_computed,
         )
         self._renew(hand, sampler)
@@ -168,7 +168,7 @@ class Hands:
     def stepped(self, step: Step) -> None:
         """The step was computed: some prompts may be complete."""
         for chunk in step.chunks:
-            hand = self._seats.at[chunk.slot]
+            hand = self._slot_table.at[chunk.slot]
             if isinstance(hand, Hand) and not chunk.last:
                 self._settle(hand)
 
@@ -231,7 +231,7 @@ class Hands:
         del self._open[hand.id]
         if hand.slot >= 0:
             self._stepper.clear_slot(hand.slot)
-            self._seats.free(hand)
+            self._slot_table.free(hand)
 
     def _cut(self, hand: Hand, n: int) -> None:
         """The scheduler's counts and the cells, down to `n` tokens."""
@@ -244,4 +244,4 @@ class Hands:
             self._memory.seq_rm(slot, kept)
         except UnsupportedOperation:  # a recurrent state, a window that is forgotten
             scheduler.preempt(id, worth=False)
-            self._seats.leave(id, slot)
+            self._slot_table.leave(id, slot)

@@ -1,4 +1,4 @@
-"""Mover: carries out in the memory what the scheduler has decided."""
+"""KvExecutor: carries out in the memory what the scheduler has decided."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from time import perf_counter
 
 from ..errors import PyllamabatchError, StateError
-from ..kv import Move, SwapSpace
+from ..kv import KvOperation, SwapSpace
 from ..llama.lora_set import LoraNames
 from ..scheduler import Scheduler
 from .protocols import ContextLike, MemoryLike
@@ -15,8 +15,8 @@ from .protocols import ContextLike, MemoryLike
 log = logging.getLogger(__name__)
 
 
-class Mover:
-    """The decoder thread's. `space`: where the states of swapped sequences lie. `loras_of(id)`: the
+class KvExecutor:
+    """The core thread's. `space`: where the states of swapped sequences lie. `loras_of(id)`: the
     adapters that a sequence is computed with."""
 
     def __init__(
@@ -37,7 +37,7 @@ class Mover:
         """All that has been decided. Returns the sequences that could not start from what they were
         to: they wait again, to be computed, and a step that has them is void."""
         failed: set[int] = set()
-        while moves := self._scheduler.take_moves():
+        while moves := self._scheduler.take_kv_operations():
             for move in moves:
                 if move.id in failed and move.kind in ("copy", "trim", "load"):
                     continue
@@ -49,7 +49,7 @@ class Mover:
                         failed.add(move.id)
         return failed
 
-    def _carry_out(self, move: Move) -> None:
+    def _carry_out(self, move: KvOperation) -> None:
         memory, slot, n = self._memory, move.slot, move.n
         if move.kind == "remove":
             memory.seq_rm(slot)
@@ -76,7 +76,7 @@ class Mover:
         if held != n:
             raise StateError(f"{held} positions came instead of {n}")
 
-    def _failed(self, move: Move) -> bool:
+    def _failed(self, move: KvOperation) -> bool:
         """What it was for is given up. True when a sequence was to start from it."""
         if move.kind == "remove":
             raise RuntimeError(f"sequence {move.slot} can't be removed")

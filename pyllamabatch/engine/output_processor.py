@@ -1,7 +1,7 @@
-"""The delivery thread: from the ring to the streams, while the decoder's next steps are computed.
+"""The delivery thread: from the ring to the streams, while the core's next steps are computed.
 
 It moves steps from the ring to a page, which costs no Python per sequence, looks for stop strings
-in the streams that have any, wakes who waits for tokens, and ends streams. What the decoder does
+in the streams that have any, wakes who waits for tokens, and ends streams. What the core does
 between two steps reaches it as events, each with the number of the step that it comes before, so
 that everything happens to a stream in the order in which it was computed.
 
@@ -29,15 +29,15 @@ LAZY_SECONDS = 0.1  # tokens that nobody waits for are taken at least so often, 
 IDLE_SECONDS = 1.0
 TELL_SECONDS = 5e-5  # what a reader who is woken needs; it is left to them before more are woken
 REST_SECONDS_MAX = 0.005
-AT_ONCE = 8  # streams that are searched before the decoder may come first
+AT_ONCE = 8  # streams that are searched before the core may come first
 
 
-class Delivery:
+class OutputProcessor:
     """`on_stop(id)`: a stop string has ended the text of a request whose tokens still come.
     `on_failure(error)`: the thread is about to end because of a bug. `on_end()`: a stream has
     ended. All of them are called by the delivery thread.
 
-    place, leave, end and close are the decoder's: `at` is the number of steps recorded so far."""
+    place, leave, end and close are the core's: `at` is the number of steps recorded so far."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Delivery:
         self._open = True
         self._page = self._new_page()
 
-    # -- the decoder's side
+    # -- the core's side
 
     def place(self, at: int, slot: int, stream: Stream) -> None:
         """The tokens of this slot are the stream's."""

@@ -1,4 +1,4 @@
-"""What the decoder and the delivery thread run on: a stepper, its ring, a context, its memory."""
+"""What the core and the delivery thread run on: a stepper, its ring, a context, its memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..step.stream_stepper import Run
 
 
 class StepperLike(Protocol):
-    """What the decoder needs of a `StreamStepper`."""
+    """What the core needs of a `StreamStepper`."""
 
     @property
     def rows(self) -> Any: ...
@@ -42,7 +42,7 @@ class ReaderLike(Protocol):
 
 
 class ContextLike(Protocol):
-    """What the decoder needs of a `Context`."""
+    """What the core needs of a `Context`."""
 
     def state_seq_get(self, seq_id: int, loras: LoraNames | None = None) -> bytes: ...
     def state_seq_set(self, data: bytes, seq_id: int, loras: LoraNames | None = None) -> None: ...
@@ -50,7 +50,7 @@ class ContextLike(Protocol):
 
 
 class LorasLike(Protocol):
-    """What the decoder needs of `Loras`."""
+    """What the core needs of `Loras`."""
 
     @property
     def names(self) -> tuple[str, ...]: ...
@@ -61,7 +61,7 @@ class LorasLike(Protocol):
 
 
 class MemoryLike(Protocol):
-    """What the decoder needs of a `Memory`."""
+    """What the core needs of a `Memory`."""
 
     def seq_rm(self, seq_id: int, p0: int = -1, p1: int = -1) -> None: ...
     def seq_cp(self, src: int, dst: int, p0: int = -1, p1: int = -1) -> None: ...

@@ -22,10 +22,10 @@ from ..errors import (
 )
 from ..scheduler import Scheduler, Step
 from .hand import Hand
-from .interactive import Hands
+from .interactive import InteractiveRunner
 from .protocols import MemoryLike
 from .request import Request
-from .slot_table import Seats
+from .slot_table import SlotTable
 
 log = logging.getLogger(__name__)
 
@@ -33,16 +33,16 @@ RETRIES = 1  # of a step that failed for no reason that could be helped
 
 
 class Recovery:
-    """The decoder thread's; called between two native calls. `renew()`: a fresh context in place of
-    the one that failed. `max_restarts`: how often a request, or a call of a hand-driven sequence,
+    """The core thread's; called between two native calls. `renew()`: a fresh context in place of
+    the one that failed. `max_restarts`: how often a request, or a call of a interactive sequence,
     may be in a step that costs one."""
 
     def __init__(
         self,
         scheduler: Scheduler,
         memory: MemoryLike,
-        seats: Seats,
-        hands: Hands,
+        slot_table: SlotTable,
+        hands: InteractiveRunner,
         renew: Callable[[], None],
         max_restarts: int,
     ) -> None:
@@ -51,7 +51,7 @@ class Recovery:
         self._max_restarts = max_restarts
         self._scheduler = scheduler
         self._memory = memory
-        self._seats = seats
+        self._slot_table = slot_table
         self._hands = hands
         self._n_failures = 0  # of llama_decode, one after the other
 
@@ -63,7 +63,9 @@ class Recovery:
         """`step` was not computed. It is tried again with more room, or once more as it is, or on a
         fresh context; who can't be helped fails. `any_done`: steps before it were computed in the
         same call, so some may have ended. ContextCreateError when nobody can be helped."""
-        guests = [guest for slot in step.slots if (guest := self._seats.at[slot]) is not None]
+        occupants = [
+            occupant for slot in step.slots if (occupant := self._slot_table.at[slot]) is not None
+        ]
         self._reconcile()
         if isinstance(error, KvCacheFull) and (any_done or self._make_room()):
             return
@@ -75,21 +77,23 @@ class Recovery:
         self._n_failures = 0
         helped: list[Request | Hand] = []
         if isinstance(error, FatalDecodeError):
-            helped = [guest for guest in guests if guest.n_restarts < self._max_restarts]
-        for guest in guests:
-            if guest not in helped:
-                self._fail(guest, error)
+            helped = [
+                occupant for occupant in occupants if occupant.n_restarts < self._max_restarts
+            ]
+        for occupant in occupants:
+            if occupant not in helped:
+                self._fail(occupant, error)
         if helped:
-            for guest in helped:
-                guest.n_restarts += 1
+            for occupant in helped:
+                occupant.n_restarts += 1
             self._restart(error)
 
-    def _fail(self, guest: Request | Hand, error: Exception) -> None:
+    def _fail(self, occupant: Request | Hand, error: Exception) -> None:
         own = decode_error(error.code) if isinstance(error, DecodeError) else error
-        if isinstance(guest, Hand):
-            self._hands.failed(guest, own)
-        elif guest.id in self._seats.open:
-            self._seats.end(guest, "error", error=own)
+        if isinstance(occupant, Hand):
+            self._hands.failed(occupant, own)
+        elif occupant.id in self._slot_table.open:
+            self._slot_table.end(occupant, "error", error=own)
 
     def _restart(self, error: Exception) -> None:
         """Everything that runs waits to be computed again on a fresh context, in the order in which
@@ -102,11 +106,12 @@ class Recovery:
             raise ContextCreateError(f"{error}; and there is no fresh context: {problem}") from None
         self.n_restarts += 1
         for id in reversed(scheduler.running_ids()):
-            self._seats.leave(id, scheduler.preempt(id, worth=False))
+            self._slot_table.leave(id, scheduler.preempt(id, worth=False))
         scheduler.drop_kept()
 
     def _make_room(self) -> bool:
-        """libllama found no cells although the ledger has them: what is kept goes, and if there is
+        """libllama found no cells although the accounting has them: what is kept goes, and if
+        there is
         nothing the newest sequence gives way. False: a sequence that is alone can't be helped."""
         if self._scheduler.drop_kept():
             log.warning("llama_decode found no KV cells: kept prefixes are dropped")
@@ -115,11 +120,12 @@ class Recovery:
         if shed is None:
             return False
         log.warning("llama_decode found no KV cells: sequence %d is preempted", shed[0])
-        self._seats.leave(*shed)
+        self._slot_table.leave(*shed)
         return True
 
     def _reconcile(self) -> None:
-        """What libllama holds of each running sequence is what the ledger says: rows that are there
+        """What libllama holds of each running sequence is what the accounting says: rows that are
+        there
         without having counted are taken out, and who has lost some is computed again."""
         scheduler, memory = self._scheduler, self._memory
         for id in scheduler.running_ids():
@@ -135,4 +141,4 @@ class Recovery:
             except UnsupportedOperation as problem:
                 log.info("request %d is computed again: %s", id, problem)
             scheduler.preempt(id, worth=False)
-            self._seats.leave(id, slot)
+            self._slot_table.leave(id, slot)

@@ -1,4 +1,4 @@
-"""A request as the decoder knows it."""
+"""A request as the core knows it."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _is_number(value: object) -> bool:
 
 
 class Request:
-    """What the decoder knows of a request. `tokens`: what is to be computed, int32: its prompt,
+    """What the core knows of a request. `tokens`: what is to be computed, int32: its prompt,
     and after a preemption what it had generated too. `slot`: where it runs, else -1. `sampler`: its
     sampling state while it has no slot. `space`: only requests of the same one start from each
     other; None is everybody's. `lora`: the adapters that it is computed with. `n_restarts`: of the

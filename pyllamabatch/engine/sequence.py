@@ -21,7 +21,7 @@ from .snapshot import read, slot_of
 
 if TYPE_CHECKING:
     from ..llama.params import PathLike
-    from .core import Decoder
+    from .core import EngineCore
     from .detokenizer import Pieces
     from .engine import Engine
     from .input_processor import Prompt
@@ -59,7 +59,7 @@ class Sequence:
 
     def __init__(self, engine: Engine, hand: Hand, pieces: Pieces) -> None:
         self._engine = engine
-        self._decoder = engine._decoder
+        self._core = engine._core
         self._hand = hand
         self._pieces = pieces
         self._lock = threading.RLock()
@@ -67,7 +67,7 @@ class Sequence:
         self._n_renewed = 0
         self._reset_text()
         # Also when it is forgotten.
-        self._finalizer = weakref.finalize(self, _forget, self._decoder, hand)
+        self._finalizer = weakref.finalize(self, _forget, self._core, hand)
         self._finalizer.atexit = False
 
     # -- what it is
@@ -109,8 +109,10 @@ class Sequence:
         with self._lock:
             self._check_open()
             special = self.position == 0 if add_special is None else add_special
-            with self._decoder.mailbox.visit():
-                tokens = self._engine._intake.tokens(prompt, special, parse_special).tolist()
+            with self._core.commands.visit():
+                tokens = self._engine._input_processor.tokens(
+                    prompt, special, parse_special
+                ).tolist()
                 sampler = self._sampler(self._hand.tokens + tokens)
             self._call(
                 lambda hands, call: hands.extend(self._hand, tokens, sampler, call, now), more=True
@@ -132,7 +134,7 @@ class Sequence:
                 raise ArgumentError("prompt", None, "a sequence needs a token to start from")
             sampler = None
             if hand.spent:
-                with self._decoder.mailbox.visit():
+                with self._core.commands.visit():
                     sampler = self._sampler(hand.tokens)
                 self._reset_text()
             draw: Draw = self._call(
@@ -157,7 +159,7 @@ class Sequence:
                 raise ArgumentError("n", n, f"an integer from 0 to {self.position}")
             if n == self.position:
                 return
-            with self._decoder.mailbox.visit():
+            with self._core.commands.visit():
                 sampler = self._sampler(self._hand.tokens[:n]) if n else None
             self._call(lambda hands, call: hands.trim(self._hand, n, sampler, call))
             self._reset_text()
@@ -205,12 +207,12 @@ class Sequence:
         hand = self._hand
         with self._lock:
             self._check_open()
-            with self._decoder.mailbox.visit():
+            with self._core.commands.visit():
                 saved = read(self._engine.model, data)
-                adapters = self._engine._intake.loras.files(hand.lora)
+                adapters = self._engine._input_processor.loras.files(hand.lora)
                 if list(saved.loras) != adapters:
                     raise StateError(f"saved with adapters {saved.loras}, these are {adapters}")
-                self._decoder.scheduler.check_fits(len(saved.tokens), 1)
+                self._core.scheduler.check_fits(len(saved.tokens), 1)
                 sampler = slot_of(self._engine._stepper, saved)
                 if sampler is None:
                     sampler = self._sampler(saved.tokens.tolist())
@@ -231,7 +233,7 @@ class Sequence:
         """The call that another thread is in, if any, ends within a step: it raises Cancelled, and
         the sequence is as it was before. One that is over by then is not undone."""
         with suppress(EngineClosed):
-            self._decoder.call_hands(lambda hands: hands.cancel(self._hand))
+            self._core.call_hands(lambda hands: hands.cancel(self._hand))
 
     def close(self) -> None:
         """Give its cells back. A call that another thread is in is cancelled. Closing twice is
@@ -282,7 +284,7 @@ class Sequence:
         self, act: Callable[[Any, Call], None], *, more: bool = False, ask: bool = False
     ) -> Any:
         call = Call()
-        self._decoder.call_hands(lambda hands: act(hands, call), call, more=more, ask=ask)
+        self._core.call_hands(lambda hands: act(hands, call), call, more=more, ask=ask)
         try:
             return call.wait()
         except BaseException:
@@ -291,16 +293,16 @@ class Sequence:
             raise
 
 
-def _forget(decoder: Decoder, hand: Hand) -> None:
+def _forget(core: EngineCore, hand: Hand) -> None:
     with suppress(EngineClosed):
-        decoder.call_hands(lambda hands: hands.close(hand, Call()))
+        core.call_hands(lambda hands: hands.close(hand, Call()))
 
 
-def by_hand(params: SamplingParams | None) -> SamplingParams:
-    """The parameters of a hand-driven sequence, which has no budget and no stop strings."""
+def interactive(params: SamplingParams | None) -> SamplingParams:
+    """The parameters of a interactive sequence, which has no budget and no stop strings."""
     params = SamplingParams() if params is None else params
     if not isinstance(params, SamplingParams):
         raise ArgumentError("params", params, "must be SamplingParams")
     if params.stop:
-        raise ArgumentError("stop", params.stop, "of a hand-driven sequence the owner looks")
+        raise ArgumentError("stop", params.stop, "of a interactive sequence the owner looks")
     return replace(params, max_tokens=INT32_MAX)

@@ -14,31 +14,31 @@ from ..llama.lora_set import LoraSet
 from ..scheduler import Scheduler
 from ..step.trace import StepTrace
 from .hand import Hand
-from .output_processor import Delivery
+from .output_processor import OutputProcessor
 from .protocols import StepperLike
 from .request import Request, Tokens
 from .stream import FinishReason
 
 
-class Seats:
-    """The decoder thread's; every method is called with its `state` held, between two steps.
+class SlotTable:
+    """The core thread's; every method is called with its `state` held, between two steps.
     `left_line()`: a request waits for its first slot no more."""
 
     def __init__(
         self,
         scheduler: Scheduler,
         stepper: StepperLike,
-        delivery: Delivery,
+        delivery: OutputProcessor,
         trace: StepTrace | None,
         left_line: Callable[[], None] = lambda: None,
     ) -> None:
         self.at: list[Request | Hand | None] = [None] * scheduler.n_slots  # by slot
         self.open: dict[int, Request] = {}  # by id, from `add` to `end`
-        self.hands: dict[int, Hand] = {}  # hand-driven ones that know tokens
+        self.hands: dict[int, Hand] = {}  # interactive ones that know tokens
         self._left_line = left_line
         self._scheduler = scheduler
         self._stepper = stepper
-        self._delivery = delivery
+        self._output_processor = delivery
         self._trace = trace
 
     def add(self, request: Request) -> None:
@@ -58,25 +58,25 @@ class Seats:
 
     def tokens_of(self, id: int) -> Tokens:
         """All that a sequence knows: what it was given and what was sampled."""
-        guest = self._guest(id)
-        if isinstance(guest, Hand) or guest.slot < 0:
-            return np.array(guest.tokens, dtype=np.int32)
-        sampler = self._stepper.take_slot(guest.slot)
-        tokens = np.concatenate((guest.prompt, sampler.tokens()), dtype=np.int32)
-        self._stepper.put_slot(guest.slot, sampler)
+        occupant = self._occupant(id)
+        if isinstance(occupant, Hand) or occupant.slot < 0:
+            return np.array(occupant.tokens, dtype=np.int32)
+        sampler = self._stepper.take_slot(occupant.slot)
+        tokens = np.concatenate((occupant.prompt, sampler.tokens()), dtype=np.int32)
+        self._stepper.put_slot(occupant.slot, sampler)
         return tokens
 
     def admit(self, id: int, slot: int) -> None:
         """The scheduler has given it a slot."""
-        guest = self._guest(id)
-        guest.slot = slot
-        self._stepper.put_slot(slot, guest.sampler)
-        guest.sampler = None
-        self.at[slot] = guest
-        if isinstance(guest, Request):
-            self._delivery.place(self._stepper.n_recorded, slot, guest.stream)
-            if not guest.seated:
-                guest.seated = True
+        occupant = self._occupant(id)
+        occupant.slot = slot
+        self._stepper.put_slot(slot, occupant.sampler)
+        occupant.sampler = None
+        self.at[slot] = occupant
+        if isinstance(occupant, Request):
+            self._output_processor.place(self._stepper.n_recorded, slot, occupant.stream)
+            if not occupant.seated:
+                occupant.seated = True
                 self._left_line()
         if self._trace is not None:
             self._trace.ids[slot] = id
@@ -84,10 +84,10 @@ class Seats:
     def leave(self, id: int, slot: int) -> None:
         """The scheduler has preempted it: the sampling state is kept, and what was generated comes
         behind the prompt."""
-        guest = self._guest(id)
-        guest.sampler = self._stepper.take_slot(slot)
-        guest.unseated()
-        self.free(guest)
+        occupant = self._occupant(id)
+        occupant.sampler = self._stepper.take_slot(slot)
+        occupant.unseated()
+        self.free(occupant)
 
     def end(
         self,
@@ -116,23 +116,23 @@ class Seats:
         del self.open[request.id]
         if not request.seated:
             self._left_line()
-        self._delivery.end(self._stepper.n_recorded, request.stream, reason, stop, error)
+        self._output_processor.end(self._stepper.n_recorded, request.stream, reason, stop, error)
 
-    def free(self, guest: Request | Hand) -> None:
+    def free(self, occupant: Request | Hand) -> None:
         """It sits nowhere any more."""
-        self.at[guest.slot] = None
-        if isinstance(guest, Request):
-            self._delivery.leave(self._stepper.n_recorded, guest.slot)
-        guest.slot = -1
+        self.at[occupant.slot] = None
+        if isinstance(occupant, Request):
+            self._output_processor.leave(self._stepper.n_recorded, occupant.slot)
+        occupant.slot = -1
 
     def lora(self, id: int) -> LoraSet:
         """The adapters that a sequence is computed with."""
-        return self._guest(id).lora
+        return self._occupant(id).lora
 
     def lora_at(self, slot: int) -> LoraSet:
-        guest = self.at[slot]
-        assert guest is not None
-        return guest.lora
+        occupant = self.at[slot]
+        assert occupant is not None
+        return occupant.lora
 
-    def _guest(self, id: int) -> Request | Hand:
+    def _occupant(self, id: int) -> Request | Hand:
         return self.open.get(id) or self.hands[id]

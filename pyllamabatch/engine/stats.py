@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .core import Decoder
+    from .core import EngineCore
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """What an engine has done, at one moment between two steps.
 
-    `submitted` = `waiting` + `running` + the sum of `finished` (by finish reason); hand-driven
+    `submitted` = `waiting` + `running` + the sum of `finished` (by finish reason); interactive
     `sequences` that know tokens are not among these. `rows` = `decode_rows` + `prefill_rows`;
     `recomputed_rows`: prefill rows that had been computed before a preemption. `tokens`: sampled,
     those that end a text included. `fill`: how many steps have sampled so many sequences.
@@ -55,37 +55,37 @@ class EngineStats:
         return self.prefix_tokens / self.known_tokens if self.known_tokens else 0.0
 
 
-def stats_of(decoder: Decoder) -> EngineStats:
+def stats_of(core: EngineCore) -> EngineStats:
     """At this moment, steps of a call that still goes on included."""
-    with decoder.state:
-        scheduler, finished = decoder.scheduler, decoder.delivery.finished.copy()
-        counters, hands = scheduler.counters, decoder.seats.hands
-        waiting = scheduler.n_waiting - sum(map(scheduler.waits, hands)) + decoder.n_mail
-        n, n_rows = decoder.progress()
+    with core.state:
+        scheduler, finished = core.scheduler, core.output_processor.finished.copy()
+        counters, hands = scheduler.counters, core.slot_table.hands
+        waiting = scheduler.n_waiting - sum(map(scheduler.waits, hands)) + core.n_mail
+        n, n_rows = core.progress()
         fill = counters.fill.copy()
         if n:
             fill[n_rows] = fill.get(n_rows, 0) + n
         return EngineStats(
-            submitted=decoder.mailbox.n_submitted,
+            submitted=core.commands.n_submitted,
             waiting=waiting,
-            running=decoder.mailbox.n_submitted - waiting - sum(finished.values()),
+            running=core.commands.n_submitted - waiting - sum(finished.values()),
             finished={**finished},
             steps=counters.steps + n,
             rows=counters.rows + n * n_rows,
             decode_rows=counters.decode_rows + n * n_rows,
             prefill_rows=counters.prefill_rows,
             recomputed_rows=counters.recomputed_rows,
-            tokens=counters.tokens + n * n_rows - decoder.delivery.n_dropped,
+            tokens=counters.tokens + n * n_rows - core.output_processor.n_dropped,
             admissions=counters.admissions,
             preemptions=counters.preemptions,
-            kv_used=scheduler.ledger.used - scheduler.ledger.kept + n * n_rows,
+            kv_used=scheduler.accounting.used - scheduler.accounting.kept + n * n_rows,
             kv_total=scheduler.limits.n_cells,
-            graphs_reused=decoder.n_reused,
+            graphs_reused=core.n_reused,
             sequences=len(hands),
             fill=fill,
-            kv_kept=scheduler.ledger.kept,
+            kv_kept=scheduler.accounting.kept,
             known_tokens=counters.known_tokens,
             prefix_tokens=counters.prefix_tokens,
             swapped_tokens=counters.loaded_tokens,
-            restarts=decoder.recovery.n_restarts,
+            restarts=core.recovery.n_restarts,
         )

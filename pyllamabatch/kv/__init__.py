@@ -3,15 +3,15 @@ preemption should do. No libllama here: the engine and the simulator use the sam
 
 from __future__ import annotations
 
-from .accounting import KvLedger, Slots
-from .prefix_cache import Hit, Move, PrefixCache, Sharing
+from .accounting import KvAccounting, Slots
+from .prefix_cache import Hit, KvOperation, PrefixCache, Sharing
 from .radix_tree import PrefixTree
 from .swap import Preemption, SwapChoice, SwapSpace
 
 __all__ = [
     "Hit",
-    "KvLedger",
-    "Move",
+    "KvAccounting",
+    "KvOperation",
     "Preemption",
     "PrefixCache",
     "PrefixTree",

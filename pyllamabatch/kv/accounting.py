@@ -39,7 +39,7 @@ class _Run:
     cell: float = 0.0
 
 
-class KvLedger:
+class KvAccounting:
     """Counts the cells that each slot holds.
 
     `n_cells`: all sequences together. `n_seq_max`: slots. `n_cells_seq`: one sequence at most;
@@ -126,7 +126,7 @@ class KvLedger:
 
     @property
     def held_by_slot(self) -> npt.NDArray[np.int64]:
-        """`held` of all slots; the ledger's own, to read."""
+        """`held` of all slots; the accounting's own, to read."""
         return self._held
 
     def longest(self, slots: list[int]) -> int:
@@ -323,4 +323,6 @@ class KvLedger:
 
     def __repr__(self) -> str:
         kind = "unified" if self.unified else "streams"
-        return f"KvLedger({kind}, {self._used} of {self.n_cells} cells held, {self._n_kept} kept)"
+        return (
+            f"KvAccounting({kind}, {self._used} of {self.n_cells} cells held, {self._n_kept} kept)"
+        )

@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from .accounting import KvLedger
+from .accounting import KvAccounting
 from .radix_tree import PrefixTree, Tokens
 
 # Shorter beginnings are computed again: that costs less than a step's wait for them.
@@ -61,7 +61,7 @@ class Sharing:
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class KvOperation:
     """A change of the memory. remove: all of `slot`. trim: all of `slot` but its first `n`
     positions. copy: the first `n` positions of `source` (all that it holds, if `whole`) to the
     empty `slot`. save: the state of `slot` to the host, for sequence `id`. load: the saved state of
@@ -98,20 +98,21 @@ def key_of(tokens: Tokens, space: Hashable) -> Key:
 
 
 class PrefixCache:
-    """Owns the slots of `ledger`. `keep`: whether what a sequence leaves behind is kept; if not,
+    """Owns the slots of `accounting`. `keep`: whether what a sequence leaves behind is kept; if
+    not,
     live sequences of one space still start from each other.
 
     A *space* divides sequences that must not share: other adapters, other tenants. `changed`: keys
     of sequences whose hit may have become another one, until somebody clears it. `moves`: what is
     to be done in the memory, in this order, before the next step; whoever does it clears it."""
 
-    def __init__(self, ledger: KvLedger, sharing: Sharing, *, keep: bool = True) -> None:
+    def __init__(self, accounting: KvAccounting, sharing: Sharing, *, keep: bool = True) -> None:
         self.sharing = sharing
         self.keep = keep and sharing.any
-        self.moves: list[Move] = []
+        self.kv_operations: list[KvOperation] = []
         self.changed: set[Key] = set()
-        self._ledger = ledger
-        self._free = list(range(ledger.n_seq_max))  # empty slots, a heap
+        self._ledger = accounting
+        self._free = list(range(accounting.n_seq_max))  # empty slots, a heap
         self._trees: dict[Hashable, PrefixTree] = {}
         self._known: dict[int, tuple[Key, Tokens]] = {}  # by slot
         self._kept: OrderedDict[int, None] = OrderedDict()  # slots, the least recently used first
@@ -194,7 +195,7 @@ class PrefixCache:
 
     def start(self, id: int, hit: Hit = NO_HIT) -> int:
         """A slot for sequence `id`, which holds the first `hit.n` tokens."""
-        source, n, ledger = hit.slot, hit.n, self._ledger
+        source, n, accounting = hit.slot, hit.n, self._ledger
         copies = n > 0 and self._copies(hit)
         slot = self._take_slot(besides=source) if copies or n == 0 else None
         if n == 0:
@@ -203,21 +204,23 @@ class PrefixCache:
             return slot
         if slot is None:  # the kept slot itself goes on
             self._forget(source)
-            ledger.revive(source)
-            if n < ledger.held(source):
-                ledger.trim(source, n)
-                self.moves.append(Move("trim", source, n=n, id=id))
+            accounting.revive(source)
+            if n < accounting.held(source):
+                accounting.trim(source, n)
+                self.kv_operations.append(KvOperation("trim", source, n=n, id=id))
             return source
-        held = ledger.held(source)
+        held = accounting.held(source)
         whole = n == held or not self.sharing.copy_part
         if source in self._kept:
             self._kept.move_to_end(source)
             self._proven.add(source)
-        self.moves.append(Move("copy", slot, source, held if whole else n, whole, id))
-        ledger.share(source, slot, held if whole else n)
+        self.kv_operations.append(
+            KvOperation("copy", slot, source, held if whole else n, whole, id)
+        )
+        accounting.share(source, slot, held if whole else n)
         if whole and n < held:
-            ledger.trim(slot, n)
-            self.moves.append(Move("trim", slot, n=n, id=id))
+            accounting.trim(slot, n)
+            self.kv_operations.append(KvOperation("trim", slot, n=n, id=id))
         return slot
 
     def lives(self, slot: int, tokens: Tokens, space: Hashable, start: int) -> None:
@@ -250,7 +253,7 @@ class PrefixCache:
             return
         if n < held:
             self._ledger.trim(slot, n)
-            self.moves.append(Move("trim", slot, n=n))
+            self.kv_operations.append(KvOperation("trim", slot, n=n))
         takes_place = self._drop_covered(tokens, space)
         self._hold(slot, tokens, space)
         if comes_back or takes_place:
@@ -320,7 +323,7 @@ class PrefixCache:
                 if target is not None:
                     (space, _), tokens = self._known[slot]
                     self._ledger.share(slot, target, n)
-                    self.moves.append(Move("copy", target, slot, n, whole=True))
+                    self.kv_operations.append(KvOperation("copy", target, slot, n, whole=True))
                     self._hold(target, tokens[:n], space)
             left = {stop for stop in stops if stop > n}
             if left:
@@ -331,38 +334,39 @@ class PrefixCache:
     # -- making room
 
     def make_cells(self, n: int) -> None:
-        """Drop what is kept, the least recently used first, until `n` cells are empty. The ledger
-        has them: see `KvLedger.free`."""
-        ledger = self._ledger
-        if not ledger.unified:
+        """Drop what is kept, the least recently used first, until `n` cells are empty. The
+        accounting
+        has them: see `KvAccounting.free`."""
+        accounting = self._ledger
+        if not accounting.unified:
             return
-        while ledger.empty < n:
-            slot = next(s for s in self._kept if ledger.not_live(s, ledger.held(s)))
-            missing, alone = n - ledger.empty, ledger.alone(slot)
+        while accounting.empty < n:
+            slot = next(s for s in self._kept if accounting.not_live(s, accounting.held(s)))
+            missing, alone = n - accounting.empty, accounting.alone(slot)
             # not cell by cell: every cut costs a look at all cells
             cut = max(missing, MIN_HIT, alone // 4)
-            left = ledger.held(slot) - cut
+            left = accounting.held(slot) - cut
             if self.sharing.trim and not self.sharing.window and cut < alone and left >= MIN_HIT:
-                ledger.trim(slot, left)
-                self.moves.append(Move("trim", slot, n=left))
+                accounting.trim(slot, left)
+                self.kv_operations.append(KvOperation("trim", slot, n=left))
                 self.changed.add(self._known[slot][0])
             else:
                 self.drop(slot)
 
     def _keep_within_bounds(self) -> None:
-        ledger = self._ledger
-        if not ledger.unified or ledger.kept <= FREE_TO_KEEP:
+        accounting = self._ledger
+        if not accounting.unified or accounting.kept <= FREE_TO_KEEP:
             return
-        n_unproven = max(FREE_TO_KEEP, int(UNPROVEN_SHARE * ledger.n_cells))
-        n_kept = max(FREE_TO_KEEP, int(KEPT_SHARE * ledger.n_cells))
+        n_unproven = max(FREE_TO_KEEP, int(UNPROVEN_SHARE * accounting.n_cells))
+        n_kept = max(FREE_TO_KEEP, int(KEPT_SHARE * accounting.n_cells))
         unproven = [slot for slot in self._kept if slot not in self._proven]
-        n = sum(map(ledger.alone, unproven))
+        n = sum(map(accounting.alone, unproven))
         for slot in unproven:
             if n <= n_unproven:
                 break
-            n -= ledger.alone(slot)
+            n -= accounting.alone(slot)
             self.drop(slot)
-        while ledger.kept > n_kept:
+        while accounting.kept > n_kept:
             self.drop(next(iter(self._kept)))
 
     def drop(self, slot: int) -> None:
@@ -378,7 +382,7 @@ class PrefixCache:
 
     def _empty(self, slot: int) -> None:
         self._ledger.release(slot)
-        self.moves.append(Move("remove", slot))
+        self.kv_operations.append(KvOperation("remove", slot))
         heapq.heappush(self._free, slot)
 
     def _take_slot(self, besides: int = -1) -> int | None:

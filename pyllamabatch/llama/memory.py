@@ -170,7 +170,7 @@ class Memory:
                     self.seq_rm(seq)
 
     def seq_add(self, seq_id: int, p0: int, p1: int, delta: int) -> None:
-        """Move [p0, p1) of a sequence by `delta` positions; what falls below 0 is removed.
+        """KvOperation [p0, p1) of a sequence by `delta` positions; what falls below 0 is removed.
 
         The keys are rotated by the next decode. Cells that `seq_cp` shares with other sequences
         move for these too.

@@ -299,7 +299,7 @@ class PieceDecoder:
         vocab._need_text()
         self._vocab = vocab
         self._special = special
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._core = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, tokens: int | Tokens) -> str:
         """The text that these tokens complete; may be ""."""
@@ -310,12 +310,12 @@ class PieceDecoder:
         else:
             ids = (vocab._check(tokens),)
         ptr = vocab.ptr
-        return "".join(self._decoder.decode(vocab._piece(ptr, t, self._special)) for t in ids)
+        return "".join(self._core.decode(vocab._piece(ptr, t, self._special)) for t in ids)
 
     def flush(self) -> str:
         """What is left, U+FFFD for an unfinished character. The decoder is as new afterwards."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
+        rest = self._core.decode(b"", final=True)
+        self._core.reset()
         return rest
 
 

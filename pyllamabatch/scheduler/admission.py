@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from itertools import islice
 
-from ..kv import Hit, KvLedger, Move, PrefixCache, Sharing, SwapChoice
+from ..kv import Hit, KvAccounting, KvOperation, PrefixCache, Sharing, SwapChoice
 from ..kv.prefix_cache import NO_HIT, Key, key_of
 from ..kv.radix_tree import Tokens
 
@@ -42,15 +42,15 @@ class Starts:
 
     def __init__(
         self,
-        ledger: KvLedger,
+        accounting: KvAccounting,
         sharing: Sharing,
         *,
         keep: bool = True,
         swap: SwapChoice | None = None,
     ) -> None:
-        self.cache = PrefixCache(ledger, sharing, keep=keep)
+        self.cache = PrefixCache(accounting, sharing, keep=keep)
         self.swap = swap or SwapChoice("recompute")
-        self._ledger = ledger
+        self._ledger = accounting
         self._spaces: dict[int, Hashable] = {}  # by id, of all sequences
         self._saved: dict[int, int] = {}  # positions in the saved state, by id
         self._waiting: dict[int, Start] = {}
@@ -80,7 +80,7 @@ class Starts:
         """Its saved state is of no use; fine when there is none."""
         if not self._saved.pop(id, 0):
             return
-        self.cache.moves.append(Move("discard", -1, id=id))
+        self.cache.kv_operations.append(KvOperation("discard", -1, id=id))
         if id in self._waiting:
             self._dirty[id] = None
 
@@ -171,7 +171,7 @@ class Starts:
             slot = cache.start(id)
             cache.make_cells(n)
             self._ledger.take(slot, n)
-            cache.moves.append(Move("load", slot, n=n, id=id))
+            cache.kv_operations.append(KvOperation("load", slot, n=n, id=id))
             del self._saved[id]
         else:
             slot = cache.start(id, start.hit)
@@ -193,6 +193,6 @@ class Starts:
         n = self._ledger.held(slot)
         if self.swap.swaps(n):
             self._saved[id] = n
-            self.cache.moves.append(Move("save", slot, n=n, id=id))
+            self.cache.kv_operations.append(KvOperation("save", slot, n=n, id=id))
             tokens = None
         self.cache.leaves(slot, tokens, comes_back=True)

@@ -1,6 +1,6 @@
 """When a step starts: at once, or a moment later because more rows are about to come.
 
-Owners of hand-driven sequences ask for one token at a time. Between two steps their sequences have
+Owners of interactive sequences ask for one token at a time. Between two steps their sequences have
 nothing to compute for as long as it takes the owners to look at their tokens, so a step that starts
 with the first who asks leaves the others to the next one. The scheduler knows who may be waited
 for, and how long each has taken until now (`resting`); how long to wait is one small function of a
@@ -22,7 +22,7 @@ SOONEST_SECONDS = 1e-5  # that a thread which is woken can be there
 
 @dataclass(frozen=True, slots=True)
 class Rest:
-    """A hand-driven sequence that has nothing to compute, and is expected to have soon. Seconds.
+    """A interactive sequence that has nothing to compute, and is expected to have soon. Seconds.
 
     `rested`: since it had nothing to compute any more. `mean`, `spread`: of its rests until now
     (`resting.Habit`). `returns`: the share of them that were over within a step's time."""
@@ -46,7 +46,7 @@ class Gathering:
     """The step that could start now. Times in seconds on the scheduler's clock.
 
     `since`: when the first of its rows was there. `n_ready`: running sequences with something to
-    compute. `expected`: the hand-driven ones that have nothing to compute, but have had since the
+    compute. `expected`: the interactive ones that have nothing to compute, but have had since the
     last time that nobody waited for them any more. `cost`: the device's cost model, when there
     is one; `kv`: cells that are held.
     """

@@ -12,7 +12,7 @@ from .running import Entry
 PATIENCE_SECONDS = 0.5
 
 
-class HandDriven(Placement):
+class InteractiveSequences(Placement):
     """The part of the scheduler that their owners talk to."""
 
     _patience: float
@@ -33,7 +33,7 @@ class HandDriven(Placement):
     def extend(self, id: int, n: int, now: float | None = None) -> None:
         """`n` more tokens are known, all but the last of them to be computed. `now`: when its owner
         wanted that, for who learns how long he takes. RequestTooLong when they can never fit."""
-        entry = self._by_hand(id)
+        entry = self._interactive(id)
         view = self._running.seen(entry)
         known = view.known + n
         self.check_fits(known, 1)
@@ -42,7 +42,7 @@ class HandDriven(Placement):
 
     def ask(self, id: int, now: float | None = None) -> None:
         """Compute all that is known and sample the next token. `now`: as in `extend`."""
-        entry = self._by_hand(id)
+        entry = self._interactive(id)
         view = self._running.seen(entry)
         self.check_fits(view.known, 1)
         self._learn(id, now)
@@ -50,14 +50,14 @@ class HandDriven(Placement):
 
     def relax(self, id: int) -> None:
         """Compute nothing more until `extend` or `ask`."""
-        entry = self._by_hand(id)
+        entry = self._interactive(id)
         view = self._running.seen(entry)
         self._steer(entry, replace(view, goal=view.computed))
 
     def trim(self, id: int, known: int) -> int:
         """Only the first `known` tokens are left, at least 1. Returns how many of them stay in the
         cache: all but the last at most, for only a token that is computed can be sampled from."""
-        entry = self._by_hand(id)
+        entry = self._interactive(id)
         view = self._running.seen(entry)
         if not 1 <= known <= view.known:
             raise ValueError(f"{known} tokens are to stay of {view.known}")
@@ -73,7 +73,7 @@ class HandDriven(Placement):
 
     def hold(self, now: float) -> float:
         """Seconds that the next `plan` had better wait, unless something is added or asked for
-        meanwhile: for hand-driven sequences that are about to ask, because there is nothing to do
+        meanwhile: for interactive sequences that are about to ask, because there is nothing to do
         before somebody has rested for too long, or because the policy wants to wait. 0: now."""
         if self._wake is not None:
             return max(0.0, self._wake - now)
@@ -83,12 +83,12 @@ class HandDriven(Placement):
             return 0.0 if longest is None else max(0.0, longest[1] + self._patience - now)
         if self._ready_at is None:
             self._ready_at = now
-        held = self.ledger.used
+        held = self.accounting.used
         return self._resting.wait(now, self._ready_at, n_ready, self.cost, held)
 
     @property
     def n_awaited(self) -> int:
-        """How many hand-driven sequences have to ask before it is worth to ask `hold` again sooner
+        """How many interactive sequences have to ask before it is worth to ask `hold` again sooner
         than it has said."""
         return 0 if self._stuck or self._wake is not None else self._resting.n_awaited
 
@@ -98,7 +98,7 @@ class HandDriven(Placement):
         if now is not None:
             self._resting.learn(id, now)
 
-    def _by_hand(self, id: int) -> Entry:
+    def _interactive(self, id: int) -> Entry:
         entry = self._entry(id)
         if entry.view.goal is None:
             raise ValueError(f"sequence {id} is not driven by hand")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..kv import KvLedger, Move, Sharing, SwapChoice
+from ..kv import KvAccounting, KvOperation, Sharing, SwapChoice
 from ..kv.radix_tree import Tokens
 from .admission import Start, Starts, TokensOf
 from .deadlines import Deadlines
@@ -38,13 +38,13 @@ class Placement:
         self.limits = limits
         self.n_slots = limits.n_seq_max + sharing.n_kept
         self.counters = Counters()
-        self.ledger = KvLedger(
+        self.accounting = KvAccounting(
             limits.n_cells,
             self.n_slots,
             unified=limits.unified,
             n_cells_seq=limits.n_cells_seq,
         )
-        self.starts = Starts(self.ledger, sharing, keep=keep, swap=swap)
+        self.starts = Starts(self.accounting, sharing, keep=keep, swap=swap)
         self.deadlines = Deadlines()
         self.tokens_of = tokens_of
         self._running = Running(self.n_slots)
@@ -53,7 +53,7 @@ class Placement:
         self._aside: dict[int, Entry] = {}
         self._tenants = Tenants(self._running.turns)
         self._promised = 0  # what the running ones know and have not computed yet
-        self._asked: dict[int, int] = {}  # slot -> id of the hand-driven ones that decode
+        self._asked: dict[int, int] = {}  # slot -> id of the interactive ones that decode
         self._resting = Resting(gather or CostWindow())
         self._ready_at: float | None = None  # when there was something to compute for this step
         self._short = False  # see `Scheduler.shed`
@@ -83,10 +83,10 @@ class Placement:
         self.counters.preemptions += 1
         return slot
 
-    def take_moves(self) -> list[Move]:
+    def take_kv_operations(self) -> list[KvOperation]:
         """What is to be done in the memory since the last call, in this order, before the next
         step is computed."""
-        moves, self.starts.cache.moves = self.starts.cache.moves, []
+        moves, self.starts.cache.kv_operations = self.starts.cache.kv_operations, []
         return moves
 
     def failed_start(self, id: int) -> int:
@@ -96,7 +96,8 @@ class Placement:
         return self.preempt(id, worth=False)
 
     def drop_kept(self) -> bool:
-        """Nothing is kept any more, for the cache is fuller than the ledger says; whether anything
+        """Nothing is kept any more, for the cache is fuller than the accounting says; whether
+        anything
         was."""
         any_kept = self.starts.cache.n_kept > 0
         self.starts.cache.drop_all()
@@ -181,7 +182,7 @@ class Placement:
         return entry
 
     def _steer(self, entry: Entry, view: SequenceView) -> None:
-        """A hand-driven sequence is `view` from now on: it goes where that belongs."""
+        """A interactive sequence is `view` from now on: it goes where that belongs."""
         id, slot = view.id, entry.slot
         self._changed()
         if slot < 0:

@@ -1,4 +1,4 @@
-"""Hand-driven sequences that run and wait for their owners, and how long these tend to take."""
+"""Interactive sequences that run and wait for their owners, and how long these tend to take."""
 
 from __future__ import annotations
 

@@ -4,12 +4,13 @@ Pure state. Time comes in as an argument; nothing here sleeps, starts a thread o
 The live engine and the simulator drive the same object:
 
     step = scheduler.plan(now)       # ask the policy, check its plan, place newcomers
-    ... carry out scheduler.take_moves(), compute the step's rows ...
+    ... carry out scheduler.take_kv_operations(), compute the step's rows ...
     scheduler.advance(step)          # every row is in the cache, every full sequence sampled;
                                      # up to `step.repeat` times without another plan
     scheduler.remove(id)             # whoever is done, at any time between steps
 
-Sequences that their owners drive by hand (`add(by_hand=True)`, `extend`, `ask`, `relax`, `trim`)
+Sequences that their owners drive by hand (`add(interactive=True)`, `extend`, `ask`, `relax`,
+`trim`)
 run among the others and rest while there is nothing to compute; `hold` says whether a step should
 wait for them (see `gather`).
 
@@ -28,7 +29,7 @@ import numpy as np
 from ..kv import Sharing, Slots, SwapChoice
 from .admission import TokensOf
 from .gather import Gather
-from .interactive import PATIENCE_SECONDS, HandDriven
+from .interactive import PATIENCE_SECONDS, InteractiveSequences
 from .placement import seen_of
 from .policies import device_aware
 from .policy import Policy, check_policy
@@ -44,9 +45,9 @@ NOBODY: Slots = np.zeros(0, dtype=np.int32)
 NOBODY.flags.writeable = False
 
 
-class Scheduler(HandDriven):
+class Scheduler(InteractiveSequences):
     """`limits`: what the context can take. `policy`: default `device_aware()`. `gather`: how long a
-    step waits for hand-driven sequences, default `CostWindow()`. `patience`: seconds that a
+    step waits for interactive sequences, default `CostWindow()`. `patience`: seconds that a
     sequence may rest while others wait for its slot or its cells; after that it may be preempted.
     `cost`: the device's cost model, passed on to `policy` and `gather`.
 
@@ -86,12 +87,13 @@ class Scheduler(HandDriven):
         tenant: str = "",
         deadline: float | None = None,
         itl_target: float | None = None,
-        by_hand: bool = False,
+        interactive: bool = False,
         space: Hashable = None,
         saved: int = 0,
     ) -> None:
         """A new sequence joins the waiting line. Ids are never reused. For `arrival` and what
-        follows see `SequenceView`. `by_hand`: it gets a token each time that it is asked for one;
+        follows see `SequenceView`. `interactive`: it gets a token each time that it is asked for
+        one;
         `max_tokens` is 1 then. `space`: only sequences of the same one start from each other.
         `saved`: positions that it has in a saved state, fewer than it knows tokens."""
         if n_prompt < 1 or max_tokens < 1:
@@ -102,7 +104,7 @@ class Scheduler(HandDriven):
             raise ValueError(f"sequence {id} is here already")
         self.check_fits(n_prompt, max_tokens)
         goal = None
-        if by_hand:  # what is saved is loaded when its owner wants more
+        if interactive:  # what is saved is loaded when its owner wants more
             goal = 0 if saved else n_prompt - 1
         view = SequenceView(
             id=id,
@@ -141,7 +143,7 @@ class Scheduler(HandDriven):
         return slot
 
     def shed(self) -> tuple[int, int] | None:
-        """The cache turned out to be fuller than the ledger says: the newest running sequence
+        """The cache turned out to be fuller than the accounting says: the newest running sequence
         gives up its cells, and nobody is admitted until another one leaves. Returns its (id, slot),
         or None when no more than one runs."""
         if len(self._running.ids) < 2:
@@ -161,14 +163,14 @@ class Scheduler(HandDriven):
             Line() if self._short and self._running.ids else self._waiting,
             self._running.decoding,
             self._prefilling,
-            self.ledger.free,
+            self.accounting.free,
             self._promised,
             self.cost,
             self.counters.steps,
             self._tenants,
             self._alone,
             self._slot_of,
-            int(self._cells_in_sight()) if self.limits.unified else None,
+            int(self._attended()) if self.limits.unified else None,
         )
 
     def plan(self, now: float) -> Step | None:
@@ -230,10 +232,10 @@ class Scheduler(HandDriven):
             repeat = 1
         elif repeat > 1:
             left = int((running.most[decode] - running.known[decode]).min())
-            repeat = max(1, min(repeat, left, self.ledger.free // n_rows))
+            repeat = max(1, min(repeat, left, self.accounting.free // n_rows))
         self.starts.cache.make_cells(n_rows * min(repeat, AT_ONCE))
         if repeat > 1:
-            repeat = max(1, min(repeat, self.ledger.empty // n_rows))
+            repeat = max(1, min(repeat, self.accounting.empty // n_rows))
         return Step(decode, tuple(chunks), preempted, admitted, n_rows, plan.reasons, repeat, n_out)
 
     def _admit_all(self, ids: list[int], n_rows: int) -> tuple[tuple[int, int], ...]:
@@ -242,7 +244,7 @@ class Scheduler(HandDriven):
         admitted: dict[int, int] = {}
         fresh: set[int] = set()
         for id in ids:
-            entry = self._admit(id, self.ledger.free - n_rows, fresh)
+            entry = self._admit(id, self.accounting.free - n_rows, fresh)
             if entry is not None:
                 admitted[id] = entry.slot
                 fresh.add(entry.slot)
@@ -262,18 +264,18 @@ class Scheduler(HandDriven):
         n_decodes = len(decode)
         if n_decodes:
             slots = decode.astype(np.intp)  # an index of any other type takes NumPy twice as long
-            self.ledger.take_each(slots, n)
+            self.accounting.take_each(slots, n)
             running.computed[slots] += n
             running.known[slots] += n
-        n_last = n_by_hand = 0
+        n_last = n_interactive = 0
         for chunk in step.chunks:
             slot, end = chunk.slot, chunk.start + chunk.n
             entry = running.ids[chunk.id]
             entry.true = False
-            self.ledger.take(slot, chunk.n)
+            self.accounting.take(slot, chunk.n)
             running.computed[slot] = end
             self._promised -= chunk.n
-            n_by_hand += chunk.id in running.decoding
+            n_interactive += chunk.id in running.decoding
             counters.recomputed_rows += max(0, min(end, entry.high) - chunk.start)
             entry.high = max(end, entry.high)
             if chunk.last:
@@ -286,7 +288,7 @@ class Scheduler(HandDriven):
             elif known - end == 1 and known > entry.view.n_prompt:
                 self._prefilling.leave(chunk.id)
                 running.decodes(chunk.id, slot)
-        n_decoded = n * n_decodes + n_by_hand
+        n_decoded = n * n_decodes + n_interactive
         counters.steps += n
         counters.rows += n * step.n_rows
         counters.decode_rows += n_decoded
@@ -316,7 +318,7 @@ class Scheduler(HandDriven):
 
     @property
     def n_resting(self) -> int:
-        """Hand-driven sequences that run and have nothing to compute."""
+        """Interactive sequences that run and have nothing to compute."""
         return len(self._running.ids) - len(self._running.decoding) - len(self._prefilling.ids)
 
     def running_ids(self) -> tuple[int, ...]:
@@ -331,19 +333,21 @@ class Scheduler(HandDriven):
         """Tokens of the sequence in `slot` that are in the cache: its next position."""
         return int(self._running.computed[slot])
 
-    def in_sight(self, step: Step, ahead: float = 0) -> float:
+    def attended_cells(self, step: Step, ahead: float = 0) -> float:
         """Cells that attention looks over in `step`, before it, or when it has been computed
         `ahead` times: all that are held (and the free ones between them, for kernels that compute
         those, too), or where every sequence has a stream of its own those of its sequences."""
         more = step.n_rows * ahead
         if self.limits.unified:
-            return self._cells_in_sight(more)
+            return self._attended(more)
         return float(self._running.computed[step.slots].sum() + more)
 
-    def _cells_in_sight(self, more: float = 0) -> float:
+    def _attended(self, more: float = 0) -> float:
         """Of a pool, when so many more are held: they go where cells are free, first."""
-        held = self.ledger.used + more
-        return max(held, self.ledger.reach) if getattr(self.cost, "computes_masked", 0) else held
+        held = self.accounting.used + more
+        return (
+            max(held, self.accounting.reach) if getattr(self.cost, "computes_masked", 0) else held
+        )
 
     def shapes(self, step: Step, kv: float) -> list[Shape]:
         """What `CostModel.predict` is told of each part of `step`, one of its `parts`, that is
@@ -352,7 +356,7 @@ class Scheduler(HandDriven):
         shape, n = step.shape(kv), len(step.decode)
         if self.limits.unified or n < 2 or step.chunks:
             return [shape]
-        found = spans(step.decode, self.ledger.held_by_slot, self.limits.gap_max)
+        found = spans(step.decode, self.accounting.held_by_slot, self.limits.gap_max)
         if found == [(n, n)]:
             return [shape]
         return [(rows, 0, kv * decode / n, rows) for rows, decode in found]
@@ -379,7 +383,7 @@ class Scheduler(HandDriven):
             remaining=self._remaining,
             taken=self._taken,
             freed=self._alone,
-            n_free=self.ledger.free,
+            n_free=self.accounting.free,
             resting=self.n_resting,
         )
 
@@ -397,4 +401,4 @@ class Scheduler(HandDriven):
 
     def _alone(self, id: int) -> int:
         """Cells that no other running sequence shares."""
-        return self.ledger.live_alone(self._running.ids[id].slot)
+        return self.accounting.live_alone(self._running.ids[id].slot)

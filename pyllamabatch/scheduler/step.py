@@ -35,7 +35,7 @@ class Chunk:
 @dataclass(frozen=True, slots=True)
 class Step:
     """A checked plan in terms of slots. `decode`: slots that compute the token sampled last and
-    sample (int32, ascending, read-only); `chunks`: all other rows, those of hand-driven sequences
+    sample (int32, ascending, read-only); `chunks`: all other rows, those of interactive sequences
     included. `preempted`, `admitted`: (id, slot). `repeat`: how many times it may be computed
     before the policy is asked again, as long as no sequence comes or goes; more than 1 only for
     pure decoding. `n_out`: sequences that decode and have no row in this step, but whose cells are
@@ -58,7 +58,7 @@ class Step:
     def shape(self, kv: float) -> Shape:
         """What `CostModel.predict` is told, when `kv` cells are in sight before it: rows, those of
         prompts, kv, sequences. A row that is the last of a sequence, and alone, is none of a
-        prompt: those of hand-driven sequences are so. Who decodes, has no row now and is in sight
+        prompt: those of interactive sequences are so. Who decodes, has no row now and is in sight
         counts as a sequence."""
         n_decode, chunks = len(self.decode), self.chunks
         n_last = sum(chunk.last and chunk.n == 1 for chunk in chunks)

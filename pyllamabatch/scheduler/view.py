@@ -49,7 +49,7 @@ class SequenceView:
     worth waiting for, 0 when nobody is. `queued`: `StepView.step` when it joined the
     waiting line, last time. `turn`: tokens generated since it was admitted, last time.
 
-    `goal`: None for a request. A hand-driven sequence computes its first `goal` known tokens: all
+    `goal`: None for a request. A interactive sequence computes its first `goal` known tokens: all
     of them when its owner wants the next token, all but the last one of a prompt. At its goal it
     *rests*, keeping its slot and its cells.
     """
@@ -80,7 +80,7 @@ class SequenceView:
     @property
     def remaining(self) -> int:
         """Known tokens that are to compute: what a step may advance it by. 0 only while a
-        hand-driven sequence rests."""
+        interactive sequence rests."""
         done = self.computed if self.running else max(self.computed, self.prefix_hit)
         if self.goal is None:
             return self.n_prompt + self.generated - done
@@ -88,7 +88,7 @@ class SequenceView:
 
     @property
     def decoding(self) -> bool:
-        """Nothing is left to compute but the token that was sampled last; of a hand-driven
+        """Nothing is left to compute but the token that was sampled last; of a interactive
         sequence, the last token that it knows."""
         if not self.running or self.remaining != 1:
             return False
@@ -107,7 +107,7 @@ class StepView:
     know already; `kv_free - kv_promised` is what a newcomer may count on. `cost`: the device's cost
     model, when there is one: `cost.predict(rows, prefill, kv, n_seqs)` is the seconds of a step of
     `rows` rows, `prefill` of them of prompts, of `n_seqs` sequences that hold `kv` cells; of a step
-    of all that run `kv` is `kv_in_sight`. `kv_pool`: that, where all share a pool of cells.
+    of all that run `kv` is `kv_attended`. `kv_pool`: that, where all share a pool of cells.
     """
 
     now: float
@@ -142,7 +142,7 @@ class StepView:
         return self.limits.n_cells
 
     @property
-    def kv_in_sight(self) -> int:
+    def kv_attended(self) -> int:
         """Cells that attention looks over when all decode, for `cost`: in a pool that all share
         kept ones, too, and free ones that its kernels compute."""
         return self.kv_total - self.kv_free if self.kv_pool is None else self.kv_pool

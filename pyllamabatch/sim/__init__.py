@@ -1,4 +1,5 @@
-"""The simulator: the engine's own scheduler, ledger, prefix tree and policies under a clock that is
+"""The simulator: the engine's own scheduler, accounting, prefix tree and policies under a clock
+that is
 a number, with a cost model in the place of the device."""
 
 from __future__ import annotations

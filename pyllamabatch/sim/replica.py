@@ -198,7 +198,7 @@ class Replica:
                 self._leave(id, slot, now)
             for id, slot in step.admitted:
                 self._sit(id, slot, now)
-            self.scheduler.take_moves()
+            self.scheduler.take_kv_operations()
             if step.n_rows:
                 unified = self.machine.limits.unified
                 self._parts = [step] if unified else list(step.parts())
@@ -249,17 +249,17 @@ class Replica:
 
     def _begin(self, step: Step, now: float) -> None:
         """A call: as many steps as the plan stands for, or to the end of a sequence."""
-        machine, ledger = self.machine, self.scheduler.ledger
+        machine, accounting = self.machine, self.scheduler.accounting
         self._note(now)
         n = step.repeat
         if n > 1:
             n = min(n, int(self._left[step.decode].min()))
-        predict, kv = machine.cost.predict, self.scheduler.in_sight(step)
+        predict, kv = machine.cost.predict, self.scheduler.attended_cells(step)
         shapes = self.scheduler.shapes(step, kv)
         first = sum(starmap(predict, shapes))
         start = now + machine.overhead
         if n > 1:
-            later = self.scheduler.in_sight(step, n - 1)
+            later = self.scheduler.attended_cells(step, n - 1)
             last = sum(
                 [predict(rows, 0, held * later / kv, seqs) for rows, _, held, seqs in shapes]
             )
@@ -268,7 +268,7 @@ class Replica:
             times = np.array([first], dtype=np.float64)
         if machine.new_graph[0] or getattr(machine.cost, "switch", 0.0):
             self._add_new_graphs(times, step, len(shapes))
-        self._flight = _Flight(step, now, start + np.cumsum(times), ledger.free)
+        self._flight = _Flight(step, now, start + np.cumsum(times), accounting.free)
 
     def _add_new_graphs(self, times: F64, step: Step, n_parts: int) -> None:
         """To the steps whose graph libllama can't reuse (src/llama-graph.h: `allow_reuse`): other
@@ -289,11 +289,11 @@ class Replica:
             at = list(range(n))
             new, settle = new * n_graphs, 0.0
         self._graph = graph if n_graphs == 1 else ()
-        ledger, ahead = self.scheduler.ledger, np.arange(1, n + 1)
+        accounting, ahead = self.scheduler.accounting, np.arange(1, n + 1)
         if limits.unified:
-            cells = np.maximum(ledger.reach, ledger.used + step.n_rows * ahead)
+            cells = np.maximum(accounting.reach, accounting.used + step.n_rows * ahead)
         else:
-            cells = ledger.longest(step.slots) + ahead
+            cells = accounting.longest(step.slots) + ahead
         grown = -(-cells // _N_KV) * _N_KV
         before = np.concatenate(([self._n_kv], grown[:-1]))
         at += [i for i in np.flatnonzero(grown != before).tolist() if i not in at]
@@ -375,7 +375,7 @@ class Replica:
         if self._n_calls % self._every:
             return
         scheduler = self.scheduler
-        held = scheduler.limits.n_cells - scheduler.ledger.free
+        held = scheduler.limits.n_cells - scheduler.accounting.free
         self.points.append((now, scheduler.n_running, scheduler.n_waiting, held))
         if len(self.points) > N_POINTS:
             del self.points[::2]

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from ..cost.model import SETTLED, CostModel
 from ..engine.engine import Engine
 from ..errors import ArgumentError
-from ..kv import KvLedger
+from ..kv import KvAccounting
 from ..step.ring_reader import TIMES
 from ..step.sampling_params import SamplingParams
 from ..step.trace import Trace
@@ -148,23 +148,23 @@ def steps_of(table: Trace, cost: CostModel, n_ubatch: int) -> Steps:
 
 
 def reaches(table: Trace) -> npt.NDArray[np.int64]:
-    """`KvLedger.reach` before each step, of sequences that compute all that they hold."""
+    """`KvAccounting.reach` before each step, of sequences that compute all that they hold."""
     ids, counts = table["ids"], np.maximum(table["chunk"], 1)
     n_steps, n_slots = ids.shape
     ends = np.zeros(ids.shape, dtype=bool)  # the last step of whoever is in the slot
     for slot in range(n_slots):
         at = ids[:, slot].nonzero()[0]
         ends[at[np.diff(ids[at, slot], append=0) != 0], slot] = True
-    ledger = KvLedger(2**31, n_slots)
+    accounting = KvAccounting(2**31, n_slots)
     found = np.zeros(n_steps, dtype=np.int64)
     for i, here in enumerate(ids):
-        found[i] = ledger.reach
+        found[i] = accounting.reach
         decodes = (here != 0) & (table["chunk"][i] == 0)
-        ledger.take_each(decodes.nonzero()[0])
+        accounting.take_each(decodes.nonzero()[0])
         for slot in ((here != 0) & ~decodes).nonzero()[0].tolist():
-            ledger.take(slot, int(counts[i, slot]))
+            accounting.take(slot, int(counts[i, slot]))
         for slot in ends[i].nonzero()[0].tolist():
-            ledger.release(slot)
+            accounting.release(slot)
     return found
 
 

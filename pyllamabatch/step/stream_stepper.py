@@ -113,5 +113,5 @@ class StreamStepper(Stepper):
         lib.plb_ring_give_way(self._engine, _GIVE_WAY_NS)
 
     def read(self, until: int, page: Page) -> int:
-        """Move the steps below `until`, as many as fit, into a page; how many."""
+        """KvOperation the steps below `until`, as many as fit, into a page; how many."""
         return int(lib.plb_ring_read(self._engine, until, page.struct))

@@ -49,11 +49,11 @@ def test_the_machine_that_computes_nothing_lets_the_engine_do_all_of_its_work(mo
     streams = []
     for _ in range(1000):
         engine.turn()
-        here = [r.stream for r in engine._decoder.seats.open.values() if r.slot >= 0]
+        here = [r.stream for r in engine._core.slot_table.open.values() if r.slot >= 0]
         streams += [stream for stream in here if stream not in streams]
         if engine.n_finished == len(lengths):
             break
     assert [stream.result(0).tokens for stream in sorted(streams, key=lambda s: s.id)] == [
         [TOKEN] * n for n in lengths
     ]
-    assert engine._decoder.scheduler.counters.tokens == sum(lengths)
+    assert engine._core.scheduler.counters.tokens == sum(lengths)

@@ -115,7 +115,7 @@ def test_those_who_wait_for_room_are_told(model: Model) -> None:
                 pass
 
         in_loop = pool.submit(asyncio.run, stream())
-        while len(engine._decoder.mailbox._room_calls) == 0 or not blocked.running():
+        while len(engine._core.commands._room_calls) == 0 or not blocked.running():
             pass
         assert not engine.drain(0)
         for future in (blocked, in_loop):
@@ -153,7 +153,7 @@ def test_sequences_keep_what_they_have(model: Model) -> None:
 def test_calls_that_are_under_way_are_waited_for_or_cancelled(model: Model, cancel: bool) -> None:
     with small(model, n_ubatch=16, n_batch=16) as engine, ThreadPoolExecutor(1) as pool:
         began, go_on = threading.Event(), threading.Event()
-        stepper: Any = engine._decoder._stepper
+        stepper: Any = engine._core._stepper
         compute = stepper.compute
 
         def slow(*args: Any) -> Any:
@@ -169,7 +169,7 @@ def test_calls_that_are_under_way_are_waited_for_or_cancelled(model: Model, canc
             if cancel:
                 stopping = threading.Thread(target=engine.stop)
                 stopping.start()
-                while len(engine._decoder.mailbox._mail) == 0:
+                while len(engine._core.commands._mail) == 0:
                     pass
                 go_on.set()
                 stopping.join(30)
@@ -193,7 +193,7 @@ def test_a_callback_of_a_stream_does_not_wait_for_itself(model: Model) -> None:
             answers.append(engine.drain())
             done.set()
 
-        with engine._decoder.state:
+        with engine._core.state:
             engine.submit(PROMPT, greedy(3)).add_done_callback(drain)
         assert done.wait(30)
         assert len(answers) == 1

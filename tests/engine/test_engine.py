@@ -63,10 +63,10 @@ def check_balanced(engine: Engine) -> EngineStats:
     assert stats.rows == stats.decode_rows + stats.prefill_rows
     if stats.waiting == stats.running == 0:
         assert stats.kv_used == 0
-        ledger, memory = engine._decoder.scheduler.ledger, engine._decoder._memory
-        slots = range(ledger.n_seq_max)
-        assert [memory.pos_max(i) + 1 for i in slots] == [ledger.held(i) for i in slots]
-        assert stats.kv_kept == ledger.used
+        accounting, memory = engine._core.scheduler.accounting, engine._core._memory
+        slots = range(accounting.n_seq_max)
+        assert [memory.pos_max(i) + 1 for i in slots] == [accounting.held(i) for i in slots]
+        assert stats.kv_kept == accounting.used
     return stats
 
 
@@ -356,7 +356,7 @@ def test_close_now_cancels_what_is_open(model: Model) -> None:
     assert set(reasons) == {"cancelled"}
     assert engine.stats().finished["cancelled"] == 10
     with pytest.raises(ClosedError):
-        engine._decoder._memory.pos_max(0)  # the context is gone
+        engine._core._memory.pos_max(0)  # the context is gone
 
 
 def test_close_waits_no_longer_than_it_is_told(model: Model) -> None:
@@ -406,7 +406,7 @@ def test_a_forgotten_engine_ends_by_itself_but_not_under_a_stream(model: Model) 
     gc.collect()
     assert stream.result(30).finish_reason == "length"
     engine = small(model)
-    thread = engine._decoder._thread
+    thread = engine._core._thread
     gone = weakref.ref(engine)
     del engine
     gc.collect()

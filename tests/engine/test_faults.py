@@ -55,7 +55,10 @@ def test_the_fake_itself_runs_everything_as_if_alone() -> None:
         rig.submit(prompt, params())
     rig.run()
     check_solo(rig)
-    assert rig.decoder.delivery.finished["length"] + rig.decoder.delivery.finished["stop"] == 7
+    assert (
+        rig.core.output_processor.finished["length"] + rig.core.output_processor.finished["stop"]
+        == 7
+    )
     assert rig.scheduler.counters.preemptions == 0
 
 
@@ -66,7 +69,7 @@ def test_preempted_requests_get_the_same_tokens() -> None:
     rig.run()
     check_solo(rig)
     assert rig.scheduler.counters.preemptions > 0
-    assert rig.decoder.delivery.finished["error"] == 0
+    assert rig.core.output_processor.finished["error"] == 0
 
 
 @pytest.mark.parametrize("step", range(1, 11))
@@ -76,7 +79,7 @@ def test_no_cells_at_any_step_preempts_and_ends_nobody(step: int) -> None:
         rig.submit(prompt, params())
     rig.run()
     check_solo(rig)
-    assert rig.decoder.delivery.finished["error"] == 0
+    assert rig.core.output_processor.finished["error"] == 0
     assert rig.scheduler.counters.preemptions == 1
 
 
@@ -86,7 +89,7 @@ def test_no_cells_several_times_in_a_row_sheds_one_after_the_other() -> None:
         rig.submit(prompt, params())
     rig.run()
     check_solo(rig)
-    assert rig.decoder.delivery.finished["error"] == 0
+    assert rig.core.output_processor.finished["error"] == 0
     assert rig.scheduler.counters.preemptions == 3
 
 
@@ -126,7 +129,7 @@ def test_a_failed_decode_fails_its_rows_only(
     rig.run()
     check_solo(rig)
     assert all(stream.wait(0).finish_reason in ("stop", "length") for stream in late)
-    assert rig.decoder.delivery.finished["error"] == 2
+    assert rig.core.output_processor.finished["error"] == 2
 
 
 @pytest.mark.parametrize("code", [-2, -3, -1019])
@@ -139,13 +142,13 @@ def test_a_fresh_context_takes_the_place_of_one_that_fails_twice(step: int, code
     for _ in range(step + 1):
         running = rig.scheduler.running_ids()
         rig.turn()
-    assert rig.machine.n_renewed == rig.decoder.recovery.n_restarts == 1
+    assert rig.machine.n_renewed == rig.core.recovery.n_restarts == 1
     assert rig.machine.cells == {}
-    assert rig.scheduler.ledger.used == 0
+    assert rig.scheduler.accounting.used == 0
     assert [view.id for view in rig.scheduler.view(0).waiting][: len(running)] == list(running)
     rig.run()
     check_solo(rig)
-    assert rig.decoder.delivery.finished["error"] == 0
+    assert rig.core.output_processor.finished["error"] == 0
 
 
 def test_a_request_that_breaks_every_context_ends_and_the_others_go_on() -> None:
@@ -176,11 +179,11 @@ def test_without_a_fresh_context_everybody_is_told() -> None:
     rig = Rig(LIMITS, lambda n: -3 if n in (3, 4) else None, max_restarts=2)
     rig.machine.barren = True
     streams = [rig.submit(prompt, params()) for prompt in prompts(6)]
-    rig.decoder.start()
+    rig.core.start()
     for stream in streams:
         with pytest.raises(ContextCreateError, match=r"backend failed.*no memory left"):
             stream.result(10)
-    rig.decoder.close(wait=True, timeout=10)
+    rig.core.close(wait=True, timeout=10)
     with pytest.raises(EngineClosed, match="no memory left"):
         rig.submit(prompts(1)[0], params())
 
@@ -194,7 +197,7 @@ def test_a_step_that_fails_once_is_tried_again(step: int, code: int, sharing: Sh
         rig.submit(prompt, params())
     rig.run()
     check_solo(rig)
-    assert rig.decoder.delivery.finished["error"] == 0
+    assert rig.core.output_processor.finished["error"] == 0
 
 
 class FirstTwoOnly:
@@ -266,7 +269,7 @@ def test_a_step_is_one_call_for_each_set_of_adapters() -> None:
         rig.submit(prompt, params(12), lora)
     rig.run()
     check_solo(rig)
-    assert rig.decoder.delivery.finished["error"] == rig.scheduler.counters.preemptions == 0
+    assert rig.core.output_processor.finished["error"] == rig.scheduler.counters.preemptions == 0
     assert max(rig.machine.runs) == 8  # nobody waits for longer
     assert len(rig.machine.runs) == 6  # behind a turn of prompts
     assert rig.machine.n_applied == 6  # not nine
@@ -312,13 +315,13 @@ def test_the_thread_never_dies_silently(
 ) -> None:
     rig = Rig(LIMITS, lambda n: fault, policy)
     streams = [rig.submit(prompt, params()) for prompt in prompts(6)]
-    rig.decoder.start()
+    rig.core.start()
     for stream in streams:
         with pytest.raises(kind):
             stream.result(10)
-    rig.decoder.close(wait=True, timeout=10)
+    rig.core.close(wait=True, timeout=10)
     assert rig.machine.closed
-    assert rig.decoder.delivery.finished["error"] == 6
+    assert rig.core.output_processor.finished["error"] == 6
     with pytest.raises(EngineClosed, match=r"its thread ended with"):
         rig.submit(prompts(1)[0], params())
 
@@ -402,11 +405,11 @@ def test_any_mix_of_arrivals_cancels_and_faults(
     check_solo(rig)
     rig.check()
     rig.scheduler.drop_kept()
-    rig.decoder._mover.carry_out()
+    rig.core._kv_executor.carry_out()
     rig.check()
     assert rig.machine.cells == {}
     assert len(rig.space) == 0
     reasons = Counter(request.stream.wait(0).finish_reason for request in rig.requests)
-    assert {k: v for k, v in rig.decoder.delivery.finished.items() if v} == dict(reasons)
+    assert {k: v for k, v in rig.core.output_processor.finished.items() if v} == dict(reasons)
     if not faults:
         assert reasons["error"] == 0

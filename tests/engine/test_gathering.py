@@ -1,4 +1,4 @@
-"""Owners of hand-driven sequences in threads, and how steps of the embedded model wait for them: by
+"""Owners of interactive sequences in threads, and how steps of the embedded model wait for them: by
 what is counted, not by the time that it takes."""
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def test_a_sequence_that_is_alone_is_never_held(model: Model) -> None:
 
 def test_an_engine_waits_by_its_own_cost_model(model: Model) -> None:
     with engine_on(model, 2) as engine, engine.sequence(PARAMS) as sequence:
-        scheduler = engine._decoder.scheduler
+        scheduler = engine._core.scheduler
         assert scheduler._resting.gather == CostWindow()
         cost: Any = engine.cost
         assert scheduler.cost is cost

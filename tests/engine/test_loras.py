@@ -83,9 +83,9 @@ def engine_on(model: Model, adapters: Mapping[str, LoraAdapter], **options: Any)
 def check_empty(engine: Engine) -> None:
     stats = engine.stats()
     assert stats.running == stats.waiting == stats.kv_used == stats.finished["error"] == 0
-    ledger, memory = engine._decoder.scheduler.ledger, engine._decoder._memory
-    slots = range(ledger.n_seq_max)
-    assert [memory.pos_max(slot) + 1 for slot in slots] == [ledger.held(slot) for slot in slots]
+    accounting, memory = engine._core.scheduler.accounting, engine._core._memory
+    slots = range(accounting.n_seq_max)
+    assert [memory.pos_max(slot) + 1 for slot in slots] == [accounting.held(slot) for slot in slots]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_an_adapter_may_be_closed_under_an_engine(
         for chosen in (0, 1, 2):
             got = engine.submit(PROMPTS[1], GREEDY, lora=SETS[chosen]).result(60).tokens
             assert got == alone[1][chosen]
-        handle = engine._intake.loras._of["a"][0]
+        handle = engine._input_processor.loras._of["a"][0]
     with pytest.raises(ClosedError):
         handle.retain()  # the engine was the last to hold it
 
@@ -265,8 +265,8 @@ def test_a_cancel_waits_for_one_step_of_each_set(
         calls: list[int] = []  # steps that each may have
         turns: list[int] = []  # the call that each begins with
         cancelled = threading.Event()
-        decoder: Any = engine._decoder
-        compute, parts = decoder._stepper.compute, decoder._parts
+        core: Any = engine._core
+        compute, parts = core._stepper.compute, core._parts
         long = SamplingParams(temperature=0, max_tokens=500, ignore_eog=True)
 
         def begin(step: Any) -> Any:
@@ -281,9 +281,9 @@ def test_a_cancel_waits_for_one_step_of_each_set(
             calls.append(n_steps)
             return compute(slots, n_steps, n_more)
 
-        with decoder.state:
+        with core.state:
             streams = [engine.submit(PROMPTS[0], long, lora=chosen) for chosen in SETS[:3]]
-            decoder._stepper.compute, decoder._parts = computed, begin
+            core._stepper.compute, core._parts = computed, begin
         assert cancelled.wait(60)
         assert streams[0].wait(60).finish_reason == "cancelled"
         for stream in streams:

@@ -1,4 +1,5 @@
-"""Delivery while a run goes on: step by step on the fake machine, in threads on a real engine."""
+"""OutputProcessor while a run goes on: step by step on the fake machine, in threads on a real
+engine."""
 
 from __future__ import annotations
 
@@ -65,10 +66,10 @@ def test_a_stop_string_in_the_middle_of_a_long_run_ends_it_after_that_step() -> 
     assert stream.tokens == tokens[: at + 1]
     assert stream.text == "".join(f"{t} " for t in tokens[:at])[:-1]
     assert rig.machine.runs[0] == at + 1  # the step that was going on when it was found is the last
-    assert rig.decoder.delivery.n_dropped == 1
+    assert rig.core.output_processor.n_dropped == 1
     assert other.tokens == solo(prompts[1], greedy(60))[0]
     assert rig.n_tokens == at + 1 + 60
-    assert rig.scheduler.ledger.used == rig.scheduler.ledger.kept
+    assert rig.scheduler.accounting.used == rig.scheduler.accounting.kept
 
 
 def test_a_stop_string_that_is_found_after_the_end() -> None:
@@ -81,7 +82,7 @@ def test_a_stop_string_that_is_found_after_the_end() -> None:
     rig.run()
     assert stream.wait(0).finish_reason == "stop"
     assert len(stream.tokens) == first + 1 == rig.n_tokens
-    assert rig.decoder.delivery.finished == {
+    assert rig.core.output_processor.finished == {
         "stop": 1,
         "length": 0,
         "cancelled": 0,
@@ -118,8 +119,8 @@ def test_a_run_that_found_no_room_is_tried_again() -> None:
     rig.machine.n_room = 3
     rig.submit(PROMPTS[0], greedy())
     for _ in range(9):
-        rig.decoder._take_mail()
-        rig.decoder._turn()
+        rig.core._take_mail()
+        rig.core._turn()
         rig.check()
     assert rig.machine.runs[-5:] == [0] * 5
     assert len(rig.machine.recorded) == 3
@@ -142,13 +143,13 @@ def test_a_delivery_thread_that_fails_ends_everybody() -> None:
     rig = rig_of()
     streams = [rig.submit(prompt, greedy()) for prompt in PROMPTS * 3]
     rig.machine.read = None  # type: ignore[assignment,method-assign]
-    rig.decoder.start()
+    rig.core.start()
     for stream in streams:
         with pytest.raises(TypeError, match="not callable"):
             stream.result(10)
-    rig.decoder.close(wait=True, timeout=10)
+    rig.core.close(wait=True, timeout=10)
     assert rig.machine.closed
-    assert rig.decoder.delivery.finished["error"] == len(streams)
+    assert rig.core.output_processor.finished["error"] == len(streams)
     with pytest.raises(EngineClosed, match="its thread ended with TypeError"):
         rig.submit(PROMPTS[0], greedy())
 
@@ -165,7 +166,7 @@ def test_an_engine_delivers_while_its_run_goes_on(model: Model) -> None:
         streams = [engine.submit([1, 20 + i], params) for i in range(2)]
         tokens = iter(streams[0])
         first = [next(tokens).token for _ in range(100)]
-        counted, stats = engine._decoder.scheduler.counters.steps, engine.stats()
+        counted, stats = engine._core.scheduler.counters.steps, engine.stats()
         assert counted < 20  # the run has not come back since both were there
         assert stats.steps >= 99
         assert stats.rows == stats.decode_rows + stats.prefill_rows

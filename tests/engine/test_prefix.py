@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from test_invariance_engine import assert_as_alone
 
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
+from tests.properties.test_invariance_engine import assert_as_alone
 from tests.support.models_gguf import Architecture, gguf_path
 from tests.support.oracle import Reference, random_prompts, raw_model, solo, tolerance
 

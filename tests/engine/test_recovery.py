@@ -53,7 +53,7 @@ class Faulty:
         self._stepper: Any = engine._stepper
         self._faults = faults
         self.n_steps = 0
-        engine._decoder._stepper = self
+        engine._core._stepper = self
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stepper, name)
@@ -85,12 +85,12 @@ class Faulty:
 
 
 def check_clean(engine: Engine) -> None:
-    decoder = engine._decoder
-    ledger, memory = decoder.scheduler.ledger, decoder._memory
-    slots = range(ledger.n_seq_max)
-    assert [memory.pos_max(slot) + 1 for slot in slots] == [ledger.held(slot) for slot in slots]
+    core = engine._core
+    accounting, memory = core.scheduler.accounting, core._memory
+    slots = range(accounting.n_seq_max)
+    assert [memory.pos_max(slot) + 1 for slot in slots] == [accounting.held(slot) for slot in slots]
     stats = engine.stats()
-    assert stats.kv_kept == ledger.used
+    assert stats.kv_kept == accounting.used
     assert stats.kv_used == stats.running == stats.waiting == 0
     assert stats.submitted == sum(stats.finished.values())
 
@@ -190,7 +190,7 @@ def test_the_ledger_is_right_at_every_step(model: Model, options: dict[str, Any]
         prompts[i] = [*prompts[4][:40], *prompts[i]][:120]
     with engine_on(model, **options) as engine:
         checked = Checked(engine)
-        with engine._decoder.state:  # nobody starts before the last one is in line
+        with engine._core.state:  # nobody starts before the last one is in line
             streams = [
                 engine.submit(prompt, SamplingParams(temperature=0, max_tokens=25 + 7 * (i % 11)))
                 for i, prompt in enumerate(prompts)
@@ -230,17 +230,17 @@ def test_what_the_ledger_calls_empty_is_there_to_the_last_cell(
     with engine_on(model, n_ctx=512, n_seq_max=4) as engine:
         engine.generate(prompts[:1], GREEDY)
         results = engine.generate(prompts[1:], GREEDY)
-        ledger = engine._decoder.scheduler.ledger
-        memory: Any = engine._decoder._memory
+        accounting = engine._core.scheduler.accounting
+        memory: Any = engine._core._memory
         context = memory._context
-        with engine._decoder.state:
-            held = sum(ledger.held(slot) for slot in range(ledger.n_seq_max))
-            assert ledger.used > 0
+        with engine._core.state:
+            held = sum(accounting.held(slot) for slot in range(accounting.n_seq_max))
+            assert accounting.used > 0
             if engine.capabilities.prefix_copy:
                 assert engine.stats().prefix_tokens >= 3 * 29
-                assert held > ledger.used
-            n_empty = ledger.empty
-            slot = next(i for i in range(ledger.n_seq_max) if not ledger.held(i))
+                assert held > accounting.used
+            n_empty = accounting.empty
+            slot = next(i for i in range(accounting.n_seq_max) if not accounting.held(i))
             batch = context.batch(1)
             for n in range(n_empty):
                 batch.clear()
@@ -248,7 +248,9 @@ def test_what_the_ledger_calls_empty_is_there_to_the_last_cell(
                 context.decode(batch)
             batch.clear()
             batch.add(300, n_empty, slot, True)
-            if architecture.recurrent:  # one state, whatever it has read: the ledger is a budget
+            if (
+                architecture.recurrent
+            ):  # one state, whatever it has read: the accounting is a budget
                 context.decode(batch)
             else:
                 with pytest.raises(KvCacheFull):

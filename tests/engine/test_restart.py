@@ -135,7 +135,7 @@ def test_a_reader_gets_each_token_once(model: Model) -> None:
         for token in engine.submit(PROMPTS[0], GREEDY):
             got.append(token.token)
             if len(got) == 2:
-                with engine._decoder.state:
+                with engine._core.state:
                     engine._stepper.fault(2, FATAL, 1, 2)
         assert got == expected
 
@@ -148,7 +148,7 @@ def test_what_is_left_of_the_engine_when_there_is_no_fresh_context(
         with engine.sequence(GREEDY) as seq:
             seq.prompt(PROMPTS[1])
             streams = [engine.submit(prompt, GREEDY) for prompt in PROMPTS]
-            with engine._decoder.state:
+            with engine._core.state:
                 context = engine._stepper._context
                 assert context is not None
                 native = context._native

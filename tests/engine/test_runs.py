@@ -135,7 +135,7 @@ def test_libllama_finds_no_cells_in_the_middle_of_a_run() -> None:
     rig.run()
     check_as_alone(rig, 0, 1, 2, 3)
     assert rig.scheduler.counters.preemptions == 1  # for the second: the first cut a run short
-    assert rig.decoder.delivery.finished["error"] == 0
+    assert rig.core.output_processor.finished["error"] == 0
 
 
 def test_no_cells_for_one_that_is_alone_keeps_what_came_before() -> None:
@@ -153,7 +153,7 @@ def test_a_decode_that_fails_in_the_middle_of_a_run(fault: object) -> None:
     for prompt in PROMPTS:
         once.submit(prompt, greedy())
     once.run()
-    assert once.decoder.delivery.finished["error"] == 0
+    assert once.core.output_processor.finished["error"] == 0
     rig = rig_of(fault=lambda n: fault if n in (9, 10) else None)
     streams = [rig.submit(prompt, greedy()) for prompt in PROMPTS]
     rig.run()

@@ -1,4 +1,4 @@
-"""Hand-driven sequences on real contexts: what they give is what raw calls and requests give."""
+"""Interactive sequences on real contexts: what they give is what raw calls and requests give."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def check_empty(engine: Engine) -> None:
     """Nobody is there any more: neither for the counters nor in the cells."""
     stats = engine.stats()
     assert (stats.sequences, stats.kv_used, stats.running, stats.waiting) == (0, 0, 0, 0)
-    memory, ledger = engine._decoder._memory, engine._decoder.scheduler.ledger
-    assert stats.kv_kept == ledger.used
-    for slot in range(ledger.n_seq_max):
-        assert memory.pos_max(slot) + 1 == ledger.held(slot)
+    memory, accounting = engine._core._memory, engine._core.scheduler.accounting
+    assert stats.kv_kept == accounting.used
+    for slot in range(accounting.n_seq_max):
+        assert memory.pos_max(slot) + 1 == accounting.held(slot)
 
 
 def test_it_gives_what_a_request_gives(architecture: Architecture) -> None:
@@ -347,8 +347,8 @@ def test_owners_take_turns_after_a_decode_that_found_no_cells(model: Model) -> N
         with engine.sequence(GREEDY) as first, engine.sequence(GREEDY) as second:
             first.prompt(PROMPT)
             second.prompt([1, 60, 61])
-            engine._decoder.scheduler.drop_kept()
-            with engine._decoder.state:
+            engine._core.scheduler.drop_kept()
+            with engine._core.state:
                 engine._stepper.fault(1, 1, 0)
             assert second.sample().token >= 0
             before = engine.stats().preemptions

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyllamabatch.engine.engine import snapshot
+from pyllamabatch.engine import snapshot
 from pyllamabatch.errors import ArgumentError, StateError
 from pyllamabatch.llama import state
 from pyllamabatch.llama.context import Context

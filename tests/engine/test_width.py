@@ -12,7 +12,7 @@ import pytest
 
 from pyllamabatch.cost.kernels import Kernels, Regime
 from pyllamabatch.cost.model import CostModel, NewGraph
-from pyllamabatch.engine.cost_observer import Observer
+from pyllamabatch.engine.cost_observer import CostObserver
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Step, make_policy
@@ -118,14 +118,14 @@ def observed(
     cost = cost or Learner()
     scheduler: Any = SimpleNamespace(
         cost=cost,
-        in_sight=lambda step, ahead: 100 + step.n_rows * ahead,
+        attended_cells=lambda step, ahead: 100 + step.n_rows * ahead,
         shapes=lambda step, kv: shapes or [step.shape(kv)],
         limits=SimpleNamespace(n_ubatch=8),
         starts=SimpleNamespace(swap=SimpleNamespace(computed=lambda rows, seconds: None)),
     )
     chunks = (Chunk(9, 9, 0, n_prompt, True),) if n_prompt else ()
     monkeypatch.setattr("pyllamabatch.engine.cost_observer.perf_counter", lambda: now)
-    observe = Observer(scheduler)
+    observe = CostObserver(scheduler)
     for slots, run in calls:
         now += run.seconds
         decode = np.array(slots, dtype=np.int32)

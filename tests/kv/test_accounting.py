@@ -1,4 +1,4 @@
-"""KvLedger: cells are counted exactly, in one pool and in separate streams, shared and kept."""
+"""KvAccounting: cells are counted exactly, in one pool and in separate streams, shared and kept."""
 
 from __future__ import annotations
 
@@ -9,53 +9,58 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyllamabatch.kv import KvLedger
+from pyllamabatch.kv import KvAccounting
 
 
 def test_one_pool_is_shared_by_all() -> None:
-    ledger = KvLedger(10, 4)
-    ledger.take(0, 6)
-    ledger.take(1, 3)
-    assert (ledger.used, ledger.free, ledger.room(0), ledger.room(2)) == (9, 1, 1, 1)
+    accounting = KvAccounting(10, 4)
+    accounting.take(0, 6)
+    accounting.take(1, 3)
+    assert (accounting.used, accounting.free, accounting.room(0), accounting.room(2)) == (
+        9,
+        1,
+        1,
+        1,
+    )
     with pytest.raises(ValueError, match="slot 2 asks for 2 cells, there is room for 1"):
-        ledger.take(2, 2)
-    assert ledger.release(0) == 6
-    assert (ledger.free, ledger.held(0), ledger.held(1)) == (7, 0, 3)
+        accounting.take(2, 2)
+    assert accounting.release(0) == 6
+    assert (accounting.free, accounting.held(0), accounting.held(1)) == (7, 0, 3)
 
 
 def test_streams_do_not_lend_each_other_cells() -> None:
-    ledger = KvLedger(12, 3, unified=False)
-    assert ledger.n_cells_seq == 4
-    ledger.take(0, 4)
-    assert (ledger.room(0), ledger.room(1), ledger.free) == (0, 4, 8)
+    accounting = KvAccounting(12, 3, unified=False)
+    assert accounting.n_cells_seq == 4
+    accounting.take(0, 4)
+    assert (accounting.room(0), accounting.room(1), accounting.free) == (0, 4, 8)
     with pytest.raises(ValueError, match="room for 0"):
-        ledger.take(0, 1)
+        accounting.take(0, 1)
 
 
 def test_one_each_checks_the_pool_before_it_changes_anything() -> None:
-    ledger = KvLedger(5, 4)
-    ledger.take(0, 3)
+    accounting = KvAccounting(5, 4)
+    accounting.take(0, 3)
     with pytest.raises(ValueError, match="3 cells are asked for, 2 are free"):
-        ledger.take_each(np.array([0, 1, 2], dtype=np.int32))
-    assert ledger.used == 3
-    ledger.take_each(np.array([0, 2], dtype=np.int32))
-    assert [ledger.held(slot) for slot in range(4)] == [4, 0, 1, 0]
+        accounting.take_each(np.array([0, 1, 2], dtype=np.int32))
+    assert accounting.used == 3
+    accounting.take_each(np.array([0, 2], dtype=np.int32))
+    assert [accounting.held(slot) for slot in range(4)] == [4, 0, 1, 0]
 
 
 def test_several_steps_at_once() -> None:
-    ledger = KvLedger(12, 4)
+    accounting = KvAccounting(12, 4)
     slots = np.array([3, 1], dtype=np.int32)
     with pytest.raises(ValueError, match="14 cells are asked for, 12 are free"):
-        ledger.take_each(slots, 7)
-    ledger.take_each(slots, 5)
-    assert [ledger.held(slot) for slot in range(4)] == [0, 5, 0, 5]
-    assert (ledger.used, ledger.free) == (10, 2)
+        accounting.take_each(slots, 7)
+    accounting.take_each(slots, 5)
+    assert [accounting.held(slot) for slot in range(4)] == [0, 5, 0, 5]
+    assert (accounting.used, accounting.free) == (10, 2)
 
 
 @pytest.mark.parametrize(("n_cells", "n_seq_max"), [(0, 1), (1, 0), (-1, 1)])
 def test_a_ledger_of_nothing_is_refused(n_cells: int, n_seq_max: int) -> None:
     with pytest.raises(ValueError, match="must be positive"):
-        KvLedger(n_cells, n_seq_max)
+        KvAccounting(n_cells, n_seq_max)
 
 
 @given(
@@ -65,74 +70,93 @@ def test_a_ledger_of_nothing_is_refused(n_cells: int, n_seq_max: int) -> None:
 def test_it_balances_whatever_happens(
     unified: bool, operations: list[tuple[int, int, bool]]
 ) -> None:
-    ledger = KvLedger(20, 4, unified=unified)
+    accounting = KvAccounting(20, 4, unified=unified)
     held = [0, 0, 0, 0]
     for slot, n, release in operations:
         if release:
-            assert ledger.release(slot) == held[slot]
+            assert accounting.release(slot) == held[slot]
             held[slot] = 0
-        elif 0 <= n <= ledger.room(slot):
-            ledger.take(slot, n)
+        elif 0 <= n <= accounting.room(slot):
+            accounting.take(slot, n)
             held[slot] += n
         else:
             with pytest.raises(ValueError, match="cells"):
-                ledger.take(slot, n)
-        assert [ledger.held(s) for s in range(4)] == held
-        assert ledger.used == sum(held)
-        assert ledger.free == 20 - sum(held) >= 0
-        assert max(held) <= ledger.n_cells_seq
+                accounting.take(slot, n)
+        assert [accounting.held(s) for s in range(4)] == held
+        assert accounting.used == sum(held)
+        assert accounting.free == 20 - sum(held) >= 0
+        assert max(held) <= accounting.n_cells_seq
 
 
 def test_shared_cells_are_counted_once() -> None:
-    ledger = KvLedger(100, 4)
-    ledger.take(0, 30)
-    ledger.share(0, 1, 20)
-    assert (ledger.used, ledger.held(1), ledger.alone(0), ledger.alone(1)) == (30, 20, 10, 0)
-    ledger.take(1, 5)
-    ledger.share(1, 2, 23)
-    assert (ledger.used, ledger.alone(0), ledger.alone(1), ledger.alone(2)) == (35, 10, 2, 0)
-    assert ledger.release(0) == 10
-    assert ledger.release(1) == 2
-    assert ledger.release(2) == 23
-    assert ledger.used == 0
+    accounting = KvAccounting(100, 4)
+    accounting.take(0, 30)
+    accounting.share(0, 1, 20)
+    assert (accounting.used, accounting.held(1), accounting.alone(0), accounting.alone(1)) == (
+        30,
+        20,
+        10,
+        0,
+    )
+    accounting.take(1, 5)
+    accounting.share(1, 2, 23)
+    assert (accounting.used, accounting.alone(0), accounting.alone(1), accounting.alone(2)) == (
+        35,
+        10,
+        2,
+        0,
+    )
+    assert accounting.release(0) == 10
+    assert accounting.release(1) == 2
+    assert accounting.release(2) == 23
+    assert accounting.used == 0
 
 
 def test_what_is_kept_counts_as_free() -> None:
-    ledger = KvLedger(100, 4)
-    ledger.take(0, 30)
-    ledger.share(0, 1, 20)
-    ledger.keep(0)
-    assert (ledger.free, ledger.kept, ledger.empty) == (80, 10, 70)
-    assert (ledger.not_live(0, 20), ledger.not_live(0, 25), ledger.not_live(1, 20)) == (0, 5, 0)
-    ledger.keep(1)
-    assert (ledger.free, ledger.kept, ledger.not_live(0, 25)) == (100, 30, 25)
-    ledger.share(0, 2, 25)
-    assert (ledger.free, ledger.kept, ledger.live_alone(2), ledger.alone(2)) == (75, 5, 25, 0)
+    accounting = KvAccounting(100, 4)
+    accounting.take(0, 30)
+    accounting.share(0, 1, 20)
+    accounting.keep(0)
+    assert (accounting.free, accounting.kept, accounting.empty) == (80, 10, 70)
+    assert (accounting.not_live(0, 20), accounting.not_live(0, 25), accounting.not_live(1, 20)) == (
+        0,
+        5,
+        0,
+    )
+    accounting.keep(1)
+    assert (accounting.free, accounting.kept, accounting.not_live(0, 25)) == (100, 30, 25)
+    accounting.share(0, 2, 25)
+    assert (accounting.free, accounting.kept, accounting.live_alone(2), accounting.alone(2)) == (
+        75,
+        5,
+        25,
+        0,
+    )
     with pytest.raises(ValueError, match="asks for 1 cells"):
-        ledger.take(0, 1)
-    ledger.revive(0)
-    assert (ledger.kept, ledger.is_kept(0), ledger.live_alone(0)) == (0, False, 5)
+        accounting.take(0, 1)
+    accounting.revive(0)
+    assert (accounting.kept, accounting.is_kept(0), accounting.live_alone(0)) == (0, False, 5)
     with pytest.raises(ValueError, match="live"):
-        ledger.revive(0)
+        accounting.revive(0)
 
 
 def test_streams_copy_instead_of_sharing() -> None:
-    ledger = KvLedger(40, 4, unified=False)
-    ledger.take(0, 8)
-    ledger.share(0, 1, 8)
-    assert (ledger.used, ledger.alone(0), ledger.alone(1)) == (16, 8, 8)
-    assert ledger.trim(1, 3) == 5
-    assert (ledger.held(1), ledger.used) == (3, 11)
+    accounting = KvAccounting(40, 4, unified=False)
+    accounting.take(0, 8)
+    accounting.share(0, 1, 8)
+    assert (accounting.used, accounting.alone(0), accounting.alone(1)) == (16, 8, 8)
+    assert accounting.trim(1, 3) == 5
+    assert (accounting.held(1), accounting.used) == (3, 11)
 
 
 @pytest.mark.parametrize(("source", "target", "n"), [(0, 1, 6), (0, 1, 0), (0, 0, 2), (0, 2, 2)])
 def test_a_share_that_can_not_be(source: int, target: int, n: int) -> None:
-    ledger = KvLedger(20, 3)
-    ledger.take(0, 5)
-    ledger.take(2, 1)
+    accounting = KvAccounting(20, 3)
+    accounting.take(0, 5)
+    accounting.take(2, 1)
     with pytest.raises(ValueError, match="slot"):
-        ledger.share(source, target, n)
-    assert ledger.used == 6
+        accounting.share(source, target, n)
+    assert accounting.used == 6
 
 
 class Cells:
@@ -146,25 +170,25 @@ class Cells:
     def all_of(self, slots: Iterable[int]) -> set[object]:
         return {cell for slot in slots for cell in self.slots[slot]}
 
-    def check(self, ledger: KvLedger) -> None:
+    def check(self, accounting: KvAccounting) -> None:
         every = range(len(self.slots))
         live = [slot for slot in every if not self.kept[slot]]
         used, of_live = self.all_of(every), self.all_of(live)
-        assert (ledger.used, ledger.kept) == (len(used), len(used - of_live))
-        assert (ledger.free, ledger.empty) == (
+        assert (accounting.used, accounting.kept) == (len(used), len(used - of_live))
+        assert (accounting.free, accounting.empty) == (
             self.n_cells - len(of_live),
             self.n_cells - len(used),
         )
         for slot in every:
             mine = set(self.slots[slot])
-            assert ledger.held(slot) == len(mine)
-            assert ledger.is_kept(slot) == self.kept[slot]
-            assert ledger.alone(slot) == len(mine - self.all_of(s for s in every if s != slot))
+            assert accounting.held(slot) == len(mine)
+            assert accounting.is_kept(slot) == self.kept[slot]
+            assert accounting.alone(slot) == len(mine - self.all_of(s for s in every if s != slot))
             if slot in live:
                 others = self.all_of(s for s in live if s != slot)
-                assert ledger.live_alone(slot) == len(mine - others)
+                assert accounting.live_alone(slot) == len(mine - others)
             for n in range(len(mine) + 1):
-                assert ledger.not_live(slot, n) == len(set(self.slots[slot][:n]) - of_live)
+                assert accounting.not_live(slot, n) == len(set(self.slots[slot][:n]) - of_live)
 
 
 @settings(max_examples=300, deadline=None)
@@ -180,29 +204,29 @@ class Cells:
     )
 )
 def test_sharing_and_keeping_balance(operations: list[tuple[str, int, int, int]]) -> None:
-    ledger, cells = KvLedger(40, 5), Cells(40, 5)
+    accounting, cells = KvAccounting(40, 5), Cells(40, 5)
     for name, slot, other, n in operations:
         mine, kept = cells.slots[slot], cells.kept[slot]
-        if name == "take" and not kept and n <= ledger.empty:
-            ledger.take(slot, n)
+        if name == "take" and not kept and n <= accounting.empty:
+            accounting.take(slot, n)
             mine.extend(object() for _ in range(n))
         elif name == "share" and not cells.slots[other] and 0 < n <= len(mine):
-            ledger.share(slot, other, n)
+            accounting.share(slot, other, n)
             cells.slots[other] = mine[:n]
         elif name == "keep" and mine and not kept:
-            ledger.keep(slot)
+            accounting.keep(slot)
             cells.kept[slot] = True
         elif name == "revive" and kept:
-            ledger.revive(slot)
+            accounting.revive(slot)
             cells.kept[slot] = False
         elif name in ("trim", "release"):
             left = min(n, len(mine)) if name == "trim" else 0
-            before = ledger.used
-            emptied = ledger.trim(slot, left) if name == "trim" else ledger.release(slot)
-            assert emptied == before - ledger.used
+            before = accounting.used
+            emptied = accounting.trim(slot, left) if name == "trim" else accounting.release(slot)
+            assert emptied == before - accounting.used
             del mine[left:]
             cells.kept[slot] = kept and left > 0
-        cells.check(ledger)
+        cells.check(accounting)
 
 
 class Pool:
@@ -245,26 +269,26 @@ def test_reach_is_about_where_libllama_s_cells_end(n_seqs: int) -> None:
     half of what they hold back: the mean is within 2%, single steps are 6% off on average; those in
     use alone are a twelfth fewer, or more."""
     random = np.random.default_rng(n_seqs)
-    ledger, pool = KvLedger(n_seqs * 300, n_seqs), Pool(n_seqs * 300)
+    accounting, pool = KvAccounting(n_seqs * 300, n_seqs), Pool(n_seqs * 300)
     left = [0] * n_seqs
     found = []
     for _ in range(2000):
         for slot in range(n_seqs):
             if left[slot] == 0:
                 n_prompt, left[slot] = random.integers(20, 200), int(random.integers(10, 100))
-                ledger.take(slot, int(n_prompt))
+                accounting.take(slot, int(n_prompt))
                 pool.take([slot] * n_prompt)
-        ledger.take_each(np.arange(n_seqs))
+        accounting.take_each(np.arange(n_seqs))
         pool.take([*range(n_seqs)])
-        found.append((ledger.used, ledger.reach, pool.reach))
+        found.append((accounting.used, accounting.reach, pool.reach))
         for slot in range(n_seqs):
             left[slot] -= 1
             if left[slot] == 0:
-                ledger.release(slot)
+                accounting.release(slot)
                 pool.trim(slot, 0)
             elif random.random() < 0.002:
-                half = ledger.held(slot) // 2
-                ledger.trim(slot, half)
+                half = accounting.held(slot) // 2
+                accounting.trim(slot, half)
                 pool.trim(slot, half)
     used, reach, exact = np.mean(found[100:], axis=0)
     assert reach == pytest.approx(exact, rel=0.02)
@@ -274,83 +298,86 @@ def test_reach_is_about_where_libllama_s_cells_end(n_seqs: int) -> None:
 
 
 def test_reach() -> None:
-    ledger = KvLedger(100, 4)
-    assert ledger.reach == 0
-    ledger.take(0, 30)
-    ledger.take(1, 20)
-    assert ledger.reach == 50
-    assert ledger.release(0) == 30
-    assert (ledger.used, ledger.reach) == (20, 50)
-    ledger.take(2, 10)  # into the hole
-    assert (ledger.used, ledger.reach) == (30, 50)
-    ledger.release(1)
-    assert 10 <= ledger.reach < 50
-    ledger.take(3, 90)
-    assert (ledger.used, ledger.reach) == (100, 100)
+    accounting = KvAccounting(100, 4)
+    assert accounting.reach == 0
+    accounting.take(0, 30)
+    accounting.take(1, 20)
+    assert accounting.reach == 50
+    assert accounting.release(0) == 30
+    assert (accounting.used, accounting.reach) == (20, 50)
+    accounting.take(2, 10)  # into the hole
+    assert (accounting.used, accounting.reach) == (30, 50)
+    accounting.release(1)
+    assert 10 <= accounting.reach < 50
+    accounting.take(3, 90)
+    assert (accounting.used, accounting.reach) == (100, 100)
     for slot in (2, 3):
-        ledger.release(slot)
-    assert ledger.reach == 0
+        accounting.release(slot)
+    assert accounting.reach == 0
 
 
 def test_who_shares_a_beginning_reaches_as_far_as_that() -> None:
-    ledger = KvLedger(10000, 4)
-    ledger.take(0, 100)
-    ledger.take(1, 5000)
-    ledger.share(1, 2, 50)
-    assert ledger.reach == 5100
-    ledger.release(1)
-    assert (ledger.used, ledger.reach) == (150, 150)
-    ledger.share(2, 3, 50)
-    ledger.release(2)
-    assert (ledger.used, ledger.reach) == (150, 150)
-    ledger.take(0, 10)  # what only slot 1 had held is free, from 150 on
-    assert ledger.reach == 160
+    accounting = KvAccounting(10000, 4)
+    accounting.take(0, 100)
+    accounting.take(1, 5000)
+    accounting.share(1, 2, 50)
+    assert accounting.reach == 5100
+    accounting.release(1)
+    assert (accounting.used, accounting.reach) == (150, 150)
+    accounting.share(2, 3, 50)
+    accounting.release(2)
+    assert (accounting.used, accounting.reach) == (150, 150)
+    accounting.take(0, 10)  # what only slot 1 had held is free, from 150 on
+    assert accounting.reach == 160
 
 
 def test_a_shared_beginning_is_not_as_far_as_what_follows_it() -> None:
     """A system prompt in front of a burst; whoever has it reaches far, by his own cells alone."""
     for goes in (False, True):
-        ledger = KvLedger(100000, 4)
-        ledger.take(0, 1000)
-        ledger.share(0, 1, 1000)
-        ledger.take(2, 19000)
-        ledger.take(1, 300)
+        accounting = KvAccounting(100000, 4)
+        accounting.take(0, 1000)
+        accounting.share(0, 1, 1000)
+        accounting.take(2, 19000)
+        accounting.take(1, 300)
         if goes:
-            ledger.trim(1, 1150)
-            ledger.release(2)
-            assert (ledger.used, ledger.reach) == (1150, 10650)  # spread from 1,000 to 20,300
-            ledger.trim(1, 1000)
+            accounting.trim(1, 1150)
+            accounting.release(2)
+            assert (accounting.used, accounting.reach) == (
+                1150,
+                10650,
+            )  # spread from 1,000 to 20,300
+            accounting.trim(1, 1000)
         else:
-            ledger.share(1, 3, 1000)
-            ledger.release(2)
-            ledger.release(1)
-        assert (ledger.used, ledger.reach) == (1000, 1000)
-        ledger.share(0, 2, 400)  # a part of it
-        ledger.release(0)
-        ledger.release(3)
-        ledger.release(1)
-        assert (ledger.used, ledger.reach) == (400, 400)
+            accounting.share(1, 3, 1000)
+            accounting.release(2)
+            accounting.release(1)
+        assert (accounting.used, accounting.reach) == (1000, 1000)
+        accounting.share(0, 2, 400)  # a part of it
+        accounting.release(0)
+        accounting.release(3)
+        accounting.release(1)
+        assert (accounting.used, accounting.reach) == (400, 400)
 
 
 def test_what_is_trimmed_is_not_reached() -> None:
-    ledger = KvLedger(10000, 4)
-    ledger.take(0, 5000)
-    ledger.keep(0)
-    ledger.trim(0, 100)
-    ledger.take(1, 10)
-    assert (ledger.used, ledger.reach) == (110, 110)
+    accounting = KvAccounting(10000, 4)
+    accounting.take(0, 5000)
+    accounting.keep(0)
+    accounting.trim(0, 100)
+    accounting.take(1, 10)
+    assert (accounting.used, accounting.reach) == (110, 110)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40)), max_size=60))
 def test_reach_is_never_less_than_what_is_used(moves: list[tuple[int, int]]) -> None:
     """And never more than there is."""
-    ledger = KvLedger(100, 4)
+    accounting = KvAccounting(100, 4)
     for slot, n in moves:
-        if n % 3 and ledger.room(slot) >= n:
-            ledger.take(slot, n)
-        elif ledger.held(slot):
-            ledger.trim(slot, 0 if n % 2 else ledger.held(slot) // 2)
-        assert ledger.used <= ledger.reach <= 100
-        if ledger.used == 0:
-            assert ledger.reach == 0
+        if n % 3 and accounting.room(slot) >= n:
+            accounting.take(slot, n)
+        elif accounting.held(slot):
+            accounting.trim(slot, 0 if n % 2 else accounting.held(slot) // 2)
+        assert accounting.used <= accounting.reach <= 100
+        if accounting.used == 0:
+            assert accounting.reach == 0

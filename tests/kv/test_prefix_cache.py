@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyllamabatch.kv import Hit, KvLedger, Move, PrefixCache, Sharing
+from pyllamabatch.kv import Hit, KvAccounting, KvOperation, PrefixCache, Sharing
 from pyllamabatch.kv.prefix_cache import MIN_HIT, NO_HIT
 from pyllamabatch.kv.radix_tree import Tokens
 
@@ -28,7 +28,7 @@ def text(seed: int, n: int) -> Tokens:
 
 @dataclass
 class Rig:
-    """A cache, its ledger, and the cells that the moves make of it: (token, identity)."""
+    """A cache, its accounting, and the cells that the moves make of it: (token, identity)."""
 
     sharing: Sharing
     unified: bool = True
@@ -38,29 +38,29 @@ class Rig:
 
     def __post_init__(self) -> None:
         self.n_slots = N_RUN + self.sharing.n_kept
-        self.ledger = KvLedger(N_CELLS, self.n_slots, unified=self.unified)
-        self.cache = PrefixCache(self.ledger, self.sharing, keep=self.keep)
+        self.accounting = KvAccounting(N_CELLS, self.n_slots, unified=self.unified)
+        self.cache = PrefixCache(self.accounting, self.sharing, keep=self.keep)
 
     def start(self, tokens: Tokens, space: object = "") -> tuple[int, Hit]:
         hit = self.cache.find(tokens, space)
-        if hit.cells > self.ledger.free:
+        if hit.cells > self.accounting.free:
             hit = NO_HIT
         slot = self.cache.start(1, hit)
         self.cache.lives(slot, tokens, space, hit.n)
         assert slot not in self.live
         self.live[slot] = tokens
         self.check()
-        assert self.ledger.held(slot) == hit.n
+        assert self.accounting.held(slot) == hit.n
         return slot, hit
 
     def advance(self, slot: int, n: int) -> None:
-        tokens, at = self.live[slot], self.ledger.held(slot)
-        n = self.cache.cut(slot, at, min(n, len(tokens) - at, self.ledger.free))
+        tokens, at = self.live[slot], self.accounting.held(slot)
+        n = self.cache.cut(slot, at, min(n, len(tokens) - at, self.accounting.free))
         if not self.unified:
-            n = min(n, self.ledger.n_cells_seq - at)
+            n = min(n, self.accounting.n_cells_seq - at)
         self.cache.make_cells(n)
         self.carry_out()
-        self.ledger.take(slot, n)
+        self.accounting.take(slot, n)
         self.cells.setdefault(slot, []).extend((int(t), object()) for t in tokens[at : at + n])
         self.cache.make_checkpoints()
         self.check()
@@ -72,7 +72,7 @@ class Rig:
 
     def carry_out(self) -> None:
         sharing, cells = self.sharing, self.cells
-        for move in self.cache.moves:
+        for move in self.cache.kv_operations:
             held = cells.get(move.slot, [])
             if move.kind == "remove":
                 cells.pop(move.slot, None)
@@ -90,17 +90,19 @@ class Rig:
                 copied = source[: move.n]
                 fresh = [(token, object()) for token, _ in copied]
                 cells[move.slot] = copied if self.unified else fresh
-        self.cache.moves.clear()
+        self.cache.kv_operations.clear()
 
     def check(self) -> None:
         self.carry_out()
         for slot in range(self.n_slots):
             held = self.cells.get(slot, [])
-            assert len(held) == self.ledger.held(slot)
+            assert len(held) == self.accounting.held(slot)
             if slot in self.live:
                 assert [token for token, _ in held] == self.live[slot][: len(held)].tolist()
-        assert self.ledger.used == len({cell for held in self.cells.values() for _, cell in held})
-        kept = [slot for slot in range(self.n_slots) if self.ledger.is_kept(slot)]
+        assert self.accounting.used == len(
+            {cell for held in self.cells.values() for _, cell in held}
+        )
+        kept = [slot for slot in range(self.n_slots) if self.accounting.is_kept(slot)]
         assert len(kept) == self.cache.n_kept
         assert sorted([*kept, *self.live, *self.cache._free]) == list(range(self.n_slots))
 
@@ -114,7 +116,7 @@ def test_what_ended_is_found_again() -> None:
     other = np.concatenate((tokens[:40], text(1, 10)))
     again, hit = rig.start(other)
     assert (hit.slot, hit.n, hit.cells, again != slot) == (slot, 40, 40, True)
-    assert rig.ledger.used == 60
+    assert rig.accounting.used == 60
     assert rig.start(other, space="another")[1] == NO_HIT
     assert rig.start(text(2, 50))[1] == NO_HIT
 
@@ -147,7 +149,7 @@ def test_a_state_is_kept_where_somebody_waits_for_it() -> None:
     other = np.concatenate((tokens[:50], text(1, 10)))
     assert rig.cache.pending(other, "", 0) == Hit(slot, 50)
     rig.advance(slot, 80)
-    assert rig.ledger.held(slot) == 50
+    assert rig.accounting.held(slot) == 50
     hit = rig.cache.find(other, "")
     assert hit.n == 50
     rig.advance(slot, 80)
@@ -216,19 +218,19 @@ def test_what_is_kept_makes_way_the_oldest_first() -> None:
     assert [rig.cache.find(tokens, "").n for tokens in texts] == [59, 0, 0, 0, 59]
     rig.cache.drop_all()
     rig.check()
-    assert rig.ledger.used == 60
+    assert rig.accounting.used == 60
     assert rig.cache.n_kept == 0
 
 
 def test_what_nobody_has_started_from_is_kept_up_to_a_share() -> None:
-    ledger = KvLedger(32_000, 12)
-    cache = PrefixCache(ledger, Sharing(copy_part=True, copy_whole=True, trim=True, n_kept=9))
+    accounting = KvAccounting(32_000, 12)
+    cache = PrefixCache(accounting, Sharing(copy_part=True, copy_whole=True, trim=True, n_kept=9))
 
     def run(tokens: Tokens, *, comes_back: bool = False) -> int:
         hit = cache.find(tokens, "")
         slot = cache.start(1, hit)
         cache.lives(slot, tokens, "", hit.n)
-        ledger.take(slot, len(tokens) - hit.n)
+        accounting.take(slot, len(tokens) - hit.n)
         cache.leaves(slot, tokens, comes_back=comes_back)
         return hit.n
 
@@ -239,7 +241,7 @@ def test_what_nobody_has_started_from_is_kept_up_to_a_share() -> None:
     run(back, comes_back=True)
     for i in range(10, 20):
         run(text(i, 1000))
-        assert ledger.kept <= 4000 + 2 * 1030
+        assert accounting.kept <= 4000 + 2 * 1030
     assert cache.find(used, "").n == cache.find(back, "").n == 999
     assert [cache.find(text(i, 1000), "").n for i in (10, 15, 16, 19)] == [0, 0, 999, 999]
 
@@ -258,7 +260,7 @@ def test_a_slot_that_is_worth_nothing_is_emptied() -> None:
     slot, _ = rig.start(tokens)
     rig.advance(slot, 60)
     rig.end(slot, known=False)
-    assert (rig.ledger.used, rig.cache.find(tokens, "")) == (0, NO_HIT)
+    assert (rig.accounting.used, rig.cache.find(tokens, "")) == (0, NO_HIT)
 
 
 def test_no_slot_is_left_when_all_are_live() -> None:
@@ -274,7 +276,7 @@ def test_moves_say_what_to_do() -> None:
     slot, _ = rig.start(tokens)
     rig.advance(slot, 60)
     assert rig.cache.start(7, Hit(slot, 20)) == 1
-    assert rig.cache.moves == [Move("copy", 1, slot, 20, False, 7)]
+    assert rig.cache.kv_operations == [KvOperation("copy", 1, slot, 20, False, 7)]
 
 
 @settings(max_examples=250, deadline=None)
@@ -299,7 +301,7 @@ def test_any_mix_keeps_memory_and_ledger_together(
         live = sorted(rig.live)
         if name == "start" and len(live) < N_RUN:
             tokens = np.concatenate((text(seed % 2, a), text(seed + 5, b)))
-            if rig.unified or len(tokens) <= rig.ledger.n_cells_seq:
+            if rig.unified or len(tokens) <= rig.accounting.n_cells_seq:
                 pending = rig.cache.pending(tokens, "", rig.cache.find(tokens, "").n)
                 assert pending.n < len(tokens)
                 rig.start(tokens)
@@ -307,7 +309,7 @@ def test_any_mix_keeps_memory_and_ledger_together(
             rig.advance(live[seed % len(live)], b)
         elif name in ("end", "fail") and live:
             rig.end(live[seed % len(live)], name == "end")
-        elif name == "cells" and b <= rig.ledger.free:
+        elif name == "cells" and b <= rig.accounting.free:
             rig.cache.make_cells(b)
             rig.check()
-            assert rig.ledger.empty >= b or not rig.unified
+            assert rig.accounting.empty >= b or not rig.unified

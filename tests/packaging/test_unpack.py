@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
+from vendor import unpack
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "vendor"))
-import unpack  # noqa: E402
 
 LOCK = unpack.Lock.read(ROOT / "vendor" / "llama.cpp.lock")
 

@@ -60,9 +60,9 @@ def run(
 
     def fault(step: int) -> int | None:
         if step in faults:
-            seats, rows = rig.decoder.seats, rig.machine.rows.seq[: rig.machine.n_now]
-            guests = [seats.at[slot] for slot in set(rows.tolist())]
-            hit[step] = {guest.id for guest in guests if guest is not None}
+            slot_table, rows = rig.core.slot_table, rig.machine.rows.seq[: rig.machine.n_now]
+            occupants = [slot_table.at[slot] for slot in set(rows.tolist())]
+            hit[step] = {occupant.id for occupant in occupants if occupant is not None}
         return faults.get(step)
 
     rig = Rig(
@@ -98,7 +98,7 @@ def check_survivors(rig: Rig, code: int) -> set[int]:
             assert (result.tokens, result.finish_reason) == (tokens, reason)
     assert len({id(error) for error in errors}) == len(errors)
     rig.scheduler.drop_kept()
-    rig.decoder._mover.carry_out()
+    rig.core._kv_executor.carry_out()
     rig.check()
     assert rig.machine.cells == {}
     assert len(rig.space) == 0
@@ -133,9 +133,9 @@ def test_every_decode_of_a_run(machine: str, code: int, n_times: int) -> None:
             failed = check_survivors(rig, code)
             n_failed += len(failed)
             assert failed <= set().union(*hit.values())
-            assert rig.machine.n_renewed == rig.decoder.recovery.n_restarts
+            assert rig.machine.n_renewed == rig.core.recovery.n_restarts
             if code == 1:  # who is not alone can be helped by the others' giving way
-                assert not failed or any(len(guests) == 1 for guests in hit.values())
+                assert not failed or any(len(occupants) == 1 for occupants in hit.values())
                 assert n_times > 1 or not failed
             elif code == 2:  # one retry
                 assert bool(failed) == any(k in hit and k + 1 in hit for k in hit)
@@ -214,7 +214,7 @@ def test_every_decode_of_the_embedded_model(
 
         def run() -> int:
             """How many have failed."""
-            with engine._decoder.state:  # nobody starts before the last one is in line
+            with engine._core.state:  # nobody starts before the last one is in line
                 streams = [
                     engine.submit(prompt, each)
                     for prompt, each in zip(prompts, params, strict=True)
@@ -244,7 +244,7 @@ def test_every_decode_of_the_embedded_model(
                 n_fresh = min(n_times // 2, RESTARTS)
                 assert engine.stats().restarts - before.restarts == n_fresh
         assert run() == 0
-        ledger, memory = engine._decoder.scheduler.ledger, engine._decoder._memory
-        assert all(memory.pos_max(slot) == -1 for slot in range(ledger.n_seq_max))
+        accounting, memory = engine._core.scheduler.accounting, engine._core._memory
+        assert all(memory.pos_max(slot) == -1 for slot in range(accounting.n_seq_max))
     assert (n_failed > 0) == (code == -1 or (code, n_times) in ((2, 2), (-3, 6)))
     assert agreement.fraction > 0.9

@@ -1,5 +1,5 @@
 """Nobody pays for a neighbour, on the embedded model: 200 random mixes of arrivals, cancels,
-deadlines, samples of one prompt, hand-driven forks, common beginnings, far too few cells and
+deadlines, samples of one prompt, interactive forks, common beginnings, far too few cells and
 failing decodes, in engines of every kind. Each request that finishes has the tokens that it gets
 alone through raw calls, and each that ends early has the first of them."""
 
@@ -65,7 +65,7 @@ faults = st.lists(
 )
 
 
-def by_hand(engine: Engine, prompt: list[int], n: int) -> list[list[int]]:
+def interactive(engine: Engine, prompt: list[int], n: int) -> list[list[int]]:
     """`n` tokens of a sequence, and of one that leaves it half way."""
     greedy = SamplingParams(temperature=0, ignore_eog=True)
     with engine.sequence(greedy) as seq:
@@ -100,15 +100,15 @@ def test_every_request_gets_what_it_gets_alone(model: Model, alone: list[Referen
             left = faults.copy()
             for which, n, n_samples, what in requests:
                 if left:
-                    with engine._decoder.state:
+                    with engine._core.state:
                         # Of another kind behind one that is being dealt with, it would be the
                         # second failure of that step, which ends who is in it.
-                        if engine._decoder.recovery._n_failures == 0:
+                        if engine._core.recovery._n_failures == 0:
                             nth, code, n_rows = left.pop()
                             # A fatal one twice: a fresh context.
                             engine._stepper.fault(nth, code, n_rows, 1 + (code == -3))
                 if what == "hand":
-                    for tokens in by_hand(engine, prompts[which], n):
+                    for tokens in interactive(engine, prompts[which], n):
                         assert len(tokens) == n
                         check(agreement, alone[which], tokens)
                     seen["hand"] += 1
@@ -126,10 +126,10 @@ def test_every_request_gets_what_it_gets_alone(model: Model, alone: list[Referen
             results = [stream.wait(60) for stream, _, _ in streams]
             assert engine.drain(60)
             stats = engine.stats()
-            ledger, memory = engine._decoder.scheduler.ledger, engine._decoder._memory
-            slots = range(ledger.n_seq_max)
+            accounting, memory = engine._core.scheduler.accounting, engine._core._memory
+            slots = range(accounting.n_seq_max)
             held = [memory.pos_max(slot) + 1 for slot in slots]
-            assert held == [ledger.held(slot) for slot in slots]
+            assert held == [accounting.held(slot) for slot in slots]
         assert stats.kv_used == stats.running == stats.waiting == stats.sequences == 0
         assert stats.finished["error"] == 0
         assert checked.n_checks > 0 or stats.steps == 0

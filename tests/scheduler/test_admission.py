@@ -55,7 +55,7 @@ def test_samples_of_one_prompt_compute_it_once() -> None:
     one.add(4, 100, 5, 5, alike=100)
     one.run()
     assert prefill_rows(one) == 100 + 3 + 100
-    assert one.scheduler.ledger.used == 0
+    assert one.scheduler.accounting.used == 0
 
 
 def test_the_next_turn_of_a_conversation_goes_on() -> None:
@@ -134,7 +134,7 @@ def test_kept_cells_never_make_anybody_wait() -> None:
     for id in range(3):
         one.add(id, 100, 20, 20)
         one.run()
-    assert one.scheduler.ledger.kept > 300
+    assert one.scheduler.accounting.kept > 300
     for id in range(3, 6):
         one.add(id, 120, 10, 10)
     for _ in range(6):
@@ -185,10 +185,10 @@ def test_a_saved_state_is_discarded_with_its_sequence() -> None:
 
 
 def swapped_by_hand() -> Machine:
-    """With one hand-driven sequence, of whose 40 tokens 39 are saved."""
+    """With one interactive sequence, of whose 40 tokens 39 are saved."""
     one = machine(swap=SwapChoice("swap"))
     one.tokens[1] = list(range(40))
-    one.scheduler.add(1, 40, 1, arrival=0.0, by_hand=True)
+    one.scheduler.add(1, 40, 1, arrival=0.0, interactive=True)
     step = one.scheduler.plan(0.0)
     assert step is not None
     one.place(step)
@@ -260,7 +260,7 @@ def test_nothing_is_kept_of_what_has_failed() -> None:
     assert slot is not None
     one.scheduler.remove(1, worth=False)
     one.leave(slot)
-    assert one.scheduler.ledger.used == 0
+    assert one.scheduler.accounting.used == 0
 
 
 mixes = st.lists(
@@ -345,11 +345,11 @@ def test_any_mix_on_any_memory(
         assert most, "it never ends"
     assert set(stayed) <= set(one.done)
     assert all(one.generated[id] == one.ends[id] for id in one.done)
-    assert one.scheduler.ledger.free == one.scheduler.ledger.n_cells
+    assert one.scheduler.accounting.free == one.scheduler.accounting.n_cells
     assert one.saved == {}
     assert not one.scheduler.starts._spaces
     assert not one.scheduler.starts._alike
     one.scheduler.drop_kept()
     one.carry_out()
-    assert one.scheduler.ledger.used == 0
+    assert one.scheduler.accounting.used == 0
     assert one.cells == {}

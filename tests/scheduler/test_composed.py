@@ -103,4 +103,4 @@ def test_any_of_them_together_keep_the_rules_and_finish(
         machine.add(id, n_prompt, most, end, tenant="ab"[id % 2], deadline=float(-id))
     machine.run(20_000)
     assert sorted(machine.done) == list(range(len(requests)))
-    assert machine.scheduler.ledger.used == 0
+    assert machine.scheduler.accounting.used == 0

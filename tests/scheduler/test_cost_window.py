@@ -223,7 +223,7 @@ def run(gather: Gather, n: int, n_tokens: int, think: Think, cost: Steps) -> Run
     limits = Limits(n_batch=64, n_ubatch=64, n_seq_max=n, n_cells=2**20, n_cells_seq=2**20)
     scheduler = Scheduler(limits, gather=gather, cost=cost)
     for i in range(n):
-        scheduler.add(i, 1, 1, arrival=0.0, by_hand=True)
+        scheduler.add(i, 1, 1, arrival=0.0, interactive=True)
     asks = [(think(rng, i), i) for i in range(n)]
     heapq.heapify(asks)
     left = [n_tokens] * n

@@ -1,4 +1,4 @@
-"""When a step starts, and hand-driven sequences among the others: no model, no clock."""
+"""When a step starts, and interactive sequences among the others: no model, no clock."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WINDOW = 0.2
 
 @dataclass
 class Hand:
-    """Hand-driven sequences, the cells that they hold by the book, and a clock."""
+    """Interactive sequences, the cells that they hold by the book, and a clock."""
 
     limits: Limits = LIMITS
     patience: float = 5.0
@@ -31,7 +31,7 @@ class Hand:
         self.scheduler = Scheduler(self.limits, gather=Window(WINDOW), patience=self.patience)
 
     def add(self, id: int, n: int) -> None:
-        self.scheduler.add(id, n, 1, arrival=self.now, by_hand=True)
+        self.scheduler.add(id, n, 1, arrival=self.now, interactive=True)
         self.known[id], self.sampled[id] = n, 0
 
     def extend(self, id: int, n: int) -> None:
@@ -86,7 +86,7 @@ class Hand:
     def check(self) -> None:
         scheduler = self.scheduler
         view = scheduler.view(self.now)
-        assert scheduler.ledger.used == sum(self.cells.values())
+        assert scheduler.accounting.used == sum(self.cells.values())
         assert {seq.id for seq in view.running} == set(self.cells)
         for seq in view.running:
             assert (seq.known, seq.computed) == (self.known[seq.id], self.cells[seq.id])

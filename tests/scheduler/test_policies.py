@@ -123,7 +123,7 @@ def test_everybody_finishes_and_the_same_again(
     assert set(stayed) <= set(machine.done)
     assert all(machine.generated[id] == machine.ends[id] for id in machine.done)
     assert machine.scheduler.idle
-    assert machine.scheduler.ledger.used == 0
+    assert machine.scheduler.accounting.used == 0
     _, again = live(spec, limits, arrivals)
     assert [shape(step) for step in steps] == [shape(step) for step in again]
 

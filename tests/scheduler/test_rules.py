@@ -120,7 +120,7 @@ def test_rows_and_cells() -> None:
     assert step.preempted == ((2, 1),)
     assert step.admitted == ((3, 1),)  # into the slot that was given up
     made.advance(step)
-    assert [made.ledger.held(slot) for slot in range(3)] == [11, 10, 0]
+    assert [made.accounting.held(slot) for slot in range(3)] == [11, 10, 0]
 
 
 class Forgets:

@@ -56,7 +56,7 @@ def test_whatever_happens_every_request_finishes_and_every_cell_comes_back(
     assert sorted(machine.done) == [id for id in expected if id not in removed]
     assert all(machine.generated[id] == machine.ends[id] for id in machine.done)
     assert machine.scheduler.idle
-    assert machine.scheduler.ledger.used == 0
+    assert machine.scheduler.accounting.used == 0
     counters = machine.scheduler.counters
     assert counters.rows == counters.decode_rows + counters.prefill_rows
     assert counters.tokens == sum(machine.generated.values())
@@ -110,7 +110,7 @@ def test_a_plan_stands_until_a_budget_or_the_cells_end() -> None:
             scheduler.advance(step, n)
     scheduler.advance(step, 3)
     assert [s.generated for s in scheduler.view(0.0).running] == [4, 4]
-    assert scheduler.ledger.used == 26
+    assert scheduler.accounting.used == 26
     counters = scheduler.counters
     assert (counters.steps, counters.rows, counters.decode_rows, counters.tokens) == (4, 26, 6, 8)
     scheduler.remove(0)

@@ -7,10 +7,10 @@ import sys
 from typing import Any
 
 import pytest
-from test_simulate import machine
 
 from pyllamabatch.errors import UnsupportedOperation
 from pyllamabatch.sim import draw, plots, report, simulate
+from tests.sim.test_simulate import machine
 
 REQUESTS = draw("poisson:rate=9,n=60,prompt=20-80,output=1-30", 0)
 RUNS = [simulate(REQUESTS, machine(), policy) for policy in ("fcfs", "sarathi")]

@@ -1,4 +1,4 @@
-"""A stepper that compares ledger and counters with libllama's own positions at every step."""
+"""A stepper that compares accounting and counters with libllama's own positions at every step."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pyllamabatch.engine.engine import Engine
 
 class Checked:
     """Sits between an engine's decoder and its stepper. `may_fail`: decodes are made to fail on
-    purpose; else each must succeed, for what the ledger allows fits."""
+    purpose; else each must succeed, for what the accounting allows fits."""
 
     def __init__(self, engine: Engine, *, may_fail: bool = False) -> None:
         self._stepper: Any = engine._stepper
-        self._scheduler = engine._decoder.scheduler
-        self._memory = engine._decoder._memory
+        self._scheduler = engine._core.scheduler
+        self._memory = engine._core._memory
         self._may_fail = may_fail
         self.n_steps = 0
         self.n_checks = 0
-        engine._decoder._stepper = self
+        engine._core._stepper = self
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stepper, name)
@@ -34,10 +34,10 @@ class Checked:
         """Before a step, so after the one before it and all moves since."""
         scheduler, n_slots = self._scheduler, self._scheduler.n_slots
         held = [self._memory.pos_max(slot) + 1 for slot in range(n_slots)]
-        assert held == [scheduler.ledger.held(slot) for slot in range(n_slots)]
+        assert held == [scheduler.accounting.held(slot) for slot in range(n_slots)]
         for id in scheduler.running_ids():
             slot = scheduler.slot(id)
             assert slot is not None
             assert held[slot] == scheduler.computed(slot)
-        assert n_cells <= scheduler.ledger.empty
+        assert n_cells <= scheduler.accounting.empty
         self.n_checks += 1

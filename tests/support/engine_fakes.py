@@ -1,4 +1,4 @@
-"""A stepper and a memory in plain Python, to drive the decoder with no model and with any fault.
+"""A stepper and a memory in plain Python, to drive the core with no model and with any fault.
 
 The next token of a sequence is a checksum of all tokens that its cells hold: one wrong token,
 position or neighbour and everything after it differs from `solo`.
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pyllamabatch.engine.core import Decoder
+from pyllamabatch.engine.core import EngineCore
 from pyllamabatch.engine.detokenizer import Pieces
 from pyllamabatch.engine.output_processor import PAGE_STEPS
 from pyllamabatch.engine.request import Request
@@ -309,7 +309,7 @@ class FakeMachine:
 
 
 class Rig:
-    """A decoder on a fake machine, turned by hand instead of by its thread."""
+    """A core on a fake machine, turned by hand instead of by its thread."""
 
     def __init__(
         self,
@@ -327,7 +327,7 @@ class Rig:
         self.machine.names = loras
         self.scheduler = Scheduler(limits, policy, sharing=sharing, swap=swap)
         self.space = SwapSpace(10**6)
-        self.decoder = Decoder(
+        self.core = EngineCore(
             self.scheduler,
             self.machine,
             self.machine,
@@ -349,8 +349,8 @@ class Rig:
             len(prompt),
             pieces=self._pieces,
             stops=params.stop,
-            cancel=self.decoder.cancel,
-            watch=self.decoder.delivery.watch,
+            cancel=self.core.cancel,
+            watch=self.core.output_processor.watch,
         )
         request = Request(
             np.array(prompt, np.int32),
@@ -361,21 +361,21 @@ class Rig:
             lora=lora,
         )
         self.requests.append(request)
-        self.decoder.submit([request])
+        self.core.submit([request])
         return stream
 
     def turn(self) -> None:
-        """One turn of the decoder, and one of the delivery thread for what came before it."""
-        if self.decoder.mailbox or not self.scheduler.idle:
-            self.decoder._take_mail()
-            self.decoder._turn()
+        """One turn of the core, and one of the delivery thread for what came before it."""
+        if self.core.commands or not self.scheduler.idle:
+            self.core._take_mail()
+            self.core._turn()
             self.check()
             self.deliver()
 
     def deliver(self) -> None:
         """As if the delivery thread had its turn now."""
         self.machine.wake()
-        self.decoder.delivery.turn()
+        self.core.output_processor.turn()
 
     def settle(self) -> None:
         """All that was computed is delivered."""
@@ -384,9 +384,9 @@ class Rig:
 
     def run(self) -> None:
         for _ in range(100_000):
-            if self.scheduler.idle and not self.decoder.mailbox:
+            if self.scheduler.idle and not self.core.commands:
                 self.settle()
-                if not self.decoder.mailbox:  # a stop string in the last tokens
+                if not self.core.commands:  # a stop string in the last tokens
                     return
             self.turn()
         raise AssertionError("it never ends")
@@ -394,23 +394,23 @@ class Rig:
     @property
     def n_tokens(self) -> int:
         """Tokens that count: `EngineStats.tokens`."""
-        return self.scheduler.counters.tokens - self.decoder.delivery.n_dropped
+        return self.scheduler.counters.tokens - self.core.output_processor.n_dropped
 
     def check(self) -> None:
-        """Cache, ledger, slots and streams say the same."""
+        """Cache, accounting, slots and streams say the same."""
         scheduler, machine = self.scheduler, self.machine
-        ledger = scheduler.ledger
-        assert ledger.used == machine.n_held
+        accounting = scheduler.accounting
+        assert accounting.used == machine.n_held
         running = {scheduler.slot(id) for id in scheduler.running_ids()}
         assert set(machine.slots) == running
         for slot in range(scheduler.n_slots):
             held = len(machine.cells.get(slot, ()))
-            assert held == ledger.held(slot)
+            assert held == accounting.held(slot)
             assert slot not in running or held == scheduler.computed(slot)
-            assert slot in running or ledger.is_kept(slot) == (held > 0)
+            assert slot in running or accounting.is_kept(slot) == (held > 0)
         assert set(scheduler.starts._saved) == set(self.space._states)
-        n_open = len(self.decoder.seats.open)
-        with self.decoder.state:
+        n_open = len(self.core.slot_table.open)
+        with self.core.state:
             assert n_open == scheduler.n_running + scheduler.n_waiting
         n_done = sum(request.stream.done for request in self.requests)
-        assert n_done == sum(self.decoder.delivery.finished.values())
+        assert n_done == sum(self.core.output_processor.finished.values())

@@ -84,7 +84,7 @@ class Machine:
     def carry_out(self) -> None:
         """The moves, each checked against what the memory can do."""
         can, cells = self.sharing, self.cells
-        for move in self.scheduler.take_moves():
+        for move in self.scheduler.take_kv_operations():
             held = cells.get(move.slot, [])
             self.moved[move.kind] += 1
             if move.kind == "remove":
@@ -175,7 +175,7 @@ class Machine:
 
     def check(self) -> None:
         scheduler = self.scheduler
-        assert scheduler.ledger.used == self.used
+        assert scheduler.accounting.used == self.used
         view = scheduler.view(0.0)
         assert [s.id for s in view.running] == list(scheduler.running_ids())
         assert {s.id for s in view.running if s.decoding} == set(view.decoding)
@@ -186,7 +186,7 @@ class Machine:
             assert seq.remaining >= 1
         assert view.kv_promised == sum(s.remaining for s in view.running)
         held = {cell for slot in self.owner for _, cell in self.cells[slot]}
-        assert view.kv_free == scheduler.ledger.n_cells - len(held)
+        assert view.kv_free == scheduler.accounting.n_cells - len(held)
         for seq in view.running:
             slot = scheduler.slot(seq.id)
             others = {c for s in self.owner if s != slot for _, c in self.cells[s]}

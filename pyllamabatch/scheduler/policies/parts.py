@@ -179,7 +179,7 @@ class Paced:
             return self.otherwise(view)
         if not (len(view.prefilling) or view.can_admit):
             return most
-        kv = view.kv_in_sight
+        kv = view.kv_attended
         alone = view.cost.predict(n, 0, kv, n)
         return n + most_within(view, self.target(alone), LEAST_ROWS)
 
@@ -191,7 +191,7 @@ class Paced:
 def most_within(view: StepView, seconds: float, least: int) -> int:
     """The most rows of a prompt that a step can have, beside all who decode, and be predicted to
     take no longer than `seconds`; but `least` at the least."""
-    n, kv = len(view.decoding), view.kv_in_sight
+    n, kv = len(view.decoding), view.kv_attended
 
     def excess(rows: int) -> float:
         seconds_of_step: float = view.cost.predict(n + rows, rows, kv, n + 1)

@@ -66,7 +66,7 @@ class TileFill:
         n_prompts = len(view.prefilling) + len(admitted)
         if not n_prompts:
             return self.paced(view)
-        kv, predict = view.kv_in_sight, cost.predict
+        kv, predict = view.kv_attended, cost.predict
         # The same while there are about as many cells, and the model has not learned much.
         key = n, rough(kv), view.step // 64, cost, limits
         found = self._known.get(key)

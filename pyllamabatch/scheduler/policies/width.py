@@ -161,7 +161,7 @@ def best_split(view: StepView, itl: float, gain: float, *, begun: bool = False) 
     cost, n = view.cost, len(view.decoding)
     if n < 2 or not measured(cost):
         return None
-    kv = view.kv_in_sight
+    kv = view.kv_attended
     wide: float = cost.predict(n, 0, kv, n)
     targets = view.running.column("itl_target")
     targets[targets == inf] = itl
@@ -202,7 +202,7 @@ def best_split(view: StepView, itl: float, gain: float, *, begun: bool = False) 
 
 
 def tokens_left(view: StepView) -> int:
-    """That the first one to end may still get; of hand-driven sequences nobody knows."""
+    """That the first one to end may still get; of interactive sequences nobody knows."""
     most = view.running.column("max_tokens")
     left = (most - view.running.column("generated"))[most > 1]
     return int(left.min()) if len(left) else 2**31
