@@ -27,7 +27,8 @@ LONG_FILE, LONG_CONSTRUCTOR = 450, 6
 # What the words of STYLE once were, for names (n_kept, KeptSlots) as well as for prose.
 RETIRED = re.compile(
     r"(?<![A-Za-z])("
-    r"hands?|hand[ -]driven|by[ -]hand|seats?|seated|guests?|mailbox|door|visits?|visitors?|movers?|"
+    r"hands?|hand[ -]driven|by[ -]hand|seats?|seated|guests?|mailbox|door|visits?|visitors?|"
+    r"movers?|"
     r"waiting line|in line|beginnings?|kept|resting|rests|gives? way|give_way|gave way|way is made|"
     r"bells?|doorbell|made anew|in[ _]sight|nobody|somebody|anybody|everybody|whoever|whom|"
     r"he|his|him|she|her"
