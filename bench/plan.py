@@ -216,9 +216,9 @@ def in_contexts(found: Footprint) -> int:
 
 def free() -> int:
     """Bytes that the GPUs have free, for everybody; 0 without one."""
-    from pyllamabatch.llama import runtime as _backend
+    from pyllamabatch.llama import runtime
 
-    return sum(d.free for d in _backend.devices().values() if d.kind != "cpu" and d.total)
+    return sum(d.free for d in runtime.devices().values() if d.kind != "cpu" and d.total)
 
 
 def compute(model: Model, layout: Layout) -> None:

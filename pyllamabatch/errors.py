@@ -1,6 +1,18 @@
-"""What can go wrong, one exception per kind of failure; all of them are `PyllamabatchError`."""
+"""What can go wrong, one exception per kind of failure; all of them are `PyllamabatchError`.
+
+The checks of arguments that every room shares are at the end: `integer`, `number`, `flag`,
+`choice`, `checked_keywords`.
+"""
 
 from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import operator
+from collections.abc import Collection, Iterable
+from difflib import get_close_matches
+from typing import Any, TypeVar
 
 
 class PyllamabatchError(Exception):
@@ -177,6 +189,73 @@ class ProfileError(PyllamabatchError):
         super().__init__(f"{name}: {reason}")
         self.name = name
         self.reason = reason
+
+
+# -- checks of arguments --
+
+T = TypeVar("T")
+
+
+def integer(name: str, value: object, low: int, high: int) -> int:
+    """An integer (NumPy's too) in low..high. Raises `ArgumentError`."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        n = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ArgumentError(name, value, "must be an integer") from None
+    if not low <= n <= high:
+        raise ArgumentError(name, value, f"must be in {low}..{high}")
+    return n
+
+
+def number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
+    """A finite number (NumPy's too) in low..high, as a float. Raises `ArgumentError`."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    x = float(value) if real else math.nan  # type: ignore[arg-type]
+    if not math.isfinite(x):
+        raise ArgumentError(name, value, "must be a finite number")
+    if not low <= x <= high:
+        limit = f"at least {low:g}" if high == math.inf else f"in {low:g}..{high:g}"
+        raise ArgumentError(name, value, f"must be {limit}")
+    return x
+
+
+def flag(name: str, value: object) -> bool:
+    """True or False. Raises `ArgumentError`."""
+    if not isinstance(value, bool):
+        raise ArgumentError(name, value, "must be True or False")
+    return value
+
+
+def choice(name: str, value: object, choices: Collection[str]) -> str:
+    """One of some words. Raises `ArgumentError`, which names them."""
+    if isinstance(value, str) and value in choices:
+        return value
+    raise ArgumentError(name, value, f"must be one of {', '.join(choices)}")
+
+
+def unknown_keyword(name: str, value: object, known: Iterable[str]) -> ArgumentError:
+    """The error for a keyword that does not exist: it names the nearest right one."""
+    known = sorted(known)
+    near = get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+    return ArgumentError(name, value, f"no such parameter; {hint}")
+
+
+def checked_keywords(cls: type[T]) -> type[T]:
+    """A decorator for a keyword-only dataclass: an unknown keyword is an `ArgumentError`."""
+    known = {field.name for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    init: Any = cls.__init__
+
+    def __init__(self: T, **values: Any) -> None:
+        for name, value in values.items():
+            if name not in known:
+                raise unknown_keyword(name, value, known)
+        init(self, **values)
+
+    setattr(cls, "__init__", __init__)  # noqa: B010 (mypy knows no other signature of it)
+    return cls
 
 
 def _short(value: object) -> str:

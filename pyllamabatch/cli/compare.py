@@ -40,7 +40,7 @@ from pyllamabatch.compare.run import Plan, measure
 from pyllamabatch.compare.scenario import SCENARIOS
 from pyllamabatch.compare.summary import advice, table
 from pyllamabatch.errors import ArgumentError
-from pyllamabatch.llama.limits import usable_cores
+from pyllamabatch.llama.host import usable_cores
 from pyllamabatch.models import default_model_path
 
 NAME = "compare"

@@ -18,7 +18,7 @@ from pyllamabatch.cli.options import at_least
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.llama.batch import Batch
 from pyllamabatch.llama.context import Context
-from pyllamabatch.llama.limits import usable_cores
+from pyllamabatch.llama.host import usable_cores
 from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.vocab import Vocab
 from pyllamabatch.models.tasks import Task, make_tasks

@@ -13,7 +13,7 @@ from importlib import metadata
 from typing import Any
 
 from pyllamabatch.cli.options import add_model_arguments, load_model
-from pyllamabatch.llama import runtime as _backend
+from pyllamabatch.llama import runtime
 from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.runtime import text
 from pyllamabatch.raw import ffi, lib
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
 def installation() -> dict[str, Any]:
     """Versions, backends with their features, and devices with their memory in bytes."""
-    _backend.ensure()
+    runtime.ensure()
     return {
         "version": metadata.version("pyllamabatch"),
         "python": platform.python_version(),

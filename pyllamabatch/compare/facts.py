@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyllamabatch.llama.host import usable_cores
+
 if TYPE_CHECKING:
     from pyllamabatch.llama.model import Model
 
@@ -23,7 +25,7 @@ def machine() -> Mapping[str, Any]:
     """The machine's part of a row.  No host name: a result says what it ran on, not whose it is."""
     return {
         "cpu_info": _cpu_name(),
-        "n_cores": _usable_cores(),
+        "n_cores": usable_cores(),
         "memory_bytes": _memory_bytes(),
         "os": _system_name(),
     }
@@ -58,10 +60,10 @@ def build(commit: str) -> dict[str, Any]:
     import numpy as np
 
     from pyllamabatch import __version__
-    from pyllamabatch.llama import runtime as _backend
+    from pyllamabatch.llama import runtime
     from pyllamabatch.raw import ffi, lib
 
-    devices = _backend.devices()
+    devices = runtime.devices()
     build = ffi.string(lib.plb_llama_cpp_build()).decode()
     versions = {
         "pyllamabatch": __version__,
@@ -93,12 +95,6 @@ def now() -> dict[str, Any]:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else -1.0
     time = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {"test_time": time, "load_average": round(load, 2)}
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _cpu_name() -> str:

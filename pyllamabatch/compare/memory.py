@@ -18,7 +18,7 @@ from pyllamabatch.compare.darwin import mac_process_sizes, mac_wired
 from pyllamabatch.compare.nvml import Nvml
 from pyllamabatch.compare.powercap import Powercap
 from pyllamabatch.cost.share import rollup
-from pyllamabatch.llama import runtime as _backend
+from pyllamabatch.llama import runtime
 
 Source = Callable[[], dict[str, float]]
 """A sample: bytes now, or joules (`…_joules`) since some moment in the past."""
@@ -146,8 +146,8 @@ def _rss(pid: int, proc: Path) -> dict[str, int]:
     return {"rss": pages * os.sysconf("SC_PAGE_SIZE")} if pages else {}
 
 
-def _gpus() -> list[_backend.Device]:
-    return [d for d in _backend.devices().values() if d.kind in ("gpu", "igpu") and d.total]
+def _gpus() -> list[runtime.Device]:
+    return [d for d in runtime.devices().values() if d.kind in ("gpu", "igpu") and d.total]
 
 
 def _growth(name: str, read: Callable[[], float | None]) -> Source:

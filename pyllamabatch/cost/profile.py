@@ -17,6 +17,7 @@ from typing import Any
 
 from pyllamabatch.cost.kernels import Kernels, is_cuda
 from pyllamabatch.errors import ProfileError
+from pyllamabatch.llama.host import write_whole
 
 SCHEMA = 1
 SHIPPED = Path(__file__).parent / "profiles"
@@ -180,9 +181,7 @@ class Profile:
         """Write the file whole or not at all."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        partial.write_text(self.to_json(), encoding="utf-8")
-        partial.replace(target)
+        write_whole(target, self.to_json().encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:

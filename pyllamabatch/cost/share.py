@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pyllamabatch.compare.child import Child, lines_of_parent, tell_parent
 from pyllamabatch.errors import PyllamabatchError, UnsupportedOperation
-from pyllamabatch.llama.params import PathLike
+from pyllamabatch.llama.host import PathLike
 from pyllamabatch.planner.residency import Projector
 
 MODULE = "pyllamabatch.cost.share"

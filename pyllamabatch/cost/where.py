@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from pyllamabatch.cost.kernels import Kernels, kernels
 from pyllamabatch.cost.profile import Key
 from pyllamabatch.errors import PyllamabatchError
-from pyllamabatch.llama import runtime as _backend
+from pyllamabatch.llama import runtime
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.raw import ffi, lib
@@ -43,7 +43,7 @@ def memory_parts(context: Context) -> list[Part]:
         n = lib.plb_memory_breakdown(context.ptr, parts, n)
     if n < 0:
         raise PyllamabatchError("libllama can't say what the context takes up")
-    text = _backend.text
+    text = runtime.text
     return [
         Part(text(p.buffer_type), text(p.device), bool(p.host), p.model, p.context, p.compute)
         for p in parts[0:n]
@@ -112,9 +112,9 @@ def _tensors(model: Model) -> Iterator[tuple[str, str, int]]:
             continue
         try:
             for i in range(lib.gguf_get_n_tensors(gguf)):
-                kind = _backend.text(lib.ggml_type_name(lib.gguf_get_tensor_type(gguf, i)))
+                kind = runtime.text(lib.ggml_type_name(lib.gguf_get_tensor_type(gguf, i)))
                 size = int(lib.gguf_get_tensor_size(gguf, i))
-                yield _backend.text(lib.gguf_get_tensor_name(gguf, i)), kind.upper(), size
+                yield runtime.text(lib.gguf_get_tensor_name(gguf, i)), kind.upper(), size
         finally:
             lib.gguf_free(gguf)
 
@@ -152,10 +152,10 @@ def fingerprint(model: Model) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def device_of(context: Context) -> tuple[_backend.Device, str, float]:
+def device_of(context: Context) -> tuple[runtime.Device, str, float]:
     """The device that holds most of the weights, its backend's name, and its share of those that
     rows pass."""
-    devices = _backend.devices()
+    devices = runtime.devices()
     held: Counter[str] = Counter()
     for part in memory_parts(context):
         kind = devices[part.device].kind if part.device in devices else "cpu"
@@ -167,7 +167,7 @@ def device_of(context: Context) -> tuple[_backend.Device, str, float]:
     device = devices[name] if name else next(d for d in devices.values() if d.kind == "cpu")
     reg = lib.ggml_backend_dev_backend_reg(lib.ggml_backend_dev_by_name(device.name.encode()))
     share = held[name] / total if total else 1.0
-    return device, _backend.text(lib.ggml_backend_reg_name(reg)), share
+    return device, runtime.text(lib.ggml_backend_reg_name(reg)), share
 
 
 def file_type(model: Model) -> str:
@@ -197,7 +197,7 @@ def key_of(context: Context) -> Key:
 
 
 def _type_name(ggml_type: int) -> str:
-    return _backend.text(lib.ggml_type_name(ggml_type))
+    return runtime.text(lib.ggml_type_name(ggml_type))
 
 
 def kernels_of(backend: str, weights: Weights) -> Kernels:
@@ -213,18 +213,18 @@ def kernels_of(backend: str, weights: Weights) -> Kernels:
 
 def cpu_features() -> str:
     """Instruction sets that the CPU backend uses here, by ggml's names."""
-    _backend.ensure()
+    runtime.ensure()
     found: list[str] = []
     for i in range(lib.ggml_backend_reg_count()):
         reg = lib.ggml_backend_reg_get(i)
-        if _backend.text(lib.ggml_backend_reg_name(reg)) != "CPU":
+        if runtime.text(lib.ggml_backend_reg_name(reg)) != "CPU":
             continue
         getter = lib.ggml_backend_reg_get_proc_address(reg, b"ggml_backend_get_features")
         if getter != ffi.NULL:
             feature = ffi.cast("ggml_backend_get_features_t", getter)(reg)
             while feature.name != ffi.NULL:
-                if _backend.text(feature.value) not in ("", "0"):
-                    found.append(_backend.text(feature.name))
+                if runtime.text(feature.value) not in ("", "0"):
+                    found.append(runtime.text(feature.name))
                 feature += 1
     return " ".join(found)
 
@@ -248,7 +248,7 @@ def about(model: Model, context: Context) -> dict[str, Any]:
         "architecture": model.architecture,
         "n_params": model.n_params,
         "size_bytes": model.size_bytes,
-        "llama_cpp": _backend.text(lib.plb_llama_cpp_build()),
+        "llama_cpp": runtime.text(lib.plb_llama_cpp_build()),
         "driver": driver(),
         "n_batch": context.n_batch,
     }

@@ -23,7 +23,7 @@ import numpy as np
 
 from ..errors import PyllamabatchError, SamplingError, decode_error
 from ..kv import SwapSpace
-from ..llama.lora_set import LoraNames
+from ..llama.lora import LoraNames
 from ..scheduler import Scheduler, Step
 from ..step.stepper import Finish
 from ..step.stream_stepper import Run

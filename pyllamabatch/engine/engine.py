@@ -15,15 +15,13 @@ import numpy as np
 
 from ..cost.choose import cost_of
 from ..cost.model import CostModel
-from ..errors import ArgumentError, UnsupportedOperation
+from ..errors import ArgumentError, UnsupportedOperation, integer
 from ..kv import Preemption, SwapSpace
 from ..llama.context import Context
+from ..llama.host import PathLike
 from ..llama.limits import max_position
-from ..llama.lora import LoraAdapter
-from ..llama.lora_set import Loras
+from ..llama.lora import LoraAdapter, Loras
 from ..llama.model import Model
-from ..llama.params import PathLike
-from ..llama.structs import integer
 from ..planner.residency import fitting_n_ctx
 from ..raw import lib
 from ..scheduler import Gather, Limits, Policy, Scheduler

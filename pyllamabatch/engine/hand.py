@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from ..llama.lora_set import LoraSet
+from ..llama.lora import LoraSet
 from ..step.sampling_params import SamplingParams
 from ..step.types import REPORT, SAMPLE, Finish
 

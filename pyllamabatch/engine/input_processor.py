@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError
-from ..llama.lora_set import Loras, LoraSet
+from ..llama.lora import Loras, LoraSet
 from ..llama.vocab import pieces_of
 from ..step.sampling_params import SamplingParams
 from .core import EngineCore
@@ -81,7 +81,7 @@ class InputProcessor:
             next(self._ids),
             len(tokens),
             pieces=self.pieces,
-            stops=params.stop,
+            stops=tuple(params.stop),
             min_tokens=params.min_tokens,
             logprobs=params.logprobs,
             cancel=self._core.cancel,

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import Cancelled, EngineClosed, PyllamabatchError, SamplingError, UnsupportedOperation
 from ..kv import SwapSpace
-from ..llama.lora_set import LoraNames
+from ..llama.lora import LoraNames
 from ..scheduler import Scheduler, Step
 from ..step.types import Finish
 from . import snapshot

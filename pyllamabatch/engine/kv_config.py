@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..kv import Preemption, Sharing, SwapChoice
-from ..llama.estimate import cell_bytes
+from ..llama.limits import cell_bytes
 from ..llama.memory import copies_whole_only
 
 if TYPE_CHECKING:

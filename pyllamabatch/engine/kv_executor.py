@@ -8,7 +8,7 @@ from time import perf_counter
 
 from ..errors import PyllamabatchError, StateError
 from ..kv import KvOperation, SwapSpace
-from ..llama.lora_set import LoraNames
+from ..llama.lora import LoraNames
 from ..scheduler import Scheduler
 from .protocols import ContextLike, MemoryLike
 

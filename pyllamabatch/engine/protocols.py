@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from ..kv import Slots
-from ..llama.lora_set import LoraNames, LoraSet
+from ..llama.lora import LoraNames, LoraSet
 from ..step.ring_reader import Page
 from ..step.stream_stepper import Run
 

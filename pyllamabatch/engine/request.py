@@ -12,9 +12,8 @@ from typing import Any, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ArgumentError
-from ..llama.lora_set import LoraSet
-from ..llama.structs import integer
+from ..errors import ArgumentError, integer
+from ..llama.lora import LoraSet
 from ..step.sampling_params import SamplingParams
 from ..step.types import SAMPLE
 from .stream import Stream

@@ -20,7 +20,7 @@ from .hand import Call, Draw, Hand
 from .snapshot import read, slot_of
 
 if TYPE_CHECKING:
-    from ..llama.params import PathLike
+    from ..llama.host import PathLike
     from .core import EngineCore
     from .detokenizer import Pieces
     from .engine import Engine

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..llama.lora_set import LoraSet
+from ..llama.lora import LoraSet
 from ..scheduler import Scheduler
 from ..step.trace import StepTrace
 from .hand import Hand

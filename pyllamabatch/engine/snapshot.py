@@ -23,7 +23,7 @@ from ..step.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from ..llama.context import Context
-    from ..llama.lora_set import LoraNames
+    from ..llama.lora import LoraNames
     from ..llama.model import Model
     from ..llama.vocab import TokenArray, Tokens
     from ..step.stepper import DetachedSlot, Stepper

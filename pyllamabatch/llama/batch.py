@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pyllamabatch.errors import ArgumentError, BatchFull
-from pyllamabatch.llama.structs import integer
+from pyllamabatch.errors import ArgumentError, BatchFull, integer
 from pyllamabatch.raw import ffi
 
 Int32Array = npt.NDArray[np.int32]

@@ -19,18 +19,17 @@ from pyllamabatch.errors import (
     ContextCreateError,
     UnsupportedOperation,
     decode_error,
+    integer,
 )
-from pyllamabatch.llama import log as _log
-from pyllamabatch.llama import state
+from pyllamabatch.llama import runtime, state
 from pyllamabatch.llama.batch import Batch
 from pyllamabatch.llama.handle import Handle, Owner
-from pyllamabatch.llama.limits import MAX_CTX, MAX_THREADS, check_batch, check_params, usable_cores
-from pyllamabatch.llama.lora import LoraAdapter
-from pyllamabatch.llama.lora_set import LoraNames
+from pyllamabatch.llama.host import MAX_THREADS, PathLike, usable_cores
+from pyllamabatch.llama.limits import MAX_CTX, check_batch, check_params
+from pyllamabatch.llama.lora import LoraAdapter, LoraNames
 from pyllamabatch.llama.memory import Memory, probe
 from pyllamabatch.llama.model import Model
-from pyllamabatch.llama.params import PathLike
-from pyllamabatch.llama.structs import fill, integer, read
+from pyllamabatch.llama.params import fill, read
 from pyllamabatch.llama.vocab import TokenArray, Tokens
 from pyllamabatch.raw import ffi, lib
 
@@ -91,9 +90,7 @@ class Context(Owner):
         self.n_outputs_max = check_params(model, native)
 
         self.model = model
-        _log.mark()
-        ptr = lib.plb_context_new(model.ptr, native)
-        log = _log.errors()
+        ptr, log = runtime.logged(lib.plb_context_new, model.ptr, native)
         if ptr == ffi.NULL:
             raise ContextCreateError(f"libllama could not make the context\n{log}")
         self._native = native
@@ -155,13 +152,11 @@ class Context(Owner):
             model = self.model._handle.retain()  # which may be closed by now
             try:
                 self._handle.release()
-                _log.mark()
-                ptr = lib.plb_context_new(model.ptr, self._native)
+                ptr, log = runtime.logged(lib.plb_context_new, model.ptr, self._native)
                 if ptr == ffi.NULL:
                     self._close.detach()
                     self._drop_loras()
                     self._attached.clear()
-                    log = _log.errors()
                     raise ContextCreateError(f"libllama could not make the context again\n{log}")
                 self._held[0] = Handle(ptr, lib.llama_free, model)
             finally:
@@ -215,13 +210,11 @@ class Context(Owner):
         self._outputs = None
         for engine in self._attached:  # whoever decodes here wants whole rows of logits
             lib.plb_engine_detach(engine)
-        _log.mark()
-        code = call(self.ptr, batch.struct)
+        code, log = runtime.logged(call, self.ptr, batch.struct)
         if code != -1:
             self.memory.applied()
         if code != 0:
-            raise decode_error(code, _log.errors())
-        _log.drain()
+            raise decode_error(code, log)
         n = batch.n_tokens
         self.memory.decoded(batch.seq_id[:n, 0])
         every = encoder or self.params["embeddings"]

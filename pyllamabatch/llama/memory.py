@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pyllamabatch.errors import ArgumentError, UnsupportedOperation
-from pyllamabatch.llama.structs import integer
+from pyllamabatch.errors import ArgumentError, UnsupportedOperation, integer
 from pyllamabatch.raw import ffi, lib
 
 if TYPE_CHECKING:

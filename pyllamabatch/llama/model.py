@@ -10,22 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyllamabatch.errors import ArgumentError, ClosedError, ModelLoadError
-from pyllamabatch.llama import log as _log
-from pyllamabatch.llama import runtime as _backend
+from pyllamabatch.llama import runtime
 from pyllamabatch.llama.handle import Handle, Owner
+from pyllamabatch.llama.host import PathLike, gguf_file
 from pyllamabatch.llama.params import (
     KvOverride,
-    PathLike,
     Progress,
     device_list,
-    gguf_file,
+    fill,
     metadata,
     override_array,
     progress_callback,
     share_array,
     string,
 )
-from pyllamabatch.llama.structs import fill
 from pyllamabatch.llama.vocab import Vocab
 from pyllamabatch.raw import ffi, lib
 
@@ -77,7 +75,7 @@ class Model(Owner):
 
         Raises `ModelLoadError`, `ModelLoadCancelled` or `ArgumentError`.
         """
-        _backend.ensure()
+        runtime.ensure()
         if no_alloc:  # libllama asserts that nothing is mapped
             if load_mode not in ("auto", "none"):
                 raise ArgumentError("load_mode", load_mode, "no_alloc reads nothing: leave it out")
@@ -108,13 +106,12 @@ class Model(Owner):
         self._load: dict[str, Any] = {**params, **again}
         self._no_alloc = no_alloc
         self._vocab_only = vocab_only
-        _log.mark()
         with progress_callback(progress) as (callback, user_data, failure):
             native.progress_callback = callback
             native.progress_callback_user_data = user_data
             names = [ffi.new("char[]", file) for file in files]
-            ptr = lib.plb_model_load(ffi.new("const char *[]", names), len(names), native)
-        log = _log.errors()
+            paths = ffi.new("const char *[]", names)
+            ptr, log = runtime.logged(lib.plb_model_load, paths, len(names), native)
         if ptr == ffi.NULL:
             if failure:
                 raise failure[0]
@@ -288,4 +285,4 @@ class Model(Owner):
         """The model's chat template (or the one of that name), None when it has none."""
         key = ffi.NULL if name is None else name.encode()
         found = lib.llama_model_chat_template(self._native, key)
-        return None if found == ffi.NULL else _backend.text(found)
+        return None if found == ffi.NULL else runtime.text(found)

@@ -1,41 +1,88 @@
-"""The arguments of a model load as llama.cpp takes them."""
+"""Parameters by name into llama.cpp's parameter structs, checked against their fields.
+
+The fields, their types, ranges and enum names come from the compiled declarations: a field that a
+later llama.cpp adds is accepted under its own name without a change here.
+"""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from pyllamabatch.errors import ArgumentError, ModelLoadCancelled, ModelLoadError
-from pyllamabatch.llama import runtime as _backend
-from pyllamabatch.llama.structs import integer
+from pyllamabatch.errors import (
+    ArgumentError,
+    ModelLoadCancelled,
+    choice,
+    flag,
+    integer,
+    number,
+    unknown_keyword,
+)
+from pyllamabatch.llama import runtime
 from pyllamabatch.raw import ffi, lib
 
-PathLike = str | os.PathLike[str]
 KvOverride = bool | int | float | str
 Progress = Callable[[float], bool | None]
 
 
-def gguf_file(path: PathLike) -> bytes:
-    """The path as llama.cpp takes it, after the checks whose failures it reports badly."""
-    name = os.fspath(path)
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise ArgumentError("path", path, "must be the name of a file")
-    try:
-        with open(name, "rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise ModelLoadError(name, error.strerror or str(error)) from None
-    if magic != b"GGUF":
-        raise ModelLoadError(name, f"not a GGUF file: it begins with {magic!r}")
-    return os.fsencode(name)
+def fill(struct: Any, params: Mapping[str, object], reserved: frozenset[str]) -> None:
+    """Set the fields of a parameter struct. `reserved` fields are managed by us and refused.
+
+    Enums take their number or the distinctive part of their name in lower case ("q8_0", "mean",
+    "enabled"); pointers take cdata, which the caller keeps alive.
+    """
+    fields = {name: field.type for name, field in ffi.typeof(struct).fields}
+    for name, value in params.items():
+        if name not in fields or name in reserved:
+            raise unknown_keyword(name, value, set(fields) - reserved)
+        setattr(struct, name, convert(name, value, fields[name]))
+
+
+def read(struct: Any) -> dict[str, Any]:
+    """A struct's fields as a dict."""
+    return {name: getattr(struct, name) for name, _ in ffi.typeof(struct).fields}
+
+
+def convert(name: str, value: object, ctype: Any) -> Any:
+    """`value` as the field `name` of that C type takes it, or `ArgumentError`."""
+    if ctype.kind == "enum":
+        return _enum(name, value, ctype)
+    if ctype.kind in ("pointer", "function"):
+        if value is None:
+            return ffi.NULL
+        if not isinstance(value, ffi.CData):
+            raise ArgumentError(name, value, f"must be cdata of type {ctype.cname}, or None")
+        return ffi.cast(ctype, value)
+    if ctype.cname in ("_Bool", "bool"):
+        return flag(name, value)
+    if ctype.cname in ("float", "double"):
+        return number(name, value)
+    return _int(name, value, ctype)
+
+
+def _int(name: str, value: object, ctype: Any) -> int:
+    signed = int(ffi.cast(ctype, -1)) < 0
+    bits = 8 * ffi.sizeof(ctype)
+    low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
+    return integer(name, value, low, high)
+
+
+def _enum(name: str, value: object, ctype: Any) -> int:
+    numbers: dict[str, int] = ctype.relements
+    prefix = next(iter(numbers))
+    while not all(name.startswith(prefix) for name in numbers):
+        prefix = prefix[: prefix.rstrip("_").rfind("_") + 1]
+    if isinstance(value, int) and not isinstance(value, bool) and value in numbers.values():
+        return int(value)
+    words = {key[len(prefix) :].lower(): n for key, n in numbers.items()}
+    return words[choice(name, value.lower() if isinstance(value, str) else value, words)]
 
 
 def device_list(names: Sequence[str]) -> Any:
-    known = _backend.devices()
+    known = runtime.devices()
     found = []
     for name in names:
         if name not in known:

@@ -1,14 +1,20 @@
-"""One-time start of llama.cpp: the log ring, the backends, `llama_backend_init`."""
+"""What llama.cpp runs on: its backends, its devices, its log.
+
+llama.cpp's log goes to Python's `logging` under the name "pyllamabatch.llama", which is silent
+until the application gives it (or a parent) a handler. Lines arrive when one of our calls drains
+the ring of native/log.cpp, on the thread that made the call.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pyllamabatch import _native
-from pyllamabatch.llama import log as _log
 from pyllamabatch.raw import ffi, lib
 
 _LIBRARIES = Path(_native.__file__).parent / "lib"  # of an editable install, not the sources
@@ -29,7 +35,7 @@ def ensure() -> None:
             lib.ggml_backend_load_all_from_path(os.fsencode(_LIBRARIES))
         lib.llama_backend_init()
         _started.set()
-    _log.drain()
+    drain_log()
 
 
 class Device(NamedTuple):
@@ -67,3 +73,64 @@ def text(pointer: object) -> str:
         return ""
     string: bytes = ffi.string(pointer)
     return string.decode("utf-8", "replace")
+
+
+# -- the log --
+
+logger = logging.getLogger("pyllamabatch.llama")
+logging.getLogger("pyllamabatch").addHandler(logging.NullHandler())
+
+_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
+
+
+class _LogDrain:
+    """Puts fragments together into lines; one thread at a time."""
+
+    SIZE = 1 << 16
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._buffer = ffi.new("char[]", self.SIZE)
+        self._level = ffi.new("int32_t *")
+        self._dropped = ffi.new("int64_t *")
+        self._partial = ""
+        self._lowest = 0  # the level below which the ring takes nothing
+
+    def __call__(self) -> None:
+        """Give what llama.cpp has logged so far to `logging`."""
+        if not self._lock.acquire(blocking=False):
+            return  # the thread that drains now takes our lines too
+        try:
+            lowest = next((n for n, level in _LEVELS.items() if logger.isEnabledFor(level)), 4)
+            if lowest != self._lowest:
+                lib.plb_log_set_level(lowest)
+                self._lowest = lowest
+            while True:
+                size = lib.plb_log_drain(self._buffer, self.SIZE, self._level, self._dropped)
+                if self._dropped[0]:
+                    logger.warning("%d fragments of llama.cpp's log were lost", self._dropped[0])
+                if size <= 0:
+                    return
+                text = ffi.buffer(self._buffer, size)[:].decode("utf-8", "replace")
+                self._emit(_LEVELS.get(self._level[0], logging.INFO), self._partial + text)
+        finally:
+            self._lock.release()
+
+    def _emit(self, level: int, text: str) -> None:
+        *lines, self._partial = text.split("\n")
+        for line in lines:
+            if line.strip(" ."):  # the dots are llama.cpp's progress bar
+                logger.log(level, "%s", line)
+
+
+drain_log = _LogDrain()
+
+
+def logged(call: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
+    """Call llama.cpp: what it returned, and the warnings and errors that it logged meanwhile."""
+    lib.plb_log_mark()
+    value = call(*arguments)
+    buffer = ffi.new("char[]", 4096)
+    size = lib.plb_log_errors(buffer, 4096)
+    drain_log()
+    return value, ffi.buffer(buffer, max(size, 0))[:].decode("utf-8", "replace").strip()

@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import struct
-import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,16 +25,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyllamabatch.errors import StateError, UnsupportedOperation
-from pyllamabatch.llama import log as _log
-from pyllamabatch.llama.structs import integer
+from pyllamabatch.errors import StateError, UnsupportedOperation, integer
+from pyllamabatch.llama import runtime
+from pyllamabatch.llama.host import write_whole
 from pyllamabatch.raw import ffi, lib
 
 if TYPE_CHECKING:
     from pyllamabatch.llama.context import Context
-    from pyllamabatch.llama.lora_set import LoraNames
+    from pyllamabatch.llama.host import PathLike
+    from pyllamabatch.llama.lora import LoraNames
     from pyllamabatch.llama.model import Model
-    from pyllamabatch.llama.params import PathLike
     from pyllamabatch.llama.vocab import TokenArray, Tokens
 
 _HEADER = struct.Struct("<8sI16sIIQI")
@@ -74,16 +73,15 @@ def save(
         raise UnsupportedOperation(
             f"a shift or copy of sequence {seq} is applied by the next decode: save it after that"
         )
-    _log.mark()
     size = int(lib.llama_state_seq_get_size(context.ptr, seq))
     text = json.dumps({**(note or {}), "context": _facts(context, loras)}).encode()
     start = _HEADER.size + len(ids) + len(text)
     data = bytearray(start + size)
     data[_HEADER.size : start] = ids + text
     body = ffi.from_buffer("uint8_t[]", memoryview(data)[start:], require_writable=True)
-    written = int(lib.llama_state_seq_get_data(context.ptr, body, size, seq))
+    written, log = runtime.logged(lib.llama_state_seq_get_data, context.ptr, body, size, seq)
     if not 0 < written <= size:
-        raise StateError(f"libllama could not save sequence {seq}\n{_log.errors()}")
+        raise StateError(f"libllama could not save sequence {seq}\n{log}")
     del body
     del data[start + written :]
     rest = memoryview(data)[_HEADER.size :]
@@ -104,10 +102,9 @@ def restore(
     if not context.capabilities.has_memory:
         raise UnsupportedOperation("the model keeps nothing between batches")
     context.memory.seq_rm(seq)  # libllama leaves it in place when the saved one is empty
-    _log.mark()
     source = ffi.from_buffer("uint8_t[]", body)
-    if lib.plb_state_seq_set(context.ptr, source, len(body), seq) != len(body):
-        log = _log.errors()
+    taken, log = runtime.logged(lib.plb_state_seq_set, context.ptr, source, len(body), seq)
+    if taken != len(body):
         context.memory.seq_rm(seq)  # what came before the failure
         raise StateError(f"the state does not fit this context; sequence {seq} is empty now\n{log}")
     context.memory.restored(seq)
@@ -174,18 +171,10 @@ def _fingerprint(model: Model) -> bytes:
 
 def write(path: PathLike, data: bytes) -> None:
     """Write whole or not at all."""
-    target = Path(path)
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-            try:
-                file.write(data)
-                file.flush()
-                os.replace(file.name, target)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        write_whole(path, data)
     except OSError as error:
-        raise StateError(f"can't write {target}: {error.strerror or error}") from error
+        raise StateError(f"can't write {os.fspath(path)}: {error.strerror or error}") from error
 
 
 def read(path: PathLike) -> bytes:

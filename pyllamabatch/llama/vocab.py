@@ -16,9 +16,9 @@ from pyllamabatch.errors import (
     PyllamabatchError,
     TokenizeError,
     UnsupportedOperation,
+    integer,
 )
 from pyllamabatch.llama.runtime import text as c_text
-from pyllamabatch.llama.structs import integer
 from pyllamabatch.raw import ffi, lib
 
 if TYPE_CHECKING:

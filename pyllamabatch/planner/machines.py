@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
-import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from pyllamabatch.errors import ArgumentError
-from pyllamabatch.llama import runtime as _backend
+from pyllamabatch.llama import runtime
+from pyllamabatch.llama.host import host_memory
 
 GIB = 2**30
 _CUDA_OVERHEAD = 550 * 2**20  # the driver's context and the kernels; seen on H200 and RTX cards
@@ -63,7 +62,7 @@ def machine(name: str) -> Machine:
 def here() -> Machine:
     """This machine: memory and device limit as they are without our own processes. Several GPUs
     count together."""
-    devices = [d for d in _backend.devices().values() if d.kind in ("gpu", "igpu") and d.total]
+    devices = [d for d in runtime.devices().values() if d.kind in ("gpu", "igpu") and d.total]
     if not devices:
         return Machine("here", "cpu", host_memory(), 0, 0, "control group and physical memory")
     total = sum(d.total for d in devices)
@@ -72,34 +71,6 @@ def here() -> Machine:
         source = "iogpu.wired_limit_mb" if wired else "recommendedMaxWorkingSetSize"
         return Machine("here", "metal", host_memory(), wired or total, 0, source)
     return Machine("here", "cuda", host_memory(), total, _CUDA_OVERHEAD, "the driver")
-
-
-def host_memory() -> int:
-    """Physical memory, or what the control group allows of it."""
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min([physical, *_allowed()])
-
-
-def host_available() -> int:
-    """What could be allocated now: as /proc says, where there is one, and never more than the
-    control group allows."""
-    free = [
-        1024 * int(line.split()[1])
-        for line in _lines("/proc/meminfo")
-        if line.startswith("MemAvailable:")
-    ]
-    return min([host_memory(), *free])
-
-
-def _allowed() -> list[int]:
-    return [int(line) for line in _lines("/sys/fs/cgroup/memory.max") if line.strip().isdigit()]
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
 
 
 def sysctl(name: str) -> int:

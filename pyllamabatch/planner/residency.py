@@ -19,15 +19,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pyllamabatch.cost.where import memory_parts
-from pyllamabatch.errors import NotEnoughMemory
-from pyllamabatch.llama import runtime as _backend
+from pyllamabatch.errors import NotEnoughMemory, integer
+from pyllamabatch.llama import runtime
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.handle import Owner
+from pyllamabatch.llama.host import PathLike, host_available
 from pyllamabatch.llama.limits import MAX_CTX
 from pyllamabatch.llama.model import Model
-from pyllamabatch.llama.params import PathLike
-from pyllamabatch.llama.structs import integer
-from pyllamabatch.planner.machines import Machine, host_available
+from pyllamabatch.planner.machines import Machine
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +100,7 @@ class Projector(Owner):
         """mmap: the model will be mapped, as is libllama's default. model_params: as for `Model`
         (devices, n_gpu_layers, splits, ...)."""
         self.model = Model(path, no_alloc=True, **model_params)
-        self._mmap = mmap and _backend.mmap_works()
+        self._mmap = mmap and runtime.mmap_works()
 
     @property
     def ptr(self) -> Any:
@@ -132,7 +131,7 @@ class Projector(Owner):
 
 def footprint_of(context: Context, n_outputs: int, *, mmap: bool) -> Footprint:
     """Of a context of a no_alloc model."""
-    devices = _backend.devices()
+    devices = runtime.devices()
     device = host = Pool()
     logits = 4 * max(n_outputs, context.n_seq_max) * context.model.n_vocab
     for part in memory_parts(context):
@@ -206,7 +205,7 @@ def fitting_n_ctx(model: Model, n_ctx: int, *, shrink: bool, **params: Any) -> i
 
     Where even a generous guess fits twice, nothing is projected.
     """
-    devices = [d.free for d in _backend.devices().values() if d.kind != "cpu" and d.total]
+    devices = [d.free for d in runtime.devices().values() if d.kind != "cpu" and d.total]
     available = Footprint(Pool(compute=sum(devices)), Pool(compute=host_available()))
     if 2 * _generous(model, n_ctx, params) <= (sum(devices) or available.total):
         return n_ctx

@@ -51,14 +51,12 @@ def schema_to_gbnf(text: str) -> str:
     """The grammar (GBNF, start rule `root`) of the JSON texts that a schema allows; `text` is the
     schema as `schema_text` gives it. Raises GrammarError for one that the converter does not
     understand, or could only keep in part."""
-    from pyllamabatch.llama import log as _log
+    from pyllamabatch.llama import runtime
     from pyllamabatch.raw import ffi, lib
 
-    _log.mark()
-    out = lib.plb_json_schema_to_gbnf(text.encode())
-    log = _log.errors()
+    out, log = runtime.logged(lib.plb_json_schema_to_gbnf, text.encode())
     if out == ffi.NULL:
-        raise GrammarError(f"the JSON schema can't be made a grammar: {log.strip()}")
+        raise GrammarError(f"the JSON schema can't be made a grammar: {log}")
     grammar: bytes = ffi.string(ffi.gc(out, lib.plb_text_free))
     return grammar.decode()
 

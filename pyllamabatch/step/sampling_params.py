@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pyllamabatch.errors import ArgumentError
+from pyllamabatch.errors import ArgumentError, checked_keywords, flag, integer, number
 from pyllamabatch.step.json_schema import Schema, schema_text
 
 INT32_MAX = 2**31 - 1
+FLOAT32_MAX = 3e38  # about: the native side computes in float32
 SEED_MAX = 2**32 - 2  # 2**32 - 1 is libllama's "draw one at random"
 LOGPROBS_MAX = 1024
 GRAMMAR_BYTES_MAX = 1 << 20
@@ -18,6 +18,7 @@ TEMPERATURE_MIN = 1e-4  # smaller ones overflow float32 on their way to what 0 g
 PENALTY_MAX = 1e6
 
 
+@checked_keywords
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """What a request asks of sampling. Raises `ArgumentError` for a value out of its range.
@@ -59,8 +60,8 @@ class SamplingParams:
     seed: int | None = None
     grammar: str | None = None
     json_schema: Schema | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_eog: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
@@ -68,7 +69,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self._integer("max_tokens", 1, INT32_MAX)
         self._integer("min_tokens", 0, self.max_tokens)
-        self._number("temperature", 0.0, math.inf)
+        self._number("temperature", 0.0, FLOAT32_MAX)
         if 0 < self.temperature < TEMPERATURE_MIN:
             limit = f"0 (greedy) or at least {TEMPERATURE_MIN}"
             raise ArgumentError("temperature", self.temperature, limit)
@@ -89,8 +90,7 @@ class SamplingParams:
                 raise ArgumentError("json_schema", self.json_schema, "grammar is given already")
             self._set("json_schema", schema_text(self.json_schema))
         self._freeze_stops()
-        if not isinstance(self.ignore_eog, bool):
-            raise ArgumentError("ignore_eog", self.ignore_eog, "True or False")
+        flag("ignore_eog", self.ignore_eog)
         if self.logprobs is not None:
             self._integer("logprobs", 0, LOGPROBS_MAX)
 
@@ -102,32 +102,19 @@ class SamplingParams:
         object.__setattr__(self, name, value)
 
     def _integer(self, name: str, low: int, high: int) -> None:
-        self._set(name, _as_integer(name, getattr(self, name), low, high))
+        self._set(name, integer(name, getattr(self, name), low, high))
 
     def _number(self, name: str, low: float, high: float) -> None:
-        value = getattr(self, name)
-        limit = f"a number from {low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise ArgumentError(name, value, limit)
-        number = float(value)
-        # float32 is what the native side gets
-        if not (low <= number <= high and abs(number) < 3e38):
-            raise ArgumentError(name, value, limit + ", finite")
-        self._set(name, number)
+        self._set(name, number(name, getattr(self, name), low, high))
 
     def _freeze_logit_bias(self) -> None:
         if not isinstance(self.logit_bias, Mapping):
             raise ArgumentError("logit_bias", self.logit_bias, "a mapping of token id to bias")
         frozen: dict[int, float] = {}
         for token, bias in self.logit_bias.items():
-            key = _as_integer("logit_bias", token, 0, INT32_MAX)
-            limit = "a bias from -1e30 to 1e30, or -inf"
-            if isinstance(bias, bool) or not isinstance(bias, numbers.Real):
-                raise ArgumentError(f"logit_bias[{key}]", bias, limit)
-            number = float(bias)
-            if not (abs(number) <= 1e30 or number == -math.inf):
-                raise ArgumentError(f"logit_bias[{key}]", bias, limit)
-            frozen[key] = number
+            key = integer("logit_bias", token, 0, INT32_MAX)
+            excluded = isinstance(bias, float) and bias == -math.inf
+            frozen[key] = bias if excluded else number(f"logit_bias[{key}]", bias, -1e30, 1e30)
         self._set("logit_bias", frozen)
 
     def _check_grammar(self) -> None:
@@ -152,15 +139,6 @@ class SamplingParams:
                 raise ArgumentError("stop", text, "texts of at least one character")
         self._set("stop", texts)
         tokens = self.stop_token_ids
-        ids = tuple(tokens) if isinstance(tokens, Iterable) else (tokens,)
-        checked = (_as_integer("stop_token_ids", token, 0, INT32_MAX) for token in ids)
+        ids = tokens if isinstance(tokens, Iterable) else (tokens,)
+        checked = (integer("stop_token_ids", token, 0, INT32_MAX) for token in ids)
         self._set("stop_token_ids", tuple(checked))
-
-
-def _as_integer(name: str, value: object, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ArgumentError(name, value, f"an integer from {low} to {high}")
-    number = int(value)
-    if not low <= number <= high:
-        raise ArgumentError(name, value, f"an integer from {low} to {high}")
-    return number

@@ -33,8 +33,8 @@ from pyllamabatch.errors import (
     FatalDecodeError,
     GrammarError,
     UnsupportedOperation,
+    integer,
 )
-from pyllamabatch.llama.structs import integer
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.native import (
     PATHS,

@@ -23,7 +23,7 @@ from pyllamabatch.errors import (
     SamplingError,
 )
 from pyllamabatch.kv import Sharing, SwapChoice
-from pyllamabatch.llama.lora_set import LoraSet
+from pyllamabatch.llama.lora import LoraSet
 from pyllamabatch.scheduler import Limits, Plan, StepView, sarathi
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.engine_fakes import Rig, solo

@@ -10,7 +10,7 @@ import pytest
 
 from pyllamabatch import Model
 from pyllamabatch.errors import ModelLoadError
-from pyllamabatch.llama import log as _log
+from pyllamabatch.llama import runtime
 from pyllamabatch.raw import ffi, lib
 from tests.support.models_gguf import gguf_path
 
@@ -25,7 +25,7 @@ def test_levels(tiny_llama_path: Path, caplog: pytest.LogCaptureFixture) -> None
     counts = []
     for level in (logging.WARNING, logging.INFO, logging.DEBUG):
         with caplog.at_level(level, logger=LOGGER):
-            _log.drain()
+            runtime.drain_log()
             caplog.clear()
             Model(tiny_llama_path).close()
             counts.append(len(messages(caplog)))
@@ -37,18 +37,18 @@ def test_a_full_ring_drops_the_oldest(
 ) -> None:
     path = str(tiny_llama_path).encode()
     with caplog.at_level(logging.DEBUG, logger=LOGGER):
-        _log.drain()
+        runtime.drain_log()
         caplog.clear()
         for _ in range(30):
             lib.llama_model_free(
                 lib.llama_model_load_from_file(path, lib.llama_model_default_params())
             )
-        _log.drain()
+        runtime.drain_log()
     lines = messages(caplog)
     assert any("were lost" in line for line in lines)
     assert sum(map(len, lines)) < 2**18
     caplog.clear()
-    _log.drain()
+    runtime.drain_log()
     assert messages(caplog) == []
 
 

@@ -12,8 +12,9 @@ from pyllamabatch import Engine, Model
 from pyllamabatch.cli import main
 from pyllamabatch.cost.where import memory_parts
 from pyllamabatch.errors import ArgumentError, NotEnoughMemory
+from pyllamabatch.llama.host import host_available
 from pyllamabatch.planner import residency
-from pyllamabatch.planner.machines import GIB, MACHINES, Machine, here, host_available, machine
+from pyllamabatch.planner.machines import GIB, MACHINES, Machine, here, machine
 from pyllamabatch.planner.residency import Footprint, Pool, Projector, most
 
 

@@ -53,6 +53,15 @@ def test_bad_values_name_the_argument_the_value_and_the_limit(name: str, value: 
     assert name in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("temp", "temperature"), ("max_new_tokens", "max_tokens"), ("stops", "stop")],
+)
+def test_an_unknown_keyword_names_the_nearest_one(wrong: str, right: str) -> None:
+    with pytest.raises(ArgumentError, match=f"{wrong}=1: no such parameter; did you mean {right}"):
+        SamplingParams(**{wrong: 1})
+
+
 def test_defaults_are_llama_cpps() -> None:
     params = SamplingParams()
     assert (params.temperature, params.top_k, params.top_p, params.min_p) == (0.8, 40, 0.95, 0.05)
@@ -64,7 +73,7 @@ def test_defaults_are_llama_cpps() -> None:
 
 def test_values_are_normalised() -> None:
     params = SamplingParams(
-        stop="end",  # type: ignore[arg-type]
+        stop="end",
         stop_token_ids=np.array([3, 4]),  # type: ignore[arg-type]
         logit_bias={np.int32(5): 1},
         max_tokens=np.int64(7),

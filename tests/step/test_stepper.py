@@ -21,7 +21,7 @@ from pyllamabatch.errors import (
     InvalidBatch,
     KvCacheFull,
 )
-from pyllamabatch.llama import runtime as _backend
+from pyllamabatch.llama import runtime
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.raw import ffi, lib
@@ -645,7 +645,7 @@ def test_the_result_is_one_object_that_steps_overwrite(stepper: Stepper) -> None
 
 
 def test_nothing_is_printed(stepper: Stepper, capfd: pytest.CaptureFixture[str]) -> None:
-    _backend.ensure()
+    runtime.ensure()
     generate(stepper, SamplingParams(temperature=0, max_tokens=3, grammar="root ::= [a-z ]*"))
     n = write(stepper, PROMPT)
     stepper.rows.pos[0] = 99

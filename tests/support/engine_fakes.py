@@ -22,7 +22,7 @@ from pyllamabatch.engine.request import Request
 from pyllamabatch.engine.stream import Stream
 from pyllamabatch.errors import ContextCreateError, StateError, UnsupportedOperation
 from pyllamabatch.kv import Sharing, SwapChoice, SwapSpace
-from pyllamabatch.llama.lora_set import LoraNames, LoraSet
+from pyllamabatch.llama.lora import LoraNames, LoraSet
 from pyllamabatch.scheduler import Limits, Policy, Scheduler
 from pyllamabatch.step.ring_reader import Page
 from pyllamabatch.step.sampling_params import SamplingParams

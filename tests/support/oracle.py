@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pyllamabatch.llama import runtime as _backend
+from pyllamabatch.llama import runtime
 from pyllamabatch.raw import ffi, lib
 from tests.support.models_gguf import CONTROL_TOKENS, N_VOCAB, gguf_path
 
@@ -61,7 +61,7 @@ class RawModel:
     """A `llama_model *` and its vocabulary's size."""
 
     def __init__(self, path: Path) -> None:
-        _backend.ensure()  # libllama's log goes to logging instead of the terminal
+        runtime.ensure()  # libllama's log goes to logging instead of the terminal
         params = lib.llama_model_default_params()
         self.ptr = lib.llama_model_load_from_file(os.fsencode(path), params)
         assert self.ptr != ffi.NULL, path
