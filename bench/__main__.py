@@ -9,7 +9,7 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING, Protocol, cast
 
-from bench import suite
+from bench import pair, suite
 from bench.models import quantised
 from bench.shapes import SHAPES
 from bench.tools import ToolError, tool
@@ -67,6 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         bench.add_arguments(commands.add_parser(name, help=about(bench), description=bench.__doc__))
     whole = commands.add_parser("all", help="every bench, one after the other")
     suite.add_arguments(whole)
+    pair.add_arguments(commands.add_parser("pair", help="one bench in two checkouts, in turns"))
     if needed(words[0] if words else ""):  # it reads rows, whose type is the package's
         from bench import summary
 
@@ -95,7 +96,7 @@ def needed(command: str) -> tuple[str, ...]:
     """The benches that a command imports: itself, or none for what is made before the package."""
     if command in BENCHES:
         return (command,)
-    return () if command in ("tool", "model") else BENCHES
+    return () if command in ("pair", "tool", "model") else BENCHES
 
 
 def run(options: argparse.Namespace) -> int:
@@ -103,6 +104,8 @@ def run(options: argparse.Namespace) -> int:
         return load(options.command).main(options)
     if options.command == "all":
         return suite.main(options, {name: load(name).QUICK for name in BENCHES})
+    if options.command == "pair":
+        return pair.main(options)
     if options.command == "report":
         from bench import summary
 
