@@ -34,7 +34,7 @@ from ..step.trace import StepTrace, Trace, trace_dtype
 from . import aio
 from .core import EngineCore
 from .input_processor import InputProcessor, Prompt
-from .kv_config import n_kept, sharing_of, swap_choice
+from .kv_config import n_cached, sharing_of, swap_choice
 from .request import Options, seconds_of
 from .sequence import Sequence as InteractiveSequences
 from .stats import EngineStats, stats_of
@@ -149,7 +149,7 @@ class Engine:
         if prefix_cache is None:
             prefix_cache = bool(context_params["kv_unified"])
         if prefix_cache:
-            n_slots += n_kept(model, n_seq_max, min(n_batch, n_ctx), context_params)
+            n_slots += n_cached(model, n_seq_max, min(n_batch, n_ctx), context_params)
         context_params |= {"n_batch": n_batch, "n_ubatch": n_ubatch, "n_seq_max": n_slots}
         n_ctx = fitting_n_ctx(model, n_ctx, shrink=ours_to_choose, **context_params)
         context = Context(model, n_ctx=n_ctx, n_outputs_max=n_slots, **context_params)
@@ -170,7 +170,7 @@ class Engine:
                 patience=patience,
                 cost=self.cost,
                 sharing=sharing_of(context, n_seq_max),
-                keep=bool(prefix_cache),
+                retain=bool(prefix_cache),
                 swap=swap_choice(context, preemption),
             )
             stepper = StreamStepper(

@@ -16,7 +16,7 @@ MOST_STATES = 8  # slots for kept recurrent states: each takes the memory of a w
 LEAST_KEPT = 16  # slots for what is kept in shared cells: they cost a row of logits each
 
 
-def n_kept(model: Model, n_seq_max: int, n_batch: int, params: dict[str, Any]) -> int:
+def n_cached(model: Model, n_seq_max: int, n_batch: int, params: dict[str, Any]) -> int:
     """Slots for what is kept, beyond the `n_seq_max` that may run.
 
     None where a slot has cells of its own (separate streams, and sliding windows with
@@ -43,7 +43,7 @@ def sharing_of(context: Context, n_seq_max: int) -> Sharing:
         trim=can.partial_removal,
         window=can.swa_window,
         tries=swa_full,
-        n_kept=context.n_seq_max - n_seq_max,
+        n_cached=context.n_seq_max - n_seq_max,
     )
 
 

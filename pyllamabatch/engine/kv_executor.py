@@ -69,7 +69,7 @@ class KvExecutor:
                 state = self._space.take(move.id)
                 self._states.state_seq_set(state, slot, self._loras_of(move.id))
                 self._check(slot, n)
-            self._scheduler.starts.swap.copied(len(state), perf_counter() - start, n)
+            self._scheduler.admission.swap.copied(len(state), perf_counter() - start, n)
 
     def _check(self, slot: int, n: int) -> None:
         held = self._memory.pos_max(slot) + 1
@@ -81,11 +81,11 @@ class KvExecutor:
         if move.kind == "remove":
             raise RuntimeError(f"sequence {move.slot} can't be removed")
         if move.kind == "save":
-            self._scheduler.starts.lost_saved(move.id)
+            self._scheduler.admission.drop_saved(move.id)
         elif move.id:
-            self._scheduler.failed_start(move.id)
+            self._scheduler.start_failed(move.id)
             return True
         else:  # of what is kept
             self._memory.seq_rm(move.slot)
-            self._scheduler.starts.cache.drop(move.slot)
+            self._scheduler.admission.cache.drop(move.slot)
         return False

@@ -107,16 +107,16 @@ class Recovery:
         self.n_restarts += 1
         for id in reversed(scheduler.running_ids()):
             self._slot_table.leave(id, scheduler.preempt(id, worth=False))
-        scheduler.drop_kept()
+        scheduler.drop_cached()
 
     def _make_room(self) -> bool:
         """libllama found no cells although the accounting has them: what is kept goes, and if
         there is
         nothing the newest sequence gives way. False: a sequence that is alone can't be helped."""
-        if self._scheduler.drop_kept():
+        if self._scheduler.drop_cached():
             log.warning("llama_decode found no KV cells: kept prefixes are dropped")
             return True
-        shed = self._scheduler.shed()
+        shed = self._scheduler.preempt_newest()
         if shed is None:
             return False
         log.warning("llama_decode found no KV cells: sequence %d is preempted", shed[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from .accounting import KvAccounting, Slots
 from .prefix_cache import Hit, KvOperation, PrefixCache, Sharing
-from .radix_tree import PrefixTree
+from .radix_tree import RadixTree
 from .swap import Preemption, SwapChoice, SwapSpace
 
 __all__ = [
@@ -14,7 +14,7 @@ __all__ = [
     "KvOperation",
     "Preemption",
     "PrefixCache",
-    "PrefixTree",
+    "RadixTree",
     "Sharing",
     "Slots",
     "SwapChoice",

@@ -5,7 +5,7 @@ once, and is free when the last of them has left it. With a unified cache all se
 one pool of `n_cells`; with separate streams each slot has `n_cells_seq` of its own and nothing is
 shared.
 
-A slot (sequence id of the context) is live while a sequence runs in it, or kept: what it holds
+A slot (sequence id of the context) is live while a sequence runs in it, or cached: what it holds
 waits for somebody whose text begins in the same way, and can be dropped at any time.
 
 What is counted is positions, which is what the layers with full attention hold. Layers with a
@@ -35,7 +35,7 @@ class _Run:
     start: int
     end: int
     n_live: int
-    n_kept: int
+    n_cached: int
     cell: float = 0.0
 
 
@@ -50,13 +50,13 @@ class KvAccounting:
     """
 
     __slots__ = (
+        "_cached",
         "_first",
         "_head",
         "_held",
-        "_kept",
         "_last",
         "_live",
-        "_n_kept",
+        "_n_cached",
         "_own_from",
         "_reach",
         "_runs",
@@ -84,24 +84,24 @@ class KvAccounting:
         self._held = np.zeros(n_seq_max, dtype=np.int64)
         self._own_from = [0] * n_seq_max
         self._runs: list[list[_Run]] = [[] for _ in range(n_seq_max)]
-        self._kept = [False] * n_seq_max
+        self._cached = [False] * n_seq_max
         self._used = 0  # cells that any slot holds
         self._head = self._reach = 0.0  # where the next row looks; behind the last cell
         self._first = np.full(n_seq_max, np.inf)  # about, of each slot's cells
         self._last = np.zeros(n_seq_max)
-        self._n_kept = 0  # of these, cells that no live slot holds
+        self._n_cached = 0  # of these, cells that no live slot holds
 
     # -- what there is
 
     @property
     def used(self) -> int:
-        """Cells that somebody holds, kept ones included."""
+        """Cells that somebody holds, cached ones included."""
         return self._used
 
     @property
-    def kept(self) -> int:
-        """Cells that only kept slots hold: they can be had by dropping these."""
-        return self._n_kept
+    def cached(self) -> int:
+        """Cells that only cached slots hold: they can be had by dropping these."""
+        return self._n_cached
 
     @property
     def empty(self) -> int:
@@ -112,7 +112,7 @@ class KvAccounting:
     def free(self) -> int:
         """Cells that no live slot holds. With separate streams not every slot can use all of them:
         see `room`."""
-        return self.n_cells - self._used + self._n_kept
+        return self.n_cells - self._used + self._n_cached
 
     @property
     def reach(self) -> int:
@@ -133,12 +133,14 @@ class KvAccounting:
         """Positions of the one of `slots` that has most."""
         return int(self._held[slots].max())
 
-    def is_kept(self, slot: int) -> bool:
-        return self._kept[slot]
+    def is_cached(self, slot: int) -> bool:
+        return self._cached[slot]
 
     def alone(self, slot: int) -> int:
         """Cells that no other slot holds: what `release` would empty."""
-        shared = sum(run.end - run.start for run in self._runs[slot] if run.n_live + run.n_kept > 1)
+        shared = sum(
+            run.end - run.start for run in self._runs[slot] if run.n_live + run.n_cached > 1
+        )
         return int(self._held[slot]) - shared
 
     def live_alone(self, slot: int) -> int:
@@ -148,7 +150,7 @@ class KvAccounting:
 
     def not_live(self, slot: int, n: int) -> int:
         """Of the first `n` positions of `slot` the cells that no live slot holds."""
-        if not self._kept[slot]:
+        if not self._cached[slot]:
             return 0
         own = max(0, n - self._own_from[slot])
         runs = (run for run in self._runs[slot] if run.n_live == 0 and run.start < n)
@@ -163,7 +165,7 @@ class KvAccounting:
 
     def take(self, slot: int, n: int) -> None:
         """Give `n` more cells to a live `slot`; ValueError when they are not there."""
-        if n < 0 or n > self.room(slot) or self._kept[slot]:
+        if n < 0 or n > self.room(slot) or self._cached[slot]:
             raise ValueError(f"slot {slot} asks for {n} cells, there is room for {self.room(slot)}")
         self._place(slot, n)
         self._held[slot] += n
@@ -182,7 +184,7 @@ class KvAccounting:
     def share(self, source: int, target: int, n: int) -> None:
         """The empty `target` becomes live and holds the first `n` positions of `source`, too. In a
         unified cache these are the same cells, in separate streams a copy."""
-        if self._held[target] or self._kept[target] or source == target:
+        if self._held[target] or self._cached[target] or source == target:
             raise ValueError(f"slot {target} can't share with {source}: it is not empty")
         if not 0 < n <= self._held[source]:
             raise ValueError(f"{n} of {self._held[source]} positions of slot {source}")
@@ -193,49 +195,49 @@ class KvAccounting:
         runs = self._runs[target] = [run for run in self._runs[source] if run.start < n]
         for run in runs:
             if run.n_live == 0:
-                self._n_kept -= run.end - run.start
+                self._n_cached -= run.end - run.start
             run.n_live += 1
         self._held[target] = self._own_from[target] = n
         self._first[target], self._last[target] = self._first[source], runs[-1].cell
 
-    def keep(self, slot: int) -> None:
-        """A live slot is not live any more, what it holds is kept."""
-        if self._kept[slot]:
-            raise ValueError(f"slot {slot} is kept already")
-        self._kept[slot] = True
-        self._n_kept += int(self._held[slot]) - self._own_from[slot]
+    def cache(self, slot: int) -> None:
+        """A live slot is not live any more, what it holds is cached."""
+        if self._cached[slot]:
+            raise ValueError(f"slot {slot} is cached already")
+        self._cached[slot] = True
+        self._n_cached += int(self._held[slot]) - self._own_from[slot]
         for run in self._runs[slot]:
             run.n_live -= 1
-            run.n_kept += 1
+            run.n_cached += 1
             if run.n_live == 0:
-                self._n_kept += run.end - run.start
+                self._n_cached += run.end - run.start
 
     def revive(self, slot: int) -> None:
-        """A kept slot is live again, with all that it holds."""
-        if not self._kept[slot]:
+        """A cached slot is live again, with all that it holds."""
+        if not self._cached[slot]:
             raise ValueError(f"slot {slot} is live")
-        self._kept[slot] = False
-        self._n_kept -= int(self._held[slot]) - self._own_from[slot]
+        self._cached[slot] = False
+        self._n_cached -= int(self._held[slot]) - self._own_from[slot]
         for run in self._runs[slot]:
             if run.n_live == 0:
-                self._n_kept -= run.end - run.start
+                self._n_cached -= run.end - run.start
             run.n_live += 1
-            run.n_kept -= 1
+            run.n_cached -= 1
 
     def trim(self, slot: int, n: int) -> int:
         """Only the first `n` positions of `slot` are held from now on; returns how many cells that
-        empties. A kept slot that holds nothing is live again."""
+        empties. A cached slot that holds nothing is live again."""
         held = int(self._held[slot])
         if not 0 <= n <= held:
             raise ValueError(f"{n} of {held} positions of slot {slot}")
-        kept, runs = self._kept[slot], self._runs[slot]
+        cached, runs = self._cached[slot], self._runs[slot]
         own = held - max(n, self._own_from[slot])
         emptied = max(own, 0)
         at = self._cell(slot, held - emptied) if self.unified else 0.0  # from where on it empties
         if n < self._own_from[slot]:
             self._cut(slot, n)
             while runs and runs[-1].start >= n:
-                left = self._leave(runs.pop(), kept)
+                left = self._leave(runs.pop(), cached)
                 if left:
                     at = self._before(slot)
                 emptied += left
@@ -247,9 +249,9 @@ class KvAccounting:
             if n == 0:
                 self._first[slot], self._last[slot] = np.inf, 0.0
         self._held[slot] = n
-        if kept:
-            self._n_kept -= max(own, 0)
-            self._kept[slot] = n > 0
+        if cached:
+            self._n_cached -= max(own, 0)
+            self._cached[slot] = n > 0
         self._used -= emptied
         if self.unified:
             self._reach = max(self._used, float(self._last.max()))
@@ -290,13 +292,13 @@ class KvAccounting:
         """Make position `n` of `slot` the end of a run."""
         runs, own_from = self._runs[slot], self._own_from[slot]
         if n > own_from:  # what was its own is a run of one holder
-            kept = self._kept[slot]
-            runs.append(_Run(own_from, n, not kept, kept, self._cell(slot, n)))
+            cached = self._cached[slot]
+            runs.append(_Run(own_from, n, not cached, cached, self._cell(slot, n)))
             self._own_from[slot] = n
             return
         for i, run in enumerate(runs):
             if run.start < n < run.end:
-                rest = _Run(n, run.end, run.n_live, run.n_kept, run.cell)
+                rest = _Run(n, run.end, run.n_live, run.n_cached, run.cell)
                 first = self._before(slot, i)
                 run.cell = first + (run.cell - first) * (n - run.start) / (run.end - run.start)
                 run.end = n
@@ -305,24 +307,23 @@ class KvAccounting:
                         others.insert(others.index(run) + 1, rest)
                 return
 
-    def _leave(self, run: _Run, kept: bool) -> int:
+    def _leave(self, run: _Run, cached: bool) -> int:
         """One holder of `run` less; how many cells that empties."""
         n = run.end - run.start
-        if kept:
-            run.n_kept -= 1
-            if run.n_live + run.n_kept == 0:
-                self._n_kept -= n
+        if cached:
+            run.n_cached -= 1
+            if run.n_live + run.n_cached == 0:
+                self._n_cached -= n
                 return n
         else:
             run.n_live -= 1
             if run.n_live == 0:
-                if run.n_kept == 0:
+                if run.n_cached == 0:
                     return n
-                self._n_kept += n
+                self._n_cached += n
         return 0
 
     def __repr__(self) -> str:
         kind = "unified" if self.unified else "streams"
-        return (
-            f"KvAccounting({kind}, {self._used} of {self.n_cells} cells held, {self._n_kept} kept)"
-        )
+        held = f"{self._used} of {self.n_cells} cells held"
+        return f"KvAccounting({kind}, {held}, {self._n_cached} cached)"

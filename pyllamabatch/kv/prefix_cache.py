@@ -15,18 +15,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .accounting import KvAccounting
-from .radix_tree import PrefixTree, Tokens
+from .radix_tree import RadixTree, Tokens
 
 # Shorter beginnings are computed again: that costs less than a step's wait for them.
-MIN_HIT = 16
+MIN_PREFIX = 16
 
 # Every step looks over the cells that are kept, too, where all share one pool: on an x86 core, four
 # sequences of the embedded model, 1.6 CPU-ms a step with none, 2.4 with 4,000, 3.9 with 12,000. So
 # what nobody has started from yet may take an eighth of the pool, and all of it together half; the
-# first FREE_TO_KEEP cells are not worth counting.
+# first FREE_TO_CACHE cells are not worth counting.
 UNPROVEN_SHARE = 1 / 8
-KEPT_SHARE = 1 / 2
-FREE_TO_KEEP = 2048
+CACHED_SHARE = 1 / 2
+FREE_TO_CACHE = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Sharing:
     - window: a sequence longer than this is only good as a whole, for the older cells of its
       sliding window are given to others; 0: no such limit. tries: they may be there all the same
       (the window has as many cells as the rest), so a part is worth a try.
-    - n_kept: slots beyond those that may run at once, for what is kept.
+    - n_cached: slots beyond those that may run at once, for what is kept.
     """
 
     copy_part: bool = False
@@ -47,7 +47,7 @@ class Sharing:
     trim: bool = False
     window: int = 0
     tries: bool = False
-    n_kept: int = 0
+    n_cached: int = 0
 
     @property
     def any(self) -> bool:
@@ -57,7 +57,7 @@ class Sharing:
     @property
     def at_checkpoints(self) -> bool:
         """Only whole states can be taken over, so they have to be kept at the right positions."""
-        return self.copy_whole and not self.trim and not self.copy_part and self.n_kept > 0
+        return self.copy_whole and not self.trim and not self.copy_part and self.n_cached > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +94,11 @@ Key = tuple[Hashable, bytes]
 
 def key_of(tokens: Tokens, space: Hashable) -> Key:
     """Sequences of different keys can't start from each other."""
-    return space, tokens[:MIN_HIT].tobytes()
+    return space, tokens[:MIN_PREFIX].tobytes()
 
 
 class PrefixCache:
-    """Owns the slots of `accounting`. `keep`: whether what a sequence leaves behind is kept; if
+    """Owns the slots of `accounting`. `retain`: whether what a sequence leaves behind is kept; if
     not,
     live sequences of one space still start from each other.
 
@@ -106,22 +106,22 @@ class PrefixCache:
     of sequences whose hit may have become another one, until somebody clears it. `moves`: what is
     to be done in the memory, in this order, before the next step; whoever does it clears it."""
 
-    def __init__(self, accounting: KvAccounting, sharing: Sharing, *, keep: bool = True) -> None:
+    def __init__(self, accounting: KvAccounting, sharing: Sharing, *, retain: bool = True) -> None:
         self.sharing = sharing
-        self.keep = keep and sharing.any
+        self.retain = retain and sharing.any
         self.kv_operations: list[KvOperation] = []
         self.changed: set[Key] = set()
-        self._ledger = accounting
+        self._accounting = accounting
         self._free = list(range(accounting.n_seq_max))  # empty slots, a heap
-        self._trees: dict[Hashable, PrefixTree] = {}
+        self._trees: dict[Hashable, RadixTree] = {}
         self._known: dict[int, tuple[Key, Tokens]] = {}  # by slot
-        self._kept: OrderedDict[int, None] = OrderedDict()  # slots, the least recently used first
+        self._cached: OrderedDict[int, None] = OrderedDict()  # slots, the least recently used first
         self._proven: set[int] = set()  # kept slots that somebody has started from
         self._stops: dict[int, set[int]] = {}  # by live slot: where a checkpoint is wanted
 
     @property
-    def n_kept(self) -> int:
-        return len(self._kept)
+    def n_cached(self) -> int:
+        return len(self._cached)
 
     # -- looking for a start
 
@@ -131,13 +131,15 @@ class PrefixCache:
         limit = len(tokens) - 1
         for slot, n in self._matches(tokens, space):
             n = min(n, limit)
-            if n < max(best.n, MIN_HIT):
+            if n < max(best.n, MIN_PREFIX):
                 break
-            n, kept = self._usable(slot, n), slot in self._kept
+            n, kept = self._usable(slot, n), slot in self._cached
             # in a stream of its own what is kept needs no copy
-            if n > best.n or (n == best.n and kept and not best_kept and not self._ledger.unified):
+            if n > best.n or (
+                n == best.n and kept and not best_kept and not self._accounting.unified
+            ):
                 best, best_kept = Hit(slot, n), kept
-        if best.n < MIN_HIT:
+        if best.n < MIN_PREFIX:
             return NO_HIT
         return Hit(best.slot, best.n, self._cells(best))
 
@@ -149,9 +151,9 @@ class PrefixCache:
             return NO_HIT
         for slot, n in self._matches(tokens, space):
             n = min(n, limit)
-            if n < n_sure + MIN_HIT:
+            if n < n_sure + MIN_PREFIX:
                 break
-            if slot in self._kept or self._ledger.held(slot) >= n:
+            if slot in self._cached or self._accounting.held(slot) >= n:
                 continue
             if sharing.at_checkpoints:
                 self._stops.setdefault(slot, set()).add(n)
@@ -166,8 +168,8 @@ class PrefixCache:
 
     def _usable(self, slot: int, n: int) -> int:
         """How much of the `n` tokens in common with `slot` a sequence can start from."""
-        sharing, kept = self.sharing, slot in self._kept
-        held = self._ledger.held(slot)
+        sharing, kept = self.sharing, slot in self._cached
+        held = self._accounting.held(slot)
         n = min(n, held)
         copies = sharing.copy_whole or sharing.copy_part
         if n == held:
@@ -177,17 +179,17 @@ class PrefixCache:
         return n if sharing.copy_part or (sharing.trim and (kept or copies)) else 0
 
     def _cells(self, hit: Hit) -> int:
-        takes_over = hit.slot in self._kept and not self._copies(hit)
-        if self._ledger.unified or takes_over:
-            return self._ledger.not_live(hit.slot, hit.n)
+        takes_over = hit.slot in self._cached and not self._copies(hit)
+        if self._accounting.unified or takes_over:
+            return self._accounting.not_live(hit.slot, hit.n)
         return hit.n
 
     def _copies(self, hit: Hit) -> bool:
         """Whether a start from `hit` leaves its slot as it is."""
-        if hit.slot not in self._kept:
+        if hit.slot not in self._cached:
             return True
-        whole = hit.n == self._ledger.held(hit.slot)
-        return self.sharing.n_kept > 0 and (
+        whole = hit.n == self._accounting.held(hit.slot)
+        return self.sharing.n_cached > 0 and (
             self.sharing.copy_part or (whole and self.sharing.copy_whole)
         )
 
@@ -195,7 +197,7 @@ class PrefixCache:
 
     def start(self, id: int, hit: Hit = NO_HIT) -> int:
         """A slot for sequence `id`, which holds the first `hit.n` tokens."""
-        source, n, accounting = hit.slot, hit.n, self._ledger
+        source, n, accounting = hit.slot, hit.n, self._accounting
         copies = n > 0 and self._copies(hit)
         slot = self._take_slot(besides=source) if copies or n == 0 else None
         if n == 0:
@@ -211,8 +213,8 @@ class PrefixCache:
             return source
         held = accounting.held(source)
         whole = n == held or not self.sharing.copy_part
-        if source in self._kept:
-            self._kept.move_to_end(source)
+        if source in self._cached:
+            self._cached.move_to_end(source)
             self._proven.add(source)
         self.kv_operations.append(
             KvOperation("copy", slot, source, held if whole else n, whole, id)
@@ -231,7 +233,7 @@ class PrefixCache:
         self._forget(slot)
         if self.sharing.at_checkpoints:  # where it parts from others, the next one may part as well
             n = min(next(self._matches(tokens, space), (0, 0))[1], len(tokens) - 1)
-            if n >= start + MIN_HIT:
+            if n >= start + MIN_PREFIX:
                 self._stops.setdefault(slot, set()).add(n)
         self._learn(slot, tokens, space)
 
@@ -239,10 +241,10 @@ class PrefixCache:
         """The sequence in `slot` does not run any more. `tokens`: all that it knew, None when what
         it holds is worth nothing. `comes_back`: it is going to start from there again."""
         known = self._known.get(slot)
-        held = self._ledger.held(slot)
-        n = 0 if tokens is None or known is None or not self.keep else min(held, len(tokens))
+        held = self._accounting.held(slot)
+        n = 0 if tokens is None or known is None or not self.retain else min(held, len(tokens))
         self._forget(slot)
-        if n < MIN_HIT or (n < held and not self.sharing.trim):
+        if n < MIN_PREFIX or (n < held and not self.sharing.trim):
             self._empty(slot)
             return
         assert tokens is not None
@@ -252,28 +254,28 @@ class PrefixCache:
             self._empty(slot)
             return
         if n < held:
-            self._ledger.trim(slot, n)
+            self._accounting.trim(slot, n)
             self.kv_operations.append(KvOperation("trim", slot, n=n))
         takes_place = self._drop_covered(tokens, space)
         self._hold(slot, tokens, space)
         if comes_back or takes_place:
             self._proven.add(slot)
-        self._keep_within_bounds()
+        self._evict()
 
     def _hold(self, slot: int, tokens: Tokens, space: Hashable) -> None:
-        self._ledger.keep(slot)
+        self._accounting.cache(slot)
         self._learn(slot, tokens, space)
-        self._kept[slot] = None
+        self._cached[slot] = None
 
     def _learn(self, slot: int, tokens: Tokens, space: Hashable) -> None:
-        self._trees.setdefault(space, PrefixTree()).insert(slot, tokens)
+        self._trees.setdefault(space, RadixTree()).insert(slot, tokens)
         key = key_of(tokens, space)
         self._known[slot] = key, tokens
         self.changed.add(key)
 
     def _forget(self, slot: int) -> None:
         """What `slot` holds is not to be found any more."""
-        self._kept.pop(slot, None)
+        self._cached.pop(slot, None)
         self._proven.discard(slot)
         self._stops.pop(slot, None)
         if slot in self._known:
@@ -289,8 +291,8 @@ class PrefixCache:
         for slot, n in self._matches(tokens, space):
             if n < len(tokens):
                 return False
-            if slot in self._kept and self._usable(slot, n) == n:
-                self._kept.move_to_end(slot)
+            if slot in self._cached and self._usable(slot, n) == n:
+                self._cached.move_to_end(slot)
                 return True
         return False
 
@@ -301,7 +303,7 @@ class PrefixCache:
         if not self.sharing.copy_part or self.sharing.window:
             return proven
         for slot, n in list(self._matches(tokens, space)):
-            if slot in self._kept and n == self._ledger.held(slot):
+            if slot in self._cached and n == self._accounting.held(slot):
                 proven |= slot in self._proven
                 self.drop(slot)
         return proven
@@ -317,12 +319,12 @@ class PrefixCache:
         """Keep copies of the states that were asked for and are there now. Called before each
         step."""
         for slot, stops in list(self._stops.items()):
-            n = self._ledger.held(slot)
+            n = self._accounting.held(slot)
             if n in stops:
                 target = self._take_slot()
                 if target is not None:
                     (space, _), tokens = self._known[slot]
-                    self._ledger.share(slot, target, n)
+                    self._accounting.share(slot, target, n)
                     self.kv_operations.append(KvOperation("copy", target, slot, n, whole=True))
                     self._hold(target, tokens[:n], space)
             left = {stop for stop in stops if stop > n}
@@ -337,51 +339,51 @@ class PrefixCache:
         """Drop what is kept, the least recently used first, until `n` cells are empty. The
         accounting
         has them: see `KvAccounting.free`."""
-        accounting = self._ledger
+        accounting = self._accounting
         if not accounting.unified:
             return
         while accounting.empty < n:
-            slot = next(s for s in self._kept if accounting.not_live(s, accounting.held(s)))
+            slot = next(s for s in self._cached if accounting.not_live(s, accounting.held(s)))
             missing, alone = n - accounting.empty, accounting.alone(slot)
             # not cell by cell: every cut costs a look at all cells
-            cut = max(missing, MIN_HIT, alone // 4)
+            cut = max(missing, MIN_PREFIX, alone // 4)
             left = accounting.held(slot) - cut
-            if self.sharing.trim and not self.sharing.window and cut < alone and left >= MIN_HIT:
+            if self.sharing.trim and not self.sharing.window and cut < alone and left >= MIN_PREFIX:
                 accounting.trim(slot, left)
                 self.kv_operations.append(KvOperation("trim", slot, n=left))
                 self.changed.add(self._known[slot][0])
             else:
                 self.drop(slot)
 
-    def _keep_within_bounds(self) -> None:
-        accounting = self._ledger
-        if not accounting.unified or accounting.kept <= FREE_TO_KEEP:
+    def _evict(self) -> None:
+        accounting = self._accounting
+        if not accounting.unified or accounting.cached <= FREE_TO_CACHE:
             return
-        n_unproven = max(FREE_TO_KEEP, int(UNPROVEN_SHARE * accounting.n_cells))
-        n_kept = max(FREE_TO_KEEP, int(KEPT_SHARE * accounting.n_cells))
-        unproven = [slot for slot in self._kept if slot not in self._proven]
+        n_unproven = max(FREE_TO_CACHE, int(UNPROVEN_SHARE * accounting.n_cells))
+        n_cached = max(FREE_TO_CACHE, int(CACHED_SHARE * accounting.n_cells))
+        unproven = [slot for slot in self._cached if slot not in self._proven]
         n = sum(map(accounting.alone, unproven))
         for slot in unproven:
             if n <= n_unproven:
                 break
             n -= accounting.alone(slot)
             self.drop(slot)
-        while accounting.kept > n_kept:
-            self.drop(next(iter(self._kept)))
+        while accounting.cached > n_cached:
+            self.drop(next(iter(self._cached)))
 
     def drop(self, slot: int) -> None:
         """Empty a kept slot; fine when it is not kept."""
-        if slot in self._kept:
+        if slot in self._cached:
             self._forget(slot)
             self._empty(slot)
 
     def drop_all(self) -> None:
         """Empty all kept slots."""
-        for slot in list(self._kept):
+        for slot in list(self._cached):
             self.drop(slot)
 
     def _empty(self, slot: int) -> None:
-        self._ledger.release(slot)
+        self._accounting.release(slot)
         self.kv_operations.append(KvOperation("remove", slot))
         heapq.heappush(self._free, slot)
 
@@ -389,7 +391,7 @@ class PrefixCache:
         """An empty slot, or the least recently used kept one (but not `besides`), emptied; None
         when all others are live."""
         if not self._free:
-            slot = next((slot for slot in self._kept if slot != besides), None)
+            slot = next((slot for slot in self._cached if slot != besides), None)
             if slot is None:
                 return None
             self.drop(slot)

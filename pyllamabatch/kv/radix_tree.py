@@ -1,4 +1,4 @@
-"""PrefixTree: which of many token sequences begin like a given one.
+"""RadixTree: which of many token sequences begin like a given one.
 
 A radix tree: an edge is a run of tokens, a path from the root is the beginning of every sequence
 below it. Keys are small integers (slots); a key has one sequence at a time.
@@ -28,7 +28,7 @@ class _Node:
         self.children: dict[int, _Node] = {}
 
 
-class PrefixTree:
+class RadixTree:
     """`version` counts the changes: what was found stays true until it moves."""
 
     def __init__(self) -> None:

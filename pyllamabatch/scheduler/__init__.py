@@ -1,6 +1,6 @@
 """The scheduler and its policies: pure Python, no model needed."""
 
-from .gather import CostWindow, Gather, Gathering, Rest, Window
+from .gather import CostWindow, ExpectedSequence, Gather, Gathering, Window
 from .policies import make_policy, policy_names
 from .policies.device_aware import device_aware
 from .policies.fair import fair
@@ -14,31 +14,31 @@ from .policies.slo import slo
 from .policies.static import static
 from .policies.tile_fill import tile_fill
 from .policies.width import width
-from .policy import ComposedPolicy, Decodes, Draft, Policy, Round, Verdict, Width
-from .queue import Line
+from .policy import ComposedPolicy, Decodes, PlanBuilder, Policy, Round, Verdict, Width
+from .queue import SequenceList
 from .rules import RULES
 from .scheduler import Scheduler
-from .step import Chunk, Counters, Step
+from .step import Counters, PromptChunk, Step
 from .tenants import Tenants
 from .view import Limits, Plan, SequenceView, StepView
 
 __all__ = [
     "RULES",
-    "Chunk",
     "ComposedPolicy",
     "CostWindow",
     "Counters",
     "Decodes",
-    "Draft",
+    "ExpectedSequence",
     "Gather",
     "Gathering",
     "Limits",
-    "Line",
     "Plan",
+    "PlanBuilder",
     "Policy",
-    "Rest",
+    "PromptChunk",
     "Round",
     "Scheduler",
+    "SequenceList",
     "SequenceView",
     "Step",
     "StepView",

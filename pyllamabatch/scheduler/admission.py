@@ -16,7 +16,7 @@ LOOKS = 32  # so many waiting sequences at most are looked at again before one s
 
 
 @dataclass(slots=True)
-class Start:
+class StartPoint:
     """What a waiting sequence could start from now. `tokens`: those that it is to compute, None
     when it shares nothing. `pending`: a better beginning that a running one is about to have
     computed. `saved`: positions in its own saved state."""
@@ -37,23 +37,23 @@ class Start:
         return self.saved if self.saved > self.hit.n else self.hit.cells
 
 
-class Starts:
-    """`keep`: see `PrefixCache`. `swap`: what a preemption does."""
+class Admission:
+    """`retain`: see `PrefixCache`. `swap`: what a preemption does."""
 
     def __init__(
         self,
         accounting: KvAccounting,
         sharing: Sharing,
         *,
-        keep: bool = True,
+        retain: bool = True,
         swap: SwapChoice | None = None,
     ) -> None:
-        self.cache = PrefixCache(accounting, sharing, keep=keep)
+        self.cache = PrefixCache(accounting, sharing, retain=retain)
         self.swap = swap or SwapChoice("recompute")
-        self._ledger = accounting
+        self._accounting = accounting
         self._spaces: dict[int, Hashable] = {}  # by id, of all sequences
         self._saved: dict[int, int] = {}  # positions in the saved state, by id
-        self._waiting: dict[int, Start] = {}
+        self._waiting: dict[int, StartPoint] = {}
         self._alike: dict[Key, set[int]] = {}  # who waits, by how they begin
         self._dirty: dict[int, None] = {}  # whom to look at again, in this order
         self._pending: set[int] = set()
@@ -62,8 +62,8 @@ class Starts:
 
     def add(self, id: int, space: Hashable, saved: int = 0) -> None:
         """A new sequence. Those of one `space` may start from each other; None is the space of all
-        that name none, or nobody's when nothing is kept. `saved`: see `Start`."""
-        self._spaces[id] = ("alone", id) if space is None and not self.cache.keep else space
+        that name none, or nobody's when nothing is kept. `saved`: see `StartPoint`."""
+        self._spaces[id] = ("alone", id) if space is None and not self.cache.retain else space
         if saved:
             self._saved[id] = saved
 
@@ -73,10 +73,10 @@ class Starts:
 
     def forget(self, id: int) -> None:
         """A sequence that is in no slot and does not wait ends."""
-        self.lost_saved(id)
+        self.drop_saved(id)
         del self._spaces[id]
 
-    def lost_saved(self, id: int) -> None:
+    def drop_saved(self, id: int) -> None:
         """Its saved state is of no use; fine when there is none."""
         if not self._saved.pop(id, 0):
             return
@@ -87,20 +87,20 @@ class Starts:
     def trim_saved(self, id: int, known: int) -> None:
         """Of a sequence that is in no slot only the first `known` tokens are left."""
         if self._saved.get(id, 0) >= known:
-            self.lost_saved(id)
+            self.drop_saved(id)
 
-    def joined_line(self, id: int, tokens: Tokens | None) -> Start:
+    def start_waiting(self, id: int, tokens: Tokens | None) -> StartPoint:
         """It waits from now on."""
         if tokens is not None and self._saved.get(id, 0) >= len(tokens):
-            self.lost_saved(id)
-        start = self._waiting[id] = Start(tokens, self._saved.get(id, 0))
+            self.drop_saved(id)
+        start = self._waiting[id] = StartPoint(tokens, self._saved.get(id, 0))
         if tokens is not None:
             start.key = key_of(tokens, self._spaces[id])
             self._alike.setdefault(start.key, set()).add(id)
             self._look(id, start)
         return start
 
-    def left_line(self, id: int) -> None:
+    def stop_waiting(self, id: int) -> None:
         """It does not wait any more; fine when it did not."""
         start = self._waiting.pop(id, None)
         if start is None:
@@ -114,7 +114,7 @@ class Starts:
         if not alike:
             del self._alike[start.key]
 
-    def refresh(self) -> list[tuple[int, Start]]:
+    def refresh(self) -> list[tuple[int, StartPoint]]:
         """Who of those that wait could start from something else now. At most `LOOKS` of them at a
         time: the others' turn comes at the next call."""
         changed = self.cache.changed
@@ -125,7 +125,7 @@ class Starts:
         changed.clear()
         for id in self._pending:
             pending = self._waiting[id].pending
-            if self._ledger.held(pending.slot) >= pending.n:
+            if self._accounting.held(pending.slot) >= pending.n:
                 self._dirty[id] = None
         moved = []
         for id in list(islice(self._dirty, LOOKS)):
@@ -138,7 +138,7 @@ class Starts:
                 moved.append((id, start))
         return moved
 
-    def _look(self, id: int, start: Start) -> None:
+    def _look(self, id: int, start: StartPoint) -> None:
         if start.tokens is None:
             return
         space = start.key[0]
@@ -151,14 +151,14 @@ class Starts:
 
     # -- while they run
 
-    def admit(self, id: int, spare: int, fresh: set[int]) -> tuple[int, Start] | None:
+    def admit(self, id: int, spare: int, fresh: set[int]) -> tuple[int, StartPoint] | None:
         """A slot for a sequence that waits, and what it starts from there. `spare`: free cells that
         the rows of this step do not need. `fresh`: slots that were given in the same plan; None,
         and nothing has changed, when it had better wait for one of these."""
         start, cache = self._waiting[id], self.cache
         start.saved = self._saved.get(id, 0)
         if start.tokens is None and not start.saved:
-            self.left_line(id)
+            self.stop_waiting(id)
             return cache.start(id), start
         self._look(id, start)
         if start.pending.slot in fresh:
@@ -170,13 +170,13 @@ class Starts:
             start.hit = NO_HIT
             slot = cache.start(id)
             cache.make_cells(n)
-            self._ledger.take(slot, n)
+            self._accounting.take(slot, n)
             cache.kv_operations.append(KvOperation("load", slot, n=n, id=id))
             del self._saved[id]
         else:
             slot = cache.start(id, start.hit)
-            self.lost_saved(id)
-        self.left_line(id)
+            self.drop_saved(id)
+        self.stop_waiting(id)
         if start.tokens is not None:
             cache.lives(slot, start.tokens, self._spaces[id], n)
         return slot, start
@@ -184,13 +184,13 @@ class Starts:
     def trim(self, id: int, slot: int, n: int, tokens: Tokens | None) -> None:
         """Only the first `n` positions of a running sequence are left, and what comes next may
         differ from what it knew."""
-        self._ledger.trim(slot, n)
+        self._accounting.trim(slot, n)
         if tokens is not None:
             self.cache.lives(slot, tokens[:n], self._spaces[id], n)
 
     def preempt(self, id: int, slot: int, tokens: Tokens | None) -> None:
         """The sequence in `slot` does not run for a while: what it holds is kept, or saved."""
-        n = self._ledger.held(slot)
+        n = self._accounting.held(slot)
         if self.swap.swaps(n):
             self._saved[id] = n
             self.cache.kv_operations.append(KvOperation("save", slot, n=n, id=id))

@@ -21,7 +21,7 @@ SOONEST_SECONDS = 1e-5  # that a thread which is woken can be there
 
 
 @dataclass(frozen=True, slots=True)
-class Rest:
+class ExpectedSequence:
     """A interactive sequence that has nothing to compute, and is expected to have soon. Seconds.
 
     `rested`: since it had nothing to compute any more. `mean`, `spread`: of its rests until now
@@ -54,7 +54,7 @@ class Gathering:
     now: float
     since: float
     n_ready: int
-    expected: tuple[Rest, ...]
+    expected: tuple[ExpectedSequence, ...]
     cost: Any = None
     kv: float = 0.0
 
@@ -64,9 +64,9 @@ class Gathering:
 
 
 class Gather(Protocol):
-    """How many seconds longer to wait, for those whose `Rest.wait` is within them; 0 or less: not
-    at all. Asked again when they have passed or all of those have come, never when nobody is
-    expected."""
+    """How many seconds longer to wait, for those whose `ExpectedSequence.wait` is within them;
+    0 or less: not at all. Asked again when they have passed or all of those have come, never when
+    none is expected."""
 
     def __call__(self, gathering: Gathering) -> float: ...
 
@@ -98,9 +98,9 @@ class CostWindow:
     The same limit, w < T(n) − n / (n + k) · T(n + k), is what keeps the device's throughput: a step
     of n rows takes T(n) for what a full one does in its share n / (n + k) of T(n + k).
 
-    Where only e of the k come (e: the sum of `Rest.returns`, T taken as straight from n to n + k),
+    Where only e of the k come (e: the sum of `returns`, T taken as straight from n to n + k),
     the gain is e / k of that and the price (n + e) · w. Of the groups of those who are expected
-    first, it waits for the one with the largest gain less price, w being the `Rest.wait` of the
+    first, it waits for the one with the largest gain less price, w being the `wait` of the
     last of them; not at all when that is never above 0: so never for somebody who thinks for
     longer than a step takes. It looks again after 2 · w, and never waits for more than
     gain / (n + e) at a time, which is what the wait can bring. Who is late is soon expected so

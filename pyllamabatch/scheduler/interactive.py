@@ -64,9 +64,9 @@ class InteractiveSequences(Placement):
         n_prompt = min(view.n_prompt, known)
         computed = min(view.computed, known - 1)
         if entry.slot < 0:
-            self.starts.trim_saved(id, known)
+            self.admission.trim_saved(id, known)
         elif computed < view.computed:
-            self.starts.trim(id, entry.slot, computed, self._tokens(entry))
+            self.admission.trim(id, entry.slot, computed, self._tokens(entry))
         left = replace(view, n_prompt=n_prompt, generated=known - n_prompt, computed=computed)
         self._steer(entry, replace(left, goal=computed))
         return computed
@@ -79,24 +79,24 @@ class InteractiveSequences(Placement):
             return max(0.0, self._wake - now)
         n_ready = len(self._running.decoding) + len(self._prefilling.ids)
         if self._stuck:
-            longest = self._resting.longest
+            longest = self._idle.longest
             return 0.0 if longest is None else max(0.0, longest[1] + self._patience - now)
         if self._ready_at is None:
             self._ready_at = now
         held = self.accounting.used
-        return self._resting.wait(now, self._ready_at, n_ready, self.cost, held)
+        return self._idle.wait(now, self._ready_at, n_ready, self.cost, held)
 
     @property
     def n_awaited(self) -> int:
         """How many interactive sequences have to ask before it is worth to ask `hold` again sooner
         than it has said."""
-        return 0 if self._stuck or self._wake is not None else self._resting.n_awaited
+        return 0 if self._stuck or self._wake is not None else self._idle.n_awaited
 
     # -- inside
 
     def _learn(self, id: int, now: float | None) -> None:
         if now is not None:
-            self._resting.learn(id, now)
+            self._idle.learn(id, now)
 
     def _interactive(self, id: int) -> Entry:
         entry = self._entry(id)
@@ -104,12 +104,12 @@ class InteractiveSequences(Placement):
             raise ValueError(f"sequence {id} is not driven by hand")
         return entry
 
-    def _make_way(self) -> tuple[tuple[int, int], ...]:
+    def _preempt_idle(self) -> tuple[tuple[int, int], ...]:
         """Preempt the sequence that rests longest, if that is too long and others need its room."""
         n_free = self.limits.n_seq_max - len(self._running.ids)
         if not self._stuck and (n_free or not self._waiting.ids):
             return ()
-        longest = self._resting.longest
+        longest = self._idle.longest
         if longest is None or self._now - longest[1] < self._patience:
             return ()
         return ((longest[0], self.preempt(longest[0])),)

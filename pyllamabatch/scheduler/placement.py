@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from ..kv import KvAccounting, KvOperation, Sharing, SwapChoice
 from ..kv.radix_tree import Tokens
-from .admission import Start, Starts, TokensOf
+from .admission import Admission, StartPoint, TokensOf
 from .deadlines import Deadlines
 from .gather import CostWindow, Gather
-from .queue import EntryLine
-from .resting import Resting
+from .idle_sequences import IdleSequences
+from .queue import SequenceQueue
 from .running import Entry, Running, moved
 from .step import Counters
 from .tenants import Tenants
@@ -32,11 +32,11 @@ class Placement:
         gather: Gather | None,
         sharing: Sharing,
         tokens_of: TokensOf | None,
-        keep: bool,
+        retain: bool,
         swap: SwapChoice | None,
     ) -> None:
         self.limits = limits
-        self.n_slots = limits.n_seq_max + sharing.n_kept
+        self.n_slots = limits.n_seq_max + sharing.n_cached
         self.counters = Counters()
         self.accounting = KvAccounting(
             limits.n_cells,
@@ -44,17 +44,17 @@ class Placement:
             unified=limits.unified,
             n_cells_seq=limits.n_cells_seq,
         )
-        self.starts = Starts(self.accounting, sharing, keep=keep, swap=swap)
+        self.admission = Admission(self.accounting, sharing, retain=retain, swap=swap)
         self.deadlines = Deadlines()
         self.tokens_of = tokens_of
         self._running = Running(self.n_slots)
-        self._prefilling = EntryLine(self._running.seen)
-        self._waiting = EntryLine(self._running.seen)
+        self._prefilling = SequenceQueue(self._running.seen)
+        self._waiting = SequenceQueue(self._running.seen)
         self._aside: dict[int, Entry] = {}
         self._tenants = Tenants(self._running.turns)
         self._promised = 0  # what the running ones know and have not computed yet
         self._asked: dict[int, int] = {}  # slot -> id of the interactive ones that decode
-        self._resting = Resting(gather or CostWindow())
+        self._idle = IdleSequences(gather or CostWindow())
         self._ready_at: float | None = None  # when there was something to compute for this step
         self._short = False  # see `Scheduler.shed`
         self._stuck = False  # nobody who has something to compute found room for it
@@ -68,9 +68,9 @@ class Placement:
         self._running.seen(self._running.ids[id])  # what it is at its end
         entry = self._leave(id)
         if worth:
-            self.starts.preempt(id, entry.slot, self._tokens(entry))
+            self.admission.preempt(id, entry.slot, self._tokens(entry))
         else:
-            self.starts.cache.leaves(entry.slot, None)
+            self.admission.cache.leaves(entry.slot, None)
         view = entry.view
         entry.high = max(entry.high, view.computed)
         slot, entry.slot = entry.slot, -1
@@ -86,21 +86,21 @@ class Placement:
     def take_kv_operations(self) -> list[KvOperation]:
         """What is to be done in the memory since the last call, in this order, before the next
         step is computed."""
-        moves, self.starts.cache.kv_operations = self.starts.cache.kv_operations, []
+        moves, self.admission.cache.kv_operations = self.admission.cache.kv_operations, []
         return moves
 
-    def failed_start(self, id: int) -> int:
+    def start_failed(self, id: int) -> int:
         """The memory refused what a sequence was to start from. It shares nothing any more, and
         waits to be computed; its slot."""
-        self.starts.isolate(id)
+        self.admission.isolate(id)
         return self.preempt(id, worth=False)
 
-    def drop_kept(self) -> bool:
+    def drop_cached(self) -> bool:
         """Nothing is kept any more, for the cache is fuller than the accounting says; whether
         anything
         was."""
-        any_kept = self.starts.cache.n_kept > 0
-        self.starts.cache.drop_all()
+        any_kept = self.admission.cache.n_cached > 0
+        self.admission.cache.drop_all()
         return any_kept
 
     # -- inside
@@ -126,13 +126,13 @@ class Placement:
         if not entry.view.remaining:
             self._aside[id] = entry
             return
-        entry.view = _from(entry.view, self.starts.joined_line(id, self._tokens(entry)))
+        entry.view = _from(entry.view, self.admission.start_waiting(id, self._tokens(entry)))
         self._tenants.waits(entry.tenant)
         self._waiting.join(id, entry, first=first)
 
     def _get_out(self, id: int) -> Entry:
         """Out of the waiting line, or from aside. KeyError when it is in neither."""
-        self.starts.left_line(id)
+        self.admission.stop_waiting(id)
         entry = self._waiting.leave(id)
         if entry is None:
             return self._aside.pop(id)
@@ -140,8 +140,8 @@ class Placement:
         return entry
 
     def _admit(self, id: int, spare: int, fresh: set[int]) -> Entry | None:
-        """See `Starts.admit`."""
-        admitted = self.starts.admit(id, spare, fresh)
+        """See `Admission.admit`."""
+        admitted = self.admission.admit(id, spare, fresh)
         if admitted is None:
             return None
         entry = self._waiting.ids[id]
@@ -175,7 +175,7 @@ class Placement:
         if self._prefilling.leave(id) is None:
             self._decodes_no_more(id, entry.slot)
         if entry.view.goal is not None:
-            self._resting.end(id)
+            self._idle.end(id)
         running.leave(id)
         self._changed()
         self._short = False
@@ -196,14 +196,14 @@ class Placement:
         self._running.set(entry, view)
         self._prefilling.leave(id)
         self._decodes_no_more(id, slot)
-        self._resting.end(id)
+        self._idle.end(id)
         if view.decoding:
             self._running.decodes(id, slot)
             self._asked[slot] = id
         elif view.remaining:
             self._prefilling.join(id, entry)
         else:
-            self._resting.begin(id, self._now)
+            self._idle.begin(id, self._now)
 
     def _decodes_no_more(self, id: int, slot: int) -> None:
         """Fine when it did not."""
@@ -211,7 +211,7 @@ class Placement:
             self._asked.pop(slot, None)
 
 
-def _from(view: SequenceView, start: Start) -> SequenceView:
+def _from(view: SequenceView, start: StartPoint) -> SequenceView:
     """`view` of a waiting sequence, with what it could start from."""
     if (view.prefix_hit, view.prefix_cells, view.prefix_pending) == seen_of(start):
         return view
@@ -219,6 +219,6 @@ def _from(view: SequenceView, start: Start) -> SequenceView:
     return replace(view, prefix_hit=hit, prefix_cells=cells, prefix_pending=pending)
 
 
-def seen_of(start: Start) -> tuple[int, int, int]:
+def seen_of(start: StartPoint) -> tuple[int, int, int]:
     """`prefix_hit`, `prefix_cells`, `prefix_pending`."""
     return start.n, start.cells, start.pending.n

@@ -48,7 +48,7 @@ class Decodes(Enum):
 
 
 @dataclass(slots=True)
-class Draft:
+class PlanBuilder:
     """A plan in the making, with what is left to give: `rows` of the budget, `cells` of the KV
     cache, `slots` for newcomers. `promised`: cells that sequences of this step still need for
     tokens that they know. `wake`: when to ask again, should nobody have a row. Seen by the
@@ -96,7 +96,7 @@ class Draft:
         """By an admit decision that says no now and may say yes `at` that time."""
         self.wake = at if self.wake is None else min(self.wake, at)
 
-    def copy(self) -> Draft:
+    def copy(self) -> PlanBuilder:
         return replace(
             self,
             others=self.others.copy(),
@@ -124,7 +124,7 @@ class Draft:
         self.promised += seq.remaining
 
     def take_back(self, seq: SequenceView, reason: str) -> None:
-        """Preempt: the rows that it had in this draft and the cells that it holds come back."""
+        """Preempt: the rows that it had in this builder and the cells that it holds come back."""
         decodes = self.decode_all and seq.id in self.view.decoding
         n = 1 if decodes else self.others.pop(seq.id, 0)
         self.rows += n
@@ -168,7 +168,7 @@ class Order(Protocol):
 class Admit(Protocol):
     """May this waiting sequence start now?"""
 
-    def __call__(self, draft: Draft, seq: SequenceView) -> Verdict: ...
+    def __call__(self, builder: PlanBuilder, seq: SequenceView) -> Verdict: ...
 
 
 class Budget(Protocol):
@@ -177,23 +177,23 @@ class Budget(Protocol):
     def __call__(self, view: StepView) -> int: ...
 
 
-class Chunk(Protocol):
-    """How many rows this sequence gets; what exceeds its remaining tokens or what the draft has
+class ChunkSize(Protocol):
+    """How many rows this sequence gets; what exceeds its remaining tokens or what the builder has
     left is cut off, 0 leaves it out of the step."""
 
-    def __call__(self, draft: Draft, seq: SequenceView) -> int: ...
+    def __call__(self, builder: PlanBuilder, seq: SequenceView) -> int: ...
 
 
 class Victim(Protocol):
     """Who gives up its cells so that `seq` can go on: a running sequence that is not in
-    `draft.preempt` yet, maybe `seq` itself; None: nobody, `seq` waits for the next step.
+    `builder.preempt` yet, maybe `seq` itself; None: nobody, `seq` waits for the next step.
 
     So that somebody always gets on, it must go by an order of all sequences that changes only with
     the tokens that they generate or with admission, and name only who comes after `seq` in it. With
     `Verdict.PREEMPT` it is asked for a waiting `seq` too, and should spare whoever has not had a
     fair turn (`SequenceView.turn`)."""
 
-    def __call__(self, draft: Draft, seq: SequenceView) -> SequenceView | None: ...
+    def __call__(self, builder: PlanBuilder, seq: SequenceView) -> SequenceView | None: ...
 
 
 class Repeat(Protocol):
@@ -201,7 +201,7 @@ class Repeat(Protocol):
     decodes, and nobody is admitted or preempted. More than 1 only as far as the decisions would be
     the same at each of them, as long as nobody comes or goes."""
 
-    def __call__(self, draft: Draft) -> int: ...
+    def __call__(self, builder: PlanBuilder) -> int: ...
 
 
 class Round(NamedTuple):
@@ -218,7 +218,7 @@ class Width(Protocol):
     it has said before, and on the steps since then (`StepView.step`), but not on the time: asked
     at each of the steps that it has answered for, it must say the same."""
 
-    def __call__(self, draft: Draft) -> Round: ...
+    def __call__(self, builder: PlanBuilder) -> Round: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,13 +230,13 @@ class ComposedPolicy:
     order: Order
     admit: Admit
     budget: Budget
-    chunk: Chunk
+    chunk: ChunkSize
     victim: Victim
     repeat: Repeat | int = 1
     width: Width | None = None
 
     def plan(self, view: StepView) -> Plan:
-        draft = Draft(
+        builder = PlanBuilder(
             view=view,
             rows=min(self.budget(view), view.limits.n_batch),
             cells=view.kv_free,
@@ -245,93 +245,93 @@ class ComposedPolicy:
         )
         decodes = self.order.decodes
         if decodes is Decodes.FIRST:
-            self._decode(draft)
-        draft = self._others(draft)
-        if decodes is Decodes.LAST or (decodes is Decodes.APART and not draft.others):
-            self._decode(draft)
-        if not draft.steady:
-            return draft.plan()
-        repeat = self.repeat if isinstance(self.repeat, int) else self.repeat(draft)
-        if self.width is not None and draft.decode_all:
-            draft.sit_out, steps = self.width(draft)
+            self._decode(builder)
+        builder = self._others(builder)
+        if decodes is Decodes.LAST or (decodes is Decodes.APART and not builder.others):
+            self._decode(builder)
+        if not builder.steady:
+            return builder.plan()
+        repeat = self.repeat if isinstance(self.repeat, int) else self.repeat(builder)
+        if self.width is not None and builder.decode_all:
+            builder.sit_out, steps = self.width(builder)
             repeat = min(repeat, steps)
-        return draft.plan(repeat)
+        return builder.plan(repeat)
 
-    def _others(self, draft: Draft) -> Draft:
+    def _others(self, builder: PlanBuilder) -> PlanBuilder:
         """Whom the order names, until rows or newcomers are at their end; then the rest of those
         that run."""
-        for seq in self.order(draft.view):
-            if draft.rows < 1:
-                return draft
-            if draft.has(seq):
+        for seq in self.order(builder.view):
+            if builder.rows < 1:
+                return builder
+            if builder.has(seq):
                 continue
             if seq.running:
-                self._advance(draft, seq)
+                self._advance(builder, seq)
                 continue
-            if draft.short:
+            if builder.short:
                 break  # whoever gave up his cells comes before any newcomer
             if seq.prefix_pending:
                 continue  # what it begins with is being computed
-            verdict = self.admit(draft, seq)
+            verdict = self.admit(builder, seq)
             if verdict is Verdict.PREEMPT:
-                draft, verdict = self._make_way(draft, seq)
+                builder, verdict = self._preempt_idle(builder, seq)
             if verdict is Verdict.ADMIT:
-                self._start(draft, seq)
+                self._start(builder, seq)
             elif verdict is not Verdict.SKIP:
                 break
-        for seq in draft.view.prefilling:
-            if draft.rows < 1:
+        for seq in builder.view.prefilling:
+            if builder.rows < 1:
                 break
-            if not draft.has(seq):
-                self._advance(draft, seq)
-        return draft
+            if not builder.has(seq):
+                self._advance(builder, seq)
+        return builder
 
-    def _make_way(self, draft: Draft, seq: SequenceView) -> tuple[Draft, Verdict]:
-        """`draft` with victims enough that `seq` is admitted, or as it was."""
-        trial, verdict = draft, Verdict.PREEMPT
+    def _preempt_idle(self, builder: PlanBuilder, seq: SequenceView) -> tuple[PlanBuilder, Verdict]:
+        """`builder` with victims enough that `seq` is admitted, or as it was."""
+        trial, verdict = builder, Verdict.PREEMPT
         while verdict is Verdict.PREEMPT:
             victim = self.victim(trial, seq)
             if victim is None:
-                return draft, Verdict.STOP
-            trial = draft.copy() if trial is draft else trial
+                return builder, Verdict.STOP
+            trial = builder.copy() if trial is builder else trial
             trial.take_back(victim, f"preempted: sequence {seq.id} takes its place")
             verdict = self.admit(trial, seq)
-        return (trial if verdict is Verdict.ADMIT else draft), verdict
+        return (trial if verdict is Verdict.ADMIT else builder), verdict
 
-    def _decode(self, draft: Draft) -> None:
-        n = len(draft.view.decoding)
-        if n <= draft.rows and n <= draft.cells and not draft.preempt:
-            draft.give_all_decodes()
+    def _decode(self, builder: PlanBuilder) -> None:
+        n = len(builder.view.decoding)
+        if n <= builder.rows and n <= builder.cells and not builder.preempt:
+            builder.give_all_decodes()
             return
-        for seq in draft.view.running:
-            if draft.rows < 1:
+        for seq in builder.view.running:
+            if builder.rows < 1:
                 break
-            if seq.decoding and seq.id not in draft.preempt:
-                self._advance(draft, seq)
+            if seq.decoding and seq.id not in builder.preempt:
+                self._advance(builder, seq)
 
-    def _advance(self, draft: Draft, seq: SequenceView) -> None:
-        while draft.cells < 1:
-            victim = self.victim(draft, seq)
+    def _advance(self, builder: PlanBuilder, seq: SequenceView) -> None:
+        while builder.cells < 1:
+            victim = self.victim(builder, seq)
             if victim is None:
                 return
-            draft.take_back(victim, f"preempted: sequence {seq.id} found no free cell")
-            draft.short = True
+            builder.take_back(victim, f"preempted: sequence {seq.id} found no free cell")
+            builder.short = True
             if victim.id == seq.id:
                 return
-        n = 1 if seq.decoding else self._cut(draft, seq)
+        n = 1 if seq.decoding else self._cut(builder, seq)
         if n > 0:
-            draft.give(seq, n)
+            builder.give(seq, n)
             if n < seq.remaining:
-                draft.reasons[seq.id] = f"chunk of {n} rows, {seq.remaining - n} tokens to go"
+                builder.reasons[seq.id] = f"chunk of {n} rows, {seq.remaining - n} tokens to go"
 
-    def _start(self, draft: Draft, seq: SequenceView) -> None:
-        if draft.cells <= seq.prefix_cells:
+    def _start(self, builder: PlanBuilder, seq: SequenceView) -> None:
+        if builder.cells <= seq.prefix_cells:
             return
-        n = min(self._cut(draft, seq), draft.cells - seq.prefix_cells)
+        n = min(self._cut(builder, seq), builder.cells - seq.prefix_cells)
         if n > 0:
-            draft.admit(seq)
-            draft.give(seq, n)
-            draft.reasons[seq.id] = f"admitted with {n} of {seq.remaining} tokens"
+            builder.admit(seq)
+            builder.give(seq, n)
+            builder.reasons[seq.id] = f"admitted with {n} of {seq.remaining} tokens"
 
-    def _cut(self, draft: Draft, seq: SequenceView) -> int:
-        return min(self.chunk(draft, seq), seq.remaining, draft.rows, draft.cells)
+    def _cut(self, builder: PlanBuilder, seq: SequenceView) -> int:
+        return min(self.chunk(builder, seq), seq.remaining, builder.rows, builder.cells)

@@ -20,7 +20,7 @@ Key = Callable[["SequenceView"], Hashable]
 Column = npt.NDArray[Any]
 
 
-class Line(Sequence["SequenceView"]):
+class SequenceList(Sequence["SequenceView"]):
     """The running, prefilling or waiting sequences of a view: a sequence of `SequenceView`s.
 
     `by`, `above` and `split` cost little at each step, because the scheduler keeps what they have
@@ -85,7 +85,7 @@ class Seen(Protocol):
 E = TypeVar("E", bound=Seen)
 
 
-class EntryLine(Line, Generic[E]):
+class SequenceQueue(SequenceList, Generic[E]):
     """A line that sequences join and leave. Each view is made when it is looked at (`seen`), and
     every order that was asked for is kept up to date; whoever asks for none pays for none."""
 

@@ -47,7 +47,7 @@ def check_plan(
     taken: Callable[[int], int],
     freed: Callable[[int], int],
     n_free: int,
-    resting: int = 0,
+    n_idle: int = 0,
 ) -> Mapping[int, int]:
     """Raise PlanError for the first rule that `plan` breaks; whom it advances otherwise than by
     decoding, in its order.
@@ -114,7 +114,7 @@ def check_plan(
             broken("wake", f"{len(tokens)} sequences advance, {len(plan.preempt)} are preempted")
         if not now < plan.wake < inf:
             broken("wake", f"until {plan.wake!r}, and it is {now!r}")
-    elif not tokens and not plan.preempt and not resting:
+    elif not tokens and not plan.preempt and not n_idle:
         broken("progress", f"an empty plan, {len(running)} run and {len(waiting)} wait")
     return others
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..kv import Slots
-from .queue import Column, EntryLine, Line
+from .queue import Column, SequenceList, SequenceQueue
 from .view import SequenceView
 
 I64 = npt.NDArray[np.int64]
@@ -30,7 +30,7 @@ class Entry:
     true: bool = True  # `view` says how it is now
 
 
-class Running(EntryLine[Entry]):
+class Running(SequenceQueue[Entry]):
     """In the order of admission. The arrays (int64, shape (n_seq_max,)) are 0 where nobody runs.
 
     `computed` and `known` tokens; `counts` is both of them, shape (2, n_seq_max); `most`: what
@@ -155,7 +155,7 @@ class Running(EntryLine[Entry]):
     def unordered(self, name: str) -> Column:
         if name not in IN_ARRAYS:
             entries = sorted(self.ids.values(), key=_slot)
-            return Line(map(self.seen, entries)).column(name)
+            return SequenceList(map(self.seen, entries)).column(name)
         if self._ascending is None:
             (self._ascending,) = self._tenant.nonzero()
         return self._column(name, self._ascending)

@@ -33,10 +33,10 @@ from .interactive import PATIENCE_SECONDS, InteractiveSequences
 from .placement import seen_of
 from .policies import device_aware
 from .policy import Policy, check_policy
-from .queue import Line
+from .queue import SequenceList
 from .rules import check_plan
 from .running import Entry
-from .step import Chunk, Shape, Step, spans
+from .step import PromptChunk, Shape, Step, spans
 from .view import Limits, Plan, SequenceView, StepView, Tokens
 
 AT_ONCE = 32  # steps of decoding that cells are emptied for, if they are there
@@ -53,8 +53,8 @@ class Scheduler(InteractiveSequences):
 
     `sharing`: what sequences can take over from each other, default nothing. `tokens_of(id)`: the
     tokens that a sequence knows, int32, its prompt and what was sampled; without it, or where it
-    says None, nothing is shared. `keep`: keep what sequences leave behind, for others that begin in
-    the same way. `swap`: what becomes of the preempted, default recompute."""
+    says None, nothing is shared. `retain`: what sequences leave behind stays cached, for others
+    that begin in the same way. `swap`: what becomes of the preempted, default recompute."""
 
     def __init__(
         self,
@@ -66,10 +66,10 @@ class Scheduler(InteractiveSequences):
         cost: Any = None,
         sharing: Sharing | None = None,
         tokens_of: TokensOf | None = None,
-        keep: bool = True,
+        retain: bool = True,
         swap: SwapChoice | None = None,
     ) -> None:
-        super().__init__(limits, gather, sharing or Sharing(), tokens_of, keep, swap)
+        super().__init__(limits, gather, sharing or Sharing(), tokens_of, retain, swap)
         self.cost = cost
         self._patience = patience
         self.policy = device_aware() if policy is None else check_policy(policy, policy)
@@ -120,7 +120,7 @@ class Scheduler(InteractiveSequences):
         )
         if deadline is not None:
             self.deadlines.add(id, deadline)
-        self.starts.add(id, space, saved)
+        self.admission.add(id, space, saved)
         self._line_up(Entry(view, self._tenants.number(tenant)))
 
     def remove(self, id: int, *, worth: bool = True) -> int | None:
@@ -132,17 +132,17 @@ class Scheduler(InteractiveSequences):
         if id in self._running.ids:
             entry = self._leave(id)
             slot = entry.slot
-            self.starts.cache.leaves(
-                slot, self._tokens(entry) if worth and self.starts.cache.keep else None
+            self.admission.cache.leaves(
+                slot, self._tokens(entry) if worth and self.admission.cache.retain else None
             )
         else:
             self._get_out(id)
             self._changed()
-        self.starts.forget(id)
-        self._resting.forget(id)
+        self.admission.forget(id)
+        self._idle.forget(id)
         return slot
 
-    def shed(self) -> tuple[int, int] | None:
+    def preempt_newest(self) -> tuple[int, int] | None:
         """The cache turned out to be fuller than the accounting says: the newest running sequence
         gives up its cells, and nobody is admitted until another one leaves. Returns its (id, slot),
         or None when no more than one runs."""
@@ -160,7 +160,7 @@ class Scheduler(InteractiveSequences):
             now,
             self.limits,
             self._running,
-            Line() if self._short and self._running.ids else self._waiting,
+            SequenceList() if self._short and self._running.ids else self._waiting,
             self._running.decoding,
             self._prefilling,
             self.accounting.free,
@@ -181,9 +181,9 @@ class Scheduler(InteractiveSequences):
         if self.idle:
             return None
         self._now, self._ready_at = now, None
-        made_way = self._make_way()
-        self.starts.cache.make_checkpoints()
-        for id, start in self.starts.refresh():
+        made_way = self._preempt_idle()
+        self.admission.cache.make_checkpoints()
+        for id, start in self.admission.refresh():
             hit, cells, pending = seen_of(start)
             self._waiting.put(id, prefix_hit=hit, prefix_cells=cells, prefix_pending=pending)
         view = self.view(now)
@@ -208,14 +208,14 @@ class Scheduler(InteractiveSequences):
             slot, goal = entry.slot, entry.view.goal
             first, known = running.counts[:, slot].tolist()
             n = min(n, (known if goal is None else goal) - first)
-            n = self.starts.cache.cut(slot, first, n)
+            n = self.admission.cache.cut(slot, first, n)
             last = first + n == known
-            chunks.append(Chunk(id, slot, first, n, last))
+            chunks.append(PromptChunk(id, slot, first, n, last))
             n_rows += n
         asked = self._asked
         for slot, id in asked.items():
             if id in tokens:
-                chunks.append(Chunk(id, slot, int(running.computed[slot]), 1, True))
+                chunks.append(PromptChunk(id, slot, int(running.computed[slot]), 1, True))
         if n_decodes == len(running.decoding) and not asked:
             decode = running.decode_slots
         elif n_decodes == 0:
@@ -233,7 +233,7 @@ class Scheduler(InteractiveSequences):
         elif repeat > 1:
             left = int((running.most[decode] - running.known[decode]).min())
             repeat = max(1, min(repeat, left, self.accounting.free // n_rows))
-        self.starts.cache.make_cells(n_rows * min(repeat, AT_ONCE))
+        self.admission.cache.make_cells(n_rows * min(repeat, AT_ONCE))
         if repeat > 1:
             repeat = max(1, min(repeat, self.accounting.empty // n_rows))
         return Step(decode, tuple(chunks), preempted, admitted, n_rows, plan.reasons, repeat, n_out)
@@ -257,7 +257,7 @@ class Scheduler(InteractiveSequences):
         if not 1 <= n <= step.repeat:
             raise ValueError(f"a step for 1 to {step.repeat} times was computed {n} times")
         if now is not None:
-            self._resting.within = (now - self._now) / n
+            self._idle.within = (now - self._now) / n
             self._now = now
         counters, running = self.counters, self._running
         decode = step.decode
@@ -317,7 +317,7 @@ class Scheduler(InteractiveSequences):
         return not (self._running.decoding or self._prefilling.ids or self._waiting.ids)
 
     @property
-    def n_resting(self) -> int:
+    def n_idle(self) -> int:
         """Interactive sequences that run and have nothing to compute."""
         return len(self._running.ids) - len(self._running.decoding) - len(self._prefilling.ids)
 
@@ -384,7 +384,7 @@ class Scheduler(InteractiveSequences):
             taken=self._taken,
             freed=self._alone,
             n_free=self.accounting.free,
-            resting=self.n_resting,
+            n_idle=self.n_idle,
         )
 
     def _remaining(self, id: int) -> int:

@@ -21,7 +21,7 @@ Shape = tuple[int, int, float, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class PromptChunk:
     """Rows `start` to `start + n - 1` of one sequence's known tokens; `last`: the last known one
     is among them, so its row is sampled."""
 
@@ -42,7 +42,7 @@ class Step:
     in sight."""
 
     decode: Slots
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[PromptChunk, ...]
     preempted: tuple[tuple[int, int], ...]
     admitted: tuple[tuple[int, int], ...]
     n_rows: int
@@ -68,7 +68,7 @@ class Step:
     def by_group(self, group_of: Callable[[int], Hashable], first: Hashable) -> tuple[Step, ...]:
         """This step as one for each group of slots, `first` first if it is among them. Where there
         are several, none is computed more than `AT_A_TIME` times before the others' turn."""
-        groups: dict[Hashable, tuple[list[int], list[Chunk]]] = {first: ([], [])}
+        groups: dict[Hashable, tuple[list[int], list[PromptChunk]]] = {first: ([], [])}
         for slot in self.decode.tolist():
             groups.setdefault(group_of(slot), ([], []))[0].append(slot)
         for chunk in self.chunks:
@@ -88,7 +88,7 @@ class Step:
         same length from neighbouring slots go together; in one call, a mixture is cut into more and
         smaller ubatches, and outputs that come out of order are sorted by moving whole rows of
         logits (NVIDIA H200, 62 sequences: 7.6 ms a step in order, 172 ms in reverse)."""
-        groups: list[list[Chunk]] = []
+        groups: list[list[PromptChunk]] = []
         for chunk in sorted(self.chunks, key=_slot):
             last = groups[-1][-1] if groups else None
             if last is not None and (last.n, last.slot + 1) == (chunk.n, chunk.slot):
@@ -104,7 +104,7 @@ class Step:
         none = self.decode[:0]
         return self._cut([(self.decode if g is single else none, g) for g in groups])
 
-    def _cut(self, pieces: Sequence[tuple[Slots, Sequence[Chunk]]]) -> tuple[Step, ...]:
+    def _cut(self, pieces: Sequence[tuple[Slots, Sequence[PromptChunk]]]) -> tuple[Step, ...]:
         parts: list[Step] = []
         for decode, chunks in pieces:
             part = replace(
@@ -145,7 +145,7 @@ def spans(slots: Slots, held: npt.NDArray[np.int64], gap_max: int) -> list[Span]
     return [*found, Span(before + 1 - start, n - n_before)]
 
 
-def _slot(chunk: Chunk) -> int:
+def _slot(chunk: PromptChunk) -> int:
     return chunk.slot
 
 

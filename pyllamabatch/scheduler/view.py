@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from .queue import Line
+from .queue import SequenceList
 from .tenants import Tenants
 
 
@@ -112,10 +112,10 @@ class StepView:
 
     now: float
     limits: Limits
-    running: Line
-    waiting: Line
+    running: SequenceList
+    waiting: SequenceList
     decoding: Mapping[int, int]
-    prefilling: Line
+    prefilling: SequenceList
     kv_free: int
     kv_promised: int = 0
     cost: Any = None
@@ -165,14 +165,14 @@ class StepView:
     ) -> StepView:
         """A view made by hand, to try a policy with no engine: the rest follows from the
         sequences."""
-        running, waiting = Line(running), Line(waiting)
+        running, waiting = SequenceList(running), SequenceList(waiting)
         return cls(
             now=now,
             limits=limits,
             running=running,
             waiting=waiting,
             decoding={s.id: 1 for s in running if s.decoding},
-            prefilling=Line(s for s in running if s.remaining and not s.decoding),
+            prefilling=SequenceList(s for s in running if s.remaining and not s.decoding),
             kv_free=limits.n_cells - sum(s.computed for s in running),
             kv_promised=sum(s.remaining for s in running),
             cost=cost,

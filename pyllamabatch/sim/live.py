@@ -37,14 +37,14 @@ def machine_of(
 ) -> Machine:
     """What a simulated engine has to be, to be like this one. `cost`: by default a copy of the
     engine's own as it is now."""
-    cache = engine._core.scheduler.starts.cache
+    cache = engine._core.scheduler.admission.cache
     chosen = copy.deepcopy(engine.cost) if cost is None else cost
     assert chosen is not None
     return Machine(
         with_switch(chosen),
         engine.limits,
         cache.sharing,
-        cache.keep,
+        cache.retain,
         overhead,
         latency,
         chosen.new_graph,

@@ -39,14 +39,14 @@ class Cost(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What every replica is. `sharing`, `keep`: see `Scheduler`. Seconds: `overhead`, of a native
+    """What every replica is. `sharing`, `retain`: see `Scheduler`. Seconds: `overhead`, of a native
     call beside its steps; `latency`, until a token that is there has reached whoever waits for it;
     `new_graph`: (of a step whose graph is new, of those behind it), see `CostModel.new_graph`."""
 
     cost: Cost
     limits: Limits
     sharing: Sharing = field(default_factory=Sharing)
-    keep: bool = True
+    retain: bool = True
     overhead: float = OVERHEAD
     latency: float = 0.0
     new_graph: tuple[float, float] = (0.0, 0.0)
@@ -70,16 +70,16 @@ class Machine:
         requests leave, default where cells are unified. `gap_max`: see `Limits`, for cells that
         are not unified; by default what a GPU gets."""
         n_cells_seq = n_cells if unified else max(1, n_cells // n_seq_max)
-        keep = unified if prefix_cache is None else prefix_cache
-        n_kept = 0
-        if unified and keep:
-            n_kept = max(0, min(max(n_seq_max, LEAST_KEPT), 256 - n_seq_max, n_batch - n_seq_max))
+        retain = unified if prefix_cache is None else prefix_cache
+        n_cached = 0
+        if unified and retain:
+            n_cached = max(0, min(max(n_seq_max, LEAST_KEPT), 256 - n_seq_max, n_batch - n_seq_max))
         limits = Limits(
             n_batch, n_ubatch, n_seq_max, n_cells, n_cells_seq, unified, 0 if unified else gap_max
         )
-        sharing = Sharing(copy_part=unified, copy_whole=True, trim=True, n_kept=n_kept)
+        sharing = Sharing(copy_part=unified, copy_whole=True, trim=True, n_cached=n_cached)
         cost, new_graph = with_switch(cost), getattr(cost, "new_graph", (0.0, 0.0))
-        return cls(cost, limits, sharing, keep, overhead, new_graph=new_graph)
+        return cls(cost, limits, sharing, retain, overhead, new_graph=new_graph)
 
 
 def with_switch(cost: Cost) -> Cost:
@@ -131,7 +131,7 @@ class Replica:
             cost=machine.cost,
             sharing=machine.sharing,
             tokens_of=self._tokens_of if machine.sharing.any else None,
-            keep=machine.keep,
+            retain=machine.retain,
         )
         self._ended = ended
         self._mail: list[tuple[Request, float]] = []

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from ..errors import ArgumentError
-from ..kv import PrefixTree
-from ..kv.prefix_cache import MIN_HIT
+from ..kv import RadixTree
+from ..kv.prefix_cache import MIN_PREFIX
 from .workload import Request
 
 
@@ -49,7 +49,7 @@ class PrefixAffinity:
     def __init__(self, slack: int = 8, memory: int = 4096) -> None:
         self.slack = slack
         self.memory = memory
-        self._tree = PrefixTree()
+        self._tree = RadixTree()
         self._went: OrderedDict[int, int] = OrderedDict()  # request -> replica
         self._least = LeastOutstanding()
 
@@ -57,7 +57,7 @@ class PrefixAffinity:
         tokens = request.tokens()
         chosen = least = self._least(request, replicas)
         for id, n in self._tree.matches(tokens):
-            if n >= MIN_HIT:
+            if n >= MIN_PREFIX:
                 chosen = self._went[id]
             break
         if replicas[chosen].n_open - replicas[least].n_open > self.slack:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..kv import Slots
-from ..scheduler import Chunk, Step
+from ..scheduler import PromptChunk, Step
 from .ring_reader import PHASES, TIMES, Steps
 
 Trace = npt.NDArray[np.void]
@@ -73,7 +73,7 @@ class _Call(NamedTuple):
     idle_ns: int  # before
     decode: Slots
     ids: npt.NDArray[np.int64]  # of `decode`
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[PromptChunk, ...]
 
 
 class StepTrace:

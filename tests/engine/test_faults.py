@@ -276,7 +276,7 @@ def test_a_step_is_one_call_for_each_set_of_adapters() -> None:
 
 
 def test_nobody_starts_from_what_other_adapters_have_computed() -> None:
-    sharing = Sharing(copy_part=True, copy_whole=True, trim=True, n_kept=3)
+    sharing = Sharing(copy_part=True, copy_whole=True, trim=True, n_cached=3)
     limits = replace(LIMITS, n_cells=400, n_cells_seq=400)
     rig = Rig(limits, sharing=sharing, loras=("a", "b"))
     prompt = list(range(1, 41))
@@ -353,8 +353,8 @@ faults = st.dictionaries(st.integers(1, 60), st.sampled_from([1, 2, -1, -2, -2])
     st.sampled_from(
         [
             Sharing(),
-            Sharing(copy_part=True, copy_whole=True, trim=True, n_kept=3),
-            Sharing(copy_whole=True, n_kept=3),
+            Sharing(copy_part=True, copy_whole=True, trim=True, n_cached=3),
+            Sharing(copy_whole=True, n_cached=3),
             Sharing(trim=True, window=20),
         ]
     ),
@@ -378,7 +378,7 @@ def test_any_mix_of_arrivals_cancels_and_faults(
     ("stubborn"), or makes empty ones without a word, so everything has to be computed after all.
     `loras`: adapters that requests have in turn, after one that has none."""
     if not limits.unified:
-        n_slots = limits.n_seq_max + sharing.n_kept
+        n_slots = limits.n_seq_max + sharing.n_cached
         limits = replace(limits, n_cells=n_slots * limits.n_cells_seq)
     rig = Rig(
         limits,
@@ -404,7 +404,7 @@ def test_any_mix_of_arrivals_cancels_and_faults(
     rig.run()
     check_solo(rig)
     rig.check()
-    rig.scheduler.drop_kept()
+    rig.scheduler.drop_cached()
     rig.core._kv_executor.carry_out()
     rig.check()
     assert rig.machine.cells == {}

@@ -14,7 +14,7 @@ import pytest
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import CostWindow, Gathering
-from pyllamabatch.scheduler.resting import FIRST_SECONDS
+from pyllamabatch.scheduler.idle_sequences import FIRST_SECONDS
 from pyllamabatch.step.sampling_params import SamplingParams
 
 LATE = 0.003

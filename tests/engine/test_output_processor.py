@@ -69,7 +69,7 @@ def test_a_stop_string_in_the_middle_of_a_long_run_ends_it_after_that_step() -> 
     assert rig.core.output_processor.n_dropped == 1
     assert other.tokens == solo(prompts[1], greedy(60))[0]
     assert rig.n_tokens == at + 1 + 60
-    assert rig.scheduler.accounting.used == rig.scheduler.accounting.kept
+    assert rig.scheduler.accounting.used == rig.scheduler.accounting.cached
 
 
 def test_a_stop_string_that_is_found_after_the_end() -> None:

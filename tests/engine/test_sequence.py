@@ -347,7 +347,7 @@ def test_owners_take_turns_after_a_decode_that_found_no_cells(model: Model) -> N
         with engine.sequence(GREEDY) as first, engine.sequence(GREEDY) as second:
             first.prompt(PROMPT)
             second.prompt([1, 60, 61])
-            engine._core.scheduler.drop_kept()
+            engine._core.scheduler.drop_cached()
             with engine._core.state:
                 engine._stepper.fault(1, 1, 0)
             assert second.sample().token >= 0

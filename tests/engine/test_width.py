@@ -17,7 +17,7 @@ from pyllamabatch.engine.engine import Engine
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Step, make_policy
 from pyllamabatch.scheduler.policies.width import TRIAL
-from pyllamabatch.scheduler.step import Chunk
+from pyllamabatch.scheduler.step import PromptChunk
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stream_stepper import Run
 
@@ -123,7 +123,7 @@ def observed(
         limits=SimpleNamespace(n_ubatch=8),
         starts=SimpleNamespace(swap=SimpleNamespace(computed=lambda rows, seconds: None)),
     )
-    chunks = (Chunk(9, 9, 0, n_prompt, True),) if n_prompt else ()
+    chunks = (PromptChunk(9, 9, 0, n_prompt, True),) if n_prompt else ()
     monkeypatch.setattr("pyllamabatch.engine.cost_observer.perf_counter", lambda: now)
     observe = CostObserver(scheduler)
     for slots, run in calls:

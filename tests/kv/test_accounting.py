@@ -116,17 +116,17 @@ def test_what_is_kept_counts_as_free() -> None:
     accounting = KvAccounting(100, 4)
     accounting.take(0, 30)
     accounting.share(0, 1, 20)
-    accounting.keep(0)
-    assert (accounting.free, accounting.kept, accounting.empty) == (80, 10, 70)
+    accounting.cache(0)
+    assert (accounting.free, accounting.cached, accounting.empty) == (80, 10, 70)
     assert (accounting.not_live(0, 20), accounting.not_live(0, 25), accounting.not_live(1, 20)) == (
         0,
         5,
         0,
     )
-    accounting.keep(1)
-    assert (accounting.free, accounting.kept, accounting.not_live(0, 25)) == (100, 30, 25)
+    accounting.cache(1)
+    assert (accounting.free, accounting.cached, accounting.not_live(0, 25)) == (100, 30, 25)
     accounting.share(0, 2, 25)
-    assert (accounting.free, accounting.kept, accounting.live_alone(2), accounting.alone(2)) == (
+    assert (accounting.free, accounting.cached, accounting.live_alone(2), accounting.alone(2)) == (
         75,
         5,
         25,
@@ -135,7 +135,7 @@ def test_what_is_kept_counts_as_free() -> None:
     with pytest.raises(ValueError, match="asks for 1 cells"):
         accounting.take(0, 1)
     accounting.revive(0)
-    assert (accounting.kept, accounting.is_kept(0), accounting.live_alone(0)) == (0, False, 5)
+    assert (accounting.cached, accounting.is_cached(0), accounting.live_alone(0)) == (0, False, 5)
     with pytest.raises(ValueError, match="live"):
         accounting.revive(0)
 
@@ -174,7 +174,7 @@ class Cells:
         every = range(len(self.slots))
         live = [slot for slot in every if not self.kept[slot]]
         used, of_live = self.all_of(every), self.all_of(live)
-        assert (accounting.used, accounting.kept) == (len(used), len(used - of_live))
+        assert (accounting.used, accounting.cached) == (len(used), len(used - of_live))
         assert (accounting.free, accounting.empty) == (
             self.n_cells - len(of_live),
             self.n_cells - len(used),
@@ -182,7 +182,7 @@ class Cells:
         for slot in every:
             mine = set(self.slots[slot])
             assert accounting.held(slot) == len(mine)
-            assert accounting.is_kept(slot) == self.kept[slot]
+            assert accounting.is_cached(slot) == self.kept[slot]
             assert accounting.alone(slot) == len(mine - self.all_of(s for s in every if s != slot))
             if slot in live:
                 others = self.all_of(s for s in live if s != slot)
@@ -214,7 +214,7 @@ def test_sharing_and_keeping_balance(operations: list[tuple[str, int, int, int]]
             accounting.share(slot, other, n)
             cells.slots[other] = mine[:n]
         elif name == "keep" and mine and not kept:
-            accounting.keep(slot)
+            accounting.cache(slot)
             cells.kept[slot] = True
         elif name == "revive" and kept:
             accounting.revive(slot)
@@ -362,7 +362,7 @@ def test_a_shared_beginning_is_not_as_far_as_what_follows_it() -> None:
 def test_what_is_trimmed_is_not_reached() -> None:
     accounting = KvAccounting(10000, 4)
     accounting.take(0, 5000)
-    accounting.keep(0)
+    accounting.cache(0)
     accounting.trim(0, 100)
     accounting.take(1, 10)
     assert (accounting.used, accounting.reach) == (110, 110)

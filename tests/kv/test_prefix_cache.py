@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyllamabatch.kv import Hit, KvAccounting, KvOperation, PrefixCache, Sharing
-from pyllamabatch.kv.prefix_cache import MIN_HIT, NO_HIT
+from pyllamabatch.kv.prefix_cache import MIN_PREFIX, NO_HIT
 from pyllamabatch.kv.radix_tree import Tokens
 
-UNIFIED = Sharing(copy_part=True, copy_whole=True, trim=True, n_kept=4)
-STATES = Sharing(copy_whole=True, n_kept=4)  # recurrent, hybrid
+UNIFIED = Sharing(copy_part=True, copy_whole=True, trim=True, n_cached=4)
+STATES = Sharing(copy_whole=True, n_cached=4)  # recurrent, hybrid
 STREAMS = Sharing(copy_whole=True, trim=True)
 WINDOW = Sharing(trim=True, window=24)
 NOTHING = Sharing()
@@ -32,14 +32,14 @@ class Rig:
 
     sharing: Sharing
     unified: bool = True
-    keep: bool = True
+    retain: bool = True
     cells: dict[int, list[tuple[int, object]]] = field(default_factory=dict)
     live: dict[int, Tokens] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.n_slots = N_RUN + self.sharing.n_kept
+        self.n_slots = N_RUN + self.sharing.n_cached
         self.accounting = KvAccounting(N_CELLS, self.n_slots, unified=self.unified)
-        self.cache = PrefixCache(self.accounting, self.sharing, keep=self.keep)
+        self.cache = PrefixCache(self.accounting, self.sharing, retain=self.retain)
 
     def start(self, tokens: Tokens, space: object = "") -> tuple[int, Hit]:
         hit = self.cache.find(tokens, space)
@@ -102,8 +102,8 @@ class Rig:
         assert self.accounting.used == len(
             {cell for held in self.cells.values() for _, cell in held}
         )
-        kept = [slot for slot in range(self.n_slots) if self.accounting.is_kept(slot)]
-        assert len(kept) == self.cache.n_kept
+        kept = [slot for slot in range(self.n_slots) if self.accounting.is_cached(slot)]
+        assert len(kept) == self.cache.n_cached
         assert sorted([*kept, *self.live, *self.cache._free]) == list(range(self.n_slots))
 
 
@@ -126,9 +126,9 @@ def test_the_last_token_is_always_computed() -> None:
     slot, _ = rig.start(tokens)
     rig.advance(slot, 30)
     assert rig.start(tokens)[1].n == 29
-    assert rig.start(tokens[: MIN_HIT + 1])[1].n == MIN_HIT
+    assert rig.start(tokens[: MIN_PREFIX + 1])[1].n == MIN_PREFIX
     rig.end(slot)
-    assert rig.cache.find(tokens[:MIN_HIT], "") == NO_HIT
+    assert rig.cache.find(tokens[:MIN_PREFIX], "") == NO_HIT
 
 
 def test_somebody_who_is_still_computing_is_worth_waiting_for() -> None:
@@ -206,7 +206,7 @@ def test_what_is_kept_makes_way_the_oldest_first() -> None:
     slot, hit = rig.start(np.concatenate((texts[0], texts[4])))
     assert hit.n == 60
     rig.end(slot)  # holds no more than what is kept
-    assert rig.cache.n_kept == 4
+    assert rig.cache.n_cached == 4
     slot, _ = rig.start(texts[4])
     rig.advance(slot, 60)
     rig.cache.make_cells(1)
@@ -219,12 +219,12 @@ def test_what_is_kept_makes_way_the_oldest_first() -> None:
     rig.cache.drop_all()
     rig.check()
     assert rig.accounting.used == 60
-    assert rig.cache.n_kept == 0
+    assert rig.cache.n_cached == 0
 
 
 def test_what_nobody_has_started_from_is_kept_up_to_a_share() -> None:
     accounting = KvAccounting(32_000, 12)
-    cache = PrefixCache(accounting, Sharing(copy_part=True, copy_whole=True, trim=True, n_kept=9))
+    cache = PrefixCache(accounting, Sharing(copy_part=True, copy_whole=True, trim=True, n_cached=9))
 
     def run(tokens: Tokens, *, comes_back: bool = False) -> int:
         hit = cache.find(tokens, "")
@@ -241,18 +241,18 @@ def test_what_nobody_has_started_from_is_kept_up_to_a_share() -> None:
     run(back, comes_back=True)
     for i in range(10, 20):
         run(text(i, 1000))
-        assert accounting.kept <= 4000 + 2 * 1030
+        assert accounting.cached <= 4000 + 2 * 1030
     assert cache.find(used, "").n == cache.find(back, "").n == 999
     assert [cache.find(text(i, 1000), "").n for i in (10, 15, 16, 19)] == [0, 0, 999, 999]
 
 
 def test_nothing_is_kept_when_it_is_not_wanted() -> None:
-    rig, tokens = Rig(UNIFIED, keep=False), text(0, 60)
+    rig, tokens = Rig(UNIFIED, retain=False), text(0, 60)
     slot, _ = rig.start(tokens)
     rig.advance(slot, 60)
     assert rig.start(tokens)[1].n == 59
     rig.end(slot)
-    assert rig.cache.n_kept == 0
+    assert rig.cache.n_cached == 0
 
 
 def test_a_slot_that_is_worth_nothing_is_emptied() -> None:
@@ -294,9 +294,9 @@ def test_moves_say_what_to_do() -> None:
     ),
 )
 def test_any_mix_keeps_memory_and_ledger_together(
-    limits: tuple[Sharing, bool], keep: bool, operations: list[tuple[str, int, int, int]]
+    limits: tuple[Sharing, bool], retain: bool, operations: list[tuple[str, int, int, int]]
 ) -> None:
-    rig = Rig(*limits, keep=keep)
+    rig = Rig(*limits, retain=retain)
     for name, seed, a, b in operations:
         live = sorted(rig.live)
         if name == "start" and len(live) < N_RUN:

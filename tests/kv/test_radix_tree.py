@@ -1,4 +1,4 @@
-"""PrefixTree against a list of all sequences."""
+"""RadixTree against a list of all sequences."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyllamabatch.kv.radix_tree import PrefixTree, Tokens, n_common
+from pyllamabatch.kv.radix_tree import RadixTree, Tokens, n_common
 
 
 def array(tokens: list[int]) -> Tokens:
@@ -22,7 +22,7 @@ def common(a: list[int], b: list[int]) -> int:
 
 
 def test_the_longest_beginning_comes_first() -> None:
-    tree = PrefixTree()
+    tree = RadixTree()
     tree.insert(0, array([1, 2, 3, 4]))
     tree.insert(1, array([1, 2, 5]))
     tree.insert(2, array([7]))
@@ -36,7 +36,7 @@ def test_the_longest_beginning_comes_first() -> None:
 
 
 def test_the_version_moves_with_every_change() -> None:
-    tree = PrefixTree()
+    tree = RadixTree()
     versions = [tree.version]
     tree.insert(0, array([1, 2]))
     versions.append(tree.version)
@@ -57,7 +57,7 @@ def test_n_common(a: list[int], b: list[int], n: int) -> None:
 words = st.lists(st.integers(0, 2), max_size=9)
 
 
-def size(tree: PrefixTree) -> int:
+def size(tree: RadixTree) -> int:
     """Nodes below the root; every invariant of the structure is checked on the way."""
     total, nodes = 0, [tree._root]
     while nodes:
@@ -77,7 +77,7 @@ def size(tree: PrefixTree) -> int:
 def test_it_finds_what_a_search_of_all_finds(
     changes: list[tuple[int, list[int] | None]], query: list[int]
 ) -> None:
-    tree, known = PrefixTree(), dict[int, list[int]]()
+    tree, known = RadixTree(), dict[int, list[int]]()
     for key, tokens in changes:
         if tokens is None:
             tree.remove(key)

@@ -38,7 +38,7 @@ RESTARTS = 2
 MACHINES: dict[str, tuple[Limits, Sharing]] = {
     "shared cells": (
         Limits(n_batch=8, n_ubatch=8, n_seq_max=3, n_cells=48, n_cells_seq=48),
-        Sharing(copy_part=True, copy_whole=True, trim=True, n_kept=2),
+        Sharing(copy_part=True, copy_whole=True, trim=True, n_cached=2),
     ),
     "streams": (
         Limits(n_batch=8, n_ubatch=8, n_seq_max=3, n_cells=96, n_cells_seq=32, unified=False),
@@ -97,7 +97,7 @@ def check_survivors(rig: Rig, code: int) -> set[int]:
         else:
             assert (result.tokens, result.finish_reason) == (tokens, reason)
     assert len({id(error) for error in errors}) == len(errors)
-    rig.scheduler.drop_kept()
+    rig.scheduler.drop_cached()
     rig.core._kv_executor.carry_out()
     rig.check()
     assert rig.machine.cells == {}

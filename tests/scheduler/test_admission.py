@@ -14,8 +14,8 @@ from pyllamabatch.kv import Sharing, SwapChoice
 from pyllamabatch.scheduler import Limits, Plan, StepView, make_policy
 from tests.support.scheduler_machine import Machine
 
-UNIFIED = Sharing(copy_part=True, copy_whole=True, trim=True, n_kept=4)
-STATES = Sharing(copy_whole=True, n_kept=4)
+UNIFIED = Sharing(copy_part=True, copy_whole=True, trim=True, n_cached=4)
+STATES = Sharing(copy_whole=True, n_cached=4)
 LIMITS = Limits(n_batch=64, n_ubatch=32, n_seq_max=4, n_cells=400, n_cells_seq=400)
 STREAMS = replace(LIMITS, n_cells=1600, unified=False)
 
@@ -34,7 +34,7 @@ def prefill_rows(machine: Machine) -> int:
         (UNIFIED, LIMITS),
         (STATES, LIMITS),
         (Sharing(copy_whole=True, trim=True), STREAMS),
-        (Sharing(copy_whole=True, n_kept=2), replace(STREAMS, n_cells=2400)),
+        (Sharing(copy_whole=True, n_cached=2), replace(STREAMS, n_cells=2400)),
     ],
 )
 def test_what_many_begin_with_is_computed_once(sharing: Sharing, limits: Limits) -> None:
@@ -49,7 +49,7 @@ def test_what_many_begin_with_is_computed_once(sharing: Sharing, limits: Limits)
 
 
 def test_samples_of_one_prompt_compute_it_once() -> None:
-    one = machine(keep=False)
+    one = machine(retain=False)
     for id in range(4):
         one.add(id, 100, 5, 5, alike=100, space="group")
     one.add(4, 100, 5, 5, alike=100)
@@ -134,7 +134,7 @@ def test_kept_cells_never_make_anybody_wait() -> None:
     for id in range(3):
         one.add(id, 100, 20, 20)
         one.run()
-    assert one.scheduler.accounting.kept > 300
+    assert one.scheduler.accounting.cached > 300
     for id in range(3, 6):
         one.add(id, 120, 10, 10)
     for _ in range(6):
@@ -283,7 +283,7 @@ kinds = st.sampled_from(
         (Sharing(copy_whole=True, trim=True), False),
         (Sharing(copy_whole=True), False),
         (Sharing(trim=True, window=24), True),
-        (Sharing(copy_part=True, copy_whole=True, trim=True, window=24, n_kept=3), True),
+        (Sharing(copy_part=True, copy_whole=True, trim=True, window=24, n_cached=3), True),
         (Sharing(), True),
     ]
 )
@@ -293,7 +293,7 @@ kinds = st.sampled_from(
 @given(
     spec=st.sampled_from(["sarathi", "static:size=2,wait=3", "prefix:patience=4", "mlfq", "fair"]),
     kind=kinds,
-    keep=st.booleans(),
+    retain=st.booleans(),
     mode=st.sampled_from(["recompute", "swap"]),
     n_cells=st.integers(70, 200),
     n_batch=st.integers(3, 80),
@@ -303,7 +303,7 @@ kinds = st.sampled_from(
 def test_any_mix_on_any_memory(
     spec: str,
     kind: tuple[Sharing, bool],
-    keep: bool,
+    retain: bool,
     mode: Any,
     n_cells: int,
     n_batch: int,
@@ -311,12 +311,12 @@ def test_any_mix_on_any_memory(
     repeats: bool,
 ) -> None:
     sharing, unified = kind
-    n_slots = 3 + sharing.n_kept
+    n_slots = 3 + sharing.n_cached
     one = Machine(
         Limits(n_batch, 8, 3, n_cells if unified else n_cells * n_slots, n_cells, unified),
         make_policy(spec),
         sharing=sharing,
-        keep=keep,
+        retain=retain,
         swap=SwapChoice(mode),
     )
     stayed = []
@@ -336,7 +336,7 @@ def test_any_mix_on_any_memory(
         else:
             stayed.append(id)
         if what == "drop":
-            one.scheduler.drop_kept()
+            one.scheduler.drop_cached()
             one.carry_out()
     most = 500 + 1000 * len(mix)
     while one.step() is not None:
@@ -347,9 +347,9 @@ def test_any_mix_on_any_memory(
     assert all(one.generated[id] == one.ends[id] for id in one.done)
     assert one.scheduler.accounting.free == one.scheduler.accounting.n_cells
     assert one.saved == {}
-    assert not one.scheduler.starts._spaces
-    assert not one.scheduler.starts._alike
-    one.scheduler.drop_kept()
+    assert not one.scheduler.admission._spaces
+    assert not one.scheduler.admission._alike
+    one.scheduler.drop_cached()
     one.carry_out()
     assert one.scheduler.accounting.used == 0
     assert one.cells == {}

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from pyllamabatch.scheduler import (
     ComposedPolicy,
     Decodes,
-    Draft,
     Limits,
+    PlanBuilder,
     SequenceView,
     StepView,
     Verdict,
@@ -47,10 +47,10 @@ class OddOnesLater:
 
     fits = WhenItFits()
 
-    def __call__(self, draft: Draft, seq: SequenceView) -> Verdict:
-        if seq.id % 2 and draft.n_running:
+    def __call__(self, builder: PlanBuilder, seq: SequenceView) -> Verdict:
+        if seq.id % 2 and builder.n_running:
             return Verdict.SKIP
-        return self.fits(draft, seq)
+        return self.fits(builder, seq)
 
 
 LEVELS = Levels(quantum=2, n=4, prompt_rows=3)

@@ -14,9 +14,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pyllamabatch.errors import ArgumentError
-from pyllamabatch.scheduler import CostWindow, Gather, Gathering, Limits, Rest, Scheduler, Window
+from pyllamabatch.scheduler import (
+    CostWindow,
+    ExpectedSequence,
+    Gather,
+    Gathering,
+    Limits,
+    Scheduler,
+    Window,
+)
 from pyllamabatch.scheduler.gather import groups
-from pyllamabatch.scheduler.resting import Habit, Resting
+from pyllamabatch.scheduler.idle_sequences import Habit, IdleSequences
 
 
 @dataclass(frozen=True)
@@ -32,12 +40,12 @@ class Steps:
         return self.pass_s * math.ceil(rows / self.tile) + self.row_s * rows
 
 
-def in_seconds(*waits: float, returns: float = 1.0) -> tuple[Rest, ...]:
-    return tuple(Rest(0.0, wait, 0.0, returns) for wait in waits)
+def in_seconds(*waits: float, returns: float = 1.0) -> tuple[ExpectedSequence, ...]:
+    return tuple(ExpectedSequence(0.0, wait, 0.0, returns) for wait in waits)
 
 
 def at(
-    n_ready: int, expected: tuple[Rest, ...], cost: Steps | None, waited: float = 0
+    n_ready: int, expected: tuple[ExpectedSequence, ...], cost: Steps | None, waited: float = 0
 ) -> Gathering:
     return Gathering(5.0 + waited, 5.0, n_ready, expected, cost)
 
@@ -91,9 +99,9 @@ def test_who_seldom_returns_is_waited_for_seldom() -> None:
 
 
 def test_who_is_late_is_expected_as_late_again() -> None:
-    assert Rest(0.0, 0.003, 0.001).wait == pytest.approx(0.003)
-    assert Rest(0.0025, 0.003, 0.001).wait == pytest.approx(0.001)
-    assert Rest(0.010, 0.003, 0.001).wait == pytest.approx(0.007)
+    assert ExpectedSequence(0.0, 0.003, 0.001).wait == pytest.approx(0.003)
+    assert ExpectedSequence(0.0025, 0.003, 0.001).wait == pytest.approx(0.001)
+    assert ExpectedSequence(0.010, 0.003, 0.001).wait == pytest.approx(0.007)
 
 
 def test_without_a_level_it_is_a_window() -> None:
@@ -114,7 +122,7 @@ def test_windows_are_finite(seconds: float) -> None:
 
 SECONDS = st.floats(0, 0.1)
 SHORT = st.one_of(st.floats(0, 0.005), SECONDS)
-RESTS = st.builds(Rest, SHORT, SHORT, SHORT, st.floats(0.0, 1.0))
+RESTS = st.builds(ExpectedSequence, SHORT, SHORT, SHORT, st.floats(0.0, 1.0))
 STEPS = st.builds(Steps, st.floats(0, 0.1), st.floats(0, 0.02), st.sampled_from([4, 8, 1000]))
 GATHERINGS = st.builds(
     at, st.integers(1, 20), st.lists(RESTS, min_size=1, max_size=8).map(tuple), STEPS, SECONDS
@@ -143,7 +151,9 @@ def test_it_waits_the_rather_the_dearer_a_step_and_the_sooner_and_surer_they_com
     assert window(g) > 0
     steps = replace(g.cost, pass_s=g.cost.pass_s * dearer, row_s=g.cost.row_s * dearer)
     assert window(replace(g, cost=steps)) > 0
-    soon = tuple(Rest(0.0, max(0.0, r.wait - sooner), 0.0, r.returns) for r in g.expected)
+    soon = tuple(
+        ExpectedSequence(0.0, max(0.0, r.wait - sooner), 0.0, r.returns) for r in g.expected
+    )
     assert window(replace(g, expected=soon)) > 0
     sure = tuple(replace(r, returns=min(1.0, r.returns * surer)) for r in g.expected)
     assert window(replace(g, expected=sure)) > 0
@@ -182,7 +192,7 @@ def test_a_new_one_is_like_those_before_it_and_then_like_itself() -> None:
         asked.append(gathering)
         return 1.0
 
-    resting = Resting(gather)
+    resting = IdleSequences(gather)
     resting.within = 0.1
     for i in range(100):
         resting.begin(1, float(i))

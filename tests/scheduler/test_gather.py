@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyllamabatch.errors import RequestTooLong
-from pyllamabatch.scheduler import Gathering, Limits, Rest, Scheduler, Step, StepView, Window
+from pyllamabatch.scheduler import (
+    ExpectedSequence,
+    Gathering,
+    Limits,
+    Scheduler,
+    Step,
+    StepView,
+    Window,
+)
 from pyllamabatch.scheduler.deadlines import Deadlines
 
 LIMITS = Limits(n_batch=32, n_ubatch=8, n_seq_max=4, n_cells=256, n_cells_seq=256)
@@ -93,13 +101,15 @@ class Hand:
         assert {seq.id for seq in view.running if seq.decoding} == set(view.decoding)
         busy = {seq.id for seq in view.running if seq.remaining}
         assert busy == {seq.id for seq in view.prefilling} | set(view.decoding)
-        assert scheduler.n_resting == len(view.running) - len(busy)
+        assert scheduler.n_idle == len(view.running) - len(busy)
         assert all(seq.remaining for seq in view.waiting)
         assert view.kv_promised == sum(seq.remaining for seq in view.running)
 
 
 def test_a_window_ends_so_long_after_the_first_row() -> None:
-    at = Gathering(now=10.05, since=10.0, n_ready=1, expected=(Rest(0.0, 0.1, 0.0),) * 2)
+    at = Gathering(
+        now=10.05, since=10.0, n_ready=1, expected=(ExpectedSequence(0.0, 0.1, 0.0),) * 2
+    )
     assert Window(0.2)(at) == pytest.approx(0.15)
     assert Window(0.05)(at) <= 1e-9
     assert Window(0)(at) < 0

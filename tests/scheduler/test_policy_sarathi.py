@@ -10,8 +10,8 @@ from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler import (
     ComposedPolicy,
     Decodes,
-    Draft,
     Limits,
+    PlanBuilder,
     SequenceView,
     StepView,
     Verdict,
@@ -163,7 +163,7 @@ def test_prompts_before_decodes_is_one_word() -> None:
 
 def test_skip_looks_at_the_next_one() -> None:
     class NotTheFirst:
-        def __call__(self, draft: Draft, seq: SequenceView) -> Verdict:
+        def __call__(self, builder: PlanBuilder, seq: SequenceView) -> Verdict:
             return Verdict.SKIP if seq.id == 1 else Verdict.ADMIT
 
     policy = ComposedPolicy(FirstCome(), NotTheFirst(), TokenBudget(), WhatIsLeft(), NewestFirst())

@@ -7,8 +7,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyllamabatch.scheduler import Limits, Line, SequenceView, StepView, fair
-from pyllamabatch.scheduler.queue import MOST_ORDERS, EntryLine
+from pyllamabatch.scheduler import Limits, SequenceList, SequenceView, StepView, fair
+from pyllamabatch.scheduler.queue import MOST_ORDERS, SequenceQueue
 from pyllamabatch.scheduler.running import Entry
 from tests.support.scheduler_machine import Machine
 
@@ -37,7 +37,7 @@ def view_of(entry: Entry) -> SequenceView:
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9), st.integers(0, 2)), max_size=60))
 def test_a_line_that_changes_is_the_line_that_it_is(changes: list[tuple[int, int, int]]) -> None:
     """Asked at each moment, or only now and then, `by` and `split` are those of a plain line."""
-    line: EntryLine[Entry] = EntryLine(view_of)
+    line: SequenceQueue[Entry] = SequenceQueue(view_of)
     plain: list[SequenceView] = []
     for id, (what, n, kind) in enumerate(changes):
         view = SequenceView(id, 0.0, n + 1, priority=kind, tenant="abc"[kind])
@@ -56,7 +56,7 @@ def test_a_line_that_changes_is_the_line_that_it_is(changes: list[tuple[int, int
             assert plain[place].priority == kind
         if what == 5:
             continue
-        expected = Line(plain)
+        expected = SequenceList(plain)
         assert ids(line) == ids(expected)
         assert ids(reversed(line)) == ids(reversed(expected))
         assert ids(line.by(by_priority)) == ids(expected.by(by_priority))
@@ -75,7 +75,7 @@ def test_a_line_that_changes_is_the_line_that_it_is(changes: list[tuple[int, int
 
 
 def test_orders_that_are_made_on_the_spot_are_forgotten() -> None:
-    line: EntryLine[Entry] = EntryLine(view_of)
+    line: SequenceQueue[Entry] = SequenceQueue(view_of)
     for id in range(5):
         line.join(id, Entry(SequenceView(id, 0.0, 9 - id), 0))
     for _ in range(3 * MOST_ORDERS):
@@ -98,7 +98,7 @@ def test_columns_and_tenants_are_those_of_the_sequences(
     generated = dict.fromkeys((name for _, _, name in requests), 0)
     while machine.step() is not None:
         real = machine.scheduler.view(0.0)
-        plain = Line(real.running)
+        plain = SequenceList(real.running)
         names = ("generated", "computed", "n_prompt", "turn", "max_tokens", "itl_target", "known")
         for name in names:
             assert real.running.column(name).tolist() == plain.column(name).tolist()

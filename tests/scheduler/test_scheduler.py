@@ -48,7 +48,7 @@ def test_whatever_happens_every_request_finishes_and_every_cell_comes_back(
             if step is not None:
                 machine.place(step)
         elif name == "shed":
-            shed = machine.scheduler.shed()
+            shed = machine.scheduler.preempt_newest()
             if shed is not None:
                 assert machine.owner[shed[1]] == shed[0]
                 machine.leave(shed[1])
@@ -190,7 +190,7 @@ def test_after_a_shed_nobody_is_admitted_until_somebody_ends() -> None:
     for id in range(3):
         machine.add(id, 4, 4, 4)
     machine.step()
-    assert machine.scheduler.shed() == (2, 2)
+    assert machine.scheduler.preempt_newest() == (2, 2)
     machine.leave(2)
     machine.add(3, 1, 1, 1)
     while not machine.done:
@@ -206,10 +206,10 @@ def test_after_a_shed_nobody_is_admitted_until_somebody_ends() -> None:
 
 def test_shed_leaves_the_last_one() -> None:
     machine = Machine(Limits(n_batch=16, n_ubatch=16, n_seq_max=4, n_cells=64, n_cells_seq=64))
-    assert machine.scheduler.shed() is None
+    assert machine.scheduler.preempt_newest() is None
     machine.add(0, 4, 4, 4)
     machine.step()
-    assert machine.scheduler.shed() is None
+    assert machine.scheduler.preempt_newest() is None
 
 
 def test_views_are_values() -> None:

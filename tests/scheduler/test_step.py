@@ -9,12 +9,12 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyllamabatch.scheduler import Chunk, Step
+from pyllamabatch.scheduler import PromptChunk, Step
 from pyllamabatch.scheduler.step import spans
 
 
 def step(decode: list[int], chunks: dict[int, int]) -> Step:
-    rows = tuple(Chunk(100 + slot, slot, 0, n, True) for slot, n in chunks.items())
+    rows = tuple(PromptChunk(100 + slot, slot, 0, n, True) for slot, n in chunks.items())
     n_rows = len(decode) + sum(chunks.values())
     return Step(np.array(decode, np.int32), rows, ((1, 2),), ((3, 4),), n_rows, {7: "why"})
 
@@ -65,9 +65,9 @@ def test_every_row_is_in_one_part_and_in_order(decode: list[int], chunks: dict[i
 
 
 def test_a_row_that_is_asked_for_by_hand_costs_what_a_decode_does() -> None:
-    hands = tuple(Chunk(100 + slot, slot, 30, 1, True) for slot in (2, 5))
+    hands = tuple(PromptChunk(100 + slot, slot, 30, 1, True) for slot in (2, 5))
     rows = np.array([0, 1], np.int32)
-    prompt = (Chunk(110, 7, 0, 16, False), Chunk(111, 8, 4, 1, False))
+    prompt = (PromptChunk(110, 7, 0, 16, False), PromptChunk(111, 8, 4, 1, False))
     assert Step(rows, hands, (), (), 4, {}).shape(50.0) == (4, 0, 50.0, 4)
     assert Step(rows, hands + prompt, (), (), 21, {}).shape(50.0) == (21, 17, 50.0, 6)
 

@@ -15,7 +15,7 @@ import pytest
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.model import Model
-from pyllamabatch.scheduler import Chunk, Step
+from pyllamabatch.scheduler import PromptChunk, Step
 from pyllamabatch.step.ring_reader import PHASES, Steps
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import STEP_DTYPE
@@ -43,7 +43,7 @@ def phases(trace: Trace) -> Any:
     return np.sum([trace[f"{name}_ns"] for name in PHASES], axis=0)
 
 
-def step_of(slots: list[int], chunks: tuple[Chunk, ...] = ()) -> Step:
+def step_of(slots: list[int], chunks: tuple[PromptChunk, ...] = ()) -> Step:
     decode = np.array(slots, np.int32)
     n_rows = len(slots) + sum(chunk.n for chunk in chunks)
     return Step(decode, chunks, (), (), n_rows, {}, 99)
@@ -83,7 +83,7 @@ def test_what_is_kept_of_a_step_and_of_a_run() -> None:
     made = recorder.made
     made.ids[:] = (7, 0, 9, 8)
     made.idle_ns = 5000
-    recorder.record(step_of([0, 3], (Chunk(9, 2, 4, 6, True),)), native(1000, 1, 1), 30)
+    recorder.record(step_of([0, 3], (PromptChunk(9, 2, 4, 6, True),)), native(1000, 1, 1), 30)
     made.idle_ns = 300
     recorder.record(step_of([3, 2]), native(2000, 3, 2), 38)
     trace = recorder.table()

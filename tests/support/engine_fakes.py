@@ -407,8 +407,8 @@ class Rig:
             held = len(machine.cells.get(slot, ()))
             assert held == accounting.held(slot)
             assert slot not in running or held == scheduler.computed(slot)
-            assert slot in running or accounting.is_kept(slot) == (held > 0)
-        assert set(scheduler.starts._saved) == set(self.space._states)
+            assert slot in running or accounting.is_cached(slot) == (held > 0)
+        assert set(scheduler.admission._saved) == set(self.space._states)
         n_open = len(self.core.slot_table.open)
         with self.core.state:
             assert n_open == scheduler.n_running + scheduler.n_waiting

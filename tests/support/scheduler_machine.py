@@ -24,7 +24,7 @@ class Machine:
     limits: Limits
     policy: Policy | None = None
     sharing: Sharing = field(default_factory=Sharing)
-    keep: bool = True
+    retain: bool = True
     swap: SwapChoice | None = None
     ends: dict[int, int] = field(default_factory=dict)  # id -> tokens after which it stops
     prompts: dict[int, int] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Machine:
             self.policy,
             sharing=self.sharing,
             tokens_of=self.tokens_of,
-            keep=self.keep,
+            retain=self.retain,
             swap=self.swap,
         )
         self.now = 0.0
@@ -192,7 +192,7 @@ class Machine:
             others = {c for s in self.owner if s != slot for _, c in self.cells[s]}
             mine = {c for s in self.owner if s == slot for _, c in self.cells[s]}
             assert view.frees(seq) == len(mine - others)
-        assert set(self.saved) == set(scheduler.starts._saved)
+        assert set(self.saved) == set(scheduler.admission._saved)
 
     def _plan(self) -> Step | None:
         """The next step that has something to compute, when it is time for it."""

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import ArgumentError
-from ..policy import ComposedPolicy, Decodes, Draft
+from ..policy import ComposedPolicy, Decodes, PlanBuilder
 from ..view import SequenceView, StepView
 from .parts import ALWAYS, NewestFirst, TokenBudget, WhatIsLeft, WhenItFits
 
@@ -49,9 +49,9 @@ class LeastServed:
         counters = self._look(view)
         return self._next(view, counters) if view.can_admit else view.prefilling
 
-    def repeat(self, draft: Draft) -> int:
+    def repeat(self, builder: PlanBuilder) -> int:
         """Until the counter of the tenant that is next has overtaken another one."""
-        view = draft.view
+        view = builder.view
         if not view.can_admit:
             return ALWAYS
         counters = self._look(view)

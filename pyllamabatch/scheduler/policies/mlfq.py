@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import ArgumentError
-from ..policy import Admit, ComposedPolicy, Decodes, Draft, Verdict
-from ..queue import Line
+from ..policy import Admit, ComposedPolicy, Decodes, PlanBuilder, Verdict
+from ..queue import SequenceList
 from ..view import SequenceView, StepView
 from .parts import ALWAYS, TokenBudget, WhatIsLeft, WhenItFits, aged, first_to_go, until_aged
 
@@ -56,7 +56,7 @@ class Levels:
         tokens: I64 = starts[prompts.searchsorted(n_prompt)] + generated
         return tokens
 
-    def of(self, running: Line) -> I64:
+    def of(self, running: SequenceList) -> I64:
         """The level of each."""
         tokens = self.tokens(running.column("n_prompt"), running.column("generated"))
         return self._arrays[1].searchsorted(tokens, side="right") - 1
@@ -89,8 +89,8 @@ class InItsPlace:
 
     fits: Admit
 
-    def __call__(self, draft: Draft, seq: SequenceView) -> Verdict:
-        verdict = self.fits(draft, seq)
+    def __call__(self, builder: PlanBuilder, seq: SequenceView) -> Verdict:
+        verdict = self.fits(builder, seq)
         return Verdict.PREEMPT if verdict is Verdict.STOP else verdict
 
 
@@ -102,8 +102,8 @@ class LowestLevel:
     levels: Levels
     patience: int
 
-    def __call__(self, draft: Draft, seq: SequenceView) -> SequenceView | None:
-        view = draft.view
+    def __call__(self, builder: PlanBuilder, seq: SequenceView) -> SequenceView | None:
+        view = builder.view
         running = view.running
         if seq.running:
             level = self.levels.of(running)
@@ -117,7 +117,7 @@ class LowestLevel:
             own = 0 if starved else self.levels(seq)
             (places,) = np.nonzero((level > own) & had_their_turn)
         last_first = places[np.argsort(level[places], kind="stable")][::-1].tolist()
-        return first_to_go(draft, seq, (running[place] for place in last_first))
+        return first_to_go(builder, seq, (running[place] for place in last_first))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +128,8 @@ class UntilSunk:
     levels: Levels
     patience: int
 
-    def __call__(self, draft: Draft) -> int:
-        view, levels = draft.view, self.levels
+    def __call__(self, builder: PlanBuilder) -> int:
+        view, levels = builder.view, self.levels
         if not len(view.waiting):
             return ALWAYS
         first = next(iter(view.waiting.by(levels)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain, takewhile
 
 from ...errors import ArgumentError
-from ..policy import Decodes, Draft, Order, Verdict
+from ..policy import Decodes, Order, PlanBuilder, Verdict
 from ..view import SequenceView, StepView
 
 # Who was not admitted is not admitted later either, unless somebody leaves: decoding takes cells.
@@ -38,7 +38,7 @@ class FirstCome:
 @dataclass(frozen=True, slots=True)
 class Ranked:
     """Prompts already begun, then the waiting line, the smallest `rank(sequence)` first. What a
-    rank may look at: see `Line`."""
+    rank may look at: see `SequenceList`."""
 
     rank: Callable[[SequenceView], object]
     decodes: Decodes = Decodes.FIRST
@@ -84,8 +84,8 @@ class UntilAged:
 
     steps: int
 
-    def __call__(self, draft: Draft) -> int:
-        return until_aged(draft.view, self.steps) if draft.view.can_admit else ALWAYS
+    def __call__(self, builder: PlanBuilder) -> int:
+        return until_aged(builder.view, self.steps) if builder.view.can_admit else ALWAYS
 
 
 def until_aged(view: StepView, steps: int) -> int:
@@ -106,15 +106,15 @@ class WhenItFits:
         if not 0 <= self.watermark < 1:
             raise ArgumentError("watermark", self.watermark, "a share, from 0 to below 1")
 
-    def __call__(self, draft: Draft, seq: SequenceView) -> Verdict:
-        if draft.slots < 1:
+    def __call__(self, builder: PlanBuilder, seq: SequenceView) -> Verdict:
+        if builder.slots < 1:
             return Verdict.STOP
-        n_running = draft.n_running
+        n_running = builder.n_running
         if n_running == 0:
             return Verdict.ADMIT
-        limits = draft.view.limits
+        limits = builder.view.limits
         reserve = max(n_running + 1, int(self.watermark * limits.n_cells)) if limits.unified else 0
-        spare = draft.cells - draft.promised - seq.prefix_cells - seq.remaining
+        spare = builder.cells - builder.promised - seq.prefix_cells - seq.remaining
         return Verdict.ADMIT if spare >= reserve else Verdict.STOP
 
 
@@ -224,8 +224,8 @@ class WhatIsLeft:
 
     most: int | None = None
 
-    def __call__(self, draft: Draft, seq: SequenceView) -> int:
-        return draft.rows if self.most is None else min(self.most, draft.rows)
+    def __call__(self, builder: PlanBuilder, seq: SequenceView) -> int:
+        return builder.rows if self.most is None else min(self.most, builder.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,18 +233,18 @@ class NewestFirst:
     """The newest running sequence gives way to an older one; the newest itself waits, and keeps
     its cells until an older one needs them."""
 
-    def __call__(self, draft: Draft, seq: SequenceView) -> SequenceView | None:
-        return first_to_go(draft, seq, reversed(draft.view.running))
+    def __call__(self, builder: PlanBuilder, seq: SequenceView) -> SequenceView | None:
+        return first_to_go(builder, seq, reversed(builder.view.running))
 
 
 def first_to_go(
-    draft: Draft, seq: SequenceView, candidates: Iterable[SequenceView]
+    builder: PlanBuilder, seq: SequenceView, candidates: Iterable[SequenceView]
 ) -> SequenceView | None:
     """The first of `candidates` who has not given way yet; None when it is `seq`'s own turn."""
     for candidate in candidates:
         if candidate.id == seq.id:
             return None
-        if candidate.id not in draft.preempt:
+        if candidate.id not in builder.preempt:
             return candidate
     return None
 
@@ -256,10 +256,10 @@ class LastRanked:
 
     rank: Callable[[SequenceView], object]
 
-    def __call__(self, draft: Draft, seq: SequenceView) -> SequenceView | None:
+    def __call__(self, builder: PlanBuilder, seq: SequenceView) -> SequenceView | None:
         def key(candidate: SequenceView) -> tuple[object, int]:
             return self.rank(candidate), candidate.id
 
-        rest = (s for s in draft.view.running if s.id not in draft.preempt)
+        rest = (s for s in builder.view.running if s.id not in builder.preempt)
         last = max(rest, key=key)
         return None if last.id == seq.id else last

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...errors import ArgumentError
-from ..policy import Admit, ComposedPolicy, Decodes, Draft, Verdict
+from ..policy import Admit, ComposedPolicy, Decodes, PlanBuilder, Verdict
 from ..view import SequenceView
 from .parts import ALWAYS, FirstCome, NewestFirst, WhatIsLeft, WhenItFits, WholeBatch
 
@@ -23,20 +23,20 @@ class Together:
     size: int | None = None
     wait: float = 0.0
 
-    def __call__(self, draft: Draft, seq: SequenceView) -> Verdict:
-        view = draft.view
+    def __call__(self, builder: PlanBuilder, seq: SequenceView) -> Verdict:
+        view = builder.view
         size = min(self.size or view.limits.n_seq_max, view.limits.n_seq_max)
-        if draft.n_running >= size:
+        if builder.n_running >= size:
             return Verdict.STOP
         if len(view.running):
             if view.running.unordered("turn").max() > 1:
                 return Verdict.STOP
-        elif self.wait and draft.n_admitted == 0 and len(view.waiting) < size:
+        elif self.wait and builder.n_admitted == 0 and len(view.waiting) < size:
             latest = seq.arrival + self.wait
             if view.now < latest:
-                draft.ask_again(latest)
+                builder.ask_again(latest)
                 return Verdict.STOP
-        return self.fits(draft, seq)
+        return self.fits(builder, seq)
 
 
 def static(

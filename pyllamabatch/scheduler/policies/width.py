@@ -18,7 +18,7 @@ from math import ceil, gcd, inf
 from typing import Any, NamedTuple
 
 from ...errors import ArgumentError
-from ..policy import ComposedPolicy, Draft, Round
+from ..policy import ComposedPolicy, PlanBuilder, Round
 from ..view import StepView
 from .rotation import Queue, Rotation, Windows
 from .sarathi import sarathi
@@ -93,8 +93,8 @@ class Turns:
         self._renew = RENEW
         self._answer = 0, 0, 0  # the last one: at which step, for how many, how many have a row
 
-    def __call__(self, draft: Draft) -> Round:
-        view, step, n = draft.view, draft.view.step, len(draft.view.decoding)
+    def __call__(self, builder: PlanBuilder) -> Round:
+        view, step, n = builder.view, builder.view.step, len(builder.view.decoding)
         rotation = self._rotation
         if rotation is None:
             rotation = Queue() if view.limits.unified else Windows()

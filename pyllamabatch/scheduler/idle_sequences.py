@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .gather import LEAST_SECONDS, Gather, Gathering, Rest
+from .gather import LEAST_SECONDS, ExpectedSequence, Gather, Gathering
 
 FIRST_SECONDS = 200e-6  # mean and spread of an owner's time before anything is known
 
@@ -35,7 +35,7 @@ class Habit:
         self.mean += (seconds - self.mean) / 8
 
 
-class Resting:
+class IdleSequences:
     """Who rests, longest first, and which of them are expected: those that have had something to
     compute since the last wait in vain. A new one is taken to be like all before it."""
 
@@ -87,10 +87,10 @@ class Resting:
         self._expected.clear()
         return 0.0
 
-    def _rest(self, id: int, now: float) -> Rest:
+    def _rest(self, id: int, now: float) -> ExpectedSequence:
         habit = self._habits.get(id, self.usual)
         rested = max(0.0, now - self._since[id])
-        return Rest(rested, habit.mean, habit.spread, habit.returns)
+        return ExpectedSequence(rested, habit.mean, habit.spread, habit.returns)
 
     @property
     def n_awaited(self) -> int:
