@@ -32,7 +32,6 @@ BENCHES = (
     "soak",
     "stall",
     "step",
-    "validate",
     "width",
 )
 """One module each, `bench/NAME.py`; a new one needs no other entry.  For the report it may have

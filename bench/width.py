@@ -46,9 +46,9 @@ from pyllamabatch.cost.profile import Profile, shipped_names, shipped_profile
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import PyllamabatchError
 from pyllamabatch.scheduler import make_policy
-from pyllamabatch.sim.validate import steps_of
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.trace import Trace
+from tools.validation import steps_of
 
 F64 = npt.NDArray[np.float64]
 DEFAULT, COUNTED, PACED = "device-aware", "counted", "sarathi"

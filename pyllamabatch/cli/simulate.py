@@ -3,39 +3,29 @@
 The time of a step is that of a profile (`pyllamabatch calibrate`, or one that is shipped); no model
 is loaded. Several policies run the same trace, side by side. --trace takes a file (Azure's .csv,
 Mooncake's .jsonl, ShareGPT's .json) or draws one: poisson:rate=4,n=1000,prompt=100-900,output=128;
-gamma:rate=4,cv=3,…; closed:clients=16,…. With --validate the trace also runs live, in real time, on
-the model of -m, in segments with a probe of the device's speed between them; beside that, with the
-errors, stands the simulation. Choose a load below saturation (--load 0.6), where a step that takes
-3 % longer is no queue that is 50 % longer.
+gamma:rate=4,cv=3,…; closed:clients=16,….
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from pyllamabatch.cli.options import add_model_arguments, at_least, load_model
+from pyllamabatch.cli.options import at_least
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import Profile, shipped_names, shipped_profile
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler import make_policy
 from pyllamabatch.scheduler.policies import DEFAULT
-from pyllamabatch.sim import ROUTERS, Machine, Request, load_trace, parse_slo, report, simulate
+from pyllamabatch.sim import ROUTERS, Machine, load_trace, parse_slo, report, simulate
 from pyllamabatch.sim.load import at_load
 from pyllamabatch.sim.replica import OVERHEAD
 
-if TYPE_CHECKING:
-    from pyllamabatch.llama.model import Model
-
 NAME = "simulate"
 HELP = "a trace of requests in virtual time: policies side by side"
-N_TRACE = 2**16  # steps of a segment that runs live
 
 SETTINGS = (
     *("trace", "profile", "slo", "seed", "requests", "rate", "load", "n_seq_max", "n_ctx"),
@@ -82,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--overhead", type=float, metavar="S",
-        help=f"of a call beside its steps ({OVERHEAD}; with --validate, what is measured)",
+        help=f"of a call beside its steps ({OVERHEAD})",
     )  # fmt: skip
     group.add_argument("--replicas", type=at_least(1, 10000), default=1, metavar="N")
     group.add_argument("--router", default="least-outstanding", choices=tuple(ROUTERS))
@@ -91,13 +81,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--markdown", type=Path, metavar="FILE")
     group.add_argument("--html", type=Path, metavar="FILE", help="with plots; needs matplotlib")
     group.add_argument("--json", action="store_true", help="print the figures as JSON")
-    group = parser.add_argument_group("live")
-    group.add_argument("--validate", action="store_true", help="live, too: one policy")
-    group.add_argument(
-        "--segments", type=at_least(1, 1000), default=6, metavar="N", help="with probes between (6)"
-    )
-    group.add_argument("-t", "--threads", type=at_least(1), metavar="N", help="CPU threads")
-    add_model_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,8 +90,6 @@ def run(args: argparse.Namespace) -> int:
         make_policy(policy)  # what is wrong with one is said before anything runs
     if args.overhead is not None and not 0 <= args.overhead < inf:
         raise ArgumentError("overhead", args.overhead, "seconds, at least 0")
-    if args.validate:
-        return validate(args, policies)
     requests = load_trace(args.trace, seed=args.seed, n=args.requests, rate=args.rate)
     if "itl" in slo:  # for policies that look at it
         requests = [replace(r, itl_target=r.itl_target or slo["itl"]) for r in requests]
@@ -171,73 +152,3 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ArgumentError("file", str(path), str(error)) from None
-
-
-# -- live
-
-
-def validate(args: argparse.Namespace, policies: Sequence[str]) -> int:
-    """The trace live and simulated; 1 when the simulation is not within its bounds."""
-    from pyllamabatch.sim import live
-    from pyllamabatch.sim import validate as validation
-
-    if len(policies) > 1 or args.replicas > 1:
-        raise ArgumentError("--validate", args.policy, "one policy, one replica")
-    with load_model(args) as model:
-        requests = _requests(args, model)
-        with _engine(args, model, policies[0]) as engine:
-            validator = validation.Validator(engine, policies[0], args.overhead)
-            if args.load is not None:
-                requests = at_load(requests, validator.machine(), policies[0], args.load)
-            n = 1 if args.prefix_cache else args.segments  # what is kept would go on to the next
-            found = validator.run(
-                validation.split(requests, n),
-                lambda text: print(text, file=sys.stderr, flush=True),
-            )
-            about = live.describe(engine)
-    met = validation.within(found)
-    if args.json:
-        figures = {
-            "live": found.live, **found.simulated, "errors": found.errors,
-            "probes": [speed._asdict() for speed in found.speeds], "within": met,
-        }  # fmt: skip
-        print(json.dumps(figures))
-        return 0 if all(met.values()) else 1
-    load = f" at {args.load:g} of what the profile says it can do" if args.load else ""
-    cells = "shared cells" if args.kv_unified else "cells of each sequence's own"
-    text = (
-        f"{about}: {args.trace}{load}, {len(requests)} requests, {args.n_seq_max} sequences, "
-        f"{cells}, {policies[0]}\n\n{validation.comparison(found)}\n{validation.drift(found)}\n"
-        f"{validation.step_table(found)}"
-    )
-    print(text, end="")
-    if args.markdown is not None:
-        _write(args.markdown, text)
-    return 0 if all(met.values()) else 1
-
-
-def _requests(args: argparse.Namespace, model: Model) -> list[Request]:
-    def count(text: str) -> int:
-        return max(1, len(model.vocab.tokenize(text, add_special=False)))
-
-    return load_trace(args.trace, seed=args.seed, n=args.requests, rate=args.rate, count=count)
-
-
-def _engine(args: argparse.Namespace, model: Model, policy: str) -> Any:
-    from pyllamabatch.engine.engine import Engine
-
-    threads = {}
-    if args.threads is not None:
-        threads = {"n_threads": args.threads, "n_threads_batch": args.threads}
-    return Engine(
-        model,
-        n_seq_max=args.n_seq_max,
-        n_ctx=args.n_ctx,
-        n_batch=args.n_batch,
-        n_ubatch=args.n_ubatch,
-        kv_unified=args.kv_unified,
-        prefix_cache=bool(args.prefix_cache),
-        policy=make_policy(policy),
-        n_trace=N_TRACE,
-        **threads,
-    )

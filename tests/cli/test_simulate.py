@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pyllamabatch import Model
 from pyllamabatch.cli import main
 from pyllamabatch.cli.simulate import split_policies
-from pyllamabatch.cost import where
-from pyllamabatch.cost.profile import file_name, profile_folder, shipped_profile
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler.policies import DEFAULT
 
@@ -56,7 +52,6 @@ def test_json_is_the_same_for_the_same_seed(capsys: pytest.CaptureFixture[str]) 
         ([*PROFILE, *TRACE, "--slo", "speed=1"], "slo"),
         ([*PROFILE, *TRACE, "--overhead", "-1"], "overhead"),
         ([*PROFILE, *TRACE, "--jsonl", "/no/such/folder/x"], "/no/such/folder"),
-        (["simulate", *TRACE, "--validate", "--policy", "fcfs,sarathi"], "one policy"),
     ],
 )
 def test_what_is_wrong_is_said(
@@ -64,37 +59,6 @@ def test_what_is_wrong_is_said(
 ) -> None:
     assert main(words) in (1, 2)
     assert says in capsys.readouterr().err
-
-
-def test_a_live_run_needs_a_profile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("PYLLAMABATCH_CACHE", str(tmp_path))
-    assert main(["simulate", *TRACE, "--validate", "-c", "2048"]) == 2
-    assert "pyllamabatch calibrate" in capsys.readouterr().err
-
-
-def test_live_and_simulated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The profile of this device and model is what the simulation goes by."""
-    monkeypatch.setenv("PYLLAMABATCH_CACHE", str(tmp_path))
-    with Model.default() as model, model.context(n_ctx=2048, n_seq_max=4) as context:
-        key = where.key_of(context)
-    profile = replace(shipped_profile(PROFILE[2]), key=key)
-    profile.save(profile_folder() / file_name(key))
-    trace = ["--trace", "closed:clients=3,n=6,prompt=5-40,output=4-9", "-s", "4", "-c", "2048"]
-    monkeypatch.setattr("pyllamabatch.sim.validate._PROBE_SECONDS", 0.1)
-    status = main(["simulate", *trace, "--validate", "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert [found[name]["requests"] for name in ("live", "profile", "refined")] == [6, 6, 6]
-    assert status == (not all(found["within"].values()))
-    table = tmp_path / "table.md"
-    assert main(["simulate", *trace, "--validate", "-t", "2", "--markdown", str(table)]) in (0, 1)
-    out = capsys.readouterr().out
-    assert "| TTFT, median, ms |" in out
-    assert "\n| with prompts | " in out
-    assert table.read_text(encoding="utf-8") == out
 
 
 def test_splitting_policies() -> None:

@@ -1,12 +1,13 @@
-"""How far a simulation is from the engine, on a device whose own speed moves.
+"""How far a simulation is from a live engine, on a device whose speed drifts.
 
-The trace is cut into segments. Before the first, between them and behind the last, a probe measures
-the engine on requests of its own: how much faster or slower the device is than its profile says
-when it only decodes and with prompt rows, what a native call costs beside its steps, and how long a
-token takes to whoever waits for it. A segment is simulated with the profile at the mean speed of
-the two probes around it. So nothing of a segment is used to predict it. The profile as it is stands
-beside that, and the cost model as the engine has refined it in the very segment, which says what
-the simulator itself is off.
+The trace is cut into segments, and a probe with requests of its own runs before and after each. A
+probe measures four things: the device's speed relative to its profile (steps that only decode,
+steps with prompt rows, new graphs), the time of a native call beside its steps, and the time from
+a token to its reader. A segment is simulated at the mean speed of the two probes around it, so no
+measurement of a segment predicts that segment.
+
+Two more simulations stand beside it: the profile at one mean speed, and the cost model as the
+engine has refined it during the segment. The latter shows the simulator's own error.
 """
 
 from __future__ import annotations
@@ -22,18 +23,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..cost.model import SETTLED, CostModel
-from ..engine.engine import Engine
-from ..errors import ArgumentError
-from ..kv import KvAccounting
-from ..step.ring_reader import TIMES
-from ..step.sampling_params import SamplingParams
-from ..step.trace import Trace
-from .live import machine_of, run_live
-from .metrics import Outcome, summarise
-from .replica import Machine
-from .simulate import simulate
-from .workload import Request
+from pyllamabatch.cost.model import SETTLED, CostModel
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.errors import ArgumentError
+from pyllamabatch.kv import KvAccounting
+from pyllamabatch.sim import Machine, Outcome, Request, simulate, summarise
+from pyllamabatch.step.ring_reader import TIMES
+from pyllamabatch.step.sampling_params import SamplingParams
+from pyllamabatch.step.trace import Trace
+from tools.live import machine_of, run_live
 
 Figures = Mapping[str, float]
 Array = npt.NDArray[Any]
@@ -60,9 +58,9 @@ _LEAST_STEPS = 8  # of a regime, to say something of it
 
 
 class Speed(NamedTuple):
-    """What a probe found. decode, prompt: what steps without prompt rows, in each regime of the
-    kernels, and with such rows take, over what the model says; graph: what new graphs take, with
-    what settles behind them. overhead, latency: as of `Machine`, s."""
+    """What a probe found. Ratios of measured time to the model's: decode (steps without prompt
+    rows, one per regime of the kernels), prompt (steps with prompt rows), graph (new graphs and
+    the steps that settle behind them). overhead, latency: seconds, as in `Machine`."""
 
     decode: tuple[float, ...]
     prompt: float
@@ -79,9 +77,9 @@ class Speed(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """Steps of a trace, arrays (steps,): rows, the regime of the kernels that they are in, those of
-    prompts, graphs that were new, whether it is one of the two behind such a step, seconds
-    measured, seconds by a model without new graphs and without what settles behind them."""
+    """Steps of a trace, arrays of shape (steps,): rows, regime of the kernels, prompt rows, new
+    graphs, whether the step settles behind a new graph, seconds measured, and seconds by the model
+    without new graphs and settling."""
 
     rows: Array
     regime: Array
@@ -122,9 +120,9 @@ def split(requests: Sequence[Request], n: int) -> list[list[Request]]:
 
 
 def steps_of(table: Trace, cost: CostModel, n_ubatch: int) -> Steps:
-    """The steps of an engine's trace that were computed, beside what a model says of them. It
-    begins when nobody runs. What a trace does not have: who sits out, whose cells are in sight,
-    too; and that libllama cut a step in several, as it does with streams that are no neighbours."""
+    """The computed steps of an engine's trace, beside the model's seconds. The trace begins while
+    no sequence runs. It lacks two facts: the cells of sequences that sit a step out, and whether
+    libllama cut a step into several (it does so for streams that are not adjacent)."""
     table = table[table["code"] == 0]
     rows, prompt = table["rows"], table["prefill_rows"]
     n_seqs = table["decode_rows"] + (table["chunk"] > 0).sum(axis=1) + table["filled"]
@@ -148,10 +146,10 @@ def steps_of(table: Trace, cost: CostModel, n_ubatch: int) -> Steps:
 
 
 def reaches(table: Trace) -> npt.NDArray[np.int64]:
-    """`KvAccounting.reach` before each step, of sequences that compute all that they hold."""
+    """`KvAccounting.reach` before each step, where no sequence starts from cached cells."""
     ids, counts = table["ids"], np.maximum(table["chunk"], 1)
     n_steps, n_slots = ids.shape
-    ends = np.zeros(ids.shape, dtype=bool)  # the last step of whoever is in the slot
+    ends = np.zeros(ids.shape, dtype=bool)  # the last step of the slot's sequence
     for slot in range(n_slots):
         at = ids[:, slot].nonzero()[0]
         ends[at[np.diff(ids[at, slot], append=0) != 0], slot] = True
@@ -169,22 +167,54 @@ def reaches(table: Trace) -> npt.NDArray[np.int64]:
 
 
 def own_cells(table: Trace) -> npt.NDArray[np.int64]:
-    """Cells, before each step, of those that have rows in it; nobody starts from kept ones."""
+    """Cells before each step of the sequences that have rows in it, where none starts from cached
+    cells."""
     ids, counts = table["ids"], np.maximum(table["chunk"], 1)
-    held, whose = np.zeros((2, ids.shape[1]), dtype=np.int64)
+    held, owner = np.zeros((2, ids.shape[1]), dtype=np.int64)
     found = np.zeros(len(table), dtype=np.int64)
     for i, here in enumerate(ids):
         on = here != 0
-        held[on & (here != whose)] = 0
-        whose[on] = here[on]
+        held[on & (here != owner)] = 0
+        owner[on] = here[on]
         found[i] = held[on].sum()
         held[on] += counts[i][on]
     return found
 
 
+def ratios_of(
+    table: Trace, cost: CostModel, n_ubatch: int
+) -> tuple[tuple[float, ...], float, float]:
+    """(decode, prompt, graph) of `Speed`: measured time over the model's.
+
+    decode: from settled steps without a new graph; a regime with few such steps gets the ratio of
+    all regimes. graph: from steps that decode with a new graph or behind one; 1 where none tell."""
+    steps = steps_of(table, cost, n_ubatch)
+    decodes = steps.prompt == 0
+    old = decodes & (steps.new == 0)
+    settled = old & ~steps.behind
+    chosen = next(those for those in (settled, old, decodes) if those.any())
+    ratio = steps.seconds / steps.model
+    overall = _typical(ratio[chosen], steps.model[chosen])
+    decode = [overall] * cost.n_regimes
+    for i in range(cost.n_regimes):
+        those = chosen & (steps.regime == i)
+        if those.sum() >= _LEAST_STEPS:
+            decode[i] = _typical(ratio[those], steps.model[those])
+    speed = np.array(decode)[steps.regime] * steps.model
+    extra = steps.reckoned(cost.new_graph) - steps.model
+    unsettled, graph = decodes & (extra > 0.1 * speed), 1.0  # a smaller share is noise
+    if unsettled.any() and settled.any():
+        extra = extra[unsettled]
+        more = np.minimum((steps.seconds - speed)[unsettled], 4 * extra)
+        graph = max(0.0, float(more.sum() / extra.sum()))
+    prompts = steps.prompt > 0
+    ratio = (steps.seconds - graph * steps.new * cost.new_graph.step) / steps.model
+    return tuple(decode), _typical(ratio[prompts], steps.model[prompts]), graph
+
+
 class Validator:
-    """Of one engine, which nobody else uses. It must have a calibrated cost model, and its trace
-    must be long enough for a segment."""
+    """Of one engine that has no other user. The engine needs a calibrated cost model and a trace
+    that is long enough for a segment. Raises ArgumentError without a profile."""
 
     def __init__(self, engine: Engine, policy: str, overhead: float | None = None) -> None:
         """overhead: instead of what the probes find."""
@@ -274,34 +304,8 @@ class Validator:
         if overhead is None:
             overhead = float(np.median(table["python_ns"][changed])) * 1e-9
         latency = max(0.0, median(waits) - overhead)
-        return Speed(*self._ratios(table), overhead, latency)
-
-    def _ratios(self, table: Trace) -> tuple[tuple[float, ...], float, float]:
-        """What steps took over what the model says: those that decode, where no graph was new and
-        the device has settled, by regime (all of them, where there are few of it), and those with
-        prompts; and new graphs of steps that decode."""
-        steps, cost = steps_of(table, self._cost, self.engine.n_ubatch), self._cost
-        decodes = steps.prompt == 0
-        old = decodes & (steps.new == 0)
-        settled = old & ~steps.behind
-        chosen = next(those for those in (settled, old, decodes) if those.any())
-        ratio = steps.seconds / steps.model
-        overall = _typical(ratio[chosen], steps.model[chosen])
-        decode = [overall] * cost.n_regimes
-        for i in range(cost.n_regimes):
-            those = chosen & (steps.regime == i)
-            if those.sum() >= _LEAST_STEPS:
-                decode[i] = _typical(ratio[those], steps.model[those])
-        speed = np.array(decode)[steps.regime] * steps.model
-        extra = steps.reckoned(cost.new_graph) - steps.model
-        unsettled, graph = decodes & (extra > 0.1 * speed), 1.0  # what less is lost in the others
-        if unsettled.any() and settled.any():
-            extra = extra[unsettled]
-            more = np.minimum((steps.seconds - speed)[unsettled], 4 * extra)
-            graph = max(0.0, float(more.sum() / extra.sum()))
-        prompts = steps.prompt > 0
-        ratio = (steps.seconds - graph * steps.new * cost.new_graph.step) / steps.model
-        return tuple(decode), _typical(ratio[prompts], steps.model[prompts]), graph
+        ratios = ratios_of(table, self._cost, self.engine.n_ubatch)
+        return Speed(*ratios, overhead, latency)
 
     def _ask(self, n: int) -> list[float]:
         """n requests at once, of random tokens; their times to the first token, s."""
@@ -388,49 +392,6 @@ def _words(speed: Speed) -> str:
     )
 
 
-def comparison(found: Validation) -> str:
-    """Markdown: the figures of the live run beside those of each simulation, with their errors; for
-    `AT_SPEED` those that it is to stay within, and the errors of the segments."""
-    names = [AT_SPEED, *(name for name in found.simulated if name != AT_SPEED)]
-    heads = [text for name in names for text in (name, "error")]
-    heads[2:2] = ["at most", "of segments"]
-    lines = [f"| | live | {' | '.join(heads)} |", "|---|" + "---:|" * (1 + len(heads))]
-    for name, label in COMPARED.items():
-        scale, a = 1e3 if label.endswith("ms") else 1.0, found.live[name]
-        cells = [f"{scale * a:.2f}"]
-        for simulated in names:
-            b = found.simulated[simulated][name]
-            cells += [f"{scale * b:.2f}", f"{b / a - 1:+.1%}"]
-            if simulated == AT_SPEED:
-                bound, errors = BOUNDS.get(name), found.errors[name]
-                cells.append("" if bound is None else f"{bound:.0%}")
-                cells.append(f"{min(errors):+.1%} to {max(errors):+.1%}")
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def within(found: Validation) -> dict[str, bool]:
-    """Whether the simulation at the probes' speed stays within each of `BOUNDS`."""
-    simulated = found.simulated[AT_SPEED]
-    return {
-        name: abs(simulated[name] / found.live[name] - 1) <= bound for name, bound in BOUNDS.items()
-    }
-
-
-def drift(found: Validation) -> str:
-    """What the probes found, in a sentence."""
-    decode, prompt, graph, overhead, latency = zip(*found.speeds, strict=True)
-    regimes = [x for each in decode for x in each]
-    return (
-        f"{len(found.speeds)} probes: steps that decode took {min(regimes):.3f} to "
-        f"{max(regimes):.3f} of what the profile says, those with prompts {min(prompt):.3f} to "
-        f"{max(prompt):.3f}; a call {1e3 * median(overhead):.2f} ms beside its steps, a token "
-        f"{1e3 * median(latency):.2f} ms to its reader; a new graph "
-        f"{1e3 * found.new_graph[0]:.2f} ms, and {1e3 * found.new_graph[1]:.2f} ms behind it, "
-        f"{min(graph):.2f} to {max(graph):.2f} of what the profile says.\n"
-    )
-
-
 def kinds(found: Validation) -> dict[str, dict[str, float]]:
     """The live run's steps by kind: how many `steps`, mean `rows`, `share` of the time, and mean
     seconds, `measured` and by the `model` at the probes' speed, new graphs included."""
@@ -452,18 +413,3 @@ def kinds(found: Validation) -> dict[str, dict[str, float]]:
         for name, those in chosen.items()
         if those.any()
     }
-
-
-def step_table(found: Validation) -> str:
-    """Markdown of `kinds`."""
-    lines = [
-        "| steps | how many | rows, mean | share of the time | measured, ms | model, ms | error |",
-        "|---|" + "---:|" * 6,
-    ]
-    for name, k in kinds(found).items():
-        lines.append(
-            f"| {name} | {k['steps']:.0f} | {k['rows']:.1f} | {k['share']:.0%} | "
-            f"{1e3 * k['measured']:.2f} | {1e3 * k['model']:.2f} | "
-            f"{k['model'] / k['measured'] - 1:+.1%} |"
-        )
-    return "\n".join(lines) + "\n"

@@ -1,15 +1,14 @@
 """An engine's trace beside the cost model."""
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pyllamabatch.cost.model import NewGraph
-from pyllamabatch.sim.validate import Validator, own_cells, reaches, steps_of
 from pyllamabatch.step.trace import trace_dtype
+from tools.validation import own_cells, ratios_of, reaches, steps_of
 
 Made = tuple[dict[int, int], dict[int, int]]  # by slot: who has rows in a step, prompt rows
 
@@ -103,16 +102,16 @@ def traced(factor: float, graph: float = 1.0, wide: float = 1.0, n: int = 4) -> 
 
 @pytest.mark.parametrize(("factor", "graph"), [(0.8, 1.0), (1.0, 1.4), (1.7, 0.5)])
 def test_graphs_have_a_speed_of_their_own(factor: float, graph: float) -> None:
-    table, cost = traced(factor, graph), Costs()
-    steps = steps_of(table, cost, 512)  # type: ignore[arg-type]
+    cost: Any = Costs()
+    table = traced(factor, graph)
+    steps = steps_of(table, cost, 512)
     assert steps.new.tolist() == [1, 1, 0, 0, 0, 1, 0, 0, 0]
     assert steps.behind.tolist() == [False, False, True, True, False, False, True, True, False]
-    probed: Any = SimpleNamespace(_cost=cost, engine=SimpleNamespace(n_ubatch=512))
-    decode, prompt, graphs = Validator._ratios(probed, table)
+    decode, prompt, graphs = ratios_of(table, cost, 512)
     assert decode == pytest.approx((factor, factor))
     assert [prompt, graphs] == pytest.approx([factor, graph], rel=1e-5)
     short = table[:3]  # nothing has settled: what there is, then
-    decode, _, graphs = Validator._ratios(probed, short)
+    decode, _, graphs = ratios_of(short, cost, 512)
     assert decode == pytest.approx([factor + 0.25 * graph] * 2)
     assert graphs == 1.0
 
@@ -120,12 +119,12 @@ def test_graphs_have_a_speed_of_their_own(factor: float, graph: float) -> None:
 def test_each_regime_has_a_speed_of_its_own() -> None:
     """An NVIDIA H200 between requests that come and go: steps of up to 8 rows took 1.02 of what
     its profile says, those of more 1.1 (mmq's kernels)."""
-    probed: Any = SimpleNamespace(_cost=Costs(), engine=SimpleNamespace(n_ubatch=512))
-    decode, prompt, graph = Validator._ratios(probed, traced(1.2, 1.5, wide=1.25, n=20))
+    cost: Any = Costs()
+    decode, prompt, graph = ratios_of(traced(1.2, 1.5, wide=1.25, n=20), cost, 512)
     assert decode == pytest.approx((1.2, 1.5))
     assert [prompt, graph] == pytest.approx([1.2, 1.5], rel=1e-5)
     # of seven steps and of one that have settled nothing can be said apart
-    decode, _, _ = Validator._ratios(probed, traced(1.2, 1.5, wide=1.25, n=9))
+    decode, _, _ = ratios_of(traced(1.2, 1.5, wide=1.25, n=9), cost, 512)
     assert decode[0] == decode[1] == pytest.approx((1.2 + 2 * 1.5) / 3)
 
 

@@ -1,7 +1,7 @@
-"""The same trace on a real engine, and how far the simulation is from it.
+"""A trace on a live engine, in real time.
 
-Prompts are random tokens, equal where the trace says that prompts begin in the same way; every
-request generates exactly as many tokens as the trace says.
+Prompts are random tokens. Two prompts share a prefix where the trace says so. Each request
+generates exactly as many tokens as the trace says.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from time import perf_counter, sleep
 import numpy as np
 import numpy.typing as npt
 
-from ..cost import where
-from ..cost.model import CostModel
-from ..engine.engine import Engine
-from ..engine.stream import Result
-from ..step.sampling_params import SamplingParams
-from .metrics import Outcome
-from .replica import Machine, with_switch
-from .workload import Request
+from pyllamabatch.cost import where
+from pyllamabatch.cost.model import CostModel
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.engine.stream import Result
+from pyllamabatch.sim import Machine, Outcome, Request
+from pyllamabatch.sim.replica import with_switch
+from pyllamabatch.step.sampling_params import SamplingParams
 
 _LEAD = 0.2  # s before the first arrival, to start the threads
 
