@@ -152,7 +152,7 @@ def test_committed_results_are_rows() -> None:
         times = {"t_pp": made.t_pp, "t_tg": made.t_tg}
         expected = schema.speeds(pp=made.pp, tg=made.tg, pl=made.pl, **times)
         assert {name: getattr(made, name) for name in expected} == pytest.approx(expected)
-        if made.bench != "plan":  # memory
+        if made.bench not in ("plan", "validate"):  # memory, and what a model predicts
             assert (made.t_tg == 0) == bool(made.error)
     assert {made.schema for made in rows} <= {schema.SCHEMA}
 
