@@ -212,7 +212,9 @@ class InProcess:
         )
 
     def context(self, case: Case) -> Any:
-        return self.model.context(**case.context_params())
+        from pyllamabatch.llama.context import Context
+
+        return Context(self.model, **case.context_params())
 
 
 def compute_prompts(stepper: Stepper, case: Case) -> npt.NDArray[np.int32]:

@@ -169,6 +169,7 @@ def _facts(model: Model) -> dict[str, Any]:
 
 def child(path: str, n_gpu_layers: int, layout: Layout) -> dict[str, Any]:
     """Project, load, compute, and compare; bytes in `detail`, and relative differences."""
+    from pyllamabatch.llama.context import Context
     from pyllamabatch.llama.model import Model
     from pyllamabatch.models import default_model_path
     from pyllamabatch.planner.residency import Projector, footprint_of
@@ -183,7 +184,7 @@ def child(path: str, n_gpu_layers: int, layout: Layout) -> dict[str, Any]:
     before = free()
     with Model(path, n_gpu_layers=n_gpu_layers) as model:
         weights = before - free()
-        with model.context(n_outputs_max=layout.n_seq, **params) as context:
+        with Context(model, n_outputs_max=layout.n_seq, **params) as context:
             decode(context)
             after = free()
             real = footprint_of(context, layout.n_seq, mmap=planned.host.mapped > 0)
@@ -222,7 +223,9 @@ def free() -> int:
 
 
 def compute(model: Model, layout: Layout) -> None:
-    with model.context(n_outputs_max=layout.n_seq, **layout.params()) as context:
+    from pyllamabatch.llama.context import Context
+
+    with Context(model, n_outputs_max=layout.n_seq, **layout.params()) as context:
         decode(context)
 
 

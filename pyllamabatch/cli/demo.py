@@ -100,7 +100,7 @@ def fastest_threads(model: Model, n_rows: int) -> int:
     """
     counts = [n for n in (1, 2, 4, 8, 16) if n <= usable_cores()]
     batch = Batch(n_rows)
-    with model.context(n_ctx=256 * n_rows, n_seq_max=n_rows, kv_unified=False) as context:
+    with Context(model, n_ctx=256 * n_rows, n_seq_max=n_rows, kv_unified=False) as context:
         seconds = {n: step_seconds(context, batch, n) for n in counts}
     return min(counts, key=seconds.__getitem__)
 

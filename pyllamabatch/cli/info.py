@@ -14,6 +14,7 @@ from typing import Any
 
 from pyllamabatch.cli.options import add_model_arguments, load_model
 from pyllamabatch.llama import runtime
+from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.runtime import text
 from pyllamabatch.raw import ffi, lib
@@ -91,7 +92,7 @@ def _device_info(device: Any) -> dict[str, Any]:
 
 def describe(model: Model) -> dict[str, Any]:
     """Size, shape, metadata and capabilities of `model`; sizes in bytes."""
-    with model.context(n_ctx=256, n_seq_max=2, n_batch=32, n_ubatch=32) as context:
+    with Context(model, n_ctx=256, n_seq_max=2, n_batch=32, n_ubatch=32) as context:
         capabilities = dataclasses.asdict(context.capabilities)
     return {
         "path": str(model.path),

@@ -84,7 +84,7 @@ class Case:
         return cls(**values | {"model": GgufFile(Path(values["model"]))})
 
     def context_params(self) -> dict[str, Any]:
-        """The arguments of `Engine` and `Model.context`."""
+        """The arguments of `Engine` and `Context`."""
         return {
             "n_seq_max": self.pl,
             "n_ctx": self.n_ctx,

@@ -15,6 +15,7 @@ from pyllamabatch.compare.case import I32, Case
 from pyllamabatch.compare.job import BURST, Job, Outcome, Served
 from pyllamabatch.compare.loop import Loop, loop_of
 from pyllamabatch.errors import PyllamabatchError
+from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 
 
@@ -104,7 +105,7 @@ class Shared(Inside):
     def __init__(self, model: Model, case: Case, sampler: str) -> None:
         super().__init__(model, case)
         self._stack = ExitStack()
-        context = self._stack.enter_context(model.context(**case.context_params()))
+        context = self._stack.enter_context(Context(model, **case.context_params()))
         self._loop = loop_of(sampler, context, case.sampling)
         self._stack.callback(self._loop.close)
 
@@ -133,7 +134,7 @@ class Contexts(Inside):
         self._loops: list[Loop] = []
         try:
             for _ in range(case.pl):
-                context = self._stack.enter_context(model.context(**one.context_params()))
+                context = self._stack.enter_context(Context(model, **one.context_params()))
                 loop = loop_of(sampler, context, case.sampling, case.n_threads)
                 self._stack.callback(loop.close)
                 self._loops.append(loop)

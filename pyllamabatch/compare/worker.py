@@ -26,6 +26,7 @@ from pyllamabatch.compare.case import Case
 from pyllamabatch.compare.child import lines_of_parent, log_to_stderr, tell_parent
 from pyllamabatch.compare.loop import Loop, loop_of
 from pyllamabatch.errors import UnsupportedOperation
+from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 
 HOST = "127.0.0.1"
@@ -117,7 +118,7 @@ def main() -> None:
             limit_memory(setup["memory_limit"])
         case = Case.from_json(setup["case"])
         model = Model(case.model.path, n_gpu_layers=case.n_gpu_layers)
-        context = model.context(**case.context_params())
+        context = Context(model, **case.context_params())
         loop = loop_of(setup["sampler"], context, case.sampling, case.n_threads)
         Handler.completion = Completion(loop, Path(setup["kv_folder"]))
         server = Server((HOST, 0), Handler)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pyllamabatch.compare.child import Child, lines_of_parent, tell_parent
 from pyllamabatch.errors import PyllamabatchError, UnsupportedOperation
+from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.host import PathLike
 from pyllamabatch.planner.residency import Projector
 
@@ -96,7 +97,7 @@ def _serve(path: str, n_ctx: int, n_gpu_layers: int) -> None:
     next(words)
     with (
         Model(path, n_gpu_layers=n_gpu_layers) as model,
-        model.context(n_ctx=n_ctx, n_threads=1, **_CONTEXT) as context,
+        Context(model, n_ctx=n_ctx, n_threads=1, **_CONTEXT) as context,
     ):
         tell_parent("idle")
         next(words)

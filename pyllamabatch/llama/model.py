@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pyllamabatch.errors import ArgumentError, ClosedError, ModelLoadError
 from pyllamabatch.llama import runtime
@@ -26,10 +26,6 @@ from pyllamabatch.llama.params import (
 )
 from pyllamabatch.llama.vocab import Vocab
 from pyllamabatch.raw import ffi, lib
-
-if TYPE_CHECKING:
-    from pyllamabatch.llama.context import Context
-    from pyllamabatch.llama.lora import LoraAdapter
 
 _RESERVED = frozenset(
     {"devices", "tensor_split", "kv_overrides", "progress_callback", "progress_callback_user_data"}
@@ -152,18 +148,6 @@ class Model(Owner):
     def __repr__(self) -> str:
         state = "closed" if self.closed else self.description
         return f"<Model {Path(self.path).name}: {state}>"
-
-    def context(self, **params: Any) -> Context:
-        """A new `Context` on this model."""
-        from pyllamabatch.llama.context import Context
-
-        return Context(self, **params)
-
-    def load_lora(self, path: PathLike) -> LoraAdapter:
-        """A `LoraAdapter` for this model, to be applied by `Context.set_loras`."""
-        from pyllamabatch.llama.lora import LoraAdapter
-
-        return LoraAdapter(self, path)
 
     # -- what it is --
 

@@ -29,6 +29,7 @@ from bench.shapes import GEMMA3_1B, LLAMA_3_2_1B, MOE_1B, QWEN2_0_5B, SHAPES, Sh
 from bench.targets import Target, speed_ratio
 from bench.tools import ToolError, source_tree, tool
 from pyllamabatch import Model, _native
+from pyllamabatch.llama.context import Context
 from pyllamabatch.raw import ffi, lib
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -261,7 +262,7 @@ def test_a_scaled_down_shape_is_written_quantised_and_run(name: str, tmp_path: P
     types = {t.tensor_type.name for t in gguf.GGUFReader(quantised).tensors}
     assert "Q4_K" in types
     assert quantised.stat().st_size < half.stat().st_size / 2
-    with Model(quantised) as model, model.context(n_ctx=256, n_threads=1) as context:
+    with Model(quantised) as model, Context(model, n_ctx=256, n_threads=1) as context:
         assert model.architecture == shape.architecture
         assert model.n_params == shape.n_params
         assert model.n_swa == shape.sliding_window

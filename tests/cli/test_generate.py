@@ -93,7 +93,7 @@ def test_200_prompts_are_what_they_are_one_by_one(model: Model, tmp_path: Path) 
     assert status == 0
     rows = read(out)
     assert [row["id"] for row in rows] == [line["id"] for line in lines]
-    with model.context(n_ctx=2048, n_threads=1) as context:
+    with Context(model, n_ctx=2048, n_threads=1) as context:
         for line, row in zip(lines, rows, strict=True):
             text = model.vocab.apply_chat_template(line["messages"])
             prompt = model.vocab.tokenize(text, parse_special=True)

@@ -28,6 +28,7 @@ from pyllamabatch.compare.row import Row
 from pyllamabatch.compare.run import Plan
 from pyllamabatch.compare.scenario import met, ratios
 from pyllamabatch.compare.with_engine import StartTogether
+from pyllamabatch.llama.context import Context
 from pyllamabatch.models import default_model_path
 from pyllamabatch.scheduler import Limits, SequenceView, StepView, sarathi
 
@@ -51,7 +52,7 @@ def model() -> Iterator[Model]:
 
 def likeliest(model: Model, prompt: list[int], n: int) -> list[int]:
     tokens: list[int] = []
-    with model.context(n_ctx=256, n_threads=1) as context:
+    with Context(model, n_ctx=256, n_threads=1) as context:
         batch = context.batch()
         batch.extend(prompt, 0, 0)
         for i in range(n):
@@ -77,7 +78,7 @@ def test_a_loop_samples_what_each_sequence_gets_alone(
     else:  # which may sample the end of text, and go on
         expected = [likeliest(model, prompt, 8) for prompt in prompts]
     found: list[list[int]] = [[], []]
-    with model.context(**case.context_params()) as context:
+    with Context(model, **case.context_params()) as context:
         loop = loop_of(sampler, context, "greedy", 1)
         loop.start(0, prompts[0], 3)
         while len(found[1]) < 8:
@@ -95,7 +96,7 @@ def test_a_loop_samples_what_each_sequence_gets_alone(
 
 def test_held_sequences_wait_for_a_prompt(model: Model) -> None:
     case = case_of(pp=30, n_batch=16)
-    with model.context(**case.context_params()) as context:
+    with Context(model, **case.context_params()) as context:
         loop = loop_of(CHAIN, context, "greedy")
         loop.start(0, [5] * 10, 1)
         loop.start(1, [6] * 30, 1)

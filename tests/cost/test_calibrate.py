@@ -28,6 +28,7 @@ from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import Profile, Shape
 from pyllamabatch.cost.rig import Rig, Took
 from pyllamabatch.errors import ArgumentError
+from pyllamabatch.llama.context import Context
 from tests.support.models_gguf import gguf_path
 
 
@@ -121,7 +122,7 @@ def test_disturbed_steps_are_told(tiny_llama_path: Path) -> None:
     assert (sample.seconds, sample.n) == (0.2, 0)
     calm = _sample(Shape(4, depth=8), [*took, Took(0.3, False)], True)
     assert (calm.seconds, calm.n) == (0.3, 1)
-    with Model(tiny_llama_path) as model, model.context(n_ctx=64) as context:
+    with Model(tiny_llama_path) as model, Context(model, n_ctx=64) as context:
         key = where.key_of(context)
     profile = Profile(key, kernels("CPU", "F32"), (sample, calm), 64, about={"complete": True,
                                                                          "model": ""})  # fmt: skip

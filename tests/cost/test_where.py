@@ -13,6 +13,7 @@ from pyllamabatch.cost.kernels import kernels
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import Key, Profile, Sample, file_name, find_profile, profile_folder
 from pyllamabatch.errors import ProfileError
+from pyllamabatch.llama.context import Context
 
 
 def profile(key: Key, seconds: float = 0.01) -> Profile:
@@ -27,7 +28,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_parts_of_a_context(arch_path: Path) -> None:
-    with Model(arch_path) as model, model.context(n_ctx=256) as context:
+    with Model(arch_path) as model, Context(model, n_ctx=256) as context:
         parts = where.memory_parts(context)
         assert sum(part.model for part in parts) == pytest.approx(model.size_bytes, rel=0.05)
         assert sum(part.context for part in parts) > 0
@@ -43,7 +44,7 @@ def test_weights(tiny_llama_path: Path) -> None:
 
 
 def test_key(tiny_llama_path: Path) -> None:
-    with Model(tiny_llama_path) as model, model.context(n_ctx=64, n_threads=1) as context:
+    with Model(tiny_llama_path) as model, Context(model, n_ctx=64, n_threads=1) as context:
         key = where.key_of(context)
         assert key.backend == "CPU"
         assert key.context["n_threads"] == 1
@@ -112,7 +113,7 @@ def test_engine_finds_its_profile(cache: Path, tiny_llama_path: Path) -> None:
         with Engine(model, n_seq_max=2, n_threads=1) as engine:
             assert engine.cost is not None
             assert not engine.cost.calibrated
-        with model.context(n_ctx=512, n_threads=1) as context:
+        with Context(model, n_ctx=512, n_threads=1) as context:
             key = where.key_of(context)
         profile(key).save(profile_folder() / file_name(key))
         with Engine(model, n_seq_max=2, n_threads=1) as engine:

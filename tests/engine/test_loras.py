@@ -13,6 +13,7 @@ import pytest
 
 from pyllamabatch import Batch, Engine, LoraAdapter, Model, SamplingParams
 from pyllamabatch.errors import ArgumentError, ClosedError, StateError
+from pyllamabatch.llama.context import Context
 from tests.support.models_gguf import gguf_path
 from tests.support.models_special import write_lora
 
@@ -43,7 +44,7 @@ def adapters(
     for seed, name in enumerate("ab"):
         path = folder / f"{name}.gguf"
         write_lora(path, seed=seed)
-        loaded[name] = model.load_lora(path)
+        loaded[name] = LoraAdapter(model, path)
     yield loaded
     for adapter in loaded.values():
         adapter.close()
@@ -57,7 +58,7 @@ def alone(model: Model, adapters: dict[str, LoraAdapter]) -> list[list[list[int]
     for prompt in PROMPTS:
         each = []
         for chosen in SETS:
-            with model.context(n_ctx=256, **EXACT) as context:
+            with Context(model, n_ctx=256, **EXACT) as context:
                 context.set_loras([(adapters[name], scale) for name, scale in chosen.items()])
                 batch, new = Batch(64), list(prompt)
                 tokens: list[int] = []
@@ -196,7 +197,7 @@ def test_adapters_that_an_engine_can_not_take(
     model: Model, adapters: dict[str, LoraAdapter], tmp_path: Path
 ) -> None:
     write_lora(tmp_path / "gone.gguf")
-    gone = model.load_lora(tmp_path / "gone.gguf")
+    gone = LoraAdapter(model, tmp_path / "gone.gguf")
     gone.close()
     with pytest.raises(ClosedError):
         engine_on(model, {"gone": gone})
@@ -212,7 +213,7 @@ def test_an_adapter_may_be_closed_under_an_engine(
     model: Model, alone: list[list[list[int]]], tmp_path: Path
 ) -> None:
     write_lora(tmp_path / "a.gguf", seed=0)
-    adapter = model.load_lora(tmp_path / "a.gguf")
+    adapter = LoraAdapter(model, tmp_path / "a.gguf")
     with engine_on(model, {"a": adapter}) as engine:
         adapter.close()
         for chosen in (0, 1, 2):

@@ -20,6 +20,7 @@ from pyllamabatch.errors import (
 )
 from pyllamabatch.llama.batch import Batch
 from pyllamabatch.llama.context import Context
+from pyllamabatch.llama.lora import LoraAdapter
 from pyllamabatch.llama.model import Model
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.sampling_params import SamplingParams
@@ -192,8 +193,8 @@ def logits(context: Context) -> np.ndarray:
 def test_renew_is_the_same_context_but_empty(tmp_path: Path) -> None:
     write_lora(tmp_path / "lora.gguf")
     model = Model(gguf_path("llama"))
-    with model.context(n_ctx=256, n_seq_max=2, **EXACT) as context:
-        lora = model.load_lora(tmp_path / "lora.gguf")
+    with Context(model, n_ctx=256, n_seq_max=2, **EXACT) as context:
+        lora = LoraAdapter(model, tmp_path / "lora.gguf")
         context.set_loras([(lora, 0.5)])
         context.set_threads(2, 3)
         expected = logits(context)
@@ -209,7 +210,7 @@ def test_renew_is_the_same_context_but_empty(tmp_path: Path) -> None:
 
 
 def test_steppers_keep_their_slots(model: Model) -> None:
-    with model.context(n_ctx=256, n_seq_max=2, **EXACT) as context, Stepper(context) as stepper:
+    with Context(model, n_ctx=256, n_seq_max=2, **EXACT) as context, Stepper(context) as stepper:
         prompt = [1, 20, 30, 40]
 
         def step(first: int, tokens: list[int]) -> int:
@@ -233,7 +234,7 @@ def test_steppers_keep_their_slots(model: Model) -> None:
 def test_slots_can_be_made_while_it_is_renewed(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with model.context(n_ctx=256, **EXACT) as context, Stepper(context) as stepper:
+    with Context(model, n_ctx=256, **EXACT) as context, Stepper(context) as stepper:
         made, new = [], lib.plb_context_new
 
         def slowly(*args: Any) -> Any:
@@ -254,7 +255,7 @@ def test_slots_can_be_made_while_it_is_renewed(
 
 
 def test_renew_that_fails_closes_it(model: Model) -> None:
-    with model.context(n_ctx=256, **EXACT) as context, Stepper(context) as stepper:
+    with Context(model, n_ctx=256, **EXACT) as context, Stepper(context) as stepper:
         context._native.n_seq_max = 100_000
         with pytest.raises(ContextCreateError):
             context.renew()

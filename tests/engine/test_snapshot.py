@@ -26,7 +26,7 @@ SAMPLED = SamplingParams(
 
 
 def make(model: Model, **params: Any) -> tuple[Context, Stepper]:
-    context = model.context(**{"n_ctx": 512, "n_seq_max": 2, "n_threads": 1, **params})
+    context = Context(model, **{"n_ctx": 512, "n_seq_max": 2, "n_threads": 1, **params})
     return context, Stepper(context, n_threads=1)
 
 

@@ -31,6 +31,7 @@ from pyllamabatch.errors import (
     RequestTooLong,
     TokenizeError,
 )
+from pyllamabatch.llama.context import Context
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.models_gguf import N_VOCAB, gguf_path
 
@@ -53,7 +54,7 @@ def engine(model: Model) -> Iterator[Engine]:
 def works_on(model: Model) -> Iterator[None]:
     """After each test the process is there and the model still answers."""
     yield
-    with model.context(n_threads=1, n_ctx=N_CTX) as context:
+    with Context(model, n_threads=1, n_ctx=N_CTX) as context:
         batch = Batch(3)
         batch.extend([5, 6, 7], 0, 0)
         context.decode(batch)
@@ -149,16 +150,16 @@ def test_a_failed_assertion_is_an_error(tmp_path: Path) -> None:
 )
 def test_absurd_contexts(model: Model, n_ctx: int, kind: type[PyllamabatchError]) -> None:
     with pytest.raises(kind):
-        model.context(n_threads=1, n_ctx=n_ctx)
+        Context(model, n_threads=1, n_ctx=n_ctx)
 
 
 def test_no_context_size_means_the_models(model: Model) -> None:
-    with model.context(n_threads=1, n_ctx=0) as context:
+    with Context(model, n_threads=1, n_ctx=0) as context:
         assert context.n_ctx == model.n_ctx_train
 
 
 def test_prompt_longer_than_the_context(model: Model, engine: Engine) -> None:
-    with model.context(n_threads=1, n_ctx=N_CTX, n_batch=N_CTX) as context:
+    with Context(model, n_threads=1, n_ctx=N_CTX, n_batch=N_CTX) as context:
         batch = Batch(2 * N_CTX)
         batch.extend([5] * (N_CTX + 1), 0, 0)
         with pytest.raises(ArgumentError, match="n_batch"):
@@ -212,7 +213,7 @@ def test_grammars(engine: Engine, grammar: str) -> None:
 
 
 def test_ids_out_of_range(model: Model) -> None:
-    with model.context(n_threads=1, n_ctx=N_CTX, n_seq_max=2) as context:
+    with Context(model, n_threads=1, n_ctx=N_CTX, n_seq_max=2) as context:
         uses: list[Callable[[int], object]] = [
             context.memory.pos_max,
             context.memory.seq_keep,
@@ -240,7 +241,7 @@ def test_closed_objects(model: Model) -> None:
     engine.close()
     with pytest.raises(EngineClosed):
         engine.submit("x")
-    context = model.context(n_threads=1, n_ctx=N_CTX)
+    context = Context(model, n_threads=1, n_ctx=N_CTX)
     memory = context.memory
     context.close()
     for use in (lambda: memory.pos_max(0), context.logits, context.perf, memory.clear):
@@ -251,7 +252,7 @@ def test_closed_objects(model: Model) -> None:
 def test_any_order_of_closing_and_collecting() -> None:
     for order in range(6):
         model = Model(gguf_path("llama"))
-        context = model.context(n_threads=1, n_ctx=N_CTX)
+        context = Context(model, n_threads=1, n_ctx=N_CTX)
         batch = Batch(3)
         batch.extend([5, 6, 7], 0, 0)
         context.decode(batch)

@@ -37,7 +37,7 @@ def model() -> Iterator[Model]:
 
 @pytest.fixture
 def context(model: Model) -> Iterator[Context]:
-    with model.context(n_threads=1, n_ctx=512, n_seq_max=4) as context:
+    with Context(model, n_threads=1, n_ctx=512, n_seq_max=4) as context:
         yield context
 
 
@@ -53,21 +53,22 @@ def run(context: Context, tokens: list[int], pos: int = 0, seq: int = 0) -> np.n
 
 
 def test_values_are_read_back(model: Model) -> None:
-    with model.context(n_threads=1, n_ctx=300, n_batch=64, n_ubatch=1000, n_seq_max=2) as context:
+    with Context(model, n_threads=1, n_ctx=300, n_batch=64, n_ubatch=1000, n_seq_max=2) as context:
         assert context.n_ctx == 512  # rounded up
         assert (context.n_batch, context.n_ubatch) == (64, 64)
         assert context.n_seq_max == 2
         assert context.capabilities.unified
         assert context.n_ctx_seq == 512
-    with model.context(n_threads=1, n_ctx=1024, n_seq_max=2, kv_unified=False) as context:
+    with Context(model, n_threads=1, n_ctx=1024, n_seq_max=2, kv_unified=False) as context:
         assert context.n_ctx_seq == 512
         assert not context.capabilities.unified
-    with model.context() as context:
+    with Context(model) as context:
         assert context.n_ctx == model.n_ctx_train
 
 
 def test_parameters_have_their_own_names(model: Model) -> None:
-    with model.context(
+    with Context(
+        model,
         n_ctx=256,
         type_k="f32",
         type_v=lib.GGML_TYPE_F32,
@@ -119,29 +120,29 @@ def test_parameters_have_their_own_names(model: Model) -> None:
 )
 def test_bad_parameters(model: Model, params: dict[str, object], argument: str) -> None:
     with pytest.raises(ArgumentError) as caught:
-        model.context(**params)
+        Context(model, **params)
     assert caught.value.argument == argument
     assert caught.value.limit
 
 
 def test_what_libllama_refuses_carries_its_reason(model: Model) -> None:
     with pytest.raises(ContextCreateError, match="MTP"):
-        model.context(ctx_type="mtp")
+        Context(model, ctx_type="mtp")
 
 
 def test_too_large_for_memory(model: Model) -> None:
     with pytest.raises(ContextCreateError, match="GiB are available") as caught:
-        model.context(n_threads=1, n_ctx=2**30)
+        Context(model, n_threads=1, n_ctx=2**30)
     assert isinstance(caught.value, NotEnoughMemory)
     assert caught.value.needed > caught.value.available > 0
 
 
 def test_no_weights(tiny_llama_path: Path) -> None:
     with Model(tiny_llama_path, vocab_only=True) as model, pytest.raises(UnsupportedOperation):
-        model.context()
+        Context(model)
     with (
         Model(tiny_llama_path, no_alloc=True) as model,
-        model.context(n_threads=1, n_ctx=256) as context,
+        Context(model, n_threads=1, n_ctx=256) as context,
         pytest.raises(UnsupportedOperation, match="no_alloc"),
     ):
         run(context, PROMPT)
@@ -182,7 +183,7 @@ def test_no_outputs_yet(context: Context) -> None:
 
 
 def test_a_view_outlives_its_context(model: Model) -> None:
-    context = model.context(n_threads=1, n_ctx=256)
+    context = Context(model, n_threads=1, n_ctx=256)
     expected = run(context, PROMPT)
     view = context.logits()
     context.close()
@@ -234,14 +235,14 @@ def test_bad_rows(context: Context, spoil, argument: str) -> None:  # type: igno
 
 
 def test_more_rows_than_n_batch(model: Model) -> None:
-    with model.context(n_threads=1, n_ctx=512, n_batch=8) as context:
+    with Context(model, n_threads=1, n_ctx=512, n_batch=8) as context:
         with pytest.raises(ArgumentError, match="n_batch=8"):
             run(context, [5] * 9)
         run(context, [5] * 8)
 
 
 def test_more_outputs_than_reserved(model: Model) -> None:
-    with model.context(n_threads=1, n_ctx=512, n_outputs_max=2) as context:
+    with Context(model, n_threads=1, n_ctx=512, n_outputs_max=2) as context:
         batch = context.batch()
         batch.extend(PROMPT, 0, 0, [True] * len(PROMPT))
         with pytest.raises(ArgumentError, match="n_outputs_max=2"):
@@ -255,7 +256,7 @@ def test_rows_in_several_sequences(context: Context, model: Model) -> None:
     context.decode(batch)
     assert context.memory.pos_max(0) == context.memory.pos_max(2) == len(PROMPT) - 1
     with (
-        model.context(n_threads=1, n_ctx=512, n_seq_max=4, kv_unified=False) as streams,
+        Context(model, n_threads=1, n_ctx=512, n_seq_max=4, kv_unified=False) as streams,
         pytest.raises(UnsupportedOperation, match="kv_unified"),
     ):
         streams.decode(batch)
@@ -269,7 +270,7 @@ def test_decoders_have_no_encoder(context: Context) -> None:
 
 
 def test_non_causal_rows_are_computed_at_once(model: Model) -> None:
-    with model.context(n_threads=1, n_ctx=512, n_ubatch=4, attention_type="non_causal") as context:
+    with Context(model, n_threads=1, n_ctx=512, n_ubatch=4, attention_type="non_causal") as context:
         assert not context.capabilities.causal
         with pytest.raises(ArgumentError, match="n_ubatch=4"):
             run(context, PROMPT)
@@ -277,7 +278,7 @@ def test_non_causal_rows_are_computed_at_once(model: Model) -> None:
 
 def test_abort_callback(model: Model) -> None:
     stop = ffi.callback("bool(void *)", lambda _: True)
-    with model.context(n_threads=1, n_ctx=512, abort_callback=stop) as context:
+    with Context(model, n_threads=1, n_ctx=512, abort_callback=stop) as context:
         with pytest.raises(DecodeAborted) as caught:
             run(context, PROMPT)
         assert caught.value.code == 2
@@ -286,12 +287,12 @@ def test_abort_callback(model: Model) -> None:
 
 def test_quantized_values_need_flash_attention() -> None:
     with Model.default() as wide:
-        with wide.context(n_threads=1, n_ctx=256, type_k="q8_0", type_v="q8_0") as context:
+        with Context(wide, n_threads=1, n_ctx=256, type_k="q8_0", type_v="q8_0") as context:
             run(context, PROMPT)
             context.memory.seq_add(0, 0, -1, 3)  # rotates quantized keys
             run(context, [5], pos=len(PROMPT) + 3)
         with pytest.raises(ContextCreateError, match="flash_attn"):
-            wide.context(n_ctx=256, type_v="q8_0", flash_attn_type="disabled")
+            Context(wide, n_ctx=256, type_v="q8_0", flash_attn_type="disabled")
 
 
 def test_perf_counts(context: Context) -> None:
@@ -306,7 +307,7 @@ def test_perf_counts(context: Context) -> None:
 
 
 def test_embeddings_of_tokens(model: Model) -> None:
-    with model.context(n_threads=1, n_ctx=512, embeddings=True, pooling_type="none") as context:
+    with Context(model, n_threads=1, n_ctx=512, embeddings=True, pooling_type="none") as context:
         batch = context.batch()
         batch.extend(PROMPT, 0, 0)
         context.decode(batch)
@@ -319,14 +320,14 @@ def test_embeddings_of_tokens(model: Model) -> None:
 
 
 def test_pooled_embeddings(model: Model) -> None:
-    with model.context(n_threads=1, n_ctx=512, embeddings=True, pooling_type="none") as context:
+    with Context(model, n_threads=1, n_ctx=512, embeddings=True, pooling_type="none") as context:
         batch = context.batch()
         batch.extend(PROMPT, 0, 0)
         context.decode(batch)
         rows = context.embeddings_all().copy()
     for pooling, expected in (("mean", rows.mean(0)), ("last", rows[-1]), ("cls", rows[0])):
-        with model.context(
-            n_ctx=512, n_seq_max=2, embeddings=True, pooling_type=pooling
+        with Context(
+            model, n_ctx=512, n_seq_max=2, embeddings=True, pooling_type=pooling
         ) as context:
             batch = context.batch()
             batch.extend(PROMPT, 0, 1)
@@ -345,8 +346,8 @@ def test_pooled_embeddings(model: Model) -> None:
 
 def test_pooled_sequences_are_computed_at_once(model: Model) -> None:
     with (
-        model.context(
-            n_threads=1, n_ctx=512, n_ubatch=4, embeddings=True, pooling_type="mean"
+        Context(
+            model, n_threads=1, n_ctx=512, n_ubatch=4, embeddings=True, pooling_type="mean"
         ) as context,
         pytest.raises(ArgumentError, match="n_ubatch=4"),
     ):
@@ -366,8 +367,8 @@ def test_embeddings_must_be_asked_for(context: Context) -> None:
 def test_state_continues_like_the_original(architecture, unified: bool) -> None:  # type: ignore[no-untyped-def]
     with (
         Model(gguf_path(architecture.name)) as model,
-        model.context(n_threads=1, n_ctx=1024, n_seq_max=4, kv_unified=unified) as context,
-        model.context(n_threads=1, n_ctx=1024, n_seq_max=4, kv_unified=unified) as other,
+        Context(model, n_threads=1, n_ctx=1024, n_seq_max=4, kv_unified=unified) as context,
+        Context(model, n_threads=1, n_ctx=1024, n_seq_max=4, kv_unified=unified) as other,
     ):
         run(context, PROMPT * 6, seq=1)
         data = context.state_seq_get(1)
@@ -408,7 +409,7 @@ def test_damaged_states(context: Context) -> None:
 
 
 def test_state_of_another_model(context: Context) -> None:
-    with Model(gguf_path("qwen2")) as other, other.context(n_threads=1, n_ctx=512) as source:
+    with Model(gguf_path("qwen2")) as other, Context(other, n_threads=1, n_ctx=512) as source:
         run(source, PROMPT)
         data = source.state_seq_get(0)
     with pytest.raises(StateError, match="another model"):
@@ -419,17 +420,17 @@ def test_state_that_does_not_fit(context: Context, model: Model) -> None:
     run(context, [5] * 400)
     data = context.state_seq_get(0)
     with (
-        model.context(n_threads=1, n_ctx=256) as small,
+        Context(model, n_threads=1, n_ctx=256) as small,
         pytest.raises(StateError, match="does not fit"),
     ):
         small.state_seq_set(data, 0)
-    with model.context(n_threads=1, n_ctx=512, type_k="f32") as other:
+    with Context(model, n_threads=1, n_ctx=512, type_k="f32") as other:
         run(other, PROMPT)
         with pytest.raises(StateError, match="type_k=1, this context has 0"):
             other.state_seq_set(data, 0)
         assert other.memory.pos_max(0) == len(PROMPT) - 1
     layout = {"flash_attn_type": "disabled", "n_ctx": 512}
-    with model.context(n_threads=1, **layout) as other:
+    with Context(model, n_threads=1, **layout) as other:
         run(other, PROMPT)
         with pytest.raises(StateError, match="does not fit"):
             other.state_seq_set(data, 0)
@@ -450,7 +451,7 @@ def test_state_files_that_are_none(context: Context, tmp_path: Path) -> None:
 
 
 def test_close(model: Model) -> None:
-    context = model.context(n_threads=1, n_ctx=256)
+    context = Context(model, n_threads=1, n_ctx=256)
     memory, batch = context.memory, context.batch()
     batch.extend(PROMPT, 0, 0)
     context.close()
@@ -503,7 +504,7 @@ def test_one_thread_at_a_time(context: Context) -> None:
 
 
 def test_two_threads_decoding(model: Model) -> None:
-    with model.context(n_threads=1, n_ctx=2048) as context:
+    with Context(model, n_threads=1, n_ctx=2048) as context:
         outcomes: list[str] = []
         start = threading.Barrier(2)
 

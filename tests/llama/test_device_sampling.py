@@ -38,7 +38,7 @@ def model(
 
 def context_of(model: Model, **params: Any) -> Context:
     given: dict[str, Any] = {"n_ctx": 2048, "n_batch": 128, "n_ubatch": 128, "n_seq_max": N_SEQ}
-    return model.context(**(given | {"n_outputs_max": N_SEQ, "n_threads": 1} | params))
+    return Context(model, **(given | {"n_outputs_max": N_SEQ, "n_threads": 1} | params))
 
 
 def prompt(seq: int, n: int) -> Tokens:

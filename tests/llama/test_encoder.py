@@ -34,7 +34,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
 
 @pytest.fixture
 def context(bert: Model) -> Iterator[Context]:
-    with bert.context(n_seq_max=4, embeddings=True) as context:
+    with Context(bert, n_seq_max=4, embeddings=True) as context:
         yield context
 
 
@@ -61,7 +61,7 @@ def test_pooled_embeddings(context: Context) -> None:
 
 
 def test_embeddings_of_tokens(bert: Model) -> None:
-    with bert.context(embeddings=True, pooling_type="none") as context:
+    with Context(bert, embeddings=True, pooling_type="none") as context:
         context.encode(batch_of(PROMPT))
         assert context.embeddings_all().shape == (len(PROMPT), N_EMBD)
 
@@ -75,7 +75,7 @@ def test_past_the_table_of_positions(context: Context) -> None:
 
 def test_computed_at_once(bert: Model) -> None:
     with (
-        bert.context(n_ubatch=4, n_seq_max=2, embeddings=True) as context,
+        Context(bert, n_ubatch=4, n_seq_max=2, embeddings=True) as context,
         pytest.raises(ArgumentError, match="n_ubatch=4"),
     ):
         context.encode(batch_of(PROMPT))
@@ -83,7 +83,7 @@ def test_computed_at_once(bert: Model) -> None:
 
 def test_a_decoder_with_a_table_of_positions(tmp_path: Path) -> None:
     write_gpt2(tmp_path / "gpt2.gguf")
-    with Model(tmp_path / "gpt2.gguf") as model, model.context(n_threads=1, n_ctx=256) as context:
+    with Model(tmp_path / "gpt2.gguf") as model, Context(model, n_threads=1, n_ctx=256) as context:
         assert not context.memory.can_shift  # the position is in the token's embedding
         context.decode(batch_of([5] * N_POSITIONS))
         with pytest.raises(ArgumentError):

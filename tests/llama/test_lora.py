@@ -38,7 +38,7 @@ def run(context: Context) -> np.ndarray:
 
 
 def test_apply_scale_and_drop(model: Model, lora_path: Path) -> None:
-    with model.context(n_threads=1, n_ctx=256) as context, model.load_lora(lora_path) as lora:
+    with Context(model, n_threads=1, n_ctx=256) as context, LoraAdapter(model, lora_path) as lora:
         assert lora.metadata["general.name"] == "tiny lora"
         plain = run(context)
         context.set_loras([(lora, 1.0)])
@@ -56,8 +56,8 @@ def test_apply_scale_and_drop(model: Model, lora_path: Path) -> None:
 
 
 def test_contexts_keep_what_they_use(model: Model, lora_path: Path) -> None:
-    with model.context(n_threads=1, n_ctx=256) as context:
-        lora = model.load_lora(lora_path)
+    with Context(model, n_threads=1, n_ctx=256) as context:
+        lora = LoraAdapter(model, lora_path)
         context.set_loras([(lora, 1.0)])
         expected = run(context)
         lora.close()
@@ -73,15 +73,15 @@ def test_contexts_keep_what_they_use(model: Model, lora_path: Path) -> None:
 def test_of_another_model(model: Model, lora_path: Path) -> None:
     with (
         Model(gguf_path("llama")) as twin,
-        twin.context(n_threads=1, n_ctx=256) as context,
-        model.load_lora(lora_path) as lora,
+        Context(twin, n_threads=1, n_ctx=256) as context,
+        LoraAdapter(model, lora_path) as lora,
         pytest.raises(ArgumentError, match="another"),
     ):
         context.set_loras([(lora, 1.0)])
 
 
 def test_bad_scale(model: Model, lora_path: Path) -> None:
-    with model.context(n_threads=1, n_ctx=256) as context, model.load_lora(lora_path) as lora:
+    with Context(model, n_threads=1, n_ctx=256) as context, LoraAdapter(model, lora_path) as lora:
         for scale in (float("nan"), float("inf")):
             with pytest.raises(ArgumentError, match="finite"):
                 context.set_loras([(lora, scale)])
@@ -107,4 +107,4 @@ def test_files_that_are_none(model: Model, tmp_path: Path) -> None:
 
 def test_needs_weights(lora_path: Path) -> None:
     with Model(gguf_path("llama"), vocab_only=True) as model, pytest.raises(UnsupportedOperation):
-        model.load_lora(lora_path)
+        LoraAdapter(model, lora_path)

@@ -36,7 +36,7 @@ def context(
     request: pytest.FixtureRequest, architecture: Architecture, models: Callable[[str], Model]
 ) -> Iterator[Context]:
     model = models(architecture.name)
-    with model.context(n_threads=1, n_ctx=1024, n_seq_max=4, kv_unified=request.param) as context:
+    with Context(model, n_threads=1, n_ctx=1024, n_seq_max=4, kv_unified=request.param) as context:
         yield context
 
 
@@ -50,7 +50,7 @@ def decode(context: Context, tokens: list[int], pos: int, seq: int) -> np.ndarra
 
 def fresh(context: Context, tokens: list[int], n_last: int) -> np.ndarray:
     """The last rows' logits of a context that has seen nothing else."""
-    with context.model.context(n_threads=1, n_ctx=1024) as alone:
+    with Context(context.model, n_threads=1, n_ctx=1024) as alone:
         return decode(alone, tokens, 0, 0)[-n_last:]
 
 
@@ -129,7 +129,7 @@ def test_shift(context: Context) -> None:
 
 
 def test_a_shift_keeps_relative_positions(models: Callable[[str], Model]) -> None:
-    with models("llama").context(n_threads=1, n_ctx=512) as context:  # RoPE sees differences only
+    with Context(models("llama"), n_threads=1, n_ctx=512) as context:  # RoPE sees differences only
         decode(context, TOKENS, 0, 0)
         expected = decode(context, NEXT, N, 0)
         context.memory.clear()
@@ -182,7 +182,7 @@ def test_copy_into_a_used_sequence(context: Context) -> None:
 
 def test_a_window_that_is_forgotten(models: Callable[[str], Model]) -> None:
     """gemma3, one sequence at a time in a small cache: old cells of the window are reused."""
-    with models("gemma3").context(n_threads=1, n_ctx=1024, n_ubatch=32, swa_full=False) as context:
+    with Context(models("gemma3"), n_threads=1, n_ctx=1024, n_ubatch=32, swa_full=False) as context:
         assert context.capabilities.swa_window == SLIDING_WINDOW
         for start in range(0, 900, 30):
             decode(context, [5 + start % 100] * 30, start, 0)
@@ -201,7 +201,9 @@ def test_a_window_that_is_forgotten(models: Callable[[str], Model]) -> None:
 
 
 def test_states_wait_for_what_is_pending(models: Callable[[str], Model]) -> None:
-    with models("llama").context(n_threads=1, n_ctx=1024, n_seq_max=2, kv_unified=False) as context:
+    with Context(
+        models("llama"), n_threads=1, n_ctx=1024, n_seq_max=2, kv_unified=False
+    ) as context:
         decode(context, TOKENS, 0, 0)
         context.memory.seq_cp(0, 1)
         assert context.memory.is_stale(1)
@@ -221,7 +223,7 @@ def test_states_wait_for_what_is_pending(models: Callable[[str], Model]) -> None
 
 
 def test_a_state_takes_a_shifted_sequences_place(models: Callable[[str], Model]) -> None:
-    with models("llama").context(n_threads=1, n_ctx=512) as context:
+    with Context(models("llama"), n_threads=1, n_ctx=512) as context:
         decode(context, TOKENS, 0, 0)
         data = context.state_seq_get(0)
         context.memory.seq_add(0, 0, -1, 7)
@@ -235,7 +237,7 @@ def test_a_state_takes_a_shifted_sequences_place(models: Callable[[str], Model])
 
 
 def test_bf16_keys_are_not_shifted(models: Callable[[str], Model]) -> None:
-    with models("llama").context(n_threads=1, n_ctx=256, type_k="bf16") as context:
+    with Context(models("llama"), n_threads=1, n_ctx=256, type_k="bf16") as context:
         assert not context.memory.can_shift
         decode(context, TOKENS, 0, 0)
         with pytest.raises(UnsupportedOperation):
@@ -268,7 +270,7 @@ def test_bf16_keys_are_not_shifted(models: Callable[[str], Model]) -> None:
     ],
 )
 def test_bad_arguments(models: Callable[[str], Model], use, argument: str) -> None:  # type: ignore[no-untyped-def]
-    with models("llama").context(n_threads=1, n_ctx=256, n_seq_max=4) as context:
+    with Context(models("llama"), n_threads=1, n_ctx=256, n_seq_max=4) as context:
         decode(context, TOKENS[:8], 0, 0)
         before = spans(context)
         with pytest.raises(ArgumentError) as caught:

@@ -116,7 +116,7 @@ def decode(context: Context, seq: int, pos: int, tokens: list[int]) -> np.ndarra
 
 
 def continuation(name: str, tokens: list[int]) -> np.ndarray:
-    with loaded(name).context(n_threads=1, n_ctx=512) as alone:
+    with Context(loaded(name), n_threads=1, n_ctx=512) as alone:
         return decode(alone, 0, 0, tokens)
 
 
@@ -127,8 +127,8 @@ class AttentionMachine(RuleBasedStateMachine):
     def start(self, unified: bool) -> None:
         self.unified = unified
         n_ctx = N_CELLS if unified else N_CELLS * N_SEQ
-        self.context = loaded("llama").context(
-            n_threads=1, n_ctx=n_ctx, n_seq_max=N_SEQ, kv_unified=unified
+        self.context = Context(
+            loaded("llama"), n_threads=1, n_ctx=n_ctx, n_seq_max=N_SEQ, kv_unified=unified
         )
         self.memory = self.context.memory
         self.model = Cells(unified)
@@ -251,7 +251,7 @@ class RecurrentMachine(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        self.context = loaded(self.name).context(n_threads=1, n_ctx=512, n_seq_max=N_SEQ)
+        self.context = Context(loaded(self.name), n_threads=1, n_ctx=512, n_seq_max=N_SEQ)
         self.memory = self.context.memory
         self.model = States()
 

@@ -9,6 +9,7 @@ import pytest
 
 from pyllamabatch import Model
 from pyllamabatch.errors import ArgumentError, ClosedError, ModelLoadCancelled
+from pyllamabatch.llama.context import Context
 from tests.support.models_gguf import (
     ARCHITECTURES,
     N_CTX_TRAIN,
@@ -140,7 +141,7 @@ def test_close(tiny_llama_path: Path) -> None:
         lambda: model.n_embd,
         lambda: vocab.tokenize("x"),
         lambda: vocab.is_eog(0),
-        lambda: model.context(),
+        lambda: Context(model),
         lambda: model.__enter__(),
     ):
         with pytest.raises(ClosedError):
@@ -150,7 +151,7 @@ def test_close(tiny_llama_path: Path) -> None:
 def test_a_context_outlives_its_model(tiny_llama_path: Path) -> None:
     model = Model(tiny_llama_path)
     n_vocab = model.n_vocab
-    context = model.context(n_threads=1, n_ctx=256)
+    context = Context(model, n_threads=1, n_ctx=256)
     batch = context.batch()
     model.close()
     with context:

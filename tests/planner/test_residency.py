@@ -12,6 +12,7 @@ from pyllamabatch import Engine, Model
 from pyllamabatch.cli import main
 from pyllamabatch.cost.where import memory_parts
 from pyllamabatch.errors import ArgumentError, NotEnoughMemory
+from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.host import host_available
 from pyllamabatch.planner import residency
 from pyllamabatch.planner.machines import GIB, MACHINES, Machine, here, machine
@@ -24,7 +25,7 @@ def test_projection_is_what_is_allocated(arch_path: Path, unified: bool) -> None
     params = {"n_ctx": 2048, "n_seq_max": 4, "kv_unified": unified, "n_ubatch": 64}
     with Projector(arch_path) as projector:
         planned = projector.footprint(**params)
-    with Model(arch_path) as model, model.context(n_outputs_max=4, **params) as context:
+    with Model(arch_path) as model, Context(model, n_outputs_max=4, **params) as context:
         real = memory_parts(context)
         n_vocab = model.n_vocab
     host = planned.host

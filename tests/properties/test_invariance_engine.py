@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from pyllamabatch.engine.engine import Engine
+from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import SAMPLE, Finish, Stepper
@@ -79,7 +80,7 @@ def test_stepper_sequences_get_what_they_get_alone(
     got: list[list[int]] = [[] for _ in range(n)]
     computed, alive = [0] * n, set(range(n))
     with (
-        model.context(n_ctx=96 * n, n_seq_max=n, n_ubatch=64, **EXACT) as context,
+        Context(model, n_ctx=96 * n, n_seq_max=n, n_ubatch=64, **EXACT) as context,
         Stepper(context) as stepper,
     ):
         rows = stepper.rows

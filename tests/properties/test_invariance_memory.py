@@ -157,7 +157,7 @@ def test_which_architectures_refuse_what() -> None:
     """The capabilities of the six, so that the branches above are the ones that are meant."""
     partial, prefix, window, shift = {}, {}, {}, {}
     for name in ARCHITECTURES:
-        with Model(gguf_path(name)) as model, model.context(n_ctx=512, n_seq_max=2) as context:
+        with Model(gguf_path(name)) as model, Context(model, n_ctx=512, n_seq_max=2) as context:
             can = context.capabilities
             partial[name], prefix[name] = can.partial_removal, can.prefix_copy
             window[name], shift[name] = can.swa_window, can.can_shift

@@ -298,7 +298,7 @@ def test_rows_refuse_what_they_cannot_do() -> None:
 def context() -> Iterator[Context]:
     with Model(gguf_path("llama")) as model:
         settings = {"n_ctx": 512, "n_batch": 64, "n_seq_max": 2, "n_threads": 1}
-        with model.context(**settings) as context:
+        with Context(model, **settings) as context:
             yield context
 
 

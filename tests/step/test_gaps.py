@@ -43,8 +43,8 @@ def alone(name: str) -> list[Reference]:
 
 @pytest.fixture
 def context(model: Model) -> Iterator[Context]:
-    with model.context(
-        n_ctx=2048, n_batch=64, n_seq_max=N_SEQ, kv_unified=False, n_threads=1, **EXACT
+    with Context(
+        model, n_ctx=2048, n_batch=64, n_seq_max=N_SEQ, kv_unified=False, n_threads=1, **EXACT
     ) as context:
         yield context
 
@@ -134,7 +134,7 @@ def test_wide_gaps_and_used_sequences_are_left_alone(context: Context) -> None:
 
 def test_the_default(model: Model) -> None:
     for kv_unified in (True, False):
-        with model.context(n_ctx=1024, n_seq_max=4, kv_unified=kv_unified, n_threads=1) as context:
+        with Context(model, n_ctx=1024, n_seq_max=4, kv_unified=kv_unified, n_threads=1) as context:
             wanted = int(not kv_unified or context.capabilities.recurrent)
             context.memory.clear()
             with Stepper(context) as stepper:
@@ -142,7 +142,7 @@ def test_the_default(model: Model) -> None:
                 result = stepper.run(np.array([0, 2], np.int32), 3)
                 assert {*result.steps["n_filled"].tolist()} == {wanted}
     with (
-        model.context(n_ctx=64, n_threads=1) as context,
+        Context(model, n_ctx=64, n_threads=1) as context,
         pytest.raises(ArgumentError, match="gap_max"),
     ):
         Stepper(context, gap_max=-1)

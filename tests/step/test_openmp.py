@@ -9,6 +9,7 @@ import pytest
 
 from pyllamabatch import Engine, Model
 from pyllamabatch.cost.where import cpu_features
+from pyllamabatch.llama.context import Context
 from pyllamabatch.raw import lib
 
 
@@ -25,7 +26,7 @@ def test_helpers_end_when_they_rest() -> None:
     before = n_threads()
     with Model.default() as model:
         assert n_threads() == before
-        with model.context(n_ctx=256, n_threads=3, n_threads_batch=3) as context:
+        with Context(model, n_ctx=256, n_threads=3, n_threads_batch=3) as context:
             batch = context.batch()
             batch.extend([1, 2, 3], 0, 0)
             context.decode(batch)

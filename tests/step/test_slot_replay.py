@@ -20,7 +20,7 @@ PROMPT = [1, 300, 301, 302]
 
 @pytest.fixture(scope="module")
 def context() -> Iterator[Context]:
-    with Model(gguf_path("llama")) as model, model.context(n_ctx=256, n_threads=1) as context:
+    with Model(gguf_path("llama")) as model, Context(model, n_ctx=256, n_threads=1) as context:
         yield context
 
 

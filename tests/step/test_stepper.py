@@ -43,7 +43,7 @@ def model() -> Iterator[Model]:
 @pytest.fixture
 def context(model: Model) -> Iterator[Context]:
     settings = {"type_k": "f32", "type_v": "f32", "flash_attn_type": "disabled"}
-    with model.context(n_ctx=512, n_batch=64, n_seq_max=4, n_threads=1, **settings) as context:
+    with Context(model, n_ctx=512, n_batch=64, n_seq_max=4, n_threads=1, **settings) as context:
         yield context
 
 
@@ -384,7 +384,7 @@ def test_the_number_of_rows_is_checked(stepper: Stepper, n_rows: int) -> None:
 
 def test_too_many_outputs(model: Model) -> None:
     with (
-        model.context(n_ctx=64, n_batch=16, n_seq_max=2, n_outputs_max=3) as context,
+        Context(model, n_ctx=64, n_batch=16, n_seq_max=2, n_outputs_max=3) as context,
         Stepper(context) as stepper,
     ):
         n = write(stepper, [1, 270, 280, 290])
@@ -407,7 +407,7 @@ def test_a_gap_in_the_positions_is_libllamas_refusal(stepper: Stepper) -> None:
 
 
 def test_a_full_memory_changes_no_slot(model: Model) -> None:
-    with model.context(n_ctx=256, n_batch=64, n_seq_max=1) as context, Stepper(context) as stepper:
+    with Context(model, n_ctx=256, n_batch=64, n_seq_max=1) as context, Stepper(context) as stepper:
         stepper.set_slot(0, SamplingParams(temperature=0, max_tokens=10_000))
         result = stepper.step(write(stepper, PROMPT))
         while result.code == 0:
@@ -462,7 +462,7 @@ def test_bad_logits_are_an_error_of_that_row_only(tmp_path: Path) -> None:
     with (
         Model(path) as model,
         # cells of their own: NaN in a cell that a mask hides still spoils a sum over all cells
-        model.context(n_ctx=512, n_batch=64, n_seq_max=2, kv_unified=False) as context,
+        Context(model, n_ctx=512, n_batch=64, n_seq_max=2, kv_unified=False) as context,
         Stepper(context) as stepper,
     ):
         for seq in range(2):
@@ -592,7 +592,7 @@ def test_closed_things_say_so(context: Context) -> None:
 
 
 def test_closing_the_context_first_is_fine(model: Model) -> None:
-    context = model.context(n_ctx=64, n_seq_max=2)
+    context = Context(model, n_ctx=64, n_seq_max=2)
     stepper = Stepper(context)
     stepper.set_slot(0, SamplingParams(grammar="root ::= .*"))
     n = write(stepper, PROMPT)

@@ -38,7 +38,7 @@ def model() -> Iterator[Model]:
 
 @pytest.fixture
 def context(model: Model) -> Iterator[Context]:
-    with model.context(n_ctx=1024, n_batch=64, n_seq_max=4, n_threads=1) as context:
+    with Context(model, n_ctx=1024, n_batch=64, n_seq_max=4, n_threads=1) as context:
         yield context
 
 
@@ -132,7 +132,7 @@ def test_the_step_in_which_one_finishes_is_the_last_and_whole(stepper: Stepper) 
 
 def test_no_cells_keeps_the_steps_before(model: Model) -> None:
     with (
-        model.context(n_ctx=256, n_batch=64, n_seq_max=2, kv_unified=True, n_threads=1) as context,
+        Context(model, n_ctx=256, n_batch=64, n_seq_max=2, kv_unified=True, n_threads=1) as context,
         Stepper(context, n_steps_max=300) as stepper,
     ):
         start(stepper, [params()] * 2)
@@ -157,7 +157,7 @@ def test_positions_end_a_run_before_they_end(tmp_path: Path) -> None:
     write_gpt2(tmp_path / "gpt2.gguf")
     with (
         Model(tmp_path / "gpt2.gguf") as model,
-        model.context(n_ctx=256, n_batch=64, n_threads=1) as context,
+        Context(model, n_ctx=256, n_batch=64, n_threads=1) as context,
         Stepper(context, n_steps_max=100) as stepper,
     ):
         start(stepper, [params()])
@@ -183,7 +183,7 @@ def test_a_ring_ends_one_run_after_one_step(stepper: Stepper) -> None:
 def test_another_thread_rings_while_the_run_goes_on(model: Model) -> None:
     """It gets in during the run, which does not hold the interpreter, and stops it."""
     with (
-        model.context(n_ctx=8192, n_batch=64, n_threads=1) as context,
+        Context(model, n_ctx=8192, n_batch=64, n_threads=1) as context,
         Stepper(context, n_steps_max=8000) as stepper,
     ):
         start(stepper, [params(8100)])
