@@ -10,6 +10,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pyllamabatch.compare.child import Child, lines_of_parent, tell_parent
 from pyllamabatch.errors import PyllamabatchError, UnsupportedOperation
@@ -65,7 +66,7 @@ def measure(path: PathLike, n: int, n_ctx: int, n_gpu_layers: int = -1) -> list[
     return found
 
 
-_CONTEXT = {"n_batch": 64, "n_ubatch": 64}
+_CONTEXT: dict[str, Any] = {"n_batch": 64, "n_ubatch": 64}
 
 
 def _wait_for(child: Child, word: str) -> None:

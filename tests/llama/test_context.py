@@ -6,6 +6,7 @@ import gc
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,7 +119,7 @@ def test_parameters_have_their_own_names(model: Model) -> None:
         ({"n_cxt": 512}, "n_cxt"),
     ],
 )
-def test_bad_parameters(model: Model, params: dict[str, object], argument: str) -> None:
+def test_bad_parameters(model: Model, params: dict[str, Any], argument: str) -> None:
     with pytest.raises(ArgumentError) as caught:
         Context(model, **params)
     assert caught.value.argument == argument
@@ -429,7 +430,7 @@ def test_state_that_does_not_fit(context: Context, model: Model) -> None:
         with pytest.raises(StateError, match="type_k=1, this context has 0"):
             other.state_seq_set(data, 0)
         assert other.memory.pos_max(0) == len(PROMPT) - 1
-    layout = {"flash_attn_type": "disabled", "n_ctx": 512}
+    layout: dict[str, Any] = {"flash_attn_type": "disabled", "n_ctx": 512}
     with Context(model, n_threads=1, **layout) as other:
         run(other, PROMPT)
         with pytest.raises(StateError, match="does not fit"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ from pyllamabatch.planner.residency import Footprint, Pool, Projector, most
 @pytest.mark.parametrize("unified", [True, False])
 def test_projection_is_what_is_allocated(arch_path: Path, unified: bool) -> None:
     """Within 2%, part by part: weights, cells, graphs (the CPU's share of them)."""
-    params = {"n_ctx": 2048, "n_seq_max": 4, "kv_unified": unified, "n_ubatch": 64}
+    params: dict[str, Any] = {"n_ctx": 2048, "n_seq_max": 4, "kv_unified": unified, "n_ubatch": 64}
     with Projector(arch_path) as projector:
         planned = projector.footprint(**params)
     with Model(arch_path) as model, Context(model, n_outputs_max=4, **params) as context:

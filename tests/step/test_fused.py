@@ -297,7 +297,7 @@ def test_rows_refuse_what_they_cannot_do() -> None:
 @pytest.fixture(scope="module")
 def context() -> Iterator[Context]:
     with Model(gguf_path("llama")) as model:
-        settings = {"n_ctx": 512, "n_batch": 64, "n_seq_max": 2, "n_threads": 1}
+        settings: dict[str, Any] = {"n_ctx": 512, "n_batch": 64, "n_seq_max": 2, "n_threads": 1}
         with Context(model, **settings) as context:
             yield context
 

@@ -42,7 +42,7 @@ def model() -> Iterator[Model]:
 
 @pytest.fixture
 def context(model: Model) -> Iterator[Context]:
-    settings = {"type_k": "f32", "type_v": "f32", "flash_attn_type": "disabled"}
+    settings: dict[str, Any] = {"type_k": "f32", "type_v": "f32", "flash_attn_type": "disabled"}
     with Context(model, n_ctx=512, n_batch=64, n_seq_max=4, n_threads=1, **settings) as context:
         yield context
 

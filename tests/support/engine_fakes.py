@@ -348,7 +348,7 @@ class Rig:
             len(self.requests) + 1,
             len(prompt),
             pieces=self._pieces,
-            stops=params.stop,
+            stops=tuple(params.stop),
             cancel=self.core.cancel,
             watch=self.core.output_processor.watch,
         )
