@@ -13,11 +13,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from pyllamabatch.cli.options import add_model_arguments, at_least, n_bytes
-from pyllamabatch.cost.share import Shared, measure
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.models import default_model_path
 from pyllamabatch.planner.machines import GIB, MACHINES, Machine, machine
 from pyllamabatch.planner.residency import Footprint, Pool, Projector, by_size, most
+from pyllamabatch.planner.sharing import Shared, measure
 
 NAME = "plan"
 HELP = "what fits a machine: sequences, contexts, processes"

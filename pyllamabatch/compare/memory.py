@@ -17,8 +17,8 @@ from statistics import median
 from pyllamabatch.compare.darwin import mac_process_sizes, mac_wired
 from pyllamabatch.compare.nvml import Nvml
 from pyllamabatch.compare.powercap import Powercap
-from pyllamabatch.cost.share import rollup
 from pyllamabatch.llama import runtime
+from pyllamabatch.planner.sharing import rollup
 
 Source = Callable[[], dict[str, float]]
 """A sample: bytes now, or joules (`…_joules`) since some moment in the past."""

@@ -10,44 +10,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pyllamabatch.cost.kernels import Kernels, kernels
 from pyllamabatch.cost.profile import Key
-from pyllamabatch.errors import PyllamabatchError
 from pyllamabatch.llama import runtime
+from pyllamabatch.llama.breakdown import memory_parts
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.raw import ffi, lib
 
 WHOLE = 0.98  # of the weights on one device: it computes all layers
-
-
-class Part(NamedTuple):
-    """Bytes in buffers of one type: weights, KV cells and states, graphs."""
-
-    buffer_type: str
-    device: str  # its name
-    host: bool  # memory that the CPU can use
-    model: int
-    context: int
-    compute: int
-
-
-def memory_parts(context: Context) -> list[Part]:
-    """What a context takes up, by buffer type; of a model loaded with no_alloc, what it would. The
-    buffer of the logits is not among it."""
-    with context.exclusive():
-        n = lib.plb_memory_breakdown(context.ptr, ffi.NULL, 0)
-        parts = ffi.new("plb_memory_part[]", max(n, 1))
-        n = lib.plb_memory_breakdown(context.ptr, parts, n)
-    if n < 0:
-        raise PyllamabatchError("libllama can't say what the context takes up")
-    text = runtime.text
-    return [
-        Part(text(p.buffer_type), text(p.device), bool(p.host), p.model, p.context, p.compute)
-        for p in parts[0:n]
-    ]
 
 
 @dataclass(frozen=True, slots=True)

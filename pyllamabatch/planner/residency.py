@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pyllamabatch.cost.where import memory_parts
 from pyllamabatch.errors import NotEnoughMemory, integer
 from pyllamabatch.llama import runtime
+from pyllamabatch.llama.breakdown import memory_parts
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.handle import Owner
 from pyllamabatch.llama.host import PathLike, host_available

@@ -13,6 +13,7 @@ from pyllamabatch.cost.kernels import kernels
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import Key, Profile, Sample, file_name, find_profile, profile_folder
 from pyllamabatch.errors import ProfileError
+from pyllamabatch.llama.breakdown import memory_parts
 from pyllamabatch.llama.context import Context
 
 
@@ -29,7 +30,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_parts_of_a_context(arch_path: Path) -> None:
     with Model(arch_path) as model, Context(model, n_ctx=256) as context:
-        parts = where.memory_parts(context)
+        parts = memory_parts(context)
         assert sum(part.model for part in parts) == pytest.approx(model.size_bytes, rel=0.05)
         assert sum(part.context for part in parts) > 0
         assert sum(part.compute for part in parts) > 0

@@ -11,8 +11,8 @@ import pytest
 
 from pyllamabatch import Engine, Model
 from pyllamabatch.cli import main
-from pyllamabatch.cost.where import memory_parts
 from pyllamabatch.errors import ArgumentError, NotEnoughMemory
+from pyllamabatch.llama.breakdown import memory_parts
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.host import host_available
 from pyllamabatch.planner import residency
