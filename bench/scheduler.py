@@ -201,7 +201,6 @@ def prepare(name: str, scenario: str, n_running: int, n_waiting: int) -> tuple[S
     def step() -> int:
         planned = scheduler.plan(0.0)
         assert planned is not None
-        scheduler.take_kv_operations()
         scheduler.advance(planned)
         admitted.extend(planned.admitted)
         return 1

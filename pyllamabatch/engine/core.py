@@ -75,17 +75,21 @@ class EngineCore:
         self.slot_table = SlotTable(
             scheduler, stepper, self.output_processor, trace, self.commands.left_line
         )
-        scheduler.tokens_of = self.slot_table.tokens_of
         self._space = SwapSpace(0) if space is None else space
         self._loras = loras if loras is not None and loras.names else None
 
         def loras_of(id: int) -> LoraNames:
             return [] if self._loras is None else self._loras.files(self.slot_table.lora(id))
 
+        def state_of(id: int) -> bytes:
+            hand = self.slot_table.hands[id]
+            state, hand.state = hand.state, b""
+            return state
+
         self.hands = InteractiveRunner(
             scheduler, stepper, memory, self.slot_table, states, self._space, loras_of
         )
-        self._kv_executor = KvExecutor(scheduler, memory, states, self._space, loras_of)
+        self._kv_executor = KvExecutor(scheduler, memory, states, self._space, loras_of, state_of)
         self._observe = CostObserver(scheduler)
         self.recovery = Recovery(
             scheduler, memory, self.slot_table, self.hands, states.renew, max_restarts
@@ -232,7 +236,7 @@ class EngineCore:
             except BaseException:  # `_fail_all` does the rest
                 self.commands.put_back(list(mail))
                 raise
-            self._kv_executor.carry_out()
+            self._carry_out()
 
     def _wait(self, seconds: float | None) -> bool:
         """Until there is mail, or for so many seconds. False when there is nothing to wait for: the
@@ -247,7 +251,12 @@ class EngineCore:
         with self.state:
             for id in self.scheduler.deadlines.due(perf_counter()):
                 self.slot_table.end(self.slot_table.open[id], "deadline")
-            self._kv_executor.carry_out()
+            self._carry_out()
+
+    def _carry_out(self) -> None:
+        failed = self._kv_executor.carry_out(self.scheduler.take_kv_operations())
+        for id, slot in failed.items():
+            self.slot_table.leave(id, slot)
 
     def _turn(self) -> None:
         with self.state:
@@ -256,10 +265,11 @@ class EngineCore:
                 return
             for id, slot in step.preempted:
                 self.slot_table.leave(id, slot)
-            failed = self._kv_executor.carry_out()
             for id, slot in step.admitted:
-                if id not in failed:
-                    self.slot_table.admit(id, slot)
+                self.slot_table.admit(id, slot)
+            failed = self._kv_executor.carry_out(step.kv_operations)
+            for id, slot in failed.items():
+                self.slot_table.leave(id, slot)
             if failed or step.n_rows == 0:
                 return
         for part in self._parts(step):
@@ -296,12 +306,12 @@ class EngineCore:
             with self.state:
                 self._running = None
                 self.recovery.failed(step, error)
-                self._kv_executor.carry_out()
+                self._carry_out()
             return False
         with self.state:
             self._running = None
             self._apply(step, run)
-            self._kv_executor.carry_out()
+            self._carry_out()
         return run.code == 0
 
     def _n_steps(self, step: Step) -> int:

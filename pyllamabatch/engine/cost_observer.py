@@ -27,7 +27,7 @@ class CostObserver:
         scheduler, n, n_decode = self._scheduler, run.n_steps, len(step.decode)
         cost = scheduler.cost
         if step.n_rows - n_decode >= 16 + 8 * n_decode:
-            scheduler.admission.swap.computed(step.n_rows, run.seconds)
+            scheduler.prefilled(step.n_rows, run.seconds)
         if cost is None:
             return
         end = perf_counter()

@@ -7,6 +7,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from ..llama.lora import LoraSet
 from ..step.sampling_params import SamplingParams
 from ..step.types import REPORT, SAMPLE, Finish
@@ -67,6 +70,7 @@ class Hand:
         "slot",
         "space",
         "spent",
+        "state",
         "tenant",
         "tokens",
     )
@@ -90,6 +94,7 @@ class Hand:
         self.tenant = tenant
         self.tokens: list[int] = []
         self.n_given = 0
+        self.state = b""  # to be stored among the saved ones
         self.n_restarts = 0
         self.sampler: Any = None
         self.slot = -1
@@ -100,6 +105,10 @@ class Hand:
     def wait_for(self, call: Call, back_to: int | None = None) -> None:
         """Its owner does."""
         self.call, self.back_to, self.n_restarts = call, back_to, 0
+
+    def known(self) -> npt.NDArray[np.int32]:
+        """All that it knows: int32."""
+        return np.array(self.tokens, np.int32)
 
     def unseated(self) -> None:
         """See `Request`: `tokens` is all that is to be computed again, as ever."""

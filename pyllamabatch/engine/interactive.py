@@ -8,7 +8,7 @@ from math import isnan
 from time import perf_counter
 from typing import Any
 
-from ..errors import Cancelled, EngineClosed, PyllamabatchError, SamplingError, UnsupportedOperation
+from ..errors import Cancelled, EngineClosed, PyllamabatchError, SamplingError
 from ..kv import SwapSpace
 from ..llama.lora import LoraNames
 from ..scheduler import Scheduler, Step
@@ -63,6 +63,7 @@ class InteractiveRunner:
                     tenant=hand.tenant,
                     space=hand.space,
                     interactive=True,
+                    tokens=hand,
                 )
         except PyllamabatchError as error:
             del hand.tokens[n:]
@@ -112,7 +113,7 @@ class InteractiveRunner:
             self._trim(hand, 0)
         hand.tokens += saved.tokens.tolist()
         self._open[hand.id] = hand
-        self._space.put(hand.id, data)
+        hand.state = data
         self._scheduler.add(
             hand.id,
             len(hand.tokens),
@@ -123,6 +124,7 @@ class InteractiveRunner:
             space=hand.space,
             interactive=True,
             saved=saved.n_computed,
+            tokens=hand,
         )
         self._renew(hand, sampler)
         hand.n_given = saved.n_prompt
@@ -176,7 +178,7 @@ class InteractiveRunner:
         if finish == Finish.ERROR:
             error = SamplingError(self._stepper.slot_error(hand.slot))
             self._scheduler.counters.tokens -= 1
-            self._cut(hand, len(hand.tokens))  # the scheduler has counted a token
+            self._scheduler.trim(hand.id, len(hand.tokens))  # the scheduler has counted a token
             hand.spent = True
             self._take_back(hand, error)
             return
@@ -213,15 +215,14 @@ class InteractiveRunner:
         call.finish(error=error)
 
     def _renew(self, hand: Hand, sampler: Any) -> None:
-        if hand.slot < 0:
-            hand.sampler = sampler
-        else:
+        hand.sampler = sampler
+        if hand.slot >= 0:
             self._stepper.put_slot(hand.slot, sampler)
         hand.spent, hand.n_given = False, len(hand.tokens)
 
     def _trim(self, hand: Hand, n: int) -> None:
         if n:
-            self._cut(hand, n)
+            self._scheduler.trim(hand.id, n)
         else:
             self._remove(hand)
         del hand.tokens[n:]
@@ -232,16 +233,3 @@ class InteractiveRunner:
         if hand.slot >= 0:
             self._stepper.clear_slot(hand.slot)
             self._slot_table.free(hand)
-
-    def _cut(self, hand: Hand, n: int) -> None:
-        """The scheduler's counts and the cells, down to `n` tokens."""
-        scheduler, id, slot = self._scheduler, hand.id, hand.slot
-        before = 0 if slot < 0 else scheduler.computed(slot)
-        kept = scheduler.trim(id, n)
-        if slot < 0 or kept == before:
-            return
-        try:
-            self._memory.seq_rm(slot, kept)
-        except UnsupportedOperation:  # a recurrent state, a window that is forgotten
-            scheduler.preempt(id, worth=False)
-            self._slot_table.leave(id, slot)

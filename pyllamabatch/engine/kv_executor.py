@@ -26,66 +26,58 @@ class KvExecutor:
         states: ContextLike,
         space: SwapSpace,
         loras_of: Callable[[int], LoraNames],
+        state_of: Callable[[int], bytes],
     ) -> None:
+        self._state_of = state_of
         self._loras_of = loras_of
         self._scheduler = scheduler
         self._memory = memory
         self._states = states
         self._space = space
 
-    def carry_out(self) -> set[int]:
-        """All that has been decided. Returns the sequences that could not start from what they were
-        to: they wait again, to be computed, and a step that has them is void."""
-        failed: set[int] = set()
-        while moves := self._scheduler.take_kv_operations():
-            for move in moves:
-                if move.id in failed and move.kind in ("copy", "trim", "load"):
-                    continue
-                try:
-                    self._carry_out(move)
-                except (PyllamabatchError, OSError) as problem:
-                    log.warning("%s of slot %d failed: %s", move.kind, move.slot, problem)
-                    if self._failed(move):
-                        failed.add(move.id)
+    def carry_out(self, operations: tuple[KvOperation, ...]) -> dict[int, int]:
+        """Returns the sequences that could not go on from there, id -> slot: they wait again, to be
+        computed, and a step that has them is void."""
+        failed: dict[int, int] = {}
+        for operation in operations:
+            if operation.id in failed and operation.kind in ("copy", "trim", "load"):
+                continue
+            try:
+                self._carry_out(operation)
+            except (PyllamabatchError, OSError) as problem:
+                log.warning("%s of slot %d failed: %s", operation.kind, operation.slot, problem)
+                preempted = self._scheduler.kv_failed(operation)
+                if preempted is not None:
+                    failed[preempted[0]] = preempted[1]
         return failed
 
-    def _carry_out(self, move: KvOperation) -> None:
-        memory, slot, n = self._memory, move.slot, move.n
-        if move.kind == "remove":
-            memory.seq_rm(slot)
-        elif move.kind == "trim":
-            memory.seq_rm(slot, n)
-        elif move.kind == "copy":
-            memory.seq_cp(move.source, slot, *(() if move.whole else (0, n)))
-            self._check(slot, n)
-        elif move.kind == "discard":
-            self._space.drop(move.id)
-        else:
-            start = perf_counter()
-            if move.kind == "save":
-                state = self._states.state_seq_get(slot, self._loras_of(move.id))
-                self._space.put(move.id, state)
-            else:
-                state = self._space.take(move.id)
-                self._states.state_seq_set(state, slot, self._loras_of(move.id))
+    def _carry_out(self, operation: KvOperation) -> None:
+        memory, space, states = self._memory, self._space, self._states
+        id, slot, n = operation.id, operation.slot, operation.n
+        start = perf_counter()
+        match operation.kind:
+            case "remove":
+                memory.seq_rm(slot)
+            case "trim" | "cut":
+                memory.seq_rm(slot, n)
+            case "copy":
+                memory.seq_cp(operation.source, slot, *(() if operation.whole else (0, n)))
                 self._check(slot, n)
-            self._scheduler.admission.swap.copied(len(state), perf_counter() - start, n)
+            case "store":
+                space.put(id, self._state_of(id))
+            case "discard":
+                space.drop(id)
+            case "save":
+                state = states.state_seq_get(slot, self._loras_of(id))
+                space.put(id, state)
+                self._scheduler.copied(len(state), perf_counter() - start, n)
+            case "load":
+                state = space.take(id)
+                states.state_seq_set(state, slot, self._loras_of(id))
+                self._check(slot, n)
+                self._scheduler.copied(len(state), perf_counter() - start, n)
 
     def _check(self, slot: int, n: int) -> None:
         held = self._memory.pos_max(slot) + 1
         if held != n:
             raise StateError(f"{held} positions came instead of {n}")
-
-    def _failed(self, move: KvOperation) -> bool:
-        """What it was for is given up. True when a sequence was to start from it."""
-        if move.kind == "remove":
-            raise RuntimeError(f"sequence {move.slot} can't be removed")
-        if move.kind == "save":
-            self._scheduler.admission.drop_saved(move.id)
-        elif move.id:
-            self._scheduler.start_failed(move.id)
-            return True
-        else:  # of what is kept
-            self._memory.seq_rm(move.slot)
-            self._scheduler.admission.cache.drop(move.slot)
-        return False

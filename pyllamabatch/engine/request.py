@@ -143,6 +143,11 @@ class Request:
         self.slot = -1
         self.space = space
 
-    def unseated(self) -> None:
-        """It has given up its slot, and has its sampling state again."""
+    def known(self) -> Tokens:
+        """All that it knows: int32. Between two steps."""
         self.tokens = np.concatenate((self.prompt, self.sampler.tokens()), dtype=np.int32)
+        return self.tokens
+
+    def unseated(self) -> None:
+        """It has given up its slot."""
+        self.known()

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from ..llama.lora import LoraSet
 from ..scheduler import Scheduler
 from ..step.trace import StepTrace
 from .hand import Hand
 from .output_processor import OutputProcessor
 from .protocols import StepperLike
-from .request import Request, Tokens
+from .request import Request
 from .stream import FinishReason
 
 
@@ -54,24 +52,14 @@ class SlotTable:
             tenant=request.terms.tenant,
             deadline=request.terms.deadline,
             itl_target=request.terms.itl_target,
+            tokens=request,
         )
-
-    def tokens_of(self, id: int) -> Tokens:
-        """All that a sequence knows: what it was given and what was sampled."""
-        occupant = self._occupant(id)
-        if isinstance(occupant, Hand) or occupant.slot < 0:
-            return np.array(occupant.tokens, dtype=np.int32)
-        sampler = self._stepper.take_slot(occupant.slot)
-        tokens = np.concatenate((occupant.prompt, sampler.tokens()), dtype=np.int32)
-        self._stepper.put_slot(occupant.slot, sampler)
-        return tokens
 
     def admit(self, id: int, slot: int) -> None:
         """The scheduler has given it a slot."""
         occupant = self._occupant(id)
         occupant.slot = slot
         self._stepper.put_slot(slot, occupant.sampler)
-        occupant.sampler = None
         self.at[slot] = occupant
         if isinstance(occupant, Request):
             self._output_processor.place(self._stepper.n_recorded, slot, occupant.stream)

@@ -62,13 +62,18 @@ class Sharing:
 
 @dataclass(frozen=True, slots=True)
 class KvOperation:
-    """A change of the memory. remove: all of `slot`. trim: all of `slot` but its first `n`
-    positions. copy: the first `n` positions of `source` (all that it holds, if `whole`) to the
-    empty `slot`. save: the state of `slot` to the host, for sequence `id`. load: the saved state of
-    `id` to the empty `slot`, which uses it up. discard: the saved state of `id`. `id`: the sequence
-    that starts from this, 0 when none does."""
+    """A change of the memory.
 
-    kind: Literal["remove", "trim", "copy", "save", "load", "discard"]
+    - remove: all of `slot`. trim: all of `slot` but its first `n` positions; cut: the same, of the
+      running sequence `id`.
+    - copy: the first `n` positions of `source` (all that it holds, if `whole`) to the empty `slot`.
+    - save: the state of `slot` to the host, for sequence `id`. load: the saved state of `id` to the
+      empty `slot`, which uses it up. store: a state that sequence `id` brings, to the saved ones.
+      discard: the saved state of `id`.
+
+    `id`: the sequence that starts from this, 0 when none does."""
+
+    kind: Literal["remove", "trim", "cut", "copy", "save", "load", "store", "discard"]
     slot: int
     source: int = -1
     n: int = 0

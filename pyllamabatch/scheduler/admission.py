@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import islice
 
 from ..kv import Hit, KvAccounting, KvOperation, PrefixCache, Sharing, SwapChoice
 from ..kv.prefix_cache import NO_HIT, Key, key_of
 from ..kv.radix_tree import Tokens
-
-TokensOf = Callable[[int], "Tokens | None"]
 
 LOOKS = 32  # so many waiting sequences at most are looked at again before one step
 
@@ -66,6 +64,7 @@ class Admission:
         self._spaces[id] = ("alone", id) if space is None and not self.cache.retain else space
         if saved:
             self._saved[id] = saved
+            self.cache.kv_operations.append(KvOperation("store", -1, n=saved, id=id))
 
     def isolate(self, id: int) -> None:
         """It starts from nobody and nobody from it, from its next start on."""
@@ -185,6 +184,7 @@ class Admission:
         """Only the first `n` positions of a running sequence are left, and what comes next may
         differ from what it knew."""
         self._accounting.trim(slot, n)
+        self.cache.kv_operations.append(KvOperation("cut", slot, n=n, id=id))
         if tokens is not None:
             self.cache.lives(slot, tokens[:n], self._spaces[id], n)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ..kv import KvAccounting, KvOperation, Sharing, SwapChoice
 from ..kv.radix_tree import Tokens
-from .admission import Admission, StartPoint, TokensOf
+from .admission import Admission, StartPoint
 from .deadlines import Deadlines
 from .gather import CostWindow, Gather
 from .idle_sequences import IdleSequences
@@ -31,7 +31,6 @@ class Placement:
         limits: Limits,
         gather: Gather | None,
         sharing: Sharing,
-        tokens_of: TokensOf | None,
         retain: bool,
         swap: SwapChoice | None,
     ) -> None:
@@ -46,7 +45,6 @@ class Placement:
         )
         self.admission = Admission(self.accounting, sharing, retain=retain, swap=swap)
         self.deadlines = Deadlines()
-        self.tokens_of = tokens_of
         self._running = Running(self.n_slots)
         self._prefilling = SequenceQueue(self._running.seen)
         self._waiting = SequenceQueue(self._running.seen)
@@ -83,17 +81,36 @@ class Placement:
         self.counters.preemptions += 1
         return slot
 
-    def take_kv_operations(self) -> list[KvOperation]:
-        """What is to be done in the memory since the last call, in this order, before the next
-        step is computed."""
-        moves, self.admission.cache.kv_operations = self.admission.cache.kv_operations, []
-        return moves
+    def take_kv_operations(self) -> tuple[KvOperation, ...]:
+        """What was decided since the last step, or the last call: to be carried out in this
+        order. Every `Step` has taken those before it already."""
+        operations, self.admission.cache.kv_operations = self.admission.cache.kv_operations, []
+        return tuple(operations)
 
-    def start_failed(self, id: int) -> int:
-        """The memory refused what a sequence was to start from. It shares nothing any more, and
-        waits to be computed; its slot."""
-        self.admission.isolate(id)
-        return self.preempt(id, worth=False)
+    def kv_failed(self, operation: KvOperation) -> tuple[int, int] | None:
+        """The memory refused an operation. Returns the (id, slot) of a sequence that was to run
+        from there: it is preempted, and waits to be computed. None when there is none."""
+        id, slot, cache = operation.id, operation.slot, self.admission.cache
+        if operation.kind == "remove":
+            raise RuntimeError(f"slot {slot} can't be emptied")
+        if operation.kind in ("save", "store", "discard"):
+            self.admission.drop_saved(id)
+            return None
+        entry = self._running.get(id)
+        if entry is None or entry.slot != slot:
+            cache.drop(slot)
+            return None
+        if operation.kind != "cut":
+            self.admission.isolate(id)  # what was refused once is not tried again
+        return id, self.preempt(id, worth=False)
+
+    def copied(self, n_bytes: int, seconds: float, n_tokens: int) -> None:
+        """The state of `n_tokens` tokens was copied to the host or back in `seconds`."""
+        self.admission.swap.copied(n_bytes, seconds, n_tokens)
+
+    def prefilled(self, n_rows: int, seconds: float) -> None:
+        """A step of `n_rows` rows, nearly all of prompts, took `seconds`."""
+        self.admission.swap.computed(n_rows, seconds)
 
     def drop_cached(self) -> bool:
         """Nothing is kept any more, for the cache is fuller than the accounting says; whether
@@ -107,9 +124,9 @@ class Placement:
 
     def _tokens(self, entry: Entry) -> Tokens | None:
         """What it is to compute."""
-        view = entry.view
-        tokens = None if self.tokens_of is None else self.tokens_of(view.id)
-        return tokens if tokens is None or view.goal is None else tokens[: view.goal]
+        if entry.tokens is None:
+            return None
+        return entry.tokens.known()[: entry.view.goal]
 
     def _entry(self, id: int) -> Entry:
         return self._running.get(id) or self._waiting.get(id) or self._aside[id]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ..kv import Slots
+from ..kv.radix_tree import Tokens
 from .queue import Column, SequenceList, SequenceQueue
 from .view import SequenceView
 
@@ -19,12 +21,21 @@ I64 = npt.NDArray[np.int64]
 IN_ARRAYS = frozenset(("itl_target", "generated", "turn", "n_prompt", "computed", "max_tokens"))
 
 
+class KnownTokens(Protocol):
+    """What a sequence's tokens are read from."""
+
+    def known(self) -> Tokens:
+        """All tokens that the sequence knows now: int32, its prompt and what was sampled."""
+
+
 @dataclass(slots=True)
 class Entry:
-    """One sequence. While it runs its counters are those of `Running` at `slot`."""
+    """One sequence. While it runs its counters are those of `Running` at `slot`. `tokens`: None
+    where it shares nothing."""
 
     view: SequenceView
     tenant: int
+    tokens: KnownTokens | None = None
     slot: int = -1
     high: int = 0  # tokens that were computed at least once
     true: bool = True  # `view` says how it is now

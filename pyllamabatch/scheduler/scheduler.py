@@ -4,7 +4,7 @@ Pure state. Time comes in as an argument; nothing here sleeps, starts a thread o
 The live engine and the simulator drive the same object:
 
     step = scheduler.plan(now)       # ask the policy, check its plan, place newcomers
-    ... carry out scheduler.take_kv_operations(), compute the step's rows ...
+    ... carry out step.kv_operations, compute the step's rows ...
     scheduler.advance(step)          # every row is in the cache, every full sequence sampled;
                                      # up to `step.repeat` times without another plan
     scheduler.remove(id)             # whoever is done, at any time between steps
@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 
 from ..kv import Sharing, Slots, SwapChoice
-from .admission import TokensOf
 from .gather import Gather
 from .interactive import PATIENCE_SECONDS, InteractiveSequences
 from .placement import seen_of
@@ -35,7 +34,7 @@ from .policies import device_aware
 from .policy import Policy, check_policy
 from .queue import SequenceList
 from .rules import check_plan
-from .running import Entry
+from .running import Entry, KnownTokens
 from .step import PromptChunk, Shape, Step, spans
 from .view import Limits, Plan, SequenceView, StepView, Tokens
 
@@ -51,10 +50,9 @@ class Scheduler(InteractiveSequences):
     sequence may rest while others wait for its slot or its cells; after that it may be preempted.
     `cost`: the device's cost model, passed on to `policy` and `gather`.
 
-    `sharing`: what sequences can take over from each other, default nothing. `tokens_of(id)`: the
-    tokens that a sequence knows, int32, its prompt and what was sampled; without it, or where it
-    says None, nothing is shared. `retain`: what sequences leave behind stays cached, for others
-    that begin in the same way. `swap`: what becomes of the preempted, default recompute."""
+    `sharing`: what sequences can take over from each other, default nothing. `retain`: what
+    sequences leave behind stays cached, for others that begin in the same way. `swap`: what becomes
+    of the preempted, default recompute."""
 
     def __init__(
         self,
@@ -65,11 +63,10 @@ class Scheduler(InteractiveSequences):
         patience: float = PATIENCE_SECONDS,
         cost: Any = None,
         sharing: Sharing | None = None,
-        tokens_of: TokensOf | None = None,
         retain: bool = True,
         swap: SwapChoice | None = None,
     ) -> None:
-        super().__init__(limits, gather, sharing or Sharing(), tokens_of, retain, swap)
+        super().__init__(limits, gather, sharing or Sharing(), retain, swap)
         self.cost = cost
         self._patience = patience
         self.policy = device_aware() if policy is None else check_policy(policy, policy)
@@ -90,12 +87,14 @@ class Scheduler(InteractiveSequences):
         interactive: bool = False,
         space: Hashable = None,
         saved: int = 0,
+        tokens: KnownTokens | None = None,
     ) -> None:
         """A new sequence joins the waiting line. Ids are never reused. For `arrival` and what
         follows see `SequenceView`. `interactive`: it gets a token each time that it is asked for
         one;
         `max_tokens` is 1 then. `space`: only sequences of the same one start from each other.
-        `saved`: positions that it has in a saved state, fewer than it knows tokens."""
+        `saved`: positions that it has in a saved state, fewer than it knows tokens. `tokens`: where
+        its tokens are read; without it, it shares nothing."""
         if n_prompt < 1 or max_tokens < 1:
             raise ValueError(
                 f"n_prompt and max_tokens are at least 1, got {n_prompt}, {max_tokens}"
@@ -121,7 +120,7 @@ class Scheduler(InteractiveSequences):
         if deadline is not None:
             self.deadlines.add(id, deadline)
         self.admission.add(id, space, saved)
-        self._line_up(Entry(view, self._tenants.number(tenant)))
+        self._line_up(Entry(view, self._tenants.number(tenant), tokens))
 
     def remove(self, id: int, *, worth: bool = True) -> int | None:
         """A sequence ends, for whatever reason. Returns the slot it ran in, which is nobody's from
@@ -174,12 +173,12 @@ class Scheduler(InteractiveSequences):
         )
 
     def plan(self, now: float) -> Step | None:
-        """Ask the policy for the next step and apply its plan: preempt, admit, name the rows.
-        None when there is nothing to compute, no room for those who wait, or the policy wants to
-        wait: `hold` says for how long. PlanError, and nothing has changed, when the plan breaks a
-        rule."""
+        """Ask the policy for the next step and apply its plan: preempt, admit, name the rows. A
+        step without rows has operations to carry out, and nothing else. None when there is nothing
+        to do, no room for those who wait, or the policy wants to wait: `hold` says for how long.
+        PlanError, and nothing has changed, when the plan breaks a rule."""
         if self.idle:
-            return None
+            return self._without_rows()
         self._now, self._ready_at = now, None
         made_way = self._preempt_idle()
         self.admission.cache.make_checkpoints()
@@ -192,7 +191,7 @@ class Scheduler(InteractiveSequences):
         self._wake = plan.wake
         self._stuck = not len(plan.tokens) and not plan.preempt
         if self._stuck and not made_way:
-            return None
+            return self._without_rows()
         preempted = made_way
         if plan.preempt:
             preempted += tuple((id, self.preempt(id)) for id in plan.preempt)
@@ -236,7 +235,21 @@ class Scheduler(InteractiveSequences):
         self.admission.cache.make_cells(n_rows * min(repeat, AT_ONCE))
         if repeat > 1:
             repeat = max(1, min(repeat, self.accounting.empty // n_rows))
-        return Step(decode, tuple(chunks), preempted, admitted, n_rows, plan.reasons, repeat, n_out)
+        return Step(
+            decode,
+            tuple(chunks),
+            preempted,
+            admitted,
+            n_rows,
+            plan.reasons,
+            repeat,
+            n_out,
+            self.take_kv_operations(),
+        )
+
+    def _without_rows(self) -> Step | None:
+        operations = self.take_kv_operations()
+        return Step(NOBODY, (), (), (), 0, {}, kv_operations=operations) if operations else None
 
     def _admit_all(self, ids: list[int], n_rows: int) -> tuple[tuple[int, int], ...]:
         """Of those that the plan admits, but who had better wait for another of them stays where

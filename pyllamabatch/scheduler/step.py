@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..kv import Slots
+from ..kv import KvOperation, Slots
 
 # Steps of one group before another one's turn. A change of adapters makes libllama plan its graphs
 # anew, which takes about as long as a step.
@@ -38,7 +38,8 @@ class Step:
     sample (int32, ascending, read-only); `chunks`: all other rows, those of interactive sequences
     included. `preempted`, `admitted`: (id, slot). `repeat`: how many times it may be computed
     before the policy is asked again, as long as no sequence comes or goes; more than 1 only for
-    pure decoding. `n_out`: sequences that decode and have no row in this step, but whose cells are
+    pure decoding. `kv_operations`: to be carried out in the memory, in this order, before the rows
+    are computed. `n_out`: sequences that decode and have no row in this step, but whose cells are
     in sight."""
 
     decode: Slots
@@ -49,6 +50,7 @@ class Step:
     reasons: Mapping[int, str]
     repeat: int = 1
     n_out: int = 0
+    kv_operations: tuple[KvOperation, ...] = ()
 
     @property
     def slots(self) -> list[int]:

@@ -15,6 +15,7 @@ from math import inf
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from ..engine.kv_config import LEAST_KEPT
 from ..kv import Sharing
@@ -98,11 +99,16 @@ class _Open:
 
     request: Request
     outcome: Outcome
+    lefts: npt.NDArray[np.int64]  # the replica's, by slot
     slot: int = -1
     left: int = 0
     last: float = 0.0
     gap: float = 0.0
     out: float = 0.0
+
+    def known(self) -> Tokens:
+        left = self.left if self.slot < 0 else int(self.lefts[self.slot])
+        return self.request.tokens(self.request.n_output - left)
 
 
 @dataclass(slots=True)
@@ -130,7 +136,6 @@ class Replica:
             policy,
             cost=machine.cost,
             sharing=machine.sharing,
-            tokens_of=self._tokens_of if machine.sharing.any else None,
             retain=machine.retain,
         )
         self._ended = ended
@@ -198,7 +203,6 @@ class Replica:
                 self._leave(id, slot, now)
             for id, slot in step.admitted:
                 self._sit(id, slot, now)
-            self.scheduler.take_kv_operations()
             if step.n_rows:
                 unified = self.machine.limits.unified
                 self._parts = [step] if unified else list(step.parts())
@@ -211,7 +215,8 @@ class Replica:
             outcome = Outcome(
                 request.id, now, request.n_prompt, request.n_output, request.tenant, self.index
             )
-            self._open[request.id] = _Open(request, outcome, left=request.n_output)
+            one = _Open(request, outcome, self._left, left=request.n_output)
+            self._open[request.id] = one
             self.scheduler.add(
                 request.id,
                 request.n_prompt,
@@ -221,12 +226,8 @@ class Replica:
                 tenant=request.tenant,
                 deadline=None if request.deadline is None else now + request.deadline,
                 itl_target=request.itl_target,
+                tokens=one if self.machine.sharing.any else None,
             )
-
-    def _tokens_of(self, id: int) -> Tokens:
-        one = self._open[id]
-        left = one.left if one.slot < 0 else int(self._left[one.slot])
-        return one.request.tokens(one.request.n_output - left)
 
     def _sit(self, id: int, slot: int, now: float) -> None:
         one = self._at[slot] = self._open[id]

@@ -36,19 +36,25 @@ def hold(engine: Any, _pointer: Any) -> None:
 
 
 class DetachedSlot:
-    """A slot outside of a stepper, to be put under any sequence id: made by `make_slot`, or taken
-    out by `take_slot` (preemption)."""
+    """The sampling state of one sequence. `make_slot` makes one, `put_slot` gives it to a sequence
+    id, `take_slot` takes it out again (preemption). It stays the same object all the time."""
 
-    __slots__ = ("_slot",)
+    __slots__ = ("_inside", "_slot")
 
     def __init__(self, slot: Any) -> None:
-        self._slot = slot
+        self._slot = slot  # while it is outside
+        self._inside: Any = None  # while it is the stepper's
 
     def tokens(self) -> npt.NDArray[np.int32]:
-        """What it has generated so far, oldest first: int32."""
-        out = ffi.new("llama_token **")
-        n = lib.plb_slot_tokens(self._slot, out)
-        return np.array(ffi.unpack(out[0], n) if n else (), np.int32)
+        """What it has generated so far, oldest first: int32. Between two steps."""
+        slot, out = self._slot or self._inside, ffi.new("llama_token **")
+        if slot is None:
+            raise ArgumentError("slot", self, "must be a slot that was not cleared")
+        n = lib.plb_slot_tokens(slot, out)
+        return np.frombuffer(ffi.buffer(out[0], 4 * n), np.int32).copy() if n else NO_TOKENS
+
+
+NO_TOKENS: npt.NDArray[np.int32] = np.zeros(0, np.int32)
 
 
 PATHS = {lib.PLB_PATH_AUTO: "auto", lib.PLB_PATH_CHAIN: "chain", lib.PLB_PATH_FUSED: "fused"}

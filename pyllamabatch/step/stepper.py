@@ -178,6 +178,7 @@ class Stepper:
         )
         self.result = StepResult(self._info, *given)
         self.run_result = RunResult(*given)
+        self._slots: dict[int, DetachedSlot] = {}  # by sequence id
         self._run: Any = ffi.new("plb_run_info *")
         self._finished: Any = views.finished
 
@@ -307,6 +308,7 @@ class Stepper:
         seq = self._seq(seq_id)
         with context.exclusive():
             lib.plb_slot_clear(engine, seq)
+            self._let_go(seq)
 
     def copy_slot(self, src: int, dst: int, *, seed: int | None = None) -> None:
         """Fork: dst gets a copy of src, penalties, grammar state, budget and draws included.
@@ -319,6 +321,7 @@ class Stepper:
         draws = None if seed is None else integer("seed", seed, 0, SEED_MAX)
         with context.exclusive():
             self._check_slot(lib.plb_slot_copy(engine, source, target), src)
+            self._let_go(target)
             if draws is not None:
                 self._check_slot(lib.plb_slot_reseed(engine, target, draws), dst)
 
@@ -328,7 +331,9 @@ class Stepper:
         out, seq = ffi.new("plb_slot **"), self._seq(seq_id)
         with context.exclusive():
             self._check_slot(lib.plb_slot_take(engine, seq, out), seq)
-        return DetachedSlot(ffi.gc(out[0], lib.plb_slot_free))
+        slot = self._let_go(seq) or DetachedSlot(None)
+        slot._slot = ffi.gc(out[0], lib.plb_slot_free)
+        return slot
 
     def put_slot(self, seq_id: int, slot: DetachedSlot) -> None:
         """Put a slot that was taken under a sequence id, replacing what is there."""
@@ -338,8 +343,17 @@ class Stepper:
         seq = self._seq(seq_id)
         with context.exclusive():
             self._check_slot(lib.plb_slot_put(engine, seq, slot._slot), seq)
+        self._let_go(seq)
         ffi.gc(slot._slot, None)  # the engine's from now on
-        slot._slot = None
+        slot._inside, slot._slot = slot._slot, None
+        self._slots[seq] = slot
+
+    def _let_go(self, seq: int) -> DetachedSlot | None:
+        """The slot of a sequence is not the stepper's any more."""
+        slot = self._slots.pop(seq, None)
+        if slot is not None:
+            slot._inside = None
+        return slot
 
     def replay(
         self, slot: DetachedSlot, tokens: Iterable[int] | TokenArray, n_draws: int, next_pos: int
@@ -408,6 +422,7 @@ class Stepper:
         if engine is not None and context is not None:
             for seq_id in range(self.n_seq_max):
                 lib.plb_slot_clear(engine, seq_id)
+                self._let_go(seq_id)
             if not context.closed:
                 lib.plb_engine_detach(engine)
                 context._attached.remove(engine)

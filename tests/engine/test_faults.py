@@ -405,7 +405,7 @@ def test_any_mix_of_arrivals_cancels_and_faults(
     check_solo(rig)
     rig.check()
     rig.scheduler.drop_cached()
-    rig.core._kv_executor.carry_out()
+    rig.core._carry_out()
     rig.check()
     assert rig.machine.cells == {}
     assert len(rig.space) == 0

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pyllamabatch.kv import Sharing, SwapChoice
 from pyllamabatch.scheduler import Limits, Plan, StepView, make_policy
-from tests.support.scheduler_machine import Machine
+from tests.support.scheduler_machine import Known, Machine
 
 UNIFIED = Sharing(copy_part=True, copy_whole=True, trim=True, n_cached=4)
 STATES = Sharing(copy_whole=True, n_cached=4)
@@ -67,7 +67,7 @@ def test_the_next_turn_of_a_conversation_goes_on() -> None:
     one.scheduler.remove(2)
     one.tokens[3] = [*history, *range(50)]
     one.prompts[3], one.generated[3], one.ends[3] = 110, 0, 5
-    one.scheduler.add(3, 110, 5, arrival=0.0)
+    one.scheduler.add(3, 110, 5, arrival=0.0, tokens=Known(one.tokens, 3))
     assert one.scheduler.sequence(3).prefix_hit == 59  # the last sampled one was never computed
     before = prefill_rows(one)
     one.run()
@@ -188,7 +188,8 @@ def swapped_by_hand() -> Machine:
     """With one interactive sequence, of whose 40 tokens 39 are saved."""
     one = machine(swap=SwapChoice("swap"))
     one.tokens[1] = list(range(40))
-    one.scheduler.add(1, 40, 1, arrival=0.0, interactive=True)
+    tokens = Known(one.tokens, 1)
+    one.scheduler.add(1, 40, 1, arrival=0.0, interactive=True, tokens=tokens)
     step = one.scheduler.plan(0.0)
     assert step is not None
     one.place(step)
@@ -211,7 +212,7 @@ def test_a_hand_driven_one_that_is_swapped_and_trimmed(left: int, loads: int) ->
     one.scheduler.extend(1, 30)
     step = one.scheduler.plan(0.0)
     assert step is not None
-    one.carry_out()
+    one.carry_out(step.kv_operations)
     assert one.moved["load"] == loads
     assert one.moved["discard"] == 1 - loads
     assert step.chunks[0].start == 39 * loads

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
-from pyllamabatch.kv import Sharing, SwapChoice
+from pyllamabatch.kv import KvOperation, Sharing, SwapChoice
 from pyllamabatch.kv.radix_tree import Tokens
 from pyllamabatch.scheduler import Limits, Policy, Scheduler, Step
 
 Cell = tuple[int, object]
+
+
+@dataclass
+class Known:
+    """What the scheduler reads a sequence's tokens from."""
+
+    tokens: dict[int, list[int]]
+    id: int
+
+    def known(self) -> Tokens:
+        return np.array(self.tokens[self.id], dtype=np.int32)
 
 
 @dataclass
@@ -42,14 +54,10 @@ class Machine:
             self.limits,
             self.policy,
             sharing=self.sharing,
-            tokens_of=self.tokens_of,
             retain=self.retain,
             swap=self.swap,
         )
         self.now = 0.0
-
-    def tokens_of(self, id: int) -> Tokens | None:
-        return np.array(self.tokens[id], dtype=np.int32) if id in self.tokens else None
 
     def add(
         self,
@@ -67,7 +75,8 @@ class Machine:
         del self.tokens[id][n_prompt:]
         self.prompts[id], self.generated[id] = n_prompt, 0
         self.ends[id] = min(end, max_tokens)
-        self.scheduler.add(id, n_prompt, max_tokens, **{"arrival": float(id)} | facts)
+        facts = {"arrival": float(id), "tokens": Known(self.tokens, id)} | facts
+        self.scheduler.add(id, n_prompt, max_tokens, **facts)
 
     def leave(self, slot: int) -> None:
         """The scheduler says that nobody runs in `slot` any more."""
@@ -81,10 +90,11 @@ class Machine:
             self.leave(slot)
         self.carry_out()
 
-    def carry_out(self) -> None:
-        """The moves, each checked against what the memory can do."""
+    def carry_out(self, operations: Iterable[KvOperation] | None = None) -> None:
+        """The operations, each checked against what the memory can do; default: those that were
+        decided since the last step."""
         can, cells = self.sharing, self.cells
-        for move in self.scheduler.take_kv_operations():
+        for move in self.scheduler.take_kv_operations() if operations is None else operations:
             held = cells.get(move.slot, [])
             self.moved[move.kind] += 1
             if move.kind == "remove":
@@ -93,6 +103,8 @@ class Machine:
                 assert can.trim
                 assert 0 < move.n < len(held)
                 assert not can.window or len(held) <= can.window
+                cells[move.slot] = held[: move.n]
+            elif move.kind == "cut":
                 cells[move.slot] = held[: move.n]
             elif move.kind == "copy":
                 source = cells[move.source]
@@ -109,13 +121,15 @@ class Machine:
                 assert not held
                 cells[move.slot] = [(token, object()) for token in self.saved.pop(move.id)]
                 assert len(cells[move.slot]) == move.n
+            elif move.kind == "store":
+                self.saved[move.id] = self.tokens[move.id][: move.n]
             else:
                 del self.saved[move.id]
 
     def place(self, step: Step) -> None:
         for id, slot in step.preempted:
             assert self.owner.pop(slot) == id
-        self.carry_out()
+        self.carry_out(step.kv_operations)
         for id, slot in step.admitted:
             assert slot not in self.owner
             self.owner[slot] = id
