@@ -21,8 +21,8 @@ import numpy.typing as npt
 from bench import schema
 from bench.case import Case, Measured
 from bench.tools import ToolError, build_options, tool
-from pyllamabatch.compare import facts
 from pyllamabatch.compare.case import ModelFile, sampling_params
+from pyllamabatch.report import facts
 
 if TYPE_CHECKING:
     from pyllamabatch.scheduler import Plan, Policy, StepView

@@ -22,8 +22,8 @@ from pyllamabatch.compare import plots, summary
 from pyllamabatch.compare.arms import NAMES as ARMS
 from pyllamabatch.compare.arms import chosen, probe
 from pyllamabatch.compare.job import BENCHES, BURST, POISSON
-from pyllamabatch.compare.medians import paired_ratios
 from pyllamabatch.compare.run import Plan, measure
+from pyllamabatch.report.medians import paired_ratios
 
 QUICK = ("--quick",)
 NAMES = tuple(BENCHES.values())

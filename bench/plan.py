@@ -162,7 +162,7 @@ def load(model: BenchModel, layout: Layout, n_gpu_layers: int) -> dict[str, Any]
 
 
 def _facts(model: Model) -> dict[str, Any]:
-    from pyllamabatch.compare import facts
+    from pyllamabatch.report import facts
 
     return schema.build() | facts.about(model)
 

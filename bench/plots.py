@@ -7,10 +7,9 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from bench import report
 from bench.schema import Row
 from bench.summary import Draw, Setting
-from pyllamabatch.compare.figures import styled, svg
+from pyllamabatch.report.plots import draw_speeds, over_counts, styled, svg
 
 
 def draw_all(
@@ -44,23 +43,11 @@ def file_name(setting: Setting, taken: Collection[str]) -> str:
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Medians, with the smallest and the largest as bars."""
-    rows = [row for row in rows if not row.error]
-    middle, ranges = report.median_speeds(rows), report.ranges(rows)
-    counts = sorted({row.pl for row in rows})
     with styled() as new:
         figure = new(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.subplots()
-        for arm in dict.fromkeys(row.arm for row in rows):
-            points = [pl for pl in counts if (arm, pl) in middle]
-            speeds = [middle[arm, pl] for pl in points]
-            below = [middle[arm, pl] - ranges[arm, pl][0] for pl in points]
-            above = [ranges[arm, pl][1] - middle[arm, pl] for pl in points]
-            axes.errorbar(points, speeds, (below, above), marker="o", ms=4, capsize=2, label=arm)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(counts, [str(count) for count in counts])
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("sequences")
-        axes.set_ylabel("tokens/s")
-        axes.grid(alpha=0.3)
+        draw_speeds(rows, axes)
+        counts = sorted({row.pl for row in rows if not row.error})
+        over_counts(axes, counts, "sequences", "tokens/s")
         axes.legend(frameon=False, fontsize=8)
         path.write_text(svg(figure), encoding="utf-8")

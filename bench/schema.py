@@ -1,4 +1,4 @@
-"""The rows of the benches: those of `pyllamabatch compare`."""
+"""The records of the benches: those of `pyllamabatch.report`, with the checkout's commit."""
 
 from __future__ import annotations
 
@@ -6,11 +6,24 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pyllamabatch.compare import facts
-from pyllamabatch.compare.facts import machine, now
-from pyllamabatch.compare.row import SCHEMA, Row, append, read, speeds
+from pyllamabatch.report import facts
+from pyllamabatch.report.facts import machine, now
+from pyllamabatch.report.records import SCHEMA, Record, append, read, speeds
 
-__all__ = ["SCHEMA", "Row", "append", "build", "commit", "machine", "now", "read", "speeds"]
+__all__ = [
+    "SCHEMA",
+    "Record",
+    "Row",
+    "append",
+    "build",
+    "commit",
+    "machine",
+    "now",
+    "read",
+    "speeds",
+]
+
+Row = Record
 
 
 @cache
@@ -20,5 +33,5 @@ def commit() -> str:
 
 
 def build() -> dict[str, Any]:
-    """The build's and the versions' part of a row."""
+    """The build's and the versions' part of a record."""
     return facts.build(commit())

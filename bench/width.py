@@ -39,12 +39,12 @@ from bench.models import resolve
 from bench.options import Budget, add_model, add_run, choose, numbers, out_file
 from bench.quiet import undisturbed
 from bench.targets import Figure, Target, judged
-from pyllamabatch.compare.medians import pairs
 from pyllamabatch.cost.calibrate import calibrate
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import Profile, shipped_names, shipped_profile
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import PyllamabatchError
+from pyllamabatch.report.medians import pairs
 from pyllamabatch.scheduler import make_policy
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.trace import Trace

@@ -30,18 +30,19 @@ from typing import Any
 
 from pyllamabatch.cli.console import runs_display
 from pyllamabatch.cli.options import add_model_arguments, at_least, n_bytes
-from pyllamabatch.compare import facts, plots, scenario
+from pyllamabatch.compare import plots, scenario
 from pyllamabatch.compare.arms import NAMES, Arm, chosen, probe
 from pyllamabatch.compare.case import Case, GgufFile
 from pyllamabatch.compare.job import BURST, DS4, POISSON
 from pyllamabatch.compare.loop import CHAIN, FUSED
-from pyllamabatch.compare.row import Row, append
 from pyllamabatch.compare.run import Plan, measure
 from pyllamabatch.compare.scenario import SCENARIOS
 from pyllamabatch.compare.summary import advice, table
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.host import usable_cores
 from pyllamabatch.models import default_model_path
+from pyllamabatch.report import facts
+from pyllamabatch.report.records import Record, append
 
 NAME = "compare"
 HELP = "N users: processes, contexts, one shared context, the engine, side by side"
@@ -130,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     check_output(args)
     about = probe(plans[0].cases[0], args.verbose)
     about["versions"]["commit"] = facts.commit()
-    rows: list[Row] = []
+    rows: list[Record] = []
     interrupted = False
     try:
         with sigterm_as_interrupt(), runs_display(_n_runs(plans), quiet=args.quiet) as display:
@@ -273,7 +274,7 @@ def check_output(args: argparse.Namespace) -> None:
 def show(
     args: argparse.Namespace,
     plans: Sequence[Plan],
-    rows: Sequence[Row],
+    rows: Sequence[Record],
     ratios: dict[tuple[str, int], float | None],
 ) -> None:
     gates = [
@@ -300,7 +301,7 @@ def show(
         print(f"{words}, at least {args.gate:g} wanted", file=sys.stderr)
 
 
-def in_words(row: Row) -> str:
+def in_words(row: Record) -> str:
     """One run, for the progress."""
     words = f"N={row.pl:<3} {row.arm:<16} "
     if row.error:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from pyllamabatch.compare.medians import Comparison, by_bench, median_of
-from pyllamabatch.compare.row import Row
+from pyllamabatch.compare.comparison import Comparison, by_bench
+from pyllamabatch.report.medians import median_of
+from pyllamabatch.report.records import Record
 
 NOISE = 0.03
 MORE = 1.05  # memory, energy: what counts as a difference
@@ -30,7 +31,7 @@ MEMORY = (
 )
 
 
-def advice(rows: Iterable[Row]) -> str:
+def advice(rows: Iterable[Record]) -> str:
     """A line for each number of users, and one for all; "" without rows."""
     groups = by_bench(rows)
     main = next((groups[bench] for bench in MAIN if bench in groups), None)
@@ -219,7 +220,7 @@ def _ms(seconds: float) -> str:
 
 
 def _overall(them: Comparison, chosen: list[tuple[int, str]]) -> str:
-    row = them.rows[0]
+    row = them.records[0]
     where = row.gpu_info or f"{row.n_cores} cores of {row.cpu_info.split(' (')[0]}"
     model = row.model_filename.removesuffix(".gguf")
     several = [(n, arm) for n, arm in chosen if n > 1]
@@ -234,7 +235,7 @@ def _overall(them: Comparison, chosen: list[tuple[int, str]]) -> str:
         text,
         _sharing(them),
         f"Not measured: {_list(missing)}" if missing else "",
-        "" if any(row.repeat for row in them.rows) else "Each ran once: noise is not known",
+        "" if any(row.repeat for row in them.records) else "Each ran once: noise is not known",
     )
 
 
@@ -247,7 +248,7 @@ def _sharing(them: Comparison) -> str:
         if (rss := them.detail(arm, n, "rss_bytes")) and (pss := them.detail(arm, n, "pss_bytes"))
     }
     n, least = max(found, default=0), min(found, default=0)
-    weights = them.rows[0].model_size
+    weights = them.records[0].model_size
     if n < 2 or weights < FEW_WEIGHTS:
         return ""
     rss, pss = found[n]

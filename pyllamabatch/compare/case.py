@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pyllamabatch.compare import facts as of_machine
-from pyllamabatch.compare.row import Row, speeds
+from pyllamabatch.report import facts as of_machine
+from pyllamabatch.report.records import Record, speeds
 from pyllamabatch.step.sampling_params import SamplingParams
 
 I32 = npt.NDArray[np.int32]
@@ -140,7 +140,7 @@ def case_row(
     facts: dict[str, Any],
     run_id: str,
     repeat: int,
-) -> Row:
+) -> Record:
     """The row of one run; `facts`: of the build, the model and the moment (`facts.py`)."""
     settings: dict[str, Any] = {
         "n_kv_max": case.n_ctx,
@@ -155,7 +155,7 @@ def case_row(
         "n_threads_batch": case.n_threads,
     }
     times = speeds(pp=case.pp, tg=case.tg, pl=case.pl, t_pp=measured.t_pp, t_tg=measured.t_tg)
-    return Row(
+    return Record(
         bench=bench,
         arm=arm.name,
         includes=arm.includes,

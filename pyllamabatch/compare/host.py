@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pyllamabatch.compare import facts
 from pyllamabatch.compare.case import Case
 from pyllamabatch.compare.child import lines_of_parent, log_to_stderr, tell_parent
 from pyllamabatch.compare.inside import Contexts, Inside, Shared
 from pyllamabatch.compare.job import Job
 from pyllamabatch.compare.with_engine import WithEngine
 from pyllamabatch.llama.model import Model
+from pyllamabatch.report import facts
 
 PROBE = "probe"  # no arm: what the rows say of build and model
 

@@ -12,7 +12,7 @@ from pyllamabatch.compare.case import I32, Case
 
 BURST, DS4, POISSON = "burst", "ds4", "poisson"
 BENCHES = {BURST: "compare", DS4: "compare-ds4", POISSON: "compare-poisson"}
-"""Protocol -> `Row.bench`."""
+"""Protocol -> `Record.bench`."""
 
 
 @dataclass(frozen=True)

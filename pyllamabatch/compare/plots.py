@@ -1,5 +1,4 @@
-"""Plots of compared arms: speed of all and of each over N, memory over N; one page with the table,
-the plots and the advice. Needs matplotlib: `pip install pyllamabatch[plots]`."""
+"""Pictures and a page of compared arms. They need matplotlib, the extra `plots`."""
 
 from __future__ import annotations
 
@@ -8,46 +7,44 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyllamabatch.compare import html as _html
-from pyllamabatch.compare.advice import GIB, memory_kind
-from pyllamabatch.compare.figures import styled, svg
-from pyllamabatch.compare.medians import Comparison, ranges
-from pyllamabatch.compare.row import Row
-from pyllamabatch.compare.summary import POISSON, TITLES, advice, comparisons, tables
+from pyllamabatch.compare.advice import GIB, advice, memory_kind
+from pyllamabatch.compare.comparison import POISSON, Comparison
+from pyllamabatch.compare.summary import cells, comparisons, problems
 from pyllamabatch.errors import ArgumentError
+from pyllamabatch.report import html
+from pyllamabatch.report.plots import draw_speeds, over_counts, styled, svg
+from pyllamabatch.report.records import Record
+from pyllamabatch.report.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 KINDS = (".png", ".svg", ".html")
-COLOURS = {
+COLOURS = {  # of Okabe and Ito's palette, which the colour-blind tell apart
     "engine": "#d55e00",
     "contexts": "#0072b2",
     "processes": "#e69f00",
     "shared": "#009e73",
     "single": "#666666",
 }
-"""Of Okabe and Ito's palette, which also those tell apart who see fewer colours."""
 LINES = ("-", "--", ":", "-.")
-"""Of an arm's variants: those with another sampler."""
-
-Panel = Callable[[Comparison, "Axes"], None]
+"""Of an arm's variants, which have another sampler."""
 
 
-def save(rows: Sequence[Row], path: Path) -> None:
-    """A picture (.png, .svg) or a page (.html) in `path`, by its suffix. Raises ArgumentError for
-    another suffix or without rows, UnsupportedOperation without matplotlib."""
+def save(records: Sequence[Record], path: Path) -> None:
+    """A picture (.png, .svg) or a page (.html) in `path`, by its suffix. ArgumentError for
+    another suffix or without records, UnsupportedOperation without matplotlib."""
     check(path)
-    if not rows:
-        raise ArgumentError("rows", rows, "must be one at least")
+    if not records:
+        raise ArgumentError("records", records, "at least one")
     with styled() as new:
-        figure = draw(rows, new)
+        figure = draw(records, new)
         if path.suffix == ".png":
             figure.savefig(path, dpi=150)
             return
         text = svg(figure)
-    path.write_text(page(rows, text) if path.suffix == ".html" else text, encoding="utf-8")
+    path.write_text(page(records, text) if path.suffix == ".html" else text, encoding="utf-8")
 
 
 def check(path: Path) -> None:
@@ -58,42 +55,37 @@ def check(path: Path) -> None:
         pass
 
 
-def page(rows: Sequence[Row], plots: str) -> str:
-    """An HTML document that needs nothing else; `plots`: SVG text."""
-    row = rows[0]
+def page(records: Sequence[Record], plots: str) -> str:
+    """An HTML document: advice, plots, tables and settings. `plots`: SVG text."""
+    one = records[0]
     settings = {
-        "machine": ", ".join(filter(None, (row.gpu_info, row.cpu_info, f"{row.n_cores} cores"))),
-        "system": row.os,
-        "llama.cpp": f"{row.build_commit}, {row.backends}",
-        "versions": ", ".join(f"{name} {version}" for name, version in row.versions.items()),
-        "model": f"{row.model_filename}, {row.model_type}",
-        "seed": row.seed,
-        "measured": row.test_time,
+        "machine": ", ".join(filter(None, (one.gpu_info, one.cpu_info, f"{one.n_cores} cores"))),
+        "system": one.os,
+        "llama.cpp": f"{one.build_commit}, {one.backends}",
+        "versions": ", ".join(f"{name} {version}" for name, version in one.versions.items()),
+        "model": f"{one.model_filename}, {one.model_type}",
+        "seed": one.seed,
+        "measured": one.test_time,
     }
-    parts = [_html.paragraphs(advice(rows)), plots[plots.index("<svg") :]]
-    for title, (heads, lines) in tables(rows).items():
-        parts += [f"<h2>{title}</h2>", _html.table(lines, heads)]
-    parts += ["<h2>Settings</h2>", _html.table(settings.items())]
-    return _html.document(f"How to serve N users: {row.model_filename}", *parts)
+    parts = [html.paragraphs(advice(records)), html.inline(plots)]
+    for title, them in comparisons(records).items():
+        reasons = html.paragraphs("\n".join(filter(None, problems(them))))
+        parts += [f"<h2>{title}</h2>", cells(them).html(), reasons]
+    parts += ["<h2>Settings</h2>", Table(["", ""], list(settings.items())).html()]
+    return html.document(f"How to serve N users: {one.model_filename}", *parts)
 
 
-def draw(rows: Sequence[Row], new: type[Figure]) -> Figure:
-    """A line of panels for each bench. `new`: as `styled` yields it."""
-    groups = comparisons(rows)
+def draw(records: Sequence[Record], new: type[Figure]) -> Figure:
+    """Three panels for each bench. `new`: as `styled` yields it."""
+    groups = comparisons(records)
     figure = new(figsize=(10, 3 * len(groups) + 0.3), layout="constrained")
     parts = figure.subfigures(len(groups), 1, squeeze=False)[:, 0]
     shown: dict[str, Any] = {}
-    for part, (bench, them) in zip(parts, groups.items(), strict=True):
-        part.suptitle(TITLES.get(bench, bench), fontsize=9)
+    for part, (title, them) in zip(parts, groups.items(), strict=True):
+        part.suptitle(title, fontsize=9)
         axes = part.subplots(1, 3)
-        for at, panel in zip(axes, panels(bench, them), strict=True):
-            panel(them, at)
-            at.set_xscale("log", base=2)
-            at.set_xticks(them.counts, [str(count) for count in them.counts])
-            at.minorticks_off()
-            at.set_xlabel("users")
-            at.set_ylim(bottom=0)
-            at.grid(alpha=0.3)
+        for at, panel in zip(axes, panels(them), strict=True):
+            over_counts(at, them.counts, "users", panel(them, at))
         for handle, label in zip(*axes[0].get_legend_handles_labels(), strict=True):
             shown.setdefault(label, handle)
     figure.legend(
@@ -103,8 +95,12 @@ def draw(rows: Sequence[Row], new: type[Figure]) -> Figure:
     return figure
 
 
-def panels(bench: str, them: Comparison) -> tuple[Panel, Panel, Panel]:
-    if bench == POISSON:  # how fast all are is how fast they come
+Panel = Callable[[Comparison, "Axes"], str]
+"""Draws, and returns what its values are."""
+
+
+def panels(them: Comparison) -> tuple[Panel, Panel, Panel]:
+    if them.bench == POISSON:  # the rate of the requests is the speed of every arm
         return (
             partial(_lines, name="ttft_p99_s", scale=1e3, label="TTFT, p99, ms"),
             partial(_lines, name="itl_p99_s", scale=1e3, label="ITL, p99, ms"),
@@ -114,49 +110,43 @@ def panels(bench: str, them: Comparison) -> tuple[Panel, Panel, Panel]:
     return (_together, partial(_lines, name=each, scale=1.0, label="each, tokens/s"), _memory)
 
 
-def _together(them: Comparison, at: Axes) -> None:
-    """Medians, the smallest and the largest as bars; arms without a result are crosses at 0."""
-    extremes = ranges(them.good)
-    for arm in them.arms:
-        found = {n: s for n in them.counts if (s := them.speed(arm, n)) is not None}
-        below = [s - extremes[arm, n][0] for n, s in found.items()]
-        above = [extremes[arm, n][1] - s for n, s in found.items()]
-        colour, line = _look(arm, them.arms)
-        at.errorbar(
-            list(found), list(found.values()), (below, above),
-            marker="o", ms=4, capsize=2, color=colour, ls=line, label=arm,
-        )  # fmt: skip
-        if arm.split()[0] == "single" and len(them.counts) > 1:
-            for speed in found.values():
-                at.axhline(speed, color=colour, lw=0.8, ls="--")
-    failed = [(n, arm) for n in them.counts for arm in them.arms if them.problem(arm, n)]
-    for i, (n, arm) in enumerate(failed):
-        beside = n * 1.06 ** [a for m, a in failed if m == n].index(arm)
-        label = "no result" if i == 0 else None
-        at.plot([beside], [0], "x", color=_look(arm, them.arms)[0], clip_on=False, label=label)
-    at.set_ylabel("together, tokens/s")
+def _together(them: Comparison, at: Axes) -> str:
+    """Speeds; a cross at 0 for an arm without a result."""
+    looks = _looks(them.arms)
+    draw_speeds(them.good, at, looks)
+    if len(them.counts) > 1 and (alone := them.speed("single", 1)):
+        at.axhline(alone, color=COLOURS["single"], lw=0.8, ls="--")
+    label: str | None = "no result"
+    for n in them.counts:
+        for i, arm in enumerate(arm for arm in them.arms if them.problem(arm, n)):
+            beside = n * 1.06**i
+            at.plot([beside], [0], "x", color=looks[arm]["color"], clip_on=False, label=label)
+            label = None
+    return "together, tokens/s"
 
 
-def _lines(them: Comparison, at: Axes, *, name: str, scale: float, label: str) -> None:
+def _lines(them: Comparison, at: Axes, *, name: str, scale: float, label: str) -> str:
     """Medians of a detail."""
-    for arm in them.arms:
-        found = {n: v for n in them.counts if (v := them.detail(arm, n, name)) is not None}
-        colour, line = _look(arm, them.arms)
-        values = [scale * value for value in found.values()]
-        at.plot(list(found), values, marker="o", ms=4, color=colour, ls=line, label=arm)
-    at.set_ylabel(label)
+    for arm, look in _looks(them.arms).items():
+        found = {n: scale * v for n in them.counts if (v := them.detail(arm, n, name)) is not None}
+        at.plot(list(found), list(found.values()), marker="o", ms=4, label=arm, **look)
+    return label
 
 
-def _memory(them: Comparison, at: Axes) -> None:
+def _memory(them: Comparison, at: Axes) -> str:
     name, words = memory_kind(them)
-    if name:
-        _lines(them, at, name=name, scale=1 / GIB, label=f"memory ({words}), GiB")
-    else:
-        at.set_ylabel("memory: not known here")
+    if not name:
+        return "memory: not known here"
+    return _lines(them, at, name=name, scale=1 / GIB, label=f"memory ({words}), GiB")
 
 
-def _look(arm: str, arms: Sequence[str]) -> tuple[str, str]:
-    """Colour and line."""
-    kind = arm.split()[0]
-    place = [other for other in arms if other.split()[0] == kind].index(arm)
-    return COLOURS.get(kind, "#000000"), LINES[place % len(LINES)]
+def _looks(arms: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A colour for each kind of arm, a line for each of its variants."""
+    kinds = [arm.split()[0] for arm in arms]
+    return {
+        arm: {
+            "color": COLOURS.get(kind, "#000000"),
+            "ls": LINES[kinds[:i].count(kind) % len(LINES)],
+        }
+        for i, (arm, kind) in enumerate(zip(arms, kinds, strict=True))
+    }

@@ -8,15 +8,15 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pyllamabatch.compare import facts
 from pyllamabatch.compare.arms import Arm, Hosted, Serving
 from pyllamabatch.compare.case import Case, Measured, case_row
 from pyllamabatch.compare.child import interrupts_later
 from pyllamabatch.compare.job import BENCHES, BURST, POISSON, Job, figures, poisson_arrivals
 from pyllamabatch.compare.memory import Reader
 from pyllamabatch.compare.processes import Processes
-from pyllamabatch.compare.row import Row
 from pyllamabatch.errors import PyllamabatchError
+from pyllamabatch.report import facts
+from pyllamabatch.report.records import Record
 
 WARM_UP_TOKENS = 8
 
@@ -71,7 +71,7 @@ class Plan:
 
 def measure(
     plan: Plan, about: dict[str, Any], running: Callable[[str], None] = lambda words: None
-) -> Generator[Row, None, None]:
+) -> Generator[Record, None, None]:
     """Rows as they are measured; `about`: `arms.probe`; `running` is told what runs next. An arm
     that fails gives a row that says why, and is left out of the case's other repeats; the others go
     on. Closing the generator ends every process."""

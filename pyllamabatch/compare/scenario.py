@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from pyllamabatch.compare.medians import by_bench
-from pyllamabatch.compare.row import Row
+from pyllamabatch.compare.comparison import by_bench
+from pyllamabatch.report.records import Record
 
 SCENARIOS = {
     "a_two_contexts": "contexts",
@@ -16,7 +16,7 @@ SCENARIOS = {
 """Its names, and the arms that they are here."""
 
 
-def line(scenario: str, rows: Sequence[Row]) -> str:
+def line(scenario: str, rows: Sequence[Record]) -> str:
     """The bench's own keys, of the repeat with the median speed (the lower one of two)."""
     if failed := [row for row in rows if row.error]:
         return json.dumps({"scenario": scenario, "error": failed[0].error})
@@ -37,7 +37,7 @@ def line(scenario: str, rows: Sequence[Row]) -> str:
     )
 
 
-def ratios(rows: Sequence[Row], arm: str, base: str) -> dict[tuple[str, int], float | None]:
+def ratios(rows: Sequence[Record], arm: str, base: str) -> dict[tuple[str, int], float | None]:
     """Of each bench and number of sequences from 2 on that the arm was to run: its speed over the
     base's, the median of the repeats that have both; None without one."""
     return {

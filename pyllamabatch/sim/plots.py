@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..compare.figures import styled, svg
+from pyllamabatch.report.plots import styled, svg
+
 from .simulate import Simulated
 
 if TYPE_CHECKING:

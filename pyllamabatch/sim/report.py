@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..compare import html as _html
+from pyllamabatch.report import html
+from pyllamabatch.report.tables import Table
+
 from .metrics import PERCENTILES
 from .simulate import Simulated
 
@@ -48,18 +50,18 @@ _PLAIN = {
 }
 
 
-def table(summaries: Summaries) -> list[list[str]]:
-    """Rows of cells, the heads first: a figure a row, a run a column. Times in ms."""
-    rows = [["", *summaries]]
+def table(summaries: Summaries) -> Table:
+    """A figure a line, a run a column. Times in ms."""
+    lines = []
     for name, (label, form) in _PLAIN.items():
         if any(name in figures for figures in summaries.values()):
-            rows.append([label, *_cells(summaries, name, form)])
+            lines.append([label, *_cells(summaries, name, form)])
     for name, label in _TIMES.items():
         for level in ("mean", *(f"p{p}" for p in PERCENTILES)):
             key = f"{name}_{level}"
             if any(key in figures for figures in summaries.values()):
-                rows.append([f"{label}, {level}, ms", *_cells(summaries, key, "{:.2f}", 1e3)])
-    return rows
+                lines.append([f"{label}, {level}, ms", *_cells(summaries, key, "{:.2f}", 1e3)])
+    return Table(["", *summaries], lines)
 
 
 def _cells(summaries: Summaries, name: str, form: str, scale: float = 1.0) -> list[str]:
@@ -70,13 +72,7 @@ def _cells(summaries: Summaries, name: str, form: str, scale: float = 1.0) -> li
 
 
 def markdown(summaries: Summaries, title: str) -> str:
-    head, *rows = table(summaries)
-    lines = [f"# {title}\n", _line(head), "|---|" + "---:|" * (len(head) - 1)]
-    return "\n".join([*lines, *map(_line, rows)]) + "\n"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return f"# {title}\n\n{table(summaries).markdown()}\n"
 
 
 def jsonl(
@@ -94,11 +90,10 @@ def page(
     summaries: Summaries, title: str, settings: Mapping[str, Any], plots: Mapping[str, str]
 ) -> str:
     """An HTML document that needs nothing else. `plots`: SVG text by title."""
-    head, *rows = table(summaries)
-    return _html.document(
+    return html.document(
         title,
-        _html.table(rows, head),
-        _html.drawings(plots),
+        table(summaries).html(),
+        html.drawings(plots),
         "<h2>Settings</h2>",
-        _html.table(settings.items()),
+        Table(["", ""], list(settings.items())).html(),
     )

@@ -16,7 +16,7 @@ import pytest
 
 from pyllamabatch.cli import main
 from pyllamabatch.compare.child import Child, ChildFailed
-from pyllamabatch.compare.row import Row, read
+from pyllamabatch.report.records import Record, read
 
 SHORT = ["--prompt-tokens", "12", "--sample-tokens", "6", "--repeats", "1", "--quiet", "-t", "1"]
 ARMS = ["single", "processes", "contexts", "shared", "engine"]
@@ -31,13 +31,13 @@ def compare(*words: str | Path) -> int:
     return main(["compare", *SHORT, *map(str, words)])
 
 
-def rows_of(out: Path, *words: str) -> list[Row]:
+def rows_of(out: Path, *words: str) -> list[Record]:
     compare("--out", out, *words)
     return list(read(out))
 
 
 @pytest.fixture(scope="module")
-def burst(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+def burst(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
     """Two repeats, with the fused sampler beside the chain."""
     out = tmp_path_factory.mktemp("burst") / "rows.jsonl"
     words = ["-n", "2", "--repeats", "2", "--sampler", "chain,fused", "--keep-loaded"]
@@ -45,7 +45,7 @@ def burst(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     return list(read(out))
 
 
-def test_every_arm_runs_and_its_neighbours_change_places(burst: list[Row]) -> None:
+def test_every_arm_runs_and_its_neighbours_change_places(burst: list[Record]) -> None:
     arms = [name for kind in ARMS[:-1] for name in (kind, f"{kind} fused")] + ["engine"]
     assert [row.arm for row in burst] == arms + arms[::-1]
     assert [row.repeat for row in burst] == [0] * 9 + [1] * 9
@@ -53,7 +53,7 @@ def test_every_arm_runs_and_its_neighbours_change_places(burst: list[Row]) -> No
     assert not any(row.error for row in burst)
 
 
-def test_a_burst_times_all_tokens_but_the_first(burst: list[Row]) -> None:
+def test_a_burst_times_all_tokens_but_the_first(burst: list[Record]) -> None:
     for row in burst:
         detail = row.detail
         assert (row.bench, row.pp, row.tg, row.t_pp) == ("compare", 12, 5, 0.0)
@@ -70,7 +70,7 @@ def test_a_burst_times_all_tokens_but_the_first(burst: list[Row]) -> None:
         assert detail["itl_p50_s"] <= detail["itl_p99_s"]
 
 
-def test_rows_say_where_and_how(burst: list[Row]) -> None:
+def test_rows_say_where_and_how(burst: list[Record]) -> None:
     for row in burst:
         assert row.model_filename == "default.gguf"
         assert row.model_n_params > 3e6

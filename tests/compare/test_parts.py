@@ -24,12 +24,12 @@ from pyllamabatch.compare.clients import at_once
 from pyllamabatch.compare.job import Job, Outcome, Served, figures, poisson_arrivals
 from pyllamabatch.compare.loop import CHAIN, FUSED, loop_of
 from pyllamabatch.compare.processes import Processes, completion
-from pyllamabatch.compare.row import Row
 from pyllamabatch.compare.run import Plan
 from pyllamabatch.compare.scenario import met, ratios
 from pyllamabatch.compare.with_engine import StartTogether
 from pyllamabatch.llama.context import Context
 from pyllamabatch.models import default_model_path
+from pyllamabatch.report.records import Record
 from pyllamabatch.scheduler import Limits, SequenceView, StepView, sarathi
 
 SECONDS = 60.0
@@ -201,11 +201,11 @@ def test_threads_of_an_arm() -> None:
     assert Arm("shared").case_of(case, False).n_threads == 8
 
 
-def gate_row(arm: str, pl: int, speed: float) -> Row:
-    values: dict[str, Any] = dict.fromkeys(Row.__dataclass_fields__, 0)
+def gate_row(arm: str, pl: int, speed: float) -> Record:
+    values: dict[str, Any] = dict.fromkeys(Record.__dataclass_fields__, 0)
     values |= {"detail": {}, "error": ""}
     values |= {"bench": "compare", "arm": arm, "pl": pl, "speed_tg": speed, "run_id": "r"}
-    return Row(**values)
+    return Record(**values)
 
 
 def test_a_gate_holds_at_every_number_of_sequences() -> None:

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from pyllamabatch.compare import plots
-from pyllamabatch.compare.figures import styled
-from pyllamabatch.compare.row import Row
 from pyllamabatch.errors import ArgumentError, UnsupportedOperation
+from pyllamabatch.report.plots import styled
+from pyllamabatch.report.records import Record
 from tests.support.made_up_rows import GIB, row
 
 SCALE = {"processes": 1.0, "contexts": 1.05, "shared": 1.7, "engine": 1.8, "engine fused": 1.9}
 
 
-def made_up() -> list[Row]:
+def made_up() -> list[Record]:
     rows = []
     for repeat in range(3):
         drift = 1 - 0.05 * repeat
@@ -50,7 +50,7 @@ def test_a_picture_by_its_suffix(tmp_path: Path) -> None:
         assert words in text
     with pytest.raises(ArgumentError, match=r"must end in \.png, \.svg, \.html"):
         plots.save(made_up(), tmp_path / "a.pdf")
-    with pytest.raises(ArgumentError, match="rows"):
+    with pytest.raises(ArgumentError, match="records"):
         plots.save([], tmp_path / "c.svg")
 
 
@@ -89,8 +89,8 @@ def test_a_page_needs_nothing_else(tmp_path: Path) -> None:
     assert "<?xml" not in text
     assert not re.search(r"(src|href)=\"(?!#)", text)
     assert "Overall, with m-Q4_K_M" in text
-    assert "<td>engine fused</td>" in text
-    assert "— no memory" in text
+    assert "<td class=text>engine fused</td>" in text
+    assert "<p>- processes, N = 8: no memory</p>" in text
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

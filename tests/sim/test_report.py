@@ -28,8 +28,8 @@ def test_markdown_has_a_column_for_each_run() -> None:
 
 def test_figures_that_one_run_has_not_are_dashes() -> None:
     cells = report.table({"a": {"requests": 0, "rejected": 2}, "b": {"requests": 3, "busy": 0.5}})
-    assert ["rejected, too long", "2", "–"] in cells
-    assert ["time computing", "–", "50.0%"] in cells
+    assert ["rejected, too long", "2", "–"] in cells.lines
+    assert ["time computing", "–", "50.0%"] in cells.lines
 
 
 def test_jsonl_has_every_request() -> None:

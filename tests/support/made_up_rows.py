@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyllamabatch.compare.row import Row, speeds
+from pyllamabatch.report.records import Record, speeds
 
 GIB = 2**30
 
@@ -20,7 +20,7 @@ def row(
     gpu: str = "",
     model_size: int = 400 * 2**20,
     **detail: float,
-) -> Row:
+) -> Record:
     """A run of `pl` sequences at `speed` tokens per s together."""
     tg = 100
     fields: dict[str, Any] = {
@@ -57,7 +57,7 @@ def row(
     }
     times = speeds(pp=32, tg=tg, pl=pl, t_pp=0.0, t_tg=tg * pl / speed if speed else 0.0)
     found = {"completed": float(pl), "total_tokens_sampled": float(tg * pl)} | detail
-    return Row(
+    return Record(
         bench=bench,
         arm=arm,
         repeat=repeat,

@@ -1,15 +1,15 @@
-"""HTML documents that need nothing else: tables and drawings."""
+"""HTML documents that need no other file."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 _STYLE = """
 body { font: 14px/1.5 system-ui, sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .15em .8em; border-bottom: 1px solid #ddd; text-align: right }
-td:first-child, td.text { text-align: left }
+.text { text-align: left }
 svg { max-width: 100%; height: auto }
 """
 
@@ -24,24 +24,16 @@ def document(title: str, *parts: str) -> str:
     )
 
 
-def table(rows: Iterable[Iterable[object]], heads: Iterable[str] = ()) -> str:
-    """Of text cells."""
-    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in heads)
-    lines = [f"<tr>{top}</tr>"] if top else []
-    lines += [
-        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
-        for row in rows
-    ]
-    return "<table>" + "\n".join(lines) + "</table>"
-
-
 def paragraphs(text: str) -> str:
-    """One for each line."""
+    """A paragraph for each line."""
     return "\n".join(f"<p>{html.escape(line)}</p>" for line in text.splitlines())
 
 
 def drawings(plots: Mapping[str, str]) -> str:
-    """SVG texts under their titles."""
-    return "\n".join(
-        f"<h2>{html.escape(name)}</h2>\n{svg[svg.index('<svg') :]}" for name, svg in plots.items()
-    )
+    """SVG texts below their titles."""
+    return "\n".join(f"<h2>{html.escape(name)}</h2>\n{inline(svg)}" for name, svg in plots.items())
+
+
+def inline(svg: str) -> str:
+    """The drawing without what a file of its own begins with."""
+    return svg[svg.index("<svg") :]

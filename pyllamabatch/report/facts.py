@@ -1,4 +1,4 @@
-"""What a result row says of the machine, the build, the model and the moment."""
+"""What a record says of the machine, the build, the model and the moment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RESULTS = ":(exclude,top)bench/results"
 
 @cache
 def machine() -> Mapping[str, Any]:
-    """The machine's part of a row.  No host name: a result says what it ran on, not whose it is."""
+    """The machine's part of a record. The host's name is not in it."""
     return {
         "cpu_info": _cpu_name(),
         "n_cores": usable_cores(),
@@ -56,7 +56,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def build(commit: str) -> dict[str, Any]:
-    """The build's and the versions' part of a row; `commit` is ours."""
+    """The build's and the versions' part of a record; `commit` is ours."""
     import numpy as np
 
     from pyllamabatch import __version__
@@ -82,7 +82,7 @@ def build(commit: str) -> dict[str, Any]:
 
 
 def about(model: Model) -> dict[str, Any]:
-    """The model's part of a row."""
+    """The model's part of a record."""
     return {
         "model_type": model.description,
         "model_size": model.size_bytes,
@@ -91,7 +91,7 @@ def about(model: Model) -> dict[str, Any]:
 
 
 def now() -> dict[str, Any]:
-    """The moment's part of a row."""
+    """The moment's part of a record."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else -1.0
     time = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {"test_time": time, "load_average": round(load, 2)}

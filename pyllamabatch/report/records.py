@@ -1,16 +1,14 @@
-"""One row per measured run, written as JSONL: the only form in which results are kept, by
-`pyllamabatch compare` and by the benches.
+"""The one form in which results are stored: a `Record` per run, a line of JSON each.
 
-Key names are llama-bench's and llama-batched-bench's where these have the thing; tables and plots
-are views of the rows.
+`pyllamabatch compare` and the benches write records. Names are those of llama-bench and
+llama-batched-bench where these have the thing.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +16,16 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class Row:
-    """One run of one arm.  Times in s, speeds in tokens per s, sizes in bytes."""
+class Record:
+    """One run of one arm. Times in s, speeds in tokens/s, sizes in bytes."""
 
     bench: str  # which comparison: "decode", …
-    arm: str  # who did the work: "engine", "raw", "llama-batched-bench", …
+    arm: str  # what did the work: "engine", "raw", "llama-batched-bench", …
     includes: str  # what the time and the work of this arm contain
-    run_id: str  # the same for all rows of one invocation
-    repeat: int  # counts from 0; rows of the same repeat ran next to each other
+    run_id: str  # the same for all records of one invocation
+    repeat: int  # counts from 0; those of one repeat ran next to each other
     sampling: str  # "none", "greedy" or "default"
-    # who and where
+    # the machine
     test_time: str  # UTC, ISO 8601
     cpu_info: str
     n_cores: int
@@ -36,19 +34,19 @@ class Row:
     load_average: float  # of the last minute, when the run began (-1 if unknown)
     backends: str
     gpu_info: str
-    # build and versions
+    # the build
     build_number: int  # llama.cpp's
     build_commit: str
     build_options: str  # CMake's for a tool, the compiled-in CPU features for our own arms
-    versions: dict[str, str]  # "commit" is ours, "-dirty" after it when files had changed
-    # model
+    versions: dict[str, str]  # "commit" is ours, with "-dirty" when files had changed
+    # the model
     model_filename: str
     model_type: str
     model_size: int
     model_n_params: int
     model_seed: int | None  # of random weights
     seed: int  # of prompts and sampling
-    # settings, as both upstream tools name them
+    # settings
     n_kv_max: int
     n_batch: int
     n_ubatch: int
@@ -75,12 +73,12 @@ class Row:
     error: str = ""  # why there is no result; times and speeds are 0 then
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, sort_keys=False)
+        return json.dumps(asdict(self), ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, line: str) -> Row:
-        """Raises ValueError when a key is missing or unknown, or the schema is another one.
-        `error` may be missing: rows that older code wrote have none."""
+    def from_json(cls, line: str) -> Record:
+        """ValueError for another schema, and for a missing or unknown key. `error` may be
+        missing: the first files have none."""
         values = {"error": ""} | json.loads(line)
         if values.get("schema") != SCHEMA:
             raise ValueError(f"schema {values.get('schema')!r}, this code reads {SCHEMA}")
@@ -90,23 +88,23 @@ class Row:
         return cls(**values)
 
 
-def append(path: Path, rows: Iterable[Row]) -> None:
-    """Adds the rows to the file, which is complete and closed when this returns."""
+def append(path: Path, records: Iterable[Record]) -> None:
+    """Add the records to the file in one write, so that a kill leaves whole lines. The file and
+    its folder are made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        for row in rows:
-            file.write(row.to_json() + "\n")
+    lines = "".join(record.to_json() + "\n" for record in records)
+    with path.open("ab", buffering=0) as file:
+        file.write(lines.encode())
 
 
-def read(path: Path) -> Iterator[Row]:
+def read(path: Path) -> Iterator[Record]:
+    """The records of a file. ValueError as `Record.from_json`."""
     with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.strip():
-                yield Row.from_json(line)
+        yield from (Record.from_json(line) for line in file if line.strip())
 
 
 def speeds(*, pp: int, tg: int, pl: int, t_pp: float, t_tg: float) -> dict[str, Any]:
-    """The derived values of a row, by the formulas beside the fields."""
+    """The fields that follow from work and times, by the formulas beside them; 0 without a time."""
     t = t_pp + t_tg
     return {
         "t_pp": t_pp,
