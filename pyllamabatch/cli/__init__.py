@@ -1,4 +1,4 @@
-"""The command line: `pyllamabatch demo`, `pyllamabatch generate`, `pyllamabatch info`."""
+"""The command line, one file a command: `pyllamabatch demo`, `pyllamabatch generate`, …"""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (default: the process's own); returns the exit status."""
-    from pyllamabatch.cli import command  # what it needs is loaded only when it is run
+    """Run the command line `argv` (default: the process's own). Returns the exit status."""
+    from pyllamabatch.cli import command  # `import pyllamabatch.cli` stays cheap
 
     return command.main(argv)

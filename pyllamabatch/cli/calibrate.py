@@ -8,24 +8,17 @@ samples in the user's cache folder, where `Engine` finds them. Ctrl-C keeps what
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pyllamabatch.cli.console import live_console
+from pyllamabatch.cli.console import Progress
 from pyllamabatch.cli.options import add_model_arguments, at_least, load_model
-from pyllamabatch.cost.calibrate import Progress, calibrate
+from pyllamabatch.cost.calibrate import calibrate
 from pyllamabatch.cost.model import CostModel, held_out
 from pyllamabatch.cost.profile import Profile, file_name, profile_folder
-
-NAME = "calibrate"
-HELP = "measure this device's step times with a model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,8 +48,13 @@ def run(args: argparse.Namespace) -> int:
     }
     params = {name: value for name, value in given.items() if value is not None}
     layouts = ("unified", "streams") if args.layout == "both" else (args.layout,)
-    with load_model(args) as model, _progress(args.quiet) as progress:
-        profile = calibrate(model, budget=args.budget, layouts=layouts, progress=progress, **params)
+    with (
+        load_model(args, quiet=args.quiet) as model,
+        Progress("calibrate", quiet=args.quiet) as progress,
+    ):
+        profile = calibrate(
+            model, budget=args.budget, layouts=layouts, progress=progress.update, **params
+        )
     path = args.out or profile_folder() / file_name(profile.key)
     profile.save(path)
     found = summary(profile)
@@ -131,33 +129,3 @@ def lines(profile: Profile, found: dict[str, Any]) -> list[str]:
             for d in layout["decode"]
         ]
     return out
-
-
-@contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Progress | None]:
-    """A bar on a terminal, a line every ten seconds elsewhere; on the standard error."""
-    console = None if quiet else live_console()
-    if quiet:
-        yield None
-    elif console is None:
-        shown = time.monotonic()
-
-        def line(share: float, text: str) -> None:
-            nonlocal shown
-            if time.monotonic() - shown >= 10:
-                shown = time.monotonic()
-                print(f"{share:4.0%} {text}", file=sys.stderr, flush=True)
-
-        yield line
-    else:
-        from rich import progress as rich_progress
-
-        bar = rich_progress.Progress(
-            rich_progress.BarColumn(),
-            rich_progress.TaskProgressColumn(),
-            rich_progress.TextColumn("{task.description}"),
-            console=console,
-        )
-        task = bar.add_task("", total=1.0)
-        with bar:
-            yield lambda share, text: bar.update(task, completed=share, description=text)

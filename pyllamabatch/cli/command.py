@@ -5,12 +5,27 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from importlib import metadata
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module, metadata
+from types import FrameType
 
-from pyllamabatch.cli import calibrate, compare, demo, generate, info, plan, simulate
+from pyllamabatch.cli.console import say
 from pyllamabatch.errors import ArgumentError, PyllamabatchError
+
+#: Name of a module of this package → its line in `--help`.
+COMMANDS = {
+    "demo": "32 prompts at once with the embedded model",
+    "generate": "answer a file of prompts, many at once",
+    "compare": "N users: processes, contexts, one shared context, the engine",
+    "calibrate": "measure this device's step times with a model",
+    "plan": "what fits a machine: sequences, contexts, processes",
+    "simulate": "a trace of requests in virtual time: policies side by side",
+    "info": "versions, backends, devices, and what a model can do",
+}
 
 #: Exit statuses, beside 0 and those that a command documents.
 FAILED = 1
@@ -19,29 +34,32 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (default: the process's own); returns the exit status."""
-    args = build_parser().parse_args(argv)
+    """Run the command line `argv` (default: the process's own). Returns the exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    args = build_parser(words).parse_args(words)
     if args.verbose:
         logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
     try:
-        status: int = args.run(args)
+        with sigterm_as_interrupt():
+            status: int = args.run(args)
         sys.stdout.flush()
         return status
-    except ArgumentError as error:
-        print(f"pyllamabatch: {error}", file=sys.stderr)
-        return USAGE
-    except PyllamabatchError as error:
-        print(f"pyllamabatch: {error}", file=sys.stderr)
-        return FAILED
     except KeyboardInterrupt:
-        print("pyllamabatch: interrupted", file=sys.stderr)
+        say("pyllamabatch: interrupted", sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone: nobody to tell
+    except BrokenPipeError:  # the reader of our output is gone: there is nothing to print to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except (ArgumentError, OSError) as error:  # OSError: a file that can't be read or written
+        say(f"pyllamabatch: {error}", sys.stderr)
+        return USAGE
+    except PyllamabatchError as error:
+        say(f"pyllamabatch: {error}", sys.stderr)
+        return FAILED
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of these words: only the command that they name is imported."""
     parser = argparse.ArgumentParser(
         prog="pyllamabatch", description="Many sequences in one llama.cpp context."
     )
@@ -49,14 +67,31 @@ def build_parser() -> argparse.ArgumentParser:
         "--version", action="version", version=f"pyllamabatch {metadata.version('pyllamabatch')}"
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (demo, generate, compare, calibrate, plan, simulate, info):
+    for name, text in COMMANDS.items():
         sub = commands.add_parser(
-            command.NAME,
-            help=command.HELP,
-            description=command.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            name, help=text, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        command.add_arguments(sub)
-        sub.add_argument("--verbose", action="store_true", help="show what llama.cpp logs")
-        sub.set_defaults(run=command.run)
+        if name in words:
+            command = import_module(f"pyllamabatch.cli.{name}")
+            sub.description = command.__doc__
+            command.add_arguments(sub)
+            sub.add_argument("--verbose", action="store_true", help="show what llama.cpp logs")
+            sub.set_defaults(run=command.run)
     return parser
+
+
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -19,16 +19,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from pyllamabatch.cli.console import runs_display
+from pyllamabatch.cli.console import Progress
 from pyllamabatch.cli.options import add_model_arguments, at_least, n_bytes
 from pyllamabatch.compare import plots, scenario
 from pyllamabatch.compare.arms import NAMES, Arm, chosen, probe
@@ -44,8 +42,6 @@ from pyllamabatch.models import default_model_path
 from pyllamabatch.report import facts
 from pyllamabatch.report.records import Record, append
 
-NAME = "compare"
-HELP = "N users: processes, contexts, one shared context, the engine, side by side"
 FAILED, NOT_MET, INTERRUPTED = 1, 3, 130
 PROTOCOLS = (BURST, DS4, POISSON)
 N_DEFAULT = {BURST: "2,4", DS4: "1,2,3,4", POISSON: "4"}
@@ -134,14 +130,17 @@ def run(args: argparse.Namespace) -> int:
     rows: list[Record] = []
     interrupted = False
     try:
-        with sigterm_as_interrupt(), runs_display(_n_runs(plans), quiet=args.quiet) as display:
+        with Progress("compare", _n_runs(plans), quiet=args.quiet) as progress:
             for plan in plans:
-                with closing(measure(plan, about, display.running)) as running:
+                running_now = lambda what: progress.update(len(rows), what)  # noqa: E731
+                with closing(measure(plan, about, running_now)) as running:
                     for row in running:
                         rows.append(row)
                         if args.out:
                             append(args.out, [row])
-                        display.done(in_words(row))
+                        progress.update(len(rows))
+                        if not args.quiet:
+                            progress.note(in_words(row))
     except KeyboardInterrupt:
         interrupted = True
         print("pyllamabatch: interrupted; the rows until here stay", file=sys.stderr)
@@ -311,17 +310,3 @@ def in_words(row: Record) -> str:
 
 def _n_runs(plans: Sequence[Plan]) -> int:
     return sum(1 for plan in plans for _ in plan.runs())
-
-
-@contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends as Ctrl-C does: with every process ended and the rows kept."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

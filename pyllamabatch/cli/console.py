@@ -1,167 +1,112 @@
-"""Where progress is shown: a live display on a terminal, plain lines anywhere else."""
+"""What a person sees: text that breaks between words, and progress.
+
+A terminal gets a live display where rich is installed. A pipe gets plain lines.
+"""
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _MISSING = "live display off: rich is not installed (install pyllamabatch[cli])"
+SHARE = 1.0  # the total of a progress that is a share
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print text. On a terminal its lines break between words, and go on indented."""
+    stream = stream or sys.stdout
+    lines = text.split("\n")
+    if stream.isatty():
+        width = shutil.get_terminal_size().columns
+        lines = [part for line in lines for part in _wrapped(line, width)]
+    print("\n".join(lines), file=stream, flush=True)
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.wrap(
+        line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False,
+        replace_whitespace=False, drop_whitespace=True,
+    ) or [""]  # fmt: skip
 
 
 def live_console(*, plain: bool = False, stderr: bool = True) -> Console | None:
-    """A rich console if there is a terminal to draw on and rich is installed, else None."""
+    """A rich console where there is a terminal to draw on and rich is installed, else None."""
     stream = sys.stderr if stderr else sys.stdout
     if plain or not stream.isatty():
         return None
     try:
         from rich.console import Console
     except ImportError:
-        print(_MISSING, file=sys.stderr)
+        say(_MISSING, sys.stderr)
         return None
     console = Console(stderr=stderr)
     return console if console.is_terminal and not console.is_dumb_terminal else None
 
 
-class Progress(Protocol):
-    """How far a run of many requests is. A context manager."""
+class Progress:
+    """How far a command is, on the standard error: a bar, or a line every few seconds.
 
-    def update(self, n_done: int, n_tokens: int) -> None: ...
-    def note(self, text: str) -> None:
-        """One line about one request, above the progress."""
-        ...
-
-    def __enter__(self) -> Progress: ...
-    def __exit__(self, *error: object) -> None: ...
-
-
-def progress(total: int | None, *, quiet: bool = False) -> Progress:
-    """Progress on the standard error; `total` is None if nobody knows it yet."""
-    console = None if quiet else live_console()
-    return PlainProgress(total, quiet=quiet) if console is None else BarProgress(total, console)
-
-
-class PlainProgress:
-    """A line every few seconds."""
+    with Progress("generate", 40) as progress:
+        progress.update(3, "120.5 tok/s")
+        progress.note("in.jsonl:7: not JSON")
+    """
 
     EVERY_S = 5.0
 
-    def __init__(self, total: int | None, *, quiet: bool = False) -> None:
-        self._of = "" if total is None else f" of {total}"
-        self._quiet = quiet
-        self._began = self._shown = time.monotonic()
+    def __init__(
+        self, title: str, total: float | None = SHARE, *, quiet: bool = False, keep: bool = True
+    ) -> None:
+        """total: what `update` counts up to, None where it is not known. quiet: notes only.
+        keep: leave the bar on the terminal at the end."""
+        self._title, self._total, self._quiet = title, total, quiet
+        self._shown = time.monotonic()
+        console = None if quiet else live_console()
+        self._bar = None
+        if console is not None:
+            from rich import progress as rich
 
-    def update(self, n_done: int, n_tokens: int) -> None:
-        now = time.monotonic()
-        if self._quiet or now - self._shown < self.EVERY_S:
-            return
-        self._shown = now
-        rate = n_tokens / (now - self._began)
-        print(f"{n_done}{self._of} done, {rate:.1f} tok/s", file=sys.stderr, flush=True)
+            self._bar = rich.Progress(
+                rich.TextColumn("{task.description}"),
+                rich.BarColumn(),
+                rich.TextColumn("{task.fields[count]}"),
+                rich.TextColumn("{task.fields[text]}"),
+                rich.TimeRemainingColumn(),
+                console=console,
+                transient=not keep,
+            )
+            self._task = self._bar.add_task(title, total=total, count=self._count(0), text="")
 
-    def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    def __enter__(self) -> PlainProgress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        return None
-
-
-class BarProgress:
-    """A bar with the number of requests, tokens per second and the time that is left."""
-
-    def __init__(self, total: int | None, console: Console) -> None:
-        from rich import progress as rich_progress
-
-        self._began = time.monotonic()
-        self._bar = rich_progress.Progress(
-            rich_progress.TextColumn("generate"),
-            rich_progress.BarColumn(),
-            rich_progress.MofNCompleteColumn(),
-            rich_progress.TextColumn("{task.fields[rate]:.1f} tok/s"),
-            rich_progress.TimeRemainingColumn(),
-            console=console,
-        )
-        self._task = self._bar.add_task("generate", total=total, rate=0.0)
-
-    def update(self, n_done: int, n_tokens: int) -> None:
-        rate = n_tokens / max(time.monotonic() - self._began, 1e-9)
-        self._bar.update(self._task, completed=n_done, rate=rate)
+    def update(self, done: float, text: str = "") -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, count=self._count(done), text=text)
+        elif not self._quiet and time.monotonic() - self._shown >= self.EVERY_S:
+            self._shown = time.monotonic()
+            say(f"{self._title}: {self._count(done)} {text}".rstrip(), sys.stderr)
 
     def note(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """A line of its own, above the bar."""
+        if self._bar is None:
+            say(text, sys.stderr)
+        else:
+            self._bar.console.print(text, markup=False, highlight=False)
 
-    def __enter__(self) -> BarProgress:
-        self._bar.start()
+    def _count(self, done: float) -> str:
+        if self._total == SHARE:
+            return f"{done:.0%}"
+        return f"{done}" if self._total is None else f"{done}/{self._total}"
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-
-class RunsDisplay(Protocol):
-    """How far a comparison of many runs is. A context manager."""
-
-    def running(self, what: str) -> None: ...
-    def done(self, result: str) -> None: ...
-    def __enter__(self) -> RunsDisplay: ...
-    def __exit__(self, *error: object) -> None: ...
-
-
-def runs_display(total: int, *, quiet: bool = False) -> RunsDisplay:
-    """A line for each run on the standard error, on a terminal with a bar below."""
-    console = None if quiet else live_console()
-    return PlainRuns(total, quiet=quiet) if console is None else BarRuns(total, console)
-
-
-class PlainRuns:
-    def __init__(self, total: int, *, quiet: bool) -> None:
-        self._total = total
-        self._n_done = 0
-        self._quiet = quiet
-
-    def running(self, what: str) -> None: ...
-
-    def done(self, result: str) -> None:
-        self._n_done += 1
-        if not self._quiet:
-            print(f"{self._n_done:>4}/{self._total}  {result}", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> PlainRuns:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        return None
-
-
-class BarRuns:
-    def __init__(self, total: int, console: Console) -> None:
-        from rich import progress as rich_progress
-
-        self._bar = rich_progress.Progress(
-            rich_progress.TextColumn("{task.description}"),
-            rich_progress.BarColumn(),
-            rich_progress.MofNCompleteColumn(),
-            rich_progress.TimeRemainingColumn(),
-            console=console,
-        )
-        self._task = self._bar.add_task("compare", total=total)
-
-    def running(self, what: str) -> None:
-        self._bar.update(self._task, description=what)
-
-    def done(self, result: str) -> None:
-        self._bar.console.print(result, markup=False, highlight=False, soft_wrap=True)
-        self._bar.advance(self._task)
-
-    def __enter__(self) -> BarRuns:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,36 +1,111 @@
 """The embedded model answers 32 different prompts at once, then the same ones one by one.
 
-Every prompt has one right answer, so a token that went to the wrong sequence shows. Exit status: 0
-if at least 8 in 10 answers of each pass are right, 1 if not.
+Every prompt has one right answer, so a token that went to the wrong sequence shows. Before that,
+steps of 1 to 32 rows are timed: what a wider batch is worth on this machine.
+
+Exit status: 0 if at least 8 in 10 answers of each pass are right, else 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pyllamabatch.cli.demo_board import Board, board
-from pyllamabatch.cli.options import at_least
+from pyllamabatch.cli.console import live_console, say
+from pyllamabatch.cli.options import add_threads_argument, at_least
 from pyllamabatch.engine.engine import Engine
+from pyllamabatch.engine.stream import Result, Stream
 from pyllamabatch.llama.batch import Batch
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.host import usable_cores
 from pyllamabatch.llama.model import Model
-from pyllamabatch.llama.vocab import Vocab
-from pyllamabatch.models.tasks import Task, make_tasks
+from pyllamabatch.models import DefaultPrompt, default_prompts
 from pyllamabatch.step.sampling_params import SamplingParams
 
-NAME = "demo"
-HELP = "32 prompts at once with the embedded model"
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
-KINDS = ("copy", "count", "upper", "qa", "sort", "add", "reverse", "subtract", "recall")
-DRAWS = 8  # for each prompt that is shown: those with the most answer for their length are taken
 RIGHT_AT_LEAST = 0.8  # the model is right on more than 98%; crossed sequences, on nearly none
 LITTLE_GAIN = 2.0
+THREADS = (1, 2, 4, 8, 16)
+WIDTHS = (1, 2, 4, 8, 16, 32)
+N_CELLS = 512  # of a sequence: the longest prompt with its answer fits
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    n = len(default_prompts())
+    parser.add_argument(
+        "-p", "--prompts", type=at_least(1, n), default=n, metavar="N", help=f"the first N ({n})"
+    )
+    add_threads_argument(parser)
+    parser.add_argument("--plain", action="store_true", help="plain lines, also on a terminal")
+
+
+def run(args: argparse.Namespace) -> int:
+    tasks = default_prompts()[: args.prompts]
+    with Model.default() as model:
+        say(f"timing steps of 1 to {WIDTHS[-1]} rows")
+        threads, milliseconds = time_steps(model, args.threads)
+        # The prompts share nothing, so each sequence has cells of its own to attend to.
+        with Engine(
+            model,
+            n_seq_max=len(tasks),
+            n_ctx=len(tasks) * N_CELLS,
+            kv_unified=False,
+            n_threads=threads,
+            n_threads_batch=threads,
+        ) as engine:
+            requests = [request(model, task) for task in tasks]
+            engine.submit(*requests[0]).result()  # warm: neither pass pays for it
+            with board(tasks, plain=args.plain) as shown:
+                together = at_once(engine, requests, shown)
+                alone = one_by_one(engine, requests, shown)
+    report(tasks, together, alone, threads, milliseconds)
+    right = min(together.n_right(tasks), alone.n_right(tasks))
+    return 0 if right >= RIGHT_AT_LEAST * len(tasks) else 1
+
+
+# -- what a step costs --
+
+
+def time_steps(model: Model, threads: int | None) -> tuple[int, dict[int, float]]:
+    """The number of CPU threads, and the milliseconds of a step for each number of rows.
+
+    Threads that are not given are those that decode wide steps fastest here, now. A step of the
+    embedded model is so short that waiting for a busy core can make it many times longer.
+    """
+    widest = WIDTHS[-1]
+    with Context(model, n_ctx=256 * widest, n_seq_max=widest, kv_unified=False) as context:
+        if threads is None:
+            counts = [n for n in THREADS if n <= usable_cores()]
+            threads = min(counts, key=lambda n: sum(step_ms(context, widest, n, n_steps=8)))
+        return threads, {n_rows: min(step_ms(context, n_rows, threads)) for n_rows in WIDTHS}
+
+
+def step_ms(context: Context, n_rows: int, threads: int, n_steps: int = 16) -> list[float]:
+    """The milliseconds of steps with one row of each of `n_rows` sequences."""
+    context.set_threads(threads)
+    context.memory.clear()
+    batch = Batch(n_rows)
+    found = []
+    for pos in range(n_steps):
+        batch.clear()
+        for seq in range(n_rows):
+            batch.add(seq, pos, seq, logits=True)
+        began = time.perf_counter()
+        context.decode(batch)
+        context.synchronize()
+        found.append(1e3 * (time.perf_counter() - began))
+    return found[1:]
+
+
+# -- the two passes --
 
 
 @dataclass
@@ -39,155 +114,167 @@ class Pass:
 
     name: str
     seconds: float  # from the first submission to the last answer
-    answers: list[str]
-    tokens: list[list[int]]
+    results: list[Result]
+    n_steps: int
+    n_rows: int
 
     @property
     def n_tokens(self) -> int:
-        return sum(map(len, self.tokens))
+        return sum(result.n_generated for result in self.results)
 
     @property
     def tokens_per_second(self) -> float:
         return self.n_tokens / self.seconds
 
-    def n_right(self, tasks: list[Task]) -> int:
-        return sum(t.answer == a.strip() for t, a in zip(tasks, self.answers, strict=True))
+    def n_right(self, tasks: Sequence[DefaultPrompt]) -> int:
+        return sum(is_right(task, r.text) for task, r in zip(tasks, self.results, strict=True))
 
-    def line(self, tasks: list[Task]) -> str:
-        return (
-            f"{self.name}: {self.n_tokens} tokens in {self.seconds:.2f} s, "
-            f"{self.tokens_per_second:.0f} tok/s, {self.n_right(tasks)} of {len(tasks)} right"
+
+def request(model: Model, task: DefaultPrompt) -> tuple[Any, SamplingParams]:
+    """The prompt's tokens; greedy, with room for a wrong answer that is a bit longer."""
+    text = model.vocab.apply_chat_template([{"role": "user", "content": task.prompt}])
+    n_answer = len(model.vocab.tokenize(task.answer, add_special=False))
+    params = SamplingParams(temperature=0, max_tokens=n_answer + 16)
+    return model.vocab.tokenize(text, parse_special=True), params
+
+
+def at_once(engine: Engine, requests: Sequence[Any], shown: Board) -> Pass:
+    with timed(engine, f"{len(requests)} at once") as done:
+        shown.streams = [engine.submit(*request) for request in requests]
+        done.results = [stream.result() for stream in shown.streams]
+    shown.answered()
+    return done
+
+
+def one_by_one(engine: Engine, requests: Sequence[Any], shown: Board) -> Pass:
+    with timed(engine, "one by one") as done:
+        for request in requests:
+            done.results.append(engine.submit(*request).result())
+            shown.n_alone += 1
+    return done
+
+
+@contextmanager
+def timed(engine: Engine, name: str) -> Iterator[Pass]:
+    """A pass without its results; its time, steps and rows are there at the end."""
+    done = Pass(name, 0.0, [], 0, 0)
+    before, began = engine.stats(), time.perf_counter()
+    yield done
+    done.seconds, after = time.perf_counter() - began, engine.stats()
+    done.n_steps, done.n_rows = after.steps - before.steps, after.rows - before.rows
+
+
+def report(
+    tasks: Sequence[DefaultPrompt],
+    together: Pass,
+    alone: Pass,
+    threads: int,
+    milliseconds: dict[int, float],
+) -> None:
+    for done in (together, alone):
+        say(
+            f"{done.name}: {done.n_tokens} tokens in {done.seconds:.2f} s, "
+            f"{done.tokens_per_second:.0f} tok/s, {done.n_right(tasks)} of {len(tasks)} right; "
+            f"{done.n_steps} steps, {done.n_rows / done.n_steps:.1f} rows a step"
         )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-p", "--prompts", type=at_least(1, 128), default=32, metavar="N", help="default 32"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="other prompts")
-    parser.add_argument(
-        "-t", "--threads", type=at_least(1), metavar="N",
-        help="CPU threads; default: what is fastest here, 1 or more, tried first",
-    )  # fmt: skip
-    parser.add_argument("--plain", action="store_true", help="plain lines, also on a terminal")
-
-
-def run(args: argparse.Namespace) -> int:
-    tasks = pick(args.prompts, args.seed)
-    with Model.default() as model:
-        prompts = [chat(model.vocab, task.prompt) for task in tasks]
-        params = [greedy(model.vocab, task.answer) for task in tasks]
-        longest = max(len(p) + q.max_tokens for p, q in zip(prompts, params, strict=True))
-        threads = args.threads or fastest_threads(model, len(tasks))
-        settings: dict[str, Any] = {"n_threads": threads, "n_threads_batch": threads}
-        # The prompts share nothing, so each sequence has cells of its own to attend to.
-        settings |= {"kv_unified": False, "n_ctx": len(tasks) * -(-longest // 256) * 256}
-        with Engine(model, n_seq_max=len(tasks), **settings) as engine:
-            engine.submit(prompts[0], params[0]).result()  # warm: neither pass pays for it
-            with board(tasks, plain=args.plain) as shown:
-                together = at_once(engine, prompts, params, shown)
-                alone = one_by_one(engine, prompts, params, shown)
-    report(tasks, together, alone, threads)
-    right = min(together.n_right(tasks), alone.n_right(tasks))
-    return 0 if right >= RIGHT_AT_LEAST * len(tasks) else 1
-
-
-def fastest_threads(model: Model, n_rows: int) -> int:
-    """The number of CPU threads that decodes `n_rows` sequences fastest on this machine, now.
-
-    A step of the embedded model is so short that threads which wait for a busy core, or for each
-    other, can make it many times longer.
-    """
-    counts = [n for n in (1, 2, 4, 8, 16) if n <= usable_cores()]
-    batch = Batch(n_rows)
-    with Context(model, n_ctx=256 * n_rows, n_seq_max=n_rows, kv_unified=False) as context:
-        seconds = {n: step_seconds(context, batch, n) for n in counts}
-    return min(counts, key=seconds.__getitem__)
-
-
-def step_seconds(context: Context, batch: Batch, threads: int, n_steps: int = 9) -> float:
-    """The mean time of a step with one row of every sequence, the first step left out."""
-    context.set_threads(threads)
-    context.memory.clear()
-    times = []
-    for pos in range(n_steps):
-        batch.clear()
-        for seq in range(context.n_seq_max):
-            batch.add(seq % 256, pos, seq, logits=True)
-        began = time.perf_counter()
-        context.decode(batch)
-        context.synchronize()
-        times.append(time.perf_counter() - began)
-    return statistics.mean(times[1:])
-
-
-def pick(n: int, seed: int) -> list[Task]:
-    """`n` different held-out tasks, all kinds in turn."""
-    each = -(-n // len(KINDS))
-    best = []
-    for kind in KINDS:
-        drawn = make_tasks(kind, each * DRAWS, seed)
-        best.append(sorted(drawn, key=lambda t: len(t.prompt) / len(t.answer))[:each])
-    return [best[i % len(KINDS)][i // len(KINDS)] for i in range(n)]
-
-
-def chat(vocab: Vocab, text: str) -> list[int]:
-    """The prompt's tokens: `text` as the user's message in the model's chat template."""
-    prompt = vocab.apply_chat_template([{"role": "user", "content": text}])
-    return [int(token) for token in vocab.tokenize(prompt, parse_special=True)]
-
-
-def greedy(vocab: Vocab, answer: str) -> SamplingParams:
-    """Room for the right answer and for a wrong one that is a bit longer."""
-    n_tokens = len(vocab.tokenize(answer, add_special=False))
-    return SamplingParams(temperature=0, max_tokens=n_tokens + 16)
-
-
-def at_once(
-    engine: Engine, prompts: list[list[int]], params: list[SamplingParams], shown: Board
-) -> Pass:
-    began = time.perf_counter()
-    streams = [engine.submit(p, q) for p, q in zip(prompts, params, strict=True)]
-    shown.watch(streams)
-    results = [stream.result() for stream in streams]
-    return finished(f"{len(prompts)} at once", began, results, shown.answered)
-
-
-def one_by_one(
-    engine: Engine, prompts: list[list[int]], params: list[SamplingParams], shown: Board
-) -> Pass:
-    began = time.perf_counter()
-    results = []
-    for prompt, param in zip(prompts, params, strict=True):
-        results.append(engine.submit(prompt, param).result())
-        shown.one_by_one(len(results))
-    return finished("one by one", began, results, lambda i, text: None)
-
-
-def finished(name: str, began: float, results: list[Any], each: Callable[[int, str], None]) -> Pass:
-    seconds = time.perf_counter() - began
-    for i, result in enumerate(results):
-        each(i, result.text)
-    return Pass(
-        name, seconds, [r.text for r in results], [[int(t) for t in r.tokens] for r in results]
-    )
-
-
-def report(tasks: list[Task], together: Pass, alone: Pass, threads: int) -> None:
-    pairs = zip(together.tokens, alone.tokens, strict=True)
-    n_same = sum(a == b for a, b in pairs)
+    pairs = zip(together.results, alone.results, strict=True)
+    n_same = sum(list(a.tokens) == list(b.tokens) for a, b in pairs)
     ratio = together.tokens_per_second / alone.tokens_per_second
-    print(together.line(tasks))
-    print(alone.line(tasks))
-    print(
+    say(
         f"{ratio:.2f} times as fast at once; {n_same} of {len(tasks)} answers the same to the token"
     )
-    print(
+    say(
         "tok/s = generated tokens / wall time, prompts included; greedy, one context, "
-        f"{threads} CPU thread{'s' if threads > 1 else ''}"
+        f"{threads} CPU thread{'s' if threads > 1 else ''}\n"
+    )
+    one = milliseconds[1]
+    best = max(WIDTHS, key=lambda n: n / milliseconds[n])
+    say(f"A step reads all weights once, for one row or for {WIDTHS[-1]}. Steps that decode:")
+    say("  rows in a step" + "".join(f"{n:>8}" for n in WIDTHS))
+    say("  ms            " + "".join(f"{milliseconds[n]:>8.2f}" for n in WIDTHS))
+    say("  tok/s         " + "".join(f"{1e3 * n / milliseconds[n]:>8.0f}" for n in WIDTHS))
+    say(
+        f"{best} rows take {milliseconds[best] / one:.1f} times as long as one: "
+        f"{best * one / milliseconds[best]:.1f} times the tokens."
     )
     if ratio < LITTLE_GAIN:
-        print(
-            "The embedded model fits a CPU's cache, so a row costs nearly as much in a batch as "
-            "alone. Larger models and GPUs gain much more: see README.md."
+        say(
+            "The embedded model (4 MiB) fits a CPU's cache, so reading its weights costs little "
+            "and a batch saves little. Larger models and GPUs gain much more: see README.md."
         )
+
+
+# -- what is seen while it runs --
+
+
+def is_right(task: DefaultPrompt, text: str) -> bool:
+    return text.strip() == task.answer
+
+
+def question(task: DefaultPrompt, width: int) -> str:
+    """One line of the prompt: its end, where a long one asks its question."""
+    text = " ".join(task.prompt.split())
+    return text if len(text) <= width else "…" + text[1 - width :]
+
+
+@contextmanager
+def board(tasks: Sequence[DefaultPrompt], *, plain: bool) -> Iterator[Board]:
+    """A table with a row for each prompt, redrawn ten times a second; else plain lines."""
+    console = live_console(plain=plain, stderr=False)
+    shown = Board(tasks, console)
+    if console is None:
+        yield shown
+        return
+    from rich.live import Live
+
+    with Live(console=console, get_renderable=shown.table, refresh_per_second=10) as live:
+        yield shown
+        live.vertical_overflow = "visible"  # the last picture in full, also if it scrolls
+
+
+class Board:
+    """The prompts and their answers. `streams` and `n_alone` say how far the two passes are."""
+
+    def __init__(self, tasks: Sequence[DefaultPrompt], console: Console | None) -> None:
+        self._tasks, self._console = tasks, console
+        self.streams: Sequence[Stream] = ()
+        self.n_alone = 0
+
+    def answered(self) -> None:
+        """The first pass is over: its lines, where there is no table."""
+        if self._console is not None:
+            return
+        encoding = sys.stdout.encoding or "utf-8"
+        for i, (task, stream) in enumerate(zip(self._tasks, self.streams, strict=True), 1):
+            mark = "right" if is_right(task, stream.text) else f"WRONG, not {task.answer!r}"
+            line = f"{i:3} {task.kind:8} {question(task, 44)} -> {stream.text.strip()} ({mark})"
+            say(line.encode(encoding, "replace").decode(encoding))
+
+    def table(self) -> Table:
+        from rich.table import Table
+        from rich.text import Text
+
+        assert self._console is not None
+        table = Table(box=None, expand=True, pad_edge=False, title_justify="left")
+        table.title = self.title()
+        table.add_column("task", width=8, no_wrap=True)
+        table.add_column("prompt", ratio=1, no_wrap=True, overflow="ellipsis")
+        table.add_column("", width=1)
+        table.add_column("answer", ratio=1, no_wrap=True, overflow="ellipsis")
+        width = max(10, self._console.width // 2 - 8)
+        for i, task in enumerate(self._tasks):
+            text, mark = "", Text("")
+            if self.streams:
+                done = self.streams[i].done  # before its text: what is done has all of it
+                text = self.streams[i].text
+                if done:
+                    mark = Text("✓", "green") if is_right(task, text) else Text("✗", "bold red")
+            table.add_row(task.kind, Text(question(task, width)), mark, Text(text.strip()))
+        return table
+
+    def title(self) -> str:
+        n = len(self._tasks)
+        if self.n_alone:
+            return f"one by one: {self.n_alone} of {n}"
+        n_tokens = sum(len(stream.tokens) for stream in self.streams)
+        return f"{n} prompts at once: {n_tokens} tokens"

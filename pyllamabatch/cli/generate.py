@@ -4,34 +4,37 @@ Each input line is a JSON object with one of
   prompt    text, tokenized as it is
   tokens    token ids
   messages  a chat: [{"role": ..., "content": ...}], in the model's chat template
-and, if you like, `id` (text or a whole number; else the line number) and sampling fields such as
-max_tokens, temperature, top_k, top_p, min_p, seed, stop, logit_bias, grammar. Other fields are
-ignored.
+and, if you like, `id` (text or a whole number; else the line number) and
+sampling fields such as max_tokens, temperature, top_k, top_p, min_p, seed,
+stop, logit_bias, grammar, json_schema: all those of SamplingParams.
 
-Each output line has id, line, text, tokens, finish_reason, n_prompt, n_generated, ttft_ms, e2el_ms
-and key (a digest of the request), in the order of the input. A line that can't be run is reported
-on the standard error and has an output line with finish_reason "error" and the field error.
+Each output line has id, line, text, tokens, finish_reason, n_prompt,
+n_generated, ttft_ms, e2el_ms and key (a digest of the request), in the order of
+the input. A line that can't be run is reported on the standard error and has an
+output line with finish_reason "error" and the field error.
 
-Run the same command again after an interruption: finished lines are kept, the rest is answered.
-Exit status: 0 all answered, 1 some lines failed, 2 nothing could be run, 130 interrupted.
+Run the same command again after an interruption: finished lines stay, the
+others are answered.
+Exit status: 0 all answered, 1 some lines failed, 2 nothing could be run,
+130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
-from pyllamabatch.cli.console import progress
-from pyllamabatch.cli.job import BadRequest, Item, Job
+from pyllamabatch.cli.batch_file import BatchFile
+from pyllamabatch.cli.console import Progress
+from pyllamabatch.cli.input_lines import InputLine, digest, read_lines
 from pyllamabatch.cli.options import (
     add_context_arguments,
     add_model_arguments,
@@ -39,33 +42,42 @@ from pyllamabatch.cli.options import (
     at_least,
     load_model,
     open_engine,
+    read_text,
     sampling_options,
 )
-from pyllamabatch.cli.results import FileSink, ResultsProblem, Row, Sink, StreamSink
-from pyllamabatch.cli.rows import BadLine, Request, digest, read_rows
+from pyllamabatch.cli.result_file import ResultFile, Results, Row
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.engine.stream import Stream
-from pyllamabatch.errors import EngineClosed, FatalDecodeError, PyllamabatchError
+from pyllamabatch.errors import ArgumentError, ChatTemplateError
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SEED_MAX, SamplingParams
 from pyllamabatch.step.trace import to_chrome
 
-NAME = "generate"
-HELP = "answer a file of prompts, many at once"
-
 INTERRUPTED = 130
 N_TRACE = 2**16  # steps
-OPTION_NAMES = frozenset(field.name for field in fields(SamplingParams))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompts", default="-", metavar="FILE", help="input; - for stdin")
-    parser.add_argument("--out", default="-", metavar="FILE", help="output; - for stdout")
-    parser.add_argument("--parallel", type=at_least(1), default=16, metavar="N", help="default 16")
+    parser.add_argument("--prompts", default="-", metavar="FILE", help="input (-: stdin)")
+    parser.add_argument("--out", default="-", metavar="FILE", help="output (-: stdout)")
+    parser.add_argument(
+        "--parallel",
+        type=at_least(1),
+        default=16,
+        metavar="N",
+        help="requests that run at once (16)",
+    )
     parser.add_argument(
         "--window", type=at_least(1), metavar="N",
-        help="lines read ahead of the last one written; default 4 times --parallel",
+        help="lines read ahead of the last one written (4 times --parallel)",
     )  # fmt: skip
+    parser.add_argument(
+        "--chat-template", metavar="NAME|FILE",
+        help="for messages, instead of the model's: chatml, gemma, llama3, … or a file",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ignore-unknown", action="store_true", help="leave out fields that are not known"
+    )
     parser.add_argument("--overwrite", action="store_true", help="forget what --out holds")
     parser.add_argument(
         "--trace", metavar="FILE",
@@ -78,72 +90,113 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        with ExitStack() as stack:
-            return _run(args, stack)
-    except ResultsProblem as problem:
-        print(f"pyllamabatch generate: {problem}", file=sys.stderr)
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        print(f"pyllamabatch generate: {error}", file=sys.stderr)
-    return 2
+    with ExitStack() as stack:
+        lines = stack.enter_context(_input(args.prompts))
+        results = _results(args, stack)
+        options = sampling_options(args)
+        SamplingParams(**options)  # a bad flag is the command's failure, not that of every line
+        if args.trace is not None:
+            open(args.trace, "w").close()  # likewise
+        model = stack.enter_context(load_model(args, quiet=args.quiet))
+        requests = Requests(model, options, args.seed, args.chat_template)
+        if args.overwrite and isinstance(results, ResultFile):
+            results.clear()
+        n_lines = _count_lines(args.prompts)
+        progress = stack.enter_context(Progress("generate", n_lines, quiet=args.quiet))
+        notes = Notes(progress, "stdin" if args.prompts == "-" else args.prompts)
+        batch = BatchFile(
+            read_lines(lines, ignore_unknown=args.ignore_unknown), results, requests.key,
+            window=args.window or 4 * args.parallel,
+            on_progress=notes.done, on_problem=notes.problem,
+        )  # fmt: skip
+        batch.resume()
+        if batch.n_resumed != n_lines:
+            engine = _engine(args, model, stack)
+            try:
+                with calling_on_signals(batch.interrupt):
+                    batch.run(lambda line: requests.submit(engine, line))
+            except KeyboardInterrupt:
+                batch.stop()
+                progress.note("interrupted: run the same command to answer the other lines")
+                return INTERRUPTED
+        notes.summary(batch, args)
+        return 1 if batch.n_failed else 0
 
 
-def _run(args: argparse.Namespace, stack: ExitStack) -> int:
-    lines = stack.enter_context(_input(args.prompts))
-    sink = _sink(args, stack)
-    options = sampling_options(args)
-    SamplingParams(**options)  # a bad flag is the command's failure, not that of every line
-    model = stack.enter_context(load_model(args))
-    requests = Requests(model, options, args.seed)
-    window = args.window or 4 * args.parallel
-    name = "stdin" if args.prompts == "-" else args.prompts
-    bar = stack.enter_context(progress(_count_lines(args.prompts), quiet=args.quiet))
-    unknown: set[str] = set()
+class Requests:
+    """What a line asks of the engine, given the flags of the command line."""
 
-    def items() -> Iterator[Item]:
-        for item in read_rows(lines, OPTION_NAMES):
-            if isinstance(item, Request) and not unknown.issuperset(item.ignored):
-                unknown.update(item.ignored)
-                bar.note(f"{name}:{item.line}: not used: {', '.join(item.ignored)}")
-            yield item
+    def __init__(
+        self, model: Model, options: dict[str, Any], seed: int | None, template: str | None
+    ) -> None:
+        """template: the name or the file of a chat template, None for the model's."""
+        self._vocab, self._options, self._seed = model.vocab, options, seed
+        if template is not None and Path(template).exists():
+            template = read_text("--chat-template", Path(template))
+        self._template = template
+        self._asked = [Path(str(model.path)).name, model.size_bytes, model.n_params]
+        if template is not None:
+            self._asked.append(template)
+            self._chat([{"role": "user", "content": "?"}])  # a bad one is said now
+        self._has_template = template is not None or model.chat_template() is not None
 
-    def on_problem(row: Row) -> None:
-        bar.note(f"{name}:{row['line']}: id {row['id']!r}: {row['error']}")
+    def options(self, line: InputLine) -> dict[str, Any]:
+        """Fields of SamplingParams: the line's own, else the command line's."""
+        options = {**self._options, **line.options}
+        if self._seed is not None:
+            options.setdefault("seed", (self._seed + line.number - 1) % (SEED_MAX + 1))
+        return options
 
-    traced = {}
-    if args.trace is not None:
-        open(args.trace, "w").close()  # if it can't be written, that is said now
-        traced["n_trace"] = N_TRACE
-    engine = stack.enter_context(open_engine(model, args, args.parallel, **traced))
-    if args.trace is not None:
-        stack.callback(lambda: to_chrome(engine.trace(), args.trace))
-    if args.overwrite and isinstance(sink, FileSink):  # only now that nothing else can be wrong
-        sink.clear()
-    job = Job(
-        items(), sink, requests.starter(engine), finish, requests.key,
-        window=window, on_progress=bar.update, on_problem=on_problem,
-    )  # fmt: skip
-    try:
-        with calling_on_signals(job.interrupt):
-            job.run()
-    except KeyboardInterrupt:
-        job.stop()
-        bar.note("interrupted: what is finished is kept; run the same command to go on")
-        return INTERRUPTED
-    if job.n_resumed and not args.quiet:
-        bar.note(f"{job.n_resumed} lines were finished before")
-    return 1 if job.n_failed else 0
+    def key(self, line: InputLine) -> str:
+        """Changes when the line, a sampling flag or the model changes; not with other flags."""
+        if line.problem:
+            return digest(line.raw.decode("utf-8", "backslashreplace"))
+        return digest(self._asked, line.kind, line.prompt, self.options(line))
+
+    def submit(self, engine: Engine, line: InputLine) -> Stream:
+        prompt = line.prompt
+        if line.kind == "messages":
+            if not self._has_template:
+                raise ChatTemplateError("the model has no chat template: name one, --chat-template")
+            prompt = self._vocab.tokenize(self._chat(prompt), parse_special=True)
+        return engine.submit(prompt, SamplingParams(**self.options(line)))
+
+    def _chat(self, messages: list[dict[str, str]]) -> str:
+        return self._vocab.apply_chat_template(messages, template=self._template)
+
+
+class Notes:
+    """What is said of a run on the standard error: progress, and each problem once."""
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self._progress, self._name = progress, name
+        self._problems: set[str] = set()
+        self._began = time.monotonic()
+
+    def done(self, n_done: int, n_tokens: int) -> None:
+        rate = n_tokens / max(time.monotonic() - self._began, 1e-9)
+        self._progress.update(n_done, f"{rate:.1f} tok/s")
+
+    def problem(self, row: Row) -> None:
+        if row["error"] not in self._problems:
+            self._problems.add(row["error"])
+            self._progress.note(f"{self._name}:{row['line']}: id {row['id']!r}: {row['error']}")
+
+    def summary(self, batch: BatchFile, args: argparse.Namespace) -> None:
+        n_same = batch.n_failed - len(self._problems)
+        if n_same:
+            self._progress.note(f"{n_same} more lines have the same problems: see their error")
+        if batch.n_resumed and not args.quiet:
+            self._progress.note(f"{batch.n_resumed} lines were finished before")
 
 
 @contextmanager
 def calling_on_signals(interrupt: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM calls `interrupt`, so that no row is cut; the next one kills."""
+    """The first Ctrl-C or SIGTERM calls `interrupt`, so that no row is cut. The next one ends the
+    process as usual."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -153,94 +206,20 @@ def calling_on_signals(interrupt: Callable[[], None]) -> Iterator[None]:
         restore()
         interrupt()
 
-    for number in before:
-        signal.signal(number, handler)
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
         restore()
 
 
-class Requests:
-    """What a line asks of the engine, given the flags of the command line."""
-
-    def __init__(self, model: Model, options: dict[str, Any], seed: int | None) -> None:
-        self._vocab = model.vocab
-        self._options, self._seed = options, seed
-        self._model_key = [Path(str(model.path)).name, model.size_bytes, model.n_params]
-
-    def options(self, request: Request) -> dict[str, Any]:
-        """Fields of SamplingParams: the line's own, else the command line's."""
-        options = {**self._options, **request.options}
-        if self._seed is not None:
-            options.setdefault("seed", (self._seed + request.line - 1) % (SEED_MAX + 1))
-        return options
-
-    def key(self, item: Item) -> str:
-        """Changes when the line, a sampling flag or the model changes; not with other flags."""
-        if isinstance(item, BadLine):
-            return digest("bad", item.raw)
-        asked = [item.prompt, item.tokens, item.messages]
-        return digest(self._model_key, asked, self.options(item))
-
-    def starter(self, engine: Engine) -> Callable[[Request, Callable[[], None]], Stream]:
-        def start(request: Request, ended: Callable[[], None]) -> Stream:
-            try:
-                params = SamplingParams(**self.options(request))
-                stream = engine.submit(self.prompt(request), params)
-            except (EngineClosed, FatalDecodeError):
-                raise
-            except (PyllamabatchError, TypeError) as error:
-                raise BadRequest(str(error)) from error
-            stream.add_done_callback(lambda _: ended())
-            return stream
-
-        return start
-
-    def prompt(self, request: Request) -> Any:
-        """Text or token ids; a chat goes through the model's template, special tokens parsed."""
-        if request.messages is None:
-            return request.prompt if request.tokens is None else request.tokens
-        text = self._vocab.apply_chat_template(request.messages)
-        return self._vocab.tokenize(text, parse_special=True)
-
-
-def finish(request: Request, stream: Stream) -> Row | None:
-    """The row of an ended stream, None if it was cancelled."""
-    try:
-        result = stream.result()
-    except (EngineClosed, FatalDecodeError):
-        raise
-    except PyllamabatchError as error:
-        raise BadRequest(str(error)) from error
-    if result.finish_reason == "cancelled":
-        return None
-    row: Row = {
-        "text": result.text,
-        "tokens": [int(token) for token in result.tokens],
-        "finish_reason": result.finish_reason,
-        "n_prompt": result.n_prompt,
-        "n_generated": result.n_generated,
-        "ttft_ms": _ms(result.ttft_s),
-        "e2el_ms": _ms(result.e2el_s),
-    }
-    if result.logprobs is not None:
-        row["logprobs"] = [_finite(value) for value in result.logprobs]
-    if result.top_logprobs is not None:
-        row["top_logprobs"] = [
-            {str(token): _finite(value) for token, value in top.items()}
-            for top in result.top_logprobs
-        ]
-    return row
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no infinity: an excluded token's log-probability is null."""
-    return value if math.isfinite(value) else None
-
-
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds * 1000, 3)
+def _engine(args: argparse.Namespace, model: Model, stack: ExitStack) -> Engine:
+    """An engine that is closed at the end; its trace is written before, if asked for."""
+    traced = {} if args.trace is None else {"n_trace": N_TRACE}
+    engine = stack.enter_context(open_engine(model, args, args.parallel, **traced))
+    if args.trace is not None:
+        stack.callback(lambda: to_chrome(engine.trace(), args.trace))
+    return engine
 
 
 def _input(name: str) -> BinaryIO:
@@ -248,15 +227,15 @@ def _input(name: str) -> BinaryIO:
     return open(0, "rb", closefd=False) if name == "-" else open(name, "rb")
 
 
-def _sink(args: argparse.Namespace, stack: ExitStack) -> Sink:
+def _results(args: argparse.Namespace, stack: ExitStack) -> Results:
     if args.out == "-":
-        return StreamSink(sys.stdout.buffer)
+        return Results("stdout", sys.stdout.buffer)
     path = Path(args.out)
     if path.exists() and not path.is_file():  # a pipe or a device: nothing to resume
-        return StreamSink(stack.enter_context(open(path, "wb")))
+        return Results(args.out, stack.enter_context(open(path, "wb")))
     if args.prompts != "-" and path.exists() and path.samefile(args.prompts):
-        raise ResultsProblem(f"{path}: is the input and the output")
-    return stack.enter_context(FileSink(path))
+        raise ArgumentError("--out", args.out, "is the input and the output")
+    return stack.enter_context(ResultFile(path))
 
 
 def _count_lines(name: str) -> int | None:

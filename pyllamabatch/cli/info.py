@@ -19,9 +19,6 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.runtime import text
 from pyllamabatch.raw import ffi, lib
 
-NAME = "info"
-HELP = "versions, backends, devices, and what a model can do"
-
 _DEVICE_TYPES = ("CPU", "GPU", "IGPU", "ACCEL", "META")
 
 

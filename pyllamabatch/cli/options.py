@@ -1,31 +1,36 @@
-"""The flags that commands share, and what they mean for Model, Engine and SamplingParams."""
+"""The flags that commands share, and what they give to Model, Engine and SamplingParams."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from pyllamabatch.cli.console import Progress
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import make_policy
+from pyllamabatch.scheduler.policies import DEFAULT
+from pyllamabatch.step.sampling_params import SamplingParams
 
-#: flag, field of SamplingParams, type, help
-_SAMPLING = (
-    ("--temperature", "temperature", float, "0 takes the likeliest token"),
-    ("--top-k", "top_k", int, "keep the k likeliest tokens; 0 keeps all"),
-    ("--top-p", "top_p", float, "keep the likeliest tokens that make up this probability"),
-    ("--min-p", "min_p", float, "drop tokens below this share of the likeliest one"),
-    ("--typical-p", "typical_p", float, "locally typical sampling; 1 is off"),
-    ("--repeat-penalty", "repeat_penalty", float, "1 is off"),
-    ("--frequency-penalty", "frequency_penalty", float, "0 is off"),
-    ("--presence-penalty", "presence_penalty", float, "0 is off"),
-    ("--penalty-last-n", "penalty_last_n", int, "tokens that the penalties look back on"),
-    ("--min-tokens", "min_tokens", int, "no end before this many tokens"),
-    ("--logprobs", "logprobs", int, "report log-probabilities: the token's own and the n best"),
-)
+#: Field of SamplingParams → type, help. The flag is the field with dashes.
+_SAMPLING: dict[str, tuple[type, str]] = {
+    "max_tokens": (int, "tokens per answer"),
+    "temperature": (float, "0 takes the likeliest token"),
+    "top_k": (int, "keep the k likeliest tokens; 0 keeps all"),
+    "top_p": (float, "keep the likeliest tokens that make up this probability"),
+    "min_p": (float, "drop tokens below this share of the likeliest one"),
+    "typical_p": (float, "locally typical sampling; 1 is off"),
+    "repeat_penalty": (float, "1 is off"),
+    "frequency_penalty": (float, "0 is off"),
+    "presence_penalty": (float, "0 is off"),
+    "penalty_last_n": (int, "tokens that the penalties look back on"),
+    "min_tokens": (int, "no end before this many tokens"),
+    "logprobs": (int, "report log-probabilities: the token's own and the N best"),
+}
 
 
 def at_least(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -58,84 +63,103 @@ def n_bytes(text: str) -> int:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("-m", "--model", metavar="FILE.gguf", help="default: the embedded model")
+    group.add_argument("-m", "--model", metavar="FILE", help="a GGUF file (the embedded model)")
     group.add_argument(
-        "-ngl", "--n-gpu-layers", type=int, default=-1, metavar="N", help="default: all"
+        "-ngl", "--n-gpu-layers", type=int, default=-1, metavar="N", help="layers on the GPU (all)"
     )
+
+
+def add_threads_argument(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("-t", "--threads", type=at_least(1), metavar="N", help="CPU threads")
 
 
 def add_context_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("context")
     group.add_argument(
         "-c", "--n-ctx", type=at_least(0), default=0, metavar="N",
-        help="KV cells for all sequences together; 0: as the engine chooses",
+        help="KV cells of all sequences together (0: the engine chooses)",
     )  # fmt: skip
     group.add_argument(
         "--kv-unified", action=argparse.BooleanOptionalAction,
-        help="one pool of cells for all sequences (the default), or an equal share for each, "
-        "which is less to attend to",
+        help="one pool of cells for all sequences (the default), or an equal share for each: "
+        "then a row attends to fewer cells",
+    )  # fmt: skip
+    group.add_argument(
+        "--prefix-cache", action=argparse.BooleanOptionalAction,
+        help="reuse the cells of prompts that start alike (the default with one pool); prompts "
+        "that share nothing run faster without it",
     )  # fmt: skip
     group.add_argument("-b", "--n-batch", type=at_least(1), metavar="N", help="most rows in a step")
     group.add_argument(
-        "-ub", "--n-ubatch", type=at_least(1), metavar="N", help="most rows at a time"
-    )
-    group.add_argument("-t", "--threads", type=at_least(1), metavar="N", help="CPU threads")
+        "-ub", "--n-ubatch", type=at_least(1), metavar="N",
+        help="most rows that the device computes at once",
+    )  # fmt: skip
+    add_threads_argument(group)
     group.add_argument(
-        "--policy", metavar="NAME[:OPTION=VALUE,…]",
-        help="batching policy, default device-aware; another name lists all, see docs/policies.md",
+        "--policy", metavar="POLICY",
+        help="batching policy: NAME, module:name or file.py:name, with options "
+        f"NAME:OPTION=VALUE,… ({DEFAULT}); a wrong name lists all",
     )  # fmt: skip
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "sampling", "For lines that don't say otherwise; a line's own fields win."
+        "sampling", "For lines without these fields. In parentheses: the default."
     )
+    defaults = {field.name: field.default for field in fields(SamplingParams)}
+    for name, (kind, text) in _SAMPLING.items():
+        flag = "--" + name.replace("_", "-")
+        default = "off" if defaults[name] is None else f"{defaults[name]:g}"
+        group.add_argument(
+            *(("-n", flag) if name == "max_tokens" else (flag,)),
+            type=kind, metavar="N" if kind is int else "X", help=f"{text} ({default})",
+        )  # fmt: skip
     group.add_argument(
-        "-n", "--max-tokens", type=int, dest="max_tokens", metavar="N", help="tokens per answer"
-    )
-    for flag, name, kind, text in _SAMPLING:
-        group.add_argument(flag, dest=name, type=kind, metavar="X", help=text)
-    group.add_argument(
-        "--seed", type=int, metavar="S", help="line i draws with seed S + i - 1: repeatable"
+        "--seed", type=int, metavar="S", help="line i draws with seed S + i - 1 (random seeds)"
     )
     group.add_argument("--stop", action="append", metavar="TEXT", help="end there; may be repeated")
     group.add_argument("--ignore-eog", action="store_true", help="go on after the end of text")
-    group.add_argument("--grammar-file", type=Path, metavar="FILE", help="GBNF, start rule root")
+    group.add_argument(
+        "--grammar-file", type=Path, metavar="FILE", help="GBNF with the start rule root"
+    )
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling fields that the command line gives, without the seed; unset ones are absent."""
-    names = ("max_tokens", *(name for _, name, _, _ in _SAMPLING))
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.stop:
-        options["stop"] = tuple(args.stop)
-    if args.ignore_eog:
-        options["ignore_eog"] = True
+    """The sampling fields that the command line gives, without the seed and without unset ones."""
+    options = {name: getattr(args, name) for name in _SAMPLING}
+    options |= {"stop": args.stop and tuple(args.stop), "ignore_eog": args.ignore_eog or None}
     if args.grammar_file is not None:
-        try:
-            options["grammar"] = args.grammar_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ArgumentError("--grammar-file", str(args.grammar_file), str(error)) from None
-    return options
+        options["grammar"] = read_text("--grammar-file", args.grammar_file)
+    return {name: value for name, value in options.items() if value is not None}
 
 
-def load_model(args: argparse.Namespace) -> Model:
+def read_text(flag: str, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArgumentError(flag, str(path), str(error)) from None
+
+
+def load_model(args: argparse.Namespace, *, quiet: bool = False) -> Model:
+    """The model of -m, with progress while it loads."""
     if args.model is None:
         return Model.default(n_gpu_layers=args.n_gpu_layers)
-    return Model(args.model, n_gpu_layers=args.n_gpu_layers)
+    with Progress(f"loading {Path(args.model).name}", quiet=quiet, keep=False) as progress:
+        return Model(args.model, n_gpu_layers=args.n_gpu_layers, progress=progress.update)
+
+
+def threads_of(args: argparse.Namespace) -> dict[str, Any]:
+    return (
+        {}
+        if args.threads is None
+        else dict.fromkeys(("n_threads", "n_threads_batch"), args.threads)
+    )
 
 
 def open_engine(model: Model, args: argparse.Namespace, n_seq_max: int, **options: Any) -> Engine:
     """An engine with the context flags of `add_context_arguments` and these options."""
-    given = {
-        "n_ctx": args.n_ctx,
-        "n_batch": args.n_batch,
-        "n_ubatch": args.n_ubatch,
-        "kv_unified": args.kv_unified,
-        "n_threads": args.threads,
-        "n_threads_batch": args.threads,
-    }
-    settings = options | {name: value for name, value in given.items() if value is not None}
+    names = ("n_ctx", "n_batch", "n_ubatch", "kv_unified", "prefix_cache")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.policy is not None:
-        settings["policy"] = make_policy(args.policy)
-    return Engine(model, n_seq_max=n_seq_max, **settings)
+        given["policy"] = make_policy(args.policy)
+    return Engine(model, n_seq_max=n_seq_max, **threads_of(args), **given, **options)

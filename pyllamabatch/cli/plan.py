@@ -19,8 +19,6 @@ from pyllamabatch.planner.machines import GIB, MACHINES, Machine, machine
 from pyllamabatch.planner.residency import Footprint, Pool, Projector, by_size, most
 from pyllamabatch.planner.sharing import Shared, measure
 
-NAME = "plan"
-HELP = "what fits a machine: sequences, contexts, processes"
 GRAPHS = 10**9  # bytes of a process beside weights and cells, where no file tells
 
 

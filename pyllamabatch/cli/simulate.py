@@ -24,9 +24,6 @@ from pyllamabatch.sim import ROUTERS, Machine, load_trace, parse_slo, report, si
 from pyllamabatch.sim.load import at_load
 from pyllamabatch.sim.replica import OVERHEAD
 
-NAME = "simulate"
-HELP = "a trace of requests in virtual time: policies side by side"
-
 SETTINGS = (
     *("trace", "profile", "slo", "seed", "requests", "rate", "load", "n_seq_max", "n_ctx"),
     *("n_batch", "n_ubatch", "kv_unified", "prefix_cache", "overhead", "replicas", "router"),

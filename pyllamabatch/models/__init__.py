@@ -1,11 +1,32 @@
-"""The default model: a small llama with a known right answer for every prompt it was made for."""
+"""The embedded model: a small llama with one right answer for every prompt it was made for."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 
+@dataclass(frozen=True)
+class DefaultPrompt:
+    """A prompt for the embedded model, and its only right answer. `kind`: "add", "sort", …"""
+
+    kind: str
+    prompt: str
+    answer: str
+
+
 def default_model_path() -> Path:
-    """Path of the default model's GGUF file, at most 4 MiB, inside the installed package."""
-    return Path(str(files(__name__).joinpath("default.gguf")))
+    """Path of the embedded model's GGUF file, at most 4 MiB, inside the installed package."""
+    return _path("default.gguf")
+
+
+def default_prompts() -> list[DefaultPrompt]:
+    """32 prompts of nine kinds that the embedded model was not trained on."""
+    lines = _path("default_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    return [DefaultPrompt(**json.loads(line)) for line in lines]
+
+
+def _path(name: str) -> Path:
+    return Path(str(files(__name__).joinpath(name)))

@@ -20,7 +20,7 @@ from pyllamabatch.cli import main
 from pyllamabatch.llama.batch import Batch
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
-from pyllamabatch.models.tasks import Task, make_tasks
+from tools.recipe.default_model.tasks import Task, make_tasks
 
 KINDS = ("copy", "add", "upper", "reverse", "qa", "sort", "count")
 N_TOKENS = 48
@@ -169,7 +169,7 @@ def test_bad_lines_are_reported_and_the_rest_goes_on(tmp_path: Path, capsys: Any
         "",
         json.dumps(good[1]),
         json.dumps({"id": "both", "prompt": "a", "tokens": [1]}),
-        json.dumps({**good[2], "comment": "mine"}),
+        json.dumps({**good[2], "comments": "mine", "temp": 0}),
         json.dumps({"prompt": "no id"}),
     ]
     prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
@@ -179,14 +179,16 @@ def test_bad_lines_are_reported_and_the_rest_goes_on(tmp_path: Path, capsys: Any
     rows = {row["line"]: row for row in read(out)}
     assert list(rows) == [1, 2, 3, 4, 5, 6, 8, 9, 10, 11]
     bad = {line for line, row in rows.items() if row["finish_reason"] == "error"}
-    assert bad == {2, 3, 4, 5, 6, 9}
+    assert bad == {2, 3, 4, 5, 6, 9, 10}
     errors = capsys.readouterr().err
     for line, row in rows.items():
         assert row["id"] == (line if line in (2, 11) else json.loads(lines[line - 1])["id"])
         assert (f"in.jsonl:{line}: id " in errors) == (line in bad)
         assert ("error" in row) == (line in bad)
-    assert "comment" in errors
+    assert "'temp' (temperature?)" in errors
     assert in_process(*args) == 0, "error rows count as finished"
+    assert in_process(*args, "--overwrite", "--ignore-unknown") == 1
+    assert "error" not in read(out)[-2], "line 10"
 
 
 def test_standard_input_and_output() -> None:

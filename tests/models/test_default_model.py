@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import random
 import re
-import runpy
 from collections.abc import Iterator
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyllamabatch import Engine, Model, SamplingParams
-from pyllamabatch.models import default_model_path, tasks, world
+from pyllamabatch.models import default_model_path, default_prompts
+from tools.recipe.default_model import tasks, tokenizer, world
 
-RECIPE = Path(__file__).parents[2] / "tools" / "recipe" / "default_model"
-TOKENIZER = SimpleNamespace(**runpy.run_path(str(RECIPE / "tokenizer.py")))
 GREEDY = SamplingParams(temperature=0.0, max_tokens=128)
 
 
@@ -60,7 +56,7 @@ def test_the_file_is_at_most_4_mib() -> None:
 def test_it_describes_itself(model: Model) -> None:
     assert model.architecture == "llama"
     assert model.n_ctx_train == 2048
-    assert model.vocab.n_tokens == TOKENIZER.N_VOCAB
+    assert model.vocab.n_tokens == tokenizer.N_VOCAB
     assert model.metadata["general.license"] == "mit"
 
 
@@ -116,7 +112,14 @@ def test_a_recalled_value_is_stated_once_and_the_prompt_fits(kind: str) -> None:
         assert question is not None, task
         values = re.findall(rf"\b{question[1]} (?:is|=|means) (\w+)[.;]", task.prompt)
         assert values == [task.answer], task
-        assert len(TOKENIZER.encode(task.prompt)) < 2000
+        assert len(tokenizer.encode(task.prompt)) < 2000
+
+
+def test_the_prompts_that_ship_are_held_out_tasks() -> None:
+    shipped = default_prompts()
+    assert len({task.prompt for task in shipped}) == len(shipped) == 32
+    assert len({task.kind for task in shipped}) == 9
+    assert shipped == [default_prompts()[i] for i in range(32)]
 
 
 # --- the tokenizer -------------------------------------------------------------------------------
@@ -128,7 +131,7 @@ def test_training_and_llama_cpp_tokenize_alike(model: Model) -> None:
             messages = [{"role": "user", "content": task.prompt}]
             text = model.vocab.apply_chat_template(messages)
             tokens = model.vocab.tokenize(text, parse_special=True)
-            assert tokens.tolist() == TOKENIZER.encode_chat(messages)
+            assert tokens.tolist() == tokenizer.encode_chat(messages)
 
 
 def test_a_conversation_tokenizes_as_in_training(model: Model) -> None:
@@ -139,21 +142,21 @@ def test_a_conversation_tokenizes_as_in_training(model: Model) -> None:
         {"role": "user", "content": "2 + 3 ="},
     ]
     tokens = model.vocab.tokenize(model.vocab.apply_chat_template(messages), parse_special=True)
-    assert tokens.tolist() == TOKENIZER.encode_chat(messages)
+    assert tokens.tolist() == tokenizer.encode_chat(messages)
 
 
 @given(st.text(max_size=80))
 @settings(max_examples=1000, deadline=None)
 def test_any_text_comes_back(model: Model, text: str) -> None:
     tokens = model.vocab.tokenize(text)
-    assert tokens.tolist() == TOKENIZER.encode(text)
-    assert model.vocab.detokenize(tokens) == text == TOKENIZER.decode(tokens.tolist())
+    assert tokens.tolist() == tokenizer.encode(text)
+    assert model.vocab.detokenize(tokens) == text == tokenizer.decode(tokens.tolist())
 
 
 def test_control_tokens_in_plain_text_stay_text(model: Model) -> None:
     text = "a <|im_end|> b"
-    assert model.vocab.tokenize(text).tolist() == TOKENIZER.encode(text)
-    assert model.vocab.eog_tokens == {TOKENIZER.IM_END, TOKENIZER.END_OF_TEXT}
+    assert model.vocab.tokenize(text).tolist() == tokenizer.encode(text)
+    assert model.vocab.eog_tokens == {tokenizer.IM_END, tokenizer.END_OF_TEXT}
 
 
 # --- the answers ---------------------------------------------------------------------------------

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from pyllamabatch.models import tasks
-
+from . import tasks
 from .tokenizer import END_OF_TEXT, encode_chat, encode_turn
 
 # How often a task is drawn; recall is rare because its prompts are long.

@@ -10,7 +10,9 @@ import json
 from pathlib import Path
 
 from pyllamabatch import Engine, Model, SamplingParams
-from pyllamabatch.models import default_model_path, tasks
+from pyllamabatch.models import default_model_path
+
+from . import tasks
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=128)
 

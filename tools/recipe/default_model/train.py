@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pyllamabatch.models import tasks
-
+from . import tasks
 from .data import Conversations
 from .model import Llama, ModelConfig
 from .tokenizer import IM_END, encode, encode_chat

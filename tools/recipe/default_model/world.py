@@ -22,7 +22,7 @@ WORDS: tuple[str, ...] = _words("""
     drink drive drum dry duck dust eager eagle early earth east easy egg eight elbow elephant
     empty engine enough evening every eye face falcon fall family farm fast father feather fence
     field finger fire fish five flag flower fly forest fork four fox free fresh friend frog fruit
-    full future game garden gate gentle ghost giant gift glass gold good grass green occupant guitar
+    full future game garden gate gentle ghost giant gift glass gold good grass green guest guitar
     hammer hand happy harbour hat hawk hazel head heart heavy help hill history holiday honey hope
     horse hotel hour house hundred hungry ice idea important ink iron island ivory jacket jade
     january jelly jewel join joke journey juice jump june keep kettle key king kitchen kite knife
