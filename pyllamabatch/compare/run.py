@@ -12,10 +12,10 @@ from pyllamabatch.compare.arms import Arm, Hosted, Serving
 from pyllamabatch.compare.case import Case, Measured, case_row
 from pyllamabatch.compare.child import interrupts_later
 from pyllamabatch.compare.job import BENCHES, BURST, POISSON, Job, figures, poisson_arrivals
-from pyllamabatch.compare.memory import Reader
 from pyllamabatch.compare.processes import Processes
 from pyllamabatch.errors import PyllamabatchError
 from pyllamabatch.report import facts
+from pyllamabatch.report.meters import Meter
 from pyllamabatch.report.records import Record
 
 WARM_UP_TOKENS = 8
@@ -124,24 +124,24 @@ class _Opened:
             self.close()
         if arm in self._open:
             serving = self._open[arm][1]
-            reader = Reader(serving.pids)
+            meter = Meter(serving.pids)
         else:
             with interrupts_later():
                 serving = open_arm(plan, arm, case)
                 self._stack.callback(serving.close)
             self._open[arm] = case, serving
-            reader = Reader(serving.pids)  # before anything is loaded
+            meter = Meter(serving.pids)  # before anything is loaded
             serving.load()
             warm_up = plan.warm_up(case)
             done = figures(warm_up, serving.run(warm_up, plan.limit_s))
             if done.error:
                 return Measured.failed(f"warm-up: {done.error}")
         job = plan.job(case, repeat)
-        reader.start()
+        meter.start()
         try:
             outcome = serving.run(job, plan.limit_s)
         finally:
-            taken = reader.stop()
+            taken = meter.stop()
         found = figures(job, outcome)
         time = 0.0 if found.error else found.elapsed
         return Measured(0.0, time, detail=found.detail | taken, error=found.error)

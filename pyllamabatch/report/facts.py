@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyllamabatch.llama.host import usable_cores
+from pyllamabatch.llama.host import host_memory, usable_cores
 
 if TYPE_CHECKING:
     from pyllamabatch.llama.model import Model
@@ -26,7 +26,7 @@ def machine() -> Mapping[str, Any]:
     return {
         "cpu_info": _cpu_name(),
         "n_cores": usable_cores(),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": host_memory(),
         "os": _system_name(),
     }
 
@@ -112,13 +112,6 @@ def _cpu_name() -> str:
         if done.returncode == 0:
             return done.stdout.strip()
     return platform.processor() or platform.machine()
-
-
-def _memory_bytes() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 0
 
 
 def _system_name() -> str:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ import gguf
 import numpy as np
 import pytest
 
-from bench import models, quiet, report, schema, tools
+from bench import models, report, schema, tools
 from bench.__main__ import BENCHES, load, main
 from bench.arms import InProcess, StepClock, batched_bench_row
 from bench.cache import RESULTS, cache_folder
@@ -70,34 +67,6 @@ def failed(arm: str) -> schema.Row:
 
 
 # -- rows --
-
-
-def test_a_row_survives_the_file(tmp_path: Path) -> None:
-    rows = [row(), row("raw", t_tg=1.5, repeat=1)]
-    path = tmp_path / "new" / "rows.jsonl"
-    schema.append(path, rows[:1])
-    schema.append(path, rows[1:])
-    assert list(schema.read(path)) == rows
-    assert len(path.read_text().splitlines()) == 2
-
-
-def test_speeds_follow_their_formulas() -> None:
-    made = row(pl=4, t_tg=2.0)
-    assert made.speed_tg == 16 * 4 / 2.0
-    assert made.speed_pp == 32 * 4 / 1.0
-    assert made.t == 3.0
-    assert made.speed == (32 + 16) * 4 / 3.0
-    assert schema.speeds(pp=1, tg=1, pl=1, t_pp=0.0, t_tg=0.0)["speed"] == 0.0
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [({"schema": 0}, "schema 0"), ({"speed": None, "extra": 1}, "extra")],
-)
-def test_rows_of_another_form_are_refused(change: dict[str, Any], message: str) -> None:
-    values = dataclasses.asdict(row()) | change
-    with pytest.raises(ValueError, match=message):
-        schema.Row.from_json(json.dumps(values))
 
 
 def test_the_keys_are_those_of_upstreams_tools() -> None:
@@ -398,40 +367,6 @@ def test_a_tool_that_prints_nothing_is_asked_again(tmp_path: Path) -> None:
     assert (tmp_path / "seen").read_text() == "xx"
     with pytest.raises(ToolError, match="gave no result"):
         batched_bench_row([sys.executable, "-c", "raise SystemExit('broken')"])
-
-
-def test_a_disturbed_run_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others use 2 cores while it waits, then none; 1.5 in the first run, 0.1 in the next."""
-    seen = iter([2.0, 0.0, 1.5, 0.0, 0.1])
-    monkeypatch.setattr(quiet.CpuWatch, "others", lambda self: next(seen))
-    monkeypatch.setattr(quiet, "SETTLE_S", 0.0)
-    runs = itertools.count(1)
-    assert quiet.undisturbed(lambda: next(runs), 0.2) == (2, 0.1)
-    assert next(seen, None) is None
-
-
-def test_our_own_work_does_not_count_as_the_others() -> None:
-    watch = quiet.CpuWatch()
-    began = sum(os.times()[:2])
-    while sum(os.times()[:2]) < began + 0.3:
-        pass
-    others = watch.others()
-    assert others == -1.0 or 0.0 <= others <= (os.cpu_count() or 1)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_server_of_ours_does_not_count_as_the_others() -> None:
-    work = "x = 0\nwhile True: x += 1"
-    with subprocess.Popen([sys.executable, "-c", work]) as child:
-        try:
-            while quiet._process_s(child.pid) < 0.3:
-                time.sleep(0.05)
-            alone = quiet._own_s()
-            assert quiet._own_s((child.pid,)) >= alone + 0.3
-            assert quiet.CpuWatch((child.pid,)).others() >= 0.0
-        finally:
-            child.kill()
-    assert quiet._process_s(child.pid) == 0.0
 
 
 def test_the_runner_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:

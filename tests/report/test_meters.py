@@ -1,0 +1,202 @@
+"""What a meter says of processes: made-up counters, a fake NVML, and real children."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from pyllamabatch.report import meters
+from pyllamabatch.report.meters import Gpus, Meter, OtherCores, figures, package_joules
+
+MIB = 2**20
+
+
+def test_steady_is_the_median_and_joules_are_what_the_counter_grew_by() -> None:
+    samples: list[dict[str, float]] = [
+        {"rss_bytes": 10.0, "cpu_energy_joules": 5.0},
+        {"rss_bytes": 30.0},
+        {"rss_bytes": 12.0, "cpu_energy_joules": 9.0, "gpu_energy_joules": 100.0},
+        {"cpu_energy_joules": 1.0, "gpu_energy_joules": 130.0},  # the first one has wrapped around
+        {"cpu_energy_joules": 1.5},
+    ]
+    assert figures(samples) == {
+        "rss_bytes": 12.0,
+        "rss_peak_bytes": 30.0,
+        "cpu_energy_joules": 4.5,
+        "gpu_energy_joules": 30.0,
+        "energy_joules": 34.5,
+    }
+
+
+def test_what_is_not_known_has_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert figures([{}, {}]) == {}
+    assert figures([{"cpu_energy_joules": 5.0}, {"cpu_energy_joules": 5.0}]) == {}
+    monkeypatch.setattr(meters, "psutil", None)
+    monkeypatch.setattr(meters, "POWERCAP", Path("absent"))
+    meter = Meter([1], sources=[dict])
+    meter.start()
+    assert meter.stop() == {}
+
+
+def test_a_meter_samples_all_the_while() -> None:
+    values = itertools.count(1)
+    meter = Meter([1], interval_s=0.001, sources=[lambda: {"rss_bytes": float(next(values))}])
+    meter.start()
+    while next(values) < 50:
+        time.sleep(0.001)
+    found = meter.stop()
+    assert found["rss_peak_bytes"] > found["rss_bytes"] > 1
+
+
+def test_packages_are_summed(tmp_path: Path) -> None:
+    for name, label, energy in (
+        ("intel-rapl:0", "package-0", 9_000_000),
+        ("intel-rapl:1", "package-1", 1_500_000),
+        ("intel-rapl:0:0", "core", 5_000_000),
+        ("intel-rapl:2", "psys", 5_000_000),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "name").write_text(label + "\n")
+        (tmp_path / name / "energy_uj").write_text(f"{energy}\n")
+    assert package_joules(tmp_path) == {"cpu_energy_joules": 10.5}
+    (tmp_path / "intel-rapl:1" / "energy_uj").unlink()
+    assert package_joules(tmp_path) == {}
+    assert package_joules(tmp_path / "absent") == {}
+
+
+class FakeNvml:
+    """Two GPUs; `used` and `processes` of each, `energy` in mJ."""
+
+    class NVMLError(Exception): ...
+
+    def __init__(self) -> None:
+        self.used = [1000 * MIB, 0]
+        self.processes: list[list[tuple[int, int | None]]] = [[], []]
+        self.energy: list[int | None] = [5_000, 1_000]
+
+    def nvmlInit(self) -> None: ...
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetMemoryInfo(self, device: int) -> Any:
+        return SimpleNamespace(used=self.used[device])
+
+    def nvmlDeviceGetComputeRunningProcesses(self, device: int) -> list[Any]:
+        return [SimpleNamespace(pid=p, usedGpuMemory=used) for p, used in self.processes[device]]
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, device: int) -> int:
+        value = self.energy[device]
+        if value is None:
+            raise self.NVMLError
+        return value
+
+
+def test_nvml_knows_processes_or_what_came_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    library: Any = FakeNvml()
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    gpus = Gpus([41, 42])
+    assert gpus.read() == {"gpu_energy_joules": 6.0}
+    library.used = [1500 * MIB, 100 * MIB]
+    assert gpus.read()["device_bytes"] == 600 * MIB
+    library.processes = [[(41, 300 * MIB), (42, None), (43, 70 * MIB)], [(42, 20 * MIB)]]
+    library.energy[1] = None
+    assert gpus.read() == {"device_bytes": 320 * MIB}
+
+
+@pytest.mark.parametrize(("words", "joules"), [("1,7", 1.0), ("GPU-8f", 6.0)])
+def test_nvml_looks_at_the_visible_gpus(
+    monkeypatch: pytest.MonkeyPatch, words: str, joules: float
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", words)
+    library: Any = FakeNvml()
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    assert Gpus([1]).read() == {"gpu_energy_joules": joules}
+
+
+CHILD = """
+import mmap, sys
+file = open(sys.argv[1], "rb")
+mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+sum(mapped[::4096])
+own = bytearray(b"x" * (24 << 20))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="other systems do not say what processes share")
+def test_two_processes_share_the_file_they_map(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(os.urandom(MIB) * 32)
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    try:
+        for child in children:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+        found = []
+        for pids in ([children[0].pid], [child.pid for child in children]):
+            meter = Meter(pids, interval_s=0.01)
+            meter.start()
+            found.append(meter.stop())
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate(timeout=30)
+    one, two = found
+    assert one["rss_bytes"] > (32 + 24) * MIB  # the mapped file and its own
+    assert two["rss_bytes"] > 1.9 * one["rss_bytes"]
+    assert two["shared_bytes"] >= 2 * 32 * MIB
+    assert two["rss_bytes"] - two["pss_bytes"] >= 32 * MIB  # the file is there once
+    assert two["rss_peak_bytes"] >= two["rss_bytes"]
+    ended = Meter([child.pid for child in children])
+    ended.start()
+    assert "rss_bytes" not in ended.stop()
+
+
+# -- others --
+
+
+def test_a_run_that_others_disturb_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = iter([0.9, 0.1, 0.5, 0.1, 0.1])  # busy, quiet, run disturbed, quiet, run undisturbed
+    monkeypatch.setattr(OtherCores, "figure", lambda self: {"other_cpu": next(seen)})
+    monkeypatch.setattr(meters, "SETTLE_S", 0.0)
+    runs = iter([1, 2])
+    assert meters.undisturbed(lambda: next(runs), 0.2) == (2, 0.1)
+
+
+def test_the_children_that_are_named_are_no_others() -> None:
+    spin = "import sys\nprint(1, flush=True)\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE) as child:
+        try:
+            assert child.stdout is not None
+            child.stdout.readline()
+            named, unnamed = OtherCores([child.pid]), OtherCores()
+            began = psutil.Process(child.pid).cpu_times().user
+            while psutil.Process(child.pid).cpu_times().user < began + 0.3:
+                time.sleep(0.01)
+            used = unnamed.figure()["other_cpu"] - named.figure()["other_cpu"]
+            assert used > 0.01
+        finally:
+            child.kill()
