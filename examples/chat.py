@@ -1,0 +1,22 @@
+"""A chat of several turns. The prefix cache computes each turn only once.
+
+Every turn sends the whole conversation. The engine finds the cells of the turns before it in the
+cache, so only the new tokens are computed.
+"""
+
+from pyllamabatch import Engine, Model, SamplingParams
+
+questions = ["Copy: hello", "What is 17 + 25?", "Reverse: drawer"]
+
+with Model.default() as model, Engine(model, n_seq_max=2) as engine:
+    greedy = SamplingParams(temperature=0, max_tokens=32)
+    messages = [{"role": "system", "content": "You are a helpful assistant."}]
+    for question in questions:
+        messages.append({"role": "user", "content": question})
+        prompt = model.vocab.apply_chat_template(messages)
+        # The template writes control tokens such as <|im_start|>: parse_special reads them as such.
+        result = engine.submit(prompt, greedy, parse_special=True).result()
+        messages.append({"role": "assistant", "content": result.text})
+        print(f"{question} -> {result.text}")
+    stats = engine.stats()
+    print(f"{stats.prefix_tokens} of {stats.known_tokens} prompt tokens came from the cache")

@@ -1,0 +1,33 @@
+"""Every file of `examples/` runs with the embedded model and prints what it is about."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = {path.name: path for path in Path(__file__).parent.parent.glob("examples/*.py")}
+PRINTS = {
+    "chat.py": "Reverse: drawer -> reward",
+    "embeddings.py": "What is 17 + 25?",
+    "interactive_game.py": "the merchant says '42'",
+    "json_schema.py": "'colour': ",
+    "raw_two_sequences.py": "hello\n42\n",
+    "stream_asyncio.py": "Cem: 1 3 7 9",
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example(name: str) -> None:
+    assert len(EXAMPLES[name].read_text(encoding="utf-8").splitlines()) <= 60
+    done = subprocess.run(
+        [sys.executable, EXAMPLES[name]], capture_output=True, encoding="utf-8", timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert PRINTS.get(name, "") in done.stdout
+
+
+def test_all_are_there() -> None:
+    assert EXAMPLES.keys() >= PRINTS.keys()
