@@ -1,104 +1,66 @@
-"""The Python in the README and two guides runs as it is printed, each block in a new process."""
+"""The Python of README.md and of every page of docs/ runs as it is printed.
+
+The blocks of a page run one after the other in one process, as a reader would type them. A `text`
+block that follows a `python` block, with at most a line of words between, is exactly its output.
+"""
 
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from pyllamabatch.cost.profile import SHIPPED
+from pyllamabatch.models import default_model_path
 from tests.support.models_special import write_lora
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-RAW = (ROOT / "docs" / "raw.md").read_text(encoding="utf-8")
-ENGINE = (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
+PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("docs/**/*.md")))]
+BLOCK = re.compile(
+    r"^```python\n(.*?)^```$(?:\n+[^\n`#]*)?(?:\n+^```text\n(.*?)^```$)?", re.M | re.S
+)
+END = "\0"  # of a block's output
 
 
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+def text(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
-def block_with(text: str, words: str) -> str:
-    (found,) = [block for block in blocks(text, "python") if words in block]
-    return found
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the blocks run: files by the names that the pages use."""
+    folder = tmp_path_factory.mktemp("pages")
+    for name in ("law", "tone"):
+        write_lora(folder / f"{name}.gguf", width=256)
+    shutil.copy(default_model_path(), folder / "FILE.gguf")
+    shutil.copy(next(SHIPPED.glob("x86-2-core-avx512*.json")), folder / "profile.json")
+    return folder
 
 
-def run(program: str, folder: Path | None = None) -> str:
+@pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(text(page))])
+def test_a_page(page: str, folder: Path) -> None:
+    blocks = BLOCK.findall(text(page))
+    program = "".join(f"{code}\nprint({END!r}, end='', flush=True)\n" for code, _ in blocks)
     done = subprocess.run(
         [sys.executable, "-c", program],
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-        cwd=folder,
-    )
+        capture_output=True, encoding="utf-8", timeout=300, cwd=folder,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_engine_example() -> None:
-    program = block_with(README, "Engine(")
-    assert len(program.splitlines()) <= 16
-    answers = dict(line.split(" -> ") for line in run(program).splitlines())
-    assert answers == {
-        "Copy: hello": "hello",
-        "What is 17 + 25?": "42",
-        "Write in capitals: batch": "BATCH",
-        "Reverse: drawer": "reward",
-    }
-
-
-def test_raw_example() -> None:
-    program = block_with(README, "llama_batch_get_one")
-    assert len(program.splitlines()) <= 16
-    version, code, logits = run(program).split(maxsplit=2)
-    assert version
-    assert code == "0"
-    assert len(logits.split(",")) == 8
-
-
-def test_two_sequence_loop() -> None:
-    (expected,) = blocks(RAW, "text")
-    assert run(block_with(RAW, "llama_batch_init")) == expected
-
-
-def test_the_other_blocks_of_the_raw_guide() -> None:
-    done = [block for block in blocks(RAW, "python") if "llama_batch_init" not in block]
-    assert done, "the import line at its top"
-    for block in done:
-        run(block)
+    for (code, expected), printed in zip(blocks, done.stdout.split(END), strict=False):
+        assert not expected or printed == expected, code
 
 
 def test_the_two_commands_are_there() -> None:
-    commands = "\n".join(blocks(README, "sh"))
-    assert "python3 -m pip install '.[cli]' && pyllamabatch demo\n" in commands
-    assert "python3 -m pip install '.[test]' && python3 -m pytest\n" in commands
+    assert "python3 -m pip install -e '.[cli]' && pyllamabatch demo\n" in text("README.md")
+    assert "python3 -m pip install -e '.[test]' && python3 -m pytest\n" in text("README.md")
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
-    folder = (ROOT / page).parent
-    text = (ROOT / page).read_text(encoding="utf-8")
-    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
-    missing = [link for link in links if "://" not in link and not (folder / link).exists()]
-    assert missing == []
-
-
-def test_the_layers_name_real_files() -> None:
-    (table,) = re.findall(r"## Layers\n\n(.*?)\n\n", README + "\n\n", re.DOTALL)
-    for cell in re.findall(r"^\| [a-z]+ \| (.*?) \|", table, re.MULTILINE):
-        for name in re.findall(r"`([^`]+)`", cell):
-            assert (ROOT / name).exists() or (ROOT / "src" / "pyllamabatch" / name).exists(), name
-
-
-def test_the_guide_of_the_engine(tmp_path: Path) -> None:
-    requests, schema, loras, tasks, interactive = blocks(ENGINE, "python")
-    for name in ("law", "tone"):
-        write_lora(tmp_path / f"{name}.gguf", width=256)
-    assert run(loras, tmp_path).split() == ["8", "8", "8", "False"]
-    assert run(requests).split() == ["hello", "stop", "reward", "stop", "4", "2", "stop"]
-    assert run(schema) == "['n', 'word']\n"
-    assert run(tasks) == "0 1 2 3 [4, 4, 4]\n"
-    assert run(interactive) == "hello 4 True\n"
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text(page))
+    here = (ROOT / page).parent
+    assert [link for link in links if "://" not in link and not (here / link).exists()] == []
