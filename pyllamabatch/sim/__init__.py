@@ -1,32 +1,39 @@
-"""The simulator: the engine's own scheduler, accounting, prefix tree and policies under a clock
-that is
-a number, with a cost model in the place of the device."""
+"""The simulator: an engine's own scheduler, KV accounting and policies in virtual time, with a cost
+model in the place of the device."""
 
 from __future__ import annotations
 
-from .formats import load_trace
-from .metrics import Histogram, Load, Outcome, parse_slo, summarise
-from .replica import Machine, Replica
-from .router import ROUTERS, LeastOutstanding, PrefixAffinity, RoundRobin, Router, make_router
-from .simulate import Simulated, SimulationStuck, simulate
-from .workload import DRAWN, Lengths, Request, draw
+from pyllamabatch.sim.formats import load_trace
+from pyllamabatch.sim.metrics import Histogram, Load, Outcome, parse_slo, summarise
+from pyllamabatch.sim.replica import EngineSpec, Replica
+from pyllamabatch.sim.router import (
+    ROUTERS,
+    LeastOutstanding,
+    PrefixAffinity,
+    RoundRobin,
+    Router,
+    make_router,
+)
+from pyllamabatch.sim.simulate import Simulated, SimulationStuck, at_load, simulate
+from pyllamabatch.sim.workload import DRAWN, Lengths, TraceRequest, draw
 
 __all__ = [
     "DRAWN",
     "ROUTERS",
+    "EngineSpec",
     "Histogram",
     "LeastOutstanding",
     "Lengths",
     "Load",
-    "Machine",
     "Outcome",
     "PrefixAffinity",
     "Replica",
-    "Request",
     "RoundRobin",
     "Router",
     "Simulated",
     "SimulationStuck",
+    "TraceRequest",
+    "at_load",
     "draw",
     "load_trace",
     "make_router",

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArgumentError
-from .workload import DRAWN, Piece, Request, draw
+from .workload import DRAWN, Piece, TraceRequest, draw
 
 BLOCK = 512  # tokens that a hash id of Mooncake's stands for
 CHARACTERS = 4  # of a token, where there is no vocabulary to count with
@@ -46,7 +46,7 @@ def load_trace(
     n: int | None = None,
     rate: float | None = None,
     count: Count = count_characters,
-) -> list[Request]:
+) -> list[TraceRequest]:
     """The requests of a file, or drawn: see `workload.draw`.
 
     `n`: the first so many. `rate`: requests (conversations) a second, instead of the trace's own:
@@ -79,7 +79,7 @@ def load_trace(
     return requests if rate is None else at_rate(requests, rate)
 
 
-def at_rate(requests: list[Request], rate: float) -> list[Request]:
+def at_rate(requests: list[TraceRequest], rate: float) -> list[TraceRequest]:
     """Their arrivals stretched so that `rate` come in a second; those after another stay so."""
     times = [request.arrival for request in requests if request.after is None]
     first, span = min(times), max(times) - min(times)
@@ -90,7 +90,7 @@ def at_rate(requests: list[Request], rate: float) -> list[Request]:
     ]
 
 
-def _azure(lines: Iterator[str], name: str, n: int | None) -> Iterator[Request]:
+def _azure(lines: Iterator[str], name: str, n: int | None) -> Iterator[TraceRequest]:
     start: datetime | None = None
     for i, row in enumerate(csv.DictReader(lines)):
         if i == n:
@@ -116,7 +116,7 @@ def _time(text: str) -> datetime:
     return found if found.tzinfo else found.replace(tzinfo=timezone.utc)
 
 
-def _mooncake(lines: Iterator[str], name: str, n: int | None) -> Iterator[Request]:
+def _mooncake(lines: Iterator[str], name: str, n: int | None) -> Iterator[TraceRequest]:
     pieces: dict[Any, int] = {}
     sessions: dict[Any, int] = {}
     i = 0
@@ -171,8 +171,8 @@ def _mooncake(lines: Iterator[str], name: str, n: int | None) -> Iterator[Reques
 
 def _sharegpt(
     data: Any, name: str, n: int | None, count: Count, rate: float, seed: int
-) -> list[Request]:
-    found: list[Request] = []
+) -> list[TraceRequest]:
+    found: list[TraceRequest] = []
     n_pieces = 0
     rng = np.random.default_rng(seed)
     now = 0.0
@@ -194,7 +194,7 @@ def _sharegpt(
                 n_prompt = sum(n for _, n in content)
                 arrival = now if after is None else 0.0
                 found.append(
-                    Request(id, arrival, n_prompt, n_tokens, tuple(content), piece, after=after)
+                    TraceRequest(id, arrival, n_prompt, n_tokens, tuple(content), piece, after=after)
                 )
                 after = id
             content.append((piece, n_tokens))
@@ -211,13 +211,13 @@ def _request(
     content: tuple[Piece, ...],
     answer: int,
     **more: Any,
-) -> Request:
+) -> TraceRequest:
     if n_prompt < 1 or n_output < 1 or not 0 <= arrival < 1e12:
         detail = f"{n_prompt} and {n_output} tokens at {arrival} s"
         raise ArgumentError("trace", name, f"line {line}: no such request: {detail}")
     if 0 < more.get("max_tokens", 0) < n_output:
         raise ArgumentError("trace", name, f"line {line}: max_tokens below output_length")
-    return Request(id, arrival, n_prompt, n_output, content, answer, **more)
+    return TraceRequest(id, arrival, n_prompt, n_output, content, answer, **more)
 
 
 def _wrong(name: str, line: int, error: Exception) -> ArgumentError:

@@ -1,20 +1,20 @@
-"""What came of each request, and the figures that are made of many.
+"""What came of each request, and the figures of a run.
 
     TTFT   first token - arrival
-    TPOT   (last token - first token) / (tokens - 1), of requests of two tokens at least
-    ITL    time between two tokens of a request, every pair counted
+    TPOT   (last token - first token) / (tokens - 1), of requests with at least two tokens
+    ITL    time between two tokens of a request, each pair counted
     E2EL   last token - arrival = queueing + execution + preemption
     queueing    from the arrival to the first admission
-    execution   in a slot, what is computed again after a preemption included
-    preemption  waiting again after having been preempted
-    goodput     requests a second that keep every target; ITL's is for the longest of a request
+    execution   in a slot, recomputation after a preemption included
+    preemption  waiting again after a preemption
+    goodput     requests a second that keep every target; ITL's is for a request's longest
 
-Percentiles are interpolated linearly between order statistics; those of ITL come from bins that are
-0.5 % wide.
+Percentiles are interpolated between order statistics; those of ITL come from bins 0.5 % wide.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
@@ -22,21 +22,25 @@ from math import inf
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ArgumentError
+from pyllamabatch.errors import ArgumentError
+from pyllamabatch.scheduler import Counters
 
 F64 = npt.NDArray[np.float64]
 
 PERCENTILES = (50, 90, 95, 99)
 SLO_NAMES = ("ttft", "tpot", "itl", "e2el")
 TIMES = ("ttft", "tpot", "e2el", "queueing", "execution", "preemption")
+N_POINTS = 2000  # of a load's curves; at least half as many once there are so many calls
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of one request. Times in s since the start of the trace; `preempted_s`: in the
-    waiting line after preemptions; `longest_itl`: the longest time between two of its tokens.
-    `prefix`: tokens of its prompt that were in the cache when it was admitted first. `rejected`: it
-    could never fit, and nothing else of it is true."""
+    """What came of one request. Times in seconds since the start of the trace.
+
+    preempted_s: in the waiting queue after preemptions. longest_itl: between two of its tokens.
+    prefix: tokens of its prompt that were cached at its first admission. rejected: it can never
+    fit; the other fields are meaningless then.
+    """
 
     id: int
     arrival: float
@@ -78,13 +82,13 @@ class Outcome:
         return self.e2el - self.queueing - self.preempted_s
 
     def keeps(self, slo: Mapping[str, float]) -> bool:
-        """Every target: name -> s at most."""
+        """Whether it keeps every target: at most so many seconds, by name."""
         has = {"ttft": self.ttft, "tpot": self.tpot, "itl": self.longest_itl, "e2el": self.e2el}
         return all((has[name] or 0.0) <= limit for name, limit in slo.items())
 
 
 def parse_slo(text: str) -> dict[str, float]:
-    """ "ttft=0.5,itl=50ms" in seconds. ArgumentError for what is not one."""
+    """ "ttft=0.5,itl=50ms" in seconds, by name. Raises ArgumentError."""
     slo: dict[str, float] = {}
     for item in text.split(",") if text else ():
         name, _, value = (part.strip() for part in item.partition("="))
@@ -99,12 +103,12 @@ def parse_slo(text: str) -> dict[str, float]:
 
 
 class Histogram:
-    """Times in bins that are 0.5 % wide, from 1 µs to a day; any number of them in little memory.
-
-    Values come as they are and are put into bins some thousands at a time."""
+    """Times in bins 0.5 % wide, from 1 µs to a day, so that any number of them needs little memory.
+    Values are put into bins some thousands at a time."""
 
     LOW, RATIO = 1e-6, 1.005
     N_BINS = int(np.log(86400 / LOW) / np.log(RATIO)) + 2
+    N_PENDING = 50_000
 
     def __init__(self) -> None:
         self._sum = 0.0
@@ -115,11 +119,11 @@ class Histogram:
         self._n_pending = 0
 
     def add(self, values: F64, weight: int = 1) -> None:
-        """Each of `values` (s, not changed afterwards), `weight` times."""
+        """Each of `values` (seconds; the array must not change afterwards), `weight` times."""
         self._values.append(values)
         self._weights.append(weight)
         self._n_pending += len(values)
-        if self._n_pending > 50_000:
+        if self._n_pending > self.N_PENDING:
             self._flush()
 
     def _flush(self) -> None:
@@ -152,7 +156,7 @@ class Histogram:
         return self._sum / n if n else 0.0
 
     def percentile(self, p: float) -> float:
-        """The middle of the bin in which it is; 0 when there is nothing."""
+        """The middle of its bin; 0 without values."""
         n = self.n
         if not n:
             return 0.0
@@ -162,48 +166,49 @@ class Histogram:
 
 @dataclass(slots=True)
 class Load:
-    """What a replica did, or several together. `seconds`: computing, and `kv_seconds`: cells that
-    running sequences hold times that; `rows`: steps by their rows."""
+    """What a replica did. seconds: in native calls. kv_seconds: cells that running sequences hold,
+    times those seconds. rows: number of steps by their rows. points: (seconds, running requests,
+    waiting requests, cells held), thinned out."""
 
+    n_cells: int
     seconds: float = 0.0
     kv_seconds: float = 0.0
     kv_peak: int = 0
-    n_cells: int = 0
-    rows: dict[int, int] = field(default_factory=dict)
+    rows: Counter[int] = field(default_factory=Counter)
     itl: Histogram = field(default_factory=Histogram)
-    known_tokens: int = 0
-    prefix_tokens: int = 0
-    prefill_rows: int = 0
-    recomputed_rows: int = 0
+    points: list[tuple[float, int, int, int]] = field(default_factory=list)
+    counters: Counters = field(default_factory=Counters)
+    _n_calls: int = 0
+    _calls_per_point: int = 1
 
-    def merge(self, other: Load) -> None:
-        self.seconds += other.seconds
-        self.kv_seconds += other.kv_seconds
-        self.kv_peak = max(self.kv_peak, other.kv_peak)
-        self.n_cells = other.n_cells
-        for n_rows, n in other.rows.items():
-            self.rows[n_rows] = self.rows.get(n_rows, 0) + n
-        self.itl.merge(other.itl)
-        self.known_tokens += other.known_tokens
-        self.prefix_tokens += other.prefix_tokens
-        self.prefill_rows += other.prefill_rows
-        self.recomputed_rows += other.recomputed_rows
+    def add_call(self, seconds: float, n_steps: int, n_rows: int, free: int) -> None:
+        """A call of n_steps steps, before which `free` cells were free."""
+        held = self.n_cells - free
+        self.seconds += seconds
+        self.kv_seconds += (held + 0.5 * n_steps * n_rows) * seconds
+        self.kv_peak = max(self.kv_peak, held + n_steps * n_rows)
+        self.rows[n_rows] += n_steps
+
+    def add_point(self, now: float, n_running: int, n_waiting: int, free: int) -> None:
+        """A call begins. With too many points every second one goes, and calls give half as many
+        from then on."""
+        self._n_calls += 1
+        if self._n_calls % self._calls_per_point:
+            return
+        self.points.append((now, n_running, n_waiting, self.n_cells - free))
+        if len(self.points) > N_POINTS:
+            del self.points[::2]
+            self._calls_per_point *= 2
 
 
 def summarise(
     outcomes: Sequence[Outcome], loads: Iterable[Load], slo: Mapping[str, float]
 ) -> dict[str, float]:
-    """The figures of a run, by name: times in s, rates per s, shares from 0 to 1. `duration`: from
-    the first arrival to the last token."""
-    total, n_replicas = Load(), 0
-    for load in loads:
-        total.merge(load)
-        n_replicas += 1
+    """The figures of a run by name: times in seconds, rates per second, shares from 0 to 1.
+    duration: from the first arrival to the last token."""
+    loads = list(loads)
     done = [o for o in outcomes if not o.rejected]
-    found: dict[str, float] = {
-        "requests": len(done),
-        "rejected": len(outcomes) - len(done),
-    }
+    found: dict[str, float] = {"requests": len(done), "rejected": len(outcomes) - len(done)}
     if not done:
         return found
     duration = max(o.end for o in done) - min(o.arrival for o in done)
@@ -222,28 +227,37 @@ def summarise(
     for name in TIMES:
         values = [v for o in done if (v := getattr(o, name)) is not None]
         found |= _spread(name, np.array(values))
-    if total.itl.mean:
-        found["itl_mean"] = total.itl.mean
-        found |= {f"itl_p{p}": total.itl.percentile(p) for p in PERCENTILES}
+    itl = Histogram()
+    for load in loads:
+        itl.merge(load.itl)
+    if itl.mean:
+        found["itl_mean"] = itl.mean
+        found |= {f"itl_p{p}": itl.percentile(p) for p in PERCENTILES}
     found["preemptions"] = sum(o.preemptions for o in done)
-    if not total.rows:
-        return found
-    n_steps = sum(total.rows.values())
-    rows = np.array(sorted(total.rows))
-    upto = np.cumsum([total.rows[n] for n in rows.tolist()])
-    found |= {
-        "steps": n_steps,
-        "rows_mean": sum(n * k for n, k in total.rows.items()) / n_steps,
-        "rows_p50": float(rows[np.searchsorted(upto, 0.5 * n_steps)]),
-        "rows_max": float(rows[-1]),
-        "busy": total.seconds * per_second / n_replicas,
-        "kv_mean": total.kv_seconds / max(total.seconds, 1e-12) / total.n_cells,
-        "kv_peak": total.kv_peak / total.n_cells,
-        "prefix_share": total.prefix_tokens / max(total.known_tokens, 1),
-        "prefill_rows": total.prefill_rows,
-        "recomputed_rows": total.recomputed_rows,
-    }
+    if any(load.rows for load in loads):
+        found |= _of_steps(loads, per_second)
     return found
+
+
+def _of_steps(loads: Sequence[Load], per_second: float) -> dict[str, float]:
+    by_rows = sum((load.rows for load in loads), Counter[int]())
+    rows, steps = (np.array(column) for column in zip(*sorted(by_rows.items()), strict=True))
+    n_steps, seconds = int(steps.sum()), sum(load.seconds for load in loads)
+    counters = [load.counters for load in loads]
+    known = sum(c.known_tokens for c in counters)
+    n_cells = loads[-1].n_cells
+    return {
+        "steps": n_steps,
+        "rows_mean": int(rows @ steps) / n_steps,
+        "rows_p50": float(rows[np.searchsorted(np.cumsum(steps), 0.5 * n_steps)]),
+        "rows_max": float(rows[-1]),
+        "busy": seconds * per_second / len(loads),
+        "kv_mean": sum(load.kv_seconds for load in loads) / max(seconds, 1e-12) / n_cells,
+        "kv_peak": max(load.kv_peak for load in loads) / n_cells,
+        "prefix_share": sum(c.prefix_tokens for c in counters) / max(known, 1),
+        "prefill_rows": sum(c.prefill_rows for c in counters),
+        "recomputed_rows": sum(c.recomputed_rows for c in counters),
+    }
 
 
 def _spread(name: str, values: F64) -> dict[str, float]:

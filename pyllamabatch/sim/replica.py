@@ -1,8 +1,8 @@
-"""Replica: the scheduler that an engine has, with a cost model in the place of the device.
+"""Replica: an engine's scheduler in virtual time, with a cost model in the place of the device.
 
-It does what the decoder thread does: take in who has come, plan, compute. A call of several steps
-is in flight until a sequence ends, or somebody comes and it ends with the step that it is in. Time
-is a number that whoever owns the replica passes in.
+`Replica.step` does what `EngineCore.step` does: update, take requests, schedule, carry out, run. A
+native call of several steps is in flight until a sequence ends; a request that arrives ends it
+after its current step. The owner of the replica passes the time in.
 """
 
 from __future__ import annotations
@@ -12,50 +12,40 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import starmap
 from math import inf
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from ..engine.kv_config import LEAST_KEPT
-from ..kv import Sharing
-from ..kv.radix_tree import Tokens
-from ..scheduler import Limits, Policy, Scheduler, Step
-from .metrics import F64, Load, Outcome
-from .workload import Request
+from pyllamabatch.cost.step_cost import NO_COST, NewGraph, StepCost
+from pyllamabatch.engine.kv_config import LEAST_KEPT
+from pyllamabatch.kv import Sharing
+from pyllamabatch.kv.radix_tree import Tokens
+from pyllamabatch.scheduler import Limits, Policy, Scheduler, Step
+from pyllamabatch.sim.graphs import F64, Graphs
+from pyllamabatch.sim.metrics import Load, Outcome
+from pyllamabatch.sim.workload import TraceRequest
 
-N_POINTS = 2000  # of the curves over time, at least half of it once there are so many calls
-# Seconds of the engine around a call, on a fast core: plan, admission, rows of prompts. `python -m
-# bench step` measures what it is on a machine ("gap, turnover").
+# Seconds of the engine around a native call: plan, admission, rows of prompts. `python -m bench
+# step` measures it ("gap, turnover").
 OVERHEAD = 1e-4
-_N_KV = 256  # cells that a graph's attention grows by (src/llama-kv-cache.cpp: `get_n_kv`)
-
-
-class Cost(Protocol):
-    """See `CostModel.predict`. About linear in `kv`: the steps of one call are taken between the
-    first and the last."""
-
-    def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
-    """What every replica is. `sharing`, `retain`: see `Scheduler`. Seconds: `overhead`, of a native
-    call beside its steps; `latency`, until a token that is there has reached whoever waits for it;
-    `new_graph`: (of a step whose graph is new, of those behind it), see `CostModel.new_graph`."""
+class EngineSpec:
+    """What every replica is. sharing, retain: see `Scheduler`. overhead: seconds of a native call
+    beside its steps. latency: seconds from a token to its reader. new_graph: see `NewGraph`."""
 
-    cost: Cost
+    cost: StepCost
     limits: Limits
     sharing: Sharing = field(default_factory=Sharing)
     retain: bool = True
     overhead: float = OVERHEAD
     latency: float = 0.0
-    new_graph: tuple[float, float] = (0.0, 0.0)
+    new_graph: NewGraph = NO_COST
 
     @classmethod
     def of(
         cls,
-        cost: Cost,
+        cost: StepCost,
         *,
         n_seq_max: int = 16,
         n_cells: int = 32768,
@@ -65,55 +55,63 @@ class Machine:
         prefix_cache: bool | None = None,
         overhead: float = OVERHEAD,
         gap_max: int = 16,
-    ) -> Machine:
-        """One with ordinary attention, as an engine makes it: any beginning can be shared
-        (unified), or copied whole and cut (a stream for each sequence). `prefix_cache`: keep what
-        requests leave, default where cells are unified. `gap_max`: see `Limits`, for cells that
-        are not unified; by default what a GPU gets."""
-        n_cells_seq = n_cells if unified else max(1, n_cells // n_seq_max)
+    ) -> EngineSpec:
+        """An engine of a model with plain attention. In a pool (unified) sequences share any
+        prefix; with a stream for each, a prefix is copied whole. prefix_cache: cache the prefixes
+        of ended requests; by default where the cells are a pool. gap_max: see `Limits`; the default
+        is a GPU's."""
         retain = unified if prefix_cache is None else prefix_cache
         n_cached = 0
         if unified and retain:
             n_cached = max(0, min(max(n_seq_max, LEAST_KEPT), 256 - n_seq_max, n_batch - n_seq_max))
         limits = Limits(
-            n_batch, n_ubatch, n_seq_max, n_cells, n_cells_seq, unified, 0 if unified else gap_max
+            n_batch,
+            n_ubatch,
+            n_seq_max,
+            n_cells,
+            n_cells if unified else max(1, n_cells // n_seq_max),
+            unified,
+            0 if unified else gap_max,
         )
         sharing = Sharing(copy_part=unified, copy_whole=True, trim=True, n_cached=n_cached)
-        cost, new_graph = with_switch(cost), getattr(cost, "new_graph", (0.0, 0.0))
-        return cls(cost, limits, sharing, retain, overhead, new_graph=new_graph)
+        cost = with_switch(cost)
+        return cls(cost, limits, sharing, retain, overhead, new_graph=cost.new_graph)
 
 
-def with_switch(cost: Cost) -> Cost:
-    """Where nobody knows what a switch costs: as much as a new graph."""
-    if getattr(cost, "switch", 0.0) is None:
+def with_switch(cost: StepCost) -> StepCost:
+    """A switch that was never observed costs as much as a new graph."""
+    if cost.switch is None:
         cost = copy.copy(cost)
-        cost.switch = getattr(cost, "new_graph", (0.0, 0.0))[0]  # type: ignore[attr-defined]
+        cost.switch = cost.new_graph.step
     return cost
 
 
 @dataclass(slots=True)
 class _Open:
-    """A request that has come and not ended. While it runs in `slot` the next three are in the
-    replica's arrays. left: tokens to its end; last: when it got its last one; gap: the longest time
-    between two; out: when it was preempted."""
+    """A request that has arrived and not ended. left: tokens to its end; last: time of its last
+    token; gap: longest time between two tokens; preempted: when it was preempted last."""
 
-    request: Request
+    request: TraceRequest
     outcome: Outcome
-    lefts: npt.NDArray[np.int64]  # the replica's, by slot
-    slot: int = -1
-    left: int = 0
+    left: int
     last: float = 0.0
     gap: float = 0.0
-    out: float = 0.0
+    preempted: float = 0.0
 
     def known(self) -> Tokens:
-        left = self.left if self.slot < 0 else int(self.lefts[self.slot])
-        return self.request.tokens(self.request.n_output - left)
+        """Of its prompt and its output so far."""
+        return self.request.tokens(self.request.n_output - self.left)
+
+    def add_tokens(self, n: int, first: float, end: float, longest: float = 0.0) -> None:
+        """n tokens, from the time `first` to `end`, `longest` seconds at most between two."""
+        self.gap = max(self.gap, first - self.last, longest)
+        self.last = end
+        self.left -= n
 
 
 @dataclass(slots=True)
-class _Flight:
-    """A call: when each of its steps ends, the cells that were free before it."""
+class _Call:
+    """A native call in flight: the times at which its steps end, the cells that were free."""
 
     step: Step
     start: float
@@ -125,98 +123,110 @@ class Replica:
     """`ended(outcome)` is called for each request at its end."""
 
     def __init__(
-        self, machine: Machine, policy: Policy, ended: Callable[[Outcome], None], index: int = 0
+        self, spec: EngineSpec, policy: Policy, ended: Callable[[Outcome], None], index: int = 0
     ) -> None:
-        self.machine = machine
+        self.spec = spec
         self.index = index
-        self.load = Load(n_cells=machine.limits.n_cells)
-        self.points: list[tuple[float, int, int, int]] = []  # time, running, waiting, cells
+        self.load = Load(n_cells=spec.limits.n_cells)
         self.scheduler = Scheduler(
-            machine.limits,
+            spec.limits,
             policy,
-            cost=machine.cost,
-            sharing=machine.sharing,
-            retain=machine.retain,
+            cost=spec.cost,
+            sharing=spec.sharing,
+            retain=spec.retain,
         )
         self._ended = ended
-        self._mail: list[tuple[Request, float]] = []
+        self._arrived: list[tuple[TraceRequest, float]] = []
         self._open: dict[int, _Open] = {}
-        self._parts: list[Step] = []  # of the step that is computed, not begun yet
-        self._flight: _Flight | None = None
+        self._in_slot: dict[int, _Open] = {}
+        self._parts: list[Step] = []  # of the scheduled step, not run yet
+        self._call: _Call | None = None
         self._wake = inf
-        n = self.scheduler.n_slots
-        # By slot, of those that run; see `_Open`.
-        self._at: list[_Open | None] = [None] * n
-        self._left = np.zeros(n, dtype=np.int64)
-        self._last = np.zeros(n)
-        self._gap = np.zeros(n)
-        self._every, self._n_calls = 1, 0
-        self._graph: tuple[object, ...] = ()  # what the last one was made for, but for its cells
-        self._decoded = b""  # the slots of its rows
-        self._fresh = False  # the last step before this call was the first one with its graph
-        self._n_kv = 0  # cells that it looks at
-        self._grown = np.zeros(0, dtype=np.int64)  # the same, at each step of the call
-
-    # -- requests
+        switch = spec.cost.switch or 0.0
+        self._graphs: Graphs | None = None
+        if spec.new_graph.step or switch:
+            self._graphs = Graphs(spec.limits, spec.new_graph, switch)
 
     @property
     def n_open(self) -> int:
-        """Requests that have come and not ended."""
-        return len(self._open) + len(self._mail)
-
-    def submit(self, request: Request, now: float) -> None:
-        """It is taken in between two calls; one that goes on ends with the step that it is in.
-        RequestTooLong when it can never fit."""
-        self.scheduler.check_fits(request.n_prompt, request.max_tokens or request.n_output)
-        self._mail.append((request, now))
-        flight = self._flight
-        if flight is not None:
-            n = int(np.searchsorted(flight.ends, now)) + 1
-            flight.ends = flight.ends[:n]
+        """Requests that have arrived and not ended."""
+        return len(self._open) + len(self._arrived)
 
     @property
     def next(self) -> float:
-        """When there is something to do: `turn` is to be called then."""
-        if self._flight is not None:
-            return float(self._flight.ends[-1])
-        return -inf if self._mail else self._wake
+        """When `step` is to be called."""
+        if self._call is not None:
+            return float(self._call.ends[-1])
+        return -inf if self._arrived else self._wake
 
-    def turn(self, now: float) -> None:
-        """The call in flight is over, or there was none: the next one begins, if there is anything
-        to compute."""
-        flight, self._flight = self._flight, None
-        if flight is not None:
-            self._apply(flight)
-        while True:
-            if self._parts:
-                self._begin(self._parts.pop(0), now)
-                return
-            self._take_mail()
+    def submit(self, request: TraceRequest, now: float) -> None:
+        """The call in flight ends with its current step, and the request is taken then.
+        RequestTooLong when it can never fit."""
+        self.scheduler.check_fits(request.n_prompt, request.max_tokens or request.n_output)
+        self._arrived.append((request, now))
+        if self._call is not None:
+            n_steps = int(np.searchsorted(self._call.ends, now)) + 1
+            self._call.ends = self._call.ends[:n_steps]
+
+    def step(self, now: float) -> None:
+        """The call in flight ends, and the next one begins if there is anything to compute."""
+        self._update()
+        while not self._parts:
+            self._take_requests()
             step = self.scheduler.plan(now)
-            self._wake = inf
             if step is None:
-                if not self.scheduler.idle:
-                    pause = self.scheduler.hold(now)
-                    self._wake = now + pause if pause > 0 else inf
+                self._wake = self._time_to_plan(now)
                 return
-            for id, slot in step.preempted:
-                self._leave(id, slot, now)
-            for id, slot in step.admitted:
-                self._sit(id, slot, now)
-            if step.n_rows:
-                unified = self.machine.limits.unified
-                self._parts = [step] if unified else list(step.parts())
+            self._carry_out(step, now)
+        self._run(self._parts.pop(0), now)
 
-    # -- inside
+    def finished(self) -> Load:
+        """The load of the whole run."""
+        self.load.counters = self.scheduler.counters
+        return self.load
 
-    def _take_mail(self) -> None:
-        mail, self._mail = self._mail, []
-        for request, now in mail:
+    # -- the parts of a step
+
+    def _update(self) -> None:
+        """Advance by the call in flight: times of tokens, sequences that end."""
+        call, self._call = self._call, None
+        if call is None:
+            return
+        step, ends = call.step, call.ends
+        n, end = len(ends), float(ends[-1])
+        self.load.add_call(end - call.start, n, step.n_rows, call.free)
+        if self._graphs is not None:
+            self._graphs.computed(n)
+        self.scheduler.advance(step, n)
+        done: list[int] = []
+        if len(step.decode):
+            decode, first, itl = step.decode.tolist(), float(ends[0]), self.load.itl
+            itl.add(np.array([first - self._in_slot[slot].last for slot in decode]))
+            longest = 0.0
+            if n > 1:
+                within = np.diff(ends)
+                itl.add(within, len(decode))
+                longest = float(within.max())
+            for slot in decode:
+                one = self._in_slot[slot]
+                one.add_tokens(n, first, end, longest)
+                if not one.left:
+                    done.append(slot)
+        for chunk in step.chunks:
+            if chunk.last:
+                self._prompt_computed(self._in_slot[chunk.slot], end)
+                if not self._in_slot[chunk.slot].left:
+                    done.append(chunk.slot)
+        for slot in done:
+            self._end(self._in_slot.pop(slot), end)
+
+    def _take_requests(self) -> None:
+        arrived, self._arrived = self._arrived, []
+        for request, now in arrived:
             outcome = Outcome(
                 request.id, now, request.n_prompt, request.n_output, request.tenant, self.index
             )
-            one = _Open(request, outcome, self._left, left=request.n_output)
-            self._open[request.id] = one
+            one = self._open[request.id] = _Open(request, outcome, request.n_output)
             self.scheduler.add(
                 request.id,
                 request.n_prompt,
@@ -226,167 +236,70 @@ class Replica:
                 tenant=request.tenant,
                 deadline=None if request.deadline is None else now + request.deadline,
                 itl_target=request.itl_target,
-                tokens=one if self.machine.sharing.any else None,
+                tokens=one if self.spec.sharing.any else None,
             )
 
-    def _sit(self, id: int, slot: int, now: float) -> None:
-        one = self._at[slot] = self._open[id]
-        one.slot = slot
-        self._left[slot], self._last[slot], self._gap[slot] = one.left, one.last, one.gap
-        outcome = one.outcome
-        if outcome.preemptions:
-            outcome.preempted_s += now - one.out
-        else:
-            outcome.admitted = now
-            outcome.prefix = self.scheduler.sequence(id).prefix_hit
+    def _time_to_plan(self, now: float) -> float:
+        """When to plan again, if no request arrives before."""
+        pause = 0.0 if self.scheduler.idle else self.scheduler.hold(now)
+        return now + pause if pause > 0 else inf
 
-    def _leave(self, id: int, slot: int, now: float) -> None:
-        one = self._open[id]
-        one.slot, one.out = -1, now
-        one.left, one.last = int(self._left[slot]), float(self._last[slot])
-        one.gap = float(self._gap[slot])
-        one.outcome.preemptions += 1
-        self._at[slot] = None
+    def _carry_out(self, step: Step, now: float) -> None:
+        """Preempt, admit, and find the native calls that the step takes."""
+        for id, slot in step.preempted:
+            self._open[id].preempted = now
+            self._open[id].outcome.preemptions += 1
+            del self._in_slot[slot]
+        for id, slot in step.admitted:
+            one = self._in_slot[slot] = self._open[id]
+            if one.outcome.preemptions:
+                one.outcome.preempted_s += now - one.preempted
+            else:
+                one.outcome.admitted = now
+                one.outcome.prefix = self.scheduler.sequence(id).prefix_hit
+        if step.n_rows:
+            self._parts = [step] if self.spec.limits.unified else list(step.parts())
 
-    def _begin(self, step: Step, now: float) -> None:
-        """A call: as many steps as the plan stands for, or to the end of a sequence."""
-        machine, accounting = self.machine, self.scheduler.accounting
-        self._note(now)
+    def _run(self, step: Step, now: float) -> None:
+        """Begin a call: as many steps as the plan stands for, or to the end of a sequence."""
+        scheduler = self.scheduler
+        free = scheduler.accounting.free
+        self.load.add_point(now, scheduler.n_running, scheduler.n_waiting, free)
         n = step.repeat
         if n > 1:
-            n = min(n, int(self._left[step.decode].min()))
-        predict, kv = machine.cost.predict, self.scheduler.attended_cells(step)
-        shapes = self.scheduler.shapes(step, kv)
+            n = min(n, *(self._in_slot[slot].left for slot in step.decode.tolist()))
+        ends = now + self.spec.overhead + np.cumsum(self._seconds(step, n))
+        self._call = _Call(step, now, ends, free)
+
+    # -- inside
+
+    def _seconds(self, step: Step, n: int) -> F64:
+        """Seconds of each of n times this step."""
+        scheduler, predict = self.scheduler, self.spec.cost.predict
+        kv = scheduler.attended_cells(step)
+        shapes = scheduler.shapes(step, kv)
         first = sum(starmap(predict, shapes))
-        start = now + machine.overhead
+        seconds = np.full(n, first, dtype=np.float64)
         if n > 1:
-            later = self.scheduler.attended_cells(step, n - 1)
-            last = sum(
-                [predict(rows, 0, held * later / kv, seqs) for rows, _, held, seqs in shapes]
-            )
-            times: F64 = first + (last - first) / (n - 1) * np.arange(n, dtype=np.float64)
+            later = scheduler.attended_cells(step, n - 1)
+            last = sum(predict(rows, 0, held * later / kv, seqs) for rows, _, held, seqs in shapes)
+            seconds += (last - first) / (n - 1) * np.arange(n, dtype=np.float64)
+        if self._graphs is not None:
+            self._graphs.add_to(seconds, step, len(shapes), scheduler)
+        return seconds
+
+    def _prompt_computed(self, one: _Open, now: float) -> None:
+        """The last row of a prompt gives a token."""
+        if one.left == one.request.n_output:
+            one.outcome.first = now + self.spec.latency
+            one.last = now
         else:
-            times = np.array([first], dtype=np.float64)
-        if machine.new_graph[0] or getattr(machine.cost, "switch", 0.0):
-            self._add_new_graphs(times, step, len(shapes))
-        self._flight = _Flight(step, now, start + np.cumsum(times), accounting.free)
+            self.load.itl.add(np.array([now - one.last]))
+        one.add_tokens(1, now, now)
 
-    def _add_new_graphs(self, times: F64, step: Step, n_parts: int) -> None:
-        """To the steps whose graph libllama can't reuse (src/llama-graph.h: `allow_reuse`): other
-        rows than before, or cells in sight beyond what the graph was made for. n_parts: those that
-        decode are computed in so many."""
-        new, settle = self.machine.new_graph
-        limits, n, who = self.machine.limits, len(times), step.decode.tobytes()
-        if limits.unified:  # whose rows they are does not matter
-            graph: tuple[object, ...] = (len(step.decode), *((c.n, c.last) for c in step.chunks))
-        else:
-            graph = (who, *((c.slot, c.n, c.last) for c in step.chunks))
-        n_graphs = max(n_parts, -(-step.n_rows // limits.n_ubatch))
-        at = [0] if graph != self._graph else []
-        if not at and n_graphs == 1 and not step.chunks and who != self._decoded:
-            times[0] += getattr(self.machine.cost, "switch", 0.0) or 0.0
-        self._decoded = who
-        if n_graphs > 1:  # libllama keeps the last one alone
-            at = list(range(n))
-            new, settle = new * n_graphs, 0.0
-        self._graph = graph if n_graphs == 1 else ()
-        accounting, ahead = self.scheduler.accounting, np.arange(1, n + 1)
-        if limits.unified:
-            cells = np.maximum(accounting.reach, accounting.used + step.n_rows * ahead)
-        else:
-            cells = accounting.longest(step.slots) + ahead
-        grown = -(-cells // _N_KV) * _N_KV
-        before = np.concatenate(([self._n_kv], grown[:-1]))
-        at += [i for i in np.flatnonzero(grown != before).tolist() if i not in at]
-        self._grown = grown
-        if self._fresh and 0 not in at:
-            times[0] += settle
-        self._fresh = n - 1 in at
-        for i in at:
-            times[i] += new
-            if i + 1 < n and i + 1 not in at:
-                times[i + 1] += settle
-
-    def _apply(self, flight: _Flight) -> None:
-        step, ends, scheduler = flight.step, flight.ends, self.scheduler
-        n, end, decode = len(ends), float(ends[-1]), step.decode
-        self._count(flight, n, end)
-        if len(self._grown):
-            self._n_kv = int(self._grown[n - 1])
-        scheduler.advance(step, n)
-        done: list[int] = []
-        if len(decode):
-            gaps = ends[0] - self._last[decode]
-            itl = self.load.itl
-            itl.add(gaps)
-            if n > 1:
-                within = np.diff(ends)
-                itl.add(within, len(decode))
-                gaps = np.maximum(gaps, within.max())
-            self._gap[decode] = np.maximum(self._gap[decode], gaps)
-            self._last[decode] = end
-            self._left[decode] -= n
-            done = decode[self._left[decode] == 0].tolist()
-        for chunk in step.chunks:
-            if chunk.last:
-                self._token(chunk.slot, end)
-                if not self._left[chunk.slot]:
-                    done.append(chunk.slot)
-        for slot in done:
-            self._end(slot, end)
-
-    def _token(self, slot: int, now: float) -> None:
-        """A prompt is computed to its end: one token."""
-        one = self._at[slot]
-        assert one is not None
-        if self._left[slot] == one.request.n_output:
-            one.outcome.first = now + self.machine.latency
-        else:
-            gap = now - self._last[slot]
-            self.load.itl.add(np.array([gap]))
-            self._gap[slot] = max(self._gap[slot], gap)
-        self._last[slot] = now
-        self._left[slot] -= 1
-
-    def _end(self, slot: int, now: float) -> None:
-        one = self._at[slot]
-        assert one is not None
-        self._at[slot] = None
-        outcome = one.outcome
-        outcome.end = now + self.machine.latency
-        outcome.longest_itl = float(self._gap[slot])
-        self.scheduler.remove(outcome.id)
-        del self._open[outcome.id]
-        self._ended(outcome)
-
-    # -- what is counted
-
-    def _count(self, flight: _Flight, n: int, end: float) -> None:
-        load, n_rows = self.load, flight.step.n_rows
-        seconds, held = end - flight.start, load.n_cells - flight.free
-        load.seconds += seconds
-        load.kv_seconds += (held + 0.5 * n * n_rows) * seconds
-        load.kv_peak = max(load.kv_peak, held + n * n_rows)
-        load.rows[n_rows] = load.rows.get(n_rows, 0) + n
-
-    def _note(self, now: float) -> None:
-        """A point of the curves; every second one goes, and from then on every second call, when
-        there are too many."""
-        self._n_calls += 1
-        if self._n_calls % self._every:
-            return
-        scheduler = self.scheduler
-        held = scheduler.limits.n_cells - scheduler.accounting.free
-        self.points.append((now, scheduler.n_running, scheduler.n_waiting, held))
-        if len(self.points) > N_POINTS:
-            del self.points[::2]
-            self._every *= 2
-
-    def finished(self) -> Load:
-        """What it has done, all in all."""
-        counters = self.scheduler.counters
-        self.load.known_tokens = counters.known_tokens
-        self.load.prefix_tokens = counters.prefix_tokens
-        self.load.prefill_rows = counters.prefill_rows
-        self.load.recomputed_rows = counters.recomputed_rows
-        return self.load
+    def _end(self, one: _Open, now: float) -> None:
+        one.outcome.end = now + self.spec.latency
+        one.outcome.longest_itl = one.gap
+        self.scheduler.remove(one.outcome.id)
+        del self._open[one.outcome.id]
+        self._ended(one.outcome)

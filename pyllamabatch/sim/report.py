@@ -1,78 +1,96 @@
-"""Reports of runs, side by side: JSONL, Markdown, and one HTML file with the plots in it."""
+"""Runs side by side: a table, who wins, JSONL with every figure, and a page with plots."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from pyllamabatch.report import html
-from pyllamabatch.report.tables import Table
+from pyllamabatch.report.plots import styled, svg
+from pyllamabatch.report.tables import NO_RESULT, Table
+from pyllamabatch.sim.simulate import Simulated
 
-from .metrics import PERCENTILES
-from .simulate import Simulated
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SCHEMA = 1
+WIN = 0.02  # a smaller difference is none
 
 Summaries = Mapping[str, Mapping[str, float]]
-"""The figures of each run, by its name."""
+"""The figures of each run, by its policy."""
 
-_TIMES = {
-    "ttft": "time to first token",
-    "tpot": "time per output token",
-    "itl": "between two tokens",
-    "e2el": "end to end",
-    "queueing": "queueing",
-    "execution": "execution",
-    "preemption": "preempted",
-}
-_PLAIN = {
+SHOWN = {
     "requests": ("requests", "{:.0f}"),
     "rejected": ("rejected, too long", "{:.0f}"),
     "duration": ("duration, s", "{:.1f}"),
     "requests_per_s": ("requests/s", "{:.2f}"),
     "tokens_per_s": ("output tokens/s", "{:.0f}"),
-    "total_tokens_per_s": ("tokens/s with prompts", "{:.0f}"),
     "goodput_per_s": ("goodput, requests/s", "{:.2f}"),
     "slo_share": ("keep every target", "{:.1%}"),
+    "ttft_p50": ("TTFT, median, ms", "ms"),
+    "ttft_p99": ("TTFT, p99, ms", "ms"),
+    "tpot_p50": ("TPOT, median, ms", "ms"),
+    "itl_p99": ("ITL, p99, ms", "ms"),
+    "e2el_p50": ("E2EL, median, ms", "ms"),
+    "e2el_p99": ("E2EL, p99, ms", "ms"),
     "busy": ("time computing", "{:.1%}"),
-    "steps": ("steps", "{:.0f}"),
     "rows_mean": ("rows a step, mean", "{:.1f}"),
-    "rows_p50": ("rows a step, median", "{:.0f}"),
-    "rows_max": ("rows a step, most", "{:.0f}"),
-    "kv_mean": ("KV cells in use, mean", "{:.1%}"),
     "kv_peak": ("KV cells in use, most", "{:.1%}"),
     "prefix_share": ("prompts found in the cache", "{:.1%}"),
-    "prefill_rows": ("rows of prompts", "{:.0f}"),
-    "recomputed_rows": ("of these computed again", "{:.0f}"),
     "preemptions": ("preemptions", "{:.0f}"),
 }
+"""The figures of the table: label, and format or "ms" for a time. JSONL has all figures."""
+
+CONTEST = {"goodput_per_s": 1, "tokens_per_s": 1, "ttft_p99": -1, "itl_p99": -1, "e2el_p50": -1}
+"""Figures that policies are compared by: 1 where more is better, -1 where less is."""
 
 
 def table(summaries: Summaries) -> Table:
-    """A figure a line, a run a column. Times in ms."""
-    lines = []
-    for name, (label, form) in _PLAIN.items():
-        if any(name in figures for figures in summaries.values()):
-            lines.append([label, *_cells(summaries, name, form)])
-    for name, label in _TIMES.items():
-        for level in ("mean", *(f"p{p}" for p in PERCENTILES)):
-            key = f"{name}_{level}"
-            if any(key in figures for figures in summaries.values()):
-                lines.append([f"{label}, {level}, ms", *_cells(summaries, key, "{:.2f}", 1e3)])
+    """A figure a line, a run a column. A figure that is 0 or missing in every run is left out."""
+    lines = [
+        [label, *(_cell(figures.get(name), form) for figures in summaries.values())]
+        for name, (label, form) in SHOWN.items()
+        if any(figures.get(name) for figures in summaries.values())
+    ]
     return Table(["", *summaries], lines)
 
 
-def _cells(summaries: Summaries, name: str, form: str, scale: float = 1.0) -> list[str]:
-    return [
-        form.format(scale * figures[name]) if name in figures else "–"
-        for figures in summaries.values()
+def _cell(value: float | None, form: str) -> str:
+    if value is None:
+        return NO_RESULT
+    return f"{1e3 * value:.2f}" if form == "ms" else form.format(value)
+
+
+def verdict(runs: Sequence[Simulated], summaries: Summaries) -> list[str]:
+    """Sentences: which runs are overloaded, and which policy wins by each figure of `CONTEST`."""
+    words = [
+        f"{run.policy}: overloaded. More arrives than the engine can do, so the waiting queue grows"
+        " for as long as the trace goes on."
+        for run in runs
+        if run.overloaded
     ]
+    for name, sign in CONTEST.items():
+        found = {run: figures[name] for run, figures in summaries.items() if name in figures}
+        if len(found) < 2:
+            continue
+        best, second, *_ = sorted(found, key=lambda run: -sign * found[run])
+        more, less = sorted((found[best], found[second]), reverse=True)
+        label, form = SHOWN[name]
+        if more <= (1 + WIN) * less:
+            words.append(f"{label}: no winner, {best} and {second} are within {WIN:.0%}.")
+        else:
+            shown = _cell(found[best], form), _cell(found[second], form)
+            words.append(f"{label}: {best} wins with {shown[0]}; next is {second} with {shown[1]}.")
+    return words
 
 
-def markdown(summaries: Summaries, title: str) -> str:
-    return f"# {title}\n\n{table(summaries).markdown()}\n"
+def markdown(runs: Sequence[Simulated], summaries: Summaries, title: str) -> str:
+    words = "\n".join(f"- {line}" for line in verdict(runs, summaries))
+    return f"# {title}\n\n{table(summaries).markdown()}\n" + (f"\n{words}\n" if words else "")
 
 
 def jsonl(
@@ -87,13 +105,54 @@ def jsonl(
 
 
 def page(
-    summaries: Summaries, title: str, settings: Mapping[str, Any], plots: Mapping[str, str]
+    runs: Sequence[Simulated], summaries: Summaries, title: str, settings: Mapping[str, Any]
 ) -> str:
-    """An HTML document that needs nothing else. `plots`: SVG text by title."""
+    """An HTML document with plots. UnsupportedOperation without matplotlib."""
     return html.document(
         title,
         table(summaries).html(),
-        html.drawings(plots),
+        html.paragraphs("\n".join(verdict(runs, summaries))),
+        html.drawings(plots(runs)),
         "<h2>Settings</h2>",
-        Table(["", ""], list(settings.items())).html(),
+        Table(["", ""], list(settings.items()), text=(0, 1)).html(),
     )
+
+
+def plots(runs: Sequence[Simulated]) -> dict[str, str]:
+    """SVG text by title: shares of requests by their times, and the first replica's curves."""
+    with styled() as new:
+        shares = new(figsize=(9, 3.2), layout="constrained")
+        _draw_shares(runs, shares.subplots(1, 3, sharey=True))
+        shares.legend(*shares.axes[0].get_legend_handles_labels(), loc="outside lower center",
+                      ncols=4, frameon=False)  # fmt: skip
+        curves = new(figsize=(9, 1.2 + 1.4 * len(runs)), layout="constrained")
+        grid = curves.subplots(len(runs), 3, sharex=True, sharey="col", squeeze=False)
+        for run, axes in zip(runs, grid, strict=True):
+            _draw_curves(run, axes)
+        for at, label in zip(grid[0], ("running", "waiting", "KV cells held"), strict=True):
+            at.set_title(label)
+        for at in grid[-1]:
+            at.set_xlabel("s")
+        return {"Requests by their times": svg(shares), "Over time, first replica": svg(curves)}
+
+
+def _draw_shares(runs: Sequence[Simulated], axes: Sequence[Axes]) -> None:
+    for at, name in zip(axes, ("ttft", "tpot", "e2el"), strict=True):
+        for run in runs:
+            times = (getattr(o, name) for o in run.outcomes if not o.rejected)
+            found = np.sort([t for t in times if t is not None])
+            share = np.arange(1, len(found) + 1) / max(len(found), 1)
+            at.plot(1e3 * found, share, drawstyle="steps-post", lw=1.2, label=run.policy)
+        at.set_xlabel(f"{name.upper()}, ms")
+        at.set_ylim(0, 1)
+        at.grid(alpha=0.3)
+    axes[0].set_ylabel("share of requests")
+
+
+def _draw_curves(run: Simulated, axes: Sequence[Axes]) -> None:
+    times, *curves = zip(*run.loads[0].points, strict=True) if run.loads[0].points else [()] * 4
+    for at, values in zip(axes, curves, strict=True):
+        at.plot(times, values, lw=0.8)
+        at.set_ylim(bottom=0)
+        at.grid(alpha=0.3)
+    axes[0].set_ylabel(run.policy)

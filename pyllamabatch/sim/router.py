@@ -9,7 +9,7 @@ from typing import Protocol
 from ..errors import ArgumentError
 from ..kv import RadixTree
 from ..kv.prefix_cache import MIN_PREFIX
-from .workload import Request
+from .workload import TraceRequest
 
 
 class HasOpen(Protocol):
@@ -19,7 +19,7 @@ class HasOpen(Protocol):
 
 
 class Router(Protocol):
-    def __call__(self, request: Request, replicas: Sequence[HasOpen]) -> int:
+    def __call__(self, request: TraceRequest, replicas: Sequence[HasOpen]) -> int:
         """The index of the one that takes it. Asked once for each request, as they come."""
 
 
@@ -29,7 +29,7 @@ class RoundRobin:
     def __init__(self) -> None:
         self._next = 0
 
-    def __call__(self, request: Request, replicas: Sequence[HasOpen]) -> int:
+    def __call__(self, request: TraceRequest, replicas: Sequence[HasOpen]) -> int:
         chosen = self._next % len(replicas)
         self._next = chosen + 1
         return chosen
@@ -38,7 +38,7 @@ class RoundRobin:
 class LeastOutstanding:
     """The one with the fewest requests that have not ended; the first of several."""
 
-    def __call__(self, request: Request, replicas: Sequence[HasOpen]) -> int:
+    def __call__(self, request: TraceRequest, replicas: Sequence[HasOpen]) -> int:
         return min(range(len(replicas)), key=lambda i: replicas[i].n_open)
 
 
@@ -53,7 +53,7 @@ class PrefixAffinity:
         self._went: OrderedDict[int, int] = OrderedDict()  # request -> replica
         self._least = LeastOutstanding()
 
-    def __call__(self, request: Request, replicas: Sequence[HasOpen]) -> int:
+    def __call__(self, request: TraceRequest, replicas: Sequence[HasOpen]) -> int:
         tokens = request.tokens()
         chosen = least = self._least(request, replicas)
         for id, n in self._tree.matches(tokens):

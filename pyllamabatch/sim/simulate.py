@@ -4,64 +4,78 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import inf
+from statistics import median
 
-from ..errors import ArgumentError, PyllamabatchError, RequestTooLong
-from ..scheduler import Policy, make_policy
-from ..scheduler.policies import DEFAULT
-from .metrics import Load, Outcome, summarise
-from .replica import Machine, Replica
-from .router import make_router
-from .workload import Request
+from pyllamabatch.errors import ArgumentError, PyllamabatchError, RequestTooLong
+from pyllamabatch.scheduler import Policy, make_policy
+from pyllamabatch.scheduler.policies import DEFAULT
+from pyllamabatch.sim.formats import at_rate
+from pyllamabatch.sim.metrics import Load, Outcome, summarise
+from pyllamabatch.sim.replica import EngineSpec, Replica
+from pyllamabatch.sim.router import make_router
+from pyllamabatch.sim.workload import TraceRequest
 
 
 class SimulationStuck(PyllamabatchError):
-    """Requests wait and nothing will ever happen: the policy does not run them."""
+    """Requests wait for ever: the policy does not run them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Simulated:
-    """A run. outcomes: in the order in which requests ended or were rejected. points: of each
-    replica (s, requests that run, that wait, cells of running ones), thinned out."""
+    """A run. outcomes: in the order in which requests ended or were rejected. loads: one per
+    replica."""
 
     policy: str
     outcomes: tuple[Outcome, ...]
     loads: tuple[Load, ...]
-    points: tuple[tuple[tuple[float, int, int, int], ...], ...]
 
     def summary(self, slo: Mapping[str, float] | None = None) -> dict[str, float]:
         """See `metrics.summarise`."""
         return summarise(self.outcomes, self.loads, slo or {})
 
+    @property
+    def overloaded(self) -> bool:
+        """More arrives than the engines can do, so the waiting queue grows: the last quarter of the
+        requests waits longer than it runs, and more than twice as long as the first quarter."""
+        done = sorted((o for o in self.outcomes if not o.rejected), key=lambda o: o.arrival)
+        n = len(done) // 4
+        if n < 2:
+            return False
+        first, last = (median(o.queueing for o in part) for part in (done[:n], done[-n:]))
+        return last > max(median(o.execution for o in done[-n:]), 2 * first)
+
 
 def simulate(
-    requests: Iterable[Request],
-    machine: Machine,
+    requests: Iterable[TraceRequest],
+    spec: EngineSpec,
     policy: str | Callable[[], Policy] = DEFAULT,
     *,
     n_replicas: int = 1,
     router: str = "least-outstanding",
 ) -> Simulated:
-    """Run `requests` on `n_replicas` engines with that policy each: a name with options (see
-    `make_policy`), or what makes one.
+    """Run `requests` on `n_replicas` engines. policy: a name with options (see `make_policy`), or
+    a function that makes a policy for each replica.
 
-    The same arguments give the same run, to the last bit. A request that can never fit is rejected,
-    those after it come as if it had ended at once. Raises SimulationStuck when the policy leaves
-    requests waiting for ever, PlanError when it breaks a rule."""
+    The same arguments give the same run, to the last bit. A request that can never fit is rejected;
+    those after it arrive as if it had ended at once. Raises SimulationStuck when the policy leaves
+    requests waiting for ever, PlanError when it breaks a rule.
+    """
     if n_replicas < 1:
         raise ArgumentError("replicas", n_replicas, "at least 1")
     choose = make_router(router)
     name = policy if isinstance(policy, str) else getattr(policy, "__name__", repr(policy))
     outcomes: list[Outcome] = []
-    waiting: dict[int, list[Request]] = {}  # by whom they come after
+    followers: dict[int, list[TraceRequest]] = {}  # by the request after which they arrive
     count = itertools.count()
-    arrivals: list[tuple[float, int, Request]] = []
+    arrivals: list[tuple[float, int, TraceRequest]] = []
 
-    def ended(outcome: Outcome, now: float) -> None:
+    def ended(outcome: Outcome) -> None:
+        now = outcome.arrival if outcome.rejected else outcome.end
         outcomes.append(outcome)
-        for request in waiting.pop(outcome.id, ()):
+        for request in followers.pop(outcome.id, ()):
             heapq.heappush(arrivals, (now + request.arrival, next(count), request))
 
     ids = set()
@@ -72,45 +86,48 @@ def simulate(
         if request.after is None:
             arrivals.append((request.arrival, next(count), request))
         else:
-            waiting.setdefault(request.after, []).append(request)
+            followers.setdefault(request.after, []).append(request)
     heapq.heapify(arrivals)
 
     replicas = [
-        Replica(
-            machine,
-            make_policy(policy) if isinstance(policy, str) else policy(),
-            lambda outcome: ended(outcome, outcome.end),
-            i,
-        )
+        Replica(spec, make_policy(policy) if isinstance(policy, str) else policy(), ended, i)
         for i in range(n_replicas)
     ]
-    turns = [inf] * n_replicas  # when each is to be called
-    while True:
-        turn = min(turns)
-        if arrivals and arrivals[0][0] <= turn:
+    due = [inf] * n_replicas  # when each replica has its next step
+    while arrivals or min(due) < inf:
+        step_at = min(due)
+        if arrivals and arrivals[0][0] <= step_at:
             now, _, request = heapq.heappop(arrivals)
             i = choose(request, replicas)
             try:
                 replicas[i].submit(request, now)
             except RequestTooLong:
-                rejected = Outcome(
-                    request.id, now, request.n_prompt, request.n_output, rejected=True
-                )
-                ended(rejected, now)
+                size = request.n_prompt, request.n_output
+                ended(Outcome(request.id, now, *size, rejected=True))
                 continue
-            turns[i] = max(now, replicas[i].next)
-        elif turn < inf:
-            i = turns.index(turn)
-            replicas[i].turn(turn)
-            turns[i] = replicas[i].next
+            due[i] = max(now, replicas[i].next)
         else:
-            break
-    n_left = sum(replica.n_open for replica in replicas) + sum(map(len, waiting.values()))
+            i = due.index(step_at)
+            replicas[i].step(step_at)
+            due[i] = replicas[i].next
+    n_left = sum(replica.n_open for replica in replicas) + sum(map(len, followers.values()))
     if n_left:
         raise SimulationStuck(f"{name} leaves {n_left} requests waiting for ever")
-    return Simulated(
-        name,
-        tuple(outcomes),
-        tuple(replica.finished() for replica in replicas),
-        tuple(tuple(replica.points) for replica in replicas),
-    )
+    return Simulated(name, tuple(outcomes), tuple(replica.finished() for replica in replicas))
+
+
+def at_load(
+    requests: Sequence[TraceRequest],
+    spec: EngineSpec,
+    policy: str | Callable[[], Policy],
+    load: float,
+) -> list[TraceRequest]:
+    """Their arrivals stretched to `load` times the engine's capacity: the requests a second that
+    end when all of them arrive at once. Raises ArgumentError."""
+    if not 0 < load < 100:
+        raise ArgumentError("load", load, "a share of the engine's capacity, 0.6 say")
+    if any(request.after is not None for request in requests):
+        raise ArgumentError("load", load, "arrivals of a trace without sessions")
+    at_once = [replace(request, arrival=0.0) for request in requests]
+    capacity = simulate(at_once, spec, policy).summary()["requests_per_s"]
+    return at_rate(list(requests), load * capacity)

@@ -21,7 +21,7 @@ MOST_REQUESTS = 10**8
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class TraceRequest:
     """One request. Times in seconds.
 
     - arrival: when it comes; with `after`, how long after the end of that request.
@@ -97,7 +97,7 @@ def poisson(
     output: str = "128",
     prefix: int = 0,
     prefixes: int = 1,
-) -> list[Request]:
+) -> list[TraceRequest]:
     """`rate`: requests a second. `n`: how many. `prompt`, `output`: see `Lengths.parse`. `prefix`:
     tokens that a prompt has in common with others; one of `prefixes` beginnings."""
     return gamma(
@@ -115,7 +115,7 @@ def gamma(
     output: str = "128",
     prefix: int = 0,
     prefixes: int = 1,
-) -> list[Request]:
+) -> list[TraceRequest]:
     """`cv`: standard deviation of the time between two requests over its mean: 1 is Poisson, more
     comes in bursts."""
     _check(n=n, prefixes=prefixes)
@@ -139,7 +139,7 @@ def closed(
     output: str = "128",
     prefix: int = 0,
     prefixes: int = 1,
-) -> list[Request]:
+) -> list[TraceRequest]:
     """`clients` ask at once, and again `think` seconds (exponential, on average) after an answer,
     until `n` requests have been made."""
     _check(n=n, clients=clients, prefixes=prefixes)
@@ -152,14 +152,14 @@ def closed(
     return _drawn(rng, arrivals, after, prompt, output, prefix, prefixes)
 
 
-DRAWN: dict[str, Callable[..., list[Request]]] = {
+DRAWN: dict[str, Callable[..., list[TraceRequest]]] = {
     "poisson": poisson,
     "gamma": gamma,
     "closed": closed,
 }
 
 
-def draw(spec: str, seed: int) -> list[Request]:
+def draw(spec: str, seed: int) -> list[TraceRequest]:
     """The requests of "poisson:rate=4,n=1000,prompt=100-900", "gamma:…" or "closed:…".
     ArgumentError names the options, or what is wrong with one."""
     name, _, rest = spec.partition(":")
@@ -197,7 +197,7 @@ def _drawn(
     output: str,
     prefix: int,
     prefixes: int,
-) -> list[Request]:
+) -> list[TraceRequest]:
     n = len(arrivals)
     if not 0 <= prefix < 2**30:
         raise ArgumentError("prefix", prefix, "tokens, at least 0")
@@ -210,6 +210,6 @@ def _drawn(
         shared = min(prefix, n_prompt - 1)
         content = ((begin, shared), (own, n_prompt - shared)) if shared else ((own, n_prompt),)
         found.append(
-            Request(i, arrivals[i], n_prompt, n_outputs[i], content, own + 1, after=after[i])
+            TraceRequest(i, arrivals[i], n_prompt, n_outputs[i], content, own + 1, after=after[i])
         )
     return found

@@ -1,0 +1,48 @@
+"""StepCost: what the scheduler, its policies and the simulator ask about a device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+SETTLED = 3  # steps after a new graph until the device has prepared for it
+
+
+class NewGraph(NamedTuple):
+    """Seconds that a new graph costs. step: more for the step that makes it. settle: more in all
+    for the next steps with the same graph, for which the device prepares."""
+
+    step: float = 0.0
+    settle: float = 0.0
+
+
+NO_COST = NewGraph()
+
+
+class StepCost(Protocol):
+    """The seconds of a step. `CostModel` is one; one of your own inherits this class and defines
+    `predict`.
+
+    calibrated: from measurements, not a guess. error: median and 95th percentile of the relative
+    error. edges: row counts behind which a step may cost a jump. new_graph: see `NewGraph`. switch:
+    seconds more for a step whose decoding sequences are others than in the step before, though as
+    many; None: not observed yet. unified: one pool of KV cells for all sequences. computes_masked:
+    attention computes free and masked cells, too.
+    """
+
+    calibrated: bool = True
+    error: tuple[float, float] = (0.0, 0.0)
+    edges: tuple[int, ...] = ()
+    new_graph: NewGraph = NO_COST
+    switch: float | None = 0.0
+    unified: bool = True
+    computes_masked: bool = False
+
+    @property
+    def absolute(self) -> bool:
+        """Whether its seconds are measured, or corrected by at least one measured step."""
+        return self.calibrated
+
+    def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
+        """Seconds of a step of `rows` rows in `n_seqs` sequences, `prefill` of them prompt rows,
+        when `kv` cells are held before it. The simulator takes it as linear in `kv`."""
+        raise NotImplementedError
