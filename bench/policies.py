@@ -24,7 +24,7 @@ from bench.targets import Figure, Target, judged
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import shipped_names, shipped_profile
 from pyllamabatch.scheduler.policies import DEFAULT
-from pyllamabatch.sim import Machine, Request, simulate, workload
+from pyllamabatch.sim import EngineSpec, TraceRequest, simulate, workload
 
 COUNTED = "sarathi:budget=512"
 POLICIES = (COUNTED, DEFAULT, "fcfs", "sarathi")
@@ -144,7 +144,7 @@ class Load(NamedTuple):
     """pl: streams, slots or clients; share: of what the device can do."""
 
     pl: int
-    requests: list[Request]
+    requests: list[TraceRequest]
     share: float = 0.0
     clients: bool = False
 
@@ -162,13 +162,13 @@ def streams_of(words: str) -> list[int]:
     return found
 
 
-def steady(n: int) -> list[Request]:
+def steady(n: int) -> list[TraceRequest]:
     return workload.draw(
         f"closed:clients={n},n={n},prompt={STEADY_PROMPT},output={STEADY_TOKENS}", seed=1
     )
 
 
-def mixed(cost: CostModel, share: float, n: int, seed: int) -> list[Request]:
+def mixed(cost: CostModel, share: float, n: int, seed: int) -> list[TraceRequest]:
     """`share`: of the requests in a second that 16 rows at a time, and whole ubatches of prompts,
     would end."""
     decode = cost.predict(16, 0, 16 * (MIXED_PROMPT + MIXED_TOKENS / 2), 16) / 16
@@ -178,7 +178,7 @@ def mixed(cost: CostModel, share: float, n: int, seed: int) -> list[Request]:
     return workload.draw(f"poisson:rate={rate},n={n},{lengths}", seed)
 
 
-def clients(n: int, seed: int) -> list[Request]:
+def clients(n: int, seed: int) -> list[TraceRequest]:
     lengths = "prompt={}-{},output={}-{}".format(*CLIENT_PROMPT, *CLIENT_TOKENS)
     return workload.draw(f"closed:clients={n},n={n * CLIENT_ROUNDS},{lengths}", seed)
 
@@ -187,7 +187,7 @@ def row_of(
     name: str, cost: CostModel, policy: str, load: Load, options: argparse.Namespace, run_id: str
 ) -> schema.Row:
     unified, n = cost.unified, load.pl
-    machine = Machine.of(
+    machine = EngineSpec.of(
         cost, n_seq_max=load.n_seq_max, n_cells=N_CELLS, n_ubatch=N_UBATCH, unified=unified,
         prefix_cache=False,
     )  # fmt: skip

@@ -15,7 +15,8 @@ from bench import schema
 from bench.options import add_run, out_file
 from bench.quiet import undisturbed
 from bench.targets import Figure, Target, judged
-from pyllamabatch.sim import Machine, draw, simulate
+from pyllamabatch.cost.step_cost import StepCost
+from pyllamabatch.sim import EngineSpec, draw, simulate
 
 QUICK = ("--quick",)
 N_SEQ_MAX, N_CELLS = 32, 131072
@@ -55,7 +56,7 @@ LOADS = {
 
 
 @dataclass(frozen=True)
-class Device:
+class Device(StepCost):
     """Stands for one: 5 ms a step, 0.1 ms a row, 10 ns a cell."""
 
     def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
@@ -151,7 +152,7 @@ def measure(options: argparse.Namespace) -> Iterator[schema.Row]:
 def timed(load: Load, n: int, seed: int) -> tuple[dict[str, float], float]:
     """Its figures, and the CPU seconds of this thread for the simulation."""
     requests = draw(f"{load.trace},n={n}", seed)
-    machine = Machine.of(
+    machine = EngineSpec.of(
         Device(), n_seq_max=N_SEQ_MAX, n_cells=N_CELLS, prefix_cache=load.prefix_cache
     )
     options: dict[str, Any] = {"n_replicas": load.n_replicas, "router": "prefix-affinity"}

@@ -18,7 +18,7 @@ from pyllamabatch.cost import where
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.engine.stream import Result
-from pyllamabatch.sim import Machine, Outcome, Request
+from pyllamabatch.sim import EngineSpec, Outcome, TraceRequest
 from pyllamabatch.sim.replica import with_switch
 from pyllamabatch.step.sampling_params import SamplingParams
 
@@ -31,15 +31,15 @@ def describe(engine: Engine) -> str:
     return f"{device.description}, {engine.model.description}"
 
 
-def machine_of(
+def spec_of(
     engine: Engine, overhead: float, latency: float = 0.0, cost: CostModel | None = None
-) -> Machine:
-    """What a simulated engine has to be, to be like this one. `cost`: by default a copy of the
-    engine's own as it is now."""
+) -> EngineSpec:
+    """The simulated twin of this engine. cost: by default a copy of the engine's own as it is
+    now."""
     cache = engine._core.scheduler.admission.cache
     chosen = copy.deepcopy(engine.cost) if cost is None else cost
     assert chosen is not None
-    return Machine(
+    return EngineSpec(
         with_switch(chosen),
         engine.limits,
         cache.sharing,
@@ -50,12 +50,12 @@ def machine_of(
     )
 
 
-def run_live(engine: Engine, requests: Iterable[Request]) -> list[Outcome]:
-    """Submit every request when it comes, wait for all, in real time. queueing, preemption, ITL and
-    prefixes of the outcomes are not known, and 0. Raises what a request failed with."""
+def run_live(engine: Engine, requests: Iterable[TraceRequest]) -> list[Outcome]:
+    """Submit every request at its arrival and wait for all, in real time. Queueing, preemption, ITL
+    and prefixes of the outcomes are unknown, and 0. Raises the error of a failed request."""
     live = _Live(engine)
     requests = list(requests)
-    chains: dict[int, list[Request]] = {}  # those after one another, by the last of them
+    chains: dict[int, list[TraceRequest]] = {}  # those after one another, by the last of them
     for request in requests:
         chain = [] if request.after is None else chains.pop(request.after)
         chains[request.id] = [*chain, request]
@@ -91,7 +91,7 @@ class _Live:
         self._began = threading.Event()
         self._start = 0.0
 
-    def run_alone(self, requests: Sequence[Request]) -> None:
+    def run_alone(self, requests: Sequence[TraceRequest]) -> None:
         """Start the clock; submit each at its time, and wait for all."""
         prompts = [self._prompt(request) for request in requests]
         streams = []
@@ -109,7 +109,7 @@ class _Live:
             for _, _, stream in streams:
                 stream.cancel()
 
-    def run(self, chain: Sequence[Request]) -> None:
+    def run(self, chain: Sequence[TraceRequest]) -> None:
         """Requests one after the other; the first one comes at its time."""
         self._began.wait()
         due = self._start
@@ -124,7 +124,7 @@ class _Live:
         except Exception as error:
             self.errors.append(error)
 
-    def _take(self, request: Request, came: float, result: Result) -> Outcome:
+    def _take(self, request: TraceRequest, came: float, result: Result) -> Outcome:
         if result.error is not None:
             raise result.error
         assert result.ttft_s is not None
@@ -135,7 +135,7 @@ class _Live:
         self.outcomes.append(outcome)
         return outcome
 
-    def _prompt(self, request: Request) -> npt.NDArray[np.int32]:
+    def _prompt(self, request: TraceRequest) -> npt.NDArray[np.int32]:
         return np.concatenate([self._tokens(piece, n) for piece, n in request.content])
 
     def _tokens(self, piece: int, n: int) -> npt.NDArray[np.int32]:
@@ -146,5 +146,5 @@ class _Live:
         return generator.integers(0, self._n_vocab, n, dtype=np.int32)
 
 
-def _params(request: Request) -> SamplingParams:
+def _params(request: TraceRequest) -> SamplingParams:
     return SamplingParams(max_tokens=request.n_output, ignore_eog=True, seed=request.id)

@@ -30,8 +30,7 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.models import default_model_path
 from pyllamabatch.scheduler import make_policy
 from pyllamabatch.scheduler.policies import DEFAULT
-from pyllamabatch.sim import Request, load_trace
-from pyllamabatch.sim.load import at_load
+from pyllamabatch.sim import TraceRequest, at_load, load_trace
 from tools.live import describe
 from tools.validation import AT_SPEED, BOUNDS, COMPARED, Validation, Validator, kinds, split
 
@@ -155,12 +154,12 @@ def profile_of(
     return profile
 
 
-def trace(options: argparse.Namespace, validator: Validator, load: float) -> list[Request]:
+def trace(options: argparse.Namespace, validator: Validator, load: float) -> list[TraceRequest]:
     """As many requests of the trace as arrive in the live seconds at this load."""
 
-    def drawn(n: int) -> list[Request]:
+    def drawn(n: int) -> list[TraceRequest]:
         requests = load_trace(options.trace, seed=options.seed, n=n)
-        return at_load(requests, validator.machine(), options.policy, load)
+        return at_load(requests, validator.spec(), options.policy, load)
 
     several = drawn(N_RATE)
     rate = (len(several) - 1) / several[-1].arrival

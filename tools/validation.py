@@ -23,15 +23,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pyllamabatch.cost.model import SETTLED, CostModel
+from pyllamabatch.cost.model import CostModel
+from pyllamabatch.cost.step_cost import SETTLED, NewGraph
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.kv import KvAccounting
-from pyllamabatch.sim import Machine, Outcome, Request, simulate, summarise
+from pyllamabatch.sim import EngineSpec, Outcome, TraceRequest, simulate, summarise
 from pyllamabatch.step.ring_reader import TIMES
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.trace import Trace
-from tools.live import machine_of, run_live
+from tools.live import run_live, spec_of
 
 Figures = Mapping[str, float]
 Array = npt.NDArray[Any]
@@ -60,7 +61,7 @@ _LEAST_STEPS = 8  # of a regime, to say something of it
 class Speed(NamedTuple):
     """What a probe found. Ratios of measured time to the model's: decode (steps without prompt
     rows, one per regime of the kernels), prompt (steps with prompt rows), graph (new graphs and
-    the steps that settle behind them). overhead, latency: seconds, as in `Machine`."""
+    the steps that settle behind them). overhead, latency: seconds, as in `EngineSpec`."""
 
     decode: tuple[float, ...]
     prompt: float
@@ -89,7 +90,7 @@ class Steps(NamedTuple):
     seconds: Array
     model: Array
 
-    def reckoned(self, new_graph: tuple[float, float]) -> Array:
+    def reckoned(self, new_graph: NewGraph) -> Array:
         """Seconds by the model, new graphs and what settles behind them included."""
         step, settle = new_graph
         found: Array = self.model + self.new * step + self.behind * settle / (SETTLED - 1)
@@ -106,10 +107,10 @@ class Validation:
     errors: Mapping[str, Sequence[float]]
     speeds: Sequence[Speed]
     steps: Steps
-    new_graph: tuple[float, float]
+    new_graph: NewGraph
 
 
-def split(requests: Sequence[Request], n: int) -> list[list[Request]]:
+def split(requests: Sequence[TraceRequest], n: int) -> list[list[TraceRequest]]:
     """About `n` segments, each beginning at 0; one where requests come after others."""
     if any(request.after is not None for request in requests) or n == 1:
         return [list(requests)]
@@ -228,34 +229,34 @@ class Validator:
         self._lengths = np.array([_PROBE_PROMPT])  # of prompts
         self._n_runs = -1  # the newest native call that was looked at
 
-    def machine(self) -> Machine:
+    def spec(self) -> EngineSpec:
         """By the profile as it is."""
-        return machine_of(self.engine, self._overhead or 1e-4, cost=self._cost)
+        return spec_of(self.engine, self._overhead or 1e-4, cost=self._cost)
 
     def run(
-        self, segments: Sequence[Sequence[Request]], progress: Callable[[str], None] = print
+        self, segments: Sequence[Sequence[TraceRequest]], progress: Callable[[str], None] = print
     ) -> Validation:
         """The segments live, one after the other, and simulated."""
         self._lengths = np.array([r.n_prompt for segment in segments for r in segment])
         self.probe()  # an engine's first calls are slower
         speeds = [self.probe()]
         lived: list[list[Outcome]] = []
-        came: list[list[Request]] = []
-        refined: list[Machine] = []
+        came: list[list[TraceRequest]] = []
+        refined: list[EngineSpec] = []
         tables: list[Trace] = []
         for i, segment in enumerate(segments, 1):
             self._new_steps()
             lived.append(run_live(self.engine, segment))
             came.append(_as_they_came(segment, lived[-1]))
             tables.append(self._new_steps())
-            refined.append(machine_of(self.engine, 0.0))
+            refined.append(spec_of(self.engine, 0.0))
             speeds.append(self.probe())
             progress(f"segment {i} of {len(segments)}: {_words(speeds[-1])}")
         around = [Speed.mean(pair) for pair in pairwise(speeds)]
         overall = Speed.mean(speeds)
         names = {
-            "profile": [self._machine(overall, self._cost)] * len(segments),
-            AT_SPEED: [self._machine(s, self._at(s)) for s in around],
+            "profile": [self._spec(overall, self._cost)] * len(segments),
+            AT_SPEED: [self._spec(s, self._at(s)) for s in around],
             "refined": [
                 replace(m, overhead=s.overhead, latency=s.latency)
                 for m, s in zip(refined, around, strict=True)
@@ -263,10 +264,10 @@ class Validator:
         }
         simulated = {
             name: [
-                list(simulate(segment, machine, self.policy).outcomes)
-                for segment, machine in zip(came, machines, strict=True)
+                list(simulate(segment, spec, self.policy).outcomes)
+                for segment, spec in zip(came, specs, strict=True)
             ]
-            for name, machines in names.items()
+            for name, specs in names.items()
         }
         each = [
             (_figures([a]), _figures([b])) for a, b in zip(lived, simulated[AT_SPEED], strict=True)
@@ -335,14 +336,16 @@ class Validator:
             self._n_runs = int(table["run"][-1])
         return new
 
-    def _machine(self, speed: Speed, cost: CostModel) -> Machine:
-        return machine_of(self.engine, speed.overhead, speed.latency, cost)
+    def _spec(self, speed: Speed, cost: CostModel) -> EngineSpec:
+        return spec_of(self.engine, speed.overhead, speed.latency, cost)
 
     def _at(self, speed: Speed) -> CostModel:
         return self._cost.at_speed(speed.decode, speed.prompt, speed.graph)
 
 
-def _as_they_came(requests: Sequence[Request], outcomes: Iterable[Outcome]) -> list[Request]:
+def _as_they_came(
+    requests: Sequence[TraceRequest], outcomes: Iterable[Outcome]
+) -> list[TraceRequest]:
     """With the times at which they were really submitted: a thread may wake up late."""
     at = {o.id: o.arrival for o in outcomes}
     return [r if r.after is not None else replace(r, arrival=at[r.id]) for r in requests]

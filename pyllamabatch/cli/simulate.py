@@ -16,12 +16,19 @@ from pathlib import Path
 
 from pyllamabatch.cli.options import at_least
 from pyllamabatch.cost.model import CostModel
-from pyllamabatch.cost.profile import Profile, shipped_names, shipped_profile
+from pyllamabatch.cost.profile import load_profile, shipped_names
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler import make_policy
 from pyllamabatch.scheduler.policies import DEFAULT
-from pyllamabatch.sim import ROUTERS, Machine, load_trace, parse_slo, report, simulate
-from pyllamabatch.sim.load import at_load
+from pyllamabatch.sim import (
+    ROUTERS,
+    EngineSpec,
+    at_load,
+    load_trace,
+    parse_slo,
+    report,
+    simulate,
+)
 from pyllamabatch.sim.replica import OVERHEAD
 
 SETTINGS = (
@@ -35,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile",
         metavar="NAME|FILE",
-        help=f"step times: a file, or {', '.join(shipped_names())}",
+        help="step times: a file, a saved profile (the one of the last `calibrate`), or "
+        + ", ".join(shipped_names()),
     )
     parser.add_argument("--trace", required=True, metavar="FILE|SPEC")
     parser.add_argument(
@@ -90,8 +98,9 @@ def run(args: argparse.Namespace) -> int:
     requests = load_trace(args.trace, seed=args.seed, n=args.requests, rate=args.rate)
     if "itl" in slo:  # for policies that look at it
         requests = [replace(r, itl_target=r.itl_target or slo["itl"]) for r in requests]
-    machine = Machine.of(
-        cost_of(args),
+    profile = load_profile(args.profile)
+    spec = EngineSpec.of(
+        CostModel.fit(profile, unified=args.kv_unified, n_ubatch=args.n_ubatch),
         n_seq_max=args.n_seq_max,
         n_cells=args.n_ctx,
         n_batch=args.n_batch,
@@ -101,14 +110,15 @@ def run(args: argparse.Namespace) -> int:
         overhead=OVERHEAD if args.overhead is None else args.overhead,
     )
     if args.load is not None:
-        requests = at_load(requests, machine, policies[0], args.load)
+        requests = at_load(requests, spec, policies[0], args.load)
     runs = [
-        simulate(requests, machine, policy, n_replicas=args.replicas, router=args.router)
+        simulate(requests, spec, policy, n_replicas=args.replicas, router=args.router)
         for policy in policies
     ]
     summaries = {run.policy: run.summary(slo) for run in runs}
-    title = f"{args.trace} on {args.profile}"
-    text = report.markdown(summaries, title)
+    trace = Path(args.trace).name if Path(args.trace).is_file() else args.trace
+    title = f"{trace} on {profile.key.device}, {profile.about.get('model') or 'unknown model'}"
+    text = report.markdown(runs, summaries, title)
     print(json.dumps(summaries) if args.json else text, end="\n" if args.json else "")
     settings = {name: getattr(args, name) for name in SETTINGS}
     if args.jsonl is not None:
@@ -116,9 +126,7 @@ def run(args: argparse.Namespace) -> int:
     if args.markdown is not None:
         _write(args.markdown, text)
     if args.html is not None:
-        from pyllamabatch.sim import plots
-
-        _write(args.html, report.page(summaries, title, settings, plots.draw(runs)))
+        _write(args.html, report.page(runs, summaries, title, settings))
     return 0
 
 
@@ -133,15 +141,6 @@ def split_policies(text: str) -> list[str]:
     if len(set(found)) < len(found):
         raise ArgumentError("--policy", text, "every one once")
     return found
-
-
-def cost_of(args: argparse.Namespace) -> CostModel:
-    """ArgumentError for a profile that was not measured."""
-    if args.profile is None:
-        raise ArgumentError("--profile", None, "a file of `pyllamabatch calibrate`, or a name")
-    shipped = args.profile in shipped_names()
-    profile = shipped_profile(args.profile) if shipped else Profile.load(args.profile)
-    return CostModel.fit(profile, unified=args.kv_unified, n_ubatch=args.n_ubatch)
 
 
 def _write(path: Path, text: str) -> None:

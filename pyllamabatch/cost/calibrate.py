@@ -20,9 +20,9 @@ import numpy as np
 
 from pyllamabatch.cost import where
 from pyllamabatch.cost.kernels import Kernels, rows_to_measure
-from pyllamabatch.cost.model import SETTLED
 from pyllamabatch.cost.profile import Profile, Sample, Shape
 from pyllamabatch.cost.rig import Rig, Took
+from pyllamabatch.cost.step_cost import SETTLED
 from pyllamabatch.errors import ArgumentError, KvCacheFull
 from pyllamabatch.llama.model import Model
 from pyllamabatch.planner.residency import fitting_n_ctx

@@ -20,6 +20,7 @@ import numpy as np
 
 from pyllamabatch.cost.kernels import Kernels
 from pyllamabatch.cost.profile import SCHEMA, Profile, Sample
+from pyllamabatch.cost.step_cost import NO_COST, NewGraph, StepCost
 from pyllamabatch.cost.terms import (
     F64,
     OF_LAYOUT,
@@ -46,21 +47,7 @@ class Estimate(NamedTuple):
     sigma: float
 
 
-SETTLED = 3  # steps of a new graph, behind which the device has prepared for it
-
-
-class NewGraph(NamedTuple):
-    """Seconds that a step takes more whose graph libllama has to make (`step`), and that the next
-    ones with the same graph take more in all (`settle`: the device prepares for it)."""
-
-    step: float = 0.0
-    settle: float = 0.0
-
-
-_SAME_GRAPH = NewGraph()
-
-
-class CostModel:
+class CostModel(StepCost):
     """Seconds of a step by its shape, where the graph of the step before is reused.
 
     `calibrated`: made of measurements, of this device or the profile's; a prior is not: its steps
@@ -81,7 +68,7 @@ class CostModel:
         residual: float = 0.5,
         error: tuple[float, float] = (0.5, 1.0),
         calibrated: bool = False,
-        new_graph: NewGraph = _SAME_GRAPH,
+        new_graph: NewGraph = NO_COST,
     ) -> None:
         self.terms = terms
         self.new_graph = new_graph
@@ -92,7 +79,7 @@ class CostModel:
         self.computes_masked = terms.kernels.computes_masked
         self.calibrated = calibrated
         self.error = error
-        self.switch: float | None = None if any(new_graph) else 0.0
+        self.switch = None if any(new_graph) else 0.0
         self._covariance = covariance
         self._residual = residual
         self._window = terms.window if terms.window_share else inf

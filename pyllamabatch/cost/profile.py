@@ -237,6 +237,25 @@ def _stored(model: str) -> Iterator[Profile]:
                     yield Profile.from_json(text, path.name)
 
 
+def load_profile(name: str | None = None) -> Profile:
+    """A profile by name: shipped, saved by `pyllamabatch calibrate` (the file's name without
+    .json), or a file. Without a name the one that was saved last. Raises ProfileError."""
+    folder = profile_folder()
+    if name is None:
+        saved = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
+        if not saved:
+            known = ", ".join(shipped_names())
+            raise ProfileError(
+                str(folder),
+                f"no saved profile: run `pyllamabatch calibrate`, or name one of {known}",
+            )
+        return Profile.load(saved[-1])
+    for path in (SHIPPED / f"{name}.json", folder / f"{name}.json"):
+        if path.is_file():
+            return Profile.load(path)
+    return Profile.load(name)
+
+
 def shipped_profile(name: str) -> Profile:
     """A profile that comes with the package, by the name of its file without .json; ProfileError
     where there is none."""

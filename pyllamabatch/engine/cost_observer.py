@@ -7,7 +7,7 @@ from time import perf_counter
 
 import numpy as np
 
-from ..cost.model import SETTLED
+from ..cost.step_cost import SETTLED
 from ..kv import Slots
 from ..scheduler import Scheduler, Step
 from ..step.stream_stepper import Run

@@ -194,7 +194,9 @@ def _sharegpt(
                 n_prompt = sum(n for _, n in content)
                 arrival = now if after is None else 0.0
                 found.append(
-                    TraceRequest(id, arrival, n_prompt, n_tokens, tuple(content), piece, after=after)
+                    TraceRequest(
+                        id, arrival, n_prompt, n_tokens, tuple(content), piece, after=after
+                    )
                 )
                 after = id
             content.append((piece, n_tokens))

@@ -9,8 +9,9 @@ import pytest
 
 from bench import policies, schema, width
 from bench.__main__ import main
-from pyllamabatch.cost.model import CostModel, NewGraph
+from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import shipped_profile
+from pyllamabatch.cost.step_cost import NewGraph
 from pyllamabatch.step.trace import trace_dtype
 
 M2 = policies.M2

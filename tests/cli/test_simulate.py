@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from pyllamabatch.cli import main
 from pyllamabatch.cli.simulate import split_policies
+from pyllamabatch.cost.profile import profile_folder, shipped_profile
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler.policies import DEFAULT
 
@@ -45,7 +47,6 @@ def test_json_is_the_same_for_the_same_seed(capsys: pytest.CaptureFixture[str]) 
     ("words", "says"),
     [
         ([*PROFILE, "--trace", "none.csv"], "none.csv"),
-        (["simulate", *TRACE], "--profile"),
         (["simulate", "--profile", "no-such-file.json", *TRACE], "no-such-file"),
         ([*PROFILE, *TRACE, "--policy", "fastest"], "fastest"),
         ([*PROFILE, *TRACE, "--policy", "fcfs,fcfs"], "every one once"),
@@ -59,6 +60,22 @@ def test_what_is_wrong_is_said(
 ) -> None:
     assert main(words) in (1, 2)
     assert says in capsys.readouterr().err
+
+
+def test_the_profile_that_was_saved_last_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYLLAMABATCH_CACHE", str(tmp_path))
+    assert main(["simulate", *TRACE]) == 2
+    assert "run `pyllamabatch calibrate`" in capsys.readouterr().err
+    for i, name in enumerate(("m2-ultra-gemma-3-4b-it-qat", "nvidia-h200-gemma-3-1b-q4_k_m")):
+        path = profile_folder() / f"mine-{i}.json"
+        shipped_profile(name).save(path)
+        os.utime(path, (i, i))
+    assert main(["simulate", *TRACE]) == 0
+    assert "on NVIDIA H200" in capsys.readouterr().out
+    assert main(["simulate", *TRACE, "--profile", "mine-0"]) == 0
+    assert "on NVIDIA H200" not in capsys.readouterr().out
 
 
 def test_splitting_policies() -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from pyllamabatch.cost.kernels import Kernels, Regime
-from pyllamabatch.cost.model import CostModel, NewGraph
+from pyllamabatch.cost.model import CostModel
+from pyllamabatch.cost.step_cost import NewGraph
 from pyllamabatch.engine.cost_observer import CostObserver
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.llama.model import Model

@@ -9,8 +9,7 @@ from bench.policies import COUNTED, clients, steady
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import shipped_names, shipped_profile
 from pyllamabatch.scheduler.policies import DEFAULT
-from pyllamabatch.sim import Machine, draw, simulate
-from pyllamabatch.sim.workload import Request
+from pyllamabatch.sim import EngineSpec, TraceRequest, draw, simulate
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +18,10 @@ def cost() -> CostModel:
 
 
 def run(
-    cost: CostModel, requests: list[Request], policy: str, n_seq_max: int = 32
+    cost: CostModel, requests: list[TraceRequest], policy: str, n_seq_max: int = 32
 ) -> tuple[float, float]:
     """Tokens per second, and p99 of the ITL."""
-    machine = Machine.of(cost, n_seq_max=n_seq_max, n_cells=65536, prefix_cache=False)
+    machine = EngineSpec.of(cost, n_seq_max=n_seq_max, n_cells=65536, prefix_cache=False)
     found = simulate(requests, machine, policy).summary()
     return found["tokens_per_s"], found["itl_p99"]
 

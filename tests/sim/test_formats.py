@@ -10,12 +10,12 @@ import pytest
 
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.kv.radix_tree import n_common
-from pyllamabatch.sim import Request, load_trace
+from pyllamabatch.sim import TraceRequest, load_trace
 
 SAMPLES = Path(__file__).parent / "samples"
 
 
-def load(name: str, **options: object) -> list[Request]:
+def load(name: str, **options: object) -> list[TraceRequest]:
     return load_trace(str(SAMPLES / name), **options)  # type: ignore[arg-type]
 
 

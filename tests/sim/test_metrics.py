@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -31,7 +33,7 @@ def test_targets() -> None:
 
 
 def test_a_summary() -> None:
-    load = Load(seconds=4.0, kv_seconds=40.0, kv_peak=25, n_cells=50, rows={10: 1, 2: 3})
+    load = Load(50, seconds=4.0, kv_seconds=40.0, kv_peak=25, rows=Counter({10: 1, 2: 3}))
     load.itl.add(np.array([1.0, 3.0]), 2)
     rejected = Outcome(3, 0.0, 10**6, 5, rejected=True)
     found = summarise([A, B, rejected], [load], {"ttft": 2.5})

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from pyllamabatch.errors import UnsupportedOperation
-from pyllamabatch.sim import draw, plots, report, simulate
+from pyllamabatch.sim import draw, report, simulate
 from tests.sim.test_simulate import machine
 
 REQUESTS = draw("poisson:rate=9,n=60,prompt=20-80,output=1-30", 0)
@@ -18,18 +19,46 @@ SUMMARIES = {run.policy: run.summary({"ttft": 0.1}) for run in RUNS}
 
 
 def test_markdown_has_a_column_for_each_run() -> None:
-    title, _, head, rule, *rows = report.markdown(SUMMARIES, "a trace").splitlines()
+    title, _, head, rule, *rest = report.markdown(RUNS, SUMMARIES, "a trace").splitlines()
+    lines = rest[: rest.index("")]
     assert title == "# a trace"
     assert head.split("|")[2:4] == [" fcfs ", " sarathi "]
-    assert all(row.count("|") == rule.count("|") == 4 for row in rows)
-    assert f"| requests/s | {SUMMARIES['fcfs']['requests_per_s']:.2f} |" in "\n".join(rows)
-    assert any("goodput" in row for row in rows)
+    assert all(line.count("|") == rule.count("|") == 4 for line in lines)
+    assert len(lines) <= 18
+    assert f"| requests/s | {SUMMARIES['fcfs']['requests_per_s']:.2f} |" in "\n".join(lines)
+    assert any("goodput" in line for line in lines)
 
 
 def test_figures_that_one_run_has_not_are_dashes() -> None:
-    cells = report.table({"a": {"requests": 0, "rejected": 2}, "b": {"requests": 3, "busy": 0.5}})
-    assert ["rejected, too long", "2", "–"] in cells.lines
-    assert ["time computing", "–", "50.0%"] in cells.lines
+    found = report.table({"a": {"requests": 0, "rejected": 2}, "b": {"requests": 3, "busy": 0.5}})
+    assert ["rejected, too long", "2", "—"] in found.lines
+    assert ["time computing", "—", "50.0%"] in found.lines
+    assert not any("preemptions" in line for line in found.lines)
+
+
+def test_it_says_who_wins() -> None:
+    words = report.verdict([], {
+        "a": {"tokens_per_s": 100.0, "ttft_p99": 0.2, "itl_p99": 0.1},
+        "b": {"tokens_per_s": 150.0, "ttft_p99": 0.1, "itl_p99": 0.1},
+        "c": {"tokens_per_s": 120.0, "ttft_p99": 0.3},
+    })  # fmt: skip
+    assert words == [
+        "output tokens/s: b wins with 150; next is c with 120.",
+        "TTFT, p99, ms: b wins with 100.00; next is a with 200.00.",
+        "ITL, p99, ms: no winner, a and b are within 2%.",
+    ]
+    assert report.verdict(RUNS[:1], {"fcfs": SUMMARIES["fcfs"]}) == []
+
+
+def test_it_says_that_an_engine_is_overloaded() -> None:
+    """At twenty times the rate the queue grows; in a closed loop it never does."""
+    fast = [replace(r, arrival=r.arrival / 20) for r in REQUESTS]
+    run = simulate(fast, machine())
+    assert run.overloaded
+    assert "overloaded" in report.verdict([run], {run.policy: run.summary()})[0]
+    assert not RUNS[0].overloaded
+    loop = simulate(draw("closed:clients=12,n=80,prompt=20,output=9", 0), machine())
+    assert not loop.overloaded
 
 
 def test_jsonl_has_every_request() -> None:
@@ -46,7 +75,7 @@ def test_jsonl_has_every_request() -> None:
 def test_a_page_needs_nothing_else_and_is_the_same_every_time() -> None:
     def make() -> str:
         runs = [simulate(REQUESTS, machine(), run.policy) for run in RUNS]
-        return report.page(SUMMARIES, "<a> & b", {"trace": "x<y"}, plots.draw(runs))
+        return report.page(runs, SUMMARIES, "<a> & b", {"trace": "x<y"})
 
     text = make()
     assert text == make()
@@ -62,4 +91,4 @@ def test_plots_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in hidden.items():
         monkeypatch.setitem(sys.modules, name, value)
     with pytest.raises(UnsupportedOperation, match="pip install"):
-        plots.draw(RUNS)
+        report.plots(RUNS)

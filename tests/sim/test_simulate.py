@@ -8,6 +8,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from pyllamabatch.cost.step_cost import NewGraph, StepCost
 from pyllamabatch.errors import ArgumentError, PlanError
 from pyllamabatch.scheduler import (
     Plan,
@@ -19,11 +20,11 @@ from pyllamabatch.scheduler import (
     sarathi,
     width,
 )
-from pyllamabatch.sim import Machine, Request, Simulated, SimulationStuck, draw, simulate
+from pyllamabatch.sim import EngineSpec, Simulated, SimulationStuck, TraceRequest, draw, simulate
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(StepCost):
     """10 ms a step, 1 ms a row, 1 us a cell."""
 
     cell: float = 1e-6
@@ -32,14 +33,14 @@ class Linear:
         return 0.010 + 0.001 * rows + self.cell * kv
 
 
-def machine(**options: object) -> Machine:
+def machine(**options: object) -> EngineSpec:
     given: dict[str, object] = {"n_seq_max": 4, "n_cells": 4096, "overhead": 0.0, **options}
-    return Machine.of(given.pop("cost", Linear(0.0)), **given)  # type: ignore[arg-type]
+    return EngineSpec.of(given.pop("cost", Linear(0.0)), **given)  # type: ignore[arg-type]
 
 
-def one(id: int, arrival: float, n_prompt: int, n_output: int, **more: object) -> Request:
+def one(id: int, arrival: float, n_prompt: int, n_output: int, **more: object) -> TraceRequest:
     content = ((2 * id, n_prompt),)
-    return Request(id, arrival, n_prompt, n_output, content, 2 * id + 1, **more)  # type: ignore[arg-type]
+    return TraceRequest(id, arrival, n_prompt, n_output, content, 2 * id + 1, **more)  # type: ignore[arg-type]
 
 
 def test_one_request() -> None:
@@ -60,8 +61,8 @@ def test_a_new_graph_costs_once_and_again_where_the_cells_grow() -> None:
 
     def ends(n_output: int, **options: object) -> float:
         made = machine(overhead=0.0, **options)
-        made = replace(made, new_graph=(10.0, 1.0))
-        plain = replace(made, new_graph=(0.0, 0.0))
+        made = replace(made, new_graph=NewGraph(10.0, 1.0))
+        plain = replace(made, new_graph=NewGraph())
         requests = [one(0, 0.0, 8, n_output)]
         times = [simulate(requests, m).outcomes[0].end for m in (made, plain)]
         return times[0] - times[1]
@@ -82,7 +83,7 @@ def test_what_settles_behind_a_new_graph_may_be_the_next_call() -> None:
         def plan(self, view: StepView) -> Plan:
             return replace(fcfs().plan(view), repeat=1)
 
-    made = replace(machine(), new_graph=(10.0, 1.0))
+    made = replace(machine(), new_graph=NewGraph(10.0, 1.0))
     ends = [simulate([one(0, 0.0, 8, n)], made, OneByOne).outcomes[0].end for n in (1, 2, 3, 4)]
     plain = [simulate([one(0, 0.0, 8, n)], machine()).outcomes[0].end for n in (1, 2, 3, 4)]
     assert [a - b for a, b in zip(ends, plain, strict=True)] == pytest.approx([10, 20, 21, 21])
@@ -91,7 +92,7 @@ def test_what_settles_behind_a_new_graph_may_be_the_next_call() -> None:
 def test_a_call_in_streams_reads_the_cells_of_its_own_sequences() -> None:
     """The prompt of the second one does not attend to the first, which holds 1,000 cells."""
 
-    class Cells:
+    class Cells(StepCost):
         unified = False
 
         def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
@@ -144,7 +145,7 @@ def test_streams_that_are_no_neighbours_cost_what_is_computed() -> None:
     assert tail(unified=False) == pytest.approx(20 * 0.013)
     assert tail(unified=False, gap_max=0) == pytest.approx(20 * 2 * 0.011)
     made = machine(unified=False, gap_max=0)
-    new = replace(made, new_graph=(0.5, 0.0))
+    new = replace(made, new_graph=NewGraph(0.5))
     ends = {o.id: o.end for o in simulate(requests, new).outcomes}
     assert ends[2] - ends[1] == pytest.approx(20 * 2 * (0.011 + 0.5))
 
@@ -154,9 +155,6 @@ def test_others_in_the_same_rows_cost_a_switch() -> None:
     two switches are as long as the wide step then."""
 
     class Costs(Linear):
-        calibrated = True
-        new_graph = (0.0, 0.0)
-        error = (0.0, 0.0)
         edges = (2,)
         switch = 0.001
 
@@ -164,7 +162,7 @@ def test_others_in_the_same_rows_cost_a_switch() -> None:
             return 0.010 if rows <= 2 or prefill else 0.050
 
     requests = [one(i, 0.0, 8, 301) for i in range(3)]
-    made = replace(machine(cost=Costs()), new_graph=(1e-9, 0.0))
+    made = replace(machine(cost=Costs()), new_graph=NewGraph(1e-9))
     run = simulate(requests, made, lambda: width(itl=0.03))
     (load,) = run.loads
     turns, wide, steps = load.rows[2], load.rows[3], sum(load.rows.values())
@@ -225,7 +223,7 @@ def test_what_can_never_fit_is_rejected_and_the_rest_goes_on() -> None:
 def test_a_prefix_is_computed_once() -> None:
     """Of prompts of 100 tokens in common and 20 of their own, when the first has been computed."""
     requests = [
-        Request(i, float(i), 120, 3, ((0, 100), (10 + i, 20)), 20 + i, None) for i in range(3)
+        TraceRequest(i, float(i), 120, 3, ((0, 100), (10 + i, 20)), 20 + i, None) for i in range(3)
     ]
     run = simulate(requests, machine())
     assert [o.prefix for o in run.outcomes] == [0, 100, 100]
@@ -236,8 +234,8 @@ def test_a_prefix_is_computed_once() -> None:
 
 
 def test_a_conversation_starts_from_its_own_answer() -> None:
-    first = Request(1, 0.0, 100, 50, ((0, 100),), 1)
-    second = Request(2, 1.0, 170, 5, ((0, 100), (1, 50), (2, 20)), 3, after=1)
+    first = TraceRequest(1, 0.0, 100, 50, ((0, 100),), 1)
+    second = TraceRequest(2, 1.0, 170, 5, ((0, 100), (1, 50), (2, 20)), 3, after=1)
     run = simulate([first, second], machine())
     assert run.outcomes[1].prefix == 149  # the token that was sampled last is in no cell
 
@@ -259,7 +257,8 @@ def test_replicas_share_the_traffic() -> None:
         run = simulate(requests, machine(), n_replicas=4, router=router)
         assert {o.replica for o in run.outcomes} == {0, 1, 2, 3}
         assert run.summary()["duration"] < 0.4 * single.summary()["duration"]
-        assert len(run.loads) == len(run.points) == 4
+        assert len(run.loads) == 4
+        assert all(load.points for load in run.loads)
 
 
 def test_affinity_finds_more_in_the_cache() -> None:
@@ -273,8 +272,9 @@ def test_affinity_finds_more_in_the_cache() -> None:
 
 def test_curves_are_thinned_out() -> None:
     run = simulate(draw("poisson:rate=100,n=3000,prompt=5,output=5", 0), machine())
-    assert 1000 <= len(run.points[0]) <= 2000
-    times = [t for t, *_ in run.points[0]]
+    points = run.loads[0].points
+    assert 1000 <= len(points) <= 2000
+    times = [t for t, *_ in points]
     assert times == sorted(times)
 
 
@@ -329,7 +329,9 @@ def test_every_policy_serves_everybody(
         # it by rounding alone, so each is a little off in its own way.
         arrival += 2**i * 1e-8
         requests.append(
-            Request(i, arrival, n_prompt, n_output, content, 101 + 2 * i, after, itl_target=0.05)
+            TraceRequest(
+                i, arrival, n_prompt, n_output, content, 101 + 2 * i, after, itl_target=0.05
+            )
         )
     how = machine(n_cells=n_cells * (1 if unified else 4), unified=unified, prefix_cache=cache)
     run = simulate(requests, how, policy)

@@ -13,9 +13,8 @@ from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import Key, Profile, Sample
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler import make_policy
-from pyllamabatch.sim import Machine, draw, load_trace, simulate, summarise
-from pyllamabatch.sim.load import at_load
-from tools.live import machine_of, run_live
+from pyllamabatch.sim import EngineSpec, at_load, draw, load_trace, simulate, summarise
+from tools.live import run_live, spec_of
 from tools.validation import Validator, split
 
 
@@ -41,7 +40,7 @@ def test_the_same_steps(policy: str, unified: bool) -> None:
             n_threads_batch=1,
         ) as engine,
     ):
-        machine = machine_of(engine, 0.0)
+        machine = spec_of(engine, 0.0)
         results = engine.generate(
             [request.tokens().tolist() for request in requests],
             [SamplingParams(max_tokens=r.n_output, ignore_eog=True) for r in requests],
@@ -52,7 +51,7 @@ def test_the_same_steps(policy: str, unified: bool) -> None:
     (load,) = run.loads
     assert sum(load.rows.values()) == stats.steps
     assert sum(n * k for n, k in load.rows.items()) == stats.rows
-    assert load.prefill_rows == stats.prefill_rows
+    assert load.counters.prefill_rows == stats.prefill_rows
     assert sum(o.preemptions for o in run.outcomes) == stats.preemptions
 
 
@@ -62,7 +61,7 @@ def test_a_trace_in_real_time() -> None:
         Model.default() as model,
         Engine(model, n_seq_max=4, n_ctx=1024, n_threads=1, n_threads_batch=1) as engine,
     ):
-        machine = machine_of(engine, 0.0)
+        machine = spec_of(engine, 0.0)
         outcomes = run_live(engine, requests)
     assert [(o.id, o.n_prompt, o.n_output) for o in outcomes] == [
         (r.id, r.n_prompt, r.n_output) for r in requests
@@ -126,7 +125,7 @@ def test_segments_and_loads() -> None:
     talks = draw("closed:clients=2,n=6,prompt=5,output=2", 0)
     assert split(talks, 3) == [talks]
 
-    machine = Machine.of(slow(1.0), n_seq_max=2, overhead=0.0)
+    machine = EngineSpec.of(slow(1.0), n_seq_max=2, overhead=0.0)
     capacity = simulate([replace(r, arrival=0.0) for r in requests], machine).summary()[
         "requests_per_s"
     ]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyllamabatch.cost.model import NewGraph
+from pyllamabatch.cost.step_cost import NewGraph
 from pyllamabatch.step.trace import trace_dtype
 from tools.validation import own_cells, ratios_of, reaches, steps_of
 
