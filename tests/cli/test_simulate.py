@@ -66,7 +66,7 @@ def test_the_profile_that_was_saved_last_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PYLLAMABATCH_CACHE", str(tmp_path))
-    assert main(["simulate", *TRACE]) == 2
+    assert main(["simulate", *TRACE]) == 1
     assert "run `pyllamabatch calibrate`" in capsys.readouterr().err
     for i, name in enumerate(("m2-ultra-gemma-3-4b-it-qat", "nvidia-h200-gemma-3-1b-q4_k_m")):
         path = profile_folder() / f"mine-{i}.json"
