@@ -180,7 +180,7 @@ class Engine:
                 device_sampling=device_sampling,
             )
             trace = StepTrace(n_trace, n_slots) if n_trace else None
-            adapters = Loras(context, loras or {})
+            adapters = Loras(context.model, loras or {}, context.set_loras)
         except BaseException:
             context.close()
             raise

@@ -81,8 +81,7 @@ def save(
         sampling["seed"] = info.seed if info.seed is not None else params.seed
         sampling["logit_bias"] = sorted(params.logit_bias.items())
         note["sampling"], note["n_draws"] = sampling, info.n_draws
-    with context.exclusive():
-        return state.save(context, seq_id, tokens, note, loras)
+    return context.state_seq_get(seq_id, loras, tokens=tokens, note=note)
 
 
 def read(model: Model, data: bytes) -> Saved:

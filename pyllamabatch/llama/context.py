@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,18 +11,18 @@ import numpy.typing as npt
 
 from pyllamabatch.errors import (
     ArgumentError,
-    ClosedError,
-    ContextBusy,
     ContextCreateError,
+    StateError,
     UnsupportedOperation,
     decode_error,
     integer,
+    number,
 )
 from pyllamabatch.llama import runtime, state
 from pyllamabatch.llama.batch import Batch
-from pyllamabatch.llama.handle import Handle, Owner
+from pyllamabatch.llama.handle import Exclusive, Handle, Owner
 from pyllamabatch.llama.host import MAX_THREADS, PathLike, usable_cores
-from pyllamabatch.llama.limits import MAX_CTX, check_batch, check_params
+from pyllamabatch.llama.limits import MAX_CTX, check_params, max_position
 from pyllamabatch.llama.lora import LoraAdapter, LoraNames
 from pyllamabatch.llama.memory import Memory, probe
 from pyllamabatch.llama.model import Model
@@ -37,11 +34,22 @@ FloatArray = npt.NDArray[np.float32]
 
 
 class Context(Owner):
-    """A `llama_context`. One thread at a time: a second one gets `ContextBusy`.
+    """A `llama_context`: cells for the tokens of its sequences, and the outputs of its last batch.
+
+        with Context(model, n_ctx=4096, n_seq_max=4) as context:
+            batch = context.batch()
+            batch.extend(tokens, 0, seq_id=0)
+            context.decode(batch)
+            context.logits()                     # float32 (n_vocab,)
+
+    One thread at a time: a second one gets `ContextBusy`. `params` are the parameters as they were
+    given to libllama, which may choose other values: `n_ctx`, `n_ctx_seq` (cells that one sequence
+    may have), `n_batch`, `n_ubatch`, `n_seq_max`, `n_rs_seq` and `pooling_type` are its choice.
+    `capabilities` tells what `memory` can do.
 
     Arrays that it returns are views on libllama's buffers, valid until the next decode or encode
-    of this context; copy what you keep longer. They keep the context's memory alive, so reading
-    one after `close` is safe.
+    of this context: copy what must last. They keep the context's memory alive, so reading one
+    after `close` is safe.
     """
 
     def __init__(
@@ -69,8 +77,8 @@ class Context(Owner):
             `flash_attn_type="enabled"`, `embeddings=True`, `pooling_type="mean"`, `swa_full`,
             `n_rs_seq`, `offload_kqv`, `rope_freq_base`, ...
 
-        libllama may choose other values than these: read the properties afterwards. Raises
-        `ArgumentError`, `NotEnoughMemory` or `ContextCreateError`.
+        Raises `ArgumentError`, `NotEnoughMemory` or `ContextCreateError`, and
+        `UnsupportedOperation` for a model that was loaded with `vocab_only`.
         """
         if model._vocab_only:
             raise UnsupportedOperation("the model was loaded with vocab_only: it can't run")
@@ -95,9 +103,8 @@ class Context(Owner):
             raise ContextCreateError(f"libllama could not make the context\n{log}")
         self._native = native
         self._keep = params  # callbacks and samplers that libllama points to
-        self._held = [Handle(ptr, lib.llama_free, model._handle)]  # the one of now
-        self._close = weakref.finalize(self, _release, self._held)
-        self._exclusive = _Exclusive(self._close)
+        self._exclusive = Exclusive(Handle(ptr, lib.llama_free, model._handle))
+        super().__init__(self._exclusive, "the context")
         self._lock = self._exclusive.lock
         self._loras: list[tuple[Handle, str, float]] = []  # a file's name, a scale
         self._attached: list[Any] = []  # plb_engines, whose samplers libllama may point to
@@ -105,7 +112,6 @@ class Context(Owner):
         self._encoded = False
 
         self.params: dict[str, Any] = read(native)
-        """The parameters as they were given to libllama."""
         self.n_ctx: int = lib.llama_n_ctx(ptr)
         self.n_ctx_seq: int = lib.llama_n_ctx_seq(ptr)
         self.n_batch: int = lib.llama_n_batch(ptr)
@@ -113,52 +119,40 @@ class Context(Owner):
         self.n_seq_max: int = lib.llama_n_seq_max(ptr)
         self.n_rs_seq: int = lib.llama_n_rs_seq(ptr)
         self.pooling_type: int = int(lib.llama_pooling_type(ptr))
-        self.capabilities = probe(self)
-        self.memory = Memory(self)
+        self.capabilities = probe(ptr, model, self.params)
+        self.memory = Memory(self._exclusive, self.capabilities, self.n_seq_max)
 
     # -- life --
 
-    @property
-    def ptr(self) -> Any:
-        """`struct llama_context *`; `ClosedError` when closed."""
-        if not self._close.alive:
-            raise ClosedError("the context is closed")
-        return self._handle.ptr
-
-    @property
-    def closed(self) -> bool:
-        return not self._close.alive
-
-    @property
-    def _handle(self) -> Handle:
-        return self._held[0]
-
     def close(self) -> None:
         """Free the context. Closing twice is fine; `ContextBusy` while another thread is inside."""
-        if self.closed:
-            return
-        with self.exclusive():
-            self._drop_loras()
-            self._close()
-            self._attached.clear()
+        if not self.closed:
+            with self.exclusive():
+                self._end()
+
+    def _end(self) -> None:
+        self._drop_loras()
+        self._attached.clear()
+        self._close()
 
     def renew(self) -> None:
-        """A fresh llama_context, made with the same parameters, in place of this one that has
-        failed: its memory is empty, its outputs are gone; adapters, threads and steppers, with
-        their slots, stay, and other threads may make slots meanwhile. ContextCreateError, and this
-        one is closed, when it can't be made."""
+        """Make the native context again, with the same parameters, after it has failed.
+
+        Its memory is empty and its outputs are gone. Adapters, threads and steppers, with their
+        slots, stay. Other threads may make slots meanwhile. Raises `ContextCreateError`, and the
+        context is closed, when it can't be made.
+        """
         with self.exclusive():
             threads = self.n_threads, self.n_threads_batch
             model = self.model._handle.retain()  # which may be closed by now
             try:
-                self._handle.release()
+                self._exclusive.handle.release()
                 ptr, log = runtime.logged(lib.plb_context_new, model.ptr, self._native)
                 if ptr == ffi.NULL:
-                    self._close.detach()
-                    self._drop_loras()
-                    self._attached.clear()
+                    self._exclusive.closed = True  # its handle is released already
+                    self._end()
                     raise ContextCreateError(f"libllama could not make the context again\n{log}")
-                self._held[0] = Handle(ptr, lib.llama_free, model)
+                self._exclusive.handle = Handle(ptr, lib.llama_free, model)
             finally:
                 model.release()
             self._outputs, self._encoded = None, False
@@ -174,7 +168,7 @@ class Context(Owner):
         return f"<Context {state}>"
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """Hold the context for this thread; `ContextBusy` when another thread has it.
+        """Hold the context for this thread. Raises `ContextBusy` when another thread has it.
 
         Every method does this for its own time. A thread may enter again.
         """
@@ -206,9 +200,9 @@ class Context(Owner):
             self._encoded = True
 
     def _run(self, call: Any, batch: Batch, encoder: bool) -> None:
-        check_batch(self, batch, encoder)
+        self._check(batch, encoder)
         self._outputs = None
-        for engine in self._attached:  # whoever decodes here wants whole rows of logits
+        for engine in self._attached:  # a stepper's device sampling would cut the rows of logits
             lib.plb_engine_detach(engine)
         code, log = runtime.logged(call, self.ptr, batch.struct)
         if code != -1:
@@ -219,6 +213,30 @@ class Context(Owner):
         self.memory.decoded(batch.seq_id[:n, 0])
         every = encoder or self.params["embeddings"]
         self._outputs = np.ones(n, np.int8) if every else batch.logits[:n].copy()
+
+    def _check(self, batch: Batch, encoder: bool) -> None:
+        """Refuse rows that libllama would abort on."""
+        if self.model._no_alloc:
+            raise UnsupportedOperation("the model was loaded with no_alloc: it has no weights")
+        n, embeddings, can = batch.n_tokens, self.params["embeddings"], self.capabilities
+        if n == 0:
+            raise ArgumentError("batch", batch, "has no rows")
+        if n > self.n_batch:
+            raise ArgumentError("batch.n_tokens", n, f"the context takes n_batch={self.n_batch}")
+        causal = lib.llama_get_causal_attn(self.ptr)
+        at_once = encoder or not causal or (embeddings and self.pooling_type > 0)
+        if at_once and n > self.n_ubatch:
+            limit = f"must be computed at once, n_ubatch={self.n_ubatch}"
+            raise ArgumentError("batch.n_tokens", n, limit)
+        batch.check(self.model.n_vocab, self.n_seq_max, max_position(self.model))
+        n_outputs = n if embeddings else int(np.count_nonzero(batch.logits[:n]))
+        if n_outputs > self.n_outputs_max:
+            limit = f"rows with output, n_outputs_max={self.n_outputs_max}"
+            raise ArgumentError("batch.logits", n_outputs, limit)
+        if (can.recurrent or not can.unified) and (batch.n_seq_id[:n] > 1).any():
+            raise UnsupportedOperation(
+                "a row in several sequences needs kv_unified=True and a model that is not recurrent"
+            )
 
     def synchronize(self) -> None:
         """Wait for the device. Reading an output does so by itself."""
@@ -270,7 +288,7 @@ class Context(Owner):
         """
         with self.exclusive():
             self._check_embeddings(pooled=True)
-            seq = integer("seq_id", seq_id, 0, self.n_seq_max - 1)
+            seq = self._seq(seq_id)
             rank = self.pooling_type == lib.LLAMA_POOLING_TYPE_RANK
             size = self.model.n_cls_out if rank else self.model.n_embd_out
             pointer = lib.llama_get_embeddings_seq(self.ptr, seq)
@@ -284,7 +302,7 @@ class Context(Owner):
     def _check_output(self, row: int) -> None:
         row = integer("row", row, -(2**31), 2**31 - 1)
         if self._outputs is None:
-            return  # run by someone else (a Stepper): libllama's own check is left
+            return  # a stepper ran it: libllama's own check is left
         n = np.count_nonzero(self._outputs)
         if row < -n or row >= len(self._outputs) or (row >= 0 and not self._outputs[row]):
             raise ArgumentError("row", row, "was not asked for its output in the last batch")
@@ -299,60 +317,105 @@ class Context(Owner):
     def _view(self, pointer: Any, size: int, missing: str) -> FloatArray:
         if pointer == ffi.NULL:
             raise UnsupportedOperation(missing)
-        handle = self._handle.retain()
-        kept = ffi.gc(pointer, lambda _: handle.release())
-        return np.frombuffer(ffi.buffer(kept, 4 * size), np.float32)
+        handle = self._exclusive.handle.retain()
+        owner = ffi.gc(pointer, lambda _: handle.release())
+        return np.frombuffer(ffi.buffer(owner, 4 * size), np.float32)
 
     # -- state --
 
-    def state_seq_get(self, seq_id: int, loras: LoraNames | None = None) -> bytes:
-        """The state of a sequence, with a header that tells whose it is and a checksum. `loras`:
-        file names and scales of the adapters that it was computed with, if not those of now."""
-        with self.exclusive():
-            return state.save(self, seq_id, (), loras=loras)
+    def state_seq_get(
+        self,
+        seq_id: int,
+        loras: LoraNames | None = None,
+        *,
+        tokens: Tokens = (),
+        note: Mapping[str, Any] | None = None,
+    ) -> bytes:
+        """The state of a sequence as bytes, with a header that tells whose it is and a checksum.
 
-    def state_seq_set(self, data: bytes, seq_id: int, loras: LoraNames | None = None) -> None:
-        """Replace a sequence by a saved state. `StateError` leaves the sequence as it was when the
-        data is damaged or of another model, and empty when it does not fit. `loras`: those that it
-        will go on with, if not those of now."""
+        loras: file names and scales of the adapters that it was computed with, if not those of now.
+        tokens, note: what `state_seq_set` and `state.read_note` give back; note is anything JSON.
+
+        Raises `StateError` when libllama can't save it, `UnsupportedOperation` when a shift or copy
+        of it waits for the next decode.
+        """
+        seq = self._seq(seq_id)
         with self.exclusive():
-            state.restore(self, seq_id, data, loras)
+            self._need_memory()
+            if self.memory.is_stale(seq):
+                raise UnsupportedOperation(
+                    f"a shift or copy of sequence {seq} waits for the next decode: save it after it"
+                )
+            size = int(lib.llama_state_seq_get_size(self.ptr, seq))
+            body = ffi.new("uint8_t[]", size)
+            get = lib.llama_state_seq_get_data
+            written, log = runtime.logged(get, self.ptr, body, size, seq)
+            if not 0 < written <= size:
+                raise StateError(f"libllama could not save sequence {seq}\n{log}")
+            names = self.lora_names if loras is None else loras
+            data = ffi.buffer(body, written)
+            return state.pack(self.model, self.params, names, tokens, note, data)
+
+    def state_seq_set(self, data: bytes, seq_id: int, loras: LoraNames | None = None) -> TokenArray:
+        """Replace a sequence by a saved state. Returns the tokens that were saved with it.
+
+        loras: the adapters that it will go on with, if not those of now. Raises `StateError`: the
+        sequence is as it was when the data is damaged, of another model or computed with other
+        parameters, and empty when it does not fit.
+        """
+        seq = self._seq(seq_id)
+        with self.exclusive():
+            names = self.lora_names if loras is None else loras
+            tokens, body = state.unpack(self.model, self.params, names, data)
+            self._need_memory()
+            self.memory.seq_rm(seq)  # libllama leaves it in place when the saved one is empty
+            source = ffi.from_buffer("uint8_t[]", body)
+            taken, log = runtime.logged(lib.plb_state_seq_set, self.ptr, source, len(body), seq)
+            if taken != len(body):
+                self.memory.seq_rm(seq)  # what came before the failure
+                raise StateError(f"the state does not fit; sequence {seq} is empty now\n{log}")
+            self.memory.restored(seq)
+            return tokens
 
     def state_seq_save(self, path: PathLike, seq_id: int, tokens: Tokens = ()) -> None:
         """Write the state of a sequence to a file, and the tokens that made it, if given."""
-        with self.exclusive():
-            state.write(path, state.save(self, seq_id, tokens))
+        state.write(path, self.state_seq_get(seq_id, tokens=tokens))
 
     def state_seq_load(self, path: PathLike, seq_id: int) -> TokenArray:
-        """Replace a sequence by the state in a file; returns the tokens saved with it."""
-        with self.exclusive():
-            return state.restore(self, seq_id, state.read(path))
+        """Replace a sequence by the state in a file. Returns the tokens saved with it."""
+        return self.state_seq_set(state.read(path), seq_id)
+
+    def _need_memory(self) -> None:
+        if not self.capabilities.has_memory:
+            raise UnsupportedOperation("the model keeps nothing between batches")
+
+    def _seq(self, seq_id: int) -> int:
+        return integer("seq_id", seq_id, 0, self.n_seq_max - 1)
 
     # -- settings --
 
     def set_loras(self, adapters: Sequence[tuple[LoraAdapter, float]]) -> None:
-        """Apply these adapters with these scales, and no others, from the next decode on."""
+        """Apply these adapters with these scales, and no others, from the next decode on.
+
+        Raises `ArgumentError` for an adapter of another model or a scale that is not finite,
+        `ClosedError` for a closed adapter.
+        """
         for adapter, scale in adapters:
             if adapter.model is not self.model:
                 raise ArgumentError("adapters", adapter, "was loaded for another model")
-            if not np.isfinite(scale):
-                raise ArgumentError("adapters", scale, "a scale must be a finite number")
-        for adapter, _ in adapters:
+            number("scale", scale)
             adapter.ptr  # noqa: B018 (raises when closed)
-        self._set_loras([(a._handle, Path(a.path).name, float(scale)) for a, scale in adapters])
+        with self.exclusive():
+            before = self._loras
+            self._loras = [(a._handle.retain(), a.file_name, float(scale)) for a, scale in adapters]
+            self._apply_loras()
+            for handle, _, _ in before:
+                handle.release()
 
     @property
     def lora_names(self) -> list[tuple[str, float]]:
         """File name and scale of each adapter that is applied."""
         return [(name, scale) for _, name, scale in self._loras]
-
-    def _set_loras(self, loras: Sequence[tuple[Handle, str, float]]) -> None:
-        with self.exclusive():
-            before = self._loras
-            self._loras = [(handle.retain(), name, scale) for handle, name, scale in loras]
-            self._apply_loras()
-            for handle, _, _ in before:
-                handle.release()
 
     def _apply_loras(self) -> None:
         pointers = ffi.new("struct llama_adapter_lora *[]", [h.ptr for h, _, _ in self._loras] or 1)
@@ -383,25 +446,3 @@ class Context(Owner):
         """libllama's counters (`llama_perf_context_data`): times in ms, `n_reused` graphs, ..."""
         with self.exclusive():
             return read(lib.llama_perf_context(self.ptr))
-
-
-def _release(held: list[Handle]) -> None:
-    held[0].release()
-
-
-class _Exclusive(AbstractContextManager[None]):
-    """A context's lock, one for all its methods: entering costs well under a microsecond."""
-
-    def __init__(self, close: weakref.finalize[..., Context]) -> None:
-        self._close = close
-        self.lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        if not self.lock.acquire(blocking=False):
-            raise ContextBusy("another thread is inside this context; use one thread, or a lock")
-        if not self._close.alive:
-            self.lock.release()
-            raise ClosedError("the context is closed")
-
-    def __exit__(self, *error: object) -> None:
-        self.lock.release()

@@ -1,18 +1,15 @@
-"""LoraAdapter: a LoRA for a model."""
+"""LoRA adapters: one for a model, and those that the requests of an engine name."""
 
 from __future__ import annotations
 
 import os
-import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from pyllamabatch.errors import (
     AdapterError,
     ArgumentError,
-    ClosedError,
     ModelLoadError,
     UnsupportedOperation,
     number,
@@ -20,45 +17,52 @@ from pyllamabatch.errors import (
 from pyllamabatch.llama import runtime
 from pyllamabatch.llama.handle import Handle, Owner
 from pyllamabatch.llama.host import PathLike, gguf_file
+from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.params import metadata
 from pyllamabatch.raw import ffi, lib
 
-if TYPE_CHECKING:
-    from pyllamabatch.llama.context import Context
-    from pyllamabatch.llama.model import Model
-
 
 class LoraAdapter(Owner):
-    """A LoRA for one model: apply it with `Context.set_loras`.
+    """A LoRA for one model.
 
-    Like a model it may be closed while contexts use it; they keep it until they drop it.
+        with LoraAdapter(model, "lora.gguf") as lora:
+            context.set_loras([(lora, 0.5)])
+
+    Like a model it may be closed while contexts use it: they keep it until they drop it.
     """
 
     def __init__(self, model: Model, path: PathLike) -> None:
-        """Load it. Raises `AdapterError` when it is not a LoRA for this model."""
+        """Load it. Raises `AdapterError` when it is not a LoRA for this model, and
+        `UnsupportedOperation` when the model has no weights (vocab_only, no_alloc)."""
         if model._vocab_only or model._no_alloc:
             raise UnsupportedOperation("the model was loaded without its weights")
         try:
             file = gguf_file(path)
         except ModelLoadError as error:
             raise AdapterError(str(error)) from None
-        self.path = os.fspath(path)
-        self.model = model
         ptr, log = runtime.logged(lib.plb_lora_load, model.ptr, file)
         if ptr == ffi.NULL:
-            raise AdapterError(f"can't load the adapter {self.path}\n{log}")
-        self._handle = Handle(ptr, lib.llama_adapter_lora_free, model._handle)
-        self._close = weakref.finalize(self, self._handle.release)
+            raise AdapterError(f"can't load the adapter {os.fspath(path)}\n{log}")
+        handle = Handle(ptr, lib.llama_adapter_lora_free, model._handle)
+        self._share(model, os.fspath(path), handle)
+
+    def _share(self, model: Model, path: str, handle: Handle) -> None:
+        super().__init__(handle, f"the adapter {path}")
+        self._handle = handle
+        self.model = model
+        self.path = path
+
+    def share(self) -> LoraAdapter:
+        """Another owner of the same adapter, which stays open when this one is closed."""
+        self.ptr  # noqa: B018 (raises when closed)
+        other = object.__new__(LoraAdapter)
+        other._share(self.model, self.path, self._handle.retain())
+        return other
 
     @property
-    def ptr(self) -> Any:
-        if not self._close.alive:
-            raise ClosedError(f"the adapter {self.path} is closed")
-        return self._handle.ptr
-
-    @property
-    def closed(self) -> bool:
-        return not self._close.alive
+    def file_name(self) -> str:
+        """The name of its file, by which saved states know it."""
+        return Path(self.path).name
 
     @cached_property
     def metadata(self) -> dict[str, str]:
@@ -69,10 +73,8 @@ class LoraAdapter(Owner):
             lib.llama_adapter_meta_val_str_by_index,
         )
 
-    def close(self) -> None:
-        self._close()
 
-
+SetLoras = Callable[[Sequence[tuple[LoraAdapter, float]]], None]
 LoraSet = tuple[tuple[str, float], ...]
 """Names with their scales, by name; () is the model as it is."""
 LoraNames = list[tuple[str, float]]
@@ -80,21 +82,24 @@ LoraNames = list[tuple[str, float]]
 
 
 class Loras:
-    """`adapters`: by the names that requests give them. ArgumentError for one of another model.
-    They stay usable when they are closed elsewhere, until `close`."""
+    """The adapters of an engine by the names that requests give them.
 
-    def __init__(self, context: Context, adapters: Mapping[str, LoraAdapter]) -> None:
+    libllama applies adapters to a whole context: rows with different ones can't be in one decode.
+    The adapters stay usable when they are closed elsewhere, until `close`.
+    """
+
+    def __init__(
+        self, model: Model, adapters: Mapping[str, LoraAdapter], set_loras: SetLoras
+    ) -> None:
+        """set_loras: `Context.set_loras`. Raises `ArgumentError` for an adapter of another model,
+        `ClosedError` for one that is closed."""
         for name, adapter in adapters.items():
             if not isinstance(name, str) or not name:
                 raise ArgumentError("loras", name, "a name must be text")
-            if adapter.model is not context.model:
+            if adapter.model is not model:
                 raise ArgumentError("loras", name, "was loaded for another model")
-            _ = adapter.ptr  # raises when it is closed
-        self._context = context
-        self._of: dict[str, tuple[Handle, str]] = {
-            name: (adapter._handle.retain(), Path(adapter.path).name)
-            for name, adapter in adapters.items()
-        }
+        self._set_loras = set_loras
+        self._of = {name: adapter.share() for name, adapter in adapters.items()}
         self.applied: LoraSet = ()
 
     @property
@@ -103,7 +108,9 @@ class Loras:
 
     def choose(self, wanted: str | Mapping[str, float] | None) -> LoraSet:
         """What a request asks for: a name, or names with scales (0: as if it were not named).
-        ArgumentError for what there is not. From any thread."""
+
+        Raises `ArgumentError` for a name that there is not. Any thread may call it.
+        """
         if wanted is None:
             return ()
         scales = {wanted: 1.0} if isinstance(wanted, str) else wanted
@@ -117,15 +124,15 @@ class Loras:
         return tuple(sorted((name, float(scale)) for name, scale in scales.items() if scale))
 
     def files(self, lora: LoraSet) -> LoraNames:
-        return sorted((self._of[name][1], scale) for name, scale in lora)
+        return sorted((self._of[name].file_name, scale) for name, scale in lora)
 
     def apply(self, lora: LoraSet) -> None:
-        """To the context, from the next decode on. By the thread that computes."""
+        """Set them in the context, from the next decode on. By the thread that computes."""
         if lora != self.applied:
-            self._context._set_loras([(*self._of[name], scale) for name, scale in lora])
+            self._set_loras([(self._of[name], scale) for name, scale in lora])
             self.applied = lora
 
     def close(self) -> None:
-        for handle, _ in self._of.values():
-            handle.release()
+        for adapter in self._of.values():
+            adapter.close()
         self._of = {}

@@ -17,18 +17,17 @@ kind of memory; here each such case is an exception before the call. The rules, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pyllamabatch.errors import ArgumentError, UnsupportedOperation, integer
+from pyllamabatch.llama.handle import Exclusive
+from pyllamabatch.llama.model import Model
 from pyllamabatch.raw import ffi, lib
-
-if TYPE_CHECKING:
-    from pyllamabatch.llama.context import Context
-    from pyllamabatch.llama.model import Model
 
 _MAX_POS = 2**31 - 1
 # Memories that copy whole sequences only, whatever the stream layout (their seq_cp asserts it).
@@ -62,10 +61,21 @@ class Capabilities:
 
 
 class Memory:
-    """The memory of a context. Ranges are [p0, p1); p0 < 0 is from the start, p1 < 0 to the end."""
+    """The memory of a context: positions of each sequence.
 
-    def __init__(self, context: Context) -> None:
+        context.memory.seq_cp(0, 1)              # sequence 1 begins with all that 0 holds
+        context.memory.seq_rm(1, 100)            # and forgets the positions from 100 on
+
+    Sequences are 0..n_seq_max-1, positions are counted in tokens. Ranges are [p0, p1): p0 < 0 is
+    from the start, p1 < 0 to the end. An operation that this memory can't do raises
+    `UnsupportedOperation` and changes nothing. Ids and positions out of their range raise
+    `ArgumentError`, and every method raises `ContextBusy` while another thread is inside.
+    """
+
+    def __init__(self, context: Exclusive, capabilities: Capabilities, n_seq_max: int) -> None:
         self._context = context
+        self._can = capabilities
+        self._n_seq_max = n_seq_max
         self._stale: set[int] = set()  # shifted or copied; applied by the next decode
         self._snapshots: dict[int, int] = {}  # see decoded()
 
@@ -76,47 +86,41 @@ class Memory:
 
     @property
     def can_shift(self) -> bool:
-        return self._context.capabilities.can_shift
+        return self._can.can_shift
 
     def pos_min(self, seq_id: int) -> int:
         """The first position held of a sequence, -1 when it is empty."""
         seq = self._seq(seq_id)
-        with self._context.exclusive():
+        with self._context:
             return int(lib.llama_memory_seq_pos_min(self.ptr, seq))
 
     def pos_max(self, seq_id: int) -> int:
         """The last position held of a sequence, -1 when it is empty."""
         seq = self._seq(seq_id)
-        with self._context.exclusive():
+        with self._context:
             return int(lib.llama_memory_seq_pos_max(self.ptr, seq))
 
     def clear(self, data: bool = True) -> None:
         """Forget every sequence; `data` also zeroes the buffers."""
-        with self._context.exclusive():
+        with self._context:
             lib.llama_memory_clear(self.ptr, data)
             self._stale.clear()
             self._snapshots.clear()
 
     def seq_rm(self, seq_id: int, p0: int = -1, p1: int = -1) -> None:
-        """Remove [p0, p1) of a sequence, -1 for every sequence.
-
-        Raises `UnsupportedOperation`, with nothing removed, when this memory can't.
-        """
+        """Remove [p0, p1) of a sequence, -1 for every sequence."""
         p0, p1 = _range(p0, p1)
-        with self._context.exclusive():
-            if seq_id == -1:
-                seqs = range(self._context.n_seq_max)
-            else:
-                seqs = range(self._seq(seq_id), seq_id + 1)
+        with self._context:
+            every = range(self._n_seq_max)
+            seqs = every if seq_id == -1 else (self._seq(seq_id),)
             held = [seq for seq in seqs if self._overlaps(seq, p0, p1)]
             for seq in held:
                 self._check_removal(seq, p0, p1)
             for seq in held:
                 whole = self._whole(seq, p0, p1)
                 first, last = self._held(seq)
-                low = -1 if p0 <= first else p0
-                removed = lib.llama_memory_seq_rm(self.ptr, seq, low, -1 if p1 > last else p1)
-                if not removed:
+                low, high = -1 if p0 <= first else p0, -1 if p1 > last else p1
+                if not lib.llama_memory_seq_rm(self.ptr, seq, low, high):
                     raise UnsupportedOperation(
                         f"libllama refuses to remove [{p0}, {p1}) of sequence {seq}"
                     )
@@ -125,19 +129,19 @@ class Memory:
                     self._stale.discard(seq)
 
     def seq_cp(self, src: int, dst: int, p0: int = -1, p1: int = -1) -> None:
-        """Copy [p0, p1) of `src` to `dst`; with shared cells this costs no memory.
+        """Copy [p0, p1) of `src` to `dst`. With shared cells this costs no memory.
 
-        The copy's range of `dst` must be empty, all of `dst` where the copy takes the whole
-        sequence (`capabilities.prefix_copy` is False).
+        The copy's range of `dst` must be empty; all of `dst` where only whole sequences can be
+        copied (`capabilities.prefix_copy` is False).
         """
         p0, p1 = _range(p0, p1)
         src, dst = self._seq(src, "src"), self._seq(dst, "dst")
         if src == dst:
             raise ArgumentError("dst", dst, "must not be the source")
-        with self._context.exclusive():
+        with self._context:
             if not self._overlaps(src, p0, p1):
                 return
-            can = self._context.capabilities
+            can = self._can
             whole = self._whole(src, p0, p1)
             if not whole and not can.prefix_copy:
                 why = "a recurrent state" if can.recurrent or can.hybrid else "a stream of its own"
@@ -146,14 +150,12 @@ class Memory:
                 )
             if not whole:
                 self._check_window(src, min(p1, self.pos_max(src) + 1), "copy")
-            taken = (p0, p1) if can.prefix_copy else (0, _MAX_POS)
-            if self._overlaps(dst, *taken):
-                raise ArgumentError(
-                    "dst",
-                    dst,
+            if self._overlaps(dst, *((p0, p1) if can.prefix_copy else (0, _MAX_POS))):
+                limit = (
                     f"it holds {self.pos_min(dst)}..{self.pos_max(dst)}: "
-                    f"remove that first with seq_rm({dst})",
+                    f"remove that first with seq_rm({dst})"
                 )
+                raise ArgumentError("dst", dst, limit)
             low, high = (-1, -1) if whole else (p0, p1)
             lib.llama_memory_seq_cp(self.ptr, src, dst, low, high)
             if src in self._stale or not (can.unified or can.recurrent):
@@ -162,63 +164,63 @@ class Memory:
     def seq_keep(self, seq_id: int) -> None:
         """Remove every sequence but this one."""
         keep = self._seq(seq_id)
-        with self._context.exclusive():
+        with self._context:
             # libllama's own seq_keep sees only the stream of the sequence
-            for seq in range(self._context.n_seq_max):
+            for seq in range(self._n_seq_max):
                 if seq != keep:
                     self.seq_rm(seq)
 
     def seq_add(self, seq_id: int, p0: int, p1: int, delta: int) -> None:
-        """KvOperation [p0, p1) of a sequence by `delta` positions; what falls below 0 is removed.
+        """Shift [p0, p1) of a sequence by `delta` positions. What falls below 0 is removed.
 
-        The keys are rotated by the next decode. Cells that `seq_cp` shares with other sequences
-        move for these too.
+        The next decode rotates the keys. Cells that `seq_cp` shares with other sequences are
+        shifted for these too.
         """
         seq = self._seq(seq_id)
         delta = integer("delta", delta, -_MAX_POS, _MAX_POS)
         p0, p1 = _range(p0, p1)
-        with self._context.exclusive():
+        with self._context:
             if delta == 0 or not self._overlaps(seq, p0, p1):
                 return
             self._check_shift()
             last = min(p1 - 1, self.pos_max(seq))
             if last + delta > _MAX_POS - 1:
-                raise ArgumentError("delta", delta, f"moves position {last} past {_MAX_POS - 1}")
+                raise ArgumentError("delta", delta, f"shifts position {last} past {_MAX_POS - 1}")
             lib.llama_memory_seq_add(self.ptr, seq, p0, p1, delta)
-            self._moved(seq)
+            self._shifted(seq)
 
     def seq_div(self, seq_id: int, p0: int, p1: int, divisor: int) -> None:
         """Divide the positions [p0, p1) of a sequence by `divisor` >= 1 (self-extend)."""
         seq = self._seq(seq_id)
         divisor = integer("divisor", divisor, 1, _MAX_POS)
         p0, p1 = _range(p0, p1)
-        with self._context.exclusive():
+        with self._context:
             if divisor == 1 or not self._overlaps(seq, p0, p1):
                 return
             self._check_shift()
             lib.llama_memory_seq_div(self.ptr, seq, p0, p1, divisor)
-            self._moved(seq)
+            self._shifted(seq)
 
     def is_stale(self, seq_id: int) -> bool:
         """A shift or copy of this sequence waits for the next decode; it can't be saved yet."""
         return self._seq(seq_id) in self._stale
 
     def applied(self) -> None:
-        """A decode went through: shifts and copies are done. For whoever calls libllama raw."""
+        """A decode went through: shifts and copies are done. Call it after a raw decode."""
         self._stale.clear()
 
     def decoded(self, seq_ids: npt.NDArray[np.int32]) -> None:
-        """These rows were decoded: notes how far each sequence can be rolled back.
+        """Rows of these sequences were decoded: note how far each can be rolled back.
 
-        A decode writes a state for its own rows only, and libllama does not remember how many of
-        its `n_rs_seq` snapshots are of this past: it would take an old one and go on from there.
+        A decode writes a state for its own rows only. libllama does not remember how many of its
+        `n_rs_seq` snapshots are of this past: it would take an old one and go on from there.
         """
-        if self._context.capabilities.max_rollback:
+        if self._can.max_rollback:
             seqs, rows = np.unique(seq_ids, return_counts=True)
             self._snapshots.update(zip(seqs.tolist(), (rows - 1).tolist(), strict=True))
 
     def renewed(self) -> None:
-        """It is another memory, and empty."""
+        """The context was made again, and its memory is empty."""
         self._stale.clear()
         self._snapshots.clear()
 
@@ -230,7 +232,7 @@ class Memory:
     # -- the rules --
 
     def _seq(self, seq_id: int, name: str = "seq_id") -> int:
-        return integer(name, seq_id, 0, self._context.n_seq_max - 1)
+        return integer(name, seq_id, 0, self._n_seq_max - 1)
 
     def _held(self, seq: int) -> tuple[int, int]:
         """First and last position that something is held for; last < 0 when empty.
@@ -239,9 +241,8 @@ class Memory:
         some layers forget, and pos_min speaks of these.
         """
         last = self.pos_max(seq)
-        can = self._context.capabilities
-        lump = can.recurrent or can.hybrid or can.swa_window
-        return 0 if lump else self.pos_min(seq), last
+        one_state = self._can.recurrent or self._can.hybrid or self._can.swa_window
+        return 0 if one_state else self.pos_min(seq), last
 
     def _overlaps(self, seq: int, p0: int, p1: int) -> bool:
         first, last = self._held(seq)
@@ -254,14 +255,14 @@ class Memory:
     def _check_removal(self, seq: int, p0: int, p1: int) -> None:
         if self._whole(seq, p0, p1):
             return
-        can = self._context.capabilities
         last = self.pos_max(seq)
-        if not can.partial_removal:
-            back = min(can.max_rollback, self._snapshots.get(seq, 0))
+        if not self._can.partial_removal:
+            most = self._can.max_rollback
+            back = min(most, self._snapshots.get(seq, 0))
             if p1 <= last or last - p0 + 1 > back:
                 raise UnsupportedOperation(
                     f"can't remove [{p0}, {p1}) of sequence {seq} (0..{last}): its state goes "
-                    f"back at most {back} tokens now (n_rs_seq {can.max_rollback}, and less than "
+                    f"back at most {back} tokens now (n_rs_seq {most}, and less than "
                     "its rows in the last decode); remove all of it with seq_rm and decode the "
                     "tokens again, or restore a saved state"
                 )
@@ -270,7 +271,7 @@ class Memory:
 
     def _check_window(self, seq: int, end: int, what: str) -> None:
         """The next token at `end` must find its sliding window in memory."""
-        window = self._context.capabilities.swa_window
+        window = self._can.swa_window
         if window and self.pos_min(seq) > max(0, end - window + 1):
             raise UnsupportedOperation(
                 f"can't {what} sequence {seq} at {end}: of the sliding window of {window} tokens "
@@ -282,10 +283,10 @@ class Memory:
         if not self.can_shift:
             raise UnsupportedOperation("this memory can't shift positions (capabilities.can_shift)")
 
-    def _moved(self, seq: int) -> None:
+    def _shifted(self, seq: int) -> None:
         # shared cells may belong to any sequence
-        unified = self._context.capabilities.unified
-        self._stale.update(range(self._context.n_seq_max) if unified else (seq,))
+        unified = self._can.unified
+        self._stale.update(range(self._n_seq_max) if unified else (seq,))
 
 
 def copies_whole_only(model: Model) -> bool:
@@ -293,20 +294,19 @@ def copies_whole_only(model: Model) -> bool:
     return model.is_recurrent or model.is_hybrid or model.architecture in _WHOLE_COPIES
 
 
-def probe(context: Context) -> Capabilities:
-    """What the memory of this context can do, from the model and from what libllama reports."""
-    model = context.model
-    memory = lib.llama_get_memory(context.ptr)
+def probe(ptr: Any, model: Model, params: Mapping[str, Any]) -> Capabilities:
+    """What the memory of a native context can do, from its model and from what libllama reports."""
+    memory = lib.llama_get_memory(ptr)
     has_memory = memory != ffi.NULL
     whole_only = copies_whole_only(model)
-    lump = model.is_recurrent or model.is_hybrid
-    unified = bool(context.params["kv_unified"])
-    shifts = has_memory and not lump and bool(lib.llama_memory_can_shift(memory))
+    one_state = model.is_recurrent or model.is_hybrid
+    unified = bool(params["kv_unified"])
+    shifts = has_memory and not one_state and bool(lib.llama_memory_can_shift(memory))
     return Capabilities(
         has_memory=has_memory,
         partial_removal=has_memory and not whole_only,
-        max_rollback=context.n_rs_seq,
-        can_shift=shifts and _can_rotate(model, context.params["type_k"]),
+        max_rollback=lib.llama_n_rs_seq(ptr),
+        can_shift=shifts and _can_rotate(model, params["type_k"]),
         unified=unified,
         prefix_copy=has_memory and unified and not whole_only,
         recurrent=model.is_recurrent,
@@ -314,7 +314,7 @@ def probe(context: Context) -> Capabilities:
         swa_window=model.n_swa,
         encoder=model.has_encoder,
         decoder=model.has_decoder,
-        causal=bool(lib.llama_get_causal_attn(context.ptr)),
+        causal=bool(lib.llama_get_causal_attn(ptr)),
     )
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pyllamabatch.errors import ArgumentError, ClosedError, ModelLoadError
+from pyllamabatch.errors import ArgumentError, ModelLoadError
 from pyllamabatch.llama import runtime
 from pyllamabatch.llama.handle import Handle, Owner
 from pyllamabatch.llama.host import PathLike, gguf_file
@@ -33,10 +32,18 @@ _RESERVED = frozenset(
 
 
 class Model(Owner):
-    """Weights and vocabulary, shared by any number of contexts and threads.
+    """Weights and vocabulary of a GGUF file, shared by any number of contexts and threads.
+
+        with Model("model.gguf") as model, Context(model, n_ctx=4096) as context:
+            tokens = model.vocab.tokenize("Hello")
 
     Closing a model that still has contexts is fine: nothing new can be made of it, and its memory
-    is freed when the last of its contexts is closed.
+    is freed when the last of its contexts is closed. What it says about itself stays readable.
+
+    Sizes are counts (`n_ctx_train` tokens, `n_layer` layers, `n_swa` tokens of the sliding window,
+    0 without one), `size_bytes` is the bytes of all tensors. `n_embd_out` is the width of an output
+    embedding, `n_cls_out` the scores of a classifier or reranker. `rope_type` is
+    `enum llama_rope_type`. `decoder_start_token` is None for decoder-only models.
     """
 
     def __init__(
@@ -57,14 +64,14 @@ class Model(Owner):
         """Load a GGUF file.
 
         splits: the files of a split model, in order, when their names do not follow llama.cpp's
-            pattern (`path` is then only a name); otherwise give the first one as `path`.
+            pattern (`path` is then only a name). Otherwise give the first one as `path`.
         devices: names as in `pyllamabatch info`; [] is CPU only, None is all.
         n_gpu_layers: layers on the devices, -1 for all.
         load_mode: "auto", "mmap", "mlock", "mmap_mlock", "direct_io" or "none".
         tensor_split: the share of each device.
         kv_overrides: metadata to replace, by key.
-        progress: called with 0.0 to 1.0 while loading; returning False cancels
-            (`ModelLoadCancelled`). An exception in it cancels and is raised.
+        progress: called with 0.0 to 1.0 while loading. Returning False cancels the load. An
+            exception in it cancels the load and is raised.
         vocab_only, no_alloc: only the vocabulary; only the shapes. No context can decode then.
         params: any other field of `llama_model_params` under its own name (`split_mode`,
             `main_gpu`, `check_tensors`, `use_extra_bufts`, `no_host`, `lazy_mode`, ...).
@@ -76,15 +83,11 @@ class Model(Owner):
             if load_mode not in ("auto", "none"):
                 raise ArgumentError("load_mode", load_mode, "no_alloc reads nothing: leave it out")
             load_mode = "none"
-        files = [gguf_file(p) for p in (splits or [path])]
+        files = [ffi.new("char[]", gguf_file(p)) for p in (splits or [path])]
         native = lib.llama_model_default_params()
+        given = {"n_gpu_layers": n_gpu_layers, "load_mode": load_mode}
+        fill(native, {**params, **given, "vocab_only": vocab_only, "no_alloc": no_alloc}, _RESERVED)
         keep: list[object] = []  # what the struct points to, until the model is loaded
-        fill(
-            native,
-            dict(params, n_gpu_layers=n_gpu_layers, load_mode=load_mode,
-                 vocab_only=vocab_only, no_alloc=no_alloc),
-            _RESERVED,
-        )  # fmt: skip
         if devices is not None:
             keep.append(array := device_list(devices))
             native.devices = array
@@ -96,25 +99,55 @@ class Model(Owner):
             native.kv_overrides = array
 
         self.path = os.fspath(path)
-        # What to load it with again, without its weights (device/residency.py).
-        again: dict[str, Any] = {"splits": splits, "devices": devices, "n_gpu_layers": n_gpu_layers}
-        again |= {"tensor_split": tensor_split, "kv_overrides": kv_overrides}
-        self._load: dict[str, Any] = {**params, **again}
+        # What to load it with again, without its weights (planner/residency.py).
+        self._load: dict[str, Any] = {
+            **params, "splits": splits, "devices": devices, "n_gpu_layers": n_gpu_layers,
+            "tensor_split": tensor_split, "kv_overrides": kv_overrides,
+        }  # fmt: skip
         self._no_alloc = no_alloc
         self._vocab_only = vocab_only
         with progress_callback(progress) as (callback, user_data, failure):
             native.progress_callback = callback
             native.progress_callback_user_data = user_data
-            names = [ffi.new("char[]", file) for file in files]
-            paths = ffi.new("const char *[]", names)
-            ptr, log = runtime.logged(lib.plb_model_load, paths, len(names), native)
+            names = ffi.new("const char *[]", files)
+            ptr, log = runtime.logged(lib.plb_model_load, names, len(files), native)
         if ptr == ffi.NULL:
             if failure:
                 raise failure[0]
             raise ModelLoadError(self.path, "llama.cpp rejects it", log)
         self._handle = Handle(ptr, lib.llama_model_free)
-        self._close = weakref.finalize(self, self._handle.release)
+        super().__init__(self._handle, f"the model {self.path}")
         self.vocab = Vocab(self)
+
+        self.metadata: dict[str, str] = metadata(
+            ptr,
+            lib.llama_model_meta_count,
+            lib.llama_model_meta_key_by_index,
+            lib.llama_model_meta_val_str_by_index,
+        )
+        """The scalar metadata of the GGUF file, as text."""
+        self.architecture: str = self.metadata.get("general.architecture", "")
+        self.description: str = string(lambda *out: lib.llama_model_desc(ptr, *out))
+        """Architecture, size and file type in one line."""
+        self.size_bytes: int = lib.llama_model_size(ptr)
+        self.n_params: int = lib.llama_model_n_params(ptr)
+        self.n_vocab: int = self.vocab.n_tokens
+        self.n_ctx_train: int = lib.llama_model_n_ctx_train(ptr)
+        self.n_embd: int = lib.llama_model_n_embd(ptr)
+        self.n_embd_out: int = lib.llama_model_n_embd_out(ptr)
+        self.n_cls_out: int = lib.llama_model_n_cls_out(ptr)
+        self.n_layer: int = lib.llama_model_n_layer(ptr)
+        # libllama aborts for the heads of a model without layers (vocab_only)
+        self.n_head: int = lib.llama_model_n_head(ptr) if self.n_layer else 0
+        self.n_head_kv: int = lib.llama_model_n_head_kv(ptr) if self.n_layer else 0
+        self.n_swa: int = lib.llama_model_n_swa(ptr)
+        self.rope_type: int = lib.llama_model_rope_type(ptr)
+        self.has_encoder: bool = lib.llama_model_has_encoder(ptr)
+        self.has_decoder: bool = lib.llama_model_has_decoder(ptr)
+        self.is_recurrent: bool = lib.llama_model_is_recurrent(ptr)
+        self.is_hybrid: bool = lib.llama_model_is_hybrid(ptr)
+        start: int = lib.llama_model_decoder_start_token(ptr)
+        self.decoder_start_token: int | None = start if start >= 0 else None
 
     @classmethod
     def default(cls, **params: Any) -> Model:
@@ -123,91 +156,9 @@ class Model(Owner):
 
         return cls(default_model_path(), **params)
 
-    @property
-    def ptr(self) -> Any:
-        """`struct llama_model *`; `ClosedError` when closed."""
-        if not self._close.alive:
-            raise ClosedError(f"the model {self.path} is closed")
-        return self._handle.ptr
-
-    @property
-    def _native(self) -> Any:
-        """The pointer for the facts below, which a context that outlives the model still needs."""
-        if self._handle.ptr is None:
-            raise ClosedError(f"the model {self.path} is closed")
-        return self._handle.ptr
-
-    @property
-    def closed(self) -> bool:
-        return not self._close.alive
-
-    def close(self) -> None:
-        """Let go of the model. Contexts that use it go on; closing twice is fine."""
-        self._close()
-
     def __repr__(self) -> str:
         state = "closed" if self.closed else self.description
         return f"<Model {Path(self.path).name}: {state}>"
-
-    # -- what it is --
-
-    @cached_property
-    def metadata(self) -> dict[str, str]:
-        """The scalar metadata of the GGUF file, as text."""
-        return metadata(
-            self._native,
-            lib.llama_model_meta_count,
-            lib.llama_model_meta_key_by_index,
-            lib.llama_model_meta_val_str_by_index,
-        )
-
-    @cached_property
-    def architecture(self) -> str:
-        return self.metadata.get("general.architecture", "")
-
-    @cached_property
-    def description(self) -> str:
-        """Architecture, size and file type in one line."""
-        return string(lambda buffer, size: lib.llama_model_desc(self._native, buffer, size))
-
-    @cached_property
-    def n_params(self) -> int:
-        return int(lib.llama_model_n_params(self._native))
-
-    @cached_property
-    def size_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return int(lib.llama_model_size(self._native))
-
-    @cached_property
-    def n_ctx_train(self) -> int:
-        return int(lib.llama_model_n_ctx_train(self._native))
-
-    @cached_property
-    def n_embd(self) -> int:
-        return int(lib.llama_model_n_embd(self._native))
-
-    @cached_property
-    def n_embd_out(self) -> int:
-        """Width of an output embedding."""
-        return int(lib.llama_model_n_embd_out(self._native))
-
-    @cached_property
-    def n_cls_out(self) -> int:
-        """Outputs of a classifier or reranker; meaningless for other models."""
-        return int(lib.llama_model_n_cls_out(self._native))
-
-    @cached_property
-    def n_layer(self) -> int:
-        return int(lib.llama_model_n_layer(self._native))
-
-    @cached_property
-    def n_head(self) -> int:
-        return int(lib.llama_model_n_head(self._native))
-
-    @cached_property
-    def n_head_kv(self) -> int:
-        return int(lib.llama_model_n_head_kv(self._native))
 
     @cached_property
     def head_dims(self) -> tuple[int, int]:
@@ -217,46 +168,10 @@ class Model(Owner):
         value = f"{self.architecture}.attention.value_length"
         return int(self.metadata.get(key, width)), int(self.metadata.get(value, width))
 
-    @property
-    def n_vocab(self) -> int:
-        return self.vocab.n_tokens
-
-    @cached_property
-    def n_swa(self) -> int:
-        """Tokens in the sliding window; 0 when there is none."""
-        return int(lib.llama_model_n_swa(self._native))
-
-    @cached_property
-    def has_encoder(self) -> bool:
-        return bool(lib.llama_model_has_encoder(self._native))
-
-    @cached_property
-    def has_decoder(self) -> bool:
-        return bool(lib.llama_model_has_decoder(self._native))
-
-    @cached_property
-    def decoder_start_token(self) -> int | None:
-        """The token that starts a decoder's output; None for decoder-only models."""
-        token = int(lib.llama_model_decoder_start_token(self._native))
-        return token if token >= 0 else None
-
-    @cached_property
-    def is_recurrent(self) -> bool:
-        return bool(lib.llama_model_is_recurrent(self._native))
-
-    @cached_property
-    def is_hybrid(self) -> bool:
-        return bool(lib.llama_model_is_hybrid(self._native))
-
     @cached_property
     def is_causal(self) -> bool:
         """False for models whose tokens see the tokens after them (embedding models)."""
         return self.metadata.get(f"{self.architecture}.attention.causal", "true") != "false"
-
-    @cached_property
-    def rope_type(self) -> int:
-        """`enum llama_rope_type`: -1 none, 0 norm, 2 neox, 8 M-RoPE, ..."""
-        return int(lib.llama_model_rope_type(self._native))
 
     @cached_property
     def has_position_table(self) -> bool:
@@ -268,5 +183,4 @@ class Model(Owner):
     def chat_template(self, name: str | None = None) -> str | None:
         """The model's chat template (or the one of that name), None when it has none."""
         key = ffi.NULL if name is None else name.encode()
-        found = lib.llama_model_chat_template(self._native, key)
-        return None if found == ffi.NULL else runtime.text(found)
+        return runtime.text(lib.llama_model_chat_template(self.ptr, key)) or None

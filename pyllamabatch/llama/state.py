@@ -1,8 +1,8 @@
-"""A sequence's state as bytes: libllama's data behind a header of ours.
+"""A saved state: libllama's data of a sequence behind a header of ours.
 
-libllama checks a blob as it goes, partly by assertion; so a blob reaches it only when the header
+libllama checks a blob as it goes, partly by assertion. So a blob reaches it only when the header
 says that it is whole, of a model of the same make, and computed with the same parameters. All
-numbers little-endian:
+numbers are little-endian:
 
     8s magic  I version  16s fingerprint of the model  I tokens  I note  Q bytes
     I CRC-32 of what follows
@@ -21,21 +21,18 @@ import struct
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from pyllamabatch.errors import StateError, UnsupportedOperation, integer
-from pyllamabatch.llama import runtime
-from pyllamabatch.llama.host import write_whole
-from pyllamabatch.raw import ffi, lib
+from pyllamabatch.errors import StateError
+from pyllamabatch.llama.host import PathLike, write_whole
+from pyllamabatch.llama.lora import LoraNames
+from pyllamabatch.llama.model import Model
+from pyllamabatch.llama.vocab import TokenArray, Tokens
+from pyllamabatch.raw import lib
 
-if TYPE_CHECKING:
-    from pyllamabatch.llama.context import Context
-    from pyllamabatch.llama.host import PathLike
-    from pyllamabatch.llama.lora import LoraNames
-    from pyllamabatch.llama.model import Model
-    from pyllamabatch.llama.vocab import TokenArray, Tokens
+Facts = Mapping[str, Any]
 
 _HEADER = struct.Struct("<8sI16sIIQI")
 _MAGIC = b"PLBSTATE"
@@ -57,63 +54,37 @@ _PARAMETERS = (
 )
 
 
-def save(
-    context: Context,
-    seq_id: int,
-    tokens: Tokens,
-    note: Mapping[str, Any] | None = None,
-    loras: LoraNames | None = None,
+def pack(
+    model: Model, params: Facts, loras: LoraNames, tokens: Tokens, note: Facts | None, data: Any
 ) -> bytes:
-    """`note`: anything JSON; `read_note` gives it back. `loras`: default the context's."""
-    seq = integer("seq_id", seq_id, 0, context.n_seq_max - 1)
-    ids = context.model.vocab.check_tokens(tokens).astype("<i4").tobytes()
-    if not context.capabilities.has_memory:
-        raise UnsupportedOperation("the model keeps nothing between batches")
-    if context.memory.is_stale(seq):
-        raise UnsupportedOperation(
-            f"a shift or copy of sequence {seq} is applied by the next decode: save it after that"
-        )
-    size = int(lib.llama_state_seq_get_size(context.ptr, seq))
-    text = json.dumps({**(note or {}), "context": _facts(context, loras)}).encode()
-    start = _HEADER.size + len(ids) + len(text)
-    data = bytearray(start + size)
-    data[_HEADER.size : start] = ids + text
-    body = ffi.from_buffer("uint8_t[]", memoryview(data)[start:], require_writable=True)
-    written, log = runtime.logged(lib.llama_state_seq_get_data, context.ptr, body, size, seq)
-    if not 0 < written <= size:
-        raise StateError(f"libllama could not save sequence {seq}\n{log}")
-    del body
-    del data[start + written :]
-    rest = memoryview(data)[_HEADER.size :]
-    _HEADER.pack_into(
-        data, 0, _MAGIC, _VERSION, _fingerprint(context.model), len(ids) // 4, len(text),
-        written, zlib.crc32(rest),
-    )  # fmt: skip
-    return bytes(data)
+    """A saved state around libllama's `data`. params: those of the context; note: anything JSON."""
+    ids = model.vocab.check_tokens(tokens).astype("<i4").tobytes()
+    text = json.dumps({**(note or {}), "context": _facts(params, loras)}).encode()
+    crc = zlib.crc32(data, zlib.crc32(text, zlib.crc32(ids)))
+    header = _HEADER.pack(
+        _MAGIC, _VERSION, _fingerprint(model), len(ids) // 4, len(text), len(data), crc
+    )
+    return b"".join((header, ids, text, data))
 
 
-def restore(
-    context: Context, seq_id: int, data: bytes, loras: LoraNames | None = None
-) -> TokenArray:
-    """Check the data, put it in place of the sequence and return its tokens."""
-    seq = integer("seq_id", seq_id, 0, context.n_seq_max - 1)
-    tokens, note, body = _parse(context.model, memoryview(data))
-    _check_facts(_facts(context, loras), note)
-    if not context.capabilities.has_memory:
-        raise UnsupportedOperation("the model keeps nothing between batches")
-    context.memory.seq_rm(seq)  # libllama leaves it in place when the saved one is empty
-    source = ffi.from_buffer("uint8_t[]", body)
-    taken, log = runtime.logged(lib.plb_state_seq_set, context.ptr, source, len(body), seq)
-    if taken != len(body):
-        context.memory.seq_rm(seq)  # what came before the failure
-        raise StateError(f"the state does not fit this context; sequence {seq} is empty now\n{log}")
-    context.memory.restored(seq)
-    return tokens
+def unpack(
+    model: Model, params: Facts, loras: LoraNames, data: bytes
+) -> tuple[TokenArray, memoryview]:
+    """The tokens and libllama's data of a saved state that a context of these parameters may
+    restore. Raises `StateError` for any other."""
+    tokens, note, body = _parse(model, memoryview(data))
+    saved = note["context"]
+    for name, value in json.loads(json.dumps(_facts(params, loras))).items():
+        if saved.get(name) != value:
+            raise StateError(
+                f"the state was saved with {name}={saved.get(name)}, this context has {value}"
+            )
+    return tokens, body
 
 
 def read_note(model: Model, data: bytes) -> tuple[TokenArray, dict[str, Any]]:
-    """The tokens and the note of a saved state; StateError for one that is damaged or of another
-    model."""
+    """The tokens and the note of a saved state. Raises `StateError` for one that is damaged or of
+    another model."""
     tokens, note, _ = _parse(model, memoryview(data))
     return tokens, note
 
@@ -126,35 +97,24 @@ def _parse(model: Model, data: memoryview) -> tuple[TokenArray, dict[str, Any], 
         raise StateError("not a state that this package saved")
     if version != _VERSION:
         raise StateError(f"a state of version {version}; this package reads {_VERSION}")
-    rest = data[_HEADER.size :]
+    content = data[_HEADER.size :]
     n_bytes = 4 * n_tokens + n_note + size
-    if len(rest) != n_bytes:
-        raise StateError(f"{len(rest)} bytes instead of {n_bytes}: truncated?")
-    if zlib.crc32(rest) != crc:
+    if len(content) != n_bytes:
+        raise StateError(f"{len(content)} bytes instead of {n_bytes}: truncated?")
+    if zlib.crc32(content) != crc:
         raise StateError("damaged: the checksum is wrong")
     if fingerprint != _fingerprint(model):
         raise StateError("the state was saved with another model")
-    tokens = np.frombuffer(rest[: 4 * n_tokens], "<i4").astype(np.int32)
+    tokens = np.frombuffer(content[: 4 * n_tokens], "<i4").astype(np.int32)
     start = 4 * n_tokens + n_note
-    note = json.loads(bytes(rest[4 * n_tokens : start]))
-    return tokens, note, rest[start:]
+    note = json.loads(bytes(content[4 * n_tokens : start]))
+    return tokens, note, content[start:]
 
 
-def _facts(context: Context, loras: LoraNames | None) -> dict[str, Any]:
-    """What a state of this context depends on, beside its model. A parameter that is 0 or unset
-    takes the model's own value, so it is the same number in every context of that model."""
-    facts: dict[str, Any] = {name: context.params[name] for name in _PARAMETERS}
-    facts["loras"] = sorted(context.lora_names if loras is None else loras)
-    return facts
-
-
-def _check_facts(facts: Mapping[str, Any], note: Mapping[str, Any]) -> None:
-    here, saved = json.loads(json.dumps(facts)), note["context"]
-    for name, value in here.items():
-        if saved.get(name) != value:
-            raise StateError(
-                f"the state was saved with {name}={saved.get(name)}, this context has {value}"
-            )
+def _facts(params: Facts, loras: LoraNames) -> dict[str, Any]:
+    """What a state depends on, beside its model. A parameter that is 0 or unset takes the model's
+    own value, so it is the same number in every context of that model."""
+    return {**{name: params[name] for name in _PARAMETERS}, "loras": sorted(loras)}
 
 
 def _fingerprint(model: Model) -> bytes:
@@ -170,7 +130,7 @@ def _fingerprint(model: Model) -> bytes:
 
 
 def write(path: PathLike, data: bytes) -> None:
-    """Write whole or not at all."""
+    """Write whole or not at all. Raises `StateError`."""
     try:
         write_whole(path, data)
     except OSError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +18,9 @@ from pyllamabatch.errors import (
     UnsupportedOperation,
     integer,
 )
+from pyllamabatch.llama.handle import Owner
 from pyllamabatch.llama.runtime import text as c_text
 from pyllamabatch.raw import ffi, lib
-
-if TYPE_CHECKING:
-    from pyllamabatch.llama.model import Model
 
 TokenArray = npt.NDArray[np.int32]
 Tokens = Sequence[int] | TokenArray
@@ -31,15 +29,39 @@ _MAX_TEXT = 2**31 - 1
 
 
 class Vocab:
-    """The vocabulary of a model. Its methods may be called from any thread."""
+    """The vocabulary of a model: text to tokens and back. Any thread may call its methods.
 
-    def __init__(self, model: Model) -> None:
+        tokens = model.vocab.tokenize("Hello")          # int32 (n,)
+        model.vocab.detokenize(tokens, remove_special=True)
+
+    `type` is the kind of tokenizer: "spm", "bpe", "wpm", "ugm", "rwkv", ... or "none". `bos`,
+    `eos`, `eot`, `sep`, `nl`, `pad` and `mask` are token ids, None where the vocabulary has none.
+    `add_bos`, `add_eos` and `add_sep` tell what `tokenize(add_special=True)` adds.
+
+    Methods raise `ClosedError` once the model is closed, and `ArgumentError` for token ids outside
+    of 0..n_tokens-1.
+    """
+
+    def __init__(self, model: Owner) -> None:
         self._model = model
-        self.n_tokens: int = lib.llama_vocab_n_tokens(self.ptr)
+        ptr = self.ptr
+        self.n_tokens: int = lib.llama_vocab_n_tokens(ptr)
+        kind: str = ffi.typeof("enum llama_vocab_type").elements[int(lib.llama_vocab_type(ptr))]
+        self.type = kind.removeprefix("LLAMA_VOCAB_TYPE_").lower()
+        self.bos = _token(lib.llama_vocab_bos(ptr))
+        self.eos = _token(lib.llama_vocab_eos(ptr))
+        self.eot = _token(lib.llama_vocab_eot(ptr))
+        self.sep = _token(lib.llama_vocab_sep(ptr))
+        self.nl = _token(lib.llama_vocab_nl(ptr))
+        self.pad = _token(lib.llama_vocab_pad(ptr))
+        self.mask = _token(lib.llama_vocab_mask(ptr))
+        self.add_bos: bool = lib.llama_vocab_get_add_bos(ptr)
+        self.add_eos: bool = lib.llama_vocab_get_add_eos(ptr)
+        self.add_sep: bool = lib.llama_vocab_get_add_sep(ptr)
 
     @property
     def ptr(self) -> Any:
-        """`const struct llama_vocab *`; `ClosedError` once the model is closed."""
+        """`const struct llama_vocab *`."""
         return lib.llama_model_get_vocab(self._model.ptr)
 
     def __len__(self) -> int:
@@ -47,56 +69,6 @@ class Vocab:
 
     def __repr__(self) -> str:
         return f"<Vocab {self.type} with {self.n_tokens} tokens>"
-
-    @cached_property
-    def type(self) -> str:
-        """The kind of tokenizer: "spm", "bpe", "wpm", "ugm", "rwkv", ... or "none"."""
-        names = ffi.typeof("enum llama_vocab_type").elements
-        name: str = names[int(lib.llama_vocab_type(self.ptr))]
-        return name.removeprefix("LLAMA_VOCAB_TYPE_").lower()
-
-    # -- special tokens (None when the vocabulary has none) --
-
-    @cached_property
-    def bos(self) -> int | None:
-        return _token(lib.llama_vocab_bos(self.ptr))
-
-    @cached_property
-    def eos(self) -> int | None:
-        return _token(lib.llama_vocab_eos(self.ptr))
-
-    @cached_property
-    def eot(self) -> int | None:
-        return _token(lib.llama_vocab_eot(self.ptr))
-
-    @cached_property
-    def sep(self) -> int | None:
-        return _token(lib.llama_vocab_sep(self.ptr))
-
-    @cached_property
-    def nl(self) -> int | None:
-        return _token(lib.llama_vocab_nl(self.ptr))
-
-    @cached_property
-    def pad(self) -> int | None:
-        return _token(lib.llama_vocab_pad(self.ptr))
-
-    @cached_property
-    def mask(self) -> int | None:
-        return _token(lib.llama_vocab_mask(self.ptr))
-
-    @cached_property
-    def add_bos(self) -> bool:
-        """Whether `add_special` puts `bos` in front."""
-        return bool(lib.llama_vocab_get_add_bos(self.ptr))
-
-    @cached_property
-    def add_eos(self) -> bool:
-        return bool(lib.llama_vocab_get_add_eos(self.ptr))
-
-    @cached_property
-    def add_sep(self) -> bool:
-        return bool(lib.llama_vocab_get_add_sep(self.ptr))
 
     @cached_property
     def eog_tokens(self) -> frozenset[int]:
@@ -118,9 +90,12 @@ class Vocab:
     ) -> TokenArray:
         """The tokens of a text: int32, shape (n,).
 
-        `add_special` adds BOS and the like as the model wants them; `parse_special` reads special
-        tokens that are written out in the text (leave it off for text that a user typed).
-        Raises `TokenizeError` for text that is not UTF-8.
+        add_special: add BOS and the like as the model wants them.
+        parse_special: read special tokens that are written out in the text, as those of
+            `apply_chat_template` are. Leave it off for text that a user typed.
+
+        Raises `TokenizeError` for text that is not UTF-8, `UnsupportedOperation` for a model
+        without a tokenizer.
         """
         self._need_text()
         data = _utf8(text)
@@ -129,14 +104,9 @@ class Vocab:
         ptr = self.ptr
         tokens = np.empty(len(data) + 16, np.int32)  # enough but for unusual normalizers
         for _ in range(2):
+            out = ffi.from_buffer("llama_token[]", tokens)
             n = lib.llama_tokenize(
-                ptr,
-                data,
-                len(data),
-                ffi.cast("llama_token *", tokens.ctypes.data),
-                len(tokens),
-                add_special,
-                parse_special,
+                ptr, data, len(data), out, len(tokens), add_special, parse_special
             )
             if n >= 0:
                 found: TokenArray = tokens[:n].copy()
@@ -145,6 +115,9 @@ class Vocab:
                 break
             tokens = np.empty(-n, np.int32)
         raise TokenizeError(f"a text of {len(data)} bytes gives more tokens than fit an int32")
+
+    encode = tokenize
+    """The name that other libraries have for `tokenize`."""
 
     # -- tokens to text --
 
@@ -161,12 +134,12 @@ class Vocab:
     ) -> str:
         """The text of tokens; bytes that are not UTF-8 become U+FFFD.
 
-        `remove_special` leaves out the BOS and EOS that `tokenize` added; `unparse_special` writes
-        special tokens out.
+        remove_special: leave out the BOS and EOS that `tokenize` added.
+        unparse_special: write special tokens out.
         """
         self._need_text()
         ids = self.check_tokens(tokens)
-        ptr, pointer = self.ptr, ffi.cast("llama_token *", ids.ctypes.data)
+        ptr, pointer = self.ptr, ffi.from_buffer("llama_token[]", ids)
         size = 8 * len(ids) + 64
         while True:
             buffer = ffi.new("char[]", size)
@@ -176,6 +149,9 @@ class Vocab:
             if n >= 0:
                 return bytes(ffi.buffer(buffer, n)).decode("utf-8", "replace")
             size = -n + 1
+
+    decode = detokenize
+    """The name that other libraries have for `detokenize`."""
 
     def decoder(self, *, special: bool = False) -> PieceDecoder:
         """A decoder for tokens that arrive one by one."""
@@ -192,17 +168,24 @@ class Vocab:
     ) -> str:
         """A conversation as the model's prompt, by llama.cpp's own (not Jinja) formatter.
 
-        messages: {"role": ..., "content": ...} each. template: the text of a template, or the
-        name of one of `chat_templates()`; default: the model's. Tokenize the result with
-        `parse_special=True`. Raises `ChatTemplateError` when there is no template or llama.cpp
-        does not know it.
+            text = vocab.apply_chat_template([{"role": "user", "content": "Hello"}])
+            tokens = vocab.tokenize(text, parse_special=True)
+
+        messages: {"role": ..., "content": ...} each.
+        add_generation_prompt: end where the answer of the assistant begins.
+        template: the text of a template, or the name of one of `chat_templates()`. Default: the
+            model's.
+
+        Raises `ChatTemplateError` when there is no template or llama.cpp does not know it.
         """
         if template is None:
-            template = self._model.chat_template()
-            if template is None:
+            found = lib.llama_model_chat_template(self._model.ptr, ffi.NULL)
+            if found == ffi.NULL:
                 raise ChatTemplateError(
-                    f"the model has no chat template; name one: {', '.join(chat_templates())}"
+                    "the model has no chat template; give one, as in "
+                    'apply_chat_template(messages, template="chatml"), or see chat_templates()'
                 )
+            template = c_text(found)
         keep = [
             [ffi.new("char[]", _c_string(f"messages[{i}].{key}", message.get(key)))
              for key in ("role", "content")]
@@ -220,8 +203,8 @@ class Vocab:
             )
             if n < 0:
                 raise ChatTemplateError(
-                    "llama.cpp does not know this template: name one of "
-                    f"{', '.join(chat_templates())}, or format the prompt yourself. It begins: "
+                    'llama.cpp does not know this template: give one that it does, as "chatml" '
+                    "(see chat_templates()), or format the prompt yourself. It begins: "
                     f"{template[:120]!r}"
                 )
             if n <= size:
@@ -231,7 +214,8 @@ class Vocab:
     # -- checks --
 
     def check_tokens(self, tokens: Iterable[int] | TokenArray, name: str = "tokens") -> TokenArray:
-        """Tokens as a contiguous int32 array, each of them checked to be of this vocabulary."""
+        """Tokens as a contiguous int32 array. Raises `ArgumentError`, with the index, for an id
+        that is not of this vocabulary."""
         try:
             array = np.asarray(
                 tokens if isinstance(tokens, (np.ndarray, Sequence)) else list(tokens)
@@ -245,9 +229,7 @@ class Vocab:
         bad = (array < 0) | (array >= self.n_tokens)
         if bad.any():
             at = int(np.argmax(bad))
-            raise ArgumentError(
-                f"{name}[{at}]", int(array[at]), f"must be in 0..{self.n_tokens - 1}"
-            )
+            integer(f"{name}[{at}]", int(array[at]), 0, self.n_tokens - 1)
         return np.ascontiguousarray(array, np.int32)
 
     def _check(self, token: int) -> int:
@@ -314,9 +296,9 @@ class PieceDecoder:
 
     def flush(self) -> str:
         """What is left, U+FFFD for an unfinished character. The decoder is as new afterwards."""
-        rest = self._core.decode(b"", final=True)
+        last = self._core.decode(b"", final=True)
         self._core.reset()
-        return rest
+        return last
 
 
 def chat_templates() -> list[str]:

@@ -219,7 +219,7 @@ def test_an_adapter_may_be_closed_under_an_engine(
         for chosen in (0, 1, 2):
             got = engine.submit(PROMPTS[1], GREEDY, lora=SETS[chosen]).result(60).tokens
             assert got == alone[1][chosen]
-        handle = engine._input_processor.loras._of["a"][0]
+        handle = engine._input_processor.loras._of["a"]._handle
     with pytest.raises(ClosedError):
         handle.retain()  # the engine was the last to hold it
 

@@ -232,7 +232,7 @@ def test_what_the_ledger_calls_empty_is_there_to_the_last_cell(
         results = engine.generate(prompts[1:], GREEDY)
         accounting = engine._core.scheduler.accounting
         memory: Any = engine._core._memory
-        context = memory._context
+        context: Any = engine._core._kv_executor._states
         with engine._core.state:
             held = sum(accounting.held(slot) for slot in range(accounting.n_seq_max))
             assert accounting.used > 0

@@ -142,9 +142,8 @@ def test_not_a_snapshot() -> None:
             snapshot.read(model, context.state_seq_get(0))
         with pytest.raises(StateError, match="damaged"):
             snapshot.read(model, data[:-1] + bytes([data[-1] ^ 1]))
-        later = state.save(
-            context, 0, PROMPT, {"n_prompt": 1, "n_computed": 1, "sampling": {"x": 1}}
-        )
+        note = {"n_prompt": 1, "n_computed": 1, "sampling": {"x": 1}}
+        later = context.state_seq_get(0, tokens=PROMPT, note=note)
         with pytest.raises(StateError, match="not of this version"):
             snapshot.read(model, later)
 

@@ -59,7 +59,7 @@ def test_bad_values_name_the_argument_the_value_and_the_limit(name: str, value: 
 )
 def test_an_unknown_keyword_names_the_nearest_one(wrong: str, right: str) -> None:
     with pytest.raises(ArgumentError, match=f"{wrong}=1: no such parameter; did you mean {right}"):
-        SamplingParams(**{wrong: 1})
+        SamplingParams(**{wrong: 1})  # type: ignore[arg-type]
 
 
 def test_defaults_are_llama_cpps() -> None:
