@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from bench.models import BenchModel
-from pyllamabatch.compare.case import I32, Case, Described, Measured, case_row
+from pyllamabatch.compare.case import I32, Case, Described, Measured
+from pyllamabatch.compare.case import record_of as case_row
 
 __all__ = ["I32", "Arm", "Case", "Described", "Measured", "case_row", "cases_of"]
 

@@ -20,9 +20,10 @@ from bench.quiet import wait_for_quiet
 from bench.targets import Figure, Target, speed_ratio
 from pyllamabatch.compare import plots, summary
 from pyllamabatch.compare.arms import NAMES as ARMS
-from pyllamabatch.compare.arms import chosen, probe
-from pyllamabatch.compare.job import BENCHES, BURST, POISSON
+from pyllamabatch.compare.arms import chosen
+from pyllamabatch.compare.hosted import probe
 from pyllamabatch.compare.run import Plan, measure
+from pyllamabatch.compare.workload import BENCHES, BURST, POISSON
 from pyllamabatch.report.medians import paired_ratios
 
 QUICK = ("--quick",)

@@ -29,13 +29,14 @@ from typing import Any
 from pyllamabatch.cli.console import Progress
 from pyllamabatch.cli.options import add_model_arguments, at_least, n_bytes
 from pyllamabatch.compare import plots, scenario
-from pyllamabatch.compare.arms import NAMES, Arm, chosen, probe
+from pyllamabatch.compare.arms import NAMES, Arm, chosen
 from pyllamabatch.compare.case import Case, GgufFile
-from pyllamabatch.compare.job import BURST, DS4, POISSON
+from pyllamabatch.compare.hosted import probe
 from pyllamabatch.compare.loop import CHAIN, FUSED
 from pyllamabatch.compare.run import Plan, measure
 from pyllamabatch.compare.scenario import SCENARIOS
 from pyllamabatch.compare.summary import advice, table
+from pyllamabatch.compare.workload import BURST, DS4, POISSON
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.host import usable_cores
 from pyllamabatch.models import default_model_path

@@ -1,9 +1,7 @@
-"""One run's work and result, and the row that keeps both: for `pyllamabatch compare` and for the
-benches."""
+"""One run's work and result, and the record of both, for `compare` and for the benches."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,20 +18,19 @@ ERROR_CHARACTERS = 600  # of a failure's message, its end
 
 
 class ModelFile(Protocol):
-    """A model file and what a row says of it."""
+    """A model file and what a record says of it. `seed`: of random weights, else None."""
 
     @property
     def path(self) -> Path: ...
     @property
     def name(self) -> str: ...
     @property
-    def seed(self) -> int | None:
-        """Of random weights; None for a file of somebody else's."""
+    def seed(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A model file of somebody else's."""
+    """A model file as it was found."""
 
     path: Path
     seed: None = None
@@ -62,29 +59,20 @@ class Case:
 
     @property
     def n_ctx(self) -> int:
-        """Room for every sequence (one token more than timed: the first sample), as streams of a
-        multiple of 256 cells, so that unified and separate cells have the same total."""
+        """Cells for all sequences: prompt, first sample and timed tokens of each, as a multiple of
+        256, so that unified and separate cells have the same total."""
         per_sequence = self.n_cells or self.pp + self.tg + 1
         return self.pl * (-(-per_sequence // 256) * 256)
 
     def prompts(self, n_vocab: int, which: int = 0, n: int | None = None) -> I32:
-        """Random tokens, shape (n, pp), by default one prompt per sequence; others for another
-        `which`."""
+        """Random tokens, shape (n, pp): a prompt for each sequence, or `n` of them. Another
+        `which` gives others."""
         generator = np.random.default_rng([self.seed, which])
         shape = (self.pl if n is None else n, self.pp)
         return generator.integers(0, n_vocab, shape, dtype=np.int32)
 
-    def to_json(self) -> str:
-        """For another process; of the model only its path."""
-        return json.dumps(vars(self) | {"model": str(self.model.path)})
-
-    @classmethod
-    def from_json(cls, text: str) -> Case:
-        values = json.loads(text)
-        return cls(**values | {"model": GgufFile(Path(values["model"]))})
-
     def context_params(self) -> dict[str, Any]:
-        """The arguments of `Engine` and `Context`."""
+        """The keywords of `Engine` and `Context`."""
         return {
             "n_seq_max": self.pl,
             "n_ctx": self.n_ctx,
@@ -104,7 +92,7 @@ def sampling_params(sampling: str, seed: int, max_tokens: int) -> SamplingParams
 
 @dataclass(frozen=True)
 class Measured:
-    """Times of one run in s; `settings` are row fields that differ from the case's."""
+    """Times of one run in s. `settings`: fields of the record that differ from the case's."""
 
     t_pp: float
     t_tg: float
@@ -121,8 +109,8 @@ class Measured:
 
 
 class Described(Protocol):
-    """What a row says of an arm.  `includes`: what its time contains; `sampling`: whether the
-    case's applies."""
+    """What a record says of an arm. `includes`: what its time contains; `sampling`: whether it
+    samples as the case says."""
 
     @property
     def name(self) -> str: ...
@@ -132,7 +120,7 @@ class Described(Protocol):
     def sampling(self) -> bool: ...
 
 
-def case_row(
+def record_of(
     bench: str,
     arm: Described,
     case: Case,
@@ -141,7 +129,7 @@ def case_row(
     run_id: str,
     repeat: int,
 ) -> Record:
-    """The row of one run; `facts`: of the build, the model and the moment (`facts.py`)."""
+    """`facts`: of the build, the model and the moment (`report.facts`)."""
     settings: dict[str, Any] = {
         "n_kv_max": case.n_ctx,
         "n_batch": case.n_batch,

@@ -1,4 +1,4 @@
-"""Processes of ours that are told what to do, line by line, and end with their parent."""
+"""Functions of ours in processes of their own, at the other end of a pipe."""
 
 from __future__ import annotations
 
@@ -9,72 +9,74 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from queue import Empty, Queue
-from typing import IO
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
 
 from pyllamabatch.errors import PyllamabatchError
 
-LAST_WORDS = 6  # lines of its standard error in a failure's message
-STOP_S = 5.0  # for a child that was told to end, before it is killed
+LAST_WORDS = 6  # lines of a process's standard error in the message about its end
+STOP_S = 5.0  # for a process that closed its pipe, before its end is no longer waited for
 
 
-class ChildFailed(PyllamabatchError):
-    """A process of ours ended by itself, or did not answer in time."""
+class ArmError(PyllamabatchError):
+    """A process of an arm failed, ended, or did not answer in time."""
 
 
 class Child:
-    """`python -m MODULE ARGUMENTS`, which reads lines from its standard input (`lines_of_parent`)
-    and answers on its standard output. Use as a context manager, or `stop` it.
+    """A process that does `work(pipe, *arguments)` when told to.
 
-    It ends when its input does, so also when this process is killed. A terminal's Ctrl-C does not
-    reach it: whoever started it ends it.
+        with Child() as child:
+            child.do(host, case)      # a function of a module: host(pipe, case)
+            ready = child.receive(60.0)
+
+    It ends when this process does, also by a kill. A terminal's Ctrl-C does not reach it. POSIX.
     """
 
-    def __init__(self, module: str, arguments: Sequence[str] = (), *, loud: bool = False) -> None:
-        """loud: its standard error is ours; else it is kept for the message of a failure."""
+    def __init__(self, *, loud: bool = False) -> None:
+        """loud: what it logs goes to our standard error, else into the message about its end."""
+        self._pipe, theirs = Pipe()
         self._errors = None if loud else tempfile.TemporaryFile()  # noqa: SIM115
+        output = self._errors or sys.stderr.fileno()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            bufsize=1,
+            [sys.executable, "-c", f"from {__name__} import run; run({theirs.fileno()}, {loud})"],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.PIPE,  # nothing comes through it but its end
+            stdout=output,
+            stderr=output,
             start_new_session=True,
-            # ggml would let a debugger, if there is one, write to the output that we read
-            env={"GGML_NO_BACKTRACE": "1"} | os.environ,
+            env={"GGML_NO_BACKTRACE": "1"} | os.environ,  # a debugger would hold its end up
         )
+        theirs.close()
         self.pid = self._process.pid
-        self._lines: Queue[str | None] = Queue()
-        self._reader = threading.Thread(target=self._read, name="reads a child", daemon=True)
-        self._reader.start()
 
-    def tell(self, line: str) -> None:
-        with suppress(OSError):  # it has ended: `answer` says so
-            self._stdin.write(line + "\n")
-            self._stdin.flush()
+    def do(self, work: Callable[..., None], *arguments: Any) -> None:
+        self.send((work, arguments))
 
-    def answer(self, timeout: float) -> str:
-        """Its next line. ChildFailed when it has ended, or after `timeout` seconds."""
+    def send(self, value: Any) -> None:
+        with suppress(OSError):  # it has ended: `receive` says so
+            self._pipe.send(value)
+
+    def receive(self, timeout: float) -> Any:
+        """What it sends next. ArmError when it failed or has ended, or after `timeout` seconds."""
         try:
-            line = self._lines.get(timeout=timeout)
-        except Empty:
-            raise ChildFailed(f"no answer from process {self.pid} in {timeout:g} s") from None
-        if line is None:
-            self._lines.put(None)  # for whoever asks again
-            raise ChildFailed(self.how_it_ended())
-        return line
+            if not self._pipe.poll(timeout):
+                raise ArmError(f"no answer from process {self.pid} in {timeout:g} s")
+            value = self._pipe.recv()
+        except (EOFError, OSError):
+            raise ArmError(self.how_it_ended()) from None
+        if isinstance(value, ArmError):
+            raise value
+        return value
 
     def how_it_ended(self) -> str:
-        """Its exit status and the last lines that it wrote about it; waits for its end."""
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_S)
-        status = self._process.poll()
-        words = f"process {self.pid} ended with {status}"
-        if status is None:
-            words = f"process {self.pid} closed its output"
+        """Its exit status and the last lines that it wrote; waits for its end."""
+        ended = self.ended(STOP_S)
+        words = f"process {self.pid} ended with {self._process.returncode}"
+        if not ended:
+            words = f"process {self.pid} closed its pipe"
         if self._errors is None:
             return words
         self._errors.seek(0)
@@ -82,7 +84,6 @@ class Child:
         return "\n".join([words, *text.splitlines()[-LAST_WORDS:]])
 
     def ended(self, within_s: float = 0.0) -> bool:
-        """Whether it has ended, or does so soon."""
         try:
             self._process.wait(within_s)
         except subprocess.TimeoutExpired:
@@ -90,14 +91,12 @@ class Child:
         return True
 
     def stop(self) -> None:
-        """Ends it at once and waits for that; stopping twice is fine."""
+        """End it at once and wait for that. Stopping twice is fine."""
         self._process.kill()
         self._process.wait()
-        self._reader.join()
-        for pipe in (self._process.stdin, self._process.stdout, self._errors):
-            if pipe is not None:
-                with suppress(OSError):
-                    pipe.close()
+        for file in (self._process.stdin, self._pipe, self._errors):
+            if file is not None:
+                file.close()
 
     def __enter__(self) -> Child:
         return self
@@ -105,22 +104,29 @@ class Child:
     def __exit__(self, *error: object) -> None:
         self.stop()
 
-    @property
-    def _stdin(self) -> IO[str]:
-        assert self._process.stdin is not None
-        return self._process.stdin
 
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line.rstrip("\n"))
-        self._lines.put(None)
+def run(descriptor: int, loud: bool) -> None:
+    """In the process: do what the parent says, and tell it why that failed."""
+
+    def end_with_parent() -> None:
+        sys.stdin.read()
+        os._exit(0)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if loud:
+        logging.basicConfig(level=logging.DEBUG, format="%(process)d %(name)s: %(message)s")
+    pipe: Connection[Any, Any] = Connection(descriptor)
+    work, arguments = pipe.recv()
+    try:
+        work(pipe, *arguments)
+    except Exception as error:
+        pipe.send(ArmError(f"{type(error).__name__}: {error}"))
 
 
 @contextmanager
 def interrupts_later() -> Iterator[None]:
-    """SIGINT and SIGTERM wait for the end of the block: for starting processes and noting who ends
-    them, which nothing must come between."""
+    """SIGINT and SIGTERM wait for the end of the block, in which processes start and what ends
+    them is noted."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals interrupt the main thread only
         return
@@ -136,28 +142,3 @@ def interrupts_later() -> Iterator[None]:
             signal.signal(number, handler)
         for late in came:
             signal.raise_signal(late)
-
-
-def lines_of_parent() -> Iterator[str]:
-    """In a child: the lines that the parent tells. The process ends as soon as the parent closes
-    its end or is gone, whatever it is doing."""
-    lines: Queue[str] = Queue()
-
-    def read() -> None:
-        for line in sys.stdin:
-            lines.put(line.rstrip("\n"))
-        os._exit(0)
-
-    threading.Thread(target=read, name="reads the parent", daemon=True).start()
-    while True:
-        yield lines.get()
-
-
-def log_to_stderr() -> None:
-    """In a child: what llama.cpp logs, on the standard error."""
-    logging.basicConfig(level=logging.DEBUG, format="%(process)d %(name)s: %(message)s")
-
-
-def tell_parent(line: str) -> None:
-    """In a child: an answer."""
-    print(line, flush=True)

@@ -1,4 +1,4 @@
-"""A thread per client, all let go at the same moment."""
+"""A thread for each client, all let go at the same moment."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ T = TypeVar("T")
 def at_once(
     n: int, work: Callable[[int, float], T], give_up: Callable[[], None]
 ) -> tuple[float, list[T]]:
-    """`work(i, began)` for i = 0 to n - 1, a thread each; `began`, when they were let go
-    (perf_counter, s), and what they returned. Where one raises, or this thread is interrupted,
+    """`work(i, began)` for i = 0 to n - 1, on a thread each. Returns `began`, when they were let
+    go (perf_counter, s), and their results. Where one raises, or this thread is interrupted,
     `give_up()` must end what the others wait for."""
-    began = [0.0]
+    began = 0.0
 
     def stamp() -> None:
-        began[0] = time.perf_counter()
+        nonlocal began
+        began = time.perf_counter()
 
     ready = threading.Barrier(n, action=stamp)
 
     def client(i: int) -> T:
         ready.wait()
-        return work(i, began[0])
+        return work(i, began)
 
     with ThreadPoolExecutor(n) as threads:
         try:
@@ -35,7 +36,7 @@ def at_once(
             ready.abort()
             give_up()
             raise
-    return began[0], results
+    return began, results
 
 
 def sleep_until(moment: float) -> None:

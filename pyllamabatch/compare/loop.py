@@ -1,7 +1,7 @@
-"""The raw loop on one context: build a batch, decode it, sample its rows; Python all the way.
+"""A raw loop on one context, in Python: build a batch, decode it, sample its rows.
 
-What a serving loop without an engine does, for one sequence or for many. Two ways to sample:
-libllama's own chain, row by row on this thread, or the fused sampler with its pool of threads.
+It is what a program without an engine does, for one sequence or for many. It samples with
+libllama's own chain, row by row on its thread, or with the fused sampler and its pool of threads.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from pyllamabatch.llama.context import Context
 
 CHAIN, FUSED = "chain", "fused"
-_NO_END = 2**31 - 1  # a sampler's budget: whoever drives the loop counts
+_NO_END = 2**31 - 1  # a sampler's budget: the caller counts
 
-Row = tuple[int, int, int, bool]
+_Row = tuple[int, int, int, bool]
 """Token, position, sequence, whether the next token is sampled from it."""
 
 
@@ -55,11 +55,10 @@ class Loop(ABC):
         """Whether the prompt of a sequence is not computed to its end."""
         return any(not s.decoding for s in self._sequences.values())
 
-    def start(self, seq: int, prompt: Sequence[int], seed: int, n_computed: int = 0) -> None:
-        """Give `seq`, which must be stopped, a prompt and a sampler. n_computed: tokens of the
-        prompt that are in its cells already, not all of them."""
+    def start(self, seq: int, prompt: Sequence[int], seed: int) -> None:
+        """Give `seq`, which must be stopped, a prompt and a sampler."""
         self._set_sampler(seq, seed)
-        self._sequences[seq] = _Sequence(list(prompt[n_computed:]), n_computed)
+        self._sequences[seq] = _Sequence(list(prompt))
 
     def stop(self, seq: int) -> None:
         """Forget the sequence and free its cells; fine when there is none."""
@@ -76,7 +75,7 @@ class Loop(ABC):
                 if s.decoding == decoding and room:
                     taken[seq] = min(room, len(s.left))
                     room -= taken[seq]
-        rows: list[Row] = []
+        rows: list[_Row] = []
         for seq in sorted(taken):  # libllama computes at once what follows each other
             s, n = self._sequences[seq], taken[seq]
             last = n == len(s.left)
@@ -98,7 +97,7 @@ class Loop(ABC):
     def _set_sampler(self, seq: int, seed: int) -> None: ...
 
     @abstractmethod
-    def _compute(self, rows: list[Row]) -> dict[int, int]:
+    def _compute(self, rows: list[_Row]) -> dict[int, int]:
         """Decode; the token that each sequence with a wanted row samples."""
 
 
@@ -124,7 +123,7 @@ class ChainLoop(Loop):
             lib.llama_sampler_free(self._chains.pop(seq))
         self._chains[seq] = chain_of(self._sampling, seed)
 
-    def _compute(self, rows: list[Row]) -> dict[int, int]:
+    def _compute(self, rows: list[_Row]) -> dict[int, int]:
         ctx, batch, chains = self.context.ptr, self._batch, self._chains
         batch.n_tokens = len(rows)
         for i, (token, pos, seq, wanted) in enumerate(rows):
@@ -154,7 +153,7 @@ class FusedLoop(Loop):
     def _set_sampler(self, seq: int, seed: int) -> None:
         self._stepper.set_slot(seq, sampling_params(self._sampling, seed, _NO_END))
 
-    def _compute(self, rows: list[Row]) -> dict[int, int]:
+    def _compute(self, rows: list[_Row]) -> dict[int, int]:
         into, n = self._stepper.rows, len(rows)
         into.token[:n], into.pos[:n], into.seq[:n], wanted = zip(*rows, strict=True)
         into.flags[:n] = [SAMPLE if w else 0 for w in wanted]

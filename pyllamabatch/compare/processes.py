@@ -2,44 +2,39 @@
 
 from __future__ import annotations
 
-import http.client
-import json
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
+from multiprocessing.connection import Connection
 from typing import Any
 
-from pyllamabatch.compare.arms import START_S, ArmError, answer
 from pyllamabatch.compare.case import Case
-from pyllamabatch.compare.child import Child
+from pyllamabatch.compare.child import ArmError, Child
 from pyllamabatch.compare.clients import at_once, sleep_until
-from pyllamabatch.compare.job import BURST, Job, Outcome, Served
-from pyllamabatch.compare.worker import HOST
-from pyllamabatch.errors import PyllamabatchError
+from pyllamabatch.compare.hosted import START_S, for_a_child
+from pyllamabatch.compare.loop import Loop, loop_of
+from pyllamabatch.compare.server import Json, RoundRobin, Server, ThreadingServer, completion
+from pyllamabatch.compare.workload import BURST, Outcome, Served, Workload
+from pyllamabatch.llama.context import Context
+from pyllamabatch.llama.model import Model
 
 GONE_S = 0.2  # a worker whose connections have ended may need so long to end, too
 
 
 class Processes:
-    """A worker per sequence (`worker.py`) and a router (`router.py`)."""
+    """A worker for each sequence, and a router. `case`: with the threads of one worker;
+    memory_limit: of each worker, in bytes; 0: none."""
 
     def __init__(self, case: Case, sampler: str, memory_limit: int, verbose: bool) -> None:
-        """`case`: with the threads of one worker; memory_limit: of each, in bytes; 0: none."""
         self._case = case
-        self._setup: dict[str, Any] = {
-            "sampler": sampler,
-            "case": replace(case, pl=1).to_json(),
-            "memory_limit": memory_limit,
-            "verbose": verbose,
-        }
+        self._sampler = sampler
+        self._memory_limit = memory_limit
         self._stack = ExitStack()
         try:
-            self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
-            self._workers = [self._child("worker", verbose) for _ in range(case.pl)]
-            self._router = self._child("router", verbose)
+            *self._workers, self._router = (
+                self._stack.enter_context(Child(loud=verbose)) for _ in range(case.pl + 1)
+            )
         except BaseException:
             self._stack.close()
             raise
@@ -47,51 +42,46 @@ class Processes:
         self.port = 0  # the router's
         self._n_vocab = 0
 
-    def _child(self, module: str, verbose: bool) -> Child:
-        child = Child(f"pyllamabatch.compare.{module}", loud=verbose)
-        return self._stack.enter_context(child)
-
     def load(self) -> None:
-        for i, worker in enumerate(self._workers):
-            folder = self._folder / f"worker-{i}"
-            folder.mkdir()
-            worker.tell(json.dumps(self._setup | {"kv_folder": str(folder)}))
+        one = for_a_child(replace(self._case, pl=1))
+        for worker in self._workers:
+            worker.do(serve, one, self._sampler, self._memory_limit)
         ports = []
         for i, worker in enumerate(self._workers):
             try:
-                ready = answer(worker, START_S)
-            except PyllamabatchError as error:
+                port, self._n_vocab = worker.receive(START_S)
+            except ArmError as error:
                 raise ArmError(f"{error}\n{self._not_started(i)}") from None
-            ports.append(ready["port"])
-            self._n_vocab = ready["n_vocab"]
-        self._router.tell(json.dumps({"ports": ports}))
-        self.port = answer(self._router, START_S)["port"]
+            ports.append(port)
+        self._router.do(route, ports)
+        self.port = self._router.receive(START_S)
 
     def _not_started(self, i: int) -> str:
         words = f"worker {i} of {len(self._workers)} did not start"
-        if limit := self._setup["memory_limit"]:
+        if limit := self._memory_limit:
             words += f" with {limit / 2**20:.0f} MiB of heap and anonymous memory at most"
         return words
 
-    def run(self, job: Job, limit_s: float) -> Outcome:
-        """In a burst every worker gets two requests: one for the prompt and the first token, and
+    def run(self, workload: Workload, limit_s: float) -> Outcome:
+        """In a burst each worker gets two requests: one for the prompt and the first token, and
         when all have that, one to go on. The router's turns bring each to every worker once."""
-        case, n = self._case, len(job.arrivals)
-        prompts = job.prompts(case, self._n_vocab).tolist()
+        case, n = self._case, len(workload.arrivals)
+        burst = workload.protocol == BURST
+        prompts = workload.prompts(case, self._n_vocab).tolist()
         served = [Served() for _ in range(n)]
 
         def begin(i: int, began: float) -> None:
-            served[i].arrived = began + job.arrivals[i]
+            served[i].arrived = began + workload.arrivals[i]
             sleep_until(served[i].arrived)
-            n_first = 1 if job.protocol == BURST else job.tokens
+            n_first = 1 if burst else workload.tokens
             body = {"prompt": prompts[i], "n_predict": n_first, "seed": case.seed + i}
-            self._ask(body | {"keep": job.protocol == BURST}, served[i], limit_s)
+            self._ask(body | {"keep": burst}, served[i], limit_s)
 
         def go_on(i: int, began: float) -> None:
-            self._ask({"prompt": [], "n_predict": job.tokens - 1}, served[i], limit_s)
+            self._ask({"prompt": [], "n_predict": workload.tokens - 1}, served[i], limit_s)
 
         began, _ = at_once(n, begin, self.close)
-        if job.protocol == BURST and not any(one.error for one in served):
+        if burst and not any(one.error for one in served):
             began, _ = at_once(n, go_on, self.close)
         lost = [one for one in served if one.error]
         ended = [w.how_it_ended() for w in self._workers if w.ended(GONE_S)] if lost else []
@@ -99,7 +89,7 @@ class Processes:
             one.error = "; ".join([one.error, *ended])
         return Outcome(began, served)
 
-    def _ask(self, body: dict[str, Any], one: Served, limit_s: float) -> None:
+    def _ask(self, body: Json, one: Served, limit_s: float) -> None:
         try:
             for line in completion(self.port, body, limit_s):
                 if "token" in line:
@@ -111,25 +101,45 @@ class Processes:
         self._stack.close()
 
 
-def completion(port: int, body: dict[str, Any], limit_s: float) -> Iterator[dict[str, Any]]:
-    """The lines of a router's (or a worker's) answer as they come, the last one has "done".
-    ArmError for anything else, and after `limit_s`."""
-    end = time.monotonic() + limit_s
-    connection = http.client.HTTPConnection(HOST, port, timeout=limit_s)
-    try:
-        headers = {"Content-Type": "application/json"}
-        connection.request("POST", "/completion", json.dumps(body).encode(), headers)
-        for text in connection.getresponse():
-            line: dict[str, Any] = json.loads(text)
-            if "error" in line:
-                raise ArmError(line["error"])
-            yield line
-            if "done" in line:
-                return
-            if time.monotonic() > end:
-                raise ArmError(f"not done after {limit_s:g} s")
-        raise ArmError("the answer ended early")
-    except (OSError, http.client.HTTPException) as error:
-        raise ArmError(f"{type(error).__name__}: {error}") from None
-    finally:
-        connection.close()
+def serve(pipe: Connection[Any, Any], case: Case, sampler: str, memory_limit: int) -> None:
+    """A worker: its own model (the file is mapped, its pages are shared) and its own context, for
+    one request at a time. Sends its port and the size of the vocabulary."""
+    if memory_limit:
+        limit_memory(memory_limit)
+    model = Model(case.model.path, n_gpu_layers=case.n_gpu_layers)
+    context = Context(model, **case.context_params())
+    loop = loop_of(sampler, context, case.sampling, case.n_threads)
+    server = Server(lambda body: complete(loop, body))
+    pipe.send((server.server_port, model.n_vocab))
+    server.serve_forever()
+
+
+def complete(loop: Loop, body: Json) -> Iterator[Json]:
+    """`n_predict` tokens after the prompt. With "keep" the sequence stays, and a request with an
+    empty prompt goes on with it."""
+    if body["prompt"]:
+        loop.stop(0)
+        loop.start(0, body["prompt"], body["seed"])
+    for _ in range(body["n_predict"]):
+        while not (sampled := loop.step()):
+            pass
+        yield {"token": sampled[0]}
+    if not body.get("keep"):
+        loop.stop(0)
+    yield {"done": True}
+
+
+def route(pipe: Connection[Any, Any], ports: list[int]) -> None:
+    """The router. Sends its port."""
+    server = ThreadingServer(RoundRobin(ports))
+    pipe.send(server.server_port)
+    server.serve_forever()
+
+
+def limit_memory(n_bytes: int) -> None:
+    """Of this process from now on: heap and anonymous memory, so KV cells, compute buffers and
+    copied weights, but not the mapped file (RLIMIT_DATA, Linux 4.7 and later)."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (n_bytes, hard))

@@ -8,11 +8,18 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pyllamabatch.compare.arms import Arm, Hosted, Serving
-from pyllamabatch.compare.case import Case, Measured, case_row
+from pyllamabatch.compare.arms import Arm, Serving
+from pyllamabatch.compare.case import Case, Measured, record_of
 from pyllamabatch.compare.child import interrupts_later
-from pyllamabatch.compare.job import BENCHES, BURST, POISSON, Job, figures, poisson_arrivals
-from pyllamabatch.compare.processes import Processes
+from pyllamabatch.compare.workload import (
+    BENCHES,
+    BURST,
+    POISSON,
+    Workload,
+    failure,
+    figures,
+    poisson_arrivals,
+)
 from pyllamabatch.errors import PyllamabatchError
 from pyllamabatch.report import facts
 from pyllamabatch.report.meters import Meter
@@ -57,24 +64,31 @@ class Plan:
                     elif i == 0:
                         yield replace(case, pl=1), repeat, arm
 
-    def job(self, case: Case, repeat: int) -> Job:
+    def workload(self, case: Case, repeat: int) -> Workload:
         n, which = case.pl * self.requests, 1 + repeat
         arrivals = (0.0,) * n
         if self.protocol == POISSON:
             arrivals = poisson_arrivals(n, self.rate, [case.seed, which])
-        return Job(self.protocol, which, self.tokens, arrivals)
+        return Workload(self.protocol, which, self.tokens, arrivals)
 
-    def warm_up(self, case: Case) -> Job:
+    def warm_up(self, case: Case) -> Workload:
         """What the first run would else pay for: connections, buffers, graphs."""
-        return Job(BURST, 0, min(WARM_UP_TOKENS, max(2, self.tokens)), (0.0,) * case.pl)
+        return Workload(BURST, 0, min(WARM_UP_TOKENS, max(2, self.tokens)), (0.0,) * case.pl)
+
+    def process_limit(self, case: Case) -> int:
+        """Bytes that one worker may take; 0: no limit."""
+        limits = [b for b in (self.process_memory, self.total_memory // case.pl) if b]
+        return min(limits, default=0)
 
 
 def measure(
     plan: Plan, about: dict[str, Any], running: Callable[[str], None] = lambda words: None
 ) -> Generator[Record, None, None]:
-    """Rows as they are measured; `about`: `arms.probe`; `running` is told what runs next. An arm
-    that fails gives a row that says why, and is left out of the case's other repeats; the others go
-    on. Closing the generator ends every process."""
+    """Records as they are measured. `about`: of `hosted.probe`; `running` is told what runs next.
+
+    An arm that fails gives a record that says why, and is left out of the case's other repeats;
+    the others go on. Closing the generator ends every process.
+    """
     run_id = uuid.uuid4().hex[:12]
     failed: set[tuple[Arm, Case]] = set()
     with closing(_Opened(plan)) as opened:
@@ -85,29 +99,27 @@ def measure(
             moment = facts.now()
             try:
                 measured = opened.run(arm, case, repeat)
+            except PyllamabatchError as error:
+                measured = Measured.failed(str(error))
             except Exception as error:
-                words = str(error) if isinstance(error, PyllamabatchError) else error
-                measured = Measured.failed(words or type(error).__name__)
+                measured = Measured.failed(error)
             if measured.error:
                 failed.add((arm, case))
             own = arm.case_of(case, plan.oversubscribe)
             detail = {"n_threads_each": own.n_threads} | measured.detail
             if plan.protocol == POISSON:
                 detail["rate"] = plan.rate
-            yield case_row(
+            # a record counts the tokens of a sequence: of all its requests
+            work = replace(own, pp=own.pp * plan.requests, tg=own.tg * plan.requests)
+            yield record_of(
                 BENCHES[plan.protocol],
                 arm,
-                _in_row(own, plan.requests),
+                work,
                 replace(measured, detail=detail, settings={"n_kv_max": own.n_ctx}),
                 about | moment,
                 run_id,
                 repeat,
             )
-
-
-def _in_row(case: Case, requests: int) -> Case:
-    """A row counts the tokens of a sequence: of all its requests."""
-    return replace(case, pp=case.pp * requests, tg=case.tg * requests)
 
 
 class _Opened:
@@ -126,35 +138,26 @@ class _Opened:
             serving = self._open[arm][1]
             meter = Meter(serving.pids)
         else:
+            own = arm.case_of(case, plan.oversubscribe)
             with interrupts_later():
-                serving = open_arm(plan, arm, case)
+                serving = arm.open(own, plan.process_limit(case), plan.verbose)
                 self._stack.callback(serving.close)
             self._open[arm] = case, serving
             meter = Meter(serving.pids)  # before anything is loaded
             serving.load()
             warm_up = plan.warm_up(case)
-            done = figures(warm_up, serving.run(warm_up, plan.limit_s))
-            if done.error:
-                return Measured.failed(f"warm-up: {done.error}")
-        job = plan.job(case, repeat)
+            if why := failure(warm_up, serving.run(warm_up, plan.limit_s)):
+                return Measured.failed(f"warm-up: {why}")
+        workload = plan.workload(case, repeat)
         meter.start()
         try:
-            outcome = serving.run(job, plan.limit_s)
+            outcome = serving.run(workload, plan.limit_s)
         finally:
             taken = meter.stop()
-        found = figures(job, outcome)
-        time = 0.0 if found.error else found.elapsed
-        return Measured(0.0, time, detail=found.detail | taken, error=found.error)
+        detail, error = figures(workload, outcome), failure(workload, outcome)
+        time = 0.0 if error else detail["elapsed_seconds"]
+        return Measured(0.0, time, detail=detail | taken, error=error)
 
     def close(self) -> None:
         self._open.clear()
         self._stack.close()
-
-
-def open_arm(plan: Plan, arm: Arm, case: Case) -> Serving:
-    """Its processes, with nothing loaded."""
-    own = arm.case_of(case, plan.oversubscribe)
-    if arm.kind != "processes":
-        return Hosted(arm.kind, arm.sampler, own, plan.verbose)
-    limits = [b for b in (plan.process_memory, plan.total_memory // case.pl) if b]
-    return Processes(own, arm.sampler, min(limits, default=0), plan.verbose)

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from pyllamabatch.cli import main
-from pyllamabatch.compare.child import Child, ChildFailed
 from pyllamabatch.report.records import Record, read
 
 SHORT = ["--prompt-tokens", "12", "--sample-tokens", "6", "--repeats", "1", "--quiet", "-t", "1"]
@@ -296,22 +295,3 @@ def wait_until(true: Any, seconds: float = 60.0) -> None:
     while not true():
         assert time.monotonic() < end, "did not happen in time"
         time.sleep(0.05)
-
-
-@LINUX
-def test_a_debugger_does_not_write_between_a_childs_answers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """ggml starts gdb before it aborts, where there is one."""
-    debugger = tmp_path / "gdb"
-    debugger.write_text("#!/bin/sh\necho '[New LWP 1]'\n", encoding="utf-8")
-    debugger.chmod(0o755)
-    program = (
-        "import resource\nfrom pyllamabatch.raw import lib\n"
-        "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\nlib.ggml_abort(b'a.c', 1, b'gone')\n"
-    )
-    (tmp_path / "aborts.py").write_text(program, encoding="utf-8")
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with Child("aborts") as child, pytest.raises(ChildFailed, match="ended with -6"):
-        pytest.fail(child.answer(60))

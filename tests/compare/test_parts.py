@@ -1,34 +1,45 @@
-"""What the arms of `pyllamabatch compare` are made of: loops, figures, the held engine, workers and
-their router."""
+"""What the arms of `pyllamabatch compare` are made of: loops, figures, the held engine, processes,
+and the server and router."""
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import os
+import resource
 import signal
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pyllamabatch import Engine, Model
-from pyllamabatch.compare.arms import Arm, ArmError, answer, chosen
+from pyllamabatch import Context, Engine, Model
+from pyllamabatch.compare.arms import Arm, chosen
 from pyllamabatch.compare.case import Case, GgufFile, sampling_params
-from pyllamabatch.compare.child import Child, ChildFailed, interrupts_later
+from pyllamabatch.compare.child import ArmError, Child, interrupts_later
 from pyllamabatch.compare.clients import at_once
-from pyllamabatch.compare.job import Job, Outcome, Served, figures, poisson_arrivals
+from pyllamabatch.compare.engine_arm import StartTogether
 from pyllamabatch.compare.loop import CHAIN, FUSED, loop_of
-from pyllamabatch.compare.processes import Processes, completion
+from pyllamabatch.compare.processes import Processes
 from pyllamabatch.compare.run import Plan
 from pyllamabatch.compare.scenario import met, ratios
-from pyllamabatch.compare.with_engine import StartTogether
-from pyllamabatch.llama.context import Context
+from pyllamabatch.compare.server import Json, RoundRobin, Server, ThreadingServer, completion
+from pyllamabatch.compare.workload import (
+    Outcome,
+    Served,
+    Workload,
+    failure,
+    figures,
+    poisson_arrivals,
+)
 from pyllamabatch.models import default_model_path
+from pyllamabatch.raw import lib
 from pyllamabatch.report.records import Record
 from pyllamabatch.scheduler import Limits, SequenceView, StepView, sarathi
 
@@ -118,37 +129,41 @@ def outcome() -> Outcome:
 
 
 def test_the_figures_of_a_burst() -> None:
-    found = figures(Job("burst", 0, 4, (0.0, 0.0)), outcome())
-    assert (found.elapsed, found.error) == (10.0, "")
-    assert found.detail["total_tokens_sampled"] == 6
-    assert found.detail["fastest_tokens_per_second"] == 3 / 4
-    assert found.detail["slowest_tokens_per_second"] == 3 / 10
-    assert found.detail["per_sequence_tokens_per_second"] == pytest.approx((0.75 + 0.3) / 2)
-    assert found.detail["fairness"] == pytest.approx(0.4)
-    assert found.detail["ttft_p50_s"] == 1.5
-    assert found.detail["itl_p50_s"] == np.percentile([3, 1, 2, 3, 2, 6], 50)
-    assert found.detail["itl_p99_s"] == np.percentile([3, 1, 2, 3, 2, 6], 99)
+    workload = Workload("burst", 0, 4, (0.0, 0.0))
+    found = figures(workload, outcome())
+    assert failure(workload, outcome()) == ""
+    assert (found["elapsed_seconds"], found["total_tokens_sampled"]) == (10.0, 6)
+    assert found["fastest_tokens_per_second"] == 3 / 4
+    assert found["slowest_tokens_per_second"] == 3 / 10
+    assert found["per_sequence_tokens_per_second"] == pytest.approx((0.75 + 0.3) / 2)
+    assert found["fairness"] == pytest.approx(0.4)
+    assert found["ttft_p50_s"] == 1.5
+    assert found["itl_p50_s"] == np.percentile([3, 1, 2, 3, 2, 6], 50)
+    assert found["itl_p99_s"] == np.percentile([3, 1, 2, 3, 2, 6], 99)
 
 
 def test_elsewhere_the_first_tokens_count() -> None:
     came_late = Outcome(0.0, [Served(0.0, [1.0, 2.0]), Served(4.0, [6.0, 8.0])])
-    found = figures(Job("poisson", 0, 2, (0.0, 4.0)), came_late)
-    assert (found.elapsed, found.detail["total_tokens_sampled"]) == (8.0, 4)
-    assert found.detail["fastest_tokens_per_second"] == 1.0
-    assert found.detail["slowest_tokens_per_second"] == 0.5
-    assert found.detail["ttft_p99_s"] == pytest.approx(1.99)
+    found = figures(Workload("poisson", 0, 2, (0.0, 4.0)), came_late)
+    assert (found["elapsed_seconds"], found["total_tokens_sampled"]) == (8.0, 4)
+    assert found["fastest_tokens_per_second"] == 1.0
+    assert found["slowest_tokens_per_second"] == 0.5
+    assert found["ttft_p99_s"] == pytest.approx(1.99)
 
 
 def test_a_request_that_ends_early_is_an_error() -> None:
-    short = outcome()
+    workload, short = Workload("burst", 0, 4, (0.0, 0.0)), outcome()
     del short.served[1].times[2:]
     short.served[1].error = "llama_decode says no"
-    found = figures(Job("burst", 0, 4, (0.0, 0.0)), short)
-    assert found.error == "1 of 2 requests failed, after 2 of 4 tokens: llama_decode says no"
-    assert (found.detail["completed"], found.detail["total_tokens_sampled"]) == (1, 4)
-    nothing = figures(Job("burst", 0, 4, (0.0,)), Outcome(3.0, [Served()]))
-    assert (nothing.elapsed, nothing.detail["completed"]) == (0.0, 0)
-    assert nothing.error
+    assert failure(workload, short) == (
+        "1 of 2 requests failed, after 2 of 4 tokens: llama_decode says no"
+    )
+    found = figures(workload, short)
+    assert (found["completed"], found["total_tokens_sampled"]) == (1, 4)
+    nothing = Outcome(3.0, [Served()])
+    found = figures(Workload("burst", 0, 4, (0.0,)), nothing)
+    assert (found["elapsed_seconds"], found["completed"]) == (0.0, 0)
+    assert failure(workload, nothing)
 
 
 def test_arrivals_are_those_of_a_poisson_process() -> None:
@@ -163,18 +178,11 @@ def test_arrivals_are_those_of_a_poisson_process() -> None:
 
 def test_prompts_are_equal_where_the_protocol_says_so() -> None:
     case = case_of(3)
-    same = Job("ds4", 1, 6, (0.0,) * 3).prompts(case, 100)
+    same = Workload("ds4", 1, 6, (0.0,) * 3).prompts(case, 100)
     assert (same == same[0]).all()
-    other = Job("burst", 1, 6, (0.0,) * 3).prompts(case, 100)
+    other = Workload("burst", 1, 6, (0.0,) * 3).prompts(case, 100)
     assert not (other == other[0]).all()
-    assert not (other == Job("burst", 2, 6, (0.0,) * 3).prompts(case, 100)).all()
-
-
-def test_cases_and_jobs_survive_the_pipe() -> None:
-    case, job = case_of(2, n_cells=300, kv_unified=True), Job("poisson", 1, 6, (0.0, 1.5))
-    assert Case.from_json(case.to_json()) == case
-    assert Job.from_json(job.to_json()) == job
-    assert Outcome.from_json(outcome().to_json()) == outcome()
+    assert not (other == Workload("burst", 2, 6, (0.0,) * 3).prompts(case, 100)).all()
 
 
 # -- what runs when --
@@ -260,19 +268,39 @@ def test_one_that_fails_at_its_prompt_does_not_hold_the_others() -> None:
 # -- processes --
 
 
-def test_a_child_that_ends_says_why() -> None:
-    with Child("pyllamabatch.compare.host") as child:
-        child.tell("no JSON")
-        with pytest.raises(ChildFailed, match=r"ended with 1\n(.*\n)*.*JSONDecodeError"):
-            child.answer(SECONDS)
-        with pytest.raises(ChildFailed, match="ended with 1"):
-            child.answer(SECONDS)
+def echo(pipe: Connection[Any, Any], add: int) -> None:
+    while True:
+        pipe.send(pipe.recv() + add)
+
+
+def abort(pipe: Connection[Any, Any]) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    lib.ggml_abort(b"a.c", 1, b"gone")
+
+
+def test_a_child_does_what_it_is_told() -> None:
+    with Child() as child:
+        child.do(echo, 3)
+        for i in range(3):
+            child.send(i)
+            assert child.receive(SECONDS) == i + 3
+        child.send("text")
+        with pytest.raises(ArmError, match="TypeError: can only concatenate str"):
+            child.receive(SECONDS)
     assert child.ended()
 
 
+def test_a_child_that_ends_says_why() -> None:
+    with Child() as child:
+        child.do(abort)
+        for _ in range(2):
+            with pytest.raises(ArmError, match=r"ended with -6\n(.*\n)*.*gone"):
+                child.receive(SECONDS)
+
+
 def test_a_child_that_does_not_answer_is_not_waited_for() -> None:
-    with Child("pyllamabatch.compare.host") as child, pytest.raises(ChildFailed, match="no answer"):
-        child.answer(0.05)
+    with Child() as child, pytest.raises(ArmError, match="no answer"):
+        child.receive(0.05)
     assert child.ended()
 
 
@@ -294,58 +322,74 @@ def test_an_interrupt_waits_until_the_process_is_somebody_s() -> None:
     assert done == ["noted"]
 
 
-@pytest.fixture
-def workers() -> Iterator[list[HTTPServer]]:
-    """Two that answer with their number."""
-    servers = []
-    for i in range(2):
-
-        class Handler(BaseHTTPRequestHandler):
-            number = i
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                self.send_response(200)
-                self.end_headers()
-                for values in ({"token": self.number}, {"done": body["n_predict"]}):
-                    self.wfile.write(json.dumps(values).encode() + b"\n")
-
-            def log_message(self, format: str, *arguments: object) -> None: ...
-
-        servers.append(HTTPServer(("127.0.0.1", 0), Handler))
-    threads = [threading.Thread(target=server.serve_forever) for server in servers]
-    for thread in threads:
-        thread.start()
-    yield servers
-    for server, thread in zip(servers, threads, strict=True):
+@contextmanager
+def serving(server: Server) -> Iterator[int]:
+    """Its port; it serves in the block."""
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server.server_port
+    finally:
         server.shutdown()
         server.server_close()
         thread.join()
 
 
-def test_the_router_gives_each_worker_its_turn(workers: list[HTTPServer]) -> None:
-    with Child("pyllamabatch.compare.router") as router:
-        router.tell(json.dumps({"ports": [server.server_port for server in workers]}))
-        port = answer(router, SECONDS)["port"]
-        lines = [list(completion(port, {"n_predict": i}, SECONDS)) for i in range(5)]
-        assert lines == [[{"token": i % 2}, {"done": i}] for i in range(5)]
-        _, many = at_once(
-            8,
-            lambda i, began: next(completion(port, {"n_predict": i}, SECONDS))["token"],
-            router.stop,
-        )
-        assert sorted(many) == [0] * 4 + [1] * 4
+def numbered(number: int) -> Server:
+    """Answers with its number, and fails for less than no token."""
+
+    def answer(body: Json) -> Iterator[Json]:
+        yield {"token": number}
+        if body["n_predict"] < 0:
+            raise ValueError("too few")
+        yield {"done": body["n_predict"]}
+
+    return Server(answer)
 
 
-def test_a_worker_that_has_gone_is_an_error_and_not_a_hang(workers: list[HTTPServer]) -> None:
-    with Child("pyllamabatch.compare.router") as router:
-        with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as gone:
-            ports = [gone.server_port, workers[1].server_port]
-        router.tell(json.dumps({"ports": ports}))
-        port = answer(router, SECONDS)["port"]
-        with pytest.raises(ArmError, match="worker 0 does not answer: ConnectionRefusedError"):
-            list(completion(port, {"n_predict": 1}, SECONDS))
-        assert list(completion(port, {"n_predict": 1}, SECONDS)) == [{"token": 1}, {"done": 1}]
+def ask(port: int, n_predict: int = 0) -> list[Json]:
+    return list(completion(port, {"n_predict": n_predict}, SECONDS))
+
+
+def test_the_router_gives_each_worker_its_turn() -> None:
+    with serving(numbered(0)) as one, serving(numbered(1)) as two:
+        router = ThreadingServer(RoundRobin([one, two]))
+        with serving(router) as port:
+            lines = [ask(port, i) for i in range(5)]
+            assert lines == [[{"token": i % 2}, {"done": i}] for i in range(5)]
+            _, many = at_once(8, lambda i, began: ask(port)[0]["token"], router.shutdown)
+            assert sorted(many) == [0] * 4 + [1] * 4
+
+
+def test_what_fails_behind_the_router_is_an_error_and_not_a_hang() -> None:
+    with Server(lambda body: {}) as server:
+        gone = server.server_port
+    with (
+        serving(numbered(1)) as other,
+        serving(ThreadingServer(RoundRobin([gone, other]))) as port,
+    ):
+        with pytest.raises(ArmError, match="worker 0: ConnectionRefusedError"):
+            ask(port)
+        with pytest.raises(ArmError, match="worker 1: ValueError: too few"):
+            ask(port, -1)
+        with pytest.raises(ArmError, match="worker 0"):
+            ask(port)
+        assert ask(port, 1) == [{"token": 1}, {"done": 1}]
+
+
+def test_a_whole_answer_leaves_the_connection_open() -> None:
+    with serving(ThreadingServer(lambda body: {"twice": 2 * body["n"]})) as port:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
+        for method, path, body, expected in (
+            ("GET", "/health", None, (200, {})),
+            ("POST", "/completion", b'{"n": 4}', (200, {"twice": 8})),
+            ("POST", "/completion", b"{}", (500, {"error": "KeyError: 'n'"})),
+            ("POST", "/elsewhere", b"{}", (404, {})),
+        ):
+            connection.request(method, path, body)
+            answer = connection.getresponse()
+            assert (answer.status, json.loads(answer.read())) == expected
+        connection.close()
 
 
 @pytest.fixture
@@ -356,32 +400,28 @@ def processes() -> Iterator[Processes]:
     arm.close()
 
 
-def test_a_worker_goes_on_with_what_it_kept_and_has_its_own_folder(processes: Processes) -> None:
-    ask = {"prompt": list(range(20, 40)), "n_predict": 6, "seed": 1}
+def test_a_worker_goes_on_with_its_sequence(processes: Processes) -> None:
+    def tokens(**values: object) -> list[int]:
+        body = {"prompt": list(range(20, 40)), "n_predict": 6, "seed": 1} | values
+        *lines, last = completion(processes.port, body, SECONDS)
+        assert last == {"done": True}
+        return [line["token"] for line in lines]
 
-    def tokens(**values: object) -> tuple[list[int], int]:
-        *lines, last = completion(processes.port, ask | values, SECONDS)
-        return [line["token"] for line in lines], last["n_computed"]
-
-    whole, computed = tokens()
-    assert (len(whole), computed) == (6, 20)
-    tokens()  # the other worker's turn
-    first, _ = tokens(n_predict=2, keep=True, cache_prompt=True)
+    whole = tokens()
+    assert tokens() == whole  # the other worker's turn
+    first = tokens(n_predict=2, keep=True)
     tokens()
-    rest, computed = tokens(prompt=[], n_predict=4)
-    assert (first + rest, computed) == (whole, 0)
-    assert tokens(cache_prompt=True) == (whole, 20)  # this one's folder has nothing yet
-    assert tokens(cache_prompt=True) == (whole, 1)  # that of the first one has
+    assert first + tokens(prompt=[], n_predict=4) == whole
 
 
 def test_a_worker_that_dies_in_a_run_ends_the_run(processes: Processes) -> None:
-    job = Job("ds4", 0, 40_000, (0.0, 0.0))
+    workload = Workload("ds4", 0, 40_000, (0.0, 0.0))
     killer = threading.Timer(1.0, os.kill, (processes.pids[1], signal.SIGKILL))
     killer.start()
-    done = processes.run(job, limit_s=2.0)
+    done = processes.run(workload, limit_s=2.0)
     killer.join()
     assert sorted(len(one.times) < 40_000 for one in done.served) == [True, True]
     ended = f"process {processes.pids[1]} ended with -9"
     assert next(one.error for one in done.served if "ended early" in one.error).endswith(ended)
     assert sum("not done after 2 s" in one.error for one in done.served) == 1
-    assert math.isfinite(figures(job, done).elapsed)
+    assert math.isfinite(figures(workload, done)["elapsed_seconds"])

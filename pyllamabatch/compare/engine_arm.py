@@ -1,4 +1,4 @@
-"""The arm that is the engine: a thread per client, which reads its stream token by token."""
+"""The arm that is the engine: a thread for each client, which reads its stream token by token."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import replace
 
 from pyllamabatch.compare.case import Case, sampling_params
 from pyllamabatch.compare.clients import at_once, sleep_until
-from pyllamabatch.compare.inside import Inside
-from pyllamabatch.compare.job import BURST, Job, Outcome, Served
+from pyllamabatch.compare.workload import BURST, Outcome, Served, Workload
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import PyllamabatchError
 from pyllamabatch.llama.model import Model
@@ -18,27 +17,27 @@ SOON_S = 0.001
 
 
 class StartTogether:
-    """A policy that asks another one and, when told to, lets nobody decode before all of `n`
-    sequences have their first token; `begin` is when they are let go (perf_counter, s)."""
+    """A policy that asks another one. Told to `hold`, it lets no sequence decode before all of
+    `n` have their first token. `begin`: when it let them go (perf_counter, s)."""
 
     def __init__(self, policy: Policy) -> None:
         self.begin = 0.0
         self._policy = policy
-        self._expected = 0  # how many are held back until all are there; 0: nobody is
+        self._held = 0  # sequences that are held back until all are there
         self._all_came = False
 
     def hold(self, n: int) -> None:
-        """The next `n` sequences; nobody else must be there."""
-        self._expected, self._all_came = n, False
+        """The next `n` sequences; no other may be there."""
+        self._held, self._all_came = n, False
 
     def plan(self, view: StepView) -> Plan:
         plan = self._policy.plan(view)
-        if not self._expected:
+        if not self._held:
             return plan
         present = len(view.running) + len(view.waiting)
-        self._all_came |= present == self._expected
+        self._all_came |= present == self._held
         if self._all_came and len(view.decoding) == present:  # one that failed has left
-            self._expected = 0
+            self._held = 0
             self.begin = time.perf_counter()
             return plan
         prompts = {id: n for id, n in plan.tokens.items() if id not in view.decoding}
@@ -46,38 +45,35 @@ class StartTogether:
         return replace(plan, tokens=prompts, repeat=1, wake=wake)
 
 
-class WithEngine(Inside):
-    """`Engine` with its own choices: device sampling, scheduling, delivery. No cache of prompts, so
-    that it computes as many rows as the others."""
+class EngineArm:
+    """`Engine` with its own choices of sampling, scheduling and delivery. Without a prefix cache:
+    it computes as many rows as the other arms."""
 
     def __init__(self, model: Model, case: Case) -> None:
-        super().__init__(model, case)
+        self._case = case
+        self._n_vocab = model.n_vocab
         self._policy = StartTogether(sarathi())
         self._engine = Engine(
             model, policy=self._policy, prefix_cache=False, **case.context_params()
         )
 
-    def run(self, job: Job) -> Outcome:
-        case, n = self.case, len(job.arrivals)
-        prompts = job.prompts(case, self.model.n_vocab)
+    def run(self, workload: Workload) -> Outcome:
+        case, n = self._case, len(workload.arrivals)
+        prompts = workload.prompts(case, self._n_vocab)
         served = [Served() for _ in range(n)]
-        if job.protocol == BURST:
+        if workload.protocol == BURST:
             self._policy.hold(n)
 
         def client(i: int, began: float) -> None:
             one = served[i]
-            one.arrived = began + job.arrivals[i]
+            one.arrived = began + workload.arrivals[i]
             sleep_until(one.arrived)
-            params = sampling_params(case.sampling, case.seed + i, job.tokens)
-            stream = self._engine.submit(prompts[i], params)
+            params = sampling_params(case.sampling, case.seed + i, workload.tokens)
             try:
-                for _ in stream:
+                for _ in self._engine.submit(prompts[i], params):
                     one.times.append(time.perf_counter())
             except PyllamabatchError as error:
                 one.error = str(error)
 
-        began, _ = at_once(n, client, self.close)
-        return Outcome(self._policy.begin if job.protocol == BURST else began, served)
-
-    def close(self) -> None:
-        self._engine.close(wait=False)
+        began, _ = at_once(n, client, lambda: self._engine.close(wait=False))
+        return Outcome(self._policy.begin if workload.protocol == BURST else began, served)
