@@ -15,15 +15,14 @@ import argparse
 import json
 import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from bench.case import Case
 from bench.models import BenchModel
+from pyllamabatch.compare.server import HOST, ThreadingServer
 
-HOST = "127.0.0.1"
 Complete = Callable[[dict[str, Any]], dict[str, Any]]
 """From a request's body to the answer's."""
 
@@ -125,42 +124,6 @@ def serve_xllamacpp(case: Case, gpu: bool, port: int) -> None:
     threading.Event().wait()
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"  # connections stay open
-    disable_nagle_algorithm = True
-    wbufsize = -1  # an answer is one packet
-    complete: Complete
-
-    def do_GET(self) -> None:
-        self._answer(200 if self.path == "/health" else 404, {})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path != "/completion":
-            self._answer(404, {})
-            return
-        try:
-            self._answer(200, type(self).complete(body))
-        except Exception as error:
-            self._answer(500, {"error": f"{type(error).__name__}: {error}"})
-
-    def _answer(self, status: int, values: dict[str, Any]) -> None:
-        content = json.dumps(values).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        """Nothing per request."""
-
-
-class Server(ThreadingHTTPServer):
-    request_queue_size = 512  # clients that connect at once
-    daemon_threads = True
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.endpoint", description=__doc__)
     parser.add_argument("kind", choices=["engine", "xllamacpp", "llama-cpp-python"])
@@ -174,8 +137,7 @@ def main() -> None:
     if options.kind == "xllamacpp":
         serve_xllamacpp(case, gpu, options.port)
     complete = engine if options.kind == "engine" else llama_cpp_python
-    Handler.complete = staticmethod(complete(case, gpu))
-    Server((HOST, options.port), Handler).serve_forever()
+    ThreadingServer(complete(case, gpu), options.port).serve_forever()
 
 
 if __name__ == "__main__":
