@@ -21,7 +21,7 @@ from tests.support.models_special import write_lora
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("docs/**/*.md")))]
 BLOCK = re.compile(
-    r"^```python\n(.*?)^```$(?:\n+[^\n`#]*)?(?:\n+^```text\n(.*?)^```$)?", re.M | re.S
+    r"^```python\n(.*?)^```$(?:\n+(?:[^\n`#]+\n+)?^```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL
 )
 END = "\0"  # of a block's output
 
