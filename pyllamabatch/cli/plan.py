@@ -1,25 +1,35 @@
-"""How many sequences, contexts or processes of a model fit a machine, before anything is loaded.
+"""How many sequences, contexts or processes of a model fit a machine, before
+anything is loaded.
 
-With a file the sizes are those that llama.cpp itself projects (nothing is allocated); with
---weights they are what you say. Compares one context shared by all sequences, a context each, and a
-process each. --measure starts real processes on this machine (Linux) and prints what they share.
+With a file, the sizes are those that llama.cpp itself projects; nothing is
+allocated. With --weights, they are what you say. One context shared by all
+sequences, a context each, and a process each are compared. --measure starts
+real processes on this machine (Linux) and prints what they share.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
+from pyllamabatch.cli.console import say
 from pyllamabatch.cli.options import add_model_arguments, at_least, n_bytes
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.models import default_model_path
 from pyllamabatch.planner.machines import GIB, MACHINES, Machine, machine
 from pyllamabatch.planner.residency import Footprint, Pool, Projector, by_size, most
-from pyllamabatch.planner.sharing import Shared, measure
+from pyllamabatch.planner.sharing import measure
+from pyllamabatch.report.tables import Table
 
 GRAPHS = 10**9  # bytes of a process beside weights and cells, where no file tells
+BLOCK = 256  # cells: n_ctx is a multiple of it
+
+Sizes = Callable[[int, int], Footprint]
+"""What a context takes, by n_ctx and n_seq_max."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,13 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="to compare the three for (4)",
     )  # fmt: skip
     parser.add_argument(
-        "-c", "--n-ctx", type=at_least(1), default=4096, metavar="N", help="cells each (4096)"
-    )
-    parser.add_argument("-ub", "--n-ubatch", type=at_least(1), default=512, metavar="N")
+        "-c", "--n-ctx", type=at_least(1), default=4096, metavar="N",
+        help="KV cells of each sequence (4096)",
+    )  # fmt: skip
+    parser.add_argument(
+        "-ub", "--n-ubatch", type=at_least(1), default=512, metavar="N",
+        help="most rows that the device computes at once (512)",
+    )  # fmt: skip
     parser.add_argument(
         "--measure", action="store_true", help="with N processes of this machine (Linux)"
     )
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="one JSON object, sizes in bytes")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,49 +73,34 @@ def run(args: argparse.Namespace) -> int:
         memory=args.memory or chosen.memory,
         device_limit=args.limit or chosen.device_limit,
     )
-    if args.weights is not None:
-        if args.model is not None or args.measure:
-            raise ArgumentError("--weights", args.weights, "goes without -m and --measure")
-        found = plan_by_size(args, chosen)
-    else:
-        found = plan_by_file(args, chosen)
-    shared = None
+    if args.weights is not None and (args.model is not None or args.measure):
+        raise ArgumentError("--weights", args.weights, "goes without -m and --measure")
+    with sizes_of(args, chosen) as (sizes, trained):
+        found = plan(chosen, sizes, trained, args.sequences, args.n_ctx)
     if args.measure:
         path = args.model or default_model_path()
         shared = measure(path, args.sequences, args.n_ctx, args.n_gpu_layers)
         found["measured"] = [asdict(s) for s in shared]
-    print(json.dumps(found) if args.json else "\n".join(lines(found, args, chosen, shared)))
+    say(json.dumps(found) if args.json else in_words(found, args.n_ctx))
     return 0
 
 
-def plan_by_size(args: argparse.Namespace, chosen: Machine) -> dict[str, Any]:
-    one = by_size(args.weights, args.n_ctx, args.kv_per_cell, GRAPHS, chosen)
-    n = args.sequences
-    all_of_them = by_size(args.weights, n * args.n_ctx, args.kv_per_cell, GRAPHS, chosen)
-    n_ctx = None
-    if args.kv_per_cell:
-        blocks = most(
-            lambda b: by_size(args.weights, 256 * b, args.kv_per_cell, GRAPHS, chosen).check(chosen)
-        )
-        n_ctx = 256 * blocks
-    return verdict(chosen, n, one, all_of_them, n_ctx)
-
-
-def plan_by_file(args: argparse.Namespace, chosen: Machine) -> dict[str, Any]:
-    path = default_model_path() if args.model is None else args.model
-    n, params = args.sequences, {"n_ubatch": args.n_ubatch}
+@contextmanager
+def sizes_of(args: argparse.Namespace, chosen: Machine) -> Iterator[tuple[Sizes, int]]:
+    """The sizes, and the positions that the model was trained on (0: not known)."""
+    if args.weights is not None:
+        yield lambda n_ctx, _: by_size(args.weights, n_ctx, args.kv_per_cell, GRAPHS, chosen), 0
+        return
+    path = args.model or default_model_path()
     # The devices of this machine say nothing of another one.
     devices: list[str] | None = None if chosen.name == "here" else []
     with Projector(path, n_gpu_layers=args.n_gpu_layers, devices=devices) as projector:
 
-        def footprint(n_ctx: int, n_seq_max: int) -> Footprint:
-            found = projector.footprint(n_ctx=n_ctx, n_seq_max=n_seq_max, **params)
+        def sizes(n_ctx: int, n_seq_max: int) -> Footprint:
+            found = projector.footprint(n_ctx=n_ctx, n_seq_max=n_seq_max, n_ubatch=args.n_ubatch)
             return found if found.device.total else moved(found, chosen)
 
-        trained = projector.model.n_ctx_train
-        blocks = most(lambda b: footprint(256 * b, n).check(chosen), -(-n * trained // 256))
-        found = footprint(args.n_ctx, 1), footprint(n * args.n_ctx, n)
-        return verdict(chosen, n, *found, min(256 * blocks, n * trained))
+        yield sizes, projector.model.n_ctx_train
 
 
 def moved(found: Footprint, chosen: Machine) -> Footprint:
@@ -115,17 +114,18 @@ def moved(found: Footprint, chosen: Machine) -> Footprint:
     return Footprint(pool, Pool())
 
 
-def verdict(
-    chosen: Machine, n: int, one: Footprint, shared: Footprint, n_ctx: int | None
-) -> dict[str, Any]:
-    """What fits; bytes throughout. `one`: a context for one sequence; `shared`: for n."""
+def plan(chosen: Machine, sizes: Sizes, trained: int, n: int, n_ctx: int) -> dict[str, Any]:
+    """What fits for `n` sequences of `n_ctx` cells each. Sizes in bytes."""
+    one, shared = sizes(n_ctx, 1), sizes(n * n_ctx, n)
+    places = ["host memory"] if chosen.kind == "cpu" else ["device", "host memory"]
 
     def about(found: Footprint, processes: int, contexts: int) -> dict[str, Any]:
         use = found.use(chosen, processes, contexts)
         return {"use": [u for u, _ in use], "fits": all(u <= limit for u, limit in use)}
 
-    return {
+    found = {
         "machine": asdict(chosen),
+        "places": places,
         "limits": [limit for _, limit in one.use(chosen)],
         "sequences": n,
         "one_process": asdict(one),
@@ -134,46 +134,58 @@ def verdict(
         "processes": about(one, n, 1),
         "max_active_processes": most(lambda k: one.check(chosen, k), 4096),
         "max_contexts": most(lambda k: one.check(chosen, 1, k), 4096),
-        "max_n_ctx": n_ctx,
+        "max_n_ctx": None,
     }
+    if shared.total == sizes(BLOCK, n).total:  # cells take nothing: nothing bounds them
+        return found
+    longest = -(-n * trained // BLOCK) if trained else 2**20
+    blocks = most(lambda b: sizes(BLOCK * b, n).check(chosen), longest)
+    if trained and blocks == longest:
+        found |= {"max_n_ctx": n * trained, "bound": f"{n} times what the model was trained on"}
+    else:
+        use = sizes(BLOCK * (blocks + 1), n).use(chosen)
+        full = next(p for p, (used, limit) in zip(places, use, strict=True) if used > limit)
+        found |= {"max_n_ctx": BLOCK * blocks, "bound": f"{full} is full then"}
+    return found
 
 
-def lines(
-    found: dict[str, Any],
-    args: argparse.Namespace,
-    chosen: Machine,
-    shared: list[Shared] | None,
-) -> list[str]:
+def in_words(found: dict[str, Any], n_ctx: int) -> str:
     """The plan for people to read."""
-    one, n = found["one_process"], found["sequences"]
-    places = ["host memory"] if chosen.kind == "cpu" else ["device", "host memory"]
-    limits = ", ".join(
-        f"{name} {limit / GIB:.2f} GiB" for name, limit in zip(places, found["limits"], strict=True)
-    )
-    out = [f"{chosen.name} ({chosen.kind}): {limits}; {chosen.source}"]
+    chosen, places, n = found["machine"], found["places"], found["sequences"]
+
+    def gib(sizes: list[int]) -> list[str]:
+        return [f"{size / GIB:.2f}" for size in sizes]
+
+    limits = zip(places, gib(found["limits"]), strict=True)
+    out = [
+        f"{chosen['name']} ({chosen['kind']}): "
+        f"{', '.join(f'{place} {limit} GiB' for place, limit in limits)}; {chosen['source']}"
+    ]
     for place in ("device", "host"):
-        if any(one[place].values()):
-            sizes = ", ".join(f"{k} {v / GIB:.3f}" for k, v in one[place].items() if v)
-            out.append(f"a process with {args.n_ctx} cells, {place}: {sizes} GiB")
-    out.append(f"{n} sequences of {args.n_ctx} cells:")
-    for name, key in (
-        ("one shared context", "shared_context"),
-        (f"{n} contexts in a process", "contexts"),
-        (f"{n} active processes", "processes"),
-    ):
-        use = ", ".join(
-            f"{place} {u / GIB:.2f}" for place, u in zip(places, found[key]["use"], strict=True)
+        sizes = {k: v for k, v in found["one_process"][place].items() if v}
+        if sizes:
+            shown = ", ".join(f"{k} {v / GIB:.3f}" for k, v in sizes.items())
+            out.append(f"a process with {n_ctx} cells, {place}: {shown} GiB")
+    rows = [
+        [name, *gib(found[key]["use"]), "fits" if found[key]["fits"] else "does not fit"]
+        for name, key in (
+            ("one shared context", "shared_context"),
+            (f"{n} contexts in a process", "contexts"),
+            (f"{n} active processes", "processes"),
         )
-        out.append(f"  {name}: {use} GiB, {'fits' if found[key]['fits'] else 'does not fit'}")
+    ]
+    heads = [f"{n} sequences of {n_ctx} cells", *(f"{place}, GiB" for place in places), ""]
+    out += ["", Table(heads, rows, text=(0, len(heads) - 1)).plain(), ""]
     out.append(
         f"at most {found['max_active_processes']} active processes, "
-        f"{found['max_contexts']} contexts in one"
+        f"or {found['max_contexts']} contexts in one"
     )
     if found["max_n_ctx"] is not None:
-        out.append(f"one context of {n} sequences: n_ctx up to {found['max_n_ctx']:,}")
-    out += [
-        f"measured, {s.n} {s.state}: RSS {s.rss / GIB:.3f}, PSS {s.pss / GIB:.3f}, "
-        f"shared {s.shared / GIB:.3f} GiB in sum; planned {s.planned / GIB:.3f} GiB"
-        for s in shared or ()
-    ]
-    return out
+        out.append(
+            f"one context of {n} sequences: n_ctx up to {found['max_n_ctx']:,} ({found['bound']})"
+        )
+    for s in found.get("measured", ()):
+        sizes = {name: s[name] / GIB for name in ("rss", "pss", "shared", "planned")}
+        shown = ", ".join(f"{name} {size:.3f}" for name, size in sizes.items())
+        out.append(f"measured, {s['n']} {s['state']} processes together: {shown} GiB")
+    return "\n".join(out)
