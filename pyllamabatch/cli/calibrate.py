@@ -1,8 +1,10 @@
-"""Measure what steps cost on this device with this model, and keep it as a profile.
+"""Measure what steps cost on this device with this model, and save it as a profile.
 
-Times steps of many shapes (rows, prompt rows, KV depth, sequences; cells shared or of each
-sequence's own) with random tokens until the budget is spent, fits the cost model, and saves the
-samples in the user's cache folder, where `Engine` finds them. Ctrl-C keeps what is measured.
+Steps of many shapes (rows, prompt rows, KV depth, sequences; one pool of cells
+or cells of each sequence's own) are timed with random tokens until the budget
+is spent. The cost model is fitted to them. The profile goes into the user's
+cache folder, where `Engine` and `pyllamabatch simulate` find it. Ctrl-C saves
+what is measured.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from pyllamabatch.cli.console import Progress
-from pyllamabatch.cli.options import add_model_arguments, at_least, load_model
+from pyllamabatch.cli.console import Progress, say
+from pyllamabatch.cli.options import add_model_arguments, add_threads_argument, at_least, load_model
 from pyllamabatch.cost.calibrate import calibrate
 from pyllamabatch.cost.model import CostModel, held_out
 from pyllamabatch.cost.profile import Profile, file_name, profile_folder
+from pyllamabatch.report.tables import Table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,24 +31,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--layout", choices=("both", "unified", "streams"), default="both",
-        help="cells shared by all sequences, or of each one's own (both)",
+        help="one pool of cells for all sequences, or cells of each one's own (both)",
     )  # fmt: skip
-    parser.add_argument("-ub", "--n-ubatch", type=at_least(1), default=512, metavar="N")
-    parser.add_argument("-t", "--threads", type=at_least(1), metavar="N", help="CPU threads")
-    parser.add_argument("--type-k", metavar="TYPE", help="of the KV cells: f16, q8_0, ...")
-    parser.add_argument("--type-v", metavar="TYPE")
+    parser.add_argument(
+        "-ub", "--n-ubatch", type=at_least(1), default=512, metavar="N",
+        help="most rows that the device computes at once (512)",
+    )  # fmt: skip
+    add_threads_argument(parser)
+    parser.add_argument("--type-k", metavar="TYPE", help="of the keys in KV cells: f16, q8_0, ...")
+    parser.add_argument("--type-v", metavar="TYPE", help="of the values in KV cells")
     parser.add_argument("--out", type=Path, metavar="FILE", help="instead of the cache folder")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
 
 
 def run(args: argparse.Namespace) -> int:
-    given = {
-        "n_ubatch": args.n_ubatch,
-        "n_threads": args.threads,
-        "type_k": args.type_k,
-        "type_v": args.type_v,
-    }
+    names = {"n_ubatch": "n_ubatch", "n_threads": "threads", "type_k": "type_k", "type_v": "type_v"}
+    given = {name: getattr(args, flag) for name, flag in names.items()}
     params = {name: value for name, value in given.items() if value is not None}
     layouts = ("unified", "streams") if args.layout == "both" else (args.layout,)
     with (
@@ -57,12 +59,8 @@ def run(args: argparse.Namespace) -> int:
         )
     path = args.out or profile_folder() / file_name(profile.key)
     profile.save(path)
-    found = summary(profile)
-    if args.json:
-        print(json.dumps({"profile": str(path), **found}))
-    else:
-        print("\n".join(lines(profile, found)))
-        print(f"saved as {path}")
+    found = {"profile": str(path), **summary(profile)}
+    say(json.dumps(found) if args.json else in_words(found))
     return 0
 
 
@@ -78,17 +76,18 @@ def summary(profile: Profile) -> dict[str, Any]:
     found: dict[str, Any] = {
         "device": profile.key.device,
         "backend": profile.key.backend,
+        "model": profile.about["model"],
         "samples": len(profile.samples),
         "disturbed": sum(sample.n == 0 for sample in profile.samples),
         "complete": profile.about["complete"],
         "layouts": {},
     }
     for unified in sorted({s.unified for s in profile.samples}, reverse=True):
-        samples = profile.only(unified=unified).samples
         unseen = held_out(profile, unified=unified)
         if not unseen:  # too few, or disturbed throughout
             continue
         cost = CostModel.fit(profile, unified=unified, swa_full=False)
+        samples = profile.only(unified=unified).samples
         decode = {s.rows: s for s in reversed(samples) if s.prefill == 0}
         found["layouts"]["unified" if unified else "streams"] = {
             "held_out_median": round(float(np.median(unseen)), 4),
@@ -106,26 +105,30 @@ def summary(profile: Profile) -> dict[str, Any]:
     return found
 
 
-def lines(profile: Profile, found: dict[str, Any]) -> list[str]:
+def in_words(found: dict[str, Any]) -> str:
     """The summary for people to read."""
+    end = "" if found["complete"] else ", interrupted"
     out = [
-        f"{found['device']} ({found['backend']}), {profile.about['model']}: "
-        f"{found['samples']} shapes" + ("" if found["complete"] else ", interrupted")
+        f"{found['device']} ({found['backend']}), {found['model']}: {found['samples']} shapes{end}"
     ]
     if found["disturbed"]:
         out.append(
             f"{found['disturbed']} of them were disturbed at every try: "
-            "measure again when nobody else uses the processor"
+            "measure again when nothing else uses the processor"
         )
     for name, layout in found["layouts"].items():
-        out.append(
-            f"{name}: the model is {layout['held_out_median']:.1%} off where it was not measured "
-            f"(median; 95th percentile {layout['held_out_p95']:.1%})"
-        )
-        out.append("  rows  measured ms  model ms   tok/s")
-        out += [
-            f"  {d['rows']:>4}  {d['measured_ms']:>11.2f}  {d['model_ms']:>8.2f}  "
-            f"{1e3 * d['rows'] / d['measured_ms']:>6.0f}"
+        rows = [
+            [
+                d["rows"],
+                f"{d['measured_ms']:.2f}",
+                f"{d['model_ms']:.2f}",
+                f"{1e3 * d['rows'] / d['measured_ms']:.0f}",
+            ]
             for d in layout["decode"]
         ]
-    return out
+        out += [
+            f"{name}: the model is {layout['held_out_median']:.1%} off where it was not measured "
+            f"(median; 95th percentile {layout['held_out_p95']:.1%})",
+            Table(["rows", "measured ms", "model ms", "tok/s"], rows, text=()).plain(),
+        ]
+    return "\n".join([*out, f"saved as {found['profile']}"])

@@ -6,12 +6,14 @@ Without -m, the embedded model is described.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import platform
+from collections.abc import Iterator
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
+from pyllamabatch.cli.console import say
 from pyllamabatch.cli.options import add_model_arguments, load_model
 from pyllamabatch.llama import runtime
 from pyllamabatch.llama.context import Context
@@ -19,7 +21,8 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.runtime import text
 from pyllamabatch.raw import ffi, lib
 
-_DEVICE_TYPES = ("CPU", "GPU", "IGPU", "ACCEL", "META")
+DEVICE_TYPES = ("CPU", "GPU", "IGPU", "ACCEL", "META")
+LONGEST = 100  # characters of a metadata value in the text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.no_model:
         with load_model(args) as model:
             about["model"] = describe(model)
-    print(json.dumps(about, ensure_ascii=False) if args.json else "\n".join(lines(about)))
+    say(json.dumps(about, ensure_ascii=False) if args.json else in_words(about))
     return 0
 
 
@@ -80,7 +83,7 @@ def _device_info(device: Any) -> dict[str, Any]:
     return {
         "name": text(props.name),
         "description": text(props.description),
-        "type": _DEVICE_TYPES[props.type],
+        "type": DEVICE_TYPES[props.type],
         "backend": text(lib.ggml_backend_reg_name(lib.ggml_backend_dev_backend_reg(device))),
         "memory_free": int(props.memory_free),
         "memory_total": int(props.memory_total),
@@ -90,7 +93,7 @@ def _device_info(device: Any) -> dict[str, Any]:
 def describe(model: Model) -> dict[str, Any]:
     """Size, shape, metadata and capabilities of `model`; sizes in bytes."""
     with Context(model, n_ctx=256, n_seq_max=2, n_batch=32, n_ubatch=32) as context:
-        capabilities = dataclasses.asdict(context.capabilities)
+        capabilities = asdict(context.capabilities)
     return {
         "path": str(model.path),
         "description": model.description,
@@ -103,58 +106,39 @@ def describe(model: Model) -> dict[str, Any]:
         "n_ctx_train": model.n_ctx_train,
         "chat_template": model.chat_template() is not None,
         "capabilities": capabilities,
-        "metadata": model.metadata,
+        "metadata": dict(sorted(model.metadata.items())),
     }
 
 
-def lines(about: dict[str, Any]) -> list[str]:
+def in_words(about: dict[str, Any]) -> str:
     """`about` for people to read."""
-    llama = about["llama_cpp"]
-    out = [
-        f"pyllamabatch {about['version']}, Python {about['python']}, {about['platform']}",
-        f"llama.cpp {llama['build']} (version {llama['version']}, ggml {llama['ggml_version']}), "
-        f"up to {llama['max_sequences']} sequences in a context",
-    ]
-    for backend in about["backends"]:
-        features = " ".join(
+    devices = {
+        device["name"]: f"{device['description']} ({device['type']}, {device['backend']}), "
+        f"{device['memory_free'] / 2**30:.1f} of {device['memory_total'] / 2**30:.1f} GiB free"
+        for device in about["devices"]
+    }
+    backends = {
+        backend["name"]: " ".join(
             name if value == "1" else f"{name}={value}"
             for name, value in backend["features"].items()
             if value != "0"
         )
-        out.append(f"backend {backend['name']}: {features or 'no feature list'}")
-    out += map(_device_line, about["devices"])
-    if "model" in about:
-        out += ["", *_model_lines(about["model"])]
-    return out
+        for backend in about["backends"]
+    }
+    return "\n".join(_lines({**about, "backends": backends, "devices": devices}))
 
 
-def _device_line(device: dict[str, Any]) -> str:
-    return (
-        f"device {device['name']} ({device['type']}, {device['backend']}): "
-        f"{device['description']}, {gib(device['memory_free'])} free "
-        f"of {gib(device['memory_total'])}"
-    )
-
-
-def _model_lines(model: dict[str, Any]) -> list[str]:
-    out = [
-        f"model {model['path']}",
-        f"  {model['description']}: {model['n_params']:,} parameters, "
-        f"{model['size_bytes'] / 2**20:,.1f} MiB",
-        f"  {model['n_layer']} layers, width {model['n_embd']}, vocabulary {model['n_vocab']:,}, "
-        f"trained on {model['n_ctx_train']:,} positions, "
-        f"{'with' if model['chat_template'] else 'no'} chat template",
-        "  of its memory, with cells shared by all sequences:",
-    ]
-    for name, value in model["capabilities"].items():
-        shown = {True: "yes", False: "no"}.get(value, value) if type(value) is bool else value
-        out.append(f"    {name.replace('_', ' ')}: {shown}")
-    out.append("  metadata:")
-    for key, value in sorted(model["metadata"].items()):
-        shown = value if len(value) <= 100 else value[:97] + "..."
-        out.append(f"    {key} = {shown!r}" if "\n" in shown else f"    {key} = {shown}")
-    return out
-
-
-def gib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.1f} GiB"
+def _lines(values: dict[str, Any], indent: str = "") -> Iterator[str]:
+    """A line for each value, its name in front. What is inside another is indented."""
+    for name, value in values.items():
+        label = indent + (name if "." in name else name.replace("_", " "))
+        if isinstance(value, dict):
+            yield f"{label}:"
+            yield from _lines(value, indent + "  ")
+        elif isinstance(value, bool):
+            yield f"{label}: {'yes' if value else 'no'}"
+        elif isinstance(value, int):
+            yield f"{label}: {value:,}"
+        else:
+            shown = repr(value) if "\n" in value else value
+            yield f"{label}: {shown if len(shown) <= LONGEST else shown[: LONGEST - 3] + '...'}"

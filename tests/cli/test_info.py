@@ -36,7 +36,7 @@ def test_json(capsys: Any) -> None:
 def test_text_names_what_matters(capsys: Any) -> None:
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    for words in ("llama.cpp b", "backend CPU", "device CPU", "default.gguf", "partial removal"):
+    for words in ("build: b", "  CPU: ", "GiB free", "default.gguf", "partial removal: yes"):
         assert words in text
 
 

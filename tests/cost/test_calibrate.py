@@ -11,7 +11,7 @@ import pytest
 
 from pyllamabatch import Model
 from pyllamabatch.cli import main
-from pyllamabatch.cli.calibrate import lines, summary
+from pyllamabatch.cli.calibrate import in_words, summary
 from pyllamabatch.cost import where
 from pyllamabatch.cost.calibrate import (
     BASE_DEPTH,
@@ -128,7 +128,7 @@ def test_disturbed_steps_are_told(tiny_llama_path: Path) -> None:
                                                                          "model": ""})  # fmt: skip
     found = summary(profile)
     assert found["disturbed"] == 1
-    assert any("1 of them were disturbed" in line for line in lines(profile, found))
+    assert "1 of them were disturbed" in in_words({"profile": "file", **found})
 
 
 @pytest.mark.parametrize("unified", [True, False])
