@@ -261,7 +261,7 @@ def reckon(cost: CostModel, trace: Trace) -> float:
     """Seconds of all steps by the cost model, as it was before the engine refined it, with the
     graphs that were new: the same for equal steps, however busy the machine was in one run or the
     other."""
-    plain = CostModel.from_json(cost.to_json())
+    plain = cost.at_speed()
     return float(steps_of(trace, plain, cost.n_ubatch).reckoned(plain.new_graph).sum())
 
 

@@ -113,6 +113,12 @@ class Kernels:
         found |= {self.attention_from - 1, self.attention_from}
         return tuple(sorted(n for n in found if 1 <= n <= limit))
 
+    def last_rows(self, limit: int) -> tuple[int, ...]:
+        """The row counts of `edges` that end a tile or a kernel's range: one row more may cost a
+        jump. `limit` is among them."""
+        edges = self.edges(limit)
+        return tuple(n for n in edges if n + 1 in edges or n == limit)
+
 
 def kernels(
     backend: str,

@@ -74,6 +74,14 @@ class Sample:
         """As `CostModel.predict` takes it."""
         return self.rows, self.prefill, self.kv, self.n_seqs
 
+    def new_graphs(self, n_ubatch: int) -> int:
+        """Graphs that are new in every one of equal steps. libllama keeps the last graph only, so
+        of a step in several ubatches none is reused."""
+        apart = self.prefill and not self.unified  # see `Step.parts`
+        sizes = (self.rows - self.prefill, self.prefill) if apart else (self.rows,)
+        n = sum(-(-size // n_ubatch) for size in sizes)
+        return n if n > 1 else 0
+
 
 _SAMPLE_FIELDS = (
     *("rows", "prefill", "kv", "n_seqs", "unified", "seconds", "spread", "n"),

@@ -1,0 +1,200 @@
+"""How the terms of the cost model are fitted to a profile's samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pyllamabatch.cost.profile import Profile, Sample
+from pyllamabatch.cost.step_cost import NewGraph
+from pyllamabatch.cost.terms import ATTENTION, Terms
+from pyllamabatch.errors import ArgumentError
+
+F64 = npt.NDArray[np.float64]
+
+LEAST_SAMPLES = 4
+_OTHER_LAYOUT = 0.5  # times the residuals of samples of the other cache layout
+_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the output matrix's share, that a fit tries for h
+_WINDOW_SHARES = (0.0, 0.5, 0.75, 0.875)  # that it tries for w
+
+
+class Fitted(NamedTuple):
+    """coefficients: seconds per unit of each term. error: median and 95th percentile of the
+    relative error on the samples."""
+
+    terms: Terms
+    coefficients: F64
+    error: tuple[float, float]
+    new_graph: NewGraph
+
+
+def fit_terms(profile: Profile, *, unified: bool, swa_full: bool) -> Fitted:
+    """See `CostModel.fit`.
+
+    Weights cost the same in both layouts, so the other layout's samples count for them, as if they
+    were half as exact; their attention has coefficients of its own, which are dropped.
+    """
+    profile = _at_one_speed(profile, unified)
+    chosen = profile.only(unified=unified).samples
+    known = set(chosen)
+    mine = _calm(chosen)
+    others = [s for s in profile.samples if s.n > 0 and s not in known and s.unified != unified]
+    if len(mine) < LEAST_SAMPLES:
+        raise ArgumentError(
+            "profile", f"{len(mine)} samples", f"must have {LEAST_SAMPLES} at least"
+        )
+    n_ubatch, n = profile.n_ubatch, len(mine)
+    new_graph = _new_graph(mine, n_ubatch)
+    seconds = np.array(
+        _reused(mine, new_graph, n_ubatch) + _reused(others, _new_graph(others, n_ubatch), n_ubatch)
+    )
+    weight = np.array([1.0] * n + [_OTHER_LAYOUT] * len(others))
+    weight /= 0.02 + np.array([s.spread for s in (*mine, *others)])
+    weight /= weight.mean()
+
+    plain = Terms(
+        profile.kernels, 0.0, unified, profile.n_expert, profile.n_expert_used, profile.n_swa
+    )
+    # A design is linear in h and w.
+    base = _design(plain, mine, others, n_ubatch)
+    of_share = _design(replace(plain, output_share=1.0), mine, others, n_ubatch) - base
+    of_window = np.zeros_like(base)
+    if plain.window:
+        of_window = _design(replace(plain, window_share=1.0), mine, others, n_ubatch) - base
+
+    def attempt(h: float, w: float, n_rounds: int) -> tuple[F64, F64]:
+        """Coefficients, and relative errors on this layout's samples."""
+        found, errors = robust_nnls(base + h * of_share + w * of_window, seconds, weight, n_rounds)
+        return found[: len(plain.names)], np.abs(errors[:n])
+
+    def best(tried: Sequence[tuple[float, float]]) -> tuple[float, float]:
+        if len(tried) == 1:
+            return tried[0]
+        means = [attempt(h, w, 2)[1].clip(0, 0.2).mean() for h, w in tried]
+        return tried[int(np.argmin(means))]
+
+    h, _ = best([(h, 0.0) for h in sorted({profile.output_share * part for part in _SHARES})])
+    h, w = best([(h, w) for w in (_WINDOW_SHARES if of_window.any() else (0.0,))])
+    coefficients, errors = attempt(h, w, 6)
+    if swa_full and profile.kernels.computes_masked:  # they are charged for every cell
+        w = 0.0
+    return Fitted(
+        replace(plain, output_share=h, window_share=w),
+        coefficients,
+        (float(np.median(errors)), float(np.percentile(errors, 95))),
+        new_graph,
+    )
+
+
+def _at_one_speed(profile: Profile, unified: bool) -> Profile:
+    """The other layout's samples as if the device had been as fast as when this one's were taken:
+    one sequence alone takes the same in both."""
+    alone = [s for s in profile.samples if s.n_seqs == 1 and s.n > 0]
+    here = {s.shape: s.seconds for s in alone if s.unified == unified}
+    ratios = [here[s.shape] / s.seconds for s in alone if s.unified != unified and s.shape in here]
+    if not ratios:
+        return profile
+    speed = float(np.median(ratios))
+
+    def scaled(s: Sample) -> Sample:
+        new, settle = (None if t is None else speed * t for t in (s.new, s.settle))
+        return replace(s, seconds=speed * s.seconds, new=new, settle=settle)
+
+    samples = (s if s.unified == unified else scaled(s) for s in profile.samples)
+    return replace(profile, samples=tuple(samples))
+
+
+def _calm(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """The samples with an undisturbed step, where they are enough."""
+    calm = [sample for sample in samples if sample.n > 0]
+    return calm if len(calm) >= max(LEAST_SAMPLES, len(samples) // 2) else samples
+
+
+def _new_graph(samples: Sequence[Sample], n_ubatch: int) -> NewGraph:
+    """Medians: a new graph's seconds hardly depend on the rows."""
+    one = [s for s in samples if not s.new_graphs(n_ubatch)]
+    return NewGraph(_median([s.new for s in one]), _median([s.settle for s in one]))
+
+
+def _median(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return max(0.0, float(np.median(known))) if known else 0.0
+
+
+def _reused(samples: Sequence[Sample], new_graph: NewGraph, n_ubatch: int) -> list[float]:
+    """Seconds of the samples without the graphs that are new at every step."""
+    return [
+        s.seconds - min(s.new_graphs(n_ubatch) * new_graph.step, 0.5 * s.seconds) for s in samples
+    ]
+
+
+def _design(terms: Terms, mine: Sequence[Sample], others: Sequence[Sample], n_ubatch: int) -> F64:
+    """(samples of mine and others, terms and the attention of the others' layout)."""
+    rows = np.array([_values(terms, s, n_ubatch) for s in mine])
+    if not others:
+        return rows
+    terms = replace(terms, unified=not terms.unified)
+    theirs = np.array([_values(terms, s, n_ubatch) for s in others])
+    at = [terms.names.index(name) for name in ATTENTION]
+    attention = theirs[:, at]
+    theirs[:, at] = 0.0
+    return np.block([[rows, np.zeros((len(rows), len(at)))], [theirs, attention]])
+
+
+def _values(terms: Terms, s: Sample, n_ubatch: int) -> list[float]:
+    ubatches = terms.split(*s.shape, n_ubatch)
+    values: list[float] = np.sum([terms.of(ubatch) for ubatch in ubatches], axis=0).tolist()
+    return values
+
+
+def robust_nnls(design: F64, seconds: F64, base: F64, n_rounds: int) -> tuple[F64, F64]:
+    """Least squares of relative errors with coefficients >= 0; outliers get a smaller weight
+    (Huber) in `n_rounds` rounds. Returns the coefficients, and (measured - fitted) / fitted.
+
+    design: (samples, terms); seconds, base: (samples,), base a weight.
+    """
+    relative = design / seconds[:, None]
+    weight = base
+    for _ in range(n_rounds):
+        coefficients = nnls(relative * weight[:, None], weight)
+        residuals = 1.0 - relative @ coefficients
+        scale = max(1.4826 * float(np.median(np.abs(residuals))), 1e-4)
+        weight = base * np.minimum(1.0, 1.5 * scale / np.maximum(np.abs(residuals), 1e-12)) ** 0.5
+    return coefficients, residuals / np.maximum(1.0 - residuals, 1e-9)
+
+
+def nnls(design: F64, target: F64) -> F64:
+    """min |design x - target| with x >= 0: Lawson and Hanson's active set method (Solving Least
+    Squares Problems, 1974, chapter 23), columns scaled to length 1."""
+    length = np.sqrt((design**2).sum(axis=0))
+    live = length > 0
+    a = design / np.where(live, length, 1.0)
+    gram, right = a.T @ a, a.T @ target
+    x = np.zeros(a.shape[1])
+    free = np.zeros(a.shape[1], dtype=bool)
+    tolerance = 1e-10 * max(float(np.abs(right).max()), 1e-300)
+    for _ in range(6 * a.shape[1]):
+        gradient = np.where(free | ~live, -np.inf, right - gram @ x)
+        if gradient.max() <= tolerance:
+            break
+        free[int(gradient.argmax())] = True
+        while True:
+            at = np.flatnonzero(free)
+            solution = np.linalg.lstsq(gram[np.ix_(at, at)], right[at], rcond=1e-12)[0]
+            if (solution > 0).all():
+                x[:] = 0.0
+                x[at] = solution
+                break
+            low = at[solution <= 0]
+            step = (x[low] / (x[low] - solution[solution <= 0] + 1e-300)).min()
+            x[at] += step * (solution - x[at])
+            free &= x > 1e-14
+            x[~free] = 0.0
+            if not free.any():
+                break
+    scaled: F64 = x / np.where(live, length, 1.0)
+    return scaled
