@@ -1,11 +1,12 @@
-"""The arms of the decode comparison: who decodes, and what its time contains.
+"""The arms of the decode comparison, and what their time contains.
 
 Every arm does the same work: `pl` prompts of `pp` random tokens, then `tg` timed decode steps of
-`pl` rows.  The prompts and, where an arm samples, the first sample are not in the decode time.
+`pl` rows. The prompts and, where an arm samples, the first sample are not in the decode time.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import threading
@@ -18,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from bench import schema
+from bench import harness
 from bench.case import Case, Measured
+from bench.models import resolve
 from bench.tools import ToolError, build_options, tool
 from pyllamabatch.compare.case import ModelFile, sampling_params
-from pyllamabatch.report import facts
 
 if TYPE_CHECKING:
     from pyllamabatch.scheduler import Plan, Policy, StepView
@@ -32,7 +33,7 @@ ATTEMPTS = 5
 
 
 def batched_bench_row(command: list[str]) -> dict[str, Any]:
-    """The tool's one JSON line.  It logs from a thread that it does not wait for at its end, so a
+    """The tool's one JSON line. It logs from a thread that it does not wait for at its end, so a
     short run on a busy machine may print nothing: such a run is repeated."""
     for _ in range(ATTEMPTS):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -87,9 +88,8 @@ def in_own_thread(work: Callable[[Case], Measured]) -> Callable[[Case], Measured
 
 class StepClock:
     """A policy that asks another one and notes when steady steps begin: steps in which `n`
-    sequences decode and nobody else is there.  A plan may stand for several of them: `starts` has
-    the time of each plan, `steps` how many steps were over then.  `done` is set when `n_steps` of
-    them are."""
+    sequences decode and there is no other. A plan may stand for several of them: `starts` has the
+    time of each plan, `steps` how many steps were over then. `done` is set when `n_steps` are."""
 
     def __init__(self, policy: Policy, n: int, n_steps: int) -> None:
         self.starts: list[float] = []
@@ -119,16 +119,22 @@ class StepClock:
 
 
 class InProcess:
-    """The arms that run in this process; the model is loaded once and kept."""
+    """The arms that run in this process; the model is loaded once."""
 
-    def __init__(self, model: ModelFile, n_gpu_layers: int) -> None:
+    def __init__(self, file: ModelFile, n_gpu_layers: int) -> None:
         from pyllamabatch.llama.model import Model
 
-        self.model = Model(model.path, n_gpu_layers=n_gpu_layers)
+        self.file = file
+        self.model = Model(file.path, n_gpu_layers=n_gpu_layers)
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> InProcess:
+        """By the options of `add_model`."""
+        return cls(resolve(options.model), options.gpu_layers)
 
     def facts(self) -> dict[str, Any]:
-        """The build's, the versions' and the model's part of a row."""
-        return schema.build() | facts.about(self.model)
+        """The build's and the model's part of a record."""
+        return harness.facts_of(self.model)
 
     def raw(self, case: Case) -> Measured:
         """The loop of docs/raw.md: cffi calls only, libllama's sampler chains."""

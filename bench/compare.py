@@ -15,8 +15,7 @@ from pathlib import Path
 from bench import report, schema
 from bench.case import cases_of
 from bench.models import BenchModel, resolve
-from bench.options import Budget, add_model, add_run, numbers, out_file
-from bench.quiet import wait_for_quiet
+from bench.options import Budget, add_model, add_run, add_work, numbers, out_file
 from bench.targets import Figure, Target, speed_ratio
 from pyllamabatch.compare import plots, summary
 from pyllamabatch.compare.arms import NAMES as ARMS
@@ -25,8 +24,9 @@ from pyllamabatch.compare.hosted import probe
 from pyllamabatch.compare.run import Plan, measure
 from pyllamabatch.compare.workload import BENCHES, BURST, POISSON
 from pyllamabatch.report.medians import paired_ratios
+from pyllamabatch.report.meters import wait_for_quiet
 
-QUICK = ("--quick",)
+QUICK = {"users": "1,2", "prompt_tokens": 32, "tokens": 16, "repeats": 1}
 NAMES = tuple(BENCHES.values())
 ON_H200 = {"gpu_info": "H200", "model_type": "gemma3 1B"}
 
@@ -60,24 +60,21 @@ TARGETS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("-N", "--users", help="comma separated (1,2,3,4,8; --quick 1,2)")
+    add_work(parser, prompt_tokens=256, tokens=200)
+    parser.add_argument("-N", "--users", default="1,2,3,4,8", help="comma separated")
     parser.add_argument("--arms", default=",".join(ARMS), help="comma separated")
     parser.add_argument(
         "--protocols", default=BURST, help=f"comma separated, of {', '.join(BENCHES)}"
     )
     parser.add_argument("--samplers", default="chain", help="chain, fused or both (chain,fused)")
-    parser.add_argument("--sampling", choices=["greedy", "default"], default="default")
-    parser.add_argument("--prompt-tokens", type=int, help="per user (256; --quick 32)")
-    parser.add_argument("--tokens", type=int, help="of an answer (200; --quick 16)")
     parser.add_argument("--rate", type=float, default=1.0, help="poisson: requests a second")
     parser.add_argument("--requests", type=int, default=4, help="poisson: of each user")
-    parser.add_argument("--repeats", type=int, help="runs of each arm (3; --quick 1)")
     parser.add_argument(
         "--keep-loaded",
         action="store_true",
         help="all arms of a number of users stay loaded, which takes memory and spares time",
     )
-    add_run(parser)
+    add_run(parser, repeats=3)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -114,10 +111,7 @@ def draw(rows: Sequence[schema.Row], path: Path) -> None:
 
 def plans(options: argparse.Namespace, model: BenchModel) -> list[Plan]:
     """One for each protocol."""
-    quick = options.quick
-    pp = options.prompt_tokens or (32 if quick else 256)
-    tokens = options.tokens or (16 if quick else 200)
-    users = numbers(options.users or ("1,2" if quick else "1,2,3,4,8"))
+    pp, tokens, users = options.prompt_tokens, options.tokens, numbers(options.users)
     found = []
     for protocol in options.protocols.split(","):
         if protocol not in BENCHES:
@@ -131,7 +125,7 @@ def plans(options: argparse.Namespace, model: BenchModel) -> list[Plan]:
                 tokens=tokens,
                 requests=options.requests if protocol == POISSON else 1,
                 rate=options.rate,
-                repeats=options.repeats or (1 if quick else 3),
+                repeats=options.repeats,
                 keep_loaded=options.keep_loaded,
             )
         )

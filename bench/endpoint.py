@@ -1,12 +1,10 @@
 """`python -m bench.endpoint KIND CASE --port P`: a Python library behind llama-server's HTTP.
 
-Only what the load generator needs: GET /health, and POST /completion without streaming.  KIND:
+Only what the load generator needs: GET /health, and POST /completion without streaming. KIND:
 
 - engine: our engine, one shared context
 - xllamacpp: its own server, which is llama-server's code in this process
 - llama-cpp-python: one `Llama`, which takes one user at a time, behind a lock
-
-CASE: the settings as JSON (`bench.server.endpoint`).
 """
 
 from __future__ import annotations
@@ -19,8 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from bench.case import Case
-from bench.models import BenchModel
+from pyllamabatch.compare.case import Case, GgufFile
 from pyllamabatch.compare.server import HOST, ThreadingServer
 
 Complete = Callable[[dict[str, Any]], dict[str, Any]]
@@ -127,17 +124,16 @@ def serve_xllamacpp(case: Case, gpu: bool, port: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.endpoint", description=__doc__)
     parser.add_argument("kind", choices=["engine", "xllamacpp", "llama-cpp-python"])
-    parser.add_argument("case", help="the settings as JSON")
+    parser.add_argument("case", help="its fields as JSON; of the model its path")
+    parser.add_argument("--gpu", action="store_true", help="the library must use one")
     parser.add_argument("--port", type=int, required=True)
     options = parser.parse_args()
     values = json.loads(options.case)
-    gpu = values.pop("gpu")
-    values["model"] = BenchModel(Path(values["model"]), "", None)
-    case = Case(**values)
+    case = Case(**values | {"model": GgufFile(Path(values["model"]))})
     if options.kind == "xllamacpp":
-        serve_xllamacpp(case, gpu, options.port)
+        serve_xllamacpp(case, options.gpu, options.port)
     complete = engine if options.kind == "engine" else llama_cpp_python
-    ThreadingServer(complete(case, gpu), options.port).serve_forever()
+    ThreadingServer(complete(case, options.gpu), options.port).serve_forever()
 
 
 if __name__ == "__main__":

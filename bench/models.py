@@ -1,11 +1,10 @@
-"""Models for the benches: random weights in a real shape, written on demand and kept."""
+"""Models for the benches: random weights in a real shape, written on demand into the cache."""
 
 from __future__ import annotations
 
 import os
 import sys
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +26,11 @@ class BenchModel:
 
     path: Path
     name: str
-    seed: int | None  # of the random weights; None for a file of somebody else's
+    seed: int | None  # of the random weights; None for any other file
 
 
 def resolve(name: str) -> BenchModel:
-    """The model that `--model NAME` means: a shape's name (written, quantised to Q4_K_M and kept
+    """The model that `--model NAME` means: a shape's name (written and quantised to Q4_K_M
     in the cache folder), `default` (the embedded model), or a GGUF file."""
     if name in SHAPES:
         return BenchModel(quantised(SHAPES[name], "Q4_K_M"), f"{name} Q4_K_M random", SEED)
@@ -69,22 +68,16 @@ def quantised(shape: Shape, file_type: str, *, seed: int = SEED) -> Path:
     return path
 
 
-def write_f16(shape: Shape, path: Path, vocabulary: Path | None, *, seed: int = SEED) -> None:
-    """Writes matrices as F16 and vectors (and routers) as F32, one tensor in memory at a time.
-
-    `vocabulary` is a GGUF file whose `tokenizer.*` entries are copied; None writes a vocabulary
-    of numbered pieces (for tests).
-    """
+def write_f16(shape: Shape, path: Path, vocabulary: Path, *, seed: int = SEED) -> None:
+    """Writes matrices as F16 and vectors as F32, one tensor in memory at a time. `vocabulary`: a
+    GGUF file whose `tokenizer.*` entries are copied."""
     writer = gguf.GGUFWriter(path, shape.architecture)
     _write_hyperparameters(writer, shape)
-    if vocabulary is None:
-        _write_numbered_vocabulary(writer, shape.n_vocab)
-    else:
-        _copy_vocabulary(writer, vocabulary, shape.n_vocab)
+    _copy_vocabulary(writer, vocabulary, shape.n_vocab)
     specs = list(shape.tensors())
     for spec in specs:
-        whole = spec.f32 or len(spec.shape) == 1
-        dtype: np.dtype[np.generic] = np.dtype(np.float32 if whole else np.float16)
+        vector = len(spec.shape) == 1
+        dtype: np.dtype[np.generic] = np.dtype(np.float32 if vector else np.float16)
         writer.add_tensor_info(spec.name, spec.shape, dtype, spec.n_values * dtype.itemsize)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -102,13 +95,11 @@ def random_tensor(spec: TensorSpec, seed: int) -> npt.NDArray[np.float32] | npt.
         vector *= np.float32(0.02)
         vector += np.float32(1.0 if spec.norm else 0.0)
         return vector
-    n_columns = spec.shape[-1]
-    out = np.empty(spec.shape, np.float32 if spec.f32 else np.float16)
-    matrix = out.reshape(-1, n_columns)  # of all experts
+    matrix = np.empty(spec.shape, np.float16)
     for first in range(0, len(matrix), ROWS_AT_ONCE):
         rows = matrix[first : first + ROWS_AT_ONCE]
-        rows[:] = random.standard_normal(rows.shape, dtype=np.float32) / np.sqrt(n_columns)
-    return out
+        rows[:] = random.standard_normal(rows.shape, dtype=np.float32) / np.sqrt(spec.shape[-1])
+    return matrix
 
 
 def _write_hyperparameters(writer: gguf.GGUFWriter, shape: Shape) -> None:
@@ -119,10 +110,6 @@ def _write_hyperparameters(writer: gguf.GGUFWriter, shape: Shape) -> None:
     writer.add_embedding_length(shape.n_embd)
     writer.add_block_count(shape.n_layer)
     writer.add_feed_forward_length(shape.n_ff)
-    if shape.n_expert:
-        writer.add_expert_count(shape.n_expert)
-        writer.add_expert_used_count(shape.n_expert_used)
-        writer.add_expert_feed_forward_length(shape.n_ff)
     writer.add_head_count(shape.n_head)
     writer.add_head_count_kv(shape.n_head_kv)
     writer.add_key_length(shape.head_dim)
@@ -137,27 +124,12 @@ def _write_hyperparameters(writer: gguf.GGUFWriter, shape: Shape) -> None:
 
 
 def _copy_vocabulary(writer: gguf.GGUFWriter, source: Path, n_vocab: int) -> None:
-    for key, value, kinds in _tokenizer_entries(source):
-        if key == "tokenizer.ggml.tokens" and len(value) != n_vocab:
-            raise ValueError(f"{source} has {len(value)} tokens, the shape says {n_vocab}")
-        writer.add_key_value(key, value, kinds[0], kinds[1] if len(kinds) > 1 else None)
-
-
-def _tokenizer_entries(
-    source: Path,
-) -> Iterator[tuple[str, list[object] | str, list[gguf.GGUFValueType]]]:
     for key, field in gguf.GGUFReader(source).fields.items():
         if key.startswith("tokenizer."):
-            yield key, field.contents(), field.types
-
-
-def _write_numbered_vocabulary(writer: gguf.GGUFWriter, n_vocab: int) -> None:
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"<{i}>" for i in range(n_vocab)])
-    writer.add_token_scores([0.0] * n_vocab)
-    writer.add_token_types([int(gguf.TokenType.NORMAL)] * n_vocab)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+            value, kinds = field.contents(), field.types
+            if key == "tokenizer.ggml.tokens" and len(value) != n_vocab:
+                raise ValueError(f"{source} has {len(value)} tokens, the shape says {n_vocab}")
+            writer.add_key_value(key, value, kinds[0], kinds[1] if len(kinds) > 1 else None)
 
 
 def quantise(source: Path, target: Path, file_type: str, *, n_threads: int = 0) -> None:

@@ -6,26 +6,42 @@ import argparse
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from bench import schema
 from bench.cache import RESULTS
+from pyllamabatch.report.facts import machine
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="qwen2-0.5b", help="a shape, 'default' or a GGUF file")
-    parser.add_argument("--threads", type=int, default=schema.machine()["n_cores"])
+def add_model(
+    parser: argparse.ArgumentParser,
+    model: str = "qwen2-0.5b",
+    kv: str = "streams",
+    threads: int = machine()["n_cores"],
+) -> None:
+    """The arguments are defaults."""
+    parser.add_argument("--model", default=model, help="a shape, 'default' or a GGUF file")
+    parser.add_argument("--threads", type=int, default=threads)
     parser.add_argument("--gpu-layers", type=int, default=-1, help="-1 is libllama's default")
     parser.add_argument(
         "--kv",
         choices=["streams", "unified"],
-        default="streams",
+        default=kv,
         help="cells of every arm: a stream per sequence (llama.cpp's own default), or shared",
     )
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
+def add_work(parser: argparse.ArgumentParser, prompt_tokens: int, tokens: int) -> None:
+    """The arguments are defaults."""
+    parser.add_argument("--prompt-tokens", type=int, default=prompt_tokens, help="per sequence")
+    parser.add_argument("--tokens", type=int, default=tokens, help="timed per sequence")
+    parser.add_argument("--sampling", choices=["greedy", "default"], default="default")
+
+
+def add_run(parser: argparse.ArgumentParser, repeats: int = 1) -> None:
+    """`repeats`: the default; 1 where a bench has no repeats."""
+    parser.add_argument("--repeats", type=int, default=repeats, help="runs of each arm")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="a small form: about a minute")
     parser.add_argument(
@@ -38,7 +54,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=float,
         metavar="S",
-        help="start no run after so many seconds; the rows until then stay",
+        help="start no run after so many seconds; the records until then stay",
     )
     parser.add_argument(
         "--out", type=Path, help="JSONL file to append to, or a folder for it (bench/results)"
@@ -64,15 +80,14 @@ class Named(Protocol):
 T = TypeVar("T", bound=Named)
 
 
-def choose(names: str, arms: list[T]) -> list[T]:
+def choose(names: str, arms: Sequence[T]) -> list[T]:
     """The arms that are named, comma separated; all of them for ""."""
-    if not names:
-        return arms
     known = {arm.name: arm for arm in arms}
-    unknown = [name for name in names.split(",") if name not in known]
+    chosen = names.split(",") if names else list(known)
+    unknown = [name for name in chosen if name not in known]
     if unknown:
         raise SystemExit(f"--arms {','.join(unknown)}: not one of {', '.join(known)}")
-    return [known[name] for name in names.split(",")]
+    return [known[name] for name in chosen]
 
 
 def out_file(options: argparse.Namespace, bench: str, subject: str, gpu: str = "") -> Path:
@@ -81,8 +96,8 @@ def out_file(options: argparse.Namespace, bench: str, subject: str, gpu: str = "
     out: Path = options.out or RESULTS
     if out.suffix == ".jsonl":
         return out
-    machine = gpu or f"{sys.platform} {schema.machine()['n_cores']}core"
-    tag = re.sub(r"[^a-z0-9.]+", "-", machine.lower()).strip("-")
+    where = gpu or f"{sys.platform} {machine()['n_cores']}core"
+    tag = re.sub(r"[^a-z0-9.]+", "-", where.lower()).strip("-")
     return out / f"{'-'.join(word for word in (bench, subject, tag) if word)}.jsonl"
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pyllamabatch.llama.model import Model
     from pyllamabatch.planner.residency import Footprint
 
-QUICK = ("--quick",)
+QUICK: dict[str, Any] = {}
 SECONDS = 300  # of one load at most
 MIB = 2**20
 

@@ -33,11 +33,8 @@ STREAMS, LOADS, CLIENTS = "1-20,24,28,32", "0.5,0.8,1.5", "4,8,16,32"
 STEADY_PROMPT, STEADY_TOKENS = 128, 512
 MIXED_PROMPT, MIXED_TOKENS = 256, 128
 CLIENT_PROMPT, CLIENT_TOKENS, CLIENT_ROUNDS = (64, 256), (32, 128), 12  # from, to; requests of each
-QUICK = (
-    *("--profiles", "m2-ultra-gemma-3-4b-it-qat", "--streams", "8,9,12"),
-    *("--loads", "0.8", "--clients", "8"),
-)
 M2 = "m2-ultra-gemma-3-4b-it-qat"
+QUICK = {"profiles": M2, "streams": "8,9,12", "loads": "0.8", "clients": "8"}
 
 
 def ratio(profile: str, n: int, name: str = "speed_tg") -> Figure:

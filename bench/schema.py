@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
 from typing import Any
 
+from bench.harness import commit
 from pyllamabatch.report import facts
 from pyllamabatch.report.facts import machine, now
 from pyllamabatch.report.records import SCHEMA, Record, append, read, speeds
@@ -24,12 +23,6 @@ __all__ = [
 ]
 
 Row = Record
-
-
-@cache
-def commit() -> str:
-    """Of the checkout that the bench is run from, which need not be the installed package's."""
-    return facts.commit(Path(__file__))
 
 
 def build() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """N clients at once: generated tokens over wall time, prompts included, beside llama-server.
 
-Every arm gets the same model, threads, batch sizes and sampling, a prompt of random tokens per
+Every arm gets the same model, threads, batch sizes and sampling, a prompt of random tokens for each
 client, and room for all clients at once.
 """
 
@@ -10,31 +10,29 @@ import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
+import json
 import sys
-import uuid
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from bench import plots, report, schema
-from bench.arms import InProcess, build_words
+from bench import harness, summary
+from bench.arms import InProcess, build_words, run_batched_bench
 from bench.cache import cache_folder
-from bench.case import Case, Measured, case_row, cases_of
-from bench.models import resolve
-from bench.options import Budget, add_model, add_run, choose, numbers, out_file
-from bench.peers import run_all_in, run_parallel
-from bench.quiet import undisturbed
-from bench.server import ServerProcess, endpoint, llama_server
-from bench.serving import EngineClients, HttpClients, Serving, Tool
+from bench.case import Case, Measured, cases_of
+from bench.options import add_model, add_run, add_work, choose, numbers
+from bench.serving import EngineClients, HttpClients, ServerProcess, Serving, Tool
 from bench.targets import Target, speed_ratio
 from bench.tools import tool
+from pyllamabatch.compare.server import HOST
+from pyllamabatch.report.records import Record
+from pyllamabatch.report.tables import speed_table
 
 BASE = "llama-server"
 BACKEND = "llama-server-backend-sampling"
-QUICK = ("--quick",)
-draw = plots.draw
+QUICK = {"clients": "1,4", "prompt_tokens": 32, "tokens": 16, "repeats": 1}
+draw = summary.draw
 ON_H200 = {"gpu_info": "H200", "model_type": "gemma3 1B", "pp": 256, "tg": 128}
 TARGETS = tuple(
     Target(
@@ -51,7 +49,7 @@ Open = Callable[[Case], Serving]
 
 @dataclass(frozen=True)
 class ServeArm:
-    """`package`: a peer that is measured when it is installed.  `tool`: one of llama.cpp's."""
+    """`package`: a peer that is measured when it is installed. `tool`: one of llama.cpp's."""
 
     name: str
     includes: str
@@ -63,57 +61,38 @@ class ServeArm:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--clients", help="comma separated (1,8,32,64; --quick 1,4)")
+    add_work(parser, prompt_tokens=256, tokens=128)
+    parser.add_argument("--clients", default="1,8,32,64", help="comma separated")
     parser.add_argument("--arms", default="", help="comma separated; all by default")
-    parser.add_argument("--sampling", choices=["greedy", "default"], default="default")
-    parser.add_argument("--prompt-tokens", type=int, help="per client (256; --quick 32)")
-    parser.add_argument("--tokens", type=int, help="generated per client (128; --quick 16)")
-    parser.add_argument("--repeats", type=int, help="runs of each arm (3; --quick 1)")
     parser.add_argument(
         "--answer-limit", type=float, default=300.0, metavar="S", help="of one answer"
     )
-    add_run(parser)
+    add_run(parser, repeats=3)
 
 
 def main(options: argparse.Namespace) -> int:
-    quick = options.quick
-    pp = options.prompt_tokens or (32 if quick else 256)
-    tg = options.tokens or (16 if quick else 128)
-    repeats = options.repeats or (1 if quick else 3)
-    clients = numbers(options.clients or ("1,4" if quick else "1,8,32,64"))
     if importlib.util.find_spec("httpx") is None:
         raise SystemExit("serve needs httpx: python -m pip install '.[bench]'")
-    model = resolve(options.model)
-    inside = InProcess(model, options.gpu_layers)
+    inside = InProcess.of(options)
     arms = choose(options.arms, all_arms(inside, options.answer_limit))
     for name in dict.fromkeys(arm.tool for arm in arms if arm.tool):
         tool(name)
-    cases = cases_of(options, model, pp, tg, clients)
-    out = out_file(
-        options, "serve", Path(options.model).name.removesuffix(".gguf"), inside.facts()["gpu_info"]
+    pp, tg = options.prompt_tokens, options.tokens
+    cases = cases_of(options, inside.file, pp, tg, numbers(options.clients))
+    return harness.show(
+        "serve",
+        measure(arms, cases, inside, options),
+        options,
+        len(arms) * len(cases) * options.repeats,
+        view=view,
+        targets=TARGETS,
+        title=f"{pp} prompt tokens and {tg} generated per client, generated tokens/s (ratio)",
+        optional=[arm.name for arm in arms if arm.package],
     )
-    rows = []
-    budget = Budget(options.budget)
-    running = measure(arms, cases, repeats, inside, options.undisturbed, budget)
-    with contextlib.closing(running):  # ends the servers, also on Ctrl-C
-        for row in running:
-            schema.append(out, [row])
-            rows.append(row)
-            print(f"{row.pl:>3} clients  {report.in_words(row)}", file=sys.stderr, flush=True)
-    print(f"\n{model.name}, {pp} prompt tokens and {tg} generated per client, ", end="")
-    print(f"{options.threads} threads, KV {options.kv}, medians of {repeats}; ", end="")
-    print("generated tokens / wall time, 1/s (ratio)\n")
-    print(view(rows))
-    print("\nWhat each time contains:")
-    for arm in arms:
-        print(f"- {arm.name}: {arm.includes}")
-    print(f"\nrows: {out}")
-    optional = {arm.name for arm in arms if arm.package}
-    return int(any(row.error and row.arm not in optional for row in rows))
 
 
-def view(rows: Sequence[schema.Row]) -> str:
-    return report.table(rows, BASE, "clients")
+def view(records: Sequence[Record]) -> str:
+    return speed_table(records, BASE, "clients")
 
 
 def all_arms(inside: InProcess, limit_s: float) -> list[ServeArm]:
@@ -151,12 +130,6 @@ def all_arms(inside: InProcess, limit_s: float) -> list[ServeArm]:
             tool="llama-server",
         ),
         ServeArm(
-            "llama-parallel",
-            "C++ loop, a sampler chain per client, its own prompts (detail.prompt_tokens); no HTTP",
-            lambda case: Tool(case, run_parallel),
-            tool="llama-parallel",
-        ),
-        ServeArm(
             "llama-batched-bench",
             "prompts, then random tokens, in C++: what the device can do; no sampling, no HTTP",
             lambda case: Tool(case, run_all_in),
@@ -178,47 +151,62 @@ def all_arms(inside: InProcess, limit_s: float) -> list[ServeArm]:
     ]
 
 
+def llama_server(case: Case, *, backend_sampling: bool) -> list[str]:
+    """llama-server with a slot per client, without anything that caches prompts for later."""
+    command = [
+        str(tool("llama-server", log=False)), "-m", str(case.model.path), "--host", HOST,
+        "-c", str(case.n_ctx), "-np", str(case.pl), "-kvu" if case.kv_unified else "-no-kvu",
+        "-b", str(case.n_batch), "-ub", str(case.n_ubatch),
+        "-t", str(case.n_threads), "-tb", str(case.n_threads),
+        "--cache-ram", "0", "--ctx-checkpoints", "0", "--no-cache-prompt", "-fit", "off",
+        "--offline",
+    ]  # fmt: skip
+    if case.n_gpu_layers >= 0:
+        command += ["-ngl", str(case.n_gpu_layers)]
+    return [*command, "--backend-sampling"] if backend_sampling else command
+
+
+def endpoint(case: Case, kind: str, *, gpu: bool) -> list[str]:
+    """`bench.endpoint`, which serves with the library `kind`; `gpu`: it must use one."""
+    values = vars(case) | {"model": str(case.model.path)}
+    command = [sys.executable, "-m", "bench.endpoint", kind, json.dumps(values)]
+    return [*command, "--gpu"] if gpu else command
+
+
+def run_all_in(case: Case) -> Measured:
+    """llama-batched-bench, its prompt and decode time together."""
+    measured = run_batched_bench(case)
+    return replace(measured, t_pp=0.0, t_tg=measured.t_pp + measured.t_tg)
+
+
 def measure(
-    arms: list[ServeArm],
-    cases: list[Case],
-    repeats: int,
-    inside: InProcess,
-    limit: float | None = None,
-    budget: Budget | None = None,
-) -> Generator[schema.Row, None, None]:
-    """Rows as they are measured.  All arms of a case are open together and idle but for the one
-    that runs; odd repeats go through them backwards.  One that cannot be opened or fails gives one
-    row that says why."""
-    run_id = uuid.uuid4().hex[:12]
-    facts = inside.facts()
-
-    def row(arm: ServeArm, case: Case, measured: Measured, repeat: int) -> schema.Row:
-        mine = facts | own_facts(arm, facts["versions"]) | schema.now()
-        return case_row("serve", arm, case, measured, mine, run_id, repeat)
-
+    arms: Sequence[ServeArm], cases: Sequence[Case], inside: InProcess, options: argparse.Namespace
+) -> Generator[Record, None, None]:
+    """Records as they are measured. All arms of a case are open together and idle but for the one
+    that runs; odd repeats go through them backwards. One that cannot be opened or fails gives one
+    record that says why."""
+    about = inside.facts()
+    recorder = harness.Recorder("serve", about, options)
+    own = {arm: own_facts(arm, about["versions"]) for arm in arms}
     for case in cases:
         with contextlib.ExitStack() as open_arms:
             ready: dict[ServeArm, Serving] = {}
             for arm in arms:
-                if budget and budget.spent():
+                if recorder.budget.spent():
                     return
                 try:
                     ready[arm] = opened(arm, case, open_arms)
                 except Exception as failure:
-                    yield row(arm, case, Measured.failed(failure), 0)
-            for repeat in range(repeats):
+                    yield recorder.record(arm, case, 0, Measured.failed(failure), **own[arm])
+            for repeat in range(options.repeats):
                 for arm in list(ready) if repeat % 2 == 0 else list(ready)[::-1]:
-                    if budget and budget.spent():
+                    if recorder.budget.spent():
                         return
-                    serving = ready[arm]
-                    try:
-                        run = partial(serving.run, repeat)
-                        measured, others = undisturbed(run, limit, serving.pids)
-                        measured.detail["other_cpu"] = round(others, 3)
-                    except Exception as failure:
-                        measured = Measured.failed(failure)
+                    work, pids = partial(ready[arm].run, repeat), ready[arm].pids
+                    record = recorder.run(arm, case, repeat, work, pids, **own[arm])
+                    if record.error:
                         del ready[arm]
-                    yield row(arm, case, measured, repeat)
+                    yield record
 
 
 class NotInstalled(Exception):

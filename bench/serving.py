@@ -1,21 +1,29 @@
-"""Who serves N clients: opened once per number of clients, then run in turn with the others."""
+"""What serves N clients: opened once for a number of clients, then run in turn with the others."""
 
 from __future__ import annotations
 
+import socket
+import subprocess
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from bench.cache import REPOSITORY
 from bench.case import I32, Case, Measured
+from bench.tools import ToolError
 from pyllamabatch.compare.case import sampling_params
 from pyllamabatch.compare.clients import at_once
+from pyllamabatch.compare.server import HOST
 
 if TYPE_CHECKING:
-    from bench.server import ServerProcess
     from pyllamabatch.llama.model import Model
+
+START_S = 180.0  # a model of gigabytes from a cold disk
+STOP_S = 10.0
 
 
 class WrongAnswer(Exception):
@@ -23,7 +31,7 @@ class WrongAnswer(Exception):
 
 
 class Serving(Protocol):
-    """One way to serve, ready for the clients of a case.  `pids`: of processes that it keeps."""
+    """One way to serve, ready for the clients of a case. `pids`: processes that it has started."""
 
     pids: tuple[int, ...]
 
@@ -34,11 +42,11 @@ class Serving(Protocol):
         """All clients at once: wall time of prompts and tokens as `t_tg`."""
 
     def close(self, *, now: bool = False) -> None:
-        """Free everything; `now`: also when somebody still waits for an answer."""
+        """Free everything; `now`: also when a client still waits for an answer."""
 
 
 class Clients(ABC):
-    """Serving by something that can be asked: a thread per client, one request each."""
+    """Serving by something that can be asked: a thread for each client, one request each."""
 
     pids: tuple[int, ...] = ()
 
@@ -48,21 +56,21 @@ class Clients(ABC):
 
     @abstractmethod
     def ask(self, prompt: I32, tokens: int, seed: int) -> None:
-        """Have `tokens` tokens generated and wait for them.  Called by many threads at once.
+        """Have `tokens` tokens generated and wait for them. Called by many threads at once.
         Raises WrongAnswer when it was another number of prompt or generated tokens."""
 
     @abstractmethod
     def close(self, *, now: bool = False) -> None: ...
 
-    @abstractmethod
     def connect(self) -> None:
         """By each client, before the time starts."""
+        return
 
     def warm_up(self) -> None:
         self._fire(0, min(8, self.case.tg))
 
     def run(self, repeat: int) -> Measured:
-        """From the start of the first client to the end of the last.  Prompts are new in every
+        """From the start of the first client to the end of the last. Prompts are new in every
         repeat, so that a cache of prompts has nothing to give."""
         wall, each = self._fire(1 + repeat, self.case.tg)
         return Measured(
@@ -79,7 +87,7 @@ class Clients(ABC):
             return time.perf_counter()
 
         def close() -> None:
-            self.close(now=True)  # or those who still wait would keep us here
+            self.close(now=True)  # or the clients that still wait would hold this thread
 
         at_once(case.pl, lambda i, began: self.connect(), close)
         began, ends = at_once(case.pl, client, close)
@@ -96,8 +104,6 @@ class EngineClients(Clients):
         self._limit_s = limit_s
         self._engine = Engine(model, **case.context_params())
 
-    def connect(self) -> None: ...
-
     def ask(self, prompt: I32, tokens: int, seed: int) -> None:
         params = sampling_params(self.case.sampling, seed, tokens)
         result = self._engine.submit(prompt, params).result(timeout=self._limit_s)
@@ -109,7 +115,7 @@ class EngineClients(Clients):
 
 class HttpClients(Clients):
     """A process that answers llama-server's POST /completion on loopback; at most one connection
-    per client, kept open."""
+    for each client, which stays open."""
 
     def __init__(
         self, case: Case, n_vocab: int, server: ServerProcess, limit_s: float, **extra: Any
@@ -124,11 +130,11 @@ class HttpClients(Clients):
             base_url=server.url,
             timeout=limit_s,
             limits=httpx.Limits(max_connections=case.pl, max_keepalive_connections=case.pl),
-            trust_env=False,  # no proxy between us and loopback
+            trust_env=False,  # no proxy on the way to loopback
         )
 
     def connect(self) -> None:
-        """A server may have closed a connection while others ran, at the moment we use it."""
+        """A server may have closed a connection while others ran, at the moment of its use."""
         import httpx
 
         try:
@@ -150,8 +156,7 @@ class HttpClients(Clients):
 
 
 class Tool:
-    """Serving by a tool of llama.cpp that has its own clients: a process per run, which times
-    itself once it is warm."""
+    """A tool of llama.cpp that times itself: a process for each run."""
 
     pids: tuple[int, ...] = ()
 
@@ -183,3 +188,69 @@ def request_body(sampling: str) -> dict[str, Any]:
 def check(got: tuple[int, int], asked: tuple[int, int]) -> None:
     if got != asked:
         raise WrongAnswer(f"(prompt, generated) tokens were {got}, asked were {asked}")
+
+
+class ServerProcess:
+    """`command` plus the port is running and healthy when this returns.
+
+    Its output goes to `log`. Raises ToolError with the log's end when it ends by itself or is not
+    healthy in time.
+    """
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        port = free_port()
+        self.url = f"http://{HOST}:{port}"
+        self._log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            self._child = subprocess.Popen(
+                [*command, "--port", str(port)],
+                cwd=REPOSITORY,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        self.pid = self._child.pid
+        try:
+            self._wait_until_healthy()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Ends the process and waits for it; stopping twice is fine."""
+        if self._child.poll() is None:
+            self._child.terminate()
+            try:
+                self._child.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                self._child.kill()
+                self._child.wait()
+
+    def _wait_until_healthy(self) -> None:
+        import httpx
+
+        end = time.monotonic() + START_S
+        with httpx.Client(base_url=self.url, timeout=5.0, trust_env=False) as http:
+            while time.monotonic() < end:
+                if self._child.poll() is not None:
+                    raise ToolError(f"ended with {self._child.returncode}: {self._last_words()}")
+                try:
+                    if http.get("/health").status_code == 200:
+                        return
+                except httpx.TransportError:  # not listening yet
+                    pass
+                time.sleep(0.05)
+        raise ToolError(f"not healthy after {START_S:g} s: {self._last_words()}")
+
+    def _last_words(self) -> str:
+        lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return "\n".join([*lines[-6:], f"({self._log})"])
+
+
+def free_port() -> int:
+    """A port of loopback that no process listens on at this moment."""
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        port: int = listener.getsockname()[1]
+        return port

@@ -6,8 +6,9 @@ vocabulary, so the same bytes to read and the same products to compute.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -16,15 +17,11 @@ class TensorSpec:
 
     name: str
     shape: tuple[int, ...]
-    norm: bool = False  # around one; else a bias (1-D), a matrix, or a matrix per expert
-    f32: bool = False  # not F16, as every vector, and never quantised
+    norm: bool = False  # around one; else a bias (1-D) or a matrix
 
     @property
     def n_values(self) -> int:
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -48,10 +45,8 @@ class Shape:
     qk_norm: bool = False
     post_norm: bool = False
     sliding_window: int = 0
-    sliding_pattern: int = 0  # every so many layers one sees everything
-    n_expert: int = 0  # n_ff wide each; 0: one plain feed-forward block
-    n_expert_used: int = 0
-    source: str = ""  # whose sizes these are
+    sliding_pattern: int = 0  # every so many layers one attends to all
+    source: str = ""  # where these sizes are from
 
     def tensors(self) -> Iterator[TensorSpec]:
         """All tensors in file order; the output matrix is the embedding's (tied)."""
@@ -71,13 +66,9 @@ class Shape:
             if self.post_norm:
                 yield TensorSpec(block + "post_attention_norm.weight", (self.n_embd,), norm=True)
             yield TensorSpec(block + "ffn_norm.weight", (self.n_embd,), norm=True)
-            experts, each = ("_exps", (self.n_expert,)) if self.n_expert else ("", ())
-            if self.n_expert:
-                router = (self.n_expert, self.n_embd)
-                yield TensorSpec(block + "ffn_gate_inp.weight", router, f32=True)
-            yield TensorSpec(f"{block}ffn_gate{experts}.weight", (*each, self.n_ff, self.n_embd))
-            yield TensorSpec(f"{block}ffn_up{experts}.weight", (*each, self.n_ff, self.n_embd))
-            yield TensorSpec(f"{block}ffn_down{experts}.weight", (*each, self.n_embd, self.n_ff))
+            yield TensorSpec(block + "ffn_gate.weight", (self.n_ff, self.n_embd))
+            yield TensorSpec(block + "ffn_up.weight", (self.n_ff, self.n_embd))
+            yield TensorSpec(block + "ffn_down.weight", (self.n_embd, self.n_ff))
             if self.post_norm:
                 yield TensorSpec(block + "post_ffw_norm.weight", (self.n_embd,), norm=True)
         yield TensorSpec("output_norm.weight", (self.n_embd,), norm=True)
@@ -85,17 +76,6 @@ class Shape:
     @property
     def n_params(self) -> int:
         return sum(tensor.n_values for tensor in self.tensors())
-
-    def scaled(self, *, n_layer: int, divide: int) -> Shape:
-        """A small relative for tests: fewer layers, widths divided; the vocabulary stays."""
-        return replace(
-            self,
-            name=f"{self.name}-small",
-            n_layer=n_layer,
-            n_embd=self.n_embd // divide,
-            n_ff=self.n_ff // divide,
-            head_dim=self.head_dim // divide,
-        )
 
 
 QWEN2_0_5B = Shape(
@@ -135,39 +115,4 @@ GEMMA3_1B = Shape(
     sliding_pattern=6,
     source="config.json of Gemma 3 1B; its vocabulary's size, Gemma 4's pieces",
 )
-LLAMA_3_2_1B = Shape(
-    name="llama-3.2-1b",
-    architecture="llama",
-    vocabulary="llama-bpe",
-    n_vocab=128256,
-    n_layer=16,
-    n_embd=2048,
-    n_head=32,
-    n_head_kv=8,
-    head_dim=64,
-    n_ff=8192,
-    n_ctx_train=131072,
-    rope_base=5e5,
-    rms_eps=1e-5,
-    source="config.json of Llama 3.2 1B, without its rope scaling factors",
-)
-MOE_1B = Shape(
-    name="moe-1b-a0.4b",
-    architecture="qwen3moe",
-    vocabulary="qwen2",
-    n_vocab=151936,
-    n_layer=24,
-    n_embd=1024,
-    n_head=16,
-    n_head_kv=8,
-    head_dim=64,
-    n_ff=512,
-    n_ctx_train=4096,
-    rope_base=1e4,
-    rms_eps=1e-6,
-    qk_norm=True,
-    n_expert=32,
-    n_expert_used=8,
-    source="sizes of Granite 3.0 1B-A400M in Qwen3-MoE's form, Qwen2's vocabulary",
-)
-SHAPES = {shape.name: shape for shape in (QWEN2_0_5B, GEMMA3_1B, LLAMA_3_2_1B, MOE_1B)}
+SHAPES = {shape.name: shape for shape in (QWEN2_0_5B, GEMMA3_1B)}

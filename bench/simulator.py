@@ -13,12 +13,12 @@ from typing import Any
 
 from bench import schema
 from bench.options import add_run, out_file
-from bench.quiet import undisturbed
 from bench.targets import Figure, Target, judged
 from pyllamabatch.cost.step_cost import StepCost
+from pyllamabatch.report.meters import undisturbed
 from pyllamabatch.sim import EngineSpec, draw, simulate
 
-QUICK = ("--quick",)
+QUICK = {"requests": 500, "repeats": 2}
 N_SEQ_MAX, N_CELLS = 32, 131072
 
 
@@ -81,9 +81,8 @@ TARGETS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--requests", type=int, help="of each load (2000; --quick 500)")
-    parser.add_argument("--repeats", type=int, help="of each load (5; --quick 2)")
-    add_run(parser)
+    parser.add_argument("--requests", type=int, default=2000, help="of each load")
+    add_run(parser, repeats=5)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -101,8 +100,8 @@ def main(options: argparse.Namespace) -> int:
 def measure(options: argparse.Namespace) -> Iterator[schema.Row]:
     run_id = uuid.uuid4().hex[:12]
     facts = schema.build()
-    n = options.requests or (500 if options.quick else 2000)
-    for repeat in range(options.repeats or (2 if options.quick else 5)):
+    n = options.requests
+    for repeat in range(options.repeats):
         for name, load in LOADS.items():
             moment = schema.now()
             run = partial(timed, load, n, options.seed)

@@ -9,82 +9,65 @@ import random
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from bench import schema
+from bench import harness
 from bench.arms import InProcess
-from bench.case import Arm, Case, Measured, case_row
-from bench.models import resolve
-from bench.options import add_model, add_run, out_file
-from bench.targets import Figure, Target
+from bench.case import Arm, Case, Measured, cases_of
+from bench.options import add_model, add_run
+from bench.targets import Target, worst_detail
+from bench.views import Column, by_arm
+from pyllamabatch.report.records import Record
 
-QUICK = ("--quick", "--model", "default")
+QUICK = {"requests": 1500}
 N_PROMPTS = 50  # different ones; what each gives is known from a run of its own
 MARGIN = 1.0  # nats between the two most likely tokens: rounding can't turn it around
 SETTLED = 0.2  # the share of the run after which memory should not grow any more
 
 
-def detail(name: str) -> Figure:
-    """The largest absolute value of a detail of the runs."""
-
-    def figure(rows: Sequence[schema.Row]) -> float | None:
-        return max((abs(row.detail[name]) for row in rows), default=None)
-
-    return figure
-
-
 TARGETS = (
-    Target("requests that got other tokens than alone", detail("wrong"), at_most=0),
-    Target("requests and tokens that no counter knows, or two", detail("unbalanced"), at_most=0),
-    Target("memory that grows, KiB per 1,000 requests", detail("rss_slope_kib"), at_most=64),
+    Target("requests that got other tokens than alone", worst_detail("wrong"), None, 0, must=True),
+    Target(
+        "requests and tokens that no counter knows, or two",
+        worst_detail("unbalanced"),
+        at_most=0,
+        must=True,
+    ),
+    Target("memory that grows, KiB per 1,000 requests", worst_detail("rss_slope_kib"), None, 64),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
-    parser.set_defaults(model="default", threads=1)
-    parser.add_argument("--requests", type=int, help="10000; --quick 1500")
+    add_model(parser, model="default", kv="unified", threads=1)
+    parser.add_argument("--requests", type=int, default=10000)
     parser.add_argument("--clients", type=int, default=64, help="threads that submit")
     parser.add_argument("--cancelled", type=float, default=0.05, help="share of the requests")
     parser.add_argument("--limit", type=float, help="seconds after which no more begin (none)")
-    parser.set_defaults(kv="unified")
+    parser.set_defaults(sampling="greedy")
     add_run(parser)
 
 
 def main(options: argparse.Namespace) -> int:
-    n_requests = options.requests or (1500 if options.quick else 10000)
-    model = resolve(options.model)
-    inside = InProcess(model, options.gpu_layers)
-    case = Case(
-        model=model,
-        pp=12,
-        tg=16,
-        pl=options.clients,
-        n_threads=options.threads,
-        sampling="greedy",
-        seed=options.seed,
-        kv_unified=options.kv == "unified",
-        n_gpu_layers=options.gpu_layers,
+    """1 when a token is wrong or a counter does not add up."""
+    inside = InProcess.of(options)
+    work = partial(soak, inside, options.requests, options.cancelled, options.limit)
+    arm = Arm("engine", "everything, from submit to the result in the client's thread", work)
+    cases = cases_of(options, inside.file, 12, 16, [options.clients])
+    title = f"{options.requests} requests from {options.clients} threads"
+    return harness.run(
+        "soak", [arm], cases, inside.facts(), options, view=view, targets=TARGETS, title=title
     )
-    arm = Arm("engine", "everything, from submit to the result in the client's thread", True, _none)
-    measured = soak(inside, case, n_requests, options.cancelled, options.limit)
-    facts = inside.facts() | schema.now()
-    row = case_row("soak", arm, case, measured, facts, uuid.uuid4().hex[:12], 0)
-    out = out_file(options, "soak", Path(options.model).stem)
-    schema.append(out, [row])
-    for name, value in measured.detail.items():
-        print(f"{name:>16} {value:12.2f}")
-    print(f"\nrows: {out}")
-    return int(measured.detail["wrong"] + abs(measured.detail["unbalanced"]) > 0)
 
 
-def _none(case: Case) -> Measured:
-    raise NotImplementedError("soak is one long run")
+def view(records: Sequence[Record]) -> str:
+    names = ("requests", "cancelled", "tokens", "sampled", "wrong", "unbalanced", "rss_slope_kib")
+    columns = [Column(name, name, ".0f") for name in names]
+    return by_arm(records, [*columns, Column("requests/s", "requests_per_s", ".1f")])
 
 
 @dataclass
@@ -104,7 +87,7 @@ class Tally:
 
 
 def soak(
-    inside: InProcess, case: Case, n_requests: int, cancelled: float, limit: float | None
+    inside: InProcess, n_requests: int, cancelled: float, limit: float | None, case: Case
 ) -> Measured:
     from pyllamabatch.engine.engine import Engine
     from pyllamabatch.step.sampling_params import SamplingParams

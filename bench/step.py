@@ -11,8 +11,7 @@ import argparse
 import itertools
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -20,134 +19,105 @@ from statistics import median
 import numpy as np
 import numpy.typing as npt
 
-from bench import report, schema
+from bench import harness
 from bench.arms import InProcess, compute_prompts
-from bench.case import Arm, Case, Measured, case_row
-from bench.models import resolve
-from bench.options import Budget, add_run, choose, out_file
-from bench.quiet import undisturbed
-from bench.targets import Figure, Target
+from bench.case import Arm, Case, Measured, cases_of
+from bench.options import add_model, add_run, choose
+from bench.targets import Target, median_detail
+from bench.views import Column, by_arm
 from pyllamabatch.compare.case import sampling_params
+from pyllamabatch.report.records import Record
 
 N_SEQS = 64
+N_PROMPT = 8
 N_TOKENS = 128  # of a request, where requests come and go
-RUN = 32  # steps of a run, where nobody does
-QUICK = ("--quick",)
-
-
-def detail_of(arm: str, name: str) -> Figure:
-    """Median over the runs of an arm."""
-
-    def figure(rows: Sequence[schema.Row]) -> float | None:
-        return report.median_of(row.detail.get(name) for row in rows if row.arm == arm)
-
-    return figure
-
-
+RUN = 32  # steps of a run, where none does
+QUICK = {"tokens": 32, "repeats": 1}
 TARGETS = (
     Target(
         f"Python: us a step, steady decode, {N_SEQS} sequences",
-        detail_of("python: steady", "step_us"),
+        median_detail("python: steady", "step_us"),
         at_most=20.0,
     ),
     Target(
         "Stepper.step from Python: us over the C loop, 1 sequence",
-        detail_of("stepper: 1", "over_c_us"),
+        median_detail("stepper: 1", "over_c_us"),
         at_most=15.0,
     ),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="default", help="of stepper and gap: as in decode")
+    add_model(parser, model="default", kv="unified", threads=1)
     parser.add_argument("--arms", default="", help="comma separated; all by default")
-    parser.add_argument("--threads", type=int, default=1, help="that compute, in stepper and gap")
-    parser.add_argument("--tokens", type=int, help="of each request in gap (128; --quick 32)")
-    parser.add_argument("--repeats", type=int, help="of each arm (5; --quick 1)")
-    add_run(parser)
+    parser.add_argument("--tokens", type=int, default=N_TOKENS, help="of each request in gap")
+    parser.set_defaults(sampling="greedy")
+    add_run(parser, repeats=5)
 
 
 def main(options: argparse.Namespace) -> int:
-    model = resolve(options.model)
-    inside = InProcess(model, -1)
+    inside = InProcess.of(options)
     arms = choose(options.arms, all_arms(inside))
-    case = Case(
-        model=model,
-        pp=N_PROMPT,
-        tg=options.tokens or (32 if options.quick else N_TOKENS),
-        pl=N_SEQS,
-        n_threads=options.threads,
-        sampling="greedy",
-        seed=options.seed,
-        kv_unified=True,
+    cases = cases_of(options, inside.file, N_PROMPT, options.tokens, [N_SEQS])
+    title = "what a step takes besides computing"
+    return harness.run(
+        "step", arms, cases, inside.facts(), options, view=view, targets=TARGETS, title=title
     )
-    out = out_file(options, "step", model.path.stem)
-    rows = []
-    for row in measure(arms, case, inside, options):
-        schema.append(out, [row])
-        rows.append(row)
-    print(view(rows))
-    print("\nWhat each contains:")
-    for arm in arms:
-        print(f"- {arm.name}: {arm.includes}")
-    print(f"\nrows: {out}")
-    return int(any(row.error for row in rows))
 
 
-N_PROMPT = 8
+def view(records: Sequence[Record]) -> str:
+    """A table for each kind of arm."""
+    kinds = {kind: [r for r in records if r.arm.startswith(kind)] for kind in COLUMNS}
+    return "\n\n".join(by_arm(mine, COLUMNS[kind]) for kind, mine in kinds.items() if mine)
 
 
-def measure(
-    arms: list[Arm], case: Case, inside: InProcess, options: argparse.Namespace
-) -> Iterator[schema.Row]:
-    """Rows as they are measured: in each repeat every arm in turn, odd repeats backwards."""
-    run_id, facts = uuid.uuid4().hex[:12], inside.facts()
-    budget = Budget(options.budget)
-    for repeat in range(options.repeats or (1 if options.quick else 5)):
-        for arm in arms if repeat % 2 == 0 else arms[::-1]:
-            if budget.spent():
-                return
-            moment = schema.now()
-            try:
-                measured, others = undisturbed(partial(arm.run, case), options.undisturbed)
-                measured.detail["other_cpu"] = round(others, 3)
-            except Exception as failure:
-                measured = Measured.failed(failure)
-            yield case_row("step", arm, case, measured, facts | moment, run_id, repeat)
+COLUMNS = {
+    "python": (
+        Column("us a step", "step_us"),
+        Column("core's thread", "decoder_us"),
+        Column("output thread", "delivery_us"),
+    ),
+    "stepper": (
+        Column("us a step over C", "over_c_us"),
+        Column("Python", "python_us"),
+        Column("C", "c_us"),
+    ),
+    "gap": (
+        Column("between two decodes: p50 us", "gap_p50_us"),
+        Column("p99 us", "gap_p99_us"),
+        Column("share of the time", "gap_share", ".2%"),
+        Column("us a step", "step_us", ".0f"),
+    ),
+}
 
 
 def all_arms(inside: InProcess) -> list[Arm]:
-    nothing = "on a machine that computes nothing: CPU time of the decoder's and the delivery"
+    nothing = "on a device that computes nothing: CPU time of the core's and the output thread's"
     return [
         Arm(
             "python: steady",
-            f"{nothing} thread's work; nobody comes or goes, calls of {RUN} steps",
-            False,
+            f"{nothing} work; no request comes or goes, calls of {RUN} steps",
             partial(python_time, Workload(most=RUN)),
         ),
         Arm(
             "python: each step planned",
-            f"{nothing} thread's work; a plan and a call for every step",
-            False,
+            f"{nothing} work; a plan and a call for every step",
             partial(python_time, Workload(most=1)),
         ),
         Arm(
             "python: each step read",
-            f"{nothing} thread's work; planned as above, and every stream has a reader to wake",
-            False,
+            f"{nothing} work; planned as above, and every stream has a reader to wake",
             partial(python_time, Workload(most=1, read=True)),
         ),
         Arm(
             "python: stop strings",
-            f"{nothing} thread's work; planned as above, two stop strings for every request",
-            False,
+            f"{nothing} work; planned as above, two stop strings for every request",
             partial(python_time, Workload(most=1, stops=("Human:", "###"))),
         ),
         Arm(
             "python: turnover",
-            f"{nothing} thread's work; requests of {N_TOKENS} tokens, one ends and one is admitted "
+            f"{nothing} work; requests of {N_TOKENS} tokens, one ends and one is admitted "
             "every other step; submitting is the caller's time",
-            False,
             partial(python_time, Workload(most=RUN, turnover=True)),
         ),
         *(
@@ -155,7 +125,6 @@ def all_arms(inside: InProcess) -> list[Arm]:
                 f"stepper: {n}",
                 f"Python: {n} rows written, Stepper.step; over_c_us: time outside of the native "
                 "step, less that of plb_run's loop over the same steps",
-                True,
                 partial(stepper_time, inside, n),
             )
             for n in (1, N_SEQS)
@@ -163,19 +132,16 @@ def all_arms(inside: InProcess) -> list[Arm]:
         Arm(
             "gap: steady",
             f"engine, {N_SEQS} requests of the same length, results at the end",
-            True,
             partial(gaps, inside, Load()),
         ),
         Arm(
             "gap: each token read",
             "the same, and a thread for each stream reads every token",
-            True,
             partial(gaps, inside, Load(read=True)),
         ),
         Arm(
             "gap: turnover",
-            "engine, two requests in line for each sequence, of different lengths",
-            True,
+            "engine, two requests wait for each sequence, of different lengths",
             partial(gaps, inside, Load(rounds=3)),
         ),
     ]
@@ -321,38 +287,3 @@ def _in_threads(works: list[Callable[[], object]]) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-
-
-# -- views
-
-
-def view(rows: Sequence[schema.Row]) -> str:
-    """Medians over the repeats."""
-
-    def figure(arm: str, name: str, form: str = "{:.1f}") -> str:
-        value = detail_of(arm, name)(rows)
-        return "—" if value is None else form.format(value)
-
-    arms = list(dict.fromkeys(row.arm for row in rows if not row.error))
-    lines = []
-    if own := [arm for arm in arms if arm.startswith("python")]:
-        lines += ["| us a step | both | decoder | delivery |", "|---|--:|--:|--:|"]
-        for arm in own:
-            names = ("step_us", "decoder_us", "delivery_us")
-            lines.append(f"| {arm} | " + " | ".join(figure(arm, name) for name in names) + " |")
-    if own := [arm for arm in arms if arm.startswith("stepper")]:
-        lines += ["", "| us a step | over C | Python | C |", "|---|--:|--:|--:|"]
-        for arm in own:
-            names = ("over_c_us", "python_us", "c_us")
-            lines.append(f"| {arm} | " + " | ".join(figure(arm, name) for name in names) + " |")
-    if own := [arm for arm in arms if arm.startswith("gap")]:
-        lines += [
-            "",
-            "| between two decodes | p50 us | p99 us | share of the time | us a step |",
-            "|---|--:|--:|--:|--:|",
-        ]
-        for arm in own:
-            cells = [figure(arm, name) for name in ("gap_p50_us", "gap_p99_us")]
-            cells += [figure(arm, "gap_share", "{:.2%}"), figure(arm, "step_us", "{:.0f}")]
-            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, *report.failures(rows)])

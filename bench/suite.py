@@ -6,9 +6,9 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
+from bench.benches import BENCHES
 from bench.cache import REPOSITORY, RESULTS
 from bench.models import resolve
 from bench.tools import tool
@@ -16,7 +16,7 @@ from bench.tools import tool
 QUICK_MODEL = "qwen2-0.5b"
 QUICK_LIMIT_S = 600.0
 QUICK_RESULTS = REPOSITORY / "build" / "bench"
-TOOLS = ("llama-batched-bench", "llama-server", "llama-parallel")
+TOOLS = ("llama-batched-bench", "llama-server")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(options: argparse.Namespace, benches: Mapping[str, tuple[str, ...]]) -> int:
-    """Runs the benches; `benches`: their arguments in the small form.  One that fails or ends
-    with the process it runs in leaves its rows, and the others go on; the status is 1 then."""
+def main(options: argparse.Namespace) -> int:
+    """One that fails or ends with the process it runs in leaves its records, and the others go on;
+    the status is 1 then."""
     folder: Path = options.out or (QUICK_RESULTS if options.quick else RESULTS)
     limit = options.limit or (QUICK_LIMIT_S if options.quick else float("inf"))
     for name in TOOLS:
@@ -43,25 +43,25 @@ def main(options: argparse.Namespace, benches: Mapping[str, tuple[str, ...]]) ->
     resolve(QUICK_MODEL)
     began = time.monotonic()
     failed = []
-    for name, quick in benches.items():
+    for name in BENCHES:
         left = limit - (time.monotonic() - began)
-        print(f"\n== {name}", flush=True)
-        if left <= 0 or _run(name, quick if options.quick else (), folder, left) != 0:
+        words = [name, *(["--quick"] if options.quick else []), "--out", str(folder)]
+        print(f"\n== {' '.join(words)}", flush=True)
+        if left <= 0 or _run(words, left) != 0:
             failed.append(name)
-    print(f"\n{time.monotonic() - began:.0f} s, rows in {folder}")
+    print(f"\n{time.monotonic() - began:.0f} s, records in {folder}")
     if failed:
         print(f"not complete: {', '.join(failed)}")
     return int(bool(failed))
 
 
-def _run(name: str, arguments: tuple[str, ...], folder: Path, seconds: float) -> int:
-    command = [sys.executable, "-m", "bench", name, *arguments]
-    with subprocess.Popen([*command, "--out", str(folder)], cwd=REPOSITORY) as child:
+def _run(words: list[str], seconds: float) -> int:
+    with subprocess.Popen([sys.executable, "-m", "bench", *words], cwd=REPOSITORY) as child:
         try:
             return child.wait(None if seconds == float("inf") else seconds)
         except subprocess.TimeoutExpired:
-            print(f"{name}: the time for all benches is over")
-            child.terminate()  # it ends its servers and keeps its rows
+            print(f"{words[0]}: the time for all benches is over")
+            child.terminate()  # it ends its servers and keeps its records
             return child.wait()
         except BaseException:
             child.terminate()

@@ -1,38 +1,29 @@
-"""`python -m bench report`: Markdown and plots of result rows, the same for the same rows."""
+"""`python -m bench report`: Markdown and plots of records, the same for the same records."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import report, schema
+from bench.benches import Bench, about, names_of
 from bench.cache import RESULTS
-from bench.schema import Row
 from bench.targets import Target
+from bench.views import plain
+from pyllamabatch.report.plots import draw_speeds, over_counts, styled, svg
+from pyllamabatch.report.records import Record, read
+from pyllamabatch.report.tables import Table
 
-View = Callable[[Sequence[Row]], str]
-"""Markdown of the rows of one setting."""
-Draw = Callable[[Sequence[Row], Path], None]
-"""Their plot, into an SVG file."""
-
-
-@dataclass(frozen=True)
-class Shown:
-    """What the report needs of a bench."""
-
-    about: str
-    targets: tuple[Target, ...]
-    view: View
-    draw: Draw | None = None
-    names: tuple[str, ...] = ()
-    """What its rows call it, where that is not its own name alone."""
+Draw = Callable[[Sequence[Record], Path], None]
+"""The plot of a setting's records, into an SVG file."""
 
 
 @dataclass(frozen=True, order=True)
 class Setting:
-    """Rows with the same setting belong into one table."""
+    """Records with the same setting belong into one table."""
 
     bench: str
     machine: str
@@ -46,18 +37,21 @@ class Setting:
         return self.machine.split(" (")[0]
 
 
+Groups = Mapping[Setting, Sequence[Record]]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "rows", nargs="*", type=Path, help="JSONL files or folders of them (bench/results)"
+        "records", nargs="*", type=Path, help="JSONL files or folders of them (bench/results)"
     )
     parser.add_argument(
-        "--out", type=Path, help="folder for README.md and plots/ (that of the rows)"
+        "--out", type=Path, help="folder for README.md and plots/ (that of the records)"
     )
     parser.add_argument("--no-plots", action="store_true", help="Markdown only")
 
 
-def main(options: argparse.Namespace, benches: Mapping[str, Shown]) -> int:
-    sources: list[Path] = options.rows or [RESULTS]
+def main(options: argparse.Namespace, benches: Mapping[str, Bench]) -> int:
+    sources: list[Path] = options.records or [RESULTS]
     missing = [str(path) for path in sources if not path.exists()]
     if missing:
         raise SystemExit(f"no such file or folder: {', '.join(missing)}")
@@ -68,19 +62,16 @@ def main(options: argparse.Namespace, benches: Mapping[str, Shown]) -> int:
     ]
     first = sources[0]
     folder: Path = options.out or (first if first.is_dir() else first.parent)
-    rows = [row for file in files for row in schema.read(file)]
-    groups = latest(rows)
+    groups = latest(record for file in files for record in read(file))
     plots: dict[Setting, str] = {}
     if not options.no_plots:
-        from bench.plots import draw_all
-
-        drawn = {
-            word: shown.draw
-            for name, shown in benches.items()
-            for word in shown.names or (name,)
-            if shown.draw
+        draws = {
+            word: bench.draw
+            for name, bench in benches.items()
+            for word in names_of(name, bench)
+            if hasattr(bench, "draw")
         }
-        plots = draw_all(groups, drawn, folder)
+        plots = draw_all(groups, draws, folder)
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "README.md"
     page.write_text(markdown(groups, plots, benches), encoding="utf-8")
@@ -88,126 +79,138 @@ def main(options: argparse.Namespace, benches: Mapping[str, Shown]) -> int:
     return 0
 
 
-def latest(rows: Iterable[Row]) -> dict[Setting, list[Row]]:
-    """Rows by setting, and of each number of sequences those of the latest run that has it, among
-    those with the most arms.
+def latest(records: Iterable[Record]) -> dict[Setting, list[Record]]:
+    """Records by setting, and of each number of sequences those of the latest run that has it,
+    among those with the most arms.
 
     A run is one invocation of a bench: its arms are compared with each other and with nothing
     else, so a later run replaces an earlier one whole.
     """
-    runs: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        runs.setdefault((row.run_id, row.bench), []).append(row)
-    chosen: dict[tuple[Setting, tuple[int, bool]], list[Row]] = {}
+    runs: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        runs.setdefault((record.run_id, record.bench), []).append(record)
+    chosen: dict[tuple[Setting, tuple[int, bool]], list[Record]] = {}
     for run in sorted(runs.values(), key=lambda run: (run[0].test_time, run[0].run_id)):
         setting = setting_of(run)
-        loads: dict[tuple[int, bool], list[Row]] = {}
-        for row in run:  # `width`: n clients are another load than n streams
-            loads.setdefault((row.pl, bool(row.detail.get("mixed"))), []).append(row)
+        loads: dict[tuple[int, bool], list[Record]] = {}
+        for record in run:  # `width`: n clients are another load than n streams
+            loads.setdefault((record.pl, bool(record.detail.get("mixed"))), []).append(record)
         for load, mine in loads.items():
             if n_arms(mine) >= n_arms(chosen.get((setting, load), ())):
                 chosen[setting, load] = mine
-    groups: dict[Setting, list[Row]] = {}
+    groups: dict[Setting, list[Record]] = {}
     for setting, load in sorted(chosen):
         groups.setdefault(setting, []).extend(chosen[setting, load])
     return groups
 
 
-def n_arms(rows: Iterable[Row]) -> int:
-    return len({row.arm for row in rows})
+def n_arms(records: Iterable[Record]) -> int:
+    return len({record.arm for record in records})
 
 
-def setting_of(run: Sequence[Row]) -> Setting:
-    row = run[0]
-    machine = f"{row.cpu_info}, {row.n_cores} cores, {row.os}"
-    cells = "/".join(sorted({"unified" if row.kv_unified else "streams" for row in run}))
-    sampling = "/".join(sorted({row.sampling for row in run} - {"none"})) or "none"
+def setting_of(run: Sequence[Record]) -> Setting:
+    one = run[0]
+    machine = f"{one.cpu_info}, {one.n_cores} cores, {one.os}"
+    cells = "/".join(sorted({"unified" if r.kv_unified else "streams" for r in run}))
+    sampling = "/".join(sorted({r.sampling for r in run} - {"none"})) or "none"
     settings = [f"sampling {sampling}"]
-    if row.pp:
-        settings.insert(0, f"KV {cells}, {max(row.n_threads for row in run)} threads")
+    if one.pp:
+        settings.insert(0, f"KV {cells}, {max(r.n_threads for r in run)} threads")
     return Setting(
-        bench=row.bench,
-        machine=f"{row.gpu_info} ({machine})" if row.gpu_info else machine,
-        model=row.model_filename.removesuffix(".gguf"),
-        work=f"{row.pp} prompt tokens, {row.tg} tokens" if row.pp else "no prompt",
+        bench=one.bench,
+        machine=f"{one.gpu_info} ({machine})" if one.gpu_info else machine,
+        model=one.model_filename.removesuffix(".gguf"),
+        work=f"{one.pp} prompt tokens, {one.tg} tokens" if one.pp else "no prompt",
         settings=", ".join(settings),
     )
 
 
-def markdown(
-    groups: Mapping[Setting, Sequence[Row]],
-    plots: Mapping[Setting, str],
-    benches: Mapping[str, Shown],
-) -> str:
+def markdown(groups: Groups, plots: Mapping[Setting, str], benches: Mapping[str, Bench]) -> str:
     lines = [
         "# Results",
         "",
-        "Made by `python -m bench report` from the JSONL files in this folder; every row there "
+        "Made by `python -m bench report` from the JSONL files in this folder; every record there "
         "names its machine, build, model and seeds. Figures of one table come from the same runs; "
         "tables of different machines or dates are not to be compared.",
     ]
-    for name, shown in benches.items():
-        names = shown.names or (name,)
-        mine = {setting: rows for setting, rows in groups.items() if setting.bench in names}
-        lines += ["", f"## {name}", "", shown.about]
-        lines += targets_table(shown.targets, mine)
-        for setting, rows in mine.items():
+    for name, bench in benches.items():
+        mine = {s: records for s, records in groups.items() if s.bench in names_of(name, bench)}
+        lines += ["", f"## {name}", "", about(bench)]
+        if bench.TARGETS:
+            lines += ["", targets_table(bench.TARGETS, mine)]
+        for setting, records in mine.items():
             lines += ["", f"### {setting.model}: {setting.machine}", ""]
-            lines += [f"{setting.work}, {setting.settings}. {origin(rows)}", ""]
+            lines += [f"{setting.work}, {setting.settings}. {origin(records)}", ""]
             if setting in plots:
                 lines += [f"![{setting.model}]({plots[setting]})", ""]
-            lines.append(shown.view(rows))
-    known = {word for name, shown in benches.items() for word in shown.names or (name,)}
+            lines.append(getattr(bench, "view", plain)(records).strip())
+    known = {word for name, bench in benches.items() for word in names_of(name, bench)}
     unknown = sorted({setting.bench for setting in groups} - known)
     if unknown:
-        lines += ["", f"Rows of benches that this code does not have: {', '.join(unknown)}."]
+        lines += ["", f"Records of benches that this code does not have: {', '.join(unknown)}."]
     return "\n".join(lines) + "\n"
 
 
-def targets_table(targets: Sequence[Target], groups: Mapping[Setting, Sequence[Row]]) -> list[str]:
-    """A line per target and setting that has its figure, or one that says "not measured"."""
-    if not targets:
-        return []
-    lines = ["", "| target | limit | measured | | setting |", "|---|--:|--:|---|---|"]
+def targets_table(targets: Sequence[Target], groups: Groups) -> str:
+    """A line for each target and setting that has its figure, or one that says "not measured"."""
+    lines = []
     for target in targets:
-        found = [
-            (setting, value)
-            for setting, rows in groups.items()
-            if (value := target.measured(rows)) is not None
-        ]
-        if not found:
-            lines.append(f"| {target.text} | {target.limit} | not measured | | |")
-        for setting, value in found:
+        found = {setting: target.measured(records) for setting, records in groups.items()}
+        measured = {setting: value for setting, value in found.items() if value is not None}
+        if not measured:
+            lines.append([target.text, target.limit, "not measured", "", ""])
+        for setting, value in measured.items():
             met = "met" if target.met_by(value) else "**missed**"
             where = f"{setting.short_machine}; {setting.work}, {setting.settings}"
-            lines.append(f"| {target.text} | {target.limit} | {value:.3g} | {met} | {where} |")
-    return lines
+            lines.append([target.text, target.limit, f"{value:.3g}", met, where])
+    return Table(["target", "limit", "measured", "", "setting"], lines, text=(0, 3, 4)).markdown()
 
 
-def origin(rows: Sequence[Row]) -> str:
+def origin(records: Sequence[Record]) -> str:
     """When and by which code."""
-    dates = sorted({row.test_time[:10] for row in rows})
-    commits = sorted({row.versions.get("commit", "not recorded") for row in rows})
-    builds = sorted({f"b{row.build_number}" for row in rows if row.build_number})
-    seeds = sorted({str(row.seed) for row in rows})
+    dates = sorted({record.test_time[:10] for record in records})
+    commits = sorted({record.versions.get("commit", "not recorded") for record in records})
+    builds = sorted({f"b{record.build_number}" for record in records if record.build_number})
+    seeds = sorted({str(record.seed) for record in records})
     return (
         f"Measured {dates[0]}{f' to {dates[-1]}' if len(dates) > 1 else ''}, "
         f"commit {', '.join(commits)}, llama.cpp {', '.join(builds)}, seed {', '.join(seeds)}, "
-        f"medians of {max(row.repeat for row in rows) + 1}."
+        f"medians of {max(record.repeat for record in records) + 1}."
     )
 
 
-def plain(rows: Sequence[Row]) -> str:
-    """The view of a bench that has none of its own: medians by arm and number of sequences."""
-    good = [row for row in rows if not row.error]
-    names = sorted({name for row in good for name in row.detail})
-    lines = [
-        f"| arm | sequences | tokens/s | {' | '.join(names)} |",
-        f"|---|--:|--:|{'--:|' * len(names)}",
-    ]
-    for (arm, pl), speed in report.median_speeds(good).items():
-        mine = [row for row in good if (row.arm, row.pl) == (arm, pl)]
-        cells = [report.median_of(row.detail.get(name) for row in mine) for name in names]
-        words = ["" if cell is None else f"{cell:.4g}" for cell in cells]
-        lines.append(f"| {arm} | {pl} | {speed:.1f} | {' | '.join(words)} |")
-    return "\n".join([*lines, *report.failures(rows)])
+def draw_all(groups: Groups, draws: Mapping[str, Draw], folder: Path) -> dict[Setting, str]:
+    """One SVG in `folder`/plots for each setting that has several numbers of sequences, by the
+    bench's entry in `draws`. Returns their paths from `folder`; files of plots that are not made
+    again are removed."""
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    plots: dict[Setting, str] = {}
+    for setting, records in groups.items():
+        if setting.bench in draws and len({r.pl for r in records if not r.error}) > 1:
+            plots[setting] = f"plots/{file_name(setting, plots.values())}"
+            draws[setting.bench](records, folder / plots[setting])
+    for old in (folder / "plots").glob("*.svg"):
+        if f"plots/{old.name}" not in plots.values():
+            old.unlink()
+    return plots
+
+
+def file_name(setting: Setting, taken: Collection[str]) -> str:
+    """From the setting; two of the same name are counted."""
+    words = f"{setting.bench} {setting.model} {setting.short_machine}".lower()
+    stem = re.sub(r"[^a-z0-9.]+", "-", words).strip("-")
+    numbered = (f"{stem}-{i}.svg" for i in itertools.count(2))
+    names = itertools.chain([f"{stem}.svg"], numbered)
+    return next(name for name in names if f"plots/{name}" not in taken)
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """Speed over the number of sequences, a line for each arm."""
+    with styled() as new:
+        figure = new(figsize=(6.4, 3.6), layout="constrained")
+        axes = figure.subplots()
+        draw_speeds(records, axes)
+        counts = sorted({record.pl for record in records if not record.error})
+        over_counts(axes, counts, "sequences", "tokens/s")
+        axes.legend(frameon=False, fontsize=8)
+        path.write_text(svg(figure), encoding="utf-8")

@@ -34,10 +34,9 @@ import numpy.typing as npt
 
 from bench import report, schema
 from bench.arms import InProcess
-from bench.case import Case, Measured, case_row, cases_of
+from bench.case import Case, Measured, cases_of, record_of
 from bench.models import resolve
 from bench.options import Budget, add_model, add_run, choose, numbers, out_file
-from bench.quiet import undisturbed
 from bench.targets import Figure, Target, judged
 from pyllamabatch.cost.calibrate import calibrate
 from pyllamabatch.cost.model import CostModel
@@ -45,6 +44,7 @@ from pyllamabatch.cost.profile import Profile, shipped_names, shipped_profile
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import PyllamabatchError
 from pyllamabatch.report.medians import pairs
+from pyllamabatch.report.meters import undisturbed
 from pyllamabatch.scheduler import make_policy
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.trace import Trace
@@ -54,7 +54,14 @@ F64 = npt.NDArray[np.float64]
 DEFAULT, COUNTED, PACED = "device-aware", "counted", "sarathi"
 POLICIES = {DEFAULT: DEFAULT, COUNTED: "sarathi:budget=512", PACED: PACED}
 MIXED_ROUNDS = 6  # requests for each client
-QUICK = ("--quick", "-n", "2,8,9", "--mixed", "4", "--calibrate", "40")
+QUICK = {
+    "streams": "2,8,9",
+    "mixed": "4",
+    "calibrate": 40.0,
+    "prompt_tokens": 16,
+    "tokens": 32,
+    "repeats": 1,
+}
 
 
 def ratio(n: int, name: str = "speed_tg", mixed: bool = False) -> Figure:
@@ -113,19 +120,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device-sampling", choices=["auto", "off"], default="auto", help="see `Engine`"
     )
-    parser.add_argument("--prompt-tokens", type=int, help="of each stream (64; --quick 16)")
-    parser.add_argument("--tokens", type=int, help="of each stream (256; --quick 32)")
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="of each stream")
+    parser.add_argument("--tokens", type=int, default=256, help="of each stream")
     parser.add_argument("--itl", type=float, default=0.1, help="the default's ITL target, seconds")
     parser.add_argument("--calibrate", type=float, metavar="S", help="measure the device first")
     parser.add_argument("--profile", metavar="NAME|FILE", help="shipped, or a file")
-    parser.add_argument("--repeats", type=int, help="runs of each arm (3; --quick 1)")
-    add_run(parser)
+    add_run(parser, repeats=3)
 
 
 def main(options: argparse.Namespace) -> int:
-    quick = options.quick
-    pp = options.prompt_tokens or (16 if quick else 64)
-    tg = options.tokens or (32 if quick else 256)
+    pp, tg = options.prompt_tokens, options.tokens
     model = resolve(options.model)
     inside = InProcess(model, options.gpu_layers)
     streams, clients = (numbers(w) if w else () for w in (options.streams, options.mixed))
@@ -178,7 +182,7 @@ def measure(
     run_id = uuid.uuid4().hex[:12]
     budget = Budget(options.budget)
     facts = inside.facts()
-    for repeat in range(options.repeats or (1 if options.quick else 3)):
+    for repeat in range(options.repeats):
         for case, is_mixed in [*((c, False) for c in steady), *((c, True) for c in mixed)]:
             for arm in arms if repeat % 2 == 0 else arms[::-1]:
                 if budget.spent():
@@ -191,7 +195,7 @@ def measure(
                 except (PyllamabatchError, MemoryError, RuntimeError) as failure:
                     measured = Measured.failed(failure)
                 measured.detail["mixed"] = float(is_mixed)
-                yield case_row("width", arm, case, measured, facts | moment, run_id, repeat)
+                yield record_of("width", arm, case, measured, facts | moment, run_id, repeat)
 
 
 def arm_of(

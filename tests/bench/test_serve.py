@@ -1,4 +1,4 @@
-"""The serve bench: same work for every arm, failures that end nobody else, nothing left running."""
+"""The serve bench: same work for every arm, failures that end no other, nothing left running."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ from typing import Any
 
 import pytest
 
-from bench import peers, serve, server
+from bench import serve
 from bench.arms import InProcess
-from bench.case import Case, Measured
-from bench.models import BenchModel
-from bench.options import Budget
-from bench.serve import ServeArm, measure
-from bench.server import ServerProcess, endpoint, llama_server
-from bench.serving import Clients, EngineClients, HttpClients
-from bench.tools import ToolError, source_tree
+from bench.case import Case
+from bench.serve import ServeArm, endpoint, measure
+from bench.serving import Clients, EngineClients, HttpClients, ServerProcess
+from tests.bench.conftest import options
 
 FAKE = """
 import argparse, json, time
@@ -47,14 +44,6 @@ class Handler(BaseHTTPRequestHandler):
 
 ThreadingHTTPServer(("127.0.0.1", options.port), Handler).serve_forever()
 """
-
-
-@pytest.fixture(scope="module")
-def case() -> Case:
-    from tests.support.models_gguf import gguf_path
-
-    model = BenchModel(gguf_path("llama"), "tiny", 1)
-    return Case(model=model, pp=9, tg=5, pl=3, n_threads=1, sampling="default", seed=2)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +86,7 @@ def test_the_engine_serves_the_same_with_and_without_http(
         ServeArm("engine-http", "", over_http),
     ]
     cases = [dataclasses.replace(case, pl=pl, kv_unified=pl == 3) for pl in (1, 3)]
-    rows = list(measure(arms, cases, 2, inside))
+    rows = list(measure(arms, cases, inside, options()))
     assert [(row.pl, row.repeat, row.arm, row.error) for row in rows] == [
         (pl, repeat, name, "")
         for pl in (1, 3)
@@ -133,7 +122,7 @@ def test_a_server_that_fails_leaves_a_row_and_the_others_go_on(
         ServeArm("absent", "", lambda case: pytest.fail("opened"), package="no_such_package"),
         ServeArm("engine", "", lambda case: EngineClients(case, inside.model, 60.0)),
     ]
-    broken, absent, good = measure(arms, [case], 1, inside)
+    broken, absent, good = measure(arms, [case], inside, options(repeats=1))
     assert broken.arm == "broken"
     assert broken.t_tg == broken.speed_tg == 0
     assert re.match(message, broken.error)
@@ -152,20 +141,19 @@ def test_nothing_runs_on_when_the_bench_is_left(case: Case, inside: InProcess, f
             super().__init__(case, inside.model.n_vocab)
             started.append(fake("hangs"))
 
-        def connect(self) -> None: ...
-
         def ask(self, prompt: Any, tokens: int, seed: int) -> None: ...
 
         def close(self, *, now: bool = False) -> None:
             started[-1].stop()
 
-    rows = measure([ServeArm("one", "", Asked)], [case], 5, inside)
+    arms = [ServeArm("one", "", Asked)]
+    rows = measure(arms, [case], inside, options(repeats=5))
     next(rows)
     assert alive(started[0].pid)
     with pytest.raises(KeyboardInterrupt):
         rows.throw(KeyboardInterrupt())
     assert not alive(started[0].pid)
-    assert list(measure([ServeArm("one", "", Asked)], [case], 5, inside, budget=Budget(0))) == []
+    assert list(measure(arms, [case], inside, options(budget=0.0))) == []
     assert len(started) == 1
 
 
@@ -185,34 +173,6 @@ def test_one_answer_that_is_wrong_frees_the_clients_that_still_wait(
     with pytest.raises(RuntimeError, match="first"):
         clients.run(0)
     assert not alive(process.pid)
-
-
-def test_the_servers_options_are_upstreams(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "tool", lambda name, log: Path(name))
-    text = (source_tree() / "common" / "arg.cpp").read_text(encoding="utf-8")
-    for variant in (case, dataclasses.replace(case, kv_unified=True, n_gpu_layers=7)):
-        command = llama_server(variant, backend_sampling=True)
-        options = [word for word in command if word.startswith("-") and not word[1:].isdigit()]
-        assert [word for word in options if f'"{word}"' not in text] == []
-    assert ("-kvu" in command, "-ngl" in command) == (True, True)
-    assert command[command.index("-np") + 1] == "3"
-    assert int(command[command.index("-c") + 1]) == case.n_ctx
-
-
-def test_what_llama_parallel_prints(case: Case, tmp_path: Path) -> None:
-    printed = (
-        "0.19 I Total prompt tokens:    840, speed: 55.71 t/s\n"
-        "0.19 I Total gen tokens:        18, speed:  1.50 t/s\n"
-    )
-    script = tmp_path / "tool.py"
-    script.write_text(f"print({printed!r})")
-    measured = peers.parallel_totals([sys.executable, str(script)], case)
-    assert measured == Measured(
-        0.0, 5 * 3 / 1.5, detail={"prompt_tokens": 280.0, "generated_tokens": 6.0}
-    )
-    script.write_text("raise SystemExit('no memory')")
-    with pytest.raises(ToolError, match="no memory"):
-        peers.parallel_totals([sys.executable, str(script)], case)
 
 
 def test_every_arm_is_there_and_says_whether_http_is_in_its_time(inside: InProcess) -> None:

@@ -1,0 +1,60 @@
+"""The benches: one module each."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+if TYPE_CHECKING:
+    from bench.targets import Target
+
+BENCHES = (
+    "coalesce",
+    "compare",
+    "decode",
+    "plan",
+    "policies",
+    "prefix",
+    "sampler",
+    "scheduler",
+    "serve",
+    "simulator",
+    "soak",
+    "stall",
+    "step",
+    "width",
+)
+"""`bench/NAME.py` each; a new one needs no other entry."""
+
+
+class Bench(Protocol):
+    """What such a module has. The first line of its docstring says what it compares.
+
+    For the report it may have `view(records)`, Markdown of its records (else `views.plain`);
+    `draw(records, path)`, their plot (`summary.draw` plots `speed_tg` over `pl`); and `NAMES`, what
+    its records call it where that is not its own name.
+    """
+
+    QUICK: Mapping[str, Any]  # the defaults of its options with --quick
+    TARGETS: tuple[Target, ...]  # what it is to show
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """`--quick` and `--out FILE` (JSONL to append records to) at least."""
+
+    def main(self, options: argparse.Namespace) -> int:
+        """Measure; write every record as soon as it is there; the exit status."""
+
+
+def load(name: str) -> Bench:
+    return cast(Bench, importlib.import_module(f"bench.{name}"))
+
+
+def about(bench: Bench) -> str:
+    return (bench.__doc__ or "").splitlines()[0]
+
+
+def names_of(name: str, bench: Bench) -> tuple[str, ...]:
+    """What its records call it."""
+    return getattr(bench, "NAMES", (name,))
