@@ -17,8 +17,8 @@ from pyllamabatch.scheduler import Limits, Policy, Scheduler
 from pyllamabatch.step.ring_reader import Page
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import Finish
-from pyllamabatch.step.stream_stepper import Run
 from pyllamabatch.step.trace import StepTrace
+from pyllamabatch.step.types import Run
 
 N_PROMPT = 8
 TOKEN = 7
@@ -97,9 +97,9 @@ class NullMachine:
     def wait(self, n_wanted: int, timeout: float) -> int:
         return self.n_published
 
-    def ring(self) -> None: ...
+    def interrupt(self) -> None: ...
     def wake(self) -> None: ...
-    def give_way(self) -> None: ...
+    def yield_to_compute(self) -> None: ...
 
     def renew(self) -> None:
         raise AssertionError("it never fails")

@@ -26,8 +26,8 @@ from ..kv import SwapSpace
 from ..llama.lora import LoraNames
 from ..scheduler import Scheduler, Step
 from ..step.stepper import Finish
-from ..step.stream_stepper import Run
 from ..step.trace import StepTrace
+from ..step.types import Run
 from .command_queue import CommandQueue
 from .cost_observer import CostObserver
 from .hand import Call, Hand
@@ -61,7 +61,7 @@ class EngineCore:
         loras: LorasLike | None = None,
     ) -> None:
         self.scheduler = scheduler
-        self.commands = CommandQueue(stepper.ring, max_waiting)
+        self.commands = CommandQueue(stepper.interrupt, max_waiting)
         self.n_reused = 0  # graphs
         self.trace = trace
         self.output_processor = OutputProcessor(
@@ -293,7 +293,9 @@ class EngineCore:
             n_more = self._fill(step) if step.chunks else 0
             first = stepper.n_recorded
             if self.trace is not None:
-                self.trace.begin(first, step, self.scheduler.accounting.used)
+                prompts = [(chunk.slot, chunk.id, chunk.n) for chunk in step.chunks]
+                used = self.scheduler.accounting.used
+                self.trace.begin(first, step.n_rows, used, step.decode, prompts)
             self._running = step, first
         if self.output_processor.has_events:
             stepper.flush()

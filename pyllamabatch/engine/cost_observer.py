@@ -10,7 +10,7 @@ import numpy as np
 from ..cost.step_cost import SETTLED
 from ..kv import Slots
 from ..scheduler import Scheduler, Step
-from ..step.stream_stepper import Run
+from ..step.types import Run
 
 
 class CostObserver:

@@ -28,8 +28,8 @@ from ..scheduler import Gather, Limits, Policy, Scheduler
 from ..scheduler.interactive import PATIENCE_SECONDS
 from ..scheduler.policy import check_policy
 from ..step.native import gap_max_of, offloaded
+from ..step.ring_reader import StreamStepper
 from ..step.sampling_params import SEED_MAX, SamplingParams
-from ..step.stream_stepper import StreamStepper
 from ..step.trace import StepTrace, Trace, trace_dtype
 from . import aio
 from .core import EngineCore

@@ -146,7 +146,7 @@ class OutputProcessor:
             self._read(min(published, events[0][0]) if events else published)
             if not events or events[0][0] > self._n_read:
                 break
-            self._reader.give_way()
+            self._reader.yield_to_compute()
             _, act, args = events.popleft()
             act(*args)
         for i, stream in enumerate(list(self._with_stops), 1):
@@ -154,7 +154,7 @@ class OutputProcessor:
                 self._with_stops.discard(stream)
                 self._on_stop(stream.id)
             if i % AT_ONCE == 0:
-                self._reader.give_way()
+                self._reader.yield_to_compute()
         self._tell()
 
     def _wait(self) -> int:

@@ -87,7 +87,7 @@ class Owner:
     """A Python object with a native one: `close` it, or use it in a `with` block."""
 
     def __init__(self, held: Handle | Exclusive, what: str) -> None:
-        self._held = held
+        self._owned = held
         self._what = what
         self._close = weakref.finalize(self, held.release)
 
@@ -96,7 +96,7 @@ class Owner:
         """The native pointer. Raises `ClosedError` when closed."""
         if not self._close.alive:
             raise ClosedError(f"{self._what} is closed")
-        return self._held.ptr
+        return self._owned.ptr
 
     @property
     def closed(self) -> bool:

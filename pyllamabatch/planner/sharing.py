@@ -11,6 +11,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pyllamabatch.errors import PyllamabatchError, UnsupportedOperation
 from pyllamabatch.llama.context import Context
@@ -19,7 +20,7 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.planner.residency import Projector
 
 _FIELDS = {"rss": ("Rss",), "pss": ("Pss",), "shared": ("Shared_Clean", "Shared_Dirty")}
-_CONTEXT = {"n_batch": 64, "n_ubatch": 64}
+_CONTEXT: dict[str, Any] = {"n_batch": 64, "n_ubatch": 64}
 
 
 @dataclass(frozen=True, slots=True)

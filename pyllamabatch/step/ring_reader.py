@@ -1,7 +1,8 @@
-"""Pages: what was sampled, in columns by sequence, as the delivery thread takes it from the ring.
+"""Reading what is sampled while the next steps are computed: by another thread, from a ring.
 
-A page has room for some steps. The delivery thread fills it (`Stepper.read`), and whoever reads a
-stream takes what is new in its column; nobody touches a stream because a token was sampled for it.
+One thread computes (`StreamStepper.compute`), another takes what was sampled out of the ring, a
+`Page` at a time: columns by sequence. A reader of a stream takes what is new in its column; no
+stream is touched because a token was sampled for it.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..raw import ffi, lib
-from .types import STEP_DTYPE
+from pyllamabatch.raw import ffi, lib
+from pyllamabatch.step.stepper import Stepper
+from pyllamabatch.step.types import REPORT, STEP_DTYPE, Run
 
 
 def _offset() -> float:
-    """From the shim's clock to `perf_counter`, s (0 on Linux, where they are the same), at most the
-    true one: the best of some tries, as a thread may be held up between two looks at clocks."""
+    """Seconds from the shim's clock to `perf_counter`, at most the true ones: 0 on Linux, where the
+    clocks are the same. The best of some tries, as a thread may be held up between two looks."""
     tries: list[tuple[float, float]] = []
     for _ in range(9):
         before, ns, after = perf_counter(), lib.plb_now_ns(), perf_counter()
@@ -32,8 +34,8 @@ PHASES = ("build", "decode", "sync", "sample")
 TIMES = tuple(f"{phase}_ns" for phase in PHASES)
 
 
-class Steps:
-    """The steps of a page: `table[:n]`, STEP_DTYPE; outlives the page in the trace."""
+class StepTable:
+    """The steps of a page: `table[:n]`, STEP_DTYPE. It outlives the page in the trace."""
 
     __slots__ = ("n", "table")
 
@@ -58,21 +60,13 @@ class Page:
     """
 
     __slots__ = (
-        "logprob",
-        "n_tokens",
-        "n_top",
-        "shown",
-        "step",
-        "steps",
-        "struct",
-        "token",
-        "top_logprob",
-        "top_token",
-    )
+        "logprob", "n_tokens", "n_top", "shown", "step", "steps", "struct", "token",
+        "top_logprob", "top_token",
+    )  # fmt: skip
 
     def __init__(self, n_seq_max: int, n_steps_max: int, n_top: int | None = None) -> None:
         shape = (n_seq_max, n_steps_max)
-        self.steps = Steps(n_steps_max)
+        self.steps = StepTable(n_steps_max)
         self.n_tokens = np.zeros(n_seq_max, dtype=np.int32)
         self.token = np.empty(shape, dtype=np.int32)
         self.step = np.empty(shape, dtype=np.int32)
@@ -117,3 +111,69 @@ class Page:
 
 def _pointer(kind: str, array: npt.NDArray[Any]) -> Any:
     return ffi.cast(kind, array.ctypes.data)
+
+
+_MOST_STEPS = 2**31 - 1
+_YIELD_NS = 2_000_000
+
+
+class StreamStepper(Stepper):
+    """A stepper of two threads: one computes (`compute`, `flush`), one reads (`wait`, `read`).
+
+    See "reading while a run goes on" in native/plb.h. `n_steps_max` is what fits between them.
+    `step` and `run` are not for it.
+    """
+
+    _stream = True
+
+    def compute(self, slots: npt.NDArray[np.int32], n_steps: int, n_more: int = 0) -> Run:
+        """Up to n_steps steps of `slots` (contiguous int32), which may be any number; or, with
+        n_more rows of prompts in rows len(slots) and after, one.
+
+        Ends as `Stepper.run` does, and after nothing at all when the reader is too far behind.
+        Raises as it does.
+        """
+        code = self._run_native(slots, n_more, min(n_steps, _MOST_STEPS))
+        info = self._run
+        finished: list[tuple[int, int, int]] = []
+        reported: list[tuple[int, int, int, float]] = []
+        for r in self._finished[0 : info.n_finished] if info.n_finished else ():
+            if self.rows.flags[r.row] & REPORT:
+                reported.append((r.seq, r.token, r.finish, r.logprob))
+            else:
+                finished.append((r.seq, r.token, r.finish))
+        seconds, first = info.ns * 1e-9, info.first_ns * 1e-9
+        return Run(code, info.n_steps, info.n_reused, seconds, finished, reported, first)
+
+    @property
+    def n_recorded(self) -> int:
+        """Steps that were tried so far, by the last `compute`."""
+        return int(self._run.n_recorded)
+
+    @property
+    def n_published(self) -> int:
+        """Steps that the reader may see so far."""
+        return int(lib.plb_ring_count(self._engine))
+
+    def flush(self) -> None:
+        """Let the reader see the last step too, and wake it. By the thread that computes."""
+        lib.plb_ring_flush(self._engine)
+
+    def wake(self) -> None:
+        """Wake the reader. From any thread; nothing happens when the stepper is closed."""
+        engine = self._engine
+        if engine is not None:
+            lib.plb_ring_wake(engine)
+
+    def wait(self, n_wanted: int, timeout: float) -> int:
+        """Steps that can be read so far. Waits until there are n_wanted, a `flush` or `wake`, or
+        `timeout` seconds are over."""
+        return int(lib.plb_ring_wait(self._engine, n_wanted, int(timeout * 1e9)))
+
+    def yield_to_compute(self) -> None:
+        """By the reader, between two pieces of work: let the thread that computes plan first."""
+        lib.plb_ring_give_way(self._engine, _YIELD_NS)
+
+    def read(self, until: int, page: Page) -> int:
+        """Move the steps below `until`, as many as fit, into a page. Returns how many."""
+        return int(lib.plb_ring_read(self._engine, until, page.struct))

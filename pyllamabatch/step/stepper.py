@@ -20,8 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,23 +28,24 @@ import numpy.typing as npt
 from pyllamabatch.errors import (
     ArgumentError,
     ClosedError,
-    ContextBusy,
     FatalDecodeError,
     GrammarError,
     UnsupportedOperation,
+    choice,
     integer,
 )
+from pyllamabatch.llama.context import Context
+from pyllamabatch.llama.runtime import text
+from pyllamabatch.llama.vocab import TokenArray
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.native import (
+    PATH_NAMES,
     PATHS,
     DetachedSlot,
-    code_text,
     device_sampling_of,
     gap_max_of,
     hold,
-    path_of,
-    refused_run,
-    refused_step,
+    refused,
     sampling_struct,
     slot_failure,
     view_of,
@@ -57,16 +57,11 @@ from pyllamabatch.step.types import (
     SAMPLE,
     STEP_DTYPE,
     Finish,
+    Results,
     Rows,
-    RunResult,
     SlotInfo,
-    StepResult,
     Stop,
 )
-
-if TYPE_CHECKING:
-    from pyllamabatch.llama.context import Context
-    from pyllamabatch.llama.vocab import TokenArray
 
 __all__ = [
     "OUTPUT",
@@ -75,13 +70,16 @@ __all__ = [
     "STEP_DTYPE",
     "DetachedSlot",
     "Finish",
+    "Results",
     "Rows",
-    "RunResult",
     "SlotInfo",
-    "StepResult",
     "Stepper",
     "Stop",
 ]
+
+_REFUSED: int = lib.PLB_E_ARGUMENT  # and below: ours, not llama_decode's
+_THREW: int = lib.PLB_E_DECODE
+_NO_SLOTS = np.zeros(0, np.int32)
 
 
 class Stepper:
@@ -109,7 +107,7 @@ class Stepper:
     `ContextBusy`. Closing the context first is fine, the stepper then raises `ClosedError`.
     """
 
-    _stream = False  # whether another thread reads the results: `_stream_step.StreamStepper`
+    _stream = False  # whether another thread reads the results: `ring_reader.StreamStepper`
 
     def __init__(
         self,
@@ -125,7 +123,7 @@ class Stepper:
     ) -> None:
         if context.model._no_alloc:
             raise UnsupportedOperation("the model was loaded with no_alloc: it has no weights")
-        path = path_of(sampler)
+        path = PATHS[choice("sampler", sampler, PATHS)]
         on_device = device_sampling_of(device_sampling)
         params = ffi.new("plb_engine_params *")
         params.n_outputs_max = context.n_outputs_max
@@ -144,7 +142,7 @@ class Stepper:
         if code == lib.PLB_E_MEMORY:
             raise MemoryError("no memory for the stepper")
         if code:
-            raise UnsupportedOperation(code_text(code))
+            raise UnsupportedOperation(text(lib.plb_code_text(code)))
         engine = ffi.gc(out[0], lib.plb_engine_free)
         context._attached.append(engine)  # the context may come to point into it
         views = ffi.new("plb_views *")
@@ -152,7 +150,7 @@ class Stepper:
 
         self._path = path
         self._context: Context | None = context
-        self._lock = context._lock
+        self._exclusive = context.exclusive()
         self._encoder_first = context.model.has_encoder
         self._rollback = context.capabilities.max_rollback > 0
         self._info: Any = ffi.gc(views.info, partial(hold, engine))
@@ -170,85 +168,87 @@ class Stepper:
             view_of(engine, views.seq, np.int32, (rows,)),
             view_of(engine, views.flags, np.uint8, (rows,)),
         )
-        given = (
+        self.result = Results(
             view_of(engine, views.results, RESULT_DTYPE, (results,)),
             view_of(engine, views.top_token, np.int32, (results, width)),
             view_of(engine, views.top_logprob, np.float32, (results, width)),
             view_of(engine, views.steps, STEP_DTYPE, (views.n_steps_max,)),
         )
-        self.result = StepResult(self._info, *given)
-        self.run_result = RunResult(*given)
         self._slots: dict[int, DetachedSlot] = {}  # by sequence id
         self._run: Any = ffi.new("plb_run_info *")
         self._finished: Any = views.finished
 
-    def step(self, n_rows: int) -> StepResult:
-        """Decode rows 0 to n_rows - 1 and sample those that ask for it; the reused `result`.
+    def step(self, n_rows: int) -> Results:
+        """Decode rows 0 to n_rows - 1 and sample those that ask for it. Returns `result`.
 
         `result.code` is llama_decode's: 0, or nothing was sampled and no slot has changed
-        (`result.raise_for_code()` turns it into an exception). Rows that libllama would stumble
-        over are refused before it sees them: `ArgumentError` with the row and the limit.
+        (`result.raise_for_code()` turns it into an exception). Raises `ArgumentError`, with the row
+        and the limit, for rows that libllama would stumble over, before it sees them.
         """
         context = self._ready()
         if not 0 < n_rows <= self.n_rows_max:
             raise ArgumentError("n_rows", n_rows, f"must be in 1..{self.n_rows_max}")
-        if not self._lock.acquire(blocking=False):
-            raise ContextBusy("another thread is inside this context")
-        try:
-            result = self.result
+        result = self.result
+        with self._exclusive:
             result.code = code = lib.plb_step(self._engine, n_rows)
             result.n_results = self._info.n_results
             result.n_steps = 0 if code else 1
-            if code <= _REFUSED and code != _THREW:
-                raise refused_step(self, code, n_rows)
-            if code != -1:
-                self._decoded(context, n_rows)
-        finally:
-            self._lock.release()
-        if code == _THREW:
-            raise FatalDecodeError(code, self.last_error)
+            self._note(context, code, n_rows, result.n_steps, _NO_SLOTS)
         return result
 
-    def run(self, slots: npt.NDArray[np.int32] | Sequence[int], n_steps: int) -> RunResult:
-        """Up to n_steps steps of pure decoding in one call; the reused `run_result`.
+    def run(self, slots: npt.NDArray[np.int32] | Sequence[int], n_steps: int) -> Results:
+        """Up to n_steps steps of pure decoding in one call. Returns `result`.
 
         In each step every sequence of `slots` (all different; each with a slot that has sampled and
         not finished) computes its slot's next token and samples another one, as `step` would with
-        those rows. The run ends after the step in which a slot finishes or `ring` was called, and
-        before a step that llama_decode has no cells for or fails at: `result.code` then, and the
-        steps before it are done and their results valid. Rows 0 to len(slots) - 1 are overwritten.
-        Refused before libllama sees it, as in `step`: ArgumentError.
+        those rows. The run ends after the step in which a slot finishes or `interrupt` was called,
+        and before a step that llama_decode has no cells for or fails at: `result.code` then, and
+        the steps before it are done and their results valid. Rows 0 to len(slots) - 1 are
+        overwritten. Raises as `step` does.
         """
-        context = self._ready()
         seqs = np.ascontiguousarray(slots, dtype=np.int32)
-        n_slots = seqs.size
-        if not 0 < n_slots <= self.n_seq_max:
-            raise ArgumentError("slots", f"{n_slots} of them", f"must be 1..{self.n_seq_max}")
+        if not 0 < seqs.size <= self.n_seq_max:
+            raise ArgumentError("slots", f"{seqs.size} of them", f"must be 1..{self.n_seq_max}")
         if not 0 < n_steps <= self.n_steps_max:
             raise ArgumentError("n_steps", n_steps, f"must be in 1..{self.n_steps_max}")
-        info = self._run
-        if not self._lock.acquire(blocking=False):
-            raise ContextBusy("another thread is inside this context")
-        try:
-            pointer = ffi.from_buffer("int32_t[]", seqs)
-            result = self.run_result
-            result.code = code = lib.plb_run(self._engine, pointer, n_slots, 0, n_steps, info)
-            result.stop = info.stop
-            result.n_steps = info.n_steps
-            result.n_results = info.n_results
-            if code <= _REFUSED and code != _THREW:
-                raise refused_run(self, code, seqs)
-            if code != -1 or result.n_steps:
-                self._decoded(context, n_slots)
-        finally:
-            self._lock.release()
-        if code == _THREW and not result.n_steps:
-            raise FatalDecodeError(code, self.last_error)
+        result, info = self.result, self._run
+        result.code = result.n_steps = result.n_results = 0
+        result.code = self._run_native(seqs, 0, n_steps)
+        result.stop = info.stop
+        result.n_steps = info.n_steps
+        result.n_results = info.n_results
         return result
 
-    def ring(self) -> None:
+    def _run_native(self, slots: npt.NDArray[np.int32], n_more: int, n_steps: int) -> int:
+        """`plb_run`; its code. What it did is in `_run`."""
+        context, n_rows = self._ready(), len(slots) + n_more
+        pointer = ffi.from_buffer("int32_t[]", slots)
+        with self._exclusive:
+            code: int = lib.plb_run(self._engine, pointer, len(slots), n_more, n_steps, self._run)
+            self._note(context, code, n_rows, self._run.n_steps, slots)
+        return code
+
+    def _note(
+        self, context: Context, code: int, n_rows: int, n_steps: int, slots: npt.NDArray[np.int32]
+    ) -> None:
+        """Raise for a call that was refused. For any other, tell the typed layer what went into the
+        memory, and raise when it threw before its first step was done."""
+        if code <= _REFUSED and code != _THREW:
+            raise refused(self, code, n_rows, slots)
+        if code != -1 or n_steps:
+            context._outputs = None
+            memory = context.memory
+            if memory._stale:
+                memory.applied()
+            if self._rollback:
+                memory.decoded(self.rows.seq[:n_rows])
+        if code == _THREW and not n_steps:
+            raise FatalDecodeError(code, self.last_error)
+
+    def interrupt(self) -> None:
         """End the run that is going on, or if there is none the next one, after the step that it is
-        in. From any thread; a ring is never lost. Nothing happens when the stepper is closed."""
+        in. From any thread; an interrupt is never lost. Nothing happens when the stepper is
+        closed."""
         engine = self._engine
         if engine is not None:
             lib.plb_doorbell_ring(engine)
@@ -260,15 +260,6 @@ class Stepper:
         if self._encoder_first and not context._encoded:
             raise UnsupportedOperation("this model's decoder needs `Context.encode` first")
         return context
-
-    def _decoded(self, context: Context, n_rows: int) -> None:
-        """Rows went into the memory: what the typed layer knows of it is no longer so."""
-        context._outputs = None
-        memory = context.memory
-        if memory._stale:
-            memory.applied()
-        if self._rollback:
-            memory.decoded(self.rows.seq[:n_rows])
 
     def set_slot(
         self,
@@ -293,13 +284,13 @@ class Stepper:
         given = () if prompt_tokens is None else prompt_tokens
         prompt = context.model.vocab.check_tokens(given, "prompt_tokens")
         struct, keep = sampling_struct(params, self._path)
-        out, text = ffi.new("plb_slot **"), ffi.new("char[]", 512)
+        out, why = ffi.new("plb_slot **"), ffi.new("char[]", 512)
         code = lib.plb_slot_new(
-            engine, struct, ffi.from_buffer("llama_token[]", prompt), len(prompt), out, text, 512
+            engine, struct, ffi.from_buffer("llama_token[]", prompt), len(prompt), out, why, 512
         )
         del keep
         if code:
-            raise slot_failure(code, -1, ffi.string(text).decode(errors="replace"))
+            raise slot_failure(code, -1, text(why))
         return DetachedSlot(ffi.gc(out[0], lib.plb_slot_free))
 
     def clear_slot(self, seq_id: int) -> None:
@@ -392,7 +383,7 @@ class Stepper:
             active=bool(info.active),
             finish=Finish(info.finish),
             error=info.error,
-            path=PATHS[info.path],
+            path=PATH_NAMES[info.path],
             n_generated=info.n_generated,
             n_left=info.n_left,
             next_token=info.next_token,
@@ -405,15 +396,13 @@ class Stepper:
     def slot_error(self, seq_id: int) -> str:
         """Why the sequence's last result was an error; empty when it was not."""
         engine, _ = self._open()
-        text: bytes = ffi.string(lib.plb_slot_error(engine, self._seq(seq_id)))
-        return text.decode(errors="replace")
+        return text(lib.plb_slot_error(engine, self._seq(seq_id)))
 
     @property
     def last_error(self) -> str:
         """Text of the last failure."""
         engine, _ = self._open()
-        text: bytes = ffi.string(lib.plb_last_error(engine))
-        return text.decode(errors="replace")
+        return text(lib.plb_last_error(engine))
 
     def close(self) -> None:
         """Free the slots; safe to call twice. Views still held elsewhere stay readable."""
@@ -430,12 +419,7 @@ class Stepper:
     def __enter__(self) -> Stepper:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _open(self) -> tuple[Any, Context]:
@@ -451,7 +435,3 @@ class Stepper:
     def _check_slot(self, code: int, seq_id: int) -> None:
         if code:
             raise slot_failure(code, seq_id, self.last_error)
-
-
-_REFUSED: int = lib.PLB_E_ARGUMENT  # and below: ours, not llama_decode's
-_THREW: int = lib.PLB_E_DECODE

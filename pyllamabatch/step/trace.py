@@ -10,38 +10,39 @@ from __future__ import annotations
 import json
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ..kv import Slots
-from ..scheduler import PromptChunk, Step
-from .ring_reader import PHASES, TIMES, Steps
+from pyllamabatch.step.ring_reader import PHASES, TIMES, StepTable
+from pyllamabatch.step.types import I32
 
 Trace = npt.NDArray[np.void]
+Prompt = tuple[int, int, int]
+"""Rows of a prompt in a step: its slot, its request's id, how many."""
 
 
 def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
     """One step. Times in ns.
 
     - t_start_ns: when it began, on a steady clock whose zero means nothing.
-    - code: 0, or why it was not computed: then its rows are in no counter, and only its times and
+    - code: 0, or why it was not computed. Then its rows are in no counter, and only its times and
       the rows that it would have had are here.
     - build_ns, decode_ns, sync_ns, sample_ns: checks and batch; llama_decode; waiting for the
       device; sampling.
     - python_ns: from the end of the step before to the beginning of this one, without the time in
       which there was nothing to do: what the device waits for. Next to nothing within a run.
     - rows = prefill_rows + decode_rows; sampled: rows that gave a token (or a failure).
-    - filled: rows that nobody sees, beside these, so that those around them are computed together
-      (`Stepper`'s gap_max).
+    - filled: rows of unused sequences beside these, so that those around them are computed
+      together (`Stepper`'s gap_max).
     - kv_used: cells that are held after the step. reused: graphs that it reused. on_device: 1
       where the device chose the candidates (`Stepper`'s device_sampling).
     - run: a number that steps of the same native call share.
-    - ids, chunk, by slot, shape (slots,): whose request has rows in this step, 0 where there are
-      none; and how many rows of known tokens, 0 when it decodes.
+    - ids, chunk, by slot, shape (slots,): the request that has rows in this step, 0 where there
+      are none; and how many rows of known tokens, 0 when it decodes.
     """
     return np.dtype(
         [
@@ -71,16 +72,16 @@ class _Call(NamedTuple):
     n_rows: int
     kv_used: int  # before
     idle_ns: int  # before
-    decode: Slots
+    decode: I32  # slots
     ids: npt.NDArray[np.int64]  # of `decode`
-    chunks: tuple[PromptChunk, ...]
+    prompts: Sequence[Prompt]
 
 
 class StepTrace:
-    """The last `capacity` steps. Recording is cheap, the table is made when it is asked for.
+    """The last `capacity` steps. Recording is cheap: the table is made when it is asked for.
 
-    The decoder's: `ids`, the request in each slot, by slot, kept by whoever places requests;
-    `idle_ns`, since the last step, added to by whoever waits; `begin`. The delivery thread's:
+    The thread that computes calls `begin`, keeps `ids` (the request in each slot) and adds to
+    `idle_ns` what it waited for work since the last step. The thread that reads the ring calls
     `add_steps`.
     """
 
@@ -90,26 +91,31 @@ class StepTrace:
         self._capacity = capacity
         self._calls: deque[_Call] = deque()
         self._n_dropped_calls = 0
-        self._pages: deque[Steps] = deque()
-        self._n_dropped = 0  # steps of pages that are not kept any more
+        self._pages: deque[StepTable] = deque()
+        self._n_dropped = 0  # steps of pages that were dropped
         self._lock = threading.Lock()  # guards the two
 
-    def begin(self, first: int, step: Step, kv_used: int) -> None:
-        """The steps from number `first` on are `step`; `kv_used`: cells that are held before it."""
-        decode, calls, idle_ns = step.decode, self._calls, self.idle_ns
-        # Who decodes is one array until somebody comes or goes (Scheduler): so are their ids.
+    def begin(
+        self, first: int, n_rows: int, kv_used: int, decode: I32, prompts: Sequence[Prompt] = ()
+    ) -> None:
+        """The steps from number `first` on decode these slots, and the first has rows of prompts.
+
+        kv_used: cells that are held before it. `decode` must not change afterwards.
+        """
+        calls, idle_ns = self._calls, self.idle_ns
+        # The decoding slots are one array as long as none comes or goes: so are their ids.
         same = calls and calls[-1].decode is decode
         ids = calls[-1].ids if same else self.ids[decode]
         if calls and calls[-1].first == first:  # it came to nothing
             idle_ns += calls.pop().idle_ns
-        calls.append(_Call(first, step.n_rows, kv_used, idle_ns, decode, ids, step.chunks))
+        calls.append(_Call(first, n_rows, kv_used, idle_ns, decode, ids, prompts))
         self.idle_ns = 0
         while len(calls) > 1 and calls[1].first <= first - self._capacity:
             calls.popleft()
             self._n_dropped_calls += 1
 
-    def add_steps(self, steps: Steps) -> None:
-        """A page that is being filled, behind the one before it, which is full."""
+    def add_steps(self, steps: StepTable) -> None:
+        """A page that is being filled, after the one before it, which is full."""
         with self._lock:
             pages = self._pages
             pages.append(steps)
@@ -118,7 +124,7 @@ class StepTrace:
                 self._n_dropped += pages.popleft().n
 
     def snapshot(self) -> Callable[[], Trace]:
-        """What is kept now; the table (trace_dtype, oldest step first) is made by calling it."""
+        """A function that makes the table of what is there now: trace_dtype, oldest step first."""
         with self._lock:
             n_dropped, pages = self._n_dropped, [(page.table, page.n) for page in self._pages]
         calls, first_call = list(self._calls), self._n_dropped_calls
@@ -182,9 +188,9 @@ def _table(
             continue
         of_call = slice(start, stop)
         table["ids"][of_call, call.decode] = call.ids
-        for chunk in call.chunks:
-            table["ids"][of_call, chunk.slot] = chunk.id
-            table["chunk"][of_call, chunk.slot] = chunk.n
+        for slot, id, n_prompt in call.prompts:
+            table["ids"][of_call, slot] = id
+            table["chunk"][of_call, slot] = n_prompt
     return table
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,60 +19,45 @@ REPORT = 4  # what was sampled for this row is in `Run.reported`
 I32 = npt.NDArray[np.int32]
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
+S = TypeVar("S", bound=np.generic)
+
+
+def _fields(kind: type[np.generic], names: str) -> list[tuple[str, type[np.generic]]]:
+    return [(name, kind) for name in names.split()]
+
 
 RESULT_DTYPE = np.dtype(
-    [
-        ("seq", np.int32),
-        ("row", np.int32),
-        ("token", np.int32),
-        ("index", np.int32),
-        ("finish", np.int32),
-        ("error", np.int32),
-        ("n_top", np.int32),
-        ("logprob", np.float32),
-    ]
+    [*_fields(np.int32, "seq row token index finish error n_top"), ("logprob", np.float32)]
 )
-
 
 # plb_step_info: what one step did; times in ns.
 STEP_DTYPE = np.dtype(
     [
-        ("t_start_ns", np.int64),
-        ("build_ns", np.int64),
-        ("decode_ns", np.int64),
-        ("sync_ns", np.int64),
-        ("sample_ns", np.int64),
-        ("n_reused", np.int64),
-        ("code", np.int32),
-        ("n_rows", np.int32),
-        ("n_outputs", np.int32),
-        ("n_results", np.int32),
-        ("first_result", np.int32),
-        ("bad_row", np.int32),
-        ("on_device", np.int32),
+        *_fields(np.int64, "t_start_ns build_ns decode_ns sync_ns sample_ns n_reused"),
+        *_fields(np.int32, "code n_rows n_outputs n_results first_result bad_row on_device"),
         ("n_filled", np.int32),
     ]
 )
 
 
 class Finish(enum.IntEnum):
-    """Why a sampled token is a request's last one; the values of `StepResult.finish`."""
+    """Why a sampled token is a request's last one; the values of `Results.finish`."""
 
     NONE = 0  # it isn't
     EOG = 1  # end-of-generation token
     STOP = 2  # one of stop_token_ids
     LENGTH = 3  # max_tokens reached
-    ERROR = 4  # no token: StepResult.error says why
+    ERROR = 4  # no token: Results.error says why
 
 
 class Stop(enum.IntEnum):
-    """Why a run made no more steps; the values of `RunResult.stop`."""
+    """Why a run made no more steps; the values of `Results.stop`."""
 
     STEPS = 0  # all are done, or as many as the model has positions for
     FINISH = 1  # a slot has finished or failed in the last one
-    BELL = 2  # `Stepper.ring`
-    CODE = 3  # the next one returned `RunResult.code`
-    FULL = 4  # nobody reads the ring (never in a `Stepper`, whose results are read in between)
+    INTERRUPT = 2  # `Stepper.interrupt`
+    CODE = 3  # the next one returned `Results.code`
+    FULL = 4  # the ring is full (never in a `Stepper`, whose results are read in between)
 
 
 class Rows:
@@ -90,26 +76,46 @@ class Rows:
         self.flags = flags
 
 
-class Results:
-    """Sampled rows.
+class _Column(Generic[S]):
+    """A column of the records, as far as it is valid."""
 
-    `records` is a structured array (RESULT_DTYPE) of `n_results` records in row order; seq, row,
-    token, index, finish, error, logprob and n_top are its columns. token is -1 on an error; index
-    counts the slot's tokens from 0; logprob is NaN unless asked for. top_token and top_logprob have
-    shape (n_results, n_logprobs_max), most likely first; the first n_top columns are valid.
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, results: Results, owner: type) -> npt.NDArray[S]:
+        column: npt.NDArray[S] = results._columns[self._name][: results.n_results]
+        return column
+
+
+class Results:
+    """What the last `step` or `run` gave. One object per stepper, overwritten by the next call.
+
+    `records` is a structured array (RESULT_DTYPE) of `n_results` records, step by step and in row
+    order; seq, row, token, index, finish, error, n_top and logprob are its columns. token is -1 on
+    an error. index counts the slot's tokens from 0. logprob is NaN unless asked for. top_token and
+    top_logprob have shape (n_results, n_logprobs_max), most likely first; the first n_top columns
+    are valid.
+
+    `steps` (STEP_DTYPE, times in ns) tells what each of the `n_steps` steps did; the records of
+    step i begin at `steps[i]["first_result"]`. `stop` says why a run ended (`Stop`). `code` is 0,
+    or that of the step that could not be done; the records of the steps before it are valid.
+
     All are views of memory that the next call overwrites: copy what must last.
     """
 
     __slots__ = (
-        "_columns",
-        "_records",
-        "_steps",
-        "_top_logprob",
-        "_top_token",
-        "code",
-        "n_results",
-        "n_steps",
-    )
+        "_columns", "_records", "_steps", "_top_logprob", "_top_token",
+        "code", "n_results", "n_steps", "stop",
+    )  # fmt: skip
+
+    seq = _Column[np.int32]()
+    row = _Column[np.int32]()
+    token = _Column[np.int32]()
+    index = _Column[np.int32]()
+    finish = _Column[np.int32]()
+    error = _Column[np.int32]()
+    n_top = _Column[np.int32]()
+    logprob = _Column[np.float32]()
 
     def __init__(self, records: Any, top_token: I32, top_logprob: F32, steps: Any) -> None:
         self._records = records
@@ -117,47 +123,13 @@ class Results:
         self._columns = {name: records[name] for name in RESULT_DTYPE.fields or ()}
         self._top_token = top_token
         self._top_logprob = top_logprob
-        self.code = 0
-        self.n_results = 0
-        self.n_steps = 0  # steps that were computed
+        self.code = self.n_results = self.n_steps = 0
+        self.stop = Stop.STEPS.value
 
     @property
     def records(self) -> npt.NDArray[np.void]:
         records: npt.NDArray[np.void] = self._records[: self.n_results]
         return records
-
-    @property
-    def seq(self) -> I32:
-        return self._column("seq")
-
-    @property
-    def row(self) -> I32:
-        return self._column("row")
-
-    @property
-    def token(self) -> I32:
-        return self._column("token")
-
-    @property
-    def index(self) -> I32:
-        return self._column("index")
-
-    @property
-    def finish(self) -> I32:
-        return self._column("finish")
-
-    @property
-    def error(self) -> I32:
-        return self._column("error")
-
-    @property
-    def n_top(self) -> I32:
-        return self._column("n_top")
-
-    @property
-    def logprob(self) -> F32:
-        column: F32 = self._columns["logprob"][: self.n_results]
-        return column
 
     @property
     def top_token(self) -> I32:
@@ -167,13 +139,8 @@ class Results:
     def top_logprob(self) -> F32:
         return self._top_logprob[: self.n_results]
 
-    def _column(self, name: str) -> I32:
-        column: I32 = self._columns[name][: self.n_results]
-        return column
-
     @property
     def steps(self) -> npt.NDArray[np.void]:
-        """What each of the steps did: STEP_DTYPE, shape (n_steps,). Times in ns."""
         steps: npt.NDArray[np.void] = self._steps[: self.n_steps]
         return steps
 
@@ -183,57 +150,18 @@ class Results:
             raise decode_error(self.code)
 
 
-class StepResult(Results):
-    """What the last step gave. One object per stepper, overwritten by the next step."""
+class Run(NamedTuple):
+    """What a run of a `StreamStepper` did."""
 
-    __slots__ = ("_info",)
-
-    def __init__(
-        self, info: Any, records: Any, top_token: I32, top_logprob: F32, steps: Any
-    ) -> None:
-        super().__init__(records, top_token, top_logprob, steps)
-        self._info = info
-
-    @property
-    def build_ns(self) -> int:
-        """Checking the rows and building the batch."""
-        return int(self._info.build_ns)
-
-    @property
-    def decode_ns(self) -> int:
-        """In llama_decode; a device may still be computing when it returns."""
-        return int(self._info.decode_ns)
-
-    @property
-    def sync_ns(self) -> int:
-        """Waiting for the device."""
-        return int(self._info.sync_ns)
-
-    @property
-    def sample_ns(self) -> int:
-        """Sampling all rows that asked for it."""
-        return int(self._info.sample_ns)
-
-    @property
-    def n_reused(self) -> int:
-        """Graphs that the context has reused so far."""
-        return int(self._info.n_reused)
-
-
-class RunResult(Results):
-    """What the last run gave: the records of its `n_steps` steps, one step after the other.
-
-    One object per stepper, overwritten by the next run; steps and runs share the memory of the
-    records. `stop` says why the run ended; `code` is 0 or that of the step that could not be done
-    any more; the records of the steps before it are valid either way. Those of step i begin at
-    `steps[i]["first_result"]`.
-    """
-
-    __slots__ = ("stop",)
-
-    def __init__(self, records: Any, top_token: I32, top_logprob: F32, steps: Any) -> None:
-        super().__init__(records, top_token, top_logprob, steps)
-        self.stop = 0
+    code: int  # llama_decode's: 0, or that of the step after the last one
+    n_steps: int  # steps that were computed
+    n_reused: int  # graphs that they reused
+    seconds: float  # of all of them
+    finished: list[tuple[int, int, int]]  # slot, token, finish of those that the last one ended
+    # Slot, token, finish and log-probability of the rows with REPORT; token is -1 and finish
+    # `Finish.ERROR` where a row could not be sampled.
+    reported: Sequence[tuple[int, int, int, float]] = ()
+    first_seconds: float = 0.0  # of its first step
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import DecodeAborted, FatalDecodeError, InvalidBatch, KvCacheFull
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
-from pyllamabatch.step.stream_stepper import Run
+from pyllamabatch.step.types import Run
 from tests.support.checked import Checked
 from tests.support.models_gguf import Architecture, gguf_path
 from tests.support.oracle import random_prompts

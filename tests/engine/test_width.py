@@ -20,7 +20,7 @@ from pyllamabatch.scheduler import Step, make_policy
 from pyllamabatch.scheduler.policies.width import TRIAL
 from pyllamabatch.scheduler.step import PromptChunk
 from pyllamabatch.step.sampling_params import SamplingParams
-from pyllamabatch.step.stream_stepper import Run
+from pyllamabatch.step.types import Run
 
 N, EDGE, TOKENS = 10, 8, 48
 

@@ -20,7 +20,7 @@ from pyllamabatch.step.stepper import (
     SAMPLE,
     STEP_DTYPE,
     Finish,
-    RunResult,
+    Results,
     Stepper,
     Stop,
 )
@@ -97,7 +97,7 @@ def test_a_run_gives_what_its_steps_would(stepper: Stepper, temperature: float) 
     expected = step_by_step(stepper, slots, 10)
     start(stepper, each)
     result = stepper.run(slots, 10)
-    assert isinstance(result, RunResult)
+    assert isinstance(result, Results)
     assert (result.code, result.stop, result.n_steps) == (0, Stop.STEPS, 10)
     got = zip(result.records.tolist(), result.top_logprob[:, :2].tolist(), strict=True)
     assert [(*record, *top) for record, top in got] == expected
@@ -173,10 +173,10 @@ def test_positions_end_a_run_before_they_end(tmp_path: Path) -> None:
 
 def test_a_ring_ends_one_run_after_one_step(stepper: Stepper) -> None:
     start(stepper, [params()])
-    stepper.ring()
-    stepper.ring()
+    stepper.interrupt()
+    stepper.interrupt()
     result = stepper.run([0], 8)
-    assert (result.stop, result.n_steps) == (Stop.BELL, 1)
+    assert (result.stop, result.n_steps) == (Stop.INTERRUPT, 1)
     assert (stepper.run([0], 8).stop, result.n_steps) == (Stop.STEPS, 8)
 
 
@@ -196,13 +196,13 @@ def test_another_thread_rings_while_the_run_goes_on(model: Model) -> None:
                 stepper.run([0], 1)
             except ContextBusy as error:
                 busy.append(error)
-            stepper.ring()
+            stepper.interrupt()
 
         thread = threading.Thread(target=ring)
         thread.start()
         result = stepper.run([0], 8000)
         thread.join()
-        assert result.stop == Stop.BELL
+        assert result.stop == Stop.INTERRUPT
         assert 1 <= result.n_steps < 8000
         assert len(busy) == 1
         assert stepper.slot(0).n_generated == result.n_steps + 1
@@ -242,7 +242,7 @@ def test_the_layout_of_the_records_is_the_shims(stepper: Stepper) -> None:
         assert dtype.itemsize == ffi.sizeof(name)
         for field, (_, offset, *_rest) in (dtype.fields or {}).items():
             assert offset == ffi.offsetof(name, field)
-    names = {stop: getattr(lib, f"PLB_STOP_{stop.name}") for stop in Stop}
+    names = {s: getattr(lib, f"PLB_STOP_{s.name}".replace("INTERRUPT", "BELL")) for s in Stop}
     assert all(stop == value for stop, value in names.items())
 
 
@@ -250,7 +250,7 @@ def test_closed(context: Context) -> None:
     stepper = Stepper(context, n_steps_max=1)
     assert stepper.n_steps_max == 1
     stepper.close()
-    stepper.ring()
+    stepper.interrupt()
     with pytest.raises(ClosedError, match="stepper"):
         stepper.run([0], 1)
     for n in (0, 65537):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,10 @@ import pytest
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.model import Model
-from pyllamabatch.scheduler import PromptChunk, Step
-from pyllamabatch.step.ring_reader import PHASES, Steps
+from pyllamabatch.step.ring_reader import PHASES, StepTable
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import STEP_DTYPE
-from pyllamabatch.step.trace import StepTrace, Trace, to_chrome
+from pyllamabatch.step.trace import Prompt, StepTrace, Trace, to_chrome
 from tests.support.models_gguf import gguf_path
 
 PROMPTS = [[1, *range(20, 25 + 3 * i)] for i in range(5)]
@@ -43,12 +42,6 @@ def phases(trace: Trace) -> Any:
     return np.sum([trace[f"{name}_ns"] for name in PHASES], axis=0)
 
 
-def step_of(slots: list[int], chunks: tuple[PromptChunk, ...] = ()) -> Step:
-    decode = np.array(slots, np.int32)
-    n_rows = len(slots) + sum(chunk.n for chunk in chunks)
-    return Step(decode, chunks, (), (), n_rows, {}, 99)
-
-
 def native(first_ns: int, n: int, n_reused: int = 0) -> Trace:
     """Steps of 100 ns each, 10 ns apart."""
     steps = np.zeros(n, STEP_DTYPE)
@@ -66,10 +59,23 @@ class Recorder:
         self.made = StepTrace(capacity, n_seq_max)
         self.n = 0
 
-    def record(self, step: Step, table: Trace, kv_used: int) -> None:
+    def begin(
+        self,
+        kv_used: int,
+        slots: Sequence[int],
+        prompts: Sequence[Prompt] = (),
+        first: int | None = None,
+    ) -> None:
+        n_rows = len(slots) + sum(n for _, _, n in prompts)
+        number = self.n if first is None else first
+        self.made.begin(number, n_rows, kv_used, np.array(slots, np.int32), prompts)
+
+    def record(
+        self, kv_used: int, slots: Sequence[int], table: Trace, prompts: Sequence[Prompt] = ()
+    ) -> None:
         """One call, its steps on a page of their own."""
-        self.made.begin(self.n, step, kv_used)
-        steps = Steps(len(table))
+        self.begin(kv_used, slots, prompts)
+        steps = StepTable(len(table))
         self.made.add_steps(steps)
         steps.table[:], steps.n = table, len(table)
         self.n += len(table)
@@ -83,9 +89,9 @@ def test_what_is_kept_of_a_step_and_of_a_run() -> None:
     made = recorder.made
     made.ids[:] = (7, 0, 9, 8)
     made.idle_ns = 5000
-    recorder.record(step_of([0, 3], (PromptChunk(9, 2, 4, 6, True),)), native(1000, 1, 1), 30)
+    recorder.record(30, [0, 3], native(1000, 1, 1), prompts=[(2, 9, 6)])
     made.idle_ns = 300
-    recorder.record(step_of([3, 2]), native(2000, 3, 2), 38)
+    recorder.record(38, [3, 2], native(2000, 3, 2))
     trace = recorder.table()
     assert trace["rows"].tolist() == [8, 2, 2, 2]
     assert trace["prefill_rows"].tolist() == [6, 0, 0, 0]
@@ -106,11 +112,11 @@ def test_a_step_that_failed_is_there_and_took_no_cells() -> None:
     recorder = Recorder(16, 4)
     steps = native(1000, 3)
     steps["code"][2], steps["n_results"][2] = -3, 0
-    recorder.record(step_of([0, 1]), steps, 10)
+    recorder.record(10, [0, 1], steps)
     recorder.made.idle_ns = 40
-    recorder.made.begin(3, step_of([2]), 7)  # a call that came to nothing: no step of its own
+    recorder.begin(7, [2])  # a call that came to nothing: no step of its own
     recorder.made.idle_ns = 2
-    recorder.record(step_of([2]), native(2000, 1, 3), 7)
+    recorder.record(7, [2], native(2000, 1, 3))
     trace = recorder.table()
     assert trace["code"].tolist() == [0, 0, -3, 0]
     assert trace["rows"].tolist() == [2, 2, 2, 1]
@@ -124,7 +130,7 @@ def test_the_ring_keeps_the_last_ones_in_order(sizes: list[int]) -> None:
     recorder = Recorder(8, 2)
     for size in sizes:
         n = recorder.n
-        recorder.record(step_of([0]), native(1000 + 110 * n, size, n), n)
+        recorder.record(n, [0], native(1000 + 110 * n, size, n))
     trace, n = recorder.table(), recorder.n
     first = max(0, n - 8)
     assert trace["kv_used"].tolist() == list(range(first + 1, n + 1))
@@ -135,11 +141,11 @@ def test_the_ring_keeps_the_last_ones_in_order(sizes: list[int]) -> None:
 
 def test_what_is_computed_but_not_delivered_yet_is_not_there_yet() -> None:
     recorder = Recorder(8, 2)
-    recorder.made.add_steps(Steps(4))
+    recorder.made.add_steps(StepTable(4))
     assert len(recorder.table()) == 0
-    recorder.record(step_of([0]), native(1000, 6), 0)
+    recorder.record(0, [0], native(1000, 6))
     for first in (6, 9, 12):
-        recorder.made.begin(first, step_of([0, 1]), 6)
+        recorder.begin(6, [0, 1], first=first)
     assert recorder.table()["rows"].tolist() == [1] * 6
 
 

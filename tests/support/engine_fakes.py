@@ -27,7 +27,7 @@ from pyllamabatch.scheduler import Limits, Policy, Scheduler
 from pyllamabatch.step.ring_reader import Page
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import SAMPLE, Finish
-from pyllamabatch.step.stream_stepper import Run
+from pyllamabatch.step.types import Run
 
 EOG = 0
 N_VOCAB = 997
@@ -166,7 +166,7 @@ class FakeMachine:
             self.runs.append(n_done)
         return Run(code, n_done, 0, 1e-3 * n_done, finished)
 
-    def ring(self) -> None:
+    def interrupt(self) -> None:
         self.rung = True
 
     def flush(self) -> None:
@@ -232,7 +232,7 @@ class FakeMachine:
             self.woken = True
             self.news.notify_all()
 
-    def give_way(self) -> None:
+    def yield_to_compute(self) -> None:
         pass
 
     def read(self, until: int, page: Page) -> int:
