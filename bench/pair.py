@@ -3,9 +3,12 @@
     python -m bench pair --before ../before -- decode --model default --threads 1 -B 1,4
 
 Each round runs the bench once in each checkout, as a child process that imports the package and the
-benches of that checkout. The order changes with every round. A figure is a speed (`speed_tg`) by
-bench, arm and load; more is better. Its ratio is that of the medians, after over before; beside it
-stands the ratio of the best runs, which a busy machine disturbs least.
+benches of that checkout. Its compiled module lies in its package folder, or is installed editable
+in an environment `.venv` of its own. The order changes with every round.
+
+A figure is a speed (`speed_tg`) by bench, arm and load; more is better. Its ratio is that of the
+medians, after over before; beside it stands the ratio of the best runs, which a busy machine
+disturbs least.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="exit with 1 where the mean is less",
     )
-    parser.add_argument("--out", type=Path, help="folder for the records of both (none is kept)")
+    parser.add_argument("--out", type=Path, help="folder for the records of both")
     parser.add_argument("words", nargs=argparse.REMAINDER, help="the bench and its arguments")
 
 
@@ -91,10 +94,12 @@ def check(checkout: Path) -> None:
 
 
 def child(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """This Python in a checkout, whose package lies at its top or in `src`."""
+    """Python in a checkout, whose package lies at its top or in `src`: that of its `.venv`, else
+    this one."""
     path = [str(folder) for folder in (checkout / "src", checkout) if folder.is_dir()]
+    own = checkout / ".venv" / "bin" / "python"
     return subprocess.run(
-        [sys.executable, *arguments],
+        [str(own) if own.exists() else sys.executable, *arguments],
         cwd=checkout,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
         capture_output=True,

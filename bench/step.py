@@ -1,8 +1,8 @@
 """What a step takes besides computing: Python in the engine and the stepper, and the device's gaps.
 
-`python`: CPU time of the engine's two threads for a step, on a machine that computes nothing.
+`python`: CPU time of the engine's two threads for a step, on a device that computes nothing.
 `stepper`: one `Stepper.step` from Python, besides the native call, over the same in the C loop.
-`gap`: a real engine; from the end of sampling of one step to the beginning of the next decode.
+`gap`: a real engine; from the end of sampling of one step to the start of the next decode.
 """
 
 from __future__ import annotations

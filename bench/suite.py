@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="S",
         help=f"end all of it after so many seconds (--quick {QUICK_LIMIT_S:g}), not counting the "
-        "tools and the model, which are made first and kept",
+        "tools and the model, which are made first",
     )
     parser.add_argument(
         "--out", type=Path, help="folder for the JSONL files (bench/results; --quick build/bench)"
