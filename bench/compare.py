@@ -17,14 +17,19 @@ from bench.case import cases_of
 from bench.models import BenchModel, resolve
 from bench.options import Budget, add_model, add_run, add_work, numbers, out_file
 from bench.targets import Figure, Target, speed_ratio
-from pyllamabatch.compare import plots, summary
+from pyllamabatch.compare import plots
+from pyllamabatch.compare.advice import GIB, advice, memory_kind
 from pyllamabatch.compare.arms import NAMES as ARMS
 from pyllamabatch.compare.arms import chosen
+from pyllamabatch.compare.comparison import Comparison
 from pyllamabatch.compare.hosted import probe
 from pyllamabatch.compare.run import Plan, measure
+from pyllamabatch.compare.summary import table
 from pyllamabatch.compare.workload import BENCHES, BURST, POISSON
 from pyllamabatch.report.medians import paired_ratios
 from pyllamabatch.report.meters import wait_for_quiet
+from pyllamabatch.report.records import Record
+from pyllamabatch.report.tables import NO_RESULT, Table
 
 QUICK = {"users": "1,2", "prompt_tokens": 32, "tokens": 16, "repeats": 1}
 NAMES = tuple(BENCHES.values())
@@ -100,9 +105,32 @@ def main(options: argparse.Namespace) -> int:
 def view(rows: Sequence[schema.Row]) -> str:
     """The table; where it decides, in short before it, and what follows from it."""
     if not rows or rows[0].bench != BENCHES[BURST]:
-        return summary.table(rows)
-    advice = [f"- {line}" for line in summary.advice(rows).splitlines()]
-    return "\n".join([summary.brief(rows), *advice, "", summary.table(rows)])
+        return table(rows)
+    lines = [f"- {line}" for line in advice(rows).splitlines()]
+    return "\n".join([brief(rows), *lines, "", table(rows)])
+
+
+def brief(records: Sequence[Record]) -> str:
+    """Markdown of one bench: a line for each arm, with the speed of all together at each N and in
+    brackets the ratio to contexts; and the arm's memory at the largest N."""
+    them = Comparison(records)
+    memory, words = memory_kind(them)
+    last = max(them.counts)
+    heads = ["tok/s together", *map(str, them.counts)]
+    lines = [[arm, *(_speed_cell(them, arm, n) for n in them.counts)] for arm in them.arms]
+    if memory:
+        heads.append(f"GiB ({words}) at {last}")
+        for line in lines:
+            size = them.detail(line[0], last, memory)
+            line.append("" if size is None else f"{size / GIB:.2f}")
+    return Table(heads, lines).markdown() + "\n"
+
+
+def _speed_cell(them: Comparison, arm: str, n: int) -> str:
+    speed, over = them.speed(arm, n), them.ratio(arm, n, "contexts")
+    if speed is None:
+        return NO_RESULT if them.problem(arm, n) else ""
+    return f"{speed:.4g}" if over is None or arm == "contexts" else f"{speed:.4g} ({over:.2f})"
 
 
 def draw(rows: Sequence[schema.Row], path: Path) -> None:

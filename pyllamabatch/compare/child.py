@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
@@ -32,7 +31,8 @@ class Child:
             child.do(host, case)      # a function of a module: host(pipe, case)
             ready = child.receive(60.0)
 
-    It ends when this process does, also by a kill. A terminal's Ctrl-C does not reach it. POSIX.
+    It ends when it is stopped or forgotten, and when this process ends, also by a kill. A
+    terminal's Ctrl-C does not reach it. POSIX.
     """
 
     def __init__(self, *, loud: bool = False) -> None:
@@ -121,24 +121,3 @@ def run(descriptor: int, loud: bool) -> None:
         work(pipe, *arguments)
     except Exception as error:
         pipe.send(ArmError(f"{type(error).__name__}: {error}"))
-
-
-@contextmanager
-def interrupts_later() -> Iterator[None]:
-    """SIGINT and SIGTERM wait for the end of the block, in which processes start and what ends
-    them is noted."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals interrupt the main thread only
-        return
-    came: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, frame: came.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for late in came:
-            signal.raise_signal(late)

@@ -7,14 +7,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from pyllamabatch.compare.case import I32, Case, GgufFile
-from pyllamabatch.compare.child import Child, interrupts_later
+from pyllamabatch.compare.child import Child
 from pyllamabatch.compare.clients import sleep_until
 from pyllamabatch.compare.engine_arm import EngineArm
 from pyllamabatch.compare.loop import Loop, loop_of
@@ -70,9 +69,7 @@ def host(pipe: Connection[Any, Any], case: Case, kind: str, sampler: str) -> Non
 def probe(case: Case, verbose: bool) -> dict[str, Any]:
     """What records say of the build and the model, found by a process that ends. ArmError for a
     file that can't be loaded."""
-    with ExitStack() as stack:
-        with interrupts_later():
-            child = stack.enter_context(Child(loud=verbose))
+    with Child(loud=verbose) as child:
         child.do(look, for_a_child(case))
         about: dict[str, Any] = child.receive(START_S)
         return about

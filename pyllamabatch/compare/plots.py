@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyllamabatch.compare.advice import GIB, advice, memory_kind
 from pyllamabatch.compare.comparison import POISSON, Comparison
-from pyllamabatch.compare.summary import cells, comparisons, problems
+from pyllamabatch.compare.summary import cells, comparisons, notes
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.report import html
 from pyllamabatch.report.plots import draw_speeds, over_counts, styled, svg
@@ -69,8 +69,8 @@ def page(records: Sequence[Record], plots: str) -> str:
     }
     parts = [html.paragraphs(advice(records)), html.inline(plots)]
     for title, them in comparisons(records).items():
-        reasons = html.paragraphs("\n".join(filter(None, problems(them))))
-        parts += [f"<h2>{title}</h2>", cells(them).html(), reasons]
+        parts += [f"<h2>{title}</h2>", cells(them).html()]
+        parts.append(html.paragraphs("\n".join(notes(them))))
     parts += ["<h2>Settings</h2>", Table(["", ""], list(settings.items())).html()]
     return html.document(f"How to serve N users: {one.model_filename}", *parts)
 

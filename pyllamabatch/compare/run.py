@@ -10,7 +10,6 @@ from typing import Any
 
 from pyllamabatch.compare.arms import Arm, Serving
 from pyllamabatch.compare.case import Case, Measured, record_of
-from pyllamabatch.compare.child import interrupts_later
 from pyllamabatch.compare.workload import (
     BENCHES,
     BURST,
@@ -139,9 +138,8 @@ class _Opened:
             meter = Meter(serving.pids)
         else:
             own = arm.case_of(case, plan.oversubscribe)
-            with interrupts_later():
-                serving = arm.open(own, plan.process_limit(case), plan.verbose)
-                self._stack.callback(serving.close)
+            serving = arm.open(own, plan.process_limit(case), plan.verbose)
+            self._stack.callback(serving.close)
             self._open[arm] = case, serving
             meter = Meter(serving.pids)  # before anything is loaded
             serving.load()

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from pyllamabatch.compare.comparison import by_bench
+from pyllamabatch.compare.run import Plan
+from pyllamabatch.errors import ArgumentError
 from pyllamabatch.report.records import Record
 
 SCENARIOS = {
@@ -16,38 +20,64 @@ SCENARIOS = {
 """Its names, and the arms that they are here."""
 
 
-def line(scenario: str, rows: Sequence[Record]) -> str:
-    """The bench's own keys, of the repeat with the median speed (the lower one of two)."""
-    if failed := [row for row in rows if row.error]:
-        return json.dumps({"scenario": scenario, "error": failed[0].error})
-    if not rows:
-        return json.dumps({"scenario": scenario, "error": "interrupted before the first result"})
-    row = sorted(rows, key=lambda row: row.speed_tg)[(len(rows) - 1) // 2]
+def line(scenario: str, records: Sequence[Record]) -> str:
+    """The bench's own keys, of the scenario's repeat with the median speed (the lower of two)."""
+    records = [r for r in records if r.arm.split()[0] == SCENARIOS[scenario]]
+    errors = [record.error for record in records if record.error]
+    if errors or not records:
+        why = errors[0] if errors else "interrupted before the first result"
+        return json.dumps({"scenario": scenario, "error": why})
+    record = sorted(records, key=lambda r: r.speed_tg)[(len(records) - 1) // 2]
     return json.dumps(
         {
             "scenario": scenario,
-            "num_sequences": row.pl,
-            "prompt_tokens": row.pp,
-            "sample_tokens": row.tg + 1,
-            "elapsed_seconds": row.t_tg,
-            "total_tokens_sampled": row.tg * row.pl,
-            "aggregate_tokens_per_second": row.speed_tg,
-            "per_sequence_tokens_per_second": row.speed_tg / row.pl,
+            "num_sequences": record.pl,
+            "prompt_tokens": record.pp,
+            "sample_tokens": record.tg + 1,
+            "elapsed_seconds": record.t_tg,
+            "total_tokens_sampled": record.tg * record.pl,
+            "aggregate_tokens_per_second": record.speed_tg,
+            "per_sequence_tokens_per_second": record.speed_tg / record.pl,
         }
     )
 
 
-def ratios(rows: Sequence[Record], arm: str, base: str) -> dict[tuple[str, int], float | None]:
-    """Of each bench and number of sequences from 2 on that the arm was to run: its speed over the
-    base's, the median of the repeats that have both; None without one."""
-    return {
-        (bench, n): them.ratio(arm, n, base)
-        for bench, them in by_bench(rows).items()
-        for n in them.counts
-        if n > 1
-    }
+@dataclass(frozen=True)
+class Gate:
+    """`arm` must be `at_least` times as fast as `base` at each number of sequences from 2 on."""
 
+    arm: str
+    base: str
+    at_least: float
 
-def met(found: dict[tuple[str, int], float | None], least: float) -> bool:
-    """Every ratio is there and at least `least`, and there is one."""
-    return bool(found) and all(ratio is not None and ratio >= least for ratio in found.values())
+    @classmethod
+    def of(cls, plans: Sequence[Plan], at_least: float) -> Gate:
+        """Of the engine, or of `shared` where it does not run. ArgumentError for plans without
+        what it compares."""
+        first = {arm.kind: arm.name for arm in reversed(plans[0].arms)}
+        arm = first.get("engine") or first.get("shared")
+        if arm is None or "contexts" not in first:
+            raise ArgumentError("--gate", at_least, "needs contexts, and engine or shared")
+        if all(case.pl < 2 for plan in plans for case in plan.cases):
+            raise ArgumentError("--gate", at_least, "needs 2 sequences or more")
+        return cls(arm, first["contexts"], at_least)
+
+    def judged(self, records: Sequence[Record]) -> list[dict[str, Any]]:
+        """For each bench and number of sequences the median ratio of the repeats that have both;
+        None without one."""
+        return [
+            {
+                "bench": bench,
+                "num_sequences": n,
+                "ratio": them.ratio(self.arm, n, self.base),
+                "at_least": self.at_least,
+            }
+            for bench, them in by_bench(records).items()
+            for n in them.counts
+            if n > 1
+        ]
+
+    def met(self, records: Sequence[Record]) -> bool:
+        """Every ratio is there and large enough, and there is one."""
+        ratios = [one["ratio"] for one in self.judged(records)]
+        return bool(ratios) and all(ratio and ratio >= self.at_least for ratio in ratios)

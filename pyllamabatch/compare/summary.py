@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
-from pyllamabatch.compare.advice import advice, memory_kind
 from pyllamabatch.compare.comparison import POISSON, Comparison, by_bench
 from pyllamabatch.report.records import Record
 from pyllamabatch.report.tables import NO_RESULT, Table
-
-__all__ = ["advice", "brief", "table"]
 
 GIB = 2**30
 TITLES = {
@@ -63,11 +60,26 @@ def comparisons(records: Iterable[Record]) -> dict[str, Comparison]:
 
 def table(records: Iterable[Record]) -> str:
     """Markdown of every bench: a line for each number of users and arm, with medians over
-    repeats, and why an arm has no result. A column without a value is left out."""
+    repeats; below it notes. A column without a value is left out."""
     parts = []
     for title, them in comparisons(records).items():
-        parts.append("\n".join([f"{title}.", "", cells(them).markdown(), *problems(them)]) + "\n")
+        lines = [f"{title}.", "", cells(them).markdown(), *_below(notes(them))]
+        parts.append("\n".join(lines) + "\n")
     return "\n".join(parts) or "No records.\n"
+
+
+def plain(records: Sequence[Record]) -> str:
+    """For a terminal: as `table`, and what the time of each arm contains."""
+    parts = []
+    for title, them in comparisons(records).items():
+        parts += [f"{title}.", "", cells(them).plain(), *_below(notes(them)), ""]
+    includes = {record.arm: record.includes for record in records}
+    parts += ["What each time contains:", *(f"- {arm}: {text}" for arm, text in includes.items())]
+    return "\n".join(parts) + "\n"
+
+
+def _below(lines: Sequence[str]) -> list[str]:
+    return ["", *(f"- {line}" for line in lines)] if lines else []
 
 
 def cells(them: Comparison) -> Table:
@@ -85,35 +97,20 @@ def cells(them: Comparison) -> Table:
     return Table(["N", "arm", *(COLUMNS[i][0] for i in used)], text, text=(1,))
 
 
-def problems(them: Comparison) -> list[str]:
-    """A line for each arm that has no result."""
-    found = [
-        f"- {arm}, N = {n}: {why}"
+def notes(them: Comparison) -> list[str]:
+    """Why an arm has no result, and where arms had CPU threads of different numbers."""
+    lines = [
+        f"{arm}, N = {n}, has no result: {why}"
         for n in them.counts
         for arm in them.arms
         if (why := them.problem(arm, n))
     ]
-    return ["", "Without a result:", *found] if found else []
-
-
-def brief(records: Iterable[Record]) -> str:
-    """Markdown of one bench: a line for each arm, with the speed of all together at each N and in
-    brackets the ratio to contexts; and the arm's memory at the largest N."""
-    them = Comparison(list(records))
-    memory, words = memory_kind(them)
-    last = max(them.counts)
-    heads = ["tok/s together", *map(str, them.counts)]
-    lines = [[arm, *(_speed_cell(them, arm, n) for n in them.counts)] for arm in them.arms]
-    if memory:
-        heads.append(f"GiB ({words}) at {last}")
-        for line in lines:
-            size = them.detail(line[0], last, memory)
-            line.append("" if size is None else f"{size / GIB:.2f}")
-    return Table(heads, lines).markdown() + "\n"
-
-
-def _speed_cell(them: Comparison, arm: str, n: int) -> str:
-    speed, over = them.speed(arm, n), them.ratio(arm, n, "contexts")
-    if speed is None:
-        return NO_RESULT if them.problem(arm, n) else ""
-    return f"{speed:.4g}" if over is None or arm == "contexts" else f"{speed:.4g} ({over:.2f})"
+    for n in them.counts:
+        each = {arm: int(them.detail(arm, n, "n_threads_each") or 0) for arm in them.arms}
+        many = [arm for arm in each if arm.split()[0] in ("processes", "contexts") and each[arm]]
+        one = [arm for arm in each if arm not in many and each[arm]]
+        if any(n * each[a] != each[b] for a in many for b in one):
+            counts = [f"{arm} {n} × {each[arm]}" for arm in many]
+            counts += [f"{arm} {each[arm]}" for arm in one]
+            lines.append(f"CPU threads at N = {n}: {', '.join(counts)}")
+    return lines

@@ -22,13 +22,13 @@ import pytest
 from pyllamabatch import Context, Engine, Model
 from pyllamabatch.compare.arms import Arm, chosen
 from pyllamabatch.compare.case import Case, GgufFile, sampling_params
-from pyllamabatch.compare.child import ArmError, Child, interrupts_later
+from pyllamabatch.compare.child import ArmError, Child
 from pyllamabatch.compare.clients import at_once
 from pyllamabatch.compare.engine_arm import StartTogether
 from pyllamabatch.compare.loop import CHAIN, FUSED, loop_of
 from pyllamabatch.compare.processes import Processes
 from pyllamabatch.compare.run import Plan
-from pyllamabatch.compare.scenario import met, ratios
+from pyllamabatch.compare.scenario import Gate
 from pyllamabatch.compare.server import Json, RoundRobin, Server, ThreadingServer, completion
 from pyllamabatch.compare.workload import (
     Outcome,
@@ -40,8 +40,8 @@ from pyllamabatch.compare.workload import (
 )
 from pyllamabatch.models import default_model_path
 from pyllamabatch.raw import lib
-from pyllamabatch.report.records import Record
 from pyllamabatch.scheduler import Limits, SequenceView, StepView, sarathi
+from tests.support.made_up_rows import row
 
 SECONDS = 60.0
 
@@ -209,24 +209,18 @@ def test_threads_of_an_arm() -> None:
     assert Arm("shared").case_of(case, False).n_threads == 8
 
 
-def gate_row(arm: str, pl: int, speed: float) -> Record:
-    values: dict[str, Any] = dict.fromkeys(Record.__dataclass_fields__, 0)
-    values |= {"detail": {}, "error": ""}
-    values |= {"bench": "compare", "arm": arm, "pl": pl, "speed_tg": speed, "run_id": "r"}
-    return Record(**values)
-
-
 def test_a_gate_holds_at_every_number_of_sequences() -> None:
-    rows = [gate_row("contexts", n, 10.0) for n in (2, 4)]
-    rows += [gate_row("engine", 2, 15.0), gate_row("engine", 4, 13.0), gate_row("single", 1, 1.0)]
-    for row in rows:
-        row.detail["completed"] = row.pl
-    found = ratios(rows, "engine", "contexts")
-    assert found == {("compare", 2): 1.5, ("compare", 4): pytest.approx(1.3)}
-    assert met(found, 1.3 - 1e-9)
-    assert not met(found, 1.4)
-    assert not met(ratios(rows, "shared", "contexts"), 0.1)
-    assert not met({}, 0.1)
+    rows = [row("contexts", n, 10.0) for n in (2, 4)]
+    rows += [row("engine", 2, 15.0), row("engine", 4, 13.0), row("single", 1, 1.0)]
+    judged = Gate("engine", "contexts", 1.4).judged(rows)
+    assert [(one["num_sequences"], one["ratio"]) for one in judged] == [
+        (2, pytest.approx(1.5)),
+        (4, pytest.approx(1.3)),
+    ]
+    assert Gate("engine", "contexts", 1.3 - 1e-9).met(rows)
+    assert not Gate("engine", "contexts", 1.4).met(rows)
+    assert not Gate("shared", "contexts", 0.1).met(rows)
+    assert not Gate("engine", "contexts", 0.1).met([])
 
 
 # -- the engine's start --
@@ -302,24 +296,6 @@ def test_a_child_that_does_not_answer_is_not_waited_for() -> None:
     with Child() as child, pytest.raises(ArmError, match="no answer"):
         child.receive(0.05)
     assert child.ended()
-
-
-def test_an_interrupt_waits_until_the_process_is_somebody_s() -> None:
-    done: list[str] = []
-
-    def start() -> None:
-        with interrupts_later():
-            signal.raise_signal(signal.SIGINT)
-            done.append("noted")
-        done.append("too late")
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            start()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert done == ["noted"]
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def test_a_page_needs_nothing_else(tmp_path: Path) -> None:
     assert not re.search(r"(src|href)=\"(?!#)", text)
     assert "Overall, with m-Q4_K_M" in text
     assert "<td class=text>engine fused</td>" in text
-    assert "<p>- processes, N = 8: no memory</p>" in text
+    assert "<p>processes, N = 8, has no result: no memory</p>" in text
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

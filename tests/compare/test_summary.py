@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from pyllamabatch.compare.advice import as_fast
+from pyllamabatch.compare.advice import advice, as_fast
 from pyllamabatch.compare.comparison import short
-from pyllamabatch.compare.summary import advice, brief, table
+from pyllamabatch.compare.summary import plain, table
 from pyllamabatch.report.records import Record
 from tests.support.made_up_rows import GIB, row
 
@@ -62,25 +62,40 @@ def test_columns_that_no_row_has_are_left_out_and_failures_say_why() -> None:
     assert "| N | arm | tok/s | TTFT p50, ms | p99 | fairness |" in second
     assert cells(second, "engine", 2) == ["40.0", "250", "1500", "0.99"]
     assert cells(second, "contexts", 2)[0] == cells(second, "processes", 2)[0] == "—"
-    assert "- contexts, N = 2: DecodeError: no | room\n- processes, N = 2: 1 of 2 comp" in second
+    assert "- contexts, N = 2, has no result: DecodeError: no | room\n" in second
+    assert "- processes, N = 2, has no result: 1 of 2 completed\n" in second
 
 
-def test_in_brief_a_line_for_each_arm() -> None:
-    rows = [row("single", 1, 50), row("contexts", 2, 60, pss_bytes=0.25 * GIB)]
-    rows += [row("engine", 2, 90, pss_bytes=0.5 * GIB), row("processes", 2, 0, error="broken")]
-    assert brief(rows).splitlines() == [
-        "| tok/s together | 1 | 2 | GiB (PSS) at 2 |",
-        "|---|--:|--:|--:|",
-        "| single | 50 |  |  |",
-        "| contexts |  | 60 | 0.25 |",
-        "| engine |  | 90 (1.50) | 0.50 |",
-        "| processes |  | — |  |",
-    ]
-    assert brief([row("engine", 2, 90)]).splitlines()[0] == "| tok/s together | 2 |"
+def test_a_terminal_gets_columns_and_what_each_time_contains() -> None:
+    lines = plain([row("engine", 2, 90), row("processes", 2, 0, error="broken")]).splitlines()
+    assert lines[2:5] == ["N  arm        tok/s", "2  engine      90.0", "2  processes      —"]
+    assert lines[-2:] == ["- engine: ", "- processes: "]
+
+
+def test_arms_with_other_threads_are_told() -> None:
+    def arms(**n_threads: float) -> list[Record]:
+        return [row(arm, 4, 90, n_threads_each=n) for arm, n in n_threads.items()]
+
+    assert "CPU threads" not in table(arms(contexts=2, processes=2, engine=8))
+    assert "- CPU threads at N = 4: contexts 4 × 1, shared 1, engine 1\n" in table(
+        arms(contexts=1, shared=1, engine=1)
+    )
+
+
+def test_a_busy_machine_is_told_first() -> None:
+    rows = [row("engine", 2, 90, other_cpu=0.1), row("contexts", 2, 50, other_cpu=1.25)]
+    assert (
+        advice(rows)
+        .splitlines()[0]
+        .startswith(
+            "The machine was busy: in 1 of 2 runs other programs used CPU, up to 1.2 of 2 cores."
+        )
+    )
+    assert "busy" not in advice(rows[:1])
 
 
 def test_a_table_of_failures_and_of_nothing() -> None:
-    assert "- engine, N = 2: gone" in table([row("engine", 2, 0, error="gone")])
+    assert "- engine, N = 2, has no result: gone" in table([row("engine", 2, 0, error="gone")])
     assert table([]) == "No records.\n"
     assert advice([]) == ""
 
