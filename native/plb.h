@@ -137,20 +137,20 @@ typedef struct plb_engine_params {
     int32_t device_sampling; /* enum plb_device_sampling */
     int32_t gap_max;         /* for contexts with a stream of cells for each sequence: so many unused
                                 sequences in a row get a row each where that keeps an ubatch whole
-                                (native/gaps.hpp); 0 none */
+                                (native/step/gaps.hpp); 0 none */
     int32_t stream;         /* 0: a call overwrites what the one before it gave, and a run makes
                                n_steps_max steps at most; 1: results stay until another thread has
                                read them, see plb_ring_read */
 } plb_engine_params;
 
 /* Whether the device reduces each row of logits to the largest 128, which is what travels to the host
- * (native/shortlist.hpp). Greedy, or a top_k of up to 128 less the tokens that may not be chosen, with
+ * (native/device/shortlist.hpp). Greedy, or a top_k of up to 128 less the tokens that may not be chosen, with
  * top_p, min_p, temperature and seed: the same token but for the order of equal logits. A step with a
  * row that asks for more (no top_k, penalties, biases, log-probabilities, a grammar, PLB_ROW_OUTPUT)
  * is sampled from whole rows; a change between the two costs libllama a new graph and, once, three
  * times the memory for outputs. */
 enum plb_device_sampling {
-    PLB_DEVICE_SAMPLING_AUTO = -1, /* where it is cheaper (native/placement.hpp); never for the CPU backend */
+    PLB_DEVICE_SAMPLING_AUTO = -1, /* where it is cheaper (native/device/placement.hpp); never for the CPU backend */
     PLB_DEVICE_SAMPLING_OFF  = 0,
     PLB_DEVICE_SAMPLING_ON   = 1   /* wherever a step allows it, on any backend */
 };
@@ -227,7 +227,7 @@ typedef struct plb_sampling {
     const char             * grammar;     /* GBNF with start rule "root"; NULL none */
 } plb_sampling;
 
-/* Which code samples; the token is the same (native/fused.hpp says where it need not be). */
+/* Which code samples; the token is the same (native/sampling/fused.hpp says where it need not be). */
 enum plb_path {
     PLB_PATH_AUTO  = -1, /* asked for only: fused where it can, else the chain */
     PLB_PATH_CHAIN = 0,  /* a chain of libllama samplers */
@@ -368,7 +368,7 @@ int64_t plb_now_ns(void);
 int64_t plb_pieces(const struct llama_vocab * vocab, const llama_token * tokens, int32_t n,
                    char * out, int64_t size, int64_t * offsets);
 
-/* -- rows of one's own (native/rows.cpp) -------------------------------------------------------
+/* -- rows of one's own (native/sampling/rows.cpp) -------------------------------------------------------
  * Sampling without a context: slots 0..n_slots-1 that choose from rows of logits of the caller's, as
  * the slots of an engine do. No vocabulary, so no end-of-generation tokens and no grammar. */
 typedef struct plb_rows plb_rows;
@@ -391,7 +391,7 @@ float        plb_rows_maximum(const float * logits, int32_t n);
 /* The instruction set that was chosen for this machine, or by PLB_SIMD in the environment. */
 const char * plb_rows_simd(void);
 
-/* -- memory (native/memory.cpp) ----------------------------------------------------------------- */
+/* -- memory (native/device/memory.cpp) ----------------------------------------------------------------- */
 /* Bytes in buffers of one type; of a no_alloc model, bytes that there would be. */
 typedef struct plb_memory_part {
     char    buffer_type[64];
@@ -405,7 +405,7 @@ typedef struct plb_memory_part {
 /* How many parts there are (also when there is room for fewer), or a code. */
 int32_t plb_memory_breakdown(const struct llama_context * ctx, plb_memory_part * parts, int32_t n_parts);
 
-/* -- log ring (native/log.cpp) ----------------------------------------------------------------- */
+/* -- log ring (native/guard/log.cpp) ----------------------------------------------------------------- */
 /* libllama's and ggml's log goes to a ring of fixed size, from any thread; nothing is printed. */
 void plb_log_install(void);              /* once, before anything else logs */
 void plb_log_set_level(int32_t level);   /* enum ggml_log_level; what is below is not kept */
@@ -417,12 +417,12 @@ void    plb_log_mark(void);
 int32_t plb_log_errors(char * buf, int32_t size);
 
 /* The calling thread has no helpers of OpenMP's any more until it computes again: for a thread that
- * has computed and will wait for others that do (native/openmp.cpp). plb_model_load does it, too. */
+ * has computed and will wait for others that do (native/device/openmp.cpp). plb_model_load does it, too. */
 void plb_threads_rest(void);
 
 /* Calls that read a file or a blob: a failed assertion of libllama inside them, on the calling
  * thread, is a failure (NULL or 0, its text in plb_log_errors) instead of the end of the process
- * (native/guard.cpp). */
+ * (native/guard/guard.cpp). */
 void plb_guard_install(void); /* once */
 struct llama_model   * plb_model_load(const char ** paths, size_t n_paths, struct llama_model_params params);
 struct llama_context * plb_context_new(struct llama_model * model, struct llama_context_params params);

@@ -4,7 +4,7 @@
 //
 // PLB_TEST_ROWS: how many rows to compare (default 3000; the long run, some minutes, is 100000).
 #include "check.hpp"
-#include "engine.hpp"
+#include "step/engine.hpp"
 
 #include <algorithm>
 #include <atomic>
@@ -141,7 +141,7 @@ struct comparison {
     double worst = 0, most_moved = 0;
 };
 
-// Whether equal logits have the chain's order down to this one: see native/fused.hpp.
+// Whether equal logits have the chain's order down to this one: see native/sampling/fused.hpp.
 bool order_is_the_chains(const std::vector<float> & x, float logit) {
     const auto bucket = [](float v) { return std::max(0.0f, std::min(127.0f, 6.4f * v + 64)); };
     const float least = std::floor(bucket(logit));

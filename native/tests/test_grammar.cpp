@@ -1,6 +1,6 @@
 // The check of grammars: what it must let through, what it must refuse, and that libllama agrees.
 #include "check.hpp"
-#include "engine.hpp"
+#include "step/engine.hpp"
 
 #include <cstring>
 #include <fstream>

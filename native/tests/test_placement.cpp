@@ -1,6 +1,6 @@
 // Where candidates are chosen: what is measured decides, and a change is not made too often.
 #include "check.hpp"
-#include "placement.hpp"
+#include "device/placement.hpp"
 #include "plb.h"
 
 using plb::placement;

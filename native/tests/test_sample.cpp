@@ -1,7 +1,7 @@
 // Sampling one row: the same tokens as libllama's own chain, bad logits, log-probabilities, and no
 // allocation.
 #include "check.hpp"
-#include "engine.hpp"
+#include "step/engine.hpp"
 
 #include <algorithm>
 #include <atomic>

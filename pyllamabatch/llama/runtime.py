@@ -2,7 +2,7 @@
 
 llama.cpp's log goes to Python's `logging` under the name "pyllamabatch.llama", which is silent
 until the application gives it (or a parent) a handler. Lines arrive when one of our calls drains
-the ring of native/log.cpp, on the thread that made the call.
+the ring of native/guard/log.cpp, on the thread that made the call.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def spans(slots: Slots, held: npt.NDArray[np.int64], gap_max: int) -> list[Span]
     """What libllama makes of rows that decode in ascending `slots`, where each sequence has a
     stream of cells of its own: neighbours are computed together (src/llama-batch.cpp:
     `split_equal`), and with them up to `gap_max` slots in between that hold nothing
-    (native/gaps.hpp). held: positions by slot."""
+    (native/step/gaps.hpp). held: positions by slot."""
     first, n = int(slots[0]), len(slots)
     if int(slots[-1]) - first + 1 == n:
         return [Span(n, n)]

@@ -4,7 +4,7 @@
 // float arithmetic decides where it ends: that needs its running float sum over all the weights, with
 // the rounding of each of its additions (running_sum). Where it is large, its end is found between two
 // bounds that a sample of the row suggests and one pass over all weights confirms.
-#include "fused.hpp"
+#include "sampling/fused.hpp"
 
 #include <algorithm>
 #include <cmath>

@@ -105,7 +105,7 @@ void on_log(enum ggml_log_level level_in, const char * text, void *) {
 
 } // namespace
 
-// For native/guard.cpp.
+// For native/guard/guard.cpp.
 void plb_log_append_error(const char * text) {
     on_log(GGML_LOG_LEVEL_ERROR, text, nullptr);
     on_log(GGML_LOG_LEVEL_CONT, "\n", nullptr);

@@ -1,5 +1,5 @@
 // Choosing one token from one row of logits.
-#include "engine.hpp"
+#include "step/engine.hpp"
 
 #include <algorithm>
 #include <cmath>

@@ -1,5 +1,5 @@
 // The engine: its memory, and one step from rows to results.
-#include "engine.hpp"
+#include "step/engine.hpp"
 
 #include "ggml-backend.h"
 

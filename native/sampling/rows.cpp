@@ -1,5 +1,5 @@
 // Sampling the rows of a step on several threads, and rows that come from no context.
-#include "engine.hpp"
+#include "step/engine.hpp"
 
 #include <algorithm>
 

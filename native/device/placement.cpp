@@ -1,4 +1,4 @@
-#include "placement.hpp"
+#include "device/placement.hpp"
 
 #include "plb.h"
 

@@ -2,7 +2,7 @@
 // reporting them, runs out of memory on {3,2}, out of stack on deep nesting, takes exponential time
 // over rules that share first symbols, and never returns on a left recursion that hides behind rules
 // that may be empty. What passes here is read by libllama in reasonable time.
-#include "grammar_parser.hpp"
+#include "sampling/grammar_parser.hpp"
 
 namespace plb {
 

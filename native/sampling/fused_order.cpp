@@ -4,7 +4,7 @@
 // to 10, each bucket sorted, the last one partially. Where logits are equal, their order follows from
 // what these algorithms do with the elements before and after: so the same algorithms are run here,
 // on those elements only that can make a difference.
-#include "fused.hpp"
+#include "sampling/fused.hpp"
 
 #include <algorithm>
 #include <cmath>

@@ -1,13 +1,13 @@
 // What the files of the shim know of each other. Nothing here is part of the contract.
 #pragma once
 
-#include "fused.hpp"
-#include "gaps.hpp"
-#include "placement.hpp"
+#include "sampling/fused.hpp"
+#include "step/gaps.hpp"
+#include "device/placement.hpp"
 #include "plb.h"
-#include "pool.hpp"
-#include "ring.hpp"
-#include "shortlist.hpp"
+#include "device/pool.hpp"
+#include "step/ring.hpp"
+#include "device/shortlist.hpp"
 
 #include <atomic>
 #include <cmath>

@@ -1,4 +1,4 @@
-#include "pool.hpp"
+#include "device/pool.hpp"
 
 #include <algorithm>
 #include <chrono>

@@ -1,5 +1,5 @@
 // What the fused sampler keeps of a request, and the memory that it samples a row in.
-#include "fused.hpp"
+#include "sampling/fused.hpp"
 
 #include <algorithm>
 

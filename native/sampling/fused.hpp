@@ -16,7 +16,7 @@
 // a token, and a row whose tokens are all excluded is PLB_E_NO_CANDIDATE.
 #pragma once
 
-#include "fused_kernels.hpp"
+#include "sampling/fused_kernels.hpp"
 #include "plb.h"
 
 #include <atomic>

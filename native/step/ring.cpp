@@ -1,5 +1,5 @@
 // The reader's side: from the ring to pages, and tokens to text.
-#include "engine.hpp"
+#include "step/engine.hpp"
 
 #include <cstring>
 

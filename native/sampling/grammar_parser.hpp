@@ -1,7 +1,7 @@
 // GBNF into the rules that libllama's parser makes of it. For grammar.cpp.
 #pragma once
 
-#include "engine.hpp"
+#include "step/engine.hpp"
 
 #include <algorithm>
 #include <cstring>

@@ -1,5 +1,5 @@
 // Slots: a request's samplers from its parameters, and moving them about.
-#include "engine.hpp"
+#include "step/engine.hpp"
 
 #include <algorithm>
 #include <cmath>

@@ -1,5 +1,5 @@
 // The graph of the shortlist, and finding its rows in what libllama copied.
-#include "shortlist.hpp"
+#include "device/shortlist.hpp"
 
 #include "ggml-backend.h"
 #include "ggml.h"

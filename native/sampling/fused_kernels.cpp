@@ -1,5 +1,5 @@
 // The kernels, compiled once per instruction set, and the choice among them.
-#include "fused_kernels.hpp"
+#include "sampling/fused_kernels.hpp"
 
 #include <cmath>
 #include <cstdlib>
@@ -38,7 +38,7 @@ namespace plb {
 #define PLB_SIMD 0
 #define PLB_SIMD_NAME "base"
 namespace simd_base {
-#include "fused_kernels.inc"
+#include "sampling/fused_kernels.inc"
 }
 #undef PLB_SIMD
 #undef PLB_SIMD_NAME
@@ -64,7 +64,7 @@ PLB_TARGET_AVX2
 #define PLB_SIMD 2
 #define PLB_SIMD_NAME "avx2"
 namespace simd_avx2 {
-#include "fused_kernels.inc"
+#include "sampling/fused_kernels.inc"
 }
 #undef PLB_SIMD
 #undef PLB_SIMD_NAME
@@ -74,7 +74,7 @@ PLB_TARGET_AVX512
 #define PLB_SIMD 5
 #define PLB_SIMD_NAME "avx512"
 namespace simd_avx512 {
-#include "fused_kernels.inc"
+#include "sampling/fused_kernels.inc"
 }
 #undef PLB_SIMD
 #undef PLB_SIMD_NAME

@@ -1,4 +1,4 @@
-#include "gaps.hpp"
+#include "step/gaps.hpp"
 
 namespace plb {
 

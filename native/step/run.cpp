@@ -1,5 +1,5 @@
 // Several steps of pure decoding, without coming back.
-#include "engine.hpp"
+#include "step/engine.hpp"
 
 #include <algorithm>
 

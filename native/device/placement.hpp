@@ -1,4 +1,4 @@
-// Where a step's candidates are chosen: by the device (native/shortlist.hpp), or by the host from
+// Where a step's candidates are chosen: by the device (native/device/shortlist.hpp), or by the host from
 // whole rows of logits. What is cheaper depends on the device, the vocabulary and the number of
 // rows, so it is measured: eight steps each way on the batch that is there. Rows on the host cost in
 // proportion, the device's choice mostly a constant, so where it pays for n rows it pays for more.

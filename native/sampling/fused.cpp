@@ -1,5 +1,5 @@
 // One row from its logits to a token.
-#include "fused.hpp"
+#include "sampling/fused.hpp"
 
 #include <algorithm>
 #include <cmath>
