@@ -1,6 +1,6 @@
 # PLB_LLAMA_SOURCE: llama.cpp's tree, and PLB_LLAMA_BUILD: its build number ("b11549").
 # In this order: -DPLB_LLAMA_CPP_DIR, vendor/llama.cpp (a submodule, or what our sdist ships),
-# else the archive that vendor/llama.cpp.lock pins, unpacked there.
+# else the archive that vendor/llama.cpp.lock pins, unpacked there with vendor/patches applied.
 set(vendored "${CMAKE_CURRENT_SOURCE_DIR}/vendor/llama.cpp")
 set(stamp "${vendored}/.pyllamabatch-lock")
 
@@ -23,8 +23,21 @@ if (NOT EXISTS "${PLB_LLAMA_SOURCE}/include/llama.h")
                         "(no include/llama.h); check -DPLB_LLAMA_CPP_DIR.")
 endif()
 
+if (NOT EXISTS "${PLB_LLAMA_SOURCE}/.pyllamabatch-lock")  # not ours to patch
+    execute_process(
+        COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/vendor/unpack.py"
+                --lacking "${PLB_LLAMA_SOURCE}"
+        OUTPUT_VARIABLE lacking OUTPUT_STRIP_TRAILING_WHITESPACE)
+    if (lacking)
+        string(REPLACE "\n" ", " lacking "${lacking}")
+        message(WARNING "pyllamabatch: ${PLB_LLAMA_SOURCE} lacks these patches of "
+                        "vendor/patches: ${lacking}. Each says in its head what goes wrong.")
+    endif()
+endif()
+
+file(GLOB patches CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/vendor/patches/*.patch")
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS
-             "${CMAKE_CURRENT_SOURCE_DIR}/vendor/llama.cpp.lock")
+             "${CMAKE_CURRENT_SOURCE_DIR}/vendor/llama.cpp.lock" ${patches})
 # Upstream asks git for its commit: it must not find our repository around its tree, whose
 # every commit would rebuild it.
 cmake_path(GET PLB_LLAMA_SOURCE PARENT_PATH ceiling)

@@ -5,9 +5,11 @@ user's own index, proxy and cache settings apply. Run by CMake when no other sou
 given, or by hand:
 
     python vendor/unpack.py [--lock FILE] [--destination DIR] [--archive FILE]
+    python vendor/unpack.py --lacking DIR
 
-A stamp in the destination remembers which archive it came from: unpacking again is a no-op
-until the lock changes.
+The patches of `vendor/patches` are applied to what is unpacked. A stamp in the destination
+remembers the archive and the patches: unpacking again is a no-op until one of them changes.
+`--lacking` prints the patches that another source tree does not have.
 """
 
 from __future__ import annotations
@@ -15,16 +17,19 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 HERE = Path(__file__).resolve().parent
 STAMP = ".pyllamabatch-lock"
+PATCHES = tuple(sorted((HERE / "patches").glob("*.patch")))
 MARKER = "thirdparty/llama.cpp/"
 
 # Trees that neither the build nor the benches touch. Backends are kept where an option of
@@ -118,6 +123,67 @@ def download(lock_path: Path, lock: Lock, folder: Path) -> Path:
     return archives[0]
 
 
+@dataclass(frozen=True)
+class Hunk:
+    """One hunk of a unified diff: at line `start` of `path`, `old` lines become `new` ones."""
+
+    path: str
+    start: int
+    old: list[str]
+    new: list[str]
+
+
+def hunks(patch: Path) -> Iterator[Hunk]:
+    """The hunks of a patch; what stands before its first `---` is text for people."""
+    path, hunk = "", None
+    for line in patch.read_text().splitlines():
+        if hunk and line.startswith(("--- a/", "@@ ")):
+            yield hunk
+            hunk = None
+        if line.startswith("+++ b/"):
+            path = line.removeprefix("+++ b/")
+        elif found := re.match(r"@@ -(\d+)", line):
+            hunk = Hunk(path, int(found[1]), [], [])
+        elif hunk and line[:1] in (" ", "-", "+"):
+            if line[0] != "+":
+                hunk.old.append(line[1:])
+            if line[0] != "-":
+                hunk.new.append(line[1:])
+    if hunk:
+        yield hunk
+
+
+def apply(patch: Path, tree: Path) -> None:
+    """Apply a patch: each line that it removes or keeps must stand exactly where it says.
+
+    Raises UnpackError when one does not.
+    """
+    grown: dict[str, int] = {}  # lines that earlier hunks have added to a file
+    for hunk in hunks(patch):
+        target = tree / hunk.path
+        lines = target.read_text().splitlines() if target.is_file() else []
+        at = hunk.start - 1 + grown.get(hunk.path, 0)
+        if not hunk.old or lines[at : at + len(hunk.old)] != hunk.old:
+            raise UnpackError(
+                f"{patch.name} no longer applies to {hunk.path}, line {hunk.start}. Nothing was "
+                "unpacked. Bring the patch up to date with the pinned llama.cpp, or remove it "
+                "when upstream has mended the fault."
+            )
+        lines[at : at + len(hunk.old)] = hunk.new
+        target.write_text("\n".join(lines) + "\n")
+        grown[hunk.path] = grown.get(hunk.path, 0) + len(hunk.new) - len(hunk.old)
+
+
+def lacking(tree: Path) -> list[str]:
+    """Names of the patches with a hunk whose new lines are not found in `tree`."""
+
+    def has(hunk: Hunk) -> bool:
+        target = tree / hunk.path
+        return target.is_file() and "\n".join(hunk.new) in target.read_text()
+
+    return [patch.name for patch in PATCHES if not all(has(hunk) for hunk in hunks(patch))]
+
+
 def wanted(path: PurePosixPath) -> bool:
     """Whether a file of llama.cpp's tree is needed (`path` is relative to its root)."""
 
@@ -127,8 +193,10 @@ def wanted(path: PurePosixPath) -> bool:
     return under(KEPT) or not under(LEFT_OUT)
 
 
-def unpack(archive: Path, lock: Lock, destination: Path) -> None:
-    """Check `archive` against the lock and put the wanted files into `destination`."""
+def unpack(
+    archive: Path, lock: Lock, destination: Path, patches: tuple[Path, ...] = PATCHES
+) -> None:
+    """Check `archive` against the lock and put the wanted files, patched, into `destination`."""
     with archive.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
@@ -157,16 +225,24 @@ def unpack(archive: Path, lock: Lock, destination: Path) -> None:
                     shutil.copyfileobj(source, out)
         if not (tree / "include" / "llama.h").is_file():
             raise UnpackError(f"{archive.name} holds no {MARKER}include/llama.h")
-        (tree / STAMP).write_text(f"{lock.sha256}\n{lock.build_number}\n")
+        for patch in patches:
+            apply(patch, tree)
+        (tree / STAMP).write_text(stamp(lock, patches))
         if destination.exists():
             shutil.rmtree(destination)
         tree.rename(destination)
 
 
-def is_current(destination: Path, lock: Lock) -> bool:
-    """Whether `destination` was unpacked from the archive that `lock` names."""
-    stamp = destination / STAMP
-    return stamp.is_file() and stamp.read_text().split()[:1] == [lock.sha256]
+def stamp(lock: Lock, patches: tuple[Path, ...]) -> str:
+    """What a tree was made of: the archive's hash, the build number, then each patch's hash."""
+    hashes = (f"{hashlib.sha256(p.read_bytes()).hexdigest()} {p.name}" for p in patches)
+    return "\n".join([lock.sha256, lock.build_number, *hashes]) + "\n"
+
+
+def is_current(destination: Path, lock: Lock, patches: tuple[Path, ...] = PATCHES) -> bool:
+    """Whether `destination` was unpacked from the archive that `lock` names, with `patches`."""
+    path = destination / STAMP
+    return path.is_file() and path.read_text() == stamp(lock, patches)
 
 
 def main() -> int:
@@ -174,7 +250,11 @@ def main() -> int:
     parser.add_argument("--lock", type=Path, default=HERE / "llama.cpp.lock")
     parser.add_argument("--destination", type=Path, default=HERE / "llama.cpp")
     parser.add_argument("--archive", type=Path, help="an archive that is already here")
+    parser.add_argument("--lacking", type=Path, help="print the patches that this tree lacks")
     options = parser.parse_args()
+    if options.lacking:
+        print(*lacking(options.lacking), sep="\n")
+        return 0
     try:
         lock = Lock.read(options.lock)
         if is_current(options.destination, lock):

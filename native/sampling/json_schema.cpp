@@ -1,40 +1,14 @@
-// JSON schema to GBNF, by llama.cpp's own converter. It is a part of its command line tools, not of
-// libllama, so its few files are compiled into the shim, and what they need of the rest is here. The
-// converter prints a warning where it gives up on a pattern and accepts any string instead; here
-// that is an error.
+// JSON schema to GBNF, by llama.cpp's own converter. The converter belongs to upstream's command line
+// tools, not to libllama: its files are compiled into the shim. Of the rest of those tools it needs
+// the three functions on text below.
 #include "common.h"
 #include "json-schema-to-grammar.h"
 #include "json.h"
-#include "trie.h"
-#include "unicode.h"
 
-#include <algorithm>
-#include <cstdio>
-#include <functional>
-#include <limits>
-#include <map>
-#include <regex>
-#include <sstream>
-#include <stdexcept>
 #include <string>
-#include <unordered_map>
-#include <unordered_set>
 #include <vector>
 
 std::string plb_json_schema_grammar(const char * schema);
-
-namespace {
-
-template <typename... Args>
-int refuse(FILE *, const char *, Args... what) {
-    throw std::runtime_error((std::string(what) + ...));
-}
-
-} // namespace
-
-#define fprintf refuse
-#include "json-schema-to-grammar.cpp"
-#undef fprintf
 
 std::string string_join(const std::vector<std::string> & values, const std::string & separator) {
     std::string joined;

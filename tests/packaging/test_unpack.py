@@ -56,12 +56,13 @@ def test_only_what_is_needed_is_unpacked(tmp_path: Path) -> None:
     kept = ["include/llama.h", "src/llama.cpp", "LICENSE", "models/ggml-vocab-qwen2.gguf"]
     left = ["docs/a.md", "models/ggml-vocab-mpt.gguf", "ggml/src/ggml-sycl/a.cpp", "tests/a.cpp"]
     lock = archive(tmp_path / "a.tar.gz", *kept, *left)
-    unpack.unpack(tmp_path / "a.tar.gz", lock, tmp_path / "tree")
+    unpack.unpack(tmp_path / "a.tar.gz", lock, tmp_path / "tree", ())
     files = {p.relative_to(tmp_path / "tree").as_posix() for p in (tmp_path / "tree").rglob("*.*")}
     files |= {"LICENSE"} if (tmp_path / "tree" / "LICENSE").exists() else set()
     assert files == {*kept, unpack.STAMP}
-    assert unpack.is_current(tmp_path / "tree", lock)
-    assert not unpack.is_current(tmp_path / "tree", LOCK)
+    assert unpack.is_current(tmp_path / "tree", lock, ())
+    assert not unpack.is_current(tmp_path / "tree", LOCK, ())
+    assert not unpack.is_current(tmp_path / "tree", lock), "a new patch unpacks again"
 
 
 def test_a_wrong_hash_unpacks_nothing(tmp_path: Path) -> None:
@@ -79,6 +80,53 @@ def test_a_path_outside_the_tree_is_refused(tmp_path: Path) -> None:
     with pytest.raises(unpack.UnpackError, match="outside its tree"):
         unpack.unpack(tmp_path / "a.tar.gz", lock, tmp_path / "tree")
     assert not (tmp_path / "tree").exists()
+
+
+PATCH = """why it is there
+
+--- a/include/llama.h
++++ b/include/llama.h
+@@ -1 +1,2 @@
+-include/llama.h
++one
++two
+"""
+
+
+def test_a_patch_changes_what_is_unpacked(tmp_path: Path) -> None:
+    lock = archive(tmp_path / "a.tar.gz", "include/llama.h")
+    patch = tmp_path / "ours.patch"
+    patch.write_text(PATCH)
+    unpack.unpack(tmp_path / "a.tar.gz", lock, tmp_path / "tree", (patch,))
+    assert (tmp_path / "tree/include/llama.h").read_text() == "one\ntwo\n"
+    assert unpack.is_current(tmp_path / "tree", lock, (patch,))
+    patch.write_text(PATCH.replace("two", "three"))
+    assert not unpack.is_current(tmp_path / "tree", lock, (patch,))
+
+
+@pytest.mark.parametrize(
+    "stale",
+    [
+        PATCH.replace("-include/llama.h", "-something else"),
+        PATCH.replace("@@ -1 ", "@@ -2 "),
+        PATCH.replace("b/include/llama.h", "b/include/gone.h"),
+        PATCH.replace("-include/llama.h\n", ""),  # an insertion needs a line that tells where
+    ],
+)
+def test_a_patch_that_no_longer_applies_is_one_clear_message(tmp_path: Path, stale: str) -> None:
+    lock = archive(tmp_path / "a.tar.gz", "include/llama.h")
+    (tmp_path / "ours.patch").write_text(stale)
+    with pytest.raises(unpack.UnpackError, match=r"ours\.patch no longer applies to include/"):
+        unpack.unpack(tmp_path / "a.tar.gz", lock, tmp_path / "tree", (tmp_path / "ours.patch",))
+    assert not (tmp_path / "tree").exists()
+
+
+def test_patches_say_why_and_are_found_in_the_vendored_tree(tmp_path: Path) -> None:
+    for patch in unpack.PATCHES:
+        head = patch.read_text().partition("--- a/")[0]
+        assert "Upstream:" in head, patch.name
+    assert unpack.lacking(ROOT / "vendor" / "llama.cpp") == []
+    assert unpack.lacking(tmp_path) == [patch.name for patch in unpack.PATCHES]
 
 
 def test_no_network_is_one_clear_message(tmp_path: Path) -> None:
