@@ -104,7 +104,7 @@ typedef struct plb_step_info {
 enum plb_stop {
     PLB_STOP_STEPS  = 0, /* all steps are done, or as many as there are positions for */
     PLB_STOP_FINISH = 1, /* a slot has finished or failed in the last step */
-    PLB_STOP_BELL   = 2, /* the doorbell was rung */
+    PLB_STOP_INTERRUPT = 2, /* plb_interrupt was called */
     PLB_STOP_CODE   = 3, /* the step after the last one returned a code other than 0 */
     PLB_STOP_FULL   = 4  /* the ring is full, and nobody read for as long as a run waits */
 };
@@ -316,7 +316,7 @@ int32_t plb_run(plb_engine * engine, const llama_seq_id * slots, int32_t n_slots
  * From any thread, until plb_engine_free. The run that ends takes the ring back, so a ring is never
  * lost, and who looks for news after every run has seen what was there before the ring. A run makes
  * at least one step, unless it ends with PLB_STOP_FULL. */
-void plb_doorbell_ring(plb_engine * engine);
+void plb_interrupt(plb_engine * engine);
 
 /* -- reading while a run goes on (engines with `stream`) ---------------------------------------
  * Each step that was tried, failed ones included, is recorded with its records, and stays until it

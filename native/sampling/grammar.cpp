@@ -1,204 +1,267 @@
-// Checks a GBNF grammar before libllama reads it. Its parser prints errors to stderr instead of
-// reporting them, runs out of memory on {3,2}, out of stack on deep nesting, takes exponential time
-// over rules that share first symbols, and never returns on a left recursion that hides behind rules
-// that may be empty. What passes here is read by libllama in reasonable time.
-#include "sampling/grammar_parser.hpp"
+// Checks a GBNF grammar before libllama gets it. libllama's own parser reads it; what that parser does
+// not survive is refused before, and what its grammars do not survive is refused after:
+//   before  groups nested without end (it recurses), repetitions that multiply to gigabytes, {3,2}
+//   after   left recursion, also behind rules that may be empty: the grammar's stacks grow without end;
+//           rules that can start in too many ways: the search for left recursion takes exponential time
+// The parser's parse() prints what is wrong; its parse_rule(), which is called here, throws it.
+#include "step/engine.hpp"
+
+#include "llama-grammar.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
 
 namespace plb {
 
 namespace {
 
-constexpr uint64_t MAX_VISITS = 20000000; // of libllama's search for left recursion
-constexpr uint32_t MAX_DEPTH  = 5000;     // of the same search, which recurses
+constexpr int      MAX_NESTING     = 256;
+constexpr uint64_t MAX_REPETITIONS = 2000; // the parser's own limit: above it, a maximum is none
+constexpr uint64_t MAX_RULES       = 100000;
+constexpr uint64_t MAX_ELEMENTS    = 4000000;
+constexpr uint64_t MAX_VISITS      = 20000000; // of libllama's search for left recursion
+constexpr uint32_t MAX_DEPTH       = 5000;     // of the same search, which recurses
+constexpr int      MAX_SWEEPS      = 100;
 
-// Calls visit(begin, end) for each alternative of a rule.
-template <typename Visit>
-void each_alternative(const rule_t & rule, Visit visit) {
-    size_t start = 0;
-    for (size_t i = 0; i <= rule.size(); ++i) {
-        if (i == rule.size() || rule[i].kind == element::ALTERNATIVE) {
-            visit(start, i);
-            start = i + 1;
+[[noreturn]] void refuse(const std::string & what) {
+    throw failure{PLB_E_GRAMMAR, what};
+}
+
+[[noreturn]] void refuse_at(const char * text, const char * at, const std::string & what) {
+    const char * line = at;
+    while (line > text && line[-1] != '\n') {
+        --line;
+    }
+    refuse("line " + std::to_string(1 + std::count(text, line, '\n')) + ", column " +
+           std::to_string(at - line + 1) + ": " + what);
+}
+
+// -- before the parser: how large its rules can get ------------------------------------------------
+
+const char * skip_space(const char * at) {
+    while (*at == '#' || (*at && strchr(" \t\r\n", *at))) {
+        at += *at == '#' ? strcspn(at, "\r\n") : 1;
+    }
+    return at;
+}
+
+// Behind the literal, the class or the token that starts here.
+const char * skip_literal(const char * at) {
+    const char end = *at == '[' ? ']' : *at == '<' ? '>' : '"';
+    const bool characters = end != '>';
+    for (++at; *at && *at != end; ++at) {
+        const auto lead = (unsigned char) *at;
+        int n = !characters   ? 0
+                : lead == '\\' ? 1
+                              : (lead >= 0xC0) + (lead >= 0xE0) + (lead >= 0xF0);
+        for (; n > 0 && at[1]; --n) { // the parser looks at none of these
+            ++at;
+        }
+    }
+    return *at ? at + 1 : at;
+}
+
+uint64_t read_number(const char *& at) {
+    char * end = nullptr;
+    const uint64_t number = *at >= '0' && *at <= '9' ? strtoull(at, &end, 10) : 0;
+    at = end != nullptr ? end : at;
+    return number;
+}
+
+// How often {low}, {low,} or {low,high} copies what it repeats.
+uint64_t repetitions(const char * text, const char * brace) {
+    const char * at = skip_space(brace + 1);
+    const uint64_t low = read_number(at);
+    uint64_t high = low;
+    at = skip_space(at);
+    if (*at == ',') {
+        at = skip_space(at + 1);
+        const char * digits = at;
+        high = read_number(at);
+        if (at != digits && high < low) {
+            refuse_at(text, brace, "a repetition whose maximum is below its minimum");
+        }
+    }
+    return std::clamp<uint64_t>(std::max(low, high), 1, MAX_REPETITIONS);
+}
+
+void check_size(const char * text) {
+    int nesting = 0;
+    uint64_t n_rules = 0, n_elements = 0;
+    uint64_t symbol = 0; // elements of the last symbol, its repetitions included
+    for (const char * at = skip_space(text), * start = at; *at; start = at = skip_space(at)) {
+        if (*at == '"' || *at == '[' || *at == '<') {
+            at = skip_literal(at);
+            symbol = (uint64_t) (at - start);
+        } else if (*at == '{') {
+            const uint64_t n = repetitions(text, at);
+            at += strcspn(at, "}");
+            symbol = std::min(symbol * n, MAX_ELEMENTS + 1);
+            n_rules += n;
+        } else if (strchr("*+?", *at)) {
+            ++at;
+            ++n_rules;
+        } else {
+            nesting += *at == '(' ? 1 : *at == ')' ? -1 : 0;
+            n_rules += *at == '(' || *at == '=';
+            symbol = 1;
+            ++at;
+        }
+        n_elements += symbol;
+        if (nesting > MAX_NESTING) {
+            refuse_at(text, start, "groups nested more than " + std::to_string(MAX_NESTING) + " deep");
+        }
+        if (n_rules > MAX_RULES || n_elements > MAX_ELEMENTS) {
+            refuse_at(text, start, "the grammar is too large, repetitions included");
         }
     }
 }
 
-struct edge {
-    uint32_t to;
-    bool     tail; // nothing follows it in its alternative
-};
-using graph = std::vector<std::vector<edge>>;
+// -- the parser ------------------------------------------------------------------------------------
 
-// Which rules may stand first in which, given the rules that may be empty.
-graph first_symbols(const std::vector<rule_t> & rules, const std::vector<bool> & may_be_empty) {
-    graph edges(rules.size());
-    for (size_t id = 0; id < rules.size(); ++id) {
-        const rule_t & rule = rules[id];
-        each_alternative(rule, [&](size_t begin, size_t end) {
-            for (size_t i = begin; i < end && rule[i].kind == element::RULE; ++i) {
-                edges[id].push_back({rule[i].rule, i + 1 == end});
-                if (!may_be_empty[rule[i].rule]) {
-                    break;
-                }
-            }
-        });
+void parse(llama_grammar_parser & parser, const char * text) {
+    try {
+        for (const char * at = skip_space(text); *at;) {
+            at = parser.parse_rule(at);
+        }
+    } catch (const std::out_of_range &) {
+        refuse("a number is too large");
+    } catch (const std::runtime_error & error) {
+        // "expecting name at REST": the rest of the text tells where
+        const std::string what = error.what(), whole = text;
+        const size_t at = what.find(" at ");
+        const std::string rest = at == std::string::npos ? "" : what.substr(at + 4);
+        if (at == std::string::npos || rest.size() > whole.size() ||
+            whole.compare(whole.size() - rest.size(), rest.size(), rest) != 0) {
+            refuse(what);
+        }
+        refuse_at(text, text + (whole.size() - rest.size()), what.substr(0, at));
     }
-    return edges;
+    for (const auto & [name, id] : parser.symbol_ids) {
+        if (id >= parser.rules.size() || parser.rules[id].empty()) {
+            refuse("rule '" + name + "' is used and not defined");
+        }
+    }
+    if (parser.symbol_ids.count("root") == 0) {
+        refuse("there is no rule 'root'");
+    }
 }
 
-std::vector<bool> directly_empty(const std::vector<rule_t> & rules) {
-    std::vector<bool> empty(rules.size());
-    for (size_t id = 0; id < rules.size(); ++id) {
-        each_alternative(rules[id], [&](size_t begin, size_t end) {
-            empty[id] = empty[id] || begin == end;
-        });
-    }
-    return empty;
+// -- after the parser: what its rules can start with -----------------------------------------------
+
+bool ends_alternative(const llama_grammar_element & element) {
+    return element.type == LLAMA_GRETYPE_END || element.type == LLAMA_GRETYPE_ALT;
 }
 
 // The rules that derive the empty text, by any way.
-std::vector<bool> ever_empty(const std::vector<rule_t> & rules) {
-    struct alternative { uint32_t rule; size_t n_left; };
-    std::vector<alternative> alternatives;
-    std::vector<std::vector<size_t>> used_in(rules.size());
-    std::vector<bool>     empty = directly_empty(rules);
-    std::vector<uint32_t> todo;
-    for (size_t id = 0; id < rules.size(); ++id) {
-        const rule_t & rule = rules[id];
-        each_alternative(rule, [&](size_t begin, size_t end) {
-            const bool only_rules = std::all_of(
-                rule.begin() + (ptrdiff_t) begin, rule.begin() + (ptrdiff_t) end,
-                [](const element & e) { return e.kind == element::RULE; });
-            if (begin == end || !only_rules) {
-                return;
+std::vector<bool> find_empty(const llama_grammar_rules & rules) {
+    std::vector<bool> empty(rules.size());
+    const auto has_empty_alternative = [&](const llama_grammar_rule & rule) {
+        bool all = true;
+        for (const llama_grammar_element & element : rule) {
+            if (!ends_alternative(element)) {
+                all = all && element.type == LLAMA_GRETYPE_RULE_REF && empty[element.value];
+            } else if (all) {
+                return true;
+            } else {
+                all = true;
             }
-            for (size_t i = begin; i < end; ++i) {
-                used_in[rule[i].rule].push_back(alternatives.size());
+        }
+        return false;
+    };
+    for (int sweep = 0; sweep < MAX_SWEEPS; ++sweep) {
+        bool changed = false;
+        for (size_t id = rules.size(); id-- > 0;) {
+            if (!empty[id] && has_empty_alternative(rules[id])) {
+                empty[id] = changed = true;
             }
-            alternatives.push_back({(uint32_t) id, end - begin});
-        });
-        if (empty[id]) {
-            todo.push_back((uint32_t) id);
+        }
+        if (!changed) {
+            return empty;
         }
     }
-    while (!todo.empty()) {
-        const uint32_t id = todo.back();
-        todo.pop_back();
-        for (const size_t at : used_in[id]) {
-            alternative & alt = alternatives[at];
-            if (--alt.n_left == 0 && !empty[alt.rule]) {
-                empty[alt.rule] = true;
-                todo.push_back(alt.rule);
-            }
+    refuse("rules that may be empty refer to each other too often");
+}
+
+// Walks from each rule to those that may stand first in it, as libllama's search does: what that search
+// would find, and how long it would take.
+class search {
+public:
+    explicit search(const llama_grammar_parser & parser)
+        : rules_(parser.rules), empty_(find_empty(parser.rules)), found_(parser.rules.size()),
+          names_(parser.rules.size()) {
+        for (const auto & [name, id] : parser.symbol_ids) {
+            names_[id] = name.substr(0, name.find('_')); // a group's and a repetition's: the rule's own
+        }
+        uint64_t visits = 0;
+        for (uint32_t id = 0; id < rules_.size(); ++id) {
+            visits += visit(id, 0).visits;
+            check(id, visits, 0);
         }
     }
-    return empty;
-}
 
-[[noreturn]] void refuse_left_recursion(const std::string & name) {
-    refuse_grammar("rule '" + name + "' is left-recursive: it can start with itself");
-}
+private:
+    struct reach {
+        uint64_t visits = 0; // 0: not there yet
+        uint32_t depth  = 0; // 0: on the way
+    };
 
-// Depth first, without recursion. enter(id), back(id, edge) for an edge into the open path, and
-// leave(id) when all that follows from id is done.
-template <typename Back, typename Leave>
-void walk(const graph & edges, Back back, Leave leave) {
-    enum : uint8_t { NEW, OPEN, DONE };
-    struct frame { uint32_t id; size_t next; };
-    std::vector<uint8_t> state(edges.size(), NEW);
-    std::vector<frame>   path;
-    for (uint32_t start = 0; start < edges.size(); ++start) {
-        if (state[start] != NEW) {
-            continue;
+    const reach & visit(uint32_t id, uint32_t level) {
+        reach & here = found_[id];
+        if (here.depth > 0) {
+            return here;
         }
-        state[start] = OPEN;
-        path.push_back({start, 0});
-        while (!path.empty()) {
-            const uint32_t id = path.back().id;
-            if (path.back().next == edges[id].size()) {
-                state[id] = DONE;
-                path.pop_back();
-                leave(id);
+        if (here.visits > 0) {
+            refuse("rule '" + names_[id] + "' is left-recursive: it can start with itself");
+        }
+        check(id, 0, level);
+        uint64_t visits = here.visits = 1;
+        uint32_t depth  = 0;
+        const llama_grammar_rule & rule = rules_[id];
+        size_t first = 0; // of the alternative
+        bool reachable = true; // all before it in the alternative may be empty
+        for (size_t i = 0; i < rule.size(); ++i) {
+            if (ends_alternative(rule[i])) {
+                first = i + 1;
+                reachable = true;
                 continue;
             }
-            const edge e = edges[id][path.back().next++];
-            if (state[e.to] == OPEN) {
-                back(e.to);
-            } else if (state[e.to] == NEW) {
-                state[e.to] = OPEN;
-                path.push_back({e.to, 0});
+            reachable = reachable && rule[i].type == LLAMA_GRETYPE_RULE_REF;
+            // X ::= S X | nothing, a repetition of what may be empty, comes back to the same stack
+            const bool repeats = i > first && rule[i].value == id && ends_alternative(rule[i + 1]);
+            if (reachable && !repeats) {
+                const reach & next = visit(rule[i].value, level + 1);
+                visits += next.visits;
+                depth = std::max(depth, next.depth);
             }
+            reachable = reachable && empty_[rule[i].value];
         }
+        check(id, visits, depth + 1);
+        here = {visits, depth + 1};
+        return here;
     }
-}
 
-// libllama's own search: what it would find, and how long it would take.
-void check_search(const grammar_parser & grammar) {
-    const graph edges = first_symbols(grammar.rules, directly_empty(grammar.rules));
-    std::vector<uint64_t> visits(edges.size(), 1);
-    std::vector<uint32_t> depth(edges.size(), 1);
-    uint64_t total = 0;
-    walk(edges, [&](uint32_t id) { refuse_left_recursion(grammar.names[id]); },
-         [&](uint32_t id) {
-             for (const edge & e : edges[id]) {
-                 visits[id] = std::min(visits[id] + visits[e.to], MAX_VISITS + 1);
-                 depth[id]  = std::max(depth[id], depth[e.to] + 1);
-             }
-             total += visits[id];
-             if (total > MAX_VISITS || depth[id] > MAX_DEPTH) {
-                 refuse_grammar("rule '" + grammar.names[id] + "' can start in too many ways");
-             }
-         });
-}
+    void check(uint32_t id, uint64_t visits, uint32_t depth) const {
+        if (visits > MAX_VISITS || depth > MAX_DEPTH) {
+            refuse("rule '" + names_[id] + "' can start in too many ways");
+        }
+    }
 
-// A cycle that leaves something behind each time round makes libllama's stack grow without end.
-// One of tail calls only, as in (x*)*, comes back to the same stack and is fine.
-void check_growth(const grammar_parser & grammar) {
-    const graph edges = first_symbols(grammar.rules, ever_empty(grammar.rules));
-    // strongly connected components: order by finish, then gather on the reversed graph
-    std::vector<uint32_t> order;
-    walk(edges, [](uint32_t) {}, [&](uint32_t id) { order.push_back(id); });
-    graph reversed(edges.size());
-    for (uint32_t id = 0; id < edges.size(); ++id) {
-        for (const edge & e : edges[id]) {
-            reversed[e.to].push_back({id, e.tail});
-        }
-    }
-    std::vector<uint32_t> component(edges.size(), UINT32_MAX);
-    std::vector<uint32_t> todo;
-    for (auto start = order.rbegin(); start != order.rend(); ++start) {
-        if (component[*start] != UINT32_MAX) {
-            continue;
-        }
-        component[*start] = *start;
-        todo.push_back(*start);
-        while (!todo.empty()) {
-            const uint32_t id = todo.back();
-            todo.pop_back();
-            for (const edge & e : reversed[id]) {
-                if (component[e.to] == UINT32_MAX) {
-                    component[e.to] = *start;
-                    todo.push_back(e.to);
-                }
-            }
-        }
-    }
-    for (uint32_t id = 0; id < edges.size(); ++id) {
-        for (const edge & e : edges[id]) {
-            if (!e.tail && component[id] == component[e.to]) {
-                refuse_left_recursion(grammar.names[id]);
-            }
-        }
-    }
-}
+    const llama_grammar_rules & rules_;
+    std::vector<bool>        empty_;
+    std::vector<reach>       found_;
+    std::vector<std::string> names_;
+};
 
 } // namespace
 
 void check_grammar(const llama_vocab * vocab, const char * text) {
-    grammar_parser grammar(vocab, text);
-    grammar.parse();
-    check_search(grammar);
-    check_growth(grammar);
+    check_size(text);
+    llama_grammar_parser parser(vocab);
+    parse(parser, text);
+    search all(parser);
 }
 
 } // namespace plb

@@ -155,7 +155,7 @@ struct plb_engine {
     std::vector<plb_result>     finished; // [n_seq_max]
     plb::ring                   ring;     // where in results and steps
     std::vector<uint8_t>        named;    // [n_seq_max]: a run's slots, while they are checked
-    std::atomic<bool>           bell{false};
+    std::atomic<bool>           interrupted{false};
     plb::fault                  fault;
 
     std::vector<std::unique_ptr<plb_slot>> slots; // [n_seq_max]

@@ -87,7 +87,9 @@ int32_t collect_finished(plb_engine & engine) {
 int32_t run_steps(plb_engine & engine, int32_t n_slots, int32_t n_more, int32_t n_steps,
                   plb_run_info & run) {
     const int32_t n_sampled = count_sampled(engine, n_slots, n_more);
-    const auto take_bell = [&] { return engine.bell.exchange(false, std::memory_order_acquire); };
+    const auto take_interrupt = [&] {
+        return engine.interrupted.exchange(false, std::memory_order_acquire);
+    };
     while (run.n_steps < n_steps) {
         engine.ring.publish();
         const llama_pos last = write_next(engine, n_slots);
@@ -95,8 +97,8 @@ int32_t run_steps(plb_engine & engine, int32_t n_slots, int32_t n_more, int32_t 
             break;
         }
         if (!engine.ring.has_room(n_sampled) &&
-            !engine.ring.wait_for_room(n_sampled, [&] { return engine.bell.load(); }, FULL_WAIT)) {
-            take_bell();
+            !engine.ring.wait_for_room(n_sampled, [&] { return engine.interrupted.load(); }, FULL_WAIT)) {
+            take_interrupt();
             run.stop = PLB_STOP_FULL;
             break;
         }
@@ -109,14 +111,14 @@ int32_t run_steps(plb_engine & engine, int32_t n_slots, int32_t n_more, int32_t 
             run.first_ns = run.ns + plb_now_ns();
         }
         run.n_results += engine.info.n_results;
-        const bool rung = take_bell();
+        const bool interrupted = take_interrupt();
         run.n_finished = collect_finished(engine);
         if (run.n_finished > 0) {
             run.stop = PLB_STOP_FINISH;
             break;
         }
-        if (rung) {
-            run.stop = PLB_STOP_BELL;
+        if (interrupted) {
+            run.stop = PLB_STOP_INTERRUPT;
             break;
         }
     }
@@ -160,9 +162,9 @@ int32_t plb_run(plb_engine * engine, const llama_seq_id * slots, int32_t n_slots
     return out->code;
 }
 
-void plb_doorbell_ring(plb_engine * engine) {
+void plb_interrupt(plb_engine * engine) {
     if (engine != nullptr) {
-        engine->bell.store(true);
+        engine->interrupted.store(true);
         engine->ring.wake_writer();
     }
 }

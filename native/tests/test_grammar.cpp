@@ -74,41 +74,59 @@ int main(int argc, char ** argv) {
     refuses(vocab, "", "no rule 'root'");
     refuses(vocab, "x ::= \"a\"", "no rule 'root'");
     refuses(vocab, "root ::= x", "'x' is used and not defined");
-    refuses(vocab, "root = \"a\"", "line 1, column 6: expected ::=");
-    refuses(vocab, "root ::= \"a\"\n  | )", "line 2, column 3: expected a rule name");
+    refuses(vocab, "root = \"a\"", "line 1, column 6: expecting ::=");
+    refuses(vocab, "root ::= \"a\"\n  | )", "line 2, column 3: expecting name");
     refuses(vocab, "root ::= \"a", "unexpected end");
     refuses(vocab, "root ::= [a-", "unexpected end");
     refuses(vocab, "root ::= [a", "unexpected end");
     refuses(vocab, "root ::= \"\\q\"", "unknown escape");
-    refuses(vocab, "root ::= \"\\x1\"", "expected 2 hexadecimal digits");
+    refuses(vocab, "root ::= \"\\x1\"", "expecting 2 hex chars");
     refuses(vocab, "root ::= \"\\", "unknown escape");
-    refuses(vocab, "root ::= (\"a\"", "expected ')'");
-    refuses(vocab, "root ::= *", "nothing to repeat");
-    refuses(vocab, "root ::= \"\"*", "nothing to repeat");
-    refuses(vocab, "root ::= \"a\"{", "expected a number");
-    refuses(vocab, "root ::= \"a\"{1;2}", "expected '}'");
-    refuses(vocab, "root ::= \"a\"{3,2}", "maximum is below its minimum");
-    refuses(vocab, "root ::= \"a\"{2001}", "more than 2000 repetitions");
-    refuses(vocab, "root ::= (\"a\"{0,50}){50}", "repetitions of repetitions");
-    refuses(vocab, "root ::= <", "expected '>'");
-    refuses(vocab, "root ::= <two tokens>", "line 1, column 10: this is not one token");
-    refuses(vocab, "root ::= !x", "expected '<'");
-    refuses(vocab, "root ::= <[99999999999]>", "too large");
+    refuses(vocab, "root ::= (\"a\"", "expecting ')'");
+    refuses(vocab, "root ::= *", "expecting preceding item");
+    refuses(vocab, "root ::= \"\"*", "expecting preceding item");
+    refuses(vocab, "root ::= \"a\"{", "expecting an int");
+    refuses(vocab, "root ::= \"a\"{1;2}", "expecting ','");
+    refuses(vocab, "root ::= \"a\"{2001}", "number of repetitions exceeds");
+    refuses(vocab, "root ::= \"a\"{99999999999999999999}", "a number is too large");
+    refuses(vocab, "root ::= (\"a\"{0,50}){50}", "exceeds sane defaults");
+    refuses(vocab, "root ::= <", "expecting '>'");
+    refuses(vocab, "root ::= <two tokens>", "invalid token '<two tokens>'");
+    refuses(vocab, "root ::= !x", "expecting '<'");
+    refuses(vocab, "root ::= <[99999999999]>", "too big");
+    // the parser would take a maximum below the minimum for billions
+    for (const char * backwards : {"{3,2}", "{ 3 , 2 }", "{0000000000003,2}", "{3#\n,2}"}) {
+        refuses(vocab, "root ::= (\"a\"" + std::string(backwards) + ")", "below its minimum");
+    }
+    for (const char * before : {"<a#b>", "[#\\]]", "\"#\\\"\"", "\"\xe2\"\"\"", "#\n"}) {
+        refuses(vocab, "root ::= (" + std::string(before) + "\"a\"{3,2})", "below its minimum");
+    }
     refuses(vocab, "root ::= root \"a\" | \"b\"", "'root' is left-recursive");
+    refuses(vocab, "root ::= \"\" root | \"b\"", "'root' is left-recursive");
     refuses(vocab, "root ::= a \"x\"\na ::= b\nb ::= a \"y\" | \"z\"", "is left-recursive");
     refuses(vocab, "root ::= a root \"x\" | \"y\"\na ::= b\nb ::= \"\"", "'root' is left-recursive");
-    refuses(vocab, "root ::= " + std::string(100000, '('), "nested more than 256 deep");
-    std::string doubling, wide;
+    std::string doubling, chain, empties, wide;
     for (int i = 0; i < 60; ++i) {
         const std::string next = "r" + std::to_string(i + 1);
         doubling += "r" + std::to_string(i) + " ::= " + next + " | " + next + "\n";
     }
     refuses(vocab, "root ::= r0\n" + doubling + "r60 ::= \"a\"", "can start in too many ways");
+    for (int i = 0; i < 20000; ++i) {
+        chain += "x" + std::to_string(i) + " ::= x" + std::to_string(i + 1) + "\n";
+        empties = "x" + std::to_string(i) + " ::= x" + std::to_string(i + 1) + "\n" + empties;
+    }
+    refuses(vocab, "root ::= x0\n" + chain + "x20000 ::= \"a\"", "can start in too many ways");
+    refuses(vocab, "root ::= x0\n" + empties + "x20000 ::= \"\"", "refer to each other too often");
+    // sizes: nesting, rules, elements
+    refuses(vocab, "root ::= " + std::string(100000, '('), "nested more than 256 deep");
     for (int i = 0; i < 200; ++i) {
         wide += "x" + std::to_string(i) + " ::= \"a\"{0,2000}\n";
     }
-    refuses(vocab, "root ::= \"a\"\n" + wide, "more than 100000 rules");
-    refuses(vocab, "root ::= " + std::string("\"") + std::string(100000, 'a') + "\"{2000}", "too large");
+    refuses(vocab, "root ::= \"a\"\n" + wide, "too large");
+    const std::string literal = "root ::= \"" + std::string(100000, 'a') + "\"";
+    refuses(vocab, literal + "{2000}", "too large");
+    refuses(vocab, literal + std::string(100000, '+'), "too large");
+    refuses(vocab, literal + "{100}{100}", "too large");
 
     // through the slot: the code, the text, and the old slot stays
     plb_sampling sampling = plb_sampling_default();

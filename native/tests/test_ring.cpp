@@ -154,7 +154,7 @@ void full(fixture & f) {
     plb_run_info info = run(f, {0, 1}, 1000);
     CHECK_EQ(info.stop, PLB_STOP_FULL);
     CHECK_EQ(info.n_steps, f.views.n_steps_max - 1);
-    plb_doorbell_ring(f.engine); // whoever rings is not kept waiting
+    plb_interrupt(f.engine); // whoever rings is not kept waiting
     info = run(f, {0, 1}, 1000);
     CHECK_EQ(info.stop, PLB_STOP_FULL);
     CHECK_EQ(info.n_steps, 0);

@@ -207,11 +207,11 @@ int64_t now_ns() {
 
 void doorbell(fixture & f) {
     start(f, {10000});
-    plb_doorbell_ring(nullptr);
-    plb_doorbell_ring(f.engine); // between two runs: the next one ends after one step
-    plb_doorbell_ring(f.engine);
+    plb_interrupt(nullptr);
+    plb_interrupt(f.engine); // between two runs: the next one ends after one step
+    plb_interrupt(f.engine);
     plb_run_info info = run(f, {0}, 5);
-    CHECK_EQ(info.stop, PLB_STOP_BELL);
+    CHECK_EQ(info.stop, PLB_STOP_INTERRUPT);
     CHECK_EQ(info.n_steps, 1);
     info = run(f, {0}, 5);
     CHECK_EQ(info.stop, PLB_STOP_STEPS);
@@ -225,13 +225,13 @@ void doorbell(fixture & f) {
             std::this_thread::yield();
         }
         std::this_thread::sleep_for(std::chrono::milliseconds(3));
-        plb_doorbell_ring(f.engine);
+        plb_interrupt(f.engine);
         rung_at = now_ns();
     });
     begins = true;
     info = run(f, {0}, N_STEPS);
     ringer.join();
-    CHECK_EQ(info.stop, PLB_STOP_BELL);
+    CHECK_EQ(info.stop, PLB_STOP_INTERRUPT);
     CHECK(info.n_steps < N_STEPS);
     CHECK(f.views.steps[info.n_steps - 1].t_start_ns <= rung_at);
 }

@@ -251,7 +251,7 @@ class Stepper:
         closed."""
         engine = self._engine
         if engine is not None:
-            lib.plb_doorbell_ring(engine)
+            lib.plb_interrupt(engine)
 
     def _ready(self) -> Context:
         context = self._context

@@ -330,7 +330,7 @@ def test_a_dead_end_is_an_error_of_that_request_only(stepper: Stepper) -> None:
         ('root ::= root "a" | "b"', "left-recursive"),
         ('root ::= "a"{3,2}', "maximum is below its minimum"),
         ("root ::= " + 5000 * "(", "nested"),
-        ("nonsense", "expected ::="),
+        ("nonsense", "expecting ::="),
     ],
 )
 def test_a_bad_grammar_says_why(
