@@ -11,11 +11,6 @@ namespace {
 
 constexpr float NEVER = -INFINITY;
 constexpr int32_t GROUP = 64; // blocks
-constexpr int32_t HEAP_MAX = 128; // the chain's own limit for std::partial_sort
-
-bool by_logit_and_id(const candidate & a, const candidate & b) {
-    return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
-}
 
 } // namespace
 
@@ -128,11 +123,6 @@ void fused_row::run(pass p, int32_t first, int32_t last) noexcept {
         case WEIGH_EXACTLY:
             k_->weigh_exactly(row_, first, last, top, how_, sum);
             break;
-        case WEIGH_ON_GRID:
-            k_->weigh_on_grid(row_, first, last, how_, exactly_, upper_,
-                              split_ ? m_->before[first] : 0, sum, m_->upper_sum.data(),
-                              m_->base.data(), m_->grid.data());
-            break;
         case NONE:
             break;
     }
@@ -201,10 +191,8 @@ fused_row::pass fused_row::after_raw_weighing() {
     norm_ = largest_ + std::log(total(m_->block_sum));
     const int32_t wanted = std::min(r_->params->n_logprobs, row_.n);
     if (wanted > 0) {
-        candidate * list = m_->list.get();
-        const int32_t n = gather_above(top_block(wanted), row_.n);
-        r_->n_top = std::min(wanted, n);
-        std::partial_sort(list, list + r_->n_top, list + n, by_logit_and_id);
+        r_->n_top = take_top(wanted);
+        const candidate * list = m_->list.get();
         for (int32_t i = 0; i < r_->n_top; ++i) {
             r_->top_token[i]   = list[i].id;
             r_->top_logprob[i] = (float) (list[i].logit - norm_);
@@ -239,27 +227,22 @@ fused_row::pass fused_row::after_scan() {
         return fail(PLB_E_LOGITS);
     }
     if (p.top_k > 0 && (p.top_k < row_.n || p.top_p < 1 || row_.n <= LIST)) {
-        const int32_t k = std::min(p.top_k, row_.n);
-        const int32_t n = k <= HEAP_MAX ? order_by_heap(k) : order_top(k);
-        const int32_t kept = p.top_p < 1 ? nucleus(n, NAN) : n;
-        return draw_from_list(kept > 0 ? kept : n, true);
+        const int32_t n = take_top(std::min(p.top_k, row_.n));
+        return draw_from_list(p.top_p < 1 ? nucleus(n) : n, true);
     }
     if (p.top_p < 1) {
-        return row_.n <= 1024 ? small_vocabulary() : by_top_p();
+        return by_top_p();
     }
     return by_index(cut());
 }
 
 // -- a list ---------------------------------------------------------------------------------------
-// The chain's top-p over the list: how many it keeps, 0 if the list ends before that. sum: of all
-// weights, NaN for the list's own.
-int32_t fused_row::nucleus(int32_t n, float sum) const {
+// Top-p over the sorted list, in the chain's arithmetic: how many are kept.
+int32_t fused_row::nucleus(int32_t n) const {
     const candidate * list = m_->list.get();
-    if (std::isnan(sum)) {
-        sum = 0;
-        for (int32_t i = 0; i < n; ++i) {
-            sum += expf(list[i].logit - list[0].logit);
-        }
+    float sum = 0;
+    for (int32_t i = 0; i < n; ++i) {
+        sum += expf(list[i].logit - list[0].logit);
     }
     float reached = 0;
     for (int32_t i = 0; i < n; ++i) {
@@ -268,7 +251,7 @@ int32_t fused_row::nucleus(int32_t n, float sum) const {
             return i + 1;
         }
     }
-    return 0;
+    return n;
 }
 
 // Min-p of a sorted list, temperature, draw.
@@ -349,8 +332,7 @@ void fused_row::choose_from_shortlist(fused_request & request, const llama_token
         fail(PLB_E_LOGITS);
         return;
     }
-    const int32_t kept = p.top_p < 1 ? nucleus(k, NAN) : k;
-    draw_from_list(kept > 0 ? kept : k, true);
+    draw_from_list(p.top_p < 1 ? nucleus(k) : k, true);
 }
 
 // -- in index order -------------------------------------------------------------------------------
@@ -362,8 +344,11 @@ fused_row::pass fused_row::by_index(cut keep) {
         if (low > keep.logit) {
             keep = {low, row_.n};
             const bool sorted = p.top_p < 1 || p.top_k > 0; // the chain has sorted everything
-            const int32_t n = sorted ? order_all(low) : gather_above(low, LIST);
+            const int32_t n = gather_above(low, LIST);
             if (n > 0) {
+                if (sorted) {
+                    sort_list(n);
+                }
                 return draw_from_list(n, sorted);
             }
         }
@@ -374,10 +359,10 @@ fused_row::pass fused_row::by_index(cut keep) {
     how_  = weighing(p.temperature, largest_, keep.logit);
     if (p.temperature == 1 && keep_.last_id >= 0 && keep_.last_id < row_.n) {
         m_->block_sum.swap(m_->upper_sum); // top-p has just weighed what it keeps
-        return draw_from_nucleus();
+        return draw_weighed();
     }
     return then(WEIGH, keep_.last_id >= 0 && keep_.last_id < row_.n
-                           ? &fused_row::draw_from_nucleus_weighed : &fused_row::draw_by_index);
+                           ? &fused_row::draw_from_edge_weighed : &fused_row::draw_by_index);
 }
 
 fused_row::pass fused_row::draw_by_index() {
@@ -385,13 +370,13 @@ fused_row::pass fused_row::draw_by_index() {
     double margin;
     const double sum = total(m_->block_sum);
     if (!walk(sum, token, margin) || margin < weigh_error(how_, sum)) {
-        return then(WEIGH_EXACTLY, &fused_row::draw_from_nucleus);
+        return then(WEIGH_EXACTLY, &fused_row::draw_weighed);
     }
     return choose(token);
 }
 
 // The sums are of all that equals the nucleus's last logit, kept or not.
-fused_row::pass fused_row::draw_from_nucleus_weighed() {
+fused_row::pass fused_row::draw_from_edge_weighed() {
     const float above = std::nextafter(keep_.logit, INFINITY);
     for (int32_t b = keep_.last_id / BLOCK; b < row_.n_blocks; ++b) {
         const float * x = row_.block(b);
@@ -404,11 +389,11 @@ fused_row::pass fused_row::draw_from_nucleus_weighed() {
             m_->block_sum[b] = sum;
         }
     }
-    return draw_from_nucleus();
+    return draw_weighed();
 }
 
 // With the sums as they are.
-fused_row::pass fused_row::draw_from_nucleus() {
+fused_row::pass fused_row::draw_weighed() {
     llama_token token;
     double margin;
     walk(total(m_->block_sum), token, margin);

@@ -2,15 +2,11 @@
 // logits, with no candidate records and no full sort. It chooses what llama.cpp's chain of the same
 // parameters chooses (order: bias, penalties, top-k, top-p, min-p, temperature, draw):
 //
-// - The same token for the same seed where the chain draws in index order (neither top-k nor top-p),
-//   where there is a top-k below the vocabulary's size, and from a nucleus of up to 1,024 candidates.
-//   The order of equal logits is what std::partial_sort and std::sort make of the chain's array, so
-//   the same if libllama was built with the same standard library; only where a nucleus of more than
-//   256 reaches into a bucket of the chain's sort that ends a list of more than BUCKETED tokens does
-//   the smaller id go first.
-// - Else (a larger nucleus) the candidates that the chain's running float sum leaves, up to the
-//   rounding of its cumulated probabilities, and one draw in index order: the same distribution, and
-//   a fixed token per seed.
+// - The same candidates with the same probabilities, equal logits in the order of their ids. (The chain
+//   orders them as its unstable sort leaves them, and adds up weights as floats, one after the other:
+//   where a sum comes to top-p within that rounding, it may keep one candidate more or less.)
+// - The same token for the same seed where neither decides, except from a nucleus of more than SMALL
+//   candidates: that is drawn from in the order of the ids. A token per seed, and the same distribution.
 //
 // A NaN or +inf anywhere in the row is PLB_E_LOGITS, as is a row of nothing but -inf; -inf excludes
 // a token, and a row whose tokens are all excluded is PLB_E_NO_CANDIDATE.
@@ -26,8 +22,9 @@
 
 namespace plb {
 
-constexpr int32_t LIST     = 8192;  // candidates that are made a list where nobody asked for so many
-constexpr int32_t BUCKETED = 32768; // tokens that are sorted to have equal ones in the chain's order
+constexpr int32_t LIST      = 8192; // candidates that are made a list where no top-k asks for so many
+constexpr int32_t SMALL     = 1024; // candidates of a nucleus that is sorted
+constexpr int32_t RADIX_MIN = 512;  // candidates for which a radix sort pays
 
 // Whether these parameters can take this path: no grammar, no typical-p.
 bool fused_supports(const plb_sampling & params);
@@ -104,6 +101,10 @@ struct candidate {
     llama_token id;
 };
 
+inline bool by_logit_and_id(const candidate & a, const candidate & b) {
+    return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
+}
+
 // Kept of a row: the logits above `logit`, and of those equal to it the ids up to last_id.
 struct cut {
     float   logit   = -INFINITY;
@@ -117,8 +118,8 @@ struct fused_memory {
     explicit fused_memory(int32_t n_vocab);
 
     int32_t n_vocab;
-    std::vector<float>  block_max, base, grid;
-    std::vector<double> before, block_sum, upper_sum, group_sum;
+    std::vector<float>  block_max, scratch;
+    std::vector<double> block_sum, upper_sum, group_sum;
     std::unique_ptr<candidate[]> list, other; // [n_vocab + BLOCK]
     alignas(64) float tail[BLOCK];
 };
@@ -128,12 +129,9 @@ struct fused_memory {
 //     for (auto p = row.begin(request); p != NONE; p = row.next()) row.run(p, 0, row.n_blocks());
 class fused_row {
 public:
-    enum pass { NONE, SCAN, WEIGH, WEIGH_BOTH, WEIGH_EXACTLY, WEIGH_ON_GRID };
+    enum pass { NONE, SCAN, WEIGH, WEIGH_BOTH, WEIGH_EXACTLY };
 
-    // split: a pass may be run in parts
-    void bind(const kernels & set, fused_memory & memory, bool split) {
-        k_ = &set, m_ = &memory, split_ = split;
-    }
+    void bind(const kernels & set, fused_memory & memory) { k_ = &set, m_ = &memory; }
     pass begin(fused_request & request) noexcept;
     void run(pass p, int32_t first, int32_t last) noexcept; // any thread, blocks disjoint
     pass next() noexcept { return (this->*after_)(); }
@@ -162,11 +160,11 @@ private:
     pass after_scan();
     pass by_index(cut keep);
     pass draw_by_index();
-    pass draw_from_nucleus();
-    pass draw_from_nucleus_weighed();
+    pass draw_from_edge_weighed();
+    pass draw_weighed();
     bool walk(double sum, llama_token & token, double & margin) const;
     pass draw_from_list(int32_t n, bool sorted);
-    int32_t nucleus(int32_t n, float sum) const;
+    int32_t nucleus(int32_t n) const;
     float   largest() const;
     llama_token first_largest() const;
     double  total(const std::vector<double> & sums);
@@ -174,29 +172,18 @@ private:
 
     // fused_top_p.cpp: top-p of the whole vocabulary
     pass by_top_p();
-    pass small_vocabulary();
-    pass make_list();
-    pass weigh_on_grid(step after);
-    pass after_split_weighing();
-    pass after_list_grid();
-    int32_t list_nucleus(int32_t n, float sum) const;
-    pass bracket();
-    pass after_bracket_weighing();
+    pass weigh_between_bounds();
+    void guess_bounds();
+    pass after_weighing_both();
     cut  nucleus_edge(int32_t n, double above, double target);
-    float running_sum();
+    pass draw_from_nucleus(cut edge);
 
-    // fused_order.cpp: the largest candidates in the chain's order
+    // fused_top_k.cpp: the largest candidates
     uint64_t at_least(const float * x, float low) const { return k_->between(x, low, INFINITY); }
-    template <typename Keep>
-    int32_t gather(candidate * out, float low, int32_t limit, Keep keep) const;
     int32_t gather_above(float low, int32_t limit) const;
     float   top_block(int32_t k);
-    bool    sort_list(int32_t n, int32_t k);
-    int32_t order_top(int32_t k);
-    int32_t order_by_heap(int32_t k);
-    int32_t order_by_buckets(int32_t k);
-    int32_t order_all(float low);
-    void    heap_of_bucket(candidate * out, int32_t bucket, int32_t k) const;
+    void    sort_list(int32_t n);
+    int32_t take_top(int32_t k);
 
     const kernels * k_ = nullptr;
     fused_memory  * m_ = nullptr;
@@ -211,17 +198,12 @@ private:
     cut      keep_;               // of a draw by index
     int32_t  n_list_ = 0;         // of a draw from the list
     double   norm_ = 0, draw_ = 0;
-    bool     split_ = false;
     // top-p
     float    start_ = 0;           // 256 blocks reach it
     double   above_start_ = 0;     // weight of what does
     double   total_ = 0;           // of all weights: a guess, later exact
     double   guess_error_ = 0;     // of total_, relative
-    float    list_end_ = 0;        // where a nucleus of SMALL ends, roughly
     float    low_ = 0, upper_ = 0; // the nucleus ends between them
-    bool     exactly_ = false;     // the grid's weights are the chain's
-    bool     on_grid_ = false;     // the bounds' pass was on the grid
-    step     after_grid_ = nullptr;
     int32_t  tries_ = 0;
 };
 

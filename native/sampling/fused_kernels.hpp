@@ -53,13 +53,6 @@ struct kernels {
     // The same in the chain's arithmetic: x / temp, the difference and its expf rounded to floats.
     void (*weigh_exactly)(const row_view & row, int32_t first, int32_t last,
                           const float * block_max, const weighing & how, double * block_sum);
-    // As weigh_both, and what the weights of a block add to a running float sum that is in
-    // [base[b], 2 base[b]) before and after: grid[b]. base[b] is 0 as long as there is no sum.
-    // exactly: with the chain's weights, and NaN where the last bit of the sum decides.
-    // before: the sum of the blocks before `first`.
-    void (*weigh_on_grid)(const row_view & row, int32_t first, int32_t last, const weighing & how,
-                          bool exactly, float upper, double before, double * block_sum,
-                          double * upper_sum, float * base, float * grid);
     // Bit i is set where low <= x[i] < upper, for one block.
     uint64_t (*between)(const float * x, float low, float upper);
     // BLOCK weights, each rounded to the nearest float.

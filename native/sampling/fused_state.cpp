@@ -96,9 +96,7 @@ fused_memory::fused_memory(int32_t n_vocab)
       other(new candidate[(size_t) n_vocab + BLOCK]) {
     const size_t n_blocks = ((size_t) n_vocab + BLOCK - 1) / BLOCK;
     block_max.resize(n_blocks);
-    before.resize(n_blocks);
-    base.resize(n_blocks);
-    grid.resize(n_blocks);
+    scratch.resize(n_blocks);
     block_sum.resize(n_blocks);
     upper_sum.resize(n_blocks);
     group_sum.resize(n_blocks);

@@ -52,7 +52,7 @@ void row_sampler::sample_in_parts(row_job * jobs, int32_t n) noexcept {
     int32_t n_live = 0;
     for (int32_t i = 0; i < n; ++i) {
         begin_fused(words_, jobs[i], requests_[i]);
-        scratch_[i]->row.bind(best_kernels(), scratch_[i]->memory, true);
+        scratch_[i]->row.bind(best_kernels(), scratch_[i]->memory);
         n_live += scratch_[i]->row.begin(requests_[i]) != fused_row::NONE;
     }
     while (n_live > 0) {

@@ -294,7 +294,7 @@ static void sample_fused(const vocabulary & words, scratch & scratch, const row_
     fused_request request;
     begin_fused(words, job, request);
     fused_row & row = scratch.row;
-    row.bind(best_kernels(), scratch.memory, false);
+    row.bind(best_kernels(), scratch.memory);
     if (!request.error && job.ids != nullptr) {
         row.choose_from_shortlist(request, job.ids, SHORTLIST);
     } else if (!request.error) {
