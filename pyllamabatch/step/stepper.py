@@ -91,7 +91,7 @@ class Stepper:
     - n_steps_max: the most steps of one `run`; memory for their results is set aside.
     - sampler: "auto" samples with the fused sampler where it can and else with libllama's own
       chain, "chain" always with that, "fused" refuses what it cannot (grammar, typical_p). The
-      tokens are the same (native/sampling/fused.hpp says where not); `SlotInfo.path` tells the path.
+      tokens are the same (native/sampling/fused.hpp says where not); `SlotInfo.path` tells it.
     - device_sampling: True lets the device choose the 128 largest logits of each row, where a step
       asks for no more (greedy, or a smaller top_k without penalties, biases and log-probabilities),
       so that whole rows need not travel; "auto" where that is measured to be faster, never on a
