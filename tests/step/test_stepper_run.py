@@ -1,4 +1,4 @@
-"""Stepper.run: the same tokens as step by step, its ends, the doorbell, and what it refuses."""
+"""Stepper.run: the same tokens as step by step, its ends, the interrupt, and what it refuses."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_another_thread_rings_while_the_run_goes_on(model: Model) -> None:
         start(stepper, [params(8100)])
         busy: list[Exception] = []
 
-        def ring() -> None:
+        def interrupt() -> None:
             while not stepper._run.n_steps:  # until the run is on its way
                 pass
             try:
@@ -198,7 +198,7 @@ def test_another_thread_rings_while_the_run_goes_on(model: Model) -> None:
                 busy.append(error)
             stepper.interrupt()
 
-        thread = threading.Thread(target=ring)
+        thread = threading.Thread(target=interrupt)
         thread.start()
         result = stepper.run([0], 8000)
         thread.join()
