@@ -242,7 +242,7 @@ def test_the_layout_of_the_records_is_the_shims(stepper: Stepper) -> None:
         assert dtype.itemsize == ffi.sizeof(name)
         for field, (_, offset, *_rest) in (dtype.fields or {}).items():
             assert offset == ffi.offsetof(name, field)
-    names = {s: getattr(lib, f"PLB_STOP_{s.name}".replace("INTERRUPT", "BELL")) for s in Stop}
+    names = {stop: getattr(lib, f"PLB_STOP_{stop.name}") for stop in Stop}
     assert all(stop == value for stop, value in names.items())
 
 
