@@ -2,10 +2,8 @@
 
     SamplingParams(json_schema={"type": "object", "properties": {"n": {"type": "integer"}}})
 
-What the converter knows: types, enum, const, objects (required, additionalProperties), arrays
-(items, prefixItems, minItems, maxItems), string lengths, the formats date, time, date-time and
-uuid, anchored regular expressions, ranges of integers, oneOf, anyOf, allOf and references inside of
-the document. It ignores other keywords, ranges of numbers among them.
+The converter keeps the keywords in `HONOURED`. Any other that would say something about the text
+raises `ArgumentError` with its name: a schema is kept whole or refused. oneOf is read as anyOf.
 """
 
 from __future__ import annotations
@@ -24,13 +22,40 @@ DEPTH_MAX = 64
 SIZE_MAX = 1 << 18
 PROPERTIES_MAX = 500
 
+HONOURED = frozenset({
+    "type", "enum", "const", "$ref", "oneOf", "anyOf", "allOf",
+    "properties", "required", "additionalProperties",
+    "items", "prefixItems", "minItems", "maxItems",
+    "pattern", "minLength", "maxLength", "format",
+    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
+})  # fmt: skip
+FORMATS = ("date", "time", "date-time", "uuid", *(f"uuid{i}" for i in range(1, 6)))
+# What says nothing about the text. So do names that begin with "x-".
+_NOTES = frozenset({
+    "title", "description", "default", "example", "examples", "deprecated", "readOnly",
+    "writeOnly", "discriminator", "$schema", "$id", "$anchor", "$comment", "$defs", "definitions",
+})  # fmt: skip
+_INTEGER_ONLY = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+# The converter reads the first of these alone, and not the others beside it.
+_ALONE = (
+    ("$ref", HONOURED - {"$ref", "type"}),
+    ("oneOf", HONOURED - {"oneOf", "type"}),
+    ("anyOf", HONOURED - {"anyOf", "type"}),
+    ("properties", {"allOf"}),
+    ("items", {"prefixItems"}),
+    ("pattern", {"format", "minLength", "maxLength"}),
+    ("format", {"minLength", "maxLength"}),
+    ("minimum", {"exclusiveMinimum"}),
+    ("maximum", {"exclusiveMaximum"}),
+)
+
 
 def schema_text(schema: Schema, argument: str = "json_schema") -> str:
     """The schema as JSON, checked for what the converter could not stand.
 
-    A mapping, or JSON text. Raises ArgumentError for anything else, for a schema of more
-    than 2**18 bytes or 64 levels, for an object of more than 500 properties, and for references
-    that lead back to themselves.
+    A mapping, or JSON text. Raises `ArgumentError` for anything else, for a schema of more
+    than 2**18 bytes or 64 levels, for an object of more than 500 properties, for references that
+    lead back to themselves, and for keywords that the converter would leave out in silence.
     """
     try:
         value = json.loads(schema) if isinstance(schema, str) else schema
@@ -42,14 +67,15 @@ def schema_text(schema: Schema, argument: str = "json_schema") -> str:
         raise ArgumentError(argument, schema, "must be an object")
     if size > SIZE_MAX:
         raise ArgumentError(argument, f"{size} bytes", f"at most {SIZE_MAX}")
-    _check(argument, value)
+    _check_size(argument, value)
+    _check_keywords(argument, json.loads(text))
     return text
 
 
 @lru_cache(maxsize=64)
 def schema_to_gbnf(text: str) -> str:
     """The grammar (GBNF, start rule `root`) of the JSON texts that a schema allows; `text` is the
-    schema as `schema_text` gives it. Raises GrammarError for one that the converter does not
+    schema as `schema_text` gives it. Raises `GrammarError` for one that the converter does not
     understand, or could only keep in part."""
     from pyllamabatch.llama import runtime
     from pyllamabatch.raw import ffi, lib
@@ -61,7 +87,7 @@ def schema_to_gbnf(text: str) -> str:
     return grammar.decode()
 
 
-def _check(argument: str, root: Any) -> None:
+def _check_size(argument: str, root: Any) -> None:
     todo: list[tuple[Any, int]] = [(root, 1)]
     while todo:
         value, depth = todo.pop()
@@ -75,6 +101,43 @@ def _check(argument: str, root: Any) -> None:
             todo += [(child, depth + 1) for child in value.values()]
         elif isinstance(value, (list, tuple)):
             todo += [(child, depth + 1) for child in value]
+
+
+def _check_keywords(argument: str, root: Any) -> None:
+    todo = [root]
+    while todo:
+        schema = todo.pop()
+        if not isinstance(schema, Mapping):
+            continue  # true, false, or what the converter refuses itself
+        why = _left_out(schema)
+        if why is not None:
+            keyword, limit = why
+            raise ArgumentError(f"{argument}: {keyword}", schema[keyword], limit)
+        for keyword in ("items", "prefixItems", "additionalProperties", "oneOf", "anyOf", "allOf"):
+            value = schema.get(keyword)
+            todo += value if isinstance(value, list) else [value]
+        for keyword in ("properties", "$defs", "definitions"):
+            value = schema.get(keyword)
+            todo += value.values() if isinstance(value, Mapping) else ()
+
+
+def _left_out(schema: Mapping[str, Any]) -> tuple[str, str] | None:
+    """A keyword that the converter would leave out, and what can be done; None without one."""
+    for keyword in schema:
+        if keyword not in HONOURED | _NOTES and not keyword.startswith("x-"):
+            return keyword, "a grammar can't keep this keyword: leave it out"
+    types = schema.get("type")
+    if types != "integer" and not (isinstance(types, list) and "integer" in types):
+        types = ["number"]
+    for keyword in _INTEGER_ONLY:
+        if keyword in schema and "number" in types:
+            return keyword, "a grammar keeps bounds of integers only"
+    if "format" in schema and schema["format"] not in FORMATS:
+        return "format", f"a grammar keeps {', '.join(FORMATS[:4])} only"
+    for first, others in _ALONE:
+        for keyword in sorted(others & schema.keys()) if first in schema else ():
+            return keyword, f"a grammar can't keep it beside {first}"
+    return None
 
 
 def _check_reference(argument: str, root: Any, node: Any) -> None:

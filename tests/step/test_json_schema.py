@@ -92,6 +92,49 @@ def test_what_is_no_schema_is_refused(schema: Any) -> None:
     assert caught.value.argument == "json_schema"
 
 
+@pytest.mark.parametrize(
+    ("schema", "keyword"),
+    [
+        ({"type": "number", "exclusiveMaximum": 0}, "exclusiveMaximum"),
+        ({"minimum": 3}, "minimum"),
+        ({"type": ["integer", "number"], "maximum": 3}, "maximum"),
+        ({"type": "integer", "minimum": 1, "exclusiveMinimum": 1}, "exclusiveMinimum"),
+        ({"type": "integer", "multipleOf": 5}, "multipleOf"),
+        ({"type": "object", "minProperties": 2}, "minProperties"),
+        ({"type": "object", "maxProperties": 2}, "maxProperties"),
+        ({"not": {"type": "null"}}, "not"),
+        ({"type": "array", "contains": {"const": 1}}, "contains"),
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"if": {}, "then": {}}, "if"),
+        ({"type": "string", "format": "email"}, "format"),
+        ({"type": "string", "pattern": "^a*$", "maxLength": 3}, "maxLength"),
+        ({"anyOf": [{"type": "null"}], "required": ["a"]}, "required"),
+        ({"properties": {"a": {"not": {}}}}, "not"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"items": [{"not": {}}]}}}, "not"),
+    ],
+)
+def test_what_would_be_left_out_is_refused(schema: Any, keyword: str) -> None:
+    with pytest.raises(ArgumentError, match=f"json_schema: {keyword}="):
+        SamplingParams(json_schema=schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"title": "a", "description": "b", "default": 1, "examples": [1], "x-mine": {"not": 1}},
+        {"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": 9},
+        {"type": ["integer", "null"], "minimum": 0},
+        {"type": "string", "format": "date-time"},
+        {"properties": {"not": {"type": "null"}, "if": {}}, "required": ["not"]},
+        {"const": {"not": 1}},
+        {"enum": [{"if": 1}]},
+    ],
+)
+def test_what_says_nothing_about_the_text_is_accepted(schema: Any) -> None:
+    params = SamplingParams(json_schema=schema)
+    assert schema_to_gbnf(str(params.json_schema))
+
+
 def test_a_grammar_and_a_schema_are_one_too_many() -> None:
     with pytest.raises(ArgumentError):
         SamplingParams(json_schema={}, grammar='root ::= "a"')
