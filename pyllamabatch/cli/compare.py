@@ -20,13 +20,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 from pyllamabatch.cli.console import Progress, say
-from pyllamabatch.cli.options import add_model_arguments, at_least, n_bytes
+from pyllamabatch.cli.options import add_model_arguments, at_least, counts, n_bytes, names, positive
 from pyllamabatch.compare import plots
 from pyllamabatch.compare.advice import advice
 from pyllamabatch.compare.arms import NAMES, chosen
@@ -100,29 +100,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 # fmt: on
-def names(known: Sequence[str]) -> Callable[[str], list[str]]:
-    """The type of a flag that takes some of these, comma separated."""
-
-    def some(text: str) -> list[str]:
-        words = list(dict.fromkeys(text.split(",")))
-        if unknown := [word for word in words if word not in known]:
-            raise argparse.ArgumentTypeError(f"{unknown[0]} is not one of {', '.join(known)}")
-        return words
-
-    return some
-
-
-def counts(text: str) -> list[int]:
-    return sorted({at_least(1, 256)(word) for word in text.split(",")})
-
-
-def positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
 def run(args: argparse.Namespace) -> int:
     plans = plans_of(args)
     gate = Gate.of(plans, args.gate) if args.gate else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,30 @@ def at_least(low: int, high: int | None = None) -> Callable[[str], int]:
         return value
 
     return whole_number
+
+
+def names(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """The type of a flag that takes some of these, comma separated."""
+
+    def some(text: str) -> list[str]:
+        words = list(dict.fromkeys(text.split(",")))
+        if unknown := [word for word in words if word not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]} is not one of {', '.join(known)}")
+        return words
+
+    return some
+
+
+def counts(text: str) -> list[int]:
+    """Numbers of sequences, comma separated."""
+    return sorted({at_least(1, 256)(word) for word in text.split(",")})
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
 
 
 def n_bytes(text: str) -> int:

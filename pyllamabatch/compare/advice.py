@@ -189,28 +189,22 @@ class Load:
 
     def _memory(self) -> str:
         name, words = self._memory_kind(list(self.speeds))
-        if self.n == 1 or not name or len(self.speeds) < 2:
+        if self.n == 1 or not name:
             return ""
-        sizes = self._detail(name, self.speeds)
-        if max(sizes.values()) <= MORE * min(sizes.values()):
-            return ""
-        others = sorted((arm for arm in sizes if arm != self.arm), key=_rank)
-        told = ", ".join(f"{arm} {sizes[arm] / GIB:.2f}" for arm in others)
-        return f"{self.arm} takes {sizes[self.arm] / GIB:.2f} GiB ({words}), {told}"
+        sizes = {arm: size / GIB for arm, size in self._detail(name, self.speeds).items()}
+        return self._takes(sizes, ".2f", f"GiB ({words})")
 
     def _energy(self) -> str:
-        joules = {
-            arm: found
-            for arm in self.speeds
-            if (found := self.them.joules_per_token(arm, self.n)) is not None
-        }
-        if self.arm not in joules:
+        joules = {arm: self.them.joules_per_token(arm, self.n) for arm in self.speeds}
+        return self._takes({a: j for a, j in joules.items() if j is not None}, ".3g", "J a token")
+
+    def _takes(self, values: dict[str, float], form: str, unit: str) -> str:
+        """What the arm and the others take; nothing where that is as much."""
+        if self.arm not in values or max(values.values()) <= MORE * min(values.values()):
             return ""
-        text = f"{self.arm} takes {joules[self.arm]:.3g} J a token"
-        least = min(joules, key=lambda arm: joules[arm])
-        if joules[self.arm] > MORE * joules[least]:
-            return f"{text}, {least} less ({joules[least]:.3g})"
-        return text + (", the least of all" if len(joules) > 1 else "")
+        others = sorted((arm for arm in values if arm != self.arm), key=_rank)
+        told = ", ".join(f"{arm} {values[arm]:{form}}" for arm in others)
+        return f"{self.arm} takes {values[self.arm]:{form}} {unit}, {told}"
 
     def _latency(self) -> str:
         """Which other arm answers sooner when requests come at random."""

@@ -213,9 +213,9 @@ def test_one_failed_repeat_of_three_leaves_the_others() -> None:
 
 def test_energy_is_of_a_token() -> None:
     rows = [row("engine", 2, 100, energy_joules=40.0), row("contexts", 2, 50, energy_joules=80.0)]
-    assert "engine takes 0.2 J a token, the least of all." in line_for(rows, 2)
-    rows[1] = row("contexts", 2, 50, energy_joules=20.0)
-    assert "engine takes 0.2 J a token, contexts less (0.1)." in line_for(rows, 2)
+    assert "engine takes 0.2 J a token, contexts 0.4." in line_for(rows, 2)
+    rows[1] = row("contexts", 2, 50, energy_joules=40.0)
+    assert " J " not in line_for(rows, 2)
     rows[0] = row("engine", 2, 100)
     assert " J " not in line_for(rows, 2)
 
