@@ -20,7 +20,7 @@ from pyllamabatch.cli.console import say
 from pyllamabatch.cli.options import add_model_arguments, at_least, n_bytes
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.models import default_model_path
-from pyllamabatch.planner.machines import GIB, MACHINES, Machine, machine
+from pyllamabatch.planner.machines import GIB, NAMES, Machine, machine
 from pyllamabatch.planner.residency import Footprint, Pool, Projector, by_size, most
 from pyllamabatch.planner.sharing import measure
 from pyllamabatch.report.tables import Table
@@ -40,9 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-per-cell", type=n_bytes, default=0, metavar="BYTES", help="with --weights"
     )
-    parser.add_argument(
-        "--machine", default="here", metavar="NAME", help=f"here, {', '.join(MACHINES)}"
-    )
+    parser.add_argument("--machine", default="here", metavar="NAME", help=NAMES)
     parser.add_argument("--memory", type=n_bytes, metavar="BYTES", help="instead of the machine's")
     parser.add_argument(
         "--limit", type=n_bytes, metavar="BYTES",

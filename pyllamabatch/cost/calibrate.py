@@ -23,7 +23,7 @@ from pyllamabatch.cost.kernels import Kernels, rows_to_measure
 from pyllamabatch.cost.profile import Profile, Sample, Shape
 from pyllamabatch.cost.rig import Rig, Took
 from pyllamabatch.cost.step_cost import SETTLED
-from pyllamabatch.errors import ArgumentError, KvCacheFull
+from pyllamabatch.errors import ArgumentError, KvCacheFull, ProfileError
 from pyllamabatch.llama.model import Model
 from pyllamabatch.planner.residency import fitting_n_ctx
 
@@ -54,6 +54,7 @@ def calibrate(
     context_params: of `Context`; those that the engine will use (n_ubatch, n_threads, type_k, ...).
 
     KeyboardInterrupt ends it with what is measured, and is raised where that is too little.
+    Raises ProfileError when the budget ends before each kind of step was measured.
     """
     unknown = [name for name in layouts if name not in ("unified", "streams")]
     if unknown or not layouts:
@@ -90,7 +91,7 @@ def calibrate(
         "seconds": round(time.monotonic() - began, 1),
         "complete": complete,
     }
-    return Profile(
+    profile = Profile(
         samples=tuple(samples),
         output_share=weights.output_share,
         n_expert=weights.n_expert,
@@ -98,6 +99,14 @@ def calibrate(
         n_swa=model.n_swa,
         **found,
     )
+    for name in ordered if complete else ():
+        if lacking := profile.lacks(unified=name == "unified"):
+            raise ProfileError(
+                f"calibration within {budget:g} s",
+                f"no {' and no '.join(lacking)} ({name}): give it a larger budget, or measure when "
+                "nothing else uses the processor",
+            )
+    return profile
 
 
 def open_rig(model: Model, unified: bool, context_params: dict[str, Any]) -> Rig:

@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 
 from pyllamabatch.cost import where
+from pyllamabatch.cost.fit import LEAST_SAMPLES
 from pyllamabatch.cost.kernels import kernels
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import find_profile
@@ -15,12 +16,14 @@ log = logging.getLogger(__name__)
 
 
 def cost_of(context: Context) -> CostModel:
-    """Of the stored profile that matches the context's device, model and parameters best; a prior
-    (`CostModel.prior`, `calibrated` is False) where there is none."""
+    """A fit of the stored profile that matches the context's device, model and parameters best.
+    Without a profile, or with one that lacks a kind of step, a prior (`calibrated` is False)."""
     key = where.key_of(context)
     unified, n_ubatch = context.capabilities.unified, context.n_ubatch
     profile = find_profile(key)
-    if profile is not None and len(profile.samples) >= 4:
+    if profile is not None and (lacking := profile.lacks(unified=unified)):
+        log.warning("the profile is not used, it lacks %s", " and ".join(lacking))
+    elif profile is not None and len(profile.samples) >= LEAST_SAMPLES:
         if profile.key.distance(key):
             log.info("the profile was measured with %s", dict(profile.key.context))
         profile = replace(profile, n_swa=context.model.n_swa)  # an older one does not know it

@@ -109,9 +109,13 @@ def _at_one_speed(profile: Profile, unified: bool) -> Profile:
 
 
 def _calm(samples: Sequence[Sample]) -> Sequence[Sample]:
-    """The samples with an undisturbed step, where they are enough."""
-    calm = [sample for sample in samples if sample.n > 0]
-    return calm if len(calm) >= max(LEAST_SAMPLES, len(samples) // 2) else samples
+    """The samples with an undisturbed step, where they are enough; all samples of a kind (with
+    prompt rows or without) that has none."""
+    calm = [s for s in samples if s.n > 0]
+    if len(calm) < max(LEAST_SAMPLES, len(samples) // 2):
+        return samples
+    kinds = {s.prefill > 0 for s in calm}
+    return calm + [s for s in samples if (s.prefill > 0) not in kinds]
 
 
 def _new_graph(samples: Sequence[Sample], n_ubatch: int) -> NewGraph:

@@ -139,6 +139,16 @@ class Profile:
         chosen += [s for s in alone if s.shape not in known]
         return replace(self, samples=tuple(chosen))
 
+    def lacks(self, *, unified: bool) -> list[str]:
+        """The kinds of steps without a sample, for contexts of this layout: a model that is fitted
+        to such a profile knows nothing of them."""
+        samples = self.only(unified=unified).samples
+        kinds = {
+            "steps that decode": any(not s.prefill for s in samples),
+            "steps with prompt rows": any(s.prefill for s in samples),
+        }
+        return [name for name, known in kinds.items() if not known]
+
     def to_json(self) -> str:
         """One JSON object, a sample a line."""
         head: dict[str, Any] = {"schema": SCHEMA, "about": dict(self.about)}

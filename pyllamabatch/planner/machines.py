@@ -12,14 +12,14 @@ from pyllamabatch.llama import runtime
 from pyllamabatch.llama.host import host_memory
 
 GIB = 2**30
-_CUDA_OVERHEAD = 550 * 2**20  # the driver's context and the kernels; seen on H200 and RTX cards
+_CUDA_OVERHEAD = 550 * 2**20  # the driver's context and the kernels, of H200 and RTX cards
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
     """kind: "metal", "cuda" (any GPU with memory of its own) or "cpu". memory: bytes of the host.
-    device_limit: bytes that processes may have wired or allocated on the device together.
-    process_overhead: bytes on the device that a process takes before it has allocated any."""
+    device_limit: bytes that all processes together may wire or allocate on the device.
+    process_overhead: bytes on the device that a process takes before it allocates any."""
 
     name: str
     kind: str
@@ -29,39 +29,63 @@ class Machine:
     source: str = ""
 
 
-def _mac(name: str, gib: float, limit: float, source: str) -> Machine:
-    return Machine(name, "metal", int(gib * GIB), int(limit), 0, source)
+_CHIPS = {
+    "m1": (8, 16), "m1-pro": (16, 32), "m1-max": (32, 64), "m1-ultra": (64, 128),
+    "m2": (8, 16, 24), "m2-pro": (16, 32), "m2-max": (32, 64, 96), "m2-ultra": (64, 128, 192),
+    "m3": (8, 16, 24), "m3-pro": (18, 36), "m3-max": (36, 48, 64, 96, 128),
+    "m3-ultra": (96, 256, 512),
+    "m4": (16, 24, 32), "m4-pro": (24, 48, 64), "m4-max": (36, 48, 64, 128),
+    "m5": (16, 24, 32), "m5-max": (128,),
+}  # fmt: skip
+"""GiB of memory that Macs are sold with, by chip (Apple's technical specifications)."""
+
+_LIMITS = {
+    "m5-max-128": (107.52 * GIB, "as measured in ds4 pull request 893, macOS 26"),
+    "m3-ultra-256": (239e9, "max recommended size in Rapid-MLX pull request 183"),
+}
+"""Wired limits that differ from the rule of `_mac`."""
 
 
-_LOG = "recommendedMaxWorkingSetSize as llama.cpp logs it, "
+def _mac(chip: str, gib: int) -> Machine:
+    """Without a measured limit, two thirds of memory up to 32 GiB and three quarters beyond: what
+    macOS 13 and 14 set. Later versions allow more. llama.cpp logs recommendedMaxWorkingSetSize
+    10922.67 MiB of 16 GiB (llama-cpp-python issue 687), 21845.34 of 32 (ollama issue 434), 49152 of
+    64 (llama.cpp issue 1870), 73728 of 96 (llama.cpp issue 3213)."""
+    name = f"{chip}-{gib}"
+    share, words = (2 / 3, "two thirds") if gib <= 32 else (3 / 4, "three quarters")
+    rule = share * gib * GIB, f"{words} of memory, until macOS 14"
+    limit, source = _LIMITS.get(name, rule)
+    return Machine(name, "metal", gib * GIB, int(limit), 0, source)
+
+
 MACHINES = {
     m.name: m
     for m in (
-        _mac("m2-max-32", 32, 21845.34 * 1e6, _LOG + "ollama issue 434"),
-        _mac("m2-max-96", 96, 73728 * 2**20, _LOG + "llama.cpp issue 3213"),
-        _mac("m3-max-128", 128, 96 * GIB, "three quarters of memory, until macOS 14"),
-        _mac("m5-max-128", 128, 107.52 * GIB, "as measured in ds4 pull request 893, macOS 26"),
-        _mac("m2-ultra-192", 192, 144 * GIB, "three quarters of memory"),
-        _mac("m3-ultra-256", 256, 239e9, "max recommended size in Rapid-MLX pull request 183"),
+        *(_mac(chip, gib) for chip, sizes in _CHIPS.items() for gib in sizes),
         Machine("h200", "cuda", 128 * GIB, 139 * GIB, _CUDA_OVERHEAD, "as its driver reports"),
         Machine("rtx-4090", "cuda", 64 * GIB, 24077 * 2**20, _CUDA_OVERHEAD,
                 "llama.cpp, tools/fit-params/README.md"),
     )
 }  # fmt: skip
 
+NAMES = (
+    "here, h200, rtx-4090, or a Mac by its chip and GiB (m1-16, m3-ultra-256, "
+    f"m4-pro-48, ...; {', '.join(_CHIPS)})"
+)
+
 
 def machine(name: str) -> Machine:
-    """A machine of the table, or "here"."""
+    """A machine of `MACHINES`, or "here". Raises ArgumentError."""
     if name == "here":
         return here()
     if name not in MACHINES:
-        raise ArgumentError("machine", name, f"must be here, {', '.join(MACHINES)}")
+        raise ArgumentError("machine", name, f"must be {NAMES}")
     return MACHINES[name]
 
 
 def here() -> Machine:
-    """This machine: memory and device limit as they are without our own processes. Several GPUs
-    count together."""
+    """This machine: memory and device limit without our own processes. Several GPUs are added
+    up."""
     devices = [d for d in runtime.devices().values() if d.kind in ("gpu", "igpu") and d.total]
     if not devices:
         return Machine("here", "cpu", host_memory(), 0, 0, "control group and physical memory")

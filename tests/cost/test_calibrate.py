@@ -27,7 +27,7 @@ from pyllamabatch.cost.kernels import kernels
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import Profile, Shape
 from pyllamabatch.cost.rig import Rig, Took
-from pyllamabatch.errors import ArgumentError
+from pyllamabatch.errors import ArgumentError, ProfileError
 from pyllamabatch.llama.context import Context
 from tests.support.models_gguf import gguf_path
 
@@ -58,6 +58,20 @@ def test_every_memory(arch_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cost = CostModel.fit(profile)
     assert cost.calibrated
     assert cost.predict(4, 0, 32, 4) > 0
+
+
+def test_a_budget_that_ends_before_the_prompts_is_an_error(
+    tiny_llama_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a profile would say nothing of them, and an engine would believe it."""
+    decodes = [Shape(n, depth=8) for n in (1, 2, 3, 4)]
+    monkeypatch.setattr("pyllamabatch.cost.calibrate.plan_shapes", lambda *_: decodes)
+    monkeypatch.setattr("pyllamabatch.cost.calibrate.N_CTX", 2048)
+    with (
+        Model(tiny_llama_path) as model,
+        pytest.raises(ProfileError, match="no steps with prompt rows"),
+    ):
+        calibrate(model, budget=1.0, layouts=["unified"], n_threads=1)
 
 
 def test_rig_takes_steps_back(tiny_llama_path: Path) -> None:

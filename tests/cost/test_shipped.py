@@ -23,6 +23,7 @@ def test_there_are_some() -> None:
 def test_fits(name: str) -> None:
     profile = shipped_profile(name)
     assert profile.about["source"]
+    assert not profile.lacks(unified=True) + profile.lacks(unified=False)
     for unified in {sample.unified for sample in profile.samples}:
         cost = CostModel.fit(profile, unified=unified)
         assert cost.error[0] <= 0.05

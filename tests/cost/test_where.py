@@ -18,7 +18,11 @@ from pyllamabatch.llama.context import Context
 
 
 def profile(key: Key, seconds: float = 0.01) -> Profile:
-    samples = tuple(Sample(n, 0, 10 * n, n, True, seconds * (n + 1)) for n in (1, 2, 4, 8, 16))
+    samples = tuple(
+        Sample(n, prefill, 10 * n, 1 if prefill else n, True, seconds * (n + 1))
+        for n in (1, 2, 4, 8, 16)
+        for prefill in ({0, n} if n > 4 else {0})
+    )
     return Profile(key, kernels("CPU", "F32"), samples, 512)
 
 
@@ -123,6 +127,13 @@ def test_engine_finds_its_profile(cache: Path, tiny_llama_path: Path) -> None:
             engine.generate([[5, 6, 7]] * 3)
             seen = [n for _, n in engine.cost.refinement]
             assert sum(seen) > 0
+        whole = profile(key)
+        decodes = replace(whole, samples=tuple(s for s in whole.samples if not s.prefill))
+        assert decodes.lacks(unified=True) == ["steps with prompt rows"]
+        decodes.save(profile_folder() / file_name(key))
+        with Engine(model, n_seq_max=2, n_threads=1) as engine:  # of prompts it knows nothing
+            assert engine.cost is not None
+            assert not engine.cost.calibrated
         mine = CostModel.fit(profile(key))
         with Engine(model, n_seq_max=2, n_threads=1, cost=mine) as engine:
             assert engine.cost is mine

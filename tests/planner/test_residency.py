@@ -153,6 +153,9 @@ def test_machines() -> None:
     assert machine("here") == here()
     assert 0 < host_available() <= here().memory
     assert all(m.source and m.device_limit > 0 and m.memory > 0 for m in MACHINES.values())
+    assert machine("m1-16").device_limit == pytest.approx(10922.67 * 2**20)  # as llama.cpp logs it
+    assert machine("m2-max-96").device_limit == 73728 * 2**20
+    assert "macOS 26" in machine("m5-max-128").source
     with pytest.raises(ArgumentError, match="m3-ultra-256"):
         machine("abacus")
 
