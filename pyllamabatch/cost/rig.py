@@ -58,7 +58,7 @@ class Rig(Owner):
             raise
         self._stays = can.partial_removal  # a step can be taken back
         self._random = np.random.default_rng(1)
-        self._held: dict[int, int] = {}  # positions by sequence
+        self._n_held: dict[int, int] = {}  # positions by sequence
         self._states: dict[int, bytes] = {}  # of one sequence, by depth
         self._seconds_per_token = 0.0
         self._n_reused = 0  # graphs, so far
@@ -81,29 +81,29 @@ class Rig(Owner):
     def ready(self, shape: Shape) -> bool:
         """The depth needs no computing."""
         return (
-            shape.depth in self._states or self._held.get(0, -1) == shape.depth or not shape.depth
+            shape.depth in self._states or self._n_held.get(0, -1) == shape.depth or not shape.depth
         )
 
     def seconds_to_hold(self, depth: int) -> float:
         """About how long it takes to compute this depth."""
-        return self._seconds_per_token * (depth - self._held.get(0, 0))
+        return self._seconds_per_token * (depth - self._n_held.get(0, 0))
 
     def clear(self) -> None:
         """Nothing is held any more."""
         self.context.memory.clear()
-        self._held.clear()
+        self._n_held.clear()
 
     def hold(self, n_seqs: int, depth: int) -> None:
         """Sequences 0 to n_seqs - 1 hold `depth` tokens each, the others nothing."""
         memory = self.context.memory
-        for seq, held in list(self._held.items()):
+        for seq, held in list(self._n_held.items()):
             near = held == depth or (not self._stays and 0 < depth < held <= depth + _DRIFT)
             if seq < n_seqs and near:
                 continue
             if seq == 0 and held < depth and depth not in self._states:
                 continue  # goes on from what it has
             memory.seq_rm(seq)
-            del self._held[seq]
+            del self._n_held[seq]
         if depth == 0:
             return
         if depth not in self._states:
@@ -111,24 +111,24 @@ class Rig(Owner):
             self._keep(depth)
             if depth in self._states and self.context.model.n_swa:
                 memory.seq_rm(0)  # a state has the window's cells alone, where there is one
-                del self._held[0]
-        missing = [seq for seq in range(n_seqs) if seq not in self._held]
+                del self._n_held[0]
+        missing = [seq for seq in range(n_seqs) if seq not in self._n_held]
         if missing:
             state = self._states.get(depth)
-            at = depth if state else self._held[0]
+            at = depth if state else self._n_held[0]
             state = state or self.context.state_seq_get(0)
             for seq in missing:
                 self.context.state_seq_set(state, seq)
-                self._held[seq] = at
+                self._n_held[seq] = at
 
     def _compute(self, depth: int) -> None:
-        have = self._held.get(0, 0)
+        have = self._n_held.get(0, 0)
         began, first = time.monotonic(), have
         while have < depth:
             n = min(self.context.n_batch, depth - have)
             self._write(0, n, 0, have)
             self._call(n)
-            have = self._held[0] = have + n
+            have = self._n_held[0] = have + n
         if have > first:
             self._seconds_per_token = (time.monotonic() - began) / (have - first)
 
@@ -158,14 +158,14 @@ class Rig(Owner):
         grown: dict[int, int] = {}
         taken: list[Took] = []
         for seq in range(decode):
-            n = self._write(n, 1, seq, self._held.get(seq, 0), sample=True)
+            n = self._write(n, 1, seq, self._n_held.get(seq, 0), sample=True)
             grown[seq] = 1
         if decode and shape.prefill and not self.context.capabilities.unified:
             taken.append(self._call(n))  # as `Step.parts` has it
             n = 0
         for i, size in enumerate(shape.chunks()):
             seq = decode + i
-            n = self._write(n, size, seq, self._held.get(seq, 0))
+            n = self._write(n, size, seq, self._n_held.get(seq, 0))
             self.stepper.rows.flags[n - 1] = SAMPLE
             grown[seq] = size
         taken.append(self._call(n))
@@ -193,7 +193,7 @@ class Rig(Owner):
         moved on), the sequence goes."""
         memory = self.context.memory
         for seq, size in grown.items():
-            held = self._held.get(seq, 0) + size
+            held = self._n_held.get(seq, 0) + size
             if self._stays:
                 try:
                     memory.seq_rm(seq, depth)
@@ -201,10 +201,10 @@ class Rig(Owner):
                 except UnsupportedOperation:
                     pass
             elif held <= depth + _DRIFT and depth:
-                self._held[seq] = held
+                self._n_held[seq] = held
                 continue
             memory.seq_rm(seq)
-            self._held.pop(seq, None)
+            self._n_held.pop(seq, None)
 
     def _write(self, first: int, n: int, seq: int, start: int, *, sample: bool = False) -> int:
         rows, end = self.stepper.rows, first + n
