@@ -137,7 +137,7 @@ class InProcess:
         return harness.facts_of(self.model)
 
     def raw(self, case: Case) -> Measured:
-        """The loop of docs/raw.md: cffi calls only, libllama's sampler chains."""
+        """The loop of docs/reference/raw.md: cffi calls only, libllama's sampler chains."""
         from pyllamabatch.compare.loop import ChainLoop
 
         with self.context(case) as context:

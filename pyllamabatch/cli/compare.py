@@ -3,7 +3,7 @@
 processes: a process each, behind a round-robin router over HTTP. contexts: a context and a thread
 each, in one process. shared: one context, one batch per step, a plain loop. engine: the Engine, a
 thread per client. single: one user alone, the base. All on the same model, prompts of random
-tokens, sampling and lengths; docs/compare.md says what each time contains.
+tokens, sampling and lengths; docs/how-to/serve-n-users.md says what each time contains.
 
 --protocol burst (the default) times decoding alone; ds4 fires identical completions at once,
 prompts included; poisson lets requests come at random, --rate a second. Several, comma separated,

@@ -3,7 +3,7 @@ ends at some width (8 on CUDA and on Metal's older builds, see `device/regimes.p
 one row more takes so much longer that rounds of the narrow width give more tokens in a second. Of n
 sequences that decode, w have a row at a step, in rotation: round robin (as Kleinrock's processor
 sharing, 1967, in quanta of `hold` steps), so that all get the same share. No system that we know
-does this; the M2 Ultra's and the H200's curves ask for it (docs/device.md).
+does this; the M2 Ultra's and the H200's curves ask for it.
 
 Where every sequence has a stream of cells of its own (`Limits.unified` is False) only sequences in
 consecutive slots share a ubatch. There a round is a window of slots, and windows do not overlap:
