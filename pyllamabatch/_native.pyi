@@ -1,4 +1,5 @@
-"""The compiled module. Its names are made from the headers at build time: see docs/reference/raw.md."""
+"""The compiled module. Its names are made from the headers at build time: see
+docs/reference/raw.md."""
 
 from typing import Any
 

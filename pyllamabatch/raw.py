@@ -3,7 +3,8 @@
 Every public function and constant of llama.h, ggml.h, ggml-backend.h, ggml-cpu.h and gguf.h is on
 `lib` under its own name, and so are the functions of our shim (`plb_*`, native/plb.h). Nothing is
 checked: libllama aborts the process on arguments that it rejects by assertion, and a context may
-be used by one thread at a time. Every call releases the GIL. docs/reference/raw.md has a complete loop.
+be used by one thread at a time. Every call releases the GIL.
+docs/reference/raw.md has a complete loop.
 """
 
 from __future__ import annotations

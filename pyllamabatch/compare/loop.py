@@ -102,7 +102,8 @@ class Loop(ABC):
 
 
 class ChainLoop(Loop):
-    """cffi calls only, as in docs/reference/raw.md: the batch is filled row by row, libllama's sampler chain
+    """cffi calls only, as in docs/reference/raw.md: the batch is filled row by row, libllama's
+    sampler chain
     of each sequence is asked in turn."""
 
     def __init__(self, context: Context, sampling: str) -> None:
