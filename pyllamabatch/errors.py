@@ -12,11 +12,20 @@ import numbers
 import operator
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, TypeVar
 
 
 class PyllamabatchError(Exception):
     """Base of every exception of this package."""
+
+
+class NotBuilt(PyllamabatchError, ImportError):
+    """This checkout has no compiled module yet."""
+
+    def __init__(self) -> None:
+        root = Path(__file__).resolve().parents[1]
+        super().__init__(f"this checkout is not built: run python3 -m pip install -e . in {root}")
 
 
 class ArgumentError(PyllamabatchError, ValueError):

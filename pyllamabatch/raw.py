@@ -9,6 +9,13 @@ docs/reference/raw.md has a complete loop.
 
 from __future__ import annotations
 
-from pyllamabatch._native import ffi, lib
+from pyllamabatch.errors import NotBuilt
+
+try:
+    from pyllamabatch._native import ffi, lib
+except ModuleNotFoundError as error:
+    if error.name != "pyllamabatch._native":
+        raise
+    raise NotBuilt from None
 
 __all__ = ["ffi", "lib"]

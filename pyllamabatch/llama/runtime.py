@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pyllamabatch import _native
 from pyllamabatch.raw import ffi, lib
 
-_LIBRARIES = Path(_native.__file__).parent / "lib"  # of an editable install, not the sources
+_COMPILED = sys.modules["pyllamabatch._native"]  # of an editable install, not among the sources
+_LIBRARIES = Path(str(_COMPILED.__file__)).parent / "lib"
 _started = threading.Event()
 _lock = threading.Lock()
 
