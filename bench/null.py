@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pyllamabatch.engine.core import EngineCore
+from pyllamabatch.engine.core import CoreOptions, EngineCore
 from pyllamabatch.engine.detokenizer import Pieces
+from pyllamabatch.engine.protocols import Device
 from pyllamabatch.engine.request import Request
-from pyllamabatch.engine.stream import Stream
+from pyllamabatch.engine.stream import Host, Stream
 from pyllamabatch.scheduler import Limits, Policy, Scheduler
 from pyllamabatch.step.ring_reader import Page
 from pyllamabatch.step.sampling_params import SamplingParams
@@ -40,6 +41,7 @@ class NullMachine:
 
     n_steps_max = 256
     n_logprobs_max = 20
+    names = applied = ()  # of adapters
 
     def __init__(self, n_slots: int, n_rows: int, most: int) -> None:
         self.own_ns = 0
@@ -70,7 +72,7 @@ class NullMachine:
         over = slots[self._left[slots] == 0].tolist()
         self.n_recorded += n
         self._unread.append((slots, n))
-        run = Run(0, n, 0, 1e-3 * n, [(slot, TOKEN, int(Finish.LENGTH)) for slot in over])
+        run = Run(0, n, 0, 1e-3 * n, [(slot, TOKEN, int(Finish.LENGTH), np.nan) for slot in over])
         self.own_ns += time.thread_time_ns() - began
         return run
 
@@ -150,7 +152,8 @@ class NullEngine:
         scheduler = Scheduler(limits, policy)
         trace = StepTrace(4096, n_slots)
         machine = self.machine
-        self._core = EngineCore(scheduler, machine, machine, machine, lambda: None, trace)
+        device = Device(machine, machine, machine, machine, lambda: None)
+        self._core = EngineCore(scheduler, device, CoreOptions(trace))
         self._pieces = Pieces(lambda tokens: [b" word"] * len(tokens))
         self._stops = stops
         self._read = read
@@ -159,17 +162,12 @@ class NullEngine:
     def submit(self, n_tokens: int) -> None:
         self._n_requests += 1
         params = SamplingParams(max_tokens=n_tokens, stop=self._stops)
-        delivery = self._core.output_processor
-        stream = Stream(
-            self._n_requests,
-            N_PROMPT,
-            pieces=self._pieces,
-            stops=self._stops,
-            cancel=self._core.cancel,
-            watch=delivery.watch,
-        )
-        prompt = np.full(N_PROMPT, TOKEN, np.int32)
-        self._core.submit([Request(prompt, params, stream, NullSlot(n_tokens))])
+        core, prompt = self._core, np.full(N_PROMPT, TOKEN, np.int32)
+        host = Host(core.cancel, core.output_processor.watch)
+        stream = Stream(self._n_requests, N_PROMPT, params, self._pieces, host)
+        slot = NullSlot(n_tokens)
+        request = Request(self._n_requests, prompt, params, slot, budget=n_tokens)
+        core.submit([core.stream_to(request, stream)])
 
     @property
     def n_finished(self) -> int:
@@ -180,13 +178,12 @@ class NullEngine:
         machine's: the decoder's, the delivery thread's."""
         decoder, machine = self._core, self.machine
         if self._read:
-            decoder.output_processor._watched.update(
-                r.stream for r in decoder.slot_table.open.values() if r.slot >= 0
-            )
+            running = (one for one in decoder.table.requests.values() if one.slot >= 0)
+            decoder.output_processor._watched.update(one.sink.stream for one in running)
         machine.own_ns, began = 0, time.thread_time_ns()
         if decoder.commands or not decoder.scheduler.idle:
-            decoder._take_mail()
-            decoder._turn()
+            if decoder.wait_for_work():
+                decoder.step()
         else:
             machine.flush()
         decoder_ns = time.thread_time_ns() - began - machine.own_ns

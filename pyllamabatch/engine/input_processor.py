@@ -1,9 +1,11 @@
-"""From what a caller gives to what the core knows: everything is checked before it begins."""
+"""InputProcessor: from what a caller gives to what the core knows. All of it is checked here, once,
+before anything has started."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,23 +14,26 @@ import numpy.typing as npt
 from ..errors import ArgumentError
 from ..llama.lora import Loras, LoraSet
 from ..llama.vocab import pieces_of
-from ..step.sampling_params import SamplingParams
+from ..step.sampling_params import INT32_MAX, SamplingParams
 from .core import EngineCore
 from .detokenizer import Pieces
-from .hand import Hand
-from .request import Options, Request, Tokens, check_options
-from .sequence import interactive
-from .stream import Stream
+from .interactive import InteractiveSink
+from .options import Options, RequestOptions, check_options
+from .request import NO_TOKENS, Request, Tokens
+from .snapshot import Saved, slot_of
+from .stream import Host, Stream
+from .stream_sink import StreamSink
 
 if TYPE_CHECKING:
     from ..llama.model import Model
-    from ..step.stepper import Stepper
+    from ..step.stepper import DetachedSlot, Stepper
 
 Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]]
 
 
 class InputProcessor:
-    """Any thread's, while it visits the core's commands."""
+    """For any thread, inside `CommandQueue.keep_alive`. `prefix_cache`: requests start from what
+    others have left, so that those with different adapters must be kept apart."""
 
     def __init__(
         self,
@@ -38,78 +43,135 @@ class InputProcessor:
         loras: Loras,
         prefix_cache: bool,
     ) -> None:
+        self.model = model
         self.loras = loras
-        self._prefix_cache = prefix_cache
         self.pieces = Pieces(_pieces_of(model))
-        self._ids = itertools.count(1)
         self._vocab = model.vocab
         self._core = core
         self._stepper = stepper
+        self._prefix_cache = prefix_cache
+        self._ids = itertools.count(1)
+
+    # -- requests with a stream
 
     def requests(
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
         options: Options,
-        keep: object,
-    ) -> list[Request]:
-        """One for each prompt; for `keep` see `Stream`."""
+        engine: object,
+    ) -> list[StreamSink]:
+        """One for each prompt. Their streams keep `engine` alive."""
         if isinstance(prompts, str):
             raise ArgumentError("prompts", prompts, "must be a list of prompts")
-        each = [params] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise ArgumentError("params", f"{len(each)} of them", f"{len(prompts)}, one per prompt")
         return [
-            self.request(prompt, param, options, keep)
-            for prompt, param in zip(prompts, each, strict=True)
+            self.request(prompt, one, options, engine)
+            for prompt, one in zip(prompts, each, strict=True)
         ]
 
+    def samples(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        n: int,
+        options: Options,
+        engine: object,
+    ) -> list[StreamSink]:
+        """`n` requests of one prompt, with seeds of their own. They start from each other."""
+        params = self._params(params)
+        first = self.request(prompt, params, options, engine)
+        sinks = [first]
+        for i in range(1, n):
+            one = params if params.seed is None else params.with_seed(params.seed + i)
+            sinks.append(self.request(prompt, one, options, engine))
+        if not self._prefix_cache:
+            for sink in sinks:
+                space = "samples", first.request.id
+                sink.request.options = replace(sink.request.options, space=space)
+        return sinks
+
     def request(
-        self, prompt: Prompt, params: SamplingParams | None, options: Options, keep: object
-    ) -> Request:
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise ArgumentError("params", params, "must be SamplingParams")
-        terms = check_options(options)
-        lora = self.loras.choose(terms.lora)
-        tokens = self.tokens(prompt, terms.add_special, terms.parse_special)
+        self, prompt: Prompt, params: SamplingParams | None, options: Options, engine: object
+    ) -> StreamSink:
+        """One request and its stream, which keeps `engine` alive."""
+        params = self._params(params)
+        values = check_options(options)
+        add_special = values.pop("add_special", True)
+        tokens = self.tokens(prompt, add_special, values.pop("parse_special", None))
+        lora = self.loras.choose(values.pop("lora", None))
         if params.stop and self._vocab.type == "none":
             raise ArgumentError("stop", params.stop, "the model has no text: use stop_token_ids")
         self._core.scheduler.check_fits(len(tokens), params.max_tokens)
-        sampler = self._stepper.make_slot(params, tokens)
-        stream = Stream(
+        request = Request(
             next(self._ids),
-            len(tokens),
-            pieces=self.pieces,
-            stops=tuple(params.stop),
-            min_tokens=params.min_tokens,
-            logprobs=params.logprobs,
-            cancel=self._core.cancel,
-            watch=self._core.output_processor.watch,
-            keep=keep,
+            tokens,
+            params,
+            self.sampler(params, tokens),
+            RequestOptions(**values, lora=lora, space=self._space(lora)),
+            budget=params.max_tokens,
         )
-        return Request(tokens, params, stream, sampler, terms, self._space(lora), lora)
+        host = Host(self._core.cancel, self._core.output_processor.watch, engine)
+        stream = Stream(request.id, len(tokens), params, self.pieces, host)
+        return self._core.stream_to(request, stream)
 
-    def hand(
-        self, params: SamplingParams | None, priority: int, tenant: str, lora: LoraSet
-    ) -> Hand:
-        return Hand(next(self._ids), interactive(params), priority, tenant, lora, self._space(lora))
+    # -- interactive sequences
 
-    def _space(self, lora: LoraSet) -> Hashable:
-        """What is computed with other adapters is no beginning for it."""
-        return lora if lora and self._prefix_cache else None
+    def interactive(
+        self,
+        params: SamplingParams | None,
+        priority: int,
+        tenant: str,
+        lora: str | Mapping[str, float] | None,
+    ) -> InteractiveSink:
+        """A sequence without tokens, which its owner tells what to do."""
+        params = self._params(params)
+        if params.stop:
+            limit = "of an interactive sequence the owner looks for stop strings"
+            raise ArgumentError("stop", params.stop, limit)
+        params = replace(params, max_tokens=INT32_MAX)
+        check_options({"priority": priority, "tenant": tenant})
+        chosen = self.loras.choose(lora)
+        options = RequestOptions(priority, tenant, lora=chosen, space=self._space(chosen))
+        return self._core.interactive(Request(next(self._ids), NO_TOKENS, params, options=options))
 
-    def tokens(self, prompt: Prompt, add_special: bool, parse_special: bool) -> Tokens:
-        """ArgumentError for none, and for what is not in the vocabulary."""
+    # -- parts of them
+
+    def tokens(self, prompt: Prompt, add_special: bool, parse_special: bool | None) -> Tokens:
+        """ArgumentError for an empty prompt, and for tokens that are not in the vocabulary."""
         if isinstance(prompt, str):
             tokens = self._vocab.tokenize(
-                prompt, add_special=add_special, parse_special=parse_special
+                prompt, add_special=add_special, parse_special=bool(parse_special)
             )
         else:
+            if any(isinstance(part, Mapping) for part in prompt[:1]):
+                limit = "a chat: give model.vocab.apply_chat_template(messages)"
+                raise ArgumentError("prompt", prompt, limit)
             tokens = self._vocab.check_tokens(prompt, "prompt").copy()
         if len(tokens) == 0:
             raise ArgumentError("prompt", prompt, "has no tokens")
         return tokens
+
+    def sampler(self, params: SamplingParams, tokens: Tokens) -> DetachedSlot:
+        """A sampling state that begins behind `tokens`, which were checked."""
+        return self._stepper.new_slot(params, tokens)
+
+    def saved_sampler(self, saved: Saved) -> DetachedSlot | None:
+        """The sampling state of a snapshot."""
+        return slot_of(self._stepper, saved)
+
+    def _params(self, params: SamplingParams | None) -> SamplingParams:
+        if params is None:
+            return SamplingParams()
+        if not isinstance(params, SamplingParams):
+            raise ArgumentError("params", params, "must be SamplingParams")
+        return params
+
+    def _space(self, lora: LoraSet) -> Hashable:
+        """Cells that were computed with other adapters are none to start from."""
+        return lora if lora and self._prefix_cache else None
 
 
 def _pieces_of(model: Model) -> Callable[[list[int]], list[bytes]]:

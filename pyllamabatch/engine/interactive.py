@@ -1,235 +1,219 @@
-"""What the owners of interactive sequences ask for, one thing at a time each, and what a step gives
-them."""
+"""InteractiveSink: a request that stays until its owner closes it, and is told each thing to do.
+
+One call at a time, `Call`, says what the owner waits for. A call that raises has changed nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from dataclasses import dataclass
 from math import isnan
 from time import perf_counter
 from typing import Any
 
-from ..errors import Cancelled, EngineClosed, PyllamabatchError, SamplingError
-from ..kv import SwapSpace
-from ..llama.lora import LoraNames
-from ..scheduler import Scheduler, Step
-from ..step.types import Finish
+import numpy as np
+
+from ..errors import Cancelled, EngineClosed, SamplingError
+from ..step.types import REPORT, SAMPLE, Finish
 from . import snapshot
-from .hand import Call, Draw, Hand
-from .protocols import MemoryLike
+from .kv_executor import KvExecutor
+from .request import Request, Sink, Tokens
 from .slot_table import SlotTable
 from .snapshot import Saved
+from .stream import FinishReason
 
 
-class InteractiveRunner:
-    """The core thread's, as `SlotTable`: every method is called between two steps. Those that
-    take a `Call` finish it, now or after a step."""
+class Call:
+    """What an owner waits for: `value`, unless it raises `error`."""
 
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        stepper: Any,
-        memory: MemoryLike,
-        slot_table: SlotTable,
-        states: Any,
-        space: SwapSpace,
-        loras_of: Callable[[int], LoraNames],
-    ) -> None:
-        self._loras_of = loras_of
-        self._open = slot_table.hands
-        self._scheduler = scheduler
-        self._stepper = stepper
-        self._memory = memory
-        self._slot_table = slot_table
-        self._states = states  # the context
-        self._space = space
+    __slots__ = ("_done", "error", "value")
 
-    # -- what owners ask for
+    def __init__(self) -> None:
+        self._done = threading.Lock()
+        self._done.acquire()
+        self.value: Any = None
+        self.error: Exception | None = None
 
-    def extend(self, hand: Hand, tokens: list[int], sampler: Any, call: Call, now: float) -> None:
-        """These tokens come next. `now`: when that was asked for."""
-        scheduler, n = self._scheduler, len(hand.tokens)
-        hand.tokens += tokens
-        self._open[hand.id] = hand
-        try:
-            if n:
-                scheduler.extend(hand.id, len(tokens), now)
-            else:
-                scheduler.add(
-                    hand.id,
-                    len(tokens),
-                    1,
-                    arrival=perf_counter(),
-                    priority=hand.priority,
-                    tenant=hand.tenant,
-                    space=hand.space,
-                    interactive=True,
-                    tokens=hand,
-                )
-        except PyllamabatchError as error:
-            del hand.tokens[n:]
-            if not n:
-                del self._open[hand.id]
-            call.finish(error=error)
-            return
-        self._renew(hand, sampler)
-        hand.wait_for(call, n)
-        self._settle(hand)
+    def finish(self, value: Any = None, error: Exception | None = None) -> None:
+        self.value, self.error = value, error
+        self._done.release()
 
-    def compute(self, hand: Hand, call: Call) -> None:
-        """All of its tokens but the last, as behind a prompt."""
-        n = len(hand.tokens)
-        try:
-            self._scheduler.extend(hand.id, 0)
-        except PyllamabatchError as error:
-            call.finish(error=error)
-            return
-        hand.wait_for(call, n)
-        self._settle(hand)
+    @property
+    def pending(self) -> bool:
+        return self._done.locked()
 
-    def save(self, hand: Hand, call: Call) -> None:
-        """It as bytes; None when it has given its cells up meanwhile."""
-        if hand.slot < 0:
-            call.finish(None)
-            return
-        params = None if hand.spent else hand.params
-        try:
-            data = snapshot.save(
-                self._states,
-                self._stepper,
-                hand.slot,
-                hand.tokens,
-                params,
-                hand.n_given,
-                self._loras_of(hand.id),
-            )
-        except PyllamabatchError as error:
-            call.finish(error=error)
-        else:
-            call.finish(data)
+    def wait(self) -> Any:
+        self._done.acquire()
+        if self.error is not None:
+            raise self.error
+        return self.value
 
-    def restore(self, hand: Hand, saved: Saved, data: bytes, sampler: Any, call: Call) -> None:
-        """It is what was saved."""
-        if hand.tokens:
-            self._trim(hand, 0)
-        hand.tokens += saved.tokens.tolist()
-        self._open[hand.id] = hand
-        hand.state = data
-        self._scheduler.add(
-            hand.id,
-            len(hand.tokens),
-            1,
-            arrival=perf_counter(),
-            priority=hand.priority,
-            tenant=hand.tenant,
-            space=hand.space,
-            interactive=True,
-            saved=saved.n_computed,
-            tokens=hand,
-        )
-        self._renew(hand, sampler)
-        hand.n_given = saved.n_prompt
-        call.finish()
 
-    def ask(self, hand: Hand, sampler: Any, call: Call, now: float) -> None:
-        """Sample the next token; with another sampling state, if there is one. `now`: when that was
-        asked for."""
-        try:
-            self._scheduler.ask(hand.id, now)
-        except PyllamabatchError as error:
-            call.finish(error=error)
-            return
-        if sampler is not None:
-            self._renew(hand, sampler)
-        hand.wait_for(call)
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A token that was sampled. `finish`: not NONE when it ends the text."""
 
-    def trim(self, hand: Hand, n: int, sampler: Any, call: Call) -> None:
-        """Only the first `n` tokens stay."""
-        self._trim(hand, n)
+    token: int
+    logprob: float | None
+    finish: Finish
+
+
+class InteractiveSink(Sink):
+    """The core thread's, between two steps; `request` and `spent` are read by the owner, too.
+
+    Each thing that the owner may ask for takes a `Call` and finishes it, now or after a step. It
+    raises a PyllamabatchError instead where it is refused. `now`: when the owner asked.
+
+    `spent`: the sampling state has come to its end, so the next `sample` brings another one.
+    """
+
+    flags = SAMPLE | REPORT
+
+    def __init__(self, request: Request, table: SlotTable, kv: KvExecutor, context: Any) -> None:
+        self.request = request
+        self.spent = False
+        self._table = table
+        self._scheduler = table.scheduler
+        self._stepper: Any = table.stepper
+        self._kv = kv
+        self._context = context
+        self._call: Call | None = None
+        self._back_to: int | None = None  # tokens before the call, where it adds some
+
+    # -- what the owner asks for
+
+    def prompt(self, tokens: Tokens, sampler: Any, now: float, call: Call) -> None:
+        """These tokens come next. Finished when all but the last are computed."""
+        request = self.request
+        n = len(request.tokens)
+        self._scheduler.check_fits(n + len(tokens), 1)
+        self._begin(np.concatenate((request.tokens, tokens)), sampler)
         if n:
-            self._renew(hand, sampler)
+            self._scheduler.extend(request.id, len(tokens), now)
+        else:
+            request.arrival = now
+            self._table.add(request)
+        self._wait_for(call, n)
+        self.computed()
+
+    def compute(self, call: Call) -> None:
+        """All of its tokens but the last, as behind a prompt."""
+        self._scheduler.extend(self.request.id, 0)
+        self._wait_for(call, len(self.request.tokens))
+        self.computed()
+
+    def sample(self, sampler: Any, now: float, call: Call) -> None:
+        """The next token: a `Draw`. `sampler`: in place of one that is spent, else None."""
+        self._scheduler.ask(self.request.id, now)
+        if sampler is not None:
+            self._begin(self.request.tokens, sampler)
+        self._wait_for(call)
+
+    def trim(self, n: int, sampler: Any, call: Call) -> None:
+        """Only the first `n` tokens stay."""
+        self._trim(n)
+        if n:
+            self._begin(self.request.tokens, sampler)
         call.finish()
 
-    def cancel(self, hand: Hand) -> None:
-        """What its owner waits for is not wanted any more: it has not happened."""
-        self._take_back(hand, Cancelled("the call was cancelled; the sequence is as it was before"))
+    def save(self, call: Call) -> None:
+        """It as bytes; None when it has given its cells up meanwhile."""
+        self._kv.flush()
+        request = self.request
+        data = None
+        if request.slot >= 0:
+            data = snapshot.save(
+                self._context,
+                self._stepper,
+                request.slot,
+                request.tokens,
+                None if self.spent else request.params,
+                request.n_given,
+                self._kv.adapters_of(request),
+            )
+        call.finish(data)
 
-    def close(self, hand: Hand, call: Call) -> None:
-        self.drop(hand, EngineClosed("the sequence is closed"))
+    def restore(self, saved: Saved, data: bytes, sampler: Any, call: Call) -> None:
+        """It is what was saved."""
+        request = self.request
+        if len(request.tokens):
+            self._trim(0)
+        self._begin(saved.tokens, sampler)
+        if saved.params is not None:
+            request.n_given = saved.n_prompt
+        request.state, request.arrival = data, perf_counter()
+        self._table.add(request, saved=saved.n_computed)
         call.finish()
 
-    def drop(self, hand: Hand, error: Exception) -> None:
-        """It is over; its owner, if he waits, gets `error`."""
-        if hand.id in self._open:
-            self._remove(hand)
-        call, hand.call = hand.call, None
-        if call is not None:
-            call.finish(error=error)
+    def close_for(self, call: Call) -> None:
+        """Its owner needs it no more."""
+        self.close(EngineClosed("the sequence is closed"))
+        call.finish()
 
-    # -- what steps do
+    # -- what becomes of it
 
-    def stepped(self, step: Step) -> None:
-        """The step was computed: some prompts may be complete."""
-        for chunk in step.chunks:
-            hand = self._slot_table.at[chunk.slot]
-            if isinstance(hand, Hand) and not chunk.last:
-                self._settle(hand)
-
-    def sampled(self, hand: Hand, token: int, finish: int, logprob: float) -> None:
-        if finish == Finish.ERROR:
-            error = SamplingError(self._stepper.slot_error(hand.slot))
-            self._scheduler.counters.tokens -= 1
-            self._scheduler.trim(hand.id, len(hand.tokens))  # the scheduler has counted a token
-            hand.spent = True
-            self._take_back(hand, error)
+    def computed(self) -> None:
+        if self._call is None or self._back_to is None:
             return
-        hand.tokens.append(token)
-        hand.spent = finish != Finish.NONE
-        call, hand.call = hand.call, None
-        assert call is not None
-        call.finish(Draw(token, None if isnan(logprob) else logprob, Finish(finish)))
+        if self._scheduler.sequence(self.request.id).remaining == 0:
+            self._finish()
 
-    def failed(self, hand: Hand, error: Exception) -> None:
-        """A step that it was in has failed."""
-        self._take_back(hand, error)
+    def sampled(
+        self, token: int, finish: Finish, logprob: float, error: SamplingError | None
+    ) -> None:
+        self.spent = finish != Finish.NONE
+        if error is not None:
+            self._take_back(error)
+            return
+        self.request.known()
+        self._finish(Draw(token, None if isnan(logprob) else logprob, finish))
+
+    def failed(self, error: Exception) -> None:
+        self._take_back(error)
+
+    def cancel(self, reason: FinishReason = "cancelled") -> None:
+        self._take_back(Cancelled("the call was cancelled; the sequence is as it was before"))
+
+    def close(self, error: Exception) -> None:
+        if self.request.id in self._table.requests:
+            self._table.end(self.request)
+        self._finish(error=error)
+
+    def abandon(self, error: Exception) -> None:
+        self._finish(error=error)
 
     # -- inside
 
-    def _settle(self, hand: Hand) -> None:
-        """The end of a prompt, if all of it is computed."""
-        call = hand.call
-        if call is None or hand.back_to is None:
+    def _begin(self, tokens: Tokens, sampler: Any) -> None:
+        """Sampling begins behind `tokens`."""
+        request = self.request
+        request.tokens, request.n_given, request.sampler = tokens, len(tokens), sampler
+        self.spent = False
+        if request.slot >= 0:
+            self._stepper.put_slot(request.slot, sampler)
+
+    def _wait_for(self, call: Call, back_to: int | None = None) -> None:
+        self._call, self._back_to, self.request.n_restarts = call, back_to, 0
+
+    def _finish(self, value: Any = None, error: Exception | None = None) -> None:
+        call, self._call = self._call, None
+        if call is not None:
+            call.finish(value, error)
+
+    def _take_back(self, error: Exception) -> None:
+        """The call has not happened."""
+        if self._call is None:
             return
-        if self._scheduler.sequence(hand.id).remaining == 0:
-            hand.call = None
-            call.finish()
+        n = len(self.request.tokens)
+        before = n if self._back_to is None else self._back_to
+        self.spent |= before < n
+        self._trim(before)
+        self._finish(error=error)
 
-    def _take_back(self, hand: Hand, error: Exception) -> None:
-        call, hand.call = hand.call, None
-        if call is None:
-            return
-        if hand.back_to is None:
-            self._scheduler.relax(hand.id)
-        else:
-            self._trim(hand, hand.back_to)
-            hand.spent = True
-        call.finish(error=error)
-
-    def _renew(self, hand: Hand, sampler: Any) -> None:
-        hand.sampler = sampler
-        if hand.slot >= 0:
-            self._stepper.put_slot(hand.slot, sampler)
-        hand.spent, hand.n_given = False, len(hand.tokens)
-
-    def _trim(self, hand: Hand, n: int) -> None:
+    def _trim(self, n: int) -> None:
+        request = self.request
         if n:
-            self._scheduler.trim(hand.id, n)
+            self._scheduler.trim(request.id, n)
         else:
-            self._remove(hand)
-        del hand.tokens[n:]
-
-    def _remove(self, hand: Hand) -> None:
-        self._scheduler.remove(hand.id)
-        del self._open[hand.id]
-        if hand.slot >= 0:
-            self._stepper.clear_slot(hand.slot)
-            self._slot_table.free(hand)
+            self._table.end(request)
+        request.tokens, request.n_given = request.tokens[:n], min(request.n_given, n)

@@ -3,42 +3,40 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from time import perf_counter
 
 from ..errors import PyllamabatchError, StateError
 from ..kv import KvOperation, SwapSpace
 from ..llama.lora import LoraNames
 from ..scheduler import Scheduler
-from .protocols import ContextLike, MemoryLike
+from .protocols import Device
+from .request import Request
+from .slot_table import SlotTable
 
 log = logging.getLogger(__name__)
 
 
 class KvExecutor:
-    """The core thread's. `space`: where the states of swapped sequences lie. `loras_of(id)`: the
-    adapters that a sequence is computed with."""
+    """The core thread's. `space`: where the states of swapped sequences lie."""
 
     def __init__(
-        self,
-        scheduler: Scheduler,
-        memory: MemoryLike,
-        states: ContextLike,
-        space: SwapSpace,
-        loras_of: Callable[[int], LoraNames],
-        state_of: Callable[[int], bytes],
+        self, scheduler: Scheduler, table: SlotTable, device: Device, space: SwapSpace
     ) -> None:
-        self._state_of = state_of
-        self._loras_of = loras_of
+        self.space = space
         self._scheduler = scheduler
-        self._memory = memory
-        self._states = states
-        self._space = space
+        self._table = table
+        self._memory = device.memory
+        self._states = device.states
+        self._loras = device.loras
 
-    def carry_out(self, operations: tuple[KvOperation, ...]) -> dict[int, int]:
-        """Returns the sequences that could not go on from there, id -> slot: they wait again, to be
-        computed, and a step that has them is void."""
-        failed: dict[int, int] = {}
+    def flush(self) -> None:
+        """Carry out what no step has brought yet."""
+        self.carry_out(self._scheduler.take_kv_operations())
+
+    def carry_out(self, operations: tuple[KvOperation, ...]) -> bool:
+        """In their order. False when a sequence could not go on from there: it waits to be
+        computed again, and a step that has rows of it is void."""
+        failed: set[int] = set()
         for operation in operations:
             if operation.id in failed and operation.kind in ("copy", "trim", "load"):
                 continue
@@ -48,34 +46,47 @@ class KvExecutor:
                 log.warning("%s of slot %d failed: %s", operation.kind, operation.slot, problem)
                 preempted = self._scheduler.kv_failed(operation)
                 if preempted is not None:
-                    failed[preempted[0]] = preempted[1]
-        return failed
+                    self._table.leave(*preempted)
+                    failed.add(preempted[0])
+        return not failed
 
     def _carry_out(self, operation: KvOperation) -> None:
-        memory, space, states = self._memory, self._space, self._states
         id, slot, n = operation.id, operation.slot, operation.n
-        start = perf_counter()
+        request = self._table.requests.get(id)  # None: it has ended since then
         match operation.kind:
             case "remove":
-                memory.seq_rm(slot)
+                self._memory.seq_rm(slot)
             case "trim" | "cut":
-                memory.seq_rm(slot, n)
+                self._memory.seq_rm(slot, n)
             case "copy":
-                memory.seq_cp(operation.source, slot, *(() if operation.whole else (0, n)))
+                self._memory.seq_cp(operation.source, slot, *(() if operation.whole else (0, n)))
                 self._check(slot, n)
-            case "store":
-                space.put(id, self._state_of(id))
+            case "store" if request is not None:
+                state, request.state = request.state, b""
+                self.space.put(id, state)
+            case "save" if request is not None:
+                self._save(request, slot, n)
+            case "load" if request is not None:
+                self._load(request, slot, n)
             case "discard":
-                space.drop(id)
-            case "save":
-                state = states.state_seq_get(slot, self._loras_of(id))
-                space.put(id, state)
-                self._scheduler.copied(len(state), perf_counter() - start, n)
-            case "load":
-                state = space.take(id)
-                states.state_seq_set(state, slot, self._loras_of(id))
-                self._check(slot, n)
-                self._scheduler.copied(len(state), perf_counter() - start, n)
+                self.space.drop(id)
+
+    def _save(self, request: Request, slot: int, n: int) -> None:
+        began = perf_counter()
+        state = self._states.state_seq_get(slot, self.adapters_of(request))
+        self.space.put(request.id, state)
+        self._scheduler.copied(len(state), perf_counter() - began, n)
+
+    def _load(self, request: Request, slot: int, n: int) -> None:
+        began = perf_counter()
+        state = self.space.take(request.id)
+        self._states.state_seq_set(state, slot, self.adapters_of(request))
+        self._check(slot, n)
+        self._scheduler.copied(len(state), perf_counter() - began, n)
+
+    def adapters_of(self, request: Request) -> LoraNames:
+        """The names of files and the scales of the adapters that it is computed with."""
+        return self._loras.files(request.options.lora)
 
     def _check(self, slot: int, n: int) -> None:
         held = self._memory.pos_max(slot) + 1

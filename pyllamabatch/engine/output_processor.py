@@ -1,11 +1,12 @@
-"""The delivery thread: from the ring to the streams, while the core's next steps are computed.
+"""OutputProcessor: a thread that brings what was sampled from the ring to the streams, while the
+core computes the next steps.
 
-It moves steps from the ring to a page, which costs no Python per sequence, looks for stop strings
-in the streams that have any, wakes who waits for tokens, and ends streams. What the core does
-between two steps reaches it as events, each with the number of the step that it comes before, so
-that everything happens to a stream in the order in which it was computed.
+It copies steps from the ring to a page, which costs no Python per sequence. Streams take their
+tokens from the page when they are read. The thread itself looks only at streams with stop strings
+and at those that a reader waits for.
 
-Where nobody waits for tokens it lets them lie in the ring for a while.
+What the core does between two steps comes as an event with the number of steps before it, so that
+everything happens to a stream in the order in which it was computed.
 """
 
 from __future__ import annotations
@@ -15,96 +16,100 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from enum import Enum, auto
+from typing import Any, Protocol
 
 from ..step.ring_reader import Page
 from ..step.trace import StepTrace
-from .protocols import ReaderLike
+from .protocols import RingReader
 from .stream import FinishReason, Stream
 
 log = logging.getLogger(__name__)
 
 PAGE_STEPS = 128
-LAZY_SECONDS = 0.1  # tokens that nobody waits for are taken at least so often, while any come
+LAZY_SECONDS = 0.1  # the longest wait while tokens come that no reader waits for
 IDLE_SECONDS = 1.0
-TELL_SECONDS = 5e-5  # what a reader who is woken needs; it is left to them before more are woken
-REST_SECONDS_MAX = 0.005
+WAKE_SECONDS = 5e-5  # what a reader that is woken needs, before more are woken
+PAUSE_SECONDS_MAX = 0.005
 AT_ONCE = 8  # streams that are searched before the core may come first
 
 
-class OutputProcessor:
-    """`on_stop(id)`: a stop string has ended the text of a request whose tokens still come.
-    `on_failure(error)`: the thread is about to end because of a bug. `on_end()`: a stream has
-    ended. All of them are called by the delivery thread.
+class Wait(Enum):
+    """What the thread waits for."""
 
-    place, leave, end and close are the core's: `at` is the number of steps recorded so far."""
+    EVENT = auto()  # the steps before the next event
+    STEP = auto()  # the next step: a reader waits, or a stop string may be in it
+    MANY = auto()  # many steps, or a reader that comes to wait: it wakes the thread
+
+
+class Core(Protocol):
+    """What the thread tells the core. `cancel(id, "stop")`: a stop string has ended the text.
+    `ended()`: a stream has. `fail(error)`: the thread ends because of a bug."""
+
+    def cancel(self, id: int, reason: FinishReason) -> None: ...
+    def ended(self) -> None: ...
+    def fail(self, error: BaseException) -> None: ...
+
+
+class OutputProcessor:
+    """`place`, `leave`, `end` and `close` are for the core thread, `watch` for any."""
 
     def __init__(
-        self,
-        reader: ReaderLike,
-        n_seq_max: int,
-        on_stop: Callable[[int], None],
-        on_failure: Callable[[BaseException], None],
-        on_end: Callable[[], None],
-        trace: StepTrace | None = None,
+        self, reader: RingReader, n_slots: int, core: Core, trace: StepTrace | None = None
     ) -> None:
-        self.finished: dict[str, int] = {
-            "stop": 0,
-            "length": 0,
-            "cancelled": 0,
-            "deadline": 0,
-            "error": 0,
-        }
-        self.n_dropped = 0  # sampled, but behind a stop string
-        self.thread = threading.Thread(target=self._run, name="pyllamabatch-delivery", daemon=True)
+        self.finished: dict[str, int] = dict.fromkeys(
+            ("stop", "length", "cancelled", "deadline", "error"), 0
+        )
+        self.n_dropped = 0  # tokens that were sampled behind a stop string
+        self.thread = threading.Thread(target=self._run, name="pyllamabatch-output", daemon=True)
         self._reader = reader
-        self._on_stop = on_stop
-        self._on_failure = on_failure
-        self._on_end = on_end
+        self._core = core
         self._trace = trace
-        self._n_seq_max = n_seq_max
-        self._at: list[Stream | None] = [None] * n_seq_max  # by slot
+        self._n_slots = n_slots
+        self._at: list[Stream | None] = [None] * n_slots  # by slot
         self._with_stops: set[Stream] = set()
-        self._watched: set[Stream] = set()  # somebody waits for more of them
-        self._lazy = False  # the thread waits for many steps
-        self._n_told = 0  # at the last turn
+        self._watched: set[Stream] = set()  # a reader waits for more of them
+        self._wait = Wait.STEP
+        self._n_woken = 0  # readers, at the last turn
         self._n_read = 0
         self._events: deque[tuple[int, Callable[..., None], tuple[Any, ...]]] = deque()
         self._open = True
         self._page = self._new_page()
 
-    # -- the core's side
+    # -- the core thread
 
-    def place(self, at: int, slot: int, stream: Stream) -> None:
-        """The tokens of this slot are the stream's."""
-        self._events.append((at, self._place, (slot, stream)))
+    def place(self, slot: int, stream: Stream) -> None:
+        """The tokens of this slot are the stream's from now on."""
+        self._add(self._place, slot, stream)
 
-    def leave(self, at: int, slot: int) -> None:
-        """The slot is nobody's."""
-        self._events.append((at, self._leave, (slot,)))
+    def leave(self, slot: int) -> None:
+        """The slot is free."""
+        self._add(self._leave, slot)
 
     def end(
         self,
-        at: int,
         stream: Stream,
         reason: FinishReason,
         stop: int | None = None,
         error: Exception | None = None,
     ) -> None:
         """The request has ended and left its slot."""
-        self._events.append((at, self._end, (stream, reason, stop, error)))
+        self._add(self._end, stream, reason, stop, error)
 
-    def close(self, at: int) -> None:
-        """There will be nothing more: the thread ends."""
-        self._events.append((at, self._stop, ()))
+    def close(self) -> None:
+        """Nothing comes any more: the thread ends."""
+        self._add(self._close)
+
+    def _add(self, act: Callable[..., None], *args: Any) -> None:
+        self._events.append((self._reader.n_recorded, act, args))
 
     @property
     def has_events(self) -> bool:
         return bool(self._events)
 
     def finish_rest(self, error: Exception) -> None:
-        """When the thread has ended: if it failed, whoever has not been told of his end has not
-        got all of his tokens either, and ends with this error."""
+        """When the thread has ended. If it failed, streams whose end is still to come have not got
+        all of their tokens, and end with this error."""
         for _, act, args in self._events:
             if act == self._end:
                 stream = args[0]
@@ -116,9 +121,9 @@ class OutputProcessor:
     # -- any thread
 
     def watch(self, stream: Stream) -> None:
-        """Somebody waits for more of this stream."""
+        """A reader waits for more of this stream."""
         self._watched.add(stream)
-        if self._lazy:
+        if self._wait is Wait.MANY:
             self._reader.wake()
 
     # -- the thread
@@ -126,23 +131,23 @@ class OutputProcessor:
     def _run(self) -> None:
         try:
             while self._open:
-                published = self._wait()
+                published = self._wait_for_steps()
                 began = time.perf_counter()
-                self._hand_out(published)
-                busy = time.perf_counter() - began + self._n_told * TELL_SECONDS
-                time.sleep(min(busy, REST_SECONDS_MAX))  # others need the interpreter, too
+                self._process(published)
+                busy = time.perf_counter() - began + self._n_woken * WAKE_SECONDS
+                time.sleep(min(busy, PAUSE_SECONDS_MAX))  # others need the interpreter, too
         except BaseException as error:
-            log.exception("the delivery thread failed; its engine is closed")
-            self._on_failure(error)
+            log.exception("the output thread failed; its engine is closed")
+            self._core.fail(error)
 
     def turn(self) -> None:
-        """Wait for steps or events, and hand out what there is."""
-        self._hand_out(self._wait())
+        """Wait for steps or events, and process what there is."""
+        self._process(self._wait_for_steps())
 
-    def _hand_out(self, published: int) -> None:
+    def _process(self, published: int) -> None:
         events = self._events
         while True:
-            # What comes before a step was in `events` before the step was handed over.
+            # An event that comes before a step was in `events` before the step was published.
             self._read(min(published, events[0][0]) if events else published)
             if not events or events[0][0] > self._n_read:
                 break
@@ -152,27 +157,30 @@ class OutputProcessor:
         for i, stream in enumerate(list(self._with_stops), 1):
             if stream._scan():
                 self._with_stops.discard(stream)
-                self._on_stop(stream.id)
+                self._core.cancel(stream.id, "stop")
             if i % AT_ONCE == 0:
                 self._reader.yield_to_compute()
-        self._tell()
+        self._wake_readers()
 
-    def _wait(self) -> int:
+    def _wait_for_steps(self) -> int:
         reader, n = self._reader, self._n_read
-        if self._events:
+        self._wait = self._next_wait()
+        if self._wait is Wait.EVENT:
             return reader.wait(max(n, self._events[0][0]), LAZY_SECONDS)
-        self._lazy = (
-            not self._with_stops and not self._n_told
-        )  # said before `_watched` is looked at
-        if self._watched or not self._lazy:
-            self._lazy = False
+        if self._wait is Wait.MANY and self._watched:  # looked at after `_wait` was set
+            self._wait = Wait.STEP
+        if self._wait is Wait.STEP:
             return reader.wait(n + 1, IDLE_SECONDS)
-        anybody = any(stream is not None for stream in self._at)
-        published = reader.wait(
-            n + reader.n_steps_max // 2, LAZY_SECONDS if anybody else IDLE_SECONDS
-        )
-        self._lazy = False
+        running = any(stream is not None for stream in self._at)
+        most = LAZY_SECONDS if running else IDLE_SECONDS
+        published = reader.wait(n + reader.n_steps_max // 2, most)
+        self._wait = Wait.STEP  # the thread is awake
         return published
+
+    def _next_wait(self) -> Wait:
+        if self._events:
+            return Wait.EVENT
+        return Wait.STEP if self._with_stops or self._n_woken else Wait.MANY
 
     def _read(self, until: int) -> None:
         while self._n_read < until:
@@ -192,17 +200,17 @@ class OutputProcessor:
     def _new_page(self, logprobs: bool = False) -> Page:
         streams = [stream for stream in self._at if stream is not None]
         logprobs = logprobs or any(stream._logprobs is not None for stream in streams)
-        page = Page(self._n_seq_max, PAGE_STEPS, self._reader.n_logprobs_max if logprobs else None)
+        page = Page(self._n_slots, PAGE_STEPS, self._reader.n_logprobs_max if logprobs else None)
         if self._trace is not None:
             self._trace.add_steps(page.steps)
         return page
 
-    def _tell(self) -> None:
-        told = [stream for stream in self._watched.copy() if stream._has_more() or stream.done]
-        for stream in told:
+    def _wake_readers(self) -> None:
+        woken = [stream for stream in self._watched.copy() if stream._has_more() or stream.done]
+        for stream in woken:
             self._watched.discard(stream)
-            stream._tell()
-        self._n_told = len(told)
+            stream._wake()
+        self._n_woken = len(woken)
 
     # -- events
 
@@ -225,11 +233,11 @@ class OutputProcessor:
         self._with_stops.discard(stream)
         self._watched.discard(stream)
         stream._finish(reason, stop, error, self._count)
-        self._on_end()
+        self._core.ended()
 
     def _count(self, reason: FinishReason, n_dropped: int) -> None:
         self.finished[reason] += 1
         self.n_dropped += n_dropped
 
-    def _stop(self) -> None:
+    def _close(self) -> None:
         self._open = False

@@ -1,7 +1,13 @@
-"""What the core and the delivery thread run on: a stepper, its ring, a context, its memory."""
+"""What the core and the output processor run on, and a tuple of all of it: `Device`.
+
+An engine's device is a `StreamStepper`, a `Context` with its `Memory`, and `Loras`; tests and
+benchmarks bring one in plain Python.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..kv import Slots
@@ -10,8 +16,8 @@ from ..step.ring_reader import Page
 from ..step.types import Run
 
 
-class StepperLike(Protocol):
-    """What the core needs of a `StreamStepper`."""
+class StepRunner(Protocol):
+    """Computes steps, and holds the sampling states of sequences that have a slot."""
 
     @property
     def rows(self) -> Any: ...
@@ -28,9 +34,11 @@ class StepperLike(Protocol):
     def slot_error(self, seq_id: int) -> str: ...
 
 
-class ReaderLike(Protocol):
-    """What the delivery thread needs of it."""
+class RingReader(Protocol):
+    """Reads what was sampled, in another thread."""
 
+    @property
+    def n_recorded(self) -> int: ...
     @property
     def n_steps_max(self) -> int: ...
     @property
@@ -41,16 +49,24 @@ class ReaderLike(Protocol):
     def yield_to_compute(self) -> None: ...
 
 
-class ContextLike(Protocol):
-    """What the core needs of a `Context`."""
+class KvMemory(Protocol):
+    """The cells of all sequences."""
+
+    def seq_rm(self, seq_id: int, p0: int = -1, p1: int = -1) -> None: ...
+    def seq_cp(self, src: int, dst: int, p0: int = -1, p1: int = -1) -> None: ...
+    def pos_max(self, seq_id: int) -> int: ...
+
+
+class StateStore(Protocol):
+    """Copies a sequence's cells to bytes and back; `renew` replaces a broken context."""
 
     def state_seq_get(self, seq_id: int, loras: LoraNames | None = None) -> bytes: ...
     def state_seq_set(self, data: bytes, seq_id: int, loras: LoraNames | None = None) -> object: ...
     def renew(self) -> None: ...
 
 
-class LorasLike(Protocol):
-    """What the core needs of `Loras`."""
+class Adapters(Protocol):
+    """The LoRA adapters that requests may name."""
 
     @property
     def names(self) -> tuple[str, ...]: ...
@@ -60,9 +76,12 @@ class LorasLike(Protocol):
     def files(self, lora: LoraSet) -> LoraNames: ...
 
 
-class MemoryLike(Protocol):
-    """What the core needs of a `Memory`."""
+@dataclass(frozen=True, slots=True)
+class Device:
+    """`stepper` is a `StepRunner` and a `RingReader`. `close` frees all of it."""
 
-    def seq_rm(self, seq_id: int, p0: int = -1, p1: int = -1) -> None: ...
-    def seq_cp(self, src: int, dst: int, p0: int = -1, p1: int = -1) -> None: ...
-    def pos_max(self, seq_id: int) -> int: ...
+    stepper: Any
+    memory: KvMemory
+    states: StateStore
+    loras: Adapters
+    close: Callable[[], None]

@@ -1,153 +1,111 @@
-"""A request as the core knows it."""
+"""Request: one sequence as the core knows it, from the command queue to its end."""
 
 from __future__ import annotations
 
-import math
-import numbers
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ArgumentError, integer
-from ..llama.lora import LoraSet
+from ..errors import SamplingError
 from ..step.sampling_params import SamplingParams
-from ..step.types import SAMPLE
-from .stream import Stream
+from ..step.types import SAMPLE, Finish
+from .options import DEFAULTS, RequestOptions
+from .stream import FinishReason
 
 Tokens = npt.NDArray[np.int32]
 
-
-class Options(TypedDict, total=False):
-    """What a request may ask for beside its tokens.
-
-    - add_special (default True), parse_special (False): see `Vocab.tokenize`; a prompt from a chat
-      template needs `parse_special=True`.
-    - priority: an integer, larger goes first; tenant: on whose account. For policies that look at
-      them.
-    - timeout: seconds from now on, or deadline: a time on the clock of `time.perf_counter`; what is
-      not done by then, in the line or running, ends with finish_reason "deadline" and what it has.
-    - itl_target: the most seconds between two tokens that its reader likes; for policies, too.
-    - lora: which of the engine's adapters apply to it: a name, or names with scales, as
-      {"style": 0.5, "facts": 1.0}; by default none.
-    """
-
-    add_special: bool
-    parse_special: bool
-    priority: int
-    tenant: str
-    timeout: float
-    deadline: float
-    itl_target: float
-    lora: str | Mapping[str, float]
+NO_TOKENS: Tokens = np.zeros(0, np.int32)
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """`Options` that were checked; `deadline` on the clock of `perf_counter`."""
+class Sink:
+    """Who hears what becomes of a request: a stream (`StreamSink`), or the owner of an interactive
+    sequence (`InteractiveSink`). The core thread calls it, between two steps."""
 
-    add_special: bool = True
-    parse_special: bool = False
-    priority: int = 0
-    tenant: str = ""
-    deadline: float | None = None
-    itl_target: float | None = None
-    lora: str | Mapping[str, float] | None = None  # not checked
+    flags = SAMPLE
+    """Of the row that the request is sampled from."""
 
+    def placed(self) -> None:
+        """It has a slot."""
 
-NO_TERMS = Terms()
+    def left(self, slot: int) -> None:
+        """It has a slot no more."""
 
+    def computed(self) -> None:
+        """Rows of its prompt are computed, and nothing was sampled."""
 
-def check_options(options: Options) -> Terms:
-    """ArgumentError for one that is out of its range. What `Options` does not know is a TypeError,
-    as for any function."""
-    if not options:
-        return NO_TERMS
-    values: dict[str, Any] = {**options}
-    timeout = values.pop("timeout", None)
-    for name, value in (("timeout", timeout), ("itl_target", values.get("itl_target"))):
-        if value is not None:
-            seconds_of(name, value)
-    if timeout is not None:
-        if values.get("deadline") is not None:
-            raise ArgumentError("deadline", values["deadline"], "timeout is given already")
-        values["deadline"] = perf_counter() + timeout
-    terms = Terms(**values)
-    integer("priority", terms.priority, -(2**31), 2**31 - 1)
-    if not isinstance(terms.tenant, str):
-        raise ArgumentError("tenant", terms.tenant, "must be text")
-    if terms.deadline is not None and not _is_number(terms.deadline):
-        raise ArgumentError("deadline", terms.deadline, "must be a number of seconds")
-    return terms
+    def sampled(
+        self, token: int, finish: Finish, logprob: float, error: SamplingError | None
+    ) -> None:
+        """A token was sampled that ends its text, or that is reported. `error`: or none could
+        be."""
 
+    def failed(self, error: Exception) -> None:
+        """A step that it was in has failed for good."""
 
-def seconds_of(name: str, value: float) -> float:
-    """ArgumentError for anything but a number of seconds from 0 on."""
-    if not _is_number(value) or value < 0:
-        raise ArgumentError(name, value, "must be a number of seconds, 0 or more")
-    return float(value)
+    def cancel(self, reason: FinishReason = "cancelled") -> None:
+        """It is not wanted any more."""
 
+    def close(self, error: Exception) -> None:
+        """The engine takes nothing more."""
 
-def _is_number(value: object) -> bool:
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return real and math.isfinite(float(value))  # type: ignore[arg-type]
+    def abandon(self, error: Exception) -> None:
+        """The core thread ends, and leaves it as it is."""
 
 
 class Request:
-    """What the core knows of a request. `tokens`: what is to be computed, int32: its prompt,
-    and after a preemption what it had generated too. `slot`: where it runs, else -1. `sampler`: its
-    sampling state while it has no slot. `space`: only requests of the same one start from each
-    other; None is everybody's. `lora`: the adapters that it is computed with. `n_restarts`: of the
-    context, because of steps that it was in."""
+    """A sequence to be computed: a request that ends by itself, or an interactive one, which has no
+    budget and stays until its owner closes it.
+
+    - tokens: what is known of it in Python, int32. The first `n_given` were given, the others
+      sampled. `known` brings them up to date.
+    - budget: tokens that may be sampled; None without a limit.
+    - sampler: its sampling state, which goes to the stepper while it has a slot.
+    - slot: where it runs, -1 while it does not.
+    - state: saved cells that it brings along, until they are stored.
+    - n_restarts: fresh contexts because of steps that it was in.
+    """
 
     __slots__ = (
+        "arrival",
+        "budget",
         "id",
-        "lora",
+        "n_given",
         "n_restarts",
+        "options",
         "params",
-        "prompt",
         "sampler",
-        "seated",
+        "sink",
         "slot",
-        "space",
-        "stream",
-        "terms",
+        "state",
         "tokens",
     )
 
-    flags = SAMPLE  # of the row that it is sampled from
-
     def __init__(
         self,
-        prompt: Tokens,
+        id: int,
+        tokens: Tokens,
         params: SamplingParams,
-        stream: Stream,
-        sampler: Any,
-        terms: Terms = NO_TERMS,
-        space: Hashable = None,
-        lora: LoraSet = (),
+        sampler: Any = None,
+        options: RequestOptions = DEFAULTS,
+        *,
+        budget: int | None = None,
     ) -> None:
-        self.lora = lora
-        self.id = stream.id
-        self.terms = terms
-        self.n_restarts = 0
-        self.seated = False  # it has had a slot
-        self.prompt = prompt
-        self.tokens = prompt
+        self.id = id
+        self.arrival = perf_counter()
+        self.tokens = tokens
+        self.n_given = len(tokens)
         self.params = params
-        self.stream = stream
         self.sampler = sampler
+        self.options = options
+        self.budget = budget
         self.slot = -1
-        self.space = space
+        self.state = b""
+        self.n_restarts = 0
+        self.sink = Sink()
 
     def known(self) -> Tokens:
-        """All that it knows: int32. Between two steps."""
-        self.tokens = np.concatenate((self.prompt, self.sampler.tokens()), dtype=np.int32)
+        """All tokens that it knows: int32. Between two steps."""
+        self.tokens = np.concatenate((self.tokens[: self.n_given], self.sampler.tokens()))
         return self.tokens
-
-    def unseated(self) -> None:
-        """It has given up its slot."""
-        self.known()

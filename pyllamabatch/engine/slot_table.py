@@ -1,126 +1,79 @@
-"""Who sits in which slot: a request's way through the engine, between two steps.
-
-Everything that a request takes with it when it comes, leaves for a while or ends is handled in one
-place each: its sampler, its cells, its stream.
-"""
+"""SlotTable: which request is in which slot, and its way in and out."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from ..llama.lora import LoraSet
 from ..scheduler import Scheduler
 from ..step.trace import StepTrace
-from .hand import Hand
-from .output_processor import OutputProcessor
-from .protocols import StepperLike
+from .protocols import StepRunner
 from .request import Request
-from .stream import FinishReason
 
 
 class SlotTable:
-    """The core thread's; every method is called with its `state` held, between two steps.
-    `left_line()`: a request waits for its first slot no more."""
+    """The core thread's. Every method is called with the core's `state` held, between two steps."""
 
     def __init__(
-        self,
-        scheduler: Scheduler,
-        stepper: StepperLike,
-        delivery: OutputProcessor,
-        trace: StepTrace | None,
-        left_line: Callable[[], None] = lambda: None,
+        self, scheduler: Scheduler, stepper: StepRunner, trace: StepTrace | None = None
     ) -> None:
-        self.at: list[Request | Hand | None] = [None] * scheduler.n_slots  # by slot
-        self.open: dict[int, Request] = {}  # by id, from `add` to `end`
-        self.hands: dict[int, Hand] = {}  # interactive ones that know tokens
-        self._left_line = left_line
-        self._scheduler = scheduler
-        self._stepper = stepper
-        self._output_processor = delivery
+        self.at: list[Request | None] = [None] * scheduler.n_slots  # by slot
+        self.requests: dict[int, Request] = {}  # by id, from `add` to `end`
+        self.scheduler = scheduler
+        self.stepper = stepper
         self._trace = trace
 
-    def add(self, request: Request) -> None:
-        """It waits in line."""
-        self.open[request.id] = request
-        self._scheduler.add(
+    def add(self, request: Request, *, saved: int = 0) -> None:
+        """It waits for a slot. `saved`: tokens that its `state` holds."""
+        self.requests[request.id] = request
+        options = request.options
+        self.scheduler.add(
             request.id,
-            len(request.prompt),
-            request.params.max_tokens,
-            arrival=request.stream.submitted_at,
-            space=request.space,
-            priority=request.terms.priority,
-            tenant=request.terms.tenant,
-            deadline=request.terms.deadline,
-            itl_target=request.terms.itl_target,
+            len(request.tokens),
+            request.budget or 1,
+            arrival=request.arrival,
+            priority=options.priority,
+            tenant=options.tenant,
+            deadline=options.deadline,
+            itl_target=options.itl_target,
+            space=options.space,
+            interactive=request.budget is None,
+            saved=saved,
             tokens=request,
         )
 
     def admit(self, id: int, slot: int) -> None:
         """The scheduler has given it a slot."""
-        occupant = self._occupant(id)
-        occupant.slot = slot
-        self._stepper.put_slot(slot, occupant.sampler)
-        self.at[slot] = occupant
-        if isinstance(occupant, Request):
-            self._output_processor.place(self._stepper.n_recorded, slot, occupant.stream)
-            if not occupant.seated:
-                occupant.seated = True
-                self._left_line()
+        request = self.at[slot] = self.requests[id]
+        request.slot = slot
+        self.stepper.put_slot(slot, request.sampler)
+        request.sink.placed()
         if self._trace is not None:
             self._trace.ids[slot] = id
 
     def leave(self, id: int, slot: int) -> None:
-        """The scheduler has preempted it: the sampling state is kept, and what was generated comes
-        behind the prompt."""
-        occupant = self._occupant(id)
-        occupant.sampler = self._stepper.take_slot(slot)
-        occupant.unseated()
-        self.free(occupant)
+        """The scheduler has preempted it. Its sampling state goes with it."""
+        request = self.requests[id]
+        request.known()
+        request.sampler = self.stepper.take_slot(slot)
+        self._free(request)
 
-    def end(
-        self,
-        request: Request,
-        reason: FinishReason,
-        *,
-        stop: int | None = None,
-        error: Exception | None = None,
-    ) -> None:
-        """It is over, wherever it was; the stream ends behind all that was sampled for it."""
-        self._scheduler.remove(request.id, worth=reason != "error")
+    def end(self, request: Request, *, worth: bool = True) -> None:
+        """It is over, wherever it was. `worth`: its cells are right, and may stay cached."""
+        self.scheduler.remove(request.id, worth=worth)
+        del self.requests[request.id]
         if request.slot >= 0:
-            self._stepper.clear_slot(request.slot)
-            self.free(request)
-        self.retire(request, reason, stop=stop, error=error)
+            self.stepper.clear_slot(request.slot)
+            self._free(request)
 
-    def retire(
-        self,
-        request: Request,
-        reason: FinishReason,
-        *,
-        stop: int | None = None,
-        error: Exception | None = None,
-    ) -> None:
-        """`end` of a request that holds nothing, or of an engine that is broken."""
-        del self.open[request.id]
-        if not request.seated:
-            self._left_line()
-        self._output_processor.end(self._stepper.n_recorded, request.stream, reason, stop, error)
-
-    def free(self, occupant: Request | Hand) -> None:
-        """It sits nowhere any more."""
-        self.at[occupant.slot] = None
-        if isinstance(occupant, Request):
-            self._output_processor.leave(self._stepper.n_recorded, occupant.slot)
-        occupant.slot = -1
-
-    def lora(self, id: int) -> LoraSet:
-        """The adapters that a sequence is computed with."""
-        return self._occupant(id).lora
+    def in_slot(self, slot: int) -> Request:
+        request = self.at[slot]
+        assert request is not None
+        return request
 
     def lora_at(self, slot: int) -> LoraSet:
-        occupant = self.at[slot]
-        assert occupant is not None
-        return occupant.lora
+        """The adapters that the request in `slot` is computed with."""
+        return self.in_slot(slot).options.lora
 
-    def _occupant(self, id: int) -> Request | Hand:
-        return self.open.get(id) or self.hands[id]
+    def _free(self, request: Request) -> None:
+        slot, request.slot = request.slot, -1
+        self.at[slot] = None
+        request.sink.left(slot)

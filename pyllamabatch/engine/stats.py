@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 class EngineStats:
     """What an engine has done, at one moment between two steps.
 
-    `submitted` = `waiting` + `running` + the sum of `finished` (by finish reason); interactive
+    `submitted` = `waiting` + `running` + the sum of `finished` (by finish reason). Interactive
     `sequences` that know tokens are not among these. `rows` = `decode_rows` + `prefill_rows`;
     `recomputed_rows`: prefill rows that had been computed before a preemption. `tokens`: sampled,
     those that end a text included. `fill`: how many steps have sampled so many sequences.
-    `kv_used` of `kv_total` cells are held by sequences that run, and `kv_kept` others by the
-    beginnings that are kept for others. `known_tokens`: of all sequences when they were admitted,
+    `kv_used` of `kv_total` cells are held by sequences that run, and `kv_cached` others by cached
+    prefixes. `known_tokens`: of all sequences when they were admitted,
     again if they were preempted; of these `prefix_tokens` were in the cache (`prefix_hit_rate`) and
     `swapped_tokens` in a saved state.
-    `graphs_reused`: compute graphs that did not have to be built anew, counted by libllama when a
-    native call returns; steps of one size reuse theirs. `restarts`: fresh contexts after a failure.
+    `graphs_reused`: compute graphs that did not have to be rebuilt, counted by libllama when a
+    native call returns. Steps of one size reuse theirs. `restarts`: fresh contexts after a failure.
     """
 
     submitted: int
@@ -42,7 +42,7 @@ class EngineStats:
     graphs_reused: int
     sequences: int
     fill: dict[int, int]
-    kv_kept: int = 0
+    kv_cached: int = 0
     known_tokens: int = 0
     prefix_tokens: int = 0
     swapped_tokens: int = 0
@@ -51,7 +51,7 @@ class EngineStats:
     @property
     def prefix_hit_rate(self) -> float:
         """Share of `known_tokens` that did not have to be computed because they were in the cache;
-        0 when nobody was admitted."""
+        0 when no sequence was admitted."""
         return self.prefix_tokens / self.known_tokens if self.known_tokens else 0.0
 
 
@@ -59,8 +59,9 @@ def stats_of(core: EngineCore) -> EngineStats:
     """At this moment, steps of a call that still goes on included."""
     with core.state:
         scheduler, finished = core.scheduler, core.output_processor.finished.copy()
-        counters, hands = scheduler.counters, core.slot_table.hands
-        waiting = scheduler.n_waiting - sum(map(scheduler.waits, hands)) + core.n_mail
+        counters, requests = scheduler.counters, core.table.requests.values()
+        interactive = [request.id for request in requests if request.budget is None]
+        waiting = scheduler.n_waiting - sum(map(scheduler.waits, interactive)) + core.n_untaken
         n, n_rows = core.progress()
         fill = counters.fill.copy()
         if n:
@@ -81,9 +82,9 @@ def stats_of(core: EngineCore) -> EngineStats:
             kv_used=scheduler.accounting.used - scheduler.accounting.cached + n * n_rows,
             kv_total=scheduler.limits.n_cells,
             graphs_reused=core.n_reused,
-            sequences=len(hands),
+            sequences=len(interactive),
             fill=fill,
-            kv_kept=scheduler.accounting.cached,
+            kv_cached=scheduler.accounting.cached,
             known_tokens=counters.known_tokens,
             prefix_tokens=counters.prefix_tokens,
             swapped_tokens=counters.loaded_tokens,

@@ -1,8 +1,7 @@
-"""Stream: one request's tokens and text as they come; Result: what it was in the end.
+"""Stream: one request's tokens and text as they come. Result: what it was in the end.
 
-A stream takes its tokens from the page that the delivery thread fills (page.py) when somebody looks
-at it: a reader in its own thread, the delivery thread where a stop string may be in them, when the
-page is full, and at the end.
+The output processor fills a page (`step/ring_reader.py`). A stream takes its tokens from there when
+it is read, when the page is full, at its end, and at every step if it has stop strings.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..step.sampling_params import SamplingParams
 from .detokenizer import Pieces, TextFeed
 
 if TYPE_CHECKING:
@@ -26,9 +26,12 @@ FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token. `text`: what it adds to the text, "" where a character or a stop string
-    is only partly there. `logprob`, `top_logprobs` (token -> log-probability, the most likely
-    first): None unless asked for."""
+    """One generated token.
+
+    `text`: what it adds to the text, "" where a character or a stop string is only partly there.
+    `logprob`, `top_logprobs` (token -> log-probability, the most likely first): None unless asked
+    for.
+    """
 
     token: int
     text: str
@@ -41,10 +44,12 @@ class Token:
 class Result:
     """A finished request.
 
-    `tokens`: all that were generated, but for the end-of-generation or stop token that ended them;
-    tokens that make up a stop string are there, their text is not. `stop`: the text or the token
-    that ended it. `error`: why, when `finish_reason` is "error". `ttft_s`: from submission to the
-    first token, None when there was none; `e2el_s`: to the end.
+    - tokens: all that were generated, without the end-of-generation or stop token that ended them.
+      The tokens of a stop string are there, its text is not.
+    - stop: the text or the token that ended it.
+    - error: why, when `finish_reason` is "error".
+    - ttft_s: seconds from submission to the first token, None when there was none.
+    - e2el_s: seconds from submission to the end.
     """
 
     id: int
@@ -59,6 +64,16 @@ class Result:
     error: Exception | None = None
     logprobs: list[float] | None = None
     top_logprobs: list[dict[int, float]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What a stream needs of its engine, which it keeps alive while it is open. `cancel(id)` ends
+    its request. `watch(stream)`: a reader waits for more."""
+
+    cancel: Callable[[int], None]
+    watch: Callable[[Stream], None]
+    engine: object = None
 
 
 class Stream:
@@ -76,14 +91,9 @@ class Stream:
         self,
         id: int,
         n_prompt: int,
-        *,
+        params: SamplingParams,
         pieces: Pieces,
-        stops: tuple[str, ...] = (),
-        min_tokens: int = 0,
-        logprobs: int | None = None,
-        cancel: Callable[[Stream], None],
-        watch: Callable[[Stream], None],
-        keep: object = None,
+        host: Host,
     ) -> None:
         self.id = id
         self.n_prompt = n_prompt
@@ -96,20 +106,19 @@ class Stream:
         self._slot = -1
         self._n_taken = 0  # tokens of the page's column
         self._tokens: list[int] = []
-        self._logprobs: list[float] | None = None if logprobs is None else []
-        self._top: list[dict[int, float]] | None = [] if logprobs else None
+        self._logprobs: list[float] | None = None if params.logprobs is None else []
+        self._top: list[dict[int, float]] | None = [] if params.logprobs else None
         self._pieces_of = pieces.of
+        stops = tuple(params.stop)
         self._harmless = pieces.harmless(stops) if stops else None
         self._pieces: list[bytes] = []  # of all tokens, at the end
-        self._feed = TextFeed(stops, min_tokens)
+        self._feed = TextFeed(stops, params.min_tokens)
         self._stopped = False  # by a stop string
         self._n_dropped = 0  # tokens behind it
         self._result: Result | None = None
         self._callbacks: list[Callable[[Stream], Any]] = []
         self._calls: list[Callable[[], None]] = []  # for more
-        self._cancel = cancel
-        self._watch = watch
-        self._keep = keep  # the engine lives as long as its streams
+        self._host: Host | None = host  # until the end
 
     # -- reading
 
@@ -135,7 +144,7 @@ class Stream:
     @property
     def text(self) -> str:
         """The text so far."""
-        self._look()
+        self._watch()
         with self._lock:
             self._catch_up()
             return self._feed.text
@@ -143,7 +152,7 @@ class Stream:
     @property
     def tokens(self) -> list[int]:
         """The tokens so far."""
-        self._look()
+        self._watch()
         with self._lock:
             self._take()
             return self._tokens.copy()
@@ -170,13 +179,14 @@ class Stream:
     def cancel(self) -> bool:
         """End the request within a step; what it has generated stays. False when it has ended
         already."""
-        if self.done:
+        host = self._host
+        if host is None:
             return False
-        self._cancel(self)
+        host.cancel(self.id)
         return True
 
     def add_done_callback(self, callback: Callable[[Stream], Any]) -> None:
-        """`callback(stream)` is called once, when the request has ended: by the engine's delivery
+        """`callback(stream)` is called once, when the request has ended: by the engine's output
         thread, so it must be quick, or at once when it has ended already."""
         with self._lock:
             if self._result is None:
@@ -189,7 +199,7 @@ class Stream:
         state = result.finish_reason if result else "open"
         return f"<Stream {self.id}: {state}, {len(self._tokens)} tokens>"
 
-    # -- the delivery thread's side
+    # -- for the output processor
 
     def _begin(self, page: Page, slot: int) -> None:
         """What comes into this column of the page from now on is this stream's."""
@@ -198,14 +208,13 @@ class Stream:
             self._n_taken = page.shown[slot]
 
     def _turn_to(self, page: Page | None) -> None:
-        """Take the rest of the page; it goes on at the beginning of the next one, if there is
-        one."""
+        """Take what is left in the old page. `page`: the next one, None when it has no slot."""
         with self._lock:
             self._take()
             self._page, self._n_taken = page, 0
 
     def _has_more(self) -> bool:
-        """Whether there is something that nobody has taken."""
+        """Whether there are tokens that were not taken yet."""
         page = self._page
         return page is not None and page.shown[self._slot] > self._n_taken
 
@@ -215,8 +224,8 @@ class Stream:
             self._take()
             return self._stopped
 
-    def _tell(self) -> None:
-        """Wake who waits for more."""
+    def _wake(self) -> None:
+        """Wake the readers that wait for more."""
         with self._lock:
             self._call_all()
 
@@ -227,9 +236,8 @@ class Stream:
         error: Exception | None = None,
         count: Callable[[FinishReason, int], None] = lambda reason, n_dropped: None,
     ) -> None:
-        """The end, unless a stop string was there first. `count` is told how it ended, and how many
-        tokens (`stop`, the one that ended it, included) were behind a stop string, before anybody
-        can see the result."""
+        """The end, unless a stop string was there first. `count(reason, n)` is called before the
+        result can be seen; n: tokens behind a stop string, `stop` included."""
         now = perf_counter()
         with self._lock:
             if self._result is not None:
@@ -257,7 +265,7 @@ class Stream:
                 logprobs=self._logprobs,
                 top_logprobs=self._top,
             )
-            self._keep = None
+            self._host = None
             callbacks, self._callbacks = self._callbacks, []
             self._call_all()
             self._end.notify_all()
@@ -320,7 +328,7 @@ class Stream:
             feed.finish()
 
     def _whole_text(self) -> str:
-        """At the end. What nobody has looked at is not cut into tokens now."""
+        """At the end. What was never read is not cut into tokens now."""
         if self._stopped:
             return self._feed.text
         return b"".join(self._pieces).decode("utf-8", "replace")
@@ -330,8 +338,8 @@ class Stream:
             self._catch_up()
             if self._feed.n_decided > index or self._result is not None:
                 return
-            self._watch(self)
-            if not self._has_more():  # looked at again: `_watch` was too late for what came before
+            self._watch()
+            if not self._has_more():  # once more: `_watch` was too late for what came before
                 self._more.wait()
 
     def _when_more(self, index: int, call: Callable[[], None]) -> bool:
@@ -342,7 +350,7 @@ class Stream:
                 self._catch_up()
                 if self._feed.n_decided > index or self._result is not None:
                     return True
-                self._watch(self)
+                self._watch()
                 if not self._has_more():  # see `_wait_for_more`
                     self._calls.append(call)
                     return False
@@ -358,10 +366,12 @@ class Stream:
         for call in calls:
             call()
 
-    def _look(self) -> None:
-        """Without the lock: who looks at what there is finds what is new when he looks again."""
-        if self._result is None:
-            self._watch(self)
+    def _watch(self) -> None:
+        """The output processor fetches what is new. A reader that does not wait for it finds it
+        the next time."""
+        host = self._host
+        if host is not None:
+            host.watch(self)
 
     def _token(self, i: int) -> Token:
         return Token(

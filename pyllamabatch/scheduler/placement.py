@@ -81,6 +81,11 @@ class Placement:
         self.counters.preemptions += 1
         return slot
 
+    @property
+    def has_kv_operations(self) -> bool:
+        """Whether there are some that no step has brought yet."""
+        return bool(self.admission.cache.kv_operations)
+
     def take_kv_operations(self) -> tuple[KvOperation, ...]:
         """What was decided since the last step, or the last call: to be carried out in this
         order. Every `Step` has taken those before it already."""

@@ -16,7 +16,7 @@ from math import inf
 import numpy as np
 
 from pyllamabatch.cost.step_cost import NO_COST, NewGraph, StepCost
-from pyllamabatch.engine.kv_config import LEAST_KEPT
+from pyllamabatch.engine.kv_config import LEAST_CACHED
 from pyllamabatch.kv import Sharing
 from pyllamabatch.kv.radix_tree import Tokens
 from pyllamabatch.scheduler import Limits, Policy, Scheduler, Step
@@ -63,7 +63,9 @@ class EngineSpec:
         retain = unified if prefix_cache is None else prefix_cache
         n_cached = 0
         if unified and retain:
-            n_cached = max(0, min(max(n_seq_max, LEAST_KEPT), 256 - n_seq_max, n_batch - n_seq_max))
+            n_cached = max(
+                0, min(max(n_seq_max, LEAST_CACHED), 256 - n_seq_max, n_batch - n_seq_max)
+            )
         limits = Limits(
             n_batch,
             n_ubatch,

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.stepper import Stepper
-from pyllamabatch.step.types import REPORT, STEP_DTYPE, Run
+from pyllamabatch.step.types import STEP_DTYPE, Run
 
 
 def _offset() -> float:
@@ -135,15 +135,10 @@ class StreamStepper(Stepper):
         """
         code = self._run_native(slots, n_more, min(n_steps, _MOST_STEPS))
         info = self._run
-        finished: list[tuple[int, int, int]] = []
-        reported: list[tuple[int, int, int, float]] = []
-        for r in self._finished[0 : info.n_finished] if info.n_finished else ():
-            if self.rows.flags[r.row] & REPORT:
-                reported.append((r.seq, r.token, r.finish, r.logprob))
-            else:
-                finished.append((r.seq, r.token, r.finish))
+        records = self._finished[0 : info.n_finished] if info.n_finished else ()
+        results = [(r.seq, r.token, r.finish, r.logprob) for r in records]
         seconds, first = info.ns * 1e-9, info.first_ns * 1e-9
-        return Run(code, info.n_steps, info.n_reused, seconds, finished, reported, first)
+        return Run(code, info.n_steps, info.n_reused, seconds, results, first)
 
     @property
     def n_recorded(self) -> int:

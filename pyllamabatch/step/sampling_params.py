@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pyllamabatch.errors import ArgumentError, checked_keywords, flag, integer, number
 from pyllamabatch.step.json_schema import Schema, schema_text
@@ -100,6 +100,10 @@ class SamplingParams:
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+    def with_seed(self, seed: int) -> SamplingParams:
+        """These parameters with another seed, taken from 0 on again behind the largest."""
+        return replace(self, seed=seed % (SEED_MAX + 1))
 
     def _integer(self, name: str, low: int, high: int) -> None:
         self._set(name, integer(name, getattr(self, name), low, high))

@@ -280,9 +280,13 @@ class Stepper:
     ) -> DetachedSlot:
         """What `set_slot` makes, with the same errors, for `put_slot` later. From any thread, also
         while another one is in `step`; the caller sees to it that nobody closes the context."""
-        engine, context = self._open()
+        _, context = self._open()
         given = () if prompt_tokens is None else prompt_tokens
-        prompt = context.model.vocab.check_tokens(given, "prompt_tokens")
+        return self.new_slot(params, context.model.vocab.check_tokens(given, "prompt_tokens"))
+
+    def new_slot(self, params: SamplingParams, prompt: TokenArray) -> DetachedSlot:
+        """`make_slot` for tokens that were checked: contiguous int32."""
+        engine, _ = self._open()
         struct, keep = sampling_struct(params, self._path)
         out, why = ffi.new("plb_slot **"), ffi.new("char[]", 512)
         code = lib.plb_slot_new(

@@ -14,7 +14,7 @@ from pyllamabatch.errors import decode_error
 
 OUTPUT = 1  # this row's logits can be read with Context.logits(row)
 SAMPLE = 2  # this row is sampled with its sequence's slot
-REPORT = 4  # what was sampled for this row is in `Run.reported`
+REPORT = 4  # what was sampled for this row is in `Run.results`
 
 I32 = npt.NDArray[np.int32]
 U8 = npt.NDArray[np.uint8]
@@ -157,10 +157,9 @@ class Run(NamedTuple):
     n_steps: int  # steps that were computed
     n_reused: int  # graphs that they reused
     seconds: float  # of all of them
-    finished: list[tuple[int, int, int]]  # slot, token, finish of those that the last one ended
-    # Slot, token, finish and log-probability of the rows with REPORT; token is -1 and finish
-    # `Finish.ERROR` where a row could not be sampled.
-    reported: Sequence[tuple[int, int, int, float]] = ()
+    # Of the last step, where a sequence finished and of rows with REPORT: slot, token, finish and
+    # log-probability. Token is -1 and finish `Finish.ERROR` where a row could not be sampled.
+    results: Sequence[tuple[int, int, int, float]] = ()
     first_seconds: float = 0.0  # of its first step
 
 

@@ -169,7 +169,7 @@ def test_calls_that_are_under_way_are_waited_for_or_cancelled(model: Model, canc
             if cancel:
                 stopping = threading.Thread(target=engine.stop)
                 stopping.start()
-                while len(engine._core.commands._mail) == 0:
+                while len(engine._core.commands._commands) == 0:
                     pass
                 go_on.set()
                 stopping.join(30)

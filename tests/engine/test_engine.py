@@ -31,6 +31,7 @@ from pyllamabatch.errors import (
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import sarathi
 from pyllamabatch.step.sampling_params import SamplingParams
+from tests.support.checked import check_idle
 from tests.support.models_gguf import EOS, N_VOCAB, gguf_path
 
 PROMPT = [1, 20, 30, 40, 50]
@@ -61,13 +62,7 @@ def check_balanced(engine: Engine) -> EngineStats:
     stats = engine.stats()
     assert stats.submitted == stats.waiting + stats.running + sum(stats.finished.values())
     assert stats.rows == stats.decode_rows + stats.prefill_rows
-    if stats.waiting == stats.running == 0:
-        assert stats.kv_used == 0
-        accounting, memory = engine._core.scheduler.accounting, engine._core._memory
-        slots = range(accounting.n_seq_max)
-        assert [memory.pos_max(i) + 1 for i in slots] == [accounting.held(i) for i in slots]
-        assert stats.kv_kept == accounting.used
-    return stats
+    return check_idle(engine) if stats.waiting == stats.running == 0 else stats
 
 
 def test_stream_result_and_generate_say_the_same(shared: Engine) -> None:
@@ -356,7 +351,7 @@ def test_close_now_cancels_what_is_open(model: Model) -> None:
     assert set(reasons) == {"cancelled"}
     assert engine.stats().finished["cancelled"] == 10
     with pytest.raises(ClosedError):
-        engine._core._memory.pos_max(0)  # the context is gone
+        engine._core._device.memory.pos_max(0)  # the context is gone
 
 
 def test_close_waits_no_longer_than_it_is_told(model: Model) -> None:
@@ -420,14 +415,14 @@ def test_a_thread_that_prepares_a_request_is_waited_for(
 ) -> None:
     engine = small(model)
     inside, go_on = threading.Event(), threading.Event()
-    make_slot = engine._stepper.make_slot
+    new_slot = engine._stepper.new_slot
 
     def slow(*args: Any) -> Any:
         inside.set()
         assert go_on.wait(10)
-        return make_slot(*args)
+        return new_slot(*args)
 
-    monkeypatch.setattr(engine._stepper, "make_slot", slow)
+    monkeypatch.setattr(engine._stepper, "new_slot", slow)
     with ThreadPoolExecutor(2) as pool:
         late = pool.submit(engine.submit, PROMPT, greedy())
         assert inside.wait(10)

@@ -26,7 +26,7 @@ from pyllamabatch.kv import Sharing, SwapChoice
 from pyllamabatch.llama.lora import LoraSet
 from pyllamabatch.scheduler import Limits, Plan, StepView, sarathi
 from pyllamabatch.step.sampling_params import SamplingParams
-from tests.support.engine_fakes import Rig, solo
+from tests.support.engine_fakes import Rig
 
 LIMITS = Limits(n_batch=16, n_ubatch=8, n_seq_max=4, n_cells=64, n_cells_seq=64)
 
@@ -39,22 +39,12 @@ def prompts(n: int, length: int = 5) -> list[list[int]]:
     return [list(range(10 * i + 1, 10 * i + 1 + length)) for i in range(n)]
 
 
-def check_solo(rig: Rig) -> None:
-    """Every request that was not cancelled or failed has the tokens that it gets alone."""
-    for request in rig.requests:
-        result = request.stream.wait(0)
-        tokens, reason = solo(request.prompt.tolist(), request.params, request.lora)
-        assert result.tokens == tokens[: len(result.tokens)]
-        if result.finish_reason in ("stop", "length"):
-            assert (result.tokens, result.finish_reason) == (tokens, reason)
-
-
 def test_the_fake_itself_runs_everything_as_if_alone() -> None:
     rig = Rig(LIMITS)
     for prompt in prompts(7):
         rig.submit(prompt, params())
     rig.run()
-    check_solo(rig)
+    rig.check_solo()
     assert (
         rig.core.output_processor.finished["length"] + rig.core.output_processor.finished["stop"]
         == 7
@@ -67,7 +57,7 @@ def test_preempted_requests_get_the_same_tokens() -> None:
     for prompt in prompts(6):
         rig.submit(prompt, params(40))
     rig.run()
-    check_solo(rig)
+    rig.check_solo()
     assert rig.scheduler.counters.preemptions > 0
     assert rig.core.output_processor.finished["error"] == 0
 
@@ -78,7 +68,7 @@ def test_no_cells_at_any_step_preempts_and_ends_nobody(step: int) -> None:
     for prompt in prompts(3):
         rig.submit(prompt, params())
     rig.run()
-    check_solo(rig)
+    rig.check_solo()
     assert rig.core.output_processor.finished["error"] == 0
     assert rig.scheduler.counters.preemptions == 1
 
@@ -88,7 +78,7 @@ def test_no_cells_several_times_in_a_row_sheds_one_after_the_other() -> None:
     for prompt in prompts(4):
         rig.submit(prompt, params())
     rig.run()
-    check_solo(rig)
+    rig.check_solo()
     assert rig.core.output_processor.finished["error"] == 0
     assert rig.scheduler.counters.preemptions == 3
 
@@ -101,7 +91,7 @@ def test_no_cells_for_a_request_that_is_alone_is_its_error() -> None:
         stream.result(0)
     again = rig.submit(prompts(1)[0], params())
     rig.run()
-    check_solo(rig)
+    rig.check_solo()
     assert again.wait(0).finish_reason in ("stop", "length")
 
 
@@ -127,7 +117,7 @@ def test_a_failed_decode_fails_its_rows_only(
     assert early[0].wait(0).error is not early[1].wait(0).error
     late = [rig.submit(prompt, params()) for prompt in prompts(3)]
     rig.run()
-    check_solo(rig)
+    rig.check_solo()
     assert all(stream.wait(0).finish_reason in ("stop", "length") for stream in late)
     assert rig.core.output_processor.finished["error"] == 2
 
@@ -147,7 +137,7 @@ def test_a_fresh_context_takes_the_place_of_one_that_fails_twice(step: int, code
     assert rig.scheduler.accounting.used == 0
     assert [view.id for view in rig.scheduler.view(0).waiting][: len(running)] == list(running)
     rig.run()
-    check_solo(rig)
+    rig.check_solo()
     assert rig.core.output_processor.finished["error"] == 0
 
 
@@ -166,12 +156,12 @@ def test_a_request_that_breaks_every_context_ends_and_the_others_go_on() -> None
     assert rig.machine.n_renewed == 2
     with pytest.raises(FatalDecodeError):
         poison.result(0)
-    check_solo(rig)
+    rig.check_solo()
     for stream in (*before, after):  # those that were in its last step, too, have what is right
         assert stream.wait(0).finish_reason in ("stop", "length", "error")
     rig.submit(prompts(1)[0], params())
     rig.run()
-    check_solo(rig)
+    rig.check_solo()
     assert rig.machine.n_renewed == 2
 
 
@@ -196,7 +186,7 @@ def test_a_step_that_fails_once_is_tried_again(step: int, code: int, sharing: Sh
     for prompt in prompts(3):
         rig.submit(prompt, params())
     rig.run()
-    check_solo(rig)
+    rig.check_solo()
     assert rig.core.output_processor.finished["error"] == 0
 
 
@@ -221,7 +211,7 @@ def test_sequences_outside_of_a_failed_batch_go_on_from_what_the_cache_holds() -
     assert slot is not None
     rig.machine.cells[slot].pop()  # libllama lost a cell of the third one as well
     rig.run()
-    check_solo(rig)
+    rig.check_solo()
     reasons = [request.stream.wait(0).finish_reason for request in rig.requests]
     assert reasons[:2] == ["error", "error"]
     assert reasons[2] in ("stop", "length")
@@ -238,7 +228,7 @@ def test_an_exception_of_the_step_fails_its_rows_only() -> None:
         stream.result(0)
     rig.submit(prompts(1)[0], params())
     rig.run()
-    check_solo(rig)
+    rig.check_solo()
 
 
 def test_a_row_that_can_not_be_sampled_ends_its_request_only() -> None:
@@ -249,7 +239,7 @@ def test_a_row_that_can_not_be_sampled_ends_its_request_only() -> None:
     rig.turn()
     rig.machine.failing.add(1)
     rig.run()
-    check_solo(rig)
+    rig.check_solo()
     reasons = [request.stream.wait(0).finish_reason for request in rig.requests]
     assert reasons[1] == "error"
     assert "error" not in (reasons[0], reasons[2])
@@ -268,7 +258,7 @@ def test_a_step_is_one_call_for_each_set_of_adapters() -> None:
     for prompt, lora in zip(prompts(4, 3), sets, strict=True):
         rig.submit(prompt, params(12), lora)
     rig.run()
-    check_solo(rig)
+    rig.check_solo()
     assert rig.core.output_processor.finished["error"] == rig.scheduler.counters.preemptions == 0
     assert max(rig.machine.runs) == 8  # nobody waits for longer
     assert len(rig.machine.runs) == 6  # behind a turn of prompts
@@ -287,7 +277,7 @@ def test_nobody_starts_from_what_other_adapters_have_computed() -> None:
     rig.submit([*prompt, 7], params(4), (("a", 1.0),))
     rig.run()
     assert rig.scheduler.counters.prefix_tokens == 40
-    check_solo(rig)
+    rig.check_solo()
 
 
 class Stubborn:
@@ -402,10 +392,10 @@ def test_any_mix_of_arrivals_cancels_and_faults(
         elif a < len(rig.requests):
             rig.requests[a].stream.cancel()
     rig.run()
-    check_solo(rig)
+    rig.check_solo()
     rig.check()
     rig.scheduler.drop_cached()
-    rig.core._carry_out()
+    rig.core.kv.flush()
     rig.check()
     assert rig.machine.cells == {}
     assert len(rig.space) == 0

@@ -135,7 +135,7 @@ def test_a_sequence_that_is_alone_is_never_held(model: Model) -> None:
 def test_an_engine_waits_by_its_own_cost_model(model: Model) -> None:
     with engine_on(model, 2) as engine, engine.sequence(PARAMS) as sequence:
         scheduler = engine._core.scheduler
-        assert scheduler._resting.gather == CostWindow()
+        assert scheduler._idle.gather == CostWindow()
         cost: Any = engine.cost
         assert scheduler.cost is cost
         assert cost.absolute == cost.calibrated
@@ -144,7 +144,7 @@ def test_an_engine_waits_by_its_own_cost_model(model: Model) -> None:
         assert cost.absolute
         for _ in range(64):
             sequence.sample()
-        habit = scheduler._resting.usual
+        habit = scheduler._idle.usual
         assert habit.mean != FIRST_SECONDS
         assert 0 < habit.mean < 1
         assert 0 < habit.returns < 1

@@ -14,6 +14,7 @@ import pytest
 from pyllamabatch import Batch, Engine, LoraAdapter, Model, SamplingParams
 from pyllamabatch.errors import ArgumentError, ClosedError, StateError
 from pyllamabatch.llama.context import Context
+from tests.support.checked import check_idle
 from tests.support.models_gguf import gguf_path
 from tests.support.models_special import write_lora
 
@@ -82,11 +83,7 @@ def engine_on(model: Model, adapters: Mapping[str, LoraAdapter], **options: Any)
 
 
 def check_empty(engine: Engine) -> None:
-    stats = engine.stats()
-    assert stats.running == stats.waiting == stats.kv_used == stats.finished["error"] == 0
-    accounting, memory = engine._core.scheduler.accounting, engine._core._memory
-    slots = range(accounting.n_seq_max)
-    assert [memory.pos_max(slot) + 1 for slot in slots] == [accounting.held(slot) for slot in slots]
+    assert check_idle(engine).finished["error"] == 0
 
 
 @pytest.mark.parametrize(
@@ -219,7 +216,7 @@ def test_an_adapter_may_be_closed_under_an_engine(
         for chosen in (0, 1, 2):
             got = engine.submit(PROMPTS[1], GREEDY, lora=SETS[chosen]).result(60).tokens
             assert got == alone[1][chosen]
-        handle = engine._input_processor.loras._of["a"]._handle
+        handle = engine._inputs.loras._of["a"]._handle
     with pytest.raises(ClosedError):
         handle.retain()  # the engine was the last to hold it
 
@@ -267,7 +264,7 @@ def test_a_cancel_waits_for_one_step_of_each_set(
         turns: list[int] = []  # the call that each begins with
         cancelled = threading.Event()
         core: Any = engine._core
-        compute, parts = core._stepper.compute, core._parts
+        compute, parts = core._stepper.compute, core._calls
         long = SamplingParams(temperature=0, max_tokens=500, ignore_eog=True)
 
         def begin(step: Any) -> Any:
@@ -284,7 +281,7 @@ def test_a_cancel_waits_for_one_step_of_each_set(
 
         with core.state:
             streams = [engine.submit(PROMPTS[0], long, lora=chosen) for chosen in SETS[:3]]
-            core._stepper.compute, core._parts = computed, begin
+            core._stepper.compute, core._calls = computed, begin
         assert cancelled.wait(60)
         assert streams[0].wait(60).finish_reason == "cancelled"
         for stream in streams:

@@ -111,13 +111,18 @@ def test_bad_options_start_nothing(model: Model, options: dict[str, Any]) -> Non
     with small(model) as engine:
         with pytest.raises(ArgumentError):
             engine.submit(PROMPT, greedy(), **options)
-        with pytest.raises(TypeError):
+        with pytest.raises(ArgumentError, match="did you mean priority"):
             engine.submit(PROMPT, greedy(), prioritty=3)  # type: ignore[call-arg]
         assert engine.stats().submitted == 0
 
 
 def test_bad_options_of_an_engine(model: Model) -> None:
-    for options in ({"max_waiting": 0}, {"max_waiting": 1.5}, {"patience": -1}, {"policy": "mlfq"}):
+    for options in (
+        {"max_waiting": 0},
+        {"max_waiting": 1.5},
+        {"patience": -1},
+        {"policy": "mlfqq"},
+    ):
         with pytest.raises(ArgumentError):
             small(model, **options)
 

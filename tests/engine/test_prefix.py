@@ -76,7 +76,7 @@ def test_without_a_cache_nothing_is_shared(
         results = engine.generate(PROMPTS, GREEDY)
         stats = engine.stats()
     assert_as_alone([r.tokens for r in results], alone, tolerance(architecture.name), 0.98)
-    assert (stats.prefix_tokens, stats.kv_kept) == (0, 0)
+    assert (stats.prefix_tokens, stats.kv_cached) == (0, 0)
     assert stats.prefill_rows == n_prompt_rows(PROMPTS)
 
 
@@ -156,4 +156,4 @@ def test_kept_beginnings_never_stand_in_the_way() -> None:
             stats = engine.stats()
             assert stats.preemptions == 0
             assert stats.finished["error"] == 0
-            assert 0 < stats.kv_kept <= stats.kv_total
+            assert 0 < stats.kv_cached <= stats.kv_total

@@ -14,7 +14,7 @@ from pyllamabatch.errors import DecodeAborted, FatalDecodeError, InvalidBatch, K
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.types import Run
-from tests.support.checked import Checked
+from tests.support.checked import Checked, check_idle
 from tests.support.models_gguf import Architecture, gguf_path
 from tests.support.oracle import random_prompts
 
@@ -84,17 +84,6 @@ class Faulty:
         assert self._stepper.compute(np.zeros(0, np.int32), 1, half).code == 0
 
 
-def check_clean(engine: Engine) -> None:
-    core = engine._core
-    accounting, memory = core.scheduler.accounting, core._memory
-    slots = range(accounting.n_seq_max)
-    assert [memory.pos_max(slot) + 1 for slot in slots] == [accounting.held(slot) for slot in slots]
-    stats = engine.stats()
-    assert stats.kv_kept == accounting.used
-    assert stats.kv_used == stats.running == stats.waiting == 0
-    assert stats.submitted == sum(stats.finished.values())
-
-
 @pytest.mark.parametrize("step", [1, 2, 4, 9])
 def test_no_cells(model: Model, expected: list[list[int]], step: int) -> None:
     with engine_on(model, n_batch=128) as engine:  # three prompts in the first step
@@ -102,7 +91,7 @@ def test_no_cells(model: Model, expected: list[list[int]], step: int) -> None:
         results = engine.generate(PROMPTS, GREEDY)
         assert [result.tokens for result in results] == expected
         assert engine.stats().preemptions >= 1
-        check_clean(engine)
+        check_idle(engine)
 
 
 KINDS = {2: DecodeAborted, -1: InvalidBatch, -3: FatalDecodeError}
@@ -127,7 +116,7 @@ def test_a_fault_at_any_decode(
                 assert result in failed or len(result.tokens) == 12
             for result in failed:
                 assert isinstance(result.error, KINDS[code])
-            check_clean(engine)
+            check_idle(engine)
         engine._stepper.fault(0, 0)
         assert [result.tokens for result in engine.generate(PROMPTS, GREEDY)] == expected
 
@@ -146,7 +135,7 @@ def test_a_decode_that_fails_twice_in_a_row(
         for result, tokens in zip(results, expected, strict=True):
             assert result.tokens == tokens[: len(result.tokens)]
             assert result in failed or len(result.tokens) == 12
-        check_clean(engine)
+        check_idle(engine)
         again = engine.generate(PROMPTS, GREEDY)
         assert [result.tokens for result in again] == expected
 
@@ -162,7 +151,7 @@ def test_a_fresh_context_after_a_decode_that_fails_twice(
         results = engine.generate(PROMPTS, GREEDY)
         assert [result.tokens for result in results] == expected
         assert engine.stats().restarts == 2
-        check_clean(engine)
+        check_idle(engine)
         again = engine.generate(PROMPTS, GREEDY)
         assert [result.tokens for result in again] == expected
 
@@ -203,7 +192,7 @@ def test_the_ledger_is_right_at_every_step(model: Model, options: dict[str, Any]
             assert result.n_generated == 25 + 7 * (i % 11) or i % 5 == 3
         assert checked.n_steps == engine.stats().steps
         assert (engine.stats().preemptions > 0) == engine.limits.unified
-        check_clean(engine)
+        check_idle(engine)
 
 
 def test_draws_survive_a_preemption(model: Model) -> None:
@@ -231,9 +220,10 @@ def test_what_the_ledger_calls_empty_is_there_to_the_last_cell(
         engine.generate(prompts[:1], GREEDY)
         results = engine.generate(prompts[1:], GREEDY)
         accounting = engine._core.scheduler.accounting
-        memory: Any = engine._core._memory
-        context: Any = engine._core._kv_executor._states
+        memory: Any = engine._core._device.memory
+        context: Any = engine._core._device.states
         with engine._core.state:
+            engine._core.kv.flush()
             held = sum(accounting.held(slot) for slot in range(accounting.n_seq_max))
             assert accounting.used > 0
             if engine.capabilities.prefix_copy:

@@ -31,6 +31,7 @@ from pyllamabatch.errors import (
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Window
 from pyllamabatch.step.sampling_params import SamplingParams
+from tests.support.checked import check_idle
 from tests.support.models_gguf import EOS, N_VOCAB, Architecture, gguf_path
 
 EXACT: dict[str, Any] = {
@@ -63,16 +64,6 @@ def drive(sequence: Sequence, n: int) -> list[int]:
     return [sequence.sample().token for _ in range(n)]
 
 
-def check_empty(engine: Engine) -> None:
-    """Nobody is there any more: neither for the counters nor in the cells."""
-    stats = engine.stats()
-    assert (stats.sequences, stats.kv_used, stats.running, stats.waiting) == (0, 0, 0, 0)
-    memory, accounting = engine._core._memory, engine._core.scheduler.accounting
-    assert stats.kv_kept == accounting.used
-    for slot in range(accounting.n_seq_max):
-        assert memory.pos_max(slot) + 1 == accounting.held(slot)
-
-
 def test_it_gives_what_a_request_gives(architecture: Architecture) -> None:
     prompt = [1, *range(10, 40)]
     with Model(gguf_path(architecture.name)) as model, engine_on(model, n_batch=16) as engine:
@@ -88,7 +79,7 @@ def test_it_gives_what_a_request_gives(architecture: Architecture) -> None:
             sequence.trim(10)
             sequence.prompt(prompt[10:])
             assert drive(sequence, 12) == expected
-        check_empty(engine)
+        check_idle(engine)
 
 
 def test_text_pieces_and_log_probabilities(model: Model) -> None:
@@ -117,7 +108,7 @@ def test_an_end_token_is_said_once_and_the_sequence_goes_on(engine: Engine) -> N
         assert sequence.position == 10
         sequence.trim(5)
         assert sequence.sample().end
-    check_empty(engine)
+    check_idle(engine)
 
 
 def test_a_stop_token_is_an_end(engine: Engine) -> None:
@@ -141,7 +132,7 @@ def test_a_fork_knows_the_same_and_goes_its_own_way(engine: Engine) -> None:
             assert fork.position == sequence.position + 2
         assert drive(sequence, 4) == engine.submit(PROMPT, GREEDY).result(60).tokens[8:]
         assert sequence.tokens[5:9] == first
-    check_empty(engine)
+    check_idle(engine)
 
 
 def test_a_snapshot_goes_on_in_another_engine(model: Model) -> None:
@@ -166,8 +157,8 @@ def test_a_snapshot_goes_on_in_another_engine(model: Model) -> None:
             with pytest.raises(StateError):
                 copy.restore(data[:100])
             assert copy.tokens == tokens + rest
-        check_empty(one)
-        check_empty(two)
+        check_idle(one)
+        check_idle(two)
     with engine_on(model, type_k="f16", type_v="f16") as other, other.sequence() as copy:
         copy.restore(data)  # of another cache: computed again
         assert copy.tokens == tokens
@@ -183,7 +174,7 @@ def test_a_snapshot_of_any_architecture(architecture: Architecture) -> None:
             expected = drive(sequence, 6)
             copy.restore(data)
             assert drive(copy, 6) == expected
-        check_empty(engine)
+        check_idle(engine)
 
 
 def test_a_snapshot_goes_through_a_file(model: Model, tmp_path: Path) -> None:
@@ -241,7 +232,7 @@ def test_threads_share_their_decodes(model: Model) -> None:
             assert one[: len(expected)] == expected
         steps = {n_rows: after.fill[n_rows] - before.fill.get(n_rows, 0) for n_rows in after.fill}
         assert steps.get(n, 0) >= 1  # as many as the machine lets come in time
-        check_empty(engine)
+        check_idle(engine)
 
 
 def test_requests_and_sequences_run_side_by_side(engine: Engine) -> None:
@@ -251,7 +242,7 @@ def test_requests_and_sequences_run_side_by_side(engine: Engine) -> None:
         sequence.prompt(PROMPT)
         assert drive(sequence, 12) == expected
     assert [stream.result(60).tokens for stream in streams] == [expected] * 6
-    check_empty(engine)
+    check_idle(engine)
 
 
 def test_more_sequences_than_slots_take_turns(model: Model) -> None:
@@ -269,7 +260,7 @@ def test_more_sequences_than_slots_take_turns(model: Model) -> None:
         assert engine.stats().preemptions > 0
         for sequence in sequences:
             sequence.close()
-        check_empty(engine)
+        check_idle(engine)
 
 
 # -- cancel, errors, the end
@@ -318,7 +309,7 @@ def test_a_cancelled_call_has_not_happened(model: Model) -> None:
             sequence.cancel()  # nothing to cancel
             rest = drive(sequence, 4)
         assert first + rest == engine.submit(PROMPT, GREEDY).result(60).tokens[:6]
-        check_empty(engine)
+        check_idle(engine)
 
 
 def test_a_failed_decode_is_an_error_and_no_end(model: Model) -> None:
@@ -336,7 +327,7 @@ def test_a_failed_decode_is_an_error_and_no_end(model: Model) -> None:
             assert sequence.tokens == PROMPT + first
             engine._stepper.fault(1, -3)  # once is tried again
             assert first + drive(sequence, 9) == expected
-        check_empty(engine)
+        check_idle(engine)
 
 
 def test_owners_take_turns_after_a_decode_that_found_no_cells(model: Model) -> None:
@@ -368,7 +359,7 @@ def test_a_token_that_can_not_be_chosen_is_an_error(engine: Engine) -> None:
             with pytest.raises(SamplingError):
                 sequence.sample()
             assert sequence.position == 5
-    check_empty(engine)
+    check_idle(engine)
 
 
 def test_bad_arguments_leave_it_as_it_was(engine: Engine) -> None:
@@ -398,7 +389,7 @@ def test_bad_arguments_leave_it_as_it_was(engine: Engine) -> None:
     with pytest.raises(ClosedError):
         sequence.sample()
     sequence.close()
-    check_empty(engine)
+    check_idle(engine)
 
 
 def test_a_full_sequence_says_so(model: Model) -> None:
@@ -410,7 +401,7 @@ def test_a_full_sequence_says_so(model: Model) -> None:
                 sequence.sample()
             sequence.trim(10)
             drive(sequence, 2)
-        check_empty(engine)
+        check_idle(engine)
 
 
 def test_a_closed_engine_wakes_its_owners(model: Model) -> None:
@@ -438,7 +429,7 @@ def test_a_forgotten_sequence_gives_its_cells_back(engine: Engine) -> None:
     del sequence
     gc.collect()
     engine.submit(PROMPT, GREEDY).result(60)
-    check_empty(engine)
+    check_idle(engine)
 
 
 def test_a_grammar_begins_anew_with_each_prompt() -> None:
@@ -498,4 +489,4 @@ def test_whatever_the_owners_do_everybody_gets_his_own(ops: list[tuple[int, str,
             assert len(stream.result(60).tokens) == 12
         for sequence in sequences:
             sequence.close()
-        check_empty(engine)
+        check_idle(engine)

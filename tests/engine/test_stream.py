@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyllamabatch.engine.detokenizer import Pieces, TextFeed
-from pyllamabatch.engine.stream import Stream
+from pyllamabatch.engine.stream import Host, Stream
 from pyllamabatch.errors import KvCacheFull
 from pyllamabatch.step.ring_reader import Page
+from pyllamabatch.step.sampling_params import SamplingParams
 
 N_STEPS = 64
 PIECES: dict[int, bytes] = {}  # by token, of the test that runs
@@ -22,16 +23,11 @@ PIECES: dict[int, bytes] = {}  # by token, of the test that runs
 def stream(**options: object) -> Stream:
     """A stream at the beginning of a page, in column 1."""
     PIECES.clear()
-    cancelled: list[Stream] = []
+    cancelled: list[int] = []
     watched: set[Stream] = set()
-    made = Stream(
-        1,
-        3,
-        pieces=Pieces(lambda tokens: [PIECES[token] for token in tokens]),
-        cancel=cancelled.append,
-        watch=watched.add,
-        **options,  # type: ignore[arg-type]
-    )
+    params = SamplingParams(**options)  # type: ignore[arg-type]
+    pieces = Pieces(lambda tokens: [PIECES[token] for token in tokens])
+    made = Stream(1, 3, params, pieces, Host(cancelled.append, watched.add))
     made.cancelled, made.watched = cancelled, watched  # type: ignore[attr-defined]
     made._begin(Page(2, N_STEPS, 3), 1)
     return made
@@ -55,7 +51,7 @@ def push(made: Stream, *pieces: bytes) -> bool:
     stopped = made._scan() if made._harmless is not None else False
     if made in made.watched:  # type: ignore[attr-defined]
         made.watched.discard(made)  # type: ignore[attr-defined]
-        made._tell()
+        made._wake()
     return stopped
 
 
@@ -78,7 +74,7 @@ def test_tokens_come_in_order_to_every_reader() -> None:
 
 
 def test_held_back_text_arrives_with_its_tokens_at_the_end() -> None:
-    made = stream(stops=("END",))
+    made = stream(stop=("END",))
     assert not push(made, b"a", b"E", b"N")
     assert made.text == "a"
     made._finish("length")
@@ -87,7 +83,7 @@ def test_held_back_text_arrives_with_its_tokens_at_the_end() -> None:
 
 
 def test_a_stop_string_ends_the_text_and_keeps_the_tokens() -> None:
-    made = stream(stops=("END",))
+    made = stream(stop=("END",))
     assert push(made, b"a", b"E", b"N", b"D!")
     push(made, b"x", b"y")
     counted: list[tuple[str, int]] = []
@@ -175,7 +171,7 @@ def test_text_can_be_read_at_any_time() -> None:
 
 
 def test_a_token_that_ends_the_text_behind_a_stop_string_does_not_count_either() -> None:
-    made = stream(stops=("b",))
+    made = stream(stop=("b",))
     push(made, b"a", b"b", b"c")
     counted: list[tuple[str, int]] = []
     made._finish("stop", 7, count=lambda *given: counted.append(given))
@@ -183,7 +179,7 @@ def test_a_token_that_ends_the_text_behind_a_stop_string_does_not_count_either()
 
 
 def test_a_reader_finds_the_stop_string_before_the_delivery_thread() -> None:
-    made = stream(stops=("b",))
+    made = stream(stop=("b",))
     page = made._page
     assert page is not None
     PIECES.update({100: b"a", 101: b"b", 102: b"c"})
@@ -206,7 +202,7 @@ def test_stop_strings_are_found_as_if_every_piece_had_been_searched(
     feed = TextFeed(stops)
     n = next((i for i, piece in enumerate(pieces, 1) if feed.feed(piece)), len(pieces))
     feed.finish()
-    made = stream(stops=tuple(stops))
+    made = stream(stop=tuple(stops))
     for i, piece in enumerate(pieces):
         push(made, piece)
         if i in looks:

@@ -135,7 +135,7 @@ def observed(
 
 
 def call(n: int, n_reused: int, seconds: float, first: float) -> Run:
-    return Run(0, n, n_reused, seconds, [], (), first)
+    return Run(0, n, n_reused, seconds, (), first)
 
 
 def test_a_switch_costs_what_its_first_step_took_longer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,9 @@ from pyllamabatch.kv import Sharing, SwapChoice
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Limits
 from pyllamabatch.step.sampling_params import SamplingParams
+from tests.support.checked import check_idle
 from tests.support.embedded import EXACT, check, solos, texts
-from tests.support.engine_fakes import Rig, solo
+from tests.support.engine_fakes import Rig
 from tests.support.oracle import Agreement, Reference
 
 KINDS: dict[int, type[DecodeError]] = {
@@ -60,7 +61,7 @@ def run(
 
     def fault(step: int) -> int | None:
         if step in faults:
-            slot_table, rows = rig.core.slot_table, rig.machine.rows.seq[: rig.machine.n_now]
+            slot_table, rows = rig.core.table, rig.machine.rows.seq[: rig.machine.n_now]
             occupants = [slot_table.at[slot] for slot in set(rows.tolist())]
             hit[step] = {occupant.id for occupant in occupants if occupant is not None}
         return faults.get(step)
@@ -87,7 +88,7 @@ def check_survivors(rig: Rig, code: int) -> set[int]:
     errors = []
     for request in rig.requests:
         result = request.stream.wait(0)
-        tokens, reason = solo(request.prompt.tolist(), request.params)
+        tokens, reason = request.alone
         if result.finish_reason == "error":
             failed.add(request.id)
             errors.append(result.error)
@@ -98,7 +99,7 @@ def check_survivors(rig: Rig, code: int) -> set[int]:
             assert (result.tokens, result.finish_reason) == (tokens, reason)
     assert len({id(error) for error in errors}) == len(errors)
     rig.scheduler.drop_cached()
-    rig.core._kv_executor.carry_out()
+    rig.core.kv.flush()
     rig.check()
     assert rig.machine.cells == {}
     assert len(rig.space) == 0
@@ -166,7 +167,7 @@ def test_different_codes_one_after_the_other(machine: str, codes: tuple[int, ...
         rig, hit = run(machine, {first + i: code for i, code in enumerate(codes)})
         for request in rig.requests:
             result = request.stream.wait(0)
-            tokens, _ = solo(request.prompt.tolist(), request.params)
+            tokens, _ = request.alone
             if result.finish_reason == "error":
                 assert request.id in set().union(*hit.values())
                 assert result.tokens == tokens[: len(result.tokens)]
@@ -226,7 +227,7 @@ def test_every_decode_of_the_embedded_model(
                 assert result in failed or result.n_generated == n
             assert all(type(result.error) is KINDS[code] for result in failed)
             stats = engine.stats()
-            assert stats.running == stats.waiting == stats.kv_used == stats.kv_kept == 0
+            assert stats.running == stats.waiting == stats.kv_used == stats.kv_cached == 0
             return len(failed)
 
         assert run() == 0
@@ -244,7 +245,6 @@ def test_every_decode_of_the_embedded_model(
                 n_fresh = min(n_times // 2, RESTARTS)
                 assert engine.stats().restarts - before.restarts == n_fresh
         assert run() == 0
-        accounting, memory = engine._core.scheduler.accounting, engine._core._memory
-        assert all(memory.pos_max(slot) == -1 for slot in range(accounting.n_seq_max))
+        assert check_idle(engine).kv_cached == 0
     assert (n_failed > 0) == (code == -1 or (code, n_times) in ((2, 2), (-3, 6)))
     assert agreement.fraction > 0.9

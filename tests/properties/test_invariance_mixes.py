@@ -17,7 +17,7 @@ from pyllamabatch.engine.engine import Engine
 from pyllamabatch.engine.stream import Stream
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
-from tests.support.checked import Checked
+from tests.support.checked import Checked, check_idle
 from tests.support.embedded import EXACT, N_TOKENS, check, solos, texts
 from tests.support.oracle import Agreement, Reference
 
@@ -125,12 +125,7 @@ def test_every_request_gets_what_it_gets_alone(model: Model, alone: list[Referen
                     stream.cancel()
             results = [stream.wait(60) for stream, _, _ in streams]
             assert engine.drain(60)
-            stats = engine.stats()
-            accounting, memory = engine._core.scheduler.accounting, engine._core._memory
-            slots = range(accounting.n_seq_max)
-            held = [memory.pos_max(slot) + 1 for slot in slots]
-            assert held == [accounting.held(slot) for slot in slots]
-        assert stats.kv_used == stats.running == stats.waiting == stats.sequences == 0
+            stats = check_idle(engine)
         assert stats.finished["error"] == 0
         assert checked.n_checks > 0 or stats.steps == 0
         assert stats.submitted == len(streams) == sum(stats.finished.values())

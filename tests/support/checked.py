@@ -5,16 +5,34 @@ from __future__ import annotations
 from typing import Any
 
 from pyllamabatch.engine.engine import Engine
+from pyllamabatch.engine.stats import EngineStats
+
+
+def check_idle(engine: Engine) -> EngineStats:
+    """Nothing runs, and counters, accounting and libllama's own memory agree on what is left:
+    cached prefixes."""
+    core = engine._core
+    with core.state:
+        core.kv.flush()
+        accounting, memory = core.scheduler.accounting, core._device.memory
+        slots = range(accounting.n_seq_max)
+        held = [memory.pos_max(slot) + 1 for slot in slots]
+        assert held == [accounting.held(slot) for slot in slots]
+    stats = engine.stats()
+    assert stats.running == stats.waiting == stats.sequences == stats.kv_used == 0
+    assert stats.kv_cached == accounting.used
+    assert stats.submitted == sum(stats.finished.values())
+    return stats
 
 
 class Checked:
-    """Sits between an engine's decoder and its stepper. `may_fail`: decodes are made to fail on
+    """Sits between an engine's core and its stepper. `may_fail`: decodes are made to fail on
     purpose; else each must succeed, for what the accounting allows fits."""
 
     def __init__(self, engine: Engine, *, may_fail: bool = False) -> None:
         self._stepper: Any = engine._stepper
         self._scheduler = engine._core.scheduler
-        self._memory = engine._core._memory
+        self._memory = engine._core._device.memory
         self._may_fail = may_fail
         self.n_steps = 0
         self.n_checks = 0
@@ -31,10 +49,12 @@ class Checked:
         return result
 
     def _check(self, n_cells: int) -> None:
-        """Before a step, so after the one before it and all moves since."""
+        """Before a native call. What ended in a call of the same step is taken out with the next
+        step."""
         scheduler, n_slots = self._scheduler, self._scheduler.n_slots
         held = [self._memory.pos_max(slot) + 1 for slot in range(n_slots)]
-        assert held == [scheduler.accounting.held(slot) for slot in range(n_slots)]
+        if not scheduler.has_kv_operations:
+            assert held == [scheduler.accounting.held(slot) for slot in range(n_slots)]
         for id in scheduler.running_ids():
             slot = scheduler.slot(id)
             assert slot is not None

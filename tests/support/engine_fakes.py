@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from pyllamabatch.engine.core import EngineCore
+from pyllamabatch.engine.core import CoreOptions, EngineCore
 from pyllamabatch.engine.detokenizer import Pieces
+from pyllamabatch.engine.options import RequestOptions
 from pyllamabatch.engine.output_processor import PAGE_STEPS
+from pyllamabatch.engine.protocols import Device
 from pyllamabatch.engine.request import Request
-from pyllamabatch.engine.stream import Stream
+from pyllamabatch.engine.stream import Host, Stream
 from pyllamabatch.errors import ContextCreateError, StateError, UnsupportedOperation
 from pyllamabatch.kv import Sharing, SwapChoice, SwapSpace
 from pyllamabatch.llama.lora import LoraNames, LoraSet
@@ -164,7 +166,7 @@ class FakeMachine:
         self.rung = False
         if not n_more:
             self.runs.append(n_done)
-        return Run(code, n_done, 0, 1e-3 * n_done, finished)
+        return Run(code, n_done, 0, 1e-3 * n_done, [(*record, np.nan) for record in finished])
 
     def interrupt(self) -> None:
         self.rung = True
@@ -308,6 +310,21 @@ class FakeMachine:
         return len(self.cells.get(seq_id, ())) - 1
 
 
+@dataclass(frozen=True)
+class Submitted:
+    """What a rig was given, and the stream that it gave."""
+
+    id: int
+    prompt: list[int]
+    params: SamplingParams
+    lora: LoraSet
+    stream: Stream
+
+    @property
+    def alone(self) -> tuple[list[int], str]:
+        return solo(self.prompt, self.params, self.lora)
+
+
 class Rig:
     """A core on a fake machine, turned by hand instead of by its thread."""
 
@@ -327,50 +344,55 @@ class Rig:
         self.machine.names = loras
         self.scheduler = Scheduler(limits, policy, sharing=sharing, swap=swap)
         self.space = SwapSpace(10**6)
+        machine = self.machine
         self.core = EngineCore(
             self.scheduler,
-            self.machine,
-            self.machine,
-            self.machine,
-            self._close,
-            space=self.space,
-            max_restarts=max_restarts,
-            loras=self.machine,
+            Device(machine, machine, machine, machine, self._close),
+            CoreOptions(space=self.space, max_restarts=max_restarts),
         )
-        self.requests: list[Request] = []
+        self.requests: list[Submitted] = []
         self._pieces = Pieces(lambda tokens: [b"%d " % token for token in tokens])
 
     def _close(self) -> None:
         self.machine.closed = True
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, lora: LoraSet = ()) -> Stream:
-        stream = Stream(
-            len(self.requests) + 1,
-            len(prompt),
-            pieces=self._pieces,
-            stops=tuple(params.stop),
-            cancel=self.core.cancel,
-            watch=self.core.output_processor.watch,
-        )
+        id = len(self.requests) + 1
+        options = RequestOptions(lora=lora, space=lora or None)
         request = Request(
+            id,
             np.array(prompt, np.int32),
             params,
-            stream,
             Slot(params, lora),
-            space=lora or None,
-            lora=lora,
+            options,
+            budget=params.max_tokens,
         )
-        self.requests.append(request)
-        self.core.submit([request])
+        host = Host(self.core.cancel, self.core.output_processor.watch)
+        stream = Stream(id, len(prompt), params, self._pieces, host)
+        self.requests.append(Submitted(id, list(prompt), params, lora, stream))
+        self.core.submit([self.core.stream_to(request, stream)])
         return stream
+
+    def check_solo(self) -> None:
+        """Every request has the tokens that it gets alone; one that was cancelled or failed, the
+        first of them."""
+        for request in self.requests:
+            result, (tokens, reason) = request.stream.wait(0), request.alone
+            assert result.tokens == tokens[: len(result.tokens)]
+            if result.finish_reason in ("stop", "length"):
+                assert (result.tokens, result.finish_reason) == (tokens, reason)
 
     def turn(self) -> None:
         """One turn of the core, and one of the delivery thread for what came before it."""
-        if self.core.commands or not self.scheduler.idle:
-            self.core._take_mail()
-            self.core._turn()
+        if self.has_work:
+            self.core.step()
             self.check()
             self.deliver()
+
+    @property
+    def has_work(self) -> bool:
+        scheduler = self.scheduler
+        return bool(self.core.commands or not scheduler.idle or scheduler.has_kv_operations)
 
     def deliver(self) -> None:
         """As if the delivery thread had its turn now."""
@@ -384,7 +406,7 @@ class Rig:
 
     def run(self) -> None:
         for _ in range(100_000):
-            if self.scheduler.idle and not self.core.commands:
+            if not self.has_work:
                 self.settle()
                 if not self.core.commands:  # a stop string in the last tokens
                     return
@@ -399,17 +421,19 @@ class Rig:
     def check(self) -> None:
         """Cache, accounting, slots and streams say the same."""
         scheduler, machine = self.scheduler, self.machine
-        accounting = scheduler.accounting
-        assert accounting.used == machine.n_held
         running = {scheduler.slot(id) for id in scheduler.running_ids()}
         assert set(machine.slots) == running
+        if scheduler.has_kv_operations:
+            return  # they come with the next step
+        accounting = scheduler.accounting
+        assert accounting.used == machine.n_held
         for slot in range(scheduler.n_slots):
             held = len(machine.cells.get(slot, ()))
             assert held == accounting.held(slot)
             assert slot not in running or held == scheduler.computed(slot)
             assert slot in running or accounting.is_cached(slot) == (held > 0)
         assert set(scheduler.admission._saved) == set(self.space._states)
-        n_open = len(self.core.slot_table.open)
+        n_open = len(self.core.table.requests)
         with self.core.state:
             assert n_open == scheduler.n_running + scheduler.n_waiting
         n_done = sum(request.stream.done for request in self.requests)

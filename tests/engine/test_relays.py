@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from pyllamabatch.engine.aio import Relay
 from pyllamabatch.engine.engine import Engine
+from pyllamabatch.engine.relays import Relay
 from pyllamabatch.errors import ArgumentError, EngineClosed, RequestTooLong
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams

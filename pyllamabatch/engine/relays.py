@@ -1,7 +1,7 @@
-"""asyncio: tokens and results in event loops, without a thread per request.
+"""Relays: tokens and results in event loops of asyncio, without a thread per request.
 
-The engine's delivery thread wakes a loop once however many of its tasks have news; each task then
-takes what is there for it.
+The output thread wakes a loop once however many of its tasks have news. Each task then takes what
+is there for it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .stream import Result, Stream, Token
 
 if TYPE_CHECKING:
     from .core import EngineCore
-    from .request import Request
+    from .stream_sink import StreamSink
 
 
 class Relay:
@@ -42,7 +42,7 @@ class Relay:
                 return  # the loop has been told already
         try:
             self._loop.call_soon_threadsafe(self._complete)
-        except RuntimeError:  # the loop is closed: nobody waits
+        except RuntimeError:  # the loop is closed, and its tasks with it
             self._due.clear()
 
     def _complete(self) -> None:
@@ -69,12 +69,12 @@ class Relays:
             return relay
 
 
-async def submit(core: EngineCore, request: Request, relay: Relay) -> None:
-    """As `EngineCore.submit`, but the task waits where the line is full."""
+async def submit(core: EngineCore, sink: StreamSink, relay: Relay) -> None:
+    """As `EngineCore.submit`, but the task waits while there is no room."""
     while True:
         future, wake = relay.future()
         try:
-            core.submit([request], 0)
+            core.submit([sink], 0)
             return
         except QueueFull:
             if core.commands.when_room(wake):
@@ -83,7 +83,7 @@ async def submit(core: EngineCore, request: Request, relay: Relay) -> None:
 
 
 async def tokens(stream: Stream, relay: Relay) -> AsyncGenerator[Token, None]:
-    """Its tokens as their text is decided. Who leaves before the end cancels the request."""
+    """Its tokens as their text is decided. Leaving before the end cancels the request."""
     index = 0
     try:
         while True:
@@ -102,18 +102,18 @@ async def tokens(stream: Stream, relay: Relay) -> AsyncGenerator[Token, None]:
         stream.cancel()
 
 
-async def generate(core: EngineCore, requests: list[Request], relay: Relay) -> list[Result]:
+async def generate(core: EngineCore, sinks: list[StreamSink], relay: Relay) -> list[Result]:
     """What they are in the end, in their order."""
-    streams = [request.stream for request in requests]
+    streams = [sink.stream for sink in sinks]
     try:
-        with core.commands.visit():
-            for request in requests:
-                await submit(core, request, relay)
+        with core.commands.keep_alive():
+            for sink in sinks:
+                await submit(core, sink, relay)
         for stream in streams:
             future, wake = relay.future()
             stream.add_done_callback(partial(_call, wake))
             await future
-    except BaseException:  # cancelled: nobody wants them any more
+    except BaseException:  # cancelled: they are not wanted any more
         for stream in streams:
             stream.cancel()
         raise
