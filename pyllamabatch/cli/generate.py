@@ -174,8 +174,8 @@ class Notes:
         self._began = time.monotonic()
 
     def done(self, n_done: int, n_tokens: int) -> None:
-        rate = n_tokens / max(time.monotonic() - self._began, 1e-9)
-        self._progress.update(n_done, f"{rate:.1f} tok/s")
+        rate = n_tokens / (time.monotonic() - self._began)
+        self._progress.update(n_done, f"{rate:.1f} tok/s" if n_tokens else "")
 
     def problem(self, row: Row) -> None:
         if row["error"] not in self._problems:
@@ -185,7 +185,7 @@ class Notes:
     def summary(self, batch: BatchFile, args: argparse.Namespace) -> None:
         n_same = batch.n_failed - len(self._problems)
         if n_same:
-            self._progress.note(f"{n_same} more lines have the same problems: see their error")
+            self._progress.note(f"{n_same} more with the same problems: see the field error")
         if batch.n_resumed and not args.quiet:
             self._progress.note(f"{batch.n_resumed} lines were finished before")
 

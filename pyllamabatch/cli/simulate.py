@@ -1,34 +1,33 @@
 """Run a trace of requests through the engine's own scheduler, in virtual time.
 
-The time of a step is that of a profile (`pyllamabatch calibrate`, or one that is shipped); no model
-is loaded. Several policies run the same trace, side by side. --trace takes a file (Azure's .csv,
-Mooncake's .jsonl, ShareGPT's .json) or draws one: poisson:rate=4,n=1000,prompt=100-900,output=128;
-gamma:rate=4,cv=3,…; closed:clients=16,….
+The time of a step is that of a profile: of the last `pyllamabatch calibrate`,
+or one that is shipped. No model is loaded. Several policies run the same trace,
+side by side.
+
+--trace takes a file (Azure's .csv, Mooncake's .jsonl, ShareGPT's .json) or
+draws one:
+  poisson:rate=4,n=1000,prompt=100-900,output=128
+  gamma:rate=4,cv=3,…
+  closed:clients=16,…
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from math import inf
 from pathlib import Path
 
+from pyllamabatch.cli.console import say
 from pyllamabatch.cli.options import at_least
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import load_profile, shipped_names
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler import make_policy
 from pyllamabatch.scheduler.policies import DEFAULT
-from pyllamabatch.sim import (
-    ROUTERS,
-    EngineSpec,
-    at_load,
-    load_trace,
-    parse_slo,
-    report,
-    simulate,
-)
+from pyllamabatch.sim import ROUTERS, EngineSpec, at_load, load_trace, parse_slo, report, simulate
 from pyllamabatch.sim.replica import OVERHEAD
 
 SETTINGS = (
@@ -40,23 +39,24 @@ SETTINGS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--profile",
-        metavar="NAME|FILE",
+        "--profile", metavar="NAME|FILE",
         help="step times: a file, a saved profile (the one of the last `calibrate`), or "
         + ", ".join(shipped_names()),
-    )
-    parser.add_argument("--trace", required=True, metavar="FILE|SPEC")
+    )  # fmt: skip
+    parser.add_argument("--trace", required=True, metavar="FILE|SPEC", help="the requests")
     parser.add_argument(
         "--load", type=float, metavar="SHARE",
-        help="stretch arrivals to this share of the requests that the machine can end in a second",
+        help="stretch arrivals to this share of what the engine can do; above 1 it is overloaded",
     )  # fmt: skip
     parser.add_argument(
-        "--policy", default=DEFAULT, metavar="A,B,…", help="with options: sarathi,slo:margin=0.8"
-    )
+        "--policy", default=DEFAULT, metavar="A,B,…",
+        help=f"policies, each NAME, module:name or file.py:name with options as in "
+        f"slo:margin=0.8 ({DEFAULT})",
+    )  # fmt: skip
     parser.add_argument(
-        "--slo", type=str, default="", metavar="ttft=S,itl=S", help="targets; also tpot, e2el"
+        "--slo", default="", metavar="ttft=S,itl=S", help="targets; also tpot and e2el"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of a drawn trace (0)")
     parser.add_argument(
         "--requests", type=at_least(1), metavar="N", help="the first N of the trace"
     )
@@ -64,26 +64,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rate", type=float, metavar="R", help="requests a second, instead of a file's own times"
     )
     group = parser.add_argument_group("engines")
-    group.add_argument("-s", "--n-seq-max", type=at_least(1, 256), default=16, metavar="N")
+    group.add_argument(
+        "-s", "--n-seq-max", type=at_least(1, 256), default=16, metavar="N",
+        help="requests that run at once (16)",
+    )  # fmt: skip
     group.add_argument(
         "-c", "--n-ctx", type=at_least(1), default=32768, metavar="N", help="KV cells (32768)"
     )
-    group.add_argument("-b", "--n-batch", type=at_least(1), default=2048, metavar="N")
-    group.add_argument("-ub", "--n-ubatch", type=at_least(1), default=512, metavar="N")
-    group.add_argument("--kv-unified", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument(
+        "-b", "--n-batch", type=at_least(1), default=2048, metavar="N",
+        help="most rows in a step (2048)",
+    )  # fmt: skip
+    group.add_argument(
+        "-ub", "--n-ubatch", type=at_least(1), default=512, metavar="N",
+        help="most rows that the device computes at once (512)",
+    )  # fmt: skip
+    group.add_argument(
+        "--kv-unified", action=argparse.BooleanOptionalAction, default=True,
+        help="one pool of cells for all sequences (the default), or an equal share for each",
+    )  # fmt: skip
     group.add_argument(
         "--prefix-cache", action=argparse.BooleanOptionalAction,
-        help="keep what requests leave behind (where cells are unified)",
+        help="reuse the cells of prompts that start alike (the default with one pool)",
     )  # fmt: skip
     group.add_argument(
-        "--overhead", type=float, metavar="S",
-        help=f"of a call beside its steps ({OVERHEAD})",
+        "--overhead", type=float, default=OVERHEAD, metavar="S",
+        help=f"seconds of a call beside its steps ({OVERHEAD})",
     )  # fmt: skip
-    group.add_argument("--replicas", type=at_least(1, 10000), default=1, metavar="N")
-    group.add_argument("--router", default="least-outstanding", choices=tuple(ROUTERS))
+    group.add_argument(
+        "--replicas", type=at_least(1, 10000), default=1, metavar="N", help="equal engines (1)"
+    )
+    group.add_argument(
+        "--router", default="least-outstanding", choices=tuple(ROUTERS),
+        help="which of them gets a request (least-outstanding)",
+    )  # fmt: skip
     group = parser.add_argument_group("output")
     group.add_argument("--jsonl", type=Path, metavar="FILE", help="figures and every request")
-    group.add_argument("--markdown", type=Path, metavar="FILE")
+    group.add_argument("--markdown", type=Path, metavar="FILE", help="the table")
     group.add_argument("--html", type=Path, metavar="FILE", help="with plots; needs matplotlib")
     group.add_argument("--json", action="store_true", help="print the figures as JSON")
 
@@ -93,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     policies = split_policies(args.policy)
     for policy in policies:
         make_policy(policy)  # what is wrong with one is said before anything runs
-    if args.overhead is not None and not 0 <= args.overhead < inf:
+    if not 0 <= args.overhead < inf:
         raise ArgumentError("overhead", args.overhead, "seconds, at least 0")
     requests = load_trace(args.trace, seed=args.seed, n=args.requests, rate=args.rate)
     if "itl" in slo:  # for policies that look at it
@@ -107,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
         n_ubatch=args.n_ubatch,
         unified=args.kv_unified,
         prefix_cache=args.prefix_cache,
-        overhead=OVERHEAD if args.overhead is None else args.overhead,
+        overhead=args.overhead,
     )
     if args.load is not None:
         requests = at_load(requests, spec, policies[0], args.load)
@@ -118,15 +135,22 @@ def run(args: argparse.Namespace) -> int:
     summaries = {run.policy: run.summary(slo) for run in runs}
     trace = Path(args.trace).name if Path(args.trace).is_file() else args.trace
     title = f"{trace} on {profile.key.device}, {profile.about.get('model') or 'unknown model'}"
-    text = report.markdown(runs, summaries, title)
-    print(json.dumps(summaries) if args.json else text, end="\n" if args.json else "")
+    markdown = report.markdown(runs, summaries, title)
+    if args.json:
+        say(json.dumps(summaries))
+    elif sys.stdout.isatty():
+        words = report.verdict(runs, summaries)
+        say("\n".join([title, "", report.table(summaries).plain(), "", *words]))
+    else:
+        print(markdown, end="")
     settings = {name: getattr(args, name) for name in SETTINGS}
     if args.jsonl is not None:
-        _write(args.jsonl, "".join(f"{line}\n" for line in report.jsonl(runs, summaries, settings)))
+        lines = report.jsonl(runs, summaries, settings)
+        args.jsonl.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     if args.markdown is not None:
-        _write(args.markdown, text)
+        args.markdown.write_text(markdown, encoding="utf-8")
     if args.html is not None:
-        _write(args.html, report.page(runs, summaries, title, settings))
+        args.html.write_text(report.page(runs, summaries, title, settings), encoding="utf-8")
     return 0
 
 
@@ -141,10 +165,3 @@ def split_policies(text: str) -> list[str]:
     if len(set(found)) < len(found):
         raise ArgumentError("--policy", text, "every one once")
     return found
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ArgumentError("file", str(path), str(error)) from None

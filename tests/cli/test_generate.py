@@ -191,6 +191,48 @@ def test_bad_lines_are_reported_and_the_rest_goes_on(tmp_path: Path, capsys: Any
     assert "error" not in read(out)[-2], "line 10"
 
 
+def test_a_finished_file_is_not_answered_again(
+    tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    prompts, out = write(tmp_path / "in.jsonl", make_lines(3)), tmp_path / "out.jsonl"
+    assert in_process("--prompts", prompts, "--out", out, "-n", 4) == 0
+    before = out.read_bytes()
+    monkeypatch.setattr("pyllamabatch.cli.generate.open_engine", None)  # none is needed
+    assert in_process("--prompts", prompts, "--out", out, "-n", 4) == 0
+    assert out.read_bytes() == before
+    assert "3 lines were finished before" in capsys.readouterr().err
+
+
+def test_a_model_without_a_chat_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(Model, "chat_template", lambda model: None)
+    out, template = tmp_path / "out.jsonl", tmp_path / "template.jinja"
+    prompts = write(tmp_path / "in.jsonl", make_lines(3))
+    common = ["--prompts", prompts, "--out", out, "-n", 2, "--overwrite"]
+    assert in_process(*common) == 1
+    errors = capsys.readouterr().err
+    assert "1: id " in errors
+    assert "the model has no chat template: name one, --chat-template" in errors
+    assert "2 more with the same problems" in errors
+    assert len(errors.splitlines()) == 2
+    with Model.default() as model:
+        template.write_text(model.metadata["tokenizer.chat_template"])
+    for named in ("chatml", template):
+        assert in_process(*common, "--chat-template", named) == 0
+    assert in_process(*common, "--chat-template", "no-such-name") in (1, 2)
+    assert len(capsys.readouterr().err) < 2000
+
+
+def test_without_the_prefix_cache(tmp_path: Path) -> None:
+    prompts, out = write(tmp_path / "in.jsonl", make_lines(3)), tmp_path / "out.jsonl"
+    args = ("--prompts", prompts, "--out", out, "-n", 4, "--temperature", 0)
+    assert in_process(*args) == 0
+    rows = read(out)
+    assert in_process(*args, "--no-prefix-cache", "--overwrite") == 0
+    assert [row["tokens"] for row in read(out)] == [row["tokens"] for row in rows]
+
+
 def test_standard_input_and_output() -> None:
     lines = make_lines(3)
     text = "".join(json.dumps(line) + "\n" for line in lines)
