@@ -216,7 +216,7 @@ def in_contexts(found: Footprint) -> int:
 
 
 def free() -> int:
-    """Bytes that the GPUs have free, for everybody; 0 without one."""
+    """Bytes that the GPUs have free, for all processes; 0 without one."""
     from pyllamabatch.llama import runtime
 
     return sum(d.free for d in runtime.devices().values() if d.kind != "cpu" and d.total)
@@ -230,7 +230,7 @@ def compute(model: Model, layout: Layout) -> None:
 
 
 def decode(context: Context) -> None:
-    """A prompt of n_ubatch tokens, or what a sequence has room for, and a step of everybody."""
+    """A prompt of n_ubatch tokens, or what a sequence has room for, and a step of all sequences."""
     batch = context.batch()
     n = min(context.n_ubatch, context.n_ctx_seq - 1)
     batch.extend([1] * n, 0, 0, logits=False)

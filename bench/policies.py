@@ -2,7 +2,8 @@
 tokens, and others.
 
 "counted" is `sarathi:budget=512`: every stream has a row at each step, prompts the rest of an
-ubatch, and the cost model is not asked. Steady: n streams decode, and nobody else comes. Mixed:
+ubatch, and the cost model is not asked. Steady: n streams decode, and no other request comes.
+Mixed:
 Poisson arrivals, prompts of about 256 and answers of about 128 tokens, at a share of what the
 device can do; throughput is all tokens over the time to the last one. Clients: as many as there are
 slots, who ask again when they have their answer, prompts of 64 to 256 and answers of 32 to 128

@@ -38,7 +38,7 @@ LOADS = {
         "closed:clients=32,prompt=128,output=1000-2000",
     ),
     "decode, prefix cache": Load(
-        "the same, and what they leave is kept",
+        "the same, and what they leave is cached",
         "closed:clients=32,prompt=128,output=1000-2000",
         prefix_cache=True,
     ),
@@ -47,7 +47,7 @@ LOADS = {
         "poisson:rate=6,prompt=512~0.8,output=256~0.8",
     ),
     "fleet": Load(
-        "the same on 8 replicas, prompts that begin alike, prefixes kept and routed by",
+        "the same on 8 replicas, prompts that begin alike, prefixes cached and routed by",
         "poisson:rate=48,prompt=512~0.8,output=256~0.8,prefix=200,prefixes=50",
         prefix_cache=True,
         n_replicas=8,

@@ -4,10 +4,11 @@ clients whose prompts come in between.
 Both arms have a cost model of the device. The default asks it how many rows a step had better
 have, and lets streams take turns, or fills up with rows of prompts; "counted" never asks: every
 stream has a row at each step, prompts the rest of an ubatch. Steady: the window in which all n
-streams decode and nobody else is there, by the engine's step trace; tokens of it over its time.
+streams decode and no other request is there, by the engine's step trace; tokens of it over
+its time.
 Mixed: N clients take the next of a list of requests when they have their answer; all tokens over
 all time. Prompts and answers differ in length, as else all end at once and ask again at once: then
-prompts come only when nobody decodes. Each repeat draws its own. ITL: between two tokens of a
+prompts come only when no sequence decodes. Each repeat draws its own. ITL: between two tokens of a
 stream, every pair of all streams, in the window. Arms alternate within a run.
 
 The model is that of the profile that an engine finds (`pyllamabatch calibrate`), of `--profile`, or

@@ -111,7 +111,7 @@ class Validation:
 
 
 def split(requests: Sequence[TraceRequest], n: int) -> list[list[TraceRequest]]:
-    """About `n` segments, each beginning at 0; one where requests come after others."""
+    """About `n` segments whose first arrival is 0; one where requests come after others."""
     if any(request.after is not None for request in requests) or n == 1:
         return [list(requests)]
     ordered = sorted(requests, key=lambda r: r.arrival)

@@ -1,10 +1,10 @@
 """Calibration: step times of many shapes on this device, within a budget of seconds.
 
-Shapes are gone through in rounds, so that a disturbance hits a few repeats of each and not all of
-one; a shape's time is the median. Decoding steps of few rows, each of which may have a kernel of
-its own, are come back to within the first round: where steps are slow it may be the only one.
-Within a round a shape's steps follow each other, as decoding does, so that graphs are reused. What
-the first ones of a block take more, whose graph is new, is kept beside it.
+All shapes are measured in each round, so a disturbance hits few repeats of a shape; a shape's time
+is the median. Within a round, equal steps follow each other in a block, so the graph is reused as
+in decoding. The first steps of a block have a new graph; how much longer they take is stored, too.
+Steps of few decoding rows may each have a kernel of their own. They are repeated within the first
+round: on a slow device it may be the only one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pyllamabatch.planner.residency import fitting_n_ctx
 Progress = Callable[[float, str], None]
 """Called with the share of the budget that is spent, and what is being measured."""
 
-BASE_DEPTH = 128  # of every sequence, where depth is not what is measured
+BASE_DEPTH = 128  # cells of every sequence, where depth is not what is measured
 N_SEQ_UNIFIED, N_SEQ_STREAMS = 65, 33
 N_CTX = 36864
 STREAMS_SHARE = 0.3  # of the budget
@@ -49,9 +49,9 @@ def calibrate(
 ) -> Profile:
     """Measure and return a profile; its `about["complete"]` is False when it was interrupted.
 
-    budget: seconds, after which the round that is going on ends early; the model is loaded already.
-    layouts: "unified" (one pool of cells), "streams" (cells of each sequence's own).
-    context_params: of `Context`; those that the engine will use (n_ubatch, n_threads, type_k, ...).
+    budget: seconds, without loading the model; the last round ends early. layouts: "unified" (one
+    pool of cells), "streams" (a stream of cells for each sequence). context_params: of `Context`,
+    as the engine will use them (n_ubatch, n_threads, type_k, ...).
 
     KeyboardInterrupt ends it with what is measured, and is raised where that is too little.
     Raises ProfileError when the budget ends before each kind of step was measured.
@@ -151,8 +151,8 @@ _DEEP_STREAMS = ((512, (1, 4, 16)), (1024, (1, 8, 32)))
 
 
 def busy_cores(seconds: float = 0.03) -> float:
-    """Cores in use by anybody for so long, while this thread sleeps; 0 where the system does not
-    say (/proc/stat, in hundredths of a second)."""
+    """Cores in use by all processes during so many seconds, in which this thread sleeps; 0 where
+    the system does not say (/proc/stat, in hundredths of a second)."""
     try:
         before = _busy_ticks()
         time.sleep(seconds)
@@ -168,7 +168,7 @@ def _busy_ticks() -> int:
 
 
 class Clock:
-    """What is left of the budget: this layout may use it up to `share`."""
+    """What is left of the budget, of which this layout may use `share`."""
 
     def __init__(
         self, began: float, budget: float, share: float, progress: Progress | None
@@ -183,10 +183,10 @@ class Clock:
         return self._end - time.monotonic()
 
     def wait_for_quiet(self, on_cpu: bool) -> None:
-        """On a CPU that others use, until they don't; for a quarter of the budget in all."""
+        """Wait while other processes use the CPU: a quarter of the budget at most, in all."""
         began = time.monotonic()
         while on_cpu and self._patience > 0 and self.left > 0 and busy_cores() > _BUSY_CORES:
-            self.show("waiting: others use the processor")
+            self.show("waiting: other processes use the processor")
             time.sleep(0.05)
             self._patience -= time.monotonic() - began
             began = time.monotonic()
@@ -200,13 +200,13 @@ class Clock:
 def measure(
     rig: Rig, shapes: Sequence[Shape], unified: bool, clock: Clock
 ) -> tuple[list[Sample], bool]:
-    """Samples of the shapes, and whether nobody interrupted it."""
+    """Samples of the shapes, and whether it was not interrupted."""
     times: dict[Shape, list[Took]] = {}
     begins: dict[Shape, list[tuple[Took, ...]]] = {}
     whole = True
     try:
         too_large: set[Shape] = set()
-        for n_round, shape, wanted in visits([s for s in shapes if _fits(s, rig, unified)]):
+        for n_round, shape, wanted in schedule([s for s in shapes if _fits(s, rig, unified)]):
             taken = times.setdefault(shape, [])
             if clock.left <= 0 or shape in too_large:
                 continue
@@ -223,7 +223,7 @@ def measure(
                 begin, steady = _block(rig, shape)
                 taken += steady
                 begins.setdefault(shape, []).append(begin)
-            except KvCacheFull:  # a kind of memory that needs more cells than it has rows
+            except KvCacheFull:  # a memory that needs more cells than the step has rows
                 rig.clear()
                 too_large.add(shape)
     except KeyboardInterrupt:
@@ -235,13 +235,14 @@ def measure(
 
 
 _WANTED = (1, 3, 6, 9, 12, 16, 20, 25, 30, 40)  # undisturbed steps of a shape, by round
-_FEW = 8  # rows
-_AGAIN = 4  # times, within the first round
-_AGAIN_SHARE = 0.005  # of what is left of the budget, that one of these may take
+_FEW = 8  # decoding rows of the steps that are repeated
+_AGAIN = 4  # repeats within the first round
+_AGAIN_SHARE = 0.005  # of the remaining budget, that a repeat may take
 
 
-def visits(shapes: Sequence[Shape]) -> Iterator[tuple[int, Shape, float]]:
-    """Round, shape, and how many undisturbed steps of it are enough; inf: come back to."""
+def schedule(shapes: Sequence[Shape]) -> Iterator[tuple[int, Shape, float]]:
+    """(round, shape, number of undisturbed steps that are enough); inf: a repeat within the first
+    round."""
     few = [s for s in shapes if s.rows <= _FEW and not s.prefill and s.depth == BASE_DEPTH]
     part = -(-len(shapes) // _AGAIN)
     for i, shape in enumerate(shapes, 1):
@@ -253,7 +254,7 @@ def visits(shapes: Sequence[Shape]) -> Iterator[tuple[int, Shape, float]]:
 
 
 def _block(rig: Rig, shape: Shape) -> tuple[tuple[Took, ...], list[Took]]:
-    """A few consecutive steps: the first ones, which make what later ones reuse, and the others."""
+    """Consecutive steps: the first ones, with a new graph, and those that reuse it."""
     first = rig.time(shape, 1)
     n = int(min(max(_BLOCK_SECONDS / first[0].seconds, 1), 12))
     taken = first + rig.time(shape, n + (SETTLED - 1 if n > 4 else 0))
@@ -281,9 +282,10 @@ def _words(shape: Shape, unified: bool, n_round: int) -> str:
 def _sample(
     shape: Shape, taken: list[Took], unified: bool, begins: Sequence[tuple[Took, ...]] = ()
 ) -> Sample:
-    """The median of the undisturbed steps; where there are none, the least disturbed one's. What
-    the beginnings of blocks took more, if there are undisturbed ones with a new graph; the very
-    first one, which may have loaded a kernel, only where it is the only one."""
+    """The median of the undisturbed steps; without any, the fastest step.
+
+    `begins`: the first steps of blocks. How much longer they took comes from undisturbed ones with
+    a new graph, without the very first block, which may have loaded a kernel, if there are more."""
     calm = [t.seconds for t in taken if not t.disturbed]
     low, middle, high = np.percentile(calm or [min(taken).seconds], (25, 50, 75))
     fresh = [

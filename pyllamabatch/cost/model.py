@@ -115,13 +115,13 @@ class CostModel(StepCost):
         self, n: int, decode: int, sampled: int, cells: float, own: float, own_prompt: float
     ) -> float:
         """Any ubatch, as `Ubatch` has it."""
-        prompt, in_sight = n - decode, cells + 0.5 * n
+        prompt, attended = n - decode, cells + 0.5 * n
         return self._scale[2 * self._regime[n] + (prompt > 0)] * (
             self._body[n]
             + self._head[sampled]
             + self._cell * cells
-            + decode * (self._all[n] * in_sight + self._own[n] * own)
-            + prompt * (self._all_prompt[n] * in_sight)
+            + decode * (self._all[n] * attended + self._own[n] * own)
+            + prompt * (self._all_prompt[n] * attended)
             + prompt * (self._own_prompt[n] * own_prompt)
         )
 

@@ -1,7 +1,7 @@
-"""Profile: what was measured on one device with one model, as JSON, and where profiles are kept.
+"""Profile: what was measured on one device with one model, as JSON, and where profiles are stored.
 
-Profiles of one's own are in the user's cache folder (`profile_folder`), those that come with the
-package in `device/profiles`. `find_profile` takes the best match of both.
+`pyllamabatch calibrate` saves profiles in the user's cache folder (`profile_folder`). The package
+ships others in `cost/profiles`. `find_profile` takes the best match of both.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ SHIPPED = Path(__file__).parent / "profiles"
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A step: `rows` in all, `prefill` of them rows of prompts that are not sampled, in `n_chunks`
-    sequences; the others decode, a sequence each. Every sequence holds `depth` cells before."""
+    """A step. rows: in all. prefill: prompt rows among them, in `n_chunks` sequences; the others
+    decode, a sequence each. depth: cells that every sequence holds before it."""
 
     rows: int
     prefill: int = 0
@@ -52,11 +52,12 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A measured step: rows, prompt rows among them, KV cells held before it, sequences that have
-    rows in it, one pool of cells or one each; median seconds, half of the range between the
-    quartiles relative to it (0 where only the median is known), and of how many steps (0: all were
-    disturbed). The graph is reused in them. new: seconds that a step takes more when it is not;
-    settle: that the two steps behind that one take more in all; None: not known."""
+    """A measured step, whose graph is reused.
+
+    rows: in all; prefill: prompt rows among them; kv: cells held before it; n_seqs: sequences with
+    rows in it; unified: one pool of cells, not a stream for each. seconds: the median; spread: half
+    of the range between the quartiles, relative to it (0: only the median is known); n: measured
+    steps (0: all were disturbed). new, settle: see `NewGraph` (None: not known)."""
 
     rows: int
     prefill: int
@@ -91,10 +92,10 @@ _SAMPLE_FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What a step's time depends on, other than its shape: a profile suits an engine with the same.
+    """What a step's time depends on beside its shape. A profile suits an engine with an equal key.
 
-    device: its description; backend: ggml's name of it. model: `fingerprint`. context: parameters
-    that change the kernels or the work (threads, cache types, flash attention, n_ubatch).
+    device: its description. backend: ggml's name. model: `fingerprint`. context: parameters that
+    change the kernels or the work (threads, cache types, flash attention, n_ubatch).
     """
 
     device: str
@@ -112,10 +113,9 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Raw samples and where they come from. `about`: driver, llama.cpp build, model facts, date,
-    source; for people. `output_share`: the output matrix's part of the weights that a row passes.
-    `n_expert`, `n_expert_used`: of a mixture of experts, else 0. `n_swa`: cells of the sliding
-    window that some of its layers have, else 0."""
+    """Raw samples and their origin. output_share: the output matrix's part of the weights that a
+    row passes. n_expert, n_expert_used: of a mixture of experts, else 0. n_swa: cells of a sliding
+    window that some layers have, else 0. about: driver, build, model, date, source; for people."""
 
     key: Key
     kernels: Kernels
@@ -128,9 +128,8 @@ class Profile:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def only(self, *, unified: bool) -> Profile:
-        """The samples of one cache layout; all of them where there are none of it. One sequence
-        alone is the same in both: of those it has the shapes, too, that only the other one has
-        undisturbed."""
+        """The samples of one cache layout; all samples where it has none. One sequence alone is the
+        same in both layouts, so its undisturbed samples of the other one fill gaps."""
         chosen = [s for s in self.samples if s.unified == unified]
         if not chosen:
             return self
@@ -229,14 +228,13 @@ def profile_folder() -> Path:
 def file_name(key: Key) -> str:
     """A profile's own name: one per device, model and context parameters."""
     words = [key.device, key.model, *(f"{k}-{v}" for k, v in sorted(key.context.items()))]
-    kept = "_".join(words).lower()
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in kept)[:180] + ".json"
+    name = "_".join(words).lower()
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)[:180] + ".json"
 
 
 def find_profile(key: Key) -> Profile | None:
-    """The profile that suits best: fewest context parameters that differ, one's own before shipped
-    ones. None where device, backend or model are not known. Files that can't be read are passed
-    over."""
+    """The profile with the fewest context parameters that differ; saved ones before shipped ones.
+    None where device, backend or model are unknown. Unreadable files are passed over."""
     best: tuple[int, Profile] | None = None
     for profile in _stored(key.model):
         distance = profile.key.distance(key)

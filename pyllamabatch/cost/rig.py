@@ -1,6 +1,6 @@
 """A context to measure on: sequences of a wanted depth, steps of a wanted shape, their times.
 
-Contents do not matter for time, so tokens are random and a depth is computed once and copied to the
+Contents do not matter for time: tokens are random, and a depth is computed once and copied to the
 other sequences as state.
 """
 
@@ -28,8 +28,8 @@ _SAMPLING = SamplingParams(max_tokens=2**30, ignore_eog=True, seed=1)
 
 
 class Took(NamedTuple):
-    """One step. disturbed: the CPU's threads, which never sleep within a step, did not get the
-    cores all the time; somebody else was at work. new: graphs of it that libllama had to make."""
+    """One step. disturbed: the CPU's threads, which never sleep within a step, did not have the
+    cores all the time. new: graphs that libllama had to make for it."""
 
     seconds: float
     disturbed: bool

@@ -18,7 +18,7 @@ A ubatch of n rows, o of them sampled, costs
     attention = c_cells * kv + c_all * n * (attended cells) + c_own * (own cells that n rows read)
 
 - With `Kernels.attention_from` rows or more, attention has kernels that compute tiles of rows.
-  Beginning those costs c_many.
+  Their start costs c_many.
 - Rows of one prompt look at the same cells, and a tile skips the others: they have a c_all and a
   c_own of their own. Rows that decode look at different cells, and each pays for the cells of all
   rows in its tile: a c_all and a c_own come on top.
@@ -78,9 +78,9 @@ class Terms:
 
     def of(self, ubatch: Ubatch) -> list[float]:
         n, decode, out = ubatch.rows, ubatch.decode, ubatch.sampled
-        in_sight = ubatch.cells + n / 2 if self.unified else 0.0
-        decoding = [decode * in_sight, decode * ubatch.own]
-        prompt = [(n - decode) * in_sight, (n - decode) * ubatch.own_prompt]
+        attended = ubatch.cells + n / 2 if self.unified else 0.0
+        decoding = [decode * attended, decode * ubatch.own]
+        prompt = [(n - decode) * attended, (n - decode) * ubatch.own_prompt]
         values = [1.0, float(out > 0), float(out), self.experts(n), ubatch.cells]
         if n < self.kernels.attention_from:
             values += [*map(add, decoding, prompt), 0.0, 0.0, 0.0, 0.0, 0.0]

@@ -214,7 +214,7 @@ def driver() -> str:
 
 
 def about(model: Model, context: Context) -> dict[str, Any]:
-    """For people: whose profile it is."""
+    """For people: what was measured."""
     return {
         "model": model.description,
         "file": Path(model.path).name,

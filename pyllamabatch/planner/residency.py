@@ -6,9 +6,9 @@ then says what they would be (`plb_memory_breakdown`), and the buffer of the log
 
 A machine is two limits: what its device may hold (a GPU's memory; on a Mac the working set that
 Metal recommends, or `iogpu.wired_limit_mb`), and its memory. Weights that are mapped from the file
-are in memory once, whoever maps them. But a Metal process wires all that its graphs touch while it
-is active, mapped pages too, so each active process counts whole against the working set; and a
-CUDA process has a copy of its own.
+are in memory once for all processes. But an active Metal process wires all that its graphs touch,
+mapped pages too, so each active process counts whole against the working set. A CUDA process has a
+copy of its own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What is asked of an engine: requests with pinned output lengths, and workloads that are drawn.
+"""Requests with pinned output lengths, and workloads that are drawn.
 
-Arrivals are a Poisson process, a gamma process (the same rate in bursts), or a closed loop of
-clients who ask again when they have their answer. The same seed draws the same requests.
+Arrivals are a Poisson process, a gamma process (the same rate in bursts), or a closed loop: each
+client asks again when it has its answer. The same seed draws the same requests.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def poisson(
     prefixes: int = 1,
 ) -> list[TraceRequest]:
     """`rate`: requests a second. `n`: how many. `prompt`, `output`: see `Lengths.parse`. `prefix`:
-    tokens that a prompt has in common with others; one of `prefixes` beginnings."""
+    tokens that a prompt shares with others: one of `prefixes` prefixes."""
     return gamma(
         seed, rate=rate, cv=1.0, n=n, prompt=prompt, output=output, prefix=prefix, prefixes=prefixes
     )

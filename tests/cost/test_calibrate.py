@@ -21,7 +21,7 @@ from pyllamabatch.cost.calibrate import (
     measure,
     open_rig,
     plan_shapes,
-    visits,
+    schedule,
 )
 from pyllamabatch.cost.kernels import kernels
 from pyllamabatch.cost.model import CostModel
@@ -156,9 +156,9 @@ def test_rows_beyond_full_tiles_are_measured_where_they_show(unified: bool) -> N
     assert {n % each.tile for n in few if n > each.first} == set(range(each.tile))
 
 
-def test_steps_of_few_rows_are_come_back_to() -> None:
+def test_steps_of_few_rows_are_repeated() -> None:
     shapes = plan_shapes(kernels("CPU", "Q4_K", features="AVX2"), 512, True)
-    found = [shape for n_round, shape, _ in visits(shapes) if n_round == 1]
+    found = [shape for n_round, shape, _ in schedule(shapes) if n_round == 1]
     assert list(dict.fromkeys(found)) == shapes
     for shape in shapes:
         few = shape.rows <= 8 and not shape.prefill and shape.depth == BASE_DEPTH

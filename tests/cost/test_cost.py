@@ -195,7 +195,7 @@ def test_observe_moves_a_regime() -> None:
     assert cost.predict(4, 0, 512, 4) <= 4.0001 * before  # bounded
 
 
-def test_a_regime_that_nobody_has_seen_follows_the_others() -> None:
+def test_an_unseen_regime_follows_the_others() -> None:
     """A device that is a tenth faster today: what 8 rows and 9 are to each other stays, whichever
     were made."""
     cost = CostModel.fit(profile(h200()))
@@ -210,7 +210,7 @@ def test_a_regime_that_nobody_has_seen_follows_the_others() -> None:
     assert cost.predict(8, 0, 1024, 8) == pytest.approx(0.7 * eight, rel=0.02)
 
 
-def test_who_follows_several_follows_their_mean() -> None:
+def test_an_unseen_regime_follows_the_mean_of_several() -> None:
     cost = CostModel.fit(profile(h200()))
     shapes = [(n, 0, 128.0 * n, n) for n in (1, 4, 9)]
     before = [cost.predict(*shape) for shape in shapes]

@@ -53,7 +53,7 @@ def test_streams_that_decode(cost: CostModel, n: int, counted: float, default: f
 
 @pytest.mark.parametrize("n", range(9, 17))
 def test_no_schedule_of_these_rows_is_much_faster(cost: CostModel, n: int) -> None:
-    """What any choice of rows could give, were nobody to wait: from 14 streams on it is less than
+    """What any choice of rows could give, without any waiting: from 14 streams on it is less than
     a fifth more than all at once."""
     kv = 400 * n
     rates = [w / cost.predict(w, 0, kv, n) for w in range(1, n + 1)]
@@ -79,7 +79,7 @@ def test_clients_that_ask_again(cost: CostModel, n: int, gain: float, shorter: f
 @pytest.mark.parametrize("name", shipped_names())
 @pytest.mark.parametrize("n", [4, 16])
 def test_clients_lose_nothing_on_any_device(name: str, n: int) -> None:
-    """As many slots as clients: whatever a step loses somebody waits for."""
+    """As many slots as clients: every loss of a step delays a client."""
     model = CostModel.fit(shipped_profile(name), n_ubatch=512)
     requests = clients(n, seed=1)
     before, wait_before = run(model, requests, COUNTED, n)

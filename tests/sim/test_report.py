@@ -26,14 +26,14 @@ def test_markdown_has_a_column_for_each_run() -> None:
     assert all(line.count("|") == rule.count("|") == 4 for line in lines)
     assert len(lines) <= 18
     assert f"| requests/s | {SUMMARIES['fcfs']['requests_per_s']:.2f} |" in "\n".join(lines)
-    assert any("goodput" in line for line in lines)
+    assert any("goodput" in row for row in lines)
 
 
 def test_figures_that_one_run_has_not_are_dashes() -> None:
     found = report.table({"a": {"requests": 0, "rejected": 2}, "b": {"requests": 3, "busy": 0.5}})
     assert ["rejected, too long", "2", "—"] in found.lines
     assert ["time computing", "—", "50.0%"] in found.lines
-    assert not any("preemptions" in line for line in found.lines)
+    assert not any("preemptions" in row for row in found.lines)
 
 
 def test_it_says_who_wins() -> None:

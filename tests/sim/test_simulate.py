@@ -311,16 +311,15 @@ requests_ = st.lists(
     st.booleans(),
     st.booleans(),
 )
-def test_every_policy_serves_everybody(
+def test_every_policy_serves_every_request(
     drawn: list[tuple[float, int, int, int, bool]],
     policy: str,
     n_cells: int,
     unified: bool,
     cache: bool,
 ) -> None:
-    """Whatever the policy: everybody is served, times add up, the same again is the same, and
-    many steps for one plan are what they are one by one. (With a prefix cache they are not: room is
-    made for all of them at once.)"""
+    """Every request is served, times add up, a second run is the same, and many steps for one plan
+    are what they are one by one (not with a prefix cache, where room is made for all at once)."""
     requests = []
     for i, (arrival, n_prompt, n_output, begin, follows) in enumerate(drawn):
         content = ((begin, n_prompt),) if begin else ((100 + 2 * i, n_prompt),)
@@ -350,15 +349,15 @@ def test_every_policy_serves_everybody(
             assert (a.first, a.end) == pytest.approx((b.first, b.end))
 
 
-class Nobody:
-    """Waits for ever."""
+class Later:
+    """Plans nothing before the third second."""
 
     def plan(self, view: StepView) -> Plan:
         return Plan(wake=view.now + 1) if view.now < 3 else Plan({1: 1})
 
 
 def test_a_policy_may_wait() -> None:
-    (o,) = simulate([one(1, 0.0, 1, 1)], machine(), Nobody).outcomes
+    (o,) = simulate([one(1, 0.0, 1, 1)], machine(), Later).outcomes
     assert o.admitted == 3.0
 
 
@@ -379,7 +378,7 @@ def test_a_bad_plan_and_bad_arguments() -> None:
         simulate([], machine(), "none")
 
 
-def test_who_comes_after_nobody_is_said() -> None:
+def test_a_request_after_an_unknown_one_is_an_error() -> None:
     with pytest.raises(SimulationStuck, match="1 request"):
         simulate([one(1, 0.0, 5, 5), one(2, 0.0, 5, 5, after=9)], machine())
 

@@ -1,4 +1,4 @@
-"""Rows that nobody measured."""
+"""Rows that are made up."""
 
 from __future__ import annotations
 

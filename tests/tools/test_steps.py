@@ -38,7 +38,7 @@ def test_cells_of_those_that_have_rows() -> None:
     assert own_cells(table).tolist() == [0, 0, 30, 20, 31 + 25, 0, 32 + 40]
 
 
-def test_free_cells_are_in_sight_of_some_kernels() -> None:
+def test_some_kernels_attend_to_free_cells() -> None:
     """Two prompts, two steps of both; the first one ends, and the other goes on in its holes; then
     a third in its slot."""
     steps: list[Made] = [
