@@ -33,7 +33,7 @@ from pyllamabatch.compare.arms import NAMES, chosen
 from pyllamabatch.compare.case import Case, GgufFile
 from pyllamabatch.compare.hosted import probe
 from pyllamabatch.compare.loop import CHAIN, FUSED
-from pyllamabatch.compare.run import Plan, measure
+from pyllamabatch.compare.run import Experiment, measure
 from pyllamabatch.compare.scenario import SCENARIOS, Gate, line
 from pyllamabatch.compare.summary import plain
 from pyllamabatch.compare.workload import BURST, DS4, POISSON
@@ -101,22 +101,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 # fmt: on
 def run(args: argparse.Namespace) -> int:
-    plans = plans_of(args)
-    gate = Gate.of(plans, args.gate) if args.gate else None
+    experiments = experiments_of(args)
+    gate = Gate.of(experiments, args.gate) if args.gate else None
     check_output(args)
-    about = probe(plans[0].cases[0], args.verbose)
+    about = probe(experiments[0].cases[0], args.verbose)
     about["versions"]["commit"] = facts.commit()
     records: list[Record] = []
     interrupted = False
-    n_runs = sum(1 for plan in plans for _ in plan.runs())
+    n_runs = sum(1 for experiment in experiments for _ in experiment.runs())
     with Progress("compare", n_runs, quiet=args.quiet) as progress:
 
         def running(what: str) -> None:
             progress.update(len(records), what)
 
         try:
-            for plan in plans:
-                with closing(measure(plan, about, running)) as measured:
+            for experiment in experiments:
+                with closing(measure(experiment, about, running)) as measured:
                     for record in measured:
                         records.append(record)
                         if args.out:
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     return FAILED if any(record.error for record in records) else 0
 
 
-def plans_of(args: argparse.Namespace) -> list[Plan]:
+def experiments_of(args: argparse.Namespace) -> list[Experiment]:
     """What is to be run, by protocol. ArgumentError for what does not fit together."""
     kinds = args.arms or list(NAMES)
     if args.scenario:
@@ -150,10 +150,10 @@ def plans_of(args: argparse.Namespace) -> list[Plan]:
         raise ArgumentError("--process-memory", limited, "limits the arm processes, on Linux")
     if POISSON in args.protocol and args.rate is None:
         raise ArgumentError("--rate", args.rate, "poisson needs one: requests a second")
-    return [_plan(args, protocol, kinds) for protocol in args.protocol]
+    return [_experiment(args, protocol, kinds) for protocol in args.protocol]
 
 
-def _plan(args: argparse.Namespace, protocol: str, kinds: list[str]) -> Plan:
+def _experiment(args: argparse.Namespace, protocol: str, kinds: list[str]) -> Experiment:
     tokens = args.sample_tokens or TOKENS_DEFAULT[protocol]
     if protocol == BURST and tokens < 2:
         raise ArgumentError("--sample-tokens", tokens, "at least 2: the first one is not timed")
@@ -177,7 +177,7 @@ def _plan(args: argparse.Namespace, protocol: str, kinds: list[str]) -> Plan:
         n_gpu_layers=args.n_gpu_layers,
         n_cells=args.ctx_size,
     )
-    return Plan(
+    return Experiment(
         protocol=protocol,
         arms=chosen(kinds, args.sampler),
         cases=[replace(case, pl=n) for n in users],

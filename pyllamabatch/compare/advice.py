@@ -38,9 +38,9 @@ def advice(records: Iterable[Record]) -> str:
     main = next((groups[bench] for bench in MAIN if bench in groups), None)
     if main is None:
         return ""
-    loads = [Load(main, n, groups.get(POISSON)) for n in main.counts]
-    lines = [load.sentences() for load in loads]
-    return "\n".join(filter(None, [busy(records), *lines, _overall(main, loads)]))
+    each = [Advice(main, n, groups.get(POISSON)) for n in main.counts]
+    lines = [one.sentences() for one in each]
+    return "\n".join(filter(None, [busy(records), *lines, _overall(main, each)]))
 
 
 def busy(records: Sequence[Record]) -> str:
@@ -72,7 +72,7 @@ def memory_kind(them: Comparison) -> tuple[str, str]:
 
 
 @dataclass
-class Load:
+class Advice:
     """`n` users: the arm to take, and the sentences about it."""
 
     them: Comparison
@@ -223,14 +223,14 @@ class Load:
         return f"When requests come at random, {_list(found)}" if found else ""
 
 
-def _overall(them: Comparison, loads: Sequence[Load]) -> str:
+def _overall(them: Comparison, each: Sequence[Advice]) -> str:
     record = them.records[0]
     where = record.gpu_info or f"{record.n_cores} cores of {record.cpu_info.split(' (')[0]}"
     model = record.model_filename.removesuffix(".gguf")
-    several = [load for load in loads if load.n > 1 and load.arm]
+    several = [one for one in each if one.n > 1 and one.arm]
     parts = [
-        f"{arm} for {_list([str(load.n) for load in group])} users"
-        for arm, group in groupby(several, key=lambda load: load.arm)
+        f"{arm} for {_list([str(one.n) for one in group])} users"
+        for arm, group in groupby(several, key=lambda one: one.arm)
     ]
     known = {_kind(arm) for arm in them.arms}
     missing = [arm for arm in ARMS if arm not in known]

@@ -9,7 +9,7 @@ from pyllamabatch.compare.case import Case
 from pyllamabatch.compare.hosted import Hosted
 from pyllamabatch.compare.loop import CHAIN
 from pyllamabatch.compare.processes import Processes
-from pyllamabatch.compare.workload import Outcome, Workload
+from pyllamabatch.compare.workload import Timings, Workload
 
 _CHAIN = "libllama's sampler chain"
 _FUSED = "the fused sampler"
@@ -72,7 +72,7 @@ class Serving(Protocol):
     def load(self) -> None:
         """Load the model and make the contexts. ArmError."""
 
-    def run(self, workload: Workload, limit_s: float) -> Outcome:
+    def run(self, workload: Workload, limit_s: float) -> Timings:
         """ArmError, after which it is of no use any more."""
 
     def close(self) -> None:

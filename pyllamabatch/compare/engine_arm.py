@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 from pyllamabatch.compare.case import Case, sampling_params
-from pyllamabatch.compare.clients import at_once, sleep_until
-from pyllamabatch.compare.workload import BURST, Outcome, Served, Workload
+from pyllamabatch.compare.clients import ask_all
+from pyllamabatch.compare.workload import BURST, Timings, Workload
 from pyllamabatch.engine.engine import Engine
-from pyllamabatch.errors import PyllamabatchError
+from pyllamabatch.engine.stream import Token
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Plan, Policy, StepView, sarathi
 
@@ -57,23 +58,17 @@ class EngineArm:
             model, policy=self._policy, prefix_cache=False, **case.context_params()
         )
 
-    def run(self, workload: Workload) -> Outcome:
-        case, n = self._case, len(workload.arrivals)
+    def run(self, workload: Workload) -> Timings:
+        case = self._case
         prompts = workload.prompts(case, self._n_vocab)
-        served = [Served() for _ in range(n)]
-        if workload.protocol == BURST:
-            self._policy.hold(n)
 
-        def client(i: int, began: float) -> None:
-            one = served[i]
-            one.arrived = began + workload.arrivals[i]
-            sleep_until(one.arrived)
+        def ask(i: int) -> Iterator[Token]:
             params = sampling_params(case.sampling, case.seed + i, workload.tokens)
-            try:
-                for _ in self._engine.submit(prompts[i], params):
-                    one.times.append(time.perf_counter())
-            except PyllamabatchError as error:
-                one.error = str(error)
+            yield from self._engine.submit(prompts[i], params)
 
-        began, _ = at_once(n, client, lambda: self._engine.close(wait=False))
-        return Outcome(self._policy.begin if workload.protocol == BURST else began, served)
+        if workload.protocol == BURST:
+            self._policy.hold(len(prompts))
+        timings = ask_all(workload, ask, lambda: self._engine.close(wait=False))
+        if workload.protocol == BURST:
+            timings.begin = self._policy.begin
+        return timings

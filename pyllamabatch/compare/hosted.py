@@ -17,7 +17,7 @@ from pyllamabatch.compare.child import Child
 from pyllamabatch.compare.clients import sleep_until
 from pyllamabatch.compare.engine_arm import EngineArm
 from pyllamabatch.compare.loop import Loop, loop_of
-from pyllamabatch.compare.workload import BURST, Outcome, Served, Workload
+from pyllamabatch.compare.workload import BURST, RequestTimes, Timings, Workload
 from pyllamabatch.errors import PyllamabatchError
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
@@ -39,10 +39,10 @@ class Hosted:
         self._child.do(host, *self._setup)
         self._child.receive(START_S)
 
-    def run(self, workload: Workload, limit_s: float) -> Outcome:
+    def run(self, workload: Workload, limit_s: float) -> Timings:
         self._child.send(workload)
-        outcome: Outcome = self._child.receive(limit_s)
-        return outcome
+        timings: Timings = self._child.receive(limit_s)
+        return timings
 
     def close(self) -> None:
         self._child.stop()
@@ -54,7 +54,7 @@ def for_a_child(case: Case) -> Case:
 
 
 def host(pipe: Connection[Any, Any], case: Case, kind: str, sampler: str) -> None:
-    """In the process: an outcome for each workload, after a first word that the arm is ready."""
+    """In the process: timings for each workload, after a first word that the arm is ready."""
     model = Model(case.model.path, n_gpu_layers=case.n_gpu_layers)
     arm: EngineArm | RawLoops
     if kind == "engine":
@@ -95,7 +95,7 @@ class RawLoops:
         ]
         self._threads = ThreadPoolExecutor(n_contexts)
 
-    def run(self, workload: Workload) -> Outcome:
+    def run(self, workload: Workload) -> Timings:
         prompts = workload.prompts(self._case, self._n_vocab)
         arrivals = Arrivals(workload, prompts, self._case.seed)
         begin = arrivals.began
@@ -117,7 +117,7 @@ class RawLoops:
         for error in [one.exception() for one in done]:
             if error is not None and not isinstance(error, threading.BrokenBarrierError):
                 raise error
-        return Outcome(begin, arrivals.served)
+        return Timings(begin, arrivals.requests)
 
 
 class Arrivals:
@@ -126,27 +126,27 @@ class Arrivals:
     def __init__(self, workload: Workload, prompts: I32, seed: int) -> None:
         self.workload = workload
         self.began = time.perf_counter()
-        self.served = [Served(self.began + arrival) for arrival in workload.arrivals]
+        self.requests = [RequestTimes(self.began + arrival) for arrival in workload.arrivals]
         self._prompts = prompts
         self._seed = seed
-        self._left = deque(range(len(self.served)))
+        self._left = deque(range(len(self.requests)))
         self._lock = threading.Lock()
 
-    def start_one(self, loop: Loop, seq: int) -> Served | None:
+    def start_one(self, loop: Loop, seq: int) -> RequestTimes | None:
         """The next one that has come, as `seq` of the loop."""
         with self._lock:
-            if not self._left or self.served[self._left[0]].arrived > time.perf_counter():
+            if not self._left or self.requests[self._left[0]].arrived > time.perf_counter():
                 return None
             i = self._left.popleft()
         loop.start(seq, self._prompts[i].tolist(), self._seed + i)
-        return self.served[i]
+        return self.requests[i]
 
     def wait(self) -> bool:
         """Until the next one comes; whether there is one."""
         with self._lock:
             if not self._left:
                 return False
-            moment = self.served[self._left[0]].arrived
+            moment = self.requests[self._left[0]].arrived
         sleep_until(moment)
         return True
 
@@ -156,7 +156,7 @@ def drive(loop: Loop, n_slots: int, arrivals: Arrivals, all_ready: Callable[[], 
     each has its first token, before any goes on. A decode that fails ends this loop; its requests
     say why."""
     free = deque(range(n_slots))
-    at: dict[int, Served] = {}
+    at: dict[int, RequestTimes] = {}
     held = arrivals.workload.protocol == BURST
     try:
         while True:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -11,11 +10,11 @@ from typing import Any
 
 from pyllamabatch.compare.case import Case
 from pyllamabatch.compare.child import ArmError, Child
-from pyllamabatch.compare.clients import at_once, sleep_until
+from pyllamabatch.compare.clients import ask_all, at_once, note
 from pyllamabatch.compare.hosted import START_S, for_a_child
 from pyllamabatch.compare.loop import Loop, loop_of
 from pyllamabatch.compare.server import Json, RoundRobin, Server, ThreadingServer, completion
-from pyllamabatch.compare.workload import BURST, Outcome, Served, Workload
+from pyllamabatch.compare.workload import BURST, Timings, Workload
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 
@@ -62,43 +61,36 @@ class Processes:
             words += f" with {limit / 2**20:.0f} MiB of heap and anonymous memory at most"
         return words
 
-    def run(self, workload: Workload, limit_s: float) -> Outcome:
+    def run(self, workload: Workload, limit_s: float) -> Timings:
         """In a burst each worker gets two requests: one for the prompt and the first token, and
         when all have that, one to go on. The router's turns bring each to every worker once."""
-        case, n = self._case, len(workload.arrivals)
         burst = workload.protocol == BURST
-        prompts = workload.prompts(case, self._n_vocab).tolist()
-        served = [Served() for _ in range(n)]
+        prompts = workload.prompts(self._case, self._n_vocab).tolist()
 
-        def begin(i: int, began: float) -> None:
-            served[i].arrived = began + workload.arrivals[i]
-            sleep_until(served[i].arrived)
+        def begin(i: int) -> Iterator[Json]:
             n_first = 1 if burst else workload.tokens
-            body = {"prompt": prompts[i], "n_predict": n_first, "seed": case.seed + i}
-            self._ask(body | {"keep": burst}, served[i], limit_s)
+            body = {"prompt": prompts[i], "n_predict": n_first, "seed": self._case.seed + i}
+            return tokens(completion(self.port, body | {"keep": burst}, limit_s))
 
         def go_on(i: int, began: float) -> None:
-            self._ask({"prompt": [], "n_predict": workload.tokens - 1}, served[i], limit_s)
+            body = {"prompt": [], "n_predict": workload.tokens - 1}
+            note(timings.requests[i], tokens(completion(self.port, body, limit_s)))
 
-        began, _ = at_once(n, begin, self.close)
-        if burst and not any(one.error for one in served):
-            began, _ = at_once(n, go_on, self.close)
-        lost = [one for one in served if one.error]
+        timings = ask_all(workload, begin, self.close)
+        if burst and not any(one.error for one in timings.requests):
+            timings.begin, _ = at_once(len(prompts), go_on, self.close)
+        lost = [one for one in timings.requests if one.error]
         ended = [w.how_it_ended() for w in self._workers if w.ended(GONE_S)] if lost else []
         for one in lost:
             one.error = "; ".join([one.error, *ended])
-        return Outcome(began, served)
-
-    def _ask(self, body: Json, one: Served, limit_s: float) -> None:
-        try:
-            for line in completion(self.port, body, limit_s):
-                if "token" in line:
-                    one.times.append(time.perf_counter())
-        except ArmError as error:
-            one.error = str(error)
+        return timings
 
     def close(self) -> None:
         self._stack.close()
+
+
+def tokens(lines: Iterable[Json]) -> Iterator[Json]:
+    return (line for line in lines if "token" in line)
 
 
 def serve(pipe: Connection[Any, Any], case: Case, sampler: str, memory_limit: int) -> None:

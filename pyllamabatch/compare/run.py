@@ -28,7 +28,7 @@ WARM_UP_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Plan:
+class Experiment:
     """What to run. `cases`: one per number of sequences, in which `n_threads` are the machine's.
 
     tokens: of a request, the first sample included; requests: of each sequence (poisson); rate: of
@@ -81,7 +81,9 @@ class Plan:
 
 
 def measure(
-    plan: Plan, about: dict[str, Any], running: Callable[[str], None] = lambda words: None
+    experiment: Experiment,
+    about: dict[str, Any],
+    running: Callable[[str], None] = lambda words: None,
 ) -> Generator[Record, None, None]:
     """Records as they are measured. `about`: of `hosted.probe`; `running` is told what runs next.
 
@@ -90,11 +92,11 @@ def measure(
     """
     run_id = uuid.uuid4().hex[:12]
     failed: set[tuple[Arm, Case]] = set()
-    with closing(_Opened(plan)) as opened:
-        for case, repeat, arm in plan.runs():
+    with closing(_Opened(experiment)) as opened:
+        for case, repeat, arm in experiment.runs():
             if (arm, case) in failed:
                 continue
-            running(f"{case.pl} × {arm.name}, repeat {repeat + 1} of {plan.repeats}")
+            running(f"{case.pl} × {arm.name}, repeat {repeat + 1} of {experiment.repeats}")
             moment = facts.now()
             try:
                 measured = opened.run(arm, case, repeat)
@@ -104,14 +106,14 @@ def measure(
                 measured = Measured.failed(error)
             if measured.error:
                 failed.add((arm, case))
-            own = arm.case_of(case, plan.oversubscribe)
+            own = arm.case_of(case, experiment.oversubscribe)
             detail = {"n_threads_each": own.n_threads} | measured.detail
-            if plan.protocol == POISSON:
-                detail["rate"] = plan.rate
+            if experiment.protocol == POISSON:
+                detail["rate"] = experiment.rate
             # a record counts the tokens of a sequence: of all its requests
-            work = replace(own, pp=own.pp * plan.requests, tg=own.tg * plan.requests)
+            work = replace(own, pp=own.pp * experiment.requests, tg=own.tg * experiment.requests)
             yield record_of(
-                BENCHES[plan.protocol],
+                BENCHES[experiment.protocol],
                 arm,
                 work,
                 replace(measured, detail=detail, settings={"n_kv_max": own.n_ctx}),
@@ -124,35 +126,35 @@ def measure(
 class _Opened:
     """The arms that are open: the one that runs, or with keep_loaded those of its case."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    def __init__(self, experiment: Experiment) -> None:
+        self._experiment = experiment
         self._stack = ExitStack()
         self._open: dict[Arm, tuple[Case, Serving]] = {}
 
     def run(self, arm: Arm, case: Case, repeat: int) -> Measured:
-        plan = self._plan
-        if not plan.keep_loaded or any(other != case for other, _ in self._open.values()):
+        experiment = self._experiment
+        if not experiment.keep_loaded or any(other != case for other, _ in self._open.values()):
             self.close()
         if arm in self._open:
             serving = self._open[arm][1]
             meter = Meter(serving.pids)
         else:
-            own = arm.case_of(case, plan.oversubscribe)
-            serving = arm.open(own, plan.process_limit(case), plan.verbose)
+            own = arm.case_of(case, experiment.oversubscribe)
+            serving = arm.open(own, experiment.process_limit(case), experiment.verbose)
             self._stack.callback(serving.close)
             self._open[arm] = case, serving
             meter = Meter(serving.pids)  # before anything is loaded
             serving.load()
-            warm_up = plan.warm_up(case)
-            if why := failure(warm_up, serving.run(warm_up, plan.limit_s)):
+            warm_up = experiment.warm_up(case)
+            if why := failure(warm_up, serving.run(warm_up, experiment.limit_s)):
                 return Measured.failed(f"warm-up: {why}")
-        workload = plan.workload(case, repeat)
+        workload = experiment.workload(case, repeat)
         meter.start()
         try:
-            outcome = serving.run(workload, plan.limit_s)
+            timings = serving.run(workload, experiment.limit_s)
         finally:
             taken = meter.stop()
-        detail, error = figures(workload, outcome), failure(workload, outcome)
+        detail, error = figures(workload, timings), failure(workload, timings)
         time = 0.0 if error else detail["elapsed_seconds"]
         return Measured(0.0, time, detail=detail | taken, error=error)
 

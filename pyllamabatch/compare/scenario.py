@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyllamabatch.compare.comparison import by_bench
-from pyllamabatch.compare.run import Plan
+from pyllamabatch.compare.run import Experiment
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.report.records import Record
 
@@ -51,14 +51,14 @@ class Gate:
     at_least: float
 
     @classmethod
-    def of(cls, plans: Sequence[Plan], at_least: float) -> Gate:
-        """Of the engine, or of `shared` where it does not run. ArgumentError for plans without
-        what it compares."""
-        first = {arm.kind: arm.name for arm in reversed(plans[0].arms)}
+    def of(cls, experiments: Sequence[Experiment], at_least: float) -> Gate:
+        """Of the engine, or of `shared` where it does not run. ArgumentError where an arm or the
+        second sequence is missing."""
+        first = {arm.kind: arm.name for arm in reversed(experiments[0].arms)}
         arm = first.get("engine") or first.get("shared")
         if arm is None or "contexts" not in first:
             raise ArgumentError("--gate", at_least, "needs contexts, and engine or shared")
-        if all(case.pl < 2 for plan in plans for case in plan.cases):
+        if all(case.pl < 2 for experiment in experiments for case in experiment.cases):
             raise ArgumentError("--gate", at_least, "needs 2 sequences or more")
         return cls(arm, first["contexts"], at_least)
 

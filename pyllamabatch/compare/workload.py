@@ -48,8 +48,8 @@ def poisson_arrivals(n: int, rate: float, seed: Sequence[int]) -> tuple[float, .
 
 
 @dataclass
-class Served:
-    """One request: when it came and when it had each token, in s on one clock."""
+class RequestTimes:
+    """When one request came and when it had each token, in s on one clock."""
 
     arrived: float = 0.0
     times: list[float] = field(default_factory=list)
@@ -57,14 +57,14 @@ class Served:
 
 
 @dataclass
-class Outcome:
+class Timings:
     """`begin`: when the time started, on the same clock."""
 
     begin: float
-    served: list[Served]
+    requests: list[RequestTimes]
 
 
-def figures(workload: Workload, outcome: Outcome) -> dict[str, float]:
+def figures(workload: Workload, timings: Timings) -> dict[str, float]:
     """What a record has in `detail`:
 
     - elapsed_seconds: from the start of the time to the last token; total_tokens_sampled: tokens
@@ -76,19 +76,19 @@ def figures(workload: Workload, outcome: Outcome) -> dict[str, float]:
     - ttft_p50_s, ttft_p99_s: from a request's arrival to its first token
     - itl_p50_s, itl_p99_s: between a request's tokens, those of all requests together
     """
-    begin, served = outcome.begin, outcome.served
+    begin, requests = timings.begin, timings.requests
     untimed = 1 if workload.protocol == BURST else 0  # first samples
-    in_time = [one.times[untimed:] for one in served]
+    in_time = [one.times[untimed:] for one in requests]
     rates = [
         len(times) / (times[-1] - max(begin, one.arrived))
-        for one, times in zip(served, in_time, strict=True)
+        for one, times in zip(requests, in_time, strict=True)
         if times
     ]
     detail: dict[str, float] = {
         "elapsed_seconds": max((times[-1] for times in in_time if times), default=begin) - begin,
         "total_tokens_sampled": sum(map(len, in_time)),
-        "completed": sum(len(one.times) == workload.tokens for one in served),
-        "requests": len(served),
+        "completed": sum(len(one.times) == workload.tokens for one in requests),
+        "requests": len(requests),
     }
     if rates:
         detail |= {
@@ -97,22 +97,22 @@ def figures(workload: Workload, outcome: Outcome) -> dict[str, float]:
             "fastest_tokens_per_second": max(rates),
             "fairness": min(rates) / max(rates),
         }
-    firsts = [one.times[0] - one.arrived for one in served if one.times]
-    gaps = [gap for one in served for gap in np.diff(one.times)]
+    firsts = [one.times[0] - one.arrived for one in requests if one.times]
+    gaps = [gap for one in requests for gap in np.diff(one.times)]
     for name, values in (("ttft", firsts), ("itl", gaps)):
         for q in (50, 99) if values else ():
             detail[f"{name}_p{q}_s"] = float(np.percentile(values, q))
     return detail
 
 
-def failure(workload: Workload, outcome: Outcome) -> str:
+def failure(workload: Workload, timings: Timings) -> str:
     """Why not all that was asked for was done; "" when it was."""
-    lost = [one for one in outcome.served if len(one.times) != workload.tokens]
+    lost = [one for one in timings.requests if len(one.times) != workload.tokens]
     if not lost:
         return ""
     least = min(len(one.times) for one in lost)
     why = next((one.error for one in lost if one.error), "no reason given")
     return (
-        f"{len(lost)} of {len(outcome.served)} requests failed, "
+        f"{len(lost)} of {len(timings.requests)} requests failed, "
         f"after {least} of {workload.tokens} tokens: {why}"
     )

@@ -13,12 +13,11 @@ import pytest
 from bench import compare, schema
 from bench.__main__ import main
 from bench.benches import load
-from bench.compare import brief
 from bench.models import BenchModel
 from bench.options import Budget
 from bench.summary import latest, markdown
 from pyllamabatch.compare.arms import NAMES as ARMS
-from tests.support.made_up_rows import GIB, row
+from tests.support.made_up_rows import row
 
 MODEL = BenchModel(Path("m.gguf"), "m", 7)
 
@@ -34,7 +33,7 @@ def on_h200(arm: str, n: int, speed: float, bench: str = "compare") -> schema.Ro
 
 
 def test_a_plan_for_each_protocol() -> None:
-    burst, poisson = compare.plans(
+    burst, poisson = compare.experiments(
         options("--protocols", "burst,poisson", "-N", "1,4", "--tokens", "30", "--rate", "2"), MODEL
     )
     assert [case.pl for case in burst.cases] == [1, 4]
@@ -43,7 +42,7 @@ def test_a_plan_for_each_protocol() -> None:
     assert (poisson.tokens, poisson.cases[0].tg, poisson.requests) == (30, 30, 4)
     assert poisson.rate == 2
     with pytest.raises(SystemExit, match="not one of burst, ds4, poisson"):
-        compare.plans(options("--protocols", "brust"), MODEL)
+        compare.experiments(options("--protocols", "brust"), MODEL)
 
 
 def test_targets_are_of_the_burst_alone() -> None:
@@ -68,24 +67,9 @@ def test_the_report_has_the_table_of_each_protocol_and_the_advice_once() -> None
     rows += [row(arm, 2, 40, bench="compare-ds4") for arm in ("contexts", "engine")]
     text = markdown(latest(rows), {}, {"compare": load("compare")})
     assert text.count("| N | arm |") == 2
-    assert text.count("| tok/s together | 2 |") == 1
     assert text.count("- 2 users: engine, 90 tok/s") == 1
     assert text.count("- Overall, with") == 1
     assert "does not have" not in text
-
-
-def test_in_brief_a_line_for_each_arm() -> None:
-    rows = [row("single", 1, 50), row("contexts", 2, 60, pss_bytes=0.25 * GIB)]
-    rows += [row("engine", 2, 90, pss_bytes=0.5 * GIB), row("processes", 2, 0, error="broken")]
-    assert brief(rows).splitlines() == [
-        "| tok/s together | 1 | 2 | GiB (PSS) at 2 |",
-        "|---|--:|--:|--:|",
-        "| single | 50 |  |  |",
-        "| contexts |  | 60 | 0.25 |",
-        "| engine |  | 90 (1.50) | 0.50 |",
-        "| processes |  | — |  |",
-    ]
-    assert brief([row("engine", 2, 90)]).splitlines()[0] == "| tok/s together | 2 |"
 
 
 def test_no_run_begins_when_the_budget_is_spent() -> None:

@@ -27,12 +27,12 @@ from pyllamabatch.compare.clients import at_once
 from pyllamabatch.compare.engine_arm import StartTogether
 from pyllamabatch.compare.loop import CHAIN, FUSED, loop_of
 from pyllamabatch.compare.processes import Processes
-from pyllamabatch.compare.run import Plan
+from pyllamabatch.compare.run import Experiment
 from pyllamabatch.compare.scenario import Gate
 from pyllamabatch.compare.server import Json, RoundRobin, Server, ThreadingServer, completion
 from pyllamabatch.compare.workload import (
-    Outcome,
-    Served,
+    RequestTimes,
+    Timings,
     Workload,
     failure,
     figures,
@@ -121,17 +121,17 @@ def test_held_sequences_wait_for_a_prompt(model: Model) -> None:
 # -- figures --
 
 
-def outcome() -> Outcome:
+def timings() -> Timings:
     """Two requests; the first tokens at 1 and 2, the time starts at 3."""
-    one = Served(0.0, [1.0, 4.0, 5.0, 7.0])
-    two = Served(0.0, [2.0, 5.0, 7.0, 13.0])
-    return Outcome(3.0, [one, two])
+    one = RequestTimes(0.0, [1.0, 4.0, 5.0, 7.0])
+    two = RequestTimes(0.0, [2.0, 5.0, 7.0, 13.0])
+    return Timings(3.0, [one, two])
 
 
 def test_the_figures_of_a_burst() -> None:
     workload = Workload("burst", 0, 4, (0.0, 0.0))
-    found = figures(workload, outcome())
-    assert failure(workload, outcome()) == ""
+    found = figures(workload, timings())
+    assert failure(workload, timings()) == ""
     assert (found["elapsed_seconds"], found["total_tokens_sampled"]) == (10.0, 6)
     assert found["fastest_tokens_per_second"] == 3 / 4
     assert found["slowest_tokens_per_second"] == 3 / 10
@@ -143,7 +143,7 @@ def test_the_figures_of_a_burst() -> None:
 
 
 def test_elsewhere_the_first_tokens_count() -> None:
-    came_late = Outcome(0.0, [Served(0.0, [1.0, 2.0]), Served(4.0, [6.0, 8.0])])
+    came_late = Timings(0.0, [RequestTimes(0.0, [1.0, 2.0]), RequestTimes(4.0, [6.0, 8.0])])
     found = figures(Workload("poisson", 0, 2, (0.0, 4.0)), came_late)
     assert (found["elapsed_seconds"], found["total_tokens_sampled"]) == (8.0, 4)
     assert found["fastest_tokens_per_second"] == 1.0
@@ -152,15 +152,15 @@ def test_elsewhere_the_first_tokens_count() -> None:
 
 
 def test_a_request_that_ends_early_is_an_error() -> None:
-    workload, short = Workload("burst", 0, 4, (0.0, 0.0)), outcome()
-    del short.served[1].times[2:]
-    short.served[1].error = "llama_decode says no"
+    workload, short = Workload("burst", 0, 4, (0.0, 0.0)), timings()
+    del short.requests[1].times[2:]
+    short.requests[1].error = "llama_decode says no"
     assert failure(workload, short) == (
         "1 of 2 requests failed, after 2 of 4 tokens: llama_decode says no"
     )
     found = figures(workload, short)
     assert (found["completed"], found["total_tokens_sampled"]) == (1, 4)
-    nothing = Outcome(3.0, [Served()])
+    nothing = Timings(3.0, [RequestTimes()])
     found = figures(Workload("burst", 0, 4, (0.0,)), nothing)
     assert (found["elapsed_seconds"], found["completed"]) == (0.0, 0)
     assert failure(workload, nothing)
@@ -193,8 +193,8 @@ def test_arms_take_turns_and_single_runs_once() -> None:
     names = ["single", "single fused", "contexts", "contexts fused", "engine"]
     assert [arm.name for arm in arms] == names
     assert [arm.name for arm in chosen(["engine", "shared"], [FUSED])] == ["engine", "shared fused"]
-    plan = Plan("burst", arms, [case_of(2), case_of(4)], tokens=7, repeats=2)
-    runs = [(case.pl, repeat, arm.name) for case, repeat, arm in plan.runs()]
+    experiment = Experiment("burst", arms, [case_of(2), case_of(4)], tokens=7, repeats=2)
+    runs = [(case.pl, repeat, arm.name) for case, repeat, arm in experiment.runs()]
     first = [(1 if "single" in name else 2, 0, name) for name in names]
     assert runs[:10] == first + [(pl, 1, name) for pl, _, name in first[::-1]]
     assert runs[10:13] == [(4, 0, name) for name in names[2:]]
@@ -396,8 +396,8 @@ def test_a_worker_that_dies_in_a_run_ends_the_run(processes: Processes) -> None:
     killer.start()
     done = processes.run(workload, limit_s=2.0)
     killer.join()
-    assert sorted(len(one.times) < 40_000 for one in done.served) == [True, True]
+    assert sorted(len(one.times) < 40_000 for one in done.requests) == [True, True]
     ended = f"process {processes.pids[1]} ended with -9"
-    assert next(one.error for one in done.served if "ended early" in one.error).endswith(ended)
-    assert sum("not done after 2 s" in one.error for one in done.served) == 1
+    assert next(one.error for one in done.requests if "ended early" in one.error).endswith(ended)
+    assert sum("not done after 2 s" in one.error for one in done.requests) == 1
     assert math.isfinite(figures(workload, done)["elapsed_seconds"])
