@@ -88,7 +88,7 @@ class NotEnoughMemory(ContextCreateError):
 
 
 class QueueFull(PyllamabatchError):
-    """As many requests wait in line as the engine takes (`max_waiting`). Nothing was submitted."""
+    """The waiting queue is full: `max_waiting` requests wait. Nothing was submitted."""
 
 
 class Cancelled(PyllamabatchError):

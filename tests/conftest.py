@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from pyllamabatch.llama.model import Model
 from tests.support.models_gguf import ARCHITECTURES, Architecture, gguf_path
 
 
@@ -13,6 +15,20 @@ from tests.support.models_gguf import ARCHITECTURES, Architecture, gguf_path
 def tiny_llama_path() -> Path:
     """A tiny random-weight llama (see `models_gguf`)."""
     return gguf_path("llama")
+
+
+@pytest.fixture(scope="session")
+def model() -> Iterator[Model]:
+    """The tiny llama, loaded. Not to be closed: all tests share it."""
+    with Model(gguf_path("llama")) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def embedded_model() -> Iterator[Model]:
+    """The model that comes with the package. Not to be closed: all tests share it."""
+    with Model.default() as model:
+        yield model
 
 
 @pytest.fixture(scope="session", params=sorted(ARCHITECTURES))

@@ -39,7 +39,7 @@ class Capabilities:
     """What the memory of one context can do."""
 
     has_memory: bool
-    """False for encoders and embedding models: nothing is kept between decodes."""
+    """False for encoders and embedding models: nothing stays between decodes."""
     partial_removal: bool
     """`seq_rm` of a part of a sequence (`max_rollback` may still allow the last tokens)."""
     max_rollback: int

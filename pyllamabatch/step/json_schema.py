@@ -2,8 +2,8 @@
 
     SamplingParams(json_schema={"type": "object", "properties": {"n": {"type": "integer"}}})
 
-The converter keeps the keywords in `HONOURED`. Any other that would say something about the text
-raises `ArgumentError` with its name: a schema is kept whole or refused. oneOf is read as anyOf.
+The converter honours the keywords in `HONOURED`. Any other that would say something about the text
+raises `ArgumentError` with its name: a schema is honoured whole or refused. oneOf is read as anyOf.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class SamplingParams:
     - logit_bias: token id -> what is added to its logit; -inf excludes the token.
     - seed: 0 to 2**32 - 2; None draws one at random.
     - grammar: GBNF whose start rule is `root`. json_schema: a JSON schema instead, as a mapping
-      or as JSON text (it is kept as text): the generated text is JSON that it allows, see
+      or as JSON text (it is stored as text). The generated text is JSON that it allows, see
       `pyllamabatch.step.json_schema`.
     - stop: texts that end the request (looked for in the generated text by the engine).
       stop_token_ids: token ids that do.

@@ -278,8 +278,11 @@ class Stepper:
     def make_slot(
         self, params: SamplingParams, prompt_tokens: Iterable[int] | TokenArray | None = None
     ) -> DetachedSlot:
-        """What `set_slot` makes, with the same errors, for `put_slot` later. From any thread, also
-        while another one is in `step`; the caller sees to it that nobody closes the context."""
+        """What `set_slot` makes, with the same errors, for `put_slot` later.
+
+        From any thread, also while another one is in `step`. The caller sees to it that the context
+        is not closed meanwhile.
+        """
         _, context = self._open()
         given = () if prompt_tokens is None else prompt_tokens
         return self.new_slot(params, context.model.vocab.check_tokens(given, "prompt_tokens"))

@@ -33,7 +33,7 @@ def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
       the rows that it would have had are here.
     - build_ns, decode_ns, sync_ns, sample_ns: checks and batch; llama_decode; waiting for the
       device; sampling.
-    - python_ns: from the end of the step before to the beginning of this one, without the time in
+    - python_ns: from the end of the step before to the start of this one, without the time in
       which there was nothing to do: what the device waits for. Next to nothing within a run.
     - rows = prefill_rows + decode_rows; sampled: rows that gave a token (or a failure).
     - filled: rows of unused sequences beside these, so that those around them are computed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,15 +13,8 @@ from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError, Cancelled, EngineClosed, EngineDraining
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
-from tests.support.models_gguf import gguf_path
 
 PROMPT = [1, 20, 30, 40]
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model(gguf_path("llama")) as model:
-        yield model
 
 
 def small(model: Model, **options: Any) -> Engine:

@@ -37,12 +37,6 @@ from tests.support.models_gguf import EOS, N_VOCAB, gguf_path
 PROMPT = [1, 20, 30, 40, 50]
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model(gguf_path("llama")) as model:
-        yield model
-
-
 def small(model: Model, **options: Any) -> Engine:
     exact = {"flash_attn_type": "disabled", "type_k": "f32", "type_v": "f32", "n_threads": 1}
     return Engine(model, **{"n_seq_max": 4, "n_ctx": 512, **exact, **options})

@@ -31,12 +31,6 @@ SETS: list[Mapping[str, float]] = [{}, {"a": 1.0}, {"a": 0.5}, {"b": 1.0}, {"b":
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model(gguf_path("llama")) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
 def adapters(
     model: Model, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, LoraAdapter]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,15 +13,8 @@ from pyllamabatch.errors import ArgumentError, EngineClosed, QueueFull
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Plan, Policy, StepView, fcfs
 from pyllamabatch.step.sampling_params import SamplingParams
-from tests.support.models_gguf import gguf_path
 
 PROMPT = [1, 20, 30, 40, 50]
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model(gguf_path("llama")) as model:
-        yield model
 
 
 def small(model: Model, **options: Any) -> Engine:

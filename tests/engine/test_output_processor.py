@@ -4,7 +4,6 @@ engine."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Limits
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.engine_fakes import Rig, solo
-from tests.support.models_gguf import gguf_path
 
 LIMITS = Limits(n_batch=64, n_ubatch=64, n_seq_max=4, n_cells=2048, n_cells_seq=1024)
 PROMPTS = [[10 * i + 1, 2, 3] for i in range(4)]
@@ -146,12 +144,6 @@ def test_a_delivery_thread_that_fails_ends_everybody() -> None:
     assert rig.core.output_processor.finished["error"] == len(streams)
     with pytest.raises(EngineClosed, match="its thread ended with TypeError"):
         rig.submit(PROMPTS[0], greedy())
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model(gguf_path("llama")) as model:
-        yield model
 
 
 def test_an_engine_delivers_while_its_run_goes_on(model: Model) -> None:

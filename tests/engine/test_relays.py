@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -16,15 +15,8 @@ from pyllamabatch.engine.relays import Relay
 from pyllamabatch.errors import ArgumentError, EngineClosed, RequestTooLong
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
-from tests.support.models_gguf import gguf_path
 
 PROMPTS = [[1, 20 + i, 30, 40] for i in range(12)]
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model(gguf_path("llama")) as model:
-        yield model
 
 
 def small(model: Model, **options: Any) -> Engine:

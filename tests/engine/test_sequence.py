@@ -49,12 +49,6 @@ def engine_on(model: Model, **options: Any) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model(gguf_path("llama")) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
 def engine(model: Model) -> Iterator[Engine]:
     with engine_on(model) as engine:
         yield engine

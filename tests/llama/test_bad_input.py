@@ -39,12 +39,6 @@ N_CTX = 256
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model(gguf_path("llama")) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
 def engine(model: Model) -> Iterator[Engine]:
     with Engine(model, n_seq_max=2, n_ctx=N_CTX, n_threads=1) as engine:
         yield engine

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyllamabatch import Batch, Context, Model
+from pyllamabatch import Context, Model
 from pyllamabatch.errors import (
     ArgumentError,
     ClosedError,
@@ -25,29 +25,16 @@ from pyllamabatch.errors import (
     UnsupportedOperation,
 )
 from pyllamabatch.raw import ffi, lib
+from tests.support.decoding import decode
 from tests.support.models_gguf import N_EMBD, N_VOCAB, gguf_path
 
 PROMPT = [10, 20, 30, 40, 50, 60, 70]
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model(gguf_path("llama")) as model:
-        yield model
 
 
 @pytest.fixture
 def context(model: Model) -> Iterator[Context]:
     with Context(model, n_threads=1, n_ctx=512, n_seq_max=4) as context:
         yield context
-
-
-def run(context: Context, tokens: list[int], pos: int = 0, seq: int = 0) -> np.ndarray:
-    """Decode tokens of one sequence; a copy of the last row's logits."""
-    batch = Batch(len(tokens))
-    batch.extend(tokens, pos, seq)
-    context.decode(batch)
-    return np.array(context.logits())
 
 
 # -- parameters --
@@ -146,7 +133,7 @@ def test_no_weights(tiny_llama_path: Path) -> None:
         Context(model, n_threads=1, n_ctx=256) as context,
         pytest.raises(UnsupportedOperation, match="no_alloc"),
     ):
-        run(context, PROMPT)
+        decode(context, PROMPT)
 
 
 # -- decoding --
@@ -169,8 +156,8 @@ def test_logits(context: Context) -> None:
 
 
 def test_rows_after_a_smaller_batch(context: Context) -> None:
-    run(context, PROMPT)
-    run(context, [5], pos=len(PROMPT))
+    decode(context, PROMPT)
+    decode(context, [5], pos=len(PROMPT))
     assert context.logits(0).shape == (N_VOCAB,)
     with pytest.raises(ArgumentError):
         context.logits(6)  # of the batch before
@@ -185,7 +172,7 @@ def test_no_outputs_yet(context: Context) -> None:
 
 def test_a_view_outlives_its_context(model: Model) -> None:
     context = Context(model, n_threads=1, n_ctx=256)
-    expected = run(context, PROMPT)
+    expected = decode(context, PROMPT)
     view = context.logits()
     context.close()
     del context
@@ -194,19 +181,19 @@ def test_a_view_outlives_its_context(model: Model) -> None:
 
 
 def test_cache_full_leaves_memory_as_it_was(context: Context) -> None:
-    run(context, [7] * 500)
+    decode(context, [7] * 500)
     with pytest.raises(KvCacheFull) as caught:
-        run(context, [7] * 13, pos=500)
+        decode(context, [7] * 13, pos=500)
     assert caught.value.code == 1
     assert context.memory.pos_max(0) == 499
-    run(context, [7] * 12, pos=500)
+    decode(context, [7] * 12, pos=500)
     assert context.memory.pos_max(0) == 511
 
 
 def test_positions_must_go_on(context: Context) -> None:
-    run(context, PROMPT)
+    decode(context, PROMPT)
     with pytest.raises(InvalidBatch, match="positions") as caught:
-        run(context, [5], pos=20)
+        decode(context, [5], pos=20)
     assert caught.value.code == -1
     assert context.memory.pos_max(0) == len(PROMPT) - 1
 
@@ -238,8 +225,8 @@ def test_bad_rows(context: Context, spoil, argument: str) -> None:  # type: igno
 def test_more_rows_than_n_batch(model: Model) -> None:
     with Context(model, n_threads=1, n_ctx=512, n_batch=8) as context:
         with pytest.raises(ArgumentError, match="n_batch=8"):
-            run(context, [5] * 9)
-        run(context, [5] * 8)
+            decode(context, [5] * 9)
+        decode(context, [5] * 8)
 
 
 def test_more_outputs_than_reserved(model: Model) -> None:
@@ -274,14 +261,14 @@ def test_non_causal_rows_are_computed_at_once(model: Model) -> None:
     with Context(model, n_threads=1, n_ctx=512, n_ubatch=4, attention_type="non_causal") as context:
         assert not context.capabilities.causal
         with pytest.raises(ArgumentError, match="n_ubatch=4"):
-            run(context, PROMPT)
+            decode(context, PROMPT)
 
 
 def test_abort_callback(model: Model) -> None:
     stop = ffi.callback("bool(void *)", lambda _: True)
     with Context(model, n_threads=1, n_ctx=512, abort_callback=stop) as context:
         with pytest.raises(DecodeAborted) as caught:
-            run(context, PROMPT)
+            decode(context, PROMPT)
         assert caught.value.code == 2
         assert context.memory.pos_max(0) == -1
 
@@ -289,15 +276,15 @@ def test_abort_callback(model: Model) -> None:
 def test_quantized_values_need_flash_attention() -> None:
     with Model.default() as wide:
         with Context(wide, n_threads=1, n_ctx=256, type_k="q8_0", type_v="q8_0") as context:
-            run(context, PROMPT)
+            decode(context, PROMPT)
             context.memory.seq_add(0, 0, -1, 3)  # rotates quantized keys
-            run(context, [5], pos=len(PROMPT) + 3)
+            decode(context, [5], pos=len(PROMPT) + 3)
         with pytest.raises(ContextCreateError, match="flash_attn"):
             Context(wide, n_ctx=256, type_v="q8_0", flash_attn_type="disabled")
 
 
 def test_perf_counts(context: Context) -> None:
-    run(context, PROMPT)
+    decode(context, PROMPT)
     context.synchronize()
     perf = context.perf()
     assert perf["n_p_eval"] == len(PROMPT)
@@ -352,11 +339,11 @@ def test_pooled_sequences_are_computed_at_once(model: Model) -> None:
         ) as context,
         pytest.raises(ArgumentError, match="n_ubatch=4"),
     ):
-        run(context, PROMPT)
+        decode(context, PROMPT)
 
 
 def test_embeddings_must_be_asked_for(context: Context) -> None:
-    run(context, PROMPT)
+    decode(context, PROMPT)
     with pytest.raises(UnsupportedOperation, match="embeddings=True"):
         context.embeddings()
 
@@ -371,18 +358,18 @@ def test_state_continues_like_the_original(architecture, unified: bool) -> None:
         Context(model, n_threads=1, n_ctx=1024, n_seq_max=4, kv_unified=unified) as context,
         Context(model, n_threads=1, n_ctx=1024, n_seq_max=4, kv_unified=unified) as other,
     ):
-        run(context, PROMPT * 6, seq=1)
+        decode(context, PROMPT * 6, seq=1)
         data = context.state_seq_get(1)
-        expected = run(context, [9], pos=42, seq=1)
+        expected = decode(context, [9], pos=42, seq=1)
         context.state_seq_set(data, 3)
         other.state_seq_set(data, 0)
         assert context.memory.pos_max(3) == other.memory.pos_max(0) == 41
-        np.testing.assert_allclose(run(context, [9], pos=42, seq=3), expected, atol=1e-3)
-        np.testing.assert_allclose(run(other, [9], pos=42, seq=0), expected, atol=1e-3)
+        np.testing.assert_allclose(decode(context, [9], pos=42, seq=3), expected, atol=1e-3)
+        np.testing.assert_allclose(decode(other, [9], pos=42, seq=0), expected, atol=1e-3)
 
 
 def test_state_file(context: Context, tmp_path: Path) -> None:
-    run(context, PROMPT)
+    decode(context, PROMPT)
     path = tmp_path / "a.state"
     context.state_seq_save(path, 0, PROMPT)
     assert [p.name for p in tmp_path.iterdir()] == ["a.state"]
@@ -393,13 +380,13 @@ def test_state_file(context: Context, tmp_path: Path) -> None:
 
 
 def test_empty_state(context: Context) -> None:
-    run(context, PROMPT, seq=1)
+    decode(context, PROMPT, seq=1)
     context.state_seq_set(context.state_seq_get(0), 1)
     assert context.memory.pos_max(1) == -1
 
 
 def test_damaged_states(context: Context) -> None:
-    run(context, PROMPT)
+    decode(context, PROMPT)
     data = context.state_seq_get(0)
     flipped = [data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :] for i in range(0, len(data), 97)]
     cut = [data[:n] for n in (0, 5, 43, 44, 45, len(data) // 2, len(data) - 1)]
@@ -411,14 +398,14 @@ def test_damaged_states(context: Context) -> None:
 
 def test_state_of_another_model(context: Context) -> None:
     with Model(gguf_path("qwen2")) as other, Context(other, n_threads=1, n_ctx=512) as source:
-        run(source, PROMPT)
+        decode(source, PROMPT)
         data = source.state_seq_get(0)
     with pytest.raises(StateError, match="another model"):
         context.state_seq_set(data, 0)
 
 
 def test_state_that_does_not_fit(context: Context, model: Model) -> None:
-    run(context, [5] * 400)
+    decode(context, [5] * 400)
     data = context.state_seq_get(0)
     with (
         Context(model, n_threads=1, n_ctx=256) as small,
@@ -426,17 +413,17 @@ def test_state_that_does_not_fit(context: Context, model: Model) -> None:
     ):
         small.state_seq_set(data, 0)
     with Context(model, n_threads=1, n_ctx=512, type_k="f32") as other:
-        run(other, PROMPT)
+        decode(other, PROMPT)
         with pytest.raises(StateError, match="type_k=1, this context has 0"):
             other.state_seq_set(data, 0)
         assert other.memory.pos_max(0) == len(PROMPT) - 1
     layout: dict[str, Any] = {"flash_attn_type": "disabled", "n_ctx": 512}
     with Context(model, n_threads=1, **layout) as other:
-        run(other, PROMPT)
+        decode(other, PROMPT)
         with pytest.raises(StateError, match="does not fit"):
             other.state_seq_set(data, 0)
         assert other.memory.pos_max(0) == -1
-        run(other, PROMPT)  # and it works on
+        decode(other, PROMPT)  # and it works on
 
 
 def test_state_files_that_are_none(context: Context, tmp_path: Path) -> None:
@@ -513,7 +500,7 @@ def test_two_threads_decoding(model: Model) -> None:
             try:
                 with context.exclusive():
                     context.memory.clear()
-                    run(context, PROMPT * 20)
+                    decode(context, PROMPT * 20)
             except ContextBusy:
                 return "busy"
             return "done"

@@ -18,6 +18,7 @@ from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import OUTPUT, SAMPLE, Finish, Stepper
+from tests.support.decoding import write
 from tests.support.models_gguf import ARCHITECTURES, Architecture, write_gguf
 
 N_SEQ = 5
@@ -55,11 +56,7 @@ def generate(
     prompts = [prompt(seq, 3 + 7 * (seq % 3)) % stepper.n_vocab for seq in range(len(each))]
     for seq, (params, given) in enumerate(zip(each, prompts, strict=True)):
         stepper.set_slot(seq, params, given)
-        part = slice(n, n + len(given))
-        rows.token[part], rows.seq[part], rows.flags[part] = given, seq, 0
-        rows.pos[part] = np.arange(len(given))
-        n += len(given)
-        rows.flags[n - 1] = SAMPLE
+        n = write(stepper, given, seq=seq, at=n)
     result = stepper.step(n)
     for step in range(n_steps):
         result.raise_for_code()

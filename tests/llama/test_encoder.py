@@ -38,7 +38,7 @@ def context(bert: Model) -> Iterator[Context]:
         yield context
 
 
-def test_nothing_is_kept(context: Context) -> None:
+def test_nothing_stays_in_memory(context: Context) -> None:
     can = context.capabilities
     assert not any((can.has_memory, can.causal, can.partial_removal, can.can_shift))
     assert context.pooling_type == lib.LLAMA_POOLING_TYPE_MEAN

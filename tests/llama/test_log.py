@@ -45,7 +45,7 @@ def test_a_full_ring_drops_the_oldest(
             )
         runtime.drain_log()
     lines = messages(caplog)
-    assert any("were lost" in line for line in lines)
+    assert any("were lost" in text for text in lines)
     assert sum(map(len, lines)) < 2**18
     caplog.clear()
     runtime.drain_log()

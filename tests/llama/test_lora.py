@@ -1,4 +1,4 @@
-"""LoRA adapters: applied, scaled, dropped; who keeps them alive."""
+"""LoRA adapters: applied, scaled, dropped; what keeps them alive."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyllamabatch import Batch, Context, LoraAdapter, Model
+from pyllamabatch import Context, LoraAdapter, Model
 from pyllamabatch.errors import AdapterError, ArgumentError, ClosedError, UnsupportedOperation
+from tests.support.decoding import decode
 from tests.support.models_gguf import gguf_path
 from tests.support.models_special import write_lora
 
@@ -31,10 +32,7 @@ def model() -> Iterator[Model]:
 
 def run(context: Context) -> np.ndarray:
     context.memory.clear()
-    batch = Batch(len(PROMPT))
-    batch.extend(PROMPT, 0, 0)
-    context.decode(batch)
-    return np.array(context.logits())
+    return decode(context, PROMPT)
 
 
 def test_apply_scale_and_drop(model: Model, lora_path: Path) -> None:

@@ -18,8 +18,9 @@ import pytest
 from hypothesis import HealthCheck, assume, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pyllamabatch import Batch, Context, Model
+from pyllamabatch import Context, Model
 from pyllamabatch.errors import ArgumentError, KvCacheFull, UnsupportedOperation
+from tests.support.decoding import decode
 from tests.support.models_gguf import gguf_path
 
 N_SEQ = 3
@@ -108,16 +109,9 @@ def loaded(name: str) -> Model:
     return model
 
 
-def decode(context: Context, seq: int, pos: int, tokens: list[int]) -> np.ndarray:
-    batch = Batch(len(tokens))
-    batch.extend(tokens, pos, seq)
-    context.decode(batch)
-    return np.array(context.logits())
-
-
 def continuation(name: str, tokens: list[int]) -> np.ndarray:
     with Context(loaded(name), n_threads=1, n_ctx=512) as alone:
-        return decode(alone, 0, 0, tokens)
+        return decode(alone, tokens)
 
 
 class AttentionMachine(RuleBasedStateMachine):
@@ -144,7 +138,7 @@ class AttentionMachine(RuleBasedStateMachine):
                 and all(c.pos == c.home for c in held)
                 and self.model.used(seq) < N_CELLS
             ):
-                logits = decode(self.context, seq, len(held), [7])
+                logits = decode(self.context, [7], len(held), seq)
                 expected = continuation("llama", [*(c.token for c in held), 7])
                 np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
                 break
@@ -155,9 +149,9 @@ class AttentionMachine(RuleBasedStateMachine):
         start = self.model.span(seq)[1] + 1
         if self.model.used(seq) + len(tokens) > N_CELLS:
             with pytest.raises(KvCacheFull):
-                decode(self.context, seq, start, tokens)
+                decode(self.context, tokens, start, seq)
             return
-        decode(self.context, seq, start, tokens)
+        decode(self.context, tokens, start, seq)
         self.model.decode(seq, tokens)
 
     @rule(seq=SEQS, p0=POSITIONS, p1=POSITIONS)
@@ -259,7 +253,7 @@ class RecurrentMachine(RuleBasedStateMachine):
         if not hasattr(self, "context"):
             return
         for seq, tokens in self.model.tokens.items():
-            logits = decode(self.context, seq, len(tokens), [7])
+            logits = decode(self.context, [7], len(tokens), seq)
             np.testing.assert_allclose(
                 logits, continuation(self.name, [*tokens, 7]), atol=TOLERANCE
             )
@@ -270,7 +264,7 @@ class RecurrentMachine(RuleBasedStateMachine):
     @rule(seq=SEQS, tokens=st.lists(st.integers(5, 400), min_size=1, max_size=24))
     def decode(self, seq: int, tokens: list[int]) -> None:
         before = self.model.tokens.get(seq, [])
-        decode(self.context, seq, len(before), tokens)
+        decode(self.context, tokens, len(before), seq)
         self.model.tokens[seq] = before + tokens
 
     @rule(seq=SEQS, p0=POSITIONS, p1=POSITIONS)

@@ -17,7 +17,8 @@ from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.sampling_params import SamplingParams
-from pyllamabatch.step.stepper import SAMPLE, Stepper
+from pyllamabatch.step.stepper import Stepper
+from tests.support.decoding import generate
 from tests.support.models_gguf import gguf_path
 
 F32 = npt.NDArray[np.float32]
@@ -315,17 +316,7 @@ def generated(context: Context, sampler: str, params: SamplingParams) -> list[in
     with Stepper(context, sampler=sampler) as stepper:
         stepper.set_slot(0, params, prompt)
         assert stepper.slot(0).path == ("chain" if sampler == "chain" else "fused")
-        rows, n, pos, tokens = stepper.rows, len(prompt), 0, []
-        rows.token[:n], rows.pos[:n], rows.seq[:n], rows.flags[:n] = prompt, range(n), 0, 0
-        while True:
-            rows.flags[n - 1] = SAMPLE
-            result = stepper.step(n)
-            result.raise_for_code()
-            tokens.append(int(result.token[0]))
-            if result.finish[0]:
-                return tokens
-            pos, n = pos + n, 1
-            rows.token[0], rows.pos[0] = tokens[-1], pos
+        return generate(stepper, params, prompt)[0]
 
 
 @pytest.mark.parametrize(

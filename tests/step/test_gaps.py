@@ -1,5 +1,4 @@
-"""Unused sequences between those that decode: a row each keeps a step in one ubatch, and nobody
-sees it."""
+"""Unused sequences between those that decode: a row each keeps a step in one ubatch, unseen."""
 
 from __future__ import annotations
 
@@ -16,7 +15,8 @@ from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler.step import spans
 from pyllamabatch.step.sampling_params import SamplingParams
-from pyllamabatch.step.stepper import SAMPLE, Stepper
+from pyllamabatch.step.stepper import Stepper
+from tests.support.decoding import write
 from tests.support.models_gguf import gguf_path
 from tests.support.oracle import EXACT, Agreement, Reference, random_prompts, solos, tolerance
 
@@ -55,13 +55,10 @@ def greedy(n: int) -> SamplingParams:
 
 def start(stepper: Stepper, seqs: list[int], n: int, temperature: float = 0.0) -> list[int]:
     """Prompts, one a step; the first tokens."""
-    rows, first = stepper.rows, []
+    first = []
     for seq in seqs:
         stepper.set_slot(seq, replace(greedy(n), temperature=temperature, seed=seq))
-        prompt = slice(0, N_PROMPT)
-        rows.token[prompt], rows.pos[prompt], rows.seq[prompt] = PROMPTS[seq], range(N_PROMPT), seq
-        rows.flags[prompt] = (*[0] * (N_PROMPT - 1), SAMPLE)
-        result = stepper.step(N_PROMPT)
+        result = stepper.step(write(stepper, PROMPTS[seq], seq=seq))
         result.raise_for_code()
         assert stepper._info.n_filled == 0
         first.append(int(result.token[0]))

@@ -38,7 +38,7 @@ def test_every_text_is_what_the_schema_says(engine: Engine) -> None:
         SamplingParams(json_schema=PERSON, temperature=3.0, seed=seed, max_tokens=200)
         for seed in range(8)
     ]
-    results = engine.generate(["Somebody: "] * 8, params)
+    results = engine.generate(["A person: "] * 8, params)
     for result in results:
         assert result.finish_reason == "stop"
         value = json.loads(result.text)
@@ -154,7 +154,7 @@ def test_a_grammar_and_a_schema_are_one_too_many() -> None:
         ({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}]}}}, "recursi"),
     ],
 )
-def test_what_can_not_be_kept_whole_is_an_error_at_submit(
+def test_what_the_converter_refuses_is_an_error_at_submit(
     engine: Engine, schema: Any, why: str
 ) -> None:
     params = SamplingParams(json_schema=schema)

@@ -1,4 +1,4 @@
-"""Threads of OpenMP's that nobody needs: none is left with the thread that made an engine."""
+"""OpenMP's threads: none is left with the thread that made an engine."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from pyllamabatch.errors import ArgumentError, GrammarError
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
-from pyllamabatch.step.stepper import SAMPLE, Stepper
+from pyllamabatch.step.stepper import Stepper
+from tests.support.decoding import write
 from tests.support.models_gguf import gguf_path
 
 PROMPT = [1, 300, 301, 302]
@@ -36,10 +37,7 @@ def generate(stepper: Stepper, n: int) -> list[int]:
 
 def start(stepper: Stepper, params: SamplingParams) -> int:
     stepper.set_slot(0, params, PROMPT)
-    rows, n = stepper.rows, len(PROMPT)
-    rows.token[:n], rows.pos[:n], rows.seq[:n], rows.flags[:n] = PROMPT, range(n), 0, 0
-    rows.flags[n - 1] = SAMPLE
-    result = stepper.step(n)
+    result = stepper.step(write(stepper, PROMPT))
     result.raise_for_code()
     return int(result.token[0])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,12 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import OUTPUT, SAMPLE, Finish, Results, Stepper
+from tests.support.decoding import generate, write, write_next
 from tests.support.models_gguf import EOS, gguf_path, write_gguf
 from tests.support.oracle import RawContext, raw_context, raw_model
 
 PROMPT = [1, 270, 280, 290, 300, 310]
 OTHER = [1, 320, 330, 340]
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model(gguf_path("llama")) as model:
-        yield model
 
 
 @pytest.fixture
@@ -54,35 +49,8 @@ def stepper(context: Context, request: pytest.FixtureRequest) -> Iterator[Steppe
         yield stepper
 
 
-def write(
-    stepper: Stepper, tokens: Sequence[int], *, seq: int = 0, pos: int = 0, at: int = 0
-) -> int:
-    """Rows of a sequence, the last one sampled; returns the row after them."""
-    rows, end = stepper.rows, at + len(tokens)
-    rows.token[at:end] = tokens
-    rows.pos[at:end] = np.arange(pos, pos + len(tokens))
-    rows.seq[at:end] = seq
-    rows.flags[at:end] = 0
-    rows.flags[end - 1] = SAMPLE
-    return end
-
-
-def generate(
-    stepper: Stepper, params: SamplingParams, prompt: Sequence[int] = PROMPT, *, seq: int = 0
-) -> tuple[list[int], Finish]:
-    """One request alone: its tokens and how it ended."""
-    stepper.set_slot(seq, params, prompt)
-    result = stepper.step(write(stepper, prompt, seq=seq))
-    tokens: list[int] = []
-    while True:
-        result.raise_for_code()
-        finish = Finish(result.finish[0])
-        if finish is not Finish.ERROR:
-            tokens.append(int(result.token[0]))
-        if finish:
-            return tokens, finish
-        info = stepper.slot(seq)
-        result = stepper.step(write(stepper, [info.next_token], seq=seq, pos=info.next_pos))
+def alone(stepper: Stepper, params: SamplingParams, *, seq: int = 0) -> tuple[list[int], Finish]:
+    return generate(stepper, params, PROMPT, seq=seq)
 
 
 # -- the same as raw calls --
@@ -112,7 +80,7 @@ def test_greedy_is_the_argmax_of_raw_decoding(stepper: Stepper) -> None:
         logits = lib.llama_get_logits_ith(context.ptr, -1)
         return int(np.frombuffer(ffi.buffer(logits, 4 * stepper.n_vocab), np.float32).argmax())
 
-    tokens, finish = generate(stepper, SamplingParams(temperature=0, max_tokens=24))
+    tokens, finish = alone(stepper, SamplingParams(temperature=0, max_tokens=24))
     assert tokens == raw_generate(24, argmax)
     assert finish is Finish.LENGTH
 
@@ -151,7 +119,7 @@ def test_seeded_sampling_is_libllamas_own_chain(
     expected = raw_generate(24, lambda c: int(lib.llama_sampler_sample(chain, c.ptr, -1)))
     lib.llama_sampler_free(chain)
 
-    tokens, finish = generate(stepper, params)
+    tokens, finish = alone(stepper, params)
     n = len(tokens)
     assert tokens == expected[:n]
     assert finish is (Finish.EOG if tokens[-1] == EOS else Finish.LENGTH)
@@ -161,17 +129,17 @@ def test_seeded_sampling_is_libllamas_own_chain(
 
 def test_without_a_seed_draws_differ_and_the_seed_is_known(stepper: Stepper) -> None:
     params = SamplingParams(max_tokens=20, temperature=3.0, top_k=0, top_p=1, min_p=0)
-    first, _ = generate(stepper, params)
+    first, _ = alone(stepper, params)
     seed = stepper.slot(0).seed
     assert seed is not None
     runs = {tuple(first)}
     for _ in range(3):
         stepper._context.memory.clear()  # type: ignore[union-attr]
-        runs.add(tuple(generate(stepper, params)[0]))
+        runs.add(tuple(alone(stepper, params)[0]))
     assert len(runs) > 1
     stepper._context.memory.clear()  # type: ignore[union-attr]
     again = SamplingParams(max_tokens=20, temperature=3.0, top_k=0, top_p=1, min_p=0, seed=seed)
-    assert generate(stepper, again)[0] == first
+    assert alone(stepper, again)[0] == first
 
 
 # -- log-probabilities --
@@ -213,7 +181,7 @@ def test_more_log_probabilities_than_the_stepper_has_room_for(context: Context) 
         with pytest.raises(ArgumentError, match="n_logprobs"):
             stepper.set_slot(0, SamplingParams(logprobs=4))
     with Stepper(context, n_logprobs_max=0) as stepper:
-        tokens, _ = generate(stepper, SamplingParams(max_tokens=3, logprobs=0, seed=1))
+        tokens, _ = alone(stepper, SamplingParams(max_tokens=3, logprobs=0, seed=1))
         assert len(tokens) == 3
     with pytest.raises(ArgumentError, match="n_logprobs_max"):
         Stepper(context, n_logprobs_max=-1)
@@ -223,13 +191,13 @@ def test_more_log_probabilities_than_the_stepper_has_room_for(context: Context) 
 
 
 def greedy_tokens(stepper: Stepper, n: int = 8) -> list[int]:
-    tokens, _ = generate(stepper, SamplingParams(temperature=0, max_tokens=n))
+    tokens, _ = alone(stepper, SamplingParams(temperature=0, max_tokens=n))
     stepper._context.memory.clear()  # type: ignore[union-attr]
     return tokens
 
 
 def test_budget(stepper: Stepper) -> None:
-    tokens, finish = generate(stepper, SamplingParams(temperature=0, max_tokens=5))
+    tokens, finish = alone(stepper, SamplingParams(temperature=0, max_tokens=5))
     assert (len(tokens), finish) == (5, Finish.LENGTH)
     info = stepper.slot(0)
     assert (info.n_generated, info.n_left, info.active) == (5, 0, False)
@@ -240,7 +208,7 @@ def test_stop_token_ids_end_a_request_at_the_token(stepper: Stepper) -> None:
     free = greedy_tokens(stepper)
     stop = free[3]
     params = SamplingParams(temperature=0, max_tokens=8, stop_token_ids=(stop,))
-    tokens, finish = generate(stepper, params)
+    tokens, finish = alone(stepper, params)
     assert tokens == free[: free.index(stop) + 1]
     assert finish is Finish.STOP
 
@@ -249,22 +217,22 @@ def test_end_of_generation(stepper: Stepper) -> None:
     """A bias makes the end of text certain, from the first token on."""
     bias = {EOS: 1000.0}
     params = SamplingParams(temperature=0, max_tokens=8, logit_bias=bias)
-    assert generate(stepper, params) == ([EOS], Finish.EOG)
+    assert alone(stepper, params) == ([EOS], Finish.EOG)
 
 
 def test_min_tokens_and_ignore_eog_exclude_the_end(stepper: Stepper, context: Context) -> None:
     free = greedy_tokens(stepper)
     bias = {EOS: 1000.0}
     late = SamplingParams(temperature=0, max_tokens=8, min_tokens=3, logit_bias=bias)
-    assert generate(stepper, late) == ([*free[:3], EOS], Finish.EOG)
+    assert alone(stepper, late) == ([*free[:3], EOS], Finish.EOG)
     context.memory.clear()
     never = SamplingParams(temperature=0, max_tokens=8, ignore_eog=True, logit_bias=bias)
-    assert generate(stepper, never) == (free, Finish.LENGTH)
+    assert alone(stepper, never) == (free, Finish.LENGTH)
     context.memory.clear()
     stop = SamplingParams(
         temperature=0, max_tokens=8, min_tokens=1, stop_token_ids=tuple(free), logit_bias=bias
     )
-    tokens, _ = generate(stepper, stop)
+    tokens, _ = alone(stepper, stop)
     assert tokens[0] not in free
 
 
@@ -276,7 +244,7 @@ def test_a_grammar_forces_its_language(stepper: Stepper, model: Model, context: 
     for seed in range(8):
         context.memory.clear()
         params = SamplingParams(seed=seed, temperature=1.5, grammar=grammar, max_tokens=30)
-        tokens, finish = generate(stepper, params)
+        tokens, finish = alone(stepper, params)
         assert finish is Finish.EOG
         answer, number = model.vocab.detokenize(tokens[:-1]).strip().split(" ")
         assert answer in ("yes", "no")
@@ -288,12 +256,12 @@ def test_a_grammar_that_is_never_in_the_way_changes_nothing(
     stepper: Stepper, context: Context
 ) -> None:
     params = SamplingParams(seed=3, temperature=1.2, max_tokens=12, ignore_eog=True)
-    free, _ = generate(stepper, params)
+    free, _ = alone(stepper, params)
     context.memory.clear()
     text = SamplingParams(
         seed=3, temperature=1.2, max_tokens=12, ignore_eog=True, grammar="root ::= .*"
     )
-    bound, finish = generate(stepper, text)
+    bound, finish = alone(stepper, text)
     same = next((i for i, (a, b) in enumerate(zip(free, bound, strict=False)) if a != b), 12)
     # a byte token that can't start a character is refused, and only then do they part
     assert same > 0
@@ -316,7 +284,7 @@ def test_a_dead_end_is_an_error_of_that_request_only(stepper: Stepper) -> None:
 
     # the grammar is done and its end is excluded
     params = SamplingParams(temperature=0, grammar='root ::= "a"', ignore_eog=True)
-    tokens, finish = generate(stepper, params, seq=2)
+    tokens, finish = alone(stepper, params, seq=2)
     assert finish is Finish.ERROR
     assert len(tokens) >= 1
 
@@ -412,7 +380,7 @@ def test_a_full_memory_changes_no_slot(model: Model) -> None:
         result = stepper.step(write(stepper, PROMPT))
         while result.code == 0:
             info = stepper.slot(0)
-            result = stepper.step(write(stepper, [info.next_token], pos=info.next_pos))
+            result = stepper.step(write_next(stepper, 0))
         with pytest.raises(KvCacheFull):
             result.raise_for_code()
         assert stepper.slot(0) == info
@@ -421,7 +389,7 @@ def test_a_full_memory_changes_no_slot(model: Model) -> None:
 
 
 def test_a_finished_slot_samples_no_more(stepper: Stepper) -> None:
-    generate(stepper, SamplingParams(temperature=0, max_tokens=1))
+    alone(stepper, SamplingParams(temperature=0, max_tokens=1))
     with pytest.raises(ArgumentError, match="has not finished"):
         stepper.step(write(stepper, [270], pos=len(PROMPT)))
 
@@ -453,7 +421,7 @@ def test_rows_without_a_sample_need_no_slot(stepper: Stepper, context: Context) 
 
 
 def test_bad_logits_are_an_error_of_that_row_only(tmp_path: Path) -> None:
-    """A model whose embedding of one token is NaN: who reads that token has NaN logits."""
+    """A model whose embedding of one token is NaN: a sequence with that token has NaN logits."""
     path = tmp_path / "nan.gguf"
     write_gguf(path, "llama")
     (embedding,) = (t for t in GGUFReader(path, "r+").tensors if t.name == "token_embd.weight")
@@ -492,8 +460,7 @@ def test_copy_slot_forks_draws_penalties_and_grammar(stepper: Stepper, context: 
     tokens: list[list[int]] = [[], [], []]
     while result.code == 0 and all(stepper.slot(seq).active for seq in range(3)):
         for seq in range(3):
-            info = stepper.slot(seq)
-            write(stepper, [info.next_token], seq=seq, pos=info.next_pos, at=seq)
+            write_next(stepper, seq, at=seq)
         result = stepper.step(3)
         for seq, token in zip(result.seq, result.token, strict=True):
             tokens[seq].append(int(token))
@@ -506,7 +473,7 @@ def test_a_slot_taken_out_goes_on_under_another_sequence(
     stepper: Stepper, context: Context
 ) -> None:
     params = SamplingParams(seed=4, temperature=1.5, max_tokens=10, ignore_eog=True)
-    expected, _ = generate(stepper, params)
+    expected, _ = alone(stepper, params)
     context.memory.clear()
 
     stepper.set_slot(0, params, PROMPT)
@@ -521,10 +488,9 @@ def test_a_slot_taken_out_goes_on_under_another_sequence(
     result = stepper.step(write(stepper, [*PROMPT, *tokens], seq=3))  # recomputed
     while True:
         tokens.append(int(result.token[0]))
-        info = stepper.slot(3)
-        if not info.active:
+        if not stepper.slot(3).active:
             break
-        result = stepper.step(write(stepper, [info.next_token], seq=3, pos=info.next_pos))
+        result = stepper.step(write_next(stepper, 3))
     assert tokens == expected
 
 
@@ -637,15 +603,14 @@ def test_the_result_is_one_object_that_steps_overwrite(stepper: Stepper) -> None
     first = stepper.step(write(stepper, PROMPT))
     assert isinstance(first, Results)
     view = first.token
-    info = stepper.slot(0)
-    assert stepper.step(write(stepper, [info.next_token], pos=info.next_pos)) is first
+    assert stepper.step(write_next(stepper, 0)) is first
     assert view[0] == first.token[0]
     assert first.records["index"].tolist() == [1]
 
 
 def test_nothing_is_printed(stepper: Stepper, capfd: pytest.CaptureFixture[str]) -> None:
     runtime.ensure()
-    generate(stepper, SamplingParams(temperature=0, max_tokens=3, grammar="root ::= [a-z ]*"))
+    alone(stepper, SamplingParams(temperature=0, max_tokens=3, grammar="root ::= [a-z ]*"))
     n = write(stepper, PROMPT)
     stepper.rows.pos[0] = 99
     stepper.set_slot(0, SamplingParams())

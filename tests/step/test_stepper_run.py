@@ -17,23 +17,16 @@ from pyllamabatch.raw import lib
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import (
     RESULT_DTYPE,
-    SAMPLE,
     STEP_DTYPE,
     Finish,
     Results,
     Stepper,
     Stop,
 )
-from tests.support.models_gguf import gguf_path
+from tests.support.decoding import write, write_next
 from tests.support.models_special import N_POSITIONS, write_gpt2
 
 PROMPTS = ([1, 270, 280, 290], [1, 320, 330], [1, 340])
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model(gguf_path("llama")) as model:
-        yield model
 
 
 @pytest.fixture
@@ -58,15 +51,10 @@ def start(stepper: Stepper, each: Sequence[SamplingParams]) -> None:
     """A prompt for every one, its first token sampled."""
     assert stepper._context is not None
     stepper._context.memory.clear()
-    rows, n = stepper.rows, 0
+    n = 0
     for seq, param in enumerate(each):
-        prompt = PROMPTS[seq]
-        stepper.set_slot(seq, param, prompt)
-        end = n + len(prompt)
-        rows.token[n:end], rows.pos[n:end], rows.seq[n:end] = prompt, np.arange(len(prompt)), seq
-        rows.flags[n:end] = 0
-        rows.flags[end - 1] = SAMPLE
-        n = end
+        stepper.set_slot(seq, param, PROMPTS[seq])
+        n = write(stepper, PROMPTS[seq], seq=seq, at=n)
     assert stepper.step(n).code == 0
 
 
@@ -74,10 +62,7 @@ def step_by_step(stepper: Stepper, slots: Sequence[int], n_steps: int) -> list[A
     records = []
     for _ in range(n_steps):
         for row, seq in enumerate(slots):
-            info = stepper.slot(seq)
-            rows = stepper.rows
-            rows.token[row], rows.pos[row], rows.seq[row] = info.next_token, info.next_pos, seq
-            rows.flags[row] = SAMPLE
+            write_next(stepper, seq, at=row)
         result = stepper.step(len(slots))
         assert (result.code, result.n_steps) == (0, 1)
         records += [

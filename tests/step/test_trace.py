@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,8 @@ from pyllamabatch.step.ring_reader import PHASES, StepTable
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import STEP_DTYPE
 from pyllamabatch.step.trace import Prompt, StepTrace, Trace, to_chrome
-from tests.support.models_gguf import gguf_path
 
 PROMPTS = [[1, *range(20, 25 + 3 * i)] for i in range(5)]
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model(gguf_path("llama")) as model:
-        yield model
 
 
 def small(model: Model, **options: Any) -> Engine:
@@ -84,7 +77,7 @@ class Recorder:
         return self.made.snapshot()()
 
 
-def test_what_is_kept_of_a_step_and_of_a_run() -> None:
+def test_the_record_of_a_step_and_of_a_run() -> None:
     recorder = Recorder(16, 4)
     made = recorder.made
     made.ids[:] = (7, 0, 9, 8)

@@ -28,7 +28,7 @@ N_TOKENS = 24
 
 
 def texts(n_vocab: int) -> list[list[int]]:
-    """Twelve prompts of 3 to 140 tokens: two families with a common beginning, and loners."""
+    """Twelve prompts of 3 to 140 tokens: two families with a common prefix, and single ones."""
     random = np.random.default_rng(17)
     families = [
         random.integers(10, n_vocab, 90).tolist(),

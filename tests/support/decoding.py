@@ -1,0 +1,57 @@
+"""What many tests do: decode tokens, write rows for a stepper, generate one request alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pyllamabatch.llama.batch import Batch
+from pyllamabatch.llama.context import Context
+from pyllamabatch.step.sampling_params import SamplingParams
+from pyllamabatch.step.stepper import SAMPLE, Finish, Stepper
+from pyllamabatch.step.types import F32
+
+
+def decode(context: Context, tokens: Sequence[int], pos: int = 0, seq: int = 0) -> F32:
+    """Decode tokens of one sequence; a copy of the last row's logits."""
+    batch = Batch(len(tokens))
+    batch.extend(tokens, pos, seq)
+    context.decode(batch)
+    return np.array(context.logits())
+
+
+def write(
+    stepper: Stepper, tokens: Sequence[int], *, seq: int = 0, pos: int = 0, at: int = 0
+) -> int:
+    """Rows of a sequence from row `at` on, the last one sampled; returns the row after them."""
+    rows, end = stepper.rows, at + len(tokens)
+    rows.token[at:end] = tokens
+    rows.pos[at:end] = np.arange(pos, pos + len(tokens))
+    rows.seq[at:end] = seq
+    rows.flags[at:end] = 0
+    rows.flags[end - 1] = SAMPLE
+    return end
+
+
+def write_next(stepper: Stepper, seq: int, at: int = 0) -> int:
+    """The row that a sequence which has sampled goes on with; returns the row after it."""
+    info = stepper.slot(seq)
+    return write(stepper, [info.next_token], seq=seq, pos=info.next_pos, at=at)
+
+
+def generate(
+    stepper: Stepper, params: SamplingParams, prompt: Sequence[int], *, seq: int = 0
+) -> tuple[list[int], Finish]:
+    """One request alone: its tokens and how it ended."""
+    stepper.set_slot(seq, params, prompt)
+    result = stepper.step(write(stepper, prompt, seq=seq))
+    tokens: list[int] = []
+    while True:
+        result.raise_for_code()
+        finish = Finish(result.finish[0])
+        if finish is not Finish.ERROR:
+            tokens.append(int(result.token[0]))
+        if finish:
+            return tokens, finish
+        result = stepper.step(write_next(stepper, seq))
