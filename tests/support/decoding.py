@@ -8,6 +8,7 @@ import numpy as np
 
 from pyllamabatch.llama.batch import Batch
 from pyllamabatch.llama.context import Context
+from pyllamabatch.llama.vocab import Tokens
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import SAMPLE, Finish, Stepper
 from pyllamabatch.step.types import F32
@@ -21,9 +22,7 @@ def decode(context: Context, tokens: Sequence[int], pos: int = 0, seq: int = 0) 
     return np.array(context.logits())
 
 
-def write(
-    stepper: Stepper, tokens: Sequence[int], *, seq: int = 0, pos: int = 0, at: int = 0
-) -> int:
+def write(stepper: Stepper, tokens: Tokens, *, seq: int = 0, pos: int = 0, at: int = 0) -> int:
     """Rows of a sequence from row `at` on, the last one sampled; returns the row after them."""
     rows, end = stepper.rows, at + len(tokens)
     rows.token[at:end] = tokens
