@@ -43,7 +43,9 @@ class StartTogether:
             return plan
         prompts = {id: n for id, n in plan.tokens.items() if id not in view.decoding}
         wake = None if prompts else view.now + SOON_S  # an empty plan says how long it waits
-        return replace(plan, tokens=prompts, repeat=1, wake=wake)
+        return replace(
+            plan, tokens=prompts, decode_all=False, sit_out=frozenset(), repeat=1, wake=wake
+        )
 
 
 class EngineArm:

@@ -34,8 +34,8 @@ class CostObserver:
         switched = self._switched(step)
         self._before = None if step.chunks else step.decode
         gap, self._end = end - run.seconds - self._end, end
-        kv = scheduler.attended_cells(step, (n - 1) / 2)
-        shapes = scheduler.shapes(step, kv)
+        kv = scheduler.attention.cells(step, (n - 1) / 2)
+        shapes = scheduler.attention.shapes(step, kv)
         rebuilt = not step.chunks and run.n_reused == n - 1  # the graph, for the first step
         seconds = self._each(step, run, rebuilt)
         if switched and run.code == 0:

@@ -22,8 +22,8 @@ from ..llama.lora import LoraAdapter, Loras
 from ..llama.model import Model
 from ..planner.residency import fitting_n_ctx
 from ..raw import lib
-from ..scheduler import Gather, Policy, Scheduler
-from ..scheduler.interactive import PATIENCE_SECONDS
+from ..scheduler import Gather, KvOptions, Policy, Scheduler
+from ..scheduler.idle import PATIENCE_SECONDS
 from ..step.native import offloaded
 from ..step.ring_reader import StreamStepper
 from ..step.sampling_params import SamplingParams
@@ -433,7 +433,9 @@ def make_scheduler(context: Context, options: EngineOptions) -> Scheduler:
         gather=options.gather,
         patience=options.patience,
         cost=cost,
-        sharing=sharing_of(context, options.n_seq_max),
-        retain=options.prefix_cache,
-        swap=swap_choice(context, options.preemption),
+        kv=KvOptions(
+            sharing_of(context, options.n_seq_max),
+            options.prefix_cache,
+            swap_choice(context, options.preemption),
+        ),
     )

@@ -382,10 +382,12 @@ class PrefixCache:
             self._forget(slot)
             self._empty(slot)
 
-    def drop_all(self) -> None:
-        """Empty all kept slots."""
-        for slot in list(self._cached):
+    def drop_all(self) -> bool:
+        """Empty all cached slots; whether there was any."""
+        slots = list(self._cached)
+        for slot in slots:
             self.drop(slot)
+        return bool(slots)
 
     def _empty(self, slot: int) -> None:
         self._accounting.release(slot)

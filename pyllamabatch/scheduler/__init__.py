@@ -2,6 +2,7 @@
 
 from .gather import CostWindow, ExpectedSequence, Gather, Gathering, Window
 from .policies import make_policy, policy_names
+from .policies.composed import ComposedPolicy
 from .policies.device_aware import device_aware
 from .policies.fair import fair
 from .policies.fcfs import fcfs
@@ -14,27 +15,28 @@ from .policies.slo import slo
 from .policies.static import static
 from .policies.tile_fill import tile_fill
 from .policies.width import width
-from .policy import ComposedPolicy, Decodes, PlanBuilder, Policy, Round, Verdict, Width
+from .policy import PlanBuilder, Policy, Round, Verdict, Width
 from .queue import SequenceList
 from .rules import RULES
-from .scheduler import Scheduler
+from .scheduler import KvOptions, Scheduler
 from .step import Counters, PromptChunk, Step
-from .tenants import Tenants
-from .view import Limits, Plan, SequenceView, StepView
+from .view import KvView, Limits, Plan, Prefix, SequenceView, StepView
 
 __all__ = [
     "RULES",
     "ComposedPolicy",
     "CostWindow",
     "Counters",
-    "Decodes",
     "ExpectedSequence",
     "Gather",
     "Gathering",
+    "KvOptions",
+    "KvView",
     "Limits",
     "Plan",
     "PlanBuilder",
     "Policy",
+    "Prefix",
     "PromptChunk",
     "Round",
     "Scheduler",
@@ -42,7 +44,6 @@ __all__ = [
     "SequenceView",
     "Step",
     "StepView",
-    "Tenants",
     "Verdict",
     "Width",
     "Window",

@@ -9,6 +9,7 @@ from itertools import islice
 from ..kv import Hit, KvAccounting, KvOperation, PrefixCache, Sharing, SwapChoice
 from ..kv.prefix_cache import NO_HIT, Key, key_of
 from ..kv.radix_tree import Tokens
+from .view import Prefix
 
 LOOKS = 32  # so many waiting sequences at most are looked at again before one step
 
@@ -33,6 +34,16 @@ class StartPoint:
     def cells(self) -> int:
         """Cells that count as free and that it takes before it computes anything."""
         return self.saved if self.saved > self.hit.n else self.hit.cells
+
+    @property
+    def prefix(self) -> Prefix:
+        """As a policy sees it, while the sequence waits."""
+        return Prefix(self.n, self.cells, self.pending.n)
+
+    @property
+    def taken(self) -> Prefix:
+        """The same, once it runs."""
+        return Prefix(self.n)
 
 
 class Admission:
@@ -88,8 +99,8 @@ class Admission:
         if self._saved.get(id, 0) >= known:
             self.drop_saved(id)
 
-    def start_waiting(self, id: int, tokens: Tokens | None) -> StartPoint:
-        """It waits from now on."""
+    def start_waiting(self, id: int, tokens: Tokens | None) -> Prefix:
+        """It waits from now on. What it need not compute."""
         if tokens is not None and self._saved.get(id, 0) >= len(tokens):
             self.drop_saved(id)
         start = self._waiting[id] = StartPoint(tokens, self._saved.get(id, 0))
@@ -97,7 +108,7 @@ class Admission:
             start.key = key_of(tokens, self._spaces[id])
             self._alike.setdefault(start.key, set()).add(id)
             self._look(id, start)
-        return start
+        return start.prefix
 
     def stop_waiting(self, id: int) -> None:
         """It does not wait any more; fine when it did not."""
@@ -113,7 +124,7 @@ class Admission:
         if not alike:
             del self._alike[start.key]
 
-    def refresh(self) -> list[tuple[int, StartPoint]]:
+    def refresh(self) -> list[tuple[int, Prefix]]:
         """Who of those that wait could start from something else now. At most `LOOKS` of them at a
         time: the others' turn comes at the next call."""
         changed = self.cache.changed
@@ -134,7 +145,7 @@ class Admission:
             start.saved = self._saved.get(id, 0)
             self._look(id, start)
             if before != (start.hit, start.pending, start.saved):
-                moved.append((id, start))
+                moved.append((id, start.prefix))
         return moved
 
     def _look(self, id: int, start: StartPoint) -> None:

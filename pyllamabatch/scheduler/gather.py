@@ -24,10 +24,10 @@ SOONEST_SECONDS = 1e-5  # that a thread which is woken can be there
 class ExpectedSequence:
     """A interactive sequence that has nothing to compute, and is expected to have soon. Seconds.
 
-    `rested`: since it had nothing to compute any more. `mean`, `spread`: of its rests until now
+    `idle`: since it had nothing to compute any more. `mean`, `spread`: of its rests until now
     (`resting.Habit`). `returns`: the share of them that were over within a step's time."""
 
-    rested: float
+    idle: float
     mean: float
     spread: float
     returns: float = 1.0
@@ -38,7 +38,7 @@ class ExpectedSequence:
         spread, for it can't be known better than that; and who is late by some time is expected to
         be late by as much again (the law of Lindy: times that have no typical length, as those of a
         thread that does not get a core, are Pareto distributed with a mean excess of that kind)."""
-        return max(self.spread, abs(self.mean - self.rested), SOONEST_SECONDS)
+        return max(self.spread, abs(self.mean - self.idle), SOONEST_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)

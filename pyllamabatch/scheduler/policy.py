@@ -1,23 +1,32 @@
 """Policies: what the next step is to be.
 
-Anything with `plan(view) -> Plan` is a policy. `ComposedPolicy` puts one together from decisions
-that can be replaced one by one; most new policies are one new decision.
+Anything with `plan(view) -> Plan` is a policy. `ComposedPolicy` (`policies/composed.py`) puts one
+together from parts that can be replaced one by one; the protocols here say what each part is asked.
+Most new policies are one new part. Every part is a plain function or a callable object:
+
+    def short_prompts(builder: PlanBuilder, seq: SequenceView) -> Verdict:
+        return Verdict.ADMIT if seq.n_prompt <= 100 else Verdict.SKIP
+
+    policy = ComposedPolicy(admit=short_prompts)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
 from ..errors import ArgumentError
-from .view import Plan, SequenceView, StepView, Tokens
+from .view import Plan, SequenceView, StepView
 
 
 class Policy(Protocol):
-    """A policy must not keep or change what it is shown; it answers with a plan, which the
-    scheduler checks against the limits before anything happens."""
+    """A policy must not keep or change what it is shown. It answers with a plan, which the
+    scheduler checks against the limits before anything happens.
+
+    A policy may also have `ended(seq)`: it is told of each running sequence that ends or is
+    preempted, as it was at its end. `seq.turn` tokens were generated since its admission."""
 
     def plan(self, view: StepView) -> Plan: ...
 
@@ -34,133 +43,119 @@ def check_policy(policy: Any, given: object) -> Policy:
 class Verdict(Enum):
     ADMIT = "admit"
     SKIP = "skip"  # not this one now, look at the next
-    STOP = "stop"  # nobody else is admitted in this step
-    PREEMPT = "preempt"  # yes, if the victim decision names somebody to give way; then asked again
-
-
-class Decodes(Enum):
-    """When the sequences that decode get their row, seen from the other sequences of the order."""
-
-    FIRST = "first"
-    LAST = "last"
-    APART = "apart"  # only in a step in which nobody else has a row
-    IN_ORDER = "in order"  # the order names them among the others
+    STOP = "stop"  # no other is admitted in this step, unless a victim makes room for this one
 
 
 @dataclass(slots=True)
 class PlanBuilder:
-    """A plan in the making, with what is left to give: `rows` of the budget, `cells` of the KV
-    cache, `slots` for newcomers. `promised`: cells that sequences of this step still need for
-    tokens that they know. `wake`: when to ask again, should nobody have a row. Seen by the
-    decisions, changed by `ComposedPolicy` alone, but for `ask_again`. `sit_out`: of those that
-    `decode_all`, who has no row in this step."""
+    """A plan in the making. Parts read it; `ComposedPolicy` alone changes it, but for `ask_again`.
+
+    - rows: left of the budget. cells: KV cells that are free. promised: cells that sequences of
+      this step still need for tokens that they know.
+    - tokens: rows that were given, by sequence id, but not to those of `decode_all`.
+    - preempt: the victims until now, by id.
+    - n_admitted: newcomers until now.
+    - short: a sequence was preempted for want of cells: no newcomer is admitted.
+    """
 
     view: StepView
     rows: int
     cells: int
-    slots: int
     promised: int
+    tokens: dict[int, int] = field(default_factory=dict)
     decode_all: bool = False
-    others: dict[int, int] = field(default_factory=dict)  # tokens; not of those that `decode_all`
     preempt: dict[int, SequenceView] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
     n_admitted: int = 0
-    short: bool = False  # somebody gave up his cells, for want of them
+    short: bool = False
     wake: float | None = None
-    sit_out: Set[int] = frozenset()
-
-    @property
-    def tokens(self) -> Mapping[int, int]:
-        """As in `Plan.tokens`, so far."""
-        if not self.decode_all:
-            return self.others
-        decoding = self.view.decoding
-        without = self.sit_out or {id for id in self.preempt if id in decoding}
-        return Tokens(decoding, self.others, without)
-
-    def has(self, seq: SequenceView) -> bool:
-        """It has tokens, or is preempted."""
-        id = seq.id
-        return (
-            id in self.others
-            or id in self.preempt
-            or (self.decode_all and id in self.view.decoding)
-        )
 
     @property
     def n_running(self) -> int:
         """Sequences that run after this step."""
         return len(self.view.running) + self.n_admitted - len(self.preempt)
 
+    @property
+    def slots(self) -> int:
+        """Slots for newcomers."""
+        return self.view.limits.n_seq_max - self.n_running
+
     def ask_again(self, at: float) -> None:
-        """By an admit decision that says no now and may say yes `at` that time."""
+        """By an admit part that says no now and may say yes `at` that time."""
         self.wake = at if self.wake is None else min(self.wake, at)
+
+    # -- for ComposedPolicy
+
+    def has(self, seq: SequenceView) -> bool:
+        """It has rows, or is preempted."""
+        id = seq.id
+        decodes = self.decode_all and id in self.view.decoding
+        return decodes or id in self.tokens or id in self.preempt
 
     def copy(self) -> PlanBuilder:
         return replace(
             self,
-            others=self.others.copy(),
+            tokens=self.tokens.copy(),
             preempt=self.preempt.copy(),
             reasons=self.reasons.copy(),
         )
 
     def give(self, seq: SequenceView, n: int) -> None:
-        self.others[seq.id] = n
-        self.rows -= n
-        self.cells -= n
-        self.promised -= n
+        self.tokens[seq.id] = n
+        self._take(n)
 
     def give_all_decodes(self) -> None:
-        n = len(self.view.decoding)
         self.decode_all = True
+        self._take(len(self.view.decoding))
+
+    def _take(self, n: int) -> None:
         self.rows -= n
         self.cells -= n
         self.promised -= n
 
     def admit(self, seq: SequenceView) -> None:
-        self.slots -= 1
         self.n_admitted += 1
-        self.cells -= seq.prefix_cells
+        self.cells -= seq.prefix.cells
         self.promised += seq.remaining
 
     def take_back(self, seq: SequenceView, reason: str) -> None:
-        """Preempt: the rows that it had in this builder and the cells that it holds come back."""
+        """Preempt: the rows that it had in this plan and the cells that it holds come back."""
         decodes = self.decode_all and seq.id in self.view.decoding
-        n = 1 if decodes else self.others.pop(seq.id, 0)
-        self.rows += n
-        self.cells += n + self.view.frees(seq)
-        self.promised -= seq.remaining - n
-        self.slots += 1
+        n = 1 if decodes else self.tokens.pop(seq.id, 0)
+        self._take(-n)
+        self.cells += self.view.kv.freed_by(seq.id)
+        self.promised -= seq.remaining
         self.preempt[seq.id] = seq
         self.reasons[seq.id] = reason
 
     @property
     def steady(self) -> bool:
-        """Everybody who runs and does not rest decodes, and that is all."""
+        """All that run decode, unless they are idle, and that is all."""
         view, n = self.view, len(self.view.decoding)
         return (
             n > 0
-            and (self.decode_all or len(self.others) == n)
+            and (self.decode_all or len(self.tokens) == n)
             and not len(view.prefilling)
             and not self.n_admitted
             and not self.preempt
         )
 
-    def plan(self, repeat: int = 1) -> Plan:
-        """`repeat`: of a steady plan."""
-        if not self.steady or self.wake is not None:
-            repeat = 1
-        tokens = self.tokens
-        wake = None if len(tokens) or self.preempt else self.wake
-        return Plan(tokens, tuple(self.preempt), self.reasons, repeat, wake)
+    def plan(self, repeat: int = 1, sit_out: Set[int] = frozenset()) -> Plan:
+        empty = not (self.decode_all or self.tokens or self.preempt)
+        return Plan(
+            self.tokens,
+            tuple(self.preempt),
+            self.decode_all,
+            sit_out,
+            self.reasons,
+            1 if self.wake is not None else repeat,
+            self.wake if empty else None,
+        )
 
 
 class Order(Protocol):
-    """Who is next: the running sequences that do not decode and the waiting ones (with
-    `Decodes.IN_ORDER` the decoding ones too), most urgent first."""
-
-    @property
-    def decodes(self) -> Decodes: ...
+    """Which sequence is next: the running ones that do not decode and the waiting ones, most urgent
+    first."""
 
     def __call__(self, view: StepView) -> Iterable[SequenceView]: ...
 
@@ -178,28 +173,30 @@ class Budget(Protocol):
 
 
 class ChunkSize(Protocol):
-    """How many rows this sequence gets; what exceeds its remaining tokens or what the builder has
-    left is cut off, 0 leaves it out of the step."""
+    """How many rows this sequence gets. What exceeds its remaining tokens, or what the builder has
+    left, is cut off; 0 leaves it out of the step."""
 
     def __call__(self, builder: PlanBuilder, seq: SequenceView) -> int: ...
 
 
 class Victim(Protocol):
-    """Who gives up its cells so that `seq` can go on: a running sequence that is not in
-    `builder.preempt` yet, maybe `seq` itself; None: nobody, `seq` waits for the next step.
+    """Which sequence is preempted so that `seq` can go on: a running one that is not in
+    `builder.preempt` yet, maybe `seq` itself. None: `seq` waits for the next step.
 
-    So that somebody always gets on, it must go by an order of all sequences that changes only with
-    the tokens that they generate or with admission, and name only who comes after `seq` in it. With
-    `Verdict.PREEMPT` it is asked for a waiting `seq` too, and should spare whoever has not had a
-    fair turn (`SequenceView.turn`)."""
+    It is asked for a waiting `seq` (`seq.running` is False), too, when admit has said STOP: most
+    policies answer None then. One that answers otherwise should spare those that have not had a
+    fair turn (`SequenceView.turn`).
+
+    So that some sequence always gets on, it must go by an order of all sequences that changes only
+    with the tokens that they generate or with admission, and name only one behind `seq` in it."""
 
     def __call__(self, builder: PlanBuilder, seq: SequenceView) -> SequenceView | None: ...
 
 
 class Repeat(Protocol):
-    """For how many steps a steady plan stands: one in which everybody who runs (and does not rest)
-    decodes, and nobody is admitted or preempted. More than 1 only as far as the decisions would be
-    the same at each of them, as long as nobody comes or goes."""
+    """For how many steps a steady plan stands: one in which all that run decode, and none is
+    admitted or preempted. More than 1 only as far as the parts would answer the same at each of
+    them, as long as no sequence comes or goes."""
 
     def __call__(self, builder: PlanBuilder) -> int: ...
 
@@ -213,125 +210,9 @@ class Round(NamedTuple):
 
 
 class Width(Protocol):
-    """Who decodes in this step, asked when all would and nobody else has a row: where several
-    narrow steps are faster than a wide one, they may take turns. What it says may depend on what
-    it has said before, and on the steps since then (`StepView.step`), but not on the time: asked
-    at each of the steps that it has answered for, it must say the same."""
+    """Which sequences decode in this step, asked when all would and no other has a row: where
+    several narrow steps are faster than a wide one, they may take turns. The answer may depend on
+    earlier answers, and on the steps since then (`StepView.step`), but not on the time: asked at
+    each of the steps that it has answered for, it must say the same."""
 
     def __call__(self, builder: PlanBuilder) -> Round: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ComposedPolicy:
-    """`repeat`: a number, when it is always the same one. The decisions may not look at the time
-    then, nor admit somebody for having waited longer. `width`: without it all who decode do so at
-    every step."""
-
-    order: Order
-    admit: Admit
-    budget: Budget
-    chunk: ChunkSize
-    victim: Victim
-    repeat: Repeat | int = 1
-    width: Width | None = None
-
-    def plan(self, view: StepView) -> Plan:
-        builder = PlanBuilder(
-            view=view,
-            rows=min(self.budget(view), view.limits.n_batch),
-            cells=view.kv_free,
-            slots=view.limits.n_seq_max - len(view.running),
-            promised=view.kv_promised,
-        )
-        decodes = self.order.decodes
-        if decodes is Decodes.FIRST:
-            self._decode(builder)
-        builder = self._others(builder)
-        if decodes is Decodes.LAST or (decodes is Decodes.APART and not builder.others):
-            self._decode(builder)
-        if not builder.steady:
-            return builder.plan()
-        repeat = self.repeat if isinstance(self.repeat, int) else self.repeat(builder)
-        if self.width is not None and builder.decode_all:
-            builder.sit_out, steps = self.width(builder)
-            repeat = min(repeat, steps)
-        return builder.plan(repeat)
-
-    def _others(self, builder: PlanBuilder) -> PlanBuilder:
-        """Whom the order names, until rows or newcomers are at their end; then the rest of those
-        that run."""
-        for seq in self.order(builder.view):
-            if builder.rows < 1:
-                return builder
-            if builder.has(seq):
-                continue
-            if seq.running:
-                self._advance(builder, seq)
-                continue
-            if builder.short:
-                break  # whoever gave up his cells comes before any newcomer
-            if seq.prefix_pending:
-                continue  # what it begins with is being computed
-            verdict = self.admit(builder, seq)
-            if verdict is Verdict.PREEMPT:
-                builder, verdict = self._preempt_idle(builder, seq)
-            if verdict is Verdict.ADMIT:
-                self._start(builder, seq)
-            elif verdict is not Verdict.SKIP:
-                break
-        for seq in builder.view.prefilling:
-            if builder.rows < 1:
-                break
-            if not builder.has(seq):
-                self._advance(builder, seq)
-        return builder
-
-    def _preempt_idle(self, builder: PlanBuilder, seq: SequenceView) -> tuple[PlanBuilder, Verdict]:
-        """`builder` with victims enough that `seq` is admitted, or as it was."""
-        trial, verdict = builder, Verdict.PREEMPT
-        while verdict is Verdict.PREEMPT:
-            victim = self.victim(trial, seq)
-            if victim is None:
-                return builder, Verdict.STOP
-            trial = builder.copy() if trial is builder else trial
-            trial.take_back(victim, f"preempted: sequence {seq.id} takes its place")
-            verdict = self.admit(trial, seq)
-        return (trial if verdict is Verdict.ADMIT else builder), verdict
-
-    def _decode(self, builder: PlanBuilder) -> None:
-        n = len(builder.view.decoding)
-        if n <= builder.rows and n <= builder.cells and not builder.preempt:
-            builder.give_all_decodes()
-            return
-        for seq in builder.view.running:
-            if builder.rows < 1:
-                break
-            if seq.decoding and seq.id not in builder.preempt:
-                self._advance(builder, seq)
-
-    def _advance(self, builder: PlanBuilder, seq: SequenceView) -> None:
-        while builder.cells < 1:
-            victim = self.victim(builder, seq)
-            if victim is None:
-                return
-            builder.take_back(victim, f"preempted: sequence {seq.id} found no free cell")
-            builder.short = True
-            if victim.id == seq.id:
-                return
-        n = 1 if seq.decoding else self._cut(builder, seq)
-        if n > 0:
-            builder.give(seq, n)
-            if n < seq.remaining:
-                builder.reasons[seq.id] = f"chunk of {n} rows, {seq.remaining - n} tokens to go"
-
-    def _start(self, builder: PlanBuilder, seq: SequenceView) -> None:
-        if builder.cells <= seq.prefix_cells:
-            return
-        n = min(self._cut(builder, seq), builder.cells - seq.prefix_cells)
-        if n > 0:
-            builder.admit(seq)
-            builder.give(seq, n)
-            builder.reasons[seq.id] = f"admitted with {n} of {seq.remaining} tokens"
-
-    def _cut(self, builder: PlanBuilder, seq: SequenceView) -> int:
-        return min(self.chunk(builder, seq), seq.remaining, builder.rows, builder.cells)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sized
+from collections.abc import Mapping, Set
 from math import inf
-from typing import NoReturn, Protocol
+from typing import NamedTuple, NoReturn
 
 from ..errors import PlanError
-from .view import Limits, Plan, Tokens
+from .view import Plan, StepView
 
 RULES: dict[str, str] = {
     "plan": "a policy answers with a Plan",
     "known-sequence": "tokens and preempt name sequences that run or wait",
     "whole-tokens": "a sequence advances by a whole number of tokens, at least 1",
     "within-remaining": "no sequence advances by more than its remaining tokens",
+    "decode-all": "sit_out is for a plan with decode_all, whose tokens name no sequence that "
+    "decodes, and sit_out none that does not",
     "rows": "the rows of a step are at most n_batch",
     "slots": "at most n_seq_max sequences run at once",
     "cells": "the rows of a step, and what newcomers start from, fit into the free KV cells, those "
@@ -21,106 +23,118 @@ RULES: dict[str, str] = {
     "preempt-running": "only a running sequence can be preempted, and only once",
     "preempt-or-run": "a sequence that is preempted does not run in the same step",
     "repeat": "a plan stands for a whole number of steps, at least 1, and for more than one only "
-    "if all of its sequences decode and nobody is preempted",
+    "if all of its sequences decode and none is preempted",
     "progress": "a step has rows, or preempts, or says until when there is nothing to do, unless "
-    "one of the running sequences rests",
+    "one of the running sequences is idle",
     "wake": "a plan that waits is empty, and waits until a finite time later than now",
 }
 
 
-def broken(rule: str, detail: str) -> NoReturn:
-    raise PlanError(rule, f"{RULES[rule]}: {detail}")
+class Rows(NamedTuple):
+    """A checked plan: how many sequences decode, which of `StepView.decoding` do not, and by how
+    many tokens the others advance."""
+
+    n_decodes: int
+    out: Set[int]
+    others: dict[int, int]
 
 
-class _Ids(Container[int], Sized, Protocol): ...
-
-
-def check_plan(
-    plan: Plan,
-    *,
-    now: float,
-    limits: Limits,
-    decoding: Mapping[int, int],
-    running: _Ids,
-    waiting: _Ids,
-    remaining: Callable[[int], int],
-    taken: Callable[[int], int],
-    freed: Callable[[int], int],
-    n_free: int,
-    n_idle: int = 0,
-) -> Mapping[int, int]:
-    """Raise PlanError for the first rule that `plan` breaks; whom it advances otherwise than by
-    decoding, in its order.
-
-    `decoding`, `running`, `waiting`: the ids that decode, run (decoding or not) and wait.
-    `remaining`: the tokens that a sequence may advance by. `taken`: free cells that a waiting one
-    takes before that. `freed`: those that a running one gives up. `n_free`: free KV cells.
-    `resting`: how many of the running have nothing to compute. A step of pure decoding is checked
-    without a loop in Python, one of `Tokens` without any over those who decode.
-    """
+def check_plan(plan: Plan, view: StepView) -> Rows:
+    """Raise PlanError for the first rule that `plan` breaks. With `decode_all` there is no loop
+    over the sequences that decode."""
     if not isinstance(plan, Plan):
-        broken("plan", f"{plan!r}")
-    tokens = plan.tokens
-    if isinstance(tokens, Tokens) and tokens.decoding is decoding:
-        without = set(tokens.without)
-        others = tokens.others
-        for id in [*without, *others]:
-            if (id in without) != (id in decoding):
-                broken("known-sequence", f"{id!r} decodes, or does not, otherwise than shown")
-        n_decodes = len(decoding) - len(without)
-        _check_whole(others)
-    else:
-        _check_whole(tokens)
-        others = {id: n for id, n in tokens.items() if id not in decoding}
-        n_decodes = len(tokens) - len(others)
-        if sum(tokens.values()) - sum(others.values()) != n_decodes:
-            id = next(id for id, n in tokens.items() if n != 1 and id in decoding)
-            broken("within-remaining", f"sequence {id} by {tokens[id]} of 1")
-    n_rows, n_new, n_taken = n_decodes, 0, 0
-    for id, n in others.items():
-        if id not in running:
-            if id not in waiting:
-                broken("known-sequence", f"tokens for {id!r}")
-            n_new += 1
-            n_taken += taken(id)
-        limit = remaining(id)
-        if n > limit:
-            broken("within-remaining", f"sequence {id} by {n} of {limit}")
-        n_rows += n
-    n_freed = 0
-    for id in plan.preempt:
-        if id not in running:
-            rule = "preempt-running" if id in waiting else "known-sequence"
-            broken(rule, f"preempt {id!r}")
-        if id in tokens:
-            broken("preempt-or-run", f"sequence {id}")
-        n_freed += freed(id)
-    if len(set(plan.preempt)) != len(plan.preempt):
-        broken("preempt-running", f"named twice in {plan.preempt}")
+        _broken("plan", f"{plan!r}")
+    rows = _rows(plan, view)
+    n_rows = rows.n_decodes + sum(rows.others.values())
+    n_new, n_taken = _check_others(rows.others, view)
+    n_freed = _check_preempted(plan, view)
+    limits = view.limits
     if n_rows > limits.n_batch:
-        broken("rows", f"{n_rows} of {limits.n_batch}")
-    n_running = len(running) + n_new - len(plan.preempt)
+        _broken("rows", f"{n_rows} of {limits.n_batch}")
+    n_running = len(view.running) + n_new - len(plan.preempt)
     if n_running > limits.n_seq_max:
-        broken("slots", f"{n_running} of {limits.n_seq_max}")
-    if n_rows + n_taken > n_free + n_freed:
-        detail = f"{n_rows} rows, {n_taken} to start from, {n_free} free and {n_freed} given up"
-        broken("cells", detail)
-    if type(plan.repeat) is not int or plan.repeat < 1:
-        broken("repeat", f"{plan.repeat!r} steps")
-    if plan.repeat > 1 and (others or plan.preempt or not tokens):
-        broken("repeat", f"{plan.repeat} steps of {len(others)} that do not decode")
-    if plan.wake is not None:
-        if tokens or plan.preempt:
-            broken("wake", f"{len(tokens)} sequences advance, {len(plan.preempt)} are preempted")
-        if not now < plan.wake < inf:
-            broken("wake", f"until {plan.wake!r}, and it is {now!r}")
-    elif not tokens and not plan.preempt and not n_idle:
-        broken("progress", f"an empty plan, {len(running)} run and {len(waiting)} wait")
-    return others
+        _broken("slots", f"{n_running} of {limits.n_seq_max}")
+    free = view.kv.free
+    if n_rows + n_taken > free + n_freed:
+        detail = f"{n_rows} rows, {n_taken} to start from, {free} free and {n_freed} given up"
+        _broken("cells", detail)
+    _check_time(plan, view, rows, n_rows)
+    return rows
+
+
+def _rows(plan: Plan, view: StepView) -> Rows:
+    tokens, decoding = plan.tokens, view.decoding
+    _check_whole(tokens)
+    others = {id: n for id, n in tokens.items() if id not in decoding}
+    n_named = len(tokens) - len(others)
+    if plan.decode_all:
+        if n_named:
+            _broken("decode-all", f"tokens for {[id for id in tokens if id in decoding]}")
+        if not plan.sit_out <= decoding:
+            _broken("decode-all", f"{sorted(plan.sit_out - decoding)} do not decode")
+        out: Set[int] = plan.sit_out | {id for id in plan.preempt if id in decoding}
+        return Rows(len(decoding) - len(out), out, others)
+    if plan.sit_out:
+        _broken("decode-all", f"{sorted(plan.sit_out)} sit out")
+    for id in tokens.keys() & decoding if n_named else ():
+        if tokens[id] != 1:
+            _broken("within-remaining", f"sequence {id} by {tokens[id]} of 1")
+    out = decoding - tokens.keys() if n_named < len(decoding) else frozenset()
+    return Rows(n_named, out, others)
 
 
 def _check_whole(tokens: Mapping[int, int]) -> None:
     values = tokens.values()
     if tokens and (set(map(type, values)) != {int} or min(values) < 1):
         id, n = next((id, n) for id, n in tokens.items() if type(n) is not int or n < 1)
-        broken("whole-tokens", f"sequence {id} by {n!r}")
+        _broken("whole-tokens", f"sequence {id} by {n!r}")
+
+
+def _check_others(others: Mapping[int, int], view: StepView) -> tuple[int, int]:
+    """How many of those that do not decode are admitted, and the free cells that they start
+    from."""
+    n_new = n_taken = 0
+    for id, n in others.items():
+        seq = view.running.find(id)
+        if seq is None:
+            seq = view.waiting.find(id)
+            if seq is None:
+                _broken("known-sequence", f"tokens for {id!r}")
+            n_new += 1
+            n_taken += seq.prefix.cells
+        if n > seq.remaining:
+            _broken("within-remaining", f"sequence {id} by {n} of {seq.remaining}")
+    return n_new, n_taken
+
+
+def _check_preempted(plan: Plan, view: StepView) -> int:
+    """Cells that they give up."""
+    for id in plan.preempt:
+        if view.running.find(id) is None:
+            waits = view.waiting.find(id) is not None
+            _broken("preempt-running" if waits else "known-sequence", f"preempt {id!r}")
+        if id in plan.tokens:
+            _broken("preempt-or-run", f"sequence {id}")
+    if len(set(plan.preempt)) != len(plan.preempt):
+        _broken("preempt-running", f"named twice in {plan.preempt}")
+    return sum(map(view.kv.freed_by, plan.preempt))
+
+
+def _check_time(plan: Plan, view: StepView, rows: Rows, n_rows: int) -> None:
+    if type(plan.repeat) is not int or plan.repeat < 1:
+        _broken("repeat", f"{plan.repeat!r} steps")
+    if plan.repeat > 1 and (rows.others or plan.preempt or not n_rows):
+        _broken("repeat", f"{plan.repeat} steps of {len(rows.others)} that do not decode")
+    if plan.wake is not None:
+        if n_rows or plan.preempt:
+            _broken("wake", f"{n_rows} rows, {len(plan.preempt)} sequences are preempted")
+        if not view.now < plan.wake < inf:
+            _broken("wake", f"until {plan.wake!r}, and it is {view.now!r}")
+    elif not n_rows and not plan.preempt:
+        n_running, n_waiting = len(view.running), len(view.waiting)
+        if n_running == len(view.decoding) + len(view.prefilling):
+            _broken("progress", f"an empty plan, {n_running} run and {n_waiting} wait")
+
+
+def _broken(rule: str, detail: str) -> NoReturn:
+    raise PlanError(rule, f"{RULES[rule]}: {detail}")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Set
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -12,13 +11,8 @@ import numpy.typing as npt
 
 from ..kv import Slots
 from ..kv.radix_tree import Tokens
-from .queue import Column, SequenceList, SequenceQueue
-from .view import SequenceView
-
-I64 = npt.NDArray[np.int64]
-
-# What `Running` knows of each without a view of it.
-IN_ARRAYS = frozenset(("itl_target", "generated", "turn", "n_prompt", "computed", "max_tokens"))
+from .queue import Column, Rank, SequenceList, SequenceQueue
+from .view import NO_PREFIX, Prefix, SequenceView
 
 
 class KnownTokens(Protocol):
@@ -30,63 +24,66 @@ class KnownTokens(Protocol):
 
 @dataclass(slots=True)
 class Entry:
-    """One sequence. While it runs its counters are those of `Running` at `slot`. `tokens`: None
-    where it shares nothing."""
+    """One sequence. While it runs its counters are those of `RunningSequences` at `slot`.
 
-    view: SequenceView
-    tenant: int
-    tokens: KnownTokens | None = None
-    slot: int = -1
-    high: int = 0  # tokens that were computed at least once
-    true: bool = True  # `view` says how it is now
-
-
-class Running(SequenceQueue[Entry]):
-    """In the order of admission. The arrays (int64, shape (n_seq_max,)) are 0 where nobody runs.
-
-    `computed` and `known` tokens; `counts` is both of them, shape (2, n_seq_max); `most`: what
-    `known` is at the very end. `decoding`: id -> 1 for those that decode, as a policy sees it.
+    - tokens: None where it shares nothing. high: tokens that were computed at least once.
+    - true: `view` says how it is now.
     """
 
-    def __init__(self, n_seq_max: int) -> None:
+    view: SequenceView
+    tokens: KnownTokens | None = None
+    slot: int = -1
+    high: int = 0
+    true: bool = True
+
+    def known_tokens(self) -> Tokens | None:
+        """What it is to compute."""
+        return None if self.tokens is None else self.tokens.known()[: self.view.goal]
+
+
+class RunningSequences(SequenceQueue[Entry]):
+    """In the order of admission.
+
+    - computed, known: tokens, int64 arrays by slot, 0 where none runs. counts: both of them, shape
+      (2, n_slots). most: what `known` is at the very end.
+    - decoding: ids of those that decode. asked: slot -> id of the interactive ones of these.
+    """
+
+    def __init__(self, n_slots: int) -> None:
         super().__init__(self.seen)
-        self._numbers = np.zeros((6, n_seq_max), dtype=np.int64)
-        self.computed, self.known, self._n_prompt, self.most, self._start, self._tenant = (
-            self._numbers
-        )
+        self._numbers = np.zeros((6, n_slots), dtype=np.int64)
+        self.computed, self.known, self._n_prompt, self.most, self._start, self._id = self._numbers
         self.counts = self._numbers[:2]
-        self._itl_target = np.full(n_seq_max, np.inf)
-        self._decoding: dict[int, int] = {}
-        self.decoding: Mapping[int, int] = MappingProxyType(self._decoding)
-        self._decodes_in = np.zeros(n_seq_max, dtype=bool)
+        self._itl_target = np.full(n_slots, np.inf)
+        self._facts: dict[Rank, npt.NDArray[np.float64]] = {}  # by the function they come from
+        self._decoding: dict[int, None] = {}
+        self.decoding: Set[int] = self._decoding.keys()
+        self.asked: dict[int, int] = {}
+        self._decodes_in = np.zeros(n_slots, dtype=bool)
         self._decode_slots: Slots | None = None
-        self._slot_of: dict[int, int] = {}
-        # Of all, in the order of admission and ascending; made again when it has changed.
-        self._slots: npt.NDArray[np.intp] | None = None
-        self._ascending: npt.NDArray[np.intp] | None = None
+        self._occupied: npt.NDArray[np.intp] | None = None
 
     def join(self, id: int, entry: Entry, *, first: bool = False) -> None:
         """`entry.slot` is its own from now on."""
         super().join(id, entry, first=first)
         view, slot = entry.view, entry.slot
         entry.true = False
-        known = view.known
-        most = view.n_prompt + view.max_tokens
-        self._numbers[:, slot] = 0, known, view.n_prompt, most, known, entry.tenant + 1
+        known, most = view.known, view.n_prompt + view.max_tokens
+        self._numbers[:, slot] = 0, known, view.n_prompt, most, known, id + 1
         self._itl_target[slot] = np.inf if view.itl_target is None else view.itl_target
-        self._slot_of[id] = slot
-        self._slots = self._ascending = None
+        for function, facts in self._facts.items():
+            facts[slot] = function(view)
+        self._occupied = None
 
     def leave(self, id: int) -> Entry | None:
         entry = super().leave(id)
         if entry is not None:
             self._numbers[:, entry.slot] = 0
-            del self._slot_of[id]
-            self._slots = self._ascending = None
+            self._occupied = None
         return entry
 
     def seen(self, entry: Entry) -> SequenceView:
-        """How it is now; made anew only when it has changed."""
+        """How it is now; made again only when it has changed."""
         view = entry.view
         if entry.true:
             return view
@@ -95,7 +92,9 @@ class Running(SequenceQueue[Entry]):
         generated = known - view.n_prompt
         if view.computed != computed or view.generated != generated or not view.running:
             turn = known - int(self._start[slot])
-            view = moved(view, computed, generated, True, view.preemptions, view.queued, turn)
+            view = moved(
+                view, computed, generated, True, view.prefix, view.preemptions, view.queued, turn
+            )
             entry.view = view
         entry.true = view.id not in self.decoding  # a decode moves without a word
         return view
@@ -107,23 +106,27 @@ class Running(SequenceQueue[Entry]):
         self.computed[slot], self.known[slot] = view.computed, known
         self._n_prompt[slot], self._start[slot] = view.n_prompt, known - view.turn
 
-    def decodes(self, id: int, slot: int) -> None:
-        """It decodes from now on."""
-        self._decoding[id] = 1
+    def start_decoding(self, entry: Entry) -> None:
+        id, slot = entry.view.id, entry.slot
+        self._decoding[id] = None
+        if entry.view.goal is not None:
+            self.asked[slot] = id
         self._decodes_in[slot] = True
         self._decode_slots = None
 
-    def decodes_no_more(self, id: int, slot: int) -> bool:
-        """Whether it did."""
-        if self._decoding.pop(id, None) is None:
-            return False
-        self._decodes_in[slot] = False
-        self._decode_slots = None
-        return True
+    def stop_decoding(self, entry: Entry) -> None:
+        """Fine when it did not decode."""
+        id, slot = entry.view.id, entry.slot
+        if id in self._decoding:
+            del self._decoding[id]
+            self.asked.pop(slot, None)
+            self._decodes_in[slot] = False
+            self._decode_slots = None
 
     @property
     def decode_slots(self) -> Slots:
-        """Of those that decode: ascending, read-only."""
+        """Slots of those that decode: ascending, read-only, the same array until one comes or
+        goes."""
         if self._decode_slots is None:
             self._decode_slots = self._decodes_in.nonzero()[0].astype(np.int32)
             self._decode_slots.flags.writeable = False
@@ -131,6 +134,8 @@ class Running(SequenceQueue[Entry]):
 
     def decode_slots_but(self, out: list[int]) -> Slots:
         """`decode_slots` without these."""
+        if not out:
+            return self.decode_slots
         left = self._decodes_in.copy()
         left[out] = False
         slots: Slots = left.nonzero()[0].astype(np.int32)
@@ -142,51 +147,40 @@ class Running(SequenceQueue[Entry]):
         last = self.known[entry.slot] if goal is None else goal
         return max(0, int(last - self.computed[entry.slot]))
 
-    def turn(self, slot: int) -> int:
-        """Tokens that the sequence in `slot` has generated since its admission."""
-        return int(self.known[slot] - self._start[slot])
-
-    def turns(self) -> tuple[I64, I64]:
-        """By slot: the tenant's number + 1, 0 where nobody runs, and tokens generated since the
-        admission."""
-        return self._tenant, self.known - self._start
-
-    @property
-    def slots(self) -> npt.NDArray[np.intp]:
-        """Of each in turn."""
-        if self._slots is None:
-            self._slots = np.fromiter(self._slot_of.values(), np.intp, len(self._slot_of))
-        return self._slots
-
-    def column(self, name: str) -> Column:
-        if name not in IN_ARRAYS:
-            return super().column(name)
-        return self._column(name, self.slots)
-
-    def unordered(self, name: str) -> Column:
-        if name not in IN_ARRAYS:
-            entries = sorted(self.ids.values(), key=_slot)
-            return SequenceList(map(self.seen, entries)).column(name)
-        if self._ascending is None:
-            (self._ascending,) = self._tenant.nonzero()
-        return self._column(name, self._ascending)
-
-    def _column(self, name: str, slots: npt.NDArray[np.intp]) -> Column:
-        if name == "itl_target":
+    def column(self, what: str | Rank) -> Column:
+        """See `SequenceList`. In the order of the slots."""
+        if self._occupied is None:
+            (self._occupied,) = self._id.nonzero()
+        slots = self._occupied
+        if not isinstance(what, str):
+            return self._facts_of(what)[slots]
+        if what == "itl_target":
             return self._itl_target[slots]
-        known = self.known[slots]
-        if name == "generated":
-            return known - self._n_prompt[slots]
-        if name == "turn":
-            return known - self._start[slots]
-        if name == "n_prompt":
+        if what == "id":
+            return self._id[slots] - 1
+        if what == "n_prompt":
             return self._n_prompt[slots]
-        if name == "computed":
+        if what == "computed":
             return self.computed[slots]
-        return self.most[slots] - self._n_prompt[slots]  # max_tokens
+        if what == "generated":
+            return self.known[slots] - self._n_prompt[slots]
+        if what == "turn":
+            return self.known[slots] - self._start[slots]
+        if what == "max_tokens":
+            return self.most[slots] - self._n_prompt[slots]
+        by_slot = sorted(self.ids.values(), key=_slot_of)
+        return SequenceList(map(self.seen, by_slot)).column(what)
+
+    def _facts_of(self, function: Rank) -> npt.NDArray[np.float64]:
+        facts = self._facts.get(function)
+        if facts is None:
+            facts = self._facts[function] = np.zeros(len(self._id))
+            for entry in self.ids.values():
+                facts[entry.slot] = function(entry.view)
+        return facts
 
 
-def _slot(entry: Entry) -> int:
+def _slot_of(entry: Entry) -> int:
     return entry.slot
 
 
@@ -195,9 +189,10 @@ def moved(
     computed: int,
     generated: int,
     running: bool,
-    preemptions: int,
-    queued: int,
-    turn: int,
+    prefix: Prefix = NO_PREFIX,
+    preemptions: int = 0,
+    queued: int = 0,
+    turn: int = 0,
 ) -> SequenceView:
     """As `dataclasses.replace`, which takes several times as long."""
     return SequenceView(
@@ -211,7 +206,7 @@ def moved(
         view.priority,
         view.tenant,
         view.deadline,
-        view.prefix_hit,
+        prefix,
         preemptions,
         view.goal,
         view.itl_target,

@@ -7,12 +7,7 @@ The live engine and the simulator drive the same object:
     ... carry out step.kv_operations, compute the step's rows ...
     scheduler.advance(step)          # every row is in the cache, every full sequence sampled;
                                      # up to `step.repeat` times without another plan
-    scheduler.remove(id)             # whoever is done, at any time between steps
-
-Sequences that their owners drive by hand (`add(interactive=True)`, `extend`, `ask`, `relax`,
-`trim`)
-run among the others and rest while there is nothing to compute; `hold` says whether a step should
-wait for them (see `gather`).
+    scheduler.remove(id)             # a sequence that is done, at any time between steps
 
 A step that could not be computed is simply not advanced: the next `plan` starts from the same
 counters. Counters live in arrays by slot, so that a step of pure decoding costs no Python per
@@ -21,55 +16,96 @@ sequence; views are made when a policy looks at them.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ..kv import Sharing, Slots, SwapChoice
-from .gather import Gather
-from .interactive import PATIENCE_SECONDS, InteractiveSequences
-from .placement import seen_of
+from ..errors import RequestTooLong
+from ..kv import KvAccounting, KvOperation, Sharing, SwapChoice
+from .admission import Admission
+from .attention import Attention
+from .deadlines import Deadlines
+from .gather import CostWindow, Gather
+from .idle import PATIENCE_SECONDS, IdleSequences
+from .interactive import Interactive
 from .policies import device_aware
 from .policy import Policy, check_policy
 from .queue import SequenceList
-from .rules import check_plan
+from .rules import Rows, check_plan
 from .running import Entry, KnownTokens
-from .step import PromptChunk, Shape, Step, spans
-from .view import Limits, Plan, SequenceView, StepView, Tokens
+from .sequences import Sequences
+from .step import Counters, PromptChunk, Step
+from .view import KvView, Limits, SequenceView, StepView
 
 AT_ONCE = 32  # steps of decoding that cells are emptied for, if they are there
 
-NOBODY: Slots = np.zeros(0, dtype=np.int32)
-NOBODY.flags.writeable = False
+Placed = tuple[tuple[int, int], ...]
+"""(id, slot) of each."""
 
 
-class Scheduler(InteractiveSequences):
-    """`limits`: what the context can take. `policy`: default `device_aware()`. `gather`: how long a
-    step waits for interactive sequences, default `CostWindow()`. `patience`: seconds that a
-    sequence may rest while others wait for its slot or its cells; after that it may be preempted.
-    `cost`: the device's cost model, passed on to `policy` and `gather`.
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Why the policy is not asked again, until something changes: its plan was empty (`stuck`: no
+    sequence found room), and it wants to wait until `wake`. `n_changes`: see `Sequences`."""
 
-    `sharing`: what sequences can take over from each other, default nothing. `retain`: what
+    n_changes: int = -1
+    stuck: bool = False
+    wake: float | None = None
+
+
+NO_PAUSE = Pause()
+
+
+@dataclass(frozen=True, slots=True)
+class KvOptions:
+    """`sharing`: what sequences can take over from each other, default nothing. `retain`: what
     sequences leave behind stays cached, for others that begin in the same way. `swap`: what becomes
     of the preempted, default recompute."""
+
+    sharing: Sharing = field(default_factory=Sharing)
+    retain: bool = True
+    swap: SwapChoice = field(default_factory=lambda: SwapChoice("recompute"))
+
+
+class Scheduler:
+    """`limits`: what the context can take. `policy`: default `device_aware()`. `kv`: sharing and
+    swapping. `cost`: the device's cost model, passed on to `policy` and `gather`.
+
+    For interactive sequences: `gather`, how long a step waits for them, default `CostWindow()`;
+    `patience`, seconds that one may be idle while others wait for its slot or its cells."""
 
     def __init__(
         self,
         limits: Limits,
         policy: Policy | None = None,
         *,
+        kv: KvOptions | None = None,
+        cost: Any = None,
         gather: Gather | None = None,
         patience: float = PATIENCE_SECONDS,
-        cost: Any = None,
-        sharing: Sharing | None = None,
-        retain: bool = True,
-        swap: SwapChoice | None = None,
     ) -> None:
-        super().__init__(limits, gather, sharing or Sharing(), retain, swap)
-        self.cost = cost
-        self._patience = patience
+        kv = kv or KvOptions()
+        n_slots = limits.n_seq_max + kv.sharing.n_cached
+        self.limits = limits
         self.policy = device_aware() if policy is None else check_policy(policy, policy)
+        self.cost = cost
+        self.counters = Counters()
+        self.deadlines = Deadlines()
+        self.accounting = KvAccounting(
+            limits.n_cells, n_slots, unified=limits.unified, n_cells_seq=limits.n_cells_seq
+        )
+        self.admission = Admission(self.accounting, kv.sharing, retain=kv.retain, swap=kv.swap)
+        self.idle_sequences = IdleSequences(gather or CostWindow(), patience)
+        self.sequences = Sequences(
+            self.accounting, self.admission, self.idle_sequences, self.counters, self._left
+        )
+        self.interactive = Interactive(
+            self.sequences, self.admission, self.idle_sequences, self.check_fits
+        )
+        self.attention = Attention(limits, self.accounting, self.sequences.running, cost)
+        self._last_pause = NO_PAUSE
 
     # -- sequences come and go
 
@@ -89,17 +125,19 @@ class Scheduler(InteractiveSequences):
         saved: int = 0,
         tokens: KnownTokens | None = None,
     ) -> None:
-        """A new sequence joins the waiting line. Ids are never reused. For `arrival` and what
-        follows see `SequenceView`. `interactive`: it gets a token each time that it is asked for
-        one;
-        `max_tokens` is 1 then. `space`: only sequences of the same one start from each other.
-        `saved`: positions that it has in a saved state, fewer than it knows tokens. `tokens`: where
-        its tokens are read; without it, it shares nothing."""
+        """A new sequence joins the waiting queue. Ids are never reused. For `arrival` and what
+        follows see `SequenceView`.
+
+        - interactive: it gets a token each time that it is asked for one; `max_tokens` is 1 then.
+        - space: only sequences of the same one start from each other.
+        - saved: positions that it has in a saved state, fewer than it knows tokens.
+        - tokens: where its tokens are read; without it, it shares nothing.
+        """
         if n_prompt < 1 or max_tokens < 1:
             raise ValueError(
                 f"n_prompt and max_tokens are at least 1, got {n_prompt}, {max_tokens}"
             )
-        if id in self._running.ids or id in self._waiting.ids or id in self._aside:
+        if id in self.sequences:
             raise ValueError(f"sequence {id} is here already")
         self.check_fits(n_prompt, max_tokens)
         goal = None
@@ -120,114 +158,136 @@ class Scheduler(InteractiveSequences):
         if deadline is not None:
             self.deadlines.add(id, deadline)
         self.admission.add(id, space, saved)
-        self._line_up(Entry(view, self._tenants.number(tenant), tokens))
+        self.sequences.add(Entry(view, tokens))
+
+    def check_fits(self, n_prompt: int, max_tokens: int) -> None:
+        """RequestTooLong when the request could not finish even with the cache to itself. The
+        token that is sampled last is never computed, so it needs no cell."""
+        limit = min(self.limits.n_cells_seq, self.limits.n_cells)
+        if n_prompt + max_tokens - 1 > limit:
+            raise RequestTooLong(
+                "prompt",
+                f"{n_prompt} tokens",
+                f"with max_tokens={max_tokens} it needs {n_prompt + max_tokens - 1} KV cells, "
+                f"a sequence of this engine can have {limit}",
+            )
 
     def remove(self, id: int, *, worth: bool = True) -> int | None:
-        """A sequence ends, for whatever reason. Returns the slot it ran in, which is nobody's from
-        now on, or None when it was waiting. `worth`: what it holds is right, and may be kept.
+        """A sequence ends, for whatever reason. Returns the slot it ran in, which is free from now
+        on, or None when it was waiting. `worth`: what it holds is right, and may be cached.
         KeyError when there is no such sequence."""
         self.deadlines.remove(id)
-        slot = None
-        if id in self._running.ids:
-            entry = self._leave(id)
-            slot = entry.slot
-            self.admission.cache.leaves(
-                slot, self._tokens(entry) if worth and self.admission.cache.retain else None
-            )
-        else:
-            self._get_out(id)
-            self._changed()
-        self.admission.forget(id)
-        self._idle.forget(id)
-        return slot
+        return self.sequences.remove(id, retain=worth and self.admission.cache.retain)
+
+    def preempt(self, id: int, *, worth: bool = True) -> int:
+        """A running sequence gives up its cells and its slot, which is returned, and waits to run
+        again. `worth`: what it holds is right, and may be cached or saved. KeyError when it does
+        not run."""
+        return self.sequences.preempt(id, retain=worth)
 
     def preempt_newest(self) -> tuple[int, int] | None:
         """The cache turned out to be fuller than the accounting says: the newest running sequence
-        gives up its cells, and nobody is admitted until another one leaves. Returns its (id, slot),
-        or None when no more than one runs."""
-        if len(self._running.ids) < 2:
-            return None
-        id = next(reversed(self._running.ids))
-        slot = self.preempt(id)
-        self._short = True
-        return id, slot
+        is preempted, and none is admitted until another one leaves. Returns its (id, slot), or None
+        when no more than one runs."""
+        return self.sequences.preempt_newest()
+
+    def extend(self, id: int, n: int, now: float | None = None) -> None:
+        """This and the next three: see `Interactive`."""
+        self.interactive.extend(id, n, now)
+
+    def ask(self, id: int, now: float | None = None) -> None:
+        self.interactive.ask(id, now)
+
+    def relax(self, id: int) -> None:
+        self.interactive.relax(id)
+
+    def trim(self, id: int, known: int) -> int:
+        return self.interactive.trim(id, known)
 
     # -- steps
 
     def view(self, now: float) -> StepView:
+        sequences = self.sequences
+        running = sequences.running
+        kv = KvView(
+            self.accounting.free,
+            sequences.promised,
+            self.attention.of_all(),
+            self._freed_by,
+            self._slot_of,
+        )
         return StepView(
             now,
             self.limits,
-            self._running,
-            SequenceList() if self._short and self._running.ids else self._waiting,
-            self._running.decoding,
-            self._prefilling,
-            self.accounting.free,
-            self._promised,
+            running,
+            SequenceList() if sequences.closed and running.ids else sequences.waiting,
+            running.decoding,
+            sequences.prefilling,
+            kv,
             self.cost,
             self.counters.steps,
-            self._tenants,
-            self._alone,
-            self._slot_of,
-            int(self._attended()) if self.limits.unified else None,
         )
 
     def plan(self, now: float) -> Step | None:
         """Ask the policy for the next step and apply its plan: preempt, admit, name the rows. A
         step without rows has operations to carry out, and nothing else. None when there is nothing
-        to do, no room for those who wait, or the policy wants to wait: `hold` says for how long.
+        to do, no room for those that wait, or the policy wants to wait: `hold` says for how long.
         PlanError, and nothing has changed, when the plan breaks a rule."""
         if self.idle:
             return self._without_rows()
-        self._now, self._ready_at = now, None
-        made_way = self._preempt_idle()
+        sequences = self.sequences
+        sequences.now, self.idle_sequences.ready_at = now, None
+        preempted = self._preempt_idle()
         self.admission.cache.make_checkpoints()
-        for id, start in self.admission.refresh():
-            hit, cells, pending = seen_of(start)
-            self._waiting.put(id, prefix_hit=hit, prefix_cells=cells, prefix_pending=pending)
+        sequences.refresh()
         view = self.view(now)
         plan = self.policy.plan(view)
-        others = self._check(plan, view)
-        self._wake = plan.wake
-        self._stuck = not len(plan.tokens) and not plan.preempt
-        if self._stuck and not made_way:
+        rows = check_plan(plan, view)
+        nothing = not (rows.n_decodes or rows.others or plan.preempt)
+        self._last_pause = Pause(sequences.n_changes, nothing, plan.wake)
+        if nothing and not preempted:
             return self._without_rows()
-        preempted = made_way
-        if plan.preempt:
-            preempted += tuple((id, self.preempt(id)) for id in plan.preempt)
-        tokens, running = plan.tokens, self._running
-        n_rows = n_decodes = len(tokens) - len(others)
-        new = [id for id in others if id not in running.ids]
-        admitted = self._admit_all(new, n_decodes + sum(others.values())) if new else ()
-        chunks = []
-        for id, n in others.items():
-            entry = running.get(id)
-            if entry is None:
-                continue
-            slot, goal = entry.slot, entry.view.goal
-            first, known = running.counts[:, slot].tolist()
-            n = min(n, (known if goal is None else goal) - first)
-            n = self.admission.cache.cut(slot, first, n)
-            last = first + n == known
-            chunks.append(PromptChunk(id, slot, first, n, last))
-            n_rows += n
-        asked = self._asked
-        for slot, id in asked.items():
-            if id in tokens:
+        preempted += tuple((id, sequences.preempt(id, retain=True)) for id in plan.preempt)
+        admitted = self._admit(rows)
+        return self._step(rows, plan.repeat, preempted, admitted, plan.reasons)
+
+    def _preempt_idle(self) -> Placed:
+        """The interactive sequence that is idle longest, if that is too long and others need its
+        room."""
+        sequences = self.sequences
+        no_slot = len(sequences.running.ids) == self.limits.n_seq_max and sequences.waiting.ids
+        if not (self._pause.stuck or no_slot):
+            return ()
+        id = self.idle_sequences.overdue(sequences.now)
+        return () if id is None else ((id, sequences.preempt(id, retain=True)),)
+
+    def _admit(self, rows: Rows) -> Placed:
+        """The newcomers; one that had better wait for another of them stays where it is."""
+        n_rows = rows.n_decodes + sum(rows.others.values())
+        admitted: list[tuple[int, int]] = []
+        fresh: set[int] = set()
+        for id in rows.others:
+            if id in self.sequences.waiting.ids:
+                slot = self.sequences.admit(id, self.accounting.free - n_rows, fresh)
+                if slot is not None:
+                    admitted.append((id, slot))
+                    fresh.add(slot)
+        return tuple(admitted)
+
+    def _step(
+        self, rows: Rows, repeat: int, preempted: Placed, admitted: Placed, reasons: Any
+    ) -> Step:
+        """Of a plan that is checked, and whose sequences are placed."""
+        running = self.sequences.running
+        entries = running.ids
+        chunks = [self._chunk(entries[id], n) for id, n in rows.others.items() if id in entries]
+        out = [entries[id].slot for id in rows.out if id in running.decoding]
+        for slot, id in running.asked.items():
+            if slot not in out:
                 chunks.append(PromptChunk(id, slot, int(running.computed[slot]), 1, True))
-        if n_decodes == len(running.decoding) and not asked:
-            decode = running.decode_slots
-        elif n_decodes == 0:
-            decode = NOBODY
-        else:
-            if isinstance(tokens, Tokens) and tokens.decoding is view.decoding:
-                out = tokens.without
-            else:
-                out = [id for id in running.decoding if id not in tokens]
-            decode = running.decode_slots_but([*(running.ids[id].slot for id in out), *asked])
-        n_out = len(running.decoding) - n_decodes if self.limits.unified else 0
-        repeat = plan.repeat
-        if repeat > 1 and asked:
+        decode = running.decode_slots_but([*out, *running.asked])
+        n_rows = len(decode) + sum(chunk.n for chunk in chunks)
+        if running.asked:
             repeat = 1
         elif repeat > 1:
             left = int((running.most[decode] - running.known[decode]).min())
@@ -241,27 +301,27 @@ class Scheduler(InteractiveSequences):
             preempted,
             admitted,
             n_rows,
-            plan.reasons,
+            reasons,
             repeat,
-            n_out,
+            len(out) if self.limits.unified else 0,
             self.take_kv_operations(),
         )
 
+    def _chunk(self, entry: Entry, n: int) -> PromptChunk:
+        """`n` rows of a sequence, or fewer where its prefix was longer than the policy knew, or a
+        checkpoint is due."""
+        slot, goal = entry.slot, entry.view.goal
+        start, known = self.sequences.running.counts[:, slot].tolist()
+        n = min(n, (known if goal is None else goal) - start)
+        n = self.admission.cache.cut(slot, start, n)
+        return PromptChunk(entry.view.id, slot, start, n, start + n == known)
+
     def _without_rows(self) -> Step | None:
         operations = self.take_kv_operations()
-        return Step(NOBODY, (), (), (), 0, {}, kv_operations=operations) if operations else None
-
-    def _admit_all(self, ids: list[int], n_rows: int) -> tuple[tuple[int, int], ...]:
-        """Of those that the plan admits, but who had better wait for another of them stays where
-        it is. `n_rows`: of the plan."""
-        admitted: dict[int, int] = {}
-        fresh: set[int] = set()
-        for id in ids:
-            entry = self._admit(id, self.accounting.free - n_rows, fresh)
-            if entry is not None:
-                admitted[id] = entry.slot
-                fresh.add(entry.slot)
-        return tuple(admitted.items())
+        if not operations:
+            return None
+        none = np.zeros(0, dtype=np.int32)
+        return Step(none, (), (), (), 0, {}, kv_operations=operations)
 
     def advance(self, step: Step, n: int = 1, now: float | None = None) -> None:
         """`step` has been computed, `n` times of the `step.repeat` that it may be: its rows are in
@@ -269,149 +329,162 @@ class Scheduler(InteractiveSequences):
         each time. `now`: when its results were there; without it, when it was planned."""
         if not 1 <= n <= step.repeat:
             raise ValueError(f"a step for 1 to {step.repeat} times was computed {n} times")
+        sequences, running = self.sequences, self.sequences.running
         if now is not None:
-            self._idle.within = (now - self._now) / n
-            self._now = now
-        counters, running = self.counters, self._running
-        decode = step.decode
-        n_decodes = len(decode)
+            self.idle_sequences.within = (now - sequences.now) / n
+            sequences.now = now
+        n_decodes = len(step.decode)
         if n_decodes:
-            slots = decode.astype(np.intp)  # an index of any other type takes NumPy twice as long
+            slots = step.decode.astype(np.intp)  # NumPy takes twice as long for any other type
             self.accounting.take_each(slots, n)
             running.computed[slots] += n
             running.known[slots] += n
-        n_last = n_interactive = 0
-        for chunk in step.chunks:
-            slot, end = chunk.slot, chunk.start + chunk.n
-            entry = running.ids[chunk.id]
-            entry.true = False
-            self.accounting.take(slot, chunk.n)
-            running.computed[slot] = end
-            self._promised -= chunk.n
-            n_interactive += chunk.id in running.decoding
-            counters.recomputed_rows += max(0, min(end, entry.high) - chunk.start)
-            entry.high = max(end, entry.high)
-            if chunk.last:
-                running.known[slot] += 1
-                self._promised += entry.view.goal is None
-                n_last += 1
-            known = int(running.known[slot])
-            if entry.view.goal is not None:
-                self._steer(entry, running.seen(entry))
-            elif known - end == 1 and known > entry.view.n_prompt:
-                self._prefilling.leave(chunk.id)
-                running.decodes(chunk.id, slot)
-        n_decoded = n * n_decodes + n_interactive
-        counters.steps += n
-        counters.rows += n * step.n_rows
-        counters.decode_rows += n_decoded
-        counters.prefill_rows += n * step.n_rows - n_decoded
-        counters.tokens += n * n_decodes + n_last
-        n_sampled = n_decodes + n_last
-        counters.fill[n_sampled] = counters.fill.get(n_sampled, 0) + n
+        n_asked = sum(chunk.id in running.decoding for chunk in step.chunks)
+        n_recomputed = sum(map(self._advance, step.chunks))
+        n_last = sum(chunk.last for chunk in step.chunks)
+        self.counters.count(step, n, n * n_decodes + n_asked, n_last, n_recomputed)
+
+    def _advance(self, chunk: PromptChunk) -> int:
+        """The rows of a chunk are in the cache; how many had been computed before."""
+        sequences, running = self.sequences, self.sequences.running
+        slot, end = chunk.slot, chunk.start + chunk.n
+        entry = running.ids[chunk.id]
+        entry.true = False
+        self.accounting.take(slot, chunk.n)
+        running.computed[slot] = end
+        sequences.promised -= chunk.n
+        n_recomputed = max(0, min(end, entry.high) - chunk.start)
+        entry.high = max(end, entry.high)
+        if chunk.last:
+            running.known[slot] += 1
+            sequences.promised += entry.view.goal is None
+        known = int(running.known[slot])
+        if entry.view.goal is not None:
+            sequences.update(entry, running.seen(entry))
+        elif known - end == 1 and known > entry.view.n_prompt:
+            sequences.prefilling.leave(chunk.id)
+            running.start_decoding(entry)
+        return n_recomputed
+
+    def hold(self, now: float) -> float:
+        """Seconds that the next `plan` had better wait, unless something is added or asked for
+        meanwhile: for interactive sequences that are about to ask, because there is nothing to do
+        before one has been idle for too long, or because the policy wants to wait. 0: now."""
+        pause = self._pause
+        if pause.wake is not None:
+            return max(0.0, pause.wake - now)
+        if pause.stuck:
+            return self.idle_sequences.until_overdue(now)
+        sequences = self.sequences
+        n_ready = len(sequences.running.decoding) + len(sequences.prefilling.ids)
+        return self.idle_sequences.wait(now, n_ready, self.cost, self.accounting.used)
+
+    @property
+    def n_awaited(self) -> int:
+        """How many interactive sequences have to ask before it is worth to ask `hold` again sooner
+        than it has said."""
+        pause = self._pause
+        paused = pause.stuck or pause.wake is not None
+        return 0 if paused else self.idle_sequences.n_awaited
+
+    # -- the KV memory
+
+    @property
+    def has_kv_operations(self) -> bool:
+        """Whether there are some that no step has brought yet."""
+        return bool(self.admission.cache.kv_operations)
+
+    def take_kv_operations(self) -> tuple[KvOperation, ...]:
+        """What was decided since the last step, or the last call: to be carried out in this order.
+        Every `Step` has taken those before it already."""
+        operations, self.admission.cache.kv_operations = self.admission.cache.kv_operations, []
+        return tuple(operations)
+
+    def kv_failed(self, operation: KvOperation) -> tuple[int, int] | None:
+        """The memory refused an operation. Returns the (id, slot) of a sequence that was to run
+        from there: it is preempted, and waits to be computed. None when there is none."""
+        id, slot = operation.id, operation.slot
+        if operation.kind == "remove":
+            raise RuntimeError(f"slot {slot} can't be emptied")
+        if operation.kind in ("save", "store", "discard"):
+            self.admission.drop_saved(id)
+            return None
+        if self.slot(id) != slot:
+            self.admission.cache.drop(slot)
+            return None
+        if operation.kind != "cut":
+            self.admission.isolate(id)  # what was refused once is not tried again
+        return id, self.preempt(id, worth=False)
+
+    def copied(self, n_bytes: int, seconds: float, n_tokens: int) -> None:
+        """The state of `n_tokens` tokens was copied to the host or back in `seconds`."""
+        self.admission.swap.copied(n_bytes, seconds, n_tokens)
+
+    def prefilled(self, n_rows: int, seconds: float) -> None:
+        """A step of `n_rows` rows, nearly all of prompts, took `seconds`."""
+        self.admission.swap.computed(n_rows, seconds)
+
+    def drop_cached(self) -> bool:
+        """Nothing stays cached, for the cache is fuller than the accounting says; whether anything
+        was."""
+        return self.admission.cache.drop_all()
 
     # -- what there is
 
     @property
+    def n_slots(self) -> int:
+        """Slots of the sequences that may run, and of what is cached."""
+        return self.accounting.n_seq_max
+
+    @property
     def n_running(self) -> int:
-        return len(self._running.ids)
+        return len(self.sequences.running.ids)
 
     @property
     def n_waiting(self) -> int:
-        return len(self._waiting.ids)
+        return len(self.sequences.waiting.ids)
 
     def waits(self, id: int) -> bool:
-        """Whether a sequence is in the waiting line."""
-        return id in self._waiting.ids
+        """Whether a sequence is in the waiting queue."""
+        return id in self.sequences.waiting.ids
 
     @property
     def idle(self) -> bool:
-        """Nobody has anything to compute."""
-        return not (self._running.decoding or self._prefilling.ids or self._waiting.ids)
-
-    @property
-    def n_idle(self) -> int:
-        """Interactive sequences that run and have nothing to compute."""
-        return len(self._running.ids) - len(self._running.decoding) - len(self._prefilling.ids)
+        """No sequence has anything to compute."""
+        sequences = self.sequences
+        return not (sequences.running.decoding or sequences.prefilling.ids or sequences.waiting.ids)
 
     def running_ids(self) -> tuple[int, ...]:
-        return tuple(self._running.ids)
+        return tuple(self.sequences.running.ids)
 
     def slot(self, id: int) -> int | None:
         """Where a sequence runs; None when it does not."""
-        entry = self._running.get(id)
+        entry = self.sequences.running.ids.get(id)
         return None if entry is None else entry.slot
 
     def computed(self, slot: int) -> int:
         """Tokens of the sequence in `slot` that are in the cache: its next position."""
-        return int(self._running.computed[slot])
-
-    def attended_cells(self, step: Step, ahead: float = 0) -> float:
-        """Cells that attention looks over in `step`, before it, or when it has been computed
-        `ahead` times: all that are held (and the free ones between them, for kernels that compute
-        those, too), or where every sequence has a stream of its own those of its sequences."""
-        more = step.n_rows * ahead
-        if self.limits.unified:
-            return self._attended(more)
-        return float(self._running.computed[step.slots].sum() + more)
-
-    def _attended(self, more: float = 0) -> float:
-        """Of a pool, when so many more are held: they go where cells are free, first."""
-        held = self.accounting.used + more
-        return (
-            max(held, self.accounting.reach) if getattr(self.cost, "computes_masked", 0) else held
-        )
-
-    def shapes(self, step: Step, kv: float) -> list[Shape]:
-        """What `CostModel.predict` is told of each part of `step`, one of its `parts`, that is
-        computed at once. One, but where every sequence has a stream of cells of its own and those
-        who decode are not neighbours. kv: cells in sight before it."""
-        shape, n = step.shape(kv), len(step.decode)
-        if self.limits.unified or n < 2 or step.chunks:
-            return [shape]
-        found = spans(step.decode, self.accounting.held_by_slot, self.limits.gap_max)
-        if found == [(n, n)]:
-            return [shape]
-        return [(rows, 0, kv * decode / n, rows) for rows, decode in found]
-
-    @property
-    def positions(self) -> Any:
-        """Next position by slot: int64, shape (n_seq_max,), the scheduler's own array."""
-        return self._running.computed
+        return int(self.sequences.running.computed[slot])
 
     def sequence(self, id: int) -> SequenceView:
         """KeyError when there is no such sequence."""
-        return self._running.seen(self._entry(id))
+        return self.sequences.running.seen(self.sequences[id])
 
     # -- inside
 
-    def _check(self, plan: Plan, view: StepView) -> Mapping[int, int]:
-        return check_plan(
-            plan,
-            now=view.now,
-            limits=self.limits,
-            decoding=view.decoding,
-            running=self._running.ids,
-            waiting=self._waiting.ids,
-            remaining=self._remaining,
-            taken=self._taken,
-            freed=self._alone,
-            n_free=self.accounting.free,
-            n_idle=self.n_idle,
-        )
+    @property
+    def _pause(self) -> Pause:
+        pause = self._last_pause
+        return pause if pause.n_changes == self.sequences.n_changes else NO_PAUSE
 
-    def _remaining(self, id: int) -> int:
-        entry = self._running.get(id)
-        if entry is None:
-            return self._waiting.ids[id].view.remaining
-        return self._running.remaining(entry)
-
-    def _taken(self, id: int) -> int:
-        return self._waiting.ids[id].view.prefix_cells
+    def _left(self, entry: Entry) -> None:
+        """A running sequence ends or is preempted."""
+        ended = getattr(self.policy, "ended", None)
+        if ended is not None:
+            ended(self.sequences.running.seen(entry))
 
     def _slot_of(self, id: int) -> int:
-        return self._running.ids[id].slot
+        return self.sequences.running.ids[id].slot
 
-    def _alone(self, id: int) -> int:
-        """Cells that no other running sequence shares."""
-        return self.accounting.live_alone(self._running.ids[id].slot)
+    def _freed_by(self, id: int) -> int:
+        return self.accounting.live_alone(self._slot_of(id))

@@ -170,3 +170,15 @@ class Counters:
     known_tokens: int = 0
     prefix_tokens: int = 0
     loaded_tokens: int = 0
+
+    def count(self, step: Step, n: int, n_decode_rows: int, n_last: int, n_recomputed: int) -> None:
+        """`step` was computed `n` times. n_decode_rows: of all of them; n_last: chunks whose last
+        row sampled; n_recomputed: see `recomputed_rows`."""
+        self.steps += n
+        self.rows += n * step.n_rows
+        self.decode_rows += n_decode_rows
+        self.prefill_rows += n * step.n_rows - n_decode_rows
+        self.recomputed_rows += n_recomputed
+        self.tokens += n * len(step.decode) + n_last
+        n_sampled = len(step.decode) + n_last
+        self.fill[n_sampled] = self.fill.get(n_sampled, 0) + n

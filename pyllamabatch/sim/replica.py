@@ -19,7 +19,7 @@ from pyllamabatch.cost.step_cost import NO_COST, NewGraph, StepCost
 from pyllamabatch.engine.kv_config import LEAST_CACHED
 from pyllamabatch.kv import Sharing
 from pyllamabatch.kv.radix_tree import Tokens
-from pyllamabatch.scheduler import Limits, Policy, Scheduler, Step
+from pyllamabatch.scheduler import KvOptions, Limits, Policy, Scheduler, Step
 from pyllamabatch.sim.graphs import F64, Graphs
 from pyllamabatch.sim.metrics import Load, Outcome
 from pyllamabatch.sim.workload import TraceRequest
@@ -134,8 +134,7 @@ class Replica:
             spec.limits,
             policy,
             cost=spec.cost,
-            sharing=spec.sharing,
-            retain=spec.retain,
+            kv=KvOptions(spec.sharing, spec.retain),
         )
         self._ended = ended
         self._arrived: list[tuple[TraceRequest, float]] = []
@@ -258,7 +257,7 @@ class Replica:
                 one.outcome.preempted_s += now - one.preempted
             else:
                 one.outcome.admitted = now
-                one.outcome.prefix = self.scheduler.sequence(id).prefix_hit
+                one.outcome.prefix = self.scheduler.sequence(id).prefix.hit
         if step.n_rows:
             self._parts = [step] if self.spec.limits.unified else list(step.parts())
 
@@ -278,12 +277,12 @@ class Replica:
     def _seconds(self, step: Step, n: int) -> F64:
         """Seconds of each of n times this step."""
         scheduler, predict = self.scheduler, self.spec.cost.predict
-        kv = scheduler.attended_cells(step)
-        shapes = scheduler.shapes(step, kv)
+        kv = scheduler.attention.cells(step)
+        shapes = scheduler.attention.shapes(step, kv)
         first = sum(starmap(predict, shapes))
         seconds = np.full(n, first, dtype=np.float64)
         if n > 1:
-            later = scheduler.attended_cells(step, n - 1)
+            later = scheduler.attention.cells(step, n - 1)
             last = sum(predict(rows, 0, held * later / kv, seqs) for rows, _, held, seqs in shapes)
             seconds += (last - first) / (n - 1) * np.arange(n, dtype=np.float64)
         if self._graphs is not None:

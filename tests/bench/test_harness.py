@@ -76,7 +76,7 @@ def test_the_step_clock_counts_steady_steps_only() -> None:
         assert not clock.done.is_set()
         now = [replace(s, computed=3 + steps, generated=1 + steps) for s in both]
         plan = clock.plan(StepView.of(limits, now))
-        assert dict(plan.tokens) == {1: 1, 2: 1}
+        assert plan.decode_all
         assert plan.repeat == 6 - steps or steps == 6
     assert clock.done.is_set()
     assert clock.steps == [0, 1, 4, 6]

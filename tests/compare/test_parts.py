@@ -238,25 +238,31 @@ def view(decoding: int, prefilling: int) -> StepView:
     return StepView.of(Limits(64, 64, 8, 1024, 128), ready + late)
 
 
+def advanced(policy: StartTogether, decoding: int, prefilling: int) -> set[int]:
+    seen = view(decoding, prefilling)
+    return set(policy.plan(seen).advances(seen))
+
+
 def test_nobody_decodes_before_all_have_their_first_token() -> None:
     policy = StartTogether(sarathi())
-    assert set(policy.plan(view(1, 1)).tokens) == {0, 10}  # not told to hold
+    assert advanced(policy, 1, 1) == {0, 10}  # not told to hold
     policy.hold(3)
     waiting = policy.plan(view(2, 0))  # the third has not come yet
     assert not waiting.tokens
+    assert not waiting.decode_all
     assert waiting.wake is not None
-    assert set(policy.plan(view(2, 1)).tokens) == {10}
+    assert advanced(policy, 2, 1) == {10}
     assert policy.begin == 0.0
-    assert set(policy.plan(view(3, 0)).tokens) == {0, 1, 2}
+    assert advanced(policy, 3, 0) == {0, 1, 2}
     assert policy.begin > 0.0
-    assert set(policy.plan(view(1, 1)).tokens) == {0, 10}
+    assert advanced(policy, 1, 1) == {0, 10}
 
 
 def test_one_that_fails_at_its_prompt_does_not_hold_the_others() -> None:
     policy = StartTogether(sarathi())
     policy.hold(3)
-    assert set(policy.plan(view(2, 1)).tokens) == {10}
-    assert set(policy.plan(view(2, 0)).tokens) == {0, 1}
+    assert advanced(policy, 2, 1) == {10}
+    assert advanced(policy, 2, 0) == {0, 1}
 
 
 # -- processes --

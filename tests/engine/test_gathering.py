@@ -14,7 +14,7 @@ import pytest
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import CostWindow, Gathering
-from pyllamabatch.scheduler.idle_sequences import FIRST_SECONDS
+from pyllamabatch.scheduler.idle import FIRST_SECONDS
 from pyllamabatch.step.sampling_params import SamplingParams
 
 LATE = 0.003
@@ -135,7 +135,7 @@ def test_a_sequence_that_is_alone_is_never_held(model: Model) -> None:
 def test_an_engine_waits_by_its_own_cost_model(model: Model) -> None:
     with engine_on(model, 2) as engine, engine.sequence(PARAMS) as sequence:
         scheduler = engine._core.scheduler
-        assert scheduler._idle.gather == CostWindow()
+        assert scheduler.idle_sequences.gather == CostWindow()
         cost: Any = engine.cost
         assert scheduler.cost is cost
         assert cost.absolute == cost.calibrated
@@ -144,7 +144,7 @@ def test_an_engine_waits_by_its_own_cost_model(model: Model) -> None:
         assert cost.absolute
         for _ in range(64):
             sequence.sample()
-        habit = scheduler._idle.usual
+        habit = scheduler.idle_sequences.usual
         assert habit.mean != FIRST_SECONDS
         assert 0 < habit.mean < 1
         assert 0 < habit.returns < 1

@@ -3,6 +3,8 @@ between two steps."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pyllamabatch.errors import FatalDecodeError, KvCacheFull, PyllamabatchError
@@ -49,7 +51,7 @@ def test_a_policy_that_says_nothing_is_asked_at_every_step() -> None:
         def plan(self, view: StepView) -> Plan:
             self.n_plans += 1
             plan = self._usual.plan(view)
-            return Plan(plan.tokens, plan.preempt, plan.reasons)
+            return replace(plan, repeat=1)
 
     policy = Plain()
     rig = rig_of(policy=policy)

@@ -68,7 +68,7 @@ def test_the_next_turn_of_a_conversation_goes_on() -> None:
     one.tokens[3] = [*history, *range(50)]
     one.prompts[3], one.generated[3], one.ends[3] = 110, 0, 5
     one.scheduler.add(3, 110, 5, arrival=0.0, tokens=Known(one.tokens, 3))
-    assert one.scheduler.sequence(3).prefix_hit == 59  # the last sampled one was never computed
+    assert one.scheduler.sequence(3).prefix.hit == 59  # the last sampled one was never computed
     before = prefill_rows(one)
     one.run()
     assert prefill_rows(one) - before == 51
@@ -81,13 +81,13 @@ def test_somebody_waits_for_who_computes_the_same_but_not_for_others() -> None:
     one.add(2, 200, 5, 5, alike=195)
     one.add(3, 30, 5, 5)
     view = one.scheduler.sequence(2)
-    assert (view.prefix_hit, view.prefix_pending) == (64, 195)
+    assert (view.prefix.hit, view.prefix.pending) == (64, 195)
     for _ in range(3):
         one.step()
     assert one.scheduler.running_ids() == (1, 3)
     one.step()
     assert one.scheduler.running_ids() == (1, 3, 2)
-    assert one.scheduler.sequence(2).prefix_hit == 195
+    assert one.scheduler.sequence(2).prefix.hit == 195
     one.run()
 
 
@@ -96,12 +96,12 @@ def test_nobody_waits_for_who_has_left() -> None:
     one.add(1, 200, 5, 5, alike=150)
     one.step()
     one.add(2, 200, 5, 5, alike=150)
-    assert one.scheduler.sequence(2).prefix_pending == 150
+    assert one.scheduler.sequence(2).prefix.pending == 150
     one.remove(1)
     step = one.step()
     assert step is not None
     assert step.admitted[0][0] == 2
-    assert one.scheduler.sequence(2).prefix_hit == 64
+    assert one.scheduler.sequence(2).prefix.hit == 64
     one.run()
 
 
@@ -223,7 +223,7 @@ def test_a_hand_driven_one_is_asked_when_less_is_left_than_it_had_begun_with() -
     one = swapped_by_hand()
     one.tokens[1] += range(500, 510)
     one.scheduler.extend(1, 10)
-    assert one.scheduler.sequence(1).prefix_hit == 39
+    assert one.scheduler.sequence(1).prefix.hit == 39
     del one.tokens[1][5:]
     one.scheduler.trim(1, 5)
     one.scheduler.ask(1)
@@ -237,7 +237,7 @@ def test_a_hand_driven_one_that_has_lost_what_it_began_with_computes_it() -> Non
     one = swapped_by_hand()
     one.scheduler.ask(1)
     assert one.scheduler.plan(0.0) is not None
-    assert one.scheduler.sequence(1).prefix_hit == 39
+    assert one.scheduler.sequence(1).prefix.hit == 39
     one.scheduler.relax(1)
     one.scheduler.preempt(1, worth=False)
     one.scheduler.extend(1, 0)
@@ -248,7 +248,7 @@ def test_a_sequence_may_come_with_a_saved_state() -> None:
     one = machine()
     one.saved[1] = list(range(40))
     one.add(1, 50, 5, 5, alike=50, saved=40)
-    assert one.scheduler.sequence(1).prefix_hit == 40
+    assert one.scheduler.sequence(1).prefix.hit == 40
     one.run()
     assert prefill_rows(one) == 10
 

@@ -1,49 +1,37 @@
-"""Decisions put together at random: the pieces do not depend on each other."""
+"""Parts put together at random: they do not depend on each other."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
-from itertools import chain
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyllamabatch.scheduler import (
     ComposedPolicy,
-    Decodes,
     Limits,
     PlanBuilder,
     SequenceView,
-    StepView,
     Verdict,
 )
 from pyllamabatch.scheduler.policies.fair import LeastServed
-from pyllamabatch.scheduler.policies.mlfq import ByLevel, InItsPlace, Levels, LowestLevel
+from pyllamabatch.scheduler.policies.mlfq import Feedback, Levels
 from pyllamabatch.scheduler.policies.parts import (
     Aged,
-    FirstCome,
     LastRanked,
-    NewestFirst,
     Ranked,
     TokenBudget,
-    WhatIsLeft,
     WhenItFits,
-    WholeBatch,
+    all_that_is_left,
+    first_come,
+    newest_first,
+    whole_batch,
 )
 from pyllamabatch.scheduler.policies.shortest import Remaining
 from pyllamabatch.scheduler.policies.slo import EarliestDeadline
 from tests.support.scheduler_machine import Machine, limits
 
 
-class EverybodyInOrder:
-    decodes = Decodes.IN_ORDER
-
-    def __call__(self, view: StepView) -> Iterable[SequenceView]:
-        return chain(view.running, view.waiting)
-
-
 class OddOnesLater:
-    """Skips every other one while anybody runs."""
+    """Skips every other one while any runs."""
 
     fits = WhenItFits()
 
@@ -53,44 +41,28 @@ class OddOnesLater:
         return self.fits(builder, seq)
 
 
-LEVELS = Levels(quantum=2, n=4, prompt_rows=3)
-victims = st.one_of(
-    st.just(NewestFirst()),
-    st.just(LastRanked(Remaining())),
-    st.just(LowestLevel(LEVELS, 20)),
-)
-orders = st.one_of(
-    st.sampled_from([Decodes.FIRST, Decodes.LAST, Decodes.APART]).map(FirstCome),
-    st.sampled_from([Decodes.FIRST, Decodes.LAST, Decodes.APART]).map(
-        lambda decodes: Aged(Ranked(Remaining(), decodes), 7)
-    ),
-    st.builds(EverybodyInOrder),
-    st.builds(EarliestDeadline),
-    st.builds(LeastServed),
-    st.just(ByLevel(LEVELS, 20)),
-)
+FEEDBACK = Feedback(Levels(quantum=2, n=4, prompt_rows=3), 20)
 policies = st.builds(
     ComposedPolicy,
-    orders,
-    st.one_of(st.builds(WhenItFits, st.floats(0, 0.3)), st.builds(OddOnesLater)),
-    st.one_of(st.builds(WholeBatch), st.builds(TokenBudget, st.integers(1, 9))),
-    st.builds(WhatIsLeft, st.none() | st.integers(1, 9)),
-    victims,
-)
-with_places = st.builds(  # whoever preempts for a newcomer needs a victim that spares turns
-    ComposedPolicy,
-    orders,
-    st.just(InItsPlace(WhenItFits())),
-    st.builds(WholeBatch),
-    st.builds(WhatIsLeft),
-    st.just(LowestLevel(LEVELS, 20)),
+    order=st.one_of(
+        st.just(first_come),
+        st.just(Aged(Ranked(Remaining()), 7)),
+        st.builds(EarliestDeadline),
+        st.builds(LeastServed).map(lambda least_served: least_served.order),
+        st.just(FEEDBACK.order),
+    ),
+    admit=st.builds(WhenItFits, st.floats(0, 0.3)) | st.builds(OddOnesLater),
+    budget=st.just(whole_batch) | st.builds(TokenBudget, st.integers(1, 9)),
+    chunk=st.sampled_from([all_that_is_left, lambda builder, seq: 3]),
+    victim=st.sampled_from([newest_first, LastRanked(Remaining()), FEEDBACK.victim]),
+    mixed=st.booleans(),
 )
 
 
 @settings(max_examples=150, deadline=None)
 @given(
     limits,
-    policies | with_places,
+    policies,
     st.lists(st.tuples(st.integers(1, 60), st.integers(1, 30), st.integers(1, 30)), max_size=10),
 )
 def test_any_of_them_together_keep_the_rules_and_finish(

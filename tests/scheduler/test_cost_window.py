@@ -24,7 +24,7 @@ from pyllamabatch.scheduler import (
     Window,
 )
 from pyllamabatch.scheduler.gather import groups
-from pyllamabatch.scheduler.idle_sequences import Habit, IdleSequences
+from pyllamabatch.scheduler.idle import Habit, IdleSequences
 
 
 @dataclass(frozen=True)
@@ -199,15 +199,15 @@ def test_a_new_one_is_like_those_before_it_and_then_like_itself() -> None:
         resting.learn(1, i + 0.01)
         resting.end(1)
     resting.begin(2, 100.0)
-    assert resting.wait(100.004, 100.004, 1, None, 0) == 1.0
+    assert resting.wait(100.004, 1, None, 0) == 1.0
     (rest,) = asked[-1].expected
-    assert rest.rested == pytest.approx(0.004)
+    assert rest.idle == pytest.approx(0.004)
     assert rest.mean == pytest.approx(0.01, rel=0.01)
     resting.learn(2, 100.05)
     resting.end(2)
     resting.begin(1, 101.0)
     resting.begin(2, 101.0)
-    resting.wait(101.0, 101.0, 1, None, 0)
+    resting.wait(101.0, 1, None, 0)
     one, two = sorted(asked[-1].expected, key=lambda rest: rest.mean)
     assert one.mean == pytest.approx(0.01, rel=0.01)
     assert two.mean == pytest.approx(0.01 + 0.04 / 8, rel=0.01)

@@ -101,9 +101,9 @@ class Hand:
         assert {seq.id for seq in view.running if seq.decoding} == set(view.decoding)
         busy = {seq.id for seq in view.running if seq.remaining}
         assert busy == {seq.id for seq in view.prefilling} | set(view.decoding)
-        assert scheduler.n_idle == len(view.running) - len(busy)
+        assert len(scheduler.idle_sequences) == len(view.running) - len(busy)
         assert all(seq.remaining for seq in view.waiting)
-        assert view.kv_promised == sum(seq.remaining for seq in view.running)
+        assert view.kv.promised == sum(seq.remaining for seq in view.running)
 
 
 def test_a_window_ends_so_long_after_the_first_row() -> None:
@@ -124,7 +124,7 @@ def test_all_of_a_prompt_but_its_last_token_is_computed_until_a_token_is_asked_f
     hand.run()
     assert (hand.cells, hand.sampled, hand.known) == ({1: 10}, {1: 1}, {1: 11})
     hand.scheduler.ask(1)
-    assert hand.scheduler.view(0.0).decoding == {1: 1}
+    assert hand.scheduler.view(0.0).decoding == {1}
     hand.run()
     assert (hand.cells, hand.sampled) == ({1: 11}, {1: 2})
     hand.extend(1, 40)
@@ -267,10 +267,10 @@ def test_who_relaxes_computes_no_more() -> None:
     assert hand.sampled == {1: 1}
 
 
-def test_requests_are_not_driven_by_hand() -> None:
+def test_requests_are_not_interactive() -> None:
     scheduler = Scheduler(LIMITS)
     scheduler.add(1, 5, 5, arrival=0.0)
-    with pytest.raises(ValueError, match="not driven by hand"):
+    with pytest.raises(ValueError, match="is not interactive"):
         scheduler.ask(1)
 
 
@@ -282,7 +282,7 @@ def test_a_view_made_by_hand_knows_who_rests() -> None:
     hand.scheduler.ask(1)
     real = hand.scheduler.view(0.0)
     made = StepView.of(LIMITS, real.running)
-    assert dict(made.decoding) == dict(real.decoding) == {1: 1}
+    assert made.decoding == real.decoding == {1}
     assert list(made.prefilling) == list(real.prefilling) == []
 
 

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from pyllamabatch.scheduler import (
+    ComposedPolicy,
     Limits,
     Policy,
+    Prefix,
     SequenceView,
     StepView,
     fair,
@@ -44,7 +46,7 @@ def decoding(id: int, n_prompt: int = 5, generated: int = 1, **facts: Any) -> Se
 def tokens(policy: Policy, *sequences: SequenceView, **facts: Any) -> dict[int, int]:
     running = [seq for seq in sequences if seq.running]
     view = StepView.of(LIMITS, running, [seq for seq in sequences if not seq.running], **facts)
-    return dict(policy.plan(view).tokens)
+    return policy.plan(view).advances(view)
 
 
 # -- who computes beside whom
@@ -148,8 +150,9 @@ def test_slo_runs_the_earliest_deadline_first_begun_or_not() -> None:
 def test_slo_takes_cells_from_the_latest_deadline() -> None:
     limits = Limits(64, 16, 4, n_cells=60, n_cells_seq=60)
     running = [decoding(1, 20, deadline=9.0), decoding(2, 20, deadline=5.0), decoding(3, 20)]
-    plan = slo().plan(StepView.of(limits, running))
-    assert (plan.preempt, dict(plan.tokens)) == ((3,), {1: 1, 2: 1})
+    view = StepView.of(limits, running)
+    plan = slo().plan(view)
+    assert (plan.preempt, plan.advances(view)) == ((3,), {1: 1, 2: 1})
 
 
 # -- shortest
@@ -196,16 +199,17 @@ def test_levels() -> None:
     assert sinks == [0, 1, 1, 2, 2, 3, 3]
     assert [levels(waiting(1, 50, generated=n)) for n in (7, 8, 23, 24)] == [1, 2, 2, 3]
     view = StepView.of(LIMITS, [decoding(1, 5, 11), decoding(2, 50, 8), decoding(3, 9999, 9)])
-    assert levels.of(view.running).tolist() == [levels(s) for s in view.running]
+    assert levels.at(levels.of(view.running)).tolist() == [levels(s) for s in view.running]
 
 
 def test_mlfq_gives_the_place_of_one_that_has_sunk_to_a_newcomer() -> None:
     policy = mlfq(quantum=4, prompt_rows=10)
     full = [decoding(1, generated=9), decoding(2, generated=30), decoding(3, generated=30)]
     newest = decoding(4, generated=40, turn=3)  # is in its turn
-    plan = policy.plan(StepView.of(LIMITS, [*full, newest], [waiting(9)]))
+    view = StepView.of(LIMITS, [*full, newest], [waiting(9)])
+    plan = policy.plan(view)
     assert plan.preempt == (3,)
-    assert dict(plan.tokens) == {1: 1, 2: 1, 4: 1, 9: 10}
+    assert plan.advances(view) == {1: 1, 2: 1, 4: 1, 9: 10}
     assert plan.reasons[3] == "preempted: sequence 9 takes its place"
     long = waiting(9, 9999)  # of the worst level
     assert policy.plan(StepView.of(LIMITS, [*full, newest], [long])).preempt == ()
@@ -246,9 +250,10 @@ def test_the_tenant_that_was_served_least_is_next() -> None:
 
 
 def service(machine: Machine, tenant: str) -> float:
-    tenants = machine.scheduler.view(0.0).tenants
-    i = tenants.names.index(tenant)
-    return float(tenants.prompt[i] + 2 * tenants.generated[i])
+    policy = machine.scheduler.policy
+    assert isinstance(policy, ComposedPolicy)
+    served = policy.order.__self__.counters(machine.scheduler.view(0.0))  # type: ignore[attr-defined]
+    return float(served[tenant])
 
 
 def test_a_crowd_gets_no_more_than_a_single_tenant() -> None:
@@ -281,5 +286,5 @@ def test_who_comes_late_has_saved_nothing_up() -> None:
 
 
 def test_the_longest_hit_is_next() -> None:
-    line = [waiting(1, 30), waiting(2, 40, prefix_hit=10), waiting(3, 60, prefix_hit=35)]
+    line = [waiting(1, 30), waiting(2, 40, prefix=Prefix(10)), waiting(3, 60, prefix=Prefix(35))]
     assert tokens(prefix(), *line) == {3: 25, 2: 30, 1: 9}

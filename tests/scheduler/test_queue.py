@@ -7,7 +7,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyllamabatch.scheduler import Limits, SequenceList, SequenceView, StepView, fair
+from pyllamabatch.scheduler import ComposedPolicy, Limits, SequenceList, SequenceView
+from pyllamabatch.scheduler.policies.fair import LeastServed
 from pyllamabatch.scheduler.queue import MOST_ORDERS, SequenceQueue
 from pyllamabatch.scheduler.running import Entry
 from tests.support.scheduler_machine import Machine
@@ -43,7 +44,7 @@ def test_a_line_that_changes_is_the_line_that_it_is(changes: list[tuple[int, int
         view = SequenceView(id, 0.0, n + 1, priority=kind, tenant="abc"[kind])
         if what < 3 or not plain:
             first = what == 0
-            line.join(id, Entry(view, 0), first=first)
+            line.join(id, Entry(view), first=first)
             plain.insert(0 if first else len(plain), view)
         elif what == 3:
             gone = plain.pop(n % len(plain))
@@ -60,10 +61,7 @@ def test_a_line_that_changes_is_the_line_that_it_is(changes: list[tuple[int, int
         assert ids(line) == ids(expected)
         assert ids(reversed(line)) == ids(reversed(expected))
         assert ids(line.by(by_priority)) == ids(expected.by(by_priority))
-        assert ids(line.above(by_priority, -kind)) == ids(expected.above(by_priority, -kind))
-        assert ids(line.above(by_priority, -kind)) == [
-            view.id for view in expected.by(by_priority) if by_priority(view) > -kind
-        ]
+        assert line.find(id) == expected.find(id)
         lines, expected_lines = line.split(tenant), expected.split(tenant)
         assert {name: ids(lines[name]) for name in lines} == {
             name: ids(expected_lines[name]) for name in expected_lines
@@ -77,11 +75,11 @@ def test_a_line_that_changes_is_the_line_that_it_is(changes: list[tuple[int, int
 def test_orders_that_are_made_on_the_spot_are_forgotten() -> None:
     line: SequenceQueue[Entry] = SequenceQueue(view_of)
     for id in range(5):
-        line.join(id, Entry(SequenceView(id, 0.0, 9 - id), 0))
+        line.join(id, Entry(SequenceView(id, 0.0, 9 - id)))
     for _ in range(3 * MOST_ORDERS):
         assert ids(line.by(lambda seq: seq.n_prompt)) == [4, 3, 2, 1, 0]
         assert len(line.split(lambda seq: seq.id)) == 5
-    assert len(line._orders) == len(line._splits) == MOST_ORDERS
+    assert len(line._indexes) == MOST_ORDERS
 
 
 @settings(max_examples=60, deadline=None)
@@ -91,35 +89,22 @@ def test_orders_that_are_made_on_the_spot_are_forgotten() -> None:
 def test_columns_and_tenants_are_those_of_the_sequences(
     requests: list[tuple[int, int, str]],
 ) -> None:
-    machine = Machine(Limits(16, 8, 3, 90, 90), fair())
+    least_served = LeastServed(prompt=1.0, generated=2.0)
+    machine = Machine(Limits(16, 8, 3, 90, 90), ComposedPolicy(ended=least_served.ended))
     for id, (n_prompt, end, name) in enumerate(requests):
         target = None if id % 2 else 0.5 + id
         machine.add(id, n_prompt, 20, end, tenant=name, itl_target=target)
-    generated = dict.fromkeys((name for _, _, name in requests), 0)
+    columns = (
+        *("id", "generated", "computed", "n_prompt", "turn", "max_tokens", "itl_target", "known"),
+        by_prompt,
+    )
     while machine.step() is not None:
-        real = machine.scheduler.view(0.0)
-        plain = SequenceList(real.running)
-        names = ("generated", "computed", "n_prompt", "turn", "max_tokens", "itl_target", "known")
-        for name in names:
-            assert real.running.column(name).tolist() == plain.column(name).tolist()
-        rows = zip(*(real.running.unordered(name).tolist() for name in names), strict=True)
-        assert sorted(rows) == sorted(
-            zip(*(plain.column(name).tolist() for name in names), strict=True)
-        )
-        for name in generated:
-            generated[name] = sum(
-                machine.generated[id] for id, request in enumerate(requests) if request[2] == name
-            )
-        tenants = real.tenants
-        assert dict(zip(tenants.names, tenants.generated.tolist(), strict=True)) == generated
-        made = StepView.of(machine.limits, real.running, real.waiting).tenants
-        for i, name in enumerate(made.names):
-            j = tenants.names.index(name)
-            assert (made.waiting[i], made.running[i]) == (tenants.waiting[j], tenants.running[j])
-    tenants = machine.scheduler.view(0.0).tenants
-    prompts = dict.fromkeys(generated, 0)
-    for n_prompt, _, name in requests:
-        prompts[name] += n_prompt
-    assert dict(zip(tenants.names, tenants.prompt.tolist(), strict=True)) == prompts
-    assert not tenants.waiting.any()
-    assert not tenants.running.any()
+        view = machine.scheduler.view(0.0)
+        plain = SequenceList(view.running)
+        rows = zip(*(view.running.column(name).tolist() for name in columns), strict=True)
+        expected = zip(*(plain.column(name).tolist() for name in columns), strict=True)
+        assert sorted(rows) == sorted(expected)
+        served = dict.fromkeys((requests[id][2] for id in machine.first_rows), 0.0)
+        for id in machine.first_rows:
+            served[requests[id][2]] += requests[id][0] + 2 * machine.generated[id]
+        assert least_served.counters(view) == served

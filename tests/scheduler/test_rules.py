@@ -42,9 +42,9 @@ def state(made: Scheduler) -> Any:
     return (
         tuple(view.running),
         tuple(view.waiting),
-        dict(view.decoding),
-        view.kv_free,
-        view.kv_promised,
+        set(view.decoding),
+        view.kv.free,
+        view.kv.promised,
         [made.slot(id) for id in (1, 2, 3, 4)],
         repr(made.counters),
     )
@@ -63,6 +63,9 @@ BROKEN: list[tuple[str, Any]] = [
     ("within-remaining", Plan({1: 2})),
     ("within-remaining", Plan({3: 3})),
     ("within-remaining", Plan({4: 5}, preempt=(1,))),
+    ("decode-all", Plan({1: 1}, decode_all=True)),
+    ("decode-all", Plan(decode_all=True, sit_out=frozenset({1, 3}))),
+    ("decode-all", Plan({1: 1}, sit_out=frozenset({2}))),
     ("slots", Plan({1: 1, 4: 1})),
     ("preempt-running", Plan({1: 1}, preempt=(4,))),
     ("preempt-running", Plan({1: 1}, preempt=(2, 2))),

@@ -245,7 +245,7 @@ def test_the_cost_model_is_asked_for_what_is_computed_at_once() -> None:
             machine.remove(id)
         step = machine.scheduler.plan(0.0)
         assert step is not None
-        return machine.scheduler.shapes(step, 30.0)
+        return machine.scheduler.attention.shapes(step, 30.0)
 
     assert shapes(True, 0, [1]) == [(4, 0, 30.0, 4)]
     assert shapes(False, 1, []) == [(5, 0, 30.0, 5)]
@@ -266,4 +266,4 @@ def test_a_filled_part_is_not_taken_for_the_whole() -> None:
     step = machine.scheduler.plan(0.0)
     assert step is not None
     assert step.decode.tolist() == [0, 2, 5]
-    assert machine.scheduler.shapes(step, 30.0) == [(3, 0, 20.0, 3), (1, 0, 10.0, 1)]
+    assert machine.scheduler.attention.shapes(step, 30.0) == [(3, 0, 20.0, 3), (1, 0, 10.0, 1)]

@@ -74,7 +74,7 @@ def full(n: int) -> Limits:
 def steps_of(view: StepView, width: int) -> tuple[float, float]:
     """Seconds of all steps until the prompts are computed, `width` rows at a step; and less what
     their decoded tokens take where everybody decodes, if that is less than without the prompts."""
-    predict, n, kv = view.cost.predict, len(view.decoding), view.kv_total - view.kv_free
+    predict, n, kv = view.cost.predict, len(view.decoding), view.kv.attended
     everybody = n + len(view.waiting)
     share = min(predict(n, 0, kv, n), predict(everybody, 0, kv, everybody) * n / everybody)
     taken, added, left = 0.0, 0.0, sum(seq.remaining for seq in view.waiting)

@@ -119,7 +119,7 @@ def test_free_cells_cost_where_kernels_compute_them() -> None:
             seen.append(self.cells)
 
         def plan(self, view: StepView) -> Plan:
-            self.cells.append(view.kv_attended)
+            self.cells.append(view.kv.attended)
             return fcfs().plan(view)
 
     requests = [one(0, 0.0, 1000, 2), one(1, 0.0, 100, 31)]

@@ -25,7 +25,7 @@ from pyllamabatch.engine.stream import Host, Stream
 from pyllamabatch.errors import ContextCreateError, StateError, UnsupportedOperation
 from pyllamabatch.kv import Sharing, SwapChoice, SwapSpace
 from pyllamabatch.llama.lora import LoraNames, LoraSet
-from pyllamabatch.scheduler import Limits, Policy, Scheduler
+from pyllamabatch.scheduler import KvOptions, Limits, Policy, Scheduler
 from pyllamabatch.step.ring_reader import Page
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import SAMPLE, Finish
@@ -342,7 +342,9 @@ class Rig:
         sharing = sharing or Sharing(trim=True)
         self.machine = FakeMachine(limits, fault, n_steps_max, sharing=sharing)
         self.machine.names = loras
-        self.scheduler = Scheduler(limits, policy, sharing=sharing, swap=swap)
+        self.scheduler = Scheduler(
+            limits, policy, kv=KvOptions(sharing, swap=swap or SwapChoice("recompute"))
+        )
         self.space = SwapSpace(10**6)
         machine = self.machine
         self.core = EngineCore(

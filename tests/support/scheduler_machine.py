@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pyllamabatch.kv import KvOperation, Sharing, SwapChoice
 from pyllamabatch.kv.radix_tree import Tokens
-from pyllamabatch.scheduler import Limits, Policy, Scheduler, Step
+from pyllamabatch.scheduler import KvOptions, Limits, Policy, Scheduler, Step
 
 Cell = tuple[int, object]
 
@@ -53,9 +53,7 @@ class Machine:
         self.scheduler = Scheduler(
             self.limits,
             self.policy,
-            sharing=self.sharing,
-            retain=self.retain,
-            swap=self.swap,
+            kv=KvOptions(self.sharing, self.retain, self.swap or SwapChoice("recompute")),
         )
         self.now = 0.0
 
@@ -198,14 +196,14 @@ class Machine:
             assert seq.computed == len(self.cells[scheduler.slot(seq.id) or 0])
             assert seq.generated == self.generated[seq.id]
             assert seq.remaining >= 1
-        assert view.kv_promised == sum(s.remaining for s in view.running)
+        assert view.kv.promised == sum(s.remaining for s in view.running)
         held = {cell for slot in self.owner for _, cell in self.cells[slot]}
-        assert view.kv_free == scheduler.accounting.n_cells - len(held)
+        assert view.kv.free == scheduler.accounting.n_cells - len(held)
         for seq in view.running:
             slot = scheduler.slot(seq.id)
             others = {c for s in self.owner if s != slot for _, c in self.cells[s]}
             mine = {c for s in self.owner if s == slot for _, c in self.cells[s]}
-            assert view.frees(seq) == len(mine - others)
+            assert view.kv.freed_by(seq.id) == len(mine - others)
         assert set(self.saved) == set(scheduler.admission._saved)
 
     def _plan(self) -> Step | None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..policy import ComposedPolicy
+from .composed import ComposedPolicy
 from .tile_fill import tile_fill
 from .width import Turns
 

@@ -1,13 +1,13 @@
 """Fair by tenant: the tenant that has been served least is next, counted in tokens of prompts and
 of answers by a virtual token counter. Follows Sheng et al., Fairness in Serving Large Language
-Models (OSDI 2024), algorithm 2: a prompt is charged when it is admitted, an answer token by token,
-and a tenant that comes back with nobody in line is lifted to the least counter of those who wait,
+Models (OSDI 2024), algorithm 2: a prompt is charged when it is admitted, an answer token by token.
+A tenant that comes back with no sequence waiting is lifted to the least counter of those that wait,
 so that it can't save up what it did not use.
 
 No tenant waits for ever, and within a tenant it is first come, first served; priorities are not
-looked at. What was served is read from the view, so the counters are true at every step of a plan
-that repeats: while everybody decodes, until another tenant would be next. A policy object keeps the
-lifts of one engine."""
+looked at. What the running sequences were served is read from the view, so the counters are true at
+every step of a plan that repeats: while all decode, until another tenant would be next. A policy
+object keeps the counters of one engine."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import ArgumentError
-from ..policy import ComposedPolicy, Decodes, PlanBuilder
+from ..policy import PlanBuilder
 from ..view import SequenceView, StepView
-from .parts import ALWAYS, NewestFirst, TokenBudget, WhatIsLeft, WhenItFits
+from .composed import ComposedPolicy
+from .parts import ALWAYS, TokenBudget, WhenItFits
 
 F64 = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
 
-def tenant_of(seq: SequenceView) -> str:
-    return seq.tenant
-
-
 class LeastServed:
-    """An order, and how long a plan stands under it. `counters` by tenant number: `prompt` for
-    each prompt token, `generated` for each generated one, and the lifts."""
-
-    decodes = Decodes.FIRST
+    """The tenants' counters, by tenant number; an order, and how long a plan stands under it.
+    `prompt`: the price of each prompt token; `generated`: of each generated one."""
 
     def __init__(self, prompt: float = 1.0, generated: float = 2.0) -> None:
         for name, value in (("prompt", prompt), ("generated", generated)):
             if not 0 < value < inf:
                 raise ArgumentError(name, value, "more than 0")
         self._prompt, self._generated = prompt, generated
-        self._lift = np.zeros(0)
-        self._waited = np.zeros(0, dtype=bool)  # who had somebody in line when we looked last
-        self._left = -1  # the tenant that left the line last
+        self._numbers: dict[str, int] = {}  # by tenant, as they came
+        self._served = np.zeros(0)  # sequences that run no more, and the lifts
+        self._waited = np.zeros(0, dtype=bool)  # tenants with a sequence waiting, at the last look
+        self._left = -1  # the tenant that stopped waiting last
 
-    def __call__(self, view: StepView) -> Iterable[SequenceView]:
+    def counters(self, view: StepView) -> dict[str, float]:
+        """What each tenant was served, lifts included."""
+        return dict(zip(self._numbers, self._service(view).tolist(), strict=True))
+
+    def order(self, view: StepView) -> Iterable[SequenceView]:
         counters = self._look(view)
         return self._next(view, counters) if view.can_admit else view.prefilling
 
@@ -56,32 +56,60 @@ class LeastServed:
             return ALWAYS
         counters = self._look(view)
         first = int(counters.argmin())
-        pace = self._generated * view.tenants.running
+        running = view.running.column(self._number).astype(np.intp)
+        pace = self._generated * np.bincount(running, minlength=len(counters))
         gain = pace[first] - pace
         gap = (counters - counters[first])[gain > 0] / gain[gain > 0]
         return max(1, int(min(gap.min(initial=ALWAYS), ALWAYS)))
 
-    def _look(self, view: StepView) -> F64:
-        """The counters of those who have somebody in line, infinity for the others. Lifts who has
-        come since the last look."""
-        tenants = view.tenants
-        n_new = len(tenants) - len(self._lift)
+    def ended(self, seq: SequenceView) -> None:
+        """A running sequence ends or is preempted."""
+        number = int(self._number(seq))
+        self._grow()
+        self._served[number] += self._charge(seq) + self._generated * seq.turn
+
+    # -- inside
+
+    def _number(self, seq: SequenceView) -> int:
+        return self._numbers.setdefault(seq.tenant, len(self._numbers))
+
+    def _charge(self, seq: SequenceView) -> float:
+        """For its prompt, once."""
+        return 0.0 if seq.preemptions else self._prompt * seq.n_prompt
+
+    def _grow(self) -> None:
+        """Counters for tenants that are new."""
+        n_new = len(self._numbers) - len(self._served)
         if n_new:
-            self._lift = np.append(self._lift, np.zeros(n_new))
+            self._served = np.append(self._served, np.zeros(n_new))
             self._waited = np.append(self._waited, np.zeros(n_new, dtype=bool))
-        counters = self._lift + self._prompt * tenants.prompt + self._generated * tenants.generated
-        waits = tenants.waiting > 0
+
+    def _service(self, view: StepView) -> F64:
+        running = view.running
+        numbers = running.column(self._number).astype(np.intp)
+        self._grow()
+        service = running.column(self._charge) + self._generated * running.column("turn")
+        total: F64 = self._served + np.bincount(numbers, service, minlength=len(self._served))
+        return total
+
+    def _look(self, view: StepView) -> F64:
+        """The counters of the tenants with a sequence waiting, infinity for the others. Lifts those
+        that have come since the last look."""
+        waiting = [*view.waiting.split(self._number)]
+        counters = self._service(view)
+        waits = np.zeros(len(counters), dtype=bool)
+        waits[waiting] = True
         if waits.tobytes() != self._waited.tobytes():  # a tenth of what comparing arrays takes
-            counters = self._shift(waits, counters)
+            counters = self._lift(waits, counters)
         return np.where(waits, counters, inf)
 
-    def _shift(self, waits: Flags, counters: F64) -> F64:
-        """Others wait than before: lift who has come."""
+    def _lift(self, waits: Flags, counters: F64) -> F64:
+        """Other tenants wait than before: the counters, with those lifted that have come."""
         came, stayed = waits & ~self._waited, counters[waits & self._waited]
         last = counters[self._left] if self._left >= 0 else 0.0
         level = stayed.min() if len(stayed) else last
         lifted = np.where(came, np.maximum(counters, level), counters)
-        self._lift += lifted - counters
+        self._served += lifted - counters
         left = self._waited & ~waits
         if left.any():
             self._left = int(np.where(left, counters, inf).argmin())
@@ -90,18 +118,14 @@ class LeastServed:
 
     def _next(self, view: StepView, counters: F64) -> Iterator[SequenceView]:
         yield from view.prefilling
-        names, lines = view.tenants.names, view.waiting.split(tenant_of)
-        begun: dict[int, Iterator[SequenceView]] = {}
+        waiting = {number: iter(line) for number, line in view.waiting.split(self._number).items()}
         while counters[first := int(counters.argmin())] < inf:
-            if first not in begun:
-                begun[first] = iter(lines[names[first]])
-            seq = next(begun[first], None)
+            seq = next(waiting[first], None)
             if seq is None:
                 counters[first] = inf
             else:
                 yield seq
-                if not seq.preemptions:  # else it has been charged
-                    counters[first] += self._prompt * seq.n_prompt
+                counters[first] += self._charge(seq)
 
 
 def fair(
@@ -113,12 +137,11 @@ def fair(
 ) -> ComposedPolicy:
     """`prompt`, `generated`: what a token of each kind costs (the defaults are the paper's).
     `budget`, `watermark`: as in `sarathi`."""
-    order = LeastServed(prompt, generated)
+    least_served = LeastServed(prompt, generated)
     return ComposedPolicy(
-        order=order,
+        order=least_served.order,
         admit=WhenItFits(watermark),
         budget=TokenBudget(budget),
-        chunk=WhatIsLeft(),
-        victim=NewestFirst(),
-        repeat=order.repeat,
+        repeat=least_served.repeat,
+        ended=least_served.ended,
     )

@@ -3,21 +3,14 @@ step computes whole prompts beside the rows of those that decode. Follows Orca (
 2022), whose iteration-level scheduling and selective batching this is; a prompt of more rows than a
 step can have is cut.
 
-A plan repeats while everybody decodes and nobody can be admitted."""
+A plan repeats while all decode and none can be admitted."""
 
 from __future__ import annotations
 
-from ..policy import ComposedPolicy
-from .parts import ALWAYS, FirstCome, NewestFirst, WhatIsLeft, WhenItFits, WholeBatch
+from .composed import ComposedPolicy
+from .parts import ALWAYS, WhenItFits, whole_batch
 
 
 def fcfs(*, watermark: float = 0.01) -> ComposedPolicy:
     """`watermark`: see `WhenItFits`."""
-    return ComposedPolicy(
-        order=FirstCome(),
-        admit=WhenItFits(watermark),
-        budget=WholeBatch(),
-        chunk=WhatIsLeft(),
-        victim=NewestFirst(),
-        repeat=ALWAYS,
-    )
+    return ComposedPolicy(admit=WhenItFits(watermark), budget=whole_batch, repeat=ALWAYS)

@@ -1,29 +1,29 @@
 """Multi-level feedback queue: every sequence starts at the level that its prompt's length says
 (skip-join), sinks a level with every quantum of tokens that it generates, and a newcomer of a
 better level takes the slot or the cells of one that has sunk below it. So short answers are quick
-without a prediction. Follows FastServe (Wu et al., 2023); who is preempted here gives up its cells
-and is computed again, so a turn lasts for at least one quantum of the best level.
+without a prediction. Follows FastServe (Wu et al., 2023). A preempted sequence gives up its cells
+here and is computed again, so a turn lasts for at least one quantum of the best level.
 
-A level follows from the tokens that were generated, so the policy keeps no state. Nobody waits for
-ever: who has waited for `patience` steps goes first, as from the best level. A plan repeats while
-everybody decodes, until somebody sinks, ends his first quantum or has waited that long, or as long
-as nobody waits. Priorities are not looked at."""
+A level follows from the tokens that were generated, so the policy keeps no state. None waits for
+ever: one that has waited for `patience` steps goes first, as from the best level. A plan repeats
+while all decode, until one sinks, ends its first quantum or has waited that long, or as long as
+none waits. Priorities are not looked at."""
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
 from ...errors import ArgumentError
-from ..policy import Admit, ComposedPolicy, Decodes, PlanBuilder, Verdict
+from ..policy import PlanBuilder
 from ..queue import SequenceList
 from ..view import SequenceView, StepView
-from .parts import ALWAYS, TokenBudget, WhatIsLeft, WhenItFits, aged, first_to_go, until_aged
+from .composed import ComposedPolicy
+from .parts import ALWAYS, TokenBudget, WhenItFits, aged, until_aged
 
 I64 = npt.NDArray[np.int64]
 
@@ -41,103 +41,80 @@ class Levels:
             if value < 1:
                 raise ArgumentError(name, value, "at least 1")
         self.quantum = quantum
-        quanta = [quantum * growth**i for i in range(n - 1)]
-        self._prompts = [each * prompt_rows for each in quanta]  # the longest that starts there
-        self._starts = [0, *accumulate(quanta)]  # tokens before each level, from the first
-        self._arrays = np.array(self._prompts), np.array(self._starts)
+        quanta = np.array([min(quantum * growth**i, ALWAYS) for i in range(n - 1)], np.int64)
+        self._prompts = quanta * prompt_rows  # the longest that starts at each level
+        self._starts: I64 = np.zeros(n, np.int64)  # tokens before each level
+        self._starts[1:] = quanta.cumsum()
+        self._ends = np.append(self._starts[1:], ALWAYS)
 
     def __call__(self, seq: SequenceView) -> int:
-        joined = self._starts[bisect_left(self._prompts, seq.n_prompt)]
-        return bisect_right(self._starts, seq.generated + joined) - 1
+        return int(self.at(self.tokens(seq.n_prompt, seq.generated)))
 
-    def tokens(self, n_prompt: I64, generated: I64) -> I64:
-        """Of each, as if it had started at the first level."""
-        prompts, starts = self._arrays
-        tokens: I64 = starts[prompts.searchsorted(n_prompt)] + generated
+    def tokens(self, n_prompt: int | I64, generated: int | I64) -> I64:
+        """Generated tokens, as if the sequence had started at the first level."""
+        tokens: I64 = self._starts[self._prompts.searchsorted(n_prompt)] + generated
         return tokens
 
+    def at(self, tokens: int | I64) -> I64:
+        """The level of a sequence that has generated so many."""
+        return np.asarray(self._starts.searchsorted(tokens, side="right") - 1)
+
     def of(self, running: SequenceList) -> I64:
-        """The level of each."""
-        tokens = self.tokens(running.column("n_prompt"), running.column("generated"))
-        return self._arrays[1].searchsorted(tokens, side="right") - 1
+        """`tokens` of each, in the order of its columns."""
+        return self.tokens(running.column("n_prompt"), running.column("generated"))
 
     def end(self, level: int) -> int:
         """The tokens with which a worse level begins."""
-        return self._starts[level + 1] if level + 1 < len(self._starts) else ALWAYS
+        return int(self._ends[level])
 
 
 @dataclass(frozen=True, slots=True)
-class ByLevel:
+class Feedback:
+    """The policy's order, victims and repeat."""
+
     levels: Levels
     patience: int
-    decodes: Decodes = Decodes.FIRST
 
     def __post_init__(self) -> None:
         if self.patience < 1:
             raise ArgumentError("patience", self.patience, "at least 1 step")
 
-    def __call__(self, view: StepView) -> Iterable[SequenceView]:
+    def order(self, view: StepView) -> Iterable[SequenceView]:
         if not len(view.waiting):
             return view.prefilling
         first = aged(view, self.patience)
         return chain(view.prefilling, first, view.waiting.by(self.levels))
 
-
-@dataclass(frozen=True, slots=True)
-class InItsPlace:
-    """Admit who `fits`, and who does not, if somebody gives way."""
-
-    fits: Admit
-
-    def __call__(self, builder: PlanBuilder, seq: SequenceView) -> Verdict:
-        verdict = self.fits(builder, seq)
-        return Verdict.PREEMPT if verdict is Verdict.STOP else verdict
-
-
-@dataclass(frozen=True, slots=True)
-class LowestLevel:
-    """Of the worst level the newest: for want of cells any that comes after `seq`; for a newcomer
-    one of a worse level than his, after a turn of at least a quantum."""
-
-    levels: Levels
-    patience: int
-
-    def __call__(self, builder: PlanBuilder, seq: SequenceView) -> SequenceView | None:
-        view = builder.view
+    def victim(self, builder: PlanBuilder, seq: SequenceView) -> SequenceView | None:
+        """Of the worst level the newest: for want of cells any that comes after `seq`; for a
+        newcomer one of a worse level than its own, after a turn of at least a quantum."""
+        view, levels = builder.view, self.levels
         running = view.running
-        if seq.running:
-            level = self.levels.of(running)
-            places = np.arange(len(level))
-        else:
-            if running.unordered("turn").max(initial=0) < self.levels.quantum:
-                return None
-            had_their_turn = running.column("turn") >= self.levels.quantum
-            level = self.levels.of(running)
+        turns = running.column("turn")
+        if not seq.running and turns.max(initial=0) < levels.quantum:
+            return None
+        ids, level = running.column("id"), levels.at(levels.of(running))
+        may_go = np.isin(ids, [*builder.preempt], invert=True)
+        if not seq.running:
             starved = view.step - seq.queued >= self.patience
-            own = 0 if starved else self.levels(seq)
-            (places,) = np.nonzero((level > own) & had_their_turn)
-        last_first = places[np.argsort(level[places], kind="stable")][::-1].tolist()
-        return first_to_go(builder, seq, (running[place] for place in last_first))
+            own = 0 if starved else levels(seq)
+            may_go &= (level > own) & (turns >= levels.quantum)
+        if not may_go.any():
+            return None
+        worst = level[may_go].max()
+        id = int(ids[may_go & (level == worst)].max())
+        return None if id == seq.id else running.find(id)
 
-
-@dataclass(frozen=True, slots=True)
-class UntilSunk:
-    """A plan stands until another of the running has sunk below the first in line and has had his
-    turn, or somebody else comes first for having waited."""
-
-    levels: Levels
-    patience: int
-
-    def __call__(self, builder: PlanBuilder) -> int:
+    def repeat(self, builder: PlanBuilder) -> int:
+        """A plan stands until another of the running has sunk below the first that waits and has
+        had its turn, or another one comes first for having waited."""
         view, levels = builder.view, self.levels
         if not len(view.waiting):
             return ALWAYS
-        first = next(iter(view.waiting.by(levels)))
-        level = 0 if any(aged(view, self.patience)) else levels(first)
-        running = view.running
-        tokens = levels.tokens(running.unordered("n_prompt"), running.unordered("generated"))
-        sinks = levels.end(level) - tokens
-        turn = levels.quantum - running.unordered("turn")
+        starved = any(aged(view, self.patience))
+        level = 0 if starved else levels(next(iter(view.waiting.by(levels))))
+        sinks = levels.end(level) - levels.of(view.running)
+        turn = levels.quantum - view.running.column("turn")
         steps = np.maximum(sinks, turn)
         steps = steps[steps > 0]
         return min(int(steps.min(initial=ALWAYS)), until_aged(view, self.patience))
@@ -155,12 +132,11 @@ def mlfq(
 ) -> ComposedPolicy:
     """`quantum`, `growth`, `levels`, `prompt_rows`: see `Levels`. `patience`: steps. `budget`,
     `watermark`: as in `sarathi`."""
-    made = Levels(quantum, growth, levels, prompt_rows)
+    feedback = Feedback(Levels(quantum, growth, levels, prompt_rows), patience)
     return ComposedPolicy(
-        order=ByLevel(made, patience),
-        admit=InItsPlace(WhenItFits(watermark)),
+        order=feedback.order,
+        admit=WhenItFits(watermark),
         budget=TokenBudget(budget),
-        chunk=WhatIsLeft(),
-        victim=LowestLevel(made, patience),
-        repeat=UntilSunk(made, patience),
+        victim=feedback.victim,
+        repeat=feedback.repeat,
     )

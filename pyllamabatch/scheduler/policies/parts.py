@@ -1,4 +1,4 @@
-"""Decisions that several policies share: put them together, or replace one."""
+"""Parts that several policies share: put them together, or replace one."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from itertools import chain, takewhile
 
 from ...errors import ArgumentError
-from ..policy import Decodes, Order, PlanBuilder, Verdict
+from ..policy import Order, PlanBuilder, Verdict
 from ..view import SequenceView, StepView
 
-# Who was not admitted is not admitted later either, unless somebody leaves: decoding takes cells.
-# So a steady plan stands for as long as nobody comes or goes.
+# A sequence that was not admitted is not admitted later either, unless another one leaves: decoding
+# takes cells. So a steady plan stands for as long as no sequence comes or goes.
 ALWAYS = 2**31
+
+# -- order
 
 
 def by_priority(seq: SequenceView) -> int:
@@ -24,24 +26,11 @@ def by_queued(seq: SequenceView) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class FirstCome:
-    """Prompts already begun, then the waiting line: by priority, and among equals as they came."""
-
-    decodes: Decodes = Decodes.FIRST
-
-    def __call__(self, view: StepView) -> Iterable[SequenceView]:
-        if not view.can_admit:
-            return view.prefilling
-        return chain(view.prefilling, view.waiting.by(by_priority))
-
-
-@dataclass(frozen=True, slots=True)
 class Ranked:
-    """Prompts already begun, then the waiting line, the smallest `rank(sequence)` first. What a
+    """Prompts already begun, then the waiting queue, the smallest `rank(sequence)` first. What a
     rank may look at: see `SequenceList`."""
 
     rank: Callable[[SequenceView], object]
-    decodes: Decodes = Decodes.FIRST
 
     def __call__(self, view: StepView) -> Iterable[SequenceView]:
         if not view.can_admit:
@@ -49,10 +38,13 @@ class Ranked:
         return chain(view.prefilling, view.waiting.by(self.rank))
 
 
+first_come = Ranked(by_priority)  # and among equals as they came
+
+
 @dataclass(frozen=True, slots=True)
 class Aged:
-    """As `order`, but whoever has waited for `steps` steps goes before all who wait: so nobody
-    waits for ever. Its repeat: `UntilAged`."""
+    """As `order`, but a sequence that has waited for `steps` steps goes before all others that
+    wait: so none waits for ever."""
 
     order: Order
     steps: int
@@ -61,26 +53,16 @@ class Aged:
         if self.steps < 1:
             raise ArgumentError("patience", self.steps, "at least 1 step")
 
-    @property
-    def decodes(self) -> Decodes:
-        return self.order.decodes
-
     def __call__(self, view: StepView) -> Iterable[SequenceView]:
         if not len(view.waiting):
             return self.order(view)
         return chain(view.prefilling, aged(view, self.steps), self.order(view))
 
 
-def aged(view: StepView, steps: int) -> Iterable[SequenceView]:
-    """Who has waited for `steps` steps, the longest first."""
-    last = view.step - steps
-    return takewhile(lambda seq: seq.queued <= last, view.waiting.by(by_queued))
-
-
 @dataclass(frozen=True, slots=True)
 class UntilAged:
-    """A plan stands until the next one has waited for `steps` steps; with no slot to give, always:
-    his turn comes when somebody leaves."""
+    """The repeat of `Aged`: until the next one has waited for so long; with no slot to give,
+    always."""
 
     steps: int
 
@@ -88,17 +70,28 @@ class UntilAged:
         return until_aged(builder.view, self.steps) if builder.view.can_admit else ALWAYS
 
 
-def until_aged(view: StepView, steps: int) -> int:
+def aged(view: StepView, steps: int) -> Iterable[SequenceView]:
+    """The sequences that have waited for `steps` steps, the longest first."""
     last = view.step - steps
-    seq = next(iter(view.waiting.above(by_queued, last)), None)
-    return ALWAYS if seq is None else seq.queued - last
+    return takewhile(lambda seq: seq.queued <= last, view.waiting.by(by_queued))
+
+
+def until_aged(view: StepView, steps: int) -> int:
+    """Steps until a sequence that has waited for `steps` is the first one. Where one is already,
+    another one comes behind it: that changes nothing."""
+    longest = next(iter(view.waiting.by(by_queued)), None)
+    left = ALWAYS if longest is None else longest.queued + steps - view.step
+    return left if left > 0 else ALWAYS
+
+
+# -- admit
 
 
 @dataclass(frozen=True, slots=True)
 class WhenItFits:
     """Admit while there is a slot, and cells for all that the newcomer and the running ones know,
     plus a reserve for what they will generate: the share `watermark` of the cache, at least one
-    cell each. The first that does not fit stops the line, so that no long prompt starves."""
+    cell each. The first that does not fit stops the others, so that no long prompt starves."""
 
     watermark: float = 0.01
 
@@ -114,24 +107,23 @@ class WhenItFits:
             return Verdict.ADMIT
         limits = builder.view.limits
         reserve = max(n_running + 1, int(self.watermark * limits.n_cells)) if limits.unified else 0
-        spare = builder.cells - builder.promised - seq.prefix_cells - seq.remaining
+        spare = builder.cells - builder.promised - seq.prefix.cells - seq.remaining
         return Verdict.ADMIT if spare >= reserve else Verdict.STOP
 
 
-@dataclass(frozen=True, slots=True)
-class WholeBatch:
-    """Rows of a step: `n_batch`, or `rows` if that is given."""
+when_it_fits = WhenItFits()
 
-    rows: int | None = None
+# -- budget
 
-    def __call__(self, view: StepView) -> int:
-        return view.limits.n_batch if self.rows is None else self.rows
+
+def whole_batch(view: StepView) -> int:
+    return view.limits.n_batch
 
 
 @dataclass(frozen=True, slots=True)
 class TokenBudget:
-    """Rows of a step: `n_batch` while nobody decodes; else `mixed`, or by default as many whole
-    ubatches as leave room for a prompt beside the decoding rows (one, normally). Where every
+    """Rows of a step: `n_batch` while no sequence decodes; else `mixed`, or by default as many
+    whole ubatches as leave room for a prompt beside the decoding rows (one, normally). Where every
     sequence has a stream of cells of its own, rows of a prompt and decoding rows never share a
     ubatch (`Step.parts`): there it is an ubatch beside them."""
 
@@ -153,6 +145,9 @@ class TokenBudget:
         return n_ubatch * (n_decoding // n_ubatch + 1)
 
 
+token_budget = TokenBudget()
+
+
 LEAST_ROWS = 16
 
 
@@ -163,7 +158,7 @@ class Paced:
     rows take alone; 16 rows of prompts at the least. `otherwise`: where nothing can be
     predicted."""
 
-    otherwise: TokenBudget = TokenBudget()
+    otherwise: TokenBudget = token_budget
     itl: float = 0.1
     stretch: float = 2.0
 
@@ -179,7 +174,7 @@ class Paced:
             return self.otherwise(view)
         if not (len(view.prefilling) or view.can_admit):
             return most
-        kv = view.kv_attended
+        kv = view.kv.attended
         alone = view.cost.predict(n, 0, kv, n)
         return n + most_within(view, self.target(alone), LEAST_ROWS)
 
@@ -191,7 +186,7 @@ class Paced:
 def most_within(view: StepView, seconds: float, least: int) -> int:
     """The most rows of a prompt that a step can have, beside all who decode, and be predicted to
     take no longer than `seconds`; but `least` at the least."""
-    n, kv = len(view.decoding), view.kv_attended
+    n, kv = len(view.decoding), view.kv.attended
 
     def excess(rows: int) -> float:
         seconds_of_step: float = view.cost.predict(n + rows, rows, kv, n + 1)
@@ -218,29 +213,27 @@ def most_within(view: StepView, seconds: float, least: int) -> int:
     return low
 
 
-@dataclass(frozen=True, slots=True)
-class WhatIsLeft:
-    """As much of the prompt as the budget has left, at most `most` rows."""
-
-    most: int | None = None
-
-    def __call__(self, builder: PlanBuilder, seq: SequenceView) -> int:
-        return builder.rows if self.most is None else min(self.most, builder.rows)
+# -- chunk
 
 
-@dataclass(frozen=True, slots=True)
-class NewestFirst:
-    """The newest running sequence gives way to an older one; the newest itself waits, and keeps
+def all_that_is_left(builder: PlanBuilder, seq: SequenceView) -> int:
+    """As much of the prompt as the budget has left."""
+    return builder.rows
+
+
+# -- victim
+
+
+def newest_first(builder: PlanBuilder, seq: SequenceView) -> SequenceView | None:
+    """The newest running sequence is preempted for an older one; the newest itself waits, and keeps
     its cells until an older one needs them."""
-
-    def __call__(self, builder: PlanBuilder, seq: SequenceView) -> SequenceView | None:
-        return first_to_go(builder, seq, reversed(builder.view.running))
+    return first_to_go(builder, seq, reversed(builder.view.running)) if seq.running else None
 
 
 def first_to_go(
     builder: PlanBuilder, seq: SequenceView, candidates: Iterable[SequenceView]
 ) -> SequenceView | None:
-    """The first of `candidates` who has not given way yet; None when it is `seq`'s own turn."""
+    """The first of `candidates` that is not preempted yet; None when it is `seq`'s own turn."""
     for candidate in candidates:
         if candidate.id == seq.id:
             return None
@@ -251,12 +244,16 @@ def first_to_go(
 
 @dataclass(frozen=True, slots=True)
 class LastRanked:
-    """The running sequence with the largest `rank(sequence)` gives way to one with a smaller, the
-    newer id among equals. The rank may change only with the tokens that a sequence generates."""
+    """The running sequence with the largest `rank(sequence)` is preempted for one with a smaller,
+    the newer id among equals. The rank may change only with the tokens that a sequence
+    generates."""
 
     rank: Callable[[SequenceView], object]
 
     def __call__(self, builder: PlanBuilder, seq: SequenceView) -> SequenceView | None:
+        if not seq.running:
+            return None
+
         def key(candidate: SequenceView) -> tuple[object, int]:
             return self.rank(candidate), candidate.id
 

@@ -1,22 +1,17 @@
-"""Prefill first: while a prompt can be computed nobody decodes, as in the first default of vLLM
-(Kwon et al., SOSP 2023; before it learned to chunk prompts). The time to the first token is
-short, and whoever decodes waits for every prompt that comes.
+"""Prefill first: while a prompt can be computed no sequence decodes, as in the first default of
+vLLM (Kwon et al., SOSP 2023; before it learned to chunk prompts). The time to the first token is
+short, and those that decode wait for every prompt that comes.
 
-A plan repeats while everybody decodes and nobody can be admitted."""
+A plan repeats while all decode and none can be admitted."""
 
 from __future__ import annotations
 
-from ..policy import ComposedPolicy, Decodes
-from .parts import ALWAYS, FirstCome, NewestFirst, WhatIsLeft, WhenItFits, WholeBatch
+from dataclasses import replace
+
+from .composed import ComposedPolicy
+from .fcfs import fcfs
 
 
 def prefill_first(*, watermark: float = 0.01) -> ComposedPolicy:
     """`watermark`: see `WhenItFits`."""
-    return ComposedPolicy(
-        order=FirstCome(Decodes.APART),
-        admit=WhenItFits(watermark),
-        budget=WholeBatch(),
-        chunk=WhatIsLeft(),
-        victim=NewestFirst(),
-        repeat=ALWAYS,
-    )
+    return replace(fcfs(watermark=watermark), mixed=False)

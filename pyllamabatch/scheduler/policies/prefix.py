@@ -1,28 +1,19 @@
-"""Longest shared prefix first: of those who wait, whoever has most of its prompt in the cache
-already (`SequenceView.prefix_hit`), so that cached prefixes are used before they are evicted.
-Follows the cache-aware scheduling of SGLang (Zheng et al., NeurIPS 2024), with a bound on waiting.
+"""Longest shared prefix first: of those that wait, the one that has most of its prompt in the cache
+already (`Prefix.hit`), so that cached prefixes are used before they are evicted. Follows the
+cache-aware scheduling of SGLang (Zheng et al., NeurIPS 2024), with a bound on waiting.
 
-Nobody waits for ever: who has waited for `patience` steps goes first. A plan repeats while
-everybody decodes, until the next one has waited that long."""
+None waits for ever: one that has waited for `patience` steps goes first. A plan repeats while all
+decode, until the next one has waited that long."""
 
 from __future__ import annotations
 
-from ..policy import ComposedPolicy
 from ..view import SequenceView
-from .parts import (
-    Aged,
-    NewestFirst,
-    Ranked,
-    TokenBudget,
-    UntilAged,
-    WhatIsLeft,
-    WhenItFits,
-    by_priority,
-)
+from .composed import ComposedPolicy
+from .parts import Aged, Ranked, TokenBudget, UntilAged, WhenItFits, by_priority
 
 
 def longest_hit(seq: SequenceView) -> tuple[int, int]:
-    return by_priority(seq), -seq.prefix_hit
+    return by_priority(seq), -seq.prefix.hit
 
 
 def prefix(
@@ -33,7 +24,5 @@ def prefix(
         order=Aged(Ranked(longest_hit), patience),
         admit=WhenItFits(watermark),
         budget=TokenBudget(budget),
-        chunk=WhatIsLeft(),
-        victim=NewestFirst(),
         repeat=UntilAged(patience),
     )

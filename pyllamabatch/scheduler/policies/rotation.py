@@ -56,8 +56,8 @@ class Windows:
         self._after = -1  # the last slot of the window before this one
 
     def follow(self, view: StepView) -> None:
-        self._ids = sorted(view.decoding, key=view.slot)
-        self._slots = [view.slot(id) for id in self._ids]
+        self._ids = sorted(view.decoding, key=view.kv.slot_of)
+        self._slots = [view.kv.slot_of(id) for id in self._ids]
 
     def out(self, width: int) -> Set[int]:
         first = self._first()

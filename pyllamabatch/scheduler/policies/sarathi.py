@@ -1,14 +1,14 @@
-"""Chunked prefill, decodes first: whoever decodes gets its row at every step, and prompts fill the
-rest of a budget in chunks, so that no prompt holds anybody up for longer than such a step. Follows
-Sarathi-Serve (Agrawal et al., OSDI 2024), whose budget is a number of tokens that is profiled for
-each device; here it is found anew at each step, by the cost model.
+"""Chunked prefill, decodes first: a sequence that decodes gets its row at every step, and prompts
+fill the rest of a budget in chunks, so that no prompt holds the others up for longer than such a
+step. Follows Sarathi-Serve (Agrawal et al., OSDI 2024), whose budget is a number of tokens that is
+profiled for each device; here it is found anew at each step, by the cost model.
 
-A plan repeats while everybody decodes and nobody can be admitted."""
+A plan repeats while all decode and none can be admitted."""
 
 from __future__ import annotations
 
-from ..policy import ComposedPolicy
-from .parts import ALWAYS, FirstCome, NewestFirst, Paced, TokenBudget, WhatIsLeft, WhenItFits
+from .composed import ComposedPolicy
+from .parts import ALWAYS, Paced, TokenBudget, WhenItFits
 
 
 def sarathi(
@@ -18,15 +18,12 @@ def sarathi(
     stretch: float = 2.0,
     watermark: float = 0.01,
 ) -> ComposedPolicy:
-    """`budget`: rows of a step while somebody decodes, whatever they take. Without it a step may
+    """`budget`: rows of a step while sequences decode, whatever they take. Without it a step may
     take `itl` seconds, or `stretch` times what the decoding rows take alone if that is longer (and
     without a cost model have the rows that `TokenBudget` says). `watermark`: see `WhenItFits`."""
     paced = Paced(TokenBudget(), itl, stretch)
     return ComposedPolicy(
-        order=FirstCome(),
         admit=WhenItFits(watermark),
         budget=paced if budget is None else TokenBudget(budget),
-        chunk=WhatIsLeft(),
-        victim=NewestFirst(),
         repeat=ALWAYS,
     )

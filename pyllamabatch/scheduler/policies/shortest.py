@@ -1,18 +1,18 @@
-"""Shortest remaining first, by predicted length: whoever is predicted to be done soonest is
-admitted first, and the longest gives way when cells run out (shortest remaining processing time;
-Schrage 1968; for language models with a predictor e.g. Jin et al., S3, NeurIPS 2023).
+"""Shortest remaining first, by predicted length: the sequence that is predicted to be done soonest
+is admitted first, and the longest is preempted when cells run out (shortest remaining processing
+time; Schrage 1968; for language models with a predictor e.g. Jin et al., S3, NeurIPS 2023).
 
-Nobody waits for ever: who has waited for `patience` steps goes first. A plan repeats while
-everybody decodes, until the next one has waited that long."""
+None waits for ever: one that has waited for `patience` steps goes first. A plan repeats while all
+decode, until the next one has waited that long."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..policy import ComposedPolicy
 from ..view import SequenceView
-from .parts import Aged, LastRanked, Ranked, TokenBudget, UntilAged, WhatIsLeft, WhenItFits
+from .composed import ComposedPolicy
+from .parts import Aged, LastRanked, Ranked, TokenBudget, UntilAged, WhenItFits
 
 Predict = Callable[[SequenceView], float]
 
@@ -47,7 +47,6 @@ def shortest(
         order=Aged(Ranked(rank), patience),
         admit=WhenItFits(watermark),
         budget=TokenBudget(budget),
-        chunk=WhatIsLeft(),
         victim=LastRanked(rank),
         repeat=UntilAged(patience),
     )

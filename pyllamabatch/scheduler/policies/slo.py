@@ -1,9 +1,9 @@
-"""By service level: the largest prompt chunk whose predicted step keeps the ITL target of everybody
-who decodes (the idea of Sarathi-Serve's budget, OSDI 2024, found anew at each step by a cost model
+"""By service level: the largest prompt chunk whose predicted step keeps the ITL target of all
+that decode (the idea of Sarathi-Serve's budget, OSDI 2024, found anew at each step by a cost model
 of the device), and the earliest deadline first (Liu and Layland, 1973).
 
-A plan repeats while everybody decodes and nobody can be admitted: prompts always have some rows,
-so nobody is kept out by a target."""
+A plan repeats while all decode and none can be admitted: prompts always have some rows, so none is
+kept out by a target."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from heapq import merge
 from math import inf
 
 from ...errors import ArgumentError
-from ..policy import Budget, ComposedPolicy, Decodes
+from ..policy import Budget
 from ..view import SequenceView, StepView
-from .parts import ALWAYS, LastRanked, TokenBudget, WhatIsLeft, WhenItFits, most_within
+from .composed import ComposedPolicy
+from .parts import ALWAYS, LastRanked, TokenBudget, WhenItFits, most_within
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +36,14 @@ class EarliestDeadline:
     """Prompts already begun and newcomers in one order."""
 
     rank: Deadline = Deadline()
-    decodes: Decodes = Decodes.FIRST
 
     def __call__(self, view: StepView) -> Iterable[SequenceView]:
         if not view.can_admit:
             return view.prefilling.by(self.rank)
-        line = view.waiting.by(self.rank)
+        waiting = view.waiting.by(self.rank)
         if not len(view.prefilling):
-            return line
-        return merge(view.prefilling.by(self.rank), line, key=self.rank)
+            return waiting
+        return merge(view.prefilling.by(self.rank), waiting, key=self.rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class WithinTarget:
         n, most = len(view.decoding), view.limits.n_batch
         if n == 0 or not (len(view.prefilling) or view.can_admit):
             return most
-        targets = view.running.unordered("itl_target")
+        targets = view.running.column("itl_target")
         target = float(targets.min())
         if self.itl < target and targets.max() == inf:
             target = self.itl
@@ -96,7 +96,6 @@ def slo(
         order=EarliestDeadline(rank),
         admit=WhenItFits(watermark),
         budget=WithinTarget(TokenBudget(budget), itl, least, margin),
-        chunk=WhatIsLeft(),
         victim=LastRanked(rank),
         repeat=ALWAYS,
     )

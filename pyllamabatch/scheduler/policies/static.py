@@ -1,23 +1,24 @@
 """Static batching, the baseline that continuous batching is measured against: a batch is admitted
-when the last one is all done, and nobody joins it on the way.
+when the last one is all done, and no sequence joins it on the way.
 
-Who has finished is not computed any longer, so this is a kinder baseline than engines that pad
-their batch to its longest sequence. A plan repeats while a batch decodes."""
+A sequence that has finished is not computed any longer, so this is a kinder baseline than engines
+that pad their batch to its longest sequence. A plan repeats while a batch decodes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from ...errors import ArgumentError
-from ..policy import Admit, ComposedPolicy, Decodes, PlanBuilder, Verdict
+from ..policy import Admit, PlanBuilder, Verdict
 from ..view import SequenceView
-from .parts import ALWAYS, FirstCome, NewestFirst, WhatIsLeft, WhenItFits, WholeBatch
+from .composed import ComposedPolicy
+from .parts import ALWAYS, WhenItFits, whole_batch
 
 
 @dataclass(frozen=True, slots=True)
 class Together:
-    """Admit whom `fits` admits until the batch begins to decode: `size` sequences at most (default
-    all slots), from `wait` seconds after the first one came at the latest."""
+    """Admit those that `fits` admits until the batch begins to decode: `size` sequences at most
+    (default all slots), from `wait` seconds after the first one came at the latest."""
 
     fits: Admit
     size: int | None = None
@@ -29,7 +30,7 @@ class Together:
         if builder.n_running >= size:
             return Verdict.STOP
         if len(view.running):
-            if view.running.unordered("turn").max() > 1:
+            if view.running.column("turn").max() > 1:
                 return Verdict.STOP
         elif self.wait and builder.n_admitted == 0 and len(view.waiting) < size:
             latest = seq.arrival + self.wait
@@ -49,10 +50,8 @@ def static(
     if not 0 <= wait < float("inf"):
         raise ArgumentError("wait", wait, "seconds, 0 or more")
     return ComposedPolicy(
-        order=FirstCome(Decodes.APART),
         admit=Together(WhenItFits(watermark), size, wait),
-        budget=WholeBatch(),
-        chunk=WhatIsLeft(),
-        victim=NewestFirst(),
+        budget=whole_batch,
+        mixed=False,
         repeat=ALWAYS,
     )

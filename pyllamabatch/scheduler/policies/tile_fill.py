@@ -14,8 +14,8 @@ from math import log2
 from typing import Any
 
 from ...errors import ArgumentError
-from ..policy import ComposedPolicy
 from ..view import Limits, SequenceView, StepView
+from .composed import ComposedPolicy
 from .parts import LEAST_ROWS, Paced, TokenBudget
 from .sarathi import sarathi
 
@@ -66,7 +66,7 @@ class TileFill:
         n_prompts = len(view.prefilling) + len(admitted)
         if not n_prompts:
             return self.paced(view)
-        kv, predict = view.kv_attended, cost.predict
+        kv, predict = view.kv.attended, cost.predict
         # The same while there are about as many cells, and the model has not learned much.
         key = n, rough(kv), view.step // 64, cost, limits
         found = self._known.get(key)
@@ -140,11 +140,11 @@ class TileFill:
 def who_fits(view: StepView) -> list[SequenceView]:
     """Those who wait that slots and cells are free for, as they came."""
     slots, limits = view.limits.n_seq_max - len(view.running), view.limits
-    cells = view.kv_free - view.kv_promised
+    cells = view.kv.free - view.kv.promised
     found = []
     for seq in islice(view.waiting, max(0, slots)):
         if limits.unified:
-            cells -= seq.prefix_cells + seq.remaining
+            cells -= seq.prefix.cells + seq.remaining
             if cells < 0:
                 break
         found.append(seq)

@@ -18,8 +18,9 @@ from math import ceil, gcd, inf
 from typing import Any, NamedTuple
 
 from ...errors import ArgumentError
-from ..policy import ComposedPolicy, PlanBuilder, Round
+from ..policy import PlanBuilder, Round
 from ..view import StepView
+from .composed import ComposedPolicy
 from .rotation import Queue, Rotation, Windows
 from .sarathi import sarathi
 from .tile_fill import measured
@@ -99,7 +100,7 @@ class Turns:
         if rotation is None:
             rotation = Queue() if view.limits.unified else Windows()
             self._rotation = rotation
-        others = view.decoding.keys() != self._known
+        others = view.decoding != self._known
         self._count(step, others)
         if self._until is not None and (others or step >= self._until):
             assert self._split is not None
@@ -161,7 +162,7 @@ def best_split(view: StepView, itl: float, gain: float, *, begun: bool = False) 
     cost, n = view.cost, len(view.decoding)
     if n < 2 or not measured(cost):
         return None
-    kv = view.kv_attended
+    kv = view.kv.attended
     wide: float = cost.predict(n, 0, kv, n)
     targets = view.running.column("itl_target")
     targets[targets == inf] = itl

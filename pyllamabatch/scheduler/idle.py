@@ -6,6 +6,7 @@ from typing import Any
 
 from .gather import LEAST_SECONDS, ExpectedSequence, Gather, Gathering
 
+PATIENCE_SECONDS = 0.5
 FIRST_SECONDS = 200e-6  # mean and spread of an owner's time before anything is known
 
 
@@ -36,19 +37,24 @@ class Habit:
 
 
 class IdleSequences:
-    """Who rests, longest first, and which of them are expected: those that have had something to
-    compute since the last wait in vain. A new one is taken to be like all before it."""
+    """The interactive sequences that run and have nothing to compute, the longest idle first, and
+    which of them are expected: those that have had something to compute since the last wait in
+    vain. A new one is taken to be like all before it. `patience`: seconds that one may be idle
+    while others need its room."""
 
-    __slots__ = ("_expected", "_habits", "_n_awaited", "_since", "gather", "usual", "within")
-
-    def __init__(self, gather: Gather) -> None:
+    def __init__(self, gather: Gather, patience: float = PATIENCE_SECONDS) -> None:
         self.gather = gather
         self.usual = Habit()
         self.within = 0.0  # the last step's time
+        self.ready_at: float | None = None  # when there was something to compute for this step
+        self.n_awaited = 0  # how many have to come before the last wait is over sooner
+        self._patience = patience
         self._since: dict[int, float] = {}
         self._expected: set[int] = set()
         self._habits: dict[int, Habit] = {}
-        self._n_awaited = 0
+
+    def __len__(self) -> int:
+        return len(self._since)
 
     def begin(self, id: int, now: float) -> None:
         self._since[id] = now
@@ -59,7 +65,7 @@ class IdleSequences:
         self._expected.discard(id)
 
     def learn(self, id: int, now: float) -> None:
-        """Its owner has asked for something at this time; nothing, if it does not rest."""
+        """Its owner has asked for something at this time; nothing, if it is not idle."""
         since = self._since.get(id)
         if since is None:
             return
@@ -73,31 +79,36 @@ class IdleSequences:
         """It is gone."""
         self._habits.pop(id, None)
 
-    def wait(self, now: float, since: float, n_ready: int, cost: Any, kv: float) -> float:
-        """Seconds to wait for the expected ones, who are not expected any more once that is 0."""
-        self._n_awaited = 0
+    def wait(self, now: float, n_ready: int, cost: Any, kv: float) -> float:
+        """Seconds to wait for the expected ones, which are not expected any more once that is 0.
+        For the rest see `Gathering`."""
+        if self.ready_at is None:
+            self.ready_at = now
+        self.n_awaited = 0
         if not self._expected:
             return 0.0
-        rests = tuple(self._rest(id, now) for id in self._expected)
-        seconds = self.gather(Gathering(now, since, n_ready, rests, cost, kv))
+        expected = tuple(self._view(id, now) for id in self._expected)
+        seconds = self.gather(Gathering(now, self.ready_at, n_ready, expected, cost, kv))
         if seconds > 0:
-            soon = sum(rest.wait <= seconds for rest in rests)
-            self._n_awaited = soon or len(rests)
+            soon = sum(seq.wait <= seconds for seq in expected)
+            self.n_awaited = soon or len(expected)
             return seconds
         self._expected.clear()
         return 0.0
 
-    def _rest(self, id: int, now: float) -> ExpectedSequence:
+    def overdue(self, now: float) -> int | None:
+        """The one that has been idle longest, if that is too long."""
+        for id, since in self._since.items():
+            return id if now - since >= self._patience else None
+        return None
+
+    def until_overdue(self, now: float) -> float:
+        """Seconds until there is one; 0 when none is idle."""
+        for since in self._since.values():
+            return max(0.0, since + self._patience - now)
+        return 0.0
+
+    def _view(self, id: int, now: float) -> ExpectedSequence:
         habit = self._habits.get(id, self.usual)
-        rested = max(0.0, now - self._since[id])
-        return ExpectedSequence(rested, habit.mean, habit.spread, habit.returns)
-
-    @property
-    def n_awaited(self) -> int:
-        """How many have to come before the last wait is over sooner."""
-        return self._n_awaited
-
-    @property
-    def longest(self) -> tuple[int, float] | None:
-        """(id, since when) of the one that has rested longest."""
-        return next(iter(self._since.items()), None)
+        idle = max(0.0, now - self._since[id])
+        return ExpectedSequence(idle, habit.mean, habit.spread, habit.returns)

@@ -1,0 +1,57 @@
+"""What attention looks over in a step, for the cost model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..kv import KvAccounting
+from .running import RunningSequences
+from .step import Shape, Step, spans
+from .view import Limits
+
+
+class Attention:
+    """In a pool of cells that all share these are all that are held, and for kernels that compute
+    masked cells (`CostModel.computes_masked`) the free ones between them, too. In streams they are
+    the cells of the sequences that are computed."""
+
+    def __init__(
+        self, limits: Limits, accounting: KvAccounting, running: RunningSequences, cost: Any
+    ) -> None:
+        self._limits = limits
+        self._accounting = accounting
+        self._running = running
+        self._cost = cost
+
+    def of_all(self) -> int:
+        """Cells that are attended when all decode."""
+        if self._limits.unified:
+            return int(self._pool())
+        return self._limits.n_cells - self._accounting.free
+
+    def cells(self, step: Step, ahead: float = 0) -> float:
+        """Cells that are attended in `step`, before it, or when it has been computed `ahead`
+        times."""
+        more = step.n_rows * ahead
+        if self._limits.unified:
+            return self._pool(more)
+        return float(self._running.computed[step.slots].sum() + more)
+
+    def shapes(self, step: Step, kv: float) -> list[Shape]:
+        """What `CostModel.predict` is told of each part of `step`, one of its `parts`, that is
+        computed at once. One, but where every sequence has a stream of cells of its own and those
+        that decode are not neighbours. kv: cells that are attended before it."""
+        shape, n = step.shape(kv), len(step.decode)
+        if self._limits.unified or n < 2 or step.chunks:
+            return [shape]
+        found = spans(step.decode, self._accounting.held_by_slot, self._limits.gap_max)
+        if found == [(n, n)]:
+            return [shape]
+        return [(rows, 0, kv * decode / n, rows) for rows, decode in found]
+
+    def _pool(self, more: float = 0) -> float:
+        """When so many more are held: they go where cells are free, first."""
+        held = self._accounting.used + more
+        if getattr(self._cost, "computes_masked", 0):
+            return max(held, self._accounting.reach)
+        return held

@@ -1,0 +1,132 @@
+"""ComposedPolicy: a policy of parts, each of which can be replaced alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+
+from ..policy import Admit, Budget, ChunkSize, Order, PlanBuilder, Repeat, Verdict, Victim, Width
+from ..view import Plan, SequenceView, StepView
+from .parts import all_that_is_left, first_come, newest_first, token_budget, when_it_fits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComposedPolicy:
+    """The parts (`scheduler/policy.py` says what each is asked), by default those of `sarathi`
+    without a cost model.
+
+    - repeat: a number, when it is always the same one. The other parts may not look at the time
+      then, nor admit a sequence for having waited longer.
+    - width: without it all that decode do so at every step.
+    - mixed: sequences that decode have rows beside prompts, first of all. False: they have them
+      only in a step in which no other sequence has any.
+    - ended: see `Policy`.
+    """
+
+    order: Order = first_come
+    admit: Admit = when_it_fits
+    budget: Budget = token_budget
+    chunk: ChunkSize = all_that_is_left
+    victim: Victim = newest_first
+    repeat: Repeat | int = 1
+    width: Width | None = None
+    mixed: bool = True
+    ended: Callable[[SequenceView], None] | None = None
+
+    def plan(self, view: StepView) -> Plan:
+        rows = min(self.budget(view), view.limits.n_batch)
+        builder = PlanBuilder(view, rows, view.kv.free, view.kv.promised)
+        if self.mixed:
+            self._decode(builder)
+        builder = self._advance_others(builder)
+        if not self.mixed and not builder.tokens:
+            self._decode(builder)
+        if not builder.steady:
+            return builder.plan()
+        repeat = self.repeat if isinstance(self.repeat, int) else self.repeat(builder)
+        sit_out: Set[int] = frozenset()
+        if self.width is not None and builder.decode_all:
+            sit_out, steps = self.width(builder)
+            repeat = min(repeat, steps)
+        return builder.plan(repeat, sit_out)
+
+    def _decode(self, builder: PlanBuilder) -> None:
+        n = len(builder.view.decoding)
+        if n == 0:
+            return
+        if n <= builder.rows and n <= builder.cells and not builder.preempt:
+            builder.give_all_decodes()
+            return
+        for seq in builder.view.running:
+            if builder.rows < 1:
+                break
+            if seq.decoding and seq.id not in builder.preempt:
+                self._advance(builder, seq)
+
+    def _advance_others(self, builder: PlanBuilder) -> PlanBuilder:
+        """In the order, until the rows are given away or a newcomer has to wait; then the other
+        ones that run."""
+        for seq in self.order(builder.view):
+            if builder.rows < 1:
+                return builder
+            if builder.has(seq):
+                continue
+            if seq.running:
+                self._advance(builder, seq)
+                continue
+            if builder.short:
+                break  # the preempted come before any newcomer
+            if seq.prefix.pending:
+                continue  # its prefix is being computed
+            verdict = self.admit(builder, seq)
+            if verdict is Verdict.STOP:
+                builder, verdict = self._make_room(builder, seq)
+            if verdict is Verdict.ADMIT:
+                self._start(builder, seq)
+            elif verdict is Verdict.STOP:
+                break
+        for seq in builder.view.prefilling:
+            if builder.rows < 1:
+                break
+            if not builder.has(seq):
+                self._advance(builder, seq)
+        return builder
+
+    def _make_room(self, builder: PlanBuilder, seq: SequenceView) -> tuple[PlanBuilder, Verdict]:
+        """`builder` with victims enough that `seq` is admitted, or as it was."""
+        trial, verdict = builder, Verdict.STOP
+        while verdict is Verdict.STOP:
+            victim = self.victim(trial, seq)
+            if victim is None:
+                return builder, Verdict.STOP
+            trial = builder.copy() if trial is builder else trial
+            trial.take_back(victim, f"preempted: sequence {seq.id} takes its place")
+            verdict = self.admit(trial, seq)
+        return (trial if verdict is Verdict.ADMIT else builder), verdict
+
+    def _advance(self, builder: PlanBuilder, seq: SequenceView) -> None:
+        while builder.cells < 1:
+            victim = self.victim(builder, seq)
+            if victim is None:
+                return
+            builder.take_back(victim, f"preempted: sequence {seq.id} found no free cell")
+            builder.short = True
+            if victim.id == seq.id:
+                return
+        n = 1 if seq.decoding else self._cut(builder, seq)
+        if n > 0:
+            builder.give(seq, n)
+            if n < seq.remaining:
+                builder.reasons[seq.id] = f"chunk of {n} rows, {seq.remaining - n} tokens to go"
+
+    def _start(self, builder: PlanBuilder, seq: SequenceView) -> None:
+        if builder.cells <= seq.prefix.cells:
+            return
+        n = min(self._cut(builder, seq), builder.cells - seq.prefix.cells)
+        if n > 0:
+            builder.admit(seq)
+            builder.give(seq, n)
+            builder.reasons[seq.id] = f"admitted with {n} of {seq.remaining} tokens"
+
+    def _cut(self, builder: PlanBuilder, seq: SequenceView) -> int:
+        return min(self.chunk(builder, seq), seq.remaining, builder.rows, builder.cells)
