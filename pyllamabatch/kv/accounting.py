@@ -55,8 +55,8 @@ class KvAccounting:
         "_head",
         "_held",
         "_last",
-        "_live",
         "_n_cached",
+        "_newest_first",
         "_own_from",
         "_reach",
         "_runs",
@@ -89,6 +89,7 @@ class KvAccounting:
         self._head = self._reach = 0.0  # where the next row looks; behind the last cell
         self._first = np.full(n_seq_max, np.inf)  # about, of each slot's cells
         self._last = np.zeros(n_seq_max)
+        self._newest_first = 0.0
         self._n_cached = 0  # of these, cells that no live slot holds
 
     # -- what there is
@@ -177,8 +178,9 @@ class KvAccounting:
         n_all = n * len(slots)
         if n_all > self.empty:
             raise ValueError(f"{n_all} cells are asked for, {self.empty} are free")
-        self._place(slots, n_all)
-        self._held[slots] += n
+        held = self._held[slots]
+        self._place(slots, n_all, new=not held.all())
+        self._held[slots] = held + n
         self._used += n_all
 
     def share(self, source: int, target: int, n: int) -> None:
@@ -263,16 +265,19 @@ class KvAccounting:
 
     # -- inside
 
-    def _place(self, slots: int | npt.NDArray[np.integer], n: int) -> None:
-        """The next `n` free cells are for these slots. All in front of the head are held, so it is
-        no further than `used`."""
+    def _place(self, slots: int | npt.NDArray[np.integer], n: int, *, new: bool = True) -> None:
+        """The next `n` free cells are for these slots; `new`: some of them may hold none. All in
+        front of the head are held, so it is no further than `used`."""
         if not self.unified or not n:
             return
         reach, used = self._reach, self._used
         head, free = min(self._head, used), reach - used
         end = head + n * (reach - head) / free if n < free else float(used + n)
-        self._first[slots] = np.minimum(self._first[slots], head)
-        self._last[slots] = np.maximum(self._last[slots], end)
+        # No first is behind `_newest_first`, no last behind `reach`: then there is less to compare.
+        if new or head < self._newest_first:
+            self._first[slots] = np.minimum(self._first[slots], head)
+            self._newest_first = max(self._newest_first, head)
+        self._last[slots] = end if end >= reach else np.maximum(self._last[slots], end)
         self._head, self._reach = end, max(reach, end)
 
     def _before(self, slot: int, i: int | None = None) -> float:

@@ -145,8 +145,7 @@ class SequenceQueue(SequenceList, Generic[E]):
         return self._views_of(self._index(None, rank).groups.get(None, []))
 
     def split(self, key: Key) -> Mapping[Any, Iterable[SequenceView]]:
-        groups = self._index(key, None).groups
-        return {value: self._views_of(group) for value, group in groups.items()}
+        return _Groups(self._index(key, None).groups, self._views_of)
 
     # -- inside
 
@@ -191,3 +190,26 @@ class _Index:
         del ranked[bisect_left(ranked, item)]
         if not ranked:
             del self.groups[group]
+
+
+class _Groups(Mapping[Any, Iterable["SequenceView"]]):
+    """A split as a policy sees it."""
+
+    __slots__ = ("_groups", "_views_of")
+
+    def __init__(
+        self,
+        groups: dict[Hashable, list[Ranked]],
+        views_of: Callable[[list[Ranked]], Iterable[SequenceView]],
+    ) -> None:
+        self._groups = groups
+        self._views_of = views_of
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __iter__(self) -> Iterator[Hashable]:
+        return iter(self._groups)
+
+    def __getitem__(self, key: Hashable) -> Iterable[SequenceView]:
+        return self._views_of(self._groups[key])

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,8 +45,7 @@ Placed = tuple[tuple[int, int], ...]
 """(id, slot) of each."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pause:
+class Pause(NamedTuple):
     """Why the policy is not asked again, until something changes: its plan was empty (`stuck`: no
     sequence found room), and it wants to wait until `wake`. `n_changes`: see `Sequences`."""
 
@@ -247,8 +246,9 @@ class Scheduler:
         self._last_pause = Pause(sequences.n_changes, nothing, plan.wake)
         if nothing and not preempted:
             return self._without_rows()
-        preempted += tuple((id, sequences.preempt(id, retain=True)) for id in plan.preempt)
-        admitted = self._admit(rows)
+        if plan.preempt:
+            preempted += tuple((id, sequences.preempt(id, retain=True)) for id in plan.preempt)
+        admitted = self._admit(rows) if rows.others else ()
         return self._step(rows, plan.repeat, preempted, admitted, plan.reasons)
 
     def _preempt_idle(self) -> Placed:
@@ -286,11 +286,11 @@ class Scheduler:
             if slot not in out:
                 chunks.append(PromptChunk(id, slot, int(running.computed[slot]), 1, True))
         decode = running.decode_slots_but([*out, *running.asked])
-        n_rows = len(decode) + sum(chunk.n for chunk in chunks)
+        n_rows = len(decode) + sum([chunk.n for chunk in chunks])
         if running.asked:
             repeat = 1
         elif repeat > 1:
-            left = int((running.most[decode] - running.known[decode]).min())
+            left = int((running.most - running.known)[decode].min())
             repeat = max(1, min(repeat, left, self.accounting.free // n_rows))
         self.admission.cache.make_cells(n_rows * min(repeat, AT_ONCE))
         if repeat > 1:
@@ -339,9 +339,11 @@ class Scheduler:
             self.accounting.take_each(slots, n)
             running.computed[slots] += n
             running.known[slots] += n
-        n_asked = sum(chunk.id in running.decoding for chunk in step.chunks)
-        n_recomputed = sum(map(self._advance, step.chunks))
-        n_last = sum(chunk.last for chunk in step.chunks)
+        n_asked = n_last = n_recomputed = 0
+        for chunk in step.chunks:
+            n_asked += chunk.id in running.decoding
+            n_last += chunk.last
+            n_recomputed += self._advance(chunk)
         self.counters.count(step, n, n * n_decodes + n_asked, n_last, n_recomputed)
 
     def _advance(self, chunk: PromptChunk) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .queue import SequenceList
 
@@ -37,8 +37,7 @@ class Limits:
     gap_max: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Prefix:
+class Prefix(NamedTuple):
     """What a waiting sequence need not compute, if it were admitted now.
 
     - hit: so many of its tokens are in the cache, or in its own saved state. Of a running sequence:
@@ -110,8 +109,7 @@ class SequenceView:
         return self.generated > 0 if self.goal is None else self.goal == self.known
 
 
-@dataclass(frozen=True, slots=True)
-class KvView:
+class KvView(NamedTuple):
     """The KV cells before a step.
 
     - free: cells that no running sequence holds; cached prefixes are dropped when they are needed.

@@ -46,7 +46,10 @@ class LeastServed:
         return dict(zip(self._numbers, self._service(view).tolist(), strict=True))
 
     def order(self, view: StepView) -> Iterable[SequenceView]:
-        counters = self._look(view)
+        waits = self._waits(view)
+        if not view.can_admit and waits.tobytes() == self._waited.tobytes():
+            return view.prefilling
+        counters = self._look(view, waits)
         return self._next(view, counters) if view.can_admit else view.prefilling
 
     def repeat(self, builder: PlanBuilder) -> int:
@@ -54,7 +57,7 @@ class LeastServed:
         view = builder.view
         if not view.can_admit:
             return ALWAYS
-        counters = self._look(view)
+        counters = self._look(view, self._waits(view))
         first = int(counters.argmin())
         running = view.running.column(self._number).astype(np.intp)
         pace = self._generated * np.bincount(running, minlength=len(counters))
@@ -92,13 +95,18 @@ class LeastServed:
         total: F64 = self._served + np.bincount(numbers, service, minlength=len(self._served))
         return total
 
-    def _look(self, view: StepView) -> F64:
+    def _waits(self, view: StepView) -> Flags:
+        """The tenants with a sequence waiting."""
+        waiting = [*view.waiting.split(self._number)]
+        self._grow()
+        waits = np.zeros(len(self._served), dtype=bool)
+        waits[waiting] = True
+        return waits
+
+    def _look(self, view: StepView, waits: Flags) -> F64:
         """The counters of the tenants with a sequence waiting, infinity for the others. Lifts those
         that have come since the last look."""
-        waiting = [*view.waiting.split(self._number)]
         counters = self._service(view)
-        waits = np.zeros(len(counters), dtype=bool)
-        waits[waiting] = True
         if waits.tobytes() != self._waited.tobytes():  # a tenth of what comparing arrays takes
             counters = self._lift(waits, counters)
         return np.where(waits, counters, inf)
@@ -118,9 +126,12 @@ class LeastServed:
 
     def _next(self, view: StepView, counters: F64) -> Iterator[SequenceView]:
         yield from view.prefilling
-        waiting = {number: iter(line) for number, line in view.waiting.split(self._number).items()}
+        groups = view.waiting.split(self._number)
+        begun: dict[int, Iterator[SequenceView]] = {}
         while counters[first := int(counters.argmin())] < inf:
-            seq = next(waiting[first], None)
+            if first not in begun:
+                begun[first] = iter(groups[first])
+            seq = next(begun[first], None)
             if seq is None:
                 counters[first] = inf
             else:
