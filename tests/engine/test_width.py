@@ -117,12 +117,15 @@ def observed(
     them, and what it took. shapes: what they are computed in, if not all at once."""
     now = 0.0
     cost = cost or Learner()
+    attention = SimpleNamespace(
+        cells=lambda step, ahead: 100 + step.n_rows * ahead,
+        shapes=lambda step, kv: shapes or [step.shape(kv)],
+    )
     scheduler: Any = SimpleNamespace(
         cost=cost,
-        attended_cells=lambda step, ahead: 100 + step.n_rows * ahead,
-        shapes=lambda step, kv: shapes or [step.shape(kv)],
+        attention=attention,
         limits=SimpleNamespace(n_ubatch=8),
-        starts=SimpleNamespace(swap=SimpleNamespace(computed=lambda rows, seconds: None)),
+        prefilled=lambda rows, seconds: None,
     )
     chunks = (PromptChunk(9, 9, 0, n_prompt, True),) if n_prompt else ()
     monkeypatch.setattr("pyllamabatch.engine.cost_observer.perf_counter", lambda: now)
