@@ -112,7 +112,7 @@ def test_dear_steps_are_full(model: Model, n: int) -> None:
     for gathering, seconds in gather.answers:
         assert gathering.n_ready + gathering.n_expected <= n
         assert seconds <= gathering.since + 30 - gathering.now
-        assert all(rest.rested >= 0 for rest in gathering.expected)
+        assert all(rest.idle >= 0 for rest in gathering.expected)
     assert any(seconds > 0 for _, seconds in gather.answers)
     rows = [shape for shape in cost.seen if shape[0] == n][-16:]
     assert [shape[:2] for shape in rows] == [(n, 0)] * len(rows)  # none of them is a prompt's
