@@ -39,8 +39,9 @@ def advice(records: Iterable[Record]) -> str:
     if main is None:
         return ""
     each = [Advice(main, n, groups.get(POISSON)) for n in main.counts]
-    lines = [one.sentences() for one in each]
-    return "\n".join(filter(None, [busy(records), *lines, _overall(main, each)]))
+    warning = busy(records)
+    lines = [warning, *(one.sentences() for one in each), _overall(main, each, bool(warning))]
+    return "\n".join(filter(None, lines))
 
 
 def busy(records: Sequence[Record]) -> str:
@@ -223,7 +224,7 @@ class Advice:
         return f"When requests come at random, {_list(found)}" if found else ""
 
 
-def _overall(them: Comparison, each: Sequence[Advice]) -> str:
+def _overall(them: Comparison, each: Sequence[Advice], busy: bool) -> str:
     record = them.records[0]
     where = record.gpu_info or f"{record.n_cores} cores of {record.cpu_info.split(' (')[0]}"
     model = record.model_filename.removesuffix(".gguf")
@@ -232,6 +233,7 @@ def _overall(them: Comparison, each: Sequence[Advice]) -> str:
         f"{arm} for {_list([str(one.n) for one in group])} users"
         for arm, group in groupby(several, key=lambda one: one.arm)
     ]
+    where += ", as far as a busy machine tells" if busy else ""
     known = {_kind(arm) for arm in them.arms}
     missing = [arm for arm in ARMS if arm not in known]
     return _sentences(

@@ -23,11 +23,6 @@ def median_speeds(records: Iterable[Record]) -> dict[Key, float]:
     return {key: median(speeds) for key, speeds in speeds_of(records).items()}
 
 
-def ranges(records: Iterable[Record]) -> dict[Key, tuple[float, float]]:
-    """The smallest and the largest speed."""
-    return {key: (min(speeds), max(speeds)) for key, speeds in speeds_of(records).items()}
-
-
 def spread(records: Iterable[Record]) -> dict[Key, float]:
     """(largest - smallest) / median of the speeds."""
     return {

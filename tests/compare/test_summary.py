@@ -91,6 +91,7 @@ def test_a_busy_machine_is_told_first() -> None:
             "The machine was busy: in 1 of 2 runs other programs used CPU, up to 1.2 of 2 cores."
         )
     )
+    assert "2 cores of A Processor, as far as a busy machine tells: engine" in overall(rows)
     assert "busy" not in advice(rows[:1])
 
 
