@@ -1,4 +1,4 @@
-"""Measure what steps cost on this device with this model, and save it as a profile.
+"""Measure what steps cost on this device with this model: a profile.
 
 Steps of many shapes (rows, prompt rows, KV depth, sequences; one pool of cells
 or cells of each sequence's own) are timed with random tokens until the budget
@@ -17,7 +17,13 @@ from typing import Any
 import numpy as np
 
 from pyllamabatch.cli.console import Progress, say
-from pyllamabatch.cli.options import add_model_arguments, add_threads_argument, at_least, load_model
+from pyllamabatch.cli.options import (
+    add_model_arguments,
+    add_threads_argument,
+    add_ubatch_argument,
+    load_model,
+    positive,
+)
 from pyllamabatch.cost.calibrate import calibrate
 from pyllamabatch.cost.model import CostModel, held_out
 from pyllamabatch.cost.profile import Profile, file_name, profile_folder
@@ -26,23 +32,19 @@ from pyllamabatch.report.tables import Table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument(
-        "--budget", type=_seconds, default=120.0, metavar="S", help="seconds to measure (120)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--budget", type=positive, default=120.0, metavar="S", help="seconds to measure (120)")
+    add(
         "--layout", choices=("both", "unified", "streams"), default="both",
         help="one pool of cells for all sequences, or cells of each one's own (both)",
     )  # fmt: skip
-    parser.add_argument(
-        "-ub", "--n-ubatch", type=at_least(1), default=512, metavar="N",
-        help="most rows that the device computes at once (512)",
-    )  # fmt: skip
-    add_threads_argument(parser)
-    parser.add_argument("--type-k", metavar="TYPE", help="of the keys in KV cells: f16, q8_0, ...")
-    parser.add_argument("--type-v", metavar="TYPE", help="of the values in KV cells")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="instead of the cache folder")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    add_ubatch_argument(add, 512)
+    add_threads_argument(add)
+    add("--type-k", metavar="TYPE", help="of the keys in KV cells: f16, q8_0, ...")
+    add("--type-v", metavar="TYPE", help="of the values in KV cells")
+    add("--out", type=Path, metavar="FILE", help="instead of the cache folder")
+    add("--json", action="store_true", help="print the result as JSON")
+    add("-q", "--quiet", action="store_true", help="no progress")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,13 +64,6 @@ def run(args: argparse.Namespace) -> int:
     found = {"profile": str(path), **summary(profile)}
     say(json.dumps(found) if args.json else in_words(found))
     return 0
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 86400:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
-    return value
 
 
 def summary(profile: Profile) -> dict[str, Any]:

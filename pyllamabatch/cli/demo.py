@@ -1,7 +1,8 @@
-"""The embedded model answers 32 different prompts at once, then the same ones one by one.
+"""The embedded model answers 32 different prompts at once, then one by one.
 
-Every prompt has one right answer, so a token that went to the wrong sequence shows. Before that,
-steps of 1 to 32 rows are timed: what a wider batch is worth on this machine.
+Every prompt has one right answer, so a token that went to the wrong sequence
+shows. Before that, steps of 1 to 32 rows are timed: what a wider batch is worth
+on this machine.
 
 Exit status: 0 if at least 8 in 10 answers of each pass are right, else 1.
 """
@@ -40,11 +41,10 @@ N_CELLS = 512  # of a sequence: the longest prompt with its answer fits
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     n = len(default_prompts())
-    parser.add_argument(
-        "-p", "--prompts", type=at_least(1, n), default=n, metavar="N", help=f"the first N ({n})"
-    )
-    add_threads_argument(parser)
-    parser.add_argument("--plain", action="store_true", help="plain lines, also on a terminal")
+    add = parser.add_argument
+    add("-p", "--prompts", type=at_least(1, n), default=n, metavar="N", help=f"the first N ({n})")
+    add_threads_argument(add)
+    add("--plain", action="store_true", help="plain lines, also on a terminal")
 
 
 def run(args: argparse.Namespace) -> int:

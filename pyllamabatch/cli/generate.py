@@ -3,7 +3,7 @@
 Each input line is a JSON object with one of
   prompt    text, tokenized as it is
   tokens    token ids
-  messages  a chat: [{"role": ..., "content": ...}], in the model's chat template
+  messages  a chat, [{"role": ..., "content": ...}]: the model's chat template
 and, if you like, `id` (text or a whole number; else the line number) and
 sampling fields such as max_tokens, temperature, top_k, top_p, min_p, seed,
 stop, logit_bias, grammar, json_schema: all those of SamplingParams.
@@ -58,32 +58,31 @@ N_TRACE = 2**16  # steps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompts", default="-", metavar="FILE", help="input (-: stdin)")
-    parser.add_argument("--out", default="-", metavar="FILE", help="output (-: stdout)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--prompts", default="-", metavar="FILE", help="input (-: stdin)")
+    add("--out", default="-", metavar="FILE", help="output (-: stdout)")
+    add(
         "--parallel",
         type=at_least(1),
         default=16,
         metavar="N",
         help="requests that run at once (16)",
     )
-    parser.add_argument(
+    add(
         "--window", type=at_least(1), metavar="N",
         help="lines read ahead of the last one written (4 times --parallel)",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--chat-template", metavar="NAME|FILE",
         help="for messages, instead of the model's: chatml, gemma, llama3, … or a file",
     )  # fmt: skip
-    parser.add_argument(
-        "--ignore-unknown", action="store_true", help="leave out fields that are not known"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="forget what --out holds")
-    parser.add_argument(
+    add("--ignore-unknown", action="store_true", help="leave out fields that are not known")
+    add("--overwrite", action="store_true", help="forget what --out holds")
+    add(
         "--trace", metavar="FILE",
         help=f"write the last {N_TRACE} steps as JSON for https://ui.perfetto.dev",
     )  # fmt: skip
-    parser.add_argument("-q", "--quiet", action="store_true", help="report bad lines only")
+    add("-q", "--quiet", action="store_true", help="report bad lines only")
     add_model_arguments(parser)
     add_context_arguments(parser)
     add_sampling_arguments(parser)

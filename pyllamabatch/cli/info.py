@@ -27,8 +27,9 @@ LONGEST = 100  # characters of a metadata value in the text
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON object")
-    parser.add_argument("--no-model", action="store_true", help="load no model")
+    add = parser.add_argument
+    add("--json", action="store_true", help="one JSON object")
+    add("--no-model", action="store_true", help="load no model")
 
 
 def run(args: argparse.Namespace) -> int:

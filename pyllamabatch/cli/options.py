@@ -16,6 +16,9 @@ from pyllamabatch.scheduler import make_policy
 from pyllamabatch.scheduler.policies import DEFAULT
 from pyllamabatch.step.sampling_params import SamplingParams
 
+Add = Callable[..., argparse.Action]
+"""`add_argument` of a parser or of a group."""
+
 #: Field of SamplingParams → type, help. The flag is the field with dashes.
 _SAMPLING: dict[str, tuple[type, str]] = {
     "max_tokens": (int, "tokens per answer"),
@@ -86,40 +89,43 @@ def n_bytes(text: str) -> int:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument("-m", "--model", metavar="FILE", help="a GGUF file (the embedded model)")
-    group.add_argument(
-        "-ngl", "--n-gpu-layers", type=int, default=-1, metavar="N", help="layers on the GPU (all)"
-    )
+    add = parser.add_argument_group("model").add_argument
+    add("-m", "--model", metavar="FILE", help="a GGUF file (the embedded model)")
+    add("-ngl", "--n-gpu-layers", type=int, default=-1, metavar="N", help="layers on the GPU (all)")
 
 
-def add_threads_argument(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("-t", "--threads", type=at_least(1), metavar="N", help="CPU threads")
+def add_threads_argument(add: Add) -> None:
+    add("-t", "--threads", type=at_least(1), metavar="N", help="CPU threads")
+
+
+def add_ubatch_argument(add: Add, default: int | None = None) -> None:
+    shown = "" if default is None else f" ({default})"
+    add(
+        "-ub", "--n-ubatch", type=at_least(1), default=default, metavar="N",
+        help=f"most rows that the device computes at once{shown}",
+    )  # fmt: skip
 
 
 def add_context_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("context")
-    group.add_argument(
+    add = parser.add_argument_group("context").add_argument
+    add(
         "-c", "--n-ctx", type=at_least(0), default=0, metavar="N",
         help="KV cells of all sequences together (0: the engine chooses)",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--kv-unified", action=argparse.BooleanOptionalAction,
         help="one pool of cells for all sequences (the default), or an equal share for each: "
         "then a row attends to fewer cells",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--prefix-cache", action=argparse.BooleanOptionalAction,
         help="reuse the cells of prompts that start alike (the default with one pool); prompts "
         "that share nothing run faster without it",
     )  # fmt: skip
-    group.add_argument("-b", "--n-batch", type=at_least(1), metavar="N", help="most rows in a step")
-    group.add_argument(
-        "-ub", "--n-ubatch", type=at_least(1), metavar="N",
-        help="most rows that the device computes at once",
-    )  # fmt: skip
-    add_threads_argument(group)
-    group.add_argument(
+    add("-b", "--n-batch", type=at_least(1), metavar="N", help="most rows in a step")
+    add_ubatch_argument(add)
+    add_threads_argument(add)
+    add(
         "--policy", metavar="POLICY",
         help="batching policy: NAME, module:name or file.py:name, with options "
         f"NAME:OPTION=VALUE,… ({DEFAULT}); a wrong name lists all",
@@ -127,25 +133,21 @@ def add_context_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
+    add = parser.add_argument_group(
         "sampling", "For lines without these fields. In parentheses: the default."
-    )
+    ).add_argument
     defaults = {field.name: field.default for field in fields(SamplingParams)}
     for name, (kind, text) in _SAMPLING.items():
         flag = "--" + name.replace("_", "-")
         default = "off" if defaults[name] is None else f"{defaults[name]:g}"
-        group.add_argument(
+        add(
             *(("-n", flag) if name == "max_tokens" else (flag,)),
             type=kind, metavar="N" if kind is int else "X", help=f"{text} ({default})",
         )  # fmt: skip
-    group.add_argument(
-        "--seed", type=int, metavar="S", help="line i draws with seed S + i - 1 (random seeds)"
-    )
-    group.add_argument("--stop", action="append", metavar="TEXT", help="end there; may be repeated")
-    group.add_argument("--ignore-eog", action="store_true", help="go on after the end of text")
-    group.add_argument(
-        "--grammar-file", type=Path, metavar="FILE", help="GBNF with the start rule root"
-    )
+    add("--seed", type=int, metavar="S", help="line i draws with seed S + i - 1 (random seeds)")
+    add("--stop", action="append", metavar="TEXT", help="end there; may be repeated")
+    add("--ignore-eog", action="store_true", help="go on after the end of text")
+    add("--grammar-file", type=Path, metavar="FILE", help="GBNF with the start rule root")
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:

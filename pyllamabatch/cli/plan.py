@@ -17,7 +17,12 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from pyllamabatch.cli.console import say
-from pyllamabatch.cli.options import add_model_arguments, at_least, n_bytes
+from pyllamabatch.cli.options import (
+    add_model_arguments,
+    add_ubatch_argument,
+    at_least,
+    n_bytes,
+)
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.models import default_model_path
 from pyllamabatch.planner.machines import GIB, NAMES, Machine, machine
@@ -34,34 +39,26 @@ Sizes = Callable[[int, int], Footprint]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument(
-        "--weights", type=n_bytes, metavar="BYTES", help="instead of a file: 80.8G, 153G, ..."
-    )
-    parser.add_argument(
-        "--kv-per-cell", type=n_bytes, default=0, metavar="BYTES", help="with --weights"
-    )
-    parser.add_argument("--machine", default="here", metavar="NAME", help=NAMES)
-    parser.add_argument("--memory", type=n_bytes, metavar="BYTES", help="instead of the machine's")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--weights", type=n_bytes, metavar="BYTES", help="instead of a file: 80.8G, 153G, ...")
+    add("--kv-per-cell", type=n_bytes, default=0, metavar="BYTES", help="with --weights")
+    add("--machine", default="here", metavar="NAME", help=NAMES)
+    add("--memory", type=n_bytes, metavar="BYTES", help="instead of the machine's")
+    add(
         "--limit", type=n_bytes, metavar="BYTES",
         help="of the device (a Mac's wired limit), instead of the machine's",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "-n", "--sequences", type=at_least(1, 256), default=4, metavar="N",
         help="to compare the three for (4)",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "-c", "--n-ctx", type=at_least(1), default=4096, metavar="N",
         help="KV cells of each sequence (4096)",
     )  # fmt: skip
-    parser.add_argument(
-        "-ub", "--n-ubatch", type=at_least(1), default=512, metavar="N",
-        help="most rows that the device computes at once (512)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--measure", action="store_true", help="with N processes of this machine (Linux)"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object, sizes in bytes")
+    add_ubatch_argument(add, 512)
+    add("--measure", action="store_true", help="with N processes of this machine (Linux)")
+    add("--json", action="store_true", help="one JSON object, sizes in bytes")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ from math import inf
 from pathlib import Path
 
 from pyllamabatch.cli.console import say
-from pyllamabatch.cli.options import at_least
+from pyllamabatch.cli.options import add_ubatch_argument, at_least
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import load_profile, shipped_names
 from pyllamabatch.errors import ArgumentError
@@ -38,71 +38,59 @@ SETTINGS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--profile", metavar="NAME|FILE",
         help="step times: a file, a saved profile (the one of the last `calibrate`), or "
         + ", ".join(shipped_names()),
     )  # fmt: skip
-    parser.add_argument("--trace", required=True, metavar="FILE|SPEC", help="the requests")
-    parser.add_argument(
+    add("--trace", required=True, metavar="FILE|SPEC", help="the requests")
+    add(
         "--load", type=float, metavar="SHARE",
         help="stretch arrivals to this share of what the engine can do; above 1 it is overloaded",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--policy", default=DEFAULT, metavar="A,B,…",
         help=f"policies, each NAME, module:name or file.py:name with options as in "
         f"slo:margin=0.8 ({DEFAULT})",
     )  # fmt: skip
-    parser.add_argument(
-        "--slo", default="", metavar="ttft=S,itl=S", help="targets; also tpot and e2el"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of a drawn trace (0)")
-    parser.add_argument(
-        "--requests", type=at_least(1), metavar="N", help="the first N of the trace"
-    )
-    parser.add_argument(
-        "--rate", type=float, metavar="R", help="requests a second, instead of a file's own times"
-    )
-    group = parser.add_argument_group("engines")
-    group.add_argument(
+    add("--slo", default="", metavar="ttft=S,itl=S", help="targets; also tpot and e2el")
+    add("--seed", type=int, default=0, metavar="S", help="of a drawn trace (0)")
+    add("--requests", type=at_least(1), metavar="N", help="the first N of the trace")
+    add("--rate", type=float, metavar="R", help="requests a second, instead of a file's own times")
+    add = parser.add_argument_group("engines").add_argument
+    add(
         "-s", "--n-seq-max", type=at_least(1, 256), default=16, metavar="N",
         help="requests that run at once (16)",
     )  # fmt: skip
-    group.add_argument(
-        "-c", "--n-ctx", type=at_least(1), default=32768, metavar="N", help="KV cells (32768)"
-    )
-    group.add_argument(
+    add("-c", "--n-ctx", type=at_least(1), default=32768, metavar="N", help="KV cells (32768)")
+    add(
         "-b", "--n-batch", type=at_least(1), default=2048, metavar="N",
         help="most rows in a step (2048)",
     )  # fmt: skip
-    group.add_argument(
-        "-ub", "--n-ubatch", type=at_least(1), default=512, metavar="N",
-        help="most rows that the device computes at once (512)",
-    )  # fmt: skip
-    group.add_argument(
+    add_ubatch_argument(add, 512)
+    add(
         "--kv-unified", action=argparse.BooleanOptionalAction, default=True,
         help="one pool of cells for all sequences (the default), or an equal share for each",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--prefix-cache", action=argparse.BooleanOptionalAction,
         help="reuse the cells of prompts that start alike (the default with one pool)",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--overhead", type=float, default=OVERHEAD, metavar="S",
         help=f"seconds of a call beside its steps ({OVERHEAD})",
     )  # fmt: skip
-    group.add_argument(
-        "--replicas", type=at_least(1, 10000), default=1, metavar="N", help="equal engines (1)"
-    )
-    group.add_argument(
+    add("--replicas", type=at_least(1, 10000), default=1, metavar="N", help="equal engines (1)")
+    add(
         "--router", default="least-outstanding", choices=tuple(ROUTERS),
         help="which of them gets a request (least-outstanding)",
     )  # fmt: skip
-    group = parser.add_argument_group("output")
-    group.add_argument("--jsonl", type=Path, metavar="FILE", help="figures and every request")
-    group.add_argument("--markdown", type=Path, metavar="FILE", help="the table")
-    group.add_argument("--html", type=Path, metavar="FILE", help="with plots; needs matplotlib")
-    group.add_argument("--json", action="store_true", help="print the figures as JSON")
+    add = parser.add_argument_group("output").add_argument
+    add("--jsonl", type=Path, metavar="FILE", help="figures and every request")
+    add("--markdown", type=Path, metavar="FILE", help="the table")
+    add("--html", type=Path, metavar="FILE", help="with plots; needs matplotlib")
+    add("--json", action="store_true", help="print the figures as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -209,7 +209,7 @@ def test_a_model_without_a_chat_template(
     monkeypatch.setattr(Model, "chat_template", lambda model: None)
     out, template = tmp_path / "out.jsonl", tmp_path / "template.jinja"
     prompts = write(tmp_path / "in.jsonl", make_lines(3))
-    common = ["--prompts", prompts, "--out", out, "-n", 2, "--overwrite"]
+    common = ("--prompts", prompts, "--out", out, "-n", 2, "--overwrite")
     assert in_process(*common) == 1
     errors = capsys.readouterr().err
     assert "1: id " in errors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -49,8 +50,9 @@ def test_sampling_fields() -> None:
     ],
 )
 def test_an_unknown_field_names_the_nearest_one(name: str, says: str) -> None:
-    assert says in one(id="x", prompt="a", **{name: 1}).problem
-    ignored = one(ignore_unknown=True, id="x", prompt="a", **{name: 1})
+    data: dict[str, Any] = {"id": "x", "prompt": "a", name: 1}
+    assert says in one(**data).problem
+    ignored = one(ignore_unknown=True, **data)
     assert ignored == InputLine(1, "x", "a", "prompt")
 
 
