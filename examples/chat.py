@@ -14,8 +14,7 @@ with Model.default() as model, Engine(model, n_seq_max=2) as engine:
     for question in questions:
         messages.append({"role": "user", "content": question})
         prompt = model.vocab.apply_chat_template(messages)
-        # The template writes control tokens such as <|im_start|>: parse_special reads them as such.
-        result = engine.submit(prompt, greedy, parse_special=True).result()
+        result = engine.submit(prompt, greedy).result()
         messages.append({"role": "assistant", "content": result.text})
         print(f"{question} -> {result.text}")
     stats = engine.stats()

@@ -14,7 +14,7 @@ N_FRAMES = 30
 
 def open_scene(sequence: Sequence, model: Model, line: str) -> None:
     chat = model.vocab.apply_chat_template([{"role": "user", "content": line}])
-    sequence.prompt(chat, parse_special=True)
+    sequence.prompt(chat)
 
 
 with Model.default() as model, Engine(model, n_seq_max=4) as engine:

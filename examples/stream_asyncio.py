@@ -17,7 +17,7 @@ async def user(name: str, engine: Engine, model: Model) -> None:
     prompt = model.vocab.apply_chat_template(chat)
     params = SamplingParams(temperature=0, max_tokens=80)
     text = ""
-    async for token in engine.stream(prompt, params, parse_special=True):
+    async for token in engine.stream(prompt, params):
         text += token.text
         if name == "Dea" and token.index == 9:
             break  # leaving the loop cancels the request: its cells are free for others

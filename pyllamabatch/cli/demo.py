@@ -135,7 +135,7 @@ def request(model: Model, task: DefaultPrompt) -> tuple[Any, SamplingParams]:
     text = model.vocab.apply_chat_template([{"role": "user", "content": task.prompt}])
     n_answer = len(model.vocab.tokenize(task.answer, add_special=False))
     params = SamplingParams(temperature=0, max_tokens=n_answer + 16)
-    return model.vocab.tokenize(text, parse_special=True), params
+    return model.vocab.tokenize(text), params
 
 
 def at_once(engine: Engine, requests: Sequence[Any], shown: Board) -> Pass:

@@ -157,7 +157,7 @@ class Requests:
         if line.kind == "messages":
             if not self._has_template:
                 raise ChatTemplateError("the model has no chat template: name one, --chat-template")
-            prompt = self._vocab.tokenize(self._chat(prompt), parse_special=True)
+            prompt = self._vocab.tokenize(self._chat(prompt))
         return engine.submit(prompt, SamplingParams(**self.options(line)))
 
     def _chat(self, messages: list[dict[str, str]]) -> str:

@@ -105,9 +105,8 @@ class TextFeed:
         return False
 
     def finish(self) -> None:
-        """No more tokens: what was held back is text after all."""
-        if self.stop is None and (rest := self._decode(b"", True)):
-            self.parts[-1] += rest
+        """No more tokens: what was held back is text after all, but for the bytes of a character
+        that was not completed."""
         self.n_decided = len(self.parts)
 
     @property

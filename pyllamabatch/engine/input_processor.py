@@ -143,7 +143,7 @@ class InputProcessor:
         """ArgumentError for an empty prompt, and for tokens that are not in the vocabulary."""
         if isinstance(prompt, str):
             tokens = self._vocab.tokenize(
-                prompt, add_special=add_special, parse_special=bool(parse_special)
+                prompt, add_special=add_special, parse_special=parse_special
             )
         else:
             if any(isinstance(part, Mapping) for part in prompt[:1]):

@@ -23,8 +23,8 @@ LONGEST_SECONDS = 10 * 365 * 86400.0
 class Options(TypedDict, total=False):
     """What a request may ask for beside its tokens.
 
-    - add_special (default True), parse_special (False): see `Vocab.tokenize`. A prompt from
-      `Model.apply_chat_template` needs neither.
+    - add_special, parse_special: see `Vocab.tokenize`. Prompts from `Vocab.apply_chat_template`
+      need neither.
     - priority: an integer, larger goes first. tenant: on whose account. For policies that look at
       them.
     - timeout: seconds from now on. deadline: the same as a time of `time.perf_counter()`. What is

@@ -6,6 +6,7 @@ it is read, when the page is full, at its end, and at every step if it has stop 
 
 from __future__ import annotations
 
+import codecs
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -331,7 +332,8 @@ class Stream:
         """At the end. What was never read is not cut into tokens now."""
         if self._stopped:
             return self._feed.text
-        return b"".join(self._pieces).decode("utf-8", "replace")
+        decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        return decode(b"".join(self._pieces))  # without a last character that was not completed
 
     def _wait_for_more(self, index: int) -> None:
         while True:

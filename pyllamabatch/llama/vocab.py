@@ -28,6 +28,13 @@ Tokens = Sequence[int] | TokenArray
 _MAX_TEXT = 2**31 - 1
 
 
+class ChatPrompt(str):
+    """What `Vocab.apply_chat_template` makes: a text in which special tokens are written out. They
+    are parsed when it is tokenized, and a BOS that it begins with is not doubled."""
+
+    __slots__ = ()
+
+
 class Vocab:
     """The vocabulary of a model: text to tokens and back. Any thread may call its methods.
 
@@ -86,19 +93,20 @@ class Vocab:
     # -- text to tokens --
 
     def tokenize(
-        self, text: str | bytes, *, add_special: bool = True, parse_special: bool = False
+        self, text: str | bytes, *, add_special: bool = True, parse_special: bool | None = None
     ) -> TokenArray:
         """The tokens of a text: int32, shape (n,).
 
         add_special: add BOS and the like as the model wants them.
-        parse_special: read special tokens that are written out in the text, as those of
-            `apply_chat_template` are. Leave it off for text that a user typed.
+        parse_special: read special tokens that are written out in the text. By default only in
+            what `apply_chat_template` made. Leave it off for text that a user typed.
 
         Raises `TokenizeError` for text that is not UTF-8, `UnsupportedOperation` for a model
         without a tokenizer.
         """
         self._need_text()
-        data = _utf8(text)
+        data, chat = _utf8(text), isinstance(text, ChatPrompt)
+        parse_special = chat if parse_special is None else parse_special
         if add_special:
             self._need_special()
         ptr = self.ptr
@@ -109,7 +117,8 @@ class Vocab:
                 ptr, data, len(data), out, len(tokens), add_special, parse_special
             )
             if n >= 0:
-                found: TokenArray = tokens[:n].copy()
+                twice = chat and add_special and n > 1 and tokens[0] == tokens[1] == self.bos
+                found: TokenArray = tokens[int(twice) : n].copy()
                 return found
             if n == -(2**31):
                 break
@@ -165,11 +174,11 @@ class Vocab:
         *,
         add_generation_prompt: bool = True,
         template: str | None = None,
-    ) -> str:
+    ) -> ChatPrompt:
         """A conversation as the model's prompt, by llama.cpp's own (not Jinja) formatter.
 
-            text = vocab.apply_chat_template([{"role": "user", "content": "Hello"}])
-            tokens = vocab.tokenize(text, parse_special=True)
+            prompt = vocab.apply_chat_template([{"role": "user", "content": "Hello"}])
+            engine.submit(prompt)  # or vocab.tokenize(prompt)
 
         messages: {"role": ..., "content": ...} each.
         add_generation_prompt: end where the answer of the assistant begins.
@@ -208,7 +217,7 @@ class Vocab:
                     f"{template[:120]!r}"
                 )
             if n <= size:
-                return bytes(ffi.buffer(buffer, n)).decode("utf-8", "replace")
+                return ChatPrompt(bytes(ffi.buffer(buffer, n)).decode("utf-8", "replace"))
             size = n
 
     # -- checks --

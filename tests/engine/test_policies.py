@@ -26,7 +26,7 @@ def answers(model: Model, spec: str) -> list[tuple[str, str]]:
     ]
     policy = make_policy(spec)
     with Engine(model, n_seq_max=3, n_ctx=256, n_ubatch=16, policy=policy, n_threads=1) as engine:
-        results = engine.generate(prompts, GREEDY, parse_special=True)
+        results = engine.generate(prompts, GREEDY)
         assert engine.stats().finished["stop"] == len(prompts)
     return [(result.text, result.finish_reason) for result in results]
 

@@ -85,7 +85,8 @@ def test_text_pieces_and_log_probabilities(model: Model) -> None:
             sampled = [sequence.sample() for _ in range(8)]
     assert [one.token for one in sampled] == expected.tokens
     assert "".join(one.text for one in sampled) == expected.text
-    assert b"".join(one.piece for one in sampled).decode("utf-8", "replace") == expected.text
+    text = b"".join(one.piece for one in sampled).decode("utf-8", "replace")
+    assert text.startswith(expected.text)
     assert expected.logprobs is not None
     assert [one.logprob for one in sampled] == pytest.approx(expected.logprobs, abs=1e-4)
 

@@ -234,7 +234,7 @@ def test_pages_turn_and_slots_change() -> None:
     assert made.result().n_generated == 3
 
 
-def test_text_that_nobody_looked_at_is_the_same() -> None:
+def test_text_that_was_never_read_is_the_same() -> None:
     euro = "€".encode()
     pieces = [b"a" + euro[:1], euro[1:], b"", b"\xff", b"b" + euro[:2]]
     texts = []
@@ -246,6 +246,6 @@ def test_text_that_nobody_looked_at_is_the_same() -> None:
                 assert made.text == made.text
         made._finish("length")
         assert "".join(token.text for token in made) == made.result().text
-        assert [token.text for token in made] == ["a", "€", "", "\ufffd", "b\ufffd"]
+        assert [token.text for token in made] == ["a", "€", "", "\ufffd", "b"]
         texts.append(made.result().text)
-    assert texts == ["a€\ufffdb\ufffd"] * 3
+    assert texts == ["a€\ufffdb"] * 3

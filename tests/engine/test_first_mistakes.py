@@ -1,0 +1,94 @@
+"""What a newcomer gets wrong: the error says what to do instead."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.errors import ArgumentError, EngineClosed
+from pyllamabatch.llama.model import Model
+from pyllamabatch.scheduler import sarathi
+from pyllamabatch.step.sampling_params import SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=4)
+CHAT = [{"role": "user", "content": "Copy: lamp"}]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Model.default(n_gpu_layers=0) as model, Engine(model, n_ctx=2048, n_threads=1) as engine:
+        yield engine
+
+
+def test_a_path_in_place_of_a_model() -> None:
+    with pytest.raises(ArgumentError, match=r"Engine\(Model\(path\)"):
+        Engine("file.gguf")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "says"),
+    [
+        ("a", {"temperature": 0}, r"SamplingParams\(temperature=\.\.\.\)"),
+        ("a", {"tenannt": "x"}, "did you mean tenant"),
+        ("a", {"deadline": time.time() + 5}, "time.perf_counter"),
+        (CHAT, {}, "apply_chat_template"),
+        ([], {}, "has no tokens"),
+        (["text"], {}, "integers"),
+    ],
+)
+def test_what_submit_refuses(engine: Engine, prompt: Any, options: Any, says: str) -> None:
+    with pytest.raises(ArgumentError, match=says):
+        engine.submit(prompt, GREEDY, **options)
+    assert engine.stats().running == engine.stats().waiting == 0
+
+
+def test_a_policy_by_its_name(engine: Engine) -> None:
+    with Engine(engine.model, n_ctx=256, n_threads=1, policy="sarathi:budget=64") as named:
+        assert type(named._core.scheduler.policy) is type(sarathi())
+        assert named.submit("a", GREEDY).result(60).tokens
+    with pytest.raises(ArgumentError, match="sarathi"):
+        Engine(engine.model, policy="sarati")
+
+
+def test_a_chat_needs_its_template_and_nothing_else(engine: Engine) -> None:
+    vocab = engine.model.vocab
+    prompt = vocab.apply_chat_template(CHAT)
+    tokens = vocab.tokenize(str(prompt), parse_special=True)
+    assert vocab.tokenize(prompt).tolist() == tokens.tolist()
+    assert len(vocab.tokenize(prompt, parse_special=False)) > len(tokens)
+    stream = engine.submit(prompt, GREEDY)
+    assert stream.result(60).tokens == engine.submit(tokens, GREEDY).result(60).tokens
+    assert stream.n_prompt == len(tokens)
+    with engine.sequence(GREEDY) as sequence:
+        sequence.prompt(prompt)
+        assert sequence.tokens == tokens.tolist()
+
+
+def is_refused(call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except EngineClosed as error:
+        return "forked" in str(error)
+    return False
+
+
+def test_a_forked_child_gets_an_error(engine: Engine) -> None:
+    with engine.sequence(GREEDY) as sequence:
+        sequence.prompt([1, 2, 3])
+        calls = [
+            lambda: engine.submit("a"),
+            lambda: engine.generate(["a"]),
+            engine.drain,
+            sequence.sample,
+        ]
+        child = os.fork()
+        if child == 0:
+            os._exit(sum(map(is_refused, calls)))
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == len(calls)
+        assert sequence.sample().token >= 0
