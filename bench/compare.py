@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from bench import harness
 from bench.case import cases_of
-from bench.harness import commit
 from bench.models import BenchModel, resolve
-from bench.options import Budget, add_model, add_run, add_work, numbers, out_file
+from bench.options import Budget, add_model, add_run, add_work, numbers
 from bench.targets import Figure, Target, speed_ratio
 from pyllamabatch.compare import plots
 from pyllamabatch.compare.advice import advice
@@ -27,8 +27,7 @@ from pyllamabatch.compare.summary import table
 from pyllamabatch.compare.workload import BENCHES, BURST, POISSON
 from pyllamabatch.report.medians import paired_ratios
 from pyllamabatch.report.meters import wait_for_quiet
-from pyllamabatch.report.records import Record, append
-from pyllamabatch.report.tables import in_words
+from pyllamabatch.report.records import Record
 
 QUICK = {"users": "1,2", "prompt_tokens": 32, "tokens": 16, "repeats": 1}
 NAMES = tuple(BENCHES.values())
@@ -82,23 +81,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    model = resolve(options.model)
-    todo = experiments(options, model)
+    todo = experiments(options, resolve(options.model))
     about = probe(todo[0].cases[0], False)
-    about["versions"]["commit"] = commit()
-    subject = Path(options.model).name.removesuffix(".gguf")
-    out = out_file(options, "compare", subject, about["gpu_info"])
-    rows = []
+    about["versions"]["commit"] = harness.commit()
+    return harness.show(
+        "compare",
+        run(todo, about, options),
+        options,
+        sum(len(each.arms) * len(each.cases) * each.repeats for each in todo),
+        view=view,
+        targets=TARGETS,
+        title=f"{options.prompt_tokens} prompt tokens and {options.tokens} of an answer",
+    )
+
+
+def run(
+    todo: Sequence[Experiment], about: dict[str, Any], options: argparse.Namespace
+) -> Generator[Record, None, None]:
     budget = Budget(options.budget)
     for experiment in todo:
         with contextlib.closing(measure(experiment, about)) as running:
-            for row in until_spent(running, budget, options.undisturbed):
-                append(out, [row])
-                rows.append(row)
-                print(f"{row.bench} N={row.pl:<3} {in_words(row)}", file=sys.stderr)
-    print(f"\n{model.name}, {options.threads} threads, medians of {todo[0].repeats}\n")
-    print(f"{view(rows)}\nrows: {out}")
-    return int(any(row.error for row in rows))
+            yield from until_spent(running, budget, options.undisturbed)
 
 
 def view(rows: Sequence[Record]) -> str:

@@ -13,15 +13,17 @@ import argparse
 import json
 import subprocess
 import sys
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench import schema
+from bench import harness
+from bench.case import Case, Measured
 from bench.models import BenchModel, resolve
-from bench.options import Budget, add_model, add_run, out_file
-from bench.targets import Figure, Target
+from bench.options import add_model, add_run
+from bench.targets import Target, worst_detail
+from bench.views import Column, by_arm
+from pyllamabatch.report.records import Record
 
 if TYPE_CHECKING:
     from pyllamabatch.llama.context import Context
@@ -35,8 +37,10 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Layout:
-    """A context to plan for."""
+    """A context to plan for, an arm of the bench."""
 
+    includes: ClassVar[str] = "model, context, a prompt of n_ubatch tokens and a step"
+    sampling: ClassVar[bool] = False
     n_seq: int
     n_ctx: int
     kv: str = "unified"
@@ -54,7 +58,8 @@ class Layout:
             "type_v": self.type_kv,
         }
 
-    def __str__(self) -> str:
+    @property
+    def name(self) -> str:
         return f"{self.n_seq} x {self.n_ctx // self.n_seq} cells, {self.kv}, " + (
             f"n_ubatch {self.n_ubatch}, {self.type_kv}"
         )
@@ -72,17 +77,11 @@ LAYOUTS = (
 QUICK_LAYOUTS = (Layout(1, 2048), Layout(8, 8192), Layout(8, 8192, "streams"))
 
 
-def error_of(name: str) -> Figure:
-    def figure(rows: Sequence[schema.Row]) -> float | None:
-        found = [abs(row.detail[name]) for row in rows if name in row.detail]
-        return max(found) if found else None
-
-    return figure
-
-
 TARGETS = (
-    Target("buffers: |allocated / projected - 1|, worst layout", error_of("buffers"), at_most=0.02),
-    Target("device: the same, by what is free", error_of("free"), at_most=0.02),
+    Target(
+        "buffers: |allocated / projected - 1|, worst layout", worst_detail("buffers"), at_most=0.02
+    ),
+    Target("device: the same, by what is free", worst_detail("free"), at_most=0.02),
 )
 
 
@@ -92,56 +91,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
+    layouts = QUICK_LAYOUTS if options.quick else LAYOUTS
+    return harness.show(
+        "plan",
+        measure(layouts, options),
+        options,
+        len(layouts),
+        view=view,
+        targets=TARGETS,
+        title="MiB, projected and real",
+    )
+
+
+def measure(
+    layouts: Sequence[Layout], options: argparse.Namespace
+) -> Generator[Record, None, None]:
     model = resolve(options.model)
-    out, rows = None, []
-    for row in measure(options, model):
-        out = out or out_file(options, "plan", options.model.split("/")[-1], row.gpu_info)
-        schema.append(out, [row])
-        rows.append(row)
-    print(view(rows))
-    print(f"rows: {out}")
-    return 1 if any(row.error for row in rows) else 0
-
-
-def measure(options: argparse.Namespace, model: BenchModel) -> Iterator[schema.Row]:
-    run_id = uuid.uuid4().hex[:12]
-    budget = Budget(options.budget)
-    for layout in QUICK_LAYOUTS if options.quick else LAYOUTS:
-        if budget.spent():
+    recorder = harness.Recorder("plan", {}, options)
+    for layout in layouts:
+        if recorder.budget.spent():
             return
-        moment = schema.now()
+        case = Case(
+            model, layout.n_ubatch, 1, layout.n_seq, options.threads, "none", options.seed,
+            layout.kv == "unified", n_ubatch=layout.n_ubatch, n_gpu_layers=options.gpu_layers,
+        )  # fmt: skip
+        settings = {"n_kv_max": layout.n_ctx, "type_k": layout.type_kv, "type_v": layout.type_kv}
         found = load(model, layout, options.gpu_layers)
-        yield schema.Row(
-            bench="plan",
-            arm=str(layout),
-            includes="model, context, a prompt of n_ubatch tokens and a step",
-            run_id=run_id,
-            repeat=0,
-            sampling="none",
-            **schema.machine(),
-            **found["facts"],
-            **moment,
-            model_filename=model.path.name,
-            model_seed=model.seed,
-            seed=options.seed,
-            n_kv_max=layout.n_ctx,
-            n_batch=2048,
-            n_ubatch=layout.n_ubatch,
-            flash_attn=-1,
-            kv_unified=layout.kv == "unified",
-            type_k=layout.type_kv,
-            type_v=layout.type_kv,
-            n_gpu_layers=options.gpu_layers,
-            n_threads=options.threads,
-            n_threads_batch=options.threads,
-            pp=layout.n_ubatch,
-            tg=1,
-            pl=layout.n_seq,
-            n_kv=layout.n_ubatch + 1,
-            detail=found["detail"],
-            error=found["error"],
-            **schema.speeds(pp=0, tg=0, pl=0, t_pp=0.0, t_tg=0.0),
-        )
+        measured = Measured(0.0, 0.0, settings, found["detail"], found["error"])
+        yield recorder.record(layout, case, 0, measured, **found["facts"])
 
 
 def load(model: BenchModel, layout: Layout, n_gpu_layers: int) -> dict[str, Any]:
@@ -155,16 +132,11 @@ def load(model: BenchModel, layout: Layout, n_gpu_layers: int) -> dict[str, Any]
         from pyllamabatch.llama.model import Model
 
         with Model(model.path, vocab_only=True) as shapes:
-            facts = _facts(shapes)
-        return {"facts": facts, "detail": {}, "error": done.stderr[-600:] or str(done.returncode)}
+            facts = harness.facts_of(shapes)
+        why = [str(done.returncode), *done.stderr.strip().splitlines()][-1]
+        return {"facts": facts, "detail": {}, "error": why}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return {**found, "error": ""}
-
-
-def _facts(model: Model) -> dict[str, Any]:
-    from pyllamabatch.report import facts
-
-    return schema.build() | facts.about(model)
 
 
 def child(path: str, n_gpu_layers: int, layout: Layout) -> dict[str, Any]:
@@ -188,7 +160,7 @@ def child(path: str, n_gpu_layers: int, layout: Layout) -> dict[str, Any]:
             decode(context)
             after = free()
             real = footprint_of(context, layout.n_seq, mmap=planned.host.mapped > 0)
-        facts = _facts(model)
+        facts = harness.facts_of(model)
     detail: dict[str, float] = {
         "planned_device": planned.device.total,
         "planned_host": planned.host.total,
@@ -241,27 +213,18 @@ def decode(context: Context) -> None:
     context.decode(batch)
 
 
-def view(rows: Sequence[schema.Row]) -> str:
+def view(records: Sequence[Record]) -> str:
     """MiB of each layout, projected and real, and how far they are apart."""
-    lines = [
-        "| layout | device: planned | in buffers | by what is free | error | host: planned "
-        "| in buffers | error of all buffers |",
-        "|---|" + "---:|" * 7,
-    ]
-    for row in rows:
-        if row.error:
-            lines.append(f"| {row.arm} | {row.error.splitlines()[-1]} |" + " |" * 6)
-            continue
-        d = row.detail
-        columns = ["planned_device", "real_device", "taken", "free"]
-        columns += ["planned_host", "real_host", "buffers"]
-        cells = [
-            "" if name not in d else f"{d[name]:+.2%}" if name in ("free", "buffers")
-            else f"{d[name] / MIB:,.1f}"
-            for name in columns
-        ]  # fmt: skip
-        lines.append(f"| {row.arm} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    columns = (
+        Column("device: planned", "planned_device", ",.1f", 1 / MIB),
+        Column("in buffers", "real_device", ",.1f", 1 / MIB),
+        Column("by what is free", "taken", ",.1f", 1 / MIB),
+        Column("error", "free", "+.2%"),
+        Column("host: planned", "planned_host", ",.1f", 1 / MIB),
+        Column("in buffers", "real_host", ",.1f", 1 / MIB),
+        Column("error of all buffers", "buffers", "+.2%"),
+    )
+    return by_arm(records, columns, "layout")
 
 
 if __name__ == "__main__":

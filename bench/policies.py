@@ -2,11 +2,10 @@
 tokens, and others.
 
 "counted" is `sarathi:budget=512`: every stream has a row at each step, prompts the rest of an
-ubatch, and the cost model is not asked. Steady: n streams decode, and no other request comes.
-Mixed:
+ubatch, and the cost model is not asked. Steady: n streams decode, and no other comes. Mixed:
 Poisson arrivals, prompts of about 256 and answers of about 128 tokens, at a share of what the
 device can do; throughput is all tokens over the time to the last one. Clients: as many as there are
-slots, who ask again when they have their answer, prompts of 64 to 256 and answers of 32 to 128
+slots, which ask again when they have their answer, prompts of 64 to 256 and answers of 32 to 128
 tokens, as the live ones of `bench width`. The same arguments give the same figures, to the last
 bit.
 """
@@ -14,16 +13,21 @@ bit.
 from __future__ import annotations
 
 import argparse
-import sys
-import uuid
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from bench import schema
-from bench.options import add_run, numbers, out_file
-from bench.targets import Figure, Target, judged
+from bench import harness
+from bench.case import NO_CONTEXT, Arm, Case, Measured
+from bench.models import BenchModel
+from bench.options import add_run, numbers
+from bench.targets import Figure, Target
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import shipped_names, shipped_profile
+from pyllamabatch.report.records import Record
+from pyllamabatch.report.tables import Table
 from pyllamabatch.scheduler.policies import DEFAULT
 from pyllamabatch.sim import EngineSpec, TraceRequest, simulate, workload
 
@@ -41,26 +45,26 @@ QUICK = {"profiles": M2, "streams": "8,9,12", "loads": "0.8", "clients": "8"}
 def ratio(profile: str, n: int, name: str = "speed_tg") -> Figure:
     """Of the default's figure over that of "counted": steady, n streams, this profile."""
 
-    def figure(rows: Sequence[schema.Row]) -> float | None:
-        found = pairs(rows, name)
+    def figure(records: Sequence[Record]) -> float | None:
+        found = pairs(records, name)
         return found.get((profile, f"steady {n}"))
 
     return figure
 
 
-def worst(rows: Sequence[schema.Row]) -> float | None:
+def worst(records: Sequence[Record]) -> float | None:
     """The smallest ratio of throughput, of all profiles and loads."""
-    found = pairs(rows, "speed_tg")
+    found = pairs(records, "speed_tg")
     return min(found.values()) if found else None
 
 
-def pairs(rows: Sequence[schema.Row], name: str) -> dict[tuple[str, str], float]:
-    """The default's figure over that of "counted", by profile and load: of the row, or of its
-    `detail`."""
+def pairs(records: Sequence[Record], name: str) -> dict[tuple[str, str], float]:
+    """The default's figure over that of "counted", by profile and load: of the record, or of
+    its `detail`."""
     values: dict[tuple[str, str, str], float] = {}
-    for row in rows:
-        value = row.detail[name] if name in row.detail else float(getattr(row, name))
-        values[row.model_filename, load_of(row), row.arm] = value
+    for record in records:
+        value = record.detail[name] if name in record.detail else float(getattr(record, name))
+        values[record.model_filename, load_of(record), record.arm] = value
     return {
         (profile, load): value / values[profile, load, COUNTED]
         for (profile, load, arm), value in values.items()
@@ -68,11 +72,11 @@ def pairs(rows: Sequence[schema.Row], name: str) -> dict[tuple[str, str], float]
     }
 
 
-def load_of(row: schema.Row) -> str:
-    share = row.detail["load"]
+def load_of(record: Record) -> str:
+    share = record.detail["load"]
     if share:
         return f"mixed {share:g}"
-    return f"{'clients' if row.detail.get('clients') else 'steady'} {row.pl}"
+    return f"{'clients' if record.detail.get('clients') else 'steady'} {record.pl}"
 
 
 TARGETS = (
@@ -104,51 +108,84 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    out = out_file(options, "policies", "shipped", "simulated")
-    rows = []
-    for row in measure(options):
-        schema.append(out, [row])
-        rows.append(row)
-        print(in_words(row), file=sys.stderr)
-    print(view(rows))
-    print(judged(TARGETS, rows, ".3f"), end="")
-    print(f"\nrows: {out}")
-    return 0
+    includes = (
+        "simulate(): Scheduler and policy with the profile's cost model; load 0: pl streams, or pl "
+        "clients; else Poisson arrivals at that share of what the device can do, pl slots"
+    )
+    policies = options.policies.split(";")
+    arms = [Arm(name, includes, partial(simulated, name), sampling=False) for name in policies]
+    return harness.run(
+        "policies",
+        arms,
+        [case for name in options.profiles.split(",") for case in cases_of(name, options)],
+        harness.facts_of(),
+        options,
+        view=view,
+        targets=TARGETS,
+        title="default over counted: throughput (p99 of the ITL)",
+        subject="shipped-simulated",
+    )
 
 
-def measure(options: argparse.Namespace) -> Iterator[schema.Row]:
-    run_id = uuid.uuid4().hex[:12]
-    unified = options.kv == "unified"
-    shares = [float(word) for word in options.loads.split(",") if word]
-    for name in options.profiles.split(","):
-        profile = shipped_profile(name)
-        if not any(sample.unified == unified for sample in profile.samples):
-            profile = profile.only(unified=not unified)
-        cost = CostModel.fit(profile, unified=unified, n_ubatch=N_UBATCH)
-        loads = [
-            *(Load(n, steady(n)) for n in streams_of(options.streams)),
-            *(
-                Load(N_SEQ_MAX, mixed(cost, share, options.requests, options.seed), share)
-                for share in shares
-            ),
-            *(Load(n, clients(n, options.seed), clients=True) for n in streams_of(options.clients)),
-        ]
-        for load in loads:
-            for policy in options.policies.split(";"):
-                yield row_of(name, cost, policy, load, options, run_id)
+@dataclass(frozen=True)
+class Load(Case):
+    """`pl`: streams, slots or clients; `share`: of what the device can do."""
 
-
-class Load(NamedTuple):
-    """pl: streams, slots or clients; share: of what the device can do."""
-
-    pl: int
-    requests: list[TraceRequest]
+    cost: CostModel = field(kw_only=True)
+    requests: list[TraceRequest] = field(kw_only=True)
     share: float = 0.0
     clients: bool = False
 
-    @property
-    def n_seq_max(self) -> int:
-        return self.pl if self.clients else N_SEQ_MAX
+
+def cases_of(name: str, options: argparse.Namespace) -> Iterator[Load]:
+    """Every load of a profile."""
+    unified = options.kv == "unified"
+    profile = shipped_profile(name)
+    if not any(sample.unified == unified for sample in profile.samples):
+        profile = profile.only(unified=not unified)
+    cost = CostModel.fit(profile, unified=unified, n_ubatch=N_UBATCH)
+
+    def load(pp: int, tg: int, pl: int, requests: list[TraceRequest], **kind: Any) -> Load:
+        model = BenchModel(Path(name), name, None)
+        return Load(
+            model, pp, tg, pl, 1, "none", options.seed, cost.unified, n_ubatch=N_UBATCH,
+            cost=cost, requests=requests, **kind,
+        )  # fmt: skip
+
+    for n in streams_of(options.streams):
+        yield load(STEADY_PROMPT, STEADY_TOKENS, n, steady(n))
+    for share in (float(word) for word in options.loads.split(",") if word):
+        requests = mixed(cost, share, options.requests, options.seed)
+        yield load(MIXED_PROMPT, MIXED_TOKENS, N_SEQ_MAX, requests, share=share)
+    pp, tg = sum(CLIENT_PROMPT) // 2, sum(CLIENT_TOKENS) // 2
+    for n in streams_of(options.clients):
+        yield load(pp, tg, n, clients(n, options.seed), clients=True)
+
+
+def simulated(policy: str, load: Load) -> Measured:
+    """t_tg: the time that tg tokens of each stream take at the throughput of the load."""
+    spec = EngineSpec.of(
+        load.cost,
+        n_seq_max=load.pl if load.clients else N_SEQ_MAX,
+        n_cells=N_CELLS,
+        n_ubatch=N_UBATCH,
+        unified=load.kv_unified,
+        prefix_cache=False,
+    )
+    found = simulate(load.requests, spec, policy).summary()
+    detail = {
+        "load": load.share,
+        "clients": float(load.clients),
+        "duration_s": found["duration"],
+        "itl_p50_s": found["itl_p50"],
+        "itl_p99_s": found["itl_p99"],
+        "ttft_p50_s": found["ttft_p50"],
+        "ttft_p99_s": found["ttft_p99"],
+        "e2el_mean_s": found["e2el_mean"],
+        "rows_mean": found["rows_mean"],
+    }
+    seconds = load.tg * load.pl / found["tokens_per_s"]
+    return Measured(0.0, seconds, NO_CONTEXT | {"n_kv_max": N_CELLS}, detail)
 
 
 def streams_of(words: str) -> list[int]:
@@ -181,95 +218,19 @@ def clients(n: int, seed: int) -> list[TraceRequest]:
     return workload.draw(f"closed:clients={n},n={n * CLIENT_ROUNDS},{lengths}", seed)
 
 
-def row_of(
-    name: str, cost: CostModel, policy: str, load: Load, options: argparse.Namespace, run_id: str
-) -> schema.Row:
-    unified, n = cost.unified, load.pl
-    machine = EngineSpec.of(
-        cost, n_seq_max=load.n_seq_max, n_cells=N_CELLS, n_ubatch=N_UBATCH, unified=unified,
-        prefix_cache=False,
-    )  # fmt: skip
-    found = simulate(load.requests, machine, policy).summary()
-    pp, tg = STEADY_PROMPT, STEADY_TOKENS
-    if load.share:
-        pp, tg = MIXED_PROMPT, MIXED_TOKENS
-    elif load.clients:
-        pp, tg = sum(CLIENT_PROMPT) // 2, sum(CLIENT_TOKENS) // 2
-    # t_tg: the time that tg tokens of each stream take at this throughput
-    seconds = tg * n / found["tokens_per_s"]
-    detail = {
-        "load": load.share,
-        "clients": float(load.clients),
-        "duration_s": found["duration"],
-        "itl_p50_s": found["itl_p50"],
-        "itl_p99_s": found["itl_p99"],
-        "ttft_p50_s": found["ttft_p50"],
-        "ttft_p99_s": found["ttft_p99"],
-        "e2el_mean_s": found["e2el_mean"],
-        "rows_mean": found["rows_mean"],
-    }
-    return schema.Row(
-        bench="policies",
-        arm=policy,
-        includes="simulate(): Scheduler and policy with the profile's cost model; load 0: pl "
-        "streams, or pl clients; else Poisson arrivals at that share of what the device can do, pl "
-        "slots",
-        run_id=run_id,
-        repeat=0,
-        sampling="none",
-        **schema.machine(),
-        **schema.build(),
-        **schema.now(),
-        model_filename=name,
-        model_type="",
-        model_size=0,
-        model_n_params=0,
-        model_seed=None,
-        seed=options.seed,
-        n_kv_max=N_CELLS,
-        n_batch=2048,
-        n_ubatch=N_UBATCH,
-        flash_attn=-1,
-        kv_unified=unified,
-        type_k="",
-        type_v="",
-        n_gpu_layers=0,
-        n_threads=1,
-        n_threads_batch=1,
-        pp=pp,
-        tg=tg,
-        pl=n,
-        n_kv=n * (pp + tg),
-        detail=detail,
-        **schema.speeds(pp=pp, tg=tg, pl=n, t_pp=0.0, t_tg=seconds),
-    )
-
-
-def in_words(row: schema.Row) -> str:
-    return (
-        f"{row.model_filename:<44} {load_of(row):<10} {row.arm:<20} {row.speed_tg:8.1f} tok/s, "
-        f"ITL p99 {1e3 * row.detail['itl_p99_s']:7.1f} ms, E2EL {row.detail['e2el_mean_s']:.2f} s"
-    )
-
-
-def view(rows: Sequence[schema.Row]) -> str:
+def view(records: Sequence[Record]) -> str:
     """Ratios of the default over counted: throughput, and p99 of the ITL in brackets where they
     are not the same."""
-    loads = list(dict.fromkeys(map(load_of, rows)))
-    speed, itl = pairs(rows, "speed_tg"), pairs(rows, "itl_p99_s")
-    lines = [
-        "| profile | " + " | ".join(loads) + " |",
-        "|---|" + "---:|" * len(loads),
-    ]
-    for name in dict.fromkeys(row.model_filename for row in rows):
-        cells = []
-        for load in loads:
-            value, wait = speed.get((name, load)), itl.get((name, load))
-            if value is None or wait is None:
-                cells.append("")
-            elif round(value, 3) == 1 and round(wait, 2) == 1:
-                cells.append("1")
-            else:
-                cells.append(f"{value:.2f} ({wait:.2f})")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    loads = list(dict.fromkeys(map(load_of, records)))
+    speed, itl = pairs(records, "speed_tg"), pairs(records, "itl_p99_s")
+
+    def cell(name: str, load: str) -> str:
+        value, wait = speed.get((name, load)), itl.get((name, load))
+        if value is None or wait is None:
+            return ""
+        same = round(value, 3) == 1 and round(wait, 2) == 1
+        return "1" if same else f"{value:.2f} ({wait:.2f})"
+
+    names = dict.fromkeys(record.model_filename for record in records)
+    lines = [[name, *(cell(name, load) for load in loads)] for name in names]
+    return Table(["profile", *loads], lines).markdown()

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import time
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
-from typing import Any
 
-from bench import schema
-from bench.options import add_run, out_file
-from bench.targets import Figure, Target, judged
+from bench import harness
+from bench.case import NO_CONTEXT, NO_MODEL, Arm, Case, Measured
+from bench.options import add_run
+from bench.targets import Figure, Target
+from bench.views import Column, by_arm
 from pyllamabatch.cost.step_cost import StepCost
-from pyllamabatch.report.meters import undisturbed
+from pyllamabatch.report.medians import median_of
+from pyllamabatch.report.records import Record
 from pyllamabatch.sim import EngineSpec, draw, simulate
 
 QUICK = {"requests": 500, "repeats": 2}
@@ -24,7 +24,7 @@ N_SEQ_MAX, N_CELLS = 32, 131072
 
 @dataclass(frozen=True)
 class Load:
-    """What is simulated: a trace, and whether an engine keeps what requests leave behind."""
+    """What is simulated: a trace, and whether an engine caches what requests leave behind."""
 
     text: str
     trace: str
@@ -64,11 +64,7 @@ class Device(StepCost):
 
 
 def steps_per_second(arm: str) -> Figure:
-    def figure(rows: Sequence[schema.Row]) -> float | None:
-        mine = [row.tg / row.t_tg for row in rows if row.arm == arm]
-        return median(mine) if mine else None
-
-    return figure
+    return lambda records: median_of(r.tg / r.t_tg for r in records if r.arm == arm)
 
 
 TARGETS = (
@@ -86,94 +82,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    out = out_file(options, "simulator", "all")
-    rows = []
-    for row in measure(options):
-        schema.append(out, [row])
-        rows.append(row)
-    print(view(rows))
-    print(judged(TARGETS, rows, ".0f"), end="")
-    print(f"\nrows: {out}")
-    return 0
-
-
-def measure(options: argparse.Namespace) -> Iterator[schema.Row]:
-    run_id = uuid.uuid4().hex[:12]
-    facts = schema.build()
-    n = options.requests
-    for repeat in range(options.repeats):
-        for name, load in LOADS.items():
-            moment = schema.now()
-            run = partial(timed, load, n, options.seed)
-            (figures, seconds), others = undisturbed(run, options.undisturbed)
-            n_steps = int(figures["steps"])
-            detail = {
-                "requests": n,
-                "simulated_s": figures["duration"],
-                "replicas": load.n_replicas,
-                "other_cpu": round(others, 3),
-            }
-            yield schema.Row(
-                bench="simulator",
-                arm=name,
-                includes=f"simulate() as a whole: {load.text}",
-                run_id=run_id,
-                repeat=repeat,
-                sampling="none",
-                **schema.machine(),
-                **facts,
-                **moment,
-                model_filename="",
-                model_type="",
-                model_size=0,
-                model_n_params=0,
-                model_seed=None,
-                seed=options.seed,
-                n_kv_max=N_CELLS,
-                n_batch=2048,
-                n_ubatch=512,
-                flash_attn=-1,
-                kv_unified=True,
-                type_k="",
-                type_v="",
-                n_gpu_layers=0,
-                n_threads=1,
-                n_threads_batch=1,
-                pp=0,
-                tg=n_steps,
-                pl=N_SEQ_MAX,
-                n_kv=0,
-                detail=detail,
-                **schema.speeds(pp=0, tg=n_steps, pl=N_SEQ_MAX, t_pp=0.0, t_tg=seconds),
-            )
-
-
-def timed(load: Load, n: int, seed: int) -> tuple[dict[str, float], float]:
-    """Its figures, and the CPU seconds of this thread for the simulation."""
-    requests = draw(f"{load.trace},n={n}", seed)
-    machine = EngineSpec.of(
-        Device(), n_seq_max=N_SEQ_MAX, n_cells=N_CELLS, prefix_cache=load.prefix_cache
-    )
-    options: dict[str, Any] = {"n_replicas": load.n_replicas, "router": "prefix-affinity"}
-    began = time.thread_time()
-    run = simulate(requests, machine, **options)
-    return run.summary(), time.thread_time() - began
-
-
-def view(rows: Sequence[schema.Row]) -> str:
-    """Medians of the repeats, by load."""
-    lines = [
-        "| load | steps/s | requests/s | simulated time over real time |",
-        "|---|---:|---:|---:|",
+    arms = [
+        Arm(name, f"simulate() as a whole: {load.text}", partial(timed, load, options.requests))
+        for name, load in LOADS.items()
     ]
-    for arm in dict.fromkeys(row.arm for row in rows):
-        mine = [row for row in rows if row.arm == arm and not row.error]
-        figures = (
-            median(row.tg / row.t_tg for row in mine),
-            median(row.detail["requests"] / row.t_tg for row in mine),
-            median(row.detail["simulated_s"] / row.t_tg for row in mine),
-        )
-        lines.append(
-            f"| {arm}: {LOADS[arm].text} | " + " | ".join(f"{f:,.0f}" for f in figures) + " |"
-        )
-    return "\n".join(lines) + "\n"
+    case = Case(NO_MODEL, 0, 1, N_SEQ_MAX, 1, "none", options.seed, kv_unified=True)
+    return harness.run(
+        "simulator",
+        arms,
+        [case],
+        harness.facts_of(),
+        options,
+        view=view,
+        targets=TARGETS,
+        title=f"{options.requests} requests of each load",
+        subject="all",
+    )
+
+
+def timed(load: Load, n: int, case: Case) -> Measured:
+    """CPU time of this thread for a simulated step."""
+    requests = draw(f"{load.trace},n={n}", case.seed)
+    spec = EngineSpec.of(
+        Device(), n_seq_max=case.pl, n_cells=N_CELLS, prefix_cache=load.prefix_cache
+    )
+    began = time.thread_time()
+    run = simulate(requests, spec, n_replicas=load.n_replicas, router="prefix-affinity")
+    figures, seconds = run.summary(), time.thread_time() - began
+    detail = {
+        "requests": float(n),
+        "n_steps": figures["steps"],
+        "simulated_s": figures["duration"],
+        "replicas": float(load.n_replicas),
+    }
+    return Measured(0.0, seconds / figures["steps"], NO_CONTEXT, detail)
+
+
+def view(records: Sequence[Record]) -> str:
+    columns = (
+        Column("steps/s", lambda record: record.tg / record.t_tg, ",.0f"),
+        Column("requests/s", lambda record: record.detail["requests"] / seconds(record), ",.0f"),
+        Column(
+            "simulated time over real time",
+            lambda record: record.detail["simulated_s"] / seconds(record),
+            ",.0f",
+        ),
+    )
+    return by_arm(records, columns, "load")
+
+
+def seconds(record: Record) -> float:
+    """Of the whole simulation; the first records count all of its steps as `tg`."""
+    return record.t_tg / record.tg * record.detail.get("n_steps", record.tg)

@@ -4,11 +4,10 @@ clients whose prompts come in between.
 Both arms have a cost model of the device. The default asks it how many rows a step had better
 have, and lets streams take turns, or fills up with rows of prompts; "counted" never asks: every
 stream has a row at each step, prompts the rest of an ubatch. Steady: the window in which all n
-streams decode and no other request is there, by the engine's step trace; tokens of it over
-its time.
+streams decode and no other is there, by the engine's step trace; tokens of it over its time.
 Mixed: N clients take the next of a list of requests when they have their answer; all tokens over
 all time. Prompts and answers differ in length, as else all end at once and ask again at once: then
-prompts come only when no sequence decodes. Each repeat draws its own. ITL: between two tokens of a
+prompts come only when none decodes. Each repeat draws its own. ITL: between two tokens of a
 stream, every pair of all streams, in the window. Arms alternate within a run.
 
 The model is that of the profile that an engine finds (`pyllamabatch calibrate`), of `--profile`, or
@@ -20,8 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,19 +31,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench import report, schema
+from bench import harness
 from bench.arms import InProcess
-from bench.case import Case, Measured, cases_of, record_of
-from bench.models import resolve
-from bench.options import Budget, add_model, add_run, choose, numbers, out_file
-from bench.targets import Figure, Target, judged
+from bench.case import Case, Measured, cases_of
+from bench.options import add_model, add_run, choose, numbers
+from bench.targets import Figure, Target
 from pyllamabatch.cost.calibrate import calibrate
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import Profile, shipped_names, shipped_profile
 from pyllamabatch.engine.engine import Engine
-from pyllamabatch.errors import PyllamabatchError
-from pyllamabatch.report.medians import pairs
-from pyllamabatch.report.meters import undisturbed
+from pyllamabatch.report.medians import paired_ratios, pairs
+from pyllamabatch.report.records import Record
+from pyllamabatch.report.tables import Table
 from pyllamabatch.scheduler import make_policy
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.trace import Trace
@@ -68,17 +65,17 @@ QUICK = {
 def ratio(n: int, name: str = "speed_tg", mixed: bool = False) -> Figure:
     """Of the default over counted, at n streams: the median of the repeats' ratios of speeds."""
 
-    def figure(rows: Sequence[schema.Row]) -> float | None:
-        mine = [row for row in rows if row.pl == n and bool(row.detail.get("mixed")) == mixed]
-        return report.paired_ratios(mine, COUNTED).get((DEFAULT, n))
+    def figure(records: Sequence[Record]) -> float | None:
+        mine = [r for r in records if r.pl == n and bool(r.detail.get("mixed")) == mixed]
+        return paired_ratios(mine, COUNTED).get((DEFAULT, n))
 
     return figure
 
 
-def worst(rows: Sequence[schema.Row], mixed: bool = False) -> float | None:
+def worst(records: Sequence[Record], mixed: bool = False) -> float | None:
     """The smallest of these ratios, of all n."""
-    mine = [row for row in rows if bool(row.detail.get("mixed")) == mixed]
-    found = report.paired_ratios(mine, COUNTED)
+    mine = [r for r in records if bool(r.detail.get("mixed")) == mixed]
+    found = paired_ratios(mine, COUNTED)
     values = [value for (arm, _), value in found.items() if arm == DEFAULT]
     return min(values) if values else None
 
@@ -131,24 +128,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     pp, tg = options.prompt_tokens, options.tokens
-    model = resolve(options.model)
-    inside = InProcess(model, options.gpu_layers)
+    inside = InProcess.of(options)
     streams, clients = (numbers(w) if w else () for w in (options.streams, options.mixed))
-    steady = cases_of(options, model, pp, tg, streams)
-    mixed = cases_of(options, model, 4 * pp, tg // 2, clients)
-    profile = profile_of(inside, [*steady, *mixed], options)
+    loads = [(case, False) for case in cases_of(options, inside.file, pp, tg, streams)]
+    loads += [(case, True) for case in cases_of(options, inside.file, 4 * pp, tg // 2, clients)]
+    profile = profile_of(inside, [case for case, _ in loads], options)
     arms = choose(options.arms, [arm_of(inside, name, options, profile) for name in POLICIES])
-    subject = Path(options.model).name.removesuffix(".gguf")
-    out = out_file(options, "width", subject, inside.facts()["gpu_info"])
-    rows = []
-    for row in measure(inside, arms, steady, mixed, options):
-        schema.append(out, [row])
-        rows.append(row)
-        print(in_words(row), file=sys.stderr)
-    print(view(rows))
-    print(judged(TARGETS, rows, ".3f"), end="")
-    print(f"\nrows: {out}")
-    return int(any(row.error for row in rows))
+    return harness.show(
+        "width",
+        measure(inside, arms, loads, options),
+        options,
+        len(arms) * len(loads) * options.repeats,
+        view=view,
+        targets=TARGETS,
+        title="default over counted",
+    )
 
 
 def profile_of(
@@ -176,27 +170,19 @@ def profile_of(
 def measure(
     inside: InProcess,
     arms: Sequence[Policied],
-    steady: Sequence[Case],
-    mixed: Sequence[Case],
+    loads: Sequence[tuple[Case, bool]],
     options: argparse.Namespace,
-) -> Iterator[schema.Row]:
-    run_id = uuid.uuid4().hex[:12]
-    budget = Budget(options.budget)
-    facts = inside.facts()
+) -> Generator[Record, None, None]:
+    recorder = harness.Recorder("width", inside.facts(), options)
     for repeat in range(options.repeats):
-        for case, is_mixed in [*((c, False) for c in steady), *((c, True) for c in mixed)]:
+        for case, mixed in loads:
             for arm in arms if repeat % 2 == 0 else arms[::-1]:
-                if budget.spent():
+                if recorder.budget.spent():
                     return
-                moment = schema.now()
-                try:
-                    run = partial(arm.run, replace(case, seed=case.seed + repeat), is_mixed)
-                    measured, others = undisturbed(run, options.undisturbed)
-                    measured.detail["other_cpu"] = round(others, 3)
-                except (PyllamabatchError, MemoryError, RuntimeError) as failure:
-                    measured = Measured.failed(failure)
-                measured.detail["mixed"] = float(is_mixed)
-                yield record_of("width", arm, case, measured, facts | moment, run_id, repeat)
+                work = partial(arm.run, replace(case, seed=case.seed + repeat), mixed)
+                record = recorder.run(arm, case, repeat, work)
+                record.detail["mixed"] = float(mixed)
+                yield record
 
 
 def arm_of(
@@ -333,52 +319,33 @@ def itl(trace: Trace, ends: F64) -> list[float]:
     return found
 
 
-def in_words(row: schema.Row) -> str:
-    load = f"{'mixed' if row.detail.get('mixed') else 'steady'} n={row.pl:<3}"
-    if row.error:
-        return f"{load} {row.arm:<13} {row.error}"
-    detail = row.detail
-    switch = f", switch {1e3 * detail['switch_s']:.2f} ms" if "switch_s" in detail else ""
-    return (
-        f"{load} {row.arm:<13} {row.speed_tg:8.1f} tok/s, ITL median "
-        f"{1e3 * detail['itl_median_s']:.1f}, p99 {1e3 * detail['itl_p99_s']:.1f}, longest "
-        f"{1e3 * detail['itl_max_s']:.1f} ms, {detail['rows_mean']:.1f} rows a step{switch}"
-    )
-
-
-def view(rows: Sequence[schema.Row]) -> str:
+def view(records: Sequence[Record]) -> str:
     """Medians of the repeats; ratios are the medians of ratios within a repeat, and their range.
     Reckoned: the same of the seconds that the cost model says for the steps of a mixed load, in
     which the machine's own speed plays no part."""
-    lines = [
-        "| load | counted tok/s | default tok/s | ratio | reckoned | ITL p99, ms | longest, ms |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    lines = []
     for mixed in (False, True):
-        mine = [r for r in rows if bool(r.detail.get("mixed")) == mixed and not r.error]
+        mine = [r for r in records if bool(r.detail.get("mixed")) == mixed and not r.error]
         ratios = pairs(mine, COUNTED)
         by_model = reckoned(mine) if mixed else {}
-        for n in dict.fromkeys(row.pl for row in mine):
-            by_arm = {a: [r for r in mine if r.pl == n and r.arm == a] for a in (COUNTED, DEFAULT)}
-            if not all(by_arm.values()):
-                continue
-            found = ratios.get((DEFAULT, n), [float("nan")])
-            speeds = [median(r.speed_tg for r in by_arm[a]) for a in by_arm]
-            p99 = [1e3 * median(r.detail["itl_p99_s"] for r in by_arm[a]) for a in by_arm]
-            most = [1e3 * median(r.detail["itl_max_s"] for r in by_arm[a]) for a in by_arm]
-            lines.append(
-                f"| {f'{n} clients' if mixed else f'{n} streams'} | {speeds[0]:.1f} | "
-                f"{speeds[1]:.1f} | {in_range(found)} | "
-                f"{in_range(by_model.get((DEFAULT, n), []))} | "
-                f"{p99[0]:.1f} → {p99[1]:.1f} | {most[0]:.1f} → {most[1]:.1f} |"
-            )
-    return "\n".join(lines) + "\n"
+        for n in dict.fromkeys(record.pl for record in mine):
+            both = [[r for r in mine if (r.pl, r.arm) == (n, arm)] for arm in (COUNTED, DEFAULT)]
+            if all(both):
+                speeds = [f"{median(r.speed_tg for r in arm):.1f}" for arm in both]
+                waits = [
+                    " → ".join(f"{1e3 * median(r.detail[name] for r in arm):.1f}" for arm in both)
+                    for name in ("itl_p99_s", "itl_max_s")
+                ]
+                found = [in_range(of.get((DEFAULT, n), ())) for of in (ratios, by_model)]
+                lines.append([f"{n} {'clients' if mixed else 'streams'}", *speeds, *found, *waits])
+    heads = ["load", "counted tok/s", "default tok/s", "ratio", "reckoned"]
+    return Table([*heads, "ITL p99, ms", "longest, ms"], lines).markdown()
 
 
-def reckoned(rows: Sequence[schema.Row]) -> dict[tuple[str, int], list[float]]:
+def reckoned(records: Sequence[Record]) -> dict[tuple[str, int], list[float]]:
     """As `pairs`, of the speeds that the cost model says."""
-    known = [row for row in rows if "predicted_s" in row.detail]
-    speeds = [replace(row, speed_tg=1 / row.detail["predicted_s"]) for row in known]
+    known = [record for record in records if "predicted_s" in record.detail]
+    speeds = [replace(record, speed_tg=1 / record.detail["predicted_s"]) for record in known]
     return pairs(speeds, COUNTED)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench import coalesce, prefix, sampler, scheduler, soak, stall, step
+from bench import coalesce, prefix, sampler, scheduler, simulator, soak, stall, step
 from bench.__main__ import main
 from pyllamabatch.report.records import Record
 from pyllamabatch.scheduler import policy_names
@@ -113,7 +113,8 @@ def test_sampler_times_many_rows_on_threads(run: Run, capsys: pytest.CaptureFixt
     _, (one, three) = run("sampler", *words, "--arms", "temperature")
     assert (one.n_threads, three.n_threads) == (1, 3)
     assert f"| {one.t_tg / three.t_tg:.2f} |" in capsys.readouterr().out
-    assert sampler.speed_up("temperature", 5, 3)([one, three]) == one.t_tg / three.t_tg
+    speed_up = sampler.speed_up("temperature", 5, 3)([one, three])
+    assert speed_up == pytest.approx(one.t_tg / three.t_tg)
 
 
 @pytest.mark.parametrize("words", [("--vocab", "100"), ("--arms", "quick"), ("--rows", "0")])
@@ -195,3 +196,20 @@ def test_soaks_slope_of_memory() -> None:
     assert growing == pytest.approx(1000.0)
     assert abs(soak.slope([(n, 5_000_000) for n in range(0, 1000, 100)])) < 1e-6
     assert soak.slope([(1, 5)]) == 0.0
+
+
+def test_simulator_counts_the_steps_of_each_load(run: Run) -> None:
+    status, records = run("simulator", "--quick", "--repeats", "1", "--requests", "40")
+    assert status == 0
+    assert [record.arm for record in records] == list(simulator.LOADS)
+    decode = records[0]
+    # The first token of each comes with its prompt, and at least one and at most 32 with each step.
+    assert 2 * 999 <= decode.detail["n_steps"] <= 40 * 2000
+    assert decode.detail["requests"] == 40
+    (target,) = simulator.TARGETS
+    assert target.measured(records) == decode.tg / decode.t_tg
+    assert target.measured([]) is None
+    seconds = simulator.seconds(decode)
+    assert seconds == pytest.approx(decode.t_tg * decode.detail["n_steps"])
+    earlier = replace(decode, tg=500, t_tg=2.0, detail={})  # which counts its steps as tokens
+    assert simulator.seconds(earlier) == 2.0

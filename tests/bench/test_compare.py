@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from bench import compare, schema
+from bench import compare, harness
 from bench.__main__ import main
 from bench.benches import load
 from bench.models import BenchModel
 from bench.options import Budget
 from bench.summary import latest, markdown
 from pyllamabatch.compare.arms import NAMES as ARMS
+from pyllamabatch.report.records import Record, read
 from tests.support.made_up_rows import row
 
 MODEL = BenchModel(Path("m.gguf"), "m", 7)
@@ -28,7 +29,7 @@ def options(*words: str) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def on_h200(arm: str, n: int, speed: float, bench: str = "compare") -> schema.Row:
+def on_h200(arm: str, n: int, speed: float, bench: str = "compare") -> Record:
     return replace(row(arm, n, speed, bench=bench, gpu="NVIDIA H200"), model_type="gemma3 1B Q4_K")
 
 
@@ -75,7 +76,7 @@ def test_the_report_has_the_table_of_each_protocol_and_the_advice_once() -> None
 def test_no_run_begins_when_the_budget_is_spent() -> None:
     begun = []
 
-    def running() -> Generator[schema.Row, None, None]:
+    def running() -> Generator[Record, None, None]:
         for n in (1, 2):
             begun.append(n)
             yield row("engine", n, 9)
@@ -90,13 +91,13 @@ def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     words = ["--quick", "--model", "default", "-N", "2", "--arms", "contexts,engine"]
     assert main(["compare", *words, "--threads", "1", "--out", str(tmp_path)]) == 0
     (file,) = tmp_path.iterdir()
-    rows = list(schema.read(file))
+    rows = list(read(file))
     assert [(r.bench, r.arm, r.pl) for r in rows] == [
         ("compare", "contexts", 2),
         ("compare", "engine", 2),
     ]
     assert all(r.speed_tg > 0 and r.tg == 15 and not r.error for r in rows)
-    assert {r.versions["commit"] for r in rows} == {schema.commit()}
+    assert {r.versions["commit"] for r in rows} == {harness.commit()}
     assert file.name.startswith("compare-default-")
     if sys.platform == "linux":
         assert all(r.detail["rss_bytes"] > 0 for r in rows)
