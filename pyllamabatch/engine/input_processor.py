@@ -146,7 +146,7 @@ class InputProcessor:
                 prompt, add_special=add_special, parse_special=parse_special
             )
         else:
-            if any(isinstance(part, Mapping) for part in prompt[:1]):
+            if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):
                 limit = "a chat: give model.vocab.apply_chat_template(messages)"
                 raise ArgumentError("prompt", prompt, limit)
             tokens = self._vocab.check_tokens(prompt, "prompt").copy()

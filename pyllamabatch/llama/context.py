@@ -105,7 +105,6 @@ class Context(Owner):
         self._keep = params  # callbacks and samplers that libllama points to
         self._exclusive = Exclusive(Handle(ptr, lib.llama_free, model._handle))
         super().__init__(self._exclusive, "the context")
-        self._lock = self._exclusive.lock
         self._loras: list[tuple[Handle, str, float]] = []  # a file's name, a scale
         self._attached: list[Any] = []  # plb_engines, whose samplers libllama may point to
         self._outputs: npt.NDArray[np.int8] | None = None

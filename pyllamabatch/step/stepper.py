@@ -255,8 +255,8 @@ class Stepper:
 
     def _ready(self) -> Context:
         context = self._context
-        if context is None or context.closed:
-            _, context = self._open()  # raises
+        if context is None:
+            raise ClosedError("the stepper is closed")
         if self._encoder_first and not context._encoded:
             raise UnsupportedOperation("this model's decoder needs `Context.encode` first")
         return context

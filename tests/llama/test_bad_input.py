@@ -20,15 +20,8 @@ from pyllamabatch import Batch, Model
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import (
     ArgumentError,
-    BatchFull,
-    ClosedError,
-    EngineClosed,
-    GrammarError,
-    KvCacheFull,
     ModelLoadError,
-    NotEnoughMemory,
     PyllamabatchError,
-    RequestTooLong,
     TokenizeError,
 )
 from pyllamabatch.llama.context import Context
@@ -128,57 +121,7 @@ def test_a_failed_assertion_is_an_error(tmp_path: Path) -> None:
         Model(path)
 
 
-# -- sizes --
-
-
-@pytest.mark.parametrize(
-    ("n_ctx", "kind"),
-    [
-        (-1, ArgumentError),
-        (2**31, ArgumentError),
-        (2**32 - 1, ArgumentError),
-        (2**64, ArgumentError),
-        (2**30, NotEnoughMemory),
-        (2**31 - 256, NotEnoughMemory),
-    ],
-)
-def test_absurd_contexts(model: Model, n_ctx: int, kind: type[PyllamabatchError]) -> None:
-    with pytest.raises(kind):
-        Context(model, n_threads=1, n_ctx=n_ctx)
-
-
-def test_no_context_size_means_the_models(model: Model) -> None:
-    with Context(model, n_threads=1, n_ctx=0) as context:
-        assert context.n_ctx == model.n_ctx_train
-
-
-def test_prompt_longer_than_the_context(model: Model, engine: Engine) -> None:
-    with Context(model, n_threads=1, n_ctx=N_CTX, n_batch=N_CTX) as context:
-        batch = Batch(2 * N_CTX)
-        batch.extend([5] * (N_CTX + 1), 0, 0)
-        with pytest.raises(ArgumentError, match="n_batch"):
-            context.decode(batch)
-        batch.clear()
-        batch.extend([5] * N_CTX, 0, 0)
-        context.decode(batch)
-        batch.clear()
-        batch.extend([5], N_CTX, 0)
-        with pytest.raises(KvCacheFull):
-            context.decode(batch)
-        with pytest.raises(BatchFull):
-            batch.extend([5] * 2 * N_CTX, 0, 0)
-    with pytest.raises(RequestTooLong):
-        engine.submit([5] * (N_CTX + 1), SamplingParams(max_tokens=4))
-
-
 # -- requests --
-
-
-@pytest.mark.parametrize("max_tokens", [0, -1, -(2**40), 2**40, 1.5, None])
-def test_budgets(max_tokens: Any) -> None:
-    with pytest.raises(ArgumentError) as caught:
-        SamplingParams(max_tokens=max_tokens)
-    assert caught.value.argument == "max_tokens"
 
 
 @pytest.mark.parametrize(
@@ -198,12 +141,6 @@ def test_prompts(engine: Engine, prompt: Any, kind: type[PyllamabatchError]) -> 
     with pytest.raises(kind):
         engine.submit(prompt)
     assert engine.submit([5, 6], SamplingParams(max_tokens=2)).result(60).n_generated == 2
-
-
-@pytest.mark.parametrize("grammar", ["", "root", "x ::= y", 'root ::= "a', "root ::= root"])
-def test_grammars(engine: Engine, grammar: str) -> None:
-    with pytest.raises((GrammarError, ArgumentError)):
-        engine.submit("x", SamplingParams(grammar=grammar))
 
 
 def test_ids_out_of_range(model: Model) -> None:
@@ -227,20 +164,6 @@ def test_ids_out_of_range(model: Model) -> None:
 
 
 # -- order of closing --
-
-
-def test_closed_objects(model: Model) -> None:
-    engine = Engine(model, n_seq_max=1, n_ctx=N_CTX, n_threads=1)
-    engine.close()
-    engine.close()
-    with pytest.raises(EngineClosed):
-        engine.submit("x")
-    context = Context(model, n_threads=1, n_ctx=N_CTX)
-    memory = context.memory
-    context.close()
-    for use in (lambda: memory.pos_max(0), context.logits, context.perf, memory.clear):
-        with pytest.raises(ClosedError):
-            use()
 
 
 def test_any_order_of_closing_and_collecting() -> None:

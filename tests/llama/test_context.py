@@ -82,6 +82,7 @@ def test_parameters_have_their_own_names(model: Model) -> None:
         ({"n_ctx": -1}, "n_ctx"),
         ({"n_ctx": 2**31}, "n_ctx"),
         ({"n_ctx": 2**32 - 1}, "n_ctx"),
+        ({"n_ctx": 2**64}, "n_ctx"),
         ({"n_ctx": "512"}, "n_ctx"),
         ({"n_ctx": 512.0}, "n_ctx"),
         ({"n_batch": 0}, "n_batch"),
@@ -118,9 +119,10 @@ def test_what_libllama_refuses_carries_its_reason(model: Model) -> None:
         Context(model, ctx_type="mtp")
 
 
-def test_too_large_for_memory(model: Model) -> None:
+@pytest.mark.parametrize("n_ctx", [2**30, 2**31 - 256])
+def test_too_large_for_memory(model: Model, n_ctx: int) -> None:
     with pytest.raises(ContextCreateError, match="GiB are available") as caught:
-        Context(model, n_threads=1, n_ctx=2**30)
+        Context(model, n_threads=1, n_ctx=n_ctx)
     assert isinstance(caught.value, NotEnoughMemory)
     assert caught.value.needed > caught.value.available > 0
 

@@ -299,6 +299,7 @@ def test_a_dead_end_is_an_error_of_that_request_only(stepper: Stepper) -> None:
         ('root ::= "a"{3,2}', "maximum is below its minimum"),
         ("root ::= " + 5000 * "(", "nested"),
         ("nonsense", "expecting ::="),
+        ('root ::= "a', "unexpected end of input"),
     ],
 )
 def test_a_bad_grammar_says_why(
