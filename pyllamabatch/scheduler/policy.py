@@ -54,7 +54,7 @@ class PlanBuilder:
       this step still need for tokens that they know.
     - tokens: rows that were given, by sequence id, but not to those of `decode_all`.
     - preempt: the victims until now, by id.
-    - n_admitted: newcomers until now.
+    - admitted: newcomers until now.
     - short: a sequence was preempted for want of cells: no newcomer is admitted.
     """
 
@@ -66,14 +66,14 @@ class PlanBuilder:
     decode_all: bool = False
     preempt: dict[int, SequenceView] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
-    n_admitted: int = 0
+    admitted: list[SequenceView] = field(default_factory=list)
     short: bool = False
     wake: float | None = None
 
     @property
     def n_running(self) -> int:
         """Sequences that run after this step."""
-        return len(self.view.running) + self.n_admitted - len(self.preempt)
+        return len(self.view.running) + len(self.admitted) - len(self.preempt)
 
     @property
     def slots(self) -> int:
@@ -98,6 +98,7 @@ class PlanBuilder:
             tokens=self.tokens.copy(),
             preempt=self.preempt.copy(),
             reasons=self.reasons.copy(),
+            admitted=self.admitted.copy(),
         )
 
     def give(self, seq: SequenceView, n: int) -> None:
@@ -114,7 +115,7 @@ class PlanBuilder:
         self.promised -= n
 
     def admit(self, seq: SequenceView) -> None:
-        self.n_admitted += 1
+        self.admitted.append(seq)
         self.cells -= seq.prefix.cells
         self.promised += seq.remaining
 
@@ -136,7 +137,7 @@ class PlanBuilder:
             n > 0
             and (self.decode_all or len(self.tokens) == n)
             and not len(view.prefilling)
-            and not self.n_admitted
+            and not self.admitted
             and not self.preempt
         )
 

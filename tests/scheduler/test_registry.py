@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler import (
     ComposedPolicy,
     SequenceView,
+    fcfs,
     make_policy,
     policies,
     policy_names,
@@ -102,12 +104,30 @@ def test_entry_points() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("away", r"policy='away': its entry point '.*nowhere:fcfs' can't be loaded: No module"),
-        ("gone", r"policy='gone': its entry point '.*:away' can't be loaded: .*no attribute"),
-        ("number", r"policy='number': its entry point '.*:ALWAYS' must make a policy, it is 2147"),
+        ("away", r"policy='away': it can't be loaded: No module"),
+        ("gone", r"policy='gone': it can't be loaded: .*no attribute"),
+        ("number", r"policy='number': it must make a policy, and is 2147"),
         ("nothing", r"policy='nothing': must have plan\(view\)"),
     ],
 )
 def test_an_entry_point_that_is_none_is_said(name: str, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         make_policy(name)
+
+
+def test_one_of_your_own_is_named_by_its_module_or_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("from pyllamabatch.scheduler import fcfs as own\nnumber = 3\n")
+    assert make_policy(f"{file}:own") == fcfs()
+    assert make_policy(f"{file}:own:watermark=0.5") == fcfs(watermark=0.5)
+    module = "pyllamabatch.scheduler.policies.slo"
+    assert make_policy(f"{module}:slo: itl=2, least=3") == slo(itl=2.0, least=3)
+    for spec, message in (
+        (f"{file}:away", r"mine.py:away'.*: it can't be loaded: .*no attribute 'away'"),
+        (f"{file}:number", r"it must make a policy, and is 3"),
+        (f"{file}:own:rows=1", r"no option 'rows'; options of .*mine.py:own: watermark"),
+        (f"{tmp_path}/none.py:own", r"can't be loaded: .*No such file"),
+        ("no_such_module:own", r"can't be loaded: No module named 'no_such_module'"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            make_policy(spec)

@@ -1,12 +1,16 @@
-"""The policies that ship, by name. Packages can add theirs under the entry point group
-`pyllamabatch.policies`: a name and a callable that returns a policy."""
+"""The policies that ship, by name, and how to name one of your own: as `FILE.py:NAME`, as
+`MODULE:NAME`, or by an entry point of a package in the group `pyllamabatch.policies`. NAME is a
+callable that returns a policy."""
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
 from collections.abc import Callable
-from importlib.metadata import EntryPoint, entry_points
+from functools import partial
+from importlib.metadata import entry_points
+from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -50,12 +54,21 @@ def policy_names() -> tuple[str, ...]:
 
 def make_policy(spec: str, **options: Any) -> Policy:
     """The policy that `spec` names: "NAME" or "NAME:option=value,option=value", values as Python
-    writes them, text without quotes; more `options` as keywords. A name of ours may have _ for -.
+    writes them, text without quotes; more `options` as keywords. A shipped name may have _ for -.
+    One of your own is "FILE.py:NAME" or "MODULE:NAME", with options behind another colon.
 
     ArgumentError names the policies, or the options of this one, or what is wrong with a value, or
-    says that another package's entry point can't be loaded, or makes something else."""
+    says that one of your own or of another package can't be loaded, or makes something else."""
     name, _, rest = spec.partition(":")
-    make = _factory(name)
+    factory = _factory(name)
+    if factory is None and rest and "=" not in rest.partition(":")[0]:
+        attribute, _, rest = rest.partition(":")
+        name = f"{name}:{attribute}"
+        factory = partial(_own, *name.rsplit(":", 1))
+    if factory is None:
+        limit = f"one of {', '.join(policy_names())}, or your own: FILE.py:NAME, MODULE:NAME"
+        raise ArgumentError("policy", name, limit)
+    make = _loaded(name, factory)
     parameters = inspect.signature(make, eval_str=True).parameters
     for item in rest.split(",") if rest else ():
         option, equals, text = (part.strip() for part in item.partition("="))
@@ -68,25 +81,33 @@ def make_policy(spec: str, **options: Any) -> Policy:
     return check_policy(make(**options), spec)
 
 
-def _factory(name: str) -> Callable[..., Policy]:
-    make = SHIPPED.get(name.replace("_", "-"))
-    if make is None:
-        for point in entry_points(group=GROUP):
-            if point.name == name:
-                return _loaded(point)
-        raise ArgumentError("policy", name, f"one of {', '.join(policy_names())}")
-    return make
+def _factory(name: str) -> Callable[[], Any] | None:
+    """What loads the policy of this name; None when there is none."""
+    shipped = SHIPPED.get(name.replace("_", "-"))
+    if shipped is not None:
+        return lambda: shipped
+    return next((point.load for point in entry_points(group=GROUP) if point.name == name), None)
 
 
-def _loaded(point: EntryPoint) -> Callable[..., Policy]:
+def _own(source: str, attribute: str) -> Any:
+    """From a file or a module."""
+    if not source.endswith(".py"):
+        return getattr(importlib.import_module(source), attribute)
+    spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, attribute)
+
+
+def _loaded(name: str, load: Callable[[], Any]) -> Callable[..., Policy]:
     try:
-        make = point.load()
-    except (ImportError, AttributeError) as problem:
-        limit = f"its entry point {point.value!r} can't be loaded: {problem}"
-        raise ArgumentError("policy", point.name, limit) from problem
+        make = load()
+    except (ImportError, AttributeError, OSError, SyntaxError) as problem:
+        raise ArgumentError("policy", name, f"it can't be loaded: {problem}") from problem
     if not callable(make):
-        limit = f"its entry point {point.value!r} must make a policy, it is {make!r}"
-        raise ArgumentError("policy", point.name, limit)
+        raise ArgumentError("policy", name, f"it must make a policy, and is {make!r}")
     loaded: Callable[..., Policy] = make
     return loaded
 

@@ -32,7 +32,7 @@ class Together:
         if len(view.running):
             if view.running.column("turn").max() > 1:
                 return Verdict.STOP
-        elif self.wait and builder.n_admitted == 0 and len(view.waiting) < size:
+        elif self.wait and not builder.admitted and len(view.waiting) < size:
             latest = seq.arrival + self.wait
             if view.now < latest:
                 builder.ask_again(latest)

@@ -1,0 +1,71 @@
+"""The policy of `examples/own_policy.py`: on a view made up, simulated, and live."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyllamabatch import Engine, Model, SamplingParams
+from pyllamabatch.scheduler import Limits, Policy, SequenceView, StepView, make_policy
+from pyllamabatch.sim.replica import EngineSpec
+from pyllamabatch.sim.simulate import simulate
+from pyllamabatch.sim.workload import poisson
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "own_policy.py"
+LIMITS = Limits(n_batch=64, n_ubatch=64, n_seq_max=3, n_cells=100, n_cells_seq=100)
+
+
+@pytest.fixture(scope="module")
+def example() -> dict[str, Any]:
+    return runpy.run_path(str(EXAMPLE))
+
+
+@pytest.fixture
+def memory_aware() -> Policy:
+    return make_policy(f"{EXAMPLE}:memory_aware")
+
+
+def sequence(id: int, *, running: bool = False) -> SequenceView:
+    """Of 20 tokens, which needs 40 cells at its end."""
+    if running:
+        return SequenceView(id, 0.0, 20, computed=20, generated=1, max_tokens=21, running=True)
+    return SequenceView(id, 0.0, 20, max_tokens=21)
+
+
+def test_on_a_view_made_up(memory_aware: Policy) -> None:
+    waiting = [sequence(id) for id in (1, 2, 3)]
+    plan = memory_aware.plan(StepView.of(LIMITS, waiting=waiting))
+    assert plan.tokens == {1: 20, 2: 20}  # 80 of 100 cells at their ends
+    running = [sequence(id, running=True) for id in (1, 2)]
+    plan = memory_aware.plan(StepView.of(LIMITS, running, [sequence(3)]))
+    assert (plan.decode_all, plan.tokens) == (True, {})
+    assert plan.repeat > 1
+    plan = memory_aware.plan(StepView.of(LIMITS, running[:1], [sequence(3)]))
+    assert (plan.decode_all, plan.tokens) == (True, {3: 20})
+
+
+def test_simulated(example: dict[str, Any]) -> None:
+    spec = EngineSpec.of(example["Device"](), n_seq_max=16, n_cells=2048)
+    trace = poisson(seed=1, rate=20, n=100, prompt="64", output="256")
+    by_policy = {
+        name: simulate(trace, spec, policy).summary()["preemptions"]
+        for name, policy in (("sarathi", "sarathi"), ("own", example["memory_aware"]))
+    }
+    assert by_policy["own"] == 0 < by_policy["sarathi"]
+
+
+def test_live(model: Model, memory_aware: Policy) -> None:
+    params = SamplingParams(max_tokens=60, temperature=0, ignore_eog=True)
+    with Engine(model, policy=memory_aware, n_ctx=256, n_seq_max=8) as engine:
+        results = engine.generate(["Copy: hello"] * 12, params)
+        assert engine.stats().preemptions == 0
+    assert all(result.n_generated == 60 for result in results)
+
+
+def test_it_is_short() -> None:
+    text = EXAMPLE.read_text(encoding="utf-8")
+    policy = text[text.index("def cells_at_the_end") : text.index("class Device")]
+    assert len([line for line in policy.splitlines() if line]) <= 20
