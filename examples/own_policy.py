@@ -48,8 +48,8 @@ if __name__ == "__main__":
     waiting = [SequenceView(id, 0.0, n_prompt=20, max_tokens=21) for id in (1, 2, 3)]
     print("made up:", memory_aware().plan(StepView.of(limits, waiting=waiting)).tokens)
 
-    spec = EngineSpec.of(Device(), n_seq_max=16, n_cells=2048)
-    trace = poisson(seed=1, rate=20, n=200, prompt="64", output="256")
+    spec = EngineSpec.of(Device(), n_seq_max=16, n_cells=1024)
+    trace = poisson(seed=1, rate=50, n=60, prompt="32", output="128")
     for policy in ("sarathi", memory_aware):
         run = simulate(trace, spec, policy)
         print(f"simulated: {run.policy} preempts {run.summary()['preemptions']:.0f} times")

@@ -48,8 +48,8 @@ def test_on_a_view_made_up(memory_aware: Policy) -> None:
 
 
 def test_simulated(example: dict[str, Any]) -> None:
-    spec = EngineSpec.of(example["Device"](), n_seq_max=16, n_cells=2048)
-    trace = poisson(seed=1, rate=20, n=100, prompt="64", output="256")
+    spec = EngineSpec.of(example["Device"](), n_seq_max=16, n_cells=1024)
+    trace = poisson(seed=1, rate=50, n=40, prompt="32", output="128")
     by_policy = {
         name: simulate(trace, spec, policy).summary()["preemptions"]
         for name, policy in (("sarathi", "sarathi"), ("own", example["memory_aware"]))
