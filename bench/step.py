@@ -159,7 +159,7 @@ class Workload:
 
 
 def python_time(load: Workload, case: Case) -> Measured:
-    from bench.null import NullEngine
+    from tests.support.null_engine import NullEngine
 
     engine = NullEngine(case.pl, load.most, stops=load.stops, read=load.read)
     n_tokens = N_TOKENS if load.turnover else 2**20

@@ -11,6 +11,7 @@ from bench.__main__ import main
 from pyllamabatch.report.records import Record
 from pyllamabatch.scheduler import policy_names
 from tests.bench.conftest import Run
+from tests.support.null_engine import TOKEN, NullEngine
 
 EMBEDDED = ("--model", "default", "--threads", "1", "--quick", "--repeats", "1")
 
@@ -87,6 +88,21 @@ def test_step_has_the_figures_of_every_arm(run: Run) -> None:
     assert calls[0] > calls[1]
     figures = [target.measured(records) for target in step.TARGETS]
     assert figures == [by_arm["python: steady"]["step_us"], by_arm["stepper: 1"]["over_c_us"]]
+
+
+@pytest.mark.parametrize("most", [1, 7])
+def test_the_engine_does_all_of_its_work_on_a_device_that_computes_nothing(most: int) -> None:
+    engine = NullEngine(4, most, stops=("never",), read=True)
+    lengths = [5, 40, 300, 17, 33, 2]
+    for n in lengths:
+        engine.submit(n)
+    for _ in range(1000):
+        engine.turn()
+        if engine.n_finished == len(lengths):
+            break
+    results = [stream.result(0).tokens for stream in engine.streams.values()]
+    assert results == [[TOKEN] * n for n in lengths]
+    assert engine._core.scheduler.counters.tokens == sum(lengths)
 
 
 def test_sampler_times_one_row_beside_a_scan(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
