@@ -102,8 +102,7 @@ class Loop(ABC):
 
 
 class ChainLoop(Loop):
-    """cffi calls only, as in docs/reference/raw.md: the batch is filled row by row, libllama's
-    sampler chain
+    """cffi calls only, as in docs/reference/raw.md: the batch is filled row by row, then the chain
     of each sequence is asked in turn."""
 
     def __init__(self, context: Context, sampling: str) -> None:

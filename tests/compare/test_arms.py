@@ -81,50 +81,46 @@ def test_rows_say_where_and_how(burst: list[Record]) -> None:
 
 
 def test_completions_fired_at_once_count_whole(tmp_path: Path) -> None:
-    rows = rows_of(
-        tmp_path / "r.jsonl", "--protocol", "ds4", "-n", "2", "--arms", ",".join(ARMS[1:])
-    )
+    words = ["--protocol", "ds4", "-n", "2", "--kv", "unified", "--arms", ",".join(ARMS[1:])]
+    rows = rows_of(tmp_path / "r.jsonl", *words)
     assert [row.arm for row in rows] == ARMS[1:]
     for row in rows:
+        assert row.kv_unified
         assert not row.error
         assert (row.bench, row.tg, row.detail["total_tokens_sampled"]) == ("compare-ds4", 6, 12)
         assert row.t_tg >= row.detail["ttft_p99_s"]
 
 
-@pytest.mark.parametrize(("kv", "arms"), [("streams", ARMS[1:]), ("unified", ["shared", "engine"])])
-def test_requests_that_come_at_random(tmp_path: Path, kv: str, arms: list[str]) -> None:
-    words = ["--protocol", "poisson", "--rate", "40", "-n", "2", "--requests", "3", "--kv", kv]
-    rows = rows_of(tmp_path / "r.jsonl", *words, "--arms", ",".join(arms))
-    assert [row.arm for row in rows] == arms
+def test_requests_that_come_at_random(tmp_path: Path) -> None:
+    words = ["--protocol", "poisson", "--rate", "40", "-n", "2", "--requests", "3"]
+    rows = rows_of(tmp_path / "r.jsonl", *words, "--arms", ",".join(ARMS[1:]))
+    assert [row.arm for row in rows] == ARMS[1:]
     for row in rows:
         assert not row.error
-        assert row.kv_unified == (kv == "unified")
+        assert not row.kv_unified
         assert (row.bench, row.pp, row.tg) == ("compare-poisson", 3 * 12, 3 * 6)
         assert row.detail["completed"] == row.detail["requests"] == 6
         assert row.detail["total_tokens_sampled"] == 36
         assert row.detail["rate"] == 40
 
 
-def test_threads_are_divided_or_not(tmp_path: Path) -> None:
-    words = ["-n", "3", "-t", "6", "--arms", "contexts,shared"]
-    fair = rows_of(tmp_path / "fair.jsonl", *words)
-    assert [row.n_threads for row in fair] == [2, 6]
-    seed = rows_of(tmp_path / "seed.jsonl", *words, "--oversubscribe")
-    assert [row.n_threads for row in seed] == [6, 6]
+@pytest.mark.parametrize(("words", "each"), [([], 2), (["--oversubscribe"], 6)])
+def test_threads_are_divided_or_not(tmp_path: Path, words: list[str], each: int) -> None:
+    words = ["-n", "3", "-t", "6", "--arms", "contexts", *words]
+    (row,) = rows_of(tmp_path / "r.jsonl", *words)
+    assert row.n_threads == row.detail["n_threads_each"] == each
 
 
 # -- scenarios and the gate --
 
 
-@pytest.mark.parametrize("scenario", ["a_two_contexts", "b_shared_context", "c_engine_threaded"])
-def test_a_scenario_prints_the_bench_s_line(
-    scenario: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert compare("--scenario", scenario, "--num-sequences", "3", "--gpu-layers", "0") == 0
+def test_a_scenario_prints_the_bench_s_line(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["--scenario", "c_engine_threaded", "--num-sequences", "3", "--gpu-layers", "0"]
+    assert compare(*words) == 0
     (line,) = capfd.readouterr().out.splitlines()
     values = json.loads(line)
     assert list(values) == KEYS
-    assert values["scenario"] == scenario
+    assert values["scenario"] == "c_engine_threaded"
     assert [values[key] for key in KEYS[1:4]] == [3, 12, 6]
     assert values["total_tokens_sampled"] == (6 - 1) * 3
     speed = values["total_tokens_sampled"] / values["elapsed_seconds"]
@@ -196,18 +192,26 @@ def test_a_file_that_is_no_model(tmp_path: Path, capfd: pytest.CaptureFixture[st
 
 
 @LINUX
-@pytest.mark.parametrize("limit", ["--process-memory", "--total-memory"])
 def test_over_commit_ends_an_arm_and_not_the_others(
-    tmp_path: Path, limit: str, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "rows.jsonl"
-    words = ["-n", "1,2", limit, "64Mi", "--arms", "processes,contexts", "--out", str(out)]
+    words = [
+        "-n",
+        "1,2",
+        "--process-memory",
+        "64Mi",
+        "--arms",
+        "processes,contexts",
+        "--out",
+        str(out),
+    ]
     assert compare(*words, "--ctx-size", "65536", "--repeats", "2") == 1
     rows = list(read(out))
     assert [(row.arm, row.pl, bool(row.error)) for row in rows] == [
         (arm, n, arm == "processes")
         for n in (1, 2)
-        for arm in ("processes", "contexts", "contexts")  # who failed is not tried again
+        for arm in ("processes", "contexts", "contexts")  # what failed is not tried again
     ]
     for row in rows[::3]:
         assert row.speed_tg == 0
@@ -216,7 +220,7 @@ def test_over_commit_ends_an_arm_and_not_the_others(
 
 
 def test_ctrl_c_leaves_no_process_and_keeps_the_rows(tmp_path: Path) -> None:
-    started = Started(tmp_path, "--arms", "single,processes", "-n", "2", "--sample-tokens", "3000")
+    started = Started(tmp_path, "--arms", "single,processes", "-n", "2", "--sample-tokens", "1000")
     with started:
         started.wait_for_row()
         started.wait_for_children(3)  # two workers and the router

@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,14 @@ def test_threads_of_an_arm() -> None:
     assert Arm("processes").case_of(case_of(16, n_threads=8), False).n_threads == 1
     assert Arm("contexts").case_of(case, True).n_threads == 8
     assert Arm("shared").case_of(case, False).n_threads == 8
+
+
+def test_workers_have_what_is_theirs_of_the_memory() -> None:
+    experiment = Experiment("burst", [], [], tokens=2)
+    assert experiment.process_limit(case_of(2)) == 0
+    assert replace(experiment, total_memory=600).process_limit(case_of(3)) == 200
+    both = replace(experiment, total_memory=600, process_memory=300)
+    assert [both.process_limit(case_of(n)) for n in (1, 3)] == [300, 200]
 
 
 def test_a_gate_holds_at_every_number_of_sequences() -> None:
