@@ -138,11 +138,12 @@ def quantise(source: Path, target: Path, file_type: str, *, n_threads: int = 0) 
     Raises RuntimeError when libllama refuses (it says why in its log).
     """
     from pyllamabatch.llama import runtime
+    from pyllamabatch.llama.host import usable_cores
     from pyllamabatch.raw import ffi, lib
 
     params = ffi.new("llama_model_quantize_params *", lib.llama_model_quantize_default_params())
     params.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{file_type}")
-    params.nthread = n_threads or os.cpu_count() or 1
+    params.nthread = n_threads or usable_cores()
     runtime.ensure()
     code = lib.llama_model_quantize(os.fsencode(source), os.fsencode(target), params)
     if code != 0:

@@ -140,17 +140,8 @@ class FatalDecodeError(DecodeError):
 
 def decode_error(code: int, detail: str = "") -> DecodeError:
     """The exception for a return code of `llama_decode` that is not 0."""
-    kind: type[DecodeError]
-    if code == 1:
-        kind = KvCacheFull
-    elif code == 2:
-        kind = DecodeAborted
-    elif code == -1:
-        kind = InvalidBatch
-    elif code < -1:
-        kind = FatalDecodeError
-    else:
-        kind = DecodeError
+    kinds = {1: KvCacheFull, 2: DecodeAborted, -1: InvalidBatch}
+    kind = kinds.get(code, FatalDecodeError if code < 0 else DecodeError)
     return kind(code, detail)
 
 

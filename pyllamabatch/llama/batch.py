@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyllamabatch.errors import ArgumentError, BatchFull, integer
+from pyllamabatch.llama.params import flat_integers
 from pyllamabatch.raw import ffi
 
 Int32Array = npt.NDArray[np.int32]
@@ -21,9 +22,14 @@ _MAX_POS = 2**31 - 2
 class Batch:
     """Room for `capacity` rows, each in up to `n_seq_max` sequences; allocated once.
 
+        batch = Batch(512)
+        batch.extend(tokens, 0, seq_id=0)        # logits of the last row
+        context.decode(batch)
+        batch.clear()
+
     The arrays are the memory that `llama_decode` reads, for the life of the batch: write to them
     directly and set `n_tokens`, or append rows with `add` and `extend`. `Context.decode` checks
-    them.
+    them. Ids and positions out of their range raise `ArgumentError`.
 
         token     int32 (capacity,)             token id
         pos       int32 (capacity,)             position in its sequences
@@ -114,12 +120,12 @@ class Batch:
         last row, False for none, or one per row. Raises `BatchFull` (nothing added) or
         `ArgumentError`.
         """
-        ids = _flat("tokens", tokens)
+        ids = flat_integers("tokens", tokens)
         n = len(ids)
         start = self._room(n)
         rows = slice(start, start + n)
         if isinstance(pos, (Sequence, np.ndarray)):
-            positions = _flat("pos", pos)
+            positions = flat_integers("pos", pos)
         else:
             positions = integer("pos", pos, 0, _MAX_POS) + np.arange(n)
         if len(positions) != n:
@@ -164,16 +170,6 @@ class Batch:
         _check_rows("pos", self.pos[rows], max_pos)
         _check_rows("n_seq_id", counts, self.n_seq_max, low=1)
         _check_rows("seq_id", np.where(used, self.seq_id[rows], 0), n_seq_max - 1)
-
-
-def _flat(name: str, values: object) -> npt.NDArray[Any]:
-    try:
-        array = np.asarray(values)
-    except (ValueError, OverflowError) as error:
-        raise ArgumentError(name, values, "must be integers") from error
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ArgumentError(name, values, "must be a flat sequence of integers")
-    return array
 
 
 def _check_rows(name: str, values: npt.NDArray[Any], high: int, low: int = 0) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pyllamabatch.errors import (
     ArgumentError,
@@ -79,6 +80,18 @@ def _enum(name: str, value: object, ctype: Any) -> int:
         return int(value)
     words = {key[len(prefix) :].lower(): n for key, n in numbers.items()}
     return words[choice(name, value.lower() if isinstance(value, str) else value, words)]
+
+
+def flat_integers(name: str, values: object) -> npt.NDArray[Any]:
+    """A sequence, an array or any iterable of integers as an array of one dimension."""
+    try:
+        given = values if isinstance(values, (np.ndarray, Sequence)) else list(values)  # type: ignore[call-overload]
+        array = np.asarray(given)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ArgumentError(name, values, "must be integers") from error
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ArgumentError(name, values, "must be a flat sequence of integers")
+    return array if array.size else array.astype(np.int32)
 
 
 def device_list(names: Sequence[str]) -> Any:

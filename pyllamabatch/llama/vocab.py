@@ -19,6 +19,7 @@ from pyllamabatch.errors import (
     integer,
 )
 from pyllamabatch.llama.handle import Owner
+from pyllamabatch.llama.params import flat_integers
 from pyllamabatch.llama.runtime import text as c_text
 from pyllamabatch.raw import ffi, lib
 
@@ -225,16 +226,7 @@ class Vocab:
     def check_tokens(self, tokens: Iterable[int] | TokenArray, name: str = "tokens") -> TokenArray:
         """Tokens as a contiguous int32 array. Raises `ArgumentError`, with the index, for an id
         that is not of this vocabulary."""
-        try:
-            array = np.asarray(
-                tokens if isinstance(tokens, (np.ndarray, Sequence)) else list(tokens)
-            )
-        except (TypeError, ValueError) as error:
-            raise ArgumentError(name, tokens, "must be integers") from error
-        if array.size == 0:
-            array = array.astype(np.int32)
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise ArgumentError(name, tokens, "must be a flat sequence of integers")
+        array = flat_integers(name, tokens)
         bad = (array < 0) | (array >= self.n_tokens)
         if bad.any():
             at = int(np.argmax(bad))
