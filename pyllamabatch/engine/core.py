@@ -238,7 +238,7 @@ class EngineCore:
             if self.trace is not None:
                 prompts = [(chunk.slot, chunk.id, chunk.n) for chunk in step.chunks]
                 used = self.scheduler.accounting.used
-                self.trace.begin(first, step.n_rows, used, step.decode, prompts)
+                self.trace.begin(first, step.n_rows, used, step.decode, prompts, step.reasons)
             self._running = step, first
         if self.output_processor.has_events:
             stepper.flush()

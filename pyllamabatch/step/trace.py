@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from pyllamabatch.step.types import I32
 Trace = npt.NDArray[np.void]
 Prompt = tuple[int, int, int]
 """Rows of a prompt in a step: its slot, its request's id, how many."""
+NO_REASONS: Mapping[int, str] = MappingProxyType({})
 
 
 def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
@@ -43,6 +45,8 @@ def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
     - run: a number that steps of the same native call share.
     - ids, chunk, by slot, shape (slots,): the request that has rows in this step, 0 where there
       are none; and how many rows of known tokens, 0 when it decodes.
+    - reasons: why the policy planned it so, a dict: text by request id, of those that were
+      admitted, cut or preempted.
     """
     return np.dtype(
         [
@@ -61,6 +65,7 @@ def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
             ("on_device", np.int32),
             ("ids", np.int64, (n_seq_max,)),
             ("chunk", np.int32, (n_seq_max,)),
+            ("reasons", object),
         ]
     )
 
@@ -75,6 +80,7 @@ class _Call(NamedTuple):
     decode: I32  # slots
     ids: npt.NDArray[np.int64]  # of `decode`
     prompts: Sequence[Prompt]
+    reasons: Mapping[int, str]
 
 
 class StepTrace:
@@ -96,11 +102,18 @@ class StepTrace:
         self._lock = threading.Lock()  # guards the two
 
     def begin(
-        self, first: int, n_rows: int, kv_used: int, decode: I32, prompts: Sequence[Prompt] = ()
+        self,
+        first: int,
+        n_rows: int,
+        kv_used: int,
+        decode: I32,
+        prompts: Sequence[Prompt] = (),
+        reasons: Mapping[int, str] = NO_REASONS,
     ) -> None:
         """The steps from number `first` on decode these slots, and the first has rows of prompts.
 
-        kv_used: cells that are held before it. `decode` must not change afterwards.
+        kv_used: cells that are held before it. reasons: the policy's, by request id. `decode` must
+        not change afterwards.
         """
         calls, idle_ns = self._calls, self.idle_ns
         # The decoding slots are one array as long as none comes or goes: so are their ids.
@@ -108,7 +121,7 @@ class StepTrace:
         ids = calls[-1].ids if same else self.ids[decode]
         if calls and calls[-1].first == first:  # it came to nothing
             idle_ns += calls.pop().idle_ns
-        calls.append(_Call(first, n_rows, kv_used, idle_ns, decode, ids, prompts))
+        calls.append(_Call(first, n_rows, kv_used, idle_ns, decode, ids, prompts, reasons))
         self.idle_ns = 0
         while len(calls) > 1 and calls[1].first <= first - self._capacity:
             calls.popleft()
@@ -187,6 +200,7 @@ def _table(
         if start == stop:
             continue
         of_call = slice(start, stop)
+        table["reasons"][of_call] = call.reasons
         table["ids"][of_call, call.decode] = call.ids
         for slot, id, n_prompt in call.prompts:
             table["ids"][of_call, slot] = id
@@ -216,7 +230,7 @@ def _names(trace: Trace) -> Iterator[dict[str, Any]]:
 
 
 def _slice(
-    pid: int, tid: int, name: str, start_ns: int, ns: int, args: dict[str, int] | None = None
+    pid: int, tid: int, name: str, start_ns: int, ns: int, args: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     event = {"ph": "X", "pid": pid, "tid": tid, "name": name, "ts": start_ns / 1e3, "dur": ns / 1e3}
     return event if args is None else {**event, "args": args}
@@ -231,10 +245,14 @@ def _steps(trace: Trace) -> Iterator[dict[str, Any]]:
     shown = ("rows", "prefill_rows", "decode_rows", "sampled", "kv_used", "reused", "run", "code")
     columns = [trace[name].tolist() for name in shown]
     phases = [trace[name].tolist() for name in TIMES]
-    gaps = trace["python_ns"].tolist()
+    gaps, reasons = trace["python_ns"].tolist(), trace["reasons"].tolist()
     for i, start in enumerate(_starts(trace)):
         times = [phase[i] for phase in phases]
-        args = {name: column[i] for name, column in zip(shown, columns, strict=True)}
+        args: dict[str, Any] = {
+            name: column[i] for name, column in zip(shown, columns, strict=True)
+        }
+        if reasons[i]:
+            args["reasons"] = {f"request {id}": text for id, text in reasons[i].items()}
         if i > 0 and gaps[i] > 0:
             yield _slice(_ENGINE, 1, "python", start - gaps[i], gaps[i])
         yield _slice(_ENGINE, 1, "step", start, sum(times), args)

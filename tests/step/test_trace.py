@@ -175,6 +175,8 @@ def test_its_sums_are_the_engines_counters(
             assert (prompt_rows, decodes) == (len(PROMPTS[i]), n_tokens - 1)
         assert prompt_rows + decodes >= len(PROMPTS[i]) + n_tokens - 1
     assert (stats.preemptions > 0) == ("n_ctx" in options)
+    preempted = [text for why in trace["reasons"] for text in why.values() if "preempted" in text]
+    assert bool(preempted) == (stats.preemptions > 0)
     # times: nothing overlaps, nothing is counted twice
     end = trace["t_start_ns"] + phases(trace)
     gaps = trace["t_start_ns"][1:] - end[:-1]
@@ -244,6 +246,12 @@ def test_chrome_json(model: Model, tmp_path: Path) -> None:
     for stream, prompt in zip(streams, PROMPTS, strict=True):
         chunks = [e["name"] for e in on_tracks if e["tid"] == stream.id and e["name"] != "decode"]
         assert sum(int(name.removeprefix("prefill ")) for name in chunks) == len(prompt)
+    reasons = [step["args"].get("reasons", {}) for step in steps]
+    for stream in streams:
+        (admitted,) = [
+            why[f"request {stream.id}"] for why in reasons if f"request {stream.id}" in why
+        ]
+        assert admitted.startswith("admitted with ")
     for e in on_tracks:
         outer = steps[e["args"]["step"]]
         assert (e["ts"], e["dur"]) == (outer["ts"], pytest.approx(outer["dur"]))
