@@ -78,6 +78,22 @@ def test_the_profile_that_was_saved_last_is_taken(
     assert "on NVIDIA H200" not in capsys.readouterr().out
 
 
+def test_a_policy_of_your_own_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from pyllamabatch.scheduler import Policy\n"
+        "from pyllamabatch.scheduler.policies import sarathi\n"
+        "def narrow(budget: int = 16) -> Policy:\n"
+        "    return sarathi(budget=budget)\n"
+    )
+    mine = f"{path}:narrow:budget=8"
+    assert main([*PROFILE, *TRACE, "--policy", f"sarathi:budget=8,{mine}", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sarathi:budget=8"] == found[mine]
+    assert main([*PROFILE, *TRACE, "--policy", f"{path}:wide"]) == 2
+    assert "wide" in capsys.readouterr().err
+
+
 def test_splitting_policies() -> None:
     assert split_policies("a,b:x=1,y=2,c") == ["a", "b:x=1,y=2", "c"]
     assert split_policies("a") == ["a"]
