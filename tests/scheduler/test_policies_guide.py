@@ -1,4 +1,4 @@
-"""The Python in docs/policies.md runs as it is printed, and its table of rules is the real one."""
+"""The pages on policies: their code obeys the rules, and their tables are complete."""
 
 from __future__ import annotations
 
@@ -6,31 +6,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from pyllamabatch.scheduler import RULES, Limits, Scheduler, make_policy, policy_names
 
-GUIDE = Path(__file__).parents[2].joinpath("docs", "policies.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
+DOCS = Path(__file__).parents[2] / "docs"
+TUTORIAL = (DOCS / "tutorial" / "write-a-policy.md").read_text(encoding="utf-8")
+REFERENCE = (DOCS / "reference" / "policies.md").read_text(encoding="utf-8")
+SMALLEST, OWN, *_ = re.findall(r"^```python\n(.*?)^```$", TUTORIAL, re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def names() -> dict[str, Any]:
-    """What the blocks define, one after the other."""
+def test_the_smallest_policy_obeys_every_rule() -> None:
     names: dict[str, Any] = {}
-    for block in BLOCKS:
-        exec(compile(block, "docs/policies.md", "exec"), names)
-    return names
-
-
-def test_every_block_runs(names: dict[str, Any]) -> None:
-    assert len(BLOCKS) == 6
-    assert names["done"] == [2, 3, 1]
-    own = next(block for block in BLOCKS if "def short_prompts" in block)
-    assert len([line for line in own.splitlines() if line]) <= 20
-
-
-def test_the_smallest_policy_keeps_every_rule(names: dict[str, Any]) -> None:
+    exec(compile(SMALLEST, "write-a-policy.md", "exec"), names)
     scheduler = Scheduler(Limits(8, 8, 2, 64, 64), names["OneAtATime"]())
     scheduler.add(1, 10, 5, arrival=0.0)
     scheduler.add(2, 3, 2, arrival=0.0)
@@ -46,14 +32,18 @@ def test_the_smallest_policy_keeps_every_rule(names: dict[str, Any]) -> None:
     assert n_rows == [8, 2, 1, 1, 1, 1, 3, 1]
 
 
-def test_its_tables_are_complete() -> None:
-    first = re.findall(r"^\| `([a-z-]+)` \|", GUIDE, re.MULTILINE)
+def test_a_policy_of_ones_own_takes_twenty_lines() -> None:
+    assert len([line for line in OWN.splitlines() if line]) <= 20
+
+
+def test_the_tables_are_complete() -> None:
+    first = re.findall(r"^\| `([a-z-]+)` \|", REFERENCE, re.MULTILINE)
     assert first == [*RULES, *(name for name in first if name in policy_names())]
     assert set(first) >= set(policy_names())
 
 
-def test_its_commands_name_real_policies() -> None:
-    specs = re.findall(r"--policy (\S+)", GUIDE)
+def test_the_commands_name_real_policies() -> None:
+    specs = re.findall(r"--policy (\S+)", REFERENCE)
     assert len(specs) == 2
     for spec in specs:
         assert callable(make_policy(spec).plan)
