@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from pyllamabatch.compare.case import Case
 from pyllamabatch.compare.hosted import Hosted
 from pyllamabatch.compare.loop import CHAIN
 from pyllamabatch.compare.processes import Processes
-from pyllamabatch.compare.workload import Timings, Workload
 
 _CHAIN = "libllama's sampler chain"
 _FUSED = "the fused sampler"
@@ -31,6 +29,9 @@ INCLUDES = {
     ),
 }
 NAMES = tuple(INCLUDES)
+
+Serving = Hosted | Processes
+"""An arm's processes. `pids` are there before `load`; after an ArmError only `close` is left."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +63,6 @@ class Arm:
         if self.kind == "processes":
             return Processes(case, self.sampler, memory_limit, verbose)
         return Hosted(self.kind, self.sampler, case, verbose)
-
-
-class Serving(Protocol):
-    """An arm's processes. `pids` are there before anything is loaded."""
-
-    pids: list[int]
-
-    def load(self) -> None:
-        """Load the model and make the contexts. ArmError."""
-
-    def run(self, workload: Workload, limit_s: float) -> Timings:
-        """ArmError, after which it is of no use any more."""
-
-    def close(self) -> None:
-        """End the processes. Closing twice is fine."""
 
 
 def chosen(kinds: list[str], samplers: list[str]) -> list[Arm]:
