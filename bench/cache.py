@@ -1,4 +1,4 @@
-"""Where the benches keep what is slow to make: models and built tools."""
+"""The folder for what is slow to make: models and built tools."""
 
 from __future__ import annotations
 

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
+import itertools
 import random
 import sys
-import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import psutil
 
 from bench import harness
 from bench.arms import InProcess
-from bench.case import Arm, Case, Measured, cases_of
+from bench.case import I32, Arm, Case, Measured, cases_of
 from bench.options import add_model, add_run
 from bench.targets import Target, worst_detail
 from bench.views import Column, by_arm
 from pyllamabatch.report.records import Record
+
+if TYPE_CHECKING:
+    from pyllamabatch.engine.engine import Engine
+    from pyllamabatch.step.sampling_params import SamplingParams
 
 QUICK = {"requests": 1500}
 N_PROMPTS = 50  # different ones; what each gives is known from a run of its own
@@ -47,7 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, default=10000)
     parser.add_argument("--clients", type=int, default=64, help="threads that submit")
     parser.add_argument("--cancelled", type=float, default=0.05, help="share of the requests")
-    parser.add_argument("--limit", type=float, help="seconds after which no more begin (none)")
     parser.set_defaults(sampling="greedy")
     add_run(parser)
 
@@ -55,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """1 when a token is wrong or a counter does not add up."""
     inside = InProcess.of(options)
-    work = partial(soak, inside, options.requests, options.cancelled, options.limit)
+    work = partial(soak, inside, options.requests, options.cancelled)
     arm = Arm("engine", "everything, from submit to the result in the client's thread", work)
     cases = cases_of(options, inside.file, 12, 16, [options.clients])
     title = f"{options.requests} requests from {options.clients} threads"
@@ -70,29 +75,47 @@ def view(records: Sequence[Record]) -> str:
     return by_arm(records, [*columns, Column("requests/s", "requests_per_s", ".1f")])
 
 
-@dataclass
-class Tally:
-    """What the clients saw."""
+@dataclass(frozen=True)
+class Expected:
+    """A request, and the tokens that it gives when it is alone."""
 
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    finished: dict[str, int] = field(default_factory=dict)
-    tokens: int = 0
-    wrong: int = 0
-    errors: list[str] = field(default_factory=list)
-    rss: list[tuple[int, int]] = field(default_factory=list)  # requests done, bytes
-
-    @property
-    def n(self) -> int:
-        return sum(self.finished.values())
+    prompt: I32
+    params: SamplingParams
+    tokens: list[int]
 
 
-def soak(
-    inside: InProcess, n_requests: int, cancelled: float, limit: float | None, case: Case
-) -> Measured:
+def soak(inside: InProcess, n_requests: int, cancelled: float, case: Case) -> Measured:
+    """`cancelled`: a share of the requests. RuntimeError and the like of a client are raised."""
     from pyllamabatch.engine.engine import Engine
-    from pyllamabatch.step.sampling_params import SamplingParams
 
-    prompts = np.random.default_rng(case.seed).integers(0, inside.model.n_vocab, (2000, 12))
+    numbers = itertools.count()
+    rss: list[tuple[int, int]] = []  # requests begun, bytes
+
+    def client(k: int) -> Counter[str]:
+        """Requests until there are no more: how often each finish reason was seen, and of all of
+        them the tokens and those that were wrong."""
+        seen, dice = Counter[str](), random.Random(k)
+        while (i := next(numbers)) < n_requests:
+            expected = each[i % len(each)]
+            stream = engine.submit(expected.prompt, expected.params)
+            if dice.random() < cancelled:
+                time.sleep(dice.random() * 0.02)
+                stream.cancel()
+            shown = [token.token for token in stream] if i % 2 else None
+            result = stream.result(120)
+            seen[result.finish_reason] += 1
+            seen["tokens"] += len(result.tokens)
+            n = None if result.finish_reason == "length" else len(result.tokens)
+            if result.tokens != expected.tokens[:n] or shown not in (None, result.tokens):
+                seen["wrong"] += 1
+                what = (
+                    f"{result.finish_reason} {result.tokens}, shown {shown}, not {expected.tokens}"
+                )
+                print(f"request {i}: {what}", file=sys.stderr)
+            if i % 100 == 0:
+                rss.append((i, resident()))
+        return seen
+
     with Engine(
         inside.model,
         n_seq_max=min(case.pl, 32),
@@ -107,115 +130,55 @@ def soak(
         type_k="f32",
         type_v="f32",
     ) as engine:
-        each: list[tuple[object, SamplingParams]] = []
-        alone: list[list[int]] = []
-        for i, prompt in enumerate(prompts):
-            if len(each) == N_PROMPTS:
-                break
-            greedy = SamplingParams(temperature=0, max_tokens=2 + i % 15, ignore_eog=True)
-            asked = replace(greedy, logprobs=2)
-            result = engine.submit(prompt[: 4 + i % 9], asked).result(60)
-            if min(map(_margin, result.top_logprobs or ())) > MARGIN:
-                each.append((prompt[: 4 + i % 9], greedy))
-                alone.append(result.tokens)
-        before = engine.stats()
-        tally, numbers = Tally(), iter(range(n_requests))
-        start = time.perf_counter()
-        end = None if limit is None else start + limit
-        threads = [
-            threading.Thread(
-                target=_client,
-                args=(engine, each, alone, numbers, tally, random.Random(i), cancelled, end),
-            )
-            for i in range(case.pl)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        seconds = time.perf_counter() - start
-        after = engine.stats()
-    if tally.errors:
-        raise RuntimeError(f"{len(tally.errors)} clients failed, the first with {tally.errors[0]}")
+        each = list(itertools.islice(decided(engine, case.seed), N_PROMPTS))
+        before, start = engine.stats(), time.perf_counter()
+        with ThreadPoolExecutor(case.pl) as threads:
+            seen = sum(threads.map(client, range(case.pl)), Counter[str]())
+        seconds, after = time.perf_counter() - start, engine.stats()
     finished = {name: n - before.finished[name] for name, n in after.finished.items()}
-    unbalanced = sum(abs(n - tally.finished.get(name, 0)) for name, n in finished.items())
-    unbalanced += abs(after.submitted - before.submitted - tally.n)
-    unbalanced += after.waiting + after.running
     sampled = after.tokens - before.tokens
-    # A cancelled request may have sampled tokens that were never handed out.
-    unbalanced += max(0, tally.tokens - sampled)
+    n_seen = sum(seen[name] for name in finished)
+    unbalanced = sum(abs(n - seen[name]) for name, n in finished.items())
+    unbalanced += abs(after.submitted - before.submitted - n_seen)
+    unbalanced += after.waiting + after.running
+    # A cancelled request may have sampled tokens that no client has seen.
+    unbalanced += max(0, seen["tokens"] - sampled)
     return Measured(
         0.0,
         seconds,
         detail={
-            "requests": float(tally.n),
-            "cancelled": float(tally.finished.get("cancelled", 0)),
-            "tokens": float(tally.tokens),
+            "requests": float(n_seen),
+            "cancelled": float(seen["cancelled"]),
+            "tokens": float(seen["tokens"]),
             "sampled": float(sampled),
-            "wrong": float(tally.wrong),
+            "wrong": float(seen["wrong"]),
             "unbalanced": float(unbalanced),
             "kv_used": float(after.kv_used),
-            "rss_slope_kib": slope(tally.rss),
-            "requests_per_s": tally.n / seconds,
+            "rss_slope_kib": slope(sorted(rss)),
+            "requests_per_s": n_seen / seconds,
         },
     )
 
 
-def _margin(top: dict[int, float]) -> float:
-    first, second = top.values()
-    return first - second
+def decided(engine: Engine, seed: int) -> Iterator[Expected]:
+    """Requests of different lengths that rounding can't turn around: at each of their tokens the
+    most likely one is so by far."""
+    from pyllamabatch.step.sampling_params import SamplingParams
 
-
-def _client(
-    engine: object,
-    each: Sequence[tuple[object, object]],
-    alone: Sequence[Sequence[int]],
-    numbers: Iterator[int],
-    tally: Tally,
-    dice: random.Random,
-    cancelled: float,
-    end: float | None,
-) -> None:
-    try:
-        while end is None or time.perf_counter() < end:
-            with tally.lock:
-                i = next(numbers, None)
-            if i is None:
-                return
-            which = i % len(each)
-            stream = engine.submit(*each[which])  # type: ignore[attr-defined]
-            if dice.random() < cancelled:
-                time.sleep(dice.random() * 0.02)
-                stream.cancel()
-            shown = [token.token for token in stream] if i % 2 else None
-            result = stream.result(120)
-            expected = alone[which]
-            good = result.tokens == (
-                expected if result.finish_reason == "length" else expected[: len(result.tokens)]
-            )
-            with tally.lock:
-                reason = result.finish_reason
-                tally.finished[reason] = tally.finished.get(reason, 0) + 1
-                tally.tokens += len(result.tokens)
-                if not (good and shown in (None, result.tokens)):
-                    tally.wrong += 1
-                    what = f"{result.finish_reason} {result.tokens}, shown {shown}, not {expected}"
-                    print(f"request {i}: {what}", file=sys.stderr)
-                if tally.n % 100 == 0:
-                    tally.rss.append((tally.n, resident()))
-    except BaseException as error:
-        with tally.lock:
-            tally.errors.append(repr(error))
+    prompts = np.random.default_rng(seed).integers(0, engine.model.n_vocab, (2000, 12))
+    for i, prompt in enumerate(prompts.astype(np.int32)):
+        params = SamplingParams(temperature=0, max_tokens=2 + i % 15, ignore_eog=True)
+        asked = prompt[: 4 + i % 9]
+        result = engine.submit(asked, replace(params, logprobs=2)).result(60)
+        tops = [tuple(top.values()) for top in result.top_logprobs or ()]
+        if min(first - second for first, second in tops) > MARGIN:
+            yield Expected(asked, params, result.tokens)
 
 
 def resident() -> int:
-    """Bytes of this process in memory; 0 where the system does not say."""
+    """Bytes of this process in memory."""
     gc.collect()
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return int(psutil.Process().memory_info().rss)
 
 
 def slope(rss: Sequence[tuple[int, int]]) -> float:
