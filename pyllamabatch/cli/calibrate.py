@@ -62,7 +62,10 @@ def run(args: argparse.Namespace) -> int:
     path = args.out or profile_folder() / file_name(profile.key)
     profile.save(path)
     found = {"profile": str(path), **summary(profile)}
-    say(json.dumps(found) if args.json else in_words(found))
+    if args.json:
+        print(json.dumps(found))
+    else:
+        say(in_words(found))
     return 0
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pyllamabatch.report.tables import Table
+
 _MISSING = "live display off: rich is not installed (install pyllamabatch[cli])"
 SHARE = 1.0  # the total of a progress that is a share
 
@@ -34,6 +36,24 @@ def _wrapped(line: str, width: int) -> list[str]:
         line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False,
         replace_whitespace=False, drop_whitespace=True,
     ) or [""]  # fmt: skip
+
+
+def show(table: Table) -> None:
+    """Print a table. Where a terminal is too narrow for it, cells break, not lines."""
+    console = live_console(stderr=False)
+    if console is None:
+        print(table.plain(), flush=True)
+        return
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    shown = RichTable(box=None, pad_edge=False)
+    for i, head in enumerate(table.heads):
+        words = i in table.text
+        shown.add_column(Text(head), justify="left" if words else "right", overflow="fold")
+    for line in table.lines:
+        shown.add_row(*(Text(str(cell)) for cell in line))
+    console.print(shown)
 
 
 def live_console(*, plain: bool = False, stderr: bool = True) -> Console | None:

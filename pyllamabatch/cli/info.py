@@ -37,7 +37,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.no_model:
         with load_model(args) as model:
             about["model"] = describe(model)
-    say(json.dumps(about, ensure_ascii=False) if args.json else in_words(about))
+    if args.json:
+        print(json.dumps(about, ensure_ascii=False))
+    else:
+        say(in_words(about))
     return 0
 
 

@@ -76,7 +76,10 @@ def run(args: argparse.Namespace) -> int:
         path = args.model or default_model_path()
         shared = measure(path, args.sequences, args.n_ctx, args.n_gpu_layers)
         found["measured"] = [asdict(s) for s in shared]
-    say(json.dumps(found) if args.json else in_words(found, args.n_ctx))
+    if args.json:
+        print(json.dumps(found))
+    else:
+        say(in_words(found, args.n_ctx))
     return 0
 
 

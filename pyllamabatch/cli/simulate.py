@@ -20,7 +20,7 @@ from dataclasses import replace
 from math import inf
 from pathlib import Path
 
-from pyllamabatch.cli.console import say
+from pyllamabatch.cli.console import say, show
 from pyllamabatch.cli.options import add_ubatch_argument, at_least
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import load_profile, shipped_names
@@ -125,10 +125,11 @@ def run(args: argparse.Namespace) -> int:
     title = f"{trace} on {profile.key.device}, {profile.about.get('model') or 'unknown model'}"
     markdown = report.markdown(runs, summaries, title)
     if args.json:
-        say(json.dumps(summaries))
+        print(json.dumps(summaries))
     elif sys.stdout.isatty():
-        words = report.verdict(runs, summaries)
-        say("\n".join([title, "", report.table(summaries).plain(), "", *words]))
+        say(f"{title}\n")
+        show(report.table(summaries))
+        say("\n".join(["", *report.verdict(runs, summaries)]))
     else:
         print(markdown, end="")
     settings = {name: getattr(args, name) for name in SETTINGS}

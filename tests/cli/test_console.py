@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from typing import Any
 
-from pyllamabatch.cli.console import Progress, say
+from pyllamabatch.cli.console import Progress, say, show
+from pyllamabatch.report.tables import Table
 
 
 class Terminal(io.StringIO):
@@ -81,3 +83,16 @@ def test_text_on_a_terminal_breaks_between_words(monkeypatch: Any) -> None:
 def test_text_in_a_pipe_stays_as_it_is(capsys: Any) -> None:
     say("word " * 40)
     assert capsys.readouterr().out == "word " * 40 + "\n"
+
+
+def test_a_table_breaks_in_its_cells(monkeypatch: Any, capsys: Any) -> None:
+    heads = ["", *(f"policy-{i}:with=options" for i in range(6))]
+    table = Table(heads, [["TTFT, median, ms", *map(str, range(6))]])
+    show(table)
+    assert capsys.readouterr().out == table.plain() + "\n"
+    terminal = use_terminal(monkeypatch)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    show(table)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue()).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.split()[-6:] == list("012345") for line in lines)
