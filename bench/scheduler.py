@@ -16,6 +16,7 @@ from bench.case import NO_CONTEXT, NO_MODEL, Arm, Case, Measured
 from bench.options import add_run, numbers
 from bench.targets import Figure, Target
 from bench.views import Column
+from pyllamabatch.cost.step_cost import StepCost
 from pyllamabatch.report.records import Record
 from pyllamabatch.report.tables import Table
 from pyllamabatch.scheduler import Limits, Scheduler, make_policy, policy_names
@@ -41,10 +42,10 @@ class QueueCase(Case):
     waiting: int = 0
 
 
-class LinearCost:
+class LinearCost(StepCost):
     """Stands for a device: 5 ms a step and 0.1 ms a row."""
 
-    def predict(self, rows: int, prefill: int, kv: int, n_seqs: int) -> float:
+    def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
         return 5e-3 + 1e-4 * rows
 
 

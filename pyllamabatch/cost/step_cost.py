@@ -46,3 +46,13 @@ class StepCost(Protocol):
         """Seconds of a step of `rows` rows in `n_seqs` sequences, `prefill` of them prompt rows,
         when `kv` cells are held before it. The simulator takes it as linear in `kv`."""
         raise NotImplementedError
+
+    def observe(
+        self, rows: int, prefill: int, kv: float, n_seqs: int, seconds: float, n_steps: int = 1
+    ) -> None:
+        """An engine has run `n_steps` such steps, `seconds` each on average."""
+        return
+
+    def observe_switch(self, seconds: float) -> None:
+        """An engine has seen a step take `seconds` longer for a switch."""
+        return

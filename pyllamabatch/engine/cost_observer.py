@@ -7,7 +7,7 @@ from time import perf_counter
 
 import numpy as np
 
-from ..cost.step_cost import SETTLED
+from ..cost.step_cost import NO_COST, SETTLED
 from ..kv import Slots
 from ..scheduler import Scheduler, Step
 from ..step.types import Run
@@ -51,7 +51,7 @@ class CostObserver:
         """Seconds of a step whose graph is there already, which is what the model tells: without
         what new graphs were measured to take, or else without the first step, which had one."""
         n, limits = run.n_steps, self._scheduler.limits
-        first, settle = getattr(self._scheduler.cost, "new_graph", (0.0, 0.0))
+        first, settle = NO_COST if self._scheduler.cost is None else self._scheduler.cost.new_graph
         settling = max(0, min(SETTLED - 1 - self._n_old, n))
         self._n_old = n - 1 if rebuilt else self._n_old + n
         if step.chunks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pyllamabatch.cost.step_cost import StepCost
 
 from ..kv import KvAccounting
 from .running import RunningSequences
@@ -16,7 +16,11 @@ class Attention:
     the cells of the sequences that are computed."""
 
     def __init__(
-        self, limits: Limits, accounting: KvAccounting, running: RunningSequences, cost: Any
+        self,
+        limits: Limits,
+        accounting: KvAccounting,
+        running: RunningSequences,
+        cost: StepCost | None,
     ) -> None:
         self._limits = limits
         self._accounting = accounting
@@ -52,6 +56,6 @@ class Attention:
     def _pool(self, more: float = 0) -> float:
         """When so many more are held: they go where cells are free, first."""
         held = self._accounting.used + more
-        if getattr(self._cost, "computes_masked", 0):
+        if self._cost is not None and self._cost.computes_masked:
             return max(held, self._accounting.reach)
         return held

@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any, Protocol
+from typing import Protocol
+
+from pyllamabatch.cost.step_cost import StepCost
 
 from ..errors import ArgumentError
 
@@ -55,7 +57,7 @@ class Gathering:
     since: float
     n_ready: int
     expected: tuple[ExpectedSequence, ...]
-    cost: Any = None
+    cost: StepCost | None = None
     kv: float = 0.0
 
     @property
@@ -145,6 +147,7 @@ def groups(gathering: Gathering) -> Iterable[tuple[float, float, float]]:
     """Of the first 1, 2, ... of those who are expected: seconds until the last of them is likely to
     have come, the seconds that they are worth, and what waiting for them brings (in seconds of
     sequences, see `CostWindow`)."""
+    assert gathering.cost is not None
     n, kv, predict = gathering.n_ready, gathering.kv, gathering.cost.predict
     alone = predict(n, 0, kv, n)
     come = 0.0

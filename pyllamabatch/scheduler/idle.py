@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pyllamabatch.cost.step_cost import StepCost
 
 from .gather import LEAST_SECONDS, ExpectedSequence, Gather, Gathering
 
@@ -79,7 +79,7 @@ class IdleSequences:
         """It is gone."""
         self._habits.pop(id, None)
 
-    def wait(self, now: float, n_ready: int, cost: Any, kv: float) -> float:
+    def wait(self, now: float, n_ready: int, cost: StepCost | None, kv: float) -> float:
         """Seconds to wait for the expected ones, which are not expected any more once that is 0.
         For the rest see `Gathering`."""
         if self.ready_at is None:

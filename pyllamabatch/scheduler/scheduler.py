@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pyllamabatch.cost.step_cost import StepCost
+
 from ..errors import RequestTooLong
 from ..kv import KvAccounting, KvOperation, Sharing, SwapChoice
 from .admission import Admission
@@ -81,7 +83,7 @@ class Scheduler:
         policy: Policy | None = None,
         *,
         kv: KvOptions | None = None,
-        cost: Any = None,
+        cost: StepCost | None = None,
         gather: Gather | None = None,
         patience: float = PATIENCE_SECONDS,
     ) -> None:

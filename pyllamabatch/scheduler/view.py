@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from pyllamabatch.cost.step_cost import StepCost
 
 from .queue import SequenceList
 
@@ -150,7 +152,7 @@ class StepView:
     decoding: Set[int]
     prefilling: SequenceList
     kv: KvView
-    cost: Any = None
+    cost: StepCost | None = None
     step: int = 0
 
     @property
@@ -166,7 +168,7 @@ class StepView:
         waiting: Iterable[SequenceView] = (),
         *,
         now: float = 0.0,
-        cost: Any = None,
+        cost: StepCost | None = None,
         step: int = 0,
     ) -> StepView:
         """A view made by hand, to try a policy with no engine: the rest follows from the sequences,

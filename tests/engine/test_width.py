@@ -12,7 +12,7 @@ import pytest
 
 from pyllamabatch.cost.kernels import Kernels, Regime
 from pyllamabatch.cost.model import CostModel
-from pyllamabatch.cost.step_cost import NewGraph
+from pyllamabatch.cost.step_cost import NO_COST, NewGraph, StepCost
 from pyllamabatch.engine.cost_observer import CostObserver
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.llama.model import Model
@@ -86,10 +86,10 @@ def test_all_at_once_where_it_is_not_measured(model: Model) -> None:
     assert trace[trace["prefill_rows"] == 0]["rows"].max() == N
 
 
-class Learner:
+class Learner(StepCost):
     """Writes down what it is told."""
 
-    def __init__(self, new_graph: tuple[float, float] = (0.0, 0.0)) -> None:
+    def __init__(self, new_graph: NewGraph = NO_COST) -> None:
         self.new_graph = new_graph
         self.steps: list[tuple[int, float]] = []
         self.switches: list[float] = []
@@ -98,7 +98,7 @@ class Learner:
         return 0.003
 
     def observe(
-        self, rows: int, prefill: int, kv: float, n_seqs: int, seconds: float, n_steps: int
+        self, rows: int, prefill: int, kv: float, n_seqs: int, seconds: float, n_steps: int = 1
     ) -> None:
         self.steps.append((rows, seconds))
 
@@ -168,11 +168,11 @@ def test_what_new_graphs_were_measured_to_take_is_no_part_of_a_step(
         ([0, 1], call(1, 0, 0.005, 0.005)),
         ([0, 1], call(10, 10, 0.034, 0.005)),
     ]
-    cost = observed(monkeypatch, calls, Learner((0.002, 0.004)))
+    cost = observed(monkeypatch, calls, Learner(NewGraph(0.002, 0.004)))
     assert [seconds for _, seconds in cost.steps] == pytest.approx([0.003] * 5)
     # Of two ubatches; the second time the graph of one of them was there.
     calls = [([0, 1], call(1, 0, 0.007, 0.007)), ([0, 1], call(1, 1, 0.005, 0.005))]
-    cost = observed(monkeypatch, calls, Learner((0.002, 0.004)), n_prompt=10)
+    cost = observed(monkeypatch, calls, Learner(NewGraph(0.002, 0.004)), n_prompt=10)
     assert [rows for rows, _ in cost.steps] == [12, 12]
     assert [seconds for _, seconds in cost.steps] == pytest.approx([0.003] * 2)
 
@@ -185,10 +185,10 @@ def test_what_settles_in_a_later_call_is_no_part_of_its_step(
         ([0, 1], call(1, 0, 0.005, 0.005)),
         *(([0, 1], call(1, 1, seconds, seconds)) for seconds in (0.005, 0.005, 0.003)),
     ]
-    cost = observed(monkeypatch, one_by_one, Learner((0.002, 0.004)))
+    cost = observed(monkeypatch, one_by_one, Learner(NewGraph(0.002, 0.004)))
     assert [seconds for _, seconds in cost.steps] == pytest.approx([0.003] * 4)
     together = [([0, 1], call(2, 1, 0.010, 0.005)), ([0, 1], call(3, 3, 0.011, 0.005))]
-    cost = observed(monkeypatch, together, Learner((0.002, 0.004)))
+    cost = observed(monkeypatch, together, Learner(NewGraph(0.002, 0.004)))
     assert [seconds for _, seconds in cost.steps] == pytest.approx([0.003] * 2)
 
 

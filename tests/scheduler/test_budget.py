@@ -8,13 +8,14 @@ from math import log2
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyllamabatch.cost.step_cost import StepCost
 from pyllamabatch.scheduler import Limits, SequenceView, StepView
 from pyllamabatch.scheduler.policies.parts import most_within
 
 N_BATCH = 64
 
 
-class Steps:
+class Steps(StepCost):
     """Seconds by rows of prompts, from a table; counts the questions."""
 
     def __init__(self, seconds: list[float]) -> None:

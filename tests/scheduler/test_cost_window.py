@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pyllamabatch.cost.step_cost import StepCost
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler import (
     CostWindow,
@@ -28,7 +29,7 @@ from pyllamabatch.scheduler.idle import Habit, IdleSequences
 
 
 @dataclass(frozen=True)
-class Steps:
+class Steps(StepCost):
     """A step takes `pass_s` for each `tile` rows, and `row_s` for each row."""
 
     pass_s: float
@@ -127,6 +128,13 @@ STEPS = st.builds(Steps, st.floats(0, 0.1), st.floats(0, 0.02), st.sampled_from(
 GATHERINGS = st.builds(
     at, st.integers(1, 20), st.lists(RESTS, min_size=1, max_size=8).map(tuple), STEPS, SECONDS
 )
+
+
+def steps_of(g: Gathering) -> Steps:
+    assert isinstance(g.cost, Steps)
+    return g.cost
+
+
 NEAR = 1e-9  # of a gain, in seconds: rounding decides there
 
 
@@ -138,7 +146,9 @@ def test_it_never_waits_for_longer_than_what_it_gains(g: Gathering, longest: flo
         return
     bounds = [limit for wait, limit, net in groups(g) if net > 0]
     assert answer <= max(bounds)
-    assert answer < g.cost.predict(g.n_ready) + 1e-12  # than those would wait who come too late
+    assert (
+        answer < steps_of(g).predict(g.n_ready) + 1e-12
+    )  # than those would wait who come too late
 
 
 @given(GATHERINGS, st.floats(1, 10), st.floats(0, 0.1), st.floats(1, 5))
@@ -149,7 +159,8 @@ def test_it_waits_the_rather_the_dearer_a_step_and_the_sooner_and_surer_they_com
     if max(net for _, _, net in groups(g)) <= NEAR:
         return  # it does not wait, or rounding decides
     assert window(g) > 0
-    steps = replace(g.cost, pass_s=g.cost.pass_s * dearer, row_s=g.cost.row_s * dearer)
+    cost = steps_of(g)
+    steps = replace(cost, pass_s=cost.pass_s * dearer, row_s=cost.row_s * dearer)
     assert window(replace(g, cost=steps)) > 0
     soon = tuple(
         ExpectedSequence(0.0, max(0.0, r.wait - sooner), 0.0, r.returns) for r in g.expected

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyllamabatch.cost.step_cost import StepCost
 from pyllamabatch.scheduler import Limits, Step, make_policy, policy_names
 from tests.support.scheduler_machine import Machine, limits
 
@@ -25,10 +26,10 @@ SPECS = [
 each_policy = pytest.mark.parametrize("spec", SPECS)
 
 
-class Cost:
+class Cost(StepCost):
     """A made-up device: 10 ms a step, 40 ms per tile of 8 rows."""
 
-    def predict(self, rows: int, prefill: int, kv: int, n_seqs: int) -> float:
+    def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
         assert rows >= prefill >= 0
         assert kv >= 0
         return 0.01 + 0.04 * -(-rows // 8) + 1e-4 * kv + 1e-3 * n_seqs

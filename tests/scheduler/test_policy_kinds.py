@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pyllamabatch.cost.step_cost import StepCost
 from pyllamabatch.scheduler import (
     ComposedPolicy,
     Limits,
@@ -113,10 +114,10 @@ def test_static_waits_for_its_batch_but_not_for_ever() -> None:
 # -- slo
 
 
-class Cost:
+class Cost(StepCost):
     """1 s a step, and 0.1 s a row."""
 
-    def predict(self, rows: int, prefill: int, kv: int, n_seqs: int) -> float:
+    def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
         return 1.0 + 0.1 * rows
 
 

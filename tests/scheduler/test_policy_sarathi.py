@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pyllamabatch.cost.step_cost import StepCost
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler import (
     ComposedPolicy,
@@ -155,7 +156,7 @@ def test_skip_looks_at_the_next_one() -> None:
     assert ComposedPolicy(admit=not_the_first).plan(view).tokens == {2: 6}
 
 
-class Cost:
+class Cost(StepCost):
     """A device that takes 1 ms a row, and 10 ms for any step."""
 
     def predict(self, rows: int, prefill: int = 0, kv: float = 0, n_seqs: int = 1) -> float:

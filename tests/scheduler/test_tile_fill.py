@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pyllamabatch.cost.step_cost import StepCost
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler import Limits, SequenceView, StepView, make_policy, tile_fill
 
 LIMITS = Limits(n_batch=512, n_ubatch=128, n_seq_max=40, n_cells=20000, n_cells_seq=20000)
 
 
-class Tiles:
+class Tiles(StepCost):
     """A step costs by the tile of 16, 30 ms each, and `base`."""
 
     calibrated = True
@@ -74,6 +75,7 @@ def full(n: int) -> Limits:
 def steps_of(view: StepView, width: int) -> tuple[float, float]:
     """Seconds of all steps until the prompts are computed, `width` rows at a step; and less what
     their decoded tokens take where everybody decodes, if that is less than without the prompts."""
+    assert view.cost is not None
     predict, n, kv = view.cost.predict, len(view.decoding), view.kv.attended
     everybody = n + len(view.waiting)
     share = min(predict(n, 0, kv, n), predict(everybody, 0, kv, everybody) * n / everybody)

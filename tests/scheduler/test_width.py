@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyllamabatch.cost.step_cost import NewGraph, StepCost
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler import Limits, SequenceView, StepView, make_policy, sarathi, width
 from pyllamabatch.scheduler.policies.rotation import Windows
@@ -23,7 +24,7 @@ LIMITS = Limits(n_batch=64, n_ubatch=64, n_seq_max=20, n_cells=20000, n_cells_se
 APART = Limits(64, 64, 20, 20000, 1000, unified=False)
 
 
-class Edge:
+class Edge(StepCost):
     """One row as fast as `edge` rows; one more takes `jump` as long as these."""
 
     calibrated = True
@@ -34,7 +35,7 @@ class Edge:
     ) -> None:
         self.edge, self.jump, self.seconds, self.switch = edge, jump, seconds, switch
         self.edges = (edge,)
-        self.new_graph = 0.0, 0.0
+        self.new_graph = NewGraph()
 
     def predict(self, rows: int, prefill: int = 0, kv: float = 0, n_seqs: int = 1) -> float:
         return self.seconds * (1.0 if rows <= self.edge else self.jump) * (1 + 1e-9 * kv)
@@ -271,7 +272,7 @@ def test_the_graph_of_other_rows_must_pay() -> None:
     everybody, a wide one 6.3: a graph of 60 ms pays in 21 steps."""
 
     cost = Edge(seconds=0.003)
-    cost.new_graph = 0.02, 0.04
+    cost.new_graph = NewGraph(0.02, 0.04)
     found = split(9, cost)
     assert (found.width, found.lasting) == (8, ceil(0.06 / (0.0063 - 0.003375)))
     assert first_turn(machine_of(9, cost), 9) == found.lasting > TRIAL
@@ -300,7 +301,7 @@ class Learned(Edge):
         super().__init__(switch=switch)
         self.really, self.seen = really, 0
 
-    def observe(self, rows: int) -> None:
+    def see(self, rows: int) -> None:
         self.seen += rows > self.edge
         if self.seen > 6:
             self.jump = self.really
@@ -313,7 +314,7 @@ def live(machine: Machine, cost: Learned, n_steps: int) -> list[int]:
         step = machine.step()
         assert step is not None
         found.append(len(step.decode))
-        cost.observe(len(step.decode))
+        cost.see(len(step.decode))
     return found
 
 
@@ -357,14 +358,14 @@ def test_a_trial_is_made_for_each_number_of_sequences_and_again_when_old(
     most=st.lists(st.integers(1, 40), min_size=1, max_size=5),
     start=st.integers(9, 13),
     switch=st.sampled_from([0.0, 3e-4, None]),
-    new_graph=st.sampled_from([(0.0, 0.0), (0.002, 0.006)]),
+    new_graph=st.sampled_from([NewGraph(), NewGraph(0.002, 0.006)]),
     limits=st.sampled_from([LIMITS, APART]),
 )
 def test_asked_at_each_step_it_says_the_same(
     most: list[int],
     start: int,
     switch: float | None,
-    new_graph: tuple[float, float],
+    new_graph: NewGraph,
     limits: Limits,
 ) -> None:
     machines = []

@@ -186,11 +186,11 @@ class Paced:
 def most_within(view: StepView, seconds: float, least: int) -> int:
     """The most rows of a prompt that a step can have, beside all who decode, and be predicted to
     take no longer than `seconds`; but `least` at the least."""
-    n, kv = len(view.decoding), view.kv.attended
+    assert view.cost is not None
+    n, kv, predict = len(view.decoding), view.kv.attended, view.cost.predict
 
     def excess(rows: int) -> float:
-        seconds_of_step: float = view.cost.predict(n + rows, rows, kv, n + 1)
-        return seconds_of_step - seconds
+        return predict(n + rows, rows, kv, n + 1) - seconds
 
     low, high = least, view.limits.n_batch - n
     if low >= high:

@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice
 from math import log2
-from typing import Any
+from typing import Any, TypeGuard
+
+from pyllamabatch.cost.step_cost import StepCost
 
 from ...errors import ArgumentError
 from ..view import Limits, SequenceView, StepView
@@ -116,6 +118,7 @@ class TileFill:
         """Rows of prompts that `paced` allows, and those worth a look, ascending: these, what is
         counted without a cost model, and edges, of about as many rows the one at which each takes
         the least. None where those who decode fill the batch."""
+        assert view.cost is not None
         predict, limits = view.cost.predict, view.limits
         held = self._held(n, limits)
         most = min(self.paced.otherwise(view) - n, limits.n_batch - n - held)
@@ -161,9 +164,9 @@ def rows_of(sequences: Iterable[SequenceView], enough: int) -> int:
     return total
 
 
-def measured(cost: Any) -> bool:
+def measured(cost: StepCost | None) -> TypeGuard[StepCost]:
     """There is a cost model, and it is more than a guess."""
-    return cost is not None and getattr(cost, "calibrated", True)
+    return cost is not None and cost.calibrated
 
 
 def rough(kv: int) -> int:
@@ -171,9 +174,9 @@ def rough(kv: int) -> int:
     return kv >> max(0, kv.bit_length() - 3) << 8 | kv.bit_length()
 
 
-def edges_of(cost: Any, n_ubatch: int, n_batch: int) -> list[int]:
+def edges_of(cost: StepCost, n_ubatch: int, n_batch: int) -> list[int]:
     """Row counts, ascending, after which one more row may cost a jump."""
-    inside = [edge for edge in getattr(cost, "edges", ()) if edge < n_ubatch]
+    inside = [edge for edge in cost.edges if edge < n_ubatch]
     return [*inside, *range(n_ubatch, n_batch + 1, n_ubatch)]
 
 

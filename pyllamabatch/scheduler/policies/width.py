@@ -15,7 +15,9 @@ from collections import Counter
 from collections.abc import Iterable, Set
 from dataclasses import replace
 from math import ceil, gcd, inf
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from pyllamabatch.cost.step_cost import StepCost
 
 from ...errors import ArgumentError
 from ..policy import PlanBuilder, Round
@@ -167,11 +169,11 @@ def best_split(view: StepView, itl: float, gain: float, *, begun: bool = False) 
     targets = view.running.column("itl_target")
     targets[targets == inf] = itl
     most = max(wide, float(targets.min()))
-    least = 1 + max(gain, 2 * getattr(cost, "error", (0.0,))[0])
-    known: float | None = getattr(cost, "switch", 0.0)
+    least = 1 + max(gain, 2 * cost.error[0])
+    known: float | None = cost.switch
     switch = known or 0.0
     left = tokens_left(view)
-    entry: float = 0.0 if begun else sum(getattr(cost, "new_graph", ()))
+    entry: float = 0.0 if begun else sum(cost.new_graph)
     best, found = 0.0, None
     for width in widths(n, cost, view.limits.unified):
         steps = times(cost, n, width, kv, view.limits.unified)
@@ -209,7 +211,7 @@ def tokens_left(view: StepView) -> int:
     return int(left.min()) if len(left) else 2**31
 
 
-def times(cost: Any, n: int, width: int, kv: float, unified: bool) -> list[float]:
+def times(cost: StepCost, n: int, width: int, kv: float, unified: bool) -> list[float]:
     """Seconds of a step of each of the rounds that one may have to wait for, its own included."""
     if unified:  # cells of those who sit out are looked over, too
         return [cost.predict(width, 0, kv, n)] * -(-n // width)
@@ -217,7 +219,7 @@ def times(cost: Any, n: int, width: int, kv: float, unified: bool) -> list[float
     return [cost.predict(size, 0, kv * size / n, size) for size in sizes]
 
 
-def widths(n: int, cost: Any, unified: bool) -> Iterable[int]:
+def widths(n: int, cost: StepCost, unified: bool) -> Iterable[int]:
     """Those worth a try: of many, a kernel's edges and rounds of about the same size; where windows
     may not overlap only these."""
     few = -(-n // ROUNDS)
@@ -226,7 +228,7 @@ def widths(n: int, cost: Any, unified: bool) -> Iterable[int]:
         return sorted(even)
     if n <= MANY:
         return range(few, n)
-    return sorted({*even, *(edge for edge in getattr(cost, "edges", ()) if few <= edge < n)})
+    return sorted({*even, *(edge for edge in cost.edges if few <= edge < n)})
 
 
 def width(
