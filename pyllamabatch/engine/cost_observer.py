@@ -1,5 +1,5 @@
-"""What the calls of an engine say of its device: to the cost model, and to the estimate of what a
-preemption costs."""
+"""CostObserver: tells the cost model, and the estimate of what a preemption costs, how long the
+native calls took."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class CostObserver:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        self._before: Slots | None = None  # who decoded in the call before, and nobody else did
+        self._before: Slots | None = None  # slots of the call before, if all of its rows decoded
         self._end = 0.0  # of that call
         self._n_old = SETTLED  # steps since the last new graph
 
@@ -65,7 +65,7 @@ class CostObserver:
         return (run.seconds - run.first_seconds - settle) / (n - 1)
 
     def _switched(self, step: Step) -> bool:
-        """As many sequences decode as before, and nobody else, but not the same ones."""
+        """As many sequences decode as before, without prompts, but not the same ones."""
         before, now = self._before, step.decode
         if before is None or step.chunks or before is now or len(before) != len(now):
             return False

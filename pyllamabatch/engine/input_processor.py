@@ -33,7 +33,7 @@ Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]]
 
 class InputProcessor:
     """For any thread, inside `CommandQueue.keep_alive`. `prefix_cache`: requests start from what
-    others have left, so that those with different adapters must be kept apart."""
+    others have left, so that those with different adapters must not share."""
 
     def __init__(
         self,

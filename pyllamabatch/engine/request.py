@@ -107,5 +107,6 @@ class Request:
 
     def known(self) -> Tokens:
         """All tokens that it knows: int32. Between two steps."""
-        self.tokens = np.concatenate((self.tokens[: self.n_given], self.sampler.tokens()))
+        if self.slot >= 0:
+            self.tokens = np.concatenate((self.tokens[: self.n_given], self.sampler.tokens()))
         return self.tokens

@@ -1,4 +1,4 @@
-"""Drain, stop, resume: the door is shut, what is inside ends, and the engine is as good as new."""
+"""Drain, stop, resume: nothing comes in, what is inside ends, and the engine is as good as new."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_what_is_open_is_finished_and_nothing_new_comes_in(model: Model) -> None
         check_usable(engine)
 
 
-def test_it_waits_no_longer_than_it_is_told_and_cancels_nobody(model: Model) -> None:
+def test_it_waits_no_longer_than_it_is_told_and_cancels_nothing(model: Model) -> None:
     with small(model) as engine:
         streams = [engine.submit(PROMPT, greedy(500)) for _ in range(8)]
         assert not engine.drain(0.01)

@@ -233,7 +233,7 @@ def test_the_default_context_suits_the_model(model: Model) -> None:
 # -- cancel
 
 
-def test_cancel_ends_it_within_a_step_and_nobody_else(shared: Engine) -> None:
+def test_cancel_ends_it_within_a_step_and_no_other(shared: Engine) -> None:
     expected = shared.generate([PROMPT], greedy(100))[0].tokens
     long = [shared.submit(PROMPT, greedy(400)) for _ in range(3)]
     neighbour = shared.submit(PROMPT, greedy(100))

@@ -1,4 +1,4 @@
-"""What the engine does when something goes wrong: whoever is not hit gets his own tokens."""
+"""What the engine does when something goes wrong: a request that is not hit gets its own tokens."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_preempted_requests_get_the_same_tokens() -> None:
 
 
 @pytest.mark.parametrize("step", range(1, 11))
-def test_no_cells_at_any_step_preempts_and_ends_nobody(step: int) -> None:
+def test_no_cells_at_any_step_preempts_and_ends_none(step: int) -> None:
     rig = Rig(LIMITS, lambda n: 1 if n == step else None)
     for prompt in prompts(3):
         rig.submit(prompt, params())
@@ -125,7 +125,7 @@ def test_a_failed_decode_fails_its_rows_only(
 @pytest.mark.parametrize("code", [-2, -3, -1019])
 @pytest.mark.parametrize("step", range(1, 9))
 def test_a_fresh_context_takes_the_place_of_one_that_fails_twice(step: int, code: int) -> None:
-    """Five requests on four slots: whoever ran comes before the one who waited."""
+    """Five requests on four slots: those that ran come before the one that waited."""
     rig = Rig(LIMITS, lambda n: code if n in (step, step + 1) else None, max_restarts=2)
     for prompt in prompts(5):
         rig.submit(prompt, params())
@@ -165,7 +165,7 @@ def test_a_request_that_breaks_every_context_ends_and_the_others_go_on() -> None
     assert rig.machine.n_renewed == 2
 
 
-def test_without_a_fresh_context_everybody_is_told() -> None:
+def test_without_a_fresh_context_every_request_is_told() -> None:
     rig = Rig(LIMITS, lambda n: -3 if n in (3, 4) else None, max_restarts=2)
     rig.machine.barren = True
     streams = [rig.submit(prompt, params()) for prompt in prompts(6)]
@@ -260,12 +260,12 @@ def test_a_step_is_one_call_for_each_set_of_adapters() -> None:
     rig.run()
     rig.check_solo()
     assert rig.core.output_processor.finished["error"] == rig.scheduler.counters.preemptions == 0
-    assert max(rig.machine.runs) == 8  # nobody waits for longer
+    assert max(rig.machine.runs) == 8  # no request waits for longer
     assert len(rig.machine.runs) == 6  # behind a turn of prompts
     assert rig.machine.n_applied == 6  # not nine
 
 
-def test_nobody_starts_from_what_other_adapters_have_computed() -> None:
+def test_none_starts_from_what_other_adapters_have_computed() -> None:
     sharing = Sharing(copy_part=True, copy_whole=True, trim=True, n_cached=3)
     limits = replace(LIMITS, n_cells=400, n_cells_seq=400)
     rig = Rig(limits, sharing=sharing, loras=("a", "b"))

@@ -85,7 +85,7 @@ def drive(engine: Engine, cost: Flat, n: int, n_tokens: int, step_s: float) -> d
                 if sampled == 1:
                     joined.append(i)
             cost.seconds = 0.0  # the others go on without it
-            end.wait()  # nobody leaves before the others are done
+            end.wait()  # none leaves before the others are done
             return sampled
 
     with ThreadPoolExecutor(n) as threads:
@@ -107,8 +107,8 @@ def test_dear_steps_are_full(model: Model, n: int) -> None:
     with engine_on(model, n, cost=cost, gather=gather) as engine:
         fill = drive(engine, cost, n, 32, step_s=1e4)
     # Each joins at its own time, and is waited for from then on: the step in which the last one
-    # joins is full, and so are those of the 32 tokens behind it. Had one gone without somebody, who
-    # was in it would have been done one full step sooner.
+    # joins is full, and so are those of the 32 tokens behind it. Had a step gone without one of
+    # them, the others would have been done one full step sooner.
     assert fill[n] >= 33
     for gathering, seconds in gather.answers:
         assert gathering.n_ready + gathering.n_expected <= n
@@ -119,7 +119,7 @@ def test_dear_steps_are_full(model: Model, n: int) -> None:
     assert [shape[:2] for shape in rows] == [(n, 0)] * len(rows)  # none of them is a prompt's
 
 
-def test_steps_that_cost_nothing_wait_for_nobody(model: Model) -> None:
+def test_steps_that_cost_nothing_wait_for_none(model: Model) -> None:
     cost, gather = Flat(), Watched(CostWindow(least=0))
     with engine_on(model, 4, cost=cost, gather=gather) as engine:
         drive(engine, cost, 4, 32, step_s=0.0)

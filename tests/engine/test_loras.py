@@ -101,7 +101,7 @@ def test_any_mixture_gets_what_each_gets_alone(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with engine_on(model, adapters, **options) as engine:
-        for n_times in range(2):  # the second time with what is kept
+        for n_times in range(2):  # the second time with what is cached
             streams = [
                 [engine.submit(prompt, GREEDY, lora=chosen) for chosen in SETS]
                 for prompt in PROMPTS
@@ -116,7 +116,7 @@ def test_any_mixture_gets_what_each_gets_alone(
         check_empty(engine)
 
 
-def test_a_beginning_is_shared_within_one_set_only(
+def test_a_prefix_is_shared_within_one_set_only(
     model: Model, adapters: dict[str, LoraAdapter], alone: list[list[list[int]]]
 ) -> None:
     with engine_on(model, adapters, n_ctx=2048) as engine:
@@ -281,4 +281,4 @@ def test_a_cancel_waits_for_one_step_of_each_set(
         for stream in streams:
             stream.cancel()
             stream.wait(60)
-        assert calls[:3] == [8, 1, 1]  # and the first one comes back when the bell rings
+        assert calls[:3] == [8, 1, 1]  # and the first one comes back when it is interrupted

@@ -155,7 +155,7 @@ def test_policies_see_priority_and_tenant(model: Model) -> None:
 def test_the_default_policy_admits_the_largest_priority_first(model: Model) -> None:
     order: list[int] = []
     with small(model, n_seq_max=1, n_trace=64) as engine:
-        with engine._core.state:  # nobody starts before the last one is in line
+        with engine._core.state:  # none starts before the last one waits
             for priority in (0, 3, -1, 3, 7):
                 engine.submit(PROMPT, greedy(2), priority=priority).add_done_callback(
                     lambda stream, priority=priority: order.append(priority)  # type: ignore[misc]

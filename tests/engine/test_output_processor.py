@@ -71,7 +71,7 @@ def test_a_stop_string_in_the_middle_of_a_long_run_ends_it_after_that_step() -> 
 
 
 def test_a_stop_string_that_is_found_after_the_end() -> None:
-    """Nobody looked until the budget was used up: the text still ends where it should."""
+    """It was not read until the budget was used up: the text still ends where it should."""
     rig = rig_of()
     prompt = long_prompts(1, 60)[0]
     tokens = solo(prompt, greedy(60))[0]
@@ -131,7 +131,7 @@ def test_more_steps_than_a_page_has_room_for_and_late_readers() -> None:
         assert [token.token for token in stream] == stream.tokens
 
 
-def test_a_delivery_thread_that_fails_ends_everybody() -> None:
+def test_an_output_thread_that_fails_ends_every_request() -> None:
     rig = rig_of()
     streams = [rig.submit(prompt, greedy()) for prompt in PROMPTS * 3]
     rig.machine.read = None  # type: ignore[assignment,method-assign]
@@ -167,7 +167,7 @@ def test_an_engine_delivers_while_its_run_goes_on(model: Model) -> None:
 
 
 def test_readers_and_waiters_and_lookers_at_once(model: Model) -> None:
-    """Whoever looks, however often, sees the beginning of the same tokens."""
+    """Every reader, however often it looks, sees the first of the same tokens."""
     exact: dict[str, Any] = {
         "flash_attn_type": "disabled",
         "type_k": "f32",

@@ -48,7 +48,7 @@ class Counted:
         return self.policy.plan(view)
 
 
-def test_nobody_asks_a_policy_that_waits(model: Model) -> None:
+def test_a_policy_that_waits_is_not_asked(model: Model) -> None:
     policy = Counted(static(size=2, wait=0.3))
     with Engine(model, n_seq_max=2, n_ctx=256, policy=policy, n_threads=1) as engine:
         alone = engine.submit("Copy: a", SamplingParams(temperature=0, max_tokens=1)).result(60)

@@ -1,5 +1,4 @@
-"""What requests share, on real contexts: beginnings are computed once, and nobody can tell from the
-tokens."""
+"""What requests share, on real contexts: prefixes are computed once, and the tokens do not tell."""
 
 from __future__ import annotations
 
@@ -51,7 +50,7 @@ def n_prompt_rows(prompts: list[list[int]]) -> int:
 
 
 @pytest.mark.parametrize("unified", [True, False])
-def test_a_common_beginning_is_computed_once(
+def test_a_common_prefix_is_computed_once(
     model: Model, architecture: Architecture, alone: list[Reference], unified: bool
 ) -> None:
     options = {"kv_unified": unified, "n_ctx": 1024 if unified else 4096, "prefix_cache": True}
@@ -61,7 +60,7 @@ def test_a_common_beginning_is_computed_once(
     assert_as_alone([r.tokens for r in results], alone, tolerance(architecture.name), 0.98)
     n = len(COMMON)
     if not unified and (architecture.recurrent or architecture.hybrid):
-        # a state in the middle of a text needs a slot of its own to be kept in
+        # a state in the middle of a text needs a slot of its own to be cached in
         assert stats.prefill_rows <= n_prompt_rows(PROMPTS)
         return
     assert stats.prefill_rows <= n_prompt_rows(PROMPTS) - (len(PROMPTS) - 1) * n + 16
@@ -145,7 +144,7 @@ def test_a_preemption_that_is_none(preemption: Any) -> None:
         engine_on(model, preemption=preemption)
 
 
-def test_kept_beginnings_never_stand_in_the_way() -> None:
+def test_cached_prefixes_never_stand_in_the_way() -> None:
     """Long prompts that have nothing in common, one after the other: each needs all the cells."""
     prompts = random_prompts(6, seed=9, shortest=200, longest=230)
     with Model(gguf_path("llama")) as model:

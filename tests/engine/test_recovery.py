@@ -1,5 +1,5 @@
 """Faults on real contexts, in every architecture: what libllama's memory holds after a failure is
-cleaned up, and whoever comes next gets his own tokens."""
+cleaned up, and the next request gets its own tokens."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_a_decode_that_fails_twice_in_a_row(
 def test_a_fresh_context_after_a_decode_that_fails_twice(
     model: Model, expected: list[list[int]], step: int, n_rows: int
 ) -> None:
-    """Twice in a row, so that the second fresh context is needed at once; nobody notices."""
+    """Twice in a row, so that the second fresh context is needed at once; no request notices."""
     with engine_on(model) as engine:
         engine._stepper.fault(step, -3, n_rows, 4)
         results = engine.generate(PROMPTS, GREEDY)
@@ -179,7 +179,7 @@ def test_the_ledger_is_right_at_every_step(model: Model, options: dict[str, Any]
         prompts[i] = [*prompts[4][:40], *prompts[i]][:120]
     with engine_on(model, **options) as engine:
         checked = Checked(engine)
-        with engine._core.state:  # nobody starts before the last one is in line
+        with engine._core.state:  # none starts before the last one waits
             streams = [
                 engine.submit(prompt, SamplingParams(temperature=0, max_tokens=25 + 7 * (i % 11)))
                 for i, prompt in enumerate(prompts)

@@ -67,7 +67,7 @@ def tokens_of(engine: Engine, params: SamplingParams | list[SamplingParams]) -> 
     ],
     ids=str,
 )
-def test_nobody_notices(model: Model, options: dict[str, Any]) -> None:
+def test_no_request_notices(model: Model, options: dict[str, Any]) -> None:
     """Sampled, with seeds and penalties: the sampling state goes on, too."""
     params = [SamplingParams(max_tokens=14, seed=seed, top_k=40) for seed in range(len(PROMPTS))]
     with small(model, **options) as engine:
@@ -97,9 +97,9 @@ def test_a_call_of_a_sequence_takes_longer_and_no_more(model: Model) -> None:
     with small(model) as engine:
         expected = engine.submit(PROMPTS[3], GREEDY).result(60).tokens
         other = engine.submit(PROMPTS[1], GREEDY).result(60).tokens
-        with engine.sequence(GREEDY) as seq, engine.sequence(GREEDY) as resting:
-            resting.prompt(PROMPTS[1])
-            first = resting.sample().token
+        with engine.sequence(GREEDY) as seq, engine.sequence(GREEDY) as idle:
+            idle.prompt(PROMPTS[1])
+            first = idle.sample().token
             engine._stepper.fault(1, FATAL, 2, 2)
             seq.prompt(PROMPTS[3])
             assert engine.stats().restarts == 1
@@ -112,9 +112,9 @@ def test_a_call_of_a_sequence_takes_longer_and_no_more(model: Model) -> None:
             tokens += [seq.sample().token for _ in range(4)]
             assert engine.stats().restarts == 4
             assert tokens == expected[:6]
-            assert [first, *(resting.sample().token for _ in range(3))] == other[:4]
-            resting.restore(saved)
-            assert [resting.sample().token for _ in range(4)] == expected[2:6]
+            assert [first, *(idle.sample().token for _ in range(3))] == other[:4]
+            idle.restore(saved)
+            assert [idle.sample().token for _ in range(4)] == expected[2:6]
 
 
 def test_a_call_that_fails_too_often_has_not_happened(model: Model) -> None:

@@ -209,7 +209,7 @@ def test_threads_share_their_decodes(model: Model) -> None:
             sequence.prompt([1, 20 + i, 30])
             barrier.wait()
             tokens = drive(sequence, n_tokens)
-            barrier.wait()  # nobody leaves before the others are done
+            barrier.wait()  # none leaves before the others are done
             return tokens
 
     with engine_on(model, gather=Window(5.0)) as engine:  # so that none misses it
@@ -326,8 +326,8 @@ def test_a_failed_decode_is_an_error_and_no_end(model: Model) -> None:
 
 
 def test_owners_take_turns_after_a_decode_that_found_no_cells(model: Model) -> None:
-    """The one that gave way comes back as soon as the other one rests for too long, and after that
-    nobody waits for anybody."""
+    """The one that was preempted comes back as soon as the other one is idle for too long. After
+    that none waits for another."""
     with engine_on(model, patience=0.05) as engine:
         expected = engine.submit(PROMPT, GREEDY).result(60).tokens
         with engine.sequence(GREEDY) as first, engine.sequence(GREEDY) as second:
@@ -451,9 +451,9 @@ OPS = st.lists(
 
 @given(OPS)
 @settings(max_examples=30, deadline=None)
-def test_whatever_the_owners_do_everybody_gets_his_own(ops: list[tuple[int, str, int]]) -> None:
+def test_whatever_the_owners_do_each_gets_its_own(ops: list[tuple[int, str, int]]) -> None:
     """Three sequences on two slots and a request now and then: greedy tokens of each are those of
-    a request with the same beginning, and in the end nothing is left over."""
+    a request with the same prefix, and in the end nothing is left over."""
     model = Model(gguf_path("llama"))
     with model, engine_on(model, n_seq_max=2, n_ctx=256, patience=0.0) as engine:
         sequences = [engine.sequence(GREEDY) for _ in range(3)]

@@ -21,7 +21,7 @@ PIECES: dict[int, bytes] = {}  # by token, of the test that runs
 
 
 def stream(**options: object) -> Stream:
-    """A stream at the beginning of a page, in column 1."""
+    """A stream at the start of a page, in column 1."""
     PIECES.clear()
     cancelled: list[int] = []
     watched: set[Stream] = set()
@@ -34,7 +34,7 @@ def stream(**options: object) -> Stream:
 
 
 def push(made: Stream, *pieces: bytes) -> bool:
-    """One token more for each piece, delivered as the delivery thread does."""
+    """One token more for each piece, delivered as the output processor does."""
     page = made._page
     assert page is not None
     for piece in pieces:
@@ -178,7 +178,7 @@ def test_a_token_that_ends_the_text_behind_a_stop_string_does_not_count_either()
     assert (made.result().stop, made.tokens, counted) == ("b", [100, 101], [("stop", 2)])
 
 
-def test_a_reader_finds_the_stop_string_before_the_delivery_thread() -> None:
+def test_a_reader_finds_the_stop_string_before_the_output_thread() -> None:
     made = stream(stop=("b",))
     page = made._page
     assert page is not None
@@ -224,7 +224,7 @@ def test_pages_turn_and_slots_change() -> None:
     page.token[0, :2], page.step[0, :2], page.n_tokens[0] = (7, 8), 0, 1
     page.show()
     made._begin(page, 0)
-    assert made.tokens == [100, 101]  # what is there already is somebody else's
+    assert made.tokens == [100, 101]  # what is there already is another stream's
     PIECES[8] = b"c"
     page.n_tokens[0] = 2
     page.show()

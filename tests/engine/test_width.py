@@ -65,7 +65,7 @@ def made(model: Model, policy: str, cost: Any) -> tuple[list[list[int]], Any]:
         return [result.tokens for result in results], engine.trace()
 
 
-def test_turns_change_no_token_and_nobody_waits_for_long(model: Model) -> None:
+def test_turns_change_no_token_and_none_waits_for_long(model: Model) -> None:
     expected, _ = made(model, "sarathi", None)
     tokens, trace = made(model, "device-aware", Edge())
     assert tokens == expected

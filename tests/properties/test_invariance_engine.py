@@ -1,5 +1,5 @@
-"""Nobody pays for a neighbour: what a request gets from the engine or the stepper is what it gets
-alone through raw calls, whoever else is there.
+"""No sequence pays for a neighbour: what a request gets from the engine or the stepper is what it
+gets alone through raw calls, whatever else runs.
 
 Greedy tokens, compared up to the first near tie (see `oracle.Agreement`); the fraction that was
 compared is asserted.
@@ -120,7 +120,7 @@ def test_stepper_sequences_get_what_they_get_alone(
 def test_requests_get_what_they_get_alone(
     model: Model, alone: list[Reference], limit: float, n: int
 ) -> None:
-    """All at once, different lengths; 33 requests on 16 sequences wait in line."""
+    """All at once, different lengths; 33 requests on 16 sequences wait."""
     with Engine(model, n_seq_max=min(n, 16), n_batch=64, n_ubatch=32, **EXACT) as engine:
         results = engine.generate(PROMPTS[:n], GREEDY)
         assert engine.stats().preemptions == 0

@@ -1,5 +1,5 @@
-"""Nobody pays for a neighbour, on the embedded model: 200 random mixes of arrivals, cancels,
-deadlines, samples of one prompt, interactive forks, common beginnings, far too few cells and
+"""No sequence pays for a neighbour, on the embedded model: 200 random mixes of arrivals, cancels,
+deadlines, samples of one prompt, interactive forks, common prefixes, far too few cells and
 failing decodes, in engines of every kind. Each request that finishes has the tokens that it gets
 alone through raw calls, and each that ends early has the first of them."""
 
@@ -49,7 +49,7 @@ requests = st.lists(
         st.integers(0, 11),  # prompt
         st.integers(1, N_TOKENS),
         st.sampled_from([1, 1, 1, 3]),  # samples
-        st.sampled_from(["stay", "stay", "stay", "cancel", "wait", "soon", "later", "hand"]),
+        st.sampled_from(["stay", "stay", "stay", "cancel", "wait", "soon", "later", "interactive"]),
     ),
     min_size=1,
     max_size=10,
@@ -107,11 +107,11 @@ def test_every_request_gets_what_it_gets_alone(model: Model, alone: list[Referen
                             nth, code, n_rows = left.pop()
                             # A fatal one twice: a fresh context.
                             engine._stepper.fault(nth, code, n_rows, 1 + (code == -3))
-                if what == "hand":
+                if what == "interactive":
                     for tokens in interactive(engine, prompts[which], n):
                         assert len(tokens) == n
                         check(agreement, alone[which], tokens)
-                    seen["hand"] += 1
+                    seen["interactive"] += 1
                     continue
                 params = SamplingParams(temperature=0, max_tokens=n, ignore_eog=True)
                 terms: dict[str, Any] = {}
@@ -138,6 +138,6 @@ def test_every_request_gets_what_it_gets_alone(model: Model, alone: list[Referen
 
     mix()
     assert agreement.fraction > 0.9
-    kinds = ["length", "cancelled", "deadline", "hand"]
+    kinds = ["length", "cancelled", "deadline", "interactive"]
     kinds += ["preemptions", "restarts", "swapped_tokens", "prefix_tokens"]
     assert min(seen[kind] for kind in kinds) >= 5, seen

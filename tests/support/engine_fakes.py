@@ -326,7 +326,7 @@ class Submitted:
 
 
 class Rig:
-    """A core on a fake machine, turned by hand instead of by its thread."""
+    """A core on a fake machine, turned by its test instead of by its thread."""
 
     def __init__(
         self,
@@ -385,7 +385,7 @@ class Rig:
                 assert (result.tokens, result.finish_reason) == (tokens, reason)
 
     def turn(self) -> None:
-        """One turn of the core, and one of the delivery thread for what came before it."""
+        """One turn of the core, and one of the output processor for what came before it."""
         if self.has_work:
             self.core.step()
             self.check()
@@ -397,7 +397,7 @@ class Rig:
         return bool(self.core.commands or not scheduler.idle or scheduler.has_kv_operations)
 
     def deliver(self) -> None:
-        """As if the delivery thread had its turn now."""
+        """As if the output thread had its turn now."""
         self.machine.wake()
         self.core.output_processor.turn()
 
