@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from pyllamabatch import Model, Vocab
 from pyllamabatch.errors import ArgumentError, ChatTemplateError, PyllamabatchError, TokenizeError
 from pyllamabatch.llama.vocab import chat_templates, pieces_of
 from tests.support.models_gguf import BOS, CHAT_TEMPLATE, EOS, IM_END, IM_START, N_VOCAB, gguf_path
+from tests.support.models_special import write_gpt2
 
 TEXTS = [
     "hello",
@@ -127,6 +129,21 @@ def test_chat_template(vocab: Vocab) -> None:
 def test_unknown_chat_template(vocab: Vocab) -> None:
     with pytest.raises(ChatTemplateError, match="chatml"):
         vocab.apply_chat_template([{"role": "user", "content": "x"}], template="{{ no such }}")
+
+
+def test_no_chat_template_says_how_to_give_one(tmp_path: Path) -> None:
+    write_gpt2(tmp_path / "gpt2.gguf")
+    with Model(tmp_path / "gpt2.gguf") as model:
+        assert model.chat_template() is None
+        with pytest.raises(ChatTemplateError, match='template="chatml"') as caught:
+            model.vocab.apply_chat_template([{"role": "user", "content": "x"}])
+    assert len(str(caught.value)) < 200
+
+
+def test_encode_and_decode_are_other_names(vocab: Vocab) -> None:
+    tokens = vocab.encode("a b")
+    assert tokens.tolist() == vocab.tokenize("a b").tolist()
+    assert vocab.decode(tokens) == vocab.detokenize(tokens)
 
 
 def test_bad_messages(vocab: Vocab) -> None:
