@@ -3,7 +3,8 @@
  *
  * Rules of every function: it returns a code (or fills a struct), throws nothing, prints nothing,
  * and never lets libllama reach an assertion with the arguments that it was given. An engine, its
- * views and its slots belong to one thread at a time; the caller sees to that.
+ * views and its slots belong to one thread at a time; that is the caller's duty. What benches and
+ * tests need besides is in tests/plb_testing.h.
  *
  * One step, seen from the caller:
  *     write rows 0..n-1 into views.token/pos/seq/flags; plb_step(engine, n);
@@ -70,8 +71,8 @@ enum plb_finish {
     PLB_FINISH_ERROR  = 4  /* no token: see plb_result.error */
 };
 
-/* One sampled row. The token that ends a text (EOG, STOP) is in the record; whoever shows the text
- * leaves it out. 32 bytes. */
+/* One sampled row. The token that ends a text (EOG, STOP) is in the record, but not part of the text.
+ * 32 bytes. */
 typedef struct plb_result {
     int32_t seq;
     int32_t row;     /* its row in the batch */
@@ -102,18 +103,18 @@ typedef struct plb_step_info {
 } plb_step_info;
 
 enum plb_stop {
-    PLB_STOP_STEPS  = 0, /* all steps are done, or as many as there are positions for */
-    PLB_STOP_FINISH = 1, /* a slot has finished or failed in the last step */
+    PLB_STOP_STEPS     = 0, /* all steps are done, or as many as there are positions for */
+    PLB_STOP_FINISH    = 1, /* a slot has finished or failed in the last step */
     PLB_STOP_INTERRUPT = 2, /* plb_interrupt was called */
-    PLB_STOP_CODE   = 3, /* the step after the last one returned a code other than 0 */
-    PLB_STOP_FULL   = 4  /* the ring is full, and nobody read for as long as a run waits */
+    PLB_STOP_CODE      = 3, /* the step after the last one returned a code other than 0 */
+    PLB_STOP_FULL      = 4  /* the ring is full, and no reader came for as long as a run waits */
 };
 
 /* What one run did. */
 typedef struct plb_run_info {
     int64_t n_recorded; /* steps that were tried since the engine was made, this run's included */
     int64_t n_reused;   /* graphs that this run has reused */
-    int64_t ns;         /* from the beginning of its first step to the end of its last one */
+    int64_t ns;         /* from the start of its first step to the end of its last one */
     int64_t first_ns;   /* to the end of its first one */
     int32_t code;       /* what plb_run returned */
     int32_t stop;       /* enum plb_stop: why there are no more steps */
@@ -150,7 +151,7 @@ typedef struct plb_engine_params {
  * is sampled from whole rows; a change between the two costs libllama a new graph and, once, three
  * times the memory for outputs. */
 enum plb_device_sampling {
-    PLB_DEVICE_SAMPLING_AUTO = -1, /* where it is cheaper (native/device/placement.hpp); never for the CPU backend */
+    PLB_DEVICE_SAMPLING_AUTO = -1, /* where it is cheaper (native/device/placement.hpp); never on a CPU */
     PLB_DEVICE_SAMPLING_OFF  = 0,
     PLB_DEVICE_SAMPLING_ON   = 1   /* wherever a step allows it, on any backend */
 };
@@ -286,18 +287,13 @@ const char * plb_slot_error(plb_engine * engine, int32_t seq);
  * results and the info. Returns 0, llama_decode's code, or one of ours; other than 0 nothing was
  * sampled and no slot has changed (what the KV cache holds then: see llama_decode).
  * Several rows of one sequence may be sampled in one step: each continues the slot of the one
- * before; after a finish the rest of them gives no result.
+ * before; after a finish the later ones give no result.
  * Nothing is allocated here. libllama allocates in llama_decode (its copy of the batch, a graph that
  * is not reused) and in some samplers (penalties, grammar, typical, top_k above 128, top_p and min_p
  * without top_k); greedy and the default chain do not.
  * Log-probabilities are a log-softmax of the row's raw logits over the whole vocabulary, before
  * biases, penalties, grammar and truncation. */
 int32_t plb_step(plb_engine * engine, int32_t n_rows);
-/* For tests of whoever drives the engine: the countdown-th decode from now on (1: the next one)
- * computes the first n_rows of its rows only (-1: all of them) and reports this code, other than 0;
- * so do those behind it, n_times (1 or more) in all. countdown 0: no fault. One fault at a time. */
-int32_t plb_fault_set(plb_engine * engine, int32_t countdown, int32_t code, int32_t n_rows,
-                      int32_t n_times);
 
 /* -- run --------------------------------------------------------------------------------------
  * Up to n_steps steps without coming back: in each, every sequence of slots (all different, each with
@@ -305,26 +301,25 @@ int32_t plb_fault_set(plb_engine * engine, int32_t countdown, int32_t code, int3
  * times plb_step with those rows, in their order; a step is done whole.
  * n_more rows of the caller's own (prompts), written at n_slots and behind, join the one step of a run
  * with n_steps = 1; n_slots may be 0 then.
- * It ends early after a step in which a slot finished, after a step during which the doorbell was
- * rung, and at a step that plb_step would return a code other than 0 for: that code is returned, and
- * the steps before it, their results included, are as valid as ever. The records of all steps lie in
- * results one after the other, steps[i].first_result is where those of step i begin.
+ * It ends early after a step in which a slot finished, after a step during which plb_interrupt was
+ * called, and at a step that plb_step would return a code other than 0 for: that code is returned, and
+ * the steps before it, their results included, are valid. The records of all steps lie in results one
+ * after the other; steps[i].first_result is the first one of step i.
  * Nothing is allocated here either, however many steps (and see plb_step for libllama). */
 int32_t plb_run(plb_engine * engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_more,
                 int32_t n_steps, plb_run_info * out);
 /* End the run that is going on, or when there is none the next one, after the step that it is in.
- * From any thread, until plb_engine_free. The run that ends takes the ring back, so a ring is never
- * lost, and who looks for news after every run has seen what was there before the ring. A run makes
- * at least one step, unless it ends with PLB_STOP_FULL. */
+ * From any thread, until plb_engine_free. The run that ends takes the interrupt back: none is lost, and
+ * a caller that looks for news after every run has seen what was there before the interrupt. A run
+ * makes at least one step, unless it ends with PLB_STOP_FULL. */
 void plb_interrupt(plb_engine * engine);
 
 /* -- reading while a run goes on (engines with `stream`) ---------------------------------------
  * Each step that was tried, failed ones included, is recorded with its records, and stays until it
  * was read: by one thread, which may be another one than that which computes. Steps are counted from
- * 0 over the life of the engine. A run hands each step over when the next one begins; its last one
- * is handed over by the next run or by plb_ring_flush, so that the caller, who has a plan to change,
- * comes first. A run that finds no room waits for the reader for up to 50 ms, or until the bell
- * rings. */
+ * 0 over the life of the engine. A run publishes each step when the next one starts; its last one is
+ * published by the next run or by plb_ring_flush, so that the caller, which has a plan to change, comes
+ * first. A run that finds no room waits for the reader for up to 50 ms, or until plb_interrupt. */
 
 /* What was read, in columns by sequence: a reader's memory, filled by plb_ring_read. Tokens that end
  * a text (EOG, STOP) and errors are left out. */
@@ -341,21 +336,21 @@ typedef struct plb_page {
     float         * top_logprob;
 } plb_page;
 
-/* Steps handed over so far, once they are at least n_wanted, plb_ring_flush was called since the last
+/* Steps published so far, once they are at least n_wanted, plb_ring_flush was called since the last
  * wait, or timeout_ns are over. */
 int64_t plb_ring_wait(plb_engine * engine, int64_t n_wanted, int64_t timeout_ns);
 /* Move the next steps, below `until` and as many as fit, from the ring to the end of a page; how
  * many. */
 int32_t plb_ring_read(plb_engine * engine, int64_t until, plb_page * page);
-/* Hand over the last step, and wake the reader anyway. From the thread that computes. */
+/* Publish the last step, and wake the reader anyway. From the thread that computes. */
 void    plb_ring_flush(plb_engine * engine);
 /* Wake the reader. From any thread. */
 void    plb_ring_wake(plb_engine * engine);
 /* For the reader, between two pieces of work that keep others from planning (an interpreter's lock):
  * returns when a run goes on, or when the thread that computes has flushed because it has nothing to
  * do, at the latest after timeout_ns. */
-void    plb_ring_give_way(plb_engine * engine, int64_t timeout_ns);
-/* Steps handed over so far. From any thread. */
+void    plb_ring_yield(plb_engine * engine, int64_t timeout_ns);
+/* Steps published so far. From any thread. */
 int64_t plb_ring_count(plb_engine * engine);
 /* The clock of plb_step_info.t_start_ns. */
 int64_t plb_now_ns(void);
@@ -368,30 +363,7 @@ int64_t plb_now_ns(void);
 int64_t plb_pieces(const struct llama_vocab * vocab, const llama_token * tokens, int32_t n,
                    char * out, int64_t size, int64_t * offsets);
 
-/* -- rows of one's own (native/sampling/rows.cpp) -------------------------------------------------------
- * Sampling without a context: slots 0..n_slots-1 that choose from rows of logits of the caller's, as
- * the slots of an engine do. No vocabulary, so no end-of-generation tokens and no grammar. */
-typedef struct plb_rows plb_rows;
-
-int32_t plb_rows_new(int32_t n_vocab, int32_t n_slots, int32_t n_logprobs_max, int32_t n_threads,
-                     plb_rows ** out);
-void    plb_rows_free(plb_rows * rows);
-int32_t plb_rows_threads(const plb_rows * rows);
-int32_t plb_rows_set(plb_rows * rows, int32_t slot, const plb_sampling * sampling,
-                     const llama_token * prompt, int32_t n_prompt);
-/* Row i, n_vocab logits from logits + i * stride on, with slot i: results[i], and
- * [i][n_logprobs_max] of the top arrays (NULL where no slot asks for log-probabilities). The rows
- * change meanwhile and are as before afterwards. PLB_E_SLOT_FINISHED when one has finished. */
-int32_t plb_rows_sample(plb_rows * rows, int32_t n, float * logits, int64_t stride,
-                        plb_result * results, llama_token * top_token, float * top_logprob);
-/* Text of the last failure. */
-const char * plb_rows_error(const plb_rows * rows);
-/* One plain vectorised scan for the maximum, the yardstick of the benches; n a multiple of 64. */
-float        plb_rows_maximum(const float * logits, int32_t n);
-/* The instruction set that was chosen for this machine, or by PLB_SIMD in the environment. */
-const char * plb_rows_simd(void);
-
-/* -- memory (native/device/memory.cpp) ----------------------------------------------------------------- */
+/* -- memory ------------------------------------------------------------------------------------ */
 /* Bytes in buffers of one type; of a no_alloc model, bytes that there would be. */
 typedef struct plb_memory_part {
     char    buffer_type[64];
@@ -405,10 +377,10 @@ typedef struct plb_memory_part {
 /* How many parts there are (also when there is room for fewer), or a code. */
 int32_t plb_memory_breakdown(const struct llama_context * ctx, plb_memory_part * parts, int32_t n_parts);
 
-/* -- log ring (native/guard/log.cpp) ----------------------------------------------------------------- */
+/* -- log --------------------------------------------------------------------------------------- */
 /* libllama's and ggml's log goes to a ring of fixed size, from any thread; nothing is printed. */
 void plb_log_install(void);              /* once, before anything else logs */
-void plb_log_set_level(int32_t level);   /* enum ggml_log_level; what is below is not kept */
+void plb_log_set_level(int32_t level);   /* enum ggml_log_level; what is below is dropped */
 /* The oldest fragment (not 0-terminated; a line ends with \n): returns its size, 0 when there is
  * none. dropped: fragments lost to a full ring since the last call. */
 int32_t plb_log_drain(char * buf, int32_t size, int32_t * level, int64_t * dropped);
@@ -416,11 +388,13 @@ int32_t plb_log_drain(char * buf, int32_t size, int32_t * level, int64_t * dropp
 void    plb_log_mark(void);
 int32_t plb_log_errors(char * buf, int32_t size);
 
+/* -- threads ----------------------------------------------------------------------------------- */
 /* The calling thread has no helpers of OpenMP's any more until it computes again: for a thread that
  * has computed and will wait for others that do (native/device/openmp.cpp). plb_model_load does it, too. */
-void plb_threads_rest(void);
+void plb_threads_release(void);
 
-/* Calls that read a file or a blob: a failed assertion of libllama inside them, on the calling
+/* -- guarded calls -----------------------------------------------------------------------------
+ * Calls that read a file or a blob: a failed assertion of libllama inside them, on the calling
  * thread, is a failure (NULL or 0, its text in plb_log_errors) instead of the end of the process
  * (native/guard/guard.cpp). */
 void plb_guard_install(void); /* once */
@@ -429,12 +403,10 @@ struct llama_context * plb_context_new(struct llama_model * model, struct llama_
 struct llama_adapter_lora * plb_lora_load(struct llama_model * model, const char * path);
 size_t plb_state_seq_set(struct llama_context * ctx, const uint8_t * src, size_t size, llama_seq_id seq);
 /* The GBNF grammar (root "root") of the JSON texts that a schema allows, by llama.cpp's own
- * converter; NULL, and why in plb_log_errors, for one that it can't read or keep whole. The caller
+ * converter; NULL, and why in plb_log_errors, for one that it can't express whole. The caller
  * bounds the schema's depth. To be freed with plb_text_free. */
 char * plb_json_schema_to_gbnf(const char * schema);
 void   plb_text_free(char * text);
-/* -- end of log ring --------------------------------------------------------------------------- */
-
 #ifdef __cplusplus
 }
 #endif

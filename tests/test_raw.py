@@ -22,7 +22,7 @@ PUBLIC = ["llama.h", "ggml.h", "ggml-backend.h", "ggml-cpu.h", "gguf.h"]
 
 @pytest.fixture(scope="module")
 def found() -> declarations.Declarations:
-    return declarations.read(["llama.h", "plb.h"], INCLUDE)
+    return declarations.read(["llama.h", "plb.h", "tests/plb_testing.h"], INCLUDE)
 
 
 def test_every_public_function_is_on_lib(found: declarations.Declarations) -> None:
@@ -116,7 +116,7 @@ def test_wrappers_for_a_backend_that_is_loaded_at_run_time_compile(
         wrapped = header == "ggml-cpu.h" and name not in declarations.NOT_EXPOSED
         assert (f"#define {name} plb_dynamic_{name}\n" in text) is wrapped, name
     source = tmp_path / "wrappers.c"
-    source.write_text(f'#include "llama.h"\n#include "device/dynamic.h"\n{text}')
+    source.write_text(f'#include "llama.h"\n#include "device/cpu_symbol.h"\n{text}')
     include = [f"-I{folder}" for folder in INCLUDE]
     compiler = shlex.split(os.environ.get("CC", "cc"))
     options = ["-fsyntax-only", "-Wall", "-Werror", "-Wno-unused-function"]

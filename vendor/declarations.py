@@ -220,7 +220,7 @@ def main() -> int:
     found = read(options.header, options.include)
     prelude = "".join(f'#include "{name}"\n' for name in options.header)
     if options.dynamic:
-        prelude += '#include "device/dynamic.h"\n'
+        prelude += '#include "device/cpu_symbol.h"\n'
         prelude += trampolines(found, options.dynamic)
     ffi = cffi.FFI()
     ffi.cdef(found.cdef())

@@ -7,7 +7,7 @@
 extern "C" int omp_pause_resource_all(int kind) __attribute__((weak));
 #endif
 
-void plb_threads_rest(void) {
+void plb_threads_release(void) {
 #if defined(__linux__)
     constexpr int soft = 1;  // omp_pause_soft
     if (omp_pause_resource_all) {

@@ -28,7 +28,7 @@ public:
 
 private:
     static constexpr int32_t N_TIMES  = 8;
-    static constexpr int32_t N_FIRST  = 4;    // steps after a change that make graphs anew
+    static constexpr int32_t N_FIRST  = 4;    // steps after a change that rebuild graphs
     static constexpr int32_t CALM     = 8;    // steps that could before one does
     static constexpr int32_t CALM_MAX = 2048;
 

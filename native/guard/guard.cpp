@@ -54,7 +54,7 @@ struct llama_model * plb_model_load(const char ** paths, size_t n_paths, struct 
         return n_paths == 1 ? llama_model_load_from_file(paths[0], params)
                             : llama_model_load_from_splits(paths, n_paths, params);
     });
-    plb_threads_rest();  // weights for AMX are packed by all cores
+    plb_threads_release();  // weights for AMX are packed by all cores
     return model;
 }
 

@@ -1,48 +1,37 @@
-// libllama's and ggml's log lines, kept until Python asks for them: a callback into Python from
+// libllama's and ggml's log lines, stored until Python asks for them: a callback into Python from
 // whatever thread logs would take the GIL on the hot path.
 #include "plb.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <deque>
 #include <mutex>
+#include <new>
+#include <string>
 
 namespace {
 
-constexpr size_t RING_BYTES  = 1 << 18;
+constexpr size_t LOG_BYTES   = 1 << 18;
 constexpr size_t ERROR_BYTES = 1 << 12;
 
-struct record {
-    int32_t level;
-    int32_t size;
+struct fragment {
+    int32_t     level;
+    std::string text;
 };
 
-// Fragments of text, oldest first. When it is full the oldest ones make room.
-struct ring {
-    std::mutex mutex;
-    char    data[RING_BYTES];
-    size_t  head    = 0; // where the oldest record starts
-    size_t  used    = 0;
-    int64_t dropped = 0; // records lost since the last drain
+// Fragments of text, oldest first. When there is too much, the oldest ones make room.
+struct backlog {
+    std::mutex           mutex;
+    std::deque<fragment> fragments;
+    size_t  n_bytes = 0;
+    int64_t dropped = 0; // fragments lost since the last drain
 
-    void copy_in(const void * src, size_t n) {
-        const size_t at    = (head + used) % RING_BYTES;
-        const size_t first = std::min(n, RING_BYTES - at);
-        memcpy(data + at, src, first);
-        memcpy(data, (const char *) src + first, n - first);
-        used += n;
-    }
-
-    void copy_out(void * dst, size_t n) {
-        const size_t first = std::min(n, RING_BYTES - head);
-        memcpy(dst, data + head, first);
-        memcpy((char *) dst + first, data, n - first);
-        skip(n);
-    }
-
-    void skip(size_t n) {
-        head = (head + n) % RING_BYTES;
-        used -= n;
+    fragment take() {
+        fragment oldest = std::move(fragments.front());
+        fragments.pop_front();
+        n_bytes -= oldest.text.size();
+        return oldest;
     }
 };
 
@@ -68,8 +57,8 @@ struct thread_errors {
 };
 
 // Never destroyed: a backend may log at exit.
-ring & the_ring() {
-    static ring * instance = new ring;
+backlog & the_backlog() {
+    static backlog * instance = new backlog;
     return *instance;
 }
 
@@ -88,19 +77,19 @@ void on_log(enum ggml_log_level level_in, const char * text, void *) {
         return;
     }
 
-    const size_t size = std::min(length, RING_BYTES / 4);
-    const record head = {level, (int32_t) size};
-
-    ring & r = the_ring();
-    const std::lock_guard<std::mutex> lock(r.mutex);
-    while (r.used + sizeof(head) + size > RING_BYTES) {
-        record oldest;
-        r.copy_out(&oldest, sizeof(oldest));
-        r.skip((size_t) oldest.size);
-        r.dropped++;
+    backlog & log = the_backlog();
+    const std::lock_guard<std::mutex> lock(log.mutex);
+    try {
+        log.fragments.push_back({level, std::string(text, std::min(length, LOG_BYTES / 4))});
+    } catch (const std::bad_alloc &) {
+        log.dropped++;
+        return;
     }
-    r.copy_in(&head, sizeof(head));
-    r.copy_in(text, size);
+    log.n_bytes += log.fragments.back().text.size();
+    while (log.n_bytes > LOG_BYTES) {
+        log.take();
+        log.dropped++;
+    }
 }
 
 } // namespace
@@ -112,7 +101,7 @@ void plb_log_append_error(const char * text) {
 }
 
 void plb_log_install(void) {
-    the_ring();
+    the_backlog();
     llama_log_set(on_log, nullptr); // sets ggml's too
 }
 
@@ -124,20 +113,16 @@ int32_t plb_log_drain(char * buf, int32_t size, int32_t * level, int64_t * dropp
     if (buf == nullptr || size <= 0 || level == nullptr || dropped == nullptr) {
         return PLB_E_ARGUMENT;
     }
-    ring & r = the_ring();
-    const std::lock_guard<std::mutex> lock(r.mutex);
-    *dropped  = r.dropped;
-    r.dropped = 0;
-    if (r.used == 0) {
+    backlog & log = the_backlog();
+    const std::lock_guard<std::mutex> lock(log.mutex);
+    *dropped    = log.dropped;
+    log.dropped = 0;
+    if (log.fragments.empty()) {
         return 0;
     }
-    record head;
-    r.copy_out(&head, sizeof(head));
-    const size_t n = std::min((size_t) head.size, (size_t) size);
-    r.copy_out(buf, n);
-    r.skip((size_t) head.size - n);
-    *level = head.level;
-    return (int32_t) n;
+    const fragment oldest = log.take();
+    *level = oldest.level;
+    return (int32_t) oldest.text.copy(buf, (size_t) size);
 }
 
 void plb_log_mark(void) {

@@ -105,7 +105,7 @@ inline bool by_logit_and_id(const candidate & a, const candidate & b) {
     return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
 }
 
-// Kept of a row: the logits above `logit`, and of those equal to it the ids up to last_id.
+// What stays of a row: the logits above `logit`, and of those equal to it the ids up to last_id.
 struct cut {
     float   logit   = -INFINITY;
     int32_t last_id = -1;
@@ -135,24 +135,31 @@ public:
     pass begin(fused_request & request) noexcept;
     void run(pass p, int32_t first, int32_t last) noexcept; // any thread, blocks disjoint
     pass next() noexcept { return (this->*after_)(); }
+    // Of all that the log-probabilities only, if they are asked for, and whether the row can be sampled:
+    // request.error.
+    void look_at(fused_request & request) noexcept;
+    float logprob(llama_token token) const { return (float) (r_->logits[token] - norm_); }
     // Instead of all that: from the n largest logits of a row (request.logits, in any order) and whose
     // they are. They hold all that top-k can keep.
     void choose_from_shortlist(fused_request & request, const llama_token * ids, int32_t n) noexcept;
     pass current() const { return current_; }
     int32_t n_blocks() const { return row_.n_blocks; }
     // What the draw was from: the memory's list of so many, with their weights if there are two or
-    // more, or all that was kept where that is 0.
+    // more, or all that stays where that is 0.
     int32_t n_list() const { return n_list_; }
-    const cut & kept() const { return keep_; }
+    const cut & candidates() const { return keep_; }
 
 private:
     using step = pass (fused_row::*)();
 
-    // fused.cpp: one row from its logits to a token
+    // fused_row.cpp: one row from its logits to a token
     pass then(pass p, step after);
+    void start(fused_request & request);
     pass fail(int32_t code);
     pass choose(llama_token token);
-    void look();
+    void pad();
+    bool good_raw_row();
+    void note_logprobs();
     bool patch();
     void restore();
     pass after_raw_scan();

@@ -137,7 +137,7 @@ fused_row::pass fused_row::after_weighing_both() {
 }
 
 // Where `above` and the list, from its largest on, reach the target: cut() if nowhere. The weights
-// of what is kept of the list join upper_sum.
+// of what the nucleus has of the list join upper_sum.
 cut fused_row::nucleus_edge(int32_t n, double above, double target) {
     candidate * list = m_->list.get();
     candidate * weighed = m_->other.get();

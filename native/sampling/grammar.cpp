@@ -21,7 +21,7 @@ constexpr int      MAX_NESTING     = 256;
 constexpr uint64_t MAX_REPETITIONS = 2000; // the parser's own limit: above it, a maximum is none
 constexpr uint64_t MAX_RULES       = 100000;
 constexpr uint64_t MAX_ELEMENTS    = 4000000;
-constexpr uint64_t MAX_VISITS      = 20000000; // of libllama's search for left recursion
+constexpr uint64_t MAX_CALLS       = 20000000; // of libllama's search for left recursion
 constexpr uint32_t MAX_DEPTH       = 5000;     // of the same search, which recurses
 constexpr int      MAX_SWEEPS      = 100;
 
@@ -129,15 +129,15 @@ void parse(llama_grammar_parser & parser, const char * text) {
     } catch (const std::out_of_range &) {
         refuse("a number is too large");
     } catch (const std::runtime_error & error) {
-        // "expecting name at REST": the rest of the text tells where
+        // "expecting name at ...": the end of the text tells where
         const std::string what = error.what(), whole = text;
         const size_t at = what.find(" at ");
-        const std::string rest = at == std::string::npos ? "" : what.substr(at + 4);
-        if (at == std::string::npos || rest.size() > whole.size() ||
-            whole.compare(whole.size() - rest.size(), rest.size(), rest) != 0) {
+        const std::string tail = at == std::string::npos ? "" : what.substr(at + 4);
+        if (at == std::string::npos || tail.size() > whole.size() ||
+            whole.compare(whole.size() - tail.size(), tail.size(), tail) != 0) {
             refuse(what);
         }
-        refuse_at(text, text + (whole.size() - rest.size()), what.substr(0, at));
+        refuse_at(text, text + (whole.size() - tail.size()), what.substr(0, at));
     }
     for (const auto & [name, id] : parser.symbol_ids) {
         if (id >= parser.rules.size() || parser.rules[id].empty()) {
@@ -195,29 +195,29 @@ public:
         for (const auto & [name, id] : parser.symbol_ids) {
             names_[id] = name.substr(0, name.find('_')); // a group's and a repetition's: the rule's own
         }
-        uint64_t visits = 0;
+        uint64_t n_calls = 0;
         for (uint32_t id = 0; id < rules_.size(); ++id) {
-            visits += visit(id, 0).visits;
-            check(id, visits, 0);
+            n_calls += explore(id, 0).n_calls;
+            check(id, n_calls, 0);
         }
     }
 
 private:
     struct reach {
-        uint64_t visits = 0; // 0: not there yet
+        uint64_t n_calls = 0; // 0: not there yet
         uint32_t depth  = 0; // 0: on the way
     };
 
-    const reach & visit(uint32_t id, uint32_t level) {
+    const reach & explore(uint32_t id, uint32_t level) {
         reach & here = found_[id];
         if (here.depth > 0) {
             return here;
         }
-        if (here.visits > 0) {
+        if (here.n_calls > 0) {
             refuse("rule '" + names_[id] + "' is left-recursive: it can start with itself");
         }
         check(id, 0, level);
-        uint64_t visits = here.visits = 1;
+        uint64_t n_calls = here.n_calls = 1;
         uint32_t depth  = 0;
         const llama_grammar_rule & rule = rules_[id];
         size_t first = 0; // of the alternative
@@ -232,19 +232,19 @@ private:
             // X ::= S X | nothing, a repetition of what may be empty, comes back to the same stack
             const bool repeats = i > first && rule[i].value == id && ends_alternative(rule[i + 1]);
             if (reachable && !repeats) {
-                const reach & next = visit(rule[i].value, level + 1);
-                visits += next.visits;
+                const reach & next = explore(rule[i].value, level + 1);
+                n_calls += next.n_calls;
                 depth = std::max(depth, next.depth);
             }
             reachable = reachable && empty_[rule[i].value];
         }
-        check(id, visits, depth + 1);
-        here = {visits, depth + 1};
+        check(id, n_calls, depth + 1);
+        here = {n_calls, depth + 1};
         return here;
     }
 
-    void check(uint32_t id, uint64_t visits, uint32_t depth) const {
-        if (visits > MAX_VISITS || depth > MAX_DEPTH) {
+    void check(uint32_t id, uint64_t n_calls, uint32_t depth) const {
+        if (n_calls > MAX_CALLS  || depth > MAX_DEPTH) {
             refuse("rule '" + names_[id] + "' can start in too many ways");
         }
     }

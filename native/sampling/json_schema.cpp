@@ -1,6 +1,6 @@
 // JSON schema to GBNF, by llama.cpp's own converter. The converter belongs to upstream's command line
-// tools, not to libllama: its files are compiled into the shim. Of the rest of those tools it needs
-// the three functions on text below.
+// tools, not to libllama: its files are compiled into the shim. Three functions on text, which
+// it needs of the other tools, are below.
 #include "common.h"
 #include "json-schema-to-grammar.h"
 #include "json.h"

@@ -5,7 +5,7 @@
 #include "step/gaps.hpp"
 #include "device/placement.hpp"
 #include "plb.h"
-#include "device/pool.hpp"
+#include "device/thread_pool.hpp"
 #include "step/ring.hpp"
 #include "device/shortlist.hpp"
 
@@ -25,15 +25,27 @@ namespace plb {
 
 constexpr float NEVER = -INFINITY; // the logit of a token that may not be chosen
 
-struct sampler_free {
-    void operator()(llama_sampler * sampler) const { llama_sampler_free(sampler); }
-};
-using sampler_ptr = std::unique_ptr<llama_sampler, sampler_free>;
-
 // A failure on its way to a code and a text. Thrown inside the shim only.
 struct failure {
     int32_t     code;
     std::string text;
+};
+
+struct sampler_free {
+    void operator()(llama_sampler * sampler) const { llama_sampler_free(sampler); }
+};
+
+// Owns a sampler of libllama's; a copy owns a clone.
+struct sampler_ptr : std::unique_ptr<llama_sampler, sampler_free> {
+    using unique_ptr::unique_ptr;
+    sampler_ptr(sampler_ptr &&) = default;
+    sampler_ptr & operator=(sampler_ptr &&) = default;
+    sampler_ptr(const sampler_ptr & other)
+        : unique_ptr(other ? llama_sampler_clone(other.get()) : nullptr) {
+        if (other && !*this) {
+            throw failure{PLB_E_EXCEPTION, "libllama made no sampler"};
+        }
+    }
 };
 
 constexpr size_t TEXT_BYTES = 512;
@@ -179,9 +191,9 @@ void reseed(plb_slot & slot, uint32_t seed);
 // Takes the slot to where it would be after sampling these tokens; throws `failure`.
 void replay(plb_slot & slot, const llama_token * tokens, int32_t n_tokens, int32_t n_draws);
 
-// Its two halves for a slot of the fused path, with the sampling in between.
-void begin_fused(const vocabulary & words, const row_job & job, fused_request & request) noexcept;
-void end_fused(const vocabulary & words, const row_job & job, const fused_request & request) noexcept;
+// Its start and its end, with the sampling in between.
+void begin_row(const vocabulary & words, const row_job & job, fused_request & request) noexcept;
+void end_row(const vocabulary & words, const row_job & job, const fused_request & request) noexcept;
 
 // Choose, account and accept one token. Fills result.token, index, finish, error, logprob and n_top.
 // Throws nothing: a failure is the slot's end, and is in the result.

@@ -1,7 +1,7 @@
 // Where every sequence has a stream of cells of its own, libllama makes an ubatch only of sequences
 // whose ids follow each other: a sequence in between that has nothing to decode cuts the batch in two,
 // and every part reads all weights. One row for the one in between is cheaper. So a step may have rows
-// of sequences that hold nothing, whose output nobody sees; what they leave in the memory is removed
+// of sequences that hold nothing, whose output is not read; what they leave in the memory is removed
 // when the native call ends.
 #pragma once
 

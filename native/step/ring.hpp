@@ -11,7 +11,7 @@
 
 namespace plb {
 
-// Wakes a thread that waits for what others store in atomics. Costs a load where nobody waits.
+// Wakes a thread that waits for what others store in atomics. Costs a load where no thread waits.
 class signal {
 public:
     // ready() reads what was stored before notify(); false when the time is over.
@@ -27,7 +27,7 @@ public:
         return is_ready;
     }
 
-    // Either we see here that somebody waits, or he has seen what we stored.
+    // Either we see here that a thread waits, or it has seen what we stored.
     void notify() {
         if (n_waiting_.load() > 0) {
             { std::lock_guard<std::mutex> lock(mutex_); }
@@ -85,7 +85,7 @@ public:
         ++n_done_;
     }
 
-    // Hand over what is done.
+    // The reader may have what is done.
     void publish() {
         published_.store(n_done_);
         if (n_done_ >= wanted_.load()) {
@@ -111,7 +111,7 @@ public:
 
     // -- the reader
 
-    void give_way(std::chrono::nanoseconds timeout) {
+    void yield(std::chrono::nanoseconds timeout) {
         to_reader_.wait([&] { return !planning_.load(); }, timeout);
     }
 

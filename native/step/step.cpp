@@ -1,10 +1,7 @@
-// The engine: its memory, and one step from rows to results.
+// One step, from rows to results.
 #include "step/engine.hpp"
 
-#include "ggml-backend.h"
-
 #include <algorithm>
-#include <iterator>
 
 using namespace plb;
 
@@ -20,56 +17,7 @@ int32_t plb::fail(plb_engine & engine, int32_t code, int32_t row) noexcept {
 
 namespace {
 
-constexpr int32_t N_LOGPROBS_LIMIT = 1024;
-constexpr int32_t N_STEPS_LIMIT    = 65536;
-constexpr int32_t ROW_FLAGS        = PLB_ROW_OUTPUT | PLB_ROW_SAMPLE | PLB_ROW_REPORT;
-constexpr int32_t N_VOCAB_WORTH    = 16384;
-constexpr int64_t MORE_BYTES_LIMIT = (int64_t) 1 << 30;
-
-void allocate(plb_engine & engine, int32_t n_rows, int32_t n_results, int32_t n_logprobs,
-              int32_t n_steps) {
-    engine.token.resize(n_rows);
-    engine.pos.resize(n_rows);
-    engine.seq.resize(n_rows);
-    engine.flags.resize(n_rows);
-    engine.output.resize(n_rows);
-    engine.n_seq_id.assign(n_rows, 1);
-    engine.seq_id.resize((size_t) n_rows + 1);
-    for (int32_t i = 0; i < n_rows; ++i) {
-        engine.seq_id[i] = &engine.seq[i];
-    }
-    engine.steps.resize(n_steps);
-    engine.finished.resize(engine.slots.size());
-    engine.ring.allocate(n_steps, n_results);
-    engine.named.resize(engine.slots.size());
-    engine.results.resize(n_results);
-    // one spare entry, so that the addresses are valid without any column too
-    engine.top_token.resize((size_t) n_results * n_logprobs + 1);
-    engine.top_logprob.resize((size_t) n_results * n_logprobs + 1);
-    engine.jobs.resize((size_t) engine.n_outputs_max);
-}
-
-void read_vocabulary(vocabulary & words, const llama_context * ctx) {
-    words.vocab   = llama_model_get_vocab(llama_get_model(ctx));
-    words.n_vocab = llama_vocab_n_tokens(words.vocab);
-    words.n_ctx   = (int32_t) std::min<uint32_t>(llama_n_ctx(ctx), INT32_MAX);
-    for (llama_token token = 0; token < words.n_vocab; ++token) {
-        if (llama_vocab_is_eog(words.vocab, token)) {
-            words.eog.push_back(token);
-        }
-    }
-    int32_t n = 0;
-    const llama_token * suppressed = llama_vocab_get_suppress_tokens(words.vocab, &n);
-    std::copy_if(suppressed, suppressed + n, std::back_inserter(words.suppressed),
-                 [&](llama_token token) { return token >= 0 && token < words.n_vocab; });
-}
-
-// A model that looks positions up in a table has as many as it was trained with.
-int32_t positions(const llama_model * model) {
-    const bool table = llama_model_rope_type(model) == LLAMA_ROPE_TYPE_NONE &&
-                       !llama_model_is_recurrent(model) && !llama_model_is_hybrid(model);
-    return table ? llama_model_n_ctx_train(model) : INT32_MAX;
-}
+constexpr int32_t ROW_FLAGS = PLB_ROW_OUTPUT | PLB_ROW_SAMPLE | PLB_ROW_REPORT;
 
 // Everything that libllama would assert on, and what only we know: 0, or the code and the row.
 int32_t check_rows(plb_engine & engine, int32_t n_rows, int32_t & n_outputs) {
@@ -289,33 +237,6 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows) {
     return PLB_OK;
 }
 
-// Whether it is worth asking the device at all, and whether that is known.
-void place_sampling(plb_engine & engine, int32_t mode) {
-    const int32_t n_vocab = engine.words.n_vocab;
-    if (mode == PLB_DEVICE_SAMPLING_OFF || !shortlist::fits(n_vocab, engine.n_outputs_max)) {
-        return;
-    }
-    bool ask = mode == PLB_DEVICE_SAMPLING_ON, known = false;
-    // libllama sets memory aside for three more rows of the vocabulary's size for each output.
-    const int64_t more = (int64_t) 3 * sizeof(float) * n_vocab * engine.n_outputs_max;
-    if (!ask && n_vocab >= N_VOCAB_WORTH && more <= MORE_BYTES_LIMIT) {
-        for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
-            ggml_backend_dev_props device = {};
-            ggml_backend_dev_get_props(ggml_backend_dev_get(i), &device);
-            ask   = ask || device.type == GGML_BACKEND_DEVICE_TYPE_GPU ||
-                  device.type == GGML_BACKEND_DEVICE_TYPE_IGPU;
-            known = known || (device.type == GGML_BACKEND_DEVICE_TYPE_GPU &&
-                              !device.caps.buffer_from_host_ptr); // memory of its own
-        }
-    }
-    if (ask) {
-        engine.place     = placement(mode, known);
-        engine.on_device =
-            std::make_unique<shortlist>(engine.ctx, mode == PLB_DEVICE_SAMPLING_ON);
-        engine.short_rows.resize((size_t) engine.views.n_rows_max);
-    }
-}
-
 } // namespace
 
 int32_t plb::clear_gaps(plb_engine & engine, int32_t code) {
@@ -341,105 +262,6 @@ int32_t plb::one_step(plb_engine & engine, int32_t n_rows, int32_t first_record)
     return info.code;
 }
 
-plb_engine_params plb_engine_default_params(void) {
-    return {0, 20, 0, 0, 0, 32, PLB_DEVICE_SAMPLING_AUTO, 0, 0};
-}
-
-int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, plb_engine ** out) {
-    if (ctx == nullptr || params == nullptr || out == nullptr) {
-        return PLB_E_ARGUMENT;
-    }
-    *out = nullptr;
-    if (llama_get_memory(ctx) == nullptr) {
-        return PLB_E_NO_DECODER;
-    }
-    const int32_t n_batch   = (int32_t) llama_n_batch(ctx);
-    const int32_t n_seq_max = (int32_t) llama_n_seq_max(ctx);
-    const int32_t n_outputs = params->n_outputs_max == 0 ? n_batch : params->n_outputs_max;
-    if (n_outputs < n_seq_max || params->n_logprobs_max < 0 ||
-        params->n_logprobs_max > N_LOGPROBS_LIMIT || params->n_threads < 0 ||
-        params->n_steps_max < 1 || params->n_steps_max > N_STEPS_LIMIT ||
-        params->device_sampling < PLB_DEVICE_SAMPLING_AUTO ||
-        params->device_sampling > PLB_DEVICE_SAMPLING_ON || params->gap_max < 0) {
-        return PLB_E_ARGUMENT;
-    }
-    char ignored[TEXT_BYTES];
-    return guarded(ignored, [&] {
-        auto engine = std::make_unique<plb_engine>();
-        engine->ctx           = ctx;
-        engine->n_outputs_max = std::min(n_outputs, n_batch);
-        engine->n_ubatch      = (int32_t) llama_n_ubatch(ctx);
-        engine->all_outputs   = params->all_outputs != 0;
-        engine->sync          = params->sync != 0;
-        engine->stream        = params->stream != 0;
-        engine->slots.resize(n_seq_max);
-        read_vocabulary(engine->words, ctx);
-        engine->sampler = std::make_unique<row_sampler>(engine->words, params->n_threads);
-        const int32_t n_logprobs = std::min(params->n_logprobs_max, engine->words.n_vocab);
-        const int64_t n_records = std::max<int64_t>(engine->n_outputs_max,
-                                                    (int64_t) n_seq_max * params->n_steps_max);
-        allocate(*engine, n_batch, (int32_t) n_records, n_logprobs, params->n_steps_max);
-        engine->views = {
-            n_batch, (int32_t) n_records, n_logprobs, n_seq_max, engine->words.n_vocab,
-            positions(llama_get_model(ctx)), params->n_steps_max,
-            engine->token.data(), engine->pos.data(), engine->seq.data(), engine->flags.data(),
-            engine->results.data(), engine->top_token.data(), engine->top_logprob.data(),
-            &engine->info, engine->steps.data(), engine->finished.data(),
-        };
-        place_sampling(*engine, params->device_sampling);
-        if (params->gap_max > 0) {
-            engine->gaps = std::make_unique<gaps>(ctx, params->gap_max);
-        }
-        *out = engine.release();
-    });
-}
-
-void plb_engine_free(plb_engine * engine) {
-    delete engine;
-}
-
-int32_t plb_engine_detach(plb_engine * engine) {
-    if (engine == nullptr) {
-        return PLB_E_ARGUMENT;
-    }
-    return guarded(engine->error, [&] {
-        if (engine->on_device) {
-            engine->on_device->detach();
-        }
-    });
-}
-
-int32_t plb_engine_rebind(plb_engine * engine, llama_context * ctx) {
-    if (engine == nullptr || ctx == nullptr || llama_get_memory(ctx) == nullptr ||
-        (int32_t) llama_n_batch(ctx) != engine->views.n_rows_max ||
-        (int32_t) llama_n_ubatch(ctx) != engine->n_ubatch ||
-        (int32_t) llama_n_seq_max(ctx) != engine->views.n_seq_max ||
-        (int32_t) std::min<uint32_t>(llama_n_ctx(ctx), INT32_MAX) != engine->words.n_ctx ||
-        llama_model_get_vocab(llama_get_model(ctx)) != engine->words.vocab) {
-        return PLB_E_ARGUMENT;
-    }
-    return guarded(engine->error, [&] {
-        auto device = engine->on_device ? std::make_unique<shortlist>(ctx, *engine->on_device)
-                                        : nullptr;
-        auto filled = engine->gaps ? std::make_unique<gaps>(ctx, engine->gaps->most()) : nullptr;
-        engine->on_device = std::move(device);
-        engine->gaps      = std::move(filled);
-        engine->ctx       = ctx;
-    });
-}
-
-int32_t plb_engine_views(plb_engine * engine, plb_views * out) {
-    if (engine == nullptr || out == nullptr) {
-        return PLB_E_ARGUMENT;
-    }
-    *out = engine->views;
-    return PLB_OK;
-}
-
-const char * plb_last_error(const plb_engine * engine) {
-    return engine == nullptr ? "" : engine->error;
-}
-
 int32_t plb_step(plb_engine * engine, int32_t n_rows) {
     if (engine == nullptr) {
         return PLB_E_ARGUMENT;
@@ -449,14 +271,4 @@ int32_t plb_step(plb_engine * engine, int32_t n_rows) {
     }
     engine->ring.start_over();
     return clear_gaps(*engine, one_step(*engine, n_rows, 0));
-}
-
-int32_t plb_fault_set(plb_engine * engine, int32_t countdown, int32_t code, int32_t n_rows,
-                      int32_t n_times) {
-    if (engine == nullptr || countdown < 0 || (countdown > 0 && code == 0) || n_rows < -1 ||
-        n_times < 1) {
-        return PLB_E_ARGUMENT;
-    }
-    engine->fault = {countdown, code, n_rows, n_times};
-    return PLB_OK;
 }

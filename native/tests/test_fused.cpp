@@ -5,6 +5,7 @@
 // PLB_TEST_ROWS: how many rows to compare (default 3000; the long run, some minutes, is 100000).
 #include "check.hpp"
 #include "step/engine.hpp"
+#include "tests/plb_testing.h"
 
 #include <algorithm>
 #include <atomic>
@@ -178,7 +179,7 @@ bool compare(const one_row & ours, const llama_token_data_array & theirs, const 
     double sum = 0, sum_at_1 = 0;
     for (size_t i = 0; i < x.size(); ++i) {
         if (n_list == 0) {
-            marks[i] = ours.row.kept().keeps(x[i], (int32_t) i);
+            marks[i] = ours.row.candidates().keeps(x[i], (int32_t) i);
         }
         sum += marks[i] ? weight(i, p.temperature) : 0;
         sum_at_1 += weight(i, 1);
@@ -319,13 +320,13 @@ void distribution(const plb::kernels & set) {
         CHECK_EQ(ours.row.n_list(), 0);
         double sum = 0;
         for (int32_t i = 0; i < n; ++i) {
-            const double w = ours.row.kept().keeps(x[i], i) ? std::exp(x[i] / temperature) : 0;
+            const double w = ours.row.candidates().keeps(x[i], i) ? std::exp(x[i] / temperature) : 0;
             expected[i % GROUPS] += w;
             sum += w;
         }
         for (int32_t i = 0; i < DRAWS; ++i) {
             const llama_token token = ours.sample(set, x, p, state);
-            CHECK(ours.row.kept().keeps(x[token], token));
+            CHECK(ours.row.candidates().keeps(x[token], token));
             seen[token % GROUPS] += 1;
         }
         double chi_square = 0;

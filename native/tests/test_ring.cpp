@@ -73,7 +73,7 @@ plb_run_info run(fixture & f, const std::vector<llama_seq_id> & slots, int32_t n
     return info;
 }
 
-// What sequences 0..n-1 generate, by steps whose results nobody else reads.
+// What sequences 0..n-1 generate, by steps whose results no other thread reads.
 std::vector<std::vector<llama_token>> expected(const char * path, int32_t n, int32_t n_tokens) {
     fixture f(path, 2048, 4, params_of(0, 32));
     std::vector<std::vector<llama_token>> tokens(n);
@@ -95,7 +95,7 @@ std::vector<std::vector<llama_token>> expected(const char * path, int32_t n, int
     return tokens;
 }
 
-// The last step of a run stays back until the next call; the doorbell and the wake come through.
+// The last step of a run stays back until the next call; the interrupt and the wake come through.
 void handed_over(fixture & f) {
     CHECK_EQ(plb_step(f.engine, 1), PLB_E_STREAM);
     page p(4, 16, 3);
@@ -132,7 +132,7 @@ void handed_over(fixture & f) {
 void gives_way(fixture & f) {
     const auto waited = [&](int64_t timeout_ns) {
         const int64_t begin = plb_now_ns();
-        plb_ring_give_way(f.engine, timeout_ns);
+        plb_ring_yield(f.engine, timeout_ns);
         return plb_now_ns() - begin;
     };
     plb_ring_flush(f.engine);
@@ -142,7 +142,7 @@ void gives_way(fixture & f) {
     std::thread other([&] { plb_ring_flush(f.engine); });
     CHECK(waited(100 * SECOND) < 10 * SECOND);
     other.join();
-    plb_ring_give_way(nullptr, 0);
+    plb_ring_yield(nullptr, 0);
 }
 
 // A full ring: the run waits a while, ends, and goes on when there is room.
@@ -154,7 +154,7 @@ void full(fixture & f) {
     plb_run_info info = run(f, {0, 1}, 1000);
     CHECK_EQ(info.stop, PLB_STOP_FULL);
     CHECK_EQ(info.n_steps, f.views.n_steps_max - 1);
-    plb_interrupt(f.engine); // whoever rings is not kept waiting
+    plb_interrupt(f.engine); // an interrupt does not wait
     info = run(f, {0, 1}, 1000);
     CHECK_EQ(info.stop, PLB_STOP_FULL);
     CHECK_EQ(info.n_steps, 0);
@@ -195,7 +195,7 @@ void failed(fixture & f) {
     CHECK_EQ(p.n_tokens[0], 1);
 }
 
-// One thread computes, one reads: nothing is lost, doubled or out of order, whoever is faster.
+// One thread computes, one reads: nothing is lost, doubled or out of order, whichever is faster.
 void two_threads(const char * path, int32_t n_ring, int32_t n_page, int64_t rest_us) {
     constexpr int32_t N_SEQ = 3, N_TOKENS = 300;
     const auto tokens = expected(path, N_SEQ, N_TOKENS);

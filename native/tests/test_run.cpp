@@ -1,4 +1,4 @@
-// The run loop: the same as step by step, its ends, the doorbell, and no allocation of ours.
+// The run loop: the same as step by step, its ends, the interrupt, and no allocation of ours.
 #include "check.hpp"
 
 #include <atomic>
@@ -205,7 +205,7 @@ int64_t now_ns() {
     return duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count();
 }
 
-void doorbell(fixture & f) {
+void interrupt(fixture & f) {
     start(f, {10000});
     plb_interrupt(nullptr);
     plb_interrupt(f.engine); // between two runs: the next one ends after one step
@@ -217,23 +217,23 @@ void doorbell(fixture & f) {
     CHECK_EQ(info.stop, PLB_STOP_STEPS);
     CHECK_EQ(info.n_steps, 5);
 
-    // from another thread: no step begins after the ring
-    std::atomic<bool> begins{false};
-    int64_t rung_at = 0;
-    std::thread ringer([&] {
-        while (!begins) {
+    // from another thread: no step starts after the interrupt
+    std::atomic<bool> started{false};
+    int64_t interrupted_at = 0;
+    std::thread other([&] {
+        while (!started) {
             std::this_thread::yield();
         }
         std::this_thread::sleep_for(std::chrono::milliseconds(3));
         plb_interrupt(f.engine);
-        rung_at = now_ns();
+        interrupted_at = now_ns();
     });
-    begins = true;
+    started = true;
     info = run(f, {0}, N_STEPS);
-    ringer.join();
+    other.join();
     CHECK_EQ(info.stop, PLB_STOP_INTERRUPT);
     CHECK(info.n_steps < N_STEPS);
-    CHECK(f.views.steps[info.n_steps - 1].t_start_ns <= rung_at);
+    CHECK(f.views.steps[info.n_steps - 1].t_start_ns <= interrupted_at);
 }
 
 // A run allocates what its llama_decode calls allocate, and nothing more.
@@ -296,7 +296,7 @@ int main(int argc, char ** argv) {
         fixture f(path, 4096, 1, params_of(N_STEPS));
         CHECK_EQ(f.views.n_steps_max, N_STEPS);
         CHECK_EQ(f.views.n_results_max, N_STEPS);
-        doorbell(f);
+        interrupt(f);
     }
     for (const int32_t n : {0, 65537}) {
         fixture f(path, 64, 1, params_of(1));

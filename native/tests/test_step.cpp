@@ -1,6 +1,7 @@
 // The step's contract: what is refused before libllama sees it, what a failure leaves untouched,
 // slots, finishes, results.
 #include "check.hpp"
+#include "tests/plb_testing.h"
 
 #include <cmath>
 #include <cstring>

@@ -179,7 +179,7 @@ class Engine:
         self._inputs = InputProcessor(model, self._core, stepper, adapters, options.prefix_cache)
         # Also when the engine is forgotten, and before the interpreter exits.
         self._finalizer = weakref.finalize(self, self._core.close, wait=False, timeout=None)
-        lib.plb_threads_rest()  # of this thread, which may have computed; the core's has its own
+        lib.plb_threads_release()  # of this thread, which may have computed; the core's has its own
         self._core.start()
 
     # -- requests

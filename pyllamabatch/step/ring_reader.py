@@ -167,7 +167,7 @@ class StreamStepper(Stepper):
 
     def yield_to_compute(self) -> None:
         """By the reader, between two pieces of work: let the thread that computes plan first."""
-        lib.plb_ring_give_way(self._engine, _YIELD_NS)
+        lib.plb_ring_yield(self._engine, _YIELD_NS)
 
     def read(self, until: int, page: Page) -> int:
         """Move the steps below `until`, as many as fit, into a page. Returns how many."""

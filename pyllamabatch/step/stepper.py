@@ -379,7 +379,7 @@ class Stepper:
         engine, _ = self._open()
         if lib.plb_fault_set(engine, countdown, code, n_rows, n_times):
             given = countdown, code, n_rows, n_times
-            raise ArgumentError("fault", given, "see plb_fault_set in plb.h")
+            raise ArgumentError("fault", given, "see plb_fault_set in plb_testing.h")
 
     def slot(self, seq_id: int) -> SlotInfo:
         """A slot's state; `ArgumentError` when the sequence has none."""

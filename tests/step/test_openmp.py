@@ -20,9 +20,9 @@ def n_threads() -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="counts the threads in /proc")
 def test_helpers_end_when_they_rest() -> None:
     if "OPENMP" not in cpu_features():
-        lib.plb_threads_rest()  # nothing to end
+        lib.plb_threads_release()  # nothing to end
         return
-    lib.plb_threads_rest()  # those that tests before this one have left
+    lib.plb_threads_release()  # those that tests before this one have left
     before = n_threads()
     with Model.default() as model:
         assert n_threads() == before
@@ -31,7 +31,7 @@ def test_helpers_end_when_they_rest() -> None:
             batch.extend([1, 2, 3], 0, 0)
             context.decode(batch)
             assert n_threads() == before + 2
-            lib.plb_threads_rest()
+            lib.plb_threads_release()
             assert n_threads() == before
             context.memory.clear()
             context.decode(batch)  # they are made again

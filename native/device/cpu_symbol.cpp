@@ -1,5 +1,5 @@
 // Functions of the CPU backend when it is a library chosen at run time (ggml's GGML_BACKEND_DL).
-#include "device/dynamic.h"
+#include "device/cpu_symbol.h"
 
 #include "ggml-backend.h"
 #include "ggml.h"

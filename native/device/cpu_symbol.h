@@ -1,6 +1,6 @@
 /* Only for builds with dynamic backends (PLB_PORTABLE): functions of ggml-cpu.h, found at run time. */
-#ifndef PLB_DYNAMIC_H
-#define PLB_DYNAMIC_H
+#ifndef PLB_CPU_SYMBOL_H
+#define PLB_CPU_SYMBOL_H
 
 #ifdef __cplusplus
 extern "C" {
@@ -15,4 +15,4 @@ void * plb_cpu_symbol(const char * name);
 }
 #endif
 
-#endif /* PLB_DYNAMIC_H */
+#endif /* PLB_CPU_SYMBOL_H */

@@ -1,4 +1,4 @@
-#include "device/pool.hpp"
+#include "device/thread_pool.hpp"
 
 #include <algorithm>
 #include <chrono>

@@ -28,7 +28,7 @@ public:
 
 private:
     // A helper is offered a call's work, and takes the offer or, if it is late, finds it withdrawn:
-    // nobody waits for a thread that has not woken up yet.
+    // no call waits for a thread that has not woken up yet.
     enum state : int32_t { IDLE, OFFERED, WORKING };
 
     struct alignas(64) helper {
@@ -54,7 +54,7 @@ private:
     alignas(64) std::atomic<int32_t> next_{0};
 };
 
-// Threads for sampling where nobody asked for a number: the cores that this process may use, and
+// Threads for sampling where no number is asked for: the cores that this process may use, and
 // not more than a memory bus feeds.
 int32_t default_threads();
 

@@ -29,12 +29,12 @@ fused_row::pass fused_row::choose(llama_token token) {
     restore();
     r_->token = token;
     if (r_->params->n_logprobs >= 0) {
-        r_->logprob = (float) (r_->logits[token] - norm_);
+        r_->logprob = logprob(token);
     }
     return current_ = NONE;
 }
 
-fused_row::pass fused_row::begin(fused_request & request) noexcept {
+void fused_row::start(fused_request & request) {
     r_ = &request;
     r_->error   = 0;
     r_->token   = LLAMA_TOKEN_NULL;
@@ -46,23 +46,27 @@ fused_row::pass fused_row::begin(fused_request & request) noexcept {
     keep_ = cut();
     row_ = {r_->logits, m_->tail, m_->n_vocab, m_->n_vocab / BLOCK,
             (m_->n_vocab + BLOCK - 1) / BLOCK};
+}
+
+fused_row::pass fused_row::begin(fused_request & request) noexcept {
+    start(request);
     if (r_->params->n_logprobs >= 0) {
-        look();
+        pad();
         return then(SCAN, &fused_row::after_raw_scan);
     }
     if (!patch()) {
         return fail(PLB_E_LOGITS);
     }
-    look();
+    pad();
     return then(SCAN, &fused_row::after_scan);
 }
 
 // The last block, when it is not full.
-void fused_row::look() {
-    const int32_t rest = row_.n - row_.n_full * BLOCK;
-    if (rest > 0) {
+void fused_row::pad() {
+    const int32_t left = row_.n - row_.n_full * BLOCK;
+    if (left > 0) {
         std::fill(m_->tail, m_->tail + BLOCK, NEVER);
-        memcpy(m_->tail, row_.x + (int64_t) row_.n_full * BLOCK, (size_t) rest * sizeof(float));
+        memcpy(m_->tail, row_.x + (int64_t) row_.n_full * BLOCK, (size_t) left * sizeof(float));
     }
 }
 
@@ -178,16 +182,13 @@ float fused_row::weight(float logit) const {
 }
 
 // -- log-probabilities of the raw row -------------------------------------------------------------
-fused_row::pass fused_row::after_raw_scan() {
+bool fused_row::good_raw_row() {
     largest_ = largest();
-    if (bad_.load(std::memory_order_relaxed) || !std::isfinite(largest_)) {
-        return fail(PLB_E_LOGITS);
-    }
     how_ = weighing(1, largest_, NEVER);
-    return then(WEIGH, &fused_row::after_raw_weighing);
+    return !bad_.load(std::memory_order_relaxed) && std::isfinite(largest_);
 }
 
-fused_row::pass fused_row::after_raw_weighing() {
+void fused_row::note_logprobs() {
     norm_ = largest_ + std::log(total(m_->block_sum));
     const int32_t wanted = std::min(r_->params->n_logprobs, row_.n);
     if (wanted > 0) {
@@ -198,13 +199,33 @@ fused_row::pass fused_row::after_raw_weighing() {
             r_->top_logprob[i] = (float) (list[i].logit - norm_);
         }
     }
+}
+
+void fused_row::look_at(fused_request & request) noexcept {
+    start(request);
+    pad();
+    run(SCAN, 0, row_.n_blocks);
+    if (!good_raw_row()) {
+        fail(PLB_E_LOGITS);
+    } else if (r_->params->n_logprobs >= 0) {
+        run(WEIGH, 0, row_.n_blocks);
+        note_logprobs();
+    }
+}
+
+fused_row::pass fused_row::after_raw_scan() {
+    return good_raw_row() ? then(WEIGH, &fused_row::after_raw_weighing) : fail(PLB_E_LOGITS);
+}
+
+fused_row::pass fused_row::after_raw_weighing() {
+    note_logprobs();
     if (!patch()) {
         return fail(PLB_E_LOGITS);
     }
     if (n_patches_ == 0) {
         return after_scan();
     }
-    look();
+    pad();
     return then(SCAN, &fused_row::after_scan);
 }
 
@@ -260,11 +281,11 @@ fused_row::pass fused_row::draw_from_list(int32_t n, bool sorted) {
     candidate * list = m_->list.get();
     if (sorted && p.min_p > 0) {
         const float low = list[0].logit + logf(p.min_p);
-        int32_t kept = 1;
-        while (kept < n && !(list[kept].logit < low)) {
-            ++kept;
+        int32_t n_kept = 1;
+        while (n_kept < n && !(list[n_kept].logit < low)) {
+            ++n_kept;
         }
-        n = kept;
+        n = n_kept;
     }
     n_list_ = n;
     std::uniform_real_distribution<double> draw(0.0, 1.0);
@@ -336,7 +357,7 @@ void fused_row::choose_from_shortlist(fused_request & request, const llama_token
 }
 
 // -- in index order -------------------------------------------------------------------------------
-// Min-p, temperature and draw of all that is kept.
+// Min-p, temperature and draw of all candidates.
 fused_row::pass fused_row::by_index(cut keep) {
     const plb_sampling & p = *r_->params;
     if (p.min_p > 0) {
@@ -375,7 +396,7 @@ fused_row::pass fused_row::draw_by_index() {
     return choose(token);
 }
 
-// The sums are of all that equals the nucleus's last logit, kept or not.
+// The sums are of all that equals the nucleus's last logit, inside or not.
 fused_row::pass fused_row::draw_from_edge_weighed() {
     const float above = std::nextafter(keep_.logit, INFINITY);
     for (int32_t b = keep_.last_id / BLOCK; b < row_.n_blocks; ++b) {
