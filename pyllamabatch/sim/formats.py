@@ -3,14 +3,13 @@
 - `.csv`: Azure's public LLM inference traces: TIMESTAMP (date and time), ContextTokens,
   GeneratedTokens.
 - `.jsonl`: Mooncake's: a JSON object a line, with timestamp (ms), input_length, output_length
-  (tokens) and hash_ids, one for each 512 tokens of the prompt, the last one for the rest: prompts
-  that begin with the same ids begin with the same tokens. Ours may also have session_id and delay
-  (ms): the request comes that long after the last one of its session has ended, and needs no
-  timestamp then; block_size (instead of 512); max_tokens, priority, tenant, deadline_ms (from its
-  arrival) and itl_target_ms.
+  (tokens) and hash_ids, one for each 512 tokens of the prompt: prompts with the same first ids share
+  a prefix. Ours may also have block_size (instead of 512), max_tokens, priority, tenant, deadline_ms
+  (from its arrival), itl_target_ms, session_id and delay (ms). A request of a session arrives that
+  long after the one before it has ended, and needs no timestamp.
 - `.json`: ShareGPT's: a list of {"conversations": [{"from": "human"|"gpt", "value": text}, …]}.
-  Every answer is a request, whose prompt is the conversation until there; it comes when the one
-  before has ended. When conversations begin is drawn: `rate` of them a second.
+  Each answer is a request, whose prompt is the conversation so far. It arrives when the one before
+  has ended. The starts of conversations are drawn: `rate` of them a second.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ArgumentError
-from .workload import DRAWN, Piece, TraceRequest, draw
+from pyllamabatch.errors import ArgumentError
+from pyllamabatch.sim.workload import DRAWN, Piece, TraceRequest, draw
 
 BLOCK = 512  # tokens that a hash id of Mooncake's stands for
 CHARACTERS = 4  # of a token, where there is no vocabulary to count with

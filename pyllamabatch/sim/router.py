@@ -6,21 +6,21 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from ..errors import ArgumentError
-from ..kv import RadixTree
-from ..kv.prefix_cache import MIN_PREFIX
-from .workload import TraceRequest
+from pyllamabatch.errors import ArgumentError
+from pyllamabatch.kv import RadixTree
+from pyllamabatch.kv.prefix_cache import MIN_PREFIX
+from pyllamabatch.sim.workload import TraceRequest
 
 
 class HasOpen(Protocol):
     @property
     def n_open(self) -> int:
-        """Requests that it has and that have not ended."""
+        """Requests that have arrived and not ended."""
 
 
 class Router(Protocol):
     def __call__(self, request: TraceRequest, replicas: Sequence[HasOpen]) -> int:
-        """The index of the one that takes it. Asked once for each request, as they come."""
+        """The index of the replica that takes it. Called once for each request, at its arrival."""
 
 
 class RoundRobin:
@@ -43,8 +43,8 @@ class LeastOutstanding:
 
 
 class PrefixAffinity:
-    """Where the request went, of the last `memory`, that begins in the same way for longest; but
-    the least busy one when that has more than `slack` requests less."""
+    """The replica of the request with the longest common prefix, of the last `memory` requests; the
+    least busy replica where that has over `slack` requests fewer."""
 
     def __init__(self, slack: int = 8, memory: int = 4096) -> None:
         self.slack = slack

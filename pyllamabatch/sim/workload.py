@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ArgumentError
+from pyllamabatch.errors import ArgumentError
 
 Piece = tuple[int, int]
 MOST_REQUESTS = 10**8
@@ -24,12 +24,11 @@ MOST_REQUESTS = 10**8
 class TraceRequest:
     """One request. Times in seconds.
 
-    - arrival: when it comes; with `after`, how long after the end of that request.
-    - n_prompt, n_output: tokens that it has and gets. max_tokens: what it asks for, if it is ended
-      by a token before that; 0: `n_output`.
-    - content: what its prompt is made of, (piece, tokens) each: prompts that begin with the same
-      pieces begin with the same tokens. `answer`: the piece that its output is. Both are at least
-      0 and below 2**31.
+    - arrival: with `after`, the time from the end of that request.
+    - n_prompt, n_output: tokens of its prompt and its output. max_tokens: its budget, where a token
+      ends it earlier; 0: `n_output`.
+    - content: the (piece, tokens) of its prompt: prompts with the same first pieces share a prefix.
+      answer: the piece of its output. Pieces are at least 0 and below 2**31.
     - priority, tenant, deadline (after its arrival), itl_target: see `SequenceView`.
     """
 
@@ -47,8 +46,8 @@ class TraceRequest:
     itl_target: float | None = None
 
     def tokens(self, n_generated: int = 0) -> npt.NDArray[np.int32]:
-        """Stand-ins for its prompt and what it has generated, int32: the number of the piece for
-        each token of it."""
+        """Stand-ins for the tokens of its prompt and its output so far, int32: the numbers of their
+        pieces."""
         pieces = np.array([*self.content, (self.answer, n_generated)], dtype=np.int32)
         return np.repeat(pieces[:, 0], pieces[:, 1])
 
