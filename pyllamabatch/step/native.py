@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,6 @@ from pyllamabatch.llama.runtime import text
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.json_schema import schema_to_gbnf
 from pyllamabatch.step.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from pyllamabatch.step.stepper import Stepper
 
 
 def view_of(engine: Any, pointer: Any, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> Any:
@@ -121,29 +118,3 @@ def slot_failure(code: int, seq_id: int, why: str) -> Exception:
     if code == lib.PLB_E_EXCEPTION:
         return PyllamabatchError(why)
     return ArgumentError("params", why, "what the vocabulary and the stepper allow")
-
-
-def refused(stepper: Stepper, code: int, n_rows: int, slots: npt.NDArray[np.int32]) -> Exception:
-    """The exception for a call that was refused before libllama saw it: of a run of `slots`, or of
-    n_rows rows."""
-    if code == lib.PLB_E_MEMORY:
-        return MemoryError(stepper.last_error)
-    limits = {
-        lib.PLB_E_TOKEN: ("token", f"must be in 0..{stepper.n_vocab - 1}"),
-        lib.PLB_E_SEQ: ("seq", f"must be in 0..{stepper.n_seq_max - 1}"),
-        lib.PLB_E_POS: ("pos", f"must be in 0..{stepper.n_pos_max - 1}"),
-        lib.PLB_E_FLAGS: ("flags", "must be OUTPUT, SAMPLE and REPORT only"),
-        lib.PLB_E_NO_SLOT: ("seq", "must be a sequence with a slot, to be sampled"),
-        lib.PLB_E_SLOT_FINISHED: ("seq", "must be a sequence whose slot has not finished"),
-        lib.PLB_E_NO_TOKEN: ("seq", "must be a sequence that has sampled a token"),
-        lib.PLB_E_SEQ_TWICE: ("seq", "must be named once"),
-    }
-    at = stepper._info.bad_row
-    if code not in limits or at < 0:
-        return ArgumentError("slots" if len(slots) else "n_rows", n_rows, stepper.last_error)
-    name, limit = limits[code]
-    if at < len(slots):
-        if name == "pos":
-            limit = f"its next position must be below {stepper.n_pos_max}"
-        return ArgumentError(f"slots[{at}]", int(slots[at]), limit)
-    return ArgumentError(f"rows.{name}[{at}]", int(getattr(stepper.rows, name)[at]), limit)

@@ -45,7 +45,6 @@ from pyllamabatch.step.native import (
     device_sampling_of,
     gap_max_of,
     hold,
-    refused,
     sampling_struct,
     slot_failure,
     view_of,
@@ -234,7 +233,7 @@ class Stepper:
         """Raise for a call that was refused. For any other, tell the typed layer what went into the
         memory, and raise when it threw before its first step was done."""
         if code <= _REFUSED and code != _THREW:
-            raise refused(self, code, n_rows, slots)
+            raise _refused(self, code, n_rows, slots)
         if code != -1 or n_steps:
             context._outputs = None
             memory = context.memory
@@ -442,3 +441,29 @@ class Stepper:
     def _check_slot(self, code: int, seq_id: int) -> None:
         if code:
             raise slot_failure(code, seq_id, self.last_error)
+
+
+def _refused(stepper: Stepper, code: int, n_rows: int, slots: npt.NDArray[np.int32]) -> Exception:
+    """The exception for a call that was refused before libllama saw it: of a run of `slots`, or of
+    n_rows rows."""
+    if code == lib.PLB_E_MEMORY:
+        return MemoryError(stepper.last_error)
+    limits = {
+        lib.PLB_E_TOKEN: ("token", f"must be in 0..{stepper.n_vocab - 1}"),
+        lib.PLB_E_SEQ: ("seq", f"must be in 0..{stepper.n_seq_max - 1}"),
+        lib.PLB_E_POS: ("pos", f"must be in 0..{stepper.n_pos_max - 1}"),
+        lib.PLB_E_FLAGS: ("flags", "must be OUTPUT, SAMPLE and REPORT only"),
+        lib.PLB_E_NO_SLOT: ("seq", "must be a sequence with a slot, to be sampled"),
+        lib.PLB_E_SLOT_FINISHED: ("seq", "must be a sequence whose slot has not finished"),
+        lib.PLB_E_NO_TOKEN: ("seq", "must be a sequence that has sampled a token"),
+        lib.PLB_E_SEQ_TWICE: ("seq", "must be named once"),
+    }
+    at = stepper._info.bad_row
+    if code not in limits or at < 0:
+        return ArgumentError("slots" if len(slots) else "n_rows", n_rows, stepper.last_error)
+    name, limit = limits[code]
+    if at < len(slots):
+        if name == "pos":
+            limit = f"its next position must be below {stepper.n_pos_max}"
+        return ArgumentError(f"slots[{at}]", int(slots[at]), limit)
+    return ArgumentError(f"rows.{name}[{at}]", int(getattr(stepper.rows, name)[at]), limit)
