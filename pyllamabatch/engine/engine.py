@@ -139,7 +139,8 @@ class Engine:
         context_params |= {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch}
         context = make_context(model, options, context_params)
         try:
-            scheduler = make_scheduler(context, options)
+            cost_model = make_cost(context, options)
+            scheduler = make_scheduler(context, options, cost_model)
             stepper = StreamStepper(
                 context,
                 n_logprobs_max=n_logprobs_max,
@@ -163,7 +164,7 @@ class Engine:
         self.n_seq_max: int = options.n_seq_max
         self.capabilities = context.capabilities
         self.limits = scheduler.limits
-        self.cost: CostModel | None = scheduler.cost
+        self.cost = cost_model
         self._stepper = stepper
         self._relays = relays.Relays()
         self._core = EngineCore(
@@ -419,16 +420,20 @@ def make_context(model: Model, options: EngineOptions, params: dict[str, Any]) -
     return context
 
 
-def make_scheduler(context: Context, options: EngineOptions) -> Scheduler:
-    limits = limits_of(context, options.n_seq_max)
+def make_cost(context: Context, options: EngineOptions) -> CostModel | None:
     cost = cost_of(context) if options.cost == "auto" else options.cost
     if cost is not None:
-        if limits.unified and (options.device_sampling is False or not offloaded(context)):
+        unified = limits_of(context, options.n_seq_max).unified
+        if unified and (options.device_sampling is False or not offloaded(context)):
             cost.switch = 0.0  # libllama makes no graph for another set of sequences
         elif not cost.switch:
             cost.switch = None  # it was not measured: it will show
+    return cost
+
+
+def make_scheduler(context: Context, options: EngineOptions, cost: CostModel | None) -> Scheduler:
     return Scheduler(
-        limits,
+        limits_of(context, options.n_seq_max),
         options.policy,
         gather=options.gather,
         patience=options.patience,

@@ -146,7 +146,8 @@ class InputProcessor:
                 prompt, add_special=add_special, parse_special=parse_special
             )
         else:
-            if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):
+            first = prompt[0] if isinstance(prompt, (list, tuple)) and prompt else prompt
+            if isinstance(first, Mapping):
                 limit = "a chat: give model.vocab.apply_chat_template(messages)"
                 raise ArgumentError("prompt", prompt, limit)
             tokens = self._vocab.check_tokens(prompt, "prompt").copy()

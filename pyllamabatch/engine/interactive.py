@@ -6,7 +6,6 @@ One call at a time, `Call`, says what the owner waits for. A call that raises ha
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from math import isnan
 from time import perf_counter
 from typing import Any
@@ -47,15 +46,6 @@ class Call:
         if self.error is not None:
             raise self.error
         return self.value
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """A token that was sampled. `finish`: not NONE when it ends the text."""
-
-    token: int
-    logprob: float | None
-    finish: Finish
 
 
 class InteractiveSink(Sink):
@@ -103,7 +93,8 @@ class InteractiveSink(Sink):
         self.computed()
 
     def sample(self, sampler: Any, now: float, call: Call) -> None:
-        """The next token: a `Draw`. `sampler`: in place of one that is spent, else None."""
+        """The next token: (token, logprob, finish). `sampler`: in place of one that is spent, else
+        None."""
         self._scheduler.ask(self.request.id, now)
         if sampler is not None:
             self._begin(self.request.tokens, sampler)
@@ -166,7 +157,7 @@ class InteractiveSink(Sink):
             self._take_back(error)
             return
         self.request.known()
-        self._finish(Draw(token, None if isnan(logprob) else logprob, finish))
+        self._finish((token, None if isnan(logprob) else logprob, finish))
 
     def failed(self, error: Exception) -> None:
         self._take_back(error)

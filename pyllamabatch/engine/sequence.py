@@ -19,7 +19,7 @@ from ..errors import ArgumentError, ClosedError, EngineClosed, StateError, integ
 from ..llama import state
 from ..step.sampling_params import SamplingParams
 from ..step.types import Finish
-from .interactive import Call, Draw, InteractiveSink
+from .interactive import Call, InteractiveSink
 from .snapshot import read
 
 if TYPE_CHECKING:
@@ -142,16 +142,16 @@ class Sequence:
                 with self._core.commands.keep_alive():
                     sampler = self._sampler(self._request.tokens)
                 self._reset_text()
-            draw: Draw = self._call(
+            token, logprob, finish = self._call(
                 partial(self._sink.sample, sampler, now), more=True, awaited=True
             )
-            (piece,) = self._inputs.pieces.of([draw.token])
+            (piece,) = self._inputs.pieces.of([token])
             return Sampled(
-                token=draw.token,
+                token=token,
                 piece=piece,
                 text=self._decode(piece),
-                logprob=draw.logprob,
-                end=draw.finish != Finish.NONE,
+                logprob=logprob,
+                end=finish != Finish.NONE,
             )
 
     def trim(self, n: int) -> None:

@@ -12,17 +12,13 @@ import pytest
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError, Cancelled, EngineClosed, EngineDraining
 from pyllamabatch.llama.model import Model
-from pyllamabatch.step.sampling_params import SamplingParams
+from tests.support.engines import greedy
 
 PROMPT = [1, 20, 30, 40]
 
 
 def small(model: Model, **options: Any) -> Engine:
     return Engine(model, **{"n_seq_max": 4, "n_ctx": 2048, "n_threads": 1, **options})
-
-
-def greedy(max_tokens: int = 8) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eog=True)
 
 
 def check_usable(engine: Engine) -> None:

@@ -31,7 +31,7 @@ from pyllamabatch.errors import (
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import sarathi
 from pyllamabatch.step.sampling_params import SamplingParams
-from tests.support.checked import check_idle
+from tests.support.engines import check_idle
 from tests.support.models_gguf import EOS, N_VOCAB, gguf_path
 
 PROMPT = [1, 20, 30, 40, 50]

@@ -47,6 +47,11 @@ def test_what_submit_refuses(engine: Engine, prompt: Any, options: Any, says: st
     assert engine.stats().running == engine.stats().waiting == 0
 
 
+def test_a_chat_in_place_of_prompts(engine: Engine) -> None:
+    with pytest.raises(ArgumentError, match="apply_chat_template"):
+        engine.generate(CHAT, GREEDY)  # type: ignore[arg-type]
+
+
 def test_a_policy_by_its_name(engine: Engine) -> None:
     with Engine(engine.model, n_ctx=256, n_threads=1, policy="sarathi:budget=64") as named:
         assert type(named._core.scheduler.policy) is type(sarathi())

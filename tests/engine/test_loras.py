@@ -14,16 +14,10 @@ import pytest
 from pyllamabatch import Batch, Engine, LoraAdapter, Model, SamplingParams
 from pyllamabatch.errors import ArgumentError, ClosedError, StateError
 from pyllamabatch.llama.context import Context
-from tests.support.checked import check_idle
+from tests.support.engines import EXACT, check_idle
 from tests.support.models_gguf import gguf_path
 from tests.support.models_special import write_lora
 
-EXACT: dict[str, Any] = {
-    "flash_attn_type": "disabled",
-    "type_k": "f32",
-    "type_v": "f32",
-    "n_threads": 1,
-}
 N_TOKENS = 24
 GREEDY = SamplingParams(temperature=0, max_tokens=N_TOKENS, ignore_eog=True)
 PROMPTS = [[1, *range(10 * i + 20, 10 * i + 26 + 5 * i)] for i in range(4)]

@@ -13,16 +13,13 @@ from pyllamabatch.errors import ArgumentError, EngineClosed, QueueFull
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Plan, Policy, StepView, fcfs
 from pyllamabatch.step.sampling_params import SamplingParams
+from tests.support.engines import greedy
 
 PROMPT = [1, 20, 30, 40, 50]
 
 
 def small(model: Model, **options: Any) -> Engine:
     return Engine(model, **{"n_seq_max": 2, "n_ctx": 2048, "n_threads": 1, **options})
-
-
-def greedy(max_tokens: int = 8) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eog=True)
 
 
 class Gate:

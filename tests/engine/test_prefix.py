@@ -12,15 +12,10 @@ from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.properties.test_invariance_engine import assert_as_alone
+from tests.support.engines import EXACT
 from tests.support.models_gguf import Architecture, gguf_path
 from tests.support.oracle import Reference, random_prompts, raw_model, solo, tolerance
 
-EXACT: dict[str, Any] = {
-    "flash_attn_type": "disabled",
-    "type_k": "f32",
-    "type_v": "f32",
-    "n_threads": 1,
-}
 N_TOKENS = 12
 GREEDY = SamplingParams(temperature=0, max_tokens=N_TOKENS)
 COMMON, *ENDS = random_prompts(11, seed=31, shortest=8, longest=20)

@@ -14,16 +14,10 @@ from pyllamabatch.errors import DecodeAborted, FatalDecodeError, InvalidBatch, K
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.types import Run
-from tests.support.checked import Checked, check_idle
+from tests.support.engines import EXACT, Checked, check_idle
 from tests.support.models_gguf import Architecture, gguf_path
 from tests.support.oracle import random_prompts
 
-EXACT: dict[str, Any] = {
-    "flash_attn_type": "disabled",
-    "type_k": "f32",
-    "type_v": "f32",
-    "n_threads": 1,
-}
 PROMPTS = random_prompts(6, seed=7, shortest=5, longest=40)
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 

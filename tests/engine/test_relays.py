@@ -15,16 +15,13 @@ from pyllamabatch.engine.relays import Relay
 from pyllamabatch.errors import ArgumentError, EngineClosed, RequestTooLong
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
+from tests.support.engines import greedy
 
 PROMPTS = [[1, 20 + i, 30, 40] for i in range(12)]
 
 
 def small(model: Model, **options: Any) -> Engine:
     return Engine(model, **{"n_seq_max": 4, "n_ctx": 2048, "n_threads": 1, **options})
-
-
-def greedy(max_tokens: int = 8) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eog=True)
 
 
 async def collect(engine: Engine, prompt: list[int], **options: Any) -> list[int]:

@@ -25,15 +25,10 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import SAMPLE, Stepper
+from tests.support.engines import EXACT
 from tests.support.models_gguf import Architecture, gguf_path, write_gguf
 from tests.support.models_special import write_lora
 
-EXACT: dict[str, Any] = {
-    "flash_attn_type": "disabled",
-    "type_k": "f32",
-    "type_v": "f32",
-    "n_threads": 1,
-}
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eog=True)
 PROMPTS = [[1, *range(10 * i + 20, 10 * i + 25 + 4 * i)] for i in range(6)]
 FATAL = -3

@@ -31,15 +31,9 @@ from pyllamabatch.errors import (
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Window
 from pyllamabatch.step.sampling_params import SamplingParams
-from tests.support.checked import check_idle
+from tests.support.engines import EXACT, check_idle
 from tests.support.models_gguf import EOS, N_VOCAB, Architecture, gguf_path
 
-EXACT: dict[str, Any] = {
-    "flash_attn_type": "disabled",
-    "type_k": "f32",
-    "type_v": "f32",
-    "n_threads": 1,
-}
 PROMPT = [1, 20, 30, 40, 50]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eog=True)
 

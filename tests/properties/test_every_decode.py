@@ -21,9 +21,9 @@ from pyllamabatch.kv import Sharing, SwapChoice
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Limits
 from pyllamabatch.step.sampling_params import SamplingParams
-from tests.support.checked import check_idle
-from tests.support.embedded import EXACT, check, solos, texts
+from tests.support.embedded import check, solos, texts
 from tests.support.engine_fakes import Rig
+from tests.support.engines import EXACT, check_idle
 from tests.support.oracle import Agreement, Reference
 
 KINDS: dict[int, type[DecodeError]] = {

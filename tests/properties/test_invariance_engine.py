@@ -18,6 +18,7 @@ from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import SAMPLE, Finish, Stepper
+from tests.support.engines import EXACT
 from tests.support.models_gguf import EOS, N_VOCAB, Architecture, gguf_path
 from tests.support.oracle import (
     DEFAULT,
@@ -31,12 +32,6 @@ from tests.support.oracle import (
     tolerance_default,
 )
 
-EXACT: dict[str, Any] = {
-    "flash_attn_type": "disabled",
-    "type_k": "f32",
-    "type_v": "f32",
-    "n_threads": 1,
-}
 N_TOKENS = 20
 GREEDY = SamplingParams(temperature=0, max_tokens=N_TOKENS)
 PROMPTS = random_prompts(33, seed=200)

@@ -17,8 +17,8 @@ from pyllamabatch.engine.engine import Engine
 from pyllamabatch.engine.stream import Stream
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
-from tests.support.checked import Checked, check_idle
-from tests.support.embedded import EXACT, N_TOKENS, check, solos, texts
+from tests.support.embedded import N_TOKENS, check, solos, texts
+from tests.support.engines import EXACT, Checked, check_idle
 from tests.support.oracle import Agreement, Reference
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -12,18 +11,11 @@ from pyllamabatch.models import default_model_path
 from tests.support.oracle import (
     TOLERANCE_QUANTISED,
     Agreement,
-    RawModel,
     Reference,
-    raw_context,
     raw_model,
+    solo,
 )
 
-EXACT: dict[str, Any] = {
-    "flash_attn_type": "disabled",
-    "type_k": "f32",
-    "type_v": "f32",
-    "n_threads": 1,
-}
 N_TOKENS = 24
 
 
@@ -45,21 +37,7 @@ def solos(model: Model) -> list[Reference]:
     """N_TOKENS greedy tokens of each, none of which ends a text."""
     eog = sorted(model.vocab.eog_tokens)
     with raw_model(Path(default_model_path())) as oracle:
-        return [_solo(oracle, prompt, eog) for prompt in texts(model.n_vocab)]
-
-
-def _solo(oracle: RawModel, prompt: list[int], never: list[int]) -> Reference:
-    n_ctx = len(prompt) + N_TOKENS
-    with raw_context(oracle, n_ctx=n_ctx, n_batch=512, n_ubatch=512) as context:
-        row = context.feed(prompt)
-        tokens, rows = [], []
-        while True:
-            row[never] = -1e9
-            tokens.append(int(row.argmax()))
-            rows.append(row)
-            if len(tokens) == N_TOKENS:
-                return Reference(tokens, np.array(rows))
-            row = context.feed(tokens[-1:], pos=len(prompt) + len(tokens) - 1)
+        return [solo(oracle, prompt, N_TOKENS, never=eog) for prompt in texts(model.n_vocab)]
 
 
 def check(agreement: Agreement, reference: Reference, tokens: list[int]) -> None:

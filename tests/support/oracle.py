@@ -112,13 +112,19 @@ class RawContext:
         row: Logits = self.decode(rows)[0]
         return row
 
-    def greedy(self, logits: Logits, n: int, *, seq: int, pos: int) -> Reference:
-        """`n` greedy tokens of one sequence whose next row's logits are known."""
-        tokens, rows = [int(logits.argmax())], [logits]
-        while len(tokens) < n:
-            rows.append(self.feed(tokens[-1:], seq=seq, pos=pos + len(tokens) - 1))
-            tokens.append(int(rows[-1].argmax()))
-        return Reference(tokens, np.array(rows))
+    def greedy(
+        self, logits: Logits, n: int, *, seq: int, pos: int, never: Sequence[int] = ()
+    ) -> Reference:
+        """`n` greedy tokens of one sequence whose next row's logits are known, none of `never`."""
+        tokens: list[int] = []
+        rows: list[Logits] = []
+        while True:
+            logits[list(never)] = -1e9
+            tokens.append(int(logits.argmax()))
+            rows.append(logits)
+            if len(tokens) == n:
+                return Reference(tokens, np.array(rows))
+            logits = self.feed(tokens[-1:], seq=seq, pos=pos + len(tokens) - 1)
 
     def close(self) -> None:
         lib.llama_batch_free(self.batch)
@@ -166,12 +172,13 @@ def solo(
     n: int,
     *,
     settings: Mapping[str, Any] = EXACT,
+    never: Sequence[int] = (),
 ) -> Reference:
     """`n` greedy tokens after `prompt` on a context of its own, prompt in one batch."""
     with raw_context(
         model, settings=settings, n_ctx=len(prompt) + n, n_batch=512, n_ubatch=512
     ) as context:
-        return context.greedy(context.feed(prompt), n, seq=0, pos=len(prompt))
+        return context.greedy(context.feed(prompt), n, seq=0, pos=len(prompt), never=never)
 
 
 def solos(architecture: str, prompts: Iterable[Sequence[int]], n: int) -> list[Reference]:

@@ -73,8 +73,8 @@ class Machine:
         del self.tokens[id][n_prompt:]
         self.prompts[id], self.generated[id] = n_prompt, 0
         self.ends[id] = min(end, max_tokens)
-        facts = {"arrival": float(id), "tokens": Known(self.tokens, id)} | facts
-        self.scheduler.add(id, n_prompt, max_tokens, **facts)
+        given: dict[str, Any] = {"arrival": float(id), "tokens": Known(self.tokens, id)}
+        self.scheduler.add(id, n_prompt, max_tokens, **(given | facts))
 
     def leave(self, slot: int) -> None:
         """The scheduler says that nobody runs in `slot` any more."""

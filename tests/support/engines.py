@@ -1,4 +1,4 @@
-"""A stepper that compares accounting and counters with libllama's own positions at every step."""
+"""Real engines under test: settings, and checks of their accounting against libllama's memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,19 @@ from typing import Any
 
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.engine.stats import EngineStats
+from pyllamabatch.step.sampling_params import SamplingParams
+
+EXACT: dict[str, Any] = {
+    "flash_attn_type": "disabled",
+    "type_k": "f32",
+    "type_v": "f32",
+    "n_threads": 1,
+}
+"""Of an engine or a context: what `oracle.EXACT` is in raw calls."""
+
+
+def greedy(max_tokens: int = 8) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eog=True)
 
 
 def check_idle(engine: Engine) -> EngineStats:
