@@ -1,4 +1,4 @@
-"""KV memory as plain Python: who holds which cells, which beginnings are worth keeping, and what a
+"""KV memory as plain Python: which slot holds which cells, which prefixes stay cached, and what a
 preemption should do. No libllama here: the engine and the simulator use the same objects."""
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
 """Who holds which KV cells: plain arithmetic, no libllama.
 
-A cell holds one position of one sequence, or of several that share their beginning: it is counted
+A cell holds one position of one sequence, or of several that share a prefix: it is counted
 once, and is free when the last of them has left it. With a unified cache all sequences draw from
 one pool of `n_cells`; with separate streams each slot has `n_cells_seq` of its own and nothing is
 shared.
 
-A slot (sequence id of the context) is live while a sequence runs in it, or cached: what it holds
-waits for somebody whose text begins in the same way, and can be dropped at any time.
+A slot (sequence id of the context) is running while a sequence runs in it, or cached: what it holds
+waits for a sequence with the same prefix, and can be dropped at any time.
 
 What is counted is positions, which is what the layers with full attention hold. Layers with a
 sliding window hold fewer (`swa_full=False`), in a pool that libllama makes large enough for every
 sequence; a recurrent state has one size whatever it has read.
 
 Where the cells of a pool are is libllama's affair (src/llama-kv-cache.cpp: `find_slot`): a row
-takes the next free one behind the last row's, or from the first one on that somebody has left.
+takes the next free one behind the last row's, or from the first one on that was emptied.
 `reach` follows that about, as if the free ones were spread evenly.
 """
 
@@ -34,7 +34,7 @@ class _Run:
 
     start: int
     end: int
-    n_live: int
+    n_running: int
     n_cached: int
     cell: float = 0.0
 
@@ -90,13 +90,13 @@ class KvAccounting:
         self._first = np.full(n_seq_max, np.inf)  # about, of each slot's cells
         self._last = np.zeros(n_seq_max)
         self._newest_first = 0.0
-        self._n_cached = 0  # of these, cells that no live slot holds
+        self._n_cached = 0  # of these, cells that no running slot holds
 
     # -- what there is
 
     @property
     def used(self) -> int:
-        """Cells that somebody holds, cached ones included."""
+        """Cells that any slot holds, cached ones included."""
         return self._used
 
     @property
@@ -106,13 +106,13 @@ class KvAccounting:
 
     @property
     def empty(self) -> int:
-        """Cells that nobody holds."""
+        """Cells that no slot holds."""
         return self.n_cells - self._used
 
     @property
     def free(self) -> int:
-        """Cells that no live slot holds. With separate streams not every slot can use all of them:
-        see `room`."""
+        """Cells that no running slot holds. With separate streams not every slot can use all of
+        them: see `room`."""
         return self.n_cells - self._used + self._n_cached
 
     @property
@@ -140,21 +140,21 @@ class KvAccounting:
     def alone(self, slot: int) -> int:
         """Cells that no other slot holds: what `release` would empty."""
         shared = sum(
-            run.end - run.start for run in self._runs[slot] if run.n_live + run.n_cached > 1
+            run.end - run.start for run in self._runs[slot] if run.n_running + run.n_cached > 1
         )
         return int(self._held[slot]) - shared
 
-    def live_alone(self, slot: int) -> int:
-        """Of a live slot: the cells that no other live slot holds, free once it is not live."""
-        shared = sum(run.end - run.start for run in self._runs[slot] if run.n_live > 1)
+    def frees(self, slot: int) -> int:
+        """Cells that are free when a running slot runs no more: no other running one holds them."""
+        shared = sum(run.end - run.start for run in self._runs[slot] if run.n_running > 1)
         return int(self._held[slot]) - shared
 
-    def not_live(self, slot: int, n: int) -> int:
-        """Of the first `n` positions of `slot` the cells that no live slot holds."""
+    def unused(self, slot: int, n: int) -> int:
+        """Of the first `n` positions of `slot` the cells that no running slot holds."""
         if not self._cached[slot]:
             return 0
         own = max(0, n - self._own_from[slot])
-        runs = (run for run in self._runs[slot] if run.n_live == 0 and run.start < n)
+        runs = (run for run in self._runs[slot] if run.n_running == 0 and run.start < n)
         return own + sum(min(run.end, n) - run.start for run in runs)
 
     def room(self, slot: int) -> int:
@@ -165,7 +165,7 @@ class KvAccounting:
     # -- changes
 
     def take(self, slot: int, n: int) -> None:
-        """Give `n` more cells to a live `slot`; ValueError when they are not there."""
+        """Give `n` more cells to a running `slot`; ValueError when they are not there."""
         if n < 0 or n > self.room(slot) or self._cached[slot]:
             raise ValueError(f"slot {slot} asks for {n} cells, there is room for {self.room(slot)}")
         self._place(slot, n)
@@ -173,7 +173,7 @@ class KvAccounting:
         self._used += n
 
     def take_each(self, slots: npt.NDArray[np.integer], n: int = 1) -> None:
-        """`n` more cells for each of the live `slots`, all different: as many steps of pure
+        """`n` more cells for each of the running `slots`, all different: as many steps of pure
         decoding."""
         n_all = n * len(slots)
         if n_all > self.empty:
@@ -184,8 +184,8 @@ class KvAccounting:
         self._used += n_all
 
     def share(self, source: int, target: int, n: int) -> None:
-        """The empty `target` becomes live and holds the first `n` positions of `source`, too. In a
-        unified cache these are the same cells, in separate streams a copy."""
+        """The empty `target` runs from now on, and holds the first `n` positions of `source`, too.
+        In a unified cache these are the same cells, in separate streams a copy."""
         if self._held[target] or self._cached[target] or source == target:
             raise ValueError(f"slot {target} can't share with {source}: it is not empty")
         if not 0 < n <= self._held[source]:
@@ -196,39 +196,39 @@ class KvAccounting:
         self._cut(source, n)
         runs = self._runs[target] = [run for run in self._runs[source] if run.start < n]
         for run in runs:
-            if run.n_live == 0:
+            if run.n_running == 0:
                 self._n_cached -= run.end - run.start
-            run.n_live += 1
+            run.n_running += 1
         self._held[target] = self._own_from[target] = n
         self._first[target], self._last[target] = self._first[source], runs[-1].cell
 
     def cache(self, slot: int) -> None:
-        """A live slot is not live any more, what it holds is cached."""
+        """A running slot runs no more, what it holds is cached."""
         if self._cached[slot]:
             raise ValueError(f"slot {slot} is cached already")
         self._cached[slot] = True
         self._n_cached += int(self._held[slot]) - self._own_from[slot]
         for run in self._runs[slot]:
-            run.n_live -= 1
+            run.n_running -= 1
             run.n_cached += 1
-            if run.n_live == 0:
+            if run.n_running == 0:
                 self._n_cached += run.end - run.start
 
-    def revive(self, slot: int) -> None:
-        """A cached slot is live again, with all that it holds."""
+    def resume(self, slot: int) -> None:
+        """A cached slot is running again, with all that it holds."""
         if not self._cached[slot]:
-            raise ValueError(f"slot {slot} is live")
+            raise ValueError(f"slot {slot} is running")
         self._cached[slot] = False
         self._n_cached -= int(self._held[slot]) - self._own_from[slot]
         for run in self._runs[slot]:
-            if run.n_live == 0:
+            if run.n_running == 0:
                 self._n_cached -= run.end - run.start
-            run.n_live += 1
+            run.n_running += 1
             run.n_cached -= 1
 
     def trim(self, slot: int, n: int) -> int:
         """Only the first `n` positions of `slot` are held from now on; returns how many cells that
-        empties. A cached slot that holds nothing is live again."""
+        empties. A cached slot that holds nothing is running again."""
         held = int(self._held[slot])
         if not 0 <= n <= held:
             raise ValueError(f"{n} of {held} positions of slot {slot}")
@@ -303,7 +303,7 @@ class KvAccounting:
             return
         for i, run in enumerate(runs):
             if run.start < n < run.end:
-                rest = _Run(n, run.end, run.n_live, run.n_cached, run.cell)
+                rest = _Run(n, run.end, run.n_running, run.n_cached, run.cell)
                 first = self._before(slot, i)
                 run.cell = first + (run.cell - first) * (n - run.start) / (run.end - run.start)
                 run.end = n
@@ -317,12 +317,12 @@ class KvAccounting:
         n = run.end - run.start
         if cached:
             run.n_cached -= 1
-            if run.n_live + run.n_cached == 0:
+            if run.n_running + run.n_cached == 0:
                 self._n_cached -= n
                 return n
         else:
-            run.n_live -= 1
-            if run.n_live == 0:
+            run.n_running -= 1
+            if run.n_running == 0:
                 if run.n_cached == 0:
                     return n
                 self._n_cached += n

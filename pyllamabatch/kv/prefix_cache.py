@@ -1,9 +1,9 @@
-"""PrefixCache: which sequence starts from whose cells, which beginnings are kept, and which of
-them goes when cells or slots are short. Decisions only: what is to be done in the memory comes out
-as moves, which the engine carries out and the simulator skips.
+"""PrefixCache: which sequence starts from which cells, which prefixes stay cached, and which goes
+when cells or slots are short. Decisions only: what is to be done in the memory comes out as KV
+operations, which the engine carries out and the simulator skips.
 
-Every slot that holds something is known by its tokens: the live ones by those that they began
-with, the kept ones (their sequence has ended, or was preempted) by all that they hold.
+Every slot that holds something is known by its tokens: a running one by those that its sequence
+started with, a cached one (its sequence has ended, or was preempted) by all that it holds.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from typing import Literal
 from .accounting import KvAccounting
 from .radix_tree import RadixTree, Tokens
 
-# Shorter beginnings are computed again: that costs less than a step's wait for them.
+# Shorter prefixes are computed again: that costs less than a step's wait for them.
 MIN_PREFIX = 16
 
-# Every step looks over the cells that are kept, too, where all share one pool: on an x86 core, four
-# sequences of the embedded model, 1.6 CPU-ms a step with none, 2.4 with 4,000, 3.9 with 12,000. So
-# what nobody has started from yet may take an eighth of the pool, and all of it together half; the
-# first FREE_TO_CACHE cells are not worth counting.
+# In one pool every step looks over the cached cells, too. So what no sequence has started from yet
+# may take an eighth of the pool, and all that is cached half of it; the first FREE_TO_CACHE cells
+# are not worth counting.
 UNPROVEN_SHARE = 1 / 8
 CACHED_SHARE = 1 / 2
 FREE_TO_CACHE = 2048
@@ -33,13 +32,13 @@ FREE_TO_CACHE = 2048
 class Sharing:
     """What sequences of one context can take over from each other.
 
-    - copy_part: any beginning of a sequence can be copied to an empty slot.
+    - copy_part: any prefix of a sequence can be copied to an empty slot.
     - copy_whole: all of a sequence can.
     - trim: the end of a sequence can be cut off.
     - window: a sequence longer than this is only good as a whole, for the older cells of its
       sliding window are given to others; 0: no such limit. tries: they may be there all the same
       (the window has as many cells as the rest), so a part is worth a try.
-    - n_cached: slots beyond those that may run at once, for what is kept.
+    - n_cached: slots beyond those that may run at once, for what is cached.
     """
 
     copy_part: bool = False
@@ -56,7 +55,7 @@ class Sharing:
 
     @property
     def at_checkpoints(self) -> bool:
-        """Only whole states can be taken over, so they have to be kept at the right positions."""
+        """Only whole states can be taken over, so copies have to be made at the right positions."""
         return self.copy_whole and not self.trim and not self.copy_part and self.n_cached > 0
 
 
@@ -103,13 +102,14 @@ def key_of(tokens: Tokens, space: Hashable) -> Key:
 
 
 class PrefixCache:
-    """Owns the slots of `accounting`. `retain`: whether what a sequence leaves behind is kept; if
+    """Owns the slots of `accounting`. `retain`: whether what a sequence leaves behind is cached; if
     not,
-    live sequences of one space still start from each other.
+    running sequences of one space still start from each other.
 
     A *space* divides sequences that must not share: other adapters, other tenants. `changed`: keys
-    of sequences whose hit may have become another one, until somebody clears it. `moves`: what is
-    to be done in the memory, in this order, before the next step; whoever does it clears it."""
+    of sequences whose hit may have become another one, until `Admission`
+    clears it. `kv_operations`: what is to be done in the memory, in this order, before the next
+    step; `Scheduler` takes them."""
 
     def __init__(self, accounting: KvAccounting, sharing: Sharing, *, retain: bool = True) -> None:
         self.sharing = sharing
@@ -121,8 +121,8 @@ class PrefixCache:
         self._trees: dict[Hashable, RadixTree] = {}
         self._known: dict[int, tuple[Key, Tokens]] = {}  # by slot
         self._cached: OrderedDict[int, None] = OrderedDict()  # slots, the least recently used first
-        self._proven: set[int] = set()  # kept slots that somebody has started from
-        self._stops: dict[int, set[int]] = {}  # by live slot: where a checkpoint is wanted
+        self._proven: set[int] = set()  # cached slots that a sequence has started from
+        self._stops: dict[int, set[int]] = {}  # by running slot: where a checkpoint is wanted
 
     @property
     def n_cached(self) -> int:
@@ -131,25 +131,25 @@ class PrefixCache:
     # -- looking for a start
 
     def find(self, tokens: Tokens, space: Hashable) -> Hit:
-        """The longest usable beginning of `tokens`; the last token is left to compute."""
-        best, best_kept = NO_HIT, False
+        """The longest usable prefix of `tokens`; the last token is left to compute."""
+        best, best_cached = NO_HIT, False
         limit = len(tokens) - 1
         for slot, n in self._matches(tokens, space):
             n = min(n, limit)
             if n < max(best.n, MIN_PREFIX):
                 break
-            n, kept = self._usable(slot, n), slot in self._cached
-            # in a stream of its own what is kept needs no copy
+            n, cached = self._usable(slot, n), slot in self._cached
+            # in a stream of its own what is cached needs no copy
             if n > best.n or (
-                n == best.n and kept and not best_kept and not self._accounting.unified
+                n == best.n and cached and not best_cached and not self._accounting.unified
             ):
-                best, best_kept = Hit(slot, n), kept
+                best, best_cached = Hit(slot, n), cached
         if best.n < MIN_PREFIX:
             return NO_HIT
         return Hit(best.slot, best.n, self._cells(best))
 
     def pending(self, tokens: Tokens, space: Hashable, n_sure: int) -> Hit:
-        """A beginning worth waiting for, if `n_sure` tokens can be had at once: a live slot is
+        """A prefix worth waiting for, if `n_sure` tokens can be had at once: a running slot is
         computing it and is not there yet."""
         sharing, limit = self.sharing, len(tokens) - 1
         if not sharing.copy_part and not sharing.copy_whole:
@@ -173,20 +173,20 @@ class PrefixCache:
 
     def _usable(self, slot: int, n: int) -> int:
         """How much of the `n` tokens in common with `slot` a sequence can start from."""
-        sharing, kept = self.sharing, slot in self._cached
+        sharing, cached = self.sharing, slot in self._cached
         held = self._accounting.held(slot)
         n = min(n, held)
         copies = sharing.copy_whole or sharing.copy_part
         if n == held:
-            return n if kept or copies else 0
+            return n if cached or copies else 0
         if sharing.window and held > sharing.window and not sharing.tries:
             return 0
-        return n if sharing.copy_part or (sharing.trim and (kept or copies)) else 0
+        return n if sharing.copy_part or (sharing.trim and (cached or copies)) else 0
 
     def _cells(self, hit: Hit) -> int:
         takes_over = hit.slot in self._cached and not self._copies(hit)
         if self._accounting.unified or takes_over:
-            return self._accounting.not_live(hit.slot, hit.n)
+            return self._accounting.unused(hit.slot, hit.n)
         return hit.n
 
     def _copies(self, hit: Hit) -> bool:
@@ -207,11 +207,11 @@ class PrefixCache:
         slot = self._take_slot(besides=source) if copies or n == 0 else None
         if n == 0:
             if slot is None:
-                raise ValueError("every slot is live")
+                raise ValueError("every slot is running")
             return slot
-        if slot is None:  # the kept slot itself goes on
+        if slot is None:  # the cached slot itself goes on
             self._forget(source)
-            accounting.revive(source)
+            accounting.resume(source)
             if n < accounting.held(source):
                 accounting.trim(source, n)
                 self.kv_operations.append(KvOperation("trim", source, n=n, id=id))
@@ -292,7 +292,7 @@ class PrefixCache:
                 del self._trees[key[0]]
 
     def _covered(self, tokens: Tokens, space: Hashable) -> bool:
-        """Another kept slot can do all that one of `tokens` could."""
+        """Another cached slot can do all that one of `tokens` could."""
         for slot, n in self._matches(tokens, space):
             if n < len(tokens):
                 return False
@@ -302,8 +302,8 @@ class PrefixCache:
         return False
 
     def _drop_covered(self, tokens: Tokens, space: Hashable) -> bool:
-        """Kept slots that can't do more than one of `tokens` will, where any part of it is good.
-        Whether somebody has started from one of them."""
+        """Cached slots that can't do more than one of `tokens` will, where any part of it is good.
+        Whether a sequence has started from one of them."""
         proven = False
         if not self.sharing.copy_part or self.sharing.window:
             return proven
@@ -341,14 +341,14 @@ class PrefixCache:
     # -- making room
 
     def make_cells(self, n: int) -> None:
-        """Drop what is kept, the least recently used first, until `n` cells are empty. The
+        """Drop what is cached, the least recently used first, until `n` cells are empty. The
         accounting
         has them: see `KvAccounting.free`."""
         accounting = self._accounting
         if not accounting.unified:
             return
         while accounting.empty < n:
-            slot = next(s for s in self._cached if accounting.not_live(s, accounting.held(s)))
+            slot = next(s for s in self._cached if accounting.unused(s, accounting.held(s)))
             missing, alone = n - accounting.empty, accounting.alone(slot)
             # not cell by cell: every cut costs a look at all cells
             cut = max(missing, MIN_PREFIX, alone // 4)
@@ -377,7 +377,7 @@ class PrefixCache:
             self.drop(next(iter(self._cached)))
 
     def drop(self, slot: int) -> None:
-        """Empty a kept slot; fine when it is not kept."""
+        """Empty a cached slot; fine when it is not cached."""
         if slot in self._cached:
             self._forget(slot)
             self._empty(slot)
@@ -395,8 +395,8 @@ class PrefixCache:
         heapq.heappush(self._free, slot)
 
     def _take_slot(self, besides: int = -1) -> int | None:
-        """An empty slot, or the least recently used kept one (but not `besides`), emptied; None
-        when all others are live."""
+        """An empty slot, or the least recently used cached one (but not `besides`), emptied; None
+        when all others are running."""
         if not self._free:
             slot = next((slot for slot in self._cached if slot != besides), None)
             if slot is None:

@@ -1,4 +1,4 @@
-"""Where sequences start: behind a beginning that is in the cache, from a saved state, or at 0."""
+"""Where sequences start: behind a prefix that is in the cache, from a saved state, or at 0."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOOKS = 32  # so many waiting sequences at most are looked at again before one s
 @dataclass(slots=True)
 class StartPoint:
     """What a waiting sequence could start from now. `tokens`: those that it is to compute, None
-    when it shares nothing. `pending`: a better beginning that a running one is about to have
+    when it shares nothing. `pending`: a longer prefix that a running one is about to have
     computed. `saved`: positions in its own saved state."""
 
     tokens: Tokens | None
@@ -64,21 +64,21 @@ class Admission:
         self._saved: dict[int, int] = {}  # positions in the saved state, by id
         self._waiting: dict[int, StartPoint] = {}
         self._alike: dict[Key, set[int]] = {}  # who waits, by how they begin
-        self._dirty: dict[int, None] = {}  # whom to look at again, in this order
+        self._dirty: dict[int, None] = {}  # ids to look at again, in this order
         self._pending: set[int] = set()
 
     # -- while they wait
 
     def add(self, id: int, space: Hashable, saved: int = 0) -> None:
         """A new sequence. Those of one `space` may start from each other; None is the space of all
-        that name none, or nobody's when nothing is kept. `saved`: see `StartPoint`."""
+        that name none, or of no other one when nothing is retained. `saved`: see `StartPoint`."""
         self._spaces[id] = ("alone", id) if space is None and not self.cache.retain else space
         if saved:
             self._saved[id] = saved
             self.cache.kv_operations.append(KvOperation("store", -1, n=saved, id=id))
 
     def isolate(self, id: int) -> None:
-        """It starts from nobody and nobody from it, from its next start on."""
+        """It shares nothing with others, from its next start on."""
         self._spaces[id] = ("alone", id)
 
     def forget(self, id: int) -> None:
@@ -200,7 +200,7 @@ class Admission:
             self.cache.lives(slot, tokens[:n], self._spaces[id], n)
 
     def preempt(self, id: int, slot: int, tokens: Tokens | None) -> None:
-        """The sequence in `slot` does not run for a while: what it holds is kept, or saved."""
+        """The sequence in `slot` does not run for a while: what it holds is cached, or saved."""
         n = self._accounting.held(slot)
         if self.swap.swaps(n):
             self._saved[id] = n

@@ -1,9 +1,9 @@
 """When a step starts: at once, or a moment later because more rows are about to come.
 
 Owners of interactive sequences ask for one token at a time. Between two steps their sequences have
-nothing to compute for as long as it takes the owners to look at their tokens, so a step that starts
-with the first who asks leaves the others to the next one. The scheduler knows who may be waited
-for, and how long each has taken until now (`resting`); how long to wait is one small function of a
+nothing to compute for as long as it takes the owners to look at their tokens. So a step that starts
+with the first that asks leaves the others to the next one. The scheduler knows which may be waited
+for, and how long each has taken until now (`idle`); how long to wait is one small function of a
 frozen value, and has no clock: the engine asks it in real time, a simulator in virtual time.
 """
 
@@ -24,10 +24,10 @@ SOONEST_SECONDS = 1e-5  # that a thread which is woken can be there
 
 @dataclass(frozen=True, slots=True)
 class ExpectedSequence:
-    """A interactive sequence that has nothing to compute, and is expected to have soon. Seconds.
+    """An interactive sequence that has nothing to compute, and is expected to have soon. Seconds.
 
-    `idle`: since it had nothing to compute any more. `mean`, `spread`: of its rests until now
-    (`resting.Habit`). `returns`: the share of them that were over within a step's time."""
+    `idle`: since it had nothing to compute any more. `mean`, `spread`: of its idle times until
+    now (`idle.ReturnTime`). `returns`: the share of them that were over within a step's time."""
 
     idle: float
     mean: float
@@ -37,9 +37,8 @@ class ExpectedSequence:
     @property
     def wait(self) -> float:
         """How much longer it is expected to take: what is left of the mean; never less than the
-        spread, for it can't be known better than that; and who is late by some time is expected to
-        be late by as much again (the law of Lindy: times that have no typical length, as those of a
-        thread that does not get a core, are Pareto distributed with a mean excess of that kind)."""
+        spread, for it can't be known better than that; and one that is late by some time is
+        expected to be late by as much again, as a thread is that does not get a core."""
         return max(self.spread, abs(self.mean - self.idle), SOONEST_SECONDS)
 
 
@@ -49,7 +48,7 @@ class Gathering:
 
     `since`: when the first of its rows was there. `n_ready`: running sequences with something to
     compute. `expected`: the interactive ones that have nothing to compute, but have had since the
-    last time that nobody waited for them any more. `cost`: the device's cost model, when there
+    last wait in vain. `cost`: the device's cost model, when there
     is one; `kv`: cells that are held.
     """
 
@@ -91,7 +90,7 @@ class CostWindow:
     """Wait while it is expected to gain more than it costs, by the device's cost model.
 
     Say n rows are ready and k more are expected in w seconds; T(n) is what a step of n rows takes.
-    Going now, the n have their tokens after T(n), and the k, who come during that step, after
+    Going now, the n have their tokens after T(n), and the k, which come during that step, after
     another one of all: T(n) + T(n + k). Waiting, all have them after w + T(n + k). So k sequences
     gain T(n) − w each, and n lose w + T(n + k) − T(n). In seconds of sequences:
 
@@ -101,16 +100,16 @@ class CostWindow:
     of n rows takes T(n) for what a full one does in its share n / (n + k) of T(n + k).
 
     Where only e of the k come (e: the sum of `returns`, T taken as straight from n to n + k),
-    the gain is e / k of that and the price (n + e) · w. Of the groups of those who are expected
+    the gain is e / k of that and the price (n + e) · w. Of the groups of those that are expected
     first, it waits for the one with the largest gain less price, w being the `wait` of the
-    last of them; not at all when that is never above 0: so never for somebody who thinks for
+    last of them; not at all when that is never above 0: so never for one that is idle for
     longer than a step takes. It looks again after 2 · w, and never waits for more than
     gain / (n + e) at a time, which is what the wait can bring. Who is late is soon expected so
     late that the price is too high.
 
     A model of the device does not know what a step takes besides: the engine's own time and the
-    waking of threads, which are more than the decode of a small model. So while somebody is
-    expected within `least` seconds, who comes back so soon more often than not, it waits for that
+    waking of threads, which are more than the decode of a small model. So while one is
+    expected within `least` seconds, which comes back so soon more often than not, it waits for that
     long from the first row on in any case; and for `longest` at most, whatever the gain
     (ArgumentError below 0).
 
@@ -144,8 +143,8 @@ class CostWindow:
 
 
 def groups(gathering: Gathering) -> Iterable[tuple[float, float, float]]:
-    """Of the first 1, 2, ... of those who are expected: seconds until the last of them is likely to
-    have come, the seconds that they are worth, and what waiting for them brings (in seconds of
+    """Of the first 1, 2, ... of the expected ones: seconds until the last of them is likely to have
+    come, the seconds that they are worth, and what waiting for them brings (in seconds of
     sequences, see `CostWindow`)."""
     assert gathering.cost is not None
     n, kv, predict = gathering.n_ready, gathering.kv, gathering.cost.predict

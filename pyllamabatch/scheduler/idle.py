@@ -10,7 +10,7 @@ PATIENCE_SECONDS = 0.5
 FIRST_SECONDS = 200e-6  # mean and spread of an owner's time before anything is known
 
 
-class Habit:
+class ReturnTime:
     """How long an owner takes from a token to the next thing that it asks for.
 
     Times within that of a step, or within 200 µs, are averaged, `mean` and mean deviation `spread`
@@ -21,7 +21,7 @@ class Habit:
 
     __slots__ = ("mean", "returns", "spread")
 
-    def __init__(self, like: Habit | None = None) -> None:
+    def __init__(self, like: ReturnTime | None = None) -> None:
         self.mean: float = FIRST_SECONDS if like is None else like.mean
         self.spread: float = FIRST_SECONDS if like is None else like.spread
         self.returns: float = 0.5 if like is None else like.returns
@@ -44,14 +44,14 @@ class IdleSequences:
 
     def __init__(self, gather: Gather, patience: float = PATIENCE_SECONDS) -> None:
         self.gather = gather
-        self.usual = Habit()
+        self.usual = ReturnTime()
         self.within = 0.0  # the last step's time
         self.ready_at: float | None = None  # when there was something to compute for this step
         self.n_awaited = 0  # how many have to come before the last wait is over sooner
         self._patience = patience
         self._since: dict[int, float] = {}
         self._expected: set[int] = set()
-        self._habits: dict[int, Habit] = {}
+        self._return_times: dict[int, ReturnTime] = {}
 
     def __len__(self) -> int:
         return len(self._since)
@@ -69,15 +69,15 @@ class IdleSequences:
         since = self._since.get(id)
         if since is None:
             return
-        habit = self._habits.get(id)
-        if habit is None:
-            habit = self._habits[id] = Habit(self.usual)
-        for each in (habit, self.usual):
+        return_time = self._return_times.get(id)
+        if return_time is None:
+            return_time = self._return_times[id] = ReturnTime(self.usual)
+        for each in (return_time, self.usual):
             each.learn(max(0.0, now - since), max(self.within, LEAST_SECONDS))
 
     def forget(self, id: int) -> None:
         """It is gone."""
-        self._habits.pop(id, None)
+        self._return_times.pop(id, None)
 
     def wait(self, now: float, n_ready: int, cost: StepCost | None, kv: float) -> float:
         """Seconds to wait for the expected ones, which are not expected any more once that is 0.
@@ -109,6 +109,6 @@ class IdleSequences:
         return 0.0
 
     def _view(self, id: int, now: float) -> ExpectedSequence:
-        habit = self._habits.get(id, self.usual)
+        return_time = self._return_times.get(id, self.usual)
         idle = max(0.0, now - self._since[id])
-        return ExpectedSequence(idle, habit.mean, habit.spread, habit.returns)
+        return ExpectedSequence(idle, return_time.mean, return_time.spread, return_time.returns)

@@ -86,7 +86,7 @@ E = TypeVar("E", bound=HasView)
 
 class SequenceQueue(SequenceList, Generic[E]):
     """A list that sequences join and leave. Each view is made when it is looked at (`seen`). Every
-    order that was asked for is kept up to date."""
+    order that was asked for stays up to date."""
 
     __slots__ = ("_indexes", "_n_joined", "_places", "_seen", "ids")
 

@@ -491,4 +491,4 @@ class Scheduler:
         return self.sequences.running.ids[id].slot
 
     def _freed_by(self, id: int) -> int:
-        return self.accounting.live_alone(self._slot_of(id))
+        return self.accounting.frees(self._slot_of(id))

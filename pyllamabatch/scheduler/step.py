@@ -40,7 +40,7 @@ class Step:
     before the policy is asked again, as long as no sequence comes or goes; more than 1 only for
     pure decoding. `kv_operations`: to be carried out in the memory, in this order, before the rows
     are computed. `n_out`: sequences that decode and have no row in this step, but whose cells are
-    in sight."""
+    attended."""
 
     decode: Slots
     chunks: tuple[PromptChunk, ...]
@@ -58,10 +58,10 @@ class Step:
         return [*self.decode.tolist(), *(chunk.slot for chunk in self.chunks)]
 
     def shape(self, kv: float) -> Shape:
-        """What `CostModel.predict` is told, when `kv` cells are in sight before it: rows, those of
+        """What `CostModel.predict` is told, when `kv` cells are attended before it: rows, those of
         prompts, kv, sequences. A row that is the last of a sequence, and alone, is none of a
-        prompt: those of interactive sequences are so. Who decodes, has no row now and is in sight
-        counts as a sequence."""
+        prompt: those of interactive sequences are so. One that decodes, has no row now and is
+        attended counts as a sequence."""
         n_decode, chunks = len(self.decode), self.chunks
         n_last = sum(chunk.last and chunk.n == 1 for chunk in chunks)
         n_seqs = n_decode + len(chunks) + (0 if chunks else self.n_out)

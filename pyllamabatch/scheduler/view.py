@@ -171,7 +171,7 @@ class StepView:
         cost: StepCost | None = None,
         step: int = 0,
     ) -> StepView:
-        """A view made by hand, to try a policy with no engine: the rest follows from the sequences,
+        """A view made up, to try a policy with no engine: the rest follows from the sequences,
         which run in slots 0, 1, ... and share nothing."""
         running = SequenceList(running)
         computed = {seq.id: seq.computed for seq in running}

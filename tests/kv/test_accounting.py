@@ -1,4 +1,4 @@
-"""KvAccounting: cells are counted exactly, in one pool and in separate streams, shared and kept."""
+"""KvAccounting: cells are counted exactly, in a pool and in streams, shared and cached."""
 
 from __future__ import annotations
 
@@ -112,21 +112,30 @@ def test_shared_cells_are_counted_once() -> None:
     assert accounting.used == 0
 
 
-def test_what_is_kept_counts_as_free() -> None:
+def test_what_is_cached_counts_as_free() -> None:
     accounting = KvAccounting(100, 4)
     accounting.take(0, 30)
     accounting.share(0, 1, 20)
     accounting.cache(0)
     assert (accounting.free, accounting.cached, accounting.empty) == (80, 10, 70)
-    assert (accounting.not_live(0, 20), accounting.not_live(0, 25), accounting.not_live(1, 20)) == (
+    assert (
+        accounting.unused(0, 20),
+        accounting.unused(0, 25),
+        accounting.unused(1, 20),
+    ) == (
         0,
         5,
         0,
     )
     accounting.cache(1)
-    assert (accounting.free, accounting.cached, accounting.not_live(0, 25)) == (100, 30, 25)
+    assert (accounting.free, accounting.cached, accounting.unused(0, 25)) == (100, 30, 25)
     accounting.share(0, 2, 25)
-    assert (accounting.free, accounting.cached, accounting.live_alone(2), accounting.alone(2)) == (
+    assert (
+        accounting.free,
+        accounting.cached,
+        accounting.frees(2),
+        accounting.alone(2),
+    ) == (
         75,
         5,
         25,
@@ -134,10 +143,14 @@ def test_what_is_kept_counts_as_free() -> None:
     )
     with pytest.raises(ValueError, match="asks for 1 cells"):
         accounting.take(0, 1)
-    accounting.revive(0)
-    assert (accounting.cached, accounting.is_cached(0), accounting.live_alone(0)) == (0, False, 5)
-    with pytest.raises(ValueError, match="live"):
-        accounting.revive(0)
+    accounting.resume(0)
+    assert (accounting.cached, accounting.is_cached(0), accounting.frees(0)) == (
+        0,
+        False,
+        5,
+    )
+    with pytest.raises(ValueError, match="running"):
+        accounting.resume(0)
 
 
 def test_streams_copy_instead_of_sharing() -> None:
@@ -165,14 +178,14 @@ class Cells:
     def __init__(self, n_cells: int, n_slots: int) -> None:
         self.n_cells = n_cells
         self.slots: list[list[object]] = [[] for _ in range(n_slots)]
-        self.kept = [False] * n_slots
+        self.cached = [False] * n_slots
 
     def all_of(self, slots: Iterable[int]) -> set[object]:
         return {cell for slot in slots for cell in self.slots[slot]}
 
     def check(self, accounting: KvAccounting) -> None:
         every = range(len(self.slots))
-        live = [slot for slot in every if not self.kept[slot]]
+        live = [slot for slot in every if not self.cached[slot]]
         used, of_live = self.all_of(every), self.all_of(live)
         assert (accounting.used, accounting.cached) == (len(used), len(used - of_live))
         assert (accounting.free, accounting.empty) == (
@@ -182,13 +195,13 @@ class Cells:
         for slot in every:
             mine = set(self.slots[slot])
             assert accounting.held(slot) == len(mine)
-            assert accounting.is_cached(slot) == self.kept[slot]
+            assert accounting.is_cached(slot) == self.cached[slot]
             assert accounting.alone(slot) == len(mine - self.all_of(s for s in every if s != slot))
             if slot in live:
                 others = self.all_of(s for s in live if s != slot)
-                assert accounting.live_alone(slot) == len(mine - others)
+                assert accounting.frees(slot) == len(mine - others)
             for n in range(len(mine) + 1):
-                assert accounting.not_live(slot, n) == len(set(self.slots[slot][:n]) - of_live)
+                assert accounting.unused(slot, n) == len(set(self.slots[slot][:n]) - of_live)
 
 
 @settings(max_examples=300, deadline=None)
@@ -206,32 +219,32 @@ class Cells:
 def test_sharing_and_keeping_balance(operations: list[tuple[str, int, int, int]]) -> None:
     accounting, cells = KvAccounting(40, 5), Cells(40, 5)
     for name, slot, other, n in operations:
-        mine, kept = cells.slots[slot], cells.kept[slot]
-        if name == "take" and not kept and n <= accounting.empty:
+        mine, cached = cells.slots[slot], cells.cached[slot]
+        if name == "take" and not cached and n <= accounting.empty:
             accounting.take(slot, n)
             mine.extend(object() for _ in range(n))
         elif name == "share" and not cells.slots[other] and 0 < n <= len(mine):
             accounting.share(slot, other, n)
             cells.slots[other] = mine[:n]
-        elif name == "keep" and mine and not kept:
+        elif name == "keep" and mine and not cached:
             accounting.cache(slot)
-            cells.kept[slot] = True
-        elif name == "revive" and kept:
-            accounting.revive(slot)
-            cells.kept[slot] = False
+            cells.cached[slot] = True
+        elif name == "revive" and cached:
+            accounting.resume(slot)
+            cells.cached[slot] = False
         elif name in ("trim", "release"):
             left = min(n, len(mine)) if name == "trim" else 0
             before = accounting.used
             emptied = accounting.trim(slot, left) if name == "trim" else accounting.release(slot)
             assert emptied == before - accounting.used
             del mine[left:]
-            cells.kept[slot] = kept and left > 0
+            cells.cached[slot] = cached and left > 0
         cells.check(accounting)
 
 
 class Pool:
     """What libllama does with a pool of cells (src/llama-kv-cache.cpp: `find_slot`, `seq_rm`): here
-    a row each, and nobody shares."""
+    a row each, and none shares."""
 
     def __init__(self, n_cells: int) -> None:
         self.owner = np.full(n_cells, -1)
@@ -316,7 +329,7 @@ def test_reach() -> None:
     assert accounting.reach == 0
 
 
-def test_who_shares_a_beginning_reaches_as_far_as_that() -> None:
+def test_who_shares_a_prefix_reaches_as_far_as_that() -> None:
     accounting = KvAccounting(10000, 4)
     accounting.take(0, 100)
     accounting.take(1, 5000)
@@ -331,8 +344,8 @@ def test_who_shares_a_beginning_reaches_as_far_as_that() -> None:
     assert accounting.reach == 160
 
 
-def test_a_shared_beginning_is_not_as_far_as_what_follows_it() -> None:
-    """A system prompt in front of a burst; whoever has it reaches far, by his own cells alone."""
+def test_a_shared_prefix_is_not_as_far_as_what_follows_it() -> None:
+    """A system prompt in front of a burst; what has it reaches far, by its own cells alone."""
     for goes in (False, True):
         accounting = KvAccounting(100000, 4)
         accounting.take(0, 1000)

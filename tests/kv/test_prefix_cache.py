@@ -102,9 +102,9 @@ class Rig:
         assert self.accounting.used == len(
             {cell for held in self.cells.values() for _, cell in held}
         )
-        kept = [slot for slot in range(self.n_slots) if self.accounting.is_cached(slot)]
-        assert len(kept) == self.cache.n_cached
-        assert sorted([*kept, *self.live, *self.cache._free]) == list(range(self.n_slots))
+        cached = [slot for slot in range(self.n_slots) if self.accounting.is_cached(slot)]
+        assert len(cached) == self.cache.n_cached
+        assert sorted([*cached, *self.live, *self.cache._free]) == list(range(self.n_slots))
 
 
 def test_what_ended_is_found_again() -> None:
@@ -131,7 +131,7 @@ def test_the_last_token_is_always_computed() -> None:
     assert rig.cache.find(tokens[:MIN_PREFIX], "") == NO_HIT
 
 
-def test_somebody_who_is_still_computing_is_worth_waiting_for() -> None:
+def test_one_who_is_still_computing_is_worth_waiting_for() -> None:
     rig, tokens = Rig(UNIFIED), text(0, 100)
     slot, _ = rig.start(tokens)
     rig.advance(slot, 10)
@@ -143,7 +143,7 @@ def test_somebody_who_is_still_computing_is_worth_waiting_for() -> None:
     assert (hit, rig.cache.pending(other, "", hit.n)) == (Hit(slot, 80, 0), NO_HIT)
 
 
-def test_a_state_is_kept_where_somebody_waits_for_it() -> None:
+def test_a_state_is_cached_where_one_waits_for_it() -> None:
     rig, tokens = Rig(STATES), text(0, 100)
     slot, _ = rig.start(tokens)
     other = np.concatenate((tokens[:50], text(1, 10)))
@@ -158,7 +158,7 @@ def test_a_state_is_kept_where_somebody_waits_for_it() -> None:
     assert rig.start(tokens)[1].n == 50
 
 
-def test_a_state_is_kept_where_two_texts_have_parted() -> None:
+def test_a_state_is_cached_where_two_texts_have_parted() -> None:
     rig, tokens = Rig(STATES), text(0, 60)
     slot, _ = rig.start(tokens)
     rig.advance(slot, 60)
@@ -195,7 +195,7 @@ def test_a_long_sequence_with_a_window_is_only_good_as_a_whole() -> None:
     assert (longer, hit.n) == (slot, 60)
 
 
-def test_what_is_kept_makes_way_the_oldest_first() -> None:
+def test_what_is_cached_is_preempted_the_oldest_first() -> None:
     rig = Rig(UNIFIED)
     texts = [text(i, 60) for i in range(5)]
     for tokens in texts[:4]:
@@ -205,7 +205,7 @@ def test_what_is_kept_makes_way_the_oldest_first() -> None:
     rig.cache.find(texts[0], "")
     slot, hit = rig.start(np.concatenate((texts[0], texts[4])))
     assert hit.n == 60
-    rig.end(slot)  # holds no more than what is kept
+    rig.end(slot)  # holds no more than what is cached
     assert rig.cache.n_cached == 4
     slot, _ = rig.start(texts[4])
     rig.advance(slot, 60)
@@ -222,7 +222,7 @@ def test_what_is_kept_makes_way_the_oldest_first() -> None:
     assert rig.cache.n_cached == 0
 
 
-def test_what_nobody_has_started_from_is_kept_up_to_a_share() -> None:
+def test_what_nothing_has_started_from_is_cached_up_to_a_share() -> None:
     accounting = KvAccounting(32_000, 12)
     cache = PrefixCache(accounting, Sharing(copy_part=True, copy_whole=True, trim=True, n_cached=9))
 
@@ -246,7 +246,7 @@ def test_what_nobody_has_started_from_is_kept_up_to_a_share() -> None:
     assert [cache.find(text(i, 1000), "").n for i in (10, 15, 16, 19)] == [0, 0, 999, 999]
 
 
-def test_nothing_is_kept_when_it_is_not_wanted() -> None:
+def test_nothing_is_cached_when_it_is_not_wanted() -> None:
     rig, tokens = Rig(UNIFIED, retain=False), text(0, 60)
     slot, _ = rig.start(tokens)
     rig.advance(slot, 60)
@@ -263,11 +263,11 @@ def test_a_slot_that_is_worth_nothing_is_emptied() -> None:
     assert (rig.accounting.used, rig.cache.find(tokens, "")) == (0, NO_HIT)
 
 
-def test_no_slot_is_left_when_all_are_live() -> None:
+def test_no_slot_is_left_when_all_run() -> None:
     rig = Rig(NOTHING)
     for i in range(N_RUN):
         rig.start(text(i, 20))
-    with pytest.raises(ValueError, match="every slot is live"):
+    with pytest.raises(ValueError, match="every slot is running"):
         rig.cache.start(1)
 
 

@@ -21,7 +21,7 @@ def common(a: list[int], b: list[int]) -> int:
     return n
 
 
-def test_the_longest_beginning_comes_first() -> None:
+def test_the_longest_prefix_comes_first() -> None:
     tree = RadixTree()
     tree.insert(0, array([1, 2, 3, 4]))
     tree.insert(1, array([1, 2, 5]))

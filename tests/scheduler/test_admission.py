@@ -1,4 +1,4 @@
-"""Where sequences start: shared beginnings, saved states, and what becomes of the preempted, on a
+"""Where sequences start: shared prefixes, saved states, and what becomes of the preempted, on a
 machine that refuses what a memory would refuse."""
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def test_the_next_turn_of_a_conversation_goes_on() -> None:
     assert prefill_rows(one) - before == 51
 
 
-def test_somebody_waits_for_who_computes_the_same_but_not_for_others() -> None:
+def test_one_waits_for_who_computes_the_same_but_not_for_others() -> None:
     one = machine()
     one.add(1, 200, 5, 5, alike=195)
     one.step()
@@ -91,7 +91,7 @@ def test_somebody_waits_for_who_computes_the_same_but_not_for_others() -> None:
     one.run()
 
 
-def test_nobody_waits_for_who_has_left() -> None:
+def test_none_waits_for_who_has_left() -> None:
     one = machine()
     one.add(1, 200, 5, 5, alike=150)
     one.step()
@@ -106,7 +106,7 @@ def test_nobody_waits_for_who_has_left() -> None:
 
 
 class Eager:
-    """Everybody at once, whatever they could wait for."""
+    """All at once, whatever they could wait for."""
 
     def plan(self, view: StepView) -> Plan:
         running = [s for s in view.running if s.remaining]
@@ -129,7 +129,7 @@ def test_a_policy_may_start_them_all_the_same() -> None:
     assert prefill_rows(one) == 60
 
 
-def test_kept_cells_never_make_anybody_wait() -> None:
+def test_cached_cells_never_make_a_sequence_wait() -> None:
     one = machine()
     for id in range(3):
         one.add(id, 100, 20, 20)
@@ -184,7 +184,7 @@ def test_a_saved_state_is_discarded_with_its_sequence() -> None:
     one.run()
 
 
-def swapped_by_hand() -> Machine:
+def swapped_interactive() -> Machine:
     """With one interactive sequence, of whose 40 tokens 39 are saved."""
     one = machine(swap=SwapChoice("swap"))
     one.tokens[1] = list(range(40))
@@ -201,9 +201,9 @@ def swapped_by_hand() -> Machine:
 
 
 @pytest.mark.parametrize(("left", "loads"), [(45, 1), (20, 0)])
-def test_a_hand_driven_one_that_is_swapped_and_trimmed(left: int, loads: int) -> None:
+def test_an_interactive_one_that_is_swapped_and_trimmed(left: int, loads: int) -> None:
     """What comes behind the cut may be other tokens than those in the saved state."""
-    one = swapped_by_hand()
+    one = swapped_interactive()
     one.tokens[1] += range(500, 510)
     one.scheduler.extend(1, 10)
     del one.tokens[1][left:]
@@ -218,9 +218,9 @@ def test_a_hand_driven_one_that_is_swapped_and_trimmed(left: int, loads: int) ->
     assert step.chunks[0].start == 39 * loads
 
 
-def test_a_hand_driven_one_is_asked_when_less_is_left_than_it_had_begun_with() -> None:
+def test_an_interactive_one_is_asked_when_less_is_left_than_it_had_begun_with() -> None:
     """It waited, would have begun with 39 tokens, and was trimmed to 5: all of them are to do."""
-    one = swapped_by_hand()
+    one = swapped_interactive()
     one.tokens[1] += range(500, 510)
     one.scheduler.extend(1, 10)
     assert one.scheduler.sequence(1).prefix.hit == 39
@@ -233,8 +233,8 @@ def test_a_hand_driven_one_is_asked_when_less_is_left_than_it_had_begun_with() -
     assert [(chunk.start, chunk.n, chunk.last) for chunk in step.chunks] == [(0, 5, True)]
 
 
-def test_a_hand_driven_one_that_has_lost_what_it_began_with_computes_it() -> None:
-    one = swapped_by_hand()
+def test_an_interactive_one_that_has_lost_what_it_began_with_computes_it() -> None:
+    one = swapped_interactive()
     one.scheduler.ask(1)
     assert one.scheduler.plan(0.0) is not None
     assert one.scheduler.sequence(1).prefix.hit == 39
@@ -253,7 +253,7 @@ def test_a_sequence_may_come_with_a_saved_state() -> None:
     assert prefill_rows(one) == 10
 
 
-def test_nothing_is_kept_of_what_has_failed() -> None:
+def test_nothing_is_cached_of_what_has_failed() -> None:
     one = machine()
     one.add(1, 50, 60, 60)
     one.step()

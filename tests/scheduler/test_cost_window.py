@@ -25,7 +25,7 @@ from pyllamabatch.scheduler import (
     Window,
 )
 from pyllamabatch.scheduler.gather import groups
-from pyllamabatch.scheduler.idle import Habit, IdleSequences
+from pyllamabatch.scheduler.idle import IdleSequences, ReturnTime
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,10 @@ def test_windows_are_finite(seconds: float) -> None:
 
 SECONDS = st.floats(0, 0.1)
 SHORT = st.one_of(st.floats(0, 0.005), SECONDS)
-RESTS = st.builds(ExpectedSequence, SHORT, SHORT, SHORT, st.floats(0.0, 1.0))
+IDLE = st.builds(ExpectedSequence, SHORT, SHORT, SHORT, st.floats(0.0, 1.0))
 STEPS = st.builds(Steps, st.floats(0, 0.1), st.floats(0, 0.02), st.sampled_from([4, 8, 1000]))
 GATHERINGS = st.builds(
-    at, st.integers(1, 20), st.lists(RESTS, min_size=1, max_size=8).map(tuple), STEPS, SECONDS
+    at, st.integers(1, 20), st.lists(IDLE, min_size=1, max_size=8).map(tuple), STEPS, SECONDS
 )
 
 
@@ -184,16 +184,16 @@ def test_the_more_are_ready_the_sooner_they_go(n: int, k: int, wait: float, pass
 
 
 def test_long_times_count_only_as_such() -> None:
-    habit = Habit()
+    return_time = ReturnTime()
     for _ in range(50):
-        habit.learn(0.002, 0.03)
-    before = habit.mean, habit.spread
-    assert habit.mean == pytest.approx(0.002, rel=0.01)
-    assert habit.spread == pytest.approx(0, abs=1e-5)
-    assert habit.returns > 0.99
-    habit.learn(600.0, 0.03)
-    assert (habit.mean, habit.spread) == before
-    assert habit.returns == pytest.approx(7 / 8, abs=0.01)
+        return_time.learn(0.002, 0.03)
+    before = return_time.mean, return_time.spread
+    assert return_time.mean == pytest.approx(0.002, rel=0.01)
+    assert return_time.spread == pytest.approx(0, abs=1e-5)
+    assert return_time.returns > 0.99
+    return_time.learn(600.0, 0.03)
+    assert (return_time.mean, return_time.spread) == before
+    assert return_time.returns == pytest.approx(7 / 8, abs=0.01)
 
 
 def test_a_new_one_is_like_those_before_it_and_then_like_itself() -> None:
@@ -203,26 +203,26 @@ def test_a_new_one_is_like_those_before_it_and_then_like_itself() -> None:
         asked.append(gathering)
         return 1.0
 
-    resting = IdleSequences(gather)
-    resting.within = 0.1
+    idle = IdleSequences(gather)
+    idle.within = 0.1
     for i in range(100):
-        resting.begin(1, float(i))
-        resting.learn(1, i + 0.01)
-        resting.end(1)
-    resting.begin(2, 100.0)
-    assert resting.wait(100.004, 1, None, 0) == 1.0
+        idle.begin(1, float(i))
+        idle.learn(1, i + 0.01)
+        idle.end(1)
+    idle.begin(2, 100.0)
+    assert idle.wait(100.004, 1, None, 0) == 1.0
     (rest,) = asked[-1].expected
     assert rest.idle == pytest.approx(0.004)
     assert rest.mean == pytest.approx(0.01, rel=0.01)
-    resting.learn(2, 100.05)
-    resting.end(2)
-    resting.begin(1, 101.0)
-    resting.begin(2, 101.0)
-    resting.wait(101.0, 1, None, 0)
+    idle.learn(2, 100.05)
+    idle.end(2)
+    idle.begin(1, 101.0)
+    idle.begin(2, 101.0)
+    idle.wait(101.0, 1, None, 0)
     one, two = sorted(asked[-1].expected, key=lambda rest: rest.mean)
     assert one.mean == pytest.approx(0.01, rel=0.01)
     assert two.mean == pytest.approx(0.01 + 0.04 / 8, rel=0.01)
-    resting.learn(3, 7.0)  # who does not rest: nothing
+    idle.learn(3, 7.0)  # who does not rest: nothing
     assert len(asked) == 2
 
 

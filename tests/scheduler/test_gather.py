@@ -25,7 +25,7 @@ WINDOW = 0.2
 
 
 @dataclass
-class Hand:
+class Owners:
     """Interactive sequences, the cells that they hold by the book, and a clock."""
 
     limits: Limits = LIMITS
@@ -47,11 +47,11 @@ class Hand:
         self.known[id] += n
 
     def trim(self, id: int, known: int) -> None:
-        kept = self.scheduler.trim(id, known)
+        cached = self.scheduler.trim(id, known)
         self.known[id] = known
         if id in self.cells:
-            assert kept == min(self.cells[id], known - 1)
-            self.cells[id] = kept
+            assert cached == min(self.cells[id], known - 1)
+            self.cells[id] = cached
 
     def remove(self, id: int) -> None:
         self.scheduler.remove(id)
@@ -89,7 +89,7 @@ class Hand:
             if self.scheduler.idle:
                 return
             self.step()
-        raise AssertionError("it never rests")
+        raise AssertionError("it never ends")
 
     def check(self) -> None:
         scheduler = self.scheduler
@@ -116,52 +116,52 @@ def test_a_window_ends_so_long_after_the_first_row() -> None:
 
 
 def test_all_of_a_prompt_but_its_last_token_is_computed_until_a_token_is_asked_for() -> None:
-    hand = Hand()
-    hand.add(1, 10)
-    hand.run()
-    assert (hand.cells, hand.sampled) == ({1: 9}, {1: 0})
-    hand.scheduler.ask(1)
-    hand.run()
-    assert (hand.cells, hand.sampled, hand.known) == ({1: 10}, {1: 1}, {1: 11})
-    hand.scheduler.ask(1)
-    assert hand.scheduler.view(0.0).decoding == {1}
-    hand.run()
-    assert (hand.cells, hand.sampled) == ({1: 11}, {1: 2})
-    hand.extend(1, 40)
-    hand.run()
-    assert (hand.cells, hand.sampled) == ({1: 51}, {1: 2})
+    owners = Owners()
+    owners.add(1, 10)
+    owners.run()
+    assert (owners.cells, owners.sampled) == ({1: 9}, {1: 0})
+    owners.scheduler.ask(1)
+    owners.run()
+    assert (owners.cells, owners.sampled, owners.known) == ({1: 10}, {1: 1}, {1: 11})
+    owners.scheduler.ask(1)
+    assert owners.scheduler.view(0.0).decoding == {1}
+    owners.run()
+    assert (owners.cells, owners.sampled) == ({1: 11}, {1: 2})
+    owners.extend(1, 40)
+    owners.run()
+    assert (owners.cells, owners.sampled) == ({1: 51}, {1: 2})
 
 
 def test_a_prompt_of_one_token_has_nothing_to_compute_at_first() -> None:
-    hand = Hand()
-    hand.add(1, 1)
-    assert hand.scheduler.idle
-    assert hand.scheduler.plan(0.0) is None
-    hand.scheduler.ask(1)
-    hand.run()
-    assert (hand.cells, hand.sampled) == ({1: 1}, {1: 1})
+    owners = Owners()
+    owners.add(1, 1)
+    assert owners.scheduler.idle
+    assert owners.scheduler.plan(0.0) is None
+    owners.scheduler.ask(1)
+    owners.run()
+    assert (owners.cells, owners.sampled) == ({1: 1}, {1: 1})
 
 
 def test_a_step_waits_for_those_who_were_there_until_the_window_ends() -> None:
-    hand = Hand()
-    scheduler = hand.scheduler
+    owners = Owners()
+    scheduler = owners.scheduler
     for id in (1, 2, 3):
-        hand.add(id, 2)
-    assert scheduler.hold(0.0) == 0  # nobody has been here before
-    hand.run()
+        owners.add(id, 2)
+    assert scheduler.hold(0.0) == 0  # none has been here before
+    owners.run()
     scheduler.ask(1)
     assert scheduler.hold(10.0) == pytest.approx(WINDOW)
     scheduler.ask(2)
     assert scheduler.hold(10.15) == pytest.approx(WINDOW - 0.15)
     scheduler.ask(3)
     assert scheduler.hold(10.16) == 0
-    hand.run()
+    owners.run()
     assert scheduler.counters.fill[3] == 1
     scheduler.ask(1)
     scheduler.ask(2)
     assert scheduler.hold(20.0) > 0
     assert scheduler.hold(20.0 + WINDOW) == 0  # 3 does not come
-    hand.run()
+    owners.run()
     scheduler.ask(2)
     assert scheduler.hold(30.0) > 0
     scheduler.ask(1)
@@ -169,102 +169,102 @@ def test_a_step_waits_for_those_who_were_there_until_the_window_ends() -> None:
 
 
 def test_who_is_alone_or_gone_is_not_waited_for() -> None:
-    hand = Hand()
-    hand.add(1, 2)
-    hand.run()
-    hand.scheduler.ask(1)
-    assert hand.scheduler.hold(1.0) == 0
-    hand.add(2, 3)
-    hand.run()
-    hand.scheduler.ask(1)
-    assert hand.scheduler.hold(2.0) > 0
-    hand.remove(2)
-    assert hand.scheduler.hold(2.0) == 0
+    owners = Owners()
+    owners.add(1, 2)
+    owners.run()
+    owners.scheduler.ask(1)
+    assert owners.scheduler.hold(1.0) == 0
+    owners.add(2, 3)
+    owners.run()
+    owners.scheduler.ask(1)
+    assert owners.scheduler.hold(2.0) > 0
+    owners.remove(2)
+    assert owners.scheduler.hold(2.0) == 0
 
 
-def test_requests_run_for_many_steps_while_others_rest() -> None:
-    hand = Hand()
-    hand.add(1, 5)
-    hand.run()
-    hand.scheduler.add(2, 5, 50, arrival=0.0)
-    first = hand.scheduler.plan(0.0)
+def test_requests_run_for_many_steps_while_others_are_idle() -> None:
+    owners = Owners()
+    owners.add(1, 5)
+    owners.run()
+    owners.scheduler.add(2, 5, 50, arrival=0.0)
+    first = owners.scheduler.plan(0.0)
     assert first is not None
-    hand.scheduler.advance(first)
-    step = hand.scheduler.plan(0.0)
+    owners.scheduler.advance(first)
+    step = owners.scheduler.plan(0.0)
     assert step is not None
     assert step.repeat > 1
-    hand.scheduler.ask(1)
-    both = hand.scheduler.plan(0.0)
+    owners.scheduler.ask(1)
+    both = owners.scheduler.plan(0.0)
     assert both is not None
     assert (both.n_rows, both.repeat) == (2, 1)
 
 
 def test_trimmed_tokens_give_their_cells_back_and_the_last_is_computed_again() -> None:
-    hand = Hand()
-    hand.add(1, 20)
-    hand.scheduler.ask(1)
-    hand.run()
-    hand.trim(1, 8)
-    hand.check()
-    assert hand.cells == {1: 7}
-    hand.scheduler.ask(1)
-    hand.run()
-    assert (hand.cells, hand.known) == ({1: 8}, {1: 9})
+    owners = Owners()
+    owners.add(1, 20)
+    owners.scheduler.ask(1)
+    owners.run()
+    owners.trim(1, 8)
+    owners.check()
+    assert owners.cells == {1: 7}
+    owners.scheduler.ask(1)
+    owners.run()
+    assert (owners.cells, owners.known) == ({1: 8}, {1: 9})
     with pytest.raises(ValueError, match="0 tokens are to stay of 9"):
-        hand.scheduler.trim(1, 0)
+        owners.scheduler.trim(1, 0)
 
 
 def test_a_sequence_that_can_not_grow_any_more_says_so_and_stays() -> None:
-    hand = Hand()
-    hand.add(1, 250)
-    hand.run()
+    owners = Owners()
+    owners.add(1, 250)
+    owners.run()
     with pytest.raises(RequestTooLong):
-        hand.extend(1, 7)
-    hand.extend(1, 6)
-    hand.scheduler.ask(1)
-    hand.run()
-    assert hand.known == {1: 257}
+        owners.extend(1, 7)
+    owners.extend(1, 6)
+    owners.scheduler.ask(1)
+    owners.run()
+    assert owners.known == {1: 257}
     with pytest.raises(RequestTooLong):
-        hand.scheduler.ask(1)
-    hand.check()
+        owners.scheduler.ask(1)
+    owners.check()
 
 
-def test_who_rests_too_long_makes_way_and_comes_back() -> None:
-    hand = Hand()
+def test_which_is_idle_too_long_is_preempted_and_comes_back() -> None:
+    owners = Owners()
     for id in (1, 2, 3, 4):
-        hand.add(id, 10)
-    hand.run()
-    rest_began = hand.now
-    hand.add(5, 10)
-    assert hand.step() is None  # no slot
-    wait = hand.scheduler.hold(hand.now)
-    assert 0 < wait < hand.patience
-    hand.now += wait
-    assert hand.now > rest_began
-    step = hand.step()
+        owners.add(id, 10)
+    owners.run()
+    idle_began = owners.now
+    owners.add(5, 10)
+    assert owners.step() is None  # no slot
+    wait = owners.scheduler.hold(owners.now)
+    assert 0 < wait < owners.patience
+    owners.now += wait
+    assert owners.now > idle_began
+    step = owners.step()
     assert step is not None
     assert [id for id, _ in step.preempted] == [1]
     assert [id for id, _ in step.admitted] == [5]
-    hand.run()
-    assert hand.scheduler.idle  # 1 wants nothing
-    hand.remove(2)
-    hand.scheduler.ask(1)
-    hand.run()
-    assert hand.sampled[1] == 1
-    assert hand.scheduler.counters.recomputed_rows == 9
+    owners.run()
+    assert owners.scheduler.idle  # 1 wants nothing
+    owners.remove(2)
+    owners.scheduler.ask(1)
+    owners.run()
+    assert owners.sampled[1] == 1
+    assert owners.scheduler.counters.recomputed_rows == 9
 
 
 def test_who_relaxes_computes_no_more() -> None:
-    hand = Hand()
-    hand.add(1, 100)
-    hand.scheduler.ask(1)
-    hand.step()
-    hand.scheduler.relax(1)
-    assert hand.scheduler.idle
-    assert hand.cells == {1: 32}
-    hand.scheduler.ask(1)
-    hand.run()
-    assert hand.sampled == {1: 1}
+    owners = Owners()
+    owners.add(1, 100)
+    owners.scheduler.ask(1)
+    owners.step()
+    owners.scheduler.relax(1)
+    assert owners.scheduler.idle
+    assert owners.cells == {1: 32}
+    owners.scheduler.ask(1)
+    owners.run()
+    assert owners.sampled == {1: 1}
 
 
 def test_requests_are_not_interactive() -> None:
@@ -274,13 +274,13 @@ def test_requests_are_not_interactive() -> None:
         scheduler.ask(1)
 
 
-def test_a_view_made_by_hand_knows_who_rests() -> None:
-    hand = Hand()
-    hand.add(1, 5)
-    hand.add(2, 5)
-    hand.run()
-    hand.scheduler.ask(1)
-    real = hand.scheduler.view(0.0)
+def test_a_view_made_up_knows_which_is_idle() -> None:
+    owners = Owners()
+    owners.add(1, 5)
+    owners.add(2, 5)
+    owners.run()
+    owners.scheduler.ask(1)
+    real = owners.scheduler.view(0.0)
     made = StepView.of(LIMITS, real.running)
     assert made.decoding == real.decoding == {1}
     assert list(made.prefilling) == list(real.prefilling) == []
@@ -314,34 +314,34 @@ def test_cells_and_counters_agree_whatever_the_owners_do(
     actions: list[tuple[str, int, int]], unified: bool
 ) -> None:
     limits = Limits(32, 8, 3, 96, 96 if unified else 32, unified)
-    hand = Hand(limits, patience=0.3)
+    owners = Owners(limits, patience=0.3)
     ids = iter(range(1, 1000))
     for what, which, n in actions:
-        names = sorted(hand.known)
+        names = sorted(owners.known)
         id = names[which % len(names)] if names else 0
         try:
             if what == "add":
-                hand.add(next(ids), n)
+                owners.add(next(ids), n)
             elif what == "step":
-                hand.step()
+                owners.step()
             elif what == "wait":
-                hand.now += hand.scheduler.hold(hand.now)
+                owners.now += owners.scheduler.hold(owners.now)
             elif not id:
                 continue
             elif what == "extend":
-                hand.extend(id, n)
+                owners.extend(id, n)
             elif what == "trim":
-                hand.trim(id, min(n, hand.known[id]))
+                owners.trim(id, min(n, owners.known[id]))
             elif what == "remove":
-                hand.remove(id)
+                owners.remove(id)
             else:
-                getattr(hand.scheduler, what)(id)
+                getattr(owners.scheduler, what)(id)
         except RequestTooLong:
-            assert n + hand.known.get(id, 0) > limits.n_cells_seq
-        hand.check()
-    for id in sorted(hand.known):
-        if hand.known[id] <= limits.n_cells_seq:
-            before = hand.sampled[id]
-            hand.scheduler.ask(id)
-            hand.run()
-            assert hand.sampled[id] == before + 1
+            assert n + owners.known.get(id, 0) > limits.n_cells_seq
+        owners.check()
+    for id in sorted(owners.known):
+        if owners.known[id] <= limits.n_cells_seq:
+            before = owners.sampled[id]
+            owners.scheduler.ask(id)
+            owners.run()
+            assert owners.sampled[id] == before + 1

@@ -1,4 +1,4 @@
-"""Every policy that is registered: no plan breaks a rule, everybody finishes, the same arrivals
+"""Every policy that is registered: no plan breaks a rule, all finish, the same arrivals
 give the same steps, and a plan that repeats is what would have been planned at each step."""
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def live(spec: str, limits: Limits, arrivals: list[Arrival]) -> tuple[Machine, l
 @each_policy
 @settings(max_examples=40, deadline=None)
 @given(limits=limits, arrivals=arrivals)
-def test_everybody_finishes_and_the_same_again(
+def test_all_finishes_and_the_same_again(
     spec: str, limits: Limits, arrivals: list[Arrival]
 ) -> None:
     machine, steps = live(spec, limits, arrivals)

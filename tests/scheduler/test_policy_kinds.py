@@ -1,4 +1,4 @@
-"""What makes each policy itself, by views made by hand and by whole lives of sequences."""
+"""What makes each policy itself, by views made up and by whole lives of sequences."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def tokens(policy: Policy, *sequences: SequenceView, **facts: Any) -> dict[int, 
     return policy.plan(view).advances(view)
 
 
-# -- who computes beside whom
+# -- who computes beside which
 
 
 def test_fcfs_computes_whole_prompts_beside_the_decodes() -> None:
     assert tokens(fcfs(), decoding(1), waiting(2, 40), waiting(3, 40)) == {1: 1, 2: 40, 3: 23}
 
 
-def test_prefill_first_lets_nobody_decode_while_there_is_a_prompt() -> None:
+def test_prefill_first_lets_none_decode_while_there_is_a_prompt() -> None:
     assert tokens(prefill_first(), decoding(1), waiting(2, 40)) == {2: 40}
     assert tokens(prefill_first(), decoding(1), prefilling(2, 40, 30)) == {2: 10}
     full = [decoding(id) for id in range(4)]
@@ -75,7 +75,7 @@ def test_priority_goes_before_arrival() -> None:
 # -- static
 
 
-def test_static_admits_until_the_batch_decodes_and_then_nobody() -> None:
+def test_static_admits_until_the_batch_decodes_and_then_none() -> None:
     policy = static(size=3)
     assert tokens(policy, waiting(1, 60), waiting(2, 60)) == {1: 60, 2: 4}
     assert tokens(policy, decoding(1, 60), prefilling(2, 60, 4), waiting(3, 5)) == {2: 56, 3: 5}
@@ -167,7 +167,7 @@ def test_shortest_goes_by_what_is_predicted() -> None:
     assert tokens(by_oracle, *line) == {1: 30, 3: 20, 2: 14}
 
 
-def test_the_longest_gives_way() -> None:
+def test_the_longest_is_preempted() -> None:
     limits = Limits(64, 16, 4, n_cells=60, n_cells_seq=60)
     running = [decoding(id, 20, max_tokens=most) for id, most in ((1, 50), (2, 9), (3, 30))]
     assert shortest().plan(StepView.of(limits, running)).preempt == (1,)
@@ -218,8 +218,8 @@ def test_mlfq_gives_the_place_of_one_that_has_sunk_to_a_newcomer() -> None:
     assert policy.plan(starved).preempt == (3,)
 
 
-def test_mlfq_preempts_nobody_in_vain() -> None:
-    """Nobody who may give way has cells enough: nobody does."""
+def test_mlfq_preempts_none_in_vain() -> None:
+    """No victim has cells enough: none is preempted."""
     policy = mlfq(quantum=4)
     running = [decoding(1, 250, 3), decoding(2, 10, 40), decoding(3, 10, 40)]
     assert policy.plan(StepView.of(LIMITS, running, [waiting(9, 300)])).preempt == ()

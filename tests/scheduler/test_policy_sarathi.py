@@ -1,4 +1,4 @@
-"""Sarathi and the shared decisions, by hand-made views: no engine, no scheduler, no model."""
+"""Sarathi and the shared decisions, by views made up: no engine, no scheduler, no model."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_decoding_rows_come_first_and_prompts_fill_the_ubatch() -> None:
     assert tokens(view) == {1: 1, 2: 1, 3: 14}
 
 
-def test_a_prompt_begun_goes_before_the_waiting_line() -> None:
+def test_a_prompt_begun_goes_before_the_waiting_queue() -> None:
     view = StepView.of(LIMITS, [decoding(1), prefilling(3, 20, 10)], [waiting(4, 9)])
     assert tokens(view) == {1: 1, 3: 10, 4: 5}
 
@@ -91,7 +91,7 @@ def test_a_lone_request_is_admitted_when_it_fills_the_cache_to_the_last_cell() -
     assert tokens(StepView.of(LIMITS, waiting=[waiting(1, 200)])) == {1: 64}
 
 
-def test_the_newest_gives_way_when_cells_run_out() -> None:
+def test_the_newest_is_preempted_when_cells_run_out() -> None:
     view = StepView.of(
         LIMITS, [decoding(1, 100), decoding(2, 60), decoding(3, 40)], [waiting(4, 1)]
     )
@@ -174,7 +174,7 @@ def test_with_a_cost_model_a_step_keeps_the_time() -> None:
     assert budget_of(4) == 90  # 100 ms
     assert budget_of(4, itl=0.05) == 40
     assert budget_of(4, n_batch=32) == 32
-    assert budget_of(0) == 2048  # nobody waits for a token
+    assert budget_of(0) == 2048  # none waits for a token
 
 
 def test_a_slow_device_gives_prompts_as_long_as_it_gives_those_who_decode() -> None:

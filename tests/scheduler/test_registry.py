@@ -45,7 +45,7 @@ def test_options_are_those_of_the_function() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nobody", r"one of device-aware, fair, fcfs, mlfq, .*static"),
+        ("none", r"one of device-aware, fair, fcfs, mlfq, .*static"),
         ("sarathi:512", r"NAME:option=value"),
         ("sarathi:rows=512", r"no option 'rows'; options of sarathi: budget, .*watermark"),
         ("sarathi:budget=many", r"budget='many': must be int or None"),

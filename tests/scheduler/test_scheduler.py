@@ -61,7 +61,7 @@ def test_whatever_happens_every_request_finishes_and_every_cell_comes_back(
     assert counters.rows == counters.decode_rows + counters.prefill_rows
     assert counters.tokens == sum(machine.generated.values())
     assert counters.recomputed_rows <= counters.prefill_rows
-    assert machine.first_rows == sorted(machine.first_rows)  # nobody overtakes under FCFS
+    assert machine.first_rows == sorted(machine.first_rows)  # none overtakes under FCFS
 
 
 @settings(max_examples=200, deadline=None)
@@ -156,7 +156,7 @@ def test_preempted_sequences_are_computed_again_and_go_first() -> None:
     while (step := machine.step()) is not None:
         preempted += [id for id, _ in step.preempted]
     assert preempted
-    assert set(preempted) <= {1, 2, 3}  # the oldest never gives way
+    assert set(preempted) <= {1, 2, 3}  # the oldest is never preempted
     assert machine.done[0] == 0
     counters = machine.scheduler.counters
     assert counters.preemptions == len(preempted)
@@ -185,7 +185,7 @@ def test_long_prompts_do_not_starve_among_short_ones() -> None:
     assert machine.done.index(1) == 1
 
 
-def test_after_a_shed_nobody_is_admitted_until_somebody_ends() -> None:
+def test_after_a_shed_none_is_admitted_until_one_ends() -> None:
     machine = Machine(Limits(n_batch=16, n_ubatch=16, n_seq_max=4, n_cells=64, n_cells_seq=64))
     for id in range(3):
         machine.add(id, 4, 4, 4)
@@ -221,7 +221,7 @@ def test_views_are_values() -> None:
     machine.step()
     after = machine.scheduler.sequence(0)
     assert (before.generated, after.generated) == (1, 2)
-    assert machine.scheduler.sequence(0) is after  # made once, kept until it changes
+    assert machine.scheduler.sequence(0) is after  # made once, cached until it changes
     view = machine.scheduler.view(0.0)
     assert [view.running[0].id, view.running[-1].id] == [0, 1]
     assert [s.id for s in view.running[::-1]] == [s.id for s in reversed(view.running)] == [1, 0]

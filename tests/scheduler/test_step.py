@@ -64,12 +64,12 @@ def test_every_row_is_in_one_part_and_in_order(decode: list[int], chunks: dict[i
             assert slots == list(range(slots[0], slots[0] + len(slots)))
 
 
-def test_a_row_that_is_asked_for_by_hand_costs_what_a_decode_does() -> None:
-    hands = tuple(PromptChunk(100 + slot, slot, 30, 1, True) for slot in (2, 5))
+def test_a_row_that_is_that_is_asked_for_costs_what_a_decode_does() -> None:
+    asked = tuple(PromptChunk(100 + slot, slot, 30, 1, True) for slot in (2, 5))
     rows = np.array([0, 1], np.int32)
     prompt = (PromptChunk(110, 7, 0, 16, False), PromptChunk(111, 8, 4, 1, False))
-    assert Step(rows, hands, (), (), 4, {}).shape(50.0) == (4, 0, 50.0, 4)
-    assert Step(rows, hands + prompt, (), (), 21, {}).shape(50.0) == (21, 17, 50.0, 6)
+    assert Step(rows, asked, (), (), 4, {}).shape(50.0) == (4, 0, 50.0, 4)
+    assert Step(rows, asked + prompt, (), (), 21, {}).shape(50.0) == (21, 17, 50.0, 6)
 
 
 def test_groups_get_a_call_each_and_the_first_one_comes_first() -> None:

@@ -74,11 +74,11 @@ def full(n: int) -> Limits:
 
 def steps_of(view: StepView, width: int) -> tuple[float, float]:
     """Seconds of all steps until the prompts are computed, `width` rows at a step; and less what
-    their decoded tokens take where everybody decodes, if that is less than without the prompts."""
+    their decoded tokens take where all decode, if that is less than without the prompts."""
     assert view.cost is not None
     predict, n, kv = view.cost.predict, len(view.decoding), view.kv.attended
-    everybody = n + len(view.waiting)
-    share = min(predict(n, 0, kv, n), predict(everybody, 0, kv, everybody) * n / everybody)
+    wide = n + len(view.waiting)
+    share = min(predict(n, 0, kv, n), predict(wide, 0, kv, wide) * n / wide)
     taken, added, left = 0.0, 0.0, sum(seq.remaining for seq in view.waiting)
     while left:
         prompt = min(left, width - n)
@@ -135,7 +135,7 @@ def test_a_prompt_that_has_begun_counts_like_one_that_waits() -> None:
 
 
 def test_who_finds_no_cells_waits_as_one_who_finds_no_slot() -> None:
-    """He would not decode if the prompt that has begun were done, and waits for what is lost."""
+    """It would not decode if the prompt that has begun were done, and waits for what is lost."""
     for remaining in (300, 900):
         no_cells = replace(LIMITS, n_cells=100 + 2 * remaining)
         loads = [
@@ -147,7 +147,7 @@ def test_who_finds_no_cells_waits_as_one_who_finds_no_slot() -> None:
 
 
 def test_many_prompts_that_wait_are_not_paced() -> None:
-    """Whoever waits would decode, and with 5 rows or 9 a step takes as long."""
+    """Each that waits would decode, and with 5 rows or 9 a step takes as long."""
     assert rows(5, Tiles(), limits=full(6)) == 32
     assert rows(5, Tiles(), n_waiting=4, limits=full(9)) == 128
 
@@ -222,7 +222,7 @@ def test_no_throughput_is_lost_to_the_policy_that_counts(seed: int) -> None:
         assert lost <= lost_counted + 0.01 * taken
 
 
-def test_what_nobody_has_measured_is_paced_as_before() -> None:
+def test_what_nothing_has_measured_is_paced_as_before() -> None:
     class Prior(Tiles):
         calibrated = False
 

@@ -76,7 +76,7 @@ def test_a_longer_wait_must_win_more() -> None:
     assert split(9, Cost()).width == 7  # 8 are 3% faster, but two steps of them take longer than 9
 
 
-def test_what_nobody_has_measured_splits_nothing() -> None:
+def test_what_nothing_has_measured_splits_nothing() -> None:
     class Prior(Edge):
         calibrated = False
 
@@ -129,10 +129,10 @@ def test_a_round_is_held_for_as_long_as_a_switch_needs() -> None:
     assert held.gain == pytest.approx(8 / 9 * 2.1 * 0.003 / (0.003 + 0.004 / held.hold), rel=1e-3)
     assert split(9, Edge(seconds=0.003, switch=0.006)) is None  # 7% of the time
     assert split(9, Edge(seconds=0.02, switch=0.06)) is None  # a switch costs more than is won
-    assert split(9, Edge(seconds=0.001, switch=None)).hold == 32  # nobody knows yet
+    assert split(9, Edge(seconds=0.001, switch=None)).hold == 32  # none knows yet
 
 
-def test_everybody_sits_out_once_before_the_first_ends() -> None:
+def test_all_sits_out_once_before_the_first_ends() -> None:
     """Of 9 eight at a time, in nine rounds; of 16 in two."""
     cost = Edge(jump=4.0, seconds=0.003, switch=0.0015)
     for n, left, hold in ((9, 9 * 9, 9), (9, 9 * 10 - 1, 9), (16, 2 * 9, 9)):
@@ -146,8 +146,8 @@ def test_everybody_sits_out_once_before_the_first_ends() -> None:
     assert best_split(StepView.of(LIMITS, view.running, cost=dear), 0.1, 0.0) is None
     free = StepView.of(LIMITS, view.running, cost=Edge())
     assert best_split(free, 0.1, 0.0)[:2] == (8, 1)  # type: ignore[index]
-    hands = [replace(s, n_prompt=11, max_tokens=1, generated=0, goal=11) for s in decoding(9)]
-    assert best_split(StepView.of(LIMITS, hands, cost=cost), 0.1, 0.0) == split(9, cost)
+    asked = [replace(s, n_prompt=11, max_tokens=1, generated=0, goal=11) for s in decoding(9)]
+    assert best_split(StepView.of(LIMITS, asked, cost=cost), 0.1, 0.0) == split(9, cost)
 
 
 @pytest.mark.parametrize("bad", [{"itl": 0.0}, {"gain": -0.1}])
@@ -188,7 +188,7 @@ def test_all_get_the_same_share(n: int, seconds: float, switch: float) -> None:
     found = split(n, cost)
     assert found is not None
     steps = [(who, had) for who, had in run(machine, 180 + 2 * found.hold) if len(who) == n]
-    n_first = max(TRIAL, found.hold - 1)  # nobody has come or gone since
+    n_first = max(TRIAL, found.hold - 1)  # none has come or gone since
     first, steps = steps[:n_first], steps[n_first:]
     assert all(len(had) == n for _, had in first)
     rows = Counter(id for _, had in steps for id in had)
@@ -206,7 +206,7 @@ def test_all_get_the_same_share(n: int, seconds: float, switch: float) -> None:
     changes=st.lists(st.tuples(st.integers(1, 7), st.booleans()), max_size=25),
     switch=st.sampled_from([0.0, 3e-4]),
 )
-def test_nobody_starves_while_others_come_and_go(
+def test_none_starves_while_others_come_and_go(
     start: int, changes: list[tuple[int, bool]], switch: float
 ) -> None:
     cost = Edge(seconds=0.003, switch=switch)
@@ -269,7 +269,7 @@ def first_turn(machine: Machine, n: int, n_steps: int = 300) -> int | None:
 
 def test_the_graph_of_other_rows_must_pay() -> None:
     """A narrow step of 3 ms and its share of the others' rows take 3.375 ms for a token of
-    everybody, a wide one 6.3: a graph of 60 ms pays in 21 steps."""
+    all, a wide one 6.3: a graph of 60 ms pays in 21 steps."""
 
     cost = Edge(seconds=0.003)
     cost.new_graph = NewGraph(0.02, 0.04)

@@ -67,7 +67,7 @@ class Machine:
         alike: int = 0,
         **facts: Any,
     ) -> None:
-        """`alike`: so many of its first tokens are everybody's."""
+        """`alike`: so many of its first tokens are those of all."""
         alike = min(alike, n_prompt)
         self.tokens[id] = [*range(alike), *(1000 * id + i for i in range(1000, 1000 + n_prompt))]
         del self.tokens[id][n_prompt:]
@@ -77,7 +77,7 @@ class Machine:
         self.scheduler.add(id, n_prompt, max_tokens, **(given | facts))
 
     def leave(self, slot: int) -> None:
-        """The scheduler says that nobody runs in `slot` any more."""
+        """The scheduler says that none runs in `slot` any more."""
         del self.owner[slot]
         self.carry_out()
 
@@ -226,7 +226,7 @@ class Machine:
             self.compute(part)
 
     def step_many(self, most: int) -> tuple[Step, int] | None:
-        """As `step`, as often as the plan stands for (at most `most` times), until somebody ends:
+        """As `step`, as often as the plan stands for (at most `most` times), until one ends:
         the scheduler hears of it once."""
         step = self._plan()
         if step is None:

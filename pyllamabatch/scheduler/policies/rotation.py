@@ -1,4 +1,4 @@
-"""Whose turn it is, where those who decode go a few at a time."""
+"""Whose turn it is, where sequences decode a few at a time."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class Rotation(Protocol):
         """Those of `view.decoding` decode now."""
 
     def out(self, width: int) -> Set[int]:
-        """Who sits out while at most `width` others have a row."""
+        """Those that sit out while at most `width` others have a row."""
 
     def turn(self, width: int) -> None:
         """They have had it."""
 
 
 class Queue:
-    """Who has waited longest is first; who comes is last. Any `width` go together."""
+    """The one that has waited longest is first; a new one is last. Any `width` go together."""
 
     __slots__ = ("_ids", "_queue")
 
@@ -45,7 +45,7 @@ class Queue:
 
 
 class Windows:
-    """In the order of their slots the next `width` of them at a time, and at the end whoever is
+    """In the order of their slots the next `width` of them at a time, and at the end those that are
     left: those of a window follow each other."""
 
     __slots__ = ("_after", "_ids", "_slots")

@@ -2,8 +2,8 @@
 that decode (the idea of Sarathi-Serve's budget, OSDI 2024, found anew at each step by a cost model
 of the device), and the earliest deadline first (Liu and Layland, 1973).
 
-A plan repeats while all decode and none can be admitted: prompts always have some rows, so none is
-kept out by a target."""
+A plan repeats while all decode and none can be admitted: prompts always have some rows, so no
+target holds one back."""
 
 from __future__ import annotations
 

@@ -27,25 +27,24 @@ OVER = 0.05  # so much longer than its target a step may be for a full tile
 LOSS, LOSS_FREE = 0.01, 0.075
 PER_DOUBLING = 4  # so many steps are looked at from one to that with twice its rows
 ENOUGH = 4  # batches of rows: where more wait, the last step of them does not matter
-MANY = 64  # sets of candidates that are kept
+MANY = 64  # sets of candidates that are remembered
 
 
 @dataclass(frozen=True, slots=True)
 class TileFill:
     """Rows of a step, by what the cost model says that the rows of prompts that wait will take, so
     many at a step: the time of all steps of them, the last, shorter one, too, less what the tokens
-    decoded meanwhile would take in steps in which everybody decodes, also who waits now. (In narrow
+    decoded meanwhile would take in steps in which all decode, also those that wait now. (In narrow
     steps a prompt takes long, and the batch is small until it is computed.)
 
     Of the steps within the target of `paced` it takes the widest that takes about as little as any
     of them, if that loses no more than 1% of the time; else the narrowest that loses no more. Where
     slots are free more may be lost, in proportion to them, up to 7.5% if all were: fewer requests
     wait for it. So experts, which the first rows of a prompt all load, get more rows than the
-    target allows. (M2 Ultra, gpt-oss-120b, simulated under load: pacing alone halves the
-    throughput. Near the device's limit requests pile up: with 7.5% for a single free slot, requests
-    took 14% longer on two x86 cores at 0.8 of it, simulated.) From half of what `paced` allows, or
-    one ubatch if that is fewer, to what is counted without a cost model. As `paced` where there is
-    none, or none that was measured.
+    target allows.
+
+    It looks at steps from half of what `paced` allows, or one ubatch if that is fewer, to what is
+    counted without a cost model. As `paced` where there is none, or none that was measured.
 
     `reserve`: rows that are left free for each sequence that decodes, up to the edge (speculative
     ones of its own), where the batch has room for them and for some rows of prompts."""
@@ -82,8 +81,8 @@ class TileFill:
 
         base = n + self._held(n, limits)
         together = n + n_prompts
-        everybody = predict(together + self._held(together, limits), 0, kv, together)
-        decode = min(predict(base, 0, kv, n), everybody * n / together)
+        wide = predict(together + self._held(together, limits), 0, kv, together)
+        decode = min(predict(base, 0, kv, n), wide * n / together)
         seconds = {prompt: predict(base + prompt, prompt, kv, n + 1) for prompt in candidates}
         enough = ENOUGH * limits.n_batch
         rows = rows_of(chain(view.prefilling, admitted), enough)

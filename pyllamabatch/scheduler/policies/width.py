@@ -1,9 +1,8 @@
 """Narrower rounds, where k of them are faster than one wide batch: a kernel that serves few rows
-ends at some width (8 on CUDA and on Metal's older builds, see `device/regimes.py`), and a batch of
+ends at some width (8 on CUDA and on Metal's older builds, see `cost/kernels.py`), and a batch of
 one row more takes so much longer that rounds of the narrow width give more tokens in a second. Of n
 sequences that decode, w have a row at a step, in rotation: round robin (as Kleinrock's processor
-sharing, 1967, in quanta of `hold` steps), so that all get the same share. No system that we know
-does this; the M2 Ultra's and the H200's curves ask for it.
+sharing, 1967, in quanta of `hold` steps), so that all get the same share.
 
 Where every sequence has a stream of cells of its own (`Limits.unified` is False) only sequences in
 consecutive slots share a ubatch. There a round is a window of slots, and windows do not overlap:
@@ -29,14 +28,14 @@ from .tile_fill import measured
 
 ROUNDS = 4  # at most: each adds to the wait
 MANY = 32
-REVIEW = 512  # steps after which a choice is made anew, as the cells fill; sooner in new turns
+REVIEW = 512  # steps after which a choice is made again, as the cells fill; sooner in new turns
 TRIAL = 12  # steps of all before the first turns of so many
 RENEW = 8192  # steps after which these are old
 LOSS = 0.01  # share of the time that switches take, if the targets allow it
 LOSS_MOST = 0.06  # that they may take
-PATIENCE = 0.1  # so much more must be won where somebody waits longer than for the wide batch
+PATIENCE = 0.1  # so much more must be won where one waits longer than for the wide batch
 MARGIN = 0.01  # by which a wait must be shorter to count as no longer
-PROBE = 32  # steps of a round while nobody knows what a switch costs
+PROBE = 32  # steps of a round while it is not known what a switch costs
 
 
 class Split(NamedTuple):
@@ -64,12 +63,12 @@ class Turns:
     and go sooner, a switch would not pay. The first narrow step needs a graph of its own
     (`CostModel.new_graph`): so they begin only where the same ones usually decode together for so
     long that it pays, or have done so already. And a round of more than one step is so short that
-    all have sat out once before the first may be at his end (`max_tokens`): else some are left
+    all have sat out once before the first may be at its end (`max_tokens`): else some are left
     behind, and decode in a narrow batch.
 
     Before the first turns of n sequences all of them have decoded for `TRIAL` steps at least, and
-    the choice is made anew by what an engine has learned from these (`CostModel.observe`): once
-    turns are taken the wide step is made no more, and nobody would see that the profile is wrong
+    the choice is made again by what an engine has learned from these (`CostModel.observe`): once
+    turns are taken the wide step is made no more, and nothing would show that the profile is wrong
     about it. After `RENEW` steps that is old, and they do so again. One object serves one engine:
     it keeps whose turn it is."""
 
@@ -84,7 +83,7 @@ class Turns:
         if not 0 <= gain < inf:
             raise ArgumentError("gain", gain, "at least 0")
         self.itl, self.gain = itl, gain
-        self._known: Set[int] = set()  # who decodes
+        self._known: Set[int] = set()  # ids that decode
         self._had = 0.0  # tokens of each since then
         self._lasted = 0.0  # of those before, on average
         self._rotation: Rotation | None = None
@@ -124,7 +123,7 @@ class Turns:
         split = self._split
         wait = self._review - step if split is None else self._wait(split, n)
         if split is None or wait > 0:
-            # A choice that is to be carried out is made anew by what these steps have told.
+            # A choice that is to be carried out is made again by what these steps have told.
             self._review, self._turning = min(self._review, step + wait), False
             self._answer = step, self._review - step, n
             return Round(frozenset(), self._review - step)
@@ -136,7 +135,7 @@ class Turns:
         return Round(rotation.out(split.width), self._answer[1])
 
     def _count(self, step: int, others: bool) -> None:
-        """The steps since the last answer. Where somebody has come, some may have had rows of his
+        """The steps since the last answer. Where one has come, some may have had rows of its
         prompt: only the first one is known to be of these rows alone."""
         at, steps, rows = self._answer
         n, passed = len(self._known), min(step - at, steps)
@@ -180,9 +179,9 @@ def best_split(view: StepView, itl: float, gain: float, *, begun: bool = False) 
         if not min(steps) > 0:
             continue
         mean, k = sum(steps) / len(steps), len(steps)
-        share = mean * n / width if view.limits.unified else sum(steps)  # for a token of everybody
+        share = mean * n / width if view.limits.unified else sum(steps)  # for a token of all
         wanted = PROBE if known is None else max(1, ceil(switch / (LOSS * mean)))
-        # Rounds until everybody has had the same.
+        # Rounds until all have had the same.
         cycle = n // gcd(n, width) if view.limits.unified else k
         wanted = min(wanted, max(1, left // cycle))
         # A short round would tell at every step what one long round can.
@@ -205,7 +204,7 @@ def best_split(view: StepView, itl: float, gain: float, *, begun: bool = False) 
 
 
 def tokens_left(view: StepView) -> int:
-    """That the first one to end may still get; of interactive sequences nobody knows."""
+    """That the first one to end may still get; of interactive sequences it is not known."""
     most = view.running.column("max_tokens")
     left = (most - view.running.column("generated"))[most > 1]
     return int(left.min()) if len(left) else 2**31
@@ -239,6 +238,6 @@ def width(
     gain: float = 0.04,
     watermark: float = 0.01,
 ) -> ComposedPolicy:
-    """`gain`: see `Turns`. Otherwise as `sarathi`; `itl` is the ITL target of who has none, too."""
+    """`gain`: see `Turns`. Otherwise as `sarathi`; `itl`: where there is no target."""
     plain = sarathi(budget=budget, itl=itl, stretch=stretch, watermark=watermark)
     return replace(plain, width=Turns(itl, gain))
