@@ -22,11 +22,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from bench.cache import REPOSITORY
 from pyllamabatch.cost.kernels import Kernels, Regime, kernels
-from pyllamabatch.cost.profile import Key, Profile, Sample
+from pyllamabatch.cost.profile import SHIPPED, Key, Profile, Sample
 
-PROFILES = REPOSITORY / "src" / "pyllamabatch" / "device" / "profiles"
 Step = tuple[int, int, float, int]  # rows, prefill, kv, n_seqs
 
 # What the models' own configurations say: weights, experts, experts that a row uses, window.
@@ -46,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", required=True, help="as ggml describes it")
     parser.add_argument("--backend", required=True, choices=["MTL", "CUDA"])
     parser.add_argument("--name", required=True, help="first part of the files' names")
-    parser.add_argument("--out", type=Path, default=PROFILES)
+    parser.add_argument("--out", type=Path, default=SHIPPED)
     options = parser.parse_args(arguments)
     for name, profile in profiles(
         options.file.read_text(encoding="utf-8"), options.file.stem, options.device, options.backend
