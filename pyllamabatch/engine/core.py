@@ -323,8 +323,9 @@ class EngineCore:
         """Until there is something to compute, and its step had better begin. False: the engine is
         closed, and nothing is left to do."""
         while True:
-            with self.state:
-                self._take_commands()
+            if self.commands or self.scheduler.deadlines.next is not None:
+                with self.state:
+                    self._take_commands()
             seconds = self._seconds_to_wait()
             if seconds == 0:
                 return True

@@ -85,6 +85,23 @@ def test_text_pieces_and_log_probabilities(model: Model) -> None:
     assert [one.logprob for one in sampled] == pytest.approx(expected.logprobs, abs=1e-4)
 
 
+def test_one_that_was_swapped_out_is_restored_from_a_snapshot(model: Model) -> None:
+    """The state that it brings takes the place of the one that lies in the host's memory."""
+    options: dict[str, Any] = {"n_seq_max": 1, "preemption": "swap", "prefix_cache": False}
+    with engine_on(model, patience=0.01, **options) as engine:
+        with engine.sequence(GREEDY) as one, engine.sequence(GREEDY) as other:
+            one.prompt([1, *range(20, 60)])
+            data = one.snapshot()
+            expected = drive(one, 6)
+            other.prompt(PROMPT)
+            other.sample()
+            assert len(engine._core.kv.space) == 1
+            one.restore(data)
+            assert drive(one, 6) == expected
+        check_idle(engine)
+        assert len(engine._core.kv.space) == 0
+
+
 def test_an_end_token_is_said_once_and_the_sequence_goes_on(engine: Engine) -> None:
     with engine.sequence(SamplingParams(temperature=0, logit_bias={EOS: 1000.0})) as sequence:
         sequence.prompt(PROMPT)
