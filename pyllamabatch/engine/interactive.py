@@ -156,7 +156,8 @@ class InteractiveSink(Sink):
         if error is not None:
             self._take_back(error)
             return
-        self.request.known()
+        tokens = self.request.tokens
+        self.request.tokens = np.concatenate((tokens, (token,)), dtype=np.int32)
         self._finish((token, None if isnan(logprob) else logprob, finish))
 
     def failed(self, error: Exception) -> None:
