@@ -305,12 +305,12 @@ class Engine:
     # -- the engine itself
 
     def stats(self) -> EngineStats:
+        """What it has done until now."""
         return stats_of(self._core)
 
     def trace(self) -> Trace:
-        """The last steps (`n_trace` at most), oldest first: `pyllamabatch.step.trace.trace_dtype`
-        says
-        what of each. `pyllamabatch.step.trace.to_chrome` draws it."""
+        """The last steps (`n_trace` at most), oldest first, as a structured array:
+        `pyllamabatch.step.trace.trace_dtype`. `pyllamabatch.step.trace.to_chrome` draws it."""
         core = self._core
         if core.trace is None:
             return np.zeros(0, dtype=trace_dtype(core.scheduler.n_slots))

@@ -67,15 +67,15 @@ class Context(Owner):
     ) -> None:
         """Make a context.
 
-        n_ctx: cells for all sequences together, 0 for what the model was trained with.
-        n_batch, n_ubatch: rows of one decode; rows that the device computes at once.
-        n_seq_max: sequences, up to 256.
-        kv_unified: sequences share the cells (default when there are several), or have
-            n_ctx / n_seq_max each.
-        n_threads: default, the cores that this process may use.
-        params: any other field of `llama_context_params` under its own name: `type_k="q8_0"`,
-            `flash_attn_type="enabled"`, `embeddings=True`, `pooling_type="mean"`, `swa_full`,
-            `n_rs_seq`, `offload_kqv`, `rope_freq_base`, ...
+        - n_ctx: cells for all sequences together, 0 for what the model was trained with.
+        - n_batch, n_ubatch: rows of one decode; rows that the device computes at once.
+        - n_seq_max: sequences, up to 256.
+        - kv_unified: sequences share the cells (default when there are several), or have n_ctx /
+          n_seq_max each.
+        - n_threads: default, the cores that this process may use.
+        - params: any other field of `llama_context_params` under its own name: `type_k="q8_0"`,
+          `flash_attn_type="enabled"`, `embeddings=True`, `pooling_type="mean"`, `swa_full`,
+          `n_rs_seq`, `offload_kqv`, `rope_freq_base`, ...
 
         Raises `ArgumentError`, `NotEnoughMemory` or `ContextCreateError`, and
         `UnsupportedOperation` for a model that was loaded with `vocab_only`.
@@ -332,8 +332,9 @@ class Context(Owner):
     ) -> bytes:
         """The state of a sequence as bytes, with a header that tells whose it is and a checksum.
 
-        loras: file names and scales of the adapters that it was computed with, if not those of now.
-        tokens, note: what `state_seq_set` and `state.read_note` give back; note is anything JSON.
+        - loras: file names and scales of the adapters that it was computed with, if not those of
+          now.
+        - tokens, note: what `state_seq_set` and `state.read_note` give back; note is anything JSON.
 
         Raises `StateError` when libllama can't save it, `UnsupportedOperation` when a shift or copy
         of it waits for the next decode.

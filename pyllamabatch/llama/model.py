@@ -63,18 +63,18 @@ class Model(Owner):
     ) -> None:
         """Load a GGUF file.
 
-        splits: the files of a split model, in order, when their names do not follow llama.cpp's
-            pattern (`path` is then only a name). Otherwise give the first one as `path`.
-        devices: names as in `pyllamabatch info`; [] is CPU only, None is all.
-        n_gpu_layers: layers on the devices, -1 for all.
-        load_mode: "auto", "mmap", "mlock", "mmap_mlock", "direct_io" or "none".
-        tensor_split: the share of each device.
-        kv_overrides: metadata to replace, by key.
-        progress: called with 0.0 to 1.0 while loading. Returning False cancels the load. An
-            exception in it cancels the load and is raised.
-        vocab_only, no_alloc: only the vocabulary; only the shapes. No context can decode then.
-        params: any other field of `llama_model_params` under its own name (`split_mode`,
-            `main_gpu`, `check_tensors`, `use_extra_bufts`, `no_host`, `lazy_mode`, ...).
+        - splits: the files of a split model, in order, when their names do not follow llama.cpp's
+          pattern (`path` is then only a name). Otherwise give the first one as `path`.
+        - devices: names as in `pyllamabatch info`; [] is CPU only, None is all.
+        - n_gpu_layers: layers on the devices, -1 for all.
+        - load_mode: "auto", "mmap", "mlock", "mmap_mlock", "direct_io" or "none".
+        - tensor_split: the share of each device.
+        - kv_overrides: metadata to replace, by key.
+        - progress: called with 0.0 to 1.0 while loading. Returning False cancels the load. An
+          exception in it cancels the load and is raised.
+        - vocab_only, no_alloc: only the vocabulary; only the shapes. No context can decode then.
+        - params: any other field of `llama_model_params` under its own name (`split_mode`,
+          `main_gpu`, `check_tensors`, `use_extra_bufts`, `no_host`, `lazy_mode`, ...).
 
         Raises `ModelLoadError`, `ModelLoadCancelled` or `ArgumentError`.
         """

@@ -98,9 +98,9 @@ class Vocab:
     ) -> TokenArray:
         """The tokens of a text: int32, shape (n,).
 
-        add_special: add BOS and the like as the model wants them.
-        parse_special: read special tokens that are written out in the text. By default only in
-            what `apply_chat_template` made. Leave it off for text that a user typed.
+        - add_special: add BOS and the like as the model wants them.
+        - parse_special: read special tokens that are written out in the text. By default only in
+          what `apply_chat_template` made. Leave it off for text that a user typed.
 
         Raises `TokenizeError` for text that is not UTF-8, `UnsupportedOperation` for a model
         without a tokenizer.
@@ -144,8 +144,8 @@ class Vocab:
     ) -> str:
         """The text of tokens; bytes that are not UTF-8 become U+FFFD.
 
-        remove_special: leave out the BOS and EOS that `tokenize` added.
-        unparse_special: write special tokens out.
+        - remove_special: leave out the BOS and EOS that `tokenize` added.
+        - unparse_special: write special tokens out.
         """
         self._need_text()
         ids = self.check_tokens(tokens)
@@ -181,10 +181,10 @@ class Vocab:
             prompt = vocab.apply_chat_template([{"role": "user", "content": "Hello"}])
             engine.submit(prompt)  # or vocab.tokenize(prompt)
 
-        messages: {"role": ..., "content": ...} each.
-        add_generation_prompt: end where the answer of the assistant begins.
-        template: the text of a template, or the name of one of `chat_templates()`. Default: the
-            model's.
+        - messages: {"role": ..., "content": ...} each.
+        - add_generation_prompt: end where the answer of the assistant begins.
+        - template: the text of a template, or the name of one of `chat_templates()`. Default: the
+          model's.
 
         Raises `ChatTemplateError` when there is no template or llama.cpp does not know it.
         """
