@@ -79,8 +79,9 @@ def _rows(plan: Plan, view: StepView) -> Rows:
     for id in tokens.keys() & decoding if n_named else ():
         if tokens[id] != 1:
             _broken("within-remaining", f"sequence {id} by {tokens[id]} of 1")
-    out = decoding - tokens.keys() if n_named < len(decoding) else frozenset()
-    return Rows(n_named, out, others)
+    if n_named in (0, len(decoding)):
+        return Rows(n_named, frozenset() if n_named else decoding, others)
+    return Rows(n_named, decoding - tokens.keys(), others)
 
 
 def _check_whole(tokens: Mapping[int, int]) -> None:

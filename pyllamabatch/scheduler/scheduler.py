@@ -22,10 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pyllamabatch.cost.step_cost import StepCost
-
+from ..cost.step_cost import StepCost
 from ..errors import RequestTooLong
-from ..kv import KvAccounting, KvOperation, Sharing, SwapChoice
+from ..kv import KvAccounting, KvOperation, Sharing, Slots, SwapChoice
 from .admission import Admission
 from .attention import Attention
 from .deadlines import Deadlines
@@ -42,6 +41,9 @@ from .step import Counters, PromptChunk, Step
 from .view import KvView, Limits, SequenceView, StepView
 
 AT_ONCE = 32  # steps of decoding that cells are emptied for, if they are there
+
+NO_SLOTS: Slots = np.zeros(0, dtype=np.int32)
+NO_SLOTS.flags.writeable = False
 
 Placed = tuple[tuple[int, int], ...]
 """(id, slot) of each."""
@@ -283,11 +285,14 @@ class Scheduler:
         running = self.sequences.running
         entries = running.ids
         chunks = [self._chunk(entries[id], n) for id, n in rows.others.items() if id in entries]
-        out = [entries[id].slot for id in rows.out if id in running.decoding]
-        for slot, id in running.asked.items():
-            if slot not in out:
-                chunks.append(PromptChunk(id, slot, int(running.computed[slot]), 1, True))
-        decode = running.decode_slots_but([*out, *running.asked])
+        if rows.n_decodes:
+            out = [entries[id].slot for id in rows.out if id in running.decoding]
+            for slot, id in running.asked.items():
+                if slot not in out:
+                    chunks.append(PromptChunk(id, slot, int(running.computed[slot]), 1, True))
+            decode, n_out = running.decode_slots_but([*out, *running.asked]), len(out)
+        else:
+            decode, n_out = NO_SLOTS, len(running.decoding)
         n_rows = len(decode) + sum([chunk.n for chunk in chunks])
         if running.asked:
             repeat = 1
@@ -305,7 +310,7 @@ class Scheduler:
             n_rows,
             reasons,
             repeat,
-            len(out) if self.limits.unified else 0,
+            n_out if self.limits.unified else 0,
             self.take_kv_operations(),
         )
 
@@ -322,8 +327,7 @@ class Scheduler:
         operations = self.take_kv_operations()
         if not operations:
             return None
-        none = np.zeros(0, dtype=np.int32)
-        return Step(none, (), (), (), 0, {}, kv_operations=operations)
+        return Step(NO_SLOTS, (), (), (), 0, {}, kv_operations=operations)
 
     def advance(self, step: Step, n: int = 1, now: float | None = None) -> None:
         """`step` has been computed, `n` times of the `step.repeat` that it may be: its rows are in
