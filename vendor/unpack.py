@@ -2,7 +2,7 @@
 
 `llama.cpp.lock` is a pip requirement with a sha256; pip downloads the archive, so that the
 user's own index, proxy and cache settings apply. Run by CMake when no other source tree is
-given, or by hand:
+given, or from a shell:
 
     python vendor/unpack.py [--lock FILE] [--destination DIR] [--archive FILE]
     python vendor/unpack.py --lacking DIR
@@ -32,7 +32,7 @@ STAMP = ".pyllamabatch-lock"
 PATCHES = tuple(sorted((HERE / "patches").glob("*.patch")))
 MARKER = "thirdparty/llama.cpp/"
 
-# Trees that neither the build nor the benches touch. Backends are kept where an option of
+# Trees that neither the build nor the benches touch. Backends stay where an option of
 # ours or a plain -DGGML_*=ON can reach them on a Mac, a PC or a server with a GPU.
 _UNUSED_BACKENDS = (
     "cann", "et", "hexagon", "opencl", "openvino", "sycl", "virtgpu", "webgpu", "zdnn", "zendnn",
@@ -43,9 +43,9 @@ LEFT_OUT = (
     "tools/ui/src", "tools/ui/tests", "tools/ui/static",
     *(f"ggml/src/ggml-{name}" for name in _UNUSED_BACKENDS),
 )  # fmt: skip
-# Kept although their folder is left out: the benches need real vocabularies, a server that is
+# Unpacked although their folder is left out: the benches need real vocabularies, a server that is
 # built from this tree asks for its script, and one example is a peer of the benches.
-KEPT = (
+STAYS = (
     "models/ggml-vocab-gemma-4.gguf",
     "models/ggml-vocab-llama-bpe.gguf",
     "models/ggml-vocab-qwen2.gguf",
@@ -190,7 +190,7 @@ def wanted(path: PurePosixPath) -> bool:
     def under(folders: tuple[str, ...]) -> bool:
         return any(path.is_relative_to(folder) for folder in folders)
 
-    return under(KEPT) or not under(LEFT_OUT)
+    return under(STAYS) or not under(LEFT_OUT)
 
 
 def unpack(

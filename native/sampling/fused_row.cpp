@@ -258,7 +258,7 @@ fused_row::pass fused_row::after_scan() {
 }
 
 // -- a list ---------------------------------------------------------------------------------------
-// Top-p over the sorted list, in the chain's arithmetic: how many are kept.
+// Top-p over the sorted list, in the chain's arithmetic: how many are left.
 int32_t fused_row::nucleus(int32_t n) const {
     const candidate * list = m_->list.get();
     float sum = 0;
@@ -281,11 +281,11 @@ fused_row::pass fused_row::draw_from_list(int32_t n, bool sorted) {
     candidate * list = m_->list.get();
     if (sorted && p.min_p > 0) {
         const float low = list[0].logit + logf(p.min_p);
-        int32_t n_kept = 1;
-        while (n_kept < n && !(list[n_kept].logit < low)) {
-            ++n_kept;
+        int32_t n_left = 1;
+        while (n_left < n && !(list[n_left].logit < low)) {
+            ++n_left;
         }
-        n = n_kept;
+        n = n_left;
     }
     n_list_ = n;
     std::uniform_real_distribution<double> draw(0.0, 1.0);
@@ -325,7 +325,7 @@ void fused_row::choose_from_shortlist(fused_request & request, const llama_token
         });
     };
     candidate * list = m_->list.get();
-    int32_t n_kept = 0;
+    int32_t n_left = 0;
     bool any = false;
     for (int32_t i = 0; i < n; ++i) {
         const float x = r_->logits[i];
@@ -335,15 +335,15 @@ void fused_row::choose_from_shortlist(fused_request & request, const llama_token
         }
         any = any || x > NEVER;
         if (x > NEVER && !excluded(ids[i])) {
-            list[n_kept++] = {x, ids[i]};
+            list[n_left++] = {x, ids[i]};
         }
     }
-    if (n_kept == 0) {
+    if (n_left == 0) {
         fail(any ? PLB_E_NO_CANDIDATE : PLB_E_LOGITS);
         return;
     }
-    const int32_t k = p.temperature == 0 ? 1 : std::min(p.top_k, n_kept);
-    std::partial_sort(list, list + k, list + n_kept, by_logit_and_id);
+    const int32_t k = p.temperature == 0 ? 1 : std::min(p.top_k, n_left);
+    std::partial_sort(list, list + k, list + n_left, by_logit_and_id);
     largest_ = list[0].logit;
     if (p.temperature == 0) {
         choose(list[0].id);

@@ -198,9 +198,9 @@ fused_row::pass fused_row::draw_from_nucleus(cut edge) {
     const candidate * end = std::remove_if(list, list + n, [=](const candidate & c) {
         return !edge.keeps(c.logit, c.id);
     });
-    const auto n_kept = (int32_t) (end - list);
-    sort_list(n_kept);
-    return draw_from_list(n_kept, true);
+    const auto n_left = (int32_t) (end - list);
+    sort_list(n_left);
+    return draw_from_list(n_left, true);
 }
 
 } // namespace plb

@@ -222,7 +222,7 @@ class OtherCores:
         self._before = self._used()
 
     def figure(self) -> dict[str, float]:
-        """other_cpu: of the cores that we may use, those that other processes kept busy on
+        """other_cpu: of the cores that we may use, those that other processes used on
         average, a virtual machine's stolen time included. Nothing where psutil is missing."""
         if psutil is None:
             return {}

@@ -114,7 +114,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     args = command(
         "--prompts", prompts, "--out", out, "--parallel", 8, "-n", N_TOKENS, "--temperature", 0
     )
-    kept: dict[int, dict[str, Any]] = {}
+    finished: dict[int, dict[str, Any]] = {}
     for n_before_kill in (15, 60):
         process = subprocess.Popen(args, stderr=subprocess.DEVNULL)
         while process.poll() is None and (
@@ -127,15 +127,15 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
         for path in (out, tmp_path / "out.jsonl.part"):
             for line in path.read_bytes().split(b"\n")[:-1]:
                 row = json.loads(line)
-                assert kept.setdefault(row["line"], row) == row, "a finished line was redone"
-    assert 60 <= len(kept) < 200
+                assert finished.setdefault(row["line"], row) == row, "a finished line was redone"
+    assert 60 <= len(finished) < 200
     with open(out, "ab") as torn:
         torn.write(b'{"id": "copy-')  # as a kill in the middle of a write leaves it
     done = subprocess.run(args, capture_output=True, encoding="utf-8", timeout=120)
     assert done.returncode == 0, done.stderr
     rows = read(out)
     assert [row["id"] for row in rows] == [line["id"] for line in lines]
-    for number, row in kept.items():
+    for number, row in finished.items():
         assert rows[number - 1] == row  # its timings too: it was not run again
     assert not (tmp_path / "out.jsonl.part").exists()
 

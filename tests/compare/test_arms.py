@@ -1,5 +1,5 @@
 """`pyllamabatch compare` with the embedded model: every arm does what it was asked, and what fails
-or is interrupted harms nobody else."""
+or is interrupted harms no other."""
 
 from __future__ import annotations
 

@@ -252,7 +252,7 @@ def advanced(policy: StartTogether, decoding: int, prefilling: int) -> set[int]:
     return set(policy.plan(seen).advances(seen))
 
 
-def test_nobody_decodes_before_all_have_their_first_token() -> None:
+def test_no_sequence_decodes_before_all_have_their_first_token() -> None:
     policy = StartTogether(sarathi())
     assert advanced(policy, 1, 1) == {0, 10}  # not told to hold
     policy.hold(3)

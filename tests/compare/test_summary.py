@@ -1,4 +1,4 @@
-"""The table and the plain sentences, over rows that nobody measured."""
+"""The table and the plain sentences, over rows that were made up."""
 
 from __future__ import annotations
 

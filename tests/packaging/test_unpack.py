@@ -1,4 +1,4 @@
-"""vendor/unpack.py: the pin is kept, and each failure ends with one clear message."""
+"""vendor/unpack.py: the pin holds, and each failure ends with one clear message."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def test_a_lock_without_a_hash_is_refused(tmp_path: Path) -> None:
 
 
 def test_only_what_is_needed_is_unpacked(tmp_path: Path) -> None:
-    kept = ["include/llama.h", "src/llama.cpp", "LICENSE", "models/ggml-vocab-qwen2.gguf"]
+    wanted = ["include/llama.h", "src/llama.cpp", "LICENSE", "models/ggml-vocab-qwen2.gguf"]
     left = ["docs/a.md", "models/ggml-vocab-mpt.gguf", "ggml/src/ggml-sycl/a.cpp", "tests/a.cpp"]
-    lock = archive(tmp_path / "a.tar.gz", *kept, *left)
+    lock = archive(tmp_path / "a.tar.gz", *wanted, *left)
     unpack.unpack(tmp_path / "a.tar.gz", lock, tmp_path / "tree", ())
     files = {p.relative_to(tmp_path / "tree").as_posix() for p in (tmp_path / "tree").rglob("*.*")}
     files |= {"LICENSE"} if (tmp_path / "tree" / "LICENSE").exists() else set()
-    assert files == {*kept, unpack.STAMP}
+    assert files == {*wanted, unpack.STAMP}
     assert unpack.is_current(tmp_path / "tree", lock, ())
     assert not unpack.is_current(tmp_path / "tree", LOCK, ())
     assert not unpack.is_current(tmp_path / "tree", lock), "a new patch unpacks again"
