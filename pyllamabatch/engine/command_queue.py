@@ -92,13 +92,19 @@ class CommandQueue:
             self._interrupt()
 
     def post(self, command: Command) -> None:
-        """Also taken when it is closed, but the core thread may have ended then."""
+        """Also taken when it is closed, but the core thread may have ended then; not in a forked
+        child, which has none."""
+        if os.getpid() != self._process:
+            return
         with self._news:
             self._put(command)
         self._interrupt()
 
     def close(self, last: Command) -> None:
-        """Nothing is submitted or asked for any more. `last` comes behind what is there."""
+        """Nothing is submitted or asked for any more. `last` comes behind what is there. In a
+        forked child nothing happens."""
+        if os.getpid() != self._process:
+            return
         with self._news:
             self.closed = True
             self._put(last)
@@ -157,6 +163,11 @@ class CommandQueue:
 
     def __bool__(self) -> bool:
         return bool(self._commands)
+
+    @property
+    def all_ended(self) -> bool:
+        """All requests submitted have ended, and their readers know."""
+        return self._n_ended == self.n_submitted
 
     def take(self) -> list[Command]:
         """All commands that are there, oldest first."""
@@ -225,7 +236,7 @@ class CommandQueue:
 
     @property
     def _quiet(self) -> bool:
-        return self._idle and not self._commands and self._n_ended == self.n_submitted
+        return self._idle and not self._commands and self.all_ended
 
     def _tell_drains(self, *, anyway: bool = False) -> None:
         if self._drains and (anyway or self._quiet):

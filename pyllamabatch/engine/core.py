@@ -329,7 +329,8 @@ class EngineCore:
             seconds = self._seconds_to_wait()
             if seconds == 0:
                 return True
-            if not self.commands and (self.output_processor.has_events or self.table.requests):
+            unread = self.output_processor.has_events or not self.commands.all_ended
+            if unread and not self.commands:
                 self._stepper.flush()
             began = perf_counter_ns()
             if not self.commands.wait(seconds, 0 if seconds is None else self.scheduler.n_awaited):

@@ -81,9 +81,9 @@ class TextFeed:
     )
 
     def __init__(self, stops: Sequence[str] = (), min_tokens: int = 0) -> None:
-        core = codecs.getincrementaldecoder("utf-8")("replace")
-        self._decode = core.decode
-        self._state = core.getstate
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decode = decoder.decode
+        self._state = decoder.getstate
         self._stops = tuple(stops)
         self._min_tokens = min_tokens
         self._held = ""  # the end of the text, in which a stop string may have begun

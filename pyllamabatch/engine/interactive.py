@@ -129,6 +129,7 @@ class InteractiveSink(Sink):
         request = self.request
         if len(request.tokens):
             self._trim(0)
+            self._kv.flush()  # a state that was not loaded yet goes before this one is stored
         self._begin(saved.tokens, sampler)
         if saved.params is not None:
             request.n_given = saved.n_prompt

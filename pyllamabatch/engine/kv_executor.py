@@ -78,6 +78,8 @@ class KvExecutor:
         self._scheduler.copied(len(state), perf_counter() - began, n)
 
     def _load(self, request: Request, slot: int, n: int) -> None:
+        if request.id not in self.space:
+            raise StateError("its saved state was not stored")
         began = perf_counter()
         state = self.space.take(request.id)
         self._states.state_seq_set(state, slot, self.adapters_of(request))

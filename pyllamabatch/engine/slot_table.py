@@ -17,6 +17,7 @@ class SlotTable:
     ) -> None:
         self.at: list[Request | None] = [None] * scheduler.n_slots  # by slot
         self.requests: dict[int, Request] = {}  # by id, from `add` to `end`
+        self.interactive: set[int] = set()  # ids of those that have no budget
         self.scheduler = scheduler
         self.stepper = stepper
         self._trace = trace
@@ -24,6 +25,8 @@ class SlotTable:
     def add(self, request: Request, *, saved: int = 0) -> None:
         """It waits for a slot. `saved`: tokens that its `state` holds."""
         self.requests[request.id] = request
+        if request.budget is None:
+            self.interactive.add(request.id)
         options = request.options
         self.scheduler.add(
             request.id,
@@ -60,6 +63,7 @@ class SlotTable:
         """It is over, wherever it was. `worth`: its cells are right, and may stay cached."""
         self.scheduler.remove(request.id, worth=worth)
         del self.requests[request.id]
+        self.interactive.discard(request.id)
         if request.slot >= 0:
             self.stepper.clear_slot(request.slot)
             self._free(request)

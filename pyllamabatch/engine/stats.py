@@ -59,8 +59,7 @@ def stats_of(core: EngineCore) -> EngineStats:
     """At this moment, steps of a call that still goes on included."""
     with core.state:
         scheduler, finished = core.scheduler, core.output_processor.finished.copy()
-        counters, requests = scheduler.counters, core.table.requests.values()
-        interactive = [request.id for request in requests if request.budget is None]
+        counters, interactive = scheduler.counters, core.table.interactive
         waiting = scheduler.n_waiting - sum(map(scheduler.waits, interactive)) + core.n_untaken
         n, n_rows = core.progress()
         fill = counters.fill.copy()

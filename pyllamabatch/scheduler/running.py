@@ -105,6 +105,8 @@ class RunningSequences(SequenceQueue[Entry]):
         slot, known = entry.slot, view.known
         self.computed[slot], self.known[slot] = view.computed, known
         self._n_prompt[slot], self._start[slot] = view.n_prompt, known - view.turn
+        for function, facts in self._facts.items():
+            facts[slot] = function(view)
 
     def start_decoding(self, entry: Entry) -> None:
         id, slot = entry.view.id, entry.slot

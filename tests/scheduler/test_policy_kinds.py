@@ -289,3 +289,14 @@ def test_who_comes_late_has_saved_nothing_up() -> None:
 def test_the_longest_hit_is_next() -> None:
     line = [waiting(1, 30), waiting(2, 40, prefix=Prefix(10)), waiting(3, 60, prefix=Prefix(35))]
     assert tokens(prefix(), *line) == {3: 25, 2: 30, 1: 9}
+
+
+def test_mlfq_preempts_the_one_admitted_last() -> None:
+    """Not the one that came last: sequence 1 was preempted before."""
+    running = [
+        SequenceView(id, 0.0, n_prompt=4, computed=14, generated=11, max_tokens=100, running=True)
+        for id in (3, 2, 1)
+    ]
+    view = StepView.of(Limits(64, 64, 4, 40, 40), running)
+    assert view.kv.free < 0
+    assert mlfq().plan(view).preempt[0] == 1

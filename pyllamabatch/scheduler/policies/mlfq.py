@@ -86,7 +86,8 @@ class Feedback:
         return chain(view.prefilling, first, view.waiting.by(self.levels))
 
     def victim(self, builder: PlanBuilder, seq: SequenceView) -> SequenceView | None:
-        """Of the worst level the newest: for want of cells any that comes after `seq`; for a
+        """Of the worst level the one admitted last: for want of cells any that comes after `seq`;
+        for a
         newcomer one of a worse level than its own, after a turn of at least a quantum."""
         view, levels = builder.view, self.levels
         running = view.running
@@ -101,9 +102,9 @@ class Feedback:
             may_go &= (level > own) & (turns >= levels.quantum)
         if not may_go.any():
             return None
-        worst = level[may_go].max()
-        id = int(ids[may_go & (level == worst)].max())
-        return None if id == seq.id else running.find(id)
+        worst = {*ids[may_go & (level == level[may_go].max())].tolist()}
+        last = next(one for one in reversed(running) if one.id in worst)
+        return None if last.id == seq.id else last
 
     def repeat(self, builder: PlanBuilder) -> int:
         """A plan stands until another of the running has sunk below the first that waits and has
