@@ -80,7 +80,8 @@ def run(checkout: Path, words: Sequence[str], out: Path) -> None:
     """The bench of a checkout. Raises SystemExit with the end of its output where it fails before
     there is a record."""
     size = out.stat().st_size if out.exists() else 0
-    done = child(checkout, "-m", "bench", *words, "--out", str(out))
+    code = "import runpy; runpy.run_path('bench/__main__.py', run_name='__main__')"
+    done = child(checkout, code, *words, "--out", str(out))
     if not out.exists() or out.stat().st_size == size:
         raise SystemExit(f"{checkout}: no result\n{(done.stdout + done.stderr)[-2000:]}")
 
@@ -88,18 +89,27 @@ def run(checkout: Path, words: Sequence[str], out: Path) -> None:
 def check(checkout: Path) -> None:
     """Raises SystemExit where Python would import another package than the checkout's: an
     installed one, or none that is built."""
-    done = child(checkout, "-c", "import pyllamabatch.raw as raw; print(raw.__file__)")
+    done = child(checkout, "import pyllamabatch.raw as raw; print(raw.__file__)")
     if not done.stdout.startswith(f"{checkout}{os.sep}"):
         raise SystemExit(f"{checkout}: imports {done.stdout.strip() or done.stderr[-2000:]}")
 
 
-def child(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Python in a checkout, whose package lies at its top or in `src`: that of its `.venv`, else
-    this one."""
+# An editable install's finder comes before PYTHONPATH.
+NOT_EDITABLE = (
+    "import sys; sys.meta_path[:] = "
+    "[one for one in sys.meta_path if not type(one).__name__.startswith('ScikitBuild')]; "
+)
+
+
+def child(checkout: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`code` in a checkout, whose package lies at its top or in `src`: in the Python of its
+    `.venv`, else in this one, without what is installed editable there."""
     path = [str(folder) for folder in (checkout / "src", checkout) if folder.is_dir()]
     own = checkout / ".venv" / "bin" / "python"
     return subprocess.run(
-        [str(own) if own.exists() else sys.executable, *arguments],
+        [str(own), "-c", code, *arguments]
+        if own.exists()
+        else [sys.executable, "-c", NOT_EDITABLE + code, *arguments],
         cwd=checkout,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
         capture_output=True,
