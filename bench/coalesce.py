@@ -24,6 +24,7 @@ from pyllamabatch.report.records import Record
 from pyllamabatch.report.tables import Table, speed_table
 
 if TYPE_CHECKING:
+    from pyllamabatch.engine.stats import EngineStats
     from pyllamabatch.scheduler import Gather
 
 BASE = "stepper"
@@ -115,8 +116,8 @@ def run_threads(inside: InProcess, gather: Gather | None, case: Case) -> Measure
     from pyllamabatch.engine.engine import Engine
 
     prompts = case.prompts(inside.model.n_vocab)
-    ready = threading.Barrier(case.pl + 1)
     errors: list[BaseException] = []
+    readings: list[tuple[float, EngineStats]] = []
 
     def drive(engine: Engine, i: int) -> None:
         params = sampling_params(case.sampling, case.seed + i, case.tg)
@@ -132,22 +133,21 @@ def run_threads(inside: InProcess, gather: Gather | None, case: Case) -> Measure
             errors.append(error)
             ready.abort()
 
+    start = time.perf_counter()
     with Engine(inside.model, gather=gather, **case.context_params()) as engine:
+
+        def read() -> None:  # while every thread waits, before the first one goes on
+            readings.append((time.perf_counter(), engine.stats()))
+
+        ready = threading.Barrier(case.pl, action=read)
         threads = [threading.Thread(target=drive, args=(engine, i)) for i in range(case.pl)]
         for thread in threads:
             thread.start()
-        start = time.perf_counter()
-        try:
-            ready.wait()
-            before, begin = engine.stats(), time.perf_counter()
-            ready.wait()
-            end, after = time.perf_counter(), engine.stats()
-        except threading.BrokenBarrierError:
-            pass
         for thread in threads:
             thread.join()
         if errors:
             raise errors[0]
+    (begin, before), (end, after) = readings
     n_steps = after.steps - before.steps
     return Measured(
         begin - start,
