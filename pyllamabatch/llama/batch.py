@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyllamabatch.errors import ArgumentError, BatchFull, integer
-from pyllamabatch.llama.params import flat_integers
+from pyllamabatch.llama.params import check_range, flat_integers
 from pyllamabatch.raw import ffi
 
 Int32Array = npt.NDArray[np.int32]
@@ -49,10 +49,8 @@ class Batch:
 
         first = self.seq_id.ctypes.data
         stride = self.seq_id.strides[0]
-        self._rows = ffi.new(
-            "llama_seq_id *[]",
-            [ffi.cast("llama_seq_id *", first + i * stride) for i in range(capacity)],
-        )
+        rows = [ffi.cast("llama_seq_id *", first + i * stride) for i in range(capacity)]
+        self._rows = ffi.new("llama_seq_id *[]", rows)
         self._struct = ffi.new("struct llama_batch *")
         self._struct.token = ffi.cast("llama_token *", self.token.ctypes.data)
         self._struct.pos = ffi.cast("llama_pos *", self.pos.ctypes.data)
@@ -130,10 +128,8 @@ class Batch:
             positions = integer("pos", pos, 0, _MAX_POS) + np.arange(n)
         if len(positions) != n:
             raise ArgumentError("pos", pos, f"must be one position or {n}, one per token")
-        if n and not 0 <= int(positions.min()) <= int(positions.max()) <= _MAX_POS:
-            raise ArgumentError("pos", pos, f"must be in 0..{_MAX_POS}")
-        if n and not 0 <= int(ids.min()) <= int(ids.max()) < 2**31:
-            raise ArgumentError("tokens", tokens, "must be token ids")
+        check_range("pos", positions, 0, _MAX_POS)
+        check_range("tokens", ids, 0, 2**31 - 1)
         wanted = np.zeros(n, np.int8)
         if isinstance(logits, (Sequence, np.ndarray)):
             if len(logits) != n:
@@ -160,21 +156,10 @@ class Batch:
 
     def check(self, n_vocab: int, n_seq_max: int, max_pos: int = _MAX_POS) -> None:
         """Raise `ArgumentError` for the first row that libllama must not see."""
-        n = self.n_tokens
-        if n == 0:
-            return
-        rows = slice(0, n)
+        rows = slice(0, self.n_tokens)
         counts = self.n_seq_id[rows]
         used = np.arange(self.n_seq_max) < counts[:, None]
-        _check_rows("token", self.token[rows], n_vocab - 1)
-        _check_rows("pos", self.pos[rows], max_pos)
-        _check_rows("n_seq_id", counts, self.n_seq_max, low=1)
-        _check_rows("seq_id", np.where(used, self.seq_id[rows], 0), n_seq_max - 1)
-
-
-def _check_rows(name: str, values: npt.NDArray[Any], high: int, low: int = 0) -> None:
-    if low <= values.min() and values.max() <= high:
-        return
-    at = tuple(int(i) for i in np.argwhere((values < low) | (values > high))[0])
-    index = ", ".join(map(str, at))
-    raise ArgumentError(f"batch.{name}[{index}]", int(values[at]), f"must be in {low}..{high}")
+        check_range("batch.token", self.token[rows], 0, n_vocab - 1)
+        check_range("batch.pos", self.pos[rows], 0, max_pos)
+        check_range("batch.n_seq_id", counts, 1, self.n_seq_max)
+        check_range("batch.seq_id", np.where(used, self.seq_id[rows], 0), 0, n_seq_max - 1)

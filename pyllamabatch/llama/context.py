@@ -20,7 +20,7 @@ from pyllamabatch.errors import (
 )
 from pyllamabatch.llama import runtime, state
 from pyllamabatch.llama.batch import Batch
-from pyllamabatch.llama.handle import Exclusive, Handle, Owner
+from pyllamabatch.llama.handle import Exclusive, Owner, owned, view
 from pyllamabatch.llama.host import MAX_THREADS, PathLike, usable_cores
 from pyllamabatch.llama.limits import MAX_CTX, check_params, max_position
 from pyllamabatch.llama.lora import LoraAdapter, LoraNames
@@ -98,14 +98,13 @@ class Context(Owner):
         self.n_outputs_max = check_params(model, native)
 
         self.model = model
-        ptr, log = runtime.logged(lib.plb_context_new, model.ptr, native)
-        if ptr == ffi.NULL:
-            raise ContextCreateError(f"libllama could not make the context\n{log}")
+        self._model_ptr = model.ptr  # the model may be closed before the context
         self._native = native
         self._keep = params  # callbacks and samplers that libllama points to
-        self._exclusive = Exclusive(Handle(ptr, lib.llama_free, model._handle))
-        super().__init__(self._exclusive, "the context")
-        self._loras: list[tuple[Handle, str, float]] = []  # a file's name, a scale
+        ptr = self._make()
+        self._exclusive = Exclusive(ptr)
+        super().__init__(self._exclusive)
+        self._loras: list[tuple[Any, str, float]] = []  # a pointer, a file's name, a scale
         self._attached: list[Any] = []  # plb_engines, whose samplers libllama may point to
         self._outputs: npt.NDArray[np.int8] | None = None
         self._encoded = False
@@ -123,6 +122,12 @@ class Context(Owner):
 
     # -- life --
 
+    def _make(self) -> Any:
+        ptr, log = runtime.logged(lib.plb_context_new, self._model_ptr, self._native)
+        if ptr == ffi.NULL:
+            raise ContextCreateError(f"libllama could not make the context\n{log}")
+        return owned(ptr, self._model_ptr, free=lib.llama_free)
+
     def close(self) -> None:
         """Free the context. Closing twice is fine; `ContextBusy` while another thread is inside."""
         if not self.closed:
@@ -130,7 +135,7 @@ class Context(Owner):
                 self._end()
 
     def _end(self) -> None:
-        self._drop_loras()
+        self._loras, self._model_ptr = [], None
         self._attached.clear()
         self._close()
 
@@ -143,21 +148,16 @@ class Context(Owner):
         """
         with self.exclusive():
             threads = self.n_threads, self.n_threads_batch
-            model = self.model._handle.retain()  # which may be closed by now
+            self._exclusive.now = ffi.NULL  # freed, and not closed
             try:
-                self._exclusive.handle.release()
-                ptr, log = runtime.logged(lib.plb_context_new, model.ptr, self._native)
-                if ptr == ffi.NULL:
-                    self._exclusive.closed = True  # its handle is released already
-                    self._end()
-                    raise ContextCreateError(f"libllama could not make the context again\n{log}")
-                self._exclusive.handle = Handle(ptr, lib.llama_free, model)
-            finally:
-                model.release()
+                self._exclusive.now = ptr = self._make()
+            except ContextCreateError:
+                self._end()
+                raise
             self._outputs, self._encoded = None, False
             self.memory.renewed()
             lib.llama_set_n_threads(ptr, *threads)
-            self._apply_loras()
+            self._apply_loras(self._loras)
             for engine in self._attached:
                 if lib.plb_engine_rebind(engine, ptr):
                     raise ContextCreateError("the fresh context is of another size")
@@ -253,15 +253,13 @@ class Context(Owner):
         with self.exclusive():
             self._check_output(row)
             pointer = lib.llama_get_logits_ith(self.ptr, row)
-            return self._view(pointer, self.model.n_vocab, f"row {row} has no logits")
+            return self._view(pointer, (self.model.n_vocab,), f"row {row} has no logits")
 
     def logits_all(self) -> FloatArray:
         """The logits of every row with output, in batch order: float32 (n_outputs, n_vocab)."""
         with self.exclusive():
-            n = self._n_outputs()
-            pointer = lib.llama_get_logits(self.ptr)
-            flat = self._view(pointer, n * self.model.n_vocab, "the context has no logits")
-            return flat.reshape(n, self.model.n_vocab)
+            shape = self._n_outputs(), self.model.n_vocab
+            return self._view(lib.llama_get_logits(self.ptr), shape, "the context has no logits")
 
     def embeddings(self, row: int = -1) -> FloatArray:
         """The embedding of one token of the last batch: float32 (n_embd_out,), a view."""
@@ -269,16 +267,15 @@ class Context(Owner):
             self._check_embeddings(pooled=False)
             self._check_output(row)
             pointer = lib.llama_get_embeddings_ith(self.ptr, row)
-            return self._view(pointer, self.model.n_embd_out, f"row {row} has no embedding")
+            return self._view(pointer, (self.model.n_embd_out,), f"row {row} has no embedding")
 
     def embeddings_all(self) -> FloatArray:
         """The embeddings of every row with output: float32 (n_outputs, n_embd_out), a view."""
         with self.exclusive():
             self._check_embeddings(pooled=False)
-            n = self._n_outputs()
+            shape = self._n_outputs(), self.model.n_embd_out
             pointer = lib.llama_get_embeddings(self.ptr)
-            flat = self._view(pointer, n * self.model.n_embd_out, "the context has no embeddings")
-            return flat.reshape(n, self.model.n_embd_out)
+            return self._view(pointer, shape, "the context has no embeddings")
 
     def embeddings_seq(self, seq_id: int = 0) -> FloatArray:
         """The pooled embedding of a sequence of the last batch: float32 (n_embd_out,), a view.
@@ -291,7 +288,7 @@ class Context(Owner):
             rank = self.pooling_type == lib.LLAMA_POOLING_TYPE_RANK
             size = self.model.n_cls_out if rank else self.model.n_embd_out
             pointer = lib.llama_get_embeddings_seq(self.ptr, seq)
-            return self._view(pointer, size, f"sequence {seq} was not in the last batch")
+            return self._view(pointer, (size,), f"sequence {seq} was not in the last batch")
 
     def _n_outputs(self) -> int:
         if self._outputs is None:
@@ -313,12 +310,11 @@ class Context(Owner):
             name = "embeddings_seq" if self.pooling_type > 0 else "embeddings"
             raise UnsupportedOperation(f"pooling_type is {self.pooling_type}: use {name}")
 
-    def _view(self, pointer: Any, size: int, missing: str) -> FloatArray:
+    def _view(self, pointer: Any, shape: tuple[int, ...], missing: str) -> FloatArray:
         if pointer == ffi.NULL:
             raise UnsupportedOperation(missing)
-        handle = self._exclusive.handle.retain()
-        owner = ffi.gc(pointer, lambda _: handle.release())
-        return np.frombuffer(ffi.buffer(owner, 4 * size), np.float32)
+        array: FloatArray = view(pointer, np.float32, shape, self.ptr)
+        return array
 
     # -- state --
 
@@ -400,32 +396,23 @@ class Context(Owner):
         Raises `ArgumentError` for an adapter of another model or a scale that is not finite,
         `ClosedError` for a closed adapter.
         """
-        for adapter, scale in adapters:
+        for adapter, _ in adapters:
             if adapter.model is not self.model:
                 raise ArgumentError("adapters", adapter, "was loaded for another model")
-            number("scale", scale)
-            adapter.ptr  # noqa: B018 (raises when closed)
+        loras = [(a.ptr, a.file_name, number("scale", scale)) for a, scale in adapters]
         with self.exclusive():
-            before = self._loras
-            self._loras = [(a._handle.retain(), a.file_name, float(scale)) for a, scale in adapters]
-            self._apply_loras()
-            for handle, _, _ in before:
-                handle.release()
+            self._apply_loras(loras)
 
     @property
     def lora_names(self) -> list[tuple[str, float]]:
         """File name and scale of each adapter that is applied."""
         return [(name, scale) for _, name, scale in self._loras]
 
-    def _apply_loras(self) -> None:
-        pointers = ffi.new("struct llama_adapter_lora *[]", [h.ptr for h, _, _ in self._loras] or 1)
-        scales = ffi.new("float[]", [scale for _, _, scale in self._loras] or 1)
-        lib.llama_set_adapters_lora(self.ptr, pointers, len(self._loras), scales)
-
-    def _drop_loras(self) -> None:
-        for handle, _, _ in self._loras:
-            handle.release()
-        self._loras = []
+    def _apply_loras(self, loras: list[tuple[Any, str, float]]) -> None:
+        pointers = ffi.new("struct llama_adapter_lora *[]", [ptr for ptr, _, _ in loras] or 1)
+        scales = ffi.new("float[]", [scale for _, _, scale in loras] or 1)
+        lib.llama_set_adapters_lora(self.ptr, pointers, len(loras), scales)
+        self._loras = loras  # those before may go now
 
     def set_threads(self, n_threads: int, n_threads_batch: int | None = None) -> None:
         """Threads for one row, and for many rows."""

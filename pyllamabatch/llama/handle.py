@@ -1,78 +1,74 @@
-"""Who frees what, when: a native object lives until its owner and all its users are done."""
+"""Who frees what, when: a native object lives as long as anything refers to its pointer."""
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from pyllamabatch.errors import ClosedError, ContextBusy
+from pyllamabatch.raw import ffi
 
 
-class Handle:
-    """A native pointer with a count of users.
-
-    The Python object that made it holds the first use. Whatever needs the pointer to stay valid (a
-    context needs its model) takes another. The last `release` frees it.
-    """
-
-    __slots__ = ("_free", "_lock", "_parents", "_uses", "ptr")
-
-    def __init__(self, ptr: Any, free: Callable[[Any], None], *parents: Handle) -> None:
-        self.ptr = ptr
-        self._free = free
-        self._parents = tuple(parent.retain() for parent in parents)
-        self._lock = threading.Lock()
-        self._uses = 1
-
-    def retain(self) -> Handle:
-        with self._lock:
-            if self._uses == 0:
-                raise ClosedError("the native object is gone")
-            self._uses += 1
-        return self
-
-    def release(self) -> None:
-        with self._lock:
-            self._uses -= 1
-            if self._uses:
-                return
-            ptr, self.ptr = self.ptr, None
-        self._free(ptr)
-        for parent in self._parents:
-            parent.release()
+def owned(ptr: Any, *needs: object, free: Callable[[Any], object] | None = None) -> Any:
+    """`ptr` as cdata that keeps `needs`, until nothing refers to it any more: then it is freed,
+    and what it needed is let go after it."""
+    return ffi.gc(ptr, partial(_end, free, needs))
 
 
-class Exclusive(AbstractContextManager[None]):
+def _end(free: Callable[[Any], object] | None, needs: tuple[object, ...], ptr: Any) -> None:
+    if free is not None:
+        free(ptr)
+
+
+def view(pointer: Any, dtype: npt.DTypeLike, shape: tuple[int, ...], owner: object) -> Any:
+    """A NumPy view on native memory that keeps the memory's owner."""
+    kind = np.dtype(dtype)
+    size = kind.itemsize * math.prod(shape)
+    return np.ndarray(shape, kind, ffi.buffer(owned(pointer, owner), size))
+
+
+class Held:
+    """A native pointer, until it is let go."""
+
+    def __init__(self, ptr: Any, what: str) -> None:
+        self.now = ptr  # None from `let_go` on
+        self.what = what
+
+    @property
+    def ptr(self) -> Any:
+        """The pointer. Raises `ClosedError`."""
+        ptr = self.now
+        if ptr is None:
+            raise ClosedError(f"{self.what} is closed")
+        return ptr
+
+    def let_go(self) -> None:
+        self.now = None
+
+
+class Exclusive(Held, AbstractContextManager[None]):
     """The native context of now, for one thread at a time.
 
     Entering costs well under a microsecond, and a thread may enter again. Raises `ContextBusy`
     when another thread is inside, `ClosedError` when the context is closed.
     """
 
-    def __init__(self, handle: Handle) -> None:
-        self.handle: Handle = handle
+    def __init__(self, ptr: Any) -> None:
+        super().__init__(ptr, "the context")
         self.lock = threading.RLock()
-        self.closed = False
-
-    @property
-    def ptr(self) -> Any:
-        """`struct llama_context *`. Raises `ClosedError`."""
-        if self.closed:
-            raise ClosedError("the context is closed")
-        return self.handle.ptr
-
-    def release(self) -> None:
-        if not self.closed:
-            self.closed = True
-            self.handle.release()
 
     def __enter__(self) -> None:
         if not self.lock.acquire(blocking=False):
             raise ContextBusy("another thread is inside this context; use one thread, or a lock")
-        if self.closed:
+        if self.now is None:
             self.lock.release()
             raise ClosedError("the context is closed")
 
@@ -86,21 +82,18 @@ T = TypeVar("T", bound="Owner")
 class Owner:
     """A Python object with a native one: `close` it, or use it in a `with` block."""
 
-    def __init__(self, held: Handle | Exclusive, what: str) -> None:
-        self._owned = held
-        self._what = what
-        self._close = weakref.finalize(self, held.release)
+    def __init__(self, held: Held) -> None:
+        self._held = held
+        self._close = weakref.finalize(self, held.let_go)  # at the interpreter's end, too
 
     @property
     def ptr(self) -> Any:
         """The native pointer. Raises `ClosedError` when closed."""
-        if not self._close.alive:
-            raise ClosedError(f"{self._what} is closed")
-        return self._owned.ptr
+        return self._held.ptr
 
     @property
     def closed(self) -> bool:
-        return not self._close.alive
+        return self._held.now is None
 
     def close(self) -> None:
         """Close it; its memory is freed when nothing uses it any more. Closing twice is fine."""

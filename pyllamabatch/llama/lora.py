@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pyllamabatch.errors import (
     number,
 )
 from pyllamabatch.llama import runtime
-from pyllamabatch.llama.handle import Handle, Owner
+from pyllamabatch.llama.handle import Held, Owner, owned
 from pyllamabatch.llama.host import PathLike, gguf_file
 from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.params import metadata
@@ -43,20 +44,15 @@ class LoraAdapter(Owner):
         ptr, log = runtime.logged(lib.plb_lora_load, model.ptr, file)
         if ptr == ffi.NULL:
             raise AdapterError(f"can't load the adapter {os.fspath(path)}\n{log}")
-        handle = Handle(ptr, lib.llama_adapter_lora_free, model._handle)
-        self._share(model, os.fspath(path), handle)
-
-    def _share(self, model: Model, path: str, handle: Handle) -> None:
-        super().__init__(handle, f"the adapter {path}")
-        self._handle = handle
+        ptr = owned(ptr, model.ptr, free=lib.llama_adapter_lora_free)
+        super().__init__(Held(ptr, f"the adapter {os.fspath(path)}"))
         self.model = model
-        self.path = path
+        self.path = os.fspath(path)
 
     def share(self) -> LoraAdapter:
         """Another owner of the same adapter, which stays open when this one is closed."""
-        self.ptr  # noqa: B018 (raises when closed)
-        other = object.__new__(LoraAdapter)
-        other._share(self.model, self.path, self._handle.retain())
+        other = copy(self)
+        Owner.__init__(other, Held(self.ptr, self._held.what))
         return other
 
     @property
@@ -66,12 +62,7 @@ class LoraAdapter(Owner):
 
     @cached_property
     def metadata(self) -> dict[str, str]:
-        return metadata(
-            self.ptr,
-            lib.llama_adapter_meta_count,
-            lib.llama_adapter_meta_key_by_index,
-            lib.llama_adapter_meta_val_str_by_index,
-        )
+        return metadata("adapter", self.ptr)
 
 
 SetLoras = Callable[[Sequence[tuple[LoraAdapter, float]]], None]

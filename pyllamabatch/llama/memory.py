@@ -30,6 +30,7 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.raw import ffi, lib
 
 _MAX_POS = 2**31 - 1
+_WHOLE = (-1, -1)
 # Memories that copy whole sequences only, whatever the stream layout (their seq_cp asserts it).
 _WHOLE_COPIES = frozenset({"deepseek4", "glm5-next", "qwen4exp"})
 
@@ -104,8 +105,7 @@ class Memory:
         """Forget every sequence; `data` also zeroes the buffers."""
         with self._context:
             lib.llama_memory_clear(self.ptr, data)
-            self._stale.clear()
-            self._snapshots.clear()
+            self.renewed()
 
     def seq_rm(self, seq_id: int, p0: int = -1, p1: int = -1) -> None:
         """Remove [p0, p1) of a sequence, -1 for every sequence."""
@@ -113,19 +113,17 @@ class Memory:
         with self._context:
             every = range(self._n_seq_max)
             seqs = every if seq_id == -1 else (self._seq(seq_id),)
-            held = [seq for seq in seqs if self._overlaps(seq, p0, p1)]
-            for seq in held:
-                self._check_removal(seq, p0, p1)
-            for seq in held:
-                whole = self._whole(seq, p0, p1)
-                first, last = self._held(seq)
-                low, high = -1 if p0 <= first else p0, -1 if p1 > last else p1
-                if not lib.llama_memory_seq_rm(self.ptr, seq, low, high):
+            parts = {seq: part for seq in seqs if (part := self._held_in(seq, p0, p1))}
+            for seq, part in parts.items():
+                if part != _WHOLE:
+                    self._check_removal(seq, p0, p1)
+            for seq, part in parts.items():
+                if not lib.llama_memory_seq_rm(self.ptr, seq, *part):
                     raise UnsupportedOperation(
                         f"libllama refuses to remove [{p0}, {p1}) of sequence {seq}"
                     )
                 self._snapshots.pop(seq, None)
-                if whole:
+                if part == _WHOLE:
                     self._stale.discard(seq)
 
     def seq_cp(self, src: int, dst: int, p0: int = -1, p1: int = -1) -> None:
@@ -139,25 +137,21 @@ class Memory:
         if src == dst:
             raise ArgumentError("dst", dst, "must not be the source")
         with self._context:
-            if not self._overlaps(src, p0, p1):
+            can, part = self._can, self._held_in(src, p0, p1)
+            if part is None:
                 return
-            can = self._can
-            whole = self._whole(src, p0, p1)
-            if not whole and not can.prefix_copy:
+            if part != _WHOLE and not can.prefix_copy:
                 why = "a recurrent state" if can.recurrent or can.hybrid else "a stream of its own"
                 raise UnsupportedOperation(
                     f"only all of sequence {src} can be copied, not [{p0}, {p1}): it has {why}"
                 )
-            if not whole:
+            if part != _WHOLE:
                 self._check_window(src, min(p1, self.pos_max(src) + 1), "copy")
-            if self._overlaps(dst, *((p0, p1) if can.prefix_copy else (0, _MAX_POS))):
-                limit = (
-                    f"it holds {self.pos_min(dst)}..{self.pos_max(dst)}: "
-                    f"remove that first with seq_rm({dst})"
-                )
+            if self._held_in(dst, *((p0, p1) if can.prefix_copy else (0, _MAX_POS))):
+                held = f"{self.pos_min(dst)}..{self.pos_max(dst)}"
+                limit = f"it holds {held}: remove that first with seq_rm({dst})"
                 raise ArgumentError("dst", dst, limit)
-            low, high = (-1, -1) if whole else (p0, p1)
-            lib.llama_memory_seq_cp(self.ptr, src, dst, low, high)
+            lib.llama_memory_seq_cp(self.ptr, src, dst, *part)
             if src in self._stale or not (can.unified or can.recurrent):
                 self._stale.add(dst)
 
@@ -180,7 +174,7 @@ class Memory:
         delta = integer("delta", delta, -_MAX_POS, _MAX_POS)
         p0, p1 = _range(p0, p1)
         with self._context:
-            if delta == 0 or not self._overlaps(seq, p0, p1):
+            if delta == 0 or not self._held_in(seq, p0, p1):
                 return
             self._check_shift()
             last = min(p1 - 1, self.pos_max(seq))
@@ -195,7 +189,7 @@ class Memory:
         divisor = integer("divisor", divisor, 1, _MAX_POS)
         p0, p1 = _range(p0, p1)
         with self._context:
-            if divisor == 1 or not self._overlaps(seq, p0, p1):
+            if divisor == 1 or not self._held_in(seq, p0, p1):
                 return
             self._check_shift()
             lib.llama_memory_seq_div(self.ptr, seq, p0, p1, divisor)
@@ -234,27 +228,20 @@ class Memory:
     def _seq(self, seq_id: int, name: str = "seq_id") -> int:
         return integer(name, seq_id, 0, self._n_seq_max - 1)
 
-    def _held(self, seq: int) -> tuple[int, int]:
-        """First and last position that something is held for; last < 0 when empty.
+    def _held_in(self, seq: int, p0: int, p1: int) -> tuple[int, int] | None:
+        """[p0, p1) of a sequence as libllama takes it, -1 for an end past all that is held; None
+        where nothing is held.
 
         A recurrent state stands for all positions up to its own; of a sliding window model only
         some layers forget, and pos_min speaks of these.
         """
-        last = self.pos_max(seq)
         one_state = self._can.recurrent or self._can.hybrid or self._can.swa_window
-        return 0 if one_state else self.pos_min(seq), last
-
-    def _overlaps(self, seq: int, p0: int, p1: int) -> bool:
-        first, last = self._held(seq)
-        return last >= 0 and p0 <= last and p1 > max(p0, first)
-
-    def _whole(self, seq: int, p0: int, p1: int) -> bool:
-        first, last = self._held(seq)
-        return p0 <= max(first, 0) and p1 > last
+        first, last = 0 if one_state else self.pos_min(seq), self.pos_max(seq)
+        if last < 0 or p0 > last or p1 <= max(p0, first):
+            return None
+        return -1 if p0 <= first else p0, -1 if p1 > last else p1
 
     def _check_removal(self, seq: int, p0: int, p1: int) -> None:
-        if self._whole(seq, p0, p1):
-            return
         last = self.pos_max(seq)
         if not self._can.partial_removal:
             most = self._can.max_rollback

@@ -10,7 +10,7 @@ from typing import Any
 
 from pyllamabatch.errors import ArgumentError, ModelLoadError
 from pyllamabatch.llama import runtime
-from pyllamabatch.llama.handle import Handle, Owner
+from pyllamabatch.llama.handle import Held, Owner, owned
 from pyllamabatch.llama.host import PathLike, gguf_file
 from pyllamabatch.llama.params import (
     KvOverride,
@@ -115,19 +115,13 @@ class Model(Owner):
             if failure:
                 raise failure[0]
             raise ModelLoadError(self.path, "llama.cpp rejects it", log)
-        self._handle = Handle(ptr, lib.llama_model_free)
-        super().__init__(self._handle, f"the model {self.path}")
+        super().__init__(Held(owned(ptr, free=lib.llama_model_free), f"the model {self.path}"))
         self.vocab = Vocab(self)
 
-        self.metadata: dict[str, str] = metadata(
-            ptr,
-            lib.llama_model_meta_count,
-            lib.llama_model_meta_key_by_index,
-            lib.llama_model_meta_val_str_by_index,
-        )
+        self.metadata = metadata("model", ptr)
         """The scalar metadata of the GGUF file, as text."""
         self.architecture: str = self.metadata.get("general.architecture", "")
-        self.description: str = string(lambda *out: lib.llama_model_desc(ptr, *out))
+        self.description: str = string(lib.llama_model_desc, ptr)
         """Architecture, size and file type in one line."""
         self.size_bytes: int = lib.llama_model_size(ptr)
         self.n_params: int = lib.llama_model_n_params(ptr)

@@ -94,6 +94,15 @@ def flat_integers(name: str, values: object) -> npt.NDArray[Any]:
     return array if array.size else array.astype(np.int32)
 
 
+def check_range(name: str, values: npt.NDArray[Any], low: int, high: int) -> None:
+    """Raise `ArgumentError`, with its index, for the first value that is not in low..high."""
+    bad = (values < low) | (values > high)
+    if bad.any():
+        at = tuple(np.argwhere(bad)[0].tolist())
+        index = ", ".join(map(str, at))
+        raise ArgumentError(f"{name}[{index}]", values[at].item(), f"must be in {low}..{high}")
+
+
 def device_list(names: Sequence[str]) -> Any:
     known = runtime.devices()
     found = []
@@ -117,6 +126,14 @@ def share_array(shares: Sequence[float]) -> Any:
     return ffi.new("float[]", values.tolist())
 
 
+_OVERRIDES: dict[type, tuple[str, str]] = {  # the name of the tag, the field
+    bool: ("BOOL", "val_bool"),
+    int: ("INT", "val_i64"),
+    float: ("FLOAT", "val_f64"),
+    str: ("STR", "val_str"),
+}
+
+
 def override_array(overrides: Mapping[str, KvOverride]) -> Any:
     array = ffi.new("struct llama_model_kv_override[]", len(overrides) + 1)  # ends with no key
     for item, (key, value) in zip(array, overrides.items(), strict=False):
@@ -124,19 +141,13 @@ def override_array(overrides: Mapping[str, KvOverride]) -> Any:
         if not 0 < len(name) < 128:
             raise ArgumentError("kv_overrides", key, "a key has 1 to 127 bytes")
         item.key = name
-        if isinstance(value, bool):
-            item.tag, item.val_bool = lib.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
-        elif isinstance(value, int):
-            item.tag = lib.LLAMA_KV_OVERRIDE_TYPE_INT
-            item.val_i64 = integer(f"kv_overrides[{key}]", value, -(2**63), 2**63 - 1)
-        elif isinstance(value, float):
-            item.tag, item.val_f64 = lib.LLAMA_KV_OVERRIDE_TYPE_FLOAT, value
-        elif isinstance(value, str) and len(value.encode()) < 128:
-            item.tag, item.val_str = lib.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
-        else:
-            raise ArgumentError(
-                f"kv_overrides[{key}]", value, "must be bool, int, float or str of < 128 bytes"
-            )
+        try:
+            tag, field = _OVERRIDES[type(value)]
+            setattr(item, field, f"{value}\0".encode() if isinstance(value, str) else value)
+        except (KeyError, OverflowError, IndexError):
+            limit = "must be bool, int (64 bits), float or str (< 128 bytes)"
+            raise ArgumentError(f"kv_overrides[{key}]", value, limit) from None
+        item.tag = getattr(lib, f"LLAMA_KV_OVERRIDE_TYPE_{tag}")
     return array
 
 
@@ -169,23 +180,16 @@ def _on_progress(fraction: float, user_data: Any) -> bool:
 # -- strings of llama.cpp --
 
 
-def metadata(ptr: Any, count: Any, key_by_index: Any, value_by_index: Any) -> dict[str, str]:
-    return {
-        string(lambda buffer, size, i=i: key_by_index(ptr, i, buffer, size)): string(
-            lambda buffer, size, i=i: value_by_index(ptr, i, buffer, size)
-        )
-        for i in range(count(ptr))
-    }
+def metadata(kind: str, ptr: Any) -> dict[str, str]:
+    """The scalar metadata of a "model" or an "adapter"."""
+    count, key, value = (
+        getattr(lib, f"llama_{kind}_meta_{name}")
+        for name in ("count", "key_by_index", "val_str_by_index")
+    )
+    return {string(key, ptr, i): string(value, ptr, i) for i in range(count(ptr))}
 
 
-def string(call: Callable[..., int]) -> str:
-    """What a function that fills (buffer, size) and returns the length wants to say."""
-    size = 256
-    while True:
-        buffer = ffi.new("char[]", size)
-        length = call(buffer, size)
-        if length < 0:
-            return ""
-        if length < size:
-            return bytes(ffi.buffer(buffer, length)).decode("utf-8", "replace")
-        size = length + 1
+def string(call: Callable[..., int], *arguments: Any) -> str:
+    """What a function says that writes like `snprintf`; "" where it has nothing to say."""
+    data = runtime.filled(lambda *out: call(*arguments, *out) + 1, 256)
+    return data[:-1].decode("utf-8", "replace")

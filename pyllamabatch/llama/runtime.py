@@ -76,6 +76,17 @@ def text(pointer: object) -> str:
     return string.decode("utf-8", "replace")
 
 
+def filled(call: Callable[[Any, int], int], size: int) -> bytes:
+    """What `call(buffer, size)` writes. It returns how many bytes that is; when they are more
+    than `size`, it is called again with room for them."""
+    while True:
+        buffer = ffi.new("char[]", size)
+        needed = call(buffer, size)
+        if needed <= size:
+            return bytes(ffi.buffer(buffer, needed))
+        size = needed
+
+
 # -- the log --
 
 logger = logging.getLogger("pyllamabatch.llama")

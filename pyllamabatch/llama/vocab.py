@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from pyllamabatch.errors import (
     integer,
 )
 from pyllamabatch.llama.handle import Owner
-from pyllamabatch.llama.params import flat_integers
+from pyllamabatch.llama.params import check_range, flat_integers
+from pyllamabatch.llama.runtime import filled
 from pyllamabatch.llama.runtime import text as c_text
 from pyllamabatch.raw import ffi, lib
 
@@ -150,15 +152,13 @@ class Vocab:
         self._need_text()
         ids = self.check_tokens(tokens)
         ptr, pointer = self.ptr, ffi.from_buffer("llama_token[]", ids)
-        size = 8 * len(ids) + 64
-        while True:
-            buffer = ffi.new("char[]", size)
-            n = lib.llama_detokenize(
-                ptr, pointer, len(ids), buffer, size, remove_special, unparse_special
-            )
-            if n >= 0:
-                return bytes(ffi.buffer(buffer, n)).decode("utf-8", "replace")
-            size = -n + 1
+
+        def write(*out: Any) -> int:
+            flags = remove_special, unparse_special
+            n: int = lib.llama_detokenize(ptr, pointer, len(ids), *out, *flags)
+            return abs(n)
+
+        return filled(write, 8 * len(ids) + 64).decode("utf-8", "replace")
 
     decode = detokenize
     """The name that other libraries have for `detokenize`."""
@@ -205,11 +205,10 @@ class Vocab:
         for item, (role, content) in zip(chat, keep, strict=False):
             item.role, item.content = role, content
         name = _c_string("template", template)
-        size = 2 * sum(len(role) + len(content) for role, content in keep) + 256
-        while True:
-            buffer = ffi.new("char[]", size)
-            n = lib.llama_chat_apply_template(
-                name, chat, len(keep), add_generation_prompt, buffer, size
+
+        def write(*out: Any) -> int:
+            n: int = lib.llama_chat_apply_template(
+                name, chat, len(keep), add_generation_prompt, *out
             )
             if n < 0:
                 raise ChatTemplateError(
@@ -217,9 +216,10 @@ class Vocab:
                     "(see chat_templates()), or format the prompt yourself. It begins: "
                     f"{template[:120]!r}"
                 )
-            if n <= size:
-                return ChatPrompt(bytes(ffi.buffer(buffer, n)).decode("utf-8", "replace"))
-            size = n
+            return n
+
+        size = 2 * sum(len(role) + len(content) for role, content in keep) + 256
+        return ChatPrompt(filled(write, size).decode("utf-8", "replace"))
 
     # -- checks --
 
@@ -227,10 +227,7 @@ class Vocab:
         """Tokens as a contiguous int32 array. Raises `ArgumentError`, with the index, for an id
         that is not of this vocabulary."""
         array = flat_integers(name, tokens)
-        bad = (array < 0) | (array >= self.n_tokens)
-        if bad.any():
-            at = int(np.argmax(bad))
-            integer(f"{name}[{at}]", int(array[at]), 0, self.n_tokens - 1)
+        check_range(name, array, 0, self.n_tokens - 1)
         return np.ascontiguousarray(array, np.int32)
 
     def _check(self, token: int) -> int:
@@ -250,29 +247,22 @@ class Vocab:
 
     @staticmethod
     def _piece(ptr: Any, token: int, special: bool) -> bytes:
-        size = 64
-        while True:
-            buffer = ffi.new("char[]", size)
-            n = lib.llama_token_to_piece(ptr, token, buffer, size, 0, special)
-            if n >= 0:
-                return bytes(ffi.buffer(buffer, n))
-            size = -n
+        return filled(lambda *out: abs(lib.llama_token_to_piece(ptr, token, *out, 0, special)), 64)
 
 
 def pieces_of(ptr: Any, tokens: Sequence[int]) -> list[bytes]:
     """The bytes of each token of a `llama_vocab *`, special ones b"", in one native call."""
     n = len(tokens)
     ids, offsets = ffi.new("llama_token[]", tokens), ffi.new("int64_t[]", n + 1)
-    size = 16 * n
-    while True:
-        buffer = ffi.new("char[]", size)
-        needed = lib.plb_pieces(ptr, ids, n, buffer, size, offsets)
+
+    def write(*out: Any) -> int:
+        needed: int = lib.plb_pieces(ptr, ids, n, *out, offsets)
         if needed < 0:
             raise PyllamabatchError(c_text(lib.plb_code_text(needed)))
-        if needed <= size:
-            data = ffi.buffer(buffer, needed)[:]
-            return [data[offsets[i] : offsets[i + 1]] for i in range(n)]
-        size = needed
+        return needed
+
+    data = filled(write, 16 * n)
+    return [data[start:end] for start, end in pairwise(offsets)]
 
 
 class PieceDecoder:

@@ -1,8 +1,7 @@
-"""What the stepper needs of cffi: views of native memory, parameters, exceptions for codes."""
+"""What the stepper needs of cffi: slots, parameters, exceptions for codes."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,18 +13,6 @@ from pyllamabatch.llama.runtime import text
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.json_schema import schema_to_gbnf
 from pyllamabatch.step.sampling_params import SamplingParams
-
-
-def view_of(engine: Any, pointer: Any, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> Any:
-    """A NumPy view on the engine's memory that keeps the engine alive."""
-    kind = np.dtype(dtype)
-    size = kind.itemsize * int(np.prod(shape))
-    owner = ffi.gc(ffi.cast("char *", pointer), partial(hold, engine))
-    return np.ndarray(shape, kind, ffi.buffer(owner, size))
-
-
-def hold(engine: Any, _pointer: Any) -> None:
-    """A destructor whose only work is to have held the engine until now."""
 
 
 class DetachedSlot:

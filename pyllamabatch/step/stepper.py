@@ -19,7 +19,6 @@ tokens in one call.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ from pyllamabatch.errors import (
     integer,
 )
 from pyllamabatch.llama.context import Context
+from pyllamabatch.llama.handle import owned, view
 from pyllamabatch.llama.runtime import text
 from pyllamabatch.llama.vocab import TokenArray
 from pyllamabatch.raw import ffi, lib
@@ -44,10 +44,8 @@ from pyllamabatch.step.native import (
     DetachedSlot,
     device_sampling_of,
     gap_max_of,
-    hold,
     sampling_struct,
     slot_failure,
-    view_of,
 )
 from pyllamabatch.step.sampling_params import LOGPROBS_MAX, SEED_MAX, SamplingParams
 from pyllamabatch.step.types import (
@@ -142,7 +140,7 @@ class Stepper:
             raise MemoryError("no memory for the stepper")
         if code:
             raise UnsupportedOperation(text(lib.plb_code_text(code)))
-        engine = ffi.gc(out[0], lib.plb_engine_free)
+        engine = owned(out[0], free=lib.plb_engine_free)
         context._attached.append(engine)  # the context may come to point into it
         views = ffi.new("plb_views *")
         lib.plb_engine_views(engine, views)
@@ -152,7 +150,7 @@ class Stepper:
         self._exclusive = context.exclusive()
         self._encoder_first = context.model.has_encoder
         self._rollback = context.capabilities.max_rollback > 0
-        self._info: Any = ffi.gc(views.info, partial(hold, engine))
+        self._info: Any = owned(views.info, engine)
         self._engine: Any = engine
         self.n_rows_max: int = views.n_rows_max
         self.n_seq_max: int = views.n_seq_max
@@ -162,16 +160,16 @@ class Stepper:
         self.n_steps_max: int = views.n_steps_max
         rows, results, width = views.n_rows_max, views.n_results_max, views.n_logprobs_max
         self.rows = Rows(
-            view_of(engine, views.token, np.int32, (rows,)),
-            view_of(engine, views.pos, np.int32, (rows,)),
-            view_of(engine, views.seq, np.int32, (rows,)),
-            view_of(engine, views.flags, np.uint8, (rows,)),
+            view(views.token, np.int32, (rows,), engine),
+            view(views.pos, np.int32, (rows,), engine),
+            view(views.seq, np.int32, (rows,), engine),
+            view(views.flags, np.uint8, (rows,), engine),
         )
         self.result = Results(
-            view_of(engine, views.results, RESULT_DTYPE, (results,)),
-            view_of(engine, views.top_token, np.int32, (results, width)),
-            view_of(engine, views.top_logprob, np.float32, (results, width)),
-            view_of(engine, views.steps, STEP_DTYPE, (views.n_steps_max,)),
+            view(views.results, RESULT_DTYPE, (results,), engine),
+            top_token=view(views.top_token, np.int32, (results, width), engine),
+            top_logprob=view(views.top_logprob, np.float32, (results, width), engine),
+            steps=view(views.steps, STEP_DTYPE, (self.n_steps_max,), engine),
         )
         self._slots: dict[int, DetachedSlot] = {}  # by sequence id
         self._run: Any = ffi.new("plb_run_info *")

@@ -60,31 +60,31 @@ class Stop(enum.IntEnum):
     FULL = 4  # the ring is full (never in a `Stepper`, whose results are read in between)
 
 
-class Rows:
+class Rows(NamedTuple):
     """The rows of the next step: persistent NumPy views, `n_rows_max` long each.
 
-    token, pos, seq: int32. flags: uint8, any of OUTPUT, SAMPLE and REPORT. A step reads rows 0 to
-    n - 1 and leaves them as they are, so a steady batch only rewrites what changes.
+    flags: any of OUTPUT, SAMPLE and REPORT. A step reads rows 0 to n - 1 and leaves them as they
+    are, so a steady batch only rewrites what changes.
     """
 
-    __slots__ = ("flags", "pos", "seq", "token")
-
-    def __init__(self, token: I32, pos: I32, seq: I32, flags: U8) -> None:
-        self.token = token
-        self.pos = pos
-        self.seq = seq
-        self.flags = flags
+    token: I32
+    pos: I32
+    seq: I32
+    flags: U8
 
 
-class _Column(Generic[S]):
-    """A column of the records, as far as it is valid."""
+class _Valid(Generic[S]):
+    """A view of the results, as far as it is valid."""
+
+    def __init__(self, length: str = "n_results") -> None:
+        self._length = length
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
     def __get__(self, results: Results, owner: type) -> npt.NDArray[S]:
-        column: npt.NDArray[S] = results._columns[self._name][: results.n_results]
-        return column
+        view: npt.NDArray[S] = results._views[self._name][: getattr(results, self._length)]
+        return view
 
 
 class Results:
@@ -103,46 +103,26 @@ class Results:
     All are views of memory that the next call overwrites: copy what must last.
     """
 
-    __slots__ = (
-        "_columns", "_records", "_steps", "_top_logprob", "_top_token",
-        "code", "n_results", "n_steps", "stop",
-    )  # fmt: skip
+    __slots__ = ("_views", "code", "n_results", "n_steps", "stop")
 
-    seq = _Column[np.int32]()
-    row = _Column[np.int32]()
-    token = _Column[np.int32]()
-    index = _Column[np.int32]()
-    finish = _Column[np.int32]()
-    error = _Column[np.int32]()
-    n_top = _Column[np.int32]()
-    logprob = _Column[np.float32]()
+    records = _Valid[np.void]()
+    seq = _Valid[np.int32]()
+    row = _Valid[np.int32]()
+    token = _Valid[np.int32]()
+    index = _Valid[np.int32]()
+    finish = _Valid[np.int32]()
+    error = _Valid[np.int32]()
+    n_top = _Valid[np.int32]()
+    logprob = _Valid[np.float32]()
+    top_token = _Valid[np.int32]()
+    top_logprob = _Valid[np.float32]()
+    steps = _Valid[np.void]("n_steps")
 
-    def __init__(self, records: Any, top_token: I32, top_logprob: F32, steps: Any) -> None:
-        self._records = records
-        self._steps = steps
-        self._columns = {name: records[name] for name in RESULT_DTYPE.fields or ()}
-        self._top_token = top_token
-        self._top_logprob = top_logprob
+    def __init__(self, records: Any, **views: Any) -> None:
+        self._views = {name: records[name] for name in RESULT_DTYPE.fields or ()}
+        self._views.update(records=records, **views)
         self.code = self.n_results = self.n_steps = 0
         self.stop = Stop.STEPS.value
-
-    @property
-    def records(self) -> npt.NDArray[np.void]:
-        records: npt.NDArray[np.void] = self._records[: self.n_results]
-        return records
-
-    @property
-    def top_token(self) -> I32:
-        return self._top_token[: self.n_results]
-
-    @property
-    def top_logprob(self) -> F32:
-        return self._top_logprob[: self.n_results]
-
-    @property
-    def steps(self) -> npt.NDArray[np.void]:
-        steps: npt.NDArray[np.void] = self._steps[: self.n_steps]
-        return steps
 
     def raise_for_code(self) -> None:
         """Raise the `DecodeError` that `code` stands for; nothing when it is 0."""
