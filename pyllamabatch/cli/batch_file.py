@@ -10,8 +10,7 @@ import math
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from typing import Any
+from typing import TypeVar
 
 from pyllamabatch.cli.input_lines import InputLine
 from pyllamabatch.cli.result_file import Results, Row
@@ -20,12 +19,14 @@ from pyllamabatch.errors import EngineClosed, FatalDecodeError, PyllamabatchErro
 
 ENGINE_FAILED = (EngineClosed, FatalDecodeError)  # every other error is that of one request
 
+T = TypeVar("T")
+Event = tuple[int, InputLine, Stream | None]
+"""A line was read, or, with a stream, it has ended. The first is its place among the lines."""
+
 
 class BatchFile:
-    """One run of `generate`. It knows no files, no flags and no model.
-
-    Call `resume()` once, then `run()`; after an exception of `run`, `stop()`.
-    """
+    """One run of `generate`. It knows no files, no flags and no model. Call `resume()`, then
+    `run()`."""
 
     def __init__(
         self,
@@ -34,21 +35,16 @@ class BatchFile:
         key: Callable[[InputLine], str],
         *,
         window: int,
-        on_progress: Callable[[int, int], None] = lambda n_done, n_tokens: None,
-        on_problem: Callable[[Row], None] = lambda row: None,
+        on_row: Callable[[Row], None] = lambda row: None,
     ) -> None:
         """key: a digest of what a line asks. window: lines that may be read beyond the last row
-        that is written, at least 1. on_progress gets the rows written and the tokens generated."""
+        that is written, at least 1. on_row gets every row that is new."""
         self._lines, self._results, self._key = lines, results, key
-        self._window = threading.Semaphore(window)
-        self._events: queue.SimpleQueue[InputLine | int | BaseException | None]
-        self._events = queue.SimpleQueue()
-        self._under_way: dict[int, tuple[InputLine, Stream]] = {}
-        self._on_progress, self._on_problem = on_progress, on_problem
+        self._room = threading.Semaphore(window)
+        self._on_row = on_row
+        self._events: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
         self._early: dict[int, Row] = {}
-        self._n_tokens = 0
         self.n_resumed = 0  # rows of an earlier run
-        self.n_failed = 0  # error rows of this run
 
     def resume(self) -> None:
         """Pass over the lines whose rows are written. ArgumentError for rows of other lines."""
@@ -68,102 +64,84 @@ class BatchFile:
                 )
             self.n_resumed += 1
         self._early = self._results.early_rows()
-        self._on_progress(self.n_resumed, 0)
 
     def run(self, submit: Callable[[InputLine], Stream]) -> None:
         """Until every line has its row. `submit` raises a PyllamabatchError or TypeError for a
-        request that can't run. Raises what ended the run: KeyboardInterrupt after `interrupt`."""
+        request that can't run. Raises what ends the run: a read error, the engine's failure."""
         threading.Thread(target=self._read, name="generate-reader", daemon=True).start()
-        index, reading = self._results.n_written, True
-        while reading or self._under_way:
+        reading, n_open = True, 0
+        while reading or n_open:
             event = self._events.get()
+            if isinstance(event, BaseException):
+                raise event
             if event is None:
                 reading = False
-            elif isinstance(event, BaseException):
-                raise event
-            elif isinstance(event, int):
-                self._end(event)
-            else:
-                self._take(index, event, submit)
-                index += 1
-
-    def interrupt(self) -> None:
-        """Make `run` raise KeyboardInterrupt between two rows. For a signal handler."""
-        self._events.put(KeyboardInterrupt())
-
-    def stop(self) -> None:
-        """Cancel what is under way and write what has finished, after `run` has raised."""
-        for _, stream in self._under_way.values():
-            stream.cancel()
-        for index in sorted(self._under_way):
-            with suppress(*ENGINE_FAILED):  # no row: the line is answered by the next run
-                self._end(index)
+                continue
+            index, line, stream = event
+            if stream is not None:
+                n_open -= 1
+                self._answer(index, line, _attempt(stream.result))
+            elif not self._took_early(index, line):
+                n_open += self._start(index, line, submit)
 
     def _read(self) -> None:
         """The reader thread."""
         try:
-            while True:
-                self._window.acquire()
-                line = next(self._lines, None)
-                self._events.put(line)
-                if line is None:
-                    return
+            index = self._results.n_written
+            while self._room.acquire() and (line := next(self._lines, None)) is not None:
+                self._events.put((index, line, None))
+                index += 1
+            self._events.put(None)
         except BaseException as error:  # a read error ends the run, not only this thread
             self._events.put(error)
 
-    def _take(self, index: int, line: InputLine, submit: Callable[[InputLine], Stream]) -> None:
-        early = self._early.pop(line.number, None)
-        if early is not None and early["key"] == self._key(line):
-            self.n_resumed += 1
-            self._add(index, early)
-        elif line.problem:
-            self._fail(index, line, line.problem)
-        else:
-            try:
-                stream = submit(line)
-            except ENGINE_FAILED:
-                raise
-            except (PyllamabatchError, TypeError) as problem:
-                self._fail(index, line, str(problem))
-            else:
-                self._under_way[index] = line, stream
-                stream.add_done_callback(lambda _: self._events.put(index))
-
-    def _end(self, index: int) -> None:
-        line, stream = self._under_way.pop(index)
-        try:
-            result = stream.result()
-        except ENGINE_FAILED:
-            raise
-        except PyllamabatchError as problem:
-            self._fail(index, line, str(problem))
-            return
-        if result.finish_reason != "cancelled":
-            self._n_tokens += result.n_generated
-            self._add(index, self._row(line, **fields_of(result)))
-
-    def _fail(self, index: int, line: InputLine, problem: str) -> None:
-        row = self._row(
-            line, text="", tokens=[], finish_reason="error", error=problem,
-            n_prompt=0, n_generated=0, ttft_ms=None, e2el_ms=None,
-        )  # fmt: skip
-        self.n_failed += 1
-        self._on_problem(row)
+    def _took_early(self, index: int, line: InputLine) -> bool:
+        """Whether an earlier run has finished the line out of turn."""
+        row = self._early.pop(line.number, None)
+        if row is None or row["key"] != self._key(line):
+            return False
+        self.n_resumed += 1
         self._add(index, row)
+        return True
 
-    def _row(self, line: InputLine, **fields: Any) -> Row:
-        return {"id": line.id, "line": line.number, **fields, "key": self._key(line)}
+    def _start(self, index: int, line: InputLine, submit: Callable[[InputLine], Stream]) -> bool:
+        """Whether its request is under way."""
+        found = line.problem if line.problem else _attempt(lambda: submit(line))
+        if isinstance(found, str):
+            self._answer(index, line, found)
+            return False
+        found.add_done_callback(lambda stream: self._events.put((index, line, stream)))
+        return True
+
+    def _answer(self, index: int, line: InputLine, found: Result | str) -> None:
+        fields = problem_fields(found) if isinstance(found, str) else result_fields(found)
+        row = {"id": line.id, "line": line.number, **fields, "key": self._key(line)}
+        self._add(index, row)
+        self._on_row(row)
 
     def _add(self, index: int, row: Row) -> None:
-        before = self._results.n_written
-        self._results.add(index, row)
-        n_new = self._results.n_written - before
-        if n_new:
-            self._window.release(n_new)
-        self._on_progress(self._results.n_written, self._n_tokens)
+        for _ in range(self._results.add(index, row)):
+            self._room.release()
 
 
-def fields_of(result: Result) -> Row:
+def _attempt(call: Callable[[], T]) -> T | str:
+    """What it returns, or what is wrong with this request."""
+    try:
+        return call()
+    except ENGINE_FAILED:
+        raise
+    except (PyllamabatchError, TypeError) as problem:
+        return str(problem)
+
+
+def problem_fields(problem: str) -> Row:
+    return {
+        "text": "", "tokens": [], "finish_reason": "error", "error": problem,
+        "n_prompt": 0, "n_generated": 0, "ttft_ms": None, "e2el_ms": None,
+    }  # fmt: skip
+
+
+def result_fields(result: Result) -> Row:
     """What a row says of an answer."""
     row: Row = {
         "text": result.text,

@@ -19,8 +19,7 @@ import numpy as np
 from pyllamabatch.cli.console import Progress, say
 from pyllamabatch.cli.options import (
     add_model_arguments,
-    add_threads_argument,
-    add_ubatch_argument,
+    add_shared,
     load_model,
     positive,
 )
@@ -38,8 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layout", choices=("both", "unified", "streams"), default="both",
         help="one pool of cells for all sequences, or cells of each one's own (both)",
     )  # fmt: skip
-    add_ubatch_argument(add, 512)
-    add_threads_argument(add)
+    add_shared(add, n_ubatch=512, threads=None)
     add("--type-k", metavar="TYPE", help="of the keys in KV cells: f16, q8_0, ...")
     add("--type-v", metavar="TYPE", help="of the values in KV cells")
     add("--out", type=Path, metavar="FILE", help="instead of the cache folder")

@@ -7,11 +7,8 @@ import logging
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module, metadata
-from types import FrameType
 
 from pyllamabatch.cli.console import say
 from pyllamabatch.errors import ArgumentError, PyllamabatchError
@@ -39,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser(words).parse_args(words)
     if args.verbose:
         logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends as Ctrl-C does
     try:
-        with sigterm_as_interrupt():
-            status: int = args.run(args)
+        status: int = args.run(args)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -50,12 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output is gone: there is nothing to print to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (ArgumentError, OSError) as error:  # OSError: a file that can't be read or written
+    except (PyllamabatchError, OSError) as error:  # OSError: a file that can't be read or written
         say(f"pyllamabatch: {error}", sys.stderr)
-        return USAGE
-    except PyllamabatchError as error:
-        say(f"pyllamabatch: {error}", sys.stderr)
-        return FAILED
+        return USAGE if isinstance(error, (ArgumentError, OSError)) else FAILED
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
@@ -78,20 +74,3 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
             sub.add_argument("--verbose", action="store_true", help="show what llama.cpp logs")
             sub.set_defaults(run=command.run)
     return parser
-
-
-@contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

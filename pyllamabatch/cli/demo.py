@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pyllamabatch.cli.console import live_console, say
-from pyllamabatch.cli.options import add_threads_argument, at_least
+from pyllamabatch.cli.options import add_shared, at_least
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.engine.stream import Result, Stream
 from pyllamabatch.llama.batch import Batch
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     n = len(default_prompts())
     add = parser.add_argument
     add("-p", "--prompts", type=at_least(1, n), default=n, metavar="N", help=f"the first N ({n})")
-    add_threads_argument(add)
+    add_shared(add, threads=None)
     add("--plain", action="store_true", help="plain lines, also on a terminal")
 
 
@@ -53,25 +53,27 @@ def run(args: argparse.Namespace) -> int:
         say(f"timing steps of 1 to {WIDTHS[-1]} rows")
         threads, milliseconds = time_steps(model, args.threads)
         # The prompts share nothing, so each sequence has cells of its own to attend to.
-        with Engine(
-            model,
-            n_seq_max=len(tasks),
-            n_ctx=len(tasks) * N_CELLS,
-            kv_unified=False,
-            n_threads=threads,
-            n_threads_batch=threads,
-        ) as engine:
+        params: dict[str, Any] = {
+            "kv_unified": False,
+            "n_threads": threads,
+            "n_threads_batch": threads,
+        }
+        n = len(tasks)
+        with Engine(model, n_seq_max=n, n_ctx=n * N_CELLS, **params) as engine:
             requests = [request(model, task) for task in tasks]
             engine.submit(*requests[0]).result()  # warm: neither pass pays for it
             with board(tasks, plain=args.plain) as shown:
-                together = at_once(engine, requests, shown)
-                alone = one_by_one(engine, requests, shown)
-    report(tasks, together, alone, threads, milliseconds)
+                together = Pass.of(engine, f"{n} at once", shown.at_once, requests)
+                alone = Pass.of(engine, "one by one", shown.one_by_one, requests)
+    report(tasks, together, alone, threads)
+    report_steps(milliseconds)
+    if together.speed < LITTLE_GAIN * alone.speed:
+        say(
+            "The embedded model (4 MiB) fits a CPU's cache, so reading its weights costs little "
+            "and a batch saves little. Larger models and GPUs gain much more: see README.md."
+        )
     right = min(together.n_right(tasks), alone.n_right(tasks))
     return 0 if right >= RIGHT_AT_LEAST * len(tasks) else 1
-
-
-# -- what a step costs --
 
 
 def time_steps(model: Model, threads: int | None) -> tuple[int, dict[int, float]]:
@@ -105,7 +107,12 @@ def step_ms(context: Context, n_rows: int, threads: int, n_steps: int = 16) -> l
     return found[1:]
 
 
-# -- the two passes --
+def request(model: Model, task: DefaultPrompt) -> tuple[Any, SamplingParams]:
+    """The prompt's tokens; greedy, with room for a wrong answer that is a bit longer."""
+    text = model.vocab.apply_chat_template([{"role": "user", "content": task.prompt}])
+    n_answer = len(model.vocab.tokenize(task.answer, add_special=False))
+    params = SamplingParams(temperature=0, max_tokens=n_answer + 16)
+    return model.vocab.tokenize(text), params
 
 
 @dataclass
@@ -118,90 +125,51 @@ class Pass:
     n_steps: int
     n_rows: int
 
-    @property
-    def n_tokens(self) -> int:
-        return sum(result.n_generated for result in self.results)
+    @classmethod
+    def of(cls, engine: Engine, name: str, answer: Callable[..., list[Result]], to: Any) -> Pass:
+        before, began = engine.stats(), time.perf_counter()
+        results = answer(engine, to)
+        seconds, after = time.perf_counter() - began, engine.stats()
+        return cls(name, seconds, results, after.steps - before.steps, after.rows - before.rows)
 
     @property
-    def tokens_per_second(self) -> float:
-        return self.n_tokens / self.seconds
+    def speed(self) -> float:
+        """Tokens a second."""
+        return sum(result.n_generated for result in self.results) / self.seconds
 
     def n_right(self, tasks: Sequence[DefaultPrompt]) -> int:
         return sum(is_right(task, r.text) for task, r in zip(tasks, self.results, strict=True))
 
 
-def request(model: Model, task: DefaultPrompt) -> tuple[Any, SamplingParams]:
-    """The prompt's tokens; greedy, with room for a wrong answer that is a bit longer."""
-    text = model.vocab.apply_chat_template([{"role": "user", "content": task.prompt}])
-    n_answer = len(model.vocab.tokenize(task.answer, add_special=False))
-    params = SamplingParams(temperature=0, max_tokens=n_answer + 16)
-    return model.vocab.tokenize(text), params
-
-
-def at_once(engine: Engine, requests: Sequence[Any], shown: Board) -> Pass:
-    with timed(engine, f"{len(requests)} at once") as done:
-        shown.streams = [engine.submit(*request) for request in requests]
-        done.results = [stream.result() for stream in shown.streams]
-    shown.answered()
-    return done
-
-
-def one_by_one(engine: Engine, requests: Sequence[Any], shown: Board) -> Pass:
-    with timed(engine, "one by one") as done:
-        for request in requests:
-            done.results.append(engine.submit(*request).result())
-            shown.n_alone += 1
-    return done
-
-
-@contextmanager
-def timed(engine: Engine, name: str) -> Iterator[Pass]:
-    """A pass without its results; its time, steps and rows are there at the end."""
-    done = Pass(name, 0.0, [], 0, 0)
-    before, began = engine.stats(), time.perf_counter()
-    yield done
-    done.seconds, after = time.perf_counter() - began, engine.stats()
-    done.n_steps, done.n_rows = after.steps - before.steps, after.rows - before.rows
-
-
-def report(
-    tasks: Sequence[DefaultPrompt],
-    together: Pass,
-    alone: Pass,
-    threads: int,
-    milliseconds: dict[int, float],
-) -> None:
+def report(tasks: Sequence[DefaultPrompt], together: Pass, alone: Pass, threads: int) -> None:
     for done in (together, alone):
         say(
-            f"{done.name}: {done.n_tokens} tokens in {done.seconds:.2f} s, "
-            f"{done.tokens_per_second:.0f} tok/s, {done.n_right(tasks)} of {len(tasks)} right; "
+            f"{done.name}: {done.speed * done.seconds:.0f} tokens in {done.seconds:.2f} s, "
+            f"{done.speed:.0f} tok/s, {done.n_right(tasks)} of {len(tasks)} right; "
             f"{done.n_steps} steps, {done.n_rows / done.n_steps:.1f} rows a step"
         )
-    pairs = zip(together.results, alone.results, strict=True)
-    n_same = sum(list(a.tokens) == list(b.tokens) for a, b in pairs)
-    ratio = together.tokens_per_second / alone.tokens_per_second
+    n_same = sum(a.tokens == b.tokens for a, b in zip(together.results, alone.results, strict=True))
     say(
-        f"{ratio:.2f} times as fast at once; {n_same} of {len(tasks)} answers the same to the token"
+        f"{together.speed / alone.speed:.2f} times as fast at once; "
+        f"{n_same} of {len(tasks)} answers the same to the token"
     )
     say(
         "tok/s = generated tokens / wall time, prompts included; greedy, one context, "
         f"{threads} CPU thread{'s' if threads > 1 else ''}\n"
     )
-    one = milliseconds[1]
-    best = max(WIDTHS, key=lambda n: n / milliseconds[n])
+
+
+def report_steps(ms: dict[int, float]) -> None:
+    """ms: of a step, by its rows."""
     say(f"A step reads all weights once, for one row or for {WIDTHS[-1]}. Steps that decode:")
-    say("  rows in a step" + "".join(f"{n:>8}" for n in WIDTHS))
-    say("  ms            " + "".join(f"{milliseconds[n]:>8.2f}" for n in WIDTHS))
-    say("  tok/s         " + "".join(f"{1e3 * n / milliseconds[n]:>8.0f}" for n in WIDTHS))
+    say("  rows in a step" + "".join(f"{n:>8}" for n in ms))
+    say("  ms            " + "".join(f"{each:>8.2f}" for each in ms.values()))
+    say("  tok/s         " + "".join(f"{1e3 * n / each:>8.0f}" for n, each in ms.items()))
+    best = max(ms, key=lambda n: n / ms[n])
     say(
-        f"{best} rows take {milliseconds[best] / one:.1f} times as long as one: "
-        f"{best * one / milliseconds[best]:.1f} times the tokens."
+        f"{best} rows take {ms[best] / ms[1]:.1f} times as long as one: "
+        f"{best * ms[1] / ms[best]:.1f} times the tokens."
     )
-    if ratio < LITTLE_GAIN:
-        say(
-            "The embedded model (4 MiB) fits a CPU's cache, so reading its weights costs little "
-            "and a batch saves little. Larger models and GPUs gain much more: see README.md."
-        )
 
 
 # -- what is seen while it runs --
@@ -233,17 +201,26 @@ def board(tasks: Sequence[DefaultPrompt], *, plain: bool) -> Iterator[Board]:
 
 
 class Board:
-    """The prompts and their answers. `streams` and `n_alone` say how far the two passes are."""
+    """Answers the prompts, and shows the answers as they come."""
 
     def __init__(self, tasks: Sequence[DefaultPrompt], console: Console | None) -> None:
         self._tasks, self._console = tasks, console
         self.streams: Sequence[Stream] = ()
         self.n_alone = 0
 
-    def answered(self) -> None:
-        """The first pass is over: its lines, where there is no table."""
-        if self._console is not None:
-            return
+    def at_once(self, engine: Engine, requests: Sequence[Any]) -> list[Result]:
+        self.streams = [engine.submit(*request) for request in requests]
+        return [stream.result() for stream in self.streams]
+
+    def one_by_one(self, engine: Engine, requests: Sequence[Any]) -> list[Result]:
+        if self._console is None:
+            self._say_answers()
+        results = []
+        for self.n_alone, request in enumerate(requests, 1):
+            results.append(engine.submit(*request).result())
+        return results
+
+    def _say_answers(self) -> None:
         encoding = sys.stdout.encoding or "utf-8"
         for i, (task, stream) in enumerate(zip(self._tasks, self.streams, strict=True), 1):
             mark = "right" if is_right(task, stream.text) else f"WRONG, not {task.answer!r}"

@@ -22,23 +22,20 @@ Exit status: 0 all answered, 1 some lines failed, 2 nothing could be run,
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import Any, BinaryIO
 
 from pyllamabatch.cli.batch_file import BatchFile
 from pyllamabatch.cli.console import Progress
 from pyllamabatch.cli.input_lines import InputLine, digest, read_lines
 from pyllamabatch.cli.options import (
-    add_context_arguments,
     add_model_arguments,
+    add_policy_argument,
     add_sampling_arguments,
+    add_shared,
     at_least,
     load_model,
     open_engine,
@@ -53,41 +50,34 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SEED_MAX, SamplingParams
 from pyllamabatch.step.trace import to_chrome
 
-INTERRUPTED = 130
 N_TRACE = 2**16  # steps
+# fmt: off
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--prompts", default="-", metavar="FILE", help="input (-: stdin)")
     add("--out", default="-", metavar="FILE", help="output (-: stdout)")
-    add(
-        "--parallel",
-        type=at_least(1),
-        default=16,
-        metavar="N",
-        help="requests that run at once (16)",
-    )
-    add(
-        "--window", type=at_least(1), metavar="N",
-        help="lines read ahead of the last one written (4 times --parallel)",
-    )  # fmt: skip
-    add(
-        "--chat-template", metavar="NAME|FILE",
-        help="for messages, instead of the model's: chatml, gemma, llama3, … or a file",
-    )  # fmt: skip
+    add("--parallel", type=at_least(1), default=16, metavar="N",
+        help="requests that run at once (16)")
+    add("--window", type=at_least(1), metavar="N",
+        help="lines read ahead of the last one written (4 times --parallel)")
+    add("--chat-template", metavar="NAME|FILE",
+        help="for messages, instead of the model's: chatml, gemma, llama3, … or a file")
     add("--ignore-unknown", action="store_true", help="leave out fields that are not known")
     add("--overwrite", action="store_true", help="forget what --out holds")
-    add(
-        "--trace", metavar="FILE",
-        help=f"write the last {N_TRACE} steps as JSON for https://ui.perfetto.dev",
-    )  # fmt: skip
+    add("--trace", metavar="FILE",
+        help=f"write the last {N_TRACE} steps as JSON for https://ui.perfetto.dev")
     add("-q", "--quiet", action="store_true", help="report bad lines only")
     add_model_arguments(parser)
-    add_context_arguments(parser)
+    add = parser.add_argument_group("context").add_argument
+    add_shared(add, n_ctx=None, kv_unified=None, prefix_cache=None, n_batch=None, n_ubatch=None,
+               threads=None)
+    add_policy_argument(add)
     add_sampling_arguments(parser)
 
 
+# fmt: on
 def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         lines = stack.enter_context(_input(args.prompts))
@@ -102,24 +92,25 @@ def run(args: argparse.Namespace) -> int:
             results.clear()
         n_lines = _count_lines(args.prompts)
         progress = stack.enter_context(Progress("generate", n_lines, quiet=args.quiet))
-        notes = Notes(progress, "stdin" if args.prompts == "-" else args.prompts)
+        notes = Notes(progress, results, args.prompts)
         batch = BatchFile(
             read_lines(lines, ignore_unknown=args.ignore_unknown), results, requests.key,
-            window=args.window or 4 * args.parallel,
-            on_progress=notes.done, on_problem=notes.problem,
+            window=args.window or 4 * args.parallel, on_row=notes.row,
         )  # fmt: skip
         batch.resume()
+        progress.update(batch.n_resumed)
         if batch.n_resumed != n_lines:
             engine = _engine(args, model, stack)
             try:
-                with calling_on_signals(batch.interrupt):
-                    batch.run(lambda line: requests.submit(engine, line))
+                batch.run(lambda line: requests.submit(engine, line))
             except KeyboardInterrupt:
-                batch.stop()
                 progress.note("interrupted: run the same command to answer the other lines")
-                return INTERRUPTED
-        notes.summary(batch, args)
-        return 1 if batch.n_failed else 0
+                raise
+        if notes.n_same:
+            progress.note(f"{notes.n_same} more with the same problems: see the field error")
+        if batch.n_resumed and not args.quiet:
+            progress.note(f"{batch.n_resumed} lines were finished before")
+        return 1 if notes.problems else 0
 
 
 class Requests:
@@ -157,7 +148,7 @@ class Requests:
         if line.kind == "messages":
             if not self._has_template:
                 raise ChatTemplateError("the model has no chat template: name one, --chat-template")
-            prompt = self._vocab.tokenize(self._chat(prompt))
+            prompt = self._chat(prompt)
         return engine.submit(prompt, SamplingParams(**self.options(line)))
 
     def _chat(self, messages: list[dict[str, str]]) -> str:
@@ -167,49 +158,25 @@ class Requests:
 class Notes:
     """What is said of a run on the standard error: progress, and each problem once."""
 
-    def __init__(self, progress: Progress, name: str) -> None:
-        self._progress, self._name = progress, name
-        self._problems: set[str] = set()
+    def __init__(self, progress: Progress, results: Results, name: str) -> None:
+        self._progress, self._results = progress, results
+        self._name = "stdin" if name == "-" else name
         self._began = time.monotonic()
+        self._n_tokens = 0
+        self.problems: set[str] = set()
+        self.n_same = 0
 
-    def done(self, n_done: int, n_tokens: int) -> None:
-        rate = n_tokens / (time.monotonic() - self._began)
-        self._progress.update(n_done, f"{rate:.1f} tok/s" if n_tokens else "")
-
-    def problem(self, row: Row) -> None:
-        if row["error"] not in self._problems:
-            self._problems.add(row["error"])
-            self._progress.note(f"{self._name}:{row['line']}: id {row['id']!r}: {row['error']}")
-
-    def summary(self, batch: BatchFile, args: argparse.Namespace) -> None:
-        n_same = batch.n_failed - len(self._problems)
-        if n_same:
-            self._progress.note(f"{n_same} more with the same problems: see the field error")
-        if batch.n_resumed and not args.quiet:
-            self._progress.note(f"{batch.n_resumed} lines were finished before")
-
-
-@contextmanager
-def calling_on_signals(interrupt: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM calls `interrupt`, so that no row is cut. The next one ends the
-    process as usual."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        restore()
-        interrupt()
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        restore()
+    def row(self, row: Row) -> None:
+        problem = row.get("error")
+        if problem in self.problems:
+            self.n_same += 1
+        elif problem is not None:
+            self.problems.add(problem)
+            self._progress.note(f"{self._name}:{row['line']}: id {row['id']!r}: {problem}")
+        self._n_tokens += row["n_generated"]
+        rate = self._n_tokens / (time.monotonic() - self._began)
+        shown = f"{rate:.1f} tok/s" if self._n_tokens else ""
+        self._progress.update(self._results.n_written, shown)
 
 
 def _engine(args: argparse.Namespace, model: Model, stack: ExitStack) -> Engine:

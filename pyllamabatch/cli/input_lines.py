@@ -62,6 +62,11 @@ def digest(*parts: object) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+def _need(condition: object, problem: str) -> None:
+    if not condition:
+        raise _Problem(problem)
+
+
 def _object(raw: bytes) -> dict[str, Any]:
     try:
         data = json.loads(raw.decode("utf-8"))
@@ -74,70 +79,62 @@ def _object(raw: bytes) -> dict[str, Any]:
         raise _Problem(f"not JSON: {error.msg} at column {error.colno}") from None
     except (RecursionError, ValueError) as error:
         raise _Problem(f"not usable JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise _Problem("not a JSON object")
+    _need(isinstance(data, dict), "not a JSON object")
     return {name: value for name, value in data.items() if value is not None}
 
 
 def _id(data: dict[str, Any], number: int) -> str | int:
-    value = data.get("id", number)
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise _Problem("id: must be a string or a whole number")
+    value: str | int = data.get("id", number)
+    _need(type(value) in (str, int), "id: must be a string or a whole number")
     return value
 
 
 def _check_names(data: dict[str, Any]) -> None:
-    unknown = [name for name in data if name not in KNOWN_FIELDS]
-    if not unknown:
-        return
     words = []
-    for name in unknown:
+    for name in data.keys() - set(KNOWN_FIELDS):
         near = get_close_matches(name, KNOWN_FIELDS, n=1, cutoff=0.5)
         words.append(f"{name!r} ({near[0]}?)" if near else repr(name))
-    raise _Problem(f"unknown field {', '.join(words)}; --ignore-unknown leaves such fields out")
+    unknown = ", ".join(sorted(words))
+    _need(not words, f"unknown field {unknown}; --ignore-unknown leaves such fields out")
 
 
 def _prompt(data: dict[str, Any]) -> tuple[Any, str]:
     """The prompt and its kind."""
     given = [name for name in PROMPT_FIELDS if name in data]
-    if not given:
-        raise _Problem("needs one of prompt, tokens, messages")
-    if len(given) > 1:
-        raise _Problem(f"has {' and '.join(given)}: give only one of them")
+    _need(given, "needs one of prompt, tokens, messages")
+    _need(len(given) == 1, f"has {' and '.join(given)}: give only one of them")
     kind, value = given[0], data[given[0]]
-    if kind == "prompt" and not isinstance(value, str):
-        raise _Problem("prompt: must be a string")
-    if kind == "tokens" and not (isinstance(value, list) and all(type(t) is int for t in value)):
-        raise _Problem("tokens: must be a list of whole numbers")
-    return (_messages(value) if kind == "messages" else value), kind
+    if kind == "messages":
+        return _messages(value), kind
+    if kind == "prompt":
+        _need(isinstance(value, str), "prompt: must be a string")
+    else:
+        whole = isinstance(value, list) and all(type(token) is int for token in value)
+        _need(whole, "tokens: must be a list of whole numbers")
+    return value, kind
 
 
-def _messages(value: object) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not value:
-        raise _Problem("messages: must be a list with at least one message")
-    messages = []
+def _messages(value: Any) -> list[dict[str, str]]:
+    _need(isinstance(value, list) and value, "messages: must be a list with at least one message")
     for message in value:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise _Problem("messages: each one must be an object with role and content")
-        if message["role"] not in ROLES:
-            raise _Problem(f"messages: role {message['role']!r} is not one of {', '.join(ROLES)}")
-        messages.append({"role": message["role"], "content": _content(message["content"])})
-    return messages
+        named = isinstance(message, dict) and {"role", "content"} <= message.keys()
+        _need(named, "messages: each one must be an object with role and content")
+        problem = f"messages: role {message['role']!r} is not one of {', '.join(ROLES)}"
+        _need(message["role"] in ROLES, problem)
+    return [{"role": m["role"], "content": _content(m["content"])} for m in value]
 
 
-def _content(value: object) -> str:
+def _content(value: Any) -> str:
     """A text, or OpenAI's content parts: [{"type": "text", "text": ...}], joined by newlines."""
-    if isinstance(value, list) and value:
-        return "\n".join(map(_part, value))
-    if not isinstance(value, str):
-        raise _Problem("messages: content must be a string or a list of parts")
-    return value
-
-
-def _part(part: object) -> str:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    raise _Problem('messages: each part of a content must be {"type": "text", "text": "..."}')
+    if isinstance(value, str):
+        return value
+    listed = isinstance(value, list) and value
+    _need(listed, "messages: content must be a string or a list of parts")
+    for part in value:
+        good = isinstance(part, dict) and part.get("type") == "text"
+        problem = 'messages: each part of a content must be {"type": "text", "text": "..."}'
+        _need(good and isinstance(part.get("text"), str), problem)
+    return "\n".join(part["text"] for part in value)
 
 
 def _options(data: dict[str, Any]) -> dict[str, Any]:

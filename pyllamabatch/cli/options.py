@@ -19,21 +19,7 @@ from pyllamabatch.step.sampling_params import SamplingParams
 Add = Callable[..., argparse.Action]
 """`add_argument` of a parser or of a group."""
 
-#: Field of SamplingParams → type, help. The flag is the field with dashes.
-_SAMPLING: dict[str, tuple[type, str]] = {
-    "max_tokens": (int, "tokens per answer"),
-    "temperature": (float, "0 takes the likeliest token"),
-    "top_k": (int, "keep the k likeliest tokens; 0 keeps all"),
-    "top_p": (float, "keep the likeliest tokens that make up this probability"),
-    "min_p": (float, "drop tokens below this share of the likeliest one"),
-    "typical_p": (float, "locally typical sampling; 1 is off"),
-    "repeat_penalty": (float, "1 is off"),
-    "frequency_penalty": (float, "0 is off"),
-    "presence_penalty": (float, "0 is off"),
-    "penalty_last_n": (int, "tokens that the penalties look back on"),
-    "min_tokens": (int, "no end before this many tokens"),
-    "logprobs": (int, "report log-probabilities: the token's own and the N best"),
-}
+# -- the types of flags --
 
 
 def at_least(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -82,10 +68,57 @@ def n_bytes(text: str) -> int:
     try:
         value = float(number) * powers[unit]
     except (KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of bytes") from None
+        value = -1.0
     if not 0 <= value < 2**60:
         raise argparse.ArgumentTypeError(f"{text} is not a number of bytes")
     return int(value)
+
+
+# -- the flags --
+# fmt: off
+
+_N = {"type": at_least(1), "metavar": "N"}
+_SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "n_ctx": (("-c", "--n-ctx"), _N | {"help": "KV cells of all sequences together"}),
+    "n_batch": (("-b", "--n-batch"), _N | {"help": "most rows in a step"}),
+    "n_ubatch": (("-ub", "--n-ubatch"),
+                 _N | {"help": "most rows that the device computes at once"}),
+    "threads": (("-t", "--threads"), _N | {"help": "CPU threads"}),
+    "kv_unified": (("--kv-unified",), {
+        "action": argparse.BooleanOptionalAction,
+        "help": "one pool of cells for all sequences (the default), or an equal share for each: "
+                "then a row attends to fewer cells"}),
+    "prefix_cache": (("--prefix-cache",), {
+        "action": argparse.BooleanOptionalAction,
+        "help": "reuse the cells of prompts that start alike (the default with one pool); prompts "
+                "that share nothing run faster without it"}),
+}
+"""The flags and the arguments of `add_argument`, by the name of the option."""
+
+_SAMPLING: dict[str, tuple[type, str]] = {
+    "max_tokens": (int, "tokens per answer"),
+    "temperature": (float, "0 takes the likeliest token"),
+    "top_k": (int, "keep the k likeliest tokens; 0 keeps all"),
+    "top_p": (float, "keep the likeliest tokens that make up this probability"),
+    "min_p": (float, "drop tokens below this share of the likeliest one"),
+    "typical_p": (float, "locally typical sampling; 1 is off"),
+    "repeat_penalty": (float, "1 is off"),
+    "frequency_penalty": (float, "0 is off"),
+    "presence_penalty": (float, "0 is off"),
+    "penalty_last_n": (int, "tokens that the penalties look back on"),
+    "min_tokens": (int, "no end before this many tokens"),
+    "logprobs": (int, "report log-probabilities: the token's own and the N best"),
+}
+"""Type and help, by the field of SamplingParams. The flag is the field with dashes."""
+
+
+def add_shared(add: Add, **defaults: Any) -> None:
+    """The flags of `_SHARED` that are named, with these defaults. None: what the engine chooses."""
+    for name, default in defaults.items():
+        flags, given = _SHARED[name]
+        if isinstance(default, int) and not isinstance(default, bool):
+            given = given | {"help": f"{given['help']} ({default})"}
+        add(*flags, default=default, **given)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,60 +127,28 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("-ngl", "--n-gpu-layers", type=int, default=-1, metavar="N", help="layers on the GPU (all)")
 
 
-def add_threads_argument(add: Add) -> None:
-    add("-t", "--threads", type=at_least(1), metavar="N", help="CPU threads")
-
-
-def add_ubatch_argument(add: Add, default: int | None = None) -> None:
-    shown = "" if default is None else f" ({default})"
-    add(
-        "-ub", "--n-ubatch", type=at_least(1), default=default, metavar="N",
-        help=f"most rows that the device computes at once{shown}",
-    )  # fmt: skip
-
-
-def add_context_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("context").add_argument
-    add(
-        "-c", "--n-ctx", type=at_least(0), default=0, metavar="N",
-        help="KV cells of all sequences together (0: the engine chooses)",
-    )  # fmt: skip
-    add(
-        "--kv-unified", action=argparse.BooleanOptionalAction,
-        help="one pool of cells for all sequences (the default), or an equal share for each: "
-        "then a row attends to fewer cells",
-    )  # fmt: skip
-    add(
-        "--prefix-cache", action=argparse.BooleanOptionalAction,
-        help="reuse the cells of prompts that start alike (the default with one pool); prompts "
-        "that share nothing run faster without it",
-    )  # fmt: skip
-    add("-b", "--n-batch", type=at_least(1), metavar="N", help="most rows in a step")
-    add_ubatch_argument(add)
-    add_threads_argument(add)
-    add(
-        "--policy", metavar="POLICY",
-        help="batching policy: NAME, module:name or file.py:name, with options "
-        f"NAME:OPTION=VALUE,… ({DEFAULT}); a wrong name lists all",
-    )  # fmt: skip
-
-
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(
-        "sampling", "For lines without these fields. In parentheses: the default."
-    ).add_argument
+        "sampling", "For lines without these fields. In parentheses: the default.").add_argument
     defaults = {field.name: field.default for field in fields(SamplingParams)}
     for name, (kind, text) in _SAMPLING.items():
-        flag = "--" + name.replace("_", "-")
+        flags = ["--" + name.replace("_", "-"), *(["-n"] if name == "max_tokens" else [])]
         default = "off" if defaults[name] is None else f"{defaults[name]:g}"
-        add(
-            *(("-n", flag) if name == "max_tokens" else (flag,)),
-            type=kind, metavar="N" if kind is int else "X", help=f"{text} ({default})",
-        )  # fmt: skip
+        add(*flags, type=kind, metavar="N" if kind is int else "X", help=f"{text} ({default})")
     add("--seed", type=int, metavar="S", help="line i draws with seed S + i - 1 (random seeds)")
     add("--stop", action="append", metavar="TEXT", help="end there; may be repeated")
     add("--ignore-eog", action="store_true", help="go on after the end of text")
     add("--grammar-file", type=Path, metavar="FILE", help="GBNF with the start rule root")
+
+
+def add_policy_argument(add: Add) -> None:
+    add("--policy", metavar="POLICY",
+        help="batching policy: NAME, module:name or file.py:name, with options "
+        f"NAME:OPTION=VALUE,… ({DEFAULT}); a wrong name lists all")
+
+
+# fmt: on
+# -- what they give --
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -174,18 +175,11 @@ def load_model(args: argparse.Namespace, *, quiet: bool = False) -> Model:
         return Model(args.model, n_gpu_layers=args.n_gpu_layers, progress=progress.update)
 
 
-def threads_of(args: argparse.Namespace) -> dict[str, Any]:
-    return (
-        {}
-        if args.threads is None
-        else dict.fromkeys(("n_threads", "n_threads_batch"), args.threads)
-    )
-
-
 def open_engine(model: Model, args: argparse.Namespace, n_seq_max: int, **options: Any) -> Engine:
-    """An engine with the context flags of `add_context_arguments` and these options."""
-    names = ("n_ctx", "n_batch", "n_ubatch", "kv_unified", "prefix_cache")
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    """An engine with the shared flags, the policy and these options."""
+    given = {name: getattr(args, name) for name in _SHARED if name != "threads"}
+    given |= dict.fromkeys(("n_threads", "n_threads_batch"), args.threads)
+    options |= {name: value for name, value in given.items() if value is not None}
     if args.policy is not None:
-        given["policy"] = make_policy(args.policy)
-    return Engine(model, n_seq_max=n_seq_max, **threads_of(args), **given, **options)
+        options["policy"] = make_policy(args.policy)
+    return Engine(model, n_seq_max=n_seq_max, **options)

@@ -19,7 +19,7 @@ from typing import Any
 from pyllamabatch.cli.console import say
 from pyllamabatch.cli.options import (
     add_model_arguments,
-    add_ubatch_argument,
+    add_shared,
     at_least,
     n_bytes,
 )
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-c", "--n-ctx", type=at_least(1), default=4096, metavar="N",
         help="KV cells of each sequence (4096)",
     )  # fmt: skip
-    add_ubatch_argument(add, 512)
+    add_shared(add, n_ubatch=512)
     add("--measure", action="store_true", help="with N processes of this machine (Linux)")
     add("--json", action="store_true", help="one JSON object, sizes in bytes")
 

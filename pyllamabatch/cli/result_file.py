@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,21 +29,19 @@ class Results:
         self._early: dict[int, bytes] = {}
         self.n_written = 0
 
-    def add(self, index: int, row: Row) -> None:
-        """Take the row of the index-th request, from 0."""
-        data = encode(row)
-        if index != self.n_written:
-            self._early[index] = data
-            if self._part is not None:
-                _write(self._part, data)
-            return
-        ready: bytes | None = data
-        while ready is not None:
-            _write(self._file, ready)
+    def add(self, index: int, row: Row) -> int:
+        """Take the row of the index-th request, from 0. Returns how many rows were written."""
+        self._early[index] = data = encode(row)
+        n_before = self.n_written
+        while self.n_written in self._early:
+            _write(self._file, self._early.pop(self.n_written))
             self.n_written += 1
-            ready = self._early.pop(self.n_written, None)
-        if self._part is not None and not self._early:
-            self._part.truncate(0)
+        if self._part is not None:
+            if not self._early:
+                self._part.truncate(0)
+            elif index in self._early:
+                _write(self._part, data)
+        return self.n_written - n_before
 
     def problem(self, reason: str) -> ArgumentError:
         """What to raise where the output can't be used."""
@@ -65,49 +64,45 @@ class ResultFile(Results):
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.part_path = path, path.with_name(path.name + ".part")
-        self._is_new = not path.exists()
-        file = open(path, "ab")  # noqa: SIM115 (closed by __exit__)
-        super().__init__(str(path), file)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            raise self.problem("another run is writing to this file") from None
-        self._part = open(self.part_path, "ab")  # noqa: SIM115
+        self._paths = path, path.with_name(path.name + ".part")
+        with ExitStack() as stack:
+            file, part = (stack.enter_context(open(each, "ab")) for each in self._paths)
+            super().__init__(str(path), file, part)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise self.problem("another run is writing to this file") from None
+            self._close = stack.pop_all().close
 
     def clear(self) -> None:
         """Forget what the file holds."""
-        self._file.truncate(0)
-        self.part_path.write_bytes(b"")
+        for path in self._paths:
+            os.truncate(path, 0)
 
     def finished(self) -> Iterator[Row]:
         """The rows of an earlier run, in order. A torn last line is cut off."""
         n_bytes = 0
-        with open(self.path, "rb") as file:
+        with open(self._paths[0], "rb") as file:
             for line in file:
                 row = decode(line)
+                if not line.endswith(b"\n") and (row is not None or _is_torn(line)):
+                    break
                 if row is None:
-                    if line.endswith(b"\n") or not _is_torn(line):
-                        raise self.problem(
-                            f"line {self.n_written + 1} was not written by generate; "
-                            "move the file away, or use --overwrite"
-                        )
-                    self._file.truncate(n_bytes)
-                    return
+                    raise self.problem(
+                        f"line {self.n_written + 1} was not written by generate; "
+                        "move the file away, or use --overwrite"
+                    )
                 n_bytes += len(line)
                 self.n_written += 1
                 yield row
-                if not line.endswith(b"\n"):  # whole but for its end of line
-                    _write(self._file, b"\n")
-                    return
+        self._file.truncate(n_bytes)
 
     def early_rows(self) -> dict[int, Row]:
         """Rows that an earlier run finished out of turn, by line. Each is to be added again.
 
         There are never more of them than that run had requests under way.
         """
-        lines = self.part_path.read_bytes().split(b"\n")
+        lines = self._paths[1].read_bytes().split(b"\n")
         if lines[-1] and self._part is not None:  # a torn line must not run into the next one
             _write(self._part, b"\n")
         return {row["line"]: row for row in map(decode, lines) if row is not None}
@@ -116,14 +111,9 @@ class ResultFile(Results):
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Close the files. Those that are empty and were made here go away."""
-        assert self._part is not None
-        if os.fstat(self._part.fileno()).st_size == 0:
-            self.part_path.unlink(missing_ok=True)
-        if self._is_new and os.fstat(self._file.fileno()).st_size == 0:
-            self.path.unlink(missing_ok=True)
-        self._part.close()
-        self._file.close()
+        self._close()
+        if self._paths[1].stat().st_size == 0:
+            self._paths[1].unlink()
 
 
 def encode(row: Row) -> bytes:

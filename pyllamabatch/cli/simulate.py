@@ -21,7 +21,7 @@ from math import inf
 from pathlib import Path
 
 from pyllamabatch.cli.console import say, show
-from pyllamabatch.cli.options import add_ubatch_argument, at_least
+from pyllamabatch.cli.options import add_shared, at_least
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import load_profile, shipped_names
 from pyllamabatch.errors import ArgumentError
@@ -37,55 +37,33 @@ SETTINGS = (
 """What the reports say of a run."""
 
 
+# fmt: off
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--profile", metavar="NAME|FILE",
+    add("--profile", metavar="NAME|FILE",
         help="step times: a file, a saved profile (the one of the last `calibrate`), or "
-        + ", ".join(shipped_names()),
-    )  # fmt: skip
+        + ", ".join(shipped_names()))
     add("--trace", required=True, metavar="FILE|SPEC", help="the requests")
-    add(
-        "--load", type=float, metavar="SHARE",
-        help="stretch arrivals to this share of what the engine can do; above 1 it is overloaded",
-    )  # fmt: skip
-    add(
-        "--policy", default=DEFAULT, metavar="A,B,…",
+    add("--load", type=float, metavar="SHARE",
+        help="stretch arrivals to this share of what the engine can do; above 1 it is overloaded")
+    add("--policy", default=DEFAULT, metavar="A,B,…",
         help=f"policies, each NAME, module:name or file.py:name with options as in "
-        f"slo:margin=0.8 ({DEFAULT})",
-    )  # fmt: skip
+        f"slo:margin=0.8 ({DEFAULT})")
     add("--slo", default="", metavar="ttft=S,itl=S", help="targets; also tpot and e2el")
     add("--seed", type=int, default=0, metavar="S", help="of a drawn trace (0)")
     add("--requests", type=at_least(1), metavar="N", help="the first N of the trace")
     add("--rate", type=float, metavar="R", help="requests a second, instead of a file's own times")
     add = parser.add_argument_group("engines").add_argument
-    add(
-        "-s", "--n-seq-max", type=at_least(1, 256), default=16, metavar="N",
-        help="requests that run at once (16)",
-    )  # fmt: skip
-    add("-c", "--n-ctx", type=at_least(1), default=32768, metavar="N", help="KV cells (32768)")
-    add(
-        "-b", "--n-batch", type=at_least(1), default=2048, metavar="N",
-        help="most rows in a step (2048)",
-    )  # fmt: skip
-    add_ubatch_argument(add, 512)
-    add(
-        "--kv-unified", action=argparse.BooleanOptionalAction, default=True,
-        help="one pool of cells for all sequences (the default), or an equal share for each",
-    )  # fmt: skip
-    add(
-        "--prefix-cache", action=argparse.BooleanOptionalAction,
-        help="reuse the cells of prompts that start alike (the default with one pool)",
-    )  # fmt: skip
-    add(
-        "--overhead", type=float, default=OVERHEAD, metavar="S",
-        help=f"seconds of a call beside its steps ({OVERHEAD})",
-    )  # fmt: skip
+    add("-s", "--n-seq-max", type=at_least(1, 256), default=16, metavar="N",
+        help="requests that run at once (16)")
+    add_shared(add, n_ctx=32768, n_batch=2048, n_ubatch=512, kv_unified=True, prefix_cache=None)
+    add("--overhead", type=float, default=OVERHEAD, metavar="S",
+        help=f"seconds of a call beside its steps ({OVERHEAD})")
     add("--replicas", type=at_least(1, 10000), default=1, metavar="N", help="equal engines (1)")
-    add(
-        "--router", default="least-outstanding", choices=tuple(ROUTERS),
-        help="which of them gets a request (least-outstanding)",
-    )  # fmt: skip
+    add("--router", default="least-outstanding", choices=tuple(ROUTERS),
+        help="which of them gets a request (least-outstanding)")
     add = parser.add_argument_group("output").add_argument
     add("--jsonl", type=Path, metavar="FILE", help="figures and every request")
     add("--markdown", type=Path, metavar="FILE", help="the table")
@@ -93,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print the figures as JSON")
 
 
+# fmt: on
 def run(args: argparse.Namespace) -> int:
     slo = parse_slo(args.slo)
     policies = split_policies(args.policy)
