@@ -143,26 +143,6 @@ def test_prompts(engine: Engine, prompt: Any, kind: type[PyllamabatchError]) -> 
     assert engine.submit([5, 6], SamplingParams(max_tokens=2)).result(60).n_generated == 2
 
 
-def test_ids_out_of_range(model: Model) -> None:
-    with Context(model, n_threads=1, n_ctx=N_CTX, n_seq_max=2) as context:
-        uses: list[Callable[[int], object]] = [
-            context.memory.pos_max,
-            context.memory.seq_keep,
-            context.state_seq_get,
-            lambda seq: context.memory.seq_cp(0, seq),
-            lambda seq: context.memory.seq_add(seq, 0, -1, 1),
-            lambda seq: Batch(1).add(5, 0, seq),
-            lambda seq: model.vocab.token_to_piece(seq),
-            lambda seq: model.vocab.is_eog(seq),
-        ]
-        for bad in (-1, -(2**31), 2**31, 2**70):
-            for use in uses:
-                with pytest.raises(ArgumentError):
-                    use(bad)
-        with pytest.raises(ArgumentError):
-            context.memory.pos_max(2)
-
-
 # -- order of closing --
 
 

@@ -165,13 +165,6 @@ def test_rows_after_a_smaller_batch(context: Context) -> None:
         context.logits(6)  # of the batch before
 
 
-def test_no_outputs_yet(context: Context) -> None:
-    with pytest.raises(UnsupportedOperation):
-        context.logits()
-    with pytest.raises(UnsupportedOperation):
-        context.logits_all()
-
-
 def test_a_view_outlives_its_context(model: Model) -> None:
     context = Context(model, n_threads=1, n_ctx=256)
     expected = decode(context, PROMPT)
@@ -224,21 +217,6 @@ def test_bad_rows(context: Context, spoil, argument: str) -> None:  # type: igno
     assert context.memory.pos_max(0) == -1
 
 
-def test_more_rows_than_n_batch(model: Model) -> None:
-    with Context(model, n_threads=1, n_ctx=512, n_batch=8) as context:
-        with pytest.raises(ArgumentError, match="n_batch=8"):
-            decode(context, [5] * 9)
-        decode(context, [5] * 8)
-
-
-def test_more_outputs_than_reserved(model: Model) -> None:
-    with Context(model, n_threads=1, n_ctx=512, n_outputs_max=2) as context:
-        batch = context.batch()
-        batch.extend(PROMPT, 0, 0, [True] * len(PROMPT))
-        with pytest.raises(ArgumentError, match="n_outputs_max=2"):
-            context.decode(batch)
-
-
 def test_rows_in_several_sequences(context: Context, model: Model) -> None:
     batch = context.batch()
     for pos, token in enumerate(PROMPT):
@@ -250,20 +228,6 @@ def test_rows_in_several_sequences(context: Context, model: Model) -> None:
         pytest.raises(UnsupportedOperation, match="kv_unified"),
     ):
         streams.decode(batch)
-
-
-def test_decoders_have_no_encoder(context: Context) -> None:
-    batch = context.batch()
-    batch.extend(PROMPT, 0, 0)
-    with pytest.raises(UnsupportedOperation, match="no encoder"):
-        context.encode(batch)
-
-
-def test_non_causal_rows_are_computed_at_once(model: Model) -> None:
-    with Context(model, n_threads=1, n_ctx=512, n_ubatch=4, attention_type="non_causal") as context:
-        assert not context.capabilities.causal
-        with pytest.raises(ArgumentError, match="n_ubatch=4"):
-            decode(context, PROMPT)
 
 
 def test_abort_callback(model: Model) -> None:
@@ -334,40 +298,40 @@ def test_pooled_embeddings(model: Model) -> None:
                 context.embeddings_seq(0)
 
 
-def test_pooled_sequences_are_computed_at_once(model: Model) -> None:
-    with (
-        Context(
-            model, n_threads=1, n_ctx=512, n_ubatch=4, embeddings=True, pooling_type="mean"
-        ) as context,
-        pytest.raises(ArgumentError, match="n_ubatch=4"),
+@pytest.mark.parametrize(
+    ("params", "limit"),
+    [
+        ({"n_batch": 6}, "n_batch=6"),
+        ({"n_ubatch": 4, "embeddings": True, "pooling_type": "mean"}, "n_ubatch=4"),
+        ({"n_ubatch": 4, "attention_type": "non_causal"}, "n_ubatch=4"),
+        ({"n_outputs_max": 2}, "n_outputs_max=2"),
+    ],
+)
+def test_more_rows_than_one_batch_may_have(
+    model: Model, params: dict[str, Any], limit: str
+) -> None:
+    with Context(model, n_threads=1, n_ctx=512, **params) as context:
+        batch = context.batch(len(PROMPT))
+        batch.extend(PROMPT, 0, 0, [True] * len(PROMPT))
+        with pytest.raises(ArgumentError, match=limit):
+            context.decode(batch)
+        assert context.memory.pos_max(0) == -1
+
+
+def test_what_this_context_can_not_do(context: Context) -> None:
+    batch = context.batch()
+    batch.extend(PROMPT, 0, 0)
+    for use, why in (
+        (context.logits, "no logits"),
+        (context.logits_all, "was not run"),
+        (context.embeddings, "embeddings=True"),
+        (lambda: context.encode(batch), "no encoder"),
     ):
-        decode(context, PROMPT)
-
-
-def test_embeddings_must_be_asked_for(context: Context) -> None:
-    decode(context, PROMPT)
-    with pytest.raises(UnsupportedOperation, match="embeddings=True"):
-        context.embeddings()
+        with pytest.raises(UnsupportedOperation, match=why):
+            use()
 
 
 # -- states --
-
-
-@pytest.mark.parametrize("unified", [True, False])
-def test_state_continues_like_the_original(architecture, unified: bool) -> None:  # type: ignore[no-untyped-def]
-    with (
-        Model(gguf_path(architecture.name)) as model,
-        Context(model, n_threads=1, n_ctx=1024, n_seq_max=4, kv_unified=unified) as context,
-        Context(model, n_threads=1, n_ctx=1024, n_seq_max=4, kv_unified=unified) as other,
-    ):
-        decode(context, PROMPT * 6, seq=1)
-        data = context.state_seq_get(1)
-        expected = decode(context, [9], pos=42, seq=1)
-        context.state_seq_set(data, 3)
-        other.state_seq_set(data, 0)
-        assert context.memory.pos_max(3) == other.memory.pos_max(0) == 41
-        np.testing.assert_allclose(decode(context, [9], pos=42, seq=3), expected, atol=1e-3)
-        np.testing.assert_allclose(decode(other, [9], pos=42, seq=0), expected, atol=1e-3)
 
 
 def test_state_file(context: Context, tmp_path: Path) -> None:
@@ -379,12 +343,6 @@ def test_state_file(context: Context, tmp_path: Path) -> None:
     assert tokens.tolist() == PROMPT
     assert tokens.dtype == np.int32
     assert context.memory.pos_max(2) == len(PROMPT) - 1
-
-
-def test_empty_state(context: Context) -> None:
-    decode(context, PROMPT, seq=1)
-    context.state_seq_set(context.state_seq_get(0), 1)
-    assert context.memory.pos_max(1) == -1
 
 
 def test_damaged_states(context: Context) -> None:
@@ -491,30 +449,3 @@ def test_one_thread_at_a_time(context: Context) -> None:
         leave.set()
         thread.join()
     context.decode(batch)
-
-
-def test_two_threads_decoding(model: Model) -> None:
-    with Context(model, n_threads=1, n_ctx=2048) as context:
-        outcomes: list[str] = []
-        start = threading.Barrier(2)
-
-        def once() -> str:
-            try:
-                with context.exclusive():
-                    context.memory.clear()
-                    decode(context, PROMPT * 20)
-            except ContextBusy:
-                return "busy"
-            return "done"
-
-        def work() -> None:
-            start.wait()
-            outcomes.extend(once() for _ in range(20))
-
-        threads = [threading.Thread(target=work) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(outcomes) == 40
-        assert outcomes.count("done") >= 20

@@ -1,15 +1,19 @@
-"""Memory: each operation against recomputing from the tokens; what it refuses."""
+"""Memory: what it holds after each operation, and what it refuses.
+
+What a sequence gives afterwards is in tests/properties/test_invariance_memory.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from pyllamabatch import Batch, Context, Model
+from pyllamabatch import Batch, Context
 from pyllamabatch.errors import ArgumentError, StateError, UnsupportedOperation
-from tests.support.models_gguf import SLIDING_WINDOW, Architecture, gguf_path
+from tests.support.decoding import loaded
+from tests.support.models_gguf import SLIDING_WINDOW, Architecture
 
 N = 60  # longer than gemma3's window
 TOKENS = [10 + 7 * i % 400 for i in range(N)]
@@ -17,25 +21,9 @@ NEXT = [33, 44, 55]
 TOLERANCE = 0.06  # of logits with a deviation of 4: other batch shapes, other kernels, F16 cache
 
 
-@pytest.fixture(scope="module")
-def models() -> Iterator[Callable[[str], Model]]:
-    loaded: dict[str, Model] = {}
-
-    def get(name: str) -> Model:
-        return (
-            loaded.setdefault(name, Model(gguf_path(name))) if name not in loaded else loaded[name]
-        )
-
-    yield get
-    for model in loaded.values():
-        model.close()
-
-
 @pytest.fixture(params=[True, False], ids=["unified", "streams"])
-def context(
-    request: pytest.FixtureRequest, architecture: Architecture, models: Callable[[str], Model]
-) -> Iterator[Context]:
-    model = models(architecture.name)
+def context(request: pytest.FixtureRequest, architecture: Architecture) -> Iterator[Context]:
+    model = loaded(architecture.name)
     with Context(model, n_threads=1, n_ctx=1024, n_seq_max=4, kv_unified=request.param) as context:
         yield context
 
@@ -60,83 +48,6 @@ def spans(context: Context) -> list[tuple[int, int]]:
 
 
 EMPTY = (-1, -1)
-
-
-def test_fork(context: Context) -> None:
-    decode(context, TOKENS, 0, 0)
-    context.memory.seq_cp(0, 2)
-    assert context.memory.pos_max(2) == N - 1
-    expected = fresh(context, TOKENS + NEXT, len(NEXT))
-    np.testing.assert_allclose(decode(context, NEXT, N, 2), expected, atol=TOLERANCE)
-    other = [77, 88, 99]  # the parent goes its own way
-    np.testing.assert_allclose(
-        decode(context, other, N, 0), fresh(context, TOKENS + other, 3), atol=TOLERANCE
-    )
-    context.memory.seq_rm(0)
-    np.testing.assert_allclose(
-        decode(context, [5], N + 3, 2), fresh(context, [*TOKENS, *NEXT, 5], 1), atol=TOLERANCE
-    )
-
-
-def test_trim(context: Context) -> None:
-    decode(context, TOKENS, 0, 1)
-    if context.capabilities.partial_removal:
-        context.memory.seq_rm(1, N - 10)
-        assert context.memory.pos_max(1) == N - 11
-        expected = fresh(context, TOKENS[:-10] + NEXT, len(NEXT))
-        np.testing.assert_allclose(decode(context, NEXT, N - 10, 1), expected, atol=TOLERANCE)
-    else:
-        before = spans(context)
-        for p0, p1 in ((N - 10, -1), (0, 5), (5, 10), (N - 1, N)):
-            with pytest.raises(UnsupportedOperation, match="goes back at most 0 tokens"):
-                context.memory.seq_rm(1, p0, p1)
-        assert spans(context) == before
-        expected = fresh(context, TOKENS + NEXT, len(NEXT))
-        np.testing.assert_allclose(decode(context, NEXT, N, 1), expected, atol=TOLERANCE)
-
-
-def test_prefix_copy(context: Context) -> None:
-    decode(context, TOKENS, 0, 0)
-    if context.capabilities.prefix_copy:
-        context.memory.seq_cp(0, 1, 0, N - 5)
-        assert context.memory.pos_max(1) == N - 6
-        expected = fresh(context, TOKENS[:-5] + NEXT, len(NEXT))
-        np.testing.assert_allclose(decode(context, NEXT, N - 5, 1), expected, atol=TOLERANCE)
-    else:
-        for p0, p1 in ((0, N - 5), (1, -1), (5, 10)):
-            with pytest.raises(UnsupportedOperation, match="only all of sequence 0"):
-                context.memory.seq_cp(0, 1, p0, p1)
-        assert context.memory.pos_max(1) == -1
-
-
-def test_shift(context: Context) -> None:
-    decode(context, TOKENS, 0, 0)
-    if not context.capabilities.can_shift:
-        before = spans(context)
-        with pytest.raises(UnsupportedOperation, match="can't shift"):
-            context.memory.seq_add(0, 0, -1, 5)
-        with pytest.raises(UnsupportedOperation, match="can't shift"):
-            context.memory.seq_div(0, 0, -1, 2)
-        assert spans(context) == before
-        return
-    # drop the head and close the gap: as if the rest had been computed at positions from 0 on,
-    # exactly so for the first layer; here only that positions and continuation are in order
-    context.memory.seq_rm(0, 0, 10)
-    context.memory.seq_add(0, 10, -1, -10)
-    assert context.memory.pos_max(0) == N - 11
-    assert np.isfinite(decode(context, NEXT, N - 10, 0)).all()
-    assert context.memory.pos_max(0) == N - 8
-
-
-def test_a_shift_keeps_relative_positions(models: Callable[[str], Model]) -> None:
-    with Context(models("llama"), n_threads=1, n_ctx=512) as context:  # RoPE sees differences only
-        decode(context, TOKENS, 0, 0)
-        expected = decode(context, NEXT, N, 0)
-        context.memory.clear()
-        decode(context, TOKENS, 0, 0)
-        context.memory.seq_add(0, 0, -1, 100)
-        assert spans(context) == [(100, N + 99)]
-        np.testing.assert_allclose(decode(context, NEXT, N + 100, 0), expected, atol=TOLERANCE)
 
 
 def test_keep_and_clear(context: Context) -> None:
@@ -180,9 +91,9 @@ def test_copy_into_a_used_sequence(context: Context) -> None:
     assert spans(context) == before
 
 
-def test_a_window_that_is_forgotten(models: Callable[[str], Model]) -> None:
+def test_a_window_that_is_forgotten() -> None:
     """gemma3, one sequence at a time in a small cache: old cells of the window are reused."""
-    with Context(models("gemma3"), n_threads=1, n_ctx=1024, n_ubatch=32, swa_full=False) as context:
+    with Context(loaded("gemma3"), n_threads=1, n_ctx=1024, n_ubatch=32, swa_full=False) as context:
         assert context.capabilities.swa_window == SLIDING_WINDOW
         for start in range(0, 900, 30):
             decode(context, [5 + start % 100] * 30, start, 0)
@@ -200,9 +111,9 @@ def test_a_window_that_is_forgotten(models: Callable[[str], Model]) -> None:
         assert spans(context) == [EMPTY]
 
 
-def test_states_wait_for_what_is_pending(models: Callable[[str], Model]) -> None:
+def test_states_wait_for_what_is_pending() -> None:
     with Context(
-        models("llama"), n_threads=1, n_ctx=1024, n_seq_max=2, kv_unified=False
+        loaded("llama"), n_threads=1, n_ctx=1024, n_seq_max=2, kv_unified=False
     ) as context:
         decode(context, TOKENS, 0, 0)
         context.memory.seq_cp(0, 1)
@@ -222,8 +133,8 @@ def test_states_wait_for_what_is_pending(models: Callable[[str], Model]) -> None
             context.state_seq_get(0)
 
 
-def test_a_state_takes_a_shifted_sequences_place(models: Callable[[str], Model]) -> None:
-    with Context(models("llama"), n_threads=1, n_ctx=512) as context:
+def test_a_state_takes_a_shifted_sequences_place() -> None:
+    with Context(loaded("llama"), n_threads=1, n_ctx=512) as context:
         decode(context, TOKENS, 0, 0)
         data = context.state_seq_get(0)
         context.memory.seq_add(0, 0, -1, 7)
@@ -236,8 +147,8 @@ def test_a_state_takes_a_shifted_sequences_place(models: Callable[[str], Model])
         )
 
 
-def test_bf16_keys_are_not_shifted(models: Callable[[str], Model]) -> None:
-    with Context(models("llama"), n_threads=1, n_ctx=256, type_k="bf16") as context:
+def test_bf16_keys_are_not_shifted() -> None:
+    with Context(loaded("llama"), n_threads=1, n_ctx=256, type_k="bf16") as context:
         assert not context.memory.can_shift
         decode(context, TOKENS, 0, 0)
         with pytest.raises(UnsupportedOperation):
@@ -269,8 +180,8 @@ def test_bf16_keys_are_not_shifted(models: Callable[[str], Model]) -> None:
         (lambda m: m.seq_div(9, 0, -1, 2), "seq_id"),
     ],
 )
-def test_bad_arguments(models: Callable[[str], Model], use, argument: str) -> None:  # type: ignore[no-untyped-def]
-    with Context(models("llama"), n_threads=1, n_ctx=256, n_seq_max=4) as context:
+def test_bad_arguments(use, argument: str) -> None:  # type: ignore[no-untyped-def]
+    with Context(loaded("llama"), n_threads=1, n_ctx=256, n_seq_max=4) as context:
         decode(context, TOKENS[:8], 0, 0)
         before = spans(context)
         with pytest.raises(ArgumentError) as caught:

@@ -163,16 +163,3 @@ def test_spans_tell_what_is_filled_in(model: Model) -> None:
         told.append(sum(span.rows for span in found) - len(slots))
     assert alone["filled"].tolist() == told
     assert set(told) >= {0, 1, 2}
-
-
-def test_an_engine_whose_sequences_end_one_by_one(
-    model: Model, name: str, alone: list[Reference]
-) -> None:
-    lengths = [3 + 5 * (i % 4) for i in range(2 * N_SEQ)]
-    with Engine(model, n_seq_max=6, n_ctx=64 * 6, kv_unified=False, n_threads=1, **EXACT) as engine:
-        results = engine.generate(PROMPTS * 2, [greedy(n) for n in lengths])
-    agreement = Agreement()
-    for result, reference, n in zip(results, alone * 2, lengths, strict=True):
-        first = Reference(reference.tokens[:n], reference.logits[:n])
-        agreement.check(first, result.tokens, tolerance(name))
-    assert agreement.fraction >= 0.9

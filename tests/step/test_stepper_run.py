@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyllamabatch.errors import ArgumentError, ClosedError, ContextBusy, KvCacheFull
+from pyllamabatch.errors import ArgumentError, ClosedError, ContextBusy
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.raw import lib
@@ -115,28 +115,6 @@ def test_the_step_in_which_one_finishes_is_the_last_and_whole(stepper: Stepper) 
     assert stepper.run([0, 2], 2).stop == Stop.STEPS
 
 
-def test_no_cells_keeps_the_steps_before(model: Model) -> None:
-    with (
-        Context(model, n_ctx=256, n_batch=64, n_seq_max=2, kv_unified=True, n_threads=1) as context,
-        Stepper(context, n_steps_max=300) as stepper,
-    ):
-        start(stepper, [params()] * 2)
-        n = (context.n_ctx - len(PROMPTS[0]) - len(PROMPTS[1])) // 2
-        expected = step_by_step(stepper, [0, 1], n)
-        start(stepper, [params()] * 2)
-        result = stepper.run([0, 1], 300)
-        assert (result.code, result.stop, result.n_steps) == (1, Stop.CODE, n)
-        assert result.records.tolist() == [record[:8] for record in expected]
-        with pytest.raises(KvCacheFull):
-            result.raise_for_code()
-        for seq in range(2):
-            info = stepper.slot(seq)
-            assert info.n_generated == n + 1
-            assert info.next_pos == context.memory.pos_max(seq) + 1
-        context.memory.seq_rm(1)
-        assert stepper.run([0], 3).n_steps == 3
-
-
 def test_positions_end_a_run_before_they_end(tmp_path: Path) -> None:
     """A model that looks its positions up in a table runs to the last one, and no further."""
     write_gpt2(tmp_path / "gpt2.gguf")
@@ -154,15 +132,6 @@ def test_positions_end_a_run_before_they_end(tmp_path: Path) -> None:
         assert context.memory.pos_max(0) == n_pos - 1
         with pytest.raises(ArgumentError, match=f"below {n_pos}"):
             stepper.run([0], 1)
-
-
-def test_a_ring_ends_one_run_after_one_step(stepper: Stepper) -> None:
-    start(stepper, [params()])
-    stepper.interrupt()
-    stepper.interrupt()
-    result = stepper.run([0], 8)
-    assert (result.stop, result.n_steps) == (Stop.INTERRUPT, 1)
-    assert (stepper.run([0], 8).stop, result.n_steps) == (Stop.STEPS, 8)
 
 
 def test_another_thread_rings_while_the_run_goes_on(model: Model) -> None:

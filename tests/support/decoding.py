@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 
 from pyllamabatch.llama.batch import Batch
 from pyllamabatch.llama.context import Context
+from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.vocab import Tokens
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import SAMPLE, Finish, Stepper
 from pyllamabatch.step.types import F32
+from tests.support.models_gguf import gguf_path
+
+
+@functools.cache
+def loaded(architecture: str) -> Model:
+    """The tiny model of an architecture. Not to be closed: all tests share it."""
+    model = Model(gguf_path(architecture))
+    atexit.register(model.close)
+    return model
 
 
 def decode(context: Context, tokens: Sequence[int], pos: int = 0, seq: int = 0) -> F32:
