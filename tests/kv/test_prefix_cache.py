@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pyllamabatch.kv import Hit, KvAccounting, KvOperation, PrefixCache, Sharing
 from pyllamabatch.kv.prefix_cache import MIN_PREFIX, NO_HIT
 from pyllamabatch.kv.radix_tree import Tokens
+from tests.support.cells import Cells
 
 UNIFIED = Sharing(copy_part=True, copy_whole=True, trim=True, n_cached=4)
 STATES = Sharing(copy_whole=True, n_cached=4)  # recurrent, hybrid
@@ -26,19 +27,24 @@ def text(seed: int, n: int) -> Tokens:
     return np.random.default_rng(seed).integers(0, 1000, n).astype(np.int32)
 
 
+def branch(tokens: Tokens, n: int, more: int, seed: int = 1) -> Tokens:
+    """The first `n` of them, and others behind."""
+    return np.concatenate((tokens[:n], text(seed, more)))
+
+
 @dataclass
 class Rig:
-    """A cache, its accounting, and the cells that the moves make of it: (token, identity)."""
+    """A cache, its accounting, and a memory that its operations are carried out on."""
 
     sharing: Sharing
     unified: bool = True
     retain: bool = True
-    cells: dict[int, list[tuple[int, object]]] = field(default_factory=dict)
     live: dict[int, Tokens] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.n_slots = N_RUN + self.sharing.n_cached
         self.accounting = KvAccounting(N_CELLS, self.n_slots, unified=self.unified)
+        self.memory = Cells(self.sharing, self.unified)
         self.cache = PrefixCache(self.accounting, self.sharing, retain=self.retain)
 
     def start(self, tokens: Tokens, space: object = "") -> tuple[int, Hit]:
@@ -61,9 +67,16 @@ class Rig:
         self.cache.make_cells(n)
         self.carry_out()
         self.accounting.take(slot, n)
-        self.cells.setdefault(slot, []).extend((int(t), object()) for t in tokens[at : at + n])
+        self.memory.write(slot, tokens[at : at + n].tolist())
         self.cache.make_checkpoints()
         self.check()
+
+    def run(self, tokens: Tokens) -> int:
+        """All of it, to the end; its slot."""
+        slot, _ = self.start(tokens)
+        self.advance(slot, len(tokens))
+        self.end(slot)
+        return slot
 
     def end(self, slot: int, known: bool = True) -> None:
         tokens = self.live.pop(slot)
@@ -71,37 +84,18 @@ class Rig:
         self.check()
 
     def carry_out(self) -> None:
-        sharing, cells = self.sharing, self.cells
-        for move in self.cache.kv_operations:
-            held = cells.get(move.slot, [])
-            if move.kind == "remove":
-                cells.pop(move.slot, None)
-            elif move.kind == "trim":
-                assert sharing.trim
-                assert 0 < move.n < len(held)
-                assert not sharing.window or len(held) <= sharing.window
-                del held[move.n :]
-            else:
-                assert move.kind == "copy"
-                source = cells[move.source]
-                assert not held
-                assert sharing.copy_whole if move.whole else sharing.copy_part
-                assert move.n == len(source) or (not move.whole and move.n < len(source))
-                copied = source[: move.n]
-                fresh = [(token, object()) for token, _ in copied]
-                cells[move.slot] = copied if self.unified else fresh
+        for operation in self.cache.kv_operations:
+            self.memory.carry_out(operation)
         self.cache.kv_operations.clear()
 
     def check(self) -> None:
         self.carry_out()
         for slot in range(self.n_slots):
-            held = self.cells.get(slot, [])
+            held = self.memory.tokens(slot)
             assert len(held) == self.accounting.held(slot)
             if slot in self.live:
-                assert [token for token, _ in held] == self.live[slot][: len(held)].tolist()
-        assert self.accounting.used == len(
-            {cell for held in self.cells.values() for _, cell in held}
-        )
+                assert held == self.live[slot][: len(held)].tolist()
+        assert self.accounting.used == self.memory.used
         cached = [slot for slot in range(self.n_slots) if self.accounting.is_cached(slot)]
         assert len(cached) == self.cache.n_cached
         assert sorted([*cached, *self.live, *self.cache._free]) == list(range(self.n_slots))
@@ -109,11 +103,9 @@ class Rig:
 
 def test_what_ended_is_found_again() -> None:
     rig, tokens = Rig(UNIFIED), text(0, 60)
-    slot, hit = rig.start(tokens)
-    assert hit == NO_HIT
-    rig.advance(slot, 60)
-    rig.end(slot)
-    other = np.concatenate((tokens[:40], text(1, 10)))
+    assert rig.cache.find(tokens, "") == NO_HIT
+    slot = rig.run(tokens)
+    other = branch(tokens, 40, 10)
     again, hit = rig.start(other)
     assert (hit.slot, hit.n, hit.cells, again != slot) == (slot, 40, 40, True)
     assert rig.accounting.used == 60
@@ -135,7 +127,7 @@ def test_one_who_is_still_computing_is_worth_waiting_for() -> None:
     rig, tokens = Rig(UNIFIED), text(0, 100)
     slot, _ = rig.start(tokens)
     rig.advance(slot, 10)
-    other = np.concatenate((tokens[:80], text(1, 10)))
+    other = branch(tokens, 80, 10)
     assert rig.cache.pending(other, "", 0) == Hit(slot, 80)
     assert rig.cache.pending(other, "b", 0) == NO_HIT
     rig.advance(slot, 70)
@@ -146,7 +138,7 @@ def test_one_who_is_still_computing_is_worth_waiting_for() -> None:
 def test_a_state_is_cached_where_one_waits_for_it() -> None:
     rig, tokens = Rig(STATES), text(0, 100)
     slot, _ = rig.start(tokens)
-    other = np.concatenate((tokens[:50], text(1, 10)))
+    other = branch(tokens, 50, 10)
     assert rig.cache.pending(other, "", 0) == Hit(slot, 50)
     rig.advance(slot, 80)
     assert rig.accounting.held(slot) == 50
@@ -160,26 +152,22 @@ def test_a_state_is_cached_where_one_waits_for_it() -> None:
 
 def test_a_state_is_cached_where_two_texts_have_parted() -> None:
     rig, tokens = Rig(STATES), text(0, 60)
-    slot, _ = rig.start(tokens)
-    rig.advance(slot, 60)
-    rig.end(slot)
-    second = np.concatenate((tokens[:40], text(1, 20)))
+    rig.run(tokens)
+    second = branch(tokens, 40, 20)
     slot, hit = rig.start(second)
     assert hit == NO_HIT  # the state is of 60 tokens
     for _ in range(3):
         rig.advance(slot, 60)
-    third = np.concatenate((tokens[:40], text(2, 20)))
+    third = branch(tokens, 40, 20, 2)
     assert rig.start(third)[1].n == 40
-    longer = np.concatenate((tokens, text(3, 5)))
+    longer = branch(tokens, len(tokens), 5, 3)
     assert rig.start(longer)[1].n == 60
 
 
 def test_a_stream_goes_on_where_it_is() -> None:
     rig, tokens = Rig(STREAMS, unified=False), text(0, 60)
-    slot, _ = rig.start(tokens)
-    rig.advance(slot, 60)
-    rig.end(slot)
-    other = np.concatenate((tokens[:40], text(1, 20)))
+    slot = rig.run(tokens)
+    other = branch(tokens, 40, 20)
     assert rig.start(other)[0] == slot
     third, hit = rig.start(other)  # a copy, for that one is live now
     assert (third != slot, hit.n) == (True, 40)
@@ -187,11 +175,9 @@ def test_a_stream_goes_on_where_it_is() -> None:
 
 def test_a_long_sequence_with_a_window_is_only_good_as_a_whole() -> None:
     rig, tokens = Rig(WINDOW), text(0, 60)
-    slot, _ = rig.start(tokens)
-    rig.advance(slot, 60)
-    rig.end(slot)
-    assert rig.cache.find(np.concatenate((tokens[:40], text(1, 20))), "") == NO_HIT
-    longer, hit = rig.start(np.concatenate((tokens, text(1, 20))))
+    slot = rig.run(tokens)
+    assert rig.cache.find(branch(tokens, 40, 20), "") == NO_HIT
+    longer, hit = rig.start(branch(tokens, len(tokens), 20))
     assert (longer, hit.n) == (slot, 60)
 
 
@@ -199,9 +185,7 @@ def test_what_is_cached_is_preempted_the_oldest_first() -> None:
     rig = Rig(UNIFIED)
     texts = [text(i, 60) for i in range(5)]
     for tokens in texts[:4]:
-        slot, _ = rig.start(tokens)
-        rig.advance(slot, 60)
-        rig.end(slot)
+        rig.run(tokens)
     rig.cache.find(texts[0], "")
     slot, hit = rig.start(np.concatenate((texts[0], texts[4])))
     assert hit.n == 60
@@ -236,7 +220,7 @@ def test_what_nothing_has_started_from_is_cached_up_to_a_share() -> None:
 
     used = text(0, 1000)
     run(used)
-    assert run(np.concatenate((used, text(1, 30)))) == 1000
+    assert run(branch(used, len(used), 30)) == 1000
     back = text(2, 1000)
     run(back, comes_back=True)
     for i in range(10, 20):

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyllamabatch.cost.step_cost import StepCost
-from pyllamabatch.scheduler import Limits, SequenceView, StepView
+from pyllamabatch.scheduler import Limits, StepView
 from pyllamabatch.scheduler.policies.parts import most_within
+from tests.support import views
 
 N_BATCH = 64
 
@@ -29,9 +30,8 @@ class Steps(StepCost):
 
 
 def view_of(cost: Steps) -> StepView:
-    decoding = SequenceView(0, 0.0, 5, computed=5, generated=1, max_tokens=9, running=True)
     limits = Limits(N_BATCH, N_BATCH, 4, 400, 400)
-    return StepView.of(limits, [decoding], [SequenceView(1, 0.0, 200)], cost=cost)
+    return views.view_of(views.decoding(0), views.waiting(1, 200), limits=limits, cost=cost)
 
 
 # Dearer with each row, by nothing, a little, or as at the edge of a tile.

@@ -54,6 +54,13 @@ def at(
 # -- the rule
 
 
+def test_a_window_ends_so_long_after_the_first_row() -> None:
+    gathering = at(1, in_seconds(0.1, 0.1), None, waited=0.05)
+    assert Window(0.2)(gathering) == pytest.approx(0.15)
+    assert Window(0.05)(gathering) <= 1e-9
+    assert Window(0)(gathering) < 0
+
+
 def test_a_row_is_worth_its_share_of_a_step_whose_time_does_not_grow() -> None:
     flat, window = Steps(0.04), CostWindow()
     assert [limit for _, limit, _ in groups(at(1, in_seconds(0.001), flat))] == [

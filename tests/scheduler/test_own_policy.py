@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from pyllamabatch import Engine, Model, SamplingParams
-from pyllamabatch.scheduler import Limits, Policy, SequenceView, StepView, make_policy
+from pyllamabatch.scheduler import Limits, Policy, make_policy
 from pyllamabatch.sim.replica import EngineSpec
 from pyllamabatch.sim.simulate import simulate
 from pyllamabatch.sim.workload import poisson
+from tests.support.views import decoding, view_of, waiting
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_policy.py"
 LIMITS = Limits(n_batch=64, n_ubatch=64, n_seq_max=3, n_cells=100, n_cells_seq=100)
@@ -28,22 +29,16 @@ def memory_aware() -> Policy:
     return make_policy(f"{EXAMPLE}:memory_aware")
 
 
-def sequence(id: int, *, running: bool = False) -> SequenceView:
-    """Of 20 tokens, which needs 40 cells at its end."""
-    if running:
-        return SequenceView(id, 0.0, 20, computed=20, generated=1, max_tokens=21, running=True)
-    return SequenceView(id, 0.0, 20, max_tokens=21)
-
-
 def test_on_a_view_made_up(memory_aware: Policy) -> None:
-    waiting = [sequence(id) for id in (1, 2, 3)]
-    plan = memory_aware.plan(StepView.of(LIMITS, waiting=waiting))
+    """Of 20 tokens each, which need 40 cells at their ends."""
+    one, two, three = (waiting(id, 20, max_tokens=21) for id in (1, 2, 3))
+    plan = memory_aware.plan(view_of(one, two, three, limits=LIMITS))
     assert plan.tokens == {1: 20, 2: 20}  # 80 of 100 cells at their ends
-    running = [sequence(id, running=True) for id in (1, 2)]
-    plan = memory_aware.plan(StepView.of(LIMITS, running, [sequence(3)]))
+    running = [decoding(id, 20, max_tokens=21) for id in (1, 2)]
+    plan = memory_aware.plan(view_of(*running, three, limits=LIMITS))
     assert (plan.decode_all, plan.tokens) == (True, {})
     assert plan.repeat > 1
-    plan = memory_aware.plan(StepView.of(LIMITS, running[:1], [sequence(3)]))
+    plan = memory_aware.plan(view_of(running[0], three, limits=LIMITS))
     assert (plan.decode_all, plan.tokens) == (True, {3: 20})
 
 

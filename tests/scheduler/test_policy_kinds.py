@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from pyllamabatch.cost.step_cost import StepCost
@@ -13,7 +11,6 @@ from pyllamabatch.scheduler import (
     Policy,
     Prefix,
     SequenceView,
-    StepView,
     fair,
     fcfs,
     mlfq,
@@ -26,28 +23,9 @@ from pyllamabatch.scheduler import (
 )
 from pyllamabatch.scheduler.policies.mlfq import Levels
 from tests.support.scheduler_machine import Machine
+from tests.support.views import LIMITS, decoding, prefilling, tokens, view_of, waiting
 
-LIMITS = Limits(n_batch=64, n_ubatch=16, n_seq_max=4, n_cells=400, n_cells_seq=400)
-
-
-def waiting(id: int, n_prompt: int = 10, **facts: Any) -> SequenceView:
-    return SequenceView(id, float(id), n_prompt, **({"max_tokens": 8} | facts))
-
-
-def prefilling(id: int, n_prompt: int, computed: int, **facts: Any) -> SequenceView:
-    return waiting(id, n_prompt, computed=computed, running=True, **facts)
-
-
-def decoding(id: int, n_prompt: int = 5, generated: int = 1, **facts: Any) -> SequenceView:
-    computed = n_prompt + generated - 1
-    facts = {"max_tokens": 100, "turn": generated} | facts
-    return prefilling(id, n_prompt, computed, generated=generated, **facts)
-
-
-def tokens(policy: Policy, *sequences: SequenceView, **facts: Any) -> dict[int, int]:
-    running = [seq for seq in sequences if seq.running]
-    view = StepView.of(LIMITS, running, [seq for seq in sequences if not seq.running], **facts)
-    return policy.plan(view).advances(view)
+SIXTY = Limits(64, 16, 4, n_cells=60, n_cells_seq=60)
 
 
 # -- who computes beside which
@@ -96,7 +74,7 @@ def test_static_batches_follow_each_other() -> None:
 
 def test_static_waits_for_its_batch_but_not_for_ever() -> None:
     policy = static(size=2, wait=5.0)
-    plan = policy.plan(StepView.of(LIMITS, waiting=[waiting(1)], now=3.0))
+    plan = policy.plan(view_of(waiting(1), now=3.0))
     assert (dict(plan.tokens), plan.wake) == ({}, 6.0)
     assert tokens(policy, waiting(1), now=6.0) == {1: 10}
     assert tokens(policy, waiting(1), waiting(2), now=3.0) == {1: 10, 2: 10}
@@ -106,9 +84,7 @@ def test_static_waits_for_its_batch_but_not_for_ever() -> None:
     assert machine.scheduler.hold(1.0) == 4.0
     machine.add(1, 5, 3, end=3)
     assert machine.scheduler.hold(1.0) == 0.0  # the batch is full
-    step = machine.scheduler.plan(1.0)
-    assert step is not None
-    assert [id for id, _ in step.admitted] == [0, 1]
+    assert [id for id, _ in machine.plan().admitted] == [0, 1]
 
 
 # -- slo
@@ -129,16 +105,25 @@ def test_slo_takes_the_largest_chunk_within_the_smallest_target(target: float, r
     assert plan == {1: 1, 2: 1, 3: rows}
 
 
-def test_slo_without_a_target_or_a_model_has_a_token_budget() -> None:
-    assert tokens(slo(), decoding(1), waiting(3, 40), cost=Cost()) == {1: 1, 3: 15}
-    assert tokens(slo(itl=2.0, least=1), decoding(1), waiting(3, 40), cost=Cost()) == {1: 1, 3: 9}
-    assert tokens(slo(itl=1.5, least=1), decoding(1), waiting(3, 40), cost=Cost()) == {1: 1, 3: 4}
-    assert tokens(slo(itl=2.0), decoding(1, itl_target=1.0), waiting(3, 40)) == {1: 1, 3: 15}
-    own = decoding(1, itl_target=2.0)  # which goes before `itl`
-    assert tokens(slo(itl=1.5, least=1), own, waiting(3, 40), cost=Cost()) == {1: 1, 3: 9}
-    close = slo(margin=0.8, least=1)
-    assert tokens(close, own, waiting(3, 40), cost=Cost()) == {1: 1, 3: 5}
-    assert tokens(slo(budget=5), decoding(1), waiting(3, 40)) == {1: 1, 3: 4}
+OWN = decoding(1, itl_target=2.0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "running", "cost", "rows"),
+    [
+        (slo(), decoding(1), Cost(), 15),
+        (slo(itl=2.0, least=1), decoding(1), Cost(), 9),
+        (slo(itl=1.5, least=1), decoding(1), Cost(), 4),
+        (slo(itl=2.0), decoding(1, itl_target=1.0), None, 15),
+        (slo(itl=1.5, least=1), OWN, Cost(), 9),  # which goes before `itl`
+        (slo(margin=0.8, least=1), OWN, Cost(), 5),
+        (slo(budget=5), decoding(1), None, 4),
+    ],
+)
+def test_slo_without_a_target_or_a_model_has_a_token_budget(
+    policy: Policy, running: SequenceView, cost: Cost | None, rows: int
+) -> None:
+    assert tokens(policy, running, waiting(3, 40), cost=cost) == {1: 1, 3: rows}
 
 
 def test_slo_runs_the_earliest_deadline_first_begun_or_not() -> None:
@@ -149,9 +134,8 @@ def test_slo_runs_the_earliest_deadline_first_begun_or_not() -> None:
 
 
 def test_slo_takes_cells_from_the_latest_deadline() -> None:
-    limits = Limits(64, 16, 4, n_cells=60, n_cells_seq=60)
     running = [decoding(1, 20, deadline=9.0), decoding(2, 20, deadline=5.0), decoding(3, 20)]
-    view = StepView.of(limits, running)
+    view = view_of(*running, limits=SIXTY)
     plan = slo().plan(view)
     assert (plan.preempt, plan.advances(view)) == ((3,), {1: 1, 2: 1})
 
@@ -168,20 +152,19 @@ def test_shortest_goes_by_what_is_predicted() -> None:
 
 
 def test_the_longest_is_preempted() -> None:
-    limits = Limits(64, 16, 4, n_cells=60, n_cells_seq=60)
     running = [decoding(id, 20, max_tokens=most) for id, most in ((1, 50), (2, 9), (3, 30))]
-    assert shortest().plan(StepView.of(limits, running)).preempt == (1,)
+    assert shortest().plan(view_of(*running, limits=SIXTY)).preempt == (1,)
 
 
 @pytest.mark.parametrize("policy", [shortest(patience=20), prefix(patience=20)])
 def test_patience_ends(policy: Policy) -> None:
     """A long request against short ones that never end to come."""
     machine = Machine(Limits(64, 16, 1, 400, 400), policy)
-    machine.add(0, 5, 3, 3)
+    machine.add(0, 5, 3)
     machine.step()
-    machine.add(1, 50, 90, 90)
+    machine.add(1, 50, 90)
     for id in range(2, 40):
-        machine.add(id, 10, 2, 2)
+        machine.add(id, 10, 2)
         machine.step()
         machine.step()
     assert 1 in machine.first_rows[:12]
@@ -199,7 +182,7 @@ def test_levels() -> None:
     sinks = [levels(waiting(1, 5, generated=n)) for n in (3, 4, 11, 12, 27, 28, 999)]
     assert sinks == [0, 1, 1, 2, 2, 3, 3]
     assert [levels(waiting(1, 50, generated=n)) for n in (7, 8, 23, 24)] == [1, 2, 2, 3]
-    view = StepView.of(LIMITS, [decoding(1, 5, 11), decoding(2, 50, 8), decoding(3, 9999, 9)])
+    view = view_of(decoding(1, 5, 11), decoding(2, 50, 8), decoding(3, 9999, 9))
     assert levels.at(levels.of(view.running)).tolist() == [levels(s) for s in view.running]
 
 
@@ -207,14 +190,14 @@ def test_mlfq_gives_the_place_of_one_that_has_sunk_to_a_newcomer() -> None:
     policy = mlfq(quantum=4, prompt_rows=10)
     full = [decoding(1, generated=9), decoding(2, generated=30), decoding(3, generated=30)]
     newest = decoding(4, generated=40, turn=3)  # is in its turn
-    view = StepView.of(LIMITS, [*full, newest], [waiting(9)])
+    view = view_of(*full, newest, waiting(9))
     plan = policy.plan(view)
     assert plan.preempt == (3,)
     assert plan.advances(view) == {1: 1, 2: 1, 4: 1, 9: 10}
     assert plan.reasons[3] == "preempted: sequence 9 takes its place"
     long = waiting(9, 9999)  # of the worst level
-    assert policy.plan(StepView.of(LIMITS, [*full, newest], [long])).preempt == ()
-    starved = StepView.of(LIMITS, [*full, newest], [waiting(9, 300, queued=5)], step=2005)
+    assert policy.plan(view_of(*full, newest, long)).preempt == ()
+    starved = view_of(*full, newest, waiting(9, 300, queued=5), step=2005)
     assert policy.plan(starved).preempt == (3,)
 
 
@@ -222,7 +205,14 @@ def test_mlfq_preempts_none_in_vain() -> None:
     """No victim has cells enough: none is preempted."""
     policy = mlfq(quantum=4)
     running = [decoding(1, 250, 3), decoding(2, 10, 40), decoding(3, 10, 40)]
-    assert policy.plan(StepView.of(LIMITS, running, [waiting(9, 300)])).preempt == ()
+    assert policy.plan(view_of(*running, waiting(9, 300))).preempt == ()
+
+
+def test_mlfq_preempts_the_one_admitted_last() -> None:
+    """Not the one that came last: sequence 1 was preempted before."""
+    view = view_of(*(decoding(id, 4, 11) for id in (3, 2, 1)), limits=Limits(64, 64, 4, 40, 40))
+    assert view.kv.free < 0
+    assert mlfq().plan(view).preempt[0] == 1
 
 
 def test_short_answers_overtake_long_ones() -> None:
@@ -239,15 +229,20 @@ def test_short_answers_overtake_long_ones() -> None:
 # -- fair
 
 
-def test_the_tenant_that_was_served_least_is_next() -> None:
-    served = decoding(1, 50, 20, tenant="a")
+@pytest.mark.parametrize(
+    ("served", "advances"),
+    [
+        (decoding(1, 50, 20, tenant="a"), {1: 1, 3: 30, 4: 30, 2: 3}),
+        # Once b has been charged for two prompts of 30 it is b's 60 against a's 50 + 2 * 2.
+        (decoding(1, 50, 2, tenant="a"), {1: 1, 3: 30, 4: 30, 2: 3}),
+        (decoding(1, 20, 2, tenant="a"), {1: 1, 3: 30, 2: 30, 4: 3}),
+    ],
+)
+def test_the_tenant_that_was_served_least_is_next(
+    served: SequenceView, advances: dict[int, int]
+) -> None:
     line = [waiting(2, 30, tenant="a"), waiting(3, 30, tenant="b"), waiting(4, 30, tenant="b")]
-    assert tokens(fair(budget=64), served, *line) == {1: 1, 3: 30, 4: 30, 2: 3}
-    # Once b has been charged for two prompts of 30 it is b's 60 against a's 50 + 2 * 2.
-    served = decoding(1, 50, 2, tenant="a")
-    assert tokens(fair(budget=64), served, *line) == {1: 1, 3: 30, 4: 30, 2: 3}
-    served = decoding(1, 20, 2, tenant="a")
-    assert tokens(fair(budget=64), served, *line) == {1: 1, 3: 30, 2: 30, 4: 3}
+    assert tokens(fair(budget=64), served, *line) == advances
 
 
 def service(machine: Machine, tenant: str) -> float:
@@ -262,7 +257,7 @@ def test_a_crowd_gets_no_more_than_a_single_tenant() -> None:
     one batch of answers."""
     machine = Machine(Limits(64, 16, 4, 400, 400), fair())
     for id in range(60):
-        machine.add(id, 10, 20, 20, tenant="b" if id % 10 == 0 else "a")
+        machine.add(id, 10, 20, tenant="b" if id % 10 == 0 else "a")
     while any(seq.tenant == "b" for seq in machine.scheduler.view(0.0).waiting):
         machine.step()
         assert abs(service(machine, "a") - service(machine, "b")) <= 2 * 4 * (10 + 2 * 20)
@@ -272,11 +267,11 @@ def test_a_crowd_gets_no_more_than_a_single_tenant() -> None:
 def test_who_comes_late_has_saved_nothing_up() -> None:
     machine = Machine(Limits(64, 16, 1, 400, 400), fair())
     for id in range(10):
-        machine.add(id, 10, 40, 40, tenant="a")
+        machine.add(id, 10, 40, tenant="a")
     while len(machine.done) < 6:
         machine.step()
     for id in range(10, 16):
-        machine.add(id, 10, 40, 40, tenant="b")
+        machine.add(id, 10, 40, tenant="b")
     while len(machine.done) < 12:
         machine.step()
     late = [id for id in machine.done[6:] if id >= 10]
@@ -289,14 +284,3 @@ def test_who_comes_late_has_saved_nothing_up() -> None:
 def test_the_longest_hit_is_next() -> None:
     line = [waiting(1, 30), waiting(2, 40, prefix=Prefix(10)), waiting(3, 60, prefix=Prefix(35))]
     assert tokens(prefix(), *line) == {3: 25, 2: 30, 1: 9}
-
-
-def test_mlfq_preempts_the_one_admitted_last() -> None:
-    """Not the one that came last: sequence 1 was preempted before."""
-    running = [
-        SequenceView(id, 0.0, n_prompt=4, computed=14, generated=11, max_tokens=100, running=True)
-        for id in (3, 2, 1)
-    ]
-    view = StepView.of(Limits(64, 64, 4, 40, 40), running)
-    assert view.kv.free < 0
-    assert mlfq().plan(view).preempt[0] == 1

@@ -98,7 +98,7 @@ def test_columns_and_tenants_are_those_of_the_sequences(
         *("id", "generated", "computed", "n_prompt", "turn", "max_tokens", "itl_target", "known"),
         by_prompt,
     )
-    while machine.step() is not None:
+    for _ in machine.steps():
         view = machine.scheduler.view(0.0)
         plain = SequenceList(view.running)
         rows = zip(*(view.running.column(name).tolist() for name in columns), strict=True)

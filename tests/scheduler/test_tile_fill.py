@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pyllamabatch.cost.step_cost import StepCost
-from pyllamabatch.errors import ArgumentError
-from pyllamabatch.scheduler import Limits, SequenceView, StepView, make_policy, tile_fill
+from pyllamabatch.scheduler import Limits, StepView, make_policy, tile_fill
+from tests.support import views
 
 LIMITS = Limits(n_batch=512, n_ubatch=128, n_seq_max=40, n_cells=20000, n_cells_seq=20000)
 
@@ -50,16 +50,10 @@ def view_of(
 ) -> StepView:
     """n decode, `computed` cells each, and prompts wait with so many rows; `begun` more have a slot
     and half of their rows computed."""
-    running = [
-        SequenceView(i, 0.0, computed, computed=computed, generated=1, max_tokens=99, running=True)
-        for i in range(n)
-    ]
-    running += [
-        SequenceView(50 + i, 0.0, 2 * remaining, computed=remaining, running=True)
-        for i in range(begun)
-    ]
-    waiting = [SequenceView(100 + i, 0.0, remaining) for i in range(n_waiting)]
-    return StepView.of(limits, running, waiting, cost=cost)
+    sequences = [views.decoding(i, computed) for i in range(n)]
+    sequences += [views.prefilling(50 + i, 2 * remaining, remaining) for i in range(begun)]
+    sequences += [views.waiting(100 + i, remaining) for i in range(n_waiting)]
+    return views.view_of(*sequences, limits=limits, cost=cost)
 
 
 def rows(n: int, cost: Any, n_waiting: int = 1, limits: Limits = LIMITS, **options: Any) -> int:
@@ -112,8 +106,6 @@ def test_rows_that_others_will_want_are_left_free(reserve: int) -> None:
     narrow = replace(LIMITS, n_batch=32, n_ubatch=32)
     assert 20 < rows(20, Tiles(), limits=narrow, reserve=reserve) <= 32
     assert rows(32, Tiles(), limits=narrow, reserve=reserve) == 32
-    with pytest.raises(ArgumentError, match="reserve"):
-        tile_fill(reserve=-1)
 
 
 def test_with_a_stream_of_cells_each_prompts_have_edges_of_their_own() -> None:
