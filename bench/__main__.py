@@ -7,14 +7,11 @@ import signal
 import sys
 from types import FrameType
 
-from bench import pair, suite
+from bench import pair, suite, summary
 from bench.benches import BENCHES, about, load
 from bench.models import quantised
 from bench.shapes import SHAPES
 from bench.tools import ToolError, tool
-
-MADE_BEFORE_THE_PACKAGE = ("tool", "model")
-"""Commands that must not import it."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,13 +35,9 @@ def parser_of(words: list[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("list", help="the benches, what they are to show, and the model shapes")
     first = words[0] if words else ""
-    if first not in MADE_BEFORE_THE_PACKAGE:
-        for name in (first,) if first in BENCHES else BENCHES:
-            add_bench(commands, name, quick="--quick" in words)
-        from bench import summary  # it reads records, whose type is the package's
-
-        page = commands.add_parser("report", help="Markdown and plots of the results")
-        summary.add_arguments(page)
+    for name in (first,) if first in BENCHES else BENCHES:
+        add_bench(commands, name, quick="--quick" in words)
+    summary.add_arguments(commands.add_parser("report", help="Markdown and plots of the results"))
     whole = commands.add_parser("all", help="every bench, one after the other")
     suite.add_arguments(whole)
     pair.add_arguments(commands.add_parser("pair", help="one bench in two checkouts, in turns"))
@@ -83,8 +76,6 @@ def run(options: argparse.Namespace) -> int:
     if options.command == "pair":
         return pair.main(options)
     if options.command == "report":
-        from bench import summary
-
         return summary.main(options, {name: load(name) for name in BENCHES})
     if options.command == "model":
         print(quantised(SHAPES[options.shape], options.type))

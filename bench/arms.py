@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from bench import harness
-from bench.case import Case, Measured
+from bench.case import Case, Measured, ModelFile
 from bench.models import resolve
 from bench.tools import ToolError, build_options, tool
-from pyllamabatch.compare.case import ModelFile, sampling_params
+from pyllamabatch.compare.case import sampling_params
 
 if TYPE_CHECKING:
     from pyllamabatch.scheduler import Plan, Policy, StepView
@@ -138,11 +138,11 @@ class InProcess:
 
     def raw(self, case: Case) -> Measured:
         """The loop of docs/reference/raw.md: cffi calls only, libllama's sampler chains."""
-        from pyllamabatch.compare.loop import ChainLoop
+        from pyllamabatch.compare.loop import Loop
 
         with self.context(case) as context:
             prompts = case.prompts(self.model.n_vocab)
-            loop = ChainLoop(context, case.sampling)
+            loop = Loop(context, case.sampling)
             try:
                 start = time.perf_counter()
                 for seq, prompt in enumerate(prompts.tolist()):

@@ -1,32 +1,19 @@
-"""What one run does (`Case`), what does it (`Arm`), and the cases of a command line."""
+"""The cases of a command line, and what runs without a model have in common."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.models import BenchModel
-from pyllamabatch.compare.case import I32, Case, Described, Measured, ModelFile, record_of
+from pyllamabatch.compare.case import I32, Arm, Case, Measured, ModelFile, record_of
 
-__all__ = ["I32", "Arm", "Case", "Described", "Measured", "cases_of", "record_of"]
+__all__ = ["I32", "Arm", "Case", "Measured", "ModelFile", "cases_of", "record_of"]
 
-NO_MODEL = BenchModel(Path(), "", None)
+NO_MODEL = ModelFile(Path())
 NO_CONTEXT: dict[str, Any] = {"n_kv_max": 0, "type_k": "", "type_v": "", "n_gpu_layers": 0}
 """Settings (`Measured.settings`) of a run without a context."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A way to do the work of a bench. `includes`: what its time contains; `sampling`: whether it
-    samples as the case says."""
-
-    name: str
-    includes: str
-    run: Callable[[Any], Measured]
-    sampling: bool = True
 
 
 def cases_of(

@@ -1,30 +1,29 @@
 """The four ways to serve N users side by side: processes, contexts, a shared context, the engine.
 
 The rows are those of `pyllamabatch compare`, which does the work; here they get the benches' models
-and files. Arms run in turn, each in processes of its own.
+and files. Arms run in turn, each in processes of its own. Records of its other protocols (`--out`)
+are shown by the report as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any
 
 from bench import harness
 from bench.case import cases_of
-from bench.models import BenchModel, resolve
-from bench.options import Budget, add_model, add_run, add_work, numbers
+from bench.models import resolve
+from bench.options import Budget, add_model, add_run, add_work, choose, numbers
 from bench.targets import Figure, Target, speed_ratio
 from pyllamabatch.compare import plots
 from pyllamabatch.compare.advice import advice
-from pyllamabatch.compare.arms import NAMES as ARMS
-from pyllamabatch.compare.arms import chosen
+from pyllamabatch.compare.arms import ARMS
 from pyllamabatch.compare.hosted import probe
 from pyllamabatch.compare.run import Experiment, measure
 from pyllamabatch.compare.summary import table
-from pyllamabatch.compare.workload import BENCHES, BURST, POISSON
+from pyllamabatch.compare.workload import BENCHES, BURST
 from pyllamabatch.report.medians import paired_ratios
 from pyllamabatch.report.meters import wait_for_quiet
 from pyllamabatch.report.records import Record
@@ -65,13 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_work(parser, prompt_tokens=256, tokens=200)
     parser.add_argument("-N", "--users", default="1,2,3,4,8", help="comma separated")
-    parser.add_argument("--arms", default=",".join(ARMS), help="comma separated")
-    parser.add_argument(
-        "--protocols", default=BURST, help=f"comma separated, of {', '.join(BENCHES)}"
-    )
-    parser.add_argument("--samplers", default="chain", help="chain, fused or both (chain,fused)")
-    parser.add_argument("--rate", type=float, default=1.0, help="poisson: requests a second")
-    parser.add_argument("--requests", type=int, default=4, help="poisson: of each user")
+    parser.add_argument("--arms", default="", help="comma separated; all by default")
     parser.add_argument(
         "--keep-loaded",
         action="store_true",
@@ -81,27 +74,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    todo = experiments(options, resolve(options.model))
-    about = probe(todo[0].cases[0], False)
-    about["versions"]["commit"] = harness.commit()
+    todo = experiment(options)
     return harness.show(
         "compare",
-        run(todo, about, options),
+        run(todo, options),
         options,
-        sum(len(each.arms) * len(each.cases) * each.repeats for each in todo),
+        sum(1 for _ in todo.runs()),
         view=view,
         targets=TARGETS,
         title=f"{options.prompt_tokens} prompt tokens and {options.tokens} of an answer",
     )
 
 
-def run(
-    todo: Sequence[Experiment], about: dict[str, Any], options: argparse.Namespace
-) -> Generator[Record, None, None]:
-    budget = Budget(options.budget)
-    for experiment in todo:
-        with contextlib.closing(measure(experiment, about)) as running:
-            yield from until_spent(running, budget, options.undisturbed)
+def experiment(options: argparse.Namespace) -> Experiment:
+    model, timed = resolve(options.model), options.tokens - 1
+    return Experiment(
+        protocol=BURST,
+        arms=choose(options.arms, list(ARMS.values())),
+        cases=cases_of(options, model, options.prompt_tokens, timed, numbers(options.users)),
+        tokens=options.tokens,
+        repeats=options.repeats,
+        keep_loaded=options.keep_loaded,
+    )
+
+
+def run(todo: Experiment, options: argparse.Namespace) -> Generator[Record, None, None]:
+    """Records while there is time for more runs. --undisturbed: each waits for quiet."""
+    about = probe(todo.cases[0], False)
+    about["versions"]["commit"] = harness.commit()
+    budget, limit = Budget(options.budget), options.undisturbed
+
+    def before(what: str) -> None:
+        if limit is not None:
+            wait_for_quiet(limit)
+
+    with contextlib.closing(measure(todo, about, before)) as running:
+        while not budget.spent() and (record := next(running, None)):
+            yield record
 
 
 def view(rows: Sequence[Record]) -> str:
@@ -114,39 +123,3 @@ def view(rows: Sequence[Record]) -> str:
 
 def draw(rows: Sequence[Record], path: Path) -> None:
     plots.save(rows, path)
-
-
-def experiments(options: argparse.Namespace, model: BenchModel) -> list[Experiment]:
-    """One for each protocol."""
-    pp, tokens, users = options.prompt_tokens, options.tokens, numbers(options.users)
-    found = []
-    for protocol in options.protocols.split(","):
-        if protocol not in BENCHES:
-            raise SystemExit(f"--protocols {protocol}: not one of {', '.join(BENCHES)}")
-        timed = tokens - 1 if protocol == BURST else tokens
-        found.append(
-            Experiment(
-                protocol=protocol,
-                arms=chosen(options.arms.split(","), options.samplers.split(",")),
-                cases=cases_of(options, model, pp, timed, users),
-                tokens=tokens,
-                requests=options.requests if protocol == POISSON else 1,
-                rate=options.rate,
-                repeats=options.repeats,
-                keep_loaded=options.keep_loaded,
-            )
-        )
-    return found
-
-
-def until_spent(
-    running: Generator[Record, None, None], budget: Budget, limit: float | None
-) -> Iterator[Record]:
-    """Rows while there is time for more runs; with a `limit` each run waits for quiet."""
-    while not budget.spent():
-        if limit is not None:
-            wait_for_quiet(limit)
-        row = next(running, None)
-        if row is None:
-            return
-        yield row

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pyllamabatch.compare.case import Case, GgufFile
+from pyllamabatch.compare.case import Case, ModelFile
 from pyllamabatch.compare.server import HOST, ThreadingServer
 
 Complete = Callable[[dict[str, Any]], dict[str, Any]]
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     options = parser.parse_args()
     values = json.loads(options.case)
-    case = Case(**values | {"model": GgufFile(Path(values["model"]))})
+    case = Case(**values | {"model": ModelFile(Path(values["model"]))})
     if options.kind == "xllamacpp":
         serve_xllamacpp(case, options.gpu, options.port)
     complete = engine if options.kind == "engine" else llama_cpp_python

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from bench.case import Arm, Case, Described, Measured, record_of
+from bench.case import Arm, Case, Measured, record_of
 from bench.options import Budget, out_file
 from bench.targets import Target, judged
 from pyllamabatch.report import facts
@@ -50,7 +50,7 @@ class Recorder:
 
     def run(
         self,
-        arm: Described,
+        arm: Arm,
         case: Case,
         repeat: int,
         work: Callable[[], Measured],
@@ -67,9 +67,7 @@ class Recorder:
             measured = Measured.failed(failure)
         return self.record(arm, case, repeat, measured, **own)
 
-    def record(
-        self, arm: Described, case: Case, repeat: int, measured: Measured, **own: Any
-    ) -> Record:
+    def record(self, arm: Arm, case: Case, repeat: int, measured: Measured, **own: Any) -> Record:
         known = self._about | facts.now() | own
         return record_of(self._bench, arm, case, measured, known, self._run_id, repeat)
 

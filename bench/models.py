@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
@@ -15,34 +14,28 @@ import numpy.typing as npt
 from bench.cache import cache_folder
 from bench.shapes import SHAPES, Shape, TensorSpec
 from bench.tools import vocabulary_file
+from pyllamabatch.compare.case import ModelFile
+from pyllamabatch.llama import runtime
+from pyllamabatch.llama.host import usable_cores
+from pyllamabatch.models import default_model_path
+from pyllamabatch.raw import ffi, lib
 
 SEED = 20260101
 ROWS_AT_ONCE = 4096  # of a matrix while its values are drawn: bounds the memory in use
 
 
-@dataclass(frozen=True)
-class BenchModel:
-    """A model file and what a result row says of it."""
-
-    path: Path
-    name: str
-    seed: int | None  # of the random weights; None for any other file
-
-
-def resolve(name: str) -> BenchModel:
+def resolve(name: str) -> ModelFile:
     """The model that `--model NAME` means: a shape's name (written and quantised to Q4_K_M
     in the cache folder), `default` (the embedded model), or a GGUF file."""
     if name in SHAPES:
-        return BenchModel(quantised(SHAPES[name], "Q4_K_M"), f"{name} Q4_K_M random", SEED)
+        return ModelFile(quantised(SHAPES[name], "Q4_K_M"), SEED)
     if name == "default":
-        from pyllamabatch.models import default_model_path
-
-        return BenchModel(Path(default_model_path()), "embedded default", None)
+        return ModelFile(Path(default_model_path()))
     path = Path(name)
     if not path.is_file():
         known = ", ".join([*SHAPES, "default"])
         raise SystemExit(f"--model {name}: no such file, and not one of {known}")
-    return BenchModel(path, path.stem, None)
+    return ModelFile(path)
 
 
 def quantised(shape: Shape, file_type: str, *, seed: int = SEED) -> Path:
@@ -137,10 +130,6 @@ def quantise(source: Path, target: Path, file_type: str, *, n_threads: int = 0) 
 
     Raises RuntimeError when libllama refuses (it says why in its log).
     """
-    from pyllamabatch.llama import runtime
-    from pyllamabatch.llama.host import usable_cores
-    from pyllamabatch.raw import ffi, lib
-
     params = ffi.new("llama_model_quantize_params *", lib.llama_model_quantize_default_params())
     params.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{file_type}")
     params.nthread = n_threads or usable_cores()

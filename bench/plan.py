@@ -15,11 +15,11 @@ import subprocess
 import sys
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from bench import harness
-from bench.case import Case, Measured
-from bench.models import BenchModel, resolve
+from bench.case import Arm, Case, Measured, ModelFile
+from bench.models import resolve
 from bench.options import add_model, add_run
 from bench.targets import Target, worst_detail
 from bench.views import Column, by_arm
@@ -39,8 +39,6 @@ MIB = 2**20
 class Layout:
     """A context to plan for, an arm of the bench."""
 
-    includes: ClassVar[str] = "model, context, a prompt of n_ubatch tokens and a step"
-    sampling: ClassVar[bool] = False
     n_seq: int
     n_ctx: int
     kv: str = "unified"
@@ -118,10 +116,12 @@ def measure(
         settings = {"n_kv_max": layout.n_ctx, "type_k": layout.type_kv, "type_v": layout.type_kv}
         found = load(model, layout, options.gpu_layers)
         measured = Measured(0.0, 0.0, settings, found["detail"], found["error"])
-        yield recorder.record(layout, case, 0, measured, **found["facts"])
+        includes = "model, context, a prompt of n_ubatch tokens and a step"
+        arm = Arm(layout.name, includes, load, sampling=False)
+        yield recorder.record(arm, case, 0, measured, **found["facts"])
 
 
-def load(model: BenchModel, layout: Layout, n_gpu_layers: int) -> dict[str, Any]:
+def load(model: ModelFile, layout: Layout, n_gpu_layers: int) -> dict[str, Any]:
     """What a child has to say of it."""
     command = [sys.executable, "-m", "bench.plan", str(model.path), str(n_gpu_layers)]
     done = subprocess.run(

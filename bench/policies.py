@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import harness
-from bench.case import NO_CONTEXT, Arm, Case, Measured
-from bench.models import BenchModel
+from bench.case import NO_CONTEXT, Arm, Case, Measured, ModelFile
 from bench.options import add_run, numbers
 from bench.targets import Figure, Target
 from pyllamabatch.cost.model import CostModel
@@ -146,7 +145,7 @@ def cases_of(name: str, options: argparse.Namespace) -> Iterator[Load]:
     cost = CostModel.fit(profile, unified=unified, n_ubatch=N_UBATCH)
 
     def load(pp: int, tg: int, pl: int, requests: list[TraceRequest], **kind: Any) -> Load:
-        model = BenchModel(Path(name), name, None)
+        model = ModelFile(Path(name))
         return Load(
             model, pp, tg, pl, 1, "none", options.seed, cost.unified, n_ubatch=N_UBATCH,
             cost=cost, requests=requests, **kind,

@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench import harness
-from bench.case import NO_CONTEXT, Arm, Case, Measured
-from bench.models import BenchModel
+from bench.case import NO_CONTEXT, Arm, Case, Measured, ModelFile
 from bench.options import add_run, numbers
 from bench.targets import Figure, Target
 from bench.views import Column, by_arm
@@ -116,7 +115,7 @@ def main(options: argparse.Namespace) -> int:
     cores = machine()["n_cores"]
     threads = numbers(options.threads or ("1" if options.rows == 1 else f"1,{cores}"))
     paths = ("fused", "chain") if options.chain else ("fused",)
-    model = BenchModel(Path(subject(options.vocab)), subject(options.vocab), options.seed)
+    model = ModelFile(Path(subject(options.vocab)), options.seed)
     case = RowsCase(
         model, 0, 1, options.rows, 1, "none", options.seed,
         n_vocab=options.vocab, spread=options.spread,

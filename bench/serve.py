@@ -20,7 +20,7 @@ from typing import Any
 from bench import harness, summary
 from bench.arms import InProcess, build_words, run_batched_bench
 from bench.cache import cache_folder
-from bench.case import Case, Measured, cases_of
+from bench.case import Arm, Case, Measured, cases_of
 from bench.options import add_model, add_run, add_work, choose, numbers
 from bench.serving import EngineClients, HttpClients, ServerProcess, Serving, Tool
 from bench.targets import Target, speed_ratio
@@ -48,15 +48,12 @@ Open = Callable[[Case], Serving]
 
 
 @dataclass(frozen=True)
-class ServeArm:
-    """`package`: a peer that is measured when it is installed. `tool`: one of llama.cpp's."""
+class ServeArm(Arm):
+    """`run` opens it. `package`: a peer that is measured when it is installed. `tool`: one of
+    llama.cpp's."""
 
-    name: str
-    includes: str
-    open: Open
     package: str = ""
     tool: str = ""
-    sampling: bool = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -217,7 +214,7 @@ def opened(arm: ServeArm, case: Case, stack: contextlib.ExitStack) -> Serving:
     """Ready and warm; `stack` closes it."""
     if arm.package and importlib.util.find_spec(arm.package) is None:
         raise NotInstalled(f"{arm.name} is not installed")
-    serving = arm.open(case)
+    serving: Serving = arm.run(case)
     stack.callback(serving.close)
     serving.warm_up()
     return serving

@@ -19,9 +19,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from bench import harness
 from bench.arms import InProcess
-from bench.case import Case, Measured, cases_of
+from bench.case import Arm, Case, Measured, cases_of
 from bench.options import add_model, add_run, choose, numbers
 from bench.targets import Figure, Target
 from pyllamabatch.cost.calibrate import calibrate
@@ -91,16 +91,6 @@ TARGETS = (
         0.99,
     ),
 )
-
-
-@dataclass(frozen=True)
-class Policied:
-    """An arm that runs a case, steady or mixed (True)."""
-
-    name: str
-    includes: str
-    sampling: bool
-    run: Callable[[Case, bool], Measured]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,7 +159,7 @@ def profile_of(
 
 def measure(
     inside: InProcess,
-    arms: Sequence[Policied],
+    arms: Sequence[Arm],
     loads: Sequence[tuple[Case, bool]],
     options: argparse.Namespace,
 ) -> Generator[Record, None, None]:
@@ -187,13 +177,14 @@ def measure(
 
 def arm_of(
     inside: InProcess, name: str, options: argparse.Namespace, profile: Profile | None
-) -> Policied:
+) -> Arm:
+    """Its `run` takes a case, and whether it is mixed."""
     includes = (
         "Engine, by its step trace. Steady: pl streams of pp prompt tokens decode up to tg each, "
         f"t_tg: while all do. Mixed: pl clients, {MIXED_ROUNDS} requests for each, prompts of pp/4 "
         "to pp and answers of tg/4 to tg tokens, t_tg: all of it. Lengths: by seed + repeat"
     )
-    return Policied(name, includes, True, partial(run_once, inside, name, options, profile))
+    return Arm(name, includes, partial(run_once, inside, name, options, profile))
 
 
 def run_once(

@@ -24,17 +24,17 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pyllamabatch.cli.console import Progress, say
 from pyllamabatch.cli.options import add_model_arguments, at_least, counts, n_bytes, names, positive
 from pyllamabatch.compare import plots
 from pyllamabatch.compare.advice import advice
-from pyllamabatch.compare.arms import NAMES, chosen
-from pyllamabatch.compare.case import Case, GgufFile
+from pyllamabatch.compare.arms import ARMS
+from pyllamabatch.compare.case import Case, ModelFile
 from pyllamabatch.compare.hosted import probe
-from pyllamabatch.compare.loop import CHAIN, FUSED
 from pyllamabatch.compare.run import Experiment, measure
-from pyllamabatch.compare.scenario import SCENARIOS, Gate, line
+from pyllamabatch.compare.scenario import SCENARIOS, gate, line
 from pyllamabatch.compare.summary import plain
 from pyllamabatch.compare.workload import BURST, DS4, POISSON
 from pyllamabatch.errors import ArgumentError
@@ -45,9 +45,8 @@ from pyllamabatch.report.records import Record, append
 from pyllamabatch.report.tables import in_words
 
 FAILED, NOT_MET, INTERRUPTED = 1, 3, 130
-PROTOCOLS = (BURST, DS4, POISSON)
-N_DEFAULT = {BURST: [2, 4], DS4: [1, 2, 3, 4], POISSON: [4]}
-TOKENS_DEFAULT = {BURST: 200, DS4: 300, POISSON: 200}
+USERS = {BURST: [2, 4], DS4: [1, 2, 3, 4], POISSON: [4]}
+TOKENS = {BURST: 200, DS4: 300, POISSON: 200}
 # fmt: off
 
 
@@ -56,10 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu-layers", type=int, dest="n_gpu_layers", default=-1,
                         help=argparse.SUPPRESS)
     add = parser.add_argument_group("what to run").add_argument
-    add("--protocol", type=names(PROTOCOLS), default=[BURST], metavar="A,B,…",
-        help=f"of {', '.join(PROTOCOLS)} (burst)")
+    add("--protocol", type=names(tuple(USERS)), default=[BURST], metavar="A,B,…",
+        help=f"of {', '.join(USERS)} (burst)")
     add("--scenario", choices=tuple(SCENARIOS), help="one arm, one line of JSON")
-    add("--arms", type=names(NAMES), metavar="A,B,…", help=f"of {', '.join(NAMES)} (all)")
+    add("--arms", type=names(tuple(ARMS)), metavar="A,B,…", help=f"of {', '.join(ARMS)} (all)")
     add("-n", "--num-sequences", type=counts, metavar="N,…",
         help="users at once (burst 2,4; ds4 1,2,3,4; poisson 4; a scenario 2)")
     add("--prompt-tokens", type=at_least(1), default=256, metavar="N")
@@ -68,8 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="poisson: requests a second, of all users together")
     add("--requests", type=at_least(1, 64), default=4, metavar="K", help="poisson: per user (4)")
     add("--sampling", choices=("default", "greedy"), default="default")
-    add("--sampler", type=names((CHAIN, FUSED)), default=[CHAIN], metavar="A,B",
-        help=f"of every arm but the engine: {CHAIN} (libllama's own, the default), {FUSED} (ours)")
     add("--seed", type=at_least(0, 2**31), default=1, metavar="S")
     add = parser.add_argument_group("contexts").add_argument
     add("--batch-size", type=at_least(1), default=2048, metavar="N", help="most rows in a step")
@@ -81,10 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-t", "--threads", type=at_least(1), default=usable_cores(), metavar="N",
         help="of each arm, divided among contexts that run at once (the usable cores)")
     add("--oversubscribe", action="store_true", help="all of them for each context")
-    add("--process-memory", type=n_bytes, default=0, metavar="BYTES",
-        help="Linux: heap and anonymous memory of each worker at most (2G, 512Mi)")
     add("--total-memory", type=n_bytes, default=0, metavar="BYTES",
-        help="likewise of all workers, in equal shares")
+        help="Linux: heap and anonymous memory of all workers at most, in equal shares (2G, 512Mi)")
     add = parser.add_argument_group("runs").add_argument
     add("--repeats", type=at_least(1), metavar="N", help="of each (3; a scenario 1)")
     add("--keep-loaded", action="store_true",
@@ -101,22 +96,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 # fmt: on
 def run(args: argparse.Namespace) -> int:
-    experiments = experiments_of(args)
-    gate = Gate.of(experiments, args.gate) if args.gate else None
-    check_output(args)
+    arms = check(args)
+    experiments = [experiment(args, protocol, arms) for protocol in args.protocol]
     about = probe(experiments[0].cases[0], args.verbose)
     about["versions"]["commit"] = facts.commit()
     records: list[Record] = []
     interrupted = False
-    n_runs = sum(1 for experiment in experiments for _ in experiment.runs())
+    n_runs = sum(1 for each in experiments for _ in each.runs())
     with Progress("compare", n_runs, quiet=args.quiet) as progress:
-
-        def running(what: str) -> None:
-            progress.update(len(records), what)
-
         try:
-            for experiment in experiments:
-                with closing(measure(experiment, about, running)) as measured:
+            for each in experiments:
+                with closing(
+                    measure(each, about, lambda what: progress.update(len(records), what))
+                ) as measured:
                     for record in measured:
                         records.append(record)
                         if args.out:
@@ -126,45 +118,57 @@ def run(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             interrupted = True
             say("pyllamabatch: interrupted; the records until here stay", sys.stderr)
-    show(args, records, gate)
+    gated = "engine" if "engine" in arms else "shared"
+    judged = gate(records, gated, args.gate) if args.gate else []
+    show(args, records, judged)
     if interrupted:
         return INTERRUPTED
-    if gate is not None:
-        return 0 if gate.met(records) else NOT_MET
+    if args.gate:
+        return 0 if judged and all(one["met"] for one in judged) else NOT_MET
     return FAILED if any(record.error for record in records) else 0
 
 
-def experiments_of(args: argparse.Namespace) -> list[Experiment]:
-    """What is to be run, by protocol. ArgumentError for what does not fit together."""
-    kinds = args.arms or list(NAMES)
+def check(args: argparse.Namespace) -> list[str]:
+    """The names of the arms. ArgumentError for what does not fit together, before anything
+    runs; what a scenario says itself is set."""
+    arms = args.arms or list(ARMS)
     if args.scenario:
-        if args.arms or args.protocol != [BURST]:
-            raise ArgumentError("--scenario", args.scenario, "says arms and protocol itself")
-        kinds = [SCENARIOS[args.scenario]]
-        if args.gate is not None and kinds != ["contexts"]:
-            kinds.insert(0, "contexts")
-        if len(args.sampler) > 1 or len(args.num_sequences or [2]) > 1:
-            raise ArgumentError("--scenario", args.scenario, "has one --sampler, --num-sequences")
-    limited = args.process_memory or args.total_memory
-    if limited and (sys.platform != "linux" or "processes" not in kinds):
-        raise ArgumentError("--process-memory", limited, "limits the arm processes, on Linux")
+        if args.arms or args.protocol != [BURST] or len(args.num_sequences or [2]) > 1:
+            raise ArgumentError(
+                "--scenario", args.scenario, "says --arms, --protocol; has one --num-sequences"
+            )
+        arms = [*(["contexts"] if args.gate else []), SCENARIOS[args.scenario]]
+        arms = list(dict.fromkeys(arms))
+        args.num_sequences, args.repeats = args.num_sequences or [2], args.repeats or 1
+    if args.total_memory and (sys.platform != "linux" or "processes" not in arms):
+        raise ArgumentError("--total-memory", args.total_memory, "limits processes, on Linux")
     if POISSON in args.protocol and args.rate is None:
         raise ArgumentError("--rate", args.rate, "poisson needs one: requests a second")
-    return [_experiment(args, protocol, kinds) for protocol in args.protocol]
+    if args.gate:
+        users = [n for protocol in args.protocol for n in args.num_sequences or USERS[protocol]]
+        if "contexts" not in arms or not {"engine", "shared"} & set(arms) or max(users) < 2:
+            raise ArgumentError(
+                "--gate", args.gate, "needs contexts, engine or shared, and 2 sequences"
+            )
+    if args.plot:
+        plots.check(args.plot)
+    if args.out:
+        append(args.out, [])
+    return arms
 
 
-def _experiment(args: argparse.Namespace, protocol: str, kinds: list[str]) -> Experiment:
-    tokens = args.sample_tokens or TOKENS_DEFAULT[protocol]
+def experiment(args: argparse.Namespace, protocol: str, arms: Sequence[str]) -> Experiment:
+    tokens = args.sample_tokens or TOKENS[protocol]
+    users = args.num_sequences or USERS[protocol]
     if protocol == BURST and tokens < 2:
         raise ArgumentError("--sample-tokens", tokens, "at least 2: the first one is not timed")
-    if args.ctx_size and args.ctx_size < args.prompt_tokens + tokens:
+    if 0 < args.ctx_size < args.prompt_tokens + tokens:
         limit = f"at least prompt and answer, {args.prompt_tokens + tokens}"
         raise ArgumentError("--ctx-size", args.ctx_size, limit)
-    users = args.num_sequences or ([2] if args.scenario else N_DEFAULT[protocol])
     if args.batch_size < max(users):
         raise ArgumentError("--batch-size", args.batch_size, f"a row each, {max(users)}")
     case = Case(
-        model=GgufFile(Path(args.model or default_model_path())),
+        model=ModelFile(Path(args.model or default_model_path())),
         pp=args.prompt_tokens,
         tg=tokens - 1 if protocol == BURST else tokens,
         pl=1,
@@ -179,14 +183,13 @@ def _experiment(args: argparse.Namespace, protocol: str, kinds: list[str]) -> Ex
     )
     return Experiment(
         protocol=protocol,
-        arms=chosen(kinds, args.sampler),
+        arms=[ARMS[name] for name in arms],
         cases=[replace(case, pl=n) for n in users],
         tokens=tokens,
         requests=args.requests if protocol == POISSON else 1,
         rate=args.rate or 0.0,
-        repeats=args.repeats or (1 if args.scenario else 3),
+        repeats=args.repeats or 3,
         oversubscribe=args.oversubscribe,
-        process_memory=args.process_memory,
         total_memory=args.total_memory,
         limit_s=args.limit,
         keep_loaded=args.keep_loaded,
@@ -194,30 +197,20 @@ def _experiment(args: argparse.Namespace, protocol: str, kinds: list[str]) -> Ex
     )
 
 
-def check_output(args: argparse.Namespace) -> None:
-    """What can't be written is said before anything runs."""
-    if args.plot:
-        plots.check(args.plot)
-    if args.out:
-        try:
-            append(args.out, [])
-        except OSError as error:
-            raise ArgumentError("--out", str(args.out), str(error)) from None
-
-
-def show(args: argparse.Namespace, records: Sequence[Record], gate: Gate | None) -> None:
-    gates = gate.judged(records) if gate else []
+def show(
+    args: argparse.Namespace, records: Sequence[Record], judged: Sequence[dict[str, Any]]
+) -> None:
     if args.plot and records:
         plots.save(records, args.plot)
     if args.scenario:
         print(line(args.scenario, records))
     elif args.json:
         rows = [json.loads(record.to_json()) for record in records]
-        print(json.dumps({"rows": rows, "advice": advice(records), "gate": gates}))
+        print(json.dumps({"rows": rows, "advice": advice(records), "gate": judged}))
     elif records:
         print(plain(records))
         say(advice(records))
-    for one in gates:
+    for one in judged:
         ratio = "no ratio" if one["ratio"] is None else f"{one['ratio']:.3f}"
         words = f"gate, {one['bench']}, {one['num_sequences']} sequences: {ratio}"
         say(f"{words}, at least {one['at_least']:g} wanted", sys.stderr)

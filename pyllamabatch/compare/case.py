@@ -1,10 +1,11 @@
-"""One run's work and result, and the record of both, for `compare` and for the benches."""
+"""One run's work, what does it and what came of it, for `compare` and for the benches."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,32 +18,17 @@ I32 = npt.NDArray[np.int32]
 ERROR_CHARACTERS = 600  # of a failure's message, its end
 
 
-class ModelFile(Protocol):
-    """A model file and what a record says of it. `seed`: of random weights, else None."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def seed(self) -> int | None: ...
-
-
 @dataclass(frozen=True)
-class GgufFile:
-    """A model file as it was found."""
+class ModelFile:
+    """`seed`: of random weights; None for any other file."""
 
     path: Path
-    seed: None = None
-
-    @property
-    def name(self) -> str:
-        return self.path.stem
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one run does."""
+    """What one run does: `pl` sequences of `pp` prompt tokens and `tg` timed ones each."""
 
     model: ModelFile
     pp: int
@@ -108,21 +94,20 @@ class Measured:
         return cls(0.0, 0.0, error=failure[-ERROR_CHARACTERS:])
 
 
-class Described(Protocol):
-    """What a record says of an arm. `includes`: what its time contains; `sampling`: whether it
-    samples as the case says."""
+@dataclass(frozen=True)
+class Arm:
+    """A way to do the work. `includes`: what its time contains. `run`: does a case, or opens what
+    does it. `sampling`: whether it samples as the case says."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def includes(self) -> str: ...
-    @property
-    def sampling(self) -> bool: ...
+    name: str
+    includes: str
+    run: Callable[..., Any]
+    sampling: bool = True
 
 
 def record_of(
     bench: str,
-    arm: Described,
+    arm: Arm,
     case: Case,
     measured: Measured,
     facts: dict[str, Any],
@@ -142,7 +127,6 @@ def record_of(
         "n_threads": case.n_threads,
         "n_threads_batch": case.n_threads,
     }
-    times = speeds(pp=case.pp, tg=case.tg, pl=case.pl, t_pp=measured.t_pp, t_tg=measured.t_tg)
     return Record(
         bench=bench,
         arm=arm.name,
@@ -161,5 +145,5 @@ def record_of(
         detail=measured.detail,
         error=measured.error,
         **(facts | settings | measured.settings),
-        **times,
+        **speeds(pp=case.pp, tg=case.tg, pl=case.pl, t_pp=measured.t_pp, t_tg=measured.t_tg),
     )

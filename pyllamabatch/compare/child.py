@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -28,7 +27,7 @@ class Child:
     """A process that does `work(pipe, *arguments)` when told to.
 
         with Child() as child:
-            child.do(host, case)      # a function of a module: host(pipe, case)
+            child.send((host, case))    # a function of a module: host(pipe, case)
             ready = child.receive(60.0)
 
     It ends when it is stopped or forgotten, and when this process ends, also by a kill. A
@@ -52,10 +51,8 @@ class Child:
         theirs.close()
         self.pid = self._process.pid
 
-    def do(self, work: Callable[..., None], *arguments: Any) -> None:
-        self.send((work, arguments))
-
     def send(self, value: Any) -> None:
+        """First the work and its arguments, then what the work receives."""
         with suppress(OSError):  # it has ended: `receive` says so
             self._pipe.send(value)
 
@@ -66,29 +63,23 @@ class Child:
                 raise ArmError(f"no answer from process {self.pid} in {timeout:g} s")
             value = self._pipe.recv()
         except (EOFError, OSError):
-            raise ArmError(self.how_it_ended()) from None
+            raise ArmError(self.end(STOP_S) or f"process {self.pid} closed its pipe") from None
         if isinstance(value, ArmError):
             raise value
         return value
 
-    def how_it_ended(self) -> str:
-        """Its exit status and the last lines that it wrote; waits for its end."""
-        ended = self.ended(STOP_S)
-        words = f"process {self.pid} ended with {self._process.returncode}"
-        if not ended:
-            words = f"process {self.pid} closed its pipe"
-        if self._errors is None:
-            return words
-        self._errors.seek(0)
-        text = self._errors.read().decode("utf-8", "replace").strip()
-        return "\n".join([words, *text.splitlines()[-LAST_WORDS:]])
-
-    def ended(self, within_s: float = 0.0) -> bool:
+    def end(self, within_s: float) -> str:
+        """Its exit status and the last lines that it wrote; "" while it goes on."""
         try:
             self._process.wait(within_s)
         except subprocess.TimeoutExpired:
-            return False
-        return True
+            return ""
+        lines: list[str] = []
+        if self._errors is not None:
+            self._errors.seek(0)
+            lines = self._errors.read().decode("utf-8", "replace").strip().splitlines()
+        ended = f"process {self.pid} ended with {self._process.returncode}"
+        return "\n".join([ended, *lines[-LAST_WORDS:]])
 
     def stop(self) -> None:
         """End it at once and wait for that. Stopping twice is fine."""
@@ -116,7 +107,7 @@ def run(descriptor: int, loud: bool) -> None:
     if loud:
         logging.basicConfig(level=logging.DEBUG, format="%(process)d %(name)s: %(message)s")
     pipe: Connection[Any, Any] = Connection(descriptor)
-    work, arguments = pipe.recv()
+    work, *arguments = pipe.recv()
     try:
         work(pipe, *arguments)
     except Exception as error:

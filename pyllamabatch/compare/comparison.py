@@ -1,15 +1,23 @@
-"""Records of one bench as arms beside each other."""
+"""Records of one bench as arms beside each other: one table of medians."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from statistics import median
 
-from pyllamabatch.report.medians import median_of, median_speeds, pairs
+from pyllamabatch.compare.workload import BENCHES, POISSON
+from pyllamabatch.report.medians import pairs
 from pyllamabatch.report.records import Record
 
-POISSON = "compare-poisson"
-COMPLETE = ("compare", "compare-ds4")
-"""Benches in which every sequence has one answer to complete (`detail.completed`)."""
+SPEED, EACH = "tokens_per_second", "per_sequence_tokens_per_second"
+JOULES = "joules_per_token"
+MEMORY = {
+    "device_bytes": "on the device",
+    "pss_bytes": "PSS",
+    "footprint_bytes": "footprint",
+    "rss_bytes": "RSS",
+}
+"""Figures of memory, the one that says the most first."""
 
 
 class Comparison:
@@ -21,55 +29,67 @@ class Comparison:
     def __init__(self, records: Sequence[Record]) -> None:
         self.records = records
         self.bench = records[0].bench
+        self.at_random = self.bench == BENCHES[POISSON]
         self.arms = list(dict.fromkeys(record.arm for record in records))
         self.counts = sorted({record.pl for record in records})
-        self.good = [record for record in records if not _problem(record)]
-        self._speeds = median_speeds(self.good)
+        self.good = [record for record in records if not self._problem(record)]
+        values: dict[tuple[str, int, str], list[float]] = {}
+        for record in self.good:
+            for name, value in _figures(record).items():
+                values.setdefault((record.arm, record.pl, name), []).append(value)
+        self._medians = {key: median(found) for key, found in values.items()}
 
-    def speed(self, arm: str, n: int) -> float | None:
-        """Of all sequences together, tokens/s; None without a result."""
-        return self._speeds.get((arm, n))
+    def get(self, arm: str, n: int, name: str) -> float | None:
+        """The median of a key of `detail`, of SPEED or of JOULES; None without a result."""
+        return self._medians.get((arm, n, name))
 
-    def detail(self, arm: str, n: int, name: str) -> float | None:
-        return median_of(r.detail.get(name) for r in self.good if (r.arm, r.pl) == (arm, n))
+    def all(self, n: int, name: str, arms: Iterable[str] = ()) -> dict[str, float]:
+        """The same of all arms, or of these, that have it."""
+        found = {arm: self.get(arm, n, name) for arm in arms or self.arms}
+        return {arm: value for arm, value in found.items() if value is not None}
 
     def ratios(self, arm: str, n: int, base: str, base_n: int | None = None) -> list[float]:
         """Speed over that of `base`, of each repeat that has both."""
         return pairs(self.good, base, base_n).get((arm, n), [])
 
     def ratio(self, arm: str, n: int, base: str, base_n: int | None = None) -> float | None:
-        return median_of(self.ratios(arm, n, base, base_n))
+        ratios = self.ratios(arm, n, base, base_n)
+        return median(ratios) if ratios else None
 
-    def joules_per_token(self, arm: str, n: int) -> float | None:
-        details = [r.detail for r in self.good if (r.arm, r.pl) == (arm, n)]
-        return median_of(
-            d["energy_joules"] / d["total_tokens_sampled"]
-            for d in details
-            if "energy_joules" in d and d.get("total_tokens_sampled")
-        )
+    def memory(self, n: int, arms: Collection[str]) -> tuple[str, str]:
+        """The first figure of `MEMORY` that all these arms have, and its name; "" without one."""
+        known = (m for m in MEMORY.items() if len(self.all(n, m[0], arms)) == len(arms))
+        return next(known, ("", ""))
 
     def problem(self, arm: str, n: int) -> str:
         """Why there is no result, in a few words; "" when there is one, or none was asked for."""
-        if self.speed(arm, n) is not None:
+        if self.get(arm, n, SPEED) is not None:
             return ""
-        reasons = [_problem(r) for r in self.records if (r.arm, r.pl) == (arm, n)]
-        return short(reasons[0]) if reasons else ""
+        mine = (r for r in self.records if (r.arm, r.pl) == (arm, n))
+        return next((short(self._problem(record)) for record in mine), "")
+
+    def _problem(self, record: Record) -> str:
+        if record.error:
+            return record.error
+        completed = record.detail.get("completed")
+        if not self.at_random and completed is not None and completed < record.pl:
+            return f"{completed:.0f} of {record.pl} completed"
+        return "" if record.speed_tg > 0 else "no tokens"
+
+
+def _figures(record: Record) -> dict[str, float]:
+    found = record.detail | {SPEED: record.speed_tg}
+    if "energy_joules" in found and found.get("total_tokens_sampled"):
+        found[JOULES] = found["energy_joules"] / found["total_tokens_sampled"]
+    return found
 
 
 def by_bench(records: Iterable[Record]) -> dict[str, Comparison]:
-    groups: dict[str, list[Record]] = {}
+    """In the order of `BENCHES`."""
+    groups: dict[str, list[Record]] = {bench: [] for bench in BENCHES.values()}
     for record in records:
-        groups.setdefault(record.bench, []).append(record)
-    return {bench: Comparison(group) for bench, group in groups.items()}
-
-
-def _problem(record: Record) -> str:
-    if record.error:
-        return record.error
-    completed = record.detail.get("completed")
-    if record.bench in COMPLETE and completed is not None and completed < record.pl:
-        return f"{completed:.0f} of {record.pl} completed"
-    return "" if record.speed_tg > 0 else "no tokens"
+        groups[record.bench].append(record)
+    return {bench: Comparison(group) for bench, group in groups.items() if group}
 
 
 def short(error: str, limit: int = 90) -> str:

@@ -1,42 +1,44 @@
-"""The arms that are one process: raw loops on one context or on N, and the engine."""
+"""The arms that are one process: raw loops on N contexts or on one, and the engine."""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-from pyllamabatch.compare.case import I32, Case, GgufFile
+from pyllamabatch.compare.case import Case, sampling_params
 from pyllamabatch.compare.child import Child
-from pyllamabatch.compare.clients import sleep_until
-from pyllamabatch.compare.engine_arm import EngineArm
-from pyllamabatch.compare.loop import Loop, loop_of
+from pyllamabatch.compare.clients import ask_all
+from pyllamabatch.compare.loop import Loop
 from pyllamabatch.compare.workload import BURST, RequestTimes, Timings, Workload
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.engine.stream import Token
 from pyllamabatch.errors import PyllamabatchError
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.report import facts
+from pyllamabatch.scheduler import Plan, Policy, StepView, sarathi
 
 START_S = 300.0  # a model of many gigabytes from a cold disk
+SOON_S = 0.0002
+
+Run = Callable[[Workload], Timings]
 
 
 class Hosted:
     """An arm in a process of its own, so that its memory can be read, and what ends it ends
-    nothing else."""
+    nothing else. `make`: from a model and a case to what runs there."""
 
-    def __init__(self, kind: str, sampler: str, case: Case, verbose: bool) -> None:
-        self._setup = for_a_child(case), kind, sampler
+    def __init__(self, make: Callable[[Model, Case], Run], case: Case, verbose: bool) -> None:
+        self._setup = host, make, case
         self._child = Child(loud=verbose)
         self.pids = [self._child.pid]
 
     def load(self) -> None:
-        self._child.do(host, *self._setup)
+        self._child.send(self._setup)
         self._child.receive(START_S)
 
     def run(self, workload: Workload, limit_s: float) -> Timings:
@@ -48,29 +50,19 @@ class Hosted:
         self._child.stop()
 
 
-def for_a_child(case: Case) -> Case:
-    """Of its model only the path, which any process knows."""
-    return replace(case, model=GgufFile(Path(case.model.path)))
-
-
-def host(pipe: Connection[Any, Any], case: Case, kind: str, sampler: str) -> None:
+def host(pipe: Connection[Any, Any], make: Callable[[Model, Case], Run], case: Case) -> None:
     """In the process: timings for each workload, after a first word that the arm is ready."""
-    model = Model(case.model.path, n_gpu_layers=case.n_gpu_layers)
-    arm: EngineArm | RawLoops
-    if kind == "engine":
-        arm = EngineArm(model, case)
-    else:
-        arm = RawLoops(model, case, sampler, case.pl if kind == "contexts" else 1)
+    run = make(Model(case.model.path, n_gpu_layers=case.n_gpu_layers), case)
     pipe.send("ready")
     while True:
-        pipe.send(arm.run(pipe.recv()))
+        pipe.send(run(pipe.recv()))
 
 
 def probe(case: Case, verbose: bool) -> dict[str, Any]:
     """What records say of the build and the model, found by a process that ends. ArmError for a
     file that can't be loaded."""
     with Child(loud=verbose) as child:
-        child.do(look, for_a_child(case))
+        child.send((look, case))
         about: dict[str, Any] = child.receive(START_S)
         return about
 
@@ -80,106 +72,109 @@ def look(pipe: Connection[Any, Any], case: Case) -> None:
         pipe.send(facts.build("") | facts.about(model))
 
 
-class RawLoops:
-    """`n_contexts`, a thread and an equal share of the sequences each."""
+def contexts(model: Model, case: Case) -> Run:
+    """A context and a client's thread for each sequence."""
+    params = replace(case, pl=1).context_params()
+    loops = [Loop(Context(model, **params), case.sampling) for _ in range(case.pl)]
 
-    def __init__(self, model: Model, case: Case, sampler: str, n_contexts: int) -> None:
-        self._case = case
-        self._n_vocab = model.n_vocab
-        one = replace(case, pl=case.pl // n_contexts)
-        self._n_slots = one.pl
-        n_samplers = case.n_threads if n_contexts > 1 else 0
-        self._loops = [
-            loop_of(sampler, Context(model, **one.context_params()), case.sampling, n_samplers)
-            for _ in range(n_contexts)
-        ]
-        self._threads = ThreadPoolExecutor(n_contexts)
+    def run(workload: Workload) -> Timings:
+        prompts = workload.prompts(case, model.n_vocab)
 
-    def run(self, workload: Workload) -> Timings:
-        prompts = workload.prompts(self._case, self._n_vocab)
-        arrivals = Arrivals(workload, prompts, self._case.seed)
-        begin = arrivals.began
-
-        def stamp() -> None:
-            nonlocal begin
-            begin = time.perf_counter()
-
-        all_ready = threading.Barrier(len(self._loops), action=stamp)
-
-        def thread(loop: Loop) -> None:
+        def ask(k: int, i: int) -> Iterator[int]:
+            loops[k].start(0, prompts[i].tolist(), case.seed + i)
             try:
-                drive(loop, self._n_slots, arrivals, all_ready.wait)
-            except BaseException:
-                all_ready.abort()
-                raise
+                yield from loops[k].generate(workload.tokens)
+            finally:
+                loops[k].stop(0)
 
-        done = [self._threads.submit(thread, loop) for loop in self._loops]
-        for error in [one.exception() for one in done]:
-            if error is not None and not isinstance(error, threading.BrokenBarrierError):
-                raise error
-        return Timings(begin, arrivals.requests)
+        return ask_all(workload, case.pl, ask)
+
+    return run
 
 
-class Arrivals:
-    """Requests in the order in which they come, for any number of threads."""
-
-    def __init__(self, workload: Workload, prompts: I32, seed: int) -> None:
-        self.workload = workload
-        self.began = time.perf_counter()
-        self.requests = [RequestTimes(self.began + arrival) for arrival in workload.arrivals]
-        self._prompts = prompts
-        self._seed = seed
-        self._left = deque(range(len(self.requests)))
-        self._lock = threading.Lock()
-
-    def start_one(self, loop: Loop, seq: int) -> RequestTimes | None:
-        """The next one that has come, as `seq` of the loop."""
-        with self._lock:
-            if not self._left or self.requests[self._left[0]].arrived > time.perf_counter():
-                return None
-            i = self._left.popleft()
-        loop.start(seq, self._prompts[i].tolist(), self._seed + i)
-        return self.requests[i]
-
-    def wait(self) -> bool:
-        """Until the next one comes; whether there is one."""
-        with self._lock:
-            if not self._left:
-                return False
-            moment = self.requests[self._left[0]].arrived
-        sleep_until(moment)
-        return True
+def shared(model: Model, case: Case) -> Run:
+    """One context and one thread, which serves all sequences in each step."""
+    loop = Loop(Context(model, **case.context_params()), case.sampling)
+    return lambda workload: drive(loop, workload, case, model.n_vocab)
 
 
-def drive(loop: Loop, n_slots: int, arrivals: Arrivals, all_ready: Callable[[], object]) -> None:
-    """Serve what comes in `n_slots` sequences of one loop. In a burst `all_ready()` is called when
-    each has its first token, before any goes on. A decode that fails ends this loop; its requests
-    say why."""
-    free = deque(range(n_slots))
+def drive(loop: Loop, workload: Workload, case: Case, n_vocab: int) -> Timings:
+    """Serve what comes in `case.pl` sequences of the loop. In a burst none goes on before all have
+    their first token. A decode that fails ends it; the requests say why."""
+    prompts = workload.prompts(case, n_vocab)
+    began = time.perf_counter()
+    timings = Timings(began, [RequestTimes(began + arrival) for arrival in workload.arrivals])
+    coming, free = deque(enumerate(timings.requests)), deque(range(case.pl))
     at: dict[int, RequestTimes] = {}
-    held = arrivals.workload.protocol == BURST
+    held = workload.protocol == BURST
     try:
-        while True:
-            while free and (one := arrivals.start_one(loop, free[0])):
-                at[free.popleft()] = one
-            if loop.idle:
-                if not arrivals.wait():
-                    return
+        while coming or at:
+            while free and coming and coming[0][1].arrived <= time.perf_counter():
+                (i, one), seq = coming.popleft(), free.popleft()
+                loop.start(seq, prompts[i].tolist(), case.seed + i)
+                at[seq] = one
+            if not at:
+                time.sleep(max(0.0, coming[0][1].arrived - time.perf_counter()))
                 continue
             if held and not loop.prefilling:
-                all_ready()
-                held = False
+                held, timings.begin = False, time.perf_counter()
             sampled = loop.step(decode=not held)
             now = time.perf_counter()
             for seq in sampled:
                 at[seq].times.append(now)
-                if len(at[seq].times) == arrivals.workload.tokens:
+                if len(at[seq].times) == workload.tokens:
                     del at[seq]
                     loop.stop(seq)
                     free.append(seq)
-    except (PyllamabatchError, threading.BrokenBarrierError) as error:
+    except PyllamabatchError as error:
         for seq, one in at.items():
-            one.error = str(error) or "another context failed before the time started"
+            one.error = str(error)
             loop.stop(seq)
-        if held:
-            raise
+    return timings
+
+
+def engine(model: Model, case: Case) -> Run:
+    """`Engine` with its own choices of sampling, scheduling and delivery; a thread for each client,
+    which reads its stream token by token. Without a prefix cache: it computes as many rows as the
+    other arms."""
+    policy = StartTogether(sarathi())
+    serving = Engine(model, policy=policy, prefix_cache=False, **case.context_params())
+
+    def run(workload: Workload) -> Timings:
+        prompts = workload.prompts(case, model.n_vocab)
+        policy.held = workload.protocol == BURST
+
+        def ask(k: int, i: int) -> Iterator[Token]:
+            params = sampling_params(case.sampling, case.seed + i, workload.tokens)
+            yield from serving.submit(prompts[i], params)
+
+        return ask_all(
+            workload,
+            case.pl,
+            ask,
+            let_go=policy.let_go,
+            give_up=lambda: serving.close(wait=False),
+        )
+
+    return run
+
+
+class StartTogether:
+    """A policy that asks another one. While it is `held`, no sequence decodes."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.held = False
+        self._policy = policy
+
+    def let_go(self) -> None:
+        self.held = False
+
+    def plan(self, view: StepView) -> Plan:
+        plan = self._policy.plan(view)
+        if not self.held:
+            return plan
+        prompts = {id: n for id, n in plan.tokens.items() if id not in view.decoding}
+        wake = None if prompts else view.now + SOON_S  # an empty plan says how long it waits
+        return replace(
+            plan, tokens=prompts, decode_all=False, sit_out=frozenset(), repeat=1, wake=wake
+        )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyllamabatch.compare.advice import GIB, advice, memory_kind
-from pyllamabatch.compare.comparison import POISSON, Comparison
-from pyllamabatch.compare.summary import cells, comparisons, notes
+from pyllamabatch.compare.advice import GIB, advice
+from pyllamabatch.compare.comparison import EACH, MEMORY, SPEED, Comparison, by_bench
+from pyllamabatch.compare.summary import TITLES, cells, notes
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.report import html
 from pyllamabatch.report.plots import draw_speeds, over_counts, styled, svg
@@ -28,8 +27,6 @@ COLOURS = {  # of Okabe and Ito's palette, which the colour-blind tell apart
     "shared": "#009e73",
     "single": "#666666",
 }
-LINES = ("-", "--", ":", "-.")
-"""Of an arm's variants, which have another sampler."""
 
 
 def save(records: Sequence[Record], path: Path) -> None:
@@ -68,8 +65,8 @@ def page(records: Sequence[Record], plots: str) -> str:
         "measured": one.test_time,
     }
     parts = [html.paragraphs(advice(records)), html.inline(plots)]
-    for title, them in comparisons(records).items():
-        parts += [f"<h2>{title}</h2>", cells(them).html()]
+    for bench, them in by_bench(records).items():
+        parts += [f"<h2>{TITLES[bench]}</h2>", cells(them).html()]
         parts.append(html.paragraphs("\n".join(notes(them))))
     parts += ["<h2>Settings</h2>", Table(["", ""], list(settings.items())).html()]
     return html.document(f"How to serve N users: {one.model_filename}", *parts)
@@ -77,15 +74,19 @@ def page(records: Sequence[Record], plots: str) -> str:
 
 def draw(records: Sequence[Record], new: type[Figure]) -> Figure:
     """Three panels for each bench. `new`: as `styled` yields it."""
-    groups = comparisons(records)
+    groups = by_bench(records)
     figure = new(figsize=(10, 3 * len(groups) + 0.3), layout="constrained")
     parts = figure.subfigures(len(groups), 1, squeeze=False)[:, 0]
     shown: dict[str, Any] = {}
-    for part, (title, them) in zip(parts, groups.items(), strict=True):
-        part.suptitle(title, fontsize=9)
+    for part, (bench, them) in zip(parts, groups.items(), strict=True):
+        part.suptitle(TITLES[bench], fontsize=9)
         axes = part.subplots(1, 3)
-        for at, panel in zip(axes, panels(them), strict=True):
-            over_counts(at, them.counts, "users", panel(them, at))
+        for at, (up, name, scale) in zip(axes, panels(them), strict=True):
+            if name == SPEED:
+                _together(them, at)
+            else:
+                _lines(them, at, name, scale)
+            over_counts(at, them.counts, "users", up)
         for handle, label in zip(*axes[0].get_legend_handles_labels(), strict=True):
             shown.setdefault(label, handle)
     figure.legend(
@@ -95,58 +96,31 @@ def draw(records: Sequence[Record], new: type[Figure]) -> Figure:
     return figure
 
 
-Panel = Callable[[Comparison, "Axes"], str]
-"""Draws, and returns what its values are."""
+def panels(them: Comparison) -> list[tuple[str, str, float]]:
+    """Label, figure and its factor."""
+    name = next((name for name in MEMORY if any(name in r.detail for r in them.good)), "")
+    label = f"memory ({MEMORY[name]}), GiB" if name else "memory: not known here"
+    memory = (label, name, 1 / GIB)
+    if them.at_random:  # the rate of the requests is the speed of every arm
+        return [("TTFT, p99, ms", "ttft_p99_s", 1e3), ("ITL, p99, ms", "itl_p99_s", 1e3), memory]
+    return [("together, tokens/s", SPEED, 1.0), ("each, tokens/s", EACH, 1.0), memory]
 
 
-def panels(them: Comparison) -> tuple[Panel, Panel, Panel]:
-    if them.bench == POISSON:  # the rate of the requests is the speed of every arm
-        return (
-            partial(_lines, name="ttft_p99_s", scale=1e3, label="TTFT, p99, ms"),
-            partial(_lines, name="itl_p99_s", scale=1e3, label="ITL, p99, ms"),
-            _memory,
-        )
-    each = "per_sequence_tokens_per_second"
-    return (_together, partial(_lines, name=each, scale=1.0, label="each, tokens/s"), _memory)
-
-
-def _together(them: Comparison, at: Axes) -> str:
+def _together(them: Comparison, at: Axes) -> None:
     """Speeds; a cross at 0 for an arm without a result."""
-    looks = _looks(them.arms)
-    draw_speeds(them.good, at, looks)
-    if len(them.counts) > 1 and (alone := them.speed("single", 1)):
+    draw_speeds(them.good, at, COLOURS)
+    if len(them.counts) > 1 and (alone := them.get("single", 1, SPEED)):
         at.axhline(alone, color=COLOURS["single"], lw=0.8, ls="--")
     label: str | None = "no result"
     for n in them.counts:
         for i, arm in enumerate(arm for arm in them.arms if them.problem(arm, n)):
             beside = n * 1.06**i
-            at.plot([beside], [0], "x", color=looks[arm]["color"], clip_on=False, label=label)
+            at.plot([beside], [0], "x", color=COLOURS[arm], clip_on=False, label=label)
             label = None
-    return "together, tokens/s"
 
 
-def _lines(them: Comparison, at: Axes, *, name: str, scale: float, label: str) -> str:
-    """Medians of a detail."""
-    for arm, look in _looks(them.arms).items():
-        found = {n: scale * v for n in them.counts if (v := them.detail(arm, n, name)) is not None}
-        at.plot(list(found), list(found.values()), marker="o", ms=4, label=arm, **look)
-    return label
-
-
-def _memory(them: Comparison, at: Axes) -> str:
-    name, words = memory_kind(them)
-    if not name:
-        return "memory: not known here"
-    return _lines(them, at, name=name, scale=1 / GIB, label=f"memory ({words}), GiB")
-
-
-def _looks(arms: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A colour for each kind of arm, a line for each of its variants."""
-    kinds = [arm.split()[0] for arm in arms]
-    return {
-        arm: {
-            "color": COLOURS.get(kind, "#000000"),
-            "ls": LINES[kinds[:i].count(kind) % len(LINES)],
-        }
-        for i, (arm, kind) in enumerate(zip(arms, kinds, strict=True))
-    }
+def _lines(them: Comparison, at: Axes, name: str, scale: float) -> None:
+    """Medians of a figure."""
+    for arm in them.arms:
+        found = {n: scale * v for n in them.counts if (v := them.get(arm, n, name)) is not None}
+        at.plot(list(found), list(found.values()), marker="o", ms=4, label=arm, color=COLOURS[arm])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pyllamabatch.compare.arms import Arm, Serving
-from pyllamabatch.compare.case import Case, Measured, record_of
+from pyllamabatch.compare.arms import Serving, opened, threads_of
+from pyllamabatch.compare.case import Arm, Case, Measured, record_of
 from pyllamabatch.compare.workload import (
     BENCHES,
     BURST,
@@ -32,9 +32,9 @@ class Experiment:
     """What to run. `cases`: one per number of sequences, in which `n_threads` are the machine's.
 
     tokens: of a request, the first sample included; requests: of each sequence (poisson); rate: of
-    arrivals, 1/s (poisson). limit_s: of one run. process_memory, total_memory: bytes that each
-    worker, or all of them together in equal shares, may take; 0: no limit. keep_loaded: all arms of
-    a case stay open until its last repeat.
+    arrivals, 1/s (poisson). limit_s: of one run. total_memory: bytes that all workers together may
+    take, in equal shares; 0: no limit. keep_loaded: all arms of a case stay open until its last
+    repeat.
     """
 
     protocol: str
@@ -45,7 +45,6 @@ class Experiment:
     rate: float = 0.0
     repeats: int = 1
     oversubscribe: bool = False
-    process_memory: int = 0
     total_memory: int = 0
     limit_s: float = 600.0
     keep_loaded: bool = False
@@ -58,7 +57,7 @@ class Experiment:
         for i, case in enumerate(self.cases):
             for repeat in range(self.repeats):
                 for arm in self.arms if repeat % 2 == 0 else self.arms[::-1]:
-                    if arm.kind != "single":
+                    if arm.name != "single":
                         yield case, repeat, arm
                     elif i == 0:
                         yield replace(case, pl=1), repeat, arm
@@ -74,11 +73,6 @@ class Experiment:
         """What the first run would else pay for: connections, buffers, graphs."""
         return Workload(BURST, 0, min(WARM_UP_TOKENS, max(2, self.tokens)), (0.0,) * case.pl)
 
-    def process_limit(self, case: Case) -> int:
-        """Bytes that one worker may take; 0: no limit."""
-        limits = [b for b in (self.process_memory, self.total_memory // case.pl) if b]
-        return min(limits, default=0)
-
 
 def measure(
     experiment: Experiment,
@@ -92,21 +86,25 @@ def measure(
     """
     run_id = uuid.uuid4().hex[:12]
     failed: set[tuple[Arm, Case]] = set()
-    with closing(_Opened(experiment)) as opened:
+    loaded: dict[tuple[Arm, Case], Serving] = {}
+    with ExitStack() as stack:
         for case, repeat, arm in experiment.runs():
-            if (arm, case) in failed:
+            own = replace(case, n_threads=threads_of(arm, case, experiment.oversubscribe))
+            if (arm, own) in failed:
                 continue
             running(f"{case.pl} × {arm.name}, repeat {repeat + 1} of {experiment.repeats}")
             moment = facts.now()
+            if not experiment.keep_loaded or any(c.pl != case.pl for _, c in loaded):
+                stack.close()
+                loaded.clear()
             try:
-                measured = opened.run(arm, case, repeat)
+                measured = run_once(experiment, arm, own, repeat, loaded, stack)
             except PyllamabatchError as error:
                 measured = Measured.failed(str(error))
             except Exception as error:
                 measured = Measured.failed(error)
             if measured.error:
-                failed.add((arm, case))
-            own = arm.case_of(case, experiment.oversubscribe)
+                failed.add((arm, own))
             detail = {"n_threads_each": own.n_threads} | measured.detail
             if experiment.protocol == POISSON:
                 detail["rate"] = experiment.rate
@@ -123,41 +121,33 @@ def measure(
             )
 
 
-class _Opened:
-    """The arms that are open: the one that runs, or with keep_loaded those of its case."""
-
-    def __init__(self, experiment: Experiment) -> None:
-        self._experiment = experiment
-        self._stack = ExitStack()
-        self._open: dict[Arm, tuple[Case, Serving]] = {}
-
-    def run(self, arm: Arm, case: Case, repeat: int) -> Measured:
-        experiment = self._experiment
-        if not experiment.keep_loaded or any(other != case for other, _ in self._open.values()):
-            self.close()
-        if arm in self._open:
-            serving = self._open[arm][1]
-            meter = Meter(serving.pids)
-        else:
-            own = arm.case_of(case, experiment.oversubscribe)
-            serving = arm.open(own, experiment.process_limit(case), experiment.verbose)
-            self._stack.callback(serving.close)
-            self._open[arm] = case, serving
-            meter = Meter(serving.pids)  # before anything is loaded
-            serving.load()
-            warm_up = experiment.warm_up(case)
-            if why := failure(warm_up, serving.run(warm_up, experiment.limit_s)):
-                return Measured.failed(f"warm-up: {why}")
-        workload = experiment.workload(case, repeat)
-        meter.start()
-        try:
-            timings = serving.run(workload, experiment.limit_s)
-        finally:
-            taken = meter.stop()
-        detail, error = figures(workload, timings), failure(workload, timings)
-        time = 0.0 if error else detail["elapsed_seconds"]
-        return Measured(0.0, time, detail=detail | taken, error=error)
-
-    def close(self) -> None:
-        self._open.clear()
-        self._stack.close()
+def run_once(
+    experiment: Experiment,
+    arm: Arm,
+    case: Case,
+    repeat: int,
+    loaded: dict[tuple[Arm, Case], Serving],
+    stack: ExitStack,
+) -> Measured:
+    """One run of an arm that is in `loaded`, or is loaded and warmed up; `stack` closes it."""
+    serving = loaded.get((arm, case))
+    if serving is None:
+        limit = experiment.total_memory // case.pl
+        serving = loaded[arm, case] = opened(arm, case, limit, experiment.verbose)
+        stack.callback(serving.close)
+        meter = Meter(serving.pids)  # before anything is loaded
+        serving.load()
+        warm_up = experiment.warm_up(case)
+        if why := failure(warm_up, serving.run(warm_up, experiment.limit_s)):
+            return Measured.failed(f"warm-up: {why}")
+    else:
+        meter = Meter(serving.pids)
+    workload = experiment.workload(case, repeat)
+    meter.start()
+    try:
+        timings = serving.run(workload, experiment.limit_s)
+    finally:
+        taken = meter.stop()
+    detail, error = figures(workload, timings), failure(workload, timings)
+    time = 0.0 if error else detail["elapsed_seconds"]
+    return Measured(0.0, time, detail=detail | taken, error=error)

@@ -11,8 +11,8 @@ import http.client
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from socketserver import ThreadingMixIn
 from typing import Any
@@ -21,8 +21,8 @@ from pyllamabatch.compare.child import ArmError
 
 HOST = "127.0.0.1"
 Json = dict[str, Any]
-Answer = Callable[[Json], "Json | Iterator[Json]"]
-"""From the body of a request to its whole answer, or to the lines of it."""
+Answer = Callable[[Json], "Json | Iterable[bytes]"]
+"""From the body of a request to its whole answer, or to the bytes of it as they come."""
 
 
 class Server(HTTPServer):
@@ -58,12 +58,12 @@ class Handler(BaseHTTPRequestHandler):
         try:
             answer = self.server.answer(body)
         except Exception as error:
-            self._whole(500, _error(error))
+            self._whole(500, {"error": in_words(error)})
             return
         if isinstance(answer, dict):
             self._whole(200, answer)
         else:
-            self._lines(answer)
+            self._as_it_comes(answer)
 
     def _whole(self, status: int, values: Json) -> None:
         content = json.dumps(values).encode()
@@ -73,64 +73,74 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def _lines(self, lines: Iterator[Json]) -> None:
+    def _as_it_comes(self, parts: Iterable[bytes]) -> None:
         """The answer ends with the connection."""
         self.send_response(200)
         self.send_header("Content-Type", "application/x-ndjson")
         self.send_header("Connection", "close")
         self.end_headers()
         try:
-            for line in lines:
-                self._line(line)
-        except OSError:  # the client has gone
+            for part in parts:
+                self.wfile.write(part)
+                self.wfile.flush()
+        except ConnectionError:  # the client has gone
             pass
         except Exception as error:
-            self._line(_error(error))
-
-    def _line(self, values: Json) -> None:
-        self.wfile.write(json.dumps(values).encode() + b"\n")
-        self.wfile.flush()
+            self.wfile.write(line(error=in_words(error)))
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Nothing per request."""
 
 
-def _error(error: Exception) -> Json:
-    words = str(error) if isinstance(error, ArmError) else f"{type(error).__name__}: {error}"
-    return {"error": words}
+def line(**values: Any) -> bytes:
+    """Of an answer that comes line by line."""
+    return json.dumps(values).encode() + b"\n"
+
+
+def in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, ArmError) else f"{type(error).__name__}: {error}"
 
 
 def completion(port: int, body: Json, limit_s: float | None = None) -> Iterator[Json]:
     """The lines of an answer as they come; the last one has "done". ArmError for an answer that
     says "error" or ends early, and after `limit_s`."""
     end = None if limit_s is None else time.monotonic() + limit_s
-    with closing(http.client.HTTPConnection(HOST, port, timeout=limit_s)) as connection:
-        try:
-            headers = {"Content-Type": "application/json"}
-            connection.request("POST", "/completion", json.dumps(body).encode(), headers)
-            for text in connection.getresponse():
-                line: Json = json.loads(text)
-                if "error" in line:
-                    raise ArmError(line["error"])
-                yield line
-                if "done" in line:
+    try:
+        with posted(port, body, limit_s) as answer:
+            for text in answer:
+                values: Json = json.loads(text)
+                if "error" in values:
+                    raise ArmError(values["error"])
+                yield values
+                if "done" in values:
                     return
                 if end is not None and time.monotonic() > end:
                     raise ArmError(f"not done after {limit_s:g} s")
-        except (OSError, http.client.HTTPException) as error:
-            raise ArmError(f"{type(error).__name__}: {error}") from None
-        raise ArmError("the answer ended early")
+    except (OSError, http.client.HTTPException) as error:
+        raise ArmError(in_words(error)) from None
+    raise ArmError("the answer ended early")
+
+
+@contextmanager
+def posted(port: int, body: Json, limit_s: float | None) -> Iterator[http.client.HTTPResponse]:
+    """The answer to a request, which is read in the block."""
+    with closing(http.client.HTTPConnection(HOST, port, timeout=limit_s)) as connection:
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/completion", json.dumps(body).encode(), headers)
+        yield connection.getresponse()
 
 
 class RoundRobin:
-    """An `Answer` that is given by the servers at these ports in turn."""
+    """An `Answer` that is given by the servers at these ports in turn, and passed on as it is."""
 
     def __init__(self, ports: list[int]) -> None:
         self._turns = itertools.cycle(enumerate(ports))
 
-    def __call__(self, body: Json) -> Iterator[Json]:
+    def __call__(self, body: Json) -> Iterator[bytes]:
         i, port = next(self._turns)
         try:
-            yield from completion(port, body)
-        except ArmError as error:
-            raise ArmError(f"worker {i}: {error}") from None
+            with posted(port, body, None) as answer:
+                while part := answer.read1():
+                    yield part
+        except (OSError, http.client.HTTPException) as error:
+            raise ArmError(f"worker {i}: {in_words(error)}") from None

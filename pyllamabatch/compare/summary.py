@@ -1,69 +1,50 @@
-"""Records of `pyllamabatch compare` for a reader: a table of each bench, and one in brief."""
+"""Records of `pyllamabatch compare` for a reader: a table of each bench."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
-from pyllamabatch.compare.comparison import POISSON, Comparison, by_bench
+from pyllamabatch.compare.comparison import EACH, JOULES, SPEED, Comparison, by_bench
+from pyllamabatch.compare.workload import BENCHES, BURST, DS4, POISSON
 from pyllamabatch.report.records import Record
 from pyllamabatch.report.tables import NO_RESULT, Table
 
 GIB = 2**30
 TITLES = {
-    "compare": "All at once, decode only: prompts and first tokens are not in the time",
-    "compare-ds4": "Identical completions, fired at once: prompts are in the time",
-    POISSON: "Requests that come at random (Poisson): prompts are in the time",
+    BENCHES[BURST]: "All at once, decode only: prompts and first tokens are not in the time",
+    BENCHES[DS4]: "Identical completions, fired at once: prompts are in the time",
+    BENCHES[POISSON]: "Requests that come at random (Poisson): prompts are in the time",
 }
-
-Value = Callable[[Comparison, str, int], "float | None"]
-
-
-def _of(name: str, scale: float = 1.0) -> Value:
-    def value(them: Comparison, arm: str, n: int) -> float | None:
-        found = them.detail(arm, n, name)
-        return None if found is None else found * scale
-
-    return value
-
-
-def _over(base: str, base_n: int | None = None) -> Value:
-    """Not where requests come at random: their rate is the speed of every arm."""
-    return lambda them, arm, n: None if them.bench == POISSON else them.ratio(arm, n, base, base_n)
-
-
-COLUMNS: tuple[tuple[str, str, Value], ...] = (
-    ("tok/s", "{:.1f}", Comparison.speed),
-    ("over contexts", "{:.2f}", _over("contexts")),
-    ("over single", "{:.2f}", _over("single", 1)),
-    ("each, tok/s", "{:.1f}", _of("per_sequence_tokens_per_second")),
-    ("TTFT p50, ms", "{:.0f}", _of("ttft_p50_s", 1e3)),
-    ("p99", "{:.0f}", _of("ttft_p99_s", 1e3)),
-    ("ITL p50, ms", "{:.1f}", _of("itl_p50_s", 1e3)),
-    ("p99", "{:.1f}", _of("itl_p99_s", 1e3)),
-    ("fairness", "{:.2f}", _of("fairness")),
-    ("RSS, GiB", "{:.2f}", _of("rss_bytes", 1 / GIB)),
-    ("PSS, GiB", "{:.2f}", _of("pss_bytes", 1 / GIB)),
-    ("footprint, GiB", "{:.2f}", _of("footprint_bytes", 1 / GIB)),
-    ("wired, GiB", "{:.2f}", _of("wired_bytes", 1 / GIB)),
-    ("device, GiB", "{:.2f}", _of("device_bytes", 1 / GIB)),
-    ("J/token", "{:.2f}", Comparison.joules_per_token),
+BASES: dict[str, tuple[str, int | None]] = {
+    "over contexts": ("contexts", None),
+    "over single": ("single", 1),
+}
+"""Ratios of speeds. Not where requests come at random: their rate is the speed of every arm."""
+COLUMNS = (
+    ("tok/s", ".1f", SPEED, 1.0),
+    ("over contexts", ".2f", "over contexts", 1.0),
+    ("over single", ".2f", "over single", 1.0),
+    ("each, tok/s", ".1f", EACH, 1.0),
+    ("TTFT p50, ms", ".0f", "ttft_p50_s", 1e3),
+    ("p99", ".0f", "ttft_p99_s", 1e3),
+    ("ITL p50, ms", ".1f", "itl_p50_s", 1e3),
+    ("p99", ".1f", "itl_p99_s", 1e3),
+    ("fairness", ".2f", "fairness", 1.0),
+    ("RSS, GiB", ".2f", "rss_bytes", 1 / GIB),
+    ("PSS, GiB", ".2f", "pss_bytes", 1 / GIB),
+    ("footprint, GiB", ".2f", "footprint_bytes", 1 / GIB),
+    ("device, GiB", ".2f", "device_bytes", 1 / GIB),
+    ("J/token", ".2f", JOULES, 1.0),
 )
-
-
-def comparisons(records: Iterable[Record]) -> dict[str, Comparison]:
-    """By title, in the order of `TITLES`, other benches behind."""
-    groups = by_bench(records)
-    names = [name for name in TITLES if name in groups]
-    names += [name for name in groups if name not in TITLES]
-    return {TITLES.get(name, name): groups[name] for name in names}
+"""Head, format, figure and its factor."""
 
 
 def table(records: Iterable[Record]) -> str:
     """Markdown of every bench: a line for each number of users and arm, with medians over
     repeats; below it notes. A column without a value is left out."""
     parts = []
-    for title, them in comparisons(records).items():
-        lines = [f"{title}.", "", cells(them).markdown(), *_below(notes(them))]
+    for bench, them in by_bench(records).items():
+        lines = [f"{TITLES[bench]}.", "", cells(them).markdown(), *_below(notes(them))]
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts) or "No records.\n"
 
@@ -71,8 +52,8 @@ def table(records: Iterable[Record]) -> str:
 def plain(records: Sequence[Record]) -> str:
     """For a terminal: as `table`, and what the time of each arm contains."""
     parts = []
-    for title, them in comparisons(records).items():
-        parts += [f"{title}.", "", cells(them).plain(), *_below(notes(them)), ""]
+    for bench, them in by_bench(records).items():
+        parts += [f"{TITLES[bench]}.", "", cells(them).plain(), *_below(notes(them)), ""]
     includes = {record.arm: record.includes for record in records}
     parts += ["What each time contains:", *(f"- {arm}: {text}" for arm, text in includes.items())]
     return "\n".join(parts) + "\n"
@@ -83,18 +64,24 @@ def _below(lines: Sequence[str]) -> list[str]:
 
 
 def cells(them: Comparison) -> Table:
-    lines = [
-        (n, arm, [value(them, arm, n) for _, _, value in COLUMNS])
-        for n in them.counts
-        for arm in them.arms
-        if any((record.arm, record.pl) == (arm, n) for record in them.records)
+    def cell(arm: str, n: int, form: str, name: str, scale: float) -> str:
+        if name in BASES:
+            value = None if them.at_random else them.ratio(arm, n, *BASES[name])
+        else:
+            value = them.get(arm, n, name)
+        return "" if value is None else format(value * scale, form)
+
+    asked = dict.fromkeys((r.pl, r.arm) for r in them.records)
+    rows = sorted(asked, key=lambda row: (row[0], them.arms.index(row[1])))
+    columns = [
+        [head, *(cell(arm, n, form, name, scale) for n, arm in rows)]
+        for head, form, name, scale in COLUMNS
     ]
-    used = [i for i in range(len(COLUMNS)) if i == 0 or any(v[i] is not None for _, _, v in lines)]
-    text = []
-    for n, arm, values in lines:
-        words = ["" if (v := values[i]) is None else COLUMNS[i][1].format(v) for i in used]
-        text.append([n, arm, words[0] or NO_RESULT, *words[1:]])
-    return Table(["N", "arm", *(COLUMNS[i][0] for i in used)], text, text=(1,))
+    speed, *others = columns
+    used = [[text or NO_RESULT for text in speed], *(c for c in others if any(c[1:]))]
+    heads, *lines = zip(*used, strict=True)
+    named = [[n, arm, *line] for (n, arm), line in zip(rows, lines, strict=True)]
+    return Table(["N", "arm", *heads], named, text=(1,))
 
 
 def notes(them: Comparison) -> list[str]:
@@ -106,11 +93,10 @@ def notes(them: Comparison) -> list[str]:
         if (why := them.problem(arm, n))
     ]
     for n in them.counts:
-        each = {arm: int(them.detail(arm, n, "n_threads_each") or 0) for arm in them.arms}
-        many = [arm for arm in each if arm.split()[0] in ("processes", "contexts") and each[arm]]
-        one = [arm for arm in each if arm not in many and each[arm]]
-        if any(n * each[a] != each[b] for a in many for b in one):
-            counts = [f"{arm} {n} × {each[arm]}" for arm in many]
-            counts += [f"{arm} {each[arm]}" for arm in one]
+        threads = them.all(n, "n_threads_each")
+        times = {arm: n if arm in ("processes", "contexts") else 1 for arm in threads}
+        if len({times[arm] * each for arm, each in threads.items()}) > 1:
+            words = {arm: f"{n} × " if times[arm] > 1 else "" for arm in threads}
+            counts = [f"{arm} {words[arm]}{each:.0f}" for arm, each in threads.items()]
             lines.append(f"CPU threads at N = {n}: {', '.join(counts)}")
     return lines

@@ -48,10 +48,10 @@ def svg(figure: Figure) -> str:
 
 
 def draw_speeds(
-    records: Sequence[Record], at: Axes, looks: Mapping[str, Mapping[str, Any]] | None = None
+    records: Sequence[Record], at: Axes, colours: Mapping[str, str] | None = None
 ) -> None:
     """A line per arm: medians over the number of sequences, the smallest and the largest speed as
-    bars. `looks`: matplotlib's arguments for an arm's line."""
+    bars. `colours`: of the arms' lines; matplotlib's own without."""
     speeds = speeds_of(record for record in records if not record.error)
     for arm in dict.fromkeys(record.arm for record in records):
         points = sorted(pl for name, pl in speeds if name == arm)
@@ -61,8 +61,10 @@ def draw_speeds(
         middle = [median(side) for side in sides]
         below = [m - side[0] for m, side in zip(middle, sides, strict=True)]
         above = [side[-1] - m for m, side in zip(middle, sides, strict=True)]
-        look = {"marker": "o", "ms": 4, "capsize": 2, **(looks or {}).get(arm, {})}
-        at.errorbar(points, middle, (below, above), label=arm, **look)
+        colour = (colours or {}).get(arm)
+        at.errorbar(
+            points, middle, (below, above), label=arm, color=colour, marker="o", ms=4, capsize=2
+        )
 
 
 def over_counts(at: Axes, counts: Sequence[int], across: str, up: str) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from bench.__main__ import main
-from bench.case import Case
-from bench.models import BenchModel
+from bench.case import Case, ModelFile
 from pyllamabatch.report.records import Record, read
 from tests.support.models_gguf import gguf_path
 
@@ -32,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def case() -> Case:
     """Three sequences of a tiny model."""
-    model = BenchModel(gguf_path("llama"), "tiny", 1)
+    model = ModelFile(gguf_path("llama"), 1)
     return Case(model=model, pp=9, tg=5, pl=3, n_threads=1, sampling="greedy", seed=2)
 
 

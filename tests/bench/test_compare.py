@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,37 +11,13 @@ import pytest
 from bench import compare, harness
 from bench.__main__ import main
 from bench.benches import load
-from bench.models import BenchModel
-from bench.options import Budget
 from bench.summary import latest, markdown
-from pyllamabatch.compare.arms import NAMES as ARMS
 from pyllamabatch.report.records import Record, read
 from tests.support.made_up_rows import row
-
-MODEL = BenchModel(Path("m.gguf"), "m", 7)
-
-
-def options(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    compare.add_arguments(parser)
-    return parser.parse_args(words)
 
 
 def on_h200(arm: str, n: int, speed: float, bench: str = "compare") -> Record:
     return replace(row(arm, n, speed, bench=bench, gpu="NVIDIA H200"), model_type="gemma3 1B Q4_K")
-
-
-def test_a_plan_for_each_protocol() -> None:
-    burst, poisson = compare.experiments(
-        options("--protocols", "burst,poisson", "-N", "1,4", "--tokens", "30", "--rate", "2"), MODEL
-    )
-    assert [case.pl for case in burst.cases] == [1, 4]
-    assert [arm.name for arm in burst.arms] == list(ARMS)
-    assert (burst.tokens, burst.cases[0].tg, burst.requests, burst.repeats) == (30, 29, 1, 3)
-    assert (poisson.tokens, poisson.cases[0].tg, poisson.requests) == (30, 30, 4)
-    assert poisson.rate == 2
-    with pytest.raises(SystemExit, match="not one of burst, ds4, poisson"):
-        compare.experiments(options("--protocols", "brust"), MODEL)
 
 
 def test_targets_are_of_the_burst_alone() -> None:
@@ -73,20 +47,6 @@ def test_the_report_has_the_table_of_each_protocol_and_the_advice_once() -> None
     assert "does not have" not in text
 
 
-def test_no_run_begins_when_the_budget_is_spent() -> None:
-    begun = []
-
-    def running() -> Generator[Record, None, None]:
-        for n in (1, 2):
-            begun.append(n)
-            yield row("engine", n, 9)
-
-    assert [r.pl for r in compare.until_spent(running(), Budget(None), None)] == [1, 2]
-    begun.clear()
-    assert list(compare.until_spent(running(), Budget(0.0), None)) == []
-    assert begun == []
-
-
 def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--quick", "--model", "default", "-N", "2", "--arms", "contexts,engine"]
     assert main(["compare", *words, "--threads", "1", "--out", str(tmp_path)]) == 0
@@ -101,6 +61,8 @@ def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert file.name.startswith("compare-default-")
     if sys.platform == "linux":
         assert all(r.detail["rss_bytes"] > 0 for r in rows)
+    assert main(["compare", *words, "--budget", "0", "--out", str(tmp_path / "none")]) == 1
+    assert not (tmp_path / "none").exists()
     out = capsys.readouterr().out
     assert "| 2 | engine |" in out
     assert "- 2 users: " in out

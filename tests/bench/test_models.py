@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 from bench import models, serve, tools
 from bench.__main__ import main
 from bench.arms import batched_bench_row
-from bench.cache import REPOSITORY, cache_folder
+from bench.cache import cache_folder
 from bench.case import Case
 from bench.shapes import GEMMA3_1B, QWEN2_0_5B, SHAPES, Shape
 from bench.tools import ToolError, source_tree, tool
@@ -152,20 +151,6 @@ def test_tools_use_the_packages_ggml_if_it_is_of_the_same_llama_cpp(
     assert tools.ggml_folder() == (package if linked else None)
     monkeypatch.setattr(tools, "build_number", lambda: number + 1)
     assert tools.ggml_folder() is None
-
-
-def test_what_is_made_before_the_package_does_not_import_it() -> None:
-    """bench/measure.sh has llama.cpp's tools and the model built beside the package."""
-    code = (
-        "import sys; sys.modules['pyllamabatch'] = None\n"
-        "from bench.__main__ import main\n"
-        "main([sys.argv[1], '--help'])"
-    )
-    for command, status in (("tool", 0), ("model", 0), ("list", 1)):
-        done = subprocess.run(
-            [sys.executable, "-c", code, command], cwd=REPOSITORY, capture_output=True, check=False
-        )
-        assert done.returncode == status, done.stderr.decode()
 
 
 def test_a_tool_that_prints_nothing_is_asked_again(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import os
 import resource
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyllamabatch import Context, Engine, Model
-from pyllamabatch.compare.arms import Arm, chosen
-from pyllamabatch.compare.case import Case, GgufFile, sampling_params
+from pyllamabatch import Context, Model
+from pyllamabatch.compare.arms import ARMS, threads_of
+from pyllamabatch.compare.case import Case, ModelFile
 from pyllamabatch.compare.child import ArmError, Child
-from pyllamabatch.compare.clients import at_once
-from pyllamabatch.compare.engine_arm import StartTogether
-from pyllamabatch.compare.loop import CHAIN, FUSED, loop_of
+from pyllamabatch.compare.clients import ask_all, at_once
+from pyllamabatch.compare.hosted import StartTogether
+from pyllamabatch.compare.loop import Loop
 from pyllamabatch.compare.processes import Processes
 from pyllamabatch.compare.run import Experiment
-from pyllamabatch.compare.scenario import Gate
-from pyllamabatch.compare.server import Json, RoundRobin, Server, ThreadingServer, completion
+from pyllamabatch.compare.scenario import gate
+from pyllamabatch.compare.server import Json, RoundRobin, Server, ThreadingServer, completion, line
 from pyllamabatch.compare.workload import (
     RequestTimes,
     Timings,
@@ -48,7 +48,7 @@ SECONDS = 60.0
 
 
 def case_of(pl: int = 2, **values: object) -> Case:
-    model = GgufFile(Path(default_model_path()))
+    model = ModelFile(Path(default_model_path()))
     given = {"pp": 12, "tg": 6, "n_threads": 1, "sampling": "greedy", "seed": 3} | values
     return Case(model=model, pl=pl, **given)  # type: ignore[arg-type]
 
@@ -75,23 +75,15 @@ def likeliest(model: Model, prompt: list[int], n: int) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("sampler", [CHAIN, FUSED])
 @pytest.mark.parametrize("n_batch", [512, 16])
-def test_a_loop_samples_what_each_sequence_gets_alone(
-    model: Model, sampler: str, n_batch: int
-) -> None:
+def test_a_loop_samples_what_each_sequence_gets_alone(model: Model, n_batch: int) -> None:
     """Also when prompts take several batches, and one comes while another decodes."""
     case = case_of(n_batch=n_batch, pp=40)
     prompts = case.prompts(model.n_vocab).tolist()
-    if sampler == FUSED:
-        with Engine(model, n_seq_max=2, n_ctx=512, n_threads=1) as engine:
-            params = sampling_params("greedy", 3, 8)
-            expected = [result.tokens for result in engine.generate(prompts, params)]
-    else:  # which may sample the end of text, and go on
-        expected = [likeliest(model, prompt, 8) for prompt in prompts]
+    expected = [likeliest(model, prompt, 8) for prompt in prompts]
     found: list[list[int]] = [[], []]
     with Context(model, **case.context_params()) as context:
-        loop = loop_of(sampler, context, "greedy", 1)
+        loop = Loop(context, "greedy")
         loop.start(0, prompts[0], 3)
         while len(found[1]) < 8:
             for seq, token in loop.step().items():
@@ -100,8 +92,6 @@ def test_a_loop_samples_what_each_sequence_gets_alone(
                 loop.start(1, prompts[1], 4)
             if len(found[0]) == 8:
                 loop.stop(0)
-        loop.stop(1)
-        assert loop.idle
         loop.close()
     assert [tokens[:8] for tokens in found] == expected
 
@@ -109,7 +99,7 @@ def test_a_loop_samples_what_each_sequence_gets_alone(
 def test_held_sequences_wait_for_a_prompt(model: Model) -> None:
     case = case_of(pp=30, n_batch=16)
     with Context(model, **case.context_params()) as context:
-        loop = loop_of(CHAIN, context, "greedy")
+        loop = Loop(context, "greedy")
         loop.start(0, [5] * 10, 1)
         loop.start(1, [6] * 30, 1)
         sampled = []
@@ -189,47 +179,81 @@ def test_prompts_are_equal_where_the_protocol_says_so() -> None:
 # -- what runs when --
 
 
+def test_clients_of_a_burst_wait_for_each_other_after_the_first_token() -> None:
+    events: list[str] = []
+
+    def ask(k: int, i: int) -> Iterator[int]:
+        for token in range(3):
+            events.append(f"{token}")
+            yield token
+
+    workload = Workload("burst", 0, 3, (0.0,) * 3)
+    timings = ask_all(workload, 3, ask, let_go=lambda: events.append("go"))
+    assert sorted(events[:3]) == ["0"] * 3
+    assert events[3] == "go"
+    for one in timings.requests:
+        assert one.times[0] <= timings.begin <= one.times[1]
+
+
+def test_a_client_that_fails_ends_the_burst_of_the_others() -> None:
+    def ask(k: int, i: int) -> Iterator[int]:
+        if i == 1:
+            raise ArmError("broken")
+        yield from range(3)
+
+    one, two = ask_all(Workload("burst", 0, 3, (0.0,) * 2), 2, ask).requests
+    assert (two.error, two.times) == ("broken", [])
+    assert (one.error, len(one.times)) == ("another request failed before the time started", 1)
+
+
+def test_clients_take_the_requests_in_the_order_in_which_they_come() -> None:
+    taken: list[tuple[int, float]] = []
+
+    def ask(k: int, i: int) -> Iterator[int]:
+        taken.append((i, time.perf_counter()))
+        yield 0
+
+    arrivals = (0.0, 0.01, 0.02, 0.04)
+    timings = ask_all(Workload("poisson", 0, 1, arrivals), 2, ask)
+    assert [i for i, _ in sorted(taken, key=lambda one: one[1])] == [0, 1, 2, 3]
+    for (_, moment), one, arrival in zip(sorted(taken), timings.requests, arrivals, strict=True):
+        assert one.arrived == timings.begin + arrival <= moment
+
+
 def test_arms_take_turns_and_single_runs_once() -> None:
-    arms = chosen(["single", "contexts", "engine"], [CHAIN, FUSED])
-    names = ["single", "single fused", "contexts", "contexts fused", "engine"]
-    assert [arm.name for arm in arms] == names
-    assert [arm.name for arm in chosen(["engine", "shared"], [FUSED])] == ["engine", "shared fused"]
+    names = ["single", "contexts", "engine"]
+    arms = [ARMS[name] for name in names]
     experiment = Experiment("burst", arms, [case_of(2), case_of(4)], tokens=7, repeats=2)
     runs = [(case.pl, repeat, arm.name) for case, repeat, arm in experiment.runs()]
-    first = [(1 if "single" in name else 2, 0, name) for name in names]
-    assert runs[:10] == first + [(pl, 1, name) for pl, _, name in first[::-1]]
-    assert runs[10:13] == [(4, 0, name) for name in names[2:]]
-    assert len(runs) == 16
+    first = [(1 if name == "single" else 2, 0, name) for name in names]
+    assert runs[:6] == first + [(pl, 1, name) for pl, _, name in first[::-1]]
+    assert runs[6:] == [(4, 0, "contexts"), (4, 0, "engine"), (4, 1, "engine"), (4, 1, "contexts")]
 
 
-def test_threads_of_an_arm() -> None:
-    case = case_of(3, n_threads=8)
-    assert Arm("contexts").case_of(case, False).n_threads == 2
-    assert Arm("processes").case_of(case_of(16, n_threads=8), False).n_threads == 1
-    assert Arm("contexts").case_of(case, True).n_threads == 8
-    assert Arm("shared").case_of(case, False).n_threads == 8
-
-
-def test_workers_have_what_is_theirs_of_the_memory() -> None:
-    experiment = Experiment("burst", [], [], tokens=2)
-    assert experiment.process_limit(case_of(2)) == 0
-    assert replace(experiment, total_memory=600).process_limit(case_of(3)) == 200
-    both = replace(experiment, total_memory=600, process_memory=300)
-    assert [both.process_limit(case_of(n)) for n in (1, 3)] == [300, 200]
+@pytest.mark.parametrize(
+    ("arm", "pl", "oversubscribe", "each"),
+    [
+        ("contexts", 3, False, 2),
+        ("processes", 16, False, 1),
+        ("contexts", 3, True, 8),
+        ("shared", 3, False, 8),
+    ],
+)
+def test_threads_of_an_arm(arm: str, pl: int, oversubscribe: bool, each: int) -> None:
+    assert threads_of(ARMS[arm], case_of(pl, n_threads=8), oversubscribe) == each
 
 
 def test_a_gate_holds_at_every_number_of_sequences() -> None:
     rows = [row("contexts", n, 10.0) for n in (2, 4)]
     rows += [row("engine", 2, 15.0), row("engine", 4, 13.0), row("single", 1, 1.0)]
-    judged = Gate("engine", "contexts", 1.4).judged(rows)
-    assert [(one["num_sequences"], one["ratio"]) for one in judged] == [
-        (2, pytest.approx(1.5)),
-        (4, pytest.approx(1.3)),
+    judged = gate(rows, "engine", 1.4)
+    assert [(one["num_sequences"], one["ratio"], one["met"]) for one in judged] == [
+        (2, pytest.approx(1.5), True),
+        (4, pytest.approx(1.3), False),
     ]
-    assert Gate("engine", "contexts", 1.3 - 1e-9).met(rows)
-    assert not Gate("engine", "contexts", 1.4).met(rows)
-    assert not Gate("shared", "contexts", 0.1).met(rows)
-    assert not Gate("engine", "contexts", 0.1).met([])
+    assert [one["met"] for one in gate(rows, "engine", 1.3 - 1e-9)] == [True, True]
+    assert [one["met"] for one in gate(rows, "shared", 0.1)] == [False, False]
+    assert gate([], "engine", 0.1) == []
 
 
 # -- the engine's start --
@@ -252,26 +276,17 @@ def advanced(policy: StartTogether, decoding: int, prefilling: int) -> set[int]:
     return set(policy.plan(seen).advances(seen))
 
 
-def test_no_sequence_decodes_before_all_have_their_first_token() -> None:
+def test_no_sequence_decodes_before_they_are_let_go() -> None:
     policy = StartTogether(sarathi())
     assert advanced(policy, 1, 1) == {0, 10}  # not told to hold
-    policy.hold(3)
-    waiting = policy.plan(view(2, 0))  # the third has not come yet
+    policy.held = True
+    waiting = policy.plan(view(2, 0))
     assert not waiting.tokens
     assert not waiting.decode_all
     assert waiting.wake is not None
     assert advanced(policy, 2, 1) == {10}
-    assert policy.begin == 0.0
+    policy.let_go()
     assert advanced(policy, 3, 0) == {0, 1, 2}
-    assert policy.begin > 0.0
-    assert advanced(policy, 1, 1) == {0, 10}
-
-
-def test_one_that_fails_at_its_prompt_does_not_hold_the_others() -> None:
-    policy = StartTogether(sarathi())
-    policy.hold(3)
-    assert advanced(policy, 2, 1) == {10}
-    assert advanced(policy, 2, 0) == {0, 1}
 
 
 # -- processes --
@@ -289,19 +304,20 @@ def abort(pipe: Connection[Any, Any]) -> None:
 
 def test_a_child_does_what_it_is_told() -> None:
     with Child() as child:
-        child.do(echo, 3)
+        child.send((echo, 3))
         for i in range(3):
             child.send(i)
             assert child.receive(SECONDS) == i + 3
         child.send("text")
         with pytest.raises(ArmError, match="TypeError: can only concatenate str"):
             child.receive(SECONDS)
-    assert child.ended()
+    with pytest.raises(ProcessLookupError):
+        os.kill(child.pid, 0)
 
 
 def test_a_child_that_ends_says_why() -> None:
     with Child() as child:
-        child.do(abort)
+        child.send((abort,))
         for _ in range(2):
             with pytest.raises(ArmError, match=r"ended with -6\n(.*\n)*.*gone"):
                 child.receive(SECONDS)
@@ -310,7 +326,8 @@ def test_a_child_that_ends_says_why() -> None:
 def test_a_child_that_does_not_answer_is_not_waited_for() -> None:
     with Child() as child, pytest.raises(ArmError, match="no answer"):
         child.receive(0.05)
-    assert child.ended()
+    with pytest.raises(ProcessLookupError):
+        os.kill(child.pid, 0)
 
 
 @contextmanager
@@ -329,11 +346,11 @@ def serving(server: Server) -> Iterator[int]:
 def numbered(number: int) -> Server:
     """Answers with its number, and fails for less than no token."""
 
-    def answer(body: Json) -> Iterator[Json]:
-        yield {"token": number}
+    def answer(body: Json) -> Iterator[bytes]:
+        yield line(token=number)
         if body["n_predict"] < 0:
             raise ValueError("too few")
-        yield {"done": body["n_predict"]}
+        yield line(done=body["n_predict"])
 
     return Server(answer)
 
@@ -361,7 +378,7 @@ def test_what_fails_behind_the_router_is_an_error_and_not_a_hang() -> None:
     ):
         with pytest.raises(ArmError, match="worker 0: ConnectionRefusedError"):
             ask(port)
-        with pytest.raises(ArmError, match="worker 1: ValueError: too few"):
+        with pytest.raises(ArmError, match="ValueError: too few"):
             ask(port, -1)
         with pytest.raises(ArmError, match="worker 0"):
             ask(port)
@@ -385,7 +402,7 @@ def test_a_whole_answer_leaves_the_connection_open() -> None:
 
 @pytest.fixture
 def processes() -> Iterator[Processes]:
-    arm = Processes(case_of(2, n_cells=50_000), CHAIN, 0, False)
+    arm = Processes(case_of(2, n_cells=50_000), 0, False)
     arm.load()
     yield arm
     arm.close()

@@ -15,7 +15,7 @@ from pyllamabatch.report.plots import styled
 from pyllamabatch.report.records import Record
 from tests.support.made_up_rows import GIB, row
 
-SCALE = {"processes": 1.0, "contexts": 1.05, "shared": 1.7, "engine": 1.8, "engine fused": 1.9}
+SCALE = {"processes": 1.0, "contexts": 1.05, "shared": 1.7, "engine": 1.8}
 
 
 def made_up() -> list[Record]:
@@ -46,7 +46,7 @@ def test_a_picture_by_its_suffix(tmp_path: Path) -> None:
         plots.save(made_up(), tmp_path / name)
     text = (tmp_path / "a.svg").read_text(encoding="utf-8")
     assert text == (tmp_path / "b.svg").read_text(encoding="utf-8")
-    for words in ("together, tokens/s", "memory (PSS), GiB", "TTFT, p99, ms", "engine fused"):
+    for words in ("together, tokens/s", "memory (PSS), GiB", "TTFT, p99, ms"):
         assert words in text
     with pytest.raises(ArgumentError, match=r"must end in \.png, \.svg, \.html"):
         plots.save(made_up(), tmp_path / "a.pdf")
@@ -71,9 +71,6 @@ def test_the_panels_show_medians_and_failures() -> None:
     assert list(line.get_xdata()) == [1, 2, 4]
     assert line.get_ydata()[0] == pytest.approx(0.7)
     assert [at.get_ylabel() for at in poisson.axes][:2] == ["TTFT, p99, ms", "ITL, p99, ms"]
-    variants = {x.get_label(): x for x in each.get_lines() if "engine" in str(x.get_label())}
-    assert variants["engine"].get_color() == variants["engine fused"].get_color()
-    assert variants["engine"].get_linestyle() != variants["engine fused"].get_linestyle()
 
 
 def test_without_memory_the_panel_says_so() -> None:
@@ -89,7 +86,7 @@ def test_a_page_needs_nothing_else(tmp_path: Path) -> None:
     assert "<?xml" not in text
     assert not re.search(r"(src|href)=\"(?!#)", text)
     assert "Overall, with m-Q4_K_M" in text
-    assert "<td class=text>engine fused</td>" in text
+    assert "<td class=text>engine</td>" in text
     assert "<p>processes, N = 8, has no result: no memory</p>" in text
 
 

@@ -178,13 +178,6 @@ def test_the_raw_loop_gives_way_to_the_engine_unless_it_is_slower() -> None:
     assert line_for(alone, 2).startswith("2 users: contexts,")
 
 
-def test_arms_with_another_sampler_are_arms() -> None:
-    rows = [row("engine fused", 2, 90), row("engine", 2, 60), row("contexts", 2, 50)]
-    assert line_for(rows, 2).startswith("2 users: engine fused,")
-    assert "1.80 × contexts" in line_for(rows, 2)
-    assert "engine fused for 2 users" in overall(rows)
-
-
 def test_what_users_share_is_said() -> None:
     rows = [row("single", 1, 100), row("engine", 2, 101), row("engine", 4, 80)]
     assert "2 users share what one alone gets." in line_for(rows, 2)
@@ -259,9 +252,6 @@ def test_what_processes_share_is_what_rss_and_pss_say(pss: float, words: str) ->
     assert f"The 4 processes {'share' if pss < 1 else ''}" in overall(rows)
     assert words in overall(rows)
     assert f"{pss:.2f} GiB together (PSS), their RSS adds up to 2.00" in overall(rows)
-    more = (pss - min(pss, 1.0)) / 2
-    assert f"each further one adds {more:.2f} of its own" in overall(rows)
-    assert "further" not in overall(rows[1:])
 
 
 def test_nothing_is_said_of_sharing_where_it_is_not_known() -> None:
