@@ -10,17 +10,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyllamabatch.engine.engine import Engine
-    from pyllamabatch.engine.sequence import Sampled, Sequence
-    from pyllamabatch.engine.stream import Result, Stream, Token
-    from pyllamabatch.errors import PyllamabatchError
-    from pyllamabatch.llama.batch import Batch
-    from pyllamabatch.llama.context import Context
-    from pyllamabatch.llama.lora import LoraAdapter
-    from pyllamabatch.llama.memory import Capabilities, Memory
-    from pyllamabatch.llama.model import Model
-    from pyllamabatch.llama.vocab import PieceDecoder, Vocab
-    from pyllamabatch.step.sampling_params import SamplingParams
+    from pyllamabatch.engine.engine import Engine as Engine
+    from pyllamabatch.engine.sequence import Sampled as Sampled
+    from pyllamabatch.engine.sequence import Sequence as Sequence
+    from pyllamabatch.engine.stream import Result as Result
+    from pyllamabatch.engine.stream import Stream as Stream
+    from pyllamabatch.engine.stream import Token as Token
+    from pyllamabatch.errors import PyllamabatchError as PyllamabatchError
+    from pyllamabatch.llama.batch import Batch as Batch
+    from pyllamabatch.llama.context import Context as Context
+    from pyllamabatch.llama.lora import LoraAdapter as LoraAdapter
+    from pyllamabatch.llama.memory import Capabilities as Capabilities
+    from pyllamabatch.llama.memory import Memory as Memory
+    from pyllamabatch.llama.model import Model as Model
+    from pyllamabatch.llama.vocab import PieceDecoder as PieceDecoder
+    from pyllamabatch.llama.vocab import Vocab as Vocab
+    from pyllamabatch.step.sampling_params import SamplingParams as SamplingParams
 
 _HOME = {
     "Batch": "llama.batch",
@@ -41,25 +46,7 @@ _HOME = {
     "Vocab": "llama.vocab",
 }
 
-__all__ = [
-    "Batch",
-    "Capabilities",
-    "Context",
-    "Engine",
-    "LoraAdapter",
-    "Memory",
-    "Model",
-    "PieceDecoder",
-    "PyllamabatchError",
-    "Result",
-    "Sampled",
-    "SamplingParams",
-    "Sequence",
-    "Stream",
-    "Token",
-    "Vocab",
-    "__version__",
-]
+__all__ = [*_HOME, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

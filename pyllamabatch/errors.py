@@ -1,19 +1,17 @@
 """What can go wrong, one exception per kind of failure; all of them are `PyllamabatchError`.
 
 The checks of arguments that every room shares are at the end: `integer`, `number`, `flag`,
-`choice`, `checked_keywords`.
+`choice`, `unknown_keyword`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import numbers
 import operator
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
 
 
 class PyllamabatchError(Exception):
@@ -33,9 +31,7 @@ class ArgumentError(PyllamabatchError, ValueError):
 
     def __init__(self, argument: str, value: object, limit: str) -> None:
         super().__init__(f"{argument}={_short(value)}: {limit}")
-        self.argument = argument
-        self.value = value
-        self.limit = limit
+        self.argument, self.value, self.limit = argument, value, limit
 
 
 class RequestTooLong(ArgumentError):
@@ -62,9 +58,7 @@ class ModelLoadError(PyllamabatchError):
 
     def __init__(self, path: str, reason: str, log: str = "") -> None:
         super().__init__(f"can't load {path}: {reason}" + (f"\n{log}" if log else ""))
-        self.path = path
-        self.reason = reason
-        self.log = log
+        self.path, self.reason, self.log = path, reason, log
 
 
 class ModelLoadCancelled(PyllamabatchError):
@@ -79,12 +73,9 @@ class NotEnoughMemory(ContextCreateError):
     """The context could not fit: `needed` is a lower bound, `available` is free now (bytes)."""
 
     def __init__(self, needed: int, available: int, advice: str) -> None:
-        super().__init__(
-            f"the context needs at least {needed / 2**30:.1f} GiB, "
-            f"{available / 2**30:.1f} GiB are available: {advice}"
-        )
-        self.needed = needed
-        self.available = available
+        least, free = f"{needed / 2**30:.1f} GiB", f"{available / 2**30:.1f} GiB"
+        super().__init__(f"the context needs at least {least}, {free} are available: {advice}")
+        self.needed, self.available = needed, available
 
 
 class QueueFull(PyllamabatchError):
@@ -108,8 +99,7 @@ class DecodeError(PyllamabatchError):
 
     def __init__(self, code: int, detail: str = "") -> None:
         super().__init__(f"{self.explanation} (code {code})" + (f"\n{detail}" if detail else ""))
-        self.code = code
-        self.detail = detail
+        self.code, self.detail = code, detail
 
     explanation = "decode failed"
 
@@ -187,13 +177,10 @@ class ProfileError(PyllamabatchError):
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name}: {reason}")
-        self.name = name
-        self.reason = reason
+        self.name, self.reason = name, reason
 
 
 # -- checks of arguments --
-
-T = TypeVar("T")
 
 
 def integer(name: str, value: object, low: int, high: int) -> int:
@@ -241,21 +228,6 @@ def unknown_keyword(name: str, value: object, known: Iterable[str]) -> ArgumentE
     near = get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
     return ArgumentError(name, value, f"no such parameter; {hint}")
-
-
-def checked_keywords(cls: type[T]) -> type[T]:
-    """A decorator for a keyword-only dataclass: an unknown keyword is an `ArgumentError`."""
-    known = {field.name for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
-    init: Any = cls.__init__
-
-    def __init__(self: T, **values: Any) -> None:
-        for name, value in values.items():
-            if name not in known:
-                raise unknown_keyword(name, value, known)
-        init(self, **values)
-
-    setattr(cls, "__init__", __init__)  # noqa: B010 (mypy knows no other signature of it)
-    return cls
 
 
 def _short(value: object) -> str:

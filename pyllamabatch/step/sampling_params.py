@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from pyllamabatch.errors import ArgumentError, checked_keywords, flag, integer, number
+from pyllamabatch.errors import ArgumentError, flag, integer, number, unknown_keyword
 from pyllamabatch.step.json_schema import Schema, schema_text
 
 INT32_MAX = 2**31 - 1
@@ -18,7 +18,6 @@ TEMPERATURE_MIN = 1e-4  # smaller ones overflow float32 on their way to what 0 g
 PENALTY_MAX = 1e6
 
 
-@checked_keywords
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """What a request asks of sampling. Raises `ArgumentError` for a value out of its range.
@@ -65,6 +64,12 @@ class SamplingParams:
     ignore_eog: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
+
+    def __new__(cls, **values: object) -> SamplingParams:
+        for name, value in values.items():
+            if name not in cls.__dataclass_fields__:
+                raise unknown_keyword(name, value, cls.__dataclass_fields__)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self._integer("max_tokens", 1, INT32_MAX)

@@ -61,18 +61,9 @@ from pyllamabatch.step.types import (
 )
 
 __all__ = [
-    "OUTPUT",
-    "RESULT_DTYPE",
-    "SAMPLE",
-    "STEP_DTYPE",
-    "DetachedSlot",
-    "Finish",
-    "Results",
-    "Rows",
-    "SlotInfo",
-    "Stepper",
-    "Stop",
-]
+    "OUTPUT", "RESULT_DTYPE", "SAMPLE", "STEP_DTYPE", "DetachedSlot", "Finish", "Results", "Rows",
+    "SlotInfo", "Stepper", "Stop",
+]  # fmt: skip
 
 _REFUSED: int = lib.PLB_E_ARGUMENT  # and below: ours, not llama_decode's
 _THREW: int = lib.PLB_E_DECODE

@@ -139,35 +139,30 @@ class StepTrace:
     def snapshot(self) -> Callable[[], Trace]:
         """A function that makes the table of what is there now: trace_dtype, oldest step first."""
         with self._lock:
-            n_dropped, pages = self._n_dropped, [(page.table, page.n) for page in self._pages]
+            n_dropped, pages = self._n_dropped, [page.table[: page.n] for page in self._pages]
         calls, first_call = list(self._calls), self._n_dropped_calls
-        capacity, n_seq_max = self._capacity, len(self.ids)
 
         def table() -> Trace:
-            steps = np.concatenate([table[:n] for table, n in pages])
-            return _table(steps, n_dropped, calls, first_call, capacity, n_seq_max)
+            steps = np.concatenate(pages)
+            end = n_dropped + len(steps)
+            n = min(len(steps), self._capacity)
+            if calls:
+                n = min(n, max(0, end - calls[0].first))
+            table = np.zeros(n, dtype=trace_dtype(len(self.ids)))
+            if n:
+                _fill(table, steps[-n - 1 :], end - n, calls, first_call)
+            return table
 
         return table
 
 
-def _table(
-    steps: Trace,
-    first_step: int,
-    calls: list[_Call],
-    first_call: int,
-    capacity: int,
-    n_seq_max: int,
-) -> Trace:
-    """`steps`: those from number `first_step` on; `calls`: those from number `first_call` on."""
-    n = min(len(steps), capacity)
-    if calls:
-        n = min(n, max(0, first_step + len(steps) - calls[0].first))
-    table = np.zeros(n, dtype=trace_dtype(n_seq_max))
-    if n == 0:
-        return table
-    number = first_step + len(steps) - n + np.arange(n)
-    all_steps = steps[-n - 1 :]  # one before them, if there is one
-    steps = steps[-n:]
+def _fill(
+    table: Trace, all_steps: Trace, first_step: int, calls: list[_Call], first_call: int
+) -> None:
+    """Write a table of the steps from number `first_step` on. all_steps: these, and one before them
+    if there is one. calls: those from number `first_call` on."""
+    n, steps = len(table), all_steps[-len(table) :]
+    number = first_step + np.arange(n)
     firsts = np.array([call.first for call in calls], dtype=np.int64)
     of = np.searchsorted(firsts, number, side="right") - 1  # the call of each step
 
@@ -205,7 +200,6 @@ def _table(
         for slot, id, n_prompt in call.prompts:
             table["ids"][of_call, slot] = id
             table["chunk"][of_call, slot] = n_prompt
-    return table
 
 
 def to_chrome(trace: Trace, path: str | PathLike[str]) -> None:
@@ -218,22 +212,24 @@ def to_chrome(trace: Trace, path: str | PathLike[str]) -> None:
 
 
 _ENGINE, _REQUESTS = 1, 2  # "processes": groups of tracks
+_ARGUMENTS = ("rows", "prefill_rows", "decode_rows", "sampled", "kv_used", "reused", "run", "code")
 
 
 def _names(trace: Trace) -> Iterator[dict[str, Any]]:
-    for pid, name in ((_ENGINE, "engine"), (_REQUESTS, "requests")):
-        yield {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": name}}
-    yield {"ph": "M", "name": "thread_name", "pid": _ENGINE, "tid": 1, "args": {"name": "steps"}}
+    def name(kind: str, pid: int, tid: int, name: str) -> dict[str, Any]:
+        return {"ph": "M", "name": f"{kind}_name", "pid": pid, "tid": tid, "args": {"name": name}}
+
+    yield name("process", _ENGINE, 0, "engine")
+    yield name("process", _REQUESTS, 0, "requests")
+    yield name("thread", _ENGINE, 1, "steps")
     for id in np.unique(trace["ids"][trace["ids"] > 0]).tolist():
-        args = {"name": f"request {id}"}
-        yield {"ph": "M", "name": "thread_name", "pid": _REQUESTS, "tid": id, "args": args}
+        yield name("thread", _REQUESTS, id, f"request {id}")
 
 
-def _slice(
-    pid: int, tid: int, name: str, start_ns: int, ns: int, args: dict[str, Any] | None = None
+def _event(
+    kind: str, pid: int, tid: int, name: str, start_ns: int, **more: object
 ) -> dict[str, Any]:
-    event = {"ph": "X", "pid": pid, "tid": tid, "name": name, "ts": start_ns / 1e3, "dur": ns / 1e3}
-    return event if args is None else {**event, "args": args}
+    return {"ph": kind, "pid": pid, "tid": tid, "name": name, "ts": start_ns / 1e3, **more}
 
 
 def _starts(trace: Trace) -> list[int]:
@@ -242,44 +238,28 @@ def _starts(trace: Trace) -> list[int]:
 
 
 def _steps(trace: Trace) -> Iterator[dict[str, Any]]:
-    shown = ("rows", "prefill_rows", "decode_rows", "sampled", "kv_used", "reused", "run", "code")
-    columns = [trace[name].tolist() for name in shown]
-    phases = [trace[name].tolist() for name in TIMES]
-    gaps, reasons = trace["python_ns"].tolist(), trace["reasons"].tolist()
-    for i, start in enumerate(_starts(trace)):
-        times = [phase[i] for phase in phases]
-        args: dict[str, Any] = {
-            name: column[i] for name, column in zip(shown, columns, strict=True)
-        }
-        if reasons[i]:
-            args["reasons"] = {f"request {id}": text for id, text in reasons[i].items()}
-        if i > 0 and gaps[i] > 0:
-            yield _slice(_ENGINE, 1, "python", start - gaps[i], gaps[i])
-        yield _slice(_ENGINE, 1, "step", start, sum(times), args)
-        at = start
+    all_args = (dict(zip(_ARGUMENTS, row, strict=True)) for row in trace[[*_ARGUMENTS]].tolist())
+    all_times = trace[[*TIMES]].tolist()
+    before = zip(trace["python_ns"].tolist(), trace["reasons"].tolist(), strict=True)
+    for at, args, times, (gap, reasons) in zip(
+        _starts(trace), all_args, all_times, before, strict=True
+    ):
+        if reasons:
+            args["reasons"] = {f"request {id}": text for id, text in reasons.items()}
+        if at > 0 and gap > 0:
+            yield _event("X", _ENGINE, 1, "python", at - gap, dur=gap / 1e3)
+        yield _event("X", _ENGINE, 1, "step", at, dur=sum(times) / 1e3, args=args)
         for name, ns in zip(PHASES, times, strict=True):
-            yield _slice(_ENGINE, 1, name, at, ns)
+            yield _event("X", _ENGINE, 1, name, at, dur=ns / 1e3)
             at += ns
-        yield {
-            "ph": "C",
-            "pid": _ENGINE,
-            "tid": 0,
-            "name": "KV cells",
-            "ts": at / 1e3,
-            "args": {"used": args["kv_used"]},
-        }
+        yield _event("C", _ENGINE, 0, "KV cells", at, args={"used": args["kv_used"]})
 
 
 def _sequences(trace: Trace) -> Iterator[dict[str, Any]]:
-    took = np.sum([trace[name] for name in TIMES], axis=0)
-    where = np.nonzero(trace["ids"])
-    columns = (
-        trace["ids"][where].tolist(),
-        trace["chunk"][where].tolist(),
-        where[0].tolist(),
-        where[1].tolist(),
-    )
+    took = np.sum([trace[name] for name in TIMES], axis=0).tolist()
+    steps, slots = np.nonzero(trace["ids"])
+    ids, chunks = trace["ids"][steps, slots].tolist(), trace["chunk"][steps, slots].tolist()
     starts = _starts(trace)
-    for id, chunk, i, slot in zip(*columns, strict=True):
-        name = f"prefill {chunk}" if chunk else "decode"
-        yield _slice(_REQUESTS, id, name, starts[i], int(took[i]), {"slot": slot, "step": i})
+    for id, chunk, i, slot in zip(ids, chunks, steps.tolist(), slots.tolist(), strict=True):
+        name, args = f"prefill {chunk}" if chunk else "decode", {"slot": slot, "step": i}
+        yield _event("X", _REQUESTS, id, name, starts[i], dur=took[i] / 1e3, args=args)
