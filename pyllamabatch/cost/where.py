@@ -15,8 +15,8 @@ from typing import Any
 from pyllamabatch.cost.kernels import Kernels, kernels
 from pyllamabatch.cost.profile import Key
 from pyllamabatch.llama import runtime
-from pyllamabatch.llama.breakdown import memory_parts
 from pyllamabatch.llama.context import Context
+from pyllamabatch.llama.limits import memory_parts
 from pyllamabatch.llama.model import Model
 from pyllamabatch.raw import ffi, lib
 

@@ -1,4 +1,5 @@
-"""What libllama would abort on when a context is made, or what can't fit, checked before.
+"""What libllama would abort on when a context is made, or what can't fit, checked before. And what
+a context takes up.
 
 Each rule names the assertion's reason, not its line: they are re-read when llama.cpp moves.
 """
@@ -6,13 +7,16 @@ Each rule names the assertion's reason, not its line: they are re-read when llam
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyllamabatch.errors import ArgumentError, NotEnoughMemory
+from pyllamabatch.errors import ArgumentError, NotEnoughMemory, PyllamabatchError
 from pyllamabatch.llama import runtime
 from pyllamabatch.llama.host import host_available
 from pyllamabatch.llama.model import Model
-from pyllamabatch.raw import lib
+from pyllamabatch.raw import ffi, lib
+
+if TYPE_CHECKING:
+    from pyllamabatch.llama.context import Context
 
 MAX_CTX = 2**31 - 256  # cells are counted in 32 bits and n_ctx is rounded up to 256
 _CELL_BYTES = 4 + 4 + 32  # libllama's own notes on a cell: position, shift, a bit per sequence
@@ -103,3 +107,31 @@ def cell_bytes(model: Model, params: Mapping[str, Any]) -> float:
 def max_position(model: Model) -> int:
     """The last position that a row may have: ggml aborts past the end of a table of positions."""
     return model.n_ctx_train - 1 if model.has_position_table else 2**31 - 2
+
+
+class Part(NamedTuple):
+    """Bytes in buffers of one type. model: weights; context: KV cells and states; compute: graphs.
+    host: memory that the CPU can use."""
+
+    buffer_type: str
+    device: str
+    host: bool
+    model: int
+    context: int
+    compute: int
+
+
+def memory_parts(context: Context) -> list[Part]:
+    """The buffers of a context, without that of the logits; of a model loaded with no_alloc, the
+    buffers that it would have."""
+    with context.exclusive():
+        n = lib.plb_memory_breakdown(context.ptr, ffi.NULL, 0)
+        parts = ffi.new("plb_memory_part[]", max(n, 1))
+        n = lib.plb_memory_breakdown(context.ptr, parts, n)
+    if n < 0:
+        raise PyllamabatchError("libllama can't say what the context takes up")
+    text = runtime.text
+    return [
+        Part(text(p.buffer_type), text(p.device), bool(p.host), p.model, p.context, p.compute)
+        for p in parts[0:n]
+    ]

@@ -19,7 +19,7 @@ from pyllamabatch.llama.params import (
     fill,
     metadata,
     override_array,
-    progress_callback,
+    progress_handle,
     share_array,
     string,
 )
@@ -97,6 +97,11 @@ class Model(Owner):
         if kv_overrides:
             keep.append(array := override_array(kv_overrides))
             native.kv_overrides = array
+        failure: list[BaseException] = []
+        if progress is not None:
+            keep.append(handle := progress_handle(progress, failure))
+            native.progress_callback = lib.plb_py_progress
+            native.progress_callback_user_data = handle
 
         self.path = os.fspath(path)
         # What to load it with again, without its weights (planner/residency.py).
@@ -106,11 +111,8 @@ class Model(Owner):
         }  # fmt: skip
         self._no_alloc = no_alloc
         self._vocab_only = vocab_only
-        with progress_callback(progress) as (callback, user_data, failure):
-            native.progress_callback = callback
-            native.progress_callback_user_data = user_data
-            names = ffi.new("const char *[]", files)
-            ptr, log = runtime.logged(lib.plb_model_load, names, len(files), native)
+        names = ffi.new("const char *[]", files)
+        ptr, log = runtime.logged(lib.plb_model_load, names, len(files), native)
         if ptr == ffi.NULL:
             if failure:
                 raise failure[0]

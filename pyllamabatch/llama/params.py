@@ -6,8 +6,7 @@ later llama.cpp adds is accepted under its own name without a change here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -151,13 +150,8 @@ def override_array(overrides: Mapping[str, KvOverride]) -> Any:
     return array
 
 
-@contextmanager
-def progress_callback(progress: Progress | None) -> Iterator[tuple[Any, Any, list[BaseException]]]:
-    """The C callback, its user data, and the exception that stopped the load (0 or 1)."""
-    failure: list[BaseException] = []
-    if progress is None:
-        yield ffi.NULL, ffi.NULL, failure
-        return
+def progress_handle(progress: Progress, failure: list[BaseException]) -> Any:
+    """The user data of `plb_py_progress`. What stops the load is put into `failure`."""
 
     def report(fraction: float) -> bool:
         try:
@@ -167,8 +161,7 @@ def progress_callback(progress: Progress | None) -> Iterator[tuple[Any, Any, lis
             failure.append(error)
         return not failure
 
-    handle = ffi.new_handle(report)
-    yield lib.plb_py_progress, handle, failure
+    return ffi.new_handle(report)
 
 
 @ffi.def_extern(name="plb_py_progress", error=False)  # type: ignore[untyped-decorator]

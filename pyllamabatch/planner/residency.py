@@ -20,11 +20,10 @@ from typing import Any
 
 from pyllamabatch.errors import NotEnoughMemory, integer
 from pyllamabatch.llama import runtime
-from pyllamabatch.llama.breakdown import memory_parts
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.handle import Owner
 from pyllamabatch.llama.host import PathLike, host_available
-from pyllamabatch.llama.limits import MAX_CTX
+from pyllamabatch.llama.limits import MAX_CTX, memory_parts
 from pyllamabatch.llama.model import Model
 from pyllamabatch.planner.machines import Machine
 

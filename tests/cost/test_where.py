@@ -13,8 +13,8 @@ from pyllamabatch.cost.kernels import kernels
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import Key, Profile, Sample, file_name, find_profile, profile_folder
 from pyllamabatch.errors import ProfileError
-from pyllamabatch.llama.breakdown import memory_parts
 from pyllamabatch.llama.context import Context
+from pyllamabatch.llama.limits import memory_parts
 
 
 def profile(key: Key, seconds: float = 0.01) -> Profile:

@@ -4,7 +4,6 @@ The CPU backend is the device here: the same graph, the same way back to the hos
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -102,51 +101,6 @@ def test_the_same_tokens_as_from_whole_rows(model: Model, kv_unified: bool, n_ub
                 both.append(each)
         assert both[0] == both[1]
         assert len({*both[0][0]}) > 3  # and not because there was nothing to choose
-
-
-def test_the_chains_distribution(model: Model) -> None:
-    params: dict[str, Any] = {"temperature": 1.6, "top_k": 20, "top_p": 0.98, "min_p": 0.01}
-
-    def counts(sampler: str, device_sampling: bool, seed: int) -> Counter[int]:
-        found: Counter[int] = Counter()
-        with (
-            context_of(model) as context,
-            Stepper(context, sampler=sampler, device_sampling=device_sampling) as stepper,
-        ):
-            given = prompt(0, 4)
-            rows = stepper.rows
-            for round in range(500):
-                context.memory.clear()
-                for seq in range(N_SEQ):
-                    n = seed + round * N_SEQ + seq
-                    stepper.set_slot(seq, SamplingParams(seed=n, **params))
-                    part = slice(4 * seq, 4 * seq + 4)
-                    rows.token[part], rows.pos[part], rows.seq[part] = given, np.arange(4), seq
-                    rows.flags[part] = (0, 0, 0, SAMPLE)
-                result = stepper.step(4 * N_SEQ)
-                result.raise_for_code()
-                assert stepper._info.on_device == device_sampling
-                found.update(result.token.tolist())
-        return found
-
-    ours = counts("fused", True, 0)
-    chain = counts("chain", False, 1_000_000)
-    tokens = [t for t in ours.keys() | chain.keys() if ours[t] + chain[t] >= 10]
-    assert len(tokens) >= 6
-    pairs = [(ours[t], chain[t]) for t in tokens]
-    assert chi_square_z(pairs) < 4
-    (a, b), *rest = sorted(pairs, reverse=True)
-    (c, d), *rest = rest
-    moved = a // 3  # that the check can fail: a third of one token's share given to another one
-    assert chi_square_z([(a - moved, b), (c + moved, d), *rest]) > 4
-
-
-def chi_square_z(pairs: Sequence[tuple[int, int]]) -> float:
-    """Two samples of the same size: how many standard deviations their chi-square is off (Wilson
-    and Hilferty, 1931)."""
-    square = sum((a - b) ** 2 / (a + b) for a, b in pairs)
-    k = len(pairs) - 1
-    return float(((square / k) ** (1 / 3) - (1 - 2 / (9 * k))) / (2 / (9 * k)) ** 0.5)
 
 
 ASKS_FOR_MORE: list[dict[str, Any]] = [

@@ -30,6 +30,8 @@ def test_levels(tiny_llama_path: Path, caplog: pytest.LogCaptureFixture) -> None
             Model(tiny_llama_path).close()
             counts.append(len(messages(caplog)))
     assert counts[0] < counts[1] < counts[2]
+    assert not any("\n" in text for text in messages(caplog))
+    assert logging.getLogger("pyllamabatch").handlers  # quiet: no handler of last resort
 
 
 def test_a_full_ring_drops_the_oldest(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -159,17 +158,6 @@ def test_a_context_outlives_its_model(tiny_llama_path: Path) -> None:
         batch.extend([5, 6, 7], 0, 0)
         context.decode(batch)
         assert context.logits().shape == (n_vocab,)
-
-
-def test_log_goes_to_logging(tiny_llama_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    logger = logging.getLogger("pyllamabatch.llama")
-    assert logging.getLogger("pyllamabatch").handlers  # quiet: no handler of last resort
-    with caplog.at_level(logging.INFO, logger=logger.name):
-        Model(tiny_llama_path).close()  # takes up the level
-        caplog.clear()
-        Model(tiny_llama_path).close()
-    assert any("tiny-llama" in record.message for record in caplog.records)
-    assert all("\n" not in record.message for record in caplog.records)
 
 
 def test_nothing_is_printed(tiny_llama_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -12,9 +12,9 @@ import pytest
 from pyllamabatch import Engine, Model
 from pyllamabatch.cli import main
 from pyllamabatch.errors import ArgumentError, NotEnoughMemory
-from pyllamabatch.llama.breakdown import memory_parts
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.host import host_available
+from pyllamabatch.llama.limits import memory_parts
 from pyllamabatch.planner import residency
 from pyllamabatch.planner.machines import GIB, MACHINES, Machine, here, machine
 from pyllamabatch.planner.residency import Footprint, Pool, Projector, most

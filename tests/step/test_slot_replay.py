@@ -100,16 +100,3 @@ def test_what_can_not_have_been_sampled(context: Context) -> None:
         stepper.put_slot(0, used)
         with pytest.raises(ArgumentError, match="not put back"):
             stepper.replay(used, [5], 0, 4)
-
-
-def test_a_fault_hits_the_decode_that_was_named(context: Context) -> None:
-    with Stepper(context, n_threads=1) as stepper:
-        context.memory.clear()
-        start(stepper, SamplingParams(temperature=0, max_tokens=20))
-        stepper.fault(3, -3, 0)
-        assert len(generate(stepper, 2)) == 2
-        assert stepper.run([0], 1).code == -3
-        assert context.memory.pos_max(0) == len(PROMPT) + 1
-        assert len(generate(stepper, 2)) == 2
-        with pytest.raises(ArgumentError, match="fault"):
-            stepper.fault(1, 0)
