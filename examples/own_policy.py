@@ -17,7 +17,7 @@ from pyllamabatch.scheduler import (
 from pyllamabatch.scheduler.policies.parts import ALWAYS
 from pyllamabatch.sim.replica import EngineSpec
 from pyllamabatch.sim.simulate import simulate
-from pyllamabatch.sim.workload import poisson
+from pyllamabatch.sim.workload import draw
 
 
 def cells_at_the_end(seq: SequenceView) -> int:
@@ -49,7 +49,7 @@ if __name__ == "__main__":
     print("made up:", memory_aware().plan(StepView.of(limits, waiting=waiting)).tokens)
 
     spec = EngineSpec.of(Device(), n_seq_max=16, n_cells=1024)
-    trace = poisson(seed=1, rate=50, n=60, prompt="32", output="128")
+    trace = draw("poisson:rate=50,n=60,prompt=32,output=128", seed=1)
     for policy in ("sarathi", memory_aware):
         run = simulate(trace, spec, policy)
         print(f"simulated: {run.policy} preempts {run.summary()['preemptions']:.0f} times")

@@ -83,16 +83,12 @@ def run(args: argparse.Namespace) -> int:
     if "itl" in slo:  # for policies that look at it
         requests = [replace(r, itl_target=r.itl_target or slo["itl"]) for r in requests]
     profile = load_profile(args.profile)
+    cost = CostModel.fit(profile, unified=args.kv_unified, n_ubatch=args.n_ubatch)
     spec = EngineSpec.of(
-        CostModel.fit(profile, unified=args.kv_unified, n_ubatch=args.n_ubatch),
-        n_seq_max=args.n_seq_max,
-        n_cells=args.n_ctx,
-        n_batch=args.n_batch,
-        n_ubatch=args.n_ubatch,
-        unified=args.kv_unified,
-        prefix_cache=args.prefix_cache,
+        cost, n_seq_max=args.n_seq_max, n_cells=args.n_ctx, n_batch=args.n_batch,
+        n_ubatch=args.n_ubatch, unified=args.kv_unified, prefix_cache=args.prefix_cache,
         overhead=args.overhead,
-    )
+    )  # fmt: skip
     if args.load is not None:
         requests = at_load(requests, spec, policies[0], args.load)
     runs = [
@@ -102,16 +98,16 @@ def run(args: argparse.Namespace) -> int:
     summaries = {run.policy: run.summary(slo) for run in runs}
     trace = Path(args.trace).name if Path(args.trace).is_file() else args.trace
     title = f"{trace} on {profile.key.device}, {profile.about.get('model') or 'unknown model'}"
-    markdown = report.markdown(runs, summaries, title)
+    markdown = report.markdown(summaries, title)
+    settings = {name: getattr(args, name) for name in SETTINGS}
     if args.json:
         print(json.dumps(summaries))
     elif sys.stdout.isatty():
         say(f"{title}\n")
         show(report.table(summaries))
-        say("\n".join(["", *report.verdict(runs, summaries)]))
+        say("\n".join(["", *report.verdict(summaries)]))
     else:
         print(markdown, end="")
-    settings = {name: getattr(args, name) for name in SETTINGS}
     if args.jsonl is not None:
         lines = report.jsonl(runs, summaries, settings)
         args.jsonl.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -5,39 +5,12 @@ from __future__ import annotations
 
 from pyllamabatch.sim.formats import load_trace
 from pyllamabatch.sim.metrics import Histogram, Load, Outcome, parse_slo, summarise
-from pyllamabatch.sim.replica import EngineSpec, Replica
-from pyllamabatch.sim.router import (
-    ROUTERS,
-    LeastOutstanding,
-    PrefixAffinity,
-    RoundRobin,
-    Router,
-    make_router,
-)
+from pyllamabatch.sim.replica import EngineSpec
+from pyllamabatch.sim.router import ROUTERS
 from pyllamabatch.sim.simulate import Simulated, SimulationStuck, at_load, simulate
-from pyllamabatch.sim.workload import DRAWN, Lengths, TraceRequest, draw
+from pyllamabatch.sim.workload import TraceRequest, draw
 
 __all__ = [
-    "DRAWN",
-    "ROUTERS",
-    "EngineSpec",
-    "Histogram",
-    "LeastOutstanding",
-    "Lengths",
-    "Load",
-    "Outcome",
-    "PrefixAffinity",
-    "Replica",
-    "RoundRobin",
-    "Router",
-    "Simulated",
-    "SimulationStuck",
-    "TraceRequest",
-    "at_load",
-    "draw",
-    "load_trace",
-    "make_router",
-    "parse_slo",
-    "simulate",
-    "summarise",
-]
+    "ROUTERS", "EngineSpec", "Histogram", "Load", "Outcome", "Simulated", "SimulationStuck",
+    "TraceRequest", "at_load", "draw", "load_trace", "parse_slo", "simulate", "summarise",
+]  # fmt: skip

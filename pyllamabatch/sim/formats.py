@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ BLOCK = 512  # tokens that a hash id of Mooncake's stands for
 CHARACTERS = 4  # of a token, where there is no vocabulary to count with
 
 Count = Callable[[str], int]
+Row = dict[str, Any]
 
 
 def count_characters(text: str) -> int:
@@ -59,23 +61,35 @@ def load_trace(
         if rate is not None:
             raise ArgumentError("rate", rate, "an option of the trace: poisson:rate=…")
         return draw(spec, seed)[:n]
-    path = Path(spec)
+    path, requests, lines = Path(spec), list[TraceRequest](), _Lines()
+    items: Iterable[Any]
+    read: Callable[[Any], list[TraceRequest]]
     try:
         with path.open(encoding="utf-8", newline="") as file:
             if path.suffix == ".csv":
-                requests = list(_azure(file, spec, n))
+                items, first, read = csv.DictReader(file), 2, lines.azure
             elif path.suffix == ".jsonl":
-                requests = list(_mooncake(file, spec, n))
+                items, first, read = file, 1, lines.mooncake
             elif path.suffix == ".json":
-                requests = _sharegpt(json.load(file), spec, n, count, rate or 1.0, seed)
-                rate = None
+                talks = _Talks(count, rate or 1.0, seed)
+                items, first, read = json.load(file), 1, talks.sharegpt
             else:
                 raise ArgumentError("trace", spec, f"a .csv, .jsonl, .json, or {', '.join(DRAWN)}")
+            for number, item in enumerate(items, first):
+                try:
+                    requests += read(item)
+                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    detail = f"line {number}: {type(error).__name__}: {error}"
+                    raise ArgumentError("trace", spec, detail) from None
+                if n is not None and len(requests) >= n:
+                    break
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ArgumentError("trace", spec, str(error)) from None
     if not requests:
         raise ArgumentError("trace", spec, "has no requests")
-    return requests if rate is None else at_rate(requests, rate)
+    if rate is None or path.suffix == ".json":
+        return requests[:n]
+    return at_rate(requests[:n], rate)
 
 
 def at_rate(requests: list[TraceRequest], rate: float) -> list[TraceRequest]:
@@ -89,137 +103,106 @@ def at_rate(requests: list[TraceRequest], rate: float) -> list[TraceRequest]:
     ]
 
 
-def _azure(lines: Iterator[str], name: str, n: int | None) -> Iterator[TraceRequest]:
-    start: datetime | None = None
-    for i, row in enumerate(csv.DictReader(lines)):
-        if i == n:
-            return
-        try:
-            at = _time(row["TIMESTAMP"])
-            n_prompt, n_output = int(row["ContextTokens"]), int(row["GeneratedTokens"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise _wrong(name, i + 2, error) from None
-        start = start or at
-        arrival = (at - start).total_seconds()
-        yield _request(name, i + 2, i, arrival, n_prompt, n_output, ((2 * i, n_prompt),), 2 * i + 1)
+def _seconds(milliseconds: Any) -> float:
+    return float(milliseconds) / 1e3
+
+
+_OPTIONAL: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "max_tokens": ("max_tokens", int),
+    "priority": ("priority", int),
+    "tenant": ("tenant", str),
+    "deadline_ms": ("deadline", _seconds),
+    "itl_target_ms": ("itl_target", _seconds),
+}
+"""Field of a line → field of `TraceRequest`, and how it is read."""
+
+
+class _Lines:
+    """Azure's and Mooncake's requests, one a line. Raises what Python raises for a wrong one."""
+
+    def __init__(self) -> None:
+        self._n = 0
+        self._start: datetime | None = None
+        self._pieces: dict[Any, int] = {}
+        self._sessions: dict[Any, int] = {}  # the last request of each
+
+    def azure(self, line: Row) -> list[TraceRequest]:
+        time = _time(line["TIMESTAMP"])
+        self._start = self._start or time
+        row = {"input_length": line["ContextTokens"], "output_length": line["GeneratedTokens"]}
+        return [self._request((time - self._start).total_seconds(), row)]
+
+    def mooncake(self, line: str) -> list[TraceRequest]:
+        if not line.strip():
+            return []
+        row = json.loads(line)
+        after = self._sessions.get(row["session_id"]) if "session_id" in row else None
+        time = row["timestamp"] if after is None else row.get("delay", 0)
+        found = self._request(_seconds(time), row, after)
+        if "session_id" in row:
+            self._sessions[row["session_id"]] = found.id
+        return [found]
+
+    def _request(self, arrival: float, row: Row, after: int | None = None) -> TraceRequest:
+        n_prompt, n_output = int(row["input_length"]), int(row["output_length"])
+        if n_prompt < 1 or n_output < 1 or not 0 <= arrival < 1e12:
+            raise ValueError(f"no such request: {n_prompt} and {n_output} tokens at {arrival} s")
+        more = {
+            name: read(row[field])
+            for field, (name, read) in _OPTIONAL.items()
+            if row.get(field) is not None
+        }
+        if 0 < more.get("max_tokens", 0) < n_output:
+            raise ValueError("max_tokens below output_length")
+        block, ids = int(row.get("block_size", BLOCK)), row.get("hash_ids") or ()
+        if ids and (block < 1 or len(ids) != -(-n_prompt // block)):
+            raise ValueError(f"{len(ids)} hash_ids for {n_prompt} tokens in blocks of {block}")
+        content = [
+            (self._piece(block, each), min(block, n_prompt - i * block))
+            for i, each in enumerate(ids)
+        ]
+        own, answer = self._piece("prompt", self._n), self._piece("answer", self._n)
+        content = content or [(own, n_prompt)]
+        self._n += 1
+        return TraceRequest(
+            self._n - 1, arrival, n_prompt, n_output, tuple(content), answer, after, **more
+        )
+
+    def _piece(self, *what: Any) -> int:
+        return self._pieces.setdefault(what, len(self._pieces))
 
 
 def _time(text: str) -> datetime:
     """Date and time with any number of digits for the second, as UTC unless it says otherwise."""
-    text = text.strip().replace("Z", "+00:00")
-    seconds, point, rest = text.partition(".")
-    digits = len(rest) - len(rest.lstrip("0123456789"))
-    if point:
-        text = f"{seconds}.{rest[:digits][:6].ljust(6, '0')}{rest[digits:]}"
-    found = datetime.fromisoformat(text)
-    return found if found.tzinfo else found.replace(tzinfo=timezone.utc)
+    found = re.fullmatch(r"(.*?)(?:\.(\d*))?(Z|[+-]\d\d:\d\d)?", text.strip())
+    assert found is not None  # whatever the text is
+    seconds, digits, zone = found.groups(default="")
+    zone = "+00:00" if zone in ("", "Z") else zone
+    return datetime.fromisoformat(f"{seconds}.{digits[:6]:0<6}{zone}")
 
 
-def _mooncake(lines: Iterator[str], name: str, n: int | None) -> Iterator[TraceRequest]:
-    pieces: dict[Any, int] = {}
-    sessions: dict[Any, int] = {}
-    i = 0
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if i == n:
-            return
-        try:
-            row = json.loads(line)
-            n_prompt, n_output = int(row["input_length"]), int(row["output_length"])
-            after = sessions.get(row["session_id"]) if "session_id" in row else None
-            time = row["timestamp"] if after is None else row.get("delay", 0)
-            block = int(row.get("block_size", BLOCK))
-            ids = row.get("hash_ids") or ()
-            if ids and (block < 1 or len(ids) != -(-n_prompt // block)):
-                raise ValueError(f"{len(ids)} hash_ids for {n_prompt} tokens in blocks of {block}")
-            content: list[Piece] = []
-            left = n_prompt
-            for hash_id in ids:
-                number_of = pieces.setdefault((block, hash_id), len(pieces))
-                content.append((number_of, min(block, left)))
-                left -= block
-            own = pieces.setdefault(("prompt", i), len(pieces))
-            answer = pieces.setdefault(("answer", i), len(pieces))
-            deadline, target = row.get("deadline_ms"), row.get("itl_target_ms")
-            request = _request(
-                name,
-                number,
-                i,
-                float(time) / 1e3,
-                n_prompt,
-                n_output,
-                tuple(content) or ((own, n_prompt),),
-                answer,
-                after=after,
-                max_tokens=int(row.get("max_tokens", 0)),
-                priority=int(row.get("priority", 0)),
-                tenant=str(row.get("tenant", "")),
-                deadline=None if deadline is None else float(deadline) / 1e3,
-                itl_target=None if target is None else float(target) / 1e3,
-            )
-        except ArgumentError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise _wrong(name, number, error) from None
-        if "session_id" in row:
-            sessions[row["session_id"]] = i
-        i += 1
-        yield request
+class _Talks:
+    """ShareGPT's conversations: a request for each answer."""
 
+    def __init__(self, count: Count, rate: float, seed: int) -> None:
+        self._count, self._rate, self._rng = count, rate, np.random.default_rng(seed)
+        self._now, self._n, self._n_pieces = 0.0, 0, 0
 
-def _sharegpt(
-    data: Any, name: str, n: int | None, count: Count, rate: float, seed: int
-) -> list[TraceRequest]:
-    found: list[TraceRequest] = []
-    n_pieces = 0
-    rng = np.random.default_rng(seed)
-    now = 0.0
-    for number, talk in enumerate(data, 1):
+    def sharegpt(self, talk: Any) -> list[TraceRequest]:
+        self._now += float(self._rng.exponential(1 / self._rate))
+        turns = [(str(turn["from"]), str(turn["value"])) for turn in talk["conversations"]]
+        found: list[TraceRequest] = []
         content: list[Piece] = []
-        after: int | None = None
-        now += float(rng.exponential(1 / rate))
-        try:
-            turns = [(str(t["from"]), str(t["value"])) for t in talk["conversations"]]
-        except (KeyError, TypeError) as error:
-            raise _wrong(name, number, error) from None
         for who, text in turns:
-            piece, n_tokens = n_pieces, count(text)
-            n_pieces += 1
+            piece, n_tokens = self._n_pieces, self._count(text)
+            self._n_pieces += 1
             if who in ("gpt", "assistant") and content:
-                id = len(found)
-                if id == n:
-                    return found
+                after = found[-1].id if found else None
+                arrival = self._now if after is None else 0.0
                 n_prompt = sum(n for _, n in content)
-                arrival = now if after is None else 0.0
                 found.append(
-                    TraceRequest(
-                        id, arrival, n_prompt, n_tokens, tuple(content), piece, after=after
-                    )
+                    TraceRequest(self._n, arrival, n_prompt, n_tokens, tuple(content), piece, after)
                 )
-                after = id
+                self._n += 1
             content.append((piece, n_tokens))
-    return found
-
-
-def _request(
-    name: str,
-    line: int,
-    id: int,
-    arrival: float,
-    n_prompt: int,
-    n_output: int,
-    content: tuple[Piece, ...],
-    answer: int,
-    **more: Any,
-) -> TraceRequest:
-    if n_prompt < 1 or n_output < 1 or not 0 <= arrival < 1e12:
-        detail = f"{n_prompt} and {n_output} tokens at {arrival} s"
-        raise ArgumentError("trace", name, f"line {line}: no such request: {detail}")
-    if 0 < more.get("max_tokens", 0) < n_output:
-        raise ArgumentError("trace", name, f"line {line}: max_tokens below output_length")
-    return TraceRequest(id, arrival, n_prompt, n_output, content, answer, **more)
-
-
-def _wrong(name: str, line: int, error: Exception) -> ArgumentError:
-    return ArgumentError("trace", name, f"line {line}: {type(error).__name__}: {error}")
+        return found

@@ -14,10 +14,10 @@ Percentiles are interpolated between order statistics; those of ITL come from bi
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
+from statistics import median
 
 import numpy as np
 import numpy.typing as npt
@@ -37,9 +37,9 @@ N_POINTS = 2000  # of a load's curves; at least half as many once there are so m
 class Outcome:
     """What came of one request. Times in seconds since the start of the trace.
 
-    preempted_s: in the waiting queue after preemptions. longest_itl: between two of its tokens.
-    prefix: tokens of its prompt that were cached at its first admission. rejected: it can never
-    fit; the other fields are meaningless then.
+    preemption: seconds in the waiting queue after preemptions. longest_itl: between two of its
+    tokens. prefix: tokens of its prompt that were cached at its first admission. rejected: it can
+    never fit; the other fields are meaningless then.
     """
 
     id: int
@@ -51,7 +51,7 @@ class Outcome:
     admitted: float = 0.0
     first: float = 0.0
     end: float = 0.0
-    preempted_s: float = 0.0
+    preemption: float = 0.0
     preemptions: int = 0
     longest_itl: float = 0.0
     prefix: int = 0
@@ -74,12 +74,8 @@ class Outcome:
         return self.admitted - self.arrival
 
     @property
-    def preemption(self) -> float:
-        return self.preempted_s
-
-    @property
     def execution(self) -> float:
-        return self.e2el - self.queueing - self.preempted_s
+        return self.e2el - self.queueing - self.preemption
 
     def keeps(self, slo: Mapping[str, float]) -> bool:
         """Whether it keeps every target: at most so many seconds, by name."""
@@ -112,157 +108,128 @@ class Histogram:
 
     def __init__(self) -> None:
         self._sum = 0.0
-        self._n = 0
         self._bins = np.zeros(self.N_BINS, dtype=np.int64)
-        self._values: list[F64] = []
-        self._weights: list[int] = []
+        self._pending: list[tuple[F64, int]] = []
         self._n_pending = 0
 
     def add(self, values: F64, weight: int = 1) -> None:
         """Each of `values` (seconds; the array must not change afterwards), `weight` times."""
-        self._values.append(values)
-        self._weights.append(weight)
+        self._pending.append((values, weight))
         self._n_pending += len(values)
         if self._n_pending > self.N_PENDING:
             self._flush()
 
     def _flush(self) -> None:
-        if not self._values:
-            return
-        values = np.concatenate(self._values)
-        weights = np.repeat(self._weights, [len(v) for v in self._values])
-        at = np.log(np.maximum(values, self.LOW) / self.LOW) * (1 / np.log(self.RATIO))
-        bins = np.minimum(at.astype(np.int64), self.N_BINS - 1)
-        self._bins += np.bincount(bins, weights, self.N_BINS).astype(np.int64)
-        self._sum += float(values @ weights)
-        self._n += int(weights.sum())
-        self._values, self._weights, self._n_pending = [], [], 0
+        if self._pending:
+            values = np.concatenate([values for values, _ in self._pending])
+            counts, lengths = zip(*((weight, len(v)) for v, weight in self._pending), strict=True)
+            weights = np.repeat(counts, lengths)
+            at = np.log(np.maximum(values, self.LOW) / self.LOW) * (1 / np.log(self.RATIO))
+            bins = np.minimum(at.astype(np.int64), self.N_BINS - 1)
+            self._bins += np.bincount(bins, weights, self.N_BINS).astype(np.int64)
+            self._sum += float(values @ weights)
+            self._pending, self._n_pending = [], 0
 
     def merge(self, other: Histogram) -> None:
-        self._flush()
         other._flush()
         self._bins += other._bins
         self._sum += other._sum
-        self._n += other._n
 
     @property
     def n(self) -> int:
         self._flush()
-        return self._n
+        return int(self._bins.sum())
 
     @property
     def mean(self) -> float:
-        n = self.n
-        return self._sum / n if n else 0.0
+        return self._sum / self.n if self.n else 0.0
 
     def percentile(self, p: float) -> float:
         """The middle of its bin; 0 without values."""
         n = self.n
-        if not n:
-            return 0.0
         i = int(np.searchsorted(np.cumsum(self._bins), p / 100 * n))
-        return float(self.LOW * self.RATIO ** (i + 0.5))
+        return float(self.LOW * self.RATIO ** (i + 0.5)) if n else 0.0
 
 
 @dataclass(slots=True)
 class Load:
-    """What a replica did. seconds: in native calls. kv_seconds: cells that running sequences hold,
-    times those seconds. rows: number of steps by their rows. points: (seconds, running requests,
-    waiting requests, cells held), thinned out."""
+    """What a replica did. seconds: in native calls. kv_peak: most cells in use. points: (seconds,
+    running requests, waiting requests, cells held), thinned out."""
 
     n_cells: int
     seconds: float = 0.0
-    kv_seconds: float = 0.0
     kv_peak: int = 0
-    rows: Counter[int] = field(default_factory=Counter)
     itl: Histogram = field(default_factory=Histogram)
     points: list[tuple[float, int, int, int]] = field(default_factory=list)
     counters: Counters = field(default_factory=Counters)
     _n_calls: int = 0
     _calls_per_point: int = 1
 
-    def add_call(self, seconds: float, n_steps: int, n_rows: int, free: int) -> None:
-        """A call of n_steps steps, before which `free` cells were free."""
-        held = self.n_cells - free
-        self.seconds += seconds
-        self.kv_seconds += (held + 0.5 * n_steps * n_rows) * seconds
-        self.kv_peak = max(self.kv_peak, held + n_steps * n_rows)
-        self.rows[n_rows] += n_steps
-
-    def add_point(self, now: float, n_running: int, n_waiting: int, free: int) -> None:
+    def add_point(self, now: float, n_running: int, n_waiting: int, held: int) -> None:
         """A call begins. With too many points every second one goes, and calls give half as many
         from then on."""
         self._n_calls += 1
         if self._n_calls % self._calls_per_point:
             return
-        self.points.append((now, n_running, n_waiting, self.n_cells - free))
+        self.points.append((now, n_running, n_waiting, held))
         if len(self.points) > N_POINTS:
             del self.points[::2]
             self._calls_per_point *= 2
 
 
+def overloaded(outcomes: Iterable[Outcome]) -> bool:
+    """More arrives than the engines can do, so the waiting queue grows: the last quarter of the
+    requests waits longer than it runs, and more than twice as long as the first quarter."""
+    done = sorted((o for o in outcomes if not o.rejected), key=lambda o: o.arrival)
+    n = len(done) // 4
+    if n < 2:
+        return False
+    first, last = (median(o.queueing for o in part) for part in (done[:n], done[-n:]))
+    return last > max(median(o.execution for o in done[-n:]), 2 * first)
+
+
 def summarise(
-    outcomes: Sequence[Outcome], loads: Iterable[Load], slo: Mapping[str, float]
+    outcomes: Sequence[Outcome], loads: Sequence[Load], slo: Mapping[str, float]
 ) -> dict[str, float]:
     """The figures of a run by name: times in seconds, rates per second, shares from 0 to 1.
     duration: from the first arrival to the last token."""
-    loads = list(loads)
     done = [o for o in outcomes if not o.rejected]
     found: dict[str, float] = {"requests": len(done), "rejected": len(outcomes) - len(done)}
     if not done:
         return found
     duration = max(o.end for o in done) - min(o.arrival for o in done)
     per_second = 1 / duration if duration > 0 else 0.0
-    tokens = sum(o.n_output for o in done)
     found |= {
+        "overloaded": overloaded(done),
         "duration": duration,
         "requests_per_s": len(done) * per_second,
-        "tokens_per_s": tokens * per_second,
-        "total_tokens_per_s": (tokens + sum(o.n_prompt for o in done)) * per_second,
+        "tokens_per_s": sum(o.n_output for o in done) * per_second,
+        "preemptions": sum(o.preemptions for o in done),
     }
     if slo:
         n_good = sum(o.keeps(slo) for o in done)
-        found["goodput_per_s"] = n_good * per_second
-        found["slo_share"] = n_good / len(done)
+        found |= {"goodput_per_s": n_good * per_second, "slo_share": n_good / len(done)}
     for name in TIMES:
-        values = [v for o in done if (v := getattr(o, name)) is not None]
-        found |= _spread(name, np.array(values))
+        values = np.array([v for o in done if (v := getattr(o, name)) is not None])
+        if len(values):
+            found[f"{name}_mean"] = float(values.mean())
+            levels = np.percentile(values, PERCENTILES).tolist()
+            found |= {f"{name}_p{p}": v for p, v in zip(PERCENTILES, levels, strict=True)}
     itl = Histogram()
     for load in loads:
         itl.merge(load.itl)
-    if itl.mean:
+    if itl.n:
         found["itl_mean"] = itl.mean
         found |= {f"itl_p{p}": itl.percentile(p) for p in PERCENTILES}
-    found["preemptions"] = sum(o.preemptions for o in done)
-    if any(load.rows for load in loads):
-        found |= _of_steps(loads, per_second)
-    return found
-
-
-def _of_steps(loads: Sequence[Load], per_second: float) -> dict[str, float]:
-    by_rows = sum((load.rows for load in loads), Counter[int]())
-    rows, steps = (np.array(column) for column in zip(*sorted(by_rows.items()), strict=True))
-    n_steps, seconds = int(steps.sum()), sum(load.seconds for load in loads)
     counters = [load.counters for load in loads]
-    known = sum(c.known_tokens for c in counters)
-    n_cells = loads[-1].n_cells
-    return {
-        "steps": n_steps,
-        "rows_mean": int(rows @ steps) / n_steps,
-        "rows_p50": float(rows[np.searchsorted(np.cumsum(steps), 0.5 * n_steps)]),
-        "rows_max": float(rows[-1]),
-        "busy": seconds * per_second / len(loads),
-        "kv_mean": sum(load.kv_seconds for load in loads) / max(seconds, 1e-12) / n_cells,
-        "kv_peak": max(load.kv_peak for load in loads) / n_cells,
-        "prefix_share": sum(c.prefix_tokens for c in counters) / max(known, 1),
-        "prefill_rows": sum(c.prefill_rows for c in counters),
-        "recomputed_rows": sum(c.recomputed_rows for c in counters),
-    }
-
-
-def _spread(name: str, values: F64) -> dict[str, float]:
-    if not len(values):
-        return {}
-    found = {f"{name}_mean": float(values.mean())}
-    levels = np.percentile(values, PERCENTILES).tolist()
-    return found | {f"{name}_p{p}": v for p, v in zip(PERCENTILES, levels, strict=True)}
+    if n_steps := sum(c.steps for c in counters):
+        found |= {
+            "steps": n_steps,
+            "rows_mean": sum(c.rows for c in counters) / n_steps,
+            "busy": sum(load.seconds for load in loads) * per_second / len(loads),
+            "kv_peak": max(load.kv_peak / load.n_cells for load in loads),
+            "prefix_share": sum(c.prefix_tokens for c in counters)
+            / max(sum(c.known_tokens for c in counters), 1),
+            "recomputed_rows": sum(c.recomputed_rows for c in counters),
+        }
+    return found

@@ -63,18 +63,10 @@ class EngineSpec:
         retain = unified if prefix_cache is None else prefix_cache
         n_cached = 0
         if unified and retain:
-            n_cached = max(
-                0, min(max(n_seq_max, LEAST_CACHED), 256 - n_seq_max, n_batch - n_seq_max)
-            )
-        limits = Limits(
-            n_batch,
-            n_ubatch,
-            n_seq_max,
-            n_cells,
-            n_cells if unified else max(1, n_cells // n_seq_max),
-            unified,
-            0 if unified else gap_max,
-        )
+            n_cached = max(0, min(max(n_seq_max, LEAST_CACHED), min(256, n_batch) - n_seq_max))
+        n_cells_seq = n_cells if unified else max(1, n_cells // n_seq_max)
+        gap_max = 0 if unified else gap_max
+        limits = Limits(n_batch, n_ubatch, n_seq_max, n_cells, n_cells_seq, unified, gap_max)
         sharing = Sharing(copy_part=unified, copy_whole=True, trim=True, n_cached=n_cached)
         cost = with_switch(cost)
         return cls(cost, limits, sharing, retain, overhead, new_graph=cost.new_graph)
@@ -91,13 +83,12 @@ def with_switch(cost: StepCost) -> StepCost:
 @dataclass(slots=True)
 class _Open:
     """A request that has arrived and not ended. left: tokens to its end; last: time of its last
-    token; gap: longest time between two tokens; preempted: when it was preempted last."""
+    token; preempted: when it was preempted last."""
 
     request: TraceRequest
     outcome: Outcome
     left: int
     last: float = 0.0
-    gap: float = 0.0
     preempted: float = 0.0
 
     def known(self) -> Tokens:
@@ -106,19 +97,19 @@ class _Open:
 
     def add_tokens(self, n: int, first: float, end: float, longest: float = 0.0) -> None:
         """n tokens, from the time `first` to `end`, `longest` seconds at most between two."""
-        self.gap = max(self.gap, first - self.last, longest)
+        self.outcome.longest_itl = max(self.outcome.longest_itl, first - self.last, longest)
         self.last = end
         self.left -= n
 
 
 @dataclass(slots=True)
 class _Call:
-    """A native call in flight: the times at which its steps end, the cells that were free."""
+    """A native call in flight: the times at which its steps end, the cells in use before it."""
 
     step: Step
     start: float
     ends: F64
-    free: int
+    held: int
 
 
 class Replica:
@@ -130,12 +121,9 @@ class Replica:
         self.spec = spec
         self.index = index
         self.load = Load(n_cells=spec.limits.n_cells)
-        self.scheduler = Scheduler(
-            spec.limits,
-            policy,
-            cost=spec.cost,
-            kv=KvOptions(spec.sharing, spec.retain),
-        )
+        kv = KvOptions(spec.sharing, spec.retain)
+        self.scheduler = Scheduler(spec.limits, policy, cost=spec.cost, kv=kv)
+        self.load.counters = self.scheduler.counters
         self._ended = ended
         self._arrived: list[tuple[TraceRequest, float]] = []
         self._open: dict[int, _Open] = {}
@@ -181,11 +169,6 @@ class Replica:
             self._carry_out(step, now)
         self._run(self._parts.pop(0), now)
 
-    def finished(self) -> Load:
-        """The load of the whole run."""
-        self.load.counters = self.scheduler.counters
-        return self.load
-
     # -- the parts of a step
 
     def _update(self) -> None:
@@ -195,7 +178,8 @@ class Replica:
             return
         step, ends = call.step, call.ends
         n, end = len(ends), float(ends[-1])
-        self.load.add_call(end - call.start, n, step.n_rows, call.free)
+        self.load.seconds += end - call.start
+        self.load.kv_peak = max(self.load.kv_peak, call.held + n * step.n_rows)
         if self._graphs is not None:
             self._graphs.computed(n)
         self.scheduler.advance(step, n)
@@ -254,7 +238,7 @@ class Replica:
         for id, slot in step.admitted:
             one = self._in_slot[slot] = self._open[id]
             if one.outcome.preemptions:
-                one.outcome.preempted_s += now - one.preempted
+                one.outcome.preemption += now - one.preempted
             else:
                 one.outcome.admitted = now
                 one.outcome.prefix = self.scheduler.sequence(id).prefix.hit
@@ -264,13 +248,13 @@ class Replica:
     def _run(self, step: Step, now: float) -> None:
         """Begin a call: as many steps as the plan stands for, or to the end of a sequence."""
         scheduler = self.scheduler
-        free = scheduler.accounting.free
-        self.load.add_point(now, scheduler.n_running, scheduler.n_waiting, free)
+        held = self.load.n_cells - scheduler.accounting.free
+        self.load.add_point(now, scheduler.n_running, scheduler.n_waiting, held)
         n = step.repeat
         if n > 1:
             n = min(n, *(self._in_slot[slot].left for slot in step.decode.tolist()))
         ends = now + self.spec.overhead + np.cumsum(self._seconds(step, n))
-        self._call = _Call(step, now, ends, free)
+        self._call = _Call(step, now, ends, held)
 
     # -- inside
 
@@ -300,7 +284,6 @@ class Replica:
 
     def _end(self, one: _Open, now: float) -> None:
         one.outcome.end = now + self.spec.latency
-        one.outcome.longest_itl = one.gap
         self.scheduler.remove(one.outcome.id)
         del self._open[one.outcome.id]
         self._ended(one.outcome)

@@ -15,7 +15,7 @@ from pyllamabatch.report.tables import NO_RESULT, Table
 from pyllamabatch.sim.simulate import Simulated
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    pass
 
 SCHEMA = 1
 WIN = 0.02  # a smaller difference is none
@@ -24,24 +24,16 @@ Summaries = Mapping[str, Mapping[str, float]]
 """The figures of each run, by its policy."""
 
 SHOWN = {
-    "requests": ("requests", "{:.0f}"),
     "rejected": ("rejected, too long", "{:.0f}"),
-    "duration": ("duration, s", "{:.1f}"),
-    "requests_per_s": ("requests/s", "{:.2f}"),
-    "tokens_per_s": ("output tokens/s", "{:.0f}"),
     "goodput_per_s": ("goodput, requests/s", "{:.2f}"),
-    "slo_share": ("keep every target", "{:.1%}"),
-    "ttft_p50": ("TTFT, median, ms", "ms"),
-    "ttft_p99": ("TTFT, p99, ms", "ms"),
-    "tpot_p50": ("TPOT, median, ms", "ms"),
-    "itl_p99": ("ITL, p99, ms", "ms"),
-    "e2el_p50": ("E2EL, median, ms", "ms"),
-    "e2el_p99": ("E2EL, p99, ms", "ms"),
-    "busy": ("time computing", "{:.1%}"),
-    "rows_mean": ("rows a step, mean", "{:.1f}"),
-    "kv_peak": ("KV cells in use, most", "{:.1%}"),
-    "prefix_share": ("prompts found in the cache", "{:.1%}"),
+    "tokens_per_s": ("output tokens/s", "{:.0f}"),
+    **{
+        f"{name}_p{p}": (f"{name.upper()} p{p}, ms", "ms")
+        for name in ("ttft", "itl", "e2el")
+        for p in (50, 99)
+    },
     "preemptions": ("preemptions", "{:.0f}"),
+    "prefix_share": ("prompts found in the cache", "{:.1%}"),
 }
 """The figures of the table: label, and format or "ms" for a time. JSONL has all figures."""
 
@@ -51,7 +43,8 @@ CONTEST = {"goodput_per_s": 1, "tokens_per_s": 1, "ttft_p99": -1, "itl_p99": -1,
 
 def table(summaries: Summaries) -> Table:
     """A figure a line, a run a column. A figure that is 0 or missing in every run is left out."""
-    lines = [
+    lines = [["overloaded", *("yes" if f.get("overloaded") else "no" for f in summaries.values())]]
+    lines += [
         [label, *(_cell(figures.get(name), form) for figures in summaries.values())]
         for name, (label, form) in SHOWN.items()
         if any(figures.get(name) for figures in summaries.values())
@@ -65,14 +58,9 @@ def _cell(value: float | None, form: str) -> str:
     return f"{1e3 * value:.2f}" if form == "ms" else form.format(value)
 
 
-def verdict(runs: Sequence[Simulated], summaries: Summaries) -> list[str]:
-    """Sentences: which runs are overloaded, and which policy wins by each figure of `CONTEST`."""
-    words = [
-        f"{run.policy}: overloaded. More arrives than the engine can do, so the waiting queue grows"
-        " for as long as the trace goes on."
-        for run in runs
-        if run.overloaded
-    ]
+def verdict(summaries: Summaries) -> list[str]:
+    """Sentences: which policy wins by each figure of `CONTEST`."""
+    words = []
     for name, sign in CONTEST.items():
         found = {run: figures[name] for run, figures in summaries.items() if name in figures}
         if len(found) < 2:
@@ -88,8 +76,8 @@ def verdict(runs: Sequence[Simulated], summaries: Summaries) -> list[str]:
     return words
 
 
-def markdown(runs: Sequence[Simulated], summaries: Summaries, title: str) -> str:
-    words = "\n".join(f"- {line}" for line in verdict(runs, summaries))
+def markdown(summaries: Summaries, title: str) -> str:
+    words = "\n".join(f"- {line}" for line in verdict(summaries))
     return f"# {title}\n\n{table(summaries).markdown()}\n" + (f"\n{words}\n" if words else "")
 
 
@@ -111,7 +99,7 @@ def page(
     return html.document(
         title,
         table(summaries).html(),
-        html.paragraphs("\n".join(verdict(runs, summaries))),
+        html.paragraphs("\n".join(verdict(summaries))),
         html.drawings(plots(runs)),
         "<h2>Settings</h2>",
         Table(["", ""], list(settings.items()), text=(0, 1)).html(),
@@ -122,37 +110,29 @@ def plots(runs: Sequence[Simulated]) -> dict[str, str]:
     """SVG text by title: shares of requests by their times, and the first replica's curves."""
     with styled() as new:
         shares = new(figsize=(9, 3.2), layout="constrained")
-        _draw_shares(runs, shares.subplots(1, 3, sharey=True))
-        shares.legend(*shares.axes[0].get_legend_handles_labels(), loc="outside lower center",
-                      ncols=4, frameon=False)  # fmt: skip
+        columns = shares.subplots(1, 3, sharey=True)
+        for at, name in zip(columns, ("ttft", "tpot", "e2el"), strict=True):
+            for run in runs:
+                times = (getattr(o, name) for o in run.outcomes if not o.rejected)
+                found = np.sort([1e3 * time for time in times if time is not None])
+                share = np.arange(1, len(found) + 1) / max(len(found), 1)
+                at.plot(found, share, drawstyle="steps-post", lw=1.2, label=run.policy)
+            at.set(xlabel=f"{name.upper()}, ms", ylim=(0, 1))
+        shares.axes[0].set_ylabel("share of requests")
+        labels = shares.axes[0].get_legend_handles_labels()
+        shares.legend(*labels, loc="outside lower center", ncols=4, frameon=False)
         curves = new(figsize=(9, 1.2 + 1.4 * len(runs)), layout="constrained")
         grid = curves.subplots(len(runs), 3, sharex=True, sharey="col", squeeze=False)
         for run, axes in zip(runs, grid, strict=True):
-            _draw_curves(run, axes)
+            times, *values_of = np.array(run.loads[0].points).reshape(-1, 4).T
+            for at, values in zip(axes, values_of, strict=True):
+                at.plot(times, values, lw=0.8)
+                at.set_ylim(bottom=0)
+            axes[0].set_ylabel(run.policy)
         for at, label in zip(grid[0], ("running", "waiting", "KV cells held"), strict=True):
             at.set_title(label)
         for at in grid[-1]:
             at.set_xlabel("s")
+        for at in (*shares.axes, *curves.axes):
+            at.grid(alpha=0.3)
         return {"Requests by their times": svg(shares), "Over time, first replica": svg(curves)}
-
-
-def _draw_shares(runs: Sequence[Simulated], axes: Sequence[Axes]) -> None:
-    for at, name in zip(axes, ("ttft", "tpot", "e2el"), strict=True):
-        for run in runs:
-            times = (getattr(o, name) for o in run.outcomes if not o.rejected)
-            found = np.sort([t for t in times if t is not None])
-            share = np.arange(1, len(found) + 1) / max(len(found), 1)
-            at.plot(1e3 * found, share, drawstyle="steps-post", lw=1.2, label=run.policy)
-        at.set_xlabel(f"{name.upper()}, ms")
-        at.set_ylim(0, 1)
-        at.grid(alpha=0.3)
-    axes[0].set_ylabel("share of requests")
-
-
-def _draw_curves(run: Simulated, axes: Sequence[Axes]) -> None:
-    times, *curves = zip(*run.loads[0].points, strict=True) if run.loads[0].points else [()] * 4
-    for at, values in zip(axes, curves, strict=True):
-        at.plot(times, values, lw=0.8)
-        at.set_ylim(bottom=0)
-        at.grid(alpha=0.3)
-    axes[0].set_ylabel(run.policy)

@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.kv import RadixTree
 from pyllamabatch.kv.prefix_cache import MIN_PREFIX
+from pyllamabatch.sim.replica import Replica
 from pyllamabatch.sim.workload import TraceRequest
 
-
-class HasOpen(Protocol):
-    @property
-    def n_open(self) -> int:
-        """Requests that have arrived and not ended."""
+Router = Callable[[TraceRequest, Sequence[Replica]], int]
+"""The index of the replica that takes it. Called once for each request, at its arrival."""
 
 
-class Router(Protocol):
-    def __call__(self, request: TraceRequest, replicas: Sequence[HasOpen]) -> int:
-        """The index of the replica that takes it. Called once for each request, at its arrival."""
-
-
-class RoundRobin:
+def round_robin() -> Router:
     """One after the other."""
-
-    def __init__(self) -> None:
-        self._next = 0
-
-    def __call__(self, request: TraceRequest, replicas: Sequence[HasOpen]) -> int:
-        chosen = self._next % len(replicas)
-        self._next = chosen + 1
-        return chosen
+    turns = itertools.count()
+    return lambda request, replicas: next(turns) % len(replicas)
 
 
-class LeastOutstanding:
+def least_outstanding(request: TraceRequest, replicas: Sequence[Replica]) -> int:
     """The one with the fewest requests that have not ended; the first of several."""
-
-    def __call__(self, request: TraceRequest, replicas: Sequence[HasOpen]) -> int:
-        return min(range(len(replicas)), key=lambda i: replicas[i].n_open)
+    return min(range(len(replicas)), key=lambda i: replicas[i].n_open)
 
 
 class PrefixAffinity:
@@ -51,11 +36,10 @@ class PrefixAffinity:
         self.memory = memory
         self._tree = RadixTree()
         self._went: OrderedDict[int, int] = OrderedDict()  # request -> replica
-        self._least = LeastOutstanding()
 
-    def __call__(self, request: TraceRequest, replicas: Sequence[HasOpen]) -> int:
+    def __call__(self, request: TraceRequest, replicas: Sequence[Replica]) -> int:
         tokens = request.tokens()
-        chosen = least = self._least(request, replicas)
+        chosen = least = least_outstanding(request, replicas)
         for id, n in self._tree.matches(tokens):
             if n >= MIN_PREFIX:
                 chosen = self._went[id]
@@ -70,8 +54,8 @@ class PrefixAffinity:
 
 
 ROUTERS: dict[str, Callable[[], Router]] = {
-    "round-robin": RoundRobin,
-    "least-outstanding": LeastOutstanding,
+    "round-robin": round_robin,
+    "least-outstanding": lambda: least_outstanding,
     "prefix-affinity": PrefixAffinity,
 }
 

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
-from statistics import median
 
 from pyllamabatch.errors import ArgumentError, PyllamabatchError, RequestTooLong
 from pyllamabatch.scheduler import Policy, make_policy
@@ -25,7 +24,7 @@ class SimulationStuck(PyllamabatchError):
 
 @dataclass(frozen=True, slots=True)
 class Simulated:
-    """A run. outcomes: in the order in which requests ended or were rejected. loads: one per
+    """A run. outcomes: in the order in which requests ended or were rejected. loads: of each
     replica."""
 
     policy: str
@@ -35,17 +34,6 @@ class Simulated:
     def summary(self, slo: Mapping[str, float] | None = None) -> dict[str, float]:
         """See `metrics.summarise`."""
         return summarise(self.outcomes, self.loads, slo or {})
-
-    @property
-    def overloaded(self) -> bool:
-        """More arrives than the engines can do, so the waiting queue grows: the last quarter of the
-        requests waits longer than it runs, and more than twice as long as the first quarter."""
-        done = sorted((o for o in self.outcomes if not o.rejected), key=lambda o: o.arrival)
-        n = len(done) // 4
-        if n < 2:
-            return False
-        first, last = (median(o.queueing for o in part) for part in (done[:n], done[-n:]))
-        return last > max(median(o.execution for o in done[-n:]), 2 * first)
 
 
 def simulate(
@@ -84,11 +72,9 @@ def simulate(
             raise ArgumentError("requests", request.id, "every id once")
         ids.add(request.id)
         if request.after is None:
-            arrivals.append((request.arrival, next(count), request))
+            heapq.heappush(arrivals, (request.arrival, next(count), request))
         else:
             followers.setdefault(request.after, []).append(request)
-    heapq.heapify(arrivals)
-
     replicas = [
         Replica(spec, make_policy(policy) if isinstance(policy, str) else policy(), ended, i)
         for i in range(n_replicas)
@@ -113,7 +99,7 @@ def simulate(
     n_left = sum(replica.n_open for replica in replicas) + sum(map(len, followers.values()))
     if n_left:
         raise SimulationStuck(f"{name} leaves {n_left} requests waiting for ever")
-    return Simulated(name, tuple(outcomes), tuple(replica.finished() for replica in replicas))
+    return Simulated(name, tuple(outcomes), tuple(replica.load for replica in replicas))
 
 
 def at_load(

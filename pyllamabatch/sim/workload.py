@@ -6,10 +6,9 @@ client asks again when it has its answer. The same seed draws the same requests.
 
 from __future__ import annotations
 
-import inspect
-import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,6 @@ import numpy.typing as npt
 from pyllamabatch.errors import ArgumentError
 
 Piece = tuple[int, int]
-MOST_REQUESTS = 10**8
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,163 +50,130 @@ class TraceRequest:
         return np.repeat(pieces[:, 0], pieces[:, 1])
 
 
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """Tokens of a prompt or an output: `a` alone, uniform from `a` to `b`, or, with `spread`,
-    log-normal around the median `a` with that standard deviation of the logarithm."""
-
-    a: int
-    b: int = 0
-    spread: float = 0.0
-
-    @classmethod
-    def parse(cls, text: str) -> Lengths:
-        """ "512", "100-1000" or "512~0.8". ArgumentError for anything else."""
-        try:
-            if "~" in text:
-                median, spread = text.split("~")
-                found = cls(int(median), spread=float(spread))
-            else:
-                first, _, last = text.partition("-")
-                found = cls(int(first), int(last or first))
-        except ValueError:
-            found = cls(0)
-        if found.a < 1 or not 0 <= found.spread < 10 or (not found.spread and found.b < found.a):
-            raise ArgumentError("length", text, "like 512, 100-1000 or 512~0.8 (log-normal)")
-        return found
-
-    def draw(self, rng: np.random.Generator, n: int) -> list[int]:
-        if self.spread:
-            lengths = np.rint(np.exp(rng.normal(np.log(self.a), self.spread, n)))
-            drawn = np.clip(lengths, 1, 2**30).astype(np.int64)
+def draw_lengths(text: str, rng: np.random.Generator, n: int) -> list[int]:
+    """n numbers of tokens. "512": all the same; "100-1000": uniform; "512~0.8": log-normal around
+    this median, with that standard deviation of the logarithm. ArgumentError for anything else."""
+    a, b, spread = 0, 0, 0.0
+    try:
+        if "~" in text:
+            first, last = text.split("~")
+            a, spread = int(first), float(last)
         else:
-            drawn = rng.integers(self.a, self.b, n, endpoint=True)
-        found: list[int] = drawn.tolist()
+            first, _, last = text.partition("-")
+            a, b = int(first), int(last or first)
+    except ValueError:
+        pass
+    if a < 1 or not 0 <= spread < 10 or (not spread and b < a):
+        raise ArgumentError("length", text, "like 512, 100-1000 or 512~0.8 (log-normal)")
+    if spread:
+        lengths = np.rint(np.exp(rng.normal(np.log(a), spread, n)))
+        drawn = np.clip(lengths, 1, 2**30).astype(np.int64)
+    else:
+        drawn = rng.integers(a, b, n, endpoint=True)
+    found: list[int] = drawn.tolist()
+    return found
+
+
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("n", "prefixes", "clients"), (1, 10**8)),
+    "prefix": (0, 2**30),
+    "rate": (1e-9, 1e9),
+    "cv": (0.01, 100),
+    "think": (0, 1e9),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """n: requests. prompt, output: see `draw_lengths`. prefix: tokens that a prompt shares with
+    others: one of `prefixes` prefixes."""
+
+    n: int = 1000
+    prompt: str = "512"
+    output: str = "128"
+    prefix: int = 0
+    prefixes: int = 1
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name, low)
+            if not low <= value <= high:
+                raise ArgumentError(name, value, f"from {low:g} to {high:g}")
+
+    def arrivals(self, rng: np.random.Generator) -> tuple[Sequence[float], Sequence[int | None]]:
+        """`arrival` and `after` of each request."""
+        raise NotImplementedError
+
+    def draw(self, seed: int) -> list[TraceRequest]:
+        rng = np.random.default_rng(seed)
+        arrivals, after = self.arrivals(rng)
+        n_prompts = draw_lengths(self.prompt, rng, self.n)
+        n_outputs = draw_lengths(self.output, rng, self.n)
+        begins = rng.integers(0, self.prefixes, self.n).tolist() if self.prefix else [0] * self.n
+        found = []
+        for i, (begin, n_prompt) in enumerate(zip(begins, n_prompts, strict=True)):
+            own = self.prefixes + 2 * i
+            shared = min(self.prefix, n_prompt - 1)
+            content = ((begin, shared), (own, n_prompt - shared)) if shared else ((own, n_prompt),)
+            found.append(
+                TraceRequest(i, arrivals[i], n_prompt, n_outputs[i], content, own + 1, after[i])
+            )
         return found
 
 
-def poisson(
-    seed: int,
-    *,
-    rate: float,
-    n: int = 1000,
-    prompt: str = "512",
-    output: str = "128",
-    prefix: int = 0,
-    prefixes: int = 1,
-) -> list[TraceRequest]:
-    """`rate`: requests a second. `n`: how many. `prompt`, `output`: see `Lengths.parse`. `prefix`:
-    tokens that a prompt shares with others: one of `prefixes` prefixes."""
-    return gamma(
-        seed, rate=rate, cv=1.0, n=n, prompt=prompt, output=output, prefix=prefix, prefixes=prefixes
-    )
+@dataclass(frozen=True, kw_only=True)
+class Gamma(Workload):
+    """rate: requests a second. cv: standard deviation of the time between two requests over its
+    mean: 1 is Poisson, more comes in bursts."""
+
+    rate: float
+    cv: float = 2.0
+
+    def arrivals(self, rng: np.random.Generator) -> tuple[Sequence[float], Sequence[int | None]]:
+        shape = self.cv**-2.0
+        gaps = rng.gamma(shape, 1 / (self.rate * shape), self.n)
+        return np.cumsum(gaps).tolist(), [None] * self.n
 
 
-def gamma(
-    seed: int,
-    *,
-    rate: float,
-    cv: float = 2.0,
-    n: int = 1000,
-    prompt: str = "512",
-    output: str = "128",
-    prefix: int = 0,
-    prefixes: int = 1,
-) -> list[TraceRequest]:
-    """`cv`: standard deviation of the time between two requests over its mean: 1 is Poisson, more
-    comes in bursts."""
-    _check(n=n, prefixes=prefixes)
-    if not 0 < rate < 1e9:
-        raise ArgumentError("rate", rate, "requests a second, more than 0")
-    if not 0 < cv < 100:
-        raise ArgumentError("cv", cv, "more than 0, less than 100")
-    rng = np.random.default_rng(seed)
-    shape = cv**-2.0
-    arrivals = np.cumsum(rng.gamma(shape, 1 / (rate * shape), n)).tolist()
-    return _drawn(rng, arrivals, [None] * n, prompt, output, prefix, prefixes)
+@dataclass(frozen=True, kw_only=True)
+class Poisson(Gamma):
+    cv: float = field(default=1.0, init=False)
 
 
-def closed(
-    seed: int,
-    *,
-    clients: int,
-    n: int = 1000,
-    think: float = 0.0,
-    prompt: str = "512",
-    output: str = "128",
-    prefix: int = 0,
-    prefixes: int = 1,
-) -> list[TraceRequest]:
+@dataclass(frozen=True, kw_only=True)
+class Closed(Workload):
     """`clients` ask at once, and again `think` seconds (exponential, on average) after an answer,
     until `n` requests have been made."""
-    _check(n=n, clients=clients, prefixes=prefixes)
-    if not 0 <= think < 1e9:
-        raise ArgumentError("think", think, "seconds, at least 0")
-    rng = np.random.default_rng(seed)
-    pauses = rng.exponential(think, n).tolist()
-    arrivals = [0.0 if i < clients else pause for i, pause in enumerate(pauses)]
-    after = [None if i < clients else i - clients for i in range(n)]
-    return _drawn(rng, arrivals, after, prompt, output, prefix, prefixes)
+
+    clients: int
+    think: float = 0.0
+
+    def arrivals(self, rng: np.random.Generator) -> tuple[Sequence[float], Sequence[int | None]]:
+        pauses = rng.exponential(self.think, self.n).tolist()
+        first = min(self.clients, self.n)
+        return [0.0] * first + pauses[first:], [None] * first + list(range(self.n - first))
 
 
-DRAWN: dict[str, Callable[..., list[TraceRequest]]] = {
-    "poisson": poisson,
-    "gamma": gamma,
-    "closed": closed,
-}
+DRAWN: dict[str, type[Workload]] = {"poisson": Poisson, "gamma": Gamma, "closed": Closed}
 
 
 def draw(spec: str, seed: int) -> list[TraceRequest]:
     """The requests of "poisson:rate=4,n=1000,prompt=100-900", "gamma:…" or "closed:…".
     ArgumentError names the options, or what is wrong with one."""
     name, _, rest = spec.partition(":")
-    make = DRAWN[name]
-    parameters = inspect.signature(make, eval_str=True).parameters
-    options: dict[str, object] = {}
-    known = ", ".join(itertools.islice(parameters, 1, None))
+    kind = DRAWN[name]
+    options = {f.name: f for f in fields(kind) if f.init}
+    types, known = get_type_hints(kind), ", ".join(options)
+    given: dict[str, Any] = {}
     for item in rest.split(",") if rest else ():
         option, _, text = (part.strip() for part in item.partition("="))
-        if option not in parameters or option == "seed":
+        if option not in options:
             raise ArgumentError("trace", spec, f"no option {option!r}; options of {name}: {known}")
         try:
-            options[option] = parameters[option].annotation(text)
+            given[option] = types[option](text)
         except ValueError:
             raise ArgumentError(option, text, f"a number, in {spec!r}") from None
-    missing = [
-        p.name for p in parameters.values() if p.default is p.empty and p.name not in options
-    ]
-    if missing[1:]:
-        raise ArgumentError("trace", spec, f"needs {', '.join(missing[1:])}; options: {known}")
-    return make(seed, **options)
-
-
-def _check(**counts: int) -> None:
-    for name, value in counts.items():
-        if not 1 <= value <= MOST_REQUESTS:
-            raise ArgumentError(name, value, f"from 1 to {MOST_REQUESTS}")
-
-
-def _drawn(
-    rng: np.random.Generator,
-    arrivals: Sequence[float],
-    after: Sequence[int | None],
-    prompt: str,
-    output: str,
-    prefix: int,
-    prefixes: int,
-) -> list[TraceRequest]:
-    n = len(arrivals)
-    if not 0 <= prefix < 2**30:
-        raise ArgumentError("prefix", prefix, "tokens, at least 0")
-    n_prompts = Lengths.parse(prompt).draw(rng, n)
-    n_outputs = Lengths.parse(output).draw(rng, n)
-    begins = rng.integers(0, prefixes, n).tolist() if prefix else [0] * n
-    found = []
-    for i, (begin, n_prompt) in enumerate(zip(begins, n_prompts, strict=True)):
-        own = prefixes + 2 * i
-        shared = min(prefix, n_prompt - 1)
-        content = ((begin, shared), (own, n_prompt - shared)) if shared else ((own, n_prompt),)
-        found.append(
-            TraceRequest(i, arrivals[i], n_prompt, n_outputs[i], content, own + 1, after=after[i])
-        )
-    return found
+    missing = [f.name for f in options.values() if f.default is MISSING and f.name not in given]
+    if missing:
+        raise ArgumentError("trace", spec, f"needs {', '.join(missing)}; options: {known}")
+    return kind(**given).draw(seed)

@@ -12,7 +12,7 @@ from pyllamabatch import Engine, Model, SamplingParams
 from pyllamabatch.scheduler import Limits, Policy, make_policy
 from pyllamabatch.sim.replica import EngineSpec
 from pyllamabatch.sim.simulate import simulate
-from pyllamabatch.sim.workload import poisson
+from pyllamabatch.sim.workload import draw
 from tests.support.views import decoding, view_of, waiting
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_policy.py"
@@ -44,7 +44,7 @@ def test_on_a_view_made_up(memory_aware: Policy) -> None:
 
 def test_simulated(example: dict[str, Any]) -> None:
     spec = EngineSpec.of(example["Device"](), n_seq_max=16, n_cells=1024)
-    trace = poisson(seed=1, rate=50, n=40, prompt="32", output="128")
+    trace = draw("poisson:rate=50,n=40,prompt=32,output=128", seed=1)
     by_policy = {
         name: simulate(trace, spec, policy).summary()["preemptions"]
         for name, policy in (("sarathi", "sarathi"), ("own", example["memory_aware"]))

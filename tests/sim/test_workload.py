@@ -7,7 +7,8 @@ import pytest
 
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.kv.radix_tree import n_common
-from pyllamabatch.sim import Lengths, draw, load_trace
+from pyllamabatch.sim import draw, load_trace
+from pyllamabatch.sim.workload import draw_lengths
 
 
 def test_the_same_seed_draws_the_same() -> None:
@@ -36,9 +37,9 @@ def test_a_closed_loop() -> None:
 
 def test_lengths() -> None:
     rng = np.random.default_rng(0)
-    assert set(Lengths.parse("7").draw(rng, 9)) == {7}
-    assert set(Lengths.parse("3-5").draw(rng, 200)) == {3, 4, 5}
-    drawn = Lengths.parse("400~0.7").draw(rng, 100_000)
+    assert set(draw_lengths("7", rng, 9)) == {7}
+    assert set(draw_lengths("3-5", rng, 200)) == {3, 4, 5}
+    drawn = draw_lengths("400~0.7", rng, 100_000)
     assert np.median(drawn) == pytest.approx(400, rel=0.02)
     assert np.log(drawn).std() == pytest.approx(0.7, rel=0.02)
 
