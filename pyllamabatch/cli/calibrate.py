@@ -4,7 +4,8 @@ Steps of many shapes (rows, prompt rows, KV depth, sequences; one pool of cells
 or cells of each sequence's own) are timed with random tokens until the budget
 is spent. The cost model is fitted to them. The profile goes into the user's
 cache folder, where `Engine` and `pyllamabatch simulate` find it. Ctrl-C saves
-what is measured.
+what is measured. Where other load disturbed too many steps of a kind, nothing
+is saved, and the exit status is 1.
 """
 
 from __future__ import annotations

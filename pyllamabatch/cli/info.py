@@ -60,25 +60,11 @@ def installation() -> dict[str, Any]:
             "mmap": bool(lib.llama_supports_mmap()),
             "mlock": bool(lib.llama_supports_mlock()),
         },
-        "backends": [
-            _backend_info(lib.ggml_backend_reg_get(i)) for i in range(lib.ggml_backend_reg_count())
-        ],
+        "backends": [{"name": name, "features": has} for name, has in runtime.features().items()],
         "devices": [
             _device_info(lib.ggml_backend_dev_get(i)) for i in range(lib.ggml_backend_dev_count())
         ],
     }
-
-
-def _backend_info(reg: Any) -> dict[str, Any]:
-    """Name and features: what the backend was compiled with and finds on this machine."""
-    features: dict[str, str] = {}
-    getter = lib.ggml_backend_reg_get_proc_address(reg, b"ggml_backend_get_features")
-    if getter != ffi.NULL:
-        feature = ffi.cast("ggml_backend_get_features_t", getter)(reg)
-        while feature.name != ffi.NULL:
-            features[text(feature.name)] = text(feature.value)
-            feature += 1
-    return {"name": text(lib.ggml_backend_reg_name(reg)), "features": features}
 
 
 def _device_info(device: Any) -> dict[str, Any]:

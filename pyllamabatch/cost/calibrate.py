@@ -5,6 +5,10 @@ is the median. Within a round, equal steps follow each other in a block, so the 
 in decoding. The first steps of a block have a new graph; how much longer they take is stored, too.
 Steps of few decoding rows may each have a kernel of their own. They are repeated within the first
 round: on a slow device it may be the only one.
+
+Where the CPU computes, steps beside other load on its cores are disturbed. They count for nothing,
+and are repeated, as is a shape whose steps differ too much. A layout of which a kind of step
+remains unknown makes no profile.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -20,7 +25,7 @@ import numpy as np
 
 from pyllamabatch.cost import where
 from pyllamabatch.cost.kernels import Kernels, rows_to_measure
-from pyllamabatch.cost.profile import Profile, Sample, Shape
+from pyllamabatch.cost.profile import KINDS, Profile, Sample, Shape
 from pyllamabatch.cost.rig import Rig, Took
 from pyllamabatch.cost.step_cost import SETTLED
 from pyllamabatch.errors import ArgumentError, KvCacheFull, ProfileError
@@ -30,35 +35,36 @@ from pyllamabatch.planner.residency import fitting_n_ctx
 Progress = Callable[[float, str], None]
 """Called with the share of the budget that is spent, and what is being measured."""
 
+LAYOUTS = {"unified": True, "streams": False}
+"""One pool of cells; a stream of cells for each sequence."""
+
 BASE_DEPTH = 128  # cells of every sequence, where depth is not what is measured
-N_SEQ_UNIFIED, N_SEQ_STREAMS = 65, 33
+N_SEQ = {True: 65, False: 33}  # by `unified`, as in the tables below
 N_CTX = 36864
 STREAMS_SHARE = 0.3  # of the budget
 _BLOCK_SECONDS = 0.2  # of one shape in one round
-_BUSY_CORES = 0.4  # by others, above which a measurement would be disturbed
-_LEAST = 12  # shapes: with fewer there is nothing to fit
+_LEAST = 3  # undisturbed shapes of a kind of step
+_DIFFER = 0.25  # `Sample.spread` above which a shape's steps are disturbed
 
 
 def calibrate(
     model: Model,
     *,
     budget: float = 120.0,
-    layouts: Sequence[str] = ("unified", "streams"),
+    layouts: Sequence[str] = tuple(LAYOUTS),
     progress: Progress | None = None,
     **context_params: Any,
 ) -> Profile:
     """Measure and return a profile; its `about["complete"]` is False when it was interrupted.
 
-    budget: seconds, without loading the model; the last round ends early. layouts: "unified" (one
-    pool of cells), "streams" (a stream of cells for each sequence). context_params: of `Context`,
-    as the engine will use them (n_ubatch, n_threads, type_k, ...).
+    budget: seconds, without loading the model; the last round ends early. layouts: of `LAYOUTS`.
+    context_params: of `Context`, as the engine will use them (n_ubatch, n_threads, type_k, ...).
 
-    KeyboardInterrupt ends it with what is measured, and is raised where that is too little.
-    Raises ProfileError when the budget ends before each kind of step was measured.
+    KeyboardInterrupt ends it with the layouts that are known, and is raised where none is.
+    Raises ProfileError when too little of a kind of step is known at the end of the budget.
     """
-    unknown = [name for name in layouts if name not in ("unified", "streams")]
-    if unknown or not layouts:
-        raise ArgumentError("layouts", layouts, "must be of unified, streams")
+    if not layouts or not set(layouts) <= LAYOUTS.keys():
+        raise ArgumentError("layouts", layouts, f"must be of {', '.join(LAYOUTS)}")
     if not budget > 0:
         raise ArgumentError("budget", budget, "must be seconds")
     began = time.monotonic()
@@ -66,32 +72,37 @@ def calibrate(
     found: dict[str, Any] = {}
     samples: list[Sample] = []
     complete = True
-    ordered = [name for name in ("unified", "streams") if name in layouts]
+    ordered = [name for name in LAYOUTS if name in layouts]
     for name in ordered:
-        unified = name == "unified"
-        share = 1.0 if name == ordered[-1] else 1.0 - STREAMS_SHARE
+        unified, share = LAYOUTS[name], 1.0 if name == ordered[-1] else 1.0 - STREAMS_SHARE
         with open_rig(model, unified, context_params) as rig:
             if not found:
                 key = where.key_of(rig.context)
-                kernels = where.kernels_of(key.backend, weights)
-                found = {"key": key, "kernels": kernels, "n_ubatch": rig.context.n_ubatch}
-                found["about"] = where.about(model, rig.context)
+                found = {"key": key, "kernels": where.kernels_of(key.backend, weights)}
+                found |= {"n_ubatch": rig.context.n_ubatch, "about": where.about(rig.context)}
             shapes = plan_shapes(found["kernels"], rig.context.n_ubatch, unified)
-            clock = Clock(began, budget, share, progress)
-            measured, whole = measure(rig, shapes, unified, clock)
-        samples += measured
-        complete = complete and whole
-        if not whole and len(samples) < _LEAST:
-            raise KeyboardInterrupt
-        if not whole:
+            measured, complete = measure(
+                rig, shapes, unified, Clock(began, budget, share, progress)
+            )
+        faults = faults_of(measured)
+        if faults and complete:
+            raise ProfileError(
+                f"calibration within {budget:g} s",
+                f"{' and '.join(faults)} ({name}): give it a larger budget, or measure when "
+                "nothing else uses the device",
+            )
+        samples += measured if not faults else ()
+        if not complete:
             break
+    if not samples:
+        raise KeyboardInterrupt
     found["about"] |= {
         "date": time.strftime("%Y-%m-%d"),
         "source": "pyllamabatch calibrate",
         "seconds": round(time.monotonic() - began, 1),
         "complete": complete,
     }
-    profile = Profile(
+    return Profile(
         samples=tuple(samples),
         output_share=weights.output_share,
         n_expert=weights.n_expert,
@@ -99,72 +110,93 @@ def calibrate(
         n_swa=model.n_swa,
         **found,
     )
-    for name in ordered if complete else ():
-        if lacking := profile.lacks(unified=name == "unified"):
-            raise ProfileError(
-                f"calibration within {budget:g} s",
-                f"no {' and no '.join(lacking)} ({name}): give it a larger budget, or measure when "
-                "nothing else uses the processor",
-            )
-    return profile
+
+
+def faults_of(samples: Sequence[Sample]) -> list[str]:
+    """Why the samples of a layout make no profile: of each kind of step there must be `_LEAST` at
+    least that are undisturbed, and no fewer than are disturbed."""
+    faults = []
+    for kind, of_kind in KINDS.items():
+        steady = [s.n > 0 and s.spread <= _DIFFER for s in samples if of_kind(s)]
+        if not steady:
+            faults.append(f"no {kind}")
+        elif 2 * sum(steady) < len(steady):
+            n_disturbed = len(steady) - sum(steady)
+            faults.append(f"{n_disturbed} of {len(steady)} {kind} disturbed")
+        elif sum(steady) < _LEAST:
+            faults.append(f"only {sum(steady)} {kind}")
+    return faults
 
 
 def open_rig(model: Model, unified: bool, context_params: dict[str, Any]) -> Rig:
     """A rig as large as the memory allows."""
-    n_seq_max = N_SEQ_UNIFIED if unified else N_SEQ_STREAMS
+    n_seq_max = N_SEQ[unified]
     n_ctx = N_CTX if unified else -(-N_CTX // (256 * n_seq_max)) * 256 * n_seq_max
     params = {"n_seq_max": n_seq_max, "kv_unified": unified, **context_params}
     n_ctx = fitting_n_ctx(model, n_ctx, shrink=True, **params)
     return Rig(model, n_ctx=n_ctx, **params)
 
 
+# Sequences that decode, and prompt rows beside them.
+_MIXED = {True: ((1, 4, 8, 16, 32), (8, 32, 128)), False: ((1, 8), (32, 128))}
+# Rows of one prompt.
+_MANY = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 2048)
+_PROMPTS = {True: (*_MANY, 16, 24, 48, 96), False: _MANY}
+# Depth, and how many sequences decode at it.
+_DEEP = {
+    True: ((512, (1, 4, 8, 16, 32, 64)), (1024, (1, 4, 8, 16, 32)), (4096, (1, 2, 4, 8))),
+    False: ((512, (1, 4, 16)), (1024, (1, 8, 32))),
+}
+
+
 def plan_shapes(kernels: Kernels, n_ubatch: int, unified: bool) -> list[Shape]:
     """What to measure, the most important first and shapes of one depth together."""
     full = min(n_ubatch, 512)
-    decode = rows_to_measure(kernels) if unified else (*range(1, 13), 16, 24, 32)
-    shapes = [Shape(rows=n, depth=BASE_DEPTH) for n in decode]
-    mixed_decode, mixed_chunks = (
-        ((1, 4, 8, 16, 32), (8, 32, 128)) if unified else ((1, 8), (32, 128))
-    )
-    for n in mixed_decode:
-        shapes += [Shape(n + c, c, 1, BASE_DEPTH) for c in (*mixed_chunks, full - n)]
-    chunks = [32, 64, 128, 192, 256, 384, 512]
-    if unified:
-        chunks += [16, 24, 48, 96]
-    shapes += [Shape(n, n, 1) for n in chunks if n <= n_ubatch]
-    if n_ubatch > 512:
-        shapes += [Shape(n, n, 1) for n in (768, 1024, 2048) if n <= n_ubatch]
-    shapes += [Shape(n, n, k) for n, k in ((128, 2), (512, 4)) if n <= n_ubatch]
+    rows = rows_to_measure(kernels) if unified else (*range(1, 13), 16, 24, 32)
+    shapes = [Shape(n, depth=BASE_DEPTH) for n in rows]
+    decode, chunks = _MIXED[unified]
+    shapes += [Shape(n + c, c, 1, BASE_DEPTH) for n in decode for c in (*chunks, full - n)]
+    prompts = [(n, 1) for n in _PROMPTS[unified]] + [(128, 2), (512, 4)]
+    shapes += [Shape(n, n, n_chunks) for n, n_chunks in prompts if n <= n_ubatch]
     if 2 * n_ubatch <= 2048:
         shapes.append(Shape(2 * n_ubatch, 2 * n_ubatch, 1))
-    for depth, n_seqs in _DEEP if unified else _DEEP_STREAMS:
-        shapes += [Shape(rows=n, depth=depth) for n in n_seqs]
+    for depth, n_seqs in _DEEP[unified]:
+        shapes += [Shape(n, depth=depth) for n in n_seqs]
         shapes += [Shape(n, n, 1, depth) for n in (64, full)]
         if unified:
             shapes.append(Shape(8 + 120, 120, 1, depth))
     return shapes
 
 
-# depth, and how many sequences decode at it
-_DEEP = ((512, (1, 4, 8, 16, 32, 64)), (1024, (1, 4, 8, 16, 32)), (4096, (1, 2, 4, 8)))
-_DEEP_STREAMS = ((512, (1, 4, 16)), (1024, (1, 8, 32)))
+class OtherLoad:
+    """What other processes do to `n_threads` of this one's, by /proc/stat (in hundredths of a
+    second, for all cores)."""
+
+    def __init__(self, n_threads: int) -> None:
+        self._n_threads = n_threads
+        self._before = self._now()
+
+    def disturbs(self) -> bool:
+        """Since it was asked last, others used more than a fifth of what the threads need, and
+        hardly a core was idle. False where no CPU computes, and where the system does not say."""
+        before, self._before = self._before, self._now()
+        busy, own, wall = (now - then for now, then in zip(self._before, before, strict=True))
+        others = (busy - own - 2 * _TICK) / max(wall, _TICK)
+        n_cores = os.cpu_count() or 1
+        return others > 0.2 * self._n_threads > 0 and others + self._n_threads > 0.9 * n_cores
+
+    def _now(self) -> tuple[float, float, float]:
+        """Seconds: of all cores in use, of this process, of the clock."""
+        try:
+            words = Path("/proc/stat").read_text(encoding="ascii").split(maxsplit=9)[1:9]
+        except OSError:
+            words = ["0"] * 8
+        user, nice, system, _idle, _wait, irq, softirq, steal = map(int, words)
+        busy = _TICK * (user + nice + system + irq + softirq + steal)
+        return busy, time.process_time(), time.monotonic()
 
 
-def busy_cores(seconds: float = 0.03) -> float:
-    """Cores in use by all processes during so many seconds, in which this thread sleeps; 0 where
-    the system does not say (/proc/stat, in hundredths of a second)."""
-    try:
-        before = _busy_ticks()
-        time.sleep(seconds)
-        return (_busy_ticks() - before) / os.sysconf("SC_CLK_TCK") / seconds
-    except OSError:
-        return 0.0
-
-
-def _busy_ticks() -> int:
-    words = Path("/proc/stat").read_text(encoding="ascii").split(maxsplit=9)[1:9]
-    user, nice, system, _idle, _wait, irq, softirq, steal = map(int, words)
-    return user + nice + system + irq + softirq + steal
+_TICK = 0.01  # s
 
 
 class Clock:
@@ -182,14 +214,15 @@ class Clock:
     def left(self) -> float:
         return self._end - time.monotonic()
 
-    def wait_for_quiet(self, on_cpu: bool) -> None:
-        """Wait while other processes use the CPU: a quarter of the budget at most, in all."""
-        began = time.monotonic()
-        while on_cpu and self._patience > 0 and self.left > 0 and busy_cores() > _BUSY_CORES:
+    def wait_for_quiet(self, load: OtherLoad) -> None:
+        """Wait while other load disturbs: a quarter of the budget at most, in all."""
+        load.disturbs()
+        while self._patience > 0 and self.left > 0:
+            time.sleep(_LOOK)
+            if not load.disturbs():
+                return
+            self._patience -= _LOOK
             self.show("waiting: other processes use the processor")
-            time.sleep(0.05)
-            self._patience -= time.monotonic() - began
-            began = time.monotonic()
 
     def show(self, text: str) -> None:
         if self._progress is not None:
@@ -197,44 +230,44 @@ class Clock:
             self._progress(min(spent, 1.0), text)
 
 
+_LOOK = 0.1  # s
+
+
 def measure(
     rig: Rig, shapes: Sequence[Shape], unified: bool, clock: Clock
 ) -> tuple[list[Sample], bool]:
     """Samples of the shapes, and whether it was not interrupted."""
-    times: dict[Shape, list[Took]] = {}
-    begins: dict[Shape, list[tuple[Took, ...]]] = {}
-    whole = True
+    taken: dict[Shape, Timings] = {}
+    load, disturbed, whole = OtherLoad(rig.n_threads), True, True
     try:
-        too_large: set[Shape] = set()
         for n_round, shape, wanted in schedule([s for s in shapes if _fits(s, rig, unified)]):
-            taken = times.setdefault(shape, [])
-            if clock.left <= 0 or shape in too_large:
-                continue
-            if sum(not t.disturbed for t in taken) >= wanted:
+            timings = taken.setdefault(shape, Timings())
+            if clock.left <= 0 or timings.too_large or timings.enough(wanted):
                 continue
             clock.show(_words(shape, unified, n_round))
             share = 1.0 if wanted < inf else _AGAIN_SHARE
-            if taken and 2 * min(taken).seconds > share * clock.left:
+            if timings.steps and 2 * min(timings.steps).seconds > share * clock.left:
                 continue
-            if not rig.ready(shape) and rig.seconds_to_hold(shape.depth) > 0.15 * clock.left:
+            if rig.seconds_to_hold(shape.depth) > 0.15 * clock.left:
                 continue
-            clock.wait_for_quiet(rig.on_cpu)
+            if disturbed:
+                clock.wait_for_quiet(load)
+            load.disturbs()
             try:
                 begin, steady = _block(rig, shape)
-                taken += steady
-                begins.setdefault(shape, []).append(begin)
             except KvCacheFull:  # a memory that needs more cells than the step has rows
                 rig.clear()
-                too_large.add(shape)
+                timings.too_large = True
+                continue
+            disturbed = load.disturbs()
+            timings.add(begin, steady, disturbed)
     except KeyboardInterrupt:
         whole = False
-    found = [
-        _sample(shape, taken, unified, begins[shape]) for shape, taken in times.items() if taken
-    ]
-    return found, whole
+    return [timings.sample(s, unified) for s, timings in taken.items() if timings.steps], whole
 
 
-_WANTED = (1, 3, 6, 9, 12, 16, 20, 25, 30, 40)  # undisturbed steps of a shape, by round
+# Undisturbed steps of a shape, by round. The last rounds repeat what was disturbed until then.
+_WANTED = (1, 3, 6, 9, 12, 16, 20, 25, 30, 40, *[1] * 30)
 _FEW = 8  # decoding rows of the steps that are repeated
 _AGAIN = 4  # repeats within the first round
 _AGAIN_SHARE = 0.005  # of the remaining budget, that a repeat may take
@@ -251,6 +284,62 @@ def schedule(shapes: Sequence[Shape]) -> Iterator[tuple[int, Shape, float]]:
             yield from ((1, again, inf) for again in few)
     for n_round, wanted in enumerate(_WANTED[1:], 2):
         yield from ((n_round, shape, wanted) for shape in shapes)
+
+
+@dataclass
+class Timings:
+    """Steps of a shape. begins: the first ones of each block, with a new graph; steps: the
+    others."""
+
+    steps: list[Took] = field(default_factory=list)
+    begins: list[tuple[Took, ...]] = field(default_factory=list)
+    too_large: bool = False
+
+    def add(self, begin: tuple[Took, ...], steady: list[Took], disturbed: bool) -> None:
+        """A block; disturbed: all of it."""
+        if disturbed:
+            begin = tuple(t._replace(disturbed=True) for t in begin)
+            steady = [t._replace(disturbed=True) for t in steady]
+        self.begins.append(begin)
+        self.steps += steady
+
+    def enough(self, wanted: float) -> bool:
+        """There are as many undisturbed steps, and they do not differ much."""
+        n = sum(not t.disturbed for t in self.steps)
+        return n >= wanted and self._quartiles()[1] <= _DIFFER
+
+    def sample(self, shape: Shape, unified: bool) -> Sample:
+        """The median of the undisturbed steps; without any, the fastest step. How much longer new
+        graphs took comes from undisturbed begins, without the very first, which may have loaded a
+        kernel, if there are more."""
+        middle, spread, n = self._quartiles()
+        fresh = [
+            [t.seconds - middle for t in begin]
+            for begin in self.begins[1:] or self.begins
+            if n and begin[0].new and not any(t.disturbed for t in begin)
+        ]
+        new = [extra[0] for extra in fresh]
+        settle = [sum(extra[1:]) for extra in fresh if len(extra) > 1]
+        return Sample(
+            rows=shape.rows,
+            prefill=shape.prefill,
+            kv=shape.kv,
+            n_seqs=shape.n_seqs,
+            unified=unified,
+            seconds=float(f"{middle:.6g}"),
+            spread=round(spread, 4),
+            n=n,
+            new=float(f"{np.median(new):.4g}") if new else None,
+            settle=float(f"{np.median(settle):.4g}") if settle else None,
+        )
+
+    def _quartiles(self) -> tuple[float, float, int]:
+        """`seconds`, `spread` and `n` of `Sample`."""
+        calm = [t.seconds for t in self.steps if not t.disturbed]
+        if not calm:
+            return min(self.steps).seconds, 0.5, 0
+        low, middle, high = np.percentile(calm, (25, 50, 75)).tolist()
+        return middle, (high - low) / (2 * middle), len(calm)
 
 
 def _block(rig: Rig, shape: Shape) -> tuple[tuple[Took, ...], list[Took]]:
@@ -277,33 +366,3 @@ def _words(shape: Shape, unified: bool, n_round: int) -> str:
     decode = shape.rows - shape.prefill
     rows = f"{decode} decoding, {shape.prefill} prompt rows, depth {shape.depth}"
     return f"{layout}, round {n_round}: {rows}"
-
-
-def _sample(
-    shape: Shape, taken: list[Took], unified: bool, begins: Sequence[tuple[Took, ...]] = ()
-) -> Sample:
-    """The median of the undisturbed steps; without any, the fastest step.
-
-    `begins`: the first steps of blocks. How much longer they took comes from undisturbed ones with
-    a new graph, without the very first block, which may have loaded a kernel, if there are more."""
-    calm = [t.seconds for t in taken if not t.disturbed]
-    low, middle, high = np.percentile(calm or [min(taken).seconds], (25, 50, 75))
-    fresh = [
-        [t.seconds - middle for t in begin]
-        for begin in begins[1:] or begins
-        if begin[0].new and not any(t.disturbed for t in begin)
-    ]
-    new = [extra[0] for extra in fresh if calm]
-    settle = [sum(extra[1:]) for extra in fresh if calm and len(extra) > 1]
-    return Sample(
-        rows=shape.rows,
-        prefill=shape.prefill,
-        kv=shape.kv,
-        n_seqs=shape.n_seqs,
-        unified=unified,
-        seconds=float(f"{middle:.6g}"),
-        spread=round(float((high - low) / (2 * middle)), 4) if calm else 0.5,
-        n=len(calm),
-        new=float(f"{np.median(new):.4g}") if new else None,
-        settle=float(f"{np.median(settle):.4g}") if settle else None,
-    )

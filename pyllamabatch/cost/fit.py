@@ -23,11 +23,11 @@ _WINDOW_SHARES = (0.0, 0.5, 0.75, 0.875)  # that it tries for w
 
 
 class Fitted(NamedTuple):
-    """coefficients: seconds per unit of each term. error: median and 95th percentile of the
-    relative error on the samples."""
+    """coefficients: seconds per unit of each term that a sample has. error: median and 95th
+    percentile of the relative error on the samples."""
 
     terms: Terms
-    coefficients: F64
+    coefficients: dict[str, float]
     error: tuple[float, float]
     new_graph: NewGraph
 
@@ -43,11 +43,9 @@ def fit_terms(profile: Profile, *, unified: bool, swa_full: bool) -> Fitted:
     known = set(chosen)
     mine = _calm(chosen)
     others = [s for s in profile.samples if s.n > 0 and s not in known and s.unified != unified]
-    if len(mine) < LEAST_SAMPLES:
-        raise ArgumentError(
-            "profile", f"{len(mine)} samples", f"must have {LEAST_SAMPLES} at least"
-        )
-    n_ubatch, n = profile.n_ubatch, len(mine)
+    n, n_ubatch = len(mine), profile.n_ubatch
+    if n < LEAST_SAMPLES:
+        raise ArgumentError("profile", f"{n} samples", f"must have {LEAST_SAMPLES} at least")
     new_graph = _new_graph(mine, n_ubatch)
     seconds = np.array(
         _reused(mine, new_graph, n_ubatch) + _reused(others, _new_graph(others, n_ubatch), n_ubatch)
@@ -59,17 +57,26 @@ def fit_terms(profile: Profile, *, unified: bool, swa_full: bool) -> Fitted:
     plain = Terms(
         profile.kernels, 0.0, unified, profile.n_expert, profile.n_expert_used, profile.n_swa
     )
-    # A design is linear in h and w.
-    base = _design(plain, mine, others, n_ubatch)
-    of_share = _design(replace(plain, output_share=1.0), mine, others, n_ubatch) - base
-    of_window = np.zeros_like(base)
-    if plain.window:
-        of_window = _design(replace(plain, window_share=1.0), mine, others, n_ubatch) - base
+    # The values are linear in h and w.
+    known_terms = [
+        _values(terms, mine, others, n_ubatch)
+        for terms in (
+            plain,
+            replace(plain, output_share=1.0),
+            replace(plain, window_share=1.0 if plain.window else 0.0),
+        )
+    ]
+    names = list(dict.fromkeys(name for values in known_terms for row in values for name in row))
+    base, whole_share, whole_window = (
+        np.array([[row.get(name, 0.0) for name in names] for row in values])
+        for values in known_terms
+    )
+    of_share, of_window = whole_share - base, whole_window - base
 
     def attempt(h: float, w: float, n_rounds: int) -> tuple[F64, F64]:
         """Coefficients, and relative errors on this layout's samples."""
         found, errors = robust_nnls(base + h * of_share + w * of_window, seconds, weight, n_rounds)
-        return found[: len(plain.names)], np.abs(errors[:n])
+        return found, np.abs(errors[:n])
 
     def best(tried: Sequence[tuple[float, float]]) -> tuple[float, float]:
         if len(tried) == 1:
@@ -84,7 +91,7 @@ def fit_terms(profile: Profile, *, unified: bool, swa_full: bool) -> Fitted:
         w = 0.0
     return Fitted(
         replace(plain, output_share=h, window_share=w),
-        coefficients,
+        dict(zip(names, coefficients.tolist(), strict=True)),
         (float(np.median(errors)), float(np.percentile(errors, 95))),
         new_graph,
     )
@@ -136,23 +143,18 @@ def _reused(samples: Sequence[Sample], new_graph: NewGraph, n_ubatch: int) -> li
     ]
 
 
-def _design(terms: Terms, mine: Sequence[Sample], others: Sequence[Sample], n_ubatch: int) -> F64:
-    """(samples of mine and others, terms and the attention of the others' layout)."""
-    rows = np.array([_values(terms, s, n_ubatch) for s in mine])
-    if not others:
-        return rows
-    terms = replace(terms, unified=not terms.unified)
-    theirs = np.array([_values(terms, s, n_ubatch) for s in others])
-    at = [terms.names.index(name) for name in ATTENTION]
-    attention = theirs[:, at]
-    theirs[:, at] = 0.0
-    return np.block([[rows, np.zeros((len(rows), len(at)))], [theirs, attention]])
-
-
-def _values(terms: Terms, s: Sample, n_ubatch: int) -> list[float]:
-    ubatches = terms.split(*s.shape, n_ubatch)
-    values: list[float] = np.sum([terms.of(ubatch) for ubatch in ubatches], axis=0).tolist()
-    return values
+def _values(
+    terms: Terms, mine: Sequence[Sample], others: Sequence[Sample], n_ubatch: int
+) -> list[dict[str, float]]:
+    """The terms of each sample; attention of the others' layout has names of its own."""
+    theirs = replace(terms, unified=not terms.unified)
+    return [terms.of_step(s.shape, n_ubatch) for s in mine] + [
+        {
+            f"{name}, other layout" if name in ATTENTION else name: value
+            for name, value in theirs.of_step(s.shape, n_ubatch).items()
+        }
+        for s in others
+    ]
 
 
 def robust_nnls(design: F64, seconds: F64, base: F64, n_rounds: int) -> tuple[F64, F64]:

@@ -9,16 +9,16 @@ known to do. An engine refines it with the steps that it runs.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import inf
-from operator import mul
 
 from pyllamabatch.cost.fit import LEAST_SAMPLES, fit_terms
 from pyllamabatch.cost.kernels import Kernels
 from pyllamabatch.cost.profile import Profile
 from pyllamabatch.cost.step_cost import NO_COST, NewGraph, StepCost
-from pyllamabatch.cost.terms import ATTENTION, COMMON, Terms
+from pyllamabatch.cost.terms import Terms
 
 _SEEN_MAX = 60  # steps that refinement remembers of a regime
 _FIT_COUNTS = 2  # steps: the fit counts as much as so many observed ones
@@ -37,7 +37,7 @@ class CostModel(StepCost):
     def __init__(
         self,
         terms: Terms,
-        coefficients: Sequence[float],
+        coefficients: Mapping[str, float],
         n_ubatch: int,
         *,
         error: tuple[float, float] = (0.5, 1.0),
@@ -46,7 +46,7 @@ class CostModel(StepCost):
     ) -> None:
         kernels = terms.kernels
         self.terms = terms
-        self.coefficients = dict(zip(terms.names, coefficients, strict=True))
+        self.coefficients = coefficients
         self.n_ubatch = n_ubatch
         self.unified = terms.unified
         self.computes_masked = kernels.computes_masked
@@ -56,25 +56,22 @@ class CostModel(StepCost):
         self.switch = None if any(new_graph) else 0.0
         self.edges = kernels.last_rows(n_ubatch)
         self._window = terms.window if terms.window_share else inf
-        # Tables by row count, so that `predict` is a few look-ups.
-        n_common = len(COMMON) + len(ATTENTION)
-        base, head, output, experts, cell, *attention = coefficients[:n_common]
-        self._cell = cell
-        all_few, own_few, all_many, own_many, all_prompt, own_prompt, many = attention
+        # Tables by row count, so that `predict` is a few look-ups. Unknown terms cost nothing.
+        c = defaultdict(float, coefficients)
         rows, h = range(n_ubatch + 1), terms.output_share
-        passes: list[float] = [
-            sum(map(mul, coefficients[n_common:], terms.passes(n))) for n in rows
-        ]
+        passes = [sum(c[name] * x for name, x in terms.passes(n).items()) for n in rows]
         few = [n < kernels.attention_from for n in rows]
-        self._body: list[float] = [
-            base + experts * terms.experts(n) + many * (not few[n]) + (1 - h) * passes[n]
+        self._body = [
+            c["base"] + c["experts"] * terms.experts(n) + c["many"] * (not few[n])
+            + (1 - h) * passes[n]
             for n in rows
-        ]
-        self._head: list[float] = [head * (n > 0) + output * n + h * passes[n] for n in rows]
-        self._all = [all_few if f else all_few + all_many for f in few]
-        self._own = [own_few if f else own_few + own_many for f in few]
-        self._all_prompt = [all_few if f else all_prompt for f in few]
-        self._own_prompt = [own_few if f else own_prompt for f in few]
+        ]  # fmt: skip
+        self._head = [c["head"] * (n > 0) + c["output"] * n + h * passes[n] for n in rows]
+        self._cell = c["cells"]
+        self._all = [c["all"] if f else c["all"] + c["all many"] for f in few]
+        self._own = [c["own"] if f else c["own"] + c["own many"] for f in few]
+        self._all_prompt = [c["all"] if f else c["all prompt"] for f in few]
+        self._own_prompt = [c["own"] if f else c["own prompt"] for f in few]
         self._regime = [0, *map(kernels.of, rows[1:])]
         # Refinement: a factor and a number of steps for each regime, without prompt rows and with.
         self._scale = [1.0] * (2 * len(kernels.regimes))
@@ -220,14 +217,7 @@ class CostModel(StepCost):
 
         Raises ArgumentError for fewer than 4 samples of the layout."""
         found = fit_terms(profile, unified=unified, swa_full=swa_full)
-        return cls(
-            found.terms,
-            found.coefficients.tolist(),
-            n_ubatch or profile.n_ubatch,
-            error=found.error,
-            calibrated=True,
-            new_graph=found.new_graph,
-        )
+        return cls(**found._asdict(), n_ubatch=n_ubatch or profile.n_ubatch, calibrated=True)
 
     @classmethod
     def prior(
@@ -244,24 +234,17 @@ class CostModel(StepCost):
         are; their heights, absolute times and attention are guesses."""
         one_pass = row_bytes / (1e12 if gpu else 2e10)
         row = one_pass / (32 if gpu else 3)
-        terms = Terms(kernels, 0.0, unified)
-        guess = dict.fromkeys(terms.names, 0.0)
-        for tile in kernels.tiles:
-            guess[f"tile of {tile}"] = 0.25 * one_pass
+        guess = {f"tile of {tile}": 0.25 * one_pass for tile in kernels.tiles}
         for regime in kernels.regimes:
-            seconds: dict[str, float] = {"pass": one_pass, "row": row, "tile": regime.tile * row}
+            tile = regime.tile * row
+            seconds = {"pass": one_pass, "tile": tile, "row": row if regime.tile == 1 else 0.0}
             if regime.rest == "each":
-                full = 0.6 * regime.tile * row
                 # A group goes through the weights: "any group" costs nothing more.
-                seconds |= {"full tile": full, "tile beyond": full}
+                seconds |= {"full tile": 0.6 * tile, "tile beyond": 0.6 * tile}
                 seconds["group"] = one_pass + 0.5 * regime.group * row
                 seconds |= {f"{n} beyond": n * row for n in range(1, regime.tile)}
-            elif regime.tile > 1:
-                seconds["row"] = 0.0
-            for name, guessed in seconds.items():
-                if f"{name} {regime.first}+" in guess:
-                    guess[f"{name} {regime.first}+"] = guessed
-        return cls(terms, list(guess.values()), n_ubatch)
+            guess |= {f"{part} {regime.first}+": guessed for part, guessed in seconds.items()}
+        return cls(Terms(kernels, 0.0, unified), guess, n_ubatch)
 
 
 def held_out(profile: Profile, *, unified: bool = True, parts: int = 5) -> list[float]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +84,10 @@ class Sample:
         return n if n > 1 else 0
 
 
-_SAMPLE_FIELDS = (
-    *("rows", "prefill", "kv", "n_seqs", "unified", "seconds", "spread", "n"),
-    *("new", "settle"),
-)
+KINDS: Mapping[str, Callable[[Sample], bool]] = {
+    "steps that decode": lambda sample: not sample.prefill,
+    "steps with prompt rows": lambda sample: sample.prefill > 0,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,27 +142,14 @@ class Profile:
         """The kinds of steps without a sample, for contexts of this layout: a model that is fitted
         to such a profile knows nothing of them."""
         samples = self.only(unified=unified).samples
-        kinds = {
-            "steps that decode": any(not s.prefill for s in samples),
-            "steps with prompt rows": any(s.prefill for s in samples),
-        }
-        return [name for name, known in kinds.items() if not known]
+        return [kind for kind, of_kind in KINDS.items() if not any(map(of_kind, samples))]
 
     def to_json(self) -> str:
         """One JSON object, a sample a line."""
-        head: dict[str, Any] = {"schema": SCHEMA, "about": dict(self.about)}
-        head["key"] = {**asdict(self.key), "context": dict(self.key.context)}
-        head["kernels"] = {
-            "attention_from": self.kernels.attention_from,
-            "tiles": list(self.kernels.tiles),
-            "computes_masked": self.kernels.computes_masked,
-            "regimes": [asdict(regime) for regime in self.kernels.regimes],
-        }
-        for name in ("n_ubatch", "output_share", "n_expert", "n_expert_used", "n_swa"):
-            head[name] = getattr(self, name)
-        head["fields"] = list(_SAMPLE_FIELDS)
-        text = json.dumps(head, indent=1)[:-2]
-        rows = [json.dumps([getattr(s, name) for name in _SAMPLE_FIELDS]) for s in self.samples]
+        data = {"schema": SCHEMA, **asdict(self)}
+        rows = [json.dumps(list(sample.values())) for sample in data.pop("samples")]
+        data["fields"] = [column.name for column in fields(Sample)]
+        text = json.dumps(data, indent=1)[:-2]
         return text + ',\n "samples": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n"
 
     @classmethod
@@ -170,28 +157,18 @@ class Profile:
         """Raises `ProfileError` for what is not a profile of this schema."""
         try:
             data = json.loads(text)
-            if data["schema"] != SCHEMA:
-                raise ProfileError(name, f"schema {data['schema']}, this version reads {SCHEMA}")
-            masked = is_cuda(data["key"]["backend"])  # an older file does not say it
-            kernels = Kernels.from_dict({"computes_masked": masked, **data["kernels"]})
-            samples = tuple(
-                Sample(**dict(zip(data["fields"], row, strict=True))) for row in data["samples"]
-            )
+            schema, columns, rows = (data.pop(part) for part in ("schema", "fields", "samples"))
+            if schema != SCHEMA:
+                raise ProfileError(name, f"schema {schema}, this version reads {SCHEMA}")
+            samples = tuple(Sample(**dict(zip(columns, row, strict=True))) for row in rows)
             for sample in samples:
                 if not (sample.seconds > 0 and 0 <= sample.prefill <= sample.rows > 0):
                     raise ValueError(f"no such step: {sample}")
-            return cls(
-                Key(**data["key"]),
-                kernels,
-                samples,
-                int(data["n_ubatch"]),
-                float(data["output_share"]),
-                int(data["n_expert"]),
-                int(data["n_expert_used"]),
-                int(data.get("n_swa", 0)),
-                data["about"],
-            )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+            key = Key(**data.pop("key"))
+            masked = is_cuda(key.backend)  # an older file does not say it
+            kernels = Kernels.from_dict({"computes_masked": masked, **data.pop("kernels")})
+            return cls(key, kernels, samples, **data)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ProfileError(name, f"{type(error).__name__}: {error}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -38,7 +38,8 @@ class Took(NamedTuple):
 
 class Rig(Owner):
     """One context and stepper. Times are those of the native step: build, decode, wait, sample
-    (with the default sampling parameters), in seconds."""
+    (with the default sampling parameters), in seconds. n_threads: of the CPU that compute; 0 where
+    a device does."""
 
     def __init__(self, model: Model, *, n_seq_max: int, n_ctx: int, **context_params: Any) -> None:
         self.context = Context(
@@ -59,12 +60,12 @@ class Rig(Owner):
         self._stays = can.partial_removal  # a step can be taken back
         self._random = np.random.default_rng(1)
         self._n_held: dict[int, int] = {}  # positions by sequence
-        self._states: dict[int, bytes] = {}  # of one sequence, by depth
+        self._states: dict[int, bytes] = {}  # of a sequence, by depth
         self._seconds_per_token = 0.0
         self._n_reused = 0  # graphs, so far
         device, _, share = where.device_of(self.context)
-        self.on_cpu = device.kind == "cpu" or share < where.WHOLE
-        self._n_threads = self.context.n_threads if self.on_cpu else 0
+        on_cpu = device.kind == "cpu" or share < where.WHOLE
+        self.n_threads = self.context.n_threads if on_cpu else 0
         for seq in range(n_seq_max):
             self.stepper.set_slot(seq, _SAMPLING)
 
@@ -78,15 +79,9 @@ class Rig(Owner):
 
     # -- depths --
 
-    def ready(self, shape: Shape) -> bool:
-        """The depth needs no computing."""
-        return (
-            shape.depth in self._states or self._n_held.get(0, -1) == shape.depth or not shape.depth
-        )
-
     def seconds_to_hold(self, depth: int) -> float:
-        """About how long it takes to compute this depth."""
-        return self._seconds_per_token * (depth - self._n_held.get(0, 0))
+        """About how long it takes to compute this depth; 0 for one that is known."""
+        return self._seconds_per_token * (depth - self._known(depth))
 
     def clear(self) -> None:
         """Nothing is held any more."""
@@ -95,47 +90,40 @@ class Rig(Owner):
 
     def hold(self, n_seqs: int, depth: int) -> None:
         """Sequences 0 to n_seqs - 1 hold `depth` tokens each, the others nothing."""
-        memory = self.context.memory
         for seq, held in list(self._n_held.items()):
-            near = held == depth or (not self._stays and 0 < depth < held <= depth + _DRIFT)
-            if seq < n_seqs and near:
-                continue
-            if seq == 0 and held < depth and depth not in self._states:
-                continue  # goes on from what it has
-            memory.seq_rm(seq)
-            del self._n_held[seq]
-        if depth == 0:
-            return
-        if depth not in self._states:
+            drifted = not self._stays and 0 < depth < held <= depth + _DRIFT
+            if seq >= n_seqs or not (held == depth or drifted):
+                self._drop(seq)
+        if depth and depth not in self._states:
             self._compute(depth)
-            self._keep(depth)
-            if depth in self._states and self.context.model.n_swa:
-                memory.seq_rm(0)  # a state has the window's cells alone, where there is one
-                del self._n_held[0]
-        missing = [seq for seq in range(n_seqs) if seq not in self._n_held]
-        if missing:
-            state = self._states.get(depth)
-            at = depth if state else self._n_held[0]
-            state = state or self.context.state_seq_get(0)
-            for seq in missing:
-                self.context.state_seq_set(state, seq)
-                self._n_held[seq] = at
+        for seq in range(n_seqs if depth else 0):
+            if seq not in self._n_held:
+                self.context.state_seq_set(self._states[depth], seq)
+                self._n_held[seq] = depth
 
     def _compute(self, depth: int) -> None:
-        have = self._n_held.get(0, 0)
-        began, first = time.monotonic(), have
-        while have < depth:
-            n = min(self.context.n_batch, depth - have)
-            self._write(0, n, 0, have)
+        """The state of a sequence of this depth, from the nearest one that is known."""
+        if sum(map(len, self._states.values())) > _STATES_MAX:
+            self._states.clear()
+        known = self._known(depth)
+        self._drop(0)
+        if known:
+            self.context.state_seq_set(self._states[known], 0)
+        began = time.monotonic()
+        for first in range(known, depth, self.context.n_batch):
+            n = min(self.context.n_batch, depth - first)
+            self._write(0, n, 0, first)
             self._call(n)
-            have = self._n_held[0] = have + n
-        if have > first:
-            self._seconds_per_token = (time.monotonic() - began) / (have - first)
+        self._seconds_per_token = (time.monotonic() - began) / (depth - known)
+        self._states[depth] = self.context.state_seq_get(0)
+        self._drop(0)
 
-    def _keep(self, depth: int) -> None:
-        state = self.context.state_seq_get(0)
-        if len(state) + sum(map(len, self._states.values())) <= _STATES_MAX:
-            self._states[depth] = state
+    def _known(self, depth: int) -> int:
+        return max((known for known in self._states if known <= depth), default=0)
+
+    def _drop(self, seq: int) -> None:
+        self.context.memory.seq_rm(seq)
+        self._n_held.pop(seq, None)
 
     # -- steps --
 
@@ -153,28 +141,20 @@ class Rig(Owner):
         return taken
 
     def _step(self, shape: Shape) -> Took:
-        n = 0
         decode = shape.rows - shape.prefill
-        grown: dict[int, int] = {}
-        taken: list[Took] = []
-        for seq in range(decode):
-            n = self._write(n, 1, seq, self._n_held.get(seq, 0), sample=True)
-            grown[seq] = 1
-        if decode and shape.prefill and not self.context.capabilities.unified:
-            taken.append(self._call(n))  # as `Step.parts` has it
-            n = 0
-        for i, size in enumerate(shape.chunks()):
-            seq = decode + i
+        sizes = [1] * decode + shape.chunks()
+        apart = not self.context.capabilities.unified and shape.prefill  # as `Step.parts` has it
+        parts: list[Took] = []
+        n = 0
+        for seq, size in enumerate(sizes):
+            if apart and n and seq == decode:
+                parts.append(self._call(n))
+                n = 0
             n = self._write(n, size, seq, self._n_held.get(seq, 0))
-            self.stepper.rows.flags[n - 1] = SAMPLE
-            grown[seq] = size
-        taken.append(self._call(n))
-        self._undo(grown, shape.depth)
-        return Took(
-            sum(t.seconds for t in taken),
-            any(t.disturbed for t in taken),
-            sum(t.new for t in taken),
-        )
+        parts.append(self._call(n))
+        self._undo(sizes, shape.depth)
+        seconds, disturbed, new = zip(*parts, strict=True)
+        return Took(sum(seconds), any(disturbed), sum(new))
 
     def _call(self, n_rows: int) -> Took:
         cpu, wall = time.process_time(), time.perf_counter()
@@ -186,32 +166,32 @@ class Rig(Owner):
         n_reused = int(took["n_reused"]) - self._n_reused
         self._n_reused += n_reused
         new = max(0, -(-n_rows // self.context.n_ubatch) - n_reused)
-        return Took(seconds, cpu < _UNDISTURBED * wall * self._n_threads, new)
+        return Took(seconds, cpu < _UNDISTURBED * wall * self.n_threads, new)
 
-    def _undo(self, grown: dict[int, int], depth: int) -> None:
+    def _undo(self, sizes: list[int], depth: int) -> None:
         """Take the rows of a step away; where the memory can't (recurrent states, a window that has
         moved on), the sequence goes."""
-        memory = self.context.memory
-        for seq, size in grown.items():
+        for seq, size in enumerate(sizes):
             held = self._n_held.get(seq, 0) + size
             if self._stays:
                 try:
-                    memory.seq_rm(seq, depth)
+                    self.context.memory.seq_rm(seq, depth)
                     continue
                 except UnsupportedOperation:
                     pass
-            elif held <= depth + _DRIFT and depth:
+            elif depth and held <= depth + _DRIFT:
                 self._n_held[seq] = held
                 continue
-            memory.seq_rm(seq)
-            self._n_held.pop(seq, None)
+            self._drop(seq)
 
-    def _write(self, first: int, n: int, seq: int, start: int, *, sample: bool = False) -> int:
+    def _write(self, first: int, n: int, seq: int, start: int) -> int:
+        """n rows of a sequence, the last one sampled."""
         rows, end = self.stepper.rows, first + n
         rows.token[first:end] = self._random.integers(0, self.stepper.n_vocab, n)
         rows.pos[first:end] = np.arange(start, start + n)
         rows.seq[first:end] = seq
-        rows.flags[first:end] = SAMPLE if sample else 0
+        rows.flags[first:end] = 0
+        rows.flags[end - 1] = SAMPLE
         return end
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import NamedTuple, Protocol
 
 SETTLED = 3  # steps after a new graph until the device has prepared for it
@@ -42,10 +43,10 @@ class StepCost(Protocol):
         """Whether its seconds are measured, or corrected by at least one measured step."""
         return self.calibrated
 
+    @abstractmethod
     def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
         """Seconds of a step of `rows` rows in `n_seqs` sequences, `prefill` of them prompt rows,
         when `kv` cells are held before it. The simulator takes it as linear in `kv`."""
-        raise NotImplementedError
 
     def observe(
         self, rows: int, prefill: int, kv: float, n_seqs: int, seconds: float, n_steps: int = 1

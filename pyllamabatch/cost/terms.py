@@ -32,15 +32,17 @@ All c are >= 0.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from operator import add
 from typing import NamedTuple
 
 from pyllamabatch.cost.kernels import Kernels, Regime
 
-COMMON = ("base", "head", "output", "experts")
 ATTENTION = ("cells", "all", "own", "all many", "own many", "all prompt", "own prompt", "many")
 """The terms that differ between a pool of cells and streams."""
+
+Shape = tuple[int, int, float, int]
+"""rows, prefill, kv, n_seqs: as `CostModel.predict` takes them."""
 
 
 class Ubatch(NamedTuple):
@@ -58,8 +60,8 @@ class Ubatch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """The terms' names, and their values for a ubatch. output_share: h. window: in cells.
-    window_share: w."""
+    """The values of the terms by name; those that are not named are 0. output_share: h. window: in
+    cells. window_share: w."""
 
     kernels: Kernels
     output_share: float
@@ -69,35 +71,36 @@ class Terms:
     window: int = 0
     window_share: float = 0.0
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        found = [*COMMON, *ATTENTION, *(f"tile of {tile}" for tile in self.kernels.tiles)]
-        for regime in self.kernels.regimes:
-            found += [f"{part} {regime.first}+" for part in parts(regime)]
-        return tuple(found)
-
-    def of(self, ubatch: Ubatch) -> list[float]:
-        n, decode, out = ubatch.rows, ubatch.decode, ubatch.sampled
-        attended = ubatch.cells + n / 2 if self.unified else 0.0
-        decoding = [decode * attended, decode * ubatch.own]
-        prompt = [(n - decode) * attended, (n - decode) * ubatch.own_prompt]
-        values = [1.0, float(out > 0), float(out), self.experts(n), ubatch.cells]
-        if n < self.kernels.attention_from:
-            values += [*map(add, decoding, prompt), 0.0, 0.0, 0.0, 0.0, 0.0]
-        else:
-            values += [*decoding, *decoding, *prompt, 1.0]
-        h = self.output_share
-        return values + [
-            (1 - h) * a + h * b for a, b in zip(self.passes(n), self.passes(out), strict=True)
-        ]
-
-    def passes(self, n: int) -> list[float]:
-        """The terms of pass(n): tiles, then regimes."""
-        values = [float(tiles_of(tile, n)) for tile in self.kernels.tiles]
-        here = self.kernels.of(n) if n else -1
-        for i, regime in enumerate(self.kernels.regimes):
-            values += values_of(regime, n) if i == here else [0.0] * len(parts(regime))
+    def of_step(self, shape: Shape, n_ubatch: int) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for ubatch in self.split(*shape, n_ubatch):
+            _add(values, self.of(ubatch))
         return values
+
+    def of(self, ubatch: Ubatch) -> dict[str, float]:
+        n, decode, out = ubatch.rows, ubatch.decode, ubatch.sampled
+        prompt, h = n - decode, self.output_share
+        attended = ubatch.cells + n / 2 if self.unified else 0.0
+        values = {"base": 1.0, "head": float(out > 0), "output": float(out)}
+        values |= {"experts": self.experts(n), "cells": ubatch.cells}
+        if n < self.kernels.attention_from:
+            values |= {"all": n * attended, "own": decode * ubatch.own + prompt * ubatch.own_prompt}
+        else:
+            values |= {"all": decode * attended, "own": decode * ubatch.own, "many": 1.0}
+            values |= {"all many": values["all"], "own many": values["own"]}
+            values |= {"all prompt": prompt * attended, "own prompt": prompt * ubatch.own_prompt}
+        _add(values, self.passes(n), 1 - h)
+        _add(values, self.passes(out), h)
+        return values
+
+    def passes(self, n: int) -> dict[str, float]:
+        """The terms of pass(n)."""
+        if not n:
+            return {}
+        # Kernels that compute a tile at once have another one for a single row.
+        values = {f"tile of {tile}": float(-(-n // tile)) for tile in self.kernels.tiles if n > 1}
+        regime = self.kernels.regimes[self.kernels.of(n)]
+        return values | {f"{part} {regime.first}+": x for part, x in values_of(regime, n).items()}
 
     def split(self, rows: int, prefill: int, kv: float, n_seqs: int, n_ubatch: int) -> list[Ubatch]:
         """The ubatches of a step: n_ubatch rows each (src/llama-batch.cpp: `split_simple`). With
@@ -137,30 +140,20 @@ class Terms:
         return 1.0 - float((1.0 - self.n_expert_used / self.n_expert) ** n)
 
 
-def tiles_of(tile: int, n: int) -> int:
-    """Tiles that n rows fill, of kernels that have another one for a single row."""
-    return -(-n // tile) if n > 1 else 0
-
-
-def parts(regime: Regime) -> tuple[str, ...]:
-    """Names of a regime's terms."""
-    if regime.rest == "each":
-        groups = ("any group", "group", "tile beyond") if regime.group else ()
-        beyond = (f"{i} beyond" for i in range(1, regime.tile))
-        return ("pass", "full tile", *groups, *beyond)
-    return ("pass", "tile", "row") if regime.tile > 1 else ("pass", "row")
-
-
-def values_of(regime: Regime, n: int) -> tuple[float, ...]:
-    """Their values for n rows: f_r(n)."""
+def values_of(regime: Regime, n: int) -> dict[str, float]:
+    """f_r(n), by the names of its parts."""
     full, beyond = divmod(n, regime.tile)
-    if regime.rest == "each":
-        each = [float(i == beyond) for i in range(1, regime.tile)]
-        if not regime.group:
-            return (1.0, float(full), *each)
-        groups, rest = divmod(n, regime.group)
-        if not groups:
-            return (1.0, float(full), 0.0, 0.0, 0.0, *each)
-        return (0.0, 0.0, 1.0, float(groups), float(rest // regime.tile), *each)
-    tiles = full + (beyond > 0)
-    return (1.0, float(tiles), float(n)) if regime.tile > 1 else (1.0, float(n))
+    if regime.rest != "each":
+        tiles = {"tile": float(full + (beyond > 0))} if regime.tile > 1 else {}
+        return {"pass": 1.0, **tiles, "row": float(n)}
+    each = {f"{beyond} beyond": 1.0} if beyond else {}
+    groups, rest = divmod(n, regime.group) if regime.group else (0, n)
+    if not groups:
+        return {"pass": 1.0, "full tile": float(full), **each}
+    tiles = {"group": float(groups), "tile beyond": float(rest // regime.tile)}
+    return {"any group": 1.0, **tiles, **each}
+
+
+def _add(values: dict[str, float], more: Mapping[str, float], times: float = 1.0) -> None:
+    for name, value in more.items():
+        values[name] = values.get(name, 0.0) + times * value

@@ -27,13 +27,11 @@ WHOLE = 0.98  # of the weights on one device: it computes all layers
 class Weights:
     """What the tensors of a file weigh. `kind`: the type of most matrix bytes ("Q4_K").
     `output_share`: the output matrix's part of the bytes that a sampled row passes; a mixture of
-    experts counts those experts that a row uses. `row_bytes`: those bytes. `kinds`: types that have
-    a twentieth of them or more. `input_bytes`: tables that rows are only looked up in; they stay
-    with the CPU."""
+    experts counts those experts that a row uses. `kinds`: types that have a twentieth of them or
+    more. `input_bytes`: tables that rows are only looked up in; they stay with the CPU."""
 
     kind: str
     output_share: float
-    row_bytes: int
     input_bytes: int
     n_expert: int
     n_expert_used: int
@@ -68,7 +66,7 @@ def weigh(model: Model) -> Weights:
     kind = max(by_kind, key=lambda k: by_kind[k]) if by_kind else "F16"
     share = output / total if total else 0.0
     kinds = tuple(sorted(k for k, n in passed.items() if n >= 0.05 * total))
-    return Weights(kind, round(share, 4), int(total), inputs, n_expert, n_used, kinds)
+    return Weights(kind, round(share, 4), inputs, n_expert, n_used, kinds)
 
 
 def _count(model: Model, name: str) -> int:
@@ -186,20 +184,8 @@ def kernels_of(backend: str, weights: Weights) -> Kernels:
 
 def cpu_features() -> str:
     """Instruction sets that the CPU backend uses here, by ggml's names."""
-    runtime.ensure()
-    found: list[str] = []
-    for i in range(lib.ggml_backend_reg_count()):
-        reg = lib.ggml_backend_reg_get(i)
-        if runtime.text(lib.ggml_backend_reg_name(reg)) != "CPU":
-            continue
-        getter = lib.ggml_backend_reg_get_proc_address(reg, b"ggml_backend_get_features")
-        if getter != ffi.NULL:
-            feature = ffi.cast("ggml_backend_get_features_t", getter)(reg)
-            while feature.name != ffi.NULL:
-                if runtime.text(feature.value) not in ("", "0"):
-                    found.append(runtime.text(feature.name))
-                feature += 1
-    return " ".join(found)
+    has = runtime.features().get("CPU", {})
+    return " ".join(name for name, value in has.items() if value not in ("", "0"))
 
 
 def driver() -> str:
@@ -213,8 +199,9 @@ def driver() -> str:
     return f"NVIDIA {found.group(1)}" if found else text.splitlines()[0]
 
 
-def about(model: Model, context: Context) -> dict[str, Any]:
+def about(context: Context) -> dict[str, Any]:
     """For people: what was measured."""
+    model = context.model
     return {
         "model": model.description,
         "file": Path(model.path).name,

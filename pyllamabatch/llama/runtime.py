@@ -63,6 +63,22 @@ def devices() -> dict[str, Device]:
     return found
 
 
+def features() -> dict[str, dict[str, str]]:
+    """Of every backend, by name: what it was compiled with and finds on this machine."""
+    ensure()
+    found: dict[str, dict[str, str]] = {}
+    for i in range(lib.ggml_backend_reg_count()):
+        reg = lib.ggml_backend_reg_get(i)
+        has = found[text(lib.ggml_backend_reg_name(reg))] = {}
+        getter = lib.ggml_backend_reg_get_proc_address(reg, b"ggml_backend_get_features")
+        if getter != ffi.NULL:
+            feature = ffi.cast("ggml_backend_get_features_t", getter)(reg)
+            while feature.name != ffi.NULL:
+                has[text(feature.name)] = text(feature.value)
+                feature += 1
+    return found
+
+
 def mmap_works() -> bool:
     """Files can be mapped on this system, which libllama then does by default."""
     return bool(lib.llama_supports_mmap())

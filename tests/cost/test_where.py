@@ -45,7 +45,7 @@ def test_weights(tiny_llama_path: Path) -> None:
         weights = where.weigh(model)
         assert weights.kind == "F32" == where.file_type(model)
         assert 0 < weights.output_share < 1
-        assert weights.row_bytes + weights.input_bytes == pytest.approx(model.size_bytes, rel=0.02)
+        assert 0 < weights.input_bytes < 0.5 * model.size_bytes
 
 
 def test_key(tiny_llama_path: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pyllamabatch.cost.profile import Profile, Shape, shipped_profile
+from pyllamabatch.cost.profile import Profile, shipped_profile
+from tests.support.calibration import calm_and_small
 from tools import validate_simulator
 from tools.validation import AT_SPEED, BOUNDS, COMPARED
 
@@ -45,17 +46,13 @@ def test_records_and_tables(
 
 
 def test_a_profile_is_measured_and_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = [Shape(rows=n, depth=8) for n in (1, 2, 3, 4)]
-    shapes += [Shape(12, 10, 1, 8), Shape(16, 16, 1), Shape(20, 20, 1)]
-    monkeypatch.setattr("pyllamabatch.cost.calibrate.plan_shapes", lambda *_: shapes)
-    monkeypatch.setattr("pyllamabatch.cost.calibrate.N_CTX", 2048)
-    monkeypatch.setattr("pyllamabatch.cost.calibrate.busy_cores", lambda: 0.0)
+    calm_and_small(monkeypatch)
     monkeypatch.setattr("tools.validation._PROBE_SECONDS", 0.1)
     monkeypatch.setattr(validate_simulator, "SHIPPED", tmp_path / "shipped")
     words = [*SMALL, "-s", "2", "-c", "1024", "--calibrate", "5", "--ship", "mine"]
     words += ["--layouts", "unified", "--out", str(tmp_path / "out.jsonl")]
     assert validate_simulator.main(words) in (0, 1)
     shipped = Profile.load(tmp_path / "shipped" / "mine.json")
-    assert {s.rows for s in shipped.samples} == {1, 2, 3, 4, 12, 16, 20}
+    assert {s.rows for s in shipped.samples} == {1, 2, 3, 4, 8, 12, 16, 20}
     (saved,) = (tmp_path / "profiles").glob("*.json")
     assert Profile.load(saved) == shipped
