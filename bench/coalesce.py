@@ -19,9 +19,10 @@ from bench.arms import InProcess, in_own_thread
 from bench.case import Arm, Case, Measured, cases_of
 from bench.options import add_model, add_run, add_work, numbers
 from bench.targets import Figure, Target, speed_ratio
+from bench.views import speed_table
 from pyllamabatch.compare.case import sampling_params
 from pyllamabatch.report.records import Record
-from pyllamabatch.report.tables import Table, speed_table
+from pyllamabatch.report.tables import Table
 
 if TYPE_CHECKING:
     from pyllamabatch.engine.stats import EngineStats

@@ -17,6 +17,7 @@ from bench.case import cases_of
 from bench.models import resolve
 from bench.options import Budget, add_model, add_run, add_work, choose, numbers
 from bench.targets import Figure, Target, speed_ratio
+from bench.views import paired_ratios
 from pyllamabatch.compare import plots
 from pyllamabatch.compare.advice import advice
 from pyllamabatch.compare.arms import ARMS
@@ -24,7 +25,6 @@ from pyllamabatch.compare.hosted import probe
 from pyllamabatch.compare.run import Experiment, measure
 from pyllamabatch.compare.summary import table
 from pyllamabatch.compare.workload import BENCHES, BURST
-from pyllamabatch.report.medians import paired_ratios
 from pyllamabatch.report.meters import wait_for_quiet
 from pyllamabatch.report.records import Record
 

@@ -11,8 +11,8 @@ from bench.case import Arm, cases_of
 from bench.options import add_model, add_run, add_work, choose, numbers
 from bench.targets import Target, speed_ratio
 from bench.tools import tool
+from bench.views import speed_table
 from pyllamabatch.report.records import Record
-from pyllamabatch.report.tables import speed_table
 
 BASE = "llama-batched-bench"
 C_LOOP = "C loop"

@@ -17,9 +17,8 @@ from bench import harness
 from bench.case import NO_CONTEXT, Arm, Case, Measured, ModelFile
 from bench.options import add_run, numbers
 from bench.targets import Figure, Target
-from bench.views import Column, by_arm
+from bench.views import Column, by_arm, median_of, paired_ratios
 from pyllamabatch.report.facts import machine
-from pyllamabatch.report.medians import median_of, paired_ratios
 from pyllamabatch.report.records import Record
 
 SCANNED = "one vectorised scan of the row for its maximum: the yardstick"

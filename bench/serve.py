@@ -25,9 +25,9 @@ from bench.options import add_model, add_run, add_work, choose, numbers
 from bench.serving import EngineClients, HttpClients, ServerProcess, Serving, Tool
 from bench.targets import Target, speed_ratio
 from bench.tools import tool
+from bench.views import speed_table
 from pyllamabatch.compare.server import HOST
 from pyllamabatch.report.records import Record
-from pyllamabatch.report.tables import speed_table
 
 BASE = "llama-server"
 BACKEND = "llama-server-backend-sampling"

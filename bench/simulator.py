@@ -12,9 +12,8 @@ from bench import harness
 from bench.case import NO_CONTEXT, NO_MODEL, Arm, Case, Measured
 from bench.options import add_run
 from bench.targets import Figure, Target
-from bench.views import Column, by_arm
+from bench.views import Column, by_arm, median_of
 from pyllamabatch.cost.step_cost import StepCost
-from pyllamabatch.report.medians import median_of
 from pyllamabatch.report.records import Record
 from pyllamabatch.sim import EngineSpec, draw, simulate
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pyllamabatch.report.medians import median_of, paired_ratios
+from bench.views import median_of, paired_ratios
 from pyllamabatch.report.records import Record
 
 Figure = Callable[[Sequence[Record]], float | None]

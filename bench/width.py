@@ -36,11 +36,12 @@ from bench.arms import InProcess
 from bench.case import Arm, Case, Measured, cases_of
 from bench.options import add_model, add_run, choose, numbers
 from bench.targets import Figure, Target
+from bench.views import paired_ratios
 from pyllamabatch.cost.calibrate import calibrate
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import Profile, shipped_names, shipped_profile
 from pyllamabatch.engine.engine import Engine
-from pyllamabatch.report.medians import paired_ratios, pairs
+from pyllamabatch.report.medians import pairs
 from pyllamabatch.report.records import Record
 from pyllamabatch.report.tables import Table
 from pyllamabatch.scheduler import make_policy

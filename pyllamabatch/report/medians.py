@@ -1,9 +1,8 @@
-"""What records say together: medians over repeats, and ratios of runs that were neighbours."""
+"""What records say together: speeds of repeats, and ratios of runs that were neighbours."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from statistics import median
 
 from pyllamabatch.report.records import Record
 
@@ -17,18 +16,6 @@ def speeds_of(records: Iterable[Record]) -> dict[Key, list[float]]:
     for record in records:
         groups.setdefault((record.arm, record.pl), []).append(record.speed_tg)
     return groups
-
-
-def median_speeds(records: Iterable[Record]) -> dict[Key, float]:
-    return {key: median(speeds) for key, speeds in speeds_of(records).items()}
-
-
-def spread(records: Iterable[Record]) -> dict[Key, float]:
-    """(largest - smallest) / median of the speeds."""
-    return {
-        key: (max(speeds) - min(speeds)) / median(speeds)
-        for key, speeds in speeds_of(records).items()
-    }
 
 
 def pairs(
@@ -48,16 +35,3 @@ def pairs(
         if reference:
             groups.setdefault((record.arm, record.pl), []).append(record.speed_tg / reference)
     return groups
-
-
-def paired_ratios(
-    records: Iterable[Record], base: str, base_pl: int | None = None
-) -> dict[Key, float]:
-    """Medians of `pairs`."""
-    return {key: median(ratios) for key, ratios in pairs(records, base, base_pl).items()}
-
-
-def median_of(values: Iterable[float | None]) -> float | None:
-    """The median of those that are not None; None without any."""
-    there = [value for value in values if value is not None]
-    return median(there) if there else None

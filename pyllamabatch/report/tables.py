@@ -1,12 +1,11 @@
-"""Tables of text cells, as Markdown and as HTML, and the table of speeds that most benches show."""
+"""Tables of text cells, as Markdown, as plain text and as HTML."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from pyllamabatch.report.medians import median_speeds, paired_ratios, spread
 from pyllamabatch.report.records import Record
 
 NO_RESULT = "—"
@@ -54,34 +53,6 @@ class Table:
 
 def _bars(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def speed_table(records: Sequence[Record], base: str, first: str = "B") -> str:
-    """Markdown: median speed by number of sequences and arm, in brackets the ratio to `base`.
-    Below it the largest spread of an arm, and why others have no result."""
-    good = [record for record in records if not record.error]
-    speeds, ratios = median_speeds(good), paired_ratios(good, base)
-    arms = list(dict.fromkeys(record.arm for record in records))
-
-    def cell(arm: str, pl: int) -> str:
-        speed, ratio = speeds.get((arm, pl)), ratios.get((arm, pl))
-        if speed is None:
-            return NO_RESULT
-        return f"{speed:.1f}" if ratio is None or arm == base else f"{speed:.1f} ({ratio:.3f})"
-
-    counts = sorted({record.pl for record in records})
-    lines = [[pl, *(cell(arm, pl) for arm in arms)] for pl in counts]
-    text = [Table([first, *arms], lines, text=()).markdown()]
-    if good:
-        widest = max(spread(good).values())
-        text += ["", f"Largest spread of an arm, (max - min) / median: {widest:.0%}"]
-    return "\n".join(text + failures(records))
-
-
-def failures(records: Iterable[Record]) -> list[str]:
-    """A line for each arm and reason that there is no result."""
-    reasons = dict.fromkeys((r.arm, " ".join(r.error.split())) for r in records if r.error)
-    return [f"{arm}: no result: {error[:200]}" for arm, error in reasons]
 
 
 def in_words(record: Record) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from bench.views import speed_table
 from pyllamabatch.report.records import Record, append, read, speeds
-from pyllamabatch.report.tables import Table, speed_table
+from pyllamabatch.report.tables import Table
 from tests.support.made_up_rows import row
 
 
