@@ -8,15 +8,12 @@ from itertools import groupby
 from statistics import median
 
 from pyllamabatch.compare.comparison import EACH, JOULES, SPEED, Comparison, by_bench
-from pyllamabatch.compare.workload import BENCHES, POISSON
 from pyllamabatch.report.meters import BUSY
 from pyllamabatch.report.records import Record
 
 NOISE = 0.03  # ratios of speeds closer to 1 say nothing
 MORE = 1.05  # memory, energy: what counts as a difference
-LATER = 1.2  # TTFT and ITL: likewise
 UNEVEN = 0.9  # fairness below it is worth a word
-FEW_WEIGHTS = 100 * 2**20  # bytes: below, what libraries share hides what weights share
 GIB = 2**30
 ARMS = ("single", "engine", "contexts", "processes", "shared")
 """Of arms that are alike in everything the first one is taken."""
@@ -42,8 +39,7 @@ def advice(records: Iterable[Record]) -> str:
     choices = {n: choice(them, n) for n in them.counts}
     warning = busy(records)
     lines = [warning] if warning else []
-    for n, chosen in choices.items():
-        lines.append(for_users(them, n, chosen, benches.get(BENCHES[POISSON])))
+    lines += [for_users(them, n, chosen) for n, chosen in choices.items()]
     return "\n".join([*lines, overall(them, choices, bool(warning))])
 
 
@@ -96,11 +92,11 @@ def choice(them: Comparison, n: int) -> Choice:
         least = min(able, key=lambda arm: sizes[arm])
         if all(sizes[arm] > MORE * sizes[least] for arm in able if arm != least):
             return Choice(least, equal, f"{least} takes the least memory ({words})")
-    with_engine = {"shared", "engine"} <= set(equal)
-    return Choice(able[0], equal, "the engine also lets requests come and go" * with_engine)
+    both = "shared" in equal and "engine" in equal
+    return Choice(able[0], equal, "the engine also lets requests come and go" if both else "")
 
 
-def for_users(them: Comparison, n: int, chosen: Choice, poisson: Comparison | None) -> str:
+def for_users(them: Comparison, n: int, chosen: Choice) -> str:
     failed = [f"{arm} has no result: {why}" for arm in them.arms if (why := them.problem(arm, n))]
     users = "1 user" if n == 1 else f"{n} users"
     if not chosen.arm:
@@ -121,7 +117,6 @@ def for_users(them: Comparison, n: int, chosen: Choice, poisson: Comparison | No
         "" if them.at_random else limits(them, n, chosen.arm),
         takes(chosen.arm, sizes, ".2f", f"GiB ({words})"),
         takes(chosen.arm, joules, ".3g", "J a token"),
-        latency(poisson, n, chosen.arm) if poisson else "",
         *failed,
     )
 
@@ -176,18 +171,6 @@ def takes(arm: str, values: Mapping[str, float], form: str, unit: str) -> str:
     return f"{arm} takes {values[arm]:{form}} {unit}, {told}"
 
 
-def latency(poisson: Comparison, n: int, arm: str) -> str:
-    """Which other arm answers sooner when requests come at random."""
-    found = []
-    for name, words in (("ttft_p99_s", "first token"), ("itl_p99_s", "next token")):
-        times = poisson.all(n, name, [arm for arm in poisson.arms if arm != "single"])
-        first = min(times, key=lambda arm: times[arm], default=arm)
-        if arm in times and times[arm] > LATER * times[first]:
-            p99 = f"p99 {_time(times[first])} to {_time(times[arm])}"
-            found.append(f"{first} has the {words} sooner ({p99})")
-    return f"When requests come at random, {_list(found)}" if found else ""
-
-
 def overall(them: Comparison, choices: Mapping[int, Choice], busy: bool) -> str:
     record = them.records[0]
     where = record.gpu_info or f"{record.n_cores} cores of {record.cpu_info.split(' (')[0]}"
@@ -201,31 +184,13 @@ def overall(them: Comparison, choices: Mapping[int, Choice], busy: bool) -> str:
     missing = [arm for arm in ARMS if arm != "single" and arm not in them.arms]
     return _sentences(
         f"Overall, with {model} on {where}: {', then '.join(parts) or 'no arm to take'}",
-        sharing(them),
         f"Not measured: {_list(missing)}" if missing else "",
         "" if any(r.repeat for r in them.records) else "Each ran once: noise is not known",
     )
 
 
-def sharing(them: Comparison) -> str:
-    """What most of the processes have in common, as far as RSS and PSS say it."""
-    n = max((n for n in them.counts if them.get("processes", n, "pss_bytes")), default=0)
-    rss, pss = (them.get("processes", n, name) for name in ("rss_bytes", "pss_bytes"))
-    weights = them.records[0].model_size
-    if n < 2 or rss is None or pss is None or weights < FEW_WEIGHTS:
-        return ""
-    text = f"{pss / GIB:.2f} GiB together (PSS), their RSS adds up to {rss / GIB:.2f}"
-    if rss - pss >= (n - 1) * weights / 2:
-        return f"The {n} processes share the file that they map: {text}"
-    return f"The {n} processes share little of the weights, which are copied, not mapped: {text}"
-
-
 def _sentences(*parts: str) -> str:
     return " ".join(f"{part}." for part in parts if part)
-
-
-def _time(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms" if seconds < 10 else f"{seconds:.3g} s"
 
 
 def _list(words: Sequence[str]) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from pyllamabatch.compare.advice import advice, as_fast
 from pyllamabatch.compare.comparison import short
 from pyllamabatch.compare.summary import plain, table
@@ -214,18 +212,6 @@ def test_energy_is_of_a_token() -> None:
     assert " J " not in line_for(rows, 2)
 
 
-def test_who_answers_sooner_when_requests_come_at_random() -> None:
-    rows = [row("engine", 2, 100), row("contexts", 2, 50)]
-    times: dict[str, Any] = {"ttft_p99_s": 0.9, "itl_p99_s": 0.02}
-    rows.append(row("engine", 2, 10, bench="compare-poisson", **times))
-    rows.append(row("contexts", 2, 10, bench="compare-poisson", ttft_p99_s=0.3, itl_p99_s=0.02))
-    assert line_for(rows, 2).endswith(
-        "When requests come at random, contexts has the first token sooner (p99 300 ms to 900 ms)."
-    )
-    rows[-1] = row("contexts", 2, 10, bench="compare-poisson", ttft_p99_s=12.0, itl_p99_s=0.02)
-    assert "random" not in line_for(rows, 2)
-
-
 def test_without_the_burst_the_completions_decide() -> None:
     rows = [row("engine", 2, 90, bench="compare-ds4"), row("contexts", 2, 50, bench="compare-ds4")]
     assert line_for(rows, 2).startswith("2 users: engine, 90 tok/s")
@@ -241,23 +227,3 @@ def test_with_requests_at_random_alone_each_ones_speed_decides() -> None:
         "shared is as fast within the noise"
     )
     assert "contexts" not in line_for(rows, 2)
-
-
-@pytest.mark.parametrize(("pss", "words"), [(0.7, "share the file that they map"), (1.5, "little")])
-def test_what_processes_share_is_what_rss_and_pss_say(pss: float, words: str) -> None:
-    rows = [
-        row("processes", n, 50, rss_bytes=n * 0.5 * GIB, pss_bytes=min(pss, n * 0.5) * GIB)
-        for n in (2, 4)
-    ]
-    assert f"The 4 processes {'share' if pss < 1 else ''}" in overall(rows)
-    assert words in overall(rows)
-    assert f"{pss:.2f} GiB together (PSS), their RSS adds up to 2.00" in overall(rows)
-
-
-def test_nothing_is_said_of_sharing_where_it_is_not_known() -> None:
-    tiny = [row("processes", 2, 50, rss_bytes=GIB, pss_bytes=GIB / 2, model_size=4 * 2**20)]
-    assert "PSS" not in overall(tiny)
-    assert "PSS" not in overall([row("processes", 2, 50, rss_bytes=GIB)])
-    assert "PSS" not in overall([row("processes", 2, 50, pss_bytes=GIB)])
-    assert "PSS" not in overall([row("processes", 1, 50, rss_bytes=GIB, pss_bytes=GIB)])
-    assert "PSS" not in overall([row("engine", 2, 50, rss_bytes=GIB, pss_bytes=GIB)])

@@ -18,7 +18,6 @@ def row(
     repeat: int = 0,
     error: str = "",
     gpu: str = "",
-    model_size: int = 400 * 2**20,
     **detail: float,
 ) -> Record:
     """A run of `pl` sequences at `speed` tokens per s together."""
@@ -40,6 +39,7 @@ def row(
         "versions": {"commit": "abc"},
         "model_filename": "m-Q4_K_M.gguf",
         "model_type": "m",
+        "model_size": 1,
         "model_n_params": 1,
         "model_seed": 7,
         "seed": 1,
@@ -62,7 +62,6 @@ def row(
         arm=arm,
         repeat=repeat,
         gpu_info=gpu,
-        model_size=model_size,
         pp=32,
         tg=tg,
         pl=pl,

@@ -1,4 +1,4 @@
-"""`python -m bench.published FILE.md`: profiles of the tables that llama.cpp publishes.
+"""`python -m tools.published FILE.md`: profiles of the tables that llama.cpp publishes.
 
 Reads the `llama-batched-bench` and `llama-bench` tables of a file in llama.cpp's `benches/` and
 writes a profile per model. How a row becomes steps:
@@ -39,7 +39,7 @@ MODELS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.published", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.published", description=__doc__)
     parser.add_argument("file", type=Path, help="benches/NAME/NAME.md of a llama.cpp checkout")
     parser.add_argument("--device", required=True, help="as ggml describes it")
     parser.add_argument("--backend", required=True, choices=["MTL", "CUDA"])
