@@ -12,13 +12,9 @@ import pytest
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError, Cancelled, EngineClosed, EngineDraining
 from pyllamabatch.llama.model import Model
-from tests.support.engines import greedy
+from tests.support.engines import engine_on, greedy
 
 PROMPT = [1, 20, 30, 40]
-
-
-def small(model: Model, **options: Any) -> Engine:
-    return Engine(model, **{"n_seq_max": 4, "n_ctx": 2048, "n_threads": 1, **options})
 
 
 def check_usable(engine: Engine) -> None:
@@ -33,7 +29,7 @@ def check_usable(engine: Engine) -> None:
 
 
 def test_what_is_open_is_finished_and_nothing_new_comes_in(model: Model) -> None:
-    with small(model) as engine:
+    with engine_on(model) as engine:
         streams = [engine.submit(PROMPT, greedy(30)) for _ in range(10)]
         assert engine.drain()
         assert [stream.done for stream in streams] == [True] * 10
@@ -51,7 +47,7 @@ def test_what_is_open_is_finished_and_nothing_new_comes_in(model: Model) -> None
 
 
 def test_it_waits_no_longer_than_it_is_told_and_cancels_nothing(model: Model) -> None:
-    with small(model) as engine:
+    with engine_on(model) as engine:
         streams = [engine.submit(PROMPT, greedy(500)) for _ in range(8)]
         assert not engine.drain(0.01)
         assert engine.draining
@@ -64,13 +60,13 @@ def test_it_waits_no_longer_than_it_is_told_and_cancels_nothing(model: Model) ->
 
 
 def test_an_engine_that_did_nothing_yet_is_quiet_at_once(model: Model) -> None:
-    with small(model) as engine:
+    with engine_on(model) as engine:
         assert engine.drain(30)
         check_usable(engine)
 
 
 def test_stop_cancels_what_is_open_and_the_engine_goes_on_afterwards(model: Model) -> None:
-    with small(model) as engine:
+    with engine_on(model) as engine:
         streams = [engine.submit(PROMPT, greedy(500)) for _ in range(8)]
         next(iter(streams[0]))
         engine.stop()
@@ -80,7 +76,7 @@ def test_stop_cancels_what_is_open_and_the_engine_goes_on_afterwards(model: Mode
 
 
 def test_resume_lets_those_go_who_wait_for_the_end(model: Model) -> None:
-    with small(model) as engine, ThreadPoolExecutor(1) as pool:
+    with engine_on(model) as engine, ThreadPoolExecutor(1) as pool:
         stream = engine.submit(PROMPT, greedy(1000))
         waiting = pool.submit(engine.drain)
         while not engine.draining:
@@ -92,7 +88,7 @@ def test_resume_lets_those_go_who_wait_for_the_end(model: Model) -> None:
 
 
 def test_those_who_wait_for_room_are_told(model: Model) -> None:
-    with small(model, n_seq_max=1, max_waiting=1) as engine, ThreadPoolExecutor(2) as pool:
+    with engine_on(model, n_seq_max=1, max_waiting=1) as engine, ThreadPoolExecutor(2) as pool:
         running = engine.submit(PROMPT, greedy(1000))
         next(iter(running))
         in_line = engine.submit(PROMPT, greedy(2))
@@ -116,7 +112,7 @@ def test_those_who_wait_for_room_are_told(model: Model) -> None:
 
 
 def test_sequences_keep_what_they_have(model: Model) -> None:
-    with small(model) as engine, engine.sequence(greedy()) as seq, engine.sequence() as other:
+    with engine_on(model) as engine, engine.sequence(greedy()) as seq, engine.sequence() as other:
         seq.prompt(PROMPT)
         first = seq.sample().token
         assert engine.drain(30)
@@ -139,7 +135,7 @@ def test_sequences_keep_what_they_have(model: Model) -> None:
 
 @pytest.mark.parametrize("cancel", [False, True])
 def test_calls_that_are_under_way_are_waited_for_or_cancelled(model: Model, cancel: bool) -> None:
-    with small(model, n_ubatch=16, n_batch=16) as engine, ThreadPoolExecutor(1) as pool:
+    with engine_on(model, n_ubatch=16, n_batch=16) as engine, ThreadPoolExecutor(1) as pool:
         began, go_on = threading.Event(), threading.Event()
         stepper: Any = engine._core._stepper
         compute = stepper.compute
@@ -173,7 +169,7 @@ def test_calls_that_are_under_way_are_waited_for_or_cancelled(model: Model, canc
 
 
 def test_a_callback_of_a_stream_does_not_wait_for_itself(model: Model) -> None:
-    with small(model) as engine:
+    with engine_on(model) as engine:
         answers: list[bool] = []
         done = threading.Event()
 
@@ -190,7 +186,7 @@ def test_a_callback_of_a_stream_does_not_wait_for_itself(model: Model) -> None:
 
 
 def test_close_ends_a_drain(model: Model) -> None:
-    engine = small(model)
+    engine = engine_on(model)
     with ThreadPoolExecutor(1) as pool:
         engine.submit(PROMPT, greedy(1000))
         waiting = pool.submit(engine.drain)
@@ -223,6 +219,6 @@ def test_asyncio(model: Model) -> None:
         await engine.astop()
         assert {stream.wait(0).finish_reason for stream in streams} == {"cancelled"}
 
-    with small(model) as engine:
+    with engine_on(model) as engine:
         asyncio.run(run(engine))
         check_usable(engine)

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,25 +32,19 @@ from pyllamabatch.errors import (
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import sarathi
 from pyllamabatch.step.sampling_params import SamplingParams
-from tests.support.engines import check_idle
+from tests.support import engines as support
+from tests.support.engines import check_idle, engine_on
 from tests.support.models_gguf import EOS, N_VOCAB, gguf_path
 
 PROMPT = [1, 20, 30, 40, 50]
-
-
-def small(model: Model, **options: Any) -> Engine:
-    exact = {"flash_attn_type": "disabled", "type_k": "f32", "type_v": "f32", "n_threads": 1}
-    return Engine(model, **{"n_seq_max": 4, "n_ctx": 512, **exact, **options})
+small = partial(engine_on, n_ctx=512)
+greedy = partial(support.greedy, ignore_eog=False)
 
 
 @pytest.fixture(scope="module")
 def shared(model: Model) -> Iterator[Engine]:
     with small(model) as engine:
         yield engine
-
-
-def greedy(max_tokens: int = 8, **options: Any) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, **options)
 
 
 def check_balanced(engine: Engine) -> EngineStats:

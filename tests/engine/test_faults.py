@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,27 +11,18 @@ from hypothesis import strategies as st
 
 from pyllamabatch.errors import (
     ContextCreateError,
-    DecodeAborted,
-    DecodeError,
     EngineClosed,
     FatalDecodeError,
-    InvalidBatch,
-    KvCacheFull,
     PlanError,
     PyllamabatchError,
-    SamplingError,
 )
-from pyllamabatch.kv import Sharing, SwapChoice
+from pyllamabatch.kv import Sharing
 from pyllamabatch.llama.lora import LoraSet
 from pyllamabatch.scheduler import Limits, Plan, StepView, sarathi
-from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.engine_fakes import Rig
+from tests.support.engines import greedy
 
 LIMITS = Limits(n_batch=16, n_ubatch=8, n_seq_max=4, n_cells=64, n_cells_seq=64)
-
-
-def params(max_tokens: int = 10, **options: object) -> SamplingParams:
-    return SamplingParams(max_tokens=max_tokens, temperature=0, **options)  # type: ignore[arg-type]
 
 
 def prompts(n: int, length: int = 5) -> list[list[int]]:
@@ -41,94 +31,28 @@ def prompts(n: int, length: int = 5) -> list[list[int]]:
 
 def test_the_fake_itself_runs_everything_as_if_alone() -> None:
     rig = Rig(LIMITS)
-    for prompt in prompts(7):
-        rig.submit(prompt, params())
+    rig.submit_all(prompts(7), greedy(10))
     rig.run()
     rig.check_solo()
-    assert (
-        rig.core.output_processor.finished["length"] + rig.core.output_processor.finished["stop"]
-        == 7
-    )
+    assert set(rig.reasons) <= {"stop", "length"}
     assert rig.scheduler.counters.preemptions == 0
-
-
-def test_preempted_requests_get_the_same_tokens() -> None:
-    rig = Rig(LIMITS)
-    for prompt in prompts(6):
-        rig.submit(prompt, params(40))
-    rig.run()
-    rig.check_solo()
-    assert rig.scheduler.counters.preemptions > 0
-    assert rig.core.output_processor.finished["error"] == 0
-
-
-@pytest.mark.parametrize("step", range(1, 11))
-def test_no_cells_at_any_step_preempts_and_ends_none(step: int) -> None:
-    rig = Rig(LIMITS, lambda n: 1 if n == step else None)
-    for prompt in prompts(3):
-        rig.submit(prompt, params())
-    rig.run()
-    rig.check_solo()
-    assert rig.core.output_processor.finished["error"] == 0
-    assert rig.scheduler.counters.preemptions == 1
 
 
 def test_no_cells_several_times_in_a_row_sheds_one_after_the_other() -> None:
     rig = Rig(LIMITS, lambda n: 1 if 4 <= n <= 6 else None)
-    for prompt in prompts(4):
-        rig.submit(prompt, params())
+    rig.submit_all(prompts(4), greedy(10))
     rig.run()
     rig.check_solo()
-    assert rig.core.output_processor.finished["error"] == 0
+    assert "error" not in rig.finished
     assert rig.scheduler.counters.preemptions == 3
 
 
-def test_no_cells_for_a_request_that_is_alone_is_its_error() -> None:
-    rig = Rig(LIMITS, lambda n: 1 if n in (2, 3) else None)
-    stream = rig.submit(prompts(1)[0], params())
-    rig.run()
-    with pytest.raises(KvCacheFull):
-        stream.result(0)
-    again = rig.submit(prompts(1)[0], params())
-    rig.run()
-    rig.check_solo()
-    assert again.wait(0).finish_reason in ("stop", "length")
-
-
-@pytest.mark.parametrize(
-    ("code", "kind"),
-    [(2, DecodeAborted), (-1, InvalidBatch), (-2, FatalDecodeError), (-3, FatalDecodeError)],
-)
-@pytest.mark.parametrize("sharing", [Sharing(), Sharing(trim=True)])
-@pytest.mark.parametrize("step", [1, 2, 5])
-def test_a_failed_decode_fails_its_rows_only(
-    step: int, sharing: Sharing, code: int, kind: type[DecodeError]
-) -> None:
-    faulty = (step,) if code == -1 else (step, step + 1)
-    rig = Rig(LIMITS, lambda n: code if n in faulty else None, sharing=sharing)
-    early = [rig.submit(prompt, params()) for prompt in prompts(2)]
-    for _ in range(step + (code != -1)):
-        rig.turn()
-    rig.settle()
-    for stream in early:
-        with pytest.raises(kind) as error:
-            stream.result(0)
-        assert error.value.code == code
-    assert early[0].wait(0).error is not early[1].wait(0).error
-    late = [rig.submit(prompt, params()) for prompt in prompts(3)]
-    rig.run()
-    rig.check_solo()
-    assert all(stream.wait(0).finish_reason in ("stop", "length") for stream in late)
-    assert rig.core.output_processor.finished["error"] == 2
-
-
-@pytest.mark.parametrize("code", [-2, -3, -1019])
-@pytest.mark.parametrize("step", range(1, 9))
+@pytest.mark.parametrize("code", [-2, -1019])
+@pytest.mark.parametrize("step", [1, 2, 5, 8])
 def test_a_fresh_context_takes_the_place_of_one_that_fails_twice(step: int, code: int) -> None:
     """Five requests on four slots: those that ran come before the one that waited."""
     rig = Rig(LIMITS, lambda n: code if n in (step, step + 1) else None, max_restarts=2)
-    for prompt in prompts(5):
-        rig.submit(prompt, params())
+    rig.submit_all(prompts(5), greedy(10))
     for _ in range(step + 1):
         running = rig.scheduler.running_ids()
         rig.turn()
@@ -138,7 +62,7 @@ def test_a_fresh_context_takes_the_place_of_one_that_fails_twice(step: int, code
     assert [view.id for view in rig.scheduler.view(0).waiting][: len(running)] == list(running)
     rig.run()
     rig.check_solo()
-    assert rig.core.output_processor.finished["error"] == 0
+    assert "error" not in rig.finished
 
 
 def test_a_request_that_breaks_every_context_ends_and_the_others_go_on() -> None:
@@ -147,11 +71,11 @@ def test_a_request_that_breaks_every_context_ends_and_the_others_go_on() -> None
         return -3 if 900 in rows.token[: rig.machine.n_now] else None
 
     rig = Rig(LIMITS, fault, max_restarts=2)
-    before = [rig.submit(prompt, params(20)) for prompt in prompts(2)]
+    before = rig.submit_all(prompts(2), greedy(20))
     for _ in range(4):
         rig.turn()
-    poison = rig.submit([5, 900, 6], params())
-    after = rig.submit(prompts(3)[2], params())
+    poison = rig.submit([5, 900, 6], greedy(10))
+    after = rig.submit(prompts(3)[2], greedy(10))
     rig.run()
     assert rig.machine.n_renewed == 2
     with pytest.raises(FatalDecodeError):
@@ -159,7 +83,7 @@ def test_a_request_that_breaks_every_context_ends_and_the_others_go_on() -> None
     rig.check_solo()
     for stream in (*before, after):  # those that were in its last step, too, have what is right
         assert stream.wait(0).finish_reason in ("stop", "length", "error")
-    rig.submit(prompts(1)[0], params())
+    rig.submit(prompts(1)[0], greedy(10))
     rig.run()
     rig.check_solo()
     assert rig.machine.n_renewed == 2
@@ -168,26 +92,14 @@ def test_a_request_that_breaks_every_context_ends_and_the_others_go_on() -> None
 def test_without_a_fresh_context_every_request_is_told() -> None:
     rig = Rig(LIMITS, lambda n: -3 if n in (3, 4) else None, max_restarts=2)
     rig.machine.barren = True
-    streams = [rig.submit(prompt, params()) for prompt in prompts(6)]
+    streams = rig.submit_all(prompts(6), greedy(10))
     rig.core.start()
     for stream in streams:
         with pytest.raises(ContextCreateError, match=r"backend failed.*no memory left"):
             stream.result(10)
     rig.core.close(wait=True, timeout=10)
     with pytest.raises(EngineClosed, match="no memory left"):
-        rig.submit(prompts(1)[0], params())
-
-
-@pytest.mark.parametrize("sharing", [Sharing(), Sharing(trim=True)])
-@pytest.mark.parametrize("code", [2, -2, -3, -1019])
-@pytest.mark.parametrize("step", range(1, 9))
-def test_a_step_that_fails_once_is_tried_again(step: int, code: int, sharing: Sharing) -> None:
-    rig = Rig(LIMITS, lambda n: code if n == step else None, sharing=sharing)
-    for prompt in prompts(3):
-        rig.submit(prompt, params())
-    rig.run()
-    rig.check_solo()
-    assert rig.core.output_processor.finished["error"] == 0
+        rig.submit(prompts(1)[0], greedy(10))
 
 
 class FirstTwoOnly:
@@ -203,8 +115,7 @@ class FirstTwoOnly:
 
 def test_sequences_outside_of_a_failed_batch_go_on_from_what_the_cache_holds() -> None:
     rig = Rig(LIMITS, lambda n: -3 if n in (8, 9) else None, FirstTwoOnly())
-    for prompt in prompts(3):
-        rig.submit(prompt, params(20))
+    rig.submit_all(prompts(3), greedy(20))
     while rig.machine.n_steps < 7:
         rig.turn()
     slot = rig.scheduler.slot(3)
@@ -212,43 +123,22 @@ def test_sequences_outside_of_a_failed_batch_go_on_from_what_the_cache_holds() -
     rig.machine.cells[slot].pop()  # libllama lost a cell of the third one as well
     rig.run()
     rig.check_solo()
-    reasons = [request.stream.wait(0).finish_reason for request in rig.requests]
-    assert reasons[:2] == ["error", "error"]
-    assert reasons[2] in ("stop", "length")
+    assert rig.reasons[:2] == ["error", "error"]
+    assert rig.reasons[2] in ("stop", "length")
     assert rig.scheduler.counters.preemptions == 1
 
 
 def test_an_exception_of_the_step_fails_its_rows_only() -> None:
     rig = Rig(LIMITS, lambda n: PyllamabatchError("llama_decode threw") if n == 3 else None)
-    stream = rig.submit(prompts(1)[0], params())
+    stream = rig.submit(prompts(1)[0], greedy(10))
     for _ in range(3):
         rig.turn()
     rig.settle()
     with pytest.raises(PyllamabatchError, match="llama_decode threw"):
         stream.result(0)
-    rig.submit(prompts(1)[0], params())
+    rig.submit(prompts(1)[0], greedy(10))
     rig.run()
     rig.check_solo()
-
-
-def test_a_row_that_can_not_be_sampled_ends_its_request_only() -> None:
-    rig = Rig(LIMITS)
-    for prompt in prompts(3):
-        rig.submit(prompt, params())
-    rig.turn()
-    rig.turn()
-    rig.machine.failing.add(1)
-    rig.run()
-    rig.check_solo()
-    reasons = [request.stream.wait(0).finish_reason for request in rig.requests]
-    assert reasons[1] == "error"
-    assert "error" not in (reasons[0], reasons[2])
-    with pytest.raises(SamplingError, match="nothing to choose for 1"):
-        rig.requests[1].stream.result(0)
-    assert rig.n_tokens == sum(
-        len(request.stream.tokens) + (request.stream.wait(0).finish_reason == "stop")
-        for request in rig.requests
-    )
 
 
 def test_a_step_is_one_call_for_each_set_of_adapters() -> None:
@@ -256,10 +146,11 @@ def test_a_step_is_one_call_for_each_set_of_adapters() -> None:
     rig = Rig(LIMITS, n_steps_max=100, loras=("a", "b"))
     sets: list[LoraSet] = [(), (("a", 1.0),), (), (("a", 0.5), ("b", 1.0))]
     for prompt, lora in zip(prompts(4, 3), sets, strict=True):
-        rig.submit(prompt, params(12), lora)
+        rig.submit(prompt, greedy(12), lora)
     rig.run()
     rig.check_solo()
-    assert rig.core.output_processor.finished["error"] == rig.scheduler.counters.preemptions == 0
+    assert "error" not in rig.finished
+    assert rig.scheduler.counters.preemptions == 0
     assert max(rig.machine.runs) == 8  # no request waits for longer
     assert len(rig.machine.runs) == 6  # behind a turn of prompts
     assert rig.machine.n_applied == 6  # not nine
@@ -271,10 +162,10 @@ def test_none_starts_from_what_other_adapters_have_computed() -> None:
     rig = Rig(limits, sharing=sharing, loras=("a", "b"))
     prompt = list(range(1, 41))
     for lora in ((), (("a", 1.0),), (("a", 0.5),), (("b", 1.0),)):
-        rig.submit(prompt, params(4), lora)
+        rig.submit(prompt, greedy(4), lora)
         rig.run()
         assert rig.scheduler.counters.prefix_tokens == 0
-    rig.submit([*prompt, 7], params(4), (("a", 1.0),))
+    rig.submit([*prompt, 7], greedy(4), (("a", 1.0),))
     rig.run()
     assert rig.scheduler.counters.prefix_tokens == 40
     rig.check_solo()
@@ -304,16 +195,16 @@ def test_the_thread_never_dies_silently(
     policy: Stubborn | None, fault: BaseException | None, kind: type[Exception]
 ) -> None:
     rig = Rig(LIMITS, lambda n: fault, policy)
-    streams = [rig.submit(prompt, params()) for prompt in prompts(6)]
+    streams = rig.submit_all(prompts(6), greedy(10))
     rig.core.start()
     for stream in streams:
         with pytest.raises(kind):
             stream.result(10)
     rig.core.close(wait=True, timeout=10)
     assert rig.machine.closed
-    assert rig.core.output_processor.finished["error"] == 6
+    assert rig.finished == {"error": 6}
     with pytest.raises(EngineClosed, match=r"its thread ended with"):
-        rig.submit(prompts(1)[0], params())
+        rig.submit(prompts(1)[0], greedy(10))
 
 
 operations = st.lists(
@@ -359,7 +250,7 @@ def test_any_mix_of_arrivals_cancels_and_faults(
     limits: Limits,
     n_steps_max: int,
     sharing: Sharing,
-    preemption: Any,
+    preemption: str,
     memory: str,
     max_restarts: int,
     loras: tuple[str, ...],
@@ -375,7 +266,7 @@ def test_any_mix_of_arrivals_cancels_and_faults(
         faults.get,
         n_steps_max=n_steps_max,
         sharing=sharing,
-        swap=SwapChoice(preemption),
+        swap=preemption,
         max_restarts=max_restarts,
         loras=loras,
     )
@@ -385,7 +276,7 @@ def test_any_mix_of_arrivals_cancels_and_faults(
         if name == "submit":
             max_tokens = min(b, limits.n_cells_seq - a + 1)
             prompt = [len(rig.requests) // 4 * 31 + i for i in range(a)]
-            rig.submit(prompt, params(max_tokens), choices[len(rig.requests) % len(choices)])
+            rig.submit(prompt, greedy(max_tokens), choices[len(rig.requests) % len(choices)])
         elif name == "turn":
             for _ in range(a):
                 rig.turn()
@@ -399,7 +290,5 @@ def test_any_mix_of_arrivals_cancels_and_faults(
     rig.check()
     assert rig.machine.cells == {}
     assert len(rig.space) == 0
-    reasons = Counter(request.stream.wait(0).finish_reason for request in rig.requests)
-    assert {k: v for k, v in rig.core.output_processor.finished.items() if v} == dict(reasons)
-    if not faults:
-        assert reasons["error"] == 0
+    assert rig.finished == Counter(rig.reasons)
+    assert faults or "error" not in rig.finished

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -53,12 +52,6 @@ class Watched:
         return seconds
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model.default() as model:
-        yield model
-
-
 def engine_on(model: Model, n: int, **options: Any) -> Engine:
     return Engine(model, n_seq_max=n, n_ctx=1024, n_threads=1, **options)
 
@@ -102,9 +95,9 @@ def drive(engine: Engine, cost: Flat, n: int, n_tokens: int, step_s: float) -> d
 
 
 @pytest.mark.parametrize("n", [2, 4, 8])
-def test_dear_steps_are_full(model: Model, n: int) -> None:
+def test_dear_steps_are_full(embedded_model: Model, n: int) -> None:
     cost, gather = Flat(), Watched(CostWindow(longest=30))
-    with engine_on(model, n, cost=cost, gather=gather) as engine:
+    with engine_on(embedded_model, n, cost=cost, gather=gather) as engine:
         fill = drive(engine, cost, n, 32, step_s=1e4)
     # Each joins at its own time, and is waited for from then on: the step in which the last one
     # joins is full, and so are those of the 32 tokens behind it. Had a step gone without one of
@@ -119,22 +112,22 @@ def test_dear_steps_are_full(model: Model, n: int) -> None:
     assert [shape[:2] for shape in rows] == [(n, 0)] * len(rows)  # none of them is a prompt's
 
 
-def test_steps_that_cost_nothing_wait_for_none(model: Model) -> None:
+def test_steps_that_cost_nothing_wait_for_none(embedded_model: Model) -> None:
     cost, gather = Flat(), Watched(CostWindow(least=0))
-    with engine_on(model, 4, cost=cost, gather=gather) as engine:
+    with engine_on(embedded_model, 4, cost=cost, gather=gather) as engine:
         drive(engine, cost, 4, 32, step_s=0.0)
     assert all(seconds <= 0 for _, seconds in gather.answers)
 
 
-def test_a_sequence_that_is_alone_is_never_held(model: Model) -> None:
+def test_a_sequence_that_is_alone_is_never_held(embedded_model: Model) -> None:
     cost, gather = Flat(), Watched(CostWindow())
-    with engine_on(model, 4, cost=cost, gather=gather) as engine:
+    with engine_on(embedded_model, 4, cost=cost, gather=gather) as engine:
         assert drive(engine, cost, 1, 32, step_s=1e4) == {1: 33}
     assert gather.answers == []
 
 
-def test_an_engine_waits_by_its_own_cost_model(model: Model) -> None:
-    with engine_on(model, 2) as engine, engine.sequence(PARAMS) as sequence:
+def test_an_engine_waits_by_its_own_cost_model(embedded_model: Model) -> None:
+    with engine_on(embedded_model, 2) as engine, engine.sequence(PARAMS) as sequence:
         scheduler = engine._core.scheduler
         assert scheduler.idle_sequences.gather == CostWindow()
         cost: Any = engine.cost

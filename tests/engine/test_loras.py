@@ -15,12 +15,13 @@ import pytest
 from pyllamabatch import Batch, Engine, LoraAdapter, Model, SamplingParams
 from pyllamabatch.errors import ArgumentError, ClosedError, StateError
 from pyllamabatch.llama.context import Context
+from tests.support import engines as support
 from tests.support.engines import EXACT, check_idle
 from tests.support.models_gguf import gguf_path
 from tests.support.models_special import write_lora
 
 N_TOKENS = 24
-GREEDY = SamplingParams(temperature=0, max_tokens=N_TOKENS, ignore_eog=True)
+GREEDY = support.greedy(N_TOKENS)
 PROMPTS = [[1, *range(10 * i + 20, 10 * i + 26 + 5 * i)] for i in range(4)]
 SETS: list[Mapping[str, float]] = [{}, {"a": 1.0}, {"a": 0.5}, {"b": 1.0}, {"b": 1.0, "a": 0.25}]
 
@@ -68,7 +69,7 @@ def alone(model: Model, adapters: dict[str, LoraAdapter]) -> list[list[list[int]
 
 def engine_on(model: Model, adapters: Mapping[str, LoraAdapter], **options: Any) -> Engine:
     options = {"n_seq_max": 6, "n_ctx": 768, "n_batch": 32, "n_ubatch": 16, **options}
-    return Engine(model, loras=adapters, **options, **EXACT)
+    return support.engine_on(model, loras=adapters, **options)
 
 
 def check_empty(engine: Engine) -> None:
@@ -253,7 +254,7 @@ def test_a_cancel_waits_for_one_step_of_each_set(
         cancelled = threading.Event()
         core: Any = engine._core
         compute, parts = core._stepper.compute, core._calls
-        long = SamplingParams(temperature=0, max_tokens=500, ignore_eog=True)
+        long = support.greedy(500)
 
         def begin(step: Any) -> Any:
             turns.append(len(calls))

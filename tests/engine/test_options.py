@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,14 +13,10 @@ from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError, EngineClosed, QueueFull
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Plan, Policy, StepView, fcfs
-from pyllamabatch.step.sampling_params import SamplingParams
-from tests.support.engines import greedy
+from tests.support.engines import engine_on, greedy
 
 PROMPT = [1, 20, 30, 40, 50]
-
-
-def small(model: Model, **options: Any) -> Engine:
-    return Engine(model, **{"n_seq_max": 2, "n_ctx": 2048, "n_threads": 1, **options})
+small = partial(engine_on, n_seq_max=2)
 
 
 class Gate:
@@ -221,26 +218,18 @@ def test_closing_wakes_who_waits_for_room(model: Model) -> None:
 # -- min_tokens
 
 
-def test_nothing_ends_a_text_before_min_tokens() -> None:
-    with Model.default() as model, small(model) as engine:
-        prompt = "Copy: abcdefgh. Copy: abcdefgh."
-        free = engine.submit(prompt, SamplingParams(temperature=0, max_tokens=24, ignore_eog=True))
-        whole = free.result(60)
+def test_nothing_ends_a_text_before_min_tokens(embedded_model: Model) -> None:
+    prompt = "Copy: abcdefgh. Copy: abcdefgh."
+    with small(embedded_model) as engine:
+        whole = engine.submit(prompt, greedy(24)).result(60)
         character, token = whole.text[0], whole.tokens[0]
         for n in (1, 5, 20):
-            endings: list[dict[str, Any]] = [{"stop": (character,)}, {"stop_token_ids": (token,)}]
-            for ends in endings:
-                params = SamplingParams(
-                    temperature=0, max_tokens=24, ignore_eog=True, min_tokens=n, **ends
-                )
-                result = engine.submit(prompt, params).result(60)
+            for ends in ({"stop": (character,)}, {"stop_token_ids": (token,)}):
+                result = engine.submit(prompt, greedy(24, min_tokens=n, **ends)).result(60)
                 assert result.n_generated >= n
                 if "stop" in ends and result.finish_reason == "stop":
                     assert result.tokens == whole.tokens[: result.n_generated]
-            stops = tuple(set(whole.text))
-            always = SamplingParams(
-                temperature=0, max_tokens=24, ignore_eog=True, min_tokens=n, stop=stops
-            )
+            always = greedy(24, min_tokens=n, stop=tuple(set(whole.text)))
             result = engine.submit(prompt, always).result(60)
             assert (result.finish_reason, result.n_generated) == ("stop", n + 1)
             assert whole.text.startswith(result.text)

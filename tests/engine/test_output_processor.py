@@ -4,7 +4,6 @@ engine."""
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import pytest
 
@@ -12,15 +11,11 @@ from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import EngineClosed
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Limits
-from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.engine_fakes import Rig, solo
+from tests.support.engines import engine_on, greedy
 
 LIMITS = Limits(n_batch=64, n_ubatch=64, n_seq_max=4, n_cells=2048, n_cells_seq=1024)
 PROMPTS = [[10 * i + 1, 2, 3] for i in range(4)]
-
-
-def greedy(max_tokens: int = 40, **options: object) -> SamplingParams:
-    return SamplingParams(max_tokens=max_tokens, temperature=0, **options)  # type: ignore[arg-type]
 
 
 def rig_of(n_steps_max: int = 1000) -> Rig:
@@ -37,7 +32,7 @@ def long_prompts(n: int, least: int) -> list[list[int]]:
 def test_each_token_arrives_while_the_run_goes_on() -> None:
     rig = rig_of()
     prompts = long_prompts(3, 50)
-    streams = [rig.submit(prompt, greedy(50)) for prompt in prompts]
+    streams = rig.submit_all(prompts, greedy(50))
     seen: list[list[int]] = []
 
     def look(n: int) -> None:
@@ -80,20 +75,14 @@ def test_a_stop_string_that_is_found_after_the_end() -> None:
     rig.run()
     assert stream.wait(0).finish_reason == "stop"
     assert len(stream.tokens) == first + 1 == rig.n_tokens
-    assert rig.core.output_processor.finished == {
-        "stop": 1,
-        "length": 0,
-        "cancelled": 0,
-        "deadline": 0,
-        "error": 0,
-    }
+    assert rig.finished == {"stop": 1}
 
 
 @pytest.mark.parametrize("n_room", [1, 2, 7])
 def test_a_full_ring_holds_up_the_run_and_loses_nothing(n_room: int) -> None:
     rig = rig_of()
     rig.machine.n_room = n_room
-    streams = [rig.submit(prompt, greedy()) for prompt in PROMPTS]
+    streams = rig.submit_all(PROMPTS, greedy(40))
     cancelled = rig.submit(long_prompts(1, 300)[0], greedy(300))
     for _ in range(40):
         rig.turn()
@@ -101,7 +90,7 @@ def test_a_full_ring_holds_up_the_run_and_loses_nothing(n_room: int) -> None:
     rig.run()
     for stream, prompt in zip(streams, PROMPTS, strict=True):
         result = stream.wait(0)
-        assert (result.tokens, result.finish_reason) == solo(prompt, greedy())
+        assert (result.tokens, result.finish_reason) == solo(prompt, greedy(40))
     assert cancelled.wait(0).finish_reason == "cancelled"
     rig.check_solo()
     assert max(rig.machine.runs) <= n_room
@@ -110,20 +99,20 @@ def test_a_full_ring_holds_up_the_run_and_loses_nothing(n_room: int) -> None:
 def test_a_run_that_found_no_room_is_tried_again() -> None:
     rig = rig_of()
     rig.machine.n_room = 3
-    rig.submit(PROMPTS[0], greedy())
+    rig.submit(PROMPTS[0], greedy(40))
     for _ in range(9):
         rig.core.step()
         rig.check()
     assert rig.machine.runs[-5:] == [0] * 5
     assert len(rig.machine.recorded) == 3
     rig.run()
-    assert rig.requests[0].stream.wait(0).tokens == solo(PROMPTS[0], greedy())[0]
+    assert rig.requests[0].stream.wait(0).tokens == solo(PROMPTS[0], greedy(40))[0]
 
 
 def test_more_steps_than_a_page_has_room_for_and_late_readers() -> None:
     rig = rig_of()
     prompts = long_prompts(2, 700)
-    streams = [rig.submit(prompt, greedy(700)) for prompt in prompts]
+    streams = rig.submit_all(prompts, greedy(700))
     rig.machine.meanwhile = lambda n: rig.deliver() if n % 150 == 0 else None
     rig.run()
     for stream, prompt in zip(streams, prompts, strict=True):
@@ -133,7 +122,7 @@ def test_more_steps_than_a_page_has_room_for_and_late_readers() -> None:
 
 def test_an_output_thread_that_fails_ends_every_request() -> None:
     rig = rig_of()
-    streams = [rig.submit(prompt, greedy()) for prompt in PROMPTS * 3]
+    streams = rig.submit_all(PROMPTS * 3, greedy(40))
     rig.machine.read = None  # type: ignore[assignment,method-assign]
     rig.core.start()
     for stream in streams:
@@ -141,14 +130,14 @@ def test_an_output_thread_that_fails_ends_every_request() -> None:
             stream.result(10)
     rig.core.close(wait=True, timeout=10)
     assert rig.machine.closed
-    assert rig.core.output_processor.finished["error"] == len(streams)
+    assert rig.finished == {"error": len(streams)}
     with pytest.raises(EngineClosed, match="its thread ended with TypeError"):
-        rig.submit(PROMPTS[0], greedy())
+        rig.submit(PROMPTS[0], greedy(40))
 
 
 def test_an_engine_delivers_while_its_run_goes_on(model: Model) -> None:
     with Engine(model, n_seq_max=2, n_ctx=8192, n_threads=1) as engine:
-        params = greedy(3000, ignore_eog=True)
+        params = greedy(3000)
         streams = [engine.submit([1, 20 + i], params) for i in range(2)]
         tokens = iter(streams[0])
         first = [next(tokens).token for _ in range(100)]
@@ -168,14 +157,8 @@ def test_an_engine_delivers_while_its_run_goes_on(model: Model) -> None:
 
 def test_readers_and_waiters_and_lookers_at_once(model: Model) -> None:
     """Every reader, however often it looks, sees the first of the same tokens."""
-    exact: dict[str, Any] = {
-        "flash_attn_type": "disabled",
-        "type_k": "f32",
-        "type_v": "f32",
-        "n_threads": 1,
-    }
-    with Engine(model, n_seq_max=4, n_ctx=1024, **exact) as engine:
-        params = greedy(200, ignore_eog=True, logprobs=2)
+    with engine_on(model) as engine:
+        params = greedy(200, logprobs=2)
         expected = engine.generate([[1, 20], [1, 30]], params)
         streams = [engine.submit(prompt, params) for prompt in ([1, 20], [1, 30])]
         read: dict[int, list[int]] = {}

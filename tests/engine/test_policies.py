@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from pyllamabatch import Engine, Model, SamplingParams
@@ -11,12 +9,6 @@ from pyllamabatch.scheduler import Plan, Policy, StepView, make_policy, policy_n
 
 TASKS = ["Copy: hello", "What is 17 + 25?", "Write in capitals: batch", "Reverse: drawer"]
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model.default() as model:
-        yield model
 
 
 def answers(model: Model, spec: str) -> list[tuple[str, str]]:
@@ -32,9 +24,9 @@ def answers(model: Model, spec: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("spec", [*policy_names(), "mlfq:quantum=2,prompt_rows=4", "slo:itl=0.001"])
-def test_a_policy_does_not_change_what_is_said(model: Model, spec: str) -> None:
+def test_a_policy_does_not_change_what_is_said(embedded_model: Model, spec: str) -> None:
     said = ["hello", "42", "BATCH", "reward"]
-    assert answers(model, spec) == [(text, "stop") for text in said * 2]
+    assert answers(embedded_model, spec) == [(text, "stop") for text in said * 2]
 
 
 class Counted:
@@ -48,9 +40,9 @@ class Counted:
         return self.policy.plan(view)
 
 
-def test_a_policy_that_waits_is_not_asked(model: Model) -> None:
+def test_a_policy_that_waits_is_not_asked(embedded_model: Model) -> None:
     policy = Counted(static(size=2, wait=0.3))
-    with Engine(model, n_seq_max=2, n_ctx=256, policy=policy, n_threads=1) as engine:
+    with Engine(embedded_model, n_seq_max=2, n_ctx=256, policy=policy, n_threads=1) as engine:
         alone = engine.submit("Copy: a", SamplingParams(temperature=0, max_tokens=1)).result(60)
         assert alone.n_generated == 1
         assert alone.e2el_s >= 0.3

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 
-from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.properties.test_invariance_engine import assert_as_alone
-from tests.support.engines import EXACT
+from tests.support import engines as support
 from tests.support.models_gguf import Architecture, gguf_path
 from tests.support.oracle import Reference, random_prompts, raw_model, solo, tolerance
 
 N_TOKENS = 12
 GREEDY = SamplingParams(temperature=0, max_tokens=N_TOKENS)
+engine_on = partial(support.engine_on, n_ctx=1024, n_ubatch=32)
 COMMON, *ENDS = random_prompts(11, seed=31, shortest=8, longest=20)
 COMMON = [*COMMON, *range(280, 390)]
 PROMPTS = [[*COMMON, *end[1:]] for end in ENDS]
@@ -33,11 +34,6 @@ def model(architecture: Architecture) -> Iterator[Model]:
 def alone(architecture: Architecture) -> list[Reference]:
     with raw_model(gguf_path(architecture.name)) as oracle:
         return [solo(oracle, prompt, N_TOKENS) for prompt in PROMPTS]
-
-
-def engine_on(model: Model, **options: Any) -> Engine:
-    options = {"n_seq_max": 4, "n_ctx": 1024, "n_batch": 64, "n_ubatch": 32, **options}
-    return Engine(model, **options, **EXACT)
 
 
 def n_prompt_rows(prompts: list[list[int]]) -> int:

@@ -4,22 +4,22 @@ cleaned up, and the next request gets its own tokens."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 
-from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import DecodeAborted, FatalDecodeError, InvalidBatch, KvCacheFull
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
-from pyllamabatch.step.types import Run
-from tests.support.engines import EXACT, Checked, check_idle
+from tests.support import engines as support
+from tests.support.engines import Checked, check_idle
 from tests.support.models_gguf import Architecture, gguf_path
 from tests.support.oracle import random_prompts
 
 PROMPTS = random_prompts(6, seed=7, shortest=5, longest=40)
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
+engine_on = partial(support.engine_on, n_seq_max=3, n_ctx=512, n_batch=32, n_ubatch=16)
 
 
 @pytest.fixture(scope="module")
@@ -34,54 +34,11 @@ def expected(model: Model) -> list[list[int]]:
         return [engine.submit(prompt, GREEDY).result(60).tokens for prompt in PROMPTS]
 
 
-def engine_on(model: Model, **options: Any) -> Engine:
-    options = {"n_seq_max": 3, "n_ctx": 512, "n_batch": 32, "n_ubatch": 16, **options}
-    return Engine(model, **options, **EXACT)
-
-
-class Faulty:
-    """A stepper whose step fails as libllama's may: before anything (1, -1), or after the first
-    half of the rows is in memory (2, below -1)."""
-
-    def __init__(self, engine: Engine, faults: dict[int, int]) -> None:
-        self._stepper: Any = engine._stepper
-        self._faults = faults
-        self.n_steps = 0
-        engine._core._stepper = self
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stepper, name)
-
-    def compute(self, slots: Any, n_steps: int, n_more: int = 0) -> Any:
-        """Up to the next fault in one go; what fails, fails as a step of its own."""
-        first = self.n_steps + 1
-        code = self._faults.get(first)
-        if code is not None:
-            self.n_steps += 1
-            if code not in (1, -1) and len(slots) + n_more > 1:
-                self._first_half(slots, n_more)
-            return Run(code, 0, 0, 0.0, [])
-        next_fault = min((step for step in self._faults if step > first), default=first + n_steps)
-        run = self._stepper.compute(slots, min(n_steps, next_fault - first), n_more)
-        self.n_steps += run.n_steps
-        return run
-
-    def _first_half(self, slots: Any, n_more: int) -> None:
-        """Into the memory, without sampling."""
-        rows, n = self._stepper.rows, len(slots)
-        info = [self._stepper.slot(slot) for slot in slots]
-        rows.token[:n] = [slot.next_token for slot in info]
-        rows.pos[:n] = [slot.next_pos for slot in info]
-        rows.seq[:n] = slots
-        half = (n + n_more) // 2
-        rows.flags[:half] = 0
-        assert self._stepper.compute(np.zeros(0, np.int32), 1, half).code == 0
-
-
-@pytest.mark.parametrize("step", [1, 2, 4, 9])
+@pytest.mark.parametrize("step", [1, 2, 9])
 def test_no_cells(model: Model, expected: list[list[int]], step: int) -> None:
+    """Nor at the retry, nor without cached prefixes: one is preempted."""
     with engine_on(model, n_batch=128) as engine:  # three prompts in the first step
-        Faulty(engine, {step: 1, step + 3: 1})
+        engine._stepper.fault(step, 1, 0, 3)
         results = engine.generate(PROMPTS, GREEDY)
         assert [result.tokens for result in results] == expected
         assert engine.stats().preemptions >= 1
@@ -96,10 +53,10 @@ KINDS = {2: DecodeAborted, -1: InvalidBatch, -3: FatalDecodeError}
 def test_a_fault_at_any_decode(
     model: Model, expected: list[list[int]], code: int, n_rows: int
 ) -> None:
-    """Every decode of the scenario in turn reports `code` and leaves `n_rows` of its rows in the
+    """A decode of the scenario reports `code` and leaves `n_rows` of its rows in the
     memory. Only -1, which says that the rows are wrong, ends requests: those of that batch."""
     with engine_on(model) as engine:
-        for nth in (1, 2, 3, 5, 8, 13, 21):
+        for nth in (1, 3, 8, 21):
             engine._stepper.fault(nth, code, n_rows)
             results = engine.generate(PROMPTS, GREEDY)
             failed = [result for result in results if result.finish_reason == "error"]
@@ -121,7 +78,7 @@ def test_a_decode_that_fails_twice_in_a_row(
     model: Model, expected: list[list[int]], step: int, code: int
 ) -> None:
     with engine_on(model, max_restarts=0) as engine:
-        Faulty(engine, {step: code, step + 1: code})
+        engine._stepper.fault(step, code, 1, 2)
         results = engine.generate(PROMPTS, GREEDY)
         failed = [result for result in results if result.finish_reason == "error"]
         assert 1 <= len(failed) <= 3
@@ -198,7 +155,7 @@ def test_draws_survive_a_preemption(model: Model) -> None:
     with engine_on(model) as engine:
         expected = [result.tokens for result in engine.generate(PROMPTS, params)]
     with engine_on(model) as engine:
-        Faulty(engine, {4: 1, 8: 1, 18: 1})
+        engine._stepper.fault(4, 1, 0)
         assert [result.tokens for result in engine.generate(PROMPTS, params)] == expected
         assert engine.stats().preemptions >= 1
 

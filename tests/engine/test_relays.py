@@ -15,13 +15,9 @@ from pyllamabatch.engine.relays import Relay
 from pyllamabatch.errors import ArgumentError, EngineClosed, RequestTooLong
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
-from tests.support.engines import greedy
+from tests.support.engines import engine_on, greedy
 
 PROMPTS = [[1, 20 + i, 30, 40] for i in range(12)]
-
-
-def small(model: Model, **options: Any) -> Engine:
-    return Engine(model, **{"n_seq_max": 4, "n_ctx": 2048, "n_threads": 1, **options})
 
 
 async def collect(engine: Engine, prompt: list[int], **options: Any) -> list[int]:
@@ -40,7 +36,7 @@ def check_done(engine: Engine) -> None:
 
 @pytest.mark.parametrize("max_waiting", [None, 1])
 def test_tasks_get_what_threads_get(model: Model, max_waiting: int | None) -> None:
-    with small(model, max_waiting=max_waiting) as engine:
+    with engine_on(model, max_waiting=max_waiting) as engine:
         expected = [result.tokens for result in engine.generate(PROMPTS, greedy())]
         n_threads = threading.active_count()
 
@@ -57,7 +53,7 @@ def test_tasks_get_what_threads_get(model: Model, max_waiting: int | None) -> No
 
 
 def test_text_is_what_the_stream_says(model: Model) -> None:
-    with Model.default() as default, small(default) as engine:
+    with Model.default() as default, engine_on(default) as engine:
         params = SamplingParams(temperature=0, max_tokens=20, logprobs=1)
         result = engine.submit("Copy: hello. Copy: ", params).result(60)
 
@@ -70,7 +66,7 @@ def test_text_is_what_the_stream_says(model: Model) -> None:
 
 
 def test_a_cancelled_task_cancels_its_request(model: Model) -> None:
-    with small(model) as engine:
+    with engine_on(model) as engine:
 
         async def run() -> None:
             reading = asyncio.create_task(anext_of(engine))
@@ -95,7 +91,7 @@ def test_a_cancelled_task_cancels_its_request(model: Model) -> None:
 
 
 def test_errors_and_deadlines(model: Model) -> None:
-    engine = small(model)
+    engine = engine_on(model)
 
     async def run() -> None:
         with pytest.raises(ArgumentError):

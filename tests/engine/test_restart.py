@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import SAMPLE, Stepper
-from tests.support.engines import EXACT
+from tests.support.engines import EXACT, engine_on, greedy
 from tests.support.models_gguf import Architecture, gguf_path, write_gguf
 from tests.support.models_special import write_lora
 
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eog=True)
+GREEDY = greedy(12)
+small = partial(engine_on, n_seq_max=3, n_ctx=768, n_batch=32)
 PROMPTS = [[1, *range(10 * i + 20, 10 * i + 25 + 4 * i)] for i in range(6)]
 FATAL = -3
 
@@ -40,10 +42,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     write_gguf(path, Architecture("llama", ("attention",) * 3, n_spare=4000))
     with Model(path) as model:
         yield model
-
-
-def small(model: Model, **options: Any) -> Engine:
-    return Engine(model, **{"n_seq_max": 3, "n_ctx": 768, "n_batch": 32, **EXACT, **options})
 
 
 def tokens_of(engine: Engine, params: SamplingParams | list[SamplingParams]) -> list[list[int]]:

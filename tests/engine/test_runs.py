@@ -7,17 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from pyllamabatch.errors import FatalDecodeError, KvCacheFull, PyllamabatchError
+from pyllamabatch.errors import FatalDecodeError, KvCacheFull, PyllamabatchError, SamplingError
 from pyllamabatch.scheduler import Limits, Plan, StepView, sarathi
-from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.engine_fakes import EOG, Rig, solo
+from tests.support.engines import greedy
 
 LIMITS = Limits(n_batch=64, n_ubatch=64, n_seq_max=4, n_cells=256, n_cells_seq=256)
 PROMPTS = [[10 * i + 1, 2, 3] for i in range(4)]
-
-
-def greedy(max_tokens: int = 40, **options: object) -> SamplingParams:
-    return SamplingParams(max_tokens=max_tokens, temperature=0, **options)  # type: ignore[arg-type]
 
 
 def rig_of(**options: object) -> Rig:
@@ -26,20 +22,18 @@ def rig_of(**options: object) -> Rig:
 
 def check_as_alone(rig: Rig, *indices: int) -> None:
     for i in indices:
-        request = rig.requests[i]
-        result = request.stream.wait(0)
-        assert (result.tokens, result.finish_reason) == solo(PROMPTS[i], request.params)
+        result = rig.requests[i].stream.wait(0)
+        assert (result.tokens, result.finish_reason) == rig.requests[i].alone
 
 
 def test_steady_decoding_is_a_few_runs() -> None:
     rig = rig_of()
-    for prompt in PROMPTS:
-        rig.submit(prompt, greedy())
+    rig.submit_all(PROMPTS, greedy(40))
     rig.run()
     check_as_alone(rig, 0, 1, 2, 3)
     runs = rig.machine.runs
     assert sum(runs) == rig.scheduler.counters.steps - 1 == rig.machine.n_steps - 1
-    ends = {len(solo(p, greedy())[0]) for p in PROMPTS}
+    ends = {len(solo(p, greedy(40))[0]) for p in PROMPTS}
     assert len(runs) <= 1 + len(ends) + sum(runs) // 32
 
 
@@ -55,7 +49,7 @@ def test_a_policy_that_says_nothing_is_asked_at_every_step() -> None:
 
     policy = Plain()
     rig = rig_of(policy=policy)
-    rig.submit(PROMPTS[0], greedy())
+    rig.submit(PROMPTS[0], greedy(40))
     rig.run()
     check_as_alone(rig, 0)
     assert policy.n_plans == rig.machine.n_steps
@@ -66,13 +60,12 @@ def test_a_policy_that_says_nothing_is_asked_at_every_step() -> None:
 def test_a_stop_string_in_the_middle_of_a_run(at: int) -> None:
     """What came behind it never was; the neighbours keep their tokens."""
     rig = rig_of()
-    tokens, _ = solo(PROMPTS[0], greedy())
+    tokens, _ = solo(PROMPTS[0], greedy(40))
     assert len(tokens) > 31
     first = next(i for i, t in enumerate(tokens) if f"{t} ".endswith(f"{tokens[at]} "))
     stop = f"{tokens[at]} "
-    rig.submit(PROMPTS[0], greedy(stop=(stop,)))
-    for prompt in PROMPTS[1:]:
-        rig.submit(prompt, greedy())
+    rig.submit(PROMPTS[0], greedy(40, stop=(stop,)))
+    rig.submit_all(PROMPTS[1:], greedy(40))
     rig.run()
     rig.check()
     result = rig.requests[0].stream.wait(0)
@@ -85,33 +78,22 @@ def test_a_stop_string_in_the_middle_of_a_run(at: int) -> None:
     assert rig.n_tokens == delivered + ended
 
 
-def test_a_stop_string_before_an_end_in_the_same_run() -> None:
-    """The text ended at the stop string; that the run went on to the budget does not count."""
-    rig = rig_of()
-    tokens, _ = solo(PROMPTS[0], greedy(20))
-    stream = rig.submit(PROMPTS[0], greedy(20, stop=(f" {tokens[10]} ",)))
-    rig.run()
-    assert stream.wait(0).finish_reason == "stop"
-    assert stream.tokens == tokens[:11]
-    assert rig.n_tokens == 11
-
-
 @pytest.mark.parametrize("step", [2, 3, 9])
 def test_cancel_in_the_middle_of_a_run_ends_it_after_that_step(step: int) -> None:
     rig = rig_of()
-    streams = [rig.submit(prompt, greedy()) for prompt in PROMPTS]
+    streams = rig.submit_all(PROMPTS, greedy(40))
     rig.machine.meanwhile = lambda n: n == step and streams[2].cancel()
     rig.run()
     result = streams[2].wait(0)
     assert result.finish_reason == "cancelled"
-    assert result.tokens == solo(PROMPTS[2], greedy())[0][:step]
+    assert result.tokens == solo(PROMPTS[2], greedy(40))[0][:step]
     check_as_alone(rig, 0, 1, 3)
 
 
 def test_a_submission_in_the_middle_of_a_run_joins_at_the_next_step() -> None:
     rig = rig_of()
-    rig.submit(PROMPTS[0], greedy())
-    rig.machine.meanwhile = lambda n: n == 7 and rig.submit(PROMPTS[1], greedy())
+    rig.submit(PROMPTS[0], greedy(40))
+    rig.machine.meanwhile = lambda n: n == 7 and rig.submit(PROMPTS[1], greedy(40))
     rig.run()
     check_as_alone(rig, 0, 1)
     assert rig.machine.runs[0] == 6  # steps 2 to 7; step 8 has the prompt
@@ -122,8 +104,7 @@ def test_a_submission_in_the_middle_of_a_run_joins_at_the_next_step() -> None:
 def test_cells_run_out_between_runs_not_in_them(n_cells: int) -> None:
     limits = Limits(n_batch=64, n_ubatch=64, n_seq_max=4, n_cells=n_cells, n_cells_seq=n_cells)
     rig = Rig(limits, n_steps_max=32)
-    for prompt in PROMPTS:
-        rig.submit(prompt, greedy(20))
+    rig.submit_all(PROMPTS, greedy(20))
     rig.run()
     check_as_alone(rig, 0, 1, 2, 3)
     assert rig.scheduler.counters.preemptions > 0
@@ -132,51 +113,56 @@ def test_cells_run_out_between_runs_not_in_them(n_cells: int) -> None:
 
 def test_libllama_finds_no_cells_in_the_middle_of_a_run() -> None:
     rig = rig_of(fault=lambda n: 1 if n in (6, 7) else None)
-    for prompt in PROMPTS:
-        rig.submit(prompt, greedy())
+    rig.submit_all(PROMPTS, greedy(40))
     rig.run()
     check_as_alone(rig, 0, 1, 2, 3)
     assert rig.scheduler.counters.preemptions == 1  # for the second: the first cut a run short
-    assert rig.core.output_processor.finished["error"] == 0
+    assert "error" not in rig.finished
 
 
 def test_no_cells_for_one_that_is_alone_keeps_what_came_before() -> None:
     rig = rig_of(fault=lambda n: 1 if n >= 6 else None)
-    stream = rig.submit(PROMPTS[0], greedy())
+    stream = rig.submit(PROMPTS[0], greedy(40))
     rig.run()
     assert isinstance(stream.wait(0).error, KvCacheFull)
-    assert stream.tokens == solo(PROMPTS[0], greedy())[0][:5]
+    assert stream.tokens == solo(PROMPTS[0], greedy(40))[0][:5]
+    rig.machine.fault = lambda n: None
+    rig.submit(PROMPTS[0], greedy(40))
+    rig.run()
+    check_as_alone(rig, 1)
 
 
 @pytest.mark.parametrize("fault", [2, -3, PyllamabatchError("llama_decode threw")])
 def test_a_decode_that_fails_in_the_middle_of_a_run(fault: object) -> None:
     """Once: the step is tried again; twice in a row: its requests fail, with what they had."""
     once = rig_of(fault=lambda n: fault if n == 9 else None)
-    for prompt in PROMPTS:
-        once.submit(prompt, greedy())
+    once.submit_all(PROMPTS, greedy(40))
     once.run()
-    assert once.core.output_processor.finished["error"] == 0
+    assert "error" not in once.finished
     rig = rig_of(fault=lambda n: fault if n in (9, 10) else None)
-    streams = [rig.submit(prompt, greedy()) for prompt in PROMPTS]
+    streams = rig.submit_all(PROMPTS, greedy(40))
     rig.run()
     for stream, prompt in zip(streams, PROMPTS, strict=True):
         result = stream.wait(0)
         assert result.finish_reason == "error"
         assert isinstance(result.error, PyllamabatchError)
         assert isinstance(result.error, FatalDecodeError) or fault in (2, result.error)
-        assert result.tokens == solo(prompt, greedy())[0][:8]
+        assert result.tokens == solo(prompt, greedy(40))[0][:8]
     assert rig.machine.cells == {}
     rig.machine.fault = lambda n: None
-    again = rig.submit(PROMPTS[0], greedy())
+    again = rig.submit(PROMPTS[0], greedy(40))
     rig.run()
-    assert again.wait(0).tokens == solo(PROMPTS[0], greedy())[0]
+    assert again.wait(0).tokens == solo(PROMPTS[0], greedy(40))[0]
 
 
 def test_a_row_that_can_not_be_sampled_in_the_middle_of_a_run() -> None:
     rig = rig_of()
-    streams = [rig.submit(prompt, greedy()) for prompt in PROMPTS]
+    streams = rig.submit_all(PROMPTS, greedy(40))
     rig.machine.meanwhile = lambda n: rig.machine.failing.update({3} if n == 6 else ())
     rig.run()
-    assert streams[3].wait(0).finish_reason == "error"
-    assert streams[3].tokens == solo(PROMPTS[3], greedy())[0][:5]
+    with pytest.raises(SamplingError, match="nothing to choose for 3"):
+        streams[3].result(0)
+    assert streams[3].tokens == solo(PROMPTS[3], greedy(40))[0][:5]
     check_as_alone(rig, 0, 1, 2)
+    ends = sum(result.wait(0).stop == EOG for result in streams)
+    assert rig.n_tokens == sum(len(stream.tokens) for stream in streams) + ends

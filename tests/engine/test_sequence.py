@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,13 @@ from pyllamabatch.errors import (
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Window
 from pyllamabatch.step.sampling_params import SamplingParams
-from tests.support.engines import EXACT, check_idle
+from tests.support import engines as support
+from tests.support.engines import check_idle, greedy
 from tests.support.models_gguf import EOS, N_VOCAB, Architecture, gguf_path
 
 PROMPT = [1, 20, 30, 40, 50]
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eog=True)
-
-
-def engine_on(model: Model, **options: Any) -> Engine:
-    return Engine(model, **{"n_seq_max": 4, "n_ctx": 1024, "n_batch": 64, **EXACT, **options})
+GREEDY = greedy(12)
+engine_on = partial(support.engine_on, n_ctx=1024)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -23,12 +22,6 @@ from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.types import Run
 
 N, EDGE, TOKENS = 10, 8, 48
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model.default() as model:
-        yield model
 
 
 class Edge(CostModel):
@@ -65,9 +58,9 @@ def made(model: Model, policy: str, cost: Any) -> tuple[list[list[int]], Any]:
         return [result.tokens for result in results], engine.trace()
 
 
-def test_turns_change_no_token_and_none_waits_for_long(model: Model) -> None:
-    expected, _ = made(model, "sarathi", None)
-    tokens, trace = made(model, "device-aware", Edge())
+def test_turns_change_no_token_and_none_waits_for_long(embedded_model: Model) -> None:
+    expected, _ = made(embedded_model, "sarathi", None)
+    tokens, trace = made(embedded_model, "device-aware", Edge())
     assert tokens == expected
     steady = trace[trace["prefill_rows"] == 0]
     # All have a row while prompts are computed, and in a trial; then 8 of 10 at a time.
@@ -79,10 +72,10 @@ def test_turns_change_no_token_and_none_waits_for_long(model: Model) -> None:
         assert max(after - before for before, after in pairwise(at)) <= 2
 
 
-def test_all_at_once_where_it_is_not_measured(model: Model) -> None:
+def test_all_at_once_where_it_is_not_measured(embedded_model: Model) -> None:
     cost = Edge()
     cost.calibrated = False
-    _, trace = made(model, "device-aware", cost)
+    _, trace = made(embedded_model, "device-aware", cost)
     assert trace[trace["prefill_rows"] == 0]["rows"].max() == N
 
 

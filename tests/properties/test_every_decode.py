@@ -4,7 +4,6 @@ helped gets what it gets alone, and no request ends that was not in a step that 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,11 +16,11 @@ from pyllamabatch.errors import (
     InvalidBatch,
     KvCacheFull,
 )
-from pyllamabatch.kv import Sharing, SwapChoice
+from pyllamabatch.kv import Sharing
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Limits
 from pyllamabatch.step.sampling_params import SamplingParams
-from tests.support.embedded import check, solos, texts
+from tests.support.embedded import check, texts
 from tests.support.engine_fakes import Rig
 from tests.support.engines import EXACT, check_idle
 from tests.support.oracle import Agreement, Reference
@@ -71,7 +70,7 @@ def run(
         fault,
         n_steps_max=n_steps_max,
         sharing=sharing,
-        swap=SwapChoice("swap" if machine == "shared cells" else "recompute"),
+        swap="swap" if machine == "shared cells" else "recompute",
         max_restarts=max_restarts,
     )
     for i in range(5):
@@ -169,17 +168,6 @@ def test_different_codes_one_after_the_other(machine: str, codes: tuple[int, ...
 # -- the embedded model
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model.default() as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def alone(model: Model) -> list[Reference]:
-    return solos(model)
-
-
 CHOSEN = [0, 3, 6, 5]  # prompts, two of them with a common prefix
 BUDGETS = [3, 7, 5, 9]
 
@@ -190,18 +178,18 @@ BUDGETS = [3, 7, 5, 9]
 )
 @pytest.mark.parametrize("options", [{}, {"kv_unified": False}], ids=["shared cells", "streams"])
 def test_every_decode_of_the_embedded_model(
-    model: Model,
-    alone: list[Reference],
+    embedded_model: Model,
+    embedded_alone: list[Reference],
     options: dict[str, Any],
     code: int,
     n_rows: int,
     n_times: int,
 ) -> None:
-    prompts = [texts(model.n_vocab)[i] for i in CHOSEN]
+    prompts = [texts(embedded_model.n_vocab)[i] for i in CHOSEN]
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eog=True) for n in BUDGETS]
     agreement, n_failed = Agreement(), 0
     limits: dict[str, Any] = {"n_seq_max": 3, "n_ctx": 768, "n_batch": 64, "n_ubatch": 32}
-    with Engine(model, prefix_cache=False, **limits, **options, **EXACT) as engine:
+    with Engine(embedded_model, prefix_cache=False, **limits, **options, **EXACT) as engine:
 
         def run() -> int:
             """How many have failed."""
@@ -213,7 +201,7 @@ def test_every_decode_of_the_embedded_model(
             results = [stream.wait(60) for stream in streams]
             failed = [result for result in results if result.finish_reason == "error"]
             for result, i, n in zip(results, CHOSEN, BUDGETS, strict=True):
-                check(agreement, alone[i], result.tokens)
+                check(agreement, embedded_alone[i], result.tokens)
                 assert result in failed or result.n_generated == n
             assert all(type(result.error) is KINDS[code] for result in failed)
             stats = engine.stats()

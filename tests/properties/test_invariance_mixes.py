@@ -6,10 +6,8 @@ alone through raw calls, and each that ends early has the first of them."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,21 +15,9 @@ from pyllamabatch.engine.engine import Engine
 from pyllamabatch.engine.stream import Stream
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
-from tests.support.embedded import N_TOKENS, check, solos, texts
+from tests.support.embedded import N_TOKENS, check, texts
 from tests.support.engines import EXACT, Checked, check_idle
 from tests.support.oracle import Agreement, Reference
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model.default() as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def alone(model: Model) -> list[Reference]:
-    return solos(model)
-
 
 engines = st.fixed_dictionaries(
     {
@@ -79,8 +65,10 @@ def interactive(engine: Engine, prompt: list[int], n: int) -> list[list[int]]:
             return [seq.tokens[len(prompt) :], other.tokens[len(prompt) :]]
 
 
-def test_every_request_gets_what_it_gets_alone(model: Model, alone: list[Reference]) -> None:
-    prompts = texts(model.n_vocab)
+def test_every_request_gets_what_it_gets_alone(
+    embedded_model: Model, embedded_alone: list[Reference]
+) -> None:
+    prompts = texts(embedded_model.n_vocab)
     seen: Counter[str] = Counter()
     agreement = Agreement()
 
@@ -94,7 +82,7 @@ def test_every_request_gets_what_it_gets_alone(model: Model, alone: list[Referen
         if not options["kv_unified"]:
             options["n_ctx"] = 256 * options["n_seq_max"]
         # Owners who share one slot give it up at once, or each token would take their patience.
-        with Engine(model, n_ubatch=32, patience=0.002, **{**options, **EXACT}) as engine:
+        with Engine(embedded_model, n_ubatch=32, patience=0.002, **{**options, **EXACT}) as engine:
             checked = Checked(engine, may_fail=bool(faults))
             streams: list[tuple[Stream, int, int]] = []
             left = faults.copy()
@@ -110,7 +98,7 @@ def test_every_request_gets_what_it_gets_alone(model: Model, alone: list[Referen
                 if what == "interactive":
                     for tokens in interactive(engine, prompts[which], n):
                         assert len(tokens) == n
-                        check(agreement, alone[which], tokens)
+                        check(agreement, embedded_alone[which], tokens)
                     seen["interactive"] += 1
                     continue
                 params = SamplingParams(temperature=0, max_tokens=n, ignore_eog=True)
@@ -131,7 +119,7 @@ def test_every_request_gets_what_it_gets_alone(model: Model, alone: list[Referen
         assert stats.submitted == len(streams) == sum(stats.finished.values())
         for result, (_, which, n) in zip(results, streams, strict=True):
             assert result.n_generated == n or result.finish_reason in ("cancelled", "deadline")
-            check(agreement, alone[which], result.tokens)
+            check(agreement, embedded_alone[which], result.tokens)
             seen[result.finish_reason] += 1
         for name in ("preemptions", "restarts", "swapped_tokens", "prefix_tokens"):
             seen[name] += getattr(stats, name) > 0

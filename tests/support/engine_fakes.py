@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -335,16 +335,14 @@ class Rig:
         policy: Policy | None = None,
         n_steps_max: int = 1,
         sharing: Sharing | None = None,
-        swap: SwapChoice | None = None,
+        swap: Any = "recompute",
         max_restarts: int = 0,
         loras: tuple[str, ...] = (),
     ) -> None:
         sharing = sharing or Sharing(trim=True)
         self.machine = FakeMachine(limits, fault, n_steps_max, sharing=sharing)
         self.machine.names = loras
-        self.scheduler = Scheduler(
-            limits, policy, kv=KvOptions(sharing, swap=swap or SwapChoice("recompute"))
-        )
+        self.scheduler = Scheduler(limits, policy, kv=KvOptions(sharing, swap=SwapChoice(swap)))
         self.space = SwapSpace(10**6)
         machine = self.machine
         self.core = EngineCore(
@@ -374,6 +372,19 @@ class Rig:
         self.requests.append(Submitted(id, list(prompt), params, lora, stream))
         self.core.submit([self.core.stream_to(request, stream)])
         return stream
+
+    def submit_all(self, prompts: Iterable[Sequence[int]], params: SamplingParams) -> list[Stream]:
+        return [self.submit(prompt, params) for prompt in prompts]
+
+    @property
+    def reasons(self) -> list[str]:
+        """How each request ended."""
+        return [request.stream.wait(0).finish_reason for request in self.requests]
+
+    @property
+    def finished(self) -> dict[str, int]:
+        """As counted, without zeros."""
+        return {reason: n for reason, n in self.core.output_processor.finished.items() if n}
 
     def check_solo(self) -> None:
         """Every request has the tokens that it gets alone; one that was cancelled or failed, the

@@ -6,6 +6,7 @@ from typing import Any
 
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.engine.stats import EngineStats
+from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
 
 EXACT: dict[str, Any] = {
@@ -17,8 +18,13 @@ EXACT: dict[str, Any] = {
 """Of an engine or a context: what `oracle.EXACT` is in raw calls."""
 
 
-def greedy(max_tokens: int = 8) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eog=True)
+def greedy(max_tokens: int = 8, *, ignore_eog: bool = True, **options: Any) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eog=ignore_eog, **options)
+
+
+def engine_on(model: Model, **options: Any) -> Engine:
+    """A small one, with the settings EXACT."""
+    return Engine(model, **{"n_seq_max": 4, "n_ctx": 2048, "n_batch": 64, **EXACT, **options})
 
 
 def check_idle(engine: Engine) -> EngineStats:
