@@ -6,23 +6,15 @@ logits, threads, every instruction set.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.context import Context
-from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import Stepper
 from tests.support.decoding import generate
-
-
-@pytest.fixture(scope="module")
-def context(model: Model) -> Iterator[Context]:
-    with Context(model, n_ctx=512, n_batch=64, n_seq_max=2, n_threads=1) as context:
-        yield context
 
 
 def generated(context: Context, sampler: str, params: SamplingParams) -> list[int]:

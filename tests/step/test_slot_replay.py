@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,19 +9,11 @@ import pytest
 
 from pyllamabatch.errors import ArgumentError, GrammarError
 from pyllamabatch.llama.context import Context
-from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import Stepper
 from tests.support.decoding import write
-from tests.support.models_gguf import gguf_path
 
 PROMPT = [1, 300, 301, 302]
-
-
-@pytest.fixture(scope="module")
-def context() -> Iterator[Context]:
-    with Model(gguf_path("llama")) as model, Context(model, n_ctx=256, n_threads=1) as context:
-        yield context
 
 
 def generate(stepper: Stepper, n: int) -> list[int]:
@@ -61,7 +52,6 @@ def test_it_goes_on_as_if_it_had_sampled(
         sampler = "auto"
     params = SamplingParams(max_tokens=40, **options)
     with Stepper(context, sampler=sampler, n_threads=1) as stepper:
-        context.memory.clear()
         tokens = [start(stepper, params), *generate(stepper, 9)]
         info, state = stepper.slot(0), context.state_seq_get(0)
         rest = generate(stepper, 12)
@@ -76,7 +66,6 @@ def test_it_goes_on_as_if_it_had_sampled(
 
 def test_draws_are_counted(context: Context) -> None:
     with Stepper(context, n_threads=1) as stepper:
-        context.memory.clear()
         start(stepper, SamplingParams(seed=3, max_tokens=20))
         assert stepper.slot(0).n_draws == 1
         generate(stepper, 2)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import gc
 import math
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGUFReader
 
 from pyllamabatch.errors import (
     ArgumentError,
@@ -27,25 +25,11 @@ from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import OUTPUT, SAMPLE, Finish, Results, Stepper
 from tests.support.decoding import generate, write, write_next
-from tests.support.models_gguf import EOS, gguf_path, write_gguf
+from tests.support.models_gguf import EOS, gguf_path
 from tests.support.oracle import RawContext, raw_context, raw_model
 
 PROMPT = [1, 270, 280, 290, 300, 310]
 OTHER = [1, 320, 330, 340]
-
-
-@pytest.fixture
-def context(model: Model) -> Iterator[Context]:
-    settings: dict[str, Any] = {"type_k": "f32", "type_v": "f32", "flash_attn_type": "disabled"}
-    with Context(model, n_ctx=512, n_batch=64, n_seq_max=4, n_threads=1, **settings) as context:
-        yield context
-
-
-@pytest.fixture(params=["auto", "chain"])
-def stepper(context: Context, request: pytest.FixtureRequest) -> Iterator[Stepper]:
-    """Both ways to sample: the fused sampler where it can, and libllama's chain."""
-    with Stepper(context, sampler=request.param) as stepper:
-        yield stepper
 
 
 def alone(stepper: Stepper, params: SamplingParams, *, seq: int = 0) -> tuple[list[int], Finish]:
@@ -247,12 +231,6 @@ def test_a_dead_end_is_an_error_of_that_request_only(stepper: Stepper) -> None:
     assert stepper.slot_error(1) == ""
     assert not stepper.slot(0).active
 
-    # the grammar is done and its end is excluded
-    params = SamplingParams(temperature=0, grammar='root ::= "a"', ignore_eog=True)
-    tokens, finish = alone(stepper, params, seq=2)
-    assert finish is Finish.ERROR
-    assert len(tokens) >= 1
-
 
 @pytest.mark.parametrize(
     ("grammar", "why"),
@@ -358,29 +336,6 @@ def test_several_rows_of_one_sequence_sample_in_order(stepper: Stepper, context:
     assert result.token.tolist() == alone
     assert result.index.tolist() == [0, 1, 2]
     assert result.finish.tolist() == [0, 0, Finish.LENGTH]
-
-
-def test_bad_logits_are_an_error_of_that_row_only(tmp_path: Path) -> None:
-    """A model whose embedding of one token is NaN: a sequence with that token has NaN logits."""
-    path = tmp_path / "nan.gguf"
-    write_gguf(path, "llama")
-    (embedding,) = (t for t in GGUFReader(path, "r+").tensors if t.name == "token_embd.weight")
-    embedding.data[300] = np.nan
-    with (
-        Model(path) as model,
-        # cells of their own: NaN in a cell that a mask hides still spoils a sum over all cells
-        Context(model, n_ctx=512, n_batch=64, n_seq_max=2, kv_unified=False) as context,
-        Stepper(context) as stepper,
-    ):
-        for seq in range(2):
-            stepper.set_slot(seq, SamplingParams(seed=1, temperature=2.0))
-        n = write(stepper, [1, 270, 300, 280])
-        result = stepper.step(write(stepper, [1, 270, 280], seq=1, at=n))
-        assert result.code == 0
-        assert result.error.tolist() == [lib.PLB_E_LOGITS, 0]
-        assert result.finish.tolist() == [Finish.ERROR, Finish.NONE]
-        assert "NaN" in stepper.slot_error(0)
-        assert stepper.slot(1).active
 
 
 # -- slots that move --

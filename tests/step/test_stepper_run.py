@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,6 @@ from tests.support.decoding import write, write_next
 from tests.support.models_special import N_POSITIONS, write_gpt2
 
 PROMPTS = ([1, 270, 280, 290], [1, 320, 330], [1, 340])
-
-
-@pytest.fixture
-def context(model: Model) -> Iterator[Context]:
-    with Context(model, n_ctx=1024, n_batch=64, n_seq_max=4, n_threads=1) as context:
-        yield context
-
-
-@pytest.fixture(params=["auto", "chain"])
-def stepper(context: Context, request: pytest.FixtureRequest) -> Iterator[Stepper]:
-    """Both ways to sample: the fused sampler where it can, and libllama's chain."""
-    with Stepper(context, sampler=request.param) as stepper:
-        yield stepper
 
 
 def params(max_tokens: int = 500, **options: Any) -> SamplingParams:
