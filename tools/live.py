@@ -27,7 +27,7 @@ _LEAD = 0.2  # s before the first arrival, to start the threads
 
 def describe(engine: Engine) -> str:
     """Device and model."""
-    device, _, _ = where.device_of(engine._stepper._ready())
+    device, _ = where.device_of(engine._stepper._ready())
     return f"{device.description}, {engine.model.description}"
 
 

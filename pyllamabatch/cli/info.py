@@ -19,9 +19,8 @@ from pyllamabatch.llama import runtime
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.runtime import text
-from pyllamabatch.raw import ffi, lib
+from pyllamabatch.raw import lib
 
-DEVICE_TYPES = ("CPU", "GPU", "IGPU", "ACCEL", "META")
 LONGEST = 100  # characters of a metadata value in the text
 
 
@@ -62,21 +61,16 @@ def installation() -> dict[str, Any]:
         },
         "backends": [{"name": name, "features": has} for name, has in runtime.features().items()],
         "devices": [
-            _device_info(lib.ggml_backend_dev_get(i)) for i in range(lib.ggml_backend_dev_count())
+            {
+                "name": device.name,
+                "description": device.description,
+                "type": device.kind.upper(),
+                "backend": device.backend,
+                "memory_free": device.free,
+                "memory_total": device.total,
+            }
+            for device in runtime.devices().values()
         ],
-    }
-
-
-def _device_info(device: Any) -> dict[str, Any]:
-    props = ffi.new("struct ggml_backend_dev_props *")
-    lib.ggml_backend_dev_get_props(device, props)
-    return {
-        "name": text(props.name),
-        "description": text(props.description),
-        "type": DEVICE_TYPES[props.type],
-        "backend": text(lib.ggml_backend_reg_name(lib.ggml_backend_dev_backend_reg(device))),
-        "memory_free": int(props.memory_free),
-        "memory_total": int(props.memory_total),
     }
 
 
@@ -84,16 +78,18 @@ def describe(model: Model) -> dict[str, Any]:
     """Size, shape, metadata and capabilities of `model`; sizes in bytes."""
     with Context(model, n_ctx=256, n_seq_max=2, n_batch=32, n_ubatch=32) as context:
         capabilities = asdict(context.capabilities)
+    names = (
+        "description",
+        "architecture",
+        "size_bytes",
+        "n_params",
+        "n_layer",
+        "n_embd",
+        "n_vocab",
+    )
     return {
         "path": str(model.path),
-        "description": model.description,
-        "architecture": model.architecture,
-        "size_bytes": model.size_bytes,
-        "n_params": model.n_params,
-        "n_layer": model.n_layer,
-        "n_embd": model.n_embd,
-        "n_vocab": model.n_vocab,
-        "n_ctx_train": model.n_ctx_train,
+        **{name: getattr(model, name) for name in (*names, "n_ctx_train")},
         "chat_template": model.chat_template() is not None,
         "capabilities": capabilities,
         "metadata": dict(sorted(model.metadata.items())),

@@ -63,7 +63,7 @@ class Rig(Owner):
         self._states: dict[int, bytes] = {}  # of a sequence, by depth
         self._seconds_per_token = 0.0
         self._n_reused = 0  # graphs, so far
-        device, _, share = where.device_of(self.context)
+        device, share = where.device_of(self.context)
         on_cpu = device.kind == "cpu" or share < where.WHOLE
         self.n_threads = self.context.n_threads if on_cpu else 0
         for seq in range(n_seq_max):

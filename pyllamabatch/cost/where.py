@@ -123,9 +123,8 @@ def fingerprint(model: Model) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def device_of(context: Context) -> tuple[runtime.Device, str, float]:
-    """The device that holds most of the weights, its backend's name, and its share of those that
-    rows pass."""
+def device_of(context: Context) -> tuple[runtime.Device, float]:
+    """The device that holds most of the weights, and its share of those that rows pass."""
     devices = runtime.devices()
     held: Counter[str] = Counter()
     for part in memory_parts(context):
@@ -136,9 +135,7 @@ def device_of(context: Context) -> tuple[runtime.Device, str, float]:
     total = sum(held.values())
     name = max(held, key=lambda n: held[n]) if total else ""
     device = devices[name] if name else next(d for d in devices.values() if d.kind == "cpu")
-    reg = lib.ggml_backend_dev_backend_reg(lib.ggml_backend_dev_by_name(device.name.encode()))
-    share = held[name] / total if total else 1.0
-    return device, runtime.text(lib.ggml_backend_reg_name(reg)), share
+    return device, held[name] / total if total else 1.0
 
 
 def file_type(model: Model) -> str:
@@ -152,7 +149,7 @@ def file_type(model: Model) -> str:
 
 def key_of(context: Context) -> Key:
     """What a profile for this context must match."""
-    device, backend, share = device_of(context)
+    device, share = device_of(context)
     params = context.params
     settings: dict[str, int | str] = {
         "n_ubatch": context.n_ubatch,
@@ -164,7 +161,7 @@ def key_of(context: Context) -> Key:
         settings["n_threads"] = context.n_threads
     if share < WHOLE:
         settings["on_device"] = f"{share:.2f}"
-    return Key(device.description, backend, fingerprint(context.model), settings)
+    return Key(device.description, device.backend, fingerprint(context.model), settings)
 
 
 def _type_name(ggml_type: int) -> str:

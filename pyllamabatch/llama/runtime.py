@@ -43,6 +43,7 @@ class Device(NamedTuple):
     name: str
     description: str
     kind: str  # "cpu", "gpu", "igpu", "accel"
+    backend: str
     free: int  # bytes
     total: int
 
@@ -59,7 +60,8 @@ def devices() -> dict[str, Device]:
         kind = kinds[int(lib.ggml_backend_dev_type(device))].rpartition("_")[2].lower()
         name = text(lib.ggml_backend_dev_name(device))
         description = text(lib.ggml_backend_dev_description(device))
-        found[name] = Device(name, description, kind, int(free[0]), int(total[0]))
+        backend = text(lib.ggml_backend_reg_name(lib.ggml_backend_dev_backend_reg(device)))
+        found[name] = Device(name, description, kind, backend, int(free[0]), int(total[0]))
     return found
 
 

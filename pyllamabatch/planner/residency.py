@@ -14,8 +14,9 @@ copy of its own.
 from __future__ import annotations
 
 import logging
+from bisect import bisect
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from pyllamabatch.errors import NotEnoughMemory, integer
@@ -28,6 +29,8 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.planner.machines import Machine
 
 log = logging.getLogger(__name__)
+
+_CELLS = 2**20  # of the largest context that is projected
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +58,25 @@ class Pool:
     def total(self) -> int:
         return self.mapped + self.private
 
+    def plus(self, other: Pool, times: float = 1) -> Pool:
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Pool(*(round(a + times * b) for a, b in pairs))
+
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
     """A model and one context of it: on the device, and in the host's memory. Without a device
     everything is the host's."""
 
-    device: Pool
-    host: Pool
+    device: Pool = Pool()
+    host: Pool = Pool()
 
     @property
     def total(self) -> int:
         return self.device.total + self.host.total
+
+    def plus(self, other: Footprint, times: float = 1) -> Footprint:
+        return Footprint(self.device.plus(other.device, times), self.host.plus(other.host, times))
 
     def check(self, machine: Machine, n_processes: int = 1, n_contexts: int = 1) -> bool:
         """Do so many processes, with so many of these contexts each, fit while all are active?"""
@@ -86,10 +96,10 @@ class Footprint:
                 (n_processes * device, machine.device_limit),
                 (shared + n_processes * private, machine.memory),
             ]
-        found = [(self.host.mapped + n_processes * host, machine.memory)]
-        if machine.kind != "cpu":
-            found.insert(0, (n_processes * device, machine.device_limit))
-        return found
+        in_host = self.host.mapped + n_processes * host, machine.memory
+        if machine.kind == "cpu":
+            return [in_host]
+        return [(n_processes * device, machine.device_limit), in_host]
 
 
 class Projector(Owner):
@@ -122,7 +132,7 @@ class Projector(Owner):
             given = {"n_seq_max": n_seq_max, "n_outputs": n_outputs, **context_params}
             half = self.footprint(n_ctx=_CELLS // 2, **given)
             full = self.footprint(n_ctx=_CELLS, **given)
-            return _line(half, full, n_ctx / _CELLS)
+            return full.plus(full.plus(half, -1), 2 * (n_ctx / _CELLS - 1))
         params = {"n_outputs_max": n_outputs, **context_params}
         with Context(self.model, n_ctx=n_ctx, n_seq_max=n_seq_max, **params) as context:
             return footprint_of(context, n_outputs, mmap=self._mmap)
@@ -131,71 +141,37 @@ class Projector(Owner):
 def footprint_of(context: Context, n_outputs: int, *, mmap: bool) -> Footprint:
     """Of a context of a no_alloc model."""
     devices = runtime.devices()
-    device = host = Pool()
     logits = 4 * max(n_outputs, context.n_seq_max) * context.model.n_vocab
+    found = Footprint(host=Pool(logits=logits))
     for part in memory_parts(context):
         known = devices.get(part.device)
         on_cpu = known is None or known.kind == "cpu" or part.host
         # Metal's buffers are mapped too; other devices, and repacked weights, are copies.
         mapped = mmap and (part.host if on_cpu else part.buffer_type.startswith("MTL"))
-        weights = Pool(part.model, 0) if mapped else Pool(0, part.model)
+        weights = Pool(mapped=part.model) if mapped else Pool(copied=part.model)
         new = replace(weights, kv=part.context, compute=part.compute)
-        if on_cpu:
-            host = _sum(host, new)
-        else:
-            device = _sum(device, new)
-    if mmap and device == Pool() and host.mapped:
+        found = found.plus(Footprint(host=new) if on_cpu else Footprint(device=new))
+    if mmap and found.device == Pool() and found.host.mapped:
         # One mapping from the first to the last tensor, those that are copied from it included.
-        host = replace(host, mapped=context.model.size_bytes)
-    return Footprint(device, replace(host, logits=logits))
-
-
-_CELLS = 2**20
-
-
-def _line(half: Footprint, full: Footprint, x: float) -> Footprint:
-    """Where the line through `half` (at 0.5) and `full` (at 1) is at x."""
-    device, host = (
-        Pool(*(round(b + (b - a) * 2 * (x - 1)) for a, b in zip(_bytes(p), _bytes(q), strict=True)))
-        for p, q in ((half.device, full.device), (half.host, full.host))
-    )
-    return Footprint(device, host)
-
-
-def _bytes(pool: Pool) -> tuple[int, ...]:
-    return tuple(asdict(pool).values())
-
-
-def _sum(a: Pool, b: Pool) -> Pool:
-    return Pool(*(x + y for x, y in zip(_bytes(a), _bytes(b), strict=True)))
+        found = Footprint(host=replace(found.host, mapped=context.model.size_bytes))
+    return found
 
 
 def by_size(weights: int, n_ctx: int, kv_per_cell: int, graphs: int, machine: Machine) -> Footprint:
     """Without a file: weights, cells and graphs by their bytes."""
-    mapped = machine.kind != "cuda"
-    pool = Pool(
-        mapped=weights if mapped else 0,
-        copied=0 if mapped else weights,
-        kv=n_ctx * kv_per_cell,
-        compute=graphs,
-    )
-    return Footprint(Pool(), pool) if machine.kind == "cpu" else Footprint(pool, Pool())
+    pool = Pool(kv=n_ctx * kv_per_cell, compute=graphs)
+    copies = machine.kind == "cuda"
+    pool = replace(pool, copied=weights) if copies else replace(pool, mapped=weights)
+    return Footprint(host=pool) if machine.kind == "cpu" else Footprint(device=pool)
 
 
 def most(fits: Callable[[int], bool], limit: int = 2**20) -> int:
     """The largest n in 0..limit for which `fits(n)`, where it holds up to there."""
     high = 1
-    while high <= limit and fits(high):
+    while high <= limit and fits(high):  # a small answer is found without large questions
         high *= 2
-    low = high // 2
-    high = min(high, limit + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle
-    return low
+    within = range(high // 2 + 1, min(high, limit + 1))
+    return high // 2 + bisect(within, False, key=lambda n: not fits(n))
 
 
 def fitting_n_ctx(model: Model, n_ctx: int, *, shrink: bool, **params: Any) -> int:
@@ -204,9 +180,9 @@ def fitting_n_ctx(model: Model, n_ctx: int, *, shrink: bool, **params: Any) -> i
 
     Where even a generous guess fits twice, nothing is projected.
     """
-    devices = [d.free for d in runtime.devices().values() if d.kind != "cpu" and d.total]
-    available = Footprint(Pool(compute=sum(devices)), Pool(compute=host_available()))
-    if 2 * _generous(model, n_ctx, params) <= (sum(devices) or available.total):
+    devices = sum(d.free for d in runtime.devices().values() if d.kind != "cpu" and d.total)
+    available = Footprint(Pool(compute=devices), Pool(compute=host_available()))
+    if 2 * _generous(model, n_ctx, params) <= (devices or available.total):
         return n_ctx
     load: dict[str, Any] = model._load
     with Projector(model.path, **load) as projector:
@@ -214,26 +190,19 @@ def fitting_n_ctx(model: Model, n_ctx: int, *, shrink: bool, **params: Any) -> i
         def short(cells: int) -> tuple[int, int] | None:
             """(needed, available) of the place that is too small."""
             found = projector.footprint(n_ctx=cells, **params)
-            for need, has in (
-                (found.device.context, available.device.total),
-                (found.host.context, available.host.total),
-            ):
-                if need > has:
-                    return need, has
-            return None
+            each = (found.device, available.device), (found.host, available.host)
+            return next(((p.context, has.total) for p, has in each if p.context > has.total), None)
 
         first = short(n_ctx)
         if first is None:
             return n_ctx
         step = 256 * (1 if params.get("kv_unified", True) else int(params["n_seq_max"]))
-        blocks = most(lambda b: short(step * b) is None, n_ctx // step)
-        if not shrink or blocks == 0:
-            raise NotEnoughMemory(*first, f"n_ctx={step * blocks} would fit")
-        log.warning(
-            "n_ctx is %d instead of %d: %.1f GiB would be needed, %.1f are free",
-            step * blocks, n_ctx, first[0] / 2**30, first[1] / 2**30,
-        )  # fmt: skip
-        return step * blocks
+        found = step * most(lambda blocks: short(step * blocks) is None, n_ctx // step)
+    if not shrink or found == 0:
+        raise NotEnoughMemory(*first, f"n_ctx={found} would fit")
+    gib = [size / 2**30 for size in first]
+    log.warning("n_ctx is %d, not %d: %.1f GiB would be needed, %.1f are free", found, n_ctx, *gib)
+    return found
 
 
 def _generous(model: Model, n_ctx: int, params: Mapping[str, Any]) -> int:
