@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +24,12 @@ from bench.case import Case, Measured, ModelFile
 from bench.models import resolve
 from bench.tools import ToolError, build_options, tool
 from pyllamabatch.compare.case import sampling_params
-
-if TYPE_CHECKING:
-    from pyllamabatch.scheduler import Plan, Policy, StepView
-    from pyllamabatch.step.stepper import Stepper
+from pyllamabatch.compare.loop import Loop
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.llama.context import Context
+from pyllamabatch.llama.model import Model
+from pyllamabatch.scheduler import Plan, Policy, StepView, sarathi
+from pyllamabatch.step.stepper import SAMPLE, Stepper
 
 ATTEMPTS = 5
 
@@ -122,8 +124,6 @@ class InProcess:
     """The arms that run in this process; the model is loaded once."""
 
     def __init__(self, file: ModelFile, n_gpu_layers: int) -> None:
-        from pyllamabatch.llama.model import Model
-
         self.file = file
         self.model = Model(file.path, n_gpu_layers=n_gpu_layers)
 
@@ -138,8 +138,6 @@ class InProcess:
 
     def raw(self, case: Case) -> Measured:
         """The loop of docs/reference/raw.md: cffi calls only, libllama's sampler chains."""
-        from pyllamabatch.compare.loop import Loop
-
         with self.context(case) as context:
             prompts = case.prompts(self.model.n_vocab)
             loop = Loop(context, case.sampling)
@@ -159,8 +157,6 @@ class InProcess:
 
     def stepper(self, case: Case) -> Measured:
         """One plb_step per step through the Python face."""
-        from pyllamabatch.step.stepper import SAMPLE, Stepper
-
         n = case.pl
         with self.context(case) as context, Stepper(context) as stepper:
             rows = stepper.rows
@@ -179,8 +175,6 @@ class InProcess:
 
     def c_loop(self, case: Case) -> Measured:
         """All steps in one plb_run."""
-        from pyllamabatch.step.stepper import Stepper
-
         with self.context(case) as context, Stepper(context, n_steps_max=case.tg) as stepper:
             start = time.perf_counter()
             compute_prompts(stepper, case)
@@ -193,9 +187,6 @@ class InProcess:
 
     def engine(self, case: Case) -> Measured:
         """The engine; time runs between the plans of its steady steps."""
-        from pyllamabatch.engine.engine import Engine
-        from pyllamabatch.scheduler import sarathi
-
         clock = StepClock(sarathi(), case.pl, case.tg)
         with Engine(self.model, policy=clock, **case.context_params()) as engine:
             prompts = case.prompts(self.model.n_vocab)
@@ -218,16 +209,12 @@ class InProcess:
         )
 
     def context(self, case: Case) -> Any:
-        from pyllamabatch.llama.context import Context
-
         return Context(self.model, **case.context_params())
 
 
 def compute_prompts(stepper: Stepper, case: Case) -> npt.NDArray[np.int32]:
     """Slots for the case's sequences and their prompts, in steps of n_batch rows; the first token
     of each, sampled."""
-    from pyllamabatch.step.stepper import SAMPLE
-
     n, rows = case.pl, stepper.rows
     token = np.zeros(n, np.int32)
     for seq in range(n):

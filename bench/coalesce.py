@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING
 
 from bench import harness
 from bench.arms import InProcess, in_own_thread
@@ -21,12 +20,11 @@ from bench.options import add_model, add_run, add_work, numbers
 from bench.targets import Figure, Target, speed_ratio
 from bench.views import speed_table
 from pyllamabatch.compare.case import sampling_params
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.engine.stats import EngineStats
 from pyllamabatch.report.records import Record
 from pyllamabatch.report.tables import Table
-
-if TYPE_CHECKING:
-    from pyllamabatch.engine.stats import EngineStats
-    from pyllamabatch.scheduler import Gather
+from pyllamabatch.scheduler import Gather, Window
 
 BASE = "stepper"
 THREADS, WINDOW = "threads", "threads-window"
@@ -67,8 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    from pyllamabatch.scheduler import Window
-
     inside = InProcess.of(options)
     window = Window(options.window * 1e-6)
     arms = [
@@ -114,8 +110,6 @@ def view(records: Sequence[Record]) -> str:
 
 def run_threads(inside: InProcess, gather: Gather | None, case: Case) -> Measured:
     """Every thread has its prompt computed and one token sampled when the time begins."""
-    from pyllamabatch.engine.engine import Engine
-
     prompts = case.prompts(inside.model.n_vocab)
     errors: list[BaseException] = []
     readings: list[tuple[float, EngineStats]] = []

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bench import harness
 from bench.case import Arm, Case, Measured, ModelFile
@@ -23,12 +23,12 @@ from bench.models import resolve
 from bench.options import add_model, add_run
 from bench.targets import Target, worst_detail
 from bench.views import Column, by_arm
+from pyllamabatch.llama import runtime
+from pyllamabatch.llama.context import Context
+from pyllamabatch.llama.model import Model
+from pyllamabatch.models import default_model_path
+from pyllamabatch.planner.residency import Footprint, Projector, footprint_of
 from pyllamabatch.report.records import Record
-
-if TYPE_CHECKING:
-    from pyllamabatch.llama.context import Context
-    from pyllamabatch.llama.model import Model
-    from pyllamabatch.planner.residency import Footprint
 
 QUICK: dict[str, Any] = {}
 SECONDS = 300  # of one load at most
@@ -129,8 +129,6 @@ def load(model: ModelFile, layout: Layout, n_gpu_layers: int) -> dict[str, Any]:
         capture_output=True, text=True, timeout=SECONDS, check=False,
     )  # fmt: skip
     if done.returncode != 0:
-        from pyllamabatch.llama.model import Model
-
         with Model(model.path, vocab_only=True) as shapes:
             facts = harness.facts_of(shapes)
         why = [str(done.returncode), *done.stderr.strip().splitlines()][-1]
@@ -141,11 +139,6 @@ def load(model: ModelFile, layout: Layout, n_gpu_layers: int) -> dict[str, Any]:
 
 def child(path: str, n_gpu_layers: int, layout: Layout) -> dict[str, Any]:
     """Project, load, compute, and compare; bytes in `detail`, and relative differences."""
-    from pyllamabatch.llama.context import Context
-    from pyllamabatch.llama.model import Model
-    from pyllamabatch.models import default_model_path
-    from pyllamabatch.planner.residency import Projector, footprint_of
-
     params = layout.params()
     start = free()
     with Projector(path, n_gpu_layers=n_gpu_layers) as projector:
@@ -189,14 +182,10 @@ def in_contexts(found: Footprint) -> int:
 
 def free() -> int:
     """Bytes that the GPUs have free, for all processes; 0 without one."""
-    from pyllamabatch.llama import runtime
-
     return sum(d.free for d in runtime.devices().values() if d.kind != "cpu" and d.total)
 
 
 def compute(model: Model, layout: Layout) -> None:
-    from pyllamabatch.llama.context import Context
-
     with Context(model, n_outputs_max=layout.n_seq, **layout.params()) as context:
         decode(context)
 

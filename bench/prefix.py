@@ -15,7 +15,9 @@ from bench.case import Arm, Case, Measured, cases_of
 from bench.options import add_model, add_run, choose
 from bench.targets import Target, median_detail
 from bench.views import Column, by_arm
+from pyllamabatch.engine.engine import Engine
 from pyllamabatch.report.records import Record
+from pyllamabatch.step.sampling_params import SamplingParams
 
 ALONE, SHARED, WARM = "no cache", "cache", "cache, warm"
 QUICK = {"model": "default", "repeats": 2}
@@ -86,9 +88,6 @@ def serve(
 ) -> Measured:
     """The last of the rounds, whose requests differ behind the common prefix. t_pp: until the last
     first token; t_tg: from there to the end."""
-    from pyllamabatch.engine.engine import Engine
-    from pyllamabatch.step.sampling_params import SamplingParams
-
     params = SamplingParams(temperature=0, max_tokens=case.tg, ignore_eog=True)
     with Engine(inside.model, prefix_cache=prefix_cache, **case.context_params()) as engine:
         for which in range(n_rounds):

@@ -18,6 +18,7 @@ from bench.case import NO_CONTEXT, Arm, Case, Measured, ModelFile
 from bench.options import add_run, numbers
 from bench.targets import Figure, Target
 from bench.views import Column, by_arm, median_of, paired_ratios
+from pyllamabatch.raw import ffi, lib
 from pyllamabatch.report.facts import machine
 from pyllamabatch.report.records import Record
 
@@ -182,16 +183,12 @@ def times(scan: Callable[[], None], call: Callable[[], None], least: float) -> t
 
 
 def scanner(logits: F32) -> Callable[[], None]:
-    from pyllamabatch.raw import ffi, lib
-
     row = ffi.from_buffer("float[]", logits[0])
     return partial(lib.plb_rows_maximum, row, logits.shape[1])
 
 
 def sampler(name: str, path: str, n_threads: int, logits: F32, seed: int) -> Callable[[], None]:
     """A function that samples all rows once. SystemExit where that fails."""
-    from pyllamabatch.raw import ffi, lib
-
     n_rows, n_vocab = logits.shape
     out = ffi.new("plb_rows **")
     code = lib.plb_rows_new(n_vocab, n_rows, 0, n_threads, out)

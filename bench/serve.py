@@ -68,8 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    if importlib.util.find_spec("httpx") is None:
-        raise SystemExit("serve needs httpx: python -m pip install '.[bench]'")
     inside = InProcess.of(options)
     arms = choose(options.arms, all_arms(inside, options.answer_limit))
     for name in dict.fromkeys(arm.tool for arm in arms if arm.tool):

@@ -8,8 +8,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
+import httpx
 import numpy as np
 
 from bench.cache import REPOSITORY
@@ -18,9 +19,8 @@ from bench.tools import ToolError
 from pyllamabatch.compare.case import sampling_params
 from pyllamabatch.compare.clients import at_once
 from pyllamabatch.compare.server import HOST
-
-if TYPE_CHECKING:
-    from pyllamabatch.llama.model import Model
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.llama.model import Model
 
 START_S = 180.0  # a model of gigabytes from a cold disk
 STOP_S = 10.0
@@ -30,25 +30,10 @@ class WrongAnswer(Exception):
     """An answer that is not the work asked for: its time would mean nothing."""
 
 
-class Serving(Protocol):
-    """One way to serve, ready for the clients of a case. `pids`: processes that it has started."""
-
-    pids: tuple[int, ...]
-
-    def warm_up(self) -> None:
-        """What the first run would else pay for: connections, buffers, graphs."""
-
-    def run(self, repeat: int) -> Measured:
-        """All clients at once: wall time of prompts and tokens as `t_tg`."""
-
-    def close(self, *, now: bool = False) -> None:
-        """Free everything; `now`: also when a client still waits for an answer."""
-
-
 class Clients(ABC):
-    """Serving by something that can be asked: a thread for each client, one request each."""
+    """Something that serves, and a thread for each client of a case, one request each."""
 
-    pids: tuple[int, ...] = ()
+    pids: tuple[int, ...] = ()  # processes that it has started
 
     def __init__(self, case: Case, n_vocab: int) -> None:
         self.case = case
@@ -60,18 +45,20 @@ class Clients(ABC):
         Raises WrongAnswer when it was another number of prompt or generated tokens."""
 
     @abstractmethod
-    def close(self, *, now: bool = False) -> None: ...
+    def close(self, *, now: bool = False) -> None:
+        """Free everything; `now`: also when a client still waits for an answer."""
 
     def connect(self) -> None:
         """By each client, before the time starts."""
         return
 
     def warm_up(self) -> None:
+        """What the first run would else pay for: connections, buffers, graphs."""
         self._fire(0, min(8, self.case.tg))
 
     def run(self, repeat: int) -> Measured:
-        """From the start of the first client to the end of the last. Prompts are new in every
-        repeat, so that a cache of prompts has nothing to give."""
+        """From the start of the first client to the end of the last, as `t_tg`. Prompts are new in
+        every repeat, so that a cache of prompts has nothing to give."""
         wall, each = self._fire(1 + repeat, self.case.tg)
         return Measured(
             0.0, wall, detail={"e2el_p50_s": float(np.median(each)), "e2el_max_s": max(each)}
@@ -98,8 +85,6 @@ class EngineClients(Clients):
     """Our engine in this process."""
 
     def __init__(self, case: Case, model: Model, limit_s: float) -> None:
-        from pyllamabatch.engine.engine import Engine
-
         super().__init__(case, model.n_vocab)
         self._limit_s = limit_s
         self._engine = Engine(model, **case.context_params())
@@ -120,8 +105,6 @@ class HttpClients(Clients):
     def __init__(
         self, case: Case, n_vocab: int, server: ServerProcess, limit_s: float, **extra: Any
     ) -> None:
-        import httpx
-
         super().__init__(case, n_vocab)
         self._server = server
         self.pids = (server.pid,)
@@ -135,8 +118,6 @@ class HttpClients(Clients):
 
     def connect(self) -> None:
         """A server may have closed a connection while others ran, at the moment of its use."""
-        import httpx
-
         try:
             self._http.get("/health")
         except httpx.TransportError:
@@ -169,7 +150,11 @@ class Tool:
     def run(self, repeat: int) -> Measured:
         return self._work(self._case)
 
-    def close(self, *, now: bool = False) -> None: ...
+    def close(self) -> None: ...
+
+
+Serving = Clients | Tool
+"""Opened once for a number of clients, then run in turn with the others."""
 
 
 def request_body(sampling: str) -> dict[str, Any]:
@@ -228,8 +213,6 @@ class ServerProcess:
                 self._child.wait()
 
     def _wait_until_healthy(self) -> None:
-        import httpx
-
         end = time.monotonic() + START_S
         with httpx.Client(base_url=self.url, timeout=5.0, trust_env=False) as http:
             while time.monotonic() < end:

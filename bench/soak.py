@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
@@ -24,11 +23,9 @@ from bench.case import I32, Arm, Case, Measured, cases_of
 from bench.options import add_model, add_run
 from bench.targets import Target, worst_detail
 from bench.views import Column, by_arm
+from pyllamabatch.engine.engine import Engine
 from pyllamabatch.report.records import Record
-
-if TYPE_CHECKING:
-    from pyllamabatch.engine.engine import Engine
-    from pyllamabatch.step.sampling_params import SamplingParams
+from pyllamabatch.step.sampling_params import SamplingParams
 
 QUICK = {"requests": 1500}
 N_PROMPTS = 50  # different ones; what each gives is known from a run of its own
@@ -86,8 +83,6 @@ class Expected:
 
 def soak(inside: InProcess, n_requests: int, cancelled: float, case: Case) -> Measured:
     """`cancelled`: a share of the requests. RuntimeError and the like of a client are raised."""
-    from pyllamabatch.engine.engine import Engine
-
     numbers = itertools.count()
     rss: list[tuple[int, int]] = []  # requests begun, bytes
 
@@ -163,8 +158,6 @@ def soak(inside: InProcess, n_requests: int, cancelled: float, case: Case) -> Me
 def decided(engine: Engine, seed: int) -> Iterator[Expected]:
     """Requests of different lengths that rounding can't turn around: at each of their tokens the
     most likely one is so by far."""
-    from pyllamabatch.step.sampling_params import SamplingParams
-
     prompts = np.random.default_rng(seed).integers(0, engine.model.n_vocab, (2000, 12))
     for i, prompt in enumerate(prompts.astype(np.int32)):
         params = SamplingParams(temperature=0, max_tokens=2 + i % 15, ignore_eog=True)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 from statistics import median
-from typing import TYPE_CHECKING
 
 from bench import harness
 from bench.arms import InProcess
@@ -23,11 +22,12 @@ from bench.case import Arm, Case, Measured, cases_of
 from bench.options import add_model, add_run
 from bench.targets import Target, median_detail
 from bench.views import Column, by_arm
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.engine.stream import Stream
 from pyllamabatch.errors import PyllamabatchError
 from pyllamabatch.report.records import Record
-
-if TYPE_CHECKING:
-    from pyllamabatch.engine.stream import Stream
+from pyllamabatch.scheduler import make_policy
+from pyllamabatch.step.sampling_params import SamplingParams
 
 STREAMS, TOKENS, ARRIVES = 8, 72, 40  # readers, tokens of each, and after which the prompt comes
 SHORT, LONG = 32, 6000  # prompt tokens: of a reader, and of the one that arrives
@@ -111,10 +111,6 @@ class Reader:
 
 def run(inside: InProcess, policy: str, case: Case) -> Measured:
     """One engine, one arrival."""
-    from pyllamabatch.engine.engine import Engine
-    from pyllamabatch.scheduler import make_policy
-    from pyllamabatch.step.sampling_params import SamplingParams
-
     prompts = case.prompts(inside.model.n_vocab)
     greedy = SamplingParams(temperature=0, max_tokens=case.tg, ignore_eog=True)
     with_late = replace(case, pl=case.pl + 1)

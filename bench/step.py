@@ -26,7 +26,9 @@ from bench.options import add_model, add_run, choose
 from bench.targets import Target, median_detail
 from bench.views import Column, by_arm
 from pyllamabatch.compare.case import sampling_params
+from pyllamabatch.engine.engine import Engine
 from pyllamabatch.report.records import Record
+from pyllamabatch.step.stepper import SAMPLE, Stepper
 
 N_SEQS = 64
 N_PROMPT = 8
@@ -188,8 +190,6 @@ def python_time(load: Workload, case: Case) -> Measured:
 
 
 def stepper_time(inside: InProcess, n: int, case: Case) -> Measured:
-    from pyllamabatch.step.stepper import SAMPLE, Stepper
-
     case = replace(case, pl=n)
     n_steps = case.tg
     with inside.context(case) as context, Stepper(context, n_steps_max=n_steps) as stepper:
@@ -237,8 +237,6 @@ class Load:
 
 
 def gaps(inside: InProcess, load: Load, case: Case) -> Measured:
-    from pyllamabatch.engine.engine import Engine
-
     with Engine(
         inside.model,
         n_seq_max=case.pl,
