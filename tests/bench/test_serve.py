@@ -19,8 +19,8 @@ from bench.serving import Clients, EngineClients, HttpClients, ServerProcess
 from tests.bench.conftest import options
 
 FAKE = """
-import argparse, json, time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import argparse, time
+from pyllamabatch.compare.server import ThreadingServer
 parser = argparse.ArgumentParser()
 parser.add_argument("answer")
 parser.add_argument("--port", type=int)
@@ -28,21 +28,14 @@ options = parser.parse_args()
 if options.answer == "ends":
     raise SystemExit("no such model")
 
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200); self.end_headers()
+def answer(body):
+    if options.answer == "refuses":
+        raise ValueError("full")
+    if options.answer == "hangs":
+        time.sleep(60)
+    return {"tokens_evaluated": len(body["prompt"]), "tokens_predicted": 1}
 
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if options.answer == "refuses":
-            self.send_response(503); self.end_headers(); return
-        if options.answer == "hangs":
-            time.sleep(60)
-        values = {"tokens_evaluated": len(body["prompt"]), "tokens_predicted": 1}
-        self.send_response(200); self.end_headers()
-        self.wfile.write(json.dumps(values).encode())
-
-ThreadingHTTPServer(("127.0.0.1", options.port), Handler).serve_forever()
+ThreadingServer(answer, options.port).serve_forever()
 """
 
 
@@ -104,7 +97,7 @@ def test_the_engine_serves_the_same_with_and_without_http(
     ("answer", "message"),
     [
         ("short", r"WrongAnswer: \(prompt, generated\) tokens were \(9, 1\), asked were \(9, 5\)"),
-        ("refuses", "WrongAnswer: status 503"),
+        ("refuses", "WrongAnswer: status 500.*full"),
         ("ends", r"ToolError: ended with 1: no such model"),
         ("hangs", "ReadTimeout"),
     ],

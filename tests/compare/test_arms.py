@@ -4,14 +4,15 @@ or is interrupted harms no other."""
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pyllamabatch.cli import main
@@ -193,17 +194,8 @@ def test_over_commit_ends_an_arm_and_not_the_others(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "rows.jsonl"
-    words = [
-        "-n",
-        "1,2",
-        "--total-memory",
-        "64Mi",
-        "--arms",
-        "processes,contexts",
-        "--out",
-        str(out),
-    ]
-    assert compare(*words, "--ctx-size", "65536", "--repeats", "2") == 1
+    words = ["-n", "1,2", "--total-memory", "64Mi", "--arms", "processes,contexts"]
+    assert compare(*words, "--out", out, "--ctx-size", "65536", "--repeats", "2") == 1
     rows = list(read(out))
     assert [(row.arm, row.pl, bool(row.error)) for row in rows] == [
         (arm, n, arm == "processes")
@@ -219,8 +211,7 @@ def test_over_commit_ends_an_arm_and_not_the_others(
 def test_ctrl_c_leaves_no_process_and_keeps_the_rows(tmp_path: Path) -> None:
     started = Started(tmp_path, "--arms", "single,processes", "-n", "2", "--sample-tokens", "1000")
     with started:
-        started.wait_for_row()
-        started.wait_for_children(3)  # two workers and the router
+        started.wait_for(row=True, n_children=3)  # two workers and the router
         started.process.send_signal(signal.SIGINT)
         out, err = started.process.communicate(timeout=60)
         started.assert_all_gone(within_s=0)
@@ -233,7 +224,7 @@ def test_ctrl_c_leaves_no_process_and_keeps_the_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_whatever_ends_it_no_process_stays(tmp_path: Path, number: signal.Signals) -> None:
     with Started(tmp_path, "--arms", "processes", "-n", "2", "--sample-tokens", "3000") as started:
-        started.wait_for_children(3)
+        started.wait_for(row=False, n_children=3)
         started.process.send_signal(number)
         started.process.communicate(timeout=60)
         started.assert_all_gone(within_s=0 if number == signal.SIGTERM else 20)
@@ -249,7 +240,7 @@ class Started:
         # A shell's background job ignores SIGINT, and so would what it starts.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            self.process = subprocess.Popen(
+            self.process = psutil.Popen(
                 [*command, "--out", str(self.rows), *words],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -257,47 +248,30 @@ class Started:
             )
         finally:
             signal.signal(signal.SIGINT, before)
-        self.children: set[int] = set()
+        self.children: list[psutil.Process] = []
 
     def __enter__(self) -> Started:
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Its children too, where the test has failed because they stayed."""
-        self.process.kill()
+        for process in (self.process, *self.children):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self.process.wait()
-        for pid in self.children:
-            if error[0] is not None and alive(pid):
-                os.kill(pid, signal.SIGKILL)
 
-    def wait_for_row(self) -> None:
-        wait_until(lambda: self.rows.exists() and self.rows.read_text().count("\n") > 0)
+    def wait_for(self, row: bool, n_children: int) -> None:
+        """Until it has written a row, and has so many children."""
+        end = time.monotonic() + 60
+        while len(self.children) != n_children or (row and not self.has_row):
+            assert time.monotonic() < end, "did not happen in time"
+            time.sleep(0.05)
+            self.children = self.process.children()
 
-    def wait_for_children(self, n: int) -> None:
-        def there() -> bool:
-            listing = subprocess.run(
-                ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
-            )
-            pairs = [map(int, line.split()) for line in listing.stdout.splitlines()]
-            self.children = {pid for pid, parent in pairs if parent == self.process.pid}
-            return len(self.children) == n
-
-        wait_until(there)
+    @property
+    def has_row(self) -> bool:
+        return self.rows.exists() and "\n" in self.rows.read_text()
 
     def assert_all_gone(self, within_s: float) -> None:
-        wait_until(lambda: not any(map(alive, self.children)), within_s)
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def wait_until(true: Any, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "did not happen in time"
-        time.sleep(0.05)
+        _, alive = psutil.wait_procs(self.children, within_s)
+        assert not alive

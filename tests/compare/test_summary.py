@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from pyllamabatch.compare.advice import advice, as_fast
 from pyllamabatch.compare.comparison import short
 from pyllamabatch.compare.summary import plain, table
@@ -18,12 +20,6 @@ def cells(text: str, arm: str, n: int) -> list[str]:
 
 def heads(text: str) -> list[str]:
     return [cell.strip() for cell in text.splitlines()[2].strip("|").split("|")[2:]]
-
-
-def line_for(rows: list[Record], n: int) -> str:
-    start = "1 user:" if n == 1 else f"{n} users:"
-    (line,) = [line for line in advice(rows).splitlines() if line.startswith(start)]
-    return line
 
 
 def overall(rows: list[Record]) -> str:
@@ -82,13 +78,8 @@ def test_arms_with_other_threads_are_told() -> None:
 
 def test_a_busy_machine_is_told_first() -> None:
     rows = [row("engine", 2, 90, other_cpu=0.1), row("contexts", 2, 50, other_cpu=1.25)]
-    assert (
-        advice(rows)
-        .splitlines()[0]
-        .startswith(
-            "The machine was busy: in 1 of 2 runs other programs used CPU, up to 1.2 of 2 cores."
-        )
-    )
+    told = "The machine was busy: in 1 of 2 runs other programs used CPU, up to 1.2 of 2 cores."
+    assert advice(rows).startswith(told)
     assert "2 cores of A Processor, as far as a busy machine tells: engine" in overall(rows)
     assert "busy" not in advice(rows[:1])
 
@@ -104,126 +95,116 @@ def test_requests_at_random_have_no_ratios_of_speeds() -> None:
     assert heads(table(rows)) == ["tok/s"]
 
 
-def test_one_run_of_each_says_nothing_of_noise() -> None:
-    once = [row("engine", 2, 10)]
-    assert "Each ran once" in overall(once)
-    assert "Each ran once" not in overall([*once, row("engine", 2, 10, repeat=1)])
-
-
 def test_reasons_are_short() -> None:
     assert short("a\n\nlast  line\n") == "last line"
     assert short("x" * 200) == "x" * 89 + "…"
     assert short("") == ""
 
 
-def test_as_fast_by_the_floor_or_by_what_repeats_differ() -> None:
-    assert as_fast([1.02])
-    assert not as_fast([1.06])
-    assert as_fast([0.95, 1.06, 1.12])
-    assert not as_fast([1.10, 1.12, 1.14])
-    assert not as_fast([])
+@pytest.mark.parametrize(
+    ("same", "ratios"),
+    [(1, [1.02]), (0, [1.06]), (1, [0.95, 1.06, 1.12]), (0, [1.10, 1.12, 1.14]), (0, [])],
+)
+def test_as_fast_by_the_floor_or_by_what_repeats_differ(same: bool, ratios: list[float]) -> None:
+    assert as_fast(ratios) == same
 
 
-def test_the_fastest_arm_with_its_ratios() -> None:
-    rows = [row("single", 1, 50), row("contexts", 4, 60), row("engine", 4, 120)]
-    assert line_for(rows, 4) == (
-        "4 users: engine, 120 tok/s together and 30 each: 2.00 × contexts and "
-        "2.40 × one user alone."
-    )
-    assert line_for(rows, 1) == "1 user: single, 50 tok/s."
-    assert "engine for 4 users" in overall(rows)
-    assert "2 cores of A Processor:" in overall(rows)
-    assert "Not measured: processes and shared." in overall(rows)
-    assert "on an H:" in overall([row("engine", 2, 9, gpu="an H")])
+EACH = "per_sequence_tokens_per_second"
 
 
-def test_another_arm_may_be_the_fastest() -> None:
-    rows = [row("single", 1, 50), row("contexts", 2, 90), row("engine", 2, 60)]
-    rows += [row("contexts", 4, 90), row("engine", 4, 120), row("engine", 8, 130)]
-    assert line_for(rows, 2).startswith("2 users: contexts, 90 tok/s together and 45 each: 1.80 ×")
-    assert "contexts for 2 users, then engine for 4 and 8 users." in overall(rows)
+def rows_of(speeds: dict[str, float], name: str = "", *values: float, **more: Any) -> list[Record]:
+    """A run of each arm with 2 users; `values`: of a detail, for the first arms."""
+    details: list[dict[str, Any]] = [{name: value} for value in values] + [{}] * len(speeds)
+    return [
+        row(arm, 2, speed, **detail, **more)
+        for (arm, speed), detail in zip(speeds.items(), details, strict=False)
+    ]
+
+
+def says(rows: list[Record], *words: str, never: str = "?") -> None:
+    """Of 2 users."""
+    (line,) = [line for line in advice(rows).splitlines() if line.startswith("2 users:")]
+    assert [part for part in words if part not in line] == []
+    assert never not in line
+
+
+def test_the_fastest_arm_is_taken() -> None:
+    rows = [row("single", 1, 50), *rows_of({"contexts": 60, "engine": 120})]
+    says(rows, "2 users: engine, 120 tok/s together and 60 each: 2.00 × contexts and 2.40 × one us")
+    says(rows_of({"contexts": 90, "engine": 60}), "2 users: contexts, 90 tok/s")
 
 
 def test_among_equals_memory_decides() -> None:
-    rows = [
-        row("engine", 2, 100, pss_bytes=1.0 * GIB),
-        row("contexts", 2, 101, pss_bytes=0.8 * GIB),
-        row("processes", 2, 50, pss_bytes=2.0 * GIB),
-    ]
-    line = line_for(rows, 2)
-    assert line.startswith("2 users: contexts,")
-    assert "engine is as fast within the noise; contexts takes the least memory (PSS)." in line
-    assert "contexts takes 0.80 GiB (PSS), engine 1.00, processes 2.00." in line
-
-
-def test_equals_in_all_are_said_to_be_equal() -> None:
-    same: dict[str, Any] = {"rss_bytes": 1.0 * GIB}
-    rows = [row(arm, 2, 100, **same) for arm in ("processes", "contexts", "engine")]
-    line = line_for(rows, 2)
-    assert line.startswith("2 users: engine,")
-    assert line.endswith("processes and contexts are as fast within the noise.")
-    assert "GiB" not in line
+    speeds: dict[str, float] = {"engine": 100, "contexts": 101, "processes": 50}
+    says(
+        rows_of(speeds, "pss_bytes", GIB, 0.8 * GIB, 2.0 * GIB),
+        "2 users: contexts,",
+        "engine is as fast within the noise; contexts takes the least memory (PSS).",
+        "contexts takes 0.80 GiB (PSS), engine 1.00, processes 2.00.",
+    )
+    equal = rows_of(dict.fromkeys(("processes", "contexts", "engine"), 100), rss_bytes=GIB)
+    words = "processes and contexts are as fast within the noise."
+    says(equal, "2 users: engine,", words, never="GiB")
 
 
 def test_the_raw_loop_gives_way_to_the_engine_unless_it_is_slower() -> None:
-    rows = [row("shared", 2, 102, pss_bytes=0.5 * GIB), row("engine", 2, 100, pss_bytes=GIB)]
-    assert line_for(rows, 2).startswith("2 users: engine,")
-    assert "shared is as fast within the noise; the engine also lets requests" in line_for(rows, 2)
-    slower = [row("shared", 2, 120), row("engine", 2, 100)]
-    assert line_for(slower, 2).startswith("2 users: shared,")
-    assert "start together: the engine has 0.83 of that" in line_for(slower, 2)
-    alone = [row("shared", 2, 100), row("contexts", 2, 99)]
-    assert line_for(alone, 2).startswith("2 users: contexts,")
+    rows = rows_of({"shared": 102, "engine": 100}, "pss_bytes", 0.5 * GIB, GIB)
+    words = "shared is as fast within the noise; the engine also lets requests"
+    says(rows, "2 users: engine,", words)
+    slower = rows_of({"shared": 120, "engine": 100})
+    says(slower, "2 users: shared,", "start together: the engine has 0.83 of that")
+    says(rows_of({"shared": 100, "contexts": 99}), "2 users: contexts,")
 
 
 def test_what_users_share_is_said() -> None:
-    rows = [row("single", 1, 100), row("engine", 2, 101), row("engine", 4, 80)]
-    assert "2 users share what one alone gets." in line_for(rows, 2)
-    assert "Together they get less than one alone" in line_for(rows, 4)
-    uneven = [row("engine", 2, 100, fairness=0.5), row("engine", 4, 100, fairness=0.99)]
-    assert "Its streams are uneven (fairness 0.50)." in line_for(uneven, 2)
-    assert "uneven" not in line_for(uneven, 4)
+    alone = row("single", 1, 100)
+    says([alone, row("engine", 2, 101)], "2 users share what one alone gets.")
+    says([alone, row("engine", 2, 80)], "Together they get less than one alone")
+    says(rows_of({"engine": 9}, "fairness", 0.5), "Its streams are uneven (fairness 0.50).")
+    says(rows_of({"engine": 9}, "fairness", 0.99), never="uneven")
 
 
 def test_failures_stand_beside_the_advice() -> None:
     rows = [row("engine", 2, 100), row("processes", 2, 0, error="OutOfMemory: 3 of 8 GiB")]
-    rows += [row("contexts", 2, 200, completed=1.0), row("engine", 3, 0, error="broken")]
-    line = line_for(rows, 2)
-    assert line.startswith("2 users: engine,")
-    assert "processes has no result: OutOfMemory: 3 of 8 GiB." in line
-    assert "contexts has no result: 1 of 2 completed." in line
-    assert line_for(rows, 3) == "3 users: nothing to take. engine has no result: broken."
-    assert "engine for 2 users." in overall(rows)
-    assert "no arm to take" in overall([row("engine", 3, 0, error="broken")])
-
-
-def test_one_failed_repeat_of_three_leaves_the_others() -> None:
-    rows = [row("engine", 2, 100), row("engine", 2, 0, repeat=1, error="broken")]
-    assert line_for(rows, 2).startswith("2 users: engine, 100 tok/s")
-    assert "broken" not in line_for(rows, 2)
+    says(
+        [*rows, row("contexts", 2, 200, completed=1.0)],
+        "2 users: engine,",
+        "processes has no result: OutOfMemory: 3 of 8 GiB.",
+        "contexts has no result: 1 of 2 completed.",
+    )
+    broken = row("engine", 2, 0, repeat=1, error="broken")
+    says([broken], "2 users: nothing to take. engine has no result: broken.")
+    says([rows[0], broken], "2 users: engine, 100 tok/s", never="broken")
 
 
 def test_energy_is_of_a_token() -> None:
-    rows = [row("engine", 2, 100, energy_joules=40.0), row("contexts", 2, 50, energy_joules=80.0)]
-    assert "engine takes 0.2 J a token, contexts 0.4." in line_for(rows, 2)
-    rows[1] = row("contexts", 2, 50, energy_joules=40.0)
-    assert " J " not in line_for(rows, 2)
-    rows[0] = row("engine", 2, 100)
-    assert " J " not in line_for(rows, 2)
+    speeds: dict[str, float] = {"engine": 100, "contexts": 50}
+    told = "engine takes 0.2 J a token, contexts 0.4."
+    says(rows_of(speeds, "energy_joules", 40, 80), told)
+    says(rows_of(speeds, "energy_joules", 40, 40), never=" J ")
+    says(rows_of(speeds, "energy_joules", 40), never=" J ")
 
 
-def test_without_the_burst_the_completions_decide() -> None:
-    rows = [row("engine", 2, 90, bench="compare-ds4"), row("contexts", 2, 50, bench="compare-ds4")]
-    assert line_for(rows, 2).startswith("2 users: engine, 90 tok/s")
-
-
-def test_with_requests_at_random_alone_each_ones_speed_decides() -> None:
-    def at_random(arm: str, each: float) -> Record:
-        return row(arm, 2, 9, bench="compare-poisson", per_sequence_tokens_per_second=each)
-
-    rows = [at_random("engine", 40), at_random("contexts", 30), at_random("shared", 39.5)]
-    assert line_for(rows, 2).startswith(
-        "2 users: engine, 40 tok/s for a request that comes at random, waiting included. "
-        "shared is as fast within the noise"
+def test_without_the_burst_another_protocol_decides() -> None:
+    completions = rows_of({"engine": 90, "contexts": 50}, bench="compare-ds4")
+    says(completions, "2 users: engine, 90 tok/s")
+    poisson = rows_of(
+        {"engine": 9, "contexts": 9, "shared": 9}, EACH, 40, 30, 39.5, bench="compare-poisson"
     )
-    assert "contexts" not in line_for(rows, 2)
+    words = "2 users: engine, 40 tok/s for a request that comes at random, waiting included. "
+    says(poisson, words + "shared is as fast within the noise", never="contexts")
+
+
+def test_the_last_line_is_of_all_numbers_of_users() -> None:
+    rows = [row("single", 1, 50), row("contexts", 2, 90), row("engine", 2, 60)]
+    rows += [row("contexts", 4, 90), row("engine", 4, 120), row("engine", 8, 130)]
+    assert advice(rows).splitlines()[0] == "1 user: single, 50 tok/s."
+    assert "2 cores of A Processor: contexts for 2 users, then engine for 4 and 8 users." in (
+        overall(rows)
+    )
+    assert "Not measured: processes and shared." in overall(rows)
+    once = [row("engine", 2, 9, gpu="an H")]
+    assert "on an H: engine for 2 users." in overall(once)
+    assert "Each ran once" in overall(once)
+    assert "Each ran once" not in overall([*once, row("engine", 2, 10, repeat=1)])
+    assert "no arm to take" in overall([row("engine", 3, 0, error="broken")])
