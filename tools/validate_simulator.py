@@ -28,6 +28,7 @@ from pyllamabatch.cost.profile import SHIPPED, Profile, file_name
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.llama.model import Model
 from pyllamabatch.models import default_model_path
+from pyllamabatch.report.tables import Table
 from pyllamabatch.scheduler import make_policy
 from pyllamabatch.scheduler.policies import DEFAULT
 from pyllamabatch.sim import TraceRequest, at_load, load_trace
@@ -206,47 +207,40 @@ def view(record: Mapping[str, Any]) -> str:
         f"{max(prompt):.3f}; a call {1e3 * median(p['overhead'] for p in probes):.2f} ms beside "
         f"its steps, a token {1e3 * median(p['latency'] for p in probes):.2f} ms to its reader.",
         "",
-        *figure_table(record),
+        figure_table(record).markdown(),
         "",
-        *step_table(record["steps"]),
+        step_table(record["steps"]).markdown(),
         "",
         f"Missed: {', '.join(missed(record)) or 'none'}.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def figure_table(record: Mapping[str, Any]) -> list[str]:
+def figure_table(record: Mapping[str, Any]) -> Table:
     """The live figures beside those of each simulation, with errors and bounds."""
-    arms = [AT_SPEED, *(name for name in record["simulated"] if name != AT_SPEED)]
-    heads = [text for arm in arms for text in (arm, "error")]
-    heads[2:2] = ["at most", "of segments"]
-    lines = [f"| | live | {' | '.join(heads)} |", "|---|" + "---:|" * (1 + len(heads))]
+    others = [name for name in record["simulated"] if name != AT_SPEED]
+    heads = ["", "live", AT_SPEED, "error", "at most", "of segments"]
+    lines = []
     for name, label in COMPARED.items():
         scale, live = 1e3 if label.endswith("ms") else 1.0, record["live"][name]
-        cells = [f"{scale * live:.2f}"]
-        for arm in arms:
-            figure = record["simulated"][arm][name]
-            cells += [f"{scale * figure:.2f}", f"{figure / live - 1:+.1%}"]
-            if arm == AT_SPEED:
-                errors = record["segments"][name]
-                cells.append(f"{BOUNDS[name]:.0%}" if name in BOUNDS else "")
-                cells.append(f"{min(errors):+.1%} to {max(errors):+.1%}")
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return lines
+        found = {arm: figures[name] for arm, figures in record["simulated"].items()}
+        both = {arm: (f"{scale * x:.2f}", f"{x / live - 1:+.1%}") for arm, x in found.items()}
+        errors, most = record["segments"][name], f"{BOUNDS[name]:.0%}" if name in BOUNDS else ""
+        segments = f"{min(errors):+.1%} to {max(errors):+.1%}"
+        line = [label, f"{scale * live:.2f}", *both[AT_SPEED], most, segments]
+        lines.append([*line, *(cell for arm in others for cell in both[arm])])
+    return Table([*heads, *(head for arm in others for head in (arm, "error"))], lines)
 
 
-def step_table(steps: Mapping[str, Mapping[str, float]]) -> list[str]:
+def step_table(steps: Mapping[str, Mapping[str, float]]) -> Table:
+    heads = ["steps", "how many", "rows, mean", "share of the time"]
     lines = [
-        "| steps | how many | rows, mean | share of the time | measured, ms | model, ms | error |",
-        "|---|" + "---:|" * 6,
-    ]
-    lines += [
-        f"| {name} | {k['steps']:.0f} | {k['rows']:.1f} | {k['share']:.0%} | "
-        f"{1e3 * k['measured']:.2f} | {1e3 * k['model']:.2f} | "
-        f"{k['model'] / k['measured'] - 1:+.1%} |"
+        [name, f"{k['steps']:.0f}", f"{k['rows']:.1f}", f"{k['share']:.0%}",
+         f"{1e3 * k['measured']:.2f}", f"{1e3 * k['model']:.2f}",
+         f"{k['model'] / k['measured'] - 1:+.1%}"]
         for name, k in steps.items()
-    ]
-    return lines
+    ]  # fmt: skip
+    return Table([*heads, "measured, ms", "model, ms", "error"], lines)
 
 
 if __name__ == "__main__":

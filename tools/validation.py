@@ -29,6 +29,7 @@ from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.kv import KvAccounting
 from pyllamabatch.sim import EngineSpec, Outcome, TraceRequest, simulate, summarise
+from pyllamabatch.sim.replica import OVERHEAD
 from pyllamabatch.step.ring_reader import TIMES
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.trace import Trace
@@ -137,7 +138,7 @@ def steps_of(table: Trace, cost: CostModel, n_ubatch: int) -> Steps:
     shapes = zip(computed.tolist(), prompt.tolist(), kv.tolist(), n_seqs.tolist(), strict=True)
     model = np.array([cost.predict(*shape) for shape in shapes])
     regime = np.array([cost.regime_of(n) for n in computed.tolist()], dtype=np.int64)
-    seconds = np.sum([table[name] for name in TIMES], axis=0) * 1e-9
+    seconds = seconds_of(table)
     new = np.maximum(-(-rows // n_ubatch) - table["reused"], 0)
     fresh = new > 0
     behind = np.zeros(len(table), dtype=bool)
@@ -217,13 +218,11 @@ class Validator:
     """Of one engine that has no other user. The engine needs a calibrated cost model and a trace
     that is long enough for a segment. Raises ArgumentError without a profile."""
 
-    def __init__(self, engine: Engine, policy: str, overhead: float | None = None) -> None:
-        """overhead: instead of what the probes find."""
+    def __init__(self, engine: Engine, policy: str) -> None:
         if engine.cost is None or not engine.cost.calibrated:
             raise ArgumentError("engine", engine, "has no profile: run `pyllamabatch calibrate`")
         self.engine = engine
         self.policy = policy
-        self._overhead = overhead
         self._cost = copy.deepcopy(engine.cost)
         self._seed = 0
         self._lengths = np.array([_PROBE_PROMPT])  # of prompts
@@ -231,7 +230,7 @@ class Validator:
 
     def spec(self) -> EngineSpec:
         """By the profile as it is."""
-        return spec_of(self.engine, self._overhead or 1e-4, cost=self._cost)
+        return spec_of(self.engine, OVERHEAD, cost=self._cost)
 
     def run(
         self, segments: Sequence[Sequence[TraceRequest]], progress: Callable[[str], None] = print
@@ -254,7 +253,7 @@ class Validator:
             progress(f"segment {i} of {len(segments)}: {_words(speeds[-1])}")
         around = [Speed.mean(pair) for pair in pairwise(speeds)]
         overall = Speed.mean(speeds)
-        names = {
+        specs = {
             "profile": [self._spec(overall, self._cost)] * len(segments),
             AT_SPEED: [self._spec(s, self._at(s)) for s in around],
             "refined": [
@@ -263,24 +262,21 @@ class Validator:
             ],
         }
         simulated = {
-            name: [
-                list(simulate(segment, spec, self.policy).outcomes)
-                for segment, spec in zip(came, specs, strict=True)
-            ]
-            for name, specs in names.items()
+            name: [simulate(*pair, self.policy).outcomes for pair in zip(came, arm, strict=True)]
+            for name, arm in specs.items()
         }
-        each = [
-            (_figures([a]), _figures([b])) for a, b in zip(lived, simulated[AT_SPEED], strict=True)
+        pairs = zip(lived, simulated[AT_SPEED], strict=True)
+        each = [(_figures([live]), _figures([found])) for live, found in pairs]
+        steps = [
+            steps_of(table, self._at(s), self.engine.n_ubatch)
+            for table, s in zip(tables, around, strict=True)
         ]
         return Validation(
             live=_figures(lived),
             simulated={name: _figures(found) for name, found in simulated.items()},
             errors={name: [b[name] / a[name] - 1 for a, b in each] for name in COMPARED},
             speeds=speeds,
-            steps=_joined(
-                steps_of(table, self._at(s), self.engine.n_ubatch)
-                for table, s in zip(tables, around, strict=True)
-            ),
+            steps=Steps(*map(np.concatenate, zip(*steps, strict=True))),
             new_graph=self._at(overall).new_graph,
         )
 
@@ -301,9 +297,7 @@ class Validator:
                         waits.append(_beside_steps(ttft[0], tables[-1]))
         table = np.concatenate(tables)
         changed = np.diff(table["run"], prepend=table["run"][:1]) > 0
-        overhead = self._overhead
-        if overhead is None:
-            overhead = float(np.median(table["python_ns"][changed])) * 1e-9
+        overhead = float(np.median(table["python_ns"][changed])) * 1e-9
         latency = max(0.0, median(waits) - overhead)
         ratios = ratios_of(table, self._cost, self.engine.n_ubatch)
         return Speed(*ratios, overhead, latency)
@@ -355,7 +349,7 @@ def _beside_steps(ttft: float, table: Trace) -> float:
     """Seconds of a request's time to its first token that are none of its steps', nor between
     them."""
     first = table[: int(np.argmax(table["sampled"] > 0)) + 1]
-    return float(ttft - _seconds(first).sum() - first["python_ns"][1:].sum() * 1e-9)
+    return float(ttft - seconds_of(first).sum() - first["python_ns"][1:].sum() * 1e-9)
 
 
 def _typical(ratio: Array, weight: Array) -> float:
@@ -364,13 +358,9 @@ def _typical(ratio: Array, weight: Array) -> float:
     return float(np.average(np.minimum(ratio, 4.0 * np.median(ratio)), weights=weight))
 
 
-def _seconds(table: Trace) -> Array:
+def seconds_of(table: Trace) -> Array:
     total: Array = np.sum([table[name] for name in TIMES], axis=0) * 1e-9
     return total
-
-
-def _joined(parts: Iterable[Steps]) -> Steps:
-    return Steps(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def _figures(segments: Sequence[Sequence[Outcome]]) -> Figures:

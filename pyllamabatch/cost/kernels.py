@@ -30,9 +30,8 @@ bytes has: the cost model takes that for tiles of four in groups of sixteen.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 METAL_ROWS_MIN = {"F32": 6, "TQ2_0": 5, "BF16": 4} | dict.fromkeys(
     ("F16", "Q2_0", "Q4_K", "Q5_0", "Q5_1", "Q2_K", "IQ4_NL", "MXFP4"), 3
@@ -81,16 +80,6 @@ class Kernels:
     tiles: tuple[int, ...] = ()
     computes_masked: bool = False
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Kernels:
-        """Of what `dataclasses.asdict` makes, here or in an older version."""
-        return cls(
-            tuple(Regime(**regime) for regime in data["regimes"]),
-            data["attention_from"],
-            tuple(data.get("tiles", ())),
-            bool(data.get("computes_masked", False)),
-        )
-
     def of(self, n: int) -> int:
         """Index of the regime that n rows fall into."""
         return sum(regime.first <= n for regime in self.regimes) - 1
@@ -98,19 +87,15 @@ class Kernels:
     def edges(self, limit: int) -> tuple[int, ...]:
         """Row counts where the cost may jump: the last row before, and the first row of, every
         regime, tile and kernel of attention, up to `limit`."""
-        found = set()
         ends = [*(regime.first for regime in self.regimes[1:]), limit + 1]
-        for regime, end in zip(self.regimes, ends, strict=True):
-            found |= {regime.first, end - 1}
-            if regime.tile == 1:
-                continue
-            first = -(-regime.first // regime.tile) * regime.tile
-            for edge in range(first, end, regime.tile):
-                found |= {edge, edge + 1}
-        for tile in self.tiles:
-            for edge in range(tile, limit + 1, tile):
-                found |= {edge, edge + 1}
-        found |= {self.attention_from - 1, self.attention_from}
+        spans = [(r.first, end, r.tile) for r, end in zip(self.regimes, ends, strict=True)]
+        spans += [(tile, limit + 1, tile) for tile in self.tiles]
+        found = {self.attention_from - 1, self.attention_from}
+        for first, end, tile in spans:
+            found |= {first, end - 1}
+            if tile > 1:
+                full = range(-(-first // tile) * tile, end, tile)
+                found |= {*full, *(n + 1 for n in full)}
         return tuple(sorted(n for n in found if 1 <= n <= limit))
 
     def last_rows(self, limit: int) -> tuple[int, ...]:
@@ -129,11 +114,9 @@ def kernels(
     others: Collection[str] = (),
 ) -> Kernels:
     """What is known of a backend ("Metal" or "MTL", "CUDA", "CPU", ...) for weights that are mostly
-    of this type ("Q4_K", "F16", ...). `features`: the CPU's instruction sets ("AVX2 AVX512", ...).
-    `others`: types that a good part of the weights have.
-
-    An unknown backend gets one regime without steps.
-    """
+    of this type ("Q4_K", "F16", ...); of an unknown one a regime without steps. `features`: the
+    CPU's instruction sets ("AVX2 AVX512", ...). `others`: types that a good part of the weights
+    have."""
     kind = backend.upper()
     if kind.startswith(("MTL", "METAL")):
         return _metal(weight_type, moe)
@@ -151,13 +134,13 @@ def is_cuda(backend: str) -> bool:
 
 def _metal(weight_type: str, moe: bool) -> Kernels:
     low = METAL_ROWS_MIN.get(weight_type, METAL_ROWS_MIN_ELSE)
-    found = [Regime(1, kernel="mul_mv")]
-    if low > 2:
-        found.append(Regime(2, kernel="mul_mv_ext"))
-    found.append(Regime(low, METAL_MMA_TILE, kernel="mul_mv_mma"))
-    found.append(Regime(METAL_MMA_ROWS_MAX + 1, METAL_MM_TILE, kernel="mul_mm"))
-    if moe:
-        found.append(Regime(METAL_MOE_MM_MIN, METAL_MM_TILE, kernel="mul_mm, mul_mm_id"))
+    found = [
+        Regime(1, kernel="mul_mv"),
+        *([Regime(2, kernel="mul_mv_ext")] if low > 2 else []),
+        Regime(low, METAL_MMA_TILE, kernel="mul_mv_mma"),
+        Regime(METAL_MMA_ROWS_MAX + 1, METAL_MM_TILE, kernel="mul_mm"),
+        *([Regime(METAL_MOE_MM_MIN, METAL_MM_TILE, kernel="mul_mm, mul_mm_id")] if moe else []),
+    ]
     return Kernels(tuple(found), METAL_ATTENTION_TILED)
 
 
@@ -201,10 +184,6 @@ def _cpu(weight_type: str, features: str, others: Collection[str]) -> Kernels:
 def rows_to_measure(found: Kernels, limit: int = 64) -> Sequence[int]:
     """Row counts for calibration, up to `limit`: every one to 12, the edges, then steps of a
     quarter."""
-    wanted = set(range(1, min(12, limit) + 1))
-    wanted |= {n for n in found.edges(limit) if n <= 40}
-    n = 16
-    while n <= limit:
-        wanted.add(n)
-        n = max(n + 4, n * 5 // 4 // 4 * 4)
-    return sorted({*wanted, limit})
+    quarters = (16, 20, 24, 28, 32, 40, 48, 60)
+    wanted = {*range(1, 13), *quarters, limit, *(n for n in found.edges(limit) if n <= 40)}
+    return sorted(n for n in wanted if n <= limit)

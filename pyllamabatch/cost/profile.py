@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pyllamabatch.cost.kernels import Kernels, is_cuda
+from pyllamabatch.cost.kernels import Kernels, Regime, is_cuda
 from pyllamabatch.errors import ProfileError
 from pyllamabatch.llama.host import write_whole
 
@@ -165,9 +165,11 @@ class Profile:
                 if not (sample.seconds > 0 and 0 <= sample.prefill <= sample.rows > 0):
                     raise ValueError(f"no such step: {sample}")
             key = Key(**data.pop("key"))
-            masked = is_cuda(key.backend)  # an older file does not say it
-            kernels = Kernels.from_dict({"computes_masked": masked, **data.pop("kernels")})
-            return cls(key, kernels, samples, **data)
+            # An older file has neither tiles nor computes_masked.
+            known = {"tiles": (), "computes_masked": is_cuda(key.backend), **data.pop("kernels")}
+            known["regimes"] = tuple(Regime(**regime) for regime in known["regimes"])
+            known["tiles"] = tuple(known["tiles"])
+            return cls(key, Kernels(**known), samples, **data)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ProfileError(name, f"{type(error).__name__}: {error}") from None
 
