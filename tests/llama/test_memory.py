@@ -5,7 +5,8 @@ What a sequence gives afterwards is in tests/properties/test_invariance_memory.p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -48,6 +49,34 @@ def spans(context: Context) -> list[tuple[int, int]]:
 
 
 EMPTY = (-1, -1)
+
+
+def test_a_part_of_a_sequence(context: Context) -> None:
+    """Copied, removed, shifted where the memory can; else refused, and nothing changes."""
+    memory, can = context.memory, context.capabilities
+    decode(context, TOKENS, 0, 0)
+    before = spans(context)
+    refused: list[Callable[[], None]] = []
+    if not can.prefix_copy:
+        refused += [partial(memory.seq_cp, 0, 1, *r) for r in ((0, N - 5), (1, -1), (5, 10))]
+    if not can.partial_removal:
+        refused += [partial(memory.seq_rm, 0, *r) for r in ((N - 10, -1), (0, 5), (5, 10))]
+    if not can.can_shift:
+        refused += [partial(memory.seq_add, 0, 0, -1, 5), partial(memory.seq_div, 0, 0, -1, 2)]
+    for use in refused:
+        with pytest.raises(UnsupportedOperation, match=r"only all of|goes back|can't shift"):
+            use()
+    assert spans(context) == before
+    if can.prefix_copy:
+        memory.seq_cp(0, 1, 0, N - 5)
+        assert memory.pos_max(1) == N - 6
+    if can.partial_removal:
+        memory.seq_rm(0, N - 5)
+        assert memory.pos_max(0) == N - 6
+    if can.can_shift:
+        memory.seq_add(0, 0, -1, 7)
+        assert memory.pos_max(0) == N + 1
+    assert np.isfinite(decode(context, NEXT, memory.pos_max(0) + 1, 0)).all()
 
 
 def test_keep_and_clear(context: Context) -> None:

@@ -103,6 +103,8 @@ class Machine(RuleBasedStateMachine):
         self.memory = self.context.memory
         self.unified = unified
         self.model = Cells(unified and not self.one_state)
+        for seq in range(2):
+            self.decode(seq, [5 + i % 40 for i in range(40 + seq)])
 
     def teardown(self) -> None:
         if not hasattr(self, "context"):
@@ -240,7 +242,7 @@ class Machine(RuleBasedStateMachine):
 
 LIMITS = settings(
     max_examples=20,
-    stateful_step_count=25,
+    stateful_step_count=30,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
