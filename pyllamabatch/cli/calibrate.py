@@ -18,12 +18,7 @@ from typing import Any
 import numpy as np
 
 from pyllamabatch.cli.console import Progress, say
-from pyllamabatch.cli.options import (
-    add_model_arguments,
-    add_shared,
-    load_model,
-    positive,
-)
+from pyllamabatch.cli.options import add_model_arguments, add_shared, load_model, positive
 from pyllamabatch.cost.calibrate import calibrate
 from pyllamabatch.cost.model import CostModel, held_out
 from pyllamabatch.cost.profile import Profile, file_name, profile_folder
@@ -34,10 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add = parser.add_argument
     add("--budget", type=positive, default=120.0, metavar="S", help="seconds to measure (120)")
-    add(
-        "--layout", choices=("both", "unified", "streams"), default="both",
-        help="one pool of cells for all sequences, or cells of each one's own (both)",
-    )  # fmt: skip
+    layout = "one pool of cells for all sequences, or cells of each one's own (both)"
+    add("--layout", choices=("both", "unified", "streams"), default="both", help=layout)
     add_shared(add, n_ubatch=512, threads=None)
     add("--type-k", metavar="TYPE", help="of the keys in KV cells: f16, q8_0, ...")
     add("--type-v", metavar="TYPE", help="of the values in KV cells")
@@ -114,15 +107,10 @@ def in_words(found: dict[str, Any]) -> str:
             "measure again when nothing else uses the processor"
         )
     for name, layout in found["layouts"].items():
-        rows = [
-            [
-                d["rows"],
-                f"{d['measured_ms']:.2f}",
-                f"{d['model_ms']:.2f}",
-                f"{1e3 * d['rows'] / d['measured_ms']:.0f}",
-            ]
-            for d in layout["decode"]
-        ]
+        rows = []
+        for step in layout["decode"]:
+            n, ms = step["rows"], step["measured_ms"]
+            rows.append([n, f"{ms:.2f}", f"{step['model_ms']:.2f}", f"{1e3 * n / ms:.0f}"])
         out += [
             f"{name}: the model is {layout['held_out_median']:.1%} off where it was not measured "
             f"(median; 95th percentile {layout['held_out_p95']:.1%})",

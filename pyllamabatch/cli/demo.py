@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from pyllamabatch.cli.console import live_console, say
 from pyllamabatch.cli.options import add_shared, at_least
+from pyllamabatch.cost.profile import Shape
+from pyllamabatch.cost.rig import Rig
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.engine.stream import Result, Stream
-from pyllamabatch.llama.batch import Batch
-from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.host import usable_cores
 from pyllamabatch.llama.model import Model
 from pyllamabatch.models import DefaultPrompt, default_prompts
@@ -36,6 +36,7 @@ RIGHT_AT_LEAST = 0.8  # the model is right on more than 98%; crossed sequences, 
 LITTLE_GAIN = 2.0
 THREADS = (1, 2, 4, 8, 16)
 WIDTHS = (1, 2, 4, 8, 16, 32)
+DEPTH = 8  # cells that each sequence of a timed step holds
 N_CELLS = 512  # of a sequence: the longest prompt with its answer fits
 
 
@@ -83,28 +84,17 @@ def time_steps(model: Model, threads: int | None) -> tuple[int, dict[int, float]
     embedded model is so short that waiting for a busy core can make it many times longer.
     """
     widest = WIDTHS[-1]
-    with Context(model, n_ctx=256 * widest, n_seq_max=widest, kv_unified=False) as context:
+    with Rig(model, n_seq_max=widest, n_ctx=256 * widest, kv_unified=False) as rig:
+
+        def seconds(n_rows: int, n_threads: int, n_steps: int = 16) -> list[float]:
+            rig.context.set_threads(n_threads)
+            took = rig.time(Shape(n_rows, depth=DEPTH), n_steps)
+            return [step.seconds for step in took[1:]]
+
         if threads is None:
             counts = [n for n in THREADS if n <= usable_cores()]
-            threads = min(counts, key=lambda n: sum(step_ms(context, widest, n, n_steps=8)))
-        return threads, {n_rows: min(step_ms(context, n_rows, threads)) for n_rows in WIDTHS}
-
-
-def step_ms(context: Context, n_rows: int, threads: int, n_steps: int = 16) -> list[float]:
-    """The milliseconds of steps with one row of each of `n_rows` sequences."""
-    context.set_threads(threads)
-    context.memory.clear()
-    batch = Batch(n_rows)
-    found = []
-    for pos in range(n_steps):
-        batch.clear()
-        for seq in range(n_rows):
-            batch.add(seq, pos, seq, logits=True)
-        began = time.perf_counter()
-        context.decode(batch)
-        context.synchronize()
-        found.append(1e3 * (time.perf_counter() - began))
-    return found[1:]
+            threads = min(counts, key=lambda n: sum(seconds(widest, n, n_steps=8)))
+        return threads, {n_rows: 1e3 * min(seconds(n_rows, threads)) for n_rows in WIDTHS}
 
 
 def request(model: Model, task: DefaultPrompt) -> tuple[Any, SamplingParams]:
@@ -133,9 +123,13 @@ class Pass:
         return cls(name, seconds, results, after.steps - before.steps, after.rows - before.rows)
 
     @property
+    def n_tokens(self) -> int:
+        return sum(result.n_generated for result in self.results)
+
+    @property
     def speed(self) -> float:
         """Tokens a second."""
-        return sum(result.n_generated for result in self.results) / self.seconds
+        return self.n_tokens / self.seconds
 
     def n_right(self, tasks: Sequence[DefaultPrompt]) -> int:
         return sum(is_right(task, r.text) for task, r in zip(tasks, self.results, strict=True))
@@ -144,7 +138,7 @@ class Pass:
 def report(tasks: Sequence[DefaultPrompt], together: Pass, alone: Pass, threads: int) -> None:
     for done in (together, alone):
         say(
-            f"{done.name}: {done.speed * done.seconds:.0f} tokens in {done.seconds:.2f} s, "
+            f"{done.name}: {done.n_tokens} tokens in {done.seconds:.2f} s, "
             f"{done.speed:.0f} tok/s, {done.n_right(tasks)} of {len(tasks)} right; "
             f"{done.n_steps} steps, {done.n_rows / done.n_steps:.1f} rows a step"
         )

@@ -37,6 +37,9 @@ Sizes = Callable[[int, int], Footprint]
 """What a context takes, by n_ctx and n_seq_max."""
 
 
+# fmt: off
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add = parser.add_argument
@@ -44,23 +47,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kv-per-cell", type=n_bytes, default=0, metavar="BYTES", help="with --weights")
     add("--machine", default="here", metavar="NAME", help=NAMES)
     add("--memory", type=n_bytes, metavar="BYTES", help="instead of the machine's")
-    add(
-        "--limit", type=n_bytes, metavar="BYTES",
-        help="of the device (a Mac's wired limit), instead of the machine's",
-    )  # fmt: skip
-    add(
-        "-n", "--sequences", type=at_least(1, 256), default=4, metavar="N",
-        help="to compare the three for (4)",
-    )  # fmt: skip
-    add(
-        "-c", "--n-ctx", type=at_least(1), default=4096, metavar="N",
-        help="KV cells of each sequence (4096)",
-    )  # fmt: skip
+    add("--limit", type=n_bytes, metavar="BYTES",
+        help="of the device (a Mac's wired limit), instead of the machine's")
+    add("-n", "--sequences", type=at_least(1, 256), default=4, metavar="N",
+        help="to compare the three for (4)")
+    add("-c", "--n-ctx", type=at_least(1), default=4096, metavar="N",
+        help="KV cells of each sequence (4096)")
     add_shared(add, n_ubatch=512)
     add("--measure", action="store_true", help="with N processes of this machine (Linux)")
     add("--json", action="store_true", help="one JSON object, sizes in bytes")
 
 
+# fmt: on
 def run(args: argparse.Namespace) -> int:
     chosen = machine(args.machine)
     chosen = replace(
@@ -139,38 +137,31 @@ def plan(chosen: Machine, sizes: Sizes, trained: int, n: int, n_ctx: int) -> dic
     longest = -(-n * trained // BLOCK) if trained else 2**20
     blocks = most(lambda b: sizes(BLOCK * b, n).check(chosen), longest)
     if trained and blocks == longest:
-        found |= {"max_n_ctx": n * trained, "bound": f"{n} times what the model was trained on"}
-    else:
-        use = sizes(BLOCK * (blocks + 1), n).use(chosen)
-        full = next(p for p, (used, limit) in zip(places, use, strict=True) if used > limit)
-        found |= {"max_n_ctx": BLOCK * blocks, "bound": f"{full} is full then"}
-    return found
+        bound = f"{n} times what the model was trained on"
+        return found | {"max_n_ctx": n * trained, "bound": bound}
+    use = sizes(BLOCK * (blocks + 1), n).use(chosen)
+    full = next(p for p, (used, limit) in zip(places, use, strict=True) if used > limit)
+    return found | {"max_n_ctx": BLOCK * blocks, "bound": f"{full} is full then"}
 
 
 def in_words(found: dict[str, Any], n_ctx: int) -> str:
     """The plan for people to read."""
     chosen, places, n = found["machine"], found["places"], found["sequences"]
-
-    def gib(sizes: list[int]) -> list[str]:
-        return [f"{size / GIB:.2f}" for size in sizes]
-
     limits = zip(places, gib(found["limits"]), strict=True)
-    out = [
-        f"{chosen['name']} ({chosen['kind']}): "
-        f"{', '.join(f'{place} {limit} GiB' for place, limit in limits)}; {chosen['source']}"
-    ]
+    limit = ", ".join(f"{place} {size} GiB" for place, size in limits)
+    out = [f"{chosen['name']} ({chosen['kind']}): {limit}; {chosen['source']}"]
     for place in ("device", "host"):
-        sizes = {k: v for k, v in found["one_process"][place].items() if v}
+        sizes = {name: size for name, size in found["one_process"][place].items() if size}
         if sizes:
-            shown = ", ".join(f"{k} {v / GIB:.3f}" for k, v in sizes.items())
-            out.append(f"a process with {n_ctx} cells, {place}: {shown} GiB")
+            out.append(f"a process with {n_ctx} cells, {place}: {named(sizes)}")
+    ways = {
+        "shared_context": "one shared context",
+        "contexts": f"{n} contexts in a process",
+        "processes": f"{n} active processes",
+    }
     rows = [
-        [name, *gib(found[key]["use"]), "fits" if found[key]["fits"] else "does not fit"]
-        for name, key in (
-            ("one shared context", "shared_context"),
-            (f"{n} contexts in a process", "contexts"),
-            (f"{n} active processes", "processes"),
-        )
+        [name, *gib(found[way]["use"]), "fits" if found[way]["fits"] else "does not fit"]
+        for way, name in ways.items()
     ]
     heads = [f"{n} sequences of {n_ctx} cells", *(f"{place}, GiB" for place in places), ""]
     out += ["", Table(heads, rows, text=(0, len(heads) - 1)).plain(), ""]
@@ -179,11 +170,17 @@ def in_words(found: dict[str, Any], n_ctx: int) -> str:
         f"or {found['max_contexts']} contexts in one"
     )
     if found["max_n_ctx"] is not None:
-        out.append(
-            f"one context of {n} sequences: n_ctx up to {found['max_n_ctx']:,} ({found['bound']})"
-        )
+        most_cells = f"{found['max_n_ctx']:,} ({found['bound']})"
+        out.append(f"one context of {n} sequences: n_ctx up to {most_cells}")
     for s in found.get("measured", ()):
-        sizes = {name: s[name] / GIB for name in ("rss", "pss", "shared", "planned")}
-        shown = ", ".join(f"{name} {size:.3f}" for name, size in sizes.items())
-        out.append(f"measured, {s['n']} {s['state']} processes together: {shown} GiB")
+        shown = named({name: s[name] for name in ("rss", "pss", "shared", "planned")})
+        out.append(f"measured, {s['n']} {s['state']} processes together: {shown}")
     return "\n".join(out)
+
+
+def gib(sizes: list[int]) -> list[str]:
+    return [f"{size / GIB:.2f}" for size in sizes]
+
+
+def named(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size / GIB:.3f}" for name, size in sizes.items()) + " GiB"

@@ -1,13 +1,4 @@
-"""What came of each request, and the figures of a run.
-
-    TTFT   first token - arrival
-    TPOT   (last token - first token) / (tokens - 1), of requests with at least two tokens
-    ITL    time between two tokens of a request, each pair counted
-    E2EL   last token - arrival = queueing + execution + preemption
-    queueing    from the arrival to the first admission
-    execution   in a slot, recomputation after a preemption included
-    preemption  waiting again after a preemption
-    goodput     requests a second that keep every target; ITL's is for a request's longest
+"""What came of each request, and the figures of a run: docs/how-to/simulate.md says what each is.
 
 Percentiles are interpolated between order statistics; those of ITL come from bins 0.5 % wide.
 """
@@ -39,7 +30,8 @@ class Outcome:
 
     preemption: seconds in the waiting queue after preemptions. longest_itl: between two of its
     tokens. prefix: tokens of its prompt that were cached at its first admission. rejected: it can
-    never fit; the other fields are meaningless then.
+    never fit; the other fields are meaningless then. queueing: until its first admission.
+    execution: in a slot, recomputation after a preemption included.
     """
 
     id: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import time
@@ -20,22 +21,6 @@ from pyllamabatch.engine.stream import Result
 from pyllamabatch.errors import ArgumentError, EngineClosed
 
 N = 60
-
-
-class Memory(Results):
-    """Results that stay in memory."""
-
-    def __init__(self) -> None:
-        self.rows: dict[int, Row] = {}
-        self.n_written = 0
-
-    def add(self, index: int, row: Row) -> int:
-        assert index not in self.rows
-        self.rows[index] = row
-        before = self.n_written
-        while self.n_written in self.rows:
-            self.n_written += 1
-        return self.n_written - before
 
 
 def result_of(line: InputLine) -> Result:
@@ -98,25 +83,26 @@ def numbers_in(*paths: Path) -> list[int]:
 
 
 def test_every_line_has_its_row_and_the_bad_ones_an_error() -> None:
-    results, engine = Memory(), FakeEngine(refuse={5, 9})
+    stream, engine = io.BytesIO(), FakeEngine(refuse={5, 9})
     source = lines()
     source[2] = b"not json\n"
     rows: list[Row] = []
-    batch_on(results, source, on_row=rows.append).run(engine.submit)
-    assert sorted(row["line"] for row in rows) == list(range(1, N + 1))
+    batch_on(Results("stdout", stream), source, on_row=rows.append).run(engine.submit)
+    written = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert sorted(rows, key=lambda row: row["line"]) == written
     errors = {row["line"]: row["error"] for row in rows if "error" in row}
     assert errors.keys() == {3, 5, 9}
     assert "too long" in errors[5]
     assert engine.started == [n for n in range(1, N + 1) if n not in errors]
-    for index, row in results.rows.items():
-        number = index + 1
+    for number, row in enumerate(written, 1):
         assert (row["id"], row["line"]) == (3 if number == 3 else f"r{number}", number)
         assert row["text"] == ("" if number in errors else f"<{number}>")
 
 
 def test_the_window_bounds_what_is_read() -> None:
     """In the worst order: of eight that are open the newest ends first."""
-    results, n_read, most, streams = Memory(), 0, 0, list[tuple[InputLine, Any]]()
+    results, streams = Results("stdout", io.BytesIO()), list[tuple[InputLine, Any]]()
+    n_read = most = 0
 
     def counted() -> Iterator[bytes]:
         nonlocal n_read
@@ -198,4 +184,4 @@ def test_a_read_error_ends_the_run() -> None:
         raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="the disk is gone"):
-        batch_on(Memory(), broken()).run(FakeEngine().submit)
+        batch_on(Results("stdout", io.BytesIO()), broken()).run(FakeEngine().submit)

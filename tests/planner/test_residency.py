@@ -38,19 +38,14 @@ def test_projection_is_what_is_allocated(arch_path: Path, unified: bool) -> None
     assert host.logits == 4 * 4 * n_vocab
 
 
-def test_projection_allocates_nothing(tiny_llama_path: Path) -> None:
+def test_projection_allocates_nothing_and_grows_with_sequences(tiny_llama_path: Path) -> None:
     """A context that no machine has room for is projected all the same."""
     with Projector(tiny_llama_path) as projector:
         small, large = (projector.footprint(n_ctx=n) for n in (2**20, 2**30))
-    assert large.host.kv == 2**10 * small.host.kv > 64 * GIB
-
-
-def test_more_sequences_need_more(tiny_llama_path: Path) -> None:
-    with Projector(tiny_llama_path) as projector:
         one = projector.footprint(n_ctx=512)
         four = projector.footprint(n_ctx=2048, n_seq_max=4)
-    assert four.host.kv == 4 * one.host.kv
-    assert four.host.logits == 4 * one.host.logits
+    assert large.host.kv == 2**10 * small.host.kv > 64 * GIB
+    assert (four.host.kv, four.host.logits) == (4 * one.host.kv, 4 * one.host.logits)
     assert four.host.mapped == one.host.mapped
 
 
@@ -81,48 +76,41 @@ def test_most(answer: int) -> None:
     assert most(lambda n: n <= answer, 50) == min(answer, 50)
 
 
-@pytest.mark.parametrize(("weights", "processes"), [("80.8G", 2), ("153G", 1), ("239G", 0)])
+def plan(capsys: pytest.CaptureFixture[str], *args: object) -> dict[str, Any]:
+    assert main(["plan", "--json", *map(str, args)]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+@pytest.mark.parametrize("limit", [None, "192Gi", "206G", "239G"])
 def test_measured_processes_of_an_m3_ultra(
-    weights: str, processes: int, capsys: pytest.CaptureFixture[str]
+    limit: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """ds4's issue 314: 2 active processes of 80.8 GB, or 1 of 153 GB, on 256 GB."""
-    assert main(["plan", "--weights", weights, "--machine", "m3-ultra-256", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["max_active_processes"] == processes
-
-
-@pytest.mark.parametrize("limit", ["192Gi", "206G", "239G"])
-def test_the_measured_processes_do_not_hang_on_the_limit(
-    limit: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The same for every limit that macOS is known to set on 256 GB."""
-    for weights, processes in (("80.8G", 2), ("153G", 1)):
-        common = ["plan", "--machine", "m3-ultra-256", "--limit", limit, "--json"]
-        assert main([*common, "--weights", weights]) == 0
-        assert json.loads(capsys.readouterr().out)["max_active_processes"] == processes
+    """ds4's issue 314: 2 active processes of 80.8 GB, or 1 of 153 GB, on 256 GB, for every limit
+    that macOS is known to set."""
+    options = ["--machine", "m3-ultra-256", *(["--limit", limit] if limit else [])]
+    for weights, processes in (("80.8G", 2), ("153G", 1), ("239G", 0)):
+        found = plan(capsys, *options, "--weights", weights)
+        assert found["max_active_processes"] == processes
 
 
 def test_plan_of_a_file(tiny_llama_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common = ["plan", "-m", str(tiny_llama_path), "-n", "3", "-c", "512"]
-    assert main([*common, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    common = ["-m", str(tiny_llama_path), "-n", "3", "-c", "512"]
+    found = plan(capsys, *common)
     assert found["max_active_processes"] > 3
     assert found["shared_context"]["fits"]
     # on a CPU, where nothing is copied, processes share as much as contexts do
     assert found["shared_context"]["use"] < found["contexts"]["use"] == found["processes"]["use"]
-    assert main([*common, "--machine", "m2-ultra-192"]) == 0
+    assert main(["plan", *common, "--machine", "m2-ultra-192"]) == 0
     assert "3 active processes" in capsys.readouterr().out
-    assert main([*common, "--machine", "h200", "--json"]) == 0
-    there = json.loads(capsys.readouterr().out)
-    assert there["one_process"]["device"]["mapped"] == 0
-    assert there["one_process"]["device"]["copied"] > 0
+    there = plan(capsys, *common, "--machine", "h200")["one_process"]["device"]
+    assert there["mapped"] == 0 < there["copied"]
 
 
 def test_largest_context_fits_and_the_next_does_not(
     tiny_llama_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = ["plan", "-m", str(tiny_llama_path), "-n", "4", "--memory", "8M", "--json"]
-    assert main(args) == 0
-    n_ctx = json.loads(capsys.readouterr().out)["max_n_ctx"]
+    n_ctx = plan(capsys, "-m", tiny_llama_path, "-n", 4, "--memory", "8M")["max_n_ctx"]
     assert 0 < n_ctx < 4 * 2048
     small = replace(here(), memory=8 * 10**6)
     with Projector(tiny_llama_path) as projector:
@@ -131,15 +119,10 @@ def test_largest_context_fits_and_the_next_does_not(
 
 
 @pytest.mark.parametrize(
-    "args",
-    [
-        ["--machine", "nowhere"],
-        ["--weights", "1G", "--measure"],
-        ["--weights", "1G", "-m", "x.gguf"],
-    ],
+    "args", ["--machine nowhere", "--weights 1G --measure", "--weights 1G -m x.gguf"]
 )
-def test_plan_refuses(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", *args]) == 2
+def test_plan_refuses(args: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *args.split()]) == 2
     assert capsys.readouterr().err.startswith("pyllamabatch: ")
 
 
@@ -162,9 +145,8 @@ def test_machines() -> None:
 
 def test_measured_processes(tiny_llama_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two processes share the file's pages: the sum of PSS is less than that of RSS."""
-    args = ["plan", "-m", str(tiny_llama_path), "-n", "2", "-c", "256", "--measure", "--json"]
-    assert main(args) == 0
-    idle, active = json.loads(capsys.readouterr().out)["measured"]
+    found = plan(capsys, "-m", tiny_llama_path, "-n", 2, "-c", 256, "--measure")
+    idle, active = found["measured"]
     assert (idle["state"], active["state"]) == ("idle", "active")
     for found in (idle, active):
         assert 0 < found["pss"] < found["rss"]

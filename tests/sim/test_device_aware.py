@@ -29,18 +29,11 @@ def run(
 @pytest.mark.parametrize(
     ("n", "counted", "default"),
     [
-        (8, 427.6, 427.6),
-        (9, 239.6, 416.7),
-        (10, 265.0, 418.8),
-        (11, 290.1, 419.9),
-        (12, 315.0, 421.6),
-        (13, 339.3, 422.1),
-        (14, 363.7, 422.8),
-        (15, 387.9, 423.8),
-        (16, 411.9, 411.9),
-        (17, 435.5, 435.5),
+        (8, 427.6, 427.6), (9, 239.6, 416.7), (10, 265.0, 418.8), (11, 290.1, 419.9),
+        (12, 315.0, 421.6), (13, 339.3, 422.1), (14, 363.7, 422.8), (15, 387.9, 423.8),
+        (16, 411.9, 411.9), (17, 435.5, 435.5),
     ],
-)
+)  # fmt: skip
 def test_streams_that_decode(cost: CostModel, n: int, counted: float, default: float) -> None:
     before, wait_before = run(cost, steady(n), COUNTED)
     now, wait = run(cost, steady(n), DEFAULT)

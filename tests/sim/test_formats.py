@@ -21,18 +21,12 @@ def load(name: str, **options: object) -> list[TraceRequest]:
 
 def test_azure() -> None:
     found = load("azure.csv")
-    assert [(r.n_prompt, r.n_output) for r in found] == [
-        (320, 40),
-        (1800, 12),
-        (64, 210),
-        (700, 90),
-    ]
+    sizes = [(r.n_prompt, r.n_output) for r in found]
+    assert sizes == [(320, 40), (1800, 12), (64, 210), (700, 90)]
     assert [r.arrival for r in found] == pytest.approx([0.0, 0.501234, 1.75, 59.75])
     assert n_common(found[0].tokens(), found[1].tokens()) == 0
-
-
-def test_azure_of_a_later_year_has_time_zones() -> None:
-    assert [r.arrival for r in load("azure_zoned.csv")] == [0.0, 1.5, 3.0]
+    with_time_zones = load("azure_zoned.csv")  # of a later year
+    assert [r.arrival for r in with_time_zones] == [0.0, 1.5, 3.0]
 
 
 def test_mooncake_shares_what_its_hash_ids_say() -> None:
@@ -65,11 +59,8 @@ def test_a_conversation_goes_on_with_what_was_answered() -> None:
     assert n_common(everything, other.tokens()) == 0
     assert other.n_prompt == 11 + 9
     assert load("sharegpt.json", rate=10.0, seed=3) == [first, second, other]
-
-
-def test_texts_are_counted_with_a_vocabulary_where_there_is_one() -> None:
-    found = load("sharegpt.json", count=lambda text: len(text.split()))
-    assert [(r.n_prompt, r.n_output) for r in found] == [(7, 12), (23, 10), (16, 5)]
+    in_words = load("sharegpt.json", count=lambda text: len(text.split()))
+    assert [(r.n_prompt, r.n_output) for r in in_words] == [(7, 12), (23, 10), (16, 5)]
 
 
 def test_the_first_ones_at_another_rate() -> None:
@@ -79,43 +70,36 @@ def test_the_first_ones_at_another_rate() -> None:
     assert len(load("mooncake.jsonl", n=1)) == 1
 
 
+HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+TEN = '{"timestamp": 0, "input_length": 10, "output_length": 5'
+
+
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
         ("a.csv", "TIMESTAMP,ContextTokens\n2026-01-05 09:30:00,5\n", "line 2"),
-        ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\nnoon,5,5\n", "line 2"),
-        ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2026-01-05 09:30:00,0,5\n", "line 2"),
-        ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n", "no requests"),
+        ("a.csv", f"{HEAD}noon,5,5\n", "line 2"),
+        ("a.csv", f"{HEAD}2026-01-05 09:30:00,0,5\n", "line 2: .*no such request"),
+        ("a.csv", HEAD, "no requests"),
         ("a.jsonl", '\n{"timestamp": 0, "input_length": 5}\n', "line 2"),
         ("a.jsonl", '{"input_length": 5, "output_length": 5}\n', "timestamp"),
         ("a.jsonl", "[1, 2]\n", "line 1"),
         ("a.jsonl", "{\n", "line 1"),
-        (
-            "a.jsonl",
-            '{"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [1]}',
-            "1 hash_ids for 600 tokens",
-        ),
-        (
-            "a.jsonl",
-            '{"timestamp": 0, "input_length": 6, "output_length": 5, "max_tokens": 4}',
-            "max_tokens",
-        ),
-        ("a.jsonl", '{"timestamp": -1, "input_length": 6, "output_length": 5}', "line 1"),
+        ("a.jsonl", f'{TEN}, "block_size": 5, "hash_ids": [1]}}', "1 hash_ids for 10 tokens"),
+        ("a.jsonl", f'{TEN}, "max_tokens": 4}}', "max_tokens"),
+        ("a.jsonl", TEN.replace("0", "-1", 1) + "}", "line 1"),
         ("a.json", '[{"conversations": 3}]', "line 1"),
         ("a.json", "nothing", "Expecting value"),
         ("a.txt", "", "a .csv"),
+        ("none.csv", None, "No such file"),
     ],
 )
-def test_what_is_wrong_is_said(tmp_path: Path, name: str, text: str, says: str) -> None:
+def test_what_is_wrong_is_said(tmp_path: Path, name: str, text: str | None, says: str) -> None:
     path = tmp_path / name
-    path.write_text(text, encoding="utf-8")
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
     with pytest.raises(ArgumentError, match=says):
         load_trace(str(path))
-
-
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match="No such file"):
-        load_trace(str(tmp_path / "none.csv"))
 
 
 def test_many_hash_ids_stay_within_int32(tmp_path: Path) -> None:
