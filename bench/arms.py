@@ -11,8 +11,6 @@ import json
 import subprocess
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -71,21 +69,6 @@ def run_batched_bench(case: Case) -> Measured:
 def build_words() -> str:
     """The options that llama.cpp's tools are built with."""
     return " ".join(f"{k}={v}" for k, v in sorted(build_options().items()))
-
-
-def in_own_thread(work: Callable[[Case], Measured]) -> Callable[[Case], Measured]:
-    """Runs an arm in a thread that ends with it, as the engine's does.
-
-    ggml's OpenMP threads belong to the thread that computes and stay until it ends, and libgomp
-    stops spinning at barriers when there are more of them than cores: the leftovers of one arm
-    would slow the next one by a quarter.
-    """
-
-    def run(case: Case) -> Measured:
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(work, case).result()
-
-    return run
 
 
 class StepClock:

@@ -14,6 +14,7 @@ BENCHES = (
     "coalesce",
     "compare",
     "decode",
+    "neighbour",
     "plan",
     "policies",
     "prefix",

@@ -14,7 +14,7 @@ from functools import partial
 from statistics import median
 
 from bench import harness
-from bench.arms import InProcess, in_own_thread
+from bench.arms import InProcess
 from bench.case import Arm, Case, Measured, cases_of
 from bench.options import add_model, add_run, add_work, numbers
 from bench.targets import Figure, Target, speed_ratio
@@ -71,7 +71,7 @@ def main(options: argparse.Namespace) -> int:
         Arm(
             BASE,
             "one thread: a Python loop of Stepper.step with a row per sequence",
-            in_own_thread(inside.stepper),
+            inside.stepper,
         ),
         Arm(
             THREADS,

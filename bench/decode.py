@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from bench import harness, summary
-from bench.arms import InProcess, in_own_thread, run_batched_bench
+from bench.arms import InProcess, run_batched_bench
 from bench.case import Arm, cases_of
 from bench.options import add_model, add_run, add_work, choose, numbers
 from bench.targets import Target, speed_ratio
@@ -82,17 +82,17 @@ def all_arms(inside: InProcess) -> list[Arm]:
         Arm(
             "raw",
             "Python loop of raw calls: batch filled row by row, decode, a sampler chain per row",
-            in_own_thread(inside.raw),
+            inside.raw,
         ),
         Arm(
             "stepper",
             "Python loop of Stepper.step: NumPy rows, one native call decodes and samples",
-            in_own_thread(inside.stepper),
+            inside.stepper,
         ),
         Arm(
             C_LOOP,
             "one plb_run: the shim's C++ loop decodes and samples all steps, nothing else",
-            in_own_thread(inside.c_loop),
+            inside.c_loop,
         ),
         Arm(
             "engine",

@@ -15,6 +15,10 @@ else()
     set(GGML_NATIVE ON CACHE BOOL "Optimise for this machine")
 endif()
 
+# ggml's own threads: with vendor/patches/cpu-threads-sleep.patch one that waits for others sleeps soon,
+# where an OpenMP library spins for milliseconds, whoever else needs the core.
+set(GGML_OPENMP OFF CACHE BOOL "OpenMP instead of ggml's own threads")
+
 # Only the libraries: tools are built by the benches, in a tree of their own.
 foreach(part COMMON TESTS TOOLS EXAMPLES SERVER APP UI)
     set(LLAMA_BUILD_${part} OFF CACHE BOOL "" FORCE)

@@ -130,7 +130,7 @@ typedef struct plb_slot   plb_slot;
 typedef struct plb_engine_params {
     int32_t n_outputs_max;  /* the n_outputs_max that the context was made with; 0 = n_batch */
     int32_t n_logprobs_max; /* columns of top_token/top_logprob, 0..1024 */
-    int32_t n_threads;      /* threads that sample, the caller's included; 0 = choose */
+    int32_t n_threads;      /* threads that sample, the caller's included, 1..512 */
     int32_t all_outputs;    /* 1: the context computes embeddings, so each row is an output */
     int32_t sync;           /* 1: wait for the device at every step, for exact timings;
                                0: only when a row has an output */
@@ -387,11 +387,6 @@ int32_t plb_log_drain(char * buf, int32_t size, int32_t * level, int64_t * dropp
 /* What the calling thread has logged as a warning or an error since its last mark, newest part. */
 void    plb_log_mark(void);
 int32_t plb_log_errors(char * buf, int32_t size);
-
-/* -- threads ----------------------------------------------------------------------------------- */
-/* The calling thread has no helpers of OpenMP's any more until it computes again: for a thread that
- * has computed and will wait for others that do (native/device/openmp.cpp). plb_model_load does it, too. */
-void plb_threads_release(void);
 
 /* -- guarded calls -----------------------------------------------------------------------------
  * Calls that read a file or a blob: a failed assertion of libllama inside them, on the calling

@@ -4,9 +4,6 @@
 #include <chrono>
 #include <system_error>
 
-#if defined(__linux__)
-#include <sched.h>
-#endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <csignal>
 #endif
@@ -18,8 +15,7 @@ namespace plb {
 
 namespace {
 
-constexpr auto    SPIN        = std::chrono::microseconds(20); // before a helper parks
-constexpr int32_t THREADS_MAX = 32;
+constexpr auto SPIN = std::chrono::microseconds(20); // before a helper parks
 
 void pause() {
 #if defined(__x86_64__)
@@ -44,17 +40,6 @@ void without_signals(Body body) {
 }
 
 } // namespace
-
-int32_t default_threads() {
-    int32_t n = (int32_t) std::thread::hardware_concurrency();
-#if defined(__linux__)
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof(set), &set) == 0) {
-        n = CPU_COUNT(&set);
-    }
-#endif
-    return std::max(1, std::min(n, THREADS_MAX));
-}
 
 pool::pool(int32_t n_threads) : helpers_(new helper[(size_t) std::max(0, n_threads - 1)]) {
     without_signals([&] {

@@ -54,8 +54,4 @@ private:
     alignas(64) std::atomic<int32_t> next_{0};
 };
 
-// Threads for sampling where no number is asked for: the cores that this process may use, and
-// not more than a memory bus feeds.
-int32_t default_threads();
-
 } // namespace plb

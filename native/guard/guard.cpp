@@ -50,12 +50,10 @@ void plb_guard_install(void) {
 }
 
 struct llama_model * plb_model_load(const char ** paths, size_t n_paths, struct llama_model_params params) {
-    llama_model * model = call((llama_model *) nullptr, [&] {
+    return call((llama_model *) nullptr, [&] {
         return n_paths == 1 ? llama_model_load_from_file(paths[0], params)
                             : llama_model_load_from_splits(paths, n_paths, params);
     });
-    plb_threads_release();  // weights for AMX are packed by all cores
-    return model;
 }
 
 struct llama_context * plb_context_new(struct llama_model * model, struct llama_context_params params) {

@@ -13,7 +13,7 @@ constexpr int32_t ALONE = 12; // shortlists: fewer are done before another threa
 } // namespace
 
 row_sampler::row_sampler(const vocabulary & words, int32_t n_threads)
-    : words_(words), pool_(n_threads > 0 ? n_threads : default_threads()) {
+    : words_(words), pool_(n_threads) {
     for (int32_t i = 0; i < pool_.size(); ++i) {
         scratch_.push_back(std::make_unique<scratch>(words.n_vocab));
     }

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int32_t N_LOGPROBS_LIMIT = 1024;
 constexpr int32_t N_STEPS_LIMIT    = 65536;
+constexpr int32_t N_THREADS_LIMIT  = 512;
 constexpr int32_t N_VOCAB_WORTH    = 16384;
 constexpr int64_t MORE_BYTES_LIMIT = (int64_t) 1 << 30;
 
@@ -90,7 +91,7 @@ void place_sampling(plb_engine & engine, int32_t mode) {
 } // namespace
 
 plb_engine_params plb_engine_default_params(void) {
-    return {0, 20, 0, 0, 0, 32, PLB_DEVICE_SAMPLING_AUTO, 0, 0};
+    return {0, 20, 1, 0, 0, 32, PLB_DEVICE_SAMPLING_AUTO, 0, 0};
 }
 
 int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, plb_engine ** out) {
@@ -105,7 +106,8 @@ int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, pl
     const int32_t n_seq_max = (int32_t) llama_n_seq_max(ctx);
     const int32_t n_outputs = params->n_outputs_max == 0 ? n_batch : params->n_outputs_max;
     if (n_outputs < n_seq_max || params->n_logprobs_max < 0 ||
-        params->n_logprobs_max > N_LOGPROBS_LIMIT || params->n_threads < 0 ||
+        params->n_logprobs_max > N_LOGPROBS_LIMIT || params->n_threads < 1 ||
+        params->n_threads > N_THREADS_LIMIT ||
         params->n_steps_max < 1 || params->n_steps_max > N_STEPS_LIMIT ||
         params->device_sampling < PLB_DEVICE_SAMPLING_AUTO ||
         params->device_sampling > PLB_DEVICE_SAMPLING_ON || params->gap_max < 0) {

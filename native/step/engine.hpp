@@ -120,7 +120,6 @@ struct row_job {
 // than half the threads, the fused ones cut into parts. Nothing is allocated after it is made.
 class row_sampler {
 public:
-    // n_threads 0: chosen
     row_sampler(const vocabulary & words, int32_t n_threads);
     row_sampler(const row_sampler &) = delete;
     row_sampler & operator=(const row_sampler &) = delete;

@@ -30,7 +30,7 @@ struct plb_rows {
 
 int32_t plb_rows_new(int32_t n_vocab, int32_t n_slots, int32_t n_logprobs_max, int32_t n_threads,
                      plb_rows ** out) {
-    if (out == nullptr || n_vocab < 1 || n_slots < 1 || n_logprobs_max < 0 || n_threads < 0) {
+    if (out == nullptr || n_vocab < 1 || n_slots < 1 || n_logprobs_max < 0 || n_threads < 1) {
         return PLB_E_ARGUMENT;
     }
     *out = nullptr;

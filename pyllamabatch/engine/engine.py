@@ -21,7 +21,6 @@ from ..llama.host import PathLike
 from ..llama.lora import LoraAdapter, Loras
 from ..llama.model import Model
 from ..planner.residency import fitting_n_ctx
-from ..raw import lib
 from ..scheduler import Gather, KvOptions, Policy, Scheduler
 from ..scheduler.idle import PATIENCE_SECONDS
 from ..step.native import offloaded
@@ -180,7 +179,6 @@ class Engine:
         self._inputs = InputProcessor(model, self._core, stepper, adapters, options.prefix_cache)
         # Also when the engine is forgotten, and before the interpreter exits.
         self._finalizer = weakref.finalize(self, self._core.close, wait=False, timeout=None)
-        lib.plb_threads_release()  # of this thread, which may have computed; the core's has its own
         self._core.start()
 
     # -- requests

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pyllamabatch.errors import ArgumentError, ModelLoadError
 
@@ -13,14 +13,30 @@ MAX_THREADS = 512  # GGML_MAX_N_THREADS
 PathLike = str | os.PathLike[str]
 
 
-def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and its control group's quota rounded up."""
+def usable_cores(root: Path = Path("/")) -> int:
+    """Cores that this process may use: its affinity, and its control groups' quota rounded up.
+
+    `root`: where /proc and /sys are.
+    """
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    for quota, period in map(str.split, _lines("/sys/fs/cgroup/cpu.max")):
-        if quota.isdigit():
-            cores = min(cores, -(-int(quota) // int(period)))
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, group = line.split(":", 2)
+        if controllers in ("", "cpu", "cpu,cpuacct"):  # version 2, or 1
+            mount = root / "sys/fs/cgroup" / controllers
+            path = PurePosixPath(group.lstrip("/"))
+            cores = min([cores, *(_cpu_quota(mount / part) for part in (path, *path.parents))])
     return max(1, min(cores, MAX_THREADS))
+
+
+def _cpu_quota(folder: Path) -> int:
+    """What one control group allows, in cores."""
+    lines = _lines(folder / "cpu.max") or [
+        *_lines(folder / "cpu.cfs_quota_us"),
+        *_lines(folder / "cpu.cfs_period_us"),
+    ]
+    quota, period = [*" ".join(lines).split(), "max", "max"][:2]
+    return -(-int(quota) // int(period)) if quota.isdigit() else MAX_THREADS
 
 
 def host_memory() -> int:
@@ -40,7 +56,7 @@ def host_available() -> int:
     return min([host_memory(), *free])
 
 
-def _lines(path: str) -> list[str]:
+def _lines(path: PathLike) -> list[str]:
     try:
         return Path(path).read_text().splitlines()
     except OSError:

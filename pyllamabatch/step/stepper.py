@@ -35,6 +35,7 @@ from pyllamabatch.errors import (
 )
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.handle import owned, view
+from pyllamabatch.llama.host import MAX_THREADS, usable_cores
 from pyllamabatch.llama.runtime import text
 from pyllamabatch.llama.vocab import TokenArray
 from pyllamabatch.raw import ffi, lib
@@ -68,6 +69,8 @@ __all__ = [
 _REFUSED: int = lib.PLB_E_ARGUMENT  # and below: ours, not llama_decode's
 _THREW: int = lib.PLB_E_DECODE
 _NO_SLOTS = np.zeros(0, np.int32)
+
+SAMPLING_THREADS = 32  # more than a memory bus feeds
 
 
 class Stepper:
@@ -117,7 +120,8 @@ class Stepper:
         params.n_outputs_max = context.n_outputs_max
         params.all_outputs = bool(context.params["embeddings"])
         params.n_logprobs_max = integer("n_logprobs_max", n_logprobs_max, 0, LOGPROBS_MAX)
-        params.n_threads = integer("n_threads", n_threads, 0, 512)
+        threads = integer("n_threads", n_threads, 0, MAX_THREADS)
+        params.n_threads = threads or min(usable_cores(), SAMPLING_THREADS)
         params.n_steps_max = integer("n_steps_max", n_steps_max, 1, 65536)
         params.device_sampling = on_device
         gaps = gap_max_of(context) if gap_max is None else gap_max

@@ -14,14 +14,45 @@ def given(monkeypatch: pytest.MonkeyPatch, files: dict[str, list[str]]) -> None:
     monkeypatch.setattr(host, "_lines", lambda path: files.get(Path(path).name, []))
 
 
+V2 = "0::/a/b"
+V1 = "4:memory:/a\n3:cpu,cpuacct:/a"
+
+
 @pytest.mark.parametrize(
-    ("quota", "cores"),
-    [("max 100000", 8), ("200000 100000", 2), ("150000 100000", 2), ("1000 100000", 1), (None, 8)],
+    ("groups", "files", "cores"),
+    [
+        (V2, {}, 8),
+        (V2, {"a/b/cpu.max": "max 100000"}, 8),
+        (V2, {"a/b/cpu.max": "200000 100000"}, 2),
+        (V2, {"a/b/cpu.max": "150000 100000"}, 2),
+        (V2, {"a/b/cpu.max": "1000 100000"}, 1),
+        (V2, {"a/b/cpu.max": "600000 100000", "a/cpu.max": "300000 100000"}, 3),  # the one above
+        (V2, {"cpu.max": "400000 100000"}, 4),  # a container that sees its own group as the root
+        (V1, {"cpu,cpuacct/a/cpu.cfs_quota_us": "-1"}, 8),
+        (
+            V1,
+            {
+                "cpu,cpuacct/a/cpu.cfs_quota_us": "250000",
+                "cpu,cpuacct/a/cpu.cfs_period_us": "50000",
+            },
+            5,
+        ),
+        ("12:pids:/", {"cpu.max": "200000 100000"}, 8),  # no group of its own for the CPU
+    ],
 )
-def test_cores(monkeypatch: pytest.MonkeyPatch, quota: str | None, cores: int) -> None:
+def test_cores(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    groups: str,
+    files: dict[str, str],
+    cores: int,
+) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    given(monkeypatch, {"cpu.max": [quota] if quota else []})
-    assert host.usable_cores() == cores
+    under_cgroup = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    for name, text in {"proc/self/cgroup": groups, **under_cgroup}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert host.usable_cores(tmp_path) == cores
 
 
 def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ NAMES = (
     "GGML_METAL",
     "GGML_METAL_EMBED_LIBRARY",
     "GGML_NATIVE",
+    "GGML_OPENMP",
     "LLAMA_BUILD_TOOLS",
 )
 SHOW = 'foreach(n ${NAMES})\n  message(STATUS "${n}=${${n}}")\nendforeach()\n'
@@ -56,12 +57,14 @@ def test_linux_gets_the_cpu_of_this_machine(tmp_path: Path) -> None:
     assert chosen["GGML_METAL"] == ""
     assert chosen["GGML_CUDA"] == ""
     assert chosen["GGML_NATIVE"] == "ON"
+    assert chosen["GGML_OPENMP"] == "OFF"
     assert chosen["BUILD_SHARED_LIBS"] == "ON"
     assert chosen["LLAMA_BUILD_TOOLS"] == "OFF"
 
 
-def test_cuda_is_an_option(tmp_path: Path) -> None:
-    assert options(tmp_path, UNIX="1", GGML_CUDA="ON")["GGML_CUDA"] == "ON"
+def test_cuda_and_openmp_are_options(tmp_path: Path) -> None:
+    for name in ("GGML_CUDA", "GGML_OPENMP"):
+        assert options(tmp_path, UNIX="1", **{name: "ON"})[name] == "ON"
 
 
 @pytest.mark.parametrize("platform", ["APPLE", "UNIX"])

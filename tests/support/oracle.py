@@ -76,7 +76,7 @@ class RawContext:
 
     def __init__(self, model: RawModel, *, settings: Mapping[str, Any], **params: Any) -> None:
         p = lib.llama_context_default_params()
-        p.n_threads = p.n_threads_batch = 1  # ggml's threads spin: two on a busy core crawl
+        p.n_threads = p.n_threads_batch = 1
         for name, value in {**settings, **params}.items():
             setattr(p, name, value)
         self.model = model

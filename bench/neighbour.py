@@ -1,0 +1,64 @@
+"""Cores that others use: the engine's decode beside one busy process, over the same in quiet.
+
+The process computes without end and never sleeps. Where the engine has as many threads as there are
+cores, it takes a third of them on two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from bench import harness
+from bench.arms import InProcess
+from bench.case import Arm, Case, Measured, cases_of
+from bench.options import add_model, add_run, add_work, numbers
+from bench.targets import Target, speed_ratio
+from bench.views import speed_table
+from pyllamabatch.report.records import Record
+
+QUIET, BUSY = "quiet", "busy"
+QUICK = {"model": "default", "tokens": 16, "repeats": 1}
+TARGETS = tuple(
+    Target(
+        f"{pl} sequences beside one busy process: tokens per s over quiet",
+        speed_ratio(BUSY, QUIET, pl),
+        at_least=0.45,
+    )
+    for pl in (1, 4)
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_work(parser, prompt_tokens=32, tokens=64)
+    parser.add_argument("-B", "--batch", default="1,4", help="sequences, comma separated")
+    add_run(parser, repeats=4)
+
+
+def main(options: argparse.Namespace) -> int:
+    inside = InProcess.of(options)
+
+    def busy(case: Case) -> Measured:
+        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+            try:
+                return inside.engine(case)
+            finally:
+                other.kill()
+
+    arms = [
+        Arm(QUIET, "Engine, and no other process of ours", inside.engine),
+        Arm(BUSY, "the same beside a process that computes without end", busy),
+    ]
+    pp, tg = options.prompt_tokens, options.tokens
+    cases = cases_of(options, inside.file, pp, tg, numbers(options.batch))
+    title = f"{tg} tokens per sequence, tokens/s (ratio)"
+    return harness.run(
+        "neighbour", arms, cases, inside.facts(), options, view=view, targets=TARGETS, title=title
+    )
+
+
+def view(records: Sequence[Record]) -> str:
+    return speed_table(records, QUIET)
