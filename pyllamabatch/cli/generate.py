@@ -42,7 +42,7 @@ from pyllamabatch.cli.options import (
     read_text,
     sampling_options,
 )
-from pyllamabatch.cli.result_file import ResultFile, Results, Row
+from pyllamabatch.cli.result_file import Results, Row, result_file
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.engine.stream import Stream
 from pyllamabatch.errors import ArgumentError, ChatTemplateError
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
             open(args.trace, "w").close()  # likewise
         model = stack.enter_context(load_model(args, quiet=args.quiet))
         requests = Requests(model, options, args.seed, args.chat_template)
-        if args.overwrite and isinstance(results, ResultFile):
+        if args.overwrite:
             results.clear()
         n_lines = _count_lines(args.prompts)
         progress = stack.enter_context(Progress("generate", n_lines, quiet=args.quiet))
@@ -201,7 +201,7 @@ def _results(args: argparse.Namespace, stack: ExitStack) -> Results:
         return Results(args.out, stack.enter_context(open(path, "wb")))
     if args.prompts != "-" and path.exists() and path.samefile(args.prompts):
         raise ArgumentError("--out", args.out, "is the input and the output")
-    return stack.enter_context(ResultFile(path))
+    return stack.enter_context(result_file(path))
 
 
 def _count_lines(name: str) -> int | None:

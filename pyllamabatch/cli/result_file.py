@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +21,11 @@ _ROW_START = b'{"id": '  # `id` is the first field of every row
 
 
 class Results:
-    """Takes rows in any order and writes them in order to `file`. `part`: where early rows wait."""
+    """Takes rows in any order and writes them in order to `file`. `part`: where early rows wait;
+    without it `file` is a stream, which holds nothing to resume.
+
+    Take the rows that are `finished()` first, then `early_rows()`, then `add()`.
+    """
 
     def __init__(self, name: str, file: BinaryIO, part: BinaryIO | None = None) -> None:
         self.name, self._file, self._part = name, file, part
@@ -47,54 +50,31 @@ class Results:
         """What to raise where the output can't be used."""
         return ArgumentError("--out", self.name, reason)
 
-    def finished(self) -> Iterator[Row]:
-        """The rows of an earlier run, in order: none of a stream."""
-        yield from ()
-
-    def early_rows(self) -> dict[int, Row]:
-        """Rows that an earlier run finished out of turn, by line. Each is to be added again."""
-        return {}
-
-
-class ResultFile(Results):
-    """Results in a file, which may already hold the first of them. A context manager.
-
-    Take the rows that are `finished()` first, then `early_rows()`, then `add()`. Raises
-    ArgumentError if another run writes to the same file, or if `generate` did not write it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._paths = path, path.with_name(path.name + ".part")
-        with ExitStack() as stack:
-            file, part = (stack.enter_context(open(each, "ab")) for each in self._paths)
-            super().__init__(str(path), file, part)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise self.problem("another run is writing to this file") from None
-            self._close = stack.pop_all().close
-
     def clear(self) -> None:
-        """Forget what the file holds."""
-        for path in self._paths:
-            os.truncate(path, 0)
+        """Forget what an earlier run has written."""
+        if self._part is not None:
+            self._file.truncate(0)
+            self._part.truncate(0)
 
     def finished(self) -> Iterator[Row]:
-        """The rows of an earlier run, in order. A torn last line is cut off."""
+        """The rows of an earlier run, in order. A torn last line is cut off. ArgumentError for a
+        file that `generate` did not write."""
+        if self._part is None:
+            return
         n_bytes = 0
-        with open(self._paths[0], "rb") as file:
-            for line in file:
-                row = decode(line)
-                if not line.endswith(b"\n") and (row is not None or _is_torn(line)):
-                    break
-                if row is None:
-                    raise self.problem(
-                        f"line {self.n_written + 1} was not written by generate; "
-                        "move the file away, or use --overwrite"
-                    )
-                n_bytes += len(line)
-                self.n_written += 1
-                yield row
+        self._file.seek(0)
+        for line in self._file:
+            row = decode(line)
+            if not line.endswith(b"\n") and (row is not None or _is_torn(line)):
+                break
+            if row is None:
+                raise self.problem(
+                    f"line {self.n_written + 1} was not written by generate; "
+                    "move the file away, or use --overwrite"
+                )
+            n_bytes += len(line)
+            self.n_written += 1
+            yield row
         self._file.truncate(n_bytes)
 
     def early_rows(self) -> dict[int, Row]:
@@ -102,18 +82,31 @@ class ResultFile(Results):
 
         There are never more of them than that run had requests under way.
         """
-        lines = self._paths[1].read_bytes().split(b"\n")
-        if lines[-1] and self._part is not None:  # a torn line must not run into the next one
+        if self._part is None:
+            return {}
+        self._part.seek(0)
+        lines = self._part.read().split(b"\n")
+        if lines[-1]:  # a torn line must not run into the next one
             _write(self._part, b"\n")
         return {row["line"]: row for row in map(decode, lines) if row is not None}
 
-    def __enter__(self) -> ResultFile:
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        self._close()
-        if self._paths[1].stat().st_size == 0:
-            self._paths[1].unlink()
+@contextmanager
+def result_file(path: Path) -> Iterator[Results]:
+    """Results in a file, which may already hold the first of them. ArgumentError if another run
+    writes to it."""
+    part_path = path.with_name(path.name + ".part")
+    with open(path, "a+b") as file, open(part_path, "a+b") as part:
+        results = Results(str(path), file, part)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise results.problem("another run is writing to this file") from None
+        try:
+            yield results
+        finally:
+            if part_path.stat().st_size == 0:
+                part_path.unlink()
 
 
 def encode(row: Row) -> bytes:

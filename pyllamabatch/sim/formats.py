@@ -1,15 +1,6 @@
 """Traces in files: Azure's CSV, Mooncake's JSONL and our superset of it, ShareGPT's JSON.
 
-- `.csv`: Azure's public LLM inference traces: TIMESTAMP (date and time), ContextTokens,
-  GeneratedTokens.
-- `.jsonl`: Mooncake's: a JSON object a line, with timestamp (ms), input_length, output_length
-  (tokens) and hash_ids, one for each 512 tokens of the prompt: prompts with the same first ids
-  share a prefix. Ours may also have block_size (instead of 512), max_tokens, priority, tenant,
-  deadline_ms (from its arrival), itl_target_ms, session_id and delay (ms). A request of a session
-  arrives that long after the one before it has ended, and needs no timestamp.
-- `.json`: ShareGPT's: a list of {"conversations": [{"from": "human"|"gpt", "value": text}, …]}.
-  Each answer is a request, whose prompt is the conversation so far. It arrives when the one before
-  has ended. The starts of conversations are drawn: `rate` of them a second.
+docs/how-to/simulate.md says what their fields mean.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import pytest
 
 from pyllamabatch.cli.batch_file import BatchFile
 from pyllamabatch.cli.input_lines import InputLine, digest, read_lines
-from pyllamabatch.cli.result_file import ResultFile, Results, Row
+from pyllamabatch.cli.result_file import Results, Row, result_file
 from pyllamabatch.engine.stream import Result
 from pyllamabatch.errors import ArgumentError, EngineClosed
 
@@ -68,7 +68,7 @@ def batch_on(results: Results, source: Iterable[bytes], **options: Any) -> Batch
 def answered(out: Path, source: list[bytes]) -> FakeEngine:
     """An engine that has answered the source into the file."""
     engine = FakeEngine()
-    with ResultFile(out) as results:
+    with result_file(out) as results:
         batch_on(results, source).run(engine.submit)
     return engine
 
@@ -129,11 +129,11 @@ def test_the_window_bounds_what_is_read() -> None:
 def test_interrupted_and_resumed(tmp_path: Path, stop_at: int) -> None:
     out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
     first, second = FakeEngine(interrupt_at=stop_at), FakeEngine()
-    with ResultFile(out) as results, pytest.raises(KeyboardInterrupt):
+    with result_file(out) as results, pytest.raises(KeyboardInterrupt):
         batch_on(results, lines()).run(first.submit)
     finished = set(numbers_in(out, part))
     assert finished <= set(first.started)
-    with ResultFile(out) as results:
+    with result_file(out) as results:
         batch = batch_on(results, lines())
         batch.run(second.submit)
     assert finished.isdisjoint(second.started), "a finished line was redone"
@@ -163,14 +163,14 @@ def test_a_changed_input_is_refused(tmp_path: Path, change: str) -> None:
     answered(out, lines())
     before = out.read_bytes()
     says = "more rows" if change == "cut" else "'r7'"
-    with ResultFile(out) as results, pytest.raises(ArgumentError, match=says):
+    with result_file(out) as results, pytest.raises(ArgumentError, match=says):
         batch_on(results, CHANGES[change](lines()))
     assert out.read_bytes() == before
 
 
 def test_a_dead_engine_ends_the_run_and_leaves_no_error_rows(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    with ResultFile(out) as results, pytest.raises(EngineClosed):
+    with result_file(out) as results, pytest.raises(EngineClosed):
         batch_on(results, lines()).run(FakeEngine(fail_at=20).submit)
     found = numbers_in(out)
     assert found == list(range(1, len(found) + 1))

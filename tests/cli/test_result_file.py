@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pyllamabatch.cli.result_file import ResultFile, Results, Row, decode, encode
+from pyllamabatch.cli.result_file import Results, Row, decode, encode, result_file
 from pyllamabatch.errors import ArgumentError
 
 
@@ -48,7 +48,7 @@ def test_rows_go_out_in_order(out: Path, part: Path) -> None:
     stream = io.BytesIO()
     assert add(Results("stdout", stream), 1, 0, 3, 2) == [0, 2, 2, 4]
     assert lines_of(stream.getvalue()) == [1, 2, 3, 4]
-    with ResultFile(out) as results:
+    with result_file(out) as results:
         assert finished(results) == []
         assert add(results, 2, 1) == [0, 0]
         assert lines_of(part.read_bytes()) == [3, 2]
@@ -58,10 +58,12 @@ def test_rows_go_out_in_order(out: Path, part: Path) -> None:
 
 
 def test_early_rows_survive_a_kill(out: Path, part: Path) -> None:
-    killed = ResultFile(out)  # never closed: what a SIGKILL leaves is what is on disk
-    add(killed, 0, 2, 4)
-    killed._file.close()  # the lock goes with the process
-    with ResultFile(out) as results:
+    with result_file(out) as killed:
+        add(killed, 0, 2, 4)
+        left = out.read_bytes(), part.read_bytes()
+    out.write_bytes(left[0])  # what a SIGKILL leaves is what was on disk
+    part.write_bytes(left[1])
+    with result_file(out) as results:
         assert finished(results) == [1]
         assert results.early_rows() == {3: row(3), 5: row(5)}
         assert add(results, 2, 4, 1, 3)[-1] == 5
@@ -72,7 +74,7 @@ def test_early_rows_survive_a_kill(out: Path, part: Path) -> None:
 @pytest.mark.parametrize("cut", range(1, len(encode(row(2)))))
 def test_a_torn_last_line_is_cut_off(out: Path, cut: int) -> None:
     out.write_bytes(encode(row(1)) + encode(row(2))[:cut])
-    with ResultFile(out) as results:
+    with result_file(out) as results:
         assert finished(results) == [1]
         add(results, 1, 2)
     assert lines_of(out.read_bytes()) == [1, 2, 3]
@@ -81,7 +83,7 @@ def test_a_torn_last_line_is_cut_off(out: Path, cut: int) -> None:
 def test_a_torn_line_among_the_early_rows_is_dropped(out: Path, part: Path) -> None:
     out.write_bytes(encode(row(1)))
     part.write_bytes(encode(row(3)) + encode(row(4))[:9])
-    with ResultFile(out) as results:
+    with result_file(out) as results:
         assert finished(results) == [1]
         assert results.early_rows() == {3: row(3)}
         add(results, 4)
@@ -104,11 +106,11 @@ def test_a_foreign_file_is_left_alone_until_it_is_overwritten(
     out: Path, part: Path, content: bytes
 ) -> None:
     out.write_bytes(content)
-    with ResultFile(out) as results, pytest.raises(ArgumentError, match="--overwrite"):
+    with result_file(out) as results, pytest.raises(ArgumentError, match="--overwrite"):
         finished(results)
     assert out.read_bytes() == content
     part.write_bytes(encode(row(7)))
-    with ResultFile(out) as results:
+    with result_file(out) as results:
         results.clear()
         assert finished(results) == []
         assert results.early_rows() == {}
@@ -117,5 +119,5 @@ def test_a_foreign_file_is_left_alone_until_it_is_overwritten(
 
 
 def test_two_runs_on_one_file(out: Path) -> None:
-    with ResultFile(out), pytest.raises(ArgumentError, match="another run"):
-        ResultFile(out)
+    with result_file(out), pytest.raises(ArgumentError, match="another run"):
+        result_file(out).__enter__()
