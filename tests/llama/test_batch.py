@@ -14,6 +14,9 @@ from pyllamabatch.raw import ffi
 
 def test_arrays_are_the_struct() -> None:
     batch = Batch(4, n_seq_max=3)
+    arrays = (batch.token, batch.pos, batch.n_seq_id, batch.seq_id, batch.logits)
+    assert [a.dtype for a in arrays] == [np.int32] * 4 + [np.int8]
+    assert len(batch) == 0
     batch.token[:] = [1, 2, 3, 4]
     batch.pos[:] = [5, 6, 7, 8]
     batch.n_seq_id[:] = [1, 2, 3, 1]
@@ -30,15 +33,6 @@ def test_arrays_are_the_struct() -> None:
     assert [struct.logits[i] for i in range(4)] == [0, 1, 0, 1]
     struct.token[2] = 99
     assert batch.token[2] == 99
-
-
-def test_dtypes_and_shapes() -> None:
-    batch = Batch(7, n_seq_max=2)
-    assert batch.token.dtype == batch.pos.dtype == batch.n_seq_id.dtype == np.int32
-    assert batch.seq_id.dtype == np.int32
-    assert batch.seq_id.shape == (7, 2)
-    assert batch.logits.dtype == np.int8
-    assert len(batch) == 0
 
 
 def test_views_stay_valid() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -152,12 +153,13 @@ def test_a_context_outlives_its_model(tiny_llama_path: Path) -> None:
     model = Model(tiny_llama_path)
     n_vocab = model.n_vocab
     context = Context(model, n_threads=1, n_ctx=256)
-    batch = context.batch()
+    batch, loaded = context.batch(), weakref.ref(model.ptr)
     model.close()
     with context:
         batch.extend([5, 6, 7], 0, 0)
         context.decode(batch)
         assert context.logits().shape == (n_vocab,)
+    assert loaded() is None  # the context was the last to need it
 
 
 def test_nothing_is_printed(tiny_llama_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
