@@ -30,7 +30,6 @@ from pyllamabatch.errors import (
     UnsupportedOperation,
 )
 from pyllamabatch.llama.model import Model
-from pyllamabatch.scheduler import sarathi
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support import engines as support
 from tests.support.engines import check_idle, engine_on
@@ -114,8 +113,8 @@ def test_a_stop_token_ends_it(shared: Engine) -> None:
     assert result.tokens == tokens[: tokens.index(stop)]
 
 
-def test_a_stop_string_across_tokens_ends_it(model: Model) -> None:
-    with Model.default() as default, small(default) as engine:
+def test_a_stop_string_across_tokens_ends_it(embedded_model: Model) -> None:
+    with small(embedded_model) as engine:
         prompt = "Copy: abcdefgh. Copy: abcdefgh."
         whole = engine.submit(prompt, greedy(24, ignore_eog=True)).result(60)
         start = len(whole.text) // 2
@@ -131,8 +130,8 @@ def test_a_stop_string_across_tokens_ends_it(model: Model) -> None:
         check_balanced(engine)
 
 
-def test_a_grammar_rules_the_text() -> None:
-    with Model.default() as default, small(default) as engine:
+def test_a_grammar_rules_the_text(embedded_model: Model) -> None:
+    with small(embedded_model) as engine:
         grammar = 'root ::= "yes" | "no"'
         results = engine.generate(["Hm? "] * 5, SamplingParams(grammar=grammar, max_tokens=20))
         assert {result.text for result in results} <= {"yes", "no"}
@@ -200,15 +199,27 @@ def test_a_request_may_fill_the_cache_to_the_last_cell(shared: Engine) -> None:
     check_balanced(shared)
 
 
-@pytest.mark.parametrize("options", [{"n_seq_max": 0}, {"n_seq_max": 257}, {"n_ctx": -1}])
-def test_bad_engines(model: Model, options: dict[str, Any]) -> None:
-    with pytest.raises(ArgumentError):
-        small(model, **options)
-
-
-def test_what_the_engine_sets_itself(model: Model) -> None:
-    with pytest.raises(ArgumentError, match="embeddings=True: the engine sets it itself"):
-        small(model, embeddings=True)
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("n_seq_max", 0, "n_seq_max"),
+        ("n_seq_max", 257, "n_seq_max"),
+        ("n_ctx", -1, "n_ctx"),
+        ("max_waiting", 0, "max_waiting"),
+        ("max_waiting", 1.5, "max_waiting"),
+        ("patience", -1, "patience"),
+        ("policy", "mlfqq", "mlfq"),
+        ("preemption", "sometimes", "preemption"),
+        ("preemption", None, "preemption"),
+        ("max_restarts", -1, "max_restarts"),
+        ("max_restarts", 1.5, "max_restarts"),
+        ("max_restarts", True, "max_restarts"),
+        ("embeddings", True, "embeddings=True: the engine sets it itself"),
+    ],
+)
+def test_bad_engines(model: Model, option: str, value: Any, says: str) -> None:
+    with pytest.raises(ArgumentError, match=says):
+        small(model, **{option: value})
 
 
 def test_encoders_are_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,16 +433,3 @@ def test_a_thread_that_prepares_a_request_is_waited_for(
         closing.result(30)
         with pytest.raises(EngineClosed):
             late.result(30)
-
-
-@pytest.mark.parametrize("name", ["mamba", "gemma3"])
-def test_memories_that_can_not_forget_in_part(name: str) -> None:
-    """Recurrent and sliding-window: what preempts must not need more than whole removal."""
-    with (
-        Model(gguf_path(name)) as model,
-        small(model, n_ctx=128, policy=sarathi(budget=8)) as engine,
-    ):
-        results = engine.generate([[1, *range(10, 40)]] * 6, greedy(60))
-        assert len({tuple(result.tokens) for result in results}) == 1
-        stats = check_balanced(engine)
-        assert (stats.preemptions == 0) == engine.capabilities.recurrent

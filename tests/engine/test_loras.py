@@ -6,19 +6,21 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from pyllamabatch import Batch, Engine, LoraAdapter, Model, SamplingParams
+from pyllamabatch import Engine, LoraAdapter, Model, SamplingParams
 from pyllamabatch.errors import ArgumentError, ClosedError, StateError
 from pyllamabatch.llama.context import Context
 from tests.support import engines as support
+from tests.support.decoding import decode
 from tests.support.engines import EXACT, check_idle
 from tests.support.models_gguf import gguf_path
 from tests.support.models_special import write_lora
+from tests.support.oracle import greedy
 
 N_TOKENS = 24
 GREEDY = support.greedy(N_TOKENS)
@@ -51,17 +53,9 @@ def alone(model: Model, adapters: dict[str, LoraAdapter]) -> list[list[list[int]
         for chosen in SETS:
             with Context(model, n_ctx=256, **EXACT) as context:
                 context.set_loras([(adapters[name], scale) for name, scale in chosen.items()])
-                batch, new = Batch(64), list(prompt)
-                tokens: list[int] = []
-                while len(tokens) < N_TOKENS:
-                    batch.clear()
-                    batch.extend(new, len(prompt) + len(tokens) - len(new), 0)
-                    context.decode(batch)
-                    row = np.array(context.logits())
-                    row[never] = -np.inf
-                    new = [int(row.argmax())]
-                    tokens += new
-                each.append(tokens)
+                feed = partial(decode, context)
+                alone = greedy(feed, feed(prompt), N_TOKENS, pos=len(prompt), never=never)
+                each.append(alone.tokens)
         expected.append(each)
     assert all(len({tuple(tokens) for tokens in each}) == len(SETS) for each in expected)
     return expected

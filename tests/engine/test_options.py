@@ -102,17 +102,6 @@ def test_bad_options_start_nothing(model: Model, options: dict[str, Any]) -> Non
         assert engine.stats().submitted == 0
 
 
-def test_bad_options_of_an_engine(model: Model) -> None:
-    for options in (
-        {"max_waiting": 0},
-        {"max_waiting": 1.5},
-        {"patience": -1},
-        {"policy": "mlfqq"},
-    ):
-        with pytest.raises(ArgumentError):
-            small(model, **options)
-
-
 # -- who goes first
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import pytest
 
@@ -13,8 +11,9 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.properties.test_invariance_engine import assert_as_alone
 from tests.support import engines as support
-from tests.support.models_gguf import Architecture, gguf_path
-from tests.support.oracle import Reference, random_prompts, raw_model, solo, tolerance
+from tests.support.decoding import loaded
+from tests.support.models_gguf import Architecture
+from tests.support.oracle import Reference, random_prompts, solos, tolerance
 
 N_TOKENS = 12
 GREEDY = SamplingParams(temperature=0, max_tokens=N_TOKENS)
@@ -25,15 +24,13 @@ PROMPTS = [[*COMMON, *end[1:]] for end in ENDS]
 
 
 @pytest.fixture(scope="module")
-def model(architecture: Architecture) -> Iterator[Model]:
-    with Model(gguf_path(architecture.name)) as model:
-        yield model
+def model(architecture: Architecture) -> Model:
+    return loaded(architecture.name)
 
 
 @pytest.fixture(scope="module")
 def alone(architecture: Architecture) -> list[Reference]:
-    with raw_model(gguf_path(architecture.name)) as oracle:
-        return [solo(oracle, prompt, N_TOKENS) for prompt in PROMPTS]
+    return solos(architecture.name, PROMPTS, N_TOKENS)
 
 
 def n_prompt_rows(prompts: list[list[int]]) -> int:
@@ -83,10 +80,9 @@ def test_a_conversation_goes_on_from_what_it_left(model: Model, architecture: Ar
                 assert hit == len(history) - 5 - 1
                 assert stats.prefill_rows - before.prefill_rows == 6
             history = [*history, *result.tokens, *range(200, 205)]
-        with raw_model(gguf_path(architecture.name)) as oracle:
-            expected = solo(oracle, history, N_TOKENS)
+        expected = solos(architecture.name, [history], N_TOKENS)
         tokens = engine.submit(history, GREEDY).result(60).tokens
-    assert_as_alone([tokens], [expected], tolerance(architecture.name), 0.5)
+    assert_as_alone([tokens], expected, tolerance(architecture.name), 0.5)
 
 
 def test_the_same_prompt_again_and_again(
@@ -120,7 +116,7 @@ def test_samples_of_one_prompt(model: Model, prefix_cache: bool) -> None:
 
 
 def test_samples_that_make_no_sense() -> None:
-    with Model(gguf_path("llama")) as model, engine_on(model) as engine:
+    with engine_on(loaded("llama")) as engine:
         for n in (0, -1, 1.5):
             with pytest.raises(ArgumentError, match="n="):
                 engine.submit_n(PROMPTS[0], GREEDY, n)  # type: ignore[arg-type]
@@ -129,21 +125,14 @@ def test_samples_that_make_no_sense() -> None:
         assert engine.stats().submitted == 0
 
 
-@pytest.mark.parametrize("preemption", ["sometimes", None])
-def test_a_preemption_that_is_none(preemption: Any) -> None:
-    with Model(gguf_path("llama")) as model, pytest.raises(ArgumentError, match="preemption"):
-        engine_on(model, preemption=preemption)
-
-
 def test_cached_prefixes_never_stand_in_the_way() -> None:
     """Long prompts that have nothing in common, one after the other: each needs all the cells."""
     prompts = random_prompts(6, seed=9, shortest=200, longest=230)
-    with Model(gguf_path("llama")) as model:
-        with engine_on(model, n_ctx=256, prefix_cache=False) as engine:
-            expected = [engine.submit(p, GREEDY).result(60).tokens for p in prompts]
-        with engine_on(model, n_ctx=256) as engine:
-            assert [engine.submit(p, GREEDY).result(60).tokens for p in prompts] == expected
-            stats = engine.stats()
-            assert stats.preemptions == 0
-            assert stats.finished["error"] == 0
-            assert 0 < stats.kv_cached <= stats.kv_total
+    with engine_on(loaded("llama"), n_ctx=256, prefix_cache=False) as engine:
+        expected = [engine.submit(p, GREEDY).result(60).tokens for p in prompts]
+    with engine_on(loaded("llama"), n_ctx=256) as engine:
+        assert [engine.submit(p, GREEDY).result(60).tokens for p in prompts] == expected
+        stats = engine.stats()
+        assert stats.preemptions == 0
+        assert stats.finished["error"] == 0
+        assert 0 < stats.kv_cached <= stats.kv_total

@@ -3,7 +3,6 @@ cleaned up, and the next request gets its own tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -13,8 +12,9 @@ from pyllamabatch.errors import DecodeAborted, FatalDecodeError, InvalidBatch, K
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support import engines as support
+from tests.support.decoding import loaded
 from tests.support.engines import Checked, check_idle
-from tests.support.models_gguf import Architecture, gguf_path
+from tests.support.models_gguf import Architecture
 from tests.support.oracle import random_prompts
 
 PROMPTS = random_prompts(6, seed=7, shortest=5, longest=40)
@@ -23,9 +23,8 @@ engine_on = partial(support.engine_on, n_seq_max=3, n_ctx=512, n_batch=32, n_uba
 
 
 @pytest.fixture(scope="module")
-def model(architecture: Architecture) -> Iterator[Model]:
-    with Model(gguf_path(architecture.name)) as model:
-        yield model
+def model(architecture: Architecture) -> Model:
+    return loaded(architecture.name)
 
 
 @pytest.fixture(scope="module")

@@ -13,19 +13,18 @@ import pytest
 
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import (
-    ArgumentError,
     ClosedError,
     ContextCreateError,
     EngineClosed,
     FatalDecodeError,
 )
-from pyllamabatch.llama.batch import Batch
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.lora import LoraAdapter
 from pyllamabatch.llama.model import Model
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.sampling_params import SamplingParams
-from pyllamabatch.step.stepper import SAMPLE, Stepper
+from pyllamabatch.step.stepper import Stepper
+from tests.support.decoding import decode, write
 from tests.support.engines import EXACT, engine_on, greedy
 from tests.support.models_gguf import Architecture, gguf_path, write_gguf
 from tests.support.models_special import write_lora
@@ -61,8 +60,14 @@ def tokens_of(engine: Engine, params: SamplingParams | list[SamplingParams]) -> 
     ids=str,
 )
 def test_no_request_notices(model: Model, options: dict[str, Any]) -> None:
-    """Sampled, with seeds and penalties: the sampling state goes on, too."""
-    params = [SamplingParams(max_tokens=14, seed=seed, top_k=40) for seed in range(len(PROMPTS))]
+    """Sampled, with seeds, penalties and a grammar: the sampling state goes on, too."""
+    sampling: list[dict[str, Any]] = [
+        *({"seed": seed, "top_k": 40} for seed in range(3)),
+        {"seed": 3, "repeat_penalty": 1.5, "presence_penalty": 0.3},
+        {"seed": 4, "temperature": 2.0},
+        {"temperature": 0, "grammar": 'root ::= ("a" | "b")*'},
+    ]
+    params = [SamplingParams(max_tokens=14, **each) for each in sampling]
     with small(model, **options) as engine:
         expected = tokens_of(engine, params)
         for step in (1, 4, 11):
@@ -71,19 +76,6 @@ def test_no_request_notices(model: Model, options: dict[str, Any]) -> None:
         stats = engine.stats()
         assert stats.restarts == 3
         assert stats.finished["error"] == stats.running == stats.kv_used == 0
-
-
-def test_draws_penalties_and_grammar_go_on(model: Model) -> None:
-    params = [
-        SamplingParams(max_tokens=10, seed=1, repeat_penalty=1.5, presence_penalty=0.3),
-        SamplingParams(max_tokens=10, seed=2, temperature=2.0),
-        SamplingParams(max_tokens=10, temperature=0, grammar='root ::= ("a" | "b")*'),
-    ] * 2
-    with small(model) as engine:
-        expected = tokens_of(engine, params)
-        engine._stepper.fault(6, FATAL, 1, 2)
-        assert tokens_of(engine, params) == expected
-        assert engine.stats().restarts == 1
 
 
 def test_a_call_of_a_sequence_takes_longer_and_no_more(model: Model) -> None:
@@ -160,27 +152,12 @@ def test_what_is_left_of_the_engine_when_there_is_no_fresh_context(
     engine.close()
 
 
-def test_zero_restarts_leave_the_context(model: Model) -> None:
-    with small(model, max_restarts=0) as engine:
-        engine._stepper.fault(1, FATAL, 0, 2)
-        results = engine.generate(PROMPTS, GREEDY)
-        assert any(isinstance(result.error, FatalDecodeError) for result in results)
-        assert engine.stats().restarts == 0
-        assert len(tokens_of(engine, GREEDY)) == len(PROMPTS)
-    for wrong in (-1, 1.5, True):
-        with pytest.raises(ArgumentError, match="max_restarts"):
-            small(model, max_restarts=wrong)
-
-
 # -- Context.renew
 
 
 def logits(context: Context) -> np.ndarray:
     context.memory.seq_rm(0)
-    batch = Batch(5)
-    batch.extend([1, 20, 30, 40, 50], 0, 0)
-    context.decode(batch)
-    return np.array(context.logits())
+    return decode(context, [1, 20, 30, 40, 50])
 
 
 def test_renew_is_the_same_context_but_empty(tmp_path: Path) -> None:
@@ -207,11 +184,7 @@ def test_steppers_keep_their_slots(model: Model) -> None:
         prompt = [1, 20, 30, 40]
 
         def step(first: int, tokens: list[int]) -> int:
-            n = len(tokens)
-            stepper.rows.token[:n], stepper.rows.pos[:n] = tokens, range(first, first + n)
-            stepper.rows.seq[:n], stepper.rows.flags[:n] = 1, 0
-            stepper.rows.flags[n - 1] = SAMPLE
-            stepper.step(n).raise_for_code()
+            stepper.step(write(stepper, tokens, seq=1, pos=first)).raise_for_code()
             return int(stepper.result.token[0])
 
         stepper.set_slot(1, GREEDY, prompt)

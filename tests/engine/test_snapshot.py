@@ -15,7 +15,8 @@ from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.lora import LoraAdapter
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
-from pyllamabatch.step.stepper import SAMPLE, Stepper
+from pyllamabatch.step.stepper import Stepper
+from tests.support.decoding import write
 from tests.support.models_gguf import Architecture, gguf_path
 from tests.support.models_special import write_lora
 
@@ -32,10 +33,7 @@ def make(model: Model, **params: Any) -> tuple[Context, Stepper]:
 
 def prefill(stepper: Stepper, seq: int, params: SamplingParams) -> int:
     stepper.set_slot(seq, params, PROMPT)
-    rows, n = stepper.rows, len(PROMPT)
-    rows.token[:n], rows.pos[:n], rows.seq[:n], rows.flags[:n] = PROMPT, range(n), seq, 0
-    rows.flags[n - 1] = SAMPLE
-    result = stepper.step(n)
+    result = stepper.step(write(stepper, PROMPT, seq=seq))
     result.raise_for_code()
     return int(result.token[0])
 
@@ -79,9 +77,7 @@ def test_before_the_first_token_and_without_sampling() -> None:
         early = snapshot.save(context, stepper, 1, PROMPT, SamplingParams(temperature=0))
         saved = snapshot.restore(context, stepper, 0, early)
         assert saved.n_computed == 40
-        rows = stepper.rows
-        rows.token[0], rows.pos[0], rows.seq[0], rows.flags[0] = PROMPT[-1], 40, 0, SAMPLE
-        assert stepper.step(1).token[0] == first
+        assert stepper.step(write(stepper, PROMPT[-1:], pos=40)).token[0] == first
 
 
 def test_a_slot_that_has_finished_or_knows_other_tokens() -> None:

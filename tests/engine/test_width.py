@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -99,20 +99,91 @@ class Learner(StepCost):
         self.switches.append(seconds)
 
 
-def observed(
-    monkeypatch: pytest.MonkeyPatch,
-    calls: list[tuple[list[int], Run]],
-    cost: Learner | None = None,
-    n_prompt: int = 0,
-    shapes: list[tuple[int, int, float, int]] | None = None,
-) -> Learner:
-    """Calls that follow each other without a pause: who decodes, `n_prompt` rows of a prompt beside
-    them, and what it took. shapes: what they are computed in, if not all at once."""
-    now = 0.0
-    cost = cost or Learner()
+Call = tuple[list[int], Run]
+
+
+def call(slots: list[int], n: int, n_reused: int, ms: float, first_ms: float) -> Call:
+    return slots, Run(0, n, n_reused, ms / 1e3, (), first_ms / 1e3)
+
+
+PAIR, TRIO = [0, 1], [0, 1, 2]
+MEASURED = NewGraph(0.002, 0.004)  # 2 ms for a new graph, and 4 ms in the two steps behind it
+
+
+class Observed(NamedTuple):
+    """Calls that follow each other without a pause, `n_prompt` rows of a prompt beside each of
+    them, in `shapes` if not all at once; what is learnt: rows and ms of steps, ms of switches."""
+
+    calls: list[Call]
+    steps: list[tuple[int, float]]
+    switches: list[float] | None = None
+    new_graph: NewGraph = NO_COST
+    n_prompt: int = 0
+    shapes: list[tuple[int, int, float, int]] | None = None
+
+
+OBSERVED = {
+    # A step's own time is without its graph, and unknown where there is no other step.
+    "a switch costs what its first step took longer": Observed(
+        [
+            call([0, 1, 2], 10, 9, 39, 12),  # a graph for 9 ms
+            call([1, 2, 3], 10, 9, 38, 11),
+            call([2, 3, 4], 10, 10, 30, 3),  # the same graph
+            call([3, 4, 5], 1, 0, 10, 10),  # 7 ms more than predicted
+        ],
+        [(3, 3)] * 3,
+        [8, 0, 7],
+    ),
+    "what new graphs were measured to take is no part of a step": Observed(
+        [
+            call(TRIO, 10, 9, 36, 5),
+            call(PAIR, 3, 2, 15, 5),
+            call(TRIO, 2, 1, 10, 5),
+            call(PAIR, 1, 0, 5, 5),
+            call(PAIR, 10, 10, 34, 5),
+        ],
+        [(3, 3), (2, 3), (3, 3), (2, 3), (2, 3)],
+        new_graph=MEASURED,
+    ),
+    "nor those of two ubatches, one of which is there the second time": Observed(
+        [call(PAIR, 1, 0, 7, 7), call(PAIR, 1, 1, 5, 5)],
+        [(12, 3)] * 2,
+        new_graph=MEASURED,
+        n_prompt=10,
+    ),
+    "what settles in a later call is no part of its step": Observed(
+        [call(PAIR, 1, 0, 5, 5), *(call(PAIR, 1, 1, ms, ms) for ms in (5, 5, 3))],
+        [(2, 3)] * 4,
+        new_graph=MEASURED,
+    ),
+    "nor in a call of several": Observed(
+        [call(PAIR, 2, 1, 10, 5), call(PAIR, 3, 3, 11, 5)], [(2, 3)] * 2, new_graph=MEASURED
+    ),
+    "of a batch in parts only the switch is learnt": Observed(
+        [call([0, 2], 1, 0, 5, 5), call([1, 3], 1, 0, 7, 7)],
+        [],
+        [1],  # two steps of 3 ms would be 6
+        shapes=[(1, 0, 50.0, 1)] * 2,
+    ),
+    "more or fewer rows are no switch": Observed(
+        [
+            call(TRIO, 10, 9, 39, 12),
+            call(TRIO, 10, 10, 30, 3),
+            call([0, 1, 2, 3], 10, 9, 38, 11),
+            call([0, 1, 3], 1, 0, 11, 11),
+        ],
+        [(3, 3), (3, 3), (4, 3), (3, 11)],
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OBSERVED.values(), ids=OBSERVED)
+def test_what_is_learnt_of_calls(case: Observed, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, cost = 0.0, Learner(case.new_graph)
     attention = SimpleNamespace(
         cells=lambda step, ahead: 100 + step.n_rows * ahead,
-        shapes=lambda step, kv: shapes or [step.shape(kv)],
+        shapes=lambda step, kv: case.shapes or [step.shape(kv)],
     )
     scheduler: Any = SimpleNamespace(
         cost=cost,
@@ -120,92 +191,17 @@ def observed(
         limits=SimpleNamespace(n_ubatch=8),
         prefilled=lambda rows, seconds: None,
     )
-    chunks = (PromptChunk(9, 9, 0, n_prompt, True),) if n_prompt else ()
+    chunks = (PromptChunk(9, 9, 0, case.n_prompt, True),) if case.n_prompt else ()
     monkeypatch.setattr("pyllamabatch.engine.cost_observer.perf_counter", lambda: now)
     observe = CostObserver(scheduler)
-    for slots, run in calls:
+    for slots, run in case.calls:
         now += run.seconds
-        decode = np.array(slots, dtype=np.int32)
-        observe(Step(decode, chunks, (), (), len(slots) + n_prompt, {}, run.n_steps), run)
-    return cost
-
-
-def call(n: int, n_reused: int, seconds: float, first: float) -> Run:
-    return Run(0, n, n_reused, seconds, (), first)
-
-
-def test_a_switch_costs_what_its_first_step_took_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    cost = observed(
-        monkeypatch,
-        [
-            ([0, 1, 2], call(10, 9, 0.039, 0.012)),  # a graph for 9 ms
-            ([1, 2, 3], call(10, 9, 0.038, 0.011)),
-            ([2, 3, 4], call(10, 10, 0.030, 0.003)),  # the same graph
-            ([3, 4, 5], call(1, 0, 0.010, 0.010)),  # 7 ms more than predicted
-        ],
-    )
-    assert cost.switches == pytest.approx([0.008, 0.0, 0.007], abs=1e-9)
-    # A step's own time is without its graph, and unknown where there is no other step.
-    assert [rows for rows, _ in cost.steps] == [3, 3, 3]
-    assert [seconds for _, seconds in cost.steps] == pytest.approx([0.003] * 3)
-
-
-def test_what_new_graphs_were_measured_to_take_is_no_part_of_a_step(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """3 ms a step; 2 ms for a new graph, and 4 ms in the two steps behind it."""
-    calls = [
-        ([0, 1, 2], call(10, 9, 0.036, 0.005)),
-        ([0, 1], call(3, 2, 0.015, 0.005)),
-        ([0, 1, 2], call(2, 1, 0.010, 0.005)),
-        ([0, 1], call(1, 0, 0.005, 0.005)),
-        ([0, 1], call(10, 10, 0.034, 0.005)),
-    ]
-    cost = observed(monkeypatch, calls, Learner(NewGraph(0.002, 0.004)))
-    assert [seconds for _, seconds in cost.steps] == pytest.approx([0.003] * 5)
-    # Of two ubatches; the second time the graph of one of them was there.
-    calls = [([0, 1], call(1, 0, 0.007, 0.007)), ([0, 1], call(1, 1, 0.005, 0.005))]
-    cost = observed(monkeypatch, calls, Learner(NewGraph(0.002, 0.004)), n_prompt=10)
-    assert [rows for rows, _ in cost.steps] == [12, 12]
-    assert [seconds for _, seconds in cost.steps] == pytest.approx([0.003] * 2)
-
-
-def test_what_settles_in_a_later_call_is_no_part_of_its_step(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """2 ms for the graph, 4 in the two steps behind it, whether they are calls of their own."""
-    one_by_one = [
-        ([0, 1], call(1, 0, 0.005, 0.005)),
-        *(([0, 1], call(1, 1, seconds, seconds)) for seconds in (0.005, 0.005, 0.003)),
-    ]
-    cost = observed(monkeypatch, one_by_one, Learner(NewGraph(0.002, 0.004)))
-    assert [seconds for _, seconds in cost.steps] == pytest.approx([0.003] * 4)
-    together = [([0, 1], call(2, 1, 0.010, 0.005)), ([0, 1], call(3, 3, 0.011, 0.005))]
-    cost = observed(monkeypatch, together, Learner(NewGraph(0.002, 0.004)))
-    assert [seconds for _, seconds in cost.steps] == pytest.approx([0.003] * 2)
-
-
-def test_of_a_batch_in_parts_only_the_switch_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = [(1, 0, 50.0, 1), (1, 0, 50.0, 1)]
-    calls = [([0, 2], call(1, 0, 0.005, 0.005)), ([1, 3], call(1, 0, 0.007, 0.007))]
-    cost = observed(monkeypatch, calls, shapes=parts)
-    assert cost.steps == []
-    assert cost.switches == pytest.approx([0.001])  # two steps of 3 ms would be 6
-
-
-def test_more_or_fewer_rows_are_no_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    cost = observed(
-        monkeypatch,
-        [
-            ([0, 1, 2], call(10, 9, 0.039, 0.012)),
-            ([0, 1, 2], call(10, 10, 0.030, 0.003)),
-            ([0, 1, 2, 3], call(10, 9, 0.038, 0.011)),
-            ([0, 1, 3], call(1, 0, 0.011, 0.011)),
-        ],
-    )
-    assert cost.switches == []
-    assert cost.steps[-1][0] == 3
-    assert cost.steps[-1][1] == pytest.approx(0.011)
+        n_rows = len(slots) + case.n_prompt
+        observe(Step(np.array(slots, np.int32), chunks, (), (), n_rows, {}, run.n_steps), run)
+    learnt = [(rows, 1e3 * seconds) for rows, seconds in cost.steps]
+    np.testing.assert_allclose(learnt, case.steps, rtol=1e-6)
+    if case.switches is not None:
+        assert [1e3 * s for s in cost.switches] == pytest.approx(case.switches, abs=1e-6)
 
 
 def test_what_a_switch_costs_is_followed() -> None:

@@ -7,17 +7,18 @@ compared is asserted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
 import pytest
 
 from pyllamabatch.engine.engine import Engine
+from pyllamabatch.engine.stats import EngineStats
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
-from pyllamabatch.step.stepper import SAMPLE, Finish, Stepper
+from pyllamabatch.step.stepper import Finish, Stepper
+from tests.support.decoding import loaded, write
 from tests.support.engines import EXACT
 from tests.support.models_gguf import EOS, N_VOCAB, Architecture, gguf_path
 from tests.support.oracle import (
@@ -28,6 +29,7 @@ from tests.support.oracle import (
     random_prompts,
     raw_model,
     solo,
+    solos,
     tolerance,
     tolerance_default,
 )
@@ -38,21 +40,32 @@ PROMPTS = random_prompts(33, seed=200)
 
 
 @pytest.fixture(scope="module")
-def model(architecture: Architecture) -> Iterator[Model]:
-    with Model(gguf_path(architecture.name)) as model:
-        yield model
+def model(architecture: Architecture) -> Model:
+    return loaded(architecture.name)
 
 
 @pytest.fixture(scope="module")
 def alone(architecture: Architecture) -> list[Reference]:
     """What each prompt of PROMPTS gets on a context of its own."""
-    with raw_model(gguf_path(architecture.name)) as oracle:
-        return [solo(oracle, prompt, N_TOKENS) for prompt in PROMPTS]
+    return solos(architecture.name, PROMPTS, N_TOKENS)
 
 
 @pytest.fixture
 def limit(architecture: Architecture) -> float:
     return tolerance(architecture.name)
+
+
+def check_requests(
+    model: Model, alone: Sequence[Reference], limit: float, at_least: float = 0.99, **options: Any
+) -> EngineStats:
+    """An engine with these options gives each of the first prompts what it gets alone."""
+    n = len(alone)
+    with Engine(model, **{"n_seq_max": 8, "n_batch": 64, **EXACT, **options}) as engine:
+        results = engine.generate(PROMPTS[:n], GREEDY)
+        stats = engine.stats()
+    assert [r.finish_reason for r in results] == ["length"] * n
+    assert_as_alone([r.tokens for r in results], alone, limit, at_least)
+    return stats
 
 
 def assert_as_alone(
@@ -78,7 +91,6 @@ def test_stepper_sequences_get_what_they_get_alone(
         Context(model, n_ctx=96 * n, n_seq_max=n, n_ubatch=64, **EXACT) as context,
         Stepper(context) as stepper,
     ):
-        rows = stepper.rows
         for step in range(10 * N_TOKENS):
             n_rows = 0
             for seq in sorted(alive):
@@ -88,14 +100,10 @@ def test_stepper_sequences_get_what_they_get_alone(
                     stepper.set_slot(seq, GREEDY, PROMPTS[seq])
                 known, first = [*PROMPTS[seq], *got[seq]], computed[seq]
                 part = known[first : first + 13]
-                here = slice(n_rows, n_rows + len(part))
-                rows.token[here], rows.seq[here] = part, seq
-                rows.pos[here] = np.arange(first, first + len(part))
-                rows.flags[here] = 0
+                n_rows = write(stepper, part, seq=seq, pos=first, at=n_rows)
                 computed[seq] += len(part)
-                n_rows += len(part)
-                if computed[seq] == len(known):
-                    rows.flags[n_rows - 1] = SAMPLE
+                if computed[seq] < len(known):
+                    stepper.rows.flags[n_rows - 1] = 0
             if n_rows == 0:
                 break
             result = stepper.step(n_rows)
@@ -116,11 +124,8 @@ def test_requests_get_what_they_get_alone(
     model: Model, alone: list[Reference], limit: float, n: int
 ) -> None:
     """All at once, different lengths; 33 requests on 16 sequences wait."""
-    with Engine(model, n_seq_max=min(n, 16), n_batch=64, n_ubatch=32, **EXACT) as engine:
-        results = engine.generate(PROMPTS[:n], GREEDY)
-        assert engine.stats().preemptions == 0
-    assert [r.finish_reason for r in results] == ["length"] * n
-    assert_as_alone([r.tokens for r in results], alone[:n], limit)
+    stats = check_requests(model, alone[:n], limit, n_seq_max=min(n, 16), n_ubatch=32)
+    assert stats.preemptions == 0
 
 
 def test_requests_that_arrive_while_others_run(
@@ -138,9 +143,7 @@ def test_requests_that_arrive_while_others_run(
 
 
 def test_a_stream_of_cells_per_sequence(model: Model, alone: list[Reference], limit: float) -> None:
-    with Engine(model, n_seq_max=5, n_ctx=5 * 256, kv_unified=False, **EXACT) as engine:
-        results = engine.generate(PROMPTS[:10], GREEDY)
-    assert_as_alone([r.tokens for r in results], alone[:10], limit)
+    check_requests(model, alone[:10], limit, n_seq_max=5, n_ctx=5 * 256, kv_unified=False)
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
@@ -154,10 +157,8 @@ def test_too_few_cells_for_all_of_them(
     prefix_cache: bool,
 ) -> None:
     """Requests that are preempted and computed again, or swapped, get the same tokens."""
-    options: dict[str, Any] = {"preemption": preemption, "prefix_cache": prefix_cache, **EXACT}
-    with Engine(model, n_seq_max=8, n_ctx=256, n_batch=64, **options) as engine:
-        results = engine.generate(PROMPTS[:16], GREEDY)
-        stats = engine.stats()
+    options: dict[str, Any] = {"preemption": preemption, "prefix_cache": prefix_cache}
+    stats = check_requests(model, alone[:16], limit, n_ctx=256, **options)
     if architecture.recurrent:  # a state has one size: there is nothing to run out of
         assert stats.preemptions == 0
     else:
@@ -167,8 +168,6 @@ def test_too_few_cells_for_all_of_them(
             assert stats.recomputed_rows == 0
         else:
             assert stats.recomputed_rows > 0
-    assert [r.finish_reason for r in results] == ["length"] * 16
-    assert_as_alone([r.tokens for r in results], alone[:16], limit)
 
 
 def test_neighbours_that_end_early(model: Model, alone: list[Reference], limit: float) -> None:
@@ -195,13 +194,11 @@ def test_default_settings_differ_at_near_ties_only(
     model: Model, architecture: Architecture
 ) -> None:
     """Flash attention and F16 cells, as the engine runs when nothing is asked for."""
-    params: dict[str, Any] = {"n_seq_max": 8, "n_batch": 64, "n_threads": 1}
     with raw_model(gguf_path(architecture.name)) as oracle:
         alone = [solo(oracle, prompt, N_TOKENS, settings=DEFAULT) for prompt in PROMPTS[:16]]
-    with Engine(model, **params) as engine:
-        results = engine.generate(PROMPTS[:16], GREEDY)
+    default: dict[str, Any] = dict.fromkeys(("type_k", "type_v"), "f16")
     limit = tolerance_default(architecture.name)
-    assert_as_alone([r.tokens for r in results], alone, limit, at_least=0.75)
+    check_requests(model, alone, limit, 0.75, flash_attn_type="auto", **default)
 
 
 @pytest.mark.parametrize("file_type", ["q8_0", "q4_0"])
@@ -211,9 +208,8 @@ def test_quantised_weights(name: str, file_type: str) -> None:
     path = gguf_path(name, file_type)
     with raw_model(path) as oracle:
         alone = [solo(oracle, prompt, N_TOKENS) for prompt in PROMPTS[:16]]
-    with Model(path) as model, Engine(model, n_seq_max=8, n_batch=64, **EXACT) as engine:
-        results = engine.generate(PROMPTS[:16], GREEDY)
-    assert_as_alone([r.tokens for r in results], alone, TOLERANCE_QUANTISED, at_least=0.9)
+    with Model(path) as model:
+        check_requests(model, alone, TOLERANCE_QUANTISED, 0.9)
 
 
 def test_the_same_request_twice_in_one_batch(model: Model, limit: float) -> None:
@@ -230,15 +226,11 @@ def test_the_same_request_twice_in_one_batch(model: Model, limit: float) -> None
 
 def test_a_window_that_forgets() -> None:
     """gemma3 with cells for the window only (`swa_full=False`), also under preemption."""
-    with raw_model(gguf_path("gemma3")) as oracle:
-        alone = [solo(oracle, prompt, N_TOKENS) for prompt in PROMPTS[:16]]
-    with Model(gguf_path("gemma3")) as model:
-        for n_ctx in (0, 256):
-            settings = EXACT | {"swa_full": False, "n_ctx": n_ctx}
-            with Engine(model, n_seq_max=8, n_batch=32, n_ubatch=32, **settings) as engine:
-                results = engine.generate(PROMPTS[:16], GREEDY)
-                assert (engine.stats().preemptions > 0) == (n_ctx == 256)
-            assert_as_alone([r.tokens for r in results], alone, tolerance("gemma3"))
+    alone = solos("gemma3", PROMPTS[:16], N_TOKENS)
+    for n_ctx in (0, 256):
+        options: dict[str, Any] = {"swa_full": False, "n_ctx": n_ctx, "n_batch": 32, "n_ubatch": 32}
+        stats = check_requests(loaded("gemma3"), alone, tolerance("gemma3"), **options)
+        assert (stats.preemptions > 0) == (n_ctx == 256)
 
 
 def test_sampling_goes_on_where_it_was_after_a_preemption(

@@ -8,7 +8,7 @@ groups of rows, or rotates keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import pytest
 from pyllamabatch.errors import StateError, UnsupportedOperation
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
+from tests.support.decoding import loaded
 from tests.support.models_gguf import (
     ARCHITECTURES,
     SLIDING_WINDOW,
@@ -31,6 +32,7 @@ from tests.support.oracle import (
     Logits,
     RawModel,
     Reference,
+    greedy,
     random_prompts,
     raw_model,
     solo,
@@ -61,17 +63,12 @@ class Sequences:
         return logits
 
     def greedy(self, logits: Logits, *, seq: int = 0, pos: int, n: int = N_TOKENS) -> Reference:
-        tokens, rows = [int(logits.argmax())], [logits]
-        while len(tokens) < n:
-            rows.append(self.feed(tokens[-1:], seq=seq, pos=pos + len(tokens) - 1))
-            tokens.append(int(rows[-1].argmax()))
-        return Reference(tokens, np.array(rows))
+        return greedy(self.feed, logits.copy(), n, seq=seq, pos=pos)
 
 
 @pytest.fixture(scope="module")
-def model(architecture: Architecture) -> Iterator[Model]:
-    with Model(gguf_path(architecture.name)) as model:
-        yield model
+def model(architecture: Architecture) -> Model:
+    return loaded(architecture.name)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +82,19 @@ def sequences(model: Model) -> Iterator[Sequences]:
     made = Sequences(model)
     with made.context:
         yield made
+
+
+Check = Callable[[Reference, Sequence[int]], None]
+
+
+@pytest.fixture
+def check(oracle: RawModel, architecture: Architecture) -> Check:
+    """That a continuation is that of the tokens alone."""
+
+    def same(got: Reference, tokens: Sequence[int]) -> None:
+        assert_same(got, solo(oracle, tokens, N_TOKENS), tolerance(architecture.name))
+
+    return same
 
 
 def assert_same(got: Reference, expected: Reference, limit: float) -> None:
@@ -103,7 +113,7 @@ def partial_removal(sequences: Sequences) -> bool:
 
 @pytest.mark.parametrize("unified", [True, False])
 def test_a_fork_continues_as_its_source(
-    model: Model, oracle: RawModel, architecture: Architecture, unified: bool
+    model: Model, check: Check, architecture: Architecture, unified: bool
 ) -> None:
     sequences = Sequences(model, kv_unified=unified)
     with sequences.context:
@@ -114,12 +124,10 @@ def test_a_fork_continues_as_its_source(
     if architecture.recurrent or not unified:
         np.testing.assert_array_equal(fork.logits, source.logits)
     assert_same(fork, source, tolerance(architecture.name))
-    assert_same(fork, solo(oracle, PROMPT, N_TOKENS), tolerance(architecture.name))
+    check(fork, PROMPT)
 
 
-def test_forks_part_without_touching_each_other(
-    sequences: Sequences, oracle: RawModel, architecture: Architecture
-) -> None:
+def test_forks_part_without_touching_each_other(sequences: Sequences, check: Check) -> None:
     """One source, two forks, each with another next text; all three equal their own recompute."""
     logits = sequences.feed(PROMPT)
     extra = {1: OTHER[1:9], 2: OTHER[20:37]}
@@ -129,14 +137,12 @@ def test_forks_part_without_touching_each_other(
         after = sequences.feed(tokens, seq=seq, pos=len(PROMPT))
         whole = [*PROMPT, *tokens]
         got = sequences.greedy(after, seq=seq, pos=len(whole))
-        assert_same(got, solo(oracle, whole, N_TOKENS), tolerance(architecture.name))
+        check(got, whole)
     source = sequences.greedy(logits, seq=0, pos=len(PROMPT))
-    assert_same(source, solo(oracle, PROMPT, N_TOKENS), tolerance(architecture.name))
+    check(source, PROMPT)
 
 
-def test_a_shared_prefix_serves_another_suffix(
-    sequences: Sequences, oracle: RawModel, architecture: Architecture
-) -> None:
+def test_a_shared_prefix_serves_another_suffix(sequences: Sequences, check: Check) -> None:
     """Copy 40 of 60 tokens.  Recurrent and hybrid memory refuse, and the context goes on."""
     logits = sequences.feed(PROMPT)
     if not sequences.context.capabilities.prefix_copy:
@@ -148,16 +154,16 @@ def test_a_shared_prefix_serves_another_suffix(
         after = sequences.feed(OTHER_SUFFIX, seq=1, pos=40)
         whole = PROMPT[:40] + OTHER_SUFFIX
         got = sequences.greedy(after, seq=1, pos=len(whole))
-        assert_same(got, solo(oracle, whole, N_TOKENS), tolerance(architecture.name))
+        check(got, whole)
     source = sequences.greedy(logits, seq=0, pos=len(PROMPT))
-    assert_same(source, solo(oracle, PROMPT, N_TOKENS), tolerance(architecture.name))
+    check(source, PROMPT)
 
 
 def test_which_architectures_refuse_what() -> None:
     """The capabilities of the six, so that the branches above are the ones that are meant."""
     partial, prefix, window, shift = {}, {}, {}, {}
     for name in ARCHITECTURES:
-        with Model(gguf_path(name)) as model, Context(model, n_ctx=512, n_seq_max=2) as context:
+        with Context(loaded(name), n_ctx=512, n_seq_max=2) as context:
             can = context.capabilities
             partial[name], prefix[name] = can.partial_removal, can.prefix_copy
             window[name], shift[name] = can.swa_window, can.can_shift
@@ -172,7 +178,7 @@ def test_which_architectures_refuse_what() -> None:
 
 
 def test_trimming_the_end_and_going_on_with_other_tokens(
-    sequences: Sequences, oracle: RawModel, architecture: Architecture
+    sequences: Sequences, check: Check
 ) -> None:
     sequences.feed(OTHER, seq=1)  # a neighbour in the same cells
     logits = sequences.feed(PROMPT)
@@ -185,17 +191,15 @@ def test_trimming_the_end_and_going_on_with_other_tokens(
         assert sequences.memory.pos_max(0) == 39
         whole = PROMPT[:40] + OTHER_SUFFIX
         got = sequences.greedy(sequences.feed(OTHER_SUFFIX, pos=40), pos=len(whole))
-    assert_same(got, solo(oracle, whole, N_TOKENS), tolerance(architecture.name))
+    check(got, whole)
 
 
-def test_a_removed_sequence_leaves_nothing_behind(
-    sequences: Sequences, oracle: RawModel, architecture: Architecture
-) -> None:
+def test_a_removed_sequence_leaves_nothing_behind(sequences: Sequences, check: Check) -> None:
     sequences.feed(OTHER)
     sequences.memory.seq_rm(0)
     assert sequences.memory.pos_max(0) == -1
     got = sequences.greedy(sequences.feed(PROMPT), pos=len(PROMPT))
-    assert_same(got, solo(oracle, PROMPT, N_TOKENS), tolerance(architecture.name))
+    check(got, PROMPT)
 
 
 @pytest.mark.parametrize("n_last", [1, 3, 20])
@@ -204,8 +208,8 @@ def test_a_state_rolls_back_within_its_last_decode(n_last: int, n_back: int) -> 
     """`n_rs_seq=4` lets the last tokens of an lfm2 go, but the first row of the last decode has no
     snapshot before it: libllama would take an old one without a word (logits off by 10).  Refused
     here, and the sequence goes on."""
-    with Model(gguf_path("lfm2")) as model, raw_model(gguf_path("lfm2")) as oracle:
-        sequences = Sequences(model, n_seq_max=2, n_rs_seq=4)
+    with raw_model(gguf_path("lfm2")) as oracle:
+        sequences = Sequences(loaded("lfm2"), n_seq_max=2, n_rs_seq=4)
         with sequences.context:
             before = len(PROMPT) - n_last
             sequences.feed(PROMPT[:before])
@@ -225,8 +229,8 @@ def test_a_state_rolls_back_within_its_last_decode(n_last: int, n_back: int) -> 
 
 @pytest.mark.parametrize("name", ["mamba", "jamba"])
 def test_mamba_has_no_snapshots_in_this_llama_cpp(name: str) -> None:
-    with Model(gguf_path(name)) as model, raw_model(gguf_path(name)) as oracle:
-        sequences = Sequences(model, n_seq_max=2, n_rs_seq=4)
+    with raw_model(gguf_path(name)) as oracle:
+        sequences = Sequences(loaded(name), n_seq_max=2, n_rs_seq=4)
         with sequences.context:
             assert sequences.context.n_rs_seq == 0
             logits = sequences.feed(PROMPT)
@@ -238,8 +242,10 @@ def test_mamba_has_no_snapshots_in_this_llama_cpp(name: str) -> None:
 
 def test_a_window_that_forgot_cannot_be_trimmed_into() -> None:
     """gemma3 with cells for the window only: what is gone is refused, the rest still goes on."""
-    with Model(gguf_path("gemma3")) as model, raw_model(gguf_path("gemma3")) as oracle:
-        sequences = Sequences(model, swa_full=False, n_ubatch=16, n_batch=16, n_seq_max=1)
+    with raw_model(gguf_path("gemma3")) as oracle:
+        sequences = Sequences(
+            loaded("gemma3"), swa_full=False, n_ubatch=16, n_batch=16, n_seq_max=1
+        )
         with sequences.context:
             long = (4 * (PROMPT + OTHER))[:480]
             for pos in range(0, 480, 8):
@@ -300,7 +306,7 @@ def test_cutting_the_middle_out_and_closing_the_gap(tmp_path: Path) -> None:
 
 
 def test_a_saved_sequence_continues_elsewhere(
-    model: Model, oracle: RawModel, architecture: Architecture, tmp_path: Path
+    model: Model, check: Check, architecture: Architecture, tmp_path: Path
 ) -> None:
     """Under another id beside a neighbour, and in a new context, from bytes and from a file."""
     first, second = Sequences(model), Sequences(model)
@@ -321,7 +327,7 @@ def test_a_saved_sequence_continues_elsewhere(
         if architecture.recurrent:
             np.testing.assert_array_equal(restored.logits, went_on.logits)
         assert_same(restored, went_on, limit)
-        assert_same(restored, solo(oracle, PROMPT, N_TOKENS), limit)
+        check(restored, PROMPT)
 
 
 def test_a_damaged_state_is_refused_and_the_sequence_stays(sequences: Sequences) -> None:

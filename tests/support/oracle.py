@@ -16,7 +16,7 @@ move: `agreement` compares there and counts how much it compared.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,20 +112,6 @@ class RawContext:
         row: Logits = self.decode(rows)[0]
         return row
 
-    def greedy(
-        self, logits: Logits, n: int, *, seq: int, pos: int, never: Sequence[int] = ()
-    ) -> Reference:
-        """`n` greedy tokens of one sequence whose next row's logits are known, none of `never`."""
-        tokens: list[int] = []
-        rows: list[Logits] = []
-        while True:
-            logits[list(never)] = -1e9
-            tokens.append(int(logits.argmax()))
-            rows.append(logits)
-            if len(tokens) == n:
-                return Reference(tokens, np.array(rows))
-            logits = self.feed(tokens[-1:], seq=seq, pos=pos + len(tokens) - 1)
-
     def close(self) -> None:
         lib.llama_batch_free(self.batch)
         lib.llama_free(self.ptr)
@@ -166,6 +152,28 @@ class Reference:
         return lead
 
 
+def greedy(
+    feed: Callable[..., Logits],
+    logits: Logits,
+    n: int,
+    *,
+    seq: int = 0,
+    pos: int,
+    never: Sequence[int] = (),
+) -> Reference:
+    """`n` greedy tokens, none of `never`, of a sequence whose next row's logits are known.
+    feed(tokens, seq=, pos=): the logits after the last of them."""
+    tokens: list[int] = []
+    rows: list[Logits] = []
+    while True:
+        logits[list(never)] = -1e9
+        tokens.append(int(logits.argmax()))
+        rows.append(logits)
+        if len(tokens) == n:
+            return Reference(tokens, np.array(rows))
+        logits = feed(tokens[-1:], seq=seq, pos=pos + len(tokens) - 1)
+
+
 def solo(
     model: RawModel,
     prompt: Sequence[int],
@@ -178,7 +186,7 @@ def solo(
     with raw_context(
         model, settings=settings, n_ctx=len(prompt) + n, n_batch=512, n_ubatch=512
     ) as context:
-        return context.greedy(context.feed(prompt), n, seq=0, pos=len(prompt), never=never)
+        return greedy(context.feed, context.feed(prompt), n, pos=len(prompt), never=never)
 
 
 def solos(architecture: str, prompts: Iterable[Sequence[int]], n: int) -> list[Reference]:
