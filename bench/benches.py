@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
 
-if TYPE_CHECKING:
-    from bench.targets import Target
+from bench.targets import Target
+from bench.views import plain
+from pyllamabatch.report.records import Record
 
 BENCHES = (
     "coalesce",
@@ -59,3 +60,9 @@ def about(bench: Bench) -> str:
 def names_of(name: str, bench: Bench) -> tuple[str, ...]:
     """What its records call it."""
     return getattr(bench, "NAMES", (name,))
+
+
+def view_of(bench: Bench) -> Callable[[Sequence[Record]], str]:
+    """Markdown of the records of one setting."""
+    view: Callable[[Sequence[Record]], str] = getattr(bench, "view", plain)
+    return view

@@ -76,13 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     todo = experiment(options)
     return harness.show(
-        "compare",
-        run(todo, options),
         options,
+        run(todo, options),
         sum(1 for _ in todo.runs()),
-        view=view,
-        targets=TARGETS,
-        title=f"{options.prompt_tokens} prompt tokens and {options.tokens} of an answer",
+        f"{options.prompt_tokens} prompt tokens and {options.tokens} of an answer",
     )
 
 

@@ -62,9 +62,7 @@ def main(options: argparse.Namespace) -> int:
     pp, tg = options.prompt_tokens, options.tokens
     cases = cases_of(options, inside.file, pp, tg, numbers(options.batch))
     title = f"{pp} prompt tokens and {tg} timed tokens per sequence, decode tokens/s (ratio)"
-    return harness.run(
-        "decode", arms, cases, inside.facts(), options, view=view, targets=TARGETS, title=title
-    )
+    return harness.run(options, arms, cases, inside.facts(), title)
 
 
 def view(records: Sequence[Record]) -> str:

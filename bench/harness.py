@@ -13,16 +13,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from bench.benches import load, view_of
 from bench.case import Arm, Case, Measured, record_of
 from bench.options import Budget, out_file
-from bench.targets import Target, judged
+from bench.targets import judged
 from pyllamabatch.report import facts
 from pyllamabatch.report.meters import undisturbed
 from pyllamabatch.report.records import Record, append
 from pyllamabatch.report.tables import in_words
-
-View = Callable[[Sequence[Record]], str]
-"""Markdown of the records of one setting."""
 
 
 @cache
@@ -92,47 +90,45 @@ def measure(
 
 
 def run(
-    bench: str,
+    options: argparse.Namespace,
     arms: Sequence[Arm],
     cases: Sequence[Case],
     about: dict[str, Any],
-    options: argparse.Namespace,
-    **shown: Any,
+    title: str,
+    subject: str | None = None,
 ) -> int:
     """`measure`, then `show`; the exit status."""
-    n_runs = len(arms) * len(cases) * options.repeats
-    return show(bench, measure(bench, arms, cases, about, options), options, n_runs, **shown)
+    running = measure(options.command, arms, cases, about, options)
+    return show(options, running, len(arms) * len(cases) * options.repeats, title, subject)
 
 
 def show(
-    bench: str,
-    running: Generator[Record, None, None],
     options: argparse.Namespace,
+    running: Generator[Record, None, None],
     n_runs: int,
-    *,
-    view: View,
-    targets: Sequence[Target] = (),
-    title: str = "",
+    title: str,
     subject: str | None = None,
     optional: Sequence[str] = (),
 ) -> int:
-    """Writes every record as soon as it is there, and prints at the end what they show. What
-    `running` started is ended, also on Ctrl-C.
+    """Writes every record as soon as it is there, and prints at the end what they show, by the
+    bench's own `view` and `TARGETS`. What `running` started is ended, also on Ctrl-C.
 
     `title`: what was run; `subject`: of the file's name (the model's); `optional`: arms that may
     have no result. Returns the exit status: 1 where another arm has none, and where a target is
     missed that must be met.
     """
+    name = options.command
+    bench = load(name)
     if subject is None:
         subject = Path(options.model).name.removesuffix(".gguf")
         title = f"{options.model}: {title}, {options.threads} threads, KV {options.kv}"
     records: list[Record] = []
     # no thread of its own, which would take time from what is measured
     with Progress(console=Console(stderr=True), auto_refresh=False, transient=True) as progress:
-        task = progress.add_task(bench, total=n_runs)
+        task = progress.add_task(name, total=n_runs)
         with closing(running):
             for record in running:
-                append(out_file(options, bench, subject, record.gpu_info), [record])
+                append(out_file(options, name, subject, record.gpu_info), [record])
                 records.append(record)
                 words = f"{record.pl:>5}  {in_words(record)}"
                 progress.console.print(words, markup=False, highlight=False)
@@ -140,12 +136,12 @@ def show(
                 progress.refresh()
     if not records:
         return 1
-    print(f"\n{title}, medians of {options.repeats}\n\n{view(records)}\n")
-    print(judged(targets, records), end="")
+    print(f"\n{title}, medians of {options.repeats}\n\n{view_of(bench)(records)}\n")
+    print(judged(bench.TARGETS, records), end="")
     print("What each time contains:")
     arms = {record.arm: record.includes for record in records}
     for includes in dict.fromkeys(arms.values()):
         print(f"- {', '.join(arm for arm in arms if arms[arm] == includes)}: {includes}")
-    print(f"\nrecords: {out_file(options, bench, subject, records[0].gpu_info)}")
+    print(f"\nrecords: {out_file(options, name, subject, records[0].gpu_info)}")
     failed = any(record.error and record.arm not in optional for record in records)
-    return int(failed or any(target.must and target.missed_by(records) for target in targets))
+    return int(failed or any(target.must and target.missed_by(records) for target in bench.TARGETS))

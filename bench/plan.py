@@ -90,15 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     layouts = QUICK_LAYOUTS if options.quick else LAYOUTS
-    return harness.show(
-        "plan",
-        measure(layouts, options),
-        options,
-        len(layouts),
-        view=view,
-        targets=TARGETS,
-        title="MiB, projected and real",
-    )
+    return harness.show(options, measure(layouts, options), len(layouts), "MiB, projected and real")
 
 
 def measure(

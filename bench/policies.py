@@ -114,14 +114,11 @@ def main(options: argparse.Namespace) -> int:
     policies = options.policies.split(";")
     arms = [Arm(name, includes, partial(simulated, name), sampling=False) for name in policies]
     return harness.run(
-        "policies",
+        options,
         arms,
         [case for name in options.profiles.split(",") for case in cases_of(name, options)],
         harness.facts_of(),
-        options,
-        view=view,
-        targets=TARGETS,
-        title="default over counted: throughput (p99 of the ITL)",
+        "default over counted: throughput (p99 of the ITL)",
         subject="shipped-simulated",
     )
 

@@ -66,9 +66,7 @@ def main(options: argparse.Namespace) -> int:
     pp = common + options.own
     cases = cases_of(options, inside.file, pp, options.tokens, [options.requests])
     title = f"{options.requests} requests of {common} common and {options.own} own prompt tokens"
-    return harness.run(
-        "prefix", arms, cases, inside.facts(), options, view=view, targets=TARGETS, title=title
-    )
+    return harness.run(options, arms, cases, inside.facts(), title)
 
 
 def view(records: Sequence[Record]) -> str:

@@ -127,15 +127,7 @@ def main(options: argparse.Namespace) -> int:
         for n in dict.fromkeys(threads)
     ]
     return harness.run(
-        "sampler",
-        arms,
-        [case],
-        harness.facts_of(),
-        options,
-        view=view,
-        targets=TARGETS,
-        title=f"{options.vocab} logits a row",
-        subject="",
+        options, arms, [case], harness.facts_of(), f"{options.vocab} logits a row", subject=""
     )
 
 

@@ -131,14 +131,11 @@ def main(options: argparse.Namespace) -> int:
         for waiting in numbers(options.waiting)
     ]
     return harness.run(
-        "scheduler",
+        options,
         arms,
         cases,
         harness.facts_of(),
-        options,
-        view=view,
-        targets=TARGETS,
-        title="us a step; columns: running + waiting",
+        "us a step; columns: running + waiting",
         subject="all",
     )
 

@@ -75,13 +75,10 @@ def main(options: argparse.Namespace) -> int:
     pp, tg = options.prompt_tokens, options.tokens
     cases = cases_of(options, inside.file, pp, tg, numbers(options.clients))
     return harness.show(
-        "serve",
-        measure(arms, cases, inside, options),
         options,
+        measure(arms, cases, inside, options),
         len(arms) * len(cases) * options.repeats,
-        view=view,
-        targets=TARGETS,
-        title=f"{pp} prompt tokens and {tg} generated per client, generated tokens/s (ratio)",
+        f"{pp} prompt tokens and {tg} generated per client, generated tokens/s (ratio)",
         optional=[arm.name for arm in arms if arm.package],
     )
 

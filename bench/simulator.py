@@ -87,14 +87,11 @@ def main(options: argparse.Namespace) -> int:
     ]
     case = Case(NO_MODEL, 0, 1, N_SEQ_MAX, 1, "none", options.seed, kv_unified=True)
     return harness.run(
-        "simulator",
+        options,
         arms,
         [case],
         harness.facts_of(),
-        options,
-        view=view,
-        targets=TARGETS,
-        title=f"{options.requests} requests of each load",
+        f"{options.requests} requests of each load",
         subject="all",
     )
 

@@ -61,9 +61,7 @@ def main(options: argparse.Namespace) -> int:
     arm = Arm("engine", "everything, from submit to the result in the client's thread", work)
     cases = cases_of(options, inside.file, 12, 16, [options.clients])
     title = f"{options.requests} requests from {options.clients} threads"
-    return harness.run(
-        "soak", [arm], cases, inside.facts(), options, view=view, targets=TARGETS, title=title
-    )
+    return harness.run(options, [arm], cases, inside.facts(), title)
 
 
 def view(records: Sequence[Record]) -> str:

@@ -73,9 +73,7 @@ def main(options: argparse.Namespace) -> int:
     arms = [Arm(name, includes, partial(run, inside, name)) for name in options.arms.split(",")]
     cases = cases_of(options, inside.file, options.prompt_tokens, TOKENS, [STREAMS])
     title = f"{STREAMS} streams, a prompt of {options.prompt_tokens} tokens arrives; ITL"
-    return harness.run(
-        "stall", arms, cases, inside.facts(), options, view=view, targets=TARGETS, title=title
-    )
+    return harness.run(options, arms, cases, inside.facts(), title)
 
 
 def view(records: Sequence[Record]) -> str:

@@ -62,9 +62,7 @@ def main(options: argparse.Namespace) -> int:
     arms = choose(options.arms, all_arms(inside))
     cases = cases_of(options, inside.file, N_PROMPT, options.tokens, [N_SEQS])
     title = "what a step takes besides computing"
-    return harness.run(
-        "step", arms, cases, inside.facts(), options, view=view, targets=TARGETS, title=title
-    )
+    return harness.run(options, arms, cases, inside.facts(), title)
 
 
 def view(records: Sequence[Record]) -> str:

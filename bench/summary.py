@@ -9,10 +9,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.benches import Bench, about, names_of
+from bench.benches import Bench, about, names_of, view_of
 from bench.cache import RESULTS
 from bench.targets import Target
-from bench.views import plain
 from pyllamabatch.report.plots import draw_speeds, over_counts, styled, svg
 from pyllamabatch.report.records import Record, read
 from pyllamabatch.report.tables import Table
@@ -143,7 +142,7 @@ def markdown(groups: Groups, plots: Mapping[Setting, str], benches: Mapping[str,
             lines += [f"{setting.work}, {setting.settings}. {origin(records)}", ""]
             if setting in plots:
                 lines += [f"![{setting.model}]({plots[setting]})", ""]
-            lines.append(getattr(bench, "view", plain)(records).strip())
+            lines.append(view_of(bench)(records).strip())
     known = {word for name, bench in benches.items() for word in names_of(name, bench)}
     unknown = sorted({setting.bench for setting in groups} - known)
     if unknown:

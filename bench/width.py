@@ -126,13 +126,10 @@ def main(options: argparse.Namespace) -> int:
     profile = profile_of(inside, [case for case, _ in loads], options)
     arms = choose(options.arms, [arm_of(inside, name, options, profile) for name in POLICIES])
     return harness.show(
-        "width",
-        measure(inside, arms, loads, options),
         options,
+        measure(inside, arms, loads, options),
         len(arms) * len(loads) * options.repeats,
-        view=view,
-        targets=TARGETS,
-        title="default over counted",
+        "default over counted",
     )
 
 
