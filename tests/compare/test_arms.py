@@ -146,11 +146,6 @@ def test_the_gate_sets_the_status(
     assert f"at least {float(least):g} wanted" in err
 
 
-def test_a_gate_that_has_no_ratio_is_not_met(tmp_path: Path) -> None:
-    words = ["-n", "2", "--arms", "contexts,engine", "--ctx-size", str(2**29), "--gate", "1e-6"]
-    assert compare(*words) == 3
-
-
 @pytest.mark.parametrize(
     ("words", "named"),
     [
