@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -68,48 +68,36 @@ def calibrate(
     if not budget > 0:
         raise ArgumentError("budget", budget, "must be seconds")
     began = time.monotonic()
-    weights = where.weigh(model)
-    found: dict[str, Any] = {}
-    samples: list[Sample] = []
+    profile: Profile | None = None
     complete = True
     ordered = [name for name in LAYOUTS if name in layouts]
     for name in ordered:
         unified, share = LAYOUTS[name], 1.0 if name == ordered[-1] else 1.0 - STREAMS_SHARE
         with open_rig(model, unified, context_params) as rig:
-            if not found:
-                key = where.key_of(rig.context)
-                found = {"key": key, "kernels": where.kernels_of(key.backend, weights)}
-                found |= {"n_ubatch": rig.context.n_ubatch, "about": where.about(rig.context)}
-            shapes = plan_shapes(found["kernels"], rig.context.n_ubatch, unified)
-            measured, complete = measure(
-                rig, shapes, unified, Clock(began, budget, share, progress)
-            )
-        faults = faults_of(measured)
+            profile = profile or where.unmeasured(rig.context)
+            shapes = plan_shapes(profile.kernels, profile.n_ubatch, unified)
+            clock = Clock(began, budget, share, progress)
+            samples, complete = measure(rig, shapes, unified, clock)
+        faults = faults_of(samples)
         if faults and complete:
             raise ProfileError(
                 f"calibration within {budget:g} s",
                 f"{' and '.join(faults)} ({name}): give it a larger budget, or measure when "
                 "nothing else uses the device",
             )
-        samples += measured if not faults else ()
+        if not faults:
+            profile = replace(profile, samples=(*profile.samples, *samples))
         if not complete:
             break
-    if not samples:
+    if profile is None or not profile.samples:
         raise KeyboardInterrupt
-    found["about"] |= {
+    about = {
         "date": time.strftime("%Y-%m-%d"),
         "source": "pyllamabatch calibrate",
         "seconds": round(time.monotonic() - began, 1),
         "complete": complete,
     }
-    return Profile(
-        samples=tuple(samples),
-        output_share=weights.output_share,
-        n_expert=weights.n_expert,
-        n_expert_used=weights.n_expert_used,
-        n_swa=model.n_swa,
-        **found,
-    )
+    return replace(profile, about={**profile.about, **about})
 
 
 def faults_of(samples: Sequence[Sample]) -> list[str]:
@@ -244,7 +232,9 @@ def measure(
             timings = taken.setdefault(shape, Timings())
             if clock.left <= 0 or timings.too_large or timings.enough(wanted):
                 continue
-            clock.show(_words(shape, unified, n_round))
+            layout, decode = "unified" if unified else "streams", shape.rows - shape.prefill
+            rows = f"{decode} decoding, {shape.prefill} prompt rows, depth {shape.depth}"
+            clock.show(f"{layout}, round {n_round}: {rows}")
             share = 1.0 if wanted < inf else _AGAIN_SHARE
             if timings.steps and 2 * min(timings.steps).seconds > share * clock.left:
                 continue
@@ -353,16 +343,10 @@ def _block(rig: Rig, shape: Shape) -> tuple[tuple[Took, ...], list[Took]]:
 
 def _fits(shape: Shape, rig: Rig, unified: bool) -> bool:
     context = rig.context
-    cells = shape.kv + shape.rows
     longest = shape.depth + max(shape.chunks(), default=1)
-    if shape.n_seqs > context.n_seq_max or shape.rows > context.n_batch:
-        return False
-    longest_held = min(context.n_ctx_seq, rig.stepper.n_pos_max)
-    return longest <= longest_held and (not unified or cells <= context.n_ctx)
-
-
-def _words(shape: Shape, unified: bool, n_round: int) -> str:
-    layout = "unified" if unified else "streams"
-    decode = shape.rows - shape.prefill
-    rows = f"{decode} decoding, {shape.prefill} prompt rows, depth {shape.depth}"
-    return f"{layout}, round {n_round}: {rows}"
+    return (
+        shape.n_seqs <= context.n_seq_max
+        and shape.rows <= context.n_batch
+        and longest <= min(context.n_ctx_seq, rig.stepper.n_pos_max)
+        and (not unified or shape.kv + shape.rows <= context.n_ctx)
+    )

@@ -46,10 +46,8 @@ def fit_terms(profile: Profile, *, unified: bool, swa_full: bool) -> Fitted:
     n, n_ubatch = len(mine), profile.n_ubatch
     if n < LEAST_SAMPLES:
         raise ArgumentError("profile", f"{n} samples", f"must have {LEAST_SAMPLES} at least")
-    new_graph = _new_graph(mine, n_ubatch)
-    seconds = np.array(
-        _reused(mine, new_graph, n_ubatch) + _reused(others, _new_graph(others, n_ubatch), n_ubatch)
-    )
+    my_seconds, new_graph = _reused(mine, n_ubatch)
+    seconds = np.array(my_seconds + _reused(others, n_ubatch)[0])
     weight = np.array([1.0] * n + [_OTHER_LAYOUT] * len(others))
     weight /= 0.02 + np.array([s.spread for s in (*mine, *others)])
     weight /= weight.mean()
@@ -58,20 +56,14 @@ def fit_terms(profile: Profile, *, unified: bool, swa_full: bool) -> Fitted:
         profile.kernels, 0.0, unified, profile.n_expert, profile.n_expert_used, profile.n_swa
     )
     # The values are linear in h and w.
-    known_terms = [
-        _values(terms, mine, others, n_ubatch)
-        for terms in (
-            plain,
-            replace(plain, output_share=1.0),
-            replace(plain, window_share=1.0 if plain.window else 0.0),
-        )
-    ]
-    names = list(dict.fromkeys(name for values in known_terms for row in values for name in row))
-    base, whole_share, whole_window = (
-        np.array([[row.get(name, 0.0) for name in names] for row in values])
-        for values in known_terms
+    shared = replace(plain, output_share=1.0)
+    windowed = replace(plain, window_share=1.0 if plain.window else 0.0)
+    tables = [_values(terms, mine, others, n_ubatch) for terms in (plain, shared, windowed)]
+    names = list(dict.fromkeys(name for table in tables for row in table for name in row))
+    base, of_share, of_window = (
+        np.array([[row.get(name, 0.0) for name in names] for row in table]) for table in tables
     )
-    of_share, of_window = whole_share - base, whole_window - base
+    of_share, of_window = of_share - base, of_window - base
 
     def attempt(h: float, w: float, n_rounds: int) -> tuple[F64, F64]:
         """Coefficients, and relative errors on this layout's samples."""
@@ -125,22 +117,17 @@ def _calm(samples: Sequence[Sample]) -> Sequence[Sample]:
     return calm + [s for s in samples if (s.prefill > 0) not in kinds]
 
 
-def _new_graph(samples: Sequence[Sample], n_ubatch: int) -> NewGraph:
-    """Medians: a new graph's seconds hardly depend on the rows."""
+def _reused(samples: Sequence[Sample], n_ubatch: int) -> tuple[list[float], NewGraph]:
+    """Seconds of the samples without the graphs that are new at every step, and what one takes:
+    medians, as it hardly depends on the rows."""
     one = [s for s in samples if not s.new_graphs(n_ubatch)]
-    return NewGraph(_median([s.new for s in one]), _median([s.settle for s in one]))
-
-
-def _median(values: Sequence[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return max(0.0, float(np.median(known))) if known else 0.0
-
-
-def _reused(samples: Sequence[Sample], new_graph: NewGraph, n_ubatch: int) -> list[float]:
-    """Seconds of the samples without the graphs that are new at every step."""
+    new, settle = (
+        max(0.0, float(np.median([t for t in times if t is not None] or 0.0)))
+        for times in ([s.new for s in one], [s.settle for s in one])
+    )
     return [
-        s.seconds - min(s.new_graphs(n_ubatch) * new_graph.step, 0.5 * s.seconds) for s in samples
-    ]
+        s.seconds - min(s.new_graphs(n_ubatch) * new, 0.5 * s.seconds) for s in samples
+    ], NewGraph(new, settle)
 
 
 def _values(

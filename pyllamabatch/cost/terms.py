@@ -7,9 +7,8 @@ A ubatch of n rows, o of them sampled, costs
 
     pass(n) = sum over regimes r of [n in r] * c_r . f_r(n) + sum over tiles t of c_t * ceil(n / t)
 
-- f_r(n) is (1, tiles of n, n): a pass over the weights, tiles, rows (see `kernels.Regime`). Where
-  rows beyond full tiles have passes of their own it is (1, full tiles, [1 row beyond], [2], ...);
-  where more rows are a cheaper group, it is (1, groups, tiles beyond, ...) from a group on.
+- f_r(n) is a pass over the weights, tiles, rows (`values_of`). Where rows beyond full tiles have
+  passes of their own, each number of them has a term; a group of rows may be cheaper.
 - Only sampled rows pass the output matrix. h is between 0 (its time is c_head and c_output alone)
   and its share of the weights (it behaves like the other weights). The fit chooses.
 - e(n) = 1 - (1 - k/E)^n: the share of E experts that n rows with k each touch if they choose
@@ -17,11 +16,10 @@ A ubatch of n rows, o of them sampled, costs
 
     attention = c_cells * kv + c_all * n * (attended cells) + c_own * (own cells that n rows read)
 
-- With `Kernels.attention_from` rows or more, attention has kernels that compute tiles of rows.
-  Their start costs c_many.
-- Rows of one prompt look at the same cells, and a tile skips the others: they have a c_all and a
-  c_own of their own. Rows that decode look at different cells, and each pays for the cells of all
-  rows in its tile: a c_all and a c_own come on top.
+- From `Kernels.attention_from` rows on, attention has kernels that compute tiles of rows. Their
+  start costs c_many. Rows of one prompt look at the same cells, and a tile skips the others: they
+  have a c_all and a c_own of their own. Each row that decodes pays for the cells of all rows in its
+  tile: a c_all and a c_own come on top.
 - With a stream of cells for each sequence there is no c_all.
 - Layers with a sliding window look at that many cells of a sequence at most. Of a sequence that
   holds more, w * (own - window) cells do not count. w is these layers' part of attention's time.

@@ -10,10 +10,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pyllamabatch.cost.kernels import Kernels, kernels
-from pyllamabatch.cost.profile import Key
+from pyllamabatch.cost.kernels import kernels
+from pyllamabatch.cost.profile import Key, Profile
 from pyllamabatch.llama import runtime
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.limits import memory_parts
@@ -63,7 +62,7 @@ def weigh(model: Model) -> Weights:
         output = embedding
         total += embedding
         passed[tied] += round(embedding)
-    kind = max(by_kind, key=lambda k: by_kind[k]) if by_kind else "F16"
+    ((kind, _),) = by_kind.most_common(1) or [("F16", 0)]
     share = output / total if total else 0.0
     kinds = tuple(sorted(k for k, n in passed.items() if n >= 0.05 * total))
     return Weights(kind, round(share, 4), inputs, n_expert, n_used, kinds)
@@ -95,11 +94,10 @@ def _files(model: Model) -> list[Path]:
     if model._load["splits"]:
         return [Path(part) for part in model._load["splits"]]
     first = Path(model.path)
-    found = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", first.name)
-    if found is None:
-        return [first]
-    stem, count = found.groups()
-    return [first.with_name(f"{stem}-{i:05}-of-{count}.gguf") for i in range(1, int(count) + 1)]
+    if found := re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", first.name):
+        stem, count = found.groups()
+        return [first.with_name(f"{stem}-{i:05}-of-{count}.gguf") for i in range(1, int(count) + 1)]
+    return [first]
 
 
 def fingerprint(model: Model) -> str:
@@ -152,31 +150,14 @@ def key_of(context: Context) -> Key:
     device, share = device_of(context)
     params = context.params
     settings: dict[str, int | str] = {
-        "n_ubatch": context.n_ubatch,
-        "type_k": _type_name(params["type_k"]),
-        "type_v": _type_name(params["type_v"]),
-        "flash_attn": int(params["flash_attn_type"]),
+        name: runtime.text(lib.ggml_type_name(params[name])) for name in ("type_k", "type_v")
     }
+    settings |= {"n_ubatch": context.n_ubatch, "flash_attn": int(params["flash_attn_type"])}
     if device.kind == "cpu" or share < WHOLE:
         settings["n_threads"] = context.n_threads
     if share < WHOLE:
         settings["on_device"] = f"{share:.2f}"
     return Key(device.description, device.backend, fingerprint(context.model), settings)
-
-
-def _type_name(ggml_type: int) -> str:
-    return runtime.text(lib.ggml_type_name(ggml_type))
-
-
-def kernels_of(backend: str, weights: Weights) -> Kernels:
-    """The regimes of this machine's backend for these weights."""
-    return kernels(
-        backend,
-        weights.kind,
-        moe=weights.n_expert > 0,
-        features=cpu_features(),
-        others=weights.kinds,
-    )
 
 
 def cpu_features() -> str:
@@ -196,16 +177,27 @@ def driver() -> str:
     return f"NVIDIA {found.group(1)}" if found else text.splitlines()[0]
 
 
-def about(context: Context) -> dict[str, Any]:
-    """For people: what was measured."""
-    model = context.model
-    return {
-        "model": model.description,
-        "file": Path(model.path).name,
-        "architecture": model.architecture,
-        "n_params": model.n_params,
-        "size_bytes": model.size_bytes,
-        "llama_cpp": runtime.text(lib.plb_llama_cpp_build()),
-        "driver": driver(),
-        "n_batch": context.n_batch,
-    }
+def unmeasured(context: Context) -> Profile:
+    """The profile of this context, without samples."""
+    model, weights, key = context.model, weigh(context.model), key_of(context)
+    moe, has = weights.n_expert > 0, cpu_features()
+    return Profile(
+        key,
+        kernels(key.backend, weights.kind, moe=moe, features=has, others=weights.kinds),
+        (),
+        context.n_ubatch,
+        weights.output_share,
+        weights.n_expert,
+        weights.n_expert_used,
+        model.n_swa,
+        about={
+            "model": model.description,
+            "file": Path(model.path).name,
+            "architecture": model.architecture,
+            "n_params": model.n_params,
+            "size_bytes": model.size_bytes,
+            "llama_cpp": runtime.text(lib.plb_llama_cpp_build()),
+            "driver": driver(),
+            "n_batch": context.n_batch,
+        },
+    )
