@@ -164,17 +164,20 @@ int32_t plb_engine_rebind(plb_engine * engine, llama_context * ctx) {
         (int32_t) llama_n_batch(ctx) != engine->views.n_rows_max ||
         (int32_t) llama_n_ubatch(ctx) != engine->n_ubatch ||
         (int32_t) llama_n_seq_max(ctx) != engine->views.n_seq_max ||
-        (int32_t) std::min<uint32_t>(llama_n_ctx(ctx), INT32_MAX) != engine->words.n_ctx ||
         llama_model_get_vocab(llama_get_model(ctx)) != engine->words.vocab) {
         return PLB_E_ARGUMENT;
     }
     return guarded(engine->error, [&] {
         auto device = engine->on_device ? std::make_unique<shortlist>(ctx, *engine->on_device)
                                         : nullptr;
-        auto filled = engine->gaps ? std::make_unique<gaps>(ctx, engine->gaps->most()) : nullptr;
+        // In a pool there are no gaps.
+        const bool streams = llama_n_ctx_seq(ctx) < llama_n_ctx(ctx);
+        auto filled = engine->gaps && streams ? std::make_unique<gaps>(ctx, engine->gaps->most())
+                                              : nullptr;
         engine->on_device = std::move(device);
         engine->gaps      = std::move(filled);
         engine->ctx       = ctx;
+        engine->words.n_ctx = (int32_t) std::min<uint32_t>(llama_n_ctx(ctx), INT32_MAX);
     });
 }
 

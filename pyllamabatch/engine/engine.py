@@ -14,14 +14,15 @@ import numpy as np
 
 from ..cost.choose import cost_of
 from ..cost.model import CostModel
-from ..errors import ArgumentError, UnsupportedOperation, integer, number
+from ..cost.step_cost import StepCost
+from ..errors import integer, number
 from ..kv import Preemption, SwapSpace
 from ..llama.context import Context
 from ..llama.host import PathLike
 from ..llama.lora import LoraAdapter, Loras
+from ..llama.memory import Capabilities
 from ..llama.model import Model
-from ..planner.residency import fitting_n_ctx
-from ..scheduler import Gather, KvOptions, Policy, Scheduler
+from ..scheduler import Gather, KvOptions, Limits, Policy, Scheduler
 from ..scheduler.idle import PATIENCE_SECONDS
 from ..step.native import offloaded
 from ..step.ring_reader import StreamStepper
@@ -30,7 +31,8 @@ from ..step.trace import StepTrace, Trace, trace_dtype
 from . import relays
 from .core import CoreOptions, EngineCore
 from .input_processor import InputProcessor, Prompt
-from .kv_config import limits_of, n_cached, sharing_of, swap_choice
+from .kv_config import limits_of, pool_of, sharing_of, swap_choice
+from .layout import Layout, make_context
 from .options import EngineOptions, Options, policy_of
 from .protocols import Device
 from .sequence import Sequence as InteractiveSequence
@@ -41,7 +43,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 RING_STEPS = 256  # steps that are computed at most before their tokens are read
-N_CTX_AT_LEAST = 16384  # of the default n_ctx, for models that were trained with less
 
 
 class Engine:
@@ -53,9 +54,11 @@ class Engine:
             results = engine.generate(["one", "two", "three"])
 
     - n_seq_max: requests that run at once; others wait.
-    - n_ctx: KV cells of all of them together. 0 chooses: what the model was trained with, and for
-      small models up to 16384, but no more than `n_seq_max` requests can fill, nor than memory has
-      room for. `engine.n_ctx` is the value that libllama made of it.
+    - n_ctx: KV cells of all of them together. 0 chooses by the model and the memory that is free.
+    - kv_unified: False gives each its own cells (a stream), True one pool to all of them. "auto"
+      begins with streams, which are faster and exact, where n_ctx / n_seq_max cells are of use;
+      when a request needs more, they become a pool of n_ctx cells, and what runs is computed again.
+      `engine.layout` says what there is, and why.
     - n_batch: rows of a step at most. n_ubatch: rows that the device computes at once, and by
       default the rows of a step while a sequence waits for its next token.
     - policy: which sequence runs when: an object or a name, see `pyllamabatch.scheduler`. Default
@@ -72,9 +75,8 @@ class Engine:
     - cost: what a step costs on this device, for policies that ask: a `CostModel`, None, or "auto",
       from a stored profile (`pyllamabatch calibrate`) or a prior. The engine's own steps refine it.
     - prefix_cache: what requests leave stays cached until its cells are needed, so that one with
-      the same prefix (a system prompt, the next turn of a conversation) starts from there. Default:
-      where all share one pool of cells. With kv_unified=False the cached prefixes take slots from
-      others.
+      the same prefix (a system prompt, the next turn of a conversation) starts from there. Streams
+      are copied for that to some beside those that run: a quarter more cells.
     - preemption: what happens to a request that has to give up its cells: "recompute" later,
       "swap" its state to the host and back, "auto" for what is cheaper by the rates measured so far
       (`pyllamabatch.kv.swap`). swap_bytes: host memory for swapped states. More of them go to files
@@ -85,8 +87,7 @@ class Engine:
       steps more often ends with the error. 0: at once, and the context stays.
     - loras: adapters by the names that requests give them (`Options.lora`). Rows with different
       ones can't be in one decode: a step is as many native calls as it has sets of adapters.
-    - context_params: any other parameter of `Context`. kv_unified=False gives every sequence
-      n_ctx / n_seq_max cells of its own.
+    - context_params: any other parameter of `Context`.
 
     A request that fails ends alone. Raises UnsupportedOperation for models with an encoder and for
     embedding models, and NotEnoughMemory, before anything is allocated, for an n_ctx that does not
@@ -99,6 +100,7 @@ class Engine:
         *,
         n_seq_max: int = 16,
         n_ctx: int = 0,
+        kv_unified: bool | Literal["auto"] = "auto",
         n_batch: int = 2048,
         n_ubatch: int = 512,
         policy: Policy | str | None = None,
@@ -109,7 +111,7 @@ class Engine:
         gather: Gather | None = None,
         patience: float = PATIENCE_SECONDS,
         cost: CostModel | Literal["auto"] | None = "auto",
-        prefix_cache: bool | None = None,
+        prefix_cache: bool = True,
         preemption: Preemption = "auto",
         swap_bytes: int = 2**30,
         swap_folder: PathLike | None = None,
@@ -117,7 +119,6 @@ class Engine:
         loras: Mapping[str, LoraAdapter] | None = None,
         **context_params: Any,
     ) -> None:
-        unified = context_params.setdefault("kv_unified", True)
         options = EngineOptions(
             n_seq_max=n_seq_max,
             policy=policy_of(policy),
@@ -128,7 +129,7 @@ class Engine:
             gather=gather,
             patience=patience,
             cost=cost,
-            prefix_cache=bool(unified if prefix_cache is None else prefix_cache),
+            prefix_cache=prefix_cache,
             preemption=preemption,
             swap_bytes=swap_bytes,
             swap_folder=swap_folder,
@@ -136,10 +137,11 @@ class Engine:
             loras=loras or {},
         )
         context_params |= {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch}
-        context = make_context(model, options, context_params)
+        context_params["kv_unified"] = kv_unified
+        context, layout = make_context(model, options, context_params)
         try:
             cost_model = make_cost(context, options)
-            scheduler = make_scheduler(context, options, cost_model)
+            scheduler = make_scheduler(context, layout, options, cost_model)
             stepper = StreamStepper(
                 context,
                 n_logprobs_max=n_logprobs_max,
@@ -151,24 +153,25 @@ class Engine:
             context.close()
             raise
 
+        def renewed() -> None:
+            scheduler.set_cost(make_cost(context, options))
+
         def close() -> None:
             stepper.close()
             context.close()
             adapters.close()
 
         self.model = model
-        self.n_ctx: int = context.n_ctx
         self.n_batch: int = context.n_batch
         self.n_ubatch: int = context.n_ubatch
         self.n_seq_max: int = options.n_seq_max
-        self.capabilities = context.capabilities
-        self.limits = scheduler.limits
-        self.cost = cost_model
+        self._layout = layout
+        self._context = context
         self._stepper = stepper
         self._relays = relays.Relays()
         self._core = EngineCore(
             scheduler,
-            Device(stepper, context.memory, context, adapters, close),
+            Device(stepper, context.memory, context, adapters, close, renewed),
             CoreOptions(
                 StepTrace(options.n_trace, context.n_seq_max) if options.n_trace else None,
                 SwapSpace(options.swap_bytes, options.swap_folder),
@@ -180,6 +183,34 @@ class Engine:
         # Also when the engine is forgotten, and before the interpreter exits.
         self._finalizer = weakref.finalize(self, self._core.close, wait=False, timeout=None)
         self._core.start()
+
+    # -- what there is
+
+    @property
+    def n_ctx(self) -> int:
+        """KV cells of the sequences that run, all together."""
+        return self.limits.n_cells
+
+    @property
+    def limits(self) -> Limits:
+        """What a step may not exceed, and how the cells are divided."""
+        return self._core.scheduler.limits
+
+    @property
+    def layout(self) -> str:
+        """How the KV cells are divided, and why."""
+        became = self.limits.unified and not self._layout.unified
+        return "one pool of cells: a sequence needed it" if became else str(self._layout)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the memory of the context can do."""
+        return self._context.capabilities
+
+    @property
+    def cost(self) -> StepCost | None:
+        """The cost model that policies ask."""
+        return self._core.scheduler.cost
 
     # -- requests
 
@@ -391,33 +422,6 @@ class Engine:
         return f"<Engine {state}>"
 
 
-def make_context(model: Model, options: EngineOptions, params: dict[str, Any]) -> Context:
-    """The context of an engine. `params`: the parameters of `Context`, with n_ctx 0 for a choice of
-    ours. Raises as `Engine`."""
-    if not isinstance(model, Model):
-        raise ArgumentError("model", model, "must be a Model: Engine(Model(path), ...)")
-    if model.has_encoder or not model.has_decoder:
-        raise UnsupportedOperation(
-            f"the engine runs decoder-only models, {model.architecture} has an encoder"
-        )
-    for name in ("embeddings", "n_outputs_max"):
-        if params.get(name):
-            raise ArgumentError(name, params[name], "the engine sets it itself")
-    n_ctx, n_slots = params.pop("n_ctx"), options.n_seq_max
-    ours_to_choose = n_ctx == 0
-    if ours_to_choose:
-        n_ctx = min(model.n_ctx_train * n_slots, max(model.n_ctx_train, N_CTX_AT_LEAST))
-    if options.prefix_cache:
-        n_slots += n_cached(model, n_slots, min(params["n_batch"], n_ctx), params)
-    params["n_seq_max"] = n_slots
-    n_ctx = fitting_n_ctx(model, n_ctx, shrink=ours_to_choose, **params)
-    context = Context(model, n_ctx=n_ctx, n_outputs_max=n_slots, **params)
-    if not context.capabilities.has_memory or not context.capabilities.causal:
-        context.close()
-        raise UnsupportedOperation(f"{model.architecture} does not generate token by token")
-    return context
-
-
 def make_cost(context: Context, options: EngineOptions) -> CostModel | None:
     cost = cost_of(context) if options.cost == "auto" else options.cost
     if cost is not None:
@@ -429,7 +433,10 @@ def make_cost(context: Context, options: EngineOptions) -> CostModel | None:
     return cost
 
 
-def make_scheduler(context: Context, options: EngineOptions, cost: CostModel | None) -> Scheduler:
+def make_scheduler(
+    context: Context, layout: Layout, options: EngineOptions, cost: CostModel | None
+) -> Scheduler:
+    pool = pool_of(context, options.n_seq_max, layout.pool) if layout.pool else None
     return Scheduler(
         limits_of(context, options.n_seq_max),
         options.policy,
@@ -440,5 +447,6 @@ def make_scheduler(context: Context, options: EngineOptions, cost: CostModel | N
             sharing_of(context, options.n_seq_max),
             options.prefix_cache,
             swap_choice(context, options.preemption),
+            pool,
         ),
     )

@@ -1,35 +1,21 @@
-"""What sequences of an engine can share, from what the memory of its context can do."""
+"""What the scheduler may use of a context, and what its sequences can share."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ..kv import Preemption, Sharing, SwapChoice
 from ..llama.limits import cell_bytes, max_position
-from ..llama.memory import copies_whole_only
 from ..scheduler import Limits
-from ..step.native import gap_max_of
+from ..scheduler.scheduler import Pool
+from ..step.native import gap_max_of, offloaded
 
 if TYPE_CHECKING:
     from ..llama.context import Context
-    from ..llama.model import Model
 
-MOST_STATES = 8  # slots for cached recurrent states: each takes the memory of a whole one
-LEAST_CACHED = 16  # slots for prefixes cached in shared cells: they cost a row of logits each
-
-
-def n_cached(model: Model, n_seq_max: int, n_batch: int, params: dict[str, Any]) -> int:
-    """Slots for cached prefixes, beyond the `n_seq_max` that may run.
-
-    0 where a slot has cells of its own (separate streams, and sliding windows with
-    `swa_full=False`): there a request goes on in the slot of the one that it continues.
-    """
-    windows_only = model.n_swa and not params.get("swa_full", True)
-    if not params["kv_unified"] or windows_only:
-        return 0
-    lump = copies_whole_only(model)
-    wanted = min(n_seq_max, MOST_STATES) if lump else max(n_seq_max, LEAST_CACHED)
-    return max(0, min(wanted, 256 - n_seq_max, n_batch - n_seq_max))
+# Bytes that a device copies in a second, each way: the least of what is sold today.
+COPY_RATE_CPU, COPY_RATE_GPU = 5e9, 100e9
 
 
 def limits_of(context: Context, n_seq_max: int) -> Limits:
@@ -42,7 +28,7 @@ def limits_of(context: Context, n_seq_max: int) -> Limits:
         n_batch=context.n_batch,
         n_ubatch=context.n_ubatch,
         n_seq_max=n_seq_max,
-        n_cells=context.n_ctx if unified else n_cells_seq * context.n_seq_max,
+        n_cells=context.n_ctx if unified else n_cells_seq * n_seq_max,
         n_cells_seq=n_cells_seq,
         unified=unified,
         gap_max=gap_max_of(context),
@@ -66,5 +52,19 @@ def sharing_of(context: Context, n_seq_max: int) -> Sharing:
     )
 
 
+def pool_of(context: Context, n_seq_max: int, n_cells: int) -> Pool:
+    """What the streams of `context` become with `n_cells` for all sequences."""
+    limits, sharing = limits_of(context, n_seq_max), sharing_of(context, n_seq_max)
+    n_cells_seq = min(n_cells, max_position(context.model) + 1)
+    shares = not sharing.window or sharing.tries
+    return Pool(
+        replace(limits, n_cells=n_cells, n_cells_seq=n_cells_seq, unified=True, gap_max=0),
+        replace(sharing, copy_part=shares, copy_whole=shares),
+    )
+
+
 def swap_choice(context: Context, mode: Preemption) -> SwapChoice:
-    return SwapChoice(mode, bytes_per_token=cell_bytes(context.model, context.params))
+    per_token = cell_bytes(context.model, context.params)
+    rate = COPY_RATE_GPU if offloaded(context) else COPY_RATE_CPU
+    stream_seconds = context.n_ctx_seq * per_token / rate
+    return SwapChoice(mode, bytes_per_token=per_token, stream_seconds=stream_seconds)

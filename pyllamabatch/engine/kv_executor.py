@@ -28,6 +28,7 @@ class KvExecutor:
         self._memory = device.memory
         self._states = device.states
         self._loras = device.loras
+        self._renewed = device.renewed
 
     def flush(self) -> None:
         """Carry out what no step has brought yet."""
@@ -39,6 +40,9 @@ class KvExecutor:
         failed: set[int] = set()
         for operation in operations:
             if operation.id in failed and operation.kind in ("copy", "trim", "load"):
+                continue
+            if operation.kind == "pool":
+                self._become_pool(operation.n)
                 continue
             try:
                 self._carry_out(operation)
@@ -70,6 +74,12 @@ class KvExecutor:
                 self._load(request, slot, n)
             case "discard":
                 self.space.drop(id)
+
+    def _become_pool(self, n_cells: int) -> None:
+        """ContextCreateError when there is no such context, and the old one is gone."""
+        log.info("a sequence needs more cells than a stream has: a pool of %d from now on", n_cells)
+        self._states.renew(n_cells)
+        self._renewed()
 
     def _save(self, request: Request, slot: int, n: int) -> None:
         began = perf_counter()

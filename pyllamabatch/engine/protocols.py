@@ -58,11 +58,12 @@ class KvMemory(Protocol):
 
 
 class StateStore(Protocol):
-    """Copies a sequence's cells to bytes and back; `renew` replaces a broken context."""
+    """Copies a sequence's cells to bytes and back; `renew` replaces a broken context, or one whose
+    streams are to be a pool of so many cells."""
 
     def state_seq_get(self, seq_id: int, loras: LoraNames | None = None) -> bytes: ...
     def state_seq_set(self, data: bytes, seq_id: int, loras: LoraNames | None = None) -> object: ...
-    def renew(self) -> None: ...
+    def renew(self, pool: int = 0) -> None: ...
 
 
 class Adapters(Protocol):
@@ -78,10 +79,12 @@ class Adapters(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """`stepper` is a `StepRunner` and a `RingReader`. `close` frees all of it."""
+    """`stepper` is a `StepRunner` and a `RingReader`. `close` frees all of it. `renewed`: is told
+    when streams have become a pool."""
 
     stepper: Any
     memory: KvMemory
     states: StateStore
     loras: Adapters
     close: Callable[[], None]
+    renewed: Callable[[], None] = lambda: None

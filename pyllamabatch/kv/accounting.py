@@ -77,8 +77,13 @@ class KvAccounting:
     ) -> None:
         if n_cells < 1 or n_seq_max < 1:
             raise ValueError(f"n_cells and n_seq_max must be positive, got {n_cells}, {n_seq_max}")
-        self.n_cells = n_cells
         self.n_seq_max = n_seq_max
+        self.reset(n_cells, unified, n_cells_seq)
+
+    def reset(self, n_cells: int, unified: bool, n_cells_seq: int | None) -> None:
+        """No slot holds anything, and this is what there is from now on."""
+        n_seq_max = self.n_seq_max
+        self.n_cells = n_cells
         self.unified = unified
         self.n_cells_seq = n_cells_seq or (n_cells if unified else n_cells // n_seq_max)
         self._held = np.zeros(n_seq_max, dtype=np.int64)

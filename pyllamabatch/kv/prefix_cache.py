@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,13 +66,14 @@ class KvOperation:
     - remove: all of `slot`. trim: all of `slot` but its first `n` positions; cut: the same, of the
       running sequence `id`.
     - copy: the first `n` positions of `source` (all that it holds, if `whole`) to the empty `slot`.
+    - pool: all that is held goes, and the streams of cells become one pool.
     - save: the state of `slot` to the host, for sequence `id`. load: the saved state of `id` to the
       empty `slot`, which uses it up. store: a state that sequence `id` brings, to the saved ones.
       discard: the saved state of `id`.
 
     `id`: the sequence that starts from this, 0 when none does."""
 
-    kind: Literal["remove", "trim", "cut", "copy", "save", "load", "store", "discard"]
+    kind: Literal["remove", "trim", "cut", "copy", "pool", "save", "load", "store", "discard"]
     slot: int
     source: int = -1
     n: int = 0
@@ -103,21 +104,35 @@ def key_of(tokens: Tokens, space: Hashable) -> Key:
 
 class PrefixCache:
     """Owns the slots of `accounting`. `retain`: whether what a sequence leaves behind is cached; if
-    not,
-    running sequences of one space still start from each other.
+    not, running sequences of one space still start from each other. `copy_pays(n)`: whether `n`
+    positions are worth a copy to be cached.
+
+    In streams the sequences that run are neighbours, so that they share ubatches; what is cached is
+    copied to the `n_cached` slots behind them.
 
     A *space* divides sequences that must not share: other adapters, other tenants. `changed`: keys
     of sequences whose hit may have become another one, until `Admission`
     clears it. `kv_operations`: what is to be done in the memory, in this order, before the next
     step; `Scheduler` takes them."""
 
-    def __init__(self, accounting: KvAccounting, sharing: Sharing, *, retain: bool = True) -> None:
+    def __init__(
+        self,
+        accounting: KvAccounting,
+        sharing: Sharing,
+        *,
+        retain: bool = True,
+        copy_pays: Callable[[int], bool] = bool,
+    ) -> None:
         self.sharing = sharing
         self.retain = retain and sharing.any
         self.kv_operations: list[KvOperation] = []
         self.changed: set[Key] = set()
         self._accounting = accounting
-        self._free = list(range(accounting.n_seq_max))  # empty slots, a heap
+        n_slots, apart = accounting.n_seq_max, sharing.n_cached and not accounting.unified
+        self._n_running = n_slots - sharing.n_cached if apart else n_slots
+        self._copy_pays = copy_pays
+        self._free = list(range(self._n_running))  # empty slots, a heap
+        self._behind = list(range(self._n_running, n_slots))  # the same of those for copies
         self._trees: dict[Hashable, RadixTree] = {}
         self._known: dict[int, tuple[Key, Tokens]] = {}  # by slot
         self._cached: OrderedDict[int, None] = OrderedDict()  # slots, the least recently used first
@@ -191,11 +206,12 @@ class PrefixCache:
 
     def _copies(self, hit: Hit) -> bool:
         """Whether a start from `hit` leaves its slot as it is."""
+        sharing = self.sharing
         if hit.slot not in self._cached:
             return True
         whole = hit.n == self._accounting.held(hit.slot)
-        return self.sharing.n_cached > 0 and (
-            self.sharing.copy_part or (whole and self.sharing.copy_whole)
+        return sharing.n_cached > 0 and (
+            sharing.copy_part or (sharing.copy_whole and (whole or sharing.trim))
         )
 
     # -- sequences come and go
@@ -258,14 +274,32 @@ class PrefixCache:
         if self._covered(tokens, space):
             self._empty(slot)
             return
-        if n < held:
-            self._accounting.trim(slot, n)
-            self.kv_operations.append(KvOperation("trim", slot, n=n))
         takes_place = self._drop_covered(tokens, space)
-        self._hold(slot, tokens, space)
+        place = self._out_of_the_way(slot, n)
+        if place is None:
+            self._empty(slot)
+            return
+        if n < self._accounting.held(place):
+            self._accounting.trim(place, n)
+            self.kv_operations.append(KvOperation("trim", place, n=n))
+        self._hold(place, tokens, space)
         if comes_back or takes_place:
-            self._proven.add(slot)
+            self._proven.add(place)
         self._evict()
+
+    def _out_of_the_way(self, slot: int, n: int) -> int | None:
+        """Where `n` positions of a slot that runs no more stay cached: in a pool where they are; in
+        streams in a slot behind those that run, to which they are copied. None: nowhere."""
+        if self._n_running == self._accounting.n_seq_max:
+            return slot
+        place = self._take_slot(to_cache=True) if self._copy_pays(n) else None
+        if place is None:
+            return None
+        held = self._accounting.held(slot)
+        self._accounting.share(slot, place, held)
+        self.kv_operations.append(KvOperation("copy", place, slot, held, whole=True))
+        self._empty(slot)
+        return place
 
     def _hold(self, slot: int, tokens: Tokens, space: Hashable) -> None:
         self._accounting.cache(slot)
@@ -326,7 +360,7 @@ class PrefixCache:
         for slot, stops in list(self._stops.items()):
             n = self._accounting.held(slot)
             if n in stops:
-                target = self._take_slot()
+                target = self._take_slot(to_cache=True)
                 if target is not None:
                     (space, _), tokens = self._known[slot]
                     self._accounting.share(slot, target, n)
@@ -392,14 +426,23 @@ class PrefixCache:
     def _empty(self, slot: int) -> None:
         self._accounting.release(slot)
         self.kv_operations.append(KvOperation("remove", slot))
-        heapq.heappush(self._free, slot)
+        heapq.heappush(self._heap(slot), slot)
 
-    def _take_slot(self, besides: int = -1) -> int | None:
+    def _heap(self, slot: int) -> list[int]:
+        return self._free if slot < self._n_running else self._behind
+
+    def _take_slot(self, besides: int = -1, *, to_cache: bool = False) -> int | None:
         """An empty slot, or the least recently used cached one (but not `besides`), emptied; None
         when all others are running."""
-        if not self._free:
-            slot = next((slot for slot in self._cached if slot != besides), None)
+        heap = (
+            self._behind
+            if to_cache and self._n_running < self._accounting.n_seq_max
+            else self._free
+        )
+        if not heap:
+            others = (s for s in self._cached if s != besides and self._heap(s) is heap)
+            slot = next(others, None)
             if slot is None:
                 return None
             self.drop(slot)
-        return heapq.heappop(self._free)
+        return heapq.heappop(heap)

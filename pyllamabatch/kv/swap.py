@@ -3,6 +3,8 @@
     recompute = rows / rows a second          (prefill, measured over the last steps)
     swap      = 2 * bytes / bytes a second    (out and in, measured over the last copies)
 
+And whether a stream of cells is worth a copy on the device, to stay cached.
+
 Rates are running means in which a new measurement counts for a fifth. Before the first one nothing
 is known of the device, and the sequence is computed again.
 """
@@ -20,19 +22,29 @@ Preemption = Literal["auto", "recompute", "swap"]
 NEW = 0.2
 COPY_RATE = 2e9  # bytes a second until it has been measured: pageable memory over PCIe 3
 
+# What is cached may cost this share of computing it, for most of it is not asked for again.
+CACHE_SHARE = 1 / 16
+
 
 class SwapChoice:
     """`mode`: "auto" takes what is cheaper, the others are forced. `bytes_fixed`,
-    `bytes_per_token`: of a sequence's state."""
+    `bytes_per_token`: of a sequence's state. `stream_seconds`: for a copy of a stream of cells on
+    the device, however many it holds."""
 
     def __init__(
-        self, mode: Preemption = "auto", *, bytes_per_token: float = 0.0, bytes_fixed: float = 0.0
+        self,
+        mode: Preemption = "auto",
+        *,
+        bytes_per_token: float = 0.0,
+        bytes_fixed: float = 0.0,
+        stream_seconds: float = 0.0,
     ) -> None:
         if mode not in ("auto", "recompute", "swap"):
             raise ValueError(f"preemption {mode!r}: auto, recompute or swap")
         self.mode = mode
         self.bytes_per_token = bytes_per_token
         self.bytes_fixed = bytes_fixed
+        self.stream_seconds = stream_seconds
         self.copy_rate = COPY_RATE
         self.prefill_rate: float | None = None  # rows a second
 
@@ -42,6 +54,11 @@ class SwapChoice:
             return self.mode == "swap" and n_tokens > 0
         n_bytes = self.bytes_fixed + n_tokens * self.bytes_per_token
         return 2 * n_bytes / self.copy_rate < n_tokens / self.prefill_rate
+
+    def caches(self, n_tokens: int) -> bool:
+        """Whether a stream that holds `n_tokens` is worth a copy, to stay cached."""
+        rate = self.prefill_rate
+        return rate is None or self.stream_seconds <= CACHE_SHARE * n_tokens / rate
 
     def computed(self, n_rows: int, seconds: float) -> None:
         """A step computed `n_rows` rows of prompts, nearly nothing else."""

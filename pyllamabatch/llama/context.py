@@ -109,7 +109,12 @@ class Context(Owner):
         self._outputs: npt.NDArray[np.int8] | None = None
         self._encoded = False
 
-        self.params: dict[str, Any] = read(native)
+        self._read(ptr)
+        self.memory = Memory(self._exclusive, self.capabilities, self.n_seq_max)
+
+    def _read(self, ptr: Any) -> None:
+        """What libllama made of the parameters."""
+        self.params: dict[str, Any] = read(self._native)
         self.n_ctx: int = lib.llama_n_ctx(ptr)
         self.n_ctx_seq: int = lib.llama_n_ctx_seq(ptr)
         self.n_batch: int = lib.llama_n_batch(ptr)
@@ -117,8 +122,7 @@ class Context(Owner):
         self.n_seq_max: int = lib.llama_n_seq_max(ptr)
         self.n_rs_seq: int = lib.llama_n_rs_seq(ptr)
         self.pooling_type: int = int(lib.llama_pooling_type(ptr))
-        self.capabilities = probe(ptr, model, self.params)
-        self.memory = Memory(self._exclusive, self.capabilities, self.n_seq_max)
+        self.capabilities = probe(ptr, self.model, self.params)
 
     # -- life --
 
@@ -139,14 +143,17 @@ class Context(Owner):
         self._attached.clear()
         self._close()
 
-    def renew(self) -> None:
-        """Make the native context again, with the same parameters, after it has failed.
+    def renew(self, pool: int = 0) -> None:
+        """Make the native context again, with the same parameters, after it has failed. `pool`:
+        with so many cells that all sequences share, in place of streams.
 
         Its memory is empty and its outputs are gone. Adapters, threads and steppers, with their
         slots, stay. Other threads may make slots meanwhile. Raises `ContextCreateError`, and the
         context is closed, when it can't be made.
         """
         with self.exclusive():
+            if pool:
+                self._native.n_ctx, self._native.kv_unified = pool, True
             threads = self.n_threads, self.n_threads_batch
             self._exclusive.now = ffi.NULL  # freed, and not closed
             try:
@@ -155,7 +162,8 @@ class Context(Owner):
                 self._end()
                 raise
             self._outputs, self._encoded = None, False
-            self.memory.renewed()
+            self._read(ptr)
+            self.memory.renewed(self.capabilities)
             lib.llama_set_n_threads(ptr, *threads)
             self._apply_loras(self._loras)
             for engine in self._attached:

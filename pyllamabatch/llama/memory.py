@@ -213,8 +213,9 @@ class Memory:
             seqs, rows = np.unique(seq_ids, return_counts=True)
             self._snapshots.update(zip(seqs.tolist(), (rows - 1).tolist(), strict=True))
 
-    def renewed(self) -> None:
+    def renewed(self, capabilities: Capabilities) -> None:
         """The context was made again, and its memory is empty."""
+        self._can = capabilities
         self._stale.clear()
         self._snapshots.clear()
 

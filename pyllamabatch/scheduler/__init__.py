@@ -13,7 +13,6 @@ from .policies.sarathi import sarathi
 from .policies.shortest import shortest
 from .policies.slo import slo
 from .policies.static import static
-from .policies.tile_fill import tile_fill
 from .policies.width import width
 from .policy import PlanBuilder, Policy, Round, Verdict, Width
 from .queue import SequenceList
@@ -59,6 +58,5 @@ __all__ = [
     "shortest",
     "slo",
     "static",
-    "tile_fill",
     "width",
 ]

@@ -57,15 +57,30 @@ class Admission:
         retain: bool = True,
         swap: SwapChoice | None = None,
     ) -> None:
-        self.cache = PrefixCache(accounting, sharing, retain=retain)
         self.swap = swap or SwapChoice("recompute")
         self._accounting = accounting
+        self._retain = retain
+        self.cache = self._new_cache(sharing)
         self._spaces: dict[int, Hashable] = {}  # by id, of all sequences
         self._saved: dict[int, int] = {}  # positions in the saved state, by id
         self._waiting: dict[int, StartPoint] = {}
         self._alike: dict[Key, set[int]] = {}  # who waits, by how they begin
         self._dirty: dict[int, None] = {}  # ids to look at again, in this order
         self._pending: set[int] = set()
+
+    def _new_cache(self, sharing: Sharing) -> PrefixCache:
+        return PrefixCache(
+            self._accounting, sharing, retain=self._retain, copy_pays=self.swap.caches
+        )
+
+    def restart(self, sharing: Sharing) -> list[tuple[int, Prefix]]:
+        """No sequence runs and no slot holds anything. What those that wait could start from."""
+        self.cache = self._new_cache(sharing)
+        for id, start in self._waiting.items():
+            start.hit = start.pending = NO_HIT
+            self._dirty[id] = None
+        self._pending.clear()
+        return [(id, start.prefix) for id, start in self._waiting.items()]
 
     # -- while they wait
 

@@ -31,7 +31,7 @@ class Attention:
         """Cells that are attended when all decode."""
         if self._limits.unified:
             return int(self._pool())
-        return self._limits.n_cells - self._accounting.free
+        return self._accounting.n_cells - self._accounting.free
 
     def cells(self, step: Step, ahead: float = 0) -> float:
         """Cells that are attended in `step`, before it, or when it has been computed `ahead`

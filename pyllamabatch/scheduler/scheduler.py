@@ -61,15 +61,24 @@ class Pause(NamedTuple):
 NO_PAUSE = Pause()
 
 
+class Pool(NamedTuple):
+    """What the streams of a context become when a sequence needs more cells than one has."""
+
+    limits: Limits
+    sharing: Sharing
+
+
 @dataclass(frozen=True, slots=True)
 class KvOptions:
     """`sharing`: what sequences can take over from each other, default nothing. `retain`: what
     sequences leave behind stays cached, for others that begin in the same way. `swap`: what becomes
-    of the preempted, default recompute."""
+    of the preempted, default recompute. `pool`: see `Pool`, with as many slots as the streams;
+    without it a sequence has no more cells than a stream."""
 
     sharing: Sharing = field(default_factory=Sharing)
     retain: bool = True
     swap: SwapChoice = field(default_factory=lambda: SwapChoice("recompute"))
+    pool: Pool | None = None
 
 
 class Scheduler:
@@ -91,13 +100,19 @@ class Scheduler:
     ) -> None:
         kv = kv or KvOptions()
         n_slots = limits.n_seq_max + kv.sharing.n_cached
+        # Streams for what is cached are beside those of the limits.
+        self._n_cells_behind = 0 if limits.unified else kv.sharing.n_cached * limits.n_cells_seq
         self.limits = limits
         self.policy = device_aware() if policy is None else check_policy(policy, policy)
-        self.cost = cost
+        self._pool = kv.pool
+        self._needs_pool = False
         self.counters = Counters()
         self.deadlines = Deadlines()
         self.accounting = KvAccounting(
-            limits.n_cells, n_slots, unified=limits.unified, n_cells_seq=limits.n_cells_seq
+            limits.n_cells + self._n_cells_behind,
+            n_slots,
+            unified=limits.unified,
+            n_cells_seq=limits.n_cells_seq,
         )
         self.admission = Admission(self.accounting, kv.sharing, retain=kv.retain, swap=kv.swap)
         self.idle_sequences = IdleSequences(gather or CostWindow(), patience)
@@ -105,10 +120,15 @@ class Scheduler:
             self.accounting, self.admission, self.idle_sequences, self.counters, self._left
         )
         self.interactive = Interactive(
-            self.sequences, self.admission, self.idle_sequences, self.check_fits
+            self.sequences, self.admission, self.idle_sequences, self._claim
         )
-        self.attention = Attention(limits, self.accounting, self.sequences.running, cost)
+        self.set_cost(cost)
         self._last_pause = NO_PAUSE
+
+    def set_cost(self, cost: StepCost | None) -> None:
+        """The cost model from now on."""
+        self.cost = cost
+        self.attention = Attention(self.limits, self.accounting, self.sequences.running, cost)
 
     # -- sequences come and go
 
@@ -142,7 +162,7 @@ class Scheduler:
             )
         if id in self.sequences:
             raise ValueError(f"sequence {id} is here already")
-        self.check_fits(n_prompt, max_tokens)
+        self._claim(n_prompt, max_tokens)
         goal = None
         if interactive:  # what is saved is loaded when its owner wants more
             goal = 0 if saved else n_prompt - 1
@@ -166,7 +186,7 @@ class Scheduler:
     def check_fits(self, n_prompt: int, max_tokens: int) -> None:
         """RequestTooLong when the request could not finish even with the cache to itself. The
         token that is sampled last is never computed, so it needs no cell."""
-        limit = min(self.limits.n_cells_seq, self.limits.n_cells)
+        limit = self.most_cells
         if n_prompt + max_tokens - 1 > limit:
             raise RequestTooLong(
                 "prompt",
@@ -174,6 +194,19 @@ class Scheduler:
                 f"with max_tokens={max_tokens} it needs {n_prompt + max_tokens - 1} KV cells, "
                 f"a sequence of this engine can have {limit}",
             )
+
+    @property
+    def most_cells(self) -> int:
+        """Cells that a sequence can have."""
+        limits = self.limits if self._pool is None else self._pool.limits
+        return min(limits.n_cells_seq, limits.n_cells)
+
+    def _claim(self, n_prompt: int, max_tokens: int) -> None:
+        """`check_fits`, and where it takes a pool for that, there will be one."""
+        self.check_fits(n_prompt, max_tokens)
+        limits = self.limits
+        n = n_prompt + max_tokens - 1
+        self._needs_pool |= n > min(limits.n_cells_seq, limits.n_cells)
 
     def remove(self, id: int, *, worth: bool = True) -> int | None:
         """A sequence ends, for whatever reason. Returns the slot it ran in, which is free from now
@@ -213,7 +246,7 @@ class Scheduler:
         sequences = self.sequences
         running = sequences.running
         kv = KvView(
-            self.accounting.free,
+            self.accounting.free - self._n_cells_behind,
             sequences.promised,
             self.attention.of_all(),
             self._freed_by,
@@ -238,6 +271,8 @@ class Scheduler:
         PlanError, and nothing has changed, when the plan breaks a rule."""
         if self.idle:
             return self._without_rows()
+        if self._needs_pool:
+            return self._become_pool()
         sequences = self.sequences
         sequences.now, self.idle_sequences.ready_at = now, None
         preempted = self._preempt_idle()
@@ -254,6 +289,25 @@ class Scheduler:
             preempted += tuple((id, sequences.preempt(id, retain=True)) for id in plan.preempt)
         admitted = self._admit(rows) if rows.others else ()
         return self._step(rows, plan.repeat, preempted, admitted, plan.reasons)
+
+    def _become_pool(self) -> Step:
+        """What runs is preempted, nothing stays cached, and streams become a pool."""
+        assert self._pool is not None
+        sequences, admission = self.sequences, self.admission
+        preempted = tuple(
+            (id, sequences.preempt(id, retain=False)) for id in reversed(self.running_ids())
+        )
+        admission.cache.drop_all()
+        operations = self.take_kv_operations()
+        (self.limits, sharing), self._pool = self._pool, None
+        self._needs_pool, self._n_cells_behind = False, 0
+        limits = self.limits
+        self.accounting.reset(limits.n_cells, True, limits.n_cells_seq)
+        for id, prefix in admission.restart(sharing):
+            sequences.waiting.put(id, prefix=prefix)
+        self.set_cost(self.cost)
+        pool = KvOperation("pool", -1, n=limits.n_cells)
+        return Step(NO_SLOTS, (), preempted, (), 0, {}, kv_operations=(*operations, pool))
 
     def _preempt_idle(self) -> Placed:
         """The interactive sequence that is idle longest, if that is too long and others need its

@@ -16,7 +16,7 @@ from math import inf
 import numpy as np
 
 from pyllamabatch.cost.step_cost import NO_COST, NewGraph, StepCost
-from pyllamabatch.engine.kv_config import LEAST_CACHED
+from pyllamabatch.engine.layout import n_copies
 from pyllamabatch.kv import Sharing
 from pyllamabatch.kv.radix_tree import Tokens
 from pyllamabatch.scheduler import KvOptions, Limits, Policy, Scheduler, Step
@@ -52,24 +52,21 @@ class EngineSpec:
         n_batch: int = 2048,
         n_ubatch: int = 512,
         unified: bool = True,
-        prefix_cache: bool | None = None,
+        prefix_cache: bool = True,
         overhead: float = OVERHEAD,
         gap_max: int = 16,
     ) -> EngineSpec:
         """An engine of a model with plain attention. In a pool (unified) sequences share any
         prefix; with a stream for each, a prefix is copied whole. prefix_cache: cache the prefixes
-        of ended requests; by default where the cells are a pool. gap_max: see `Limits`; the default
+        of ended requests. gap_max: see `Limits`; the default
         is a GPU's."""
-        retain = unified if prefix_cache is None else prefix_cache
-        n_cached = 0
-        if unified and retain:
-            n_cached = max(0, min(max(n_seq_max, LEAST_CACHED), min(256, n_batch) - n_seq_max))
+        n_cached = n_copies(n_seq_max, n_batch, unified=unified) if prefix_cache else 0
         n_cells_seq = n_cells if unified else max(1, n_cells // n_seq_max)
         gap_max = 0 if unified else gap_max
         limits = Limits(n_batch, n_ubatch, n_seq_max, n_cells, n_cells_seq, unified, gap_max)
         sharing = Sharing(copy_part=unified, copy_whole=True, trim=True, n_cached=n_cached)
         cost = with_switch(cost)
-        return cls(cost, limits, sharing, retain, overhead, new_graph=cost.new_graph)
+        return cls(cost, limits, sharing, prefix_cache, overhead, new_graph=cost.new_graph)
 
 
 def with_switch(cost: StepCost) -> StepCost:

@@ -17,9 +17,17 @@ from tests.support.cells import Cells
 UNIFIED = Sharing(copy_part=True, copy_whole=True, trim=True, n_cached=4)
 STATES = Sharing(copy_whole=True, n_cached=4)  # recurrent, hybrid
 STREAMS = Sharing(copy_whole=True, trim=True)
+BESIDE = Sharing(copy_whole=True, trim=True, n_cached=2)  # streams, and some more for copies
 WINDOW = Sharing(trim=True, window=24)
 NOTHING = Sharing()
-LIMITS = [(UNIFIED, True), (STATES, True), (STREAMS, False), (WINDOW, True), (NOTHING, True)]
+LIMITS = [
+    (UNIFIED, True),
+    (STATES, True),
+    (STREAMS, False),
+    (BESIDE, False),
+    (WINDOW, True),
+    (NOTHING, True),
+]
 N_RUN, N_CELLS = 3, 300
 
 
@@ -98,7 +106,8 @@ class Rig:
         assert self.accounting.used == self.memory.used
         cached = [slot for slot in range(self.n_slots) if self.accounting.is_cached(slot)]
         assert len(cached) == self.cache.n_cached
-        assert sorted([*cached, *self.live, *self.cache._free]) == list(range(self.n_slots))
+        empty = [*self.cache._free, *self.cache._behind]
+        assert sorted([*cached, *self.live, *empty]) == list(range(self.n_slots))
 
 
 def test_what_ended_is_found_again() -> None:
@@ -297,3 +306,34 @@ def test_any_mix_keeps_memory_and_ledger_together(
             rig.cache.make_cells(b)
             rig.check()
             assert rig.accounting.empty >= b or not rig.unified
+
+
+def test_streams_that_run_stay_neighbours_and_what_is_cached_lies_behind_them() -> None:
+    rig = Rig(BESIDE, unified=False)
+    common, n = text(1, 40), 20
+    tokens = [np.concatenate((common, text(2 + i, n))) for i in range(4)]
+    slots = []
+    for each in tokens[:3]:
+        slot, _ = rig.start(each)
+        slots.append(slot)
+        while rig.accounting.held(slot) < len(each):
+            rig.advance(slot, len(each))
+    assert slots == [0, 1, 2]
+    rig.end(1)
+    rig.carry_out()
+    assert rig.accounting.held(1) == 0
+    assert rig.accounting.held(3) == 60  # the copy
+    slot, hit = rig.start(tokens[3])
+    assert (slot, hit.n) == (1, 40)
+    rig.carry_out()
+    assert rig.accounting.held(3) == 60  # others can start from it, too
+
+
+def test_a_copy_that_does_not_pay_is_not_made() -> None:
+    rig = Rig(BESIDE, unified=False)
+    rig.cache = PrefixCache(rig.accounting, BESIDE, copy_pays=lambda n: n >= 50)
+    for n, cached in ((30, 0), (60, 1)):
+        slot, _ = rig.start(text(n, n))
+        rig.advance(slot, n)
+        rig.end(slot)
+        assert rig.cache.n_cached == cached

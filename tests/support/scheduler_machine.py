@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pyllamabatch.kv import KvOperation, Sharing, SwapChoice
 from pyllamabatch.kv.radix_tree import Tokens
 from pyllamabatch.scheduler import KvOptions, Limits, Policy, Scheduler, Step
+from pyllamabatch.scheduler.scheduler import Pool
 from tests.support.cells import Cells
 
 NEVER = 10**9
@@ -49,10 +50,11 @@ class Machine:
         sharing: Sharing | None = None,
         retain: bool = True,
         swap: Any = "recompute",
+        pool: Pool | None = None,
         **options: Any,
     ) -> None:
-        self.limits = limits
-        kv = KvOptions(sharing or Sharing(), retain, SwapChoice(swap))
+        kv = KvOptions(sharing or Sharing(), retain, SwapChoice(swap), pool)
+        self.pool = pool
         self.scheduler = Scheduler(limits, policy, kv=kv, **options)
         self.now = 0.0
         self.memory = Cells(kv.sharing, limits.unified)
@@ -185,6 +187,12 @@ class Machine:
         """The operations; default: those that were decided since the last step."""
         for operation in self.scheduler.take_kv_operations() if operations is None else operations:
             self.moved[operation.kind] += 1
+            if operation.kind == "pool":
+                assert self.pool is not None
+                assert not self.owner
+                saved, self.memory = self.memory.saved, Cells(self.pool.sharing, unified=True)
+                self.memory.saved = saved
+                continue
             self.memory.carry_out(operation, self.tokens.get(operation.id, ()))
 
     def place(self, step: Step) -> None:
@@ -250,6 +258,10 @@ class Machine:
     # -- what there is
 
     @property
+    def limits(self) -> Limits:
+        return self.scheduler.limits
+
+    @property
     def held(self) -> dict[int, list[int]]:
         """The tokens in each slot."""
         return {slot: self.memory.tokens(slot) for slot in self.memory.slots}
@@ -267,7 +279,7 @@ class Machine:
         assert all(seq.remaining for seq in view.waiting)
         assert view.kv.promised == sum(s.remaining for s in view.running)
         uses = memory.uses(self.owner)
-        assert view.kv.free == scheduler.accounting.n_cells - len(uses)
+        assert view.kv.free == scheduler.limits.n_cells - len(uses)
         for slot, id in self.owner.items():
             seq = scheduler.sequence(id)
             assert (seq.computed, seq.known) == (memory.held(slot), len(self.tokens[id]))

@@ -26,7 +26,6 @@ from .sarathi import sarathi
 from .shortest import shortest
 from .slo import slo
 from .static import static
-from .tile_fill import tile_fill
 from .width import width
 
 GROUP = "pyllamabatch.policies"
@@ -41,7 +40,6 @@ SHIPPED: dict[str, Callable[..., Policy]] = {
     "mlfq": mlfq,
     "fair": fair,
     "prefix": prefix,
-    "tile-fill": tile_fill,
     "width": width,
     "device-aware": device_aware,
 }
@@ -145,6 +143,5 @@ __all__ = [
     "shortest",
     "slo",
     "static",
-    "tile_fill",
     "width",
 ]

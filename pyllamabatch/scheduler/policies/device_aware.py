@@ -1,24 +1,25 @@
-"""What the device is good at, by its cost model: `sarathi` with as many rows of prompts at a step
-as are cheap there (`tile_fill`), and narrower rounds where they are faster (`width`). Without a
-cost model this is `sarathi`. The default."""
+"""The default: as many tokens a second as the device gives, first tokens soon, no long stall.
+
+Prompts are computed as soon as they come, whole: the sooner they are, the more sequences decode
+together. A step takes no longer than `stall` seconds for that, or than the ITL target of a request
+that has one, by the cost model. And sequences decode in turns where several narrow steps are faster
+than a wide one (`width`)."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from .composed import ComposedPolicy
-from .tile_fill import tile_fill
+from .parts import ALWAYS, STALL_SECONDS, TokenBudget, WhenItFits, WithinTarget
 from .width import Turns
 
 
 def device_aware(
-    *,
-    itl: float = 0.1,
-    stretch: float = 2.0,
-    gain: float = 0.04,
-    reserve: int = 0,
-    watermark: float = 0.01,
+    *, stall: float = STALL_SECONDS, gain: float = 0.04, watermark: float = 0.01
 ) -> ComposedPolicy:
-    """Options: see `sarathi`, `tile_fill` and `width`."""
-    filled = tile_fill(itl=itl, stretch=stretch, reserve=reserve, watermark=watermark)
-    return replace(filled, width=Turns(itl, gain))
+    """`stall`: seconds that a step may take for prompts while sequences without an ITL target
+    decode. `gain`: see `Turns`. `watermark`: see `WhenItFits`."""
+    return ComposedPolicy(
+        admit=WhenItFits(watermark),
+        budget=WithinTarget(TokenBudget(), stall),
+        repeat=ALWAYS,
+        width=Turns(gain=gain),
+    )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain, takewhile
+from math import inf
 
 from ...errors import ArgumentError
-from ..policy import Order, PlanBuilder, Verdict
+from ..policy import Budget, Order, PlanBuilder, Verdict
 from ..view import SequenceView, StepView
 
 # A sequence that was not admitted is not admitted later either, unless another one leaves: decoding
@@ -147,40 +148,54 @@ class TokenBudget:
 
 token_budget = TokenBudget()
 
-
-LEAST_ROWS = 16
+# Without a target of its own a reader waits so long for a token at most, while others' prompts are
+# computed: a pause that is felt, and a chunk long enough for any device's best speed.
+STALL_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Paced:
-    """Rows of a step: those that decode, and as many of prompts as keep its predicted time within
-    `itl` seconds, or, where a device is too slow for that, within `stretch` times what the decoding
-    rows take alone; 16 rows of prompts at the least. `otherwise`: where nothing can be
-    predicted."""
+class WithinTarget:
+    """Rows of a step: those that decode, and as many of prompts as keep its predicted time within a
+    target; `least` rows of prompts in any case.
 
-    otherwise: TokenBudget = token_budget
-    itl: float = 0.1
+    The target is `margin` times the smallest ITL target of the running sequences. For those without
+    one it is `itl` seconds, or `stretch` times what the decoding rows take alone if that is longer.
+    `otherwise`: where there is no cost model, or no target."""
+
+    otherwise: Budget = token_budget
+    itl: float = STALL_SECONDS
     stretch: float = 2.0
+    least: int = 16
+    margin: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.itl > 0:
             raise ArgumentError("itl", self.itl, "more than 0 seconds")
         if not self.stretch >= 1:
             raise ArgumentError("stretch", self.stretch, "at least 1")
+        if self.least < 1:
+            raise ArgumentError("least", self.least, "at least 1 row")
+        if not 0 < self.margin <= 1:
+            raise ArgumentError("margin", self.margin, "above 0, at most 1")
 
     def __call__(self, view: StepView) -> int:
-        n, most = len(view.decoding), view.limits.n_batch
-        if view.cost is None or n == 0:
+        n = len(view.decoding)
+        if n == 0 or not (len(view.prefilling) or view.can_admit):
+            return view.limits.n_batch
+        target = self.target(view)
+        if view.cost is None or target == inf:
             return self.otherwise(view)
-        if not (len(view.prefilling) or view.can_admit):
-            return most
-        kv = view.kv.attended
-        alone = view.cost.predict(n, 0, kv, n)
-        return n + most_within(view, self.target(alone), LEAST_ROWS)
+        return n + most_within(view, target, self.least)
 
-    def target(self, alone: float) -> float:
-        """Seconds of a step whose decoding rows take `alone`."""
-        return max(self.itl, self.stretch * alone)
+    def target(self, view: StepView) -> float:
+        """Seconds; inf where there is none."""
+        targets = view.running.column("itl_target")
+        target = float(targets.min())
+        if self.itl < target and targets.max() == inf:
+            n, cost = len(view.decoding), view.cost
+            alone = 0.0 if cost is None else cost.predict(n, 0, view.kv.attended, n)
+            target = min(target, max(self.itl, self.stretch * alone))
+        return self.margin * target
 
 
 def most_within(view: StepView, seconds: float, least: int) -> int:

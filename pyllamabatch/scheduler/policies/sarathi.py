@@ -8,7 +8,7 @@ A plan repeats while all decode and none can be admitted."""
 from __future__ import annotations
 
 from .composed import ComposedPolicy
-from .parts import ALWAYS, Paced, TokenBudget, WhenItFits
+from .parts import ALWAYS, TokenBudget, WhenItFits, WithinTarget
 
 
 def sarathi(
@@ -21,9 +21,9 @@ def sarathi(
     """`budget`: rows of a step while sequences decode, whatever they take. Without it a step may
     take `itl` seconds, or `stretch` times what the decoding rows take alone if that is longer (and
     without a cost model have the rows that `TokenBudget` says). `watermark`: see `WhenItFits`."""
-    paced = Paced(TokenBudget(), itl, stretch)
+    within = WithinTarget(TokenBudget(), itl, stretch)
     return ComposedPolicy(
         admit=WhenItFits(watermark),
-        budget=paced if budget is None else TokenBudget(budget),
+        budget=within if budget is None else TokenBudget(budget),
         repeat=ALWAYS,
     )

@@ -13,10 +13,9 @@ from heapq import merge
 from math import inf
 
 from ...errors import ArgumentError
-from ..policy import Budget
 from ..view import SequenceView, StepView
 from .composed import ComposedPolicy
-from .parts import ALWAYS, LastRanked, TokenBudget, WhenItFits, most_within
+from .parts import ALWAYS, LastRanked, TokenBudget, WhenItFits, WithinTarget
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,30 +45,6 @@ class EarliestDeadline:
         return merge(view.prefilling.by(self.rank), waiting, key=self.rank)
 
 
-@dataclass(frozen=True, slots=True)
-class WithinTarget:
-    """Rows of a step: those that decode, and as many of prompts as keep its predicted time within
-    `margin` times the smallest ITL target of the running sequences (`itl` for those without one),
-    but `least` at the least. `otherwise`: where there is no cost model, or no target."""
-
-    otherwise: Budget
-    itl: float = inf
-    least: int = 16
-    margin: float = 1.0
-
-    def __call__(self, view: StepView) -> int:
-        n, most = len(view.decoding), view.limits.n_batch
-        if n == 0 or not (len(view.prefilling) or view.can_admit):
-            return most
-        targets = view.running.column("itl_target")
-        target = float(targets.min())
-        if self.itl < target and targets.max() == inf:
-            target = self.itl
-        if view.cost is None or target == inf:
-            return self.otherwise(view)
-        return n + most_within(view, self.margin * target, self.least)
-
-
 def slo(
     *,
     itl: float = inf,
@@ -87,15 +62,11 @@ def slo(
     for name, seconds in (("itl", itl), ("ttft", ttft)):
         if not seconds > 0:
             raise ArgumentError(name, seconds, "more than 0 seconds")
-    if least < 1:
-        raise ArgumentError("least", least, "at least 1 row")
-    if not 0 < margin <= 1:
-        raise ArgumentError("margin", margin, "above 0, at most 1")
     rank = Deadline(ttft)
     return ComposedPolicy(
         order=EarliestDeadline(rank),
         admit=WhenItFits(watermark),
-        budget=WithinTarget(TokenBudget(budget), itl, least, margin),
+        budget=WithinTarget(TokenBudget(budget), itl, 1.0, least, margin),
         victim=LastRanked(rank),
         repeat=ALWAYS,
     )

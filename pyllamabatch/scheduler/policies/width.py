@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Set
 from dataclasses import replace
 from math import ceil, gcd, inf
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from pyllamabatch.cost.step_cost import StepCost
 
@@ -24,7 +24,6 @@ from ..view import StepView
 from .composed import ComposedPolicy
 from .rotation import Queue, Rotation, Windows
 from .sarathi import sarathi
-from .tile_fill import measured
 
 ROUNDS = 4  # at most: each adds to the wait
 MANY = 32
@@ -97,10 +96,10 @@ class Turns:
 
     def __call__(self, builder: PlanBuilder) -> Round:
         view, step, n = builder.view, builder.view.step, len(builder.view.decoding)
+        kind = Queue if view.limits.unified else Windows
         rotation = self._rotation
-        if rotation is None:
-            rotation = Queue() if view.limits.unified else Windows()
-            self._rotation = rotation
+        if not isinstance(rotation, kind):
+            rotation = self._rotation = kind()
         others = view.decoding != self._known
         self._count(step, others)
         if self._until is not None and (others or step >= self._until):
@@ -201,6 +200,11 @@ def best_split(view: StepView, itl: float, gain: float, *, begun: bool = False) 
             if lasting <= left:
                 best, found = won / need, Split(width, hold, won, lasting)
     return found
+
+
+def measured(cost: StepCost | None) -> TypeGuard[StepCost]:
+    """There is a cost model, and it is more than a guess."""
+    return cost is not None and cost.calibrated
 
 
 def tokens_left(view: StepView) -> int:

@@ -1,0 +1,92 @@
+"""Streams that become a pool of cells when a sequence needs more than one of them has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyllamabatch.errors import RequestTooLong
+from pyllamabatch.kv import Sharing
+from pyllamabatch.scheduler import Limits
+from pyllamabatch.scheduler.scheduler import Pool
+from tests.support.scheduler_machine import Machine
+
+STREAMS = Limits(32, 16, 3, 300, 100, unified=False)
+POOL = Pool(
+    replace(STREAMS, n_cells_seq=300, unified=True),
+    Sharing(copy_part=True, copy_whole=True, trim=True, n_cached=1),
+)
+BESIDE = Sharing(copy_whole=True, trim=True, n_cached=1)
+
+
+def machine() -> Machine:
+    return Machine(STREAMS, sharing=BESIDE, pool=POOL)
+
+
+def test_streams_stay_while_requests_fit() -> None:
+    m = machine()
+    m.add(0, 60, 41, 41)
+    m.run()
+    assert m.done == [0]
+    assert not m.scheduler.limits.unified
+    assert not m.moved["pool"]
+
+
+def test_a_long_request_gets_a_pool_and_what_runs_is_computed_again() -> None:
+    m = machine()
+    for id in range(3):
+        m.add(id, 30, 40, 40, alike=20)
+    for _ in range(8):
+        m.step()
+    generated = dict(m.generated)
+    assert all(generated.values())
+    m.add(3, 200, 20, 20, alike=20)
+    m.step()
+    assert m.moved["pool"] == 1
+    assert m.scheduler.limits == POOL.limits
+    assert not m.owner
+    assert m.generated == generated | {3: 0}  # what was sampled stays
+    m.run()
+    assert sorted(m.done) == [0, 1, 2, 3]
+    assert all(m.generated[id] == m.ends[id] for id in range(4))
+    m.add(4, 290, 11, 11)
+    m.run()
+    assert m.moved["pool"] == 1
+
+
+def test_what_fits_the_pool_no_more_than_a_stream_is_refused() -> None:
+    m = machine()
+    with pytest.raises(RequestTooLong, match="can have 300"):
+        m.add(0, 300, 2, 2)
+    m.scheduler.check_fits(300, 1)
+    assert not m.scheduler.limits.unified  # asked for, and not submitted
+    m.add(1, 50, 5, 5)
+    m.run()
+    assert not m.moved["pool"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 200), st.integers(1, 60), st.integers(0, 6), st.integers(0, 40)),
+        min_size=1,
+        max_size=10,
+    )
+)
+def test_every_request_ends_with_its_tokens(
+    requests: list[tuple[int, int, int, int]],
+) -> None:
+    m = machine()
+    for id, (n_prompt, n, steps, alike) in enumerate(requests):
+        m.add(id, n_prompt, n, n, alike=alike)
+        for _ in range(steps):
+            m.step()
+    m.run()
+    assert sorted(m.done) == list(range(len(requests)))
+    assert all(m.generated[id] == m.ends[id] for id in m.done)
+    long = any(n_prompt + n - 1 > 100 for n_prompt, n, _, _ in requests)
+    assert m.moved["pool"] == long
+    assert m.scheduler.limits.unified == long
