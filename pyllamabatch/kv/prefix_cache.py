@@ -433,16 +433,14 @@ class PrefixCache:
 
     def _take_slot(self, besides: int = -1, *, to_cache: bool = False) -> int | None:
         """An empty slot, or the least recently used cached one (but not `besides`), emptied; None
-        when all others are running."""
-        heap = (
-            self._behind
-            if to_cache and self._n_running < self._accounting.n_seq_max
-            else self._free
-        )
+        when all others are running. `to_cache`: one for a copy; those that no sequence has started
+        from go first."""
+        apart = self._n_running < self._accounting.n_seq_max
+        heap = self._behind if to_cache and apart else self._free
         if not heap:
-            others = (s for s in self._cached if s != besides and self._heap(s) is heap)
-            slot = next(others, None)
-            if slot is None:
+            found = [s for s in self._cached if s != besides and self._heap(s) is heap]
+            if not found:
                 return None
-            self.drop(slot)
+            unproven = (s for s in found if to_cache and s not in self._proven)
+            self.drop(next(unproven, found[0]))
         return heapq.heappop(heap)

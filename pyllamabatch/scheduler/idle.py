@@ -99,7 +99,7 @@ class IdleSequences:
     def overdue(self, now: float) -> int | None:
         """The one that has been idle longest, if that is too long."""
         for id, since in self._since.items():
-            return id if now - since >= self._patience else None
+            return id if since + self._patience <= now else None  # rounded as in `until_overdue`
         return None
 
     def until_overdue(self, now: float) -> float:

@@ -27,9 +27,9 @@ def half(seq: SequenceView) -> float:
     return seq.max_tokens / 2
 
 
-def test_twelve_ship() -> None:
+def test_eleven_ship() -> None:
     shipped = "fair fcfs mlfq prefill-first prefix sarathi shortest slo static"
-    ours = "device-aware tile-fill width"
+    ours = "device-aware width"
     assert {*shipped.split(), *ours.split()} == set(policies.SHIPPED) <= set(policy_names())
 
 
@@ -56,7 +56,6 @@ def test_options_are_those_of_the_function() -> None:
         ("sarathi:stretch=0.5", "stretch=0.5"),
         ("width:itl=0.0", "itl=0.0"),
         ("width:gain=-0.1", "gain=-0.1"),
-        ("tile-fill:reserve=-1", "reserve=-1"),
         ("fcfs:watermark=1", r"watermark=1.0: a share"),
         ("static:size=0", r"size=0: at least 1"),
         ("static:wait=-1", r"wait=-1.0: seconds"),
