@@ -26,7 +26,7 @@ from .options import EngineOptions
 
 MOST_STATES = 8  # slots for cached recurrent states: each takes the memory of a whole one
 LEAST_CACHED = 16  # slots for prefixes cached in shared cells: they cost a row of logits each
-STREAMS_A_COPY = 4  # one stream for what is cached to so many for sequences that run
+LEAST_COPIES, STREAMS_A_COPY = 2, 4  # streams for what is cached: one to so many that run
 
 STREAM_CELLS = 2048  # of a stream, where the model was trained with so many and memory has room
 LEAST_STREAM_CELLS = 512  # fewer are of little use
@@ -96,7 +96,8 @@ def choose_layout(
 def n_copies(n_seq_max: int, n_batch: int, *, unified: bool) -> int:
     """Slots for cached prefixes, beside those of `n_seq_max` sequences that run. A batch must hold
     a row of each slot."""
-    wanted = max(n_seq_max, LEAST_CACHED) if unified else -(-n_seq_max // STREAMS_A_COPY)
+    beside = max(LEAST_COPIES, -(-n_seq_max // STREAMS_A_COPY))
+    wanted = max(n_seq_max, LEAST_CACHED) if unified else beside
     return max(0, min(wanted, min(256, n_batch) - n_seq_max))
 
 

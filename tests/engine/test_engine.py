@@ -231,8 +231,7 @@ def test_encoders_are_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_default_context_suits_the_model(model: Model) -> None:
     with Engine(model, n_seq_max=2, n_threads=1) as engine:
         assert engine.n_ctx == 2 * model.n_ctx_train
-        assert engine.capabilities.unified
-    with Engine(model, n_seq_max=32, n_threads=1) as engine:
+    with Engine(model, n_seq_max=32, kv_unified=True, n_threads=1) as engine:
         assert engine.n_ctx == 16384
 
 

@@ -261,7 +261,7 @@ def test_cells_and_counters_agree_whatever_the_owners_do(
 ) -> None:
     limits = Limits(32, 8, 3, 96, 96)
     if not unified:
-        limits = Limits(32, 8, 3, 32 * (3 + sharing.n_cached), 32, unified=False)
+        limits = Limits(32, 8, 3, 96, 32, unified=False)
         sharing = replace(sharing, copy_part=False)
     machine = Machine(limits, sharing=sharing, swap=swap, gather=Window(WINDOW), patience=0.3)
     scheduler, tokens = machine.scheduler, machine.tokens

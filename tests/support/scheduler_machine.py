@@ -157,9 +157,10 @@ class Machine:
             pass
 
     def _plan(self) -> Step | None:
+        seconds = 1.0
         while (step := self.scheduler.plan(self.now)) is None and not self.scheduler.idle:
-            seconds = self.scheduler.hold(self.now)
-            assert seconds > 0
+            before, seconds = seconds, self.scheduler.hold(self.now)
+            assert seconds > 0 or before > 0  # at once, but not for ever
             self.now += seconds
         return step
 
