@@ -8,13 +8,12 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import aclosing
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
 from ..cost.choose import cost_of
 from ..cost.model import CostModel
-from ..cost.step_cost import StepCost
 from ..errors import integer, number
 from ..kv import Preemption, SwapSpace
 from ..llama.context import Context
@@ -208,9 +207,9 @@ class Engine:
         return self._context.capabilities
 
     @property
-    def cost(self) -> StepCost | None:
+    def cost(self) -> CostModel | None:
         """The cost model that policies ask."""
-        return self._core.scheduler.cost
+        return cast("CostModel | None", self._core.scheduler.cost)
 
     # -- requests
 

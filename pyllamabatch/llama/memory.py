@@ -105,7 +105,7 @@ class Memory:
         """Forget every sequence; `data` also zeroes the buffers."""
         with self._context:
             lib.llama_memory_clear(self.ptr, data)
-            self.renewed()
+            self.renewed(self._can)
 
     def seq_rm(self, seq_id: int, p0: int = -1, p1: int = -1) -> None:
         """Remove [p0, p1) of a sequence, -1 for every sequence."""

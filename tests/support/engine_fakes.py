@@ -295,7 +295,7 @@ class FakeMachine:
     def files(self, lora: LoraSet) -> LoraNames:
         return list(lora)
 
-    def renew(self) -> None:
+    def renew(self, pool: int = 0) -> None:
         self.cells.clear()
         if self.barren:
             raise ContextCreateError("no memory left")

@@ -1,15 +1,33 @@
 """The default: as many tokens a second as the device gives, first tokens soon, no long stall.
 
-Prompts are computed as soon as they come, whole: the sooner they are, the more sequences decode
-together. A step takes no longer than `stall` seconds for that, or than the ITL target of a request
-that has one, by the cost model. And sequences decode in turns where several narrow steps are faster
-than a wide one (`width`)."""
+Prompts are computed as soon as they come: the sooner they are, the more sequences decode together.
+A step takes no longer than `stall` seconds for that, or than the ITL target of a request that has
+one, by the cost model. And sequences decode in turns where several narrow steps are faster than a
+wide one (`width`)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from ..view import StepView
 from .composed import ComposedPolicy
 from .parts import ALWAYS, STALL_SECONDS, TokenBudget, WhenItFits, WithinTarget
 from .width import Turns
+
+
+@dataclass(frozen=True, slots=True)
+class PromptsSoon:
+    """Rows of a step: as `within`; in a pool also no more than its `otherwise`. There rows that
+    decode cost next to nothing beside those of a prompt, so the more steps a prompt takes, the more
+    of them it carries. In streams the two never share a ubatch."""
+
+    within: WithinTarget
+
+    def __call__(self, view: StepView) -> int:
+        rows = self.within(view)
+        if not view.limits.unified or not len(view.decoding):
+            return rows
+        return min(rows, self.within.otherwise(view))
 
 
 def device_aware(
@@ -19,7 +37,7 @@ def device_aware(
     decode. `gain`: see `Turns`. `watermark`: see `WhenItFits`."""
     return ComposedPolicy(
         admit=WhenItFits(watermark),
-        budget=WithinTarget(TokenBudget(), stall),
+        budget=PromptsSoon(WithinTarget(TokenBudget(), stall)),
         repeat=ALWAYS,
         width=Turns(gain=gain),
     )

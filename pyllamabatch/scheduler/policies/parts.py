@@ -149,8 +149,8 @@ class TokenBudget:
 token_budget = TokenBudget()
 
 # Without a target of its own a reader waits so long for a token at most, while others' prompts are
-# computed: a pause that is felt, and a chunk long enough for any device's best speed.
-STALL_SECONDS = 1.0
+# computed: a pause that is felt, and time for a whole ubatch on two cores of a CPU.
+STALL_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
