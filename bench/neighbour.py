@@ -55,9 +55,7 @@ def main(options: argparse.Namespace) -> int:
     pp, tg = options.prompt_tokens, options.tokens
     cases = cases_of(options, inside.file, pp, tg, numbers(options.batch))
     title = f"{tg} tokens per sequence, tokens/s (ratio)"
-    return harness.run(
-        "neighbour", arms, cases, inside.facts(), options, view=view, targets=TARGETS, title=title
-    )
+    return harness.run(options, arms, cases, inside.facts(), title)
 
 
 def view(records: Sequence[Record]) -> str:
