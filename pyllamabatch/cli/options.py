@@ -79,7 +79,9 @@ def n_bytes(text: str) -> int:
 
 _N = {"type": at_least(1), "metavar": "N"}
 _SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "n_ctx": (("-c", "--n-ctx"), _N | {"help": "KV cells of all sequences together"}),
+    "n_ctx": (("-c", "--n-ctx"), {
+        "type": at_least(0), "metavar": "N",
+        "help": "KV cells of all sequences together (0: the engine chooses)"}),
     "n_batch": (("-b", "--n-batch"), _N | {"help": "most rows in a step"}),
     "n_ubatch": (("-ub", "--n-ubatch"),
                  _N | {"help": "most rows that the device computes at once"}),
@@ -116,7 +118,7 @@ def add_shared(add: Add, **defaults: Any) -> None:
     """The flags of `_SHARED` that are named, with these defaults. None: what the engine chooses."""
     for name, default in defaults.items():
         flags, given = _SHARED[name]
-        if isinstance(default, int) and not isinstance(default, bool):
+        if default and not isinstance(default, bool):
             given = given | {"help": f"{given['help']} ({default})"}
         add(*flags, default=default, **given)
 

@@ -58,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("engines").add_argument
     add("-s", "--n-seq-max", type=at_least(1, 256), default=16, metavar="N",
         help="requests that run at once (16)")
-    add_shared(add, n_ctx=32768, n_batch=2048, n_ubatch=512, kv_unified=True, prefix_cache=None)
+    add("-c", "--n-ctx", type=at_least(1), default=32768, metavar="N", help="KV cells (32768)")
+    add_shared(add, n_batch=2048, n_ubatch=512, kv_unified=True, prefix_cache=None)
     add("--overhead", type=float, default=OVERHEAD, metavar="S",
         help=f"seconds of a call beside its steps ({OVERHEAD})")
     add("--replicas", type=at_least(1, 10000), default=1, metavar="N", help="equal engines (1)")
