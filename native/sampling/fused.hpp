@@ -5,8 +5,9 @@
 // - The same candidates with the same probabilities, equal logits in the order of their ids. (The chain
 //   orders them as its unstable sort leaves them, and adds up weights as floats, one after the other:
 //   where a sum comes to top-p within that rounding, it may keep one candidate more or less.)
-// - The same token for the same seed where neither decides, except from a nucleus of more than SMALL
-//   candidates: that is drawn from in the order of the ids. A token per seed, and the same distribution.
+// - The same token for the same seed where neither decides and the draw does not come within rounding
+//   to the end of a token's share; except from a nucleus of more than SMALL candidates: that is drawn
+//   from in the order of the ids. A token per seed, and the same distribution.
 //
 // A NaN or +inf anywhere in the row is PLB_E_LOGITS, as is a row of nothing but -inf; -inf excludes
 // a token, and a row whose tokens are all excluded is PLB_E_NO_CANDIDATE.
@@ -40,20 +41,19 @@ public:
 
     penalty_window() = default;
     penalty_window(int32_t last_n, int32_t n_vocab); // last_n 0: remembers nothing
+    penalty_window(const penalty_window & other);
+    penalty_window & operator=(penalty_window &&) = default;
     void add(llama_token token);
     const entry * begin() const { return entries_.data(); }
-    const entry * end() const { return entries_.data() + n_entries_; }
-    size_t capacity() const { return entries_.size(); } // most distinct tokens
+    const entry * end() const { return entries_.data() + entries_.size(); }
+    size_t capacity() const { return n_distinct_; } // most distinct tokens
 
 private:
-    size_t find(llama_token token) const; // slot of the hash table: the token's, or a free one
-    void   remove(size_t slot);
+    void count(llama_token token, int32_t change);
 
     std::vector<llama_token> ring_;
-    size_t next_ = 0, n_ring_ = 0;
-    std::vector<entry>   entries_;
-    size_t n_entries_ = 0;
-    std::vector<int32_t> table_; // index in entries_, -1 free; open addressing, a power of two
+    std::vector<entry>       entries_; // by token; never more than there is room for
+    size_t next_ = 0, n_ring_ = 0, n_distinct_ = 0;
 };
 
 // What one request keeps from token to token.
@@ -129,7 +129,7 @@ struct fused_memory {
 //     for (auto p = row.begin(request); p != NONE; p = row.next()) row.run(p, 0, row.n_blocks());
 class fused_row {
 public:
-    enum pass { NONE, SCAN, WEIGH, WEIGH_BOTH, WEIGH_EXACTLY };
+    enum pass { NONE, SCAN, WEIGH, WEIGH_BOTH };
 
     void bind(const kernels & set, fused_memory & memory) { k_ = &set, m_ = &memory; }
     pass begin(fused_request & request) noexcept;
@@ -166,10 +166,8 @@ private:
     pass after_raw_weighing();
     pass after_scan();
     pass by_index(cut keep);
-    pass draw_by_index();
     pass draw_from_edge_weighed();
     pass draw_weighed();
-    bool walk(double sum, llama_token & token, double & margin) const;
     pass draw_from_list(int32_t n, bool sorted);
     int32_t nucleus(int32_t n) const;
     float   largest() const;

@@ -17,21 +17,13 @@
 #include <arm_neon.h>
 #endif
 
-// Minimax polynomials: 2^f on |f| <= 1/2, relative error 7.5e-8, and e^r on |r| <= ln(2)/2, 1.2e-12.
+// Minimax polynomial: 2^f on |f| <= 1/2, relative error 7.5e-8.
 #define PLB_EXP_F0 1.0000001192092896f
 #define PLB_EXP_F1 0.6931469440460205f
 #define PLB_EXP_F2 0.24022117257118225f
 #define PLB_EXP_F3 0.05550714582204819f
 #define PLB_EXP_F4 0.009675655514001846f
 #define PLB_EXP_F5 0.0013276358367875218f
-
-#define PLB_EXP_D2 0.5000000000430223
-#define PLB_EXP_D3 0.1666666678514708
-#define PLB_EXP_D4 0.04166666439154035
-#define PLB_EXP_D5 0.008333281602385188
-#define PLB_EXP_D6 0.0013889198356217443
-#define PLB_EXP_D7 0.00019909074031924977
-#define PLB_EXP_D8 2.470810570128054e-05
 
 namespace plb {
 

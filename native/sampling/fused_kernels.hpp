@@ -25,16 +25,11 @@ struct weighing {
     float largest;
     float top; // largest / temp
     float low; // not below largest - 87 * temp: smaller weights are taken for 0
-    float scale; // log2(e) / temp, which is off by a share of
-    float scale_error;
+    float scale; // log2(e) / temp
 
     weighing(float temp, float largest, float least)
         : temp(temp), largest(largest), top(largest / temp),
-          low(std::fmax(least, largest - 87 * temp)) {
-        const double exact = 1.4426950408889634 / temp;
-        scale = (float) exact;
-        scale_error = (float) std::fabs(exact / scale - 1);
-    }
+          low(std::fmax(least, largest - 87 * temp)), scale((float) (1.4426950408889634 / temp)) {}
 };
 
 struct kernels {
@@ -43,30 +38,17 @@ struct kernels {
     float (*maximum)(const float * x, int32_t n);
     // Maxima of blocks first..last-1 (NaN left out of account); true if one holds a NaN.
     bool (*scan)(const row_view & row, int32_t first, int32_t last, float * block_max);
-    // Sums of weights of blocks first..last-1. What a sum is off by against the chain's: see
-    // weigh_error.
+    // Sums of weights of blocks first..last-1.
     void (*weigh)(const row_view & row, int32_t first, int32_t last, const float * block_max,
                   const weighing & how, double * block_sum);
     // The same, and in upper_sum the part of it that has x >= upper.
     void (*weigh_both)(const row_view & row, int32_t first, int32_t last, const float * block_max,
                        const weighing & how, float upper, double * block_sum, double * upper_sum);
-    // The same in the chain's arithmetic: x / temp, the difference and its expf rounded to floats.
-    void (*weigh_exactly)(const row_view & row, int32_t first, int32_t last,
-                          const float * block_max, const weighing & how, double * block_sum);
     // Bit i is set where low <= x[i] < upper, for one block.
     uint64_t (*between)(const float * x, float low, float upper);
-    // BLOCK weights, each rounded to the nearest float.
+    // BLOCK weights.
     void (*weights)(const float * x, const weighing & how, float * out);
 };
-
-// How far the sum of the weights up to some token may be from what the chain computes, once the sum
-// of all is made the same; the largest weight is 1. Roundings of quotients, differences and products
-// make each weight's error, in proportion to their size, and most of them cancel out; the error of
-// the scale does not. Three times the largest that was seen in normal rows of all widths and offsets.
-inline double weigh_error(const weighing & how, double sum) {
-    const double each = 4e-8 * (16 + std::fabs((double) how.top));
-    return 1.5 * each * std::sqrt(sum) + (1e-9 + 0.5 * how.scale_error) * sum;
-}
 
 // The best set for this machine. PLB_SIMD=base|avx2|avx512 in the environment asks for less.
 const kernels & best_kernels();

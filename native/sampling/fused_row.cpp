@@ -124,9 +124,6 @@ void fused_row::run(pass p, int32_t first, int32_t last) noexcept {
         case WEIGH_BOTH:
             k_->weigh_both(row_, first, last, top, how_, upper_, sum, m_->upper_sum.data());
             break;
-        case WEIGH_EXACTLY:
-            k_->weigh_exactly(row_, first, last, top, how_, sum);
-            break;
         case NONE:
             break;
     }
@@ -378,22 +375,12 @@ fused_row::pass fused_row::by_index(cut keep) {
     std::uniform_real_distribution<double> draw(0.0, 1.0);
     draw_ = draw(r_->state->random);
     how_  = weighing(p.temperature, largest_, keep.logit);
-    if (p.temperature == 1 && keep_.last_id >= 0 && keep_.last_id < row_.n) {
+    const bool cut_inside = keep_.last_id >= 0 && keep_.last_id < row_.n;
+    if (p.temperature == 1 && cut_inside) {
         m_->block_sum.swap(m_->upper_sum); // top-p has just weighed what it keeps
         return draw_weighed();
     }
-    return then(WEIGH, keep_.last_id >= 0 && keep_.last_id < row_.n
-                           ? &fused_row::draw_from_edge_weighed : &fused_row::draw_by_index);
-}
-
-fused_row::pass fused_row::draw_by_index() {
-    llama_token token;
-    double margin;
-    const double sum = total(m_->block_sum);
-    if (!walk(sum, token, margin) || margin < weigh_error(how_, sum)) {
-        return then(WEIGH_EXACTLY, &fused_row::draw_weighed);
-    }
-    return choose(token);
+    return then(WEIGH, cut_inside ? &fused_row::draw_from_edge_weighed : &fused_row::draw_weighed);
 }
 
 // The sums are of all that equals the nucleus's last logit, inside or not.
@@ -413,23 +400,10 @@ fused_row::pass fused_row::draw_from_edge_weighed() {
     return draw_weighed();
 }
 
-// With the sums as they are.
+// Through the sums of groups and blocks to the token that the draw falls on.
 fused_row::pass fused_row::draw_weighed() {
-    llama_token token;
-    double margin;
-    walk(total(m_->block_sum), token, margin);
-    return choose(token);
-}
-
-// Through the groups' and the blocks' sums (total() has just been taken) to the token that the draw
-// falls on, and how far it is from another one. False if it fell between the rounding of a block's
-// sum and of its weights.
-bool fused_row::walk(double sum_of_all, llama_token & token, double & margin) const {
-    const double target = sum_of_all * draw_;
+    const double target = total(m_->block_sum) * draw_;
     double reached = 0;
-    bool missed = false;
-    token  = first_largest(); // in case that it falls behind everything
-    margin = 0;
     for (int32_t b = 0; b < row_.n_blocks; ++b) {
         const double group = m_->group_sum[b / GROUP];
         if (b % GROUP == 0 && (reached + group < target || group == 0)) {
@@ -443,23 +417,21 @@ bool fused_row::walk(double sum_of_all, llama_token & token, double & margin) co
             continue;
         }
         const float * x = row_.block(b);
-        double inside = reached;
+        llama_token last = LLAMA_TOKEN_NULL; // where the weights' sum is rounded below the block's
         for (uint64_t bits = at_least(x, how_.low); bits != 0; bits &= bits - 1) {
             const int32_t i = __builtin_ctzll(bits);
             const float w = keep_.keeps(x[i], b * BLOCK + i) ? weight(x[i]) : 0;
-            if (w > 0) {
-                token = b * BLOCK + i;
-                inside += w;
-                if (inside >= target) {
-                    margin = std::min(inside - target, target - (inside - w));
-                    return !missed;
-                }
+            reached += w;
+            last = w > 0 ? b * BLOCK + i : last;
+            if (w > 0 && reached >= target) {
+                return choose(last);
             }
         }
-        missed = true;
-        reached += sum;
+        if (last != LLAMA_TOKEN_NULL) {
+            return choose(last);
+        }
     }
-    return false;
+    return choose(first_largest()); // it fell behind everything
 }
 
 } // namespace plb

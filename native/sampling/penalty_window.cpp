@@ -14,46 +14,26 @@ bool fused_supports(const plb_sampling & params) {
     return params.grammar == nullptr && !(params.typical_p < 1);
 }
 
-penalty_window::penalty_window(int32_t last_n, int32_t n_vocab) {
-    if (last_n <= 0) {
-        return;
-    }
-    ring_.resize((size_t) last_n);
-    entries_.resize((size_t) std::min(last_n, n_vocab) + 1); // one more between add and remove
-    size_t size = 16;
-    while (size < 2 * entries_.size()) {
-        size *= 2;
-    }
-    table_.assign(size, -1);
+penalty_window::penalty_window(int32_t last_n, int32_t n_vocab)
+    : ring_((size_t) std::max(0, last_n)), n_distinct_((size_t) std::min(last_n, n_vocab)) {
+    entries_.reserve(n_distinct_);
 }
 
-size_t penalty_window::find(llama_token token) const {
-    const size_t mask = table_.size() - 1;
-    size_t at = ((uint32_t) token * 2654435769u) & mask;
-    while (table_[at] >= 0 && entries_[table_[at]].token != token) {
-        at = (at + 1) & mask;
-    }
-    return at;
+penalty_window::penalty_window(const penalty_window & other)
+    : ring_(other.ring_), next_(other.next_), n_ring_(other.n_ring_),
+      n_distinct_(other.n_distinct_) {
+    entries_.reserve(n_distinct_); // a copied vector has only the room that it needs
+    entries_ = other.entries_;
 }
 
-void penalty_window::remove(size_t at) {
-    const size_t mask = table_.size() - 1;
-    const int32_t gone = table_[at];
-    const int32_t last = (int32_t) --n_entries_;
-    if (gone != last) { // the last entry takes its place
-        const size_t moved = find(entries_[last].token);
-        entries_[gone] = entries_[last];
-        table_[moved]  = gone;
+void penalty_window::count(llama_token token, int32_t change) {
+    const auto at = std::lower_bound(entries_.begin(), entries_.end(), token,
+                                     [](const entry & e, llama_token t) { return e.token < t; });
+    if (at == entries_.end() || at->token != token) {
+        entries_.insert(at, {token, change});
+    } else if ((at->count += change) == 0) {
+        entries_.erase(at);
     }
-    // close the gap in the run of taken slots
-    for (size_t next = (at + 1) & mask; table_[next] >= 0; next = (next + 1) & mask) {
-        const size_t home = ((uint32_t) entries_[table_[next]].token * 2654435769u) & mask;
-        if (((next - home) & mask) >= ((next - at) & mask)) {
-            table_[at] = table_[next];
-            at = next;
-        }
-    }
-    table_[at] = -1;
 }
 
 void penalty_window::add(llama_token token) {
@@ -61,22 +41,13 @@ void penalty_window::add(llama_token token) {
         return;
     }
     if (n_ring_ == ring_.size()) {
-        const size_t oldest = find(ring_[next_]);
-        if (--entries_[table_[oldest]].count == 0) {
-            remove(oldest);
-        }
+        count(ring_[next_], -1);
     } else {
         ++n_ring_;
     }
     ring_[next_] = token;
     next_ = next_ + 1 == ring_.size() ? 0 : next_ + 1;
-    const size_t at = find(token);
-    if (table_[at] < 0) {
-        table_[at] = (int32_t) n_entries_;
-        entries_[n_entries_++] = {token, 1};
-    } else {
-        ++entries_[table_[at]].count;
-    }
+    count(token, 1);
 }
 
 fused_state::fused_state(const plb_sampling & params, uint32_t seed, int32_t n_ctx,

@@ -5,19 +5,23 @@ using namespace plb;
 
 namespace {
 
-bool valid_seq(const plb_engine & engine, int32_t seq) {
-    return seq >= 0 && seq < engine.views.n_seq_max;
+[[noreturn]] void refuse(int32_t code) {
+    throw failure{code, plb_code_text(code)};
 }
 
-// The slot of a sequence, or nullptr with the code and the text set.
-plb_slot * find_slot(plb_engine & engine, int32_t seq, int32_t & code) {
-    code = PLB_OK;
-    if (!valid_seq(engine, seq)) {
-        code = fail(engine, PLB_E_SEQ);
-    } else if (!engine.slots[seq]) {
-        code = fail(engine, PLB_E_NO_SLOT);
+std::unique_ptr<plb_slot> & place_of(plb_engine & engine, int32_t seq) {
+    if (seq < 0 || seq >= engine.views.n_seq_max) {
+        refuse(PLB_E_SEQ);
     }
-    return code ? nullptr : engine.slots[seq].get();
+    return engine.slots[seq];
+}
+
+plb_slot & slot_of(plb_engine & engine, int32_t seq) {
+    const std::unique_ptr<plb_slot> & place = place_of(engine, seq);
+    if (!place) {
+        refuse(PLB_E_NO_SLOT);
+    }
+    return *place;
 }
 
 } // namespace
@@ -43,12 +47,9 @@ int32_t plb_slot_set(plb_engine * engine, int32_t seq, const plb_sampling * samp
     if (engine == nullptr || sampling == nullptr || n_prompt < 0 || (n_prompt > 0 && !prompt)) {
         return PLB_E_ARGUMENT;
     }
-    if (!valid_seq(*engine, seq)) {
-        return fail(*engine, PLB_E_SEQ);
-    }
     return guarded(engine->error, [&] {
-        engine->slots[seq] = make_slot(engine->words, *sampling, engine->views.n_logprobs_max,
-                                       prompt, n_prompt);
+        place_of(*engine, seq) = make_slot(engine->words, *sampling, engine->views.n_logprobs_max,
+                                           prompt, n_prompt);
     });
 }
 
@@ -75,38 +76,27 @@ int32_t plb_slot_clear(plb_engine * engine, int32_t seq) {
     if (engine == nullptr) {
         return PLB_E_ARGUMENT;
     }
-    if (!valid_seq(*engine, seq)) {
-        return fail(*engine, PLB_E_SEQ);
-    }
-    engine->slots[seq].reset();
-    return PLB_OK;
+    return guarded(engine->error, [&] { place_of(*engine, seq).reset(); });
 }
 
 int32_t plb_slot_copy(plb_engine * engine, int32_t src, int32_t dst) {
     if (engine == nullptr) {
         return PLB_E_ARGUMENT;
     }
-    if (!valid_seq(*engine, dst)) {
-        return fail(*engine, PLB_E_SEQ);
-    }
-    int32_t code = PLB_OK;
-    const plb_slot * slot = find_slot(*engine, src, code);
-    if (slot == nullptr || src == dst) {
-        return code;
-    }
-    return guarded(engine->error, [&] { engine->slots[dst] = copy_slot(*slot); });
+    return guarded(engine->error, [&] {
+        std::unique_ptr<plb_slot> & place = place_of(*engine, dst);
+        const plb_slot & slot = slot_of(*engine, src);
+        if (src != dst) {
+            place = copy_slot(slot);
+        }
+    });
 }
 
 int32_t plb_slot_reseed(plb_engine * engine, int32_t seq, uint32_t seed) {
     if (engine == nullptr) {
         return PLB_E_ARGUMENT;
     }
-    int32_t code = PLB_OK;
-    plb_slot * slot = find_slot(*engine, seq, code);
-    if (slot == nullptr) {
-        return code;
-    }
-    return guarded(engine->error, [&] { reseed(*slot, seed); });
+    return guarded(engine->error, [&] { reseed(slot_of(*engine, seq), seed); });
 }
 
 int32_t plb_slot_take(plb_engine * engine, int32_t seq, plb_slot ** out) {
@@ -114,26 +104,24 @@ int32_t plb_slot_take(plb_engine * engine, int32_t seq, plb_slot ** out) {
         return PLB_E_ARGUMENT;
     }
     *out = nullptr;
-    int32_t code = PLB_OK;
-    if (find_slot(*engine, seq, code) != nullptr) {
-        *out = engine->slots[seq].release();
-    }
-    return code;
+    return guarded(engine->error, [&] {
+        slot_of(*engine, seq);
+        *out = place_of(*engine, seq).release();
+    });
 }
 
 int32_t plb_slot_put(plb_engine * engine, int32_t seq, plb_slot * slot) {
     if (engine == nullptr || slot == nullptr) {
         return PLB_E_ARGUMENT;
     }
-    if (!valid_seq(*engine, seq)) {
-        return fail(*engine, PLB_E_SEQ);
-    }
-    if (slot->params.n_logprobs > engine->views.n_logprobs_max ||
-        slot->vocab != engine->words.vocab) {
-        return fail(*engine, PLB_E_SAMPLING); // made by an engine of another model or width
-    }
-    engine->slots[seq].reset(slot);
-    return PLB_OK;
+    return guarded(engine->error, [&] {
+        std::unique_ptr<plb_slot> & place = place_of(*engine, seq);
+        if (slot->params.n_logprobs > engine->views.n_logprobs_max ||
+            slot->vocab != engine->words.vocab) {
+            refuse(PLB_E_SAMPLING); // made by an engine of another model or width
+        }
+        place.reset(slot);
+    });
 }
 
 void plb_slot_free(plb_slot * slot) {
@@ -170,19 +158,18 @@ int32_t plb_slot_get_info(plb_engine * engine, int32_t seq, plb_slot_info * out)
     if (engine == nullptr || out == nullptr) {
         return PLB_E_ARGUMENT;
     }
-    int32_t code = PLB_OK;
-    const plb_slot * slot = find_slot(*engine, seq, code);
-    if (slot != nullptr) {
+    return guarded(engine->error, [&] {
+        const plb_slot & slot = slot_of(*engine, seq);
         *out = {
-            slot->active(), slot->finish, slot->error, slot->path, slot->n_generated,
-            slot->params.max_tokens - slot->n_generated, slot->next_token, slot->next_pos,
-            slot->seed, slot->params.n_logprobs, slot->n_draws,
+            slot.active(), slot.finish, slot.error, slot.path, slot.n_generated,
+            slot.params.max_tokens - slot.n_generated, slot.next_token, slot.next_pos,
+            slot.seed, slot.params.n_logprobs, slot.n_draws,
         };
-    }
-    return code;
+    });
 }
 
 const char * plb_slot_error(plb_engine * engine, int32_t seq) {
-    const bool found = engine != nullptr && valid_seq(*engine, seq) && engine->slots[seq];
+    const bool found = engine != nullptr && seq >= 0 && seq < engine->views.n_seq_max &&
+                       engine->slots[seq];
     return found ? engine->slots[seq]->error_text : "";
 }

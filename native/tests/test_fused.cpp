@@ -2,7 +2,8 @@
 // probabilities, the same token where neither equal logits nor the chain's rounding decide, on random
 // rows of several shapes and sizes, with every instruction set that this machine has.
 //
-// PLB_TEST_ROWS: how many rows to compare (default 3000; the long run, some minutes, is 100000).
+// PLB_TEST_ROWS: how many rows to compare (default 3000, 300 under a sanitizer, without optimisation;
+// the long run, some minutes, is 100000).
 #include "check.hpp"
 #include "step/engine.hpp"
 #include "tests/plb_testing.h"
@@ -240,6 +241,24 @@ bool compare(const one_row & ours, const llama_token_data_array & theirs, const 
     return n_moved == 0 && (n_list > 0 || p.top_p == 1);
 }
 
+// Whether the draw, 0 to 1, comes within rounding to an end of the token's share of all that stays, in
+// the order of ids. It is never further outside.
+bool at_end_of_share(const one_row & ours, const std::vector<float> & x, float temperature,
+                     llama_token token, double draw) {
+    const float top = *std::max_element(x.begin(), x.end());
+    double sum = 0, before = 0, behind = 0;
+    for (int32_t i = 0; i < (int32_t) x.size(); ++i) {
+        if (ours.row.candidates().keeps(x[i], i)) {
+            before = i == token ? sum : before;
+            sum += std::exp(((double) x[i] - top) / temperature);
+            behind = i == token ? sum : behind;
+        }
+    }
+    const double rounding = 1e-5 * sum, inside = std::min(draw * sum - before, behind - draw * sum);
+    CHECK(inside > -rounding);
+    return inside < rounding;
+}
+
 void same_as_chain(long n_rows, std::vector<const plb::kernels *> & sets) {
     const plb_sampling variants[] = {
         sampling(0, 40, 0.95f, 0.05f),    sampling(0.8f, 40, 0.95f, 0.05f), sampling(1, 40, 1, 0),
@@ -281,6 +300,8 @@ void same_as_chain(long n_rows, std::vector<const plb::kernels *> & sets) {
                 snprintf(row_in_work, sizeof(row_in_work), "%s, %s, vocabulary %d, variant %d, row "
                          "%ld: the chain keeps %zu and takes %d\n", set.name,
                          SHAPES[(i + 3 * variant) % N_SHAPES], n, variant, i, theirs.size, expected);
+                std::mt19937 draws = state.random;
+                const double draw = std::uniform_real_distribution<double>(0, 1)(draws);
                 const llama_token token = ours.sample(set, x, p, state, i % 4 == 3 ? 3 : 1);
                 CHECK_EQ(ours.request.error, 0);
                 CHECK(memcmp(x.data(), before.data(), sizeof(float) * (size_t) n) == 0);
@@ -290,7 +311,9 @@ void same_as_chain(long n_rows, std::vector<const plb::kernels *> & sets) {
                 } else if (compare(ours, theirs, x, p, counts, marks)) {
                     ++counts.decided;
                     const bool sorted = p.top_k > 0 || p.top_p < 1; // which of equal ones is for the ids
-                    CHECK(token == expected || (sorted && x[token] == x[expected]));
+                    CHECK(token == expected || (sorted && x[token] == x[expected]) ||
+                          (ours.row.n_list() == 0 &&
+                           at_end_of_share(ours, x, p.temperature, token, draw)));
                 }
                 counts.same_tokens += token == expected;
             }
@@ -359,28 +382,24 @@ void kernel_results(const plb::kernels & set) {
         CHECK(set.maximum(x.data(), 64 * 9) == *std::max_element(top, top + 9));
         for (const float temp : {1.0f, 0.8f, 0.1f, 3.0f}) {
             const plb::weighing how(temp, largest, -INFINITY);
-            double fast[10], exact[10], all[10], upper[10];
+            double sums[10], all[10], upper[10];
             float each[64];
-            set.weigh(row, 0, 10, top, how, fast);
-            set.weigh_exactly(row, 0, 10, top, how, exact);
+            set.weigh(row, 0, 10, top, how, sums);
             set.weigh_both(row, 0, 10, top, how, 0, all, upper);
             for (int32_t b = 0; b < 10; ++b) {
-                double truth = 0, chain = 0, above = 0;
+                double truth = 0, above = 0;
                 set.weights(row.block(b), how, each);
                 for (int32_t i = 0; i < 64; ++i) {
                     const float v = row.block(b)[i];
                     const double w = std::exp(((double) v - largest) / temp);
                     truth += w;
                     above += v >= 0 ? w : 0;
-                    const float theirs = expf((temp == 1 ? v : v / temp) - largest / temp);
-                    chain += theirs;
-                    CHECK(std::fabs(each[i] - theirs) <= 1.2e-7 * theirs + 2e-38);
+                    CHECK(std::fabs(each[i] - w) <= 2e-5 * w + 2e-38);
                 }
                 const double most = 2e-6 * (1 + std::fabs(largest / temp)) * truth + 1e-30;
-                CHECK(std::fabs(fast[b] - truth) <= most);
+                CHECK(std::fabs(sums[b] - truth) <= most);
                 CHECK(std::fabs(all[b] - truth) <= most);
                 CHECK(std::fabs(upper[b] - above) <= most);
-                CHECK(std::fabs(exact[b] - chain) <= 1e-7 * chain + 2e-36);
             }
         }
         uint64_t expected = 0;
@@ -635,6 +654,11 @@ int main() {
     threads_agree();
     distribution(*sets[0]);
     const char * asked = getenv("PLB_TEST_ROWS");
-    same_as_chain(asked == nullptr ? 3000 : atol(asked), sets);
+#ifdef __SANITIZE_ADDRESS__
+    const long n_rows = 300;
+#else
+    const long n_rows = 3000;
+#endif
+    same_as_chain(asked == nullptr ? n_rows : atol(asked), sets);
     return 0;
 }
