@@ -256,12 +256,19 @@ class Started:
         self.process.wait()
 
     def wait_for(self, row: bool, n_children: int) -> None:
-        """Until it has written a row, and has so many children."""
+        """Until it has written a row, and has so many children, which are at work: by then it
+        knows of them."""
         end = time.monotonic() + 60
-        while len(self.children) != n_children or (row and not self.has_row):
+        while not (len(self.children) == n_children and self.at_work and (self.has_row or not row)):
             assert time.monotonic() < end, "did not happen in time"
             time.sleep(0.05)
             self.children = self.process.children()
+
+    @property
+    def at_work(self) -> bool:
+        with suppress(psutil.NoSuchProcess):
+            return all(child.cpu_times().user > 0.1 for child in self.children)
+        return False
 
     @property
     def has_row(self) -> bool:
