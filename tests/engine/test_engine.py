@@ -32,7 +32,7 @@ from pyllamabatch.errors import (
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support import engines as support
-from tests.support.engines import check_idle, engine_on
+from tests.support.engines import check_idle, engine_on, slow
 from tests.support.models_gguf import EOS, N_VOCAB, gguf_path
 
 PROMPT = [1, 20, 30, 40, 50]
@@ -240,13 +240,13 @@ def test_the_default_context_suits_the_model(model: Model) -> None:
 
 def test_cancel_ends_it_within_a_step_and_no_other(shared: Engine) -> None:
     expected = shared.generate([PROMPT], greedy(100))[0].tokens
-    long = [shared.submit(PROMPT, greedy(400)) for _ in range(3)]
-    neighbour = shared.submit(PROMPT, greedy(100))
-    next(iter(long[0]))
-    for stream in long:
-        assert stream.cancel()
-    for stream in long:
-        result = stream.result(30)
+    with slow(shared, 0.002):
+        long = [shared.submit(PROMPT, greedy(400)) for _ in range(3)]
+        neighbour = shared.submit(PROMPT, greedy(100))
+        next(iter(long[0]))
+        assert all(stream.cancel() for stream in long)
+        results = [stream.result(30) for stream in long]
+    for stream, result in zip(long, results, strict=True):
         assert result.finish_reason == "cancelled"
         assert result.n_generated < 400
         assert expected[: result.n_generated] == result.tokens[:100]

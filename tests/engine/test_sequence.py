@@ -34,7 +34,7 @@ from pyllamabatch.scheduler import Window
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support import engines as support
 from tests.support.decoding import loaded
-from tests.support.engines import check_idle, greedy
+from tests.support.engines import check_idle, greedy, slow
 from tests.support.models_gguf import EOS, N_VOCAB, Architecture
 
 PROMPT = [1, 20, 30, 40, 50]
@@ -229,17 +229,6 @@ def test_threads_share_their_decodes(model: Model) -> None:
 # -- cancel, errors, the end
 
 
-def slow(engine: Engine, seconds: float) -> None:
-    """Every decode takes so long."""
-    compute = engine._stepper.compute
-
-    def computed(*args: Any) -> Any:
-        time.sleep(seconds)
-        return compute(*args)
-
-    setattr(engine._stepper, "compute", computed)  # noqa: B010 (mypy would not take it otherwise)
-
-
 @contextmanager
 def failing(engine: Engine, code: int) -> Iterator[None]:
     """Every decode computes its first row and fails."""
@@ -257,8 +246,7 @@ def failing(engine: Engine, code: int) -> Iterator[None]:
 
 
 def test_a_cancelled_call_has_not_happened(model: Model) -> None:
-    with engine_on(model, n_batch=8, n_ubatch=8) as engine:
-        slow(engine, 0.01)
+    with engine_on(model, n_batch=8, n_ubatch=8) as engine, slow(engine, 0.01):
         with engine.sequence(GREEDY) as sequence, ThreadPoolExecutor(1) as thread:
             sequence.prompt(PROMPT)
             first = drive(sequence, 2)
@@ -369,9 +357,8 @@ def test_a_full_sequence_says_so(model: Model) -> None:
 
 def test_a_closed_engine_wakes_its_owners(model: Model) -> None:
     engine = engine_on(model, n_batch=8, n_ubatch=8)
-    slow(engine, 0.01)
     sequence = engine.sequence(GREEDY)
-    with ThreadPoolExecutor(1) as thread:
+    with slow(engine, 0.01), ThreadPoolExecutor(1) as thread:
         prompt = thread.submit(sequence.prompt, [7] * 500)
         while sequence.position < 500:
             time.sleep(0.001)

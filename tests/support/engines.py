@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pyllamabatch.engine.engine import Engine
@@ -25,6 +28,24 @@ def greedy(max_tokens: int = 8, *, ignore_eog: bool = True, **options: Any) -> S
 def engine_on(model: Model, **options: Any) -> Engine:
     """A small one, with the settings EXACT."""
     return Engine(model, **{"n_seq_max": 4, "n_ctx": 2048, "n_batch": 64, **EXACT, **options})
+
+
+@contextmanager
+def slow(engine: Engine, seconds: float) -> Iterator[None]:
+    """Every native call computes one step, and takes so long at least: what happens meanwhile does
+    not depend on who is faster."""
+    stepper: Any = engine._core._stepper
+    compute = stepper.compute
+
+    def computed(slots: Any, n_steps: int, n_more: int = 0) -> Any:
+        time.sleep(seconds)
+        return compute(slots, 1, n_more)
+
+    stepper.compute = computed
+    try:
+        yield
+    finally:
+        stepper.compute = compute
 
 
 def check_idle(engine: Engine) -> EngineStats:

@@ -40,20 +40,25 @@ def _norm(writer: gguf.GGUFWriter, w: Weights, name: str) -> None:
     writer.add_tensor(f"{name}.bias", w.around(0.0, N_EMBD))
 
 
+def _products(writer: gguf.GGUFWriter, w: Weights, **shapes: tuple[int, int]) -> None:
+    """Of the one block, with biases; `shapes`: of those beside what every model has."""
+    shapes |= {
+        "attn_output": (N_EMBD, N_EMBD),
+        "ffn_up": (N_FF, N_EMBD),
+        "ffn_down": (N_EMBD, N_FF),
+    }
+    for name, shape in shapes.items():
+        writer.add_tensor(f"blk.0.{name}.weight", w.matrix(*shape))
+        writer.add_tensor(f"blk.0.{name}.bias", w.around(0.0, shape[0]))
+
+
 def write_gpt2(path: Path) -> None:
     writer, w = _writer(path, "gpt2"), Weights(2)
     writer.add_tensor("token_embd.weight", w.matrix(N_VOCAB, N_EMBD))
     writer.add_tensor("position_embd.weight", w.matrix(N_POSITIONS, N_EMBD))
     for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
         _norm(writer, w, name)
-    for name, n_out, n_in in (
-        ("attn_qkv", 3 * N_EMBD, N_EMBD),
-        ("attn_output", N_EMBD, N_EMBD),
-        ("ffn_up", N_FF, N_EMBD),
-        ("ffn_down", N_EMBD, N_FF),
-    ):
-        writer.add_tensor(f"blk.0.{name}.weight", w.matrix(n_out, n_in))
-        writer.add_tensor(f"blk.0.{name}.bias", w.around(0.0, n_out))
+    _products(writer, w, attn_qkv=(3 * N_EMBD, N_EMBD))
     _finish(writer)
 
 
@@ -66,16 +71,8 @@ def write_bert(path: Path) -> None:
     writer.add_tensor("position_embd.weight", w.matrix(N_POSITIONS, N_EMBD))
     for name in ("token_embd_norm", "blk.0.attn_output_norm", "blk.0.layer_output_norm"):
         _norm(writer, w, name)
-    for name, n_out, n_in in (
-        ("attn_q", N_EMBD, N_EMBD),
-        ("attn_k", N_EMBD, N_EMBD),
-        ("attn_v", N_EMBD, N_EMBD),
-        ("attn_output", N_EMBD, N_EMBD),
-        ("ffn_up", N_FF, N_EMBD),
-        ("ffn_down", N_EMBD, N_FF),
-    ):
-        writer.add_tensor(f"blk.0.{name}.weight", w.matrix(n_out, n_in))
-        writer.add_tensor(f"blk.0.{name}.bias", w.around(0.0, n_out))
+    square = (N_EMBD, N_EMBD)
+    _products(writer, w, attn_q=square, attn_k=square, attn_v=square)
     _finish(writer)
 
 
