@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pyllamabatch.llama.model import Model
+from tests.support.decoding import loaded
 from tests.support.models_gguf import ARCHITECTURES, Architecture, gguf_path
 
 
@@ -18,10 +19,9 @@ def tiny_llama_path() -> Path:
 
 
 @pytest.fixture(scope="session")
-def model() -> Iterator[Model]:
+def model() -> Model:
     """The tiny llama, loaded. Not to be closed: all tests share it."""
-    with Model(gguf_path("llama")) as model:
-        yield model
+    return loaded("llama")
 
 
 @pytest.fixture(scope="session")

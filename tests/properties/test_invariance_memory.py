@@ -20,6 +20,7 @@ from pyllamabatch.errors import StateError, UnsupportedOperation
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from tests.support.decoding import loaded
+from tests.support.engines import EXACT
 from tests.support.models_gguf import (
     ARCHITECTURES,
     SLIDING_WINDOW,
@@ -39,17 +40,16 @@ from tests.support.oracle import (
     tolerance,
 )
 
-EXACT: dict[str, Any] = {"flash_attn_type": "disabled", "type_k": "f32", "type_v": "f32"}
 N_TOKENS = 12
 PROMPT, OTHER = random_prompts(2, seed=100, shortest=60, longest=60)
-SUFFIX, OTHER_SUFFIX = PROMPT[40:], OTHER[40:]  # other tokens after the same 40
+OTHER_SUFFIX = OTHER[40:]  # other tokens after the same 40
 
 
 class Sequences:
     """A typed context, fed by sequence and position."""
 
     def __init__(self, model: Model, n_seq_max: int = 3, **params: Any) -> None:
-        settings = EXACT | {"n_ctx": 512 * n_seq_max, "n_ubatch": 64, "n_threads": 1} | params
+        settings = EXACT | {"n_ctx": 512 * n_seq_max, "n_ubatch": 64} | params
         self.context = Context(model, n_seq_max=n_seq_max, **settings)
         self.memory = self.context.memory
         self.batch = self.context.batch()

@@ -118,6 +118,15 @@ def test_trimmed_tokens_give_their_cells_back_and_the_last_is_computed_again() -
         machine.scheduler.trim(1, 0)
 
 
+def test_one_whose_tokens_are_not_known_is_trimmed_too() -> None:
+    scheduler = Scheduler(LIMITS)
+    scheduler.add(1, 20, 1, arrival=0.0, interactive=True)
+    step = scheduler.plan(0.0)
+    assert step is not None
+    scheduler.advance(step)
+    assert scheduler.trim(1, 8) == scheduler.accounting.used == 7
+
+
 def test_a_sequence_that_can_not_grow_any_more_says_so_and_stays() -> None:
     machine = owners(250)
     with pytest.raises(RequestTooLong):
