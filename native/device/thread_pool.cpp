@@ -15,7 +15,10 @@ namespace plb {
 
 namespace {
 
-constexpr auto SPIN = std::chrono::microseconds(20); // before a helper parks
+// What a thread spins for before it sleeps: a helper for the next call of the same step, the caller for
+// the helpers' last rows.
+constexpr auto HELPER_SPIN = std::chrono::microseconds(20);
+constexpr auto CALLER_SPIN = std::chrono::microseconds(100);
 
 void pause() {
 #if defined(__x86_64__)
@@ -23,6 +26,20 @@ void pause() {
 #elif defined(__aarch64__)
     __asm__ volatile("yield");
 #endif
+}
+
+template <typename Ready>
+bool spin(Ready ready, std::chrono::nanoseconds most) {
+    const auto begin = std::chrono::steady_clock::now();
+    do {
+        for (int32_t i = 0; i < 32; ++i) {
+            if (ready()) {
+                return true;
+            }
+            pause();
+        }
+    } while (std::chrono::steady_clock::now() - begin < most);
+    return false;
 }
 
 // Signals are the business of the threads that were there before us.
@@ -57,58 +74,34 @@ pool::pool(int32_t n_threads) : helpers_(new helper[(size_t) std::max(0, n_threa
 pool::~pool() {
     stop_.store(true);
     for (int32_t i = 0; i < n_helpers_; ++i) {
-        {
-            std::lock_guard<std::mutex> lock(helpers_[i].mutex);
-        }
-        helpers_[i].wake.notify_one();
-    }
-    for (int32_t i = 0; i < n_helpers_; ++i) {
+        helpers_[i].wake.notify();
         helpers_[i].thread.join();
     }
 }
 
-// True with an offer, false at the end. Spins for the next call of the same step, then sleeps.
+// True with an offer, false at the end.
 bool pool::await_offer(helper & self) {
-    const auto begin = std::chrono::steady_clock::now();
-    do {
-        for (int32_t i = 0; i < 32; ++i) {
-            if (self.state.load(std::memory_order_relaxed) == OFFERED) {
-                return true;
-            }
-            pause();
-        }
-    } while (std::chrono::steady_clock::now() - begin < SPIN);
-    std::unique_lock<std::mutex> lock(self.mutex);
-    self.parked.store(true);
-    self.wake.wait(lock, [&] { return self.state.load() == OFFERED || stop_.load(); });
-    self.parked.store(false);
+    const auto ready = [&] { return self.state.load() == OFFERED || stop_.load(); };
+    if (!spin(ready, HELPER_SPIN)) {
+        self.wake.wait(ready);
+    }
     return !stop_.load();
 }
 
 void pool::live(int32_t index) {
     helper & self = helpers_[index];
-    while (!stop_.load(std::memory_order_relaxed) && await_offer(self)) {
+    while (await_offer(self)) {
         int32_t offered = OFFERED;
-        if (self.state.compare_exchange_strong(offered, WORKING, std::memory_order_acquire)) {
+        if (self.state.compare_exchange_strong(offered, WORKING)) {
             for (const int32_t next : {2 * index + 2, 2 * index + 3}) {
                 if (next < n_offered_) {
-                    wake(next);
+                    helpers_[next].wake.notify();
                 }
             }
             work(index + 1);
-            self.state.store(IDLE, std::memory_order_release);
+            self.state.store(IDLE);
+            done_.notify();
         }
-    }
-}
-
-// Has been offered work. It sees the offer before it parks, or we see here that it has parked.
-void pool::wake(int32_t index) {
-    helper & other = helpers_[index];
-    if (other.parked.load()) {
-        {
-            std::lock_guard<std::mutex> lock(other.mutex);
-        }
-        other.wake.notify_one();
     }
 }
 
@@ -128,7 +121,7 @@ void pool::run(int32_t n, task work_of_one, void * context) noexcept {
         helpers_[i].state.store(OFFERED);
     }
     for (int32_t i = 0; i < std::min(2, n_offered_); ++i) {
-        wake(i); // each of them wakes two more
+        helpers_[i].wake.notify(); // each of them wakes two more
     }
     work(0);
     for (int32_t i = 0; i < n_offered_; ++i) {
@@ -136,12 +129,9 @@ void pool::run(int32_t n, task work_of_one, void * context) noexcept {
         if (helpers_[i].state.compare_exchange_strong(offered, IDLE)) {
             continue;
         }
-        for (int32_t spins = 0; helpers_[i].state.load(std::memory_order_acquire) == WORKING;) {
-            if (++spins < 4096) {
-                pause();
-            } else {
-                std::this_thread::yield();
-            }
+        const auto ready = [&] { return helpers_[i].state.load() != WORKING; };
+        if (!spin(ready, CALLER_SPIN)) {
+            done_.wait(ready);
         }
     }
 }

@@ -1,11 +1,11 @@
 // A few threads that help with a call's work and sleep between calls.
 #pragma once
 
+#include "device/signal.hpp"
+
 #include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <thread>
 
 namespace plb {
@@ -32,21 +32,19 @@ private:
     enum state : int32_t { IDLE, OFFERED, WORKING };
 
     struct alignas(64) helper {
-        std::atomic<int32_t>    state{IDLE};
-        std::atomic<bool>       parked{false};
-        std::mutex              mutex;
-        std::condition_variable wake;
-        std::thread             thread;
+        std::atomic<int32_t> state{IDLE};
+        signal               wake;
+        std::thread          thread;
     };
 
     void live(int32_t index);
     bool await_offer(helper & self);
-    void wake(int32_t index);
     void work(int32_t thread);
 
     std::unique_ptr<helper[]> helpers_;
     int32_t n_helpers_ = 0;
     std::atomic<bool> stop_{false};
+    signal            done_; // a helper with its part
     // the call
     task    task_    = nullptr;
     void *  context_ = nullptr;
