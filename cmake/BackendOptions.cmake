@@ -16,7 +16,7 @@ else()
 endif()
 
 # ggml's own threads: with vendor/patches/cpu-threads-sleep.patch one that waits for others sleeps soon,
-# where an OpenMP library spins for milliseconds, whoever else needs the core.
+# where an OpenMP library spins for milliseconds, also while another process needs the core.
 set(GGML_OPENMP OFF CACHE BOOL "OpenMP instead of ggml's own threads")
 
 # Only the libraries: tools are built by the benches, in a tree of their own.
