@@ -26,6 +26,7 @@ BENCHES = (
     "soak",
     "stall",
     "step",
+    "traffic",
     "width",
 )
 """`bench/NAME.py` each; a new one needs no other entry."""

@@ -178,7 +178,7 @@ def measure(
     that runs; odd repeats go through them backwards. One that cannot be opened or fails gives one
     record that says why."""
     about = inside.facts()
-    recorder = harness.Recorder("serve", about, options)
+    recorder = harness.Recorder(options.command, about, options)
     own = {arm: own_facts(arm, about["versions"]) for arm in arms}
     for case in cases:
         with contextlib.ExitStack() as open_arms:

@@ -1,10 +1,10 @@
 """Layout: how the KV cells of an engine's context are divided, and the context itself.
 
 In *streams* every sequence has cells of its own: a row attends to its own sequence alone, and the
-same tokens come whoever is computed beside it. In a *pool* all sequences draw from the same cells:
-one may be as long as all of them, prefixes are shared without a copy, and every row looks over
-everybody's cells. Streams are the default where their cells suffice, and become a pool when a
-sequence needs more than one has.
+same tokens come whichever others are computed beside it. In a *pool* all sequences draw from the
+same cells: one may be as long as all of them, prefixes are shared without a copy, and every row
+looks over the cells of all. Streams are the default where their cells suffice, and become a pool
+when a sequence needs more than one has.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LEAST_COPIES, STREAMS_A_COPY = 2, 4  # streams for what is cached: one to so man
 
 STREAM_CELLS = 2048  # of a stream, where the model was trained with so many and memory has room
 LEAST_STREAM_CELLS = 512  # fewer are of little use
-MEMORY_SHARE = 1 / 4  # of what is free, for streams that nobody has asked for
+MEMORY_SHARE = 1 / 4  # of what is free, for streams that were not asked for
 N_CTX_AT_LEAST = 16384  # of the default pool, for models that were trained with less
 
 

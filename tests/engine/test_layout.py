@@ -42,7 +42,7 @@ def test_streams_where_their_cells_suffice(
         assert why in engine.layout
 
 
-def test_streams_nobody_asked_for_leave_memory_to_others(
+def test_streams_by_default_leave_memory_to_others(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cell = layout.bytes_of_cell(model, EXACT)

@@ -1,5 +1,5 @@
-"""Interactive sequences among the others: what is computed when, and for whom a step waits. No
-model, no clock."""
+"""Interactive sequences among the others: what is computed when, and which of them a step waits
+for. No model, no clock."""
 
 from __future__ import annotations
 

@@ -1,0 +1,304 @@
+"""Clients that ask again at once, prompts and answers of mixed lengths: the engine as it comes.
+
+Each of N clients has one request after the other, reads its tokens as they come, and asks the next
+one when it has all. Prompts have 100 to 400 tokens, answers 32 to 224, evenly spread: every repeat
+and every arm has the same sum. The engine's arms differ in what a user would have to know:
+
+- engine: no option but the number of sequences and threads.
+- engine-pool, engine-fcfs, engine-prefill-first: the other layout, the simple policies.
+
+The prefixes that others leave are of no use here: every prompt is another one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from bench import harness
+from bench.arms import InProcess
+from bench.cache import cache_folder
+from bench.case import I32, Case, Measured, cases_of
+from bench.options import add_model, add_run, choose, numbers
+from bench.serve import ServeArm, llama_server, measure, run_all_in
+from bench.serving import EngineClients, HttpClients, ServerProcess, Tool, WrongAnswer
+from bench.targets import Target, median_detail, speed_ratio
+from bench.tools import tool
+from bench.views import Column, by_arm, speed_table
+from pyllamabatch.compare.case import sampling_params
+from pyllamabatch.compare.clients import at_once
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.report.records import Record
+
+PROMPT, ANSWER = (100, 400), (32, 224)  # tokens, from and to
+BASE, SERVER, BACKEND = "engine", "llama-server", "llama-server-backend-sampling"
+BOUND = "llama-batched-bench"
+OPTIONS: dict[str, dict[str, Any]] = {
+    BASE: {},
+    "engine-pool": {"kv_unified": True},
+    "engine-fcfs": {"kv_unified": False, "policy": "fcfs"},
+    "engine-prefill-first": {"kv_unified": False, "policy": "prefill-first"},
+}
+QUICK = {"model": "default", "clients": "2", "requests": 1, "repeats": 1, "arms": "engine"}
+ON_GPU = {"gpu_info": "NVIDIA", "model_type": "gemma3 1B"}
+TARGETS = (
+    *(
+        Target(
+            f"{pl} clients: over llama-batched-bench, prompts and tokens",
+            speed_ratio(BASE, BOUND, pl),
+            at_least=0.85,
+            where=ON_GPU,
+        )
+        for pl in (16, 64)
+    ),
+    Target("64 clients: over llama-server", speed_ratio(BASE, BACKEND, 64), at_least=6.0),
+    Target("8 clients: over llama-server", speed_ratio(BASE, SERVER, 8), at_least=1.15),
+    *(
+        Target(f"8 clients: over {name}", speed_ratio(BASE, name, 8), at_least=0.97)
+        for name in OPTIONS
+        if name != BASE
+    ),
+    Target("TTFT p50, s", median_detail(BASE, "ttft_p50_s"), at_most=0.12, where=ON_GPU),
+    Target("TTFT p99, s", median_detail(BASE, "ttft_p99_s"), at_most=1.0, where=ON_GPU),
+    Target("ITL p99, s", median_detail(BASE, "itl_p99_s"), at_most=0.06, where=ON_GPU),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--clients", default="8", help="comma separated")
+    parser.add_argument("--requests", type=int, default=2, help="of each client, one by one")
+    parser.add_argument("--arms", default="", help="comma separated; all by default")
+    parser.add_argument("--sampling", choices=["greedy", "default"], default="default")
+    parser.add_argument(
+        "--busy", type=int, default=0, metavar="N", help="processes beside that never sleep"
+    )
+    add_run(parser, repeats=3)
+
+
+def main(options: argparse.Namespace) -> int:
+    inside = InProcess.of(options)
+    arms = choose(options.arms, all_arms(inside, options.requests))
+    for name in dict.fromkeys(arm.tool for arm in arms if arm.tool):
+        tool(name)
+    tg = options.requests * sum(ANSWER) // 2
+    cases = cases_of(options, inside.file, sum(PROMPT) // 2, tg, numbers(options.clients))
+    cases = [replace(case, n_cells=sum((PROMPT[1], ANSWER[1]))) for case in cases]
+    beside = f", {options.busy} busy processes beside" if options.busy else ""
+    with busy(options.busy):
+        return harness.show(
+            options,
+            measure(arms, cases, inside, options),
+            len(arms) * len(cases) * options.repeats,
+            f"closed loop, prompts of {PROMPT}, answers of {ANSWER} tokens{beside}",
+        )
+
+
+def view(records: Sequence[Record]) -> str:
+    columns = [
+        Column("TTFT p50, ms", "ttft_p50_s", scale=1e3),
+        Column("p99", "ttft_p99_s", scale=1e3),
+        Column("ITL p50, ms", "itl_p50_s", scale=1e3),
+        Column("p99", "itl_p99_s", scale=1e3),
+    ]
+    tables = [speed_table(records, BASE, "clients")]
+    for pl in sorted({record.pl for record in records}):
+        mine = [r for r in records if r.pl == pl and "ttft_p50_s" in r.detail]
+        if mine:
+            tables.append(f"{pl} clients\n\n{by_arm(mine, columns)}")
+    return "\n\n".join(tables)
+
+
+def all_arms(inside: InProcess, n_requests: int) -> list[ServeArm]:
+    def server(case: Case, *, name: str, backend_sampling: bool) -> HttpTraffic:
+        command = llama_server(case, backend_sampling=backend_sampling)
+        process = ServerProcess(command, cache_folder("logs") / f"{name}.log")
+        extra = {"backend_sampling": True} if backend_sampling else {}
+        made = HttpTraffic(case, inside.model.n_vocab, process, 300.0, **extra)
+        made.n_requests = n_requests
+        return made
+
+    def engine(case: Case, *, options: dict[str, Any]) -> EngineTraffic:
+        return EngineTraffic(case, inside, n_requests, options)
+
+    return [
+        *(
+            ServeArm(
+                name,
+                "Engine in this process, a thread per client; no HTTP",
+                partial(engine, options=options),
+            )
+            for name, options in OPTIONS.items()
+        ),
+        *(
+            ServeArm(
+                name,
+                "a slot per client, no cache of prompts; httpx clients, streamed",
+                partial(server, name=name, backend_sampling=name == BACKEND),
+                tool="llama-server",
+            )
+            for name in (SERVER, BACKEND)
+        ),
+        ServeArm(
+            BOUND,
+            "256 + 128 tokens each, all at once, in C++: what the device can do; no sampling",
+            lambda case: Tool(replace(case, pp=256, tg=128, n_cells=0), run_bound(case)),
+            tool="llama-batched-bench",
+            sampling=False,
+        ),
+    ]
+
+
+def run_bound(case: Case) -> Any:
+    """The tool's time for as many tokens as the other arms'."""
+
+    def run(own: Case) -> Measured:
+        measured = run_all_in(own)
+        return replace(measured, t_tg=measured.t_tg * case.tg / own.tg)
+
+    return run
+
+
+class Traffic:
+    """The requests of a repeat, and what their readers saw. `times` (of the class that serves) is
+    when each token of an answer came."""
+
+    case: Case
+    n_requests: int
+
+    def jobs(self, n_vocab: int, which: int) -> list[list[tuple[I32, int]]]:
+        """Of each client (prompt, tokens to generate), in their order."""
+        generator = np.random.default_rng([self.case.seed, which])
+        n = self.case.pl * self.n_requests
+
+        def spread(low: int, high: int) -> I32:
+            # ends of n equal pieces and their mirror images: the sum is that of the means
+            sizes = np.rint(np.linspace(low, high, n)).astype(np.int32)
+            return generator.permutation(
+                sizes if n > 1 else np.array([(low + high) // 2], np.int32)
+            )
+
+        answers = spread(*ANSWER)
+        answers[-1] += self.case.pl * self.case.tg - int(answers.sum())
+        prompts = [generator.integers(0, n_vocab, k, dtype=np.int32) for k in spread(*PROMPT)]
+        each = list(zip(prompts, answers.tolist(), strict=True))
+        return [each[i :: self.case.pl] for i in range(self.case.pl)]
+
+    def measured(self, n_vocab: int, repeat: int) -> Measured:
+        jobs, times = self.jobs(n_vocab, repeat), self.times
+
+        def client(i: int, began: float) -> list[tuple[float, list[float]]]:
+            answers = []
+            for k, (prompt, tokens) in enumerate(jobs[i]):
+                asked = time.perf_counter()
+                came = list(times(prompt, tokens, 100 * i + k))
+                if len(came) != tokens:
+                    raise WrongAnswer(f"{len(came)} of {tokens} tokens came")
+                answers.append((asked, came))
+            return answers
+
+        began, found = at_once(self.case.pl, client, self.give_up)
+        answers = [answer for each in found for answer in each]
+        first = [came[0] - asked for asked, came in answers]
+        between = np.concatenate([np.diff(came) for _, came in answers])
+        return Measured(
+            0.0,
+            max(came[-1] for _, came in answers) - began,
+            detail={
+                "ttft_p50_s": float(np.quantile(first, 0.5)),
+                "ttft_p99_s": float(np.quantile(first, 0.99)),
+                "itl_p50_s": float(np.quantile(between, 0.5)),
+                "itl_p99_s": float(np.quantile(between, 0.99)),
+            },
+        )
+
+    def times(self, prompt: I32, tokens: int, seed: int) -> Iterator[float]:
+        raise NotImplementedError
+
+    def give_up(self) -> None:
+        raise NotImplementedError
+
+
+class EngineTraffic(Traffic, EngineClients):
+    def __init__(
+        self, case: Case, inside: InProcess, n_requests: int, options: dict[str, Any]
+    ) -> None:
+        self.case, self.n_requests, self._n_vocab = case, n_requests, inside.model.n_vocab
+        self._limit_s = 300.0
+        self._engine = Engine(inside.model, n_seq_max=case.pl, n_threads=case.n_threads, **options)
+
+    def run(self, repeat: int) -> Measured:
+        before = self._engine.stats()
+        measured = self.measured(self._n_vocab, repeat)
+        after = self._engine.stats()
+        measured.detail.update(
+            steps=float(after.steps - before.steps),
+            graphs_reused=float(after.graphs_reused - before.graphs_reused),
+        )
+        return replace(measured, settings=self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        limits = self._engine.limits
+        return {
+            "n_kv_max": self._engine.n_ctx,
+            "kv_unified": limits.unified,
+            "n_batch": limits.n_batch,
+            "n_ubatch": limits.n_ubatch,
+        }
+
+    def times(self, prompt: I32, tokens: int, seed: int) -> Iterator[float]:
+        for _ in self._engine.submit(prompt, sampling_params(self.case.sampling, seed, tokens)):
+            yield time.perf_counter()
+
+    def give_up(self) -> None:
+        self.close(now=True)
+
+
+class HttpTraffic(Traffic, HttpClients):
+    n_requests = 1
+
+    def run(self, repeat: int) -> Measured:
+        return self.measured(self._n_vocab, repeat)
+
+    def times(self, prompt: I32, tokens: int, seed: int) -> Iterator[float]:
+        own = {"prompt": prompt.tolist(), "n_predict": tokens, "seed": seed, "stream": True}
+        with self._http.stream("POST", "/completion", json=self._body | own) as answer:
+            if answer.status_code != 200:
+                raise WrongAnswer(f"status {answer.status_code}: {answer.read()[:300]!r}")
+            n_before = 0
+            for line in answer.iter_lines():
+                if not line.startswith("data: "):
+                    continue
+                values = json.loads(line[6:])
+                if values.get("stop"):  # tokens that were held back come with the end
+                    n = values["tokens_predicted"] - n_before
+                else:
+                    n = len(values.get("tokens") or [0])
+                now = time.perf_counter()
+                n_before += n
+                yield from [now] * n
+
+    def give_up(self) -> None:
+        self.close(now=True)
+
+
+@contextmanager
+def busy(n: int) -> Iterator[None]:
+    """`n` processes that compute without end."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()

@@ -1,0 +1,90 @@
+"""The traffic bench: the same work for every arm, and times of every token."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench import traffic
+from bench.case import Case
+from bench.serving import ServerProcess, WrongAnswer
+from tests.bench.conftest import Run
+
+FAKE = """
+import argparse, json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+parser = argparse.ArgumentParser()
+parser.add_argument("lost", type=int)
+parser.add_argument("--port", type=int)
+options = parser.parse_args()
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert asked["stream"] is True
+        self.send_response(200)
+        self.end_headers()
+        n = asked["n_predict"] - options.lost
+        for _ in range(n - 2):  # two are held back
+            self.say({"tokens": [7], "content": "a"})
+        self.say({"stop": True, "tokens_predicted": n})
+
+    def say(self, values):
+        self.wfile.write(b"data: " + json.dumps(values).encode() + b"\\n\\n")
+
+    def log_message(self, *words): pass
+
+ThreadingHTTPServer(("127.0.0.1", options.port), Handler).serve_forever()
+"""
+
+
+def test_every_repeat_is_the_same_work(case: Case) -> None:
+    one = traffic.Traffic()
+    one.case, one.n_requests = replace(case, pl=4, tg=3 * 128), 3
+    jobs = [one.jobs(300, which) for which in range(3)]
+    for each in jobs:
+        sizes = [(len(prompt), tokens) for client in each for prompt, tokens in client]
+        assert [len(client) for client in each] == [3] * 4
+        assert sum(tokens for _, tokens in sizes) == 4 * 3 * 128
+        assert {min(n for n, _ in sizes), max(n for n, _ in sizes)} == set(traffic.PROMPT)
+    assert Counter(len(p) for p, _ in jobs[0][0]) != Counter(len(p) for p, _ in jobs[1][0])
+
+
+def test_the_engine_as_it_comes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--model", "default", "--clients", "2", "--requests", "1", "--repeats", "1")
+    status, records = run("traffic", *words, "--arms", "engine,engine-pool", "--busy", "1")
+    assert status == 0
+    assert [(r.arm, r.kv_unified, r.pl, r.tg) for r in records] == [
+        ("engine", False, 2, 128),
+        ("engine-pool", True, 2, 128),
+    ]
+    for record in records:
+        detail = record.detail
+        assert 0 < detail["ttft_p50_s"] <= detail["ttft_p99_s"] < record.t_tg
+        assert 0 < detail["itl_p50_s"] <= detail["itl_p99_s"] < record.t_tg
+        assert record.speed_tg == pytest.approx(2 * 128 / record.t_tg)
+    assert "1 busy processes beside" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lost", [0, 3])
+def test_streamed_answers_are_counted(case: Case, tmp_path: Path, lost: int) -> None:
+    script = tmp_path / "fake.py"
+    script.write_text(FAKE)
+    server = ServerProcess([sys.executable, str(script), str(lost)], tmp_path / "fake.log")
+    serving = traffic.HttpTraffic(replace(case, tg=128), 300, server, 20.0)
+    try:
+        if lost:
+            with pytest.raises(WrongAnswer, match="tokens came"):
+                serving.run(0)
+        else:
+            assert serving.run(0).t_tg > 0
+    finally:
+        serving.close()
