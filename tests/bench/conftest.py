@@ -37,5 +37,5 @@ def case() -> Case:
 
 def options(**changes: Any) -> argparse.Namespace:
     """What `add_run` adds, as far as a loop over runs asks."""
-    values = {"repeats": 2, "budget": None, "undisturbed": None}
+    values = {"command": "serve", "repeats": 2, "budget": None, "undisturbed": None}
     return argparse.Namespace(**values | changes)
