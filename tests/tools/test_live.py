@@ -18,7 +18,7 @@ from tools.live import run_live, spec_of
 from tools.validation import Validator, split
 
 
-@pytest.mark.parametrize("policy", ["sarathi", "fcfs", "static", "prefill-first"])
+@pytest.mark.parametrize("policy", ["sarathi:budget=48", "fcfs", "static", "prefill-first"])
 @pytest.mark.parametrize("unified", [True, False])
 def test_the_same_steps(policy: str, unified: bool) -> None:
     """All requests at once: whatever steps take, an engine and a simulation make the same ones."""
