@@ -138,7 +138,7 @@ def test_an_output_thread_that_fails_ends_every_request() -> None:
 def test_an_engine_delivers_while_its_run_goes_on(model: Model) -> None:
     with Engine(model, n_seq_max=2, n_ctx=8192, n_threads=1) as engine:
         params = greedy(3000)
-        streams = [engine.submit([1, 20 + i], params) for i in range(2)]
+        streams = engine.submit_n([1, 20], params, 2)
         tokens = iter(streams[0])
         first = [next(tokens).token for _ in range(100)]
         counted, stats = engine._core.scheduler.counters.steps, engine.stats()
