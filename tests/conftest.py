@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 from pyllamabatch.llama.model import Model
 from tests.support.decoding import loaded
 from tests.support.models_gguf import ARCHITECTURES, Architecture, gguf_path
+
+# A shell ignores it for what runs in the background, and the commands under test would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

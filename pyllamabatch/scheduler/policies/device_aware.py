@@ -31,13 +31,17 @@ class PromptsSoon:
 
 
 def device_aware(
-    *, stall: float = STALL_SECONDS, gain: float = 0.04, watermark: float = 0.01
+    *,
+    stall: float = STALL_SECONDS,
+    itl: float = 0.1,
+    gain: float = 0.04,
+    watermark: float = 0.01,
 ) -> ComposedPolicy:
     """`stall`: seconds that a step may take for prompts while sequences without an ITL target
-    decode. `gain`: see `Turns`. `watermark`: see `WhenItFits`."""
+    decode. `itl`, `gain`: see `Turns`. `watermark`: see `WhenItFits`."""
     return ComposedPolicy(
         admit=WhenItFits(watermark),
         budget=PromptsSoon(WithinTarget(TokenBudget(), stall)),
         repeat=ALWAYS,
-        width=Turns(gain=gain),
+        width=Turns(itl, gain),
     )
