@@ -12,7 +12,7 @@ from pyllamabatch.llama.model import Model
 from tests.support.decoding import loaded
 from tests.support.models_gguf import ARCHITECTURES, Architecture, gguf_path
 
-# A shell ignores it for what runs in the background, and the commands under test would inherit that.
+# A shell ignores it for what runs in the background, and commands under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
