@@ -17,6 +17,7 @@ import json
 import subprocess
 import sys
 import time
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,7 +32,7 @@ from bench.cache import cache_folder
 from bench.case import I32, Case, Measured, cases_of
 from bench.options import add_model, add_run, choose, numbers
 from bench.serve import ServeArm, llama_server, measure, run_all_in
-from bench.serving import EngineClients, HttpClients, ServerProcess, Tool, WrongAnswer
+from bench.serving import Clients, EngineClients, HttpClients, ServerProcess, Tool, WrongAnswer
 from bench.targets import Target, median_detail, speed_ratio
 from bench.tools import tool
 from bench.views import Column, by_arm, speed_table
@@ -169,12 +170,20 @@ def run_bound(case: Case) -> Any:
     return run
 
 
-class Traffic:
-    """The requests of a repeat, and what their readers saw. `times` (of the class that serves) is
-    when each token of an answer came."""
+class Traffic(Clients):
+    """Clients with `n_requests` each, and what their readers see."""
 
-    case: Case
-    n_requests: int
+    n_requests = 1
+
+    @abstractmethod
+    def times(self, prompt: I32, tokens: int, seed: int) -> Iterator[float]:
+        """When each token of an answer comes."""
+
+    def run(self, repeat: int) -> Measured:
+        return self.measured(self._n_vocab, repeat)
+
+    def give_up(self) -> None:
+        self.close(now=True)
 
     def jobs(self, n_vocab: int, which: int) -> list[list[tuple[I32, int]]]:
         """Of each client (prompt, tokens to generate), in their order."""
@@ -182,7 +191,6 @@ class Traffic:
         n = self.case.pl * self.n_requests
 
         def spread(low: int, high: int) -> I32:
-            # ends of n equal pieces and their mirror images: the sum is that of the means
             sizes = np.rint(np.linspace(low, high, n)).astype(np.int32)
             return generator.permutation(
                 sizes if n > 1 else np.array([(low + high) // 2], np.int32)
@@ -222,12 +230,6 @@ class Traffic:
             },
         )
 
-    def times(self, prompt: I32, tokens: int, seed: int) -> Iterator[float]:
-        raise NotImplementedError
-
-    def give_up(self) -> None:
-        raise NotImplementedError
-
 
 class EngineTraffic(Traffic, EngineClients):
     def __init__(
@@ -239,7 +241,7 @@ class EngineTraffic(Traffic, EngineClients):
 
     def run(self, repeat: int) -> Measured:
         before = self._engine.stats()
-        measured = self.measured(self._n_vocab, repeat)
+        measured = super().run(repeat)
         after = self._engine.stats()
         measured.detail.update(
             steps=float(after.steps - before.steps),
@@ -260,16 +262,8 @@ class EngineTraffic(Traffic, EngineClients):
         for _ in self._engine.submit(prompt, sampling_params(self.case.sampling, seed, tokens)):
             yield time.perf_counter()
 
-    def give_up(self) -> None:
-        self.close(now=True)
-
 
 class HttpTraffic(Traffic, HttpClients):
-    n_requests = 1
-
-    def run(self, repeat: int) -> Measured:
-        return self.measured(self._n_vocab, repeat)
-
     def times(self, prompt: I32, tokens: int, seed: int) -> Iterator[float]:
         own = {"prompt": prompt.tolist(), "n_predict": tokens, "seed": seed, "stream": True}
         with self._http.stream("POST", "/completion", json=self._body | own) as answer:
@@ -287,9 +281,6 @@ class HttpTraffic(Traffic, HttpClients):
                 now = time.perf_counter()
                 n_before += n
                 yield from [now] * n
-
-    def give_up(self) -> None:
-        self.close(now=True)
 
 
 @contextmanager
