@@ -13,14 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import ArgumentError, UnsupportedOperation
-from ..llama import runtime
 from ..llama.context import Context
 from ..llama.host import host_available
 from ..llama.limits import cell_bytes
 from ..llama.memory import copies_whole_only
 from ..llama.model import Model
 from ..llama.params import fill, read
-from ..planner.residency import fitting_n_ctx
+from ..planner.residency import device_free, fitting_n_ctx
 from ..raw import lib
 from .options import EngineOptions
 
@@ -109,8 +108,7 @@ def bytes_of_cell(model: Model, params: dict[str, Any]) -> float:
 
 def free_memory() -> int:
     """Bytes that a context may take: of the devices, or of the host where there is none."""
-    devices = [d.free for d in runtime.devices().values() if d.kind != "cpu" and d.total]
-    return sum(devices) or host_available()
+    return device_free() or host_available()
 
 
 def make_context(

@@ -128,8 +128,9 @@ class PrefixCache:
         self.kv_operations: list[KvOperation] = []
         self.changed: set[Key] = set()
         self._accounting = accounting
-        n_slots, apart = accounting.n_seq_max, sharing.n_cached and not accounting.unified
-        self._n_running = n_slots - sharing.n_cached if apart else n_slots
+        n_slots = accounting.n_seq_max
+        self._apart = sharing.n_cached > 0 and not accounting.unified
+        self._n_running = n_slots - sharing.n_cached if self._apart else n_slots
         self._copy_pays = copy_pays
         self._free = list(range(self._n_running))  # empty slots, a heap
         self._behind = list(range(self._n_running, n_slots))  # the same of those for copies
@@ -290,7 +291,7 @@ class PrefixCache:
     def _out_of_the_way(self, slot: int, n: int) -> int | None:
         """Where `n` positions of a slot that runs no more stay cached: in a pool where they are; in
         streams in a slot behind those that run, to which they are copied. None: nowhere."""
-        if self._n_running == self._accounting.n_seq_max:
+        if not self._apart:
             return slot
         place = self._take_slot(to_cache=True) if self._copy_pays(n) else None
         if place is None:
@@ -435,8 +436,7 @@ class PrefixCache:
         """An empty slot, or the least recently used cached one (but not `besides`), emptied; None
         when all others are running. `to_cache`: one for a copy; those that no sequence has started
         from go first."""
-        apart = self._n_running < self._accounting.n_seq_max
-        heap = self._behind if to_cache and apart else self._free
+        heap = self._behind if to_cache and self._apart else self._free
         if not heap:
             found = [s for s in self._cached if s != besides and self._heap(s) is heap]
             if not found:

@@ -174,13 +174,18 @@ def most(fits: Callable[[int], bool], limit: int = 2**20) -> int:
     return high // 2 + bisect(within, False, key=lambda n: not fits(n))
 
 
+def device_free() -> int:
+    """Bytes that are free on the devices now; 0 where there is none."""
+    return sum(d.free for d in runtime.devices().values() if d.kind != "cpu" and d.total)
+
+
 def fitting_n_ctx(model: Model, n_ctx: int, *, shrink: bool, **params: Any) -> int:
     """`n_ctx` if a context with these parameters fits what is free now, beside the model that is
     loaded; with `shrink` the largest below it that does. Raises `NotEnoughMemory`.
 
     Where even a generous guess fits twice, nothing is projected.
     """
-    devices = sum(d.free for d in runtime.devices().values() if d.kind != "cpu" and d.total)
+    devices = device_free()
     available = Footprint(Pool(compute=devices), Pool(compute=host_available()))
     if 2 * _generous(model, n_ctx, params) <= (devices or available.total):
         return n_ctx

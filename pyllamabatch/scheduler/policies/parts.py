@@ -182,20 +182,16 @@ class WithinTarget:
         n = len(view.decoding)
         if n == 0 or not (len(view.prefilling) or view.can_admit):
             return view.limits.n_batch
-        target = self.target(view)
-        if view.cost is None or target == inf:
+        if view.cost is None:
             return self.otherwise(view)
-        return n + most_within(view, target, self.least)
-
-    def target(self, view: StepView) -> float:
-        """Seconds; inf where there is none."""
         targets = view.running.column("itl_target")
         target = float(targets.min())
         if self.itl < target and targets.max() == inf:
-            n, cost = len(view.decoding), view.cost
-            alone = 0.0 if cost is None else cost.predict(n, 0, view.kv.attended, n)
+            alone = view.cost.predict(n, 0, view.kv.attended, n)
             target = min(target, max(self.itl, self.stretch * alone))
-        return self.margin * target
+        if target == inf:
+            return self.otherwise(view)
+        return n + most_within(view, self.margin * target, self.least)
 
 
 def most_within(view: StepView, seconds: float, least: int) -> int:
