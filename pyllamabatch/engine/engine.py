@@ -36,7 +36,7 @@ from .options import EngineOptions, Options, policy_of
 from .protocols import Device
 from .sequence import Sequence as InteractiveSequence
 from .stats import EngineStats, stats_of
-from .stream import Result, Stream, Token
+from .stream import Chunk, Result, Stream, Token
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -243,6 +243,8 @@ class Engine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         n: int = 1,
+        *,
+        queue_timeout: float | None = None,
         **options: Unpack[Options],
     ) -> list[Stream]:
         """`n` samples of one prompt, which is computed once: each a request of its own, with the
@@ -252,9 +254,11 @@ class Engine:
         models in an engine with prefix_cache=False.
         """
         n = integer("n", n, 1, 2**16)
+        if queue_timeout is not None:
+            queue_timeout = number("queue_timeout", queue_timeout, 0)
         with self._core.commands.keep_alive():
             sinks = self._inputs.samples(prompt, params, n, options, self)
-            self._core.submit(sinks)
+            self._core.submit(sinks, queue_timeout)
         return [sink.stream for sink in sinks]
 
     def generate(
@@ -298,9 +302,15 @@ class Engine:
         with self._core.commands.keep_alive():
             sink = self._inputs.request(prompt, params, options, self)
             await relays.submit(self._core, sink, relay)
-        async with aclosing(relays.tokens(sink.stream, relay)) as tokens:
-            async for token in tokens:
-                yield token
+        async with aclosing(relays.chunks(sink.stream, relay)) as chunks:
+            async for chunk in chunks:
+                for token in sink.stream.between(chunk.start, chunk.stop):
+                    yield token
+
+    def chunks(self, stream: Stream) -> AsyncGenerator[Chunk, None]:
+        """A submitted request for asyncio, as `stream`, but all that is new comes at once. A step's
+        news of all streams wake the event loop once, in which this is called."""
+        return relays.chunks(stream, self._relays.here())
 
     async def agenerate(
         self,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from ..errors import QueueFull
-from .stream import Result, Stream, Token
+from .stream import Chunk, Result, Stream
 
 if TYPE_CHECKING:
     from .core import EngineCore
@@ -82,8 +82,8 @@ async def submit(core: EngineCore, sink: StreamSink, relay: Relay) -> None:
         await future
 
 
-async def tokens(stream: Stream, relay: Relay) -> AsyncGenerator[Token, None]:
-    """Its tokens as their text is decided. Leaving before the end cancels the request."""
+async def chunks(stream: Stream, relay: Relay) -> AsyncGenerator[Chunk, None]:
+    """What is new each time, as its text is decided. Leaving before the end cancels the request."""
     index = 0
     try:
         while True:
@@ -91,13 +91,12 @@ async def tokens(stream: Stream, relay: Relay) -> AsyncGenerator[Token, None]:
             if not stream._when_more(index, wake):
                 await future
                 continue
-            new = stream._decided(index)
-            for token in new:
-                yield token
-            index += len(new)
-            if not new:
+            chunk = stream._decided(index)
+            if chunk.stop == index:
                 stream._raise_error()
                 return
+            index = chunk.stop
+            yield chunk
     finally:
         stream.cancel()
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..step.sampling_params import SamplingParams
 from .detokenizer import Pieces, TextFeed
@@ -41,6 +41,14 @@ class Token:
     top_logprobs: dict[int, float] | None = None
 
 
+class Chunk(NamedTuple):
+    """What is new of a stream: the tokens from `start` up to `stop`, and their text."""
+
+    text: str
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """A finished request.
@@ -51,6 +59,8 @@ class Result:
     - error: why, when `finish_reason` is "error".
     - ttft_s: seconds from submission to the first token, None when there was none.
     - e2el_s: seconds from submission to the end.
+    - queue_s: seconds from submission to its first slot, None when it had none. n_cached: tokens of
+      the prompt that were in the prefix cache then.
     """
 
     id: int
@@ -65,6 +75,8 @@ class Result:
     error: Exception | None = None
     logprobs: list[float] | None = None
     top_logprobs: list[dict[int, float]] | None = None
+    queue_s: float | None = None
+    n_cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +111,8 @@ class Stream:
         self.id = id
         self.n_prompt = n_prompt
         self.submitted_at = perf_counter()
+        self.n_cached = 0
+        self._admitted_at: float | None = None
         self._first_at: float | None = None
         self._lock = threading.Lock()
         self._more = threading.Condition(self._lock)
@@ -158,6 +172,11 @@ class Stream:
             self._take()
             return self._tokens.copy()
 
+    def between(self, start: int, stop: int) -> list[Token]:
+        """The tokens of a `Chunk`."""
+        with self._lock:
+            return [self._token(i) for i in range(start, stop)]
+
     @property
     def done(self) -> bool:
         return self._result is not None
@@ -199,6 +218,13 @@ class Stream:
         result = self._result
         state = result.finish_reason if result else "open"
         return f"<Stream {self.id}: {state}, {len(self._tokens)} tokens>"
+
+    # -- for the core thread
+
+    def _admitted(self, n_cached: int) -> None:
+        """It has its first slot, and so many of its tokens need not be computed."""
+        self.n_cached = n_cached
+        self._admitted_at = perf_counter()
 
     # -- for the output processor
 
@@ -251,7 +277,7 @@ class Stream:
             self._pieces = self._pieces_of(self._tokens)  # the vocabulary may be gone later
             text = self._whole_text()
             count(reason, self._n_dropped)
-            first = self._first_at
+            first, admitted = self._first_at, self._admitted_at
             self._result = Result(
                 id=self.id,
                 text=text,
@@ -265,6 +291,8 @@ class Stream:
                 error=error,
                 logprobs=self._logprobs,
                 top_logprobs=self._top,
+                queue_s=None if admitted is None else admitted - self.submitted_at,
+                n_cached=self.n_cached,
             )
             self._host = None
             callbacks, self._callbacks = self._callbacks, []
@@ -357,10 +385,11 @@ class Stream:
                     self._calls.append(call)
                     return False
 
-    def _decided(self, index: int) -> list[Token]:
+    def _decided(self, index: int) -> Chunk:
         """The tokens from `index` on whose text is decided."""
         with self._lock:
-            return [self._token(i) for i in range(index, self._feed.n_decided)]
+            stop = self._feed.n_decided
+            return Chunk("".join(self._feed.parts[index:stop]), index, stop)
 
     def _call_all(self) -> None:
         self._more.notify_all()

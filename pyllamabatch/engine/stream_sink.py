@@ -33,6 +33,8 @@ class StreamSink(Sink):
         self._waits = True  # for its first slot
 
     def placed(self) -> None:
+        if self._waits:
+            self.stream._admitted(self._table.scheduler.computed(self.request.slot))
         self._output.place(self.request.slot, self.stream)
         self._leave_queue()
 

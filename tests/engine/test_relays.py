@@ -60,6 +60,28 @@ def test_text_is_what_the_stream_says(model: Model) -> None:
         assert [token.logprob for token in tokens] == result.logprobs
 
 
+def test_chunks_are_the_tokens_in_pieces(model: Model) -> None:
+    with Model.default() as default, engine_on(default) as engine:
+        params = SamplingParams(temperature=0, max_tokens=20, logprobs=1, ignore_eog=True)
+
+        async def run() -> None:
+            stream = engine.submit("Copy: hello. Copy: ", params)
+            chunks = [chunk async for chunk in engine.chunks(stream)]
+            result = stream.result()
+            assert "".join(chunk.text for chunk in chunks) == result.text
+            assert [chunk.start for chunk in chunks[1:]] == [chunk.stop for chunk in chunks[:-1]]
+            tokens = [t for chunk in chunks for t in stream.between(chunk.start, chunk.stop)]
+            assert [token.token for token in tokens] == result.tokens
+            assert [token.logprob for token in tokens] == result.logprobs
+            again = await engine.agenerate(["Copy: hello. Copy: "], params)
+            assert again[0].n_cached > result.n_cached == 0
+            assert result.queue_s is not None
+            assert result.ttft_s is not None
+            assert 0 <= result.queue_s <= result.ttft_s
+
+        asyncio.run(run())
+
+
 def test_a_cancelled_task_cancels_its_request(model: Model) -> None:
     with engine_on(model) as engine:
 
