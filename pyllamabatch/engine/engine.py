@@ -164,6 +164,7 @@ class Engine:
         self.n_batch: int = context.n_batch
         self.n_ubatch: int = context.n_ubatch
         self.n_seq_max: int = options.n_seq_max
+        self.n_logprobs_max: int = options.n_logprobs_max
         self._layout = layout
         self._context = context
         self._stepper = stepper
@@ -189,6 +190,11 @@ class Engine:
     def n_ctx(self) -> int:
         """KV cells of the sequences that run, all together."""
         return self.limits.n_cells
+
+    @property
+    def n_ctx_seq(self) -> int:
+        """KV cells that one sequence can have at most: where streams may become a pool, all."""
+        return self._core.scheduler.most_cells
 
     @property
     def limits(self) -> Limits:

@@ -1,0 +1,138 @@
+"""Serve a model over HTTP: OpenAI's interface, llama-server's and Anthropic's.
+
+  pyllamabatch serve -m FILE.gguf
+  curl localhost:8080/v1/chat/completions -d '{"messages": [{"role": "user",
+      "content": "Hello"}], "max_tokens": 32}'
+
+It listens on loopback only, unless --host says otherwise. Give it a key then:
+--api-key, or a file of keys, one a line. SIGTERM or Ctrl-C: new requests get
+503, open ones are finished (--drain-timeout); a second one cuts them off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from pyllamabatch.cli.console import say
+from pyllamabatch.cli.options import (
+    add_model_arguments,
+    add_policy_argument,
+    add_shared,
+    at_least,
+    load_model,
+    n_bytes,
+    open_engine,
+    positive,
+    read_text,
+)
+from pyllamabatch.errors import ArgumentError, UnsupportedOperation
+from pyllamabatch.llama.lora import LoraAdapter
+from pyllamabatch.llama.model import Model
+
+N_TRACE = 2048  # steps that the live page can look back on
+# fmt: off
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    add("--port", type=at_least(0, 65535), default=8080, metavar="N",
+        help="0 takes a free one (8080)")
+    add("--alias", metavar="NAME", help="the model's name in answers (its file's)")
+    add("--api-key", action="append", default=[], metavar="KEY", help="may be repeated")
+    add("--api-key-file", type=Path, metavar="FILE", help="a key a line")
+    add("--cors-origins", default="", metavar="LIST",
+        help="pages of these origins may ask, comma separated; * for all (none)")
+    add("--max-body", type=n_bytes, default="32Mi", metavar="SIZE",
+        help="bytes of a request at most (32Mi)")
+    add("--timeout", type=positive, metavar="S",
+        help="seconds that a request may take, waiting included (no limit)")
+    add("--drain-timeout", type=float, default=30.0, metavar="S",
+        help="seconds that open requests get at the end (30)")
+    add("--chat-template", metavar="NAME|FILE",
+        help="instead of the model's: chatml, gemma, llama3, … or a file")
+    add("-q", "--quiet", action="store_true", help="say nothing but errors")
+    add_model_arguments(parser)
+    add = parser.add_argument_group("engine").add_argument
+    add("-np", "--parallel", type=at_least(1, 256), default=16, metavar="N",
+        help="requests that run at once (16)")
+    add("--max-waiting", type=at_least(1), default=1024, metavar="N",
+        help="requests that wait for a slot; more get 429 (1024)")
+    add("-n", "--max-tokens", type=at_least(1), metavar="N",
+        help="for requests that don't say (as many as there are cells for)")
+    add("--lora", action="append", default=[], metavar="[NAME=]FILE",
+        help="an adapter that requests may name; may be repeated")
+    add_shared(add, n_ctx=0, kv_unified=None, prefix_cache=None, n_batch=None, n_ubatch=None,
+               threads=None)
+    add_policy_argument(add)
+
+
+# fmt: on
+def run(args: argparse.Namespace) -> int:
+    try:
+        from pyllamabatch.server.app import create_app
+        from pyllamabatch.server.options import ServerOptions
+        from pyllamabatch.server.run import Server, listen
+    except ImportError as error:
+        what = f"{error.name} is missing: pip install 'pyllamabatch[server]'"
+        raise UnsupportedOperation(what) from None
+    options = ServerOptions(
+        model_name=args.alias,
+        api_keys=_keys(args),
+        cors_origins=[origin for origin in args.cors_origins.split(",") if origin],
+        max_tokens=args.max_tokens,
+        body_bytes_max=args.max_body,
+        request_timeout=args.timeout,
+        drain_timeout=args.drain_timeout,
+        chat_template=_template(args.chat_template),
+    )
+    with ExitStack() as stack:
+        listening = stack.enter_context(listen(args.host, args.port))  # before a model is loaded
+        model = stack.enter_context(load_model(args, quiet=args.quiet))
+        loras = _loras(model, args.lora, stack)
+        engine = stack.enter_context(
+            open_engine(
+                model, args, args.parallel,
+                n_trace=N_TRACE, max_waiting=args.max_waiting, loras=loras,
+            )
+        )  # fmt: skip
+        app = create_app(engine, options)
+        host, port = listening.getsockname()[:2]
+
+        def ready() -> None:
+            if not args.quiet:
+                name = app.state.service.model_name
+                say(f"{name}: http://{host}:{port}, {engine.n_seq_max} slots, {engine.layout}")
+
+        Server(app, listening, ready).run_until_signal()
+        if not args.quiet:
+            say("pyllamabatch: drained", sys.stderr)
+    return 0
+
+
+def _keys(args: argparse.Namespace) -> list[str]:
+    lines = [] if args.api_key_file is None else read_text("--api-key-file", args.api_key_file)
+    keys = [*args.api_key, *(lines.splitlines() if isinstance(lines, str) else lines)]
+    keys += [key] if (key := os.environ.get("PYLLAMABATCH_API_KEY")) else []
+    return [key.strip() for key in keys if key.strip()]
+
+
+def _template(given: str | None) -> str | None:
+    if given is None or not Path(given).is_file():
+        return given
+    return read_text("--chat-template", Path(given))
+
+
+def _loras(model: Model, given: list[str], stack: ExitStack) -> dict[str, LoraAdapter]:
+    loras: dict[str, LoraAdapter] = {}
+    for one in given:
+        name, _, file = one.rpartition("=")
+        name = name or Path(file).stem
+        if name in loras:
+            raise ArgumentError("--lora", one, "another adapter has this name already")
+        loras[name] = stack.enter_context(LoraAdapter(model, file))
+    return loras

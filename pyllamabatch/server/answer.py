@@ -1,0 +1,188 @@
+"""Answers to completions: whole, or as server-sent events while tokens come.
+
+An `Answer` is one interface's form of a request: it turns chunks and results into bytes. Whoever
+leaves is noticed by `receive`, and what runs for it is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Protocol
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ..engine.stream import Chunk, Result, Stream
+from . import errors
+from .errors import ApiError, json_response
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, MutableMapping
+
+    from .service import Service
+
+    Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+    Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+DONE = b"data: [DONE]\n\n"
+
+
+class Answer(Protocol):
+    """`i`: the choice. What returns bytes makes whole server-sent events, or none."""
+
+    @abstractmethod
+    def whole(self, results: Sequence[Result]) -> Any:
+        """The answer without streaming, as JSON."""
+
+    @abstractmethod
+    def begin(self) -> bytes:
+        """Before the first token."""
+
+    @abstractmethod
+    def chunk(self, i: int, stream: Stream, chunk: Chunk) -> bytes:
+        """What is new of a choice."""
+
+    @abstractmethod
+    def finish(self, i: int, result: Result) -> bytes:
+        """A choice has ended well."""
+
+    @abstractmethod
+    def end(self, results: Sequence[Result]) -> bytes:
+        """All have."""
+
+    def failed(self, error: ApiError) -> bytes:
+        """Instead of what is still to come."""
+        return event(error.body)
+
+
+def event(values: Any) -> bytes:
+    return b"data: " + orjson.dumps(values, option=orjson.OPT_NON_STR_KEYS) + b"\n\n"
+
+
+def named_event(name: str, values: Any) -> bytes:
+    return b"event: " + name.encode() + b"\n" + event(values)
+
+
+async def respond(
+    service: Service, request: Request, answer: Answer, streams: Sequence[Stream], *, stream: bool
+) -> Response:
+    """The response to a request whose streams run."""
+    if stream:
+        return EventStream(service, answer, streams)
+    async with cancelled_on_leave(request.receive, streams):
+        results = await asyncio.gather(*(_result(service, one) for one in streams))
+    for result in results:
+        if (error := failure(result)) is not None:
+            raise error
+    return json_response(answer.whole(results))
+
+
+class EventStream(Response):
+    """Server-sent events, a write for each step's news of a connection."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, service: Service, answer: Answer, streams: Sequence[Stream]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._service = service
+        self._answer = answer
+        self._streams = streams
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        try:
+            async with cancelled_on_leave(receive, self._streams):
+                await self._write(send)
+        finally:
+            for stream in self._streams:
+                stream.cancel()
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        answer, streams = self._answer, self._streams
+        if begin := answer.begin():
+            await send(_body(begin))
+        try:
+            if len(streams) == 1:
+                results = [await self._follow(send, 0, streams[0])]
+            else:
+                follow = (self._follow(send, i, stream) for i, stream in enumerate(streams))
+                results = await asyncio.gather(*follow)
+            last = answer.end(results)
+        except Exception as error:  # the status has gone out: the last event says it
+            last = answer.failed(errors.of(error))
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _follow(self, send: Send, i: int, stream: Stream) -> Result:
+        answer, metrics = self._answer, self._service.metrics
+        before = None
+        async for chunk in self._service.engine.chunks(stream):
+            now = perf_counter()
+            if before is not None:
+                n = chunk.stop - chunk.start
+                metrics.itl.add((now - before) / n, n)
+            before = now
+            if content := answer.chunk(i, stream, chunk):
+                await send(_body(content))
+        result = stream.result(0)
+        metrics.ended(result)
+        if (error := failure(result)) is not None:
+            raise error
+        if content := answer.finish(i, result):
+            await send(_body(content))
+        return result
+
+
+def _body(content: bytes) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": content, "more_body": True}
+
+
+async def _result(service: Service, stream: Stream) -> Result:
+    """Its result, also when it failed. It is not read before its end: that costs nothing."""
+    ended = asyncio.get_running_loop().create_future()
+    loop = ended.get_loop()
+
+    def wake() -> None:
+        if not ended.done():
+            ended.set_result(None)
+
+    stream.add_done_callback(lambda _: loop.call_soon_threadsafe(wake))
+    await ended
+    result = stream.wait(0)
+    service.metrics.ended(result)
+    return result
+
+
+def failure(result: Result) -> ApiError | None:
+    """Why there is no answer. A deadline ends one early, like a budget."""
+    if result.error is not None:
+        return errors.of(result.error)
+    if result.finish_reason == "cancelled":
+        return ApiError(503, "the server ended the request", "unavailable_error", code="cancelled")
+    return None
+
+
+@asynccontextmanager
+async def cancelled_on_leave(receive: Receive, streams: Sequence[Stream]) -> AsyncIterator[None]:
+    """A client that closes its connection inside cancels the streams."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        for stream in streams:
+            stream.cancel()
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+    except BaseException:
+        for stream in streams:
+            stream.cancel()
+        raise
+    finally:
+        watching.cancel()

@@ -1,0 +1,112 @@
+"""The application: `create_app(engine)` gives an ASGI application over a running engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from pydantic import BaseModel
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from ..engine.engine import Engine
+from . import errors
+from .chat import ChatBody, chat_completions
+from .completions import CompletionBody, completions
+from .errors import ApiError, json_response
+from .metrics import Metrics
+from .options import ServerOptions
+from .schemas import Described
+from .security import ApiKeys
+from .service import Service
+
+Endpoint = Callable[[Service, Request], Awaitable[Response]]
+
+
+def create_app(engine: Engine, options: ServerOptions | None = None) -> FastAPI:
+    """An application that serves `engine`, which stays its caller's to close."""
+    service = Service(engine, options or ServerOptions(), Metrics(engine))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.close()
+
+    app = Described(title="pyllamabatch", version=version("pyllamabatch"), lifespan=lifespan)
+    app.state.service = service
+    errors.install(app)
+    app.include_router(_router(service, app.body))
+    if service.options.api_keys:
+        app.add_middleware(ApiKeys, keys=service.options.api_keys)
+    if service.options.cors_origins:
+        _allow_origins(app, service.options.cors_origins)
+    return app
+
+
+def _router(service: Service, described: Callable[[type[BaseModel]], dict[str, Any]]) -> APIRouter:
+    router = APIRouter()
+
+    def route(method: str, *paths: str, to: Endpoint, body: type[BaseModel] | None = None) -> None:
+        async def endpoint(request: Request) -> Response:
+            return await to(service, request)
+
+        endpoint.__doc__ = to.__doc__
+        extra = None if body is None else described(body)
+        for path in paths:
+            name = f"{to.__name__}:{path}"
+            router.add_api_route(
+                path, endpoint, methods=[method], name=name, openapi_extra=extra,
+                response_model=None,
+            )  # fmt: skip
+
+    route("GET", "/health", "/v1/health", to=health)
+    route("GET", "/v1/models", "/models", to=models)
+    route("POST", "/v1/completions", to=completions, body=CompletionBody)
+    route("POST", "/v1/chat/completions", "/chat/completions", to=chat_completions, body=ChatBody)
+    return router
+
+
+def _allow_origins(app: FastAPI, origins: Any) -> None:
+    every = "*" in origins
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=[] if every else list(origins),
+        allow_origin_regex=".*" if every else None,
+        allow_credentials=True,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+    )
+
+
+async def health(service: Service, request: Request) -> Response:
+    """200 while requests are taken; 503 while the server ends."""
+    if service.engine.closed:
+        raise ApiError(503, "the engine is closed", "unavailable_error", code="closed")
+    if service.draining or service.engine.draining:
+        raise ApiError(503, "the server is draining", "unavailable_error", code="draining")
+    return json_response({"status": "ok"})
+
+
+async def models(service: Service, request: Request) -> Response:
+    """The one model."""
+    model = service.model
+    meta = {
+        "vocab_type": model.vocab.type,
+        "n_vocab": model.n_vocab,
+        "n_ctx_train": model.n_ctx_train,
+        "n_ctx": service.engine.n_ctx_seq,
+        "n_embd": model.n_embd,
+        "n_params": model.n_params,
+        "size": model.size_bytes,
+    }
+    one = {
+        "id": service.model_name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "pyllamabatch",
+        "meta": meta,
+    }
+    return json_response({"object": "list", "data": [one]})

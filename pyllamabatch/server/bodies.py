@@ -1,0 +1,250 @@
+"""Request bodies: reading them, and the fields that every kind of completion shares.
+
+A wire name is checked in three places: a field of the model is used; one of `IGNORED` has no say in
+the text and is left out; one of `OFF` belongs to a sampler that the engine has not, and is taken at
+the value that switches it off. Any other is an error that names the nearest field.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+import orjson
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..errors import ArgumentError, unknown_keyword
+from ..step.sampling_params import SEED_MAX
+from .errors import ApiError, invalid
+
+IGNORED = frozenset({
+    # OpenAI's
+    "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention", "verbosity", "best_of",
+    # llama-server's
+    "cache_prompt", "id_slot", "n_keep", "n_discard", "min_keep", "n_indent", "samplers",
+    "t_max_prompt_ms", "return_progress", "dry_base", "dry_allowed_length", "dry_penalty_last_n",
+    "dry_sequence_breakers", "xtc_threshold", "mirostat_tau", "mirostat_eta", "dynatemp_exponent",
+    "adaptive_decay", "backend_sampling", "grammar_lazy", "grammar_triggers", "preserved_tokens",
+    "speculative.n_max", "speculative.n_min", "speculative.p_min", "response_fields",
+})  # fmt: skip
+OFF: Mapping[str, tuple[object, ...]] = {
+    "dry_multiplier": (0,),
+    "xtc_probability": (0,),
+    "mirostat": (0,),
+    "dynatemp_range": (0,),
+    "top_n_sigma": (-1, 0),
+    "adaptive_target": (-1,),
+    "suffix": ("",),
+    "audio": (),
+    "modalities": (["text"],),
+    "echo": (False,),
+}
+
+RENAMED = {
+    "n_predict": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "repeat_last_n": "penalty_last_n",
+    "repetition_penalty": "repeat_penalty",
+    "ignore_eos": "ignore_eog",
+    "typ_p": "typical_p",
+}
+"""Wire names of fields of `SamplingParams`; the others are called the same."""
+SAME = (
+    "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p",
+    "repeat_penalty", "frequency_penalty", "presence_penalty", "penalty_last_n", "stop_token_ids",
+    "ignore_eog", "grammar",
+)  # fmt: skip
+
+B = TypeVar("B", bound="Body")
+
+
+class Body(BaseModel):
+    """A JSON object. `null` is as if the field were not there."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+async def read(request: Request, kind: type[B]) -> B:
+    """The body as `kind`. ApiError for one that is too large, no JSON, or says what is unknown."""
+    options = request.app.state.service.options
+    return parsed(kind, await json_body(request, options.body_bytes_max))
+
+
+async def json_body(request: Request, limit: int) -> dict[str, Any]:
+    declared = request.headers.get("content-length", "0")
+    parts, size = [], int(declared) if declared.isdecimal() else 0
+    if size <= limit:
+        size = 0
+        async for part in request.stream():
+            parts.append(part)
+            size += len(part)
+            if size > limit:
+                break
+    if size > limit:
+        message = f"the body has {size} bytes or more, at most {limit} are allowed"
+        raise ApiError(413, message, code="body_too_large")
+    try:
+        values = orjson.loads(b"".join(parts))
+    except orjson.JSONDecodeError as error:
+        raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
+    if not isinstance(values, dict):
+        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    return values
+
+
+def parsed(kind: type[B], values: Mapping[str, Any]) -> B:
+    """ArgumentError or pydantic's ValidationError."""
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
+        if value is None or name in IGNORED:
+            continue
+        if name in kind.model_fields:
+            fields[name] = value
+        elif name in OFF:
+            if value not in OFF[name]:
+                raise ArgumentError(name, value, "this server has no such sampler or feature")
+        else:
+            raise unknown_keyword(name, value, kind.model_fields)
+    return kind.model_validate(fields)
+
+
+# -- what completions share
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Lora = str | dict[str, Number] | list[dict[str, Any]]
+LogitBias = dict[str, Number] | list[list[int | str | float | bool]]
+
+
+class JsonSchema(Body):
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")  # llama-server's
+
+    def schema_of(self) -> Mapping[str, Any] | None:
+        if self.type == "text":
+            return None
+        if self.type == "json_schema":
+            if self.json_schema is None:
+                raise invalid("response_format.json_schema", None, "missing")
+            return self.json_schema.schema_
+        return self.schema_ or {"type": "object"}
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class SamplingBody(Body):
+    """Fields of every kind of completion, by OpenAI's, llama-server's and vLLM's names."""
+
+    model: str = ""
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    n: Annotated[int, Field(ge=1, le=2**16)] = 1
+
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    n_predict: int | None = None
+    min_tokens: int | None = None
+    temperature: Number | None = None
+    top_k: int | None = None
+    top_p: Number | None = None
+    min_p: Number | None = None
+    typical_p: Number | None = None
+    typ_p: Number | None = None
+    repeat_penalty: Number | None = None
+    repetition_penalty: Number | None = None
+    repeat_last_n: int | None = None
+    penalty_last_n: int | None = None
+    frequency_penalty: Number | None = None
+    presence_penalty: Number | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    logit_bias: LogitBias | None = None
+    grammar: str | None = None
+    json_schema: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
+    timings_per_token: bool = False
+
+    priority: int = 0
+    user: str = ""
+    tenant: str = ""
+    timeout: Number | None = None
+    t_max_predict_ms: Number | None = None
+    deadline: Number | None = None
+    itl_target: Number | None = None
+    lora: Lora | None = None
+
+    def sampling(self, n_logprobs: int | None) -> dict[str, Any]:
+        """Fields of `SamplingParams`, those that were given. max_tokens -1: no limit."""
+        fields: dict[str, Any] = {}
+        for name in (*SAME, *RENAMED):
+            value = getattr(self, name, None)
+            if value is not None:
+                fields[RENAMED.get(name, name)] = value
+        if fields.get("max_tokens", 1) < 0:
+            del fields["max_tokens"]
+        if self.stop is not None:
+            stops = [self.stop] if isinstance(self.stop, str) else self.stop
+            fields["stop"] = tuple(text for text in stops if text)
+        if self.seed is not None and self.seed != -1:
+            fields["seed"] = self.seed % (SEED_MAX + 1)
+        schema = self._schema()
+        if schema is not None:
+            fields["json_schema"] = schema
+        if n_logprobs is not None:
+            fields["logprobs"] = n_logprobs
+        return fields
+
+    def _schema(self) -> Mapping[str, Any] | None:
+        schema = self.response_format.schema_of() if self.response_format else None
+        if schema is not None and self.json_schema is not None:
+            raise invalid("json_schema", self.json_schema, "response_format is given already")
+        return self.json_schema if schema is None else schema
+
+    def options(self, now_wall: float) -> dict[str, Any]:
+        """Of the engine's `Options`, those that were given. `now_wall`: `time.time()`."""
+        options: dict[str, Any] = {"priority": self.priority, "tenant": self.tenant or self.user}
+        if self.itl_target is not None:
+            options["itl_target"] = self.itl_target
+        seconds = [
+            self.timeout,
+            None if self.t_max_predict_ms is None else self.t_max_predict_ms / 1e3,
+            None if self.deadline is None else max(0.0, self.deadline - now_wall),
+        ]
+        given = [value for value in seconds if value is not None and value >= 0]
+        if given:
+            options["timeout"] = min(given)
+        return options
+
+
+def bias_of(given: LogitBias | None, tokens_of: Any) -> dict[int, float]:
+    """llama-server's pairs, whose token may be a text (`tokens_of` gives its tokens) and whose bias
+    may be false (never); or OpenAI's object."""
+    bias: dict[int, float] = {}
+    pairs = given.items() if isinstance(given, dict) else given or ()
+    for pair in pairs:
+        key, value = pair if len(pair) == 2 else (None, "")
+        if not isinstance(key, (int, str)) or isinstance(value, str):
+            raise invalid("logit_bias", pair, "must be a token (id or text) and a number or false")
+        amount = -math.inf if value is False else float(value)
+        if amount <= -100 and isinstance(given, dict):
+            amount = -math.inf  # OpenAI's word for never
+        if isinstance(key, int) or key.isdecimal():
+            bias[int(key)] = amount
+        else:
+            bias |= dict.fromkeys(tokens_of(key), amount)
+    return bias

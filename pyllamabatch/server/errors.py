@@ -1,0 +1,118 @@
+"""Errors as HTTP: the one place where an exception becomes a status and an OpenAI-form body."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from ..errors import (
+    ArgumentError,
+    ChatTemplateError,
+    ClosedError,
+    EngineDraining,
+    GrammarError,
+    PyllamabatchError,
+    QueueFull,
+    RequestTooLong,
+    TokenizeError,
+    UnsupportedOperation,
+)
+
+log = logging.getLogger(__name__)
+
+INVALID = "invalid_request_error"
+RETRY_SECONDS = "1"
+
+
+class ApiError(Exception):
+    """An answer that is an error: `{"error": {"message", "type", "param", "code", ...more}}`."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        type: str = INVALID,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        more: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.type = type
+        self.error = {"message": message, "type": type, "param": param, "code": code}
+        self.error |= more or {}
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {"error": self.error}
+
+    def response(self) -> Response:
+        headers = {"Retry-After": RETRY_SECONDS} if self.status in (429, 503) else None
+        return json_response(self.body, self.status, headers)
+
+
+def json_response(
+    values: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    content = orjson.dumps(values, option=orjson.OPT_NON_STR_KEYS)
+    return Response(content, status, headers, media_type="application/json")
+
+
+def invalid(param: str, value: object, limit: str) -> ApiError:
+    """A value that is not allowed: as `ArgumentError`, for what has no Python argument."""
+    return of(ArgumentError(param, value, limit))
+
+
+def of(error: BaseException) -> ApiError:
+    """What a client is told of an exception. One that is a bug of ours is logged."""
+    message = str(error)
+    match error:
+        case ApiError():
+            return error
+        case RequestTooLong():
+            return ApiError(400, message, param="max_tokens", code="context_length_exceeded")
+        case ArgumentError():
+            return ApiError(400, message, param=error.argument, code="invalid_value")
+        case GrammarError():
+            return ApiError(400, f"grammar: {message}", param="grammar", code="invalid_value")
+        case TokenizeError() | ChatTemplateError():
+            return ApiError(400, message, code="invalid_value")
+        case ValidationError():
+            return of_validation(error)
+        case QueueFull():
+            return ApiError(429, message, "rate_limit_error", code="queue_full")
+        case EngineDraining() | ClosedError():
+            return ApiError(503, message, "unavailable_error", code="draining")
+        case UnsupportedOperation():
+            return ApiError(501, message, "not_supported_error")
+        case HTTPException():
+            return ApiError(error.status_code, str(error.detail))
+    log.error("a request failed", exc_info=error)
+    return ApiError(500, f"{type(error).__name__}: {error}", "server_error")
+
+
+def of_validation(error: ValidationError) -> ApiError:
+    """The first thing that pydantic did not like, with its place, value and limit."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "function-wrap[validate]")
+    if first["type"] == "missing":
+        return ApiError(400, f"{where}: missing", param=where, code="missing_required_parameter")
+    return invalid(where, first["input"], first["msg"])
+
+
+def install(app: FastAPI) -> None:
+    """Every failure of a request is answered in the one form."""
+
+    async def answer(request: Request, error: Exception) -> Response:
+        return of(error).response()
+
+    for kind in (ApiError, PyllamabatchError, ValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)

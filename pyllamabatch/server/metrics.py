@@ -1,0 +1,145 @@
+"""Counters and histograms of a server, by the names that dashboards and routers read."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from ..engine.stats import EngineStats
+from ..engine.stream import Result
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
+
+    from ..engine.engine import Engine
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Histogram:
+    """Counts by upper bound. For one thread."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def add(self, value: float, n: int = 1) -> None:
+        """`n` times the same value."""
+        self.counts[bisect_left(self.bounds, value)] += n
+        self.total += value * n
+
+    def family(self, name: str, text: str) -> HistogramMetricFamily:
+        buckets, n = [], 0
+        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
+            n += count
+            buckets.append((bound, n))
+        return HistogramMetricFamily(name, text, buckets=buckets, sum_value=self.total)
+
+
+class Metrics(Collector):
+    """Written by the event loop, read by `/metrics`. `engine`: its counters are read then."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.ttft = Histogram(SECONDS)
+        self.itl = Histogram(SHORT_SECONDS)
+        self.e2el = Histogram(SECONDS)
+        self.queue = Histogram(SECONDS)
+        self.n_prompt = 0  # tokens of prompts that were computed
+        self.prompt_s = 0.0
+        self.n_generated = 0
+        self.generation_s = 0.0
+        self._last: tuple[float, EngineStats] | None = None
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+
+    def ended(self, result: Result) -> None:
+        """A request has."""
+        self.e2el.add(result.e2el_s)
+        if result.queue_s is not None:
+            self.queue.add(result.queue_s)
+        if result.ttft_s is not None:
+            self.ttft.add(result.ttft_s)
+            self.n_prompt += result.n_prompt - result.n_cached
+            self.prompt_s += result.ttft_s - (result.queue_s or 0.0)
+            self.generation_s += result.e2el_s - result.ttft_s
+        self.n_generated += result.n_generated
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats()
+        yield from self._gauges(stats)
+        yield from self._counters(stats)
+        yield self.ttft.family("vllm:time_to_first_token_seconds", "Submission to first token.")
+        yield self.itl.family("vllm:inter_token_latency_seconds", "Between tokens of a stream.")
+        yield self.e2el.family("vllm:e2e_request_latency_seconds", "Submission to the end.")
+        yield self.queue.family("vllm:request_queue_time_seconds", "Submission to a slot.")
+        yield _fill(stats.fill)
+
+    def _gauges(self, stats: EngineStats) -> Iterable[Metric]:
+        now, (then, before) = perf_counter(), self._last or (0.0, stats)
+        seconds = now - then
+        self._last = now, stats
+        rates = {
+            "prompt": (stats.prefill_rows - before.prefill_rows) / seconds,
+            "predicted": (stats.tokens - before.tokens) / seconds,
+        }
+        used = (stats.kv_used + stats.kv_cached) / max(1, stats.kv_total)
+        values = (
+            ("vllm:num_requests_running", "Requests in a slot.", stats.running),
+            ("vllm:num_requests_waiting", "Requests that wait for one.", stats.waiting),
+            ("vllm:kv_cache_usage_perc", "Share of KV cells that running requests hold, 0 to 1.",
+             stats.kv_used / max(1, stats.kv_total)),
+            ("llamacpp:requests_processing", "Requests in a slot.", stats.running),
+            ("llamacpp:requests_deferred", "Requests that wait for one.", stats.waiting),
+            ("llamacpp:kv_cache_usage_ratio", "Share of KV cells in use, cached ones too.", used),
+            ("llamacpp:kv_cache_tokens", "KV cells in use.", stats.kv_used + stats.kv_cached),
+            ("llamacpp:prompt_tokens_seconds", "Prompt rows a second since the last look.",
+             rates["prompt"]),
+            ("llamacpp:predicted_tokens_seconds", "Tokens a second since the last look.",
+             rates["predicted"]),
+            ("llamacpp:n_busy_slots_per_decode", "Rows of a decode step, on average.",
+             stats.decode_rows / max(1, stats.steps)),
+        )  # fmt: skip
+        return [GaugeMetricFamily(name, text, value=value) for name, text, value in values]
+
+    def _counters(self, stats: EngineStats) -> Iterator[Metric]:
+        values = (
+            ("llamacpp:prompt_tokens", "Prompt tokens computed.", self.n_prompt),
+            ("llamacpp:prompt_seconds", "Slot to first token.", self.prompt_s),
+            ("llamacpp:tokens_predicted", "Tokens of requests that ended.", self.n_generated),
+            ("llamacpp:tokens_predicted_seconds", "First token to the end.", self.generation_s),
+            ("llamacpp:n_decode", "Steps.", stats.steps),
+            ("vllm:prompt_tokens", "Prompt rows.", stats.prefill_rows),
+            ("vllm:generation_tokens", "Tokens sampled.", stats.tokens),
+            ("vllm:num_preemptions", "Requests that gave up their cells.", stats.preemptions),
+            ("vllm:prefix_cache_queries", "Tokens of admitted sequences.", stats.known_tokens),
+            ("vllm:prefix_cache_hits", "Of these, in the cache.", stats.prefix_tokens),
+        )
+        for name, text, value in values:
+            yield CounterMetricFamily(name, text, value=value)
+        ended = CounterMetricFamily("vllm:request_success", "Ended.", labels=["finished_reason"])
+        for reason, n in stats.finished.items():
+            ended.add_metric([reason], n)
+        yield ended
+
+
+def _fill(fill: dict[int, int]) -> Metric:
+    tokens = Histogram(ROWS)
+    for n_rows, n_steps in fill.items():
+        tokens.add(n_rows, n_steps)
+    return tokens.family("vllm:iteration_tokens_total", "Tokens sampled in a step.")

@@ -1,0 +1,102 @@
+"""A server from its socket to its last answer: uvicorn, and what a signal does.
+
+SIGTERM or SIGINT: new requests get 503, open ones end by themselves, or are cut off after
+`drain_timeout` seconds or at a second signal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from fastapi import FastAPI
+
+from .service import Service
+
+BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 75
+
+
+class Server(uvicorn.Server):
+    """Serves an application of `create_app` on a bound socket until a signal, or `end`."""
+
+    def __init__(
+        self, app: FastAPI, listening: socket.socket, ready: Callable[[], None] = lambda: None
+    ) -> None:
+        """`ready()` is called once the application answers."""
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            lifespan="on",
+            backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            server_header=False,
+            date_header=False,
+            ws="none",
+        )
+        super().__init__(config)
+        self._service: Service = app.state.service
+        self._listening = listening
+        self._ready = ready
+        self._draining: asyncio.Task[None] | None = None
+
+    def run_until_signal(self) -> None:
+        """Returns when all is answered or cut off."""
+        self.run(sockets=[self._listening])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn's would be raised again at the end, and would know no draining."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop, signals = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
+        for number in signals:
+            loop.add_signal_handler(number, self.end)
+        try:
+            yield
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    def end(self) -> None:
+        """Drain and end; the second call ends at once. In the event loop."""
+        if self._draining is None:
+            self._service.draining = True
+            self._draining = asyncio.get_running_loop().create_task(self._drain())
+        else:
+            self._draining.cancel()
+
+    async def _drain(self) -> None:
+        service = self._service
+        try:
+            if not await service.engine.adrain(service.options.drain_timeout):
+                await service.engine.astop()
+        except asyncio.CancelledError:
+            await service.engine.astop()
+        finally:
+            self.should_exit = True
+
+
+def listen(host: str, port: int, path: str | None = None) -> socket.socket:
+    """A listening socket; `port` 0 takes a free one, `path` a Unix socket instead. OSError."""
+    if path is not None:
+        found = socket.socket(socket.AF_UNIX)
+        found.bind(path)
+    else:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        found = socket.socket(family)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((host, port))
+    found.listen(BACKLOG)
+    return found

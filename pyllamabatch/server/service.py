@@ -1,0 +1,181 @@
+"""Service: what the endpoints of one server share, and the way from a body to running requests."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..engine.engine import Engine
+from ..engine.stream import Stream
+from ..errors import integer
+from ..llama import runtime
+from ..llama.vocab import ChatPrompt, TokenArray
+from ..raw import lib
+from ..step.sampling_params import SamplingParams
+from .bodies import Lora, SamplingBody, bias_of
+from .errors import ApiError, invalid
+from .options import ServerOptions
+
+if TYPE_CHECKING:
+    from .metrics import Metrics
+
+LONG_TEXT = 4096  # characters that are tokenized in the event loop at most
+
+Prompt = str | Sequence[int]
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Prepared:
+    """The requests of one body: `n` samples of each prompt, in the order of their choices."""
+
+    prompts: list[TokenArray]
+    streams: list[Stream]
+
+    @property
+    def n_prompt(self) -> int:
+        return sum(map(len, self.prompts))
+
+
+class Service:
+    """One engine behind HTTP. Everything but `close` is for its event loop."""
+
+    def __init__(self, engine: Engine, options: ServerOptions, metrics: Metrics) -> None:
+        self.engine = engine
+        self.model = engine.model
+        self.vocab = engine.model.vocab
+        self.options = options
+        self.metrics = metrics
+        self.model_name = options.model_name or Path(engine.model.path).name
+        self.created = self.now()
+        self.fingerprint = f"{runtime.text(lib.plb_llama_cpp_build())}-pyllamabatch"
+        self.draining = False
+        self._pieces: dict[int, bytes] = {}
+        # Long texts and grammars would hold up all streams: these two threads take them.
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="pyllamabatch-server")
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @staticmethod
+    def now() -> int:
+        """Unix time, in seconds."""
+        return int(time.time())
+
+    # -- text
+
+    def tokens(self, prompt: Prompt, *, add_special: bool = True) -> TokenArray:
+        """A text in which special tokens are parsed, as llama-server does; or token ids."""
+        if isinstance(prompt, str):
+            return self.vocab.tokenize(prompt, add_special=add_special, parse_special=True)
+        return self.vocab.check_tokens(prompt, "prompt")
+
+    def chat_prompt(self, messages: Sequence[dict[str, Any]]) -> ChatPrompt:
+        """The one place where a chat becomes a prompt."""
+        return self.vocab.apply_chat_template(messages, template=self.options.chat_template)
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token, special ones written out."""
+        piece = self._pieces.get(token)
+        if piece is None:
+            piece = self._pieces[token] = self.vocab.token_to_piece(token, special=True)
+        return piece
+
+    # -- requests
+
+    async def apart(self, call: Callable[[], T]) -> T:
+        """In a thread, because it may take long."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+
+    async def submit(
+        self, body: SamplingBody, prompts: Sequence[Prompt], n_logprobs: int | None = None
+    ) -> Prepared:
+        """The requests of a body, submitted. Raises what becomes a 4xx or a 503."""
+        if self.draining:
+            raise ApiError(503, "the server is about to end", "unavailable_error", code="draining")
+        n = body.n * len(prompts)
+        if n > self.options.n_choices_max:
+            raise invalid("n", n, f"at most {self.options.n_choices_max} choices of a request")
+        prepare = partial(self._submit, body, prompts, n_logprobs)
+        text = sum(len(prompt) for prompt in prompts)
+        if text > LONG_TEXT or body.grammar or body.json_schema or body.response_format:
+            return await self.apart(prepare)
+        return prepare()
+
+    def _submit(
+        self, body: SamplingBody, prompts: Sequence[Prompt], n_logprobs: int | None
+    ) -> Prepared:
+        if n_logprobs is not None:
+            integer("logprobs", n_logprobs, 0, self.engine.n_logprobs_max)
+        sampling = body.sampling(n_logprobs)
+        sampling["logit_bias"] = bias = bias_of(body.logit_bias, self._bias_tokens)
+        self.vocab.check_tokens(list(bias), "logit_bias")
+        options = self._options(body)
+        tokens = [self.tokens(prompt) for prompt in prompts]
+        params = [SamplingParams(**self._budget(sampling, len(one))) for one in tokens]
+        streams: list[Stream] = []
+        try:
+            for one, its_params in zip(tokens, params, strict=True):
+                streams += self.engine.submit_n(one, its_params, body.n, queue_timeout=0, **options)
+        except BaseException:
+            for stream in streams:
+                stream.cancel()
+            raise
+        return Prepared(tokens, streams)
+
+    def _bias_tokens(self, text: str) -> list[int]:
+        found: list[int] = self.tokens(text, add_special=False).tolist()
+        return found
+
+    def _budget(self, sampling: dict[str, Any], n_prompt: int) -> dict[str, Any]:
+        """`max_tokens` as far as there are cells for them. Streams become a pool for what was asked
+        for, not for a request that leaves the end open."""
+        n_ctx = self.engine.n_ctx_seq
+        if n_prompt > n_ctx:
+            raise too_long(n_prompt, n_ctx)
+        wanted = sampling.get("max_tokens", self.options.max_tokens)
+        if wanted is None:
+            n_stream = self.engine.limits.n_cells_seq
+            n_ctx = n_stream if n_prompt <= n_stream else n_ctx
+        room = n_ctx - n_prompt + 1
+        most = room if wanted is None else min(wanted, room)
+        return {**sampling, "max_tokens": most} | (
+            {"min_tokens": min(sampling["min_tokens"], most)} if "min_tokens" in sampling else {}
+        )
+
+    def _options(self, body: SamplingBody) -> dict[str, Any]:
+        options = body.options(time.time())
+        limit = self.options.request_timeout
+        if limit is not None:
+            options["timeout"] = min(limit, options.get("timeout", limit))
+        if body.lora is not None:
+            options["lora"] = self._lora(body.lora)
+        return options
+
+    def _lora(self, given: Lora) -> str | dict[str, float]:
+        """llama-server's list has ids, which are places in its list of adapters."""
+        if not isinstance(given, list):
+            return given
+        names, scales = self.engine.loras, {}
+        for one in given:
+            id, scale = one.get("id"), one.get("scale", 1.0)
+            if not isinstance(id, int) or not 0 <= id < len(names):
+                raise invalid("lora", one, f"id must be below {len(names)}")
+            scales[names[id]] = scale
+        return scales
+
+
+def too_long(n_prompt: int, n_ctx: int) -> ApiError:
+    message = (
+        f"the prompt has {n_prompt} tokens, which exceeds the available context size of "
+        f"{n_ctx} tokens"
+    )
+    more = {"n_prompt_tokens": n_prompt, "n_ctx": n_ctx}
+    kind = "exceed_context_size_error"
+    return ApiError(400, message, kind, param="prompt", code="context_length_exceeded", more=more)

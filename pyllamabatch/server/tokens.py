@@ -1,0 +1,102 @@
+"""Log-probabilities, usage and timings as the interfaces write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..engine.stream import Result, Token
+
+PieceOf = Callable[[int], bytes]
+
+
+def usage(n_prompt: int, results: Sequence[Result]) -> dict[str, Any]:
+    """OpenAI's counts. `n_prompt`: tokens of all prompts, each counted once."""
+    n_generated = sum(result.n_generated for result in results)
+    n_cached = min(n_prompt, sum(result.n_cached for result in results))
+    return {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": n_generated,
+        "total_tokens": n_prompt + n_generated,
+        "prompt_tokens_details": {"cached_tokens": n_cached},
+    }
+
+
+def finish_reason(result: Result) -> str:
+    """OpenAI's word. A deadline cuts a text off as a budget does."""
+    return "stop" if result.finish_reason == "stop" else "length"
+
+
+def timings(result: Result) -> dict[str, Any]:
+    """llama-server's `timings`, in ms. The prompt ends with the first token."""
+    first = result.e2el_s if result.ttft_s is None else result.ttft_s
+    prompt_ms = 1e3 * (first - (result.queue_s or 0.0))
+    predicted_ms = 1e3 * (result.e2el_s - first)
+    n_prompt, n = result.n_prompt - result.n_cached, result.n_generated
+    return {
+        "cache_n": result.n_cached,
+        "prompt_n": n_prompt,
+        "prompt_ms": prompt_ms,
+        "prompt_per_token_ms": prompt_ms / max(1, n_prompt),
+        "prompt_per_second": 1e3 * n_prompt / max(prompt_ms, 1e-6),
+        "predicted_n": n,
+        "predicted_ms": predicted_ms,
+        "predicted_per_token_ms": predicted_ms / max(1, n - 1),
+        "predicted_per_second": 1e3 * max(0, n - 1) / max(predicted_ms, 1e-6),
+        "queue_ms": 1e3 * (result.queue_s or 0.0),
+    }
+
+
+def tokens_of(result: Result) -> list[Token]:
+    """The tokens of a result with their log-probabilities; `text` is not filled in."""
+    n = len(result.tokens)
+    logprobs: Sequence[float | None] = result.logprobs or [None] * n
+    tops: Sequence[dict[int, float] | None] = result.top_logprobs or [None] * n
+    each = zip(result.tokens, logprobs, tops, strict=False)
+    return [Token(token, "", i, logprob, top) for i, (token, logprob, top) in enumerate(each)]
+
+
+def chat_logprobs(tokens: Sequence[Token], piece: PieceOf) -> list[dict[str, Any]]:
+    """Of a chat, and of llama-server's completions: an object for each token."""
+    return [
+        {
+            **_one(token.token, token.logprob, piece),
+            "top_logprobs": [
+                _one(other, logprob, piece) for other, logprob in (token.top_logprobs or {}).items()
+            ],
+        }
+        for token in tokens
+    ]
+
+
+def _one(token: int, logprob: float | None, piece: PieceOf) -> dict[str, Any]:
+    data = piece(token)
+    text = data.decode("utf-8", "replace")
+    return {"id": token, "token": text, "bytes": list(data), "logprob": logprob}
+
+
+class TextLogprobs:
+    """Of `/v1/completions`: a column for each property. Offsets go on from call to call."""
+
+    def __init__(self, piece: PieceOf) -> None:
+        self._piece = piece
+        self._offset = 0
+
+    def __call__(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        texts = [self._text(token.token) for token in tokens]
+        offsets = []
+        for text in texts:
+            offsets.append(self._offset)
+            self._offset += len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [
+                {self._text(t): logprob for t, logprob in (token.top_logprobs or {}).items()}
+                for token in tokens
+            ],
+            "text_offset": offsets,
+        }
+
+    def _text(self, token: int) -> str:
+        return self._piece(token).decode("utf-8", "replace")

@@ -1,0 +1,123 @@
+"""Who may ask, who leaves, a queue that is full, and the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import httpx
+import pytest
+
+from pyllamabatch.llama.model import Model
+from pyllamabatch.server.options import ServerOptions
+from tests.support.engines import slow
+from tests.support.served import ENDLESS, SUM, SUM_CHAT, Served, serving
+
+TEXT = "/v1/completions"
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_leaves_is_cancelled(served: Served, stream: bool) -> None:
+    before = served.engine.stats()
+    with slow(served.engine, 0.005):
+        body = {**ENDLESS, "stream": stream, "n": 2}
+        with httpx.Client(base_url=served.url) as client:
+            if stream:
+                with client.stream("POST", TEXT, json=body) as response:
+                    next(response.iter_lines())
+            else:
+                with pytest.raises(httpx.ReadTimeout):
+                    client.post(TEXT, json=body, timeout=0.3)
+        until(lambda: served.engine.stats().running == 0)
+    after = served.engine.stats()
+    assert after.finished["cancelled"] == before.finished["cancelled"] + 2
+    assert after.kv_used == 0
+    assert served.ok(TEXT, {"prompt": SUM, "max_tokens": 2})
+
+
+@pytest.fixture
+def small(embedded_model: Model) -> Iterator[Served]:
+    options = ServerOptions(
+        api_keys=["first key", "second"],
+        cors_origins=["https://page.example"],
+        body_bytes_max=2000,
+        drain_timeout=20,
+    )
+    with serving(embedded_model, options, n_seq_max=1, max_waiting=1) as served:
+        served.client.headers["Authorization"] = "Bearer second"
+        yield served
+
+
+def test_limits_of_a_small_server(small: Served) -> None:
+    # keys
+    bare = httpx.Client(base_url=small.url)
+    assert bare.get("/health").status_code == 200
+    for headers in ({}, {"Authorization": "Bearer thrid"}, {"X-Api-Key": "secon"}):
+        response = bare.post(TEXT, json={"prompt": SUM}, headers=headers)
+        assert response.status_code == 401
+        assert response.json()["error"]["type"] == "authentication_error"
+    assert bare.get("/v1/models", headers={"X-Api-Key": "first key"}).status_code == 200
+    # bodies
+    too_large = b'{"prompt": "' + b"a" * 3000 + b'"}'
+    for content in (too_large, iter([too_large[:1500], too_large[1500:]])):
+        response = small.client.post(TEXT, content=content)
+        assert response.status_code == 413
+        assert response.json()["error"]["code"] == "body_too_large"
+    # other pages
+    for origin, allowed in (("https://page.example", "https://page.example"), ("http://x", None)):
+        asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        response = bare.options(TEXT, headers=asked)
+        assert response.headers.get("access-control-allow-origin") == allowed
+    # one runs, one waits, and no more
+    with (
+        slow(small.engine, 0.002),
+        small.client.stream("POST", TEXT, json={**ENDLESS, "stream": True}) as running,
+    ):
+        lines = running.iter_lines()
+        next(lines)
+        with small.client.stream("POST", TEXT, json={**ENDLESS, "stream": True}) as waiting:
+            until(lambda: small.engine.stats().waiting == 1)
+            response = small.post(TEXT, {"prompt": SUM})
+            assert response.status_code == 429
+            assert int(response.headers["retry-after"]) >= 1
+            assert response.json()["error"]["code"] == "queue_full"
+            # the end begins: what is open is finished
+            small.server.servers[0].get_loop().call_soon_threadsafe(small.server.end)
+            until(lambda: small.engine.draining)
+            response = small.post(TEXT, {"prompt": SUM})
+            assert response.status_code == 503
+            assert "retry-after" in response.headers
+            assert bare.get("/health").status_code == 503
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+            assert [line for line in waiting.iter_lines() if line][-1] == "data: [DONE]"
+
+
+def test_command_drains_at_a_signal() -> None:
+    command = [sys.executable, "-m", "pyllamabatch", "serve", "--port", "0", "-t", "1", "-np", "2"]
+    environment = {**os.environ, "PYLLAMABATCH_API_KEY": "a"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[1].rstrip(",")
+        headers = {"Authorization": "Bearer a"}
+        with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
+            body = {**SUM_CHAT, "stream": True, "max_tokens": 400, "ignore_eos": True}
+            with client.stream("POST", "/v1/chat/completions", json=body) as response:
+                lines = response.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGTERM)
+                *_, last, done = [line for line in lines if line]
+        assert done == "data: [DONE]"
+        assert json.loads(last[6:])["choices"][0]["finish_reason"] == "length"
+        assert process.wait(30) == 0

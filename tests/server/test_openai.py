@@ -1,0 +1,222 @@
+"""OpenAI's completions and chats: whole, streamed, refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from pyllamabatch.step.sampling_params import SamplingParams
+from tests.support.served import ANSWER, SUM, SUM_CHAT, Served
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+
+
+def chat_text(events: list[Any], choice: int = 0) -> str:
+    choices = [c for e in events if e != "[DONE]" for c in e["choices"] if c["index"] == choice]
+    return "".join(c["delta"].get("content") or "" for c in choices)
+
+
+def test_models_and_health(served: Served) -> None:
+    assert served.client.get("/health").json() == {"status": "ok"}
+    (model,) = served.client.get("/v1/models").json()["data"]
+    assert model["id"] == "default.gguf"
+    assert model["meta"]["n_ctx_train"] == served.engine.model.n_ctx_train
+
+
+def test_chat(served: Served) -> None:
+    answer = served.ok(CHAT, {**SUM_CHAT, "model": "any"})
+    (choice,) = answer["choices"]
+    assert choice["message"] == {"role": "assistant", "content": ANSWER, "refusal": None}
+    assert (choice["finish_reason"], choice["logprobs"]) == ("stop", None)
+    assert answer["usage"]["completion_tokens"] == 2
+    prompt = served.engine.model.vocab.apply_chat_template(SUM_CHAT["messages"])
+    assert answer["usage"]["prompt_tokens"] == len(served.engine.model.vocab.tokenize(prompt))
+    assert answer["timings"]["predicted_n"] == 2
+    assert answer["model"] == "any"
+
+
+def test_chat_streamed(served: Served) -> None:
+    body = {**SUM_CHAT, "stream_options": {"include_usage": True}}
+    *events, last, done = served.events(CHAT, body)
+    assert done == "[DONE]"
+    assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert chat_text(events) == ANSWER
+    assert [e["choices"][0]["finish_reason"] for e in events] == [None] * (len(events) - 1) + [
+        "stop"
+    ]
+    assert all(e["usage"] is None for e in events)
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 2
+    assert len({e["id"] for e in [*events, last]}) == 1
+
+
+def test_the_text_is_the_engines(served: Served) -> None:
+    """Whole and streamed, with stop strings, seeds, penalties and a bias."""
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"temperature": 0}, {"temperature": 0}),
+        ({"seed": 3, "temperature": 1.5, "top_k": 0}, {"seed": 3, "temperature": 1.5, "top_k": 0}),
+        ({"temperature": 0, "stop": "5"}, {"temperature": 0, "stop": ("5",)}),
+        ({"temperature": 0, "logit_bias": {"52": -100}}, {"logit_bias": {52: -math.inf}}),
+        ({"temperature": 0, "presence_penalty": 2.0, "repeat_last_n": -1},
+         {"presence_penalty": 2.0, "penalty_last_n": -1}),
+    ]  # fmt: skip
+    for wire, fields in cases:
+        params = SamplingParams(
+            **{"temperature": 0, **fields, "max_tokens": 24, "ignore_eog": True}
+        )
+        expected = served.engine.submit(SUM, params, parse_special=True).result(60)
+        body = {"prompt": SUM, "max_tokens": 24, "ignore_eos": True, **wire}
+        (choice,) = served.ok(TEXT, body)["choices"]
+        assert choice["text"] == expected.text, wire
+        assert choice["finish_reason"] == expected.finish_reason
+        events = served.events(TEXT, body)
+        assert "".join(e["choices"][0]["text"] for e in events[:-1]) == expected.text
+
+
+def test_several_prompts_and_samples(served: Served) -> None:
+    tokens = served.engine.model.vocab.tokenize(SUM).tolist()
+    drawn = {"seed": 7, "temperature": 2.0, "top_k": 0, "max_tokens": 8, "ignore_eos": True}
+    body = {**drawn, "prompt": [SUM, SUM], "n": 2}
+    answer = served.ok(TEXT, body)
+    texts = [choice["text"] for choice in answer["choices"]]
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert texts[:2] == texts[2:]  # the seeds of a prompt's samples are seed, seed + 1
+    assert texts[0] != texts[1]
+    by_id = served.ok(TEXT, {**body, "prompt": [tokens, tokens]})
+    assert [choice["text"] for choice in by_id["choices"]] == texts
+    assert served.ok(TEXT, {**body, "prompt": tokens, "n": 1})["choices"][0]["text"] == texts[0]
+    chat = {**SUM_CHAT, **drawn, "n": 3}
+    whole = [c["message"]["content"] for c in served.ok(CHAT, chat)["choices"]]
+    events = served.events(CHAT, chat)
+    assert [chat_text(events, i) for i in range(3)] == whole
+
+
+def test_logprobs_in_both_forms(served: Served) -> None:
+    chat = {**SUM_CHAT, "logprobs": True, "top_logprobs": 2}
+    content = served.ok(CHAT, chat)["choices"][0]["logprobs"]["content"]
+    assert "".join(one["token"] for one in content) == ANSWER
+    assert [len(one["top_logprobs"]) for one in content] == [2, 2]
+    assert content[0]["top_logprobs"][0]["logprob"] == content[0]["logprob"] <= 0
+    assert bytes(content[0]["bytes"]).decode() == content[0]["token"]
+    streamed = [
+        one
+        for event in served.events(CHAT, chat)[:-1]
+        for one in (event["choices"][0]["logprobs"] or {"content": []})["content"]
+    ]
+    assert [one["token"] for one in streamed] == [one["token"] for one in content]
+
+    text = {"prompt": SUM, "temperature": 0, "max_tokens": 4, "logprobs": 2, "ignore_eos": True}
+    columns = served.ok(TEXT, text)["choices"][0]["logprobs"]
+    assert columns["text_offset"] == [0, 1, 2, 3]
+    assert [len(top) for top in columns["top_logprobs"]] == [2] * 4
+    streamed = [e["choices"][0]["logprobs"] for e in served.events(TEXT, text)[:-1]]
+    for name in ("tokens", "text_offset"):
+        assert [value for s in streamed if s for value in s[name]] == columns[name]
+
+
+def test_json(served: Served) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"sum": {"type": "integer"}, "right": {"type": "boolean"}},
+        "required": ["sum", "right"],
+        "additionalProperties": False,
+    }
+    formats = [
+        {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}},
+        {"type": "json_object", "schema": schema},
+    ]
+    for response_format in formats:
+        chat = {**SUM_CHAT, "response_format": response_format, "max_tokens": 200}
+        value = json.loads(served.ok(CHAT, chat)["choices"][0]["message"]["content"])
+        assert value.keys() == {"sum", "right"}
+    chat = {**SUM_CHAT, "response_format": {"type": "json_object"}, "max_tokens": 12}
+    assert served.ok(CHAT, chat)["choices"][0]["message"]["content"].startswith("{")
+
+
+def test_budget_ends_with_length(served: Served) -> None:
+    chat = {**SUM_CHAT, "max_completion_tokens": 1}
+    assert served.ok(CHAT, chat)["choices"][0]["finish_reason"] == "length"
+    # without a budget it goes on to the end of its cells
+    body = {"prompt": SUM, "ignore_eos": True, "temperature": 0}
+    answer = served.ok(TEXT, body)
+    limits = served.engine.limits
+    assert answer["usage"]["total_tokens"] == limits.n_cells_seq + 1
+    assert served.ok(TEXT, {**body, "timeout": 0})["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "param", "words"),
+    [
+        (CHAT, {"temprature": 1}, "temprature", "temperature"),
+        (CHAT, {"temperature": -1}, "temperature", "-1"),
+        (CHAT, {"temperature": "hot"}, "temperature", "hot"),
+        (CHAT, {"top_p": 1.5}, "top_p", "0..1"),
+        (CHAT, {"n": 0}, "n", "greater than or equal to 1"),
+        (CHAT, {"n": 1000}, "n", "at most 128"),
+        (CHAT, {"messages": []}, "messages", "at least 1"),
+        (CHAT, {"messages": [{"role": "human", "content": "a"}]}, "messages[0].role", "human"),
+        (CHAT, {"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "3"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+         "messages[0].content", "image_url"),
+        (CHAT, {"top_logprobs": 3}, "top_logprobs", "logprobs"),
+        (CHAT, {"logprobs": True, "top_logprobs": 50}, "logprobs", "20"),
+        (CHAT, {"logit_bias": {"9999": 1}}, "logit_bias[0]", "9999"),
+        (CHAT, {"response_format": {"type": "xml"}}, "response_format.type", "xml"),
+        (CHAT, {"response_format": {"type": "json_schema", "json_schema": {
+            "name": "a", "schema": {"type": "string", "format": "email"}}}},
+         "json_schema: format", "email"),
+        (CHAT, {"grammar": "root ::= ("}, "grammar", "column"),
+        (CHAT, {"mirostat": 2}, "mirostat", "no such sampler"),
+        (TEXT, {"prompt": ""}, "prompt", "empty"),
+        (TEXT, {"prompt": [99999]}, "prompt[0]", "99999"),
+        (TEXT, {"prompt": SUM, "suffix": "end"}, "suffix", "end"),
+        (TEXT, {}, "prompt", "missing"),
+        (TEXT, {"prompt": SUM, "lora": "style"}, "lora", "style"),
+    ],
+)  # fmt: skip
+def test_errors_name_what_is_wrong(
+    served: Served, path: str, change: Any, param: str | None, words: str
+) -> None:
+    error = served.refused(path, {**(SUM_CHAT if path == CHAT else {}), **change})
+    assert error["param"] == param, error
+    assert words in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def test_too_long_says_the_numbers(served: Served) -> None:
+    n_ctx = served.engine.n_ctx_seq
+    for path, body in (
+        (TEXT, {"prompt": "a" * (n_ctx + 50)}),
+        (CHAT, {"messages": [{"role": "user", "content": "a" * (n_ctx + 50)}], "stream": True}),
+    ):
+        error = served.refused(path, body)
+        assert error["code"] == "context_length_exceeded"
+        assert error["n_prompt_tokens"] > error["n_ctx"] == n_ctx
+        assert str(error["n_prompt_tokens"]) in error["message"]
+
+
+def test_bodies_that_are_none(served: Served) -> None:
+    for content in (b"", b"{", b"[]", b'"a"', b'{"prompt": "\xff"}', b"[" * 100_000,
+                    b'{"prompt": "\\ud800"}'):  # fmt: skip
+        response = served.client.post(TEXT, content=content)
+        assert response.status_code == 400, content[:20]
+        assert response.json()["error"]["code"] == "invalid_json"
+    deep = '{"prompt": "a", "json_schema": ' + '{"not": ' * 900 + "{}" + "}" * 901
+    assert served.client.post(TEXT, content=deep).status_code == 400
+    assert served.client.get(TEXT).json()["error"]["message"] == "Method Not Allowed"
+    assert served.client.get("/nothing").status_code == 404
+    assert "error" in served.client.get("/nothing").json()
+
+
+def test_the_description_has_every_body(served: Served) -> None:
+    description = served.client.get("/openapi.json").json()
+    body = description["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]
+    schemas = description["components"]["schemas"]
+    chat = schemas[body["schema"]["$ref"].rpartition("/")[2]]
+    assert {"messages", "temperature", "max_completion_tokens", "priority"} <= chat[
+        "properties"
+    ].keys()
+    assert "ResponseFormat" in schemas
