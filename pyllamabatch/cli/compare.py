@@ -39,6 +39,7 @@ from pyllamabatch.compare.summary import plain
 from pyllamabatch.compare.workload import BURST, DS4, POISSON
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.host import usable_cores
+from pyllamabatch.machine.profile_machine import ProfileMachine
 from pyllamabatch.models import default_model_path
 from pyllamabatch.report import facts
 from pyllamabatch.report.records import Record, append
@@ -78,6 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-t", "--threads", type=at_least(1), default=usable_cores(), metavar="N",
         help="of each arm, divided among contexts that run at once (the usable cores)")
     add("--oversubscribe", action="store_true", help="all of them for each context")
+    add("--machine", metavar="PROFILE",
+        help="on a machine of which only this profile is there: a name or a file")
     add("--total-memory", type=n_bytes, default=0, metavar="BYTES",
         help="Linux: heap and anonymous memory of all workers at most, in equal shares (2G, 512Mi)")
     add = parser.add_argument_group("runs").add_argument
@@ -100,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
     experiments = [experiment(args, protocol, arms) for protocol in args.protocol]
     about = probe(experiments[0].cases[0], args.verbose)
     about["versions"]["commit"] = facts.commit()
+    if args.machine:
+        about |= ProfileMachine.named(args.machine).facts()
     records: list[Record] = []
     interrupted = False
     n_runs = sum(1 for each in experiments for _ in each.runs())
@@ -144,6 +149,8 @@ def check(args: argparse.Namespace) -> list[str]:
         raise ArgumentError("--total-memory", args.total_memory, "limits processes, on Linux")
     if POISSON in args.protocol and args.rate is None:
         raise ArgumentError("--rate", args.rate, "poisson needs one: requests a second")
+    if args.machine:
+        ProfileMachine.named(args.machine)  # what is wrong with it is said before anything runs
     if args.gate:
         users = [n for protocol in args.protocol for n in args.num_sequences or USERS[protocol]]
         if "contexts" not in arms or not {"engine", "shared"} & set(arms) or max(users) < 2:
@@ -180,6 +187,7 @@ def experiment(args: argparse.Namespace, protocol: str, arms: Sequence[str]) -> 
         n_ubatch=args.n_ubatch,
         n_gpu_layers=args.n_gpu_layers,
         n_cells=args.ctx_size,
+        machine=args.machine or "",
     )
     return Experiment(
         protocol=protocol,

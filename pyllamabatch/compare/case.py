@@ -42,6 +42,7 @@ class Case:
     n_ubatch: int = 512
     n_gpu_layers: int = -1
     n_cells: int = 0  # KV cells for each sequence; 0: as many as it needs
+    machine: str = ""  # a profile machine (`pyllamabatch.machine`), in place of this one
 
     @property
     def n_ctx(self) -> int:

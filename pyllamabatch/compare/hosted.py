@@ -13,11 +13,11 @@ from pyllamabatch.compare.case import Case, sampling_params
 from pyllamabatch.compare.child import Child
 from pyllamabatch.compare.clients import ask_all
 from pyllamabatch.compare.loop import Loop
+from pyllamabatch.compare.machine_loop import open_loop
 from pyllamabatch.compare.workload import BURST, RequestTimes, Timings, Workload
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.engine.stream import Token
 from pyllamabatch.errors import PyllamabatchError
-from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.report import facts
 from pyllamabatch.scheduler import Plan, Policy, StepView, sarathi
@@ -74,8 +74,7 @@ def look(pipe: Connection[Any, Any], case: Case) -> None:
 
 def contexts(model: Model, case: Case) -> Run:
     """A context and a client's thread for each sequence."""
-    params = replace(case, pl=1).context_params()
-    loops = [Loop(Context(model, **params), case.sampling) for _ in range(case.pl)]
+    loops = [open_loop(model, replace(case, pl=1)) for _ in range(case.pl)]
 
     def run(workload: Workload) -> Timings:
         prompts = workload.prompts(case, model.n_vocab)
@@ -94,7 +93,7 @@ def contexts(model: Model, case: Case) -> Run:
 
 def shared(model: Model, case: Case) -> Run:
     """One context and one thread, which serves all sequences in each step."""
-    loop = Loop(Context(model, **case.context_params()), case.sampling)
+    loop = open_loop(model, case)
     return lambda workload: drive(loop, workload, case, model.n_vocab)
 
 
@@ -138,7 +137,13 @@ def engine(model: Model, case: Case) -> Run:
     which reads its stream token by token. Without a prefix cache: it computes as many rows as the
     other arms."""
     policy = StartTogether(sarathi())
-    serving = Engine(model, policy=policy, prefix_cache=False, **case.context_params())
+    serving = Engine(
+        model,
+        policy=policy,
+        prefix_cache=False,
+        machine=case.machine or None,
+        **case.context_params(),
+    )
 
     def run(workload: Workload) -> Timings:
         prompts = workload.prompts(case, model.n_vocab)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class _Sequence:
+class LoopSequence:
     left: list[int]  # tokens that are known and not computed
     pos: int = 0  # of the first of them
     decoding: bool = False  # it has sampled: `left` is that token
@@ -34,9 +34,10 @@ class Loop:
 
     def __init__(self, context: Context, sampling: str) -> None:
         """`sampling`: "greedy" or "default"."""
+        self._sequences: dict[int, LoopSequence] = {}
+        self._n_batch = context.n_batch
         self._context = context
         self._sampling = sampling
-        self._sequences: dict[int, _Sequence] = {}
         self._chains: dict[int, Any] = {}
         self._batch = lib.llama_batch_init(context.n_batch, 0, 1)
         for row in range(context.n_batch):
@@ -49,14 +50,13 @@ class Loop:
 
     def start(self, seq: int, prompt: Sequence[int], seed: int) -> None:
         """Give `seq`, which must be stopped, a prompt and a sampler."""
-        self._chains[seq] = chain_of(self._sampling, seed)
-        self._sequences[seq] = _Sequence(list(prompt))
+        self._begin(seq, seed)
+        self._sequences[seq] = LoopSequence(list(prompt))
 
     def stop(self, seq: int) -> None:
         """Forget the sequence and free its cells; fine when there is none."""
         if self._sequences.pop(seq, None) is not None:
-            lib.llama_sampler_free(self._chains.pop(seq))
-            lib.llama_memory_seq_rm(lib.llama_get_memory(self._context.ptr), seq, -1, -1)
+            self._end(seq)
 
     def close(self) -> None:
         for seq in list(self._sequences):
@@ -67,26 +67,13 @@ class Loop:
         """One batch; the token of each sequence that has sampled one. decode=False: prompts only.
         Raises what `errors.decode_error` says of llama_decode's code."""
         taken: dict[int, int] = {}
-        room = self._context.n_batch
+        room = self._n_batch
         for decoding in (True, False) if decode else (False,):
             for seq, s in self._sequences.items():
                 if s.decoding == decoding and room:
                     taken[seq] = min(room, len(s.left))
                     room -= taken[seq]
-        batch, n_rows, wanted = self._batch, 0, []
-        for seq in sorted(taken):  # libllama computes at once what follows each other
-            s, n = self._sequences[seq], taken[seq]
-            for i, token in enumerate(s.left[:n]):
-                batch.token[n_rows], batch.pos[n_rows] = token, s.pos + i
-                batch.seq_id[n_rows][0], batch.logits[n_rows] = seq, i == len(s.left) - 1
-                n_rows += 1
-            if n == len(s.left):
-                wanted.append((seq, n_rows - 1))
-        batch.n_tokens = n_rows
-        context = self._context.ptr
-        if code := lib.llama_decode(context, batch):
-            raise decode_error(code)
-        sampled = {s: lib.llama_sampler_sample(self._chains[s], context, row) for s, row in wanted}
+        sampled = self._compute(taken)
         for seq, n in taken.items():
             s = self._sequences[seq]
             s.pos += n
@@ -100,6 +87,32 @@ class Loop:
             while not (sampled := self.step()):
                 pass
             yield sampled[0]
+
+    # -- what differs on a profile machine
+
+    def _begin(self, seq: int, seed: int) -> None:
+        self._chains[seq] = chain_of(self._sampling, seed)
+
+    def _end(self, seq: int) -> None:
+        lib.llama_sampler_free(self._chains.pop(seq))
+        lib.llama_memory_seq_rm(lib.llama_get_memory(self._context.ptr), seq, -1, -1)
+
+    def _compute(self, taken: dict[int, int]) -> dict[int, int]:
+        """So many rows of each sequence; the token of each whose last row is among them."""
+        batch, n_rows, wanted = self._batch, 0, []
+        for seq in sorted(taken):  # libllama computes at once what follows each other
+            s, n = self._sequences[seq], taken[seq]
+            for i, token in enumerate(s.left[:n]):
+                batch.token[n_rows], batch.pos[n_rows] = token, s.pos + i
+                batch.seq_id[n_rows][0], batch.logits[n_rows] = seq, i == len(s.left) - 1
+                n_rows += 1
+            if n == len(s.left):
+                wanted.append((seq, n_rows - 1))
+        batch.n_tokens = n_rows
+        context = self._context.ptr
+        if code := lib.llama_decode(context, batch):
+            raise decode_error(code)
+        return {s: lib.llama_sampler_sample(self._chains[s], context, row) for s, row in wanted}
 
 
 def chain_of(sampling: str, seed: int) -> Any:

@@ -14,9 +14,9 @@ from pyllamabatch.compare.child import ArmError, Child
 from pyllamabatch.compare.clients import ask_all
 from pyllamabatch.compare.hosted import START_S
 from pyllamabatch.compare.loop import Loop
+from pyllamabatch.compare.machine_loop import open_loop
 from pyllamabatch.compare.server import Json, RoundRobin, Server, ThreadingServer, completion, line
 from pyllamabatch.compare.workload import BURST, Timings, Workload
-from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 
 GONE_S = 0.2  # a worker whose connections have ended may need so long to end, too
@@ -88,7 +88,7 @@ def serve(pipe: Connection[Any, Any], case: Case, memory_limit: int) -> None:
     if memory_limit:
         limit_memory(memory_limit)
     model = Model(case.model.path, n_gpu_layers=case.n_gpu_layers)
-    loop = Loop(Context(model, **case.context_params()), case.sampling)
+    loop = open_loop(model, case)
     server = Server(partial(complete, loop))
     pipe.send((server.server_port, model.n_vocab))
     server.serve_forever()

@@ -21,13 +21,15 @@ from ..llama.host import PathLike
 from ..llama.lora import LoraAdapter, Loras
 from ..llama.memory import Capabilities
 from ..llama.model import Model
+from ..machine.context import MachineContext
+from ..machine.profile_machine import ProfileMachine
 from ..scheduler import Gather, KvOptions, Limits, Policy, Scheduler
 from ..scheduler.idle import PATIENCE_SECONDS
 from ..step.native import offloaded
 from ..step.ring_reader import StreamStepper
 from ..step.sampling_params import SamplingParams
 from ..step.trace import StepTrace, Trace, trace_dtype
-from . import relays
+from . import on_machine, relays
 from .core import CoreOptions, EngineCore
 from .input_processor import InputProcessor, Prompt
 from .kv_config import limits_of, pool_of, sharing_of, swap_choice
@@ -86,6 +88,10 @@ class Engine:
       steps more often ends with the error. 0: at once, and the context stays.
     - loras: adapters by the names that requests give them (`Options.lora`). Rows with different
       ones can't be in one decode: a step is as many native calls as it has sets of adapters.
+    - machine: a profile's name or file. The engine then runs on a machine of which only that
+      profile is there (`pyllamabatch.machine`): it computes nothing, and takes the time that the
+      profile says, on one GPU for all engines on that machine. Answers say that no model wrote
+      them. Of `model` only the vocabulary is used; by default the embedded one's.
     - context_params: any other parameter of `Context`.
 
     A request that fails ends alone. Raises UnsupportedOperation for models with an encoder and for
@@ -95,7 +101,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Model,
+        model: Model | None = None,
         *,
         n_seq_max: int = 16,
         n_ctx: int = 0,
@@ -116,6 +122,7 @@ class Engine:
         swap_folder: PathLike | None = None,
         max_restarts: int = 2,
         loras: Mapping[str, LoraAdapter] | None = None,
+        machine: PathLike | None = None,
         **context_params: Any,
     ) -> None:
         options = EngineOptions(
@@ -137,16 +144,18 @@ class Engine:
         )
         context_params |= {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch}
         context_params["kv_unified"] = kv_unified
-        context, layout = make_context(model, options, context_params)
+        context: Any
+        if machine is None:
+            context, layout = make_context(cast("Model", model), options, context_params)
+        else:
+            model = model or on_machine.vocabulary()
+            on = ProfileMachine.named(machine)
+            context, layout = on_machine.make_context(on, model, options, context_params)
+        model = context.model
         try:
             cost_model = make_cost(context, options)
             scheduler = make_scheduler(context, layout, options, cost_model)
-            stepper = StreamStepper(
-                context,
-                n_logprobs_max=n_logprobs_max,
-                n_steps_max=RING_STEPS,
-                device_sampling=device_sampling,
-            )
+            stepper = make_stepper(context, options)
             adapters = Loras(model, options.loras, context.set_loras)
         except BaseException:
             context.close()
@@ -166,7 +175,7 @@ class Engine:
         self.n_seq_max: int = options.n_seq_max
         self.n_logprobs_max: int = options.n_logprobs_max
         self._layout = layout
-        self._context = context
+        self._context: Context = context
         self._stepper = stepper
         self._relays = relays.Relays()
         self._core = EngineCore(
@@ -437,7 +446,20 @@ class Engine:
         return f"<Engine {state}>"
 
 
-def make_cost(context: Context, options: EngineOptions) -> CostModel | None:
+def make_stepper(context: Any, options: EngineOptions) -> Any:
+    if isinstance(context, MachineContext):
+        return context.device
+    return StreamStepper(
+        context,
+        n_logprobs_max=options.n_logprobs_max,
+        n_steps_max=RING_STEPS,
+        device_sampling=options.device_sampling,
+    )
+
+
+def make_cost(context: Any, options: EngineOptions) -> CostModel | None:
+    if isinstance(context, MachineContext):
+        return context.cost() if options.cost == "auto" else options.cost
     cost = cost_of(context) if options.cost == "auto" else options.cost
     if cost is not None:
         unified = limits_of(context, options.n_seq_max).unified

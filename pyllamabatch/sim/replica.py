@@ -15,12 +15,12 @@ from math import inf
 
 import numpy as np
 
+from pyllamabatch.cost.graphs import F64, Call, Graphs
 from pyllamabatch.cost.step_cost import NO_COST, NewGraph, StepCost
 from pyllamabatch.engine.layout import n_copies
 from pyllamabatch.kv import Sharing
 from pyllamabatch.kv.radix_tree import Tokens
 from pyllamabatch.scheduler import KvOptions, Limits, Policy, Scheduler, Step
-from pyllamabatch.sim.graphs import F64, Graphs
 from pyllamabatch.sim.metrics import Load, Outcome
 from pyllamabatch.sim.workload import TraceRequest
 
@@ -131,7 +131,7 @@ class Replica:
         switch = spec.cost.switch or 0.0
         self._graphs: Graphs | None = None
         if spec.new_graph.step or switch:
-            self._graphs = Graphs(spec.limits, spec.new_graph, switch)
+            self._graphs = Graphs(spec.new_graph, switch, unified=spec.limits.unified)
 
     @property
     def n_open(self) -> int:
@@ -267,8 +267,19 @@ class Replica:
             last = sum(predict(rows, 0, held * later / kv, seqs) for rows, _, held, seqs in shapes)
             seconds += (last - first) / (n - 1) * np.arange(n, dtype=np.float64)
         if self._graphs is not None:
-            self._graphs.add_to(seconds, step, len(shapes), scheduler)
+            self._graphs.add_to(seconds, self._call_of(step, n, len(shapes)))
         return seconds
+
+    def _call_of(self, step: Step, n: int, n_spans: int) -> Call:
+        """Of n times this step, whose decoding rows are in `n_spans` ubatches."""
+        limits, accounting = self.spec.limits, self.scheduler.accounting
+        ahead = np.arange(1, n + 1)
+        if limits.unified:
+            cells = np.maximum(accounting.reach, accounting.used + step.n_rows * ahead)
+        else:
+            cells = accounting.longest(step.slots) + ahead
+        chunks = tuple((chunk.slot, chunk.n, chunk.last) for chunk in step.chunks)
+        return Call(step.decode, chunks, max(n_spans, -(-step.n_rows // limits.n_ubatch)), cells)
 
     def _prompt_computed(self, one: _Open, now: float) -> None:
         """The last row of a prompt gives a token."""

@@ -28,7 +28,7 @@ def _offset() -> float:
     return min(tries)[1]
 
 
-_OFFSET = _offset()
+CLOCK_OFFSET = _offset()
 
 PHASES = ("build", "decode", "sync", "sample")
 TIMES = tuple(f"{phase}_ns" for phase in PHASES)
@@ -47,7 +47,7 @@ class StepTable:
         """When step i was over, on the clock of `perf_counter`."""
         step = self.table[i]
         end = int(step["t_start_ns"]) + sum(int(step[name]) for name in TIMES)
-        return end / 1e9 + _OFFSET
+        return end / 1e9 + CLOCK_OFFSET
 
 
 class Page:

@@ -6,11 +6,9 @@ position or neighbour and everything after it differs from `solo`.
 
 from __future__ import annotations
 
-import threading
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,18 +16,16 @@ import numpy as np
 from pyllamabatch.engine.core import CoreOptions, EngineCore
 from pyllamabatch.engine.detokenizer import Pieces
 from pyllamabatch.engine.options import RequestOptions
-from pyllamabatch.engine.output_processor import PAGE_STEPS
 from pyllamabatch.engine.protocols import Device
 from pyllamabatch.engine.request import Request
 from pyllamabatch.engine.stream import Host, Stream
 from pyllamabatch.errors import ContextCreateError, StateError, UnsupportedOperation
 from pyllamabatch.kv import Sharing, SwapChoice, SwapSpace
 from pyllamabatch.llama.lora import LoraNames, LoraSet
+from pyllamabatch.machine.device import FakeDevice, Sampled, Times
 from pyllamabatch.scheduler import KvOptions, Limits, Policy, Scheduler
-from pyllamabatch.step.ring_reader import Page
 from pyllamabatch.step.sampling_params import SamplingParams
-from pyllamabatch.step.stepper import SAMPLE, Finish
-from pyllamabatch.step.types import Run
+from pyllamabatch.step.types import Finish, Run
 
 EOG = 0
 N_VOCAB = 997
@@ -61,6 +57,10 @@ class Slot:
     lora: LoraSet = ()
     generated: list[int] = field(default_factory=list)
 
+    @property
+    def logprobs(self) -> int | None:
+        return self.params.logprobs
+
     def tokens(self) -> Any:
         return np.array(self.generated, dtype=np.int32)
 
@@ -74,217 +74,134 @@ class Identity:
 
 Cell = tuple[int, Identity]  # a token and its cell
 Fault = Callable[[int], object]  # step number -> None, a code, or an exception
-Sampled = tuple[int, int, int]  # slot, token, finish
 
 
-@dataclass
-class FakeMachine:
-    """Stepper, ring and memory at once. `fault`: what goes wrong at which step; a code of 2 or
-    below -1 leaves the rows before the middle of the batch in the cache, as libllama may.
-    `meanwhile`: what other threads do while a step is computed. `n_steps_max`: of a run."""
+class FakeMachine(FakeDevice[Cell, Slot]):
+    """`fault`: what goes wrong at which step; a code of 2 or below -1 leaves the rows before the
+    middle of the batch in the cache, as libllama may. `n_steps_max`: of a run. `sharing`: what its
+    memory can do."""
 
-    limits: Limits
-    fault: Fault = lambda step: None
-    n_steps_max: int = 1
-    meanwhile: Callable[[int], object] = lambda step: None
-    barren: bool = False  # no fresh context can be made
-    n_renewed: int = 0
-    names: tuple[str, ...] = ()  # of adapters
-    applied: LoraSet = ()
-    n_applied: int = 0  # changes of these
-    n_now: int = 0  # rows of the step that is being computed
-    n_room: int = 10**9  # steps that the ring holds
-    runs: list[int] = field(default_factory=list)  # steps of each run of decoding alone
-    rung: bool = False
-    sharing: Sharing = field(default_factory=Sharing)  # what its memory can do
-    stubborn: bool = False  # it refuses every copy
-    lossy: bool = False  # its copies are empty
-    cells: dict[int, list[Cell]] = field(default_factory=dict)
-    slots: dict[int, Slot] = field(default_factory=dict)
-    n_steps: int = 0
-    closed: bool = False
-    failing: set[int] = field(default_factory=set)  # slots whose next sample is an error
-    n_logprobs_max: int = 0
-    recorded: list[tuple[int, list[Sampled]]] = field(default_factory=list)  # by step: code, result
-    n_published: int = 0
-    n_taken: int = 0
-    news: threading.Condition = field(default_factory=threading.Condition)
-    woken: bool = False
-
-    def __post_init__(self) -> None:
-        n = self.limits.n_batch
-        self.rows = SimpleNamespace(
-            token=np.zeros(n, np.int32),
-            pos=np.zeros(n, np.int32),
-            seq=np.zeros(n, np.int32),
-            flags=np.zeros(n, np.uint8),
+    def __init__(
+        self,
+        limits: Limits,
+        fault: Fault = lambda step: None,
+        n_steps_max: int = 1,
+        *,
+        sharing: Sharing | None = None,
+        n_logprobs_max: int = 0,
+    ) -> None:
+        super().__init__(
+            limits, n_steps_max=n_steps_max, n_room=10**9, n_logprobs_max=n_logprobs_max
         )
+        self.fault = fault
+        self.sharing = sharing or Sharing()
+        self.meanwhile: Callable[[int], object] = lambda step: None  # other threads, in a step
+        self.barren = False  # no fresh context can be made
+        self.stubborn = False  # it refuses every copy
+        self.lossy = False  # its copies are empty
+        self.failing: set[int] = set()  # slots whose next sample is an error
+        self.names: tuple[str, ...] = ()  # of adapters
+        self.applied: LoraSet = ()
+        self.n_applied = 0  # changes of these
+        self.n_renewed = 0
+        self.n_steps = 0
+        self.runs: list[int] = []  # steps of each run of decoding alone
+        self.closed = False
 
     # -- Stepper
 
     def put_slot(self, seq_id: int, slot: Slot) -> None:
         assert seq_id not in self.slots
-        self.slots[seq_id] = slot
-
-    def take_slot(self, seq_id: int) -> Slot:
-        return self.slots.pop(seq_id)
+        super().put_slot(seq_id, slot)
 
     def clear_slot(self, seq_id: int) -> None:
         del self.slots[seq_id]
 
-    def slot_error(self, seq_id: int) -> str:
-        return f"nothing to choose for {seq_id}"
-
-    @property
-    def n_recorded(self) -> int:
-        return len(self.recorded)
-
     def compute(self, slots: Any, n_steps: int, n_more: int = 0) -> Run:
-        n, n_done, code, finished = len(slots), 0, 0, []
-        assert 1 <= n + n_more <= self.limits.n_batch
+        assert 1 <= len(slots) + n_more <= self.limits.n_batch
         assert n_steps == 1 or not n_more
-        while n_done < min(n_steps, self.n_steps_max) and not code:
-            self._publish()
-            if len(self.recorded) - self.n_taken >= self.n_room:
-                break
-            self._write(slots)
-            self.n_steps, self.n_now = self.n_steps + 1, n + n_more
-            fault = self.fault(self.n_steps)
-            self.meanwhile(self.n_steps)
-            if isinstance(fault, BaseException):
-                if n_done == 0:
-                    raise fault
-                fault = -1019
-            sampled = self._decode(n + n_more, fault)
-            code = int(fault or 0)  # type: ignore[call-overload]
-            self.recorded.append((code, sampled))
-            if code == 0:
-                n_done += 1
-                finished = [record for record in sampled if record[2]]
-                if finished or self.rung:
-                    break
-        self.rung = False
+        run = super().compute(slots, n_steps, n_more)
         if not n_more:
-            self.runs.append(n_done)
-        return Run(code, n_done, 0, 1e-3 * n_done, [(*record, np.nan) for record in finished])
+            self.runs.append(run.n_steps)
+        return run
 
-    def interrupt(self) -> None:
-        self.rung = True
+    def _compute(self, slots: Any, n_more: int) -> tuple[int, int, Times]:
+        self.n_steps += 1
+        fault = self.fault(self.n_steps)
+        self.meanwhile(self.n_steps)
+        if isinstance(fault, BaseException):
+            if self.n_in_run == 0:
+                raise fault
+            fault = -1019
+        code = int(fault or 0)  # type: ignore[call-overload]
+        n_held = self.n_now if not code else 0 if code in (1, -1) else self.n_now // 2
+        return code, n_held, Times()
 
-    def flush(self) -> None:
-        self._publish()
-        self.wake()
+    def _cell(self, token: int) -> Cell:
+        return token, Identity(self.applied)
 
-    def _publish(self) -> None:
-        with self.news:
-            self.n_published = len(self.recorded)
-            self.news.notify_all()
+    def _token(self, cell: Cell) -> int:
+        return cell[0]
 
-    def _write(self, slots: Any) -> None:
-        rows, n = self.rows, len(slots)
-        rows.token[:n] = [self.slots[slot].generated[-1] for slot in slots.tolist()]
-        rows.pos[:n] = [len(self.cells[slot]) for slot in slots.tolist()]
-        rows.seq[:n], rows.flags[:n] = slots, SAMPLE
+    def _hold(self, n_rows: int, *, sample: bool) -> list[Sampled]:
+        seqs = set(self.rows.seq[:n_rows].tolist())
+        assert all(self.slots[seq].lora == self.applied for seq in seqs)
+        sampled = super()._hold(n_rows, sample=sample)
+        assert all(len(self.cells[seq]) <= self.limits.n_cells_seq for seq in seqs)
+        assert not self.limits.unified or self.n_held <= self.limits.n_cells
+        return sampled
 
-    def _decode(self, n_rows: int, fault: object) -> list[Sampled]:
-        rows = self.rows
-        if fault in (1, -1):
-            return []
-        results = []
-        for i in range(n_rows // 2 if fault else n_rows):
-            seq, token, pos = int(rows.seq[i]), int(rows.token[i]), int(rows.pos[i])
-            held = self.cells.setdefault(seq, [])
-            assert pos == len(held), (seq, pos, held)
-            assert self.slots[seq].lora == self.applied
-            held.append((token, Identity(self.applied)))
-            assert len(held) <= self.limits.n_cells_seq
-            if rows.flags[i] & SAMPLE and not fault:
-                results.append(self._sample(seq))
-        if self.limits.unified:
-            assert self.n_held <= self.limits.n_cells
-        return results
-
-    def _sample(self, seq: int) -> Sampled:
-        slot = self.slots[seq]
-        if seq in self.failing:
-            self.failing.discard(seq)
-            return seq, -1, Finish.ERROR
-        assert {cell.lora for _, cell in self.cells[seq]} == {slot.lora}
-        token = next_token([token for token, _ in self.cells[seq]], slot.lora)
-        slot.generated.append(token)
+    def _sample(self, slot: int) -> Sampled:
+        state = self.slots[slot]
+        if slot in self.failing:
+            self.failing.discard(slot)
+            return Sampled(slot, -1, Finish.ERROR)
+        assert {cell.lora for _, cell in self.cells[slot]} == {state.lora}
+        token = next_token([token for token, _ in self.cells[slot]], state.lora)
+        state.generated.append(token)
         finish = Finish.NONE
         if token == EOG:
             finish = Finish.EOG
-        elif token in slot.params.stop_token_ids:
+        elif token in state.params.stop_token_ids:
             finish = Finish.STOP
-        elif len(slot.generated) == slot.params.max_tokens:
+        elif len(state.generated) == state.params.max_tokens:
             finish = Finish.LENGTH
-        return seq, token, finish
+        return Sampled(slot, token, finish)
 
-    # -- the ring's reader
-
-    def wait(self, n_wanted: int, timeout: float) -> int:
-        with self.news:
-            self.news.wait_for(lambda: self.n_published >= n_wanted or self.woken, timeout)
-            self.woken = False
-            return self.n_published
-
-    def wake(self) -> None:
-        with self.news:
-            self.woken = True
-            self.news.notify_all()
+    def _has_room(self) -> bool:
+        return len(self.recorded) < self.n_room
 
     def yield_to_compute(self) -> None:
         pass
 
-    def read(self, until: int, page: Page) -> int:
-        n = 0
-        while self.n_taken < min(until, self.n_published) and page.struct.n_steps < PAGE_STEPS:
-            code, sampled = self.recorded[self.n_taken]
-            page.steps.table[page.struct.n_steps]["code"] = code
-            for seq, token, finish in sampled:
-                if finish in (Finish.NONE, Finish.LENGTH):
-                    at = page.n_tokens[seq]
-                    page.token[seq, at], page.step[seq, at] = token, page.struct.n_steps
-                    page.n_tokens[seq] += 1
-            page.struct.n_steps += 1
-            self.n_taken += 1
-            n += 1
-        return n
-
     # -- Memory
 
     def seq_rm(self, seq_id: int, p0: int = -1, p1: int = -1) -> None:
-        assert p1 == -1
-        held = self.cells.get(seq_id, [])
         if p0 > 0 and not self.sharing.trim:
             raise UnsupportedOperation("only all of it")
-        self.cells[seq_id] = held[: max(p0, 0)]
-        if not self.cells[seq_id]:
-            del self.cells[seq_id]
+        super().seq_rm(seq_id, p0, p1)
 
     def seq_cp(self, src: int, dst: int, p0: int = -1, p1: int = -1) -> None:
-        assert not self.cells.get(dst)
         if self.stubborn:
             raise UnsupportedOperation("no copies today")
-        n = len(self.cells[src]) if p1 < 0 else p1
         assert self.sharing.copy_whole if p1 < 0 else self.sharing.copy_part
-        copied = [] if self.lossy else self.cells[src][:n]
-        unified = self.limits.unified
+        super().seq_cp(src, dst, p0, p1)
+        copied = [] if self.lossy else self.cells[dst]
         self.cells[dst] = copied
-        if not unified:
+        if not self.limits.unified:
             self.cells[dst] = [(token, Identity(cell.lora)) for token, cell in copied]
 
     def state_seq_get(self, seq_id: int, loras: LoraNames | None = None) -> bytes:
         assert {(cell.lora) for _, cell in self.cells[seq_id]} == {tuple(loras or ())}
         if self.stubborn:
             raise StateError("no states today")
-        return np.array([token for token, _ in self.cells[seq_id]], np.int32).tobytes()
+        return super().state_seq_get(seq_id)
 
     def state_seq_set(self, data: bytes, seq_id: int, loras: LoraNames | None = None) -> None:
-        assert not self.cells.get(seq_id)
-        tokens = np.frombuffer(data, np.int32).tolist()
-        self.cells[seq_id] = [(token, Identity(tuple(loras or ()))) for token in tokens]
+        super().state_seq_set(data, seq_id)
+        self.cells[seq_id] = [
+            (token, Identity(tuple(loras or ()))) for token, _ in self.cells[seq_id]
+        ]
 
     # -- Loras
 
@@ -305,9 +222,6 @@ class FakeMachine:
     def n_held(self) -> int:
         """Cells in use, shared ones once."""
         return len({cell for held in self.cells.values() for _, cell in held})
-
-    def pos_max(self, seq_id: int) -> int:
-        return len(self.cells.get(seq_id, ())) - 1
 
 
 @dataclass(frozen=True)

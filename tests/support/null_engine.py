@@ -45,18 +45,14 @@ class NullMachine(FakeMachine):
         super().__init__(limits, n_steps_max=256, n_logprobs_max=20)
         self.own_ns = 0
         self._most = most
-        self.n_done = 0
+        self.n_taken = 0
         self._left = np.zeros(limits.n_seq_max, np.int64)  # budgets
         self._budgets: dict[int, Budget] = {}
         self._unread: list[tuple[Any, int]] = []  # slots that sampled, and how often
 
-    @property
-    def n_recorded(self) -> int:
-        return self.n_done
-
     def compute(self, slots: Any, n_steps: int, n_more: int = 0) -> Run:
         began = time.thread_time_ns()
-        self.n_published = self.n_done
+        self.n_published = self.n_recorded
         if n_more:
             rows = slice(len(slots), len(slots) + n_more)
             sampled = self.rows.seq[rows][self.rows.flags[rows] != 0]
@@ -66,7 +62,7 @@ class NullMachine(FakeMachine):
             n = min(n, int(self._left[slots].min()))
         self._left[slots] -= n
         over = slots[self._left[slots] == 0].tolist()
-        self.n_done += n
+        self.n_recorded += n
         self._unread.append((slots, n))
         run = Run(0, n, 0, 1e-3 * n, [(slot, TOKEN, int(Finish.LENGTH), np.nan) for slot in over])
         self.own_ns += time.thread_time_ns() - began
@@ -90,7 +86,7 @@ class NullMachine(FakeMachine):
         return n
 
     def flush(self) -> None:
-        self.n_published = self.n_done
+        self.n_published = self.n_recorded
 
     def wait(self, n_wanted: int, timeout: float) -> int:
         return self.n_published

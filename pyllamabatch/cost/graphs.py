@@ -1,16 +1,28 @@
-"""What new graphs cost the steps of a simulated engine."""
+"""What new graphs cost the steps of a simulated engine, and of a profile machine."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from pyllamabatch.cost.step_cost import NewGraph
-from pyllamabatch.scheduler import Limits, Scheduler, Step
 
 F64 = npt.NDArray[np.float64]
 
 _N_KV = 256  # cells that a graph's attention grows by (src/llama-kv-cache.cpp: `get_n_kv`)
+
+
+class Call(NamedTuple):
+    """A native call. decode: its slots that decode, ascending. chunks: (slot, rows, whether the
+    last one is sampled) of each prompt. n_graphs: ubatches of each step. cells: those that a step's
+    attention goes over, one number for each step, before they are padded."""
+
+    decode: npt.NDArray[np.int32]
+    chunks: tuple[tuple[int, int, bool], ...]
+    n_graphs: int
+    cells: npt.NDArray[np.int64]
 
 
 class Graphs:
@@ -21,41 +33,35 @@ class Graphs:
     only, so each ubatch needs a new one.
     """
 
-    def __init__(self, limits: Limits, new_graph: NewGraph, switch: float) -> None:
-        self._limits = limits
+    def __init__(self, new_graph: NewGraph, switch: float, *, unified: bool) -> None:
         self._new_graph = new_graph
         self._switch = switch
+        self._unified = unified
         self._rows: tuple[object, ...] = ()  # that the graph was made for
         self._n_cells = 0  # that it was made for
         self._decoding = b""  # the slots that decoded in the last step
         self._unsettled = False  # the last step was the first one with its graph
         self._grown = np.zeros(0, dtype=np.int64)  # cells of the graph at each step of the call
 
-    def add_to(self, seconds: F64, step: Step, n_spans: int, scheduler: Scheduler) -> None:
-        """Add what new graphs take to the `seconds` of each step of a call, which computes `step`
-        len(seconds) times. n_spans: ubatches of its decoding rows."""
+    def add_to(self, seconds: F64, call: Call) -> int:
+        """Add what new graphs take to the `seconds` of each step of the call. Returns the number of
+        steps that need new ones."""
         new, settle = self._new_graph
-        limits, n, decoding = self._limits, len(seconds), step.decode.tobytes()
+        n, decoding, n_graphs = len(seconds), call.decode.tobytes(), call.n_graphs
         # In a pool it does not matter whose rows they are.
-        if limits.unified:
-            rows: tuple[object, ...] = (len(step.decode), *((c.n, c.last) for c in step.chunks))
+        if self._unified:
+            rows: tuple[object, ...] = (len(call.decode), *(chunk[1:] for chunk in call.chunks))
         else:
-            rows = (decoding, *((c.slot, c.n, c.last) for c in step.chunks))
-        n_graphs = max(n_spans, -(-step.n_rows // limits.n_ubatch))
+            rows = (decoding, *call.chunks)
         at = [0] if rows != self._rows else []
-        if not at and n_graphs == 1 and not step.chunks and decoding != self._decoding:
+        if not at and n_graphs == 1 and not call.chunks and decoding != self._decoding:
             seconds[0] += self._switch
         self._decoding = decoding
         if n_graphs > 1:
             at = list(range(n))
             new, settle = new * n_graphs, 0.0
         self._rows = rows if n_graphs == 1 else ()
-        accounting, ahead = scheduler.accounting, np.arange(1, n + 1)
-        if limits.unified:
-            cells = np.maximum(accounting.reach, accounting.used + step.n_rows * ahead)
-        else:
-            cells = accounting.longest(step.slots) + ahead
-        self._grown = -(-cells // _N_KV) * _N_KV
+        self._grown = -(-call.cells // _N_KV) * _N_KV
         before = np.concatenate(([self._n_cells], self._grown[:-1]))
         at += [i for i in np.flatnonzero(self._grown != before).tolist() if i not in at]
         if self._unsettled and 0 not in at:
@@ -65,6 +71,7 @@ class Graphs:
             seconds[i] += new
             if i + 1 < n and i + 1 not in at:
                 seconds[i + 1] += settle
+        return len(at)
 
     def computed(self, n: int) -> None:
         """The call has ended after n of its steps."""

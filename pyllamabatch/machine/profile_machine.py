@@ -1,0 +1,216 @@
+"""ProfileMachine: a device of which only a profile is there.
+
+It computes nothing. A step takes, in real time, what the profile's cost model says of its rows,
+prompts, cells and new graphs, on one GPU that all contexts and processes on this machine share. The
+tokens are those of one sentence, which says that no model wrote it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+
+from pyllamabatch.cost.graphs import Call, Graphs
+from pyllamabatch.cost.model import CostModel
+from pyllamabatch.cost.profile import Profile, load_profile, profile_folder, shipped_names
+from pyllamabatch.errors import ArgumentError, UnsupportedOperation, integer
+from pyllamabatch.kv import Slots
+from pyllamabatch.llama.host import PathLike
+from pyllamabatch.machine.device import FakeDevice, Sampled, Times
+from pyllamabatch.machine.gpu_queue import GpuQueue
+from pyllamabatch.scheduler import Limits
+from pyllamabatch.scheduler.step import spans
+from pyllamabatch.step.sampling_params import SamplingParams
+from pyllamabatch.step.types import SAMPLE, Finish
+
+if TYPE_CHECKING:
+    from pyllamabatch.llama.model import Model
+    from pyllamabatch.llama.vocab import TokenArray
+
+SENTENCE = " No model wrote this: a profile machine takes the time of a step and computes nothing."
+NO_TOKENS = np.zeros(0, np.int32)
+
+
+class ProfileMachine:
+    """A profile and the GPU that it is of."""
+
+    def __init__(self, profile: Profile, name: str, *, queue: GpuQueue | None = None) -> None:
+        """`name`: machines of one name are one machine. `queue`: of its GPU."""
+        self.profile = profile
+        self.name = name
+        self.queue = queue or GpuQueue(name)
+
+    @classmethod
+    def named(cls, name: PathLike) -> ProfileMachine:
+        """By a profile's name (shipped, or saved by `pyllamabatch calibrate`) or its file.
+        ArgumentError for what is none, ProfileError for a file that is damaged."""
+        path = Path(name)
+        if not path.is_file() and str(name) not in (known := known_names()):
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ArgumentError("machine", str(name), f"{hint}a profile: {', '.join(known)}")
+        profile = load_profile(str(name))
+        return cls(profile, f"{path.stem}-{_digest(profile.to_json())}")
+
+    @property
+    def on_gpu(self) -> bool:
+        return not self.profile.key.backend.startswith("CPU")
+
+    def facts(self) -> dict[str, Any]:
+        """The device's and the model's part of a record. Neither is here."""
+        model = self.profile.about.get("model") or self.profile.key.model or "unknown"
+        return {
+            "gpu_info": f"no GPU, the profile of {self.profile.key.device}",
+            "model_type": f"no model, the profile of {model}",
+            "model_size": 0,
+            "model_n_params": 0,
+        }
+
+    def has(self, *, unified: bool) -> bool:
+        """The profile has steps of contexts with this layout."""
+        return any(sample.unified == unified for sample in self.profile.samples)
+
+    def cost(self, *, unified: bool, n_ubatch: int) -> CostModel:
+        """What a step takes. Where the profile has no steps of this layout, as in the other one."""
+        layout = unified if self.has(unified=unified) else not unified
+        return CostModel.fit(self.profile, unified=layout, n_ubatch=n_ubatch)
+
+
+def known_names() -> list[str]:
+    """Profiles that a machine can be named after."""
+    saved = sorted(path.stem for path in profile_folder().glob("*.json"))
+    return [*shipped_names(), *saved]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass
+class SentenceSampler:
+    """A sequence's sampling state: its tokens are `words`, again and again."""
+
+    params: SamplingParams
+    words: Sequence[int]
+    generated: list[int] = field(default_factory=list)
+
+    @property
+    def logprobs(self) -> int | None:
+        return self.params.logprobs
+
+    def tokens(self) -> TokenArray:
+        return np.array(self.generated, np.int32)
+
+    def next(self) -> tuple[int, Finish]:
+        params, n = self.params, len(self.generated)
+        token = self.words[n % len(self.words)]
+        self.generated.append(token)
+        if token in params.stop_token_ids and n >= params.min_tokens:
+            return token, Finish.STOP
+        return token, Finish.LENGTH if n + 1 == params.max_tokens else Finish.NONE
+
+
+class ProfileDevice(FakeDevice[int, SentenceSampler]):
+    """`machine` behind an engine's protocols, with the sizes of `limits`. `model`: of which only
+    the vocabulary is used."""
+
+    def __init__(
+        self, machine: ProfileMachine, model: Model, limits: Limits, *, n_logprobs_max: int = 20
+    ) -> None:
+        super().__init__(limits, n_logprobs_max=n_logprobs_max)
+        self._machine = machine
+        words = model.vocab.tokenize(SENTENCE, add_special=False)
+        self._end_ns = 0  # of the step before
+        self._words: list[int] = words.tolist()
+        self.set_layout(limits)
+
+    def set_layout(self, limits: Limits) -> None:
+        """No sequence holds anything, and a step takes what it takes in this layout."""
+        self.limits = limits
+        self.cells.clear()
+        self._cost = self._machine.cost(unified=limits.unified, n_ubatch=limits.n_ubatch)
+        new, self._graphs = self._cost.new_graph, None
+        if any(new):
+            # libllama makes no other graph for other sequences in a pool.
+            switch = 0.0 if limits.unified else new.step
+            self._graphs = Graphs(new, switch, unified=limits.unified)
+
+    def new_slot(self, params: SamplingParams, prompt: TokenArray) -> SentenceSampler:
+        """A sampling state. UnsupportedOperation for a grammar: there are no logits."""
+        for name in ("grammar", "json_schema"):
+            if getattr(params, name) is not None:
+                raise UnsupportedOperation(f"a profile machine has no logits for a {name}")
+        if params.logprobs is not None:
+            integer("logprobs", params.logprobs, 0, self.n_logprobs_max)
+        return SentenceSampler(params, self._words)
+
+    def slot(self, seq_id: int) -> NoReturn:
+        """UnsupportedOperation: it can't be saved."""
+        raise UnsupportedOperation("a profile machine has no state that a file could hold")
+
+    def close(self) -> None:
+        """Nothing is to be freed."""
+
+    # -- FakeDevice
+
+    def _cell(self, token: int) -> int:
+        return token
+
+    def _token(self, cell: int) -> int:
+        return cell
+
+    def _sample(self, slot: int) -> Sampled:
+        token, finish = self.slots[slot].next()
+        return Sampled(slot, token, finish)
+
+    def _compute(self, slots: Slots, n_more: int) -> tuple[int, int, Times]:
+        # In a run the native loop has the next step ready when one ends.
+        began = self._end_ns if self.n_in_run else perf_counter_ns()
+        seconds, n_reused = self._seconds(slots, n_more)
+        start, self._end_ns = self._machine.queue.take(seconds, began)
+        return 0, self.n_now, Times(began, self._end_ns - start, n_reused)
+
+    # -- inside
+
+    def _seconds(self, slots: Slots, n_more: int) -> tuple[float, int]:
+        """Of a step, new graphs included; and how many graphs it reuses."""
+        limits, more = self.limits, slice(len(slots), len(slots) + n_more)
+        seqs, n_each = np.unique(self.rows.seq[more], return_counts=True)
+        single = seqs[n_each == 1]  # a row alone is not a prompt's
+        decode = np.sort(np.concatenate((slots, single))) if len(single) else slots
+        n_rows, n_prompt = len(slots) + n_more, n_more - len(single)
+        held = self._held()
+        kv = float(held.sum() if self._cost.unified else held[[*slots, *seqs]].sum())
+        shapes = [(n_rows, n_prompt, kv, len(slots) + len(seqs))]
+        if not limits.unified and not n_prompt and len(decode) > 1:
+            found = spans(decode, held, limits.gap_max)
+            shapes = [(n, 0, kv * k / len(decode), n) for n, k in found]
+        seconds = np.array([sum(self._cost.predict(*shape) for shape in shapes)])
+        n_graphs = max(len(shapes), -(-n_rows // limits.n_ubatch))
+        if self._graphs is None:
+            return float(seconds[0]), n_graphs
+        last = self.rows.flags[more] & SAMPLE
+        sampled = set(self.rows.seq[more][last != 0].tolist())
+        chunks = tuple(
+            (seq, n, seq in sampled) for seq, n in zip(seqs.tolist(), n_each.tolist(), strict=True)
+        )
+        cells = held.sum() if limits.unified else held[[*slots, *seqs]].max()
+        call = Call(slots, chunks, n_graphs, np.array([cells + n_rows]))
+        n_new = self._graphs.add_to(seconds, call) * n_graphs
+        self._graphs.computed(1)
+        return float(seconds[0]), n_graphs - n_new
+
+    def _held(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Cells by slot."""
+        n_slots = max((*self.cells, int(self.rows.seq[: self.n_now].max(initial=0)))) + 1
+        held = np.zeros(n_slots, np.int64)
+        for slot, cells in self.cells.items():
+            held[slot] = len(cells)
+        return held
