@@ -15,6 +15,7 @@ BENCHES = (
     "coalesce",
     "compare",
     "decode",
+    "live",
     "neighbour",
     "plan",
     "policies",

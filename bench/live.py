@@ -1,0 +1,277 @@
+"""Policies live on a profile machine, beside the same requests in virtual time.
+
+The engine, its threads and its clients run in real time; the device is a profile, which computes
+nothing and takes as long as the profile says. So what the scheduler wins on that device is measured
+live, without the device. Steady: n streams decode, and no other comes. Clients: n of them ask again
+when they have their answer. A thread for each client reads token by token.
+
+`simulated` is the same in virtual time, with the same cost model and requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from bench import harness
+from bench.case import Arm, Case, Measured, ModelFile
+from bench.options import add_run
+from bench.policies import COUNTED, M2, streams_of
+from bench.targets import Figure, Target
+from pyllamabatch.compare.case import sampling_params
+from pyllamabatch.compare.clients import at_once
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.machine.profile_machine import ProfileMachine
+from pyllamabatch.report.medians import pairs
+from pyllamabatch.report.meters import BUSY
+from pyllamabatch.report.records import Record
+from pyllamabatch.report.tables import NO_RESULT, Table
+from pyllamabatch.scheduler.policies import DEFAULT, SHIPPED
+from pyllamabatch.sim import TraceRequest, simulate
+from pyllamabatch.sim.replica import OVERHEAD
+from tools.live import spec_of
+
+GEMMA, QWEN, GPT = M2, "m2-ultra-qwen2.5-coder-7b-q8_0", "m2-ultra-gpt-oss-20b"
+STEADY, CLIENTS = "steady", "clients"
+PROMPTS = {STEADY: (128, 128), CLIENTS: (100, 400)}  # tokens, from and to
+ANSWERS = {STEADY: (256, 256), CLIENTS: (32, 224)}
+REQUESTS = {STEADY: 1, CLIENTS: 2}  # of each client, one by one
+POLICIES = (COUNTED, *(name for name in SHIPPED if name != "static"))
+QUICK = {"profiles": GEMMA, "streams": "9", "clients": "", "policies": f"{COUNTED};{DEFAULT}"}
+
+
+def steady_ratio(profile: str, n: int) -> Figure:
+    """Throughput of the default over that of "counted", n streams."""
+
+    def figure(records: Sequence[Record]) -> float | None:
+        ratios = pairs(calm(of(records, profile, STEADY, n)), COUNTED)
+        found = ratios.get((DEFAULT, n))
+        return median(found) if found else None
+
+    return figure
+
+
+def over_simulated(profile: str, n: int) -> Figure:
+    """Live throughput of the default over the simulated one, n streams."""
+
+    def figure(records: Sequence[Record]) -> float | None:
+        mine = calm(of(records, profile, STEADY, n))
+        found = [r.detail["over_simulated"] for r in mine if r.arm == DEFAULT]
+        return median(found) if found else None
+
+    return figure
+
+
+def over_best(profile: str, n: int) -> Figure:
+    """Throughput of the default over the best policy's, n clients, by medians."""
+
+    def figure(records: Sequence[Record]) -> float | None:
+        speeds: dict[str, list[float]] = {}
+        for record in calm(of(records, profile, CLIENTS, n)):
+            speeds.setdefault(record.arm, []).append(record.speed_tg)
+        middle = {arm: median(found) for arm, found in speeds.items()}
+        if DEFAULT not in middle or len(middle) < 2:
+            return None
+        return middle.pop(DEFAULT) / max(middle.values())
+
+    return figure
+
+
+TARGETS = (
+    *(
+        target
+        for n in (9, 10, 11, 12)
+        for target in (
+            Target(f"gemma-3-4b, {n} streams: default over counted", steady_ratio(GEMMA, n), 1.25),
+            Target(
+                f"gemma-3-4b, {n} streams: live over simulated",
+                over_simulated(GEMMA, n),
+                at_least=0.95,
+                at_most=1.05,
+            ),
+        )
+    ),
+    *(
+        Target(f"{name}, {n} clients: default over the best policy", over_best(name, n), 0.97)
+        for name in (GEMMA, QWEN, GPT)
+        for n in (8, 16, 32)
+    ),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--profiles", default=GEMMA, help="machines, comma separated: names, files")
+    parser.add_argument("--streams", default="9-12", help="that decode: numbers and ranges")
+    parser.add_argument("--clients", default="8,16,32", help="that ask again: numbers and ranges")
+    parser.add_argument("--policies", default=";".join(POLICIES), help="separated by ;")
+    add_run(parser, repeats=1)
+
+
+def main(options: argparse.Namespace) -> int:
+    includes = (
+        "Engine on a machine of which only a profile is there, in real time, a thread per client "
+        "that reads token by token; no HTTP, no model"
+    )
+    policies = options.policies.split(";")
+    arms = [Arm(name, includes, partial(live, name), sampling=False) for name in policies]
+    about = harness.facts_of()
+    cases = [one for name in options.profiles.split(",") for one in cases_of(name, options)]
+
+    def measured() -> Generator[Record, None, None]:
+        for name in options.profiles.split(","):
+            machine = ProfileMachine.named(name)
+            mine = [case for case in cases if case.machine == name]
+            yield from harness.measure("live", arms, mine, about | machine.facts(), options)
+            machine.queue.close()
+
+    return harness.show(
+        options,
+        measured(),
+        len(arms) * len(cases) * options.repeats,
+        "live on profile machines: default over counted, and beside the simulator",
+        subject="profile-machines",
+    )
+
+
+@dataclass(frozen=True)
+class Load(Case):
+    """`jobs`: of each client, (prompt, tokens to generate) in their order."""
+
+    kind: str = field(kw_only=True)
+
+    @property
+    def jobs(self) -> list[list[tuple[int, int]]]:
+        """Of each client (prompt tokens, tokens to generate): all loads have the same sums."""
+        generator, n = np.random.default_rng(self.seed), self.pl * REQUESTS[self.kind]
+
+        def spread(low: int, high: int) -> list[int]:
+            sizes = np.rint(np.linspace(low, high, n)).astype(int)
+            return [int(size) for size in generator.permutation(sizes)]
+
+        each = list(zip(spread(*PROMPTS[self.kind]), spread(*ANSWERS[self.kind]), strict=True))
+        return [each[i :: self.pl] for i in range(self.pl)]
+
+    def requests(self) -> list[TraceRequest]:
+        """The same for the simulator."""
+        found: list[TraceRequest] = []
+        for jobs in self.jobs:
+            after: int | None = None
+            for n_prompt, n_output in jobs:
+                id = len(found)
+                content = ((2 * id, n_prompt),)
+                found.append(TraceRequest(id, 0.0, n_prompt, n_output, content, 2 * id + 1, after))
+                after = id
+        return found
+
+
+def cases_of(name: str, options: argparse.Namespace) -> Iterator[Load]:
+    for kind, words in ((STEADY, options.streams), (CLIENTS, options.clients)):
+        pp, tg = (REQUESTS[kind] * sum(each[kind]) // 2 for each in (PROMPTS, ANSWERS))
+        for n in streams_of(words):
+            file = ModelFile(Path(name))
+            yield Load(file, pp, tg, n, 1, "default", options.seed, machine=name, kind=kind)
+
+
+def live(policy: str, load: Load) -> Measured:
+    jobs = load.jobs
+    with Engine(
+        machine=load.machine, n_seq_max=load.pl, policy=policy, prefix_cache=False
+    ) as engine:
+        limits, cost = engine.limits, copy.deepcopy(engine.cost)
+        spec = spec_of(engine, OVERHEAD, cost=cost)
+        n_vocab = engine.model.n_vocab
+
+        def client(i: int, began: float) -> list[tuple[float, list[float]]]:
+            generator, answers = np.random.default_rng([load.seed, i]), []
+            for n_prompt, n_output in jobs[i]:
+                prompt = generator.integers(0, n_vocab, n_prompt, dtype=np.int32)
+                asked = time.perf_counter()
+                stream = engine.submit(prompt, sampling_params(load.sampling, 1, n_output))
+                answers.append((asked, [time.perf_counter() for _ in stream]))
+            return answers
+
+        began, found = at_once(load.pl, client, lambda: engine.close(wait=False))
+        detail = figures(engine, [answer for each in found for answer in each])
+    wall = max(came[-1] for each in found for _, came in each) - began
+    n_tokens = sum(len(came) for each in found for _, came in each)
+    simulated = simulate(load.requests(), spec, policy).summary()
+    detail["simulated_tokens_per_s"] = simulated["tokens_per_s"]
+    detail["over_simulated"] = n_tokens / wall / simulated["tokens_per_s"]
+    detail["simulated_itl_p99_s"] = simulated["itl_p99"]
+    detail["steady"] = float(load.kind == STEADY)
+    settings = {
+        "n_kv_max": limits.n_cells,
+        "kv_unified": limits.unified,
+        "n_batch": limits.n_batch,
+        "n_ubatch": limits.n_ubatch,
+        "n_gpu_layers": 0,
+        "type_k": "",
+        "type_v": "",
+    }
+    return Measured(0.0, wall * load.tg * load.pl / n_tokens, settings, detail)
+
+
+def figures(engine: Engine, answers: Sequence[tuple[float, list[float]]]) -> dict[str, float]:
+    """What the readers have seen; and `host_share`: of the engine's time, what was not the
+    device's."""
+    first = [came[0] - asked for asked, came in answers]
+    between = np.concatenate([np.diff(came) for _, came in answers])
+    quantiles: Callable[..., Any] = np.quantile
+    table = engine.trace()
+    device = float(table["decode_ns"].sum())
+    began, end = table["t_start_ns"][0], table["t_start_ns"][-1] + table["decode_ns"][-1]
+    return {
+        **{f"ttft_p{q}_s": float(quantiles(first, q / 100)) for q in (50, 99)},
+        **{f"itl_p{q}_s": float(quantiles(between, q / 100)) for q in (50, 99)},
+        "host_share": 1 - device / float(end - began),
+    }
+
+
+def of(records: Sequence[Record], profile: str, kind: str, n: int) -> list[Record]:
+    mine = (r for r in records if (r.model_filename, r.pl) == (profile, n) and not r.error)
+    return [r for r in mine if bool(r.detail["steady"]) == (kind == STEADY)]
+
+
+def calm(records: Sequence[Record]) -> list[Record]:
+    """Those that others did not disturb, as far as it is known."""
+    return [r for r in records if r.detail.get("other_cpu", 0.0) <= BUSY * r.n_cores]
+
+
+def view(records: Sequence[Record]) -> str:
+    """By profile and load, tokens/s of each policy, live over simulated in brackets; then the p99
+    of the ITL. A run that was disturbed has none."""
+    loads = dict.fromkeys(
+        (r.model_filename, STEADY if r.detail.get("steady") else CLIENTS, r.pl)
+        for r in records
+        if not r.error
+    )
+    arms = list(dict.fromkeys(record.arm for record in records))
+
+    def table(write: Callable[[list[Record]], str]) -> str:
+        lines = []
+        for profile, kind, n in loads:
+            mine = calm(of(records, profile, kind, n))
+            cells = [[r for r in mine if r.arm == arm] for arm in arms]
+            lines.append([f"{profile}: {n} {kind}", *(write(c) if c else NO_RESULT for c in cells)])
+        return Table(["machine: load", *arms], lines).markdown()
+
+    def middle(mine: list[Record], value: Callable[[Record], float]) -> float:
+        return median(map(value, mine))
+
+    speed = table(
+        lambda mine: (
+            f"{middle(mine, lambda r: r.speed_tg):.1f} "
+            f"({middle(mine, lambda r: r.detail['over_simulated']):.2f})"
+        )
+    )
+    itl = table(lambda mine: f"{1e3 * middle(mine, lambda r: r.detail['itl_p99_s']):.1f}")
+    return f"tokens/s (over simulated)\n\n{speed}\n\nITL p99, ms\n\n{itl}"

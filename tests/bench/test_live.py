@@ -1,0 +1,42 @@
+"""`bench live`: policies on a profile machine, in real time and beside the simulator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench import live
+from bench.policies import COUNTED
+from pyllamabatch.scheduler.policies import DEFAULT
+from tests.bench.conftest import Run
+from tests.support.machines import fast_profile
+
+
+def test_policies_run_live_on_a_machine(run: Run, tmp_path: Path) -> None:
+    profile = fast_profile(tmp_path)
+    loads = ("--streams", "3", "--clients", "2", "--policies", f"{COUNTED};{DEFAULT}")
+    status, records = run("live", "--profiles", str(profile), *loads)
+    assert status == 0
+    assert [(r.arm, r.pl, r.detail["steady"]) for r in records] == [
+        (COUNTED, 3, 1.0), (DEFAULT, 3, 1.0), (COUNTED, 2, 0.0), (DEFAULT, 2, 0.0),
+    ]  # fmt: skip
+    for record in records:
+        detail = record.detail
+        assert record.gpu_info == "no GPU, the profile of Apple M2 Ultra"
+        assert record.model_type.startswith("no model")
+        assert detail["over_simulated"] == pytest.approx(
+            record.speed_tg / detail["simulated_tokens_per_s"]
+        )
+        assert 0 < detail["host_share"] < 1
+        assert 0 < detail["itl_p50_s"] <= detail["itl_p99_s"]
+    table = live.view([replace(r, detail=r.detail | {"other_cpu": 0.0}) for r in records])
+    assert f"fast.json: 3 steady | {records[0].speed_tg:.1f} (" in table
+    busy = live.view([replace(r, detail=r.detail | {"other_cpu": 1.5}) for r in records])
+    assert f"{records[0].speed_tg:.1f}" not in busy
+
+
+def test_its_targets_compare_calm_runs() -> None:
+    target = next(t for t in live.TARGETS if "9 streams: default" in t.text)
+    assert target.measured([]) is None
