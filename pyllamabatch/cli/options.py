@@ -129,9 +129,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("-ngl", "--n-gpu-layers", type=int, default=-1, metavar="N", help="layers on the GPU (all)")
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group(
-        "sampling", "For lines without these fields. In parentheses: the default.").add_argument
+def add_sampling_arguments(
+    parser: argparse.ArgumentParser,
+    about: str = "For lines without these fields. In parentheses: the default.",
+) -> None:
+    add = parser.add_argument_group("sampling", about).add_argument
     defaults = {field.name: field.default for field in fields(SamplingParams)}
     for name, (kind, text) in _SAMPLING.items():
         flags = ["--" + name.replace("_", "-"), *(["-n"] if name == "max_tokens" else [])]

@@ -21,6 +21,7 @@ from pyllamabatch.cli.console import say
 from pyllamabatch.cli.options import (
     add_model_arguments,
     add_policy_argument,
+    add_sampling_arguments,
     add_shared,
     at_least,
     load_model,
@@ -28,7 +29,9 @@ from pyllamabatch.cli.options import (
     open_engine,
     positive,
     read_text,
+    sampling_options,
 )
+from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError, UnsupportedOperation
 from pyllamabatch.llama.lora import LoraAdapter
 from pyllamabatch.llama.model import Model
@@ -55,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds that open requests get at the end (30)")
     add("--chat-template", metavar="NAME|FILE",
         help="instead of the model's: chatml, gemma, llama3, … or a file")
+    add("--embeddings", action="store_true", help="a second context for /v1/embeddings")
+    add("--rerank", action="store_true", help="and for /rerank, with a reranker")
+    add("--pooling", choices=("mean", "cls", "last"),
+        help="of embeddings (the model's own, or mean)")
+    for name in ("slots", "metrics", "page"):
+        add(f"--no-{name}", action="store_true", help=f"without /{name if name != 'page' else ''}")
     add("-q", "--quiet", action="store_true", help="say nothing but errors")
     add_model_arguments(parser)
     add = parser.add_argument_group("engine").add_argument
@@ -62,13 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="requests that run at once (16)")
     add("--max-waiting", type=at_least(1), default=1024, metavar="N",
         help="requests that wait for a slot; more get 429 (1024)")
-    add("-n", "--max-tokens", type=at_least(1), metavar="N",
-        help="for requests that don't say (as many as there are cells for)")
     add("--lora", action="append", default=[], metavar="[NAME=]FILE",
         help="an adapter that requests may name; may be repeated")
     add_shared(add, n_ctx=0, kv_unified=None, prefix_cache=None, n_batch=None, n_ubatch=None,
                threads=None)
     add_policy_argument(add)
+    add_sampling_arguments(parser, "For requests that don't say. In parentheses: the default.")
 
 
 # fmt: on
@@ -80,38 +88,53 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         what = f"{error.name} is missing: pip install 'pyllamabatch[server]'"
         raise UnsupportedOperation(what) from None
-    options = ServerOptions(
-        model_name=args.alias,
-        api_keys=_keys(args),
-        cors_origins=[origin for origin in args.cors_origins.split(",") if origin],
-        max_tokens=args.max_tokens,
-        body_bytes_max=args.max_body,
-        request_timeout=args.timeout,
-        drain_timeout=args.drain_timeout,
-        chat_template=_template(args.chat_template),
-    )
     with ExitStack() as stack:
         listening = stack.enter_context(listen(args.host, args.port))  # before a model is loaded
         model = stack.enter_context(load_model(args, quiet=args.quiet))
         loras = _loras(model, args.lora, stack)
-        engine = stack.enter_context(
-            open_engine(
-                model, args, args.parallel,
-                n_trace=N_TRACE, max_waiting=args.max_waiting, loras=loras,
-            )
-        )  # fmt: skip
-        app = create_app(engine, options)
-        host, port = listening.getsockname()[:2]
+        engine = _engine(model, args, loras, stack)
+        options = ServerOptions(
+            model_name=args.alias,
+            api_keys=_keys(args),
+            cors_origins=[origin for origin in args.cors_origins.split(",") if origin],
+            sampling=sampling_options(args) | ({} if args.seed is None else {"seed": args.seed}),
+            body_bytes_max=args.max_body,
+            request_timeout=args.timeout,
+            drain_timeout=args.drain_timeout,
+            chat_template=_template(args.chat_template),
+            embeddings=args.embeddings,
+            rerank=args.rerank,
+            pooling=args.pooling,
+            lora_paths={name: lora.path for name, lora in loras.items()},
+            slots=not args.no_slots,
+            metrics=not args.no_metrics,
+            page=not args.no_page,
+        )
+        app = create_app(engine or model, options)
 
         def ready() -> None:
             if not args.quiet:
-                name = app.state.service.model_name
-                say(f"{name}: http://{host}:{port}, {engine.n_seq_max} slots, {engine.layout}")
+                what = f"{engine.n_seq_max} slots, {engine.layout}" if engine else "embeddings"
+                say(f"{app.state.service.model_name}: {server.url}, {what}")
 
-        Server(app, listening, ready).run_until_signal()
+        server = Server(app, listening, ready)
+        server.run_until_signal()
         if not args.quiet:
             say("pyllamabatch: drained", sys.stderr)
     return 0
+
+
+def _engine(
+    model: Model, args: argparse.Namespace, loras: dict[str, LoraAdapter], stack: ExitStack
+) -> Engine | None:
+    """None for a model that makes embeddings only, where these were asked for."""
+    options = {"n_trace": N_TRACE, "max_waiting": args.max_waiting, "loras": loras}
+    try:
+        return stack.enter_context(open_engine(model, args, args.parallel, **options))
+    except UnsupportedOperation:
+        if args.embeddings or args.rerank:
+            return None
+        raise
 
 
 def _keys(args: argparse.Namespace) -> list[str]:

@@ -16,11 +16,12 @@ class Pieces(dict[int, bytes]):
 
     def of(self, tokens: list[int]) -> list[bytes]:
         """Those of each of these tokens; what is not known yet is fetched in one go."""
-        new = set(tokens).difference(self)
-        if new:
-            missing = list(new)
+        try:
+            return [*map(self.__getitem__, tokens)]
+        except KeyError:
+            missing = list(set(tokens).difference(self))
             self.update(zip(missing, self._fetch(missing), strict=True))
-        return [*map(self.__getitem__, tokens)]
+            return [*map(self.__getitem__, tokens)]
 
     def harmless(self, stops: tuple[str, ...]) -> Harmless:
         """The tokens in which none of these stop strings can begin, as far as they are known."""
@@ -73,6 +74,7 @@ class TextFeed:
         "_decode",
         "_held",
         "_min_tokens",
+        "_partial",
         "_state",
         "_stops",
         "n_decided",
@@ -86,6 +88,7 @@ class TextFeed:
         self._state = decoder.getstate
         self._stops = tuple(stops)
         self._min_tokens = min_tokens
+        self._partial = False  # the text ends within a character
         self._held = ""  # the end of the text, in which a stop string may have begun
         self.parts: list[str] = []
         self.n_decided = 0
@@ -93,16 +96,26 @@ class TextFeed:
 
     def feed(self, piece: bytes) -> bool:
         """The next token's piece; True when a stop string is complete, which ends the text."""
-        part = self._decode(piece)
+        part = self._text(piece)
         self.parts.append(part)
         if self._stops and part and len(self.parts) > self._min_tokens:
             self._held += part
             if self._find_stop():
                 return True
             self._held = self._held[len(self._held) - self._n_undecided() :]
-        if not self._state()[0]:
+        if not self._partial:
             self._decide()
         return False
+
+    def _text(self, piece: bytes) -> str:
+        if not self._partial:
+            try:
+                return piece.decode()  # whole characters, as nearly always
+            except UnicodeDecodeError:
+                pass
+        part = self._decode(piece)
+        self._partial = bool(self._state()[0])
+        return part
 
     def finish(self) -> None:
         """No more tokens: what was held back is text after all, but for the bytes of a character

@@ -37,7 +37,7 @@ from .layout import Layout, make_context
 from .options import EngineOptions, Options, policy_of
 from .protocols import Device
 from .sequence import Sequence as InteractiveSequence
-from .stats import EngineStats, stats_of
+from .stats import EngineStats, SlotState, slots_of, stats_of
 from .stream import Chunk, Result, Stream, Token
 
 if TYPE_CHECKING:
@@ -360,6 +360,10 @@ class Engine:
     def stats(self) -> EngineStats:
         """What it has done until now."""
         return stats_of(self._core)
+
+    def slots(self) -> list[SlotState]:
+        """What runs in each slot."""
+        return slots_of(self._core)
 
     def trace(self) -> Trace:
         """The last steps (`n_trace` at most), oldest first, as a structured array:

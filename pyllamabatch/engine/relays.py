@@ -88,15 +88,16 @@ async def chunks(stream: Stream, relay: Relay) -> AsyncGenerator[Chunk, None]:
     try:
         while True:
             future, wake = relay.future()
-            if not stream._when_more(index, wake):
-                await future
-                continue
-            chunk = stream._decided(index)
-            if chunk.stop == index:
-                stream._raise_error()
-                return
-            index = chunk.stop
-            yield chunk
+            chunk = stream._next_chunk(index, wake)
+            if chunk is not None:
+                if chunk.stop == index:
+                    stream._raise_error()
+                    return
+                index = chunk.stop
+                yield chunk
+                if stream.done:
+                    continue
+            await future
     finally:
         stream.cancel()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from .core import EngineCore
@@ -53,6 +53,42 @@ class EngineStats:
         """Share of `known_tokens` that did not have to be computed because they were in the cache;
         0 when no sequence was admitted."""
         return self.prefix_tokens / self.known_tokens if self.known_tokens else 0.0
+
+
+class SlotState(NamedTuple):
+    """What runs in a slot. `request`: its id, None while the slot is free. `n_prompt` + `generated`
+    tokens are known, and `computed` of them in the cache."""
+
+    slot: int
+    request: int | None = None
+    n_prompt: int = 0
+    computed: int = 0
+    generated: int = 0
+    tenant: str = ""
+    priority: int = 0
+
+
+def slots_of(core: EngineCore) -> list[SlotState]:
+    """Of every slot, between two calls."""
+    with core.state:
+        states = []
+        for slot, request in enumerate(core.table.at[: core.scheduler.limits.n_seq_max]):
+            if request is None:
+                states.append(SlotState(slot))
+                continue
+            view = core.scheduler.sequence(request.id)
+            states.append(
+                SlotState(
+                    slot,
+                    request.id,
+                    view.n_prompt,
+                    view.computed,
+                    view.generated,
+                    view.tenant,
+                    view.priority,
+                )
+            )
+        return states
 
 
 def stats_of(core: EngineCore) -> EngineStats:

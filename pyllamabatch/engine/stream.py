@@ -372,24 +372,22 @@ class Stream:
             if not self._has_more():  # once more: `_watch` was too late for what came before
                 self._more.wait()
 
-    def _when_more(self, index: int, call: Callable[[], None]) -> bool:
-        """Whether there are decided tokens from `index` on, or the end. If not, `call()` once when
-        there may be, with the lock held."""
+    def _next_chunk(self, index: int, call: Callable[[], None]) -> Chunk | None:
+        """What is decided from `index` on; an empty chunk is the end. None: nothing yet. Unless it
+        is the end, `call()` once when there may be more, with the lock held."""
         with self._lock:
             while True:
                 self._catch_up()
-                if self._feed.n_decided > index or self._result is not None:
-                    return True
-                self._watch()
-                if not self._has_more():  # see `_wait_for_more`
+                feed = self._feed
+                stop = feed.n_decided
+                if self._result is None:
+                    self._watch()
+                    if self._has_more():  # see `_wait_for_more`
+                        continue
                     self._calls.append(call)
-                    return False
-
-    def _decided(self, index: int) -> Chunk:
-        """The tokens from `index` on whose text is decided."""
-        with self._lock:
-            stop = self._feed.n_decided
-            return Chunk("".join(self._feed.parts[index:stop]), index, stop)
+                    if stop == index:
+                        return None
+                return Chunk("".join(feed.parts[index:stop]), index, stop)
 
     def _call_all(self) -> None:
         self._more.notify_all()

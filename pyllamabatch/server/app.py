@@ -13,7 +13,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from ..engine.engine import Engine
-from . import errors
+from ..llama.model import Model
+from . import embeddings, errors, native
 from .chat import ChatBody, chat_completions
 from .completions import CompletionBody, completions
 from .errors import ApiError, json_response
@@ -26,9 +27,11 @@ from .service import Service
 Endpoint = Callable[[Service, Request], Awaitable[Response]]
 
 
-def create_app(engine: Engine, options: ServerOptions | None = None) -> FastAPI:
-    """An application that serves `engine`, which stays its caller's to close."""
-    service = Service(engine, options or ServerOptions(), Metrics(engine))
+def create_app(engine: Engine | Model, options: ServerOptions | None = None) -> FastAPI:
+    """An application that serves `engine`, which stays its caller's to close. A `Model` in its
+    place: embeddings only."""
+    model, running = (engine, None) if isinstance(engine, Model) else (engine.model, engine)
+    service = Service(model, running, options or ServerOptions(), Metrics(running))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -66,6 +69,21 @@ def _router(service: Service, described: Callable[[type[BaseModel]], dict[str, A
     route("GET", "/v1/models", "/models", to=models)
     route("POST", "/v1/completions", to=completions, body=CompletionBody)
     route("POST", "/v1/chat/completions", "/chat/completions", to=chat_completions, body=ChatBody)
+    completion, body = native.completion, native.NativeBody
+    route("POST", "/completion", "/completions", to=completion, body=body)
+    route("POST", "/tokenize", to=native.tokenize, body=native.TokenizeBody)
+    route("POST", "/detokenize", to=native.detokenize, body=native.DetokenizeBody)
+    route("POST", "/apply-template", to=native.apply_template, body=ChatBody)
+    route("GET", "/props", to=native.props)
+    route("GET", "/slots", to=native.slots)
+    route("GET", "/lora-adapters", to=native.lora_adapters)
+    route("POST", "/lora-adapters", to=native.lora_adapters)
+    route("GET", "/metrics", to=native.metrics)
+    vectors = embeddings.EmbeddingsBody
+    route("POST", "/v1/embeddings", to=embeddings.openai, body=vectors)
+    route("POST", "/embedding", "/embeddings", to=embeddings.native, body=vectors)
+    rerank = "/rerank", "/v1/rerank", "/reranking"
+    route("POST", *rerank, to=embeddings.rerank, body=embeddings.RerankBody)
     return router
 
 
@@ -83,9 +101,9 @@ def _allow_origins(app: FastAPI, origins: Any) -> None:
 
 async def health(service: Service, request: Request) -> Response:
     """200 while requests are taken; 503 while the server ends."""
-    if service.engine.closed:
+    if service.has_engine and service.engine.closed:
         raise ApiError(503, "the engine is closed", "unavailable_error", code="closed")
-    if service.draining or service.engine.draining:
+    if service.draining or (service.has_engine and service.engine.draining):
         raise ApiError(503, "the server is draining", "unavailable_error", code="draining")
     return json_response({"status": "ok"})
 
@@ -97,7 +115,7 @@ async def models(service: Service, request: Request) -> Response:
         "vocab_type": model.vocab.type,
         "n_vocab": model.n_vocab,
         "n_ctx_train": model.n_ctx_train,
-        "n_ctx": service.engine.n_ctx_seq,
+        "n_ctx": service.n_ctx_slot,
         "n_embd": model.n_embd,
         "n_params": model.n_params,
         "size": model.size_bytes,

@@ -74,6 +74,13 @@ async def read(request: Request, kind: type[B]) -> B:
 
 
 async def json_body(request: Request, limit: int) -> dict[str, Any]:
+    values = await _json(request, limit)
+    if not isinstance(values, dict):
+        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    return values
+
+
+async def _json(request: Request, limit: int) -> Any:
     declared = request.headers.get("content-length", "0")
     parts, size = [], int(declared) if declared.isdecimal() else 0
     if size <= limit:
@@ -87,12 +94,17 @@ async def json_body(request: Request, limit: int) -> dict[str, Any]:
         message = f"the body has {size} bytes or more, at most {limit} are allowed"
         raise ApiError(413, message, code="body_too_large")
     try:
-        values = orjson.loads(b"".join(parts))
+        return orjson.loads(b"".join(parts))
     except orjson.JSONDecodeError as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
-    if not isinstance(values, dict):
-        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
-    return values
+
+
+async def read_list(request: Request, kind: type[B]) -> list[B]:
+    """A body that is a list of these."""
+    values = await _json(request, request.app.state.service.options.body_bytes_max)
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise ApiError(400, "the body must be a list of JSON objects", code="invalid_json")
+    return [parsed(kind, value) for value in values]
 
 
 def parsed(kind: type[B], values: Mapping[str, Any]) -> B:

@@ -50,13 +50,14 @@ class Histogram:
 class Metrics(Collector):
     """Written by the event loop, read by `/metrics`. `engine`: its counters are read then."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | None) -> None:
         self._engine = engine
         self.ttft = Histogram(SECONDS)
         self.itl = Histogram(SHORT_SECONDS)
         self.e2el = Histogram(SECONDS)
         self.queue = Histogram(SECONDS)
         self.n_prompt = 0  # tokens of prompts that were computed
+        self.n_cached = 0
         self.prompt_s = 0.0
         self.n_generated = 0
         self.generation_s = 0.0
@@ -72,6 +73,7 @@ class Metrics(Collector):
         if result.ttft_s is not None:
             self.ttft.add(result.ttft_s)
             self.n_prompt += result.n_prompt - result.n_cached
+            self.n_cached += result.n_cached
             self.prompt_s += result.ttft_s - (result.queue_s or 0.0)
             self.generation_s += result.e2el_s - result.ttft_s
         self.n_generated += result.n_generated
@@ -81,6 +83,8 @@ class Metrics(Collector):
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
+        if self._engine is None:
+            return
         stats = self._engine.stats()
         yield from self._gauges(stats)
         yield from self._counters(stats)
@@ -120,6 +124,7 @@ class Metrics(Collector):
     def _counters(self, stats: EngineStats) -> Iterator[Metric]:
         values = (
             ("llamacpp:prompt_tokens", "Prompt tokens computed.", self.n_prompt),
+            ("llamacpp:prompt_tokens_cached", "Prompt tokens in the cache.", self.n_cached),
             ("llamacpp:prompt_seconds", "Slot to first token.", self.prompt_s),
             ("llamacpp:tokens_predicted", "Tokens of requests that ended.", self.n_generated),
             ("llamacpp:tokens_predicted_seconds", "First token to the end.", self.generation_s),

@@ -46,6 +46,11 @@ class Server(uvicorn.Server):
         self._ready = ready
         self._draining: asyncio.Task[None] | None = None
 
+    @property
+    def url(self) -> str:
+        host, port = self._listening.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
     def run_until_signal(self) -> None:
         """Returns when all is answered or cut off."""
         self.run(sockets=[self._listening])
@@ -80,6 +85,8 @@ class Server(uvicorn.Server):
     async def _drain(self) -> None:
         service = self._service
         try:
+            if not service.has_engine:
+                return
             if not await service.engine.adrain(service.options.drain_timeout):
                 await service.engine.astop()
         except asyncio.CancelledError:

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..engine.engine import Engine
 from ..engine.stream import Stream
-from ..errors import integer
+from ..errors import UnsupportedOperation, integer
 from ..llama import runtime
+from ..llama.model import Model
 from ..llama.vocab import ChatPrompt, TokenArray
 from ..raw import lib
 from ..step.sampling_params import SamplingParams
 from .bodies import Lora, SamplingBody, bias_of
+from .embedder import Embedder
 from .errors import ApiError, invalid
 from .options import ServerOptions
 
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 
 LONG_TEXT = 4096  # characters that are tokenized in the event loop at most
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int | str]
+"""A text, token ids, or both in a list."""
 T = TypeVar("T")
 
 
@@ -36,6 +39,7 @@ class Prepared:
     """The requests of one body: `n` samples of each prompt, in the order of their choices."""
 
     prompts: list[TokenArray]
+    params: list[SamplingParams]
     streams: list[Stream]
 
     @property
@@ -46,13 +50,20 @@ class Prepared:
 class Service:
     """One engine behind HTTP. Everything but `close` is for its event loop."""
 
-    def __init__(self, engine: Engine, options: ServerOptions, metrics: Metrics) -> None:
-        self.engine = engine
-        self.model = engine.model
-        self.vocab = engine.model.vocab
+    def __init__(
+        self, model: Model, engine: Engine | None, options: ServerOptions, metrics: Metrics
+    ) -> None:
+        """Without an engine it makes embeddings only."""
+        self._engine = engine
+        self.model = model
+        self.vocab = model.vocab
         self.options = options
         self.metrics = metrics
-        self.model_name = options.model_name or Path(engine.model.path).name
+        self.model_name = options.model_name or Path(model.path).name
+        self.embedder: Embedder | None = None
+        if options.embeddings or options.rerank:
+            self.embedder = Embedder(model, "rank" if options.rerank else options.pooling)
+        self.default_lora: dict[str, float] = {}
         self.created = self.now()
         self.fingerprint = f"{runtime.text(lib.plb_llama_cpp_build())}-pyllamabatch"
         self.draining = False
@@ -62,6 +73,30 @@ class Service:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+        if self.embedder is not None:
+            self.embedder.close()
+
+    @property
+    def engine(self) -> Engine:
+        """UnsupportedOperation for a model that makes embeddings only."""
+        if self._engine is None:
+            raise UnsupportedOperation("this model makes embeddings only")
+        return self._engine
+
+    @property
+    def has_engine(self) -> bool:
+        return self._engine is not None
+
+    @property
+    def n_ctx_slot(self) -> int:
+        """Tokens that a sequence has cells for, as long as streams are no pool."""
+        if self._engine is None:
+            return self.embedder.n_tokens_max if self.embedder else 0
+        limits = self._engine.limits
+        return min(limits.n_cells_seq, limits.n_cells)
+
+    def busy(self) -> ApiError:
+        return ApiError(503, "no slot is free", "unavailable_error", code="no_slot")
 
     @staticmethod
     def now() -> int:
@@ -74,7 +109,13 @@ class Service:
         """A text in which special tokens are parsed, as llama-server does; or token ids."""
         if isinstance(prompt, str):
             return self.vocab.tokenize(prompt, add_special=add_special, parse_special=True)
-        return self.vocab.check_tokens(prompt, "prompt")
+        tokens: list[int] = []
+        for i, part in enumerate(prompt):
+            if isinstance(part, str):
+                tokens += self.tokens(part, add_special=add_special and i == 0).tolist()
+            else:
+                tokens.append(part)
+        return self.vocab.check_tokens(tokens, "prompt")
 
     def chat_prompt(self, messages: Sequence[dict[str, Any]]) -> ChatPrompt:
         """The one place where a chat becomes a prompt."""
@@ -113,9 +154,10 @@ class Service:
     ) -> Prepared:
         if n_logprobs is not None:
             integer("logprobs", n_logprobs, 0, self.engine.n_logprobs_max)
-        sampling = body.sampling(n_logprobs)
-        sampling["logit_bias"] = bias = bias_of(body.logit_bias, self._bias_tokens)
-        self.vocab.check_tokens(list(bias), "logit_bias")
+        sampling = {**self.options.sampling, **body.sampling(n_logprobs)}
+        if body.logit_bias is not None:
+            sampling["logit_bias"] = bias = bias_of(body.logit_bias, self._bias_tokens)
+            self.vocab.check_tokens(list(bias), "logit_bias")
         options = self._options(body)
         tokens = [self.tokens(prompt) for prompt in prompts]
         params = [SamplingParams(**self._budget(sampling, len(one))) for one in tokens]
@@ -127,7 +169,7 @@ class Service:
             for stream in streams:
                 stream.cancel()
             raise
-        return Prepared(tokens, streams)
+        return Prepared(tokens, params, streams)
 
     def _bias_tokens(self, text: str) -> list[int]:
         found: list[int] = self.tokens(text, add_special=False).tolist()
@@ -139,7 +181,7 @@ class Service:
         n_ctx = self.engine.n_ctx_seq
         if n_prompt > n_ctx:
             raise too_long(n_prompt, n_ctx)
-        wanted = sampling.get("max_tokens", self.options.max_tokens)
+        wanted = sampling.get("max_tokens")
         if wanted is None:
             n_stream = self.engine.limits.n_cells_seq
             n_ctx = n_stream if n_prompt <= n_stream else n_ctx
@@ -154,8 +196,9 @@ class Service:
         limit = self.options.request_timeout
         if limit is not None:
             options["timeout"] = min(limit, options.get("timeout", limit))
-        if body.lora is not None:
-            options["lora"] = self._lora(body.lora)
+        lora = self.default_lora if body.lora is None else self._lora(body.lora)
+        if lora:
+            options["lora"] = lora
         return options
 
     def _lora(self, given: Lora) -> str | dict[str, float]:

@@ -41,7 +41,7 @@ def timings(result: Result) -> dict[str, Any]:
         "prompt_per_second": 1e3 * n_prompt / max(prompt_ms, 1e-6),
         "predicted_n": n,
         "predicted_ms": predicted_ms,
-        "predicted_per_token_ms": predicted_ms / max(1, n - 1),
+        "predicted_per_token_ms": predicted_ms / (n - 1) if n > 1 else 0.0,
         "predicted_per_second": 1e3 * max(0, n - 1) / max(predicted_ms, 1e-6),
         "queue_ms": 1e3 * (result.queue_s or 0.0),
     }

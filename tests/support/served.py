@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+from fastapi import FastAPI
 
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.llama.model import Model
@@ -62,15 +63,24 @@ def serving(
 ) -> Iterator[Served]:
     """A server on a free port, with an engine of its own."""
     given = {"n_seq_max": 4, "n_ctx": 4096, "max_waiting": 64, **EXACT, **engine_options}
-    with Engine(model, **given) as engine, listen("127.0.0.1", 0) as listening:
+    with (
+        Engine(model, **given) as engine,
+        running(create_app(engine, options)) as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+    ):
+        yield Served(engine, server, server.url, client)
+
+
+@contextmanager
+def running(app: FastAPI) -> Iterator[Server]:
+    """A server of this application, in a thread."""
+    with listen("127.0.0.1", 0) as listening:
         ready = threading.Event()
-        server = Server(create_app(engine, options), listening, ready.set)
+        server = Server(app, listening, ready.set)
         thread = threading.Thread(target=server.run_until_signal, daemon=True)
         thread.start()
         assert ready.wait(30)
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        with httpx.Client(base_url=url, timeout=60) as client:
-            yield Served(engine, server, url, client)
+        yield server
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()

@@ -1,0 +1,122 @@
+"""Embeddings and reranking: OpenAI's and llama-server's forms."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import Request
+from pydantic import Field
+from starlette.responses import Response
+
+from ..llama.vocab import TokenArray
+from . import bodies
+from .bodies import Body
+from .embedder import Vector, need
+from .errors import invalid, json_response
+from .native import MixedPrompt, prompts_of
+from .service import Service
+
+
+class EmbeddingsBody(Body):
+    """`input` (OpenAI's) or `content`: a text, token ids, or a list of these."""
+
+    input: MixedPrompt | None = None
+    content: MixedPrompt | None = None
+    model: str = ""
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    embd_normalize: int = 2
+    user: str = ""
+
+
+class RerankBody(Body):
+    """The best `top_n` of `documents` for `query`; `texts` is another name for these."""
+
+    query: str
+    documents: list[str] | None = None
+    texts: list[str] | None = None
+    top_n: Annotated[int, Field(ge=1)] | None = None
+    model: str = ""
+    return_text: bool = False
+
+
+async def openai(service: Service, request: Request) -> Response:
+    """A vector for each text, of length 1."""
+    body = await bodies.read(request, EmbeddingsBody)
+    tokens, vectors = await _vectors(service, body)
+    n = sum(map(len, tokens))
+    data = [
+        {"object": "embedding", "index": i, "embedding": _encoded(vector, body.encoding_format)}
+        for i, vector in enumerate(vectors)
+    ]
+    usage = {"prompt_tokens": n, "total_tokens": n}
+    model = body.model or service.model_name
+    return json_response({"object": "list", "data": data, "model": model, "usage": usage})
+
+
+async def native(service: Service, request: Request) -> Response:
+    """llama-server's form: a list of a vector for each text."""
+    body = await bodies.read(request, EmbeddingsBody)
+    _, vectors = await _vectors(service, body)
+    return json_response(
+        [{"index": i, "embedding": [vector.tolist()]} for i, vector in enumerate(vectors)]
+    )
+
+
+async def rerank(service: Service, request: Request) -> Response:
+    """Documents by relevance, the best first."""
+    body = await bodies.read(request, RerankBody)
+    embedder = need(service.embedder, ranks=True)
+    documents = body.documents if body.documents is not None else body.texts
+    if not documents:
+        raise invalid("documents", documents, "must be a list of at least one text")
+    pairs = [_pair(service, body.query, document) for document in documents]
+    embedder.check(pairs, "documents")
+    scores = [float(score[0]) for score in await embedder.vectors(pairs)]
+    best = sorted(range(len(scores)), key=lambda i: -scores[i])[: body.top_n]
+    results = [
+        {"index": i, "relevance_score": scores[i]}
+        | ({"document": {"text": documents[i]}} if body.return_text else {})
+        for i in best
+    ]
+    n = sum(map(len, pairs))
+    usage = {"prompt_tokens": n, "total_tokens": n}
+    model = body.model or service.model_name
+    return json_response({"object": "list", "model": model, "usage": usage, "results": results})
+
+
+async def _vectors(service: Service, body: EmbeddingsBody) -> tuple[list[TokenArray], list[Vector]]:
+    embedder = need(service.embedder, ranks=False)
+    given = body.content if body.input is None else body.input
+    if given is None:
+        raise invalid("input", None, "missing")
+    if body.dimensions is not None:
+        raise invalid("dimensions", body.dimensions, "the model's vectors can't be shortened")
+    if body.embd_normalize not in (-1, 2):
+        raise invalid("embd_normalize", body.embd_normalize, "must be 2 (length 1) or -1 (as is)")
+    tokens = [service.tokens(prompt) for prompt in prompts_of(given)]
+    embedder.check(tokens, "input")
+    vectors = await embedder.vectors(tokens)
+    if body.embd_normalize == 2:
+        vectors = [vector / max(float(np.linalg.norm(vector)), 1e-12) for vector in vectors]
+    return tokens, vectors
+
+
+def _encoded(vector: Vector, encoding: str) -> Any:
+    if encoding == "base64":
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    return vector.tolist()
+
+
+def _pair(service: Service, query: str, document: str) -> TokenArray:
+    """What rerankers were trained on: BOS query EOS SEP document EOS, as far as there are such."""
+    vocab = service.vocab
+    texts: Sequence[TokenArray] = [
+        vocab.tokenize(text, add_special=False, parse_special=False) for text in (query, document)
+    ]
+    eos = vocab.sep if vocab.eos is None else vocab.eos
+    parts = [vocab.bos, *texts[0].tolist(), eos, vocab.sep, *texts[1].tolist(), eos]
+    return np.array([token for token in parts if token is not None], np.int32)

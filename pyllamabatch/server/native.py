@@ -1,0 +1,309 @@
+"""llama-server's own interface: completions, tokens, templates, and what the server says of itself.
+
+Names and forms are llama-server's. What this engine has not is left out of `generation_settings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from fastapi import Request
+from pydantic import Field
+from starlette.responses import Response
+
+from ..engine.stream import Chunk, Result, Stream, Token
+from ..errors import UnsupportedOperation
+from ..step.sampling_params import SamplingParams
+from . import bodies, tokens
+from .answer import Answer, event, respond
+from .bodies import Body, SamplingBody
+from .chat import ChatBody, messages_of
+from .errors import invalid, json_response
+from .service import Prepared, Prompt, Service
+
+MixedPrompt = str | dict[str, Any] | list[int | str | dict[str, Any] | list[int | str]]
+
+
+class NativeBody(SamplingBody):
+    """`prompt`: a text, a list of token ids and texts, or a list of such prompts. `n_probs`: so
+    many of the most likely tokens beside each."""
+
+    prompt: MixedPrompt
+    n_probs: Annotated[int, Field(ge=0)] = 0
+    n_cmpl: Annotated[int, Field(ge=1)] | None = None
+    return_tokens: bool = False
+    post_sampling_probs: bool = False
+
+
+class TokenizeBody(Body):
+    content: str | list[int | str]
+    add_special: bool = False
+    parse_special: bool = True
+    with_pieces: bool = False
+
+
+class DetokenizeBody(Body):
+    tokens: list[int]
+
+
+class LoraScale(Body):
+    id: int
+    scale: bodies.Number
+
+
+def prompts_of(given: MixedPrompt) -> list[Prompt]:
+    """Each prompt of what may be one or a list of them."""
+    if not isinstance(given, list):
+        return [_one(given)]
+    if any(isinstance(part, int) for part in given):
+        return [_one(given)]  # one prompt, in which texts may be, too
+    if not given:
+        raise invalid("prompt", given, "must not be empty")
+    return [_one(part) for part in given]
+
+
+def _one(given: Any) -> Prompt:
+    if isinstance(given, dict):
+        if given.get("multimodal_data"):
+            raise UnsupportedOperation("multimodal prompts are not supported")
+        text = given.get("prompt_string")
+        if not isinstance(text, str):
+            raise invalid("prompt", given, 'an object needs "prompt_string", a text')
+        return text
+    prompt: Prompt = given
+    return prompt
+
+
+async def completion(service: Service, request: Request) -> Response:
+    """llama-server's `/completion`. A list of prompts gives a list of answers."""
+    body = await bodies.read(request, NativeBody)
+    if body.n_cmpl is not None:
+        body.n = body.n_cmpl
+    if body.post_sampling_probs:
+        raise invalid("post_sampling_probs", True, "log-probabilities are those before sampling")
+    prompts = prompts_of(body.prompt)
+    prepared = await service.submit(body, prompts, body.n_probs or None)
+    answer = NativeAnswer(service, body, prepared)
+    return await respond(service, request, answer, prepared.streams, stream=body.stream)
+
+
+class NativeAnswer(Answer):
+    def __init__(self, service: Service, body: NativeBody, prepared: Prepared) -> None:
+        self._service = service
+        self._body = body
+        self._prepared = prepared
+        self._n_sent = [0] * len(prepared.streams)
+
+    def whole(self, results: Sequence[Result]) -> Any:
+        answers = [self._last(i, result) for i, result in enumerate(results)]
+        for answer, result in zip(answers, results, strict=True):
+            answer["content"] = result.text
+            answer["tokens"] = result.tokens if self._body.return_tokens else []
+            if self._body.n_probs:
+                probabilities = self._probabilities(tokens.tokens_of(result))
+                answer["completion_probabilities"] = probabilities
+        return answers[0] if len(answers) == 1 else answers
+
+    def begin(self) -> bytes:
+        return b""
+
+    def chunk(self, i: int, stream: Stream, chunk: Chunk) -> bytes:
+        new = stream.between(chunk.start, chunk.stop)
+        self._n_sent[i] += len(new)
+        values = {
+            "index": i,
+            "content": chunk.text,
+            "tokens": [token.token for token in new],
+            "stop": False,
+            "id_slot": -1,
+            "tokens_predicted": self._n_sent[i],
+            "tokens_evaluated": stream.n_prompt,
+        }
+        if self._body.n_probs:
+            values["completion_probabilities"] = self._probabilities(new)
+        return event(values)
+
+    def finish(self, i: int, result: Result) -> bytes:
+        return event(self._last(i, result))
+
+    def end(self, results: Sequence[Result]) -> bytes:
+        return b""
+
+    def _last(self, i: int, result: Result) -> dict[str, Any]:
+        body, service = self._body, self._service
+        of = i // body.n
+        prompt = service.vocab.detokenize(self._prepared.prompts[of], unparse_special=True)
+        word = result.stop if isinstance(result.stop, str) else ""
+        stopped = "eos" if result.finish_reason == "stop" else "limit"
+        return {
+            "index": i,
+            "content": "",
+            "tokens": [],
+            "id_slot": -1,
+            "stop": True,
+            "model": service.model_name,
+            "tokens_predicted": result.n_generated,
+            "tokens_evaluated": result.n_prompt,
+            "generation_settings": settings(self._prepared.params[of]),
+            "prompt": prompt,
+            "has_new_line": "\n" in result.text,
+            "truncated": False,
+            "stop_type": "word" if word else stopped,
+            "stopping_word": word,
+            "tokens_cached": result.n_prompt + result.n_generated,
+            "timings": tokens.timings(result),
+        }
+
+    def _probabilities(self, of: Sequence[Token]) -> list[dict[str, Any]]:
+        return tokens.chat_logprobs(of, self._service.piece)
+
+
+def settings(params: SamplingParams) -> dict[str, Any]:
+    """Sampling parameters by llama-server's names."""
+    return {
+        "n_predict": params.max_tokens,
+        "max_tokens": params.max_tokens,
+        "seed": -1 if params.seed is None else params.seed,
+        "temperature": params.temperature,
+        "top_k": params.top_k,
+        "top_p": params.top_p,
+        "min_p": params.min_p,
+        "typical_p": params.typical_p,
+        "repeat_last_n": params.penalty_last_n,
+        "repeat_penalty": params.repeat_penalty,
+        "presence_penalty": params.presence_penalty,
+        "frequency_penalty": params.frequency_penalty,
+        "stop": list(params.stop),
+        "ignore_eos": params.ignore_eog,
+        "logit_bias": [{"token": token, "bias": bias} for token, bias in params.logit_bias.items()],
+        "n_probs": params.logprobs or 0,
+        "grammar": params.grammar or "",
+        "json_schema": params.json_schema,
+        "samplers": ["penalties", "top_k", "typ_p", "top_p", "min_p", "temperature"],
+    }
+
+
+# -- tokens and templates
+
+
+async def tokenize(service: Service, request: Request) -> Response:
+    """The tokens of a text; `with_pieces`: with the text of each."""
+    body = await bodies.read(request, TokenizeBody)
+    if isinstance(body.content, str):
+        found = service.vocab.tokenize(
+            body.content, add_special=body.add_special, parse_special=body.parse_special
+        )
+    else:
+        found = service.tokens(body.content, add_special=body.add_special)
+    ids = found.tolist()
+    if not body.with_pieces:
+        return json_response({"tokens": ids})
+    return json_response({"tokens": [{"id": id, "piece": _piece(service, id)} for id in ids]})
+
+
+def _piece(service: Service, token: int) -> str | list[int]:
+    """Text, or bytes where they are none by themselves."""
+    data = service.piece(token)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return list(data)
+
+
+async def detokenize(service: Service, request: Request) -> Response:
+    """The text of tokens."""
+    body = await bodies.read(request, DetokenizeBody)
+    return json_response({"content": service.vocab.detokenize(body.tokens, unparse_special=True)})
+
+
+async def apply_template(service: Service, request: Request) -> Response:
+    """The prompt that a chat becomes."""
+    body = await bodies.read(request, ChatBody)
+    return json_response({"prompt": service.chat_prompt(messages_of(body.messages))})
+
+
+# -- the server itself
+
+
+async def props(service: Service, request: Request) -> Response:
+    """What the server runs with."""
+    vocab, model, options = service.vocab, service.model, service.options
+    defaults = {
+        "id": 0,
+        "n_ctx": service.n_ctx_slot,
+        "is_processing": False,
+        "params": settings(SamplingParams(**options.sampling)),
+    }
+    return json_response(
+        {
+            "default_generation_settings": defaults,
+            "total_slots": service.engine.n_seq_max if service.has_engine else 0,
+            "model_alias": service.model_name,
+            "model_path": model.path,
+            "modalities": {"vision": False, "audio": False},
+            "chat_template": options.chat_template or model.chat_template() or "",
+            "bos_token": _special(service, vocab.bos),
+            "eos_token": _special(service, vocab.eos),
+            "build_info": service.fingerprint,
+            "is_sleeping": False,
+        }
+    )
+
+
+def _special(service: Service, token: int | None) -> str:
+    return "" if token is None else service.piece(token).decode("utf-8", "replace")
+
+
+async def slots(service: Service, request: Request) -> Response:
+    """What runs in each slot. `?fail_on_no_slot=1`: 503 when none is free."""
+    if not service.options.slots:
+        raise UnsupportedOperation("this server does not show its slots")
+    states = service.engine.slots()
+    if request.query_params.get("fail_on_no_slot") and all(s.request for s in states):
+        raise service.busy()
+    return json_response(
+        [
+            {
+                "id": state.slot,
+                "id_task": -1 if state.request is None else state.request,
+                "n_ctx": service.n_ctx_slot,
+                "speculative": False,
+                "is_processing": state.request is not None,
+                "n_prompt_tokens": state.n_prompt,
+                "n_prompt_tokens_processed": min(state.computed, state.n_prompt),
+                "n_decoded": state.generated,
+                "tenant": state.tenant,
+                "priority": state.priority,
+            }
+            for state in states
+        ]
+    )
+
+
+async def lora_adapters(service: Service, request: Request) -> Response:
+    """The adapters and the scales that requests get which name none; a POST sets these."""
+    names = service.engine.loras
+    if request.method == "POST":
+        given = await bodies.read_list(request, LoraScale)
+        for one in given:
+            if not 0 <= one.id < len(names):
+                raise invalid("id", one.id, f"must be below {len(names)}, the number of adapters")
+        service.default_lora = {names[one.id]: one.scale for one in given if one.scale}
+        return json_response({"success": True})
+    scales = service.default_lora
+    paths = service.options.lora_paths
+    return json_response(
+        [
+            {"id": i, "path": paths.get(name, name), "name": name, "scale": scales.get(name, 0.0)}
+            for i, name in enumerate(names)
+        ]
+    )
+
+
+async def metrics(service: Service, request: Request) -> Response:
+    """Counters and histograms in Prometheus' text format."""
+    if not service.options.metrics:
+        raise UnsupportedOperation("this server does not show its metrics")
+    headers = {"Process-Start-Time-Unix": str(service.created)}
+    return Response(service.metrics.text(), 200, headers, media_type="text/plain; version=0.0.4")
