@@ -144,7 +144,15 @@ class TokenizeError(PyllamabatchError):
 
 
 class ChatTemplateError(PyllamabatchError):
-    """The model has no chat template, or llama.cpp does not know it."""
+    """The model has no chat template, llama.cpp can't read it, or it refuses the messages."""
+
+
+class ChatParseError(PyllamabatchError):
+    """An answer that is not what the model's chat format allows. `text` is what it generated."""
+
+    def __init__(self, text: str, reason: str) -> None:
+        super().__init__(f"{reason or 'the answer can not be parsed'}: {_short(text)}")
+        self.text = text
 
 
 class GrammarError(PyllamabatchError):

@@ -2,26 +2,16 @@
 // failed assertion ends the process; on a thread that is inside one of these calls it becomes an
 // exception instead, which libllama's own handlers turn into an error, and else ours do.
 // Elsewhere (other threads, raw calls) an assertion still ends the process, with its message.
+#include "guard/guard.hpp"
 #include "plb.h"
 
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <exception>
 #include <stdexcept>
-#include <string>
-
-void plb_log_append_error(const char * text);              // log.cpp
-std::string plb_json_schema_grammar(const char * schema); // json_schema.cpp
 
 namespace {
 
 thread_local int guarded = 0;
-
-struct guard {
-    guard()  { guarded++; }
-    ~guard() { guarded--; }
-};
 
 void on_assertion(const char * message) {
     if (guarded > 0) {
@@ -30,46 +20,36 @@ void on_assertion(const char * message) {
     fprintf(stderr, "%s\n", message); // and back to ggml_abort, which ends the process
 }
 
-template <typename R, typename F>
-R call(R failed, F && f) {
-    const guard g;
-    try {
-        return f();
-    } catch (const std::exception & e) {
-        plb_log_append_error(e.what());
-    } catch (...) {
-        plb_log_append_error("unknown exception");
-    }
-    return failed;
-}
-
 } // namespace
+
+namespace plb {
+
+assertion_guard::assertion_guard()  { guarded++; }
+assertion_guard::~assertion_guard() { guarded--; }
+
+} // namespace plb
 
 void plb_guard_install(void) {
     ggml_set_abort_callback(on_assertion);
 }
 
 struct llama_model * plb_model_load(const char ** paths, size_t n_paths, struct llama_model_params params) {
-    return call((llama_model *) nullptr, [&] {
+    return plb::guarded_call((llama_model *) nullptr, [&] {
         return n_paths == 1 ? llama_model_load_from_file(paths[0], params)
                             : llama_model_load_from_splits(paths, n_paths, params);
     });
 }
 
 struct llama_context * plb_context_new(struct llama_model * model, struct llama_context_params params) {
-    return call((llama_context *) nullptr, [&] { return llama_init_from_model(model, params); });
+    return plb::guarded_call((llama_context *) nullptr, [&] { return llama_init_from_model(model, params); });
 }
 
 struct llama_adapter_lora * plb_lora_load(struct llama_model * model, const char * path) {
-    return call((llama_adapter_lora *) nullptr, [&] { return llama_adapter_lora_init(model, path); });
+    return plb::guarded_call((llama_adapter_lora *) nullptr, [&] { return llama_adapter_lora_init(model, path); });
 }
 
 size_t plb_state_seq_set(struct llama_context * ctx, const uint8_t * src, size_t size, llama_seq_id seq) {
-    return call((size_t) 0, [&] { return llama_state_seq_set_data(ctx, src, size, seq); });
-}
-
-char * plb_json_schema_to_gbnf(const char * schema) {
-    return call((char *) nullptr, [&] { return strdup(plb_json_schema_grammar(schema).c_str()); });
+    return plb::guarded_call((size_t) 0, [&] { return llama_state_seq_set_data(ctx, src, size, seq); });
 }
 
 void plb_text_free(char * text) {

@@ -1,5 +1,6 @@
 // libllama's and ggml's log lines, stored until Python asks for them: a callback into Python from
 // whatever thread logs would take the GIL on the hot path.
+#include "guard/guard.hpp"
 #include "plb.h"
 
 #include <algorithm>
@@ -94,10 +95,13 @@ void on_log(enum ggml_log_level level_in, const char * text, void *) {
 
 } // namespace
 
-// For native/guard/guard.cpp.
-void plb_log_append_error(const char * text) {
+void plb::log_error(const char * text) {
     on_log(GGML_LOG_LEVEL_ERROR, text, nullptr);
     on_log(GGML_LOG_LEVEL_CONT, "\n", nullptr);
+}
+
+void plb::log_fragment(enum ggml_log_level level, const char * text) {
+    on_log(level, text, nullptr);
 }
 
 void plb_log_install(void) {

@@ -13,12 +13,13 @@ import numpy.typing as npt
 
 from pyllamabatch.errors import (
     ArgumentError,
-    ChatTemplateError,
     PyllamabatchError,
     TokenizeError,
     UnsupportedOperation,
     integer,
 )
+from pyllamabatch.llama.chat import ChatPrompt, ChatTemplate
+from pyllamabatch.llama.chat import chat_templates as chat_templates
 from pyllamabatch.llama.handle import Owner
 from pyllamabatch.llama.params import check_range, flat_integers
 from pyllamabatch.llama.runtime import filled
@@ -29,13 +30,7 @@ TokenArray = npt.NDArray[np.int32]
 Tokens = Sequence[int] | TokenArray
 
 _MAX_TEXT = 2**31 - 1
-
-
-class ChatPrompt(str):
-    """What `Vocab.apply_chat_template` makes: a text in which special tokens are written out. They
-    are parsed when it is tokenized, and a BOS that it begins with is not doubled."""
-
-    __slots__ = ()
+TEMPLATES_MAX = 16  # that a vocabulary remembers
 
 
 class Vocab:
@@ -54,6 +49,7 @@ class Vocab:
 
     def __init__(self, model: Owner) -> None:
         self._model = model
+        self._templates: dict[str | None, ChatTemplate] = {}
         ptr = self.ptr
         self.n_tokens: int = lib.llama_vocab_n_tokens(ptr)
         kind: str = ffi.typeof("enum llama_vocab_type").elements[int(lib.llama_vocab_type(ptr))]
@@ -169,57 +165,39 @@ class Vocab:
 
     # -- chat --
 
+    def chat_template(self, template: str | None = None) -> ChatTemplate:
+        """The model's chat template, or `template` (Jinja, or one of `chat_templates()`), read
+        once. Raises `ChatTemplateError` when there is none or llama.cpp can't read it."""
+        self._need_text()
+        found = self._templates.get(template)
+        if found is None:
+            found = ChatTemplate(self._model, template)
+            if len(self._templates) < TEMPLATES_MAX:
+                self._templates[template] = found
+        return found
+
     def apply_chat_template(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
         template: str | None = None,
     ) -> ChatPrompt:
-        """A conversation as the model's prompt, by llama.cpp's own (not Jinja) formatter.
+        """A conversation as the model's prompt, as llama-server makes it.
 
             prompt = vocab.apply_chat_template([{"role": "user", "content": "Hello"}])
             engine.submit(prompt)  # or vocab.tokenize(prompt)
 
         - messages: {"role": ..., "content": ...} each.
         - add_generation_prompt: end where the answer of the assistant begins.
-        - template: the text of a template, or the name of one of `chat_templates()`. Default: the
+        - template: a template (Jinja), or the name of one of `chat_templates()`. Default: the
           model's.
 
-        Raises `ChatTemplateError` when there is no template or llama.cpp does not know it.
+        `ChatTemplate.render` has tools, schemas and reasoning besides. Raises `ChatTemplateError`
+        when there is no template, llama.cpp can't read it, or it refuses the messages.
         """
-        if template is None:
-            found = lib.llama_model_chat_template(self._model.ptr, ffi.NULL)
-            if found == ffi.NULL:
-                raise ChatTemplateError(
-                    "the model has no chat template; give one, as in "
-                    'apply_chat_template(messages, template="chatml"), or see chat_templates()'
-                )
-            template = c_text(found)
-        keep = [
-            [ffi.new("char[]", _c_string(f"messages[{i}].{key}", message.get(key)))
-             for key in ("role", "content")]
-            for i, message in enumerate(messages)
-        ]  # fmt: skip
-        chat = ffi.new("struct llama_chat_message[]", max(1, len(keep)))
-        for item, (role, content) in zip(chat, keep, strict=False):
-            item.role, item.content = role, content
-        name = _c_string("template", template)
-
-        def write(*out: Any) -> int:
-            n: int = lib.llama_chat_apply_template(
-                name, chat, len(keep), add_generation_prompt, *out
-            )
-            if n < 0:
-                raise ChatTemplateError(
-                    'llama.cpp does not know this template: give one that it does, as "chatml" '
-                    "(see chat_templates()), or format the prompt yourself. It begins: "
-                    f"{template[:120]!r}"
-                )
-            return n
-
-        size = 2 * sum(len(role) + len(content) for role, content in keep) + 256
-        return ChatPrompt(filled(write, size).decode("utf-8", "replace"))
+        chat = self.chat_template(template)
+        return chat.render(messages, add_generation_prompt=add_generation_prompt)
 
     # -- checks --
 
@@ -290,14 +268,6 @@ class PieceDecoder:
         last = self._core.decode(b"", final=True)
         self._core.reset()
         return last
-
-
-def chat_templates() -> list[str]:
-    """The names of the chat templates that llama.cpp knows."""
-    n = lib.llama_chat_builtin_templates(ffi.NULL, 0)
-    names = ffi.new("const char *[]", n)
-    lib.llama_chat_builtin_templates(names, n)
-    return [c_text(name) for name in names]
 
 
 def _token(token: int) -> int | None:

@@ -14,13 +14,11 @@ from functools import lru_cache
 from typing import Any
 
 from pyllamabatch.errors import ArgumentError, GrammarError
+from pyllamabatch.llama.json_limits import check_schema, json_text
 
 Schema = Mapping[str, Any] | str
 
-# The converter recurses as deep as the schema is nested, and once per optional property.
-DEPTH_MAX = 64
 SIZE_MAX = 1 << 18
-PROPERTIES_MAX = 500
 
 HONOURED = frozenset({
     "type", "enum", "const", "$ref", "oneOf", "anyOf", "allOf",
@@ -59,15 +57,15 @@ def schema_text(schema: Schema, argument: str = "json_schema") -> str:
     """
     try:
         value = json.loads(schema) if isinstance(schema, str) else schema
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-        size = len(text.encode())
-    except (TypeError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ArgumentError(argument, schema, f"must be JSON: {error}") from None
+    text = json_text(argument, value)
+    size = len(text.encode())
     if not isinstance(value, Mapping):
         raise ArgumentError(argument, schema, "must be an object")
     if size > SIZE_MAX:
         raise ArgumentError(argument, f"{size} bytes", f"at most {SIZE_MAX}")
-    _check_size(argument, value)
+    check_schema(argument, value)
     _check_keywords(argument, json.loads(text))
     return text
 
@@ -85,22 +83,6 @@ def schema_to_gbnf(text: str) -> str:
         raise GrammarError(f"the JSON schema can't be made a grammar: {log}")
     grammar: bytes = ffi.string(ffi.gc(out, lib.plb_text_free))
     return grammar.decode()
-
-
-def _check_size(argument: str, root: Any) -> None:
-    todo: list[tuple[Any, int]] = [(root, 1)]
-    while todo:
-        value, depth = todo.pop()
-        if depth > DEPTH_MAX:
-            raise ArgumentError(argument, f"{depth} levels", f"at most {DEPTH_MAX}")
-        if isinstance(value, Mapping):
-            if len(value) > PROPERTIES_MAX:
-                limit = f"at most {PROPERTIES_MAX} in one object"
-                raise ArgumentError(argument, f"{len(value)} properties", limit)
-            _check_reference(argument, root, value)
-            todo += [(child, depth + 1) for child in value.values()]
-        elif isinstance(value, (list, tuple)):
-            todo += [(child, depth + 1) for child in value]
 
 
 def _check_keywords(argument: str, root: Any) -> None:
@@ -138,26 +120,3 @@ def _left_out(schema: Mapping[str, Any]) -> tuple[str, str] | None:
         for keyword in sorted(others & schema.keys()) if first in schema else ():
             return keyword, f"a grammar can't keep it beside {first}"
     return None
-
-
-def _check_reference(argument: str, root: Any, node: Any) -> None:
-    """References that only lead to references must end somewhere."""
-    seen: set[str] = set()
-    while isinstance(node, Mapping) and isinstance(ref := node.get("$ref"), str):
-        if ref in seen:
-            raise ArgumentError(argument, ref, "a $ref must not lead back to itself")
-        seen.add(ref)
-        node = _target(root, ref)
-
-
-def _target(root: Any, ref: str) -> Any:
-    """What a reference points to, read as the converter reads it; None for nothing."""
-    node = root
-    for name in ref.split("/")[1:]:
-        if isinstance(node, Mapping):
-            node = node.get(name)
-        elif isinstance(node, (list, tuple)) and name.isdecimal() and int(name) < len(node):
-            node = node[int(name)]
-        else:
-            return None
-    return node

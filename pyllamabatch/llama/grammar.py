@@ -1,0 +1,27 @@
+"""Grammar: what a generated text must look like, and from where on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A grammar as GBNF text with start rule `root`, and how it begins.
+
+    - lazy: the text is free until a trigger, and the grammar's from there on: one of
+      `trigger_tokens`, or a match of one of `trigger_patterns` (regular expressions of C++, which
+      are searched for in all text so far; the grammar starts with the first group that matched, or
+      else with the match).
+    - prefill: tokens at the end of the prompt that the grammar describes, too. Not for a lazy one.
+    - thinking_start, thinking_ends: token sequences around thoughts, in which a lazy grammar is not
+      triggered. It may begin with one of the ends.
+    """
+
+    text: str
+    lazy: bool = False
+    trigger_patterns: tuple[str, ...] = ()
+    trigger_tokens: tuple[int, ...] = ()
+    prefill: tuple[int, ...] = ()
+    thinking_start: tuple[int, ...] = ()
+    thinking_ends: tuple[tuple[int, ...], ...] = ()
