@@ -18,8 +18,10 @@ from . import embeddings, errors, native
 from .chat import ChatBody, chat_completions
 from .completions import CompletionBody, completions
 from .errors import ApiError, json_response
+from .messages import MessagesBody, count_tokens, messages
 from .metrics import Metrics
 from .options import ServerOptions
+from .responses import ResponsesBody, responses
 from .schemas import Described
 from .security import ApiKeys
 from .service import Service
@@ -69,6 +71,9 @@ def _router(service: Service, described: Callable[[type[BaseModel]], dict[str, A
     route("GET", "/v1/models", "/models", to=models)
     route("POST", "/v1/completions", to=completions, body=CompletionBody)
     route("POST", "/v1/chat/completions", "/chat/completions", to=chat_completions, body=ChatBody)
+    route("POST", "/v1/responses", "/responses", to=responses, body=ResponsesBody)
+    route("POST", "/v1/messages", to=messages, body=MessagesBody)
+    route("POST", "/v1/messages/count_tokens", to=count_tokens, body=MessagesBody)
     completion, body = native.completion, native.NativeBody
     route("POST", "/completion", "/completions", to=completion, body=body)
     route("POST", "/tokenize", to=native.tokenize, body=native.TokenizeBody)

@@ -22,7 +22,9 @@ from .errors import ApiError, invalid
 IGNORED = frozenset({
     # OpenAI's
     "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "verbosity", "best_of",
+    "prompt_cache_retention", "verbosity", "best_of", "reasoning_effort",
+    # Anthropic's
+    "cache_control", "container", "inference_geo", "speed", "diagnostics",
     # llama-server's
     "cache_prompt", "id_slot", "n_keep", "n_discard", "min_keep", "n_indent", "samplers",
     "t_max_prompt_ms", "return_progress", "dry_base", "dry_allowed_length", "dry_penalty_last_n",

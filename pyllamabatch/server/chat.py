@@ -15,61 +15,42 @@ from ..engine.stream import Chunk, Result, Stream, Token
 from . import bodies, tokens
 from .answer import DONE, Answer, event, respond
 from .bodies import SamplingBody
+from .conversation import CallDelta, Turn, blocks_of, turn_of
 from .errors import invalid
 from .service import Prepared, Service
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class ChatBody(SamplingBody):
     """`logprobs`: of each token, with `top_logprobs` of the most likely ones beside it."""
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] = "auto"
+    parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
 
 
 async def chat_completions(service: Service, request: Request) -> Response:
     body = await bodies.read(request, ChatBody)
-    prompt = service.chat_prompt(messages_of(body.messages))
+    turn = chat_turn(service, body)
     if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs", body.top_logprobs, "needs logprobs: true")
     n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    prepared = await service.submit(body, [prompt], n_logprobs)
-    answer = ChatAnswer(service, body, prepared)
+    prepared = await service.submit(body, [turn.prompt], n_logprobs, turn.sampling)
+    answer = ChatAnswer(service, body, prepared, turn)
     return await respond(service, request, answer, prepared.streams, stream=body.stream)
 
 
-def messages_of(given: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Roles and texts; content parts of texts are joined."""
-    messages = []
-    for i, message in enumerate(given):
-        role = message.get("role")
-        if role not in ROLES:
-            raise invalid(f"messages[{i}].role", role, f"must be one of {', '.join(ROLES)}")
-        messages.append({"role": role, "content": text_of(f"messages[{i}].content", message)})
-    return messages
-
-
-def text_of(name: str, message: dict[str, Any]) -> str:
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    if content is None and message.get("role") == "assistant":
-        return ""
-    if not isinstance(content, list):
-        raise invalid(name, content, "must be a text or a list of parts")
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else part
-        if kind not in ("text", "input_text", "output_text", "refusal"):
-            raise invalid(name, kind, "only parts of type text are supported")
-        if not isinstance(part.get("text"), str):
-            raise invalid(name, part, 'a part of type text needs a "text"')
-    return "".join(part["text"] for part in content)
+def chat_turn(service: Service, body: ChatBody) -> Turn:
+    return turn_of(service, body.messages, body.tools, body.tool_choice)
 
 
 class ChatAnswer(Answer):
-    def __init__(self, service: Service, body: ChatBody, prepared: Prepared) -> None:
+    def __init__(self, service: Service, body: ChatBody, prepared: Prepared, turn: Turn) -> None:
+        self._turn = turn
+        self._readers = [turn.reader() for _ in prepared.streams]
+        self._called = [False] * len(prepared.streams)
         self._service = service
         self._body = body
         self._prepared = prepared
@@ -93,12 +74,15 @@ class ChatAnswer(Answer):
         choices = [
             {
                 "index": i,
-                "message": {"role": "assistant", "content": result.text, "refusal": None},
+                "message": message_of(self._turn, result.text),
                 "logprobs": self._logprobs(tokens.tokens_of(result)),
                 "finish_reason": tokens.finish_reason(result),
             }
             for i, result in enumerate(results)
         ]
+        for choice in choices:
+            if "tool_calls" in choice["message"] and choice["finish_reason"] == "stop":
+                choice["finish_reason"] = "tool_calls"
         return {
             **self._head,
             "choices": choices,
@@ -111,14 +95,31 @@ class ChatAnswer(Answer):
         return b"".join(self._event(i, delta) for i in range(self._n))
 
     def chunk(self, i: int, stream: Stream, chunk: Chunk) -> bytes:
-        if not self._body.logprobs:
+        if self._turn.plain and not self._body.logprobs:
             return self._before[i] + orjson.dumps(chunk.text) + self._after
+        delta = self._delta(i, chunk.text)
         logprobs = self._logprobs(stream.between(chunk.start, chunk.stop))
-        return self._event(i, {"content": chunk.text}, logprobs=logprobs)
+        return self._event(i, delta, logprobs=logprobs) if delta or logprobs else b""
 
     def finish(self, i: int, result: Result) -> bytes:
+        delta = self._delta(i, "", last=True)
         reason = tokens.finish_reason(result)
-        return self._event(i, {}, reason, timings=tokens.timings(result))
+        if self._called[i] and reason == "stop":
+            reason = "tool_calls"
+        left = self._event(i, delta) if delta else b""
+        return left + self._event(i, {}, reason, timings=tokens.timings(result))
+
+    def _delta(self, i: int, text: str, *, last: bool = False) -> dict[str, Any]:
+        new = self._readers[i].feed(text, last=last)
+        delta: dict[str, Any] = {}
+        if new.reasoning_content:
+            delta["reasoning_content"] = new.reasoning_content
+        if new.content:
+            delta["content"] = new.content
+        if new.tool_calls:
+            self._called[i] = True
+            delta["tool_calls"] = [_call_delta(call) for call in new.tool_calls]
+        return delta
 
     def end(self, results: Sequence[Result]) -> bytes:
         if not self._null:
@@ -143,3 +144,34 @@ class ChatAnswer(Answer):
             "index": i, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason,
         }  # fmt: skip
         return event({**self._head, "choices": [choice], **self._null, **more})
+
+
+def message_of(turn: Turn, text: str) -> dict[str, Any]:
+    """A whole answer as OpenAI's message."""
+    blocks = blocks_of(turn, text)
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": "".join(block.text for block in blocks if block.kind == "text"),
+        "refusal": None,
+    }
+    if thoughts := "".join(block.text for block in blocks if block.kind == "reasoning"):
+        message["reasoning_content"] = thoughts
+    calls = [block for block in blocks if block.kind == "tool"]
+    if calls:
+        message["content"] = message["content"] or None
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.text},
+            }
+            for call in calls
+        ]
+    return message
+
+
+def _call_delta(call: CallDelta) -> dict[str, Any]:
+    if not call.name:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.index, "id": call.id, "type": "function", "function": function}

@@ -18,7 +18,7 @@ from ..step.sampling_params import SamplingParams
 from . import bodies, tokens
 from .answer import Answer, event, respond
 from .bodies import Body, SamplingBody
-from .chat import ChatBody, messages_of
+from .chat import ChatBody, chat_turn
 from .errors import invalid, json_response
 from .service import Prepared, Prompt, Service
 
@@ -220,7 +220,7 @@ async def detokenize(service: Service, request: Request) -> Response:
 async def apply_template(service: Service, request: Request) -> Response:
     """The prompt that a chat becomes."""
     body = await bodies.read(request, ChatBody)
-    return json_response({"prompt": service.chat_prompt(messages_of(body.messages))})
+    return json_response({"prompt": chat_turn(service, body).prompt})
 
 
 # -- the server itself

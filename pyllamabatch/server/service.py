@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..engine.engine import Engine
@@ -16,7 +17,7 @@ from ..engine.stream import Stream
 from ..errors import UnsupportedOperation, integer
 from ..llama import runtime
 from ..llama.model import Model
-from ..llama.vocab import ChatPrompt, TokenArray
+from ..llama.vocab import TokenArray
 from ..raw import lib
 from ..step.sampling_params import SamplingParams
 from .bodies import Lora, SamplingBody, bias_of
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 LONG_TEXT = 4096  # characters that are tokenized in the event loop at most
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 Prompt = str | Sequence[int | str]
 """A text, token ids, or both in a list."""
 T = TypeVar("T")
@@ -117,10 +119,6 @@ class Service:
                 tokens.append(part)
         return self.vocab.check_tokens(tokens, "prompt")
 
-    def chat_prompt(self, messages: Sequence[dict[str, Any]]) -> ChatPrompt:
-        """The one place where a chat becomes a prompt."""
-        return self.vocab.apply_chat_template(messages, template=self.options.chat_template)
-
     def piece(self, token: int) -> bytes:
         """The bytes of a token, special ones written out."""
         piece = self._pieces.get(token)
@@ -135,26 +133,37 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._pool, call)
 
     async def submit(
-        self, body: SamplingBody, prompts: Sequence[Prompt], n_logprobs: int | None = None
+        self,
+        body: SamplingBody,
+        prompts: Sequence[Prompt],
+        n_logprobs: int | None = None,
+        more: Mapping[str, Any] = NOTHING,
     ) -> Prepared:
-        """The requests of a body, submitted. Raises what becomes a 4xx or a 503."""
+        """The requests of a body, submitted. `more`: fields of `SamplingParams` beside the body's;
+        `stop` joins the body's. Raises what becomes a 4xx or a 503."""
         if self.draining:
             raise ApiError(503, "the server is about to end", "unavailable_error", code="draining")
         n = body.n * len(prompts)
         if n > self.options.n_choices_max:
             raise invalid("n", n, f"at most {self.options.n_choices_max} choices of a request")
-        prepare = partial(self._submit, body, prompts, n_logprobs)
+        prepare = partial(self._submit, body, prompts, n_logprobs, more)
         text = sum(len(prompt) for prompt in prompts)
         if text > LONG_TEXT or body.grammar or body.json_schema or body.response_format:
             return await self.apart(prepare)
         return prepare()
 
     def _submit(
-        self, body: SamplingBody, prompts: Sequence[Prompt], n_logprobs: int | None
+        self,
+        body: SamplingBody,
+        prompts: Sequence[Prompt],
+        n_logprobs: int | None,
+        more: Mapping[str, Any],
     ) -> Prepared:
         if n_logprobs is not None:
             integer("logprobs", n_logprobs, 0, self.engine.n_logprobs_max)
-        sampling = {**self.options.sampling, **body.sampling(n_logprobs)}
+        given = {**self.options.sampling, **body.sampling(n_logprobs)}
+        stops = (*given.get("stop", ()), *more.get("stop", ()))
+        sampling = {**given, **more, "stop": stops}
         if body.logit_bias is not None:
             sampling["logit_bias"] = bias = bias_of(body.logit_bias, self._bias_tokens)
             self.vocab.check_tokens(list(bias), "logit_bias")

@@ -1,0 +1,179 @@
+"""Chats: messages to a prompt, and an answer's text to its parts, for all interfaces.
+
+`turn_of` is the one place that knows how. Interfaces translate their messages to OpenAI's, and the
+parts of an answer from `Delta`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from ..errors import UnsupportedOperation
+from ..llama.vocab import ChatPrompt
+from .errors import invalid
+
+if TYPE_CHECKING:
+    from .service import Service
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+
+
+@dataclass(frozen=True, slots=True)
+class CallDelta:
+    """More of tool call number `index`. `name` and `id` are in the first one of each call only."""
+
+    index: int
+    arguments: str
+    name: str = ""
+    id: str = ""
+
+
+class Delta(NamedTuple):
+    """What a piece of text adds to an answer."""
+
+    content: str = ""
+    reasoning_content: str = ""
+    tool_calls: tuple[CallDelta, ...] = ()
+
+
+class PlainReader:
+    """Of an answer that is all content."""
+
+    def feed(self, text: str, *, last: bool = False) -> Delta:
+        """What `text` adds. `last`: no more will come."""
+        return Delta(text)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A prompt, and how its answer is read. `sampling`: fields of `SamplingParams` that the
+    template asks for."""
+
+    prompt: ChatPrompt
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    plain: bool = True
+
+    def reader(self) -> PlainReader:
+        """For one answer."""
+        return PlainReader()
+
+
+def turn_of(
+    service: Service,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    tool_choice: str | Mapping[str, Any] = "auto",
+) -> Turn:
+    """The turn that answers these messages, which are in OpenAI's form."""
+    if tools and tool_choice != "none":
+        raise UnsupportedOperation("tools are not supported yet")
+    checked = [checked_message(i, message) for i, message in enumerate(messages)]
+    prompt = service.vocab.apply_chat_template(checked, template=service.options.chat_template)
+    return Turn(prompt)
+
+
+def checked_message(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    """Role and text; content parts are joined."""
+    role = message.get("role")
+    if role not in ROLES:
+        raise invalid(f"messages[{i}].role", role, f"must be one of {', '.join(ROLES)}")
+    content = message.get("content")
+    if content is None and role == "assistant":
+        content = ""
+    return {"role": role, "content": text_of(f"messages[{i}].content", content)}
+
+
+def text_of(name: str, content: object) -> str:
+    """A text, or the texts of its parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise invalid(name, content, "must be a text or a list of parts")
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else part
+        if kind not in TEXT_PARTS:
+            raise invalid(name, kind, "only parts of type text are supported")
+        if not isinstance(part.get("text", part.get("refusal")), str):
+            raise invalid(name, part, 'a part of type text needs a "text"')
+    return "".join(part.get("text", part.get("refusal")) for part in content)
+
+
+# -- answers that are lists of blocks (Responses, Messages)
+
+Kind = Literal["reasoning", "text", "tool"]
+
+
+@dataclass
+class Block:
+    """A part of an answer. `text`: of a tool call, its arguments as JSON."""
+
+    index: int
+    kind: Kind
+    text: str = ""
+    name: str = ""
+    id: str = ""
+
+
+class BlockEvent(NamedTuple):
+    """A block opens, grows by `text`, or is complete."""
+
+    what: Literal["open", "grow", "close"]
+    block: Block
+    text: str = ""
+
+
+class Blocks:
+    """Cuts an answer into blocks, one open at a time."""
+
+    def __init__(self) -> None:
+        self.all: list[Block] = []
+        self._open: Block | None = None
+        self._calls: dict[int, Block] = {}
+
+    def feed(self, delta: Any) -> Iterator[BlockEvent]:
+        """What a `Delta` does to them."""
+        if delta.reasoning_content:
+            yield from self._grow("reasoning", delta.reasoning_content)
+        if delta.content:
+            yield from self._grow("text", delta.content)
+        for call in delta.tool_calls:
+            if call.index not in self._calls:
+                yield from self.close()
+                block = self._calls[call.index] = self._add("tool")
+                block.name, block.id = call.name, call.id
+                yield BlockEvent("open", block)
+            block = self._calls[call.index]
+            block.text += call.arguments
+            yield BlockEvent("grow", block, call.arguments)
+
+    def close(self) -> Iterator[BlockEvent]:
+        """The open one is complete."""
+        if self._open is not None:
+            block, self._open = self._open, None
+            yield BlockEvent("close", block)
+
+    def _grow(self, kind: Kind, text: str) -> Iterator[BlockEvent]:
+        block = self._open
+        if block is None or block.kind != kind:
+            yield from self.close()
+            block = self._add(kind)
+            yield BlockEvent("open", block)
+        block.text += text
+        yield BlockEvent("grow", block, text)
+
+    def _add(self, kind: Kind) -> Block:
+        self._open = block = Block(len(self.all), kind)
+        self.all.append(block)
+        return block
+
+
+def blocks_of(turn: Turn, text: str) -> list[Block]:
+    """Those of a whole answer; one empty text where there is nothing."""
+    blocks, reader = Blocks(), turn.reader()
+    for delta in (reader.feed(text), reader.feed("", last=True)):
+        for _ in blocks.feed(delta):
+            pass
+    return blocks.all or [Block(0, "text")]

@@ -1,0 +1,234 @@
+"""Anthropic's `/v1/messages`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+from uuid import uuid4
+
+import orjson
+from fastapi import Request
+from pydantic import Field
+from starlette.responses import Response
+
+from ..engine.stream import Chunk, Result, Stream
+from . import bodies
+from .answer import Answer, named_event, respond
+from .bodies import Body, SamplingBody
+from .conversation import Block, BlockEvent, Blocks, Turn, blocks_of, text_of, turn_of
+from .errors import ApiError, invalid, json_response
+from .service import Prepared, Service
+
+
+class OutputFormat(Body):
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Body):
+    format: OutputFormat | None = None
+    effort: str | None = None
+
+
+class MessagesBody(SamplingBody):
+    """`messages` of roles user and assistant; the system's text is `system`."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    system: str | list[dict[str, Any]] = ""
+    stop_sequences: list[str] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+    output_config: OutputConfig | None = None
+
+
+async def messages(service: Service, request: Request) -> Response:
+    """An answer as a list of content blocks."""
+    body = await bodies.read(request, MessagesBody)
+    if body.max_tokens is None:
+        raise invalid("max_tokens", None, "missing")
+    body.stop = body.stop_sequences
+    if body.output_config is not None and body.output_config.format is not None:
+        body.json_schema = body.output_config.format.schema_
+    turn = _turn(service, body)
+    prepared = await service.submit(body, [turn.prompt], None, turn.sampling)
+    answer = MessagesAnswer(service, body, prepared, turn)
+    return await respond(service, request, answer, prepared.streams[:1], stream=body.stream)
+
+
+async def count_tokens(service: Service, request: Request) -> Response:
+    """How many tokens the prompt of these messages has."""
+    body = await bodies.read(request, MessagesBody)
+    turn = _turn(service, body)
+    tokens = await service.apart(lambda: service.tokens(turn.prompt))
+    return json_response({"input_tokens": len(tokens)})
+
+
+def _turn(service: Service, body: MessagesBody) -> Turn:
+    tools = [
+        {
+            "type": "function",
+            "function": {
+                "name": tool.get("name"),
+                "description": tool.get("description", ""),
+                "parameters": tool.get("input_schema", {}),
+            },
+        }
+        for tool in body.tools or ()
+    ]
+    return turn_of(service, messages_of(body), tools, _choice(body.tool_choice))
+
+
+def _choice(given: dict[str, Any] | None) -> str | dict[str, Any]:
+    match (given or {}).get("type", "auto"):
+        case "tool":
+            return {"type": "function", "function": {"name": (given or {}).get("name")}}
+        case "any":
+            return "required"
+        case "auto" | "none" as word:
+            return str(word)
+        case kind:
+            raise invalid("tool_choice.type", kind, "must be one of auto, any, tool, none")
+
+
+def messages_of(body: MessagesBody) -> list[dict[str, Any]]:
+    """The conversation in the form of chat completions."""
+    found: list[dict[str, Any]] = []
+    if body.system:
+        found.append({"role": "system", "content": text_of("system", body.system)})
+    for i, message in enumerate(body.messages):
+        content = message.get("content")
+        if not isinstance(content, list):
+            found.append({"role": message.get("role"), "content": content})
+            continue
+        found += _of_blocks(f"messages[{i}].content", message.get("role"), content)
+    return found
+
+
+def _of_blocks(name: str, role: Any, content: Sequence[Any]) -> list[dict[str, Any]]:
+    """Results of tools are messages of their own; thoughts of former answers are left out."""
+    texts: list[str] = []
+    calls: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    for block in content:
+        match block.get("type") if isinstance(block, dict) else None:
+            case "text":
+                texts.append(text_of(name, [block]))
+            case "tool_use":
+                arguments = orjson.dumps(block.get("input", {})).decode()
+                function = {"name": block.get("name"), "arguments": arguments}
+                calls.append({"id": block.get("id"), "type": "function", "function": function})
+            case "tool_result":
+                said = text_of(name, block.get("content") or "")
+                call = {"role": "tool", "tool_call_id": block.get("tool_use_id")}
+                results.append({**call, "content": said})
+            case "thinking" | "redacted_thinking":
+                pass
+            case "image":
+                raise invalid(name, "image", "image input is not supported")
+            case kind:
+                raise invalid(name, kind, "must be text, tool_use or tool_result")
+    if not texts and not calls:
+        return results
+    message: dict[str, Any] = {"role": role, "content": "".join(texts)}
+    if calls:
+        message["tool_calls"] = calls
+    return [*results, message]
+
+
+class MessagesAnswer(Answer):
+    def __init__(
+        self, service: Service, body: MessagesBody, prepared: Prepared, turn: Turn
+    ) -> None:
+        self._prepared = prepared
+        self._turn = turn
+        self._reader = turn.reader()
+        self._blocks = Blocks()
+        self._head = {
+            "id": f"msg_{uuid4().hex}",
+            "type": "message",
+            "role": "assistant",
+            "model": body.model or service.model_name,
+        }
+
+    def whole(self, results: Sequence[Result]) -> Any:
+        (result,) = results
+        blocks = blocks_of(self._turn, result.text)
+        content = [_content(block) for block in blocks]
+        ended = _ended(result, blocks)
+        return {**self._head, "content": content, **ended, "usage": self._usage(result)}
+
+    def begin(self) -> bytes:
+        usage = {"input_tokens": self._prepared.n_prompt, "output_tokens": 0}
+        nothing: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
+        return _event("message_start", message={**self._head, **nothing, "usage": usage})
+
+    def chunk(self, i: int, stream: Stream, chunk: Chunk) -> bytes:
+        return self._events(self._reader.feed(chunk.text))
+
+    def finish(self, i: int, result: Result) -> bytes:
+        left = self._events(self._reader.feed("", last=True))
+        left += b"".join(map(_block_event, self._blocks.close()))
+        ended = _ended(result, self._blocks.all)
+        return left + _event("message_delta", delta=ended, usage=self._usage(result))
+
+    def end(self, results: Sequence[Result]) -> bytes:
+        return _event("message_stop")
+
+    def failed(self, error: ApiError) -> bytes:
+        return _event("error", error=error.error)
+
+    def _events(self, delta: Any) -> bytes:
+        return b"".join(map(_block_event, self._blocks.feed(delta)))
+
+    def _usage(self, result: Result) -> dict[str, Any]:
+        return {
+            "input_tokens": self._prepared.n_prompt - result.n_cached,
+            "cache_read_input_tokens": result.n_cached,
+            "cache_creation_input_tokens": 0,
+            "output_tokens": result.n_generated,
+        }
+
+
+def _event(name: str, **values: Any) -> bytes:
+    return named_event(name, {"type": name, **values})
+
+
+def _block_event(event: BlockEvent) -> bytes:
+    what, block, text = event
+    if what == "open":
+        return _event("content_block_start", index=block.index, content_block=_content(block))
+    if what == "close":
+        return _event("content_block_stop", index=block.index)
+    delta = {
+        "text": {"type": "text_delta", "text": text},
+        "reasoning": {"type": "thinking_delta", "thinking": text},
+        "tool": {"type": "input_json_delta", "partial_json": text},
+    }[block.kind]
+    return _event("content_block_delta", index=block.index, delta=delta)
+
+
+def _content(block: Block) -> dict[str, Any]:
+    match block.kind:
+        case "text":
+            return {"type": "text", "text": block.text}
+        case "reasoning":
+            return {"type": "thinking", "thinking": block.text, "signature": ""}
+        case "tool":
+            return {
+                "type": "tool_use",
+                "id": block.id,
+                "name": block.name,
+                "input": orjson.loads(block.text or "{}"),
+            }
+
+
+def _ended(result: Result, blocks: Sequence[Block]) -> dict[str, Any]:
+    word = result.stop if isinstance(result.stop, str) else None
+    if word is not None:
+        reason = "stop_sequence"
+    elif result.finish_reason != "stop":
+        reason = "max_tokens"
+    else:
+        reason = "tool_use" if any(block.kind == "tool" for block in blocks) else "end_turn"
+    return {"stop_reason": reason, "stop_sequence": word}

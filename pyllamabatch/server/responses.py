@@ -1,0 +1,257 @@
+"""OpenAI's `/v1/responses`, without a store: a conversation is sent whole each time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+from uuid import uuid4
+
+from fastapi import Request
+from pydantic import Field
+from starlette.responses import Response
+
+from ..engine.stream import Chunk, Result, Stream
+from . import bodies
+from .answer import Answer, named_event, respond
+from .bodies import Body, JsonSchema, ResponseFormat, SamplingBody
+from .conversation import Block, BlockEvent, Blocks, Turn, blocks_of, turn_of
+from .errors import ApiError, invalid
+from .service import Prepared, Service
+
+
+class TextFormat(JsonSchema):
+    """`JsonSchema` is flat here."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+
+
+class TextOptions(Body):
+    format: TextFormat | None = None
+    verbosity: str | None = None
+
+
+class ResponsesBody(SamplingBody):
+    """`input`: a text, or the items of a conversation."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str = ""
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    text: TextOptions | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] = "auto"
+    parallel_tool_calls: bool | None = None
+    reasoning: dict[str, Any] | None = None
+    include: list[str] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    background: Literal[False] = False
+    top_logprobs: Literal[0] = 0
+
+
+async def responses(service: Service, request: Request) -> Response:
+    """An answer as a list of output items."""
+    body = await bodies.read(request, ResponsesBody)
+    body.max_tokens = body.max_output_tokens or body.max_tokens
+    format = body.text.format if body.text else None
+    if format is not None and format.type != "text":
+        schema = JsonSchema(name=format.name, schema=format.schema_)
+        wrapped = schema if format.type == "json_schema" else None
+        body.response_format = ResponseFormat(type=format.type, json_schema=wrapped)
+    tools = [_tool(tool) for tool in body.tools or ()]
+    turn = turn_of(service, messages_of(body), tools, _choice(body.tool_choice))
+    prepared = await service.submit(body, [turn.prompt], None, turn.sampling)
+    answer = ResponsesAnswer(service, body, prepared, turn)
+    return await respond(service, request, answer, prepared.streams[:1], stream=body.stream)
+
+
+def messages_of(body: ResponsesBody) -> list[dict[str, Any]]:
+    """The conversation in the form of chat completions."""
+    messages: list[dict[str, Any]] = []
+    if body.instructions:
+        messages.append({"role": "system", "content": body.instructions})
+    if isinstance(body.input, str):
+        return [*messages, {"role": "user", "content": body.input}]
+    for i, item in enumerate(body.input):
+        match item.get("type", "message"):
+            case "message":
+                message = {"role": item.get("role"), "content": item.get("content")}
+                messages.append(message)
+            case "function_call":
+                _add_call(messages, item)
+            case "function_call_output":
+                call = {"role": "tool", "tool_call_id": item.get("call_id")}
+                messages.append({**call, "content": item.get("output")})
+            case "reasoning":
+                pass  # thoughts of former answers are not given to the model again
+            case kind:
+                raise invalid(f"input[{i}].type", kind, "is not supported")
+    return messages
+
+
+def _add_call(messages: list[dict[str, Any]], item: dict[str, Any]) -> None:
+    """Calls of one answer are in one message."""
+    if not messages or messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant", "content": None})
+    function = {"name": item.get("name"), "arguments": item.get("arguments", "{}")}
+    call = {"id": item.get("call_id"), "type": "function", "function": function}
+    messages[-1].setdefault("tool_calls", []).append(call)
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    if tool.get("type") != "function":
+        raise invalid("tools.type", tool.get("type"), "must be function")
+    names = ("name", "description", "parameters", "strict")
+    function = {name: tool[name] for name in names if tool.get(name) is not None}
+    return {"type": "function", "function": function}
+
+
+def _choice(choice: str | dict[str, Any]) -> str | dict[str, Any]:
+    if isinstance(choice, dict) and "name" in choice:
+        return {"type": "function", "function": {"name": choice["name"]}}
+    return choice
+
+
+class ResponsesAnswer(Answer):
+    def __init__(
+        self, service: Service, body: ResponsesBody, prepared: Prepared, turn: Turn
+    ) -> None:
+        self._prepared = prepared
+        self._turn = turn
+        self._reader = turn.reader()
+        self._blocks = Blocks()
+        self._ids: list[str] = []  # of the items
+        self._n_events = 0
+        self._head = {
+            "id": f"resp_{uuid4().hex}",
+            "object": "response",
+            "created_at": service.now(),
+            "model": body.model or service.model_name,
+            "instructions": body.instructions or None,
+            "max_output_tokens": body.max_output_tokens,
+            "parallel_tool_calls": body.parallel_tool_calls or False,
+            "tool_choice": body.tool_choice,
+            "tools": body.tools or [],
+            "temperature": body.temperature,
+            "top_p": body.top_p,
+            "metadata": {},
+            "error": None,
+            "incomplete_details": None,
+        }
+
+    def whole(self, results: Sequence[Result]) -> Any:
+        return self._complete(results[0], blocks_of(self._turn, results[0].text))
+
+    def begin(self) -> bytes:
+        response = {**self._head, "status": "in_progress", "output": [], "usage": None}
+        return self._event("created", response=response) + self._event(
+            "in_progress", response=response
+        )
+
+    def chunk(self, i: int, stream: Stream, chunk: Chunk) -> bytes:
+        return self._events(self._reader.feed(chunk.text))
+
+    def finish(self, i: int, result: Result) -> bytes:
+        left = self._events(self._reader.feed("", last=True))
+        return left + b"".join(self._block_event(event) for event in self._blocks.close())
+
+    def end(self, results: Sequence[Result]) -> bytes:
+        response = self._complete(results[0], self._blocks.all or [Block(0, "text")])
+        return self._event(response["status"], response=response)
+
+    def failed(self, error: ApiError) -> bytes:
+        said = {"code": error.error["code"] or "server_error", "message": str(error)}
+        response = {**self._head, "status": "failed", "error": said, "output": [], "usage": None}
+        return self._event("failed", response=response)
+
+    def _events(self, delta: Any) -> bytes:
+        return b"".join(self._block_event(event) for event in self._blocks.feed(delta))
+
+    def _block_event(self, event: BlockEvent) -> bytes:
+        what, block, text = event
+        where: dict[str, Any] = {"output_index": block.index}
+        if what == "open":
+            item = self._item(block, "in_progress")
+            opened = self._event("output_item.added", **where, item=_empty(item))
+            if block.kind != "text":
+                return opened
+            where |= {"item_id": item["id"], "content_index": 0}
+            return opened + self._event("content_part.added", **where, part=_text_part(""))
+        item = self._item(block, "completed")
+        where["item_id"] = item["id"]
+        if block.kind != "tool":
+            where["content_index"] = 0
+        name = {"text": "output_text", "reasoning": "reasoning_text"}.get(
+            block.kind, "function_call_arguments"
+        )
+        more: dict[str, Any] = {"logprobs": []} if block.kind == "text" else {}
+        if what == "grow":
+            return self._event(f"{name}.delta", **where, delta=text, **more)
+        if block.kind == "tool":
+            done = self._event(f"{name}.done", **where, name=block.name, arguments=block.text)
+        else:
+            done = self._event(f"{name}.done", **where, text=block.text, **more)
+        if block.kind == "text":
+            done += self._event("content_part.done", **where, part=_text_part(block.text))
+        return done + self._event("output_item.done", output_index=block.index, item=item)
+
+    def _event(self, what: str, /, **values: Any) -> bytes:
+        kind, number = f"response.{what}", self._n_events
+        self._n_events += 1
+        return named_event(kind, {"type": kind, "sequence_number": number, **values})
+
+    def _complete(self, result: Result, blocks: Sequence[Block]) -> dict[str, Any]:
+        cut = result.finish_reason != "stop"
+        status = "incomplete" if cut else "completed"
+        n_prompt, n = self._prepared.n_prompt, result.n_generated
+        return {
+            **self._head,
+            "status": status,
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "output": [self._item(block, status) for block in blocks],
+            "usage": {
+                "input_tokens": n_prompt,
+                "input_tokens_details": {"cached_tokens": result.n_cached},
+                "output_tokens": n,
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": n_prompt + n,
+            },
+        }
+
+    def _item(self, block: Block, status: str) -> dict[str, Any]:
+        while len(self._ids) <= block.index:
+            self._ids.append(uuid4().hex)
+        id = self._ids[block.index]
+        match block.kind:
+            case "text":
+                part = _text_part(block.text)
+                item = {"id": f"msg_{id}", "type": "message", "role": "assistant"}
+                return {**item, "status": status, "content": [part]}
+            case "reasoning":
+                thoughts = {"type": "reasoning_text", "text": block.text}
+                return {
+                    "id": f"rs_{id}",
+                    "type": "reasoning",
+                    "summary": [],
+                    "content": [thoughts],
+                    "status": status,
+                }
+            case "tool":
+                return {
+                    "id": f"fc_{id}",
+                    "type": "function_call",
+                    "call_id": block.id,
+                    "name": block.name,
+                    "arguments": block.text,
+                    "status": status,
+                }
+
+
+def _text_part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _empty(item: dict[str, Any]) -> dict[str, Any]:
+    """As it opens."""
+    empty: dict[str, Any] = (
+        {"arguments": ""} if item["type"] == "function_call" else {"content": []}
+    )
+    return {**item, **empty}

@@ -1,0 +1,136 @@
+"""The real `openai` and `anthropic` clients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import anthropic
+import openai
+import pytest
+from openai.types.chat import ChatCompletionUserMessageParam
+from pydantic import BaseModel
+
+from tests.support.served import ANSWER, SUM, Served
+
+ASKED: list[ChatCompletionUserMessageParam] = [{"role": "user", "content": SUM}]
+
+
+class Sum(BaseModel):
+    total: int
+    sure: bool
+
+
+@pytest.fixture(scope="module")
+def client(served: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def claude(served: Served) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=served.url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="m", messages=ASKED, temperature=0, seed=-5)
+    assert answer.choices[0].message.content == ANSWER
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 2
+    text = ""
+    stream = client.chat.completions.create(
+        model="m", messages=ASKED, temperature=0, stream=True,
+        stream_options={"include_usage": True},
+    )  # fmt: skip
+    for chunk in stream:
+        text += "".join(choice.delta.content or "" for choice in chunk.choices)
+        usage = chunk.usage
+    assert text == ANSWER
+    assert usage is not None
+    assert usage.completion_tokens == 2
+
+
+def test_parse(client: openai.OpenAI) -> None:
+    parsed = client.chat.completions.parse(
+        model="m", messages=ASKED, response_format=Sum, temperature=0, max_completion_tokens=400
+    )
+    assert isinstance(parsed.choices[0].message.parsed, Sum)
+    response = client.responses.parse(
+        model="m", input=SUM, text_format=Sum, temperature=0, max_output_tokens=400
+    )
+    assert isinstance(response.output_parsed, Sum)
+
+
+def test_completions_and_models(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="m", prompt=SUM, max_tokens=3, logprobs=1)
+    assert answer.choices[0].logprobs is not None
+    assert [model.id for model in client.models.list()] == ["default.gguf"]
+
+
+def test_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="m", messages=ASKED, temperature=-1)
+    assert caught.value.param == "temperature"
+    with pytest.raises(openai.BadRequestError, match="nearest_field"):
+        client.chat.completions.create(
+            model="m", messages=ASKED, extra_body={"nearest_field": 1}
+        )  # fmt: skip
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.create(model="m", input=SUM, previous_response_id="resp_1")
+    assert caught.value.param == "previous_response_id"
+
+
+def test_responses(client: openai.OpenAI) -> None:
+    response = client.responses.create(model="m", input=SUM, temperature=0, store=False)
+    assert (response.output_text, response.status) == (ANSWER, "completed")
+    assert response.usage is not None
+    again = client.responses.create(
+        model="m",
+        input=[
+            {"role": "user", "content": [{"type": "input_text", "text": "Copy: hello"}]},
+            *[item.model_dump() for item in response.output],  # type: ignore[list-item]
+            {"role": "user", "content": SUM},
+        ],
+        temperature=0,
+        max_output_tokens=1,
+    )
+    assert again.status == "incomplete"
+    assert again.incomplete_details is not None
+    assert again.incomplete_details.reason == "max_output_tokens"
+    with client.responses.stream(model="m", input=SUM, temperature=0) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_response()
+    assert final.output_text == ANSWER
+    assert list(dict.fromkeys(kinds)) == [  # a step or two may be in one delta
+        "response.created", "response.in_progress", "response.output_item.added",
+        "response.content_part.added", "response.output_text.delta",
+        "response.output_text.done", "response.content_part.done", "response.output_item.done",
+        "response.completed",
+    ]  # fmt: skip
+
+
+def test_messages(claude: anthropic.Anthropic) -> None:
+    message = claude.messages.create(
+        model="m", max_tokens=20, messages=[{"role": "user", "content": SUM}],
+        extra_body={"temperature": 0},
+        system=[{"type": "text", "text": ""}],
+    )  # fmt: skip
+    assert [block.text for block in message.content if block.type == "text"] == [ANSWER]
+    assert message.stop_reason == "end_turn"
+    with claude.messages.stream(
+        model="m", max_tokens=20, messages=[{"role": "user", "content": SUM}],
+        extra_body={"temperature": 0},
+        stop_sequences=["2"],
+    ) as stream:  # fmt: skip
+        assert "".join(stream.text_stream) == ANSWER[:1]
+        final = stream.get_final_message()
+    assert (final.stop_reason, final.stop_sequence) == ("stop_sequence", "2")
+    assert final.usage.output_tokens >= 1
+    count = claude.messages.count_tokens(model="m", messages=[{"role": "user", "content": SUM}])
+    assert count.input_tokens > 20
+    with pytest.raises(anthropic.BadRequestError, match="image"):
+        claude.messages.create(
+            model="m", max_tokens=5,
+            messages=[{"role": "user", "content": [{"type": "image", "source": {
+                "type": "url", "url": "http://nothing.example/a.png"}}]}],
+        )  # fmt: skip
