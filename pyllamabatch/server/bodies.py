@@ -22,7 +22,7 @@ from .errors import ApiError, invalid
 IGNORED = frozenset({
     # OpenAI's
     "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "verbosity", "best_of", "reasoning_effort",
+    "prompt_cache_retention", "verbosity", "best_of",
     # Anthropic's
     "cache_control", "container", "inference_geo", "speed", "diagnostics",
     # llama-server's

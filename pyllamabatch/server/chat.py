@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from uuid import uuid4
 
 import orjson
@@ -12,10 +12,12 @@ from pydantic import Field
 from starlette.responses import Response
 
 from ..engine.stream import Chunk, Result, Stream, Token
+from ..llama.chat import ChatOptions
+from ..llama.chat_message import ChatDelta, ToolCallDelta
 from . import bodies, tokens
 from .answer import DONE, Answer, event, respond
 from .bodies import SamplingBody
-from .conversation import CallDelta, Turn, blocks_of, turn_of
+from .conversation import Turn, blocks_of, rest_of, turn_of
 from .errors import invalid
 from .service import Prepared, Service
 
@@ -27,6 +29,11 @@ class ChatBody(SamplingBody):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] = "auto"
     parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    reasoning_format: Literal["none", "auto", "deepseek", "deepseek-legacy"] | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
 
@@ -43,7 +50,25 @@ async def chat_completions(service: Service, request: Request) -> Response:
 
 
 def chat_turn(service: Service, body: ChatBody) -> Turn:
-    return turn_of(service, body.messages, body.tools, body.tool_choice)
+    """The prompt of its messages and tools."""
+    options: ChatOptions = {"tool_choice": body.tool_choice}
+    if body.tools:
+        options["tools"] = body.tools
+    if body.parallel_tool_calls is not None:
+        options["parallel_tool_calls"] = body.parallel_tool_calls
+    if body.reasoning_format is not None:
+        options["reasoning_format"] = body.reasoning_format
+    if body.continue_final_message:
+        options["continue_final_message"] = True
+    elif body.add_generation_prompt is not None:
+        options["add_generation_prompt"] = body.add_generation_prompt
+    kwargs = dict(body.chat_template_kwargs)
+    if "enable_thinking" in kwargs:
+        options["enable_thinking"] = kwargs.pop("enable_thinking")
+    if body.reasoning_effort is not None:
+        kwargs["reasoning_effort"] = body.reasoning_effort
+    options["template_kwargs"] = kwargs
+    return turn_of(service, body.messages, options)
 
 
 class ChatAnswer(Answer):
@@ -74,7 +99,7 @@ class ChatAnswer(Answer):
         choices = [
             {
                 "index": i,
-                "message": message_of(self._turn, result.text),
+                "message": message_of(self._turn, result),
                 "logprobs": self._logprobs(tokens.tokens_of(result)),
                 "finish_reason": tokens.finish_reason(result),
             }
@@ -97,20 +122,19 @@ class ChatAnswer(Answer):
     def chunk(self, i: int, stream: Stream, chunk: Chunk) -> bytes:
         if self._turn.plain and not self._body.logprobs:
             return self._before[i] + orjson.dumps(chunk.text) + self._after
-        delta = self._delta(i, chunk.text)
+        delta = self._delta(i, self._readers[i].feed(chunk.text))
         logprobs = self._logprobs(stream.between(chunk.start, chunk.stop))
         return self._event(i, delta, logprobs=logprobs) if delta or logprobs else b""
 
     def finish(self, i: int, result: Result) -> bytes:
-        delta = self._delta(i, "", last=True)
+        delta = self._delta(i, rest_of(self._readers[i], result))
         reason = tokens.finish_reason(result)
         if self._called[i] and reason == "stop":
             reason = "tool_calls"
         left = self._event(i, delta) if delta else b""
         return left + self._event(i, {}, reason, timings=tokens.timings(result))
 
-    def _delta(self, i: int, text: str, *, last: bool = False) -> dict[str, Any]:
-        new = self._readers[i].feed(text, last=last)
+    def _delta(self, i: int, new: ChatDelta) -> dict[str, Any]:
         delta: dict[str, Any] = {}
         if new.reasoning_content:
             delta["reasoning_content"] = new.reasoning_content
@@ -146,9 +170,9 @@ class ChatAnswer(Answer):
         return event({**self._head, "choices": [choice], **self._null, **more})
 
 
-def message_of(turn: Turn, text: str) -> dict[str, Any]:
+def message_of(turn: Turn, result: Result) -> dict[str, Any]:
     """A whole answer as OpenAI's message."""
-    blocks = blocks_of(turn, text)
+    blocks = blocks_of(turn, result)
     message: dict[str, Any] = {
         "role": "assistant",
         "content": "".join(block.text for block in blocks if block.kind == "text"),
@@ -170,7 +194,7 @@ def message_of(turn: Turn, text: str) -> dict[str, Any]:
     return message
 
 
-def _call_delta(call: CallDelta) -> dict[str, Any]:
+def _call_delta(call: ToolCallDelta) -> dict[str, Any]:
     if not call.name:
         return {"index": call.index, "function": {"arguments": call.arguments}}
     function = {"name": call.name, "arguments": call.arguments}

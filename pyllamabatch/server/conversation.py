@@ -1,17 +1,18 @@
 """Chats: messages to a prompt, and an answer's text to its parts, for all interfaces.
 
 `turn_of` is the one place that knows how. Interfaces translate their messages to OpenAI's, and the
-parts of an answer from `Delta`.
+parts of an answer from `ChatDelta`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ..errors import UnsupportedOperation
-from ..llama.vocab import ChatPrompt
+from ..engine.stream import Result
+from ..llama.chat import ChatOptions, ChatPrompt
+from ..llama.chat_message import ChatDelta, MessageReader
 from .errors import invalid
 
 if TYPE_CHECKING:
@@ -21,69 +22,57 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
 
-@dataclass(frozen=True, slots=True)
-class CallDelta:
-    """More of tool call number `index`. `name` and `id` are in the first one of each call only."""
-
-    index: int
-    arguments: str
-    name: str = ""
-    id: str = ""
-
-
-class Delta(NamedTuple):
-    """What a piece of text adds to an answer."""
-
-    content: str = ""
-    reasoning_content: str = ""
-    tool_calls: tuple[CallDelta, ...] = ()
-
-
 class PlainReader:
     """Of an answer that is all content."""
 
-    def feed(self, text: str, *, last: bool = False) -> Delta:
+    def feed(self, text: str, *, last: bool = False) -> ChatDelta:
         """What `text` adds. `last`: no more will come."""
-        return Delta(text)
+        return ChatDelta(text)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A prompt, and how its answer is read. `sampling`: fields of `SamplingParams` that the
-    template asks for."""
+    """A prompt, and how its answer is read. `plain`: it is all content."""
 
     prompt: ChatPrompt
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    plain: bool = True
+    plain: bool
 
-    def reader(self) -> PlainReader:
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        """Fields of `SamplingParams` that the template asks for."""
+        return {"stop": self.prompt.stops}
+
+    def reader(self) -> PlainReader | MessageReader:
         """For one answer."""
-        return PlainReader()
+        return PlainReader() if self.plain else self.prompt.reader()
 
 
 def turn_of(
-    service: Service,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    tool_choice: str | Mapping[str, Any] = "auto",
+    service: Service, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None
 ) -> Turn:
-    """The turn that answers these messages, which are in OpenAI's form."""
-    if tools and tool_choice != "none":
-        raise UnsupportedOperation("tools are not supported yet")
+    """The turn that answers these messages, which are in OpenAI's form, as its tools are."""
+    options = options or {}
+    template = service.vocab.chat_template(service.options.chat_template)
+    wanted = options.get("tool_choice", "auto")
+    tools = options.get("tools") if wanted != "none" else None
+    if tools and not template.capabilities["supports_tools"]:
+        raise invalid("tools", f"{len(tools)} of them", "the chat template has no place for tools")
     checked = [checked_message(i, message) for i, message in enumerate(messages)]
-    prompt = service.vocab.apply_chat_template(checked, template=service.options.chat_template)
-    return Turn(prompt)
+    prompt = template.render(checked, **options)
+    if prompt.grammar is not None and not prompt.grammar.lazy:
+        raise invalid("tool_choice", wanted, "only auto and none are supported")
+    return Turn(prompt, plain=not tools and not template.supports_thinking)
 
 
 def checked_message(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """Role and text; content parts are joined."""
+    """A message whose role is known and whose content parts are joined."""
     role = message.get("role")
     if role not in ROLES:
         raise invalid(f"messages[{i}].role", role, f"must be one of {', '.join(ROLES)}")
     content = message.get("content")
     if content is None and role == "assistant":
-        content = ""
-    return {"role": role, "content": text_of(f"messages[{i}].content", content)}
+        return {**message, "content": None if message.get("tool_calls") else ""}
+    return {**message, "content": text_of(f"messages[{i}].content", content)}
 
 
 def text_of(name: str, content: object) -> str:
@@ -99,6 +88,11 @@ def text_of(name: str, content: object) -> str:
         if not isinstance(part.get("text", part.get("refusal")), str):
             raise invalid(name, part, 'a part of type text needs a "text"')
     return "".join(part.get("text", part.get("refusal")) for part in content)
+
+
+def rest_of(reader: PlainReader | MessageReader, result: Result) -> ChatDelta:
+    """What the end of an answer adds. One that was cut off need not be what the format allows."""
+    return reader.feed("", last=result.finish_reason == "stop")
 
 
 # -- answers that are lists of blocks (Responses, Messages)
@@ -133,8 +127,8 @@ class Blocks:
         self._open: Block | None = None
         self._calls: dict[int, Block] = {}
 
-    def feed(self, delta: Any) -> Iterator[BlockEvent]:
-        """What a `Delta` does to them."""
+    def feed(self, delta: ChatDelta) -> Iterator[BlockEvent]:
+        """What more of the answer does to them."""
         if delta.reasoning_content:
             yield from self._grow("reasoning", delta.reasoning_content)
         if delta.content:
@@ -170,10 +164,10 @@ class Blocks:
         return block
 
 
-def blocks_of(turn: Turn, text: str) -> list[Block]:
+def blocks_of(turn: Turn, result: Result) -> list[Block]:
     """Those of a whole answer; one empty text where there is nothing."""
     blocks, reader = Blocks(), turn.reader()
-    for delta in (reader.feed(text), reader.feed("", last=True)):
+    for delta in (reader.feed(result.text), rest_of(reader, result)):
         for _ in blocks.feed(delta):
             pass
     return blocks.all or [Block(0, "text")]

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from ..errors import (
     ArgumentError,
+    ChatParseError,
     ChatTemplateError,
     ClosedError,
     EngineDraining,
@@ -87,6 +88,8 @@ def of(error: BaseException) -> ApiError:
             return ApiError(400, message, code="invalid_value")
         case ValidationError():
             return of_validation(error)
+        case ChatParseError():
+            return ApiError(500, message, "server_error", code="answer_not_parsed")
         case QueueFull():
             return ApiError(429, message, "rate_limit_error", code="queue_full")
         case EngineDraining() | ClosedError():

@@ -12,10 +12,12 @@ from pydantic import Field
 from starlette.responses import Response
 
 from ..engine.stream import Chunk, Result, Stream
+from ..llama.chat import ChatOptions
+from ..llama.chat_message import ChatDelta
 from . import bodies
 from .answer import Answer, named_event, respond
 from .bodies import Body, SamplingBody
-from .conversation import Block, BlockEvent, Blocks, Turn, blocks_of, text_of, turn_of
+from .conversation import Block, BlockEvent, Blocks, Turn, blocks_of, rest_of, text_of, turn_of
 from .errors import ApiError, invalid, json_response
 from .service import Prepared, Service
 
@@ -76,7 +78,12 @@ def _turn(service: Service, body: MessagesBody) -> Turn:
         }
         for tool in body.tools or ()
     ]
-    return turn_of(service, messages_of(body), tools, _choice(body.tool_choice))
+    options: ChatOptions = {"tools": tools, "tool_choice": _choice(body.tool_choice)}
+    if (body.tool_choice or {}).get("disable_parallel_tool_use"):
+        options["parallel_tool_calls"] = False
+    if body.thinking is not None:
+        options["enable_thinking"] = body.thinking.get("type") != "disabled"
+    return turn_of(service, messages_of(body), options)
 
 
 def _choice(given: dict[str, Any] | None) -> str | dict[str, Any]:
@@ -153,7 +160,7 @@ class MessagesAnswer(Answer):
 
     def whole(self, results: Sequence[Result]) -> Any:
         (result,) = results
-        blocks = blocks_of(self._turn, result.text)
+        blocks = blocks_of(self._turn, result)
         content = [_content(block) for block in blocks]
         ended = _ended(result, blocks)
         return {**self._head, "content": content, **ended, "usage": self._usage(result)}
@@ -167,7 +174,7 @@ class MessagesAnswer(Answer):
         return self._events(self._reader.feed(chunk.text))
 
     def finish(self, i: int, result: Result) -> bytes:
-        left = self._events(self._reader.feed("", last=True))
+        left = self._events(rest_of(self._reader, result))
         left += b"".join(map(_block_event, self._blocks.close()))
         ended = _ended(result, self._blocks.all)
         return left + _event("message_delta", delta=ended, usage=self._usage(result))
@@ -178,7 +185,7 @@ class MessagesAnswer(Answer):
     def failed(self, error: ApiError) -> bytes:
         return _event("error", error=error.error)
 
-    def _events(self, delta: Any) -> bytes:
+    def _events(self, delta: ChatDelta) -> bytes:
         return b"".join(map(_block_event, self._blocks.feed(delta)))
 
     def _usage(self, result: Result) -> dict[str, Any]:
@@ -219,8 +226,16 @@ def _content(block: Block) -> dict[str, Any]:
                 "type": "tool_use",
                 "id": block.id,
                 "name": block.name,
-                "input": orjson.loads(block.text or "{}"),
+                "input": _input(block.text),
             }
+
+
+def _input(arguments: str) -> Any:
+    """{} where they are not complete: the answer was cut off, or they are still to come."""
+    try:
+        return orjson.loads(arguments)
+    except orjson.JSONDecodeError:
+        return {}
 
 
 def _ended(result: Result, blocks: Sequence[Block]) -> dict[str, Any]:

@@ -11,10 +11,12 @@ from pydantic import Field
 from starlette.responses import Response
 
 from ..engine.stream import Chunk, Result, Stream
+from ..llama.chat import ChatOptions
+from ..llama.chat_message import ChatDelta
 from . import bodies
 from .answer import Answer, named_event, respond
 from .bodies import Body, JsonSchema, ResponseFormat, SamplingBody
-from .conversation import Block, BlockEvent, Blocks, Turn, blocks_of, turn_of
+from .conversation import Block, BlockEvent, Blocks, Turn, blocks_of, rest_of, turn_of
 from .errors import ApiError, invalid
 from .service import Prepared, Service
 
@@ -56,11 +58,21 @@ async def responses(service: Service, request: Request) -> Response:
         schema = JsonSchema(name=format.name, schema=format.schema_)
         wrapped = schema if format.type == "json_schema" else None
         body.response_format = ResponseFormat(type=format.type, json_schema=wrapped)
-    tools = [_tool(tool) for tool in body.tools or ()]
-    turn = turn_of(service, messages_of(body), tools, _choice(body.tool_choice))
+    turn = turn_of(service, messages_of(body), options_of(body))
     prepared = await service.submit(body, [turn.prompt], None, turn.sampling)
     answer = ResponsesAnswer(service, body, prepared, turn)
     return await respond(service, request, answer, prepared.streams[:1], stream=body.stream)
+
+
+def options_of(body: ResponsesBody) -> ChatOptions:
+    options: ChatOptions = {"tool_choice": _choice(body.tool_choice)}
+    if body.tools:
+        options["tools"] = [_tool(tool) for tool in body.tools]
+    if body.parallel_tool_calls is not None:
+        options["parallel_tool_calls"] = body.parallel_tool_calls
+    if body.reasoning and body.reasoning.get("effort"):
+        options["template_kwargs"] = {"reasoning_effort": body.reasoning["effort"]}
+    return options
 
 
 def messages_of(body: ResponsesBody) -> list[dict[str, Any]]:
@@ -138,7 +150,7 @@ class ResponsesAnswer(Answer):
         }
 
     def whole(self, results: Sequence[Result]) -> Any:
-        return self._complete(results[0], blocks_of(self._turn, results[0].text))
+        return self._complete(results[0], blocks_of(self._turn, results[0]))
 
     def begin(self) -> bytes:
         response = {**self._head, "status": "in_progress", "output": [], "usage": None}
@@ -150,7 +162,7 @@ class ResponsesAnswer(Answer):
         return self._events(self._reader.feed(chunk.text))
 
     def finish(self, i: int, result: Result) -> bytes:
-        left = self._events(self._reader.feed("", last=True))
+        left = self._events(rest_of(self._reader, result))
         return left + b"".join(self._block_event(event) for event in self._blocks.close())
 
     def end(self, results: Sequence[Result]) -> bytes:
@@ -162,7 +174,7 @@ class ResponsesAnswer(Answer):
         response = {**self._head, "status": "failed", "error": said, "output": [], "usage": None}
         return self._event("failed", response=response)
 
-    def _events(self, delta: Any) -> bytes:
+    def _events(self, delta: ChatDelta) -> bytes:
         return b"".join(self._block_event(event) for event in self._blocks.feed(delta))
 
     def _block_event(self, event: BlockEvent) -> bytes:

@@ -1,0 +1,125 @@
+"""Tools and thoughts in all three interfaces. A grammar makes the embedded model say what a model
+with such a template would."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+
+from pyllamabatch.llama.model import Model
+from pyllamabatch.server.options import ServerOptions
+from tests.llama.test_chat import CALL, HERMES, USER, WEATHER
+from tests.support.served import SUM_CHAT, Served, serving
+
+SAID = f"<think>\nAsk for it.\n</think>\n\nI look. {CALL}"
+FORCED = {"grammar": f"root ::= {json.dumps(SAID)}", "temperature": 0}
+ARGUMENTS = {"city": "Paris"}
+FUNCTION: Any = WEATHER["function"]
+
+
+@pytest.fixture(scope="module")
+def hermes(embedded_model: Model) -> Iterator[Served]:
+    with serving(embedded_model, ServerOptions(chat_template=HERMES)) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def client(hermes: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{hermes.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "m", "messages": [USER], "tools": [WEATHER]}
+    (choice,) = client.chat.completions.create(**asked, extra_body=FORCED).choices
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.tool_calls is not None
+    (call,) = choice.message.tool_calls
+    assert (call.type, call.id != "") == ("function", True)
+    assert (call.function.name, json.loads(call.function.arguments)) == ("weather", ARGUMENTS)
+    assert choice.message.content.strip() == "I look."
+    assert choice.message.reasoning_content.strip() == "Ask for it."
+
+    deltas: list[Any] = []
+    ends: list[Any] = []
+    for chunk in client.chat.completions.create(**asked, stream=True, extra_body=FORCED):
+        deltas += [choice.delta for choice in chunk.choices]
+        ends += [choice.finish_reason for choice in chunk.choices if choice.finish_reason]
+    calls = [call for delta in deltas for call in delta.tool_calls or ()]
+    assert calls[0].function.name == "weather"
+    assert json.loads("".join(call.function.arguments for call in calls)) == ARGUMENTS
+    assert "".join(delta.content or "" for delta in deltas).strip() == "I look."
+    assert ends == ["tool_calls"]
+
+    result = {"role": "tool", "tool_call_id": call.id, "content": "It rains."}
+    message = choice.message.model_dump(exclude_none=True)
+    again = {**asked, "messages": [USER, message, result]}
+    yes = {"grammar": 'root ::= "Yes."'}
+    assert client.chat.completions.create(**again, extra_body=yes).choices[0].message.content == (
+        "Yes."
+    )
+
+
+def test_responses(client: openai.OpenAI) -> None:
+    tool = {"type": "function", **FUNCTION, "strict": True}
+    asked: dict[str, Any] = {"model": "m", "input": USER["content"], "tools": [tool]}
+    response = client.responses.create(**asked, extra_body=FORCED)
+    assert [item.type for item in response.output] == ["reasoning", "message", "function_call"]
+    call: Any = response.output[2]
+    assert (call.name, json.loads(call.arguments)) == ("weather", ARGUMENTS)
+    with client.responses.stream(**asked, extra_body=FORCED) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_response()
+    assert {"response.function_call_arguments.done", "response.reasoning_text.delta"} <= kinds
+    assert [item.type for item in final.output] == [item.type for item in response.output]
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "It rains."}
+    turns: Any = [USER, *[item.model_dump() for item in response.output], result]
+    yes = {"grammar": 'root ::= "Yes."'}
+    again = client.responses.create(model="m", input=turns, extra_body=yes)
+    assert again.output_text == "Yes."
+
+
+def test_messages(hermes: Served) -> None:
+    tool = {"name": "weather", "input_schema": FUNCTION["parameters"]}
+    asked: dict[str, Any] = {"model": "m", "max_tokens": 300, "messages": [USER], "tools": [tool]}
+    with anthropic.Anthropic(base_url=hermes.url, api_key="none", max_retries=0) as client:
+        message = client.messages.create(**asked, extra_body=FORCED)
+        assert [block.type for block in message.content] == ["thinking", "text", "tool_use"]
+        call: Any = message.content[2]
+        assert (call.name, call.input, message.stop_reason) == ("weather", ARGUMENTS, "tool_use")
+        with client.messages.stream(**asked, extra_body=FORCED) as stream:
+            final = stream.get_final_message()
+        assert [block.type for block in final.content] == ["thinking", "text", "tool_use"]
+        last: Any = final.content[2]
+        assert last.input == ARGUMENTS
+        result = {"type": "tool_result", "tool_use_id": call.id, "content": "It rains."}
+        said = [block.model_dump() for block in message.content]
+        turns = [
+            USER,
+            {"role": "assistant", "content": said},
+            {"role": "user", "content": [result]},
+        ]
+        again = client.messages.create(
+            **{**asked, "messages": turns}, extra_body={"grammar": 'root ::= "Yes."'}
+        )
+        assert [block.text for block in again.content if block.type == "text"] == ["Yes."]
+
+
+def test_a_cut_off_answer_is_read_as_far_as_it_goes(hermes: Served) -> None:
+    body = {"messages": [USER], "tools": [WEATHER], "max_tokens": len(SAID) - 20, **FORCED}
+    (choice,) = hermes.ok("/v1/chat/completions", body)["choices"]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["content"].strip() == "I look."
+
+
+def test_a_template_without_tools_says_so(served: Served) -> None:
+    error = served.refused("/v1/chat/completions", {**SUM_CHAT, "tools": [WEATHER]})
+    assert error["param"] == "tools"
+    assert served.ok(
+        "/v1/chat/completions", {**SUM_CHAT, "tools": [WEATHER], "tool_choice": "none"}
+    )
