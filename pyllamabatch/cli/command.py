@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": "32 prompts at once with the embedded model",
     "generate": "answer a file of prompts, many at once",
     "serve": "an engine over HTTP: OpenAI's interface, llama-server's, Anthropic's",
+    "view": "the steps of a recorded trace, in the browser",
     "compare": "N users: processes, contexts, one shared context, the engine",
     "calibrate": "measure this device's step times with a model",
     "plan": "what fits a machine: sequences, contexts, processes",

@@ -365,14 +365,14 @@ class Engine:
         """What runs in each slot."""
         return slots_of(self._core)
 
-    def trace(self) -> Trace:
-        """The last steps (`n_trace` at most), oldest first, as a structured array:
+    def trace(self, n: int | None = None) -> Trace:
+        """The last `n` steps (`n_trace` at most), oldest first, as a structured array:
         `pyllamabatch.step.trace.trace_dtype`. `pyllamabatch.step.trace.to_chrome` draws it."""
         core = self._core
         if core.trace is None:
             return np.zeros(0, dtype=trace_dtype(core.scheduler.n_slots))
         with core.state:
-            table = core.trace.snapshot()
+            table = core.trace.snapshot(n)
         return table()
 
     def drain(self, timeout: float | None = None) -> bool:

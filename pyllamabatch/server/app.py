@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from ..engine.engine import Engine
 from ..llama.model import Model
-from . import embeddings, errors, native
+from . import embeddings, errors, native, steps
 from .chat import ChatBody, chat_completions
 from .completions import CompletionBody, completions
 from .errors import ApiError, json_response
@@ -67,6 +67,8 @@ def _router(service: Service, described: Callable[[type[BaseModel]], dict[str, A
                 response_model=None,
             )  # fmt: skip
 
+    route("GET", "/", to=steps.index)
+    route("GET", "/steps", to=steps.steps)
     route("GET", "/health", "/v1/health", to=health)
     route("GET", "/v1/models", "/models", to=models)
     route("POST", "/v1/completions", to=completions, body=CompletionBody)

@@ -39,6 +39,15 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += n
         self.total += value * n
 
+    def quantile(self, share: float) -> float | None:
+        """The upper bound of the bucket that it lies in; None without values."""
+        n, wanted = 0, share * sum(self.counts)
+        for bound, count in zip(self.bounds, self.counts, strict=False):
+            n += count
+            if n and n >= wanted:
+                return bound
+        return self.bounds[-1] if sum(self.counts) else None
+
     def family(self, name: str, text: str) -> HistogramMetricFamily:
         buckets, n = [], 0
         for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
@@ -77,6 +86,11 @@ class Metrics(Collector):
             self.prompt_s += result.ttft_s - (result.queue_s or 0.0)
             self.generation_s += result.e2el_s - result.ttft_s
         self.n_generated += result.n_generated
+
+    def itl_ms(self) -> float | None:
+        """The median of all inter-token latencies, by the bounds of the histogram."""
+        median = self.itl.quantile(0.5)
+        return None if median is None else 1e3 * median
 
     def text(self) -> bytes:
         """In Prometheus' text format."""

@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 
 from .errors import ApiError
 
-OPEN_PATHS = frozenset({"/health", "/v1/health"})
+OPEN_PATHS = frozenset({"/", "/health", "/v1/health"})
 
 
 class ApiKeys:

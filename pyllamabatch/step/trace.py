@@ -136,8 +136,10 @@ class StepTrace:
             while sum(page.n for page in pages) - pages[0].n > self._capacity:
                 self._n_dropped += pages.popleft().n
 
-    def snapshot(self) -> Callable[[], Trace]:
-        """A function that makes the table of what is there now: trace_dtype, oldest step first."""
+    def snapshot(self, n_most: int | None = None) -> Callable[[], Trace]:
+        """A function that makes the table of what is there now: trace_dtype, oldest step first; of
+        the last `n_most` steps."""
+        most = self._capacity if n_most is None else min(n_most, self._capacity)
         with self._lock:
             n_dropped, pages = self._n_dropped, [page.table[: page.n] for page in self._pages]
         calls, first_call = list(self._calls), self._n_dropped_calls
@@ -145,7 +147,7 @@ class StepTrace:
         def table() -> Trace:
             steps = np.concatenate(pages)
             end = n_dropped + len(steps)
-            n = min(len(steps), self._capacity)
+            n = min(len(steps), most)
             if calls:
                 n = min(n, max(0, end - calls[0].first))
             table = np.zeros(n, dtype=trace_dtype(len(self.ids)))

@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -16,16 +15,9 @@ import pytest
 from pyllamabatch.llama.model import Model
 from pyllamabatch.server.options import ServerOptions
 from tests.support.engines import slow
-from tests.support.served import ENDLESS, SUM, SUM_CHAT, Served, serving
+from tests.support.served import ENDLESS, SUM, SUM_CHAT, Served, serving, until
 
 TEXT = "/v1/completions"
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("stream", [True, False])

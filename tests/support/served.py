@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -84,3 +85,11 @@ def running(app: FastAPI) -> Iterator[Server]:
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for it, 30 seconds at most."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)

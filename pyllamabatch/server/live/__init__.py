@@ -1,0 +1,122 @@
+"""The live batch page: steps as its script reads them, from a running engine or a recorded trace.
+
+A step is a JSON object:
+
+- at, ms: when it began and what it took, in ms; the clock's zero means nothing. phases: build,
+  decode, sync, sample, and the Python before it, in ms.
+- rows = prefill + decode, filled, kv_used, reused, code: as in `pyllamabatch.step.trace`.
+- lanes: [slot, request, prompt rows (0: it decodes)] of each request with rows in it.
+- reasons: the policy's, by request.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from os import PathLike
+from typing import Any
+
+import numpy as np
+
+from ...errors import ArgumentError
+from ...step.ring_reader import PHASES, TIMES
+from ...step.trace import Trace
+
+Step = dict[str, Any]
+_COUNTS = ("rows", "prefill_rows", "decode_rows", "filled", "kv_used", "reused", "code")
+
+
+def steps_of(trace: Trace) -> list[Step]:
+    """The steps of an engine's trace."""
+    times = trace[[*TIMES, "python_ns"]].tolist()
+    counts = trace[[*_COUNTS]].tolist()
+    at, slots = np.nonzero(trace["ids"])
+    lanes: list[list[list[int]]] = [[] for _ in range(len(trace))]
+    ids, chunks = trace["ids"][at, slots].tolist(), trace["chunk"][at, slots].tolist()
+    for i, slot, id, chunk in zip(at.tolist(), slots.tolist(), ids, chunks, strict=True):
+        lanes[i].append([slot, id, chunk])
+    starts, reasons = trace["t_start_ns"].tolist(), trace["reasons"].tolist()
+    return [
+        _step(start / 1e6, [ns / 1e6 for ns in took], count, lane, why or {})
+        for start, took, count, lane, why in zip(starts, times, counts, lanes, reasons, strict=True)
+    ]
+
+
+def _step(
+    at: float,
+    phases: Sequence[float],
+    counts: Sequence[int],
+    lanes: list[list[int]],
+    reasons: Mapping[Any, str],
+) -> Step:
+    rows, prefill, decode, filled, kv_used, reused, code = counts
+    return {
+        "at": round(at, 3),
+        "ms": round(sum(phases[:4]), 3),
+        "phases": [round(ms, 3) for ms in phases],
+        "rows": rows,
+        "prefill": prefill,
+        "decode": decode,
+        "filled": filled,
+        "kv_used": kv_used,
+        "reused": reused,
+        "code": code,
+        "lanes": lanes,
+        "reasons": {str(id): text for id, text in reasons.items()},
+    }
+
+
+def recorded(path: str | PathLike[str]) -> list[Step]:
+    """The steps of a file that `to_chrome` wrote (`generate --trace`). ArgumentError for another
+    file, OSError for one that can't be read."""
+    limit = "must be a trace that `pyllamabatch generate --trace` wrote"
+    with open(path, encoding="utf-8") as file:
+        try:
+            return _of_events(json.load(file)["traceEvents"])
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ArgumentError("FILE", str(path), f"{limit}: {error!r}") from None
+
+
+def _of_events(events: Sequence[Mapping[str, Any]]) -> list[Step]:
+    """In the file a step comes behind the Python before it, and before its phases."""
+    steps: list[Step] = []
+    python_ms = 0.0
+    for event in events:
+        name, args = event["name"], event.get("args", {})
+        if name == "python":
+            python_ms = event["dur"] / 1e3
+        elif name == "step":
+            counts = [args.get(count, 0) for count in _COUNTS]
+            why = {
+                id.removeprefix("request "): text for id, text in args.get("reasons", {}).items()
+            }
+            steps.append(_step(event["ts"] / 1e3, [0.0] * 5, counts, [], why))
+            steps[-1] |= {"ms": round(event["dur"] / 1e3, 3)}
+            steps[-1]["phases"][4] = round(python_ms, 3)
+            python_ms = 0.0
+        elif "slot" in args:
+            kind, _, n = name.partition(" ")
+            lane = [args["slot"], event["tid"], int(n) if kind == "prefill" else 0]
+            steps[args["step"]]["lanes"].append(lane)
+        elif name in PHASES:
+            steps[-1]["phases"][PHASES.index(name)] = round(event["dur"] / 1e3, 3)
+    if not steps:
+        raise ValueError("it has no steps")
+    return steps
+
+
+def page(steps: Sequence[Step] | None = None, title: str = "pyllamabatch") -> str:
+    """The page as one HTML text. With `steps` it shows these, without a server."""
+    html, style, script = (_text(name) for name in ("page.html", "page.css", "page.js"))
+    data = "null"
+    if steps is not None:
+        data = json.dumps({"title": title, "steps": list(steps)}).replace("</", "<\\/")
+    parts = {"STYLE": style, "SCRIPT": script, "RECORDED": data}
+    for name, text in parts.items():
+        html = html.replace(f"/*{name}*/", text)
+    return html
+
+
+def _text(name: str) -> str:
+    return files(__name__).joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,272 @@
+"use strict";
+// Steps come from RECORDED, or from /steps while the page is open. Nothing else is asked for but
+// the chat at the bottom.
+
+const STEPS_MAX = 20000, POLL_MS = 100, GUTTER = 46, TOP = 70, CELLS = 46;
+const byId = (id) => document.getElementById(id);
+const canvas = byId("canvas"), pen = canvas.getContext("2d");
+const style = getComputedStyle(document.documentElement);
+const color = (name) => style.getPropertyValue(`--${name}`).trim();
+
+const state = {
+  steps: [], requests: new Map(), nSlots: 1, nCells: 1, first: 0, // steps that were forgotten
+  paused: false, back: 0, zoom: 7, chosen: null, changed: true, frames: 0, stats: null,
+};
+window.batch = state; // for tests and the console
+
+// -- data
+
+function addSteps(steps) {
+  for (const step of steps) {
+    const number = state.first + state.steps.length;
+    state.steps.push(step);
+    for (const [slot, id, prompt] of step.lanes) {
+      state.nSlots = Math.max(state.nSlots, slot + 1);
+      let request = state.requests.get(id);
+      if (!request) {
+        request = { id, slots: new Set(), chunks: [], times: [], first: number, reasons: [] };
+        state.requests.set(id, request);
+      }
+      request.slots.add(slot);
+      request.last = number;
+      if (prompt) request.chunks.push(prompt);
+      else request.times.push(step.at + step.ms);
+    }
+    for (const [id, text] of Object.entries(step.reasons)) {
+      const request = state.requests.get(Number(id));
+      if (request) request.reasons.push([number, text]);
+    }
+    state.nCells = Math.max(state.nCells, step.kv_used);
+  }
+  const excess = state.steps.length - STEPS_MAX;
+  if (excess > 0) {
+    state.steps.splice(0, excess);
+    state.first += excess;
+    for (const [id, request] of state.requests)
+      if (request.last < state.first) state.requests.delete(id);
+  }
+  if (state.paused) state.back += steps.length;
+  byId("back").max = Math.max(0, state.steps.length - 1);
+  state.changed = true;
+}
+
+async function poll() {
+  let since = -1;
+  for (;;) {
+    try {
+      const response = await fetch(`steps?since=${since}`, { headers: headers() });
+      if (response.status === 401) {
+        const key = prompt("API key");
+        if (key === null) return note("a key is needed");
+        sessionStorage.setItem("key", key);
+        continue;
+      }
+      const news = await response.json();
+      if (!response.ok) throw new Error(news.error.message);
+      state.nSlots = Math.max(state.nSlots, news.n_slots);
+      state.nCells = news.n_cells;
+      state.stats = news.stats;
+      if (news.steps.length) {
+        since = news.steps[news.steps.length - 1].at;
+        addSteps(news.steps);
+      }
+      note("");
+    } catch (error) {
+      note(`${error.message}: trying again`);
+      await sleep(1000);
+    }
+    figures();
+    await sleep(POLL_MS);
+  }
+}
+
+const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
+function headers() {
+  const key = sessionStorage.getItem("key");
+  return key ? { Authorization: `Bearer ${key}` } : {};
+}
+function note(text) { byId("note").textContent = text; byId("note").hidden = !text; }
+
+// -- drawing
+
+const columns = () => Math.max(1, Math.floor((canvas.clientWidth - GUTTER) / state.zoom));
+function shown() {
+  const end = Math.max(0, state.steps.length - state.back);
+  return [Math.max(0, end - columns()), end];
+}
+const laneHeight = () => Math.max(4, Math.min(16, Math.floor(640 / state.nSlots)));
+
+function draw() {
+  requestAnimationFrame(draw);
+  state.frames++;
+  if (!state.changed) return;
+  state.changed = false;
+  const lane = laneHeight(), width = canvas.clientWidth, ratio = devicePixelRatio || 1;
+  const height = TOP + lane * state.nSlots + CELLS;
+  if (canvas.width !== width * ratio || canvas.height !== height * ratio) {
+    canvas.width = width * ratio;
+    canvas.height = height * ratio;
+    canvas.style.height = `${height}px`;
+  }
+  pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+  pen.clearRect(0, 0, width, height);
+  const [start, end] = shown(), z = state.zoom, gap = z > 4 ? 1 : 0, lanes = TOP + lane * state.nSlots;
+  let mostMs = 1, mostRows = 1;
+  for (let i = start; i < end; i++) {
+    mostMs = Math.max(mostMs, state.steps[i].ms);
+    mostRows = Math.max(mostRows, state.steps[i].rows + state.steps[i].filled);
+  }
+  const paths = { decode: new Path2D(), prompt: new Path2D(), filled: new Path2D(),
+    reason: new Path2D(), cells: new Path2D(), chosen: new Path2D() };
+  const half = TOP / 2 - 4, scale = half / mostRows;
+  for (let i = start; i < end; i++) {
+    const step = state.steps[i], x = GUTTER + (i - start) * z, w = z - gap;
+    const d = step.decode * scale, p = step.prefill * scale, f = step.filled * scale;
+    paths.decode.rect(x, half - d, w, d);
+    paths.prompt.rect(x, half - d - p, w, p);
+    paths.filled.rect(x, half - d - p - f, w, f);
+    const ms = (half * step.ms) / mostMs;
+    paths.cells.rect(x, TOP - 6 - ms, w, ms);
+    const kv = ((CELLS - 8) * step.kv_used) / state.nCells;
+    paths.cells.rect(x, lanes + CELLS - kv, w, kv);
+    for (const [slot, id, n] of step.lanes) {
+      const y = TOP + slot * lane;
+      (n ? paths.prompt : paths.decode).rect(x, y, w, lane - 1);
+      if (id === state.chosen) paths.chosen.rect(x, y, w, lane - 1);
+      if (step.reasons[id]) paths.reason.rect(x, y, Math.min(w, 3), lane - 1);
+    }
+  }
+  for (const name of ["decode", "prompt", "filled", "cells", "reason"]) {
+    pen.fillStyle = color(name);
+    pen.fill(paths[name]);
+  }
+  pen.strokeStyle = color("ink");
+  pen.stroke(paths.chosen);
+  pen.fillStyle = color("soft");
+  pen.font = "10px system-ui";
+  pen.fillText(`${mostRows} rows`, 2, 12);
+  pen.fillText(`${mostMs.toFixed(1)} ms`, 2, TOP / 2 + 12);
+  const every = Math.ceil(12 / lane);
+  for (let slot = 0; slot < state.nSlots; slot += every)
+    pen.fillText(String(slot), 24, TOP + slot * lane + Math.min(lane, 10));
+  pen.fillText("cells", 2, lanes + CELLS - 4);
+}
+
+// -- figures and what was clicked
+
+function figures() {
+  const steps = state.steps.slice(-200), last = steps[steps.length - 1], values = [];
+  if (last) {
+    const seconds = (last.at + last.ms - steps[0].at) / 1000;
+    const tokens = steps.reduce((n, step) => n + step.decode, 0);
+    const ms = steps.map((step) => step.ms).sort((a, b) => a - b);
+    values.push(["tokens/s", (tokens / seconds).toFixed(0)],
+      ["step p50", `${ms[ms.length >> 1].toFixed(1)} ms`], ["rows", last.rows],
+      ["cells", `${last.kv_used} of ${state.nCells}`]);
+  }
+  if (state.stats)
+    values.push(["running", state.stats.running], ["waiting", state.stats.waiting],
+      ["ITL p50", state.stats.itl_ms === null ? "-" : `${state.stats.itl_ms.toFixed(1)} ms`],
+      ["prefix hits", `${(100 * state.stats.prefix_hit_rate).toFixed(0)}%`],
+      ["preemptions", state.stats.preemptions]);
+  byId("figures").replaceChildren(...values.map(([name, value]) => {
+    const pair = document.createElement("div");
+    for (const [tag, text] of [["dt", name], ["dd", value]])
+      pair.appendChild(document.createElement(tag)).textContent = text;
+    return pair;
+  }));
+}
+
+function about(step, id) {
+  const names = ["build", "decode", "sync", "sample", "Python before"];
+  const lines = [`step: ${step.rows} rows (${step.decode} decode, ${step.prefill} of prompts, ` +
+    `${step.filled} padding), ${step.ms.toFixed(2)} ms (` +
+    step.phases.map((ms, i) => `${names[i]} ${ms.toFixed(2)}`).join(", ") +
+    `), ${step.kv_used} cells${step.code ? `, failed with code ${step.code}` : ""}`];
+  for (const [other, text] of Object.entries(step.reasons)) lines.push(`request ${other}: ${text}`);
+  const request = state.requests.get(id);
+  if (request) {
+    const gaps = request.times.slice(1).map((t, i) => t - request.times[i]).sort((a, b) => a - b);
+    const itl = gaps.length ? `, ITL p50 ${gaps[gaps.length >> 1].toFixed(1)} ms` : "";
+    lines.push(`request ${id}: slot ${[...request.slots].join(", ")}; prompt rows ` +
+      `${request.chunks.join(" + ") || "none seen"}; ${request.times.length} decode steps${itl}`);
+    for (const [number, text] of request.reasons) lines.push(`  step ${number}: ${text}`);
+  }
+  byId("about").textContent = lines.join("\n");
+}
+
+canvas.addEventListener("click", (event) => {
+  const [start, end] = shown(), i = start + Math.floor((event.offsetX - GUTTER) / state.zoom);
+  if (event.offsetX < GUTTER || i >= end) return;
+  const slot = Math.floor((event.offsetY - TOP) / laneHeight()), step = state.steps[i];
+  const lane = step.lanes.find(([at]) => at === slot);
+  state.chosen = lane ? lane[1] : null;
+  state.changed = true;
+  pause(true);
+  about(step, state.chosen);
+});
+
+function pause(on) {
+  state.paused = on;
+  if (!on) state.back = 0;
+  byId("pause").textContent = on ? "Go on" : "Pause";
+  state.changed = true;
+}
+function look(back) {
+  state.back = Math.max(0, Math.min(state.steps.length - 1, back));
+  byId("back").value = state.back;
+  state.changed = true;
+}
+byId("pause").addEventListener("click", () => pause(!state.paused));
+byId("zoom").addEventListener("input", (e) => { state.zoom = +e.target.value; state.changed = true; });
+byId("back").addEventListener("input", (e) => { pause(true); look(+e.target.value); });
+canvas.addEventListener("wheel", (event) => {
+  event.preventDefault();
+  pause(true);
+  look(state.back - Math.sign(event.deltaY || event.deltaX) * Math.ceil(columns() / 20));
+}, { passive: false });
+addEventListener("resize", () => { state.changed = true; });
+addEventListener("keydown", (event) => {
+  if (event.target.tagName === "INPUT") return;
+  if (event.key === " ") { event.preventDefault(); pause(!state.paused); }
+  const move = { ArrowLeft: 1, ArrowRight: -1 }[event.key];
+  if (move) { pause(true); look(state.back + move); }
+});
+
+// -- the chat
+
+byId("chat").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const answer = byId("answer"), content = byId("question").value;
+  answer.textContent = "";
+  const body = { messages: [{ role: "user", content }], stream: true, max_tokens: 512 };
+  const response = await fetch("v1/chat/completions", {
+    method: "POST", headers: { "Content-Type": "application/json", ...headers() },
+    body: JSON.stringify(body),
+  });
+  if (!response.ok) { answer.textContent = (await response.json()).error.message; return; }
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = ""; ;) {
+    const { value, done } = await reader.read();
+    if (done) break;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      if (!line.startsWith("data: {")) continue;
+      const data = JSON.parse(line.slice(6));
+      if (data.error) answer.textContent += ` [${data.error.message}]`;
+      else answer.textContent += data.choices[0]?.delta.content ?? "";
+    }
+  }
+});
+
+if (RECORDED) {
+  document.title = RECORDED.title;
+  addSteps(RECORDED.steps);
+  pause(true);
+  figures();
+} else {
+  byId("chat").hidden = false;
+  poll();
+}
+draw();

@@ -1,0 +1,166 @@
+"""The live batch page: its feed, recorded traces, and itself in a browser.
+
+The browser's tests want `pip install -e '.[browser]'` and /usr/bin/chromium (Debian: `apt-get
+install chromium`): `python -m pytest -m browser tests/server`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyllamabatch.cli import main
+from pyllamabatch.errors import ArgumentError
+from pyllamabatch.server import live
+from pyllamabatch.step.trace import to_chrome
+from tests.support.served import SUM, SUM_CHAT, Served, until
+
+
+def test_recorded_steps_are_the_live_ones(served: Served, tmp_path: Path) -> None:
+    served.ok("/v1/completions", {"prompt": [SUM] * 6, "max_tokens": 12, "ignore_eos": True})
+    trace = served.engine.trace()[-12:]
+    expected = live.steps_of(trace)
+    to_chrome(trace, tmp_path / "steps.json")
+    found = live.recorded(tmp_path / "steps.json")
+    begin = expected[0]["at"]
+    for step, other in zip(expected, found, strict=True):
+        assert other["at"] == pytest.approx(step["at"] - begin, abs=0.01)
+        assert other["ms"] == pytest.approx(step["ms"], abs=0.01)
+        assert other["phases"][:4] == pytest.approx(step["phases"][:4], abs=0.01)
+        assert sorted(other["lanes"]) == sorted(step["lanes"])
+        for name in ("rows", "prefill", "decode", "kv_used", "reused", "code", "reasons"):
+            assert other[name] == step[name]
+    assert any(n > 0 for step in found for _, _, n in step["lanes"])
+
+    assert main(["view", str(tmp_path / "steps.json"), "--out", str(tmp_path / "a.html")]) == 0
+    html = (tmp_path / "a.html").read_text()
+    data = re.search(r"const RECORDED = (.*?);</script>", html)
+    assert data is not None
+    assert json.loads(data[1].replace("<\\/", "</"))["steps"] == found
+    for text in ("{}", '{"traceEvents": []}', "no JSON"):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ArgumentError, match="generate --trace"):
+            live.recorded(tmp_path / "bad.json")
+
+
+def test_the_feed_goes_on_where_it_was(served: Served) -> None:
+    first = served.client.get("/steps").json()
+    assert first["n_slots"] == 4
+    last = first["steps"][-1]["at"]
+    assert served.client.get("/steps", params={"since": last}).json()["steps"] == []
+    served.ok("/v1/completions", {"prompt": SUM, "max_tokens": 5, "ignore_eos": True})
+    new = served.client.get("/steps", params={"since": last}).json()["steps"]
+    assert [step["at"] for step in new] == sorted(step["at"] for step in new)
+    assert min(step["at"] for step in new) > last
+    assert sum(step["decode"] for step in new) == 4  # the first token is the prompt's
+    assert served.client.get("/steps", params={"since": "soon"}).status_code == 400
+
+
+def test_the_page_names_no_other_address(served: Served) -> None:
+    response = served.client.get("/")
+    assert response.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    assert not re.search(r"https?://|src=|@import|<link", response.text)
+
+
+@pytest.fixture(scope="module")
+def page(served: Served) -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium")
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        errors: list[str] = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        yield page
+        browser.close()
+        assert errors == []
+
+
+@pytest.mark.browser
+def test_live_in_a_browser(served: Served, page: Any) -> None:
+    page.goto(served.url)
+    page.fill("#question", SUM_CHAT["messages"][0]["content"])
+    page.click("#chat button")
+    until(lambda: page.inner_text("#answer"))
+    until(lambda: page.evaluate("window.batch.steps.length"))
+    assert "tokens/s" in page.inner_text("#figures")
+    # a click on a lane of the last step, which is at the right end of what is drawn
+    at = page.evaluate(
+        """() => { const [start, end] = shown(), step = state.steps[end - 1];
+        return [GUTTER + (end - 1 - start) * state.zoom + 1,
+                TOP + step.lanes[0][0] * laneHeight() + 2, step.lanes[0][1]]; }"""
+    )
+    page.click("#canvas", position={"x": at[0], "y": at[1]})
+    assert f"request {at[2]}: slot" in page.inner_text("#about")
+    assert page.evaluate("window.batch.paused")
+    page.keyboard.press("Space")
+    assert not page.evaluate("window.batch.paused")
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate("window.batch.back") == 1
+
+
+@pytest.mark.browser
+def test_64_slots_at_100_steps_a_second(served: Served, page: Any) -> None:
+    began, sent = time.monotonic(), 0
+
+    def answer(route: Any) -> None:
+        nonlocal sent
+        until = int((time.monotonic() - began) * 100)
+        steps = [made_up_step(i) for i in range(sent, until)]
+        sent = until
+        stats = {"running": 64, "waiting": 3, "preemptions": 0, "prefix_hit_rate": 0.5}
+        feed = {"steps": steps, "n_slots": 64, "n_cells": 65536, "stats": {**stats, "itl_ms": 9}}
+        route.fulfill(json=feed)
+
+    page.route("**/steps*", answer)
+    page.goto(served.url)
+    until(lambda: page.evaluate("window.batch.steps.length > 200"))
+    n_steps, frames = page.evaluate("[window.batch.steps.length, window.batch.frames]")
+    start = time.monotonic()
+    page.wait_for_timeout(3000)
+    later, drawn = page.evaluate("[window.batch.steps.length, window.batch.frames]")
+    seconds = time.monotonic() - start
+    assert (later - n_steps) / seconds > 80
+    assert (drawn - frames) / seconds >= 20
+    page.unroute("**/steps*")
+
+
+@pytest.mark.browser
+def test_recorded_in_a_browser(page: Any, tmp_path: Path) -> None:
+    path = tmp_path / "steps.html"
+    path.write_text(live.page([made_up_step(i) for i in range(300)], "steps.json"))
+    page.goto(path.as_uri())
+    assert page.title() == "steps.json"
+    assert page.evaluate("[window.batch.steps.length, window.batch.nSlots]") == [300, 64]
+    assert not page.is_visible("#chat")
+
+
+def made_up_step(i: int) -> live.Step:
+    """64 sequences that come and go."""
+    lanes = [
+        [slot, 1 + slot + 64 * ((i + 7 * slot) // 100), 32 if (i + 7 * slot) % 100 < 4 else 0]
+        for slot in range(64)
+    ]
+    n_prompt = sum(n for _, _, n in lanes)
+    n_decode = sum(n == 0 for _, _, n in lanes)
+    return {
+        "at": 10.0 * i,
+        "ms": 8 + (i % 7) / 2,
+        "phases": [0.1, 5, 2, 0.9, 0.8],
+        "rows": n_prompt + n_decode,
+        "prefill": n_prompt,
+        "decode": n_decode,
+        "filled": 4,
+        "kv_used": 20_000 + 40 * (i % 500),
+        "reused": 1,
+        "code": 0,
+        "lanes": lanes,
+        "reasons": {"3": "it has waited for 2 s"} if i % 50 == 0 else {},
+    }
