@@ -24,7 +24,8 @@ endif()
 set_target_properties(_native PROPERTIES INSTALL_RPATH "${origin}/lib" MACOSX_RPATH ON)
 
 install(TARGETS _native LIBRARY DESTINATION pyllamabatch COMPONENT pyllamabatch)
-install(TARGETS ${libraries} LIBRARY DESTINATION ${library_folder} COMPONENT pyllamabatch)
+install(TARGETS ${libraries} LIBRARY DESTINATION ${library_folder} COMPONENT pyllamabatch
+        RUNTIME DESTINATION ${library_folder} COMPONENT pyllamabatch)
 if (SKBUILD_METADATA_DIR)
     install(FILES "${PLB_LLAMA_SOURCE}/LICENSE" DESTINATION "${SKBUILD_METADATA_DIR}/licenses/llama.cpp"
             COMPONENT pyllamabatch)

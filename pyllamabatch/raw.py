@@ -9,8 +9,15 @@ docs/reference/raw.md has a complete loop.
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
 from pyllamabatch.errors import NotBuilt
 
+_libraries = Path(__file__).parent / "lib"
+if sys.platform == "win32" and _libraries.is_dir():  # Windows has no rpath
+    os.add_dll_directory(str(_libraries))
 try:
     from pyllamabatch._native import ffi, lib
 except ModuleNotFoundError as error:

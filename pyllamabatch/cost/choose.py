@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from pyllamabatch.cost import where
+from pyllamabatch.cost import apple, where
 from pyllamabatch.cost.fit import LEAST_SAMPLES
 from pyllamabatch.cost.kernels import kernels
 from pyllamabatch.cost.model import CostModel
@@ -31,6 +31,8 @@ def cost_of(context: Context) -> CostModel:
         return CostModel.fit(profile, unified=unified, n_ubatch=n_ubatch, swa_full=swa_full)
     model = context.model
     moe = f"{model.architecture}.expert_count" in model.metadata
-    known = kernels(key.backend, where.file_type(model), moe=moe, features=where.cpu_features())
+    has = where.cpu_features()
+    known = kernels(key.backend, where.file_type(model), moe=moe, features=has, device=key.device)
     gpu = not key.backend.startswith("CPU")
-    return CostModel.prior(known, model.size_bytes, n_ubatch, gpu=gpu, unified=unified)
+    rate = apple.read_rate(key.device) if gpu else None
+    return CostModel.prior(known, model.size_bytes, n_ubatch, gpu=gpu, unified=unified, rate=rate)

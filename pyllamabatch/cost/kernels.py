@@ -8,7 +8,8 @@ Metal (ggml-metal/ggml-metal-common.cpp: `ggml_metal_mul_mv_mma_rows_min`, `..._
 `..._MMA_TILE_ROWS`, `ggml_metal_op_mul_mat_use_mm`, `ggml_metal_op_mul_mat_id_use_mm`;
 ggml-metal-impl.h and ggml-metal-device.cpp: the tile of `mul_mm`): a mat-vec kernel for one row,
 small-batch mat-vec below `rows_min`, few-row matrix kernels in tiles of 8 up to 16 rows, then
-`mul_mm`. Expert products are mat-vec per row up to 31 rows, `mul_mm_id` from 32 on.
+`mul_mm`, whose tile has 32 rows, or 128 with tensor units: 17 rows cost as much as 32, or 128.
+Expert products are mat-vec per row up to 31 rows, `mul_mm_id` from 32 on.
 
 CUDA (ggml-cuda/mmvq.cuh: `MMVQ_MAX_BATCH_SIZE`; mmvf.cuh; mmf.cu; mmq.cu, the loop over J): quants
 are mat-vec (one template per row count) up to 8 rows, then `mmq`, whose tile is the smallest
@@ -33,13 +34,15 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from pyllamabatch.cost.apple import has_tensor_units
+
 METAL_ROWS_MIN = {"F32": 6, "TQ2_0": 5, "BF16": 4} | dict.fromkeys(
     ("F16", "Q2_0", "Q4_K", "Q5_0", "Q5_1", "Q2_K", "IQ4_NL", "MXFP4"), 3
 )
 METAL_ROWS_MIN_ELSE = 2
 METAL_MMA_ROWS_MAX = 16
 METAL_MMA_TILE = 8
-METAL_MM_TILE = 32  # 128 on chips with tensor units (M5)
+METAL_MM_TILE, METAL_MM_TILE_TENSOR = 32, 128  # the second on chips with tensor units
 METAL_MOE_MM_MIN = 32
 METAL_ATTENTION_TILED = 20  # ggml-metal-ops.cpp: `ggml_metal_op_flash_attn_ext_use_vec`
 CUDA_VEC_MAX = 8
@@ -112,14 +115,15 @@ def kernels(
     moe: bool = False,
     features: str = "",
     others: Collection[str] = (),
+    device: str = "",
 ) -> Kernels:
     """What is known of a backend ("Metal" or "MTL", "CUDA", "CPU", ...) for weights that are mostly
     of this type ("Q4_K", "F16", ...); of an unknown one a regime without steps. `features`: the
     CPU's instruction sets ("AVX2 AVX512", ...). `others`: types that a good part of the weights
-    have."""
+    have. `device`: its description, which tells Apple's chips apart."""
     kind = backend.upper()
     if kind.startswith(("MTL", "METAL")):
-        return _metal(weight_type, moe)
+        return _metal(weight_type, moe, has_tensor_units(device))
     if is_cuda(backend):
         return _cuda(weight_type)
     if kind.startswith("CPU"):
@@ -132,14 +136,15 @@ def is_cuda(backend: str) -> bool:
     return backend.upper().startswith(("CUDA", "ROCM", "MUSA"))
 
 
-def _metal(weight_type: str, moe: bool) -> Kernels:
+def _metal(weight_type: str, moe: bool, tensor: bool) -> Kernels:
     low = METAL_ROWS_MIN.get(weight_type, METAL_ROWS_MIN_ELSE)
+    tile = METAL_MM_TILE_TENSOR if tensor else METAL_MM_TILE
     found = [
         Regime(1, kernel="mul_mv"),
         *([Regime(2, kernel="mul_mv_ext")] if low > 2 else []),
         Regime(low, METAL_MMA_TILE, kernel="mul_mv_mma"),
-        Regime(METAL_MMA_ROWS_MAX + 1, METAL_MM_TILE, kernel="mul_mm"),
-        *([Regime(METAL_MOE_MM_MIN, METAL_MM_TILE, kernel="mul_mm, mul_mm_id")] if moe else []),
+        Regime(METAL_MMA_ROWS_MAX + 1, tile, kernel="mul_mm"),
+        *([Regime(METAL_MOE_MM_MIN, tile, kernel="mul_mm, mul_mm_id")] if moe else []),
     ]
     return Kernels(tuple(found), METAL_ATTENTION_TILED)
 

@@ -228,11 +228,12 @@ class CostModel(StepCost):
         *,
         gpu: bool,
         unified: bool = True,
+        rate: float | None = None,
     ) -> CostModel:
-        """What is known without measuring: a pass over `row_bytes` of weights at a typical
-        bandwidth, and for each tile of rows a part of it. It shows where the steps of the kernels
-        are; their heights, absolute times and attention are guesses."""
-        one_pass = row_bytes / (1e12 if gpu else 2e10)
+        """What is known without measuring: a pass over `row_bytes` of weights at `rate` bytes per
+        second (None: a typical one), and for each tile of rows a part of it. It shows where the
+        steps of the kernels are; their heights, absolute times and attention are guesses."""
+        one_pass = row_bytes / (rate or (1e12 if gpu else 2e10))
         row = one_pass / (32 if gpu else 3)
         guess = {f"tile of {tile}": 0.25 * one_pass for tile in kernels.tiles}
         for regime in kernels.regimes:

@@ -180,10 +180,17 @@ def driver() -> str:
 def unmeasured(context: Context) -> Profile:
     """The profile of this context, without samples."""
     model, weights, key = context.model, weigh(context.model), key_of(context)
-    moe, has = weights.n_expert > 0, cpu_features()
+    known = kernels(
+        key.backend,
+        weights.kind,
+        moe=weights.n_expert > 0,
+        features=cpu_features(),
+        others=weights.kinds,
+        device=key.device,
+    )
     return Profile(
         key,
-        kernels(key.backend, weights.kind, moe=moe, features=has, others=weights.kinds),
+        known,
         (),
         context.n_ubatch,
         weights.output_share,

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
 import os
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from pyllamabatch.errors import ArgumentError, ModelLoadError
 
@@ -13,13 +18,27 @@ MAX_THREADS = 512  # GGML_MAX_N_THREADS
 PathLike = str | os.PathLike[str]
 
 
-def usable_cores(root: Path = Path("/")) -> int:
-    """Cores that this process may use: its affinity, and its control groups' quota rounded up.
+Sysctl = Callable[[str], int]
 
-    `root`: where /proc and /sys are.
+
+def sysctl(name: str) -> int:
+    """A number of macOS's sysctl; 0 where it has no such name."""
+    libc = ctypes.CDLL(ctypes.util.find_library("c"))
+    value, size = ctypes.c_int64(0), ctypes.c_size_t(8)
+    code = libc.sysctlbyname(name.encode(), ctypes.byref(value), ctypes.byref(size), None, 0)
+    return int(value.value) if code == 0 else 0
+
+
+def usable_cores(root: Path = Path("/"), system: str = sys.platform, read: Sysctl = sysctl) -> int:
+    """Cores that this process may use: its affinity, and its control groups' quota rounded up. On a
+    Mac the performance cores: at every barrier they would wait for the slower ones.
+
+    `root`: where /proc and /sys are. `read`: macOS's `sysctl`.
     """
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    if system == "darwin":
+        cores = read("hw.perflevel0.logicalcpu") or cores
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, group = line.split(":", 2)
         if controllers in ("", "cpu", "cpu,cpuacct"):  # version 2, or 1
@@ -41,19 +60,48 @@ def _cpu_quota(folder: Path) -> int:
 
 def host_memory() -> int:
     """Bytes of physical memory, or what the control group allows of it."""
+    if sys.platform == "win32":
+        return _windows_memory()[0]
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     allowed = [int(line) for line in _lines("/sys/fs/cgroup/memory.max") if line.strip().isdigit()]
     return min([physical, *allowed])
 
 
-def host_available() -> int:
-    """Bytes that could be allocated now, at most `host_memory`."""
+def host_available(system: str = sys.platform, read: Sysctl = sysctl) -> int:
+    """Bytes that could be allocated now, at most `host_memory`.
+
+    `read`: macOS's `sysctl`, whose kern.memorystatus_level is the percentage that is free or can be
+    made free (what the command memory_pressure prints)."""
+    if system == "darwin":
+        level = read("kern.memorystatus_level")
+        return host_memory() * level // 100 if level else host_memory()
+    if sys.platform == "win32":
+        return _windows_memory()[1]
     free = [
         1024 * int(line.split()[1])
         for line in _lines("/proc/meminfo")
         if line.startswith("MemAvailable:")
     ]
     return min([host_memory(), *free])
+
+
+def _windows_memory() -> tuple[int, int]:
+    """Bytes of physical memory, and of what is free of it."""
+
+    class MemoryStatus(ctypes.Structure):
+        _fields_ = (
+            ("length", ctypes.c_uint32),
+            ("load", ctypes.c_uint32),
+            ("physical", ctypes.c_uint64),
+            ("available", ctypes.c_uint64),
+            *((f"other{i}", ctypes.c_uint64) for i in range(5)),
+        )
+
+    status = MemoryStatus(length=ctypes.sizeof(MemoryStatus))
+    windll: Any = getattr(ctypes, "windll")  # noqa: B009 (on Windows only)
+    if not windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+        raise OSError("GlobalMemoryStatusEx failed")
+    return int(status.physical), int(status.available)
 
 
 def _lines(path: PathLike) -> list[str]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 import sys
 from dataclasses import dataclass
 
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama import runtime
-from pyllamabatch.llama.host import host_memory
+from pyllamabatch.llama.host import host_memory, sysctl
 
 GIB = 2**30
 _CUDA_OVERHEAD = 550 * 2**20  # the driver's context and the kernels, of H200 and RTX cards
@@ -35,7 +33,7 @@ _CHIPS = {
     "m3": (8, 16, 24), "m3-pro": (18, 36), "m3-max": (36, 48, 64, 96, 128),
     "m3-ultra": (96, 256, 512),
     "m4": (16, 24, 32), "m4-pro": (24, 48, 64), "m4-max": (36, 48, 64, 128),
-    "m5": (16, 24, 32), "m5-max": (128,),
+    "m5": (16, 24, 32), "m5-pro": (24, 48, 64), "m5-max": (36, 48, 64, 128),
 }  # fmt: skip
 """GiB of memory that Macs are sold with, by chip (Apple's technical specifications)."""
 
@@ -95,11 +93,3 @@ def here() -> Machine:
         source = "iogpu.wired_limit_mb" if wired else "recommendedMaxWorkingSetSize"
         return Machine("here", "metal", host_memory(), wired or total, 0, source)
     return Machine("here", "cuda", host_memory(), total, _CUDA_OVERHEAD, "the driver")
-
-
-def sysctl(name: str) -> int:
-    """A number of macOS's sysctl; 0 where it has no such name."""
-    libc = ctypes.CDLL(ctypes.util.find_library("c"))
-    value, size = ctypes.c_int64(0), ctypes.c_size_t(8)
-    code = libc.sysctlbyname(name.encode(), ctypes.byref(value), ctypes.byref(size), None, 0)
-    return int(value.value) if code == 0 else 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pyllamabatch.cost import apple
 from pyllamabatch.cost import kernels as regimes
 from pyllamabatch.cost.kernels import Kernels, Regime, kernels, rows_to_measure
 
@@ -75,6 +76,11 @@ def test_metal_tiles() -> None:
         "ggml-metal/ggml-metal-device.cpp", "_get_pipeline_mul_mm(ggml_metal_library_t"
     )
     assert re.findall(r"res\.nr1 = (\d+);", product) == [str(regimes.METAL_MM_TILE)]
+    parts = re.findall(r"NRB = (\w+) \* (\w+) \* (\w+);", product)[0]
+    sizes = [number("ggml-metal/ggml-metal-impl.h", rf"#define {name} +(\d+)") for name in parts]
+    assert sizes[0] * sizes[1] * sizes[2] == regimes.METAL_MM_TILE_TENSOR
+    chips = set(re.findall(r'containsString:@"([MA]\d+)"', text("ggml-metal/ggml-metal-device.m")))
+    assert set(apple.WITH_TENSOR_UNITS) <= chips
     dense = function(COMMON, "bool ggml_metal_op_mul_mat_use_mm(")
     assert "ne00 >= 64 && ne11 > 8" in dense
     experts = function(COMMON, "bool ggml_metal_op_mul_mat_id_use_mm(")
@@ -133,6 +139,15 @@ def test_metal_regimes(kind: str, firsts: list[int]) -> None:
     assert [r.first for r in kernels("MTL", kind).regimes] == firsts
     moe = kernels("Metal", kind, moe=True)
     assert [r.first for r in moe.regimes] == [*firsts, 32]
+
+
+def test_metal_tensor_units() -> None:
+    """Few-row kernels are the same; beyond 16 rows a tile has four times as many."""
+    m4, m5 = (kernels("MTL", "Q4_0", device=f"Apple {chip}") for chip in ("M4 Max", "M5 Pro"))
+    assert m4.regimes[:-1] == m5.regimes[:-1]
+    assert {8, 9, 16, 17, 32, 33} <= set(m4.edges(64))
+    assert {8, 9, 16, 17, 64} <= set(m5.edges(64))
+    assert not {32, 33} & set(m5.edges(64))
 
 
 def test_regime_of_rows() -> None:

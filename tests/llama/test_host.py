@@ -55,6 +55,27 @@ def test_cores(
     assert host.usable_cores(tmp_path) == cores
 
 
+M2_ULTRA = {"hw.perflevel0.logicalcpu": 16, "hw.perflevel1.logicalcpu": 8}  # of 24
+INTEL: dict[str, int] = {}  # it has cores of one kind
+
+
+@pytest.mark.parametrize(("values", "cores"), [(M2_ULTRA, 16), (INTEL, 24)])
+def test_a_macs_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, int], cores: int
+) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 24)
+    assert host.usable_cores(tmp_path, "darwin", lambda name: values.get(name, 0)) == cores
+
+
+@pytest.mark.parametrize(("level", "share"), [(83, 0.83), (12, 0.12), (0, 1.0)])
+def test_a_macs_free_memory(level: int, share: float) -> None:
+    """What kern.memorystatus_level says, anew at every call; 0: an older system without it."""
+    values = {"kern.memorystatus_level": level}
+    found = host.host_available("darwin", lambda name: values.get(name, 0))
+    assert found == pytest.approx(share * host.host_memory(), rel=1e-9)
+
+
 def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     given(monkeypatch, {"memory.max": ["max"]})
