@@ -205,6 +205,24 @@ const char * plb_llama_cpp_build(void);
 /* -- slots: one per sequence id ------------------------------------------------------------------
  * A slot is everything that sampling knows of a request: its sampler, what it has generated, its
  * budget, and the row that it would decode next. */
+/* Where a grammar begins, with the semantics of llama_sampler_init_grammar_lazy_patterns and of
+ * llama-server. Not lazy: it has accepted the tokens of `prefill` (the end of the prompt) at the first
+ * token. Lazy: it begins with a token of `tokens`, or where one of `patterns` (regular expressions)
+ * matches the text so far; not between the tokens `thinking_start` and one of `thinking_ends`. */
+typedef struct plb_grammar_start {
+    int32_t lazy;
+    int32_t n_patterns;
+    int32_t n_tokens;
+    int32_t n_prefill;
+    int32_t n_thinking_start;
+    int32_t n_thinking_ends; /* tokens of all of them; behind each end stands LLAMA_TOKEN_NULL */
+    const char * const * patterns;
+    const llama_token * tokens;
+    const llama_token * prefill;
+    const llama_token * thinking_start;
+    const llama_token * thinking_ends;
+} plb_grammar_start;
+
 typedef struct plb_sampling {
     int32_t  max_tokens;        /* >= 1: tokens to generate */
     int32_t  min_tokens;        /* until then EOG and stop tokens are excluded */
@@ -226,6 +244,7 @@ typedef struct plb_sampling {
     const llama_logit_bias * logit_bias;  /* added to the logits; -INFINITY excludes */
     const llama_token      * stop_tokens;
     const char             * grammar;     /* GBNF with start rule "root"; NULL none */
+    const plb_grammar_start * grammar_start; /* NULL: at the first token */
 } plb_sampling;
 
 /* Which code samples; the token is the same (native/sampling/fused.hpp says where it need not be). */
@@ -420,8 +439,8 @@ char * plb_chat_template_info(const plb_chat_template * self);
 /* request: {messages, tools, tool_choice, parallel_tool_calls, json_schema, grammar, reasoning_format,
  * enable_thinking, add_generation_prompt, continue_final_message, template_kwargs}, all but the
  * first optional, in the words of llama-server's API. Returns {prompt, format, grammar, grammar_lazy,
- * trigger_patterns, trigger_tokens, preserved_tokens, stops, generation_prompt, prefill,
- * thinking_start, thinking_ends}, tokens as ids. *parser reads the answers to this prompt. */
+ * trigger_patterns, trigger_tokens, preserved_tokens, preserved_texts, stops, generation_prompt,
+ * prefill, thinking_start, thinking_ends}, tokens as ids. *parser reads the answers to this prompt. */
 char * plb_chat_render(const plb_chat_template * self, const char * request, plb_chat_parser ** parser);
 /* The message {role, content, reasoning_content, tool_calls} in an answer. partial: more may follow. */
 char * plb_chat_parse(const plb_chat_parser * parser, const char * text, size_t size, bool partial);

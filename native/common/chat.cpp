@@ -132,6 +132,10 @@ common_json rendered(const llama_vocab * vocab, const common_chat_params & chat)
             patterns.push_back(pattern_of(trigger));
         }
     }
+    common_json texts = common_json::array();
+    for (const llama_token token : sampling.preserved_tokens) {
+        texts.push_back(common_token_to_piece(vocab, token, true));
+    }
     common_json ends = common_json::array();
     for (const std::string & tag : chat.thinking_end_tags) {
         ends.push_back(common_tokenize(vocab, tag, false, true));
@@ -144,6 +148,7 @@ common_json rendered(const llama_vocab * vocab, const common_chat_params & chat)
     out["trigger_patterns"]  = patterns;
     out["trigger_tokens"]    = tokens;
     out["preserved_tokens"]  = sampling.preserved_tokens;
+    out["preserved_texts"]   = texts;
     out["stops"]             = chat.additional_stops;
     out["generation_prompt"] = chat.generation_prompt;
     out["prefill"]           = prefill(vocab, chat.generation_prompt);

@@ -75,7 +75,7 @@ llama_token choose(const vocabulary & words, scratch & scratch, plb_slot & slot,
                    const fused_request & request) {
     llama_token_data_array candidates = fill(words, scratch, request);
     const llama_token token = run_chain(slot, candidates);
-    if (!slot.grammar || grammar_allows(slot, token)) {
+    if (!grammar_applies(slot) || grammar_allows(slot, token)) {
         return token;
     }
     candidates = fill(words, scratch, request);
@@ -84,13 +84,7 @@ llama_token choose(const vocabulary & words, scratch & scratch, plb_slot & slot,
 }
 
 void accept(plb_slot & slot, llama_token token) {
-    if (slot.grammar) {
-        try {
-            llama_sampler_accept(slot.grammar.get(), token);
-        } catch (const std::exception & error) {
-            throw failure{PLB_E_GRAMMAR_STATE, error.what()};
-        }
-    }
+    accept_in_grammar(slot, token);
     llama_sampler_accept(slot.chain.get(), token);
 }
 

@@ -143,14 +143,7 @@ std::unique_ptr<plb_slot> make_slot(const vocabulary & words, const plb_sampling
         slot->seed  = llama_sampler_get_seed(slot->chain.get());
     }
     if (sampling.grammar != nullptr) {
-        if (llama_vocab_type(words.vocab) == LLAMA_VOCAB_TYPE_NONE) {
-            throw failure{PLB_E_GRAMMAR, "the model has no vocabulary to apply a grammar to"};
-        }
-        check_grammar(words.vocab, sampling.grammar);
-        slot->grammar.reset(llama_sampler_init_grammar(words.vocab, sampling.grammar, "root"));
-        if (!slot->grammar) {
-            throw failure{PLB_E_GRAMMAR, "libllama does not accept this grammar: see its log"};
-        }
+        set_grammar(*slot, words.vocab, sampling);
     }
     const size_t n_never = words.suppressed.size() + words.eog.size() + slot->stop_tokens.size();
     const int32_t n_top = sampling.temperature == 0 ? 1 : sampling.top_k;
@@ -160,6 +153,7 @@ std::unique_ptr<plb_slot> make_slot(const vocabulary & words, const plb_sampling
     slot->params.logit_bias  = nullptr;
     slot->params.stop_tokens = nullptr;
     slot->params.grammar     = nullptr;
+    slot->params.grammar_start = nullptr;
     if (has_penalties(sampling)) {
         // what is further back than the penalties look has no effect
         const int32_t last_n = sampling.penalty_last_n < 0 ? words.n_ctx : sampling.penalty_last_n;

@@ -21,6 +21,8 @@
 #include <utility>
 #include <vector>
 
+struct plb_slot;
+
 namespace plb {
 
 constexpr float NEVER = -INFINITY; // the logit of a token that may not be chosen
@@ -52,6 +54,10 @@ constexpr size_t TEXT_BYTES = 512;
 
 // Throws `failure` with PLB_E_GRAMMAR for what libllama would refuse, print about, or hang on.
 void check_grammar(const llama_vocab * vocab, const char * text);
+// A slot's grammar, checked, where it begins; and a token on its way.
+void set_grammar(plb_slot & slot, const llama_vocab * vocab, const plb_sampling & sampling);
+bool grammar_applies(const plb_slot & slot);
+void accept_in_grammar(plb_slot & slot, llama_token token);
 
 // What sampling needs of the engine; one per sampling thread. Resident is what has been used of it.
 struct scratch {
@@ -82,6 +88,7 @@ struct plb_slot {
     plb::fused_state fused;    // one of the two has the draws and the penalties
     plb::sampler_ptr chain;
     plb::sampler_ptr grammar;  // beside the chain: it sees generated tokens only
+    plb::sampler_ptr thoughts; // of a lazy grammar, which waits while the text is inside of them
     const llama_vocab * vocab = nullptr; // that it was made for
     std::vector<llama_token> generated;  // only of slots that have a vocabulary
     uint32_t seed        = 0;

@@ -13,6 +13,7 @@ class Pieces(dict[int, bytes]):
         super().__init__()
         self._fetch = fetch
         self._harmless: dict[tuple[str, ...], Harmless] = {}
+        self._preserving: dict[tuple[int, ...], Pieces] = {}
 
     def of(self, tokens: list[int]) -> list[bytes]:
         """Those of each of these tokens; what is not known yet is fetched in one go."""
@@ -22,6 +23,16 @@ class Pieces(dict[int, bytes]):
             missing = list(set(tokens).difference(self))
             self.update(zip(missing, self._fetch(missing), strict=True))
             return [*map(self.__getitem__, tokens)]
+
+    def preserving(self, tokens: tuple[int, ...], piece: Callable[[int], bytes]) -> Pieces:
+        """These pieces, but those of `tokens` are as `piece` gives them."""
+        found = self._preserving.get(tokens)
+        if found is None:
+            found = Pieces(self._fetch)
+            found.update((token, piece(token)) for token in tokens)
+            if len(self._preserving) < 64:
+                self._preserving[tokens] = found
+        return found
 
     def harmless(self, stops: tuple[str, ...]) -> Harmless:
         """The tokens in which none of these stop strings can begin, as far as they are known."""

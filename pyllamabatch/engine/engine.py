@@ -30,6 +30,7 @@ from ..step.ring_reader import StreamStepper
 from ..step.sampling_params import SamplingParams
 from ..step.trace import StepTrace, Trace, trace_dtype
 from . import on_machine, relays
+from .chat import Chat
 from .core import CoreOptions, EngineCore
 from .input_processor import InputProcessor, Prompt
 from .kv_config import limits_of, pool_of, sharing_of, swap_choice
@@ -313,14 +314,24 @@ class Engine:
         the first step of the loop, which waits while there is no room. Leaving the loop, or
         cancelling its task, cancels the request (where it matters when, use
         `contextlib.aclosing`). Raises what `submit` raises, and the request's error at the end."""
+        stream = await self.asubmit(prompt, params, **options)
+        async with aclosing(self.chunks(stream)) as chunks:
+            async for chunk in chunks:
+                for token in stream.between(chunk.start, chunk.stop):
+                    yield token
+
+    async def asubmit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        **options: Unpack[Options],
+    ) -> Stream:
+        """`submit` for asyncio: waits while there is no room. Then `chunks` reads it."""
         relay = self._relays.here()
         with self._core.commands.keep_alive():
             sink = self._inputs.request(prompt, params, options, self)
             await relays.submit(self._core, sink, relay)
-        async with aclosing(relays.chunks(sink.stream, relay)) as chunks:
-            async for chunk in chunks:
-                for token in sink.stream.between(chunk.start, chunk.stop):
-                    yield token
+        return sink.stream
 
     def chunks(self, stream: Stream) -> AsyncGenerator[Chunk, None]:
         """A submitted request for asyncio, as `stream`, but all that is new comes at once. A step's
@@ -354,6 +365,11 @@ class Engine:
         with self._core.commands.keep_alive():
             sink = self._inputs.interactive(params, priority, tenant, lora)
             return InteractiveSequence(sink, self._core, self._inputs, self)
+
+    @property
+    def chat(self) -> Chat:
+        """Conversations: `engine.chat(messages)` gives the answer, see `Chat`."""
+        return Chat(self)
 
     # -- the engine itself
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -114,7 +115,7 @@ class InputProcessor:
             budget=params.max_tokens,
         )
         host = Host(self._core.cancel, self._core.output_processor.watch, engine)
-        stream = Stream(request.id, len(tokens), params, self.pieces, host)
+        stream = Stream(request.id, len(tokens), params, self._pieces(params), host)
         return self._core.stream_to(request, stream)
 
     # -- interactive sequences
@@ -169,6 +170,14 @@ class InputProcessor:
         if not isinstance(params, SamplingParams):
             raise ArgumentError("params", params, "must be SamplingParams")
         return params
+
+    def _pieces(self, params: SamplingParams) -> Pieces:
+        """What its tokens are in its text."""
+        if not params.preserved_tokens:
+            return self.pieces
+        tokens = self._vocab.check_tokens(params.preserved_tokens, "preserved_tokens").tolist()
+        piece = partial(self._vocab.token_to_piece, special=True)
+        return self.pieces.preserving(tuple(tokens), piece)
 
     def _space(self, lora: LoraSet) -> Hashable:
         """Cells that were computed with other adapters are none to start from."""

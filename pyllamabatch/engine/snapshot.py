@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError, StateError
 from ..llama import state
+from ..llama.grammar import Grammar
 from ..step.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ def read(model: Model, data: bytes) -> Saved:
     params, sampling = None, note.get("sampling")
     if sampling is not None:
         sampling["logit_bias"] = dict(sampling.get("logit_bias", ()))
+        if isinstance(sampling.get("grammar"), dict):
+            sampling["grammar"] = Grammar.of(sampling["grammar"])
         try:
             params = SamplingParams(**sampling)
         except (TypeError, ArgumentError) as error:

@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from pyllamabatch.errors import (
@@ -71,13 +72,13 @@ class ChatPrompt(str):
 
     - grammar: what an answer must look like, for tools and a schema; None: anything.
     - stops: texts that end an answer.
-    - preserved_tokens: special tokens whose text the parser needs.
+    - preserved_tokens: special tokens whose text the parser needs, and that text.
     - generation_prompt: what the template has put at the start of the answer.
     """
 
     grammar: Grammar | None = None
     stops: tuple[str, ...] = ()
-    preserved_tokens: tuple[int, ...] = ()
+    preserved_tokens: Mapping[int, str] = MappingProxyType({})
     generation_prompt: str = ""
     _parser: Any = None
 
@@ -87,7 +88,8 @@ class ChatPrompt(str):
         prompt = cls(rendered["prompt"])
         prompt._parser = parser
         prompt.stops = tuple(rendered["stops"])
-        prompt.preserved_tokens = tuple(rendered["preserved_tokens"])
+        special = rendered["preserved_tokens"], rendered["preserved_texts"]
+        prompt.preserved_tokens = dict(zip(*special, strict=True))
         prompt.generation_prompt = rendered["generation_prompt"]
         if rendered["grammar"]:
             lazy = rendered["grammar_lazy"]

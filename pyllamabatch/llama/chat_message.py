@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pyllamabatch.errors import ChatParseError
+
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
@@ -107,8 +109,11 @@ class MessageReader:
         """What `text` adds. last: no more will come; raises `ChatParseError` when the whole is not
         what the format allows."""
         self._text += text
-        if text or last:
+        try:
             self.message = self._parsed(partial=not last)
+        except ChatParseError:
+            if last:
+                raise  # else more text may make it one again
         said, message = self._said, self.message
         content = added(said.content, message.content)
         reasoning = added(said.reasoning_content, message.reasoning_content)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -25,3 +27,14 @@ class Grammar:
     prefill: tuple[int, ...] = ()
     thinking_start: tuple[int, ...] = ()
     thinking_ends: tuple[tuple[int, ...], ...] = ()
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Grammar:
+        """From `dataclasses.asdict`, also when that went through JSON."""
+        return cls(**{name: _frozen(value) for name, value in fields.items()})
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return value
+    return tuple(map(_frozen, value))

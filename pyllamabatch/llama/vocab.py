@@ -18,7 +18,8 @@ from pyllamabatch.errors import (
     UnsupportedOperation,
     integer,
 )
-from pyllamabatch.llama.chat import ChatPrompt, ChatTemplate
+from pyllamabatch.llama.chat import ChatPrompt as ChatPrompt
+from pyllamabatch.llama.chat import ChatTemplate
 from pyllamabatch.llama.chat import chat_templates as chat_templates
 from pyllamabatch.llama.handle import Owner
 from pyllamabatch.llama.params import check_range, flat_integers

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from pyllamabatch.errors import ArgumentError, GrammarError, PyllamabatchError, choice
 from pyllamabatch.llama.context import Context
+from pyllamabatch.llama.grammar import Grammar
 from pyllamabatch.llama.runtime import text
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.json_schema import schema_to_gbnf
@@ -80,6 +81,10 @@ def sampling_struct(params: SamplingParams, path: int) -> tuple[Any, tuple[Any, 
     rules = params.grammar
     if isinstance(params.json_schema, str):
         rules = schema_to_gbnf(params.json_schema)
+    start, keep = ffi.NULL, ()
+    if isinstance(rules, Grammar):
+        start, keep = grammar_start(rules)
+        rules = rules.text
     grammar = ffi.NULL if rules is None else ffi.new("char[]", rules.encode())
     struct = ffi.new("plb_sampling *")
     for name in _SAME_NAME:
@@ -89,8 +94,30 @@ def sampling_struct(params: SamplingParams, path: int) -> tuple[Any, tuple[Any, 
     struct.path = path
     struct.n_logit_bias, struct.logit_bias = len(params.logit_bias), biases
     struct.n_stop_tokens, struct.stop_tokens = len(params.stop_token_ids), stops
-    struct.grammar = grammar
-    return struct, (biases, stops, grammar)
+    struct.grammar, struct.grammar_start = grammar, start
+    return struct, (biases, stops, grammar, start, *keep)
+
+
+def grammar_start(grammar: Grammar) -> tuple[Any, tuple[Any, ...]]:
+    """The plb_grammar_start of a grammar, and what must live as long as it."""
+    start = ffi.new("plb_grammar_start *")
+    texts = [ffi.new("char[]", pattern.encode()) for pattern in grammar.trigger_patterns]
+    patterns = ffi.new("const char *[]", texts)
+    arrays = {
+        "tokens": grammar.trigger_tokens,
+        "prefill": grammar.prefill,
+        "thinking_start": grammar.thinking_start,
+        "thinking_ends": [
+            token for end in grammar.thinking_ends for token in (*end, lib.LLAMA_TOKEN_NULL)
+        ],
+    }
+    keep = [*texts, patterns]
+    start.lazy, start.n_patterns, start.patterns = grammar.lazy, len(texts), patterns
+    for name, tokens in arrays.items():
+        keep.append(array := ffi.new("llama_token[]", list(tokens)))
+        setattr(start, name, array)
+        setattr(start, f"n_{name}", len(tokens))
+    return start, tuple(keep)
 
 
 def slot_failure(code: int, seq_id: int, why: str) -> Exception:

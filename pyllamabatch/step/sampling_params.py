@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pyllamabatch.errors import ArgumentError, flag, integer, number, unknown_keyword
+from pyllamabatch.llama.grammar import Grammar
 from pyllamabatch.step.json_schema import Schema, schema_text
 
 INT32_MAX = 2**31 - 1
@@ -34,11 +35,12 @@ class SamplingParams:
     - penalty_last_n: how many tokens back the penalties look, prompt included; -1 is all of them.
     - logit_bias: token id -> what is added to its logit; -inf excludes the token.
     - seed: 0 to 2**32 - 2; None draws one at random.
-    - grammar: GBNF whose start rule is `root`. json_schema: a JSON schema instead, as a mapping
-      or as JSON text (it is stored as text). The generated text is JSON that it allows, see
-      `pyllamabatch.step.json_schema`.
+    - grammar: GBNF whose start rule is `root`, or a `Grammar`, which may begin later. json_schema:
+      a JSON schema instead, as a mapping or as JSON text (it is stored as text). The generated
+      text is JSON that it allows, see `pyllamabatch.step.json_schema`.
     - stop: texts that end the request (looked for in the generated text by the engine).
       stop_token_ids: token ids that do.
+    - preserved_tokens: special tokens that are written out in the text; of others it has nothing.
     - ignore_eog: end-of-generation tokens are never chosen.
     - logprobs: None is off, 0 gives the chosen token's log-probability, n also the n most likely
       tokens'. They are a log-softmax of the raw logits over the whole vocabulary, before bias,
@@ -57,13 +59,14 @@ class SamplingParams:
     penalty_last_n: int = 64
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     seed: int | None = None
-    grammar: str | None = None
+    grammar: str | Grammar | None = None
     json_schema: Schema | None = None
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eog: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
+    preserved_tokens: Sequence[int] = ()
 
     def __new__(cls, **values: object) -> SamplingParams:
         for name, value in values.items():
@@ -130,6 +133,8 @@ class SamplingParams:
         grammar = self.grammar
         if grammar is None:
             return
+        if isinstance(grammar, Grammar):
+            grammar = grammar.text
         limit = f"GBNF text of 1 to {GRAMMAR_BYTES_MAX} bytes, without NUL"
         if not isinstance(grammar, str) or not grammar.strip() or "\0" in grammar:
             raise ArgumentError("grammar", grammar, limit)
@@ -147,7 +152,7 @@ class SamplingParams:
             if not isinstance(text, str) or not text:
                 raise ArgumentError("stop", text, "texts of at least one character")
         self._set("stop", texts)
-        tokens = self.stop_token_ids
-        ids = tokens if isinstance(tokens, Iterable) else (tokens,)
-        checked = (integer("stop_token_ids", token, 0, INT32_MAX) for token in ids)
-        self._set("stop_token_ids", tuple(checked))
+        for name in ("stop_token_ids", "preserved_tokens"):
+            tokens = getattr(self, name)
+            ids = tokens if isinstance(tokens, Iterable) else (tokens,)
+            self._set(name, tuple(integer(name, token, 0, INT32_MAX) for token in ids))

@@ -72,7 +72,7 @@ def test_the_models_own_template(model: Model) -> None:
     assert template.source == model.chat_template()
     prompt = template.render([USER])
     assert prompt == model.vocab.apply_chat_template([USER])
-    assert (prompt.grammar, prompt.stops, prompt.preserved_tokens) == (None, (), ())
+    assert (prompt.grammar, prompt.stops, prompt.preserved_tokens) == (None, (), {})
     assert prompt.parse("No.") == ChatMessage("No.")
 
 

@@ -1,0 +1,123 @@
+// Where a slot's grammar begins: at once, behind what the prompt has of it, or at a trigger.
+#include "sampling/thinking.hpp"
+#include "step/engine.hpp"
+
+#include <regex>
+
+namespace plb {
+
+namespace {
+
+using tokens = std::vector<llama_token>;
+
+tokens copied(const llama_vocab * vocab, const llama_token * data, int32_t n) {
+    if (n < 0 || (n > 0 && data == nullptr)) {
+        throw failure{PLB_E_SAMPLING, "grammar_start: fewer tokens than it says"};
+    }
+    const int32_t n_vocab = llama_vocab_n_tokens(vocab);
+    for (int32_t i = 0; i < n; ++i) {
+        if (data[i] < LLAMA_TOKEN_NULL || data[i] >= n_vocab) {
+            throw failure{PLB_E_SAMPLING, "grammar_start: a token outside the vocabulary"};
+        }
+    }
+    return tokens(data, data + n);
+}
+
+std::vector<tokens> parts_of(const tokens & all) {
+    std::vector<tokens> parts(1);
+    for (const llama_token token : all) {
+        if (token != LLAMA_TOKEN_NULL) {
+            parts.back().push_back(token);
+        } else if (!parts.back().empty()) {
+            parts.emplace_back();
+        }
+    }
+    if (parts.back().empty()) {
+        parts.pop_back();
+    }
+    return parts;
+}
+
+void check_patterns(const plb_grammar_start & start) {
+    if (start.n_patterns < 0 || (start.n_patterns > 0 && start.patterns == nullptr)) {
+        throw failure{PLB_E_SAMPLING, "grammar_start: fewer patterns than it says"};
+    }
+    for (int32_t i = 0; i < start.n_patterns; ++i) {
+        try {
+            std::regex pattern(start.patterns[i]);
+        } catch (const std::regex_error & error) {
+            throw failure{PLB_E_GRAMMAR, std::string("the trigger pattern ") + start.patterns[i] +
+                                             " is no regular expression: " + error.what()};
+        }
+    }
+}
+
+void accept_checked(llama_sampler * grammar, llama_token token) {
+    try {
+        llama_sampler_accept(grammar, token);
+    } catch (const std::exception & error) {
+        throw failure{PLB_E_GRAMMAR_STATE, error.what()};
+    }
+}
+
+} // namespace
+
+void set_grammar(plb_slot & slot, const llama_vocab * vocab, const plb_sampling & sampling) {
+    if (llama_vocab_type(vocab) == LLAMA_VOCAB_TYPE_NONE) {
+        throw failure{PLB_E_GRAMMAR, "the model has no vocabulary to apply a grammar to"};
+    }
+    check_grammar(vocab, sampling.grammar);
+    const plb_grammar_start start = sampling.grammar_start ? *sampling.grammar_start : plb_grammar_start{};
+    const tokens triggers = copied(vocab, start.tokens, start.n_tokens);
+    check_patterns(start);
+    if (!start.lazy) {
+        slot.grammar.reset(llama_sampler_init_grammar(vocab, sampling.grammar, "root"));
+    } else if (start.n_patterns + start.n_tokens == 0) {
+        throw failure{PLB_E_SAMPLING, "grammar_start: a lazy grammar needs a trigger"};
+    } else {
+        slot.grammar.reset(llama_sampler_init_grammar_lazy_patterns(
+            vocab, sampling.grammar, "root", const_cast<const char **>(start.patterns),
+            (size_t) start.n_patterns, triggers.data(), triggers.size()));
+    }
+    if (!slot.grammar) {
+        throw failure{PLB_E_GRAMMAR, "libllama does not accept this grammar: see its log"};
+    }
+    const tokens prefill = copied(vocab, start.prefill, start.n_prefill);
+    const tokens opening = copied(vocab, start.thinking_start, start.n_thinking_start);
+    const auto   endings = parts_of(copied(vocab, start.thinking_ends, start.n_thinking_ends));
+    if (start.lazy && !opening.empty() && !endings.empty()) {
+        slot.thoughts.reset(thinking_init(vocab, opening, endings));
+    }
+    for (const llama_token token : prefill) {
+        if (slot.thoughts) {
+            llama_sampler_accept(slot.thoughts.get(), token);
+        } else if (!start.lazy) {
+            accept_checked(slot.grammar.get(), token);
+        }
+    }
+}
+
+bool grammar_applies(const plb_slot & slot) {
+    return slot.grammar && !(slot.thoughts && is_thinking(slot.thoughts.get()));
+}
+
+void accept_in_grammar(plb_slot & slot, llama_token token) {
+    if (!slot.grammar) {
+        return;
+    }
+    const bool applies = grammar_applies(slot); // before the token, which may end or begin thoughts
+    if (slot.thoughts) {
+        llama_sampler_accept(slot.thoughts.get(), token);
+        const tokens * end = end_of_thoughts(slot.thoughts.get());
+        if (!applies && !is_thinking(slot.thoughts.get()) && end != nullptr) {
+            for (const llama_token last : *end) { // it may hold a trigger
+                accept_checked(slot.grammar.get(), last);
+            }
+        }
+    }
+    if (applies) {
+        accept_checked(slot.grammar.get(), token);
+    }
+}
+
+} // namespace plb

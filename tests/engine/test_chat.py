@@ -1,0 +1,226 @@
+"""Chats on an engine: from messages to the answer's message, tools' grammars among them. The
+embedded model knows nothing of tools: what it writes is what the grammar leaves it."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from pyllamabatch import Engine, Model, SamplingParams
+from pyllamabatch.errors import ArgumentError, ChatTemplateError, GrammarError
+from pyllamabatch.llama.chat_message import ChatDelta, ChatMessage
+from pyllamabatch.llama.grammar import Grammar
+from tests.llama.test_chat import HERMES, TIME, USER, WEATHER
+
+GREEDY = SamplingParams(temperature=0, max_tokens=64)
+LONG = SamplingParams(temperature=0.9, seed=3, max_tokens=400)
+LETTER = SamplingParams(grammar="root ::= [a-z]")
+COPY = {"role": "user", "content": "Copy: hello"}
+CHOICE = {
+    "type": "function",
+    "function": {
+        "name": "choose",
+        "parameters": {
+            "type": "object",
+            "properties": {"letter": {"enum": ["a", "b"]}},
+            "required": ["letter"],
+        },
+    },
+}
+# The answer has begun: this model would not come to a call by itself.
+BEGUN = [USER, {"role": "assistant", "content": "<tool_call>\n"}]
+REQUIRED: dict[str, Any] = {
+    "template": HERMES,
+    "tools": [CHOICE],
+    "tool_choice": "required",
+    "continue_final_message": True,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    with Model.default() as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def engine(model: Model) -> Iterator[Engine]:
+    with Engine(model, n_seq_max=4, n_ctx=4096, cost=None) as engine:
+        yield engine
+
+
+def added_up(deltas: list[ChatDelta]) -> tuple[str, str, dict[int, tuple[str, str]]]:
+    calls: dict[int, tuple[str, str]] = {}
+    for delta in deltas:
+        for more in delta.tool_calls:
+            name, arguments = calls.get(more.index, ("", ""))
+            calls[more.index] = name + more.name, arguments + more.arguments
+    return (
+        "".join(delta.content for delta in deltas),
+        "".join(delta.reasoning_content for delta in deltas),
+        calls,
+    )
+
+
+def test_one_call_from_messages_to_text(engine: Engine, model: Model) -> None:
+    answer = engine.chat([COPY], GREEDY)
+    prompt = model.vocab.apply_chat_template([COPY])
+    (plain,) = engine.generate([prompt], GREEDY)
+    assert answer.message == ChatMessage(plain.text)
+    assert answer.result.tokens == plain.tokens
+    assert answer.finish_reason == "stop"
+
+
+def test_the_same_streamed_and_for_asyncio(engine: Engine) -> None:
+    whole = engine.chat([COPY], GREEDY).message.content
+    stream = engine.chat.submit([COPY], GREEDY)
+    for _ in range(2):  # as often as one likes
+        assert added_up(list(stream))[0] == whole
+    assert stream.result().message.content == whole
+
+    async def both() -> tuple[list[ChatDelta], ChatMessage]:
+        deltas = [delta async for delta in engine.chat.stream([COPY], GREEDY)]
+        return deltas, (await engine.chat.agenerate([COPY], GREEDY)).message
+
+    deltas, message = asyncio.run(both())
+    assert added_up(deltas)[0] == message.content == whole
+
+
+def test_a_required_tool_is_called(engine: Engine) -> None:
+    answer = engine.chat(BEGUN, LONG, **REQUIRED)
+    assert answer.message.tool_calls
+    for call in answer.message.tool_calls:
+        assert call.name == "choose"
+        assert json.loads(call.arguments)["letter"] in ("a", "b")
+        assert call.id
+    assert answer.finish_reason == "tool_calls"
+
+
+def test_a_streamed_tool_call(engine: Engine) -> None:
+    stream = engine.chat.submit(BEGUN, LONG, **REQUIRED)
+    deltas = list(stream)
+    calls = stream.result().message.tool_calls
+    assert added_up(deltas)[2] == {i: (c.name, c.arguments) for i, c in enumerate(calls)}
+    assert calls
+
+    async def read() -> list[ChatDelta]:
+        return [delta async for delta in engine.chat.stream(BEGUN, LONG, **REQUIRED)]
+
+    for name, arguments in added_up(asyncio.run(read()))[2].values():
+        assert (name, json.loads(arguments)["letter"] in ("a", "b")) == ("choose", True)
+
+
+def test_a_lazy_grammar_leaves_other_text_free(engine: Engine, model: Model) -> None:
+    """With tools that it need not call, the model's answer is the one without their grammar."""
+    answer = engine.chat([COPY], GREEDY, template=HERMES, tools=[WEATHER, TIME])
+    prompt = model.vocab.chat_template(HERMES).render([COPY], tools=[WEATHER, TIME])
+    assert prompt.grammar is not None
+    assert prompt.grammar.lazy
+    (plain,) = engine.generate([prompt], GREEDY)
+    assert answer.result.tokens == plain.tokens
+
+
+def lazy(engine: Engine, prompt: str, **start: Any) -> str:
+    grammar = Grammar('root ::= "x: " [0-9]+ "."', lazy=True, **start)
+    params = SamplingParams(temperature=0, max_tokens=40, grammar=grammar)
+    (result,) = engine.generate([prompt], params)
+    assert result.error is None
+    return result.text
+
+
+def test_triggers(engine: Engine, model: Model) -> None:
+    prompt = model.vocab.apply_chat_template([{"role": "user", "content": "Copy: ab x: cd"}])
+    free = lazy(engine, prompt, trigger_patterns=("never",))
+    assert "x: c" in free
+    for start in (
+        {"trigger_patterns": ("x: ",)},
+        {"trigger_patterns": (r"^[\s\S]*?(x: )[\s\S]*",)},
+        {"trigger_tokens": tuple(model.vocab.tokenize("x", add_special=False).tolist())},
+    ):
+        text = lazy(engine, prompt, **start)
+        before, _, after = text.partition("x: ")
+        assert before == free.partition("x: ")[0]
+        assert after.rstrip(".").isdigit()
+
+
+def test_no_trigger_inside_of_thoughts(engine: Engine, model: Model) -> None:
+    def tokens(text: str) -> tuple[int, ...]:
+        return tuple(model.vocab.tokenize(text, add_special=False).tolist())
+
+    prompt = model.vocab.apply_chat_template([{"role": "user", "content": "Copy: ab x: cd"}])
+    free = lazy(engine, prompt, trigger_patterns=("never",))
+    opened, closed = tokens("a"), (tokens("~"), tokens("d"))
+    start: dict[str, Any] = {"trigger_patterns": ("x: ",), "thinking_start": opened}
+    assert lazy(engine, prompt, **start, thinking_ends=closed).startswith("ab x: cd")
+    assert lazy(engine, prompt, **start, thinking_ends=(tokens("b"),)) == lazy(
+        engine, prompt, trigger_patterns=("x: ",)
+    )
+    assert free.startswith("ab x: cd")
+
+
+def test_a_prefill_is_the_grammars_first_part(engine: Engine, model: Model) -> None:
+    prefill = tuple(model.vocab.tokenize("x: ", add_special=False).tolist())
+    grammar = Grammar('root ::= "x: " [0-9]{3}', prefill=prefill)
+    params = SamplingParams(temperature=0, max_tokens=9, grammar=grammar)
+    (result,) = engine.generate(["Number x: "], params)
+    assert result.text.isdigit()
+    assert len(result.text) == 3
+
+
+def test_preserved_tokens_are_text(engine: Engine, model: Model) -> None:
+    end = model.vocab.tokenize("<|im_start|>", add_special=False, parse_special=True).tolist()
+    params = SamplingParams(temperature=0, max_tokens=2, logit_bias={end[0]: 100.0})
+    (hidden,) = engine.generate(["a"], params)
+    (shown,) = engine.generate(
+        ["a"],
+        SamplingParams(
+            temperature=0, max_tokens=2, logit_bias={end[0]: 100.0}, preserved_tokens=end[:1]
+        ),
+    )
+    assert hidden.tokens == shown.tokens == end[:1] * 2
+    assert (hidden.text, shown.text) == ("", "<|im_start|>" * 2)
+
+
+def test_an_answer_that_is_cut_off(engine: Engine) -> None:
+    answer = engine.chat(BEGUN, SamplingParams(max_tokens=12, temperature=0), **REQUIRED)
+    assert answer.finish_reason == "length"
+    assert len(answer.result.tokens) == 12
+
+
+def test_a_schema_is_the_contents(engine: Engine) -> None:
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+    for answer in (
+        engine.chat([USER], LONG, json_schema=schema, template=HERMES),
+        engine.chat([USER], SamplingParams(max_tokens=400, json_schema=schema, seed=1)),
+    ):
+        assert json.loads(answer.message.content)["n"] in (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "params", "named"),
+    [
+        ({"tols": [WEATHER]}, None, "did you mean tools"),
+        ({"temperature": 0}, None, "SamplingParams"),
+        ({}, "greedy", "must be SamplingParams"),
+        ({"template": "no-such"}, None, "no chat template has the name"),
+        (
+            {**REQUIRED, "continue_final_message": False},
+            SamplingParams(grammar="root ::= [a-z]"),
+            "tools have a grammar",
+        ),
+        ({"json_schema": {"not": {}}}, None, "json_schema: not"),
+        ({}, SamplingParams(preserved_tokens=[10**6]), "preserved_tokens"),
+        ({}, SamplingParams(grammar=Grammar("root ::= [a]", lazy=True)), "needs a trigger"),
+    ],
+)
+def test_what_is_refused(engine: Engine, given: dict[str, Any], params: Any, named: str) -> None:
+    with pytest.raises((ArgumentError, ChatTemplateError), match=named):
+        engine.chat.submit([USER], params, **given)
+
+
+def test_a_trigger_that_is_no_regular_expression(engine: Engine) -> None:
+    grammar = Grammar("root ::= [a]", lazy=True, trigger_patterns=("(",))
+    with pytest.raises(GrammarError, match="no regular expression"):
+        engine.submit("a", SamplingParams(grammar=grammar))
