@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--api-key", action="append", default=[], metavar="KEY", help="may be repeated")
     add("--api-key-file", type=Path, metavar="FILE", help="a key a line")
     add("--cors-origins", default="", metavar="LIST",
-        help="pages of these origins may ask, comma separated; * for all (none)")
+        help="pages of these origins may ask, comma separated; * for all, localhost for "
+             "those of this machine (none)")
     add("--max-body", type=n_bytes, default="32Mi", metavar="SIZE",
         help="bytes of a request at most (32Mi)")
     add("--timeout", type=positive, metavar="S",

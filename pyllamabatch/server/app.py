@@ -9,7 +9,6 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from pydantic import BaseModel
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from ..engine.engine import Engine
@@ -23,7 +22,7 @@ from .metrics import Metrics
 from .options import ServerOptions
 from .responses import ResponsesBody, responses
 from .schemas import Described
-from .security import ApiKeys
+from .security import ApiKeys, Cors
 from .service import Service
 
 Endpoint = Callable[[Service, Request], Awaitable[Response]]
@@ -47,7 +46,7 @@ def create_app(engine: Engine | Model, options: ServerOptions | None = None) -> 
     if service.options.api_keys:
         app.add_middleware(ApiKeys, keys=service.options.api_keys)
     if service.options.cors_origins:
-        _allow_origins(app, service.options.cors_origins)
+        app.add_middleware(Cors, origins=service.options.cors_origins)
     return app
 
 
@@ -92,18 +91,6 @@ def _router(service: Service, described: Callable[[type[BaseModel]], dict[str, A
     rerank = "/rerank", "/v1/rerank", "/reranking"
     route("POST", *rerank, to=embeddings.rerank, body=embeddings.RerankBody)
     return router
-
-
-def _allow_origins(app: FastAPI, origins: Any) -> None:
-    every = "*" in origins
-    app.add_middleware(
-        CORSMiddleware,
-        allow_origins=[] if every else list(origins),
-        allow_origin_regex=".*" if every else None,
-        allow_credentials=True,
-        allow_methods=["GET", "POST"],
-        allow_headers=["*"],
-    )
 
 
 async def health(service: Service, request: Request) -> Response:

@@ -10,6 +10,7 @@ import orjson
 from fastapi import FastAPI, Request
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from ..errors import (
@@ -96,6 +97,8 @@ def of(error: BaseException) -> ApiError:
             return ApiError(503, message, "unavailable_error", code="draining")
         case UnsupportedOperation():
             return ApiError(501, message, "not_supported_error")
+        case ClientDisconnect():
+            return ApiError(499, "the client has left")
         case HTTPException():
             return ApiError(error.status_code, str(error.detail))
     log.error("a request failed", exc_info=error)
@@ -117,5 +120,6 @@ def install(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         return of(error).response()
 
-    for kind in (ApiError, PyllamabatchError, ValidationError, HTTPException, Exception):
+    kinds = ApiError, PyllamabatchError, ValidationError, ClientDisconnect, HTTPException, Exception
+    for kind in kinds:
         app.add_exception_handler(kind, answer)

@@ -1,12 +1,14 @@
-"""Who may ask: API keys, as ASGI middleware that costs nothing per token."""
+"""Who may ask: API keys and pages of other origins, as ASGI middleware."""
 
 from __future__ import annotations
 
 import hmac
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.responses import Response
 
 from .errors import ApiError
 
@@ -38,3 +40,51 @@ class ApiKeys:
             given = token.strip()
         asked = given.encode("utf-8", "surrogateescape")
         return sum(hmac.compare_digest(asked, key) for key in self._keys) > 0  # no early end
+
+
+LOCALHOST = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+class Cors:
+    """Pages of these origins may ask. "*": of all; "localhost": of this machine, at any port."""
+
+    def __init__(self, app: Any, origins: Sequence[str]) -> None:
+        self._app = app
+        self._origins = frozenset(origins)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        origin = Headers(scope=scope).get("origin") if scope["type"] == "http" else None
+        if origin is None:
+            await self._app(scope, receive, send)
+            return
+        allowed = self._allowed(origin)
+        headers = [
+            (b"Vary", b"Origin"),
+            *([(b"Access-Control-Allow-Origin", origin.encode("latin-1"))] if allowed else []),
+            (b"Access-Control-Allow-Credentials", b"true"),
+        ]
+        if scope["method"] == "OPTIONS":
+            response = Response(status_code=200)
+            response.raw_headers += [
+                *headers,
+                (b"Access-Control-Allow-Methods", b"GET, POST, DELETE, OPTIONS"),
+                (b"Access-Control-Allow-Headers", b"*"),
+            ]
+            await response(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *headers]
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
+
+    def _allowed(self, origin: str) -> bool:
+        if "*" in self._origins or origin in self._origins:
+            return True
+        try:
+            host = urlsplit(origin).hostname
+        except ValueError:
+            return False
+        return "localhost" in self._origins and host in LOCALHOST

@@ -72,9 +72,11 @@ def test_limits_of_a_small_server(small: Served) -> None:
         asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
         response = bare.options(TEXT, headers=asked)
         assert response.headers.get("access-control-allow-origin") == allowed
+        response = small.client.get("/v1/models", headers={"Origin": origin})
+        assert response.headers.get("access-control-allow-origin") == allowed
     # one runs, one waits, and no more
     with (
-        slow(small.engine, 0.002),
+        slow(small.engine, 0.005),
         small.client.stream("POST", TEXT, json={**ENDLESS, "stream": True}) as running,
     ):
         lines = running.iter_lines()
