@@ -216,14 +216,15 @@ class SamplingBody(Body):
             fields["stop"] = tuple(text for text in stops if text)
         if self.seed is not None and self.seed != -1:
             fields["seed"] = self.seed % (SEED_MAX + 1)
-        schema = self._schema()
+        schema = self.schema_wanted()
         if schema is not None:
             fields["json_schema"] = schema
         if n_logprobs is not None:
             fields["logprobs"] = n_logprobs
         return fields
 
-    def _schema(self) -> Mapping[str, Any] | None:
+    def schema_wanted(self) -> Mapping[str, Any] | None:
+        """The JSON schema of the answer, wherever it was given."""
         schema = self.response_format.schema_of() if self.response_format else None
         if schema is not None and self.json_schema is not None:
             raise invalid("json_schema", self.json_schema, "response_format is given already")

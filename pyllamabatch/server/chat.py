@@ -68,6 +68,7 @@ def chat_turn(service: Service, body: ChatBody) -> Turn:
     if body.reasoning_effort is not None:
         kwargs["reasoning_effort"] = body.reasoning_effort
     options["template_kwargs"] = kwargs
+    options["json_schema"] = body.schema_wanted()
     return turn_of(service, body.messages, options)
 
 
@@ -127,7 +128,7 @@ class ChatAnswer(Answer):
         return self._event(i, delta, logprobs=logprobs) if delta or logprobs else b""
 
     def finish(self, i: int, result: Result) -> bytes:
-        delta = self._delta(i, rest_of(self._readers[i], result))
+        delta = self._delta(i, rest_of(self._turn, self._readers[i], result))
         reason = tokens.finish_reason(result)
         if self._called[i] and reason == "stop":
             reason = "tool_calls"

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ..engine.chat import end
 from ..engine.stream import Result
 from ..llama.chat import ChatOptions, ChatPrompt
 from ..llama.chat_message import ChatDelta, MessageReader
@@ -25,8 +26,8 @@ TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 class PlainReader:
     """Of an answer that is all content."""
 
-    def feed(self, text: str, *, last: bool = False) -> ChatDelta:
-        """What `text` adds. `last`: no more will come."""
+    def feed(self, text: str) -> ChatDelta:
+        """What `text` adds."""
         return ChatDelta(text)
 
 
@@ -39,8 +40,14 @@ class Turn:
 
     @property
     def sampling(self) -> Mapping[str, Any]:
-        """Fields of `SamplingParams` that the template asks for."""
-        return {"stop": self.prompt.stops}
+        """Fields of `SamplingParams` that the answer needs."""
+        prompt = self.prompt
+        fields: dict[str, Any] = {"stop": prompt.stops}
+        if prompt.preserved_tokens:
+            fields["preserved_tokens"] = tuple(prompt.preserved_tokens)
+        if prompt.grammar is not None:
+            fields |= {"grammar": prompt.grammar, "json_schema": None}
+        return fields
 
     def reader(self) -> PlainReader | MessageReader:
         """For one answer."""
@@ -51,16 +58,16 @@ def turn_of(
     service: Service, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None
 ) -> Turn:
     """The turn that answers these messages, which are in OpenAI's form, as its tools are."""
-    options = options or {}
+    options = ChatOptions() if options is None else options
     template = service.vocab.chat_template(service.options.chat_template)
     wanted = options.get("tool_choice", "auto")
     tools = options.get("tools") if wanted != "none" else None
     if tools and not template.capabilities["supports_tools"]:
         raise invalid("tools", f"{len(tools)} of them", "the chat template has no place for tools")
     checked = [checked_message(i, message) for i, message in enumerate(messages)]
+    if not tools and not template.supports_thinking:
+        options.pop("json_schema", None)  # the whole answer is the schema's: `SamplingParams` does
     prompt = template.render(checked, **options)
-    if prompt.grammar is not None and not prompt.grammar.lazy:
-        raise invalid("tool_choice", wanted, "only auto and none are supported")
     return Turn(prompt, plain=not tools and not template.supports_thinking)
 
 
@@ -90,9 +97,9 @@ def text_of(name: str, content: object) -> str:
     return "".join(part.get("text", part.get("refusal")) for part in content)
 
 
-def rest_of(reader: PlainReader | MessageReader, result: Result) -> ChatDelta:
+def rest_of(turn: Turn, reader: PlainReader | MessageReader, result: Result) -> ChatDelta:
     """What the end of an answer adds. One that was cut off need not be what the format allows."""
-    return reader.feed("", last=result.finish_reason == "stop")
+    return ChatDelta() if isinstance(reader, PlainReader) else end(reader, turn.prompt, result)
 
 
 # -- answers that are lists of blocks (Responses, Messages)
@@ -167,7 +174,7 @@ class Blocks:
 def blocks_of(turn: Turn, result: Result) -> list[Block]:
     """Those of a whole answer; one empty text where there is nothing."""
     blocks, reader = Blocks(), turn.reader()
-    for delta in (reader.feed(result.text), rest_of(reader, result)):
+    for delta in (reader.feed(result.text), rest_of(turn, reader, result)):
         for _ in blocks.feed(delta):
             pass
     return blocks.all or [Block(0, "text")]

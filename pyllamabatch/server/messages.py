@@ -79,6 +79,7 @@ def _turn(service: Service, body: MessagesBody) -> Turn:
         for tool in body.tools or ()
     ]
     options: ChatOptions = {"tools": tools, "tool_choice": _choice(body.tool_choice)}
+    options["json_schema"] = body.schema_wanted()
     if (body.tool_choice or {}).get("disable_parallel_tool_use"):
         options["parallel_tool_calls"] = False
     if body.thinking is not None:
@@ -174,7 +175,7 @@ class MessagesAnswer(Answer):
         return self._events(self._reader.feed(chunk.text))
 
     def finish(self, i: int, result: Result) -> bytes:
-        left = self._events(rest_of(self._reader, result))
+        left = self._events(rest_of(self._turn, self._reader, result))
         left += b"".join(map(_block_event, self._blocks.close()))
         ended = _ended(result, self._blocks.all)
         return left + _event("message_delta", delta=ended, usage=self._usage(result))

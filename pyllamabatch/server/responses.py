@@ -66,6 +66,7 @@ async def responses(service: Service, request: Request) -> Response:
 
 def options_of(body: ResponsesBody) -> ChatOptions:
     options: ChatOptions = {"tool_choice": _choice(body.tool_choice)}
+    options["json_schema"] = body.schema_wanted()
     if body.tools:
         options["tools"] = [_tool(tool) for tool in body.tools]
     if body.parallel_tool_calls is not None:
@@ -162,7 +163,7 @@ class ResponsesAnswer(Answer):
         return self._events(self._reader.feed(chunk.text))
 
     def finish(self, i: int, result: Result) -> bytes:
-        left = self._events(rest_of(self._reader, result))
+        left = self._events(rest_of(self._turn, self._reader, result))
         return left + b"".join(self._block_event(event) for event in self._blocks.close())
 
     def end(self, results: Sequence[Result]) -> bytes:

@@ -162,6 +162,8 @@ class Service:
         if n_logprobs is not None:
             integer("logprobs", n_logprobs, 0, self.engine.n_logprobs_max)
         given = {**self.options.sampling, **body.sampling(n_logprobs)}
+        if given.get("grammar") and more.get("grammar"):
+            raise invalid("grammar", given["grammar"], "tools have a grammar of their own")
         stops = (*given.get("stop", ()), *more.get("stop", ()))
         sampling = {**given, **more, "stop": stops}
         if body.logit_bias is not None:

@@ -1,5 +1,5 @@
-"""Tools and thoughts in all three interfaces. A grammar makes the embedded model say what a model
-with such a template would."""
+"""Tools and thoughts in all three interfaces. A grammar in the place of the template's makes the
+embedded model say what a model with such a template would."""
 
 from __future__ import annotations
 
@@ -12,20 +12,29 @@ import openai
 import pytest
 
 from pyllamabatch.llama.model import Model
+from pyllamabatch.server.conversation import Turn
 from pyllamabatch.server.options import ServerOptions
 from tests.llama.test_chat import CALL, HERMES, USER, WEATHER
 from tests.support.served import SUM_CHAT, Served, serving
 
 SAID = f"<think>\nAsk for it.\n</think>\n\nI look. {CALL}"
-FORCED = {"grammar": f"root ::= {json.dumps(SAID)}", "temperature": 0}
+FORCED = {"temperature": 0}
+RESULT = "It rains."
 ARGUMENTS = {"city": "Paris"}
 FUNCTION: Any = WEATHER["function"]
 
 
 @pytest.fixture(scope="module")
 def hermes(embedded_model: Model) -> Iterator[Served]:
-    with serving(embedded_model, ServerOptions(chat_template=HERMES)) as served:
-        yield served
+    def sampling(turn: Turn) -> dict[str, str]:
+        if turn.prompt.grammar is None:
+            return {}
+        return {"grammar": f"root ::= {json.dumps('Yes.' if RESULT in turn.prompt else SAID)}"}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Turn, "sampling", property(sampling))
+        with serving(embedded_model, ServerOptions(chat_template=HERMES)) as served:
+            yield served
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +65,10 @@ def test_chat(client: openai.OpenAI) -> None:
     assert "".join(delta.content or "" for delta in deltas).strip() == "I look."
     assert ends == ["tool_calls"]
 
-    result = {"role": "tool", "tool_call_id": call.id, "content": "It rains."}
+    result = {"role": "tool", "tool_call_id": call.id, "content": RESULT}
     message = choice.message.model_dump(exclude_none=True)
     again = {**asked, "messages": [USER, message, result]}
-    yes = {"grammar": 'root ::= "Yes."'}
-    assert client.chat.completions.create(**again, extra_body=yes).choices[0].message.content == (
-        "Yes."
-    )
+    assert client.chat.completions.create(**again).choices[0].message.content == "Yes."
 
 
 def test_responses(client: openai.OpenAI) -> None:
@@ -77,10 +83,9 @@ def test_responses(client: openai.OpenAI) -> None:
         final = stream.get_final_response()
     assert {"response.function_call_arguments.done", "response.reasoning_text.delta"} <= kinds
     assert [item.type for item in final.output] == [item.type for item in response.output]
-    result = {"type": "function_call_output", "call_id": call.call_id, "output": "It rains."}
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": RESULT}
     turns: Any = [USER, *[item.model_dump() for item in response.output], result]
-    yes = {"grammar": 'root ::= "Yes."'}
-    again = client.responses.create(model="m", input=turns, extra_body=yes)
+    again = client.responses.create(**{**asked, "input": turns})
     assert again.output_text == "Yes."
 
 
@@ -97,16 +102,14 @@ def test_messages(hermes: Served) -> None:
         assert [block.type for block in final.content] == ["thinking", "text", "tool_use"]
         last: Any = final.content[2]
         assert last.input == ARGUMENTS
-        result = {"type": "tool_result", "tool_use_id": call.id, "content": "It rains."}
+        result = {"type": "tool_result", "tool_use_id": call.id, "content": RESULT}
         said = [block.model_dump() for block in message.content]
         turns = [
             USER,
             {"role": "assistant", "content": said},
             {"role": "user", "content": [result]},
         ]
-        again = client.messages.create(
-            **{**asked, "messages": turns}, extra_body={"grammar": 'root ::= "Yes."'}
-        )
+        again = client.messages.create(**{**asked, "messages": turns})
         assert [block.text for block in again.content if block.type == "text"] == ["Yes."]
 
 
@@ -115,6 +118,11 @@ def test_a_cut_off_answer_is_read_as_far_as_it_goes(hermes: Served) -> None:
     (choice,) = hermes.ok("/v1/chat/completions", body)["choices"]
     assert choice["finish_reason"] == "length"
     assert choice["message"]["content"].strip() == "I look."
+
+
+def test_a_grammar_beside_tools_is_refused(hermes: Served, embedded_model: Model) -> None:
+    body = {"messages": [USER], "tools": [WEATHER], "grammar": 'root ::= "a"'}
+    assert hermes.refused("/v1/chat/completions", body)["param"] == "grammar"
 
 
 def test_a_template_without_tools_says_so(served: Served) -> None:
