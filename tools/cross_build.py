@@ -122,8 +122,8 @@ def check(target: Target, jobs: int) -> bool:
     the target. Prints what the compiler says of those that do not."""
     sources = sorted((ROOT / "native").glob("*/*.cpp"))
     flags = [f"-I{ROOT / 'native'}", f"-I{python_headers(target)}", '-DPLB_LLAMA_CPP_BUILD="check"']
-    for folder in ("include", "ggml/include", "src", "common", "vendor"):
-        flags += ["-isystem", str(LLAMA / folder)]
+    for upstream in ("include", "ggml/include", "src", "common", "vendor"):
+        flags += ["-isystem", str(LLAMA / upstream)]
 
     def compiles(source: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
         own = source.suffix == ".cpp" and source.parent.name != "common"  # with upstream's warnings
