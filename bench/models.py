@@ -17,7 +17,7 @@ from bench.tools import vocabulary_file
 from pyllamabatch.compare.case import ModelFile
 from pyllamabatch.llama import runtime
 from pyllamabatch.llama.host import usable_cores
-from pyllamabatch.models import default_model_path
+from pyllamabatch.models import CATALOGUE, default_model_path, fetch
 from pyllamabatch.raw import ffi, lib
 
 SEED = 20260101
@@ -26,14 +26,17 @@ ROWS_AT_ONCE = 4096  # of a matrix while its values are drawn: bounds the memory
 
 def resolve(name: str) -> ModelFile:
     """The model that `--model NAME` means: a shape's name (written and quantised to Q4_K_M
-    in the cache folder), `default` (the embedded model), or a GGUF file."""
+    in the cache folder), `default` (the embedded model), a name of `models.fetch`, or a GGUF
+    file."""
     if name in SHAPES:
         return ModelFile(quantised(SHAPES[name], "Q4_K_M"), SEED)
     if name == "default":
         return ModelFile(Path(default_model_path()))
     path = Path(name)
+    if name in CATALOGUE and not path.exists():
+        return ModelFile(fetch(name))
     if not path.is_file():
-        known = ", ".join([*SHAPES, "default"])
+        known = ", ".join([*SHAPES, *CATALOGUE, "default"])
         raise SystemExit(f"--model {name}: no such file, and not one of {known}")
     return ModelFile(path)
 

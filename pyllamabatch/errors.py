@@ -61,6 +61,10 @@ class ModelLoadError(PyllamabatchError):
         self.path, self.reason, self.log = path, reason, log
 
 
+class DownloadError(PyllamabatchError):
+    """A model could not be brought: no network, no access, or not the file that was expected."""
+
+
 class ModelLoadCancelled(PyllamabatchError):
     """The progress callback returned False."""
 

@@ -27,7 +27,15 @@ from pathlib import Path
 from typing import Any
 
 from pyllamabatch.cli.console import Progress, say
-from pyllamabatch.cli.options import add_model_arguments, at_least, counts, n_bytes, names, positive
+from pyllamabatch.cli.options import (
+    add_model_arguments,
+    at_least,
+    counts,
+    model_path,
+    n_bytes,
+    names,
+    positive,
+)
 from pyllamabatch.compare import plots
 from pyllamabatch.compare.advice import advice
 from pyllamabatch.compare.arms import ARMS
@@ -175,7 +183,7 @@ def experiment(args: argparse.Namespace, protocol: str, arms: Sequence[str]) -> 
     if args.batch_size < max(users):
         raise ArgumentError("--batch-size", args.batch_size, f"a row each, {max(users)}")
     case = Case(
-        model=ModelFile(Path(args.model or default_model_path())),
+        model=ModelFile(model_path(args) or default_model_path()),
         pp=args.prompt_tokens,
         tg=tokens - 1 if protocol == BURST else tokens,
         pl=1,

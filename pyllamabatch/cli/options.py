@@ -12,6 +12,8 @@ from pyllamabatch.cli.console import Progress
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.model import Model
+from pyllamabatch.models import CATALOGUE, fetch
+from pyllamabatch.models.hub import hub_file
 from pyllamabatch.scheduler import make_policy
 from pyllamabatch.scheduler.policies import DEFAULT
 from pyllamabatch.step.sampling_params import SamplingParams
@@ -125,7 +127,9 @@ def add_shared(add: Add, **defaults: Any) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
-    add("-m", "--model", metavar="FILE", help="a GGUF file (the embedded model)")
+    named = ", ".join(CATALOGUE)
+    add("-m", "--model", metavar="FILE", help=f"a GGUF file, or {named} (the embedded model)")
+    add("-hf", "--hf-repo", metavar="OWNER/REPO[:QUANT]", help="a model of a Hugging Face hub")
     add("-ngl", "--n-gpu-layers", type=int, default=-1, metavar="N", help="layers on the GPU (all)")
 
 
@@ -172,11 +176,23 @@ def read_text(flag: str, path: Path) -> str:
 
 
 def load_model(args: argparse.Namespace, *, quiet: bool = False) -> Model:
-    """The model of -m, with progress while it loads."""
-    if args.model is None:
+    """The model of -m or -hf, with progress while it loads."""
+    path = model_path(args, quiet=quiet)
+    if path is None:
         return Model.default(n_gpu_layers=args.n_gpu_layers)
-    with Progress(f"loading {Path(args.model).name}", quiet=quiet, keep=False) as progress:
-        return Model(args.model, n_gpu_layers=args.n_gpu_layers, progress=progress.update)
+    with Progress(f"loading {path.name}", quiet=quiet, keep=False) as progress:
+        return Model(path, n_gpu_layers=args.n_gpu_layers, progress=progress.update)
+
+
+def model_path(args: argparse.Namespace, *, quiet: bool = False) -> Path | None:
+    """The file that -m or -hf names, downloaded where need be; None for the embedded model."""
+    if args.hf_repo is not None:
+        if args.model is not None:
+            raise ArgumentError("-hf", args.hf_repo, "-m is given already")
+        return hub_file(args.hf_repo)
+    if args.model in CATALOGUE and not Path(args.model).exists():
+        return fetch(args.model, progress=not quiet)
+    return None if args.model is None else Path(args.model)
 
 
 def open_engine(model: Model, args: argparse.Namespace, n_seq_max: int, **options: Any) -> Engine:

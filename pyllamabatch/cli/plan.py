@@ -21,6 +21,7 @@ from pyllamabatch.cli.options import (
     add_model_arguments,
     add_shared,
     at_least,
+    model_path,
     n_bytes,
 )
 from pyllamabatch.errors import ArgumentError
@@ -66,12 +67,13 @@ def run(args: argparse.Namespace) -> int:
         memory=args.memory or chosen.memory,
         device_limit=args.limit or chosen.device_limit,
     )
-    if args.weights is not None and (args.model is not None or args.measure):
-        raise ArgumentError("--weights", args.weights, "goes without -m and --measure")
+    model_named = args.model is not None or args.hf_repo is not None
+    if args.weights is not None and (model_named or args.measure):
+        raise ArgumentError("--weights", args.weights, "goes without -m, -hf and --measure")
     with sizes_of(args, chosen) as (sizes, trained):
         found = plan(chosen, sizes, trained, args.sequences, args.n_ctx)
     if args.measure:
-        path = args.model or default_model_path()
+        path = model_path(args) or default_model_path()
         shared = measure(path, args.sequences, args.n_ctx, args.n_gpu_layers)
         found["measured"] = [asdict(s) for s in shared]
     if args.json:
@@ -87,7 +89,7 @@ def sizes_of(args: argparse.Namespace, chosen: Machine) -> Iterator[tuple[Sizes,
     if args.weights is not None:
         yield lambda n_ctx, _: by_size(args.weights, n_ctx, args.kv_per_cell, GRAPHS, chosen), 0
         return
-    path = args.model or default_model_path()
+    path = model_path(args) or default_model_path()
     # The devices of this machine say nothing of another one.
     devices: list[str] | None = None if chosen.name == "here" else []
     with Projector(path, n_gpu_layers=args.n_gpu_layers, devices=devices) as projector:

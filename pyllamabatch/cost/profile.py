@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -18,6 +17,7 @@ from typing import Any
 from pyllamabatch.cost.kernels import Kernels, Regime, is_cuda
 from pyllamabatch.errors import ProfileError
 from pyllamabatch.llama.host import write_whole
+from pyllamabatch.models.cache import cache_folder
 
 SCHEMA = 1
 SHIPPED = Path(__file__).parent / "profiles"
@@ -189,19 +189,8 @@ class Profile:
 
 
 def profile_folder() -> Path:
-    """Where `pyllamabatch calibrate` keeps profiles: `profiles` in $PYLLAMABATCH_CACHE, else in
-    pyllamabatch's part of the user's cache folder ($XDG_CACHE_HOME or ~/.cache; ~/Library/Caches;
-    %LOCALAPPDATA%)."""
-    named = os.environ.get("PYLLAMABATCH_CACHE")
-    if named:
-        return Path(named) / "profiles"
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home())
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "pyllamabatch" / "profiles"
+    """Where `pyllamabatch calibrate` keeps profiles: `profiles` in the user's cache folder."""
+    return cache_folder("profiles")
 
 
 def file_name(key: Key) -> str:

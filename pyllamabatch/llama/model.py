@@ -152,6 +152,21 @@ class Model(Owner):
 
         return cls(default_model_path(), **params)
 
+    @classmethod
+    def from_hub(
+        cls,
+        repository: str,
+        *,
+        token: str | None = None,
+        endpoint: str | None = None,
+        **params: Any,
+    ) -> Model:
+        """A model of a Hugging Face hub: "owner/name", or "owner/name:quant". See
+        `pyllamabatch.models.hub`. Raises `DownloadError` besides."""
+        from pyllamabatch.models.hub import hub_file
+
+        return cls(hub_file(repository, token=token, endpoint=endpoint), **params)
+
     def __repr__(self) -> str:
         state = "closed" if self.closed else self.description
         return f"<Model {Path(self.path).name}: {state}>"

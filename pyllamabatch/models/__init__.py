@@ -1,4 +1,5 @@
-"""The embedded model: a small llama with one right answer for every prompt it was made for."""
+"""The embedded model, a small llama with one right answer for every prompt that it was made for;
+and `fetch`, which brings real ones by name."""
 
 from __future__ import annotations
 
@@ -6,6 +7,9 @@ import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+
+from pyllamabatch.models.catalogue import CATALOGUE as CATALOGUE
+from pyllamabatch.models.catalogue import fetch as fetch
 
 
 @dataclass(frozen=True)
