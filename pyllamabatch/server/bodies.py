@@ -30,7 +30,7 @@ IGNORED = frozenset({
     "t_max_prompt_ms", "return_progress", "dry_base", "dry_allowed_length", "dry_penalty_last_n",
     "dry_sequence_breakers", "xtc_threshold", "mirostat_tau", "mirostat_eta", "dynatemp_exponent",
     "adaptive_decay", "backend_sampling", "grammar_lazy", "grammar_triggers", "preserved_tokens",
-    "speculative.n_max", "speculative.n_min", "speculative.p_min", "response_fields",
+    "speculative.n_max", "speculative.n_min", "speculative.p_min",
 })  # fmt: skip
 OFF: Mapping[str, tuple[object, ...]] = {
     "dry_multiplier": (0,),

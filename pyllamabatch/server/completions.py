@@ -50,6 +50,7 @@ class TextAnswer(Answer):
             "object": "text_completion",
             "created": service.now(),
             "model": body.model or service.model_name,
+            "system_fingerprint": service.fingerprint,
         }
         self._logprobs = None
         if body.logprobs is not None:

@@ -27,13 +27,15 @@ MixedPrompt = str | dict[str, Any] | list[int | str | dict[str, Any] | list[int 
 
 class NativeBody(SamplingBody):
     """`prompt`: a text, a list of token ids and texts, or a list of such prompts. `n_probs`: so
-    many of the most likely tokens beside each."""
+    many of the most likely tokens beside each. `response_fields`: only these of an answer, as
+    "timings/prompt_n"."""
 
     prompt: MixedPrompt
     n_probs: Annotated[int, Field(ge=0)] = 0
     n_cmpl: Annotated[int, Field(ge=1)] | None = None
     return_tokens: bool = False
     post_sampling_probs: bool = False
+    response_fields: list[str] | None = None
 
 
 class TokenizeBody(Body):
@@ -103,6 +105,9 @@ class NativeAnswer(Answer):
             if self._body.n_probs:
                 probabilities = self._probabilities(tokens.tokens_of(result))
                 answer["completion_probabilities"] = probabilities
+        wanted = self._body.response_fields
+        if wanted:
+            answers = [_fields(answer, wanted) for answer in answers]
         return answers[0] if len(answers) == 1 else answers
 
     def begin(self) -> bytes:
@@ -110,10 +115,15 @@ class NativeAnswer(Answer):
 
     def chunk(self, i: int, stream: Stream, chunk: Chunk) -> bytes:
         new = stream.between(chunk.start, chunk.stop)
+        if not self._body.n_probs:
+            return self._chunk(i, stream, chunk.text, new)
+        return b"".join(self._chunk(i, stream, token.text, [token]) for token in new)
+
+    def _chunk(self, i: int, stream: Stream, text: str, new: Sequence[Token]) -> bytes:
         self._n_sent[i] += len(new)
         values = {
             "index": i,
-            "content": chunk.text,
+            "content": text,
             "tokens": [token.token for token in new],
             "stop": False,
             "id_slot": -1,
@@ -157,6 +167,18 @@ class NativeAnswer(Answer):
 
     def _probabilities(self, of: Sequence[Token]) -> list[dict[str, Any]]:
         return tokens.chat_logprobs(of, self._service.piece)
+
+
+def _fields(answer: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
+    """Those that there are; a path is their new name."""
+    found: dict[str, Any] = {}
+    for path in wanted:
+        value: Any = answer
+        for name in path.split("/"):
+            value = value.get(name) if isinstance(value, dict) else None
+        if value is not None:
+            found[path] = value
+    return found
 
 
 def settings(params: SamplingParams) -> dict[str, Any]:

@@ -47,7 +47,7 @@ SWITCHES = {
     "--no-slots": "--no-slots", "--no-ui": "--no-page",
 }  # fmt: skip
 LEFT_OUT = frozenset({"--hf-repo", "--hf-file", "--ubatch-size", "-fa", "-ctk", "-ctv",
-                      "--reasoning-format", "--cache-ram", "--tags"})  # fmt: skip
+                      "--reasoning-format", "--cache-ram", "--tags", "--media-path"})  # fmt: skip
 """With a value that has no say here."""
 NOTHING = frozenset({"--offline", "--slots", "--jinja", "--no-jinja", "--cont-batching",
                      "--metrics", "--swa-full", "--no-cache-idle-slots"})  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from requests.structures import CaseInsensitiveDict
 
 EXPECTED = Path(__file__).with_name("expected_failures.txt")
 
@@ -27,7 +28,19 @@ def pytest_configure(config: pytest.Config) -> None:
     import utils  # type: ignore[import-not-found]  # the suite's
 
     utils.ServerPreset.load_all = staticmethod(lambda: None)
+    utils.ServerProcess.make_request = _case_insensitive(utils.ServerProcess.make_request)
     utils.match_regex = lambda regex, text: isinstance(text, str)
+
+
+def _case_insensitive(make_request: Any) -> Any:
+    """Names of headers are, in HTTP; the suite looks for llama-server's spelling."""
+
+    def request(*args: Any, **options: Any) -> Any:
+        response = make_request(*args, **options)
+        response.headers = CaseInsensitiveDict(response.headers)
+        return response
+
+    return request
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
