@@ -97,7 +97,9 @@ class EventStream(Response):
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         try:
             async with cancelled_on_leave(receive, self._streams):
-                await self._write(send)
+                # a task of its own: a step's news need not pass through the frames of the
+                # application and its middleware
+                await asyncio.create_task(self._write(send))
         finally:
             for stream in self._streams:
                 stream.cancel()
