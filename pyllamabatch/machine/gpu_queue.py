@@ -1,4 +1,4 @@
-"""GpuQueue: the time of one GPU, which takes one step after the other from whoever asks.
+"""GpuQueue: the time of one GPU, which takes one step after the other from all that ask.
 
 A caller reserves its step's seconds behind those of all others, and sleeps until they are over. So
 nothing is passed on from one caller to the next, and a caller that dies holds nothing up: what
