@@ -9,7 +9,7 @@ raises `ArgumentError` with its name: a schema is honoured whole or refused. one
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -33,6 +33,17 @@ _NOTES = frozenset({
     "title", "description", "default", "example", "examples", "deprecated", "readOnly",
     "writeOnly", "discriminator", "$schema", "$id", "$anchor", "$comment", "$defs", "definitions",
 })  # fmt: skip
+# The converter's dates have a 31st of February.
+_DAY = (
+    "[1-9][0-9]{3}-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)"
+    "|02-(0[1-9]|1[0-9]|2[0-8]))"
+)
+_LEAP_YEAR = "([1-9][0-9](0[48]|[2468][048]|[13579][26])|([2468][048]|[13579][26])00)"
+_DATE = f"({_DAY}|{_LEAP_YEAR}-02-29)"
+_TIME = (
+    "([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\\.[0-9]{3})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
+)
+_DATES = {"date": f"^{_DATE}$", "date-time": f"^{_DATE}T{_TIME}$"}
 _INTEGER_ONLY = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 # The converter reads the first of these alone, and not the others beside it.
 _ALONE = (
@@ -66,8 +77,9 @@ def schema_text(schema: Schema, argument: str = "json_schema") -> str:
     if size > SIZE_MAX:
         raise ArgumentError(argument, f"{size} bytes", f"at most {SIZE_MAX}")
     check_schema(argument, value)
-    _check_keywords(argument, json.loads(text))
-    return text
+    checked = json.loads(text)
+    _check_keywords(argument, checked)
+    return json_text(argument, checked) if _bound_days(checked) else text
 
 
 @lru_cache(maxsize=64)
@@ -85,22 +97,36 @@ def schema_to_gbnf(text: str) -> str:
     return grammar.decode()
 
 
-def _check_keywords(argument: str, root: Any) -> None:
+def _schemas(root: Any) -> Iterator[dict[str, Any]]:
+    """Every schema in a schema; true, false and what the converter refuses itself left out."""
     todo = [root]
     while todo:
         schema = todo.pop()
-        if not isinstance(schema, Mapping):
-            continue  # true, false, or what the converter refuses itself
-        why = _left_out(schema)
-        if why is not None:
-            keyword, limit = why
-            raise ArgumentError(f"{argument}: {keyword}", schema[keyword], limit)
+        if not isinstance(schema, dict):
+            continue
+        yield schema
         for keyword in ("items", "prefixItems", "additionalProperties", "oneOf", "anyOf", "allOf"):
             value = schema.get(keyword)
             todo += value if isinstance(value, list) else [value]
         for keyword in ("properties", "$defs", "definitions"):
             value = schema.get(keyword)
             todo += value.values() if isinstance(value, Mapping) else ()
+
+
+def _check_keywords(argument: str, root: Any) -> None:
+    for schema in _schemas(root):
+        why = _left_out(schema)
+        if why is not None:
+            keyword, limit = why
+            raise ArgumentError(f"{argument}: {keyword}", schema[keyword], limit)
+
+
+def _bound_days(root: Any) -> bool:
+    """Put patterns in place of the formats of dates; whether there were any."""
+    found = [schema for schema in _schemas(root) if schema.get("format") in _DATES]
+    for schema in found:
+        schema["pattern"] = _DATES[schema.pop("format")]
+    return bool(found)
 
 
 def _left_out(schema: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -1,0 +1,144 @@
+"""A JSON schema is kept whole or refused with the keyword named: every keyword of draft 2020-12, by
+what a model writes under the grammar, checked with `jsonschema`."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from pyllamabatch import Engine, Model, SamplingParams
+from pyllamabatch.errors import ArgumentError, GrammarError
+
+N_EACH = 24  # answers of a schema
+SHORT = {"type": "string", "maxLength": 4}
+BOOL = {"type": "boolean"}
+CHOICE = {"enum": ["a", "b"]}
+
+
+def an_object(required: list[str] | None = None, **properties: Any) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "object", "properties": properties}
+    return schema if required is None else {**schema, "required": required}
+
+
+KEPT_WHOLE: dict[str, Any] = {
+    "true": {"type": "boolean"},
+    "null": {"type": "null"},
+    "types": {"type": ["null", "boolean"]},
+    "enum": {"enum": ["red", 5, None, True, {"a": [1]}, 'é"\\']},
+    "const": {"const": {"k": [1, "two", None]}},
+    "const text": {"const": "a\nb"},
+    "string length": {"type": "string", "minLength": 2, "maxLength": 5},
+    "min length": {"type": "string", "minLength": 3, "maxLength": 3},
+    "max length": SHORT,
+    "pattern": {"type": "string", "pattern": "^[a-c]{2,4}(-[0-9]{1,2})?$"},
+    "pattern alternatives": {"type": "string", "pattern": "^(yes|no)$"},
+    "date": {"type": "string", "format": "date"},
+    "dates": {"type": "array", "items": {"type": "string", "format": "date"}, "maxItems": 3},
+    "time": {"type": "string", "format": "time"},
+    "date-time": {"type": "string", "format": "date-time"},
+    "uuid": {"type": "string", "format": "uuid"},
+    "integer bounds": {"type": "integer", "minimum": -3, "maximum": 12},
+    "minimum": {"type": "integer", "minimum": 5, "maximum": 99999},
+    "negative": {"type": "integer", "minimum": -20, "maximum": -5},
+    "exclusive": {"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": 4},
+    "one number": {"type": "integer", "minimum": 7, "maximum": 7},
+    "object": an_object(["ok"], ok=BOOL),
+    "optional": an_object(["a"], a=BOOL, b=CHOICE),
+    "all optional": an_object(a=BOOL, b=CHOICE, c={"type": "null"}),
+    "closed": {**an_object(["a"], a=BOOL), "additionalProperties": False},
+    "typed rest": {"type": "object", "additionalProperties": False},
+    "nested": an_object(["o"], o=an_object(["p"], p=an_object(["q"], q=CHOICE))),
+    "items": {"type": "array", "items": BOOL, "maxItems": 4},
+    "min items": {"type": "array", "items": CHOICE, "minItems": 2, "maxItems": 3},
+    "no items": {"type": "array", "items": BOOL, "maxItems": 0},
+    "prefix items": {"type": "array", "prefixItems": [BOOL, CHOICE]},
+    "array of objects": {"type": "array", "items": an_object(["a"], a=BOOL), "maxItems": 2},
+    "any of": {"anyOf": [BOOL, {"type": "null"}, CHOICE]},
+    "one of": {"oneOf": [{"type": "null"}, {"enum": ["x", "y"]}]},
+    "any of objects": {"anyOf": [an_object(["a"], a=BOOL), an_object(["b"], b=CHOICE)]},
+    "all of": {"allOf": [an_object(["a"], a=BOOL), an_object(["b"], b=CHOICE)]},
+    "reference": {"$ref": "#/$defs/v", "$defs": {"v": CHOICE}},
+    "references": {
+        **an_object(["l", "r"], l={"$ref": "#/$defs/v"}, r={"$ref": "#/$defs/v"}),
+        "$defs": {"v": {"enum": [1, 2]}},
+    },
+    "recursive": {
+        "$ref": "#/$defs/tree",
+        "$defs": {
+            "tree": {
+                "anyOf": [
+                    {"type": "null"},
+                    {"type": "array", "items": {"$ref": "#/$defs/tree"}, "maxItems": 1},
+                ]
+            }
+        },
+    },
+    "notes": {**BOOL, "title": "t", "description": "d", "default": 1, "examples": [2], "x-y": 3},
+}
+"""Schemas that a grammar expresses."""
+
+REFUSED: dict[str, tuple[str, Any]] = {
+    "number minimum": ("minimum", {"type": "number", "minimum": 0}),
+    "number exclusive": ("exclusiveMaximum", {"type": "number", "exclusiveMaximum": 0}),
+    "multiple": ("multipleOf", {"type": "integer", "multipleOf": 5}),
+    "not": ("not", {"type": "string", "not": {"const": "a"}}),
+    "if": ("if", {"type": "object", "if": {}, "then": {}, "else": {}}),
+    "contains": ("contains", {"type": "array", "contains": BOOL}),
+    "min contains": ("minContains", {"type": "array", "minContains": 2}),
+    "max contains": ("maxContains", {"type": "array", "maxContains": 2}),
+    "unique": ("uniqueItems", {"type": "array", "items": BOOL, "uniqueItems": True}),
+    "min properties": ("minProperties", {"type": "object", "minProperties": 2}),
+    "max properties": ("maxProperties", {"type": "object", "maxProperties": 2}),
+    "pattern properties": ("patternProperties", {"type": "object", "patternProperties": {}}),
+    "property names": ("propertyNames", {"type": "object", "propertyNames": SHORT}),
+    "dependent required": ("dependentRequired", {"type": "object", "dependentRequired": {}}),
+    "dependent schemas": ("dependentSchemas", {"type": "object", "dependentSchemas": {}}),
+    "unevaluated properties": (
+        "unevaluatedProperties",
+        {"type": "object", "unevaluatedProperties": False},
+    ),
+    "unevaluated items": ("unevaluatedItems", {"type": "array", "unevaluatedItems": False}),
+    "email": ("format", {"type": "string", "format": "email"}),
+    "encoding": ("contentEncoding", {"type": "string", "contentEncoding": "base64"}),
+    "media type": ("contentMediaType", {"type": "string", "contentMediaType": "text/html"}),
+    "dynamic": ("\\$dynamicRef", {"$dynamicRef": "#x"}),
+    "beside": ("minLength", {"type": "string", "pattern": "^a$", "minLength": 1}),
+    "deep inside": ("multipleOf", an_object(a={"type": "array", "items": {"multipleOf": 2}})),
+}
+"""Schemas with a keyword that a grammar can't keep, and its name."""
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Model.default() as model, Engine(model, n_seq_max=16, n_ctx=8192, cost=None) as engine:
+        yield engine
+
+
+def test_answers_are_what_their_schemas_allow(engine: Engine) -> None:
+    loose: dict[str, Any] = {"temperature": 1.5, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 1}
+    streams = []
+    for name, schema in KEPT_WHOLE.items():
+        params = SamplingParams(max_tokens=96, json_schema=schema, **loose)
+        streams.append((name, engine.submit_n("Answer: ", params, n=N_EACH)))
+    wrong: list[tuple[str, str]] = []
+    n_whole = 0
+    for name, answers in streams:
+        validator = Draft202012Validator(
+            KEPT_WHOLE[name], format_checker=Draft202012Validator.FORMAT_CHECKER
+        )
+        texts = [r.text for r in (s.result() for s in answers) if r.finish_reason == "stop"]
+        assert texts, name
+        n_whole += len(texts)
+        wrong += [(name, text) for text in texts if not validator.is_valid(json.loads(text))]
+    assert wrong == []
+    assert n_whole >= 0.8 * N_EACH * len(KEPT_WHOLE)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_grammar_can_not_keep_is_refused(name: str) -> None:
+    keyword, schema = REFUSED[name]
+    Draft202012Validator.check_schema(schema)
+    with pytest.raises((ArgumentError, GrammarError), match=keyword):
+        SamplingParams(json_schema=schema)
