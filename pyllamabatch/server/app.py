@@ -14,7 +14,7 @@ from starlette.responses import Response
 from ..engine.engine import Engine
 from ..llama.model import Model
 from . import embeddings, errors, native, steps
-from .chat import ChatBody, chat_completions
+from .chat import ChatBody, chat_completions, input_tokens
 from .completions import CompletionBody, completions
 from .errors import ApiError, json_response
 from .messages import MessagesBody, count_tokens, messages
@@ -72,6 +72,8 @@ def _router(service: Service, described: Callable[[type[BaseModel]], dict[str, A
     route("GET", "/v1/models", "/models", to=models)
     route("POST", "/v1/completions", to=completions, body=CompletionBody)
     route("POST", "/v1/chat/completions", "/chat/completions", to=chat_completions, body=ChatBody)
+    counts = [f"{chats}/input_tokens" for chats in ("/v1/chat/completions", "/chat/completions")]
+    route("POST", *counts, to=input_tokens, body=ChatBody)
     route("POST", "/v1/responses", "/responses", to=responses, body=ResponsesBody)
     route("POST", "/v1/messages", to=messages, body=MessagesBody)
     route("POST", "/v1/messages/count_tokens", to=count_tokens, body=MessagesBody)

@@ -18,7 +18,7 @@ from . import bodies, tokens
 from .answer import DONE, Answer, event, respond
 from .bodies import SamplingBody
 from .conversation import Turn, blocks_of, rest_of, turn_of
-from .errors import invalid
+from .errors import invalid, json_response
 from .service import Prepared, Service
 
 
@@ -49,6 +49,13 @@ async def chat_completions(service: Service, request: Request) -> Response:
     return await respond(service, request, answer, prepared.streams, stream=body.stream)
 
 
+async def input_tokens(service: Service, request: Request) -> Response:
+    """How many tokens the prompt of a chat has."""
+    turn = chat_turn(service, await bodies.read(request, ChatBody))
+    tokens = await service.apart(lambda: service.tokens(turn.prompt))
+    return json_response({"object": "response.input_tokens", "input_tokens": len(tokens)})
+
+
 def chat_turn(service: Service, body: ChatBody) -> Turn:
     """The prompt of its messages and tools."""
     options: ChatOptions = {"tool_choice": body.tool_choice}
@@ -60,7 +67,7 @@ def chat_turn(service: Service, body: ChatBody) -> Turn:
         options["reasoning_format"] = body.reasoning_format
     if body.continue_final_message:
         options["continue_final_message"] = True
-    elif body.add_generation_prompt is not None:
+    if body.add_generation_prompt is not None:
         options["add_generation_prompt"] = body.add_generation_prompt
     kwargs = dict(body.chat_template_kwargs)
     if "enable_thinking" in kwargs:
@@ -117,7 +124,7 @@ class ChatAnswer(Answer):
         }
 
     def begin(self) -> bytes:
-        delta = {"role": "assistant", "content": ""}
+        delta = {"role": "assistant", "content": None}
         return b"".join(self._event(i, delta) for i in range(self._n))
 
     def chunk(self, i: int, stream: Stream, chunk: Chunk) -> bytes:

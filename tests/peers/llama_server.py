@@ -49,8 +49,10 @@ SWITCHES = {
 LEFT_OUT = frozenset({"--hf-repo", "--hf-file", "--ubatch-size", "-fa", "-ctk", "-ctv",
                       "--reasoning-format", "--cache-ram", "--tags", "--media-path"})  # fmt: skip
 """With a value that has no say here."""
-NOTHING = frozenset({"--offline", "--slots", "--jinja", "--no-jinja", "--cont-batching",
-                     "--metrics", "--swa-full", "--no-cache-idle-slots"})  # fmt: skip
+NOTHING = frozenset({
+    "--offline", "--slots", "--jinja", "--no-jinja", "--cont-batching", "--metrics", "--swa-full",
+    "--no-cache-idle-slots", "--verbose",
+})  # fmt: skip
 
 
 def flags_of(given: list[str]) -> list[str]:

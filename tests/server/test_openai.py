@@ -36,13 +36,15 @@ def test_chat(served: Served) -> None:
     assert answer["usage"]["prompt_tokens"] == len(served.engine.model.vocab.tokenize(prompt))
     assert answer["timings"]["predicted_n"] == 2
     assert answer["model"] == "any"
+    counted = served.ok(f"{CHAT}/input_tokens", SUM_CHAT)["input_tokens"]
+    assert counted == answer["usage"]["prompt_tokens"]
 
 
 def test_chat_streamed(served: Served) -> None:
     body = {**SUM_CHAT, "stream_options": {"include_usage": True}}
     *events, last, done = served.events(CHAT, body)
     assert done == "[DONE]"
-    assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": None}
     assert chat_text(events) == ANSWER
     assert [e["choices"][0]["finish_reason"] for e in events] == [None] * (len(events) - 1) + [
         "stop"
