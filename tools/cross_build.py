@@ -4,10 +4,10 @@
     python -m tools.cross_build --whole          # all of it by CMake, ggml and llama.cpp included
     python -m tools.cross_build --whole --run --targets aarch64-linux-musl   # and its native tests
 
-`ziglang` brings the compiler and each platform's headers. The first form links nothing:
-it finds what a platform lacks in our code, in about a minute on two cores. `--whole` takes
-about 25 minutes a target on two cores, and seconds when little has changed; Metal's own files need
-a Mac. `--run` needs qemu-aarch64-static (Debian: qemu-user-static).
+`ziglang` brings the compiler and each platform's headers. The first form links nothing: it finds
+what a platform lacks in our code, in a few minutes a target. `--whole` takes about nine minutes of
+CPU time a target, and little when little has changed; Metal's own files need a Mac. `--run` needs
+qemu-aarch64-static (Debian: qemu-user-static).
 """
 
 from __future__ import annotations
