@@ -11,7 +11,7 @@ from jsonschema import Draft202012Validator
 from pyllamabatch import Engine, Model, SamplingParams
 from pyllamabatch.errors import ArgumentError, GrammarError
 
-N_EACH = 24  # answers of a schema
+N_EACH = 26  # answers of a schema
 SHORT = {"type": "string", "maxLength": 4}
 BOOL = {"type": "boolean"}
 CHOICE = {"enum": ["a", "b"]}
