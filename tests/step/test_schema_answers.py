@@ -1,4 +1,4 @@
-"""A JSON schema is kept whole or refused with the keyword named: every keyword of draft 2020-12, by
+"""A JSON schema is honoured whole or refused with the keyword named: every keyword of draft 2020-12, by
 what a model writes under the grammar, checked with `jsonschema`."""
 
 import json
@@ -22,7 +22,7 @@ def an_object(required: list[str] | None = None, **properties: Any) -> dict[str,
     return schema if required is None else {**schema, "required": required}
 
 
-KEPT_WHOLE: dict[str, Any] = {
+EXPRESSED: dict[str, Any] = {
     "true": {"type": "boolean"},
     "null": {"type": "null"},
     "types": {"type": ["null", "boolean"]},
@@ -119,21 +119,21 @@ def engine() -> Iterator[Engine]:
 def test_answers_are_what_their_schemas_allow(engine: Engine) -> None:
     loose: dict[str, Any] = {"temperature": 1.5, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 1}
     streams = []
-    for name, schema in KEPT_WHOLE.items():
+    for name, schema in EXPRESSED.items():
         params = SamplingParams(max_tokens=96, json_schema=schema, **loose)
         streams.append((name, engine.submit_n("Answer: ", params, n=N_EACH)))
     wrong: list[tuple[str, str]] = []
     n_whole = 0
     for name, answers in streams:
         validator = Draft202012Validator(
-            KEPT_WHOLE[name], format_checker=Draft202012Validator.FORMAT_CHECKER
+            EXPRESSED[name], format_checker=Draft202012Validator.FORMAT_CHECKER
         )
         texts = [r.text for r in (s.result() for s in answers) if r.finish_reason == "stop"]
         assert texts, name
         n_whole += len(texts)
         wrong += [(name, text) for text in texts if not validator.is_valid(json.loads(text))]
     assert wrong == []
-    assert n_whole >= 0.8 * N_EACH * len(KEPT_WHOLE)
+    assert n_whole >= 0.8 * N_EACH * len(EXPRESSED)
 
 
 @pytest.mark.parametrize("name", REFUSED)
