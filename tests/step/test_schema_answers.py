@@ -1,5 +1,5 @@
-"""A JSON schema is honoured whole or refused with the keyword named: every keyword of draft 2020-12, by
-what a model writes under the grammar, checked with `jsonschema`."""
+"""A JSON schema is honoured whole or refused with the keyword named: every keyword of draft
+2020-12, by what a model writes under the grammar, checked with `jsonschema`."""
 
 import json
 from collections.abc import Iterator
