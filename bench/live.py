@@ -46,7 +46,7 @@ PROMPTS = {STEADY: (128, 128), CLIENTS: (100, 400)}  # tokens, from and to
 ANSWERS = {STEADY: (256, 256), CLIENTS: (32, 224)}
 REQUESTS = {STEADY: 1, CLIENTS: 2}  # of each client, one by one
 POLICIES = (COUNTED, *(name for name in SHIPPED if name != "static"))
-QUICK = {"profiles": GEMMA, "streams": "9", "clients": "", "policies": f"{COUNTED};{DEFAULT}"}
+QUICK = {"streams": "9", "clients": "", "policies": f"{COUNTED};{DEFAULT}"}
 
 
 def steady_ratio(profile: str, n: int) -> Figure:

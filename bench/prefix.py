@@ -99,7 +99,7 @@ def serve(
         raise RuntimeError(f"only {len(ttft)} of {case.pl} requests gave a token")
     rows = stats.prefill_rows - before.prefill_rows
     known = stats.known_tokens - before.known_tokens
-    own = case.pl * (case.pp - n_common)
+    own = case.pl * (case.pp - n_common - 1)  # the last one decodes
     first, end = max(ttft), max(result.e2el_s for result in results)
     return Measured(
         t_pp=first,

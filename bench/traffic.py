@@ -78,7 +78,7 @@ TARGETS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--clients", default="8", help="comma separated")
-    parser.add_argument("--requests", type=int, default=2, help="of each client, one by one")
+    parser.add_argument("--requests", type=int, default=8, help="of each client, one by one")
     parser.add_argument("--arms", default="", help="comma separated; all by default")
     parser.add_argument("--sampling", choices=["greedy", "default"], default="default")
     parser.add_argument(

@@ -47,7 +47,7 @@ enum plb_code {
     PLB_E_SAMPLING        = -1020, /* a sampling parameter is out of range */
     PLB_E_GRAMMAR         = -1021, /* the grammar does not parse */
     PLB_E_N_STEPS         = -1022, /* n_steps < 1 or > n_steps_max */
-    PLB_E_NO_TOKEN        = -1023, /* a slot that has sampled nothing yet has no next row */
+    PLB_E_NO_TOKEN        = -1023, /* a slot that has sampled nothing has no next row; see plb_slot_next */
     PLB_E_SEQ_TWICE       = -1024, /* a run names a sequence twice */
     PLB_E_STREAM          = -1025, /* plb_step on an engine whose results are read from its ring */
     /* codes of one result (plb_result.error): its request ends, the others go on */
@@ -59,8 +59,7 @@ enum plb_code {
 /* -- rows ------------------------------------------------------------------------------------- */
 enum plb_row_flag {
     PLB_ROW_OUTPUT = 1, /* keep this row's logits: readable by llama_get_logits_ith(ctx, row) */
-    PLB_ROW_SAMPLE = 2, /* sample this row with its sequence's slot (implies PLB_ROW_OUTPUT) */
-    PLB_ROW_REPORT = 4  /* plb_run: its record is in plb_views.finished, whether it finishes or not */
+    PLB_ROW_SAMPLE = 2  /* sample this row with its sequence's slot (implies PLB_ROW_OUTPUT) */
 };
 
 enum plb_finish {
@@ -99,7 +98,7 @@ typedef struct plb_step_info {
     int32_t first_result; /* index of its first record in plb_views.results */
     int32_t bad_row;      /* the row that a code <= PLB_E_TOKEN speaks of, else -1 */
     int32_t on_device;    /* 1: the device chose the candidates that were sampled from */
-    int32_t n_filled;     /* rows of unused sequences that it had besides, see gap_max */
+    int32_t n_filled;     /* rows that it had besides, see gap_max and plb_run's n_pad */
 } plb_step_info;
 
 enum plb_stop {
@@ -165,7 +164,7 @@ typedef struct plb_views {
     int32_t n_vocab;
     int32_t n_pos_max;      /* positions that the model can take */
     int32_t n_steps_max;    /* steps that fit the ring */
-    /* rows, n_rows_max each: the caller writes; plb_run overwrites the first n_slots of them */
+    /* rows, n_rows_max each: the caller writes; plb_run overwrites those of its slots */
     llama_token  * token;
     llama_pos    * pos;
     llama_seq_id * seq;
@@ -178,7 +177,7 @@ typedef struct plb_views {
     plb_step_info * steps;      /* [n_steps_max]: without `stream` the steps of the last call, the
                                    one that failed included */
     plb_result  * finished;     /* [n_seq_max]: of a run's last step, the records with a finish and
-                                   those of rows with PLB_ROW_REPORT */
+                                   those of slots with `report` (plb_slot_next) */
 } plb_views;
 
 plb_engine_params plb_engine_default_params(void);
@@ -290,6 +289,10 @@ int32_t plb_slot_reseed(plb_engine * engine, int32_t seq, uint32_t seed);
 int32_t plb_slot_take(plb_engine * engine, int32_t seq, plb_slot ** out);
 int32_t plb_slot_put(plb_engine * engine, int32_t seq, plb_slot * slot);
 void    plb_slot_free(plb_slot * slot);
+/* The row that a run computes next for this slot, as if it had sampled `token` for position `pos`: the
+ * last token of a prompt. report: not 0, each of its results is among plb_views.finished. */
+int32_t plb_slot_next(plb_engine * engine, int32_t seq, llama_token token, llama_pos pos,
+                      int32_t report);
 /* A new slot as if it had sampled these tokens, with as many random numbers, and next_pos were the
  * position of the last of them: a saved sequence goes on as it would have. PLB_E_GRAMMAR_STATE when
  * the grammar could not have been there. */
@@ -316,17 +319,20 @@ int32_t plb_step(plb_engine * engine, int32_t n_rows);
 
 /* -- run --------------------------------------------------------------------------------------
  * Up to n_steps steps without coming back: in each, every sequence of slots (all different, each with
- * a slot that has sampled and not finished) computes its slot's next token and samples. As n_steps
- * times plb_step with those rows, in their order; a step is done whole.
- * n_more rows of the caller's own (prompts), written at n_slots and behind, join the one step of a run
- * with n_steps = 1; n_slots may be 0 then.
+ * a slot that has a next token and has not finished) computes its slot's next token and samples. As
+ * n_steps times plb_step with those rows, in their order; a step is done whole.
+ * n_before rows of the caller's own (prompts), written at 0 and behind, come before those in the one
+ * step of a run with n_steps = 1; n_slots may be 0 then. They may be of the same sequences.
+ * n_pad > 0, for contexts with a stream of cells for each sequence: every sequence below it has a row
+ * in each step, so that the graph stays the same when sequences come and go. What such a row leaves in
+ * the memory is removed; where there is no room for it there is none.
  * It ends early after a step in which a slot finished, after a step during which plb_interrupt was
  * called, and at a step that plb_step would return a code other than 0 for: that code is returned, and
  * the steps before it, their results included, are valid. The records of all steps lie in results one
  * after the other; steps[i].first_result is the first one of step i.
  * Nothing is allocated here either, however many steps (and see plb_step for libllama). */
-int32_t plb_run(plb_engine * engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_more,
-                int32_t n_steps, plb_run_info * out);
+int32_t plb_run(plb_engine * engine, int32_t n_before, const llama_seq_id * slots, int32_t n_slots,
+                int32_t n_pad, int32_t n_steps, plb_run_info * out);
 /* End the run that is going on, or when there is none the next one, after the step that it is in.
  * From any thread, until plb_engine_free. The run that ends takes the interrupt back: none is lost, and
  * a caller that looks for news after every run has seen what was there before the interrupt. A run

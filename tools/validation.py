@@ -127,7 +127,7 @@ def steps_of(table: Trace, cost: CostModel, n_ubatch: int) -> Steps:
     libllama cut a step into several (it does so for streams that are not adjacent)."""
     table = table[table["code"] == 0]
     rows, prompt = table["rows"], table["prefill_rows"]
-    n_seqs = table["decode_rows"] + (table["chunk"] > 0).sum(axis=1) + table["filled"]
+    n_seqs = (table["ids"] > 0).sum(axis=1) + table["filled"]
     if not cost.unified:
         kv = own_cells(table)
     else:

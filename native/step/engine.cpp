@@ -138,7 +138,8 @@ int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, pl
         };
         place_sampling(*engine, params->device_sampling);
         if (params->gap_max > 0) {
-            engine->gaps = std::make_unique<gaps>(ctx, params->gap_max);
+            engine->gaps = std::make_unique<gaps>(ctx, params->gap_max, engine->n_outputs_max,
+                                                  engine->views.n_pos_max);
         }
         *out = engine.release();
     });
@@ -172,7 +173,9 @@ int32_t plb_engine_rebind(plb_engine * engine, llama_context * ctx) {
                                         : nullptr;
         // In a pool there are no gaps.
         const bool streams = llama_n_ctx_seq(ctx) < llama_n_ctx(ctx);
-        auto filled = engine->gaps && streams ? std::make_unique<gaps>(ctx, engine->gaps->most())
+        auto filled = engine->gaps && streams ? std::make_unique<gaps>(ctx, engine->gaps->most(),
+                                                                 engine->n_outputs_max,
+                                                                 engine->views.n_pos_max)
                                               : nullptr;
         engine->on_device = std::move(device);
         engine->gaps      = std::move(filled);

@@ -97,6 +97,7 @@ struct plb_slot {
     int32_t  error       = 0;
     int32_t  next_token  = -1;
     int32_t  next_pos    = -1;
+    bool     report      = false; // each of its results is among plb_views.finished
     int32_t  n_draws     = 0;  // since it was seeded
     char     error_text[plb::TEXT_BYTES] = "";
 
@@ -211,11 +212,9 @@ void set_text(char (&text)[TEXT_BYTES], const char * format, Args... args) noexc
 }
 
 // Check, build, decode, sample: rows 0..n_rows-1, the records from first_record on, which is the
-// ring's. The step is recorded there, done or not, and in engine.info; returns the code.
-int32_t one_step(plb_engine & engine, int32_t n_rows, int32_t first_record);
-// At the end of a call that ended with `code`: removes the rows that filled gaps. PLB_E_DECODE where
-// nothing but that has failed.
-int32_t clear_gaps(plb_engine & engine, int32_t code);
+// ring's. The step is recorded there, done or not, and in engine.info; returns the code. n_pad: see
+// plb_run.
+int32_t one_step(plb_engine & engine, int32_t n_rows, int32_t first_record, int32_t n_pad = 0);
 
 // Sets the engine's text and the row that it speaks of; returns the code.
 int32_t fail(plb_engine & engine, int32_t code, int32_t row = -1) noexcept;

@@ -1,26 +1,27 @@
 #include "step/gaps.hpp"
 
+#include <algorithm>
+
 namespace plb {
 
-gaps::gaps(llama_context * ctx, int32_t most)
-    : memory_(llama_get_memory(ctx)), most_(most) {
-    const size_t n_batch = llama_n_batch(ctx), n_seq_max = llama_n_seq_max(ctx);
-    row_.resize(n_batch);
-    next_.resize(n_seq_max);
+gaps::gaps(llama_context * ctx, int32_t most, int32_t n_outputs_max, int32_t n_pos_max)
+    : memory_(llama_get_memory(ctx)), most_(most),
+      n_rows_max_((int32_t) std::min(llama_n_batch(ctx), llama_n_ubatch(ctx))),
+      n_outputs_max_(n_outputs_max),
+      n_pos_max_(std::min<int32_t>(n_pos_max, (int32_t) llama_n_ctx_seq(ctx))) {
+    const size_t n_rows = (size_t) n_rows_max_, n_seq_max = llama_n_seq_max(ctx);
     filled_.reserve(n_seq_max);
-    token_.resize(n_batch);
-    pos_.resize(n_batch);
-    n_seq_id_.assign(n_batch, 1);
-    seq_.resize(n_batch);
-    seq_id_.resize(n_batch + 1);
-    output_.resize(n_batch);
-    for (size_t i = 0; i < n_batch; ++i) {
+    held_.reserve(n_seq_max);
+    row_.resize(n_rows);
+    token_.resize(n_rows);
+    pos_.resize(n_rows);
+    n_seq_id_.assign(n_rows, 1);
+    seq_.resize(n_rows);
+    seq_id_.resize(n_rows + 1);
+    output_.resize(n_rows);
+    for (size_t i = 0; i < n_rows; ++i) {
         seq_id_[i] = &seq_[i];
     }
-}
-
-bool gaps::ours(llama_seq_id seq) const {
-    return next_[(size_t) seq] > 0 || llama_memory_seq_pos_max(memory_, seq) < 0;
 }
 
 void gaps::add(llama_token token, llama_pos pos, llama_seq_id seq, int8_t output) {
@@ -31,54 +32,79 @@ void gaps::add(llama_token token, llama_pos pos, llama_seq_id seq, int8_t output
     output_[i] = output;
 }
 
-llama_batch gaps::fill(const llama_batch & batch) {
-    n_ = n_filled_ = 0;
-    const int32_t n_batch = (int32_t) token_.size();
-    const auto seq_of = [&](int32_t i) { return batch.seq_id[i][0]; };
-    for (int32_t i = 1; i < batch.n_tokens; ++i) {
-        if (seq_of(i) <= seq_of(i - 1)) {
-            return batch;
+// Which sequences get a row. False: there is no room for those below n_pad.
+bool gaps::choose(const llama_batch & batch, int32_t n_pad) {
+    filled_.clear();
+    held_.clear();
+    llama_seq_id next = n_pad > 0 ? 0 : batch.seq_id[0][0];
+    for (int32_t i = 0; i <= batch.n_tokens; ++i) {
+        const bool behind = i == batch.n_tokens; // all rows
+        const llama_seq_id seq = behind ? std::max(next, n_pad) : batch.seq_id[i][0];
+        const size_t before = filled_.size();
+        bool fits = n_pad > 0 || seq - next <= most_;
+        for (; fits && next < seq; ++next) {
+            const llama_pos held = llama_memory_seq_pos_max(memory_, next) + 1;
+            filled_.push_back(next);
+            held_.push_back(held);
+            fits = n_pad > 0 ? held < n_pos_max_ : held == 0;
         }
-    }
-    for (int32_t i = 0; i < batch.n_tokens; ++i) {
-        if (i > 0) {
-            const llama_seq_id first = seq_of(i - 1) + 1, end = seq_of(i);
-            bool fits = end - first <= most_ && batch.n_tokens + n_filled_ + end - first <= n_batch;
-            for (llama_seq_id seq = first; fits && seq < end; ++seq) {
-                fits = ours(seq);
-            }
-            for (llama_seq_id seq = first; fits && seq < end; ++seq) {
-                // One more at every step of a call, as of those that decode: there is room for it
-                // as long as there is for them.
-                llama_pos & next = next_[(size_t) seq];
-                if (next == 0) {
-                    filled_.push_back(seq);
-                }
-                add(batch.token[i], next++, seq, 0);
-                ++n_filled_;
-            }
+        fits = fits && batch.n_tokens + (int32_t) filled_.size() <= n_rows_max_;
+        if (!fits && n_pad > 0) {
+            return false;
         }
-        row_[(size_t) i] = n_;
-        add(batch.token[i], batch.pos[i], seq_of(i), batch.logits[i]);
+        if (!fits) {
+            filled_.resize(before);
+            held_.resize(before);
+        }
+        next = seq + 1;
     }
-    if (n_filled_ == 0) {
+    return true;
+}
+
+llama_batch gaps::fill(const llama_batch & batch, int32_t n_pad) {
+    filled_.clear();
+    if (batch.n_tokens > n_rows_max_) {
         return batch;
     }
+    int32_t n_outputs = 0;
+    for (int32_t i = 0; i < batch.n_tokens; ++i) {
+        if (i > 0 && batch.seq_id[i][0] <= batch.seq_id[i - 1][0]) {
+            return batch;
+        }
+        n_outputs += batch.logits[i] != 0;
+    }
+    if (!choose(batch, n_pad)) {
+        choose(batch, 0);
+    }
+    if (filled_.empty()) {
+        return batch;
+    }
+    // An output of each row: so the graph is the same, whichever sequences decode.
+    const bool output = n_outputs == batch.n_tokens &&
+                        n_outputs + (int32_t) filled_.size() <= n_outputs_max_;
+    n_ = 0;
+    size_t k = 0;
+    const auto add_below = [&](llama_seq_id end) {
+        for (; k < filled_.size() && filled_[k] < end; ++k) {
+            add(batch.token[0], held_[k], filled_[k], output);
+        }
+    };
+    for (int32_t i = 0; i < batch.n_tokens; ++i) {
+        add_below(batch.seq_id[i][0]);
+        row_[(size_t) i] = n_;
+        add(batch.token[i], batch.pos[i], batch.seq_id[i][0], batch.logits[i]);
+    }
+    add_below(INT32_MAX);
     return {n_,           token_.data(),  nullptr, pos_.data(), n_seq_id_.data(),
             seq_id_.data(), output_.data()};
 }
 
 bool gaps::clear() {
-    size_t n_left = 0;
-    for (llama_seq_id seq : filled_) {
-        if (llama_memory_seq_rm(memory_, seq, -1, -1)) {
-            next_[(size_t) seq] = 0;
-        } else {
-            filled_[n_left++] = seq;
-        }
+    bool all = true;
+    for (size_t k = 0; k < filled_.size(); ++k) {
+        all = llama_memory_seq_rm(memory_, filled_[k], held_[k], -1) && all;
     }
-    filled_.resize(n_left);
-    return n_left == 0;
+    return all;
 }
 
 } // namespace plb

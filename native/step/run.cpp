@@ -9,36 +9,36 @@ namespace {
 
 constexpr auto FULL_WAIT = std::chrono::milliseconds(50); // for a reader, before a run gives up
 
-int32_t check_run(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_more,
+int32_t check_run(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_before,
                   int32_t n_steps) {
     const plb_views & views = engine.views;
     const int32_t n_rows_max = views.n_rows_max;
-    if (n_slots < 0 || n_more < 0 || n_slots > std::min(views.n_seq_max, n_rows_max) ||
-        n_more > n_rows_max - n_slots || n_slots + n_more < 1) {
+    if (n_slots < 0 || n_before < 0 || n_slots > std::min(views.n_seq_max, n_rows_max) ||
+        n_before > n_rows_max - n_slots || n_slots + n_before < 1) {
         return fail(engine, PLB_E_N_ROWS);
     }
     if (n_steps < 1 || (!engine.stream && n_steps > views.n_steps_max) ||
-        (n_more > 0 && n_steps > 1)) {
+        (n_before > 0 && n_steps > 1)) {
         return fail(engine, PLB_E_N_STEPS);
     }
     std::fill(engine.named.begin(), engine.named.end(), (uint8_t) 0);
     for (int32_t i = 0; i < n_slots; ++i) {
         const llama_seq_id seq = slots[i];
         if (seq < 0 || seq >= views.n_seq_max) {
-            return fail(engine, PLB_E_SEQ, i);
+            return fail(engine, PLB_E_SEQ, n_before + i);
         }
         const plb_slot * slot = engine.slots[seq].get();
         if (slot == nullptr) {
-            return fail(engine, PLB_E_NO_SLOT, i);
+            return fail(engine, PLB_E_NO_SLOT, n_before + i);
         }
         if (!slot->active()) {
-            return fail(engine, PLB_E_SLOT_FINISHED, i);
+            return fail(engine, PLB_E_SLOT_FINISHED, n_before + i);
         }
         if (slot->next_token < 0) {
-            return fail(engine, PLB_E_NO_TOKEN, i);
+            return fail(engine, PLB_E_NO_TOKEN, n_before + i);
         }
         if (engine.named[seq]) {
-            return fail(engine, PLB_E_SEQ_TWICE, i);
+            return fail(engine, PLB_E_SEQ_TWICE, n_before + i);
         }
         engine.named[seq] = 1;
     }
@@ -46,17 +46,15 @@ int32_t check_run(plb_engine & engine, const llama_seq_id * slots, int32_t n_slo
 }
 
 // What is the same in every step.
-void write_rows(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots) {
-    for (int32_t i = 0; i < n_slots; ++i) {
-        engine.seq[i]   = slots[i];
-        engine.flags[i] = PLB_ROW_SAMPLE;
-    }
+void write_rows(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_before) {
+    std::copy_n(slots, n_slots, engine.seq.begin() + n_before);
+    std::fill_n(engine.flags.begin() + n_before, n_slots, (uint8_t) PLB_ROW_SAMPLE);
 }
 
 // What is not: returns the largest position.
-llama_pos write_next(plb_engine & engine, int32_t n_slots) {
+llama_pos write_next(plb_engine & engine, int32_t n_slots, int32_t n_before) {
     llama_pos last = 0;
-    for (int32_t i = 0; i < n_slots; ++i) {
+    for (int32_t i = n_before; i < n_before + n_slots; ++i) {
         const plb_slot & slot = *engine.slots[engine.seq[i]];
         engine.token[i] = slot.next_token;
         engine.pos[i]   = slot.next_pos;
@@ -66,9 +64,9 @@ llama_pos write_next(plb_engine & engine, int32_t n_slots) {
 }
 
 // Rows that will be sampled; a step with more than the context has outputs for is refused anyway.
-int32_t count_sampled(const plb_engine & engine, int32_t n_slots, int32_t n_more) {
+int32_t count_sampled(const plb_engine & engine, int32_t n_slots, int32_t n_before) {
     int32_t n = n_slots;
-    for (int32_t i = n_slots; i < n_slots + n_more; ++i) {
+    for (int32_t i = 0; i < n_before; ++i) {
         n += (engine.flags[i] & PLB_ROW_SAMPLE) != 0;
     }
     return std::min(n, engine.n_outputs_max);
@@ -77,22 +75,22 @@ int32_t count_sampled(const plb_engine & engine, int32_t n_slots, int32_t n_more
 int32_t collect_finished(plb_engine & engine) {
     const plb_result * first = &engine.results[engine.info.first_result];
     const auto wanted = [&](const plb_result & r) {
-        return r.finish != PLB_FINISH_NONE || (engine.flags[r.row] & PLB_ROW_REPORT);
+        return r.finish != PLB_FINISH_NONE || engine.slots[r.seq]->report;
     };
     const auto end =
         std::copy_if(first, first + engine.info.n_results, engine.finished.begin(), wanted);
     return (int32_t) (end - engine.finished.begin());
 }
 
-int32_t run_steps(plb_engine & engine, int32_t n_slots, int32_t n_more, int32_t n_steps,
-                  plb_run_info & run) {
-    const int32_t n_sampled = count_sampled(engine, n_slots, n_more);
+int32_t run_steps(plb_engine & engine, int32_t n_slots, int32_t n_before, int32_t n_pad,
+                  int32_t n_steps, plb_run_info & run) {
+    const int32_t n_sampled = count_sampled(engine, n_slots, n_before);
     const auto take_interrupt = [&] {
         return engine.interrupted.exchange(false, std::memory_order_acquire);
     };
     while (run.n_steps < n_steps) {
         engine.ring.publish();
-        const llama_pos last = write_next(engine, n_slots);
+        const llama_pos last = write_next(engine, n_slots, n_before);
         if (run.n_steps > 0 && last >= engine.views.n_pos_max) {
             break;
         }
@@ -102,7 +100,7 @@ int32_t run_steps(plb_engine & engine, int32_t n_slots, int32_t n_more, int32_t 
             run.stop = PLB_STOP_FULL;
             break;
         }
-        const int32_t code = one_step(engine, n_slots + n_more, engine.ring.reserve(n_sampled));
+        const int32_t code = one_step(engine, n_before + n_slots, engine.ring.reserve(n_sampled), n_pad);
         if (code != PLB_OK) {
             run.stop = PLB_STOP_CODE;
             return code;
@@ -127,9 +125,10 @@ int32_t run_steps(plb_engine & engine, int32_t n_slots, int32_t n_more, int32_t 
 
 } // namespace
 
-int32_t plb_run(plb_engine * engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_more,
-                int32_t n_steps, plb_run_info * out) {
-    if (engine == nullptr || out == nullptr || (n_slots > 0 && slots == nullptr)) {
+int32_t plb_run(plb_engine * engine, int32_t n_before, const llama_seq_id * slots, int32_t n_slots,
+                int32_t n_pad, int32_t n_steps, plb_run_info * out) {
+    if (engine == nullptr || out == nullptr || (n_slots > 0 && slots == nullptr) || n_pad < 0 ||
+        n_pad > engine->views.n_seq_max) {
         return PLB_E_ARGUMENT;
     }
     *out = {};
@@ -139,21 +138,17 @@ int32_t plb_run(plb_engine * engine, const llama_seq_id * slots, int32_t n_slots
     if (!engine->stream) {
         engine->ring.start_over();
     }
-    out->code = check_run(*engine, slots, n_slots, n_more, n_steps);
+    out->code = check_run(*engine, slots, n_slots, n_before, n_steps);
     if (out->code != PLB_OK) {
         out->stop = PLB_STOP_CODE;
         engine->info.code = out->code;
     } else {
         engine->info.n_reused = llama_perf_context(engine->ctx).n_reused;
         out->n_reused = -engine->info.n_reused;
-        write_rows(*engine, slots, n_slots);
+        write_rows(*engine, slots, n_slots, n_before);
         engine->ring.plan(false);
         out->ns   = -plb_now_ns();
-        out->code = run_steps(*engine, n_slots, n_more, n_steps, *out);
-        if (clear_gaps(*engine, out->code) != out->code) {
-            out->code = engine->info.code;
-            out->stop = PLB_STOP_CODE;
-        }
+        out->code = run_steps(*engine, n_slots, n_before, n_pad, n_steps, *out);
         out->ns  += plb_now_ns();
         out->n_reused += engine->info.n_reused;
     }

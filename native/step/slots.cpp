@@ -128,6 +128,25 @@ void plb_slot_free(plb_slot * slot) {
     delete slot;
 }
 
+int32_t plb_slot_next(plb_engine * engine, int32_t seq, llama_token token, llama_pos pos,
+                      int32_t report) {
+    if (engine == nullptr) {
+        return PLB_E_ARGUMENT;
+    }
+    return guarded(engine->error, [&] {
+        plb_slot & slot = slot_of(*engine, seq);
+        if (token < 0 || token >= engine->views.n_vocab) {
+            refuse(PLB_E_TOKEN);
+        }
+        if (pos < 0 || pos >= engine->views.n_pos_max) {
+            refuse(PLB_E_POS);
+        }
+        slot.next_token = token;
+        slot.next_pos   = pos;
+        slot.report     = report != 0;
+    });
+}
+
 int32_t plb_slot_replay(plb_slot * slot, const llama_token * tokens, int32_t n_tokens,
                         int32_t n_draws, int32_t next_pos) {
     if (slot == nullptr || tokens == nullptr || n_tokens < 1 || n_draws < 0 || next_pos < 0 ||

@@ -17,7 +17,7 @@ int32_t plb::fail(plb_engine & engine, int32_t code, int32_t row) noexcept {
 
 namespace {
 
-constexpr int32_t ROW_FLAGS = PLB_ROW_OUTPUT | PLB_ROW_SAMPLE | PLB_ROW_REPORT;
+constexpr int32_t ROW_FLAGS = PLB_ROW_OUTPUT | PLB_ROW_SAMPLE;
 
 // Everything that libllama would assert on, and what only we know: 0, or the code and the row.
 int32_t check_rows(plb_engine & engine, int32_t n_rows, int32_t & n_outputs) {
@@ -182,7 +182,7 @@ int32_t sample_rows(plb_engine & engine, int32_t n_rows, int32_t first) {
     return n;
 }
 
-int32_t check_decode_sample(plb_engine & engine, int32_t n_rows) {
+int32_t check_decode_sample(plb_engine & engine, int32_t n_rows, int32_t n_pad) {
     plb_step_info & info = engine.info;
     info.n_rows = n_rows;
     if (n_rows < 1 || n_rows > engine.views.n_rows_max) {
@@ -194,7 +194,7 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows) {
     }
     llama_batch batch = build_batch(engine, n_rows);
     if (engine.gaps) {
-        batch = engine.gaps->fill(batch);
+        batch = engine.gaps->fill(batch, n_pad);
         info.n_filled = engine.gaps->n_filled();
     }
     const int64_t t_built = plb_now_ns();
@@ -205,6 +205,7 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows) {
         choose_place(engine, n_rows);
         code = decode(engine, batch);
     });
+    const bool cleared = !engine.gaps || engine.gaps->clear();
     const int64_t t_decoded = plb_now_ns();
     info.decode_ns = t_decoded - t_built;
     if (threw || code) {
@@ -213,6 +214,10 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows) {
             set_text(engine.error, "%s", plb_code_text(code));
         }
         return code;
+    }
+    if (!cleared) {
+        set_text(engine.error, "%s", "libllama does not remove the rows that filled gaps");
+        return PLB_E_DECODE;
     }
     if (info.n_outputs > 0 || engine.sync) {
         const int32_t lost = guarded(engine.error, [&] { llama_synchronize(engine.ctx); });
@@ -239,23 +244,14 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows) {
 
 } // namespace
 
-int32_t plb::clear_gaps(plb_engine & engine, int32_t code) {
-    if (!engine.gaps || engine.gaps->clear() || code != PLB_OK) {
-        return code;
-    }
-    set_text(engine.error, "%s", "libllama does not remove the rows that filled gaps");
-    engine.info.code = PLB_E_DECODE;
-    return PLB_E_DECODE;
-}
-
-int32_t plb::one_step(plb_engine & engine, int32_t n_rows, int32_t first_record) {
+int32_t plb::one_step(plb_engine & engine, int32_t n_rows, int32_t first_record, int32_t n_pad) {
     engine.error[0] = 0;
     plb_step_info & info = engine.info;
     info = {};
     info.t_start_ns   = plb_now_ns();
     info.first_result = first_record;
     info.bad_row      = -1;
-    info.code         = check_decode_sample(engine, n_rows);
+    info.code         = check_decode_sample(engine, n_rows, n_pad);
     info.n_reused     = llama_perf_context(engine.ctx).n_reused;
     engine.steps[engine.ring.next_step()] = info;
     engine.ring.record(info.n_results);
@@ -270,5 +266,5 @@ int32_t plb_step(plb_engine * engine, int32_t n_rows) {
         return fail(*engine, PLB_E_STREAM);
     }
     engine->ring.start_over();
-    return clear_gaps(*engine, one_step(*engine, n_rows, 0));
+    return one_step(*engine, n_rows, 0);
 }

@@ -60,7 +60,7 @@ plb_run_info start(fixture & f, int32_t n, int32_t max_tokens) {
         n_rows += (int32_t) prompt.size();
     }
     plb_run_info info = {};
-    CHECK_EQ(plb_run(f.engine, nullptr, 0, n_rows, 1, &info), PLB_OK);
+    CHECK_EQ(plb_run(f.engine, n_rows, nullptr, 0, 0, 1, &info), PLB_OK);
     CHECK_EQ(info.n_steps, 1);
     CHECK_EQ(info.n_results, n);
     return info;
@@ -68,7 +68,7 @@ plb_run_info start(fixture & f, int32_t n, int32_t max_tokens) {
 
 plb_run_info run(fixture & f, const std::vector<llama_seq_id> & slots, int32_t n_steps) {
     plb_run_info info = {};
-    const int32_t code = plb_run(f.engine, slots.data(), (int32_t) slots.size(), 0, n_steps, &info);
+    const int32_t code = plb_run(f.engine, 0, slots.data(), (int32_t) slots.size(), 0, n_steps, &info);
     CHECK_EQ(code, info.code);
     return info;
 }
@@ -186,7 +186,7 @@ void failed(fixture & f) {
     start(f, 1, 1000);
     f.row(0, 5, 0, 0, 0); // position 0 again: libllama refuses it
     plb_run_info info = {};
-    CHECK_EQ(plb_run(f.engine, nullptr, 0, 1, 1, &info), -1);
+    CHECK_EQ(plb_run(f.engine, 1, nullptr, 0, 0, 1, &info), -1);
     plb_ring_flush(f.engine);
     p.clear();
     CHECK_EQ(plb_ring_read(f.engine, INT64_MAX, &p.out), 2);

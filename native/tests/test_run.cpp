@@ -1,6 +1,7 @@
 // The run loop: the same as step by step, its ends, the interrupt, and no allocation of ours.
 #include "check.hpp"
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -77,7 +78,7 @@ int32_t step_once(fixture & f, const std::vector<llama_seq_id> & slots) {
 
 plb_run_info run(fixture & f, const std::vector<llama_seq_id> & slots, int32_t n_steps) {
     plb_run_info info = {};
-    const int32_t code = plb_run(f.engine, slots.data(), (int32_t) slots.size(), 0, n_steps, &info);
+    const int32_t code = plb_run(f.engine, 0, slots.data(), (int32_t) slots.size(), 0, n_steps, &info);
     CHECK_EQ(code, info.code);
     return info;
 }
@@ -127,9 +128,9 @@ void refused(fixture & f) {
     start(f, {2, 100});
     plb_run_info info = {};
     const llama_seq_id one = 1;
-    CHECK_EQ(plb_run(nullptr, &one, 1, 0, 1, &info), PLB_E_ARGUMENT);
-    CHECK_EQ(plb_run(f.engine, nullptr, 1, 0, 1, &info), PLB_E_ARGUMENT);
-    CHECK_EQ(plb_run(f.engine, &one, 1, 0, 1, nullptr), PLB_E_ARGUMENT);
+    CHECK_EQ(plb_run(nullptr, 0, &one, 1, 0, 1, &info), PLB_E_ARGUMENT);
+    CHECK_EQ(plb_run(f.engine, 0, nullptr, 1, 0, 1, &info), PLB_E_ARGUMENT);
+    CHECK_EQ(plb_run(f.engine, 0, &one, 1, 0, 1, nullptr), PLB_E_ARGUMENT);
     const plb_sampling s = sampling_of(4, 0);
     CHECK_EQ(plb_slot_set(f.engine, 2, &s, nullptr, 0), PLB_OK);
     CHECK_EQ(plb_slot_clear(f.engine, 3), PLB_OK);
@@ -145,9 +146,9 @@ void refused(fixture & f) {
         CHECK(plb_last_error(f.engine)[0] != 0);
         CHECK(strcmp(plb_code_text(code), "unknown code") != 0);
     };
-    CHECK_EQ(plb_run(f.engine, &one, 0, 0, 1, &info), PLB_E_N_ROWS);
-    CHECK_EQ(plb_run(f.engine, &one, 1, 64, 1, &info), PLB_E_N_ROWS);
-    CHECK_EQ(plb_run(f.engine, &one, 1, 1, 2, &info), PLB_E_N_STEPS);
+    CHECK_EQ(plb_run(f.engine, 0, &one, 0, 0, 1, &info), PLB_E_N_ROWS);
+    CHECK_EQ(plb_run(f.engine, 64, &one, 1, 0, 1, &info), PLB_E_N_ROWS);
+    CHECK_EQ(plb_run(f.engine, 1, &one, 1, 0, 2, &info), PLB_E_N_STEPS);
     refuses({1, 1, 1, 1, 1}, 1, PLB_E_N_ROWS, -1);
     refuses({1}, 0, PLB_E_N_STEPS, -1);
     refuses({1}, f.views.n_steps_max + 1, PLB_E_N_STEPS, -1);
@@ -200,6 +201,48 @@ void decode_error(fixture & f) {
     CHECK_EQ(run(f, {0}, 2).n_steps, 2); // room again
 }
 
+// A prompt and its last token, which a run computes behind it, as in one step.
+void prompt_before(fixture & f) {
+    start(f, {100, 100});
+    CHECK_EQ(run(f, {0, 1}, 3).n_steps, 3);
+    const plb_result expected = f.views.results[5];
+
+    llama_memory_clear(llama_get_memory(f.ctx), true);
+    const plb_sampling s = sampling_of(100, 0);
+    CHECK_EQ(plb_slot_set(f.engine, 0, &s, nullptr, 0), PLB_OK);
+    CHECK_EQ(plb_slot_set(f.engine, 1, &s, nullptr, 0), PLB_OK);
+    for (const auto & [token, pos, code] : std::vector<std::array<int32_t, 3>>{
+             {-1, 3, PLB_E_TOKEN}, {f.views.n_vocab, 3, PLB_E_TOKEN}, {1, -1, PLB_E_POS}}) {
+        CHECK_EQ(plb_slot_next(f.engine, 0, token, pos, 0), code);
+    }
+    CHECK_EQ(plb_slot_clear(f.engine, 2), PLB_OK);
+    CHECK_EQ(plb_slot_next(f.engine, 2, 1, 0, 0), PLB_E_NO_SLOT);
+    int32_t n_rows = 0;
+    for (llama_seq_id seq = 0; seq < 2; ++seq) {
+        const llama_token last = 60 + 2 * seq;
+        f.row(n_rows++, 1, 0, seq, 0);
+        f.row(n_rows++, 20 + seq, 1, seq, 0);
+        f.row(n_rows++, 40, 2, seq, 0);
+        CHECK_EQ(plb_slot_next(f.engine, seq, last, 3, seq == 0), PLB_OK);
+    }
+    plb_run_info info = {};
+    const llama_seq_id both[] = {0, 1};
+    CHECK_EQ(plb_run(f.engine, n_rows, both, 2, 0, 1, &info), PLB_OK);
+    CHECK_EQ(info.n_results, 2);
+    CHECK_EQ(info.n_finished, 1); // the slot that is reported
+    CHECK_EQ(f.views.finished[0].seq, 0);
+    CHECK_EQ(f.views.finished[0].finish, PLB_FINISH_NONE);
+    CHECK_EQ(f.views.info->n_outputs, 2);
+    CHECK_EQ(info_of(f, 1).next_pos, 4);
+    info = run(f, {0, 1}, 3);
+    CHECK_EQ(info.n_steps, 1); // slot 0 is reported each time
+    CHECK_EQ(plb_slot_next(f.engine, 0, info_of(f, 0).next_token, 5, 0), PLB_OK);
+    CHECK_EQ(run(f, {0, 1}, 2).n_steps, 2);
+    CHECK_EQ(f.views.results[3].token, expected.token);
+    CHECK_EQ(f.views.results[3].index, expected.index);
+    CHECK_EQ(plb_run(f.engine, 0, both, 2, 5, 1, &info), PLB_E_ARGUMENT); // of 4 sequences
+}
+
 int64_t now_ns() {
     using namespace std::chrono;
     return duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count();
@@ -245,7 +288,7 @@ void allocations(fixture & f, float temperature) {
         const long before = n_allocations;
         plb_run_info info = {};
         const llama_seq_id slots[] = {0, 1, 2};
-        CHECK_EQ(plb_run(f.engine, slots, 3, 0, N, &info), PLB_OK);
+        CHECK_EQ(plb_run(f.engine, 0, slots, 3, 0, N, &info), PLB_OK);
         const long of_run = n_allocations - before;
         CHECK_EQ(info.n_steps, N);
         tokens.clear();
@@ -287,6 +330,7 @@ int main(int argc, char ** argv) {
         same_as_steps(f, 0);
         same_as_steps(f, 1.5f);
         refused(f);
+        prompt_before(f);
         finish(f);
         decode_error(f);
         allocations(f, 0);

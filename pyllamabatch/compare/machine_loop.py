@@ -9,7 +9,7 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.machine.context import MachineContext
 from pyllamabatch.machine.profile_machine import NO_TOKENS, ProfileMachine
 from pyllamabatch.step.sampling_params import INT32_MAX, SamplingParams
-from pyllamabatch.step.types import REPORT, SAMPLE
+from pyllamabatch.step.types import SAMPLE
 
 NO_SLOTS = NO_TOKENS
 
@@ -28,7 +28,7 @@ class MachineLoop(Loop):
 
     def _begin(self, seq: int, seed: int) -> None:
         params = SamplingParams(max_tokens=INT32_MAX, seed=seed)
-        self._device.put_slot(seq, self._device.new_slot(params, NO_TOKENS))
+        self._device.put_slot(seq, self._device.new_slot(params, NO_TOKENS), report=True)
 
     def _end(self, seq: int) -> None:
         self._device.clear_slot(seq)
@@ -42,7 +42,7 @@ class MachineLoop(Loop):
             device.rows.token[rows], device.rows.pos[rows] = s.left[:n], range(s.pos, s.pos + n)
             device.rows.seq[rows], device.rows.flags[rows] = seq, 0
             if n == len(s.left):
-                device.rows.flags[end - 1] = SAMPLE | REPORT
+                device.rows.flags[end - 1] = SAMPLE
         run = device.compute(NO_SLOTS, 1, end)
         device.recorded.clear()  # it has no reader
         return {slot: token for slot, token, _, _ in run.results}

@@ -70,7 +70,7 @@ class EngineCore:
         self.recovery = Recovery(
             scheduler, self.table, device.memory, device.states.renew, options.max_restarts
         )
-        self._observe = CostObserver(scheduler)
+        self._observe = CostObserver(scheduler, asynchronous=device.asynchronous)
         self._stepper = stepper
         self._device = device
         self._running: tuple[Step, int] | None = None  # the call that goes on, and its first step
@@ -233,7 +233,7 @@ class EngineCore:
         """One native call."""
         stepper, loras = self._stepper, self._device.loras
         with self.state:
-            n_more = self._write_chunks(step) if step.chunks else 0
+            n_before = self._write_chunks(step) if step.chunks else 0
             first = stepper.n_recorded
             if self.trace is not None:
                 prompts = [(chunk.slot, chunk.id, chunk.n) for chunk in step.chunks]
@@ -244,23 +244,21 @@ class EngineCore:
             stepper.flush()
         if loras.names:
             loras.apply(self.table.lora_at(step.slots[0]))
-        return stepper.compute(step.decode, self._n_steps(step), n_more)
+        return stepper.compute(step.decode, self._n_steps(step), n_before, step.n_pad)
 
     def _write_chunks(self, step: Step) -> int:
-        """The rows of prompts, behind those that the native call makes of `step.decode`. Returns
+        """The rows of prompts, before those that the native call makes of `step.decode`. Returns
         how many they are."""
         rows = self._stepper.rows
-        first = end = len(step.decode)
+        end = 0
         for chunk in step.chunks:
             request = self.table.in_slot(chunk.slot)
             start, end = end, end + chunk.n
             rows.token[start:end] = request.tokens[chunk.start : chunk.start + chunk.n]
             rows.pos[start:end] = np.arange(chunk.start, chunk.start + chunk.n)
             rows.seq[start:end] = chunk.slot
-            rows.flags[start:end] = 0
-            if chunk.last:
-                rows.flags[end - 1] = request.sink.flags
-        return end - first
+        rows.flags[:end] = 0
+        return end
 
     def _n_steps(self, step: Step) -> int:
         """How many times the step may be computed: not beyond a deadline, and once where a command
@@ -285,8 +283,7 @@ class EngineCore:
                 self._observe(step, run)
                 self.scheduler.advance(step, run.n_steps, perf_counter())
                 for chunk in step.chunks:
-                    if not chunk.last:
-                        self.table.in_slot(chunk.slot).sink.computed()
+                    self.table.in_slot(chunk.slot).sink.computed()
             for slot, token, finish, logprob in run.results:
                 error = None
                 if finish == Finish.ERROR:

@@ -3,6 +3,7 @@ native calls took."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
 
 import numpy as np
@@ -10,33 +11,44 @@ import numpy as np
 from ..cost.step_cost import NO_COST, SETTLED
 from ..kv import Slots
 from ..scheduler import Scheduler, Step
+from ..scheduler.step import Shape
 from ..step.types import Run
 
 
 class CostObserver:
-    """`scheduler.cost` is the model, when there is one."""
+    """`scheduler.cost` is the model, when there is one. asynchronous: see `Device`."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, *, asynchronous: bool = False) -> None:
         self._scheduler = scheduler
+        self._asynchronous = asynchronous
+        self._pending: list[tuple[Shape, float]] = []  # calls that nothing has waited for
         self._before: Slots | None = None  # slots of the call before, if all of its rows decoded
         self._end = 0.0  # of that call
         self._n_old = SETTLED  # steps since the last new graph
 
     def __call__(self, step: Step, run: Run) -> None:
         """After a call, and before the scheduler advances."""
-        scheduler, n, n_decode = self._scheduler, run.n_steps, len(step.decode)
+        scheduler, n = self._scheduler, run.n_steps
         cost = scheduler.cost
-        if step.n_rows - n_decode >= 16 + 8 * n_decode:
-            scheduler.prefilled(step.n_rows, run.seconds)
-        if cost is None:
-            return
         end = perf_counter()
         switched = self._switched(step)
         self._before = None if step.chunks else step.decode
         gap, self._end = end - run.seconds - self._end, end
         kv = scheduler.attention.cells(step, (n - 1) / 2)
         shapes = scheduler.attention.shapes(step, kv)
+        if self._asynchronous and not len(step.decode):
+            self._pending.append((shapes[0], run.seconds))
+            return
+        if self._pending:
+            self._waited(shapes, run)
+            return
+        self._prefilled(shapes[0], run.seconds)
+        if cost is None:
+            return
         rebuilt = not step.chunks and run.n_reused == n - 1  # the graph, for the first step
+        if rebuilt and n > SETTLED:
+            later = (run.seconds - run.first_seconds) / (n - 1)
+            scheduler.padding.observe_graph(run.first_seconds - later)
         seconds = self._each(step, run, rebuilt)
         if switched and run.code == 0:
             if rebuilt and n == 1:  # no other step to compare it with
@@ -46,6 +58,25 @@ class CostObserver:
         # Of several parts one number says nothing of each.
         if len(shapes) == 1 and not (switched and rebuilt and n == 1):
             cost.observe(*shapes[0], seconds, n)
+
+    def _prefilled(self, shape: Shape, seconds: float) -> None:
+        n_rows, n_prompt, _, _ = shape
+        if n_prompt >= 16 + 8 * (n_rows - n_prompt):
+            self._scheduler.prefilled(n_rows, seconds)
+
+    def _waited(self, shapes: Sequence[Shape], run: Run) -> None:
+        """The first step of `run` took as long as the calls before it, too: what it does not need
+        itself is theirs."""
+        pending, self._pending = self._pending, []
+        cost = self._scheduler.cost
+        if cost is None or len(pending) > 1:
+            return
+        (shape, seconds), (new, _) = pending[0], cost.new_graph
+        mine = sum(cost.predict(*one) for one in shapes) + (new if run.n_reused == 0 else 0.0)
+        seconds += run.first_seconds - mine - new
+        if run.n_steps == 1 and seconds > 0:
+            self._prefilled(shape, seconds)
+            cost.observe(*shape, seconds)
 
     def _each(self, step: Step, run: Run, rebuilt: bool) -> float:
         """Seconds of a step whose graph is there already, which is what the model tells: without

@@ -181,7 +181,7 @@ class Engine:
         self._relays = relays.Relays()
         self._core = EngineCore(
             scheduler,
-            Device(stepper, context.memory, context, adapters, close, renewed),
+            Device(stepper, context.memory, context, adapters, close, renewed, offloaded(context)),
             CoreOptions(
                 StepTrace(options.n_trace, context.n_seq_max) if options.n_trace else None,
                 SwapSpace(options.swap_bytes, options.swap_folder),

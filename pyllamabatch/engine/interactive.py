@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import Cancelled, EngineClosed, SamplingError
-from ..step.types import REPORT, SAMPLE, Finish
+from ..step.types import Finish
 from . import snapshot
 from .kv_executor import KvExecutor
 from .request import Request, Sink, Tokens
@@ -56,8 +56,6 @@ class InteractiveSink(Sink):
 
     `spent`: the sampling state has come to its end, so the next `sample` brings another one.
     """
-
-    flags = SAMPLE | REPORT
 
     def __init__(self, request: Request, table: SlotTable, kv: KvExecutor, context: Any) -> None:
         self.request = request
@@ -183,7 +181,7 @@ class InteractiveSink(Sink):
         request.tokens, request.n_given, request.sampler = tokens, len(tokens), sampler
         self.spent = False
         if request.slot >= 0:
-            self._stepper.put_slot(request.slot, sampler)
+            self._stepper.put_slot(request.slot, sampler, request.next_row, report=True)
 
     def _wait_for(self, call: Call, back_to: int | None = None) -> None:
         self._call, self._back_to, self.request.n_restarts = call, back_to, 0

@@ -25,12 +25,19 @@ class StepRunner(Protocol):
     def n_recorded(self) -> int: ...
     @property
     def n_published(self) -> int: ...
-    def compute(self, slots: Slots, n_steps: int, n_more: int = 0) -> Run: ...
+    def compute(self, slots: Slots, n_steps: int, n_before: int = 0, n_pad: int = 0) -> Run: ...
     def flush(self) -> None: ...
     def interrupt(self) -> None: ...
     def clear_slot(self, seq_id: int) -> None: ...
     def take_slot(self, seq_id: int) -> Any: ...
-    def put_slot(self, seq_id: int, slot: Any) -> None: ...
+    def put_slot(
+        self,
+        seq_id: int,
+        slot: Any,
+        next_row: tuple[int, int] | None = None,
+        *,
+        report: bool = False,
+    ) -> None: ...
     def slot_error(self, seq_id: int) -> str: ...
 
 
@@ -80,7 +87,8 @@ class Adapters(Protocol):
 @dataclass(frozen=True, slots=True)
 class Device:
     """`stepper` is a `StepRunner` and a `RingReader`. `close` frees all of it. `renewed`: is told
-    when streams have become a pool."""
+    when streams have become a pool. `asynchronous`: a call that samples nothing returns before its
+    rows are computed."""
 
     stepper: Any
     memory: KvMemory
@@ -88,3 +96,4 @@ class Device:
     loras: Adapters
     close: Callable[[], None]
     renewed: Callable[[], None] = lambda: None
+    asynchronous: bool = False

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..errors import SamplingError
 from ..step.sampling_params import SamplingParams
-from ..step.types import SAMPLE, Finish
+from ..step.types import Finish
 from .options import DEFAULTS, RequestOptions
 from .stream import FinishReason
 
@@ -22,9 +22,6 @@ NO_TOKENS: Tokens = np.zeros(0, np.int32)
 class Sink:
     """Who hears what becomes of a request: a stream (`StreamSink`), or the owner of an interactive
     sequence (`InteractiveSink`). The core thread calls it, between two steps."""
-
-    flags = SAMPLE
-    """Of the row that the request is sampled from."""
 
     def placed(self) -> None:
         """It has a slot."""
@@ -104,6 +101,11 @@ class Request:
         self.state = b""
         self.n_restarts = 0
         self.sink = Sink()
+
+    @property
+    def next_row(self) -> tuple[int, int]:
+        """Token and position of its last known token, which the next one is sampled from."""
+        return int(self.tokens[-1]), len(self.tokens) - 1
 
     def known(self) -> Tokens:
         """All tokens that it knows: int32. Between two steps."""

@@ -47,7 +47,8 @@ class SlotTable:
         """The scheduler has given it a slot."""
         request = self.at[slot] = self.requests[id]
         request.slot = slot
-        self.stepper.put_slot(slot, request.sampler)
+        report = request.budget is None
+        self.stepper.put_slot(slot, request.sampler, request.next_row, report=report)
         request.sink.placed()
         if self._trace is not None:
             self._trace.ids[slot] = id

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from pyllamabatch.kv import Slots
 from pyllamabatch.scheduler import Limits
 from pyllamabatch.step.ring_reader import CLOCK_OFFSET, Page
-from pyllamabatch.step.types import REPORT, SAMPLE, Finish, Rows, Run
+from pyllamabatch.step.types import SAMPLE, Finish, Rows, Run
 
 _ROOM_SECONDS = 0.01  # a step waits so long for a reader that is behind
 _YIELD_SECONDS = 0.002
@@ -84,6 +84,8 @@ class FakeDevice(Generic[C, S]):
         self.rows = Rows(token, pos, seq, np.zeros(n, np.uint8))
         self.cells: dict[int, list[C]] = {}  # by sequence
         self.slots: dict[int, S] = {}
+        self._next: dict[int, tuple[int, int]] = {}  # token and position, by slot
+        self._reported: set[int] = set()  # slots whose results a run gives, finished or not
         self.n_now = 0  # rows of the step that is being computed
         self.n_in_run = 0  # steps before it in its run
         self.recorded: deque[Recorded] = deque()  # and not read
@@ -106,15 +108,25 @@ class FakeDevice(Generic[C, S]):
         """What the sequence's last row gives, which is in its sampling state from now on."""
         raise NotImplementedError
 
-    def _compute(self, slots: Slots, n_more: int) -> tuple[int, int, Times]:
+    def _compute(self, slots: Slots, n_before: int, n_pad: int) -> tuple[int, int, Times]:
         """Take the step's time: llama_decode's code, rows that are in the cells after it, times.
         Raises what the stepper would."""
-        return 0, len(slots) + n_more, Times(perf_counter_ns())
+        return 0, len(slots) + n_before, Times(perf_counter_ns())
 
     # -- StepRunner
 
-    def put_slot(self, seq_id: int, slot: S) -> None:
+    def put_slot(
+        self,
+        seq_id: int,
+        slot: S,
+        next_row: tuple[int, int] | None = None,
+        *,
+        report: bool = False,
+    ) -> None:
         self.slots[seq_id] = slot
+        if next_row is not None:
+            self._next[seq_id] = next_row
+        (self._reported.add if report else self._reported.discard)(seq_id)
 
     def take_slot(self, seq_id: int) -> S:
         return self.slots.pop(seq_id)
@@ -125,7 +137,7 @@ class FakeDevice(Generic[C, S]):
     def slot_error(self, seq_id: int) -> str:
         return f"nothing to choose for {seq_id}"
 
-    def compute(self, slots: Slots, n_steps: int, n_more: int = 0) -> Run:
+    def compute(self, slots: Slots, n_steps: int, n_before: int = 0, n_pad: int = 0) -> Run:
         """As `StreamStepper.compute`."""
         n_done, n_reused, code, first_ns = 0, 0, 0, 0
         results: list[tuple[int, int, int, float]] = []
@@ -135,9 +147,9 @@ class FakeDevice(Generic[C, S]):
             self._publish()
             if not self._has_room():
                 break
-            self._write(slots)
-            self.n_now, self.n_in_run = len(slots) + n_more, n_done
-            code, n_held, times = self._compute(slots, n_more)
+            self._write(slots, n_before)
+            self.n_now, self.n_in_run = len(slots) + n_before, n_done
+            code, n_held, times = self._compute(slots, n_before, n_pad)
             sampled = self._hold(n_held, sample=not code)
             self._record(code, sampled, times)
             if code:
@@ -146,7 +158,7 @@ class FakeDevice(Generic[C, S]):
             n_reused += times.n_reused
             if n_done == 1:
                 first_ns = perf_counter_ns() - began
-            results = self._results(sampled, len(slots))
+            results = self._results(sampled)
             if self._interrupted or any(Finish(finish) for _, _, finish, _ in results):
                 break
         self._interrupted = False
@@ -162,13 +174,12 @@ class FakeDevice(Generic[C, S]):
         self._plan(False)
         self.wake()
 
-    def _write(self, slots: Slots) -> None:
-        """The rows of sequences that decode: the token that was sampled last."""
-        rows, n = self.rows, len(slots)
-        at = slots.tolist()
-        rows.token[:n] = [self.slots[slot].generated[-1] for slot in at]
-        rows.pos[:n] = [len(self.cells[slot]) for slot in at]
-        rows.seq[:n], rows.flags[:n] = slots, SAMPLE
+    def _write(self, slots: Slots, n_before: int) -> None:
+        """The rows of sequences that decode, behind those of prompts."""
+        rows, mine = self.rows, slice(n_before, n_before + len(slots))
+        rows.token[mine] = [self._next[slot][0] for slot in slots.tolist()]
+        rows.pos[mine] = [self._next[slot][1] for slot in slots.tolist()]
+        rows.seq[mine], rows.flags[mine] = slots, SAMPLE
 
     def _hold(self, n_rows: int, *, sample: bool) -> list[Sampled]:
         """The first rows are in the cells; what those of them give that are sampled."""
@@ -179,20 +190,18 @@ class FakeDevice(Generic[C, S]):
             assert pos == len(held), f"row at {pos} of sequence {seq}, which holds {len(held)}"
             held.append(self._cell(token))
             if sample and flags & SAMPLE:
-                found.append(self._sample(seq))
+                one = self._sample(seq)
+                if one.token >= 0:
+                    self._next[seq] = one.token, pos + 1
+                found.append(one)
         return found
 
-    def _results(
-        self, sampled: Sequence[Sampled], n_decode: int
-    ) -> list[tuple[int, int, int, float]]:
-        """Of the sequences that have finished, and of rows with REPORT."""
-        more = slice(n_decode, self.n_now)
-        reported = self.rows.seq[more][(self.rows.flags[more] & REPORT) != 0]
-        wanted = set(reported.tolist())
+    def _results(self, sampled: Sequence[Sampled]) -> list[tuple[int, int, int, float]]:
+        """Of the sequences that have finished, and of those that are reported."""
         return [
             (slot, token, int(finish), 0.0 if self._logprobs(slot) is not None else np.nan)
             for slot, token, finish in sampled
-            if finish or slot in wanted
+            if finish or slot in self._reported
         ]
 
     def _logprobs(self, slot: int) -> int | None:

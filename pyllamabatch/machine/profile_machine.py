@@ -28,7 +28,7 @@ from pyllamabatch.machine.gpu_queue import GpuQueue
 from pyllamabatch.scheduler import Limits
 from pyllamabatch.scheduler.step import spans
 from pyllamabatch.step.sampling_params import SamplingParams
-from pyllamabatch.step.types import SAMPLE, Finish
+from pyllamabatch.step.types import Finish
 
 if TYPE_CHECKING:
     from pyllamabatch.llama.model import Model
@@ -170,38 +170,35 @@ class ProfileDevice(FakeDevice[int, SentenceSampler]):
         token, finish = self.slots[slot].next()
         return Sampled(slot, token, finish)
 
-    def _compute(self, slots: Slots, n_more: int) -> tuple[int, int, Times]:
+    def _compute(self, slots: Slots, n_before: int, n_pad: int) -> tuple[int, int, Times]:
         # In a run the native loop has the next step ready when one ends.
         began = self._end_ns if self.n_in_run else perf_counter_ns()
-        seconds, n_reused = self._seconds(slots, n_more)
+        seconds, n_reused = self._seconds(slots, n_before, n_pad)
         start, self._end_ns = self._machine.queue.take(seconds, began)
         return 0, self.n_now, Times(began, self._end_ns - start, n_reused)
 
     # -- inside
 
-    def _seconds(self, slots: Slots, n_more: int) -> tuple[float, int]:
+    def _seconds(self, slots: Slots, n_before: int, n_pad: int) -> tuple[float, int]:
         """Of a step, new graphs included; and how many graphs it reuses."""
-        limits, more = self.limits, slice(len(slots), len(slots) + n_more)
-        seqs, n_each = np.unique(self.rows.seq[more], return_counts=True)
-        single = seqs[n_each == 1]  # a row alone is not a prompt's
-        decode = np.sort(np.concatenate((slots, single))) if len(single) else slots
-        n_rows, n_prompt = len(slots) + n_more, n_more - len(single)
+        limits = self.limits
+        seqs, n_each = np.unique(self.rows.seq[:n_before], return_counts=True)
+        n_rows, at = len(slots) + n_before, np.union1d(slots, seqs)
         held = self._held()
-        kv = float(held.sum() if self._cost.unified else held[[*slots, *seqs]].sum())
-        shapes = [(n_rows, n_prompt, kv, len(slots) + len(seqs))]
-        if not limits.unified and not n_prompt and len(decode) > 1:
-            found = spans(decode, held, limits.gap_max)
-            shapes = [(n, 0, kv * k / len(decode), n) for n, k in found]
+        kv = float((held if self._cost.unified else held[at]).sum())
+        shapes = [(n_rows, n_before, kv, len(at))]
+        if n_pad and not n_before:
+            shapes = [(n_pad, 0, kv, n_pad)]
+            slots = np.arange(n_pad, dtype=np.int32)
+        elif not limits.unified and not n_before and len(slots) > 1:
+            found = spans(slots, held, limits.gap_max)
+            shapes = [(n, 0, kv * k / len(slots), n) for n, k in found]
         seconds = np.array([sum(self._cost.predict(*shape) for shape in shapes)])
         n_graphs = max(len(shapes), -(-n_rows // limits.n_ubatch))
         if self._graphs is None:
             return float(seconds[0]), n_graphs
-        last = self.rows.flags[more] & SAMPLE
-        sampled = set(self.rows.seq[more][last != 0].tolist())
-        chunks = tuple(
-            (seq, n, seq in sampled) for seq, n in zip(seqs.tolist(), n_each.tolist(), strict=True)
-        )
-        cells = held.sum() if limits.unified else held[[*slots, *seqs]].max()
+        chunks = tuple(zip(seqs.tolist(), n_each.tolist(), strict=True))
+        cells = held.sum() if limits.unified else held[at].max()
         call = Call(slots, chunks, n_graphs, np.array([cells + n_rows]))
         n_new = self._graphs.add_to(seconds, call) * n_graphs
         self._graphs.computed(1)

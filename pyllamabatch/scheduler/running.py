@@ -110,6 +110,7 @@ class RunningSequences(SequenceQueue[Entry]):
 
     def start_decoding(self, entry: Entry) -> None:
         id, slot = entry.view.id, entry.slot
+        entry.true = False  # from now on it moves without a word
         self._decoding[id] = None
         if entry.view.goal is not None:
             self.asked[slot] = id
@@ -134,13 +135,14 @@ class RunningSequences(SequenceQueue[Entry]):
             self._decode_slots.flags.writeable = False
         return self._decode_slots
 
-    def decode_slots_but(self, out: list[int]) -> Slots:
-        """`decode_slots` without these."""
-        if not out:
+    def decode_slots_but(self, out: list[int], more: list[int]) -> Slots:
+        """`decode_slots` without `out`, and with `more`."""
+        if not (out or more):
             return self.decode_slots
-        left = self._decodes_in.copy()
-        left[out] = False
-        slots: Slots = left.nonzero()[0].astype(np.int32)
+        wanted = self._decodes_in.copy()
+        wanted[out] = False
+        wanted[more] = True
+        slots: Slots = wanted.nonzero()[0].astype(np.int32)
         return slots
 
     def remaining(self, entry: Entry) -> int:

@@ -31,6 +31,7 @@ from .deadlines import Deadlines
 from .gather import CostWindow, Gather
 from .idle import PATIENCE_SECONDS, IdleSequences
 from .interactive import Interactive
+from .padding import Padding
 from .policies import device_aware
 from .policy import Policy, check_policy
 from .queue import SequenceList
@@ -129,6 +130,8 @@ class Scheduler:
         """The cost model from now on."""
         self.cost = cost
         self.attention = Attention(self.limits, self.accounting, self.sequences.running, cost)
+        trim = self.admission.cache.sharing.trim
+        self.padding = Padding(possible=trim and not self.limits.unified)
 
     # -- sequences come and go
 
@@ -338,15 +341,15 @@ class Scheduler:
         """Of a plan that is checked, and whose sequences are placed."""
         running = self.sequences.running
         entries = running.ids
-        chunks = [self._chunk(entries[id], n) for id, n in rows.others.items() if id in entries]
-        if rows.n_decodes:
-            out = [entries[id].slot for id in rows.out if id in running.decoding]
-            for slot, id in running.asked.items():
-                if slot not in out:
-                    chunks.append(PromptChunk(id, slot, int(running.computed[slot]), 1, True))
-            decode, n_out = running.decode_slots_but([*out, *running.asked]), len(out)
-        else:
-            decode, n_out = NO_SLOTS, len(running.decoding)
+        chunks: list[PromptChunk] = []
+        last: list[int] = []  # slots whose last known token is computed behind their chunk
+        for id, n in rows.others.items():
+            if id in entries:
+                self._cut(entries[id], n, chunks, last)
+        sits_out = running.decoding if rows.n_decodes == 0 else rows.out
+        out = [slot for id in sits_out if id in entries and (slot := entries[id].slot) not in last]
+        decode = running.decode_slots_but(out, last) if last or rows.n_decodes else NO_SLOTS
+        n_out = len(out)
         n_rows = len(decode) + sum([chunk.n for chunk in chunks])
         if running.asked:
             repeat = 1
@@ -366,16 +369,22 @@ class Scheduler:
             repeat,
             n_out if self.limits.unified else 0,
             self.take_kv_operations(),
+            0 if out else self.padding.width(decode, self.cost),
         )
 
-    def _chunk(self, entry: Entry, n: int) -> PromptChunk:
+    def _cut(self, entry: Entry, n: int, chunks: list[PromptChunk], last: list[int]) -> None:
         """`n` rows of a sequence, or fewer where its prefix was longer than the policy knew, or a
-        checkpoint is due."""
+        checkpoint is due: a chunk, and if they come to the last token that is to be sampled from,
+        one of `last` for that."""
         slot, goal = entry.slot, entry.view.goal
         start, known = self.sequences.running.counts[:, slot].tolist()
         n = min(n, (known if goal is None else goal) - start)
         n = self.admission.cache.cut(slot, start, n)
-        return PromptChunk(entry.view.id, slot, start, n, start + n == known)
+        if start + n == known:
+            last.append(slot)
+            n -= 1
+        if n:
+            chunks.append(PromptChunk(entry.view.id, slot, start, n))
 
     def _without_rows(self) -> Step | None:
         operations = self.take_kv_operations()
@@ -385,26 +394,35 @@ class Scheduler:
 
     def advance(self, step: Step, n: int = 1, now: float | None = None) -> None:
         """`step` has been computed, `n` times of the `step.repeat` that it may be: its rows are in
-        the cache, and every sequence whose last known token was among them knows one token more,
-        each time. `now`: when its results were there; without it, when it was planned."""
+        the cache, and every sequence of `step.decode` knows one token more, each time. `now`: when
+        its results were there; without it, when it was planned."""
         if not 1 <= n <= step.repeat:
             raise ValueError(f"a step for 1 to {step.repeat} times was computed {n} times")
         sequences, running = self.sequences, self.sequences.running
         if now is not None:
             self.idle_sequences.within = (now - sequences.now) / n
             sequences.now = now
-        n_decodes = len(step.decode)
-        if n_decodes:
+        n_recomputed = sum([self._advance(chunk) for chunk in step.chunks])
+        if len(step.decode):
             slots = step.decode.astype(np.intp)  # NumPy takes twice as long for any other type
             self.accounting.take_each(slots, n)
             running.computed[slots] += n
             running.known[slots] += n
-        n_asked = n_last = n_recomputed = 0
-        for chunk in step.chunks:
-            n_asked += chunk.id in running.decoding
-            n_last += chunk.last
-            n_recomputed += self._advance(chunk)
-        self.counters.count(step, n, n * n_decodes + n_asked, n_last, n_recomputed)
+            if step.n_pad:
+                self.padding.computed(step.decode, step.n_pad, n, self.cost)
+            if running.asked:
+                self._answered(step.decode)
+        self.counters.count(step, n, n_recomputed)
+
+    def _answered(self, decode: Slots) -> None:
+        """Those of interactive sequences have the token that they were asked for."""
+        sequences, running = self.sequences, self.sequences.running
+        for slot in [slot for slot in decode.tolist() if slot in running.asked]:
+            entry = running.ids[running.asked[slot]]
+            entry.true = False
+            entry.high = max(entry.high, int(running.computed[slot]))
+            sequences.promised -= 1
+            sequences.update(entry, running.seen(entry))
 
     def _advance(self, chunk: PromptChunk) -> int:
         """The rows of a chunk are in the cache; how many had been computed before."""
@@ -417,13 +435,9 @@ class Scheduler:
         sequences.promised -= chunk.n
         n_recomputed = max(0, min(end, entry.high) - chunk.start)
         entry.high = max(end, entry.high)
-        if chunk.last:
-            running.known[slot] += 1
-            sequences.promised += entry.view.goal is None
-        known = int(running.known[slot])
         if entry.view.goal is not None:
             sequences.update(entry, running.seen(entry))
-        elif known - end == 1 and known > entry.view.n_prompt:
+        elif int(running.known[slot]) - end == 1:
             sequences.prefilling.leave(chunk.id)
             running.start_decoding(entry)
         return n_recomputed

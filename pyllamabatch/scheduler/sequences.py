@@ -133,7 +133,7 @@ class Sequences:
         self.promised += entry.view.remaining
         self.running.join(id, entry)
         self.running.computed[entry.slot] = start.n
-        self.prefilling.join(id, entry)
+        self._sort(entry)
         counters = self._counters
         counters.admissions += 1
         counters.known_tokens += entry.view.known
@@ -156,12 +156,17 @@ class Sequences:
         self.prefilling.leave(id)
         running.stop_decoding(entry)
         self._idle.end(id)
+        self._sort(entry)
+
+    def _sort(self, entry: Entry) -> None:
+        """A running sequence goes where it belongs."""
+        view = self.running.seen(entry)
         if view.decoding:
-            running.start_decoding(entry)
+            self.running.start_decoding(entry)
         elif view.remaining:
-            self.prefilling.join(id, entry)
+            self.prefilling.join(view.id, entry)
         else:
-            self._idle.begin(id, self.now)
+            self._idle.begin(view.id, self.now)
 
     def refresh(self) -> None:
         """What those that wait could start from now."""

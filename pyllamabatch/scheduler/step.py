@@ -22,25 +22,25 @@ Shape = tuple[int, int, float, int]
 
 @dataclass(frozen=True, slots=True)
 class PromptChunk:
-    """Rows `start` to `start + n - 1` of one sequence's known tokens; `last`: the last known one
-    is among them, so its row is sampled."""
+    """Rows `start` to `start + n - 1` of one sequence's known tokens. Nothing is sampled from them:
+    the last known token is a row of those that decode."""
 
     id: int
     slot: int
     start: int
     n: int
-    last: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A checked plan in terms of slots. `decode`: slots that compute the token sampled last and
-    sample (int32, ascending, read-only); `chunks`: all other rows, those of interactive sequences
-    included. `preempted`, `admitted`: (id, slot). `repeat`: how many times it may be computed
-    before the policy is asked again, as long as no sequence comes or goes; more than 1 only for
-    pure decoding. `kv_operations`: to be carried out in the memory, in this order, before the rows
-    are computed. `n_out`: sequences that decode and have no row in this step, but whose cells are
-    attended."""
+    """A checked plan in terms of slots. `chunks`: rows of prompts, computed first; `decode`: slots
+    that compute the last known token and sample (int32, ascending, read-only), those whose prompt
+    ends with this step's chunk included. `preempted`, `admitted`: (id, slot). `repeat`: how many
+    times it may be computed before the policy is asked again, as long as no sequence comes or goes;
+    more than 1 only for pure decoding. `kv_operations`: to be carried out in the memory, in this
+    order, before the rows are computed. `n_out`: sequences that decode and have no row in this
+    step, but whose cells are attended. `n_pad`: slots that have a row, used or not (`Padding`); 0:
+    only those that decode."""
 
     decode: Slots
     chunks: tuple[PromptChunk, ...]
@@ -51,21 +51,21 @@ class Step:
     repeat: int = 1
     n_out: int = 0
     kv_operations: tuple[KvOperation, ...] = ()
+    n_pad: int = 0
 
     @property
     def slots(self) -> list[int]:
-        """All that have rows in it."""
-        return [*self.decode.tolist(), *(chunk.slot for chunk in self.chunks)]
+        """All that have rows in it, each once."""
+        return list(dict.fromkeys([*self.decode.tolist(), *(chunk.slot for chunk in self.chunks)]))
 
     def shape(self, kv: float) -> Shape:
         """What `CostModel.predict` is told, when `kv` cells are attended before it: rows, those of
-        prompts, kv, sequences. A row that is the last of a sequence, and alone, is none of a
-        prompt: those of interactive sequences are so. One that decodes, has no row now and is
-        attended counts as a sequence."""
-        n_decode, chunks = len(self.decode), self.chunks
-        n_last = sum(chunk.last and chunk.n == 1 for chunk in chunks)
-        n_seqs = n_decode + len(chunks) + (0 if chunks else self.n_out)
-        return self.n_rows, self.n_rows - n_decode - n_last, kv, n_seqs
+        prompts, kv, sequences. One that decodes, has no row now and is attended counts as a
+        sequence."""
+        if not self.chunks:
+            n_rows = max(self.n_rows, self.n_pad)
+            return n_rows, 0, kv, n_rows + self.n_out
+        return self.n_rows, self.n_rows - len(self.decode), kv, len(self.slots)
 
     def by_group(self, group_of: Callable[[int], Hashable], first: Hashable) -> tuple[Step, ...]:
         """This step as one for each group of slots, `first` first if it is among them. Where there
@@ -86,10 +86,12 @@ class Step:
         cells of its own, one after another; each is a step that can be advanced by itself.
 
         libllama makes ubatches there of sequences with ascending ids and the same number of rows.
-        So rows of a prompt share none with those that decode, and of two prompts only pieces of the
-        same length from neighbouring slots go together; in one call, a mixture is cut into more and
-        smaller ubatches, and outputs that come out of order are sorted by moving whole rows of
-        logits (NVIDIA H200, 62 sequences: 7.6 ms a step in order, 172 ms in reverse)."""
+        So rows of a prompt share none with those that decode, but for its own last one when no
+        other sequence does, and of two prompts only pieces of the same length from neighbouring
+        slots go together. In one call a mixture is cut into more and smaller ubatches, and outputs
+        that come out of order are sorted by moving whole rows of logits."""
+        if not self.chunks:
+            return (self,)
         groups: list[list[PromptChunk]] = []
         for chunk in sorted(self.chunks, key=_slot):
             last = groups[-1][-1] if groups else None
@@ -97,14 +99,13 @@ class Step:
                 groups[-1].append(chunk)
             else:
                 groups.append([chunk])
-        single = [chunk for group in groups for chunk in group if chunk.n == 1]
-        groups = [group for group in groups if group[0].n > 1]
-        if single or len(self.decode):
-            groups.insert(0, single)
-        if len(groups) == 1:
-            return (replace(self, chunks=tuple(groups[0])),)
+        if len(groups) == 1 and self.decode.tolist() == [chunk.slot for chunk in groups[0]]:
+            return (replace(self, chunks=tuple(groups[0]), n_pad=0),)  # as many rows of each
         none = self.decode[:0]
-        return self._cut([(self.decode if g is single else none, g) for g in groups])
+        pieces: list[tuple[Slots, Sequence[PromptChunk]]] = [(none, group) for group in groups]
+        if len(self.decode):
+            pieces.append((self.decode, ()))
+        return self._cut(pieces)
 
     def _cut(self, pieces: Sequence[tuple[Slots, Sequence[PromptChunk]]]) -> tuple[Step, ...]:
         parts: list[Step] = []
@@ -116,6 +117,7 @@ class Step:
                 preempted=() if parts else self.preempted,
                 admitted=() if parts else self.admitted,
                 n_rows=len(decode) + sum(chunk.n for chunk in chunks),
+                n_pad=self.n_pad if decode is self.decode else 0,
             )
             parts.append(part)
         return tuple(parts)
@@ -153,9 +155,10 @@ def _slot(chunk: PromptChunk) -> int:
 
 @dataclass(slots=True)
 class Counters:
-    """What has been computed so far. `rows` = `decode_rows` + `prefill_rows`; `recomputed_rows`
-    are the prefill rows that a preempted sequence had computed before; `tokens` = sampled; `fill`:
-    how many steps have sampled so many sequences. `known_tokens`: of sequences when they were
+    """What has been computed so far. `rows` = `decode_rows` + `prefill_rows`; the last known token
+    of a prompt is a row of the first. `recomputed_rows` are the prefill rows that a preempted
+    sequence had computed before; `tokens` = sampled; `fill`: how many steps have sampled so many
+    sequences. `known_tokens`: of sequences when they were
     admitted; of these `prefix_tokens` were in the cache and `loaded_tokens` in a saved state."""
 
     steps: int = 0
@@ -171,14 +174,13 @@ class Counters:
     prefix_tokens: int = 0
     loaded_tokens: int = 0
 
-    def count(self, step: Step, n: int, n_decode_rows: int, n_last: int, n_recomputed: int) -> None:
-        """`step` was computed `n` times. n_decode_rows: of all of them; n_last: chunks whose last
-        row sampled; n_recomputed: see `recomputed_rows`."""
+    def count(self, step: Step, n: int, n_recomputed: int) -> None:
+        """`step` was computed `n` times. n_recomputed: see `recomputed_rows`."""
+        n_sampled = len(step.decode)
         self.steps += n
         self.rows += n * step.n_rows
-        self.decode_rows += n_decode_rows
-        self.prefill_rows += n * step.n_rows - n_decode_rows
+        self.decode_rows += n * n_sampled
+        self.prefill_rows += n * (step.n_rows - n_sampled)
         self.recomputed_rows += n_recomputed
-        self.tokens += n * len(step.decode) + n_last
-        n_sampled = len(step.decode) + n_last
+        self.tokens += n * n_sampled
         self.fill[n_sampled] = self.fill.get(n_sampled, 0) + n

@@ -104,11 +104,8 @@ class SequenceView:
 
     @property
     def decoding(self) -> bool:
-        """Nothing is left to compute but the token that was sampled last; of an interactive
-        sequence, the last token that it knows."""
-        if not self.running or self.remaining != 1:
-            return False
-        return self.generated > 0 if self.goal is None else self.goal == self.known
+        """Nothing is left to compute but the last token that it knows, to sample the next one."""
+        return self.running and self.remaining == 1 and self.goal in (None, self.known)
 
 
 class KvView(NamedTuple):

@@ -183,7 +183,14 @@ class Replica:
         done: list[int] = []
         if len(step.decode):
             decode, first, itl = step.decode.tolist(), float(ends[0]), self.load.itl
-            itl.add(np.array([first - self._in_slot[slot].last for slot in decode]))
+            gaps: list[float] = []
+            for slot in decode:
+                one = self._in_slot[slot]
+                if one.left == one.request.n_output:  # its prompt has ended
+                    one.outcome.first, one.last = first + self.spec.latency, first
+                else:
+                    gaps.append(first - one.last)
+            itl.add(np.array(gaps))
             longest = 0.0
             if n > 1:
                 within = np.diff(ends)
@@ -194,11 +201,6 @@ class Replica:
                 one.add_tokens(n, first, end, longest)
                 if not one.left:
                     done.append(slot)
-        for chunk in step.chunks:
-            if chunk.last:
-                self._prompt_computed(self._in_slot[chunk.slot], end)
-                if not self._in_slot[chunk.slot].left:
-                    done.append(chunk.slot)
         for slot in done:
             self._end(self._in_slot.pop(slot), end)
 
@@ -278,17 +280,9 @@ class Replica:
             cells = np.maximum(accounting.reach, accounting.used + step.n_rows * ahead)
         else:
             cells = accounting.longest(step.slots) + ahead
-        chunks = tuple((chunk.slot, chunk.n, chunk.last) for chunk in step.chunks)
-        return Call(step.decode, chunks, max(n_spans, -(-step.n_rows // limits.n_ubatch)), cells)
-
-    def _prompt_computed(self, one: _Open, now: float) -> None:
-        """The last row of a prompt gives a token."""
-        if one.left == one.request.n_output:
-            one.outcome.first = now + self.spec.latency
-            one.last = now
-        else:
-            self.load.itl.add(np.array([now - one.last]))
-        one.add_tokens(1, now, now)
+        chunks = tuple((chunk.slot, chunk.n) for chunk in step.chunks)
+        decode = np.arange(step.n_pad, dtype=np.int32) if step.n_pad else step.decode
+        return Call(decode, chunks, max(n_spans, -(-step.n_rows // limits.n_ubatch)), cells)
 
     def _end(self, one: _Open, now: float) -> None:
         one.outcome.end = now + self.spec.latency

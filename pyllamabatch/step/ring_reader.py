@@ -126,14 +126,16 @@ class StreamStepper(Stepper):
 
     _stream = True
 
-    def compute(self, slots: npt.NDArray[np.int32], n_steps: int, n_more: int = 0) -> Run:
-        """Up to n_steps steps of `slots` (contiguous int32), which may be any number; or, with
-        n_more rows of prompts in rows len(slots) and after, one.
+    def compute(
+        self, slots: npt.NDArray[np.int32], n_steps: int, n_before: int = 0, n_pad: int = 0
+    ) -> Run:
+        """Up to n_steps steps of `slots` (contiguous int32), which may be any number; or, behind
+        n_before rows of prompts, one. n_pad: see `plb_run` in native/plb.h.
 
         Ends as `Stepper.run` does, and after nothing at all when the reader is too far behind.
         Raises as it does.
         """
-        code = self._run_native(slots, n_more, min(n_steps, _MOST_STEPS))
+        code = self._run_native(n_before, slots, min(n_steps, _MOST_STEPS), n_pad)
         info = self._run
         records = self._finished[0 : info.n_finished] if info.n_finished else ()
         results = [(r.seq, r.token, r.finish, r.logprob) for r in records]

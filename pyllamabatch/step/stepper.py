@@ -205,19 +205,21 @@ class Stepper:
             raise ArgumentError("n_steps", n_steps, f"must be in 1..{self.n_steps_max}")
         result, info = self.result, self._run
         result.code = result.n_steps = result.n_results = 0
-        result.code = self._run_native(seqs, 0, n_steps)
+        result.code = self._run_native(0, seqs, n_steps)
         result.stop = info.stop
         result.n_steps = info.n_steps
         result.n_results = info.n_results
         return result
 
-    def _run_native(self, slots: npt.NDArray[np.int32], n_more: int, n_steps: int) -> int:
+    def _run_native(
+        self, n_before: int, slots: npt.NDArray[np.int32], n_steps: int, n_pad: int = 0
+    ) -> int:
         """`plb_run`; its code. What it did is in `_run`."""
-        context, n_rows = self._ready(), len(slots) + n_more
+        context, n = self._ready(), len(slots)
         pointer = ffi.from_buffer("int32_t[]", slots)
         with self._exclusive:
-            code: int = lib.plb_run(self._engine, pointer, len(slots), n_more, n_steps, self._run)
-            self._note(context, code, n_rows, self._run.n_steps, slots)
+            code: int = lib.plb_run(self._engine, n_before, pointer, n, n_pad, n_steps, self._run)
+            self._note(context, code, n_before + n, self._run.n_steps, slots)
         return code
 
     def _note(
@@ -325,8 +327,19 @@ class Stepper:
         slot._slot = ffi.gc(out[0], lib.plb_slot_free)
         return slot
 
-    def put_slot(self, seq_id: int, slot: DetachedSlot) -> None:
-        """Put a slot that was taken under a sequence id, replacing what is there."""
+    def put_slot(
+        self,
+        seq_id: int,
+        slot: DetachedSlot,
+        next_row: tuple[int, int] | None = None,
+        *,
+        report: bool = False,
+    ) -> None:
+        """Put a slot that was taken under a sequence id, replacing what is there.
+
+        next_row: token and position of the row that a run computes next for it, such as the last
+        token of a prompt; None: that behind what it has sampled. report: `Run.results` has each of
+        its results, not only the one that ends it."""
         engine, context = self._open()
         if slot._slot is None:
             raise ArgumentError("slot", slot, "must be a slot that was not put back yet")
@@ -337,6 +350,9 @@ class Stepper:
         ffi.gc(slot._slot, None)  # the engine's from now on
         slot._inside, slot._slot = slot._slot, None
         self._slots[seq] = slot
+        if next_row is not None:
+            with context.exclusive():
+                self._check_slot(lib.plb_slot_next(engine, seq, *next_row, report), seq)
 
     def _let_go(self, seq: int) -> DetachedSlot | None:
         """The slot of a sequence is not the stepper's any more."""
@@ -445,18 +461,19 @@ def _refused(stepper: Stepper, code: int, n_rows: int, slots: npt.NDArray[np.int
         lib.PLB_E_TOKEN: ("token", f"must be in 0..{stepper.n_vocab - 1}"),
         lib.PLB_E_SEQ: ("seq", f"must be in 0..{stepper.n_seq_max - 1}"),
         lib.PLB_E_POS: ("pos", f"must be in 0..{stepper.n_pos_max - 1}"),
-        lib.PLB_E_FLAGS: ("flags", "must be OUTPUT, SAMPLE and REPORT only"),
+        lib.PLB_E_FLAGS: ("flags", "must be OUTPUT and SAMPLE only"),
         lib.PLB_E_NO_SLOT: ("seq", "must be a sequence with a slot, to be sampled"),
         lib.PLB_E_SLOT_FINISHED: ("seq", "must be a sequence whose slot has not finished"),
-        lib.PLB_E_NO_TOKEN: ("seq", "must be a sequence that has sampled a token"),
+        lib.PLB_E_NO_TOKEN: ("seq", "must be a sequence that has a next token"),
         lib.PLB_E_SEQ_TWICE: ("seq", "must be named once"),
     }
     at = stepper._info.bad_row
     if code not in limits or at < 0:
         return ArgumentError("slots" if len(slots) else "n_rows", n_rows, stepper.last_error)
     name, limit = limits[code]
-    if at < len(slots):
+    i = at - (n_rows - len(slots))  # among the slots, whose rows are the last ones
+    if i >= 0:
         if name == "pos":
             limit = f"its next position must be below {stepper.n_pos_max}"
-        return ArgumentError(f"slots[{at}]", int(slots[at]), limit)
+        return ArgumentError(f"slots[{i}]", int(slots[i]), limit)
     return ArgumentError(f"rows.{name}[{at}]", int(getattr(stepper.rows, name)[at]), limit)

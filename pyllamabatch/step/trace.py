@@ -44,7 +44,7 @@ def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
       where the device chose the candidates (`Stepper`'s device_sampling).
     - run: a number that steps of the same native call share.
     - ids, chunk, by slot, shape (slots,): the request that has rows in this step, 0 where there
-      are none; and how many rows of known tokens, 0 when it decodes.
+      are none; and how many of its prompt, without a last one that is sampled from.
     - reasons: why the policy planned it so, a dict: text by request id, of those that were
       admitted, cut or preempted.
     """

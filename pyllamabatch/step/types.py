@@ -14,7 +14,6 @@ from pyllamabatch.errors import decode_error
 
 OUTPUT = 1  # this row's logits can be read with Context.logits(row)
 SAMPLE = 2  # this row is sampled with its sequence's slot
-REPORT = 4  # what was sampled for this row is in `Run.results`
 
 I32 = npt.NDArray[np.int32]
 U8 = npt.NDArray[np.uint8]
@@ -63,7 +62,7 @@ class Stop(enum.IntEnum):
 class Rows(NamedTuple):
     """The rows of the next step: persistent NumPy views, `n_rows_max` long each.
 
-    flags: any of OUTPUT, SAMPLE and REPORT. A step reads rows 0 to n - 1 and leaves them as they
+    flags: any of OUTPUT and SAMPLE. A step reads rows 0 to n - 1 and leaves them as they
     are, so a steady batch only rewrites what changes.
     """
 
@@ -137,8 +136,8 @@ class Run(NamedTuple):
     n_steps: int  # steps that were computed
     n_reused: int  # graphs that they reused
     seconds: float  # of all of them
-    # Of the last step, where a sequence finished and of rows with REPORT: slot, token, finish and
-    # log-probability. Token is -1 and finish `Finish.ERROR` where a row could not be sampled.
+    # Of the last step, where a sequence finished and of slots with `report`: slot, token, finish
+    # and log-probability. Token is -1 and finish `Finish.ERROR` where a row could not be sampled.
     results: Sequence[tuple[int, int, int, float]] = ()
     first_seconds: float = 0.0  # of its first step
 

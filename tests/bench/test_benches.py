@@ -36,7 +36,7 @@ def test_prefix_counts_what_was_computed(run: Run, capsys: pytest.CaptureFixture
     assert status == 0
     arms = (prefix.ALONE, prefix.SHARED, prefix.WARM)
     by_arm = {record.arm: record.detail for record in records}
-    assert [by_arm[arm]["prefill_rows"] for arm in arms] == [3 * 44, 40 + 3 * 4, 3 * 4]
+    assert [by_arm[arm]["prefill_rows"] for arm in arms] == [3 * 43, 40 + 3 * 3, 3 * 3]
     assert [by_arm[arm]["computed"] for arm in arms] == [3, 1, 0]
     rates = [by_arm[arm]["hit_rate"] for arm in arms]
     assert rates == pytest.approx([0, 2 * 40 / (3 * 44), 3 * 40 / (3 * 44)])
@@ -46,7 +46,7 @@ def test_prefix_counts_what_was_computed(run: Run, capsys: pytest.CaptureFixture
     alone, shared = (by_arm[arm]["ttft_mean_s"] for arm in arms[:2])
     assert ratio == alone / shared
     assert [target.measured([]) for target in prefix.TARGETS] == [None, None]
-    assert f"| {prefix.WARM} | 12 | 0.00 | 0.91 |" in capsys.readouterr().out
+    assert f"| {prefix.WARM} | 9 | 0.00 | 0.91 |" in capsys.readouterr().out
 
 
 def test_stall_says_by_its_status_whether_chunks_bound_the_stall(

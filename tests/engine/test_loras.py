@@ -254,13 +254,13 @@ def test_a_cancel_waits_for_one_step_of_each_set(
             turns.append(len(calls))
             return parts(step)
 
-        def computed(slots: Any, n_steps: int, n_more: int = 0) -> Any:
+        def computed(slots: Any, n_steps: int, n_before: int = 0, n_pad: int = 0) -> Any:
             if len(calls) >= 20 and turns[-1] == len(calls) and not cancelled.is_set():
                 streams[0].cancel()
                 cancelled.set()
                 del calls[:]
             calls.append(n_steps)
-            return compute(slots, n_steps, n_more)
+            return compute(slots, n_steps, n_before, n_pad)
 
         with core.state:
             streams = [engine.submit(PROMPTS[0], long, lora=chosen) for chosen in SETS[:3]]

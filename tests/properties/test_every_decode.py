@@ -220,8 +220,9 @@ def test_every_decode_of_the_embedded_model(
             assert n <= 3
             assert n == 0 or code == -1 or n_times in (2, 6)
             if code < -1:
-                n_fresh = min(n_times // 2, RESTARTS)
-                assert engine.stats().restarts - before.restarts == n_fresh
+                # Of one request RESTARTS; in streams a prompt of another one may be next.
+                n_fresh = engine.stats().restarts - before.restarts
+                assert min(n_times // 2, RESTARTS) <= n_fresh <= n_times // 2
         assert run() == 0
         assert check_idle(engine).kv_cached == 0
     assert (n_failed > 0) == (code == -1 or (code, n_times) in ((2, 2), (-3, 6)))

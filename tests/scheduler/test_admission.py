@@ -22,8 +22,10 @@ def machine(sharing: Sharing = UNIFIED, limits: Limits = LIMITS, **options: Any)
     return Machine(limits, make_policy("sarathi"), sharing=sharing, **options)
 
 
-def prefill_rows(machine: Machine) -> int:
-    return machine.scheduler.counters.prefill_rows
+def prompt_rows(machine: Machine) -> int:
+    """Of sequences that are done: each token but its first has a row that decodes."""
+    counters = machine.scheduler.counters
+    return counters.rows - (counters.tokens - len(machine.done))
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,7 @@ def test_what_many_begin_with_is_computed_once(sharing: Sharing, limits: Limits)
         one.add(id, 110, 5, alike=100)
     one.run()
     assert len(one.done) == 8
-    assert prefill_rows(one) == 100 + 8 * 10
+    assert prompt_rows(one) == 100 + 8 * 10
     counters = one.scheduler.counters
     assert (counters.known_tokens, counters.prefix_tokens) == (8 * 110, 7 * 100)
 
@@ -52,7 +54,7 @@ def test_samples_of_one_prompt_compute_it_once() -> None:
         one.add(id, 100, 5, alike=100, space="group")
     one.add(4, 100, 5, alike=100)
     one.run()
-    assert prefill_rows(one) == 100 + 3 + 100
+    assert prompt_rows(one) == 100 + 3 + 100
     assert one.scheduler.accounting.used == 0
 
 
@@ -62,9 +64,9 @@ def test_the_next_turn_of_a_conversation_goes_on() -> None:
     one.run()
     one.add(3, 110, 5, tokens=one.tokens[1])
     assert one.scheduler.sequence(3).prefix.hit == 59  # the last sampled one was never computed
-    before = prefill_rows(one)
+    before = prompt_rows(one)
     one.run()
-    assert prefill_rows(one) - before == 51
+    assert prompt_rows(one) - before == 51
 
 
 def test_one_waits_for_who_computes_the_same_but_not_for_others() -> None:
@@ -112,7 +114,7 @@ def test_a_policy_may_start_them_all_the_same() -> None:
     for id in (1, 2):  # both in one plan: the second one waits
         assert [admitted for admitted, _ in one.next_step().admitted] == [id]
     one.run()
-    assert prefill_rows(one) == 60
+    assert prompt_rows(one) == 60
 
 
 def test_cached_cells_never_make_a_sequence_wait() -> None:
@@ -175,7 +177,7 @@ def test_a_sequence_may_come_with_a_saved_state() -> None:
     one.add(1, 50, 5, alike=50, saved=40)
     assert one.scheduler.sequence(1).prefix.hit == 40
     one.run()
-    assert prefill_rows(one) == 10
+    assert prompt_rows(one) == 10
 
 
 def test_nothing_is_cached_of_what_has_failed() -> None:

@@ -274,11 +274,12 @@ def run(gather: Gather, n: int, n_tokens: int, think: Think, cost: Steps) -> Run
         step = scheduler.plan(now)
         assert step is not None
         now += cost.predict(step.n_rows)
+        in_slot = {scheduler.slot(id): id for id in range(n)}
         scheduler.advance(step, 1, now)
-        for chunk in step.chunks:
-            left[chunk.id] -= 1
-            if left[chunk.id]:
-                heapq.heappush(asks, (now + think(rng, chunk.id), chunk.id))
+        for id in (in_slot[slot] for slot in step.decode.tolist()):
+            left[id] -= 1
+            if left[id]:
+                heapq.heappush(asks, (now + think(rng, id), id))
     counters = scheduler.counters
     assert counters.tokens == n * n_tokens
     return Run(now, counters.rows / counters.steps / n, n_waits)

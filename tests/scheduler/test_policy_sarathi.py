@@ -25,7 +25,8 @@ LIMITS = Limits(n_batch=64, n_ubatch=16, n_seq_max=4, n_cells=200, n_cells_seq=2
 def test_a_sequence_decodes_when_only_its_last_token_is_left() -> None:
     assert decoding(1).decoding
     assert decoding(1).remaining == 1
-    assert not prefilling(1, 5, 4).decoding  # a prompt's last token is not a decode
+    assert prefilling(1, 5, 4).decoding  # a prompt's last token is one
+    assert not prefilling(1, 5, 3).decoding
     assert not waiting(1, 1).decoding
 
 

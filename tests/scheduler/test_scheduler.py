@@ -32,7 +32,7 @@ def test_a_plan_stands_until_a_budget_or_the_cells_end() -> None:
     assert [s.generated for s in scheduler.view(0.0).running] == [4, 4]
     assert scheduler.accounting.used == 26
     counters = scheduler.counters
-    assert (counters.steps, counters.rows, counters.decode_rows, counters.tokens) == (4, 26, 6, 8)
+    assert (counters.steps, counters.rows, counters.decode_rows, counters.tokens) == (4, 26, 8, 8)
     scheduler.remove(0)
     assert machine.plan().repeat == 26
     scheduler.add(2, 60, 5, arrival=0.0)  # has a slot, but no cells: the plan still stands
@@ -49,12 +49,11 @@ def test_a_plan_stands_until_a_budget_or_the_cells_end() -> None:
 def test_a_lone_request_step_by_step() -> None:
     machine = machine_of(1, 10, 3, Limits(8, 4, 2, n_cells=32, n_cells_seq=32))
     shapes = [
-        (step.decode.tolist(), [(c.start, c.n, c.last) for c in step.chunks])
-        for step in machine.steps()
+        (step.decode.tolist(), [(c.start, c.n) for c in step.chunks]) for step in machine.steps()
     ]
     assert shapes == [
-        ([], [(0, 8, False)]),
-        ([], [(8, 2, True)]),
+        ([], [(0, 8)]),
+        ([0], [(8, 1)]),
         ([0], []),
         ([0], []),
     ]

@@ -14,7 +14,7 @@ from pyllamabatch.scheduler.step import spans
 
 
 def step(decode: list[int], chunks: dict[int, int]) -> Step:
-    rows = tuple(PromptChunk(100 + slot, slot, 0, n, True) for slot, n in chunks.items())
+    rows = tuple(PromptChunk(100 + slot, slot, 0, n) for slot, n in chunks.items())
     n_rows = len(decode) + sum(chunks.values())
     return Step(np.array(decode, np.int32), rows, ((1, 2),), ((3, 4),), n_rows, {7: "why"})
 
@@ -30,14 +30,28 @@ def test_pure_steps_are_one_call() -> None:
 
 
 def test_prompts_go_apart_from_those_that_decode() -> None:
-    assert shape(step([0, 1], {2: 20})) == [([0, 1], {}), ([], {2: 20})]
-    assert shape(step([0, 2], {5: 1, 1: 1})) == [([0, 2], {1: 1, 5: 1})]
+    """Before them: the last token of one of the prompts may be among their rows."""
+    assert shape(step([0, 1], {2: 20})) == [([], {2: 20}), ([0, 1], {})]
+    assert shape(step([0, 2, 5], {5: 1, 4: 1})) == [([], {4: 1, 5: 1}), ([0, 2, 5], {})]
+
+
+def test_prompts_whose_last_tokens_are_all_that_decodes_are_one_call() -> None:
+    assert shape(step([2], {2: 20})) == [([2], {2: 20})]
+    assert shape(step([2, 3], {2: 20, 3: 20})) == [([2, 3], {2: 20, 3: 20})]
+    assert shape(step([2], {2: 20, 3: 20})) == [([], {2: 20, 3: 20}), ([2], {})]
+    assert shape(step([2, 4], {2: 20, 4: 20})) == [([], {2: 20}), ([], {4: 20}), ([2, 4], {})]
+
+
+def test_only_the_rows_that_decode_are_padded() -> None:
+    parts = replace(step([0, 3], {3: 20}), n_pad=8).parts()
+    assert [part.n_pad for part in parts] == [0, 8]
+    assert parts[1].shape(50.0) == (8, 0, 50.0, 8)
 
 
 def test_prompts_go_together_where_libllama_can_compute_them_together() -> None:
     assert shape(step([], {4: 20, 3: 20, 2: 20})) == [([], {2: 20, 3: 20, 4: 20})]
     assert shape(step([], {2: 20, 3: 21})) == [([], {2: 20}), ([], {3: 21})]
-    assert shape(step([0], {2: 20, 4: 20})) == [([0], {}), ([], {2: 20}), ([], {4: 20})]
+    assert shape(step([0], {2: 20, 4: 20})) == [([], {2: 20}), ([], {4: 20}), ([0], {})]
 
 
 @given(
@@ -59,17 +73,16 @@ def test_every_row_is_in_one_part_and_in_order(decode: list[int], chunks: dict[i
         assert slots == sorted(slots)
         lengths = {c.n for c in part.chunks}
         assert len(lengths) <= 1
-        if lengths and lengths != {1}:
-            assert not len(part.decode)
+        if lengths:
+            assert part.decode.tolist() in ([], slots)
             assert slots == list(range(slots[0], slots[0] + len(slots)))
 
 
-def test_a_row_that_is_that_is_asked_for_costs_what_a_decode_does() -> None:
-    asked = tuple(PromptChunk(100 + slot, slot, 30, 1, True) for slot in (2, 5))
-    rows = np.array([0, 1], np.int32)
-    prompt = (PromptChunk(110, 7, 0, 16, False), PromptChunk(111, 8, 4, 1, False))
-    assert Step(rows, asked, (), (), 4, {}).shape(50.0) == (4, 0, 50.0, 4)
-    assert Step(rows, asked + prompt, (), (), 21, {}).shape(50.0) == (21, 17, 50.0, 6)
+def test_a_prompts_last_row_costs_what_a_decode_does() -> None:
+    rows = np.array([0, 1, 7], np.int32)
+    prompts = (PromptChunk(110, 7, 0, 16), PromptChunk(111, 8, 4, 1))
+    assert Step(rows, (), (), (), 3, {}).shape(50.0) == (3, 0, 50.0, 3)
+    assert Step(rows, prompts, (), (), 20, {}).shape(50.0) == (20, 17, 50.0, 4)
 
 
 def test_groups_get_a_call_each_and_the_first_one_comes_first() -> None:

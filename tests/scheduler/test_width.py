@@ -308,8 +308,9 @@ def live(machine: Machine, cost: Learned, n_steps: int) -> list[int]:
     found = []
     for _ in range(n_steps):
         step = machine.next_step()
-        found.append(len(step.decode))
-        cost.see(len(step.decode))
+        if not step.chunks:
+            found.append(len(step.decode))
+            cost.see(len(step.decode))
     return found
 
 

@@ -262,7 +262,7 @@ def test_a_bad_grammar_says_why(
         ("pos", -1, r"0\.\."),
         ("seq", -1, r"0\.\.3"),
         ("seq", 4, r"0\.\.3"),
-        ("flags", 8, "OUTPUT, SAMPLE and REPORT"),
+        ("flags", 8, "OUTPUT and SAMPLE"),
         ("seq", 1, "a slot"),
     ],
 )

@@ -159,7 +159,7 @@ def test_another_thread_rings_while_the_run_goes_on(model: Model) -> None:
         ([0, -1], 1, r"slots\[1\]=-1: must be in 0\.\.3"),
         ([0, 4], 1, r"slots\[1\]=4: must be in 0\.\.3"),
         ([0, 3], 1, r"slots\[1\]=3: must be a sequence with a slot"),
-        ([0, 2], 1, r"slots\[1\]=2: must be a sequence that has sampled"),
+        ([0, 2], 1, r"slots\[1\]=2: must be a sequence that has a next"),
         ([0, 1, 0], 1, r"slots\[2\]=0: must be named once"),
     ],
 )

@@ -166,14 +166,16 @@ def test_its_sums_are_the_engines_counters(
     assert (trace["rows"] == trace["prefill_rows"] + trace["decode_rows"]).all()
     assert (trace["chunk"].sum(axis=1) == trace["prefill_rows"]).all()
     decoding = (trace["ids"] > 0) & (trace["chunk"] == 0)
-    assert (decoding.sum(axis=1) == trace["decode_rows"]).all()
+    assert (decoding.sum(axis=1) <= trace["decode_rows"]).all()
+    assert (trace["decode_rows"] == trace["sampled"]).all()
     assert 0 < trace["kv_used"].max() <= stats.kv_total
     for i, stream in enumerate(streams):
         of_it = trace["ids"] == stream.id
         prompt_rows, decodes = trace["chunk"][of_it].sum(), (of_it & decoding).sum()
         if stats.preemptions == 0:
-            assert (prompt_rows, decodes) == (len(PROMPTS[i]), n_tokens - 1)
-        assert prompt_rows + decodes >= len(PROMPTS[i]) + n_tokens - 1
+            assert prompt_rows == len(PROMPTS[i]) - 1
+            assert decodes in (n_tokens - 1, n_tokens)  # the first one behind its chunk
+        assert prompt_rows + decodes >= len(PROMPTS[i]) + n_tokens - 2
     assert (stats.preemptions > 0) == ("n_ctx" in options)
     preempted = [text for why in trace["reasons"] for text in why.values() if "preempted" in text]
     assert bool(preempted) == (stats.preemptions > 0)
@@ -245,7 +247,7 @@ def test_chrome_json(model: Model, tmp_path: Path) -> None:
     assert decodes == {stream.id: 12 - 1 for stream in streams}
     for stream, prompt in zip(streams, PROMPTS, strict=True):
         chunks = [e["name"] for e in on_tracks if e["tid"] == stream.id and e["name"] != "decode"]
-        assert sum(int(name.removeprefix("prefill ")) for name in chunks) == len(prompt)
+        assert sum(int(name.removeprefix("prefill ")) for name in chunks) == len(prompt) - 1
     reasons = [step["args"].get("reasons", {}) for step in steps]
     for stream in streams:
         (admitted,) = [

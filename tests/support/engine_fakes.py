@@ -110,22 +110,29 @@ class FakeMachine(FakeDevice[Cell, Slot]):
 
     # -- Stepper
 
-    def put_slot(self, seq_id: int, slot: Slot) -> None:
+    def put_slot(
+        self,
+        seq_id: int,
+        slot: Slot,
+        next_row: tuple[int, int] | None = None,
+        *,
+        report: bool = False,
+    ) -> None:
         assert seq_id not in self.slots
-        super().put_slot(seq_id, slot)
+        super().put_slot(seq_id, slot, next_row, report=report)
 
     def clear_slot(self, seq_id: int) -> None:
         del self.slots[seq_id]
 
-    def compute(self, slots: Any, n_steps: int, n_more: int = 0) -> Run:
-        assert 1 <= len(slots) + n_more <= self.limits.n_batch
-        assert n_steps == 1 or not n_more
-        run = super().compute(slots, n_steps, n_more)
-        if not n_more:
+    def compute(self, slots: Any, n_steps: int, n_before: int = 0, n_pad: int = 0) -> Run:
+        assert 1 <= len(slots) + n_before <= self.limits.n_batch
+        assert n_steps == 1 or not n_before
+        run = super().compute(slots, n_steps, n_before, n_pad)
+        if not n_before:
             self.runs.append(run.n_steps)
         return run
 
-    def _compute(self, slots: Any, n_more: int) -> tuple[int, int, Times]:
+    def _compute(self, slots: Any, n_before: int, n_pad: int) -> tuple[int, int, Times]:
         self.n_steps += 1
         fault = self.fault(self.n_steps)
         self.meanwhile(self.n_steps)

@@ -37,9 +37,9 @@ def slow(engine: Engine, seconds: float) -> Iterator[None]:
     stepper: Any = engine._core._stepper
     compute = stepper.compute
 
-    def computed(slots: Any, n_steps: int, n_more: int = 0) -> Any:
+    def computed(slots: Any, n_steps: int, n_before: int = 0, n_pad: int = 0) -> Any:
         time.sleep(seconds)
-        return compute(slots, 1, n_more)
+        return compute(slots, 1, n_before, n_pad)
 
     stepper.compute = computed
     try:
@@ -81,9 +81,9 @@ class Checked:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stepper, name)
 
-    def compute(self, slots: Any, n_steps: int, n_more: int = 0) -> Any:
-        self._check(len(slots) * n_steps + n_more)
-        result = self._stepper.compute(slots, n_steps, n_more)
+    def compute(self, slots: Any, n_steps: int, n_before: int = 0, n_pad: int = 0) -> Any:
+        self._check(len(slots) * n_steps + n_before)
+        result = self._stepper.compute(slots, n_steps, n_before, n_pad)
         assert result.code == 0 or self._may_fail
         self.n_steps += result.n_steps
         return result

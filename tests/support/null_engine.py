@@ -50,13 +50,9 @@ class NullMachine(FakeMachine):
         self._budgets: dict[int, Budget] = {}
         self._unread: list[tuple[Any, int]] = []  # slots that sampled, and how often
 
-    def compute(self, slots: Any, n_steps: int, n_more: int = 0) -> Run:
+    def compute(self, slots: Any, n_steps: int, n_before: int = 0, n_pad: int = 0) -> Run:
         began = time.thread_time_ns()
         self.n_published = self.n_recorded
-        if n_more:
-            rows = slice(len(slots), len(slots) + n_more)
-            sampled = self.rows.seq[rows][self.rows.flags[rows] != 0]
-            slots, n_steps = np.concatenate((slots, sampled)), 1
         n = min(n_steps, self._most)
         if len(slots):
             n = min(n, int(self._left[slots].min()))
@@ -91,7 +87,14 @@ class NullMachine(FakeMachine):
     def wait(self, n_wanted: int, timeout: float) -> int:
         return self.n_published
 
-    def put_slot(self, seq_id: int, slot: Any) -> None:
+    def put_slot(
+        self,
+        seq_id: int,
+        slot: Any,
+        next_row: tuple[int, int] | None = None,
+        *,
+        report: bool = False,
+    ) -> None:
         self._budgets[seq_id], self._left[seq_id] = slot, slot.left
 
     def take_slot(self, seq_id: int) -> Any:

@@ -217,20 +217,17 @@ class Machine:
     def compute(self, step: Step, *, advance: bool = True) -> None:
         rows = len(step.decode) + sum(chunk.n for chunk in step.chunks)
         assert rows == step.n_rows <= self.limits.n_batch
-        slots = [*step.decode.tolist(), *(chunk.slot for chunk in step.chunks)]
-        assert len(slots) == len(set(slots))
-        sampled = [self.owner[slot] for slot in step.decode.tolist()]
-        for id, slot in zip(sampled, step.decode.tolist(), strict=True):
-            assert self._grow(slot, 1) == len(self.tokens[id])
-            assert self.generated[id] >= 1
+        prompts = [chunk.slot for chunk in step.chunks]
+        assert len(prompts) == len(set(prompts))
         for chunk in step.chunks:
             assert self.owner[chunk.slot] == chunk.id
             assert self.memory.held(chunk.slot) == chunk.start
             known = len(self.tokens[chunk.id])
-            assert self._grow(chunk.slot, chunk.n) == chunk.start + chunk.n <= known
-            assert chunk.last == (chunk.start + chunk.n == known)
-            if chunk.last:
-                sampled.append(chunk.id)
+            assert self._grow(chunk.slot, chunk.n) == chunk.start + chunk.n < known
+        sampled = [self.owner[slot] for slot in step.decode.tolist()]
+        assert len(sampled) == len(set(sampled))
+        for id, slot in zip(sampled, step.decode.tolist(), strict=True):
+            assert self._grow(slot, 1) == len(self.tokens[id])
         if self.limits.unified:
             assert self.memory.used <= self.limits.n_cells
         assert all(len(cells) <= self.limits.n_cells_seq for cells in self.memory.slots.values())
