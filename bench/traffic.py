@@ -40,6 +40,8 @@ from pyllamabatch.compare.case import sampling_params
 from pyllamabatch.compare.clients import at_once
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.report.records import Record
+from pyllamabatch.step.ring_reader import TIMES
+from pyllamabatch.step.trace import WHY_NEW, Trace, why_new
 
 PROMPT, ANSWER = (100, 400), (32, 224)  # tokens, from and to
 BASE, SERVER, BACKEND = "engine", "llama-server", "llama-server-backend-sampling"
@@ -112,11 +114,25 @@ def view(records: Sequence[Record]) -> str:
         Column("ITL p50, ms", "itl_p50_s", scale=1e3),
         Column("p99", "itl_p99_s", scale=1e3),
     ]
+    steps = [
+        *(
+            Column(f"{kind}, n", f"{kind}_steps", ".0f") if of == "n" else Column("s", f"{kind}_s")
+            for kind in ("prompt", "reused", "new")
+            for of in ("n", "s")
+        ),
+        *(Column(f"new for {name}", f"new_{name}", ".0f") for name in WHY_NEW[1:]),
+        Column("Python, s", "python_s"),
+    ]
     tables = [speed_table(records, BASE, "clients")]
     for pl in sorted({record.pl for record in records}):
         mine = [r for r in records if r.pl == pl and "ttft_p50_s" in r.detail]
         if mine:
             tables.append(f"{pl} clients\n\n{by_arm(mine, columns)}")
+        engines = [r for r in mine if "prompt_steps" in r.detail]
+        if engines:
+            tables.append(
+                f"{pl} clients: steps with prompts, and others by graph\n\n{by_arm(engines, steps)}"
+            )
     return "\n\n".join(tables)
 
 
@@ -237,16 +253,19 @@ class EngineTraffic(Traffic, EngineClients):
     ) -> None:
         self.case, self.n_requests, self._n_vocab = case, n_requests, inside.model.n_vocab
         self._limit_s = 300.0
-        self._engine = Engine(inside.model, n_seq_max=case.pl, n_threads=case.n_threads, **options)
+        self._engine = Engine(
+            inside.model,
+            n_seq_max=case.pl,
+            n_threads=case.n_threads,
+            n_trace=2**16,
+            **options,
+        )
 
     def run(self, repeat: int) -> Measured:
-        before = self._engine.stats()
+        before = self._engine.stats().steps
         measured = super().run(repeat)
-        after = self._engine.stats()
-        measured.detail.update(
-            steps=float(after.steps - before.steps),
-            graphs_reused=float(after.graphs_reused - before.graphs_reused),
-        )
+        n_steps = self._engine.stats().steps - before
+        measured.detail.update(account(self._engine.trace(n_steps)))
         return replace(measured, settings=self._settings())
 
     def _settings(self) -> dict[str, Any]:
@@ -261,6 +280,22 @@ class EngineTraffic(Traffic, EngineClients):
     def times(self, prompt: I32, tokens: int, seed: int) -> Iterator[float]:
         for _ in self._engine.submit(prompt, sampling_params(self.case.sampling, seed, tokens)):
             yield time.perf_counter()
+
+
+def account(trace: Trace) -> dict[str, float]:
+    """Where the time of an engine's steps went: how many steps of each kind, and their ms; why
+    graphs were new; ms of Python between the steps."""
+    why = why_new(trace)
+    seconds = np.sum([trace[name] for name in TIMES], axis=0) / 1e9
+    prompt, new = trace["prefill_rows"] > 0, why != ""
+    found = {"steps": float(len(trace)), "python_s": float(trace["python_ns"].sum()) / 1e9}
+    for kind, steps in (("prompt", prompt), ("reused", ~prompt & ~new), ("new", ~prompt & new)):
+        found[f"{kind}_steps"] = float(steps.sum())
+        found[f"{kind}_s"] = float(seconds[steps].sum())
+    decode = trace[~prompt]
+    found["decode_rows"] = float(decode["decode_rows"].sum())
+    found["filled_rows"] = float(decode["filled"].sum())
+    return found | {f"new_{name}": float((why == name).sum()) for name in WHY_NEW}
 
 
 class HttpTraffic(Traffic, HttpClients):

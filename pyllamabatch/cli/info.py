@@ -1,4 +1,4 @@
-"""What this installation is, what it runs on, and what a model can do.
+"""What this installation is, what it runs on, what a model can do, and how an engine runs it.
 
 Without -m, the embedded model is described.
 """
@@ -15,8 +15,11 @@ from typing import Any
 
 from pyllamabatch.cli.console import say
 from pyllamabatch.cli.options import add_model_arguments, load_model
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.errors import ContextCreateError, NotEnoughMemory, UnsupportedOperation
 from pyllamabatch.llama import runtime
 from pyllamabatch.llama.context import Context
+from pyllamabatch.llama.host import usable_cores
 from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.runtime import text
 from pyllamabatch.raw import lib
@@ -36,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.no_model:
         with load_model(args) as model:
             about["model"] = describe(model)
+            about["engine"] = engine_defaults(model)
     if args.json:
         print(json.dumps(about, ensure_ascii=False))
     else:
@@ -94,6 +98,27 @@ def describe(model: Model) -> dict[str, Any]:
         "capabilities": capabilities,
         "metadata": dict(sorted(model.metadata.items())),
     }
+
+
+def engine_defaults(model: Model) -> dict[str, Any]:
+    """What an engine without options chooses for `model` on this machine, and why."""
+    try:
+        engine = Engine(model)
+    except (UnsupportedOperation, NotEnoughMemory, ContextCreateError) as error:
+        return {"none": str(error)}
+    with engine:
+        measured = engine.cost is not None and engine.cost.calibrated
+        costs = "of a profile" if measured else "a guess; `pyllamabatch calibrate` measures them"
+        return {
+            "sequences": engine.n_seq_max,
+            "layout": str(engine.layout),
+            "cells": engine.n_ctx,
+            "cells_of_a_sequence": engine.n_ctx_seq,
+            "n_batch": engine.n_batch,
+            "n_ubatch": engine.n_ubatch,
+            "threads": usable_cores(),
+            "step_costs": costs,
+        }
 
 
 def in_words(about: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ import pytest
 from bench import traffic
 from bench.case import Case
 from bench.serving import ServerProcess, WrongAnswer
+from pyllamabatch.step.trace import WHY_NEW
 from tests.bench.conftest import Run
 
 FAKE = """
@@ -71,6 +72,12 @@ def test_the_engine_as_it_comes(run: Run, capsys: pytest.CaptureFixture[str]) ->
         assert 0 < detail["ttft_p50_s"] <= detail["ttft_p99_s"] < record.t_tg
         assert 0 < detail["itl_p50_s"] <= detail["itl_p99_s"] < record.t_tg
         assert record.speed_tg == pytest.approx(2 * 128 / record.t_tg)
+        kinds = [detail[f"{kind}_steps"] for kind in ("prompt", "reused", "new")]
+        assert sum(kinds) == detail["steps"] > 0
+        assert 0 < kinds[0] <= 2 + 2 * record.kv_unified
+        new = [detail[f"new_{name}"] for name in WHY_NEW if name != "prompt"]
+        assert sum(new) == kinds[2] < kinds[1]
+        assert 2 * 100 < detail["decode_rows"] <= 2 * 128  # but those beside prompts
     assert "1 busy processes beside" in capsys.readouterr().out
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pyllamabatch import Engine, Model
 from pyllamabatch.cli import main
 from pyllamabatch.models import default_model_path
 
@@ -31,6 +32,11 @@ def test_json(capsys: Any) -> None:
     assert model["chat_template"] is True
     assert model["metadata"]["general.architecture"] == "llama"
     assert model["capabilities"]["partial_removal"] is True
+    with Engine(Model.default()) as engine:
+        assert about["engine"]["layout"] == str(engine.layout)
+        assert about["engine"]["sequences"] == engine.n_seq_max
+        assert about["engine"]["threads"] == engine._context.n_threads
+        assert about["engine"]["n_ubatch"] == engine.n_ubatch
 
 
 def test_text_names_what_matters(capsys: Any) -> None:
@@ -38,6 +44,7 @@ def test_text_names_what_matters(capsys: Any) -> None:
     text = capsys.readouterr().out
     for words in ("build: b", "  CPU: ", "GiB free", "default.gguf", "partial removal: yes"):
         assert words in text
+    assert "layout: a stream of cells each" in text
 
 
 def test_without_a_model(capsys: Any) -> None:
