@@ -59,10 +59,11 @@ def test_itl_is_between_two_rows_of_the_same_request() -> None:
 
 def test_steps_are_reckoned_by_the_model_as_it_was() -> None:
     cost = CostModel.fit(shipped_profile(M2), n_ubatch=512)
-    trace = np.zeros(3, dtype=trace_dtype(2))
+    trace = np.zeros(3, dtype=trace_dtype(3))
     trace["rows"], trace["prefill_rows"] = [2, 40, 38], [0, 38, 38]
     trace["kv_used"] = [102, 180, 47]
-    trace["decode_rows"], trace["chunk"] = [2, 2, 0], [[0, 0], [0, 38], [0, 38]]
+    trace["decode_rows"], trace["ids"] = [2, 2, 0], [[1, 2, 0], [1, 2, 3], [0, 0, 3]]
+    trace["chunk"][1:, 2] = 38
     trace["reused"] = 1
     expected = sum(
         cost.predict(*shape) for shape in ((2, 0, 100, 2), (40, 38, 140, 3), (38, 38, 9, 1))
