@@ -260,7 +260,7 @@ typedef struct plb_slot_info {
     int32_t  path;        /* enum plb_path */
     int32_t  n_generated;
     int32_t  n_left;      /* budget left */
-    int32_t  next_token;  /* the row that continues this sequence; -1 before the first sample */
+    int32_t  next_token;  /* the row that continues this sequence; -1: none yet */
     int32_t  next_pos;
     uint32_t seed;        /* the seed in use, also when it was drawn at random */
     int32_t  n_logprobs;

@@ -165,7 +165,7 @@ def engine(model: Model, case: Case) -> Run:
 
 
 class StartTogether:
-    """A policy that asks another one. While it is `held`, no sequence decodes."""
+    """A policy that asks another one. While it is `held`, no sequence that has sampled goes on."""
 
     def __init__(self, policy: Policy) -> None:
         self.held = False
@@ -178,8 +178,13 @@ class StartTogether:
         plan = self._policy.plan(view)
         if not self.held:
             return plan
-        prompts = {id: n for id, n in plan.tokens.items() if id not in view.decoding}
+        prompts = {id: n for id, n in plan.advances(view).items() if not _has_sampled(view, id)}
         wake = None if prompts else view.now + SOON_S  # an empty plan says how long it waits
         return replace(
             plan, tokens=prompts, decode_all=False, sit_out=frozenset(), repeat=1, wake=wake
         )
+
+
+def _has_sampled(view: StepView, id: int) -> bool:
+    seq = view.running.find(id)
+    return seq is not None and seq.generated > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from pyllamabatch.compare.case import Case
 from pyllamabatch.compare.loop import Loop, LoopSequence
 from pyllamabatch.llama.context import Context
@@ -10,8 +12,6 @@ from pyllamabatch.machine.context import MachineContext
 from pyllamabatch.machine.profile_machine import NO_TOKENS, ProfileMachine
 from pyllamabatch.step.sampling_params import INT32_MAX, SamplingParams
 from pyllamabatch.step.types import SAMPLE
-
-NO_SLOTS = NO_TOKENS
 
 
 class MachineLoop(Loop):
@@ -36,14 +36,15 @@ class MachineLoop(Loop):
 
     def _compute(self, taken: dict[int, int]) -> dict[int, int]:
         device, end = self._device, 0
-        for seq in sorted(taken):
+        decode = [seq for seq in sorted(taken) if self._sequences[seq].decoding]
+        for seq in sorted(taken.keys() - decode):
             s, n = self._sequences[seq], taken[seq]
             rows = slice(end, end := end + n)
             device.rows.token[rows], device.rows.pos[rows] = s.left[:n], range(s.pos, s.pos + n)
             device.rows.seq[rows], device.rows.flags[rows] = seq, 0
             if n == len(s.left):
                 device.rows.flags[end - 1] = SAMPLE
-        run = device.compute(NO_SLOTS, 1, end)
+        run = device.compute(np.array(decode, np.int32), 1, end)
         device.recorded.clear()  # it has no reader
         return {slot: token for slot, token, _, _ in run.results}
 

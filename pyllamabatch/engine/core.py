@@ -198,7 +198,7 @@ class EngineCore:
                 self._failed(call, error)
                 return
             self._update(call, run)
-            if run.code:
+            if run.code or not run.n_steps:  # the next call may go on from this one
                 return
 
     def _take_commands(self) -> None:

@@ -14,6 +14,8 @@ from ..scheduler import Scheduler, Step
 from ..scheduler.step import Shape
 from ..step.types import Run
 
+_AT_ONCE = 1e-3  # seconds between two calls of a step
+
 
 class CostObserver:
     """`scheduler.cost` is the model, when there is one. asynchronous: see `Device`."""
@@ -39,9 +41,10 @@ class CostObserver:
         if self._asynchronous and not len(step.decode):
             self._pending.append((shapes[0], run.seconds))
             return
-        if self._pending:
+        if self._pending and gap < _AT_ONCE:
             self._waited(shapes, run)
             return
+        self._pending.clear()  # the device was done long ago
         self._prefilled(shapes[0], run.seconds)
         if cost is None:
             return

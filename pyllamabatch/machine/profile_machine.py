@@ -186,7 +186,9 @@ class ProfileDevice(FakeDevice[int, SentenceSampler]):
         n_rows, at = len(slots) + n_before, np.union1d(slots, seqs)
         held = self._held()
         kv = float((held if self._cost.unified else held[at]).sum())
-        shapes = [(n_rows, n_before, kv, len(at))]
+        shapes = [(n_rows, n_before, kv, len(slots) + len(seqs))]
+        if not limits.unified and n_before:
+            shapes = [(n_rows, n_rows, kv, len(at))]
         if n_pad and not n_before:
             shapes = [(n_pad, 0, kv, n_pad)]
             slots = np.arange(n_pad, dtype=np.int32)

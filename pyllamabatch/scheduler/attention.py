@@ -46,7 +46,9 @@ class Attention:
         computed at once. One, but where every sequence has a stream of cells of its own and those
         that decode are not neighbours. kv: cells that are attended before it."""
         shape, n = step.shape(kv), len(step.decode)
-        if self._limits.unified or n < 2 or step.chunks or step.n_pad:
+        if not self._limits.unified and step.chunks:  # the last tokens of these prompts, if any
+            return [(step.n_rows, step.n_rows, kv, len(step.slots))]
+        if self._limits.unified or n < 2 or step.n_pad:
             return [shape]
         found = spans(step.decode, self._accounting.held_by_slot, self._limits.gap_max)
         if found == [(n, n)]:

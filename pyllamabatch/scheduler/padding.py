@@ -3,14 +3,19 @@
 Where every sequence has a stream of cells, libllama's graph is made for certain slots: whenever a
 sequence comes or goes it has to make another one, and a device to prepare for it. With a row for
 every slot below some width, used or not, it need not. A row costs little or much, and a graph too:
-a width that is too large is given up when its rows have cost as much as another graph would, and
-one more when it is needed again.
+a width is given up when its rows have cost as much more than a step without them as two other
+graphs would, that for the new rows and that for when the width is needed again.
 """
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+
 from ..cost.step_cost import StepCost
 from ..kv import Slots
+from .step import spans
+from .view import Limits
 
 _LEARNED = 0.25  # the share of a new observation
 
@@ -19,10 +24,14 @@ class Padding:
     """Of one context. possible: its sequences have streams, and rows at their ends can be taken out
     again. graph: seconds that a new graph costs, as observed; None: not yet."""
 
-    def __init__(self, *, possible: bool) -> None:
+    def __init__(self, limits: Limits, *, possible: bool) -> None:
         self.graph: float | None = None
+        self._limits = limits
         self._possible = possible
         self._width = 0
+        self._n_off = 0  # with no width: so many decoded when it was given up
+        self._decode: Slots | None = None  # of the last step, and
+        self._plain = 0.0  # its seconds without padding
         self._wasted = 0.0  # seconds, since it has this width
 
     def observe_graph(self, seconds: float) -> None:
@@ -31,29 +40,48 @@ class Padding:
         before = seconds if self.graph is None else self.graph
         self.graph = before + _LEARNED * (seconds - before)
 
-    def width(self, decode: Slots, cost: StepCost | None) -> int:
+    def width(self, decode: Slots, held: npt.NDArray[np.int64], cost: StepCost | None) -> int:
         """Slots, from 0 on, that have a row in a step in which these decode (ascending); 0: only
-        these."""
+        these. held: positions by slot."""
         price = self._price(cost)
-        if not self._possible or not price or not len(decode):
+        if not self._possible or cost is None or not price or not len(decode):
             return 0
-        needed = int(decode[-1]) + 1
-        wasted = self._wasted + _waste(needed, self._width, cost)
-        if needed > self._width or wasted > price:
-            self._width, self._wasted = needed, 0.0
+        limits, needed = self._limits, int(decode[-1]) + 1
+        if needed > min(limits.n_batch, limits.n_ubatch):
+            return 0
+        if decode is not self._decode:
+            self._decode = decode
+            parts = spans(decode, held, limits.gap_max)
+            self._plain = sum(_rows(cost, part.rows) for part in parts)
+        if len(decode) <= self._n_off:
+            self._n_off = len(decode)
+            return 0
+        self._n_off = 0
+        narrow = _rows(cost, needed)
+        if needed > self._width:
+            keep, off = False, narrow - self._plain > price
+        else:
+            keep = self._wasted + self._waste(self._width, needed, cost) <= price
+            off = not keep and self._plain < narrow
+        if off:  # until a newcomer decodes
+            self._width, self._n_off = 0, len(decode)
+        elif not keep:
+            self._width = needed
+        self._wasted = self._wasted if keep else 0.0
         return self._width
 
-    def computed(self, decode: Slots, width: int, n: int, cost: StepCost | None) -> None:
+    def computed(self, decode: Slots, width: int, n: int, cost: StepCost) -> None:
         """`n` steps were computed with so many rows."""
-        self._wasted += n * _waste(int(decode[-1]) + 1, width, cost)
+        self._wasted += n * self._waste(width, int(decode[-1]) + 1, cost)
+
+    def _waste(self, width: int, needed: int, cost: StepCost) -> float:
+        """Seconds of a step with `width` rows beyond those of the best one."""
+        return max(0.0, _rows(cost, width) - min(_rows(cost, needed), self._plain))
 
     def _price(self, cost: StepCost | None) -> float:
         measured = 0.0 if cost is None else sum(cost.new_graph)
         return 2 * max(measured, self.graph or 0.0)
 
 
-def _waste(needed: int, width: int, cost: StepCost | None) -> float:
-    """Seconds that a step takes longer with `width` rows than with those that are needed."""
-    if cost is None or needed >= width:
-        return 0.0
-    return max(0.0, cost.predict(width, 0, 0, width) - cost.predict(needed, 0, 0, needed))
+def _rows(cost: StepCost, n: int) -> float:
+    return cost.predict(n, 0, 0, n)

@@ -131,7 +131,7 @@ class Scheduler:
         self.cost = cost
         self.attention = Attention(self.limits, self.accounting, self.sequences.running, cost)
         trim = self.admission.cache.sharing.trim
-        self.padding = Padding(possible=trim and not self.limits.unified)
+        self.padding = Padding(self.limits, possible=trim and not self.limits.unified)
 
     # -- sequences come and go
 
@@ -369,7 +369,7 @@ class Scheduler:
             repeat,
             n_out if self.limits.unified else 0,
             self.take_kv_operations(),
-            0 if out else self.padding.width(decode, self.cost),
+            0 if out else self.padding.width(decode, self.accounting.held_by_slot, self.cost),
         )
 
     def _cut(self, entry: Entry, n: int, chunks: list[PromptChunk], last: list[int]) -> None:
@@ -408,7 +408,7 @@ class Scheduler:
             self.accounting.take_each(slots, n)
             running.computed[slots] += n
             running.known[slots] += n
-            if step.n_pad:
+            if step.n_pad and self.cost is not None:
                 self.padding.computed(step.decode, step.n_pad, n, self.cost)
             if running.asked:
                 self._answered(step.decode)

@@ -61,11 +61,12 @@ class Step:
     def shape(self, kv: float) -> Shape:
         """What `CostModel.predict` is told, when `kv` cells are attended before it: rows, those of
         prompts, kv, sequences. One that decodes, has no row now and is attended counts as a
-        sequence."""
+        sequence; one whose prompt ends with this step twice."""
         if not self.chunks:
             n_rows = max(self.n_rows, self.n_pad)
             return n_rows, 0, kv, n_rows + self.n_out
-        return self.n_rows, self.n_rows - len(self.decode), kv, len(self.slots)
+        n_decode = len(self.decode)
+        return self.n_rows, self.n_rows - n_decode, kv, n_decode + len(self.chunks)
 
     def by_group(self, group_of: Callable[[int], Hashable], first: Hashable) -> tuple[Step, ...]:
         """This step as one for each group of slots, `first` first if it is among them. Where there

@@ -3,7 +3,7 @@
 A sequence has tokens that are *known* (its prompt and what it has generated) and tokens that are
 *computed* (in the KV cache). Every step advances some sequences by some of their known tokens. A
 sequence whose last known token gets computed samples one more. There is no prefill phase and no
-decode phase: a decode is an advance by the one token that was sampled last.
+decode phase: a decode is an advance by the last known token, and samples the next one.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ class Metrics(Collector):
             ("llamacpp:tokens_predicted", "Tokens of requests that ended.", self.n_generated),
             ("llamacpp:tokens_predicted_seconds", "First token to the end.", self.generation_s),
             ("llamacpp:n_decode", "Steps.", stats.steps),
-            ("vllm:prompt_tokens", "Prompt rows.", stats.prefill_rows),
+            ("vllm:prompt_tokens", "Prompt tokens computed.", self.n_prompt),
             ("vllm:generation_tokens", "Tokens sampled.", stats.tokens),
             ("vllm:num_preemptions", "Requests that gave up their cells.", stats.preemptions),
             ("vllm:prefix_cache_queries", "Tokens of admitted sequences.", stats.known_tokens),

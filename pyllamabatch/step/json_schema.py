@@ -3,7 +3,8 @@
     SamplingParams(json_schema={"type": "object", "properties": {"n": {"type": "integer"}}})
 
 The converter honours the keywords in `HONOURED`. Any other that would say something about the text
-raises `ArgumentError` with its name: a schema is honoured whole or refused. oneOf is read as anyOf.
+raises `ArgumentError` with its name: a schema is honoured whole or refused. oneOf is honoured where
+types, values or a required property tell its branches apart.
 """
 
 from __future__ import annotations
@@ -115,10 +116,88 @@ def _schemas(root: Any) -> Iterator[dict[str, Any]]:
 
 def _check_keywords(argument: str, root: Any) -> None:
     for schema in _schemas(root):
-        why = _left_out(schema)
+        why = _left_out(schema) or _overlap(schema, root)
         if why is not None:
             keyword, limit = why
             raise ArgumentError(f"{argument}: {keyword}", schema[keyword], limit)
+
+
+def _overlap(schema: Mapping[str, Any], root: Any) -> tuple[str, str] | None:
+    """oneOf, where a value may be of two of its branches: the grammar reads it as anyOf."""
+    branches = schema.get("oneOf", ())
+    if all(_apart(a, b, root) for i, a in enumerate(branches) for b in branches[:i]):
+        return None
+    return (
+        "oneOf",
+        "branches that no two values share (by type, const, enum or a required property)",
+    )
+
+
+def _apart(a: Any, b: Any, root: Any) -> bool:
+    """No value is of both schemas, as far as that is plain to see."""
+    a, b = _resolved(a, root), _resolved(b, root)
+    if a is False or b is False:
+        return True
+    if not (isinstance(a, Mapping) and isinstance(b, Mapping)):
+        return False
+    if not _types(a) & _types(b):
+        return True
+    of_a, of_b = _values(a), _values(b)
+    if of_a is not None and of_b is not None:
+        return not any(_same(x, y) for x in of_a for y in of_b)
+    both = {*a.get("required", ())} & {*b.get("required", ())}
+    properties = a.get("properties", {}), b.get("properties", {})
+    named = both & properties[0].keys() & properties[1].keys()
+    if _types(a) | _types(b) != {"object"}:
+        return False
+    return any(_apart(properties[0][name], properties[1][name], root) for name in named)
+
+
+def _resolved(schema: Any, root: Any) -> Any:
+    """What a reference to a place in `root` leads to; the schema itself where it is none."""
+    for _ in range(len(_NOTES)):  # references that lead back are refused elsewhere
+        if not (isinstance(schema, Mapping) and str(schema.get("$ref", "")).startswith("#/")):
+            return schema
+        place = root
+        for key in schema["$ref"][2:].split("/"):
+            place = place.get(key) if isinstance(place, Mapping) else None
+        schema = place
+    return schema
+
+
+def _types(schema: Mapping[str, Any]) -> set[str]:
+    """The JSON types of its values, "number" for integers, too."""
+    values = _values(schema)
+    if values is not None:
+        return {_type_of(value) for value in values}
+    types = schema.get("type", [*_JSON_TYPES, "object"])
+    given = {types} if isinstance(types, str) else {*types}
+    return {"number" if type == "integer" else type for type in given}
+
+
+def _values(schema: Mapping[str, Any]) -> list[Any] | None:
+    """All values that it has; None where they are not counted up."""
+    if "const" in schema:
+        return [schema["const"]]
+    values = schema.get("enum")
+    return values if isinstance(values, list) else None
+
+
+_JSON_TYPES: dict[str, type | tuple[type, ...]] = {
+    "null": type(None),
+    "boolean": bool,
+    "number": (int, float),
+    "string": str,
+    "array": list,
+}
+
+
+def _type_of(value: Any) -> str:
+    return next((name for name, kind in _JSON_TYPES.items() if isinstance(value, kind)), "object")
+
+
+def _same(a: Any, b: Any) -> bool:
+    return _type_of(a) == _type_of(b) and bool(a == b)
 
 
 def _bound_days(root: Any) -> bool:

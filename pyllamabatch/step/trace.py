@@ -38,8 +38,8 @@ def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
     - python_ns: from the end of the step before to the start of this one, without the time in
       which there was nothing to do: what the device waits for. Next to nothing within a run.
     - rows = prefill_rows + decode_rows; sampled: rows that gave a token (or a failure).
-    - filled: rows of unused sequences beside these, so that those around them are computed
-      together (`Stepper`'s gap_max).
+    - filled: rows of other sequences beside these, whose output is not read (`Stepper`'s gap_max,
+      and `Padding`).
     - kv_used: cells that are held after the step. reused: graphs that it reused. on_device: 1
       where the device chose the candidates (`Stepper`'s device_sampling).
     - run: a number that steps of the same native call share.

@@ -21,7 +21,7 @@ def padded(model: Model, **options: Any) -> Engine:
     sizes = {"n_seq_max": N_SEQ, "n_ctx": N_SEQ * 256, "kv_unified": False, "n_batch": 16}
     engine = engine_on(model, cost=None, **{**sizes, **options})
     engine._core.scheduler.padding.width = (  # type: ignore[method-assign]
-        lambda decode, cost: N_SEQ if len(decode) else 0
+        lambda decode, held, cost: N_SEQ if len(decode) else 0
     )
     return engine
 
@@ -53,7 +53,7 @@ def test_the_graph_stays_while_others_come_and_go() -> None:
 def test_a_slot_without_room_is_left_out() -> None:
     """An interactive sequence fills its stream to the last cell; another one decodes."""
     with padded(loaded("llama"), n_seq_max=2, n_ctx=512) as engine:
-        engine._core.scheduler.padding.width = lambda decode, cost: 2  # type: ignore[method-assign]
+        engine._core.scheduler.padding.width = lambda decode, held, cost: 2  # type: ignore[method-assign]
         full = engine.sequence(greedy(10))
         full.prompt([5 + i % 90 for i in range(256)])
         full.sample()

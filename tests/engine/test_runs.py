@@ -4,6 +4,7 @@ between two steps."""
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import count
 
 import pytest
 
@@ -166,3 +167,17 @@ def test_a_row_that_can_not_be_sampled_in_the_middle_of_a_run() -> None:
     check_as_alone(rig, 0, 1, 2)
     ends = sum(result.wait(0).stop == EOG for result in streams)
     assert rig.n_tokens == sum(len(stream.tokens) for stream in streams) + ends
+
+
+@pytest.mark.parametrize("full", range(1, 12))
+def test_a_call_that_finds_no_room_for_its_results_ends_the_step(full: int) -> None:
+    """In streams the call behind it samples from the prompt that it was to compute."""
+    rig = Rig(Limits(64, 64, 3, 3 * 128, 128, unified=False), n_steps_max=4)
+    calls = count(1)
+    rig.machine._has_room = lambda: next(calls) != full  # type: ignore[method-assign]
+    rig.submit_all(PROMPTS[:3], greedy(9))
+    rig.turn()
+    rig.submit_all([*PROMPTS[3:], [41, 2]], greedy(5))
+    rig.run()
+    assert rig.reasons.count("length") + rig.reasons.count("stop") == 5
+    rig.check_solo()

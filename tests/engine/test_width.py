@@ -15,7 +15,7 @@ from pyllamabatch.cost.step_cost import NO_COST, NewGraph, StepCost
 from pyllamabatch.engine.cost_observer import CostObserver
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.llama.model import Model
-from pyllamabatch.scheduler import Step, make_policy
+from pyllamabatch.scheduler import Limits, Step, make_policy
 from pyllamabatch.scheduler.padding import Padding
 from pyllamabatch.scheduler.policies.width import TRIAL
 from pyllamabatch.scheduler.step import PromptChunk
@@ -191,7 +191,7 @@ def test_what_is_learnt_of_calls(case: Observed, monkeypatch: pytest.MonkeyPatch
         attention=attention,
         limits=SimpleNamespace(n_ubatch=8),
         prefilled=lambda rows, seconds: None,
-        padding=Padding(possible=True),
+        padding=Padding(Limits(8, 8, 8, 64, 8, unified=False), possible=True),
     )
     chunks = (PromptChunk(9, 9, 0, case.n_prompt),) if case.n_prompt else ()
     monkeypatch.setattr("pyllamabatch.engine.cost_observer.perf_counter", lambda: now)

@@ -52,7 +52,7 @@ def test_a_step_takes_what_the_profile_says(fast: Path) -> None:
         took, table = perf_counter() - began, alone.trace()
     predicted = [cost.predict(8, 8, 0, 1)] if table["rows"][0] == 8 else []
     first = 8 + (len(predicted) == 0)  # a token that begins a text
-    predicted = [cost.predict(first, first - 1, 0, 1)]
+    predicted = [cost.predict(first, first, 0, 1)]
     predicted += [cost.predict(1, 0, first + i, 1) for i in range(29)]
     assert table["decode_ns"].tolist() == pytest.approx([1e9 * s for s in predicted], abs=2)
     assert table["sampled"].tolist() == [1] * 30

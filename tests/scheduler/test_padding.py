@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from pyllamabatch.scheduler.padding import Padding
 from tests.support.scheduler_machine import Machine
 
 STREAMS = Limits(64, 64, 8, 8 * 256, 256, unified=False)
+POOL = Limits(64, 64, 8, 2048, 2048)
 TRIM = Sharing(copy_whole=True, trim=True)
 
 
@@ -27,57 +30,71 @@ class Rows(StepCost):
         return 1e-3 * rows
 
 
-def widths(padding: Padding, cost: StepCost | None, highest: list[int], n: int = 1) -> list[int]:
-    """When the last of those that decode is in each of these slots, for n steps."""
+def widths(padding: Padding, cost: StepCost | None, *decoding: list[int]) -> list[int]:
+    """When these slots decode, step by step."""
     found = []
-    for slot in highest:
-        decode = np.array([0, slot] if slot else [0], np.int32)
-        width = padding.width(decode, cost)
+    for slots in decoding:
+        decode = np.array(slots, np.int32)
+        width = padding.width(decode, np.ones(8, np.int64), cost)
         if width:
-            padding.computed(decode, width, n, cost)
+            assert cost is not None
+            padding.computed(decode, width, 1, cost)
         found.append(width)
     return found
 
 
-def test_a_width_stays_until_its_rows_have_cost_a_graph() -> None:
-    padding = Padding(possible=True)
-    # 8 slots, then 6 are needed: 2 ms wasted a step, until two graphs of 5 ms are cheaper
-    found = widths(padding, Rows(5e-3), [7, 5, 5, 5, 5, 5, 5, 5, 7, 3])
-    assert found == [8, 8, 8, 8, 8, 8, 6, 6, 8, 8]
+def padding(*, possible: bool = True) -> Padding:
+    return Padding(STREAMS, possible=possible)
 
 
-def test_where_a_row_costs_more_than_a_graph_nothing_is_padded() -> None:
-    assert widths(Padding(possible=True), Rows(0.5e-3), [7, 5, 6, 0]) == [8, 6, 7, 1]
+ALL, SIX, LAST = [*range(8)], [*range(6)], [7]
+
+
+def test_a_width_stays_until_its_rows_have_cost_two_graphs() -> None:
+    # 2 ms wasted a step, two graphs of 5 ms
+    found = widths(padding(), Rows(5e-3), ALL, *[SIX] * 7, ALL)
+    assert found == [8, 8, 8, 8, 8, 8, 6, 6, 8]
+
+
+def test_one_that_is_left_in_a_high_slot_is_alone_before_long() -> None:
+    found = widths(padding(), Rows(5e-3), ALL, *[LAST] * 4, [3], [2, 7], [2, 7])
+    assert found == [8, 8, 0, 0, 0, 0, 8, 0]
+    assert widths(padding(), Rows(1e-3), LAST, [6, 7], ALL) == [0, 0, 8]
+
+
+def test_where_a_row_costs_more_than_graphs_nothing_is_padded() -> None:
+    assert widths(padding(), Rows(0.4e-3), ALL, SIX, [0, 2], [0, 1]) == [8, 6, 0, 0]
 
 
 @pytest.mark.parametrize(
-    ("padding", "cost"),
+    ("one", "cost"),
     [
-        (Padding(possible=False), Rows(1.0)),
-        (Padding(possible=True), Rows(0.0)),
-        (Padding(possible=True), None),
+        (padding(possible=False), Rows(1.0)),
+        (padding(), Rows(0.0)),
+        (padding(), None),
+        (Padding(replace(STREAMS, n_ubatch=4), possible=True), Rows(1.0)),
     ],
 )
 def test_where_it_is_not_known_or_not_possible_there_is_none(
-    padding: Padding, cost: StepCost | None
+    one: Padding, cost: StepCost | None
 ) -> None:
-    assert widths(padding, cost, [7, 3]) == [0, 0]
+    assert widths(one, cost, ALL, SIX) == [0, 0]
 
 
 def test_what_a_graph_costs_is_learned() -> None:
-    padding, cost = Padding(possible=True), Rows(0.0)
-    padding.observe_graph(5e-3)
-    assert widths(padding, cost, [7, 5]) == [8, 8]
+    one, cost = padding(), Rows(0.0)
+    one.observe_graph(5e-3)
+    assert widths(one, cost, ALL, SIX) == [8, 8]
     for _ in range(20):
-        padding.observe_graph(0.0)
-    assert widths(padding, cost, [7, 5]) == [8, 6]
+        one.observe_graph(0.0)
+    assert widths(one, cost, ALL, SIX) == [8, 6]
 
 
 def test_only_steps_in_which_all_decode_are_padded() -> None:
     for limits, sharing, padded in (
         (STREAMS, TRIM, True),
         (STREAMS, Sharing(copy_whole=True), False),
-        (Limits(64, 64, 8, 2048, 2048), TRIM, False),
+        (POOL, TRIM, False),
     ):
         machine = Machine(limits, cost=Rows(5e-3), sharing=sharing)
         for id in range(3):
@@ -87,5 +104,6 @@ def test_only_steps_in_which_all_decode_are_padded() -> None:
 
 
 def test_a_pool_of_cells_has_none() -> None:
-    scheduler = Scheduler(STREAMS, kv=KvOptions(TRIM), cost=Rows(5e-3))
-    assert scheduler.padding.width(np.array([3], np.int32), scheduler.cost) == 4
+    scheduler = Scheduler(POOL, kv=KvOptions(TRIM), cost=Rows(5e-3))
+    held = scheduler.accounting.held_by_slot
+    assert scheduler.padding.width(np.array([3], np.int32), held, scheduler.cost) == 0

@@ -82,7 +82,7 @@ def test_a_prompts_last_row_costs_what_a_decode_does() -> None:
     rows = np.array([0, 1, 7], np.int32)
     prompts = (PromptChunk(110, 7, 0, 16), PromptChunk(111, 8, 4, 1))
     assert Step(rows, (), (), (), 3, {}).shape(50.0) == (3, 0, 50.0, 3)
-    assert Step(rows, prompts, (), (), 20, {}).shape(50.0) == (20, 17, 50.0, 4)
+    assert Step(rows, prompts, (), (), 20, {}).shape(50.0) == (20, 17, 50.0, 5)
 
 
 def test_groups_get_a_call_each_and_the_first_one_comes_first() -> None:

@@ -57,6 +57,26 @@ EXPRESSED: dict[str, Any] = {
     "array of objects": {"type": "array", "items": an_object(["a"], a=BOOL), "maxItems": 2},
     "any of": {"anyOf": [BOOL, {"type": "null"}, CHOICE]},
     "one of": {"oneOf": [{"type": "null"}, {"enum": ["x", "y"]}]},
+    "one of some values": {"oneOf": [{"const": 1}, {"enum": [2, True]}, {"type": "string"}]},
+    "one of two kinds": {
+        "oneOf": [
+            {"$ref": "#/$defs/cat"},
+            {
+                "type": "object",
+                "properties": {"kind": {"const": "dog"}, "b": {"type": "boolean"}},
+                "required": ["kind", "b"],
+                "additionalProperties": False,
+            },
+        ],
+        "$defs": {
+            "cat": {
+                "type": "object",
+                "properties": {"kind": {"const": "cat"}},
+                "required": ["kind"],
+                "additionalProperties": False,
+            }
+        },
+    },
     "any of objects": {"anyOf": [an_object(["a"], a=BOOL), an_object(["b"], b=CHOICE)]},
     "all of": {"allOf": [an_object(["a"], a=BOOL), an_object(["b"], b=CHOICE)]},
     "reference": {"$ref": "#/$defs/v", "$defs": {"v": CHOICE}},
@@ -105,6 +125,13 @@ REFUSED: dict[str, tuple[str, Any]] = {
     "media type": ("contentMediaType", {"type": "string", "contentMediaType": "text/html"}),
     "dynamic": ("\\$dynamicRef", {"$dynamicRef": "#x"}),
     "beside": ("minLength", {"type": "string", "pattern": "^a$", "minLength": 1}),
+    "one of two numbers": ("oneOf", {"oneOf": [{"type": "integer"}, {"type": "number"}]}),
+    "one of equal values": ("oneOf", {"oneOf": [{"enum": [1, 2]}, {"const": 1.0}]}),
+    "one of a type and all": ("oneOf", {"oneOf": [{"type": "null"}, {}]}),
+    "one of two objects": (
+        "oneOf",
+        {"oneOf": [an_object(a={"type": "null"}), an_object(b={"type": "null"})]},
+    ),
     "deep inside": ("multipleOf", an_object(a={"type": "array", "items": {"multipleOf": 2}})),
 }
 """Schemas with a keyword that a grammar can't keep, and its name."""

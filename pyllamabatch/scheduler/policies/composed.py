@@ -38,6 +38,8 @@ class ComposedPolicy:
         builder = PlanBuilder(view, rows, view.kv.free, view.kv.promised)
         if self.mixed:
             self._decode(builder)
+        else:
+            self._end_prompts(builder)
         builder = self._advance_others(builder)
         if not self.mixed and not builder.tokens:
             self._decode(builder)
@@ -61,6 +63,12 @@ class ComposedPolicy:
             if builder.rows < 1:
                 break
             if seq.decoding and seq.id not in builder.preempt:
+                self._advance(builder, seq)
+
+    def _end_prompts(self, builder: PlanBuilder) -> None:
+        """Of those that decode, the ones whose prompt has one token left."""
+        for seq in builder.view.running:
+            if seq.decoding and not seq.generated and builder.rows:
                 self._advance(builder, seq)
 
     def _advance_others(self, builder: PlanBuilder) -> PlanBuilder:
