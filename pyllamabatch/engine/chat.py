@@ -183,7 +183,7 @@ def end(reader: MessageReader, prompt: ChatPrompt, result: Result) -> ChatDelta:
     """The last delta of an answer whose text `reader` has. Raises `ChatParseError` for one that the
     model ended, and that is not of its format."""
     special = prompt.preserved_tokens.get(result.stop) if isinstance(result.stop, int) else None
-    delta = reader.feed(special or "")
+    delta = reader.feed(special or "", now=True)
     try:
         last = reader.feed("", last=True)
     except ChatParseError:

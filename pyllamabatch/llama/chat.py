@@ -28,7 +28,14 @@ from pyllamabatch.llama import runtime
 from pyllamabatch.llama.chat_message import ChatMessage, MessageReader
 from pyllamabatch.llama.grammar import Grammar
 from pyllamabatch.llama.handle import Owner, owned
-from pyllamabatch.llama.json_limits import check_nesting, check_schema, json_text
+from pyllamabatch.llama.json_limits import (
+    NAME_MAX,
+    check_length,
+    check_nesting,
+    check_nesting_of_text,
+    check_schema,
+    json_text,
+)
 from pyllamabatch.raw import ffi, lib
 
 if TYPE_CHECKING:
@@ -260,6 +267,7 @@ def _messages(messages: object) -> list[Message]:
         if content is None and not (role == "assistant" and message.get("tool_calls")):
             raise ArgumentError(f"{name}.content", content, "must be a string")
         _check_content(f"{name}.content", content)
+        _check_calls(f"{name}.tool_calls", message.get("tool_calls"))
     return listed
 
 
@@ -280,6 +288,15 @@ def _check_content(name: str, content: object) -> None:
         raise ArgumentError(name, content, "must be a string, or a list of text parts")
 
 
+def _check_calls(name: str, calls: object) -> None:
+    """Arguments are JSON in a text: templates write them out level by level."""
+    for i, call in enumerate(calls if isinstance(calls, Sequence) else ()):
+        function = call.get("function") if isinstance(call, Mapping) else None
+        arguments = function.get("arguments") if isinstance(function, Mapping) else None
+        if isinstance(arguments, str):
+            check_nesting_of_text(f"{name}[{i}].function.arguments", arguments)
+
+
 def _tools(tools: object, tool_choice: object) -> tuple[list[Mapping[str, Any]], str]:
     if isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence):
         raise ArgumentError("tools", tools, 'a list of {"type": "function", "function": {...}}')
@@ -291,6 +308,7 @@ def _tools(tools: object, tool_choice: object) -> tuple[list[Mapping[str, Any]],
             )
         if not isinstance(function.get("name"), str) or not function["name"]:
             raise ArgumentError(f"tools[{i}].function.name", function.get("name"), "a name")
+        check_length(f"tools[{i}].function.name", function["name"], NAME_MAX, "a name")
         parameters = function.get("parameters", {})
         if not isinstance(parameters, Mapping):
             raise ArgumentError(f"tools[{i}].function.parameters", parameters, "a JSON schema")

@@ -9,6 +9,8 @@ from typing import Any
 
 from pyllamabatch.errors import ChatParseError
 
+OFTEN = 2048
+
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
@@ -91,12 +93,14 @@ class MessageReader:
         delta = reader.feed("", last=True)
 
     `message`: what there is so far. Every tool call gets an id. What the deltas have said is never
-    taken back.
+    taken back. A parser reads the whole text each time: of one that is longer than `OFTEN`
+    characters it is read again once it has grown by a 64th, and at `now` or `last`.
     """
 
     def __init__(self, parse: Callable[[str, bool], ChatMessage]) -> None:
         self._parse = parse
         self._text = ""
+        self._n_read = 0  # characters of the text that `message` is of
         self._ids: list[str] = []
         self._said = self.message = self._parsed(partial=True)  # of an answer that is continued
 
@@ -105,10 +109,14 @@ class MessageReader:
         """All text so far."""
         return self._text
 
-    def feed(self, text: str, *, last: bool = False) -> ChatDelta:
-        """What `text` adds. last: no more will come; raises `ChatParseError` when the whole is not
-        what the format allows."""
+    def feed(self, text: str, *, now: bool = False, last: bool = False) -> ChatDelta:
+        """What `text` adds. now: nothing of it waits for more. last: no more will come; raises
+        `ChatParseError` when the whole is not what the format allows."""
         self._text += text
+        n = len(self._text)
+        if not (now or last) and n - self._n_read < max(1, (n - OFTEN) // 64):
+            return ChatDelta()
+        self._n_read = n
         try:
             self.message = self._parsed(partial=not last)
         except ChatParseError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,9 @@ from pyllamabatch.errors import ArgumentError
 
 DEPTH_MAX = 64
 PROPERTIES_MAX = 500  # the converter of schemas recurses once per optional property
+NAME_MAX = 512  # it matches names by std::regex, which recurses once per character
+REF_MAX = 2048  # and references too
+_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]', re.DOTALL)
 
 
 def json_text(argument: str, value: object) -> str:
@@ -29,9 +33,27 @@ def check_nesting(argument: str, root: Any) -> None:
             raise ArgumentError(argument, f"{depth} levels", f"at most {DEPTH_MAX}")
 
 
+def check_nesting_of_text(argument: str, text: str) -> None:
+    """`check_nesting` of a JSON text, by its brackets: whether it is JSON is not asked."""
+    depth = 0
+    for found in _STRING_OR_BRACKET.finditer(text):
+        bracket = text[found.start()]
+        depth += (bracket in "[{") - (bracket in "]}")
+        if depth > DEPTH_MAX:
+            raise ArgumentError(argument, f"more than {DEPTH_MAX} levels", f"at most {DEPTH_MAX}")
+
+
+def check_length(argument: str, text: str, limit: int, what: str) -> None:
+    """Raises `ArgumentError` for a text of more than `limit` characters, with its beginning."""
+    if len(text) > limit:
+        given = f"{text[:32]}… ({len(text)} characters)"
+        raise ArgumentError(argument, given, f"at most {limit} characters in {what}")
+
+
 def check_schema(argument: str, root: Any) -> None:
-    """Raises `ArgumentError` for a schema of more than `DEPTH_MAX` levels or `PROPERTIES_MAX`
-    properties of one object, and for references that only lead back to themselves."""
+    """Raises `ArgumentError` for a schema of more than `DEPTH_MAX` levels, `PROPERTIES_MAX`
+    properties of one object, `NAME_MAX` characters of a name or `REF_MAX` of a reference, and for
+    references that only lead back to themselves."""
     for value, depth in _walk(root):
         if depth > DEPTH_MAX:
             raise ArgumentError(argument, f"{depth} levels", f"at most {DEPTH_MAX}")
@@ -39,6 +61,10 @@ def check_schema(argument: str, root: Any) -> None:
             if len(value) > PROPERTIES_MAX:
                 limit = f"at most {PROPERTIES_MAX} in one object"
                 raise ArgumentError(argument, f"{len(value)} properties", limit)
+            for name in value:
+                check_length(argument, str(name), NAME_MAX, "a name")
+            if isinstance(ref := value.get("$ref"), str):
+                check_length(argument, ref, REF_MAX, "a $ref")
             _check_reference(argument, root, value)
 
 

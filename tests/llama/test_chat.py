@@ -178,6 +178,29 @@ def test_deltas_add_up_to_the_message(hermes: ChatTemplate, size: int) -> None:
         assert len({call.id for call in message.tool_calls}) == len(message.tool_calls)
 
 
+def test_brackets_in_strings_are_no_levels(hermes: ChatTemplate) -> None:
+    said = ChatMessage(tool_calls=(ToolCall("weather", json.dumps({"city": '\\"' + "[" * 99})),))
+    assert '\\\\\\"[[[' in hermes.render([USER, said.to_dict()], tools=[WEATHER])
+
+
+def test_a_long_answer_is_not_parsed_at_each_piece() -> None:
+    lengths: list[int] = []
+
+    def parse(text: str, partial: bool) -> ChatMessage:
+        lengths.append(len(text))
+        return ChatMessage(text)
+
+    reader, said = MessageReader(parse), ""
+    for i in range(10_000):
+        said += reader.feed(f"{i:04}").content
+        assert len(reader.text) - len(said) <= len(reader.text) // 64
+    assert len(lengths) < 1_000
+    said += reader.feed("!", now=True).content
+    assert said == reader.text
+    said += reader.feed("more").content
+    assert reader.feed("", last=True).content == "more"
+
+
 def test_thinking_can_be_switched_off(hermes: ChatTemplate) -> None:
     assert hermes.supports_thinking
     on, off = hermes.render([USER]), hermes.render([USER], enable_thinking=False)
@@ -240,6 +263,10 @@ def test_a_template_outlives_its_closed_model() -> None:
     assert "raining" in template.render([USER])
 
 
+def with_parameters(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": schema}}
+
+
 REFUSED: dict[str, list[dict[str, Any]]] = {
     "template": [
         {"template": "{{ no such }}"},
@@ -257,10 +284,21 @@ REFUSED: dict[str, list[dict[str, Any]]] = {
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
     ],
+    r"messages\[1\].tool_calls\[0\].function.arguments": [
+        {"messages": [USER, ChatMessage(tool_calls=(ToolCall("weather", deep),)).to_dict()]}
+        for deep in ('{"city": "]", "x": ' + "[" * 50_000 + "]" * 50_000 + "}", "\ufeff" + "[" * 65)
+    ],
     "tools": [{"tools": "weather"}],
     r"tools\[0\]": [{"tools": [t]} for t in (1, {}, {"type": "function"}, {"type": "web"})],
     r"tools\[1\].function.name": [
-        {"tools": [WEATHER, {"type": "function", "function": {"name": ""}}]}
+        {"tools": [WEATHER, {"type": "function", "function": {"name": name}}]}
+        for name in ("", "_" * 30_000)
+    ],
+    r"tools\[0\].function.parameters=.*in a name": [
+        {"tools": [with_parameters({"properties": {"_" * 30_000: {}}})]}
+    ],
+    r"tools\[0\].function.parameters=.*in a \$ref": [
+        {"tools": [with_parameters({"properties": {"a": {"$ref": "#/" + "_" * 30_000}}})]}
     ],
     "tool_choice": [
         {"tools": [WEATHER], "tool_choice": c}
