@@ -69,9 +69,20 @@ def named_event(name: str, values: Any) -> bytes:
 
 
 async def respond(
-    service: Service, request: Request, answer: Answer, streams: Sequence[Stream], *, stream: bool
+    service: Service,
+    request: Request,
+    make: Callable[[], Answer],
+    streams: Sequence[Stream],
+    *,
+    stream: bool,
 ) -> Response:
-    """The response to a request whose streams run."""
+    """The response to a request whose streams run. They are cancelled where `make` raises."""
+    try:
+        answer = make()
+    except BaseException:
+        for one in streams:
+            one.cancel()
+        raise
     if stream:
         return EventStream(service, answer, streams)
     async with cancelled_on_leave(request.receive, streams):

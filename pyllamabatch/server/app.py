@@ -36,8 +36,10 @@ def create_app(engine: Engine | Model, options: ServerOptions | None = None) -> 
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        service.close()
+        try:
+            yield
+        finally:
+            service.close()
 
     app = Described(title="pyllamabatch", version=version("pyllamabatch"), lifespan=lifespan)
     app.state.service = service

@@ -60,6 +60,12 @@ SAME = (
     "ignore_eog", "grammar",
 )  # fmt: skip
 
+VALUES_MAX = 2**18  # of a body: each costs many times its bytes once it is parsed
+NAME_MAX = 100  # characters of a name that an error repeats
+STOPS_MAX = 64
+STOP_CHARS_MAX = 1000
+BIAS_CHARS_MAX = 1000
+
 B = TypeVar("B", bound="Body")
 
 
@@ -95,8 +101,12 @@ async def _json(request: Request, limit: int) -> Any:
     if size > limit:
         message = f"the body has {size} bytes or more, at most {limit} are allowed"
         raise ApiError(413, message, code="body_too_large")
+    content = b"".join(parts)
+    if (n := content.count(b",")) > VALUES_MAX:
+        message = f"the body has too many values: {n} commas, at most {VALUES_MAX} are allowed"
+        raise ApiError(413, message, code="too_many_values")
     try:
-        return orjson.loads(b"".join(parts))
+        return orjson.loads(content)
     except orjson.JSONDecodeError as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
 
@@ -120,6 +130,9 @@ def parsed(kind: type[B], values: Mapping[str, Any]) -> B:
         elif name in OFF:
             if value not in OFF[name]:
                 raise ArgumentError(name, value, "this server has no such sampler or feature")
+        elif len(name) > NAME_MAX:
+            message = f"no parameter has a name of {len(name)} characters"
+            raise ApiError(400, message, code="invalid_value")
         else:
             raise unknown_keyword(name, value, kind.model_fields)
     return kind.model_validate(fields)
@@ -212,8 +225,7 @@ class SamplingBody(Body):
         if fields.get("max_tokens", 1) < 0:
             del fields["max_tokens"]
         if self.stop is not None:
-            stops = [self.stop] if isinstance(self.stop, str) else self.stop
-            fields["stop"] = tuple(text for text in stops if text)
+            fields["stop"] = stops_of(self.stop)
         if self.seed is not None and self.seed != -1:
             fields["seed"] = self.seed % (SEED_MAX + 1)
         schema = self.schema_wanted()
@@ -246,6 +258,18 @@ class SamplingBody(Body):
         return options
 
 
+def stops_of(given: str | list[str]) -> tuple[str, ...]:
+    """Texts that end an answer; empty ones are left out."""
+    stops = [given] if isinstance(given, str) else given
+    if len(stops) > STOPS_MAX:
+        raise invalid("stop", f"{len(stops)} texts", f"at most {STOPS_MAX}")
+    for text in stops:
+        if len(text) > STOP_CHARS_MAX:
+            limit = f"at most {STOP_CHARS_MAX} in one text"
+            raise invalid("stop", f"{len(text)} characters", limit)
+    return tuple(text for text in stops if text)
+
+
 def bias_of(given: LogitBias | None, tokens_of: Any) -> dict[int, float]:
     """llama-server's pairs, whose token may be a text (`tokens_of` gives its tokens) and whose bias
     may be false (never); or OpenAI's object."""
@@ -255,6 +279,9 @@ def bias_of(given: LogitBias | None, tokens_of: Any) -> dict[int, float]:
         key, value = pair if len(pair) == 2 else (None, "")
         if not isinstance(key, (int, str)) or isinstance(value, str):
             raise invalid("logit_bias", pair, "must be a token (id or text) and a number or false")
+        if isinstance(key, str) and len(key) > BIAS_CHARS_MAX:
+            limit = f"at most {BIAS_CHARS_MAX} for a token"
+            raise invalid("logit_bias", f"{len(key)} characters", limit)
         amount = -math.inf if value is False else float(value)
         if amount <= -100 and isinstance(given, dict):
             amount = -math.inf  # OpenAI's word for never

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 from uuid import uuid4
 
@@ -45,8 +46,8 @@ async def chat_completions(service: Service, request: Request) -> Response:
         raise invalid("top_logprobs", body.top_logprobs, "needs logprobs: true")
     n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     prepared = await service.submit(body, [turn.prompt], n_logprobs, turn.sampling)
-    answer = ChatAnswer(service, body, prepared, turn)
-    return await respond(service, request, answer, prepared.streams, stream=body.stream)
+    make = partial(ChatAnswer, service, body, prepared, turn)
+    return await respond(service, request, make, prepared.streams, stream=body.stream)
 
 
 async def input_tokens(service: Service, request: Request) -> Response:
@@ -119,7 +120,7 @@ class ChatAnswer(Answer):
         return {
             **self._head,
             "choices": choices,
-            "usage": tokens.usage(self._prepared.n_prompt, results),
+            "usage": tokens.usage(self._prepared.n_prompt, results, self._body.n),
             "timings": tokens.timings(results[0]),
         }
 
@@ -156,7 +157,7 @@ class ChatAnswer(Answer):
     def end(self, results: Sequence[Result]) -> bytes:
         if not self._null:
             return DONE
-        counts = tokens.usage(self._prepared.n_prompt, results)
+        counts = tokens.usage(self._prepared.n_prompt, results, self._body.n)
         return event({**self._head, "choices": [], "usage": counts}) + DONE
 
     def _logprobs(self, of: Sequence[Token]) -> Any:

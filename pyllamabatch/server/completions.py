@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any
 from uuid import uuid4
 
@@ -36,8 +37,8 @@ async def completions(service: Service, request: Request) -> Response:
     if not prompts[0] and len(prompts) == 1:
         raise invalid("prompt", given, "must not be empty")
     prepared = await service.submit(body, prompts, body.logprobs)
-    answer = TextAnswer(service, body, prepared)
-    return await respond(service, request, answer, prepared.streams, stream=body.stream)
+    make = partial(TextAnswer, service, body, prepared)
+    return await respond(service, request, make, prepared.streams, stream=body.stream)
 
 
 class TextAnswer(Answer):
@@ -74,7 +75,7 @@ class TextAnswer(Answer):
         return {
             **self._head,
             "choices": choices,
-            "usage": tokens.usage(self._prepared.n_prompt, results),
+            "usage": tokens.usage(self._prepared.n_prompt, results, self._body.n),
             "timings": tokens.timings(results[0]),
         }
 
@@ -94,7 +95,7 @@ class TextAnswer(Answer):
     def end(self, results: Sequence[Result]) -> bytes:
         if not self._body.stream_options.include_usage:
             return DONE
-        counts = tokens.usage(self._prepared.n_prompt, results)
+        counts = tokens.usage(self._prepared.n_prompt, results, self._body.n)
         return event({**self._head, "choices": [], "usage": counts}) + DONE
 
     def _event(self, i: int, choice: dict[str, Any], **more: Any) -> bytes:

@@ -14,6 +14,7 @@ from ..engine.chat import end
 from ..engine.stream import Result
 from ..llama.chat import ChatOptions, ChatPrompt
 from ..llama.chat_message import ChatDelta, MessageReader
+from ..step.json_schema import schema_text
 from .errors import invalid
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def turn_of(
     checked = [checked_message(i, message) for i, message in enumerate(messages)]
     if not tools and not template.supports_thinking:
         options.pop("json_schema", None)  # the whole answer is the schema's: `SamplingParams` does
+    elif (schema := options.get("json_schema")) is not None:
+        options["json_schema"] = schema_text(schema)
     prompt = template.render(checked, **options)
     return Turn(prompt, plain=not tools and not template.supports_thinking)
 

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 INVALID = "invalid_request_error"
 RETRY_SECONDS = "1"
+N_ERRORS_MAX = 1000  # of a body that are looked at: a list may have one for each element
+PART_MAX = 100  # characters of a part of a place
 
 
 class ApiError(Exception):
@@ -107,8 +109,11 @@ def of(error: BaseException) -> ApiError:
 
 def of_validation(error: ValidationError) -> ApiError:
     """The first thing that pydantic did not like, with its place, value and limit."""
+    if (n := error.error_count()) > N_ERRORS_MAX:
+        return ApiError(400, f"the body has {n} values that are not allowed", code="invalid_value")
     first = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "function-wrap[validate]")
+    parts = (str(part)[:PART_MAX] for part in first["loc"])
+    where = ".".join(part for part in parts if part != "function-wrap[validate]")
     if first["type"] == "missing":
         return ApiError(400, f"{where}: missing", param=where, code="missing_required_parameter")
     return invalid(where, first["input"], first["msg"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 from uuid import uuid4
 
@@ -14,6 +15,7 @@ from starlette.responses import Response
 from ..engine.stream import Chunk, Result, Stream
 from ..llama.chat import ChatOptions
 from ..llama.chat_message import ChatDelta
+from ..llama.json_limits import check_nesting
 from . import bodies
 from .answer import Answer, named_event, respond
 from .bodies import Body, SamplingBody
@@ -36,6 +38,7 @@ class MessagesBody(SamplingBody):
     """`messages` of roles user and assistant; the system's text is `system`."""
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    n: Literal[1] = 1
     system: str | list[dict[str, Any]] = ""
     stop_sequences: list[str] | None = None
     tools: list[dict[str, Any]] | None = None
@@ -54,8 +57,8 @@ async def messages(service: Service, request: Request) -> Response:
         body.json_schema = body.output_config.format.schema_
     turn = _turn(service, body)
     prepared = await service.submit(body, [turn.prompt], None, turn.sampling)
-    answer = MessagesAnswer(service, body, prepared, turn)
-    return await respond(service, request, answer, prepared.streams[:1], stream=body.stream)
+    make = partial(MessagesAnswer, service, body, prepared, turn)
+    return await respond(service, request, make, prepared.streams, stream=body.stream)
 
 
 async def count_tokens(service: Service, request: Request) -> Response:
@@ -123,7 +126,9 @@ def _of_blocks(name: str, role: Any, content: Sequence[Any]) -> list[dict[str, A
             case "text":
                 texts.append(text_of(name, [block]))
             case "tool_use":
-                arguments = orjson.dumps(block.get("input", {})).decode()
+                given = block.get("input", {})
+                check_nesting(f"{name}.input", given)
+                arguments = orjson.dumps(given).decode()
                 function = {"name": block.get("name"), "arguments": arguments}
                 calls.append({"id": block.get("id"), "type": "function", "function": function})
             case "tool_result":
@@ -152,6 +157,7 @@ class MessagesAnswer(Answer):
         self._turn = turn
         self._reader = turn.reader()
         self._blocks = Blocks()
+        self._stops = body.stop_sequences or ()
         self._head = {
             "id": f"msg_{uuid4().hex}",
             "type": "message",
@@ -163,7 +169,7 @@ class MessagesAnswer(Answer):
         (result,) = results
         blocks = blocks_of(self._turn, result)
         content = [_content(block) for block in blocks]
-        ended = _ended(result, blocks)
+        ended = _ended(result, blocks, self._stops)
         return {**self._head, "content": content, **ended, "usage": self._usage(result)}
 
     def begin(self) -> bytes:
@@ -177,7 +183,7 @@ class MessagesAnswer(Answer):
     def finish(self, i: int, result: Result) -> bytes:
         left = self._events(rest_of(self._turn, self._reader, result))
         left += b"".join(map(_block_event, self._blocks.close()))
-        ended = _ended(result, self._blocks.all)
+        ended = _ended(result, self._blocks.all, self._stops)
         return left + _event("message_delta", delta=ended, usage=self._usage(result))
 
     def end(self, results: Sequence[Result]) -> bytes:
@@ -239,8 +245,9 @@ def _input(arguments: str) -> Any:
         return {}
 
 
-def _ended(result: Result, blocks: Sequence[Block]) -> dict[str, Any]:
-    word = result.stop if isinstance(result.stop, str) else None
+def _ended(result: Result, blocks: Sequence[Block], stops: Sequence[str]) -> dict[str, Any]:
+    """A stop word of the template's own is an end like any other."""
+    word = result.stop if isinstance(result.stop, str) and result.stop in stops else None
     if word is not None:
         reason = "stop_sequence"
     elif result.finish_reason != "stop":

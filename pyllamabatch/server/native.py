@@ -6,6 +6,7 @@ Names and forms are llama-server's. What this engine has not is left out of `gen
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Request
@@ -86,8 +87,8 @@ async def completion(service: Service, request: Request) -> Response:
         raise invalid("post_sampling_probs", True, "log-probabilities are those before sampling")
     prompts = prompts_of(body.prompt)
     prepared = await service.submit(body, prompts, body.n_probs or None)
-    answer = NativeAnswer(service, body, prepared)
-    return await respond(service, request, answer, prepared.streams, stream=body.stream)
+    make = partial(NativeAnswer, service, body, prepared)
+    return await respond(service, request, make, prepared.streams, stream=body.stream)
 
 
 class NativeAnswer(Answer):

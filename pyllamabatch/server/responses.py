@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 from uuid import uuid4
 
@@ -36,6 +37,7 @@ class ResponsesBody(SamplingBody):
     """`input`: a text, or the items of a conversation."""
 
     input: str | list[dict[str, Any]]
+    n: Literal[1] = 1
     instructions: str = ""
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     text: TextOptions | None = None
@@ -60,8 +62,8 @@ async def responses(service: Service, request: Request) -> Response:
         body.response_format = ResponseFormat(type=format.type, json_schema=wrapped)
     turn = turn_of(service, messages_of(body), options_of(body))
     prepared = await service.submit(body, [turn.prompt], None, turn.sampling)
-    answer = ResponsesAnswer(service, body, prepared, turn)
-    return await respond(service, request, answer, prepared.streams[:1], stream=body.stream)
+    make = partial(ResponsesAnswer, service, body, prepared, turn)
+    return await respond(service, request, make, prepared.streams, stream=body.stream)
 
 
 def options_of(body: ResponsesBody) -> ChatOptions:

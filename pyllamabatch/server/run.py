@@ -1,7 +1,8 @@
 """A server from its socket to its last answer: uvicorn, and what a signal does.
 
 SIGTERM or SIGINT: new requests get 503, open ones end by themselves, or are cut off after
-`drain_timeout` seconds or at a second signal.
+`drain_timeout` seconds or at a second signal. Clients that neither send nor read then hold nothing
+up for long.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .service import Service
 
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
+CLOSE_SECONDS = 5  # that open connections get once the engine is done
 
 
 class Server(uvicorn.Server):
@@ -36,6 +38,7 @@ class Server(uvicorn.Server):
             lifespan="on",
             backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=CLOSE_SECONDS,
             server_header=False,
             date_header=False,
             ws="none",
@@ -80,7 +83,10 @@ class Server(uvicorn.Server):
             self._service.draining = True
             self._draining = asyncio.get_running_loop().create_task(self._drain())
         else:
+            self.force_exit = True
             self._draining.cancel()
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
 
     async def _drain(self) -> None:
         service = self._service

@@ -10,10 +10,11 @@ from ..engine.stream import Result, Token
 PieceOf = Callable[[int], bytes]
 
 
-def usage(n_prompt: int, results: Sequence[Result]) -> dict[str, Any]:
-    """OpenAI's counts. `n_prompt`: tokens of all prompts, each counted once."""
+def usage(n_prompt: int, results: Sequence[Result], n_samples: int) -> dict[str, Any]:
+    """OpenAI's counts. `n_prompt`: tokens of all prompts, each counted once. Of its `n_samples`
+    results, the first says how much of a prompt was cached: the others share what it computed."""
     n_generated = sum(result.n_generated for result in results)
-    n_cached = min(n_prompt, sum(result.n_cached for result in results))
+    n_cached = sum(result.n_cached for result in results[::n_samples])
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_generated,

@@ -125,6 +125,15 @@ def test_a_grammar_beside_tools_is_refused(hermes: Served, embedded_model: Model
     assert hermes.refused("/v1/chat/completions", body)["param"] == "grammar"
 
 
+def test_a_schema_that_cannot_be_kept_is_refused_beside_tools_too(hermes: Served) -> None:
+    schema = {"type": "string", "format": "email"}
+    wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    for more in ({}, {"tools": [WEATHER]}):
+        body = {"messages": [USER], "response_format": wanted, **more}
+        error = hermes.refused("/v1/chat/completions", body)
+        assert error["param"] == "json_schema: format"
+
+
 def test_a_template_without_tools_says_so(served: Served) -> None:
     error = served.refused("/v1/chat/completions", {**SUM_CHAT, "tools": [WEATHER]})
     assert error["param"] == "tools"

@@ -1,0 +1,108 @@
+"""What no client may do to a server: bodies that cost much, and connections that stay open."""
+
+from __future__ import annotations
+
+import socket
+import time
+from contextlib import suppress
+from typing import Any
+
+import orjson
+import pytest
+
+from pyllamabatch.llama.model import Model
+from pyllamabatch.server import run
+from pyllamabatch.server.app import create_app
+from pyllamabatch.server.bodies import STOP_CHARS_MAX, STOPS_MAX, VALUES_MAX
+from pyllamabatch.server.conversation import Turn
+from tests.support.served import ANSWER, ENDLESS, SUM, SUM_CHAT, Served, running, until
+
+CHAT, TEXT, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/messages"
+
+
+def test_many_values_are_refused_in_short(served: Served) -> None:
+    error = served.refused(TEXT, {"prompt": [1.5] * (VALUES_MAX + 2)}, 413)
+    assert error["code"] == "too_many_values"
+    error = served.refused(TEXT, {"prompt": [1.5] * 5000})
+    assert "values that are not allowed" in error["message"]
+    assert len(error["message"]) < 100
+
+
+def nested(levels: int) -> Any:
+    return orjson.loads('{"a": ' * levels + "1" + "}" * levels)
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "param"),
+    [
+        (TEXT, {"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+        (TEXT, {"logit_bias": {"9" * 900: 1}}, "logit_bias"),
+        (TEXT, {"stop": ["a"] * (STOPS_MAX + 1)}, "stop"),
+        (TEXT, {"stop": "a" * (STOP_CHARS_MAX + 1)}, "stop"),
+        (TEXT, {"unknown" * 1000: 1}, None),
+        (TEXT, {"stream_options": {"unknown" * 1000: 1}}, f"stream_options.{'unknown' * 15}"[:115]),
+        (MESSAGES, {"n": 2}, "n"),
+        ("/v1/responses", {"n": 2, "input": SUM}, "n"),
+        (MESSAGES, {"messages": [{"role": "assistant", "content": [
+            {"type": "tool_use", "id": "a", "name": "b", "input": nested(300)}]}]},
+         "messages[0].content.input"),
+    ],
+)  # fmt: skip
+def test_values_beyond_limits(served: Served, path: str, change: Any, param: str | None) -> None:
+    whole = {TEXT: {"prompt": SUM}, MESSAGES: {**SUM_CHAT, "max_tokens": 5}}.get(path, {})
+    error = served.refused(path, {**whole, **change})
+    assert error["param"] == param
+    assert len(error["message"]) < 1000
+
+
+def test_what_was_submitted_is_cancelled_when_no_answer_can_be_made(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(turn: Turn) -> None:
+        raise RuntimeError("no reader")
+
+    monkeypatch.setattr(Turn, "reader", fail)
+    before = served.engine.stats().finished["cancelled"]
+    body = {**SUM_CHAT, "ignore_eos": True, "max_tokens": 2000, "n": 2}
+    assert "no reader" in served.refused(CHAT, body, 500)["message"]
+    until(lambda: served.engine.stats().finished["cancelled"] == before + 2)
+
+
+def test_stops_of_the_template_are_no_stop_sequences(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Turn, "sampling", {"stop": (ANSWER[1:],)})
+    for given, reason, word in (
+        ([], "end_turn", None),
+        ([ANSWER[1:]], "stop_sequence", ANSWER[1:]),
+    ):
+        body = {**SUM_CHAT, "max_tokens": 20, "stop_sequences": given}
+        answer = served.ok(MESSAGES, body)
+        assert (answer["stop_reason"], answer["stop_sequence"]) == (reason, word)
+        assert answer["content"][0]["text"] == ANSWER[:1]
+
+
+def test_samples_count_the_cached_tokens_of_a_prompt_once(served: Served) -> None:
+    body = {**ENDLESS, "prompt": "zebras count " * 12, "max_tokens": 2, "n": 3}
+    usage = served.ok(TEXT, body)["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] < usage["prompt_tokens"] // 3
+
+
+@pytest.mark.parametrize(("seconds", "n_signals"), [(0.2, 1), (60, 2)])
+def test_an_open_body_does_not_hold_up_the_end(
+    embedded_model: Model, monkeypatch: pytest.MonkeyPatch, seconds: float, n_signals: int
+) -> None:
+    monkeypatch.setattr(run, "CLOSE_SECONDS", seconds)
+    began = time.monotonic()
+    with running(create_app(embedded_model)) as server:
+        address = server.servers[0].sockets[0].getsockname()
+        loop = server.servers[0].get_loop()
+        with socket.create_connection(address, timeout=20) as connection:
+            head = f"POST {TEXT} HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n"
+            connection.sendall(head.encode())
+            until(lambda: server.server_state.tasks)
+            for _ in range(n_signals):
+                loop.call_soon_threadsafe(server.end)
+            with suppress(ConnectionResetError):
+                assert len(connection.recv(1)) < 2  # it ends, with a 500 or without a word
+    assert time.monotonic() - began < 15
