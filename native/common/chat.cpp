@@ -6,6 +6,7 @@
 #include "chat.h"
 #include "common.h"
 #include "json.h"
+#include "json-schema-to-grammar.h"
 #include "sampling.h"
 
 #include <cctype>
@@ -60,6 +61,7 @@ common_chat_templates_inputs inputs_of(const plb_chat_template & self, const com
     inputs.grammar     = request.value("grammar", "");
     if (request.contains("json_schema")) {
         inputs.json_schema = request.at("json_schema").dump();
+        json_schema_to_grammar(request.at("json_schema"), true); // throws where it would be incomplete
     }
     inputs.use_jinja = self.jinja;
     inputs.parallel_tool_calls   = request.value("parallel_tool_calls",

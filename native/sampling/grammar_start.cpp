@@ -1,4 +1,5 @@
 // Where a slot's grammar begins: at once, behind what the prompt has of it, or at a trigger.
+#include "guard/guard.hpp"
 #include "sampling/thinking.hpp"
 #include "step/engine.hpp"
 
@@ -52,11 +53,26 @@ void check_patterns(const plb_grammar_start & start) {
     }
 }
 
+// A token that the grammar can't take throws; one that ends a generation fails an assertion.
 void accept_checked(llama_sampler * grammar, llama_token token) {
+    const assertion_guard guard;
     try {
         llama_sampler_accept(grammar, token);
     } catch (const std::exception & error) {
         throw failure{PLB_E_GRAMMAR_STATE, error.what()};
+    }
+}
+
+// As accept_checked, for a token that the prompt has of the answer.
+void accept_begun(llama_sampler * grammar, const llama_vocab * vocab, llama_token token) {
+    try {
+        accept_checked(grammar, token);
+    } catch (const failure &) {
+        if (!llama_vocab_is_eog(vocab, token)) {
+            throw;
+        }
+        throw failure{PLB_E_GRAMMAR_STATE, "the answer that goes on has a token that ends it, " +
+                                               std::to_string(token) + ", before its grammar does"};
     }
 }
 
@@ -92,7 +108,7 @@ void set_grammar(plb_slot & slot, const llama_vocab * vocab, const plb_sampling 
         if (slot.thoughts) {
             llama_sampler_accept(slot.thoughts.get(), token);
         } else if (!start.lazy) {
-            accept_checked(slot.grammar.get(), token);
+            accept_begun(slot.grammar.get(), vocab, token);
         }
     }
 }

@@ -169,6 +169,14 @@ def test_a_prefill_is_the_grammars_first_part(engine: Engine, model: Model) -> N
     assert len(result.text) == 3
 
 
+def test_an_answer_that_goes_on_behind_its_end(engine: Engine, model: Model) -> None:
+    """The prefill ends the generation where the grammar wants more."""
+    assert model.vocab.eos is not None
+    grammar = Grammar('root ::= "x: " [0-9]{3}', prefill=(model.vocab.eos,))
+    with pytest.raises(ArgumentError, match=f"ends it, {model.vocab.eos}"):
+        engine.generate(["x"], SamplingParams(max_tokens=9, grammar=grammar))
+
+
 def test_preserved_tokens_are_text(engine: Engine, model: Model) -> None:
     end = model.vocab.tokenize("<|im_start|>", add_special=False, parse_special=True).tolist()
     params = SamplingParams(temperature=0, max_tokens=2, logit_bias={end[0]: 100.0})

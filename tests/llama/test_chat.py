@@ -28,6 +28,13 @@ WEATHER = {
     },
 }
 TIME = {"type": "function", "function": {"name": "time", "parameters": {"type": "object"}}}
+LISTS = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {}}, "required": ["city"]},
+    },
+}
 # A template of the kind that Hermes and Qwen models have: thoughts, then content or calls.
 HERMES = """
 {%- if tools %}<|im_start|>system
@@ -345,3 +352,28 @@ def test_an_answer_of_another_format(hermes: ChatTemplate) -> None:
         prompt.parse(broken)
     assert caught.value.text == broken
     assert prompt.parse(broken, partial=True).tool_calls == ()
+
+
+def test_an_answer_of_many_levels(hermes: ChatTemplate) -> None:
+    prompt = hermes.render([USER], tools=[LISTS])
+    for n, opened in ((60, "[" * 60), (60, '{"a":' * 60)):
+        closed = opened + ("]" * n if opened[0] == "[" else "1" + "}" * n)
+        (call,) = prompt.parse(CALL.replace('"Paris"', closed)).tool_calls
+        assert json.loads(call.arguments)["city"] == json.loads(closed)
+    for deep in ("[" * 50_000, '{"a":' * 50_000):
+        for partial in (False, True):
+            with pytest.raises(ChatParseError, match="nested too deep"):
+                prompt.parse(CALL.split('"Paris"')[0] + deep, partial)
+
+
+def test_a_tools_pattern_that_llama_cpp_does_not_know(
+    hermes: ChatTemplate, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A call's argument may then be any text; the content that a schema promised may not."""
+    schema = {"type": "object", "properties": {"year": {"type": "string", "pattern": "\\d{4}"}}}
+    grammar = hermes.render([USER], tools=[with_parameters(schema)]).grammar
+    assert grammar is not None
+    assert "year" in grammar.text
+    with pytest.raises(ChatTemplateError, match="not supported"):
+        hermes.render([USER], json_schema=schema)
+    assert capfd.readouterr() == ("", "")
