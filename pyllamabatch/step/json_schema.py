@@ -64,8 +64,9 @@ def schema_text(schema: Schema, argument: str = "json_schema") -> str:
     """The schema as JSON, checked for what the converter could not stand.
 
     A mapping, or JSON text. Raises `ArgumentError` for anything else, for a schema of more
-    than 2**18 bytes or 64 levels, for an object of more than 500 properties, for references that
-    lead back to themselves, and for keywords that the converter would leave out in silence.
+    than 2**18 bytes or 64 levels, for an object of more than 500 properties, for names of more than
+    512 characters and references of more than 2048, for references that lead back to themselves,
+    and for keywords that the converter would leave out in silence.
     """
     try:
         value = json.loads(schema) if isinstance(schema, str) else schema

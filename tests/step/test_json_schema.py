@@ -80,6 +80,8 @@ BAD: list[Any] = [
     {"properties": {f"p{i}": {} for i in range(501)}},
     {"description": "x" * 2**18},
     {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"$ref": "#/$defs/a"}}},
+    {"properties": {"_" * 513: {}}},
+    {"$ref": "#/" + "_" * 2048},
     {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
     {"const": "\ud800"},
 ]
