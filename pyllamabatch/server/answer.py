@@ -180,9 +180,16 @@ def failure(result: Result) -> ApiError | None:
     return None
 
 
+class Cancellable(Protocol):
+    @abstractmethod
+    def cancel(self) -> object: ...
+
+
 @asynccontextmanager
-async def cancelled_on_leave(receive: Receive, streams: Sequence[Stream]) -> AsyncIterator[None]:
-    """A client that closes its connection inside cancels the streams."""
+async def cancelled_on_leave(
+    receive: Receive, streams: Sequence[Cancellable]
+) -> AsyncIterator[None]:
+    """A client that closes its connection inside cancels the streams, or other work."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":

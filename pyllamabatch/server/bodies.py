@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from ..errors import ArgumentError, unknown_keyword
 from ..step.sampling_params import SEED_MAX
@@ -60,6 +60,7 @@ SAME = (
     "ignore_eog", "grammar",
 )  # fmt: skip
 
+LONG_BYTES = 4096  # of a body that is read in the event loop at most
 VALUES_MAX = 2**18  # of a body: each costs many times its bytes once it is parsed
 NAME_MAX = 100  # characters of a name that an error repeats
 STOPS_MAX = 64
@@ -73,22 +74,27 @@ class Body(BaseModel):
     """A JSON object. `null` is as if the field were not there."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+    _n_bytes: int = PrivateAttr(0)
+
+    @property
+    def is_long(self) -> bool:
+        """What is made of it may take longer than a step."""
+        return self._n_bytes > LONG_BYTES
 
 
 async def read(request: Request, kind: type[B]) -> B:
     """The body as `kind`. ApiError for one that is too large, no JSON, or says what is unknown."""
     options = request.app.state.service.options
-    return parsed(kind, await json_body(request, options.body_bytes_max))
-
-
-async def json_body(request: Request, limit: int) -> dict[str, Any]:
-    values = await _json(request, limit)
+    values, n_bytes = await _json(request, options.body_bytes_max)
     if not isinstance(values, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
-    return values
+    body = parsed(kind, values)
+    body._n_bytes = n_bytes
+    return body
 
 
-async def _json(request: Request, limit: int) -> Any:
+async def _json(request: Request, limit: int) -> tuple[Any, int]:
+    """What the body says, and how many bytes it has."""
     declared = request.headers.get("content-length", "0")
     parts, size = [], int(declared) if declared.isdecimal() else 0
     if size <= limit:
@@ -106,14 +112,14 @@ async def _json(request: Request, limit: int) -> Any:
         message = f"the body has too many values: {n} commas, at most {VALUES_MAX} are allowed"
         raise ApiError(413, message, code="too_many_values")
     try:
-        return orjson.loads(content)
+        return orjson.loads(content), len(content)
     except orjson.JSONDecodeError as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
 
 
 async def read_list(request: Request, kind: type[B]) -> list[B]:
     """A body that is a list of these."""
-    values = await _json(request, request.app.state.service.options.body_bytes_max)
+    values, _ = await _json(request, request.app.state.service.options.body_bytes_max)
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise ApiError(400, "the body must be a list of JSON objects", code="invalid_json")
     return [parsed(kind, value) for value in values]

@@ -41,7 +41,7 @@ class ChatBody(SamplingBody):
 
 async def chat_completions(service: Service, request: Request) -> Response:
     body = await bodies.read(request, ChatBody)
-    turn = chat_turn(service, body)
+    turn = await read_turn(service, body)
     if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs", body.top_logprobs, "needs logprobs: true")
     n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -52,9 +52,15 @@ async def chat_completions(service: Service, request: Request) -> Response:
 
 async def input_tokens(service: Service, request: Request) -> Response:
     """How many tokens the prompt of a chat has."""
-    turn = chat_turn(service, await bodies.read(request, ChatBody))
+    turn = await read_turn(service, await bodies.read(request, ChatBody))
     tokens = await service.apart(lambda: service.tokens(turn.prompt))
     return json_response({"object": "response.input_tokens", "input_tokens": len(tokens)})
+
+
+async def read_turn(service: Service, body: ChatBody) -> Turn:
+    """As `chat_turn`, apart where that may take long."""
+    long = body.is_long or bool(body.tools) or body.schema_wanted() is not None
+    return await service.run(lambda: chat_turn(service, body), long=long)
 
 
 def chat_turn(service: Service, body: ChatBody) -> Turn:

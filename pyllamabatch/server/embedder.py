@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ArgumentError, UnsupportedOperation
+from ..errors import ArgumentError, ClosedError, UnsupportedOperation
 from ..llama.batch import Batch
 from ..llama.context import Context
 from ..llama.model import Model
@@ -21,6 +21,18 @@ Vector = npt.NDArray[np.float32]
 
 N_TEXTS_MAX = 16  # of one batch: a power of two, as "mean" wants
 N_TOKENS_MAX = 2048
+N_REQUEST_MAX = 2048  # texts of one request
+
+
+class Work:
+    """The texts of one request. Once it is cancelled, no further batch of them is computed."""
+
+    def __init__(self, texts: Sequence[TokenArray]) -> None:
+        self.texts = texts
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
 
 
 class Embedder:
@@ -47,6 +59,7 @@ class Embedder:
         self._context = context
         self._has_memory = context.capabilities.has_memory
         self._batch = Batch(n_rows, N_TEXTS_MAX)
+        self._closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pyllamabatch-embedder")
 
     @property
@@ -61,14 +74,18 @@ class Embedder:
                 limit = f"the input is too large or empty: 1 to {self.n_tokens_max} tokens"
                 raise ArgumentError(f"{name}[{i}]", f"{len(tokens)} tokens", limit)
 
-    async def vectors(self, texts: Sequence[TokenArray]) -> list[Vector]:
-        """One for each text, in their order. Calls of several tasks follow each other."""
+    async def vectors(self, work: Work) -> list[Vector]:
+        """One for each text, in their order. Calls of several tasks follow each other. Raises
+        ClosedError where the work is cancelled, or the embedder closed, before the last batch."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._vectors, texts)
+        return await loop.run_in_executor(self._thread, self._vectors, work)
 
-    def _vectors(self, texts: Sequence[TokenArray]) -> list[Vector]:
+    def _vectors(self, work: Work) -> list[Vector]:
+        texts = work.texts
         vectors: list[Vector] = []
         while len(vectors) < len(texts):
+            if work.cancelled or self._closed:
+                raise ClosedError("the texts were given up: the client or the server has left")
             n = self._fill(texts[len(vectors) :])
             if self._has_memory:
                 self._context.memory.clear(data=False)
@@ -91,8 +108,16 @@ class Embedder:
         return n
 
     def close(self) -> None:
-        self._thread.shutdown()
+        """Waits for one batch at most: the one that is computed."""
+        self._closed = True
+        self._thread.shutdown(cancel_futures=True)
         self._context.close()
+
+
+def check_number(texts: Sequence[object], name: str) -> None:
+    """ArgumentError for more texts than a request may have."""
+    if len(texts) > N_REQUEST_MAX:
+        raise ArgumentError(name, f"{len(texts)} texts", f"at most {N_REQUEST_MAX} of a request")
 
 
 def need(embedder: Embedder | None, *, ranks: bool) -> Embedder:

@@ -13,8 +13,9 @@ from starlette.responses import Response
 
 from ..llama.vocab import TokenArray
 from . import bodies
+from .answer import cancelled_on_leave
 from .bodies import Body
-from .embedder import Vector, need
+from .embedder import Embedder, Vector, Work, check_number, need
 from .errors import invalid, json_response
 from .native import MixedPrompt, prompts_of
 from .service import Service
@@ -46,7 +47,7 @@ class RerankBody(Body):
 async def openai(service: Service, request: Request) -> Response:
     """A vector for each text, of length 1."""
     body = await bodies.read(request, EmbeddingsBody)
-    tokens, vectors = await _vectors(service, body)
+    tokens, vectors = await _vectors(service, request, body)
     n = sum(map(len, tokens))
     data = [
         {"object": "embedding", "index": i, "embedding": _encoded(vector, body.encoding_format)}
@@ -60,7 +61,7 @@ async def openai(service: Service, request: Request) -> Response:
 async def native(service: Service, request: Request) -> Response:
     """llama-server's form: a list of a vector for each text."""
     body = await bodies.read(request, EmbeddingsBody)
-    _, vectors = await _vectors(service, body)
+    _, vectors = await _vectors(service, request, body)
     return json_response(
         [{"index": i, "embedding": [vector.tolist()]} for i, vector in enumerate(vectors)]
     )
@@ -73,9 +74,10 @@ async def rerank(service: Service, request: Request) -> Response:
     documents = body.documents if body.documents is not None else body.texts
     if not documents:
         raise invalid("documents", documents, "must be a list of at least one text")
-    pairs = [_pair(service, body.query, document) for document in documents]
+    check_number(documents, "documents")
+    pairs = await service.apart(lambda: [_pair(service, body.query, one) for one in documents])
     embedder.check(pairs, "documents")
-    scores = [float(score[0]) for score in await embedder.vectors(pairs)]
+    scores = [float(score[0]) for score in await _computed(embedder, request, pairs)]
     best = sorted(range(len(scores)), key=lambda i: -scores[i])[: body.top_n]
     results = [
         {"index": i, "relevance_score": scores[i]}
@@ -88,7 +90,9 @@ async def rerank(service: Service, request: Request) -> Response:
     return json_response({"object": "list", "model": model, "usage": usage, "results": results})
 
 
-async def _vectors(service: Service, body: EmbeddingsBody) -> tuple[list[TokenArray], list[Vector]]:
+async def _vectors(
+    service: Service, request: Request, body: EmbeddingsBody
+) -> tuple[list[TokenArray], list[Vector]]:
     embedder = need(service.embedder, ranks=False)
     given = body.content if body.input is None else body.input
     if given is None:
@@ -97,12 +101,23 @@ async def _vectors(service: Service, body: EmbeddingsBody) -> tuple[list[TokenAr
         raise invalid("dimensions", body.dimensions, "the model's vectors can't be shortened")
     if body.embd_normalize not in (-1, 2):
         raise invalid("embd_normalize", body.embd_normalize, "must be 2 (length 1) or -1 (as is)")
-    tokens = [service.tokens(prompt) for prompt in prompts_of(given)]
+    prompts = prompts_of(given)
+    check_number(prompts, "input")
+    tokens = await service.apart(lambda: [service.tokens(prompt) for prompt in prompts])
     embedder.check(tokens, "input")
-    vectors = await embedder.vectors(tokens)
+    vectors = await _computed(embedder, request, tokens)
     if body.embd_normalize == 2:
         vectors = [vector / max(float(np.linalg.norm(vector)), 1e-12) for vector in vectors]
     return tokens, vectors
+
+
+async def _computed(
+    embedder: Embedder, request: Request, texts: Sequence[TokenArray]
+) -> list[Vector]:
+    """The vectors of a request's texts, as long as its client is there."""
+    work = Work(texts)
+    async with cancelled_on_leave(request.receive, [work]):
+        return await embedder.vectors(work)
 
 
 def _encoded(vector: Vector, encoding: str) -> Any:

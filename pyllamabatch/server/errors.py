@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 INVALID = "invalid_request_error"
 RETRY_SECONDS = "1"
+ANTHROPIC = "/v1/messages"
 N_ERRORS_MAX = 1000  # of a body that are looked at: a list may have one for each element
 PART_MAX = 100  # characters of a part of a place
 
@@ -58,9 +59,11 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         return {"error": self.error}
 
-    def response(self) -> Response:
+    def response(self, path: str) -> Response:
+        """In the form of the interface that the path belongs to."""
         headers = {"Retry-After": RETRY_SECONDS} if self.status in (429, 503) else None
-        return json_response(self.body, self.status, headers)
+        outer = {"type": "error"} if path.startswith(ANTHROPIC) else {}
+        return json_response(outer | self.body, self.status, headers)
 
 
 def json_response(
@@ -123,7 +126,7 @@ def install(app: FastAPI) -> None:
     """Every failure of a request is answered in the one form."""
 
     async def answer(request: Request, error: Exception) -> Response:
-        return of(error).response()
+        return of(error).response(request.url.path)
 
     kinds = ApiError, PyllamabatchError, ValidationError, ClientDisconnect, HTTPException, Exception
     for kind in kinds:

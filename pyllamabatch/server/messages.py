@@ -55,7 +55,7 @@ async def messages(service: Service, request: Request) -> Response:
     body.stop = body.stop_sequences
     if body.output_config is not None and body.output_config.format is not None:
         body.json_schema = body.output_config.format.schema_
-    turn = _turn(service, body)
+    turn = await _read_turn(service, body)
     prepared = await service.submit(body, [turn.prompt], None, turn.sampling)
     make = partial(MessagesAnswer, service, body, prepared, turn)
     return await respond(service, request, make, prepared.streams, stream=body.stream)
@@ -64,9 +64,15 @@ async def messages(service: Service, request: Request) -> Response:
 async def count_tokens(service: Service, request: Request) -> Response:
     """How many tokens the prompt of these messages has."""
     body = await bodies.read(request, MessagesBody)
-    turn = _turn(service, body)
+    turn = await _read_turn(service, body)
     tokens = await service.apart(lambda: service.tokens(turn.prompt))
     return json_response({"input_tokens": len(tokens)})
+
+
+async def _read_turn(service: Service, body: MessagesBody) -> Turn:
+    """Apart where it may take long."""
+    long = body.is_long or bool(body.tools) or body.schema_wanted() is not None
+    return await service.run(lambda: _turn(service, body), long=long)
 
 
 def _turn(service: Service, body: MessagesBody) -> Turn:
@@ -158,6 +164,7 @@ class MessagesAnswer(Answer):
         self._reader = turn.reader()
         self._blocks = Blocks()
         self._stops = body.stop_sequences or ()
+        self._n_cached: int | None = None  # once the answer has begun
         self._head = {
             "id": f"msg_{uuid4().hex}",
             "type": "message",
@@ -169,22 +176,31 @@ class MessagesAnswer(Answer):
         (result,) = results
         blocks = blocks_of(self._turn, result)
         content = [_content(block) for block in blocks]
+        usage = self._usage(result.n_cached, result.n_generated)
         ended = _ended(result, blocks, self._stops)
-        return {**self._head, "content": content, **ended, "usage": self._usage(result)}
+        return {**self._head, "content": content, **ended, "usage": usage}
 
     def begin(self) -> bytes:
-        usage = {"input_tokens": self._prepared.n_prompt, "output_tokens": 0}
+        return b""  # the first event says how many tokens were cached
+
+    def _start(self, n_cached: int) -> bytes:
+        if self._n_cached is not None:
+            return b""
+        self._n_cached = n_cached
         nothing: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
-        return _event("message_start", message={**self._head, **nothing, "usage": usage})
+        message = {**self._head, **nothing, "usage": self._usage(n_cached, 0)}
+        return _event("message_start", message=message)
 
     def chunk(self, i: int, stream: Stream, chunk: Chunk) -> bytes:
-        return self._events(self._reader.feed(chunk.text))
+        return self._start(stream.n_cached) + self._events(self._reader.feed(chunk.text))
 
     def finish(self, i: int, result: Result) -> bytes:
-        left = self._events(rest_of(self._turn, self._reader, result))
+        left = self._start(result.n_cached)
+        left += self._events(rest_of(self._turn, self._reader, result))
         left += b"".join(map(_block_event, self._blocks.close()))
         ended = _ended(result, self._blocks.all, self._stops)
-        return left + _event("message_delta", delta=ended, usage=self._usage(result))
+        usage = self._usage(self._n_cached or 0, result.n_generated)
+        return left + _event("message_delta", delta=ended, usage=usage)
 
     def end(self, results: Sequence[Result]) -> bytes:
         return _event("message_stop")
@@ -195,12 +211,12 @@ class MessagesAnswer(Answer):
     def _events(self, delta: ChatDelta) -> bytes:
         return b"".join(map(_block_event, self._blocks.feed(delta)))
 
-    def _usage(self, result: Result) -> dict[str, Any]:
+    def _usage(self, n_cached: int, n_generated: int) -> dict[str, Any]:
         return {
-            "input_tokens": self._prepared.n_prompt - result.n_cached,
-            "cache_read_input_tokens": result.n_cached,
+            "input_tokens": self._prepared.n_prompt - n_cached,
+            "cache_read_input_tokens": n_cached,
             "cache_creation_input_tokens": 0,
-            "output_tokens": result.n_generated,
+            "output_tokens": n_generated,
         }
 
 

@@ -19,7 +19,7 @@ from ..step.sampling_params import SamplingParams
 from . import bodies, tokens
 from .answer import Answer, event, respond
 from .bodies import Body, SamplingBody
-from .chat import ChatBody, chat_turn
+from .chat import ChatBody, read_turn
 from .errors import invalid, json_response
 from .service import Prepared, Prompt, Service
 
@@ -213,16 +213,21 @@ def settings(params: SamplingParams) -> dict[str, Any]:
 async def tokenize(service: Service, request: Request) -> Response:
     """The tokens of a text; `with_pieces`: with the text of each."""
     body = await bodies.read(request, TokenizeBody)
+    found = await service.run(lambda: _tokens(service, body), long=body.is_long)
+    return json_response({"tokens": found})
+
+
+def _tokens(service: Service, body: TokenizeBody) -> list[Any]:
     if isinstance(body.content, str):
         found = service.vocab.tokenize(
             body.content, add_special=body.add_special, parse_special=body.parse_special
         )
     else:
         found = service.tokens(body.content, add_special=body.add_special)
-    ids = found.tolist()
+    ids: list[int] = found.tolist()
     if not body.with_pieces:
-        return json_response({"tokens": ids})
-    return json_response({"tokens": [{"id": id, "piece": _piece(service, id)} for id in ids]})
+        return ids
+    return [{"id": id, "piece": _piece(service, id)} for id in ids]
 
 
 def _piece(service: Service, token: int) -> str | list[int]:
@@ -237,13 +242,15 @@ def _piece(service: Service, token: int) -> str | list[int]:
 async def detokenize(service: Service, request: Request) -> Response:
     """The text of tokens."""
     body = await bodies.read(request, DetokenizeBody)
-    return json_response({"content": service.vocab.detokenize(body.tokens, unparse_special=True)})
+    write = partial(service.vocab.detokenize, body.tokens, unparse_special=True)
+    return json_response({"content": await service.run(write, long=body.is_long)})
 
 
 async def apply_template(service: Service, request: Request) -> Response:
     """The prompt that a chat becomes."""
     body = await bodies.read(request, ChatBody)
-    return json_response({"prompt": chat_turn(service, body).prompt})
+    turn = await read_turn(service, body)
+    return json_response({"prompt": turn.prompt})
 
 
 # -- the server itself

@@ -28,7 +28,7 @@ class ApiKeys:
             await self._app(scope, receive, send)
             return
         error = ApiError(401, "Invalid API Key", "authentication_error", code="invalid_api_key")
-        await error.response()(scope, receive, send)
+        await error.response(scope["path"])(scope, receive, send)
 
     def _allowed(self, scope: Any) -> bool:
         if scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
@@ -37,8 +37,8 @@ class ApiKeys:
         given = headers.get("x-api-key") or ""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
-            given = token.strip()
-        asked = given.encode("utf-8", "surrogateescape")
+            given = token.strip(" \t")
+        asked = given.encode("latin-1")  # the bytes that were sent
         return sum(hmac.compare_digest(asked, key) for key in self._keys) > 0  # no early end
 
 
@@ -64,11 +64,12 @@ class Cors:
             (b"Access-Control-Allow-Credentials", b"true"),
         ]
         if scope["method"] == "OPTIONS":
+            wanted = Headers(scope=scope).get("access-control-request-headers", "*")
             response = Response(status_code=200)
             response.raw_headers += [
                 *headers,
                 (b"Access-Control-Allow-Methods", b"GET, POST, DELETE, OPTIONS"),
-                (b"Access-Control-Allow-Headers", b"*"),
+                (b"Access-Control-Allow-Headers", wanted.encode("latin-1")),
             ]
             await response(scope, receive, send)
             return

@@ -132,6 +132,10 @@ class Service:
         """In a thread, because it may take long."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, call)
 
+    async def run(self, call: Callable[[], T], *, long: bool) -> T:
+        """Here, or apart."""
+        return await self.apart(call) if long else call()
+
     async def submit(
         self,
         body: SamplingBody,
@@ -148,9 +152,8 @@ class Service:
             raise invalid("n", n, f"at most {self.options.n_choices_max} choices of a request")
         prepare = partial(self._submit, body, prompts, n_logprobs, more)
         text = sum(len(prompt) for prompt in prompts)
-        if text > LONG_TEXT or body.grammar or body.json_schema or body.response_format:
-            return await self.apart(prepare)
-        return prepare()
+        grammar = body.grammar or body.json_schema or body.response_format or more.get("grammar")
+        return await self.run(prepare, long=text > LONG_TEXT or bool(grammar))
 
     def _submit(
         self,

@@ -42,7 +42,7 @@ def test_who_leaves_is_cancelled(served: Served, stream: bool) -> None:
 @pytest.fixture
 def small(embedded_model: Model) -> Iterator[Served]:
     options = ServerOptions(
-        api_keys=["first key", "second"],
+        api_keys=["first key", "second", "clé à"],
         cors_origins=["https://page.example"],
         body_bytes_max=2000,
         drain_timeout=20,
@@ -61,6 +61,8 @@ def test_limits_of_a_small_server(small: Served) -> None:
         assert response.status_code == 401
         assert response.json()["error"]["type"] == "authentication_error"
     assert bare.get("/v1/models", headers={"X-Api-Key": "first key"}).status_code == 200
+    sent = "Bearer clé à".encode()
+    assert bare.get("/v1/models", headers={b"Authorization": sent}).status_code == 200
     # bodies
     too_large = b'{"prompt": "' + b"a" * 3000 + b'"}'
     for content in (too_large, iter([too_large[:1500], too_large[1500:]])):
@@ -70,7 +72,9 @@ def test_limits_of_a_small_server(small: Served) -> None:
     # other pages
     for origin, allowed in (("https://page.example", "https://page.example"), ("http://x", None)):
         asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        asked["Access-Control-Request-Headers"] = "authorization,x-one"
         response = bare.options(TEXT, headers=asked)
+        assert response.headers["access-control-allow-headers"] == "authorization,x-one"
         assert response.headers.get("access-control-allow-origin") == allowed
         response = small.client.get("/v1/models", headers={"Origin": origin})
         assert response.headers.get("access-control-allow-origin") == allowed

@@ -63,7 +63,7 @@ def test_what_was_submitted_is_cancelled_when_no_answer_can_be_made(
 
     monkeypatch.setattr(Turn, "reader", fail)
     before = served.engine.stats().finished["cancelled"]
-    body = {**SUM_CHAT, "ignore_eos": True, "max_tokens": 2000, "n": 2}
+    body = {**SUM_CHAT, "ignore_eos": True, "max_tokens": 400, "n": 2}
     assert "no reader" in served.refused(CHAT, body, 500)["message"]
     until(lambda: served.engine.stats().finished["cancelled"] == before + 2)
 
@@ -106,3 +106,38 @@ def test_an_open_body_does_not_hold_up_the_end(
             with suppress(ConnectionResetError):
                 assert len(connection.recv(1)) < 2  # it ends, with a 500 or without a word
     assert time.monotonic() - began < 15
+
+
+def test_long_work_is_done_apart(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = served.server._service
+    apart, n_apart = service.apart, 0
+
+    async def counted(call: Any) -> Any:
+        nonlocal n_apart
+        n_apart += 1
+        return await apart(call)
+
+    monkeypatch.setattr(service, "apart", counted)
+    long = "a" * 5000
+    for path, short, body in (
+        ("/tokenize", {"content": "a"}, {"content": long, "with_pieces": True}),
+        ("/detokenize", {"tokens": [40]}, {"tokens": [40] * 3000}),
+        ("/apply-template", SUM_CHAT, {"messages": [{"role": "user", "content": long}]}),
+    ):
+        before = n_apart
+        served.ok(path, short)
+        assert n_apart == before
+        assert served.ok(path, body)
+        assert n_apart == before + 1
+
+
+def test_messages_count_alike_at_both_ends_and_fail_in_their_form(served: Served) -> None:
+    body = {**SUM_CHAT, "max_tokens": 5}
+    for _ in range(2):  # the second finds the prompt cached
+        events = served.events(MESSAGES, body)
+        first, last = events[0]["message"]["usage"], events[-2]["usage"]
+        assert [events[0]["type"], events[-2]["type"]] == ["message_start", "message_delta"]
+        assert {**first, "output_tokens": last["output_tokens"]} == last
+    assert last["cache_read_input_tokens"] > 0
+    for path, outer in ((MESSAGES, "error"), (CHAT, None)):
+        assert served.post(path, {"messages": 1}).json().get("type") == outer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import re
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from pyllamabatch.errors import ClosedError
 from pyllamabatch.llama.model import Model
 from pyllamabatch.server.app import create_app
+from pyllamabatch.server.embedder import Embedder, Work
 from pyllamabatch.server.options import ServerOptions
 from tests.support.models_special import write_bert
 from tests.support.served import ANSWER, ENDLESS, SUM, SUM_CHAT, Served, running, serving
@@ -153,9 +156,21 @@ def test_embeddings(embedding: Served, served: Served) -> None:
     ] == ANSWER  # fmt: skip
     assert "1 to 2048" in embedding.refused("/v1/embeddings", {"input": "a" * 3000})["message"]
     assert embedding.refused("/v1/embeddings", {"input": ""})["param"] == "input[0]"
+    many = embedding.refused("/v1/embeddings", {"input": ["a"] * 2049})
+    assert "at most 2048" in many["message"]
     assert "--rerank" in embedding.refused(
         "/rerank", {"query": "a", "documents": ["b"]}, 501
     )["message"]  # fmt: skip
     for path in ("/slots", "/metrics"):
         assert embedding.client.get(path).status_code == 501
     assert "--embeddings" in served.refused("/v1/embeddings", {"input": "a"}, 501)["message"]
+
+
+def test_texts_that_were_given_up_are_not_computed(embedded_model: Model) -> None:
+    embedder = Embedder(embedded_model)
+    work = Work([np.array([40], np.int32)] * 40)
+    work.cancel()
+    with pytest.raises(ClosedError, match="given up"):
+        asyncio.run(embedder.vectors(work))
+    assert len(asyncio.run(embedder.vectors(Work(work.texts)))) == 40
+    embedder.close()
