@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 import pytest
 
+from pyllamabatch.errors import ChatParseError
 from pyllamabatch.llama.model import Model
 from pyllamabatch.server import run
 from pyllamabatch.server.app import create_app
@@ -59,7 +60,7 @@ def test_what_was_submitted_is_cancelled_when_no_answer_can_be_made(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(turn: Turn) -> None:
-        raise RuntimeError("no reader")
+        raise ChatParseError("a", "no reader")
 
     monkeypatch.setattr(Turn, "reader", fail)
     before = served.engine.stats().finished["cancelled"]
@@ -132,7 +133,8 @@ def test_long_work_is_done_apart(served: Served, monkeypatch: pytest.MonkeyPatch
 
 
 def test_messages_count_alike_at_both_ends_and_fail_in_their_form(served: Served) -> None:
-    body = {**SUM_CHAT, "max_tokens": 5}
+    long = "giraffes add " * 12 + SUM
+    body = {"messages": [{"role": "user", "content": long}], "max_tokens": 5, "temperature": 0}
     for _ in range(2):  # the second finds the prompt cached
         events = served.events(MESSAGES, body)
         first, last = events[0]["message"]["usage"], events[-2]["usage"]

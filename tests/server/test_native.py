@@ -20,6 +20,7 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.server.app import create_app
 from pyllamabatch.server.embedder import Embedder, Work
 from pyllamabatch.server.options import ServerOptions
+from tests.support.engines import slow
 from tests.support.models_special import write_bert
 from tests.support.served import ANSWER, ENDLESS, SUM, SUM_CHAT, Served, running, serving
 
@@ -77,7 +78,10 @@ def test_props_slots_and_metrics(served: Served) -> None:
     assert props["default_generation_settings"]["params"]["top_k"] == 40
     assert "assistant" in props["chat_template"]
     body = {**ENDLESS, "tenant": "anna", "stream": True}
-    with served.client.stream("POST", "/v1/completions", json=body) as response:
+    with (
+        slow(served.engine, 0.005),
+        served.client.stream("POST", "/v1/completions", json=body) as response,
+    ):
         next(response.iter_lines())
         busy = [s for s in served.client.get("/slots").json() if s["is_processing"]]
         assert [(s["tenant"], s["n_ctx"]) for s in busy] == [("anna", 1024)]
