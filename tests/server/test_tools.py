@@ -125,7 +125,7 @@ def test_a_grammar_beside_tools_is_refused(hermes: Served, embedded_model: Model
     assert hermes.refused("/v1/chat/completions", body)["param"] == "grammar"
 
 
-def test_a_schema_that_cannot_be_kept_is_refused_beside_tools_too(hermes: Served) -> None:
+def test_an_unknown_format_is_refused_beside_tools_too(hermes: Served) -> None:
     schema = {"type": "string", "format": "email"}
     wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
     for more in ({}, {"tools": [WEATHER]}):
