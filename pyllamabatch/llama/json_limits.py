@@ -44,7 +44,7 @@ def check_nesting_of_text(argument: str, text: str) -> None:
 
 
 def check_length(argument: str, text: str, limit: int, what: str) -> None:
-    """Raises `ArgumentError` for a text of more than `limit` characters, with its beginning."""
+    """Raises `ArgumentError` for a text of more than `limit` characters."""
     if len(text) > limit:
         given = f"{text[:32]}… ({len(text)} characters)"
         raise ArgumentError(argument, given, f"at most {limit} characters in {what}")
