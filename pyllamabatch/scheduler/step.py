@@ -87,10 +87,10 @@ class Step:
         cells of its own, one after another; each is a step that can be advanced by itself.
 
         libllama makes ubatches there of sequences with ascending ids and the same number of rows.
-        So rows of a prompt share none with those that decode, but for its own last one when no
-        other sequence does, and of two prompts only pieces of the same length from neighbouring
-        slots go together. In one call a mixture is cut into more and smaller ubatches, and outputs
-        that come out of order are sorted by moving whole rows of logits."""
+        So rows of a prompt share none with those that decode, but for its own last one, and of two
+        prompts only pieces of the same length from neighbouring slots go together. In one call a
+        mixture is cut into more and smaller ubatches, and outputs that come out of order are sorted
+        by moving whole rows of logits."""
         if not self.chunks:
             return (self,)
         groups: list[list[PromptChunk]] = []
@@ -100,12 +100,20 @@ class Step:
                 groups[-1].append(chunk)
             else:
                 groups.append([chunk])
-        if len(groups) == 1 and self.decode.tolist() == [chunk.slot for chunk in groups[0]]:
-            return (replace(self, chunks=tuple(groups[0]), n_pad=0),)  # as many rows of each
-        none = self.decode[:0]
-        pieces: list[tuple[Slots, Sequence[PromptChunk]]] = [(none, group) for group in groups]
-        if len(self.decode):
+        left = dict.fromkeys(self.decode.tolist())
+        pieces: list[tuple[Slots, Sequence[PromptChunk]]] = []
+        for group in groups:
+            slots = [chunk.slot for chunk in group]
+            # As many rows of each: their last ones go along, but where that costs a graph.
+            if not left.keys() >= set(slots) or (self.n_pad and len(self.decode) > len(slots)):
+                slots = []
+            for slot in slots:
+                del left[slot]
+            pieces.append((np.array(slots, np.int32), group))
+        if len(left) == len(self.decode) > 0:
             pieces.append((self.decode, ()))
+        elif left:
+            pieces.append((np.array([*left], np.int32), ()))
         return self._cut(pieces)
 
     def _cut(self, pieces: Sequence[tuple[Slots, Sequence[PromptChunk]]]) -> tuple[Step, ...]:

@@ -35,11 +35,16 @@ def test_prompts_go_apart_from_those_that_decode() -> None:
     assert shape(step([0, 2, 5], {5: 1, 4: 1})) == [([], {4: 1, 5: 1}), ([0, 2, 5], {})]
 
 
-def test_prompts_whose_last_tokens_are_all_that_decodes_are_one_call() -> None:
+def test_last_tokens_go_along_with_their_prompts_but_where_that_costs_a_graph() -> None:
     assert shape(step([2], {2: 20})) == [([2], {2: 20})]
     assert shape(step([2, 3], {2: 20, 3: 20})) == [([2, 3], {2: 20, 3: 20})]
     assert shape(step([2], {2: 20, 3: 20})) == [([], {2: 20, 3: 20}), ([2], {})]
-    assert shape(step([2, 4], {2: 20, 4: 20})) == [([], {2: 20}), ([], {4: 20}), ([2, 4], {})]
+    assert shape(step([2, 4], {2: 20, 4: 20})) == [([2], {2: 20}), ([4], {4: 20})]
+    assert shape(step([1, 2], {2: 20})) == [([2], {2: 20}), ([1], {})]
+    padded = replace(step([1, 2], {2: 20}), n_pad=4)
+    assert shape(padded) == [([], {2: 20}), ([1, 2], {})]
+    assert [part.n_pad for part in padded.parts()] == [0, 4]
+    assert [part.n_pad for part in replace(step([2], {2: 20}), n_pad=4).parts()] == [0]
 
 
 def test_only_the_rows_that_decode_are_padded() -> None:

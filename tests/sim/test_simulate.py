@@ -117,10 +117,10 @@ def test_a_call_in_streams_reads_the_cells_of_its_own_sequences() -> None:
             return 1.0 + kv
 
     found = outcomes([one(0, 0.0, 1000, 3), one(1, 1.5, 8, 1)], cost=Cells(), unified=False)
-    # The first's prompt, and a step of 1,000 cells, in which the second one comes; its prompt, and
-    # a step of both: the first holds 1,001 cells, the second 7.
-    end = 1 + 1001 + 1 + (1 + 1001 + 7)
-    assert [o.end for o in found] == pytest.approx([end, end])
+    # The first's prompt, and a step of 1,000 cells, in which the second one comes; its prompt, with
+    # no cells before it, and a step of 1,001.
+    second = 1 + 1001 + 1
+    assert [o.end for o in found] == pytest.approx([second + 1002, second])
 
 
 def test_free_cells_cost_where_kernels_compute_them() -> None:
