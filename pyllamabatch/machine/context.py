@@ -11,9 +11,8 @@ from pyllamabatch.llama.memory import Capabilities
 from pyllamabatch.llama.model import Model
 from pyllamabatch.machine.profile_machine import ProfileDevice, ProfileMachine
 from pyllamabatch.scheduler import Limits
+from pyllamabatch.step.native import default_gap_max
 
-GAP_MAX_GPU = 16
-"""`Stepper`'s gap_max on a device."""
 IGNORED = {
     "n_threads", "n_threads_batch", "type_k", "type_v", "flash_attn_type", "offload_kqv",
     "swa_full", "no_perf", "op_offload",
@@ -58,9 +57,7 @@ class MachineContext:
         self.n_ctx = n_ctx
         self.n_ctx_seq = n_ctx if unified else n_ctx // self.n_seq_max
         self.params["kv_unified"] = unified
-        self.gap_max = GAP_MAX_GPU if self.machine.on_gpu else 1
-        if unified:
-            self.gap_max = 0
+        self.gap_max = default_gap_max(streams=not unified, on_gpu=self.machine.on_gpu)
         self.capabilities = Capabilities(
             has_memory=True,
             partial_removal=True,

@@ -58,9 +58,15 @@ def device_sampling_of(value: bool | str) -> int:
 
 def gap_max_of(context: Context) -> int:
     """The default of `Stepper`'s gap_max."""
-    if context.params["kv_unified"] and not context.capabilities.recurrent:
+    streams = not context.params["kv_unified"] or context.capabilities.recurrent
+    return default_gap_max(streams=streams, on_gpu=offloaded(context))
+
+
+def default_gap_max(*, streams: bool, on_gpu: bool) -> int:
+    """A row costs a device little beside reading the weights again, and a CPU more."""
+    if not streams:
         return 0
-    return 16 if offloaded(context) else 1
+    return 16 if on_gpu else 1
 
 
 def offloaded(context: Context) -> bool:
