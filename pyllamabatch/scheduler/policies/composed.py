@@ -41,7 +41,9 @@ class ComposedPolicy:
         else:
             self._end_prompts(builder)
         builder = self._advance_others(builder)
-        if not self.mixed and not builder.tokens:
+        if not self.mixed:
+            if builder.tokens:  # of prompts: the next step has other rows
+                return builder.plan()
             self._decode(builder)
         if not builder.steady:
             return builder.plan()
