@@ -32,6 +32,10 @@ class CostObserver:
         """After a call, and before the scheduler advances."""
         scheduler, n = self._scheduler, run.n_steps
         cost = scheduler.cost
+        if cost is None:
+            if len(step.decode) or not self._asynchronous:
+                self._prefilled(step.n_rows, step.n_rows - len(step.decode), run.seconds)
+            return
         end = perf_counter()
         switched = self._switched(step)
         self._before = None if step.chunks else step.decode
@@ -45,9 +49,7 @@ class CostObserver:
             self._waited(shapes, run)
             return
         self._pending.clear()  # the device was done long ago
-        self._prefilled(shapes[0], run.seconds)
-        if cost is None:
-            return
+        self._prefilled(*shapes[0][:2], run.seconds)
         rebuilt = not step.chunks and run.n_reused == n - 1  # the graph, for the first step
         if rebuilt and n > SETTLED:
             later = (run.seconds - run.first_seconds) / (n - 1)
@@ -62,8 +64,7 @@ class CostObserver:
         if len(shapes) == 1 and not (switched and rebuilt and n == 1):
             cost.observe(*shapes[0], seconds, n)
 
-    def _prefilled(self, shape: Shape, seconds: float) -> None:
-        n_rows, n_prompt, _, _ = shape
+    def _prefilled(self, n_rows: int, n_prompt: int, seconds: float) -> None:
         if n_prompt >= 16 + 8 * (n_rows - n_prompt):
             self._scheduler.prefilled(n_rows, seconds)
 
@@ -72,13 +73,14 @@ class CostObserver:
         itself is theirs."""
         pending, self._pending = self._pending, []
         cost = self._scheduler.cost
-        if cost is None or len(pending) > 1:
+        assert cost is not None
+        if len(pending) > 1:
             return
         (shape, seconds), (new, _) = pending[0], cost.new_graph
         mine = sum(cost.predict(*one) for one in shapes) + (new if run.n_reused == 0 else 0.0)
         seconds += run.first_seconds - mine - new
         if run.n_steps == 1 and seconds > 0:
-            self._prefilled(shape, seconds)
+            self._prefilled(*shape[:2], seconds)
             cost.observe(*shape, seconds)
 
     def _each(self, step: Step, run: Run, rebuilt: bool) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Callable, Sequence
+
+from ..llama.vocab import Utf8Decoder
 
 
 class Pieces(dict[int, bytes]):
@@ -94,7 +95,7 @@ class TextFeed:
     )
 
     def __init__(self, stops: Sequence[str] = (), min_tokens: int = 0) -> None:
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder = Utf8Decoder("replace")
         self._decode = decoder.decode
         self._state = decoder.getstate
         self._stops = tuple(stops)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import threading
 import weakref
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import numpy as np
 
 from ..errors import ArgumentError, ClosedError, EngineClosed, StateError, integer
 from ..llama import state
+from ..llama.vocab import Utf8Decoder
 from ..step.sampling_params import SamplingParams
 from ..step.types import Finish
 from .interactive import Call, InteractiveSink
@@ -274,7 +274,7 @@ class Sequence:
             raise ClosedError(f"sequence {self._request.id} is closed")
 
     def _reset_text(self) -> None:
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decode = Utf8Decoder("replace").decode
 
     def _sampler(self, tokens: Tokens) -> Any:
         """A sampling state that begins behind `tokens`."""

@@ -6,7 +6,6 @@ it is read, when the page is full, at its end, and at every step if it has stop 
 
 from __future__ import annotations
 
-import codecs
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ..llama.vocab import Utf8Decoder
 from ..step.sampling_params import SamplingParams
 from .detokenizer import Pieces, TextFeed
 
@@ -360,7 +360,7 @@ class Stream:
         """At the end. What was never read is not cut into tokens now."""
         if self._stopped:
             return self._feed.text
-        decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        decode = Utf8Decoder("replace").decode
         return decode(b"".join(self._pieces))  # without a last character that was not completed
 
     def _wait_for_more(self, index: int) -> None:

@@ -31,6 +31,7 @@ TokenArray = npt.NDArray[np.int32]
 Tokens = Sequence[int] | TokenArray
 
 _MAX_TEXT = 2**31 - 1
+Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 TEMPLATES_MAX = 16  # that a vocabulary remembers
 
 
@@ -251,7 +252,7 @@ class PieceDecoder:
         vocab._need_text()
         self._vocab = vocab
         self._special = special
-        self._core = codecs.getincrementaldecoder("utf-8")("replace")
+        self._core = Utf8Decoder("replace")
 
     def feed(self, tokens: int | Tokens) -> str:
         """The text that these tokens complete; may be ""."""

@@ -43,8 +43,10 @@ class Padding:
     def width(self, decode: Slots, held: npt.NDArray[np.int64], cost: StepCost | None) -> int:
         """Slots, from 0 on, that have a row in a step in which these decode (ascending); 0: only
         these. held: positions by slot."""
+        if not self._possible or cost is None or not len(decode):
+            return 0
         price = self._price(cost)
-        if not self._possible or cost is None or not price or not len(decode):
+        if not price:
             return 0
         limits, needed = self._limits, int(decode[-1]) + 1
         if needed > min(limits.n_batch, limits.n_ubatch):
@@ -78,9 +80,8 @@ class Padding:
         """Seconds of a step with `width` rows beyond those of the best one."""
         return max(0.0, _rows(cost, width) - min(_rows(cost, needed), self._plain))
 
-    def _price(self, cost: StepCost | None) -> float:
-        measured = 0.0 if cost is None else sum(cost.new_graph)
-        return 2 * max(measured, self.graph or 0.0)
+    def _price(self, cost: StepCost) -> float:
+        return 2 * max(sum(cost.new_graph), self.graph or 0.0)
 
 
 def _rows(cost: StepCost, n: int) -> float:

@@ -45,9 +45,12 @@ def check_plan(plan: Plan, view: StepView) -> Rows:
     if not isinstance(plan, Plan):
         _broken("plan", f"{plan!r}")
     rows = _rows(plan, view)
-    n_rows = rows.n_decodes + sum(rows.others.values())
-    n_new, n_taken = _check_others(rows.others, view)
-    n_freed = _check_preempted(plan, view)
+    n_rows, n_new, n_taken, n_freed = rows.n_decodes, 0, 0, 0
+    if rows.others:
+        n_rows += sum(rows.others.values())
+        n_new, n_taken = _check_others(rows.others, view)
+    if plan.preempt:
+        n_freed = _check_preempted(plan, view)
     limits = view.limits
     if n_rows > limits.n_batch:
         _broken("rows", f"{n_rows} of {limits.n_batch}")

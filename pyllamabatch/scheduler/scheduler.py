@@ -350,7 +350,9 @@ class Scheduler:
         out = [slot for id in sits_out if id in entries and (slot := entries[id].slot) not in last]
         decode = running.decode_slots_but(out, last) if last or rows.n_decodes else NO_SLOTS
         n_out = len(out)
-        n_rows = len(decode) + sum([chunk.n for chunk in chunks])
+        n_rows = len(decode)
+        if chunks:
+            n_rows += sum([chunk.n for chunk in chunks])
         if running.asked:
             repeat = 1
         elif repeat > 1:
@@ -402,7 +404,7 @@ class Scheduler:
         if now is not None:
             self.idle_sequences.within = (now - sequences.now) / n
             sequences.now = now
-        n_recomputed = sum([self._advance(chunk) for chunk in step.chunks])
+        n_recomputed = sum([self._advance(chunk) for chunk in step.chunks]) if step.chunks else 0
         if len(step.decode):
             slots = step.decode.astype(np.intp)  # NumPy takes twice as long for any other type
             self.accounting.take_each(slots, n)
