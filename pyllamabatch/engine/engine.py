@@ -12,39 +12,31 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
-from ..cost.choose import cost_of
 from ..cost.model import CostModel
 from ..errors import integer, number
 from ..kv import Preemption, SwapSpace
-from ..llama.context import Context
 from ..llama.host import PathLike
 from ..llama.lora import LoraAdapter, Loras
 from ..llama.memory import Capabilities
 from ..llama.model import Model
-from ..machine.context import MachineContext
-from ..machine.profile_machine import ProfileMachine
 from ..scheduler import Gather, KvOptions, Limits, Policy, Scheduler
 from ..scheduler.idle import PATIENCE_SECONDS
-from ..step.native import offloaded
-from ..step.ring_reader import StreamStepper
 from ..step.sampling_params import SamplingParams
 from ..step.trace import StepTrace, Trace, trace_dtype
 from . import on_machine, relays
 from .chat import Chat
 from .core import CoreOptions, EngineCore
 from .input_processor import InputProcessor, Prompt
-from .kv_config import limits_of, pool_of, sharing_of, swap_choice
+from .kv_config import limits_of, pool_of, sharing_of
 from .layout import Layout, make_context
 from .options import EngineOptions, Options, policy_of
-from .protocols import Device
+from .protocols import Device, EngineContext
 from .sequence import Sequence as InteractiveSequence
 from .stats import EngineStats, SlotState, slots_of, stats_of
 from .stream import Chunk, Result, Stream, Token
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-RING_STEPS = 256  # steps that are computed at most before their tokens are read
 
 
 class Engine:
@@ -145,18 +137,16 @@ class Engine:
         )
         context_params |= {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch}
         context_params["kv_unified"] = kv_unified
-        context: Any
+        context: EngineContext
         if machine is None:
             context, layout = make_context(cast("Model", model), options, context_params)
         else:
-            model = model or on_machine.vocabulary()
-            on = ProfileMachine.named(machine)
-            context, layout = on_machine.make_context(on, model, options, context_params)
+            context, layout = on_machine.make_context(machine, model, options, context_params)
         model = context.model
         try:
             cost_model = make_cost(context, options)
             scheduler = make_scheduler(context, layout, options, cost_model)
-            stepper = make_stepper(context, options)
+            stepper: Any = context.stepper(options.n_logprobs_max, options.device_sampling)
             adapters = Loras(model, options.loras, context.set_loras)
         except BaseException:
             context.close()
@@ -176,12 +166,14 @@ class Engine:
         self.n_seq_max: int = options.n_seq_max
         self.n_logprobs_max: int = options.n_logprobs_max
         self._layout = layout
-        self._context: Context = context
+        self._context: Any = context
         self._stepper = stepper
         self._relays = relays.Relays()
         self._core = EngineCore(
             scheduler,
-            Device(stepper, context.memory, context, adapters, close, renewed, offloaded(context)),
+            Device(
+                stepper, context.memory, context, adapters, close, renewed, context.asynchronous
+            ),
             CoreOptions(
                 StepTrace(options.n_trace, context.n_seq_max) if options.n_trace else None,
                 SwapSpace(options.swap_bytes, options.swap_folder),
@@ -220,7 +212,7 @@ class Engine:
     @property
     def capabilities(self) -> Capabilities:
         """What the memory of the context can do."""
-        return self._context.capabilities
+        return cast("Capabilities", self._context.capabilities)
 
     @property
     def cost(self) -> CostModel | None:
@@ -466,32 +458,18 @@ class Engine:
         return f"<Engine {state}>"
 
 
-def make_stepper(context: Any, options: EngineOptions) -> Any:
-    if isinstance(context, MachineContext):
-        return context.device
-    return StreamStepper(
-        context,
-        n_logprobs_max=options.n_logprobs_max,
-        n_steps_max=RING_STEPS,
-        device_sampling=options.device_sampling,
-    )
-
-
-def make_cost(context: Any, options: EngineOptions) -> CostModel | None:
-    if isinstance(context, MachineContext):
-        return context.cost() if options.cost == "auto" else options.cost
-    cost = cost_of(context) if options.cost == "auto" else options.cost
+def make_cost(context: EngineContext, options: EngineOptions) -> CostModel | None:
+    cost = context.cost() if options.cost == "auto" else options.cost
     if cost is not None:
-        unified = limits_of(context, options.n_seq_max).unified
-        if unified and (options.device_sampling is False or not offloaded(context)):
-            cost.switch = 0.0  # libllama makes no graph for another set of sequences
+        if not context.rebuilds_for_others(options.device_sampling):
+            cost.switch = 0.0
         elif not cost.switch:
             cost.switch = None  # it was not measured: it will show
     return cost
 
 
 def make_scheduler(
-    context: Context, layout: Layout, options: EngineOptions, cost: CostModel | None
+    context: EngineContext, layout: Layout, options: EngineOptions, cost: CostModel | None
 ) -> Scheduler:
     pool = pool_of(context, options.n_seq_max, layout.pool) if layout.pool else None
     return Scheduler(
@@ -503,7 +481,7 @@ def make_scheduler(
         kv=KvOptions(
             sharing_of(context, options.n_seq_max),
             options.prefix_cache,
-            swap_choice(context, options.preemption),
+            context.swap_choice(options.preemption),
             pool,
         ),
     )

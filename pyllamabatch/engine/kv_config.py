@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..kv import Preemption, Sharing, SwapChoice
-from ..llama.context import Context
-from ..llama.limits import cell_bytes, max_position
-from ..machine.context import MachineContext
+from ..kv import Sharing
+from ..llama.limits import max_position
 from ..scheduler import Limits
 from ..scheduler.scheduler import Pool
-from ..step.native import gap_max_of, offloaded
-
-# Bytes that a device copies in a second, each way: the least of what is sold today.
-COPY_RATE_CPU, COPY_RATE_GPU = 5e9, 100e9
+from .protocols import EngineContext
 
 
-def limits_of(context: Context | MachineContext, n_seq_max: int) -> Limits:
+def limits_of(context: EngineContext, n_seq_max: int) -> Limits:
     """What a step on this context may not exceed; `n_seq_max` sequences may run at once."""
     can = context.capabilities
     n_cells_seq = min(context.n_ctx_seq, max_position(context.model) + 1)
@@ -29,11 +24,11 @@ def limits_of(context: Context | MachineContext, n_seq_max: int) -> Limits:
         n_cells=context.n_ctx if unified else n_cells_seq * n_seq_max,
         n_cells_seq=n_cells_seq,
         unified=unified,
-        gap_max=gap_max_of(context) if isinstance(context, Context) else context.gap_max,
+        gap_max=context.gap_max,
     )
 
 
-def sharing_of(context: Context | MachineContext, n_seq_max: int) -> Sharing:
+def sharing_of(context: EngineContext, n_seq_max: int) -> Sharing:
     """What sequences of this context can take over from each other. What libllama refuses all the
     same is computed."""
     can = context.capabilities
@@ -50,7 +45,7 @@ def sharing_of(context: Context | MachineContext, n_seq_max: int) -> Sharing:
     )
 
 
-def pool_of(context: Context | MachineContext, n_seq_max: int, n_cells: int) -> Pool:
+def pool_of(context: EngineContext, n_seq_max: int, n_cells: int) -> Pool:
     """What the streams of `context` become with `n_cells` for all sequences."""
     limits, sharing = limits_of(context, n_seq_max), sharing_of(context, n_seq_max)
     n_cells_seq = min(n_cells, max_position(context.model) + 1)
@@ -59,12 +54,3 @@ def pool_of(context: Context | MachineContext, n_seq_max: int, n_cells: int) -> 
         replace(limits, n_cells=n_cells, n_cells_seq=n_cells_seq, unified=True, gap_max=0),
         replace(sharing, copy_part=shares, copy_whole=shares),
     )
-
-
-def swap_choice(context: Context | MachineContext, mode: Preemption) -> SwapChoice:
-    if isinstance(context, MachineContext):  # how large its states are is not known
-        return SwapChoice("swap" if mode == "swap" else "recompute")
-    per_token = cell_bytes(context.model, context.params)
-    rate = COPY_RATE_GPU if offloaded(context) else COPY_RATE_CPU
-    stream_seconds = context.n_ctx_seq * per_token / rate
-    return SwapChoice(mode, bytes_per_token=per_token, stream_seconds=stream_seconds)

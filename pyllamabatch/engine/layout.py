@@ -10,10 +10,10 @@ when a sequence needs more than one has.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 from ..errors import ArgumentError, UnsupportedOperation
-from ..llama.context import Context
 from ..llama.host import host_available
 from ..llama.limits import cell_bytes
 from ..llama.memory import copies_whole_only
@@ -21,6 +21,7 @@ from ..llama.model import Model
 from ..llama.params import fill, read
 from ..planner.residency import device_free, fitting_n_ctx
 from ..raw import lib
+from .native_context import NativeContext
 from .options import EngineOptions
 
 MOST_STATES = 8  # slots for cached recurrent states: each takes the memory of a whole one
@@ -49,47 +50,80 @@ class Layout:
         return f"{'one pool of cells' if self.unified else 'a stream of cells each'}: {self.why}"
 
 
-def choose_layout(
-    model: Model, n_seq_max: int, n_ctx: int, *, prefix_cache: bool, params: dict[str, Any]
-) -> Layout:
-    """For `n_seq_max` sequences that run at once, with `n_ctx` cells for all of them (0: a choice
-    of ours). `params`: of the context; its "kv_unified" is True, False or "auto". ArgumentError
-    for another one."""
-    given = params.get("kv_unified", "auto")
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """What a layout is chosen by. n_ctx_train: of the model. room: cells that streams may take
+    where no number was asked for. pool_only: why there can be no streams. n_cached: prefixes that a
+    pool can cache at most."""
+
+    n_ctx_train: int
+    room: float = inf
+    pool_only: str = ""
+    n_cached: float = inf
+
+
+def cells_of(model: Model, n_seq_max: int, params: dict[str, Any]) -> Cells:
+    """On this machine, for a context with these parameters."""
+    n_ctx_train = model.n_ctx_train
+    if copies_whole_only(model):
+        why = "a recurrent state has one size, however long its text is"
+        return Cells(n_ctx_train, 0, why, min(n_seq_max, MOST_STATES))
+    room = MEMORY_SHARE * free_memory() / bytes_of_cell(model, params)
+    if model.n_swa and not params.get("swa_full", True):
+        return Cells(n_ctx_train, room, n_cached=0)  # a request goes on in the slot of its prefix
+    return Cells(n_ctx_train, room)
+
+
+def choose_layout(cells: Cells, options: EngineOptions, params: dict[str, Any]) -> Layout:
+    """`params`: of the context; its "n_ctx" cells are for all sequences that run at once (0: a
+    choice of ours), its "kv_unified" is True, False or "auto". ArgumentError for another one."""
+    n_seq_max, n_ctx, given = options.n_seq_max, params["n_ctx"], params["kv_unified"]
+    n_batch = params["n_batch"] if options.prefix_cache else 0
     if given not in (True, False, "auto"):
         raise ArgumentError("kv_unified", given, 'True (a pool), False (streams) or "auto"')
-    n_batch = params["n_batch"] if prefix_cache else 0
-    pool_cells = n_ctx or min(model.n_ctx_train * n_seq_max, max(model.n_ctx_train, N_CTX_AT_LEAST))
-    stream_cells = n_ctx // n_seq_max or min(model.n_ctx_train, STREAM_CELLS)
+    trained = cells.n_ctx_train
+    pool_cells = n_ctx or min(trained * n_seq_max, max(trained, N_CTX_AT_LEAST))
+    stream_cells = n_ctx // n_seq_max or min(trained, STREAM_CELLS)
     copies = n_copies(n_seq_max, n_batch, unified=False)
 
     def pool(why: str) -> Layout:
-        n_cached = n_copies(n_seq_max, n_batch, unified=True)
-        if copies_whole_only(model):
-            n_cached = min(n_cached, n_seq_max, MOST_STATES)
-        elif model.n_swa and not params.get("swa_full", True):
-            n_cached = 0  # a request goes on in the slot of the one that it continues
-        return Layout(True, pool_cells, n_cached, why)
+        n_cached = min(n_copies(n_seq_max, n_batch, unified=True), cells.n_cached)
+        return Layout(True, pool_cells, int(n_cached), why)
 
     if given is True:
         return pool("as was asked for")
     if given is False:
         return Layout(False, stream_cells * n_seq_max, copies, "as was asked for")
-    if copies_whole_only(model):
-        return pool("a recurrent state has one size, however long its text is")
+    if cells.pool_only:
+        return pool(cells.pool_only)
     if n_seq_max == 1:
         return pool("one sequence runs at a time")
-    least = min(model.n_ctx_train, LEAST_STREAM_CELLS)
+    least = min(trained, LEAST_STREAM_CELLS)
     if n_ctx == 0:
-        room = MEMORY_SHARE * free_memory() / bytes_of_cell(model, params)
-        while stream_cells > least and stream_cells * (n_seq_max + copies) > room:
+        while stream_cells > least and stream_cells * (n_seq_max + copies) > cells.room:
             stream_cells //= 2
-        if stream_cells * (n_seq_max + copies) > room:
+        if stream_cells * (n_seq_max + copies) > cells.room:
             return pool(f"streams would take more than {MEMORY_SHARE:.0%} of the free memory")
     if stream_cells < least:
         return pool(f"a stream would have {stream_cells} cells")
     why = f"{stream_cells} cells for each of {n_seq_max} sequences"
     return Layout(False, stream_cells * n_seq_max, copies, why, pool_cells)
+
+
+def lay_out(cells: Cells, options: EngineOptions, params: dict[str, Any]) -> Layout:
+    """The layout; and `params` becomes what a context with it is made with."""
+    layout = choose_layout(cells, options, params)
+    n_seq_max, n_cells = options.n_seq_max, layout.n_ctx
+    n_slots = n_seq_max + layout.n_cached
+    if not layout.unified:  # libllama gives each stream a multiple of so many
+        each = -(-layout.n_ctx // n_seq_max // 256) * 256
+        n_cells = each * n_slots
+        pool = layout.pool if params["n_ctx"] else min(layout.pool, n_cells)
+        pool = -(-pool // 256) * 256
+        layout = replace(layout, pool=pool if pool > each else 0)
+    params |= {"n_ctx": n_cells, "n_seq_max": n_slots, "kv_unified": layout.unified}
+    params["n_batch"] = min(params["n_batch"], layout.pool or n_cells)
+    return layout
 
 
 def n_copies(n_seq_max: int, n_batch: int, *, unified: bool) -> int:
@@ -113,7 +147,7 @@ def free_memory() -> int:
 
 def make_context(
     model: Model, options: EngineOptions, params: dict[str, Any]
-) -> tuple[Context, Layout]:
+) -> tuple[NativeContext, Layout]:
     """The context of an engine. `params`: the parameters of `Context`, with n_ctx 0 for a choice of
     ours, and kv_unified "auto". Raises as `Engine`."""
     if not isinstance(model, Model):
@@ -125,22 +159,10 @@ def make_context(
     for name in ("embeddings", "n_outputs_max"):
         if params.get(name):
             raise ArgumentError(name, params[name], "the engine sets it itself")
-    n_ctx = params.pop("n_ctx")
-    layout = choose_layout(
-        model, options.n_seq_max, n_ctx, prefix_cache=options.prefix_cache, params=params
-    )
-    n_seq_max, n_slots = options.n_seq_max, options.n_seq_max + layout.n_cached
-    cells = layout.n_ctx
-    if not layout.unified:  # libllama gives each stream a multiple of so many
-        each = -(-layout.n_ctx // n_seq_max // 256) * 256
-        cells = each * n_slots
-        pool = min(layout.pool, each * n_slots) if n_ctx == 0 else layout.pool
-        pool = -(-pool // 256) * 256
-        layout = replace(layout, pool=pool if pool > each else 0)
-    params |= {"n_seq_max": n_slots, "kv_unified": layout.unified}
-    params["n_batch"] = min(params["n_batch"], layout.pool or cells)
-    cells = fitting_n_ctx(model, cells, shrink=n_ctx == 0, **params)
-    context = Context(model, n_ctx=cells, n_outputs_max=n_slots, **params)
+    chosen = params["n_ctx"] == 0
+    layout = lay_out(cells_of(model, options.n_seq_max, params), options, params)
+    n_ctx = fitting_n_ctx(model, params.pop("n_ctx"), shrink=chosen, **params)
+    context = NativeContext(model, n_ctx=n_ctx, n_outputs_max=params["n_seq_max"], **params)
     if not context.capabilities.has_memory or not context.capabilities.causal:
         context.close()
         raise UnsupportedOperation(f"{model.architecture} does not generate token by token")

@@ -1,7 +1,7 @@
-"""What the core and the output processor run on, and a tuple of all of it: `Device`.
+"""What an engine asks of its context, and what the core and the output processor run on: `Device`.
 
-An engine's device is a `StreamStepper`, a `Context` with its `Memory`, and `Loras`; tests and
-benchmarks bring one in plain Python.
+An engine's context is a `NativeContext` or a profile machine's. Its device is a stepper, the
+context with its memory, and `Loras`; tests and benchmarks bring one in plain Python.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..kv import Slots
+from ..cost.model import CostModel
+from ..kv import Preemption, Slots, SwapChoice
 from ..llama.lora import LoraNames, LoraSet
+from ..llama.memory import Capabilities
+from ..llama.model import Model
 from ..step.ring_reader import Page
 from ..step.types import Run
 
@@ -71,6 +74,36 @@ class StateStore(Protocol):
     def state_seq_get(self, seq_id: int, loras: LoraNames | None = None) -> bytes: ...
     def state_seq_set(self, data: bytes, seq_id: int, loras: LoraNames | None = None) -> object: ...
     def renew(self, pool: int = 0) -> None: ...
+
+
+class EngineContext(StateStore, Protocol):
+    """Cells for sequences on a device, which says itself what an engine must know of it.
+
+    gap_max: the most gaps that a step fills (`Stepper`). asynchronous: as in `Device`. stepper: a
+    `StepRunner` and `RingReader`. cost: what a step takes. rebuilds_for_others: a step in which
+    other sequences decode than before makes a new graph, though they are as many.
+    """
+
+    model: Model
+    memory: Any
+    params: dict[str, Any]
+    capabilities: Capabilities
+    n_ctx: int
+    n_ctx_seq: int
+    n_batch: int
+    n_ubatch: int
+    n_seq_max: int
+
+    @property
+    def gap_max(self) -> int: ...
+    @property
+    def asynchronous(self) -> bool: ...
+    def stepper(self, n_logprobs_max: int, device_sampling: bool | str) -> Any: ...
+    def cost(self) -> CostModel: ...
+    def rebuilds_for_others(self, device_sampling: bool | str) -> bool: ...
+    def swap_choice(self, mode: Preemption) -> SwapChoice: ...
+    def set_loras(self, adapters: Any) -> None: ...
+    def close(self) -> None: ...
 
 
 class Adapters(Protocol):

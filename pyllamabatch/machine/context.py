@@ -6,6 +6,7 @@ from typing import Any
 
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.errors import ArgumentError, integer
+from pyllamabatch.kv import Preemption, SwapChoice
 from pyllamabatch.llama.lora import LoraNames
 from pyllamabatch.llama.memory import Capabilities
 from pyllamabatch.llama.model import Model
@@ -21,7 +22,8 @@ IGNORED = {
 
 
 class MachineContext:
-    """Cells for `n_seq_max` sequences on `machine`; `device` is its stepper, ring and memory.
+    """Cells for `n_seq_max` sequences on `machine`; `device` is its stepper, ring and memory. As
+    `pyllamabatch.engine.protocols.EngineContext`.
 
     n_ctx: cells of all sequences together; kv_unified: in one pool, or in a stream for each. Other
     parameters of a context are part of the profile, or mean nothing to it: ArgumentError for those
@@ -36,7 +38,6 @@ class MachineContext:
         n_ctx: int,
         n_seq_max: int,
         kv_unified: bool,
-        n_logprobs_max: int = 20,
         **sizes: int,
     ) -> None:
         """`sizes`: n_batch (2048) and n_ubatch (512)."""
@@ -50,7 +51,7 @@ class MachineContext:
         self.n_ubatch = min(integer("n_ubatch", n_ubatch, 1, 2**31 - 1), self.n_batch)
         self.params: dict[str, Any] = {"swa_full": True}
         self._set_layout(n_ctx, kv_unified)
-        self.device = ProfileDevice(machine, model, self._limits(), n_logprobs_max=n_logprobs_max)
+        self.device = ProfileDevice(machine, model, self._limits())
         self.memory = self.device
 
     def _set_layout(self, n_ctx: int, unified: bool) -> None:
@@ -84,14 +85,24 @@ class MachineContext:
             self.gap_max,
         )
 
+    # -- EngineContext
+
+    asynchronous = False  # whoever computes waits
+
+    def stepper(self, n_logprobs_max: int, device_sampling: bool | str) -> ProfileDevice:
+        self.device.n_logprobs_max = n_logprobs_max
+        return self.device
+
     def cost(self) -> CostModel:
         """The cost model of a user who has calibrated this machine: no step is unknown to it."""
-        unified = self.capabilities.unified
-        cost = self.machine.cost(unified=unified, n_ubatch=self.n_ubatch)
-        cost.switch = None if self.machine.on_gpu and not unified else 0.0
-        return cost
+        return self.machine.cost(unified=self.capabilities.unified, n_ubatch=self.n_ubatch)
 
-    # -- StateStore
+    def rebuilds_for_others(self, device_sampling: bool | str) -> bool:
+        return self.machine.on_gpu and not self.capabilities.unified
+
+    def swap_choice(self, mode: Preemption) -> SwapChoice:
+        """How large a state would be is not known."""
+        return SwapChoice("swap" if mode == "swap" else "recompute")
 
     def state_seq_get(
         self, seq_id: int, loras: LoraNames | None = None, *, tokens: Any = None, note: Any = None
@@ -109,9 +120,7 @@ class MachineContext:
             self._set_layout(pool, True)
         self.device.set_layout(self._limits())
 
-    # -- the rest of a context
-
-    def set_loras(self, loras: Any) -> None:
+    def set_loras(self, adapters: Any) -> None:
         """There are none."""
 
     def close(self) -> None:

@@ -1,0 +1,49 @@
+"""NativeContext: a context of libllama that answers what an engine asks of one."""
+
+from __future__ import annotations
+
+from ..cost.choose import cost_of
+from ..cost.model import CostModel
+from ..kv import Preemption, SwapChoice
+from ..llama.context import Context
+from ..llama.limits import cell_bytes
+from ..step.native import gap_max_of, offloaded
+from ..step.ring_reader import StreamStepper
+
+RING_STEPS = 256  # steps that are computed at most before their tokens are read
+
+# Bytes that a device copies in a second, each way: the least of what is sold today.
+COPY_RATE_CPU, COPY_RATE_GPU = 5e9, 100e9
+
+
+class NativeContext(Context):
+    """As `EngineContext`."""
+
+    @property
+    def gap_max(self) -> int:
+        return gap_max_of(self)
+
+    @property
+    def asynchronous(self) -> bool:
+        return offloaded(self)
+
+    def stepper(self, n_logprobs_max: int, device_sampling: bool | str) -> StreamStepper:
+        return StreamStepper(
+            self,
+            n_logprobs_max=n_logprobs_max,
+            n_steps_max=RING_STEPS,
+            device_sampling=device_sampling,
+        )
+
+    def cost(self) -> CostModel:
+        return cost_of(self)
+
+    def rebuilds_for_others(self, device_sampling: bool | str) -> bool:
+        pool = self.capabilities.unified and not self.capabilities.recurrent
+        return not pool or (device_sampling is not False and offloaded(self))
+
+    def swap_choice(self, mode: Preemption) -> SwapChoice:
+        per_token = cell_bytes(self.model, self.params)
+        rate = COPY_RATE_GPU if offloaded(self) else COPY_RATE_CPU
+        stream_seconds = self.n_ctx_seq * per_token / rate
+        return SwapChoice(mode, bytes_per_token=per_token, stream_seconds=stream_seconds)
