@@ -219,6 +219,9 @@ class EngineCore:
             self.table.leave(id, slot)
         for id, slot in step.admitted:
             self.table.admit(id, slot)
+        for id, source, slot in step.moved:
+            self.table.leave(id, source)
+            self.table.admit(id, slot)
 
     def _calls(self, step: Step) -> tuple[Step, ...]:
         """The native calls that a step is made of: rows with different adapters can't share one."""

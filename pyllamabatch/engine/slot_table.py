@@ -54,7 +54,7 @@ class SlotTable:
             self._trace.ids[slot] = id
 
     def leave(self, id: int, slot: int) -> None:
-        """The scheduler has preempted it. Its sampling state goes with it."""
+        """The scheduler has taken it out of its slot. Its sampling state goes with it."""
         request = self.requests[id]
         request.known()
         request.sampler = self.stepper.take_slot(slot)

@@ -288,6 +288,23 @@ class PrefixCache:
             self._proven.add(place)
         self._evict()
 
+    def move(self, id: int, slot: int) -> int | None:
+        """Sequence `id`, which runs in `slot`, goes on in the lowest empty one: where. None when
+        there is none below."""
+        if not self._free or self._free[0] > slot:
+            return None
+        target, held = heapq.heappop(self._free), self._accounting.held(slot)
+        known, stops = self._known.get(slot), self._stops.get(slot)
+        self._accounting.share(slot, target, held)
+        self.kv_operations.append(KvOperation("copy", target, slot, held, True, id))
+        self._forget(slot)
+        if known is not None:
+            self._learn(target, known[1], known[0][0])
+        if stops is not None:
+            self._stops[target] = stops
+        self._empty(slot)
+        return target
+
     def _out_of_the_way(self, slot: int, n: int) -> int | None:
         """Where `n` positions of a slot that runs no more stay cached: in a pool where they are; in
         streams in a slot behind those that run, to which they are copied. None: nowhere."""

@@ -45,7 +45,7 @@ class Padding:
         these. held: positions by slot."""
         if not self._possible or cost is None or not len(decode):
             return 0
-        price = self._price(cost)
+        price = self.price(cost)
         if not price:
             return 0
         limits, needed = self._limits, int(decode[-1]) + 1
@@ -54,12 +54,12 @@ class Padding:
         if decode is not self._decode:
             self._decode = decode
             parts = spans(decode, held, limits.gap_max)
-            self._plain = sum(_rows(cost, part.rows) for part in parts)
+            self._plain = sum(decode_seconds(cost, part.rows) for part in parts)
         if len(decode) <= self._n_off:
             self._n_off = len(decode)
             return 0
         self._n_off = 0
-        narrow = _rows(cost, needed)
+        narrow = decode_seconds(cost, needed)
         if needed > self._width:
             keep, off = False, narrow - self._plain > price
         else:
@@ -78,11 +78,14 @@ class Padding:
 
     def _waste(self, width: int, needed: int, cost: StepCost) -> float:
         """Seconds of a step with `width` rows beyond those of the best one."""
-        return max(0.0, _rows(cost, width) - min(_rows(cost, needed), self._plain))
+        best = min(decode_seconds(cost, needed), self._plain)
+        return max(0.0, decode_seconds(cost, width) - best)
 
-    def _price(self, cost: StepCost) -> float:
+    def price(self, cost: StepCost) -> float:
+        """Seconds that two new graphs cost."""
         return 2 * max(sum(cost.new_graph), self.graph or 0.0)
 
 
-def _rows(cost: StepCost, n: int) -> float:
+def decode_seconds(cost: StepCost, n: int) -> float:
+    """Of a step in which `n` sequences decode, by the cost model; what they hold aside."""
     return cost.predict(n, 0, 0, n)

@@ -82,6 +82,17 @@ class RunningSequences(SequenceQueue[Entry]):
             self._occupied = None
         return entry
 
+    def move(self, entry: Entry, slot: int) -> None:
+        """It runs in the empty `slot` from now on."""
+        source, entry.slot = entry.slot, slot
+        for by_slot in (*self._numbers, self._itl_target, self._decodes_in, *self._facts.values()):
+            by_slot[slot] = by_slot[source]
+        self._numbers[:, source] = 0
+        self._decodes_in[source] = False
+        if source in self.asked:
+            self.asked[slot] = self.asked.pop(source)
+        self._decode_slots = self._occupied = None
+
     def seen(self, entry: Entry) -> SequenceView:
         """How it is now; made again only when it has changed."""
         view = entry.view

@@ -17,7 +17,7 @@ sequence; views are made when a policy looks at them.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ from ..errors import RequestTooLong
 from ..kv import KvAccounting, KvOperation, Sharing, Slots, SwapChoice
 from .admission import Admission
 from .attention import Attention
+from .compaction import Compaction
 from .deadlines import Deadlines
 from .gather import CostWindow, Gather
 from .idle import PATIENCE_SECONDS, IdleSequences
@@ -132,6 +133,11 @@ class Scheduler:
         self.attention = Attention(self.limits, self.accounting, self.sequences.running, cost)
         trim = self.admission.cache.sharing.trim
         self.padding = Padding(self.limits, possible=trim and not self.limits.unified)
+        self.compaction = Compaction(
+            self.limits,
+            self.admission.swap.stream_seconds,
+            possible=self.admission.cache.sharing.copy_whole and not self.limits.unified,
+        )
 
     # -- sequences come and go
 
@@ -341,6 +347,9 @@ class Scheduler:
         """Of a plan that is checked, and whose sequences are placed."""
         running = self.sequences.running
         entries = running.ids
+        moved = self._close_gaps(rows) if self.compaction.possible else ()
+        for id, source, slot in moved:
+            reasons = {**reasons, id: f"moved from slot {source} to {slot}: closes a gap"}
         chunks: list[PromptChunk] = []
         last: list[int] = []  # slots whose last known token is computed behind their chunk
         for id, n in rows.others.items():
@@ -361,7 +370,8 @@ class Scheduler:
         self.admission.cache.make_cells(n_rows * min(repeat, AT_ONCE))
         if repeat > 1:
             repeat = max(1, min(repeat, self.accounting.empty // n_rows))
-        return Step(
+        held = self.accounting.held_by_slot
+        step = Step(
             decode,
             tuple(chunks),
             preempted,
@@ -371,8 +381,34 @@ class Scheduler:
             repeat,
             n_out if self.limits.unified else 0,
             self.take_kv_operations(),
-            0 if out else self.padding.width(decode, self.accounting.held_by_slot, self.cost),
+            0 if out else self.padding.width(decode, held, self.cost),
+            moved,
         )
+        if self.compaction.possible and repeat > 1 and self.cost is not None:
+            n = self.compaction.steps(step, held, self.cost)
+            step = step if n == repeat else replace(step, repeat=n)
+        return step
+
+    def _close_gaps(self, rows: Rows) -> tuple[tuple[int, int, int], ...]:
+        """Where nothing comes that could take the empty slots between those that run, and it pays:
+        (id, slot before, slot) of each sequence that goes on in one of them."""
+        running, waiting = self.sequences.running, self.sequences.waiting.ids
+        n, slots = len(running.ids), running.decode_slots
+        if waiting or rows.others or rows.out or not len(slots) or int(slots[-1]) < n:
+            return ()
+        entries = sorted(running.ids.values(), key=lambda entry: entry.slot)
+        high = [entry for entry in entries if entry.slot >= n]
+        graphs = 0.0 if self.cost is None else self.padding.price(self.cost)
+        if not self.compaction.due(len(high), graphs):
+            return ()
+        moved = []
+        for entry in reversed(high):
+            source, id = entry.slot, entry.view.id
+            slot = self.admission.cache.move(id, source)
+            if slot is not None:
+                running.move(entry, slot)
+                moved.append((id, source, slot))
+        return tuple(moved)
 
     def _cut(self, entry: Entry, n: int, chunks: list[PromptChunk], last: list[int]) -> None:
         """`n` rows of a sequence, or fewer where its prefix was longer than the policy knew, or a
@@ -412,6 +448,8 @@ class Scheduler:
             running.known[slots] += n
             if step.n_pad and self.cost is not None:
                 self.padding.computed(step.decode, step.n_pad, n, self.cost)
+            if self.compaction.possible and self.cost is not None and not step.chunks:
+                self.compaction.computed(step, n, self.accounting.held_by_slot, self.cost)
             if running.asked:
                 self._answered(step.decode)
         self.counters.count(step, n, n_recomputed)

@@ -35,7 +35,8 @@ class PromptChunk:
 class Step:
     """A checked plan in terms of slots. `chunks`: rows of prompts, computed first; `decode`: slots
     that compute the last known token and sample (int32, ascending, read-only), those whose prompt
-    ends with this step's chunk included. `preempted`, `admitted`: (id, slot). `repeat`: how many
+    ends with this step's chunk included. `preempted`, `admitted`: (id, slot). `moved`: (id, slot
+    before, slot), see `Compaction`. `repeat`: how many
     times it may be computed before the policy is asked again, as long as no sequence comes or goes;
     more than 1 only for pure decoding. `kv_operations`: to be carried out in the memory, in this
     order, before the rows are computed. `n_out`: sequences that decode and have no row in this
@@ -52,6 +53,7 @@ class Step:
     n_out: int = 0
     kv_operations: tuple[KvOperation, ...] = ()
     n_pad: int = 0
+    moved: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def slots(self) -> list[int]:

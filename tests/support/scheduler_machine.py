@@ -53,7 +53,8 @@ class Machine:
         pool: Pool | None = None,
         **options: Any,
     ) -> None:
-        kv = KvOptions(sharing or Sharing(), retain, SwapChoice(swap), pool)
+        choice = swap if isinstance(swap, SwapChoice) else SwapChoice(swap)
+        kv = KvOptions(sharing or Sharing(), retain, choice, pool)
         self.pool = pool
         self.scheduler = Scheduler(limits, policy, kv=kv, **options)
         self.now = 0.0
@@ -199,7 +200,13 @@ class Machine:
     def place(self, step: Step) -> None:
         for id, slot in step.preempted:
             assert self.owner.pop(slot) == id
+        moved = {id: self.memory.tokens(source) for id, source, _ in step.moved}
         self.carry_out(step.kv_operations)
+        for id, source, slot in step.moved:
+            assert self.owner.pop(source) == id
+            assert slot not in self.owner
+            assert self.memory.tokens(slot) == moved[id]
+            self.owner[slot] = id
         for id, slot in step.admitted:
             assert slot not in self.owner
             self.owner[slot] = id

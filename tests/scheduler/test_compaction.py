@@ -1,0 +1,113 @@
+"""Sequences in high slots go on in empty low ones, once the gaps between them have cost as much."""
+
+from __future__ import annotations
+
+import pytest
+
+from pyllamabatch.cost.step_cost import NewGraph, StepCost
+from pyllamabatch.kv import Sharing, SwapChoice
+from pyllamabatch.scheduler import Limits
+from tests.support.scheduler_machine import Machine
+
+STREAMS = Limits(64, 64, 8, n_cells=8 * 256, n_cells_seq=256, unified=False)
+POOL = Limits(64, 64, 8, n_cells=2048, n_cells_seq=2048)
+COPIES = Sharing(copy_whole=True, trim=True)
+ENDS = {0: 10, 3: 10}  # the first to end; the others later
+
+
+class Parts(StepCost):
+    """10 ms for each part of a step, and 1 ms a row; so much for a graph."""
+
+    unified = False
+
+    def __init__(self, graph: float = 0.0) -> None:
+        self.new_graph = NewGraph(graph)
+
+    def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
+        return 10e-3 + 1e-3 * rows
+
+
+def machine_of(
+    *,
+    limits: Limits = STREAMS,
+    sharing: Sharing = COPIES,
+    stream_seconds: float = 15e-3,
+    cost: StepCost | None = None,
+) -> Machine:
+    swap = SwapChoice("recompute", stream_seconds=stream_seconds)
+    machine = Machine(limits, cost=cost or Parts(), sharing=sharing, retain=False, swap=swap)
+    for id in range(8):
+        machine.add(id, 4, 60, end=ENDS.get(id, 50))
+    while len(machine.done) < len(ENDS):
+        machine.next_step()
+    return machine
+
+
+def moves_of(machine: Machine) -> dict[int, list[tuple[int, int, int]]]:
+    """To the end: by the number of the step."""
+    found = {i: list(step.moved) for i, step in enumerate(machine.steps()) if step.moved}
+    assert set(machine.done) == set(machine.tokens)
+    return found
+
+
+def test_gaps_are_closed_when_they_have_cost_as_much() -> None:
+    # Slots 1, 2 and 4 to 7: two parts, 10 ms more than one. Two copies of 15 ms: three steps.
+    assert moves_of(machine_of()) == {3: [(7, 7, 0), (6, 6, 3)]}
+    # With a graph's price there are eight rows instead, 2 ms more than six, and two graphs to pay.
+    assert moves_of(machine_of(cost=Parts(graph=5e-3))) == {20: [(7, 7, 0), (6, 6, 3)]}
+
+
+def test_the_one_that_moved_knows_all_and_goes_on() -> None:
+    machine = machine_of()
+    before = {id: list(tokens) for id, tokens in machine.tokens.items()}
+    for _ in range(4):
+        step = machine.next_step()
+    assert step.decode.tolist() == [0, 1, 2, 3, 4, 5]
+    assert {id: machine.scheduler.slot(id) for id in (6, 7)} == {6: 3, 7: 0}
+    assert machine.scheduler.counters.preemptions == 0
+    for id in (6, 7):
+        assert machine.tokens[id][: len(before[id])] == before[id]
+        assert machine.scheduler.sequence(id).generated == machine.generated[id]
+
+
+def test_a_copy_that_costs_more_than_is_left_is_not_made() -> None:
+    assert moves_of(machine_of(stream_seconds=10.0)) == {}
+
+
+def test_what_comes_takes_the_empty_slots() -> None:
+    machine = machine_of()
+    for id in (8, 9):
+        machine.add(id, 4, 60, end=50)
+    assert machine.next_step().admitted == ((8, 0), (9, 3))
+    for _ in range(30):
+        assert not machine.next_step().moved
+
+
+@pytest.mark.parametrize(
+    "machine",
+    [
+        pytest.param(lambda: machine_of(limits=POOL), id="a pool"),
+        pytest.param(lambda: machine_of(sharing=Sharing(trim=True)), id="no copies"),
+        pytest.param(lambda: machine_of(cost=Even()), id="gaps cost nothing"),
+    ],
+)
+def test_where_it_gains_nothing_none_moves(machine: object) -> None:
+    assert callable(machine)
+    assert moves_of(machine()) == {}
+
+
+class Even(StepCost):
+    """A step takes as long whatever its rows are."""
+
+    unified = False
+
+    def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
+        return 1e-3 * rows
+
+
+def test_an_idle_interactive_sequence_stays_where_it_is_until_it_is_high() -> None:
+    machine = machine_of(stream_seconds=1e-3)
+    machine.add_interactive(20, 5)
+    slots = [machine.next_step() and machine.scheduler.slot(20) for _ in range(20)]
+    assert set(slots) == {0}
+    assert machine.held[0] == machine.tokens[20][:4]
