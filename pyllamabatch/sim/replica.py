@@ -229,7 +229,7 @@ class Replica:
         return now + pause if pause > 0 else inf
 
     def _carry_out(self, step: Step, now: float) -> None:
-        """Preempt, admit, and find the native calls that the step takes."""
+        """Preempt, admit, move, and find the native calls that the step takes."""
         for id, slot in step.preempted:
             self._open[id].preempted = now
             self._open[id].outcome.preemptions += 1
@@ -241,6 +241,8 @@ class Replica:
             else:
                 one.outcome.admitted = now
                 one.outcome.prefix = self.scheduler.sequence(id).prefix.hit
+        for _, source, slot in step.moved:
+            self._in_slot[slot] = self._in_slot.pop(source)
         if step.n_rows:
             self._parts = [step] if self.spec.limits.unified else list(step.parts())
 
