@@ -150,23 +150,23 @@ def test_free_cells_cost_where_kernels_compute_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "step"),
+    ("options", "first"),
     [
         ({"unified": True}, 0.012),
         ({"unified": False}, 0.013),
         ({"unified": False, "gap_max": 0}, 2 * 0.011),
-        ({"unified": False, "gap_max": 0, "new_graph": NewGraph(0.5)}, 2 * (0.011 + 0.5)),
+        ({"unified": False, "gap_max": 0, "new_graph": NewGraph(0.5)}, 2 * 0.511 + 0.5),
     ],
 )
 def test_streams_that_are_no_neighbours_cost_what_is_computed(
-    options: dict[str, Any], step: float
+    options: dict[str, Any], first: float
 ) -> None:
     """Of three the one in the middle ends: its row is computed on where gaps are filled, else the
-    others need two ubatches."""
+    others need two ubatches. After one step they are neighbours."""
     _, middle, last = outcomes(
         [one(0, 0.0, 8, 31), one(1, 0.0, 8, 11), one(2, 0.0, 8, 31)], **options
     )
-    assert last.end - middle.end == pytest.approx(20 * step)
+    assert last.end - middle.end == pytest.approx(first + 19 * 0.012)
 
 
 def test_others_in_the_same_rows_cost_a_switch() -> None:
