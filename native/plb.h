@@ -50,6 +50,9 @@ enum plb_code {
     PLB_E_NO_TOKEN        = -1023, /* a slot that has sampled nothing has no next row; see plb_slot_next */
     PLB_E_SEQ_TWICE       = -1024, /* a run names a sequence twice */
     PLB_E_STREAM          = -1025, /* plb_step on an engine whose results are read from its ring */
+    PLB_E_DRAFT           = -1026, /* n_most or n_given outside 0..n_draft_max, or a drafted token
+                                      outside the vocabulary */
+    PLB_E_ROLLBACK        = -1027, /* n_draft_max > 0, and the context can't take so many rows back */
     /* codes of one result (plb_result.error): its request ends, the others go on */
     PLB_E_LOGITS          = -1030, /* the row's logits hold NaN or +inf, or are not there */
     PLB_E_NO_CANDIDATE    = -1031, /* every token is excluded (grammar dead end, biases) */
@@ -99,6 +102,8 @@ typedef struct plb_step_info {
     int32_t bad_row;      /* the row that a code <= PLB_E_TOKEN speaks of, else -1 */
     int32_t on_device;    /* 1: the device chose the candidates that were sampled from */
     int32_t n_filled;     /* rows that it had besides, see gap_max and plb_run's n_pad */
+    int32_t n_drafted;    /* rows of drafted tokens, see plb_drafts; n_rows counts them */
+    int32_t n_accepted;   /* of these, rows that a token was sampled behind: they stay */
 } plb_step_info;
 
 enum plb_stop {
@@ -120,6 +125,9 @@ typedef struct plb_run_info {
     int32_t n_steps;    /* steps done */
     int32_t n_results;  /* records of all of them */
     int32_t n_finished; /* records in plb_views.finished: of the last step */
+    int32_t n_drafted;  /* as in plb_step_info, of all steps */
+    int32_t n_accepted;
+    int64_t n_rows;     /* rows of all steps, drafted ones included */
 } plb_run_info;
 
 /* -- engine ----------------------------------------------------------------------------------- */
@@ -138,6 +146,9 @@ typedef struct plb_engine_params {
     int32_t gap_max;         /* for contexts with a stream of cells for each sequence: so many unused
                                 sequences in a row get a row each where that keeps an ubatch whole
                                 (native/step/gaps.hpp); 0 none */
+    int32_t n_draft_max;    /* drafted rows of a sequence in a step at most, see plb_drafts, 0 to
+                               PLB_DRAFT_LIMIT; 0: none ever */
+    int32_t drafter;        /* enum plb_drafter */
     int32_t stream;         /* 0: a call overwrites what the one before it gave, and a run makes
                                n_steps_max steps at most; 1: results stay until another thread has
                                read them, see plb_ring_read */
@@ -158,7 +169,8 @@ enum plb_device_sampling {
 /* Memory of the engine, valid and at the same addresses until plb_engine_free. */
 typedef struct plb_views {
     int32_t n_rows_max;     /* rows that fit a step: the context's n_batch */
-    int32_t n_results_max;  /* records that fit results: n_seq_max * n_steps_max, or n_outputs_max */
+    int32_t n_results_max;  /* records that fit results: n_seq_max * n_steps_max (without `stream`
+                               times 1 + n_draft_max), or n_outputs_max */
     int32_t n_logprobs_max;
     int32_t n_seq_max;
     int32_t n_vocab;
@@ -180,6 +192,44 @@ typedef struct plb_views {
                                    those of slots with `report` (plb_slot_next) */
 } plb_views;
 
+/* -- drafts -------------------------------------------------------------------------------------
+ * Speculative decoding. Behind the next token of a slot a step of plb_run may have drafted tokens, a row
+ * with an output each. The slot samples the first row, and the next one as long as the token that it
+ * has sampled is the one that was drafted; what is behind is taken out of the memory again. So a slot
+ * samples the same tokens from the same rows as without, with the same draws, and may sample several
+ * in a step. In such a step the records of each slot are in its order, and those of different slots
+ * are not in row order.
+ * There are no more rows of a slot than its budget and its positions can take, none of a slot with
+ * `report` (plb_slot_next), none beside n_before rows, and in a step no more than fit a ubatch. Where
+ * libllama computes at once only sequences with the same number of rows (a stream of cells for each,
+ * a recurrent state), all slots of a step have the same number: those that are missing hold a token
+ * that is neither drafted nor sampled. A recurrent state that was taken back is whole again after the
+ * next step: until then its sequence must not be copied. */
+enum plb_drafter {
+    PLB_DRAFTER_NONE  = 0, /* drafts are the caller's */
+    PLB_DRAFTER_NGRAM = 1  /* where the caller gives none: what followed in the sequence's own tokens
+                              where they last were as they are now (native/step/ngram.hpp) */
+};
+
+enum { PLB_DRAFT_LIMIT = 16 };
+
+/* Arrays of an engine with n_draft_max > 0, at the same addresses until plb_engine_free. */
+typedef struct plb_drafts {
+    int32_t n_draft_max;
+    int32_t     * n_most;   /* [n_seq_max], the caller's: drafted rows of each sequence in a step of the
+                               runs to come; 0 at first */
+    int32_t     * n_given;  /* [n_seq_max], the caller's: so many tokens of `token` are drafts for the
+                               first step of the next run, which sets it to 0 */
+    llama_token * token;    /* [n_seq_max][n_draft_max] */
+    int32_t     * n_taken;  /* [n_seq_max]: tokens that the last run has sampled of each of its slots,
+                               one that failed included: as many of its rows are in the memory */
+    /* [n_seq_max][n_draft_max] for the slots of the last run: how often, lately, there was a draft with
+     * this many tokens (column 0: one), and how often all of them were the sampled ones. For
+     * PLB_DRAFTER_NGRAM also of steps without drafted rows: it watches what would have been. */
+    float       * found;
+    float       * right;
+} plb_drafts;
+
 plb_engine_params plb_engine_default_params(void);
 
 /* The context must outlive the engine's last plb_step; plb_engine_free may come after it. A context
@@ -193,6 +243,8 @@ int32_t plb_engine_detach(plb_engine * engine);
  * nothing has changed, when it is of another size. */
 int32_t plb_engine_rebind(plb_engine * engine, struct llama_context * ctx);
 int32_t plb_engine_views(plb_engine * engine, plb_views * out);
+/* PLB_E_ARGUMENT for an engine without drafts. */
+int32_t plb_engine_drafts(plb_engine * engine, plb_drafts * out);
 
 /* Text of the engine's last failure, valid until its next call; "" when there was none. */
 const char * plb_last_error(const plb_engine * engine);
@@ -320,7 +372,8 @@ int32_t plb_step(plb_engine * engine, int32_t n_rows);
 /* -- run --------------------------------------------------------------------------------------
  * Up to n_steps steps without coming back: in each, every sequence of slots (all different, each with
  * a slot that has a next token and has not finished) computes its slot's next token and samples. As
- * n_steps times plb_step with those rows, in their order; a step is done whole.
+ * n_steps times plb_step with those rows, in their order; a step is done whole. With drafts
+ * (plb_drafts) a step may bring a slot further than that.
  * n_before rows of the caller's own (prompts), written at 0 and behind, come before those in the one
  * step of a run with n_steps = 1; n_slots may be 0 then. They may be of the same sequences.
  * n_pad > 0, for contexts with a stream of cells for each sequence: every sequence below it has a row

@@ -158,6 +158,7 @@ void end_row(const vocabulary & words, const row_job & job, const fused_request 
     if (words.vocab != nullptr) {
         slot.generated.push_back(result.token); // reserved in make_slot
     }
+    slot.history.add(result.token, slot.record);
     result.finish = slot.finish = finish_of(words, slot, result.token);
 }
 
@@ -184,6 +185,9 @@ void replay(plb_slot & slot, const llama_token * tokens, int32_t n_tokens, int32
     slot.n_draws     += n_draws;
     slot.n_generated += n_tokens;
     slot.generated.insert(slot.generated.end(), tokens, tokens + n_tokens);
+    for (int32_t i = 0; i < n_tokens; ++i) {
+        slot.history.add(tokens[i], slot.record);
+    }
     slot.next_token   = tokens[n_tokens - 1];
 }
 

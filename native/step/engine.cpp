@@ -91,7 +91,7 @@ void place_sampling(plb_engine & engine, int32_t mode) {
 } // namespace
 
 plb_engine_params plb_engine_default_params(void) {
-    return {0, 20, 1, 0, 0, 32, PLB_DEVICE_SAMPLING_AUTO, 0, 0};
+    return {0, 20, 1, 0, 0, 32, PLB_DEVICE_SAMPLING_AUTO, 0, 0, PLB_DRAFTER_NONE, 0};
 }
 
 int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, plb_engine ** out) {
@@ -110,7 +110,9 @@ int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, pl
         params->n_threads > N_THREADS_LIMIT ||
         params->n_steps_max < 1 || params->n_steps_max > N_STEPS_LIMIT ||
         params->device_sampling < PLB_DEVICE_SAMPLING_AUTO ||
-        params->device_sampling > PLB_DEVICE_SAMPLING_ON || params->gap_max < 0) {
+        params->device_sampling > PLB_DEVICE_SAMPLING_ON || params->gap_max < 0 ||
+        params->n_draft_max < 0 || params->n_draft_max > PLB_DRAFT_LIMIT ||
+        params->drafter < PLB_DRAFTER_NONE || params->drafter > PLB_DRAFTER_NGRAM) {
         return PLB_E_ARGUMENT;
     }
     char ignored[TEXT_BYTES];
@@ -126,8 +128,9 @@ int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, pl
         read_vocabulary(engine->words, ctx);
         engine->sampler = std::make_unique<row_sampler>(engine->words, params->n_threads);
         const int32_t n_logprobs = std::min(params->n_logprobs_max, engine->words.n_vocab);
-        const int64_t n_records = std::max<int64_t>(engine->n_outputs_max,
-                                                    (int64_t) n_seq_max * params->n_steps_max);
+        const int32_t n_most = params->stream ? 1 : 1 + params->n_draft_max; // records of a slot
+        const int64_t n_records = std::max<int64_t>(
+            engine->n_outputs_max, (int64_t) n_seq_max * params->n_steps_max * n_most);
         allocate(*engine, n_batch, (int32_t) n_records, n_logprobs, params->n_steps_max);
         engine->views = {
             n_batch, (int32_t) n_records, n_logprobs, n_seq_max, engine->words.n_vocab,
@@ -136,6 +139,10 @@ int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, pl
             engine->results.data(), engine->top_token.data(), engine->top_logprob.data(),
             &engine->info, engine->steps.data(), engine->finished.data(),
         };
+        if (params->n_draft_max > 0) {
+            engine->drafts = std::make_unique<drafts>(ctx, params->n_draft_max, params->drafter,
+                                                      n_seq_max);
+        }
         place_sampling(*engine, params->device_sampling);
         if (params->gap_max > 0) {
             engine->gaps = std::make_unique<gaps>(ctx, params->gap_max, engine->n_outputs_max,
@@ -180,6 +187,9 @@ int32_t plb_engine_rebind(plb_engine * engine, llama_context * ctx) {
         engine->on_device = std::move(device);
         engine->gaps      = std::move(filled);
         engine->ctx       = ctx;
+        if (engine->drafts) {
+            engine->drafts->bind(ctx);
+        }
         engine->words.n_ctx = (int32_t) std::min<uint32_t>(llama_n_ctx(ctx), INT32_MAX);
     });
 }
@@ -189,6 +199,14 @@ int32_t plb_engine_views(plb_engine * engine, plb_views * out) {
         return PLB_E_ARGUMENT;
     }
     *out = engine->views;
+    return PLB_OK;
+}
+
+int32_t plb_engine_drafts(plb_engine * engine, plb_drafts * out) {
+    if (engine == nullptr || out == nullptr || !engine->drafts) {
+        return PLB_E_ARGUMENT;
+    }
+    *out = engine->drafts->views();
     return PLB_OK;
 }
 

@@ -2,7 +2,9 @@
 #pragma once
 
 #include "sampling/fused.hpp"
+#include "step/drafts.hpp"
 #include "step/gaps.hpp"
+#include "step/ngram.hpp"
 #include "device/placement.hpp"
 #include "plb.h"
 #include "device/thread_pool.hpp"
@@ -99,6 +101,8 @@ struct plb_slot {
     int32_t  next_pos    = -1;
     bool     report      = false; // each of its results is among plb_views.finished
     int32_t  n_draws     = 0;  // since it was seeded
+    plb::ngram        history; // where the engine drafts from it
+    plb::draft_record record;
     char     error_text[plb::TEXT_BYTES] = "";
 
     bool active() const { return finish == PLB_FINISH_NONE; }
@@ -184,6 +188,7 @@ struct plb_engine {
     plb::placement place{PLB_DEVICE_SAMPLING_OFF};
     std::vector<plb::short_row> short_rows; // [n_rows]
     std::unique_ptr<plb::gaps> gaps; // nullptr: none are filled
+    std::unique_ptr<plb::drafts> drafts; // nullptr: there are never any
     char error[plb::TEXT_BYTES] = "";
 };
 
@@ -213,8 +218,12 @@ void set_text(char (&text)[TEXT_BYTES], const char * format, Args... args) noexc
 
 // Check, build, decode, sample: rows 0..n_rows-1, the records from first_record on, which is the
 // ring's. The step is recorded there, done or not, and in engine.info; returns the code. n_pad: see
-// plb_run.
-int32_t one_step(plb_engine & engine, int32_t n_rows, int32_t first_record, int32_t n_pad = 0);
+// plb_run. drafted: the rows are those that engine.drafts has written.
+int32_t one_step(plb_engine & engine, int32_t n_rows, int32_t first_record, int32_t n_pad = 0,
+                 bool drafted = false);
+
+// A result's slot goes on behind it.
+void advance(plb_engine & engine, const plb_result & result) noexcept;
 
 // Sets the engine's text and the row that it speaks of; returns the code.
 int32_t fail(plb_engine & engine, int32_t code, int32_t row = -1) noexcept;

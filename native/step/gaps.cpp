@@ -37,7 +37,7 @@ bool gaps::choose(const llama_batch & batch, int32_t n_pad) {
     filled_.clear();
     held_.clear();
     llama_seq_id next = n_pad > 0 ? 0 : batch.seq_id[0][0];
-    for (int32_t i = 0; i <= batch.n_tokens; ++i) {
+    for (int32_t i = 0; i <= batch.n_tokens; i += n_each_) {
         const bool behind = i == batch.n_tokens; // all rows
         const llama_seq_id seq = behind ? std::max(next, n_pad) : batch.seq_id[i][0];
         const size_t before = filled_.size();
@@ -46,9 +46,9 @@ bool gaps::choose(const llama_batch & batch, int32_t n_pad) {
             const llama_pos held = llama_memory_seq_pos_max(memory_, next) + 1;
             filled_.push_back(next);
             held_.push_back(held);
-            fits = n_pad > 0 ? held < n_pos_max_ : held == 0;
+            fits = n_pad > 0 ? held + n_each_ <= n_pos_max_ : held == 0;
         }
-        fits = fits && batch.n_tokens + (int32_t) filled_.size() <= n_rows_max_;
+        fits = fits && batch.n_tokens + n_filled() <= n_rows_max_;
         if (!fits && n_pad > 0) {
             return false;
         }
@@ -61,17 +61,24 @@ bool gaps::choose(const llama_batch & batch, int32_t n_pad) {
     return true;
 }
 
-llama_batch gaps::fill(const llama_batch & batch, int32_t n_pad) {
-    filled_.clear();
-    if (batch.n_tokens > n_rows_max_) {
-        return batch;
-    }
-    int32_t n_outputs = 0;
+bool gaps::each_the_same(const llama_batch & batch, int32_t & n_outputs) const {
+    n_outputs = 0;
     for (int32_t i = 0; i < batch.n_tokens; ++i) {
-        if (i > 0 && batch.seq_id[i][0] <= batch.seq_id[i - 1][0]) {
-            return batch;
+        const llama_seq_id seq = batch.seq_id[i][0], before = i > 0 ? batch.seq_id[i - 1][0] : -1;
+        if (i % n_each_ == 0 ? seq <= before : seq != before) {
+            return false;
         }
         n_outputs += batch.logits[i] != 0;
+    }
+    return batch.n_tokens % n_each_ == 0;
+}
+
+llama_batch gaps::fill(const llama_batch & batch, int32_t n_pad, int32_t n_each) {
+    filled_.clear();
+    n_each_ = n_each;
+    int32_t n_outputs = 0;
+    if (batch.n_tokens > n_rows_max_ || !each_the_same(batch, n_outputs)) {
+        return batch;
     }
     if (!choose(batch, n_pad)) {
         choose(batch, 0);
@@ -81,12 +88,14 @@ llama_batch gaps::fill(const llama_batch & batch, int32_t n_pad) {
     }
     // An output of each row: so the graph is the same, whichever sequences decode.
     const bool output = n_outputs == batch.n_tokens &&
-                        n_outputs + (int32_t) filled_.size() <= n_outputs_max_;
+                        n_outputs + n_filled() <= n_outputs_max_;
     n_ = 0;
     size_t k = 0;
     const auto add_below = [&](llama_seq_id end) {
         for (; k < filled_.size() && filled_[k] < end; ++k) {
-            add(batch.token[0], held_[k], filled_[k], output);
+            for (int32_t j = 0; j < n_each_; ++j) {
+                add(batch.token[0], held_[k] + j, filled_[k], output);
+            }
         }
     };
     for (int32_t i = 0; i < batch.n_tokens; ++i) {

@@ -19,10 +19,11 @@ public:
     gaps(llama_context * ctx, int32_t most, int32_t n_outputs_max, int32_t n_pos_max);
 
     int32_t most() const { return most_; }
-    // The batch with a row for each gap, and for each sequence below n_pad; or as it is, where it is
-    // not one row for each of ascending sequences, or there is no room. Valid until the next call.
-    llama_batch fill(const llama_batch & batch, int32_t n_pad);
-    int32_t n_filled() const { return (int32_t) filled_.size(); }
+    // The batch with n_each rows for each gap, and for each sequence below n_pad; or as it is, where
+    // it is not n_each rows of each of ascending sequences, or there is no room. Valid until the next
+    // call.
+    llama_batch fill(const llama_batch & batch, int32_t n_pad, int32_t n_each);
+    int32_t n_filled() const { return (int32_t) filled_.size() * n_each_; } // rows
     // Where a row of the last batch is now.
     int32_t row(int32_t i) const { return filled_.empty() ? i : row_[(size_t) i]; }
     // Removes what the rows have left behind. False: libllama refuses, and it is still there.
@@ -30,13 +31,14 @@ public:
 
 private:
     bool choose(const llama_batch & batch, int32_t n_pad);
+    bool each_the_same(const llama_batch & batch, int32_t & n_outputs) const;
     void add(llama_token token, llama_pos pos, llama_seq_id seq, int8_t output);
 
     llama_memory_t memory_;
     int32_t most_, n_rows_max_, n_outputs_max_, n_pos_max_;
-    int32_t n_ = 0;
+    int32_t n_ = 0, n_each_ = 1;
     std::vector<int32_t>        row_;    // [n_rows_max]
-    std::vector<llama_seq_id>   filled_; // sequences that have a row of ours, ascending
+    std::vector<llama_seq_id>   filled_; // sequences that have rows of ours, ascending
     std::vector<llama_pos>      held_;   // positions that each of them holds
     std::vector<llama_token>    token_;
     std::vector<llama_pos>      pos_;

@@ -42,6 +42,10 @@ int32_t check_run(plb_engine & engine, const llama_seq_id * slots, int32_t n_slo
         }
         engine.named[seq] = 1;
     }
+    int32_t bad = 0;
+    if (engine.drafts && engine.drafts->begin(slots, n_slots, views.n_vocab, bad) != PLB_OK) {
+        return fail(engine, PLB_E_DRAFT, n_before + bad);
+    }
     return PLB_OK;
 }
 
@@ -82,25 +86,49 @@ int32_t collect_finished(plb_engine & engine) {
     return (int32_t) (end - engine.finished.begin());
 }
 
-int32_t run_steps(plb_engine & engine, int32_t n_slots, int32_t n_before, int32_t n_pad,
-                  int32_t n_steps, plb_run_info & run) {
-    const int32_t n_sampled = count_sampled(engine, n_slots, n_before);
+// Rows of the next step, and how many of them are sampled at most.
+struct rows_of_step {
+    int32_t n;
+    int32_t n_sampled;
+    bool    drafted;
+};
+
+// False: there are no more positions.
+bool write_step(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_before,
+                int32_t n_pad, rows_of_step & rows) {
+    const int32_t n = engine.drafts && n_before == 0
+                          ? engine.drafts->write(engine, slots, n_slots, n_pad) : 0;
+    if (n > 0) {
+        rows = {n, n, true};
+        return true;
+    }
+    if (engine.drafts) {
+        write_rows(engine, slots, n_slots, n_before);
+    }
+    rows = {n_before + n_slots, count_sampled(engine, n_slots, n_before), false};
+    return write_next(engine, n_slots, n_before) < engine.views.n_pos_max;
+}
+
+int32_t run_steps(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_before,
+                  int32_t n_pad, int32_t n_steps, plb_run_info & run) {
+    rows_of_step rows = {};
     const auto take_interrupt = [&] {
         return engine.interrupted.exchange(false, std::memory_order_acquire);
     };
     while (run.n_steps < n_steps) {
         engine.ring.publish();
-        const llama_pos last = write_next(engine, n_slots, n_before);
-        if (run.n_steps > 0 && last >= engine.views.n_pos_max) {
+        if (!write_step(engine, slots, n_slots, n_before, n_pad, rows) && run.n_steps > 0) {
             break;
         }
-        if (!engine.ring.has_room(n_sampled) &&
-            !engine.ring.wait_for_room(n_sampled, [&] { return engine.interrupted.load(); }, FULL_WAIT)) {
+        if (!engine.ring.has_room(rows.n_sampled) &&
+            !engine.ring.wait_for_room(rows.n_sampled, [&] { return engine.interrupted.load(); },
+                                       FULL_WAIT)) {
             take_interrupt();
             run.stop = PLB_STOP_FULL;
             break;
         }
-        const int32_t code = one_step(engine, n_before + n_slots, engine.ring.reserve(n_sampled), n_pad);
+        const int32_t code =
+            one_step(engine, rows.n, engine.ring.reserve(rows.n_sampled), n_pad, rows.drafted);
         if (code != PLB_OK) {
             run.stop = PLB_STOP_CODE;
             return code;
@@ -108,7 +136,13 @@ int32_t run_steps(plb_engine & engine, int32_t n_slots, int32_t n_before, int32_
         if (++run.n_steps == 1) {
             run.first_ns = run.ns + plb_now_ns();
         }
-        run.n_results += engine.info.n_results;
+        run.n_results  += engine.info.n_results;
+        run.n_rows     += rows.n;
+        run.n_drafted  += engine.info.n_drafted;
+        run.n_accepted += engine.info.n_accepted;
+        if (engine.drafts && !rows.drafted) {
+            engine.drafts->took_one(slots, n_slots);
+        }
         const bool interrupted = take_interrupt();
         run.n_finished = collect_finished(engine);
         if (run.n_finished > 0) {
@@ -148,8 +182,11 @@ int32_t plb_run(plb_engine * engine, int32_t n_before, const llama_seq_id * slot
         write_rows(*engine, slots, n_slots, n_before);
         engine->ring.plan(false);
         out->ns   = -plb_now_ns();
-        out->code = run_steps(*engine, n_slots, n_before, n_pad, n_steps, *out);
+        out->code = run_steps(*engine, slots, n_slots, n_before, n_pad, n_steps, *out);
         out->ns  += plb_now_ns();
+        if (engine->drafts) {
+            engine->drafts->end(*engine, slots, n_slots);
+        }
         out->n_reused += engine->info.n_reused;
     }
     out->n_recorded = engine->ring.n_done();

@@ -1,6 +1,8 @@
 // The slots of an engine: set, copied, taken out, put back.
 #include "step/engine.hpp"
 
+#include <algorithm>
+
 using namespace plb;
 
 namespace {
@@ -22,6 +24,16 @@ plb_slot & slot_of(plb_engine & engine, int32_t seq) {
         refuse(PLB_E_NO_SLOT);
     }
     return *place;
+}
+
+// With what the engine drafts from, where it does.
+std::unique_ptr<plb_slot> new_slot(const plb_engine & engine, const plb_sampling & sampling,
+                                   const llama_token * prompt, int32_t n_prompt) {
+    auto slot = make_slot(engine.words, sampling, engine.views.n_logprobs_max, prompt, n_prompt);
+    if (engine.drafts && engine.drafts->ngram()) {
+        slot->history = ngram(prompt, n_prompt, std::min(sampling.max_tokens, engine.words.n_ctx));
+    }
+    return slot;
 }
 
 } // namespace
@@ -48,8 +60,7 @@ int32_t plb_slot_set(plb_engine * engine, int32_t seq, const plb_sampling * samp
         return PLB_E_ARGUMENT;
     }
     return guarded(engine->error, [&] {
-        place_of(*engine, seq) = make_slot(engine->words, *sampling, engine->views.n_logprobs_max,
-                                           prompt, n_prompt);
+        place_of(*engine, seq) = new_slot(*engine, *sampling, prompt, n_prompt);
     });
 }
 
@@ -63,8 +74,7 @@ int32_t plb_slot_new(const plb_engine * engine, const plb_sampling * sampling,
     *out = nullptr;
     char text[TEXT_BYTES] = "";
     const int32_t code = guarded(text, [&] {
-        *out = make_slot(engine->words, *sampling, engine->views.n_logprobs_max, prompt, n_prompt)
-                   .release();
+        *out = new_slot(*engine, *sampling, prompt, n_prompt).release();
     });
     if (error != nullptr && n_error > 0) {
         snprintf(error, (size_t) n_error, "%s", text);

@@ -15,6 +15,14 @@ int32_t plb::fail(plb_engine & engine, int32_t code, int32_t row) noexcept {
     return code;
 }
 
+void plb::advance(plb_engine & engine, const plb_result & result) noexcept {
+    if (result.token >= 0) {
+        plb_slot & slot = *engine.slots[result.seq];
+        slot.next_token = result.token;
+        slot.next_pos   = engine.pos[result.row] + 1;
+    }
+}
+
 namespace {
 
 constexpr int32_t ROW_FLAGS = PLB_ROW_OUTPUT | PLB_ROW_SAMPLE;
@@ -103,14 +111,6 @@ bool each_slot_once(plb_engine & engine, int32_t n_rows) {
     return true;
 }
 
-void advance(plb_engine & engine, const plb_result & result) {
-    if (result.token >= 0) {
-        plb_slot & slot = *engine.slots[result.seq];
-        slot.next_token = result.token;
-        slot.next_pos   = engine.pos[result.row] + 1;
-    }
-}
-
 // Whether the device may choose for all rows of this step that give an output.
 bool short_enough(plb_engine & engine, int32_t n_rows) {
     if (engine.all_outputs) {
@@ -132,7 +132,10 @@ void choose_place(plb_engine & engine, int32_t n_rows) {
         return;
     }
     shortlist & device = *engine.on_device;
-    info.on_device = engine.place.on_device(info.n_outputs, short_enough(engine, n_rows));
+    // Drafts are sampled from whole rows; so are the steps between those that have some.
+    const bool drafting = engine.drafts && engine.drafts->wanted();
+    info.on_device =
+        engine.place.on_device(info.n_outputs, !drafting && short_enough(engine, n_rows));
     if (info.on_device && !device.attach()) {
         info.on_device = 0;
         engine.place.refuse();
@@ -182,7 +185,7 @@ int32_t sample_rows(plb_engine & engine, int32_t n_rows, int32_t first) {
     return n;
 }
 
-int32_t check_decode_sample(plb_engine & engine, int32_t n_rows, int32_t n_pad) {
+int32_t check_decode_sample(plb_engine & engine, int32_t n_rows, int32_t n_pad, bool drafted) {
     plb_step_info & info = engine.info;
     info.n_rows = n_rows;
     if (n_rows < 1 || n_rows > engine.views.n_rows_max) {
@@ -194,7 +197,7 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows, int32_t n_pad) 
     }
     llama_batch batch = build_batch(engine, n_rows);
     if (engine.gaps) {
-        batch = engine.gaps->fill(batch, n_pad);
+        batch = engine.gaps->fill(batch, n_pad, drafted ? engine.drafts->n_each() : 1);
         info.n_filled = engine.gaps->n_filled();
     }
     const int64_t t_built = plb_now_ns();
@@ -231,7 +234,14 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows, int32_t n_pad) 
         set_text(engine.error, "%s", "device sampling: the candidates' rows can't be told");
         return PLB_E_DECODE;
     }
-    if (info.n_outputs > 0) {
+    if (drafted) {
+        info.n_results = engine.drafts->sample(engine, info.first_result);
+        if (info.n_results < 0) {
+            info.n_results = 0;
+            set_text(engine.error, "%s", "libllama does not take back rows of rejected drafts");
+            return PLB_E_DECODE;
+        }
+    } else if (info.n_outputs > 0) {
         info.n_results = sample_rows(engine, n_rows, info.first_result);
     }
     const int64_t t_sampled = plb_now_ns();
@@ -244,14 +254,15 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows, int32_t n_pad) 
 
 } // namespace
 
-int32_t plb::one_step(plb_engine & engine, int32_t n_rows, int32_t first_record, int32_t n_pad) {
+int32_t plb::one_step(plb_engine & engine, int32_t n_rows, int32_t first_record, int32_t n_pad,
+                      bool drafted) {
     engine.error[0] = 0;
     plb_step_info & info = engine.info;
     info = {};
     info.t_start_ns   = plb_now_ns();
     info.first_result = first_record;
     info.bad_row      = -1;
-    info.code         = check_decode_sample(engine, n_rows, n_pad);
+    info.code         = check_decode_sample(engine, n_rows, n_pad, drafted);
     info.n_reused     = llama_perf_context(engine.ctx).n_reused;
     engine.steps[engine.ring.next_step()] = info;
     engine.ring.record(info.n_results);

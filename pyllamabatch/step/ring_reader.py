@@ -140,7 +140,19 @@ class StreamStepper(Stepper):
         records = self._finished[0 : info.n_finished] if info.n_finished else ()
         results = [(r.seq, r.token, r.finish, r.logprob) for r in records]
         seconds, first = info.ns * 1e-9, info.first_ns * 1e-9
-        return Run(code, info.n_steps, info.n_reused, seconds, results, first)
+        taken = None if self.drafts is None else self.drafts.n_taken
+        return Run(
+            code,
+            info.n_steps,
+            info.n_reused,
+            seconds,
+            results,
+            first,
+            info.n_rows,
+            info.n_drafted,
+            info.n_accepted,
+            taken,
+        )
 
     @property
     def n_recorded(self) -> int:

@@ -54,6 +54,7 @@ from pyllamabatch.step.types import (
     RESULT_DTYPE,
     SAMPLE,
     STEP_DTYPE,
+    Drafts,
     Finish,
     Results,
     Rows,
@@ -62,14 +63,16 @@ from pyllamabatch.step.types import (
 )
 
 __all__ = [
-    "OUTPUT", "RESULT_DTYPE", "SAMPLE", "STEP_DTYPE", "DetachedSlot", "Finish", "Results", "Rows",
-    "SlotInfo", "Stepper", "Stop",
+    "OUTPUT", "RESULT_DTYPE", "SAMPLE", "STEP_DTYPE", "DetachedSlot", "Drafts", "Finish", "Results",
+    "Rows", "SlotInfo", "Stepper", "Stop",
 ]  # fmt: skip
 
 _REFUSED: int = lib.PLB_E_ARGUMENT  # and below: ours, not llama_decode's
 _THREW: int = lib.PLB_E_DECODE
 _NO_SLOTS = np.zeros(0, np.int32)
 
+DRAFTERS: dict[str, int] = {"ngram": lib.PLB_DRAFTER_NGRAM}
+DRAFT_LIMIT: int = lib.PLB_DRAFT_LIMIT
 SAMPLING_THREADS = 32  # more than a memory bus feeds
 
 
@@ -92,6 +95,10 @@ class Stepper:
       get a row of their own in such a step, so that it is not cut in two: default 16 on a device,
       where a row costs little beside reading the weights again, 1 on a CPU, 0 for a unified cache.
       `steps["n_filled"]` tells how many there were.
+    - n_draft_max: tokens of a sequence that a step of a run may check beside its next one (`drafts`
+      says which), up to DRAFT_LIMIT. drafter: "ngram" lets the stepper draft them itself, from what
+      the sequence's own tokens were followed by before; None: only what is given. The context needs
+      outputs for all rows of such a step, and one of a recurrent model n_rs_seq=n_draft_max.
     - sync: wait for the device at every step, also when no row has an output; for exact timings.
 
     Keeps the context alive. Like the context it serves one thread at a time: a second one gets
@@ -110,6 +117,8 @@ class Stepper:
         sampler: str = "auto",
         device_sampling: bool | str = "auto",
         gap_max: int | None = None,
+        n_draft_max: int = 0,
+        drafter: str | None = None,
         sync: bool = False,
     ) -> None:
         if context.model._no_alloc:
@@ -126,6 +135,9 @@ class Stepper:
         params.device_sampling = on_device
         gaps = gap_max_of(context) if gap_max is None else gap_max
         params.gap_max = integer("gap_max", gaps, 0, 256)
+        params.n_draft_max = integer("n_draft_max", n_draft_max, 0, DRAFT_LIMIT)
+        if drafter is not None:
+            params.drafter = DRAFTERS[choice("drafter", drafter, DRAFTERS)]
         params.sync = bool(sync)
         params.stream = self._stream
         out = ffi.new("plb_engine **")
@@ -166,6 +178,9 @@ class Stepper:
             top_logprob=view(views.top_logprob, np.float32, (results, width), engine),
             steps=view(views.steps, STEP_DTYPE, (self.n_steps_max,), engine),
         )
+        self.drafts: Drafts | None = None  # with n_draft_max
+        if n_draft_max:
+            self.drafts = _drafts_of(engine, self.n_seq_max)
         self._slots: dict[int, DetachedSlot] = {}  # by sequence id
         self._run: Any = ffi.new("plb_run_info *")
         self._finished: Any = views.finished
@@ -197,6 +212,9 @@ class Stepper:
         and before a step that llama_decode has no cells for or fails at: `result.code` then, and
         the steps before it are done and their results valid. Rows 0 to len(slots) - 1 are
         overwritten. Raises as `step` does.
+
+        Where `drafts` has tokens to check, a step may sample several tokens of a sequence: the same
+        ones, with the same draws, as so many steps.
         """
         seqs = np.ascontiguousarray(slots, dtype=np.int32)
         if not 0 < seqs.size <= self.n_seq_max:
@@ -234,8 +252,8 @@ class Stepper:
             memory = context.memory
             if memory._stale:
                 memory.applied()
-            if self._rollback:
-                memory.decoded(self.rows.seq[:n_rows])
+            if self._rollback:  # a draft may have used up what a state can go back
+                memory.decoded(self.rows.seq[:n_rows] if self.drafts is None else slots)
         if code == _THREW and not n_steps:
             raise FatalDecodeError(code, self.last_error)
 
@@ -452,6 +470,20 @@ class Stepper:
             raise slot_failure(code, seq_id, self.last_error)
 
 
+def _drafts_of(engine: Any, n_seq_max: int) -> Drafts:
+    native = ffi.new("plb_drafts *")
+    lib.plb_engine_drafts(engine, native)
+    wide = n_seq_max, native.n_draft_max
+    return Drafts(
+        view(native.n_most, np.int32, (n_seq_max,), engine),
+        view(native.n_given, np.int32, (n_seq_max,), engine),
+        view(native.token, np.int32, wide, engine),
+        view(native.n_taken, np.int32, (n_seq_max,), engine),
+        view(native.found, np.float32, wide, engine),
+        view(native.right, np.float32, wide, engine),
+    )
+
+
 def _refused(stepper: Stepper, code: int, n_rows: int, slots: npt.NDArray[np.int32]) -> Exception:
     """The exception for a call that was refused before libllama saw it: of a run of `slots`, or of
     n_rows rows."""
@@ -466,6 +498,7 @@ def _refused(stepper: Stepper, code: int, n_rows: int, slots: npt.NDArray[np.int
         lib.PLB_E_SLOT_FINISHED: ("seq", "must be a sequence whose slot has not finished"),
         lib.PLB_E_NO_TOKEN: ("seq", "must be a sequence that has a next token"),
         lib.PLB_E_SEQ_TWICE: ("seq", "must be named once"),
+        lib.PLB_E_DRAFT: ("drafts", "must have drafts of at most n_draft_max tokens"),
     }
     at = stepper._info.bad_row
     if code not in limits or at < 0:
@@ -473,6 +506,8 @@ def _refused(stepper: Stepper, code: int, n_rows: int, slots: npt.NDArray[np.int
     name, limit = limits[code]
     i = at - (n_rows - len(slots))  # among the slots, whose rows are the last ones
     if i >= 0:
+        if name == "drafts":
+            return ArgumentError("drafts", f"those of sequence {slots[i]}", limit)
         if name == "pos":
             limit = f"its next position must be below {stepper.n_pos_max}"
         return ArgumentError(f"slots[{i}]", int(slots[i]), limit)

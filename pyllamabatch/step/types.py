@@ -34,7 +34,7 @@ STEP_DTYPE = np.dtype(
     [
         *_fields(np.int64, "t_start_ns build_ns decode_ns sync_ns sample_ns n_reused"),
         *_fields(np.int32, "code n_rows n_outputs n_results first_result bad_row on_device"),
-        ("n_filled", np.int32),
+        *_fields(np.int32, "n_filled n_drafted n_accepted"),
     ]
 )
 
@@ -70,6 +70,27 @@ class Rows(NamedTuple):
     pos: I32
     seq: I32
     flags: U8
+
+
+class Drafts(NamedTuple):
+    """What a run's steps check beside the slots' next tokens (speculative decoding): persistent
+    NumPy views, by sequence; see `plb_drafts` in native/plb.h.
+
+    - n_most: drafted rows of each sequence in a step of the runs to come; 0 at first, and at most
+      the stepper's n_draft_max.
+    - n_given, token: so many tokens of the sequence's row of `token` are drafts for the first step
+      of the next run, which sets n_given to 0.
+    - n_taken: tokens that the last run has sampled of each of its slots.
+    - found, right: shape (n_seq_max, n_draft_max), of the slots of the last run: how often, lately,
+      there was a draft with this many tokens, and how often all of them were the sampled ones.
+    """
+
+    n_most: I32
+    n_given: I32
+    token: I32
+    n_taken: I32
+    found: F32
+    right: F32
 
 
 class _Valid(Generic[S]):
@@ -140,6 +161,12 @@ class Run(NamedTuple):
     # and log-probability. Token is -1 and finish `Finish.ERROR` where a row could not be sampled.
     results: Sequence[tuple[int, int, int, float]] = ()
     first_seconds: float = 0.0  # of its first step
+    # Of all steps: rows, drafted ones included; drafted rows, and those that stay. `taken`: tokens
+    # sampled, by slot; None: one a step of each.
+    n_rows: int = 0
+    n_drafted: int = 0
+    n_accepted: int = 0
+    taken: I32 | None = None
 
 
 @dataclass(frozen=True)

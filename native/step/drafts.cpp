@@ -1,0 +1,222 @@
+#include "step/drafts.hpp"
+
+#include "step/engine.hpp"
+
+#include <algorithm>
+
+namespace plb {
+
+namespace {
+
+bool keeps_a_state(const llama_model * model) {
+    return llama_model_is_recurrent(model) || llama_model_is_hybrid(model);
+}
+
+} // namespace
+
+drafts::drafts(const llama_context * ctx, int32_t n_max, int32_t drafter, int32_t n_seq_max)
+    : n_max_(n_max), drafter_(drafter) {
+    if (keeps_a_state(llama_get_model(ctx)) && (int32_t) llama_n_rs_seq(ctx) < n_max) {
+        throw failure{PLB_E_ROLLBACK, plb_code_text(PLB_E_ROLLBACK)};
+    }
+    bind(ctx);
+    const auto n = (size_t) n_seq_max, n_all = n * (size_t) n_max;
+    n_most_.resize(n);
+    n_given_.resize(n);
+    n_taken_.resize(n);
+    token_.resize(n_all);
+    found_.resize(n_all);
+    right_.resize(n_all);
+    rows_.reserve(n);
+    live_.reserve(n);
+}
+
+void drafts::bind(const llama_context * ctx) {
+    n_ubatch_  = (int32_t) std::min(llama_n_ubatch(ctx), llama_n_batch(ctx));
+    n_ctx_seq_ = (int32_t) std::min<uint32_t>(llama_n_ctx_seq(ctx), INT32_MAX);
+    even_ = llama_n_ctx_seq(ctx) < llama_n_ctx(ctx) || keeps_a_state(llama_get_model(ctx));
+}
+
+plb_drafts drafts::views() {
+    return {n_max_, n_most_.data(), n_given_.data(), token_.data(),
+            n_taken_.data(), found_.data(), right_.data()};
+}
+
+int32_t drafts::begin(const llama_seq_id * slots, int32_t n_slots, int32_t n_vocab, int32_t & bad) {
+    wanted_ = false;
+    for (bad = 0; bad < n_slots; ++bad) {
+        const auto seq = (size_t) slots[bad];
+        const int32_t most = n_most_[seq], given = n_given_[seq];
+        if (most < 0 || most > n_max_ || given < 0 || given > n_max_) {
+            return PLB_E_DRAFT;
+        }
+        const llama_token * token = &token_[seq * (size_t) n_max_];
+        if (!std::all_of(token, token + given, [&](llama_token t) { return t >= 0 && t < n_vocab; })) {
+            return PLB_E_DRAFT;
+        }
+        wanted_ = wanted_ || most > 0;
+        n_taken_[seq] = 0;
+    }
+    return PLB_OK;
+}
+
+// The tokens that a slot's next step has drafted rows for, in token_; how many.
+int32_t drafts::draft(plb_engine & engine, llama_seq_id seq) const {
+    const plb_slot & slot = *engine.slots[seq];
+    const int32_t positions = std::min(engine.views.n_pos_max, n_ctx_seq_) - 1 - slot.next_pos;
+    const int32_t budget = slot.params.max_tokens - slot.n_generated - 1;
+    const int32_t most = std::min({n_most_[(size_t) seq], budget, positions});
+    if (most < 1 || slot.report) {
+        return 0;
+    }
+    if (n_given_[(size_t) seq] > 0) {
+        return std::min(n_given_[(size_t) seq], most);
+    }
+    auto * token = const_cast<llama_token *>(&token_[(size_t) seq * (size_t) n_max_]);
+    return slot.history.draft(most, token);
+}
+
+// Drafts are cut so that all rows fit one ubatch; how many rows a slot has at least.
+int32_t drafts::cut(const plb_engine & engine, int32_t n_pad) {
+    const int32_t room = std::min({n_ubatch_, engine.n_outputs_max, engine.views.n_rows_max});
+    int32_t longest = 0;
+    for (const rows & r : rows_) {
+        longest = std::max(longest, r.n_drafted);
+    }
+    int32_t n = longest;
+    if (!even_) {
+        const auto fits = [&](int32_t most) {
+            int32_t n_rows = 0;
+            for (const rows & r : rows_) {
+                n_rows += 1 + std::min(r.n_drafted, most);
+            }
+            return n_rows <= room;
+        };
+        while (n > 0 && !fits(n)) {
+            --n;
+        }
+    } else {
+        auto width = (int32_t) rows_.size();
+        if (engine.gaps) {
+            const auto by_seq = [](const rows & a, const rows & b) { return a.seq < b.seq; };
+            const auto [low, high] = std::minmax_element(rows_.begin(), rows_.end(), by_seq);
+            width = n_pad > 0 ? std::max(n_pad, high->seq + 1) : high->seq + 1 - low->seq;
+        }
+        n = std::min(n, room / width - 1);
+        for (const rows & r : rows_) {
+            const int32_t next = engine.slots[r.seq]->next_pos;
+            n = std::min(n, std::min(engine.views.n_pos_max, n_ctx_seq_) - 1 - next);
+        }
+    }
+    for (rows & r : rows_) {
+        r.n_drafted = std::min(r.n_drafted, std::max(n, 0));
+    }
+    return even_ ? 1 + std::max(n, 0) : 1;
+}
+
+int32_t drafts::write(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_pad) {
+    n_each_ = 1;
+    if (!wanted_) {
+        return 0;
+    }
+    rows_.clear();
+    int32_t n_drafted = 0;
+    for (int32_t i = 0; i < n_slots; ++i) {
+        rows_.push_back({slots[i], 0, 0, draft(engine, slots[i]), 0});
+    }
+    n_each_ = cut(engine, n_pad);
+    int32_t row = 0;
+    for (rows & r : rows_) {
+        const plb_slot & slot = *engine.slots[r.seq];
+        const llama_token * token = &token_[(size_t) r.seq * (size_t) n_max_];
+        r.first = row;
+        r.n     = std::max(1 + r.n_drafted, n_each_);
+        for (int32_t j = 0; j < r.n; ++j, ++row) {
+            engine.token[row] = j == 0 || j > r.n_drafted ? slot.next_token : token[j - 1];
+            engine.pos[row]   = slot.next_pos + j;
+            engine.seq[row]   = r.seq;
+            engine.flags[row] = (uint8_t) (j == 0 ? PLB_ROW_SAMPLE : PLB_ROW_OUTPUT);
+        }
+        n_drafted += r.n_drafted;
+    }
+    if (n_drafted == 0) {
+        n_each_ = 1;
+        return 0;
+    }
+    return row;
+}
+
+// In rounds: a row of each slot that goes on, on all sampling threads.
+int32_t drafts::sample(plb_engine & engine, int32_t first) {
+    const bool has_logits = llama_get_logits(engine.ctx) != nullptr;
+    live_.clear();
+    for (size_t i = 0; i < rows_.size(); ++i) {
+        live_.push_back((int32_t) i);
+    }
+    int32_t n = 0;
+    while (!live_.empty()) {
+        const auto n_jobs = (int32_t) live_.size();
+        for (int32_t j = 0; j < n_jobs; ++j) {
+            const rows & r = rows_[(size_t) live_[(size_t) j]];
+            const int32_t row = r.first + r.n_taken;
+            plb_result & result = engine.results[first + n + j];
+            result.seq = r.seq;
+            result.row = row;
+            const size_t top = (size_t) (first + n + j) * engine.views.n_logprobs_max;
+            const int32_t at = engine.gaps ? engine.gaps->row(row) : row;
+            engine.jobs[j] = {engine.slots[r.seq].get(),
+                              has_logits ? llama_get_logits_ith(engine.ctx, at) : nullptr, nullptr,
+                              &result, &engine.top_token[top], &engine.top_logprob[top]};
+        }
+        engine.sampler->sample(engine.jobs.data(), n_jobs);
+        size_t n_live = 0;
+        for (int32_t j = 0; j < n_jobs; ++j) {
+            const plb_result & result = engine.results[first + n + j];
+            rows & r = rows_[(size_t) live_[(size_t) j]];
+            advance(engine, result);
+            const bool right = r.n_taken < r.n_drafted && result.token == engine.token[result.row + 1];
+            ++r.n_taken;
+            if (right && engine.slots[r.seq]->active()) {
+                live_[n_live++] = live_[(size_t) j];
+            }
+        }
+        live_.resize(n_live);
+        n += n_jobs;
+    }
+    bool ok = true;
+    llama_memory_t memory = llama_get_memory(engine.ctx);
+    for (const rows & r : rows_) {
+        n_taken_[(size_t) r.seq] += r.n_taken;
+        engine.info.n_drafted  += r.n_drafted;
+        engine.info.n_accepted += r.n_taken - 1;
+        plb_slot & slot = *engine.slots[r.seq];
+        if (!slot.history.has_room()) {
+            slot.record.note(r.n_drafted, r.n_taken - 1);
+        }
+        if (r.n_taken < r.n) {
+            const llama_pos end = engine.pos[r.first] + r.n_taken;
+            ok = llama_memory_seq_rm(memory, r.seq, end, -1) && ok;
+        }
+    }
+    return ok ? n : -1;
+}
+
+void drafts::took_one(const llama_seq_id * slots, int32_t n_slots) {
+    for (int32_t i = 0; i < n_slots; ++i) {
+        ++n_taken_[(size_t) slots[i]];
+    }
+}
+
+void drafts::end(const plb_engine & engine, const llama_seq_id * slots, int32_t n_slots) {
+    for (int32_t i = 0; i < n_slots; ++i) {
+        const auto seq = (size_t) slots[i];
+        const draft_record & record = engine.slots[seq]->record;
+        std::copy_n(record.found, n_max_, found_.begin() + (ptrdiff_t) (seq * (size_t) n_max_));
+        std::copy_n(record.right, n_max_, right_.begin() + (ptrdiff_t) (seq * (size_t) n_max_));
+        n_given_[seq] = 0;
+    }
+    wanted_ = false;
+    n_each_ = 1;
+}
+
+} // namespace plb

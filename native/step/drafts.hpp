@@ -1,0 +1,61 @@
+// The drafted rows of a run: how many each slot has in a step, what they hold, and what is taken back.
+#pragma once
+
+#include "plb.h"
+
+#include <cstdint>
+#include <vector>
+
+namespace plb {
+
+class drafts {
+public:
+    // Throws `failure` where the context can't take rows back.
+    drafts(const llama_context * ctx, int32_t n_max, int32_t drafter, int32_t n_seq_max);
+
+    void bind(const llama_context * ctx);
+    plb_drafts views();
+    bool ngram() const { return drafter_ == PLB_DRAFTER_NGRAM; }
+
+    // A run of these slots begins: PLB_OK, or PLB_E_DRAFT and the slot that it speaks of.
+    int32_t begin(const llama_seq_id * slots, int32_t n_slots, int32_t n_vocab, int32_t & bad);
+    // Whether it may have drafted rows in any step.
+    bool wanted() const { return wanted_; }
+    // Writes the rows of its next step; how many, 0 for one without drafts.
+    int32_t write(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_pad);
+    // Of the step that was written: rows of each sequence that are there in any case, or 1.
+    int32_t n_each() const { return n_each_; }
+    // Samples its rows, the records from `first` on, and takes back the rest: how many records, or -1
+    // where libllama does not take rows back.
+    int32_t sample(plb_engine & engine, int32_t first);
+    // A step without drafts was computed.
+    void took_one(const llama_seq_id * slots, int32_t n_slots);
+    // The run has ended.
+    void end(const plb_engine & engine, const llama_seq_id * slots, int32_t n_slots);
+
+private:
+    struct rows {
+        llama_seq_id seq;
+        int32_t first;     // row
+        int32_t n;         // rows, those that only fill up included
+        int32_t n_drafted;
+        int32_t n_taken;   // tokens sampled
+    };
+
+    int32_t draft(plb_engine & engine, llama_seq_id seq) const;
+    int32_t cut(const plb_engine & engine, int32_t n_pad);
+
+    int32_t n_max_, drafter_;
+    bool    even_      = false; // all sequences of a step have the same number of rows
+    int32_t n_ubatch_  = 0;
+    int32_t n_ctx_seq_ = 0;
+    bool    wanted_    = false;
+    int32_t n_each_    = 1;
+    std::vector<int32_t>     n_most_, n_given_, n_taken_; // [n_seq_max]
+    std::vector<llama_token> token_;                      // [n_seq_max][n_max]
+    std::vector<float>       found_, right_;              // [n_seq_max][n_max]
+    std::vector<rows>        rows_;                       // of the step, [n_slots]
+    std::vector<int32_t>     live_;                       // in rows_
+};
+
+} // namespace plb

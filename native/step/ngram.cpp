@@ -1,0 +1,113 @@
+#include "step/ngram.hpp"
+
+#include <algorithm>
+
+namespace plb {
+
+namespace {
+
+constexpr int32_t LEAST  = 3;   // tokens that a match has at least
+constexpr int32_t MOST   = 32;  // that are compared
+constexpr int32_t TRIES  = 64;  // positions that are looked at
+constexpr float   SLOWEST = 1.0f / 16; // a new draft's weight in the record, when it is old
+
+uint32_t hash_of(const llama_token * last) { // of LEAST tokens, `last` the last one
+    uint32_t hash = 0;
+    for (int32_t i = 0; i < LEAST; ++i) {
+        hash = (hash ^ (uint32_t) last[-i]) * 0x9E3779B1u;
+    }
+    return hash ^ (hash >> 15);
+}
+
+} // namespace
+
+void draft_record::note(int32_t n_found, int32_t n_right) {
+    const float weight = std::max(1.0f / (float) (++n + 1), SLOWEST); // it begins with one of nothing
+    for (int32_t i = 0; i < PLB_DRAFT_LIMIT; ++i) {
+        found[i] += weight * ((float) (i < n_found) - found[i]);
+        right[i] += weight * ((float) (i < n_right) - right[i]);
+    }
+}
+
+ngram::ngram(const llama_token * prompt, int32_t n_prompt, int32_t n_more) {
+    const size_t room = (size_t) n_prompt + (size_t) n_more;
+    size_t n_hashes = 64;
+    while (n_hashes < room) {
+        n_hashes *= 2;
+    }
+    tokens_.resize(room);
+    before_.assign(room, -1);
+    newest_.assign(n_hashes, -1);
+    for (int32_t i = 0; i < n_prompt; ++i) {
+        append(prompt[i]);
+    }
+    n_watched_ = draft(PLB_DRAFT_LIMIT, watched_);
+}
+
+void ngram::append(llama_token token) {
+    const int32_t at = n_++;
+    tokens_[(size_t) at] = token;
+    if (at + 1 >= LEAST) {
+        int32_t & newest = newest_[hash_of(&tokens_[(size_t) at]) & (newest_.size() - 1)];
+        before_[(size_t) at] = newest;
+        newest = at;
+    }
+}
+
+void ngram::add(llama_token token, draft_record & record) {
+    if ((size_t) n_ >= tokens_.size()) {
+        return;
+    }
+    append(token);
+    if (n_right_ < n_watched_ && watched_[n_right_] == token) {
+        ++n_right_;
+        if (n_right_ < n_watched_) {
+            return;
+        }
+    }
+    record.note(n_watched_, n_right_);
+    n_right_   = 0;
+    n_watched_ = draft(PLB_DRAFT_LIMIT, watched_);
+}
+
+// The position that ends as the last one does, and how many tokens are the same; -1: there is none.
+int32_t ngram::find(int32_t & length) const {
+    length = LEAST - 1;
+    int32_t found = -1;
+    if (n_ < 1) {
+        return found;
+    }
+    const int32_t last = n_ - 1;
+    int32_t tries = TRIES;
+    for (int32_t at = before_[(size_t) last]; at >= 0 && tries-- > 0; at = before_[(size_t) at]) {
+        int32_t n = 0;
+        const int32_t most = std::min(MOST, at + 1);
+        while (n < most && tokens_[(size_t) (at - n)] == tokens_[(size_t) (last - n)]) {
+            ++n;
+        }
+        if (n > length) {
+            length = n;
+            found  = at;
+            if (n == MOST) {
+                break;
+            }
+        }
+    }
+    return found;
+}
+
+int32_t ngram::draft(int32_t n_most, llama_token * out) const {
+    int32_t length;
+    const int32_t found = n_most > 0 ? find(length) : -1;
+    if (found < 0) {
+        return 0;
+    }
+    const int32_t n = std::min(n_most, PLB_DRAFT_LIMIT + 0);
+    for (int32_t i = 0; i < n; ++i) {
+        const int32_t at = found + 1 + i;
+        out[i] = at < n_ ? tokens_[(size_t) at] : out[at - n_];
+    }
+    return n;
+}
+
+} // namespace plb

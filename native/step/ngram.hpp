@@ -1,0 +1,50 @@
+// Drafts from a sequence's own tokens: where its last tokens have occurred before, what followed there is
+// likely to follow again (a text that quotes or rewrites its prompt, code, a loop).
+//
+// As in an LZ77 compressor: every position is in a chain of those that end with the same few tokens,
+// the newest first. Of these the one with the longest match is taken, the newest among equals. A draft
+// that comes to the end of the tokens goes on with itself.
+#pragma once
+
+#include "plb.h"
+
+#include <cstdint>
+#include <vector>
+
+namespace plb {
+
+// How drafts have done lately: means that forget, by the number of tokens.
+struct draft_record {
+    float   found[PLB_DRAFT_LIMIT] = {}; // share of the drafts with more than i tokens
+    float   right[PLB_DRAFT_LIMIT] = {}; // share of which more than i were right
+    int32_t n = 0;
+
+    void note(int32_t n_found, int32_t n_right);
+};
+
+class ngram {
+public:
+    ngram() = default; // without room: drafts nothing
+    ngram(const llama_token * prompt, int32_t n_prompt, int32_t n_more);
+
+    // Behind its room nothing is remembered. Whether the drafts that there would have been are right
+    // goes to `record`.
+    void add(llama_token token, draft_record & record);
+    // At most n_most tokens that may come next; how many.
+    int32_t draft(int32_t n_most, llama_token * out) const;
+    bool has_room() const { return !tokens_.empty(); }
+
+private:
+    void append(llama_token token);
+    int32_t find(int32_t & length) const;
+
+    std::vector<llama_token> tokens_; // [room]
+    std::vector<int32_t> before_;     // [room]: the position before with the same last tokens, or -1
+    std::vector<int32_t> newest_;     // by hash
+    int32_t n_ = 0;
+    // a draft that is compared with what comes
+    llama_token watched_[PLB_DRAFT_LIMIT] = {};
+    int32_t n_watched_ = 0, n_right_ = 0;
+};
+
+} // namespace plb
