@@ -103,11 +103,16 @@ class Step:
             else:
                 groups.append([chunk])
         left = dict.fromkeys(self.decode.tolist())
+        ends = {chunk.slot for chunk in self.chunks}
+        others = [slot for slot in left if slot not in ends]
         pieces: list[tuple[Slots, Sequence[PromptChunk]]] = []
         for group in groups:
             slots = [chunk.slot for chunk in group]
-            # As many rows of each: their last ones go along, but where that costs a graph.
-            if not left.keys() >= set(slots) or (self.n_pad and len(self.decode) > len(slots)):
+            # As many rows of each: their last ones go along, but where that costs a graph, or parts
+            # others that decode into two ubatches: cells are held between them now.
+            costs_graph = self.n_pad and len(self.decode) > len(slots)
+            parts_others = others and others[0] < slots[0] <= slots[-1] < others[-1]
+            if not left.keys() >= set(slots) or costs_graph or parts_others:
                 slots = []
             for slot in slots:
                 del left[slot]

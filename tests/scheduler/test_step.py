@@ -47,6 +47,16 @@ def test_last_tokens_go_along_with_their_prompts_but_where_that_costs_a_graph() 
     assert [part.n_pad for part in replace(step([2], {2: 20}), n_pad=4).parts()] == [0]
 
 
+def test_a_last_token_stays_between_others_that_decode() -> None:
+    """Without it they would be two ubatches."""
+    assert shape(step([1, 2, 3], {2: 20})) == [([], {2: 20}), ([1, 2, 3], {})]
+    assert shape(step([1, 2, 3, 4], {3: 20, 4: 9})) == [
+        ([3], {3: 20}),
+        ([4], {4: 9}),
+        ([1, 2], {}),
+    ]
+
+
 def test_only_the_rows_that_decode_are_padded() -> None:
     parts = replace(step([0, 3], {3: 20}), n_pad=8).parts()
     assert [part.n_pad for part in parts] == [0, 8]
