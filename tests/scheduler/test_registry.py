@@ -16,6 +16,7 @@ from pyllamabatch.scheduler import (
     make_policy,
     policies,
     policy_names,
+    registry,
     sarathi,
     shortest,
     slo,
@@ -93,7 +94,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> None:
         assert group == policies.GROUP
         return [EntryPoint(name, value, group) for name, value in values.items()]
 
-    monkeypatch.setattr(policies, "entry_points", entry_points)
+    monkeypatch.setattr(registry, "entry_points", entry_points)
 
 
 @pytest.mark.usefixtures("packages")
