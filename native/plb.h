@@ -230,6 +230,27 @@ typedef struct plb_drafts {
     float       * right;
 } plb_drafts;
 
+/* A second, smaller model with the same vocabulary, in an engine of its own: without `stream`, with as
+ * many sequences, and for as many rows in a step. Its sequence i follows sequence i of the engine that
+ * it drafts for, and its slots are what drafts need: the caller sets none. Both engines must outlive
+ * it, and belong to the same thread. */
+typedef struct plb_draft_model plb_draft_model;
+
+/* PLB_E_ARGUMENT when the engines do not suit each other, or the target has no drafts. */
+int32_t plb_draft_model_new(plb_engine * model, plb_engine * target, plb_draft_model ** out);
+void    plb_draft_model_free(plb_draft_model * self);
+/* The sequence's slot is set, and these are all tokens that it knows, the next row's included. */
+int32_t plb_draft_model_begin(plb_draft_model * self, int32_t seq, const llama_token * tokens,
+                              int32_t n_tokens);
+/* It drafts no more for this sequence. What its memory holds may serve the next one. */
+int32_t plb_draft_model_end(plb_draft_model * self, int32_t seq);
+/* The drafts for the next run of these slots: of each as many tokens as plb_drafts.n_most says, its
+ * model's most likely ones, up to one that ends a text. First its memory is brought to where each
+ * sequence is now: what was rejected is taken out, what it lacks is computed. Returns 0 or a code as
+ * plb_step; other than 0 there are no drafts, and what the memory had of these slots is gone. Where
+ * there is no room for them (1), that of other slots is, too. */
+int32_t plb_draft_model_draft(plb_draft_model * self, const llama_seq_id * slots, int32_t n_slots);
+
 plb_engine_params plb_engine_default_params(void);
 
 /* The context must outlive the engine's last plb_step; plb_engine_free may come after it. A context

@@ -1,0 +1,275 @@
+#include "step/draft_model.hpp"
+
+#include <algorithm>
+
+using namespace plb;
+
+namespace {
+
+using sequence = plb_draft_model::sequence;
+
+// A slot that samples the most likely token, as often as it is asked.
+void renew(plb_slot & slot) {
+    slot.n_generated = 0;
+    slot.generated.clear();
+    slot.finish = PLB_FINISH_NONE;
+    slot.error  = 0;
+}
+
+void forget(plb_draft_model & self, llama_seq_id seq) {
+    llama_memory_seq_rm(llama_get_memory(self.model->ctx), seq, -1, -1);
+    sequence & s = self.sequences[(size_t) seq];
+    s.held.clear();
+    s.n_agreed = 0;
+}
+
+// Everything that no sequence of this call needs; whether there was anything.
+bool forget_others(plb_draft_model & self) {
+    bool any = false;
+    for (llama_seq_id seq = 0; seq < (llama_seq_id) self.sequences.size(); ++seq) {
+        const bool needed = std::binary_search(self.drafting.begin(), self.drafting.end(), seq);
+        if (!needed && !self.sequences[(size_t) seq].held.empty()) {
+            forget(self, seq);
+            any = true;
+        }
+    }
+    return any;
+}
+
+// Where a sequence is now: the tokens that its slot has sampled since, and a memory that holds nothing
+// but the first of its tokens, the last one not among them.
+void follow(plb_draft_model & self, llama_seq_id seq) {
+    sequence & s = self.sequences[(size_t) seq];
+    const std::vector<llama_token> & generated = self.target->slots[seq]->generated;
+    s.known.insert(s.known.end(), generated.begin() + (ptrdiff_t) std::min(s.n_seen, generated.size()),
+                   generated.end());
+    s.n_seen = generated.size();
+    const size_t most = std::min(s.held.size(), s.known.size() - 1);
+    size_t n = std::min(s.n_agreed, most);
+    while (n < most && s.held[n] == s.known[n]) {
+        ++n;
+    }
+    if (n < s.held.size()) {
+        if (!llama_memory_seq_rm(llama_get_memory(self.model->ctx), seq, (llama_pos) n, -1)) {
+            forget(self, seq); // a window or a state that can't go back
+            n = 0;
+        }
+        s.held.resize(n);
+    }
+    s.n_agreed = n;
+}
+
+// How many tokens to draft for a slot of the target.
+int32_t wanted_of(const plb_draft_model & self, llama_seq_id seq) {
+    const plb_slot * slot = self.target->slots[seq].get();
+    const sequence & s = self.sequences[(size_t) seq];
+    if (slot == nullptr || !slot->active() || slot->next_token < 0 || !s.followed) {
+        return 0;
+    }
+    const int32_t n_ctx_seq = (int32_t) std::min<uint32_t>(llama_n_ctx_seq(self.model->ctx), INT32_MAX);
+    const int32_t n_pos = std::min(self.model->views.n_pos_max, n_ctx_seq);
+    const int32_t n_known = (int32_t) (s.known.size() + slot->generated.size() - s.n_seen);
+    return std::min({self.given.n_most[seq], slot->params.max_tokens - slot->n_generated - 1,
+                     n_pos - n_known});
+}
+
+llama_token & given_at(const plb_drafts & given, llama_seq_id seq, int32_t i) {
+    return given.token[(size_t) seq * (size_t) given.n_draft_max + (size_t) i];
+}
+
+llama_token last_given(const plb_drafts & given, llama_seq_id seq) {
+    return given_at(given, seq, given.n_given[seq] - 1);
+}
+
+// Returns how many there are now.
+int32_t give(const plb_drafts & given, llama_seq_id seq, llama_token token) {
+    given_at(given, seq, given.n_given[seq]) = token;
+    return ++given.n_given[seq];
+}
+
+// Rows of one call of the model, in the making.
+class rows {
+public:
+    explicit rows(plb_draft_model & self) : self_(self) {}
+
+    // PLB_OK, or the code of a step that this made full.
+    int32_t add(llama_seq_id seq, llama_token token, bool sample) {
+        plb_engine & model = *self_.model;
+        sequence & s = self_.sequences[(size_t) seq];
+        const auto row = (size_t) n_++;
+        model.token[row] = token;
+        model.pos[row]   = (llama_pos) s.held.size();
+        model.seq[row]   = seq;
+        model.flags[row] = (uint8_t) (sample ? PLB_ROW_SAMPLE : 0);
+        s.held.push_back(token);
+        return n_ == model.views.n_rows_max ? compute() : PLB_OK;
+    }
+
+    // Computes them; what is sampled is a draft's next token.
+    int32_t compute() {
+        if (n_ == 0) {
+            return PLB_OK;
+        }
+        plb_engine & model = *self_.model;
+        const int32_t code = plb_step(&model, n_);
+        n_ = 0;
+        if (code != PLB_OK) {
+            return code;
+        }
+        for (int32_t i = 0; i < model.info.n_results; ++i) {
+            const plb_result & result = model.results[(size_t) i];
+            sequence & s = self_.sequences[(size_t) result.seq];
+            if (result.token < 0) {
+                s.n_wanted = 0;
+                continue;
+            }
+            const bool last = give(self_.given, result.seq, result.token) >= s.n_wanted;
+            if (last || result.finish != PLB_FINISH_NONE) {
+                s.n_wanted = 0;
+            }
+        }
+        return PLB_OK;
+    }
+
+private:
+    plb_draft_model & self_;
+    int32_t n_ = 0;
+};
+
+// First what the model's memory lacks of each sequence, then a token of each after the other.
+int32_t draft(plb_draft_model & self) {
+    rows rows(self);
+    int32_t code = PLB_OK;
+    for (const llama_seq_id seq : self.drafting) {
+        sequence & s = self.sequences[(size_t) seq];
+        renew(*self.model->slots[seq]);
+        while (code == PLB_OK && s.held.size() < s.known.size()) {
+            const size_t at = s.held.size();
+            code = rows.add(seq, s.known[at], at + 1 == s.known.size());
+        }
+        s.n_agreed = s.known.size();
+    }
+    code = code == PLB_OK ? rows.compute() : code;
+    for (bool any = true; any && code == PLB_OK;) {
+        any = false;
+        for (const llama_seq_id seq : self.drafting) {
+            if (code == PLB_OK && self.sequences[(size_t) seq].n_wanted > 0) {
+                any = true;
+                code = rows.add(seq, last_given(self.given, seq), true);
+            }
+        }
+        code = code == PLB_OK ? rows.compute() : code;
+    }
+    return code;
+}
+
+} // namespace
+
+int32_t plb_draft_model_new(plb_engine * model, plb_engine * target, plb_draft_model ** out) {
+    if (model == nullptr || target == nullptr || out == nullptr || model == target || model->stream ||
+        !target->drafts || model->views.n_vocab != target->views.n_vocab ||
+        model->views.n_seq_max < target->views.n_seq_max ||
+        model->views.n_rows_max < target->views.n_seq_max) {
+        return PLB_E_ARGUMENT;
+    }
+    *out = nullptr;
+    return guarded(model->error, [&] {
+        auto self = std::make_unique<plb_draft_model>();
+        self->model  = model;
+        self->target = target;
+        self->given  = target->drafts->views();
+        self->sequences.resize((size_t) target->views.n_seq_max);
+        self->drafting.reserve((size_t) target->views.n_seq_max);
+        plb_sampling greedy = plb_sampling_default();
+        greedy.temperature = 0;
+        greedy.max_tokens  = PLB_DRAFT_LIMIT + 1;
+        for (int32_t seq = 0; seq < target->views.n_seq_max; ++seq) {
+            const int32_t code = plb_slot_set(model, seq, &greedy, nullptr, 0);
+            if (code != PLB_OK) {
+                throw failure{code, plb_code_text(code)};
+            }
+        }
+        *out = self.release();
+    });
+}
+
+void plb_draft_model_free(plb_draft_model * self) {
+    delete self;
+}
+
+int32_t plb_draft_model_begin(plb_draft_model * self, int32_t seq, const llama_token * tokens,
+                              int32_t n_tokens) {
+    if (self == nullptr || tokens == nullptr || n_tokens < 1) {
+        return PLB_E_ARGUMENT;
+    }
+    if (seq < 0 || seq >= (int32_t) self->sequences.size()) {
+        return PLB_E_SEQ;
+    }
+    const plb_slot * slot = self->target->slots[seq].get();
+    if (slot == nullptr) {
+        return PLB_E_NO_SLOT;
+    }
+    if (std::any_of(tokens, tokens + n_tokens,
+                    [&](llama_token t) { return t < 0 || t >= self->model->views.n_vocab; })) {
+        return PLB_E_TOKEN;
+    }
+    return guarded(self->model->error, [&] {
+        sequence & s = self->sequences[(size_t) seq];
+        const size_t room = (size_t) n_tokens + slot->generated.capacity() + PLB_DRAFT_LIMIT;
+        s.known.reserve(room);
+        s.held.reserve(room);
+        s.known.assign(tokens, tokens + n_tokens);
+        s.n_seen   = slot->generated.size();
+        s.n_agreed = 0;
+        s.followed = true;
+    });
+}
+
+int32_t plb_draft_model_end(plb_draft_model * self, int32_t seq) {
+    if (self == nullptr) {
+        return PLB_E_ARGUMENT;
+    }
+    if (seq < 0 || seq >= (int32_t) self->sequences.size()) {
+        return PLB_E_SEQ;
+    }
+    self->sequences[(size_t) seq].followed = false; // what is held may serve the next one
+    return PLB_OK;
+}
+
+int32_t plb_draft_model_draft(plb_draft_model * self, const llama_seq_id * slots, int32_t n_slots) {
+    if (self == nullptr || (n_slots > 0 && slots == nullptr) || n_slots < 0 ||
+        n_slots > (int32_t) self->sequences.size()) {
+        return PLB_E_ARGUMENT;
+    }
+    for (bool again = false;; again = true) {
+        self->drafting.clear();
+        for (int32_t i = 0; i < n_slots; ++i) {
+            const llama_seq_id seq = slots[i];
+            if (seq < 0 || seq >= (int32_t) self->sequences.size()) {
+                return PLB_E_SEQ;
+            }
+            self->given.n_given[seq] = 0;
+            sequence & s = self->sequences[(size_t) seq];
+            s.n_wanted = wanted_of(*self, seq);
+            if (s.n_wanted > 0) {
+                self->drafting.push_back(seq);
+            }
+        }
+        std::sort(self->drafting.begin(), self->drafting.end());
+        for (const llama_seq_id seq : self->drafting) {
+            follow(*self, seq);
+        }
+        const int32_t code = draft(*self);
+        if (code == PLB_OK) {
+            return PLB_OK;
+        }
+        // What the memory holds of these is not known any more.
+        for (const llama_seq_id seq : self->drafting) {
+            self->given.n_given[seq] = 0;
+            forget(*self, seq);
+        }
+        if (code != 1 || again || !forget_others(*self)) {
+            return code;
+        }
+    }
+}

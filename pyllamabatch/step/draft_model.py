@@ -1,0 +1,116 @@
+"""DraftModel: a second, smaller model that drafts for a stepper.
+
+draft = DraftModel(Model("small.gguf"), stepper, n_ctx=4096)
+draft.begin(0, tokens)          # sequence 0 has a slot, and knows these tokens
+stepper.drafts.n_most[0] = 4
+draft.draft([0])                # fills in stepper.drafts.token and n_given
+stepper.run([0], 1)             # checks them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pyllamabatch.errors import ArgumentError, UnsupportedOperation, decode_error
+from pyllamabatch.llama.context import Context
+from pyllamabatch.llama.handle import owned
+from pyllamabatch.llama.model import Model
+from pyllamabatch.llama.runtime import text
+from pyllamabatch.llama.vocab import TokenArray, Vocab, pieces_of
+from pyllamabatch.raw import ffi, lib
+from pyllamabatch.step.stepper import Stepper
+
+Slots = npt.NDArray[np.int32] | Sequence[int]
+
+
+class DraftModel:
+    """Drafts are the model's most likely tokens. All sequences are drafted for in the same calls of
+    the model, and its memory follows what the target's steps keep.
+
+    - model: its vocabulary is the target's, or `ArgumentError` names the first difference. It stays
+      the caller's. target: has `n_draft_max`. Both belong to one thread, and the target is closed
+      after this.
+    - n_ctx: cells for all sequences together. params: of the `Context` that it is given.
+    """
+
+    def __init__(self, model: Model, target: Stepper, *, n_ctx: int, **params: Any) -> None:
+        if target.drafts is None:
+            raise ArgumentError("target", target, "must be a stepper with n_draft_max of 1 or more")
+        check_same_vocabulary(model.vocab, target._open()[1].model.vocab)
+        self._context = Context(
+            model, n_ctx=n_ctx, n_seq_max=target.n_seq_max, kv_unified=True, **params
+        )
+        try:
+            self._stepper = Stepper(self._context, n_logprobs_max=0, device_sampling=False)
+            out = ffi.new("plb_draft_model **")
+            with self._context.exclusive():
+                code = lib.plb_draft_model_new(self._stepper._engine, target._engine, out)
+            if code:
+                raise UnsupportedOperation(
+                    f"this model can't draft: {text(lib.plb_code_text(code))}"
+                )
+        except BaseException:
+            self._context.close()
+            raise
+        self._native = owned(out[0], self._stepper, target, free=lib.plb_draft_model_free)
+        self._exclusive = self._context.exclusive()
+
+    def begin(self, slot: int, tokens: TokenArray) -> None:
+        """The sequence in `slot` has its sampler, and knows these tokens: its prompt, and what was
+        sampled."""
+        ids = np.ascontiguousarray(tokens, np.int32)
+        code = lib.plb_draft_model_begin(
+            self._native, slot, ffi.from_buffer("llama_token[]", ids), len(ids)
+        )
+        if code:
+            raise ArgumentError("slot", slot, text(lib.plb_code_text(code)))
+
+    def end(self, slot: int) -> None:
+        """It needs no drafts any more. What this model has of it may serve the next sequence."""
+        lib.plb_draft_model_end(self._native, slot)
+
+    def draft(self, slots: Slots) -> None:
+        """Drafts for the target's next run of these slots, as many tokens of each as
+        `Drafts.n_most` says. Raises what a decode raises: then there are none, and the sequences
+        can be drafted for again."""
+        seqs = np.ascontiguousarray(slots, np.int32)
+        with self._exclusive:
+            code = lib.plb_draft_model_draft(
+                self._native, ffi.from_buffer("int32_t[]", seqs), len(seqs)
+            )
+        if code <= lib.PLB_E_ARGUMENT:
+            raise ArgumentError("slots", slots, text(lib.plb_code_text(code)))
+        if code:
+            raise decode_error(code)
+
+    def close(self) -> None:
+        """Free its memory. Twice is fine."""
+        self._native = None
+        self._stepper.close()
+        self._context.close()
+
+
+def check_same_vocabulary(draft: Vocab, target: Vocab) -> None:
+    """`ArgumentError` with the first difference."""
+
+    def refuse(value: object, limit: str) -> ArgumentError:
+        return ArgumentError("draft model", value, f"{limit}: its vocabulary must be the model's")
+
+    if draft.n_tokens != target.n_tokens:
+        raise refuse(f"{draft.n_tokens} tokens", f"the model has {target.n_tokens}")
+    if draft.type != target.type:
+        raise refuse(f"a tokenizer of type {draft.type}", f"the model has {target.type}")
+    tokens = list(range(draft.n_tokens))
+    pairs = zip(pieces_of(draft.ptr, tokens), pieces_of(target.ptr, tokens), strict=True)
+    for token, (mine, other) in enumerate(pairs):
+        if mine != other:
+            raise refuse(f"token {token} is {mine!r}", f"in the model it is {other!r}")
+    for name in ("bos", "eos", "eot"):
+        if getattr(draft, name) != getattr(target, name):
+            raise refuse(
+                f"{name} is {getattr(draft, name)}", f"in the model {getattr(target, name)}"
+            )
