@@ -12,7 +12,6 @@ from bench.views import plain
 from pyllamabatch.report.records import Record
 
 BENCHES = (
-    "answers",
     "coalesce",
     "compare",
     "decode",

@@ -1,8 +1,10 @@
-"""CommandQueue: what other threads want the core thread to do, and whether they may.
+"""CommandQueue: what threads want the engine to do, whether they may, and which of them does it.
 
-A command is a callable; the core thread calls it between two steps, in the order of arrival. Each
-command interrupts the native call that is going on, after the step that it is in.
+A command is a callable; the thread that leads calls it between two steps, in the order of arrival.
+Each command interrupts the native call that is going on, after the step that it is in.
 
+- Leader: one thread at a time takes commands and runs steps. It is the core thread, or one that
+  asks for a token while no other leads. See `stop_leading`.
 - Room: with `max_waiting` a submission waits while so many requests wait for their first slot.
 - Draining: nothing more to compute comes in until `resume`.
 - Keep-alive: inside `keep_alive()` the model and the stepper stay open.
@@ -36,12 +38,15 @@ class CommandQueue:
         self._commands: list[Command] = []
         self._n_waiting = 0  # requests without a slot yet
         self._n_ended = 0  # of `n_submitted`, and their readers know
-        self._idle = False  # the core thread has nothing to compute
+        self._led = False  # a thread leads
+        self._rest = False  # the last leader has left something to compute
+        self._ended = False  # nothing is done any more
         self._n_users = 0  # inside `keep_alive`
         self._n_awaited = 0  # interactive sequences that the next step waits for
         # Guards all of this. Reentrant: a sequence may be collected while its thread holds it.
         lock = threading.RLock()
-        self._news = threading.Condition(lock)
+        self._news = threading.Condition(lock)  # for the leader
+        self._work = threading.Condition(lock)  # for the core thread while it does not lead
         self._room = threading.Condition(lock)
         self._room_calls: list[Command] = []
         self._drains: list[Future[bool]] = []
@@ -58,9 +63,10 @@ class CommandQueue:
         try:
             yield
         finally:
-            with self._news:
+            with self._work:
                 self._n_users -= 1
-                self._news.notify()
+                if self.closed:
+                    self._work.notify()
 
     def submit(self, command: Command, n: int, timeout: float | None = None) -> None:
         """`command` adds `n` requests. EngineClosed, EngineDraining, and QueueFull when there is no
@@ -76,20 +82,35 @@ class CommandQueue:
             self._put(command)
         self._interrupt()
 
-    def ask(self, command: Command, *, more: bool = False, awaited: bool = False) -> None:
-        """`command` is of an interactive sequence. `more`: it brings more to compute. `awaited`: it
-        asks for a token, and the next step may wait for more of these. EngineClosed, and
-        EngineDraining where it brings more."""
+    def ask(self, command: Command, *, more: bool = False) -> None:
+        """`command` is of an interactive sequence. `more`: it brings more to compute. EngineClosed,
+        and EngineDraining where it brings more."""
         self._check_process()
         with self._news:
             if more:
                 self._check_taking()
             self._check_open()
             self._n_awaited -= 1
-            wake = not awaited or self._n_awaited <= 0
+            self._put(command)
+        self._interrupt()
+
+    def ask_or_lead(self, command: Command) -> bool:
+        """`command` asks for a token. True: no thread leads, so the caller does, until it calls
+        `stop_leading`. False: another one leads, whose next step may wait for more of these. Raises
+        as `ask`."""
+        self._check_process()
+        with self._news:
+            self._check_taking()
+            if not self._led:
+                self._commands.append(command)
+                self._led = True
+                return True
+            self._n_awaited -= 1
+            wake = self._n_awaited <= 0
             self._put(command, wake=wake)
         if wake:
             self._interrupt()
+        return False
 
     def post(self, command: Command) -> None:
         """Also taken when it is closed, but the core thread may have ended then; not in a forked
@@ -159,7 +180,19 @@ class CommandQueue:
             if self._max_waiting is not None:
                 self._tell_room()
 
-    # -- the core thread
+    # -- the thread that leads
+
+    def lead_at_once(self) -> bool:
+        """Lead, if no thread does and there are no commands, until `stop_leading`. Raises as
+        `ask_or_lead`."""
+        self._check_process()
+        with self._news:
+            if self._shut:
+                self._check_taking()
+            if self._led or self._rest or self._commands:
+                return False
+            self._led = True
+            return True
 
     def __bool__(self) -> bool:
         return bool(self._commands)
@@ -173,7 +206,6 @@ class CommandQueue:
         """All commands that are there, oldest first."""
         with self._news:
             commands, self._commands = self._commands, []
-            self._idle = False
             return commands
 
     def put_back(self, commands: list[Command]) -> None:
@@ -181,33 +213,51 @@ class CommandQueue:
         with self._news:
             self._commands[:0] = commands
 
-    def wait(self, seconds: float | None, n_awaited: int = 0) -> bool:
-        """Until there is a command, or for so many seconds (None: however long it takes).
-        `n_awaited`: so many interactive sequences are worth being woken for, all at once. False
-        when nothing can come any more."""
+    def wait(self, seconds: float, n_awaited: int = 0) -> None:
+        """Until there is a command, or for so many seconds. `n_awaited`: so many interactive
+        sequences are worth being woken for, all at once."""
         with self._news:
             self._n_awaited = n_awaited
             if not self._commands:
-                if seconds is None:
-                    self._idle = True
-                    self._tell_drains()
-                    if self.closed:
-                        return False
                 self._news.wait(seconds)
             self._n_awaited = 0
-        return True
+
+    def stop_leading(self, *, rest: bool) -> None:
+        """Lead no longer. `rest`: there is something to compute, for the core thread then."""
+        with self._work:
+            self._led, self._rest = False, rest
+            if rest or self._commands or self.closed:
+                self._work.notify()
+            else:
+                self._tell_drains()
 
     def fail(self, error: BaseException) -> list[Command]:
         """Closed, because of this. Returns the commands that are left."""
         with self._news:
-            self.closed, self.error = True, error
+            self.closed = self._ended = True
+            self.error = error
             return self.take()
+
+    # -- the core thread
+
+    def lead(self) -> bool:
+        """Wait until there is something to do and no thread leads, then lead. False: nothing is
+        done any more, or nothing can come."""
+        with self._work:
+            while self._led or not (self._commands or self._rest):
+                if not self._led:
+                    self._tell_drains()
+                    if self.closed:
+                        return False
+                self._work.wait()
+            self._led = not self._ended
+            return self._led
 
     def end(self) -> None:
         """Nothing is done any more. Returns when no `keep_alive` is left."""
-        with self._news:
+        with self._work:
             self._tell_drains(anyway=True)
-            self._news.wait_for(lambda: self._n_users == 0)
+            self._work.wait_for(lambda: self._n_users == 0)
 
     def why_closed(self) -> EngineClosed:
         if self.error is None:
@@ -236,7 +286,8 @@ class CommandQueue:
 
     @property
     def _quiet(self) -> bool:
-        return self._idle and not self._commands and self.all_ended
+        idle = not (self._led or self._rest or self._commands)
+        return idle and self.all_ended
 
     def _tell_drains(self, *, anyway: bool = False) -> None:
         if self._drains and (anyway or self._quiet):
@@ -246,7 +297,9 @@ class CommandQueue:
 
     def _put(self, command: Command, *, wake: bool = True) -> None:
         self._commands.append(command)
-        if wake:
+        if not self._led:
+            self._work.notify()
+        elif wake:
             self._news.notify()
 
     def _has_room(self, n: int) -> bool:

@@ -1,8 +1,11 @@
-"""EngineCore: the loop of the only thread that touches the context.
+"""EngineCore: the loop that computes steps.
 
 `step` reads: take commands, schedule, carry out KV operations, run, update. One native call goes on
 for as many steps as the plan stands for. The output processor, a second thread, reads what is
 sampled meanwhile, and a command of any thread interrupts the call after the step that it is in.
+
+One thread at a time leads: it alone touches the context. That is the core thread, or one that asks
+for a token while no other leads: so a lone interactive sequence waits for no other thread to wake.
 
 Whatever ends a request early (a cancel, a deadline, an error, a stop string) ends it between two
 calls, so that the cache, the accounting and the counters always agree.
@@ -29,12 +32,14 @@ from ..step.trace import StepTrace
 from ..step.types import Run
 from .command_queue import CommandQueue
 from .cost_observer import CostObserver
-from .interactive import Call, InteractiveSink
+from .interactive import Call, InteractiveSink, Token
 from .kv_executor import KvExecutor
+from .lone_decode import Given, LoneDecode
 from .output_processor import OutputProcessor
 from .protocols import Device, StepRunner
 from .recovery import Recovery
 from .request import Request
+from .signals import DeferredSignals
 from .slot_table import SlotTable
 from .stream import FinishReason, Stream
 from .stream_sink import StreamSink
@@ -71,11 +76,14 @@ class EngineCore:
             scheduler, self.table, device.memory, device.states.renew, options.max_restarts
         )
         self._observe = CostObserver(scheduler, asynchronous=device.asynchronous)
+        self._signals = DeferredSignals(self._wake)
+        self._lone = LoneDecode(scheduler, stepper, self._observe, self.trace)
         self._stepper = stepper
         self._device = device
         self._running: tuple[Step, int] | None = None  # the call that goes on, and its first step
         self._n_taken = 0  # of the requests submitted
         self._step_s = 0.0  # the last step's time
+        self._led_until = perf_counter_ns()
         # Guards the state between two steps. A thread that needs the commands' lock, too, takes
         # that one second.
         self.state = threading.RLock()
@@ -105,24 +113,54 @@ class EngineCore:
         """All of them or none. Raises as `CommandQueue.submit`."""
         self.commands.submit(partial(self._add, sinks), len(sinks), timeout)
 
-    def call(
-        self, act: Callable[[Call], None], *, more: bool = False, awaited: bool = False
-    ) -> Call:
+    def call(self, act: Callable[[Call], None], call: Call, *, more: bool = False) -> None:
         """`act(call)`, of an interactive sequence, between two steps: it finishes the call, or
         raises what that fails with. Raises as `CommandQueue.ask`."""
-        call = Call()
+        self.commands.ask(partial(self._act, act, call), more=more)
 
-        def command() -> None:
+    def call_for_token(self, act: Callable[[Call], None], call: Call) -> None:
+        """`call`, which asks for a token. While no other thread leads, the caller does, until the
+        call is finished. A signal's handler may raise then, behind the step."""
+        if threading.current_thread() is self.output_processor.thread:  # which a step may wait for
+            self.call(act, call, more=True)
+            return
+        with self._signals as noted:
+            if self.commands.ask_or_lead(partial(self._act, act, call)):
+                self._lead(lambda: call.pending and not noted)
+
+    def next_token(self, sink: InteractiveSink) -> Token | None:
+        """The next token of a sequence that is alone. None: it takes `call_for_token`. Otherwise as
+        that, and SamplingError when none can be chosen."""
+        if sink.request is not self._lone.request:
+            return None
+        given: Given | None = None
+        with self._signals:
+            if not self.commands.lead_at_once():
+                return None
             try:
-                act(call)
+                if not self._lone.of(sink.request):
+                    return None
+                self._note_idle()
+                given = self._lone.compute(sink, self.state)
+                self._led_until = perf_counter_ns()
+                if isinstance(given, Exception):
+                    with self.state:
+                        self.settle()
+                        if isinstance(given, SamplingError):
+                            sink.refused()
+                        else:
+                            self.recovery.failed_once(given)
             except BaseException as error:
-                if call.pending:
-                    call.finish(error=error if isinstance(error, Exception) else self._cause())
-                if not isinstance(error, PyllamabatchError):
-                    raise
+                self._fail_all(error)
+            finally:
+                self.commands.stop_leading(rest=False)
+        if isinstance(given, SamplingError):
+            raise given
+        return None if isinstance(given, Exception) else given
 
-        self.commands.ask(command, more=more, awaited=awaited)
-        return call
+    def settle(self) -> None:
+        """All that was computed is in the counters, unless a call goes on. With `state` held."""
+        self.n_reused += self._lone.settle(self._led_until * 1e-9)
 
     def cancel(self, id: int, reason: FinishReason = "cancelled") -> None:
         """Soon; nothing happens when it has ended by then."""
@@ -295,6 +333,8 @@ class EngineCore:
                 self.table.in_slot(slot).sink.sampled(token, Finish(finish), logprob, error)
             if run.code:
                 self.recovery.failed(step, decode_error(run.code), any_done=run.n_steps > 0)
+            elif step.stands > 1:
+                self._lone.begin(step, self.table.in_slot(step.slots[0]))
 
     def _failed(self, step: Step, error: Exception) -> None:
         with self.state:
@@ -304,12 +344,10 @@ class EngineCore:
     # -- the loop
 
     def _loop(self) -> None:
+        """The core thread leads when there is something to do and no other thread leads."""
         try:
-            while self.wait_for_work():
-                self.step()
-        except BaseException as error:
-            log.exception("the core thread failed; its engine is closed")
-            self._fail_all(error)
+            while self.commands.lead():
+                self._lead()
         finally:
             self.output_processor.close()
             self._stepper.flush()
@@ -319,22 +357,46 @@ class EngineCore:
             self.kv.space.clear()
             self._device.close()
 
-    def wait_for_work(self) -> bool:
-        """Until there is something to compute, and its step had better begin. False: the engine is
-        closed, and nothing is left to do."""
+    def _lead(self, goes_on: Callable[[], bool] = lambda: True) -> None:
+        """Compute steps until there is nothing to do, or `goes_on()` is false."""
+        rest = False
+        try:
+            with self.state:
+                self.settle()
+            self._note_idle()
+            while goes_on() and self.wait_for_work(goes_on):
+                self.step()
+            rest = self._seconds_to_wait() is not None
+            self._led_until = perf_counter_ns()
+        except BaseException as error:
+            self._fail_all(error)
+        finally:
+            self.commands.stop_leading(rest=rest)
+
+    def _note_idle(self) -> None:
+        """No thread has led until now."""
+        if self.trace is not None:
+            self.trace.idle_ns += perf_counter_ns() - self._led_until
+
+    def wait_for_work(self, goes_on: Callable[[], bool] = lambda: True) -> bool:
+        """Until there is something to compute, and its step had better begin. False: nothing is
+        left to do, or `goes_on()` is false."""
         while True:
             if self.commands or self.scheduler.deadlines.next is not None:
                 with self.state:
                     self._take_commands()
+                if not goes_on():
+                    return False
             seconds = self._seconds_to_wait()
             if seconds == 0:
                 return True
             unread = self.output_processor.has_events or not self.commands.all_ended
             if unread and not self.commands:
                 self._stepper.flush()
-            began = perf_counter_ns()
-            if not self.commands.wait(seconds, 0 if seconds is None else self.scheduler.n_awaited):
+            if seconds is None:
                 return False
+            began = perf_counter_ns()
+            self.commands.wait(seconds, self.scheduler.n_awaited)
             if self.trace is not None:
                 self.trace.idle_ns += perf_counter_ns() - began
 
@@ -348,6 +410,19 @@ class EngineCore:
         return seconds if deadline is None else min(seconds, max(0.0, deadline - now))
 
     # -- commands
+
+    def _act(self, act: Callable[[Call], None], call: Call) -> None:
+        try:
+            act(call)
+        except BaseException as error:
+            if call.pending:
+                call.finish(error=error if isinstance(error, Exception) else self._cause())
+            if not isinstance(error, PyllamabatchError):
+                raise
+
+    def _wake(self) -> None:
+        """The thread that leads, so that it looks whether it goes on."""
+        self.commands.post(lambda: None)
 
     def _add(self, sinks: Sequence[StreamSink]) -> None:
         for sink in sinks:
@@ -370,7 +445,8 @@ class EngineCore:
     # -- the end
 
     def _fail_all(self, error: BaseException) -> None:
-        """The thread is about to end: no request may be left waiting."""
+        """The engine is about to end: no request may be left waiting."""
+        log.error("a step failed; its engine is closed", exc_info=error)
         with self.state:
             for command in self.commands.fail(error):
                 with suppress(Exception):  # the first error is the one to report
@@ -379,6 +455,6 @@ class EngineCore:
                 request.sink.abandon(self._cause())
 
     def _cause(self) -> Exception:
-        """What requests end with that the thread leaves behind."""
+        """What requests end with that the engine leaves behind."""
         error = self.commands.error
         return error if isinstance(error, Exception) else self.commands.why_closed()

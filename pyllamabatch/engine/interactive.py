@@ -21,6 +21,9 @@ from .slot_table import SlotTable
 from .snapshot import Saved
 from .stream import FinishReason
 
+Token = tuple[int, float | None, int]
+"""What was sampled: token, log-probability if it was asked for, `Finish`."""
+
 
 class Call:
     """What an owner waits for: `value`, unless it raises `error`."""
@@ -151,13 +154,23 @@ class InteractiveSink(Sink):
     def sampled(
         self, token: int, finish: Finish, logprob: float, error: SamplingError | None
     ) -> None:
-        self.spent = finish != Finish.NONE
         if error is not None:
+            self.spent = True
             self._take_back(error)
             return
-        tokens = self.request.tokens
-        self.request.tokens = np.concatenate((tokens, (token,)), dtype=np.int32)
-        self._finish((token, None if isnan(logprob) else logprob, finish))
+        tokens = np.concatenate((self.request.tokens, (token,)), dtype=np.int32)
+        self._finish(self.given(tokens, finish, logprob))
+
+    def refused(self) -> None:
+        """None could be chosen, in a step that is accounted: it is as before."""
+        self.spent = True
+        self._trim(len(self.request.tokens))
+
+    def given(self, tokens: Tokens, finish: int, logprob: float) -> Token:
+        """Its tokens are these, the last of them the one that it was asked for."""
+        self.request.tokens = tokens
+        self.spent = finish != Finish.NONE
+        return int(tokens[-1]), None if isnan(logprob) else logprob, finish
 
     def failed(self, error: Exception) -> None:
         self._take_back(error)

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 RETRIES = 1  # of a step that failed for no reason that could be mended
 
+_OF_THE_BACKEND = (KvCacheFull, DecodeAborted, FatalDecodeError)
+
 
 class Recovery:
     """The core thread's; called between two native calls. `renew()`: a fresh context in place of
@@ -55,6 +57,11 @@ class Recovery:
         """A step was."""
         self._n_failures = 0
 
+    def failed_once(self, error: Exception) -> None:
+        """A step was not computed that no plan was made for. It comes again, with one."""
+        self._reconcile()
+        self._n_failures += isinstance(error, _OF_THE_BACKEND)
+
     def failed(self, step: Step, error: Exception, *, any_done: bool = False) -> None:
         """`step` was not computed. `any_done`: steps before it were, in the same call, so some
         requests may have ended. ContextCreateError when there is no fresh context."""
@@ -62,7 +69,7 @@ class Recovery:
         self._reconcile()
         if isinstance(error, KvCacheFull) and (any_done or self._make_room()):
             return
-        if isinstance(error, (KvCacheFull, DecodeAborted, FatalDecodeError)):
+        if isinstance(error, _OF_THE_BACKEND):
             self._n_failures += 1
             if self._n_failures <= RETRIES:
                 log.warning("%s; the step is tried again", error)

@@ -121,7 +121,10 @@ class Sequence:
             with self._core.commands.keep_alive():
                 tokens = self._inputs.tokens(prompt, special, parse_special)
                 sampler = self._sampler(np.concatenate((self._request.tokens, tokens)))
-            self._call(partial(self._sink.prompt, tokens, sampler, now), more=True)
+            self._call(
+                partial(self._sink.prompt, tokens, sampler, now),
+                partial(self._core.call, more=True),
+            )
             self._reset_text()
 
     def sample(self) -> Sampled:
@@ -142,14 +145,16 @@ class Sequence:
                 with self._core.commands.keep_alive():
                     sampler = self._sampler(self._request.tokens)
                 self._reset_text()
-            token, logprob, finish = self._call(
-                partial(self._sink.sample, sampler, now), more=True, awaited=True
-            )
+            sampled = None if sampler else self._core.next_token(self._sink)
+            if sampled is None:
+                ask = partial(self._sink.sample, sampler, now)
+                sampled = self._call(ask, self._core.call_for_token)
+            token, logprob, finish = sampled
             (piece,) = self._inputs.pieces.of([token])
             return Sampled(
                 token=token,
                 piece=piece,
-                text=self._decode(piece),
+                text=self._text(piece),
                 logprob=logprob,
                 end=finish != Finish.NONE,
             )
@@ -274,7 +279,19 @@ class Sequence:
             raise ClosedError(f"sequence {self._request.id} is closed")
 
     def _reset_text(self) -> None:
-        self._decode = Utf8Decoder("replace").decode
+        self._decoder = Utf8Decoder("replace")
+        self._cut = False  # in the middle of a character
+
+    def _text(self, piece: bytes) -> str:
+        """What it adds to the text."""
+        if not self._cut:
+            try:
+                return piece.decode()
+            except UnicodeDecodeError:
+                pass
+        text = self._decoder.decode(piece)
+        self._cut = bool(self._decoder.getstate()[0])
+        return text
 
     def _sampler(self, tokens: Tokens) -> Any:
         """A sampling state that begins behind `tokens`."""
@@ -286,10 +303,14 @@ class Sequence:
         return sampler
 
     def _call(
-        self, act: Callable[[Call], None], *, more: bool = False, awaited: bool = False
+        self,
+        act: Callable[[Call], None],
+        ask: Callable[[Callable[[Call], None], Call], None] | None = None,
     ) -> Any:
-        call = self._core.call(act, more=more, awaited=awaited)
+        """`ask`: default `EngineCore.call`."""
+        call = Call()
         try:
+            (ask or self._core.call)(act, call)
             return call.wait()
         except BaseException:
             if call.pending:  # interrupted: its value is not wanted any more
@@ -299,4 +320,4 @@ class Sequence:
 
 def _forget(core: EngineCore, sink: InteractiveSink) -> None:
     with suppress(EngineClosed):
-        core.call(sink.close_for)
+        core.call(sink.close_for, Call())

@@ -71,6 +71,7 @@ class SlotState(NamedTuple):
 def slots_of(core: EngineCore) -> list[SlotState]:
     """Of every slot, between two calls."""
     with core.state:
+        core.settle()
         states = []
         for slot, request in enumerate(core.table.at[: core.scheduler.limits.n_seq_max]):
             if request is None:
@@ -94,6 +95,7 @@ def slots_of(core: EngineCore) -> list[SlotState]:
 def stats_of(core: EngineCore) -> EngineStats:
     """At this moment, steps of a call that still goes on included."""
     with core.state:
+        core.settle()
         scheduler, finished = core.scheduler, core.output_processor.finished.copy()
         counters, interactive = scheduler.counters, core.table.interactive
         waiting = scheduler.n_waiting - sum(map(scheduler.waits, interactive)) + core.n_untaken

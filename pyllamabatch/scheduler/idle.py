@@ -56,6 +56,10 @@ class IdleSequences:
     def __len__(self) -> int:
         return len(self._since)
 
+    @property
+    def n_expected(self) -> int:
+        return len(self._expected)
+
     def begin(self, id: int, now: float) -> None:
         self._since[id] = now
         self._expected.add(id)
@@ -67,13 +71,25 @@ class IdleSequences:
     def learn(self, id: int, now: float) -> None:
         """Its owner has asked for something at this time; nothing, if it is not idle."""
         since = self._since.get(id)
-        if since is None:
-            return
+        if since is not None:
+            self._learn(id, max(0.0, now - since))
+
+    def computed_alone(self, id: int, n: int, now: float, seconds: float) -> None:
+        """It was idle, and had `n` tokens until `now`, each in a step of its own that took
+        `seconds`."""
+        idle = max(0.0, (now - self._since[id]) / n - seconds)
+        self.within = seconds
+        for _ in range(min(n, 16)):  # more of them change nothing
+            self._learn(id, idle)
+        self.end(id)
+        self.begin(id, now)
+
+    def _learn(self, id: int, seconds: float) -> None:
         return_time = self._return_times.get(id)
         if return_time is None:
             return_time = self._return_times[id] = ReturnTime(self.usual)
         for each in (return_time, self.usual):
-            each.learn(max(0.0, now - since), max(self.within, LEAST_SECONDS))
+            each.learn(seconds, max(self.within, LEAST_SECONDS))
 
     def forget(self, id: int) -> None:
         """It is gone."""

@@ -205,6 +205,18 @@ class Scheduler:
             )
 
     @property
+    def _most_now(self) -> int:
+        """Cells that a sequence can have without a pool."""
+        return min(self.limits.n_cells_seq, self.limits.n_cells)
+
+    @property
+    def _alone(self) -> bool:
+        """Of one sequence that runs: no other one waits, or is about to ask."""
+        sequences = self.sequences
+        others = sequences.waiting.ids or self.idle_sequences.n_expected
+        return not (others or self.deadlines.next is not None)
+
+    @property
     def most_cells(self) -> int:
         """Cells that a sequence can have."""
         limits = self.limits if self._pool is None else self._pool.limits
@@ -213,9 +225,7 @@ class Scheduler:
     def _claim(self, n_prompt: int, max_tokens: int) -> None:
         """`check_fits`, and where it takes a pool for that, there will be one."""
         self.check_fits(n_prompt, max_tokens)
-        limits = self.limits
-        n = n_prompt + max_tokens - 1
-        self._needs_pool |= n > min(limits.n_cells_seq, limits.n_cells)
+        self._needs_pool |= n_prompt + max_tokens - 1 > self._most_now
 
     def remove(self, id: int, *, worth: bool = True) -> int | None:
         """A sequence ends, for whatever reason. Returns the slot it ran in, which is free from now
@@ -362,15 +372,23 @@ class Scheduler:
         n_rows = len(decode)
         if chunks:
             n_rows += sum([chunk.n for chunk in chunks])
+        stands = 1
         if running.asked:
+            if len(decode) == n_rows == len(running.ids) == 1 and self._alone:
+                (slot,) = decode.tolist()
+                left = self._most_now - int(running.computed[slot])
+                stands = max(1, min(repeat, left, self.accounting.free))
             repeat = 1
         elif repeat > 1:
             left = int((running.most - running.known)[decode].min())
             repeat = max(1, min(repeat, left, self.accounting.free // n_rows))
-        self.admission.cache.make_cells(n_rows * min(repeat, AT_ONCE))
+        self.admission.cache.make_cells(n_rows * min(max(repeat, stands), AT_ONCE))
         if repeat > 1:
             repeat = max(1, min(repeat, self.accounting.empty // n_rows))
+        if stands > 1:
+            stands = max(1, min(stands, self.accounting.empty))
         held = self.accounting.held_by_slot
+        n_pad = 0 if out else self.padding.width(decode, held, self.cost)
         step = Step(
             decode,
             tuple(chunks),
@@ -381,8 +399,9 @@ class Scheduler:
             repeat,
             n_out if self.limits.unified else 0,
             self.take_kv_operations(),
-            0 if out else self.padding.width(decode, held, self.cost),
+            n_pad,
             moved,
+            1 if n_pad else stands,
         )
         if self.compaction.possible and repeat > 1 and self.cost is not None:
             n = self.compaction.steps(step, held, self.cost)
@@ -453,6 +472,25 @@ class Scheduler:
             if running.asked:
                 self._answered(step.decode)
         self.counters.count(step, n, n_recomputed)
+
+    def advance_alone(self, step: Step, n: int, now: float, seconds: float) -> None:
+        """The step of an interactive sequence that was alone, once computed and advanced, was
+        computed `n` times more, for as many tokens that its owner asked for without a word. `now`:
+        when the last of them was there; `seconds`: what each took. Nothing else has changed since
+        it was planned."""
+        sequences, running = self.sequences, self.sequences.running
+        (slot,) = step.decode.tolist()
+        (entry,) = running.ids.values()
+        self.accounting.take(slot, n)
+        running.computed[slot] += n
+        running.known[slot] += n
+        entry.true = False
+        view = running.seen(entry)
+        entry.view = replace(view, goal=view.computed)
+        entry.high = max(entry.high, view.computed)
+        sequences.now = now
+        self.idle_sequences.computed_alone(view.id, n, now, seconds)
+        self.counters.count(step, n, 0)
 
     def _answered(self, decode: Slots) -> None:
         """Those of interactive sequences have the token that they were asked for."""

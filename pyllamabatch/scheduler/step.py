@@ -41,7 +41,8 @@ class Step:
     more than 1 only for pure decoding. `kv_operations`: to be carried out in the memory, in this
     order, before the rows are computed. `n_out`: sequences that decode and have no row in this
     step, but whose cells are attended. `n_pad`: slots that have a row, used or not (`Padding`); 0:
-    only those that decode."""
+    only those that decode. `stands`: of an interactive sequence that is alone, how many times the
+    plan stands for it, once each time that its owner asks; see `Scheduler.advance_alone`."""
 
     decode: Slots
     chunks: tuple[PromptChunk, ...]
@@ -54,6 +55,7 @@ class Step:
     kv_operations: tuple[KvOperation, ...] = ()
     n_pad: int = 0
     moved: tuple[tuple[int, int, int], ...] = ()
+    stands: int = 1
 
     @property
     def slots(self) -> list[int]:

@@ -137,7 +137,8 @@ class StreamStepper(Stepper):
         """
         code = self._run_native(n_before, slots, min(n_steps, _MOST_STEPS), n_pad)
         info = self._run
-        records = self._finished[0 : info.n_finished] if info.n_finished else ()
+        n = info.n_finished
+        records = (self._finished[0],) if n == 1 else self._finished[0:n] if n else ()
         results = [(r.seq, r.token, r.finish, r.logprob) for r in records]
         seconds, first = info.ns * 1e-9, info.first_ns * 1e-9
         taken = None if self.drafts is None else self.drafts.n_taken

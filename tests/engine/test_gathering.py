@@ -137,6 +137,7 @@ def test_an_engine_waits_by_its_own_cost_model(embedded_model: Model) -> None:
         assert cost.absolute
         for _ in range(64):
             sequence.sample()
+        assert engine.stats().tokens == 65  # all of them are accounted
         habit = scheduler.idle_sequences.usual
         assert habit.mean != FIRST_SECONDS
         assert 0 < habit.mean < 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyllamabatch.engine.interactive import InteractiveSink
+from pyllamabatch.engine.interactive import Call, InteractiveSink
 from pyllamabatch.engine.request import Request
 from pyllamabatch.engine.snapshot import Saved
 from pyllamabatch.scheduler import Limits
@@ -47,7 +47,7 @@ def interactive(rig: Rig) -> InteractiveSink:
 
 def sample(rig: Rig, sink: InteractiveSink) -> None:
     """A token, which the fake machine does not report."""
-    rig.core.call(partial(sink.sample, None, 0.0), more=True, awaited=True)
+    rig.core.call(partial(sink.sample, None, 0.0), Call(), more=True)
     for _ in range(6):
         if rig.has_work:
             rig.core.step()
@@ -59,7 +59,7 @@ def test_a_state_that_could_not_be_stored_is_computed(tmp_path: Path, at_once: b
     rig = Rig(Limits(16, 16, 2, 100, 100))
     rig.space.n_bytes, rig.space._folder = 0, str(tmp_path / "nowhere")
     sink = interactive(rig)
-    rig.core.call(partial(sink.restore, SAVED, STATE, Slot(OWNER)))
+    rig.core.call(partial(sink.restore, SAVED, STATE, Slot(OWNER)), Call())
     if not at_once:
         rig.core.step()
     sample(rig, sink)
@@ -71,7 +71,7 @@ def test_of_two_states_brought_the_second_is_loaded(times: int) -> None:
     rig = Rig(Limits(16, 16, 2, 100, 100))
     sink = interactive(rig)
     for _ in range(times):
-        rig.core.call(partial(sink.restore, SAVED, STATE, Slot(OWNER)))
+        rig.core.call(partial(sink.restore, SAVED, STATE, Slot(OWNER)), Call())
     rig.core.step()
     sample(rig, sink)
     counters = rig.scheduler.counters

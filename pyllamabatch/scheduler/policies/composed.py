@@ -49,7 +49,7 @@ class ComposedPolicy:
             return builder.plan()
         repeat = self.repeat if isinstance(self.repeat, int) else self.repeat(builder)
         sit_out: Set[int] = frozenset()
-        if self.width is not None and builder.decode_all:
+        if self.width is not None and builder.decode_all and len(view.decoding) > 1:
             sit_out, steps = self.width(builder)
             repeat = min(repeat, steps)
         return builder.plan(repeat, sit_out)
