@@ -12,6 +12,7 @@ from bench.views import plain
 from pyllamabatch.report.records import Record
 
 BENCHES = (
+    "answers",
     "coalesce",
     "compare",
     "decode",

@@ -2,40 +2,45 @@
 without tools, byte for byte.
 
     python -m tools.chat_templates [--archive FILE | --templates DIR] [--server FILE] [--only WORD]
+                                   [--record]
 
-`--server`: a llama-server of the same llama.cpp (default: built, which takes minutes). --templates:
-a folder of .jinja files (default: `models/templates` of the archive that the lock names). For each
-template the server is started with the embedded model and that template, and asked for its
-`/apply-template`. Prints what differs; ends with 1 where something does.
+--server: a llama-server of the same llama.cpp (default: built, which takes minutes). --templates:
+a folder of .jinja files (default: `models/templates` of the pinned llama.cpp). For each template
+the server is started with the embedded model and that template, and asked for its
+`/apply-template`. Prints what differs; ends with 1 where something does. --record: the hashes of
+the server's prompts become those that tests/real compares with.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import socket
-import subprocess
 import sys
 import tarfile
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
+
+from bench.cache import cache_folder
+from bench.serving import ServerProcess
 from bench.tools import tool
 from pyllamabatch import Model
 from pyllamabatch.errors import PyllamabatchError
 from pyllamabatch.llama.chat import ChatTemplate
 from pyllamabatch.models import default_model_path
+from vendor.unpack import HERE as VENDOR
+from vendor.unpack import MARKER, Lock, download
 
-LOCK = Path(__file__).resolve().parents[1] / "vendor" / "llama.cpp.lock"
-PLACE = "thirdparty/llama.cpp/models/templates/"
+RECORDED = Path(__file__).resolve().parents[1] / "tests" / "real" / "llama_server_prompts.json"
+UNPACKED = VENDOR / "llama.cpp" / "models" / "templates"
+DATES = ("%Y-%m-%d", "%d %b %Y", "%b %d %Y", "%B %d, %Y")  # as templates write today's
 REFUSED = "(refused)"
-START_SECONDS = 120
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Is it raining in Paris?\n"}
@@ -110,90 +115,66 @@ def ours(template: ChatTemplate, body: Mapping[str, Any]) -> str:
     return str(prompt)
 
 
-def theirs(url: str, body: Mapping[str, Any]) -> str:
+def theirs(client: httpx.Client, body: Mapping[str, Any]) -> str:
     """What llama-server makes of it."""
-    request = urllib.request.Request(
-        f"{url}/apply-template", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return str(json.load(answer)["prompt"])
-    except urllib.error.HTTPError:
-        return REFUSED
+    answer = client.post("/apply-template", json=dict(body))
+    return str(answer.json()["prompt"]) if answer.is_success else REFUSED
 
 
 @contextmanager
-def serving(server: Path, template: Path) -> Iterator[str]:
-    """A server with the embedded model and this template; its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def serving(server: Path, template: Path) -> Iterator[httpx.Client]:
+    """A server with the embedded model and this template."""
     command = [
         server, "--model", default_model_path(), "--jinja", "--chat-template-file", template,
-        "--host", "127.0.0.1", "--port", port, "--ctx-size", 512, "--parallel", 1, "--threads", 1,
+        "--ctx-size", 512, "--parallel", 1, "--threads", 1,
     ]  # fmt: skip
-    with (
-        tempfile.TemporaryFile() as log,
-        subprocess.Popen([*map(str, command)], stdout=log, stderr=log) as process,
-    ):
-        url = f"http://127.0.0.1:{port}"
-        try:
-            _wait(url, process)
-            yield url
-        finally:
-            process.terminate()
-
-
-def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
-    until = time.monotonic() + START_SECONDS
-    while process.poll() is None and time.monotonic() < until:
-        if _healthy(url):
-            return
-        time.sleep(0.1)
-    raise SystemExit(f"the server did not start: it ended with {process.poll()}")
-
-
-def _healthy(url: str) -> bool:
+    process = ServerProcess([*map(str, command)], cache_folder("logs") / "chat_templates.log")
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5):
-            return True
-    except OSError:
-        return False
+        with httpx.Client(base_url=process.url, timeout=60, trust_env=False) as client:
+            yield client
+    finally:
+        process.stop()
 
 
-def differences(model: Model, server: Path, path: Path) -> list[str]:
-    """The cases in which the two prompts of a template are not the same."""
+def hashes(prompts: Mapping[str, str]) -> dict[str, str]:
+    """One for the prompts of each conversation, whichever day it is."""
+    now = datetime.now()
+    days = {day.strftime(form) for day in (now, now - timedelta(minutes=5)) for form in DATES}
+    joined: dict[str, str] = {}
+    for name, prompt in prompts.items():
+        for day in days:
+            prompt = prompt.replace(day, "today")
+        conversation = name.partition(" ")[0]
+        joined[conversation] = joined.get(conversation, "") + f"{name}\0{prompt}\0"
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in joined.items()}
+
+
+def prompts_of(model: Model, path: Path) -> dict[str, str]:
+    """Ours of each case."""
     template = ChatTemplate(model, path.read_text(encoding="utf-8"))
-    with serving(server, path) as url:
-        return [name for name, body in cases() if ours(template, body) != theirs(url, body)]
+    return {name: ours(template, body) for name, body in cases()}
 
 
-def extract(archive: Path, folder: Path) -> Path:
-    """The templates of an archive, in `folder`."""
-    with tarfile.open(archive) as tar:
+def servers_prompts(server: Path, path: Path) -> dict[str, str]:
+    """llama-server's of each case."""
+    with serving(server, path) as client:
+        return {name: theirs(client, body) for name, body in cases()}
+
+
+def templates(folder: Path, archive: Path | None = None) -> list[Path]:
+    """The templates of the pinned llama.cpp: as they were unpacked, or from its archive, which is
+    downloaded where it is not given, into `folder`."""
+    if archive is None and UNPACKED.is_dir():
+        return sorted(UNPACKED.glob("*.jinja"))
+    lock = VENDOR / "llama.cpp.lock"
+    place = f"{MARKER}models/templates/"
+    with tarfile.open(archive or download(lock, Lock.read(lock), folder)) as tar:
         for member in tar:
-            _, found, name = member.name.partition(PLACE)
+            _, found, name = member.name.partition(place)
             source = tar.extractfile(member) if found and name.endswith(".jinja") else None
             if source is not None:
                 (folder / Path(name).name).write_bytes(source.read())
-    return folder
-
-
-def download(folder: Path) -> Path:
-    """The archive that the lock names, by pip."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-r",
-        LOCK,
-        "--no-deps",
-        "--no-binary",
-        ":all:",
-    ]
-    subprocess.run([*map(str, command), "--require-hashes", "-d", str(folder)], check=True)
-    return next(folder.glob("*.tar.gz"))
+    return sorted(folder.glob("*.jinja"))
 
 
 def main() -> int:
@@ -202,22 +183,30 @@ def main() -> int:
     parser.add_argument("--templates", type=Path)
     parser.add_argument("--server", type=Path)
     parser.add_argument("--only", default="", help="templates whose name has this word")
+    parser.add_argument("--record", action="store_true")
     given = parser.parse_args()
     server = given.server or tool("llama-server")
-    n_same = n_other = 0
+    n_same = n_other = n_refused = 0
+    recorded: dict[str, dict[str, str]] = {}
     with tempfile.TemporaryDirectory() as scratch, Model.default(vocab_only=True) as model:
-        folder = given.templates
-        if folder is None:
-            folder = Path(scratch, "templates")
-            folder.mkdir()
-            extract(given.archive or download(Path(scratch)), folder)
-        for path in sorted(folder.glob("*.jinja")):
-            if given.only in path.name:
-                other = differences(model, server, path)
-                n_other += len(other)
-                n_same += len([*cases()]) - len(other)
-                print(f"{path.name}: {', '.join(other) or 'the same'}", flush=True)
-    print(f"{n_same} prompts are the same, {n_other} are not")
+        if given.templates:
+            paths = sorted(given.templates.glob("*.jinja"))
+        else:
+            paths = templates(Path(scratch), given.archive)
+        for path in (path for path in paths if given.only in path.name):
+            mine, its = prompts_of(model, path), servers_prompts(server, path)
+            other = [name for name in its if mine[name] != its[name]]
+            recorded[path.name] = hashes(its)
+            n_other += len(other)
+            n_same += len(its) - len(other)
+            n_refused += sum(its[name] == mine[name] == REFUSED for name in its)
+            print(f"{path.name}: {', '.join(other) or 'the same'}", flush=True)
+    if given.record:
+        RECORDED.write_text(json.dumps(recorded, indent=1) + "\n")
+    print(
+        f"{len(recorded)} templates: {n_same} prompts are the same, {n_other} are not; "
+        f"{n_refused} chats are refused by both"
+    )
     return 1 if n_other else 0
 
 

@@ -43,12 +43,13 @@ LEFT_OUT = (
     "tools/ui/src", "tools/ui/tests", "tools/ui/static",
     *(f"ggml/src/ggml-{name}" for name in _UNUSED_BACKENDS),
 )  # fmt: skip
-# Unpacked although their folder is left out: the benches need real vocabularies, a server that is
-# built from this tree asks for its script, and one example is a peer of the benches.
+# Unpacked although their folder is left out: the benches need real vocabularies, the tests chat
+# templates, a server that is built from this tree its script, and one example is a benches' peer.
 STAYS = (
     "models/ggml-vocab-gemma-4.gguf",
     "models/ggml-vocab-llama-bpe.gguf",
     "models/ggml-vocab-qwen2.gguf",
+    "models/templates",
     "scripts/ui-assets.cmake",
     "examples/CMakeLists.txt",
     "examples/parallel",

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 REASONING_FORMATS = ("none", "auto", "deepseek", "deepseek-legacy")
 SOURCE_BYTES_MAX = 1 << 20
+DEFAULT_KWARGS = {"preserve_reasoning": True}
+"""Variables that llama-server gives every template: thoughts of earlier turns stay."""
 
 
 class ChatOptions(TypedDict, total=False):
@@ -59,7 +61,8 @@ class ChatOptions(TypedDict, total=False):
     - enable_thinking: False asks a template that knows of thinking to go without.
     - add_generation_prompt: end where the answer begins. Default True.
     - continue_final_message: the last message is an answer that goes on, instead.
-    - template_kwargs: further variables of the template.
+    - template_kwargs: further variables of the template. preserve_reasoning=False leaves out the
+      thoughts of earlier turns, where the template can.
     """
 
     tools: Sequence[Mapping[str, Any]] | None
@@ -242,7 +245,7 @@ def _request(messages: Iterable[Message], options: ChatOptions) -> dict[str, Any
     if not isinstance(kwargs, Mapping):
         raise ArgumentError("template_kwargs", kwargs, "a mapping of names to values")
     check_nesting("template_kwargs", kwargs)
-    request["template_kwargs"] = kwargs
+    request["template_kwargs"] = {**DEFAULT_KWARGS, **kwargs}
     tools = options.get("tools")
     if tools:
         request["tools"], request["tool_choice"] = _tools(tools, options.get("tool_choice", "auto"))

@@ -54,6 +54,7 @@ def test_a_lock_without_a_hash_is_refused(tmp_path: Path) -> None:
 
 def test_only_what_is_needed_is_unpacked(tmp_path: Path) -> None:
     wanted = ["include/llama.h", "src/llama.cpp", "LICENSE", "models/ggml-vocab-qwen2.gguf"]
+    wanted.append("models/templates/GLM-4.6.jinja")
     left = ["docs/a.md", "models/ggml-vocab-mpt.gguf", "ggml/src/ggml-sycl/a.cpp", "tests/a.cpp"]
     lock = archive(tmp_path / "a.tar.gz", *wanted, *left)
     unpack.unpack(tmp_path / "a.tar.gz", lock, tmp_path / "tree", ())
