@@ -1,5 +1,5 @@
 """The embedded model, a small llama with one right answer for every prompt that it was made for;
-and `fetch`, which brings real ones by name."""
+a smaller one that drafts for it; and `fetch`, which brings real ones by name."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ class DefaultPrompt:
 def default_model_path() -> Path:
     """Path of the embedded model's GGUF file, at most 4 MiB, inside the installed package."""
     return _path("default.gguf")
+
+
+def default_draft_path() -> Path:
+    """Path of a model with the same vocabulary and a third of its weights, at most 1 MiB, that
+    drafts for the embedded one."""
+    return _path("default_draft.gguf")
 
 
 def default_prompts() -> list[DefaultPrompt]:

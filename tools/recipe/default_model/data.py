@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -36,12 +36,15 @@ ROW_LENGTHS = (512, 2048)
 ROW_LENGTH_WEIGHTS = (0.7, 0.3)
 
 
-def conversation(rng: random.Random, length: int) -> tuple[list[int], list[bool]]:
-    """``length`` tokens of chat turns, and which of them the model has to predict.
+def conversation(
+    rng: random.Random, length: int, weights: Mapping[str, float] = WEIGHTS
+) -> tuple[list[int], list[bool]]:
+    """``length`` tokens of chat turns, and which of them the model has to predict. ``weights``: how
+    often each kind of task is drawn.
 
     Those are the answers and the token that ends each. The rest of the row is padding.
     """
-    kinds, weights = list(WEIGHTS), list(WEIGHTS.values())
+    kinds, shares = list(weights), list(weights.values())
     row: list[int] = []
     wanted: list[bool] = []
     if rng.random() < 0.1:
@@ -49,7 +52,7 @@ def conversation(rng: random.Random, length: int) -> tuple[list[int], list[bool]
         wanted += [False] * len(row)
     misfits = 0
     while misfits < 4:
-        task = tasks.make_task(rng.choices(kinds, weights)[0], rng, "train")
+        task = tasks.make_task(rng.choices(kinds, shares)[0], rng, "train")
         prompt = encode_chat([{"role": "user", "content": task.prompt}])
         turn = encode_turn("assistant", task.answer)
         answer = turn[len(encode_chat([])) :]
