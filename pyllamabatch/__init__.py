@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pyllamabatch.engine.embedder import Embedder as Embedder
     from pyllamabatch.engine.engine import Engine as Engine
     from pyllamabatch.engine.sequence import Sampled as Sampled
     from pyllamabatch.engine.sequence import Sequence as Sequence
@@ -31,6 +32,7 @@ _HOME = {
     "Batch": "llama.batch",
     "Capabilities": "llama.memory",
     "Context": "llama.context",
+    "Embedder": "engine.embedder",
     "Engine": "engine.engine",
     "LoraAdapter": "llama.lora",
     "Memory": "llama.memory",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import weakref
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import Future
@@ -26,6 +27,8 @@ from ..step.trace import StepTrace, Trace, trace_dtype
 from . import on_machine, relays
 from .chat import Chat
 from .core import CoreOptions, EngineCore
+from .embedder import Embedders, Ranked
+from .embedding_core import Vectors
 from .input_processor import InputProcessor, Prompt
 from .kv_config import limits_of, pool_of, sharing_of
 from .layout import Layout, make_context
@@ -169,6 +172,7 @@ class Engine:
         self._context: Any = context
         self._stepper = stepper
         self._relays = relays.Relays()
+        self._embedders = Embedders(context)
         self._core = EngineCore(
             scheduler,
             Device(
@@ -363,6 +367,32 @@ class Engine:
         """Conversations: `engine.chat(messages)` gives the answer, see `Chat`."""
         return Chat(self)
 
+    # -- vectors of texts
+
+    def embed(self, texts: Sequence[Prompt], *, normalize: bool = True) -> Vectors:
+        """A vector for each text: `Embedder.embed`, with the pooling of the model, else the mean.
+        The first call makes an `Embedder` on the engine's weights, which is closed with it; for
+        another pooling, and for a model that only makes vectors, make one of your own."""
+        return self._embedders.of("embed").embed(texts, normalize=normalize)
+
+    async def aembed(self, texts: Sequence[Prompt], *, normalize: bool = True) -> Vectors:
+        """`embed` for asyncio."""
+        embedder = await asyncio.to_thread(self._embedders.of, "embed")
+        return await embedder.aembed(texts, normalize=normalize)
+
+    def rerank(
+        self, query: str, documents: Sequence[str], *, top_n: int | None = None
+    ) -> list[Ranked]:
+        """Documents by their relevance, the best first: `Embedder.rerank`."""
+        return self._embedders.of("rank").rerank(query, documents, top_n=top_n)
+
+    async def arerank(
+        self, query: str, documents: Sequence[str], *, top_n: int | None = None
+    ) -> list[Ranked]:
+        """`rerank` for asyncio."""
+        embedder = await asyncio.to_thread(self._embedders.of, "rank")
+        return await embedder.arerank(query, documents, top_n=top_n)
+
     # -- the engine itself
 
     def stats(self) -> EngineStats:
@@ -441,6 +471,7 @@ class Engine:
         cancelled), or with wait=False cancelled at once, which takes no longer than one step.
         Closing twice is fine."""
         self._core.close(wait=wait, timeout=timeout)
+        self._embedders.close()
 
     def __enter__(self) -> Engine:
         return self

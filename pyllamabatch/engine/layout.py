@@ -154,7 +154,8 @@ def make_context(
         raise ArgumentError("model", model, "must be a Model: Engine(Model(path), ...)")
     if model.has_encoder or not model.has_decoder:
         raise UnsupportedOperation(
-            f"the engine runs decoder-only models, {model.architecture} has an encoder"
+            f"the engine runs decoder-only models, {model.architecture} has an encoder; "
+            "for vectors of texts there is Embedder(model)"
         )
     for name in ("embeddings", "n_outputs_max"):
         if params.get(name):
@@ -165,5 +166,8 @@ def make_context(
     context = NativeContext(model, n_ctx=n_ctx, n_outputs_max=params["n_seq_max"], **params)
     if not context.capabilities.has_memory or not context.capabilities.causal:
         context.close()
-        raise UnsupportedOperation(f"{model.architecture} does not generate token by token")
+        raise UnsupportedOperation(
+            f"{model.architecture} does not generate token by token; for vectors of texts there is "
+            "Embedder(model)"
+        )
     return context, layout

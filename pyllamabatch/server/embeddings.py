@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from fastapi import Request
 from pydantic import Field
 from starlette.responses import Response
 
+from ..engine.embedder import Embedder, best_of, normalized
+from ..engine.embedding_core import Vectors
+from ..errors import ArgumentError, UnsupportedOperation
 from ..llama.vocab import TokenArray
 from . import bodies
 from .answer import cancelled_on_leave
 from .bodies import Body
-from .embedder import Embedder, Vector, Work, check_number, need
 from .errors import invalid, json_response
 from .native import MixedPrompt, prompts_of
 from .service import Service
+
+N_REQUEST_MAX = 2048  # texts of one request
 
 
 class EmbeddingsBody(Body):
@@ -75,14 +79,12 @@ async def rerank(service: Service, request: Request) -> Response:
     if not documents:
         raise invalid("documents", documents, "must be a list of at least one text")
     check_number(documents, "documents")
-    pairs = await service.apart(lambda: [_pair(service, body.query, one) for one in documents])
-    embedder.check(pairs, "documents")
-    scores = [float(score[0]) for score in await _computed(embedder, request, pairs)]
-    best = sorted(range(len(scores)), key=lambda i: -scores[i])[: body.top_n]
+    pairs = await service.apart(lambda: embedder.pairs(body.query, documents))
+    best = best_of(await _computed(embedder, request, pairs), body.top_n)
     results = [
-        {"index": i, "relevance_score": scores[i]}
-        | ({"document": {"text": documents[i]}} if body.return_text else {})
-        for i in best
+        {"index": one.index, "relevance_score": one.score}
+        | ({"document": {"text": documents[one.index]}} if body.return_text else {})
+        for one in best
     ]
     n = sum(map(len, pairs))
     usage = {"prompt_tokens": n, "total_tokens": n}
@@ -92,7 +94,7 @@ async def rerank(service: Service, request: Request) -> Response:
 
 async def _vectors(
     service: Service, request: Request, body: EmbeddingsBody
-) -> tuple[list[TokenArray], list[Vector]]:
+) -> tuple[list[TokenArray], Vectors]:
     embedder = need(service.embedder, ranks=False)
     given = body.content if body.input is None else body.input
     if given is None:
@@ -107,31 +109,32 @@ async def _vectors(
     embedder.check(tokens, "input")
     vectors = await _computed(embedder, request, tokens)
     if body.embd_normalize == 2:
-        vectors = [vector / max(float(np.linalg.norm(vector)), 1e-12) for vector in vectors]
+        vectors = normalized(vectors)
     return tokens, vectors
 
 
-async def _computed(
-    embedder: Embedder, request: Request, texts: Sequence[TokenArray]
-) -> list[Vector]:
-    """The vectors of a request's texts, as long as its client is there."""
-    work = Work(texts)
-    async with cancelled_on_leave(request.receive, [work]):
-        return await embedder.vectors(work)
+async def _computed(embedder: Embedder, request: Request, texts: Sequence[TokenArray]) -> Vectors:
+    """The vectors of a request's texts, or their scores, as long as its client is there."""
+    embedding = embedder.submit(texts, ranks=embedder.ranks)
+    async with cancelled_on_leave(request.receive, [embedding]):
+        return await asyncio.wrap_future(embedding.future)
 
 
-def _encoded(vector: Vector, encoding: str) -> Any:
+def need(embedder: Embedder | None, *, ranks: bool) -> Embedder:
+    """UnsupportedOperation for a server that was started without it."""
+    flag = "--rerank" if ranks else "--embeddings"
+    if embedder is None or embedder.ranks != ranks:
+        raise UnsupportedOperation(f"this server does not support this: start it with {flag}")
+    return embedder
+
+
+def check_number(texts: Sequence[object], name: str) -> None:
+    """ArgumentError for more texts than a request may have."""
+    if len(texts) > N_REQUEST_MAX:
+        raise ArgumentError(name, f"{len(texts)} texts", f"at most {N_REQUEST_MAX} of a request")
+
+
+def _encoded(vector: Vectors, encoding: str) -> Any:
     if encoding == "base64":
         return base64.b64encode(vector.astype("<f4").tobytes()).decode()
     return vector.tolist()
-
-
-def _pair(service: Service, query: str, document: str) -> TokenArray:
-    """What rerankers were trained on: BOS query EOS SEP document EOS, as far as there are such."""
-    vocab = service.vocab
-    texts: Sequence[TokenArray] = [
-        vocab.tokenize(text, add_special=False, parse_special=False) for text in (query, document)
-    ]
-    eos = vocab.sep if vocab.eos is None else vocab.eos
-    parts = [vocab.bos, *texts[0].tolist(), eos, vocab.sep, *texts[1].tolist(), eos]
-    return np.array([token for token in parts if token is not None], np.int32)

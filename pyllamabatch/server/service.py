@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..engine.embedder import Embedder
 from ..engine.engine import Engine
 from ..engine.stream import Stream
 from ..errors import UnsupportedOperation, integer
@@ -21,7 +22,6 @@ from ..llama.vocab import TokenArray
 from ..raw import lib
 from ..step.sampling_params import SamplingParams
 from .bodies import Lora, SamplingBody, bias_of
-from .embedder import Embedder
 from .errors import ApiError, invalid
 from .options import ServerOptions
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import re
@@ -15,10 +14,8 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pyllamabatch.errors import ClosedError
 from pyllamabatch.llama.model import Model
 from pyllamabatch.server.app import create_app
-from pyllamabatch.server.embedder import Embedder, Work
 from pyllamabatch.server.options import ServerOptions
 from tests.support.engines import slow
 from tests.support.models_special import write_bert
@@ -168,13 +165,3 @@ def test_embeddings(embedding: Served, served: Served) -> None:
     for path in ("/slots", "/metrics"):
         assert embedding.client.get(path).status_code == 501
     assert "--embeddings" in served.refused("/v1/embeddings", {"input": "a"}, 501)["message"]
-
-
-def test_texts_that_were_given_up_are_not_computed(embedded_model: Model) -> None:
-    embedder = Embedder(embedded_model)
-    work = Work([np.array([40], np.int32)] * 40)
-    work.cancel()
-    with pytest.raises(ClosedError, match="given up"):
-        asyncio.run(embedder.vectors(work))
-    assert len(asyncio.run(embedder.vectors(Work(work.texts)))) == 40
-    embedder.close()

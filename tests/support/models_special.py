@@ -62,10 +62,11 @@ def write_gpt2(path: Path) -> None:
     _finish(writer)
 
 
-def write_bert(path: Path) -> None:
+def write_bert(path: Path, *, reranker: bool = False) -> None:
+    """`reranker`: with a head that gives one score."""
     writer, w = _writer(path, "bert"), Weights(3)
     writer.add_causal_attention(False)
-    writer.add_pooling_type(gguf.PoolingType.MEAN)
+    writer.add_pooling_type(gguf.PoolingType.RANK if reranker else gguf.PoolingType.MEAN)
     writer.add_token_type_count(1)
     writer.add_tensor("token_embd.weight", w.matrix(N_VOCAB, N_EMBD))
     writer.add_tensor("position_embd.weight", w.matrix(N_POSITIONS, N_EMBD))
@@ -73,6 +74,10 @@ def write_bert(path: Path) -> None:
         _norm(writer, w, name)
     square = (N_EMBD, N_EMBD)
     _products(writer, w, attn_q=square, attn_k=square, attn_v=square)
+    if reranker:
+        for name, shape in {"cls": square, "cls.output": (1, N_EMBD)}.items():
+            writer.add_tensor(f"{name}.weight", w.matrix(*shape))
+            writer.add_tensor(f"{name}.bias", w.around(0.0, shape[0]))
     _finish(writer)
 
 
