@@ -92,6 +92,10 @@ _SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         "action": argparse.BooleanOptionalAction,
         "help": "one pool of cells for all sequences (the default), or an equal share for each: "
                 "then a row attends to fewer cells"}),
+    "speculate": (("--speculate",), {
+        "choices": ("ngram", "off"),
+        "help": "check several tokens in a step: what followed the same ones earlier in a "
+                "request's text, where that pays; answers stay the same"}),
     "prefix_cache": (("--prefix-cache",), {
         "action": argparse.BooleanOptionalAction,
         "help": "reuse the cells of prompts that start alike (the default with one pool); prompts "
@@ -199,6 +203,8 @@ def open_engine(model: Model, args: argparse.Namespace, n_seq_max: int, **option
     """An engine with the shared flags, the policy and these options."""
     given = {name: getattr(args, name) for name in _SHARED if name != "threads"}
     given |= dict.fromkeys(("n_threads", "n_threads_batch"), args.threads)
+    if given["speculate"] == "off":
+        given["speculate"] = None
     options |= {name: value for name, value in given.items() if value is not None}
     if args.policy is not None:
         options["policy"] = make_policy(args.policy)

@@ -74,8 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="requests that wait for a slot; more get 429 (1024)")
     add("--lora", action="append", default=[], metavar="[NAME=]FILE",
         help="an adapter that requests may name; may be repeated")
-    add_shared(add, n_ctx=0, kv_unified=None, prefix_cache=None, n_batch=None, n_ubatch=None,
-               threads=None)
+    add_shared(add, n_ctx=0, kv_unified=None, prefix_cache=None, speculate=None, n_batch=None,
+               n_ubatch=None, threads=None)
     add_policy_argument(add)
     add_sampling_arguments(parser, "For requests that don't say. In parentheses: the default.")
 

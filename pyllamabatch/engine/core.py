@@ -21,12 +21,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter, perf_counter_ns
+from typing import Any
 
 import numpy as np
 
 from ..errors import PyllamabatchError, SamplingError, decode_error
 from ..kv import SwapSpace
 from ..scheduler import Scheduler, Step
+from ..scheduler.drafting import Drafted
 from ..step.stepper import Finish
 from ..step.trace import StepTrace
 from ..step.types import Run
@@ -82,6 +84,8 @@ class EngineCore:
         self._device = device
         self._running: tuple[Step, int] | None = None  # the call that goes on, and its first step
         self._n_taken = 0  # of the requests submitted
+        # Where steps may check drafts: what the stepper knows of them.
+        self._drafts: Any = device.stepper.drafts if scheduler.drafting is not None else None
         self._step_s = 0.0  # the last step's time
         self._led_until = perf_counter_ns()
         # Guards the state between two steps. A thread that needs the commands' lock, too, takes
@@ -281,6 +285,11 @@ class EngineCore:
                 used = self.scheduler.accounting.used
                 self.trace.begin(first, step.n_rows, used, step.decode, prompts, step.reasons)
             self._running = step, first
+            if self._drafts is not None:
+                most = self._drafts.n_most
+                most[:] = 0
+                for slot, n in step.drafts.items():
+                    most[slot] = n
         if self.output_processor.has_events:
             stepper.flush()
         if loras.names:
@@ -322,7 +331,7 @@ class EngineCore:
                 self.recovery.computed()
                 self._step_s = run.seconds / run.n_steps
                 self._observe(step, run)
-                self.scheduler.advance(step, run.n_steps, perf_counter())
+                self.scheduler.advance(step, run.n_steps, perf_counter(), self._drafted(run))
                 for chunk in step.chunks:
                     self.table.in_slot(chunk.slot).sink.computed()
             for slot, token, finish, logprob in run.results:
@@ -335,6 +344,20 @@ class EngineCore:
                 self.recovery.failed(step, decode_error(run.code), any_done=run.n_steps > 0)
             elif step.stands > 1:
                 self._lone.begin(step, self.table.in_slot(step.slots[0]))
+
+    def _drafted(self, run: Run) -> Drafted | None:
+        drafts = self._drafts
+        if drafts is None:
+            return None
+        return Drafted(
+            drafts.n_taken,
+            run.n_rows,
+            run.n_drafted,
+            run.n_accepted,
+            drafts.found,
+            drafts.right,
+            run.seconds,
+        )
 
     def _failed(self, step: Step, error: Exception) -> None:
         with self.state:

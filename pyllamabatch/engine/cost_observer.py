@@ -37,6 +37,10 @@ class CostObserver:
                 self._prefilled(step.n_rows, step.n_rows - len(step.decode), run.seconds)
             return
         end = perf_counter()
+        if run.n_drafted:  # steps of different widths: `Drafting` knows what they take
+            self._pending.clear()
+            self._before, self._end = None, end
+            return
         switched = self._switched(step)
         self._before = None if step.chunks else step.decode
         gap, self._end = end - run.seconds - self._end, end

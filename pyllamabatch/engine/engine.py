@@ -31,7 +31,7 @@ from .embedder import Embedders, Ranked
 from .embedding_core import Vectors
 from .input_processor import InputProcessor, Prompt
 from .kv_config import limits_of, pool_of, sharing_of
-from .layout import Layout, make_context
+from .layout import DRAFT_MOST, Layout, make_context
 from .options import EngineOptions, Options, policy_of
 from .protocols import Device, EngineContext
 from .sequence import Sequence as InteractiveSequence
@@ -88,6 +88,10 @@ class Engine:
       profile is there (`pyllamabatch.machine`): it computes nothing, and takes the time that the
       profile says, on one GPU for all engines on that machine. Answers say that no model wrote
       them. Of `model` only the vocabulary is used; by default the embedded one's.
+    - speculate: "ngram" lets a step check tokens that followed the same ones earlier in a request's
+      text, where by its record and by the cost model that gives more tokens a second: answers are
+      the same, and those that repeat their prompt come sooner. Not for models with a recurrent
+      state. None: never.
     - context_params: any other parameter of `Context`.
 
     A request that fails ends alone. Raises UnsupportedOperation for models with an encoder and for
@@ -119,6 +123,7 @@ class Engine:
         max_restarts: int = 2,
         loras: Mapping[str, LoraAdapter] | None = None,
         machine: PathLike | None = None,
+        speculate: Literal["ngram"] | None = None,
         **context_params: Any,
     ) -> None:
         options = EngineOptions(
@@ -137,6 +142,7 @@ class Engine:
             swap_folder=swap_folder,
             max_restarts=max_restarts,
             loras=loras or {},
+            speculate=speculate,
         )
         context_params |= {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch}
         context_params["kv_unified"] = kv_unified
@@ -149,7 +155,12 @@ class Engine:
         try:
             cost_model = make_cost(context, options)
             scheduler = make_scheduler(context, layout, options, cost_model)
-            stepper: Any = context.stepper(options.n_logprobs_max, options.device_sampling)
+            stepper: Any = context.stepper(
+                options.n_logprobs_max,
+                options.device_sampling,
+                options.speculate,
+                n_draft_max(options),
+            )
             adapters = Loras(model, options.loras, context.set_loras)
         except BaseException:
             context.close()
@@ -499,12 +510,17 @@ def make_cost(context: EngineContext, options: EngineOptions) -> CostModel | Non
     return cost
 
 
+def n_draft_max(options: EngineOptions) -> int:
+    return 0 if options.speculate is None else DRAFT_MOST
+
+
 def make_scheduler(
     context: EngineContext, layout: Layout, options: EngineOptions, cost: CostModel | None
 ) -> Scheduler:
-    pool = pool_of(context, options.n_seq_max, layout.pool) if layout.pool else None
+    n_draft, n_seq_max = n_draft_max(options), options.n_seq_max
+    pool = pool_of(context, n_seq_max, layout.pool, n_draft) if layout.pool else None
     return Scheduler(
-        limits_of(context, options.n_seq_max),
+        limits_of(context, n_seq_max, n_draft),
         options.policy,
         gather=options.gather,
         patience=options.patience,

@@ -11,8 +11,9 @@ from ..scheduler.scheduler import Pool
 from .protocols import EngineContext
 
 
-def limits_of(context: EngineContext, n_seq_max: int) -> Limits:
-    """What a step on this context may not exceed; `n_seq_max` sequences may run at once."""
+def limits_of(context: EngineContext, n_seq_max: int, n_draft_max: int = 0) -> Limits:
+    """What a step on this context may not exceed; `n_seq_max` sequences may run at once, and may
+    have drafts of so many tokens."""
     can = context.capabilities
     n_cells_seq = min(context.n_ctx_seq, max_position(context.model) + 1)
     # A recurrent state has one size, however long the text: none takes cells from another.
@@ -25,6 +26,8 @@ def limits_of(context: EngineContext, n_seq_max: int) -> Limits:
         n_cells_seq=n_cells_seq,
         unified=unified,
         gap_max=context.gap_max,
+        n_draft_max=n_draft_max,
+        n_outputs=context.n_outputs_max if n_draft_max else 0,
     )
 
 
@@ -45,9 +48,9 @@ def sharing_of(context: EngineContext, n_seq_max: int) -> Sharing:
     )
 
 
-def pool_of(context: EngineContext, n_seq_max: int, n_cells: int) -> Pool:
+def pool_of(context: EngineContext, n_seq_max: int, n_cells: int, n_draft_max: int = 0) -> Pool:
     """What the streams of `context` become with `n_cells` for all sequences."""
-    limits, sharing = limits_of(context, n_seq_max), sharing_of(context, n_seq_max)
+    limits, sharing = limits_of(context, n_seq_max, n_draft_max), sharing_of(context, n_seq_max)
     n_cells_seq = min(n_cells, max_position(context.model) + 1)
     shares = not sharing.window or sharing.tries
     return Pool(

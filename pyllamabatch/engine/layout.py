@@ -25,6 +25,8 @@ from .native_context import NativeContext
 from .options import EngineOptions
 
 MOST_STATES = 8  # slots for cached recurrent states: each takes the memory of a whole one
+DRAFT_MOST = 8  # drafted tokens of a sequence in a step
+MOST_DRAFT_ROWS = 64  # of a step
 LEAST_CACHED = 16  # slots for prefixes cached in shared cells: they cost a row of logits each
 LEAST_COPIES, STREAMS_A_COPY = 2, 4  # streams for what is cached: one to so many that run
 
@@ -126,6 +128,11 @@ def lay_out(cells: Cells, options: EngineOptions, params: dict[str, Any]) -> Lay
     return layout
 
 
+def draft_rows(options: EngineOptions) -> int:
+    """Rows of drafted tokens in a step: each takes a row of logits."""
+    return 0 if options.speculate is None else min(MOST_DRAFT_ROWS, DRAFT_MOST * options.n_seq_max)
+
+
 def n_copies(n_seq_max: int, n_batch: int, *, unified: bool) -> int:
     """Slots for cached prefixes, beside those of `n_seq_max` sequences that run. A batch must hold
     a row of each slot."""
@@ -163,11 +170,19 @@ def make_context(
     chosen = params["n_ctx"] == 0
     layout = lay_out(cells_of(model, options.n_seq_max, params), options, params)
     n_ctx = fitting_n_ctx(model, params.pop("n_ctx"), shrink=chosen, **params)
-    context = NativeContext(model, n_ctx=n_ctx, n_outputs_max=params["n_seq_max"], **params)
+    n_outputs = params["n_seq_max"] + draft_rows(options)
+    n_outputs = min(n_outputs, params["n_batch"])
+    context = NativeContext(model, n_ctx=n_ctx, n_outputs_max=n_outputs, **params)
     if not context.capabilities.has_memory or not context.capabilities.causal:
         context.close()
         raise UnsupportedOperation(
             f"{model.architecture} does not generate token by token; for vectors of texts there is "
             "Embedder(model)"
+        )
+    if options.speculate is not None and copies_whole_only(model):
+        context.close()
+        raise UnsupportedOperation(
+            f"speculate={options.speculate!r}: {model.architecture} keeps a recurrent state, from "
+            "which tokens that were drafted in vain can't be taken back"
         )
     return context, layout

@@ -27,12 +27,20 @@ class NativeContext(Context):
     def asynchronous(self) -> bool:
         return offloaded(self)
 
-    def stepper(self, n_logprobs_max: int, device_sampling: bool | str) -> StreamStepper:
+    def stepper(
+        self,
+        n_logprobs_max: int,
+        device_sampling: bool | str,
+        drafter: str | None = None,
+        n_draft_max: int = 0,
+    ) -> StreamStepper:
         return StreamStepper(
             self,
             n_logprobs_max=n_logprobs_max,
             n_steps_max=RING_STEPS,
             device_sampling=device_sampling,
+            drafter=drafter,
+            n_draft_max=n_draft_max,
         )
 
     def cost(self) -> CostModel:

@@ -58,6 +58,7 @@ class RequestOptions:
 
 
 DEFAULTS = RequestOptions()
+SPECULATE = ("ngram",)  # what an engine may draft from
 
 
 def check_options(options: Options) -> dict[str, Any]:
@@ -104,6 +105,7 @@ class EngineOptions:
     swap_folder: PathLike | None
     max_restarts: int
     loras: Mapping[str, LoraAdapter]
+    speculate: str | None = None
 
     def __post_init__(self) -> None:
         self.n_seq_max = integer("n_seq_max", self.n_seq_max, 1, 256)
@@ -112,6 +114,8 @@ class EngineOptions:
         self.max_restarts = integer("max_restarts", self.max_restarts, 0, 2**31)
         self.patience = number("patience", self.patience, 0)
         choice("preemption", self.preemption, ("auto", "recompute", "swap"))
+        if self.speculate is not None:
+            choice("speculate", self.speculate, SPECULATE)
         if self.max_waiting is not None:
             self.max_waiting = integer("max_waiting", self.max_waiting, 1, 2**31)
 

@@ -23,6 +23,9 @@ class EngineStats:
     `swapped_tokens` in a saved state.
     `graphs_reused`: compute graphs that did not have to be rebuilt, counted by libllama when a
     native call returns. Steps of one size reuse theirs. `restarts`: fresh contexts after a failure.
+    `drafted_tokens` were checked in rows of their own, which are among `decode_rows`, and
+    `accepted_tokens` of these were right (`Engine`'s speculate). Of a native call that goes on
+    a step counts as one token of each sequence.
     """
 
     submitted: int
@@ -47,6 +50,8 @@ class EngineStats:
     prefix_tokens: int = 0
     swapped_tokens: int = 0
     restarts: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def prefix_hit_rate(self) -> float:
@@ -126,4 +131,6 @@ def stats_of(core: EngineCore) -> EngineStats:
             prefix_tokens=counters.prefix_tokens,
             swapped_tokens=counters.loaded_tokens,
             restarts=core.recovery.n_restarts,
+            drafted_tokens=counters.drafted_tokens,
+            accepted_tokens=counters.accepted_tokens,
         )

@@ -177,10 +177,12 @@ class KvAccounting:
         self._held[slot] += n
         self._used += n
 
-    def take_each(self, slots: npt.NDArray[np.integer], n: int = 1) -> None:
+    def take_each(
+        self, slots: npt.NDArray[np.integer], n: int | npt.NDArray[np.integer] = 1
+    ) -> None:
         """`n` more cells for each of the running `slots`, all different: as many steps of pure
-        decoding."""
-        n_all = n * len(slots)
+        decoding; or so many for each."""
+        n_all = n * len(slots) if isinstance(n, int) else int(n.sum())
         if n_all > self.empty:
             raise ValueError(f"{n_all} cells are asked for, {self.empty} are free")
         held = self._held[slots]

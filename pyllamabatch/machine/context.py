@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pyllamabatch.cost.model import CostModel
-from pyllamabatch.errors import ArgumentError, integer
+from pyllamabatch.errors import ArgumentError, UnsupportedOperation, integer
 from pyllamabatch.kv import Preemption, SwapChoice
 from pyllamabatch.llama.lora import LoraNames
 from pyllamabatch.llama.memory import Capabilities
@@ -46,7 +46,7 @@ class MachineContext:
             raise ArgumentError(name, sizes[name], "a profile machine has no such parameter")
         self.machine = machine
         self.model = model
-        self.n_seq_max = integer("n_seq_max", n_seq_max, 1, 256)
+        self.n_seq_max = self.n_outputs_max = integer("n_seq_max", n_seq_max, 1, 256)
         self.n_batch = min(integer("n_batch", n_batch, n_seq_max, 2**31 - 1), n_ctx)
         self.n_ubatch = min(integer("n_ubatch", n_ubatch, 1, 2**31 - 1), self.n_batch)
         self.params: dict[str, Any] = {"swa_full": True}
@@ -89,7 +89,15 @@ class MachineContext:
 
     asynchronous = False  # whoever computes waits
 
-    def stepper(self, n_logprobs_max: int, device_sampling: bool | str) -> ProfileDevice:
+    def stepper(
+        self,
+        n_logprobs_max: int,
+        device_sampling: bool | str,
+        drafter: str | None = None,
+        n_draft_max: int = 0,
+    ) -> ProfileDevice:
+        if n_draft_max:
+            raise UnsupportedOperation("a profile machine has no logits to check drafts with")
         self.device.n_logprobs_max = n_logprobs_max
         return self.device
 

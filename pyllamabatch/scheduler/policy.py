@@ -12,7 +12,7 @@ Most new policies are one new part. Every part is a plain function or a callable
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
@@ -141,7 +141,12 @@ class PlanBuilder:
             and not self.preempt
         )
 
-    def plan(self, repeat: int = 1, sit_out: Set[int] = frozenset()) -> Plan:
+    def plan(
+        self,
+        repeat: int = 1,
+        sit_out: Set[int] = frozenset(),
+        drafts: Mapping[int, int] | None = None,
+    ) -> Plan:
         empty = not (self.decode_all or self.tokens or self.preempt)
         return Plan(
             self.tokens,
@@ -151,6 +156,7 @@ class PlanBuilder:
             self.reasons,
             1 if self.wake is not None else repeat,
             self.wake if empty else None,
+            drafts or {},
         )
 
 
@@ -208,6 +214,23 @@ class Round(NamedTuple):
 
     sit_out: Set[int]
     steps: int
+
+
+class Speculation(NamedTuple):
+    """drafts: see `Plan`. steps: for how many steps that stands; None: for all of the plan's."""
+
+    drafts: Mapping[int, int]
+    steps: int | None = None
+
+
+NO_SPECULATION = Speculation({})
+
+
+class Speculate(Protocol):
+    """How many drafted tokens each sequence may add to a step, asked when all that run decode. It
+    may look at what was measured (`StepView.drafts`)."""
+
+    def __call__(self, builder: PlanBuilder) -> Speculation: ...
 
 
 class Width(Protocol):

@@ -24,6 +24,9 @@ RULES: dict[str, str] = {
     "preempt-or-run": "a sequence that is preempted does not run in the same step",
     "repeat": "a plan stands for a whole number of steps, at least 1, and for more than one only "
     "if all of its sequences decode and none is preempted",
+    "drafts": "drafts are for sequences that decode in a plan of decoding alone and are not "
+    "interactive: whole numbers of tokens from 1 to n_draft_max, for whose rows there are outputs "
+    "and free KV cells",
     "progress": "a step has rows, or preempts, or says until when there is nothing to do, unless "
     "one of the running sequences is idle",
     "wake": "a plan that waits is empty, and waits until a finite time later than now",
@@ -62,6 +65,8 @@ def check_plan(plan: Plan, view: StepView) -> Rows:
         detail = f"{n_rows} rows, {n_taken} to start from, {free} free and {n_freed} given up"
         _broken("cells", detail)
     _check_time(plan, view, rows, n_rows)
+    if plan.drafts:
+        _check_drafts(plan, view, rows, n_rows)
     return rows
 
 
@@ -138,6 +143,21 @@ def _check_time(plan: Plan, view: StepView, rows: Rows, n_rows: int) -> None:
         n_running, n_waiting = len(view.running), len(view.waiting)
         if n_running == len(view.decoding) + len(view.prefilling):
             _broken("progress", f"an empty plan, {n_running} run and {n_waiting} wait")
+
+
+def _check_drafts(plan: Plan, view: StepView, rows: Rows, n_rows: int) -> None:
+    limits = view.limits
+    if rows.others or plan.preempt:
+        _broken("drafts", f"{len(rows.others)} sequences do not decode")
+    for id, n in plan.drafts.items():
+        seq = view.running.find(id)
+        if id not in view.decoding or id in rows.out or seq is None or seq.goal is not None:
+            _broken("drafts", f"for sequence {id!r}")
+        if type(n) is not int or not 1 <= n <= limits.n_draft_max:
+            _broken("drafts", f"{n!r} of {limits.n_draft_max} for sequence {id}")
+    n_all = n_rows + sum(plan.drafts.values())
+    if n_all > min(limits.n_batch, limits.n_outputs or limits.n_batch, view.kv.free):
+        _broken("drafts", f"{n_all} rows, {limits.n_outputs} outputs, {view.kv.free} cells")
 
 
 def _broken(rule: str, detail: str) -> NoReturn:

@@ -46,13 +46,16 @@ class RunningSequences(SequenceQueue[Entry]):
 
     - computed, known: tokens, int64 arrays by slot, 0 where none runs. counts: both of them, shape
       (2, n_slots). most: what `known` is at the very end.
+    - owner: id + 1 by slot, 0 where none runs.
     - decoding: ids of those that decode. asked: slot -> id of the interactive ones of these.
     """
 
     def __init__(self, n_slots: int) -> None:
         super().__init__(self.seen)
         self._numbers = np.zeros((6, n_slots), dtype=np.int64)
-        self.computed, self.known, self._n_prompt, self.most, self._start, self._id = self._numbers
+        self.computed, self.known, self._n_prompt, self.most, self._start, self.owner = (
+            self._numbers
+        )
         self.counts = self._numbers[:2]
         self._itl_target = np.full(n_slots, np.inf)
         self._facts: dict[Rank, npt.NDArray[np.float64]] = {}  # by the function they come from
@@ -165,14 +168,14 @@ class RunningSequences(SequenceQueue[Entry]):
     def column(self, what: str | Rank) -> Column:
         """See `SequenceList`. In the order of the slots."""
         if self._occupied is None:
-            (self._occupied,) = self._id.nonzero()
+            (self._occupied,) = self.owner.nonzero()
         slots = self._occupied
         if not isinstance(what, str):
             return self._facts_of(what)[slots]
         if what == "itl_target":
             return self._itl_target[slots]
         if what == "id":
-            return self._id[slots] - 1
+            return self.owner[slots] - 1
         if what == "n_prompt":
             return self._n_prompt[slots]
         if what == "computed":
@@ -189,7 +192,7 @@ class RunningSequences(SequenceQueue[Entry]):
     def _facts_of(self, function: Rank) -> npt.NDArray[np.float64]:
         facts = self._facts.get(function)
         if facts is None:
-            facts = self._facts[function] = np.zeros(len(self._id))
+            facts = self._facts[function] = np.zeros(len(self.owner))
             for entry in self.ids.values():
                 facts[entry.slot] = function(entry.view)
         return facts

@@ -16,11 +16,12 @@ sequence; views are made when a policy looks at them.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ..cost.step_cost import StepCost
 from ..errors import RequestTooLong
@@ -29,6 +30,7 @@ from .admission import Admission
 from .attention import Attention
 from .compaction import Compaction
 from .deadlines import Deadlines
+from .drafting import Drafted, Drafting
 from .gather import CostWindow, Gather
 from .idle import PATIENCE_SECONDS, IdleSequences
 from .interactive import Interactive
@@ -40,7 +42,7 @@ from .rules import Rows, check_plan
 from .running import Entry, KnownTokens
 from .sequences import Sequences
 from .step import Counters, PromptChunk, Step
-from .view import KvView, Limits, SequenceView, StepView
+from .view import Drafts, KvView, Limits, SequenceView, StepView
 
 AT_ONCE = 32  # steps of decoding that cells are emptied for, if they are there
 
@@ -124,6 +126,7 @@ class Scheduler:
         self.interactive = Interactive(
             self.sequences, self.admission, self.idle_sequences, self._claim
         )
+        self.drafting = Drafting(limits, n_slots) if limits.n_draft_max else None
         self.set_cost(cost)
         self._last_pause = NO_PAUSE
 
@@ -281,6 +284,20 @@ class Scheduler:
             kv,
             self.cost,
             self.counters.steps,
+            None if self.drafting is None else self._drafts,
+        )
+
+    def _drafts(self) -> Drafts:
+        """Interactive sequences, whose owners ask for each token, have none."""
+        assert self.drafting is not None
+        running = self.sequences.running
+        slots = running.decode_slots
+        if running.asked:
+            slots = running.decode_slots_but([*running.asked], [])
+        n_left = (running.most - running.known)[slots]
+        attended = self.attention.of_all()
+        return self.drafting.view(
+            slots, running.owner[slots], n_left, attended, self.limits, self.cost
         )
 
     def plan(self, now: float) -> Step | None:
@@ -307,7 +324,7 @@ class Scheduler:
         if plan.preempt:
             preempted += tuple((id, sequences.preempt(id, retain=True)) for id in plan.preempt)
         admitted = self._admit(rows) if rows.others else ()
-        return self._step(rows, plan.repeat, preempted, admitted, plan.reasons)
+        return self._step(rows, plan.repeat, preempted, admitted, plan.reasons, plan.drafts)
 
     def _become_pool(self) -> Step:
         """What runs is preempted, nothing stays cached, and streams become a pool."""
@@ -352,7 +369,13 @@ class Scheduler:
         return tuple(admitted)
 
     def _step(
-        self, rows: Rows, repeat: int, preempted: Placed, admitted: Placed, reasons: Any
+        self,
+        rows: Rows,
+        repeat: int,
+        preempted: Placed,
+        admitted: Placed,
+        reasons: Any,
+        drafts: Mapping[int, int],
     ) -> Step:
         """Of a plan that is checked, and whose sequences are placed."""
         running = self.sequences.running
@@ -372,6 +395,7 @@ class Scheduler:
         n_rows = len(decode)
         if chunks:
             n_rows += sum([chunk.n for chunk in chunks])
+        at_most = n_rows + sum(drafts.values()) if drafts else n_rows  # of a step
         stands = 1
         if running.asked:
             if len(decode) == n_rows == len(running.ids) == 1 and self._alone:
@@ -381,10 +405,10 @@ class Scheduler:
             repeat = 1
         elif repeat > 1:
             left = int((running.most - running.known)[decode].min())
-            repeat = max(1, min(repeat, left, self.accounting.free // n_rows))
-        self.admission.cache.make_cells(n_rows * min(max(repeat, stands), AT_ONCE))
+            repeat = max(1, min(repeat, left, self.accounting.free // at_most))
+        self.admission.cache.make_cells(at_most * min(max(repeat, stands), AT_ONCE))
         if repeat > 1:
-            repeat = max(1, min(repeat, self.accounting.empty // n_rows))
+            repeat = max(1, min(repeat, self.accounting.empty // at_most))
         if stands > 1:
             stands = max(1, min(stands, self.accounting.empty))
         held = self.accounting.held_by_slot
@@ -402,6 +426,7 @@ class Scheduler:
             n_pad,
             moved,
             1 if n_pad else stands,
+            {entries[id].slot: n for id, n in drafts.items()} if drafts else drafts,
         )
         if self.compaction.possible and repeat > 1 and self.cost is not None:
             n = self.compaction.steps(step, held, self.cost)
@@ -449,10 +474,12 @@ class Scheduler:
             return None
         return Step(NO_SLOTS, (), (), (), 0, {}, kv_operations=operations)
 
-    def advance(self, step: Step, n: int = 1, now: float | None = None) -> None:
+    def advance(
+        self, step: Step, n: int = 1, now: float | None = None, drafted: Drafted | None = None
+    ) -> None:
         """`step` has been computed, `n` times of the `step.repeat` that it may be: its rows are in
-        the cache, and every sequence of `step.decode` knows one token more, each time. `now`: when
-        its results were there; without it, when it was planned."""
+        the cache, and every sequence of `step.decode` knows one token more, each time; or as many
+        as `drafted` says. `now`: when its results were there; without it, when it was planned."""
         if not 1 <= n <= step.repeat:
             raise ValueError(f"a step for 1 to {step.repeat} times was computed {n} times")
         sequences, running = self.sequences, self.sequences.running
@@ -462,9 +489,10 @@ class Scheduler:
         n_recomputed = sum([self._advance(chunk) for chunk in step.chunks]) if step.chunks else 0
         if len(step.decode):
             slots = step.decode.astype(np.intp)  # NumPy takes twice as long for any other type
-            self.accounting.take_each(slots, n)
-            running.computed[slots] += n
-            running.known[slots] += n
+            taken = n if drafted is None else self._drafted(step, n, drafted)
+            self.accounting.take_each(slots, taken)
+            running.computed[slots] += taken
+            running.known[slots] += taken
             if step.n_pad and self.cost is not None:
                 self.padding.computed(step.decode, step.n_pad, n, self.cost)
             if self.compaction.possible and self.cost is not None and not step.chunks:
@@ -491,6 +519,23 @@ class Scheduler:
         sequences.now = now
         self.idle_sequences.computed_alone(view.id, n, now, seconds)
         self.counters.count(step, n, 0)
+
+    def _drafted(self, step: Step, n: int, drafted: Drafted) -> npt.NDArray[np.int64]:
+        """Tokens that each slot of `step.decode` has sampled in `n` steps."""
+        drafting, decode, cost = self.drafting, step.decode, self.cost
+        assert drafting is not None
+        n_more = drafted.n_rows - n * step.n_rows
+        self.counters.count_drafts(n_more, drafted.n_drafted, drafted.n_accepted)
+        drafting.observe(decode, self.sequences.running.owner[decode], drafted)
+        if cost is not None and not step.chunks:
+            n_rows, n_seqs = drafted.n_rows / n, len(decode)
+            kv = self.attention.cells(step, (n - 1) / 2)
+            said = cost.predict(round(n_rows), 0, kv, n_seqs)
+            if said > 0 and drafted.seconds > 0:
+                most = max(step.drafts.values(), default=0)
+                drafting.timed(n_seqs, most, n, drafted.seconds / n / said)
+        taken: npt.NDArray[np.int64] = drafted.taken[decode].astype(np.int64)
+        return taken
 
     def _answered(self, decode: Slots) -> None:
         """Those of interactive sequences have the token that they were asked for."""

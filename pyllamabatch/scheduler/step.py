@@ -42,7 +42,8 @@ class Step:
     order, before the rows are computed. `n_out`: sequences that decode and have no row in this
     step, but whose cells are attended. `n_pad`: slots that have a row, used or not (`Padding`); 0:
     only those that decode. `stands`: of an interactive sequence that is alone, how many times the
-    plan stands for it, once each time that its owner asks; see `Scheduler.advance_alone`."""
+    plan stands for it, once each time that its owner asks; see `Scheduler.advance_alone`. `drafts`:
+    drafted tokens that each slot may add each time."""
 
     decode: Slots
     chunks: tuple[PromptChunk, ...]
@@ -56,6 +57,7 @@ class Step:
     n_pad: int = 0
     moved: tuple[tuple[int, int, int], ...] = ()
     stands: int = 1
+    drafts: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def slots(self) -> list[int]:
@@ -177,7 +179,9 @@ class Counters:
     of a prompt is a row of the first. `recomputed_rows` are the prefill rows that a preempted
     sequence had computed before; `tokens` = sampled; `fill`: how many steps have sampled so many
     sequences. `known_tokens`: of sequences when they were
-    admitted; of these `prefix_tokens` were in the cache and `loaded_tokens` in a saved state."""
+    admitted; of these `prefix_tokens` were in the cache and `loaded_tokens` in a saved state.
+    `drafted_tokens` were checked in rows of their own, and `accepted_tokens` of these were right;
+    these rows, and those that only fill up beside them, are among `decode_rows`."""
 
     steps: int = 0
     rows: int = 0
@@ -191,6 +195,16 @@ class Counters:
     known_tokens: int = 0
     prefix_tokens: int = 0
     loaded_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+    def count_drafts(self, n_rows: int, n_drafted: int, n_accepted: int) -> None:
+        """Beside what `count` has: so many rows for drafts."""
+        self.rows += n_rows
+        self.decode_rows += n_rows
+        self.tokens += n_accepted
+        self.drafted_tokens += n_drafted
+        self.accepted_tokens += n_accepted
 
     def count(self, step: Step, n: int, n_recomputed: int) -> None:
         """`step` was computed `n` times. n_recomputed: see `recomputed_rows`."""

@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from pyllamabatch.cost.step_cost import StepCost
 
 from .queue import SequenceList
@@ -28,6 +31,8 @@ class Limits:
     - unified: all sequences share one pool of cells; else each has a stream of its own.
     - gap_max: with streams, so many empty slots in a row are filled with rows that no sequence
       sees, so that those around them are computed together (`Stepper`'s gap_max).
+    - n_draft_max: drafted tokens of a sequence in a step; 0: none ever. n_outputs: rows of a step
+      that may have an output, drafted ones included; 0: all.
     """
 
     n_batch: int
@@ -37,6 +42,8 @@ class Limits:
     n_cells_seq: int
     unified: bool = True
     gap_max: int = 0
+    n_draft_max: int = 0
+    n_outputs: int = 0
 
 
 class Prefix(NamedTuple):
@@ -128,6 +135,32 @@ class KvView(NamedTuple):
     slot_of: Callable[[int], int]
 
 
+class Drafts(NamedTuple):
+    """What is known of drafts, for `Speculate`.
+
+    - n_max: drafted tokens of a sequence in a step at most.
+    - ids: the sequences that decode and may have drafts. The arrays are in their order.
+    - found, right: shape (len(ids), n_max): how often, lately, there was a draft with more than i
+      tokens, and how often so many of them were right. 0 of a sequence that is new.
+    - n_left: tokens that each may still generate.
+    - width: rows of a step without drafts. room: rows that a step with drafts may have.
+    - even: all sequences of a step have the same number of rows.
+    - seconds(k, rows): of a step with so many rows on average, and drafts of at most `k` tokens:
+      by the cost model and by the time of such steps; and whether there were any lately. None
+      without a cost model.
+    """
+
+    n_max: int
+    ids: list[int]
+    found: npt.NDArray[np.float64]
+    right: npt.NDArray[np.float64]
+    n_left: npt.NDArray[np.int64]
+    width: int
+    room: int
+    even: bool
+    seconds: Callable[[int, float], tuple[float, bool]] | None
+
+
 @dataclass(frozen=True, slots=True)
 class StepView:
     """The whole system before a step. Valid while `Policy.plan` runs; a `SequenceView` taken from
@@ -140,6 +173,7 @@ class StepView:
       seconds of a step of `rows` rows, `prefill` of them of prompts, of `n_seqs` sequences that
       attend `kv` cells.
     - step: how many steps have been computed.
+    - drafts(): see `Drafts`; None where there are never any.
     """
 
     now: float
@@ -151,6 +185,7 @@ class StepView:
     kv: KvView
     cost: StepCost | None = None
     step: int = 0
+    drafts: Callable[[], Drafts] | None = None
 
     @property
     def can_admit(self) -> bool:
@@ -202,6 +237,8 @@ class Plan:
       plans of decoding alone.
     - wake: of an empty plan, until when there is nothing to do, on the scheduler's clock. The
       policy is asked again then, or as soon as a sequence comes or goes.
+    - drafts: how many drafted tokens each sequence may add to each step, by id, in a plan of
+      decoding alone; see `Drafts`. Those that turn out to be right are sampled in the same step.
     """
 
     tokens: Mapping[int, int] = field(default_factory=dict)
@@ -211,6 +248,7 @@ class Plan:
     reasons: Mapping[int, str] = field(default_factory=dict)
     repeat: int = 1
     wake: float | None = None
+    drafts: Mapping[int, int] = field(default_factory=dict)
 
     def advances(self, view: StepView) -> dict[int, int]:
         """All sequences that have rows in this plan, by how many tokens they advance."""

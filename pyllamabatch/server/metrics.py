@@ -148,6 +148,8 @@ class Metrics(Collector):
             ("vllm:num_preemptions", "Requests that gave up their cells.", stats.preemptions),
             ("vllm:prefix_cache_queries", "Tokens of admitted sequences.", stats.known_tokens),
             ("vllm:prefix_cache_hits", "Of these, in the cache.", stats.prefix_tokens),
+            ("vllm:spec_decode_num_draft_tokens", "Drafted tokens checked.", stats.drafted_tokens),
+            ("vllm:spec_decode_num_accepted_tokens", "Of these, right.", stats.accepted_tokens),
         )
         for name, text, value in values:
             yield CounterMetricFamily(name, text, value=value)

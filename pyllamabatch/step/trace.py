@@ -40,6 +40,8 @@ def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
     - rows = prefill_rows + decode_rows; sampled: rows that gave a token (or a failure).
     - filled: rows of other sequences beside these, whose output is not read (`Stepper`'s gap_max,
       and `Padding`).
+    - drafted: rows of drafted tokens, which are among `decode_rows`; accepted: of these, rows that
+      were right and stay.
     - kv_used: cells that are held after the step. reused: graphs that it reused. on_device: 1
       where the device chose the candidates (`Stepper`'s device_sampling).
     - run: a number that steps of the same native call share.
@@ -60,6 +62,8 @@ def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
             ("decode_rows", np.int32),
             ("sampled", np.int32),
             ("filled", np.int32),
+            ("drafted", np.int32),
+            ("accepted", np.int32),
             ("reused", np.int32),
             ("code", np.int32),
             ("on_device", np.int32),
@@ -185,13 +189,21 @@ def _fill(
     table["reused"] = reused[-n:]
     table["sampled"] = steps["n_results"]
     table["filled"] = steps["n_filled"]
+    table["drafted"] = steps["n_drafted"]
+    table["accepted"] = steps["n_accepted"]
     rows = each(call.n_rows for call in calls)
     n_done = in_call + (steps["code"] == 0)
     table["run"] = first_call + of
     table["kv_used"] = each(call.kv_used for call in calls) + rows * n_done
+    table["prefill_rows"] = rows - each(len(call.decode) for call in calls)
+    if steps["n_drafted"].any():
+        rows = np.where(steps["n_drafted"] > 0, steps["n_rows"], rows)
+        accepted = np.cumsum(steps["n_accepted"])
+        starts_at = np.maximum(firsts[of] - first_step, 0)  # in the table, of each step's call
+        before = np.where(starts_at > 0, accepted[starts_at - 1], 0)
+        table["kv_used"] += accepted - before
     table["rows"] = rows
-    table["decode_rows"] = each(len(call.decode) for call in calls)
-    table["prefill_rows"] = table["rows"] - table["decode_rows"]
+    table["decode_rows"] = table["rows"] - table["prefill_rows"]
     starts = np.searchsorted(number, firsts).tolist()
     for call, start, stop in zip(calls, starts, [*starts[1:], n], strict=True):
         if start == stop:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 
-from ..policy import Admit, Budget, ChunkSize, Order, PlanBuilder, Repeat, Verdict, Victim, Width
+from ..policy import (
+    Admit,
+    Budget,
+    ChunkSize,
+    Order,
+    PlanBuilder,
+    Repeat,
+    Speculate,
+    Verdict,
+    Victim,
+    Width,
+)
 from ..view import Plan, SequenceView, StepView
 from .parts import all_that_is_left, first_come, newest_first, token_budget, when_it_fits
 
@@ -18,6 +29,8 @@ class ComposedPolicy:
     - repeat: a number, when it is always the same one. The other parts may not look at the time
       then, nor admit a sequence for having waited longer.
     - width: without it all that decode do so at every step.
+    - speculate: without it no sequence has drafted tokens in a step. It is asked only where
+      drafts are possible, and all that decode have a row.
     - mixed: sequences that decode have rows beside prompts, first of all. False: they have them
       only in a step in which no other sequence has any.
     - ended: see `Policy`.
@@ -30,6 +43,7 @@ class ComposedPolicy:
     victim: Victim = newest_first
     repeat: Repeat | int = 1
     width: Width | None = None
+    speculate: Speculate | None = None
     mixed: bool = True
     ended: Callable[[SequenceView], None] | None = None
 
@@ -52,7 +66,10 @@ class ComposedPolicy:
         if self.width is not None and builder.decode_all and len(view.decoding) > 1:
             sit_out, steps = self.width(builder)
             repeat = min(repeat, steps)
-        return builder.plan(repeat, sit_out)
+        if self.speculate is None or builder.view.drafts is None or sit_out:
+            return builder.plan(repeat, sit_out)
+        drafts, most = self.speculate(builder)
+        return builder.plan(repeat if most is None else min(repeat, most), sit_out, drafts)
 
     def _decode(self, builder: PlanBuilder) -> None:
         n = len(builder.view.decoding)

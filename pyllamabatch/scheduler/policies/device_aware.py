@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ..view import StepView
 from .composed import ComposedPolicy
 from .parts import ALWAYS, STALL_SECONDS, TokenBudget, WhenItFits, WithinTarget
+from .speculate import ByGain
 from .width import Turns
 
 
@@ -44,4 +45,5 @@ def device_aware(
         budget=PromptsSoon(WithinTarget(TokenBudget(), stall)),
         repeat=ALWAYS,
         width=Turns(itl, gain),
+        speculate=ByGain(),
     )
