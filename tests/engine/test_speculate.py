@@ -70,6 +70,20 @@ def test_answers_are_the_same_and_the_accounts_agree(model: Model, kv_unified: b
     assert grown.tolist() == sampled.tolist()
 
 
+def test_preempted_ones_go_on_as_they_would(model: Model) -> None:
+    params = [greedy(80, logit_bias=LOOP)] * 6
+    with engine_of(model, n_seq_max=1, kv_unified=True) as engine:
+        expected = [r.tokens for r in engine.generate(PROMPTS, params)]
+    with engine_of(
+        model, n_seq_max=6, n_ctx=256, kv_unified=True, speculate="ngram", policy=always(4, 16)
+    ) as engine:
+        Checked(engine)
+        assert [r.tokens for r in engine.generate(PROMPTS, params)] == expected
+        stats = check_idle(engine)
+        assert stats.preemptions > 0
+        assert stats.accepted_tokens > 0
+
+
 def test_an_interactive_sequence_has_no_drafts(model: Model) -> None:
     with engine_of(model, speculate="ngram", policy=always(8, 16)) as engine:
         params = SamplingParams(temperature=0, ignore_eog=True, logit_bias=LOOP)
@@ -132,7 +146,7 @@ def as_expected(expected: Result, got: Result, greedy: bool) -> tuple[int, int]:
 
 @pytest.mark.parametrize("kv_unified", [True, False], ids=["pool", "streams"])
 def test_any_mix_of_requests_has_the_same_answers(model: Model, kv_unified: bool) -> None:
-    n_same = n_all = n_accepted = n_preempted = 0
+    n_same = n_all = n_accepted = 0
     cells = {"n_ctx": 192, "n_seq_max": 6} if kv_unified else {"n_ctx": 3 * 256}
     speculating = [
         engine_of(model, kv_unified=kv_unified, speculate="ngram", policy=always(*how), **cells)
@@ -143,14 +157,13 @@ def test_any_mix_of_requests_has_the_same_answers(model: Model, kv_unified: bool
         @settings(max_examples=20, deadline=None)
         @given(requests, st.integers(0, 1))
         def check(mix: list[tuple[int, SamplingParams]], which: int) -> None:
-            nonlocal n_same, n_all, n_accepted, n_preempted
+            nonlocal n_same, n_all, n_accepted
             engine = speculating[which]
             before = engine.stats()
             prompts, params = [PROMPTS[i] for i, _ in mix], [one for _, one in mix]
             results = engine.generate(prompts, params)
             stats = check_idle(engine)
             n_accepted += stats.accepted_tokens - before.accepted_tokens
-            n_preempted += stats.preemptions - before.preemptions
             for prompt, one, result in zip(prompts, params, results, strict=True):
                 expected = alone.submit(prompt, one).result()
                 plain = one.temperature == 0 and one.repeat_penalty == 1 and not one.logit_bias
@@ -162,4 +175,3 @@ def test_any_mix_of_requests_has_the_same_answers(model: Model, kv_unified: bool
         engine.close()
     assert n_same >= 0.98 * n_all
     assert n_accepted > 0.01 * n_all
-    assert n_preempted > 0 or not kv_unified

@@ -45,7 +45,7 @@ def decided(
     even: bool = False,
     known: bool = True,
     **facts: Any,
-) -> tuple[dict[int, int], int | None]:
+) -> Speculation:
     n = len(right)
     shares = np.array(right, dtype=float)
     drafts = Drafts(
@@ -93,8 +93,9 @@ def test_rows_of_all_are_paid_for_where_all_need_as_many() -> None:
     assert decided(half, [BAD, GOOD, BAD], even=True) == ({}, STEPS)
     assert decided(half, [GOOD, GOOD], even=True)[0] == {0: 3, 1: 3}
     # a draft that is rarely there costs as rarely
-    rare = [[0.1] * 4, [0.0] * 4]
-    assert decided(half, [[0.1, 0.1, 0.1, 0.1], [0.0] * 4], found=rare, even=True)[0] == {0: 4}
+    rare = [[0.1] * 4]
+    assert decided(half, rare, even=True) == ({}, STEPS)
+    assert decided(half, rare, found=rare, even=True) == ({0: 4}, STEPS)
 
 
 def test_a_first_trial_is_short_and_a_target_is_kept() -> None:
