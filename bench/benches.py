@@ -16,7 +16,6 @@ BENCHES = (
     "coalesce",
     "compare",
     "decode",
-    "live",
     "neighbour",
     "plan",
     "policies",

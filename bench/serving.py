@@ -6,7 +6,7 @@ import socket
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +237,18 @@ def free_port() -> int:
         listener.bind((HOST, 0))
         port: int = listener.getsockname()[1]
         return port
+
+
+def seen(answers: Iterable[tuple[float, Sequence[float]]]) -> dict[str, float]:
+    """What readers have seen of answers: seconds to the first token and between two, at the median
+    and the 99th percentile. An answer: when it was asked for, and when each token came."""
+    first, between = [], []
+    for asked, came in answers:
+        first.append(came[0] - asked)
+        between.append(np.diff(came))
+    times = {"ttft": np.array(first), "itl": np.concatenate(between)}
+    return {
+        f"{name}_p{q}_s": float(np.percentile(values, q))
+        for name, values in times.items()
+        for q in (50, 99)
+    }

@@ -26,13 +26,22 @@ from typing import Any
 
 import numpy as np
 
-from bench import harness
+from bench import harness, profile_machine
 from bench.arms import InProcess
 from bench.cache import cache_folder
 from bench.case import I32, Case, Measured, cases_of
 from bench.options import add_model, add_run, choose, numbers
+from bench.profile_machine import ANSWERS, CLIENTS, PROMPTS
 from bench.serve import ServeArm, llama_server, measure, run_all_in
-from bench.serving import Clients, EngineClients, HttpClients, ServerProcess, Tool, WrongAnswer
+from bench.serving import (
+    Clients,
+    EngineClients,
+    HttpClients,
+    ServerProcess,
+    Tool,
+    WrongAnswer,
+    seen,
+)
 from bench.targets import Target, median_detail, speed_ratio
 from bench.tools import tool
 from bench.views import Column, by_arm, speed_table
@@ -43,7 +52,7 @@ from pyllamabatch.report.records import Record
 from pyllamabatch.step.ring_reader import TIMES
 from pyllamabatch.step.trace import WHY_NEW, Trace, why_new
 
-PROMPT, ANSWER = (100, 400), (32, 224)  # tokens, from and to
+PROMPT, ANSWER = PROMPTS[CLIENTS], ANSWERS[CLIENTS]
 BASE, SERVER, BACKEND = "engine", "llama-server", "llama-server-backend-sampling"
 BOUND = "llama-batched-bench"
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -55,6 +64,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 QUICK = {"model": "default", "clients": "2", "requests": 1, "repeats": 1, "arms": "engine"}
 ON_GPU = {"gpu_info": "NVIDIA", "model_type": "gemma3 1B"}
 TARGETS = (
+    *profile_machine.TARGETS,
     *(
         Target(
             f"{pl} clients: over llama-batched-bench, prompts and tokens",
@@ -86,10 +96,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--busy", type=int, default=0, metavar="N", help="processes beside that never sleep"
     )
+    profile_machine.add_arguments(parser)
     add_run(parser, repeats=3)
 
 
 def main(options: argparse.Namespace) -> int:
+    if options.machine:
+        return profile_machine.main(options)
     inside = InProcess.of(options)
     arms = choose(options.arms, all_arms(inside, options.requests))
     for name in dict.fromkeys(arm.tool for arm in arms if arm.tool):
@@ -108,6 +121,8 @@ def main(options: argparse.Namespace) -> int:
 
 
 def view(records: Sequence[Record]) -> str:
+    if any("steady" in record.detail for record in records):
+        return profile_machine.view(records)
     columns = [
         Column("TTFT p50, ms", "ttft_p50_s", scale=1e3),
         Column("p99", "ttft_p99_s", scale=1e3),
@@ -233,18 +248,8 @@ class Traffic(Clients):
 
         began, found = at_once(self.case.pl, client, self.give_up)
         answers = [answer for each in found for answer in each]
-        first = [came[0] - asked for asked, came in answers]
-        between = np.concatenate([np.diff(came) for _, came in answers])
-        return Measured(
-            0.0,
-            max(came[-1] for _, came in answers) - began,
-            detail={
-                "ttft_p50_s": float(np.quantile(first, 0.5)),
-                "ttft_p99_s": float(np.quantile(first, 0.99)),
-                "itl_p50_s": float(np.quantile(between, 0.5)),
-                "itl_p99_s": float(np.quantile(between, 0.99)),
-            },
-        )
+        end = max(came[-1] for _, came in answers)
+        return Measured(0.0, end - began, detail=seen(answers))
 
 
 class EngineTraffic(Traffic, EngineClients):

@@ -1,4 +1,4 @@
-"""`bench live`: policies on a profile machine, in real time and beside the simulator."""
+"""`bench traffic --machine`: policies in a profile's time, beside the simulator."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import live
+from bench import profile_machine, traffic
 from bench.policies import COUNTED
 from pyllamabatch.scheduler.policies import DEFAULT
 from tests.bench.conftest import Run
@@ -16,14 +16,16 @@ from tests.support.machines import fast_profile
 
 def test_policies_run_live_on_a_machine(run: Run, tmp_path: Path) -> None:
     profile = fast_profile(tmp_path)
-    loads = ("--streams", "3", "--clients", "2", "--policies", f"{COUNTED};{DEFAULT}")
-    status, records = run("live", "--profiles", str(profile), *loads)
+    loads = ("--streams", "3", "--clients", "2", "--requests", "2", "--repeats", "1")
+    policies = ("--policies", f"{COUNTED};{DEFAULT}", "--kv", "unified")
+    status, records = run("traffic", "--machine", str(profile), *loads, *policies)
     assert status == 0
     assert [(r.arm, r.pl, r.detail["steady"]) for r in records] == [
         (COUNTED, 3, 1.0), (DEFAULT, 3, 1.0), (COUNTED, 2, 0.0), (DEFAULT, 2, 0.0),
     ]  # fmt: skip
     for record in records:
         detail = record.detail
+        assert record.kv_unified
         assert record.gpu_info == "no GPU, the profile of Apple M2 Ultra"
         assert record.model_type.startswith("no model")
         assert detail["over_simulated"] == pytest.approx(
@@ -31,12 +33,12 @@ def test_policies_run_live_on_a_machine(run: Run, tmp_path: Path) -> None:
         )
         assert 0 < detail["host_share"] < 1
         assert 0 < detail["itl_p50_s"] <= detail["itl_p99_s"]
-    table = live.view([replace(r, detail=r.detail | {"other_cpu": 0.0}) for r in records])
+    table = traffic.view([replace(r, detail=r.detail | {"other_cpu": 0.0}) for r in records])
     assert f"fast.json: 3 steady | {records[0].speed_tg:.1f} (" in table
-    busy = live.view([replace(r, detail=r.detail | {"other_cpu": 1.5}) for r in records])
+    busy = traffic.view([replace(r, detail=r.detail | {"other_cpu": 1.5}) for r in records])
     assert f"{records[0].speed_tg:.1f}" not in busy
 
 
 def test_its_targets_compare_calm_runs() -> None:
-    target = next(t for t in live.TARGETS if "9 streams: default" in t.text)
+    target = next(t for t in profile_machine.TARGETS if "9 streams in a pool: default" in t.text)
     assert target.measured([]) is None

@@ -1,9 +1,9 @@
-"""Policies live on a profile machine, beside the same requests in virtual time.
+"""`bench traffic --machine`: policies live on a profile machine, beside the simulator.
 
 The engine, its threads and its clients run in real time; the device is a profile, which computes
 nothing and takes as long as the profile says. So what the scheduler wins on that device is measured
-live, without the device. Steady: n streams decode, and no other comes. Clients: n of them ask again
-when they have their answer. A thread for each client reads token by token.
+live, without the device. Steady: n streams decode, and no other comes. Clients: n of them, as in
+`bench traffic`. A thread for each reads token by token.
 
 `simulated` is the same in virtual time, with the same cost model and requests.
 """
@@ -24,8 +24,8 @@ import numpy as np
 
 from bench import harness
 from bench.case import Arm, Case, Measured, ModelFile
-from bench.options import add_run
 from bench.policies import COUNTED, M2, streams_of
+from bench.serving import seen
 from bench.targets import Figure, Target
 from pyllamabatch.compare.case import sampling_params
 from pyllamabatch.compare.clients import at_once
@@ -44,9 +44,8 @@ GEMMA, QWEN, GPT = M2, "m2-ultra-qwen2.5-coder-7b-q8_0", "m2-ultra-gpt-oss-20b"
 STEADY, CLIENTS = "steady", "clients"
 PROMPTS = {STEADY: (128, 128), CLIENTS: (100, 400)}  # tokens, from and to
 ANSWERS = {STEADY: (256, 256), CLIENTS: (32, 224)}
-REQUESTS = {STEADY: 1, CLIENTS: 2}  # of each client, one by one
+POOL = {"kv_unified": True}  # streams decode in turns only with their neighbours
 POLICIES = (COUNTED, *(name for name in SHIPPED if name != "static"))
-QUICK = {"streams": "9", "clients": "", "policies": f"{COUNTED};{DEFAULT}"}
 
 
 def steady_ratio(profile: str, n: int) -> Figure:
@@ -91,12 +90,18 @@ TARGETS = (
         target
         for n in (9, 10, 11, 12)
         for target in (
-            Target(f"gemma-3-4b, {n} streams: default over counted", steady_ratio(GEMMA, n), 1.25),
             Target(
-                f"gemma-3-4b, {n} streams: live over simulated",
+                f"gemma-3-4b, {n} streams in a pool: default over counted",
+                steady_ratio(GEMMA, n),
+                at_least=1.25,
+                where=POOL,
+            ),
+            Target(
+                f"gemma-3-4b, {n} streams in a pool: live over simulated",
                 over_simulated(GEMMA, n),
                 at_least=0.95,
                 at_most=1.05,
+                where=POOL,
             ),
         )
     ),
@@ -109,11 +114,10 @@ TARGETS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--profiles", default=GEMMA, help="machines, comma separated: names, files")
-    parser.add_argument("--streams", default="9-12", help="that decode: numbers and ranges")
-    parser.add_argument("--clients", default="8,16,32", help="that ask again: numbers and ranges")
-    parser.add_argument("--policies", default=";".join(POLICIES), help="separated by ;")
-    add_run(parser, repeats=1)
+    group = parser.add_argument_group("on profile machines, where --model and --arms say nothing")
+    group.add_argument("--machine", default="", help="profiles, comma separated: names, files")
+    group.add_argument("--streams", default="", help="that only decode: numbers and ranges")
+    group.add_argument("--policies", default=";".join(POLICIES), help="separated by ;")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -124,13 +128,16 @@ def main(options: argparse.Namespace) -> int:
     policies = options.policies.split(";")
     arms = [Arm(name, includes, partial(live, name), sampling=False) for name in policies]
     about = harness.facts_of()
-    cases = [one for name in options.profiles.split(",") for one in cases_of(name, options)]
+    names = options.machine.split(",")
+    cases = [one for name in names for one in cases_of(name, options)]
 
     def measured() -> Generator[Record, None, None]:
-        for name in options.profiles.split(","):
+        for name in names:
             machine = ProfileMachine.named(name)
             mine = [case for case in cases if case.machine == name]
-            yield from harness.measure("live", arms, mine, about | machine.facts(), options)
+            yield from harness.measure(
+                options.command, arms, mine, about | machine.facts(), options
+            )
             machine.queue.close()
 
     return harness.show(
@@ -147,11 +154,12 @@ class Load(Case):
     """`jobs`: of each client, (prompt, tokens to generate) in their order."""
 
     kind: str = field(kw_only=True)
+    n_requests: int = field(kw_only=True)  # of each client, one by one
 
     @property
     def jobs(self) -> list[list[tuple[int, int]]]:
         """Of each client (prompt tokens, tokens to generate): all loads have the same sums."""
-        generator, n = np.random.default_rng(self.seed), self.pl * REQUESTS[self.kind]
+        generator, n = np.random.default_rng(self.seed), self.pl * self.n_requests
 
         def spread(low: int, high: int) -> list[int]:
             sizes = np.rint(np.linspace(low, high, n)).astype(int)
@@ -175,16 +183,22 @@ class Load(Case):
 
 def cases_of(name: str, options: argparse.Namespace) -> Iterator[Load]:
     for kind, words in ((STEADY, options.streams), (CLIENTS, options.clients)):
-        pp, tg = (REQUESTS[kind] * sum(each[kind]) // 2 for each in (PROMPTS, ANSWERS))
+        n_requests = 1 if kind == STEADY else options.requests
+        pp, tg = (n_requests * sum(each[kind]) // 2 for each in (PROMPTS, ANSWERS))
         for n in streams_of(words):
-            file = ModelFile(Path(name))
-            yield Load(file, pp, tg, n, 1, "default", options.seed, machine=name, kind=kind)
+            file, pool = ModelFile(Path(name)), options.kv == "unified"
+            own: dict[str, Any] = {"machine": name, "kind": kind, "n_requests": n_requests}
+            yield Load(file, pp, tg, n, 1, "default", options.seed, pool, **own)
 
 
 def live(policy: str, load: Load) -> Measured:
     jobs = load.jobs
     with Engine(
-        machine=load.machine, n_seq_max=load.pl, policy=policy, prefix_cache=False
+        machine=load.machine,
+        n_seq_max=load.pl,
+        kv_unified=load.kv_unified,
+        policy=policy,
+        prefix_cache=False,
     ) as engine:
         limits, cost = engine.limits, copy.deepcopy(engine.cost)
         spec = spec_of(engine, OVERHEAD, cost=cost)
@@ -200,7 +214,8 @@ def live(policy: str, load: Load) -> Measured:
             return answers
 
         began, found = at_once(load.pl, client, lambda: engine.close(wait=False))
-        detail = figures(engine, [answer for each in found for answer in each])
+        detail = seen(answer for each in found for answer in each)
+        detail["host_share"] = host_share(engine)
     wall = max(came[-1] for each in found for _, came in each) - began
     n_tokens = sum(len(came) for each in found for _, came in each)
     simulated = simulate(load.requests(), spec, policy).summary()
@@ -220,20 +235,12 @@ def live(policy: str, load: Load) -> Measured:
     return Measured(0.0, wall * load.tg * load.pl / n_tokens, settings, detail)
 
 
-def figures(engine: Engine, answers: Sequence[tuple[float, list[float]]]) -> dict[str, float]:
-    """What the readers have seen; and `host_share`: of the engine's time, what was not the
-    device's."""
-    first = [came[0] - asked for asked, came in answers]
-    between = np.concatenate([np.diff(came) for _, came in answers])
-    quantiles: Callable[..., Any] = np.quantile
+def host_share(engine: Engine) -> float:
+    """Of the engine's time, what was not the device's."""
     table = engine.trace()
     device = float(table["decode_ns"].sum())
     began, end = table["t_start_ns"][0], table["t_start_ns"][-1] + table["decode_ns"][-1]
-    return {
-        **{f"ttft_p{q}_s": float(quantiles(first, q / 100)) for q in (50, 99)},
-        **{f"itl_p{q}_s": float(quantiles(between, q / 100)) for q in (50, 99)},
-        "host_share": 1 - device / float(end - began),
-    }
+    return 1 - device / float(end - began)
 
 
 def of(records: Sequence[Record], profile: str, kind: str, n: int) -> list[Record]:
