@@ -61,6 +61,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "engine-fcfs": {"kv_unified": False, "policy": "fcfs"},
     "engine-prefill-first": {"kv_unified": False, "policy": "prefill-first"},
 }
+NAMES = ("traffic", "live")  # the second: on profile machines, when that was a bench of its own
 QUICK = {"model": "default", "clients": "2", "requests": 1, "repeats": 1, "arms": "engine"}
 ON_GPU = {"gpu_info": "NVIDIA", "model_type": "gemma3 1B"}
 TARGETS = (
