@@ -1,0 +1,80 @@
+"""What becomes of a process with an engine: it is interrupted, it ends with open streams, it forks.
+Each in a process of its own, which must end by itself."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+LIMIT = 300  # seconds: far more than any needs on a busy machine
+
+BEGIN = """
+import os, signal, sys, threading, time
+from pyllamabatch import Engine, Model, SamplingParams
+model = Model.default()
+engine = Engine(model, n_seq_max=2, n_ctx=4096, cost=None, n_threads=1, n_threads_batch=1)
+long = SamplingParams(max_tokens=1500, ignore_eog=True)
+def signal_when_running(number):
+    def send():
+        while not engine.stats().tokens:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+    threading.Thread(target=send, daemon=True).start()
+"""
+
+INTERRUPTED = """
+signal_when_running(signal.SIGINT)
+try:
+    engine.generate(["a", "b"], long)
+    print("not interrupted")
+except KeyboardInterrupt:
+    print("interrupted")
+(result,) = engine.generate(["a"], SamplingParams(max_tokens=3, ignore_eog=True))
+print(len(result.tokens))
+engine.close()
+"""
+
+OPEN_STREAMS = """
+streams = [engine.submit("a", long) for _ in range(4)]
+next(iter(streams[0]))
+print("leaving")
+"""
+
+FORKED = """
+engine.generate(["a"], SamplingParams(max_tokens=2, ignore_eog=True))
+child = os.fork()
+if child == 0:
+    os._exit(7)
+_, status = os.waitpid(child, 0)
+(result,) = engine.generate(["a"], SamplingParams(max_tokens=3, ignore_eog=True))
+print(os.waitstatus_to_exitcode(status), len(result.tokens))
+engine.close()
+"""
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    """TimeoutExpired, and the process is killed, where it hangs."""
+    command = [sys.executable, "-c", BEGIN + code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals and fork are POSIX's")
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [(INTERRUPTED, ["interrupted", "3"]), (OPEN_STREAMS, ["leaving"]), (FORKED, ["7 3"])],
+    ids=["Ctrl-C", "open streams", "fork"],
+)
+def test_a_process_ends_by_itself(code: str, said: list[str]) -> None:
+    done = run(code)
+    assert done.stdout.splitlines() == said
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+def test_sigterm_ends_it() -> None:
+    done = run("signal_when_running(signal.SIGTERM)\nengine.generate(['a'], long)\n")
+    assert done.returncode == -signal.SIGTERM
+    assert done.stdout == ""
