@@ -18,6 +18,7 @@ from bench.case import Arm, Case, Measured, record_of
 from bench.options import Budget, out_file
 from bench.targets import judged
 from pyllamabatch.report import facts
+from pyllamabatch.report.disturbed import warning
 from pyllamabatch.report.meters import undisturbed
 from pyllamabatch.report.records import Record, append
 from pyllamabatch.report.tables import in_words
@@ -137,6 +138,8 @@ def show(
     if not records:
         return 1
     print(f"\n{title}, medians of {options.repeats}\n\n{view_of(bench)(records)}\n")
+    if busy := warning(records):
+        print(f"{busy} Their speeds may be far off: --undisturbed waits, and repeats these.\n")
     print(judged(bench.TARGETS, records), end="")
     print("What each time contains:")
     arms = {record.arm: record.includes for record in records}

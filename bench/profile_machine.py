@@ -31,8 +31,8 @@ from pyllamabatch.compare.case import sampling_params
 from pyllamabatch.compare.clients import at_once
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.machine.profile_machine import ProfileMachine
+from pyllamabatch.report.disturbed import undisturbed
 from pyllamabatch.report.medians import pairs
-from pyllamabatch.report.meters import BUSY
 from pyllamabatch.report.records import Record
 from pyllamabatch.report.tables import NO_RESULT, Table
 from pyllamabatch.scheduler.policies import DEFAULT, SHIPPED
@@ -52,7 +52,7 @@ def steady_ratio(profile: str, n: int) -> Figure:
     """Throughput of the default over that of "counted", n streams."""
 
     def figure(records: Sequence[Record]) -> float | None:
-        ratios = pairs(calm(of(records, profile, STEADY, n)), COUNTED)
+        ratios = pairs(undisturbed(of(records, profile, STEADY, n)), COUNTED)
         found = ratios.get((DEFAULT, n))
         return median(found) if found else None
 
@@ -63,7 +63,7 @@ def over_simulated(profile: str, n: int) -> Figure:
     """Live throughput of the default over the simulated one, n streams."""
 
     def figure(records: Sequence[Record]) -> float | None:
-        mine = calm(of(records, profile, STEADY, n))
+        mine = undisturbed(of(records, profile, STEADY, n))
         found = [r.detail["over_simulated"] for r in mine if r.arm == DEFAULT]
         return median(found) if found else None
 
@@ -75,7 +75,7 @@ def over_best(profile: str, n: int) -> Figure:
 
     def figure(records: Sequence[Record]) -> float | None:
         speeds: dict[str, list[float]] = {}
-        for record in calm(of(records, profile, CLIENTS, n)):
+        for record in undisturbed(of(records, profile, CLIENTS, n)):
             speeds.setdefault(record.arm, []).append(record.speed_tg)
         middle = {arm: median(found) for arm, found in speeds.items()}
         if DEFAULT not in middle or len(middle) < 2:
@@ -248,11 +248,6 @@ def of(records: Sequence[Record], profile: str, kind: str, n: int) -> list[Recor
     return [r for r in mine if bool(r.detail["steady"]) == (kind == STEADY)]
 
 
-def calm(records: Sequence[Record]) -> list[Record]:
-    """Those that others did not disturb, as far as it is known."""
-    return [r for r in records if r.detail.get("other_cpu", 0.0) <= BUSY * r.n_cores]
-
-
 def view(records: Sequence[Record]) -> str:
     """By profile and load, tokens/s of each policy, live over simulated in brackets; then the p99
     of the ITL. A run that was disturbed has none."""
@@ -266,7 +261,7 @@ def view(records: Sequence[Record]) -> str:
     def table(write: Callable[[list[Record]], str]) -> str:
         lines = []
         for profile, kind, n in loads:
-            mine = calm(of(records, profile, kind, n))
+            mine = undisturbed(of(records, profile, kind, n))
             cells = [[r for r in mine if r.arm == arm] for arm in arms]
             lines.append([f"{profile}: {n} {kind}", *(write(c) if c else NO_RESULT for c in cells)])
         return Table(["machine: load", *arms], lines).markdown()

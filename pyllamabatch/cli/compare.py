@@ -54,6 +54,7 @@ from pyllamabatch.report.records import Record, append
 from pyllamabatch.report.tables import in_words
 
 FAILED, NOT_MET, INTERRUPTED = 1, 3, 130
+TRIES = 3  # of a run that others disturb
 USERS = {BURST: [2, 4], DS4: [1, 2, 3, 4], POISSON: [4]}
 TOKENS = {BURST: 200, DS4: 300, POISSON: 200}
 # fmt: off
@@ -208,6 +209,7 @@ def experiment(args: argparse.Namespace, protocol: str, arms: Sequence[str]) -> 
         oversubscribe=args.oversubscribe,
         total_memory=args.total_memory,
         limit_s=args.limit,
+        tries=TRIES,
         keep_loaded=args.keep_loaded,
         verbose=args.verbose,
     )

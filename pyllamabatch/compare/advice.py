@@ -8,7 +8,7 @@ from itertools import groupby
 from statistics import median
 
 from pyllamabatch.compare.comparison import EACH, JOULES, SPEED, Comparison, by_bench
-from pyllamabatch.report.meters import BUSY
+from pyllamabatch.report.disturbed import undisturbed, warning
 from pyllamabatch.report.records import Record
 
 NOISE = 0.03  # ratios of speeds closer to 1 say nothing
@@ -30,31 +30,35 @@ class Choice:
 
 def advice(records: Iterable[Record]) -> str:
     """A line if the machine was busy, one for each number of users, and one for all; "" without
-    records. Of several benches the first one's speeds decide."""
+    records. Of several benches the first one's speeds decide.
+
+    Runs that others disturbed count for nothing: where an arm has no other result, there is no
+    advice for so many users, and none for all."""
     records = list(records)
     benches = by_bench(records)
     if not benches:
         return ""
-    them = next(iter(benches.values()))
-    choices = {n: choice(them, n) for n in them.counts}
-    warning = busy(records)
-    lines = [warning] if warning else []
-    lines += [for_users(them, n, chosen) for n, chosen in choices.items()]
-    return "\n".join([*lines, overall(them, choices, bool(warning))])
+    asked = next(iter(benches.values()))
+    quiet = undisturbed(asked.records)
+    them = Comparison(quiet) if quiet else asked
+    lines = [f"{told} These count for nothing below." if (told := warning(records)) else ""]
+    lost = {n: arms for n in asked.counts if (arms := lost_arms(asked, quiet, n))}
+    choices = {n: choice(them, n) for n in asked.counts if n not in lost}
+    for n in asked.counts:
+        if n in lost:
+            users = "1 user" if n == 1 else f"{n} users"
+            lines.append(f"{users}: no advice, every run of {_list(lost[n])} was disturbed.")
+        else:
+            lines.append(for_users(them, n, choices[n]))
+    last = "Overall: no advice. Measure again when the machine is quiet."
+    return "\n".join(filter(None, [*lines, last if lost else overall(them, choices)]))
 
 
-def busy(records: Sequence[Record]) -> str:
-    """How much of the machine others used, if that was enough to disturb a run."""
-    known = [record for record in records if "other_cpu" in record.detail]
-    disturbed = [r for r in known if r.detail["other_cpu"] > BUSY * r.n_cores]
-    if not disturbed:
-        return ""
-    most = max(record.detail["other_cpu"] for record in disturbed)
-    return (
-        f"The machine was busy: in {len(disturbed)} of {len(known)} runs other programs used "
-        f"CPU, up to {most:.1f} of {disturbed[0].n_cores} cores. Speeds may be far off, and what "
-        "follows with them: measure again when it is quiet."
-    )
+def lost_arms(asked: Comparison, quiet: Sequence[Record], n: int) -> list[str]:
+    """Arms that have a result at n users, but none that others did not disturb."""
+    had = {record.arm for record in asked.good if record.pl == n}
+    have = {record.arm for record in quiet if record.pl == n}
+    return [arm for arm in asked.arms if arm in had - have]
 
 
 def as_fast(ratios: Sequence[float]) -> bool:
@@ -171,7 +175,7 @@ def takes(arm: str, values: Mapping[str, float], form: str, unit: str) -> str:
     return f"{arm} takes {values[arm]:{form}} {unit}, {told}"
 
 
-def overall(them: Comparison, choices: Mapping[int, Choice], busy: bool) -> str:
+def overall(them: Comparison, choices: Mapping[int, Choice]) -> str:
     record = them.records[0]
     where = record.gpu_info or f"{record.n_cores} cores of {record.cpu_info.split(' (')[0]}"
     model = record.model_filename.removesuffix(".gguf")
@@ -180,7 +184,6 @@ def overall(them: Comparison, choices: Mapping[int, Choice], busy: bool) -> str:
         f"{arm} for {_list([str(n) for n, _ in group])} users"
         for arm, group in groupby(several, key=lambda one: one[1])
     ]
-    where += ", as far as a busy machine tells" if busy else ""
     missing = [arm for arm in ARMS if arm != "single" and arm not in them.arms]
     return _sentences(
         f"Overall, with {model} on {where}: {', then '.join(parts) or 'no arm to take'}",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pyllamabatch.compare.comparison import by_bench
+from pyllamabatch.report.disturbed import undisturbed
 from pyllamabatch.report.records import Record
 
 SCENARIOS = {
@@ -41,12 +42,14 @@ def line(scenario: str, records: Sequence[Record]) -> str:
 
 def gate(records: Sequence[Record], arm: str, at_least: float) -> list[dict[str, Any]]:
     """For each bench and number of sequences from 2 on, the speed of `arm` over that of contexts:
-    the median of the repeats that have both; None without one, which is not met."""
+    the median of the repeats that have both, and that others did not disturb; None without one,
+    which is not met."""
+    quiet = by_bench(undisturbed(records))
     return [
         {
             "bench": bench,
             "num_sequences": n,
-            "ratio": (ratio := them.ratio(arm, n, "contexts")),
+            "ratio": (ratio := quiet[bench].ratio(arm, n, "contexts") if bench in quiet else None),
             "at_least": at_least,
             "met": ratio is not None and ratio >= at_least,
         }

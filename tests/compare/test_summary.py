@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 
 from pyllamabatch.compare.advice import advice, as_fast
+from pyllamabatch.compare.case import Measured
 from pyllamabatch.compare.comparison import short
+from pyllamabatch.compare.run import steadiest
+from pyllamabatch.compare.scenario import gate
 from pyllamabatch.compare.summary import plain, table
 from pyllamabatch.report.records import Record
 from tests.support.made_up_rows import GIB, row
@@ -79,9 +82,40 @@ def test_arms_with_other_threads_are_told() -> None:
 def test_a_busy_machine_is_told_first() -> None:
     rows = [row("engine", 2, 90, other_cpu=0.1), row("contexts", 2, 50, other_cpu=1.25)]
     told = "The machine was busy: in 1 of 2 runs other programs used CPU, up to 1.2 of 2 cores."
-    assert advice(rows).startswith(told)
-    assert "2 cores of A Processor, as far as a busy machine tells: engine" in overall(rows)
+    assert advice(rows).splitlines() == [
+        f"{told} These count for nothing below.",
+        "2 users: no advice, every run of contexts was disturbed.",
+        "Overall: no advice. Measure again when the machine is quiet.",
+    ]
     assert "busy" not in advice(rows[:1])
+
+
+def test_disturbed_runs_count_for_nothing() -> None:
+    rows = [row(arm, 2, 50, other_cpu=0.1) for arm in ("contexts", "engine")]
+    slow = row("contexts", 2, 5, repeat=1, other_cpu=0.0)
+    wild = row("engine", 2, 5000, repeat=1, other_cpu=1.9)
+    told, users, last = advice([*rows, slow, wild]).splitlines()
+    assert told.startswith("The machine was busy: in 1 of 4 runs")
+    assert "5000" not in users
+    assert last.startswith("Overall, with")
+    assert [one["ratio"] for one in gate([*rows, slow, wild], "engine", 1.0)] == [1.0]
+    assert [one["met"] for one in gate([rows[0], wild], "engine", 1.0)] == [False]
+
+
+@pytest.mark.parametrize(
+    ("others", "kept"),
+    [
+        ((0.1,), {"other_cpu": 0.1}),
+        ((0.9, 0.1), {"other_cpu": 0.1, "disturbed_runs": 1.0}),
+        ((0.9, 0.5, 0.7), {"other_cpu": 0.5, "disturbed_runs": 2.0}),
+    ],
+)
+def test_a_run_that_is_disturbed_is_made_again(
+    others: tuple[float, ...], kept: dict[str, float]
+) -> None:
+    runs = iter([Measured(0.0, 1.0, detail={"other_cpu": one}) for one in others])
+    assert steadiest(lambda: next(runs), 0.2, 3).detail == kept
+    assert next(runs, None) is None
 
 
 def test_a_table_of_failures_and_of_nothing() -> None:
