@@ -1,6 +1,7 @@
 """Serve a model over HTTP: OpenAI's interface, llama-server's and Anthropic's.
 
   pyllamabatch serve -m FILE.gguf
+  pyllamabatch serve -m FILE.gguf --replicas 2 --gpus-per-replica 1
   curl localhost:8080/v1/chat/completions -d '{"messages": [{"role": "user",
       "content": "Hello"}], "max_tokens": 32}'
 
@@ -14,8 +15,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pyllamabatch.cli.console import say
 from pyllamabatch.cli.options import (
@@ -35,6 +39,7 @@ from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError, UnsupportedOperation
 from pyllamabatch.llama.lora import LoraAdapter
 from pyllamabatch.llama.model import Model
+from pyllamabatch.scheduler.router import ROUTERS
 
 N_TRACE = 2048  # steps that the live page can look back on
 # fmt: off
@@ -77,52 +82,111 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared(add, n_ctx=0, kv_unified=None, prefix_cache=None, speculate=None, n_batch=None,
                n_ubatch=None, threads=None)
     add_policy_argument(add)
+    add = parser.add_argument_group("several engines (extra `ray`)").add_argument
+    add("--replicas", metavar="N|MIN-MAX", help="engines behind one address, on Ray Serve")
+    add("--gpus-per-replica", type=float, default=0.0, metavar="N", help="or a share of one (0)")
+    add("--router", default="prefix-affinity", choices=tuple(ROUTERS),
+        help="which of them gets a request (prefix-affinity)")
     add_sampling_arguments(parser, "For requests that don't say. In parentheses: the default.")
 
 
 # fmt: on
 def run(args: argparse.Namespace) -> int:
-    try:
-        from pyllamabatch.server.app import create_app
-        from pyllamabatch.server.options import ServerOptions
-        from pyllamabatch.server.run import Server, listen
-    except ImportError as error:
-        what = f"{error.name} is missing: pip install 'pyllamabatch[server]'"
-        raise UnsupportedOperation(what) from None
     with ExitStack() as stack:
-        listening = stack.enter_context(listen(args.host, args.port))  # before a model is loaded
-        model = stack.enter_context(load_model(args, quiet=args.quiet))
-        loras = _loras(model, args.lora, stack)
-        engine = _engine(model, args, loras, stack)
-        options = ServerOptions(
-            model_name=args.alias,
-            api_keys=_keys(args),
-            cors_origins=[origin for origin in args.cors_origins.split(",") if origin],
-            sampling=sampling_options(args) | ({} if args.seed is None else {"seed": args.seed}),
-            body_bytes_max=args.max_body,
-            request_timeout=args.timeout,
-            drain_timeout=args.drain_timeout,
-            chat_template=_template(args.chat_template),
-            embeddings=args.embeddings,
-            rerank=args.rerank,
-            pooling=args.pooling,
-            lora_paths={name: lora.path for name, lora in loras.items()},
-            slots=not args.no_slots,
-            metrics=not args.no_metrics,
-            page=not args.no_page,
-        )
-        app = create_app(engine or model, options)
+        try:
+            from pyllamabatch.server.run import Server, listen
+
+            listening = stack.enter_context(listen(args.host, args.port))  # before a model's load
+            if args.replicas is None:
+                app: Any = stack.enter_context(opened(args))
+                service = app.state.service
+                name, what = service.model_name, service.about
+            else:
+                app = service = stack.enter_context(_fleet(args))
+                name, what = args.alias or "fleet", f"{args.replicas} replicas"
+        except ImportError as error:
+            extra = "ray" if args.replicas else "server"
+            what = f"{error.name} is missing: pip install 'pyllamabatch[{extra}]'"
+            raise UnsupportedOperation(what) from None
 
         def ready() -> None:
             if not args.quiet:
-                what = f"{engine.n_seq_max} slots, {engine.layout}" if engine else "embeddings"
-                say(f"{app.state.service.model_name}: {server.url}, {what}")
+                say(f"{name}: {server.url}, {what}")
 
-        server = Server(app, listening, ready)
+        server = Server(app, listening, ready, service)
         server.run_until_signal()
         if not args.quiet:
             say("pyllamabatch: drained", sys.stderr)
     return 0
+
+
+@contextmanager
+def opened(args: argparse.Namespace) -> Iterator[Any]:
+    """The application of a server over one engine, which is closed afterwards."""
+    from pyllamabatch.server.app import create_app
+
+    with ExitStack() as stack:
+        model = stack.enter_context(load_model(args, quiet=args.quiet))
+        loras = _loras(model, args.lora, stack)
+        engine = _engine(model, args, loras, stack)
+        paths = {name: lora.path for name, lora in loras.items()}
+        yield create_app(engine or model, _options(args, paths))
+
+
+def application(flags: dict[str, Any]) -> Any:
+    """For `serve run`: Ray Serve's application of these flags, {"model": FILE, "parallel": 64}."""
+    from pyllamabatch.cluster.deploy import application as deployments
+
+    given = [
+        word
+        for name, value in flags.items()
+        for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+    ]
+    parser = argparse.ArgumentParser("serve run", exit_on_error=False)
+    add_arguments(parser)
+    args = parser.parse_args(given)
+    return deployments(partial(opened, args), _fleet_options(args), _options(args))
+
+
+def _fleet(args: argparse.Namespace) -> Any:
+    from pyllamabatch.cluster.deploy import running
+
+    quiet = argparse.Namespace(**{**vars(args), "quiet": True})
+    return running(partial(opened, quiet), _fleet_options(args), _options(args))
+
+
+def _fleet_options(args: argparse.Namespace) -> Any:
+    from pyllamabatch.cluster.deploy import FleetOptions
+
+    return FleetOptions.of(
+        args.replicas or "1",
+        gpus_per_replica=args.gpus_per_replica,
+        router=args.router,
+        n_seq_max=args.parallel,
+        max_open=args.parallel + args.max_waiting,
+    )
+
+
+def _options(args: argparse.Namespace, lora_paths: Mapping[str, str] | None = None) -> Any:
+    from pyllamabatch.server.options import ServerOptions
+
+    return ServerOptions(
+        model_name=args.alias,
+        api_keys=_keys(args),
+        cors_origins=[origin for origin in args.cors_origins.split(",") if origin],
+        sampling=sampling_options(args) | ({} if args.seed is None else {"seed": args.seed}),
+        body_bytes_max=args.max_body,
+        request_timeout=args.timeout,
+        drain_timeout=args.drain_timeout,
+        chat_template=_template(args.chat_template),
+        embeddings=args.embeddings,
+        rerank=args.rerank,
+        pooling=args.pooling,
+        lora_paths=lora_paths or {},
+        slots=not args.no_slots,
+        metrics=not args.no_metrics,
+        page=not args.no_page,
+    )
 
 
 def _engine(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..scheduler.router import expected_wait, row_seconds
+
 if TYPE_CHECKING:
     from .core import EngineCore
 
@@ -26,6 +28,8 @@ class EngineStats:
     `drafted_tokens` were checked in rows of their own, which are among `decode_rows`, and
     `accepted_tokens` of these were right (`Engine`'s speculate). Of a native call that goes on
     a step counts as one token of each sequence.
+    `wait_s`: seconds until one more request begins to be computed, `row_s`: of a prompt row, both
+    by the cost model (`pyllamabatch.scheduler.router`); 0 without one.
     """
 
     submitted: int
@@ -52,6 +56,8 @@ class EngineStats:
     restarts: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    wait_s: float = 0.0
+    row_s: float = 0.0
 
     @property
     def prefix_hit_rate(self) -> float:
@@ -105,13 +111,14 @@ def stats_of(core: EngineCore) -> EngineStats:
         counters, interactive = scheduler.counters, core.table.interactive
         waiting = scheduler.n_waiting - sum(map(scheduler.waits, interactive)) + core.n_untaken
         n, n_rows = core.progress()
+        running = core.commands.n_submitted - waiting - sum(finished.values())
         fill = counters.fill.copy()
         if n:
             fill[n_rows] = fill.get(n_rows, 0) + n
         return EngineStats(
             submitted=core.commands.n_submitted,
             waiting=waiting,
-            running=core.commands.n_submitted - waiting - sum(finished.values()),
+            running=running,
             finished={**finished},
             steps=counters.steps + n,
             rows=counters.rows + n * n_rows,
@@ -133,4 +140,6 @@ def stats_of(core: EngineCore) -> EngineStats:
             restarts=core.recovery.n_restarts,
             drafted_tokens=counters.drafted_tokens,
             accepted_tokens=counters.accepted_tokens,
+            wait_s=expected_wait(scheduler, waiting + running),
+            row_s=row_seconds(scheduler),
         )

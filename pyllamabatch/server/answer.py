@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 DONE = b"data: [DONE]\n\n"
+HELD_BEGIN = "pyllamabatch.held_begin"
+"""An ASGI extension: nothing is sent before the first token, because what asks repeats a request of
+which nothing was sent."""
 
 
 class Answer(Protocol):
@@ -110,16 +113,20 @@ class EventStream(Response):
             async with cancelled_on_leave(receive, self._streams):
                 # a task of its own: a step's news need not pass through the frames of the
                 # application and its middleware
-                await asyncio.create_task(self._write(send))
+                held = HELD_BEGIN in (scope.get("extensions") or ())
+                await asyncio.create_task(self._write(send, held=held))
         finally:
             for stream in self._streams:
                 stream.cancel()
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, send: Send, *, held: bool) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         answer, streams = self._answer, self._streams
         if begin := answer.begin():
-            await send(_body(begin))
+            if held:
+                send = _behind(begin, send)
+            else:
+                await send(_body(begin))
         try:
             if len(streams) == 1:
                 results = [await self._follow(send, 0, streams[0])]
@@ -149,6 +156,19 @@ class EventStream(Response):
         if content := answer.finish(i, result):
             await send(_body(content))
         return result
+
+
+def _behind(begin: bytes, send: Send) -> Send:
+    """As `send`, but the first message has `begin` before its body."""
+    held = begin
+
+    async def sent(message: MutableMapping[str, Any]) -> None:
+        nonlocal held
+        if held:
+            message["body"], held = held + message["body"], b""
+        await send(message)
+
+    return sent
 
 
 def _body(content: bytes) -> dict[str, Any]:

@@ -93,8 +93,8 @@ async def read(request: Request, kind: type[B]) -> B:
     return body
 
 
-async def _json(request: Request, limit: int) -> tuple[Any, int]:
-    """What the body says, and how many bytes it has."""
+async def content_of(request: Request, limit: int) -> bytes:
+    """The bytes of the body. ApiError for more than `limit`."""
     declared = request.headers.get("content-length", "0")
     parts, size = [], int(declared) if declared.isdecimal() else 0
     if size <= limit:
@@ -107,7 +107,12 @@ async def _json(request: Request, limit: int) -> tuple[Any, int]:
     if size > limit:
         message = f"the body has {size} bytes or more, at most {limit} are allowed"
         raise ApiError(413, message, code="body_too_large")
-    content = b"".join(parts)
+    return b"".join(parts)
+
+
+async def _json(request: Request, limit: int) -> tuple[Any, int]:
+    """What the body says, and how many bytes it has."""
+    content = await content_of(request, limit)
     if (n := content.count(b",")) > VALUES_MAX:
         message = f"the body has too many values: {n} commas, at most {VALUES_MAX} are allowed"
         raise ApiError(413, message, code="too_many_values")

@@ -11,26 +11,44 @@ import asyncio
 import signal
 import socket
 import threading
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import uvicorn
-from fastapi import FastAPI
-
-from .service import Service
 
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
 CLOSE_SECONDS = 5  # that open connections get once the engine is done
 
 
+class Drainable(Protocol):
+    """`draining`: new requests get 503."""
+
+    draining: bool
+
+    @abstractmethod
+    async def drain(self) -> None:
+        """Returns when what is open has ended, or was cut off after a while."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """End what is open at once."""
+
+
 class Server(uvicorn.Server):
     """Serves an application of `create_app` on a bound socket until a signal, or `end`."""
 
     def __init__(
-        self, app: FastAPI, listening: socket.socket, ready: Callable[[], None] = lambda: None
+        self,
+        app: Any,
+        listening: socket.socket,
+        ready: Callable[[], None] = lambda: None,
+        service: Drainable | None = None,
     ) -> None:
-        """`ready()` is called once the application answers."""
+        """`ready()` is called once the application answers. `service`: what is drained at the end;
+        default: that of `create_app`."""
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -44,7 +62,7 @@ class Server(uvicorn.Server):
             ws="none",
         )
         super().__init__(config)
-        self._service: Service = app.state.service
+        self._service: Drainable = service or app.state.service
         self._listening = listening
         self._ready = ready
         self._draining: asyncio.Task[None] | None = None
@@ -89,14 +107,10 @@ class Server(uvicorn.Server):
                 connection.transport.abort()
 
     async def _drain(self) -> None:
-        service = self._service
         try:
-            if not service.has_engine:
-                return
-            if not await service.engine.adrain(service.options.drain_timeout):
-                await service.engine.astop()
+            await self._service.drain()
         except asyncio.CancelledError:
-            await service.engine.astop()
+            await self._service.stop()
         finally:
             self.should_exit = True
 

@@ -78,6 +78,15 @@ class Service:
         if self.embedder is not None:
             self.embedder.close()
 
+    async def drain(self) -> None:
+        """Open requests are finished, or cut off after `drain_timeout`."""
+        if self._engine is not None and not await self._engine.adrain(self.options.drain_timeout):
+            await self._engine.astop()
+
+    async def stop(self) -> None:
+        if self._engine is not None:
+            await self._engine.astop()
+
     @property
     def engine(self) -> Engine:
         """UnsupportedOperation for a model that makes embeddings only."""
@@ -88,6 +97,12 @@ class Service:
     @property
     def has_engine(self) -> bool:
         return self._engine is not None
+
+    @property
+    def about(self) -> str:
+        """Of its engine, in a few words."""
+        engine = self._engine
+        return f"{engine.n_seq_max} slots, {engine.layout}" if engine else "embeddings"
 
     @property
     def n_ctx_slot(self) -> int:

@@ -3,10 +3,10 @@ model in the place of the device."""
 
 from __future__ import annotations
 
+from pyllamabatch.scheduler.router import ROUTERS
 from pyllamabatch.sim.formats import load_trace
 from pyllamabatch.sim.metrics import Histogram, Load, Outcome, parse_slo, summarise
 from pyllamabatch.sim.replica import EngineSpec
-from pyllamabatch.sim.router import ROUTERS
 from pyllamabatch.sim.simulate import Simulated, SimulationStuck, at_load, simulate
 from pyllamabatch.sim.workload import TraceRequest, draw
 

@@ -21,6 +21,7 @@ from pyllamabatch.engine.layout import n_copies
 from pyllamabatch.kv import Sharing
 from pyllamabatch.kv.radix_tree import Tokens
 from pyllamabatch.scheduler import KvOptions, Limits, Policy, Scheduler, Step
+from pyllamabatch.scheduler.router import ReplicaView, expected_wait, row_seconds
 from pyllamabatch.sim.metrics import Load, Outcome
 from pyllamabatch.sim.workload import TraceRequest
 
@@ -109,7 +110,7 @@ class _Call:
     held: int
 
 
-class Replica:
+class Replica(ReplicaView):
     """`ended(outcome)` is called for each request at its end."""
 
     def __init__(
@@ -137,6 +138,14 @@ class Replica:
     def n_open(self) -> int:
         """Requests that have arrived and not ended."""
         return len(self._open) + len(self._arrived)
+
+    @property
+    def wait(self) -> float:
+        return expected_wait(self.scheduler, self.n_open)
+
+    @property
+    def row_seconds(self) -> float:
+        return row_seconds(self.scheduler)
 
     @property
     def next(self) -> float:

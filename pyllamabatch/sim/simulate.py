@@ -11,10 +11,10 @@ from math import inf
 from pyllamabatch.errors import ArgumentError, PyllamabatchError, RequestTooLong
 from pyllamabatch.scheduler import Policy, make_policy
 from pyllamabatch.scheduler.policies import DEFAULT
+from pyllamabatch.scheduler.router import make_router
 from pyllamabatch.sim.formats import at_rate
 from pyllamabatch.sim.metrics import Load, Outcome, summarise
 from pyllamabatch.sim.replica import EngineSpec, Replica
-from pyllamabatch.sim.router import make_router
 from pyllamabatch.sim.workload import TraceRequest
 
 
@@ -53,7 +53,7 @@ def simulate(
     """
     if n_replicas < 1:
         raise ArgumentError("replicas", n_replicas, "at least 1")
-    choose = make_router(router)
+    routing = make_router(router)
     name = policy if isinstance(policy, str) else getattr(policy, "__name__", repr(policy))
     outcomes: list[Outcome] = []
     followers: dict[int, list[TraceRequest]] = {}  # by the request after which they arrive
@@ -79,12 +79,13 @@ def simulate(
         Replica(spec, make_policy(policy) if isinstance(policy, str) else policy(), ended, i)
         for i in range(n_replicas)
     ]
+    by_index = dict(enumerate(replicas))
     due = [inf] * n_replicas  # when each replica has its next step
     while arrivals or min(due) < inf:
         step_at = min(due)
         if arrivals and arrivals[0][0] <= step_at:
             now, _, request = heapq.heappop(arrivals)
-            i = choose(request, replicas)
+            i = routing.choose(request.tokens, by_index)
             try:
                 replicas[i].submit(request, now)
             except RequestTooLong:

@@ -2,6 +2,7 @@
 
     python -m tests.peers.llama_server                    # the files of FILES
     python -m tests.peers.llama_server test_security.py -k key
+    python -m tests.peers.llama_server --archive FILE     # the pin's, where it lies here already
 
 The suite is taken from the archive of the pin into a temporary folder, with the chat templates that
 it names. It starts a server for each test: `serve` below takes llama-server's flags. The models
@@ -21,6 +22,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from tests.peers import fork_server
 from vendor.unpack import HERE as VENDOR
 from vendor.unpack import MARKER, Lock, download
 
@@ -76,16 +78,26 @@ def flags_of(given: list[str]) -> list[str]:
     return ours
 
 
-def serve() -> int:
-    """In the place of llama-server's binary."""
+def serve(given: list[str]) -> int:
+    """What llama-server's binary does."""
     from pyllamabatch.cli import main
 
-    return main(flags_of(sys.argv[2:]))
+    return main(flags_of(given))
 
 
-def take_suite(folder: Path) -> Path:
+def wait_for_servers(address: str) -> None:
+    """The process from which servers are forked (`fork_server.py`)."""
+    import pyllamabatch.cli.serve
+    import pyllamabatch.server.app
+    import pyllamabatch.server.run  # noqa: F401
+
+    fork_server.main(address, serve)
+
+
+def take_suite(folder: Path, archive: Path | None) -> Path:
     """Unpack the suite and the templates it names. Returns its folder."""
-    archive = download(VENDOR / "llama.cpp.lock", Lock.read(VENDOR / "llama.cpp.lock"), folder)
+    lock = VENDOR / "llama.cpp.lock"
+    archive = archive or download(lock, Lock.read(lock), folder)
     with tarfile.open(archive) as tar:
         for member in tar:
             _, found, path = member.name.partition(MARKER)
@@ -98,12 +110,16 @@ def take_suite(folder: Path) -> Path:
 def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        suite = take_suite(folder)
-        binary = folder / "llama-server"
-        command = f'exec "{sys.executable}" -m tests.peers.llama_server --serve "$@"'
-        binary.write_text(f"#!/bin/sh\n{command}\n")
-        binary.chmod(binary.stat().st_mode | stat.S_IXUSR)
         given = sys.argv[1:]
+        archive = None
+        if given[:1] == ["--archive"]:
+            archive, given = Path(given[1]), given[2:]
+        suite = take_suite(folder, archive)
+        binary = folder / "llama-server"
+        address = folder / "servers"
+        client = Path(fork_server.__file__)
+        binary.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{client}" {address} "$@"\n')
+        binary.chmod(binary.stat().st_mode | stat.S_IXUSR)
         files = [f"unit/{word}" if word.endswith(".py") else word for word in given]
         if not any(word.endswith(".py") for word in given):
             files += [f"unit/{file}" for file in FILES]
@@ -115,8 +131,12 @@ def main() -> int:
         }
         run = [sys.executable, "-m", "pytest", "-p", "tests.peers.peer_plugin", "-q", "-m",
                    "not slow", "--rootdir", str(suite), "-o", "addopts=", *files]  # fmt: skip
-        return subprocess.run(run, cwd=suite, env=environment, check=False).returncode
+        servers = [sys.executable, "-m", "tests.peers.llama_server", "--servers", str(address)]
+        with fork_server.started(servers, address):
+            return subprocess.run(run, cwd=suite, env=environment, check=False).returncode
 
 
 if __name__ == "__main__":
-    raise SystemExit(serve() if sys.argv[1:2] == ["--serve"] else main())
+    if sys.argv[1:2] == ["--servers"]:
+        wait_for_servers(sys.argv[2])
+    raise SystemExit(main())

@@ -31,6 +31,7 @@ from pyllamabatch.sim import (
     draw,
     simulate,
 )
+from pyllamabatch.sim.replica import Replica
 
 
 @dataclass(frozen=True)
@@ -274,6 +275,20 @@ def test_affinity_finds_more_in_the_cache() -> None:
         for router in ("round-robin", "prefix-affinity")
     )
     assert affinity["prefix_share"] > 1.3 * turns["prefix_share"]
+
+
+def test_a_replica_says_how_long_a_request_waits() -> None:
+    replica = Replica(machine(n_seq_max=2), make_policy("fcfs"), lambda outcome: None)
+    assert replica.wait == 0
+    assert replica.row_seconds > 0
+    waits, now = [], 0.0
+    for i in range(6):
+        replica.submit(one(i, now, 50, 20), now)
+        replica.step(now)
+        now = replica.next
+        waits.append(replica.wait)
+    assert waits[:2] == [0, 0]  # a slot is free
+    assert waits[-1] > 4 * 50 * replica.row_seconds
 
 
 def test_curves_are_thinned_out() -> None:

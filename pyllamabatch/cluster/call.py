@@ -1,0 +1,123 @@
+"""Call: an HTTP request on its way to a replica, and the application there that answers it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, MutableMapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+from starlette.requests import Request
+
+from ..kv.radix_tree import Tokens
+from ..server.answer import HELD_BEGIN
+
+PAGE = "page"  # the key of what is asked without a body: always the same replica's
+Head = tuple[int, list[tuple[bytes, bytes]]]
+"""A status and the headers."""
+
+
+class Call(NamedTuple):
+    """`prefix`: the bytes by which it is routed. `key`: see `Router.choose`."""
+
+    method: str
+    path: str
+    query: bytes
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+    prefix: bytes = b""
+    key: str = ""
+
+    @classmethod
+    def of(cls, request: Request, body: bytes) -> Call:
+        scope = request.scope
+        prefix, key = routed_by(body) if body else (b"", PAGE)
+        return cls(
+            scope["method"], scope["path"], scope["query_string"], list(scope["headers"]), body,
+            prefix, key,
+        )  # fmt: skip
+
+    def prompt(self) -> Tokens:
+        """What a `Router` looks at."""
+        return np.frombuffer(self.prefix, np.uint8).astype(np.int32)
+
+    def scope(self) -> dict[str, Any]:
+        return {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "scheme": "http",
+            "method": self.method,
+            "path": self.path,
+            "raw_path": self.path.encode(),
+            "root_path": "",
+            "query_string": self.query,
+            "headers": self.headers,
+            "client": None,
+            "server": None,
+            "extensions": {HELD_BEGIN: {}},
+        }
+
+
+def routed_by(body: bytes) -> tuple[bytes, str]:
+    """The bytes of a prompt that two requests have in common where their prompts begin alike, and
+    the key that a client gave. A body that is not understood is for the replica to refuse."""
+    try:
+        values = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return b"", ""
+    if not isinstance(values, dict):
+        return b"", ""
+    parts = [
+        _written(values[name])
+        for name in ("tools", "system", "instructions", "messages", "input", "prompt", "content")
+        if values.get(name)
+    ]
+    key = values.get("prompt_cache_key")
+    return b"".join(parts), key if isinstance(key, str) else ""
+
+
+def _written(value: Any) -> bytes:
+    return value.encode() if isinstance(value, str) else orjson.dumps(value)
+
+
+async def answer(app: Any, call: Call) -> AsyncGenerator[Head | bytes, None]:
+    """What the application writes: the head, then the bytes of the body, all that have come since
+    the last ones. Leaving before the end is a client that leaves."""
+    heads: list[Head] = []
+    parts: list[bytes] = []
+    news, left = asyncio.Event(), asyncio.Event()
+    asked = False
+
+    async def receive() -> dict[str, Any]:
+        nonlocal asked
+        if asked:
+            await left.wait()
+            return {"type": "http.disconnect"}
+        asked = True
+        return {"type": "http.request", "body": call.body, "more_body": False}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            heads.append((message["status"], list(message["headers"])))
+        elif body := message.get("body"):
+            parts.append(bytes(body))
+        news.set()
+
+    running = asyncio.create_task(app(call.scope(), receive, send))
+    running.add_done_callback(lambda _: news.set())
+    try:
+        while heads or parts or not running.done():
+            await news.wait()
+            news.clear()
+            if heads:
+                yield heads.pop()
+            if parts:
+                body = b"".join(parts)
+                parts.clear()
+                yield body
+        await running  # raises what the application has raised
+    finally:
+        left.set()
+        running.cancel()

@@ -1,0 +1,137 @@
+"""Deployments on Ray Serve, by `pyllamabatch serve --replicas` or `serve run`.
+
+Settings that belong to Ray (autoscaling, rolling updates, placement) stay Ray's: `serve run FILE`
+takes them by the names of the deployments, `engine` and `front`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ..errors import ArgumentError, integer, number
+from ..scheduler.router import make_router
+from ..server.options import ServerOptions
+from .front import Front
+from .replica import OpenApp, Replica
+from .router import DEFAULT, FleetRouter
+
+APPLICATION = "pyllamabatch"
+STATS_SECONDS = 1.0  # between two looks of the router at a replica
+HEALTH_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetOptions:
+    """- min_replicas, max_replicas: engines. Between the two Ray scales by open requests, so that
+      there are `n_seq_max` of them for each.
+    - gpus_per_replica: GPUs, or a share of one; 0: none.
+    - router: one of `pyllamabatch.scheduler.router.ROUTERS`.
+    - n_seq_max: requests that an engine runs at once. max_open: those that it takes, waiting ones
+      included.
+    """
+
+    min_replicas: int
+    max_replicas: int
+    gpus_per_replica: float = 0.0
+    router: str = DEFAULT
+    n_seq_max: int = 16
+    max_open: int = 1040
+
+    def __post_init__(self) -> None:
+        integer("min_replicas", self.min_replicas, 1, 10_000)
+        integer("max_replicas", self.max_replicas, self.min_replicas, 10_000)
+        number("gpus_per_replica", self.gpus_per_replica, 0)
+        make_router(self.router)
+
+    @classmethod
+    def of(cls, replicas: str, **more: Any) -> FleetOptions:
+        """`replicas`: "4", or "1-4" for one to four. ArgumentError."""
+        first, _, last = replicas.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            raise ArgumentError("replicas", replicas, 'a number, or two as in "1-4"')
+        return cls(min_replicas=int(first), max_replicas=int(last or first), **more)
+
+
+def engines(open_app: OpenApp, options: FleetOptions, server: ServerOptions) -> serve.Application:
+    """The deployment `engine`: replicas with an engine each."""
+    settings: dict[str, Any] = {
+        "name": "engine",
+        "max_ongoing_requests": options.max_open,
+        "ray_actor_options": {"num_cpus": 1, "num_gpus": options.gpus_per_replica},
+        "graceful_shutdown_timeout_s": server.drain_timeout,
+        "health_check_period_s": HEALTH_SECONDS,
+        "request_router_config": RequestRouterConfig(
+            request_router_class=FleetRouter,
+            request_router_kwargs={"router": options.router},
+            request_routing_stats_period_s=STATS_SECONDS,
+        ),
+    }
+    if options.min_replicas < options.max_replicas:
+        settings["autoscaling_config"] = {
+            "min_replicas": options.min_replicas,
+            "max_replicas": options.max_replicas,
+            "target_ongoing_requests": options.n_seq_max,
+        }
+    else:
+        settings["num_replicas"] = options.min_replicas
+    return serve.deployment(Replica).options(**settings).bind(open_app)
+
+
+def application(
+    open_app: OpenApp, options: FleetOptions, server: ServerOptions
+) -> serve.Application:
+    """The deployments `front` and `engine`, behind Ray's own HTTP proxies."""
+    front = serve.deployment(Ingress).options(name="front", max_ongoing_requests=100_000)
+    return front.bind(engines(open_app, options, server), server)
+
+
+class Ingress:
+    """The deployment `front`."""
+
+    def __init__(self, handle: Any, options: ServerOptions) -> None:
+        self._front = Front(handle, options)
+
+    async def __call__(self, request: Request) -> Response:
+        return Passed(self._front)
+
+
+class Passed(Response):
+    """The answer of another ASGI application."""
+
+    def __init__(self, app: Any) -> None:
+        super().__init__()
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._app(scope, receive, send)
+
+
+@contextmanager
+def running(open_app: OpenApp, options: FleetOptions, server: ServerOptions) -> Iterator[Front]:
+    """Replicas that run, on the Ray cluster of `RAY_ADDRESS` or one of this machine, and a front
+    for an event loop of this process. Afterwards they are gone."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    here = not os.environ.get("RAY_ADDRESS")
+    cpus = {"num_cpus": max(options.max_replicas, os.cpu_count() or 1)} if here else {}
+    ray.init(include_dashboard=False if here else None, log_to_driver=False, **cpus)
+    try:
+        serve.start(proxy_location="Disabled")
+        app = engines(open_app, options, server)
+        handle = serve.run(app, name=APPLICATION, route_prefix=None)
+        yield Front(handle, server)
+    finally:
+        if here:
+            serve.shutdown()
+        else:
+            serve.delete(APPLICATION)
+        ray.shutdown()

@@ -1,0 +1,201 @@
+"""Front: the ASGI application before the replicas. It knows no model."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, MutableMapping
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from ray.exceptions import ActorUnschedulableError, RayActorError, TaskCancelledError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+)
+from starlette.requests import Request
+
+from ..server.answer import event, named_event
+from ..server.bodies import LONG_BYTES, content_of
+from ..server.errors import ANTHROPIC, ApiError
+from ..server.options import ServerOptions
+from ..server.security import ApiKeys, Cors
+from .call import Call
+from .metrics import summed
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+    from ..server.answer import Receive, Send
+
+TRIES = 3
+LOST = (
+    RayActorError, ActorUnschedulableError, ReplicaUnavailableError, DeploymentUnavailableError,
+)  # fmt: skip
+"""The replica has gone, not its answer."""
+
+
+class Front:
+    """`handle`: of a deployment of `Replica`. A request that a replica took with it is repeated as
+    long as no token of it was sent; else its stream ends with an error that says so."""
+
+    def __init__(self, handle: DeploymentHandle[Any], options: ServerOptions) -> None:
+        self.draining = False
+        self._handle = handle
+        self._options = options
+        self._open: set[asyncio.Task[Any]] = set()
+        self._app: Any = self._answer
+        if options.api_keys:
+            self._app = ApiKeys(self._app, options.api_keys)
+        if options.cors_origins:
+            self._app = Cors(self._app, options.cors_origins)
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+        elif scope["type"] == "http":
+            await self._app(scope, receive, send)
+
+    async def drain(self) -> None:
+        """Open requests are finished, or cut off after `drain_timeout`."""
+        end = time.monotonic() + self._options.drain_timeout
+        while self._open and time.monotonic() < end:
+            await asyncio.wait(self._open, timeout=end - time.monotonic())
+        await self.stop()
+
+    async def stop(self) -> None:
+        for task in self._open:
+            task.cancel()
+
+    async def _answer(self, scope: Any, receive: Receive, send: Send) -> None:
+        sent = Sent(scope, send)
+        try:
+            if self.draining:
+                message = "the server is about to end"
+                raise ApiError(503, message, "unavailable_error", code="draining")
+            request = Request(scope, receive)
+            body = await content_of(request, self._options.body_bytes_max)
+            call = (
+                await asyncio.to_thread(Call.of, request, body)
+                if len(body) > LONG_BYTES
+                else Call.of(request, body)
+            )
+            if call.path == "/metrics":
+                await sent.whole(await self._metrics())
+                return
+            passing = asyncio.create_task(self._pass_on(call, sent))
+            self._open.add(passing)
+            leaving = asyncio.create_task(_left(receive))
+            try:
+                await asyncio.wait((passing, leaving), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                self._open.discard(passing)
+                leaving.cancel()
+                if not passing.done():
+                    passing.cancel()
+            if passing.cancelled():
+                raise ApiError(503, "the server ended the request", "unavailable_error")
+            if passing.done():
+                passing.result()
+        except ApiError as error:
+            await sent.failed(error)
+
+    async def _pass_on(self, call: Call, sent: Sent) -> None:
+        """ApiError where no replica could answer."""
+        lost: BaseException | None = None
+        for _ in range(TRIES):
+            try:
+                async with aclosing(self._parts(call)) as parts:
+                    async for part in parts:
+                        await sent.part(part)
+                await sent.end()
+                return
+            except BackPressureError as error:
+                raise ApiError(429, str(error), "rate_limit_error", code="queue_full") from None
+            except TaskCancelledError:
+                raise ApiError(503, "the replica ended the request", "unavailable_error") from None
+            except LOST as error:
+                lost = error
+            if sent.began:
+                break
+        message = "the replica that computed this answer is gone: " + type(lost).__name__
+        raise ApiError(503, message, "unavailable_error", code="replica_lost")
+
+    async def _parts(self, call: Call) -> AsyncGenerator[Any, None]:
+        response = self._handle.options(stream=True).remote(call)
+        try:
+            async for part in response:
+                yield part
+        except (GeneratorExit, asyncio.CancelledError):  # the client has left
+            response.cancel()
+            raise
+
+    async def _metrics(self) -> bytes:
+        """Of all replicas: sums of their counters and gauges."""
+        texts = await self._handle.broadcast("metrics").results_async()
+        return await asyncio.to_thread(summed, texts)
+
+
+class Sent:
+    """What goes out for one request. The head waits for the first bytes of the body."""
+
+    def __init__(self, scope: Any, send: Send) -> None:
+        self.began = False
+        self._path: str = scope["path"]
+        self._scope = scope
+        self._send = send
+        self._head: Any = (500, [])
+
+    async def part(self, part: Any) -> None:
+        if isinstance(part, bytes):
+            await self._begin()
+            await self._send({"type": "http.response.body", "body": part, "more_body": True})
+        else:
+            self._head = part
+
+    async def end(self) -> None:
+        await self._begin()
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def whole(self, text: bytes) -> None:
+        self._head = 200, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")]
+        await self.part(text)
+        await self.end()
+
+    async def failed(self, error: ApiError) -> None:
+        """As an answer of its own, or as the last event of a stream. What is neither is cut off."""
+        if not self.began:
+            await error.response(self._path)(self._scope, _nothing, self._send)
+            return
+        if dict(self._head[1]).get(b"content-type", b"").startswith(b"text/event-stream"):
+            anthropic = self._path.startswith(ANTHROPIC)
+            values = {"type": "error", **error.body}
+            await self.part(named_event("error", values) if anthropic else event(error.body))
+            await self.end()
+            return
+        raise error
+
+    async def _begin(self) -> None:
+        if not self.began:
+            self.began = True
+            status, headers = self._head
+            start = {"type": "http.response.start", "status": status, "headers": headers}
+            await self._send(start)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _nothing() -> MutableMapping[str, Any]:
+    return {"type": "http.disconnect"}
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        kind = (await receive())["type"].removeprefix("lifespan.")
+        await send({"type": f"lifespan.{kind}.complete"})
+        if kind == "shutdown":
+            return

@@ -1,0 +1,25 @@
+"""Metrics of several servers as those of one."""
+
+from __future__ import annotations
+
+
+def summed(texts: list[bytes]) -> bytes:
+    """Metrics in Prometheus' text format as those of one server: each value is the sum; a share
+    (`perc`, `ratio`) is the mean."""
+    lines: dict[str, float] = {}
+    comments: dict[str, None] = {}
+    order: list[str] = []
+    for text in texts:
+        for line in text.decode().splitlines():
+            if line.startswith("#"):
+                if line not in comments:
+                    comments[line] = None
+                    order.append(line)
+                continue
+            name, _, value = line.rpartition(" ")
+            if name not in lines:
+                order.append(name)
+            share = name.endswith(("_perc", "_ratio"))
+            lines[name] = lines.get(name, 0.0) + float(value) / (len(texts) if share else 1)
+    written = (one if one in comments else f"{one} {lines[one]!r}" for one in order)
+    return "".join(f"{line}\n" for line in written).encode()

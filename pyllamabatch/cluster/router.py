@@ -1,0 +1,92 @@
+"""FleetRouter: a router of the scheduler's as Ray Serve's `RequestRouter`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from ray.serve.request_router import (
+    PendingRequest,
+    ReplicaID,
+    RequestRouter,
+    RunningReplica,
+)
+
+from ..scheduler.router import BYTES_PER_TOKEN, PrefixAffinity, ReplicaView, Router, make_router
+from .call import Call
+
+DEFAULT = "prefix-affinity"
+
+
+class Seen(ReplicaView):
+    """What the router knows of a replica: what it has sent there itself, and what the replica says
+    of itself every second."""
+
+    def __init__(self, n_open: int, says: dict[str, Any]) -> None:
+        self._n_open = n_open
+        self._says = says
+
+    @property
+    def n_open(self) -> int:
+        return self._n_open
+
+    @property
+    def wait(self) -> float:
+        return float(self._says.get("wait_s", 0.0))
+
+    @property
+    def row_seconds(self) -> float:
+        return float(self._says.get("row_s", 0.0))
+
+
+class FleetRouter(RequestRouter):  # type: ignore[misc,unused-ignore]
+    """Its calls have a `Call` as their first argument. `initialize_state(router)`: the name of one
+    of `pyllamabatch.scheduler.router.ROUTERS`. For one event loop."""
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        name = kwargs.get("router", DEFAULT)
+        self._router: Router = (
+            PrefixAffinity(unit=BYTES_PER_TOKEN) if name == DEFAULT else make_router(name)
+        )
+        self._open: Counter[ReplicaID] = Counter()
+        self._on_the_way: dict[str, tuple[ReplicaID, PendingRequest]] = {}
+
+    async def choose_replicas(
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
+    ) -> list[list[RunningReplica]]:
+        """The router's choice, and behind it the others, for when it is full or gone."""
+        if pending_request is None or not candidate_replicas:
+            return [candidate_replicas]
+        id = pending_request.metadata.internal_request_id
+        self._on_the_way.pop(id, None)
+        n_open = self._n_open()
+        replicas = {replica.replica_id: replica for replica in candidate_replicas}
+        seen = {
+            name: Seen(n_open[name], replica.routing_stats or {})
+            for name, replica in replicas.items()
+        }
+        call: Call = pending_request.args[0]
+        chosen = self._router.choose(call.prompt, seen, call.key)
+        self._on_the_way[id] = chosen, pending_request
+        others = sorted(seen.keys() - {chosen}, key=lambda name: n_open[name])
+        return [[replicas[name]] for name in (chosen, *others)]
+
+    def _n_open(self) -> Counter[ReplicaID]:
+        """Requests by replica, those included that were not sent yet."""
+        gone = [id for id, (_, one) in self._on_the_way.items() if one.future.cancelled()]
+        for id in gone:
+            del self._on_the_way[id]
+        return self._open + Counter(name for name, _ in self._on_the_way.values())
+
+    def on_request_routed(
+        self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
+    ) -> None:
+        self._on_the_way.pop(pending_request.metadata.internal_request_id, None)
+        self._open[replica_id] += 1
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        self._open[replica_id] -= 1
+        if self._open[replica_id] <= 0:
+            del self._open[replica_id]

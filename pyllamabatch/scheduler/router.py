@@ -1,0 +1,180 @@
+"""Which of several replicas a request goes to. Pure Python, without a clock: the simulator's fleet
+and the live one (`pyllamabatch.cluster`) ask the very same objects.
+
+A prompt is an array of int32: token ids, or the bytes of a text where no tokenizer is at hand.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from typing import Protocol, TypeVar
+
+from ..errors import ArgumentError
+from ..kv.prefix_cache import MIN_PREFIX
+from ..kv.radix_tree import RadixTree, Tokens
+from .scheduler import Scheduler
+
+BYTES_PER_TOKEN = 4  # of a text, about
+
+Name = TypeVar("Name", bound=Hashable)
+
+
+class ReplicaView(Protocol):
+    """What a router may know of a replica."""
+
+    @property
+    @abstractmethod
+    def n_open(self) -> int:
+        """Requests that it has got and that have not ended."""
+
+    @property
+    @abstractmethod
+    def wait(self) -> float:
+        """Seconds until a request that comes now begins to be computed; see `expected_wait`."""
+
+    @property
+    @abstractmethod
+    def row_seconds(self) -> float:
+        """Of a prompt row; 0 where that is not known."""
+
+
+class Router(Protocol):
+    """Called once for each request, when it arrives."""
+
+    @abstractmethod
+    def choose(
+        self, prompt: Callable[[], Tokens], replicas: Mapping[Name, ReplicaView], key: str = ""
+    ) -> Name:
+        """The name of the replica that takes it, of at least one. `prompt()` is not changed
+        afterwards. `key`: requests with the same one belong together."""
+
+
+class RoundRobin(Router):
+    """One after the other."""
+
+    def __init__(self) -> None:
+        self._turns = itertools.count()
+
+    def choose(
+        self, prompt: Callable[[], Tokens], replicas: Mapping[Name, ReplicaView], key: str = ""
+    ) -> Name:
+        names = list(replicas)
+        return names[next(self._turns) % len(names)]
+
+
+class LeastOutstanding(Router):
+    """The one with the fewest requests that have not ended; the first of several."""
+
+    def choose(
+        self, prompt: Callable[[], Tokens], replicas: Mapping[Name, ReplicaView], key: str = ""
+    ) -> Name:
+        return min(replicas, key=lambda name: replicas[name].n_open)
+
+
+class PrefixAffinity(Router):
+    """The replica of the request with the longest common prefix, of the last `memory` requests; or
+    else of the last one with the same key. The least busy replica where that one has over `slack`
+    requests more than it, or where to wait for it takes longer than the prefix saves.
+
+    `unit`: elements of a prompt that make a token. `reach`: elements that are looked at.
+    """
+
+    def __init__(
+        self, slack: int = 8, memory: int = 4096, unit: int = 1, reach: int = 2**15
+    ) -> None:
+        self.slack = slack
+        self.memory = memory
+        self.unit = unit
+        self.reach = reach
+        self._ids = itertools.count()
+        self._tree = RadixTree()
+        self._went: OrderedDict[int, Hashable] = OrderedDict()  # request -> replica
+        self._keys: OrderedDict[str, Hashable] = OrderedDict()
+
+    def choose(
+        self, prompt: Callable[[], Tokens], replicas: Mapping[Name, ReplicaView], key: str = ""
+    ) -> Name:
+        elements = prompt()[: self.reach]
+        least = min(replicas, key=lambda name: replicas[name].n_open)
+        chosen, n_common = self._home(elements, replicas, key)
+        if chosen is None or self._too_busy(replicas[chosen], replicas[least], n_common):
+            chosen = least
+        self._remember(elements, chosen, key)
+        return chosen
+
+    def _home(
+        self, elements: Tokens, replicas: Mapping[Name, ReplicaView], key: str
+    ) -> tuple[Name | None, int]:
+        """Where its prefix is, and how much of it; None where no replica has it."""
+        for id, n in self._tree.matches(elements):
+            if n < MIN_PREFIX * self.unit:
+                break
+            for name in replicas:
+                if name == self._went[id]:
+                    return name, n
+        if key:
+            for name in replicas:
+                if name == self._keys.get(key):
+                    return name, 0
+        return None, 0
+
+    def _too_busy(self, chosen: ReplicaView, least: ReplicaView, n_common: int) -> bool:
+        if chosen.n_open - least.n_open > self.slack:
+            return True
+        if chosen is least or not chosen.row_seconds:
+            return False
+        return chosen.wait - least.wait > n_common / self.unit * chosen.row_seconds
+
+    def _remember(self, elements: Tokens, name: Hashable, key: str) -> None:
+        id = next(self._ids)
+        self._tree.insert(id, elements)
+        self._went[id] = name
+        if len(self._went) > self.memory:
+            self._tree.remove(self._went.popitem(last=False)[0])
+        if key:
+            self._keys.pop(key, None)
+            self._keys[key] = name
+            if len(self._keys) > self.memory:
+                self._keys.popitem(last=False)
+
+
+ROUTERS: dict[str, Callable[[], Router]] = {
+    "round-robin": RoundRobin,
+    "least-outstanding": LeastOutstanding,
+    "prefix-affinity": PrefixAffinity,
+}
+
+
+def make_router(name: str) -> Router:
+    """ArgumentError names those that there are."""
+    if name not in ROUTERS:
+        raise ArgumentError("router", name, f"one of {', '.join(ROUTERS)}")
+    return ROUTERS[name]()
+
+
+# -- what a replica says of itself
+
+
+def row_seconds(scheduler: Scheduler) -> float:
+    """Of a prompt row in a full ubatch, by the cost model; 0 without one."""
+    cost, n = scheduler.cost, scheduler.limits.n_ubatch
+    return cost.predict(n, n, float(scheduler.accounting.used), 1) / n if cost else 0.0
+
+
+def expected_wait(scheduler: Scheduler, n_open: int) -> float:
+    """Seconds until one more request begins to be computed, where `n_open` have not ended: prompts
+    that wait, and generations that must end before a slot is free. Prompts and answers are taken
+    to be as long as those before. 0 without a cost model."""
+    cost, counters = scheduler.cost, scheduler.counters
+    n_slots, n_waiting = scheduler.limits.n_seq_max, max(0, n_open - scheduler.n_running)
+    n_admitted = counters.admissions
+    if cost is None or not n_admitted or not n_waiting:
+        return 0.0
+    n_rows = n_waiting * counters.prefill_rows / n_admitted
+    n_ahead = max(0, n_open + 1 - n_slots)
+    step = cost.predict(n_slots, 0, float(scheduler.accounting.used), n_slots)
+    n_steps = n_ahead / n_slots * counters.tokens / n_admitted
+    return n_rows * row_seconds(scheduler) + n_steps * step

@@ -1,0 +1,106 @@
+"""What comes between a front and a replica, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from typing import Any
+
+import orjson
+import pytest
+
+from pyllamabatch.cluster.call import Call, Head, answer, routed_by
+from pyllamabatch.cluster.metrics import summed
+from pyllamabatch.scheduler.router import BYTES_PER_TOKEN, PrefixAffinity
+from tests.server.conftest import served  # noqa: F401  # a fixture
+from tests.support.served import ENDLESS, SUM_CHAT, Served, until
+
+JSON = [(b"content-type", b"application/json")]
+
+
+def call(path: str, values: Any, method: str = "POST") -> Call:
+    return Call(method, path, b"", JSON, orjson.dumps(values))
+
+
+def test_conversations_are_routed_by_what_they_begin_with() -> None:
+    system = {"role": "system", "content": "You are a zoologist. " * 8}
+    first = [system, {"role": "user", "content": "Zebras?"}]
+    second = [*first, {"role": "assistant", "content": "Striped."}]
+    one, key = routed_by(orjson.dumps({"messages": first, "prompt_cache_key": "zoo"}))
+    other, _ = routed_by(orjson.dumps({"stream": True, "messages": second}))
+    assert key == "zoo"
+    assert other.startswith(one[:-1])
+    assert routed_by(b'{"prompt": "a b", "model": "x"}') == (b"a b", "")
+    assert routed_by(b'{"prompt": [1, 2]}') == (b"[1,2]", "")
+    assert routed_by(b"not JSON") == routed_by(b"[1]") == (b"", "")
+    router = PrefixAffinity(unit=BYTES_PER_TOKEN)
+    prompts = [Call("POST", "/", b"", [], b"", prefix).prompt() for prefix in (one, other)]
+    assert len(prompts[0]) > 16 * router.unit
+    assert (prompts[0][:-1] == prompts[1][: len(prompts[0]) - 1]).all()
+
+
+async def written(app: Any, call: Call) -> tuple[Head, bytes]:
+    async with aclosing(answer(app, call)) as parts:
+        head, *body = [part async for part in parts]
+    assert isinstance(head, tuple)
+    return head, b"".join(part for part in body if isinstance(part, bytes))
+
+
+def test_a_replica_answers_as_the_server_does(served: Served) -> None:  # noqa: F811
+    app = served.server.config.app
+    (status, _), body = asyncio.run(written(app, call("/v1/chat/completions", SUM_CHAT)))
+    assert status == 200
+    assert orjson.loads(body)["choices"] == served.ok("/v1/chat/completions", SUM_CHAT)["choices"]
+    (status, _), body = asyncio.run(written(app, call("/v1/completions", {"promt": 1})))
+    assert status == 400
+    assert "prompt" in orjson.loads(body)["error"]["message"]
+    (status, _), body = asyncio.run(written(app, call("/health", None, "GET")))
+    assert (status, body) == (200, b'{"status":"ok"}')
+
+
+def test_nothing_is_sent_before_the_first_token(served: Served) -> None:  # noqa: F811
+    app = served.server.config.app
+    chat = call("/v1/chat/completions", {**SUM_CHAT, "stream": True})
+
+    async def first_part() -> bytes | Head:
+        async with aclosing(answer(app, chat)) as parts:
+            await anext(parts)
+            return await anext(parts)
+
+    part = asyncio.run(first_part())
+    assert isinstance(part, bytes)
+    events = [
+        orjson.loads(line[6:]) for line in part.split(b"\n\n") if line and b"DONE" not in line
+    ]
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert deltas[0] == {"role": "assistant", "content": None}
+    assert deltas[1]["content"]
+
+
+def test_who_leaves_is_cancelled(served: Served) -> None:  # noqa: F811
+    before = served.engine.stats().finished["cancelled"]
+    endless = call("/v1/completions", {**ENDLESS, "stream": True})
+
+    async def leave() -> None:
+        async with aclosing(answer(served.server.config.app, endless)) as parts:
+            await anext(parts)
+            await anext(parts)
+
+    asyncio.run(leave())
+    until(lambda: served.engine.stats().finished["cancelled"] == before + 1)
+
+
+def test_an_error_of_the_application_is_raised() -> None:
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        asyncio.run(written(broken, call("/", {})))
+
+
+def test_metrics_of_two_servers() -> None:
+    text = b'# TYPE n counter\nn %d.0\nuse_perc %.1f\nh_bucket{le="0.1"} %d.0\n'
+    assert summed([text % (1, 0.2, 3), text % (4, 0.6, 5)]).decode().splitlines() == [
+        "# TYPE n counter", "n 5.0", "use_perc 0.4", 'h_bucket{le="0.1"} 8.0',
+    ]  # fmt: skip
