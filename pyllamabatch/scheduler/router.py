@@ -99,27 +99,24 @@ class PrefixAffinity(Router):
     ) -> Name:
         elements = prompt()[: self.reach]
         least = min(replicas, key=lambda name: replicas[name].n_open)
-        chosen, n_common = self._home(elements, replicas, key)
-        if chosen is None or self._too_busy(replicas[chosen], replicas[least], n_common):
-            chosen = least
-        self._remember(elements, chosen, key)
-        return chosen
+        found = self._home(elements, replicas, key)
+        home, n_common = found
+        if home is None or self._too_busy(replicas[home], replicas[least], n_common):
+            home = least
+        self._remember(elements, home, key)
+        return home
 
     def _home(
         self, elements: Tokens, replicas: Mapping[Name, ReplicaView], key: str
     ) -> tuple[Name | None, int]:
         """Where its prefix is, and how much of it; None where no replica has it."""
+        names: dict[Hashable, Name] = {name: name for name in replicas}
         for id, n in self._tree.matches(elements):
             if n < MIN_PREFIX * self.unit:
                 break
-            for name in replicas:
-                if name == self._went[id]:
-                    return name, n
-        if key:
-            for name in replicas:
-                if name == self._keys.get(key):
-                    return name, 0
-        return None, 0
+            if (name := names.get(self._went[id])) is not None:
+                return name, n
+        return names.get(self._keys.get(key)), 0
 
     def _too_busy(self, chosen: ReplicaView, least: ReplicaView, n_common: int) -> bool:
         if chosen.n_open - least.n_open > self.slack:

@@ -44,9 +44,7 @@ class Fleet:
 
 
 @contextmanager
-def started(
-    command: list[str], said: str = "http://"
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def started(command: list[str], said: str = "http://") -> Iterator[tuple[int, str]]:
     """The process, and its first line that has `said`. It is told to end, and leaves no process."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

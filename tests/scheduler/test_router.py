@@ -20,9 +20,9 @@ from pyllamabatch.scheduler.router import (
 
 @dataclass
 class Told(ReplicaView):
-    n_open: int = 0  # type: ignore[assignment]
-    wait: float = 0.0  # type: ignore[assignment]
-    row_seconds: float = 0.0  # type: ignore[assignment]
+    n_open: int = 0
+    wait: float = 0.0
+    row_seconds: float = 0.0
 
 
 def prompt(*pieces: tuple[int, int]) -> Callable[[], Tokens]:
