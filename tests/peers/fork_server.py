@@ -39,7 +39,7 @@ def main(address: str, serve: Callable[[list[str]], int]) -> None:
 
 def _served(connection: socket.socket, serve: Callable[[list[str]], int]) -> int:
     message, files, _, _ = socket.recv_fds(connection, 2**16, 2)
-    for file, standard in zip(files, (1, 2), strict=True):
+    for file, standard in zip(files, (1, 2), strict=False):
         os.dup2(file, standard)
 
     def end_with_client() -> None:

@@ -64,11 +64,15 @@ def flags_of(given: list[str]) -> list[str]:
         ours += ["--cors-origins", "*"]
     if "--metrics" not in given:
         ours.append("--no-metrics")
+    if "--kv-unified" not in given:
+        ours.append("--no-kv-unified")
     left = list(given)
     while left:
         flag = left.pop(0)
         if flag in TAKEN:
-            ours += [TAKEN[flag], left.pop(0)]
+            value = left.pop(0)
+            if (flag, value) != ("--n-predict", "-1"):  # no limit
+                ours += [TAKEN[flag], value]
         elif flag in SWITCHES:
             ours.append(SWITCHES[flag])
         elif flag in LEFT_OUT:
