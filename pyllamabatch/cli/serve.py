@@ -64,6 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds that open requests get at the end (30)")
     add("--chat-template", metavar="NAME|FILE",
         help="instead of the model's: chatml, gemma, llama3, … or a file")
+    add("--reasoning", choices=("on", "off", "auto"), default="auto",
+        help="whether a template that can think does (auto: as it has it)")
     add("--embeddings", action="store_true", help="a second context for /v1/embeddings")
     add("--rerank", action="store_true", help="and for /rerank, with a reranker")
     add("--pooling", choices=("mean", "cls", "last"),
@@ -179,6 +181,7 @@ def _options(args: argparse.Namespace, lora_paths: Mapping[str, str] | None = No
         request_timeout=args.timeout,
         drain_timeout=args.drain_timeout,
         chat_template=_template(args.chat_template),
+        thinking={"on": True, "off": False}.get(args.reasoning),
         embeddings=args.embeddings,
         rerank=args.rerank,
         pooling=args.pooling,

@@ -60,6 +60,8 @@ def turn_of(
 ) -> Turn:
     """The turn that answers these messages, which are in OpenAI's form, as its tools are."""
     options = ChatOptions() if options is None else options
+    if service.options.thinking is not None:
+        options.setdefault("enable_thinking", service.options.thinking)
     template = service.vocab.chat_template(service.options.chat_template)
     wanted = options.get("tool_choice", "auto")
     tools = options.get("tools") if wanted != "none" else None

@@ -19,6 +19,8 @@ class ServerOptions:
     - cors_origins: pages of these origins may ask; "*" for any. Default: none.
     - sampling: fields of `SamplingParams` for requests that don't say. Without `max_tokens`: what
       a sequence has cells for.
+    - thinking: whether a template that can think does, for requests that don't say. Default: as the
+      template has it.
     - embeddings: there is a second context for `/v1/embeddings`. rerank: for `/rerank`. pooling:
       how it makes one vector of a text. Default: what the model was made for, else "mean".
     - lora_paths: files of the engine's adapters by their names, for `/lora-adapters`.
@@ -40,6 +42,7 @@ class ServerOptions:
     request_timeout: float | None = None
     drain_timeout: float = 30.0
     chat_template: str | None = None
+    thinking: bool | None = None
     embeddings: bool = False
     rerank: bool = False
     pooling: str | None = None

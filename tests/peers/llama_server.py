@@ -41,7 +41,7 @@ TAKEN = {
     "--n-gpu-layers": "-ngl", "--parallel": "-np", "--ctx-size": "-c", "--n-predict": "-n",
     "--pooling": "--pooling", "--api-key": "--api-key", "--cors-origins": "--cors-origins",
     "--chat-template": "--chat-template", "--chat-template-file": "--chat-template",
-    "--lora": "--lora",
+    "--lora": "--lora", "--reasoning": "--reasoning",
 }  # fmt: skip
 """llama-server's flags with a value, and ours."""
 SWITCHES = {

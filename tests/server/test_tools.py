@@ -140,3 +140,15 @@ def test_a_template_without_tools_says_so(served: Served) -> None:
     assert served.ok(
         "/v1/chat/completions", {**SUM_CHAT, "tools": [WEATHER], "tool_choice": "none"}
     )
+
+
+def test_thinking_for_requests_that_do_not_say(embedded_model: Model) -> None:
+    options = ServerOptions(chat_template=HERMES, thinking=False)
+    with serving(embedded_model, options) as served:
+        off, on = (
+            served.ok("/apply-template", {"messages": [USER], "chat_template_kwargs": said})[
+                "prompt"
+            ]
+            for said in ({}, {"chat_template_kwargs": {"enable_thinking": True}})
+        )
+    assert off == on + "<think>\n\n</think>\n\n"
