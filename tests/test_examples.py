@@ -11,6 +11,7 @@ import pytest
 EXAMPLES = {path.name: path for path in Path(__file__).parent.parent.glob("examples/*.py")}
 PRINTS = {
     "chat.py": "Reverse: drawer -> reward",
+    "draft_model.py": " steps: every good draft saves a step.",
     "embeddings.py": "What is 17 + 25?",
     "interactive_game.py": "the merchant says '42'",
     "json_schema.py": "'colour': ",
