@@ -13,14 +13,16 @@ from ..policy import NO_SPECULATION, PlanBuilder, Speculation
 from ..view import Drafts
 
 # Steps that a decision stands for, and a first one with drafts that were never timed.
-STEPS, TRIAL = 32, 4
+STEPS, TRIAL = 16, 4
+HOPE = 0.75  # what they take then, beside what the cost model says: a short trial tells
 
 
 @dataclass(frozen=True, slots=True)
 class ByGain:
     """As many as give most tokens a second, by how drafts have done lately and by what rows cost;
     none where that is not at least `gain` more than without. No step takes longer than an ITL
-    target. Without a cost model there are none.
+    target. Without a cost model there are none. Drafts of a length that was not timed lately are
+    tried for a few steps where they may pay.
 
     The sequences whose drafts are right most often come first. Where all sequences of a step need
     the same number of rows (`Drafts.even`) one draft costs rows of all, so that there it takes
@@ -51,7 +53,7 @@ class ByGain:
             if not fits.any():
                 break
             each = [drafts.seconds(k, x) for x in rows[fits].tolist()]
-            seconds = np.array([value for value, _ in each])
+            seconds = np.array([value if known else HOPE * value for value, known in each])
             rate = np.where(seconds <= target, tokens[fits] / seconds, 0.0)
             at = int(rate.argmax())
             if rate[at] > best:
