@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add = parser.add_argument_group("context").add_argument
     add_shared(add, n_ctx=0, kv_unified=None, prefix_cache=None, speculate=None, n_batch=None,
-               n_ubatch=None, threads=None)
+               n_ubatch=None, threads=None, batch_invariant=None)
     add_policy_argument(add)
     add_sampling_arguments(parser)
 

@@ -100,6 +100,10 @@ _SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         "action": argparse.BooleanOptionalAction,
         "help": "reuse the cells of prompts that start alike (the default with one pool); prompts "
                 "that share nothing run faster without it"}),
+    "batch_invariant": (("--batch-invariant",), {
+        "action": "store_true",
+        "help": "the same tokens, to the last bit of their logits, whatever runs beside a request; "
+                "on CPUs, with an equal share of the cells for each"}),
 }
 """The flags and the arguments of `add_argument`, by the name of the option."""
 

@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lora", action="append", default=[], metavar="[NAME=]FILE",
         help="an adapter that requests may name; may be repeated")
     add_shared(add, n_ctx=0, kv_unified=None, prefix_cache=None, speculate=None, n_batch=None,
-               n_ubatch=None, threads=None)
+               n_ubatch=None, threads=None, batch_invariant=None)
     add_policy_argument(add)
     add = parser.add_argument_group("several engines (extra `ray`)").add_argument
     add("--replicas", metavar="N|MIN-MAX", help="engines behind one address, on Ray Serve")

@@ -32,7 +32,8 @@ from pyllamabatch.sim.replica import OVERHEAD
 
 SETTINGS = (
     *("trace", "profile", "slo", "seed", "requests", "rate", "load", "n_seq_max", "n_ctx"),
-    *("n_batch", "n_ubatch", "kv_unified", "prefix_cache", "overhead", "replicas", "router"),
+    *("n_batch", "n_ubatch", "kv_unified", "prefix_cache", "batch_invariant"),
+    *("overhead", "replicas", "router"),
 )
 """What the reports say of a run."""
 
@@ -59,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-s", "--n-seq-max", type=at_least(1, 256), default=16, metavar="N",
         help="requests that run at once (16)")
     add("-c", "--n-ctx", type=at_least(1), default=32768, metavar="N", help="KV cells (32768)")
-    add_shared(add, n_batch=2048, n_ubatch=512, kv_unified=True, prefix_cache=None)
+    add_shared(add, n_batch=2048, n_ubatch=512, kv_unified=True, prefix_cache=None,
+               batch_invariant=False)
     add("--overhead", type=float, default=OVERHEAD, metavar="S",
         help=f"seconds of a call beside its steps ({OVERHEAD})")
     add("--replicas", type=at_least(1, 10000), default=1, metavar="N", help="equal engines (1)")
@@ -88,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     spec = EngineSpec.of(
         cost, n_seq_max=args.n_seq_max, n_cells=args.n_ctx, n_batch=args.n_batch,
         n_ubatch=args.n_ubatch, unified=args.kv_unified, prefix_cache=args.prefix_cache,
-        overhead=args.overhead,
+        overhead=args.overhead, batch_invariant=args.batch_invariant,
     )  # fmt: skip
     if args.load is not None:
         requests = at_load(requests, spec, policies[0], args.load)

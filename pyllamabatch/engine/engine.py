@@ -20,7 +20,7 @@ from ..llama.host import PathLike
 from ..llama.lora import LoraAdapter, Loras
 from ..llama.memory import Capabilities
 from ..llama.model import Model
-from ..scheduler import Gather, KvOptions, Limits, Policy, Scheduler
+from ..scheduler import Gather, Invariance, KvOptions, Limits, Policy, Scheduler
 from ..scheduler.idle import PATIENCE_SECONDS
 from ..step.sampling_params import SamplingParams
 from ..step.trace import StepTrace, Trace, trace_dtype
@@ -82,6 +82,10 @@ class Engine:
       When llama_decode fails twice in a row for a reason of the backend's, a fresh context takes
       the place of the one that failed, and what ran is computed again. A request that was in such
       steps more often ends with the error. 0: at once, and the context stays.
+    - batch_invariant: tokens and logits of a request are the same to the last bit, whatever runs
+      beside it, and whenever: see "Batch invariance" in the documentation. On a CPU, with streams,
+      for models without a recurrent state, else UnsupportedOperation. `invariance` says how it is
+      done. What it costs is in there, too.
     - loras: adapters by the names that requests give them (`Options.lora`). Rows with different
       ones can't be in one decode: a step is as many native calls as it has sets of adapters.
     - machine: a profile's name or file. The engine then runs on a machine of which only that
@@ -122,6 +126,7 @@ class Engine:
         swap_folder: PathLike | None = None,
         max_restarts: int = 2,
         loras: Mapping[str, LoraAdapter] | None = None,
+        batch_invariant: bool = False,
         machine: PathLike | None = None,
         speculate: Literal["ngram"] | None = None,
         **context_params: Any,
@@ -142,6 +147,7 @@ class Engine:
             swap_folder=swap_folder,
             max_restarts=max_restarts,
             loras=loras or {},
+            batch_invariant=batch_invariant,
             speculate=speculate,
         )
         context_params |= {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch}
@@ -154,7 +160,8 @@ class Engine:
         model = context.model
         try:
             cost_model = make_cost(context, options)
-            scheduler = make_scheduler(context, layout, options, cost_model)
+            invariance = context.find_invariance(n_seq_max) if batch_invariant else None
+            scheduler = make_scheduler(context, layout, options, cost_model, invariance)
             stepper: Any = context.stepper(
                 options.n_logprobs_max,
                 options.device_sampling,
@@ -223,6 +230,11 @@ class Engine:
         """How the KV cells are divided, and why."""
         became = self.limits.unified and not self._layout.unified
         return "one pool of cells: a sequence needed it" if became else str(self._layout)
+
+    @property
+    def invariance(self) -> Invariance | None:
+        """How rows are kept from depending on each other; None without `batch_invariant`."""
+        return self._core.scheduler.invariance
 
     @property
     def capabilities(self) -> Capabilities:
@@ -515,20 +527,28 @@ def n_draft_max(options: EngineOptions) -> int:
 
 
 def make_scheduler(
-    context: EngineContext, layout: Layout, options: EngineOptions, cost: CostModel | None
+    context: EngineContext,
+    layout: Layout,
+    options: EngineOptions,
+    cost: CostModel | None,
+    invariance: Invariance | None,
 ) -> Scheduler:
     n_draft, n_seq_max = n_draft_max(options), options.n_seq_max
     pool = pool_of(context, n_seq_max, layout.pool, n_draft) if layout.pool else None
+    mode = options.preemption
+    if invariance is not None and mode == "auto":  # rows that decoded would decode one by one again
+        mode = "swap"
     return Scheduler(
-        limits_of(context, n_seq_max, n_draft),
+        limits_of(context, n_seq_max, n_draft, invariance),
         options.policy,
         gather=options.gather,
         patience=options.patience,
         cost=cost,
         kv=KvOptions(
-            sharing_of(context, options.n_seq_max),
+            sharing_of(context, options.n_seq_max, invariance),
             options.prefix_cache,
-            context.swap_choice(options.preemption),
+            context.swap_choice(mode),
             pool,
+            invariance,
         ),
     )

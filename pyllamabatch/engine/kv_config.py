@@ -6,16 +6,23 @@ from dataclasses import replace
 
 from ..kv import Sharing
 from ..llama.limits import max_position
-from ..scheduler import Limits
+from ..scheduler import Invariance, Limits
 from ..scheduler.scheduler import Pool
 from .protocols import EngineContext
 
 
-def limits_of(context: EngineContext, n_seq_max: int, n_draft_max: int = 0) -> Limits:
+def limits_of(
+    context: EngineContext,
+    n_seq_max: int,
+    n_draft_max: int = 0,
+    invariance: Invariance | None = None,
+) -> Limits:
     """What a step on this context may not exceed; `n_seq_max` sequences may run at once, and may
     have drafts of so many tokens."""
     can = context.capabilities
     n_cells_seq = min(context.n_ctx_seq, max_position(context.model) + 1)
+    if invariance is not None:
+        n_cells_seq -= 1  # for a row that fills up a call
     # A recurrent state has one size, however long the text: none takes cells from another.
     unified = can.unified and not can.recurrent
     return Limits(
@@ -31,7 +38,9 @@ def limits_of(context: EngineContext, n_seq_max: int, n_draft_max: int = 0) -> L
     )
 
 
-def sharing_of(context: EngineContext, n_seq_max: int) -> Sharing:
+def sharing_of(
+    context: EngineContext, n_seq_max: int, invariance: Invariance | None = None
+) -> Sharing:
     """What sequences of this context can take over from each other. What libllama refuses all the
     same is computed."""
     can = context.capabilities
@@ -45,6 +54,7 @@ def sharing_of(context: EngineContext, n_seq_max: int) -> Sharing:
         window=can.swa_window,
         tries=swa_full,
         n_cached=context.n_seq_max - n_seq_max,
+        grid=1 if invariance is None else invariance.grid,
     )
 
 

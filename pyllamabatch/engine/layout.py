@@ -21,6 +21,7 @@ from ..llama.model import Model
 from ..llama.params import fill, read
 from ..planner.residency import device_free, fitting_n_ctx
 from ..raw import lib
+from .invariance import LEAST_ROWS, check_can
 from .native_context import NativeContext
 from .options import EngineOptions
 
@@ -87,6 +88,12 @@ def choose_layout(cells: Cells, options: EngineOptions, params: dict[str, Any]) 
     pool_cells = n_ctx or min(trained * n_seq_max, max(trained, N_CTX_AT_LEAST))
     stream_cells = n_ctx // n_seq_max or min(trained, STREAM_CELLS)
     copies = n_copies(n_seq_max, n_batch, unified=False)
+    invariant = options.batch_invariant
+    if invariant:
+        check_can(params, n_seq_max)
+        if cells.pool_only:
+            raise UnsupportedOperation(f"batch_invariant takes streams of cells: {cells.pool_only}")
+        copies = max(copies, LEAST_ROWS - n_seq_max)
 
     def pool(why: str) -> Layout:
         n_cached = min(n_copies(n_seq_max, n_batch, unified=True), cells.n_cached)
@@ -98,18 +105,20 @@ def choose_layout(cells: Cells, options: EngineOptions, params: dict[str, Any]) 
         return Layout(False, stream_cells * n_seq_max, copies, "as was asked for")
     if cells.pool_only:
         return pool(cells.pool_only)
-    if n_seq_max == 1:
+    if n_seq_max == 1 and not invariant:
         return pool("one sequence runs at a time")
     least = min(trained, LEAST_STREAM_CELLS)
     if n_ctx == 0:
         while stream_cells > least and stream_cells * (n_seq_max + copies) > cells.room:
             stream_cells //= 2
-        if stream_cells * (n_seq_max + copies) > cells.room:
+        if stream_cells * (n_seq_max + copies) > cells.room and not invariant:
             return pool(f"streams would take more than {MEMORY_SHARE:.0%} of the free memory")
-    if stream_cells < least:
+    if stream_cells < least and not invariant:
         return pool(f"a stream would have {stream_cells} cells")
     why = f"{stream_cells} cells for each of {n_seq_max} sequences"
-    return Layout(False, stream_cells * n_seq_max, copies, why, pool_cells)
+    if invariant:
+        why += ", as batch_invariant needs"
+    return Layout(False, stream_cells * n_seq_max, copies, why, 0 if invariant else pool_cells)
 
 
 def lay_out(cells: Cells, options: EngineOptions, params: dict[str, Any]) -> Layout:

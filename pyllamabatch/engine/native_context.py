@@ -7,8 +7,10 @@ from ..cost.model import CostModel
 from ..kv import Preemption, SwapChoice
 from ..llama.context import Context
 from ..llama.limits import cell_bytes
+from ..scheduler import Invariance
 from ..step.native import gap_max_of, offloaded
 from ..step.ring_reader import StreamStepper
+from . import invariance
 
 RING_STEPS = 256  # steps that are computed at most before their tokens are read
 
@@ -49,6 +51,9 @@ class NativeContext(Context):
     def rebuilds_for_others(self, device_sampling: bool | str) -> bool:
         pool = self.capabilities.unified and not self.capabilities.recurrent
         return not pool or (device_sampling is not False and offloaded(self))
+
+    def find_invariance(self, n_seq_max: int) -> Invariance:
+        return invariance.find(self, n_seq_max)
 
     def swap_choice(self, mode: Preemption) -> SwapChoice:
         per_token = cell_bytes(self.model, self.params)

@@ -106,6 +106,7 @@ class EngineOptions:
     max_restarts: int
     loras: Mapping[str, LoraAdapter]
     speculate: str | None = None
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         self.n_seq_max = integer("n_seq_max", self.n_seq_max, 1, 256)
@@ -113,9 +114,14 @@ class EngineOptions:
         self.swap_bytes = integer("swap_bytes", self.swap_bytes, 0, 2**63 - 1)
         self.max_restarts = integer("max_restarts", self.max_restarts, 0, 2**31)
         self.patience = number("patience", self.patience, 0)
+        if not isinstance(self.batch_invariant, bool):
+            raise ArgumentError("batch_invariant", self.batch_invariant, "True or False")
         choice("preemption", self.preemption, ("auto", "recompute", "swap"))
         if self.speculate is not None:
             choice("speculate", self.speculate, SPECULATE)
+            if self.batch_invariant:
+                why = "None with batch_invariant: rows that check a draft are several of a sequence"
+                raise ArgumentError("speculate", self.speculate, why)
         if self.max_waiting is not None:
             self.max_waiting = integer("max_waiting", self.max_waiting, 1, 2**31)
 

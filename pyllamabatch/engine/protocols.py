@@ -15,6 +15,7 @@ from ..kv import Preemption, Slots, SwapChoice
 from ..llama.lora import LoraNames, LoraSet
 from ..llama.memory import Capabilities
 from ..llama.model import Model
+from ..scheduler import Invariance
 from ..step.ring_reader import Page
 from ..step.types import Run
 
@@ -81,7 +82,8 @@ class EngineContext(StateStore, Protocol):
 
     gap_max: the most gaps that a step fills (`Stepper`). asynchronous: as in `Device`. stepper: a
     `StepRunner` and `RingReader`. cost: what a step takes. rebuilds_for_others: a step in which
-    other sequences decode than before makes a new graph, though they are as many.
+    other sequences decode than before makes a new graph, though they are as many. find_invariance:
+    what keeps rows from depending on each other; UnsupportedOperation where nothing does.
     """
 
     model: Model
@@ -109,6 +111,7 @@ class EngineContext(StateStore, Protocol):
     def cost(self) -> CostModel: ...
     def rebuilds_for_others(self, device_sampling: bool | str) -> bool: ...
     def swap_choice(self, mode: Preemption) -> SwapChoice: ...
+    def find_invariance(self, n_seq_max: int) -> Invariance: ...
     def set_loras(self, adapters: Any) -> None: ...
     def close(self) -> None: ...
 

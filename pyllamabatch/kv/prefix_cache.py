@@ -39,6 +39,7 @@ class Sharing:
       sliding window are given to others; 0: no such limit. tries: they may be there all the same
       (the window has as many cells as the rest), so a part is worth a try.
     - n_cached: slots beyond those that may run at once, for what is cached.
+    - grid: prefixes are multiples of so many tokens.
     """
 
     copy_part: bool = False
@@ -47,6 +48,7 @@ class Sharing:
     window: int = 0
     tries: bool = False
     n_cached: int = 0
+    grid: int = 1
 
     @property
     def any(self) -> bool:
@@ -57,6 +59,15 @@ class Sharing:
     def at_checkpoints(self) -> bool:
         """Only whole states can be taken over, so copies have to be made at the right positions."""
         return self.copy_whole and not self.trim and not self.copy_part and self.n_cached > 0
+
+    def whole(self, n: int) -> int:
+        """Of the first `n` tokens those up to the last multiple of `grid`."""
+        return n - n % self.grid
+
+    def of_known(self, n: int) -> int:
+        """How many of `n` known tokens can be a prefix of another sequence. With a grid the last
+        one is not computed as the others are."""
+        return n if self.grid == 1 else self.whole(max(0, n - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +162,10 @@ class PrefixCache:
         best, best_cached = NO_HIT, False
         limit = len(tokens) - 1
         for slot, n in self._matches(tokens, space):
-            n = min(n, limit)
+            n = self.sharing.whole(min(n, limit))
             if n < max(best.n, MIN_PREFIX):
                 break
-            n, cached = self._usable(slot, n), slot in self._cached
+            n, cached = self.sharing.whole(self._usable(slot, n)), slot in self._cached
             # in a stream of its own what is cached needs no copy
             if n > best.n or (
                 n == best.n and cached and not best_cached and not self._accounting.unified
@@ -171,7 +182,7 @@ class PrefixCache:
         if not sharing.copy_part and not sharing.copy_whole:
             return NO_HIT
         for slot, n in self._matches(tokens, space):
-            n = min(n, limit)
+            n = sharing.whole(min(n, limit))
             if n < n_sure + MIN_PREFIX:
                 break
             if slot in self._cached or self._accounting.held(slot) >= n:
@@ -253,6 +264,7 @@ class PrefixCache:
         if not self.sharing.any:
             return
         self._forget(slot)
+        tokens = tokens[: self.sharing.of_known(len(tokens))]
         if self.sharing.at_checkpoints:  # where it parts from others, the next one may part as well
             n = min(next(self._matches(tokens, space), (0, 0))[1], len(tokens) - 1)
             if n >= start + MIN_PREFIX:
@@ -264,7 +276,8 @@ class PrefixCache:
         it holds is worth nothing. `comes_back`: it is going to start from there again."""
         known = self._known.get(slot)
         held = self._accounting.held(slot)
-        n = 0 if tokens is None or known is None or not self.retain else min(held, len(tokens))
+        n = 0 if tokens is None or known is None or not self.retain else len(tokens)
+        n = self.sharing.whole(min(held, self.sharing.of_known(n)))
         self._forget(slot)
         if n < MIN_PREFIX or (n < held and not self.sharing.trim):
             self._empty(slot)

@@ -11,7 +11,7 @@ from pyllamabatch.llama.lora import LoraNames
 from pyllamabatch.llama.memory import Capabilities
 from pyllamabatch.llama.model import Model
 from pyllamabatch.machine.profile_machine import ProfileDevice, ProfileMachine
-from pyllamabatch.scheduler import Limits
+from pyllamabatch.scheduler import Invariance, Limits
 from pyllamabatch.step.native import default_gap_max
 
 IGNORED = {
@@ -111,6 +111,9 @@ class MachineContext:
     def swap_choice(self, mode: Preemption) -> SwapChoice:
         """How large a state would be is not known."""
         return SwapChoice("swap" if mode == "swap" else "recompute")
+
+    def find_invariance(self, n_seq_max: int) -> Invariance:
+        return Invariance.assumed(self.n_ubatch, n_seq_max)
 
     def state_seq_get(
         self, seq_id: int, loras: LoraNames | None = None, *, tokens: Any = None, note: Any = None

@@ -1,6 +1,7 @@
 """The scheduler and its policies: pure Python, no model needed."""
 
 from .gather import CostWindow, ExpectedSequence, Gather, Gathering, Window
+from .invariance import Invariance
 from .policies import make_policy, policy_names
 from .policies.composed import ComposedPolicy
 from .policies.device_aware import device_aware
@@ -29,6 +30,7 @@ __all__ = [
     "ExpectedSequence",
     "Gather",
     "Gathering",
+    "Invariance",
     "KvOptions",
     "KvView",
     "Limits",

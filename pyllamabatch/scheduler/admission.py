@@ -114,9 +114,10 @@ class Admission:
         if self._saved.get(id, 0) >= known:
             self.drop_saved(id)
 
-    def start_waiting(self, id: int, tokens: Tokens | None) -> Prefix:
-        """It waits from now on. What it need not compute."""
-        if tokens is not None and self._saved.get(id, 0) >= len(tokens):
+    def start_waiting(self, id: int, tokens: Tokens | None, n_wanted: int) -> Prefix:
+        """It waits from now on, to compute its first `n_wanted` tokens, of which it may share
+        `tokens`. What it need not compute."""
+        if tokens is not None and self._saved.get(id, 0) >= n_wanted:
             self.drop_saved(id)
         start = self._waiting[id] = StartPoint(tokens, self._saved.get(id, 0))
         if tokens is not None:

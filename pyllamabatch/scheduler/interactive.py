@@ -64,6 +64,8 @@ class Interactive:
             self._admission.trim_saved(id, known)
         elif computed < view.computed:
             self._admission.trim(id, entry.slot, computed, entry.known_tokens())
+        if entry.computed is not None:
+            entry.computed.trim(known, computed, self._admission.cache.sharing.grid)
         left = replace(view, n_prompt=n_prompt, generated=known - n_prompt, computed=computed)
         self._sequences.update(entry, replace(left, goal=computed))
         return computed

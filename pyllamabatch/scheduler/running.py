@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ..kv import Slots
 from ..kv.radix_tree import Tokens
+from .invariance import Computed
 from .queue import Column, Rank, SequenceList, SequenceQueue
 from .view import NO_PREFIX, Prefix, SequenceView
 
@@ -27,6 +28,7 @@ class Entry:
     """One sequence. While it runs its counters are those of `RunningSequences` at `slot`.
 
     - tokens: None where it shares nothing. high: tokens that were computed at least once.
+      computed: how they were, where that has to be the same again (`Invariance`).
     - true: `view` says how it is now.
     """
 
@@ -34,11 +36,20 @@ class Entry:
     tokens: KnownTokens | None = None
     slot: int = -1
     high: int = 0
+    computed: Computed | None = None
     true: bool = True
 
+    @property
+    def n_wanted(self) -> int:
+        """Tokens that it is to have computed, while it does not run."""
+        return self.view.known if self.view.goal is None else self.view.goal
+
     def known_tokens(self) -> Tokens | None:
-        """What it is to compute."""
-        return None if self.tokens is None else self.tokens.known()[: self.view.goal]
+        """What it is to compute, and may share."""
+        if self.tokens is None:
+            return None
+        tokens = self.tokens.known()[: self.view.goal]
+        return tokens if self.computed is None else tokens[: self.computed.shared]
 
 
 class RunningSequences(SequenceQueue[Entry]):

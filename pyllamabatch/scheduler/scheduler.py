@@ -34,6 +34,7 @@ from .drafting import Drafted, Drafting
 from .gather import CostWindow, Gather
 from .idle import PATIENCE_SECONDS, IdleSequences
 from .interactive import Interactive
+from .invariance import Computed, Invariance
 from .padding import Padding
 from .policies import device_aware
 from .policy import Policy, check_policy
@@ -41,13 +42,10 @@ from .queue import SequenceList
 from .rules import Rows, check_plan
 from .running import Entry, KnownTokens
 from .sequences import Sequences
-from .step import Counters, PromptChunk, Step
+from .step import NO_SLOTS, Counters, PromptChunk, Step
 from .view import Drafts, KvView, Limits, SequenceView, StepView
 
 AT_ONCE = 32  # steps of decoding that cells are emptied for, if they are there
-
-NO_SLOTS: Slots = np.zeros(0, dtype=np.int32)
-NO_SLOTS.flags.writeable = False
 
 Placed = tuple[tuple[int, int], ...]
 """(id, slot) of each."""
@@ -77,12 +75,21 @@ class KvOptions:
     """`sharing`: what sequences can take over from each other, default nothing. `retain`: what
     sequences leave behind stays cached, for others that begin in the same way. `swap`: what becomes
     of the preempted, default recompute. `pool`: see `Pool`, with as many slots as the streams;
-    without it a sequence has no more cells than a stream."""
+    without it a sequence has no more cells than a stream. `invariance`: see there; only for
+    streams, and with its `grid` that of `sharing`."""
 
     sharing: Sharing = field(default_factory=Sharing)
     retain: bool = True
     swap: SwapChoice = field(default_factory=lambda: SwapChoice("recompute"))
     pool: Pool | None = None
+    invariance: Invariance | None = None
+
+    def __post_init__(self) -> None:
+        grid = 1 if self.invariance is None else self.invariance.grid
+        if grid != self.sharing.grid:
+            raise ValueError(f"prefixes on a grid of {self.sharing.grid}, prompts on one of {grid}")
+        if self.invariance is not None and self.pool is not None:
+            raise ValueError("a pool of cells is not batch-invariant")
 
 
 class Scheduler:
@@ -109,6 +116,9 @@ class Scheduler:
         self.limits = limits
         self.policy = device_aware() if policy is None else check_policy(policy, policy)
         self._pool = kv.pool
+        self.invariance = kv.invariance
+        if kv.invariance is not None and limits.unified:
+            raise ValueError("a pool of cells is not batch-invariant")
         self._needs_pool = False
         self.counters = Counters()
         self.deadlines = Deadlines()
@@ -193,7 +203,11 @@ class Scheduler:
         if deadline is not None:
             self.deadlines.add(id, deadline)
         self.admission.add(id, space, saved)
-        self.sequences.add(Entry(view, tokens))
+        entry = Entry(view, tokens)
+        if self.invariance is not None:
+            entry.computed = Computed(shared=n_prompt)
+            entry.tokens = None if saved else tokens  # how these were computed is not known
+        self.sequences.add(entry)
 
     def check_fits(self, n_prompt: int, max_tokens: int) -> None:
         """RequestTooLong when the request could not finish even with the cache to itself. The
@@ -412,7 +426,7 @@ class Scheduler:
         if stands > 1:
             stands = max(1, min(stands, self.accounting.empty))
         held = self.accounting.held_by_slot
-        n_pad = 0 if out else self.padding.width(decode, held, self.cost)
+        n_pad = self._n_pad(decode, out)
         step = Step(
             decode,
             tuple(chunks),
@@ -427,6 +441,7 @@ class Scheduler:
             moved,
             1 if n_pad else stands,
             {entries[id].slot: n for id, n in drafts.items()} if drafts else drafts,
+            self.invariance,
         )
         if self.compaction.possible and repeat > 1 and self.cost is not None:
             n = self.compaction.steps(step, held, self.cost)
@@ -454,6 +469,11 @@ class Scheduler:
                 moved.append((id, source, slot))
         return tuple(moved)
 
+    def _n_pad(self, decode: Slots, out: list[int]) -> int:
+        if self.invariance is not None:
+            return self.invariance.width(decode[-1:].tolist())
+        return 0 if out else self.padding.width(decode, self.accounting.held_by_slot, self.cost)
+
     def _cut(self, entry: Entry, n: int, chunks: list[PromptChunk], last: list[int]) -> None:
         """`n` rows of a sequence, or fewer where its prefix was longer than the policy knew, or a
         checkpoint is due: a chunk, and if they come to the last token that is to be sampled from,
@@ -461,12 +481,34 @@ class Scheduler:
         slot, goal = entry.slot, entry.view.goal
         start, known = self.sequences.running.counts[:, slot].tolist()
         n = min(n, (known if goal is None else goal) - start)
+        if entry.computed is not None:
+            self._cut_on_grid(entry, start, n, chunks, last)
+            return
         n = self.admission.cache.cut(slot, start, n)
         if start + n == known:
             last.append(slot)
             n -= 1
         if n:
             chunks.append(PromptChunk(entry.view.id, slot, start, n))
+
+    def _cut_on_grid(
+        self, entry: Entry, start: int, n: int, chunks: list[PromptChunk], last: list[int]
+    ) -> None:
+        """As `_cut`, with chunks that are whole, be it by more rows than `n`."""
+        assert entry.computed is not None
+        assert self.invariance is not None
+        slot, goal = entry.slot, entry.view.goal
+        known = int(self.sequences.running.known[slot])
+        stop = known - 1 if goal is None else min(goal, known - 1)
+        at, decoding = start, False
+        while at < min(start + n, stop):
+            size, decodes = entry.computed.next(at, stop, self.invariance.grid)
+            if decoding and not decodes:  # calls of chunks come first in a step
+                return
+            chunks.append(PromptChunk(entry.view.id, slot, at, size, decodes))
+            at, decoding = at + size, decodes
+        if start + n == known:
+            last.append(slot)
 
     def _without_rows(self) -> Step | None:
         operations = self.take_kv_operations()
@@ -493,7 +535,7 @@ class Scheduler:
             self.accounting.take_each(slots, taken)
             running.computed[slots] += taken
             running.known[slots] += taken
-            if step.n_pad and self.cost is not None:
+            if step.n_pad and self.cost is not None and self.invariance is None:
                 self.padding.computed(step.decode, step.n_pad, n, self.cost)
             if self.compaction.possible and self.cost is not None and not step.chunks:
                 self.compaction.computed(step, n, self.accounting.held_by_slot, self.cost)
@@ -558,6 +600,8 @@ class Scheduler:
         sequences.promised -= chunk.n
         n_recomputed = max(0, min(end, entry.high) - chunk.start)
         entry.high = max(end, entry.high)
+        if entry.computed is not None and self.invariance is not None and not chunk.decodes:
+            entry.computed.add(chunk.start, chunk.n, self.invariance.grid)
         if entry.view.goal is not None:
             sequences.update(entry, running.seen(entry))
         elif int(running.known[slot]) - end == 1:

@@ -60,7 +60,7 @@ class Sequences:
         if not entry.view.remaining:
             self.aside[id] = entry
             return
-        prefix = self._admission.start_waiting(id, entry.known_tokens())
+        prefix = self._admission.start_waiting(id, entry.known_tokens(), entry.n_wanted)
         if prefix != entry.view.prefix:
             entry.view = replace(entry.view, prefix=prefix)
         self.waiting.join(id, entry, first=first)
@@ -91,6 +91,8 @@ class Sequences:
             self._admission.cache.leaves(entry.slot, None)
         view = entry.view
         entry.high = max(entry.high, view.computed)
+        if entry.computed is not None:
+            entry.computed.high = max(entry.computed.high, view.computed)
         slot, entry.slot = entry.slot, -1
         goal = view.goal if view.remaining else 0  # an idle one is computed when its owner wants
         waits = moved(
@@ -133,6 +135,8 @@ class Sequences:
         self.promised += entry.view.remaining
         self.running.join(id, entry)
         self.running.computed[entry.slot] = start.n
+        if entry.computed is not None:
+            entry.computed.on_grid = max(entry.computed.on_grid, start.hit.n)
         self._sort(entry)
         counters = self._counters
         counters.admissions += 1

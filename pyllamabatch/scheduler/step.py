@@ -10,11 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ..kv import KvOperation, Slots
+from .invariance import Invariance
 
 # Steps of one group before another one's turn. A change of adapters makes libllama plan its graphs
 # anew, which takes about as long as a step.
 AT_A_TIME = 8
 
+
+NO_SLOTS: Slots = np.zeros(0, dtype=np.int32)
+NO_SLOTS.flags.writeable = False
 
 Shape = tuple[int, int, float, int]
 """Rows, those of prompts, KV cells, sequences: as `CostModel.predict` takes them."""
@@ -23,12 +27,14 @@ Shape = tuple[int, int, float, int]
 @dataclass(frozen=True, slots=True)
 class PromptChunk:
     """Rows `start` to `start + n - 1` of one sequence's known tokens. Nothing is sampled from them:
-    the last known token is a row of those that decode."""
+    the last known token is a row of those that decode. decodes: one row that is computed as those
+    (`Invariance`)."""
 
     id: int
     slot: int
     start: int
     n: int
+    decodes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +49,8 @@ class Step:
     step, but whose cells are attended. `n_pad`: slots that have a row, used or not (`Padding`); 0:
     only those that decode. `stands`: of an interactive sequence that is alone, how many times the
     plan stands for it, once each time that its owner asks; see `Scheduler.advance_alone`. `drafts`:
-    drafted tokens that each slot may add each time."""
+    drafted tokens that each slot may add each time. `invariance`: how it is cut into calls, where
+    that may not depend on neighbours."""
 
     decode: Slots
     chunks: tuple[PromptChunk, ...]
@@ -58,6 +65,7 @@ class Step:
     moved: tuple[tuple[int, int, int], ...] = ()
     stands: int = 1
     drafts: Mapping[int, int] = field(default_factory=dict)
+    invariance: Invariance | None = None
 
     @property
     def slots(self) -> list[int]:
@@ -97,6 +105,8 @@ class Step:
         prompts only pieces of the same length from neighbouring slots go together. In one call a
         mixture is cut into more and smaller ubatches, and outputs that come out of order are sorted
         by moving whole rows of logits."""
+        if self.invariance is not None:
+            return self._invariant_parts(self.invariance)
         if not self.chunks:
             return (self,)
         groups: list[list[PromptChunk]] = []
@@ -126,6 +136,31 @@ class Step:
         elif left:
             pieces.append((np.array([*left], np.int32), ()))
         return self._cut(pieces)
+
+    def _invariant_parts(self, invariance: Invariance) -> tuple[Step, ...]:
+        """Each chunk alone; rows that decode, those that sample nothing before the others, with
+        as many rows as `invariance` wants."""
+        pieces: list[tuple[Slots, Sequence[PromptChunk]]] = []
+        rounds: list[list[PromptChunk]] = []  # one row of a sequence in each
+        for chunk in self.chunks:
+            if not chunk.decodes:
+                pieces.append((NO_SLOTS, [chunk]))
+                continue
+            for others in rounds:
+                if all(other.slot != chunk.slot for other in others):
+                    others.append(chunk)
+                    break
+            else:
+                rounds.append([chunk])
+        pieces += [(NO_SLOTS, sorted(one, key=_slot)) for one in rounds]
+        if len(self.decode):
+            pieces.append((self.decode, ()))
+        parts = self._cut(pieces)
+        return tuple(replace(part, n_pad=invariance.width(part._decoding())) for part in parts)
+
+    def _decoding(self) -> list[int]:
+        """Slots with a row that decodes, whether it samples or not."""
+        return [*self.decode.tolist(), *(chunk.slot for chunk in self.chunks if chunk.decodes)]
 
     def _cut(self, pieces: Sequence[tuple[Slots, Sequence[PromptChunk]]]) -> tuple[Step, ...]:
         parts: list[Step] = []

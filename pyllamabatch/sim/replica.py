@@ -18,9 +18,10 @@ import numpy as np
 from pyllamabatch.cost.graphs import F64, Call, Graphs
 from pyllamabatch.cost.step_cost import NO_COST, NewGraph, StepCost
 from pyllamabatch.engine.layout import n_copies
+from pyllamabatch.errors import ArgumentError
 from pyllamabatch.kv import Sharing
 from pyllamabatch.kv.radix_tree import Tokens
-from pyllamabatch.scheduler import KvOptions, Limits, Policy, Scheduler, Step
+from pyllamabatch.scheduler import Invariance, KvOptions, Limits, Policy, Scheduler, Step
 from pyllamabatch.scheduler.router import ReplicaView, expected_wait, row_seconds
 from pyllamabatch.sim.metrics import Load, Outcome
 from pyllamabatch.sim.workload import TraceRequest
@@ -32,8 +33,9 @@ OVERHEAD = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """What every replica is. sharing, retain: see `Scheduler`. overhead: seconds of a native call
-    beside its steps. latency: seconds from a token to its reader. new_graph: see `NewGraph`."""
+    """What every replica is. sharing, retain, invariance: see `KvOptions`. overhead: seconds of a
+    native call beside its steps. latency: seconds from a token to its reader. new_graph: see
+    `NewGraph`."""
 
     cost: StepCost
     limits: Limits
@@ -42,6 +44,7 @@ class EngineSpec:
     overhead: float = OVERHEAD
     latency: float = 0.0
     new_graph: NewGraph = NO_COST
+    invariance: Invariance | None = None
 
     @classmethod
     def of(
@@ -56,18 +59,36 @@ class EngineSpec:
         prefix_cache: bool = True,
         overhead: float = OVERHEAD,
         gap_max: int = 16,
+        batch_invariant: bool = False,
     ) -> EngineSpec:
         """An engine of a model with plain attention. In a pool (unified) sequences share any
         prefix; with a stream for each, a prefix is copied whole. prefix_cache: cache the prefixes
         of ended requests. gap_max: see `Limits`; the default
-        is a GPU's."""
+        is a GPU's. batch_invariant: see `Engine`; ArgumentError in a pool."""
+        if batch_invariant and unified:
+            raise ArgumentError("unified", unified, "False with batch_invariant")
+        invariance = Invariance.assumed(n_ubatch, n_seq_max) if batch_invariant else None
         n_cached = n_copies(n_seq_max, n_batch, unified=unified) if prefix_cache else 0
         n_cells_seq = n_cells if unified else max(1, n_cells // n_seq_max)
         gap_max = 0 if unified else gap_max
         limits = Limits(n_batch, n_ubatch, n_seq_max, n_cells, n_cells_seq, unified, gap_max)
-        sharing = Sharing(copy_part=unified, copy_whole=True, trim=True, n_cached=n_cached)
+        sharing = Sharing(
+            copy_part=unified,
+            copy_whole=True,
+            trim=True,
+            n_cached=n_cached,
+            grid=1 if invariance is None else invariance.grid,
+        )
         cost = with_switch(cost)
-        return cls(cost, limits, sharing, prefix_cache, overhead, new_graph=cost.new_graph)
+        return cls(
+            cost,
+            limits,
+            sharing,
+            prefix_cache,
+            overhead,
+            new_graph=cost.new_graph,
+            invariance=invariance,
+        )
 
 
 def with_switch(cost: StepCost) -> StepCost:
@@ -119,7 +140,7 @@ class Replica(ReplicaView):
         self.spec = spec
         self.index = index
         self.load = Load(n_cells=spec.limits.n_cells)
-        kv = KvOptions(spec.sharing, spec.retain)
+        kv = KvOptions(spec.sharing, spec.retain, invariance=spec.invariance)
         self.scheduler = Scheduler(spec.limits, policy, cost=spec.cost, kv=kv)
         self.load.counters = self.scheduler.counters
         self._ended = ended
