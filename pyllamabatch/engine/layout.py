@@ -21,7 +21,8 @@ from ..llama.model import Model
 from ..llama.params import fill, read
 from ..planner.residency import device_free, fitting_n_ctx
 from ..raw import lib
-from .invariance import LEAST_ROWS, check_can
+from ..scheduler.invariance import LEAST_ROWS
+from .invariance import check_can
 from .native_context import NativeContext
 from .options import EngineOptions
 

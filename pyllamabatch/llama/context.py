@@ -365,13 +365,18 @@ class Context(Owner):
 
         loras: the adapters that it will go on with, if not those of now. Raises `StateError`: the
         sequence is as it was when the data is damaged, of another model or computed with other
-        parameters, and empty when it does not fit.
+        parameters, and empty when it does not fit. `UnsupportedOperation`, and it is as it was,
+        when a copy from or to its stream waits for the next decode.
         """
         seq = self._seq(seq_id)
         with self.exclusive():
             names = self.lora_names if loras is None else loras
             tokens, body = state.unpack(self.model, self.params, names, data)
             self._need_memory()
+            if self.memory.is_copying(seq):
+                raise UnsupportedOperation(
+                    f"a copy from or to sequence {seq} waits for the next decode: load it after it"
+                )
             self.memory.seq_rm(seq)  # libllama leaves it in place when the saved one is empty
             source = ffi.from_buffer("uint8_t[]", body)
             taken, log = runtime.logged(lib.plb_state_seq_set, self.ptr, source, len(body), seq)

@@ -78,6 +78,7 @@ class Memory:
         self._can = capabilities
         self._n_seq_max = n_seq_max
         self._stale: set[int] = set()  # shifted or copied; applied by the next decode
+        self._copying: set[int] = set()  # streams that a copy reads or writes by then
         self._snapshots: dict[int, int] = {}  # see decoded()
 
     @property
@@ -154,6 +155,8 @@ class Memory:
             lib.llama_memory_seq_cp(self.ptr, src, dst, *part)
             if src in self._stale or not (can.unified or can.recurrent):
                 self._stale.add(dst)
+            if not (can.unified or can.recurrent):
+                self._copying |= {src, dst}
 
     def seq_keep(self, seq_id: int) -> None:
         """Remove every sequence but this one."""
@@ -199,9 +202,15 @@ class Memory:
         """A shift or copy of this sequence waits for the next decode; it can't be saved yet."""
         return self._seq(seq_id) in self._stale
 
+    def is_copying(self, seq_id: int) -> bool:
+        """A copy from or to this sequence's cells waits for the next decode, even when the sequence
+        is gone: a state that is loaded there before would be copied, or overwritten."""
+        return self._seq(seq_id) in self._copying
+
     def applied(self) -> None:
         """A decode went through: shifts and copies are done. Call it after a raw decode."""
         self._stale.clear()
+        self._copying.clear()
 
     def decoded(self, seq_ids: npt.NDArray[np.int32]) -> None:
         """Rows of these sequences were decoded: note how far each can be rolled back.
@@ -217,6 +226,7 @@ class Memory:
         """The context was made again, and its memory is empty."""
         self._can = capabilities
         self._stale.clear()
+        self._copying.clear()
         self._snapshots.clear()
 
     def restored(self, seq_id: int) -> None:
