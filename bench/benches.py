@@ -20,6 +20,7 @@ BENCHES = (
     "plan",
     "policies",
     "prefix",
+    "same",
     "sampler",
     "scheduler",
     "serve",

@@ -6,6 +6,7 @@ and every arm has the same sum. The engine's arms differ in what a user would ha
 
 - engine: no option but the number of sequences and threads.
 - engine-pool, engine-fcfs, engine-prefill-first: the other layout, the simple policies.
+- engine-invariant: with batch_invariant.
 
 The prefixes that others leave are of no use here: every prompt is another one.
 """
@@ -60,6 +61,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "engine-pool": {"kv_unified": True},
     "engine-fcfs": {"kv_unified": False, "policy": "fcfs"},
     "engine-prefill-first": {"kv_unified": False, "policy": "prefill-first"},
+    "engine-invariant": {"batch_invariant": True},
 }
 NAMES = ("traffic", "live")  # the second: on profile machines, when that was a bench of its own
 QUICK = {"model": "default", "clients": "2", "requests": 1, "repeats": 1, "arms": "engine"}
@@ -80,7 +82,7 @@ TARGETS = (
     *(
         Target(f"8 clients: over {name}", speed_ratio(BASE, name, 8), at_least=0.97)
         for name in OPTIONS
-        if name != BASE
+        if name not in (BASE, "engine-invariant")
     ),
     Target("TTFT p50, s", median_detail(BASE, "ttft_p50_s"), at_most=0.12, where=ON_GPU),
     Target("TTFT p99, s", median_detail(BASE, "ttft_p99_s"), at_most=1.0, where=ON_GPU),

@@ -245,6 +245,7 @@ def test_what_it_says_of_itself(embedded_model: Model) -> None:
         ({"swa_full": False}, "swa_full=False"),
         ({"n_ubatch": 2}, "n_ubatch=2"),
         ({"batch_invariant": 1}, "batch_invariant=1"),
+        ({"speculate": "ngram"}, "speculate='ngram'"),
     ],
 )
 def test_options_that_stand_in_its_way(
