@@ -233,7 +233,7 @@ class Engine:
 
     @property
     def invariance(self) -> Invariance | None:
-        """How rows are kept from depending on each other; None without `batch_invariant`."""
+        """What `batch_invariant` does here; None without it."""
         return self._core.scheduler.invariance
 
     @property

@@ -87,7 +87,7 @@ class MachineContext:
 
     # -- EngineContext
 
-    asynchronous = False  # whoever computes waits
+    asynchronous = False  # a call returns when it is computed
 
     def stepper(
         self,

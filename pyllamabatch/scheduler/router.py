@@ -1,7 +1,7 @@
 """Which of several replicas a request goes to. Pure Python, without a clock: the simulator's fleet
 and the live one (`pyllamabatch.cluster`) ask the very same objects.
 
-A prompt is an array of int32: token ids, or the bytes of a text where no tokenizer is at hand.
+A prompt is an array of int32: token ids, or the bytes of a text where there is no tokenizer.
 """
 
 from __future__ import annotations

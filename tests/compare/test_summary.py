@@ -103,7 +103,7 @@ def test_disturbed_runs_count_for_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("others", "kept"),
+    ("others", "best"),
     [
         ((0.1,), {"other_cpu": 0.1}),
         ((0.9, 0.1), {"other_cpu": 0.1, "disturbed_runs": 1.0}),
@@ -111,10 +111,10 @@ def test_disturbed_runs_count_for_nothing() -> None:
     ],
 )
 def test_a_run_that_is_disturbed_is_made_again(
-    others: tuple[float, ...], kept: dict[str, float]
+    others: tuple[float, ...], best: dict[str, float]
 ) -> None:
     runs = iter([Measured(0.0, 1.0, detail={"other_cpu": one}) for one in others])
-    assert steadiest(lambda: next(runs), 0.2, 3).detail == kept
+    assert steadiest(lambda: next(runs), 0.2, 3).detail == best
     assert next(runs, None) is None
 
 

@@ -105,7 +105,7 @@ def test_whatever_comes_between_two_of_its_tokens(model: Model, kv_unified: bool
 
 
 def test_owners_and_requests_at_once(model: Model) -> None:
-    """Whoever leads: each has the tokens that it has alone."""
+    """Each sequence has the tokens that it has alone, whichever thread leads."""
     with engine_on(model, gather=Window(1e-3)) as engine:
         prompts = [[1, 10 + i, 20, 30] for i in range(4)]
         expected = [engine.submit(prompt, greedy(N)).result(60).tokens for prompt in prompts]

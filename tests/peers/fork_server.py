@@ -1,8 +1,8 @@
 """A server for each test of a suite, forked from a process that has imported everything: a start
 costs milliseconds instead of seconds.
 
-`main` is that process. `run` stands in the place of the server's binary: it hands arguments,
-folder and output over, and ends with the server. Each ends when the other one does.
+`main` is that process. `run` stands in the place of the server's binary: it passes arguments,
+folder and output on, and ends with the server. Each ends when the other one does.
 """
 
 from __future__ import annotations

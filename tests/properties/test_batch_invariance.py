@@ -1,5 +1,5 @@
 """`Engine(batch_invariant=True)`: all logits of a request are those that it has alone, bit by bit,
-whatever a policy does, whoever comes, goes and fails beside it, and whatever is cached."""
+whatever a policy does, which others come, go and fail beside it, and whatever is cached."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def alone(model: Model, **options: Any) -> Alone:
 
 
 class AnyPolicy:
-    """Random chunks, rests and preemptions, all within the rules."""
+    """Random chunks, pauses and preemptions, all within the rules."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)

@@ -98,7 +98,7 @@ def test_rows_of_all_are_paid_for_where_all_need_as_many() -> None:
     assert decided(half, rare, found=rare, even=True) == ({0: 4}, STEPS)
 
 
-def test_a_first_trial_is_short_and_a_target_is_kept() -> None:
+def test_a_first_trial_is_short_and_within_a_target() -> None:
     assert decided(half, [GOOD], known=False) == ({0: 4}, TRIAL)
     assert decided(half, [GOOD], itl_target=0.026)[0] == {0: 2}
     assert decided(half, [GOOD], itl_target=0.012)[0] == {}
