@@ -454,6 +454,11 @@ class PrefixCache:
             self.drop(slot)
         return bool(slots)
 
+    def take_kv_operations(self) -> tuple[KvOperation, ...]:
+        """Those that were decided since the last call."""
+        operations, self.kv_operations = self.kv_operations, []
+        return tuple(operations)
+
     def _empty(self, slot: int) -> None:
         self._accounting.release(slot)
         self.kv_operations.append(KvOperation("remove", slot))

@@ -58,7 +58,7 @@ class Admission:
         swap: SwapChoice | None = None,
     ) -> None:
         self.swap = swap or SwapChoice("recompute")
-        self._accounting = accounting
+        self.accounting = accounting
         self._retain = retain
         self.cache = self._new_cache(sharing)
         self._spaces: dict[int, Hashable] = {}  # by id, of all sequences
@@ -70,7 +70,7 @@ class Admission:
 
     def _new_cache(self, sharing: Sharing) -> PrefixCache:
         return PrefixCache(
-            self._accounting, sharing, retain=self._retain, copy_pays=self.swap.caches
+            self.accounting, sharing, retain=self._retain, copy_pays=self.swap.caches
         )
 
     def restart(self, sharing: Sharing) -> list[tuple[int, Prefix]]:
@@ -151,7 +151,7 @@ class Admission:
         changed.clear()
         for id in self._pending:
             pending = self._waiting[id].pending
-            if self._accounting.held(pending.slot) >= pending.n:
+            if self.accounting.held(pending.slot) >= pending.n:
                 self._dirty[id] = None
         moved = []
         for id in list(islice(self._dirty, LOOKS)):
@@ -196,7 +196,7 @@ class Admission:
             start.hit = NO_HIT
             slot = cache.start(id)
             cache.make_cells(n)
-            self._accounting.take(slot, n)
+            self.accounting.take(slot, n)
             cache.kv_operations.append(KvOperation("load", slot, n=n, id=id))
             del self._saved[id]
         else:
@@ -210,14 +210,14 @@ class Admission:
     def trim(self, id: int, slot: int, n: int, tokens: Tokens | None) -> None:
         """Only the first `n` positions of a running sequence are left, and what comes next may
         differ from what it knew."""
-        self._accounting.trim(slot, n)
+        self.accounting.trim(slot, n)
         self.cache.kv_operations.append(KvOperation("cut", slot, n=n, id=id))
         if tokens is not None:
             self.cache.lives(slot, tokens[:n], self._spaces[id], n)
 
     def preempt(self, id: int, slot: int, tokens: Tokens | None) -> None:
         """The sequence in `slot` does not run for a while: what it holds is cached, or saved."""
-        n = self._accounting.held(slot)
+        n = self.accounting.held(slot)
         if self.swap.swaps(n):
             self._saved[id] = n
             self.cache.kv_operations.append(KvOperation("save", slot, n=n, id=id))

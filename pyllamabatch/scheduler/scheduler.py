@@ -16,9 +16,9 @@ sequence; views are made when a policy looks at them.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,14 +28,12 @@ from ..errors import RequestTooLong
 from ..kv import KvAccounting, KvOperation, Sharing, Slots, SwapChoice
 from .admission import Admission
 from .attention import Attention
-from .compaction import Compaction
 from .deadlines import Deadlines
 from .drafting import Drafted, Drafting
 from .gather import CostWindow, Gather
 from .idle import PATIENCE_SECONDS, IdleSequences
 from .interactive import Interactive
 from .invariance import Computed, Invariance
-from .padding import Padding
 from .policies import device_aware
 from .policy import Policy, check_policy
 from .queue import SequenceList
@@ -43,12 +41,8 @@ from .rules import Rows, check_plan
 from .running import Entry, KnownTokens
 from .sequences import Sequences
 from .step import NO_SLOTS, Counters, PromptChunk, Step
+from .step_builder import Placed, StepBuilder
 from .view import Drafts, KvView, Limits, SequenceView, StepView
-
-AT_ONCE = 32  # steps of decoding that cells are emptied for, if they are there
-
-Placed = tuple[tuple[int, int], ...]
-"""(id, slot) of each."""
 
 
 class Pause(NamedTuple):
@@ -144,13 +138,10 @@ class Scheduler:
         """The cost model from now on."""
         self.cost = cost
         self.attention = Attention(self.limits, self.accounting, self.sequences.running, cost)
-        trim = self.admission.cache.sharing.trim
-        self.padding = Padding(self.limits, possible=trim and not self.limits.unified)
-        self.compaction = Compaction(
-            self.limits,
-            self.admission.swap.stream_seconds,
-            possible=self.admission.cache.sharing.copy_whole and not self.limits.unified,
+        self._builder = StepBuilder(
+            self.limits, self.sequences, self.admission, cost, self.invariance, self._alone
         )
+        self.padding, self.compaction = self._builder.padding, self._builder.compaction
 
     # -- sequences come and go
 
@@ -222,27 +213,14 @@ class Scheduler:
             )
 
     @property
-    def _most_now(self) -> int:
-        """Cells that a sequence can have without a pool."""
-        return min(self.limits.n_cells_seq, self.limits.n_cells)
-
-    @property
-    def _alone(self) -> bool:
-        """Of one sequence that runs: no other one waits, or is about to ask."""
-        sequences = self.sequences
-        others = sequences.waiting.ids or self.idle_sequences.n_expected
-        return not (others or self.deadlines.next is not None)
-
-    @property
     def most_cells(self) -> int:
         """Cells that a sequence can have."""
-        limits = self.limits if self._pool is None else self._pool.limits
-        return min(limits.n_cells_seq, limits.n_cells)
+        return (self.limits if self._pool is None else self._pool.limits).most_cells
 
     def _claim(self, n_prompt: int, max_tokens: int) -> None:
         """`check_fits`, and where it takes a pool for that, there will be one."""
         self.check_fits(n_prompt, max_tokens)
-        self._needs_pool |= n_prompt + max_tokens - 1 > self._most_now
+        self._needs_pool |= n_prompt + max_tokens - 1 > self.limits.most_cells
 
     def remove(self, id: int, *, worth: bool = True) -> int | None:
         """A sequence ends, for whatever reason. Returns the slot it ran in, which is free from now
@@ -338,7 +316,7 @@ class Scheduler:
         if plan.preempt:
             preempted += tuple((id, sequences.preempt(id, retain=True)) for id in plan.preempt)
         admitted = self._admit(rows) if rows.others else ()
-        return self._step(rows, plan.repeat, preempted, admitted, plan.reasons, plan.drafts)
+        return self._builder.build(plan, rows, preempted, admitted)
 
     def _become_pool(self) -> Step:
         """What runs is preempted, nothing stays cached, and streams become a pool."""
@@ -381,134 +359,6 @@ class Scheduler:
                     admitted.append((id, slot))
                     fresh.add(slot)
         return tuple(admitted)
-
-    def _step(
-        self,
-        rows: Rows,
-        repeat: int,
-        preempted: Placed,
-        admitted: Placed,
-        reasons: Any,
-        drafts: Mapping[int, int],
-    ) -> Step:
-        """Of a plan that is checked, and whose sequences are placed."""
-        running = self.sequences.running
-        entries = running.ids
-        moved = self._close_gaps(rows) if self.compaction.possible else ()
-        for id, source, slot in moved:
-            reasons = {**reasons, id: f"moved from slot {source} to {slot}: closes a gap"}
-        chunks: list[PromptChunk] = []
-        last: list[int] = []  # slots whose last known token is computed behind their chunk
-        for id, n in rows.others.items():
-            if id in entries:
-                self._cut(entries[id], n, chunks, last)
-        sits_out = running.decoding if rows.n_decodes == 0 else rows.out
-        out = [slot for id in sits_out if id in entries and (slot := entries[id].slot) not in last]
-        decode = running.decode_slots_but(out, last) if last or rows.n_decodes else NO_SLOTS
-        n_out = len(out)
-        n_rows = len(decode)
-        if chunks:
-            n_rows += sum([chunk.n for chunk in chunks])
-        at_most = n_rows + sum(drafts.values()) if drafts else n_rows  # of a step
-        stands = 1
-        if running.asked:
-            if len(decode) == n_rows == len(running.ids) == 1 and self._alone:
-                (slot,) = decode.tolist()
-                left = self._most_now - int(running.computed[slot])
-                stands = max(1, min(repeat, left, self.accounting.free))
-            repeat = 1
-        elif repeat > 1:
-            left = int((running.most - running.known)[decode].min())
-            repeat = max(1, min(repeat, left, self.accounting.free // at_most))
-        self.admission.cache.make_cells(at_most * min(max(repeat, stands), AT_ONCE))
-        if repeat > 1:
-            repeat = max(1, min(repeat, self.accounting.empty // at_most))
-        if stands > 1:
-            stands = max(1, min(stands, self.accounting.empty))
-        held = self.accounting.held_by_slot
-        n_pad = self._n_pad(decode, out)
-        step = Step(
-            decode,
-            tuple(chunks),
-            preempted,
-            admitted,
-            n_rows,
-            reasons,
-            repeat,
-            n_out if self.limits.unified else 0,
-            self.take_kv_operations(),
-            n_pad,
-            moved,
-            1 if n_pad else stands,
-            {entries[id].slot: n for id, n in drafts.items()} if drafts else drafts,
-            self.invariance,
-        )
-        if self.compaction.possible and repeat > 1 and self.cost is not None:
-            n = self.compaction.steps(step, held, self.cost)
-            step = step if n == repeat else replace(step, repeat=n)
-        return step
-
-    def _close_gaps(self, rows: Rows) -> tuple[tuple[int, int, int], ...]:
-        """Where nothing comes that could take the empty slots between those that run, and it pays:
-        (id, slot before, slot) of each sequence that goes on in one of them."""
-        running, waiting = self.sequences.running, self.sequences.waiting.ids
-        n, slots = len(running.ids), running.decode_slots
-        if waiting or rows.others or rows.out or not len(slots) or int(slots[-1]) < n:
-            return ()
-        entries = sorted(running.ids.values(), key=lambda entry: entry.slot)
-        high = [entry for entry in entries if entry.slot >= n]
-        graphs = 0.0 if self.cost is None else self.padding.price(self.cost)
-        if not self.compaction.due(len(high), graphs):
-            return ()
-        moved = []
-        for entry in reversed(high):
-            source, id = entry.slot, entry.view.id
-            slot = self.admission.cache.move(id, source)
-            if slot is not None:
-                running.move(entry, slot)
-                moved.append((id, source, slot))
-        return tuple(moved)
-
-    def _n_pad(self, decode: Slots, out: list[int]) -> int:
-        if self.invariance is not None:
-            return self.invariance.width(decode[-1:].tolist())
-        return 0 if out else self.padding.width(decode, self.accounting.held_by_slot, self.cost)
-
-    def _cut(self, entry: Entry, n: int, chunks: list[PromptChunk], last: list[int]) -> None:
-        """`n` rows of a sequence, or fewer where its prefix was longer than the policy knew, or a
-        checkpoint is due: a chunk, and if they come to the last token that is to be sampled from,
-        one of `last` for that."""
-        slot, goal = entry.slot, entry.view.goal
-        start, known = self.sequences.running.counts[:, slot].tolist()
-        n = min(n, (known if goal is None else goal) - start)
-        if entry.computed is not None:
-            self._cut_on_grid(entry, start, n, chunks, last)
-            return
-        n = self.admission.cache.cut(slot, start, n)
-        if start + n == known:
-            last.append(slot)
-            n -= 1
-        if n:
-            chunks.append(PromptChunk(entry.view.id, slot, start, n))
-
-    def _cut_on_grid(
-        self, entry: Entry, start: int, n: int, chunks: list[PromptChunk], last: list[int]
-    ) -> None:
-        """As `_cut`, with chunks that are whole, be it by more rows than `n`."""
-        assert entry.computed is not None
-        assert self.invariance is not None
-        slot, goal = entry.slot, entry.view.goal
-        known = int(self.sequences.running.known[slot])
-        stop = known - 1 if goal is None else min(goal, known - 1)
-        at, decoding = start, False
-        while at < min(start + n, stop):
-            size, decodes = entry.computed.next(at, stop, self.invariance.grid)
-            if decoding and not decodes:  # calls of chunks come first in a step
-                return
-            chunks.append(PromptChunk(entry.view.id, slot, at, size, decodes))
-            at, decoding = at + size, decodes
-        if start + n == known:
-            last.append(slot)
 
     def _without_rows(self) -> Step | None:
         operations = self.take_kv_operations()
@@ -640,8 +490,7 @@ class Scheduler:
     def take_kv_operations(self) -> tuple[KvOperation, ...]:
         """What was decided since the last step, or the last call: to be carried out in this order.
         Every `Step` has taken those before it already."""
-        operations, self.admission.cache.kv_operations = self.admission.cache.kv_operations, []
-        return tuple(operations)
+        return self.admission.cache.take_kv_operations()
 
     def kv_failed(self, operation: KvOperation) -> tuple[int, int] | None:
         """The memory refused an operation. Returns the (id, slot) of a sequence that was to run
@@ -714,6 +563,11 @@ class Scheduler:
         return self.sequences.running.seen(self.sequences[id])
 
     # -- inside
+
+    def _alone(self) -> bool:
+        """Of one sequence that runs: no other one waits, or is about to ask."""
+        others = self.sequences.waiting.ids or self.idle_sequences.n_expected
+        return not (others or self.deadlines.next is not None)
 
     @property
     def _pause(self) -> Pause:

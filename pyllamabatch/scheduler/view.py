@@ -45,6 +45,11 @@ class Limits:
     n_draft_max: int = 0
     n_outputs: int = 0
 
+    @property
+    def most_cells(self) -> int:
+        """That a sequence can have."""
+        return min(self.n_cells_seq, self.n_cells)
+
 
 class Prefix(NamedTuple):
     """What a waiting sequence need not compute, if it were admitted now.
