@@ -208,10 +208,10 @@ def serving(case: Case, template: str | None) -> Iterator[httpx.Client]:
         tool("llama-server"), "--model", case.model.path, "--parallel", 1, "--ctx-size", N_CTX,
         "--batch-size", case.n_batch, "--ubatch-size", case.n_ubatch, "--threads", case.n_threads,
         "--threads-batch", case.n_threads, "--flash-attn", "on", "--cache-ram", 0,
-        "--ctx-checkpoints", 0, "--fit", "off", "--jinja", "--kv-unified",
+        "--ctx-checkpoints", 0, "--fit", "off", "--kv-unified",
     ]  # fmt: skip
     if template is not None:
-        command += ["--chat-template", template]
+        command += ["--chat-template", template, "--no-jinja"]  # or the name would be the template
     log = cache_folder("logs") / "answers.log"
     server = ServerProcess([str(word) for word in command], log)
     try:
