@@ -102,7 +102,7 @@ def measure(
                 loaded.clear()
             try:
                 run = partial(run_once, experiment, arm, own, repeat, loaded, stack)
-                measured = steadiest(run, BUSY * about["n_cores"], experiment.tries)
+                measured = steadiest(run, BUSY * facts.machine()["n_cores"], experiment.tries)
             except PyllamabatchError as error:
                 measured = Measured.failed(str(error))
             except Exception as error:

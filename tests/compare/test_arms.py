@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,15 @@ def compare(*words: str | Path) -> int:
 def rows_of(out: Path, *words: str) -> list[Record]:
     compare("--out", out, *words)
     return list(read(out))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def undisturbed() -> Iterator[None]:
+    """What other programs do meanwhile is no matter here."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("pyllamabatch.report.disturbed", "pyllamabatch.compare.run"):
+            patch.setattr(f"{module}.BUSY", inf)
+        yield
 
 
 @pytest.fixture(scope="module")
