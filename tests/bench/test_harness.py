@@ -126,7 +126,7 @@ def test_committed_results_are_records() -> None:
         times = {"t_pp": record.t_pp, "t_tg": record.t_tg}
         expected = speeds(pp=record.pp, tg=record.tg, pl=record.pl, **times)
         assert {name: getattr(record, name) for name in expected} == pytest.approx(expected)
-        if record.bench not in ("plan", "validate"):  # memory, and what a model predicts
+        if record.bench not in ("plan", "validate", "answers", "same"):  # no speeds
             assert (record.t_tg == 0) == bool(record.error)
     assert {record.schema for record in records} <= {SCHEMA}
 

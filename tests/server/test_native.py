@@ -79,9 +79,11 @@ def test_props_slots_and_metrics(served: Served) -> None:
         slow(served.engine, 0.005),
         served.client.stream("POST", "/v1/completions", json=body) as response,
     ):
-        next(response.iter_lines())
+        lines = response.iter_lines()  # the client leaves with it
+        next(lines)
         busy = [s for s in served.client.get("/slots").json() if s["is_processing"]]
         assert [(s["tenant"], s["n_ctx"]) for s in busy] == [("anna", 1024)]
+    served.ok("/completion", {**GREEDY, "prompt": SUM})
     response = served.client.get("/metrics")
     families = {f.name: f for f in text_string_to_metric_families(response.text)}
     values = {s.name: s.value for f in families.values() for s in f.samples if not s.labels}

@@ -149,6 +149,6 @@ def test_thinking_for_requests_that_do_not_say(embedded_model: Model) -> None:
             served.ok("/apply-template", {"messages": [USER], "chat_template_kwargs": said})[
                 "prompt"
             ]
-            for said in ({}, {"chat_template_kwargs": {"enable_thinking": True}})
+            for said in ({}, {"enable_thinking": True})
         )
     assert off == on + "<think>\n\n</think>\n\n"
