@@ -149,7 +149,7 @@ class InputProcessor:
         else:
             first = prompt[0] if isinstance(prompt, (list, tuple)) and prompt else prompt
             if isinstance(first, Mapping):
-                limit = "a chat: engine.chat(messages), or model.vocab.apply_chat_template(messages)"
+                limit = "a chat: engine.chat(messages), or vocab.apply_chat_template(messages)"
                 raise ArgumentError("prompt", prompt, limit)
             tokens = self._vocab.check_tokens(prompt, "prompt").copy()
         if len(tokens) == 0:
