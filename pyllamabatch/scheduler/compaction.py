@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from ..cost.step_cost import StepCost
 from ..kv import Slots
-from .padding import decode_seconds
-from .step import Step, spans
+from .padding import decode_seconds, unpadded_seconds
+from .step import Step
 from .view import Limits
 
 
@@ -61,10 +61,10 @@ class Compaction:
             return
         self._paid += self._n * self._waste
         self._decode, self._n_pad, self._n, n = step.decode, step.n_pad, 0, len(step.decode)
-        parts = [step.n_pad]
-        if not step.n_pad:
-            parts = [span.rows for span in spans(step.decode, held, self._gap_max)]
-        waste = sum(decode_seconds(cost, rows) for rows in parts) - decode_seconds(cost, n)
-        self._waste = max(0.0, waste) if parts != [n] else 0.0
+        if step.n_pad:
+            seconds = decode_seconds(cost, step.n_pad)
+        else:
+            seconds = unpadded_seconds(cost, step.decode, held, self._gap_max)
+        self._waste = max(0.0, seconds - decode_seconds(cost, n))
         if not self._waste:
             self._paid = 0.0

@@ -53,8 +53,7 @@ class Padding:
             return 0
         if decode is not self._decode:
             self._decode = decode
-            parts = spans(decode, held, limits.gap_max)
-            self._plain = sum(decode_seconds(cost, part.rows) for part in parts)
+            self._plain = unpadded_seconds(cost, decode, held, limits.gap_max)
         if len(decode) <= self._n_off:
             self._n_off = len(decode)
             return 0
@@ -89,3 +88,11 @@ class Padding:
 def decode_seconds(cost: StepCost, n: int) -> float:
     """Of a step in which `n` sequences decode, by the cost model; what they hold aside."""
     return cost.predict(n, 0, 0, n)
+
+
+def unpadded_seconds(
+    cost: StepCost, decode: Slots, held: npt.NDArray[np.int64], gap_max: int
+) -> float:
+    """The same where these slots decode, in as many parts as they are computed in. held: positions
+    by slot."""
+    return sum(decode_seconds(cost, part.rows) for part in spans(decode, held, gap_max))

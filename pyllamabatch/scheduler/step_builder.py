@@ -67,7 +67,6 @@ class StepBuilder:
         sits_out = running.decoding if rows.n_decodes == 0 else rows.out
         out = [slot for id in sits_out if id in entries and (slot := entries[id].slot) not in last]
         decode = running.decode_slots_but(out, last) if last or rows.n_decodes else NO_SLOTS
-        n_out = len(out)
         n_rows = len(decode)
         if chunks:
             n_rows += sum([chunk.n for chunk in chunks])
@@ -87,7 +86,6 @@ class StepBuilder:
             repeat = max(1, min(repeat, self._accounting.empty // at_most))
         if stands > 1:
             stands = max(1, min(stands, self._accounting.empty))
-        held = self._accounting.held_by_slot
         n_pad = self._n_pad(decode, out)
         step = Step(
             decode,
@@ -97,7 +95,7 @@ class StepBuilder:
             n_rows,
             reasons,
             repeat,
-            n_out if self._limits.unified else 0,
+            len(out) if self._limits.unified else 0,
             self._admission.cache.take_kv_operations(),
             n_pad,
             moved,
@@ -106,7 +104,7 @@ class StepBuilder:
             self._invariance,
         )
         if self.compaction.possible and repeat > 1 and self._cost is not None:
-            n = self.compaction.steps(step, held, self._cost)
+            n = self.compaction.steps(step, self._accounting.held_by_slot, self._cost)
             step = step if n == repeat else replace(step, repeat=n)
         return step
 

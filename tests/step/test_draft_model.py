@@ -95,15 +95,22 @@ def finish(target: Stepper, first: Sequence[int], draft: DraftModel | None) -> D
     return Done(tokens, n_steps, n_drafted, n_accepted)
 
 
-def test_a_model_that_drafts_for_itself_is_nearly_always_right(model: Model, both: Both) -> None:
-    target, draft = both
+def without_and_with(
+    target: Stepper, draft: DraftModel, model: Model, params: SamplingParams
+) -> tuple[Done, Done]:
+    """The same prompts, without drafts and with them."""
     prompts = [tokens_of(model, prompt) for prompt in PROMPTS]
-    alone = finish(target, start(target, prompts, GREEDY), None)
+    alone = finish(target, start(target, prompts, params), None)
     target._context.memory.clear()  # type: ignore[union-attr]
-    first = start(target, prompts, GREEDY)
+    first = start(target, prompts, params)
     for seq, prompt in enumerate(prompts):
         draft.begin(seq, np.append(prompt, first[seq]))
-    drafted = finish(target, first, draft)
+    return alone, finish(target, first, draft)
+
+
+def test_a_model_that_drafts_for_itself_is_nearly_always_right(model: Model, both: Both) -> None:
+    target, draft = both
+    alone, drafted = without_and_with(target, draft, model, GREEDY)
     assert drafted.tokens == alone.tokens
     assert (
         drafted.n_accepted > 0.85 * drafted.n_drafted > 0
@@ -132,13 +139,7 @@ def test_drawn_tokens_are_the_same_too(model: Model, both: Both) -> None:
     """Most drafts are wrong then, and taken back in both memories."""
     target, draft = both
     params = SamplingParams(temperature=3.0, seed=7, max_tokens=40, ignore_eog=True)
-    prompts = [tokens_of(model, prompt) for prompt in PROMPTS]
-    alone = finish(target, start(target, prompts, params), None)
-    target._context.memory.clear()  # type: ignore[union-attr]
-    first = start(target, prompts, params)
-    for seq, prompt in enumerate(prompts):
-        draft.begin(seq, np.append(prompt, first[seq]))
-    drafted = finish(target, first, draft)
+    alone, drafted = without_and_with(target, draft, model, params)
     assert drafted.tokens == alone.tokens
     assert 0 < drafted.n_accepted < drafted.n_drafted
 
