@@ -1,8 +1,12 @@
 """Clients that ask again at once, prompts and answers of mixed lengths: the engine as it comes.
 
-Each of N clients has one request after the other, reads its tokens as they come, and asks the next
-one when it has all. Prompts have 100 to 400 tokens, answers 32 to 224, evenly spread: every repeat
-and every arm has the same sum. The engine's arms differ in what a user would have to know:
+Each of N clients takes the next request of a list that all share, reads its tokens as they come,
+and takes another one when it has all. Prompts have 100 to 400 tokens, answers 32 to 224, evenly
+spread: every repeat and every arm has the same sum. At the end of the list clients run out of
+requests, and the device is not full any more, as it always is in the tool that says what it can
+do: so there is a second speed, of the tokens that came before the last request was taken.
+
+The engine's arms differ in what a user would have to know:
 
 - engine: no option but the number of sequences and threads.
 - engine-pool, engine-fcfs, engine-prefill-first: the other layout, the simple policies.
@@ -14,11 +18,13 @@ The prefixes that others leave are of no use here: every prompt is another one.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
 import time
 from abc import abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -43,9 +49,9 @@ from bench.serving import (
     WrongAnswer,
     seen,
 )
-from bench.targets import Target, median_detail, speed_ratio
+from bench.targets import Figure, Target, median_detail, speed_ratio
 from bench.tools import tool
-from bench.views import Column, by_arm, speed_table
+from bench.views import Column, by_arm, median_of, speed_table
 from pyllamabatch.compare.case import sampling_params
 from pyllamabatch.compare.clients import at_once
 from pyllamabatch.engine.engine import Engine
@@ -63,6 +69,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "engine-prefill-first": {"kv_unified": False, "policy": "prefill-first"},
     "engine-invariant": {"batch_invariant": True},
 }
+
+
+def full_ratio(pl: int) -> Figure:
+    """Speed while every client has a request, over what the device can do."""
+
+    def figure(records: Sequence[Record]) -> float | None:
+        mine = [record for record in records if record.pl == pl]
+        full = median_detail(BASE, "full_speed")(mine)
+        bound = median_of(record.speed_tg for record in mine if record.arm == BOUND)
+        return full / bound if full and bound else None
+
+    return figure
+
+
 NAMES = ("traffic", "live")  # the second: on profile machines, when that was a bench of its own
 QUICK = {"model": "default", "clients": "2", "requests": 1, "repeats": 1, "arms": "engine"}
 ON_GPU = {"gpu_info": "NVIDIA", "model_type": "gemma3 1B"}
@@ -70,8 +90,8 @@ TARGETS = (
     *profile_machine.TARGETS,
     *(
         Target(
-            f"{pl} clients: over llama-batched-bench, prompts and tokens",
-            speed_ratio(BASE, BOUND, pl),
+            f"{pl} clients: all busy, over llama-batched-bench with its prompts",
+            full_ratio(pl),
             at_least=0.85,
             where=ON_GPU,
         )
@@ -93,7 +113,7 @@ TARGETS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--clients", default="8", help="comma separated")
-    parser.add_argument("--requests", type=int, default=8, help="of each client, one by one")
+    parser.add_argument("--requests", type=int, default=8, help="for each client")
     parser.add_argument("--arms", default="", help="comma separated; all by default")
     parser.add_argument("--sampling", choices=["greedy", "default"], default="default")
     parser.add_argument(
@@ -127,6 +147,7 @@ def view(records: Sequence[Record]) -> str:
     if any("steady" in record.detail for record in records):
         return profile_machine.view(records)
     columns = [
+        Column("tok/s while all have a request", "full_speed", ".0f"),
         Column("TTFT p50, ms", "ttft_p50_s", scale=1e3),
         Column("p99", "ttft_p99_s", scale=1e3),
         Column("ITL p50, ms", "itl_p50_s", scale=1e3),
@@ -219,8 +240,8 @@ class Traffic(Clients):
     def give_up(self) -> None:
         self.close(now=True)
 
-    def jobs(self, n_vocab: int, which: int) -> list[list[tuple[I32, int]]]:
-        """Of each client (prompt, tokens to generate), in their order."""
+    def jobs(self, n_vocab: int, which: int) -> list[tuple[I32, int]]:
+        """(prompt, tokens to generate) of each request, in their order."""
         generator = np.random.default_rng([self.case.seed, which])
         n = self.case.pl * self.n_requests
 
@@ -233,17 +254,17 @@ class Traffic(Clients):
         answers = spread(*ANSWER)
         answers[-1] += self.case.pl * self.case.tg - int(answers.sum())
         prompts = [generator.integers(0, n_vocab, k, dtype=np.int32) for k in spread(*PROMPT)]
-        each = list(zip(prompts, answers.tolist(), strict=True))
-        return [each[i :: self.case.pl] for i in range(self.case.pl)]
+        return list(zip(prompts, answers.tolist(), strict=True))
 
     def measured(self, n_vocab: int, repeat: int) -> Measured:
-        jobs, times = self.jobs(n_vocab, repeat), self.times
+        jobs, times, numbers = self.jobs(n_vocab, repeat), self.times, itertools.count()
 
-        def client(i: int, began: float) -> list[tuple[float, list[float]]]:
+        def client(_: int, began: float) -> list[tuple[float, list[float]]]:
             answers = []
-            for k, (prompt, tokens) in enumerate(jobs[i]):
+            while (k := next(numbers)) < len(jobs):
+                prompt, tokens = jobs[k]
                 asked = time.perf_counter()
-                came = list(times(prompt, tokens, 100 * i + k))
+                came = list(times(prompt, tokens, k))
                 if len(came) != tokens:
                     raise WrongAnswer(f"{len(came)} of {tokens} tokens came")
                 answers.append((asked, came))
@@ -252,7 +273,16 @@ class Traffic(Clients):
         began, found = at_once(self.case.pl, client, self.give_up)
         answers = [answer for each in found for answer in each]
         end = max(came[-1] for _, came in answers)
-        return Measured(0.0, end - began, detail=seen(answers))
+        detail = seen(answers)
+        if self.n_requests > 1:
+            detail["full_speed"] = full_speed(answers, began)
+        return Measured(0.0, end - began, detail=detail)
+
+
+def full_speed(answers: Sequence[tuple[float, Sequence[float]]], began: float) -> float:
+    """Tokens per second until the last answer was asked for: every client had a request."""
+    last = max(asked for asked, _ in answers)
+    return sum(bisect_right(came, last) for _, came in answers) / (last - began)
 
 
 class EngineTraffic(Traffic, EngineClients):

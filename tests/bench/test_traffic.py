@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,11 +51,11 @@ def test_every_repeat_is_the_same_work(case: Case) -> None:
     one.case, one.n_requests = replace(case, pl=4, tg=3 * 128), 3
     jobs = [one.jobs(300, which) for which in range(3)]
     for each in jobs:
-        sizes = [(len(prompt), tokens) for client in each for prompt, tokens in client]
-        assert [len(client) for client in each] == [3] * 4
+        sizes = [(len(prompt), tokens) for prompt, tokens in each]
+        assert len(sizes) == 4 * 3
         assert sum(tokens for _, tokens in sizes) == 4 * 3 * 128
         assert {min(n for n, _ in sizes), max(n for n, _ in sizes)} == set(traffic.PROMPT)
-    assert Counter(len(p) for p, _ in jobs[0][0]) != Counter(len(p) for p, _ in jobs[1][0])
+    assert [len(p) for p, _ in jobs[0]] != [len(p) for p, _ in jobs[1]]
 
 
 def test_the_engine_as_it_comes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,6 +78,11 @@ def test_the_engine_as_it_comes(run: Run, capsys: pytest.CaptureFixture[str]) ->
         assert sum(new) == kinds[2] < kinds[1]
         assert 2 * 100 < detail["decode_rows"] <= 2 * 128  # but those beside prompts
     assert "1 busy processes beside" in capsys.readouterr().out
+
+
+def test_the_end_of_the_list_has_no_say_in_the_full_speed() -> None:
+    answers = [(10.0, [11.0, 12.0, 13.0]), (10.0, [11.0, 15.0]), (14.0, [16.0, 30.0])]
+    assert traffic.full_speed(answers, 10.0) == 4 / (14.0 - 10.0)
 
 
 @pytest.mark.parametrize("lost", [0, 3])
