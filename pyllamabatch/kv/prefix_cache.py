@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .accounting import KvAccounting
+from .grid import last_end
 from .radix_tree import RadixTree, Tokens
 
 # Shorter prefixes are computed again: that costs less than a step's wait for them.
@@ -39,7 +40,7 @@ class Sharing:
       sliding window are given to others; 0: no such limit. tries: they may be there all the same
       (the window has as many cells as the rest), so a part is worth a try.
     - n_cached: slots beyond those that may run at once, for what is cached.
-    - grid: prefixes are multiples of so many tokens.
+    - grid: prefixes end where chunks do, with this step (`pyllamabatch.kv.grid`); 1: anywhere.
     """
 
     copy_part: bool = False
@@ -61,8 +62,8 @@ class Sharing:
         return self.copy_whole and not self.trim and not self.copy_part and self.n_cached > 0
 
     def whole(self, n: int) -> int:
-        """Of the first `n` tokens those up to the last multiple of `grid`."""
-        return n - n % self.grid
+        """Of the first `n` tokens those that can be a prefix."""
+        return last_end(n, self.grid)
 
     def of_known(self, n: int) -> int:
         """How many of `n` known tokens can be a prefix of another sequence. With a grid the last

@@ -4,21 +4,24 @@ A kernel may sum in another order when it has more rows, or when a row lies in a
 rows of a call are those that the sequence would have alone, or as many as kernels do not tell
 apart:
 
-- A prompt is cut where positions of its own are multiples of `grid`, and each chunk is a call of
-  its own.
+- A prompt is cut where positions of its own are multiples of `grid`, or a few smaller ones
+  (`pyllamabatch.kv.grid`), and each chunk is a call of its own.
 - Rows that decode, and a chunk of a single row, have a number in `widths`; others fill up
   (`Step.n_pad`).
 - A token that was computed once is computed in the same way when it has to be computed again: a
   chunk as that chunk, a row that decoded as a row that decodes.
 - A row that checks a drafted token is one of several of its sequence, and no call of `widths` has
   such rows: a scheduler with an `invariance` makes no drafts.
-- What another sequence has left is used up to a multiple of `grid`, as far as it came from chunks.
+- What another sequence has left is used up to where a chunk ends, as far as it came from whole
+  ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from ..kv.grid import last_end, next_end
 
 GRID = 128  # positions: no kernel gains much from longer chunks, and a prefix loses less than this
 LEAST_ROWS = 2
@@ -45,8 +48,8 @@ class Invariance:
         return next(width for width in self.widths if width >= needed) if needed else 0
 
     def whole(self, n: int) -> int:
-        """Of the first `n` positions those up to the last multiple of `grid`."""
-        return n - n % self.grid
+        """Of the first `n` positions those in whole chunks."""
+        return last_end(n, self.grid)
 
 
 def tried(most: int) -> list[int]:
@@ -78,13 +81,13 @@ class Computed:
                 if start == at and end <= stop:
                     return end - start, False
             return 1, True
-        n = min(at - at % grid + grid, stop) - at
+        n = min(next_end(at, grid), stop) - at
         return n, n == 1
 
     def add(self, start: int, n: int, grid: int) -> None:
         """A chunk was computed."""
         end = start + n
-        if start == self.on_grid and n == grid:
+        if start == self.on_grid and end == next_end(start, grid):
             self.on_grid = end
         elif end > self.on_grid and (not self.chunks or start >= self.chunks[-1][1]):
             self.chunks.append((start, end))
@@ -94,6 +97,6 @@ class Computed:
         """Only so many tokens are known now, and so many of them computed."""
         self.shared = min(self.shared, known)
         self.high = min(self.high, computed)
-        self.on_grid = min(self.on_grid, computed - computed % grid)
+        self.on_grid = min(self.on_grid, last_end(computed, grid))
         left = [chunk for chunk in self.chunks if chunk[0] < computed]
         self.chunks = [(start, min(end, computed)) for start, end in left]

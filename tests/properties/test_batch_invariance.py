@@ -154,7 +154,8 @@ def test_what_it_takes_does_happen(embedded_model: Model, embedded_bits: Alone) 
             stats = engine.stats()
         assert stats.preemptions > 0
         assert stats.prefix_tokens > 0
-        assert (stats.recomputed_rows > 0) == (preemption == "recompute")
+        # A state is not loaded into a stream that a copy still reads: it is computed again.
+        assert stats.recomputed_rows > 0 or preemption == "swap"
         assert (stats.swapped_tokens > 0) == (preemption == "swap")
     with engine_of(embedded_model) as engine:
         engine._stepper.fault(40, -3, n_times=2)
