@@ -225,6 +225,10 @@ class Machine(RuleBasedStateMachine):
                 self.context.state_seq_get(src)
             return
         data = self.context.state_seq_get(src)
+        if self.memory.is_copying(dst):
+            with pytest.raises(UnsupportedOperation, match="next decode"):
+                self.context.state_seq_set(data, dst)
+            return
         cells = [Cell(c.pos, {dst}, c.token, c.home) for c in self.model.of(src)]
         self.model.remove(dst)
         assume(self.free(dst) >= len(cells))
