@@ -26,6 +26,7 @@ BENCHES = (
     "serve",
     "simulator",
     "soak",
+    "speculate",
     "stall",
     "step",
     "traffic",

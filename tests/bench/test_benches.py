@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench import coalesce, prefix, sampler, scheduler, simulator, soak, stall, step
+from bench import coalesce, prefix, sampler, scheduler, simulator, soak, speculate, stall, step
 from bench.__main__ import main
 from pyllamabatch.report.records import Record
 from pyllamabatch.scheduler import policy_names
@@ -65,6 +65,21 @@ def test_stall_says_by_its_status_whether_chunks_bound_the_stall(
     missed = [target.missed_by(records) for target in stall.TARGETS]
     assert status == int(any(missed))
     assert capsys.readouterr().out.count("MISSED") == missed.count(True)
+
+
+def test_speculate_asks_both_arms_the_same_texts(run: Run) -> None:
+    words = ("--sequences", "2", "--tokens", "12")
+    status, records = run("speculate", *EMBEDDED, *words)
+    assert status == 0
+    assert [(r.arm, r.sampling, r.pl) for r in records] == [
+        (arm, sampling, 2)
+        for sampling in ("greedy", "default")
+        for arm in (speculate.OFF, speculate.NGRAM)
+    ]
+    for off, ngram in zip(records[::2], records[1::2], strict=True):
+        assert 2 < off.detail["tokens"] == ngram.detail["tokens"] <= 24
+        assert off.detail["drafted"] == off.detail["accepted"] == 0
+        assert ngram.detail["accepted"] <= ngram.detail["drafted"]
 
 
 def test_step_has_the_figures_of_every_arm(run: Run) -> None:
