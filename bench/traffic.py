@@ -11,6 +11,7 @@ The engine's arms differ in what a user would have to know:
 - engine: no option but the number of sequences and threads.
 - engine-pool, engine-fcfs, engine-prefill-first: the other layout, the simple policies.
 - engine-invariant: with batch_invariant.
+- serve: `pyllamabatch serve` in a process of its own, without options, too.
 
 The prefixes that others leave are of no use here: every prompt is another one.
 """
@@ -54,6 +55,7 @@ from bench.tools import tool
 from bench.views import Column, by_arm, median_of, speed_table
 from pyllamabatch.compare.case import sampling_params
 from pyllamabatch.compare.clients import at_once
+from pyllamabatch.compare.server import HOST
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.report.records import Record
 from pyllamabatch.step.ring_reader import TIMES
@@ -61,6 +63,7 @@ from pyllamabatch.step.trace import WHY_NEW, Trace, why_new
 
 PROMPT, ANSWER = PROMPTS[CLIENTS], ANSWERS[CLIENTS]
 BASE, SERVER, BACKEND = "engine", "llama-server", "llama-server-backend-sampling"
+SERVE = "serve"
 BOUND = "llama-batched-bench"
 OPTIONS: dict[str, dict[str, Any]] = {
     BASE: {},
@@ -98,6 +101,8 @@ TARGETS = (
         for pl in (16, 64)
     ),
     Target("64 clients: over llama-server", speed_ratio(BASE, BACKEND, 64), at_least=6.0),
+    Target("64 clients: serve over the engine", speed_ratio(SERVE, BASE, 64), at_least=0.95),
+    Target("64 clients: serve over llama-server", speed_ratio(SERVE, BACKEND, 64), at_least=5.5),
     Target("8 clients: over llama-server", speed_ratio(BASE, SERVER, 8), at_least=1.15),
     *(
         Target(f"8 clients: over {name}", speed_ratio(BASE, name, 8), at_least=0.97)
@@ -176,8 +181,11 @@ def view(records: Sequence[Record]) -> str:
 
 
 def all_arms(inside: InProcess, n_requests: int) -> list[ServeArm]:
-    def server(case: Case, *, name: str, backend_sampling: bool) -> HttpTraffic:
-        command = llama_server(case, backend_sampling=backend_sampling)
+    def server(case: Case, *, name: str) -> HttpTraffic:
+        backend_sampling = name == BACKEND
+        command = (
+            serve(case) if name == SERVE else llama_server(case, backend_sampling=backend_sampling)
+        )
         process = ServerProcess(command, cache_folder("logs") / f"{name}.log")
         extra = {"backend_sampling": True} if backend_sampling else {}
         made = HttpTraffic(case, inside.model.n_vocab, process, 300.0, **extra)
@@ -200,10 +208,15 @@ def all_arms(inside: InProcess, n_requests: int) -> list[ServeArm]:
             ServeArm(
                 name,
                 "a slot per client, no cache of prompts; httpx clients, streamed",
-                partial(server, name=name, backend_sampling=name == BACKEND),
+                partial(server, name=name),
                 tool="llama-server",
             )
             for name in (SERVER, BACKEND)
+        ),
+        ServeArm(
+            SERVE,
+            "Engine in a process of its own, no options; httpx clients, streamed",
+            partial(server, name=SERVE),
         ),
         ServeArm(
             BOUND,
@@ -213,6 +226,13 @@ def all_arms(inside: InProcess, n_requests: int) -> list[ServeArm]:
             sampling=False,
         ),
     ]
+
+
+def serve(case: Case) -> list[str]:
+    """`pyllamabatch serve` with a slot per client."""
+    command = [sys.executable, "-m", "pyllamabatch", "serve", "-q", "--host", HOST]
+    command += ["-m", str(case.model.path), "-np", str(case.pl), "-t", str(case.n_threads)]
+    return command if case.n_gpu_layers < 0 else [*command, "-ngl", str(case.n_gpu_layers)]
 
 
 def run_bound(case: Case) -> Any:

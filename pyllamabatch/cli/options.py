@@ -90,16 +90,15 @@ _SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "threads": (("-t", "--threads"), _N | {"help": "CPU threads"}),
     "kv_unified": (("--kv-unified",), {
         "action": argparse.BooleanOptionalAction,
-        "help": "one pool of cells for all sequences (the default), or an equal share for each: "
-                "then a row attends to fewer cells"}),
+        "help": "one pool of cells for all sequences, or an equal share for each: then a row "
+                "attends to fewer cells (an engine chooses by what is asked for)"}),
     "speculate": (("--speculate",), {
         "choices": ("ngram", "off"),
         "help": "check several tokens in a step: what followed the same ones earlier in a "
                 "request's text, where that pays; answers stay the same"}),
     "prefix_cache": (("--prefix-cache",), {
         "action": argparse.BooleanOptionalAction,
-        "help": "reuse the cells of prompts that start alike (the default with one pool); prompts "
-                "that share nothing run faster without it"}),
+        "help": "reuse the cells of prompts that start alike (the default)"}),
     "batch_invariant": (("--batch-invariant",), {
         "action": "store_true",
         "help": "the same tokens, to the last bit of their logits, whatever runs beside a request; "

@@ -80,6 +80,13 @@ def test_the_engine_as_it_comes(run: Run, capsys: pytest.CaptureFixture[str]) ->
     assert "1 busy processes beside" in capsys.readouterr().out
 
 
+def test_the_server_as_it_comes(run: Run) -> None:
+    words = ("--model", "default", "--clients", "2", "--requests", "1", "--repeats", "1")
+    status, (record,) = run("traffic", *words, "--arms", "serve")
+    assert (status, record.error) == (0, "")
+    assert 0 < record.detail["itl_p50_s"] < record.t_tg
+
+
 def test_the_end_of_the_list_has_no_say_in_the_full_speed() -> None:
     answers = [(10.0, [11.0, 12.0, 13.0]), (10.0, [11.0, 15.0]), (14.0, [16.0, 30.0])]
     assert traffic.full_speed(answers, 10.0) == 4 / (14.0 - 10.0)
