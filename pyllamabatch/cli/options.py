@@ -91,7 +91,7 @@ _SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "kv_unified": (("--kv-unified",), {
         "action": argparse.BooleanOptionalAction,
         "help": "one pool of cells for all sequences, or an equal share for each: then a row "
-                "attends to fewer cells (an engine chooses by what is asked for)"}),
+                "attends to fewer cells (what is faster here, and fits)"}),
     "speculate": (("--speculate",), {
         "choices": ("ngram", "off"),
         "help": "check several tokens in a step: what followed the same ones earlier in a "

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -23,11 +24,21 @@ from pathlib import Path
 from pyllamabatch.cli.console import say, show
 from pyllamabatch.cli.options import add_shared, at_least
 from pyllamabatch.cost.model import CostModel
-from pyllamabatch.cost.profile import load_profile, shipped_names
+from pyllamabatch.cost.profile import Profile, load_profile, shipped_names
+from pyllamabatch.engine.layout_cost import pool_pays, pool_speed
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler import make_policy
 from pyllamabatch.scheduler.policies import DEFAULT
-from pyllamabatch.sim import ROUTERS, EngineSpec, at_load, load_trace, parse_slo, report, simulate
+from pyllamabatch.sim import (
+    ROUTERS,
+    EngineSpec,
+    TraceRequest,
+    at_load,
+    load_trace,
+    parse_slo,
+    report,
+    simulate,
+)
 from pyllamabatch.sim.replica import OVERHEAD
 
 SETTINGS = (
@@ -60,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-s", "--n-seq-max", type=at_least(1, 256), default=16, metavar="N",
         help="requests that run at once (16)")
     add("-c", "--n-ctx", type=at_least(1), default=32768, metavar="N", help="KV cells (32768)")
-    add_shared(add, n_batch=2048, n_ubatch=512, kv_unified=True, prefix_cache=None,
+    add_shared(add, n_batch=2048, n_ubatch=512, kv_unified=None, prefix_cache=None,
                batch_invariant=False)
     add("--overhead", type=float, default=OVERHEAD, metavar="S",
         help=f"seconds of a call beside its steps ({OVERHEAD})")
@@ -86,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
     if "itl" in slo:  # for policies that look at it
         requests = [replace(r, itl_target=r.itl_target or slo["itl"]) for r in requests]
     profile = load_profile(args.profile)
+    if args.kv_unified is None:
+        args.kv_unified = chooses_pool(profile, requests, args)
     cost = CostModel.fit(profile, unified=args.kv_unified, n_ubatch=args.n_ubatch)
     spec = EngineSpec.of(
         cost, n_seq_max=args.n_seq_max, n_cells=args.n_ctx, n_batch=args.n_batch,
@@ -119,6 +132,23 @@ def run(args: argparse.Namespace) -> int:
     if args.html is not None:
         args.html.write_text(report.page(runs, summaries, title, settings), encoding="utf-8")
     return 0
+
+
+def chooses_pool(
+    profile: Profile, requests: Sequence[TraceRequest], args: argparse.Namespace
+) -> bool:
+    """Whether an engine that is not told otherwise has one pool of cells: where a request needs
+    more than an equal share, and where a pool is faster on this device."""
+    longest = max((r.n_prompt + (r.max_tokens or r.n_output) for r in requests), default=0)
+    if args.batch_invariant:
+        return False
+    if args.n_seq_max == 1 or longest > args.n_ctx // args.n_seq_max:
+        return True
+
+    def cost_of(unified: bool) -> CostModel:
+        return CostModel.fit(profile, unified=unified, n_ubatch=args.n_ubatch)
+
+    return pool_pays(pool_speed(cost_of, args.n_seq_max))
 
 
 def split_policies(text: str) -> list[str]:

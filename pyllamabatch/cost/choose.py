@@ -15,11 +15,11 @@ from pyllamabatch.llama.context import Context
 log = logging.getLogger(__name__)
 
 
-def cost_of(context: Context) -> CostModel:
+def cost_of(context: Context, *, unified: bool) -> CostModel:
     """A fit of the stored profile that matches the context's device, model and parameters best.
-    Without a profile, or with one that lacks a kind of step, a prior (`calibrated` is False)."""
-    key = where.key_of(context)
-    unified, n_ubatch = context.capabilities.unified, context.n_ubatch
+    Without a profile, or with one that lacks a kind of step, a prior (`calibrated` is False).
+    unified: the cells are in one pool."""
+    key, n_ubatch = where.key_of(context), context.n_ubatch
     profile = find_profile(key)
     if profile is not None and (lacking := profile.lacks(unified=unified)):
         log.warning("the profile is not used, it lacks %s", " and ".join(lacking))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ F64 = npt.NDArray[np.float64]
 
 LEAST_SAMPLES = 4
 _OTHER_LAYOUT = 0.5  # times the residuals of samples of the other cache layout
+_MASKED = 0.25  # of what a cell of its own costs a row: a masked one, where kernels compute both
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the output matrix's share, that a fit tries for h
 _WINDOW_SHARES = (0.0, 0.5, 0.75, 0.875)  # that it tries for w
 
@@ -36,8 +37,15 @@ def fit_terms(profile: Profile, *, unified: bool, swa_full: bool) -> Fitted:
     """See `CostModel.fit`.
 
     Weights cost the same in both layouts, so the other layout's samples count for them, as if they
-    were half as exact; their attention has coefficients of its own, which are dropped.
+    were half as exact; their attention has coefficients of its own, which are dropped. Where only
+    streams were measured, and kernels compute masked cells, a pool is charged `_MASKED` for them.
     """
+    if unified and profile.kernels.computes_masked and not profile.has(unified=True):
+        streams = fit_terms(profile, unified=False, swa_full=swa_full)
+        return streams._replace(
+            terms=replace(streams.terms, unified=True),
+            coefficients=_with_masked(streams.coefficients),
+        )
     profile = _at_one_speed(profile, unified)
     chosen = profile.only(unified=unified).samples
     known = set(chosen)
@@ -87,6 +95,17 @@ def fit_terms(profile: Profile, *, unified: bool, swa_full: bool) -> Fitted:
         (float(np.median(errors)), float(np.percentile(errors, 95))),
         new_graph,
     )
+
+
+def _with_masked(streams: Mapping[str, float]) -> dict[str, float]:
+    """The coefficients of a pool by those of streams. There every row looks at the cells of its own
+    sequence alone, and what they cost stands in "cells" as well as in "own"."""
+    own = streams.get("own", 0.0) + streams.get("cells", 0.0)
+    found = {**streams, "own": own, "cells": 0.0}
+    for kind in ("", " many", " prompt"):
+        own = found.get(f"own{kind}", 0.0)
+        found |= {f"all{kind}": _MASKED * own, f"own{kind}": (1 - _MASKED) * own}
+    return found
 
 
 def _at_one_speed(profile: Profile, unified: bool) -> Profile:

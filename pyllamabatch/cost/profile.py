@@ -127,6 +127,10 @@ class Profile:
     n_swa: int = 0
     about: Mapping[str, Any] = field(default_factory=dict)
 
+    def has(self, *, unified: bool) -> bool:
+        """There are samples of contexts with this cache layout."""
+        return any(sample.unified == unified for sample in self.samples)
+
     def only(self, *, unified: bool) -> Profile:
         """The samples of one cache layout; all samples where it has none. One sequence alone is the
         same in both layouts, so its undisturbed samples of the other one fill gaps."""

@@ -53,9 +53,9 @@ class Engine:
     - n_seq_max: requests that run at once; others wait.
     - n_ctx: KV cells of all of them together. 0 chooses by the model and the memory that is free.
     - kv_unified: False gives each its own cells (a stream), True one pool to all of them. "auto"
-      begins with streams, which are faster and exact, where n_ctx / n_seq_max cells are of use;
-      when a request needs more, they become a pool of n_ctx cells, and what runs is computed again.
-      `engine.layout` says what there is, and why.
+      begins with streams, which are exact, where n_ctx / n_seq_max cells are of use, and by the
+      cost model a pool is not faster; when a request needs more, they become a pool of n_ctx cells,
+      and what runs is computed again. `engine.layout` says what there is, and why.
     - n_batch: rows of a step at most. n_ubatch: rows that the device computes at once, and by
       default the rows of a step while a sequence waits for its next token.
     - policy: which sequence runs when: an object or a name, see `pyllamabatch.scheduler`. Default

@@ -3,8 +3,8 @@
 In *streams* every sequence has cells of its own: a row attends to its own sequence alone, and the
 same tokens come whichever others are computed beside it. In a *pool* all sequences draw from the
 same cells: one may be as long as all of them, prefixes are shared without a copy, and every row
-looks over the cells of all. Streams are the default where their cells suffice, and become a pool
-when a sequence needs more than one has.
+looks over the cells of all. Streams are the default where their cells suffice, unless a pool is
+faster on the device (`layout_cost`), and become a pool when a sequence needs more than one has.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..planner.residency import device_free, fitting_n_ctx
 from ..raw import lib
 from ..scheduler.invariance import LEAST_ROWS
 from .invariance import check_can
+from .layout_cost import CostOf, pool_pays, pool_speed
 from .native_context import NativeContext
 from .options import EngineOptions
 
@@ -162,6 +163,30 @@ def free_memory() -> int:
     return device_free() or host_available()
 
 
+def with_speed(layout: Layout, cost_of: CostOf, n_seq_max: int) -> tuple[Layout, bool]:
+    """`layout`, streams that may become a pool, with the speeds of both in its reason; and whether
+    a pool is to take its place from the start."""
+    speed = pool_speed(cost_of, n_seq_max)
+    if speed is None:
+        return layout, False
+    if pool_pays(speed):
+        why = f"{speed:.2f} times as fast as streams by the profile of this device"
+        return replace(layout, unified=True, n_ctx=layout.pool, pool=0, why=why), True
+    why = f"{layout.why}, {1 / speed:.2f} times as fast as a pool by the profile of this device"
+    return replace(layout, why=why), False
+
+
+def _open(
+    model: Model, options: EngineOptions, params: dict[str, Any]
+) -> tuple[NativeContext, Layout]:
+    """The context as `params` ask for it."""
+    given = dict(params)
+    layout = lay_out(cells_of(model, options.n_seq_max, params), options, given)
+    n_ctx = fitting_n_ctx(model, given.pop("n_ctx"), shrink=params["n_ctx"] == 0, **given)
+    n_outputs = min(given["n_seq_max"] + draft_rows(options), given["n_batch"])
+    return NativeContext(model, n_ctx=n_ctx, n_outputs_max=n_outputs, **given), layout
+
+
 def make_context(
     model: Model, options: EngineOptions, params: dict[str, Any]
 ) -> tuple[NativeContext, Layout]:
@@ -177,12 +202,12 @@ def make_context(
     for name in ("embeddings", "n_outputs_max"):
         if params.get(name):
             raise ArgumentError(name, params[name], "the engine sets it itself")
-    chosen = params["n_ctx"] == 0
-    layout = lay_out(cells_of(model, options.n_seq_max, params), options, params)
-    n_ctx = fitting_n_ctx(model, params.pop("n_ctx"), shrink=chosen, **params)
-    n_outputs = params["n_seq_max"] + draft_rows(options)
-    n_outputs = min(n_outputs, params["n_batch"])
-    context = NativeContext(model, n_ctx=n_ctx, n_outputs_max=n_outputs, **params)
+    context, layout = _open(model, options, params)
+    if layout.pool and options.cost == "auto":
+        layout, pool = with_speed(layout, context.cost_of, options.n_seq_max)
+        if pool:
+            context.close()
+            context, _ = _open(model, options, params | {"kv_unified": True})
     if not context.capabilities.has_memory or not context.capabilities.causal:
         context.close()
         raise UnsupportedOperation(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 from ..cost.choose import cost_of
 from ..cost.model import CostModel
 from ..kv import Preemption, SwapChoice
 from ..llama.context import Context
 from ..llama.limits import cell_bytes
+from ..llama.model import Model
 from ..scheduler import Invariance
 from ..step.native import gap_max_of, offloaded
 from ..step.ring_reader import StreamStepper
@@ -20,6 +24,10 @@ COPY_RATE_CPU, COPY_RATE_GPU = 5e9, 100e9
 
 class NativeContext(Context):
     """As `EngineContext`."""
+
+    def __init__(self, model: Model, **params: Any) -> None:
+        super().__init__(model, **params)
+        self._costs: dict[bool, CostModel] = {}  # by layout: a fit takes a while
 
     @property
     def gap_max(self) -> int:
@@ -46,7 +54,13 @@ class NativeContext(Context):
         )
 
     def cost(self) -> CostModel:
-        return cost_of(self)
+        return self.cost_of(self.capabilities.unified)
+
+    def cost_of(self, unified: bool) -> CostModel:
+        """What a step would take with this layout of the cells."""
+        if unified not in self._costs:
+            self._costs[unified] = cost_of(self, unified=unified)
+        return copy.deepcopy(self._costs[unified])  # an engine refines it
 
     def rebuilds_for_others(self, device_sampling: bool | str) -> bool:
         pool = self.capabilities.unified and not self.capabilities.recurrent

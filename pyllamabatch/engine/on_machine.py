@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..cost.model import CostModel
 from ..errors import UnsupportedOperation
 from ..llama.host import PathLike
 from ..llama.model import Model
 from ..machine.context import MachineContext
 from ..machine.profile_machine import ProfileMachine
 from ..models import default_model_path
-from .layout import Cells, Layout, lay_out
+from .layout import Cells, Layout, lay_out, with_speed
 from .options import EngineOptions
 
 N_CTX_TRAIN = 32768  # of a profile's model, which does not say it
@@ -30,5 +31,15 @@ def make_context(
     model, machine = model or vocabulary(), ProfileMachine.named(name)
     streams = machine.has(unified=False)
     why = "" if streams else "the machine's profile has no streams"
-    layout = lay_out(Cells(N_CTX_TRAIN, pool_only=why), options, params)
-    return MachineContext(machine, model, **params), layout
+    cells, given = Cells(N_CTX_TRAIN, pool_only=why), dict(params)
+    layout = lay_out(cells, options, given)
+    if layout.pool and options.cost == "auto":
+
+        def cost_of(unified: bool) -> CostModel:
+            return machine.cost(unified=unified, n_ubatch=params["n_ubatch"])
+
+        layout, pool = with_speed(layout, cost_of, options.n_seq_max)
+        if pool:
+            given = params | {"kv_unified": True}
+            lay_out(cells, options, given)
+    return MachineContext(machine, model, **given), layout

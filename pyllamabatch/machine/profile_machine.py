@@ -75,12 +75,11 @@ class ProfileMachine:
 
     def has(self, *, unified: bool) -> bool:
         """The profile has steps of contexts with this layout."""
-        return any(sample.unified == unified for sample in self.profile.samples)
+        return self.profile.has(unified=unified)
 
     def cost(self, *, unified: bool, n_ubatch: int) -> CostModel:
-        """What a step takes. Where the profile has no steps of this layout, as in the other one."""
-        layout = unified if self.has(unified=unified) else not unified
-        return CostModel.fit(self.profile, unified=layout, n_ubatch=n_ubatch)
+        """What a step takes. Where the profile has no steps of this layout, by the other one's."""
+        return CostModel.fit(self.profile, unified=unified, n_ubatch=n_ubatch)
 
 
 def known_names() -> list[str]:

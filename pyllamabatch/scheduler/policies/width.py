@@ -32,6 +32,7 @@ TRIAL = 12  # steps of all before the first turns of so many
 RENEW = 8192  # steps after which these are old
 LOSS = 0.01  # share of the time that switches take, if the targets allow it
 LOSS_MOST = 0.06  # that they may take
+GAIN = 0.04  # that turns must win, unless told otherwise
 PATIENCE = 0.1  # so much more must be won where one waits longer than for the wide batch
 MARGIN = 0.01  # by which a wait must be shorter to count as no longer
 PROBE = 32  # steps of a round while it is not known what a switch costs
@@ -76,7 +77,7 @@ class Turns:
         *("_split", "_tried", "_turning", "_until", "gain", "itl"),
     )
 
-    def __init__(self, itl: float = 0.1, gain: float = 0.04) -> None:
+    def __init__(self, itl: float = 0.1, gain: float = GAIN) -> None:
         if not itl > 0:
             raise ArgumentError("itl", itl, "more than 0 seconds")
         if not 0 <= gain < inf:
@@ -178,7 +179,7 @@ def best_split(view: StepView, itl: float, gain: float, *, begun: bool = False) 
         if not min(steps) > 0:
             continue
         mean, k = sum(steps) / len(steps), len(steps)
-        share = mean * n / width if view.limits.unified else sum(steps)  # for a token of all
+        share = all_once(steps, n, width, view.limits.unified)
         wanted = PROBE if known is None else max(1, ceil(switch / (LOSS * mean)))
         # Rounds until all have had the same.
         cycle = n // gcd(n, width) if view.limits.unified else k
@@ -222,6 +223,11 @@ def times(cost: StepCost, n: int, width: int, kv: float, unified: bool) -> list[
     return [cost.predict(size, 0, kv * size / n, size) for size in sizes]
 
 
+def all_once(steps: list[float], n: int, width: int, unified: bool) -> float:
+    """Seconds for a token of each of `n` sequences, by the `times` of their rounds."""
+    return sum(steps) / len(steps) * n / width if unified else sum(steps)
+
+
 def widths(n: int, cost: StepCost, unified: bool) -> Iterable[int]:
     """Those worth a try: of many, a kernel's edges and rounds of about the same size; where windows
     may not overlap only these."""
@@ -239,7 +245,7 @@ def width(
     budget: int | None = None,
     itl: float = 0.1,
     stretch: float = 2.0,
-    gain: float = 0.04,
+    gain: float = GAIN,
     watermark: float = 0.01,
 ) -> ComposedPolicy:
     """`gain`: see `Turns`. Otherwise as `sarathi`; `itl`: where there is no target."""

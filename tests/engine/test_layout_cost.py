@@ -1,0 +1,84 @@
+"""The layout by price: a pool where it is faster on the device, streams elsewhere."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from pyllamabatch.cost.model import CostModel
+from pyllamabatch.cost.profile import shipped_profile
+from pyllamabatch.cost.step_cost import StepCost
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.engine.layout_cost import pool_pays, pool_speed
+from pyllamabatch.sim import EngineSpec, simulate, workload
+
+M2 = "m2-ultra-gemma-3-4b-it-qat"
+H200 = "nvidia-h200-gemma-3-1b-q4_k_m"
+SPARK = "dgx-spark-qwen2.5-coder-7b-q8_0"
+CPU = "x86-2-core-avx512-qwen2-0.5b-q4_k_m"
+
+
+@cache
+def fitted(name: str, unified: bool) -> CostModel:
+    return CostModel.fit(shipped_profile(name), unified=unified)
+
+
+def simulated_speed(name: str, n: int) -> float:
+    """As `pool_speed`, by the simulator."""
+    trace = f"closed:clients={n},n={4 * n},prompt=100-400,output=32-224"
+
+    def speed(unified: bool) -> float:
+        spec = EngineSpec.of(fitted(name, unified), n_seq_max=n, unified=unified)
+        return simulate(workload.draw(trace, seed=1), spec).summary()["tokens_per_s"]
+
+    return speed(True) / speed(False)
+
+
+@pytest.mark.parametrize(("name", "n", "pool"), [(M2, 12, True), (H200, 8, False), (CPU, 8, False)])
+def test_the_faster_layout_is_chosen_as_the_simulator_sees_it(
+    name: str, n: int, pool: bool
+) -> None:
+    speed = pool_speed(lambda unified: fitted(name, unified), n)
+    assert speed is not None
+    assert pool_pays(speed) == pool
+    assert simulated_speed(name, n) ** (1 if pool else -1) > 0.98
+    with Engine(machine=name, n_seq_max=n) as engine:
+        assert engine.limits.unified == pool
+        assert "times as fast as " + ("streams" if pool else "a pool") in engine.layout
+
+
+def test_a_layout_that_was_asked_for_has_no_price() -> None:
+    with Engine(machine=M2, n_seq_max=12, kv_unified=False) as engine:
+        assert engine.layout == "a stream of cells each: as was asked for"
+
+
+def test_a_guess_is_no_reason_for_a_pool() -> None:
+    prior = CostModel.prior(shipped_profile(M2).kernels, 1e9, gpu=True)
+
+    def cost_of(unified: bool) -> StepCost:
+        return prior
+
+    assert pool_speed(cost_of, 12) is None
+    assert not pool_pays(None)
+
+
+def test_a_pool_that_is_slower_for_half_as_many_is_as_slow() -> None:
+    streams, pool = fitted(M2, False), fitted(M2, True)
+    few = pool.regime_of(6)
+    slow = [3.0 if regime == few else 1.0 for regime in range(pool.n_regimes)]
+
+    def cost_of(unified: bool) -> StepCost:
+        return pool.at_speed(slow) if unified else streams
+
+    speed = pool_speed(cost_of, 12)
+    assert speed is not None
+    assert speed < 1
+
+
+def test_masked_cells_of_a_pool_that_was_not_measured_cost_where_kernels_compute_them() -> None:
+    pool, streams = fitted(SPARK, True), fitted(SPARK, False)
+    assert pool.predict(1, 0, 4096, 1) == pytest.approx(streams.predict(1, 0, 4096, 1), 1e-3)
+    assert pool.predict(16, 0, 16 * 512, 16) > 1.05 * streams.predict(16, 0, 16 * 512, 16)
+    m2_pool, m2_streams = fitted(M2, True), fitted(M2, False)  # kernels that leave them out
+    assert m2_pool.predict(12, 0, 6000, 12) < 1.01 * m2_streams.predict(12, 0, 6000, 12)
