@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError, RequestTooLong, UnsupportedOperation
 from pyllamabatch.llama.model import Model
-from pyllamabatch.scheduler import Plan, StepView, policy_names
+from pyllamabatch.scheduler import policy_names
 from pyllamabatch.step.sampling_params import SamplingParams
-from tests.support.bits import Bits, recorded
+from tests.support.bits import recorded
 from tests.support.engines import check_idle
+from tests.support.invariance import Alone, AnyPolicy, assert_alone, each_alone
 from tests.support.models_gguf import gguf_path
 
 N_PROMPTS, N_UBATCH, N_CELLS = 10, 32, 512
 OPTIONS: dict[str, Any] = {"batch_invariant": True, "n_ubatch": N_UBATCH, "cost": None}
-Alone = list[tuple[list[int], Bits]]
 
 
 def prompts(n_vocab: int) -> list[list[int]]:
@@ -48,35 +48,8 @@ def engine_of(model: Model, **options: Any) -> Engine:
 
 def alone(model: Model, **options: Any) -> Alone:
     """What each prompt has by itself: nothing is cached, nothing runs beside it."""
-    found: Alone = []
-    with (
-        engine_of(model, prefix_cache=False, policy="fcfs", **options) as engine,
-        recorded(engine) as bits,
-    ):
-        for i, prompt in enumerate(prompts(model.n_vocab)):
-            tokens = engine.generate([prompt], wanted(i))[0].tokens
-            ((_, own),) = bits.items()
-            bits.clear()
-            found.append((tokens, own))
-    return found
-
-
-class AnyPolicy:
-    """Random chunks, pauses and preemptions, all within the rules."""
-
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
-
-    def plan(self, view: StepView) -> Plan:
-        draw, limits = self._random, view.limits
-        running = list(view.running)
-        if running and draw.random() < 0.08:
-            return Plan(preempt=(draw.choice(running).id,))
-        open_ = [seq for seq in running if seq.remaining]
-        newcomers = list(view.waiting)[: limits.n_seq_max - len(running)]
-        chosen = [seq for seq in [*open_, *newcomers] if draw.random() < 0.7]
-        chosen = chosen or [*open_, *newcomers][:1]
-        return Plan({seq.id: draw.randint(1, min(seq.remaining, 40)) for seq in chosen})
+    with engine_of(model, prefix_cache=False, policy="fcfs", **options) as engine:
+        return each_alone(engine, prompts(model.n_vocab), wanted)
 
 
 def mixed(engine: Engine, order: Sequence[int], draw: random.Random) -> list[tuple[int, Any]]:
@@ -96,13 +69,6 @@ def mixed(engine: Engine, order: Sequence[int], draw: random.Random) -> list[tup
         elif beside < 0.5:
             next(iter(streams[-1][1]), None)
     return [(i, stream.result(timeout=120)) for i, stream in streams]
-
-
-def assert_alone(results: Sequence[tuple[int, Any]], bits: dict[int, Bits], known: Alone) -> None:
-    for i, result in results:
-        tokens, own = known[i]
-        assert result.tokens == tokens, f"prompt {i}"
-        assert bits[result.id] == own, f"prompt {i}"
 
 
 @pytest.fixture(scope="module")
