@@ -32,7 +32,7 @@ from .embedding_core import Vectors
 from .input_processor import InputProcessor, Prompt
 from .kv_config import limits_of, pool_of, sharing_of
 from .layout import DRAFT_MOST, Layout, make_context
-from .options import EngineOptions, Options, policy_of
+from .options import BatchInvariant, EngineOptions, Options, policy_of
 from .protocols import Device, EngineContext
 from .sequence import Sequence as InteractiveSequence
 from .stats import EngineStats, SlotState, slots_of, stats_of
@@ -85,7 +85,8 @@ class Engine:
     - batch_invariant: tokens and logits of a request are the same to the last bit, whatever runs
       beside it, and whenever: see "Batch invariance" in the documentation. On a CPU, with streams,
       for models without a recurrent state, else UnsupportedOperation. `invariance` says how it is
-      done. What it costs is in there, too.
+      done. What it costs is in there, too. "nearly": on a GPU what its kernels allow, without the
+      promise; on a CPU the same as True.
     - loras: adapters by the names that requests give them (`Options.lora`). Rows with different
       ones can't be in one decode: a step is as many native calls as it has sets of adapters.
     - machine: a profile's name or file. The engine then runs on a machine of which only that
@@ -126,7 +127,7 @@ class Engine:
         swap_folder: PathLike | None = None,
         max_restarts: int = 2,
         loras: Mapping[str, LoraAdapter] | None = None,
-        batch_invariant: bool = False,
+        batch_invariant: BatchInvariant = False,
         machine: PathLike | None = None,
         speculate: Literal["ngram"] | None = None,
         **context_params: Any,
@@ -160,7 +161,10 @@ class Engine:
         model = context.model
         try:
             cost_model = make_cost(context, options)
-            invariance = context.find_invariance(n_seq_max) if batch_invariant else None
+            invariance = None
+            if batch_invariant:
+                nearly = batch_invariant == "nearly"
+                invariance = context.find_invariance(n_seq_max, nearly=nearly)
             scheduler = make_scheduler(context, layout, options, cost_model, invariance)
             stepper: Any = context.stepper(
                 options.n_logprobs_max,

@@ -47,14 +47,17 @@ def check_can(params: dict[str, Any], n_seq_max: int) -> None:
             raise ArgumentError(name, params[name], f"at least {least} with batch_invariant")
 
 
-def find(context: Context, n_seq_max: int) -> Invariance:
+def find(context: Context, n_seq_max: int, *, nearly: bool = False) -> Invariance:
     """Of a new context, whose memory is empty before and after. UnsupportedOperation when rows that
-    decode depend on their place, whatever their number, and for devices other than a CPU."""
+    decode depend on their place, whatever their number, and for devices other than a CPU; these
+    have one width for all that decode with `nearly`."""
     if offloaded(context):
-        raise UnsupportedOperation(
-            "batch_invariant is for CPUs: other devices divide the attention of a row by the "
-            "longest sequence beside it; Model(path, n_gpu_layers=0) computes on the CPU"
-        )
+        if not nearly:
+            raise UnsupportedOperation(
+                "batch_invariant=True is for CPUs: other devices divide the attention of a row by "
+                'the longest sequence beside it; batch_invariant="nearly" is as close as they come'
+            )
+        return Invariance(min(GRID, context.n_ubatch), (max(LEAST_ROWS, n_seq_max),))
     widths = equal_widths(context, n_seq_max)
     if not widths:
         raise UnsupportedOperation(

@@ -66,8 +66,8 @@ class NativeContext(Context):
         pool = self.capabilities.unified and not self.capabilities.recurrent
         return not pool or (device_sampling is not False and offloaded(self))
 
-    def find_invariance(self, n_seq_max: int) -> Invariance:
-        return invariance.find(self, n_seq_max)
+    def find_invariance(self, n_seq_max: int, *, nearly: bool = False) -> Invariance:
+        return invariance.find(self, n_seq_max, nearly=nearly)
 
     def swap_choice(self, mode: Preemption) -> SwapChoice:
         per_token = cell_bytes(self.model, self.params)

@@ -58,6 +58,7 @@ class RequestOptions:
 
 
 DEFAULTS = RequestOptions()
+BatchInvariant = bool | Literal["nearly"]
 SPECULATE = ("ngram",)  # what an engine may draft from
 
 
@@ -106,7 +107,7 @@ class EngineOptions:
     max_restarts: int
     loras: Mapping[str, LoraAdapter]
     speculate: str | None = None
-    batch_invariant: bool = False
+    batch_invariant: BatchInvariant = False
 
     def __post_init__(self) -> None:
         self.n_seq_max = integer("n_seq_max", self.n_seq_max, 1, 256)
@@ -114,8 +115,8 @@ class EngineOptions:
         self.swap_bytes = integer("swap_bytes", self.swap_bytes, 0, 2**63 - 1)
         self.max_restarts = integer("max_restarts", self.max_restarts, 0, 2**31)
         self.patience = number("patience", self.patience, 0)
-        if not isinstance(self.batch_invariant, bool):
-            raise ArgumentError("batch_invariant", self.batch_invariant, "True or False")
+        if not isinstance(self.batch_invariant, bool) and self.batch_invariant != "nearly":
+            raise ArgumentError("batch_invariant", self.batch_invariant, 'True, False or "nearly"')
         choice("preemption", self.preemption, ("auto", "recompute", "swap"))
         if self.speculate is not None:
             choice("speculate", self.speculate, SPECULATE)

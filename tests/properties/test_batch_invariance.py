@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyllamabatch.engine import invariance
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError, RequestTooLong, UnsupportedOperation
 from pyllamabatch.llama.model import Model
-from pyllamabatch.scheduler import policy_names
+from pyllamabatch.scheduler import Invariance, policy_names
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.bits import recorded
 from tests.support.engines import check_idle
@@ -212,6 +213,7 @@ def test_what_it_says_of_itself(embedded_model: Model) -> None:
         ({"swa_full": False}, "swa_full=False"),
         ({"n_ubatch": 2}, "n_ubatch=2"),
         ({"batch_invariant": 1}, "batch_invariant=1"),
+        ({"batch_invariant": "mostly"}, "batch_invariant='mostly'"),
         ({"speculate": "ngram"}, "speculate='ngram'"),
     ],
 )
@@ -220,6 +222,23 @@ def test_options_that_stand_in_its_way(
 ) -> None:
     with pytest.raises(ArgumentError, match=text):
         engine_of(embedded_model, **options)
+
+
+def test_a_gpu_has_nearly_the_same_bits_at_most(
+    embedded_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows that decode have one width there, and nothing is promised. The CPU stands in."""
+    monkeypatch.setattr(invariance, "offloaded", lambda context: True)
+    with pytest.raises(UnsupportedOperation, match="nearly"):
+        engine_of(embedded_model)
+    with engine_of(embedded_model, batch_invariant="nearly", n_seq_max=3) as engine:
+        assert engine.invariance == Invariance(N_UBATCH, (3,))
+        texts = prompts(embedded_model.n_vocab)
+        params = [wanted(i) for i in range(N_PROMPTS)]
+        together = [result.tokens for result in engine.generate(texts, params)]
+    with engine_of(embedded_model, batch_invariant="nearly", prefix_cache=False) as engine:
+        one_by_one = [engine.generate([t], p)[0].tokens for t, p in zip(texts, params, strict=True)]
+    assert together == one_by_one
 
 
 @pytest.mark.parametrize("name", ["mamba", "jamba", "lfm2"])
