@@ -2,7 +2,6 @@
 
 Only what the load generator needs: GET /health, and POST /completion without streaming. KIND:
 
-- engine: our engine, one shared context
 - xllamacpp: its own server, which is llama-server's code in this process
 - llama-cpp-python: one `Llama`, which takes one user at a time, behind a lock
 """
@@ -17,38 +16,35 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
 from pyllamabatch.compare.case import Case, ModelFile
-from pyllamabatch.compare.server import HOST, ThreadingServer
+from pyllamabatch.compare.completion import HOST
 
 Complete = Callable[[dict[str, Any]], dict[str, Any]]
 """From a request's body to the answer's."""
 
 
-def engine(case: Case, gpu: bool) -> Complete:
-    from pyllamabatch import Engine, Model, SamplingParams
+def serve(complete: Complete, port: int) -> None:
+    """Until the process is told to end."""
 
-    serving = Engine(
-        Model(case.model.path, n_gpu_layers=case.n_gpu_layers), **case.context_params()
-    )
+    async def health(request: Request) -> JSONResponse:
+        return JSONResponse({"status": "ok"})
 
-    def complete(body: dict[str, Any]) -> dict[str, Any]:
-        params = SamplingParams(
-            max_tokens=body["n_predict"],
-            temperature=body["temperature"],
-            top_k=body["top_k"],
-            top_p=body["top_p"],
-            min_p=body["min_p"],
-            seed=body["seed"],
-            ignore_eog=body["ignore_eos"],
-        )
-        result = serving.submit(body["prompt"], params).result()
-        return {
-            "content": result.text,
-            "tokens_evaluated": result.n_prompt,
-            "tokens_predicted": result.n_generated,
-        }
+    async def completion(request: Request) -> JSONResponse:
+        body = await request.json()
+        try:
+            return JSONResponse(await run_in_threadpool(complete, body))
+        except Exception as error:
+            return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 500)
 
-    return complete
+    routes = [Route("/health", health), Route("/completion", completion, methods=["POST"])]
+    uvicorn.run(Starlette(routes=routes), host=HOST, port=port, log_level="warning")
 
 
 def llama_cpp_python(case: Case, gpu: bool) -> Complete:
@@ -123,7 +119,7 @@ def serve_xllamacpp(case: Case, gpu: bool, port: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.endpoint", description=__doc__)
-    parser.add_argument("kind", choices=["engine", "xllamacpp", "llama-cpp-python"])
+    parser.add_argument("kind", choices=["xllamacpp", "llama-cpp-python"])
     parser.add_argument("case", help="its fields as JSON; of the model its path")
     parser.add_argument("--gpu", action="store_true", help="the library must use one")
     parser.add_argument("--port", type=int, required=True)
@@ -132,8 +128,7 @@ def main() -> None:
     case = Case(**values | {"model": ModelFile(Path(values["model"]))})
     if options.kind == "xllamacpp":
         serve_xllamacpp(case, options.gpu, options.port)
-    complete = engine if options.kind == "engine" else llama_cpp_python
-    ThreadingServer(complete(case, options.gpu), options.port).serve_forever()
+    serve(llama_cpp_python(case, options.gpu), options.port)
 
 
 if __name__ == "__main__":

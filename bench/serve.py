@@ -26,7 +26,7 @@ from bench.serving import EngineClients, HttpClients, ServerProcess, Serving, To
 from bench.targets import Target, speed_ratio
 from bench.tools import tool
 from bench.views import speed_table
-from pyllamabatch.compare.server import HOST
+from pyllamabatch.compare.completion import HOST
 from pyllamabatch.report.records import Record
 
 BASE = "llama-server"
@@ -106,8 +106,8 @@ def all_arms(inside: InProcess, limit_s: float) -> list[ServeArm]:
         ),
         ServeArm(
             "engine-http",
-            "Engine in a process of its own behind Python's http.server; httpx clients",
-            http("engine", partial(endpoint, kind="engine", gpu=gpu)),
+            "pyllamabatch serve, a slot per client; httpx clients",
+            http("engine", our_server),
         ),
         ServeArm(
             BASE,
@@ -136,7 +136,7 @@ def all_arms(inside: InProcess, limit_s: float) -> list[ServeArm]:
         ),
         ServeArm(
             "llama-cpp-python",
-            "one Llama, one user at a time, behind Python's http.server; httpx clients",
+            "one Llama, one user at a time, behind uvicorn; httpx clients",
             http("llama-cpp-python", partial(endpoint, kind="llama-cpp-python", gpu=gpu)),
             package="llama_cpp",
         ),
@@ -156,6 +156,17 @@ def llama_server(case: Case, *, backend_sampling: bool) -> list[str]:
     if case.n_gpu_layers >= 0:
         command += ["-ngl", str(case.n_gpu_layers)]
     return [*command, "--backend-sampling"] if backend_sampling else command
+
+
+def our_server(case: Case) -> list[str]:
+    """`pyllamabatch serve` with the same settings."""
+    command = [
+        sys.executable, "-m", "pyllamabatch", "serve", "-m", str(case.model.path), "--host", HOST,
+        "-c", str(case.n_ctx), "-np", str(case.pl), "-b", str(case.n_batch),
+        "--kv-unified" if case.kv_unified else "--no-kv-unified",
+        "-ub", str(case.n_ubatch), "-t", str(case.n_threads), "--no-prefix-cache",
+    ]  # fmt: skip
+    return command if case.n_gpu_layers < 0 else [*command, "-ngl", str(case.n_gpu_layers)]
 
 
 def endpoint(case: Case, kind: str, *, gpu: bool) -> list[str]:

@@ -16,9 +16,9 @@ import numpy as np
 from bench.cache import REPOSITORY
 from bench.case import I32, Case, Measured
 from bench.tools import ToolError
-from pyllamabatch.compare.case import sampling_params
+from pyllamabatch.compare.case import request_body, sampling_params
 from pyllamabatch.compare.clients import at_once
-from pyllamabatch.compare.server import HOST
+from pyllamabatch.compare.completion import HOST
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.llama.model import Model
 
@@ -108,7 +108,7 @@ class HttpClients(Clients):
         super().__init__(case, n_vocab)
         self._server = server
         self.pids = (server.pid,)
-        self._body = request_body(case.sampling) | extra
+        self._body = request_body(case.sampling) | {"cache_prompt": False} | extra
         self._http = httpx.Client(
             base_url=server.url,
             timeout=limit_s,
@@ -155,19 +155,6 @@ class Tool:
 
 Serving = Clients | Tool
 """Opened once for a number of clients, then run in turn with the others."""
-
-
-def request_body(sampling: str) -> dict[str, Any]:
-    """What every request to /completion says: llama-server's default sampling, said aloud."""
-    return {
-        "temperature": 0.0 if sampling == "greedy" else 0.8,
-        "top_k": 40,
-        "top_p": 0.95,
-        "min_p": 0.05,
-        "ignore_eos": True,
-        "cache_prompt": False,
-        "stream": False,
-    }
 
 
 def check(got: tuple[int, int], asked: tuple[int, int]) -> None:

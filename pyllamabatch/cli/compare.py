@@ -1,9 +1,10 @@
 """Serve N users in four ways on this machine, side by side, and say what to use.
 
-processes: a process each, behind a round-robin router over HTTP. contexts: a context and a thread
-each, in one process. shared: one context, one batch per step, a plain loop. engine: the Engine, a
-thread per client. single: one user alone, the base. All on the same model, prompts of random
-tokens, sampling and lengths; docs/how-to/serve-n-users.md says what each time contains.
+processes: a server each (`pyllamabatch serve`), behind a round-robin router. contexts: a context
+and a thread each, in one process. shared: one context, one batch per step, a plain loop. engine:
+the Engine, a thread per client. single: one user alone, the base. replicas, where it is asked for:
+as processes, on Ray Serve. All on the same model, prompts of random tokens, sampling and lengths;
+docs/how-to/serve-n-users.md says what each time contains.
 
 --protocol burst (the default) times decoding alone; ds4 fires identical completions at once,
 prompts included; poisson lets requests come at random, --rate a second. Several, comma separated,
@@ -38,7 +39,7 @@ from pyllamabatch.cli.options import (
 )
 from pyllamabatch.compare import plots
 from pyllamabatch.compare.advice import advice
-from pyllamabatch.compare.arms import ARMS
+from pyllamabatch.compare.arms import ARMS, ON_RAY
 from pyllamabatch.compare.case import Case, ModelFile
 from pyllamabatch.compare.hosted import probe
 from pyllamabatch.compare.run import Experiment, measure
@@ -68,7 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--protocol", type=names(tuple(USERS)), default=[BURST], metavar="A,B,…",
         help=f"of {', '.join(USERS)} (burst)")
     add("--scenario", choices=tuple(SCENARIOS), help="one arm, one line of JSON")
-    add("--arms", type=names(tuple(ARMS)), metavar="A,B,…", help=f"of {', '.join(ARMS)} (all)")
+    add("--arms", type=names((*ARMS, ON_RAY.name)), metavar="A,B,…",
+        help=f"of {', '.join(ARMS)} (all), and of {ON_RAY.name} (extra `ray`)")
     add("-n", "--num-sequences", type=counts, metavar="N,…",
         help="users at once (burst 2,4; ds4 1,2,3,4; poisson 4; a scenario 2)")
     add("--prompt-tokens", type=at_least(1), default=256, metavar="N")
@@ -200,7 +202,7 @@ def experiment(args: argparse.Namespace, protocol: str, arms: Sequence[str]) -> 
     )
     return Experiment(
         protocol=protocol,
-        arms=[ARMS[name] for name in arms],
+        arms=[ARMS.get(name, ON_RAY) for name in arms],
         cases=[replace(case, pl=n) for n in users],
         tokens=tokens,
         requests=args.requests if protocol == POISSON else 1,

@@ -15,7 +15,7 @@ NOISE = 0.03  # ratios of speeds closer to 1 say nothing
 MORE = 1.05  # memory, energy: what counts as a difference
 UNEVEN = 0.9  # fairness below it is worth a word
 GIB = 2**30
-ARMS = ("single", "engine", "contexts", "processes", "shared")
+ARMS = ("single", "engine", "contexts", "processes", "shared", "replicas")
 """Of arms that are alike in everything the first one is taken."""
 
 
@@ -184,7 +184,7 @@ def overall(them: Comparison, choices: Mapping[int, Choice]) -> str:
         f"{arm} for {_list([str(n) for n, _ in group])} users"
         for arm, group in groupby(several, key=lambda one: one[1])
     ]
-    missing = [arm for arm in ARMS if arm != "single" and arm not in them.arms]
+    missing = [arm for arm in ARMS if arm not in ("single", "replicas", *them.arms)]
     return _sentences(
         f"Overall, with {model} on {where}: {', then '.join(parts) or 'no arm to take'}",
         f"Not measured: {_list(missing)}" if missing else "",

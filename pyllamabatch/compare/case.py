@@ -77,6 +77,17 @@ def sampling_params(sampling: str, seed: int, max_tokens: int) -> SamplingParams
     return SamplingParams(max_tokens=max_tokens, ignore_eog=True, seed=seed, **extra)
 
 
+def request_body(sampling: str) -> dict[str, Any]:
+    """The same as a body of llama-server's `/completion`."""
+    return {
+        "temperature": 0.0 if sampling == "greedy" else 0.8,
+        "top_k": 40,
+        "top_p": 0.95,
+        "min_p": 0.05,
+        "ignore_eos": True,
+    }
+
+
 @dataclass(frozen=True)
 class Measured:
     """Times of one run in s. `settings`: fields of the record that differ from the case's."""

@@ -25,6 +25,7 @@ COLOURS = {  # of Okabe and Ito's palette, which the colour-blind tell apart
     "contexts": "#0072b2",
     "processes": "#e69f00",
     "shared": "#009e73",
+    "replicas": "#cc79a7",
     "single": "#666666",
 }
 

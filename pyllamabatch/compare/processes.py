@@ -1,41 +1,88 @@
-"""The arm of N processes: workers behind a router, and their clients in this process."""
+"""The arms over HTTP: a server of `pyllamabatch serve` for each sequence, and clients in this
+process."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-from pyllamabatch.compare.case import Case
+from pyllamabatch.compare.case import Case, request_body
 from pyllamabatch.compare.child import ArmError, Child
 from pyllamabatch.compare.clients import ask_all
+from pyllamabatch.compare.completion import HOST, Client
 from pyllamabatch.compare.hosted import START_S
-from pyllamabatch.compare.loop import Loop
-from pyllamabatch.compare.machine_loop import open_loop
-from pyllamabatch.compare.server import Json, RoundRobin, Server, ThreadingServer, completion, line
+from pyllamabatch.compare.round_robin import route
 from pyllamabatch.compare.workload import BURST, Timings, Workload
+from pyllamabatch.engine.engine import Engine
 from pyllamabatch.llama.model import Model
 
 GONE_S = 0.2  # a worker whose connections have ended may need so long to end, too
 
 
-class Processes:
-    """A worker for each sequence, and a router. `case`: with the threads of one worker;
-    memory_limit: of each worker, in bytes; 0: none."""
+class OverHttp(ABC):
+    """N servers behind one port. `case`: with the threads of one server."""
+
+    pids: list[int]
+    port: int
+
+    def __init__(self, case: Case) -> None:
+        self._case = case
+        self._n_vocab = 0
+        self._stack = ExitStack()
+
+    @abstractmethod
+    def load(self) -> None:
+        """Sets `port`. ArmError where a server did not start."""
+
+    def ended(self) -> list[str]:
+        """Of each server that has ended, how."""
+        return []
+
+    def run(self, workload: Workload, limit_s: float) -> Timings:
+        """In a burst each client asks twice over its connection: for the first token, and when all
+        have that, for the rest. The server has the cells of the prompt from the first time."""
+        prompts = workload.prompts(self._case, self._n_vocab).tolist()
+        settings = request_body(self._case.sampling)
+
+        def ask(k: int, i: int) -> Iterator[object]:
+            body = settings | {"prompt": prompts[i], "seed": self._case.seed + i}
+            n = workload.tokens
+            with closing(Client(self.port, limit_s)) as client:
+                if workload.protocol == BURST:
+                    first = client.whole(body | {"n_predict": 1, "return_tokens": True})
+                    yield first
+                    body["prompt"] += first["tokens"]
+                    n -= 1
+                yield from client.streamed(body | {"n_predict": n})
+
+        timings = ask_all(workload, self._case.pl, ask, give_up=self.close)
+        lost = [one for one in timings.requests if one.error]
+        ended = self.ended() if lost else []
+        for one in lost:
+            one.error = "; ".join([one.error, *ended])
+        return timings
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+class Processes(OverHttp):
+    """A process for each sequence behind a router in turns. memory_limit: of each, in bytes; 0:
+    none."""
 
     def __init__(self, case: Case, memory_limit: int, verbose: bool) -> None:
-        self._case = case
+        super().__init__(case)
         self._memory_limit = memory_limit
-        self._stack = ExitStack()
         try:
             *self._workers, self._router = (
                 self._stack.enter_context(Child(loud=verbose)) for _ in range(case.pl + 1)
             )
         except BaseException:
-            self._stack.close()
+            self.close()
             raise
         self.pids = [child.pid for child in (*self._workers, self._router)]
 
@@ -53,65 +100,35 @@ class Processes:
                 raise ArmError(f"{error}\n{words}") from None
             ports.append(port)
         self._router.send((route, ports))
-        self.port: int = self._router.receive(START_S)
+        self.port = self._router.receive(START_S)
 
-    def run(self, workload: Workload, limit_s: float) -> Timings:
-        """In a burst each client asks twice: for the prompt and the first token, and when all have
-        that, for the rest. The router's turns bring each of both to every worker once."""
-        n_first = 1 if workload.protocol == BURST else workload.tokens
-        prompts = workload.prompts(self._case, self._n_vocab).tolist()
-
-        def ask(k: int, i: int) -> Iterator[Json]:
-            first = {"prompt": prompts[i], "n_predict": n_first, "seed": self._case.seed + i}
-            rest = workload.tokens - n_first
-            yield from self.tokens(first | {"keep": rest > 0}, limit_s)
-            if rest:
-                yield from self.tokens({"prompt": [], "n_predict": rest}, limit_s)
-
-        timings = ask_all(workload, self._case.pl, ask, give_up=self.close)
-        lost = [one for one in timings.requests if one.error]
-        ended = [end for w in self._workers if (end := w.end(GONE_S))] if lost else []
-        for one in lost:
-            one.error = "; ".join([one.error, *ended])
-        return timings
-
-    def tokens(self, body: Json, limit_s: float) -> Iterator[Json]:
-        return (one for one in completion(self.port, body, limit_s) if "token" in one)
-
-    def close(self) -> None:
-        self._stack.close()
+    def ended(self) -> list[str]:
+        return [end for worker in self._workers if (end := worker.end(GONE_S))]
 
 
 def serve(pipe: Connection[Any, Any], case: Case, memory_limit: int) -> None:
-    """A worker: its own model (the file is mapped, its pages are shared) and its own context, for
-    one request at a time. Sends its port and the size of the vocabulary."""
+    """A worker. Sends its port and the size of the vocabulary."""
     if memory_limit:
         limit_memory(memory_limit)
-    model = Model(case.model.path, n_gpu_layers=case.n_gpu_layers)
-    loop = open_loop(model, case)
-    server = Server(partial(complete, loop))
-    pipe.send((server.server_port, model.n_vocab))
-    server.serve_forever()
+    from pyllamabatch.server.run import Server, listen
+
+    with open_app(case) as app, listen(HOST, 0) as listening:
+        found = listening.getsockname()[1], app.state.service.model.n_vocab
+        Server(app, listening, lambda: pipe.send(found)).run_until_signal()
 
 
-def complete(loop: Loop, body: Json) -> Iterator[bytes]:
-    """`n_predict` tokens after the prompt. With "keep" the sequence stays, and a request with an
-    empty prompt goes on with it."""
-    if body["prompt"]:
-        loop.stop(0)
-        loop.start(0, body["prompt"], body["seed"])
-    for token in loop.generate(body["n_predict"]):
-        yield line(token=token)
-    if not body.get("keep"):
-        loop.stop(0)
-    yield line(done=True)
+@contextmanager
+def open_app(case: Case) -> Iterator[Any]:
+    """What `pyllamabatch serve` serves: an application over an engine of its own. The file is
+    mapped, its pages are shared. One pool: there a prefix goes on without a copy."""
+    from pyllamabatch.server.app import create_app
 
-
-def route(pipe: Connection[Any, Any], ports: list[int]) -> None:
-    """The router. Sends its port."""
-    server = ThreadingServer(RoundRobin(ports))
-    pipe.send(server.server_port)
-    server.serve_forever()
+    params = case.context_params() | {"kv_unified": True}
+    with (
+        Model(case.model.path, n_gpu_layers=case.n_gpu_layers) as model,
+        Engine(model, prefix_cache=True, machine=case.machine or None, **params) as engine,
+    ):
+        yield create_app(engine)
 
 
 def limit_memory(n_bytes: int) -> None:

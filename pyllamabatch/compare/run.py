@@ -156,6 +156,7 @@ def run_once(
         stack.callback(serving.close)
         meter = Meter(serving.pids)  # before anything is loaded
         serving.load()
+        meter.now_of(serving.pids)
         warm_up = experiment.warm_up(case)
         if why := failure(warm_up, serving.run(warm_up, experiment.limit_s)):
             return Measured.failed(f"warm-up: {why}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from pyllamabatch.compare.arms import EACH_ITS_OWN
 from pyllamabatch.compare.comparison import EACH, JOULES, SPEED, Comparison, by_bench
 from pyllamabatch.compare.workload import BENCHES, BURST, DS4, POISSON
 from pyllamabatch.report.records import Record
@@ -94,7 +95,7 @@ def notes(them: Comparison) -> list[str]:
     ]
     for n in them.counts:
         threads = them.all(n, "n_threads_each")
-        times = {arm: n if arm in ("processes", "contexts") else 1 for arm in threads}
+        times = {arm: n if arm in EACH_ITS_OWN else 1 for arm in threads}
         if len({times[arm] * each for arm, each in threads.items()}) > 1:
             words = {arm: f"{n} × " if times[arm] > 1 else "" for arm in threads}
             counts = [f"{arm} {words[arm]}{each:.0f}" for arm, each in threads.items()]

@@ -54,6 +54,10 @@ class Meter:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="meter", daemon=True)
 
+    def now_of(self, pids: Iterable[int]) -> None:
+        """The processes have become these."""
+        self._pids[:] = pids
+
     def start(self) -> None:
         """Take the first sample. Once for each meter."""
         self._others = OtherCores(self._pids)

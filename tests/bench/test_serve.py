@@ -14,13 +14,13 @@ import pytest
 from bench import serve
 from bench.arms import InProcess
 from bench.case import Case
-from bench.serve import ServeArm, endpoint, measure
+from bench.serve import ServeArm, measure, our_server
 from bench.serving import Clients, EngineClients, HttpClients, ServerProcess
 from tests.bench.conftest import options
 
 FAKE = """
 import argparse, time
-from pyllamabatch.compare.server import ThreadingServer
+from bench.endpoint import serve
 parser = argparse.ArgumentParser()
 parser.add_argument("answer")
 parser.add_argument("--port", type=int)
@@ -35,7 +35,7 @@ def answer(body):
         time.sleep(60)
     return {"tokens_evaluated": len(body["prompt"]), "tokens_predicted": 1}
 
-ThreadingServer(answer, options.port).serve_forever()
+serve(answer, options.port)
 """
 
 
@@ -70,7 +70,7 @@ def test_the_engine_serves_the_same_with_and_without_http(
     opened: list[HttpClients] = []
 
     def over_http(case: Case) -> HttpClients:
-        process = ServerProcess(endpoint(case, "engine", gpu=False), tmp_path / "log")
+        process = ServerProcess(our_server(case), tmp_path / "log")
         opened.append(HttpClients(case, inside.model.n_vocab, process, 60.0))
         return opened[-1]
 

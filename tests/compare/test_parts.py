@@ -1,19 +1,19 @@
 """What the arms of `pyllamabatch compare` are made of: loops, figures, the held engine, processes,
-and the server and router."""
+clients and the router."""
 
 from __future__ import annotations
 
-import http.client
 import json
 import math
 import os
 import resource
 import signal
 import socket
+import socketserver
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,16 @@ import pytest
 
 from pyllamabatch import Context, Model
 from pyllamabatch.compare.arms import ARMS, threads_of
-from pyllamabatch.compare.case import Case, ModelFile
+from pyllamabatch.compare.case import Case, ModelFile, request_body
 from pyllamabatch.compare.child import ArmError, Child
-from pyllamabatch.compare.clients import ask_all, at_once
+from pyllamabatch.compare.clients import ask_all
+from pyllamabatch.compare.completion import Client
 from pyllamabatch.compare.hosted import StartTogether
 from pyllamabatch.compare.loop import Loop
 from pyllamabatch.compare.processes import Processes
+from pyllamabatch.compare.round_robin import route
 from pyllamabatch.compare.run import Experiment
 from pyllamabatch.compare.scenario import gate
-from pyllamabatch.compare.server import Json, RoundRobin, Server, ThreadingServer, completion, line
 from pyllamabatch.compare.workload import (
     RequestTimes,
     Timings,
@@ -331,83 +332,86 @@ def test_a_child_that_does_not_answer_is_not_waited_for() -> None:
         os.kill(child.pid, 0)
 
 
+def answering(*lines: bytes, status: bytes = b"200 OK") -> socketserver.ThreadingTCPServer:
+    """A server that sends this to whoever connects, and ends the connection."""
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            head = b"".join(iter(self.rfile.readline, b"\r\n"))
+            self.rfile.read(int(head.lower().partition(b"content-length: ")[2].split()[0]))
+            self.wfile.write(b"HTTP/1.1 %b\r\n\r\n" % status + b"".join(lines))
+
+    return socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+
+
 @contextmanager
-def serving(server: Server) -> Iterator[int]:
+def serving(server: socketserver.TCPServer) -> Iterator[int]:
     """Its port; it serves in the block."""
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
-        yield server.server_port
+        yield server.server_address[1]
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
 
 
-def numbered(number: int) -> Server:
-    """Answers with its number, and fails for less than no token."""
-
-    def answer(body: Json) -> Iterator[bytes]:
-        yield line(token=number)
-        if body["n_predict"] < 0:
-            raise ValueError("too few")
-        yield line(done=body["n_predict"])
-
-    return Server(answer)
+def event(n: int, **values: object) -> bytes:
+    given = {"tokens_predicted": n, "stop": False} | values
+    return b"data: " + json.dumps(given).encode() + b"\n\n"
 
 
-def ask(port: int, n_predict: int = 0) -> list[Json]:
-    return list(completion(port, {"n_predict": n_predict}, SECONDS))
+LAST = event(3, stop=True)
 
 
-def test_the_router_gives_each_worker_its_turn() -> None:
-    with serving(numbered(0)) as one, serving(numbered(1)) as two:
-        router = ThreadingServer(RoundRobin([one, two]))
-        with serving(router) as port:
-            lines = [ask(port, i) for i in range(5)]
-            assert lines == [[{"token": i % 2}, {"done": i}] for i in range(5)]
-            _, many = at_once(8, lambda i, began: ask(port)[0]["token"], router.shutdown)
-            assert sorted(many) == [0] * 4 + [1] * 4
+def streamed(port: int) -> list[int]:
+    with closing(Client(port, SECONDS)) as client:
+        return list(client.streamed({}))
 
 
-def test_what_fails_behind_the_router_is_an_error_and_not_a_hang() -> None:
+def test_tokens_are_counted_as_they_come() -> None:
+    """The last event counts those that had no text of their own."""
+    with serving(answering(event(1), event(2), event(5, stop=True))) as port:
+        assert streamed(port) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("lines", "status", "words"),
+    [
+        ([event(1)], b"200 OK", "ended early"),
+        ([event(1), b'data: {"error": {"message": "no cells"}}\n\n'], b"200 OK", "no cells"),
+        ([b'{"error": {"message": "full"}}'], b"429 Too Many Requests", "full"),
+    ],
+)
+def test_an_answer_that_is_not_whole_is_an_error(
+    lines: list[bytes], status: bytes, words: str
+) -> None:
+    with (
+        serving(answering(*lines, status=status)) as port,
+        pytest.raises(ArmError, match=words),
+    ):
+        streamed(port)
+
+
+def test_the_router_gives_each_server_its_turn_and_a_dead_one_is_no_hang() -> None:
     with (
         socket.socket() as silent,  # bound, so that no other server gets its port
-        serving(numbered(1)) as other,
+        serving(answering(event(1), event(1, stop=True))) as one,
+        serving(answering(LAST)) as three,
+        Child() as router,
     ):
         silent.bind(("127.0.0.1", 0))
-        router = ThreadingServer(RoundRobin([silent.getsockname()[1], other]))
-        check_failures(router)
+        router.send((route, [one, three, silent.getsockname()[1]]))
+        port = router.receive(SECONDS)
+        for _ in range(2):
+            assert streamed(port) == [1]
+            assert streamed(port) == [1, 2, 3]
+            with pytest.raises(ArmError, match=r"Disconnected|Reset|BrokenPipe"):
+                streamed(port)
 
 
-def check_failures(router: ThreadingServer) -> None:
-    """Its first worker does not listen."""
-    with serving(router) as port:
-        with pytest.raises(ArmError, match="worker 0: ConnectionRefusedError"):
-            ask(port)
-        with pytest.raises(ArmError, match="ValueError: too few"):
-            ask(port, -1)
-        with pytest.raises(ArmError, match="worker 0"):
-            ask(port)
-        assert ask(port, 1) == [{"token": 1}, {"done": 1}]
-
-
-def test_a_whole_answer_leaves_the_connection_open() -> None:
-    with serving(ThreadingServer(lambda body: {"twice": 2 * body["n"]})) as port:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
-        for method, path, body, expected in (
-            ("GET", "/health", None, (200, {})),
-            ("POST", "/completion", b'{"n": 4}', (200, {"twice": 8})),
-            ("POST", "/completion", b"{}", (500, {"error": "KeyError: 'n'"})),
-            ("POST", "/elsewhere", b"{}", (404, {})),
-        ):
-            connection.request(method, path, body)
-            answer = connection.getresponse()
-            assert (answer.status, json.loads(answer.read())) == expected
-        connection.close()
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def processes() -> Iterator[Processes]:
     arm = Processes(case_of(2, n_cells=50_000), 0, False)
     arm.load()
@@ -415,18 +419,17 @@ def processes() -> Iterator[Processes]:
     arm.close()
 
 
-def test_a_worker_goes_on_with_its_sequence(processes: Processes) -> None:
-    def tokens(**values: object) -> list[int]:
-        body = {"prompt": list(range(20, 40)), "n_predict": 6, "seed": 1} | values
-        *lines, last = completion(processes.port, body, SECONDS)
-        assert last == {"done": True}
-        return [line["token"] for line in lines]
-
-    whole = tokens()
-    assert tokens() == whole  # the other worker's turn
-    first = tokens(n_predict=2, keep=True)
-    tokens()
-    assert first + tokens(prompt=[], n_predict=4) == whole
+def test_a_burst_goes_on_where_its_first_tokens_were(processes: Processes) -> None:
+    """Greedy: both requests over one connection, to the worker that has the prompt's cells."""
+    body = request_body("greedy") | {"prompt": list(range(20, 100)), "return_tokens": True}
+    with closing(Client(processes.port, SECONDS)) as client:
+        whole = client.whole(body | {"n_predict": 6})["tokens"]
+    with closing(Client(processes.port, SECONDS)) as client:
+        first = client.whole(body | {"n_predict": 1})["tokens"]
+        body["prompt"] += first
+        rest = client.whole(body | {"n_predict": 5})
+    assert first + rest["tokens"] == whole
+    assert rest["timings"]["cache_n"] == 80
 
 
 def test_a_worker_that_dies_in_a_run_ends_the_run(processes: Processes) -> None:
@@ -437,6 +440,6 @@ def test_a_worker_that_dies_in_a_run_ends_the_run(processes: Processes) -> None:
     killer.join()
     assert sorted(len(one.times) < 40_000 for one in done.requests) == [True, True]
     ended = f"process {processes.pids[1]} ended with -9"
-    assert next(one.error for one in done.requests if "ended early" in one.error).endswith(ended)
+    assert all(one.error.endswith(ended) for one in done.requests)
     assert sum("not done after 2 s" in one.error for one in done.requests) == 1
     assert math.isfinite(figures(workload, done)["elapsed_seconds"])
