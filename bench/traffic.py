@@ -55,7 +55,7 @@ from bench.tools import tool
 from bench.views import Column, by_arm, median_of, speed_table
 from pyllamabatch.compare.case import sampling_params
 from pyllamabatch.compare.clients import at_once
-from pyllamabatch.compare.server import HOST
+from pyllamabatch.compare.completion import HOST
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.report.records import Record
 from pyllamabatch.step.ring_reader import TIMES
