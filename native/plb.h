@@ -128,6 +128,8 @@ typedef struct plb_run_info {
     int32_t n_drafted;  /* as in plb_step_info, of all steps */
     int32_t n_accepted;
     int64_t n_rows;     /* rows of all steps, drafted ones included */
+    int64_t catch_up_ns; /* of `ns`, for what a draft model lacked of sequences that it had not followed */
+    int32_t draft_code; /* the last one of the draft model that was not 0 */
 } plb_run_info;
 
 /* -- engine ----------------------------------------------------------------------------------- */
@@ -225,7 +227,8 @@ typedef struct plb_drafts {
                                one that failed included: as many of its rows are in the memory */
     /* [n_seq_max][n_draft_max] for the slots of the last run: how often, lately, there was a draft with
      * this many tokens (column 0: one), and how often all of them were the sampled ones. For
-     * PLB_DRAFTER_NGRAM also of steps without drafted rows: it watches what would have been. */
+     * PLB_DRAFTER_NGRAM also of steps without drafted rows: it watches what would have been. For any
+     * other a slot without a record has what is usual: of the slots before it, hopeful at first. */
     float       * found;
     float       * right;
 } plb_drafts;
@@ -236,20 +239,27 @@ typedef struct plb_drafts {
  * it, and belong to the same thread. */
 typedef struct plb_draft_model plb_draft_model;
 
-/* PLB_E_ARGUMENT when the engines do not suit each other, or the target has no drafts. */
+/* PLB_E_ARGUMENT when the engines do not suit each other, or the target has no drafts;
+ * PLB_E_ROLLBACK for a model with a recurrent state. */
 int32_t plb_draft_model_new(plb_engine * model, plb_engine * target, plb_draft_model ** out);
 void    plb_draft_model_free(plb_draft_model * self);
-/* The sequence's slot is set, and these are all tokens that it knows, the next row's included. */
+/* The sequence's slot is set, and these are all tokens that it knows, the next row's included. In a
+ * pool of cells it goes on from what the memory has of them, in whichever sequence. */
 int32_t plb_draft_model_begin(plb_draft_model * self, int32_t seq, const llama_token * tokens,
                               int32_t n_tokens);
 /* It drafts no more for this sequence. What its memory holds may serve the next one. */
 int32_t plb_draft_model_end(plb_draft_model * self, int32_t seq);
 /* The drafts for the next run of these slots: of each as many tokens as plb_drafts.n_most says, its
  * model's most likely ones, up to one that ends a text. First its memory is brought to where each
- * sequence is now: what was rejected is taken out, what it lacks is computed. Returns 0 or a code as
- * plb_step; other than 0 there are no drafts, and what the memory had of these slots is gone. Where
- * there is no room for them (1), that of other slots is, too. */
+ * sequence is now: what was rejected is taken out, what it lacks is computed. One that lacks more than
+ * fits its share of a batch has drafts when it has caught up, some calls later. Where there are no
+ * cells, what other slots left is forgotten, and then the longest sequence has drafts no more.
+ * Returns 0 or a code as plb_step: 1 when sequences were given up for want of cells; for any other one
+ * these slots have no drafts, now and later. plb_draft_model_begin lets one have drafts again. */
 int32_t plb_draft_model_draft(plb_draft_model * self, const llama_seq_id * slots, int32_t n_slots);
+/* 1: from now on plb_run of the target asks it before each of its steps, and the caller need not.
+ * 0: no more. */
+int32_t plb_draft_model_attach(plb_draft_model * self, int32_t attached);
 
 plb_engine_params plb_engine_default_params(void);
 

@@ -15,6 +15,7 @@ PRINTS = {
     "embeddings.py": "What is 17 + 25?",
     "interactive_game.py": "the merchant says '42'",
     "json_schema.py": "'colour': ",
+    "own_drafter.py": "drafts were right: good drafts are good drafts.",
     "own_policy.py": "live: 0 preemptions",
     "raw_two_sequences.py": "hello\n42\n",
     "stream_asyncio.py": "Cem: 1 3 7 9",

@@ -8,6 +8,10 @@ namespace {
 
 using sequence = plb_draft_model::sequence;
 
+constexpr int32_t NO_CELLS = 1; // of llama_decode
+// A sequence that is drafted for in each step lacks what the step has sampled, and no more.
+constexpr size_t IN_STEP = PLB_DRAFT_LIMIT + 1;
+
 // A slot that samples the most likely token, as often as it is asked.
 void renew(plb_slot & slot) {
     slot.n_generated = 0;
@@ -36,6 +40,57 @@ bool forget_others(plb_draft_model & self) {
     return any;
 }
 
+// No drafts for it, until it begins again.
+void give_up(plb_draft_model & self, llama_seq_id seq) {
+    self.sequences[(size_t) seq].followed = false;
+    forget(self, seq);
+}
+
+// The one with the most tokens, so that the others have room; whether there are others.
+bool give_up_longest(plb_draft_model & self) {
+    const auto by_length = [&](llama_seq_id a, llama_seq_id b) {
+        return self.sequences[(size_t) a].known.size() < self.sequences[(size_t) b].known.size();
+    };
+    if (!self.drafting.empty()) {
+        give_up(self, *std::max_element(self.drafting.begin(), self.drafting.end(), by_length));
+    }
+    return self.drafting.size() > 1;
+}
+
+size_t n_alike(const std::vector<llama_token> & a, const std::vector<llama_token> & b) {
+    const size_t n = std::min(a.size(), b.size());
+    return (size_t) (std::mismatch(a.begin(), a.begin() + (ptrdiff_t) n, b.begin()).first - a.begin());
+}
+
+// Whether the rows behind its first n tokens would see all that they attend to: the cells of a window
+// that moves on are given to others.
+bool can_go_back(const plb_draft_model & self, llama_seq_id seq, size_t n) {
+    const llama_context * ctx = self.model->ctx;
+    const int32_t window = llama_model_n_swa(llama_get_model(ctx));
+    const auto first = (llama_pos) n - window;
+    return window == 0 || llama_memory_seq_pos_min(llama_get_memory(ctx), seq) <= std::max(first, 0);
+}
+
+// Of all that is held the longest beginning of its tokens, be it another sequence's: one that was moved
+// or preempted, one with the same prompt.
+void take_over(plb_draft_model & self, llama_seq_id seq) {
+    sequence & s = self.sequences[(size_t) seq];
+    size_t most = n_alike(s.held, s.known);
+    llama_seq_id from = seq;
+    for (llama_seq_id other = 0; other < (llama_seq_id) self.sequences.size(); ++other) {
+        const size_t n = n_alike(self.sequences[(size_t) other].held, s.known);
+        if (n > most && can_go_back(self, other, n)) {
+            most = n;
+            from = other;
+        }
+    }
+    if (from != seq) {
+        forget(self, seq);
+        llama_memory_seq_cp(llama_get_memory(self.model->ctx), from, seq, 0, (llama_pos) most);
+        s.held.assign(s.known.begin(), s.known.begin() + (ptrdiff_t) most);
+    }
+}
+
 // Where a sequence is now: the tokens that its slot has sampled since, and a memory that holds nothing
 // but the first of its tokens, the last one not among them.
 void follow(plb_draft_model & self, llama_seq_id seq) {
@@ -50,8 +105,9 @@ void follow(plb_draft_model & self, llama_seq_id seq) {
         ++n;
     }
     if (n < s.held.size()) {
-        if (!llama_memory_seq_rm(llama_get_memory(self.model->ctx), seq, (llama_pos) n, -1)) {
-            forget(self, seq); // a window or a state that can't go back
+        if (!can_go_back(self, seq, n) ||
+            !llama_memory_seq_rm(llama_get_memory(self.model->ctx), seq, (llama_pos) n, -1)) {
+            forget(self, seq);
             n = 0;
         }
         s.held.resize(n);
@@ -112,6 +168,12 @@ public:
         }
         plb_engine & model = *self_.model;
         const int32_t code = plb_step(&model, n_);
+        for (int32_t i = 0; code == NO_CELLS && i < n_; ++i) { // none was computed
+            const llama_seq_id seq = model.seq[(size_t) i];
+            std::vector<llama_token> & held = self_.sequences[(size_t) seq].held;
+            held.pop_back();
+            llama_memory_seq_rm(llama_get_memory(model.ctx), seq, (llama_pos) held.size(), -1);
+        }
         n_ = 0;
         if (code != PLB_OK) {
             return code;
@@ -136,20 +198,43 @@ private:
     int32_t n_ = 0;
 };
 
-// First what the model's memory lacks of each sequence, then a token of each after the other.
-int32_t draft(plb_draft_model & self) {
-    rows rows(self);
-    int32_t code = PLB_OK;
+// What the model's memory lacks of each sequence. Those that have fallen behind catch up by no more rows
+// than fit a batch, all together, so that no step waits long: they have no drafts until they are done.
+int32_t catch_up(plb_draft_model & self, rows & rows) {
+    const int64_t began = plb_now_ns();
+    auto n_left = (size_t) self.model->views.n_rows_max;
+    bool behind = false;
     for (const llama_seq_id seq : self.drafting) {
         sequence & s = self.sequences[(size_t) seq];
         renew(*self.model->slots[seq]);
-        while (code == PLB_OK && s.held.size() < s.known.size()) {
-            const size_t at = s.held.size();
-            code = rows.add(seq, s.known[at], at + 1 == s.known.size());
+        const size_t lacks = s.known.size() - s.held.size();
+        size_t n = lacks;
+        if (lacks > IN_STEP) {
+            behind = true;
+            n = std::min(lacks, n_left);
+            n_left -= n;
         }
-        s.n_agreed = s.known.size();
+        if (n < lacks) {
+            s.n_wanted = 0;
+        }
+        for (; n > 0; --n) {
+            const size_t at = s.held.size();
+            const int32_t code = rows.add(seq, s.known[at], at + 1 == s.known.size());
+            if (code != PLB_OK) {
+                return code;
+            }
+        }
+        s.n_agreed = s.held.size();
     }
-    code = code == PLB_OK ? rows.compute() : code;
+    const int32_t code = rows.compute();
+    self.catch_up_ns += behind ? plb_now_ns() - began : 0;
+    return code;
+}
+
+// Then a token of each after the other.
+int32_t draft(plb_draft_model & self) {
+    rows rows(self);
+    int32_t code = catch_up(self, rows);
     for (bool any = true; any && code == PLB_OK;) {
         any = false;
         for (const llama_seq_id seq : self.drafting) {
@@ -163,6 +248,58 @@ int32_t draft(plb_draft_model & self) {
     return code;
 }
 
+// Which of these slots have drafts, and where they are now.
+int32_t look(plb_draft_model & self, const llama_seq_id * slots, int32_t n_slots) {
+    self.drafting.clear();
+    for (int32_t i = 0; i < n_slots; ++i) {
+        const llama_seq_id seq = slots[i];
+        if (seq < 0 || seq >= (int32_t) self.sequences.size()) {
+            return PLB_E_SEQ;
+        }
+        self.given.n_given[seq] = 0;
+        sequence & s = self.sequences[(size_t) seq];
+        s.n_wanted = wanted_of(self, seq);
+        if (s.n_wanted > 0) {
+            self.drafting.push_back(seq);
+        }
+    }
+    std::sort(self.drafting.begin(), self.drafting.end());
+    for (const llama_seq_id seq : self.drafting) {
+        follow(self, seq);
+    }
+    return PLB_OK;
+}
+
+int32_t draft_for(plb_draft_model & self, const llama_seq_id * slots, int32_t n_slots) {
+    int32_t result = PLB_OK;
+    self.catch_up_ns = 0;
+    for (;;) {
+        int32_t code = look(self, slots, n_slots);
+        if (code != PLB_OK) {
+            return code;
+        }
+        code = draft(self);
+        if (code == PLB_OK) {
+            return result;
+        }
+        for (const llama_seq_id seq : self.drafting) {
+            self.given.n_given[seq] = 0;
+            if (code != NO_CELLS) {
+                give_up(self, seq); // what the memory holds of it is not known any more
+            }
+        }
+        if (code != NO_CELLS) {
+            return code;
+        }
+        if (!forget_others(self)) {
+            result = code;
+            if (!give_up_longest(self)) {
+                return result;
+            }
+        }
+    }
+}
+
 } // namespace
 
 int32_t plb_draft_model_new(plb_engine * model, plb_engine * target, plb_draft_model ** out) {
@@ -173,11 +310,16 @@ int32_t plb_draft_model_new(plb_engine * model, plb_engine * target, plb_draft_m
         return PLB_E_ARGUMENT;
     }
     *out = nullptr;
+    const llama_model * weights = llama_get_model(model->ctx);
+    if (llama_model_is_recurrent(weights) || llama_model_is_hybrid(weights)) {
+        return PLB_E_ROLLBACK;
+    }
     return guarded(model->error, [&] {
         auto self = std::make_unique<plb_draft_model>();
         self->model  = model;
         self->target = target;
         self->given  = target->drafts->views();
+        self->shares = llama_n_ctx_seq(model->ctx) == llama_n_ctx(model->ctx); // a pool of cells
         self->sequences.resize((size_t) target->views.n_seq_max);
         self->drafting.reserve((size_t) target->views.n_seq_max);
         plb_sampling greedy = plb_sampling_default();
@@ -194,7 +336,21 @@ int32_t plb_draft_model_new(plb_engine * model, plb_engine * target, plb_draft_m
 }
 
 void plb_draft_model_free(plb_draft_model * self) {
+    if (self != nullptr) {
+        plb_draft_model_attach(self, 0);
+    }
     delete self;
+}
+
+int32_t plb_draft_model_attach(plb_draft_model * self, int32_t attached) {
+    if (self == nullptr) {
+        return PLB_E_ARGUMENT;
+    }
+    drafts & drafts = *self->target->drafts;
+    if (attached != 0 || drafts.model() == self) {
+        drafts.attach(attached != 0 ? self : nullptr);
+    }
+    return PLB_OK;
 }
 
 int32_t plb_draft_model_begin(plb_draft_model * self, int32_t seq, const llama_token * tokens,
@@ -222,6 +378,9 @@ int32_t plb_draft_model_begin(plb_draft_model * self, int32_t seq, const llama_t
         s.n_seen   = slot->generated.size();
         s.n_agreed = 0;
         s.followed = true;
+        if (self->shares) {
+            take_over(*self, seq);
+        }
     });
 }
 
@@ -241,35 +400,8 @@ int32_t plb_draft_model_draft(plb_draft_model * self, const llama_seq_id * slots
         n_slots > (int32_t) self->sequences.size()) {
         return PLB_E_ARGUMENT;
     }
-    for (bool again = false;; again = true) {
-        self->drafting.clear();
-        for (int32_t i = 0; i < n_slots; ++i) {
-            const llama_seq_id seq = slots[i];
-            if (seq < 0 || seq >= (int32_t) self->sequences.size()) {
-                return PLB_E_SEQ;
-            }
-            self->given.n_given[seq] = 0;
-            sequence & s = self->sequences[(size_t) seq];
-            s.n_wanted = wanted_of(*self, seq);
-            if (s.n_wanted > 0) {
-                self->drafting.push_back(seq);
-            }
-        }
-        std::sort(self->drafting.begin(), self->drafting.end());
-        for (const llama_seq_id seq : self->drafting) {
-            follow(*self, seq);
-        }
-        const int32_t code = draft(*self);
-        if (code == PLB_OK) {
-            return PLB_OK;
-        }
-        // What the memory holds of these is not known any more.
-        for (const llama_seq_id seq : self->drafting) {
-            self->given.n_given[seq] = 0;
-            forget(*self, seq);
-        }
-        if (code != 1 || again || !forget_others(*self)) {
-            return code;
-        }
-    }
+    int32_t code = PLB_OK;
+    const int32_t threw =
+        guarded(self->model->error, [&] { code = draft_for(*self, slots, n_slots); });
+    return threw != PLB_OK ? threw : code;
 }

@@ -19,6 +19,8 @@ struct plb_draft_model {
     plb_engine * model;
     plb_engine * target;
     plb_drafts   given; // the target's
+    bool    shares      = false; // a sequence can take over the cells of another
+    int64_t catch_up_ns = 0;     // of the last call: for tokens that it should have had before
     std::vector<sequence> sequences; // [n_seq_max of the target]
     std::vector<llama_seq_id> drafting; // of this call, ascending
 };

@@ -1,5 +1,6 @@
 #include "step/drafts.hpp"
 
+#include "step/draft_model.hpp"
 #include "step/engine.hpp"
 
 #include <algorithm>
@@ -7,6 +8,10 @@
 namespace plb {
 
 namespace {
+
+// What is expected of a drafter that was never tried: so many of its tokens are right, one after the
+// other. And what a slot that begins is worth of it: a drafter that once did badly is tried again.
+constexpr float HOPE = 0.8f, FORGET = 1.0f / 32;
 
 bool keeps_a_state(const llama_model * model) {
     return llama_model_is_recurrent(model) || llama_model_is_hybrid(model);
@@ -29,6 +34,17 @@ drafts::drafts(const llama_context * ctx, int32_t n_max, int32_t drafter, int32_
     right_.resize(n_all);
     rows_.reserve(n);
     live_.reserve(n);
+    hope(1);
+    usual_.n = 4; // drafts that it weighs as much as
+}
+
+void drafts::hope(float weight) {
+    float right = 1;
+    for (int32_t i = 0; i < n_max_; ++i) {
+        right *= HOPE;
+        usual_.found[i] += weight * (1 - usual_.found[i]);
+        usual_.right[i] += weight * (right - usual_.right[i]);
+    }
 }
 
 void drafts::bind(const llama_context * ctx) {
@@ -44,6 +60,8 @@ plb_drafts drafts::views() {
 
 int32_t drafts::begin(const llama_seq_id * slots, int32_t n_slots, int32_t n_vocab, int32_t & bad) {
     wanted_ = false;
+    catch_up_ns_ = 0;
+    draft_code_  = 0;
     for (bad = 0; bad < n_slots; ++bad) {
         const auto seq = (size_t) slots[bad];
         const int32_t most = n_most_[seq], given = n_given_[seq];
@@ -60,20 +78,20 @@ int32_t drafts::begin(const llama_seq_id * slots, int32_t n_slots, int32_t n_voc
     return PLB_OK;
 }
 
-// The tokens that a slot's next step has drafted rows for, in token_; how many.
-int32_t drafts::draft(plb_engine & engine, llama_seq_id seq) const {
+// A slot and the drafted tokens of its next step, in token_.
+drafts::rows drafts::draft(const plb_engine & engine, llama_seq_id seq) {
     const plb_slot & slot = *engine.slots[seq];
     const int32_t positions = std::min(engine.views.n_pos_max, n_ctx_seq_) - 1 - slot.next_pos;
     const int32_t budget = slot.params.max_tokens - slot.n_generated - 1;
     const int32_t most = std::min({n_most_[(size_t) seq], budget, positions});
     if (most < 1 || slot.report) {
-        return 0;
+        return {seq, 0, 0, 0, 0, 0};
     }
-    if (n_given_[(size_t) seq] > 0) {
-        return std::min(n_given_[(size_t) seq], most);
-    }
-    auto * token = const_cast<llama_token *>(&token_[(size_t) seq * (size_t) n_max_]);
-    return slot.history.draft(most, token);
+    const int32_t n_given = n_given_[(size_t) seq];
+    llama_token * token = &token_[(size_t) seq * (size_t) n_max_];
+    const int32_t n = n_given > 0 ? std::min(n_given, most) : slot.history.draft(most, token);
+    const bool catches_up = n == 0 && model_ != nullptr;
+    return {seq, 0, 0, catches_up ? 0 : most, n, 0};
 }
 
 // Drafts are cut so that all rows fit one ubatch; how many rows a slot has at least.
@@ -109,7 +127,9 @@ int32_t drafts::cut(const plb_engine & engine, int32_t n_pad) {
         }
     }
     for (rows & r : rows_) {
-        r.n_drafted = std::min(r.n_drafted, std::max(n, 0));
+        if (r.n_drafted > std::max(n, 0)) {
+            r.n_asked = r.n_drafted = std::max(n, 0);
+        }
     }
     return even_ ? 1 + std::max(n, 0) : 1;
 }
@@ -119,10 +139,15 @@ int32_t drafts::write(plb_engine & engine, const llama_seq_id * slots, int32_t n
     if (!wanted_) {
         return 0;
     }
+    if (model_ != nullptr) {
+        const int32_t code = plb_draft_model_draft(model_, slots, n_slots);
+        draft_code_ = code != PLB_OK ? code : draft_code_;
+        catch_up_ns_ += model_->catch_up_ns;
+    }
     rows_.clear();
     int32_t n_drafted = 0;
     for (int32_t i = 0; i < n_slots; ++i) {
-        rows_.push_back({slots[i], 0, 0, draft(engine, slots[i]), 0});
+        rows_.push_back(draft(engine, slots[i]));
     }
     n_each_ = cut(engine, n_pad);
     int32_t row = 0;
@@ -138,6 +163,7 @@ int32_t drafts::write(plb_engine & engine, const llama_seq_id * slots, int32_t n
             engine.flags[row] = (uint8_t) (j == 0 ? PLB_ROW_SAMPLE : PLB_ROW_OUTPUT);
         }
         n_drafted += r.n_drafted;
+        n_given_[(size_t) r.seq] = 0;
     }
     if (n_drafted == 0) {
         n_each_ = 1;
@@ -190,8 +216,9 @@ int32_t drafts::sample(plb_engine & engine, int32_t first) {
         engine.info.n_drafted  += r.n_drafted;
         engine.info.n_accepted += r.n_taken - 1;
         plb_slot & slot = *engine.slots[r.seq];
-        if (!slot.history.has_room()) {
-            slot.record.note(r.n_drafted, r.n_taken - 1);
+        if (r.n_asked > 0 && !slot.history.has_room()) {
+            slot.record.note(r.n_asked, r.n_drafted, r.n_taken - 1);
+            usual_.note(r.n_asked, r.n_drafted, r.n_taken - 1);
         }
         if (r.n_taken < r.n) {
             const llama_pos end = engine.pos[r.first] + r.n_taken;
@@ -207,14 +234,23 @@ void drafts::took_one(const llama_seq_id * slots, int32_t n_slots) {
     }
 }
 
-void drafts::end(const plb_engine & engine, const llama_seq_id * slots, int32_t n_slots) {
+void drafts::end(const plb_engine & engine, const llama_seq_id * slots, int32_t n_slots,
+                 plb_run_info & run) {
     for (int32_t i = 0; i < n_slots; ++i) {
         const auto seq = (size_t) slots[i];
-        const draft_record & record = engine.slots[seq]->record;
+        plb_slot & slot = *engine.slots[seq];
+        if (!ngram() && slot.record.n == 0 && !slot.report) {
+            slot.record = usual_;
+            slot.record.n = 1;
+            hope(FORGET);
+        }
+        const draft_record & record = slot.record;
         std::copy_n(record.found, n_max_, found_.begin() + (ptrdiff_t) (seq * (size_t) n_max_));
         std::copy_n(record.right, n_max_, right_.begin() + (ptrdiff_t) (seq * (size_t) n_max_));
         n_given_[seq] = 0;
     }
+    run.catch_up_ns = catch_up_ns_;
+    run.draft_code  = draft_code_;
     wanted_ = false;
     n_each_ = 1;
 }

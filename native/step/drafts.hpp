@@ -3,6 +3,8 @@
 
 #include "plb.h"
 
+#include "step/ngram.hpp"
+
 #include <cstdint>
 #include <vector>
 
@@ -17,6 +19,10 @@ public:
     plb_drafts views();
     bool ngram() const { return drafter_ == PLB_DRAFTER_NGRAM; }
 
+    // What is asked for drafts before each step; nullptr: nothing.
+    void attach(plb_draft_model * model) { model_ = model; }
+    const plb_draft_model * model() const { return model_; }
+
     // A run of these slots begins: PLB_OK, or PLB_E_DRAFT and the slot that it speaks of.
     int32_t begin(const llama_seq_id * slots, int32_t n_slots, int32_t n_vocab, int32_t & bad);
     // Whether it may have drafted rows in any step.
@@ -30,22 +36,29 @@ public:
     int32_t sample(plb_engine & engine, int32_t first);
     // A step without drafts was computed.
     void took_one(const llama_seq_id * slots, int32_t n_slots);
-    // The run has ended.
-    void end(const plb_engine & engine, const llama_seq_id * slots, int32_t n_slots);
+    // The run has ended; what it tells of its drafts.
+    void end(const plb_engine & engine, const llama_seq_id * slots, int32_t n_slots,
+             plb_run_info & run);
 
 private:
     struct rows {
         llama_seq_id seq;
         int32_t first;     // row
         int32_t n;         // rows, those that only fill up included
+        int32_t n_asked;   // tokens that were to be drafted
         int32_t n_drafted;
         int32_t n_taken;   // tokens sampled
     };
 
-    int32_t draft(plb_engine & engine, llama_seq_id seq) const;
+    rows draft(const plb_engine & engine, llama_seq_id seq);
     int32_t cut(const plb_engine & engine, int32_t n_pad);
+    void hope(float weight);
 
     int32_t n_max_, drafter_;
+    plb_draft_model * model_ = nullptr;
+    int64_t catch_up_ns_ = 0; // of the run
+    int32_t draft_code_  = 0;
+    draft_record usual_;      // of all slots
     bool    even_      = false; // all sequences of a step have the same number of rows
     int32_t n_ubatch_  = 0;
     int32_t n_ctx_seq_ = 0;

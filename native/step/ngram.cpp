@@ -21,11 +21,20 @@ uint32_t hash_of(const llama_token * last) { // of LEAST tokens, `last` the last
 
 } // namespace
 
-void draft_record::note(int32_t n_found, int32_t n_right) {
+void draft_record::note(int32_t n_asked, int32_t n_found, int32_t n_right) {
     const float weight = std::max(1.0f / (float) (++n + 1), SLOWEST); // it begins with one of nothing
+    float share_found = 1, share_right = 1;
     for (int32_t i = 0; i < PLB_DRAFT_LIMIT; ++i) {
+        if (i >= n_asked) {
+            found[i] *= share_found;
+            right[i] *= share_right;
+            continue;
+        }
+        const float found_before = found[i], right_before = right[i];
         found[i] += weight * ((float) (i < n_found) - found[i]);
         right[i] += weight * ((float) (i < n_right) - right[i]);
+        share_found = found_before > 0 ? found[i] / found_before : 1;
+        share_right = right_before > 0 ? right[i] / right_before : 1;
     }
 }
 
@@ -65,7 +74,7 @@ void ngram::add(llama_token token, draft_record & record) {
             return;
         }
     }
-    record.note(n_watched_, n_right_);
+    record.note(PLB_DRAFT_LIMIT, n_watched_, n_right_);
     n_right_   = 0;
     n_watched_ = draft(PLB_DRAFT_LIMIT, watched_);
 }

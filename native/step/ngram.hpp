@@ -19,7 +19,9 @@ struct draft_record {
     float   right[PLB_DRAFT_LIMIT] = {}; // share of which more than i were right
     int32_t n = 0;
 
-    void note(int32_t n_found, int32_t n_right);
+    // Of n_asked tokens n_found were drafted, and n_right of these were right. What is behind n_asked
+    // keeps its share of what is before.
+    void note(int32_t n_asked, int32_t n_found, int32_t n_right);
 };
 
 class ngram {

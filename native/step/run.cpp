@@ -185,7 +185,7 @@ int32_t plb_run(plb_engine * engine, int32_t n_before, const llama_seq_id * slot
         out->code = run_steps(*engine, slots, n_slots, n_before, n_pad, n_steps, *out);
         out->ns  += plb_now_ns();
         if (engine->drafts) {
-            engine->drafts->end(*engine, slots, n_slots);
+            engine->drafts->end(*engine, slots, n_slots, *out);
         }
         out->n_reused += engine->info.n_reused;
     }

@@ -93,9 +93,10 @@ _SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         "help": "one pool of cells for all sequences, or an equal share for each: then a row "
                 "attends to fewer cells (what is faster here, and fits)"}),
     "speculate": (("--speculate",), {
-        "choices": ("ngram", "off"),
-        "help": "check several tokens in a step: what followed the same ones earlier in a "
-                "request's text, where that pays; answers stay the same"}),
+        "metavar": "DRAFTER",
+        "help": "check several tokens of a sequence in a step where that pays; answers stay the "
+                "same. ngram: what followed the same ones earlier in its text; draft:FILE: what a "
+                "smaller model drafts (draft: the embedded model's); your own, FILE.py:NAME; off"}),
     "prefix_cache": (("--prefix-cache",), {
         "action": argparse.BooleanOptionalAction,
         "help": "reuse the cells of prompts that start alike (the default)"}),

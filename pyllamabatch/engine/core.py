@@ -72,7 +72,7 @@ class EngineCore:
         self.n_reused = 0  # graphs
         self.commands = CommandQueue(stepper.interrupt, options.max_waiting)
         self.output_processor = OutputProcessor(device.stepper, scheduler.n_slots, self, self.trace)
-        self.table = SlotTable(scheduler, stepper, self.trace)
+        self.table = SlotTable(scheduler, stepper, self.trace, device.feed)
         self.kv = KvExecutor(scheduler, self.table, device, options.space)
         self.recovery = Recovery(
             scheduler, self.table, device.memory, device.states.renew, options.max_restarts
@@ -290,6 +290,7 @@ class EngineCore:
                 most[:] = 0
                 for slot, n in step.drafts.items():
                     most[slot] = n
+                self._device.feed.fill(step, self.table.in_slot)
         if self.output_processor.has_events:
             stepper.flush()
         if loras.names:
@@ -314,7 +315,7 @@ class EngineCore:
         """How many times the step may be computed: not beyond a deadline, and once where a command
         has come."""
         deadline = self.scheduler.deadlines.next
-        if step.repeat > 1 and self.commands:
+        if step.repeat > 1 and (self.commands or (step.drafts and self._device.feed.each_step)):
             return 1
         if deadline is None or step.repeat == 1:
             return step.repeat
@@ -356,7 +357,7 @@ class EngineCore:
             run.n_accepted,
             drafts.found,
             drafts.right,
-            run.seconds,
+            self._device.feed.seconds(run),
         )
 
     def _failed(self, step: Step, error: Exception) -> None:

@@ -27,6 +27,8 @@ from ..step.trace import StepTrace, Trace, trace_dtype
 from . import on_machine, relays
 from .chat import Chat
 from .core import CoreOptions, EngineCore
+from .draft_feeds import feed_of
+from .drafters import AnyDrafter, Ngram
 from .embedder import Embedders, Ranked
 from .embedding_core import Vectors
 from .input_processor import InputProcessor, Prompt
@@ -93,10 +95,12 @@ class Engine:
       profile is there (`pyllamabatch.machine`): it computes nothing, and takes the time that the
       profile says, on one GPU for all engines on that machine. Answers say that no model wrote
       them. Of `model` only the vocabulary is used; by default the embedded one's.
-    - speculate: "ngram" lets a step check tokens that followed the same ones earlier in a request's
-      text, where by its record and by the cost model that gives more tokens a second: answers are
-      the same, and those that repeat their prompt come sooner. Not for models with a recurrent
-      state. None: never.
+    - speculate: lets a step check several tokens of a sequence, where by what they were worth so
+      far and by the cost model that gives more tokens a second; answers are the same. "ngram": what
+      followed the same tokens earlier in a request's text. "draft:FILE" or a `Model`: what a
+      smaller model with the same vocabulary drafts; "draft": the one that ships with the embedded
+      model. Or a drafter of your own (`pyllamabatch.engine.drafters`). Not for models with a
+      recurrent state. None: never.
     - context_params: any other parameter of `Context`.
 
     A request that fails ends alone. Raises UnsupportedOperation for models with an encoder and for
@@ -129,7 +133,7 @@ class Engine:
         loras: Mapping[str, LoraAdapter] | None = None,
         batch_invariant: BatchInvariant = False,
         machine: PathLike | None = None,
-        speculate: Literal["ngram"] | None = None,
+        speculate: AnyDrafter | Model | str | None = None,
         **context_params: Any,
     ) -> None:
         options = EngineOptions(
@@ -169,9 +173,11 @@ class Engine:
             stepper: Any = context.stepper(
                 options.n_logprobs_max,
                 options.device_sampling,
-                options.speculate,
+                "ngram" if isinstance(options.drafter, Ngram) else None,
                 n_draft_max(options),
             )
+            cells = max(layout.n_ctx, layout.pool)
+            feed = feed_of(options.drafter, stepper, cells, context.params)
             adapters = Loras(model, options.loras, context.set_loras)
         except BaseException:
             context.close()
@@ -181,6 +187,7 @@ class Engine:
             scheduler.set_cost(make_cost(context, options))
 
         def close() -> None:
+            feed.close()
             stepper.close()
             context.close()
             adapters.close()
@@ -198,7 +205,14 @@ class Engine:
         self._core = EngineCore(
             scheduler,
             Device(
-                stepper, context.memory, context, adapters, close, renewed, context.asynchronous
+                stepper,
+                context.memory,
+                context,
+                adapters,
+                close,
+                renewed,
+                context.asynchronous,
+                feed,
             ),
             CoreOptions(
                 StepTrace(options.n_trace, context.n_seq_max) if options.n_trace else None,

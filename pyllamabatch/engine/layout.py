@@ -217,7 +217,7 @@ def make_context(
     if options.speculate is not None and copies_whole_only(model):
         context.close()
         raise UnsupportedOperation(
-            f"speculate={options.speculate!r}: {model.architecture} keeps a recurrent state, from "
-            "which tokens that were drafted in vain can't be taken back"
+            f"speculate={str(options.drafter)!r}: {model.architecture} keeps a recurrent state, "
+            "from which tokens that were drafted in vain can't be taken back"
         )
     return context, layout

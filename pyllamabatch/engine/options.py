@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Literal, TypedDict
 
@@ -12,9 +12,11 @@ from ..errors import ArgumentError, choice, integer, number, unknown_keyword
 from ..kv import Preemption
 from ..llama.host import PathLike
 from ..llama.lora import LoraAdapter, LoraSet
+from ..llama.model import Model
 from ..scheduler import Gather, Policy, make_policy
 from ..scheduler.policy import check_policy
 from ..step.sampling_params import SamplingParams
+from .drafters import AnyDrafter, drafter_of
 
 LONGEST_SECONDS = 10 * 365 * 86400.0
 """A deadline further away than this is a time of another clock."""
@@ -59,7 +61,6 @@ class RequestOptions:
 
 DEFAULTS = RequestOptions()
 BatchInvariant = bool | Literal["nearly"]
-SPECULATE = ("ngram",)  # what an engine may draft from
 
 
 def check_options(options: Options) -> dict[str, Any]:
@@ -106,8 +107,9 @@ class EngineOptions:
     swap_folder: PathLike | None
     max_restarts: int
     loras: Mapping[str, LoraAdapter]
-    speculate: str | None = None
+    speculate: AnyDrafter | Model | str | None = None
     batch_invariant: BatchInvariant = False
+    drafter: AnyDrafter | None = field(init=False, default=None)  # what `speculate` is
 
     def __post_init__(self) -> None:
         self.n_seq_max = integer("n_seq_max", self.n_seq_max, 1, 256)
@@ -118,11 +120,10 @@ class EngineOptions:
         if not isinstance(self.batch_invariant, bool) and self.batch_invariant != "nearly":
             raise ArgumentError("batch_invariant", self.batch_invariant, 'True, False or "nearly"')
         choice("preemption", self.preemption, ("auto", "recompute", "swap"))
-        if self.speculate is not None:
-            choice("speculate", self.speculate, SPECULATE)
-            if self.batch_invariant:
-                why = "None with batch_invariant: rows that check a draft are several of a sequence"
-                raise ArgumentError("speculate", self.speculate, why)
+        if self.speculate is not None and self.batch_invariant:
+            why = "None with batch_invariant: rows that check a draft are several of a sequence"
+            raise ArgumentError("speculate", self.speculate, why)
+        self.drafter = drafter_of(self.speculate)
         if self.max_waiting is not None:
             self.max_waiting = integer("max_waiting", self.max_waiting, 1, 2**31)
 

@@ -7,7 +7,7 @@ context with its memory, and `Loras`; tests and benchmarks bring one in plain Py
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..cost.model import CostModel
@@ -18,6 +18,7 @@ from ..llama.model import Model
 from ..scheduler import Invariance
 from ..step.ring_reader import Page
 from ..step.types import Run
+from .draft_feeds import Feed
 
 
 class StepRunner(Protocol):
@@ -132,7 +133,7 @@ class Adapters(Protocol):
 class Device:
     """`stepper` is a `StepRunner` and a `RingReader`. `close` frees all of it. `renewed`: is told
     when streams have become a pool. `asynchronous`: a call that samples nothing returns before its
-    rows are computed."""
+    rows are computed. `feed`: where drafts come from."""
 
     stepper: Any
     memory: KvMemory
@@ -141,3 +142,4 @@ class Device:
     close: Callable[[], None]
     renewed: Callable[[], None] = lambda: None
     asynchronous: bool = False
+    feed: Feed = field(default_factory=Feed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..llama.lora import LoraSet
 from ..scheduler import Scheduler
 from ..step.trace import StepTrace
+from .draft_feeds import Feed
 from .protocols import StepRunner
 from .request import Request
 
@@ -13,7 +14,11 @@ class SlotTable:
     """The core thread's. Every method is called with the core's `state` held, between two steps."""
 
     def __init__(
-        self, scheduler: Scheduler, stepper: StepRunner, trace: StepTrace | None = None
+        self,
+        scheduler: Scheduler,
+        stepper: StepRunner,
+        trace: StepTrace | None = None,
+        feed: Feed | None = None,
     ) -> None:
         self.at: list[Request | None] = [None] * scheduler.n_slots  # by slot
         self.requests: dict[int, Request] = {}  # by id, from `add` to `end`
@@ -21,6 +26,7 @@ class SlotTable:
         self.scheduler = scheduler
         self.stepper = stepper
         self._trace = trace
+        self._feed = feed or Feed()
 
     def add(self, request: Request, *, saved: int = 0) -> None:
         """It waits for a slot. `saved`: tokens that its `state` holds."""
@@ -49,6 +55,7 @@ class SlotTable:
         request.slot = slot
         report = request.budget is None
         self.stepper.put_slot(slot, request.sampler, request.next_row, report=report)
+        self._feed.begin(slot, request)
         request.sink.placed()
         if self._trace is not None:
             self._trace.ids[slot] = id
@@ -68,6 +75,7 @@ class SlotTable:
         if request.slot >= 0:
             self.stepper.clear_slot(request.slot)
             self._free(request)
+        self._feed.ended(request.id)
 
     def in_slot(self, slot: int) -> Request:
         request = self.at[slot]
@@ -81,4 +89,5 @@ class SlotTable:
     def _free(self, request: Request) -> None:
         slot, request.slot = request.slot, -1
         self.at[slot] = None
+        self._feed.leave(slot)
         request.sink.left(slot)

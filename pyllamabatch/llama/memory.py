@@ -80,6 +80,7 @@ class Memory:
         self._stale: set[int] = set()  # shifted or copied; applied by the next decode
         self._copying: set[int] = set()  # streams that a copy reads or writes by then
         self._snapshots: dict[int, int] = {}  # see decoded()
+        self._rolled_back: set[int] = set()  # states that the next decode of each makes whole
 
     @property
     def ptr(self) -> Any:
@@ -126,6 +127,9 @@ class Memory:
                 self._snapshots.pop(seq, None)
                 if part == _WHOLE:
                     self._stale.discard(seq)
+                    self._rolled_back.discard(seq)
+                elif not self._can.partial_removal:
+                    self._rolled_back.add(seq)
 
     def seq_cp(self, src: int, dst: int, p0: int = -1, p1: int = -1) -> None:
         """Copy [p0, p1) of `src` to `dst`. With shared cells this costs no memory.
@@ -152,6 +156,10 @@ class Memory:
                 held = f"{self.pos_min(dst)}..{self.pos_max(dst)}"
                 limit = f"it holds {held}: remove that first with seq_rm({dst})"
                 raise ArgumentError("dst", dst, limit)
+            if src in self._rolled_back:  # libllama would copy the state before
+                raise UnsupportedOperation(
+                    f"sequence {src} was rolled back: it can be copied after its next decode"
+                )
             lib.llama_memory_seq_cp(self.ptr, src, dst, *part)
             if src in self._stale or not (can.unified or can.recurrent):
                 self._stale.add(dst)
@@ -221,6 +229,13 @@ class Memory:
         if self._can.max_rollback:
             seqs, rows = np.unique(seq_ids, return_counts=True)
             self._snapshots.update(zip(seqs.tolist(), (rows - 1).tolist(), strict=True))
+            self._rolled_back.difference_update(seqs.tolist())
+
+    def rolled_back(self, seq_ids: npt.NDArray[np.int32]) -> None:
+        """Rows of these sequences may have been taken back behind the last decode, as `seq_rm` does
+        it: they can't be copied before their next one. Call it after a raw removal."""
+        if self._can.max_rollback:
+            self._rolled_back.update(seq_ids.tolist())
 
     def renewed(self, capabilities: Capabilities) -> None:
         """The context was made again, and its memory is empty."""
@@ -228,11 +243,13 @@ class Memory:
         self._stale.clear()
         self._copying.clear()
         self._snapshots.clear()
+        self._rolled_back.clear()
 
     def restored(self, seq_id: int) -> None:
         """A saved state took the place of a sequence."""
         self._stale.discard(seq_id)
         self._snapshots.pop(seq_id, None)
+        self._rolled_back.discard(seq_id)
 
     # -- the rules --
 

@@ -5,6 +5,9 @@ draft.begin(0, tokens)          # sequence 0 has a slot, and knows these tokens
 stepper.drafts.n_most[0] = 4
 draft.draft([0])                # fills in stepper.drafts.token and n_given
 stepper.run([0], 1)             # checks them
+
+draft.attach()                  # or the stepper does it before each of its steps
+stepper.run([0], 32)
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import numpy.typing as npt
 from pyllamabatch.errors import ArgumentError, UnsupportedOperation, decode_error
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.handle import owned
+from pyllamabatch.llama.memory import copies_whole_only
 from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.runtime import text
 from pyllamabatch.llama.vocab import TokenArray, Vocab, pieces_of
@@ -35,12 +39,20 @@ class DraftModel:
       the caller's. target: has `n_draft_max`. Both belong to one thread, and the target is closed
       after this.
     - n_ctx: cells for all sequences together. params: of the `Context` that it is given.
+
+    UnsupportedOperation for a model with a recurrent state, which can't take tokens back.
     """
 
     def __init__(self, model: Model, target: Stepper, *, n_ctx: int, **params: Any) -> None:
         if target.drafts is None:
             raise ArgumentError("target", target, "must be a stepper with n_draft_max of 1 or more")
-        check_same_vocabulary(model.vocab, target._open()[1].model.vocab)
+        check_same_vocabulary(model.vocab, target.model.vocab)
+        if copies_whole_only(model):
+            raise UnsupportedOperation(
+                f"{model.architecture} can't draft: it keeps a recurrent state, from which tokens "
+                "that were not right can't be taken back"
+            )
+        params = {"n_outputs_max": target.n_seq_max, "swa_full": True, **params}
         self._context = Context(
             model, n_ctx=n_ctx, n_seq_max=target.n_seq_max, kv_unified=True, **params
         )
@@ -56,7 +68,9 @@ class DraftModel:
         except BaseException:
             self._context.close()
             raise
-        self._native = owned(out[0], self._stepper, target, free=lib.plb_draft_model_free)
+        self._native = owned(
+            out[0], self._stepper._engine, target._engine, free=lib.plb_draft_model_free
+        )
         self._exclusive = self._context.exclusive()
 
     def begin(self, slot: int, tokens: TokenArray) -> None:
@@ -75,8 +89,9 @@ class DraftModel:
 
     def draft(self, slots: Slots) -> None:
         """Drafts for the target's next run of these slots, as many tokens of each as
-        `Drafts.n_most` says. Raises what a decode raises: then there are none, and the sequences
-        can be drafted for again."""
+        `Drafts.n_most` says. A sequence of which it lacks much catches up first, which may take
+        several calls. Raises what a decode raises: KvCacheFull when sequences were given up for
+        want of cells; for any other reason none of these has drafts until it begins again."""
         seqs = np.ascontiguousarray(slots, np.int32)
         with self._exclusive:
             code = lib.plb_draft_model_draft(
@@ -86,6 +101,11 @@ class DraftModel:
             raise ArgumentError("slots", slots, text(lib.plb_code_text(code)))
         if code:
             raise decode_error(code)
+
+    def attach(self) -> None:
+        """From now on the target's runs ask it before each step, without a word of Python. What
+        `draft` would raise is `plb_run_info.draft_code` then."""
+        lib.plb_draft_model_attach(self._native, 1)
 
     def close(self) -> None:
         """Free its memory. Twice is fine."""

@@ -153,6 +153,8 @@ class StreamStepper(Stepper):
             info.n_drafted,
             info.n_accepted,
             taken,
+            info.catch_up_ns * 1e-9,
+            info.draft_code,
         )
 
     @property

@@ -36,6 +36,7 @@ from pyllamabatch.errors import (
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.handle import owned, view
 from pyllamabatch.llama.host import MAX_THREADS, usable_cores
+from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.runtime import text
 from pyllamabatch.llama.vocab import TokenArray
 from pyllamabatch.raw import ffi, lib
@@ -185,6 +186,11 @@ class Stepper:
         self._run: Any = ffi.new("plb_run_info *")
         self._finished: Any = views.finished
 
+    @property
+    def model(self) -> Model:
+        """Of its context."""
+        return self._open()[1].model
+
     def step(self, n_rows: int) -> Results:
         """Decode rows 0 to n_rows - 1 and sample those that ask for it. Returns `result`.
 
@@ -252,8 +258,12 @@ class Stepper:
             memory = context.memory
             if memory._stale:
                 memory.applied()
-            if self._rollback:  # a draft may have used up what a state can go back
-                memory.decoded(self.rows.seq[:n_rows] if self.drafts is None else slots)
+            if self._rollback:
+                drafted = len(slots) > 0 and self._run.n_rows > n_steps * n_rows
+                # a draft may have used up what a state can go back
+                memory.decoded(slots if drafted else self.rows.seq[:n_rows])
+                if drafted:
+                    memory.rolled_back(slots)
         if code == _THREW and not n_steps:
             raise FatalDecodeError(code, self.last_error)
 

@@ -167,6 +167,10 @@ class Run(NamedTuple):
     n_drafted: int = 0
     n_accepted: int = 0
     taken: I32 | None = None
+    # Of a draft model: seconds of these for what it lacked of sequences that are new to it, and the
+    # last code of its calls that was not 0.
+    catch_up_seconds: float = 0.0
+    draft_code: int = 0
 
 
 @dataclass(frozen=True)

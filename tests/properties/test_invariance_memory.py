@@ -227,6 +227,22 @@ def test_a_state_rolls_back_within_its_last_decode(n_last: int, n_back: int) -> 
         assert_same(got, solo(oracle, whole, N_TOKENS), tolerance("lfm2"))
 
 
+def test_a_state_that_was_rolled_back_is_copied_after_its_next_decode() -> None:
+    """libllama would copy the state from before."""
+    with raw_model(gguf_path("lfm2")) as oracle:
+        sequences = Sequences(loaded("lfm2"), n_seq_max=2, n_rs_seq=4)
+        with sequences.context:
+            sequences.feed(PROMPT)
+            sequences.memory.seq_rm(0, len(PROMPT) - 2)
+            with pytest.raises(UnsupportedOperation, match="after its next decode"):
+                sequences.memory.seq_cp(0, 1)
+            whole = [*PROMPT[:-2], *OTHER[1:3]]
+            logits = sequences.feed(OTHER[1:3], pos=len(whole) - 2)
+            sequences.memory.seq_cp(0, 1)
+            got = sequences.greedy(logits, pos=len(whole), seq=1)
+        assert_same(got, solo(oracle, whole, N_TOKENS), tolerance("lfm2"))
+
+
 @pytest.mark.parametrize("name", ["mamba", "jamba"])
 def test_mamba_has_no_snapshots_in_this_llama_cpp(name: str) -> None:
     with raw_model(gguf_path(name)) as oracle:

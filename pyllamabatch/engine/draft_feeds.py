@@ -1,0 +1,189 @@
+"""Feeds: how drafts come to the steps of an engine, from the drafter that it was given."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+from ..errors import ArgumentError
+from ..llama.model import Model
+from ..models import default_draft_path
+from ..planner.residency import fitting_n_ctx
+from ..scheduler import Step
+from ..step.draft_model import DraftModel, check_same_vocabulary
+from ..step.types import Drafts, Run
+from .drafters import AnyDrafter, Draft, Drafter, Ngram, Wanted
+from .request import Request
+
+log = logging.getLogger(__name__)
+
+BATCH = 512  # rows of a call of a draft model: what it catches up with in a step at most
+
+
+class Feed:
+    """What the core tells of its sequences, between two native calls. This one needs nothing of
+    that: there are no drafts, or the native step finds them itself."""
+
+    each_step = False  # whether `fill` has to be called before each step with drafts
+
+    def begin(self, slot: int, request: Request) -> None:
+        """A request has this slot, and its sampler is there."""
+
+    def leave(self, slot: int) -> None:
+        """It has it no more."""
+
+    def ended(self, id: int) -> None:
+        """A request is over."""
+
+    def fill(self, step: Step, request_in: Callable[[int], Request]) -> None:
+        """Before a call, whose `Drafts.n_most` is there."""
+
+    def seconds(self, run: Run) -> float:
+        """After a call: what it took, as often as there are such steps."""
+        return run.seconds
+
+    def close(self) -> None:
+        """Before the stepper is closed."""
+
+
+class ModelFeed(Feed):
+    """Of a draft model that the native step asks by itself. `own`: is closed with it."""
+
+    def __init__(self, draft: DraftModel, own: Model | None = None) -> None:
+        self._draft = draft
+        self._own = own
+        draft.attach()
+
+    def begin(self, slot: int, request: Request) -> None:
+        if request.budget is not None:
+            self._draft.begin(slot, request.tokens)
+
+    def leave(self, slot: int) -> None:
+        self._draft.end(slot)
+
+    def seconds(self, run: Run) -> float:
+        if run.draft_code:
+            why = "has no cells for all" if run.draft_code == 1 else f"failed: {run.draft_code}"
+            log.warning("the draft model %s; some sequences go on without drafts", why)
+        return run.seconds - run.catch_up_seconds
+
+    def close(self) -> None:
+        self._draft.close()
+        if self._own is not None:
+            self._own.close()
+
+
+class PythonFeed(Feed):
+    """Of a drafter in Python."""
+
+    each_step = True
+
+    def __init__(self, drafter: Drafter, drafts: Drafts, n_vocab: int) -> None:
+        self._drafter: Drafter | None = drafter
+        self._ended: Callable[[int], object] | None = getattr(drafter, "ended", None)
+        self._drafts = drafts
+        self._n_vocab = n_vocab
+        self._seconds = 0.0  # of the last `fill`
+
+    def ended(self, id: int) -> None:
+        if self._ended is not None and self._drafter is not None:
+            try:
+                self._ended(id)
+            except Exception:
+                self._give_up()
+
+    def fill(self, step: Step, request_in: Callable[[int], Request]) -> None:
+        self._seconds = 0.0
+        if self._drafter is None or not step.drafts:
+            return
+        began = perf_counter()
+        slots = [slot for slot in step.decode.tolist() if slot in step.drafts]
+        wanted = [_wanted(request_in(slot), step.drafts[slot]) for slot in slots]
+        try:
+            drafted = self._checked(wanted, self._drafter.draft(wanted))
+        except Exception:
+            self._give_up()
+            return
+        for slot, tokens in zip(slots, drafted, strict=True):
+            self._drafts.n_given[slot] = len(tokens)
+            self._drafts.token[slot, : len(tokens)] = tokens
+        self._seconds = perf_counter() - began
+
+    def _checked(
+        self, wanted: Sequence[Wanted], given: Sequence[Sequence[int]]
+    ) -> list[Sequence[int]]:
+        if len(given) != len(wanted):
+            raise ArgumentError("drafts", f"{len(given)} of them", f"must be {len(wanted)}")
+        for one, tokens in zip(wanted, given, strict=True):
+            if len(tokens) > one.n:
+                raise ArgumentError("drafts", f"{len(tokens)} tokens", f"at most n={one.n}")
+            if any(not 0 <= token < self._n_vocab for token in tokens):
+                limit = f"tokens in 0..{self._n_vocab - 1}"
+                raise ArgumentError("drafts", [int(token) for token in tokens], limit)
+        return list(given)
+
+    def _give_up(self) -> None:
+        log.exception("the drafter %r is not asked any more", self._drafter)
+        self._drafter = None
+
+    def seconds(self, run: Run) -> float:
+        return run.seconds + self._seconds
+
+
+def _wanted(request: Request, n: int) -> Wanted:
+    tokens = request.known().view()
+    tokens.flags.writeable = False
+    return Wanted(request.id, tokens, request.n_given, n)
+
+
+def feed_of(drafter: AnyDrafter | None, stepper: Any, n_cells: int, params: Any) -> Feed:
+    """For the drafter of an engine. n_cells: of all its sequences. params: of its context. Raises
+    what loading a model and making a context raise, and ArgumentError for another vocabulary."""
+    if drafter is None or isinstance(drafter, Ngram):
+        return Feed()
+    if isinstance(drafter, Draft):
+        return _model_feed(drafter, stepper, n_cells, params)
+    return PythonFeed(drafter, stepper.drafts, stepper.n_vocab)
+
+
+def _check_vocabulary(drafter: Draft, model: Model, target: Model) -> None:
+    try:
+        check_same_vocabulary(model.vocab, target.vocab)
+    except ArgumentError as error:
+        if drafter.model:
+            raise
+        limit = f"drafts for the embedded model, this one takes draft:FILE ({error})"
+        raise ArgumentError("speculate", "draft", limit) from None
+
+
+def _model_feed(drafter: Draft, stepper: Any, n_cells: int, params: Any) -> Feed:
+    target: Model = stepper.model
+    own: Model | None = None
+    if isinstance(drafter.model, Model):
+        model = drafter.model
+    else:
+        path = drafter.model or default_draft_path()
+        model = own = Model(path, n_gpu_layers=target._load["n_gpu_layers"])
+    try:
+        _check_vocabulary(drafter, model, target)
+        n_seq_max = stepper.n_seq_max
+        rows = max(BATCH, n_seq_max)
+        n_ahead = n_seq_max * stepper.drafts.token.shape[1]
+        cells = drafter.n_ctx or -(-(n_cells + n_ahead) // 256) * 256
+        given = {
+            "n_batch": rows,
+            "n_ubatch": rows,
+            "n_outputs_max": n_seq_max,
+            "swa_full": True,
+            **{name: params[name] for name in ("n_threads", "n_threads_batch")},
+        }
+        cells = fitting_n_ctx(
+            model, cells, shrink=not drafter.n_ctx, n_seq_max=n_seq_max, kv_unified=True, **given
+        )
+        return ModelFeed(DraftModel(model, stepper, n_ctx=cells, **given), own)
+    except BaseException:
+        if own is not None:
+            own.close()
+        raise

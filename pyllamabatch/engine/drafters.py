@@ -1,0 +1,140 @@
+"""Drafters: what may come next in a text, for a step that checks several tokens of a sequence.
+
+`Engine(speculate=...)` takes a drafter or its name. Two of them are native, and cost no Python in a
+step: `Ngram` and `Draft`. One of your own is an object with a method `draft`, see `Drafter`:
+
+    class Again:
+        "What followed the last token where it was there before."
+
+        def draft(self, wanted):
+            return [self.after(one.tokens.tolist())[: one.n] for one in wanted]
+
+        def after(self, tokens):
+            before = [i for i, token in enumerate(tokens[:-1]) if token == tokens[-1]]
+            return tokens[before[-1] + 1 :] if before else []
+
+    engine = Engine(model, speculate=Again())
+
+Whatever a drafter says, answers are the same as without: a drafted token stays where it is the one
+that is sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from ..errors import ArgumentError, UnsupportedOperation
+from ..llama.host import PathLike
+from ..llama.model import Model
+from ..llama.vocab import TokenArray
+from ..scheduler.registry import Registry
+
+GROUP = "pyllamabatch.drafters"
+
+
+class Wanted(NamedTuple):
+    """A sequence that may have drafts in the next step.
+
+    - id: of its request, the same from its first step to its last one.
+    - tokens: all that it knows, of which the first `n_prompt` were given: int32, read-only.
+    - n: drafted tokens at most.
+    """
+
+    id: int
+    tokens: TokenArray
+    n_prompt: int
+    n: int
+
+
+class Drafter(Protocol):
+    """One of your own. The engine's thread calls it between two steps, and the step waits for it:
+    its time counts in the decision whether drafts pay. What it raises is logged, and it is not
+    asked again.
+
+    With a method `ended(id)` it hears that a request is over.
+    """
+
+    def draft(self, wanted: Sequence[Wanted]) -> Sequence[Sequence[int]]:
+        """For each of these, in their order, up to `n` tokens that may come next; none: []."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ngram:
+    """Native: what followed the same tokens earlier in the sequence's own text. It costs next to
+    nothing, and is often right where an answer repeats its prompt."""
+
+    def __str__(self) -> str:
+        return "ngram"
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Native: a second, smaller model with the same vocabulary drafts for all sequences in the same
+    calls; its memory follows what the steps keep.
+
+    - model: a GGUF file, which is loaded beside the engine's model, or a `Model`, which stays the
+      caller's. "": the draft that ships with the embedded model.
+    - n_ctx: its KV cells; 0: as many as the engine has.
+    """
+
+    model: Model | PathLike = ""
+    n_ctx: int = 0
+
+    def __str__(self) -> str:
+        return f"draft:{self.model}" if self.model else "draft"
+
+
+AnyDrafter = Ngram | Draft | Drafter
+
+
+def check_drafter(drafter: Any, given: object) -> AnyDrafter:
+    """`drafter`, which `given` names; ArgumentError when it is none."""
+    if isinstance(drafter, Ngram | Draft):
+        return drafter
+    if isinstance(drafter, type) or not callable(getattr(drafter, "draft", None)):
+        limit = 'must be "ngram", "draft:FILE", a Model, or have draft(wanted), as Drafter has'
+        raise ArgumentError("speculate", given, limit)
+    made: Drafter = drafter
+    return made
+
+
+def _mtp() -> AnyDrafter:
+    raise UnsupportedOperation(
+        "mtp: layers that draft the next tokens start from hidden states of the model, which "
+        "libllama gives away in src/llama-ext.h only, not in its public interface"
+    )
+
+
+SHIPPED: dict[str, Callable[..., AnyDrafter]] = {
+    "ngram": Ngram,
+    "draft": Draft,
+    "mtp": _mtp,
+}
+
+_DRAFTERS = Registry("drafter", GROUP, SHIPPED, check_drafter)
+
+
+def drafter_names() -> tuple[str, ...]:
+    return _DRAFTERS.names()
+
+
+def make_drafter(spec: str) -> AnyDrafter:
+    """The drafter that `spec` names: "ngram", "draft" for the embedded model's, "draft:FILE", or
+    as `Registry.make` reads it: "FILE.py:NAME", "MODULE:NAME" or the name of an entry point in the
+    group `pyllamabatch.drafters`. ArgumentError."""
+    name, _, file = spec.partition(":")
+    if name == "draft" and file:
+        return Draft(file)
+    return _DRAFTERS.make(spec)
+
+
+def drafter_of(given: Any) -> AnyDrafter | None:
+    """A drafter, also by its name or its model. ArgumentError for what is none."""
+    if given is None:
+        return None
+    if isinstance(given, Model):
+        return Draft(given)
+    return make_drafter(given) if isinstance(given, str) else check_drafter(given, given)

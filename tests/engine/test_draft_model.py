@@ -1,0 +1,175 @@
+"""An engine with a draft model: the same answers, and the draft's memory stays in step."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from pyllamabatch.cost.step_cost import StepCost
+from pyllamabatch.engine.draft_feeds import ModelFeed
+from pyllamabatch.engine.drafters import Draft
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.errors import ArgumentError, UnsupportedOperation
+from pyllamabatch.llama.model import Model
+from pyllamabatch.models import default_prompts
+from pyllamabatch.step.draft_model import DraftModel
+from pyllamabatch.step.sampling_params import SamplingParams
+from tests.support.decoding import loaded
+from tests.support.engines import Checked, check_idle, greedy
+from tests.support.speculating import PROMPTS, always, check_mixes, engine_of
+
+LAYOUTS = pytest.mark.parametrize("kv_unified", [True, False], ids=["pool", "streams"])
+
+
+def draft_of(engine: Engine) -> DraftModel:
+    feed = engine._core._device.feed
+    assert isinstance(feed, ModelFeed)
+    return feed._draft
+
+
+@LAYOUTS
+def test_a_model_that_drafts_for_itself_takes_a_fraction_of_the_steps(
+    model: Model, kv_unified: bool
+) -> None:
+    params = [greedy(60), greedy(40), SamplingParams(temperature=0.8, seed=3, max_tokens=30)]
+    with engine_of(model, kv_unified=kv_unified) as engine:
+        expected, plain = engine.generate(PROMPTS[:3], params), check_idle(engine)
+    how: dict[str, Any] = {"kv_unified": kv_unified, "policy": always(8, 16)}
+    with engine_of(model, speculate=model, **how) as engine:
+        checked = Checked(engine)
+        results, stats = engine.generate(PROMPTS[:3], params), check_idle(engine)
+        trace = engine.trace()
+        assert checked.n_steps == stats.steps < plain.steps / 2
+    assert [r.tokens for r in results] == [r.tokens for r in expected]
+    assert stats.accepted_tokens > 0.5 * stats.drafted_tokens > 0
+    assert trace["drafted"].sum() == stats.drafted_tokens
+    assert trace["run"].max() < len(trace) - 1  # calls of several steps: it drafts without Python
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_preempted_ones_go_on_as_they_would(model: Model, preemption: str) -> None:
+    params = [greedy(80)] * 6
+    with engine_of(model, n_seq_max=1, kv_unified=True) as engine:
+        expected = [r.tokens for r in engine.generate(PROMPTS, params)]
+    cells: dict[str, Any] = {"n_seq_max": 6, "n_ctx": 256, "kv_unified": True}
+    how: dict[str, Any] = {"policy": always(4, 16), "preemption": preemption}
+    with engine_of(model, speculate=model, **cells, **how) as engine:
+        Checked(engine)
+        assert [r.tokens for r in engine.generate(PROMPTS, params)] == expected
+        stats = check_idle(engine)
+        assert stats.preemptions > 0
+        assert stats.accepted_tokens > 0.3 * stats.drafted_tokens > 0
+
+
+def test_a_long_prompt_is_caught_up_with_bit_by_bit(model: Model) -> None:
+    """A step waits for a batch of it at most; those behind have no drafts until they are done."""
+    prompt = PROMPTS[0] * 20  # more than the draft's batch
+    with engine_of(model, n_ctx=4096, n_batch=512) as engine:
+        expected = engine.submit(prompt, greedy(20)).result()
+    with engine_of(model, n_ctx=4096, n_batch=512, speculate=model, policy=always(4, 1)) as engine:
+        assert engine.submit(prompt, greedy(20)).result().tokens == expected.tokens
+        trace = engine.trace()
+        drafted = trace["drafted"][trace["prefill_rows"] == 0].tolist()
+        n_behind = -(-len(prompt) // 512) - 1
+        assert n_behind > 0
+        assert not any(drafted[:n_behind])
+        assert all(drafted[n_behind:-1])
+
+
+@pytest.mark.parametrize("code", [1, 2, -3])
+def test_requests_go_on_without_a_draft_that_fails(
+    model: Model, code: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    params = [greedy(40)] * 3
+    with engine_of(model) as engine:
+        expected = [r.tokens for r in engine.generate(PROMPTS[:3], params)]
+    with engine_of(model, speculate=model, policy=always(4, 8)) as engine:
+        draft_of(engine)._stepper.fault(3, code, n_times=4)
+        with caplog.at_level(logging.WARNING):
+            assert [r.tokens for r in engine.generate(PROMPTS[:3], params)] == expected
+        assert "draft model" in caplog.text
+        before = check_idle(engine)
+        assert [r.tokens for r in engine.generate(PROMPTS[:3], params)] == expected
+        stats = check_idle(engine)
+        drafted = stats.drafted_tokens - before.drafted_tokens
+        assert stats.accepted_tokens - before.accepted_tokens > 0.5 * drafted > 0
+
+
+def test_with_few_cells_the_shorter_sequences_have_drafts(model: Model) -> None:
+    prompts = [PROMPTS[0] * 8, PROMPTS[1], PROMPTS[2]]
+    params = [greedy(30)] * 3
+    with engine_of(model) as engine:
+        expected = [r.tokens for r in engine.generate(prompts, params)]
+    small = Draft(model, n_ctx=256)
+    with engine_of(model, speculate=small, policy=always(4, 8), n_batch=512) as engine:
+        assert [r.tokens for r in engine.generate(prompts, params)] == expected
+        assert check_idle(engine).accepted_tokens > 30
+
+
+def test_an_interactive_sequence_has_no_drafts(model: Model) -> None:
+    with engine_of(model, speculate=model, policy=always(8, 16)) as engine:
+        with engine.sequence(SamplingParams(temperature=0, ignore_eog=True)) as sequence:
+            sequence.prompt(PROMPTS[0])
+            for _ in range(10):
+                sequence.sample()
+            fork = sequence.fork()
+            fork.sample()
+            fork.close()
+        assert engine.stats().drafted_tokens == 0
+        engine.submit(PROMPTS[0], greedy(20)).result()
+        assert engine.stats().accepted_tokens > 0
+
+
+def test_the_embedded_model_has_a_draft_of_its_own(embedded_model: Model) -> None:
+    prompts = [one.prompt for one in default_prompts()[:8]]
+    params = SamplingParams(temperature=0, max_tokens=40)
+    answers = []
+    speculating: dict[str, Any] = {"speculate": "draft", "policy": always(4, 16)}
+    for how in ({}, speculating):
+        with Engine(embedded_model, n_seq_max=4, n_threads=1, **how) as engine:
+            streams = [engine.chat.submit(prompt, params) for prompt in prompts]
+            answers.append([stream.result().text for stream in streams])
+            stats = engine.stats()
+    assert answers[0] == answers[1]
+    assert stats.accepted_tokens > 0.3 * stats.drafted_tokens > 0
+
+
+class RowsForNothing(StepCost):
+    def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
+        return 10.0
+
+
+def test_the_default_policy_tries_a_draft_that_was_never_tried(model: Model) -> None:
+    cost: Any = RowsForNothing()
+    with engine_of(model, speculate=model, cost=cost) as engine:
+        engine.submit(PROMPTS[0], greedy(60)).result()
+        assert engine.stats().accepted_tokens > 0
+
+
+def test_what_is_refused(model: Model, embedded_model: Model) -> None:
+    with pytest.raises(ArgumentError, match=r"draft:FILE.*the model has"):
+        engine_of(model, speculate="draft")
+    with pytest.raises(ArgumentError, match="vocabulary must be the model's"):
+        engine_of(model, speculate=embedded_model)
+    with pytest.raises(UnsupportedOperation, match="recurrent state"):
+        engine_of(model, speculate=loaded("mamba"))
+    with pytest.raises(ArgumentError, match="speculate"):
+        engine_of(model, speculate=7)
+
+
+@LAYOUTS
+def test_any_mix_of_requests_has_the_same_answers(model: Model, kv_unified: bool) -> None:
+    cells = {"n_ctx": 192, "n_seq_max": 6} if kv_unified else {"n_ctx": 3 * 256}
+    how: dict[str, Any] = {"kv_unified": kv_unified, "speculate": model, **cells}
+    speculating = [
+        engine_of(model, policy=always(8, 16), **how),
+        engine_of(model, policy=always(2, 1), preemption="swap", **how),
+    ]
+    with engine_of(model, kv_unified=kv_unified, n_seq_max=1, n_ctx=256) as alone:
+        same = check_mixes(speculating, alone, 10)
+    for engine in speculating:
+        engine.close()
+    assert same.n_same >= 0.98 * same.n_all
+    assert same.n_accepted > 0
