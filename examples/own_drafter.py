@@ -31,6 +31,6 @@ with Model.default() as model:
     for drafter in (None, Again()):
         policy = ComposedPolicy(speculate=always) if drafter else None
         with Engine(model, policy=policy, speculate=drafter) as engine:
-            answer = engine.chat(chat, SamplingParams(temperature=0)).text
+            answer = engine.chat(chat, SamplingParams(temperature=0)).message.content
             stats = engine.stats()
         print(f"{stats.steps} steps, {stats.accepted_tokens} drafts were right: {answer}")

@@ -71,7 +71,7 @@ bool can_go_back(const plb_draft_model & self, llama_seq_id seq, size_t n) {
     return window == 0 || llama_memory_seq_pos_min(llama_get_memory(ctx), seq) <= std::max(first, 0);
 }
 
-// Of all that is held the longest beginning of its tokens, be it another sequence's: one that was moved
+// Of all that is held the longest prefix of its tokens, be it another sequence's: one that was moved
 // or preempted, one with the same prompt.
 void take_over(plb_draft_model & self, llama_seq_id seq) {
     sequence & s = self.sequences[(size_t) seq];

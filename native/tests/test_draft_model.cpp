@@ -1,5 +1,5 @@
 // The draft model: runs that ask it by themselves sample what runs without sample; its memory follows
-// sequences that end, move, share a beginning or come back; and it goes on, or not, when it fails.
+// sequences that end, move, share a prefix or come back; and it goes on, or not, when it fails.
 #include "check.hpp"
 #include "plb_testing.h"
 
@@ -130,7 +130,7 @@ void same_with_and_without(const char * path, float temperature) {
     }
 }
 
-// What is held of a sequence serves one with the same beginning, wherever it is.
+// What is held of a sequence serves one with the same prefix, wherever it is.
 void takes_over(const char * path) {
     models p(path, 1024);
     CHECK_EQ(plb_draft_model_attach(p.draft, 1), PLB_OK);

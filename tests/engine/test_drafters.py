@@ -1,0 +1,154 @@
+"""Drafters in Python: by an object, by name, by entry point; what they are told; their mistakes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pyllamabatch.engine import drafters
+from pyllamabatch.engine.drafters import Draft, Ngram, Wanted, drafter_names, drafter_of
+from pyllamabatch.errors import ArgumentError, UnsupportedOperation
+from pyllamabatch.llama.model import Model
+from pyllamabatch.scheduler import registry
+from tests.support.engines import Checked, check_idle, greedy
+from tests.support.speculating import PROMPTS, always, check_mixes, engine_of
+
+
+class Knows:
+    """The answers, as tokens behind their prompts; every fifth one is wrong."""
+
+    def __init__(self, texts: Sequence[list[int]]) -> None:
+        self.texts = texts
+        self.ended_ids: list[int] = []
+        self.asked: list[Wanted] = []
+
+    def draft(self, wanted: Sequence[Wanted]) -> list[list[int]]:
+        self.asked += wanted
+        return [self.after(one) for one in wanted]
+
+    def after(self, one: Wanted) -> list[int]:
+        known = one.tokens.tolist()
+        text = next(text for text in self.texts if text[: len(known)] == known)
+        return [
+            270 if (len(known) + i) % 5 == 0 else token
+            for i, token in enumerate(text[len(known) : len(known) + one.n])
+        ]
+
+    def ended(self, id: int) -> None:
+        self.ended_ids.append(id)
+
+
+@pytest.mark.parametrize("kv_unified", [True, False], ids=["pool", "streams"])
+def test_a_drafter_of_ones_own(model: Model, kv_unified: bool) -> None:
+    params = [greedy(40), greedy(30), greedy(20)]
+    with engine_of(model, kv_unified=kv_unified) as engine:
+        expected = [r.tokens for r in engine.generate(PROMPTS[:3], params)]
+    own = Knows([p + e for p, e in zip(PROMPTS[:3], expected, strict=True)])
+    with engine_of(model, kv_unified=kv_unified, speculate=own, policy=always(4, 16)) as engine:
+        checked = Checked(engine)
+        assert [r.tokens for r in engine.generate(PROMPTS[:3], params)] == expected
+        stats = check_idle(engine)
+        assert checked.n_steps == stats.steps < 30
+    assert 0.5 * stats.drafted_tokens < stats.accepted_tokens < stats.drafted_tokens
+    assert sorted(own.ended_ids) == sorted({one.id for one in own.asked}) == [1, 2, 3]
+    assert {one.n_prompt for one in own.asked} == {len(prompt) for prompt in PROMPTS[:3]}
+    assert all(1 <= one.n <= 4 and one.tokens.dtype == np.int32 for one in own.asked)
+    with pytest.raises(ValueError, match="read-only"):
+        own.asked[0].tokens[0] = 0
+
+
+def wrong(answer: Any) -> Any:
+    class Wrong:
+        n_asked = 0
+
+        def draft(self, wanted: Sequence[Wanted]) -> Any:
+            self.n_asked += 1
+            return answer(wanted)
+
+    return Wrong()
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (lambda wanted: 1 / 0, "division"),
+        (lambda wanted: [], "must be 1"),
+        (lambda wanted: [[5] * 9], "at most n=4"),
+        (lambda wanted: [[5, -1]], "tokens in 0"),
+        (lambda wanted: [["a"]], "not supported"),
+    ],
+)
+def test_a_drafter_that_fails_is_not_asked_again(
+    model: Model, answer: Any, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = wrong(answer)
+    with engine_of(model) as engine:
+        expected = engine.submit(PROMPTS[0], greedy(20)).result().tokens
+    with engine_of(model, speculate=own, policy=always(4, 1)) as engine:
+        with caplog.at_level(logging.ERROR):
+            assert engine.submit(PROMPTS[0], greedy(20)).result().tokens == expected
+        assert engine.stats().drafted_tokens == 0
+    assert own.n_asked == 1
+    assert why in caplog.text
+    assert "not asked any more" in caplog.text
+
+
+def test_any_mix_of_requests_has_the_same_answers(model: Model) -> None:
+    class Twice:
+        def draft(self, wanted: Sequence[Wanted]) -> list[list[int]]:
+            return [one.tokens[: one.n].tolist() if one.id % 3 else [] for one in wanted]
+
+    speculating = [
+        engine_of(model, speculate=Twice(), policy=always(*how), n_ctx=192, n_seq_max=6)
+        for how in ((8, 16), (2, 1))
+    ]
+    with engine_of(model, kv_unified=True, n_seq_max=1, n_ctx=256) as alone:
+        same = check_mixes(speculating, alone, 6)
+    for engine in speculating:
+        engine.close()
+    assert same.n_same >= 0.98 * same.n_all
+
+
+SOURCE = """
+class Nothing:
+    def __init__(self, n: int = 0):
+        self.n = n
+    def draft(self, wanted):
+        return [[] for _ in wanted]
+"""
+
+
+def test_by_name(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert drafter_of("ngram") == Ngram()
+    assert drafter_of("draft") == Draft()
+    assert drafter_of("draft:a:b.gguf") == Draft("a:b.gguf")
+    assert drafter_of(model) == Draft(model)
+    assert drafter_of(None) is None
+    file = tmp_path / "mine.py"
+    file.write_text(SOURCE, encoding="utf-8")
+    made: Any = drafter_of(f"{file}:Nothing:n=3")
+    assert (made.n, made.draft([1, 2])) == (3, [[], []])
+    with engine_of(model, speculate=f"{file}:Nothing", policy=always(2, 1)) as engine:
+        assert len(engine.submit(PROMPTS[0], greedy(5)).result().tokens) == 5
+        assert engine.stats().drafted_tokens == 0
+    point = EntryPoint("theirs", "pyllamabatch.engine.drafters:Ngram", drafters.GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    assert drafter_names() == ("draft", "mtp", "ngram", "theirs")
+    assert drafter_of("theirs") == Ngram()
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"one of draft, mtp, ngram, or your own"):
+        drafter_of("n-gram")
+    with pytest.raises(ArgumentError, match=r"have draft\(wanted\)"):
+        drafter_of(object())
+    with pytest.raises(ArgumentError, match=r"have draft\(wanted\)"):
+        drafter_of(Knows)
+    with pytest.raises(UnsupportedOperation, match="hidden states"):
+        drafter_of("mtp")
