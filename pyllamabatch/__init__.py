@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pyllamabatch.llama.memory import Capabilities as Capabilities
     from pyllamabatch.llama.memory import Memory as Memory
     from pyllamabatch.llama.model import Model as Model
+    from pyllamabatch.llama.runtime import keep_wired as keep_wired
     from pyllamabatch.llama.vocab import PieceDecoder as PieceDecoder
     from pyllamabatch.llama.vocab import Vocab as Vocab
     from pyllamabatch.step.sampling_params import SamplingParams as SamplingParams
@@ -46,6 +47,7 @@ _HOME = {
     "Stream": "engine.stream",
     "Token": "engine.stream",
     "Vocab": "llama.vocab",
+    "keep_wired": "llama.runtime",
 }
 
 __all__ = [*_HOME, "__version__"]

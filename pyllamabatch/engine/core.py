@@ -91,13 +91,13 @@ class EngineCore:
         # Guards the state between two steps. A thread that needs the commands' lock, too, takes
         # that one second.
         self.state = threading.RLock()
-        self._thread = threading.Thread(target=self._loop, name="pyllamabatch-core", daemon=True)
+        self.thread = threading.Thread(target=self._loop, name="pyllamabatch-core", daemon=True)
 
     # -- from any thread
 
     def start(self) -> None:
         self.output_processor.thread.start()
-        self._thread.start()
+        self.thread.start()
 
     def stream_to(self, request: Request, stream: Stream) -> StreamSink:
         """The request's tokens go to `stream`, and it ends by itself."""
@@ -199,14 +199,14 @@ class EngineCore:
             self.commands.post(self._cancel_all)
         if self.is_own_thread():
             return
-        self._thread.join(timeout if wait else None)
-        if self._thread.is_alive():
+        self.thread.join(timeout if wait else None)
+        if self.thread.is_alive():
             self.commands.post(self._cancel_all)
-            self._thread.join()
+            self.thread.join()
 
     def is_own_thread(self) -> bool:
         """Whether the caller would wait for itself."""
-        return threading.current_thread() in (self._thread, self.output_processor.thread)
+        return threading.current_thread() in (self.thread, self.output_processor.thread)
 
     @property
     def n_untaken(self) -> int:

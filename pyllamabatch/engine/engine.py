@@ -34,6 +34,7 @@ from .embedding_core import Vectors
 from .input_processor import InputProcessor, Prompt
 from .kv_config import limits_of, pool_of, sharing_of
 from .layout import DRAFT_MOST, Layout, make_context
+from .memory_watch import MemoryWatch
 from .options import BatchInvariant, EngineOptions, Options, policy_of
 from .protocols import Device, EngineContext
 from .sequence import Sequence as InteractiveSequence
@@ -202,6 +203,7 @@ class Engine:
         self._stepper = stepper
         self._relays = relays.Relays()
         self._embedders = Embedders(context)
+        space = SwapSpace(options.swap_bytes, options.swap_folder)
         self._core = EngineCore(
             scheduler,
             Device(
@@ -216,7 +218,7 @@ class Engine:
             ),
             CoreOptions(
                 StepTrace(options.n_trace, context.n_seq_max) if options.n_trace else None,
-                SwapSpace(options.swap_bytes, options.swap_folder),
+                space,
                 options.max_waiting,
                 options.max_restarts,
             ),
@@ -225,6 +227,7 @@ class Engine:
         # Also when the engine is forgotten, and before the interpreter exits.
         self._finalizer = weakref.finalize(self, self._core.close, wait=False, timeout=None)
         self._core.start()
+        MemoryWatch(space, self._core.commands.post).start(self._core.thread)
 
     # -- what there is
 

@@ -95,7 +95,21 @@ class SwapSpace:
         if self.used + len(state) <= self.n_bytes:
             self.used += len(state)
             self._states[id] = state
-            return
+        else:
+            self._states[id] = self._write(state)
+
+    def resize(self, n_bytes: int) -> None:
+        """So many bytes in host memory from now on: what is above that goes to files, the oldest
+        first. OSError when it can't; what is not written yet stays in memory."""
+        self.n_bytes = n_bytes
+        for id, state in list(self._states.items()):
+            if self.used <= n_bytes:
+                return
+            if isinstance(state, bytes):
+                self._states[id] = self._write(state)
+                self.used -= len(state)
+
+    def _write(self, state: bytes) -> Path:
         handle, name = tempfile.mkstemp(prefix="pyllamabatch-", suffix=".state", dir=self._folder)
         path = Path(name)
         try:
@@ -104,7 +118,7 @@ class SwapSpace:
         except OSError:
             path.unlink(missing_ok=True)
             raise
-        self._states[id] = path
+        return path
 
     def take(self, id: int) -> bytes:
         """The state, which is not here any more. KeyError; OSError when its file is gone."""

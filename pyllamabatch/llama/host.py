@@ -39,7 +39,7 @@ def usable_cores(root: Path = Path("/"), system: str = sys.platform, read: Sysct
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     if system == "darwin":
         cores = read("hw.perflevel0.logicalcpu") or cores
-    for line in _lines(root / "proc/self/cgroup"):
+    for line in lines_of(root / "proc/self/cgroup"):
         _, controllers, group = line.split(":", 2)
         if controllers in ("", "cpu", "cpu,cpuacct"):  # version 2, or 1
             mount = root / "sys/fs/cgroup" / controllers
@@ -50,9 +50,9 @@ def usable_cores(root: Path = Path("/"), system: str = sys.platform, read: Sysct
 
 def _cpu_quota(folder: Path) -> int:
     """What one control group allows, in cores."""
-    lines = _lines(folder / "cpu.max") or [
-        *_lines(folder / "cpu.cfs_quota_us"),
-        *_lines(folder / "cpu.cfs_period_us"),
+    lines = lines_of(folder / "cpu.max") or [
+        *lines_of(folder / "cpu.cfs_quota_us"),
+        *lines_of(folder / "cpu.cfs_period_us"),
     ]
     quota, period = [*" ".join(lines).split(), "max", "max"][:2]
     return -(-int(quota) // int(period)) if quota.isdigit() else MAX_THREADS
@@ -63,7 +63,9 @@ def host_memory() -> int:
     if sys.platform == "win32":
         return _windows_memory()[0]
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    allowed = [int(line) for line in _lines("/sys/fs/cgroup/memory.max") if line.strip().isdigit()]
+    allowed = [
+        int(line) for line in lines_of("/sys/fs/cgroup/memory.max") if line.strip().isdigit()
+    ]
     return min([physical, *allowed])
 
 
@@ -79,7 +81,7 @@ def host_available(system: str = sys.platform, read: Sysctl = sysctl) -> int:
         return _windows_memory()[1]
     free = [
         1024 * int(line.split()[1])
-        for line in _lines("/proc/meminfo")
+        for line in lines_of("/proc/meminfo")
         if line.startswith("MemAvailable:")
     ]
     return min([host_memory(), *free])
@@ -104,7 +106,8 @@ def _windows_memory() -> tuple[int, int]:
     return int(status.physical), int(status.available)
 
 
-def _lines(path: PathLike) -> list[str]:
+def lines_of(path: PathLike) -> list[str]:
+    """Of a file of text; none of one that can't be read."""
     try:
         return Path(path).read_text().splitlines()
     except OSError:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pyllamabatch.errors import UnsupportedOperation, integer
 from pyllamabatch.raw import ffi, lib
 
 _COMPILED = sys.modules["pyllamabatch._native"]  # of an editable install, not among the sources
@@ -37,6 +38,20 @@ def ensure() -> None:
         lib.llama_backend_init()
         _started.set()
     drain_log()
+
+
+def keep_wired(seconds: int) -> None:
+    """How long a Mac's GPU keeps weights and cells wired after its last step: at least one second,
+    at most 10**7. While they are, the next step begins at once; afterwards the system may use their
+    memory for others. llama.cpp's default is 180. Nothing elsewhere.
+
+    UnsupportedOperation once llama.cpp has started in this process: it reads this only then.
+    """
+    seconds = integer("seconds", seconds, 1, 10**7)  # llama.cpp counts 200 to a second, in an int
+    with _lock:
+        if _started.is_set():
+            raise UnsupportedOperation("keep_wired comes before the first model of a process")
+        os.environ["GGML_METAL_RESIDENCY_KEEP_ALIVE_S"] = str(seconds)
 
 
 class Device(NamedTuple):

@@ -400,7 +400,7 @@ def test_a_forgotten_engine_ends_by_itself_but_not_under_a_stream(model: Model) 
     gc.collect()
     assert stream.result(30).finish_reason == "length"
     engine = small(model)
-    thread = engine._core._thread
+    thread = engine._core.thread
     gone = weakref.ref(engine)
     del engine
     gc.collect()

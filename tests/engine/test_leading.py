@@ -246,8 +246,8 @@ def test_a_bug_in_the_thread_that_leads_closes_the_engine(model: Model) -> None:
             sequence.sample()
         with pytest.raises(EngineClosed, match="a bug"):
             engine.submit(PROMPT, greedy(2))
-        engine._core._thread.join(30)
-        assert not engine._core._thread.is_alive()
+        engine._core.thread.join(30)
+        assert not engine._core.thread.is_alive()
 
 
 @pytest.mark.parametrize("n", [0, 3])

@@ -69,6 +69,28 @@ def test_states_go_to_files_above_the_limit(tmp_path: Path) -> None:
     assert (space.used, len(space), list(tmp_path.iterdir())) == (0, 0, [])
 
 
+def test_less_memory_moves_the_oldest_states_to_files(tmp_path: Path) -> None:
+    space = SwapSpace(10, tmp_path)
+    space.put(1, b"1234")
+    space.put(2, b"abc")
+    space.resize(5)
+    assert (space.used, len(list(tmp_path.iterdir()))) == (3, 1)
+    space.put(3, b"xyz")
+    assert (space.used, len(list(tmp_path.iterdir()))) == (3, 2)
+    space.resize(10)
+    space.put(4, b"in ram")
+    assert (space.used, len(list(tmp_path.iterdir()))) == (9, 2)
+    assert [space.take(id) for id in (1, 2, 3, 4)] == [b"1234", b"abc", b"xyz", b"in ram"]
+
+
+def test_a_state_that_no_file_takes_stays_in_memory(tmp_path: Path) -> None:
+    space = SwapSpace(10, tmp_path / "missing")
+    space.put(1, b"1234")
+    with pytest.raises(OSError, match="missing"):
+        space.resize(0)
+    assert (space.used, space.take(1)) == (4, b"1234")
+
+
 def test_a_file_that_can_not_be_written(tmp_path: Path) -> None:
     space = SwapSpace(0, tmp_path / "missing")
     with pytest.raises(OSError, match="missing"):

@@ -11,7 +11,7 @@ from pyllamabatch.llama import host
 
 
 def given(monkeypatch: pytest.MonkeyPatch, files: dict[str, list[str]]) -> None:
-    monkeypatch.setattr(host, "_lines", lambda path: files.get(Path(path).name, []))
+    monkeypatch.setattr(host, "lines_of", lambda path: files.get(Path(path).name, []))
 
 
 V2 = "0::/a/b"
