@@ -6,10 +6,12 @@ spread: every repeat and every arm has the same sum. At the end of the list clie
 requests, and the device is not full any more, as it always is in the tool that says what it can
 do: so there is a second speed, of the tokens that came before the last request was taken.
 
-The engine's arms differ in what a user would have to know:
+With --loads requests come by themselves, as a Poisson process, at shares of what the device can do
+with all at once. The engine's arms differ in what a user would have to know:
 
 - engine: no option but the number of sequences and threads.
 - engine-pool, engine-fcfs, engine-prefill-first: the other layout, the simple policies.
+- engine-best: the best options known.
 - engine-invariant: with batch_invariant.
 - serve: `pyllamabatch serve` in a process of its own, without options, too.
 
@@ -36,6 +38,7 @@ import numpy as np
 
 from bench import harness, profile_machine
 from bench.arms import InProcess
+from bench.arrivals import ALL_IN, Load, beside, kinds_of, loads_of, quiet
 from bench.cache import cache_folder
 from bench.case import I32, Case, Measured, cases_of
 from bench.options import add_model, add_run, choose, numbers
@@ -70,6 +73,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "engine-pool": {"kv_unified": True},
     "engine-fcfs": {"kv_unified": False, "policy": "fcfs"},
     "engine-prefill-first": {"kv_unified": False, "policy": "prefill-first"},
+    "engine-best": {"kv_unified": False, "n_ubatch": 2048, "prefix_cache": False},
     "engine-invariant": {"batch_invariant": True},
 }
 
@@ -82,6 +86,17 @@ def full_ratio(pl: int) -> Figure:
         full = median_detail(BASE, "full_speed")(mine)
         bound = median_of(record.speed_tg for record in mine if record.arm == BOUND)
         return full / bound if full and bound else None
+
+    return figure
+
+
+def ttft_ratio(name: str, pl: int) -> Figure:
+    """Median time to the first token over that of another arm."""
+
+    def figure(records: Sequence[Record]) -> float | None:
+        mine = [record for record in records if record.pl == pl]
+        ours, theirs = (median_detail(arm, "ttft_p50_s")(mine) for arm in (BASE, name))
+        return ours / theirs if ours and theirs else None
 
     return figure
 
@@ -103,11 +118,24 @@ TARGETS = (
     Target("64 clients: over llama-server", speed_ratio(BASE, BACKEND, 64), at_least=6.0),
     Target("64 clients: serve over the engine", speed_ratio(SERVE, BASE, 64), at_least=0.95),
     Target("64 clients: serve over llama-server", speed_ratio(SERVE, BACKEND, 64), at_least=5.5),
-    Target("8 clients: over llama-server", speed_ratio(BASE, SERVER, 8), at_least=1.15),
+    Target("8 clients: over llama-server", quiet(speed_ratio(BASE, SERVER, 8)), at_least=1.15),
+    Target(
+        "8 clients, one busy process beside: over llama-server",
+        beside(speed_ratio(BASE, SERVER, 8)),
+        at_least=1.15,
+    ),
     *(
-        Target(f"8 clients: over {name}", speed_ratio(BASE, name, 8), at_least=0.97)
+        target
         for name in OPTIONS
         if name not in (BASE, "engine-invariant")
+        for target in (
+            Target(f"8 clients: over {name}", quiet(speed_ratio(BASE, name, 8)), at_least=0.97),
+            Target(
+                f"8 clients: TTFT p50 over that of {name}",
+                quiet(ttft_ratio(name, 8)),
+                at_most=1.1,
+            ),
+        )
     ),
     Target("TTFT p50, s", median_detail(BASE, "ttft_p50_s"), at_most=0.12, where=ON_GPU),
     Target("TTFT p99, s", median_detail(BASE, "ttft_p99_s"), at_most=1.0, where=ON_GPU),
@@ -119,6 +147,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--clients", default="8", help="comma separated")
     parser.add_argument("--requests", type=int, default=8, help="for each client")
+    parser.add_argument(
+        "--loads", default="", help="Poisson arrivals at these shares of what the device can do"
+    )
     parser.add_argument("--arms", default="", help="comma separated; all by default")
     parser.add_argument("--sampling", choices=["greedy", "default"], default="default")
     parser.add_argument(
@@ -138,19 +169,29 @@ def main(options: argparse.Namespace) -> int:
     tg = options.requests * sum(ANSWER) // 2
     cases = cases_of(options, inside.file, sum(PROMPT) // 2, tg, numbers(options.clients))
     cases = [replace(case, n_cells=sum((PROMPT[1], ANSWER[1]))) for case in cases]
+    loads = [load for case in cases for load in loads_of(case, options.loads, options.busy)]
+    how = f"Poisson at {options.loads} of all-in" if options.loads else "closed loop"
     beside = f", {options.busy} busy processes beside" if options.busy else ""
     with busy(options.busy):
         return harness.show(
             options,
-            measure(arms, cases, inside, options),
-            len(arms) * len(cases) * options.repeats,
-            f"closed loop, prompts of {PROMPT}, answers of {ANSWER} tokens{beside}",
+            measure(arms, loads, inside, options),
+            len(arms) * len(loads) * options.repeats,
+            f"{how}, prompts of {PROMPT}, answers of {ANSWER} tokens{beside}",
         )
 
 
 def view(records: Sequence[Record]) -> str:
     if any("steady" in record.detail for record in records):
         return profile_machine.view(records)
+    kinds = kinds_of(records)
+    if len(kinds) == 1:
+        return view_of(records)
+    return "\n\n".join(f"{kind}:\n\n{view_of(mine)}" for kind, mine in kinds.items())
+
+
+def view_of(records: Sequence[Record]) -> str:
+    """Of one kind of load."""
     columns = [
         Column("tok/s while all have a request", "full_speed", ".0f"),
         Column("TTFT p50, ms", "ttft_p50_s", scale=1e3),
@@ -221,7 +262,7 @@ def all_arms(inside: InProcess, n_requests: int) -> list[ServeArm]:
         ServeArm(
             BOUND,
             "256 + 128 tokens each, all at once, in C++: what the device can do; no sampling",
-            lambda case: Tool(replace(case, pp=256, tg=128, n_cells=0), run_bound(case)),
+            lambda case: Tool(replace(case, **ALL_IN), run_bound(case)),
             tool="llama-batched-bench",
             sampling=False,
         ),
@@ -278,23 +319,35 @@ class Traffic(Clients):
 
     def measured(self, n_vocab: int, repeat: int) -> Measured:
         jobs, times, numbers = self.jobs(n_vocab, repeat), self.times, itertools.count()
+        load = self.case if isinstance(self.case, Load) else None
+
+        def answer(k: int, asked: float) -> tuple[float, list[float]]:
+            prompt, tokens = jobs[k]
+            came = list(times(prompt, tokens, k))
+            if len(came) != tokens:
+                raise WrongAnswer(f"{len(came)} of {tokens} tokens came")
+            return asked, came
 
         def client(_: int, began: float) -> list[tuple[float, list[float]]]:
             answers = []
             while (k := next(numbers)) < len(jobs):
-                prompt, tokens = jobs[k]
-                asked = time.perf_counter()
-                came = list(times(prompt, tokens, k))
-                if len(came) != tokens:
-                    raise WrongAnswer(f"{len(came)} of {tokens} tokens came")
-                answers.append((asked, came))
+                answers.append(answer(k, time.perf_counter()))
             return answers
 
-        began, found = at_once(self.case.pl, client, self.give_up)
+        def caller(k: int, began: float) -> list[tuple[float, list[float]]]:
+            due = began + arrivals[k]
+            time.sleep(max(0.0, due - time.perf_counter()))
+            return [answer(k, due)]
+
+        if load is not None and load.rate:
+            arrivals = load.arrivals(len(jobs), repeat)
+            began, found = at_once(len(jobs), caller, self.give_up)
+        else:
+            began, found = at_once(self.case.pl, client, self.give_up)
         answers = [answer for each in found for answer in each]
         end = max(came[-1] for _, came in answers)
-        detail = seen(answers)
-        if self.n_requests > 1:
+        detail = seen(answers) | (load.detail if load else {})
+        if self.n_requests > 1 and "load" not in detail:
             detail["full_speed"] = full_speed(answers, began)
         return Measured(0.0, end - began, detail=detail)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import traffic
-from bench.case import Case
+from bench import arrivals, traffic
+from bench.case import Case, Measured
 from bench.serving import ServerProcess, WrongAnswer
 from pyllamabatch.step.trace import WHY_NEW
 from tests.bench.conftest import Run
@@ -78,6 +78,35 @@ def test_the_engine_as_it_comes(run: Run, capsys: pytest.CaptureFixture[str]) ->
         assert sum(new) == kinds[2] < kinds[1]
         assert 2 * 100 < detail["decode_rows"] <= 2 * 128  # but those beside prompts
     assert "1 busy processes beside" in capsys.readouterr().out
+
+
+def test_requests_that_come_by_themselves(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tool(case: Case) -> Measured:
+        assert (case.pp, case.tg, case.pl) == (256, 128, 2)
+        return Measured(0.0, 0.25)
+
+    monkeypatch.setattr(arrivals, "run_all_in", tool)
+    words = ("--model", "default", "--clients", "2", "--requests", "2", "--repeats", "1")
+    status, records = run("traffic", *words, "--arms", "engine", "--loads", "0.5,2")
+    assert status == 0
+    assert [(r.detail["load"], r.detail["rate"]) for r in records] == [(0.5, 4.0), (2.0, 16.0)]
+    assert all(r.detail["ttft_p50_s"] > 0 for r in records)
+    printed = capsys.readouterr().out
+    assert "Poisson, 0.5 of all-in:" in printed
+    assert "over llama-server" not in printed  # the targets are about closed loops
+
+
+def test_arrivals_are_the_same_for_every_arm(case: Case) -> None:
+    (load,) = arrivals.loads_of(case, "", 1)
+    assert load.detail == {"busy": 1.0}
+    load = replace(load, rate=50.0)
+    times = load.arrivals(400, 0)
+    assert times == sorted(times) == load.arrivals(400, 0) != load.arrivals(400, 1)
+    assert times[-1] == pytest.approx(400 / 50, rel=0.2)
+    with pytest.raises(SystemExit, match="shares above 0"):
+        list(arrivals.loads_of(case, "0.5,half", 0))
 
 
 def test_the_server_as_it_comes(run: Run) -> None:
