@@ -162,9 +162,9 @@ void catches_up(const char * path) {
     for (plb_run_info info = p.run({0, 1}, 1, MOST); info.catch_up_ns > 0;
          info = p.run({0, 1}, 1, MOST), ++n_behind) {
         CHECK(n_behind < 10);
-        CHECK(info.n_drafted == MOST || n_behind == 200 / CATCH_UP);
+        CHECK_EQ(info.n_drafted, MOST); // sequence 1's
     }
-    CHECK_EQ(n_behind, 200 / CATCH_UP + 1);
+    CHECK_EQ(n_behind, 200 / CATCH_UP); // the rest comes as in any step
     CHECK_EQ(p.run({0, 1}, 1, MOST).n_drafted, 2 * MOST);
 }
 
@@ -180,7 +180,7 @@ void no_cells(const char * path) {
     CHECK(all.n_accepted > 0);
     CHECK_EQ(p.known[0].size(), 300 + N_TOKENS);
     p.start(0, prompt_of(6, 2), 0, true); // what others have left is forgotten for it
-    p.start(1, prompt_of(200, 50), 0, true);
+    p.start(1, prompt_of(150, 50), 0, true);
     all = p.finish({0, 1}, MOST);
     CHECK_EQ(all.draft_code, PLB_OK);
     CHECK(all.n_accepted > N_TOKENS / 2);
