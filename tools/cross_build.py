@@ -2,12 +2,14 @@
 
     python -m tools.cross_build                  # the shim and the module's C file, every target
     python -m tools.cross_build --whole          # all of it by CMake, ggml and llama.cpp included
-    python -m tools.cross_build --whole --run --targets aarch64-linux-musl   # and its native tests
+    python -m tools.cross_build --whole --run --targets aarch64-linux-gnu   # and its native tests
 
 `ziglang` brings the compiler and each platform's headers. The first form links nothing: it finds
-what a platform lacks in our code, in a minute a target on two cores. `--whole` takes about nine
+what a platform lacks in our code, in a minute a target on two cores. `--whole` takes about five
 minutes of CPU time a target, and little when little has changed; Metal's own files need a Mac.
-`--run` needs qemu-aarch64-static (Debian: qemu-user-static).
+For Arm Linux it takes the compiler of Debian's g++-aarch64-linux-gnu.
+`--run` runs the native tests: for Arm with qemu-aarch64-static (Debian: qemu-user-static), for
+Windows with Wine (Debian: wine64).
 """
 
 from __future__ import annotations
@@ -28,25 +30,36 @@ BUILD = ROOT / "build" / "cross"
 LLAMA = ROOT / "vendor" / "llama.cpp"
 ZIG = [sys.executable, "-m", "ziglang"]
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
-QEMU = "qemu-aarch64-static"
+QEMU = ("qemu-aarch64-static", "-cpu", "max", "-L", "/usr/aarch64-linux-gnu")
+WINE = ("/usr/lib/wine/wine64",)
 
 
 @dataclass(frozen=True)
 class Target:
-    """`system`, `processor`: CMake's names. cpu: of the whole build, as `-mcpu` takes it."""
+    """`system`, `processor`: CMake's names. Of the whole build: `cpu`, as the compiler takes it;
+    `gnu`: what the commands of the compiler begin with, "" for zig. run: what runs its programs."""
 
     name: str
     system: str
     processor: str
-    cpu: str = ""
+    cpu: str
+    gnu: str = ""
+    run: tuple[str, ...] = ()
 
 
 TARGETS = {
     target.name: target
     for target in (
-        Target("aarch64-macos", "Darwin", "arm64", "apple_m1"),
-        Target("aarch64-linux-musl", "Linux", "aarch64", "generic+dotprod+i8mm+fp16fml"),
-        Target("x86_64-windows-gnu", "Windows", "AMD64", "x86_64_v3"),
+        Target("aarch64-macos", "Darwin", "arm64", "-mcpu=apple_m1"),
+        Target(
+            "aarch64-linux-gnu",
+            "Linux",
+            "aarch64",
+            "-march=armv8.2-a+dotprod+i8mm+fp16fml",
+            "aarch64-linux-gnu-",
+            QEMU,
+        ),
+        Target("x86_64-windows-gnu", "Windows", "AMD64", "-mcpu=x86_64_v3", run=WINE),
     )
 }
 
@@ -76,16 +89,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma separated")
     parser.add_argument("--whole", action="store_true", help="all of it, by CMake")
-    parser.add_argument("--run", action="store_true", help="native tests, emulated (aarch64-linux)")
+    parser.add_argument("--run", action="store_true", help="and its native tests")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     names = options.targets.split(",")
     if unknown := [name for name in names if name not in TARGETS]:
         parser.error(f"--targets {unknown[0]}: one of {', '.join(TARGETS)}")
-    if options.run and (names != ["aarch64-linux-musl"] or not options.whole):
-        parser.error("--run: with --whole --targets aarch64-linux-musl")
-    if options.run and shutil.which(QEMU) is None:
-        parser.error(f"--run: there is no {QEMU}")
+    for target in (TARGETS[name] for name in names if options.run):
+        if not target.run or not options.whole:
+            parser.error("--run: with --whole, for aarch64-linux-gnu and x86_64-windows-gnu")
+        if shutil.which(target.run[0]) is None:
+            parser.error(f"--run: there is no {target.run[0]}")
     bring_sources()
     failed = []
     for name in names:
@@ -157,21 +171,11 @@ def toolchain(target: Target) -> Path:
     """CMake's file for the target, and the commands that it names."""
     folder = BUILD / target.name
     folder.mkdir(parents=True, exist_ok=True)
-    aimed = f"-target {target.name}" + (f" -mcpu={target.cpu}" if target.cpu else "")
-    zig = " ".join(ZIG)
-    for tool, flags in (("cc", aimed), ("c++", aimed), ("ar", ""), ("ranlib", ""), ("rc", "")):
-        command = folder / f"zig-{tool}"
-        command.write_text(f'#!/bin/sh\nexec {zig} {tool} {flags} "$@"\n')
-        command.chmod(0o755)
     file = folder / "toolchain.cmake"
     settings = {
         "CMAKE_SYSTEM_NAME": target.system,
         "CMAKE_SYSTEM_PROCESSOR": target.processor,
-        "CMAKE_C_COMPILER": folder / "zig-cc",
-        "CMAKE_CXX_COMPILER": folder / "zig-c++",
-        "CMAKE_AR": folder / "zig-ar",
-        "CMAKE_RANLIB": folder / "zig-ranlib",
-        "CMAKE_RC_COMPILER": folder / "zig-rc",
+        **(gnu_commands(target) if target.gnu else zig_commands(target, folder)),
         "CMAKE_INSTALL_NAME_TOOL": shutil.which("true"),  # for installing, which is not done
         "CMAKE_OSX_SYSROOT": "",
         "CMAKE_FIND_ROOT_PATH_MODE_PROGRAM": "NEVER",
@@ -185,6 +189,31 @@ def toolchain(target: Target) -> Path:
     return file
 
 
+def gnu_commands(target: Target) -> dict[str, object]:
+    return {
+        "CMAKE_C_COMPILER": f"{target.gnu}gcc",
+        "CMAKE_CXX_COMPILER": f"{target.gnu}g++",
+        "CMAKE_C_FLAGS": target.cpu,
+        "CMAKE_CXX_FLAGS": target.cpu,
+    }
+
+
+def zig_commands(target: Target, folder: Path) -> dict[str, object]:
+    aimed, zig = f"-target {target.name} {target.cpu}", " ".join(ZIG)
+    for tool, flags in (("cc", aimed), ("c++", aimed), ("ar", ""), ("ranlib", ""), ("rc", "")):
+        command = folder / f"zig-{tool}"
+        script = f'#!/bin/sh\nexec {zig} {tool} {flags} "$@"\n'
+        if not command.exists() or command.read_text() != script:  # its time tells a compiler cache
+            command.write_text(script)
+            command.chmod(0o755)
+    names = {"C": "cc", "CXX": "c++", "RC": "rc"}
+    return {
+        **{f"CMAKE_{name}_COMPILER": folder / f"zig-{tool}" for name, tool in names.items()},
+        "CMAKE_AR": folder / "zig-ar",
+        "CMAKE_RANLIB": folder / "zig-ranlib",
+    }
+
+
 def whole(target: Target, jobs: int) -> bool:
     """As CMakeLists.txt has it: libraries, module and native tests. On Windows without the module,
     which wants Python's own import library."""
@@ -192,7 +221,10 @@ def whole(target: Target, jobs: int) -> bool:
     configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
     configure += [f"-DCMAKE_TOOLCHAIN_FILE={toolchain(target)}", "-DCMAKE_BUILD_TYPE=Release"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}"]
-    goals = ["plb", "llama", "ggml"] if target.system == "Windows" else []
+    goals = []
+    if target.system == "Windows":
+        tests = sorted((ROOT / "native" / "tests").glob("test_*.cpp"))
+        goals = ["plb", "llama", "ggml", *(test.stem for test in tests)]
     build = ["cmake", "--build", str(folder), "--parallel", str(jobs)]
     build += ["--target", *goals] if goals else []
     for words in (configure, build):
@@ -204,24 +236,37 @@ def whole(target: Target, jobs: int) -> bool:
 
 
 def run_tests(target: Target) -> bool:
-    """The native tests of a build, each under QEMU with every instruction that it knows."""
+    """The native tests of a build, each as its platform runs it: under QEMU with every instruction
+    that it knows, or under Wine."""
     folder = BUILD / target.name / "build"
     model = folder / "tiny.gguf"
     write = ROOT / "native" / "tests" / "write_model.py"
     subprocess.run([sys.executable, str(write), str(model)], check=True)
-    good = True
-    for test in sorted((folder / "native" / "tests").glob("test_*")):
-        if not os.access(test, os.X_OK) or test.is_dir():
-            continue
+    tests = [f for f in sorted((folder / "native" / "tests").glob("test_*")) if is_program(f)]
+    if not tests:
+        print(f"{target.name}: no native tests in {folder}")
+    # Wine looks for libraries on its own path.
+    places = ";".join(f"Z:{folder / part}" for part in ("bin", "llama.cpp/bin"))
+    environment = {**os.environ, "WINEPATH": places, "WINEDEBUG": "-all"}
+    environment["WINEPREFIX"] = str(BUILD / "wine")
+    good = bool(tests)
+    for test in tests:
         began = time.monotonic()
-        words = [QEMU, "-cpu", "max", str(test), str(model), str(LLAMA)]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        words = [*target.run, str(test), str(model), str(LLAMA)]
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=False, env=environment, errors="replace"
+        )
         state = "passed" if done.returncode == 0 else f"FAILED ({done.returncode})"
         print(f"  {test.name}: {state}, {time.monotonic() - began:.0f} s", flush=True)
         if done.returncode:
             print((done.stdout + done.stderr)[-3000:])
             good = False
     return good
+
+
+def is_program(file: Path) -> bool:
+    runs = file.suffix == ".exe" or (not file.suffix and os.access(file, os.X_OK))
+    return runs and file.is_file()
 
 
 if __name__ == "__main__":
