@@ -210,7 +210,7 @@ def integer(name: str, value: object, low: int, high: int) -> int:
 
 def number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
     """A finite number (NumPy's too) in low..high, as a float. Raises `ArgumentError`."""
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    real = isinstance(value, (float, int, numbers.Real)) and not isinstance(value, bool)
     x = float(value) if real else math.nan  # type: ignore[arg-type]
     if not math.isfinite(x):
         raise ArgumentError(name, value, "must be a finite number")

@@ -231,8 +231,10 @@ class EngineCore:
             if step is None:
                 return
             self._place(step)
-            if not self.kv.carry_out(step.kv_operations) or step.n_rows == 0:
+            if step.kv_operations and not self.kv.carry_out(step.kv_operations):
                 return
+        if step.n_rows == 0:
+            return
         for call in self._calls(step):
             try:
                 run = self._run(call)
@@ -245,13 +247,14 @@ class EngineCore:
 
     def _take_commands(self) -> None:
         """Do what other threads have asked for, and what the clock does."""
-        commands = iter(self.commands.take() if self.commands else ())
-        try:
-            for command in commands:
-                command()
-        except BaseException:  # `_fail_all` does the rest
-            self.commands.put_back(list(commands))
-            raise
+        if self.commands:
+            commands = iter(self.commands.take())
+            try:
+                for command in commands:
+                    command()
+            except BaseException:  # `_fail_all` does the rest
+                self.commands.put_back(list(commands))
+                raise
         if self.scheduler.deadlines.next is not None:
             for id in self.scheduler.deadlines.due(perf_counter()):
                 self.table.requests[id].sink.cancel("deadline")

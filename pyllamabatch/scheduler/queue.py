@@ -102,12 +102,12 @@ class SequenceQueue(SequenceList, Generic[E]):
     def join(self, id: int, entry: E, *, first: bool = False) -> None:
         """At the end of the queue, or with `first` at its head."""
         self._n_joined += 1
-        self._places[id] = -self._n_joined if first else self._n_joined
+        place = self._places[id] = -self._n_joined if first else self._n_joined
         self.ids[id] = entry
         if first:
             self.ids.move_to_end(id, last=False)
         for index in self._indexes.values():
-            index.add(entry.view, self._places[id])
+            index.add(self._seen(entry), place)
 
     def leave(self, id: int) -> E | None:
         """What the queue held of `id`; None when it did not."""

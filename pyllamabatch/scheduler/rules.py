@@ -72,6 +72,8 @@ def check_plan(plan: Plan, view: StepView) -> Rows:
 
 def _rows(plan: Plan, view: StepView) -> Rows:
     tokens, decoding = plan.tokens, view.decoding
+    if plan.decode_all and not (tokens or plan.sit_out or plan.preempt):
+        return Rows(len(decoding), plan.sit_out, {})
     _check_whole(tokens)
     others = {id: n for id, n in tokens.items() if id not in decoding}
     n_named = len(tokens) - len(others)

@@ -155,7 +155,7 @@ class Sequences:
             self.add(entry)
             return
         running = self.running
-        self.promised += view.remaining - running.seen(entry).remaining
+        self.promised += view.remaining - running.remaining(entry)
         running.set(entry, view)
         self.prefilling.leave(id)
         running.stop_decoding(entry)
@@ -164,13 +164,14 @@ class Sequences:
 
     def _sort(self, entry: Entry) -> None:
         """A running sequence goes where it belongs."""
-        view = self.running.seen(entry)
-        if view.decoding:
-            self.running.start_decoding(entry)
-        elif view.remaining:
-            self.prefilling.join(view.id, entry)
+        running = self.running
+        n = running.remaining(entry)
+        if n == 0:
+            self._idle.begin(entry.view.id, self.now)
+        elif n == 1 and running.known[entry.slot] - running.computed[entry.slot] == 1:
+            running.start_decoding(entry)
         else:
-            self._idle.begin(view.id, self.now)
+            self.prefilling.join(entry.view.id, entry)
 
     def refresh(self) -> None:
         """What those that wait could start from now."""

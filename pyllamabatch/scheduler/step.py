@@ -37,20 +37,22 @@ class PromptChunk:
     decodes: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Step:
-    """A checked plan in terms of slots. `chunks`: rows of prompts, computed first; `decode`: slots
-    that compute the last known token and sample (int32, ascending, read-only), those whose prompt
-    ends with this step's chunk included. `preempted`, `admitted`: (id, slot). `moved`: (id, slot
-    before, slot), see `Compaction`. `repeat`: how many
-    times it may be computed before the policy is asked again, as long as no sequence comes or goes;
-    more than 1 only for pure decoding. `kv_operations`: to be carried out in the memory, in this
-    order, before the rows are computed. `n_out`: sequences that decode and have no row in this
-    step, but whose cells are attended. `n_pad`: slots that have a row, used or not (`Padding`); 0:
-    only those that decode. `stands`: of an interactive sequence that is alone, how many times the
-    plan stands for it, once each time that its owner asks; see `Scheduler.advance_alone`. `drafts`:
-    drafted tokens that each slot may add each time. `invariance`: how it is cut into calls, where
-    that may not depend on neighbours."""
+    """A checked plan in terms of slots; nothing changes it once it is built.
+
+    - chunks: rows of prompts, computed first. decode: slots that compute the last known token and
+      sample (int32, ascending, read-only), those whose prompt ends with this step's chunk included.
+    - preempted, admitted: (id, slot). moved: (id, slot before, slot), see `Compaction`.
+    - repeat: how many times it may be computed before the policy is asked again, as long as no
+      sequence comes or goes; more than 1 only for pure decoding. stands: the same of an interactive
+      sequence that is alone, once each time that its owner asks; see `Scheduler.advance_alone`.
+    - kv_operations: to be carried out in the memory, in this order, before the rows are computed.
+    - n_out: sequences that decode and have no row in this step, but whose cells are attended.
+    - n_pad: slots that have a row, used or not (`Padding`); 0: only those that decode.
+    - drafts: drafted tokens that each slot may add each time.
+    - invariance: how it is cut into calls, where that may not depend on neighbours.
+    """
 
     decode: Slots
     chunks: tuple[PromptChunk, ...]

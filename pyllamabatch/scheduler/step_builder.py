@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from ..cost.step_cost import StepCost
 from ..kv import Slots
@@ -14,7 +13,7 @@ from .padding import Padding
 from .rules import Rows
 from .running import Entry
 from .sequences import Sequences
-from .step import NO_SLOTS, PromptChunk, Step
+from .step import PromptChunk, Step
 from .view import Limits, Plan
 
 AT_ONCE = 32  # steps of decoding that cells are emptied for, if they are there
@@ -53,60 +52,72 @@ class StepBuilder:
 
     def build(self, plan: Plan, rows: Rows, preempted: Placed, admitted: Placed) -> Step:
         """Of a plan that is checked, and whose sequences are placed."""
-        repeat, reasons, drafts = plan.repeat, plan.reasons, plan.drafts
-        running = self._sequences.running
-        entries = running.ids
         moved = self._close_gaps(rows) if self.compaction.possible else ()
-        for id, source, slot in moved:
-            reasons = {**reasons, id: f"moved from slot {source} to {slot}: closes a gap"}
-        chunks: list[PromptChunk] = []
-        last: list[int] = []  # slots whose last known token is computed behind their chunk
-        for id, n in rows.others.items():
-            if id in entries:
-                self._cut(entries[id], n, chunks, last)
-        sits_out = running.decoding if rows.n_decodes == 0 else rows.out
-        out = [slot for id in sits_out if id in entries and (slot := entries[id].slot) not in last]
-        decode = running.decode_slots_but(out, last) if last or rows.n_decodes else NO_SLOTS
+        chunks, last = self._cut_prompts(rows.others) if rows.others else ((), [])
+        out = self._sits_out(rows, last)
+        decode = self._sequences.running.decode_slots_but(out, last)
         n_rows = len(decode)
         if chunks:
             n_rows += sum([chunk.n for chunk in chunks])
-        at_most = n_rows + sum(drafts.values()) if drafts else n_rows  # of a step
-        stands = 1
-        if running.asked:
-            if len(decode) == n_rows == len(running.ids) == 1 and self._alone():
-                (slot,) = decode.tolist()
-                left = self._limits.most_cells - int(running.computed[slot])
-                stands = max(1, min(repeat, left, self._accounting.free))
-            repeat = 1
-        elif repeat > 1:
-            left = int((running.most - running.known)[decode].min())
-            repeat = max(1, min(repeat, left, self._accounting.free // at_most))
-        self._admission.cache.make_cells(at_most * min(max(repeat, stands), AT_ONCE))
-        if repeat > 1:
-            repeat = max(1, min(repeat, self._accounting.empty // at_most))
-        if stands > 1:
-            stands = max(1, min(stands, self._accounting.empty))
-        n_pad = self._n_pad(decode, out)
-        step = Step(
-            decode,
-            tuple(chunks),
-            preempted,
-            admitted,
-            n_rows,
-            reasons,
-            repeat,
-            len(out) if self._limits.unified else 0,
-            self._admission.cache.take_kv_operations(),
-            n_pad,
-            moved,
-            1 if n_pad else stands,
-            {entries[id].slot: n for id, n in drafts.items()} if drafts else drafts,
-            self._invariance,
-        )
-        if self.compaction.possible and repeat > 1 and self._cost is not None:
-            n = self.compaction.steps(step, self._accounting.held_by_slot, self._cost)
-            step = step if n == repeat else replace(step, repeat=n)
+        step = Step(decode, chunks, preempted, admitted, n_rows, plan.reasons)
+        if moved:
+            step.moved, step.reasons = moved, {**plan.reasons, **dict(map(_why_moved, moved))}
+        if out and self._limits.unified:
+            step.n_out = len(out)
+        if plan.drafts:
+            entries = self._sequences.running.ids
+            step.drafts = {entries[id].slot: n for id, n in plan.drafts.items()}
+        step.invariance = self._invariance
+        step.n_pad = self._n_pad(decode, out)
+        self._set_repeat(step, plan.repeat)
+        step.kv_operations = self._admission.cache.take_kv_operations()
         return step
+
+    def _cut_prompts(self, others: dict[int, int]) -> tuple[tuple[PromptChunk, ...], list[int]]:
+        """Chunks, and the slots whose last known token is computed behind their chunk. `others`:
+        by how many tokens each sequence advances; one that was not admitted after all does not."""
+        entries = self._sequences.running.ids
+        chunks: list[PromptChunk] = []
+        last: list[int] = []
+        for id, n in others.items():
+            if id in entries:
+                self._cut(entries[id], n, chunks, last)
+        return tuple(chunks), last
+
+    def _sits_out(self, rows: Rows, last: list[int]) -> list[int]:
+        """Slots of sequences that decode, and not in this step."""
+        running = self._sequences.running
+        sits_out = running.decoding if rows.n_decodes == 0 else rows.out
+        if not sits_out:
+            return []
+        entries = running.ids
+        slots = [entries[id].slot for id in sits_out if id in entries]
+        return [slot for slot in slots if slot not in last] if last else slots
+
+    def _set_repeat(self, step: Step, repeat: int) -> None:
+        """How often it may be computed of the `repeat` times that it is planned for: as far as
+        budgets, cells and gaps allow. Cells for that are emptied."""
+        running, accounting = self._sequences.running, self._accounting
+        n_rows = step.n_rows + (sum(step.drafts.values()) if step.drafts else 0)
+        asked = bool(running.asked)
+        if repeat > 1:
+            if not asked:
+                left = int((running.most - running.known)[step.decode].min())
+            elif len(step.decode) == n_rows == len(running.ids) == 1 and self._alone():
+                left = self._limits.most_cells - int(running.computed[step.decode[0]])
+            else:
+                left = 1
+            repeat = max(1, min(repeat, left, accounting.free // n_rows))
+        self._admission.cache.make_cells(n_rows * min(repeat, AT_ONCE))
+        if repeat == 1:
+            return
+        repeat = max(1, min(repeat, accounting.empty // n_rows))
+        if asked:
+            step.stands = 1 if step.n_pad else repeat
+            return
+        step.repeat = repeat
+        if self.compaction.possible and repeat > 1 and self._cost is not None:
+            step.repeat = self.compaction.steps(step, accounting.held_by_slot, self._cost)
 
     def _close_gaps(self, rows: Rows) -> tuple[tuple[int, int, int], ...]:
         """Where nothing comes that could take the empty slots between those that run, and it pays:
@@ -169,3 +180,8 @@ class StepBuilder:
             at, decoding = at + size, decodes
         if start + n == known:
             last.append(slot)
+
+
+def _why_moved(moved: tuple[int, int, int]) -> tuple[int, str]:
+    id, source, slot = moved
+    return id, f"moved from slot {source} to {slot}: closes a gap"

@@ -114,10 +114,16 @@ class SamplingParams:
         return replace(self, seed=seed % (SEED_MAX + 1))
 
     def _integer(self, name: str, low: int, high: int) -> None:
-        self._set(name, integer(name, getattr(self, name), low, high))
+        given = getattr(self, name)
+        value = integer(name, given, low, high)
+        if value is not given:
+            self._set(name, value)
 
     def _number(self, name: str, low: float, high: float) -> None:
-        self._set(name, number(name, getattr(self, name), low, high))
+        given = getattr(self, name)
+        value = number(name, given, low, high)
+        if value is not given:
+            self._set(name, value)
 
     def _freeze_logit_bias(self) -> None:
         if not isinstance(self.logit_bias, Mapping):
@@ -154,5 +160,7 @@ class SamplingParams:
         self._set("stop", texts)
         for name in ("stop_token_ids", "preserved_tokens"):
             tokens = getattr(self, name)
+            if tokens == ():
+                continue
             ids = tokens if isinstance(tokens, Iterable) else (tokens,)
             self._set(name, tuple(integer(name, token, 0, INT32_MAX) for token in ids))

@@ -54,7 +54,8 @@ class ComposedPolicy:
             self._decode(builder)
         else:
             self._end_prompts(builder)
-        builder = self._advance_others(builder)
+        if len(view.prefilling) or len(view.waiting):
+            builder = self._advance_others(builder)
         if not self.mixed:
             if builder.tokens:  # of prompts: the next step has other rows
                 return builder.plan()

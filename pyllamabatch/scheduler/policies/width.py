@@ -112,11 +112,12 @@ class Turns:
                 self._lasted += (self._had - self._lasted) / 4
             self._known, self._had, self._turning = set(view.decoding), 0.0, False
         if others or step >= self._review:
-            rotation.follow(view)
             self._split = best_split(view, self.itl, self.gain, begun=self._turning)
             self._review = step + REVIEW
             if self._split is None:
                 self._until = None
+            else:
+                rotation.follow(view)
             if step >= self._renew:
                 self._tried.clear()
                 self._renew = step + RENEW
