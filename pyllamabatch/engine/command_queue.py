@@ -44,7 +44,7 @@ class CommandQueue:
         self._n_users = 0  # inside `keep_alive`
         self._n_awaited = 0  # interactive sequences that the next step waits for
         # Guards all of this. Reentrant: a sequence may be collected while its thread holds it.
-        lock = threading.RLock()
+        self._lock = lock = threading.RLock()
         self._news = threading.Condition(lock)  # for the leader
         self._work = threading.Condition(lock)  # for the core thread while it does not lead
         self._room = threading.Condition(lock)
@@ -57,13 +57,13 @@ class CommandQueue:
     def keep_alive(self) -> Iterator[None]:
         """The model and the stepper stay open inside. EngineClosed when they are closed."""
         self._check_process()
-        with self._news:
+        with self._lock:
             self._check_open()
             self._n_users += 1
         try:
             yield
         finally:
-            with self._work:
+            with self._lock:
                 self._n_users -= 1
                 if self.closed:
                     self._work.notify()
@@ -72,8 +72,9 @@ class CommandQueue:
         """`command` adds `n` requests. EngineClosed, EngineDraining, and QueueFull when there is no
         room for all of them within `timeout` seconds (None: however long it takes)."""
         self._check_process()
-        with self._news:
-            self._room.wait_for(lambda: self._shut or self._has_room(n), timeout)
+        with self._lock:
+            if self._max_waiting is not None:
+                self._room.wait_for(lambda: self._shut or self._has_room(n), timeout)
             self._check_taking()
             if not self._has_room(n):
                 raise QueueFull(f"{self._n_waiting} requests wait, max_waiting={self._max_waiting}")
@@ -86,7 +87,7 @@ class CommandQueue:
         """`command` is of an interactive sequence. `more`: it brings more to compute. EngineClosed,
         and EngineDraining where it brings more."""
         self._check_process()
-        with self._news:
+        with self._lock:
             if more:
                 self._check_taking()
             self._check_open()
@@ -99,7 +100,7 @@ class CommandQueue:
         `stop_leading`. False: another one leads, whose next step may wait for more of these. Raises
         as `ask`."""
         self._check_process()
-        with self._news:
+        with self._lock:
             self._check_taking()
             if not self._led:
                 self._commands.append(command)
@@ -117,7 +118,7 @@ class CommandQueue:
         child, which has none."""
         if os.getpid() != self._process:
             return
-        with self._news:
+        with self._lock:
             self._put(command)
         self._interrupt()
 
@@ -126,7 +127,7 @@ class CommandQueue:
         forked child nothing happens."""
         if os.getpid() != self._process:
             return
-        with self._news:
+        with self._lock:
             self.closed = True
             self._put(last)
             self._tell_room()
@@ -136,7 +137,7 @@ class CommandQueue:
         """Nothing more to compute comes in until `resume`. The result: True when all that was there
         has ended, False when it was resumed before."""
         self._check_process()
-        with self._news:
+        with self._lock:
             self.draining = True
             self._tell_room()
             future: Future[bool] = Future()
@@ -147,14 +148,14 @@ class CommandQueue:
 
     def resume(self) -> None:
         """EngineClosed."""
-        with self._news:
+        with self._lock:
             self._check_open()
             self.draining = False
             self._tell_drains(anyway=True)
 
     def ended(self) -> None:
         """A request has, and its reader knows."""
-        with self._news:
+        with self._lock:
             self._n_ended += 1
             self._tell_drains()
 
@@ -162,12 +163,12 @@ class CommandQueue:
 
     def has_room(self, n: int) -> bool:
         """Whether `n` more requests can be submitted at once."""
-        with self._news:
+        with self._lock:
             return self._has_room(n)
 
     def when_room(self, call: Command) -> bool:
         """Whether `submit` has an answer at once. If not, `call()` when that may have changed."""
-        with self._news:
+        with self._lock:
             if self._shut or self._has_room(1):
                 return True
             self._room_calls.append(call)
@@ -175,7 +176,7 @@ class CommandQueue:
 
     def left_queue(self) -> None:
         """A request has had a slot, or ended without one."""
-        with self._news:
+        with self._lock:
             self._n_waiting -= 1
             if self._max_waiting is not None:
                 self._tell_room()
@@ -186,8 +187,8 @@ class CommandQueue:
         """Lead, if no thread does and there are no commands, until `stop_leading`. Raises as
         `ask_or_lead`."""
         self._check_process()
-        with self._news:
-            if self._shut:
+        with self._lock:
+            if self.closed or self.draining:
                 self._check_taking()
             if self._led or self._rest or self._commands:
                 return False
@@ -204,19 +205,19 @@ class CommandQueue:
 
     def take(self) -> list[Command]:
         """All commands that are there, oldest first."""
-        with self._news:
+        with self._lock:
             commands, self._commands = self._commands, []
             return commands
 
     def put_back(self, commands: list[Command]) -> None:
         """What was not done after all."""
-        with self._news:
+        with self._lock:
             self._commands[:0] = commands
 
     def wait(self, seconds: float, n_awaited: int = 0) -> None:
         """Until there is a command, or for so many seconds. `n_awaited`: so many interactive
         sequences are worth being woken for, all at once."""
-        with self._news:
+        with self._lock:
             self._n_awaited = n_awaited
             if not self._commands:
                 self._news.wait(seconds)
@@ -224,16 +225,16 @@ class CommandQueue:
 
     def stop_leading(self, *, rest: bool) -> None:
         """Lead no longer. `rest`: there is something to compute, for the core thread then."""
-        with self._work:
+        with self._lock:
             self._led, self._rest = False, rest
             if rest or self._commands or self.closed:
                 self._work.notify()
-            else:
+            elif self._drains:
                 self._tell_drains()
 
     def fail(self, error: BaseException) -> list[Command]:
         """Closed, because of this. Returns the commands that are left."""
-        with self._news:
+        with self._lock:
             self.closed = self._ended = True
             self.error = error
             return self.take()
@@ -243,7 +244,7 @@ class CommandQueue:
     def lead(self) -> bool:
         """Wait until there is something to do and no thread leads, then lead. False: nothing is
         done any more, or nothing can come."""
-        with self._work:
+        with self._lock:
             while self._led or not (self._commands or self._rest):
                 if not self._led:
                     self._tell_drains()
@@ -255,7 +256,7 @@ class CommandQueue:
 
     def end(self) -> None:
         """Nothing is done any more. Returns when no `keep_alive` is left."""
-        with self._work:
+        with self._lock:
             self._tell_drains(anyway=True)
             self._work.wait_for(lambda: self._n_users == 0)
 

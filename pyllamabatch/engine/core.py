@@ -36,7 +36,7 @@ from .command_queue import CommandQueue
 from .cost_observer import CostObserver
 from .interactive import Call, InteractiveSink, Token
 from .kv_executor import KvExecutor
-from .lone_decode import Given, LoneDecode
+from .lone_decode import LoneDecode
 from .output_processor import OutputProcessor
 from .protocols import Device, StepRunner
 from .recovery import Recovery
@@ -135,32 +135,40 @@ class EngineCore:
     def next_token(self, sink: InteractiveSink) -> Token | None:
         """The next token of a sequence that is alone. None: it takes `call_for_token`. Otherwise as
         that, and SamplingError when none can be chosen."""
-        if sink.request is not self._lone.request:
+        lone = self._lone
+        if sink.request is not lone.request:
             return None
-        given: Given | None = None
         with self._signals:
             if not self.commands.lead_at_once():
                 return None
             try:
-                if not self._lone.of(sink.request):
+                if not lone.goes_on():
                     return None
                 self._note_idle()
-                given = self._lone.compute(sink, self.state)
-                self._led_until = perf_counter_ns()
-                if isinstance(given, Exception):
-                    with self.state:
-                        self.settle()
-                        if isinstance(given, SamplingError):
-                            sink.refused()
-                        else:
-                            self.recovery.failed_once(given)
+                try:
+                    return lone.compute(sink, self.state)
+                except (PyllamabatchError, MemoryError, TimeoutError) as error:
+                    self._lone_failed(sink, error)
+                    if isinstance(error, SamplingError):
+                        raise
+                    return None
+                finally:
+                    self._led_until = perf_counter_ns()
+            except SamplingError:
+                raise
             except BaseException as error:
                 self._fail_all(error)
+                return None
             finally:
                 self.commands.stop_leading(rest=False)
-        if isinstance(given, SamplingError):
-            raise given
-        return None if isinstance(given, Exception) else given
+
+    def _lone_failed(self, sink: InteractiveSink, error: Exception) -> None:
+        with self.state:
+            self.settle()
+            if isinstance(error, SamplingError):
+                sink.refused()
+            else:
+                self.recovery.failed_once(error)
 
     def settle(self) -> None:
         """All that was computed is in the counters, unless a call goes on. With `state` held."""

@@ -21,6 +21,7 @@ from .slot_table import SlotTable
 from .snapshot import Saved
 from .stream import FinishReason
 
+NONE = int(Finish.NONE)
 Token = tuple[int, float | None, int]
 """What was sampled: token, log-probability if it was asked for, `Finish`."""
 
@@ -159,18 +160,18 @@ class InteractiveSink(Sink):
             self._take_back(error)
             return
         tokens = np.concatenate((self.request.tokens, (token,)), dtype=np.int32)
-        self._finish(self.given(tokens, finish, logprob))
+        self._finish(self.given(tokens, token, finish, logprob))
 
     def refused(self) -> None:
         """None could be chosen, in a step that is accounted: it is as before."""
         self.spent = True
         self._trim(len(self.request.tokens))
 
-    def given(self, tokens: Tokens, finish: int, logprob: float) -> Token:
+    def given(self, tokens: Tokens, token: int, finish: int, logprob: float) -> Token:
         """Its tokens are these, the last of them the one that it was asked for."""
         self.request.tokens = tokens
-        self.spent = finish != Finish.NONE
-        return int(tokens[-1]), None if isnan(logprob) else logprob, finish
+        self.spent = finish != NONE
+        return token, None if isnan(logprob) else logprob, finish
 
     def failed(self, error: Exception) -> None:
         self._take_back(error)

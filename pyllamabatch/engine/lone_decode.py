@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import PyllamabatchError, SamplingError, decode_error
+from ..errors import SamplingError, decode_error
 from ..scheduler import Scheduler, Step
 from ..step.trace import StepTrace
 from ..step.types import Finish, Run
@@ -21,8 +21,8 @@ from .interactive import InteractiveSink, Token
 from .protocols import StepRunner
 from .request import NO_TOKENS, Request
 
+ERROR = int(Finish.ERROR)
 STEPS = 1024  # at most, before the policy is asked again
-Given = Token | Exception
 
 
 class LoneDecode:
@@ -42,10 +42,12 @@ class LoneDecode:
         self._trace = trace
         self.request: Request | None = None
         self._step: Step | None = None
-        self._n_left = 0  # steps that the plan stands for, without those in `_runs`
+        self._n_left = 0  # steps that the plan stands for, those that are not accounted included
         self._n_changes = 0  # of the scheduler's sequences, when it began
-        self._runs: list[Run] = []  # what is not accounted yet
         self._tokens = NO_TOKENS  # the request's, and room for more
+        # Of the steps that are not accounted yet.
+        self._n = self._n_reused = 0
+        self._seconds = self._first_seconds = 0.0
 
     def begin(self, step: Step, request: Request) -> None:
         """`step` was computed once, of this request, and is accounted."""
@@ -54,51 +56,48 @@ class LoneDecode:
         self._tokens = np.concatenate((request.tokens, np.zeros(self._n_left, np.int32)))
         self._n_changes = self._scheduler.sequences.n_changes
 
-    def of(self, request: Request) -> bool:
-        """Whether the next token of this request is another one of these."""
-        return (
-            request is self.request
-            and len(self._runs) < self._n_left
-            and self._scheduler.sequences.n_changes == self._n_changes
-        )
+    def goes_on(self) -> bool:
+        """Whether the next token of `request` is another one of these."""
+        return self._n < self._n_left and self._scheduler.sequences.n_changes == self._n_changes
 
-    def compute(self, sink: InteractiveSink, state: AbstractContextManager[Any]) -> Given:
-        """The next token, or why there is none: SamplingError after a step, any other error
-        instead of it. `state`: the core's, not held."""
-        step, stepper, scheduler = self._step, self._stepper, self._scheduler
+    def compute(self, sink: InteractiveSink, state: AbstractContextManager[Any]) -> Token:
+        """The next token. Raises SamplingError after a step, any other error instead of one.
+        `state`: the core's, not held."""
+        step, stepper = self._step, self._stepper
         assert step is not None
         if self._trace is not None:
-            used = scheduler.accounting.used + len(self._runs)
-            self._trace.begin(stepper.n_recorded, step.n_rows, used, step.decode, (), step.reasons)
+            used = self._scheduler.accounting.used + self._n
+            self._trace.begin(stepper.n_recorded, 1, used, step.decode, (), step.reasons)
         try:
             run = stepper.compute(step.decode, 1, 0, step.n_pad)
-        except (PyllamabatchError, MemoryError) as error:
+            if run.n_steps == 0:
+                raise decode_error(run.code) if run.code else TimeoutError("no token was read")
+        except BaseException:
             self.request = None
-            return error
-        if run.n_steps == 0:
-            self.request = None
-            return decode_error(run.code) if run.code else TimeoutError("no token was read")
+            raise
         ((slot, token, finish, logprob),) = run.results
         with state:
-            self._runs.append(run)
-            if finish == Finish.ERROR:
+            if self._n == 0:
+                self._first_seconds = run.seconds
+            self._n += 1
+            self._n_reused += run.n_reused
+            self._seconds += run.seconds
+            if finish == ERROR:
                 self.request = None
-                scheduler.counters.tokens -= 1
-                return SamplingError(stepper.slot_error(slot))
+                self._scheduler.counters.tokens -= 1
+                raise SamplingError(stepper.slot_error(slot))
             known = len(sink.request.tokens)
             self._tokens[known] = token
-            return sink.given(self._tokens[: known + 1], finish, logprob)
+            return sink.given(self._tokens[: known + 1], token, finish, logprob)
 
     def settle(self, now: float) -> int:
         """Account for the steps so far, the last of which ended at `now`. Returns how many graphs
         they reused."""
-        runs, step = self._runs, self._step
-        if not runs or step is None:
+        n, n_reused, seconds, step = self._n, self._n_reused, self._seconds, self._step
+        if n == 0 or step is None:
             return 0
-        n, n_reused = len(runs), sum(run.n_reused for run in runs)
-        seconds = sum(run.seconds for run in runs)
-        self._runs = []
+        self._n, self._n_reused, self._seconds = 0, 0, 0.0
         self._n_left -= n
-        self._observe(step, Run(0, n, n_reused, seconds, (), runs[0].first_seconds))
+        self._observe(step, Run(0, n, n_reused, seconds, (), self._first_seconds))
         self._scheduler.advance_alone(step, n, now, seconds / n)
         return n_reused

@@ -18,8 +18,7 @@ from ..errors import ArgumentError, ClosedError, EngineClosed, StateError, integ
 from ..llama import state
 from ..llama.vocab import Utf8Decoder
 from ..step.sampling_params import SamplingParams
-from ..step.types import Finish
-from .interactive import Call, InteractiveSink
+from .interactive import NONE, Call, InteractiveSink, Token
 from .snapshot import read
 
 if TYPE_CHECKING:
@@ -135,28 +134,18 @@ class Sequence:
         another token, SamplingError when no token can be chosen, Cancelled, EngineDraining,
         EngineClosed, and DecodeError when llama_decode fails.
         """
-        now = perf_counter()
         with self._lock:
-            self._check_open()
-            if not self.position:
-                raise ArgumentError("prompt", None, "a sequence needs a token to start from")
-            sampler = None
-            if self._sink.spent:
-                with self._core.commands.keep_alive():
-                    sampler = self._sampler(self._request.tokens)
-                self._reset_text()
-            sampled = None if sampler else self._core.next_token(self._sink)
-            if sampled is None:
-                ask = partial(self._sink.sample, sampler, now)
-                sampled = self._call(ask, self._core.call_for_token)
-            token, logprob, finish = sampled
+            sink, sampled = self._sink, None
+            if not (self._closed or sink.spent):
+                sampled = self._core.next_token(sink)
+            token, logprob, finish = sampled or self._sample()
             (piece,) = self._inputs.pieces.of([token])
             return Sampled(
                 token=token,
                 piece=piece,
                 text=self._text(piece),
                 logprob=logprob,
-                end=finish != Finish.NONE,
+                end=finish != NONE,
             )
 
     def trim(self, n: int) -> None:
@@ -292,6 +281,21 @@ class Sequence:
         text = self._decoder.decode(piece)
         self._cut = bool(self._decoder.getstate()[0])
         return text
+
+    def _sample(self) -> Token:
+        """The next token, by a plan of its own."""
+        now = perf_counter()
+        self._check_open()
+        if not self.position:
+            raise ArgumentError("prompt", None, "a sequence needs a token to start from")
+        sampler = None
+        if self._sink.spent:
+            with self._core.commands.keep_alive():
+                sampler = self._sampler(self._request.tokens)
+            self._reset_text()
+        ask = partial(self._sink.sample, sampler, now)
+        sampled: Token = self._call(ask, self._core.call_for_token)
+        return sampled
 
     def _sampler(self, tokens: Tokens) -> Any:
         """A sampling state that begins behind `tokens`."""

@@ -30,6 +30,7 @@ class DeferredSignals:
 
     def __init__(self, notify: Callable[[], None]) -> None:
         self._notify = notify
+        self._main = threading.main_thread().ident
         # The main thread's.
         self._seen: list[Any] = []  # handlers of `_NUMBERS`, last time
         self._python: list[tuple[int, Any]] = []  # those of them that are Python's
@@ -37,7 +38,7 @@ class DeferredSignals:
         self._noted: list[tuple[int, FrameType | None]] = []
 
     def __enter__(self) -> Noted:
-        if threading.get_ident() != threading.main_thread().ident:
+        if threading.get_ident() != self._main:
             return ()
         handlers = [*map(fast.getsignal, _NUMBERS)]
         if handlers != self._seen:
@@ -59,7 +60,7 @@ class DeferredSignals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._deferred and threading.get_ident() == threading.main_thread().ident:
+        if self._deferred and threading.get_ident() == self._main:
             self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -7,6 +7,7 @@ stream is touched because a token was sampled for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
@@ -138,8 +139,12 @@ class StreamStepper(Stepper):
         code = self._run_native(n_before, slots, min(n_steps, _MOST_STEPS), n_pad)
         info = self._run
         n = info.n_finished
-        records = (self._finished[0],) if n == 1 else self._finished[0:n] if n else ()
-        results = [(r.seq, r.token, r.finish, r.logprob) for r in records]
+        results: Sequence[tuple[int, int, int, float]] = ()
+        if n == 1:
+            one = self._finished[0]
+            results = ((one.seq, one.token, one.finish, one.logprob),)
+        elif n:
+            results = [(r.seq, r.token, r.finish, r.logprob) for r in self._finished[0:n]]
         seconds, first = info.ns * 1e-9, info.first_ns * 1e-9
         taken = None if self.drafts is None else self.drafts.n_taken
         return Run(
