@@ -160,7 +160,5 @@ class SamplingParams:
         self._set("stop", texts)
         for name in ("stop_token_ids", "preserved_tokens"):
             tokens = getattr(self, name)
-            if tokens == ():
-                continue
             ids = tokens if isinstance(tokens, Iterable) else (tokens,)
             self._set(name, tuple(integer(name, token, 0, INT32_MAX) for token in ids))
