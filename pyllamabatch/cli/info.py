@@ -118,6 +118,10 @@ def engine_defaults(model: Model) -> dict[str, Any]:
             "n_ubatch": engine.n_ubatch,
             "threads": usable_cores(),
             "step_costs": costs,
+            "reasons": {
+                "threads": "cores that this process may use, by affinity and quota",
+                **{name: why for name, why in engine.reasons.items() if name != "layout"},
+            },
         }
 
 

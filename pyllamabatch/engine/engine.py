@@ -60,7 +60,9 @@ class Engine:
       cost model a pool is not faster; when a request needs more, they become a pool of n_ctx cells,
       and what runs is computed again. `engine.layout` says what there is, and why.
     - n_batch: rows of a step at most. n_ubatch: rows that the device computes at once, and by
-      default the rows of a step while a sequence waits for its next token.
+      default the rows of a step while a sequence waits for its next token. None: by the device.
+    - swa_full: layers with a sliding window keep all cells, as the prefix cache needs. Default:
+      where that fits.
     - policy: which sequence runs when: an object or a name, see `pyllamabatch.scheduler`. Default
       `device_aware()`. One policy object serves one engine.
     - n_logprobs_max: the largest `SamplingParams.logprobs` that a request may ask for.
@@ -117,7 +119,7 @@ class Engine:
         n_ctx: int = 0,
         kv_unified: bool | Literal["auto"] = "auto",
         n_batch: int = 2048,
-        n_ubatch: int = 512,
+        n_ubatch: int | None = None,
         policy: Policy | str | None = None,
         n_logprobs_max: int = 20,
         device_sampling: bool | str = "auto",
@@ -251,6 +253,11 @@ class Engine:
         """How the KV cells are divided, and why."""
         became = self.limits.unified and not self._layout.unified
         return "one pool of cells: a sequence needed it" if became else str(self._layout)
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why the context has the sizes that it has, by the name of the option."""
+        return {"layout": self.layout, **self._layout.reasons}
 
     @property
     def invariance(self) -> Invariance | None:

@@ -9,11 +9,12 @@ faster on the device (`layout_cost`), and become a pool when a sequence needs mo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
-from ..errors import ArgumentError, UnsupportedOperation
+from ..errors import ArgumentError, NotEnoughMemory, UnsupportedOperation
 from ..llama.host import host_available
 from ..llama.limits import cell_bytes
 from ..llama.memory import copies_whole_only
@@ -22,6 +23,7 @@ from ..llama.params import fill, read
 from ..planner.residency import device_free, fitting_n_ctx
 from ..raw import lib
 from ..scheduler.invariance import LEAST_ROWS
+from .context_defaults import ubatch_of
 from .invariance import check_can
 from .layout_cost import CostOf, pool_pays, pool_speed
 from .native_context import NativeContext
@@ -43,13 +45,14 @@ N_CTX_AT_LEAST = 16384  # of the default pool, for models that were trained with
 class Layout:
     """n_ctx: cells of the sequences that run. n_cached: slots beyond theirs, for cached prefixes.
     why: the reason for this layout. pool: cells of the pool that streams become when a sequence
-    needs more than a stream has; 0: they stay streams."""
+    needs more than a stream has; 0: they stay streams. reasons: of other parameters, by name."""
 
     unified: bool
     n_ctx: int
     n_cached: int
     why: str
     pool: int = 0
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{'one pool of cells' if self.unified else 'a stream of cells each'}: {self.why}"
@@ -179,12 +182,31 @@ def with_speed(layout: Layout, cost_of: CostOf, n_seq_max: int) -> tuple[Layout,
 def _open(
     model: Model, options: EngineOptions, params: dict[str, Any]
 ) -> tuple[NativeContext, Layout]:
-    """The context as `params` ask for it."""
-    given = dict(params)
-    layout = lay_out(cells_of(model, options.n_seq_max, params), options, given)
-    n_ctx = fitting_n_ctx(model, given.pop("n_ctx"), shrink=params["n_ctx"] == 0, **given)
+    """The context as `params` ask for it; without all cells of a sliding window where these do not
+    fit, and they do not say that they want them."""
+    reasons: dict[str, str] = {}
+    try:
+        n_ctx, given, layout = _fitting(model, options, params)
+    except NotEnoughMemory:
+        if not model.n_swa or "swa_full" in params:
+            raise
+        n_ctx, given, layout = _fitting(model, options, params | {"swa_full": False})
+        reasons["swa_full"] = "off: all cells of the layers with a sliding window do not fit"
+    rows = ubatch_of(model, params["n_ubatch"])
+    reasons["n_ubatch"] = rows.why
     n_outputs = min(given["n_seq_max"] + draft_rows(options), given["n_batch"])
-    return NativeContext(model, n_ctx=n_ctx, n_outputs_max=n_outputs, **given), layout
+    context = NativeContext(model, n_ctx=n_ctx, n_outputs_max=n_outputs, **given)
+    return context, replace(layout, reasons=reasons)
+
+
+def _fitting(
+    model: Model, options: EngineOptions, params: dict[str, Any]
+) -> tuple[int, dict[str, Any], Layout]:
+    """n_ctx that fits, the other parameters of the context, and the layout."""
+    given = params | {"n_ubatch": ubatch_of(model, params["n_ubatch"]).value}
+    layout = lay_out(cells_of(model, options.n_seq_max, given), options, given)
+    shrink = params["n_ctx"] == 0
+    return fitting_n_ctx(model, given.pop("n_ctx"), shrink=shrink, **given), given, layout
 
 
 def make_context(
@@ -207,7 +229,8 @@ def make_context(
         layout, pool = with_speed(layout, context.cost_of, options.n_seq_max)
         if pool:
             context.close()
-            context, _ = _open(model, options, params | {"kv_unified": True})
+            context, opened = _open(model, options, params | {"kv_unified": True})
+            layout = replace(layout, reasons=opened.reasons)
     if not context.capabilities.has_memory or not context.capabilities.causal:
         context.close()
         raise UnsupportedOperation(

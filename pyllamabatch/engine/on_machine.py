@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import inf
 from typing import Any
 
+from ..cost.kernels import is_cuda
 from ..cost.model import CostModel
 from ..errors import UnsupportedOperation
 from ..llama.host import PathLike
@@ -11,6 +14,7 @@ from ..llama.model import Model
 from ..machine.context import MachineContext
 from ..machine.profile_machine import ProfileMachine
 from ..models import default_model_path
+from .context_defaults import ubatch
 from .layout import Cells, Layout, lay_out, with_speed
 from .options import EngineOptions
 
@@ -31,6 +35,8 @@ def make_context(
     model, machine = model or vocabulary(), ProfileMachine.named(name)
     streams = machine.has(unified=False)
     why = "" if streams else "the machine's profile has no streams"
+    rows = ubatch(params["n_ubatch"], cuda=is_cuda(machine.profile.key.backend), free=inf)
+    params["n_ubatch"] = rows.value
     cells, given = Cells(N_CTX_TRAIN, pool_only=why), dict(params)
     layout = lay_out(cells, options, given)
     if layout.pool and options.cost == "auto":
@@ -42,4 +48,5 @@ def make_context(
         if pool:
             given = params | {"kv_unified": True}
             lay_out(cells, options, given)
+    layout = replace(layout, reasons={"n_ubatch": rows.why})
     return MachineContext(machine, model, **given), layout

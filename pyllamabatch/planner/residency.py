@@ -36,18 +36,20 @@ _CELLS = 2**20  # of the largest context that is projected
 @dataclass(frozen=True, slots=True)
 class Pool:
     """Bytes in one place. mapped: weights that are pages of the file; copied: weights in memory of
-    the process's own; kv: cells and states; compute: graphs; logits: the output buffer."""
+    the process's own; kv: cells and states; compute: graphs; logits: the output buffer; decode:
+    graphs of decoding, which get their memory with the first step."""
 
     mapped: int = 0
     copied: int = 0
     kv: int = 0
     compute: int = 0
     logits: int = 0
+    decode: int = 0
 
     @property
     def context(self) -> int:
         """What each further context adds."""
-        return self.kv + self.compute + self.logits
+        return self.kv + self.compute + self.logits + self.decode
 
     @property
     def private(self) -> int:
@@ -135,7 +137,18 @@ class Projector(Owner):
             return full.plus(full.plus(half, -1), 2 * (n_ctx / _CELLS - 1))
         params = {"n_outputs_max": n_outputs, **context_params}
         with Context(self.model, n_ctx=n_ctx, n_seq_max=n_seq_max, **params) as context:
-            return footprint_of(context, n_outputs, mmap=self._mmap)
+            found = footprint_of(context, n_outputs, mmap=self._mmap)
+            n_ctx, decodes = context.n_ctx, context.capabilities.has_memory
+            few = {"n_batch": n_seq_max, "n_ubatch": n_seq_max, "n_outputs_max": n_seq_max}
+            if not decodes or params.get("embeddings") or context.n_ubatch <= n_seq_max:
+                return found
+        # vendor/patches/graph-of-decoding.patch: a scheduler with buffers of its own.
+        with Context(self.model, n_ctx=n_ctx, n_seq_max=n_seq_max, **params | few) as context:
+            graphs = footprint_of(context, n_seq_max, mmap=self._mmap)
+        return Footprint(
+            replace(found.device, decode=graphs.device.compute),
+            replace(found.host, decode=graphs.host.compute),
+        )
 
 
 def footprint_of(context: Context, n_outputs: int, *, mmap: bool) -> Footprint:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from pyllamabatch.errors import ArgumentError, GrammarError, PyllamabatchError, choice
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.grammar import Grammar
+from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.runtime import text
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.json_schema import schema_to_gbnf
@@ -71,7 +72,12 @@ def default_gap_max(*, streams: bool, on_gpu: bool) -> int:
 
 def offloaded(context: Context) -> bool:
     """A device other than the CPU computes, some of it at least."""
-    return bool(lib.llama_supports_gpu_offload()) and context.model._load["n_gpu_layers"] != 0
+    return uses_device(context.model)
+
+
+def uses_device(model: Model) -> bool:
+    """Some of its layers are on a device other than the CPU."""
+    return bool(lib.llama_supports_gpu_offload()) and model._load["n_gpu_layers"] != 0
 
 
 _SAME_NAME = (

@@ -12,6 +12,7 @@ import pytest
 from pyllamabatch import Engine, Model
 from pyllamabatch.cli import main
 from pyllamabatch.errors import ArgumentError, NotEnoughMemory
+from pyllamabatch.llama.batch import Batch
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.host import host_available
 from pyllamabatch.llama.limits import memory_parts
@@ -36,6 +37,26 @@ def test_projection_is_what_is_allocated(arch_path: Path, unified: bool) -> None
     assert host.kv == pytest.approx(sum(part.context for part in real), rel=0.02)
     assert host.compute == pytest.approx(sum(part.compute for part in real), rel=0.02)
     assert host.logits == 4 * 4 * n_vocab
+
+
+@pytest.mark.parametrize("n_seq_max", [4, 16])
+def test_graphs_of_decoding_are_projected(tiny_llama_path: Path, n_seq_max: int) -> None:
+    """They get their memory with the first step that decodes, beside those of prompts."""
+    params: dict[str, Any] = {"n_ctx": 4096, "n_seq_max": n_seq_max, "kv_unified": False}
+    with Projector(tiny_llama_path) as projector:
+        planned = projector.footprint(**params).host
+    with (
+        Model(tiny_llama_path) as model,
+        Context(model, n_outputs_max=n_seq_max, **params) as context,
+    ):
+        before = sum(part.compute for part in memory_parts(context))
+        batch = Batch(n_seq_max)
+        for seq_id in range(n_seq_max):
+            batch.add(1, 0, [seq_id], logits=True)
+        context.decode(batch)
+        after = sum(part.compute for part in memory_parts(context))
+    assert before == pytest.approx(planned.compute, rel=0.02)
+    assert 0 < after - before <= planned.decode < 1.5 * (after - before)
 
 
 def test_projection_allocates_nothing_and_grows_with_sequences(tiny_llama_path: Path) -> None:

@@ -1,0 +1,41 @@
+"""The sizes of an engine's context where none were asked for, and why."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..cost.kernels import is_cuda
+from ..errors import integer
+from ..llama import runtime
+from ..llama.model import Model
+from ..step.native import uses_device
+
+UBATCH, CUDA_UBATCH = 512, 2048  # rows that are computed at once
+GRAPH_BYTES = 256  # of a graph's buffers, for each row and each value of a hidden state, at most
+GRAPH_SHARE = 1 / 8  # of the device's free memory, for these
+
+
+class Chosen(NamedTuple):
+    value: int
+    why: str
+
+
+def ubatch_of(model: Model, given: int | None) -> Chosen:
+    """n_ubatch for `model` on this machine; `given`: what was asked for, None: nothing."""
+    gpus = [d for d in runtime.devices().values() if d.kind != "cpu" and is_cuda(d.backend)]
+    cuda = bool(gpus) and uses_device(model)
+    return ubatch(given, cuda=cuda, n_embd=model.n_embd, free=sum(gpu.free for gpu in gpus))
+
+
+def ubatch(given: int | None, *, cuda: bool, n_embd: int = 0, free: float = 0.0) -> Chosen:
+    """The same for a device with so many bytes free, whose kernels are CUDA's, or not."""
+    if given is not None:
+        return Chosen(integer("n_ubatch", given, 0, 2**31 - 1), "as was asked for")
+    if not cuda:
+        return Chosen(UBATCH, "more rows at once are hardly faster here, and others wait longer")
+    rows = CUDA_UBATCH
+    while rows > UBATCH and GRAPH_BYTES * rows * n_embd > GRAPH_SHARE * free:
+        rows //= 2
+    if rows < CUDA_UBATCH:
+        return Chosen(rows, f"buffers for {CUDA_UBATCH} rows would take much of the free memory")
+    return Chosen(rows, "CUDA computes long prompts faster with many rows at once")
