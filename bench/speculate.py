@@ -37,7 +37,7 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.report.records import Record
 from pyllamabatch.step.sampling_params import SamplingParams
 
-OFF, NGRAM, SERVER = "off", "ngram", "llama-server-ngram"
+OFF, NGRAM, DRAFT, SERVER = "off", "ngram", "draft", "llama-server-ngram"
 REPEATING = "repeating"
 SAMPLING = {REPEATING: "greedy", FREE: "default"}
 CELLS = 1024  # of each sequence
@@ -76,13 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--texts", default=f"{REPEATING},{FREE}", help="comma separated")
     parser.add_argument("--tokens", type=int, default=96, help="of an answer at most")
     parser.add_argument("--arms", default="", help="comma separated; all by default")
+    parser.add_argument("--draft", metavar="FILE", help="a smaller model that drafts, for its arm")
     parser.set_defaults(sampling=SAMPLING[REPEATING])
     add_run(parser, repeats=6)
 
 
 def main(options: argparse.Namespace) -> int:
     inside = InProcess.of(options)
-    arms = choose(options.arms, all_arms(inside))
+    arms = choose(options.arms, all_arms(inside, drafter_of(options)))
     for name in dict.fromkeys(arm.tool for arm in arms if arm.tool):
         tool(name)
     kinds = options.texts.split(",")
@@ -119,7 +120,14 @@ def view(records: Sequence[Record]) -> str:
     return "\n\n".join(tables)
 
 
-def all_arms(inside: InProcess) -> list[ServeArm]:
+def drafter_of(options: argparse.Namespace) -> str | None:
+    """What the arm `draft` drafts from; None: there is no such arm."""
+    if options.draft:
+        return f"draft:{options.draft}"
+    return "draft" if options.model == "default" else None
+
+
+def all_arms(inside: InProcess, drafter: str | None) -> list[ServeArm]:
     def engine(case: Case, *, options: dict[str, Any]) -> EngineSpeculates:
         return EngineSpeculates(case, inside.model, options)
 
@@ -129,9 +137,11 @@ def all_arms(inside: InProcess) -> list[ServeArm]:
         return ServerSpeculates(case, inside.model, process)
 
     includes = "Engine in this process, a thread for each reader; no HTTP"
+    drafting = [ServeArm(DRAFT, includes, partial(engine, options={"speculate": drafter}))]
     return [
         ServeArm(OFF, includes, partial(engine, options={"speculate": None})),
         ServeArm(NGRAM, includes, partial(engine, options={"speculate": NGRAM})),
+        *(drafting if drafter else []),
         ServeArm(
             SERVER,
             "a slot for each sequence, --spec-type ngram-simple; httpx clients, streamed",

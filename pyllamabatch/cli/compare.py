@@ -30,6 +30,7 @@ from typing import Any
 from pyllamabatch.cli.console import Progress, say
 from pyllamabatch.cli.options import (
     add_model_arguments,
+    add_shared,
     at_least,
     counts,
     model_path,
@@ -46,6 +47,7 @@ from pyllamabatch.compare.run import Experiment, measure
 from pyllamabatch.compare.scenario import SCENARIOS, gate, line
 from pyllamabatch.compare.summary import plain
 from pyllamabatch.compare.workload import BURST, DS4, POISSON
+from pyllamabatch.engine.drafters import make_drafter
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.host import usable_cores
 from pyllamabatch.machine.profile_machine import ProfileMachine
@@ -94,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="on a machine of which only this profile is there: a name or a file")
     add("--total-memory", type=n_bytes, default=0, metavar="BYTES",
         help="Linux: heap and anonymous memory of all workers at most, in equal shares (2G, 512Mi)")
+    add_shared(add, speculate=None)
     add = parser.add_argument_group("runs").add_argument
     add("--repeats", type=at_least(1), metavar="N", help="of each (3; a scenario 1)")
     add("--keep-loaded", action="store_true",
@@ -160,6 +163,10 @@ def check(args: argparse.Namespace) -> list[str]:
         raise ArgumentError("--total-memory", args.total_memory, "limits processes, on Linux")
     if POISSON in args.protocol and args.rate is None:
         raise ArgumentError("--rate", args.rate, "poisson needs one: requests a second")
+    if args.speculate not in (None, "off"):
+        make_drafter(args.speculate)
+        if "engine" not in arms:
+            raise ArgumentError("--speculate", args.speculate, "is for the arm engine")
     if args.machine:
         ProfileMachine.named(args.machine)  # what is wrong with it is said before anything runs
     if args.gate:
@@ -199,6 +206,7 @@ def experiment(args: argparse.Namespace, protocol: str, arms: Sequence[str]) -> 
         n_gpu_layers=args.n_gpu_layers,
         n_cells=args.ctx_size,
         machine=args.machine or "",
+        speculate="" if args.speculate in (None, "off") else args.speculate,
     )
     return Experiment(
         protocol=protocol,

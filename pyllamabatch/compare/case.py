@@ -43,6 +43,7 @@ class Case:
     n_gpu_layers: int = -1
     n_cells: int = 0  # KV cells for each sequence; 0: as many as it needs
     machine: str = ""  # a profile machine (`pyllamabatch.machine`), in place of this one
+    speculate: str = ""  # of the engine: what it drafts from, by name
 
     @property
     def n_ctx(self) -> int:

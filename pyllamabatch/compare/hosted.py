@@ -142,6 +142,7 @@ def engine(model: Model, case: Case) -> Run:
         policy=policy,
         prefix_cache=False,
         machine=case.machine or None,
+        speculate=case.speculate or None,
         **case.context_params(),
     )
 

@@ -171,6 +171,8 @@ def test_the_gate_sets_the_status(
         (["--limit", "0"], "--limit"),
         (["--protocol", "poisson"], "--rate"),
         (["--total-memory", "1G", "--arms", "engine"], "--total-memory"),
+        (["--speculate", "ngram", "--arms", "shared"], "--speculate"),
+        (["--speculate", "n-gram", "--arms", "engine"], "n-gram"),
         (["--plot", "x.gif"], "x.gif"),
         (["--out", "/dev/null/x"], "/dev/null"),
     ],
