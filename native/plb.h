@@ -231,6 +231,19 @@ typedef struct plb_drafts {
      * other a slot without a record has what is usual: of the slots before it, hopeful at first. */
     float       * found;
     float       * right;
+    /* Prices: with them a step has as many drafted rows as give most tokens a second, at most n_most of
+     * each slot; how likely a draft is to be right is known from those before it, and of
+     * PLB_DRAFTER_NGRAM by how many tokens it has matched. */
+    int32_t     * n_priced; /* the caller's: length of the prices, 0 (none) to n_rows_max + 1 */
+    float       * seconds;  /* [n_rows_max + 1], the caller's: of a step with so many rows; 0: not allowed */
+    float       * worst;    /* [n_rows_max + 1], the caller's: the same, if it takes longer than thought */
+    float       * credit;   /* the caller's, and changed by a run: seconds that drafts may lose, at worst;
+                               what they gain is added. Below 0 there are none */
+    float       * gain;     /* the caller's: how much more tokens a second it takes to have any */
+    int32_t     * n_timed;  /* [n_rows_max + 1]: steps of the last run with so many rows, those that only
+                               fill up included; without drafts only such with the graph of the one before */
+    int64_t     * ns_timed; /* [n_rows_max + 1]: what they took. Of those with drafts also what the next
+                               one without took longer */
 } plb_drafts;
 
 /* A second, smaller model with the same vocabulary, in an engine of its own: without `stream`, with as

@@ -13,6 +13,18 @@ namespace {
 // other. And what a slot that begins is worth of it: a drafter that once did badly is tried again.
 constexpr float HOPE = 0.8f, FORGET = 1.0f / 32;
 
+constexpr int32_t COLLECTED = 512; // matches of a length that what is usual remembers
+constexpr float   OTHERS = 4;      // what is usual counts as so many matches of one's own
+
+// Of matches of this length the share whose next token is right: of a sequence, and of all others where it
+// knows little itself. None at all count as two of which one is.
+float share_of(const match_record & own, const match_record & usual, int32_t length) {
+    const int32_t i = match_record::of(length);
+    const auto n = (float) usual.n[i];
+    const float others = (n * usual.right[i] + 1) / (n + 2);
+    return ((float) own.n[i] * own.right[i] + OTHERS * others) / ((float) own.n[i] + OTHERS);
+}
+
 bool keeps_a_state(const llama_model * model) {
     return llama_model_is_recurrent(model) || llama_model_is_hybrid(model);
 }
@@ -20,7 +32,7 @@ bool keeps_a_state(const llama_model * model) {
 } // namespace
 
 drafts::drafts(const llama_context * ctx, int32_t n_max, int32_t drafter, int32_t n_seq_max)
-    : n_max_(n_max), drafter_(drafter) {
+    : n_max_(n_max), drafter_(drafter), prices_((int32_t) llama_n_batch(ctx)) {
     if (keeps_a_state(llama_get_model(ctx)) && (int32_t) llama_n_rs_seq(ctx) < n_max) {
         throw failure{PLB_E_ROLLBACK, plb_code_text(PLB_E_ROLLBACK)};
     }
@@ -34,6 +46,8 @@ drafts::drafts(const llama_context * ctx, int32_t n_max, int32_t drafter, int32_
     right_.resize(n_all);
     rows_.reserve(n);
     live_.reserve(n);
+    chance_.resize(n_all);
+    offers_.reserve(n);
     hope(1);
     usual_.n = 4; // drafts that it weighs as much as
 }
@@ -54,14 +68,23 @@ void drafts::bind(const llama_context * ctx) {
 }
 
 plb_drafts drafts::views() {
-    return {n_max_, n_most_.data(), n_given_.data(), token_.data(),
-            n_taken_.data(), found_.data(), right_.data()};
+    plb_drafts views = {};
+    views.n_draft_max = n_max_;
+    views.n_most  = n_most_.data();
+    views.n_given = n_given_.data();
+    views.token   = token_.data();
+    views.n_taken = n_taken_.data();
+    views.found   = found_.data();
+    views.right   = right_.data();
+    prices_.views(views);
+    return views;
 }
 
 int32_t drafts::begin(const llama_seq_id * slots, int32_t n_slots, int32_t n_vocab, int32_t & bad) {
     wanted_ = false;
     catch_up_ns_ = 0;
     draft_code_  = 0;
+    prices_.begin();
     for (bad = 0; bad < n_slots; ++bad) {
         const auto seq = (size_t) slots[bad];
         const int32_t most = n_most_[seq], given = n_given_[seq];
@@ -87,11 +110,51 @@ drafts::rows drafts::draft(const plb_engine & engine, llama_seq_id seq) {
     if (most < 1 || slot.report) {
         return {seq, 0, 0, 0, 0, 0};
     }
+    const size_t at = (size_t) seq * (size_t) n_max_;
     const int32_t n_given = n_given_[(size_t) seq];
-    llama_token * token = &token_[(size_t) seq * (size_t) n_max_];
-    const int32_t n = n_given > 0 ? std::min(n_given, most) : slot.history.draft(most, token);
+    int32_t n = 0;
+    float * chance = &chance_[at];
+    if (n_given > 0) {
+        n = std::min(n_given, most);
+        const draft_record & record = slot.record;
+        for (int32_t i = 0; i < n; ++i) {
+            chance[i] = record.found[i] > 0 ? std::min(1.0f, record.right[i] / record.found[i]) : 0;
+        }
+    } else {
+        int32_t length = 0;
+        float likely = 1;
+        n = slot.history.draft(most, &token_[at], length);
+        for (int32_t i = 0; i < n; ++i, ++length) {
+            likely *= share_of(slot.history.matches(), matches_, length);
+            chance[i] = likely;
+        }
+    }
     const bool catches_up = n == 0 && model_ != nullptr;
     return {seq, 0, 0, catches_up ? 0 : most, n, 0};
+}
+
+// Rows of a step in which each slot has one.
+int32_t drafts::width(const plb_engine & engine, int32_t n_pad) const {
+    if (!even_ || !engine.gaps) {
+        return (int32_t) rows_.size();
+    }
+    const auto by_seq = [](const rows & a, const rows & b) { return a.seq < b.seq; };
+    const auto [low, high] = std::minmax_element(rows_.begin(), rows_.end(), by_seq);
+    return n_pad > 0 ? std::max(n_pad, high->seq + 1) : high->seq + 1 - low->seq;
+}
+
+// Of what was drafted as much as pays.
+void drafts::choose(const plb_engine & engine, int32_t n_pad) {
+    offers_.clear();
+    for (const rows & r : rows_) {
+        offers_.push_back({&chance_[(size_t) r.seq * (size_t) n_max_], r.n_drafted, 0});
+    }
+    prices_.choose(offers_, width(engine, n_pad), even_);
+    for (size_t i = 0; i < rows_.size(); ++i) {
+        if (offers_[i].chosen < rows_[i].n_drafted) {
+            rows_[i].n_asked = rows_[i].n_drafted = offers_[i].chosen;
+        }
+    }
 }
 
 // Drafts are cut so that all rows fit one ubatch; how many rows a slot has at least.
@@ -114,13 +177,7 @@ int32_t drafts::cut(const plb_engine & engine, int32_t n_pad) {
             --n;
         }
     } else {
-        auto width = (int32_t) rows_.size();
-        if (engine.gaps) {
-            const auto by_seq = [](const rows & a, const rows & b) { return a.seq < b.seq; };
-            const auto [low, high] = std::minmax_element(rows_.begin(), rows_.end(), by_seq);
-            width = n_pad > 0 ? std::max(n_pad, high->seq + 1) : high->seq + 1 - low->seq;
-        }
-        n = std::min(n, room / width - 1);
+        n = std::min(n, room / width(engine, n_pad) - 1);
         for (const rows & r : rows_) {
             const int32_t next = engine.slots[r.seq]->next_pos;
             n = std::min(n, std::min(engine.views.n_pos_max, n_ctx_seq_) - 1 - next);
@@ -142,12 +199,16 @@ int32_t drafts::write(plb_engine & engine, const llama_seq_id * slots, int32_t n
     if (model_ != nullptr) {
         const int32_t code = plb_draft_model_draft(model_, slots, n_slots);
         draft_code_ = code != PLB_OK ? code : draft_code_;
-        catch_up_ns_ += model_->catch_up_ns;
+        step_catch_up_ns_ = model_->catch_up_ns;
+        catch_up_ns_ += step_catch_up_ns_;
     }
     rows_.clear();
     int32_t n_drafted = 0;
     for (int32_t i = 0; i < n_slots; ++i) {
         rows_.push_back(draft(engine, slots[i]));
+    }
+    if (prices_.there()) {
+        choose(engine, n_pad);
     }
     n_each_ = cut(engine, n_pad);
     int32_t row = 0;
@@ -228,17 +289,39 @@ int32_t drafts::sample(plb_engine & engine, int32_t first) {
     return ok ? n : -1;
 }
 
-void drafts::took_one(const llama_seq_id * slots, int32_t n_slots) {
-    for (int32_t i = 0; i < n_slots; ++i) {
+void drafts::computed(const plb_engine & engine, const llama_seq_id * slots, int32_t n_slots,
+                      bool drafted, int64_t ns) {
+    const plb_step_info & info = engine.info;
+    for (int32_t i = 0; i < n_slots && !drafted; ++i) {
         ++n_taken_[(size_t) slots[i]];
+    }
+    const bool reused = info.n_reused > n_reused_;
+    n_reused_ = info.n_reused;
+    if (ns > 0 && model_ != nullptr && wanted_) { // what it lacked is no part of a step
+        ns = drafted ? ns - step_catch_up_ns_ : 0;
+    }
+    prices_.computed(info.n_rows + info.n_filled, drafted, reused, ns, info.n_results, n_slots);
+}
+
+// What its matches were like goes into what is usual.
+void drafts::collect(match_record & own) {
+    for (int32_t i = 0; i < match_record::N_LENGTHS; ++i) {
+        const int32_t n = own.n_new[i];
+        if (n > 0) {
+            const float weight = (float) n / (float) (matches_.n[i] + n);
+            matches_.right[i] += weight * ((float) own.new_right[i] / (float) n - matches_.right[i]);
+            matches_.n[i] = std::min(matches_.n[i] + n, COLLECTED);
+            own.n_new[i] = own.new_right[i] = 0;
+        }
     }
 }
 
-void drafts::end(const plb_engine & engine, const llama_seq_id * slots, int32_t n_slots,
+void drafts::end(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots,
                  plb_run_info & run) {
     for (int32_t i = 0; i < n_slots; ++i) {
         const auto seq = (size_t) slots[i];
         plb_slot & slot = *engine.slots[seq];
+        collect(slot.history.matches());
         if (!ngram() && slot.record.n == 0 && !slot.report) {
             slot.record = usual_;
             slot.record.n = 1;

@@ -3,6 +3,7 @@
 
 #include "plb.h"
 
+#include "step/draft_prices.hpp"
 #include "step/ngram.hpp"
 
 #include <cstdint>
@@ -34,11 +35,11 @@ public:
     // Samples its rows, the records from `first` on, and takes back the rest: how many records, or -1
     // where libllama does not take rows back.
     int32_t sample(plb_engine & engine, int32_t first);
-    // A step without drafts was computed.
-    void took_one(const llama_seq_id * slots, int32_t n_slots);
+    // A step was computed; ns: what it took, 0 where that is not known.
+    void computed(const plb_engine & engine, const llama_seq_id * slots, int32_t n_slots, bool drafted,
+                  int64_t ns);
     // The run has ended; what it tells of its drafts.
-    void end(const plb_engine & engine, const llama_seq_id * slots, int32_t n_slots,
-             plb_run_info & run);
+    void end(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots, plb_run_info & run);
 
 private:
     struct rows {
@@ -51,12 +52,16 @@ private:
     };
 
     rows draft(const plb_engine & engine, llama_seq_id seq);
+    int32_t width(const plb_engine & engine, int32_t n_pad) const;
     int32_t cut(const plb_engine & engine, int32_t n_pad);
+    void choose(const plb_engine & engine, int32_t n_pad);
+    void collect(match_record & own);
     void hope(float weight);
 
     int32_t n_max_, drafter_;
     plb_draft_model * model_ = nullptr;
     int64_t catch_up_ns_ = 0; // of the run
+    int64_t step_catch_up_ns_ = 0;
     int32_t draft_code_  = 0;
     draft_record usual_;      // of all slots
     bool    even_      = false; // all sequences of a step have the same number of rows
@@ -69,6 +74,11 @@ private:
     std::vector<float>       found_, right_;              // [n_seq_max][n_max]
     std::vector<rows>        rows_;                       // of the step, [n_slots]
     std::vector<int32_t>     live_;                       // in rows_
+    draft_prices             prices_;
+    match_record             matches_;                    // of all sequences
+    std::vector<float>       chance_;                     // [n_seq_max][n_max], where there are prices
+    std::vector<draft_offer> offers_;                     // as rows_
+    int64_t                  n_reused_ = 0;               // graphs, before the step
 };
 
 } // namespace plb

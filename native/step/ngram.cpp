@@ -9,6 +9,7 @@ namespace {
 constexpr int32_t LEAST  = 3;   // tokens that a match has at least
 constexpr int32_t MOST   = 32;  // that are compared
 constexpr int32_t TRIES  = 64;  // positions that are looked at
+constexpr int32_t OLDEST = 32;  // tokens that a share of matches remembers
 constexpr float   SLOWEST = 1.0f / 16; // a new draft's weight in the record, when it is old
 
 uint32_t hash_of(const llama_token * last) { // of LEAST tokens, `last` the last one
@@ -38,6 +39,23 @@ void draft_record::note(int32_t n_asked, int32_t n_found, int32_t n_right) {
     }
 }
 
+int32_t match_record::of(int32_t length) {
+    constexpr int32_t from[N_LENGTHS] = {0, 4, 5, 7, 10, 16, 32};
+    int32_t i = N_LENGTHS - 1;
+    while (length < from[i]) {
+        --i;
+    }
+    return i;
+}
+
+void match_record::note(int32_t length, bool is_right) {
+    const int32_t i = of(length);
+    n[i] = std::min(n[i] + 1, OLDEST);
+    right[i] += ((float) is_right - right[i]) / (float) n[i];
+    ++n_new[i];
+    new_right[i] += is_right;
+}
+
 ngram::ngram(const llama_token * prompt, int32_t n_prompt, int32_t n_more) {
     const size_t room = (size_t) n_prompt + (size_t) n_more;
     size_t n_hashes = 64;
@@ -50,7 +68,7 @@ ngram::ngram(const llama_token * prompt, int32_t n_prompt, int32_t n_more) {
     for (int32_t i = 0; i < n_prompt; ++i) {
         append(prompt[i]);
     }
-    n_watched_ = draft(PLB_DRAFT_LIMIT, watched_);
+    n_watched_ = draft(PLB_DRAFT_LIMIT, watched_, n_matched_);
 }
 
 void ngram::append(llama_token token) {
@@ -68,6 +86,9 @@ void ngram::add(llama_token token, draft_record & record) {
         return;
     }
     append(token);
+    if (n_watched_ > 0) {
+        matches_.note(n_matched_ + n_right_, watched_[n_right_] == token);
+    }
     if (n_right_ < n_watched_ && watched_[n_right_] == token) {
         ++n_right_;
         if (n_right_ < n_watched_) {
@@ -76,7 +97,7 @@ void ngram::add(llama_token token, draft_record & record) {
     }
     record.note(PLB_DRAFT_LIMIT, n_watched_, n_right_);
     n_right_   = 0;
-    n_watched_ = draft(PLB_DRAFT_LIMIT, watched_);
+    n_watched_ = draft(PLB_DRAFT_LIMIT, watched_, n_matched_);
 }
 
 // The position that ends as the last one does, and how many tokens are the same; -1: there is none.
@@ -105,8 +126,7 @@ int32_t ngram::find(int32_t & length) const {
     return found;
 }
 
-int32_t ngram::draft(int32_t n_most, llama_token * out) const {
-    int32_t length;
+int32_t ngram::draft(int32_t n_most, llama_token * out, int32_t & length) const {
     const int32_t found = n_most > 0 ? find(length) : -1;
     if (found < 0) {
         return 0;

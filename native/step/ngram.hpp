@@ -24,6 +24,19 @@ struct draft_record {
     void note(int32_t n_asked, int32_t n_found, int32_t n_right);
 };
 
+// How often the next token was the one that followed the last match, by how many tokens that had.
+struct match_record {
+    static constexpr int32_t N_LENGTHS = 7;
+    static int32_t of(int32_t length); // which of them
+
+    float   right[N_LENGTHS]   = {}; // shares that forget
+    int32_t n[N_LENGTHS]       = {}; // tokens, as far as they count
+    int32_t n_new[N_LENGTHS]   = {}; // since they were last collected
+    int32_t new_right[N_LENGTHS] = {};
+
+    void note(int32_t length, bool is_right);
+};
+
 class ngram {
 public:
     ngram() = default; // without room: drafts nothing
@@ -32,9 +45,11 @@ public:
     // Behind its room nothing is remembered. Whether the drafts that there would have been are right
     // goes to `record`.
     void add(llama_token token, draft_record & record);
-    // At most n_most tokens that may come next; how many.
-    int32_t draft(int32_t n_most, llama_token * out) const;
+    // At most n_most tokens that may come next; how many, and how many tokens are the same there.
+    int32_t draft(int32_t n_most, llama_token * out, int32_t & length) const;
     bool has_room() const { return !tokens_.empty(); }
+    match_record & matches() { return matches_; }
+    const match_record & matches() const { return matches_; }
 
 private:
     void append(llama_token token);
@@ -46,7 +61,8 @@ private:
     int32_t n_ = 0;
     // a draft that is compared with what comes
     llama_token watched_[PLB_DRAFT_LIMIT] = {};
-    int32_t n_watched_ = 0, n_right_ = 0;
+    int32_t n_watched_ = 0, n_right_ = 0, n_matched_ = 0;
+    match_record matches_;
 };
 
 } // namespace plb

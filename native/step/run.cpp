@@ -117,15 +117,18 @@ int32_t run_steps(plb_engine & engine, const llama_seq_id * slots, int32_t n_slo
     };
     while (run.n_steps < n_steps) {
         engine.ring.publish();
+        int64_t began = plb_now_ns();
         if (!write_step(engine, slots, n_slots, n_before, n_pad, rows) && run.n_steps > 0) {
             break;
         }
-        if (!engine.ring.has_room(rows.n_sampled) &&
-            !engine.ring.wait_for_room(rows.n_sampled, [&] { return engine.interrupted.load(); },
-                                       FULL_WAIT)) {
-            take_interrupt();
-            run.stop = PLB_STOP_FULL;
-            break;
+        if (!engine.ring.has_room(rows.n_sampled)) {
+            began = INT64_MAX; // a wait is not the step's
+            if (!engine.ring.wait_for_room(rows.n_sampled, [&] { return engine.interrupted.load(); },
+                                           FULL_WAIT)) {
+                take_interrupt();
+                run.stop = PLB_STOP_FULL;
+                break;
+            }
         }
         const int32_t code =
             one_step(engine, rows.n, engine.ring.reserve(rows.n_sampled), n_pad, rows.drafted);
@@ -140,8 +143,9 @@ int32_t run_steps(plb_engine & engine, const llama_seq_id * slots, int32_t n_slo
         run.n_rows     += rows.n;
         run.n_drafted  += engine.info.n_drafted;
         run.n_accepted += engine.info.n_accepted;
-        if (engine.drafts && !rows.drafted) {
-            engine.drafts->took_one(slots, n_slots);
+        if (engine.drafts) {
+            const int64_t ns = n_before > 0 || began == INT64_MAX ? 0 : plb_now_ns() - began;
+            engine.drafts->computed(engine, slots, n_slots, rows.drafted, ns);
         }
         const bool interrupted = take_interrupt();
         run.n_finished = collect_finished(engine);

@@ -21,7 +21,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter, perf_counter_ns
-from typing import Any
 
 import numpy as np
 
@@ -31,7 +30,7 @@ from ..scheduler import Scheduler, Step
 from ..scheduler.drafting import Drafted
 from ..step.stepper import Finish
 from ..step.trace import StepTrace
-from ..step.types import Run
+from ..step.types import Drafts, Run
 from .command_queue import CommandQueue
 from .cost_observer import CostObserver
 from .interactive import Call, InteractiveSink, Token
@@ -85,7 +84,8 @@ class EngineCore:
         self._running: tuple[Step, int] | None = None  # the call that goes on, and its first step
         self._n_taken = 0  # of the requests submitted
         # Where steps may check drafts: what the stepper knows of them.
-        self._drafts: Any = device.stepper.drafts if scheduler.drafting is not None else None
+        drafting = scheduler.drafting is not None
+        self._drafts: Drafts | None = device.stepper.drafts if drafting else None
         self._step_s = 0.0  # the last step's time
         self._led_until = perf_counter_ns()
         # Guards the state between two steps. A thread that needs the commands' lock, too, takes
@@ -297,10 +297,7 @@ class EngineCore:
                 self.trace.begin(first, step.n_rows, used, step.decode, prompts, step.reasons)
             self._running = step, first
             if self._drafts is not None:
-                most = self._drafts.n_most
-                most[:] = 0
-                for slot, n in step.drafts.items():
-                    most[slot] = n
+                set_drafts(self._drafts, step)
                 self._device.feed.fill(step, self.table.in_slot)
         if self.output_processor.has_events:
             stepper.flush()
@@ -369,6 +366,9 @@ class EngineCore:
             drafts.found,
             drafts.right,
             self._device.feed.seconds(run),
+            drafts.n_timed,
+            drafts.ns_timed * 1e-9,
+            float(drafts.credit[0]) if drafts.n_priced[0] else None,
         )
 
     def _failed(self, step: Step, error: Exception) -> None:
@@ -493,3 +493,16 @@ class EngineCore:
         """What requests end with that the engine leaves behind."""
         error = self.commands.error
         return error if isinstance(error, Exception) else self.commands.why_closed()
+
+
+def set_drafts(drafts: Drafts, step: Step) -> None:
+    """What each slot may draft in the next run, and what rows cost there."""
+    drafts.n_most[:] = 0
+    for slot, n in step.drafts.items():
+        drafts.n_most[slot] = n
+    prices = step.prices
+    drafts.n_priced[0] = 0 if prices is None else len(prices.seconds)
+    if prices is not None:
+        drafts.seconds[: len(prices.seconds)] = prices.seconds
+        drafts.worst[: len(prices.worst)] = prices.worst
+        drafts.credit[0], drafts.gain[0] = prices.credit, prices.gain

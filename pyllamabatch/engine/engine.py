@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import aclosing
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -562,12 +563,16 @@ def make_scheduler(
     invariance: Invariance | None,
 ) -> Scheduler:
     n_draft, n_seq_max = n_draft_max(options), options.n_seq_max
+    limits = limits_of(context, n_seq_max, n_draft, invariance)
     pool = pool_of(context, n_seq_max, layout.pool, n_draft) if layout.pool else None
+    if n_draft and not isinstance(options.drafter, Ngram):
+        limits = replace(limits, drafts_take_time=True)
+        pool = pool and pool._replace(limits=replace(pool.limits, drafts_take_time=True))
     mode = options.preemption
     if invariance is not None and mode == "auto":  # rows that decoded would decode one by one again
         mode = "swap"
     return Scheduler(
-        limits_of(context, n_seq_max, n_draft, invariance),
+        limits,
         options.policy,
         gather=options.gather,
         patience=options.patience,

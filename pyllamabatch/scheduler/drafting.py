@@ -16,17 +16,21 @@ import numpy.typing as npt
 
 from ..cost.step_cost import StepCost
 from ..kv import Slots
-from .view import Drafts, Limits
+from .view import Drafts, Limits, Prices
 
-_LEARNED = 0.25  # the share of a new observation
+LOSS = 0.01
+"""The share of the time that drafts may lose, in trials and by bad luck."""
+
+_COUNTS = 16  # steps: what was known counts as so many new ones at most
 _TRUSTED = 4000  # steps: what was observed longer ago is no more known
-
-Share = npt.NDArray[np.float64]
+_OFF_MOST = 1.6  # a call whose steps are further off counts as this: something has disturbed it
 
 
 class Drafted(NamedTuple):
     """What came of the drafts of a call. taken: tokens sampled, by slot. n_rows: of all steps,
-    drafted ones included. found, right: by slot, see `Drafts`. seconds: of the call."""
+    drafted ones included. found, right: by slot, see `Drafts`. seconds: of the call. n_timed,
+    seconds_timed: of steps with 0, 1, ... rows, how many were timed and how long they took in all.
+    credit: what is left of it, see `Prices`; None where the call had none."""
 
     taken: npt.NDArray[np.integer]
     n_rows: int
@@ -35,6 +39,50 @@ class Drafted(NamedTuple):
     found: npt.NDArray[np.floating]
     right: npt.NDArray[np.floating]
     seconds: float
+    n_timed: npt.NDArray[np.integer]
+    seconds_timed: npt.NDArray[np.floating]
+    credit: float | None = None
+
+
+class StepTimes:
+    """What steps of so many rows take beside what a cost model says. Between numbers of rows that
+    were timed lately the factor is in between; beyond the largest a step takes, at worst, in
+    proportion to its rows."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[float, float, int]] = {}  # by rows: factor, weight, step
+        self._n_steps = 0
+
+    def observe(self, n_rows: int, n_steps: int, ratio: float) -> None:
+        """`n_steps` steps took `ratio` times what the model says."""
+        factor, weight, _ = self._known.get(n_rows, (ratio, 0.0, 0))
+        ratio = min(max(ratio, factor / _OFF_MOST), factor * _OFF_MOST)
+        weight = min(weight, _COUNTS)
+        factor += (ratio - factor) * n_steps / (weight + n_steps)
+        self._known[n_rows] = factor, weight + n_steps, self._n_steps
+
+    def passed(self, n_steps: int) -> None:
+        """So many steps were computed."""
+        self._n_steps += n_steps
+        if self._known and min(at for *_, at in self._known.values()) < self._n_steps - _TRUSTED:
+            self._known = {
+                n: seen for n, seen in self._known.items() if seen[2] >= self._n_steps - _TRUSTED
+            }
+
+    def knows(self, first: int, last: int) -> bool:
+        """Whether a number of rows among these was timed lately."""
+        return any(first <= n_rows <= last for n_rows in self._known)
+
+    def prices(self, said: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], ...]:
+        """Expected and worst seconds of steps of 0, 1, ... rows, where a cost model has `said`
+        them."""
+        rows = np.arange(len(said))
+        known = sorted(self._known)
+        seconds = said * np.interp(rows, known, [self._known[n][0] for n in known])
+        largest = min(known[-1], len(said) - 1)
+        worst = np.maximum(seconds, seconds[largest] * rows / max(1, largest))
+        worst[: largest + 1] = seconds[: largest + 1]
+        return seconds, worst
 
 
 class Drafting:
@@ -42,42 +90,39 @@ class Drafting:
 
     def __init__(self, limits: Limits, n_slots: int) -> None:
         n = limits.n_draft_max
-        self._n_max = n
+        self.times = StepTimes()
+        self.credit = 0.0
+        self._seconds = 0.0  # of all steps that might have had drafts
         self._owner = np.zeros(n_slots, dtype=np.int64)  # id + 1 of the sequence that it is of
         self._found = np.zeros((n_slots, n))
         self._right = np.zeros((n_slots, n))
-        # By how many sequences decode, and by their longest draft: a factor and its step.
-        self._factors: dict[int, dict[int, tuple[float, int]]] = {}
-        self._n_steps = 0
 
-    def observe(self, slots: Slots, owner: npt.NDArray[np.int64], drafted: Drafted) -> None:
-        """After a call of these slots, whose sequences have these ids (+ 1)."""
+    def observe(
+        self,
+        slots: Slots,
+        owner: npt.NDArray[np.int64],
+        drafted: Drafted,
+        n_steps: int,
+        kv: float,
+        cost: StepCost | None,
+    ) -> None:
+        """After a call of `n_steps` steps of these slots, whose sequences have these ids (+ 1) and
+        attended `kv` cells on average."""
         self._owner[slots] = owner
         self._found[slots] = drafted.found[slots]
         self._right[slots] = drafted.right[slots]
-
-    def timed(self, n: int, most: int, n_steps: int, each: float) -> None:
-        """`n_steps` steps of `n` sequences with drafts of at most `most` tokens took `each` times
-        what the cost model says."""
-        self._n_steps += n_steps
-        of_n = self._factors.setdefault(n, {})
-        known = of_n.get(most)
-        if known is None or self._n_steps - known[1] > _TRUSTED:
-            of_n[most] = each, self._n_steps
-        else:
-            share = _LEARNED if n_steps > 2 else _LEARNED / 4
-            of_n[most] = known[0] + share * (each - known[0]), self._n_steps
-
-    def factor(self, n: int, most: int) -> tuple[float, bool]:
-        """What the cost model's seconds are to be multiplied by, and whether that was measured
-        lately with such drafts."""
-        of_n = self._factors.get(n, {})
-        trusted = {k: f for k, (f, at) in of_n.items() if self._n_steps - at <= _TRUSTED}
-        if most in trusted:
-            return trusted[most], True
-        if not trusted:
-            return 1.0, False
-        return trusted[min(trusted, key=lambda k: abs(k - most))], False
+        if cost is None:
+            return
+        self.times.passed(n_steps)
+        for n_rows in np.flatnonzero(drafted.n_timed).tolist():
+            n = int(drafted.n_timed[n_rows])
+            said = cost.predict(n_rows, 0, kv, len(slots))
+            if said > 0:
+                self.times.observe(n_rows, n, float(drafted.seconds_timed[n_rows]) / n / said)
+        self._seconds += drafted.seconds
+        if drafted.credit is not None:
+            self.credit = drafted.credit
+        self.credit = min(self.credit + LOSS * drafted.seconds, LOSS * self._seconds)
 
     def view(
         self,
@@ -92,19 +137,17 @@ class Drafting:
         mine = (self._owner[slots] == owner)[:, None]
         found, right = self._found[slots] * mine, self._right[slots] * mine
         n = len(slots)
-
-        def seconds(most: int, n_rows: float) -> tuple[float, bool]:
-            if cost is None:
-                return 0.0, False
-            factor, known = self.factor(n, most)
-            low = int(n_rows)
-            value = cost.predict(low, 0, kv, n)
-            if n_rows > low:
-                value += (n_rows - low) * (cost.predict(low + 1, 0, kv, n) - value)
-            return factor * value, known
-
         width = n if limits.unified or not n else int(slots[-1] - slots[0]) + 1
         room = min(limits.n_outputs or limits.n_batch, limits.n_ubatch, limits.n_batch)
+
+        def prices() -> Prices | None:
+            # a step without drafts has at least `width` rows, and with padding more
+            if cost is None or not self.times.knows(width, max(width, limits.n_seq_max)):
+                return None
+            rows = range(room + 1)
+            said = np.array([cost.predict(n_rows, 0, kv, n) if n_rows else 0.0 for n_rows in rows])
+            return Prices(*self.times.prices(said), self.credit)
+
         return Drafts(
             limits.n_draft_max,
             (owner - 1).tolist(),
@@ -114,5 +157,5 @@ class Drafting:
             width,
             room,
             even=not limits.unified,
-            seconds=None if cost is None else seconds,
+            prices=None if cost is None else prices,
         )

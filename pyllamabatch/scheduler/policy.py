@@ -18,7 +18,7 @@ from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
 from ..errors import ArgumentError
-from .view import Plan, SequenceView, StepView
+from .view import Plan, Prices, SequenceView, StepView
 
 
 class Policy(Protocol):
@@ -145,7 +145,7 @@ class PlanBuilder:
         self,
         repeat: int = 1,
         sit_out: Set[int] = frozenset(),
-        drafts: Mapping[int, int] | None = None,
+        speculation: Speculation | None = None,
     ) -> Plan:
         empty = not (self.decode_all or self.tokens or self.preempt)
         return Plan(
@@ -156,7 +156,8 @@ class PlanBuilder:
             self.reasons,
             1 if self.wake is not None else repeat,
             self.wake if empty else None,
-            drafts or {},
+            {} if speculation is None else speculation.drafts,
+            None if speculation is None else speculation.prices,
         )
 
 
@@ -217,10 +218,12 @@ class Round(NamedTuple):
 
 
 class Speculation(NamedTuple):
-    """drafts: see `Plan`. steps: for how many steps that stands; None: for all of the plan's."""
+    """drafts, prices: see `Plan`. steps: for how many steps that stands; None: for all of the
+    plan's."""
 
     drafts: Mapping[int, int]
     steps: int | None = None
+    prices: Prices | None = None
 
 
 NO_SPECULATION = Speculation({})

@@ -418,14 +418,8 @@ class Scheduler:
         assert drafting is not None
         n_more = drafted.n_rows - n * step.n_rows
         self.counters.count_drafts(n_more, drafted.n_drafted, drafted.n_accepted)
-        drafting.observe(decode, self.sequences.running.owner[decode], drafted)
-        if cost is not None and not step.chunks:
-            n_rows, n_seqs = drafted.n_rows / n, len(decode)
-            kv = self.attention.cells(step, (n - 1) / 2)
-            said = cost.predict(round(n_rows), 0, kv, n_seqs)
-            if said > 0 and drafted.seconds > 0:
-                most = max(step.drafts.values(), default=0)
-                drafting.timed(n_seqs, most, n, drafted.seconds / n / said)
+        owner, kv = self.sequences.running.owner[decode], self.attention.cells(step, (n - 1) / 2)
+        drafting.observe(decode, owner, drafted, n, kv, None if step.chunks else cost)
         taken: npt.NDArray[np.int64] = drafted.taken[decode].astype(np.int64)
         return taken
 

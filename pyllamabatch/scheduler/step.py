@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ..kv import KvOperation, Slots
 from .invariance import Invariance
+from .view import Prices
 
 # Steps of one group before another one's turn. A change of adapters makes libllama plan its graphs
 # anew, which takes about as long as a step.
@@ -50,7 +51,7 @@ class Step:
     - kv_operations: to be carried out in the memory, in this order, before the rows are computed.
     - n_out: sequences that decode and have no row in this step, but whose cells are attended.
     - n_pad: slots that have a row, used or not (`Padding`); 0: only those that decode.
-    - drafts: drafted tokens that each slot may add each time.
+    - drafts: drafted tokens that each slot may add each time. prices: see `Plan`.
     - invariance: how it is cut into calls, where that may not depend on neighbours.
     """
 
@@ -68,6 +69,7 @@ class Step:
     stands: int = 1
     drafts: Mapping[int, int] = field(default_factory=dict)
     invariance: Invariance | None = None
+    prices: Prices | None = None
 
     @property
     def slots(self) -> list[int]:

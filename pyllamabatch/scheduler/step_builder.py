@@ -67,6 +67,7 @@ class StepBuilder:
         if plan.drafts:
             entries = self._sequences.running.ids
             step.drafts = {entries[id].slot: n for id, n in plan.drafts.items()}
+            step.prices = plan.prices
         step.invariance = self._invariance
         step.n_pad = self._n_pad(decode, out)
         self._set_repeat(step, plan.repeat)

@@ -32,7 +32,8 @@ class Limits:
     - gap_max: with streams, so many empty slots in a row are filled with rows that no sequence
       sees, so that those around them are computed together (`Stepper`'s gap_max).
     - n_draft_max: drafted tokens of a sequence in a step; 0: none ever. n_outputs: rows of a step
-      that may have an output, drafted ones included; 0: all.
+      that may have an output, drafted ones included; 0: all. drafts_take_time: they are asked for
+      before each step that may have them.
     """
 
     n_batch: int
@@ -44,6 +45,7 @@ class Limits:
     gap_max: int = 0
     n_draft_max: int = 0
     n_outputs: int = 0
+    drafts_take_time: bool = False
 
     @property
     def most_cells(self) -> int:
@@ -140,6 +142,22 @@ class KvView(NamedTuple):
     slot_of: Callable[[int], int]
 
 
+class Prices(NamedTuple):
+    """With these a step has as many drafted rows as give most tokens a second, if that is `gain`
+    more than without.
+
+    - seconds, worst: of steps of 0, 1, ... rows, as they are expected, and if they take longer.
+      seconds 0: there is to be no such step.
+    - credit: seconds that drafts may lose at worst. What they lose and gain changes it; below 0
+      there are none.
+    """
+
+    seconds: npt.NDArray[np.float64]
+    worst: npt.NDArray[np.float64]
+    credit: float
+    gain: float = 0.0
+
+
 class Drafts(NamedTuple):
     """What is known of drafts, for `Speculate`.
 
@@ -150,9 +168,8 @@ class Drafts(NamedTuple):
     - n_left: tokens that each may still generate.
     - width: rows of a step without drafts. room: rows that a step with drafts may have.
     - even: all sequences of a step have the same number of rows.
-    - seconds(k, rows): of a step with so many rows on average, and drafts of at most `k` tokens:
-      by the cost model and by the time of such steps; and whether there were any lately. None
-      without a cost model.
+    - prices(): of steps of up to `room` rows, by the cost model and by the time of such steps; None
+      where no step without drafts was timed lately. None without a cost model.
     """
 
     n_max: int
@@ -163,7 +180,7 @@ class Drafts(NamedTuple):
     width: int
     room: int
     even: bool
-    seconds: Callable[[int, float], tuple[float, bool]] | None
+    prices: Callable[[], Prices | None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +261,7 @@ class Plan:
       policy is asked again then, or as soon as a sequence comes or goes.
     - drafts: how many drafted tokens each sequence may add to each step, by id, in a plan of
       decoding alone; see `Drafts`. Those that turn out to be right are sampled in the same step.
+    - prices: how many of these each step has; None: all that are drafted.
     """
 
     tokens: Mapping[int, int] = field(default_factory=dict)
@@ -254,6 +272,7 @@ class Plan:
     repeat: int = 1
     wake: float | None = None
     drafts: Mapping[int, int] = field(default_factory=dict)
+    prices: Prices | None = None
 
     def advances(self, view: StepView) -> dict[int, int]:
         """All sequences that have rows in this plan, by how many tokens they advance."""

@@ -181,7 +181,7 @@ class Stepper:
         )
         self.drafts: Drafts | None = None  # with n_draft_max
         if n_draft_max:
-            self.drafts = _drafts_of(engine, self.n_seq_max)
+            self.drafts = _drafts_of(engine, self.n_seq_max, self.n_rows_max)
         self._slots: dict[int, DetachedSlot] = {}  # by sequence id
         self._run: Any = ffi.new("plb_run_info *")
         self._finished: Any = views.finished
@@ -480,7 +480,7 @@ class Stepper:
             raise slot_failure(code, seq_id, self.last_error)
 
 
-def _drafts_of(engine: Any, n_seq_max: int) -> Drafts:
+def _drafts_of(engine: Any, n_seq_max: int, n_rows: int) -> Drafts:
     native = ffi.new("plb_drafts *")
     lib.plb_engine_drafts(engine, native)
     wide = n_seq_max, native.n_draft_max
@@ -491,6 +491,13 @@ def _drafts_of(engine: Any, n_seq_max: int) -> Drafts:
         view(native.n_taken, np.int32, (n_seq_max,), engine),
         view(native.found, np.float32, wide, engine),
         view(native.right, np.float32, wide, engine),
+        view(native.n_priced, np.int32, (1,), engine),
+        view(native.seconds, np.float32, (n_rows + 1,), engine),
+        view(native.worst, np.float32, (n_rows + 1,), engine),
+        view(native.credit, np.float32, (1,), engine),
+        view(native.gain, np.float32, (1,), engine),
+        view(native.n_timed, np.int32, (n_rows + 1,), engine),
+        view(native.ns_timed, np.int64, (n_rows + 1,), engine),
     )
 
 

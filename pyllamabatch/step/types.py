@@ -83,6 +83,13 @@ class Drafts(NamedTuple):
     - n_taken: tokens that the last run has sampled of each of its slots.
     - found, right: shape (n_seq_max, n_draft_max), of the slots of the last run: how often, lately,
       there was a draft with this many tokens, and how often all of them were the sampled ones.
+    - n_priced (one value): with 0 a step has as many drafted rows as n_most says. Otherwise it has
+      as many as give most tokens a second, if that is `gain` (one value) more than without.
+    - seconds, worst: of a step with 0, 1, ... n_priced - 1 rows, as they are expected, and if it
+      takes longer; seconds 0: there is no such step. credit (one value): seconds that drafts may
+      lose at worst; runs change it by what they lose and gain, and below 0 there are none.
+    - n_timed, ns_timed: how many steps of the last run had 0, 1, ... rows, and their nanoseconds.
+      Without drafts these are steps with the graph of the one before.
     """
 
     n_most: I32
@@ -91,6 +98,13 @@ class Drafts(NamedTuple):
     n_taken: I32
     found: F32
     right: F32
+    n_priced: I32
+    seconds: F32
+    worst: F32
+    credit: F32
+    gain: F32
+    n_timed: I32
+    ns_timed: npt.NDArray[np.int64]
 
 
 class _Valid(Generic[S]):

@@ -10,12 +10,12 @@ import pytest
 
 from pyllamabatch.errors import ArgumentError, PlanError
 from pyllamabatch.scheduler import Limits, Plan, Scheduler, StepView
-from pyllamabatch.scheduler.drafting import Drafted, Drafting
+from pyllamabatch.scheduler.drafting import LOSS, Drafted, Drafting, StepTimes
 from pyllamabatch.scheduler.policies.composed import ComposedPolicy
-from pyllamabatch.scheduler.policies.speculate import STEPS, TRIAL, ByGain
+from pyllamabatch.scheduler.policies.speculate import ASKED, STEPS, TIMED, ByGain
 from pyllamabatch.scheduler.policy import PlanBuilder, Speculation
 from pyllamabatch.scheduler.rules import check_plan
-from pyllamabatch.scheduler.view import Drafts
+from pyllamabatch.scheduler.view import Drafts, Prices
 from tests.support.views import decoding, view_of
 
 LIMITS = Limits(
@@ -37,74 +37,87 @@ def half(rows: float) -> float:
     return 0.01 + 0.005 * rows
 
 
-def decided(
-    price: Any,
-    right: list[list[float]],
-    *,
-    found: list[list[float]] | None = None,
-    even: bool = False,
-    known: bool = True,
-    **facts: Any,
-) -> Speculation:
-    n = len(right)
-    shares = np.array(right, dtype=float)
+def decided(price: Any, n: int, *, even: bool = False, credit: float = 1.0, **facts: Any) -> Any:
+    """Of `n` sequences whose steps take `price(rows)` seconds."""
+    rows = np.arange(41)
+    seconds = np.array([price(float(n_rows)) if n_rows else 0.0 for n_rows in rows])
+    prices = Prices(seconds, np.where(rows > facts.pop("timed", 40), np.inf, seconds), credit)
+    limits, right = facts.pop("limits", LIMITS), facts.pop("right", np.ones((n, 4)))
     drafts = Drafts(
-        n_max=shares.shape[1],
+        n_max=4,
         ids=[*range(n)],
-        found=np.ones_like(shares) if found is None else np.array(found, dtype=float),
-        right=shares,
+        found=np.ones((n, 4)),
+        right=right,
         n_left=np.full(n, facts.pop("n_left", 90)),
         width=n,
         room=40,
         even=even,
-        seconds=None if price is None else lambda k, rows: (price(rows), known),
+        prices=facts.pop("prices", lambda: prices),
     )
     sequences = [decoding(i, **facts) for i in range(n)]
-    view = replace(view_of(*sequences, limits=LIMITS), drafts=lambda: drafts)
+    view = replace(view_of(*sequences, limits=limits), drafts=lambda: drafts)
     builder = PlanBuilder(view, 64, view.kv.free, view.kv.promised)
     return ByGain()(builder)
+
+
+@pytest.mark.parametrize(
+    ("price", "n", "even", "expected"),
+    [
+        (free, 1, False, {0: 4}),
+        (half, 1, False, {0: 4}),
+        (half, 2, True, {0: 4, 1: 4}),
+        (dear, 1, False, {}),
+        (dear, 2, True, {}),
+        (free, 8, True, dict.fromkeys(range(8), 4)),
+    ],
+)
+def test_drafts_are_had_where_they_can_pay(
+    price: Any, n: int, even: bool, expected: dict[int, int]
+) -> None:
+    drafts, steps, prices = decided(price, n, even=even)
+    assert (drafts, steps) == (expected, STEPS)
+    assert (prices is None) == (not expected)
+
+
+def test_what_bounds_them() -> None:
+    assert decided(half, 1, n_left=3)[0] == {0: 2}
+    assert decided(half, 1, n_left=1)[0] == {}
+    assert decided(half, 1, credit=-0.1)[0] == {}
+    assert decided(half, 1, prices=lambda: None) == ({}, TIMED, None)
+    assert decided(half, 1, prices=None) == ({}, None, None)
+    drafts, _, prices = decided(half, 1, itl_target=0.026)
+    assert drafts == {0: 4}
+    assert np.flatnonzero(prices.seconds).tolist() == [1, 2, 3]
+    assert decided(half, 1, itl_target=0.012)[0] == {}
+    with pytest.raises(ArgumentError, match="gain"):
+        ByGain(-0.1)
 
 
 GOOD, FAIR, BAD = [0.9, 0.8, 0.7, 0.6], [0.5, 0.25, 0.1, 0.05], [0.05, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
-    ("price", "right", "expected"),
+    ("price", "right", "even", "expected"),
     [
-        (free, [GOOD], {0: 4}),
-        (free, [BAD], {}),
-        (free, [FAIR], {0: 4}),
-        (dear, [GOOD], {}),
-        (half, [GOOD], {0: 4}),
-        (half, [FAIR], {0: 1}),
-        (half, [BAD], {}),
-        (half, [[0.0] * 4], {}),
-        (half, [BAD, GOOD, BAD], {1: 3}),  # to the one that gains
-        (None, [GOOD], {}),
+        (free, [GOOD], False, 4),
+        (free, [BAD], False, 0),
+        (dear, [GOOD], False, 0),
+        (half, [GOOD], False, 4),
+        (half, [FAIR], False, 1),
+        (half, [BAD, GOOD, BAD], True, 0),
+        (half, [GOOD, GOOD], True, 3),
     ],
 )
-def test_as_many_as_pay(price: Any, right: list[list[float]], expected: dict[int, int]) -> None:
-    drafts, steps = decided(price, right)
-    assert drafts == expected
-    assert steps == (None if price is None else STEPS)
-
-
-def test_rows_of_all_are_paid_for_where_all_need_as_many() -> None:
-    assert decided(half, [BAD, GOOD, BAD], even=True) == ({}, STEPS)
-    assert decided(half, [GOOD, GOOD], even=True)[0] == {0: 3, 1: 3}
-    # a draft that is rarely there costs as rarely
-    rare = [[0.1] * 4]
-    assert decided(half, rare, even=True) == ({}, STEPS)
-    assert decided(half, rare, found=rare, even=True) == ({0: 4}, STEPS)
-
-
-def test_a_first_trial_is_short_and_within_a_target() -> None:
-    assert decided(half, [GOOD], known=False) == ({0: 4}, TRIAL)
-    assert decided(half, [GOOD], itl_target=0.026)[0] == {0: 2}
-    assert decided(half, [GOOD], itl_target=0.012)[0] == {}
-    assert decided(half, [GOOD], n_left=3)[0] == {0: 2}
-    with pytest.raises(ArgumentError, match="gain"):
-        ByGain(-0.1)
+def test_drafts_that_take_time_are_asked_for_as_they_were_right(
+    price: Any, right: list[list[float]], even: bool, expected: int
+) -> None:
+    own = {"limits": replace(LIMITS, drafts_take_time=True), "right": np.array(right)}
+    drafts, steps, prices = decided(price, len(right), even=even, **own)
+    assert drafts == (dict.fromkeys(range(len(right)), expected) if expected else {})
+    assert steps == (ASKED if expected else STEPS)
+    assert prices is None
+    if price is half and expected == 4:  # what was not timed lately is tried first
+        assert decided(price, 1, timed=1, **own)[:2] == ({0: 4}, TIMED)
 
 
 class Linear:
@@ -119,17 +132,38 @@ class Linear:
 
 
 def test_the_times_of_steps_correct_the_cost_model() -> None:
+    times, said = StepTimes(), np.array([0.0, *map(half, range(1, 13))])
+    assert not times.knows(1, 4)
+    times.observe(2, 8, 1.5)
+    assert times.knows(1, 4)
+    seconds, worst = times.prices(said)
+    assert seconds == pytest.approx(1.5 * said)
+    assert worst[:3] == pytest.approx(seconds[:3])
+    assert worst[3:] == pytest.approx(seconds[2] * np.arange(3, 13) / 2)
+    times.observe(6, 8, 2.5)
+    seconds, worst = times.prices(said)
+    assert seconds[[2, 4, 6, 9]] == pytest.approx(said[[2, 4, 6, 9]] * [1.5, 2.0, 2.5, 2.5])
+    assert worst[6] == seconds[6] < worst[7]
+    times.observe(6, 8, 100.0)  # disturbed
+    assert times.prices(said)[0][6] == pytest.approx(said[6] * (2.5 + 4.0) / 2)
+    times.passed(10**6)
+    assert not times.knows(1, 9)
+
+
+def test_drafts_lose_no_more_than_a_share_of_the_time() -> None:
     drafting = Drafting(LIMITS, 8)
-    assert drafting.factor(2, 4) == (1.0, False)
-    drafting.timed(2, 0, 8, 1.5)
-    assert drafting.factor(2, 4) == (1.5, False)
-    drafting.timed(2, 4, 8, 3.0)
-    drafting.timed(2, 4, 8, 2.0)
-    assert drafting.factor(2, 4) == (2.75, True)
-    assert drafting.factor(2, 0) == (1.5, True)
-    assert drafting.factor(3, 4) == (1.0, False)
-    drafting.timed(5, 0, 10**6, 1.0)
-    assert drafting.factor(2, 4) == (1.0, False)  # long ago
+    slots, owner = np.array([0], np.int32), np.array([1])
+
+    def call(seconds: float, credit: float | None) -> float:
+        times = np.zeros(9, np.int32), np.zeros(9)
+        shares = np.zeros((8, 4))
+        drafted = Drafted(slots, 8, 0, 0, shares, shares, seconds, *times, credit)
+        drafting.observe(slots, owner, drafted, 8, 100, Linear())  # type: ignore[arg-type]
+        return drafting.credit
+
+    assert call(2.0, None) == pytest.approx(2 * LOSS)
+    assert call(1.0, -0.5) == pytest.approx(LOSS - 0.5)
+    assert call(1.0, 7.0) == pytest.approx(4 * LOSS)  # what was gained is not lost in trials
 
 
 def scheduler(speculate: Any, limits: Limits = LIMITS) -> Scheduler:
@@ -159,8 +193,9 @@ def test_each_sequence_advances_by_what_it_took() -> None:
     slots = made.slot(1), made.slot(2)
     taken[slots[0]], taken[slots[1]] = 11, 5
     found[slots[0]] = 0.5
+    timed = np.zeros(9, np.int32), np.zeros(9)
     before, tokens = made.accounting.used, made.counters.tokens
-    made.advance(step, 5, 2.0, Drafted(taken, 19, 9, 6, found, found / 2, 0.5))
+    made.advance(step, 5, 2.0, Drafted(taken, 19, 9, 6, found, found / 2, 0.5, *timed))
     assert made.sequence(1).generated == 1 + 11
     assert made.sequence(2).generated == 1 + 5
     assert made.sequence(1).decoding

@@ -69,8 +69,9 @@ class ComposedPolicy:
             repeat = min(repeat, steps)
         if self.speculate is None or builder.view.drafts is None or sit_out:
             return builder.plan(repeat, sit_out)
-        drafts, most = self.speculate(builder)
-        return builder.plan(repeat if most is None else min(repeat, most), sit_out, drafts)
+        speculation = self.speculate(builder)
+        most = repeat if speculation.steps is None else min(repeat, speculation.steps)
+        return builder.plan(most, sit_out, speculation)
 
     def _decode(self, builder: PlanBuilder) -> None:
         n = len(builder.view.decoding)

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ...errors import ArgumentError
 from ..policy import NO_SPECULATION, PlanBuilder, Speculation
-from ..view import Drafts
+from ..view import Drafts, Prices
 
-# Steps that a decision stands for, and a first one with drafts that were never timed.
-STEPS, TRIAL = 16, 4
-HOPE = 0.75  # what they take then, beside what the cost model says: a short trial tells
+STEPS = 64  # that a decision stands for
+TIMED = 4  # of a kind that was not timed lately
+ASKED = 16  # where drafts are asked for, as they were right lately
+HOPE = 0.75  # what steps take then that were not timed, beside what the cost model says
 
 
 @dataclass(frozen=True, slots=True)
 class ByGain:
-    """As many as give most tokens a second, by how drafts have done lately and by what rows cost;
-    none where that is not at least `gain` more than without. No step takes longer than an ITL
-    target. Without a cost model there are none. Drafts of a length that was not timed lately are
-    tried for a few steps where they may pay.
+    """As many as give most tokens a second; none where that is not at least `gain` more than
+    without. Without a cost model there are none.
 
-    The sequences whose drafts are right most often come first. Where all sequences of a step need
-    the same number of rows (`Drafts.even`) one draft costs rows of all, so that there it takes
-    several that are often right, or few sequences."""
+    Of drafts that cost nothing to make it decides what rows cost, and how many a sequence may have
+    at most. How many it has is decided in each step, by what was drafted there (`Prices`): long
+    matches are right more often than short ones. Others are asked for as they were right lately, a
+    number that was not timed yet for a few steps at first. No step takes longer than an ITL
+    target."""
 
     gain: float = 0.05
 
@@ -37,46 +37,60 @@ class ByGain:
     def __call__(self, builder: PlanBuilder) -> Speculation:
         view = builder.view
         drafts = None if view.drafts is None else view.drafts()
-        if drafts is None or drafts.seconds is None or not drafts.ids:
+        if drafts is None or drafts.prices is None or not drafts.ids:
             return NO_SPECULATION
-        none = Speculation({}, STEPS)
         n = len(view.decoding)
-        if n != len(drafts.ids) or not drafts.right[:, 0].any():
-            return none
+        if n != len(drafts.ids):
+            return Speculation({}, STEPS)
+        prices = drafts.prices()
+        if prices is None:
+            return Speculation({}, TIMED)
+        room = min(drafts.room, builder.cells + n)
+        most = min(drafts.n_max, (room - drafts.width) // (drafts.width if drafts.even else n))
+        if most < 1 or (prices.credit < 0 and not view.limits.drafts_take_time):
+            return Speculation({}, STEPS)
         target = float(view.running.column("itl_target").min())
-        plain, _ = drafts.seconds(0, n)
-        best, choice, sure = (1 + self.gain) * n / plain if plain > 0 else np.inf, None, True
-        order = np.argsort(-drafts.right[:, 0], kind="stable")
-        for k in range(1, drafts.n_max + 1):
-            tokens, rows, most = expected(drafts, order, k)
-            fits = most <= min(drafts.room, builder.cells + n)
-            if not fits.any():
-                break
-            each = [drafts.seconds(k, x) for x in rows[fits].tolist()]
-            seconds = np.array([value if known else HOPE * value for value, known in each])
-            rate = np.where(seconds <= target, tokens[fits] / seconds, 0.0)
-            at = int(rate.argmax())
-            if rate[at] > best:
-                best, choice, sure = float(rate[at]), (at + 1, k), each[at][1]
-        if choice is None:
-            return none
-        n_first, k = choice
-        ids, left = drafts.ids, drafts.n_left.tolist()
-        chosen = {ids[i]: min(k, left[i] - 1) for i in order[:n_first].tolist() if left[i] > 1}
-        return Speculation(chosen, STEPS if sure else TRIAL)
+        seconds = np.where(prices.seconds <= target, prices.seconds, 0.0)
+        if view.limits.drafts_take_time:
+            return self._asked(drafts, prices._replace(seconds=seconds), most)
+        if not can_pay(drafts, seconds, most, self.gain):
+            return Speculation({}, STEPS)
+        left = drafts.n_left.tolist()
+        chosen = {id: min(most, left[i] - 1) for i, id in enumerate(drafts.ids) if left[i] > 1}
+        own = Prices(seconds, prices.worst, prices.credit, self.gain)
+        return Speculation(chosen, STEPS, own)
+
+    def _asked(self, drafts: Drafts, prices: Prices, most: int) -> Speculation:
+        n, width = len(drafts.ids), drafts.width
+        plain = float(prices.seconds[width])
+        best = (1 + self.gain) * n / plain if plain > 0 else np.inf
+        choice, timed = 0, True
+        for k in range(1, most + 1):
+            rows = (width if drafts.even else n) * k + width
+            seconds = float(prices.seconds[rows])
+            known = prices.worst[rows] <= seconds
+            tokens = n + float(drafts.right[:, :k].sum())
+            rate = tokens / seconds if seconds > 0 else 0.0
+            if not known:
+                rate /= HOPE
+            if rate > best:
+                best, choice, timed = rate, k, known
+        if not choice:
+            return Speculation({}, STEPS)
+        left = drafts.n_left.tolist()
+        chosen = {id: min(choice, left[i] - 1) for i, id in enumerate(drafts.ids) if left[i] > 1}
+        return Speculation(chosen, ASKED if timed else TIMED)
 
 
-def expected(
-    drafts: Drafts, order: npt.NDArray[np.intp], k: int
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
-    """Of a step in which the first 1, 2, ... sequences of `order` have drafts of up to `k` tokens:
-    tokens that it gives, its rows on average, and the most rows that it can have."""
-    n = len(drafts.ids)
-    right, found = drafts.right[order, :k], drafts.found[order, :k]
-    tokens = n + np.cumsum(right.sum(axis=1))
+def can_pay(drafts: Drafts, seconds: npt.NDArray[np.float64], most: int, gain: float) -> bool:
+    """Whether there is a number of drafted rows with which a step would pay if all were right."""
+    n, width = len(drafts.ids), drafts.width
+    plain = float(seconds[width])
+    k = np.arange(1, most + 1)
     if drafts.even:
-        any_found = 1 - np.cumprod(1 - found[:, 0])
-        most = np.full(n, drafts.width * (k + 1), dtype=np.int64)
-        return tokens, drafts.width + any_found * drafts.width * k, most
-    rows = n + np.cumsum(found.sum(axis=1))
-    return tokens, rows, n + k * np.arange(1, n + 1, dtype=np.int64)
+        rows, tokens = width * (k + 1), n * (k + 1)
+    else:
+        more = np.arange(1, n * most + 1)
+        rows, tokens = n + more, n + more
+    took = seconds[rows]
+    return plain > 0 and bool((tokens[took > 0] * plain > (1 + gain) * n * took[took > 0]).any())

@@ -1,0 +1,53 @@
+// How many of its drafted rows a step has: as many as give most tokens a second.
+//
+// A row costs what the step takes longer with it, and gives a token with the chance that its draft and
+// those before it are right. The caller says what steps take by their number of rows (plb_drafts); what
+// they took is counted for it. A step may take longer than was said, and its drafts be wrong: what that
+// has lost, and may lose at worst, is never more than the caller's credit.
+#pragma once
+
+#include "plb.h"
+
+#include <cstdint>
+#include <vector>
+
+namespace plb {
+
+// Of one slot in a step.
+struct draft_offer {
+    const float * chance; // [n]: that so many and one more are right; none is larger than the one before
+    int32_t       n;      // drafted rows that it can have
+    int32_t       chosen;
+};
+
+class draft_prices {
+public:
+    explicit draft_prices(int32_t n_rows_max);
+
+    void views(plb_drafts & out);
+    // Without prices every offer is chosen.
+    bool there() const { return n_priced_ > 0; }
+    // Sets `chosen`. width: rows of the step without drafts. even: all slots have as many rows as the one
+    // with most, `width` of each.
+    void choose(std::vector<draft_offer> & offers, int32_t width, bool even);
+
+    void begin(); // of a run
+    // A step was computed: its rows, what it took (0: not known), whether its graph was there, how many
+    // tokens its slots have sampled.
+    void computed(int32_t n_rows, bool drafted, bool reused, int64_t ns, int32_t n_tokens,
+                  int32_t n_slots);
+
+private:
+    bool better(float tokens, int32_t n_rows, float a_token, float & best) const;
+
+    std::vector<float>   seconds_, worst_; // [n_rows_max + 1]
+    std::vector<int32_t> n_timed_;         // [n_rows_max + 1]
+    std::vector<int64_t> ns_timed_;        // [n_rows_max + 1]
+    int32_t n_priced_ = 0;
+    float   credit_   = 0;
+    float   gain_     = 0;
+    int32_t n_before_ = 0;     // rows of the step before, if it had drafts
+    int32_t width_    = 0;     // of the last choice
+};
+
+} // namespace plb

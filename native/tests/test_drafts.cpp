@@ -1,0 +1,148 @@
+// How many drafted rows pay, and what n-grams draft: no model is needed.
+#include "check.hpp"
+
+#include "step/draft_prices.hpp"
+#include "step/ngram.hpp"
+
+#include <array>
+#include <cmath>
+#include <vector>
+
+namespace {
+
+using plb::draft_offer;
+using plb::draft_prices;
+
+constexpr int32_t N_ROWS = 32;
+constexpr std::array<float, 4> GOOD = {0.9f, 0.8f, 0.7f, 0.6f}, BAD = {0.05f, 0.01f, 0.0f, 0.0f};
+
+// Prices of steps that take `first` seconds and `more` for each row behind the first.
+plb_drafts priced(draft_prices & prices, float first, float more, float credit = 1) {
+    plb_drafts views = {};
+    prices.views(views);
+    for (int32_t i = 1; i <= N_ROWS; ++i) {
+        views.seconds[i] = views.worst[i] = first + more * (float) (i - 1);
+    }
+    *views.n_priced = N_ROWS + 1;
+    *views.credit   = credit;
+    return views;
+}
+
+std::vector<int32_t> chosen(draft_prices & prices, std::vector<draft_offer> offers, bool even) {
+    prices.choose(offers, (int32_t) offers.size(), even);
+    std::vector<int32_t> n;
+    for (const draft_offer & offer : offers) {
+        n.push_back(offer.chosen);
+    }
+    return n;
+}
+
+using counts = std::vector<int32_t>;
+
+void rows_are_had_as_long_as_they_pay() {
+    draft_prices prices(N_ROWS);
+    CHECK(!prices.there());
+    priced(prices, 1, 0.01f);
+    CHECK(prices.there());
+    const draft_offer good = {GOOD.data(), 4, 0}, bad = {BAD.data(), 4, 0}, none = {GOOD.data(), 0, 0};
+    CHECK(chosen(prices, {good}, false) == counts({4}));
+    CHECK(chosen(prices, {good, none}, true) == counts({4, 0}));
+    priced(prices, 1, 1); // each row costs as much as the first
+    CHECK(chosen(prices, {good, good}, false) == counts({0, 0}));
+    CHECK(chosen(prices, {good, good}, true) == counts({0, 0}));
+    priced(prices, 1, 0.5f);
+    CHECK(chosen(prices, {bad, good, bad}, false) == counts({0, 2, 0})); // to the one that gains
+    CHECK(chosen(prices, {bad, good, bad}, true) == counts({0, 0, 0})); // rows of all
+    CHECK(chosen(prices, {good, good}, true) == counts({2, 2}));
+}
+
+void what_is_asked_bounds_them() {
+    draft_prices prices(N_ROWS);
+    const draft_offer good = {GOOD.data(), 4, 0};
+    plb_drafts views = priced(prices, 1, 0.5f);
+    *views.gain = 2;
+    CHECK(chosen(prices, {good}, false) == counts({0}));
+    *views.gain     = 0;
+    views.seconds[4] = views.seconds[5] = 0; // longer than is allowed
+    CHECK(chosen(prices, {good}, false) == counts({2}));
+    *views.n_priced = 3;
+    CHECK(chosen(prices, {good}, false) == counts({1}));
+    *views.credit = -1;
+    CHECK(chosen(prices, {good}, false) == counts({0}));
+    views = priced(prices, 1, 0.1f, 0.4f); // at worst a row costs as much as the first
+    for (int32_t i = 2; i <= N_ROWS; ++i) {
+        views.worst[i] = (float) i;
+    }
+    CHECK(chosen(prices, {good}, false) == counts({2})); // 3 rows for 2.7 tokens; 4 for 3.4 lose 0.6
+}
+
+void steps_are_timed_and_paid_for() {
+    draft_prices prices(N_ROWS);
+    plb_drafts views = priced(prices, 1, 0.5f, 0);
+    std::vector<draft_offer> offers = {{GOOD.data(), 4, 0}};
+    constexpr int64_t SECOND = 1000000000;
+    prices.begin();
+    prices.choose(offers, 1, false);
+    prices.computed(1, false, true, SECOND, 1, 1);
+    prices.computed(1, false, false, 9 * SECOND, 1, 1); // another graph
+    prices.computed(5, true, false, 3 * SECOND, 4, 1);
+    CHECK(views.n_timed[1] == 1);
+    CHECK(views.ns_timed[1] == SECOND);
+    CHECK(views.n_timed[5] == 1);
+    CHECK(views.ns_timed[5] == 3 * SECOND);
+    CHECK(std::fabs(*views.credit - 1) < 1e-6f); // four tokens for three
+    prices.computed(1, false, false, SECOND + SECOND / 4, 1, 1); // back again: the drafts pay
+    CHECK(views.n_timed[1] == 1);
+    CHECK(std::llabs(views.ns_timed[5] - 3 * SECOND - SECOND / 4) < 100);
+    prices.computed(5, true, false, 3 * SECOND, 1, 1);
+    CHECK(std::fabs(*views.credit + 1) < 1e-6f);
+    prices.computed(5, true, false, 0, 1, 1); // not timed
+    CHECK(std::fabs(*views.credit + 1) < 1e-6f);
+    prices.begin();
+    CHECK(views.n_timed[5] == 0);
+    CHECK(views.ns_timed[5] == 0);
+}
+
+void drafts_tell_how_long_their_match_is() {
+    const std::vector<llama_token> prompt = {4, 5, 6, 7, 8, 20, 5, 6, 7, 9, 20, 4, 5, 6, 7};
+    plb::ngram ngram(prompt.data(), (int32_t) prompt.size(), 8);
+    std::array<llama_token, PLB_DRAFT_LIMIT> out = {};
+    int32_t length = 0;
+    CHECK(ngram.draft(3, out.data(), length) == 3);
+    CHECK(length == 4);
+    CHECK(out[0] == 8 && out[1] == 20 && out[2] == 5);
+    CHECK(ngram.draft(0, out.data(), length) == 0);
+    plb::ngram without;
+    CHECK(!without.has_room());
+    CHECK(without.draft(4, out.data(), length) == 0);
+}
+
+void matches_are_counted_by_their_length() {
+    const std::vector<llama_token> prompt = {4, 5, 6, 7, 8, 20, 4, 5, 6};
+    plb::ngram ngram(prompt.data(), (int32_t) prompt.size(), 3);
+    plb::draft_record record;
+    ngram.add(7, record); // right, behind three
+    ngram.add(8, record); // right, behind four
+    ngram.add(9, record); // wrong, behind five
+    ngram.add(1, record); // there is no room for it
+    const plb::match_record & matches = ngram.matches();
+    const int32_t three = plb::match_record::of(3), four = plb::match_record::of(4);
+    CHECK(three < four);
+    CHECK(matches.n[three] == 1 && matches.right[three] == 1);
+    CHECK(matches.n[four] == 1 && matches.right[four] == 1);
+    CHECK(matches.n[plb::match_record::of(5)] == 1);
+    CHECK(matches.right[plb::match_record::of(5)] == 0);
+    CHECK(plb::match_record::of(100) == plb::match_record::N_LENGTHS - 1);
+    CHECK(record.n == 1 && record.right[1] > 0 && record.right[2] == 0);
+}
+
+} // namespace
+
+int main() {
+    rows_are_had_as_long_as_they_pay();
+    what_is_asked_bounds_them();
+    steps_are_timed_and_paid_for();
+    drafts_tell_how_long_their_match_is();
+    matches_are_counted_by_their_length();
+    return 0;
+}
