@@ -231,6 +231,8 @@ typedef struct plb_drafts {
      * other a slot without a record has what is usual: of the slots before it, hopeful at first. */
     float       * found;
     float       * right;
+    int32_t     * n_drafted;  /* [n_seq_max]: rows of drafted tokens that the last run had of each slot, */
+    int32_t     * n_accepted; /* [n_seq_max]: and how many of them stay */
     /* Prices: with them a step has as many drafted rows as give most tokens a second, at most n_most of
      * each slot; how likely a draft is to be right is known from those before it, and of
      * PLB_DRAFTER_NGRAM by how many tokens it has matched. */

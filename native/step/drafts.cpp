@@ -41,6 +41,8 @@ drafts::drafts(const llama_context * ctx, int32_t n_max, int32_t drafter, int32_
     n_most_.resize(n);
     n_given_.resize(n);
     n_taken_.resize(n);
+    n_drafted_.resize(n);
+    n_accepted_.resize(n);
     token_.resize(n_all);
     found_.resize(n_all);
     right_.resize(n_all);
@@ -76,6 +78,8 @@ plb_drafts drafts::views() {
     views.n_taken = n_taken_.data();
     views.found   = found_.data();
     views.right   = right_.data();
+    views.n_drafted  = n_drafted_.data();
+    views.n_accepted = n_accepted_.data();
     prices_.views(views);
     return views;
 }
@@ -96,7 +100,7 @@ int32_t drafts::begin(const llama_seq_id * slots, int32_t n_slots, int32_t n_voc
             return PLB_E_DRAFT;
         }
         wanted_ = wanted_ || most > 0;
-        n_taken_[seq] = 0;
+        n_taken_[seq] = n_drafted_[seq] = n_accepted_[seq] = 0;
     }
     return PLB_OK;
 }
@@ -274,6 +278,8 @@ int32_t drafts::sample(plb_engine & engine, int32_t first) {
     llama_memory_t memory = llama_get_memory(engine.ctx);
     for (const rows & r : rows_) {
         n_taken_[(size_t) r.seq] += r.n_taken;
+        n_drafted_[(size_t) r.seq] += r.n_drafted;
+        n_accepted_[(size_t) r.seq] += r.n_taken - 1;
         engine.info.n_drafted  += r.n_drafted;
         engine.info.n_accepted += r.n_taken - 1;
         plb_slot & slot = *engine.slots[r.seq];

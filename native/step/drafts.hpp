@@ -69,7 +69,7 @@ private:
     int32_t n_ctx_seq_ = 0;
     bool    wanted_    = false;
     int32_t n_each_    = 1;
-    std::vector<int32_t>     n_most_, n_given_, n_taken_; // [n_seq_max]
+    std::vector<int32_t>     n_most_, n_given_, n_taken_, n_drafted_, n_accepted_; // [n_seq_max]
     std::vector<llama_token> token_;                      // [n_seq_max][n_max]
     std::vector<float>       found_, right_;              // [n_seq_max][n_max]
     std::vector<rows>        rows_;                       // of the step, [n_slots]

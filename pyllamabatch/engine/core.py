@@ -343,6 +343,8 @@ class EngineCore:
                 self.scheduler.advance(step, run.n_steps, perf_counter(), self._drafted(run))
                 for chunk in step.chunks:
                     self.table.in_slot(chunk.slot).sink.computed()
+                if run.n_drafted and self._drafts is not None:
+                    tell_drafted(self._drafts, step, self.table)
             for slot, token, finish, logprob in run.results:
                 error = None
                 if finish == Finish.ERROR:
@@ -493,6 +495,14 @@ class EngineCore:
         """What requests end with that the engine leaves behind."""
         error = self.commands.error
         return error if isinstance(error, Exception) else self.commands.why_closed()
+
+
+def tell_drafted(drafts: Drafts, step: Step, table: SlotTable) -> None:
+    """Each request, what came of its drafts in the last run."""
+    for slot in step.drafts:
+        if drafts.n_drafted[slot]:
+            n, n_accepted = int(drafts.n_drafted[slot]), int(drafts.n_accepted[slot])
+            table.in_slot(slot).sink.drafted(n, n_accepted)
 
 
 def set_drafts(drafts: Drafts, step: Step) -> None:

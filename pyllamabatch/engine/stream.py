@@ -61,6 +61,7 @@ class Result:
     - e2el_s: seconds from submission to the end.
     - queue_s: seconds from submission to its first slot, None when it had none. n_cached: tokens of
       the prompt that were in the prefix cache then.
+    - n_drafted: drafted tokens that were checked, of which `n_accepted` were right.
     """
 
     id: int
@@ -77,6 +78,8 @@ class Result:
     top_logprobs: list[dict[int, float]] | None = None
     queue_s: float | None = None
     n_cached: int = 0
+    n_drafted: int = 0
+    n_accepted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,7 @@ class Stream:
         self.n_prompt = n_prompt
         self.submitted_at = perf_counter()
         self.n_cached = 0
+        self._n_drafted = self._n_accepted = 0
         self._admitted_at: float | None = None
         self._first_at: float | None = None
         self._lock = threading.Lock()
@@ -226,6 +230,10 @@ class Stream:
         self.n_cached = n_cached
         self._admitted_at = perf_counter()
 
+    def _drafted(self, n_drafted: int, n_accepted: int) -> None:
+        self._n_drafted += n_drafted
+        self._n_accepted += n_accepted
+
     # -- for the output processor
 
     def _begin(self, page: Page, slot: int) -> None:
@@ -293,6 +301,8 @@ class Stream:
                 top_logprobs=self._top,
                 queue_s=None if admitted is None else admitted - self.submitted_at,
                 n_cached=self.n_cached,
+                n_drafted=self._n_drafted,
+                n_accepted=self._n_accepted,
             )
             self._host = None
             callbacks, self._callbacks = self._callbacks, []

@@ -21,6 +21,8 @@ from .view import Drafts, Limits, Prices
 LOSS = 0.01
 """The share of the time that drafts may lose, in trials and by bad luck."""
 
+Seconds = npt.NDArray[np.float64]
+
 _COUNTS = 16  # steps: what was known counts as so many new ones at most
 _TRUSTED = 4000  # steps: what was observed longer ago is no more known
 _OFF_MOST = 1.6  # a call whose steps are further off counts as this: something has disturbed it
@@ -73,7 +75,7 @@ class StepTimes:
         """Whether a number of rows among these was timed lately."""
         return any(first <= n_rows <= last for n_rows in self._known)
 
-    def prices(self, said: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], ...]:
+    def prices(self, said: Seconds) -> tuple[Seconds, Seconds]:
         """Expected and worst seconds of steps of 0, 1, ... rows, where a cost model has `said`
         them."""
         rows = np.arange(len(said))
@@ -146,7 +148,8 @@ class Drafting:
                 return None
             rows = range(room + 1)
             said = np.array([cost.predict(n_rows, 0, kv, n) if n_rows else 0.0 for n_rows in rows])
-            return Prices(*self.times.prices(said), self.credit)
+            seconds, worst = self.times.prices(said)
+            return Prices(seconds, worst, self.credit)
 
         return Drafts(
             limits.n_draft_max,

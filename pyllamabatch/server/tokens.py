@@ -29,12 +29,14 @@ def finish_reason(result: Result) -> str:
 
 
 def timings(result: Result) -> dict[str, Any]:
-    """llama-server's `timings`, in ms. The prompt ends with the first token."""
+    """llama-server's `timings`, in ms. The prompt ends with the first token. Drafts are told of
+    where there were any."""
     first = result.e2el_s if result.ttft_s is None else result.ttft_s
     prompt_ms = 1e3 * (first - (result.queue_s or 0.0))
     predicted_ms = 1e3 * (result.e2el_s - first)
     n_prompt, n = result.n_prompt - result.n_cached, result.n_generated
-    return {
+    drafts = {"draft_n": result.n_drafted, "draft_n_accepted": result.n_accepted}
+    return (drafts if result.n_drafted else {}) | {
         "cache_n": result.n_cached,
         "prompt_n": n_prompt,
         "prompt_ms": prompt_ms,

@@ -491,6 +491,8 @@ def _drafts_of(engine: Any, n_seq_max: int, n_rows: int) -> Drafts:
         view(native.n_taken, np.int32, (n_seq_max,), engine),
         view(native.found, np.float32, wide, engine),
         view(native.right, np.float32, wide, engine),
+        view(native.n_drafted, np.int32, (n_seq_max,), engine),
+        view(native.n_accepted, np.int32, (n_seq_max,), engine),
         view(native.n_priced, np.int32, (1,), engine),
         view(native.seconds, np.float32, (n_rows + 1,), engine),
         view(native.worst, np.float32, (n_rows + 1,), engine),

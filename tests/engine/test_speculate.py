@@ -8,6 +8,7 @@ import pytest
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError, UnsupportedOperation
 from pyllamabatch.llama.model import Model
+from pyllamabatch.server.tokens import timings
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.decoding import loaded
 from tests.support.engines import Checked, check_idle, greedy
@@ -29,6 +30,10 @@ def test_answers_are_the_same_and_the_accounts_agree(model: Model, kv_unified: b
     assert [r.tokens for r in results] == [r.tokens for r in expected]
     assert stats.tokens == plain.tokens == 150
     assert 0 < stats.accepted_tokens <= stats.drafted_tokens
+    assert sum(r.n_drafted for r in results) == stats.drafted_tokens
+    assert sum(r.n_accepted for r in results) == stats.accepted_tokens
+    assert {"draft_n", "draft_n_accepted"} < timings(results[0]).keys()
+    assert not {"draft_n", "draft_n_accepted"} & timings(expected[0]).keys()
     assert stats.rows == stats.decode_rows + stats.prefill_rows
     assert trace["drafted"].sum() == stats.drafted_tokens
     assert trace["accepted"].sum() == stats.accepted_tokens
