@@ -7,7 +7,7 @@ from dataclasses import replace
 from ..kv import Sharing
 from ..llama.limits import max_position
 from ..scheduler import Invariance, Limits
-from ..scheduler.scheduler import Pool
+from ..scheduler.kv_options import Pool
 from .protocols import EngineContext
 
 

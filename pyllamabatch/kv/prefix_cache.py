@@ -408,8 +408,7 @@ class PrefixCache:
 
     def make_cells(self, n: int) -> None:
         """Drop what is cached, the least recently used first, until `n` cells are empty. The
-        accounting
-        has them: see `KvAccounting.free`."""
+        accounting has them: see `KvAccounting.free`."""
         accounting = self._accounting
         if not accounting.unified:
             return

@@ -2,6 +2,7 @@
 
 from .gather import CostWindow, ExpectedSequence, Gather, Gathering, Window
 from .invariance import Invariance
+from .kv_options import KvOptions
 from .policies import make_policy, policy_names
 from .policies.composed import ComposedPolicy
 from .policies.device_aware import device_aware
@@ -18,7 +19,7 @@ from .policies.width import width
 from .policy import PlanBuilder, Policy, Round, Verdict, Width
 from .queue import SequenceList
 from .rules import RULES
-from .scheduler import KvOptions, Scheduler
+from .scheduler import Scheduler
 from .step import Counters, PromptChunk, Step
 from .view import KvView, Limits, Plan, Prefix, SequenceView, StepView
 

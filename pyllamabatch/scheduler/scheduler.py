@@ -17,7 +17,7 @@ sequence; views are made when a policy looks at them.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from ..cost.step_cost import StepCost
 from ..errors import RequestTooLong
-from ..kv import KvAccounting, KvOperation, Sharing, Slots, SwapChoice
+from ..kv import KvAccounting, KvOperation, Slots
 from .admission import Admission
 from .attention import Attention
 from .deadlines import Deadlines
@@ -33,7 +33,8 @@ from .drafting import Drafted, Drafting
 from .gather import CostWindow, Gather
 from .idle import PATIENCE_SECONDS, IdleSequences
 from .interactive import Interactive
-from .invariance import Computed, Invariance
+from .invariance import Computed
+from .kv_options import KvOptions
 from .policies import device_aware
 from .policy import Policy, check_policy
 from .queue import SequenceList
@@ -55,35 +56,6 @@ class Pause(NamedTuple):
 
 
 NO_PAUSE = Pause()
-
-
-class Pool(NamedTuple):
-    """What the streams of a context become when a sequence needs more cells than one has."""
-
-    limits: Limits
-    sharing: Sharing
-
-
-@dataclass(frozen=True, slots=True)
-class KvOptions:
-    """`sharing`: what sequences can take over from each other, default nothing. `retain`: what
-    sequences leave behind stays cached, for others that begin in the same way. `swap`: what becomes
-    of the preempted, default recompute. `pool`: see `Pool`, with as many slots as the streams;
-    without it a sequence has no more cells than a stream. `invariance`: see there; only for
-    streams, and with its `grid` that of `sharing`."""
-
-    sharing: Sharing = field(default_factory=Sharing)
-    retain: bool = True
-    swap: SwapChoice = field(default_factory=lambda: SwapChoice("recompute"))
-    pool: Pool | None = None
-    invariance: Invariance | None = None
-
-    def __post_init__(self) -> None:
-        grid = 1 if self.invariance is None else self.invariance.grid
-        if grid != self.sharing.grid:
-            raise ValueError(f"prefixes on a grid of {self.sharing.grid}, prompts on one of {grid}")
-        if self.invariance is not None and self.pool is not None:
-            raise ValueError("a pool of cells is not batch-invariant")
 
 
 class Scheduler:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pyllamabatch.errors import RequestTooLong
 from pyllamabatch.kv import Sharing
 from pyllamabatch.scheduler import Limits
-from pyllamabatch.scheduler.scheduler import Pool
+from pyllamabatch.scheduler.kv_options import Pool
 from tests.support.scheduler_machine import Machine
 
 STREAMS = Limits(32, 16, 3, 300, 100, unified=False)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pyllamabatch.kv import KvOperation, Sharing, SwapChoice
 from pyllamabatch.kv.radix_tree import Tokens
 from pyllamabatch.scheduler import KvOptions, Limits, Policy, Scheduler, Step
-from pyllamabatch.scheduler.scheduler import Pool
+from pyllamabatch.scheduler.kv_options import Pool
 from tests.support.cells import Cells
 
 NEVER = 10**9
