@@ -123,8 +123,10 @@ def messages_of(body: MessagesBody) -> list[dict[str, Any]]:
 
 
 def _of_blocks(name: str, role: Any, content: Sequence[Any]) -> list[dict[str, Any]]:
-    """Results of tools are messages of their own; thoughts of former answers are left out."""
+    """Results of tools are messages of their own. Whether the model sees its former thoughts is
+    the template's to say."""
     texts: list[str] = []
+    thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     for block in content:
@@ -141,15 +143,19 @@ def _of_blocks(name: str, role: Any, content: Sequence[Any]) -> list[dict[str, A
                 said = text_of(name, block.get("content") or "")
                 call = {"role": "tool", "tool_call_id": block.get("tool_use_id")}
                 results.append({**call, "content": said})
-            case "thinking" | "redacted_thinking":
+            case "thinking":
+                thoughts.append(text_of(f"{name}.thinking", block.get("thinking")))
+            case "redacted_thinking":
                 pass
             case "image":
                 raise invalid(name, "image", "image input is not supported")
             case kind:
                 raise invalid(name, kind, "must be text, tool_use or tool_result")
-    if not texts and not calls:
+    if not texts and not calls and not thoughts:
         return results
     message: dict[str, Any] = {"role": role, "content": "".join(texts)}
+    if thoughts:
+        message["reasoning_content"] = "".join(thoughts)
     if calls:
         message["tool_calls"] = calls
     return [*results, message]

@@ -20,6 +20,7 @@ from . import bodies, tokens
 from .answer import Answer, event, respond
 from .bodies import Body, SamplingBody
 from .chat import ChatBody, read_turn
+from .conversation import text_of
 from .errors import invalid, json_response
 from .service import Prepared, Prompt, Service
 
@@ -70,9 +71,11 @@ def _one(given: Any) -> Prompt:
     if isinstance(given, dict):
         if given.get("multimodal_data"):
             raise UnsupportedOperation("multimodal prompts are not supported")
+        if "content" in given:
+            return text_of("prompt.content", given["content"])
         text = given.get("prompt_string")
         if not isinstance(text, str):
-            raise invalid("prompt", given, 'an object needs "prompt_string", a text')
+            raise invalid("prompt", given, 'an object needs "prompt_string" or "content"')
         return text
     prompt: Prompt = given
     return prompt

@@ -1,4 +1,4 @@
-"""The real `openai` and `anthropic` clients."""
+"""The real `openai` and `anthropic` clients, and what bodies become."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 from openai.types.chat import ChatCompletionUserMessageParam
 from pydantic import BaseModel
 
+from pyllamabatch.server.messages import MessagesBody, messages_of
+from pyllamabatch.server.native import prompts_of
 from tests.support.served import ANSWER, SUM, Served
 
 ASKED: list[ChatCompletionUserMessageParam] = [{"role": "user", "content": SUM}]
@@ -134,3 +136,19 @@ def test_messages(claude: anthropic.Anthropic) -> None:
             messages=[{"role": "user", "content": [{"type": "image", "source": {
                 "type": "url", "url": "http://nothing.example/a.png"}}]}],
         )  # fmt: skip
+
+
+def test_thoughts_of_former_answers_go_to_the_template() -> None:
+    content = [
+        {"type": "thinking", "thinking": "I add them.", "signature": ""},
+        {"type": "text", "text": ANSWER},
+    ]
+    body = MessagesBody(max_tokens=1, messages=[{"role": "assistant", "content": content}])
+    (message,) = messages_of(body)
+    assert message == {"role": "assistant", "content": ANSWER, "reasoning_content": "I add them."}
+
+
+def test_an_object_is_a_prompt_too() -> None:
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "17 + 25?"}]
+    given = [{"prompt_string": SUM}, {"content": parts}, SUM]
+    assert prompts_of(given) == [SUM] * 3
