@@ -26,11 +26,12 @@ from bench.cache import cache_folder
 from bench.case import I32, Case, Measured, cases_of
 from bench.options import add_model, add_run, choose, numbers
 from bench.serve import ServeArm, llama_server, measure
-from bench.serving import Clients, EngineClients, HttpClients, ServerProcess, request_body
+from bench.serving import Clients, EngineClients, HttpClients, ServerProcess
 from bench.targets import Target, speed_ratio
 from bench.texts import FREE, texts
 from bench.tools import tool
 from bench.views import Column, by_arm, speed_table
+from pyllamabatch.compare.case import request_body
 from pyllamabatch.compare.clients import at_once
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.llama.model import Model
@@ -227,7 +228,11 @@ class ServerSpeculates(Speculates, HttpClients):
     def __init__(self, case: Case, model: Model, process: ServerProcess) -> None:
         HttpClients.__init__(self, case, model.n_vocab, process, 300.0)
         Speculates.__init__(self, case, model)
-        self._body = request_body(case.sampling) | {"ignore_eos": False, "stream": True}
+        self._body = request_body(case.sampling) | {
+            "cache_prompt": False,
+            "ignore_eos": False,
+            "stream": True,
+        }
         self._timings = {"drafted": 0.0, "accepted": 0.0}
 
     def times(self, prompt: I32, tokens: int, seed: int) -> Iterator[float]:

@@ -11,7 +11,7 @@ import orjson
 from starlette.requests import Request
 
 from ..kv.radix_tree import Tokens
-from ..server.answer import HELD_BEGIN
+from ..server.answer import HELD_BEGIN, SENDS_AT_ONCE
 
 PAGE = "page"  # the key of what is asked without a body: always the same replica's
 Head = tuple[int, list[tuple[bytes, bytes]]]
@@ -56,7 +56,7 @@ class Call(NamedTuple):
             "headers": self.headers,
             "client": None,
             "server": None,
-            "extensions": {HELD_BEGIN: {}},
+            "extensions": {HELD_BEGIN: {}, SENDS_AT_ONCE: {}},
         }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import aclosing
@@ -385,6 +385,12 @@ class Engine:
         """A submitted request for asyncio, as `stream`, but all that is new comes at once. A step's
         news of all streams wake the event loop once, in which this is called."""
         return relays.chunks(stream, self._relays.here())
+
+    async def follow(self, stream: Stream, take: Callable[[Chunk], Awaitable[None] | None]) -> None:
+        """As `chunks`, but calls `take` in the event loop for what is new, which costs less. What
+        it returns is awaited before it gets more. Returns at the stream's end, also where that is
+        an error; raises what `take` raises."""
+        await relays.follow(stream, self._relays.here(), take)
 
     async def agenerate(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
@@ -28,29 +28,38 @@ class Relay:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._lock = threading.Lock()
-        self._due: list[asyncio.Future[None]] = []
+        self._due: list[Callable[[], None]] = []
 
     def future(self) -> tuple[asyncio.Future[None], Callable[[], None]]:
         """A future of the loop, and what completes it: from any thread, also more than once."""
         future: asyncio.Future[None] = self._loop.create_future()
-        return future, partial(self._wake, future)
+        return future, self.call_of(partial(_complete, future))
 
-    def _wake(self, future: asyncio.Future[None]) -> None:
+    def call_of(self, call: Callable[[], None]) -> Callable[[], None]:
+        """What has `call` called in the loop, from any thread, once for each time. It may not
+        raise."""
+        return partial(self._add, call)
+
+    def _add(self, call: Callable[[], None]) -> None:
         with self._lock:
-            self._due.append(future)
+            self._due.append(call)
             if len(self._due) > 1:
                 return  # the loop has been told already
         try:
-            self._loop.call_soon_threadsafe(self._complete)
+            self._loop.call_soon_threadsafe(self._run)
         except RuntimeError:  # the loop is closed, and its tasks with it
             self._due.clear()
 
-    def _complete(self) -> None:
+    def _run(self) -> None:
         with self._lock:
             due, self._due = self._due, []
-        for future in due:
-            if not future.done():
-                future.set_result(None)
+        for call in due:
+            call()
+
+
+def _complete(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 class Relays:
@@ -99,6 +108,84 @@ async def chunks(stream: Stream, relay: Relay) -> AsyncGenerator[Chunk, None]:
                     continue
             await future
     finally:
+        stream.cancel()
+
+
+class Follower:
+    """Gives `take` what is new of a stream each time, in the loop and without a switch of tasks.
+    `ended` is done behind the last of it, or has the exception of `take`.
+
+    What `take` returns is awaited before it gets more.
+    """
+
+    def __init__(
+        self, stream: Stream, relay: Relay, take: Callable[[Chunk], Awaitable[None] | None]
+    ) -> None:
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._stream = stream
+        self._take = take
+        self._wake = relay.call_of(self._woken)
+        self._index = 0
+        self._asked = False  # the stream wakes it
+        self._blocked: asyncio.Future[None] | None = None
+        self._read()
+
+    def _woken(self) -> None:
+        self._asked = False
+        if self._blocked is None:
+            self._read()
+
+    def _read(self) -> None:
+        stream = self._stream
+        try:
+            while not self.ended.done():
+                self._asked = True  # at its end it does not wake: `done` says so
+                chunk = stream._next_chunk(self._index, self._wake)
+                if chunk is None:
+                    return
+                if chunk.stop == self._index:
+                    self.ended.set_result(None)
+                    return
+                self._index = chunk.stop
+                blocked = self._take(chunk)
+                if blocked is not None:
+                    self._blocked = asyncio.ensure_future(blocked)
+                    self._blocked.add_done_callback(self._go_on)
+                    return
+                if not stream.done:
+                    return
+        except Exception as error:
+            if not self.ended.done():
+                self.ended.set_exception(error)
+
+    def _go_on(self, blocked: asyncio.Future[None]) -> None:
+        self._blocked = None
+        if self.ended.done():
+            return
+        if blocked.cancelled():
+            self.ended.cancel()
+        elif (error := blocked.exception()) is not None:
+            self.ended.set_exception(error)
+        elif not self._asked or self._stream.done:
+            self._read()
+
+    def close(self) -> None:
+        """It takes nothing more."""
+        self.ended.cancel()
+        if self._blocked is not None:
+            self._blocked.cancel()
+
+
+async def follow(
+    stream: Stream, relay: Relay, take: Callable[[Chunk], Awaitable[None] | None]
+) -> None:
+    """Returns when `take` has had all chunks. Raises what it raises. Leaving before the end cancels
+    the request."""
+    follower = Follower(stream, relay, take)
+    try:
+        await follower.ended
+    finally:
+        follower.close()
         stream.cancel()
 
 

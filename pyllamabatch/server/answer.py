@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import asynccontextmanager
 from time import perf_counter
+from types import coroutine
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
@@ -20,6 +21,7 @@ from starlette.responses import Response
 from ..engine.stream import Chunk, Result, Stream
 from . import errors
 from .errors import ApiError, json_response
+from .security import ApiKeys, Cors
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, MutableMapping
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 DONE = b"data: [DONE]\n\n"
+SENDS_AT_ONCE = "pyllamabatch.sends_at_once"
+"""An ASGI extension: `send` may be called outside of a task."""
 HELD_BEGIN = "pyllamabatch.held_begin"
 """An ASGI extension: nothing is sent before the first token, because what asks repeats a request of
 which nothing was sent."""
@@ -107,23 +111,22 @@ class EventStream(Response):
         self._service = service
         self._answer = answer
         self._streams = streams
+        self._at_once = False
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         try:
             async with cancelled_on_leave(receive, self._streams):
-                # a task of its own: a step's news need not pass through the frames of the
-                # application and its middleware
-                held = HELD_BEGIN in (scope.get("extensions") or ())
-                await asyncio.create_task(self._write(send, held=held))
+                await self._write(scope, send)
         finally:
             for stream in self._streams:
                 stream.cancel()
 
-    async def _write(self, send: Send, *, held: bool) -> None:
+    async def _write(self, scope: Any, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         answer, streams = self._answer, self._streams
+        self._at_once = sends_at_once(scope)
         if begin := answer.begin():
-            if held:
+            if HELD_BEGIN in (scope.get("extensions") or ()):
                 send = _behind(begin, send)
             else:
                 await send(_body(begin))
@@ -140,22 +143,54 @@ class EventStream(Response):
 
     async def _follow(self, send: Send, i: int, stream: Stream) -> Result:
         answer, metrics = self._answer, self._service.metrics
-        before = None
-        async for chunk in self._service.engine.chunks(stream):
+        before = 0.0
+
+        def take(chunk: Chunk) -> Awaitable[None] | None:
+            nonlocal before
             now = perf_counter()
-            if before is not None:
+            if before:
                 n = chunk.stop - chunk.start
                 metrics.itl.add((now - before) / n, n)
             before = now
-            if content := answer.chunk(i, stream, chunk):
-                await send(_body(content))
-        result = stream.result(0)
+            content = answer.chunk(i, stream, chunk)
+            if not content:
+                return None
+            sent = send(_body(content))
+            return begun(sent) if self._at_once else sent
+
+        await self._service.engine.follow(stream, take)
+        result = stream.wait(0)
         metrics.ended(result)
         if (error := failure(result)) is not None:
             raise error
         if content := answer.finish(i, result):
             await send(_body(content))
         return result
+
+
+def sends_at_once(scope: Any) -> bool:
+    """Whether the server says so, and no middleware but ours is on the way to it: that of others
+    may want a task."""
+    if SENDS_AT_ONCE not in (scope.get("extensions") or ()):
+        return False
+    return all(one.cls in (ApiKeys, Cors) for one in scope["app"].user_middleware)
+
+
+def begun(call: Awaitable[None]) -> Awaitable[None] | None:
+    """None for a call that ends without waiting, as a write does while its client reads; else its
+    rest."""
+    steps = call.__await__()
+    try:
+        waits_for = next(steps)
+    except StopIteration:
+        return None
+    return _rest(steps, waits_for)
+
+
+@coroutine
+def _rest(steps: Generator[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
+    yield waits_for
+    yield from steps
 
 
 def _behind(begin: bytes, send: Send) -> Send:

@@ -22,7 +22,8 @@ from tests.support.served import ANSWER, SUM, SUM_CHAT
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-SERVE = [sys.executable, "-m", "pyllamabatch", "serve", "--port", "0", "-t", "1", "-np", "4"]
+SERVE = [sys.executable, "-m", "pyllamabatch", "serve", "--port", "0", "-t", "1", "-np", "4",
+         "--kv-unified"]  # fmt: skip
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Awaitable
 from contextlib import aclosing
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.engine.relays import Relay
+from pyllamabatch.engine.stream import Chunk
 from pyllamabatch.errors import ArgumentError, EngineClosed, RequestTooLong
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
@@ -80,6 +82,66 @@ def test_chunks_are_the_tokens_in_pieces(model: Model) -> None:
             assert 0 <= result.queue_s <= result.ttft_s
 
         asyncio.run(run())
+
+
+def test_a_follower_gets_the_chunks_in_order(model: Model) -> None:
+    """Also where it makes them wait, at every other one."""
+    with engine_on(model) as engine:
+        expected = [result.text for result in engine.generate(PROMPTS, greedy(30))]
+
+        async def followed(prompt: list[int]) -> str:
+            texts: list[str] = []
+            seen = asyncio.Lock()  # held while it makes the stream wait
+
+            async def slowly() -> None:
+                async with seen:
+                    await asyncio.sleep(0.001)
+
+            def take(chunk: Chunk) -> Awaitable[None] | None:
+                assert not seen.locked()
+                texts.append(chunk.text)
+                return slowly() if len(texts) % 2 else None
+
+            stream = engine.submit(prompt, greedy(30))
+            await engine.follow(stream, take)
+            assert stream.done
+            return "".join(texts)
+
+        async def run() -> None:
+            assert await asyncio.gather(*map(followed, PROMPTS)) == expected
+
+        asyncio.run(run())
+        check_done(engine)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_a_follower_raises_cancels_the_request_and_no_other(model: Model, late: bool) -> None:
+    with engine_on(model) as engine, slow(engine, 0.001):
+
+        async def fail() -> None:
+            raise ValueError("full")
+
+        def take(chunk: Chunk) -> Awaitable[None] | None:
+            if late:
+                return fail()
+            raise ValueError("full")
+
+        async def run() -> None:
+            other = asyncio.create_task(collect(engine, PROMPTS[1]))
+            stream = engine.submit(PROMPTS[0], greedy(500))
+            with pytest.raises(ValueError, match="full"):
+                await engine.follow(stream, take)
+            left = engine.submit(PROMPTS[2], greedy(500))
+            following = asyncio.create_task(engine.follow(left, lambda chunk: None))
+            await asyncio.sleep(0.02)
+            following.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await following
+            assert await other
+
+        asyncio.run(run())
+        check_done(engine)
+        assert engine.stats().finished["cancelled"] == 2
 
 
 def test_a_cancelled_task_cancels_its_request(model: Model) -> None:

@@ -11,7 +11,7 @@ from openai.types.chat import ChatCompletionUserMessageParam
 from pydantic import BaseModel
 
 from pyllamabatch.server.messages import MessagesBody, messages_of
-from pyllamabatch.server.native import prompts_of
+from pyllamabatch.server.native import MixedPrompt, prompts_of
 from tests.support.served import ANSWER, SUM, Served
 
 ASKED: list[ChatCompletionUserMessageParam] = [{"role": "user", "content": SUM}]
@@ -150,5 +150,5 @@ def test_thoughts_of_former_answers_go_to_the_template() -> None:
 
 def test_an_object_is_a_prompt_too() -> None:
     parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "17 + 25?"}]
-    given = [{"prompt_string": SUM}, {"content": parts}, SUM]
+    given: MixedPrompt = [{"prompt_string": SUM}, {"content": parts}, SUM]
     assert prompts_of(given) == [SUM] * 3

@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
 
 from pyllamabatch.llama.model import Model
+from pyllamabatch.server.app import create_app
 from pyllamabatch.server.options import ServerOptions
 from tests.support.engines import slow
-from tests.support.served import ENDLESS, SUM, SUM_CHAT, Served, serving, until
+from tests.support.served import ENDLESS, SUM, SUM_CHAT, Served, running, serving, until
 
 TEXT = "/v1/completions"
 
@@ -37,6 +39,28 @@ def test_who_leaves_is_cancelled(served: Served, stream: bool) -> None:
     assert after.finished["cancelled"] == before.finished["cancelled"] + 2
     assert after.kv_used == 0
     assert served.ok(TEXT, {"prompt": SUM, "max_tokens": 2})
+
+
+def test_streams_pass_through_middleware(served: Served) -> None:
+    """Also what hands each part to another task, as starlette's own base class does."""
+    app = create_app(served.engine)
+
+    @app.middleware("http")
+    async def named(request: Any, call_next: Any) -> Any:
+        response = await call_next(request)
+        response.headers["X-Name"] = "passed"
+        return response
+
+    body = {**ENDLESS, "max_tokens": 40}
+    with (
+        running(app) as server,
+        httpx.stream("POST", f"{server.url}{TEXT}", json={**body, "stream": True}) as response,
+    ):
+        assert response.headers["X-Name"] == "passed"
+        events = [line[6:] for line in response.iter_lines() if line]
+    assert events.pop() == "[DONE]"
+    text = "".join(json.loads(event)["choices"][0]["text"] for event in events)
+    assert text == served.ok(TEXT, body)["choices"][0]["text"]
 
 
 @pytest.fixture
