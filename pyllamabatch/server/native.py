@@ -71,7 +71,7 @@ def _one(given: Any) -> Prompt:
     if isinstance(given, dict):
         if given.get("multimodal_data"):
             raise UnsupportedOperation("multimodal prompts are not supported")
-        if "content" in given:
+        if isinstance(given.get("content"), list):
             return text_of("prompt.content", given["content"])
         text = given.get("prompt_string")
         if not isinstance(text, str):
