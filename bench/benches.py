@@ -13,6 +13,7 @@ from pyllamabatch.report.records import Record
 
 BENCHES = (
     "answers",
+    "beside",
     "coalesce",
     "compare",
     "decode",

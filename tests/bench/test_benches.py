@@ -6,7 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from bench import coalesce, prefix, sampler, scheduler, simulator, soak, speculate, stall, step
+from bench import (
+    beside,
+    coalesce,
+    prefix,
+    sampler,
+    scheduler,
+    simulator,
+    soak,
+    speculate,
+    stall,
+    step,
+)
 from bench.__main__ import main
 from pyllamabatch.report.records import Record
 from pyllamabatch.scheduler import policy_names
@@ -28,6 +39,20 @@ def test_coalesce_counts_rows_for_each_decode(run: Run, capsys: pytest.CaptureFi
             assert 1 <= rows <= record.pl
     assert coalesce.fill(2)(records) == records[4].detail["rows_per_decode"] / 2
     assert "| 2 | threads-window |" in capsys.readouterr().out
+
+
+def test_beside_runs_the_same_sequences_in_every_arm(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beside, "UNRELATED", 3)
+    status, records = run("beside", "--model", "default", "--tokens", "12", "--repeats", "1")
+    assert status == 0
+    arms = [beside.NONE, beside.READERS, beside.CACHED, beside.FORGOTTEN]
+    assert [(r.arm, r.pl, r.tg) for r in records] == [(arm, 8, 12) for arm in arms]
+    assert all(min(r.t_tg, r.t_pp) > 0 for r in records)
+    readers, cached = (target.measured(records) for target in beside.TARGETS)
+    assert readers == pytest.approx(records[0].t_tg / records[1].t_tg)
+    assert cached == pytest.approx(records[3].t_tg / records[2].t_tg)
 
 
 def test_prefix_counts_what_was_computed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
