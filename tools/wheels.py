@@ -74,7 +74,7 @@ def works(wheel: Path, python: str) -> bool:
         steps = (
             [*uv, "venv", "-q", "--python", python, str(place)],
             [*uv, "pip", "install", "-q", "--python", str(inside), str(wheel)],
-            [str(inside), "-c", ANSWERS.format(inside=folder)],
+            [str(inside), "-I", "-c", ANSWERS.format(inside=folder)],
         )
         good = all(passes(f"Python {python}", *step, cwd=folder, quiet=True) for step in steps)
     if good:
