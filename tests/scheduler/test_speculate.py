@@ -111,7 +111,10 @@ GOOD, FAIR, BAD = [0.9, 0.8, 0.7, 0.6], [0.5, 0.25, 0.1, 0.05], [0.05, 0.0, 0.0,
 def test_drafts_that_take_time_are_asked_for_as_they_were_right(
     price: Any, right: list[list[float]], even: bool, expected: int
 ) -> None:
-    own = {"limits": replace(LIMITS, drafts_take_time=True), "right": np.array(right)}
+    own: dict[str, Any] = {
+        "limits": replace(LIMITS, drafts_take_time=True),
+        "right": np.array(right),
+    }
     drafts, steps, prices = decided(price, len(right), even=even, **own)
     assert drafts == (dict.fromkeys(range(len(right)), expected) if expected else {})
     assert steps == (ASKED if expected else STEPS)
