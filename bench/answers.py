@@ -18,7 +18,7 @@ from bench import harness
 from bench.arms import InProcess
 from bench.cache import cache_folder
 from bench.case import Arm, Case, Measured, cases_of
-from bench.options import add_model, add_run
+from bench.options import add_model, add_run, choose
 from bench.serving import ServerProcess
 from bench.targets import Target, worst_detail
 from bench.tools import tool
@@ -83,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, model="smollm2-135m", kv="unified")
     parser.add_argument("--requests", type=int, default=50, help="chats, and as many completions")
     parser.add_argument("--tokens", type=int, default=32, help="of each answer at most")
+    parser.add_argument("--arms", default="", help="comma separated; all by default")
     parser.add_argument("--chat-template", help="a name, for a model without a template")
     parser.set_defaults(sampling="greedy")
     add_run(parser)
@@ -98,7 +99,8 @@ def main(options: argparse.Namespace) -> int:
     ]
     case, *_ = cases_of(options, inside.file, 1, options.tokens, [1])
     with serving(case, template) as server:
-        work = [Arm(arm.name, arm.includes, partial(arm.run, server, template)) for arm in arms]
+        chosen = choose(options.arms, arms)
+        work = [Arm(arm.name, arm.includes, partial(arm.run, server, template)) for arm in chosen]
         title = f"{n} greedy answers beside llama-server's"
         return harness.run(options, work, [case], inside.facts(), title)
 
