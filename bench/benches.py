@@ -17,6 +17,7 @@ BENCHES = (
     "coalesce",
     "compare",
     "decode",
+    "embed",
     "neighbour",
     "plan",
     "policies",

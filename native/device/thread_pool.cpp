@@ -64,7 +64,7 @@ pool::pool(int32_t n_threads) : helpers_(new helper[(size_t) std::max(0, n_threa
             try {
                 helpers_[i].thread = std::thread([this, i] { live(i); });
                 n_helpers_ = i + 1;
-            } catch (const std::system_error &) {
+            } catch (const std::exception &) { // no thread, or no memory for one: fewer helpers
                 return;
             }
         }
