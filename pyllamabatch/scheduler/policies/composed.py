@@ -88,7 +88,11 @@ class ComposedPolicy:
 
     def _end_prompts(self, builder: PlanBuilder) -> None:
         """Of those that decode, the ones whose prompt has one token left."""
-        for seq in builder.view.running:
+        running, decoding = builder.view.running, builder.view.decoding
+        new = running.column("id")[running.column("generated") == 0].tolist()
+        if not any(id in decoding for id in new):
+            return
+        for seq in running:
             if seq.decoding and not seq.generated and builder.rows:
                 self._advance(builder, seq)
 
