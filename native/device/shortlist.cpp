@@ -152,6 +152,9 @@ void shortlist::free_chains() {
 
 bool shortlist::attach() {
     static llama_sampler_i functions = interface_of_members();
+    if (shared_.graphs.size() >= MOST_GRAPHS) {
+        detach();
+    }
     if (attached()) {
         return true;
     }
@@ -178,14 +181,6 @@ void shortlist::detach() {
     free_chains();
     shared_.graphs.clear();
     shared_.graph_context = nullptr;
-}
-
-void shortlist::begin() {
-    std::vector<shared::graph> & graphs = shared_.graphs;
-    if (graphs.size() > 1) { // only the last one can be used again
-        graphs.front() = std::move(graphs.back());
-        graphs.resize(1);
-    }
 }
 
 bool shortlist::read(const llama_batch & batch, std::vector<short_row> & rows) {

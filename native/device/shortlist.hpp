@@ -16,6 +16,10 @@ namespace plb {
 
 constexpr int32_t SHORTLIST = 128; // candidates of a row that travel
 
+// Rows of so many graphs are known; then libllama is made to drop all its graphs. Which of them it
+// may use again, it does not say.
+constexpr size_t MOST_GRAPHS = 1024;
+
 // One row's SHORTLIST candidates, in no order.
 struct short_row {
     const float *       logit = nullptr;
@@ -35,12 +39,10 @@ public:
     // Whether rows of this vocabulary have a place for the candidates of n_outputs rows.
     static bool fits(int32_t n_vocab, int32_t n_outputs);
 
-    // From the next decode on. False, and nothing has changed: the device can't.
+    // From the next decode on. False, and nothing has changed: the device can't. Before each one.
     bool attach();
     void detach();
     bool attached() const { return !chains_.empty(); }
-    // Before each decode.
-    void begin();
     // After a decode: the candidates of each of the batch's rows that is an output. False if they
     // can't be told (not one output per sequence).
     bool read(const llama_batch & batch, std::vector<short_row> & rows);
@@ -58,7 +60,7 @@ public:
             int32_t n_rows;                // outputs
             std::vector<int32_t> row_of;   // [n_seq_max]: each sequence's; 0 also if it has none
         };
-        std::vector<graph> graphs; // the last one and those of the batch that is being computed
+        std::vector<graph> graphs; // since it was attached
         int32_t n_seq_max = 0;
         int32_t n_vocab   = 0;
     };

@@ -142,7 +142,6 @@ void choose_place(plb_engine & engine, int32_t n_rows) {
     } else if (!info.on_device) {
         device.detach();
     }
-    device.begin();
 }
 
 int32_t sample_rows(plb_engine & engine, int32_t n_rows, int32_t first) {

@@ -352,7 +352,8 @@ class EngineCore:
                     error = SamplingError(self._stepper.slot_error(slot))
                 self.table.in_slot(slot).sink.sampled(token, Finish(finish), logprob, error)
             if run.code:
-                self.recovery.failed(step, decode_error(run.code), any_done=run.n_steps > 0)
+                failure = decode_error(run.code, self._stepper.last_error)
+                self.recovery.failed(step, failure, any_done=run.n_steps > 0)
             elif step.stands > 1:
                 self._lone.begin(step, self.table.in_slot(step.slots[0]))
 

@@ -43,6 +43,9 @@ class StepRunner(Protocol):
         *,
         report: bool = False,
     ) -> None: ...
+    @property
+    def last_error(self) -> str: ...
+
     def slot_error(self, seq_id: int) -> str: ...
 
 

@@ -82,7 +82,9 @@ class Recovery:
             if request in again:
                 request.n_restarts += 1
             else:
-                own = decode_error(error.code) if isinstance(error, DecodeError) else error
+                own = error
+                if isinstance(error, DecodeError):
+                    own = decode_error(error.code, error.detail)
                 request.sink.failed(own)
         if again:
             self._restart(error)

@@ -134,6 +134,10 @@ class FakeDevice(Generic[C, S]):
     def clear_slot(self, seq_id: int) -> None:
         self.slots.pop(seq_id, None)
 
+    @property
+    def last_error(self) -> str:
+        return ""
+
     def slot_error(self, seq_id: int) -> str:
         return f"nothing to choose for {seq_id}"
 

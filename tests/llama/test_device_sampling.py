@@ -134,6 +134,28 @@ def test_a_row_that_asks_for_more_gets_it(model: Model, options: dict[str, Any])
     assert both[0] == both[1]
 
 
+@pytest.mark.parametrize("n_between", [1, 1100])
+def test_a_graph_of_long_ago_may_be_used_again(model: Model, n_between: int) -> None:
+    """That of decoding, while prompts with an output have graphs of their own; those, too, when
+    there were more of them than are remembered."""
+    both = []
+    for device_sampling in (True, False):
+        with (
+            context_of(model, kv_unified=False) as context,
+            Stepper(context, device_sampling=device_sampling) as stepper,
+        ):
+            tokens = generate(stepper, mixed(1)[:3], 4, on_device=int(device_sampling))
+            for i in range(n_between):
+                context.memory.seq_rm(4)
+                stepper.set_slot(4, SamplingParams(max_tokens=9, seed=i, ignore_eog=True))
+                stepper.step(write(stepper, prompt(4, 2 + i % 2), seq=4)).raise_for_code()
+                assert stepper._info.on_device == int(device_sampling)
+            run = stepper.run(np.arange(3, dtype=np.int32), 3)
+            assert run.n_steps == 3
+            both.append((tokens, run.token.tolist()))
+    assert both[0] == both[1]
+
+
 def test_logits_that_are_asked_for_are_there(model: Model) -> None:
     with context_of(model) as context, Stepper(context, device_sampling=True) as stepper:
         generate(stepper, mixed(1), 2, on_device=1)
