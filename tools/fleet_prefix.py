@@ -40,9 +40,11 @@ def fleet(router: str, n: int) -> Iterator[httpx.Client]:
         assert process.stdout is not None
         line = next(line for line in process.stdout if "http://" in line)
         threading.Thread(target=process.stdout.read, daemon=True).start()
-        with httpx.Client(base_url=line.split()[1].rstrip(","), timeout=120) as client:
-            yield client
-        process.send_signal(signal.SIGTERM)
+        try:
+            with httpx.Client(base_url=line.split()[1].rstrip(","), timeout=600) as client:
+                yield client
+        finally:
+            process.send_signal(signal.SIGTERM)
 
 
 def counters(client: httpx.Client) -> dict[str, float]:
