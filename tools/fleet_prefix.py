@@ -26,7 +26,7 @@ import httpx
 
 USERS, CHATS, TURNS, AT_ONCE = 8, 32, 4, 8
 N_SYSTEM, N_QUESTION, N_ANSWER = 80, 12, 16  # words, words, tokens
-N_CELLS = 5120  # of a replica
+N_CELLS = 9216  # of a replica
 WORDS = ("zebra", "lion", "giraffe", "river", "stone", "cloud", "apple", "bread", "green", "seven")
 HITS, QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
 
