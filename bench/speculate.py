@@ -180,6 +180,7 @@ class Speculates(Clients):
             which = (repeat * n + i) % len(self._prompts)
             return list(self.times(self._prompts[which], case.tg, case.seed + which))
 
+        at_once(n, lambda i, began: self.connect(), self.give_up)
         began, came = at_once(n, client, self.give_up)
         there = max(times[0] for times in came)
         end = max(times[-1] for times in came)

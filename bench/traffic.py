@@ -339,6 +339,7 @@ class Traffic(Clients):
             time.sleep(max(0.0, due - time.perf_counter()))
             return [answer(k, due)]
 
+        at_once(self.case.pl, lambda i, began: self.connect(), self.give_up)
         if load is not None and load.rate:
             arrivals = load.arrivals(len(jobs), repeat)
             began, found = at_once(len(jobs), caller, self.give_up)

@@ -63,7 +63,7 @@ def test_text_is_what_the_stream_says(model: Model) -> None:
 
 
 def test_chunks_are_the_tokens_in_pieces(model: Model) -> None:
-    with Model.default() as default, engine_on(default) as engine:
+    with Model.default() as default, engine_on(default, kv_unified=True) as engine:
         params = SamplingParams(temperature=0, max_tokens=20, logprobs=1, ignore_eog=True)
 
         async def run() -> None:
