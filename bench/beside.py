@@ -1,6 +1,6 @@
 """What an engine does beside its steps: readers that wake for every token, and prefixes it keeps.
 
-The same sequences decode in every arm, and nobody reads them before they end; but
+The same sequences decode in every arm, and none is read before they end; but
 
 - readers: a thread for each takes its tokens one by one.
 - cached: unrelated prompts have run before, and what they left is cached.

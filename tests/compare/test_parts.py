@@ -333,7 +333,7 @@ def test_a_child_that_does_not_answer_is_not_waited_for() -> None:
 
 
 def answering(*lines: bytes, status: bytes = b"200 OK") -> socketserver.ThreadingTCPServer:
-    """A server that sends this to whoever connects, and ends the connection."""
+    """A server that sends this to each client, and ends the connection."""
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:

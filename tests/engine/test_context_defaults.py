@@ -49,7 +49,7 @@ def test_an_engine_says_why(machine: str, rows: int) -> None:
         assert engine.reasons["layout"] == engine.layout
 
 
-def test_a_window_is_kept_small_where_all_cells_do_not_fit(
+def test_a_window_stays_small_where_all_cells_do_not_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = []

@@ -42,7 +42,7 @@ def test_who_leaves_is_cancelled(served: Served, stream: bool) -> None:
 
 
 def test_streams_pass_through_middleware(served: Served) -> None:
-    """Also what hands each part to another task, as starlette's own base class does."""
+    """Also what gives each part to another task, as starlette's own base class does."""
     app = create_app(served.engine)
 
     @app.middleware("http")
