@@ -110,7 +110,7 @@ def test_an_open_body_does_not_hold_up_the_end(
 
 
 def test_long_work_is_done_apart(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    service = served.server.config.app.state.service  # type: ignore[union-attr]
+    service: Any = served.server._service
     apart, n_apart = service.apart, 0
 
     async def counted(call: Any) -> Any:
