@@ -63,6 +63,7 @@ def test_what_was_submitted_is_cancelled_when_no_answer_can_be_made(
         raise ChatParseError("a", "no reader")
 
     monkeypatch.setattr(Turn, "reader", fail)
+    until(lambda: served.engine.stats().running == 0)
     before = served.engine.stats().finished["cancelled"]
     body = {**SUM_CHAT, "ignore_eos": True, "max_tokens": 400, "n": 2}
     assert "no reader" in served.refused(CHAT, body, 500)["message"]
