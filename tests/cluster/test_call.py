@@ -78,7 +78,7 @@ def test_nothing_is_sent_before_the_first_token(served: Served) -> None:  # noqa
 
 
 def test_who_leaves_is_cancelled(served: Served) -> None:  # noqa: F811
-    until(lambda: served.engine.stats().running == 0)  # also whom another test has left
+    until(lambda: served.engine.stats().running == 0)  # also what another test has left
     before = served.engine.stats().finished["cancelled"]
     endless = call("/v1/completions", {**ENDLESS, "stream": True})
 
