@@ -78,27 +78,31 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def full_ratio(pl: int) -> Figure:
-    """Speed while every client has a request, over what the device can do."""
+def medians_ratio(pl: int, ours: Figure, theirs: Figure) -> Figure:
+    """Of runs with so many clients."""
 
     def figure(records: Sequence[Record]) -> float | None:
         mine = [record for record in records if record.pl == pl]
-        full = median_detail(BASE, "full_speed")(mine)
-        bound = median_of(record.speed_tg for record in mine if record.arm == BOUND)
-        return full / bound if full and bound else None
+        top, bottom = ours(mine), theirs(mine)
+        return top / bottom if top and bottom else None
 
     return figure
+
+
+def bound(records: Sequence[Record]) -> float | None:
+    """What the device can do."""
+    return median_of(record.speed_tg for record in records if record.arm == BOUND)
+
+
+def full_ratio(pl: int) -> Figure:
+    """Speed while every client has a request, over what the device can do."""
+    return medians_ratio(pl, median_detail(BASE, "full_speed"), bound)
 
 
 def ttft_ratio(name: str, pl: int) -> Figure:
     """Median time to the first token over that of another arm."""
-
-    def figure(records: Sequence[Record]) -> float | None:
-        mine = [record for record in records if record.pl == pl]
-        ours, theirs = (median_detail(arm, "ttft_p50_s")(mine) for arm in (BASE, name))
-        return ours / theirs if ours and theirs else None
-
-    return figure
+    ours, theirs = (median_detail(arm, "ttft_p50_s") for arm in (BASE, name))
+    return medians_ratio(pl, ours, theirs)
 
 
 NAMES = ("traffic", "live")  # the second: on profile machines, when that was a bench of its own
