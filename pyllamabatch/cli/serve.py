@@ -79,6 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="requests that run at once (16)")
     add("--max-waiting", type=at_least(1), default=1024, metavar="N",
         help="requests that wait for a slot; more get 429 (1024)")
+    add("--machine", metavar="PROFILE",
+        help="on a machine of which only this profile is there, a name or a file: it computes "
+             "nothing and takes the time; no model writes the answers")
     add("--lora", action="append", default=[], metavar="[NAME=]FILE",
         help="an adapter that requests may name; may be repeated")
     add_shared(add, n_ctx=0, kv_unified=None, prefix_cache=None, speculate=None, n_batch=None,
@@ -103,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
                 app: Any = stack.enter_context(opened(args))
                 service = app.state.service
                 name, what = service.model_name, service.about
+                if args.machine:
+                    what += f", no model: the profile {args.machine}"
             else:
                 app = service = stack.enter_context(_fleet(args))
                 name, what = args.alias or "fleet", f"{args.replicas} replicas"
@@ -197,6 +202,7 @@ def _engine(
 ) -> Engine | None:
     """None for a model that makes embeddings only, where these were asked for."""
     options = {"n_trace": N_TRACE, "max_waiting": args.max_waiting, "loras": loras}
+    options["machine"] = args.machine
     try:
         return stack.enter_context(open_engine(model, args, args.parallel, **options))
     except UnsupportedOperation:

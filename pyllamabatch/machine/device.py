@@ -48,7 +48,7 @@ class Sampled(NamedTuple):
 
 
 class Times(NamedTuple):
-    """When a step began, in ns, how long the device had it, and graphs that it reused."""
+    """When a step began, in ns, how long the device has it, and graphs that it reuses."""
 
     start_ns: int = 0
     device_ns: int = 0
@@ -88,6 +88,7 @@ class FakeDevice(Generic[C, S]):
         self._reported: set[int] = set()  # slots whose results a run gives, finished or not
         self.n_now = 0  # rows of the step that is being computed
         self.n_in_run = 0  # steps before it in its run
+        self.called_ns = 0  # when its run was called
         self.recorded: deque[Recorded] = deque()  # and not read
         self.n_recorded = self.n_published = 0
         self._n_reused = 0
@@ -109,9 +110,12 @@ class FakeDevice(Generic[C, S]):
         raise NotImplementedError
 
     def _compute(self, slots: Slots, n_before: int, n_pad: int) -> tuple[int, int, Times]:
-        """Take the step's time: llama_decode's code, rows that are in the cells after it, times.
-        Raises what the stepper would."""
+        """Begin a step: llama_decode's code, rows that are in the cells after it, times. Raises
+        what the stepper would."""
         return 0, len(slots) + n_before, Times(perf_counter_ns())
+
+    def _wait(self) -> None:
+        """Until the step that was begun last is over."""
 
     # -- StepRunner
 
@@ -145,7 +149,7 @@ class FakeDevice(Generic[C, S]):
         """As `StreamStepper.compute`."""
         n_done, n_reused, code, first_ns = 0, 0, 0, 0
         results: list[tuple[int, int, int, float]] = []
-        began = perf_counter_ns()
+        began = self.called_ns = perf_counter_ns()
         self._plan(False)
         while n_done < min(n_steps, self.n_steps_max) and not code:
             self._publish()
@@ -155,6 +159,7 @@ class FakeDevice(Generic[C, S]):
             self.n_now, self.n_in_run = len(slots) + n_before, n_done
             code, n_held, times = self._compute(slots, n_before, n_pad)
             sampled = self._hold(n_held, sample=not code)
+            self._wait()
             self._record(code, sampled, times)
             if code:
                 break

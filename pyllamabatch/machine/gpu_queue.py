@@ -68,12 +68,6 @@ class GpuQueue:
             self._memory[:] = _STATE.pack(end, now, wall)
         return start, end
 
-    def take(self, seconds: float, since_ns: int) -> tuple[int, int]:
-        """`reserve`, and return when it is over."""
-        start, end = self.reserve(seconds, since_ns)
-        sleep_until(end)
-        return start, end
-
     def close(self) -> None:
         """Closing twice is fine."""
         if self._file >= 0:

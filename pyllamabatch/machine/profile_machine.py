@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -24,7 +23,7 @@ from pyllamabatch.errors import ArgumentError, UnsupportedOperation, integer
 from pyllamabatch.kv import Slots
 from pyllamabatch.llama.host import PathLike
 from pyllamabatch.machine.device import FakeDevice, Sampled, Times
-from pyllamabatch.machine.gpu_queue import GpuQueue
+from pyllamabatch.machine.gpu_queue import GpuQueue, sleep_until
 from pyllamabatch.scheduler import Limits
 from pyllamabatch.scheduler.step import spans
 from pyllamabatch.step.sampling_params import SamplingParams
@@ -170,11 +169,15 @@ class ProfileDevice(FakeDevice[int, SentenceSampler]):
         return Sampled(slot, token, finish)
 
     def _compute(self, slots: Slots, n_before: int, n_pad: int) -> tuple[int, int, Times]:
-        # In a run the native loop has the next step ready when one ends.
-        began = self._end_ns if self.n_in_run else perf_counter_ns()
+        # The native loop has a step ready when it is called, and the next one when that ends:
+        # what Python takes here is none of the machine's time.
+        began = self._end_ns if self.n_in_run else self.called_ns
         seconds, n_reused = self._seconds(slots, n_before, n_pad)
-        start, self._end_ns = self._machine.queue.take(seconds, began)
+        start, self._end_ns = self._machine.queue.reserve(seconds, began)
         return 0, self.n_now, Times(began, self._end_ns - start, n_reused)
+
+    def _wait(self) -> None:
+        sleep_until(self._end_ns)
 
     # -- inside
 
