@@ -37,7 +37,8 @@ WINE = ("/usr/lib/wine/wine64",)
 @dataclass(frozen=True)
 class Target:
     """`system`, `processor`: CMake's names. Of the whole build: `cpu`, as the compiler takes it;
-    `gnu`: what the commands of the compiler begin with, "" for zig. run: what runs its programs."""
+    `gnu`: what the commands of the compiler begin with, "" for zig. run: what runs its programs.
+    wheel: what the name of a wheel calls it; "" where the module is not linked."""
 
     name: str
     system: str
@@ -45,12 +46,13 @@ class Target:
     cpu: str
     gnu: str = ""
     run: tuple[str, ...] = ()
+    wheel: str = ""
 
 
 TARGETS = {
     target.name: target
     for target in (
-        Target("aarch64-macos", "Darwin", "arm64", "-mcpu=apple_m1"),
+        Target("aarch64-macos", "Darwin", "arm64", "-mcpu=apple_m1", wheel="macosx-13.0-arm64"),
         Target(
             "aarch64-linux-gnu",
             "Linux",
@@ -58,6 +60,7 @@ TARGETS = {
             "-march=armv8.2-a+dotprod+i8mm+fp16fml",
             "aarch64-linux-gnu-",
             QEMU,
+            "linux-aarch64",
         ),
         Target("x86_64-windows-gnu", "Windows", "AMD64", "-mcpu=x86_64_v3", run=WINE),
     )
@@ -176,7 +179,7 @@ def toolchain(target: Target) -> Path:
         "CMAKE_SYSTEM_NAME": target.system,
         "CMAKE_SYSTEM_PROCESSOR": target.processor,
         **(gnu_commands(target) if target.gnu else zig_commands(target, folder)),
-        "CMAKE_INSTALL_NAME_TOOL": shutil.which("true"),  # for installing, which is not done
+        "CMAKE_INSTALL_NAME_TOOL": llvm("install-name-tool") or shutil.which("true"),
         "CMAKE_OSX_SYSROOT": "",
         "CMAKE_FIND_ROOT_PATH_MODE_PROGRAM": "NEVER",
         "Python_INCLUDE_DIR": python_headers(target),
@@ -196,6 +199,14 @@ def gnu_commands(target: Target) -> dict[str, object]:
         "CMAKE_C_FLAGS": target.cpu,
         "CMAKE_CXX_FLAGS": target.cpu,
     }
+
+
+def llvm(tool: str) -> str | None:
+    """LLVM's tool of this name, which Debian's `llvm` has: with the newest number, if with one."""
+    found = [
+        shutil.which(f"llvm-{tool}{end}") for end in ("", *(f"-{n}" for n in range(40, 13, -1)))
+    ]
+    return next(filter(None, found), None)
 
 
 def zig_commands(target: Target, folder: Path) -> dict[str, object]:

@@ -12,6 +12,13 @@ from pyllamabatch.cost.profile import Profile, shipped_names, shipped_profile
 from tools import published
 
 NAMES = shipped_names()
+EXPECTED = {  # by their names in docs/how-to/mac.md
+    "Gemma 3 4B, Q4_0": "m2-ultra-gemma-3-4b-it-qat",
+    "Qwen2.5 Coder 7B, Q8_0": "m2-ultra-qwen2.5-coder-7b-q8_0",
+    "gpt-oss 20B, MXFP4": "m2-ultra-gpt-oss-20b",
+    "gpt-oss 120B, MXFP4": "m2-ultra-gpt-oss-120b",
+    "Qwen3 Coder 30B A3B, Q8_0": "m2-ultra-qwen3-coder-30b-a3b-instruct-q8_0",
+}
 
 
 def test_there_are_some() -> None:
@@ -83,3 +90,16 @@ def test_published_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (2048, 2048, 1024.0, 1): 1.0, (2048, 2048, 0.0, 1): 1.024,
         (1, 0, 16.0, 1): 1 / 99, (1, 0, 4112.0, 1): 0.02, (512, 512, 4096.0, 1): 0.512,
     }, rel=1e-5)  # fmt: skip
+
+
+def test_what_to_expect_on_a_mac_is_what_the_profiles_say() -> None:
+    """The table of docs/how-to/mac.md, in tokens a second: 512 tokens each, streams."""
+    guide = (Path(__file__).parents[2] / "docs/how-to/mac.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in guide.splitlines() if line.startswith("| ")]
+    users, *models = rows
+    assert users == ["users", "1", "2", "4", "8"]
+    for name, *speeds in models:
+        cost = CostModel.fit(shipped_profile(EXPECTED[name]), unified=False)
+        found = [n / cost.predict(n, 0, 512 * n, n) for n in map(int, users[1:])]
+        assert [f"{speed:.0f}" for speed in found] == speeds, name
+    assert len(models) == len(EXPECTED)
