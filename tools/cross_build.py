@@ -28,8 +28,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "cross"
 LLAMA = ROOT / "vendor" / "llama.cpp"
+EMBEDDED = ROOT / "pyllamabatch" / "models" / "default.gguf"
 ZIG = [sys.executable, "-m", "ziglang"]
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
+EMULATED_ROWS = "100"  # that native/tests/test_fused.cpp compares
 QEMU = ("qemu-aarch64-static", "-cpu", "max", "-L", "/usr/aarch64-linux-gnu")
 WINE = ("/usr/lib/wine/wine64",)
 
@@ -260,10 +262,11 @@ def run_tests(target: Target) -> bool:
     places = ";".join(f"Z:{folder / part}" for part in ("bin", "llama.cpp/bin"))
     environment = {**os.environ, "WINEPATH": places, "WINEDEBUG": "-all"}
     environment["WINEPREFIX"] = str(BUILD / "wine")
+    environment.setdefault("PLB_TEST_ROWS", EMULATED_ROWS)
     good = bool(tests)
     for test in tests:
         began = time.monotonic()
-        words = [*target.run, str(test), str(model), str(LLAMA)]
+        words = [*target.run, str(test), str(model), str(LLAMA), str(EMBEDDED)]
         done = subprocess.run(
             words, capture_output=True, text=True, check=False, env=environment, errors="replace"
         )
