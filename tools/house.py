@@ -23,6 +23,7 @@ PACKAGE = "pyllamabatch"
 HALL = 7  # files in the root of the package, at most
 TARGETS = {"package": 12_500, "native": 4_800, "tests": 16_000, "docs": 1_200, "README.md": 120}
 LONG_FILE, LONG_CONSTRUCTOR = 450, 6
+LONG_ALLOWED = ("Engine",)  # its keywords are the public interface
 
 # What the words of STYLE once were, for names (n_kept, KeptSlots) as well as for prose.
 RETIRED = re.compile(
@@ -105,7 +106,7 @@ def long_constructors(path: Path) -> Iterator[str]:
         for item in node.body:
             if isinstance(item, ast.FunctionDef) and item.name == "__init__":
                 arguments = item.args.posonlyargs + item.args.args + item.args.kwonlyargs
-                if len(arguments) - 1 > LONG_CONSTRUCTOR:
+                if len(arguments) - 1 > LONG_CONSTRUCTOR and node.name not in LONG_ALLOWED:
                     where = path.relative_to(ROOT).as_posix()
                     yield f"{where}: {node.name}({len(arguments) - 1} arguments)"
 
@@ -143,9 +144,11 @@ def main() -> int:
     words = [found for path in text for found in retired_words(path)]
 
     show(f"files over {LONG_FILE} lines (a sign, not a law)", sorted(long, reverse=True))
-    show(f"constructors of more than {LONG_CONSTRUCTOR} arguments (a sign)", constructors)
+    allowed = ", ".join(LONG_ALLOWED)
+    title = f"constructors of more than {LONG_CONSTRUCTOR} arguments, but for {allowed}"
+    broken = show(title, constructors) > 0
     print(f"\nfiles in the hall: {len(hall)} of {HALL}: {', '.join(hall)}")
-    broken = len(hall) > HALL
+    broken |= len(hall) > HALL
     broken |= show("import cycles", cycles()) > 0
     broken |= show("retired words", words) > 0
     return int(broken)

@@ -61,9 +61,7 @@ class Context(Owner):
         n_ubatch: int = 512,
         n_seq_max: int = 1,
         kv_unified: bool | None = None,
-        n_threads: int | None = None,
-        n_threads_batch: int | None = None,
-        **params: object,
+        **params: Any,
     ) -> None:
         """Make a context.
 
@@ -72,8 +70,8 @@ class Context(Owner):
         - n_seq_max: sequences, up to 256.
         - kv_unified: sequences share the cells (default when there are several), or have n_ctx /
           n_seq_max each.
-        - n_threads: default, the cores that this process may use.
-        - params: any other field of `llama_context_params` under its own name: `type_k="q8_0"`,
+        - params: any other field of `llama_context_params` under its own name: `n_threads` (the
+          cores that this process may use, by default), `n_threads_batch`, `type_k="q8_0"`,
           `flash_attn_type="enabled"`, `embeddings=True`, `pooling_type="mean"`, `swa_full`,
           `n_rs_seq`, `offload_kqv`, `rope_freq_base`, ...
 
@@ -82,17 +80,19 @@ class Context(Owner):
         """
         if model._vocab_only:
             raise UnsupportedOperation("the model was loaded with vocab_only: it can't run")
-        threads = n_threads if n_threads is not None else usable_cores()
-        given: dict[str, Any] = dict(
-            params,
-            n_ctx=integer("n_ctx", n_ctx, 0, MAX_CTX),
-            n_batch=integer("n_batch", n_batch, 1, 2**31 - 1),
-            n_ubatch=integer("n_ubatch", n_ubatch, 0, 2**31 - 1),
-            n_seq_max=integer("n_seq_max", n_seq_max, 1, int(lib.llama_max_parallel_sequences())),
-            kv_unified=n_seq_max > 1 if kv_unified is None else kv_unified,
-            n_threads=integer("n_threads", threads, 1, MAX_THREADS),
-            n_threads_batch=integer("n_threads_batch", n_threads_batch or threads, 1, MAX_THREADS),
-        )
+        most_seqs = int(lib.llama_max_parallel_sequences())
+        threads = params.get("n_threads")
+        threads = usable_cores() if threads is None else threads
+        many = params.get("n_threads_batch") or threads
+        given = params | {
+            "n_ctx": integer("n_ctx", n_ctx, 0, MAX_CTX),
+            "n_batch": integer("n_batch", n_batch, 1, 2**31 - 1),
+            "n_ubatch": integer("n_ubatch", n_ubatch, 0, 2**31 - 1),
+            "n_seq_max": integer("n_seq_max", n_seq_max, 1, most_seqs),
+            "kv_unified": n_seq_max > 1 if kv_unified is None else kv_unified,
+            "n_threads": integer("n_threads", threads, 1, MAX_THREADS),
+            "n_threads_batch": integer("n_threads_batch", many, 1, MAX_THREADS),
+        }
         native = lib.llama_context_default_params()
         fill(native, given, frozenset())
         self.n_outputs_max = check_params(model, native)

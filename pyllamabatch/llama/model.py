@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pyllamabatch.errors import ArgumentError, ModelLoadError
+from pyllamabatch.errors import ModelLoadError
 from pyllamabatch.llama import runtime
 from pyllamabatch.llama.handle import Held, Owner, owned
 from pyllamabatch.llama.host import PathLike, gguf_file
-from pyllamabatch.llama.params import (
-    KvOverride,
-    Progress,
-    device_list,
-    fill,
-    metadata,
-    override_array,
-    progress_handle,
-    share_array,
-    string,
-)
+from pyllamabatch.llama.params import Progress, metadata, model_params, progress_handle, string
 from pyllamabatch.llama.vocab import Vocab
 from pyllamabatch.raw import ffi, lib
 
-_RESERVED = frozenset(
-    {"devices", "tensor_split", "kv_overrides", "progress_callback", "progress_callback_user_data"}
-)
+_NOT_AGAIN = ("load_mode", "vocab_only", "no_alloc")
 
 
 class Model(Owner):
@@ -51,52 +39,29 @@ class Model(Owner):
         path: PathLike,
         *,
         splits: Sequence[PathLike] | None = None,
-        devices: Sequence[str] | None = None,
         n_gpu_layers: int = -1,
-        load_mode: str | int = "auto",
-        tensor_split: Sequence[float] | None = None,
-        kv_overrides: Mapping[str, KvOverride] | None = None,
         progress: Progress | None = None,
-        vocab_only: bool = False,
-        no_alloc: bool = False,
-        **params: object,
+        **params: Any,
     ) -> None:
         """Load a GGUF file.
 
         - splits: the files of a split model, in order, when their names do not follow llama.cpp's
           pattern (`path` is then only a name). Otherwise give the first one as `path`.
-        - devices: names as in `pyllamabatch info`; [] is CPU only, None is all.
         - n_gpu_layers: layers on the devices, -1 for all.
-        - load_mode: "auto", "mmap", "mlock", "mmap_mlock", "direct_io" or "none".
-        - tensor_split: the share of each device.
-        - kv_overrides: metadata to replace, by key.
         - progress: called with 0.0 to 1.0 while loading. Returning False cancels the load. An
           exception in it cancels the load and is raised.
-        - vocab_only, no_alloc: only the vocabulary; only the shapes. No context can decode then.
-        - params: any other field of `llama_model_params` under its own name (`split_mode`,
-          `main_gpu`, `check_tensors`, `use_extra_bufts`, `no_host`, `lazy_mode`, ...).
+        - params: any other field of `llama_model_params` under its own name, among them
+          - devices: names as in `pyllamabatch info`; [] is CPU only, None is all.
+          - tensor_split: the share of each device.
+          - kv_overrides: metadata to replace, by key.
+          - load_mode: "auto", "mmap", "mlock", "mmap_mlock", "direct_io" or "none".
+          - vocab_only, no_alloc: only the vocabulary; only the shapes. No context can decode then.
 
         Raises `ModelLoadError`, `ModelLoadCancelled` or `ArgumentError`.
         """
         runtime.ensure()
-        if no_alloc:  # libllama asserts that nothing is mapped
-            if load_mode not in ("auto", "none"):
-                raise ArgumentError("load_mode", load_mode, "no_alloc reads nothing: leave it out")
-            load_mode = "none"
         files = [ffi.new("char[]", gguf_file(p)) for p in (splits or [path])]
-        native = lib.llama_model_default_params()
-        given = {"n_gpu_layers": n_gpu_layers, "load_mode": load_mode}
-        fill(native, {**params, **given, "vocab_only": vocab_only, "no_alloc": no_alloc}, _RESERVED)
-        keep: list[object] = []  # what the struct points to, until the model is loaded
-        if devices is not None:
-            keep.append(array := device_list(devices))
-            native.devices = array
-        if tensor_split is not None:
-            keep.append(array := share_array(tensor_split))
-            native.tensor_split = array
-        if kv_overrides:
-            keep.append(array := override_array(kv_overrides))
-            native.kv_overrides = array
+        native, keep = model_params({**params, "n_gpu_layers": n_gpu_layers})
         failure: list[BaseException] = []
         if progress is not None:
             keep.append(handle := progress_handle(progress, failure))
@@ -105,12 +70,10 @@ class Model(Owner):
 
         self.path = os.fspath(path)
         # What to load it with again, without its weights (planner/residency.py).
-        self._load: dict[str, Any] = {
-            **params, "splits": splits, "devices": devices, "n_gpu_layers": n_gpu_layers,
-            "tensor_split": tensor_split, "kv_overrides": kv_overrides,
-        }  # fmt: skip
-        self._no_alloc = no_alloc
-        self._vocab_only = vocab_only
+        again = {name: value for name, value in params.items() if name not in _NOT_AGAIN}
+        self._load: dict[str, Any] = again | {"splits": splits, "n_gpu_layers": n_gpu_layers}
+        self._no_alloc: bool = native.no_alloc
+        self._vocab_only: bool = native.vocab_only
         names = ffi.new("const char *[]", files)
         ptr, log = runtime.logged(lib.plb_model_load, names, len(files), native)
         if ptr == ffi.NULL:

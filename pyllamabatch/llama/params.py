@@ -150,6 +150,33 @@ def override_array(overrides: Mapping[str, KvOverride]) -> Any:
     return array
 
 
+_CALLBACKS = frozenset({"progress_callback", "progress_callback_user_data"})
+_ARRAYS: dict[str, Callable[[Any], Any]] = {
+    "devices": device_list,
+    "tensor_split": share_array,
+    "kv_overrides": override_array,
+}
+
+
+def model_params(given: Mapping[str, Any]) -> tuple[Any, list[object]]:
+    """The `llama_model_params` of the keywords of a `Model`, and what it points to, which must live
+    until the model is loaded."""
+    load_mode = given.get("load_mode", "auto")
+    if given.get("no_alloc"):  # libllama asserts that nothing is mapped
+        if load_mode not in ("auto", "none"):
+            raise ArgumentError("load_mode", load_mode, "no_alloc reads nothing: leave it out")
+        load_mode = "none"
+    native = lib.llama_model_default_params()
+    fields = {name: value for name, value in given.items() if name not in _ARRAYS}
+    fill(native, {**fields, "load_mode": load_mode}, _CALLBACKS)
+    arrays = {
+        name: make(given[name]) for name, make in _ARRAYS.items() if given.get(name) is not None
+    }
+    for name, array in arrays.items():
+        setattr(native, name, array)
+    return native, list(arrays.values())
+
+
 def progress_handle(progress: Progress, failure: list[BaseException]) -> Any:
     """The user data of `plb_py_progress`. What stops the load is put into `failure`."""
 

@@ -1,4 +1,4 @@
-"""What the stepper needs of cffi: slots, parameters, exceptions for codes."""
+"""What the stepper needs of cffi: slots, parameters, views, exceptions for codes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import numpy.typing as npt
 from pyllamabatch.errors import ArgumentError, GrammarError, PyllamabatchError, choice
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.grammar import Grammar
+from pyllamabatch.llama.handle import view
 from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.runtime import text
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.json_schema import schema_to_gbnf
 from pyllamabatch.step.sampling_params import SamplingParams
+from pyllamabatch.step.types import RESULT_DTYPE, STEP_DTYPE, Drafts, Results, Rows
 
 
 class DetachedSlot:
@@ -144,3 +146,49 @@ def slot_failure(code: int, seq_id: int, why: str) -> Exception:
     if code == lib.PLB_E_EXCEPTION:
         return PyllamabatchError(why)
     return ArgumentError("params", why, "what the vocabulary and the stepper allow")
+
+
+def rows_of(views: Any, engine: Any) -> Rows:
+    """The rows of a `plb_engine` with these `plb_views`."""
+    shape = (views.n_rows_max,)
+    return Rows(
+        view(views.token, np.int32, shape, engine),
+        view(views.pos, np.int32, shape, engine),
+        view(views.seq, np.int32, shape, engine),
+        view(views.flags, np.uint8, shape, engine),
+    )
+
+
+def results_of(views: Any, engine: Any) -> Results:
+    """Its results."""
+    n, width = views.n_results_max, views.n_logprobs_max
+    return Results(
+        view(views.results, RESULT_DTYPE, (n,), engine),
+        top_token=view(views.top_token, np.int32, (n, width), engine),
+        top_logprob=view(views.top_logprob, np.float32, (n, width), engine),
+        steps=view(views.steps, STEP_DTYPE, (views.n_steps_max,), engine),
+    )
+
+
+def drafts_of(engine: Any, n_seq_max: int, n_rows: int) -> Drafts:
+    """Its drafts."""
+    native = ffi.new("plb_drafts *")
+    lib.plb_engine_drafts(engine, native)
+    wide = n_seq_max, native.n_draft_max
+    return Drafts(
+        view(native.n_most, np.int32, (n_seq_max,), engine),
+        view(native.n_given, np.int32, (n_seq_max,), engine),
+        view(native.token, np.int32, wide, engine),
+        view(native.n_taken, np.int32, (n_seq_max,), engine),
+        view(native.found, np.float32, wide, engine),
+        view(native.right, np.float32, wide, engine),
+        view(native.n_drafted, np.int32, (n_seq_max,), engine),
+        view(native.n_accepted, np.int32, (n_seq_max,), engine),
+        view(native.n_priced, np.int32, (1,), engine),
+        view(native.seconds, np.float32, (n_rows + 1,), engine),
+        view(native.worst, np.float32, (n_rows + 1,), engine),
+        view(native.credit, np.float32, (1,), engine),
+        view(native.gain, np.float32, (1,), engine),
+        view(native.n_timed, np.int32, (n_rows + 1,), engine),
+        view(native.ns_timed, np.int64, (n_rows + 1,), engine),
+    )

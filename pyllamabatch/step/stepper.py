@@ -19,7 +19,7 @@ tokens in one call.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,26 +30,25 @@ from pyllamabatch.errors import (
     FatalDecodeError,
     GrammarError,
     UnsupportedOperation,
-    choice,
     integer,
 )
 from pyllamabatch.llama.context import Context
-from pyllamabatch.llama.handle import owned, view
-from pyllamabatch.llama.host import MAX_THREADS, usable_cores
+from pyllamabatch.llama.handle import owned
 from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.runtime import text
 from pyllamabatch.llama.vocab import TokenArray
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.native import (
     PATH_NAMES,
-    PATHS,
     DetachedSlot,
-    device_sampling_of,
-    gap_max_of,
+    drafts_of,
+    results_of,
+    rows_of,
     sampling_struct,
     slot_failure,
 )
-from pyllamabatch.step.sampling_params import LOGPROBS_MAX, SEED_MAX, SamplingParams
+from pyllamabatch.step.sampling_params import SEED_MAX, SamplingParams
+from pyllamabatch.step.stepper_options import StepperOptions, engine_params, sampler_path
 from pyllamabatch.step.types import (
     OUTPUT,
     RESULT_DTYPE,
@@ -63,6 +62,9 @@ from pyllamabatch.step.types import (
     Stop,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = [
     "OUTPUT", "RESULT_DTYPE", "SAMPLE", "STEP_DTYPE", "DetachedSlot", "Drafts", "Finish", "Results",
     "Rows", "SlotInfo", "Stepper", "Stop",
@@ -72,35 +74,12 @@ _REFUSED: int = lib.PLB_E_ARGUMENT  # and below: ours, not llama_decode's
 _THREW: int = lib.PLB_E_DECODE
 _NO_SLOTS = np.zeros(0, np.int32)
 
-DRAFTERS: dict[str, int] = {"ngram": lib.PLB_DRAFTER_NGRAM}
-DRAFT_LIMIT: int = lib.PLB_DRAFT_LIMIT
-SAMPLING_THREADS = 32  # more than a memory bus feeds
-
 
 class Stepper:
     """Rows in, one native call, sampled tokens out, on one `Context`.
 
-    - n_logprobs_max: the largest `SamplingParams.logprobs` that a slot may ask for.
-    - n_threads: threads that sample, the caller's included; 0 takes the cores that the process may
-      use, 32 at most. They sleep while nothing is sampled.
-    - n_steps_max: the most steps of one `run`; memory for their results is set aside.
-    - sampler: "auto" samples with the fused sampler where it can and else with libllama's own
-      chain, "chain" always with that, "fused" refuses what it cannot (grammar, typical_p). The
-      tokens are the same (native/sampling/fused.hpp says where not); `SlotInfo.path` tells it.
-    - device_sampling: True lets the device choose the 128 largest logits of each row, where a step
-      asks for no more (greedy, or a smaller top_k without penalties, biases and log-probabilities),
-      so that whole rows need not travel; "auto" where that is measured to be faster, never on a
-      CPU. The tokens are the same but for the order of equal logits; `steps["on_device"]` tells.
-    - gap_max: where every sequence has a stream of cells of its own (kv_unified=False), libllama
-      computes at once only sequences whose ids follow each other. So many unused sequences in a row
-      get a row of their own in such a step, so that it is not cut in two: default 16 on a device,
-      where a row costs little beside reading the weights again, 1 on a CPU, 0 for a unified cache.
-      `steps["n_filled"]` tells how many there were.
-    - n_draft_max: tokens of a sequence that a step of a run may check beside its next one (`drafts`
-      says which), up to DRAFT_LIMIT. drafter: "ngram" lets the stepper draft them itself, from what
-      the sequence's own tokens were followed by before; None: only what is given. The context needs
-      outputs for all rows of such a step, and one of a recurrent model n_rs_seq=n_draft_max.
-    - sync: wait for the device at every step, also when no row has an output; for exact timings.
+    For its options see `StepperOptions`. Raises `ArgumentError` for one out of its range,
+    `UnsupportedOperation` for a model without weights, MemoryError.
 
     Keeps the context alive. Like the context it serves one thread at a time: a second one gets
     `ContextBusy`. Closing the context first is fine, the stepper then raises `ClosedError`.
@@ -108,38 +87,8 @@ class Stepper:
 
     _stream = False  # whether another thread reads the results: `ring_reader.StreamStepper`
 
-    def __init__(
-        self,
-        context: Context,
-        *,
-        n_logprobs_max: int = 20,
-        n_threads: int = 0,
-        n_steps_max: int = 32,
-        sampler: str = "auto",
-        device_sampling: bool | str = "auto",
-        gap_max: int | None = None,
-        n_draft_max: int = 0,
-        drafter: str | None = None,
-        sync: bool = False,
-    ) -> None:
-        if context.model._no_alloc:
-            raise UnsupportedOperation("the model was loaded with no_alloc: it has no weights")
-        path = PATHS[choice("sampler", sampler, PATHS)]
-        on_device = device_sampling_of(device_sampling)
-        params = ffi.new("plb_engine_params *")
-        params.n_outputs_max = context.n_outputs_max
-        params.all_outputs = bool(context.params["embeddings"])
-        params.n_logprobs_max = integer("n_logprobs_max", n_logprobs_max, 0, LOGPROBS_MAX)
-        threads = integer("n_threads", n_threads, 0, MAX_THREADS)
-        params.n_threads = threads or min(usable_cores(), SAMPLING_THREADS)
-        params.n_steps_max = integer("n_steps_max", n_steps_max, 1, 65536)
-        params.device_sampling = on_device
-        gaps = gap_max_of(context) if gap_max is None else gap_max
-        params.gap_max = integer("gap_max", gaps, 0, 256)
-        params.n_draft_max = integer("n_draft_max", n_draft_max, 0, DRAFT_LIMIT)
-        if drafter is not None:
-            params.drafter = DRAFTERS[choice("drafter", drafter, DRAFTERS)]
-        params.sync = bool(sync)
+    def __init__(self, context: Context, **options: Unpack[StepperOptions]) -> None:
+        params, path = engine_params(context, options), sampler_path(options)
         params.stream = self._stream
         out = ffi.new("plb_engine **")
         with context.exclusive():
@@ -166,22 +115,11 @@ class Stepper:
         self.n_pos_max: int = views.n_pos_max
         self.n_logprobs_max: int = views.n_logprobs_max
         self.n_steps_max: int = views.n_steps_max
-        rows, results, width = views.n_rows_max, views.n_results_max, views.n_logprobs_max
-        self.rows = Rows(
-            view(views.token, np.int32, (rows,), engine),
-            view(views.pos, np.int32, (rows,), engine),
-            view(views.seq, np.int32, (rows,), engine),
-            view(views.flags, np.uint8, (rows,), engine),
-        )
-        self.result = Results(
-            view(views.results, RESULT_DTYPE, (results,), engine),
-            top_token=view(views.top_token, np.int32, (results, width), engine),
-            top_logprob=view(views.top_logprob, np.float32, (results, width), engine),
-            steps=view(views.steps, STEP_DTYPE, (self.n_steps_max,), engine),
-        )
+        self.rows = rows_of(views, engine)
+        self.result = results_of(views, engine)
         self.drafts: Drafts | None = None  # with n_draft_max
-        if n_draft_max:
-            self.drafts = _drafts_of(engine, self.n_seq_max, self.n_rows_max)
+        if params.n_draft_max:
+            self.drafts = drafts_of(engine, self.n_seq_max, self.n_rows_max)
         self._slots: dict[int, DetachedSlot] = {}  # by sequence id
         self._run: Any = ffi.new("plb_run_info *")
         self._finished: Any = views.finished
@@ -478,29 +416,6 @@ class Stepper:
     def _check_slot(self, code: int, seq_id: int) -> None:
         if code:
             raise slot_failure(code, seq_id, self.last_error)
-
-
-def _drafts_of(engine: Any, n_seq_max: int, n_rows: int) -> Drafts:
-    native = ffi.new("plb_drafts *")
-    lib.plb_engine_drafts(engine, native)
-    wide = n_seq_max, native.n_draft_max
-    return Drafts(
-        view(native.n_most, np.int32, (n_seq_max,), engine),
-        view(native.n_given, np.int32, (n_seq_max,), engine),
-        view(native.token, np.int32, wide, engine),
-        view(native.n_taken, np.int32, (n_seq_max,), engine),
-        view(native.found, np.float32, wide, engine),
-        view(native.right, np.float32, wide, engine),
-        view(native.n_drafted, np.int32, (n_seq_max,), engine),
-        view(native.n_accepted, np.int32, (n_seq_max,), engine),
-        view(native.n_priced, np.int32, (1,), engine),
-        view(native.seconds, np.float32, (n_rows + 1,), engine),
-        view(native.worst, np.float32, (n_rows + 1,), engine),
-        view(native.credit, np.float32, (1,), engine),
-        view(native.gain, np.float32, (1,), engine),
-        view(native.n_timed, np.int32, (n_rows + 1,), engine),
-        view(native.ns_timed, np.int64, (n_rows + 1,), engine),
-    )
 
 
 def _refused(stepper: Stepper, code: int, n_rows: int, slots: npt.NDArray[np.int32]) -> Exception:

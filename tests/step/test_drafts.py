@@ -15,7 +15,8 @@ from pyllamabatch.errors import ArgumentError, UnsupportedOperation
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
-from pyllamabatch.step.stepper import DRAFT_LIMIT, Drafts, Finish, Results, Stepper
+from pyllamabatch.step.stepper import Drafts, Finish, Results, Stepper
+from pyllamabatch.step.stepper_options import DRAFT_LIMIT
 from tests.support.decoding import loaded, write
 from tests.support.engines import EXACT, greedy
 from tests.support.models_gguf import N_VOCAB
