@@ -90,6 +90,7 @@ def random_tensor(spec: TensorSpec, seed: int) -> npt.NDArray[np.float32] | npt.
         vector: npt.NDArray[np.float32] = random.standard_normal(spec.shape, dtype=np.float32)
         vector *= np.float32(0.02)
         vector += np.float32(1.0 if spec.norm else 0.0)
+        vector *= np.float32(spec.scale)
         return vector
     matrix = np.empty(spec.shape, np.float16)
     for first in range(0, len(matrix), ROWS_AT_ONCE):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class TensorSpec:
     name: str
     shape: tuple[int, ...]
     norm: bool = False  # around one; else a bias (1-D) or a matrix
+    scale: float = 1.0  # of all values
 
     @property
     def n_values(self) -> int:
@@ -46,6 +47,7 @@ class Shape:
     post_norm: bool = False
     sliding_window: int = 0
     sliding_pattern: int = 0  # every so many layers one attends to all
+    branch_scale: float = 1.0  # of what a layer adds, by its post norms
     source: str = ""  # where these sizes are from
 
     def tensors(self) -> Iterator[TensorSpec]:
@@ -64,14 +66,17 @@ class Shape:
                 yield TensorSpec(block + "attn_q_norm.weight", (self.head_dim,), norm=True)
                 yield TensorSpec(block + "attn_k_norm.weight", (self.head_dim,), norm=True)
             if self.post_norm:
-                yield TensorSpec(block + "post_attention_norm.weight", (self.n_embd,), norm=True)
+                yield self._post_norm(block + "post_attention_norm.weight")
             yield TensorSpec(block + "ffn_norm.weight", (self.n_embd,), norm=True)
             yield TensorSpec(block + "ffn_gate.weight", (self.n_ff, self.n_embd))
             yield TensorSpec(block + "ffn_up.weight", (self.n_ff, self.n_embd))
             yield TensorSpec(block + "ffn_down.weight", (self.n_embd, self.n_ff))
             if self.post_norm:
-                yield TensorSpec(block + "post_ffw_norm.weight", (self.n_embd,), norm=True)
+                yield self._post_norm(block + "post_ffw_norm.weight")
         yield TensorSpec("output_norm.weight", (self.n_embd,), norm=True)
+
+    def _post_norm(self, name: str) -> TensorSpec:
+        return TensorSpec(name, (self.n_embd,), norm=True, scale=self.branch_scale)
 
     @property
     def n_params(self) -> int:
@@ -115,4 +120,8 @@ GEMMA3_1B = Shape(
     sliding_pattern=6,
     source="config.json of Gemma 3 1B; its vocabulary's size, Gemma 4's pieces",
 )
-SHAPES = {shape.name: shape for shape in (QWEN2_0_5B, GEMMA3_1B)}
+STILL = replace(GEMMA3_1B, name="gemma3-1b-still", branch_scale=1 / 256)
+"""Its layers add next to nothing to a token's embedding, which is the output matrix, too: so the
+most likely next token is the same one again, by far, however the sums are rounded."""
+
+SHAPES = {shape.name: shape for shape in (QWEN2_0_5B, GEMMA3_1B, STILL)}

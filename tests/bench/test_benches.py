@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from bench import (
+    acceptance,
     beside,
     coalesce,
     prefix,
@@ -19,6 +21,7 @@ from bench import (
     step,
 )
 from bench.__main__ import main
+from pyllamabatch.engine.drafters import Wanted
 from pyllamabatch.report.records import Record
 from pyllamabatch.scheduler import policy_names
 from tests.bench.conftest import Run
@@ -105,6 +108,29 @@ def test_speculate_asks_both_arms_the_same_texts(run: Run) -> None:
         assert 2 < off.detail["tokens"] == ngram.detail["tokens"] <= 24
         assert off.detail["drafted"] == off.detail["accepted"] == 0
         assert ngram.detail["accepted"] <= ngram.detail["drafted"]
+
+
+def test_speculate_knows_answers_as_often_as_it_is_told(run: Run) -> None:
+    words = ("--sequences", "2", "--tokens", "8", "--acceptance", "1,0.5", "--arms", "")
+    status, records = run("speculate", *EMBEDDED, *words)
+    assert status == 0
+    arms = [acceptance.OFF, acceptance.KNOWS]
+    kinds = ["acceptance 1.00", "acceptance 0.50"]
+    assert [(r.arm, r.sampling) for r in records] == [(arm, kind) for kind in kinds for arm in arms]
+    assert [r.detail["tokens"] for r in records] == [16.0] * 4
+    with pytest.raises(SystemExit, match="0 to 1"):
+        run("speculate", *EMBEDDED, "--acceptance", "80")
+
+    drafter, answer = acceptance.Knows(0.5, 3), np.arange(1000, dtype=np.int32)
+    prompt = np.array([4, 5], np.int32)
+    known = np.concatenate([prompt, answer[:2]])
+    assert drafter.draft([Wanted(1, known, 2, 4)]) == [()]
+    drafter.answers[prompt.tobytes()] = answer
+    ((first, *rest),) = drafter.draft([Wanted(1, known, 2, 900)])
+    assert first in (2, 3)
+    right = [token == expected for token, expected in zip(rest, range(3, 902), strict=True)]
+    assert 0.4 < np.mean(right) < 0.6
+    assert len(drafter.draft([Wanted(1, np.concatenate([prompt, answer[:998]]), 2, 9)])[0]) == 2
 
 
 def test_step_has_the_figures_of_every_arm(run: Run) -> None:

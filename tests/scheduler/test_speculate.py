@@ -12,7 +12,7 @@ from pyllamabatch.errors import ArgumentError, PlanError
 from pyllamabatch.scheduler import Limits, Plan, Scheduler, StepView
 from pyllamabatch.scheduler.drafting import LOSS, Drafted, Drafting, StepTimes
 from pyllamabatch.scheduler.policies.composed import ComposedPolicy
-from pyllamabatch.scheduler.policies.speculate import ASKED, STEPS, TIMED, ByGain
+from pyllamabatch.scheduler.policies.speculate import ASKED, NEW, STEPS, TIMED, ByGain
 from pyllamabatch.scheduler.policy import PlanBuilder, Speculation
 from pyllamabatch.scheduler.rules import check_plan
 from pyllamabatch.scheduler.view import Drafts, Prices
@@ -46,7 +46,7 @@ def decided(price: Any, n: int, *, even: bool = False, credit: float = 1.0, **fa
     drafts = Drafts(
         n_max=4,
         ids=[*range(n)],
-        found=np.ones((n, 4)),
+        found=facts.pop("found", np.ones((n, 4))),
         right=right,
         n_left=np.full(n, facts.pop("n_left", 90)),
         width=n,
@@ -121,6 +121,8 @@ def test_drafts_that_take_time_are_asked_for_as_they_were_right(
     assert prices is None
     if price is half and expected == 4:  # what was not timed lately is tried first
         assert decided(price, 1, timed=1, **own)[:2] == ({0: 4}, TIMED)
+        found = np.zeros((1, 4))  # of one that is new
+        assert decided(price, 1, found=found, **own) == ({}, NEW, None)
 
 
 class Linear:

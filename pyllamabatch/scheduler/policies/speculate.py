@@ -13,6 +13,7 @@ from ..view import Drafts, Prices
 
 STEPS = 64  # that a decision stands for
 TIMED = 4  # of a kind that was not timed lately
+NEW = 1  # with a sequence of whose drafts nothing is known
 ASKED = 16  # where drafts are asked for, as they were right lately
 HOPE = 0.75  # what steps take then that were not timed, beside what the cost model says
 
@@ -61,6 +62,8 @@ class ByGain:
         return Speculation(chosen, STEPS, own)
 
     def _asked(self, drafts: Drafts, prices: Prices, most: int) -> Speculation:
+        if not drafts.found.any(axis=1).all():  # of a new one what is usual is known soon
+            return Speculation({}, NEW)
         n, width = len(drafts.ids), drafts.width
         plain = float(prices.seconds[width])
         best = (1 + self.gain) * n / plain if plain > 0 else np.inf

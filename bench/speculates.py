@@ -1,0 +1,148 @@
+"""What `bench speculate` asks: N texts at once of an engine or of llama-server, and its times."""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+from bench.case import I32, Case, Measured
+from bench.serving import Clients, EngineClients, HttpClients, ServerProcess
+from bench.texts import FREE, texts
+from pyllamabatch.compare.case import request_body
+from pyllamabatch.compare.clients import at_once
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.llama.model import Model
+from pyllamabatch.step.sampling_params import SamplingParams
+
+REPEATING = "repeating"
+SAMPLING = {REPEATING: "greedy", FREE: "default"}
+
+
+class Speculates(Clients):
+    """N texts at once; `tokens_of` of each."""
+
+    def __init__(self, case: Case, model: Model) -> None:
+        self.case = case
+        kind = REPEATING if case.sampling == SAMPLING[REPEATING] else FREE
+        own = [text.prompt for text in texts() if (text.kind == FREE) == (kind == FREE)]
+        self._prompts = [prompt_of(model, prompt) for prompt in mixed(own)]
+
+    @abstractmethod
+    def times(self, prompt: I32, tokens: int, seed: int) -> Iterator[float]:
+        """When each token of an answer comes."""
+
+    def counts(self) -> dict[str, float]:
+        """What it has drafted and computed so far."""
+        return {}
+
+    def warm_up(self) -> None:
+        list(self.times(self._prompts[-1][:32], 4, 0))
+
+    def run(self, repeat: int) -> Measured:
+        case, n = self.case, self.case.pl
+        before = self.counts()
+
+        def client(i: int, began: float) -> list[float]:
+            which = (repeat * n + i) % len(self._prompts)
+            return list(self.times(self._prompts[which], case.tg, case.seed + which))
+
+        at_once(n, lambda i, began: self.connect(), self.give_up)
+        cpu = time.process_time()
+        began, came = at_once(n, client, self.give_up)
+        cpu = time.process_time() - cpu
+        there = max(times[0] for times in came)
+        end = max(times[-1] for times in came)
+        n_all, n_after = sum(map(len, came)), sum(t > there for times in came for t in times)
+        speed = n_after / (end - there)
+        detail = {"tokens": float(n_all), "all_in": n_all / (end - began)}
+        if not self.pids:  # it runs in this process
+            detail["cpu_ms"] = 1e3 * cpu / n_all
+        counts = {name: value - before[name] for name, value in self.counts().items()}
+        if counts.get("drafted"):
+            detail["right"] = counts["accepted"] / counts["drafted"]
+        if counts.get("sequence_steps"):
+            detail["per_step"] = n_all / counts["sequence_steps"]
+        return Measured(there - began, case.tg * n / speed, detail=detail | counts)
+
+    def give_up(self) -> None:
+        self.close(now=True)
+
+
+class EngineSpeculates(Speculates, EngineClients):
+    def __init__(self, case: Case, model: Model, options: dict[str, Any]) -> None:
+        super().__init__(case, model)
+        self._engine = Engine(
+            model,
+            n_seq_max=case.pl,
+            n_ctx=case.n_ctx,
+            n_threads=case.n_threads,
+            n_threads_batch=case.n_threads,
+            **options,
+        )
+
+    def times(self, prompt: I32, tokens: int, seed: int) -> Iterator[float]:
+        greedy = {"temperature": 0.0} if self.case.sampling == "greedy" else {}
+        params = SamplingParams(max_tokens=tokens, seed=seed, **cast(Any, greedy))
+        for _ in self._engine.submit(prompt, params):
+            yield time.perf_counter()
+
+    def counts(self) -> dict[str, float]:
+        stats = self._engine.stats()
+        return {
+            "drafted": float(stats.drafted_tokens),
+            "accepted": float(stats.accepted_tokens),
+            "sequence_steps": float(sum(n * steps for n, steps in stats.fill.items())),
+        }
+
+
+class ServerSpeculates(Speculates, HttpClients):
+    def __init__(self, case: Case, model: Model, process: ServerProcess) -> None:
+        HttpClients.__init__(self, case, model.n_vocab, process, 300.0)
+        Speculates.__init__(self, case, model)
+        self._body = request_body(case.sampling) | {
+            "cache_prompt": False,
+            "ignore_eos": False,
+            "stream": True,
+        }
+        self._timings = {"drafted": 0.0, "accepted": 0.0}
+
+    def times(self, prompt: I32, tokens: int, seed: int) -> Iterator[float]:
+        own = {"prompt": prompt.tolist(), "n_predict": tokens, "seed": seed, "return_tokens": True}
+        with self._http.stream("POST", "/completion", json=self._body | own) as answer:
+            answer.raise_for_status()
+            n_before = 0
+            for line in answer.iter_lines():
+                if not line.startswith("data: "):
+                    continue
+                values = json.loads(line[6:])
+                n = (
+                    values["tokens_predicted"] - n_before
+                    if values["stop"]
+                    else len(values["tokens"])
+                )
+                n_before += n
+                yield from [time.perf_counter()] * n
+                timings = values.get("timings", {}) if values["stop"] else {}
+                self._timings["drafted"] += timings.get("draft_n", 0)
+                self._timings["accepted"] += timings.get("draft_n_accepted", 0)
+
+    def counts(self) -> dict[str, float]:
+        return dict(self._timings)
+
+
+def mixed(prompts: Sequence[str]) -> list[str]:
+    """Those of one kind are neighbours in the set; here they are not."""
+    third = -(-len(prompts) // 3)
+    return [prompts[i] for at in range(third) for i in range(at, len(prompts), third)]
+
+
+def prompt_of(model: Model, text: str) -> I32:
+    """As the model's own template has it; plain text where it has none."""
+    vocab = model.vocab
+    if model.chat_template() is None:
+        return vocab.tokenize(f"{text}\n\n")
+    chat = vocab.apply_chat_template([{"role": "user", "content": text}])
+    return vocab.tokenize(chat, add_special=False, parse_special=True)
