@@ -11,7 +11,7 @@ import orjson
 from starlette.requests import Request
 
 from ..kv.radix_tree import Tokens
-from ..server.answer import HELD_BEGIN, SENDS_AT_ONCE
+from ..server.answer import HELD_BEGIN, WRITES, Write
 
 PAGE = "page"  # the key of what is asked without a body: always the same replica's
 Head = tuple[int, list[tuple[bytes, bytes]]]
@@ -42,7 +42,8 @@ class Call(NamedTuple):
         """What a `Router` looks at."""
         return np.frombuffer(self.prefix, np.uint8).astype(np.int32)
 
-    def scope(self) -> dict[str, Any]:
+    def scope(self, write: Write) -> dict[str, Any]:
+        """`write` gets parts of the body that need no task."""
         return {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -56,7 +57,7 @@ class Call(NamedTuple):
             "headers": self.headers,
             "client": None,
             "server": None,
-            "extensions": {HELD_BEGIN: {}, SENDS_AT_ONCE: {}},
+            "extensions": {HELD_BEGIN: {}, WRITES: write},
         }
 
 
@@ -101,11 +102,15 @@ async def answer(app: Any, call: Call) -> AsyncGenerator[Head | bytes, None]:
     async def send(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             heads.append((message["status"], list(message["headers"])))
+            news.set()
         elif body := message.get("body"):
-            parts.append(bytes(body))
+            write(bytes(body))
+
+    def write(body: bytes) -> None:
+        parts.append(body)
         news.set()
 
-    running = asyncio.create_task(app(call.scope(), receive, send))
+    running = asyncio.create_task(app(call.scope(write), receive, send))
     running.add_done_callback(lambda _: news.set())
     try:
         while heads or parts or not running.done():

@@ -206,10 +206,14 @@ class OutputProcessor:
         return page
 
     def _wake_readers(self) -> None:
-        woken = [stream for stream in self._watched.copy() if stream._has_more() or stream.done]
+        woken = [stream for stream in self._watched.copy() if stream._news() or stream.done]
         for stream in woken:
-            self._watched.discard(stream)
-            stream._wake()
+            if (follower := stream._follower) is None:
+                self._watched.discard(stream)
+            else:
+                follower()  # it goes on watching
+            if stream._is_waited_for:
+                stream._wake()
         self._n_woken = len(woken)
 
     # -- events

@@ -124,27 +124,32 @@ class Follower:
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stream = stream
         self._take = take
-        self._wake = relay.call_of(self._woken)
+        self._tell = relay.call_of(self._read)
         self._index = 0
-        self._asked = False  # the stream wakes it
+        self._told = False  # the loop is about to read
         self._blocked: asyncio.Future[None] | None = None
+        stream._follow(self._news)
         self._read()
 
-    def _woken(self) -> None:
-        self._asked = False
-        if self._blocked is None:
-            self._read()
+    def _news(self) -> None:
+        """There may be more. From any thread."""
+        if not self._told:
+            self._told = True
+            self._tell()
 
     def _read(self) -> None:
-        stream = self._stream
+        self._told = False  # before it looks
+        if self._blocked is not None:
+            return
+        stream, ended = self._stream, self.ended
         try:
-            while not self.ended.done():
-                self._asked = True  # at its end it does not wake: `done` says so
-                chunk = stream._next_chunk(self._index, self._wake)
+            while not ended.done():
+                done = stream.done  # before the chunk: behind a last one there is an empty one
+                chunk = stream._chunk_from(self._index)
                 if chunk is None:
                     return
                 if chunk.stop == self._index:
-                    self.ended.set_result(None)
+                    ended.set_result(None)
                     return
                 self._index = chunk.stop
                 blocked = self._take(chunk)
@@ -152,11 +157,11 @@ class Follower:
                     self._blocked = asyncio.ensure_future(blocked)
                     self._blocked.add_done_callback(self._go_on)
                     return
-                if not stream.done:
+                if not done:
                     return
         except Exception as error:
-            if not self.ended.done():
-                self.ended.set_exception(error)
+            if not ended.done():
+                ended.set_exception(error)
 
     def _go_on(self, blocked: asyncio.Future[None]) -> None:
         self._blocked = None
@@ -166,7 +171,7 @@ class Follower:
             self.ended.cancel()
         elif (error := blocked.exception()) is not None:
             self.ended.set_exception(error)
-        elif not self._asked or self._stream.done:
+        else:
             self._read()
 
     def close(self) -> None:

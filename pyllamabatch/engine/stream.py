@@ -137,6 +137,9 @@ class Stream:
         self._result: Result | None = None
         self._callbacks: list[Callable[[Stream], Any]] = []
         self._calls: list[Callable[[], None]] = []  # for more
+        self._follower: Callable[[], None] | None = None  # for more, each time
+        self._is_waited_for = False  # by readers that are no followers
+        self._n_told = 0  # tokens that there were when readers were woken last
         self._host: Host | None = host  # until the end
 
     # -- reading
@@ -248,10 +251,15 @@ class Stream:
             self._take()
             self._page, self._n_taken = page, 0
 
-    def _has_more(self) -> bool:
-        """Whether there are tokens that were not taken yet."""
-        page = self._page
-        return page is not None and page.shown[self._slot] > self._n_taken
+    def _news(self) -> bool:
+        """Whether there are other tokens than when this was asked last."""
+        page, n = self._page, len(self._tokens)
+        if page is not None:
+            n += page.shown[self._slot] - self._n_taken
+        if n == self._n_told:
+            return False
+        self._n_told = n
+        return True
 
     def _scan(self) -> bool:
         """Look for a stop string in what is new; whether there has been one."""
@@ -262,6 +270,7 @@ class Stream:
     def _wake(self) -> None:
         """Wake the readers that wait for more."""
         with self._lock:
+            self._is_waited_for = False
             self._call_all()
 
     def _finish(
@@ -388,8 +397,7 @@ class Stream:
         with self._lock:
             while True:
                 self._catch_up()
-                feed = self._feed
-                stop = feed.n_decided
+                stop = self._feed.n_decided
                 if self._result is None:
                     self._watch()
                     if self._has_more():  # see `_wait_for_more`
@@ -397,19 +405,49 @@ class Stream:
                     self._calls.append(call)
                     if stop == index:
                         return None
-                return Chunk("".join(feed.parts[index:stop]), index, stop)
+                return self._chunk(index, stop)
+
+    def _follow(self, call: Callable[[], None]) -> None:
+        """`call()` each time when there may be more for `_chunk_from`, at the end too. It has to
+        be quick, and may be called with the lock held."""
+        with self._lock:
+            self._follower = call
+            if self._host is not None:
+                self._host.watch(self)
+
+    def _chunk_from(self, index: int) -> Chunk | None:
+        """As `_next_chunk`, for a follower."""
+        with self._lock:
+            self._catch_up()
+            stop = self._feed.n_decided
+            if stop == index and self._result is None:
+                return None
+            return self._chunk(index, stop)
+
+    def _chunk(self, index: int, stop: int) -> Chunk:
+        parts = self._feed.parts
+        text = parts[index] if stop == index + 1 else "".join(parts[index:stop])
+        return Chunk(text, index, stop)
+
+    def _has_more(self) -> bool:
+        """Whether the page has tokens that were not taken yet."""
+        page = self._page
+        return page is not None and page.shown[self._slot] > self._n_taken
 
     def _call_all(self) -> None:
         self._more.notify_all()
         calls, self._calls = self._calls, []
         for call in calls:
             call()
+        if self._follower is not None:
+            self._follower()
 
     def _watch(self) -> None:
         """The output processor fetches what is new. A reader that does not wait for it finds it
         the next time."""
         host = self._host
         if host is not None:
+            self._is_waited_for = True
             host.watch(self)
 
     def _token(self, i: int) -> Token:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from time import perf_counter
-from types import coroutine
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
@@ -32,8 +31,10 @@ if TYPE_CHECKING:
     Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 DONE = b"data: [DONE]\n\n"
-SENDS_AT_ONCE = "pyllamabatch.sends_at_once"
-"""An ASGI extension: `send` may be called outside of a task."""
+WRITES = "pyllamabatch.writes"
+"""An ASGI extension: a `Write` that stands for `send` of parts of the body."""
+Write = Callable[[bytes], Awaitable[None] | None]
+"""Writes a part of the body, not an empty one. What it returns is awaited before the next one."""
 HELD_BEGIN = "pyllamabatch.held_begin"
 """An ASGI extension: nothing is sent before the first token, because what asks repeats a request of
 which nothing was sent."""
@@ -111,7 +112,6 @@ class EventStream(Response):
         self._service = service
         self._answer = answer
         self._streams = streams
-        self._at_once = False
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         try:
@@ -124,24 +124,24 @@ class EventStream(Response):
     async def _write(self, scope: Any, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         answer, streams = self._answer, self._streams
-        self._at_once = sends_at_once(scope)
+        write = write_of(scope) or _sends(send)
         if begin := answer.begin():
             if HELD_BEGIN in (scope.get("extensions") or ()):
-                send = _behind(begin, send)
+                write = _behind(begin, write)
             else:
                 await send(_body(begin))
         try:
             if len(streams) == 1:
-                results = [await self._follow(send, 0, streams[0])]
+                results = [await self._follow(write, 0, streams[0])]
             else:
-                follow = (self._follow(send, i, stream) for i, stream in enumerate(streams))
+                follow = (self._follow(write, i, stream) for i, stream in enumerate(streams))
                 results = await asyncio.gather(*follow)
             last = answer.end(results)
         except Exception as error:  # the status has gone out: the last event says it
             last = answer.failed(errors.of(error))
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    async def _follow(self, send: Send, i: int, stream: Stream) -> Result:
+    async def _follow(self, write: Write, i: int, stream: Stream) -> Result:
         answer, metrics = self._answer, self._service.metrics
         before = 0.0
 
@@ -153,57 +153,42 @@ class EventStream(Response):
                 metrics.itl.add((now - before) / n, n)
             before = now
             content = answer.chunk(i, stream, chunk)
-            if not content:
-                return None
-            sent = send(_body(content))
-            return begun(sent) if self._at_once else sent
+            return write(content) if content else None
 
         await self._service.engine.follow(stream, take)
         result = stream.wait(0)
         metrics.ended(result)
         if (error := failure(result)) is not None:
             raise error
-        if content := answer.finish(i, result):
-            await send(_body(content))
+        if (content := answer.finish(i, result)) and (rest := write(content)) is not None:
+            await rest
         return result
 
 
-def sends_at_once(scope: Any) -> bool:
-    """Whether the server says so, and no middleware but ours is on the way to it: that of others
-    may want a task."""
-    if SENDS_AT_ONCE not in (scope.get("extensions") or ()):
-        return False
-    return all(one.cls in (ApiKeys, Cors) for one in scope["app"].user_middleware)
-
-
-def begun(call: Awaitable[None]) -> Awaitable[None] | None:
-    """None for a call that ends without waiting, as a write does while its client reads; else its
-    rest."""
-    steps = call.__await__()
-    try:
-        waits_for = next(steps)
-    except StopIteration:
+def write_of(scope: Any) -> Write | None:
+    """The server's, unless other middleware than ours is on the way to it, which wants to see what
+    is sent."""
+    write: Write | None = (scope.get("extensions") or {}).get(WRITES)
+    if write is None or any(one.cls not in (ApiKeys, Cors) for one in scope["app"].user_middleware):
         return None
-    return _rest(steps, waits_for)
+    return write
 
 
-@coroutine
-def _rest(steps: Generator[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
-    yield waits_for
-    yield from steps
+def _sends(send: Send) -> Write:
+    return lambda content: send(_body(content))
 
 
-def _behind(begin: bytes, send: Send) -> Send:
-    """As `send`, but the first message has `begin` before its body."""
+def _behind(begin: bytes, write: Write) -> Write:
+    """As `write`, but `begin` is before the first part."""
     held = begin
 
-    async def sent(message: MutableMapping[str, Any]) -> None:
+    def written(content: bytes) -> Awaitable[None] | None:
         nonlocal held
         if held:
-            message["body"], held = held + message["body"], b""
-        await send(message)
+            content, held = held + content, b""
+        return write(content)
 
-    return sent
+    return written
 
 
 def _body(content: bytes) -> dict[str, Any]:

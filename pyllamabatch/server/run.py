@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import uvicorn
 
-from .answer import SENDS_AT_ONCE
+from .protocol import HttpProtocol
 
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
@@ -51,13 +51,9 @@ class Server(uvicorn.Server):
     ) -> None:
         """`ready()` is called once the application answers. `service`: what is drained at the end;
         default: that of `create_app`."""
-
-        async def called(scope: Any, receive: Any, send: Any) -> None:
-            extensions = {**(scope.get("extensions") or {}), SENDS_AT_ONCE: {}}
-            await app({**scope, "extensions": extensions}, receive, send)
-
         config = uvicorn.Config(
-            called,
+            app,
+            http=HttpProtocol,
             log_level="warning",
             access_log=False,
             lifespan="on",

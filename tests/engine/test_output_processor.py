@@ -45,6 +45,33 @@ def test_each_token_arrives_while_the_run_goes_on() -> None:
     assert rig.machine.runs == [49]
 
 
+@pytest.mark.parametrize("stop", [(), ("never",)])
+def test_a_follower_is_told_of_each_step(stop: tuple[str, ...]) -> None:
+    """Also where the processor looks for stop strings, and has taken the tokens for that."""
+    rig = rig_of()
+    stream = rig.submit(long_prompts(1, 50)[0], greedy(50, stop=stop))
+    told, seen = 0, 0
+    steps: list[tuple[int, int]] = []
+
+    def tell() -> None:
+        nonlocal told
+        told += 1
+
+    def look(n: int) -> None:
+        nonlocal seen
+        rig.deliver()
+        chunk = stream._chunk_from(seen)
+        seen = seen if chunk is None else chunk.stop
+        steps.append((told, seen))
+
+    stream._follow(tell)
+    rig.machine.meanwhile = look
+    rig.run()
+    assert steps == [(n - 1, n - 1) for n in range(1, 51)]
+    assert stream.done
+    assert told == steps[-1][0] + 1  # of the end, too
+
+
 def test_a_stop_string_in_the_middle_of_a_long_run_ends_it_after_that_step() -> None:
     rig = rig_of()
     prompts = long_prompts(2, 60)

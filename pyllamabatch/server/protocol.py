@@ -1,0 +1,28 @@
+"""HttpProtocol: uvicorn's connection, to which a response can write without ASGI's messages."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Any, cast
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from .answer import WRITES
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """Offers the ASGI extension `WRITES` where an answer of unknown length has chunks."""
+
+    def on_headers_complete(self) -> None:
+        scope = cast("dict[str, Any]", self.scope)
+        if self.parser.get_http_version() == "1.1" and self.parser.get_method() != b"HEAD":
+            scope["extensions"] = {WRITES: self.write_part}
+        super().on_headers_complete()
+
+    def write_part(self, body: bytes) -> Awaitable[None] | None:
+        """A chunk, in one write. Dropped where the client has left. For a response that has begun
+        without a length, and is not at its end."""
+        if self.cycle.disconnected or self.transport.is_closing():
+            return None
+        self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        return self.flow.drain() if self.flow.write_paused else None
