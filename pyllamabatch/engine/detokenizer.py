@@ -21,7 +21,7 @@ class Pieces(dict[int, bytes]):
         try:
             return [*map(self.__getitem__, tokens)]
         except KeyError:
-            missing = list(set(tokens).difference(self))
+            missing = [token for token in set(tokens) if token not in self]
             self.update(zip(missing, self._fetch(missing), strict=True))
             return [*map(self.__getitem__, tokens)]
 
