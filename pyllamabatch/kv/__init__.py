@@ -4,8 +4,9 @@ preemption should do. No libllama here: the engine and the simulator use the sam
 from __future__ import annotations
 
 from .accounting import KvAccounting, Slots
-from .prefix_cache import Hit, KvOperation, PrefixCache, Sharing
+from .prefix_cache import PrefixCache
 from .radix_tree import RadixTree
+from .sharing import Hit, KvOperation, Sharing
 from .swap import Preemption, SwapChoice, SwapSpace
 
 __all__ = [

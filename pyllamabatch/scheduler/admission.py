@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 
 from ..kv import Hit, KvAccounting, KvOperation, PrefixCache, Sharing, SwapChoice
-from ..kv.prefix_cache import NO_HIT, Key, key_of
 from ..kv.radix_tree import Tokens
+from ..kv.sharing import NO_HIT, Key, key_of
 from .view import Prefix
 
 LOOKS = 32  # so many waiting sequences at most are looked at again before one step

@@ -13,8 +13,8 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Protocol, TypeVar
 
 from ..errors import ArgumentError
-from ..kv.prefix_cache import MIN_PREFIX
 from ..kv.radix_tree import RadixTree, Tokens
+from ..kv.sharing import MIN_PREFIX
 from .scheduler import Scheduler
 
 BYTES_PER_TOKEN = 4  # of a text, about

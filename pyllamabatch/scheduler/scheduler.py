@@ -17,15 +17,11 @@ sequence; views are made when a policy looks at them.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import replace
 from typing import NamedTuple
-
-import numpy as np
-import numpy.typing as npt
 
 from ..cost.step_cost import StepCost
 from ..errors import RequestTooLong
-from ..kv import KvAccounting, KvOperation, Slots
+from ..kv import KvAccounting, KvOperation
 from .admission import Admission
 from .attention import Attention
 from .deadlines import Deadlines
@@ -37,11 +33,12 @@ from .invariance import Computed
 from .kv_options import KvOptions
 from .policies import device_aware
 from .policy import Policy, check_policy
+from .progress import Progress
 from .queue import SequenceList
 from .rules import Rows, check_plan
 from .running import Entry, KnownTokens
 from .sequences import Sequences
-from .step import NO_SLOTS, Counters, PromptChunk, Step
+from .step import NO_SLOTS, Counters, Step
 from .step_builder import Placed, StepBuilder
 from .view import Drafts, KvView, Limits, SequenceView, StepView
 
@@ -114,6 +111,14 @@ class Scheduler:
             self.limits, self.sequences, self.admission, cost, self.invariance, self._alone
         )
         self.padding, self.compaction = self._builder.padding, self._builder.compaction
+        self._progress = Progress(
+            self.sequences,
+            self.idle_sequences,
+            self.counters,
+            self.attention,
+            self.drafting,
+            self._builder,
+        )
 
     # -- sequences come and go
 
@@ -344,86 +349,14 @@ class Scheduler:
         """`step` has been computed, `n` times of the `step.repeat` that it may be: its rows are in
         the cache, and every sequence of `step.decode` knows one token more, each time; or as many
         as `drafted` says. `now`: when its results were there; without it, when it was planned."""
-        if not 1 <= n <= step.repeat:
-            raise ValueError(f"a step for 1 to {step.repeat} times was computed {n} times")
-        sequences, running = self.sequences, self.sequences.running
-        if now is not None:
-            self.idle_sequences.within = (now - sequences.now) / n
-            sequences.now = now
-        n_recomputed = sum([self._advance(chunk) for chunk in step.chunks]) if step.chunks else 0
-        if len(step.decode):
-            slots = step.decode.astype(np.intp)  # NumPy takes twice as long for any other type
-            taken = n if drafted is None else self._drafted(step, n, drafted)
-            self.accounting.take_each(slots, taken)
-            running.computed[slots] += taken
-            running.known[slots] += taken
-            if step.n_pad and self.cost is not None and self.invariance is None:
-                self.padding.computed(step.decode, step.n_pad, n, self.cost)
-            if self.compaction.possible and self.cost is not None and not step.chunks:
-                self.compaction.computed(step, n, self.accounting.held_by_slot, self.cost)
-            if running.asked:
-                self._answered(step.decode)
-        self.counters.count(step, n, n_recomputed)
+        self._progress.advance(step, n, now, drafted)
 
     def advance_alone(self, step: Step, n: int, now: float, seconds: float) -> None:
         """The step of an interactive sequence that was alone, once computed and advanced, was
         computed `n` times more, for as many tokens that its owner asked for without a word. `now`:
         when the last of them was there; `seconds`: what each took. Nothing else has changed since
         it was planned."""
-        sequences, running = self.sequences, self.sequences.running
-        (slot,) = step.decode.tolist()
-        (entry,) = running.ids.values()
-        self.accounting.take(slot, n)
-        running.computed[slot] += n
-        running.known[slot] += n
-        entry.true = False
-        view = running.seen(entry)
-        entry.view = replace(view, goal=view.computed)
-        entry.high = max(entry.high, view.computed)
-        sequences.now = now
-        self.idle_sequences.computed_alone(view.id, n, now, seconds)
-        self.counters.count(step, n, 0)
-
-    def _drafted(self, step: Step, n: int, drafted: Drafted) -> npt.NDArray[np.int64]:
-        """Tokens that each slot of `step.decode` has sampled in `n` steps."""
-        drafting, decode, cost = self.drafting, step.decode, self.cost
-        assert drafting is not None
-        n_more = drafted.n_rows - n * step.n_rows
-        self.counters.count_drafts(n_more, drafted.n_drafted, drafted.n_accepted)
-        owner, kv = self.sequences.running.owner[decode], self.attention.cells(step, (n - 1) / 2)
-        drafting.observe(decode, owner, drafted, n, kv, None if step.chunks else cost)
-        taken: npt.NDArray[np.int64] = drafted.taken[decode].astype(np.int64)
-        return taken
-
-    def _answered(self, decode: Slots) -> None:
-        """Those of interactive sequences have the token that they were asked for."""
-        sequences, running = self.sequences, self.sequences.running
-        for slot in [slot for slot in decode.tolist() if slot in running.asked]:
-            entry = running.ids[running.asked[slot]]
-            entry.true = False
-            entry.high = max(entry.high, int(running.computed[slot]))
-            sequences.promised -= 1
-            sequences.update(entry, running.seen(entry))
-
-    def _advance(self, chunk: PromptChunk) -> int:
-        """The rows of a chunk are in the cache; how many had been computed before."""
-        sequences, running = self.sequences, self.sequences.running
-        slot, end = chunk.slot, chunk.start + chunk.n
-        entry = running.ids[chunk.id]
-        entry.true = False
-        self.accounting.take(slot, chunk.n)
-        running.computed[slot] = end
-        sequences.promised -= chunk.n
-        n_recomputed = max(0, min(end, entry.high) - chunk.start)
-        entry.high = max(end, entry.high)
-        if entry.computed is not None and self.invariance is not None and not chunk.decodes:
-            entry.computed.add(chunk.start, chunk.n, self.invariance.grid)
-        if entry.view.goal is not None:
-            sequences.update(entry, running.seen(entry))
-        elif int(running.known[slot]) - end == 1:
-            sequences.prefilling.leave(chunk.id)
-            running.start_decoding(entry)
-        return n_recomputed
+        self._progress.advance_alone(step, n, now, seconds)
 
     def hold(self, now: float) -> float:
         """Seconds that the next `plan` had better wait, unless something is added or asked for

@@ -45,9 +45,9 @@ class StepBuilder:
         self._limits = limits
         self._sequences = sequences
         self._admission = admission
-        self._accounting = admission.accounting
-        self._cost = cost
-        self._invariance = invariance
+        self.accounting = admission.accounting
+        self.cost = cost
+        self.invariance = invariance
         self._alone = alone
 
     def build(self, plan: Plan, rows: Rows, preempted: Placed, admitted: Placed) -> Step:
@@ -68,11 +68,20 @@ class StepBuilder:
             entries = self._sequences.running.ids
             step.drafts = {entries[id].slot: n for id, n in plan.drafts.items()}
             step.prices = plan.prices
-        step.invariance = self._invariance
+        step.invariance = self.invariance
         step.n_pad = self._n_pad(decode, out)
         self._set_repeat(step, plan.repeat)
         step.kv_operations = self._admission.cache.take_kv_operations()
         return step
+
+    def computed(self, step: Step, n: int) -> None:
+        """What padding and compaction learn from a step that decodes and was computed `n` times."""
+        if self.cost is None:
+            return
+        if step.n_pad and self.invariance is None:
+            self.padding.computed(step.decode, step.n_pad, n, self.cost)
+        if self.compaction.possible and not step.chunks:
+            self.compaction.computed(step, n, self.accounting.held_by_slot, self.cost)
 
     def _cut_prompts(self, others: dict[int, int]) -> tuple[tuple[PromptChunk, ...], list[int]]:
         """Chunks, and the slots whose last known token is computed behind their chunk. `others`:
@@ -98,7 +107,7 @@ class StepBuilder:
     def _set_repeat(self, step: Step, repeat: int) -> None:
         """How often it may be computed of the `repeat` times that it is planned for: as far as
         budgets, cells and gaps allow. Cells for that are emptied."""
-        running, accounting = self._sequences.running, self._accounting
+        running, accounting = self._sequences.running, self.accounting
         n_rows = step.n_rows + (sum(step.drafts.values()) if step.drafts else 0)
         asked = bool(running.asked)
         if repeat > 1:
@@ -117,8 +126,8 @@ class StepBuilder:
             step.stands = 1 if step.n_pad else repeat
             return
         step.repeat = repeat
-        if self.compaction.possible and repeat > 1 and self._cost is not None:
-            step.repeat = self.compaction.steps(step, accounting.held_by_slot, self._cost)
+        if self.compaction.possible and repeat > 1 and self.cost is not None:
+            step.repeat = self.compaction.steps(step, accounting.held_by_slot, self.cost)
 
     def _close_gaps(self, rows: Rows) -> tuple[tuple[int, int, int], ...]:
         """Where nothing comes that could take the empty slots between those that run, and it pays:
@@ -129,7 +138,7 @@ class StepBuilder:
             return ()
         entries = sorted(running.ids.values(), key=lambda entry: entry.slot)
         high = [entry for entry in entries if entry.slot >= n]
-        graphs = 0.0 if self._cost is None else self.padding.price(self._cost)
+        graphs = 0.0 if self.cost is None else self.padding.price(self.cost)
         if not self.compaction.due(len(high), graphs):
             return ()
         moved = []
@@ -142,9 +151,9 @@ class StepBuilder:
         return tuple(moved)
 
     def _n_pad(self, decode: Slots, out: list[int]) -> int:
-        if self._invariance is not None:
-            return self._invariance.width(decode[-1:].tolist())
-        return 0 if out else self.padding.width(decode, self._accounting.held_by_slot, self._cost)
+        if self.invariance is not None:
+            return self.invariance.width(decode[-1:].tolist())
+        return 0 if out else self.padding.width(decode, self.accounting.held_by_slot, self.cost)
 
     def _cut(self, entry: Entry, n: int, chunks: list[PromptChunk], last: list[int]) -> None:
         """`n` rows of a sequence, or fewer where its prefix was longer than the policy knew, or a
@@ -168,13 +177,13 @@ class StepBuilder:
     ) -> None:
         """As `_cut`, with chunks that are whole, be it by more rows than `n`."""
         assert entry.computed is not None
-        assert self._invariance is not None
+        assert self.invariance is not None
         slot, goal = entry.slot, entry.view.goal
         known = int(self._sequences.running.known[slot])
         stop = known - 1 if goal is None else min(goal, known - 1)
         at, decoding = start, False
         while at < min(start + n, stop):
-            size, decodes = entry.computed.next(at, stop, self._invariance.grid)
+            size, decodes = entry.computed.next(at, stop, self.invariance.grid)
             if decoding and not decodes:  # calls of chunks come first in a step
                 return
             chunks.append(PromptChunk(entry.view.id, slot, at, size, decodes))

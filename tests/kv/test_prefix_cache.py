@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyllamabatch.kv import Hit, KvAccounting, KvOperation, PrefixCache, Sharing
-from pyllamabatch.kv.prefix_cache import MIN_PREFIX, NO_HIT
 from pyllamabatch.kv.radix_tree import Tokens
+from pyllamabatch.kv.sharing import MIN_PREFIX, NO_HIT
 from tests.support.cells import Cells
 
 UNIFIED = Sharing(copy_part=True, copy_whole=True, trim=True, n_cached=4)

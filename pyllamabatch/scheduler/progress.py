@@ -1,0 +1,116 @@
+"""Progress: what changes when a step has been computed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from ..kv import Slots
+from .attention import Attention
+from .drafting import Drafted, Drafting
+from .idle import IdleSequences
+from .sequences import Sequences
+from .step import Counters, PromptChunk, Step
+from .step_builder import StepBuilder
+
+
+class Progress:
+    """Cells, tokens and places of the sequences that a step has computed. `builder`: what made the
+    step."""
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        idle: IdleSequences,
+        counters: Counters,
+        attention: Attention,
+        drafting: Drafting | None,
+        builder: StepBuilder,
+    ) -> None:
+        self._sequences = sequences
+        self._idle = idle
+        self._counters = counters
+        self._attention = attention
+        self._drafting = drafting
+        self._builder = builder
+        self._accounting = builder.accounting
+
+    def advance(self, step: Step, n: int, now: float | None, drafted: Drafted | None) -> None:
+        """See `Scheduler.advance`."""
+        if not 1 <= n <= step.repeat:
+            raise ValueError(f"a step for 1 to {step.repeat} times was computed {n} times")
+        sequences, running = self._sequences, self._sequences.running
+        if now is not None:
+            self._idle.within = (now - sequences.now) / n
+            sequences.now = now
+        n_recomputed = sum([self._advance(chunk) for chunk in step.chunks]) if step.chunks else 0
+        if len(step.decode):
+            slots = step.decode.astype(np.intp)  # NumPy takes twice as long for any other type
+            taken = n if drafted is None else self._drafted(step, n, drafted)
+            self._accounting.take_each(slots, taken)
+            running.computed[slots] += taken
+            running.known[slots] += taken
+            self._builder.computed(step, n)
+            if running.asked:
+                self._answered(step.decode)
+        self._counters.count(step, n, n_recomputed)
+
+    def advance_alone(self, step: Step, n: int, now: float, seconds: float) -> None:
+        """See `Scheduler.advance_alone`."""
+        sequences, running = self._sequences, self._sequences.running
+        (slot,) = step.decode.tolist()
+        (entry,) = running.ids.values()
+        self._accounting.take(slot, n)
+        running.computed[slot] += n
+        running.known[slot] += n
+        entry.true = False
+        view = running.seen(entry)
+        entry.view = replace(view, goal=view.computed)
+        entry.high = max(entry.high, view.computed)
+        sequences.now = now
+        self._idle.computed_alone(view.id, n, now, seconds)
+        self._counters.count(step, n, 0)
+
+    def _drafted(self, step: Step, n: int, drafted: Drafted) -> npt.NDArray[np.int64]:
+        """Tokens that each slot of `step.decode` has sampled in `n` steps."""
+        drafting, decode, cost = self._drafting, step.decode, self._builder.cost
+        assert drafting is not None
+        n_more = drafted.n_rows - n * step.n_rows
+        self._counters.count_drafts(n_more, drafted.n_drafted, drafted.n_accepted)
+        owner, kv = self._sequences.running.owner[decode], self._attention.cells(step, (n - 1) / 2)
+        drafting.observe(decode, owner, drafted, n, kv, None if step.chunks else cost)
+        taken: npt.NDArray[np.int64] = drafted.taken[decode].astype(np.int64)
+        return taken
+
+    def _answered(self, decode: Slots) -> None:
+        """Those of interactive sequences have the token that they were asked for."""
+        sequences, running = self._sequences, self._sequences.running
+        for slot in [slot for slot in decode.tolist() if slot in running.asked]:
+            entry = running.ids[running.asked[slot]]
+            entry.true = False
+            entry.high = max(entry.high, int(running.computed[slot]))
+            sequences.promised -= 1
+            sequences.update(entry, running.seen(entry))
+
+    def _advance(self, chunk: PromptChunk) -> int:
+        """The rows of a chunk are in the cache; how many had been computed before."""
+        sequences, running = self._sequences, self._sequences.running
+        slot, end = chunk.slot, chunk.start + chunk.n
+        entry = running.ids[chunk.id]
+        entry.true = False
+        self._accounting.take(slot, chunk.n)
+        running.computed[slot] = end
+        sequences.promised -= chunk.n
+        n_recomputed = max(0, min(end, entry.high) - chunk.start)
+        entry.high = max(end, entry.high)
+        invariance = self._builder.invariance
+        if entry.computed is not None and invariance is not None and not chunk.decodes:
+            entry.computed.add(chunk.start, chunk.n, invariance.grid)
+        if entry.view.goal is not None:
+            sequences.update(entry, running.seen(entry))
+        elif int(running.known[slot]) - end == 1:
+            sequences.prefilling.leave(chunk.id)
+            running.start_decoding(entry)
+        return n_recomputed
