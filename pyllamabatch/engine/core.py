@@ -22,15 +22,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter, perf_counter_ns
 
-import numpy as np
-
 from ..errors import PyllamabatchError, SamplingError, decode_error
 from ..kv import SwapSpace
 from ..scheduler import Scheduler, Step
-from ..scheduler.drafting import Drafted
 from ..step.stepper import Finish
 from ..step.trace import StepTrace
-from ..step.types import Drafts, Run
+from ..step.types import Run
 from .command_queue import CommandQueue
 from .cost_observer import CostObserver
 from .interactive import Call, InteractiveSink, Token
@@ -42,6 +39,7 @@ from .recovery import Recovery
 from .request import Request
 from .signals import DeferredSignals
 from .slot_table import SlotTable
+from .step_calls import StepCalls
 from .stream import FinishReason, Stream
 from .stream_sink import StreamSink
 
@@ -73,6 +71,7 @@ class EngineCore:
         self.output_processor = OutputProcessor(device.stepper, scheduler.n_slots, self, self.trace)
         self.table = SlotTable(scheduler, stepper, self.trace, device.feed)
         self.kv = KvExecutor(scheduler, self.table, device, options.space)
+        self.calls = StepCalls(scheduler, self.table, device, self.trace)
         self.recovery = Recovery(
             scheduler, self.table, device.memory, device.states.renew, options.max_restarts
         )
@@ -81,11 +80,7 @@ class EngineCore:
         self._lone = LoneDecode(scheduler, stepper, self._observe, self.trace)
         self._stepper = stepper
         self._device = device
-        self._running: tuple[Step, int] | None = None  # the call that goes on, and its first step
         self._n_taken = 0  # of the requests submitted
-        # Where steps may check drafts: what the stepper knows of them.
-        drafting = scheduler.drafting is not None
-        self._drafts: Drafts | None = device.stepper.drafts if drafting else None
         self._step_s = 0.0  # the last step's time
         self._led_until = perf_counter_ns()
         # Guards the state between two steps. A thread that needs the commands' lock, too, takes
@@ -221,14 +216,6 @@ class EngineCore:
         """Requests whose command was not taken yet. With `state` held."""
         return self.commands.n_submitted - self._n_taken
 
-    def progress(self) -> tuple[int, int]:
-        """Of the call that goes on: steps that are done and in no counter yet, and the rows of
-        each. With `state` held."""
-        if self._running is None:
-            return 0, 0
-        step, first = self._running
-        return max(0, self._stepper.n_published - first), step.n_rows
-
     # -- a step
 
     def step(self) -> None:
@@ -243,7 +230,7 @@ class EngineCore:
                 return
         if step.n_rows == 0:
             return
-        for call in self._calls(step):
+        for call in self.calls.of(step):
             try:
                 run = self._run(call)
             except (PyllamabatchError, MemoryError) as error:
@@ -276,48 +263,13 @@ class EngineCore:
             self.table.leave(id, source)
             self.table.admit(id, slot)
 
-    def _calls(self, step: Step) -> tuple[Step, ...]:
-        """The native calls that a step is made of: rows with different adapters can't share one."""
-        calls: tuple[Step, ...] = (step,)
-        if self._device.loras.names:
-            calls = step.by_group(self.table.lora_at, self._device.loras.applied)
-        if not self.scheduler.limits.unified:
-            calls = tuple(part for call in calls for part in call.parts())
-        return calls
-
-    def _run(self, step: Step) -> Run:
+    def _run(self, call: Step) -> Run:
         """One native call."""
-        stepper, loras = self._stepper, self._device.loras
         with self.state:
-            n_before = self._write_chunks(step) if step.chunks else 0
-            first = stepper.n_recorded
-            if self.trace is not None:
-                prompts = [(chunk.slot, chunk.id, chunk.n) for chunk in step.chunks]
-                used = self.scheduler.accounting.used
-                self.trace.begin(first, step.n_rows, used, step.decode, prompts, step.reasons)
-            self._running = step, first
-            if self._drafts is not None:
-                set_drafts(self._drafts, step)
-                self._device.feed.fill(step, self.table.in_slot)
+            n_before = self.calls.write(call)
         if self.output_processor.has_events:
-            stepper.flush()
-        if loras.names:
-            loras.apply(self.table.lora_at(step.slots[0]))
-        return stepper.compute(step.decode, self._n_steps(step), n_before, step.n_pad)
-
-    def _write_chunks(self, step: Step) -> int:
-        """The rows of prompts, before those that the native call makes of `step.decode`. Returns
-        how many they are."""
-        rows = self._stepper.rows
-        end = 0
-        for chunk in step.chunks:
-            request = self.table.in_slot(chunk.slot)
-            start, end = end, end + chunk.n
-            rows.token[start:end] = request.tokens[chunk.start : chunk.start + chunk.n]
-            rows.pos[start:end] = np.arange(chunk.start, chunk.start + chunk.n)
-            rows.seq[start:end] = chunk.slot
-        rows.flags[:end] = 0
-        return end
+            self._stepper.flush()
+        return self.calls.compute(call, self._n_steps(call), n_before)
 
     def _n_steps(self, step: Step) -> int:
         """How many times the step may be computed: not beyond a deadline, and once where a command
@@ -334,17 +286,17 @@ class EngineCore:
         """The counters, and the requests that have ended in the call's last step, or whose tokens
         are reported."""
         with self.state:
-            self._running = None
+            self.calls.ended()
             self.n_reused += run.n_reused
             if run.n_steps:
                 self.recovery.computed()
                 self._step_s = run.seconds / run.n_steps
                 self._observe(step, run)
-                self.scheduler.advance(step, run.n_steps, perf_counter(), self._drafted(run))
+                self.scheduler.advance(step, run.n_steps, perf_counter(), self.calls.drafted(run))
                 for chunk in step.chunks:
                     self.table.in_slot(chunk.slot).sink.computed()
-                if run.n_drafted and self._drafts is not None:
-                    tell_drafted(self._drafts, step, self.table)
+                if run.n_drafted:
+                    self.calls.tell_drafted(step)
             for slot, token, finish, logprob in run.results:
                 error = None
                 if finish == Finish.ERROR:
@@ -357,26 +309,9 @@ class EngineCore:
             elif step.stands > 1:
                 self._lone.begin(step, self.table.in_slot(step.slots[0]))
 
-    def _drafted(self, run: Run) -> Drafted | None:
-        drafts = self._drafts
-        if drafts is None:
-            return None
-        return Drafted(
-            drafts.n_taken,
-            run.n_rows,
-            run.n_drafted,
-            run.n_accepted,
-            drafts.found,
-            drafts.right,
-            self._device.feed.seconds(run),
-            drafts.n_timed,
-            drafts.ns_timed * 1e-9,
-            float(drafts.credit[0]) if drafts.n_priced[0] else None,
-        )
-
     def _failed(self, step: Step, error: Exception) -> None:
         with self.state:
-            self._running = None
+            self.calls.ended()
             self.recovery.failed(step, error)
 
     # -- the loop
@@ -496,24 +431,3 @@ class EngineCore:
         """What requests end with that the engine leaves behind."""
         error = self.commands.error
         return error if isinstance(error, Exception) else self.commands.why_closed()
-
-
-def tell_drafted(drafts: Drafts, step: Step, table: SlotTable) -> None:
-    """Each request, what came of its drafts in the last run."""
-    for slot in step.drafts:
-        if drafts.n_drafted[slot]:
-            n, n_accepted = int(drafts.n_drafted[slot]), int(drafts.n_accepted[slot])
-            table.in_slot(slot).sink.drafted(n, n_accepted)
-
-
-def set_drafts(drafts: Drafts, step: Step) -> None:
-    """What each slot may draft in the next run, and what rows cost there."""
-    drafts.n_most[:] = 0
-    for slot, n in step.drafts.items():
-        drafts.n_most[slot] = n
-    prices = step.prices
-    drafts.n_priced[0] = 0 if prices is None else len(prices.seconds)
-    if prices is not None:
-        drafts.seconds[: len(prices.seconds)] = prices.seconds
-        drafts.worst[: len(prices.worst)] = prices.worst
-        drafts.credit[0], drafts.gain[0] = prices.credit, prices.gain

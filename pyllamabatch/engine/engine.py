@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import aclosing
-from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -18,26 +17,23 @@ from ..cost.model import CostModel
 from ..errors import integer, number
 from ..kv import Preemption, SwapSpace
 from ..llama.host import PathLike
-from ..llama.lora import LoraAdapter, Loras
+from ..llama.lora import LoraAdapter
 from ..llama.memory import Capabilities
 from ..llama.model import Model
-from ..scheduler import Gather, Invariance, KvOptions, Limits, Policy, Scheduler
+from ..scheduler import Gather, Invariance, Limits, Policy
 from ..scheduler.idle import PATIENCE_SECONDS
 from ..step.sampling_params import SamplingParams
 from ..step.trace import StepTrace, Trace, trace_dtype
-from . import on_machine, relays
+from . import relays
+from .assembly import assemble
 from .chat import Chat
 from .core import CoreOptions, EngineCore
-from .draft_feeds import feed_of
-from .drafters import AnyDrafter, Ngram
+from .drafters import AnyDrafter
 from .embedder import Embedders, Ranked
 from .embedding_core import Vectors
 from .input_processor import InputProcessor, Prompt
-from .kv_config import limits_of, pool_of, sharing_of
-from .layout import DRAFT_MOST, Layout, make_context
 from .memory_watch import MemoryWatch
 from .options import BatchInvariant, EngineOptions, Options, policy_of
-from .protocols import Device, EngineContext
 from .sequence import Sequence as InteractiveSequence
 from .stats import EngineStats, SlotState, slots_of, stats_of
 from .stream import Chunk, Result, Stream, Token
@@ -161,72 +157,25 @@ class Engine:
         )
         context_params |= {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch}
         context_params["kv_unified"] = kv_unified
-        context: EngineContext
-        if machine is None:
-            context, layout = make_context(cast("Model", model), options, context_params)
-        else:
-            context, layout = on_machine.make_context(machine, model, options, context_params)
-        model = context.model
-        try:
-            cost_model = make_cost(context, options)
-            invariance = None
-            if batch_invariant:
-                nearly = batch_invariant == "nearly"
-                invariance = context.find_invariance(n_seq_max, nearly=nearly)
-            scheduler = make_scheduler(context, layout, options, cost_model, invariance)
-            stepper: Any = context.stepper(
-                options.n_logprobs_max,
-                options.device_sampling,
-                "ngram" if isinstance(options.drafter, Ngram) else None,
-                n_draft_max(options),
-            )
-            cells = max(layout.n_ctx, layout.pool)
-            feed = feed_of(options.drafter, stepper, cells, context.params)
-            adapters = Loras(model, options.loras, context.set_loras)
-        except BaseException:
-            context.close()
-            raise
-
-        def renewed() -> None:
-            scheduler.set_cost(make_cost(context, options))
-
-        def close() -> None:
-            feed.close()
-            stepper.close()
-            context.close()
-            adapters.close()
-
-        self.model = model
+        parts = assemble(model, options, context_params, machine)
+        context = parts.context
+        self.model = context.model
         self.n_batch: int = context.n_batch
         self.n_ubatch: int = context.n_ubatch
         self.n_seq_max: int = options.n_seq_max
         self.n_logprobs_max: int = options.n_logprobs_max
-        self._layout = layout
+        self._layout = parts.layout
         self._context: Any = context
-        self._stepper = stepper
+        self._stepper = parts.device.stepper
         self._relays = relays.Relays()
         self._embedders = Embedders(context)
         space = SwapSpace(options.swap_bytes, options.swap_folder)
-        self._core = EngineCore(
-            scheduler,
-            Device(
-                stepper,
-                context.memory,
-                context,
-                adapters,
-                close,
-                renewed,
-                context.asynchronous,
-                feed,
-            ),
-            CoreOptions(
-                StepTrace(options.n_trace, context.n_seq_max) if options.n_trace else None,
-                space,
-                options.max_waiting,
-                options.max_restarts,
-            ),
+        trace = StepTrace(options.n_trace, context.n_seq_max) if options.n_trace else None
+        limits = CoreOptions(trace, space, options.max_waiting, options.max_restarts)
+        self._core = EngineCore(parts.scheduler, parts.device, limits)
+        self._inputs = InputProcessor(
+            self.model, self._core, self._stepper, parts.adapters, options.prefix_cache
         )
-        self._inputs = InputProcessor(model, self._core, stepper, adapters, options.prefix_cache)
         # Also when the engine is forgotten, and before the interpreter exits.
         self._finalizer = weakref.finalize(self, self._core.close, wait=False, timeout=None)
         self._core.start()
@@ -545,49 +494,3 @@ class Engine:
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.n_seq_max} sequences, {self.n_ctx} cells"
         return f"<Engine {state}>"
-
-
-def make_cost(context: EngineContext, options: EngineOptions) -> CostModel | None:
-    cost = context.cost() if options.cost == "auto" else options.cost
-    if cost is not None:
-        if not context.rebuilds_for_others(options.device_sampling):
-            cost.switch = 0.0
-        elif not cost.switch:
-            cost.switch = None  # it was not measured: it will show
-    return cost
-
-
-def n_draft_max(options: EngineOptions) -> int:
-    return 0 if options.speculate is None else DRAFT_MOST
-
-
-def make_scheduler(
-    context: EngineContext,
-    layout: Layout,
-    options: EngineOptions,
-    cost: CostModel | None,
-    invariance: Invariance | None,
-) -> Scheduler:
-    n_draft, n_seq_max = n_draft_max(options), options.n_seq_max
-    limits = limits_of(context, n_seq_max, n_draft, invariance)
-    pool = pool_of(context, n_seq_max, layout.pool, n_draft) if layout.pool else None
-    if n_draft and not isinstance(options.drafter, Ngram):
-        limits = replace(limits, drafts_take_time=True)
-        pool = pool and pool._replace(limits=replace(pool.limits, drafts_take_time=True))
-    mode = options.preemption
-    if invariance is not None and mode == "auto":  # rows that decoded would decode one by one again
-        mode = "swap"
-    return Scheduler(
-        limits,
-        options.policy,
-        gather=options.gather,
-        patience=options.patience,
-        cost=cost,
-        kv=KvOptions(
-            sharing_of(context, options.n_seq_max, invariance),
-            options.prefix_cache,
-            context.swap_choice(mode),
-            pool,
-            invariance,
-        ),
-    )

@@ -110,7 +110,7 @@ def stats_of(core: EngineCore) -> EngineStats:
         scheduler, finished = core.scheduler, core.output_processor.finished.copy()
         counters, interactive = scheduler.counters, core.table.interactive
         waiting = scheduler.n_waiting - sum(map(scheduler.waits, interactive)) + core.n_untaken
-        n, n_rows = core.progress()
+        n, n_rows = core.calls.progress()
         running = core.commands.n_submitted - waiting - sum(finished.values())
         fill = counters.fill.copy()
         if n:

@@ -247,7 +247,7 @@ def test_a_cancel_waits_for_one_step_of_each_set(
         turns: list[int] = []  # the call that each begins with
         cancelled = threading.Event()
         core: Any = engine._core
-        compute, parts = core._stepper.compute, core._calls
+        compute, parts = core._stepper.compute, core.calls.of
         long = support.greedy(500)
 
         def begin(step: Any) -> Any:
@@ -264,7 +264,7 @@ def test_a_cancel_waits_for_one_step_of_each_set(
 
         with core.state:
             streams = [engine.submit(PROMPTS[0], long, lora=chosen) for chosen in SETS[:3]]
-            core._stepper.compute, core._calls = computed, begin
+            core._stepper.compute, core.calls.of = computed, begin
         assert cancelled.wait(60)
         assert streams[0].wait(60).finish_reason == "cancelled"
         for stream in streams:

@@ -1,0 +1,128 @@
+"""The parts of an engine, by its options: a context, the stepper on it, and the scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from ..cost.model import CostModel
+from ..llama.host import PathLike
+from ..llama.lora import Loras
+from ..llama.model import Model
+from ..scheduler import Invariance, KvOptions, Scheduler
+from . import on_machine
+from .draft_feeds import feed_of
+from .drafters import Ngram
+from .kv_config import limits_of, pool_of, sharing_of
+from .layout import DRAFT_MOST, Layout, make_context
+from .options import EngineOptions
+from .protocols import Device, EngineContext
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """`device` closes all of them."""
+
+    context: EngineContext
+    layout: Layout
+    scheduler: Scheduler
+    adapters: Loras
+    device: Device
+
+
+def assemble(
+    model: Model | None,
+    options: EngineOptions,
+    context_params: dict[str, Any],
+    machine: PathLike | None,
+) -> Parts:
+    """`context_params`: see `layout.make_context`. `machine`: a profile's name or file, or None for
+    this machine, which needs a model. Raises as `Engine`, and nothing is left open."""
+    context: EngineContext
+    if machine is None:
+        context, layout = make_context(cast("Model", model), options, context_params)
+    else:
+        context, layout = on_machine.make_context(machine, model, options, context_params)
+    try:
+        return _parts(context, layout, options)
+    except BaseException:
+        context.close()
+        raise
+
+
+def _parts(context: EngineContext, layout: Layout, options: EngineOptions) -> Parts:
+    invariance = None
+    if options.batch_invariant:
+        nearly = options.batch_invariant == "nearly"
+        invariance = context.find_invariance(options.n_seq_max, nearly=nearly)
+    cost = make_cost(context, options)
+    scheduler = make_scheduler(context, layout, options, cost, invariance)
+    stepper: Any = context.stepper(
+        options.n_logprobs_max,
+        options.device_sampling,
+        "ngram" if isinstance(options.drafter, Ngram) else None,
+        n_draft_max(options),
+    )
+    cells = max(layout.n_ctx, layout.pool)
+    feed = feed_of(options.drafter, stepper, cells, context.params)
+    adapters = Loras(context.model, options.loras, context.set_loras)
+
+    def renewed() -> None:
+        scheduler.set_cost(make_cost(context, options))
+
+    def close() -> None:
+        feed.close()
+        stepper.close()
+        context.close()
+        adapters.close()
+
+    device = Device(
+        stepper, context.memory, context, adapters, close, renewed, context.asynchronous, feed
+    )
+    return Parts(context, layout, scheduler, adapters, device)
+
+
+def make_cost(context: EngineContext, options: EngineOptions) -> CostModel | None:
+    cost = context.cost() if options.cost == "auto" else options.cost
+    if cost is not None:
+        if not context.rebuilds_for_others(options.device_sampling):
+            cost.switch = 0.0
+        elif not cost.switch:
+            cost.switch = None  # it was not measured: it will show
+    return cost
+
+
+def n_draft_max(options: EngineOptions) -> int:
+    return 0 if options.speculate is None else DRAFT_MOST
+
+
+def make_scheduler(
+    context: EngineContext,
+    layout: Layout,
+    options: EngineOptions,
+    cost: CostModel | None,
+    invariance: Invariance | None,
+) -> Scheduler:
+    n_draft, n_seq_max = n_draft_max(options), options.n_seq_max
+    limits = limits_of(context, n_seq_max, n_draft, invariance)
+    pool = pool_of(context, n_seq_max, layout.pool, n_draft) if layout.pool else None
+    if n_draft and not isinstance(options.drafter, Ngram):
+        limits = replace(limits, drafts_take_time=True)
+        pool = pool and pool._replace(limits=replace(pool.limits, drafts_take_time=True))
+    mode = options.preemption
+    if invariance is not None and mode == "auto":  # rows that decoded would decode one by one again
+        mode = "swap"
+    return Scheduler(
+        limits,
+        options.policy,
+        gather=options.gather,
+        patience=options.patience,
+        cost=cost,
+        kv=KvOptions(
+            sharing_of(context, options.n_seq_max, invariance),
+            options.prefix_cache,
+            context.swap_choice(mode),
+            pool,
+            invariance,
+        ),
+    )

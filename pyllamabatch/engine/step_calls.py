@@ -1,0 +1,125 @@
+"""StepCalls: the native calls that a step is made of, what each is told, and what it tells."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..scheduler import Scheduler, Step
+from ..scheduler.drafting import Drafted
+from ..step.trace import StepTrace
+from ..step.types import Drafts, Run
+from .protocols import Device, StepRunner
+from .slot_table import SlotTable
+
+
+class StepCalls:
+    """The leader's. `of`, `write`, `compute` and `ended` come in this order; all but `compute` with
+    the core's `state` held."""
+
+    def __init__(
+        self, scheduler: Scheduler, table: SlotTable, device: Device, trace: StepTrace | None
+    ) -> None:
+        self._scheduler = scheduler
+        self._table = table
+        self._device = device
+        self._stepper: StepRunner = device.stepper
+        self._trace = trace
+        # Where steps may check drafts: what the stepper knows of them.
+        drafting = scheduler.drafting is not None
+        self._drafts: Drafts | None = device.stepper.drafts if drafting else None
+        self._running: tuple[Step, int] | None = None  # the call that goes on, and its first step
+
+    def of(self, step: Step) -> tuple[Step, ...]:
+        """The calls: rows with different adapters can't share one."""
+        calls: tuple[Step, ...] = (step,)
+        if self._device.loras.names:
+            calls = step.by_group(self._table.lora_at, self._device.loras.applied)
+        if not self._scheduler.limits.unified:
+            calls = tuple(part for call in calls for part in call.parts())
+        return calls
+
+    def write(self, call: Step) -> int:
+        """Its rows of prompts, its drafts and its line in the trace. Returns how many rows come
+        before those that the native call makes of `call.decode`."""
+        n_before = self._write_chunks(call) if call.chunks else 0
+        first = self._stepper.n_recorded
+        if self._trace is not None:
+            prompts = [(chunk.slot, chunk.id, chunk.n) for chunk in call.chunks]
+            used = self._scheduler.accounting.used
+            self._trace.begin(first, call.n_rows, used, call.decode, prompts, call.reasons)
+        self._running = call, first
+        if self._drafts is not None:
+            set_drafts(self._drafts, call)
+            self._device.feed.fill(call, self._table.in_slot)
+        return n_before
+
+    def compute(self, call: Step, n_steps: int, n_before: int) -> Run:
+        """It is computed, up to `n_steps` times."""
+        loras = self._device.loras
+        if loras.names:
+            loras.apply(self._table.lora_at(call.slots[0]))
+        return self._stepper.compute(call.decode, n_steps, n_before, call.n_pad)
+
+    def ended(self) -> None:
+        """It was computed, or has failed."""
+        self._running = None
+
+    def progress(self) -> tuple[int, int]:
+        """Of the call that goes on: steps that are done and in no counter yet, and the rows of
+        each."""
+        if self._running is None:
+            return 0, 0
+        call, first = self._running
+        return max(0, self._stepper.n_published - first), call.n_rows
+
+    def drafted(self, run: Run) -> Drafted | None:
+        """What came of its drafts. None where steps check none."""
+        drafts = self._drafts
+        if drafts is None:
+            return None
+        return Drafted(
+            drafts.n_taken,
+            run.n_rows,
+            run.n_drafted,
+            run.n_accepted,
+            drafts.found,
+            drafts.right,
+            self._device.feed.seconds(run),
+            drafts.n_timed,
+            drafts.ns_timed * 1e-9,
+            float(drafts.credit[0]) if drafts.n_priced[0] else None,
+        )
+
+    def tell_drafted(self, call: Step) -> None:
+        """Each request, what came of its drafts."""
+        drafts = self._drafts
+        assert drafts is not None
+        for slot in call.drafts:
+            if drafts.n_drafted[slot]:
+                n, n_accepted = int(drafts.n_drafted[slot]), int(drafts.n_accepted[slot])
+                self._table.in_slot(slot).sink.drafted(n, n_accepted)
+
+    def _write_chunks(self, call: Step) -> int:
+        rows = self._stepper.rows
+        end = 0
+        for chunk in call.chunks:
+            request = self._table.in_slot(chunk.slot)
+            start, end = end, end + chunk.n
+            rows.token[start:end] = request.tokens[chunk.start : chunk.start + chunk.n]
+            rows.pos[start:end] = np.arange(chunk.start, chunk.start + chunk.n)
+            rows.seq[start:end] = chunk.slot
+        rows.flags[:end] = 0
+        return end
+
+
+def set_drafts(drafts: Drafts, step: Step) -> None:
+    """What each slot may draft in the next run, and what rows cost there."""
+    drafts.n_most[:] = 0
+    for slot, n in step.drafts.items():
+        drafts.n_most[slot] = n
+    prices = step.prices
+    drafts.n_priced[0] = 0 if prices is None else len(prices.seconds)
+    if prices is not None:
+        drafts.seconds[: len(prices.seconds)] = prices.seconds
+        drafts.worst[: len(prices.worst)] = prices.worst
+        drafts.credit[0], drafts.gain[0] = prices.credit, prices.gain
