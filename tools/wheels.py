@@ -99,10 +99,10 @@ def delocates(wheel: Path) -> bool:
             return False
         if not passes("delocate-wheel", *words, path=path):
             return False
-        kept = (Path(out) / wheel.name).is_file()
-    if not kept:
+        repaired = (Path(out) / wheel.name).is_file()
+    if not repaired:
         print(f"delocate-wheel: FAILED\n  it gives {wheel.name} another name")
-    return kept
+    return repaired
 
 
 @contextmanager

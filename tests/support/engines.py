@@ -76,7 +76,7 @@ class Checked:
         self._may_fail = may_fail
         self.n_steps = 0
         self.n_checks = 0
-        engine._core._stepper = self
+        engine._core.calls._stepper = self
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stepper, name)
