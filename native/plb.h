@@ -151,6 +151,7 @@ typedef struct plb_engine_params {
     int32_t n_draft_max;    /* drafted rows of a sequence in a step at most, see plb_drafts, 0 to
                                PLB_DRAFT_LIMIT; 0: none ever */
     int32_t drafter;        /* enum plb_drafter */
+    int32_t n_corpus;       /* PLB_DRAFTER_NGRAM: tokens of ended texts that it drafts from, too; 0: none */
     int32_t stream;         /* 0: a call overwrites what the one before it gave, and a run makes
                                n_steps_max steps at most; 1: results stay until another thread has
                                read them, see plb_ring_read */
@@ -210,7 +211,8 @@ typedef struct plb_views {
 enum plb_drafter {
     PLB_DRAFTER_NONE  = 0, /* drafts are the caller's */
     PLB_DRAFTER_NGRAM = 1  /* where the caller gives none: what followed in the sequence's own tokens
-                              where they last were as they are now (native/step/ngram.hpp) */
+                              where they last were as they are now (native/step/ngram.hpp), or in those
+                              of slots that were cleared or replaced (native/step/corpus.hpp) */
 };
 
 enum { PLB_DRAFT_LIMIT = 16 };
@@ -231,6 +233,8 @@ typedef struct plb_drafts {
      * other a slot without a record has what is usual: of the slots before it, hopeful at first. */
     float       * found;
     float       * right;
+    int32_t     * n_drafts;   /* [n_seq_max]: steps in which the last run had drafted rows of each slot, */
+    int32_t     * n_right;    /* [n_draft_max]: drafts whose token i stays, of all slots, */
     int32_t     * n_drafted;  /* [n_seq_max]: rows of drafted tokens that the last run had of each slot, */
     int32_t     * n_accepted; /* [n_seq_max]: and how many of them stay */
     /* Prices: with them a step has as many drafted rows as give most tokens a second, at most n_most of
@@ -247,6 +251,14 @@ typedef struct plb_drafts {
     int64_t     * ns_timed; /* [n_rows_max + 1]: what they took. Of those with drafts also what the next
                                one without took longer */
 } plb_drafts;
+
+/* What a step of plb_run decides by its prices, for whoever simulates it: of n_slots slots, of which each
+ * could have n_drafted[i] drafted rows, how many it has. chance: [n_slots][n_draft_max], that so many and
+ * one more are right, none larger than the one before. width: rows of the step without drafts. even: all
+ * slots have the same number of rows. Of `prices` it reads n_draft_max, n_priced, seconds, worst, credit
+ * and gain, and n_priced is at least 1. */
+int32_t plb_draft_rows(const plb_drafts * prices, int32_t n_slots, const int32_t * n_drafted,
+                       const float * chance, int32_t width, int32_t even, int32_t * chosen);
 
 /* A second, smaller model with the same vocabulary, in an engine of its own: without `stream`, with as
  * many sequences, and for as many rows in a step. Its sequence i follows sequence i of the engine that

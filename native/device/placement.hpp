@@ -19,6 +19,9 @@ public:
 
     // For the step that is about to be decoded. able: all its rows can be sampled either way.
     bool on_device(int32_t n_rows, bool able);
+    // The same for a step of a run that keeps to the host for a reason of its own: that is no sign of
+    // how often steps can't. True: the device would have been asked.
+    bool keep_off(int32_t n_rows, bool able);
     // What a step of nothing but sampled rows took.
     void took(int32_t n_rows, bool on_device, int64_t ns);
     // The device can't: never again.

@@ -1,5 +1,7 @@
 #include "step/draft_prices.hpp"
 
+#include "step/engine.hpp"
+
 #include <algorithm>
 
 namespace plb {
@@ -96,29 +98,58 @@ void draft_prices::begin() {
     std::fill(ns_timed_.begin(), ns_timed_.end(), (int64_t) 0);
 }
 
-void draft_prices::computed(int32_t n_rows, bool drafted, bool reused, int64_t ns, int32_t n_tokens,
-                            int32_t n_slots) {
-    const int32_t before = n_before_;
-    n_before_ = drafted ? n_rows : 0;
-    if (ns <= 0 || (size_t) n_rows >= seconds_.size()) {
+void draft_prices::computed(const step & step) {
+    const int32_t before = n_before_, n_rows = step.n_rows;
+    n_before_ = step.drafted ? n_rows : 0;
+    if (step.ns <= 0 || (size_t) n_rows >= seconds_.size()) {
         return;
     }
-    if (!drafted) {
-        if (before == 0 && reused) {
-            ++n_timed_[(size_t) n_rows];
-            ns_timed_[(size_t) n_rows] += ns;
-        } else if (before > 0 && n_rows < n_priced_) { // a new graph, for which the drafts pay
-            const auto more = ns - (int64_t) (1e9f * seconds_[(size_t) n_rows]);
-            ns_timed_[(size_t) before] += n_timed_[(size_t) before] > 0 && more > 0 ? more : 0;
+    const bool priced = n_rows < n_priced_;
+    const float took = 1e-9f * (float) step.ns;
+    if (!step.drafted && (before > 0 || step.apart)) { // for which the drafts pay
+        const float more = priced ? took - seconds_[(size_t) n_rows] : 0;
+        if (before > 0 && !step.apart && n_timed_[(size_t) before] > 0 && more > 0) { // a new graph
+            ns_timed_[(size_t) before] += (int64_t) (1e9f * more);
         }
+        credit_ -= more;
         return;
     }
-    ++n_timed_[(size_t) n_rows];
-    ns_timed_[(size_t) n_rows] += ns;
-    if (n_rows < n_priced_ && width_ < n_priced_) {
-        const float took = std::min(1e-9f * (float) ns, worst_[(size_t) n_rows]);
-        credit_ += seconds_[(size_t) width_] / (float) n_slots * (float) n_tokens - took;
+    if (step.drafted ? !step.apart : step.reused) {
+        ++n_timed_[(size_t) n_rows];
+        ns_timed_[(size_t) n_rows] += step.ns;
+    }
+    if (step.drafted && priced && width_ < n_priced_) {
+        const float worth = seconds_[(size_t) width_] / (float) step.n_slots * (float) step.n_tokens;
+        credit_ += worth - std::min(took, worst_[(size_t) n_rows]);
     }
 }
 
 } // namespace plb
+
+int32_t plb_draft_rows(const plb_drafts * prices, int32_t n_slots, const int32_t * n_drafted,
+                       const float * chance, int32_t width, int32_t even, int32_t * chosen) {
+    if (prices == nullptr || n_slots < 1 || n_drafted == nullptr || chance == nullptr || width < 1 ||
+        chosen == nullptr || *prices->n_priced < 1) {
+        return PLB_E_ARGUMENT;
+    }
+    const int32_t n_priced = *prices->n_priced;
+    char error[plb::TEXT_BYTES];
+    return plb::guarded(error, [&] {
+        plb::draft_prices own(n_priced - 1);
+        plb_drafts views = {};
+        own.views(views);
+        *views.n_priced = n_priced;
+        std::copy_n(prices->seconds, n_priced, views.seconds);
+        std::copy_n(prices->worst, n_priced, views.worst);
+        *views.credit = *prices->credit;
+        *views.gain   = *prices->gain;
+        std::vector<plb::draft_offer> offers;
+        for (int32_t i = 0; i < n_slots; ++i) {
+            offers.push_back({chance + (ptrdiff_t) i * prices->n_draft_max, n_drafted[i], 0});
+        }
+        own.choose(offers, width, even != 0);
+        for (int32_t i = 0; i < n_slots; ++i) {
+            chosen[i] = offers[(size_t) i].chosen;
+        }
+    });
+}

@@ -31,11 +31,19 @@ public:
     // with most, `width` of each.
     void choose(std::vector<draft_offer> & offers, int32_t width, bool even);
 
+    // That was computed.
+    struct step {
+        int32_t n_rows;
+        bool    drafted;
+        bool    reused;   // its graph was there
+        bool    apart;    // it took longer than such steps do, on account of drafts
+        int64_t ns;       // 0: not known
+        int32_t n_tokens; // that its slots have sampled
+        int32_t n_slots;
+    };
+
     void begin(); // of a run
-    // A step was computed: its rows, what it took (0: not known), whether its graph was there, how many
-    // tokens its slots have sampled.
-    void computed(int32_t n_rows, bool drafted, bool reused, int64_t ns, int32_t n_tokens,
-                  int32_t n_slots);
+    void computed(const step & step);
 
 private:
     bool better(float tokens, int32_t n_rows, float a_token, float & best) const;

@@ -31,16 +31,21 @@ bool keeps_a_state(const llama_model * model) {
 
 } // namespace
 
-drafts::drafts(const llama_context * ctx, int32_t n_max, int32_t drafter, int32_t n_seq_max)
-    : n_max_(n_max), drafter_(drafter), prices_((int32_t) llama_n_batch(ctx)) {
-    if (keeps_a_state(llama_get_model(ctx)) && (int32_t) llama_n_rs_seq(ctx) < n_max) {
+drafts::drafts(const llama_context * ctx, const plb_engine_params & params, int32_t n_seq_max)
+    : n_max_(params.n_draft_max), drafter_(params.drafter), prices_((int32_t) llama_n_batch(ctx)) {
+    if (keeps_a_state(llama_get_model(ctx)) && (int32_t) llama_n_rs_seq(ctx) < n_max_) {
         throw failure{PLB_E_ROLLBACK, plb_code_text(PLB_E_ROLLBACK)};
     }
     bind(ctx);
-    const auto n = (size_t) n_seq_max, n_all = n * (size_t) n_max;
+    if (params.n_corpus > 0) {
+        corpus_ = std::make_unique<corpus>(params.n_corpus);
+    }
+    const auto n = (size_t) n_seq_max, n_all = n * (size_t) n_max_;
     n_most_.resize(n);
     n_given_.resize(n);
     n_taken_.resize(n);
+    n_drafts_.resize(n);
+    n_right_.resize((size_t) n_max_);
     n_drafted_.resize(n);
     n_accepted_.resize(n);
     token_.resize(n_all);
@@ -78,6 +83,8 @@ plb_drafts drafts::views() {
     views.n_taken = n_taken_.data();
     views.found   = found_.data();
     views.right   = right_.data();
+    views.n_drafts   = n_drafts_.data();
+    views.n_right    = n_right_.data();
     views.n_drafted  = n_drafted_.data();
     views.n_accepted = n_accepted_.data();
     prices_.views(views);
@@ -100,8 +107,9 @@ int32_t drafts::begin(const llama_seq_id * slots, int32_t n_slots, int32_t n_voc
             return PLB_E_DRAFT;
         }
         wanted_ = wanted_ || most > 0;
-        n_taken_[seq] = n_drafted_[seq] = n_accepted_[seq] = 0;
+        n_taken_[seq] = n_drafts_[seq] = n_drafted_[seq] = n_accepted_[seq] = 0;
     }
+    std::fill(n_right_.begin(), n_right_.end(), 0);
     return PLB_OK;
 }
 
@@ -125,11 +133,12 @@ drafts::rows drafts::draft(const plb_engine & engine, llama_seq_id seq) {
             chance[i] = record.found[i] > 0 ? std::min(1.0f, record.right[i] / record.found[i]) : 0;
         }
     } else {
-        int32_t length = 0;
+        ngram::match match = {};
         float likely = 1;
-        n = slot.history.draft(most, &token_[at], length);
-        for (int32_t i = 0; i < n; ++i, ++length) {
-            likely *= share_of(slot.history.matches(), matches_, length);
+        n = slot.history.draft(most, &token_[at], match);
+        const match_record & usual = match.shared ? shared_matches_ : matches_;
+        for (int32_t i = 0; i < n; ++i) {
+            likely *= share_of(slot.history.matches(match.shared), usual, match.length + i);
             chance[i] = likely;
         }
     }
@@ -278,6 +287,8 @@ int32_t drafts::sample(plb_engine & engine, int32_t first) {
     llama_memory_t memory = llama_get_memory(engine.ctx);
     for (const rows & r : rows_) {
         n_taken_[(size_t) r.seq] += r.n_taken;
+        n_drafts_[(size_t) r.seq] += r.n_drafted > 0;
+        std::for_each_n(n_right_.begin(), r.n_taken - 1, [](int32_t & n) { ++n; });
         n_drafted_[(size_t) r.seq] += r.n_drafted;
         n_accepted_[(size_t) r.seq] += r.n_taken - 1;
         engine.info.n_drafted  += r.n_drafted;
@@ -306,17 +317,32 @@ void drafts::computed(const plb_engine & engine, const llama_seq_id * slots, int
     if (ns > 0 && model_ != nullptr && wanted_) { // what it lacked is no part of a step
         ns = drafted ? ns - step_catch_up_ns_ : 0;
     }
-    prices_.computed(info.n_rows + info.n_filled, drafted, reused, ns, info.n_results, n_slots);
+    const bool moved = info.on_device != on_device_;
+    on_device_ = info.on_device;
+    const draft_prices::step step = {info.n_rows + info.n_filled, drafted, reused,
+                                     moved || (kept_off_ && !drafted), ns, info.n_results, n_slots};
+    kept_off_ = false;
+    prices_.computed(step);
+}
+
+void drafts::enter(plb_slot & slot) const {
+    slot.history.share(corpus_.get());
+}
+
+void drafts::leave(const plb_slot & slot) {
+    if (corpus_ && slot.history.has_room()) {
+        slot.history.give(*corpus_);
+    }
 }
 
 // What its matches were like goes into what is usual.
-void drafts::collect(match_record & own) {
+void drafts::collect(match_record & own, match_record & usual) {
     for (int32_t i = 0; i < match_record::N_LENGTHS; ++i) {
         const int32_t n = own.n_new[i];
         if (n > 0) {
-            const float weight = (float) n / (float) (matches_.n[i] + n);
-            matches_.right[i] += weight * ((float) own.new_right[i] / (float) n - matches_.right[i]);
-            matches_.n[i] = std::min(matches_.n[i] + n, COLLECTED);
+            const float weight = (float) n / (float) (usual.n[i] + n);
+            usual.right[i] += weight * ((float) own.new_right[i] / (float) n - usual.right[i]);
+            usual.n[i] = std::min(usual.n[i] + n, COLLECTED);
             own.n_new[i] = own.new_right[i] = 0;
         }
     }
@@ -327,7 +353,8 @@ void drafts::end(plb_engine & engine, const llama_seq_id * slots, int32_t n_slot
     for (int32_t i = 0; i < n_slots; ++i) {
         const auto seq = (size_t) slots[i];
         plb_slot & slot = *engine.slots[seq];
-        collect(slot.history.matches());
+        collect(slot.history.matches(false), matches_);
+        collect(slot.history.matches(true), shared_matches_);
         if (!ngram() && slot.record.n == 0 && !slot.report) {
             slot.record = usual_;
             slot.record.n = 1;

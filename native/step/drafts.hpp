@@ -3,10 +3,12 @@
 
 #include "plb.h"
 
+#include "step/corpus.hpp"
 #include "step/draft_prices.hpp"
 #include "step/ngram.hpp"
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace plb {
@@ -14,15 +16,20 @@ namespace plb {
 class drafts {
 public:
     // Throws `failure` where the context can't take rows back.
-    drafts(const llama_context * ctx, int32_t n_max, int32_t drafter, int32_t n_seq_max);
+    drafts(const llama_context * ctx, const plb_engine_params & params, int32_t n_seq_max);
 
     void bind(const llama_context * ctx);
     plb_drafts views();
     bool ngram() const { return drafter_ == PLB_DRAFTER_NGRAM; }
+    // A slot has its place, or leaves it for good.
+    void enter(plb_slot & slot) const;
+    void leave(const plb_slot & slot);
 
     // What is asked for drafts before each step; nullptr: nothing.
     void attach(plb_draft_model * model) { model_ = model; }
     const plb_draft_model * model() const { return model_; }
+    // Whether the device would have chosen the candidates of this step, were there no drafts.
+    void keep_off(bool kept) { kept_off_ = kept; }
 
     // A run of these slots begins: PLB_OK, or PLB_E_DRAFT and the slot that it speaks of.
     int32_t begin(const llama_seq_id * slots, int32_t n_slots, int32_t n_vocab, int32_t & bad);
@@ -55,7 +62,7 @@ private:
     int32_t width(const plb_engine & engine, int32_t n_pad) const;
     int32_t cut(const plb_engine & engine, int32_t n_pad);
     void choose(const plb_engine & engine, int32_t n_pad);
-    void collect(match_record & own);
+    static void collect(match_record & own, match_record & usual);
     void hope(float weight);
 
     int32_t n_max_, drafter_;
@@ -69,16 +76,21 @@ private:
     int32_t n_ctx_seq_ = 0;
     bool    wanted_    = false;
     int32_t n_each_    = 1;
-    std::vector<int32_t>     n_most_, n_given_, n_taken_, n_drafted_, n_accepted_; // [n_seq_max]
+    std::vector<int32_t>     n_most_, n_given_, n_taken_; // [n_seq_max]
+    std::vector<int32_t>     n_drafts_, n_drafted_, n_accepted_; // [n_seq_max]
+    std::vector<int32_t>     n_right_;                    // [n_max]
     std::vector<llama_token> token_;                      // [n_seq_max][n_max]
     std::vector<float>       found_, right_;              // [n_seq_max][n_max]
     std::vector<rows>        rows_;                       // of the step, [n_slots]
     std::vector<int32_t>     live_;                       // in rows_
     draft_prices             prices_;
-    match_record             matches_;                    // of all sequences
+    match_record             matches_, shared_matches_;   // of all sequences
+    std::unique_ptr<corpus>  corpus_;                     // nullptr: none
     std::vector<float>       chance_;                     // [n_seq_max][n_max], where there are prices
     std::vector<draft_offer> offers_;                     // as rows_
     int64_t                  n_reused_ = 0;               // graphs, before the step
+    int32_t                  on_device_ = 0;              // of the step before
+    bool                     kept_off_  = false;          // see keep_off
 };
 
 } // namespace plb

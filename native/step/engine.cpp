@@ -91,7 +91,7 @@ void place_sampling(plb_engine & engine, int32_t mode) {
 } // namespace
 
 plb_engine_params plb_engine_default_params(void) {
-    return {0, 20, 1, 0, 0, 32, PLB_DEVICE_SAMPLING_AUTO, 0, 0, PLB_DRAFTER_NONE, 0};
+    return {0, 20, 1, 0, 0, 32, PLB_DEVICE_SAMPLING_AUTO, 0, 0, PLB_DRAFTER_NONE, 0, 0};
 }
 
 int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, plb_engine ** out) {
@@ -112,7 +112,8 @@ int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, pl
         params->device_sampling < PLB_DEVICE_SAMPLING_AUTO ||
         params->device_sampling > PLB_DEVICE_SAMPLING_ON || params->gap_max < 0 ||
         params->n_draft_max < 0 || params->n_draft_max > PLB_DRAFT_LIMIT ||
-        params->drafter < PLB_DRAFTER_NONE || params->drafter > PLB_DRAFTER_NGRAM) {
+        params->drafter < PLB_DRAFTER_NONE || params->drafter > PLB_DRAFTER_NGRAM ||
+        params->n_corpus < 0) {
         return PLB_E_ARGUMENT;
     }
     char ignored[TEXT_BYTES];
@@ -140,8 +141,7 @@ int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, pl
             &engine->info, engine->steps.data(), engine->finished.data(),
         };
         if (params->n_draft_max > 0) {
-            engine->drafts = std::make_unique<drafts>(ctx, params->n_draft_max, params->drafter,
-                                                      n_seq_max);
+            engine->drafts = std::make_unique<drafts>(ctx, *params, n_seq_max);
         }
         place_sampling(*engine, params->device_sampling);
         if (params->gap_max > 0) {

@@ -1,26 +1,25 @@
 #include "step/ngram.hpp"
 
+#include "step/corpus.hpp"
+
 #include <algorithm>
 
 namespace plb {
 
 namespace {
 
-constexpr int32_t LEAST  = 3;   // tokens that a match has at least
-constexpr int32_t MOST   = 32;  // that are compared
-constexpr int32_t TRIES  = 64;  // positions that are looked at
 constexpr int32_t OLDEST = 32;  // tokens that a share of matches remembers
 constexpr float   SLOWEST = 1.0f / 16; // a new draft's weight in the record, when it is old
 
-uint32_t hash_of(const llama_token * last) { // of LEAST tokens, `last` the last one
+} // namespace
+
+uint32_t ngram_hash(const llama_token * last) {
     uint32_t hash = 0;
-    for (int32_t i = 0; i < LEAST; ++i) {
+    for (int32_t i = 0; i < NGRAM; ++i) {
         hash = (hash ^ (uint32_t) last[-i]) * 0x9E3779B1u;
     }
     return hash ^ (hash >> 15);
 }
-
-} // namespace
 
 void draft_record::note(int32_t n_asked, int32_t n_found, int32_t n_right) {
     const float weight = std::max(1.0f / (float) (++n + 1), SLOWEST); // it begins with one of nothing
@@ -68,14 +67,14 @@ ngram::ngram(const llama_token * prompt, int32_t n_prompt, int32_t n_more) {
     for (int32_t i = 0; i < n_prompt; ++i) {
         append(prompt[i]);
     }
-    n_watched_ = draft(PLB_DRAFT_LIMIT, watched_, n_matched_);
+    n_watched_ = draft(PLB_DRAFT_LIMIT, watched_, matched_);
 }
 
 void ngram::append(llama_token token) {
     const int32_t at = n_++;
     tokens_[(size_t) at] = token;
-    if (at + 1 >= LEAST) {
-        int32_t & newest = newest_[hash_of(&tokens_[(size_t) at]) & (newest_.size() - 1)];
+    if (at + 1 >= NGRAM) {
+        int32_t & newest = newest_[ngram_hash(&tokens_[(size_t) at]) & (newest_.size() - 1)];
         before_[(size_t) at] = newest;
         newest = at;
     }
@@ -87,7 +86,7 @@ void ngram::add(llama_token token, draft_record & record) {
     }
     append(token);
     if (n_watched_ > 0) {
-        matches_.note(n_matched_ + n_right_, watched_[n_right_] == token);
+        matches(matched_.shared).note(matched_.length + n_right_, watched_[n_right_] == token);
     }
     if (n_right_ < n_watched_ && watched_[n_right_] == token) {
         ++n_right_;
@@ -97,28 +96,28 @@ void ngram::add(llama_token token, draft_record & record) {
     }
     record.note(PLB_DRAFT_LIMIT, n_watched_, n_right_);
     n_right_   = 0;
-    n_watched_ = draft(PLB_DRAFT_LIMIT, watched_, n_matched_);
+    n_watched_ = draft(PLB_DRAFT_LIMIT, watched_, matched_);
 }
 
 // The position that ends as the last one does, and how many tokens are the same; -1: there is none.
 int32_t ngram::find(int32_t & length) const {
-    length = LEAST - 1;
+    length = NGRAM - 1;
     int32_t found = -1;
     if (n_ < 1) {
         return found;
     }
     const int32_t last = n_ - 1;
-    int32_t tries = TRIES;
+    int32_t tries = NGRAM_TRIES;
     for (int32_t at = before_[(size_t) last]; at >= 0 && tries-- > 0; at = before_[(size_t) at]) {
         int32_t n = 0;
-        const int32_t most = std::min(MOST, at + 1);
+        const int32_t most = std::min(NGRAM_MOST, at + 1);
         while (n < most && tokens_[(size_t) (at - n)] == tokens_[(size_t) (last - n)]) {
             ++n;
         }
         if (n > length) {
             length = n;
             found  = at;
-            if (n == MOST) {
+            if (n == NGRAM_MOST) {
                 break;
             }
         }
@@ -126,17 +125,30 @@ int32_t ngram::find(int32_t & length) const {
     return found;
 }
 
-int32_t ngram::draft(int32_t n_most, llama_token * out, int32_t & length) const {
-    const int32_t found = n_most > 0 ? find(length) : -1;
-    if (found < 0) {
+int32_t ngram::draft(int32_t n_most, llama_token * out, match & match) const {
+    match  = {0, false};
+    n_most = std::min(n_most, PLB_DRAFT_LIMIT + 0);
+    if (n_most < 1 || n_ < 1) {
         return 0;
     }
-    const int32_t n = std::min(n_most, PLB_DRAFT_LIMIT + 0);
-    for (int32_t i = 0; i < n; ++i) {
+    const int32_t found = find(match.length);
+    if (corpus_ != nullptr) {
+        int32_t length = found < 0 ? 0 : match.length;
+        const int32_t n = corpus_->draft(&tokens_[(size_t) (n_ - 1)], n_ - 1, n_most, out, length);
+        if (n > 0) {
+            match = {length, true};
+            return n;
+        }
+    }
+    for (int32_t i = 0; found >= 0 && i < n_most; ++i) {
         const int32_t at = found + 1 + i;
         out[i] = at < n_ ? tokens_[(size_t) at] : out[at - n_];
     }
-    return n;
+    return found < 0 ? 0 : n_most;
+}
+
+void ngram::give(corpus & texts) const {
+    texts.add(tokens_.data(), n_);
 }
 
 } // namespace plb

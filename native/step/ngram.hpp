@@ -3,7 +3,8 @@
 //
 // As in an LZ77 compressor: every position is in a chain of those that end with the same few tokens,
 // the newest first. Of these the one with the longest match is taken, the newest among equals. A draft
-// that comes to the end of the tokens goes on with itself.
+// that comes to the end of the tokens goes on with itself. A longer match in the texts of others
+// (corpus.hpp) wins.
 #pragma once
 
 #include "plb.h"
@@ -12,6 +13,14 @@
 #include <vector>
 
 namespace plb {
+
+class corpus;
+
+constexpr int32_t NGRAM       = 3;  // tokens that a match has at least
+constexpr int32_t NGRAM_MOST  = 32; // that are compared
+constexpr int32_t NGRAM_TRIES = 64; // positions that are looked at
+
+uint32_t ngram_hash(const llama_token * last); // of NGRAM tokens, `last` the last one
 
 // How drafts have done lately: means that forget, by the number of tokens.
 struct draft_record {
@@ -45,11 +54,19 @@ public:
     // Behind its room nothing is remembered. Whether the drafts that there would have been are right
     // goes to `record`.
     void add(llama_token token, draft_record & record);
-    // At most n_most tokens that may come next; how many, and how many tokens are the same there.
-    int32_t draft(int32_t n_most, llama_token * out, int32_t & length) const;
+    // What was found: how many tokens are the same there, in a text of the corpus or in its own.
+    struct match {
+        int32_t length;
+        bool    shared;
+    };
+    // At most n_most tokens that may come next; how many.
+    int32_t draft(int32_t n_most, llama_token * out, match & found) const;
     bool has_room() const { return !tokens_.empty(); }
-    match_record & matches() { return matches_; }
-    const match_record & matches() const { return matches_; }
+    // From now on; it must outlive this one.
+    void share(const corpus * texts) { corpus_ = texts; }
+    void give(corpus & texts) const;
+    match_record & matches(bool shared) { return shared ? shared_matches_ : matches_; }
+    const match_record & matches(bool shared) const { return shared ? shared_matches_ : matches_; }
 
 private:
     void append(llama_token token);
@@ -61,8 +78,10 @@ private:
     int32_t n_ = 0;
     // a draft that is compared with what comes
     llama_token watched_[PLB_DRAFT_LIMIT] = {};
-    int32_t n_watched_ = 0, n_right_ = 0, n_matched_ = 0;
-    match_record matches_;
+    int32_t n_watched_ = 0, n_right_ = 0;
+    match   matched_   = {0, false};
+    match_record matches_, shared_matches_;
+    const corpus * corpus_ = nullptr;
 };
 
 } // namespace plb

@@ -36,6 +36,18 @@ std::unique_ptr<plb_slot> new_slot(const plb_engine & engine, const plb_sampling
     return slot;
 }
 
+// What was there ends.
+void place(plb_engine & engine, int32_t seq, std::unique_ptr<plb_slot> slot) {
+    std::unique_ptr<plb_slot> & place = place_of(engine, seq);
+    if (engine.drafts && place) {
+        engine.drafts->leave(*place);
+    }
+    place = std::move(slot);
+    if (engine.drafts && place) {
+        engine.drafts->enter(*place);
+    }
+}
+
 } // namespace
 
 plb_sampling plb_sampling_default(void) {
@@ -60,7 +72,8 @@ int32_t plb_slot_set(plb_engine * engine, int32_t seq, const plb_sampling * samp
         return PLB_E_ARGUMENT;
     }
     return guarded(engine->error, [&] {
-        place_of(*engine, seq) = new_slot(*engine, *sampling, prompt, n_prompt);
+        place_of(*engine, seq);
+        place(*engine, seq, new_slot(*engine, *sampling, prompt, n_prompt));
     });
 }
 
@@ -86,7 +99,7 @@ int32_t plb_slot_clear(plb_engine * engine, int32_t seq) {
     if (engine == nullptr) {
         return PLB_E_ARGUMENT;
     }
-    return guarded(engine->error, [&] { place_of(*engine, seq).reset(); });
+    return guarded(engine->error, [&] { place(*engine, seq, nullptr); });
 }
 
 int32_t plb_slot_copy(plb_engine * engine, int32_t src, int32_t dst) {
@@ -94,10 +107,10 @@ int32_t plb_slot_copy(plb_engine * engine, int32_t src, int32_t dst) {
         return PLB_E_ARGUMENT;
     }
     return guarded(engine->error, [&] {
-        std::unique_ptr<plb_slot> & place = place_of(*engine, dst);
+        place_of(*engine, dst);
         const plb_slot & slot = slot_of(*engine, src);
         if (src != dst) {
-            place = copy_slot(slot);
+            place(*engine, dst, copy_slot(slot));
         }
     });
 }
@@ -125,12 +138,12 @@ int32_t plb_slot_put(plb_engine * engine, int32_t seq, plb_slot * slot) {
         return PLB_E_ARGUMENT;
     }
     return guarded(engine->error, [&] {
-        std::unique_ptr<plb_slot> & place = place_of(*engine, seq);
+        place_of(*engine, seq);
         if (slot->params.n_logprobs > engine->views.n_logprobs_max ||
             slot->vocab != engine->words.vocab) {
             refuse(PLB_E_SAMPLING); // made by an engine of another model or width
         }
-        place.reset(slot);
+        place(*engine, seq, std::unique_ptr<plb_slot>(slot));
     });
 }
 

@@ -1,9 +1,11 @@
 // How many drafted rows pay, and what n-grams draft: no model is needed.
 #include "check.hpp"
 
+#include "step/corpus.hpp"
 #include "step/draft_prices.hpp"
 #include "step/ngram.hpp"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <vector>
@@ -83,21 +85,29 @@ void steps_are_timed_and_paid_for() {
     constexpr int64_t SECOND = 1000000000;
     prices.begin();
     prices.choose(offers, 1, false);
-    prices.computed(1, false, true, SECOND, 1, 1);
-    prices.computed(1, false, false, 9 * SECOND, 1, 1); // another graph
-    prices.computed(5, true, false, 3 * SECOND, 4, 1);
+    prices.computed({1, false, true, false, SECOND, 1, 1});
+    prices.computed({1, false, false, false, 9 * SECOND, 1, 1}); // another graph
+    prices.computed({5, true, false, false, 3 * SECOND, 4, 1});
     CHECK(views.n_timed[1] == 1);
     CHECK(views.ns_timed[1] == SECOND);
     CHECK(views.n_timed[5] == 1);
     CHECK(views.ns_timed[5] == 3 * SECOND);
     CHECK(std::fabs(*views.credit - 1) < 1e-6f); // four tokens for three
-    prices.computed(1, false, false, SECOND + SECOND / 4, 1, 1); // back again: the drafts pay
+    prices.computed({1, false, false, false, SECOND + SECOND / 4, 1, 1}); // back again: the drafts pay
     CHECK(views.n_timed[1] == 1);
     CHECK(std::llabs(views.ns_timed[5] - 3 * SECOND - SECOND / 4) < 100);
-    prices.computed(5, true, false, 3 * SECOND, 1, 1);
-    CHECK(std::fabs(*views.credit + 1) < 1e-6f);
-    prices.computed(5, true, false, 0, 1, 1); // not timed
-    CHECK(std::fabs(*views.credit + 1) < 1e-6f);
+    CHECK(std::fabs(*views.credit - 0.75f) < 1e-6f);
+    prices.computed({5, true, false, false, 3 * SECOND, 1, 1});
+    CHECK(std::fabs(*views.credit + 1.25f) < 1e-6f);
+    prices.computed({5, true, false, false, 0, 1, 1}); // not timed
+    CHECK(std::fabs(*views.credit + 1.25f) < 1e-6f);
+    prices.computed({5, true, false, true, 3 * SECOND, 3, 1}); // candidates are chosen elsewhere now
+    CHECK(views.n_timed[5] == 2);
+    CHECK(std::fabs(*views.credit + 1.25f) < 1e-6f);
+    prices.computed({1, false, true, false, SECOND, 1, 1});
+    prices.computed({1, false, true, true, SECOND + SECOND / 2, 1, 1}); // it stays there: a loss
+    CHECK(views.n_timed[1] == 1);
+    CHECK(std::fabs(*views.credit + 1.75f) < 1e-6f);
     prices.begin();
     CHECK(views.n_timed[5] == 0);
     CHECK(views.ns_timed[5] == 0);
@@ -107,14 +117,73 @@ void drafts_tell_how_long_their_match_is() {
     const std::vector<llama_token> prompt = {4, 5, 6, 7, 8, 20, 5, 6, 7, 9, 20, 4, 5, 6, 7};
     plb::ngram ngram(prompt.data(), (int32_t) prompt.size(), 8);
     std::array<llama_token, PLB_DRAFT_LIMIT> out = {};
-    int32_t length = 0;
-    CHECK(ngram.draft(3, out.data(), length) == 3);
-    CHECK(length == 4);
+    plb::ngram::match match = {};
+    CHECK(ngram.draft(3, out.data(), match) == 3);
+    CHECK(match.length == 4 && !match.shared);
     CHECK(out[0] == 8 && out[1] == 20 && out[2] == 5);
-    CHECK(ngram.draft(0, out.data(), length) == 0);
+    CHECK(ngram.draft(0, out.data(), match) == 0);
     plb::ngram without;
     CHECK(!without.has_room());
-    CHECK(without.draft(4, out.data(), length) == 0);
+    CHECK(without.draft(4, out.data(), match) == 0);
+}
+
+void texts_that_have_ended_are_drafted_from() {
+    const std::vector<llama_token> one = {4, 5, 6, 7, 8, 20}, two = {30, 5, 6, 7, 9, 21, 22};
+    std::array<llama_token, PLB_DRAFT_LIMIT> out = {};
+    plb::ngram::match match = {};
+    plb::corpus texts(16);
+    plb::ngram ngram(two.data(), 4, 8); // 30 5 6 7
+    ngram.share(&texts);
+    CHECK(ngram.draft(4, out.data(), match) == 0);
+    texts.add(one.data(), (int32_t) one.size());
+    texts.add(two.data(), 3); // nothing follows
+    CHECK(ngram.draft(4, out.data(), match) == 2); // to the end of that text
+    CHECK(match.length == 3 && match.shared);
+    CHECK(out[0] == 8 && out[1] == 20);
+    texts.add(two.data(), (int32_t) two.size());
+    CHECK(ngram.draft(4, out.data(), match) == 3); // a longer match
+    CHECK(match.length == 4 && match.shared);
+    CHECK(out[0] == 9 && out[1] == 21 && out[2] == 22);
+    CHECK(ngram.draft(1, out.data(), match) == 1);
+    plb::draft_record record;
+    for (const llama_token token : {5, 6, 7}) {
+        ngram.add(token, record);
+    }
+    CHECK(ngram.draft(2, out.data(), match) == 2); // its own text, where that is no shorter
+    CHECK(match.length == 3 && !match.shared);
+    for (int32_t i = 0; i < 20; ++i) { // what is old goes
+        texts.add(one.data(), (int32_t) one.size());
+    }
+    plb::ngram again(two.data(), 4, 8);
+    again.share(&texts);
+    CHECK(again.draft(4, out.data(), match) == 2);
+    CHECK(match.length == 3);
+    const std::vector<llama_token> longest(100, 3);
+    texts.add(longest.data(), 100);
+    CHECK(again.draft(4, out.data(), match) == 0);
+    again.give(texts);
+    plb::ngram other(two.data(), 3, 8); // 30 5 6
+    other.share(&texts);
+    CHECK(other.draft(4, out.data(), match) == 1);
+    CHECK(out[0] == 7);
+}
+
+void a_simulation_decides_the_same() {
+    draft_prices prices(N_ROWS);
+    plb_drafts views = priced(prices, 1, 0.5f);
+    views.n_draft_max = 4;
+    const std::array<int32_t, 3> n = {4, 4, 4};
+    std::array<float, 12> chance = {};
+    std::copy(BAD.begin(), BAD.end(), chance.begin());
+    std::copy(GOOD.begin(), GOOD.end(), chance.begin() + 4);
+    std::copy(BAD.begin(), BAD.end(), chance.begin() + 8);
+    std::array<int32_t, 3> chosen_rows = {};
+    for (const int32_t even : {0, 1}) {
+        CHECK(plb_draft_rows(&views, 3, n.data(), chance.data(), 3, even, chosen_rows.data()) == PLB_OK);
+        const draft_offer bad = {BAD.data(), 4, 0}, good = {GOOD.data(), 4, 0};
+        CHECK(counts(chosen_rows.begin(), chosen_rows.end()) == chosen(prices, {bad, good, bad}, even != 0));
+    }
+    CHECK(plb_draft_rows(&views, 0, n.data(), chance.data(), 3, 0, chosen_rows.data()) == PLB_E_ARGUMENT);
 }
 
 void matches_are_counted_by_their_length() {
@@ -125,7 +194,7 @@ void matches_are_counted_by_their_length() {
     ngram.add(8, record); // right, behind four
     ngram.add(9, record); // wrong, behind five
     ngram.add(1, record); // there is no room for it
-    const plb::match_record & matches = ngram.matches();
+    const plb::match_record & matches = ngram.matches(false);
     const int32_t three = plb::match_record::of(3), four = plb::match_record::of(4);
     CHECK(three < four);
     CHECK(matches.n[three] == 1 && matches.right[three] == 1);
@@ -143,6 +212,8 @@ int main() {
     what_is_asked_bounds_them();
     steps_are_timed_and_paid_for();
     drafts_tell_how_long_their_match_is();
+    texts_that_have_ended_are_drafted_from();
+    a_simulation_decides_the_same();
     matches_are_counted_by_their_length();
     return 0;
 }

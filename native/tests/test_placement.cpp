@@ -72,6 +72,19 @@ void what_is_known_is_not_tried() {
     CHECK(steps(place, 64, 100) > 70);
 }
 
+void a_run_that_keeps_to_the_host_is_no_sign() {
+    placement place(PLB_DEVICE_SAMPLING_AUTO, true);
+    for (int i = 0; i < 20; ++i) {
+        CHECK(steps(place, 8, 3) == 3); // at once, however often
+        CHECK(place.keep_off(8, true));
+        CHECK(!place.keep_off(8, false));
+    }
+    placement host(PLB_DEVICE_SAMPLING_AUTO), off(PLB_DEVICE_SAMPLING_OFF), on(PLB_DEVICE_SAMPLING_ON);
+    CHECK(!host.keep_off(8, true)); // not known to be cheaper
+    CHECK(!off.keep_off(8, true));
+    CHECK(on.keep_off(8, true));
+}
+
 void modes() {
     placement off(PLB_DEVICE_SAMPLING_OFF), on(PLB_DEVICE_SAMPLING_ON);
     CHECK(steps(off, 64, 100) == 0);
@@ -91,6 +104,7 @@ int main() {
     a_step_that_cannot_is_the_hosts();
     a_batch_that_changes_is_not_judged();
     what_is_known_is_not_tried();
+    a_run_that_keeps_to_the_host_is_no_sign();
     modes();
     return 0;
 }

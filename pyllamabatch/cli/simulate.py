@@ -34,6 +34,7 @@ from pyllamabatch.sim import (
     EngineSpec,
     TraceRequest,
     at_load,
+    draw_acceptance,
     load_trace,
     parse_slo,
     report,
@@ -43,6 +44,7 @@ from pyllamabatch.sim.replica import OVERHEAD
 
 SETTINGS = (
     *("trace", "profile", "slo", "seed", "requests", "rate", "load", "n_seq_max", "n_ctx"),
+    "acceptance",
     *("n_batch", "n_ubatch", "kv_unified", "prefix_cache", "batch_invariant"),
     *("overhead", "replicas", "router"),
 )
@@ -67,6 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="S", help="of a drawn trace (0)")
     add("--requests", type=at_least(1), metavar="N", help="the first N of the trace")
     add("--rate", type=float, metavar="R", help="requests a second, instead of a file's own times")
+    add("--acceptance", metavar="P|P-Q",
+        help="engines that speculate: the probability that the next drafted token of a request is "
+        "right, where the trace does not say; the same for all, or uniform")
     add = parser.add_argument_group("engines").add_argument
     add("-s", "--n-seq-max", type=at_least(1, 256), default=16, metavar="N",
         help="requests that run at once (16)")
@@ -96,6 +101,9 @@ def run(args: argparse.Namespace) -> int:
     requests = load_trace(args.trace, seed=args.seed, n=args.requests, rate=args.rate)
     if "itl" in slo:  # for policies that look at it
         requests = [replace(r, itl_target=r.itl_target or slo["itl"]) for r in requests]
+    if args.acceptance is not None:
+        requests = draw_acceptance(requests, args.acceptance, args.seed)
+    speculate = any(r.acceptance is not None for r in requests)
     profile = load_profile(args.profile)
     if args.kv_unified is None:
         args.kv_unified = chooses_pool(profile, requests, args)
@@ -103,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     spec = EngineSpec.of(
         cost, n_seq_max=args.n_seq_max, n_cells=args.n_ctx, n_batch=args.n_batch,
         n_ubatch=args.n_ubatch, unified=args.kv_unified, prefix_cache=args.prefix_cache,
-        overhead=args.overhead, batch_invariant=args.batch_invariant,
+        overhead=args.overhead, batch_invariant=args.batch_invariant, speculate=speculate,
     )  # fmt: skip
     if args.load is not None:
         requests = at_load(requests, spec, policies[0], args.load)

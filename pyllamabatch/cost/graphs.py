@@ -86,6 +86,11 @@ class Graphs:
                 seconds[i + 1] += settle
         return len(at)
 
+    def replaced(self) -> None:
+        """The call that comes has steps with other rows than its slots have without drafts."""
+        self._decoding.rows = ()
+        self._grown = self._grown[:0]
+
     def computed(self, n: int) -> None:
         """The call has ended after n of its steps."""
         if len(self._grown):

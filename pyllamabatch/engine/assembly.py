@@ -62,6 +62,7 @@ def _parts(context: EngineContext, layout: Layout, options: EngineOptions) -> Pa
         options.device_sampling,
         "ngram" if isinstance(options.drafter, Ngram) else None,
         n_draft_max(options),
+        options.drafter.corpus if isinstance(options.drafter, Ngram) else 0,
     )
     cells = max(layout.n_ctx, layout.pool)
     feed = feed_of(options.drafter, stepper, cells, context.params)
@@ -106,9 +107,13 @@ def make_scheduler(
     n_draft, n_seq_max = n_draft_max(options), options.n_seq_max
     limits = limits_of(context, n_seq_max, n_draft, invariance)
     pool = pool_of(context, n_seq_max, layout.pool, n_draft) if layout.pool else None
-    if n_draft and not isinstance(options.drafter, Ngram):
-        limits = replace(limits, drafts_take_time=True)
-        pool = pool and pool._replace(limits=replace(pool.limits, drafts_take_time=True))
+    if n_draft:
+        how = {
+            "drafts_take_time": not isinstance(options.drafter, Ngram),
+            "drafts_move_sampling": context.asynchronous and options.device_sampling is not False,
+        }
+        limits = replace(limits, **how)
+        pool = pool and pool._replace(limits=replace(pool.limits, **how))
     mode = options.preemption
     if invariance is not None and mode == "auto":  # rows that decoded would decode one by one again
         mode = "swap"

@@ -292,7 +292,9 @@ class EngineCore:
                 self.recovery.computed()
                 self._step_s = run.seconds / run.n_steps
                 self._observe(step, run)
-                self.scheduler.advance(step, run.n_steps, perf_counter(), self.calls.drafted(run))
+                self.scheduler.advance(
+                    step, run.n_steps, perf_counter(), self.calls.drafted(step, run)
+                )
                 for chunk in step.chunks:
                     self.table.in_slot(chunk.slot).sink.computed()
                 if run.n_drafted:

@@ -25,11 +25,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from ..errors import ArgumentError, UnsupportedOperation
+from ..errors import ArgumentError, UnsupportedOperation, integer
 from ..llama.host import PathLike
 from ..llama.model import Model
 from ..llama.vocab import TokenArray
 from ..scheduler.registry import Registry
+from ..step.stepper_options import CORPUS_LIMIT
 
 GROUP = "pyllamabatch.drafters"
 
@@ -64,10 +65,21 @@ class Drafter(Protocol):
 @dataclass(frozen=True, slots=True)
 class Ngram:
     """Native: what followed the same tokens earlier in the sequence's own text. It costs next to
-    nothing, and is often right where an answer repeats its prompt."""
+    nothing, and is often right where an answer repeats its prompt.
+
+    - corpus: so many tokens of requests that have ended, prompts and answers, are kept for that,
+      too, the last ones; a longer match there wins. Some 24 bytes each. Answers stay what they
+      are; but how soon they come may show that another one has asked for the same. ArgumentError
+      outside of 0 to CORPUS_LIMIT.
+    """
+
+    corpus: int = 0
+
+    def __post_init__(self) -> None:
+        integer("corpus", self.corpus, 0, CORPUS_LIMIT)
 
     def __str__(self) -> str:
-        return "ngram"
+        return f"ngram:corpus={self.corpus}" if self.corpus else "ngram"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +134,9 @@ def drafter_names() -> tuple[str, ...]:
 
 
 def make_drafter(spec: str) -> AnyDrafter:
-    """The drafter that `spec` names: "ngram", "draft" for the embedded model's, "draft:FILE", or
-    as `Registry.make` reads it: "FILE.py:NAME", "MODULE:NAME" or the name of an entry point in the
-    group `pyllamabatch.drafters`. ArgumentError."""
+    """The drafter that `spec` names: "ngram", "ngram:corpus=100000", "draft" for the embedded
+    model's, "draft:FILE", or as `Registry.make` reads it: "FILE.py:NAME", "MODULE:NAME" or the name
+    of an entry point in the group `pyllamabatch.drafters`. ArgumentError."""
     name, _, file = spec.partition(":")
     if name == "draft" and file:
         return Draft(file)

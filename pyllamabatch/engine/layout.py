@@ -144,7 +144,11 @@ def lay_out(cells: Cells, options: EngineOptions, params: dict[str, Any]) -> Lay
 
 def draft_rows(options: EngineOptions) -> int:
     """Rows of drafted tokens in a step: each takes a row of logits."""
-    return 0 if options.speculate is None else min(MOST_DRAFT_ROWS, DRAFT_MOST * options.n_seq_max)
+    return 0 if options.speculate is None else most_draft_rows(options.n_seq_max)
+
+
+def most_draft_rows(n_seq_max: int) -> int:
+    return min(MOST_DRAFT_ROWS, DRAFT_MOST * n_seq_max)
 
 
 def n_copies(n_seq_max: int, n_batch: int, *, unified: bool) -> int:

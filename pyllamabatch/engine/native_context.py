@@ -43,6 +43,7 @@ class NativeContext(Context):
         device_sampling: bool | str,
         drafter: str | None = None,
         n_draft_max: int = 0,
+        n_corpus: int = 0,
     ) -> StreamStepper:
         return StreamStepper(
             self,
@@ -51,6 +52,7 @@ class NativeContext(Context):
             device_sampling=device_sampling,
             drafter=drafter,
             n_draft_max=n_draft_max,
+            n_corpus=n_corpus,
         )
 
     def cost(self) -> CostModel:

@@ -38,8 +38,8 @@ class Sink:
         """A token was sampled that ends its text, or that is reported. `error`: or none could
         be."""
 
-    def drafted(self, n_drafted: int, n_accepted: int) -> None:
-        """So many drafted tokens were checked for it, and so many of these were right."""
+    def drafted(self, n_drafts: int, n_drafted: int, n_accepted: int) -> None:
+        """So many drafts with so many tokens were checked for it, of which so many were right."""
 
     def failed(self, error: Exception) -> None:
         """A step that it was in has failed for good."""

@@ -25,9 +25,10 @@ class EngineStats:
     `swapped_tokens` in a saved state.
     `graphs_reused`: compute graphs that did not have to be rebuilt, counted by libllama when a
     native call returns. Steps of one size reuse theirs. `restarts`: fresh contexts after a failure.
-    `drafted_tokens` were checked in rows of their own, which are among `decode_rows`, and
-    `accepted_tokens` of these were right (`Engine`'s speculate). Of a native call that goes on
-    a step counts as one token of each sequence.
+    `drafts` with `drafted_tokens` were checked in rows of their own, which are among `decode_rows`,
+    and `accepted_tokens` of these were right, `accepted_at[i]` of them the draft's token i
+    (`Engine`'s speculate). Of a native call that goes on a step counts as one token of each
+    sequence.
     `wait_s`: seconds until one more request begins to be computed, `row_s`: of a prompt row, both
     by the cost model (`pyllamabatch.scheduler.router`); 0 without one.
     """
@@ -54,8 +55,10 @@ class EngineStats:
     prefix_tokens: int = 0
     swapped_tokens: int = 0
     restarts: int = 0
+    drafts: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    accepted_at: tuple[int, ...] = ()
     wait_s: float = 0.0
     row_s: float = 0.0
 
@@ -138,8 +141,10 @@ def stats_of(core: EngineCore) -> EngineStats:
             prefix_tokens=counters.prefix_tokens,
             swapped_tokens=counters.loaded_tokens,
             restarts=core.recovery.n_restarts,
+            drafts=counters.drafts,
             drafted_tokens=counters.drafted_tokens,
             accepted_tokens=counters.accepted_tokens,
+            accepted_at=tuple(counters.accepted_at),
             wait_s=expected_wait(scheduler, waiting + running),
             row_s=row_seconds(scheduler),
         )

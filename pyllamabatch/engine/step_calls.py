@@ -72,7 +72,7 @@ class StepCalls:
         call, first = self._running
         return max(0, self._stepper.n_published - first), call.n_rows
 
-    def drafted(self, run: Run) -> Drafted | None:
+    def drafted(self, call: Step, run: Run) -> Drafted | None:
         """What came of its drafts. None where steps check none."""
         drafts = self._drafts
         if drafts is None:
@@ -88,6 +88,8 @@ class StepCalls:
             drafts.n_timed,
             drafts.ns_timed * 1e-9,
             float(drafts.credit[0]) if drafts.n_priced[0] else None,
+            int(drafts.n_drafts[call.decode].sum()),
+            drafts.n_right,
         )
 
     def tell_drafted(self, call: Step) -> None:
@@ -96,8 +98,8 @@ class StepCalls:
         assert drafts is not None
         for slot in call.drafts:
             if drafts.n_drafted[slot]:
-                n, n_accepted = int(drafts.n_drafted[slot]), int(drafts.n_accepted[slot])
-                self._table.in_slot(slot).sink.drafted(n, n_accepted)
+                counts = drafts.n_drafts[slot], drafts.n_drafted[slot], drafts.n_accepted[slot]
+                self._table.in_slot(slot).sink.drafted(*map(int, counts))
 
     def _write_chunks(self, call: Step) -> int:
         rows = self._stepper.rows

@@ -61,7 +61,8 @@ class Result:
     - e2el_s: seconds from submission to the end.
     - queue_s: seconds from submission to its first slot, None when it had none. n_cached: tokens of
       the prompt that were in the prefix cache then.
-    - n_drafted: drafted tokens that were checked, of which `n_accepted` were right.
+    - n_drafted: drafted tokens that were checked, of which `n_accepted` were right, in `n_drafts`
+      steps.
     """
 
     id: int
@@ -80,6 +81,7 @@ class Result:
     n_cached: int = 0
     n_drafted: int = 0
     n_accepted: int = 0
+    n_drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,7 @@ class Stream:
         self.n_prompt = n_prompt
         self.submitted_at = perf_counter()
         self.n_cached = 0
-        self._n_drafted = self._n_accepted = 0
+        self._n_drafts = self._n_drafted = self._n_accepted = 0
         self._admitted_at: float | None = None
         self._first_at: float | None = None
         self._lock = threading.Lock()
@@ -233,7 +235,8 @@ class Stream:
         self.n_cached = n_cached
         self._admitted_at = perf_counter()
 
-    def _drafted(self, n_drafted: int, n_accepted: int) -> None:
+    def _drafted(self, n_drafts: int, n_drafted: int, n_accepted: int) -> None:
+        self._n_drafts += n_drafts
         self._n_drafted += n_drafted
         self._n_accepted += n_accepted
 
@@ -312,6 +315,7 @@ class Stream:
                 n_cached=self.n_cached,
                 n_drafted=self._n_drafted,
                 n_accepted=self._n_accepted,
+                n_drafts=self._n_drafts,
             )
             self._host = None
             callbacks, self._callbacks = self._callbacks, []

@@ -51,8 +51,8 @@ class StreamSink(Sink):
         else:  # an end-of-generation or stop token
             self._end("stop", stop=token)
 
-    def drafted(self, n_drafted: int, n_accepted: int) -> None:
-        self.stream._drafted(n_drafted, n_accepted)
+    def drafted(self, n_drafts: int, n_drafted: int, n_accepted: int) -> None:
+        self.stream._drafted(n_drafts, n_drafted, n_accepted)
 
     def failed(self, error: Exception) -> None:
         self._end("error", error=error)

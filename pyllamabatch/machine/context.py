@@ -95,6 +95,7 @@ class MachineContext:
         device_sampling: bool | str,
         drafter: str | None = None,
         n_draft_max: int = 0,
+        n_corpus: int = 0,
     ) -> ProfileDevice:
         if n_draft_max:
             raise UnsupportedOperation("a profile machine has no logits to check drafts with")

@@ -32,7 +32,8 @@ class Drafted(NamedTuple):
     """What came of the drafts of a call. taken: tokens sampled, by slot. n_rows: of all steps,
     drafted ones included. found, right: by slot, see `Drafts`. seconds: of the call. n_timed,
     seconds_timed: of steps with 0, 1, ... rows, how many were timed and how long they took in all.
-    credit: what is left of it, see `Prices`; None where the call had none."""
+    credit: what is left of it, see `Prices`; None where the call had none. n_drafts: of which the
+    drafted tokens were, one a sequence and step; n_right: of how many of them token i was right."""
 
     taken: npt.NDArray[np.integer]
     n_rows: int
@@ -44,6 +45,8 @@ class Drafted(NamedTuple):
     n_timed: npt.NDArray[np.integer]
     seconds_timed: npt.NDArray[np.floating]
     credit: float | None = None
+    n_drafts: int = 0
+    n_right: npt.NDArray[np.integer] | None = None
 
 
 class StepTimes:

@@ -78,7 +78,7 @@ class Progress:
         drafting, decode, cost = self._drafting, step.decode, self._builder.cost
         assert drafting is not None
         n_more = drafted.n_rows - n * step.n_rows
-        self._counters.count_drafts(n_more, drafted.n_drafted, drafted.n_accepted)
+        self._counters.count_drafts(n_more, drafted)
         owner, kv = self._sequences.running.owner[decode], self._attention.cells(step, (n - 1) / 2)
         drafting.observe(decode, owner, drafted, n, kv, None if step.chunks else cost)
         taken: npt.NDArray[np.int64] = drafted.taken[decode].astype(np.int64)

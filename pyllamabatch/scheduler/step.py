@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..kv import KvOperation, Slots
+from .drafting import Drafted
 from .invariance import Invariance
 from .view import Prices
 
@@ -219,8 +220,9 @@ class Counters:
     sequence had computed before; `tokens` = sampled; `fill`: how many steps have sampled so many
     sequences. `known_tokens`: of sequences when they were
     admitted; of these `prefix_tokens` were in the cache and `loaded_tokens` in a saved state.
-    `drafted_tokens` were checked in rows of their own, and `accepted_tokens` of these were right;
-    these rows, and those that only fill up beside them, are among `decode_rows`."""
+    `drafts` with `drafted_tokens` were checked in rows of their own, and `accepted_tokens` of these
+    were right, `accepted_at[i]` of them the draft's token i; these rows, and those that only fill
+    up beside them, are among `decode_rows`."""
 
     steps: int = 0
     rows: int = 0
@@ -234,16 +236,25 @@ class Counters:
     known_tokens: int = 0
     prefix_tokens: int = 0
     loaded_tokens: int = 0
+    drafts: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    accepted_at: list[int] = field(default_factory=list)
 
-    def count_drafts(self, n_rows: int, n_drafted: int, n_accepted: int) -> None:
+    def count_drafts(self, n_rows: int, drafted: Drafted) -> None:
         """Beside what `count` has: so many rows for drafts."""
         self.rows += n_rows
         self.decode_rows += n_rows
-        self.tokens += n_accepted
-        self.drafted_tokens += n_drafted
-        self.accepted_tokens += n_accepted
+        if not drafted.n_drafted:
+            return
+        self.tokens += drafted.n_accepted
+        self.drafts += drafted.n_drafts
+        self.drafted_tokens += drafted.n_drafted
+        self.accepted_tokens += drafted.n_accepted
+        if drafted.n_right is not None:
+            right: list[int] = drafted.n_right.tolist()
+            before = self.accepted_at or [0] * len(right)
+            self.accepted_at = [a + b for a, b in zip(before, right, strict=True)]
 
     def count(self, step: Step, n: int, n_recomputed: int) -> None:
         """`step` was computed `n` times. n_recomputed: see `recomputed_rows`."""

@@ -33,7 +33,8 @@ class Limits:
       sees, so that those around them are computed together (`Stepper`'s gap_max).
     - n_draft_max: drafted tokens of a sequence in a step; 0: none ever. n_outputs: rows of a step
       that may have an output, drafted ones included; 0: all. drafts_take_time: they are asked for
-      before each step that may have them.
+      before each step that may have them. drafts_move_sampling: steps that may have them are
+      sampled on the host, others on the device.
     """
 
     n_batch: int
@@ -46,6 +47,7 @@ class Limits:
     n_draft_max: int = 0
     n_outputs: int = 0
     drafts_take_time: bool = False
+    drafts_move_sampling: bool = False
 
     @property
     def most_cells(self) -> int:

@@ -148,11 +148,17 @@ class Metrics(Collector):
             ("vllm:num_preemptions", "Requests that gave up their cells.", stats.preemptions),
             ("vllm:prefix_cache_queries", "Tokens of admitted sequences.", stats.known_tokens),
             ("vllm:prefix_cache_hits", "Of these, in the cache.", stats.prefix_tokens),
+            ("vllm:spec_decode_num_drafts", "Drafts checked.", stats.drafts),
             ("vllm:spec_decode_num_draft_tokens", "Drafted tokens checked.", stats.drafted_tokens),
             ("vllm:spec_decode_num_accepted_tokens", "Of these, right.", stats.accepted_tokens),
         )
         for name, text, value in values:
             yield CounterMetricFamily(name, text, value=value)
+        name, text = "vllm:spec_decode_num_accepted_tokens_per_pos", "Right, by place in the draft."
+        right = CounterMetricFamily(name, text, labels=["position"])
+        for position, n in enumerate(stats.accepted_at):
+            right.add_metric([str(position)], n)
+        yield right
         ended = CounterMetricFamily("vllm:request_success", "Ended.", labels=["finished_reason"])
         for reason, n in stats.finished.items():
             ended.add_metric([reason], n)

@@ -8,9 +8,10 @@ from pyllamabatch.sim.formats import load_trace
 from pyllamabatch.sim.metrics import Histogram, Load, Outcome, parse_slo, summarise
 from pyllamabatch.sim.replica import EngineSpec
 from pyllamabatch.sim.simulate import Simulated, SimulationStuck, at_load, simulate
-from pyllamabatch.sim.workload import TraceRequest, draw
+from pyllamabatch.sim.workload import TraceRequest, acceptance_of, draw, draw_acceptance
 
 __all__ = [
     "ROUTERS", "EngineSpec", "Histogram", "Load", "Outcome", "Simulated", "SimulationStuck",
-    "TraceRequest", "at_load", "draw", "load_trace", "parse_slo", "simulate", "summarise",
+    "TraceRequest", "acceptance_of", "at_load", "draw", "draw_acceptance", "load_trace",
+    "parse_slo", "simulate", "summarise",
 ]  # fmt: skip

@@ -98,12 +98,20 @@ def _seconds(milliseconds: Any) -> float:
     return float(milliseconds) / 1e3
 
 
+def _share(value: Any) -> float:
+    share = float(value)
+    if not 0 <= share <= 1:
+        raise ValueError(f"{share} is no share from 0 to 1")
+    return share
+
+
 _OPTIONAL: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "max_tokens": ("max_tokens", int),
     "priority": ("priority", int),
     "tenant": ("tenant", str),
     "deadline_ms": ("deadline", _seconds),
     "itl_target_ms": ("itl_target", _seconds),
+    "acceptance": ("acceptance", _share),
 }
 """Field of a line → field of `TraceRequest`, and how it is read."""
 

@@ -31,7 +31,8 @@ class Outcome:
     preemption: seconds in the waiting queue after preemptions. longest_itl: between two of its
     tokens. prefix: tokens of its prompt that were cached at its first admission. rejected: it can
     never fit; the other fields are meaningless then. queueing: until its first admission.
-    execution: in a slot, recomputation after a preemption included.
+    execution: in a slot, recomputation after a preemption included. n_drafted, n_accepted: drafted
+    tokens that were checked, and of these the right ones.
     """
 
     id: int
@@ -47,6 +48,8 @@ class Outcome:
     preemptions: int = 0
     longest_itl: float = 0.0
     prefix: int = 0
+    n_drafted: int = 0
+    n_accepted: int = 0
     rejected: bool = False
 
     @property
@@ -224,4 +227,7 @@ def summarise(
             / max(sum(c.known_tokens for c in counters), 1),
             "recomputed_rows": sum(c.recomputed_rows for c in counters),
         }
+        if n_drafted := sum(c.drafted_tokens for c in counters):
+            n_accepted = sum(c.accepted_tokens for c in counters)
+            found |= {"drafted_tokens": n_drafted, "accepted_tokens": n_accepted}
     return found

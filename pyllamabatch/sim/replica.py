@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import starmap
 from math import inf
 
@@ -17,12 +17,13 @@ import numpy as np
 
 from pyllamabatch.cost.graphs import F64, Call, Graphs
 from pyllamabatch.cost.step_cost import NO_COST, NewGraph, StepCost
-from pyllamabatch.engine.layout import n_copies
+from pyllamabatch.engine.layout import DRAFT_MOST, most_draft_rows, n_copies
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.kv import Sharing
 from pyllamabatch.kv.radix_tree import Tokens
 from pyllamabatch.scheduler import Invariance, KvOptions, Limits, Policy, Scheduler, Step
 from pyllamabatch.scheduler.router import ReplicaView, expected_wait, row_seconds
+from pyllamabatch.sim.drafts import Luck, Steps, drafted_of, plain, steps_of
 from pyllamabatch.sim.metrics import Load, Outcome
 from pyllamabatch.sim.workload import TraceRequest
 
@@ -60,11 +61,15 @@ class EngineSpec:
         overhead: float = OVERHEAD,
         gap_max: int = 16,
         batch_invariant: bool = False,
+        speculate: bool = False,
     ) -> EngineSpec:
         """An engine of a model with plain attention. In a pool (unified) sequences share any
         prefix; with a stream for each, a prefix is copied whole. prefix_cache: cache the prefixes
         of ended requests. gap_max: see `Limits`; the default
-        is a GPU's. batch_invariant: see `Engine`; ArgumentError in a pool."""
+        is a GPU's. batch_invariant: see `Engine`; ArgumentError in a pool. speculate: steps may
+        check drafts that cost nothing to make, of requests with an `acceptance`."""
+        if batch_invariant and speculate:
+            raise ArgumentError("speculate", speculate, "False with batch_invariant")
         if batch_invariant and unified:
             raise ArgumentError("unified", unified, "False with batch_invariant")
         invariance = Invariance.assumed(n_ubatch, n_seq_max) if batch_invariant else None
@@ -72,6 +77,9 @@ class EngineSpec:
         n_cells_seq = n_cells if unified else max(1, n_cells // n_seq_max)
         gap_max = 0 if unified else gap_max
         limits = Limits(n_batch, n_ubatch, n_seq_max, n_cells, n_cells_seq, unified, gap_max)
+        if speculate:
+            n_outputs = min(n_seq_max + n_cached + most_draft_rows(n_seq_max), n_batch)
+            limits = replace(limits, n_draft_max=DRAFT_MOST, n_outputs=n_outputs)
         sharing = Sharing(
             copy_part=unified,
             copy_whole=True,
@@ -109,6 +117,7 @@ class _Open:
     left: int
     last: float = 0.0
     preempted: float = 0.0
+    luck: Luck | None = None
 
     def known(self) -> Tokens:
         """Of its prompt and its output so far."""
@@ -123,12 +132,14 @@ class _Open:
 
 @dataclass(slots=True)
 class _Call:
-    """A native call in flight: the times at which its steps end, the cells in use before it."""
+    """A native call in flight: the times at which its steps end, the cells in use before it; what
+    its steps are, where they may have drafts."""
 
     step: Step
     start: float
     ends: F64
     held: int
+    steps: Steps | None = None
 
 
 class Replica(ReplicaView):
@@ -150,6 +161,7 @@ class Replica(ReplicaView):
         self._parts: list[Step] = []  # of the scheduled step, not run yet
         self._call: _Call | None = None
         self._wake = inf
+        self._rows_before = 0  # of the last step
         switch = spec.cost.switch or 0.0
         self._graphs: Graphs | None = None
         if spec.new_graph.step or switch:
@@ -209,9 +221,16 @@ class Replica(ReplicaView):
         self.load.kv_peak = max(self.load.kv_peak, call.held + n * step.n_rows)
         if self._graphs is not None:
             self._graphs.computed(n)
-        self.scheduler.advance(step, n)
+        drafted = None
+        if call.steps is not None:
+            luck = {slot: self._luck(slot) for slot in step.decode.tolist()}
+            n_slots, limits = self.scheduler.n_slots, self.scheduler.limits
+            drafted = drafted_of(step, call.steps, n, luck, limits, n_slots)
+        self.scheduler.advance(step, n, None if drafted is None else end, drafted)
         done: list[int] = []
-        if len(step.decode):
+        if call.steps is not None and step.drafts:
+            done = self._take_drafted(step, ends, call.steps)
+        elif len(step.decode):
             decode, first, itl = step.decode.tolist(), float(ends[0]), self.load.itl
             gaps: list[float] = []
             for slot in decode:
@@ -234,6 +253,26 @@ class Replica(ReplicaView):
         for slot in done:
             self._end(self._in_slot.pop(slot), end)
 
+    def _take_drafted(self, step: Step, ends: F64, steps: Steps) -> list[int]:
+        """Several tokens of a step are there at once. Returns the slots of those that end."""
+        n, itl, done = len(ends), self.load.itl, []
+        for i, slot in enumerate(step.decode.tolist()):
+            one = self._in_slot[slot]
+            gaps = np.diff(ends, prepend=one.last)
+            if one.left == one.request.n_output:
+                one.outcome.first, one.last = float(ends[0]) + self.spec.latency, float(ends[0])
+                gaps = gaps[1:]
+            taken = int(steps.taken[:n, i].sum())
+            itl.add(gaps)
+            itl.add(np.zeros(taken - n))
+            one.outcome.n_drafted += int(steps.n_drafted[:n, i].sum())
+            one.outcome.n_accepted += taken - n
+            longest = float(gaps.max(initial=0.0))
+            one.add_tokens(taken, float(ends[0]), float(ends[-1]), longest)
+            if not one.left:
+                done.append(slot)
+        return done
+
     def _take_requests(self) -> None:
         arrived, self._arrived = self._arrived, []
         for request, now in arrived:
@@ -241,6 +280,8 @@ class Replica(ReplicaView):
                 request.id, now, request.n_prompt, request.n_output, request.tenant, self.index
             )
             one = self._open[request.id] = _Open(request, outcome, request.n_output)
+            if self.scheduler.drafting is not None:
+                one.luck = Luck(request.id, request.acceptance or 0.0)
             self.scheduler.add(
                 request.id,
                 request.n_prompt,
@@ -284,10 +325,43 @@ class Replica(ReplicaView):
         n = step.repeat
         if n > 1:
             n = min(n, *(self._in_slot[slot].left for slot in step.decode.tolist()))
-        ends = now + self.spec.overhead + np.cumsum(self._seconds(step, n))
-        self._call = _Call(step, now, ends, held)
+        steps, seconds = None, np.zeros(0)
+        if step.drafts:
+            steps = self._drafted_steps(step, n)
+            seconds = steps.seconds
+        else:
+            seconds = self._seconds(step, n)
+            if scheduler.drafting is not None:
+                steps = plain(step, seconds)
+        self._rows_before = 0 if steps is None else int(steps.rows[-1])
+        ends = now + self.spec.overhead + np.cumsum(seconds)
+        self._call = _Call(step, now, ends, held, steps)
 
     # -- inside
+
+    def _luck(self, slot: int) -> Luck:
+        luck = self._in_slot[slot].luck
+        assert luck is not None
+        return luck
+
+    def _drafted_steps(self, step: Step, n: int) -> Steps:
+        """Up to n times this step, to the end of a sequence."""
+        scheduler, n_seqs = self.scheduler, len(step.decode)
+        slots = step.decode.tolist()
+        new = 0.0 if self._graphs is None else self.spec.new_graph.step
+        before = self._rows_before
+
+        def seconds_of(rows: int, at: int) -> tuple[float, float]:
+            nonlocal before
+            graph, before = new if rows != before else 0.0, rows
+            kv = scheduler.attention.cells(step, at)
+            return self.spec.cost.predict(rows, 0, kv, n_seqs), graph
+
+        if self._graphs is not None:
+            self._graphs.replaced()
+        left = [self._in_slot[slot].left for slot in slots]
+        luck = [self._luck(slot) for slot in slots]
+        return steps_of(step, n, left, luck, scheduler.limits, seconds_of)
 
     def _seconds(self, step: Step, n: int) -> F64:
         """Seconds of each of n times this step."""

@@ -33,6 +33,8 @@ SHOWN = {
         for p in (50, 99)
     },
     "preemptions": ("preemptions", "{:.0f}"),
+    "drafted_tokens": ("drafted tokens", "{:.0f}"),
+    "accepted_tokens": ("of these right", "{:.0f}"),
     "prefix_share": ("prompts found in the cache", "{:.1%}"),
 }
 """The figures of the table: label, and format or "ms" for a time. JSONL has all figures."""

@@ -7,7 +7,7 @@ client asks again when it has its answer. The same seed draws the same requests.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -28,6 +28,7 @@ class TraceRequest:
     - content: the (piece, tokens) of its prompt: prompts with the same first pieces share a prefix.
       answer: the piece of its output. Pieces are at least 0 and below 2**31.
     - priority, tenant, deadline (after its arrival), itl_target: see `SequenceView`.
+    - acceptance: the probability that the next token of a draft is right; None: it has no drafts.
     """
 
     id: int
@@ -42,6 +43,7 @@ class TraceRequest:
     tenant: str = ""
     deadline: float | None = None
     itl_target: float | None = None
+    acceptance: float | None = None
 
     def tokens(self, n_generated: int = 0) -> npt.NDArray[np.int32]:
         """Stand-ins for the tokens of its prompt and its output so far, int32: the numbers of their
@@ -72,6 +74,40 @@ def draw_lengths(text: str, rng: np.random.Generator, n: int) -> list[int]:
         drawn = rng.integers(a, b, n, endpoint=True)
     found: list[int] = drawn.tolist()
     return found
+
+
+def draw_acceptance(requests: Sequence[TraceRequest], text: str, seed: int) -> list[TraceRequest]:
+    """These requests, with an `acceptance` where they have none. "0.7": all the same; "0.3-0.9":
+    uniform. ArgumentError for anything else."""
+    first, _, last = text.partition("-")
+    try:
+        low, high = float(first), float(last or first)
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low <= high <= 1:
+        raise ArgumentError("acceptance", text, "a share from 0 to 1, like 0.7 or 0.3-0.9")
+    drawn = np.random.default_rng([seed, 1]).uniform(low, high, len(requests)).tolist()
+    return [
+        replace(request, acceptance=share) if request.acceptance is None else request
+        for request, share in zip(requests, drawn, strict=True)
+    ]
+
+
+def acceptance_of(n_drafts: int, n_drafted: int, n_accepted: int) -> float | None:
+    """The acceptance of a request whose `n_drafts` drafts had `n_drafted` tokens, of which
+    `n_accepted` were right (`Result`): that with which drafts of their mean length have as many
+    right ones on average. None without drafts."""
+    if n_drafts < 1 or n_drafted < 1:
+        return None
+    length, each = n_drafted / n_drafts, n_accepted / n_drafts
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        whole = int(length)
+        expected = sum(middle**i for i in range(1, whole + 1))
+        expected += (length - whole) * middle ** (whole + 1)
+        low, high = (middle, high) if expected < each else (low, middle)
+    return (low + high) / 2
 
 
 _RANGES: dict[str, tuple[float, float]] = {

@@ -182,6 +182,8 @@ def drafts_of(engine: Any, n_seq_max: int, n_rows: int) -> Drafts:
         view(native.n_taken, np.int32, (n_seq_max,), engine),
         view(native.found, np.float32, wide, engine),
         view(native.right, np.float32, wide, engine),
+        view(native.n_drafts, np.int32, (n_seq_max,), engine),
+        view(native.n_right, np.int32, (native.n_draft_max,), engine),
         view(native.n_drafted, np.int32, (n_seq_max,), engine),
         view(native.n_accepted, np.int32, (n_seq_max,), engine),
         view(native.n_priced, np.int32, (1,), engine),

@@ -13,6 +13,7 @@ from pyllamabatch.step.sampling_params import LOGPROBS_MAX
 
 DRAFTERS: dict[str, int] = {"ngram": lib.PLB_DRAFTER_NGRAM}
 DRAFT_LIMIT: int = lib.PLB_DRAFT_LIMIT
+CORPUS_LIMIT = 2**26  # tokens
 SAMPLING_THREADS = 32  # more than a memory bus feeds
 
 
@@ -40,7 +41,8 @@ class StepperOptions(TypedDict, total=False):
       (`Stepper.drafts` says which), from 0, the default, to DRAFT_LIMIT. The context needs outputs
       for all rows of such a step, and one of a recurrent model n_rs_seq=n_draft_max.
     - drafter: "ngram" lets the stepper draft these tokens itself, from what the sequence's own
-      tokens were followed by before; None: only what is given.
+      tokens were followed by before; None: only what is given. n_corpus: so many tokens of slots
+      that were cleared or replaced are kept for that, too; 0, the default: none.
     - sync: wait for the device at every step, also when no row has an output; for exact timings.
     """
 
@@ -52,6 +54,7 @@ class StepperOptions(TypedDict, total=False):
     gap_max: int | None
     n_draft_max: int
     drafter: str | None
+    n_corpus: int
     sync: bool
 
 
@@ -80,6 +83,7 @@ def engine_params(context: Context, options: StepperOptions) -> Any:
     drafter = options.get("drafter")
     if drafter is not None:
         params.drafter = DRAFTERS[choice("drafter", drafter, DRAFTERS)]
+    params.n_corpus = count("n_corpus", 0, 0, CORPUS_LIMIT)
     params.sync = bool(options.get("sync", False))
     return params
 

@@ -84,7 +84,8 @@ class Drafts(NamedTuple):
     - found, right: shape (n_seq_max, n_draft_max), of the slots of the last run: how often, lately,
       there was a draft with this many tokens, and how often all of them were the sampled ones.
     - n_drafted, n_accepted: rows of drafted tokens that the last run had of each of its slots, and
-      how many of them stay.
+      how many of them stay. n_drafts: in how many steps it had some.
+    - n_right: shape (n_draft_max,), of how many drafts of that run token i stays.
     - n_priced (one value): with 0 a step has as many drafted rows as n_most says. Otherwise it has
       as many as give most tokens a second, if that is `gain` (one value) more than without.
     - seconds, worst: of a step with 0, 1, ... n_priced - 1 rows, as they are expected, and if it
@@ -100,6 +101,8 @@ class Drafts(NamedTuple):
     n_taken: I32
     found: F32
     right: F32
+    n_drafts: I32
+    n_right: I32
     n_drafted: I32
     n_accepted: I32
     n_priced: I32

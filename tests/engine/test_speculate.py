@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pyllamabatch.engine.drafters import Ngram, make_drafter
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError, UnsupportedOperation
 from pyllamabatch.llama.model import Model
+from pyllamabatch.server.metrics import Metrics
 from pyllamabatch.server.tokens import timings
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.decoding import loaded
@@ -25,15 +27,25 @@ def test_answers_are_the_same_and_the_accounts_agree(model: Model, kv_unified: b
     with engine_of(model, kv_unified=kv_unified, speculate="ngram", policy=always(8, 16)) as engine:
         checked = Checked(engine)
         results = engine.generate(PROMPTS[:3], params)
-        stats, trace = check_idle(engine), engine.trace()
+        stats, trace, text = check_idle(engine), engine.trace(), Metrics(engine).text().decode()
         assert checked.n_steps == stats.steps < plain.steps
     assert [r.tokens for r in results] == [r.tokens for r in expected]
     assert stats.tokens == plain.tokens == 150
     assert 0 < stats.accepted_tokens <= stats.drafted_tokens
     assert sum(r.n_drafted for r in results) == stats.drafted_tokens
-    assert sum(r.n_accepted for r in results) == stats.accepted_tokens
+    assert sum(r.n_accepted for r in results) == stats.accepted_tokens == sum(stats.accepted_at)
+    assert sum(r.n_drafts for r in results) == stats.drafts >= stats.accepted_at[0]
+    assert list(stats.accepted_at) == sorted(stats.accepted_at, reverse=True)
+    assert 8 * stats.drafts >= stats.drafted_tokens > stats.drafts > 0
     assert {"draft_n", "draft_n_accepted"} < timings(results[0]).keys()
     assert not {"draft_n", "draft_n_accepted"} & timings(expected[0]).keys()
+    for name, n in (
+        ("num_drafts_total", stats.drafts),
+        ("num_draft_tokens_total", stats.drafted_tokens),
+        ("num_accepted_tokens_total", stats.accepted_tokens),
+        ('num_accepted_tokens_per_pos_total{position="1"}', stats.accepted_at[1]),
+    ):
+        assert f"vllm:spec_decode_{name} {float(n)}\n" in text
     assert stats.rows == stats.decode_rows + stats.prefill_rows
     assert trace["drafted"].sum() == stats.drafted_tokens
     assert trace["accepted"].sum() == stats.accepted_tokens
@@ -58,6 +70,24 @@ def test_preempted_ones_go_on_as_they_would(model: Model) -> None:
         stats = check_idle(engine)
         assert stats.preemptions > 0
         assert stats.accepted_tokens > 0
+
+
+def test_requests_that_have_ended_are_drafted_from(model: Model) -> None:
+    """The second of two equal requests finds its answer in the corpus, of which no more stays than
+    was asked for."""
+    accepted = {}
+    for corpus in (0, 1000, 20):
+        how = f"ngram:corpus={corpus}" if corpus else "ngram"
+        with engine_of(model, speculate=how, policy=always(8, 16)) as engine:
+            first, second = (engine.generate([PROMPTS[0]], greedy(60))[0] for _ in range(2))
+            assert first.tokens == second.tokens
+            accepted[corpus] = second.n_accepted - first.n_accepted
+    assert accepted[0] == 0
+    assert accepted[1000] > 40
+    assert accepted[20] < 20
+    with pytest.raises(ArgumentError, match="corpus"):
+        Ngram(corpus=-1)
+    assert str(make_drafter("ngram:corpus=1000")) == "ngram:corpus=1000"
 
 
 def test_an_interactive_sequence_has_no_drafts(model: Model) -> None:

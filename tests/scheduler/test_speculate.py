@@ -125,6 +125,17 @@ def test_drafts_that_take_time_are_asked_for_as_they_were_right(
         assert decided(price, 1, found=found, **own) == ({}, NEW, None)
 
 
+def test_where_drafts_move_the_sampling_they_must_pay_for_that() -> None:
+    moving = replace(LIMITS, drafts_move_sampling=True)
+    drafts, steps, prices = decided(half, 1, limits=moving, right=np.array([GOOD]))
+    assert (drafts, steps) == ({0: 4}, ASKED)
+    assert prices is not None
+    assert decided(half, 1, limits=moving, right=np.array([BAD])) == ({}, STEPS, None)
+    assert decided(half, 1, limits=LIMITS, right=np.array([BAD]))[0] == {0: 4}
+    fresh = np.zeros((1, 4))
+    assert decided(half, 1, limits=moving, right=fresh, found=fresh) == ({}, NEW, None)
+
+
 class Linear:
     """A cost model of `half`."""
 

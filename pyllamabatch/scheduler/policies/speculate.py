@@ -26,8 +26,8 @@ class ByGain:
     Of drafts that cost nothing to make it decides what rows cost, and how many a sequence may have
     at most. How many it has is decided in each step, by what was drafted there (`Prices`): long
     matches are right more often than short ones. Others are asked for as they were right lately, a
-    number that was not timed yet for a few steps at first. No step takes longer than an ITL
-    target."""
+    number that was not timed yet for a few steps at first; and so are those that keep the sampling
+    off the device. No step takes longer than an ITL target."""
 
     gain: float = 0.05
 
@@ -52,14 +52,17 @@ class ByGain:
             return Speculation({}, STEPS)
         target = float(view.running.column("itl_target").min())
         seconds = np.where(prices.seconds <= target, prices.seconds, 0.0)
+        own = Prices(seconds, prices.worst, prices.credit, self.gain)
         if view.limits.drafts_take_time:
-            return self._asked(drafts, prices._replace(seconds=seconds), most)
+            return self._asked(drafts, own, most)
         if not can_pay(drafts, seconds, most, self.gain):
             return Speculation({}, STEPS)
-        left = drafts.n_left.tolist()
-        chosen = {id: min(most, left[i] - 1) for i, id in enumerate(drafts.ids) if left[i] > 1}
-        own = Prices(seconds, prices.worst, prices.credit, self.gain)
-        return Speculation(chosen, STEPS, own)
+        steps: int | None = STEPS
+        if view.limits.drafts_move_sampling:
+            expected, steps, _ = self._asked(drafts, own, most)
+            if not expected:
+                return Speculation({}, steps)
+        return Speculation(_as_many(drafts, most), steps, own)
 
     def _asked(self, drafts: Drafts, prices: Prices, most: int) -> Speculation:
         if not drafts.found.any(axis=1).all():  # of a new one what is usual is known soon
@@ -80,9 +83,13 @@ class ByGain:
                 best, choice, timed = rate, k, known
         if not choice:
             return Speculation({}, STEPS)
-        left = drafts.n_left.tolist()
-        chosen = {id: min(choice, left[i] - 1) for i, id in enumerate(drafts.ids) if left[i] > 1}
-        return Speculation(chosen, ASKED if timed else TIMED)
+        return Speculation(_as_many(drafts, choice), ASKED if timed else TIMED)
+
+
+def _as_many(drafts: Drafts, n: int) -> dict[int, int]:
+    """Of each, as far as it may still generate them."""
+    left = drafts.n_left.tolist()
+    return {id: min(n, left[i] - 1) for i, id in enumerate(drafts.ids) if left[i] > 1}
 
 
 def can_pay(drafts: Drafts, seconds: npt.NDArray[np.float64], most: int, gain: float) -> bool:

@@ -1,0 +1,188 @@
+"""Drafts in virtual time: what each step of a call has of them, and what comes of it.
+
+A step decides as the native one does (`plb_draft_rows` in native/plb.h), by the prices of the plan.
+Of a request's drafted tokens the next one is right with its acceptance as probability, be it the
+first or the fourth; a draft is found in every step. The same request has the same luck in any run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pyllamabatch.raw import ffi, lib
+from pyllamabatch.scheduler import Limits, Step
+from pyllamabatch.scheduler.drafting import Drafted
+from pyllamabatch.scheduler.view import Prices
+
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
+
+
+class Luck:
+    """Of one request: how many tokens of its drafts are right. acceptance: of each."""
+
+    def __init__(self, id: int, acceptance: float) -> None:
+        self.acceptance = acceptance
+        self._random = np.random.default_rng([id, 7])
+
+    def right(self, n: int) -> int:
+        """Of a draft of n tokens."""
+        if n < 1 or self.acceptance <= 0:
+            return 0
+        wrong = self._random.random(n) >= self.acceptance
+        return int(wrong.argmax()) if wrong.any() else n
+
+
+class Steps(NamedTuple):
+    """Of a call, one line each: seconds, new graphs included, and what the scheduler is told of
+    them, 0 for nothing; tokens that each slot of `Step.decode` samples; drafted tokens of each.
+    rows: those of the step. credit: after it; None without prices."""
+
+    seconds: F64
+    timed: F64
+    taken: I64
+    n_drafted: I64
+    rows: I64
+    credit: list[float | None]
+
+
+class StepOf(NamedTuple):
+    """One step that is decided: drafted tokens of each slot, its rows, and those without drafts."""
+
+    n_drafted: list[int]
+    rows: int
+    width: int
+
+
+def decide(step: Step, n_most: Sequence[int], luck: Sequence[Luck], limits: Limits,
+           prices: Prices | None) -> StepOf:  # fmt: skip
+    """n_most: drafted tokens of each slot at most, 0 for one that has no drafts."""
+    n, even = len(n_most), not limits.unified
+    width = n
+    if even:
+        width = step.n_pad or int(step.decode[-1] - step.decode[0]) + 1
+    chosen = list(n_most)
+    if prices is not None:
+        chosen = _by_price(n_most, luck, limits.n_draft_max, width, even, prices)
+    longest = max(chosen)
+    return StepOf(chosen, width * (1 + longest) if even else n + sum(chosen), width)
+
+
+def _by_price(n_most: Sequence[int], luck: Sequence[Luck], most: int, width: int, even: bool,
+              prices: Prices) -> list[int]:  # fmt: skip
+    n_priced = len(prices.seconds)
+    seconds = np.ascontiguousarray(prices.seconds, np.float32)
+    worst = np.ascontiguousarray(prices.worst, np.float32)
+    acceptance = np.array([one.acceptance for one in luck])[:, None]
+    chance = np.ascontiguousarray(acceptance ** np.arange(1, most + 1), np.float32)
+    drafted, chosen = np.array(n_most, np.int32), np.zeros(len(n_most), np.int32)
+    given = ffi.new("int32_t *", n_priced), ffi.new("float[2]", [prices.credit, prices.gain])
+    native = ffi.new("plb_drafts *")
+    native.n_draft_max, native.n_priced = most, given[0]
+    native.seconds = ffi.from_buffer("float[]", seconds)
+    native.worst = ffi.from_buffer("float[]", worst)
+    native.credit, native.gain = given[1], given[1] + 1
+    code = lib.plb_draft_rows(
+        native,
+        len(n_most),
+        ffi.from_buffer("int32_t[]", drafted),
+        ffi.from_buffer("float[]", chance),
+        width,
+        even,
+        ffi.from_buffer("int32_t[]", chosen),
+    )
+    assert code == 0, code
+    decided: list[int] = chosen.tolist()
+    return decided
+
+
+def steps_of(
+    step: Step,
+    n: int,
+    left: Sequence[int],
+    luck: Sequence[Luck],
+    limits: Limits,
+    seconds_of: Callable[[int, int], tuple[float, float]],
+) -> Steps:
+    """Up to n steps, to the end of a sequence. left: tokens to each one's end. seconds_of: of a
+    step with so many rows, so many steps into the call, and of the new graph that it needs."""
+    slots, left = step.decode.tolist(), list(left)
+    most = [step.drafts.get(slot, 0) if one.acceptance > 0 else 0
+            for slot, one in zip(slots, luck, strict=True)]  # fmt: skip
+    prices = step.prices
+    seconds, timed, rows = list[float](), list[float](), list[int]()
+    taken, drafted, credits = list[list[int]](), list[list[int]](), list[float | None]()
+    for at in range(n):
+        can = [min(k, m - 1) for k, m in zip(most, left, strict=True)]
+        decided = decide(step, can, luck, limits, prices)
+        right = [one.right(k) for one, k in zip(luck, decided.n_drafted, strict=True)]
+        took, graph = seconds_of(decided.rows, at)
+        took += graph
+        tokens, drafts = [1 + k for k in right], any(decided.n_drafted)
+        timed.append(took if drafts or not graph else 0.0)
+        if prices is not None and drafts:
+            worth = float(prices.seconds[decided.width]) / len(slots) * sum(tokens)
+            prices = prices._replace(credit=prices.credit + worth - took)
+        seconds.append(took)
+        taken.append(tokens)
+        drafted.append(decided.n_drafted)
+        rows.append(decided.rows)
+        credits.append(None if prices is None else prices.credit)
+        left = [m - k for m, k in zip(left, tokens, strict=True)]
+        if min(left) == 0:
+            break
+    shape = len(rows), len(slots)
+    return Steps(
+        np.array(seconds),
+        np.array(timed),
+        np.array(taken, np.int64).reshape(shape),
+        np.array(drafted, np.int64).reshape(shape),
+        np.array(rows, np.int64),
+        credits,
+    )
+
+
+def plain(step: Step, seconds: F64) -> Steps:
+    """Steps without drafts."""
+    n = len(seconds), len(step.decode)
+    rows = np.full(n[0], max(step.n_rows, step.n_pad))
+    ones, none = np.ones(n, np.int64), np.zeros(n, np.int64)
+    return Steps(seconds, seconds, ones, none, rows, [None] * n[0])
+
+
+def drafted_of(
+    step: Step, steps: Steps, n: int, luck: Mapping[int, Luck], limits: Limits, n_slots: int
+) -> Drafted:
+    """What the scheduler is told of the first n of them."""
+    slots = step.decode
+    taken, found = np.zeros(n_slots, np.int64), np.zeros((n_slots, limits.n_draft_max))
+    right = np.zeros_like(found)
+    taken[slots] = steps.taken[:n].sum(0)
+    for slot in slots.tolist():
+        acceptance = luck[slot].acceptance
+        found[slot] = acceptance > 0
+        right[slot] = acceptance ** np.arange(1, limits.n_draft_max + 1)
+    n_timed = np.zeros(limits.n_batch + 1, np.int64)
+    timed = np.zeros(limits.n_batch + 1)
+    np.add.at(n_timed, steps.rows[:n], steps.timed[:n] > 0)
+    np.add.at(timed, steps.rows[:n], steps.timed[:n])
+    n_drafted = steps.n_drafted[:n]
+    accepted = steps.taken[:n] - 1
+    return Drafted(
+        taken,
+        int(steps.rows[:n].sum()),
+        int(n_drafted.sum()),
+        int(accepted.sum()),
+        found,
+        right,
+        float(steps.seconds[:n].sum()),
+        n_timed,
+        timed,
+        steps.credit[n - 1],
+        int((n_drafted > 0).sum()),
+        (accepted[:, :, None] > np.arange(limits.n_draft_max)).sum((0, 1)),
+    )

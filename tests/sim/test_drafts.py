@@ -1,0 +1,159 @@
+"""Speculation in virtual time: the engine's own decision, and what comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pyllamabatch.cost.model import CostModel
+from pyllamabatch.cost.profile import shipped_profile
+from pyllamabatch.cost.step_cost import StepCost
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.errors import ArgumentError
+from pyllamabatch.llama.model import Model
+from pyllamabatch.models import default_prompts
+from pyllamabatch.sim import (
+    EngineSpec,
+    TraceRequest,
+    acceptance_of,
+    draw,
+    draw_acceptance,
+    simulate,
+)
+from tests.sim.test_simulate import Linear, machine, one, outcomes
+from tests.support.engines import check_idle, greedy
+from tests.support.speculating import always
+
+LAYOUTS = pytest.mark.parametrize("unified", [True, False], ids=["pool", "streams"])
+
+
+class Dear(StepCost):
+    """Twice the rows take twice as long."""
+
+    def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
+        return 0.01 * rows
+
+
+@LAYOUTS
+def test_what_is_always_right_comes_in_a_fraction_of_the_time(unified: bool) -> None:
+    requests = [one(i, 0.0, 20, 200, acceptance=1.0) for i in range(2)]
+    shape: dict[str, Any] = {"unified": unified, "n_seq_max": 2}
+    plain = simulate([replace(r, acceptance=None) for r in requests], machine(**shape))
+    fast = simulate(requests, machine(speculate=True, **shape))
+    assert fast.summary()["duration"] < 0.5 * plain.summary()["duration"]
+    counters = fast.loads[0].counters
+    assert counters.tokens == plain.loads[0].counters.tokens == 400
+    assert counters.accepted_tokens == counters.drafted_tokens == sum(counters.accepted_at) > 200
+    assert sum(o.n_accepted for o in fast.outcomes) == counters.accepted_tokens
+    assert counters.rows == counters.decode_rows + counters.prefill_rows
+    assert fast.loads[0].itl.n == 2 * 199
+    again = simulate(requests, machine(speculate=True, **shape))
+    assert again.summary() == fast.summary()
+
+
+def test_a_step_of_a_given_number_of_drafts_takes_its_rows() -> None:
+    """4 drafted tokens in each step but the last ones: 10 ms and 1 ms a row."""
+    (o,) = outcomes([one(1, 0.0, 10, 12, acceptance=1.0)], lambda: always(4, 1), speculate=True)
+    assert o.first == pytest.approx(0.020)
+    assert o.end - o.first == pytest.approx(0.015 + 0.015 + 0.011)  # 5, 5 and the last one
+    assert (o.n_drafted, o.n_accepted) == (8, 8)
+    (never,) = outcomes([one(1, 0.0, 10, 3, acceptance=0.0)], lambda: always(4, 1), speculate=True)
+    assert (never.n_drafted, never.n_accepted) == (0, 0)
+    assert never.end - never.first == pytest.approx(2 * 0.011)
+
+
+@LAYOUTS
+def test_rows_that_cost_as_much_as_the_first_have_no_drafts(unified: bool) -> None:
+    requests = [one(i, 0.0, 20, 300, acceptance=0.6) for i in range(2)]
+    shape: dict[str, Any] = {"unified": unified, "n_seq_max": 2, "cost": Dear()}
+    found = simulate(requests, machine(speculate=True, **shape))
+    plain = simulate(requests, machine(**shape))
+    assert found.summary()["duration"] <= 1.02 * plain.summary()["duration"]
+    assert found.loads[0].counters.drafted_tokens < 10
+
+
+@pytest.mark.parametrize(
+    ("profile", "least"),
+    [
+        ("m2-ultra-gemma-3-4b-it-qat", 1.2),
+        ("nvidia-h200-gemma-3-1b-q4_k_m", 1.4),
+        ("x86-2-core-avx512-qwen2-0.5b-q4_k_m", 1.0),  # four rows take 2.7 times as long as one
+    ],
+)
+def test_the_decision_never_loses(profile: str, least: float) -> None:
+    """By the prices of real devices, at any acceptance, for any number of sequences."""
+    gains = []
+    for unified in (True, False):
+        cost = CostModel.fit(shipped_profile(profile), unified=unified, n_ubatch=512)
+        for n in (1, 4, 16):
+            shape: dict[str, Any] = {"n_seq_max": n, "n_cells": 1024 * n, "unified": unified}
+            requests = draw(f"closed:clients={n},n={n},prompt=64,output=150", 3)
+            plain = simulate(requests, EngineSpec.of(cost, **shape))
+            for acceptance in (0.0, 0.4, 0.8):
+                spec = EngineSpec.of(cost, speculate=True, **shape)
+                drafted = simulate(draw_acceptance(requests, str(acceptance), 0), spec)
+                ratio = plain.summary()["duration"] / drafted.summary()["duration"]
+                assert ratio > 0.98, (unified, n, acceptance)
+                if n == 1 and acceptance == 0.8:
+                    gains.append(ratio)
+    assert min(gains) > least
+
+
+def test_simulated_steps_are_those_of_a_live_engine() -> None:
+    """With the embedded model, its draft and the acceptance that each request had."""
+    shape: dict[str, Any] = {
+        "n_seq_max": 4,
+        "n_ctx": 4 * 512,
+        "kv_unified": False,
+        "prefix_cache": False,
+    }
+    chats = [[{"role": "user", "content": one.prompt}] for one in default_prompts()[:8]]
+    with (
+        Model.default(n_gpu_layers=0) as model,
+        Engine(model, speculate="draft", policy=always(4, 16), cost=None, **shape) as engine,
+    ):
+        prompts = [model.vocab.apply_chat_template(chat) for chat in chats]
+        tokens = [model.vocab.tokenize(text, parse_special=True) for text in prompts]
+        results = engine.generate(tokens, greedy(64))
+        live, limits = check_idle(engine), engine.limits
+    requests = [
+        TraceRequest(
+            r.id, 0.0, r.n_prompt, r.n_generated, ((2 * r.id, r.n_prompt),), 2 * r.id + 1,
+            acceptance=acceptance_of(r.n_drafts, r.n_drafted, r.n_accepted),
+        )
+        for r in results
+    ]  # fmt: skip
+    spec = EngineSpec.of(
+        Linear(), n_seq_max=limits.n_seq_max, n_cells=limits.n_cells, unified=False, speculate=True
+    )
+    counters = simulate(requests, spec, lambda: always(4, 16)).loads[0].counters
+    assert live.tokens == counters.tokens
+    assert counters.tokens / counters.steps == pytest.approx(live.tokens / live.steps, rel=0.12)
+    assert counters.accepted_tokens == pytest.approx(live.accepted_tokens, rel=0.12)
+    without = simulate([replace(r, acceptance=None) for r in requests], spec)
+    assert without.loads[0].counters.steps > 1.12 * live.steps  # the bound can fail
+
+
+def test_acceptance_from_counts() -> None:
+    assert acceptance_of(0, 0, 0) is None
+    assert acceptance_of(10, 40, 0) == pytest.approx(0, abs=1e-6)
+    assert acceptance_of(10, 40, 40) == pytest.approx(1, abs=1e-6)
+    right = 1000 * (0.7 + 0.7**2 + 0.7**3)
+    assert acceptance_of(1000, 3000, round(right)) == pytest.approx(0.7, abs=1e-3)
+    assert acceptance_of(2, 5, 2) == pytest.approx(0.54, abs=0.05)
+
+
+def test_where_the_acceptance_comes_from() -> None:
+    requests = [one(1, 0.0, 5, 5, acceptance=0.5), one(2, 0.0, 5, 5), one(3, 0.0, 5, 5)]
+    assert [r.acceptance for r in draw_acceptance(requests, "0.25", 0)] == [0.5, 0.25, 0.25]
+    drawn = [r.acceptance for r in draw_acceptance(requests, "0.2-0.4", 0)]
+    assert drawn[0] == 0.5
+    assert all(a is not None and 0.2 <= a <= 0.4 for a in drawn[1:])
+    assert drawn == [r.acceptance for r in draw_acceptance(requests, "0.2-0.4", 0)]
+    for wrong in ("2", "0.9-0.1", "often", ""):
+        with pytest.raises(ArgumentError, match="acceptance"):
+            draw_acceptance(requests, wrong, 0)
+    with pytest.raises(ArgumentError, match="batch_invariant"):
+        machine(unified=False, batch_invariant=True, speculate=True)
