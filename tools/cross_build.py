@@ -40,7 +40,7 @@ WINE = ("/usr/lib/wine/wine64",)
 class Target:
     """`system`, `processor`: CMake's names. Of the whole build: `cpu`, as the compiler takes it;
     `gnu`: what the commands of the compiler begin with, "" for zig. run: what runs its programs.
-    wheel: what the name of a wheel calls it; "" where the module is not linked."""
+    wheel: what the name of a wheel calls it."""
 
     name: str
     system: str
@@ -64,7 +64,7 @@ TARGETS = {
             QEMU,
             "linux-aarch64",
         ),
-        Target("x86_64-windows-gnu", "Windows", "AMD64", "-mcpu=x86_64_v3", run=WINE),
+        Target("x86_64-windows-gnu", "Windows", "AMD64", "-mcpu=x86_64_v3", "", WINE, "win-amd64"),
     )
 }
 
@@ -172,6 +172,19 @@ def python_headers(target: Target) -> Path:
     return folder
 
 
+def windows_python(folder: Path) -> dict[str, object]:
+    """What a module for Windows is linked with: the stable interface, in python3.dll."""
+    from abi3info import DATAS, FUNCTIONS
+
+    names = [symbol.name for symbol in FUNCTIONS] + [f"{symbol.name} DATA" for symbol in DATAS]
+    names = [name for name in names if not name.startswith("_")]
+    definition, library = folder / "python3.def", folder / "python3.lib"
+    definition.write_text("\n".join(("LIBRARY python3.dll", "EXPORTS", *sorted(names))) + "\n")
+    words = [*ZIG, "dlltool", "-m", "i386:x86-64", "-d", str(definition), "-l", str(library)]
+    subprocess.run(words, check=True)
+    return {"Python_SABI_LIBRARY": library}
+
+
 def toolchain(target: Target) -> Path:
     """CMake's file for the target, and the commands that it names."""
     folder = BUILD / target.name
@@ -185,6 +198,7 @@ def toolchain(target: Target) -> Path:
         "CMAKE_OSX_SYSROOT": "",
         "CMAKE_FIND_ROOT_PATH_MODE_PROGRAM": "NEVER",
         "Python_INCLUDE_DIR": python_headers(target),
+        **(windows_python(folder) if target.system == "Windows" else {}),
         "PLB_BUILD_TESTS": "ON",
         # The machine that compiles is not the one that runs; Apple's frameworks are on a Mac only.
         **dict.fromkeys(("GGML_NATIVE", "GGML_METAL", "GGML_ACCELERATE", "GGML_BLAS"), "OFF"),
@@ -228,18 +242,12 @@ def zig_commands(target: Target, folder: Path) -> dict[str, object]:
 
 
 def whole(target: Target, jobs: int) -> bool:
-    """As CMakeLists.txt has it: libraries, module and native tests. On Windows without the module,
-    which wants Python's own import library."""
+    """As CMakeLists.txt has it: libraries, module and native tests."""
     folder = BUILD / target.name / "build"
     configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
     configure += [f"-DCMAKE_TOOLCHAIN_FILE={toolchain(target)}", "-DCMAKE_BUILD_TYPE=Release"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}"]
-    goals = []
-    if target.system == "Windows":
-        tests = sorted((ROOT / "native" / "tests").glob("test_*.cpp"))
-        goals = ["plb", "llama", "ggml", *(test.stem for test in tests)]
     build = ["cmake", "--build", str(folder), "--parallel", str(jobs)]
-    build += ["--target", *goals] if goals else []
     for words in (configure, build):
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -4,7 +4,7 @@
     python -m tools.wheels                        # build it (all CPU variants), check and test it
     python -m tools.wheels --wheel FILE.whl       # check and test one that is there
     python -m tools.wheels --pythons 3.10,debian:forky
-    python -m tools.wheels --target aarch64-linux-gnu   # by `tools.cross_build`, for its one CPU
+    python -m tools.wheels --target aarch64-linux-gnu   # for its one CPU, as `tools.cross_build`
 
 Pythons: versions, which `uv` finds or fetches; paths; or a release of Debian, whose own Python is
 taken in a root of it (`tools.debian_root`). Each installs the wheel in an environment of its own
@@ -31,7 +31,6 @@ from tools import cross_build
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = "3.10,3.11,3.12,3.13,3.14"
 DEBIAN = "debian:"
-TARGETS = [name for name, target in cross_build.TARGETS.items() if target.wheel]
 ANSWERS = """
 import pyllamabatch
 from pathlib import Path
@@ -47,7 +46,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--wheel", type=Path, help="one that is there, instead of building it")
     parser.add_argument("--native", action="store_true", help="build for this machine's CPU alone")
-    parser.add_argument("--target", choices=TARGETS, help="build it for another platform")
+    parser.add_argument(
+        "--target", choices=list(cross_build.TARGETS), help="build it for another platform"
+    )
     parser.add_argument("--pythons", default=PYTHONS, help=f"comma separated ({PYTHONS})")
     parser.add_argument("--out", type=Path, default=ROOT / "wheelhouse", help="folder to build to")
     options = parser.parse_args()
@@ -78,8 +79,11 @@ def built(out: Path, *, native: bool, target: str | None) -> Path:
     words = [sys.executable, "-m", "build", "--wheel", "-o", str(out)]
     environment = dict(os.environ)
     if target:
+        # With the packages that are here: pip would bring the other platform's.
         aim = cross_build.TARGETS[target]
+        words.append("--no-isolation")
         words.append(f"-Ccmake.define.CMAKE_TOOLCHAIN_FILE={cross_build.toolchain(aim)}")
+        words.append(f"-Cbuild-dir={cross_build.BUILD / target / 'wheel'}")
         environment["_PYTHON_HOST_PLATFORM"] = aim.wheel
     elif not native:
         words.append("-Ccmake.define.PLB_PORTABLE=ON")

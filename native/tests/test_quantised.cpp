@@ -9,10 +9,9 @@ namespace {
 
 // What the embedded model was trained on: where it is sure no rounding decides.
 const char * const QUESTIONS[] = {
-    "Copy: hello",   "What is 17 + 25?", "Write in capitals: batch", "Reverse: drawer",
-    "Copy: seven",   "What is 3 + 4?",   "Write in capitals: metal", "Reverse: stop",
+    "Copy: hello", "What is 17 + 25?", "Write in capitals: batch", "Reverse: drawer", "What is 3 + 4?",
 };
-constexpr int32_t N_SEQ = 8;
+constexpr int32_t N_SEQ = 5;
 
 struct type {
     const char * name;
@@ -20,10 +19,10 @@ struct type {
 };
 
 const type TYPES[] = {
-    {"q8_0", LLAMA_FTYPE_MOSTLY_Q8_0},     {"q4_0", LLAMA_FTYPE_MOSTLY_Q4_0},
-    {"q4_k", LLAMA_FTYPE_MOSTLY_Q4_K_M},   {"q5_k", LLAMA_FTYPE_MOSTLY_Q5_K_M},
-    {"q6_k", LLAMA_FTYPE_MOSTLY_Q6_K},     {"iq4_nl", LLAMA_FTYPE_MOSTLY_IQ4_NL},
-    {"f16", LLAMA_FTYPE_MOSTLY_F16},
+    {"q8_0", LLAMA_FTYPE_MOSTLY_Q8_0},
+    {"q4_0", LLAMA_FTYPE_MOSTLY_Q4_0},
+    {"q4_k", LLAMA_FTYPE_MOSTLY_Q4_K_M}, // with Q6_K
+    {"iq4_nl", LLAMA_FTYPE_MOSTLY_IQ4_NL},
 };
 
 std::vector<llama_token> prompt_of(const fixture & f, int32_t seq) {

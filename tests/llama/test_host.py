@@ -1,4 +1,10 @@
-"""What the host gives: cores by affinity and quota, memory by the control group, whole files."""
+"""What the host gives: cores by affinity and quota, memory by the control group, whole files.
+
+No recording of a machine: values in the formats that the systems define. Linux: control groups of
+both versions (Documentation/admin-guide/cgroup-v2.rst and cgroup-v1), proc_meminfo(5). macOS:
+`sysctl hw` (perflevel0: the performance cores; an Intel Mac has no such name), with the cores that
+Apple's technical specifications name.
+"""
 
 from __future__ import annotations
 

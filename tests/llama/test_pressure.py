@@ -1,4 +1,10 @@
-"""Memory pressure as systems tell it: recorded values of macOS and Linux."""
+"""Memory pressure as systems tell it.
+
+No recording of a machine: values in the formats that the systems define. Linux: PSI
+(Documentation/accounting/psi.rst; control groups: Documentation/admin-guide/cgroup-v2.rst). macOS:
+`kern.memorystatus_vm_pressure_level` is 1, 2 or 4, as DISPATCH_MEMORYPRESSURE_NORMAL, _WARN and
+_CRITICAL (dispatch/source.h).
+"""
 
 from __future__ import annotations
 

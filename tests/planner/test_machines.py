@@ -1,4 +1,8 @@
-"""The machine that a plan is made for, by what its system says."""
+"""The machine that a plan is made for, by what its system says.
+
+No recording of a Mac: `iogpu.wired_limit_mb` is 0 until it is set, then whole MiB; what Metal
+recommends of 192 GiB is three quarters (llama.cpp's log of `recommendedMaxWorkingSetSize`).
+"""
 
 from __future__ import annotations
 
