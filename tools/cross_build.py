@@ -54,7 +54,7 @@ class Target:
 TARGETS = {
     target.name: target
     for target in (
-        Target("aarch64-macos", "Darwin", "arm64", "-mcpu=apple_m1", wheel="macosx-13.0-arm64"),
+        Target("aarch64-macos", "Darwin", "arm64", "-mcpu=apple_m1", wheel="macosx-15.0-arm64"),
         Target(
             "aarch64-linux-gnu",
             "Linux",
@@ -185,6 +185,13 @@ def windows_python(folder: Path) -> dict[str, object]:
     return {"Python_SABI_LIBRARY": library}
 
 
+def no_bundles(folder: Path) -> dict[str, object]:
+    """zig's linker crashes where it is to make a bundle; Python loads a library as well."""
+    rules = folder / "rules.cmake"
+    rules.write_text('set(CMAKE_SHARED_MODULE_CREATE_CXX_FLAGS "-dynamiclib")\n')
+    return {"CMAKE_USER_MAKE_RULES_OVERRIDE_CXX": rules}
+
+
 def toolchain(target: Target) -> Path:
     """CMake's file for the target, and the commands that it names."""
     folder = BUILD / target.name
@@ -199,6 +206,7 @@ def toolchain(target: Target) -> Path:
         "CMAKE_FIND_ROOT_PATH_MODE_PROGRAM": "NEVER",
         "Python_INCLUDE_DIR": python_headers(target),
         **(windows_python(folder) if target.system == "Windows" else {}),
+        **(no_bundles(folder) if target.system == "Darwin" else {}),
         "PLB_BUILD_TESTS": "ON",
         # The machine that compiles is not the one that runs; Apple's frameworks are on a Mac only.
         **dict.fromkeys(("GGML_NATIVE", "GGML_METAL", "GGML_ACCELERATE", "GGML_BLAS"), "OFF"),

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -94,8 +95,8 @@ def built(out: Path, *, native: bool, target: str | None) -> Path:
 
 
 def delocates(wheel: Path) -> bool:
-    """What delocate would do to the wheel: nothing. It needs no library that the system has not,
-    all of it is for arm64, and for no newer macOS than its name says."""
+    """What delocate would do to the wheel: nothing but name its own libraries by their places. It
+    needs none that the system has not, is for arm64, and for no newer macOS than its name says."""
     with mac_tools() as path, tempfile.TemporaryDirectory() as out:
         words = ["delocate-wheel", "--require-archs", "arm64", "-v", "-w", out, str(wheel)]
         listed = ["delocate-listdeps", "--all", "--depending", str(wheel)]
@@ -121,7 +122,15 @@ def mac_tools() -> Iterator[str]:
             tool = cross_build.llvm(name)
             if tool is None:
                 raise SystemExit(f"there is no llvm-{name} (Debian: apt install llvm)")
-            (Path(folder) / name.replace("-", "_")).symlink_to(tool)
+            script = Path(folder) / name.replace("-", "_")
+            # LLVM's otool has no -m: it takes no brackets in a file's name for a member.
+            script.write_text(f"""#!/bin/sh
+for word do shift; [ "$word" = -m ] || set -- "$@" "$word"; done
+exec {tool} "$@"
+""")
+            script.chmod(0o755)
+        # What would be signed is thrown away.
+        (Path(folder) / "codesign").symlink_to(shutil.which("true") or "/bin/true")
         yield os.pathsep.join((folder, path))
 
 

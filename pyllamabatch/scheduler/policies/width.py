@@ -33,8 +33,7 @@ RENEW = 8192  # steps after which these are old
 LOSS = 0.01  # share of the time that switches take, if the targets allow it
 LOSS_MOST = 0.06  # that they may take
 GAIN = 0.04  # that turns must win, unless told otherwise
-PATIENCE = 0.1  # so much more must be won where one waits longer than for the wide batch
-MARGIN = 0.01  # by which a wait must be shorter to count as no longer
+PATIENCE = 0.1  # so much more must be won where one waits as long as the targets allow
 PROBE = 32  # steps of a round while it is not known what a switch costs
 
 
@@ -53,8 +52,8 @@ class Turns:
     """All who decode have a row at every step, unless the cost model says that fewer at a time, in
     turns, give more tokens in a second: at least `gain` more, and twice the model's own median
     error. The longest time between two tokens of a sequence that this makes stays within its ITL
-    target (`itl` where it has none), or below that of the wide batch; and it is longer than that
-    only where it wins a tenth more.
+    target (`itl` where it has none), or below that of the wide batch. Where it is longer than that
+    more must be won, up to a tenth more at the target.
 
     A change of who decodes costs `CostModel.switch` seconds (a new graph, where the device samples
     for each row); a round is held until that is 1% of the time, or as long as the targets allow,
@@ -185,23 +184,32 @@ def best_split(view: StepView, itl: float, gain: float, *, begun: bool = False) 
         # Rounds until all have had the same.
         cycle = n // gcd(n, width) if view.limits.unified else k
         wanted = min(wanted, max(1, left // cycle))
-        # A short round would tell at every step what one long round can.
-        limits = [(most, 1 + PATIENCE)]
+        # A wait: the others' rounds, and one's own first step.
+        rounds, least_wait = sum(steps) - min(steps), min(steps) + k * switch
+        longest = min(wanted, int((most - least_wait) / rounds))
+        holds = {longest}
         if known is not None:
-            limits.append(((1 - MARGIN) * wide, 1.0))
-        for limit, need in limits:
-            # The others' rounds, and one's own first step.
-            hold = min(wanted, int((limit - min(steps) - k * switch) / (sum(steps) - min(steps))))
-            if hold < 1:
+            # A short round would tell at every step what one long round can.
+            holds |= {1, min(longest, int((wide - least_wait) / rounds))}
+        for hold in holds:
+            if hold < 1 or hold > longest:
                 continue
             each = share * (1 + switch / (hold * mean))
             won = wide / each
+            need = needed(least_wait + hold * rounds, wide, most)
             if won <= 1 or won < least or won / need <= best or switch > LOSS_MOST * hold * mean:
                 continue
             lasting = ceil(entry / (wide - each)) if entry else 0
             if lasting <= left:
                 best, found = won / need, Split(width, hold, won, lasting)
     return found
+
+
+def needed(wait: float, wide: float, most: float) -> float:
+    """The gain from which a wait pays that is longer than the wide step; `most`: the longest."""
+    if wait <= wide:
+        return 1.0
+    return 1 + PATIENCE * (min(1.0, (wait - wide) / (most - wide)) if most > wide else 1.0)
 
 
 def measured(cost: StepCost | None) -> TypeGuard[StepCost]:
