@@ -21,6 +21,7 @@ from bench import (
     step,
 )
 from bench.__main__ import main
+from bench.case import Measured
 from pyllamabatch.engine.drafters import Wanted
 from pyllamabatch.report.records import Record
 from pyllamabatch.scheduler import policy_names
@@ -44,18 +45,29 @@ def test_coalesce_counts_rows_for_each_decode(run: Run, capsys: pytest.CaptureFi
     assert "| 2 | threads-window |" in capsys.readouterr().out
 
 
-def test_beside_runs_the_same_sequences_in_every_arm(
+def test_beside_measures_with_and_without_in_turns(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(beside, "UNRELATED", 3)
-    status, records = run("beside", "--model", "default", "--tokens", "12", "--repeats", "1")
+    given = ("--model", "default", "--tokens", "12", "--rounds", "3")
+    status, records = run("beside", *given)
     assert status == 0
-    arms = [beside.NONE, beside.READERS, beside.CACHED, beside.FORGOTTEN]
-    assert [(r.arm, r.pl, r.tg) for r in records] == [(arm, 8, 12) for arm in arms]
+    assert [(r.arm, r.pl, r.tg) for r in records] == [("readers", 8, 12), ("cached", 8, 12)]
     assert all(min(r.t_tg, r.t_pp) > 0 for r in records)
-    readers, cached = (target.measured(records) for target in beside.TARGETS)
-    assert readers == pytest.approx(records[0].t_tg / records[1].t_tg)
-    assert cached == pytest.approx(records[3].t_tg / records[2].t_tg)
+    for target, record in zip(beside.TARGETS, records, strict=True):
+        assert target.measured(records) == record.detail["over_without"] > 0
+        assert record.detail["rounds"] == 3
+
+
+def test_beside_takes_the_ratio_of_each_pair() -> None:
+    times = iter([9.0, 9.0, 2.0, 1.0, 3.0, 1.0, 4.0, 1.0])  # with and without: 2, 1; 1, 3; 4, 1
+
+    def one() -> Measured:
+        return Measured(0.0, next(times))
+
+    found = beside.in_turns(one, one, 3)
+    assert found.detail["over_without"] == 0.5
+    assert found.t_tg == 2.0
 
 
 def test_prefix_counts_what_was_computed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
