@@ -45,21 +45,21 @@ class Speculates(Clients):
         case, n = self.case, self.case.pl
         before = self.counts()
 
-        def client(i: int, began: float) -> list[float]:
+        def client(i: int, began: float) -> list[tuple[float, float]]:
+            """When its tokens came, and the CPU time of this process until then."""
             which = (repeat * n + i) % len(self._prompts)
-            return list(self.times(self._prompts[which], case.tg, case.seed + which))
+            times = self.times(self._prompts[which], case.tg, case.seed + which)
+            return [(at, time.process_time()) for at in times]
 
         at_once(n, lambda i, began: self.connect(), self.give_up)
-        cpu = time.process_time()
         began, came = at_once(n, client, self.give_up)
-        cpu = time.process_time() - cpu
-        there = max(times[0] for times in came)
-        end = max(times[-1] for times in came)
-        n_all, n_after = sum(map(len, came)), sum(t > there for times in came for t in times)
+        there, cpu = max(times[0] for times in came)
+        end, cpu_end = max(times[-1] for times in came)
+        n_all, n_after = sum(map(len, came)), sum(at > there for times in came for at, _ in times)
         speed = n_after / (end - there)
         detail = {"tokens": float(n_all), "all_in": n_all / (end - began)}
         if not self.pids:  # it runs in this process
-            detail["cpu_ms"] = 1e3 * cpu / n_all
+            detail["cpu_ms"] = 1e3 * (cpu_end - cpu) / n_after
         counts = {name: value - before[name] for name, value in self.counts().items()}
         if counts.get("drafted"):
             detail["right"] = counts["accepted"] / counts["drafted"]

@@ -6,6 +6,13 @@
 
 namespace plb {
 
+namespace {
+
+// A step's time beyond its own, at most: for a new graph, and for one with other samplers.
+constexpr float GRAPH_MOST = 1, APART_MOST = 8;
+
+} // namespace
+
 draft_prices::draft_prices(int32_t n_rows_max) {
     const size_t n = (size_t) n_rows_max + 1;
     seconds_.resize(n);
@@ -107,8 +114,10 @@ void draft_prices::computed(const step & step) {
     const bool priced = n_rows < n_priced_;
     const float took = 1e-9f * (float) step.ns;
     if (!step.drafted && (before > 0 || step.apart)) { // for which the drafts pay
-        const float more = priced ? took - seconds_[(size_t) n_rows] : 0;
-        if (before > 0 && !step.apart && n_timed_[(size_t) before] > 0 && more > 0) { // a new graph
+        // As much as it can be on account of drafts; what is beyond has disturbed it.
+        const float said = priced ? seconds_[(size_t) n_rows] : 0;
+        const float more = std::clamp(took - said, -said, (step.apart ? APART_MOST : GRAPH_MOST) * said);
+        if (before > 0 && !step.apart && n_timed_[(size_t) before] > 0 && more > 0) {
             ns_timed_[(size_t) before] += (int64_t) (1e9f * more);
         }
         credit_ -= more;

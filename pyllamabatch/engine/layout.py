@@ -30,7 +30,7 @@ from .native_context import NativeContext
 from .options import EngineOptions
 
 MOST_STATES = 8  # slots for cached recurrent states: each takes the memory of a whole one
-DRAFT_MOST = 8  # drafted tokens of a sequence in a step
+DRAFT_MOST = 16  # drafted tokens of a sequence in a step
 MOST_DRAFT_ROWS = 64  # of a step
 LEAST_CACHED = 16  # slots for prefixes cached in shared cells: they cost a row of logits each
 LEAST_COPIES, STREAMS_A_COPY = 2, 4  # streams for what is cached: one to so many that run

@@ -21,6 +21,12 @@ from .view import Drafts, Limits, Prices
 LOSS = 0.01
 """The share of the time that drafts may lose, in trials and by bad luck."""
 
+ADVANCE = 1.0
+"""Seconds whose share they may lose before any has passed."""
+
+RISKED = 0.5
+"""The share of what drafts have gained that they may lose again."""
+
 Seconds = npt.NDArray[np.float64]
 
 _COUNTS = 16  # steps: what was known counts as so many new ones at most
@@ -96,8 +102,9 @@ class Drafting:
     def __init__(self, limits: Limits, n_slots: int) -> None:
         n = limits.n_draft_max
         self.times = StepTimes()
-        self.credit = 0.0
-        self._seconds = 0.0  # of all steps that might have had drafts
+        self.credit = LOSS * ADVANCE
+        self._gained = 0.0  # seconds, less what was lost
+        self._seconds = ADVANCE  # of all steps that might have had drafts
         self._owner = np.zeros(n_slots, dtype=np.int64)  # id + 1 of the sequence that it is of
         self._found = np.zeros((n_slots, n))
         self._right = np.zeros((n_slots, n))
@@ -126,8 +133,10 @@ class Drafting:
                 self.times.observe(n_rows, n, float(drafted.seconds_timed[n_rows]) / n / said)
         self._seconds += drafted.seconds
         if drafted.credit is not None:
+            self._gained += drafted.credit - self.credit
             self.credit = drafted.credit
-        self.credit = min(self.credit + LOSS * drafted.seconds, LOSS * self._seconds)
+        most = LOSS * self._seconds + max(0.0, RISKED * self._gained)
+        self.credit = min(self.credit + LOSS * drafted.seconds, most)
 
     def view(
         self,

@@ -10,7 +10,7 @@ import pytest
 
 from pyllamabatch.errors import ArgumentError, PlanError
 from pyllamabatch.scheduler import Limits, Plan, Scheduler, StepView
-from pyllamabatch.scheduler.drafting import LOSS, Drafted, Drafting, StepTimes
+from pyllamabatch.scheduler.drafting import ADVANCE, LOSS, RISKED, Drafted, Drafting, StepTimes
 from pyllamabatch.scheduler.policies.composed import ComposedPolicy
 from pyllamabatch.scheduler.policies.speculate import ASKED, NEW, STEPS, TIMED, ByGain
 from pyllamabatch.scheduler.policy import PlanBuilder, Speculation
@@ -177,9 +177,13 @@ def test_drafts_lose_no_more_than_a_share_of_the_time() -> None:
         drafting.observe(slots, owner, drafted, 8, 100, Linear())  # type: ignore[arg-type]
         return drafting.credit
 
-    assert call(2.0, None) == pytest.approx(2 * LOSS)
+    assert drafting.credit == LOSS * ADVANCE
+    assert call(2.0 - ADVANCE, None) == pytest.approx(2 * LOSS)
     assert call(1.0, -0.5) == pytest.approx(LOSS - 0.5)
-    assert call(1.0, 7.0) == pytest.approx(4 * LOSS)  # what was gained is not lost in trials
+    lost = -0.5 - 2 * LOSS
+    gained = 7.0 - (LOSS - 0.5) + lost
+    assert call(1.0, 7.0) == pytest.approx(4 * LOSS + RISKED * gained)
+    assert call(1.0, None) == pytest.approx(5 * LOSS + RISKED * gained)
 
 
 def scheduler(speculate: Any, limits: Limits = LIMITS) -> Scheduler:
