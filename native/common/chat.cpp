@@ -28,8 +28,8 @@ struct plb_chat_parser {
 
 namespace {
 
-char * copied(const common_json & value) {
-    return strdup(value.dump_safe().c_str());
+char * copied(const common_json & value, const plb::memory_watch & memory) {
+    return plb::copied_text(value.dump_safe(), memory);
 }
 
 // The templates that libllama knows by their names, without Jinja. "chatml" is one of Jinja's too.
@@ -163,12 +163,14 @@ common_json rendered(const llama_vocab * vocab, const common_chat_params & chat)
 
 plb_chat_template * plb_chat_template_new(const struct llama_model * model, const char * source) {
     return plb::guarded_call((plb_chat_template *) nullptr, [&] {
+        const plb::memory_watch memory;
         auto self = std::make_unique<plb_chat_template>();
         const std::string text = source ? source : "";
         self->vocab     = llama_model_get_vocab(model);
         self->templates = common_chat_templates_init(model, text);
         self->jinja     = !is_builtin(text);
         self->supports_thinking = self->jinja && thinks(self->templates.get());
+        memory.check();
         return self.release();
     });
 }
@@ -179,22 +181,24 @@ void plb_chat_template_free(plb_chat_template * self) {
 
 char * plb_chat_template_info(const plb_chat_template * self) {
     return plb::guarded_call((char *) nullptr, [&] {
+        const plb::memory_watch memory;
         common_json info;
         info["source"]            = common_chat_templates_source(self->templates.get());
         info["capabilities"]      = common_chat_templates_get_caps(self->templates.get());
         info["supports_thinking"] = self->supports_thinking;
-        return copied(info);
+        return copied(info, memory);
     });
 }
 
 char * plb_chat_render(const plb_chat_template * self, const char * request, plb_chat_parser ** parser) {
     return plb::guarded_call((char *) nullptr, [&] {
+        const plb::memory_watch memory;
         const auto inputs = inputs_of(*self, common_json::parse(request));
         common_chat_params chat = common_chat_templates_apply(self->templates.get(), inputs);
         auto made = std::make_unique<plb_chat_parser>();
         made->params = common_chat_parser_params(chat);
         made->params.parser = std::move(chat.parser);
-        char * out = copied(rendered(self->vocab, chat));
+        char * out = copied(rendered(self->vocab, chat), memory);
         *parser = made.release();
         return out;
     });
@@ -202,8 +206,9 @@ char * plb_chat_render(const plb_chat_template * self, const char * request, plb
 
 char * plb_chat_parse(const plb_chat_parser * parser, const char * text, size_t size, bool partial) {
     return plb::guarded_call((char *) nullptr, [&] {
+        const plb::memory_watch memory;
         const common_chat_input input(std::string(text, size));
-        return copied(common_chat_parse(input, partial, parser->params).to_json_oaicompat());
+        return copied(common_chat_parse(input, partial, parser->params).to_json_oaicompat(), memory);
     });
 }
 

@@ -7,17 +7,30 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <new>
 #include <stdexcept>
 
 namespace {
 
 thread_local int guarded = 0;
+thread_local int64_t n_failed_allocations = 0;
+std::new_handler before_ours = nullptr;
 
 void on_assertion(const char * message) {
     if (guarded > 0) {
         throw std::runtime_error(message);
     }
     fprintf(stderr, "%s\n", message); // and back to ggml_abort, which ends the process
+}
+
+// What operator new calls when it finds no memory.
+void on_failed_allocation() {
+    ++n_failed_allocations;
+    if (before_ours == nullptr) {
+        throw std::bad_alloc();
+    }
+    before_ours();
 }
 
 } // namespace
@@ -27,10 +40,33 @@ namespace plb {
 assertion_guard::assertion_guard()  { guarded++; }
 assertion_guard::~assertion_guard() { guarded--; }
 
+memory_watch::memory_watch() : before_(n_failed_allocations) {}
+bool memory_watch::failed() const { return n_failed_allocations != before_; }
+
+void memory_watch::check() const {
+    if (failed()) {
+        throw std::bad_alloc();
+    }
+}
+
+char * copied_text(const std::string & text, const memory_watch & memory) {
+    memory.check();
+    const size_t size = text.size() + 1;
+    char * copy = (char *) malloc(size);
+    if (copy == nullptr) {
+        throw std::bad_alloc();
+    }
+    memcpy(copy, text.c_str(), size);
+    return copy;
+}
+
 } // namespace plb
 
 void plb_guard_install(void) {
     ggml_set_abort_callback(on_assertion);
+    if (std::get_new_handler() != on_failed_allocation) {
+        before_ours = std::set_new_handler(on_failed_allocation);
+    }
 }
 
 struct llama_model * plb_model_load(const char ** paths, size_t n_paths, struct llama_model_params params) {

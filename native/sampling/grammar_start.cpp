@@ -82,6 +82,7 @@ void set_grammar(plb_slot & slot, const llama_vocab * vocab, const plb_sampling 
     if (llama_vocab_type(vocab) == LLAMA_VOCAB_TYPE_NONE) {
         throw failure{PLB_E_GRAMMAR, "the model has no vocabulary to apply a grammar to"};
     }
+    const memory_watch memory;
     check_grammar(vocab, sampling.grammar);
     const plb_grammar_start start = sampling.grammar_start ? *sampling.grammar_start : plb_grammar_start{};
     const tokens triggers = copied(vocab, start.tokens, start.n_tokens);
@@ -95,6 +96,7 @@ void set_grammar(plb_slot & slot, const llama_vocab * vocab, const plb_sampling 
             vocab, sampling.grammar, "root", const_cast<const char **>(start.patterns),
             (size_t) start.n_patterns, triggers.data(), triggers.size()));
     }
+    memory.check(); // libllama would call it a grammar that does not parse
     if (!slot.grammar) {
         throw failure{PLB_E_GRAMMAR, "libllama does not accept this grammar: see its log"};
     }

@@ -4,6 +4,7 @@
 //
 // PLB_TEST_ROWS: how many rows to compare (default 3000, a tenth under AddressSanitizer;
 // the long run, some minutes, is 100000; an emulated CPU may take 100).
+#include "allocations.hpp"
 #include "check.hpp"
 #include "step/engine.hpp"
 #include "tests/plb_testing.h"
@@ -15,24 +16,6 @@
 #include <cstring>
 #include <functional>
 #include <random>
-
-#if defined(__GNUC__)
-#define NOINLINE __attribute__((noinline)) // inlined, malloc behind new draws a warning
-#else
-#define NOINLINE
-#endif
-
-static std::atomic<long> n_allocations{0};
-
-NOINLINE void * operator new(size_t size) {
-    ++n_allocations;
-    if (void * p = malloc(size ? size : 1)) {
-        return p;
-    }
-    throw std::bad_alloc();
-}
-NOINLINE void operator delete(void * p) noexcept { free(p); }
-NOINLINE void operator delete(void * p, size_t) noexcept { free(p); }
 
 namespace {
 

@@ -1,55 +1,33 @@
-// Out of memory at every allocation of a call, one after another: the call fails with a code and a text, nothing else has changed, and the next try succeeds.
+// Out of memory at every allocation of a call, one after another: the call fails with a code and a text,
+// nothing else has changed, and the next try succeeds.
+//
+// PLB_TEST_ALLOCATIONS=all: every one also where they are thousands (minutes); else some of those.
+#include "allocations.hpp"
 #include "check.hpp"
 
+#include <cstring>
 #include <functional>
-#include <new>
 #include <string>
 
-#if defined(__GNUC__)
-#define NOINLINE __attribute__((noinline)) // inlined, malloc behind new draws a warning
-#else
-#define NOINLINE
-#endif
-
 namespace {
 
-// Of this thread: the allocation that fails, counted from now on; 0: none.
-thread_local long countdown = 0;
-thread_local bool failed    = false;
-
-} // namespace
-
-// All of C++ in this process, libllama included where its symbols are shared.
-NOINLINE void * operator new(size_t size) {
-    if (countdown > 0 && --countdown == 0) {
-        failed = true;
-        throw std::bad_alloc();
-    }
-    if (void * p = malloc(size ? size : 1)) {
-        return p;
-    }
-    throw std::bad_alloc();
-}
-NOINLINE void operator delete(void * p) noexcept { free(p); }
-NOINLINE void operator delete(void * p, size_t) noexcept { free(p); }
-
-namespace {
-
-constexpr long MOST = 200000;
+constexpr long MOST = 200000, DENSE = 50;
+const char * const which = getenv("PLB_TEST_ALLOCATIONS");
+const bool all = which != nullptr && strcmp(which, "all") == 0;
 
 // `call` with its first, second, … allocation failing, until it needs no more of them. It returns
 // whether it has succeeded, and looks itself whether a failure is a proper one. Some allocations
 // may fail without harm (a hint, a log line), so a success is no error. Returns how many there are.
 long walk(const char * name, const std::function<bool()> & call) {
     long n = 0, n_failed = 0;
-    for (;; ++n) {
+    for (;; n += all ? 1 : 1 + n / DENSE) {
         CHECK(n < MOST);
-        failed    = false;
-        countdown = n + 1;
+        allocation_failed      = false;
+        allocations_to_failure = n + 1;
         const bool done = call();
-        countdown = 0;
+        allocations_to_failure = 0;
         n_failed += !done;
-        if (!failed) {
+        if (!allocation_failed) {
             CHECK(done);
             break;
         }
@@ -62,8 +40,7 @@ bool done(int32_t code, const char * text) {
     if (code == PLB_OK) {
         return true;
     }
-    // libllama's parser of grammars takes what it throws for a mistake in the grammar.
-    CHECK(code == PLB_E_MEMORY || code == PLB_E_GRAMMAR);
+    CHECK_EQ(code, PLB_E_MEMORY);
     CHECK(text[0] != '\0');
     return false;
 }
@@ -154,16 +131,16 @@ void steps(fixture & f, const request & each) {
     const std::vector<llama_token> prompt = {1, 20, 40, 60};
     const plb_sampling plain = requests().front().sampling;
     walk((std::string("plb_step: ") + each.name).c_str(), [&] {
-        const long at = countdown;
-        countdown = 0;
+        const long at = allocations_to_failure;
+        allocations_to_failure = 0;
         llama_memory_clear(llama_get_memory(f.ctx), true);
         CHECK_EQ(plb_slot_set(f.engine, 0, &each.sampling, nullptr, 0), PLB_OK);
         CHECK_EQ(plb_slot_set(f.engine, 1, &plain, nullptr, 0), PLB_OK);
         f.prompt(0, prompt, 0);
         f.prompt(4, prompt, 1);
-        countdown = at;
+        allocations_to_failure = at;
         const int32_t code = plb_step(f.engine, 8);
-        countdown = 0;
+        allocations_to_failure = 0;
         if (code != PLB_OK) { // libllama's own allocations: the step was not computed
             CHECK(plb_last_error(f.engine)[0] != '\0');
             return false;
@@ -178,6 +155,78 @@ void steps(fixture & f, const request & each) {
     });
 }
 
+// "out of memory" is the last line that was logged.
+bool logged_no_memory() {
+    char text[4096];
+    const int32_t size = plb_log_errors(text, sizeof text);
+    const std::string lines(text, size > 0 ? (size_t) size : 0);
+    const std::string last = std::string(plb_code_text(PLB_E_MEMORY)) + "\n";
+    return lines.size() >= last.size() &&
+           lines.compare(lines.size() - last.size(), last.size(), last) == 0;
+}
+
+// A call that gives a text, always the same one, or nothing and a line in the log.
+void texts(const std::string & name, const std::function<char *()> & make) {
+    char * whole = make();
+    CHECK(whole != nullptr);
+    walk(name.c_str(), [&] {
+        plb_log_mark();
+        char * text = make();
+        const bool made = text != nullptr;
+        CHECK(made ? strcmp(text, whole) == 0 : logged_no_memory());
+        plb_text_free(text);
+        return made;
+    });
+    plb_text_free(whole);
+}
+
+void schemas() {
+    texts("plb_json_schema_to_gbnf", [] {
+        return plb_json_schema_to_gbnf(R"({"type": "object", "required": ["a", "c"], "properties": {
+            "a": {"type": "string", "pattern": "^[a-z]{2,3}(x|y)$"},
+            "b": {"type": "array", "items": {"$ref": "#/$defs/n"}, "maxItems": 3},
+            "c": {"anyOf": [{"const": 1}, {"enum": ["x", null]}, {"format": "date", "type": "string"}]}
+        }, "$defs": {"n": {"type": "integer", "minimum": -7, "maximum": 120}}})");
+    });
+}
+
+constexpr char TEMPLATE_WITH_TOOLS[] =
+    "{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls %}"
+    "<tool_call>{\"name\": \"{{ call.function.name }}\", \"arguments\": "
+    "{{ call.function.arguments | tojson }}}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+constexpr char CHAT_WITH_TOOLS[] = R"({"messages": [{"role": "user", "content": "Weather?"}], "tools": [
+    {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties":
+    {"city": {"type": "string"}}}}}]})";
+constexpr char ANSWER[] = R"(Well. <tool_call>{"name": "weather", "arguments": {"city": "Rome"}})";
+
+void chats(const llama_model * model, const std::string & name, const char * source) {
+    texts("plb_chat_template_new: " + name, [&] { // what it says of itself is right, or it is not made
+        plb_chat_template * made = plb_chat_template_new(model, source);
+        char * info = made != nullptr ? plb_chat_template_info(made) : nullptr;
+        plb_chat_template_free(made);
+        return info;
+    });
+    plb_chat_template * chat = plb_chat_template_new(model, source);
+    CHECK(chat != nullptr);
+    texts("plb_chat_render: " + name, [&] {
+        plb_chat_parser * parser = nullptr;
+        char * text = plb_chat_render(chat, CHAT_WITH_TOOLS, &parser);
+        CHECK((text != nullptr) == (parser != nullptr));
+        plb_chat_parser_free(parser);
+        return text;
+    });
+    plb_chat_parser * parser = nullptr;
+    plb_text_free(plb_chat_render(chat, CHAT_WITH_TOOLS, &parser));
+    CHECK(parser != nullptr);
+    texts("plb_chat_parse: " + name, [&] {
+        return plb_chat_parse(parser, ANSWER, sizeof ANSWER - 1, true);
+    });
+    plb_chat_parser_free(parser);
+    plb_chat_template_free(chat);
+}
+
 } // namespace
 
 int main(int argc, char ** argv) {
@@ -186,7 +235,11 @@ int main(int argc, char ** argv) {
     params.n_logprobs_max = 4;
     params.n_threads      = 1; // all that a step needs is of this thread
     fixture f(model_path(argc, argv), 128, 2, params);
+    plb_log_install();
     engines(f);
+    schemas();
+    chats(f.model, "chatml", "chatml");
+    chats(f.model, "tools", TEMPLATE_WITH_TOOLS);
     for (const request & each : requests()) {
         slots(f, each);
         steps(f, each);

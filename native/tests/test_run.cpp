@@ -1,31 +1,12 @@
 // The run loop: the same as step by step, its ends, the interrupt, and no allocation of ours.
+#include "allocations.hpp"
 #include "check.hpp"
 
 #include <array>
 #include <atomic>
 #include <chrono>
 #include <cstring>
-#include <new>
 #include <thread>
-
-#if defined(__GNUC__)
-#define NOINLINE __attribute__((noinline)) // inlined, malloc behind new draws a warning
-#else
-#define NOINLINE
-#endif
-
-static std::atomic<long> n_allocations{0};
-
-// Counts what the process allocates, libllama included where its symbols are shared.
-NOINLINE void * operator new(size_t size) {
-    ++n_allocations;
-    if (void * p = malloc(size ? size : 1)) {
-        return p;
-    }
-    throw std::bad_alloc();
-}
-NOINLINE void operator delete(void * p) noexcept { free(p); }
-NOINLINE void operator delete(void * p, size_t) noexcept { free(p); }
 
 namespace {
 

@@ -1,32 +1,12 @@
 // Sampling one row: the same tokens as libllama's own chain, bad logits, log-probabilities, and no
 // allocation.
+#include "allocations.hpp"
 #include "check.hpp"
 #include "step/engine.hpp"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <new>
 #include <random>
-
-#if defined(__GNUC__)
-#define NOINLINE __attribute__((noinline)) // inlined, malloc behind new draws a warning
-#else
-#define NOINLINE
-#endif
-
-static std::atomic<long> n_allocations{0};
-
-// Counts what the process allocates, libllama included where its symbols are shared.
-NOINLINE void * operator new(size_t size) {
-    ++n_allocations;
-    if (void * p = malloc(size ? size : 1)) {
-        return p;
-    }
-    throw std::bad_alloc();
-}
-NOINLINE void operator delete(void * p) noexcept { free(p); }
-NOINLINE void operator delete(void * p, size_t) noexcept { free(p); }
 
 namespace {
 

@@ -172,10 +172,14 @@ drain_log = _LogDrain()
 
 
 def logged(call: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
-    """Call llama.cpp: what it returned, and the warnings and errors that it logged meanwhile."""
+    """Call llama.cpp: what it returned, and the warnings and errors that it logged meanwhile.
+    Raises `MemoryError` where it returned nothing for want of memory."""
     lib.plb_log_mark()
     value = call(*arguments)
     buffer = ffi.new("char[]", 4096)
     size = lib.plb_log_errors(buffer, 4096)
     drain_log()
-    return value, ffi.buffer(buffer, max(size, 0))[:].decode("utf-8", "replace").strip()
+    log = ffi.buffer(buffer, max(size, 0))[:].decode("utf-8", "replace").strip()
+    if not value and log.rpartition("\n")[2] == text(lib.plb_code_text(lib.PLB_E_MEMORY)):
+        raise MemoryError(log)
+    return value, log
