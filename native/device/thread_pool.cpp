@@ -58,7 +58,8 @@ void without_signals(Body body) {
 
 } // namespace
 
-pool::pool(int32_t n_threads) : helpers_(new helper[(size_t) std::max(0, n_threads - 1)]) {
+pool::pool(int32_t n_threads)
+    : helpers_(n_threads > 1 ? new helper[(size_t) n_threads - 1] : nullptr) {
     without_signals([&] {
         for (int32_t i = 0; i + 1 < n_threads; ++i) {
             try {
