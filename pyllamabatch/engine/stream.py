@@ -105,6 +105,15 @@ class Stream:
     end because of one.
     """
 
+    # without a dict: it has more attributes than those that CPython holds beside each other
+    __slots__ = (
+        "_admitted_at", "_callbacks", "_calls", "_end", "_feed", "_first_at", "_follower",
+        "_harmless", "_host", "_is_waited_for", "_lock", "_logprobs", "_more", "_n_accepted",
+        "_n_drafted", "_n_drafts", "_n_dropped", "_n_taken", "_n_told", "_page", "_pieces",
+        "_pieces_of", "_result", "_slot", "_stopped", "_tokens", "_top", "id", "n_cached",
+        "n_prompt", "submitted_at",
+    )  # fmt: skip
+
     def __init__(
         self,
         id: int,
