@@ -68,6 +68,11 @@ TARGETS = {
     )
 }
 
+# zig exports what a library's start-up code defines, too; a second library has that as well.
+WINDOWS_EXPORTS = """\
+__attribute__((section(".drectve"), used)) static const char flags[] = " -exclude-symbols:atexit ";
+"""
+
 # What a Windows build of Python has in its pyconfig.h, as far as its stable interface asks.
 WINDOWS_PYCONFIG = """\
 #define MS_WINDOWS
@@ -172,8 +177,9 @@ def python_headers(target: Target) -> Path:
     return folder
 
 
-def windows_python(folder: Path) -> dict[str, object]:
-    """What a module for Windows is linked with: the stable interface, in python3.dll."""
+def windows_links(folder: Path) -> dict[str, object]:
+    """What libraries and modules are linked with: `WINDOWS_EXPORTS`, and Python's stable interface,
+    in python3.dll."""
     from abi3info import DATAS, FUNCTIONS
 
     names = [symbol.name for symbol in FUNCTIONS] + [f"{symbol.name} DATA" for symbol in DATAS]
@@ -182,7 +188,12 @@ def windows_python(folder: Path) -> dict[str, object]:
     definition.write_text("\n".join(("LIBRARY python3.dll", "EXPORTS", *sorted(names))) + "\n")
     words = [*ZIG, "dlltool", "-m", "i386:x86-64", "-d", str(definition), "-l", str(library)]
     subprocess.run(words, check=True)
-    return {"Python_SABI_LIBRARY": library}
+    source, exports = folder / "exports.c", folder / "exports.o"
+    source.write_text(WINDOWS_EXPORTS)
+    words = [*ZIG, "cc", "-target", "x86_64-windows-gnu", "-c", str(source), "-o", str(exports)]
+    subprocess.run(words, check=True)
+    flags = ("CMAKE_SHARED_LINKER_FLAGS", "CMAKE_MODULE_LINKER_FLAGS")
+    return {"Python_SABI_LIBRARY": library, **dict.fromkeys(flags, exports)}
 
 
 def no_bundles(folder: Path) -> dict[str, object]:
@@ -205,7 +216,7 @@ def toolchain(target: Target) -> Path:
         "CMAKE_OSX_SYSROOT": "",
         "CMAKE_FIND_ROOT_PATH_MODE_PROGRAM": "NEVER",
         "Python_INCLUDE_DIR": python_headers(target),
-        **(windows_python(folder) if target.system == "Windows" else {}),
+        **(windows_links(folder) if target.system == "Windows" else {}),
         **(no_bundles(folder) if target.system == "Darwin" else {}),
         "PLB_BUILD_TESTS": "ON",
         # The machine that compiles is not the one that runs; Apple's frameworks are on a Mac only.
