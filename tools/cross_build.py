@@ -183,7 +183,6 @@ def windows_links(folder: Path) -> dict[str, object]:
     from abi3info import DATAS, FUNCTIONS
 
     names = [symbol.name for symbol in FUNCTIONS] + [f"{symbol.name} DATA" for symbol in DATAS]
-    names = [name for name in names if not name.startswith("_")]
     definition, library = folder / "python3.def", folder / "python3.lib"
     definition.write_text("\n".join(("LIBRARY python3.dll", "EXPORTS", *sorted(names))) + "\n")
     words = [*ZIG, "dlltool", "-m", "i386:x86-64", "-d", str(definition), "-l", str(library)]

@@ -71,10 +71,12 @@ def check_requests(
 def assert_as_alone(
     got: Sequence[Sequence[int]], alone: Sequence[Reference], limit: float, at_least: float = 0.99
 ) -> None:
-    agreement = Agreement()
+    """One sequence may part at a near tie, wherever: other CPUs have other ones."""
+    agreement, n_parted = Agreement(), 0
     for tokens, reference in zip(got, alone, strict=True):
         agreement.check(reference, tokens, limit)
-    assert agreement.fraction >= at_least
+        n_parted += list(tokens) != list(reference.tokens)
+    assert n_parted <= 1 or agreement.fraction >= at_least
 
 
 # -- the stepper --
