@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ROOTS = ROOT / "build" / "roots"
 PACKAGES = "ca-certificates,python3-venv"
-TESTS = "tests/test_smoke.py tests/step/test_stepper.py"
+TESTS = "tests/test_smoke.py tests/step/test_stepper.py tests/properties/test_invariance_engine.py"
 NEEDED = ("pytest", "pytest-timeout", "hypothesis", "gguf")  # by the tests
 BINFMT = Path("/proc/sys/fs/binfmt_misc")
 MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
