@@ -3,7 +3,7 @@
 The same sequences decode in turns with and without it, many times in one run: so the ratio of each
 pair says more on a machine whose speed drifts than two long runs would.
 
-- readers: a thread for each sequence takes its tokens one by one. Without: nobody reads them before
+- readers: a thread for each sequence takes its tokens one by one. Without: they are not read before
   they end.
 - cached: unrelated prompts have run before, and what they left is cached. Without: the same in an
   engine without a prefix cache.

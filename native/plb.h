@@ -252,7 +252,7 @@ typedef struct plb_drafts {
                                one without took longer */
 } plb_drafts;
 
-/* What a step of plb_run decides by its prices, for whoever simulates it: of n_slots slots, of which each
+/* What a step of plb_run decides by its prices, for what simulates it: of n_slots slots, of which each
  * could have n_drafted[i] drafted rows, how many it has. chance: [n_slots][n_draft_max], that so many and
  * one more are right, none larger than the one before. width: rows of the step without drafts. even: all
  * slots have the same number of rows. Of `prices` it reads n_draft_max, n_priced, seconds, worst, credit

@@ -320,8 +320,8 @@ void drafts::computed(const plb_engine & engine, const llama_seq_id * slots, int
     const bool moved = info.on_device != on_device_;
     on_device_ = info.on_device;
     const draft_prices::step step = {info.n_rows + info.n_filled, drafted, reused,
-                                     moved || (kept_off_ && !drafted), ns, info.n_results, n_slots};
-    kept_off_ = false;
+                                     moved || (stays_off_ && !drafted), ns, info.n_results, n_slots};
+    stays_off_ = false;
     prices_.computed(step);
 }
 

@@ -29,7 +29,7 @@ public:
     void attach(plb_draft_model * model) { model_ = model; }
     const plb_draft_model * model() const { return model_; }
     // Whether the device would have chosen the candidates of this step, were there no drafts.
-    void keep_off(bool kept) { kept_off_ = kept; }
+    void keep_off(bool off) { stays_off_ = off; }
 
     // A run of these slots begins: PLB_OK, or PLB_E_DRAFT and the slot that it speaks of.
     int32_t begin(const llama_seq_id * slots, int32_t n_slots, int32_t n_vocab, int32_t & bad);
@@ -90,7 +90,7 @@ private:
     std::vector<draft_offer> offers_;                     // as rows_
     int64_t                  n_reused_ = 0;               // graphs, before the step
     int32_t                  on_device_ = 0;              // of the step before
-    bool                     kept_off_  = false;          // see keep_off
+    bool                     stays_off_ = false;          // see keep_off
 };
 
 } // namespace plb

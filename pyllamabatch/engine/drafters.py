@@ -67,7 +67,7 @@ class Ngram:
     """Native: what followed the same tokens earlier in the sequence's own text. It costs next to
     nothing, and is often right where an answer repeats its prompt.
 
-    - corpus: so many tokens of requests that have ended, prompts and answers, are kept for that,
+    - corpus: so many tokens of requests that have ended, prompts and answers, stay for that,
       too, the last ones; a longer match there wins. Some 24 bytes each. Answers stay what they
       are; but how soon they come may show that another one has asked for the same. ArgumentError
       outside of 0 to CORPUS_LIMIT.

@@ -42,7 +42,7 @@ class StepperOptions(TypedDict, total=False):
       for all rows of such a step, and one of a recurrent model n_rs_seq=n_draft_max.
     - drafter: "ngram" lets the stepper draft these tokens itself, from what the sequence's own
       tokens were followed by before; None: only what is given. n_corpus: so many tokens of slots
-      that were cleared or replaced are kept for that, too; 0, the default: none.
+      that were cleared or replaced stay for that, too; 0, the default: none.
     - sync: wait for the device at every step, also when no row has an output; for exact timings.
     """
 
