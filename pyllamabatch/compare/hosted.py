@@ -154,13 +154,21 @@ def engine(model: Model, case: Case) -> Run:
             params = sampling_params(case.sampling, case.seed + i, workload.tokens)
             yield from serving.submit(prompts[i], params)
 
-        return ask_all(
+        before = serving.stats()
+        timings = ask_all(
             workload,
             case.pl,
             ask,
             let_go=policy.let_go,
             give_up=lambda: serving.close(wait=False),
         )
+        if case.speculate:
+            after = serving.stats()
+            timings.counts = {
+                "draft_n": float(after.drafted_tokens - before.drafted_tokens),
+                "draft_n_accepted": float(after.accepted_tokens - before.accepted_tokens),
+            }
+        return timings
 
     return run
 

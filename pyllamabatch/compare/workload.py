@@ -58,10 +58,11 @@ class RequestTimes:
 
 @dataclass
 class Timings:
-    """`begin`: when the time started, on the same clock."""
+    """`begin`: when the time started, on the same clock. `counts`: what else the record tells."""
 
     begin: float
     requests: list[RequestTimes]
+    counts: dict[str, float] = field(default_factory=dict)
 
 
 def figures(workload: Workload, timings: Timings) -> dict[str, float]:
@@ -75,6 +76,8 @@ def figures(workload: Workload, timings: Timings) -> dict[str, float]:
     - completed: requests that got all their tokens; requests
     - ttft_p50_s, ttft_p99_s: from a request's arrival to its first token
     - itl_p50_s, itl_p99_s: between a request's tokens, those of all requests together
+    - draft_n, draft_n_accepted: drafted tokens that were checked, and the right ones, of an engine
+      that speculates
     """
     begin, requests = timings.begin, timings.requests
     untimed = 1 if workload.protocol == BURST else 0  # first samples
@@ -89,6 +92,7 @@ def figures(workload: Workload, timings: Timings) -> dict[str, float]:
         "total_tokens_sampled": sum(map(len, in_time)),
         "completed": sum(len(one.times) == workload.tokens for one in requests),
         "requests": len(requests),
+        **timings.counts,
     }
     if rates:
         detail |= {

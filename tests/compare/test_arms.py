@@ -91,10 +91,15 @@ def test_rows_say_where_and_how(burst: list[Record]) -> None:
 
 def test_completions_fired_at_once_count_whole(tmp_path: Path) -> None:
     words = ["--protocol", "ds4", "-n", "2", "--kv", "unified", "--arms", ",".join(ARMS[1:])]
-    rows = rows_of(tmp_path / "r.jsonl", *words)
+    rows = rows_of(tmp_path / "r.jsonl", *words, "--speculate", "ngram")
     assert [row.arm for row in rows] == ARMS[1:]
     for row in rows:
         assert row.kv_unified
+        drafts = [
+            row.detail[name] for name in ("draft_n", "draft_n_accepted") if name in row.detail
+        ]
+        assert len(drafts) == (2 if row.arm == "engine" else 0)
+        assert drafts == sorted(drafts, reverse=True)
         assert not row.error
         assert (row.bench, row.tg, row.detail["total_tokens_sampled"]) == ("compare-ds4", 6, 12)
         assert row.t_tg >= row.detail["ttft_p99_s"]
