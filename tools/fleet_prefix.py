@@ -1,11 +1,16 @@
-"""How much of their prompts a fleet has cached: our router beside round robin.
+"""A fleet with common prefixes, live and simulated by the same router: prefix hits and tokens/s.
 
-    python -m tools.fleet_prefix                # two replicas of the embedded model on Ray Serve
+    python -m tools.fleet_prefix                          # two replicas of the embedded model
+    python -m tools.fleet_prefix -m FILE.gguf --profile P.json
 
-32 chats of 8 users, whose chats begin with the user's own system prompt. Turn by turn, all chats
-ask in another order, eight at once. The cells of both replicas hold what all chats have said once,
-not twice. Prints a line of JSON for each router, and the ratio of their hit rates. Wants the extra
-`ray`.
+32 chats of 8 users. All chats of a user begin with the user's own long prefix, as a system prompt
+and its tools are. Eight clients have four chats each, of four users, and ask one after the other.
+The cells of each replica hold the prefixes of half of the users, so that those of all fit into the
+fleet once, not twice.
+
+For each router it prints a line of JSON: the live fleet on Ray Serve, and the simulated one with a
+profile of this machine (`pyllamabatch calibrate -t 1 --layout unified`); then the ratio of the
+routers' hit rates, and how far the simulation is off. Wants the extra `ray`.
 """
 
 from __future__ import annotations
@@ -17,25 +22,97 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
-USERS, CHATS, TURNS, AT_ONCE = 8, 32, 4, 8
-N_SYSTEM, N_QUESTION, N_ANSWER = 80, 12, 16  # words, words, tokens
-N_CELLS = 9216  # of a replica
-WORDS = ("zebra", "lion", "giraffe", "river", "stone", "cloud", "apple", "bread", "green", "seven")
+from pyllamabatch.cost.model import CostModel
+from pyllamabatch.cost.profile import Profile, load_profile
+from pyllamabatch.sim import EngineSpec, TraceRequest, simulate
+from tools.serve_load import metrics_of
+
+USERS, CHATS, CLIENTS, TURNS = 8, 32, 8, 4
+N_PREFIX, N_QUESTION, N_ANSWER = 800, 12, 16  # tokens
+N_SLOTS = 4  # of a replica
+N_CHAT = TURNS * (N_QUESTION + N_ANSWER)
+N_CELLS = (USERS // 2) * N_PREFIX + (CHATS // 2) * N_CHAT + N_SLOTS * N_CHAT  # of a replica
+ROUTERS = "round-robin", "prefix-affinity"
 HITS, QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
 
 
+class Asked(NamedTuple):
+    """A turn of a chat of a user, by a client."""
+
+    client: int
+    user: int
+    chat: int
+    turn: int
+
+
+def order(seed: int) -> list[list[Asked]]:
+    """What each client asks, one after the other: turn by turn, its chats in another order."""
+    rng = random.Random(seed)
+    found: list[list[Asked]] = []
+    for client in range(CLIENTS):
+        chats = [client + CLIENTS * i for i in range(CHATS // CLIENTS)]
+        found.append([
+            Asked(client, (chat + chat // CLIENTS) % USERS, chat, turn)
+            for turn in range(TURNS) for chat in rng.sample(chats, len(chats))
+        ])  # fmt: skip
+    return found
+
+
+# -- simulated
+
+
+def trace(asked: Sequence[Sequence[Asked]]) -> list[TraceRequest]:
+    """The same requests; pieces of users, questions and answers are numbers of their own."""
+    found: list[TraceRequest] = []
+    for ones in asked:
+        after: int | None = None
+        for one in ones:
+            id = len(found)
+            content = [(one.user, N_PREFIX)]
+            for turn in range(one.turn + 1):
+                piece = USERS + 2 * (one.chat * TURNS + turn)
+                content += [(piece, N_QUESTION), (piece + 1, N_ANSWER)]
+            *content, (answer, n_answer) = content
+            n_prompt = sum(n for _, n in content)
+            found.append(TraceRequest(id, 0.0, n_prompt, n_answer, tuple(content), answer, after))
+            after = id
+    return found
+
+
+def simulated(router: str, profile: Profile, seed: int, replicas: int) -> dict[str, Any]:
+    cost = CostModel.fit(profile, unified=True)
+    spec = EngineSpec.of(cost, n_seq_max=N_SLOTS, n_cells=N_CELLS, unified=True)
+    run = simulate(trace(order(seed)), spec, n_replicas=replicas, router=router)
+    counters = [load.counters for load in run.loads]
+    hits, known = sum(c.prefix_tokens for c in counters), sum(c.known_tokens for c in counters)
+    return row("simulated", router, hits, known, max(one.end for one in run.outcomes))
+
+
+def row(fleet: str, router: str, hits: float, known: float, seconds: float) -> dict[str, Any]:
+    return {
+        "fleet": fleet, "router": router, "prompt_tokens": known, "cached_tokens": hits,
+        "hit_rate": round(hits / known, 4), "seconds": round(seconds, 2),
+        "tokens_per_s": round(CHATS * TURNS * N_ANSWER / seconds, 2),
+    }  # fmt: skip
+
+
+# -- live
+
+
 @contextmanager
-def fleet(router: str, n: int) -> Iterator[httpx.Client]:
-    command = [sys.executable, "-m", "pyllamabatch", "serve", "--port", "0", "-t", "1", "-np", "4",
-               "--kv-unified", "-c", str(N_CELLS), "--replicas", str(n),
-               "--router", router]  # fmt: skip
+def fleet(router: str, args: argparse.Namespace) -> Iterator[httpx.Client]:
+    model = ["-m", args.model] if args.model else []
+    command = [sys.executable, "-m", "pyllamabatch", "serve", "--port", "0", "-t", "1",
+               "-np", str(N_SLOTS), "--kv-unified", "-c", str(N_CELLS), *model,
+               "--replicas", str(args.replicas), "--router", router]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         line = next(line for line in process.stdout if "http://" in line)
@@ -47,61 +124,74 @@ def fleet(router: str, n: int) -> Iterator[httpx.Client]:
             process.send_signal(signal.SIGTERM)
 
 
-def counters(client: httpx.Client) -> dict[str, float]:
-    """Of all replicas together."""
-    found: dict[str, float] = {}
-    for line in client.get("/metrics").text.splitlines():
-        name, _, value = line.rpartition(" ")
-        if name in (HITS, QUERIES):
-            found[name] = float(value)
-    return found
+def live(router: str, args: argparse.Namespace) -> dict[str, Any]:
+    with fleet(router, args) as client:
+        for _ in range(4 * args.replicas):  # their first requests are slower
+            complete(client, [1, 2, 3])
+        before, began = metrics_of(client.get("/metrics").text), time.perf_counter()
+        talk(client, order(args.seed), args.seed)
+        seconds = time.perf_counter() - began
+        after = metrics_of(client.get("/metrics").text)
+    hits, known = (after[name] - before[name] for name in (HITS, QUERIES))
+    return row("live", router, hits, known, seconds)
 
 
-def talk(client: httpx.Client, seed: int) -> None:
-    """Every chat to its end."""
+def talk(client: httpx.Client, asked: Sequence[Sequence[Asked]], seed: int) -> None:
+    """Every client to its end. Prompts are random tokens, and the answers that came."""
     rng = random.Random(seed)
 
-    def words(n: int) -> str:
-        return " ".join(rng.choices(WORDS, k=n)) + ". "
+    def drawn(n: int) -> list[int]:
+        return [rng.randrange(32, 127) for _ in range(n)]
 
-    systems = [words(N_SYSTEM) for _ in range(USERS)]
-    chats = [systems[i % USERS] for i in range(CHATS)]
+    prefixes = [drawn(N_PREFIX) for _ in range(USERS)]
+    questions = [[drawn(N_QUESTION) for _ in range(TURNS)] for _ in range(CHATS)]
+    chats: dict[int, list[int]] = {}
 
-    def turn(i: int) -> None:
-        body = {"prompt": chats[i], "max_tokens": N_ANSWER, "ignore_eos": True, "temperature": 0}
-        answer = client.post("/v1/completions", json=body)
-        answer.raise_for_status()
-        chats[i] += answer.json()["choices"][0]["text"]
+    def ask(ones: Sequence[Asked]) -> None:
+        for one in ones:
+            tokens = chats.setdefault(one.chat, list(prefixes[one.user]))
+            tokens += questions[one.chat][one.turn]
+            tokens += complete(client, tokens)
 
-    for _ in range(TURNS):
-        order = rng.sample(range(CHATS), CHATS)
-        for i in order:
-            chats[i] += words(N_QUESTION)
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            list(pool.map(turn, order))
+    with ThreadPoolExecutor(len(asked)) as pool:
+        list(pool.map(ask, asked))
 
 
-def measure(router: str, args: argparse.Namespace) -> dict[str, Any]:
-    with fleet(router, args.replicas) as client:
-        before = counters(client)
-        talk(client, args.seed)
-        after = counters(client)
-    hits, queries = (after[name] - before[name] for name in (HITS, QUERIES))
-    return {
-        "router": router, "replicas": args.replicas, "requests": CHATS * TURNS,
-        "prompt_tokens": queries, "cached_tokens": hits, "hit_rate": round(hits / queries, 4),
-    }  # fmt: skip
+def complete(client: httpx.Client, tokens: list[int]) -> list[int]:
+    body = {"prompt": tokens, "n_predict": N_ANSWER, "ignore_eos": True, "return_tokens": True}
+    answer = client.post("/completion", json=body)
+    answer.raise_for_status()
+    found: list[int] = answer.json()["tokens"]
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("-m", "--model", metavar="FILE")
+    parser.add_argument("--profile", default=None, metavar="FILE|NAME", help="of this machine")
     parser.add_argument("--replicas", type=int, default=2, metavar="N")
     parser.add_argument("--seed", type=int, default=1, metavar="S")
+    parser.add_argument("--simulated-only", action="store_true")
     args = parser.parse_args()
-    rows = [measure(router, args) for router in ("round-robin", "prefix-affinity")]
-    for row in rows:
-        print(json.dumps(row))
-    print(json.dumps({"ratio": round(rows[1]["hit_rate"] / rows[0]["hit_rate"], 3)}))
+    profile = load_profile(args.profile)
+    rates: dict[tuple[str, str], dict[str, Any]] = {}
+    for router in ROUTERS:
+        rows = [simulated(router, profile, args.seed, args.replicas)]
+        if not args.simulated_only:
+            rows.append(live(router, args))
+        for one in rows:
+            print(json.dumps(one), flush=True)
+            rates[one["fleet"], router] = one
+    for kind in dict.fromkeys(kind for kind, _ in rates):
+        ratio = rates[kind, ROUTERS[1]]["hit_rate"] / rates[kind, ROUTERS[0]]["hit_rate"]
+        print(json.dumps({"fleet": kind, "hit_rate_over_round_robin": round(ratio, 3)}))
+    for router in ROUTERS if not args.simulated_only else ():
+        here, there = rates["live", router], rates["simulated", router]
+        print(json.dumps({
+            "router": router,
+            "hit_rate_off_points": round(100 * (there["hit_rate"] - here["hit_rate"]), 2),
+            "throughput_off": round(there["tokens_per_s"] / here["tokens_per_s"] - 1, 4),
+        }))  # fmt: skip
     return 0
 
 

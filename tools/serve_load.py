@@ -133,9 +133,13 @@ async def fetch(port: int, path: str) -> str:
 
 
 async def metrics(port: int) -> dict[str, float]:
-    lines = (await fetch(port, "/metrics")).splitlines()
-    pairs = (line.rsplit(" ", 1) for line in lines if ":" in line and not line.startswith("#"))
-    return {name: float(value) for name, value in pairs}
+    return metrics_of(await fetch(port, "/metrics"))
+
+
+def metrics_of(text: str) -> dict[str, float]:
+    """The values of Prometheus' text format by their names, labels included."""
+    lines = (line for line in text.splitlines() if ":" in line and not line.startswith("#"))
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 
 async def measure(server: psutil.Process, port: int, args: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from typing import Protocol, TypeVar
 
@@ -77,60 +77,84 @@ class LeastOutstanding(Router):
 class PrefixAffinity(Router):
     """The replica of the request with the longest common prefix, of the last `memory` requests; or
     else of the last one with the same key. The least busy replica where that one has over `slack`
-    requests more than it, or where to wait for it takes longer than the prefix saves.
+    requests more than it, or where to wait for it takes over `patience` times as long as the
+    prefix saves: what is computed twice holds up others, and takes cells from their prefixes. Of
+    equally busy ones, that which has got the fewest elements that were new to it.
 
     `unit`: elements of a prompt that make a token. `reach`: elements that are looked at.
     """
 
     def __init__(
-        self, slack: int = 8, memory: int = 4096, unit: int = 1, reach: int = 2**15
+        self,
+        slack: int = 8,
+        memory: int = 4096,
+        unit: int = 1,
+        reach: int = 2**15,
+        patience: float = 3.0,
     ) -> None:
         self.slack = slack
+        self.patience = patience
         self.memory = memory
         self.unit = unit
         self.reach = reach
         self._ids = itertools.count()
         self._tree = RadixTree()
-        self._went: OrderedDict[int, Hashable] = OrderedDict()  # request -> replica
+        self._went: OrderedDict[int, tuple[Hashable, int]] = OrderedDict()
+        """By request: the replica, and elements that were new to it."""
+        self._held: Counter[Hashable] = Counter()  # elements by replica
         self._keys: OrderedDict[str, Hashable] = OrderedDict()
 
     def choose(
         self, prompt: Callable[[], Tokens], replicas: Mapping[Name, ReplicaView], key: str = ""
     ) -> Name:
         elements = prompt()[: self.reach]
-        least = min(replicas, key=lambda name: replicas[name].n_open)
-        found = self._home(elements, replicas, key)
-        home, n_common = found
-        if home is None or self._too_busy(replicas[home], replicas[least], n_common):
+        least = min(replicas, key=lambda name: (replicas[name].n_open, self._held[name]))
+        common = self._common(elements, replicas)
+        home = self._home(common, replicas, key)
+        if home is None or self._too_busy(replicas[home], replicas[least], common[home]):
             home = least
-        self._remember(elements, home, key)
+        self._remember(elements, home, len(elements) - common[home], key)
         return home
 
-    def _home(
-        self, elements: Tokens, replicas: Mapping[Name, ReplicaView], key: str
-    ) -> tuple[Name | None, int]:
-        """Where its prefix is, and how much of it; None where no replica has it."""
+    def _common(self, elements: Tokens, replicas: Mapping[Name, ReplicaView]) -> Counter[Name]:
+        """Elements of the longest common prefix that each replica has got."""
         names: dict[Hashable, Name] = {name: name for name in replicas}
+        found: Counter[Name] = Counter()
         for id, n in self._tree.matches(elements):
-            if n < MIN_PREFIX * self.unit:
-                break
-            if (name := names.get(self._went[id])) is not None:
-                return name, n
-        return names.get(self._keys.get(key)), 0
+            name = names.pop(self._went[id][0], None)
+            if name is not None:
+                found[name] = n
+                if not names:
+                    break
+        return found
+
+    def _home(
+        self, common: Counter[Name], replicas: Mapping[Name, ReplicaView], key: str
+    ) -> Name | None:
+        """Where its prefix is, or what belongs to it; None where no replica has it."""
+        for name, n in common.most_common(1):
+            if n >= MIN_PREFIX * self.unit:
+                return name
+        names: dict[Hashable, Name] = {name: name for name in replicas}
+        return names.get(self._keys.get(key))
 
     def _too_busy(self, chosen: ReplicaView, least: ReplicaView, n_common: int) -> bool:
         if chosen.n_open - least.n_open > self.slack:
             return True
         if chosen is least or not chosen.row_seconds:
             return False
-        return chosen.wait - least.wait > n_common / self.unit * chosen.row_seconds
+        saved = n_common / self.unit * chosen.row_seconds
+        return chosen.wait - least.wait > self.patience * saved
 
-    def _remember(self, elements: Tokens, name: Hashable, key: str) -> None:
+    def _remember(self, elements: Tokens, name: Hashable, n_new: int, key: str) -> None:
         id = next(self._ids)
         self._tree.insert(id, elements)
-        self._went[id] = name
+        self._went[id] = name, n_new
+        self._held[name] += n_new
         if len(self._went) > self.memory:
-            self._tree.remove(self._went.popitem(last=False)[0])
+            oldest, (its, n) = self._went.popitem(last=False)
+            self._tree.remove(oldest)
+            self._held[its] -= n
         if key:
             self._keys.pop(key, None)
             self._keys[key] = name

@@ -8,7 +8,8 @@ the value that switches it off. Any other is an error that names the nearest fie
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
@@ -60,7 +61,8 @@ SAME = (
     "ignore_eog", "grammar",
 )  # fmt: skip
 
-LONG_BYTES = 4096  # of a body that is read in the event loop at most
+LONG_BYTES = 4096  # of a body whose prompt is tokenized in the event loop at most
+PARSED_HERE_BYTES = 2**18  # of a body that is parsed in the event loop at most
 VALUES_MAX = 2**18  # of a body: each costs many times its bytes once it is parsed
 NAME_MAX = 100  # characters of a name that an error repeats
 STOPS_MAX = 64
@@ -68,6 +70,7 @@ STOP_CHARS_MAX = 1000
 BIAS_CHARS_MAX = 1000
 
 B = TypeVar("B", bound="Body")
+T = TypeVar("T")
 
 
 class Body(BaseModel):
@@ -84,13 +87,36 @@ class Body(BaseModel):
 
 async def read(request: Request, kind: type[B]) -> B:
     """The body as `kind`. ApiError for one that is too large, no JSON, or says what is unknown."""
-    options = request.app.state.service.options
-    values, n_bytes = await _json(request, options.body_bytes_max)
-    if not isinstance(values, dict):
-        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
-    body = parsed(kind, values)
-    body._n_bytes = n_bytes
-    return body
+
+    def made(content: bytes) -> B:
+        values = _json(content)
+        if not isinstance(values, dict):
+            raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+        body = parsed(kind, values)
+        body._n_bytes = len(content)
+        return body
+
+    return await _read(request, made)
+
+
+async def read_list(request: Request, kind: type[B]) -> list[B]:
+    """A body that is a list of these."""
+
+    def made(content: bytes) -> list[B]:
+        values = _json(content)
+        if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+            raise ApiError(400, "the body must be a list of JSON objects", code="invalid_json")
+        return [parsed(kind, value) for value in values]
+
+    return await _read(request, made)
+
+
+async def _read(request: Request, made: Callable[[bytes], T]) -> T:
+    service = request.app.state.service
+    content = await content_of(request, service.options.body_bytes_max)
+    made_of_it = partial(made, content)
+    found: T = await service.run(made_of_it, long=len(content) > PARSED_HERE_BYTES)
+    return found
 
 
 async def content_of(request: Request, limit: int) -> bytes:
@@ -110,24 +136,15 @@ async def content_of(request: Request, limit: int) -> bytes:
     return b"".join(parts)
 
 
-async def _json(request: Request, limit: int) -> tuple[Any, int]:
-    """What the body says, and how many bytes it has."""
-    content = await content_of(request, limit)
+def _json(content: bytes) -> Any:
+    """What the body says."""
     if (n := content.count(b",")) > VALUES_MAX:
         message = f"the body has too many values: {n} commas, at most {VALUES_MAX} are allowed"
         raise ApiError(413, message, code="too_many_values")
     try:
-        return orjson.loads(content), len(content)
+        return orjson.loads(content)
     except orjson.JSONDecodeError as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
-
-
-async def read_list(request: Request, kind: type[B]) -> list[B]:
-    """A body that is a list of these."""
-    values, _ = await _json(request, request.app.state.service.options.body_bytes_max)
-    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
-        raise ApiError(400, "the body must be a list of JSON objects", code="invalid_json")
-    return [parsed(kind, value) for value in values]
 
 
 def parsed(kind: type[B], values: Mapping[str, Any]) -> B:

@@ -73,13 +73,21 @@ def test_load_bounds_affinity() -> None:
     two["a"].n_open = 9
     assert router.choose(LIKE_A, two) == "b"
     assert router.choose(A, two) in "ab"  # both have it now
-    # the wait counts where a replica says what a row costs: 40 rows are saved
+    # the wait counts where a replica says what a row costs: 40 rows are saved, 0.4 s
     router, two = PrefixAffinity(), {"a": Told(), "b": Told()}
     router.choose(A, two)
-    two["a"] = Told(n_open=1, wait=0.3, row_seconds=0.01)
+    two["a"] = Told(n_open=1, wait=1.1, row_seconds=0.01)
     assert router.choose(LIKE_A, two) == "a"
-    two["a"].wait = 0.5
+    two["a"].wait = 1.5  # and now 49, the whole prompt
     assert router.choose(LIKE_A, two) == "b"
+
+
+def test_prefixes_are_spread_over_replicas_that_are_equally_busy() -> None:
+    router, two = PrefixAffinity(), {"a": Told(), "b": Told()}
+    assert router.choose(prompt((1, 90)), two) == "a"
+    assert router.choose(prompt((2, 40)), two) == "b"
+    assert router.choose(prompt((1, 90), (3, 9)), two) == "a"
+    assert [router.choose(prompt((i, 30)), two) for i in (4, 5, 6)] == ["b", "b", "a"]
 
 
 def test_replicas_come_and_go() -> None:

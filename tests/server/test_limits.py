@@ -14,7 +14,12 @@ from pyllamabatch.errors import ChatParseError
 from pyllamabatch.llama.model import Model
 from pyllamabatch.server import run
 from pyllamabatch.server.app import create_app
-from pyllamabatch.server.bodies import STOP_CHARS_MAX, STOPS_MAX, VALUES_MAX
+from pyllamabatch.server.bodies import (
+    PARSED_HERE_BYTES,
+    STOP_CHARS_MAX,
+    STOPS_MAX,
+    VALUES_MAX,
+)
 from pyllamabatch.server.conversation import Turn
 from tests.support.served import ANSWER, ENDLESS, SUM, SUM_CHAT, Served, running, until
 
@@ -131,6 +136,9 @@ def test_long_work_is_done_apart(served: Served, monkeypatch: pytest.MonkeyPatch
         assert n_apart == before
         assert served.ok(path, body)
         assert n_apart == before + 1
+    before = n_apart
+    served.refused(TEXT, {"prompt": SUM, "user": "a" * PARSED_HERE_BYTES, "top_k": "no"})
+    assert n_apart == before + 1
 
 
 def test_messages_count_alike_at_both_ends_and_fail_in_their_form(served: Served) -> None:
