@@ -196,7 +196,10 @@ class ResponseFormat(Body):
 
 
 class StreamOptions(Body):
+    """`continuous_usage_stats`: vLLM's, each event has the counts so far."""
+
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
 

@@ -106,8 +106,10 @@ class ChatAnswer(Answer):
         head = orjson.dumps(self._head)[:-1]
         before = b'data: %b,"choices":[{"index":%d,"delta":{"content":'
         self._before = [before % (head, i) for i in range(n)]
-        self._null = {"usage": None} if body.stream_options.include_usage else {}
-        usage = b',"usage":null' if self._null else b""
+        usage = b',"usage":null' if body.stream_options.include_usage else b""
+        self._plain = turn.plain and not (
+            body.logprobs or body.stream_options.continuous_usage_stats
+        )
         self._after = b'},"logprobs":null,"finish_reason":null}]%b}\n\n' % usage
 
     def whole(self, results: Sequence[Result]) -> Any:
@@ -132,22 +134,25 @@ class ChatAnswer(Answer):
 
     def begin(self) -> bytes:
         delta = {"role": "assistant", "content": None}
-        return b"".join(self._event(i, delta) for i in range(self._n))
+        return b"".join(self._event(i, delta, 0) for i in range(self._n))
 
     def chunk(self, i: int, stream: Stream, chunk: Chunk) -> bytes:
-        if self._turn.plain and not self._body.logprobs:
+        if self._plain:
             return self._before[i] + orjson.dumps(chunk.text) + self._after
         delta = self._delta(i, self._readers[i].feed(chunk.text))
         logprobs = self._logprobs(stream.between(chunk.start, chunk.stop))
-        return self._event(i, delta, logprobs=logprobs) if delta or logprobs else b""
+        if not delta and not logprobs:
+            return b""
+        return self._event(i, delta, chunk.stop, logprobs=logprobs)
 
     def finish(self, i: int, result: Result) -> bytes:
         delta = self._delta(i, rest_of(self._turn, self._readers[i], result))
         reason = tokens.finish_reason(result)
         if self._called[i] and reason == "stop":
             reason = "tool_calls"
-        left = self._event(i, delta) if delta else b""
-        return left + self._event(i, {}, reason, timings=tokens.timings(result))
+        n = result.n_generated
+        left = self._event(i, delta, n) if delta else b""
+        return left + self._event(i, {}, n, reason, timings=tokens.timings(result))
 
     def _delta(self, i: int, new: ChatDelta) -> dict[str, Any]:
         delta: dict[str, Any] = {}
@@ -161,7 +166,7 @@ class ChatAnswer(Answer):
         return delta
 
     def end(self, results: Sequence[Result]) -> bytes:
-        if not self._null:
+        if not self._body.stream_options.include_usage:
             return DONE
         counts = tokens.usage(self._prepared.n_prompt, results, self._body.n)
         return event({**self._head, "choices": [], "usage": counts}) + DONE
@@ -175,6 +180,7 @@ class ChatAnswer(Answer):
         self,
         i: int,
         delta: dict[str, Any],
+        n_generated: int,
         finish_reason: str | None = None,
         logprobs: Any = None,
         **more: Any,
@@ -182,7 +188,9 @@ class ChatAnswer(Answer):
         choice = {
             "index": i, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason,
         }  # fmt: skip
-        return event({**self._head, "choices": [choice], **self._null, **more})
+        options, n_prompt = self._body.stream_options, self._prepared.n_prompt
+        usage = tokens.stream_usage(options, n_prompt, n_generated)
+        return event({**self._head, "choices": [choice], **usage, **more})
 
 
 def message_of(turn: Turn, result: Result) -> dict[str, Any]:

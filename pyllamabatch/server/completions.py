@@ -56,6 +56,7 @@ class TextAnswer(Answer):
         self._logprobs = None
         if body.logprobs is not None:
             self._logprobs = [tokens.TextLogprobs(service.piece) for _ in range(n)]
+        self._plain = self._logprobs is None and not body.stream_options.continuous_usage_stats
         # A chunk is these bytes, its text, and the last ones.
         head = orjson.dumps(self._head)[:-1]
         self._before = [b'data: %b,"choices":[{"index":%d,"text":' % (head, i) for i in range(n)]
@@ -83,14 +84,17 @@ class TextAnswer(Answer):
         return b""
 
     def chunk(self, i: int, stream: Stream, chunk: Chunk) -> bytes:
-        if self._logprobs is None:
+        if self._plain:
             return self._before[i] + orjson.dumps(chunk.text) + self._after
-        columns = self._logprobs[i](stream.between(chunk.start, chunk.stop))
-        return self._event(i, {"text": chunk.text, "logprobs": columns, "finish_reason": None})
+        columns = None
+        if self._logprobs is not None:
+            columns = self._logprobs[i](stream.between(chunk.start, chunk.stop))
+        choice = {"text": chunk.text, "logprobs": columns, "finish_reason": None}
+        return self._event(i, choice, chunk.stop)
 
     def finish(self, i: int, result: Result) -> bytes:
         choice = {"text": "", "logprobs": None, "finish_reason": tokens.finish_reason(result)}
-        return self._event(i, choice, timings=tokens.timings(result))
+        return self._event(i, choice, result.n_generated, timings=tokens.timings(result))
 
     def end(self, results: Sequence[Result]) -> bytes:
         if not self._body.stream_options.include_usage:
@@ -98,5 +102,7 @@ class TextAnswer(Answer):
         counts = tokens.usage(self._prepared.n_prompt, results, self._body.n)
         return event({**self._head, "choices": [], "usage": counts}) + DONE
 
-    def _event(self, i: int, choice: dict[str, Any], **more: Any) -> bytes:
-        return event({**self._head, "choices": [{"index": i, **choice}], **more})
+    def _event(self, i: int, choice: dict[str, Any], n_generated: int, **more: Any) -> bytes:
+        options, n_prompt = self._body.stream_options, self._prepared.n_prompt
+        usage = tokens.stream_usage(options, n_prompt, n_generated)
+        return event({**self._head, "choices": [{"index": i, **choice}], **usage, **more})

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..engine.stream import Result, Token
+
+if TYPE_CHECKING:
+    from .bodies import StreamOptions
 
 PieceOf = Callable[[int], bytes]
 
@@ -21,6 +24,17 @@ def usage(n_prompt: int, results: Sequence[Result], n_samples: int) -> dict[str,
         "total_tokens": n_prompt + n_generated,
         "prompt_tokens_details": {"cached_tokens": n_cached},
     }
+
+
+def stream_usage(options: StreamOptions, n_prompt: int, n_generated: int) -> dict[str, Any]:
+    """What an event of a stream says of usage before the last one."""
+    if not options.include_usage:
+        return {}
+    if not options.continuous_usage_stats:
+        return {"usage": None}
+    total = n_prompt + n_generated
+    counts = {"prompt_tokens": n_prompt, "completion_tokens": n_generated, "total_tokens": total}
+    return {"usage": counts}
 
 
 def finish_reason(result: Result) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pyllamabatch.step.sampling_params import SamplingParams
-from tests.support.served import ANSWER, SUM, SUM_CHAT, Served
+from tests.support.served import ANSWER, ENDLESS, SUM, SUM_CHAT, Served
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -53,6 +53,20 @@ def test_chat_streamed(served: Served) -> None:
     assert last["choices"] == []
     assert last["usage"]["completion_tokens"] == 2
     assert len({e["id"] for e in [*events, last]}) == 1
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_usage_so_far_in_each_event(served: Served, path: str) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {**ENDLESS, **SUM_CHAT, "max_tokens": 6, "stream_options": options}
+    body.pop("messages" if path == TEXT else "prompt")
+    *events, last, _ = served.events(path, body)
+    counts = [e["usage"]["completion_tokens"] for e in events]
+    assert counts == sorted(counts)
+    assert counts[-1] == last["usage"]["completion_tokens"] == 6
+    assert {e["usage"]["prompt_tokens"] for e in [*events, last]} == {
+        last["usage"]["prompt_tokens"]
+    }
 
 
 def test_the_text_is_the_engines(served: Served) -> None:
