@@ -33,7 +33,7 @@ from pyllamabatch.step.sampling_params import SamplingParams
 
 READERS, CACHED = "readers", "cached"
 SEQUENCES, UNRELATED, UNRELATED_TOKENS = 8, 24, 300
-QUICK = {"model": "default", "tokens": 8, "repeats": 1, "rounds": 4}
+QUICK = {"model": "default", "tokens": 8, "rounds": 4}
 RATIO = "over_without"
 TARGETS = (
     Target(
