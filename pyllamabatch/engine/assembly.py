@@ -115,8 +115,10 @@ def make_scheduler(
         limits = replace(limits, **how)
         pool = pool and pool._replace(limits=replace(pool.limits, **how))
     mode = options.preemption
-    if invariance is not None and mode == "auto":  # rows that decoded would decode one by one again
-        mode = "swap"
+    if invariance is not None and mode == "auto":
+        # A state leaves the cells out that no window reaches any more: the others come back in
+        # another order. Without one, rows that decoded need not decode one by one again.
+        mode = "recompute" if context.capabilities.swa_window else "swap"
     return Scheduler(
         limits,
         options.policy,

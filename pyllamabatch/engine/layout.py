@@ -228,6 +228,9 @@ def make_context(
     for name in ("embeddings", "n_outputs_max"):
         if params.get(name):
             raise ArgumentError(name, params[name], "the engine sets it itself")
+    if options.batch_invariant and options.preemption == "swap" and model.n_swa:
+        why = '"auto" or "recompute" with batch_invariant and a sliding window: a state has not all'
+        raise ArgumentError("preemption", "swap", f"{why} of its cells")
     context, layout = _open(model, options, params)
     if layout.pool and options.cost == "auto":
         layout, pool = with_speed(layout, context.cost_of, options.n_seq_max)

@@ -224,6 +224,11 @@ def test_options_that_stand_in_its_way(
         engine_of(embedded_model, **options)
 
 
+def test_a_swapped_state_has_not_all_cells_of_a_window() -> None:
+    with Model(gguf_path("gemma3")) as model, pytest.raises(ArgumentError, match="'swap'"):
+        engine_of(model, preemption="swap")
+
+
 def test_a_gpu_has_nearly_the_same_bits_at_most(
     embedded_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,14 +16,20 @@ Alone = list[tuple[list[int], Bits]]
 
 
 class AnyPolicy:
-    """Random chunks, pauses and preemptions, all within the rules."""
+    """Random chunks, pauses and preemptions, all within the rules; the first sequence that has
+    generated two tokens is preempted in any case."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
+        self._preempted = False
 
     def plan(self, view: StepView) -> Plan:
         draw, limits = self._random, view.limits
         running = list(view.running)
+        generating = [seq.id for seq in running if seq.generated > 1]
+        if generating and not self._preempted:
+            self._preempted = True
+            return Plan(preempt=(generating[0],))
         if running and draw.random() < 0.08:
             return Plan(preempt=(draw.choice(running).id,))
         open_ = [seq for seq in running if seq.remaining]
