@@ -17,6 +17,7 @@ from pyllamabatch.errors import ArgumentError
 F64 = npt.NDArray[np.float64]
 
 LEAST_SAMPLES = 4
+OTHER_LAYOUT = ", other layout"  # end of the names of its terms
 _OTHER_LAYOUT = 0.5  # times the residuals of samples of the other cache layout
 _MASKED = 0.25  # of what a cell of its own costs a row: a masked one, where kernels compute both
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the output matrix's share, that a fit tries for h
@@ -67,7 +68,10 @@ def fit_terms(profile: Profile, *, unified: bool, swa_full: bool) -> Fitted:
     shared = replace(plain, output_share=1.0)
     windowed = replace(plain, window_share=1.0 if plain.window else 0.0)
     tables = [_values(terms, mine, others, n_ubatch) for terms in (plain, shared, windowed)]
+    # Of terms that no sample tells apart the fit takes the first one: the weights', as attention is
+    # the smaller part of a step.
     names = list(dict.fromkeys(name for table in tables for row in table for name in row))
+    names.sort(key=lambda name: name.removesuffix(OTHER_LAYOUT) in ATTENTION)
     base, of_share, of_window = (
         np.array([[row.get(name, 0.0) for name in names] for row in table]) for table in tables
     )
@@ -156,7 +160,7 @@ def _values(
     theirs = replace(terms, unified=not terms.unified)
     return [terms.of_step(s.shape, n_ubatch) for s in mine] + [
         {
-            f"{name}, other layout" if name in ATTENTION else name: value
+            f"{name}{OTHER_LAYOUT}" if name in ATTENTION else name: value
             for name, value in theirs.of_step(s.shape, n_ubatch).items()
         }
         for s in others

@@ -40,6 +40,16 @@ def test_fits_what_it_has_seen_and_what_it_has_not(name: str) -> None:
         assert np.percentile(unseen, 95) <= 0.15 or not name.startswith("nvidia-h200")
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("m2-ultra")])
+@pytest.mark.parametrize("unified", [False, True])
+def test_no_step_where_no_sample_shows_one(name: str, unified: bool) -> None:
+    """Attention has other kernels from 20 rows on, and the samples lie at 16 and 32."""
+    cost = CostModel.fit(shipped_profile(name), unified=unified)
+    assert cost.terms.kernels.attention_from == 20
+    for kv in (0, 20 * 300):
+        assert cost.predict(20, 0, kv, 20) < 1.05 * cost.predict(19, 0, kv, 19)
+
+
 def test_m2_ultra_gemma() -> None:
     """The table's own figures for 32 decode steps: eight rows twice are faster than sixteen."""
     cost = CostModel.fit(shipped_profile("m2-ultra-gemma-3-4b-it-qat"), unified=False)
