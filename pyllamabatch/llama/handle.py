@@ -17,15 +17,16 @@ from pyllamabatch.errors import ClosedError, ContextBusy
 from pyllamabatch.raw import ffi
 
 
-def owned(ptr: Any, *needs: object, free: Callable[[Any], object] | None = None) -> Any:
+def owned(ptr: Any, *needs: object, free: Callable[[Any], object] = id) -> Any:
     """`ptr` as cdata that keeps `needs`, until nothing refers to it any more: then it is freed,
-    and what it needed is let go after it."""
-    return ffi.gc(ptr, partial(_end, free, needs))
+    and what it needed is let go after it.
 
-
-def _end(free: Callable[[Any], object] | None, needs: tuple[object, ...], ptr: Any) -> None:
-    if free is not None:
-        free(ptr)
+    free: a C function, so that no line of Python runs when garbage is collected: a
+    KeyboardInterrupt raised there would be lost. `id`: nothing is to be freed.
+    """
+    end = partial(free)
+    end.needs = needs  # type: ignore[attr-defined]
+    return ffi.gc(ptr, end)
 
 
 def view(pointer: Any, dtype: npt.DTypeLike, shape: tuple[int, ...], owner: object) -> Any:
