@@ -36,7 +36,9 @@ from tests.support.oracle import (
 
 N_TOKENS = 20
 GREEDY = SamplingParams(temperature=0, max_tokens=N_TOKENS)
-PROMPTS = random_prompts(33, seed=200)
+# Whose answers alone have no near tie by a hair. A gemma3's GELU goes through a table in F16: where
+# another number of rows is summed in another order, as on Arm, an input may fall on its neighbour.
+PROMPTS = random_prompts(33, seed=241)
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +73,10 @@ def check_requests(
 def assert_as_alone(
     got: Sequence[Sequence[int]], alone: Sequence[Reference], limit: float, at_least: float = 0.99
 ) -> None:
-    """One sequence may part at a near tie, wherever: other CPUs have other ones."""
-    agreement, n_parted = Agreement(), 0
+    agreement = Agreement()
     for tokens, reference in zip(got, alone, strict=True):
         agreement.check(reference, tokens, limit)
-        n_parted += list(tokens) != list(reference.tokens)
-    assert n_parted <= 1 or agreement.fraction >= at_least
+    assert agreement.fraction >= at_least
 
 
 # -- the stepper --
