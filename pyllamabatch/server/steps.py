@@ -47,6 +47,7 @@ async def steps(service: Service, request: Request) -> Response:
                 "running": stats.running,
                 "waiting": stats.waiting,
                 "preemptions": stats.preemptions,
+                "kv_cached": stats.kv_cached,
                 "prefix_hit_rate": stats.prefix_hit_rate,
                 "itl_ms": service.metrics.itl_ms(),
             },

@@ -91,6 +91,7 @@ def test_live_in_a_browser(served: Served, page: Any) -> None:
     until(lambda: page.inner_text("#answer"))
     until(lambda: page.evaluate("window.batch.steps.length"))
     assert "tokens/s" in page.inner_text("#figures")
+    assert "cached cells" in page.inner_text("#figures")
     # a click on a lane of the last step, which is at the right end of what is drawn
     at = page.evaluate(
         """() => { const [start, end] = shown(), step = state.steps[end - 1];
@@ -98,7 +99,14 @@ def test_live_in_a_browser(served: Served, page: Any) -> None:
                 TOP + step.lanes[0][0] * laneHeight() + 2, step.lanes[0][1]]; }"""
     )
     page.click("#canvas", position={"x": at[0], "y": at[1]})
-    assert f"request {at[2]}: slot" in page.inner_text("#about")
+    about = page.inner_text("#about")
+    assert f"request {at[2]}: slot" in about
+    asked, decoded = page.evaluate(
+        """id => { const one = window.batch.requests.get(id);
+        return [one.chunks, one.times.length]; }""",
+        at[2],
+    )
+    assert f"{sum(asked) + decoded} cells of its own" in about
     assert page.evaluate("window.batch.paused")
     page.keyboard.press("Space")
     assert not page.evaluate("window.batch.paused")
@@ -116,6 +124,7 @@ def test_64_slots_at_100_steps_a_second(served: Served, page: Any) -> None:
         steps = [made_up_step(i) for i in range(sent, until)]
         sent = until
         stats = {"running": 64, "waiting": 3, "preemptions": 0, "prefix_hit_rate": 0.5}
+        stats["kv_cached"] = 512
         feed = {"steps": steps, "n_slots": 64, "n_cells": 65536, "stats": {**stats, "itl_ms": 9}}
         route.fulfill(json=feed)
 

@@ -20,15 +20,20 @@ function addSteps(steps) {
   for (const step of steps) {
     const number = state.first + state.steps.length;
     state.steps.push(step);
-    for (const [slot, id, prompt] of step.lanes) {
+    for (const lane of step.lanes) {
+      const [slot, id, prompt] = lane;
       state.nSlots = Math.max(state.nSlots, slot + 1);
       let request = state.requests.get(id);
       if (!request) {
-        request = { id, slots: new Set(), chunks: [], times: [], first: number, reasons: [] };
+        request = { id, slots: new Set(), chunks: [], times: [], first: number, reasons: [], cells: 0 };
         state.requests.set(id, request);
       }
       request.slots.add(slot);
       request.last = number;
+      if (prompt && request.decoding) request.cells = 0; // preempted, and computed again
+      request.decoding = !prompt;
+      request.cells += prompt || 1;
+      lane[3] = request.cells; // that it has behind this step, those that it found cached aside
       if (prompt) request.chunks.push(prompt);
       else request.times.push(step.at + step.ms);
     }
@@ -111,14 +116,16 @@ function draw() {
   pen.setTransform(ratio, 0, 0, ratio, 0, 0);
   pen.clearRect(0, 0, width, height);
   const [start, end] = shown(), z = state.zoom, gap = z > 4 ? 1 : 0, lanes = TOP + lane * state.nSlots;
-  let mostMs = 1, mostRows = 1;
+  let mostMs = 1, mostRows = 1, mostCells = 1;
   for (let i = start; i < end; i++) {
     mostMs = Math.max(mostMs, state.steps[i].ms);
     mostRows = Math.max(mostRows, state.steps[i].rows + state.steps[i].filled);
+    mostCells = Math.max(mostCells, state.steps[i].kv_used);
   }
   const paths = { decode: new Path2D(), prompt: new Path2D(), filled: new Path2D(),
-    reason: new Path2D(), cells: new Path2D(), chosen: new Path2D() };
-  const half = TOP / 2 - 4, scale = half / mostRows;
+    reason: new Path2D(), cells: new Path2D(), other: new Path2D(), chosen: new Path2D() };
+  const half = TOP / 2 - 4, scale = half / mostRows, cell = (CELLS - 8) / mostCells;
+  const held = []; // by slot: the lane that it had last
   for (let i = start; i < end; i++) {
     const step = state.steps[i], x = GUTTER + (i - start) * z, w = z - gap;
     const d = step.decode * scale, p = step.prefill * scale, f = step.filled * scale;
@@ -127,16 +134,21 @@ function draw() {
     paths.filled.rect(x, half - d - p - f, w, f);
     const ms = (half * step.ms) / mostMs;
     paths.cells.rect(x, TOP - 6 - ms, w, ms);
-    const kv = ((CELLS - 8) * step.kv_used) / state.nCells;
-    paths.cells.rect(x, lanes + CELLS - kv, w, kv);
-    for (const [slot, id, n] of step.lanes) {
-      const y = TOP + slot * lane;
+    for (const one of step.lanes) {
+      const [slot, id, n] = (held[one[0]] = one), y = TOP + slot * lane;
       (n ? paths.prompt : paths.decode).rect(x, y, w, lane - 1);
       if (id === state.chosen) paths.chosen.rect(x, y, w, lane - 1);
       if (step.reasons[id]) paths.reason.rect(x, y, Math.min(w, 3), lane - 1);
     }
+    let top = lanes + CELLS; // of the cells so far, request on request
+    for (const [, id, , cells] of held.filter((one) => state.requests.get(one[1]).last >= state.first + i)) {
+      top -= cells * cell;
+      (id % 2 ? paths.cells : paths.other).rect(x, top, w, cells * cell);
+    }
+    const rest = top - (lanes + CELLS - step.kv_used * cell); // cached, or held by older requests
+    if (rest > 0) paths.filled.rect(x, top - rest, w, rest);
   }
-  for (const name of ["decode", "prompt", "filled", "cells", "reason"]) {
+  for (const name of ["decode", "prompt", "filled", "cells", "other", "reason"]) {
     pen.fillStyle = color(name);
     pen.fill(paths[name]);
   }
@@ -149,7 +161,7 @@ function draw() {
   const every = Math.ceil(12 / lane);
   for (let slot = 0; slot < state.nSlots; slot += every)
     pen.fillText(String(slot), 24, TOP + slot * lane + Math.min(lane, 10));
-  pen.fillText("cells", 2, lanes + CELLS - 4);
+  pen.fillText(`${mostCells} cells`, 2, lanes + 10);
 }
 
 // -- figures and what was clicked
@@ -168,7 +180,7 @@ function figures() {
     values.push(["running", state.stats.running], ["waiting", state.stats.waiting],
       ["ITL p50", state.stats.itl_ms === null ? "-" : `${state.stats.itl_ms.toFixed(1)} ms`],
       ["prefix hits", `${(100 * state.stats.prefix_hit_rate).toFixed(0)}%`],
-      ["preemptions", state.stats.preemptions]);
+      ["cached cells", state.stats.kv_cached], ["preemptions", state.stats.preemptions]);
   byId("figures").replaceChildren(...values.map(([name, value]) => {
     const pair = document.createElement("div");
     for (const [tag, text] of [["dt", name], ["dd", value]])
@@ -189,7 +201,8 @@ function about(step, id) {
     const gaps = request.times.slice(1).map((t, i) => t - request.times[i]).sort((a, b) => a - b);
     const itl = gaps.length ? `, ITL p50 ${gaps[gaps.length >> 1].toFixed(1)} ms` : "";
     lines.push(`request ${id}: slot ${[...request.slots].join(", ")}; prompt rows ` +
-      `${request.chunks.join(" + ") || "none seen"}; ${request.times.length} decode steps${itl}`);
+      `${request.chunks.join(" + ") || "none seen"}; ${request.times.length} decode steps, ` +
+      `${request.cells} cells of its own${itl}`);
     for (const [number, text] of request.reasons) lines.push(`  step ${number}: ${text}`);
   }
   byId("about").textContent = lines.join("\n");
