@@ -77,9 +77,11 @@ def _parts(context: EngineContext, layout: Layout, options: EngineOptions) -> Pa
         context.close()
         adapters.close()
 
+    threads = None if invariance is not None else context.thread_watch()
     device = Device(
-        stepper, context.memory, context, adapters, close, renewed, context.asynchronous, feed
-    )
+        stepper, context.memory, context, adapters, close, renewed, context.asynchronous, feed,
+        threads,
+    )  # fmt: skip
     return Parts(context, layout, scheduler, adapters, device)
 
 

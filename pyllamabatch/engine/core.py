@@ -77,7 +77,7 @@ class EngineCore:
         )
         self._observe = CostObserver(scheduler, asynchronous=device.asynchronous)
         self._signals = DeferredSignals(self._wake)
-        self._lone = LoneDecode(scheduler, stepper, self._observe, self.trace)
+        self._lone = LoneDecode(scheduler, stepper, self._observe, self.trace, device.threads)
         self._stepper = stepper
         self._device = device
         self._n_taken = 0  # of the requests submitted

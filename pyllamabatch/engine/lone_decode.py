@@ -20,6 +20,7 @@ from .cost_observer import CostObserver
 from .interactive import InteractiveSink, Token
 from .protocols import StepRunner
 from .request import NO_TOKENS, Request
+from .thread_watch import ThreadWatch
 
 ERROR = int(Finish.ERROR)
 STEPS = 1024  # at most, before the policy is asked again
@@ -35,11 +36,13 @@ class LoneDecode:
         stepper: StepRunner,
         observe: CostObserver,
         trace: StepTrace | None,
+        threads: ThreadWatch | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._stepper = stepper
         self._observe = observe
         self._trace = trace
+        self._threads = threads
         self.request: Request | None = None
         self._step: Step | None = None
         self._n_left = 0  # steps that the plan stands for, those that are not accounted included
@@ -53,6 +56,8 @@ class LoneDecode:
         """`step` was computed once, of this request, and is accounted."""
         self._step, self.request = step, request
         self._n_left = min(step.stands - 1, STEPS)
+        if self._threads is not None:
+            self._n_left = self._threads.begin(step, self._n_left)
         self._tokens = np.concatenate((request.tokens, np.zeros(self._n_left, np.int32)))
         self._n_changes = self._scheduler.sequences.n_changes
 
@@ -98,6 +103,9 @@ class LoneDecode:
             return 0
         self._n, self._n_reused, self._seconds = 0, 0, 0.0
         self._n_left -= n
-        self._observe(step, Run(0, n, n_reused, seconds, (), self._first_seconds))
+        run = Run(0, n, n_reused, seconds, (), self._first_seconds)
+        self._observe(step, run)
+        if self._threads is not None:
+            self._threads.took(step, run)
         self._scheduler.advance_alone(step, n, now, seconds / n)
         return n_reused

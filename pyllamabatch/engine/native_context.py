@@ -15,6 +15,7 @@ from ..scheduler import Invariance
 from ..step.native import gap_max_of, offloaded
 from ..step.ring_reader import StreamStepper
 from . import invariance
+from .thread_watch import ThreadWatch
 
 RING_STEPS = 256  # steps that are computed at most before their tokens are read
 
@@ -70,6 +71,12 @@ class NativeContext(Context):
 
     def find_invariance(self, n_seq_max: int, *, nearly: bool = False) -> Invariance:
         return invariance.find(self, n_seq_max, nearly=nearly)
+
+    def thread_watch(self) -> ThreadWatch | None:
+        threads = self.n_threads, self.n_threads_batch
+        if offloaded(self) or max(threads) == 1:
+            return None
+        return ThreadWatch(self.set_threads, *threads)
 
     def swap_choice(self, mode: Preemption) -> SwapChoice:
         per_token = cell_bytes(self.model, self.params)

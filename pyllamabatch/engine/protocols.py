@@ -19,6 +19,7 @@ from ..scheduler import Invariance
 from ..step.ring_reader import Page
 from ..step.types import Run
 from .draft_feeds import Feed
+from .thread_watch import ThreadWatch
 
 
 class StepRunner(Protocol):
@@ -88,7 +89,7 @@ class EngineContext(StateStore, Protocol):
     `StepRunner` and `RingReader`. cost: what a step takes. rebuilds_for_others: a step in which
     other sequences decode than before makes a new graph, though they are as many. find_invariance:
     what keeps rows from depending on each other; UnsupportedOperation where nothing does. nearly:
-    then what comes closest.
+    then what comes closest. thread_watch: None where the CPU computes nothing, or by one thread.
     """
 
     model: Model
@@ -116,6 +117,7 @@ class EngineContext(StateStore, Protocol):
     ) -> Any: ...
     def cost(self) -> CostModel: ...
     def rebuilds_for_others(self, device_sampling: bool | str) -> bool: ...
+    def thread_watch(self) -> ThreadWatch | None: ...
     def swap_choice(self, mode: Preemption) -> SwapChoice: ...
     def find_invariance(self, n_seq_max: int, *, nearly: bool = False) -> Invariance: ...
     def set_loras(self, adapters: Any) -> None: ...
@@ -137,7 +139,7 @@ class Adapters(Protocol):
 class Device:
     """`stepper` is a `StepRunner` and a `RingReader`. `close` frees all of it. `renewed`: is told
     when streams have become a pool. `asynchronous`: a call that samples nothing returns before its
-    rows are computed. `feed`: where drafts come from."""
+    rows are computed. `feed`: where drafts come from. `threads`: how many of the CPU's compute."""
 
     stepper: Any
     memory: KvMemory
@@ -147,3 +149,4 @@ class Device:
     renewed: Callable[[], None] = lambda: None
     asynchronous: bool = False
     feed: Feed = field(default_factory=Feed)
+    threads: ThreadWatch | None = None

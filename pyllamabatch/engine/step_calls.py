@@ -58,7 +58,13 @@ class StepCalls:
         loras = self._device.loras
         if loras.names:
             loras.apply(self._table.lora_at(call.slots[0]))
-        return self._stepper.compute(call.decode, n_steps, n_before, call.n_pad)
+        threads = self._device.threads
+        if threads is not None:
+            n_steps = threads.begin(call, n_steps)
+        run = self._stepper.compute(call.decode, n_steps, n_before, call.n_pad)
+        if threads is not None:
+            threads.took(call, run)
+        return run
 
     def ended(self) -> None:
         """It was computed, or has failed."""

@@ -109,6 +109,9 @@ class MachineContext:
     def rebuilds_for_others(self, device_sampling: bool | str) -> bool:
         return self.machine.on_gpu and not self.capabilities.unified
 
+    def thread_watch(self) -> None:
+        """It computes nothing."""
+
     def swap_choice(self, mode: Preemption) -> SwapChoice:
         """How large a state would be is not known."""
         return SwapChoice("swap" if mode == "swap" else "recompute")

@@ -1,0 +1,127 @@
+"""ThreadWatch: gives up a thread that has no core of its own, and takes it back.
+
+At each barrier of a step all threads wait for the last one. Where another process computes on the
+core of one, a step may take less time without it. Which number is better shows when steps are timed
+with both.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from ..scheduler import Step
+from ..step.types import Run
+
+log = logging.getLogger(__name__)
+
+WINDOW = 8  # steps that are timed together
+WINDOWS = 4  # of a trial, with one number and the other in turns
+FEWER = 0.97  # of the time, at most, for which a thread is given up
+CHANGED = 1.3  # times as slow, or as quick: others use the cores differently now
+SOON = 1.0  # seconds between two trials, at least
+COST = 0.01  # of the time, that lost trials take at most
+
+
+class ThreadWatch:
+    """The leader's. Steps that compute prompts have all threads."""
+
+    def __init__(
+        self, set_threads: Callable[[int, int], object], n_threads: int, n_threads_batch: int
+    ) -> None:
+        """set_threads: as `Context.set_threads`, for one row and for many."""
+        self._set_threads = set_threads
+        self._all = self._now = (n_threads, n_threads_batch)
+        self._widths: dict[int, Width] = {}
+
+    def begin(self, call: Step, n_steps: int) -> int:
+        """Before a call: how many steps of it at most."""
+        wanted, width = self._all, self._width(call)
+        if width is not None and width.n_now != width.n_most:
+            wanted = (width.n_now, width.n_now)
+        if wanted != self._now:
+            self._set_threads(*wanted)
+            self._now = wanted
+        return n_steps if width is None else min(n_steps, width.n_left)
+
+    def took(self, call: Step, run: Run) -> None:
+        """After it."""
+        width = self._width(call)
+        if width is not None and run.n_steps and not run.n_drafted:
+            width.took(run.n_steps, run.seconds, perf_counter())
+
+    def _width(self, call: Step) -> Width | None:
+        """Steps of about as many rows."""
+        if call.chunks:
+            return None
+        n_rows = call.n_rows
+        width = self._widths.get(n_rows.bit_length())
+        if width is None:
+            most = self._all[n_rows > 1]
+            width = self._widths[n_rows.bit_length()] = Width(most, perf_counter() + SOON)
+        return width
+
+
+@dataclass(slots=True)
+class Width:
+    """`n_most`: threads that there are. `trial_at`: when two numbers of them are compared next."""
+
+    n_most: int
+    trial_at: float
+    n: int = 0
+    other: int = 0  # that is compared with `n`; 0: none
+    n_trials: int = 0
+    usual: float = 0.0  # seconds of a step when they were compared last
+    times: list[float] = field(default_factory=list)  # of the trial's windows
+    n_done: int = 0  # steps of the window, and their seconds
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.n = self.n_most
+
+    @property
+    def n_now(self) -> int:
+        return self.other if self.other and len(self.times) % 2 else self.n
+
+    @property
+    def n_left(self) -> int:
+        """Steps until the next decision; many while nothing is compared."""
+        return WINDOW - self.n_done if self.other else 1 << 30
+
+    def took(self, n_steps: int, seconds: float, now: float) -> None:
+        self.n_done += n_steps
+        self.seconds += seconds
+        if self.n_done < WINDOW:
+            return
+        each = self.seconds / self.n_done
+        self.n_done, self.seconds = 0, 0.0
+        if self.other:
+            self.times.append(each)
+            if len(self.times) == WINDOWS or self.times[-1] > CHANGED * self.times[0]:
+                self._decide(now)
+            return
+        if self.usual and not self.usual / CHANGED < each < self.usual * CHANGED:
+            self.usual = 0.0
+            self.trial_at = min(self.trial_at, now + SOON)
+        if now >= self.trial_at:
+            self._compare()
+
+    def _compare(self) -> None:
+        n, most = self.n, self.n_most
+        near = dict.fromkeys((n - 1, n // 2, n + 1, min(2 * n, most)))
+        others = [other for other in near if 1 <= other <= most and other != n]
+        self.other = others[self.n_trials % len(others)]
+        self.n_trials += 1
+        self.times.clear()
+
+    def _decide(self, now: float) -> None:
+        mine, others = self.times[::2], self.times[1::2]
+        enough = FEWER if self.other < self.n else 1.0
+        if max(others) < enough * min(mine):
+            log.debug("%d threads in place of %d: %s", self.other, self.n, self.times)
+            self.n, self.usual, lost = self.other, min(others), 0.0
+        else:
+            self.usual, lost = min(mine), WINDOW * sum(others) - WINDOW * len(others) * min(mine)
+        self.other, self.trial_at = 0, now + max(SOON, lost / COST)

@@ -1,0 +1,81 @@
+"""Threads are given up where a step takes less time without them, and come back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from pyllamabatch.engine import thread_watch
+from pyllamabatch.engine.thread_watch import ThreadWatch
+from pyllamabatch.llama.model import Model
+from pyllamabatch.scheduler import Step
+from pyllamabatch.step.types import Run
+from tests.support.engines import engine_on, greedy
+
+N = 4
+
+
+class Machine:
+    """Its steps take what `seconds(threads, rows)` says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.threads = 0.0, (N, N)
+        self.seconds: Callable[[int, int], float] = lambda threads, rows: 0.08 / threads
+        monkeypatch.setattr(thread_watch, "perf_counter", lambda: self.now)
+        self.watch = ThreadWatch(lambda *threads: setattr(self, "threads", threads), N, N)
+
+    def compute(self, seconds: float, rows: int = 4, at_once: int = 32) -> dict[int, float]:
+        """For so long, in calls of up to `at_once` steps. Returns the share of steps by threads."""
+        n_steps: Counter[int] = Counter()
+        step = Step(decode=np.arange(rows, dtype=np.int32), chunks=(), preempted=(), admitted=(),
+                    n_rows=rows, reasons={})  # fmt: skip
+        until = self.now + seconds
+        while self.now < until:
+            n = self.watch.begin(step, at_once)
+            threads = self.threads[rows > 1]
+            took = n * self.seconds(threads, rows)
+            self.now += took
+            n_steps[threads] += n
+            self.watch.took(step, Run(0, n, n, took))
+        return {threads: n / n_steps.total() for threads, n in n_steps.items()}
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def test_alone_it_keeps_all_but_for_rare_trials(machine: Machine) -> None:
+    assert 0.98 < machine.compute(600)[N] < 1
+
+
+def test_what_has_no_core_is_given_up_and_taken_back(machine: Machine) -> None:
+    machine.compute(200)  # the next trial is far away
+    machine.seconds = lambda threads, rows: 0.06 if threads > 2 else 0.08 / threads
+    machine.compute(20)
+    assert machine.compute(60)[2] > 0.95
+    machine.seconds = lambda threads, rows: 0.08 / threads
+    machine.compute(100)
+    assert machine.compute(60)[N] > 0.95
+
+
+def test_each_number_of_rows_has_its_own(machine: Machine) -> None:
+    machine.seconds = lambda threads, rows: 0.02 / threads if rows > 1 else 0.01 * threads
+    machine.compute(20, rows=1)
+    assert machine.compute(60, rows=8)[N] > 0.95
+    assert machine.compute(20, rows=1)[1] > 0.95
+
+
+def test_an_engine_has_one_where_threads_change_no_answer(embedded_model: Model) -> None:
+    def watch(**options: object) -> object:
+        with engine_on(embedded_model, n_threads=2, **options) as engine:
+            stream = engine.submit("What is 17 + 25?", greedy(4))
+            assert len(stream.result().tokens) == 4
+            return engine._core._device.threads
+
+    assert isinstance(watch(), ThreadWatch)
+    assert watch(batch_invariant=True) is None
+    assert watch(n_threads_batch=1) is not None
