@@ -33,10 +33,12 @@ def test_policies_run_live_on_a_machine(run: Run, tmp_path: Path) -> None:
         )
         assert 0 < detail["host_share"] < 1
         assert 0 < detail["itl_p50_s"] <= detail["itl_p99_s"]
-    table = traffic.view([replace(r, detail=r.detail | {"other_cpu": 0.0}) for r in records])
-    assert f"fast.json: 3 steady | {records[0].speed_tg:.1f} (" in table
-    busy = traffic.view([replace(r, detail=r.detail | {"other_cpu": 1.5}) for r in records])
-    assert f"{records[0].speed_tg:.1f}" not in busy
+    speed = f"{records[0].speed_tg:.1f}"
+    for other_cpu, host_share, counts in ((0.0, 0.5, True), (1.5, 0.5, False), (1.5, 0.01, True)):
+        seen = {"other_cpu": other_cpu, "host_share": host_share}
+        table = traffic.view([replace(r, detail=r.detail | seen) for r in records])
+        assert (f"fast.json: 3 steady | {speed} (" in table) == counts
+        assert (speed in table) == counts
 
 
 def test_its_targets_compare_calm_runs() -> None:
