@@ -39,7 +39,7 @@ def test_the_wired_limit_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_mac_has_a_limit_below_its_memory() -> None:
     macs = [one for one in MACHINES.values() if one.kind == "metal"]
     chips = {one.name.rpartition("-")[0] for one in macs}
-    assert {f"m{n}{kind}" for n in range(1, 5) for kind in ("", "-pro", "-max")} <= chips
+    assert {f"m{n}{kind}" for n in range(1, 6) for kind in ("", "-pro", "-max")} <= chips
     for one in macs:
         assert 0.6 * one.memory < one.device_limit < one.memory
         assert machine(one.name) is one
