@@ -123,6 +123,7 @@ class InteractiveSink(Sink):
                 None if self.spent else request.params,
                 request.n_given,
                 self._kv.adapters_of(request),
+                self._scheduler.interactive.how_computed(request.id),
             )
         call.finish(data)
 
@@ -135,8 +136,10 @@ class InteractiveSink(Sink):
         self._begin(saved.tokens, sampler)
         if saved.params is not None:
             request.n_given = saved.n_prompt
-        request.state, request.arrival = data, perf_counter()
-        self._table.add(request, saved=saved.n_computed)
+        request.arrival, n_saved = perf_counter(), 0
+        if self._scheduler.loads(saved.how):
+            request.state, n_saved = data, saved.n_computed
+        self._table.add(request, saved=n_saved, restored=saved.how)
         call.finish()
 
     def close_for(self, call: Call) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..llama.lora import LoraSet
 from ..scheduler import Scheduler
+from ..scheduler.invariance import Computed
 from ..step.trace import StepTrace
 from .draft_feeds import Feed
 from .protocols import StepRunner
@@ -28,8 +29,9 @@ class SlotTable:
         self._trace = trace
         self._feed = feed or Feed()
 
-    def add(self, request: Request, *, saved: int = 0) -> None:
-        """It waits for a slot. `saved`: tokens that its `state` holds."""
+    def add(self, request: Request, *, saved: int = 0, restored: Computed | None = None) -> None:
+        """It waits for a slot. `saved`: tokens that its `state` holds. `restored`: see
+        `Scheduler.add`."""
         self.requests[request.id] = request
         if request.budget is None:
             self.interactive.add(request.id)
@@ -46,6 +48,7 @@ class SlotTable:
             space=options.space,
             interactive=request.budget is None,
             saved=saved,
+            restored=restored,
             tokens=request,
         )
 

@@ -17,9 +17,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArgumentError, StateError
+from ..errors import ArgumentError, StateError, integer
 from ..llama import state
 from ..llama.grammar import Grammar
+from ..scheduler.invariance import Computed
 from ..step.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from ..llama.vocab import TokenArray, Tokens
     from ..step.stepper import DetachedSlot, Stepper
 
+MOST = 2**31 - 1
+DRAWS_MAX = 16  # random numbers for each token, more than any takes
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -37,7 +41,8 @@ class Saved:
     `tokens`: all that it knew, int32; the first `n_prompt` were given to it, the others sampled.
     `n_computed`: how many of them the state holds. `params`: None without a sampling state;
     `params.seed` is the one in use. `n_draws`: random numbers that it had taken. `loras`: file
-    names and scales of the adapters that it was computed with.
+    names and scales of the adapters that it was computed with. `how`: how its tokens were computed,
+    where a batch-invariant engine did.
     """
 
     tokens: TokenArray
@@ -46,6 +51,7 @@ class Saved:
     params: SamplingParams | None = None
     n_draws: int = 0
     loras: tuple[tuple[str, float], ...] = ()
+    how: Computed | None = None
 
 
 def save(
@@ -56,10 +62,11 @@ def save(
     params: SamplingParams | None = None,
     n_prompt: int | None = None,
     loras: LoraNames | None = None,
+    how: Computed | None = None,
 ) -> bytes:
     """`tokens`: all that the sequence knows, the one that was sampled last included; `n_prompt` of
     them were not sampled (default: all). With `params`, which its slot was made of, the sampling
-    state goes along. `loras`: as in `Context.state_seq_get`. Between two steps.
+    state goes along. `loras`: as in `Context.state_seq_get`. `how`: see `Saved`. Between two steps.
 
     Raises UnsupportedOperation and StateError as `Context.state_seq_get`, ArgumentError for a
     sequence that has finished.
@@ -82,6 +89,8 @@ def save(
         sampling["seed"] = info.seed if info.seed is not None else params.seed
         sampling["logit_bias"] = sorted(params.logit_bias.items())
         note["sampling"], note["n_draws"] = sampling, info.n_draws
+    if how is not None:
+        note["how"] = asdict(how)
     return context.state_seq_get(seq_id, loras, tokens=tokens, note=note)
 
 
@@ -90,19 +99,38 @@ def read(model: Model, data: bytes) -> Saved:
     tokens, note = state.read_note(model, data)
     if "n_prompt" not in note:
         raise StateError("a plain state: Context.state_seq_set restores it")
-    params, sampling = None, note.get("sampling")
+    try:
+        return _saved(tokens, note)
+    except (LookupError, TypeError, ValueError, ArgumentError) as error:
+        raise StateError(f"its note is not of this version: {error!r}") from None
+
+
+def _saved(tokens: TokenArray, note: dict[str, Any]) -> Saved:
+    n_tokens, params, sampling = len(tokens), None, note.get("sampling")
+    n_prompt = integer("n_prompt", note["n_prompt"], 1, n_tokens)
+    n_computed = integer("n_computed", note["n_computed"], 0, n_tokens)
     if sampling is not None:
         sampling["logit_bias"] = dict(sampling.get("logit_bias", ()))
         if isinstance(sampling.get("grammar"), dict):
             sampling["grammar"] = Grammar.of(sampling["grammar"])
-        try:
-            params = SamplingParams(**sampling)
-        except (TypeError, ArgumentError) as error:
-            raise StateError(f"its sampling parameters are not of this version: {error}") from None
-    loras = tuple((name, scale) for name, scale in note["context"]["loras"])
-    return Saved(
-        tokens, note["n_prompt"], note["n_computed"], params, note.get("n_draws", 0), loras
-    )
+        params = SamplingParams(**sampling)
+    n_draws = integer("n_draws", note.get("n_draws", 0), 0, DRAWS_MAX * n_tokens)
+    loras = tuple((str(name), float(scale)) for name, scale in note["context"]["loras"])
+    how = _how(note["how"], n_tokens) if "how" in note else None
+    return Saved(tokens, n_prompt, n_computed, params, n_draws, loras, how)
+
+
+def _how(fields: dict[str, Any], n_tokens: int) -> Computed:
+    how = Computed(**fields)
+    integer("grid", how.grid, 1, MOST)
+    integer("shared", how.shared, 0, n_tokens)
+    integer("high", how.high, 0, n_tokens)
+    at = integer("on_grid", how.on_grid, 0, how.high)
+    for i, (start, end) in enumerate(how.chunks):
+        integer("start", start, at, how.high - 1)
+        at = integer("end", end, start + 1, min(start + how.grid, how.high))
+        how.chunks[i] = start, end
+    return how
 
 
 def slot_of(stepper: Stepper, saved: Saved) -> DetachedSlot | None:

@@ -105,9 +105,14 @@ def _parse(model: Model, data: memoryview) -> tuple[TokenArray, dict[str, Any], 
         raise StateError("damaged: the checksum is wrong")
     if fingerprint != _fingerprint(model):
         raise StateError("the state was saved with another model")
-    tokens = np.frombuffer(content[: 4 * n_tokens], "<i4").astype(np.int32)
     start = 4 * n_tokens + n_note
-    note = json.loads(bytes(content[4 * n_tokens : start]))
+    try:
+        tokens = model.vocab.check_tokens(np.frombuffer(content[: 4 * n_tokens], "<i4"))
+        note = json.loads(bytes(content[4 * n_tokens : start]))
+        if not isinstance(note["context"], dict):
+            raise TypeError("context")
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
+        raise StateError(f"damaged: {error!r}") from None
     return tokens, note, content[start:]
 
 

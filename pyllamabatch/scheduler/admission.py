@@ -117,7 +117,7 @@ class Admission:
     def start_waiting(self, id: int, tokens: Tokens | None, n_wanted: int) -> Prefix:
         """It waits from now on, to compute its first `n_wanted` tokens, of which it may share
         `tokens`. What it need not compute."""
-        if tokens is not None and self._saved.get(id, 0) >= n_wanted:
+        if self._saved.get(id, 0) >= n_wanted:  # no row would be left to run with
             self.drop_saved(id)
         start = self._waiting[id] = StartPoint(tokens, self._saved.get(id, 0))
         if tokens is not None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from .admission import Admission
 from .idle import IdleSequences
+from .invariance import Computed
 from .running import Entry
 from .sequences import Sequences
 
@@ -53,22 +54,34 @@ class Interactive:
 
     def trim(self, id: int, known: int) -> int:
         """Only the first `known` tokens are left, at least 1. Returns how many of them stay in the
-        cache: all but the last at most, for only a token that is computed can be sampled from."""
+        cache: all but the last at most, for only a token that is computed can be sampled from, and
+        with an `Invariance` whole chunks only."""
         entry = self._entry(id)
         view = self._sequences.running.seen(entry)
         if not 1 <= known <= view.known:
             raise ValueError(f"{known} tokens are to stay of {view.known}")
         n_prompt = min(view.n_prompt, known)
         computed = min(view.computed, known - 1)
+        if entry.computed is not None:
+            n_before = min(max(entry.computed.high, view.computed), known - 1)
+            computed = min(view.computed, entry.computed.trim(known, n_before))
         if entry.slot < 0:
             self._admission.trim_saved(id, known)
         elif computed < view.computed:
             self._admission.trim(id, entry.slot, computed, entry.known_tokens())
-        if entry.computed is not None:
-            entry.computed.trim(known, computed, self._admission.cache.sharing.grid)
         left = replace(view, n_prompt=n_prompt, generated=known - n_prompt, computed=computed)
         self._sequences.update(entry, replace(left, goal=computed))
         return computed
+
+    def how_computed(self, id: int) -> Computed | None:
+        """How its tokens were computed, in an object of its own; None where that does not
+        matter."""
+        entry = self._entry(id)
+        how = entry.computed
+        if how is None:
+            return None
+        high = max(how.high, self._sequences.running.seen(entry).computed)
+        return replace(how, high=high, chunks=[*how.chunks])
 
     def _learn(self, id: int, now: float | None) -> None:
         if now is not None:

@@ -59,7 +59,7 @@ def tried(most: int) -> list[int]:
 
 @dataclass(slots=True)
 class Computed:
-    """How the positions of one sequence were computed first.
+    """How the positions of one sequence were computed first, with chunks on `grid`.
 
     - high: so many were, at least once.
     - on_grid: so many of them in whole chunks from 0 on.
@@ -68,12 +68,13 @@ class Computed:
       when it was added.
     """
 
+    grid: int
     shared: int
     high: int = 0
     on_grid: int = 0
     chunks: list[tuple[int, int]] = field(default_factory=list)
 
-    def next(self, at: int, stop: int, grid: int) -> tuple[int, bool]:
+    def next(self, at: int, stop: int) -> tuple[int, bool]:
         """Rows that are computed from `at` on in one call, not beyond `stop`, and whether these
         decode."""
         if self.on_grid <= at < self.high:
@@ -81,22 +82,28 @@ class Computed:
                 if start == at and end <= stop:
                     return end - start, False
             return 1, True
-        n = min(next_end(at, grid), stop) - at
+        n = min(next_end(at, self.grid), stop) - at
         return n, n == 1
 
-    def add(self, start: int, n: int, grid: int) -> None:
+    def add(self, start: int, n: int) -> None:
         """A chunk was computed."""
         end = start + n
-        if start == self.on_grid and end == next_end(start, grid):
+        if start == self.on_grid and end == next_end(start, self.grid):
             self.on_grid = end
         elif end > self.on_grid and (not self.chunks or start >= self.chunks[-1][1]):
             self.chunks.append((start, end))
         self.high = max(self.high, end)
 
-    def trim(self, known: int, computed: int, grid: int) -> None:
-        """Only so many tokens are known now, and so many of them computed."""
+    def trim(self, known: int, computed: int) -> int:
+        """Only so many tokens are known now, of which `computed` were computed, be it before they
+        were lost. Returns how many stay computed: a chunk of which a part is left is computed again
+        as the part."""
+        for start, end in self.chunks:
+            if start < computed < end:
+                computed = start
+        if computed < self.on_grid:
+            self.on_grid = computed = last_end(computed, self.grid)
         self.shared = min(self.shared, known)
         self.high = min(self.high, computed)
-        self.on_grid = min(self.on_grid, last_end(computed, grid))
-        left = [chunk for chunk in self.chunks if chunk[0] < computed]
-        self.chunks = [(start, min(end, computed)) for start, end in left]
+        self.chunks = [chunk for chunk in self.chunks if chunk[1] <= computed]
+        return computed

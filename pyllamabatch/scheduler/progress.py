@@ -105,9 +105,8 @@ class Progress:
         sequences.promised -= chunk.n
         n_recomputed = max(0, min(end, entry.high) - chunk.start)
         entry.high = max(end, entry.high)
-        invariance = self._builder.invariance
-        if entry.computed is not None and invariance is not None and not chunk.decodes:
-            entry.computed.add(chunk.start, chunk.n, invariance.grid)
+        if entry.computed is not None and not chunk.decodes:
+            entry.computed.add(chunk.start, chunk.n)
         if entry.view.goal is not None:
             sequences.update(entry, running.seen(entry))
         elif int(running.known[slot]) - end == 1:

@@ -136,6 +136,7 @@ class Scheduler:
         interactive: bool = False,
         space: Hashable = None,
         saved: int = 0,
+        restored: Computed | None = None,
         tokens: KnownTokens | None = None,
     ) -> None:
         """A new sequence joins the waiting queue. Ids are never reused. For `arrival` and what
@@ -144,6 +145,8 @@ class Scheduler:
         - interactive: it gets a token each time that it is asked for one; `max_tokens` is 1 then.
         - space: only sequences of the same one start from each other.
         - saved: positions that it has in a saved state, fewer than it knows tokens.
+        - restored: how tokens of an interactive one were computed elsewhere; they are computed
+          again in the same way, if on this grid.
         - tokens: where its tokens are read; without it, it shares nothing.
         """
         if n_prompt < 1 or max_tokens < 1:
@@ -154,8 +157,8 @@ class Scheduler:
             raise ValueError(f"sequence {id} is here already")
         self._claim(n_prompt, max_tokens)
         goal = None
-        if interactive:  # what is saved is loaded when its owner wants more
-            goal = 0 if saved else n_prompt - 1
+        if interactive:  # what was computed before is brought back when its owner wants more
+            goal = 0 if saved or restored else n_prompt - 1
         view = SequenceView(
             id=id,
             arrival=arrival,
@@ -173,9 +176,20 @@ class Scheduler:
         self.admission.add(id, space, saved)
         entry = Entry(view, tokens)
         if self.invariance is not None:
-            entry.computed = Computed(shared=n_prompt)
-            entry.tokens = None if saved else tokens  # how these were computed is not known
+            if restored is not None and restored.grid != self.invariance.grid:
+                restored = None
+            entry.computed = restored or Computed(self.invariance.grid, n_prompt)
+            entry.tokens = None if saved else tokens  # others had these bits from elsewhere
         self.sequences.add(entry)
+
+    def loads(self, how: Computed | None) -> bool:
+        """Whether a sequence may go on from the saved state of tokens that were computed so. With
+        an `Invariance` only where that is known, and not with a sliding window: a state leaves the
+        cells out that no window reaches, and the others come back in another order."""
+        if self.invariance is None:
+            return True
+        known = how is not None and how.grid == self.invariance.grid
+        return known and not self.admission.cache.sharing.window
 
     def check_fits(self, n_prompt: int, max_tokens: int) -> None:
         """RequestTooLong when the request could not finish even with the cache to itself. The

@@ -177,13 +177,12 @@ class StepBuilder:
     ) -> None:
         """As `_cut`, with chunks that are whole, be it by more rows than `n`."""
         assert entry.computed is not None
-        assert self.invariance is not None
         slot, goal = entry.slot, entry.view.goal
         known = int(self._sequences.running.known[slot])
         stop = known - 1 if goal is None else min(goal, known - 1)
         at, decoding = start, False
         while at < min(start + n, stop):
-            size, decodes = entry.computed.next(at, stop, self.invariance.grid)
+            size, decodes = entry.computed.next(at, stop)
             if decoding and not decodes:  # calls of chunks come first in a step
                 return
             chunks.append(PromptChunk(entry.view.id, slot, at, size, decodes))

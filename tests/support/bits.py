@@ -24,7 +24,12 @@ def recorded(engine: Engine) -> Iterator[dict[int, Bits]]:
     found: dict[int, Bits] = {}
 
     def computed(slots: Any, n_steps: int, n_before: int = 0, n_pad: int = 0) -> Any:
-        rows = [(core.table.in_slot(s).id, core.scheduler.computed(s), s) for s in slots.tolist()]
+        # A request does not know its last tokens yet, an interactive sequence has not all counted.
+        of_slot = [(core.table.in_slot(s), s) for s in slots.tolist()]
+        rows = [
+            (of.id, core.scheduler.computed(s) if of.budget is not None else len(of.tokens) - 1, s)
+            for of, s in of_slot
+        ]
         run = compute(slots, 1, n_before, n_pad)
         assert run.code or not rows or n_pad > slots[-1]
         for id, position, slot in rows if run.code == 0 else ():
