@@ -3,95 +3,21 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
 
-import httpx
 import psutil
 import pytest
 
+from tests.support.fleet import CHAT, SERVE, TEXT, Asked, Fleet, endless, started, until
 from tests.support.served import ANSWER, SUM, SUM_CHAT
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
-
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-SERVE = [sys.executable, "-m", "pyllamabatch", "serve", "--port", "0", "-t", "1", "-np", "4",
-         "--kv-unified"]  # fmt: skip
-
-
-@dataclass
-class Fleet:
-    url: str
-    process: psutil.Process
-    client: httpx.Client = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.client = httpx.Client(base_url=self.url, timeout=120)
-
-    def replicas(self) -> list[psutil.Process]:
-        of_all = self.process.children(recursive=True)
-        return [one for one in of_all if "ServeReplica" in "".join(one.cmdline())]
-
-    def metric(self, name: str) -> float:
-        lines = self.client.get("/metrics").text.splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"{name} "))
-
-
-@contextmanager
-def started(command: list[str], said: str = "http://") -> Iterator[tuple[int, str]]:
-    """The process, and its first line that has `said`. It is told to end, and leaves no process."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = next(line for line in process.stdout if "http://" in line)
-        threading.Thread(target=process.stdout.read, daemon=True).start()
-        children = psutil.Process(process.pid).children(recursive=True)
-        yield process.pid, line
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(90) == 0
-    _, alive = psutil.wait_procs(children, 30)
-    assert not alive
 
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
     with started([*SERVE, "--replicas", "2"]) as (pid, line):
         yield Fleet(line.split()[1].rstrip(","), psutil.Process(pid))
-
-
-@dataclass
-class Asked:
-    """A streamed request in a thread of its own."""
-
-    fleet: Fleet
-    body: dict[str, Any]
-    events: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.thread = threading.Thread(target=self._read)
-        self.thread.start()
-
-    def _read(self) -> None:
-        with self.fleet.client.stream("POST", TEXT, json={**self.body, "stream": True}) as response:
-            for line in response.iter_lines():
-                if line:
-                    self.events.append(line.removeprefix("data: "))
-
-    @property
-    def end(self) -> str:
-        self.thread.join(120)
-        assert not self.thread.is_alive()
-        return self.events[-1]
-
-
-def endless(i: int, n: int = 400) -> dict[str, Any]:
-    return {"prompt": f"{i} zebras are {SUM}", "ignore_eos": True, "max_tokens": n, "seed": i}
 
 
 def test_answers_are_those_of_a_server(fleet: Fleet) -> None:
@@ -154,10 +80,3 @@ def test_a_replica_that_is_killed(fleet: Fleet) -> None:
 def test_a_body_that_is_too_large(fleet: Fleet) -> None:
     big = {"prompt": "a" * 40 * 2**20}
     assert fleet.client.post(TEXT, json=big).status_code == 413
-
-
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
