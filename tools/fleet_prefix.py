@@ -2,6 +2,7 @@
 
     python -m tools.fleet_prefix                          # two replicas of the embedded model
     python -m tools.fleet_prefix -m FILE.gguf --profile P.json
+    python -m tools.fleet_prefix --machine m2-ultra-gemma-3-4b-it-qat  # replicas that wait
 
 32 chats of 8 users. All chats of a user begin with the user's own long prefix, as a system prompt
 and its tools are. Eight clients have four chats each, of four users, and ask one after the other.
@@ -110,6 +111,7 @@ def row(fleet: str, router: str, hits: float, known: float, seconds: float) -> d
 @contextmanager
 def fleet(router: str, args: argparse.Namespace) -> Iterator[httpx.Client]:
     model = ["-m", args.model] if args.model else []
+    model += ["--machine", args.machine] if args.machine else []
     command = [sys.executable, "-m", "pyllamabatch", "serve", "--port", "0", "-t", "1",
                "-np", str(N_SLOTS), "--kv-unified", "-c", str(N_CELLS), *model,
                "--replicas", str(args.replicas), "--router", router]  # fmt: skip
@@ -169,11 +171,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("-m", "--model", metavar="FILE")
     parser.add_argument("--profile", default=None, metavar="FILE|NAME", help="of this machine")
+    parser.add_argument("--machine", metavar="NAME", help="a profile machine in place of this one")
     parser.add_argument("--replicas", type=int, default=2, metavar="N")
     parser.add_argument("--seed", type=int, default=1, metavar="S")
     parser.add_argument("--simulated-only", action="store_true")
     args = parser.parse_args()
-    profile = load_profile(args.profile)
+    profile = load_profile(args.machine or args.profile)
     rates: dict[tuple[str, str], dict[str, Any]] = {}
     for router in ROUTERS:
         rows = [simulated(router, profile, args.seed, args.replicas)]

@@ -122,8 +122,11 @@ def running(open_app: OpenApp, options: FleetOptions, server: ServerOptions) -> 
     for an event loop of this process. Afterwards they are gone."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     here = not os.environ.get("RAY_ADDRESS")
-    cpus = {"num_cpus": max(options.max_replicas, os.cpu_count() or 1)} if here else {}
-    ray.init(include_dashboard=False if here else None, log_to_driver=False, **cpus)
+    own: dict[str, Any] = {}
+    if here:  # not one that `ray start` has made on this machine
+        cpus = max(options.max_replicas, os.cpu_count() or 1)
+        own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+    ray.init(log_to_driver=False, **own)
     try:
         serve.start(proxy_location="Disabled")
         app = engines(open_app, options, server)

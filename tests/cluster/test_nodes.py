@@ -52,8 +52,11 @@ def node(*options: str) -> Iterator[tuple[psutil.Process, str]]:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
         finally:
+            children = children or psutil.Process(process.pid).children(recursive=True)
             process.kill()
-    _, alive = psutil.wait_procs(children, 30)
+            _, alive = psutil.wait_procs(children, 30)
+            for child in alive:
+                child.kill()
     assert not alive
 
 
@@ -114,6 +117,17 @@ def test_a_file_of_ray_serve(tmp_path: Path) -> None:
             process.wait(90)
         finally:
             process.kill()
+
+
+def test_a_cluster_beside_is_left_alone() -> None:
+    """Without RAY_ADDRESS a fleet has a cluster of its own."""
+    with (
+        node("--head", "--port", "0", "--include-dashboard", "false"),
+        started([*SERVE, "--replicas", "2"]) as (pid, line),
+    ):
+        fleet = Fleet(line.split()[1].rstrip(","), psutil.Process(pid))
+        assert answer(fleet) == ANSWER
+        assert len(fleet.replicas()) == 2
 
 
 def test_two_nodes() -> None:
