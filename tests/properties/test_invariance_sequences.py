@@ -119,7 +119,7 @@ def quiet(request: pytest.FixtureRequest, embedded_model: Model) -> Iterator[Eng
         model = embedded_model
         if request.param != "embedded":
             model = stack.enter_context(Model(gguf_path(request.param)))
-        own = {"n_seq_max": 2, "n_ctx": 2 * N_CELLS, "prefix_cache": False}
+        own: dict[str, Any] = {"n_seq_max": 2, "n_ctx": 2 * N_CELLS, "prefix_cache": False}
         yield stack.enter_context(Engine(model, **own, **OPTIONS))
 
 
@@ -149,7 +149,7 @@ def test_an_owner_sees_what_it_sees_alone(
     fault: int | None,
 ) -> None:
     known = seen([quiet], ops)
-    own = {"preemption": preemption, "patience": 0.0, "n_ctx": n_seq_max * N_CELLS}
+    own: dict[str, Any] = {"preemption": preemption, "patience": 0.0, "n_ctx": n_seq_max * N_CELLS}
     with Engine(
         quiet.model, n_seq_max=n_seq_max, policy=AnyPolicy(seed), **own, **OPTIONS
     ) as engine:
@@ -163,7 +163,7 @@ def test_an_owner_sees_what_it_sees_alone(
 def test_a_state_has_not_all_cells_of_a_window(name: str, loads: bool) -> None:
     """What was saved is computed again there, as it was: chunks as chunks, and rows that decoded
     as such."""
-    own = {"n_seq_max": 2, "n_ctx": 2 * N_CELLS}
+    own: dict[str, Any] = {"n_seq_max": 2, "n_ctx": 2 * N_CELLS}
     with Model(gguf_path(name)) as model, Engine(model, **own, **OPTIONS) as engine:
         with engine.sequence(GREEDY) as one:
             one.prompt(text(MOST))
