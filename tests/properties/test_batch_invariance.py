@@ -157,39 +157,6 @@ def test_architectures_and_types(name: str, file_type: str, attention: str) -> N
             assert_alone(results, bits, known)
 
 
-def test_interactive_sequences(embedded_model: Model) -> None:
-    """Prompts, samples, trims and forks beside requests, which take the idle ones' room: as by
-    themselves."""
-    texts = prompts(embedded_model.n_vocab)
-    greedy = SamplingParams(temperature=0, ignore_eog=True)
-
-    def talk(engine: Engine) -> list[int]:
-        beside = [engine.submit(texts[5], wanted(5)) for _ in range(n_beside)]
-        tokens = []
-        with engine.sequence(greedy) as one:
-            for text in (texts[3], texts[6][:50], [7], texts[2]):
-                one.prompt(text)
-                tokens += [one.sample().token for _ in range(3)]
-                beside += [engine.submit(texts[4], wanted(4)) for _ in range(n_beside)]
-            with one.fork() as other:
-                tokens += [other.sample().token for _ in range(3)]
-            one.trim(40)
-            tokens += [one.sample().token for _ in range(3)]
-        for stream in beside:
-            stream.result(timeout=60)
-        return tokens
-
-    found = []
-    for n_beside, patience in ((0, 60.0), (3, 0.0)):
-        with engine_of(embedded_model, n_seq_max=2, patience=patience) as engine:
-            with recorded(engine) as bits:
-                tokens = talk(engine)
-            found.append((tokens, bits[max(bits)] if not n_beside else None))
-            if n_beside:
-                assert engine.stats().preemptions > 0
-    assert found[0][0] == found[1][0]
-
-
 def test_what_it_says_of_itself(embedded_model: Model) -> None:
     with engine_of(embedded_model, n_seq_max=3) as engine:
         assert engine.invariance is not None
