@@ -32,6 +32,7 @@ Seconds = npt.NDArray[np.float64]
 _COUNTS = 16  # steps: what was known counts as so many new ones at most
 _TRUSTED = 4000  # steps: what was observed longer ago is no more known
 _OFF_MOST = 1.6  # a call whose steps are further off counts as this: something has disturbed it
+_LOST_MOST = 8.0  # steps' time, that one whose drafts were asked for may have lost; likewise
 
 
 class Drafted(NamedTuple):
@@ -53,6 +54,12 @@ class Drafted(NamedTuple):
     credit: float | None = None
     n_drafts: int = 0
     n_right: npt.NDArray[np.integer] | None = None
+
+
+def width_of(slots: Slots, *, even: bool) -> int:
+    """Rows of a step of these slots without drafts. even: streams, of which each up to the last
+    one has a row."""
+    return int(slots[-1] - slots[0]) + 1 if even and len(slots) else len(slots)
 
 
 class StepTimes:
@@ -84,6 +91,11 @@ class StepTimes:
         """Whether a number of rows among these was timed lately."""
         return any(first <= n_rows <= last for n_rows in self._known)
 
+    def factor(self, n_rows: int) -> float:
+        """Of steps of so many rows."""
+        known = sorted(self._known)
+        return float(np.interp(n_rows, known, [self._known[n][0] for n in known]))
+
     def prices(self, said: Seconds) -> tuple[Seconds, Seconds]:
         """Expected and worst seconds of steps of 0, 1, ... rows, where a cost model has `said`
         them."""
@@ -101,6 +113,7 @@ class Drafting:
 
     def __init__(self, limits: Limits, n_slots: int) -> None:
         n = limits.n_draft_max
+        self._limits = limits
         self.times = StepTimes()
         self.credit = LOSS * ADVANCE
         self._gained = 0.0  # seconds, less what was lost
@@ -117,9 +130,11 @@ class Drafting:
         n_steps: int,
         kv: float,
         cost: StepCost | None,
+        *,
+        asked: bool = False,
     ) -> None:
         """After a call of `n_steps` steps of these slots, whose sequences have these ids (+ 1) and
-        attended `kv` cells on average."""
+        attended `kv` cells on average. asked: it might have had drafts."""
         self._owner[slots] = owner
         self._found[slots] = drafted.found[slots]
         self._right[slots] = drafted.right[slots]
@@ -132,9 +147,16 @@ class Drafting:
             if said > 0:
                 self.times.observe(n_rows, n, float(drafted.seconds_timed[n_rows]) / n / said)
         self._seconds += drafted.seconds
+        width = width_of(slots, even=not self._limits.unified)
+        gained = 0.0
         if drafted.credit is not None:
-            self._gained += drafted.credit - self.credit
-            self.credit = drafted.credit
+            gained = drafted.credit - self.credit
+        elif asked and self.times.knows(width, max(width, self._limits.n_seq_max)):
+            plain = cost.predict(width, 0, kv, len(slots)) * self.times.factor(width)
+            worth = plain * float(drafted.taken[slots].sum()) / len(slots)
+            gained = max(worth - drafted.seconds, -_LOST_MOST * n_steps * plain)
+        self._gained += gained
+        self.credit += gained
         most = LOSS * self._seconds + max(0.0, RISKED * self._gained)
         self.credit = min(self.credit + LOSS * drafted.seconds, most)
 
@@ -151,7 +173,7 @@ class Drafting:
         mine = (self._owner[slots] == owner)[:, None]
         found, right = self._found[slots] * mine, self._right[slots] * mine
         n = len(slots)
-        width = n if limits.unified or not n else int(slots[-1] - slots[0]) + 1
+        width = width_of(slots, even=not limits.unified)
         room = min(limits.n_outputs or limits.n_batch, limits.n_ubatch, limits.n_batch)
 
         def prices() -> Prices | None:

@@ -80,7 +80,8 @@ class Progress:
         n_more = drafted.n_rows - n * step.n_rows
         self._counters.count_drafts(n_more, drafted)
         owner, kv = self._sequences.running.owner[decode], self._attention.cells(step, (n - 1) / 2)
-        drafting.observe(decode, owner, drafted, n, kv, None if step.chunks else cost)
+        cost = None if step.chunks else cost
+        drafting.observe(decode, owner, drafted, n, kv, cost, asked=bool(step.drafts))
         taken: npt.NDArray[np.int64] = drafted.taken[decode].astype(np.int64)
         return taken
 

@@ -186,6 +186,33 @@ def test_drafts_lose_no_more_than_a_share_of_the_time() -> None:
     assert call(1.0, None) == pytest.approx(5 * LOSS + RISKED * gained)
 
 
+def test_nor_do_drafts_that_take_time() -> None:
+    """Of a drafter that is never right, but is said to have been right lately, each time."""
+    limits = replace(LIMITS, drafts_take_time=True)
+    drafting = Drafting(limits, 8)
+    slots, owner, one = np.array([0], np.int32), np.array([1]), np.ones(1, np.int64)
+    shares = np.tile(np.array(GOOD), (8, 1))
+
+    def decide() -> Speculation:
+        drafts = drafting.view(slots, owner, 1000 * one, 100.0, limits, Linear())  # type: ignore[arg-type]
+        view = replace(view_of(decoding(0), limits=limits), drafts=lambda: drafts)
+        return ByGain()(PlanBuilder(view, 64, view.kv.free, view.kv.promised))
+
+    total = lost = worst = 0.0
+    for _ in range(2000):
+        asked, steps, _ = decide()
+        assert steps is not None
+        n_rows = 1 + sum(asked.values())
+        seconds = steps * (half(n_rows) + 0.004 * bool(asked))
+        total, lost = total + seconds, lost + seconds - steps * half(1)
+        worst = max(worst, seconds - steps * half(1))
+        timed = np.bincount([n_rows], minlength=9) * steps
+        drafted = Drafted(slots + steps, n_rows * steps, 0, 0, shares, shares, seconds, timed,
+                          timed * half(n_rows))  # fmt: skip
+        drafting.observe(slots, owner, drafted, steps, 100, Linear(), asked=bool(asked))  # type: ignore[arg-type]
+    assert 0 < lost < LOSS * (total + ADVANCE) + worst
+
+
 def scheduler(speculate: Any, limits: Limits = LIMITS) -> Scheduler:
     made = Scheduler(limits, ComposedPolicy(repeat=2**31, speculate=speculate))
     for id in (1, 2):

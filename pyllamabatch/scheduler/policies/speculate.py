@@ -48,7 +48,7 @@ class ByGain:
             return Speculation({}, TIMED)
         room = min(drafts.room, builder.cells + n)
         most = min(drafts.n_max, (room - drafts.width) // (drafts.width if drafts.even else n))
-        if most < 1 or (prices.credit < 0 and not view.limits.drafts_take_time):
+        if most < 1 or prices.credit < 0:
             return Speculation({}, STEPS)
         target = float(view.running.column("itl_target").min())
         seconds = np.where(prices.seconds <= target, prices.seconds, 0.0)
