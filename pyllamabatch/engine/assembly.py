@@ -13,6 +13,7 @@ from ..scheduler import Invariance, KvOptions, Scheduler
 from . import on_machine
 from .draft_feeds import feed_of
 from .drafters import Ngram
+from .invariance import swaps
 from .kv_config import limits_of, pool_of, sharing_of
 from .layout import DRAFT_MOST, Layout, make_context
 from .options import EngineOptions
@@ -117,10 +118,8 @@ def make_scheduler(
         limits = replace(limits, **how)
         pool = pool and pool._replace(limits=replace(pool.limits, **how))
     mode = options.preemption
-    if invariance is not None and mode == "auto":
-        # A state leaves the cells out that no window reaches any more: the others come back in
-        # another order. Without one, rows that decoded need not decode one by one again.
-        mode = "recompute" if context.capabilities.swa_window else "swap"
+    if invariance is not None:
+        mode = "swap" if swaps(mode, context.capabilities.swa_window) else "recompute"
     return Scheduler(
         limits,
         options.policy,

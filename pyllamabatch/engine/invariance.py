@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError, UnsupportedOperation
+from ..kv import Preemption
 from ..llama.batch import Batch
 from ..llama.context import Context
 from ..llama.model import Model
@@ -45,6 +46,20 @@ def check_can(params: dict[str, Any], n_seq_max: int) -> None:
     for name in ("n_batch", "n_ubatch"):
         if params[name] < least:
             raise ArgumentError(name, params[name], f"at least {least} with batch_invariant")
+
+
+def swaps(preemption: Preemption, window: int) -> bool:
+    """Whether preempted sequences are saved, of a model whose sliding window has so many tokens (0:
+    none). A state leaves the cells out that no window reaches any more: the others come back in
+    another order. Where nothing is left out, rows that decoded need not decode one by one again."""
+    if window and preemption == "swap":
+        raise ArgumentError(
+            "preemption",
+            "swap",
+            '"auto" or "recompute" with batch_invariant and a sliding window: a state has not all '
+            "of its cells",
+        )
+    return preemption == "swap" or (preemption == "auto" and not window)
 
 
 def find(context: Context, n_seq_max: int, *, nearly: bool = False) -> Invariance:

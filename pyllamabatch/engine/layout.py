@@ -24,7 +24,7 @@ from ..planner.residency import device_free, fitting_n_ctx
 from ..raw import lib
 from ..scheduler.invariance import LEAST_ROWS
 from .context_defaults import ubatch_of
-from .invariance import check_can
+from .invariance import check_can, swaps
 from .layout_cost import CostOf, pool_pays, pool_speed
 from .native_context import NativeContext
 from .options import EngineOptions
@@ -228,9 +228,8 @@ def make_context(
     for name in ("embeddings", "n_outputs_max"):
         if params.get(name):
             raise ArgumentError(name, params[name], "the engine sets it itself")
-    if options.batch_invariant and options.preemption == "swap" and model.n_swa:
-        why = '"auto" or "recompute" with batch_invariant and a sliding window: a state has not all'
-        raise ArgumentError("preemption", "swap", f"{why} of its cells")
+    if options.batch_invariant:
+        swaps(options.preemption, model.n_swa)
     context, layout = _open(model, options, params)
     if layout.pool and options.cost == "auto":
         layout, pool = with_speed(layout, context.cost_of, options.n_seq_max)

@@ -332,11 +332,13 @@ class Scheduler:
         """The interactive sequence that is idle longest, if that is too long and others need its
         room."""
         sequences = self.sequences
+        id = self.idle_sequences.overdue(sequences.now)
+        if id is None:
+            return ()
         no_slot = len(sequences.running.ids) == self.limits.n_seq_max and sequences.waiting.ids
         if not (self._pause.stuck or no_slot):
             return ()
-        id = self.idle_sequences.overdue(sequences.now)
-        return () if id is None else ((id, sequences.preempt(id, retain=True)),)
+        return ((id, sequences.preempt(id, retain=True)),)
 
     def _admit(self, rows: Rows) -> Placed:
         """The newcomers; one that had better wait for another of them stays where it is."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
-from uuid import uuid4
 
 import orjson
 from fastapi import Request
@@ -16,10 +15,11 @@ from ..engine.stream import Chunk, Result, Stream, Token
 from ..llama.chat import ChatOptions
 from ..llama.chat_message import ChatDelta, ToolCallDelta
 from . import bodies, tokens
-from .answer import DONE, Answer, event, respond
+from .answer import respond
 from .bodies import SamplingBody
 from .conversation import Turn, blocks_of, rest_of, turn_of
 from .errors import invalid, json_response
+from .openai_answer import OpenAIAnswer
 from .service import Prepared, Service
 
 
@@ -86,55 +86,29 @@ def chat_turn(service: Service, body: ChatBody) -> Turn:
     return turn_of(service, body.messages, options)
 
 
-class ChatAnswer(Answer):
+class ChatAnswer(OpenAIAnswer):
     def __init__(self, service: Service, body: ChatBody, prepared: Prepared, turn: Turn) -> None:
+        kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        super().__init__(service, body, prepared, id="chatcmpl", kind=kind)
         self._turn = turn
-        self._readers = [turn.reader() for _ in prepared.streams]
-        self._called = [False] * len(prepared.streams)
-        self._service = service
-        self._body = body
-        self._prepared = prepared
         self._n = n = len(prepared.streams)
-        self._head = {
-            "id": f"chatcmpl-{uuid4().hex}",
-            "object": "chat.completion.chunk" if body.stream else "chat.completion",
-            "created": service.now(),
-            "model": body.model or service.model_name,
-            "system_fingerprint": service.fingerprint,
-        }
-        # A chunk is these bytes, its text, and the last ones.
-        head = orjson.dumps(self._head)[:-1]
-        before = b'data: %b,"choices":[{"index":%d,"delta":{"content":'
-        self._before = [before % (head, i) for i in range(n)]
-        usage = b',"usage":null' if body.stream_options.include_usage else b""
-        self._plain = turn.plain and not (
-            body.logprobs or body.stream_options.continuous_usage_stats
-        )
-        self._after = b'},"logprobs":null,"finish_reason":null}]%b}\n\n' % usage
+        self._readers = [turn.reader() for _ in range(n)]
+        self._called = [False] * n
+        self._with_logprobs = body.logprobs
+        counts_each = body.stream_options.continuous_usage_stats
+        self._plain = turn.plain and not (body.logprobs or counts_each)
+        self._before, self._after = self._around_text(n, b'"delta":{"content":', b"}")
 
-    def whole(self, results: Sequence[Result]) -> Any:
-        choices = [
-            {
-                "index": i,
-                "message": message_of(self._turn, result),
-                "logprobs": self._logprobs(tokens.tokens_of(result)),
-                "finish_reason": tokens.finish_reason(result),
-            }
-            for i, result in enumerate(results)
-        ]
-        for choice in choices:
-            if "tool_calls" in choice["message"] and choice["finish_reason"] == "stop":
-                choice["finish_reason"] = "tool_calls"
-        return {
-            **self._head,
-            "choices": choices,
-            "usage": tokens.usage(self._prepared.n_prompt, results, self._body.n),
-            "timings": tokens.timings(results[0]),
-        }
+    def _choice(self, i: int, result: Result) -> dict[str, Any]:
+        message, reason = message_of(self._turn, result), tokens.finish_reason(result)
+        if "tool_calls" in message and reason == "stop":
+            reason = "tool_calls"
+        logprobs = self._logprobs(tokens.tokens_of(result))
+        return {"message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def begin(self) -> bytes:
         delta = {"role": "assistant", "content": None}
-        return b"".join(self._event(i, delta, 0) for i in range(self._n))
+        return b"".join(self._event(i, choice_of(delta), 0) for i in range(self._n))
 
     def chunk(self, i: int, stream: Stream, chunk: Chunk) -> bytes:
         if self._plain:
@@ -143,7 +117,7 @@ class ChatAnswer(Answer):
         logprobs = self._logprobs(stream.between(chunk.start, chunk.stop))
         if not delta and not logprobs:
             return b""
-        return self._event(i, delta, chunk.stop, logprobs=logprobs)
+        return self._event(i, choice_of(delta, logprobs=logprobs), chunk.stop)
 
     def finish(self, i: int, result: Result) -> bytes:
         delta = self._delta(i, rest_of(self._turn, self._readers[i], result))
@@ -151,8 +125,8 @@ class ChatAnswer(Answer):
         if self._called[i] and reason == "stop":
             reason = "tool_calls"
         n = result.n_generated
-        left = self._event(i, delta, n) if delta else b""
-        return left + self._event(i, {}, n, reason, timings=tokens.timings(result))
+        left = self._event(i, choice_of(delta), n) if delta else b""
+        return left + self._event(i, choice_of({}, reason), n, timings=tokens.timings(result))
 
     def _delta(self, i: int, new: ChatDelta) -> dict[str, Any]:
         delta: dict[str, Any] = {}
@@ -165,32 +139,17 @@ class ChatAnswer(Answer):
             delta["tool_calls"] = [_call_delta(call) for call in new.tool_calls]
         return delta
 
-    def end(self, results: Sequence[Result]) -> bytes:
-        if not self._body.stream_options.include_usage:
-            return DONE
-        counts = tokens.usage(self._prepared.n_prompt, results, self._body.n)
-        return event({**self._head, "choices": [], "usage": counts}) + DONE
-
     def _logprobs(self, of: Sequence[Token]) -> Any:
-        if not self._body.logprobs:
+        if not self._with_logprobs:
             return None
         return {"content": tokens.chat_logprobs(of, self._service.piece)}
 
-    def _event(
-        self,
-        i: int,
-        delta: dict[str, Any],
-        n_generated: int,
-        finish_reason: str | None = None,
-        logprobs: Any = None,
-        **more: Any,
-    ) -> bytes:
-        choice = {
-            "index": i, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason,
-        }  # fmt: skip
-        options, n_prompt = self._body.stream_options, self._prepared.n_prompt
-        usage = tokens.stream_usage(options, n_prompt, n_generated)
-        return event({**self._head, "choices": [choice], **usage, **more})
+
+def choice_of(
+    delta: dict[str, Any], finish_reason: str | None = None, logprobs: Any = None
+) -> dict[str, Any]:
+    """A choice of an event, without its index."""
+    return {"delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 def message_of(turn: Turn, result: Result) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Out of memory inside of llama.cpp's converters, under a limit of the process. That any
 allocation of such a call may fail is native/tests/test_memory.cpp's to show."""
 
-import subprocess
 import sys
 
 import pytest
+
+from tests.support.child import run_itself
 
 SIZE = 2 << 20  # bytes of a message: more than Python's own copies need room in llama.cpp
 STEP = SIZE // 2
@@ -12,10 +13,7 @@ STEP = SIZE // 2
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits a process by RLIMIT_AS")
 def test_a_chat_without_memory_is_a_memory_error_and_the_next_one_goes_well() -> None:
-    done = subprocess.run(
-        [sys.executable, __file__], capture_output=True, encoding="utf-8", timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    run_itself(__file__)
 
 
 def render_with_more_and_more_memory() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pyllamabatch import Model
 from pyllamabatch.llama import runtime
 from pyllamabatch.llama.context import Context
 from pyllamabatch.raw import ffi, lib
+from tests.support.child import run_itself
 
 N_BARRIERS = 30
 BLOCKED_SECONDS = 0.01
@@ -62,10 +62,7 @@ def test_a_thread_that_waits_for_another_one_sleeps(backend: Any, blocked: int) 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the threads in /proc")
 def test_threads_stay_with_their_context() -> None:
     """In a process of its own, where no other test's thread ends meanwhile."""
-    done = subprocess.run(
-        [sys.executable, __file__], capture_output=True, encoding="utf-8", timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    run_itself(__file__)
 
 
 def check_threads() -> None:

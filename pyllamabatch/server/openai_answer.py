@@ -1,0 +1,66 @@
+"""What the answers of OpenAI's two interfaces for completions have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+from uuid import uuid4
+
+import orjson
+
+from ..engine.stream import Result
+from . import tokens
+from .answer import DONE, Answer, event
+from .bodies import SamplingBody
+from .service import Prepared, Service
+
+
+class OpenAIAnswer(Answer):
+    """id, kind: how its "id" begins, and its "object"."""
+
+    def __init__(
+        self, service: Service, body: SamplingBody, prepared: Prepared, *, id: str, kind: str
+    ) -> None:
+        self._service = service
+        self._options = body.stream_options
+        self._n_samples = body.n
+        self._n_prompt = prepared.n_prompt
+        self._head = {
+            "id": f"{id}-{uuid4().hex}",
+            "object": kind,
+            "created": service.now(),
+            "model": body.model or service.model_name,
+            "system_fingerprint": service.fingerprint,
+        }
+
+    def _around_text(self, n: int, before: bytes, after: bytes) -> tuple[list[bytes], bytes]:
+        """What is before the text of each of `n` choices and behind it in an event with nothing
+        else. before, after: the choice's own part of that."""
+        head = orjson.dumps(self._head)[:-1]
+        usage = b',"usage":null' if self._options.include_usage else b""
+        begins = [b'data: %b,"choices":[{"index":%d,%b' % (head, i, before) for i in range(n)]
+        return begins, b'%b,"logprobs":null,"finish_reason":null}]%b}\n\n' % (after, usage)
+
+    @abstractmethod
+    def _choice(self, i: int, result: Result) -> dict[str, Any]:
+        """A whole choice, without its index."""
+
+    def whole(self, results: Sequence[Result]) -> Any:
+        return {
+            **self._head,
+            "choices": [{"index": i, **self._choice(i, r)} for i, r in enumerate(results)],
+            "usage": tokens.usage(self._n_prompt, results, self._n_samples),
+            "timings": tokens.timings(results[0]),
+        }
+
+    def end(self, results: Sequence[Result]) -> bytes:
+        if not self._options.include_usage:
+            return DONE
+        counts = tokens.usage(self._n_prompt, results, self._n_samples)
+        return event({**self._head, "choices": [], "usage": counts}) + DONE
+
+    def _event(self, i: int, choice: dict[str, Any], n_generated: int, **more: Any) -> bytes:
+        """`choice`, of which so many tokens have come."""
+        usage = tokens.stream_usage(self._options, self._n_prompt, n_generated)
+        return event({**self._head, "choices": [{"index": i, **choice}], **usage, **more})
