@@ -51,6 +51,9 @@ def main() -> int:
         "--target", choices=list(cross_build.TARGETS), help="build it for another platform"
     )
     parser.add_argument("--pythons", default=PYTHONS, help=f"comma separated ({PYTHONS})")
+    parser.add_argument(
+        "--snapshot", action="store_true", help="for Debian's releases, as tools.debian_root"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "wheelhouse", help="folder to build to")
     options = parser.parse_args()
     wheel: Path = options.wheel or built(options.out, native=options.native, target=options.target)
@@ -64,7 +67,8 @@ def main() -> int:
     if "macosx" in wheel.name:
         found.append(delocates(wheel))
     if own(wheel):
-        found += [works(wheel, python) for python in options.pythons.split(",")]
+        pythons = options.pythons.split(",")
+        found += [works(wheel, python, snapshot=options.snapshot) for python in pythons]
     return 0 if all(found) else 1
 
 
@@ -134,11 +138,12 @@ exec {tool} "$@"
         yield os.pathsep.join((folder, path))
 
 
-def works(wheel: Path, python: str) -> bool:
+def works(wheel: Path, python: str, *, snapshot: bool = False) -> bool:
     """In a clean environment of this Python."""
     if python.startswith(DEBIAN):
         suite = python.removeprefix(DEBIAN)
         root = [sys.executable, "-m", "tools.debian_root", "--suite", suite]
+        root += ["--snapshot"] if snapshot else []
         return passes(python, *root, "--wheel", str(wheel.resolve()), cwd=str(ROOT))
     uv = [sys.executable, "-m", "uv"]
     with tempfile.TemporaryDirectory() as folder:
