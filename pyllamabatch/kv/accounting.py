@@ -186,7 +186,7 @@ class KvAccounting:
         if n_all > self.empty:
             raise ValueError(f"{n_all} cells are asked for, {self.empty} are free")
         held = self._held[slots]
-        self._place(slots, n_all, new=np.count_nonzero(held) < len(slots))
+        self._place(slots, n_all, new=int(np.count_nonzero(held)) < len(slots))
         self._held[slots] = held + n
         self._used += n_all
 
