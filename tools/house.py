@@ -1,8 +1,8 @@
 """The house's own check: `python -m tools.house`.
 
-It prints the lines of every room, the files in the hall, import cycles, retired words, long files
-and long constructors, and ends with 1 where a rule is broken. The layers are import-linter's
-(`lint-imports`, pyproject.toml).
+It prints the lines of every room, the files in the hall, import cycles, retired words, classes of
+one name, long files and long constructors, and ends with 1 where a rule is broken. The layers are
+import-linter's (`lint-imports`, pyproject.toml).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import ast
 import re
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -24,6 +24,7 @@ HALL = 7  # files in the root of the package, at most
 TARGETS = {"package": 12_500, "native": 4_800, "tests": 16_000, "docs": 1_200, "README.md": 120}
 LONG_FILE, LONG_CONSTRUCTOR = 450, 6
 LONG_ALLOWED = ("Engine",)  # its keywords are the public interface
+TWICE_ALLOWED = ("Ranked",)  # a result of `rerank`, and a policy's order: both are public names
 
 # What the words of STYLE once were, for names (n_kept, KeptSlots) as well as for prose.
 RETIRED = re.compile(
@@ -111,6 +112,18 @@ def long_constructors(path: Path) -> Iterator[str]:
                     yield f"{where}: {node.name}({len(arguments) - 1} arguments)"
 
 
+def classes_of_one_name(paths: Iterable[Path]) -> Iterator[str]:
+    """Names that classes of several modules have: one word is to name one thing."""
+    where: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                where[node.name].append(path.relative_to(ROOT).as_posix())
+    for name, found in sorted(where.items()):
+        if len(found) > 1 and name not in TWICE_ALLOWED:
+            yield f"{name}: {', '.join(found)}"
+
+
 def show(title: str, found: list[str], *, most: int = 40) -> int:
     print(f"\n{title}: {len(found) or 'none'}")
     for line in found[:most]:
@@ -150,6 +163,7 @@ def main() -> int:
     print(f"\nfiles in the hall: {len(hall)} of {HALL}: {', '.join(hall)}")
     broken |= len(hall) > HALL
     broken |= show("import cycles", cycles()) > 0
+    broken |= show("classes of one name", [*classes_of_one_name(python)]) > 0
     broken |= show("retired words", words) > 0
     return int(broken)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from pyllamabatch.cli.input_lines import InputLine
-from pyllamabatch.cli.result_file import Results, Row
+from pyllamabatch.cli.result_file import ResultFile, Row
 from pyllamabatch.engine.stream import Result, Stream
 from pyllamabatch.errors import EngineClosed, FatalDecodeError, PyllamabatchError
 
@@ -31,7 +31,7 @@ class BatchFile:
     def __init__(
         self,
         lines: Iterator[InputLine],
-        results: Results,
+        results: ResultFile,
         key: Callable[[InputLine], str],
         *,
         window: int,

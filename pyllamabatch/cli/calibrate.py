@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pyllamabatch.cli.console import Progress, say
+from pyllamabatch.cli.console import ProgressBar, say
 from pyllamabatch.cli.options import add_model_arguments, add_shared, load_model, positive
 from pyllamabatch.cost.calibrate import calibrate
 from pyllamabatch.cost.model import CostModel, held_out
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     layouts = ("unified", "streams") if args.layout == "both" else (args.layout,)
     with (
         load_model(args, quiet=args.quiet) as model,
-        Progress("calibrate", quiet=args.quiet) as progress,
+        ProgressBar("calibrate", quiet=args.quiet) as progress,
     ):
         profile = calibrate(
             model, budget=args.budget, layouts=layouts, progress=progress.update, **params

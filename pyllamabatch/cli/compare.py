@@ -27,7 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pyllamabatch.cli.console import Progress, say
+from pyllamabatch.cli.console import ProgressBar, say
 from pyllamabatch.cli.options import (
     add_model_arguments,
     add_shared,
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     records: list[Record] = []
     interrupted = False
     n_runs = sum(1 for each in experiments for _ in each.runs())
-    with Progress("compare", n_runs, quiet=args.quiet) as progress:
+    with ProgressBar("compare", n_runs, quiet=args.quiet) as progress:
         try:
             for each in experiments:
                 with closing(

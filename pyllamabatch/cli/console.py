@@ -70,10 +70,10 @@ def live_console(*, plain: bool = False, stderr: bool = True) -> Console | None:
     return console if console.is_terminal and not console.is_dumb_terminal else None
 
 
-class Progress:
+class ProgressBar:
     """How far a command is, on the standard error: a bar, or a line every few seconds.
 
-    with Progress("generate", 40) as progress:
+    with ProgressBar("generate", 40) as progress:
         progress.update(3, "120.5 tok/s")
         progress.note("in.jsonl:7: not JSON")
     """
@@ -122,7 +122,7 @@ class Progress:
             return f"{done:.0%}"
         return f"{done}" if self._total is None else f"{done}/{self._total}"
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         if self._bar is not None:
             self._bar.start()
         return self

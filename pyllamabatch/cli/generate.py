@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pyllamabatch.cli.batch_file import BatchFile
-from pyllamabatch.cli.console import Progress
+from pyllamabatch.cli.console import ProgressBar
 from pyllamabatch.cli.input_lines import InputLine, digest, read_lines
 from pyllamabatch.cli.options import (
     add_model_arguments,
@@ -42,7 +42,7 @@ from pyllamabatch.cli.options import (
     read_text,
     sampling_options,
 )
-from pyllamabatch.cli.result_file import Results, Row, result_file
+from pyllamabatch.cli.result_file import ResultFile, Row, result_file
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.engine.stream import Stream
 from pyllamabatch.errors import ArgumentError, ChatTemplateError
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         if args.overwrite:
             results.clear()
         n_lines = _count_lines(args.prompts)
-        progress = stack.enter_context(Progress("generate", n_lines, quiet=args.quiet))
+        progress = stack.enter_context(ProgressBar("generate", n_lines, quiet=args.quiet))
         notes = Notes(progress, results, args.prompts)
         batch = BatchFile(
             read_lines(lines, ignore_unknown=args.ignore_unknown), results, requests.key,
@@ -158,7 +158,7 @@ class Requests:
 class Notes:
     """What is said of a run on the standard error: progress, and each problem once."""
 
-    def __init__(self, progress: Progress, results: Results, name: str) -> None:
+    def __init__(self, progress: ProgressBar, results: ResultFile, name: str) -> None:
         self._progress, self._results = progress, results
         self._name = "stdin" if name == "-" else name
         self._began = time.monotonic()
@@ -193,12 +193,12 @@ def _input(name: str) -> BinaryIO:
     return open(0, "rb", closefd=False) if name == "-" else open(name, "rb")
 
 
-def _results(args: argparse.Namespace, stack: ExitStack) -> Results:
+def _results(args: argparse.Namespace, stack: ExitStack) -> ResultFile:
     if args.out == "-":
-        return Results("stdout", sys.stdout.buffer)
+        return ResultFile("stdout", sys.stdout.buffer)
     path = Path(args.out)
     if path.exists() and not path.is_file():  # a pipe or a device: nothing to resume
-        return Results(args.out, stack.enter_context(open(path, "wb")))
+        return ResultFile(args.out, stack.enter_context(open(path, "wb")))
     if args.prompts != "-" and path.exists() and path.samefile(args.prompts):
         raise ArgumentError("--out", args.out, "is the input and the output")
     return stack.enter_context(result_file(path))

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pyllamabatch.cli.console import Progress
+from pyllamabatch.cli.console import ProgressBar
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.model import Model
@@ -188,7 +188,7 @@ def load_model(args: argparse.Namespace, *, quiet: bool = False) -> Model:
     path = model_path(args, quiet=quiet)
     if path is None:
         return Model.default(n_gpu_layers=args.n_gpu_layers)
-    with Progress(f"loading {path.name}", quiet=quiet, keep=False) as progress:
+    with ProgressBar(f"loading {path.name}", quiet=quiet, keep=False) as progress:
         return Model(path, n_gpu_layers=args.n_gpu_layers, progress=progress.update)
 
 

@@ -27,7 +27,7 @@ from pyllamabatch.cli.options import (
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.models import default_model_path
 from pyllamabatch.planner.machines import GIB, NAMES, Machine, machine
-from pyllamabatch.planner.residency import Footprint, Pool, Projector, by_size, most
+from pyllamabatch.planner.residency import Footprint, MemoryPool, Projector, by_size, most
 from pyllamabatch.planner.sharing import measure
 from pyllamabatch.report.tables import Table
 
@@ -109,7 +109,7 @@ def moved(found: Footprint, chosen: Machine) -> Footprint:
     pool = replace(found.host, copied=0) if found.host.mapped else found.host
     if chosen.kind == "cuda":
         pool = replace(pool, mapped=0, copied=pool.mapped + pool.copied)
-    return Footprint(pool, Pool())
+    return Footprint(pool, MemoryPool())
 
 
 def plan(chosen: Machine, sizes: Sizes, trained: int, n: int, n_ctx: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ Row = dict[str, Any]
 _ROW_START = b'{"id": '  # `id` is the first field of every row
 
 
-class Results:
+class ResultFile:
     """Takes rows in any order and writes them in order to `file`. `part`: where early rows wait;
     without it `file` is a stream, which holds nothing to resume.
 
@@ -92,12 +92,12 @@ class Results:
 
 
 @contextmanager
-def result_file(path: Path) -> Iterator[Results]:
+def result_file(path: Path) -> Iterator[ResultFile]:
     """Results in a file, which may already hold the first of them. ArgumentError if another run
     writes to it."""
     part_path = path.with_name(path.name + ".part")
     with open(path, "a+b") as file, open(part_path, "a+b") as part:
-        results = Results(str(path), file, part)
+        results = ResultFile(str(path), file, part)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -18,7 +18,7 @@ Head = tuple[int, list[tuple[bytes, bytes]]]
 """A status and the headers."""
 
 
-class Call(NamedTuple):
+class RoutedCall(NamedTuple):
     """`prefix`: the bytes by which it is routed. `key`: see `Router.choose`."""
 
     method: str
@@ -30,7 +30,7 @@ class Call(NamedTuple):
     key: str = ""
 
     @classmethod
-    def of(cls, request: Request, body: bytes) -> Call:
+    def of(cls, request: Request, body: bytes) -> RoutedCall:
         scope = request.scope
         prefix, key = routed_by(body) if body else (b"", PAGE)
         return cls(
@@ -83,7 +83,7 @@ def _written(value: Any) -> bytes:
     return value.encode() if isinstance(value, str) else orjson.dumps(value)
 
 
-async def answer(app: Any, call: Call) -> AsyncGenerator[Head | bytes, None]:
+async def answer(app: Any, call: RoutedCall) -> AsyncGenerator[Head | bytes, None]:
     """What the application writes: the head, then the bytes of the body, all that have come since
     the last ones. Leaving before the end is a client that leaves."""
     heads: list[Head] = []

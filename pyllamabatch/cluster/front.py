@@ -21,7 +21,7 @@ from ..server.bodies import LONG_BYTES, content_of
 from ..server.errors import ANTHROPIC, ApiError
 from ..server.options import ServerOptions
 from ..server.security import ApiKeys, Cors
-from .call import Call
+from .call import RoutedCall
 from .metrics import summed
 
 if TYPE_CHECKING:
@@ -77,9 +77,9 @@ class Front:
             request = Request(scope, receive)
             body = await content_of(request, self._options.body_bytes_max)
             call = (
-                await asyncio.to_thread(Call.of, request, body)
+                await asyncio.to_thread(RoutedCall.of, request, body)
                 if len(body) > LONG_BYTES
-                else Call.of(request, body)
+                else RoutedCall.of(request, body)
             )
             if call.path == "/metrics":
                 await sent.whole(await self._metrics())
@@ -101,7 +101,7 @@ class Front:
         except ApiError as error:
             await sent.failed(error)
 
-    async def _pass_on(self, call: Call, sent: Sent) -> None:
+    async def _pass_on(self, call: RoutedCall, sent: Sent) -> None:
         """ApiError where no replica could answer."""
         lost: BaseException | None = None
         for _ in range(TRIES):
@@ -122,7 +122,7 @@ class Front:
         message = "the replica that computed this answer is gone: " + type(lost).__name__
         raise ApiError(503, message, "unavailable_error", code="replica_lost")
 
-    async def _parts(self, call: Call) -> AsyncGenerator[Any, None]:
+    async def _parts(self, call: RoutedCall) -> AsyncGenerator[Any, None]:
         response = self._handle.options(stream=True).remote(call)
         try:
             async for part in response:

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
-from .call import Call, Head, answer
+from .call import Head, RoutedCall, answer
 
 if TYPE_CHECKING:
     from ..server.service import Service
@@ -23,7 +23,7 @@ class Replica:
         self._app = self._stack.enter_context(open_app())
         self._service: Service = self._app.state.service
 
-    async def __call__(self, call: Call) -> AsyncGenerator[Head | bytes, None]:
+    async def __call__(self, call: RoutedCall) -> AsyncGenerator[Head | bytes, None]:
         """The head of the answer, then its bytes as they come."""
         async for part in answer(self._app, call):
             yield part

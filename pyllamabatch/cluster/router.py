@@ -13,7 +13,7 @@ from ray.serve.request_router import (
 )
 
 from ..scheduler.router import BYTES_PER_TOKEN, PrefixAffinity, ReplicaView, Router, make_router
-from .call import Call
+from .call import RoutedCall
 
 DEFAULT = "prefix-affinity"
 
@@ -40,8 +40,8 @@ class Seen(ReplicaView):
 
 
 class FleetRouter(RequestRouter):  # type: ignore[misc,unused-ignore]
-    """Its calls have a `Call` as their first argument. `initialize_state(router)`: the name of one
-    of `pyllamabatch.scheduler.router.ROUTERS`. For one event loop."""
+    """Its calls have a `RoutedCall` as their first argument. `initialize_state(router)`: the name
+    of one of `pyllamabatch.scheduler.router.ROUTERS`. For one event loop."""
 
     def initialize_state(self, **kwargs: Any) -> None:
         name = kwargs.get("router", DEFAULT)
@@ -67,7 +67,7 @@ class FleetRouter(RequestRouter):  # type: ignore[misc,unused-ignore]
             name: Seen(n_open[name], replica.routing_stats or {})
             for name, replica in replicas.items()
         }
-        call: Call = pending_request.args[0]
+        call: RoutedCall = pending_request.args[0]
         chosen = self._router.choose(call.prompt, seen, call.key)
         self._on_the_way[id] = chosen, pending_request
         others = sorted(seen.keys() - {chosen}, key=lambda name: n_open[name])

@@ -225,11 +225,11 @@ def measure(
     rig: Rig, shapes: Sequence[Shape], unified: bool, clock: Clock
 ) -> tuple[list[Sample], bool]:
     """Samples of the shapes, and whether it was not interrupted."""
-    taken: dict[Shape, Timings] = {}
+    taken: dict[Shape, ShapeTimings] = {}
     load, disturbed, whole = OtherLoad(rig.n_threads), True, True
     try:
         for n_round, shape, wanted in schedule([s for s in shapes if _fits(s, rig, unified)]):
-            timings = taken.setdefault(shape, Timings())
+            timings = taken.setdefault(shape, ShapeTimings())
             if clock.left <= 0 or timings.too_large or timings.enough(wanted):
                 continue
             layout, decode = "unified" if unified else "streams", shape.rows - shape.prefill
@@ -277,7 +277,7 @@ def schedule(shapes: Sequence[Shape]) -> Iterator[tuple[int, Shape, float]]:
 
 
 @dataclass
-class Timings:
+class ShapeTimings:
     """Steps of a shape. begins: the first ones of each block, with a new graph; steps: the
     others."""
 

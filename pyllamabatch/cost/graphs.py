@@ -15,7 +15,7 @@ F64 = npt.NDArray[np.float64]
 _N_KV = 256  # cells that a graph's attention grows by (src/llama-kv-cache.cpp: `get_n_kv`)
 
 
-class Call(NamedTuple):
+class NativeCall(NamedTuple):
     """A native call. decode: its slots that decode, or have a row for padding, ascending. chunks:
     (slot, rows) of each prompt. n_graphs: ubatches of each step. cells: those that a step's
     attention goes over, one number for each step, before they are padded."""
@@ -55,7 +55,7 @@ class Graphs:
         self._last = self._decoding
         self._grown = np.zeros(0, dtype=np.int64)  # cells of the graph at each step of the call
 
-    def add_to(self, seconds: F64, call: Call) -> int:
+    def add_to(self, seconds: F64, call: NativeCall) -> int:
         """Add what new graphs take to the `seconds` of each step of the call. Returns the number of
         steps that need new ones."""
         new, settle = self._new_graph

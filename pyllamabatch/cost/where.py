@@ -121,7 +121,7 @@ def fingerprint(model: Model) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def device_of(context: Context) -> tuple[runtime.Device, float]:
+def device_of(context: Context) -> tuple[runtime.BackendDevice, float]:
     """The device that holds most of the weights, and its share of those that rows pass."""
     devices = runtime.devices()
     held: Counter[str] = Counter()

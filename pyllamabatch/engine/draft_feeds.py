@@ -13,7 +13,7 @@ from ..models import default_draft_path
 from ..planner.residency import fitting_n_ctx
 from ..scheduler import Step
 from ..step.draft_model import DraftModel, check_same_vocabulary
-from ..step.types import Drafts, Run
+from ..step.types import DraftColumns, Run
 from .drafters import AnyDrafter, Draft, Drafter, Ngram, Wanted
 from .request import Request
 
@@ -38,7 +38,7 @@ class Feed:
         """A request is over."""
 
     def fill(self, step: Step, request_in: Callable[[int], Request]) -> None:
-        """Before a call, whose `Drafts.n_most` is there."""
+        """Before a call, whose `DraftColumns.n_most` is there."""
 
     def seconds(self, run: Run) -> float:
         """After a call: what it took, as often as there are such steps."""
@@ -80,7 +80,7 @@ class PythonFeed(Feed):
 
     each_step = True
 
-    def __init__(self, drafter: Drafter, drafts: Drafts, n_vocab: int) -> None:
+    def __init__(self, drafter: Drafter, drafts: DraftColumns, n_vocab: int) -> None:
         self._drafter: Drafter | None = drafter
         self._ended: Callable[[int], object] | None = getattr(drafter, "ended", None)
         self._drafts = drafts

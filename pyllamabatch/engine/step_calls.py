@@ -7,7 +7,7 @@ import numpy as np
 from ..scheduler import Scheduler, Step
 from ..scheduler.drafting import Drafted
 from ..step.trace import StepTrace
-from ..step.types import Drafts, Run
+from ..step.types import DraftColumns, Run
 from .protocols import Device, StepRunner
 from .slot_table import SlotTable
 
@@ -26,7 +26,7 @@ class StepCalls:
         self._trace = trace
         # Where steps may check drafts: what the stepper knows of them.
         drafting = scheduler.drafting is not None
-        self._drafts: Drafts | None = device.stepper.drafts if drafting else None
+        self._drafts: DraftColumns | None = device.stepper.drafts if drafting else None
         self._running: tuple[Step, int] | None = None  # the call that goes on, and its first step
 
     def of(self, step: Step) -> tuple[Step, ...]:
@@ -120,7 +120,7 @@ class StepCalls:
         return end
 
 
-def set_drafts(drafts: Drafts, step: Step) -> None:
+def set_drafts(drafts: DraftColumns, step: Step) -> None:
     """What each slot may draft in the next run, and what rows cost there."""
     drafts.n_most[:] = 0
     for slot, n in step.drafts.items():

@@ -34,7 +34,7 @@ class ThreadWatch:
         """set_threads: as `Context.set_threads`, for one row and for many."""
         self._set_threads = set_threads
         self._all = self._now = (n_threads, n_threads_batch)
-        self._widths: dict[int, Width] = {}
+        self._widths: dict[int, ThreadChoice] = {}
 
     def begin(self, call: Step, n_steps: int) -> int:
         """Before a call: how many steps of it at most."""
@@ -52,7 +52,7 @@ class ThreadWatch:
         if width is not None and run.n_steps and not run.n_drafted:
             width.took(run.n_steps, run.seconds, perf_counter())
 
-    def _width(self, call: Step) -> Width | None:
+    def _width(self, call: Step) -> ThreadChoice | None:
         """Steps of about as many rows."""
         if call.chunks:
             return None
@@ -60,12 +60,12 @@ class ThreadWatch:
         width = self._widths.get(n_rows.bit_length())
         if width is None:
             most = self._all[n_rows > 1]
-            width = self._widths[n_rows.bit_length()] = Width(most, perf_counter() + SOON)
+            width = self._widths[n_rows.bit_length()] = ThreadChoice(most, perf_counter() + SOON)
         return width
 
 
 @dataclass(slots=True)
-class Width:
+class ThreadChoice:
     """`n_most`: threads that there are. `trial_at`: when two numbers of them are compared next."""
 
     n_most: int

@@ -54,7 +54,7 @@ def keep_wired(seconds: int) -> None:
         os.environ["GGML_METAL_RESIDENCY_KEEP_ALIVE_S"] = str(seconds)
 
 
-class Device(NamedTuple):
+class BackendDevice(NamedTuple):
     name: str
     description: str
     kind: str  # "cpu", "gpu", "igpu", "accel"
@@ -63,7 +63,7 @@ class Device(NamedTuple):
     total: int
 
 
-def devices() -> dict[str, Device]:
+def devices() -> dict[str, BackendDevice]:
     """Every device of every backend, by name."""
     ensure()
     free, total = ffi.new("size_t *"), ffi.new("size_t *")
@@ -76,7 +76,7 @@ def devices() -> dict[str, Device]:
         name = text(lib.ggml_backend_dev_name(device))
         description = text(lib.ggml_backend_dev_description(device))
         backend = text(lib.ggml_backend_reg_name(lib.ggml_backend_dev_backend_reg(device)))
-        found[name] = Device(name, description, kind, backend, int(free[0]), int(total[0]))
+        found[name] = BackendDevice(name, description, kind, backend, int(free[0]), int(total[0]))
     return found
 
 

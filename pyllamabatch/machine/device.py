@@ -39,7 +39,7 @@ C = TypeVar("C")  # a cell
 S = TypeVar("S", bound=Sampler)
 
 
-class Sampled(NamedTuple):
+class SampledRow(NamedTuple):
     """A row's token, -1 with `Finish.ERROR`."""
 
     slot: int
@@ -61,7 +61,7 @@ class Recorded:
 
     code: int
     n_rows: int
-    sampled: Sequence[Sampled]
+    sampled: Sequence[SampledRow]
     logprobs: frozenset[int]  # slots whose tokens have some
     times: Times
     end_ns: int
@@ -105,7 +105,7 @@ class FakeDevice(Generic[C, S]):
     def _token(self, cell: C) -> int:
         raise NotImplementedError
 
-    def _sample(self, slot: int) -> Sampled:
+    def _sample(self, slot: int) -> SampledRow:
         """What the sequence's last row gives, which is in its sampling state from now on."""
         raise NotImplementedError
 
@@ -190,10 +190,10 @@ class FakeDevice(Generic[C, S]):
         rows.pos[mine] = [self._next[slot][1] for slot in slots.tolist()]
         rows.seq[mine], rows.flags[mine] = slots, SAMPLE
 
-    def _hold(self, n_rows: int, *, sample: bool) -> list[Sampled]:
+    def _hold(self, n_rows: int, *, sample: bool) -> list[SampledRow]:
         """The first rows are in the cells; what those of them give that are sampled."""
         table = (column[:n_rows].tolist() for column in self.rows)
-        found: list[Sampled] = []
+        found: list[SampledRow] = []
         for token, pos, seq, flags in zip(*table, strict=True):
             held = self.cells.setdefault(seq, [])
             assert pos == len(held), f"row at {pos} of sequence {seq}, which holds {len(held)}"
@@ -205,7 +205,7 @@ class FakeDevice(Generic[C, S]):
                 found.append(one)
         return found
 
-    def _results(self, sampled: Sequence[Sampled]) -> list[tuple[int, int, int, float]]:
+    def _results(self, sampled: Sequence[SampledRow]) -> list[tuple[int, int, int, float]]:
         """Of the sequences that have finished, and of those that are reported."""
         return [
             (slot, token, int(finish), 0.0 if self._logprobs(slot) is not None else np.nan)
@@ -216,7 +216,7 @@ class FakeDevice(Generic[C, S]):
     def _logprobs(self, slot: int) -> int | None:
         return self.slots[slot].logprobs
 
-    def _record(self, code: int, sampled: Sequence[Sampled], times: Times) -> None:
+    def _record(self, code: int, sampled: Sequence[SampledRow], times: Times) -> None:
         given = [one for one in sampled if one.finish in (Finish.NONE, Finish.LENGTH)]
         logprobs = frozenset(one.slot for one in given if self._logprobs(one.slot) is not None)
         end = perf_counter_ns()
@@ -330,7 +330,7 @@ def _write_step(page: Page, step: Recorded) -> None:
             _write_logprob(page, one, i)
 
 
-def _write_logprob(page: Page, one: Sampled, at: int) -> None:
+def _write_logprob(page: Page, one: SampledRow, at: int) -> None:
     """The token is certain, and there is no other."""
     assert page.logprob is not None
     assert page.n_top is not None

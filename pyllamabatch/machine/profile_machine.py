@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from pyllamabatch.cost.graphs import Call, Graphs
+from pyllamabatch.cost.graphs import Graphs, NativeCall
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import Profile, load_profile, profile_folder, shipped_names
 from pyllamabatch.errors import ArgumentError, UnsupportedOperation, integer
 from pyllamabatch.kv import Slots
 from pyllamabatch.llama.host import PathLike
-from pyllamabatch.machine.device import FakeDevice, Sampled, Times
+from pyllamabatch.machine.device import FakeDevice, SampledRow, Times
 from pyllamabatch.machine.gpu_queue import GpuQueue, sleep_until
 from pyllamabatch.scheduler import Limits
 from pyllamabatch.scheduler.step import spans
@@ -164,9 +164,9 @@ class ProfileDevice(FakeDevice[int, SentenceSampler]):
     def _token(self, cell: int) -> int:
         return cell
 
-    def _sample(self, slot: int) -> Sampled:
+    def _sample(self, slot: int) -> SampledRow:
         token, finish = self.slots[slot].next()
-        return Sampled(slot, token, finish)
+        return SampledRow(slot, token, finish)
 
     def _compute(self, slots: Slots, n_before: int, n_pad: int) -> tuple[int, int, Times]:
         # The native loop has a step ready when it is called, and the next one when that ends:
@@ -203,7 +203,7 @@ class ProfileDevice(FakeDevice[int, SentenceSampler]):
             return float(seconds[0]), n_graphs
         chunks = tuple(zip(seqs.tolist(), n_each.tolist(), strict=True))
         cells = held.sum() if limits.unified else held[at].max()
-        call = Call(slots, chunks, n_graphs, np.array([cells + n_rows]))
+        call = NativeCall(slots, chunks, n_graphs, np.array([cells + n_rows]))
         n_new = self._graphs.add_to(seconds, call) * n_graphs
         self._graphs.computed(1)
         return float(seconds[0]), n_graphs - n_new

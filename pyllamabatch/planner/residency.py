@@ -34,7 +34,7 @@ _CELLS = 2**20  # of the largest context that is projected
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class MemoryPool:
     """Bytes in one place. mapped: weights that are pages of the file; copied: weights in memory of
     the process's own; kv: cells and states; compute: graphs; logits: the output buffer; decode:
     graphs of decoding, which get their memory with the first step."""
@@ -60,9 +60,9 @@ class Pool:
     def total(self) -> int:
         return self.mapped + self.private
 
-    def plus(self, other: Pool, times: float = 1) -> Pool:
+    def plus(self, other: MemoryPool, times: float = 1) -> MemoryPool:
         pairs = zip(astuple(self), astuple(other), strict=True)
-        return Pool(*(round(a + times * b) for a, b in pairs))
+        return MemoryPool(*(round(a + times * b) for a, b in pairs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,8 @@ class Footprint:
     """A model and one context of it: on the device, and in the host's memory. Without a device
     everything is the host's."""
 
-    device: Pool = Pool()
-    host: Pool = Pool()
+    device: MemoryPool = MemoryPool()
+    host: MemoryPool = MemoryPool()
 
     @property
     def total(self) -> int:
@@ -155,16 +155,16 @@ def footprint_of(context: Context, n_outputs: int, *, mmap: bool) -> Footprint:
     """Of a context of a no_alloc model."""
     devices = runtime.devices()
     logits = 4 * max(n_outputs, context.n_seq_max) * context.model.n_vocab
-    found = Footprint(host=Pool(logits=logits))
+    found = Footprint(host=MemoryPool(logits=logits))
     for part in memory_parts(context):
         known = devices.get(part.device)
         on_cpu = known is None or known.kind == "cpu" or part.host
         # Metal's buffers are mapped too; other devices, and repacked weights, are copies.
         mapped = mmap and (part.host if on_cpu else part.buffer_type.startswith("MTL"))
-        weights = Pool(mapped=part.model) if mapped else Pool(copied=part.model)
+        weights = MemoryPool(mapped=part.model) if mapped else MemoryPool(copied=part.model)
         new = replace(weights, kv=part.context, compute=part.compute)
         found = found.plus(Footprint(host=new) if on_cpu else Footprint(device=new))
-    if mmap and found.device == Pool() and found.host.mapped:
+    if mmap and found.device == MemoryPool() and found.host.mapped:
         # One mapping from the first to the last tensor, those that are copied from it included.
         found = Footprint(host=replace(found.host, mapped=context.model.size_bytes))
     return found
@@ -172,7 +172,7 @@ def footprint_of(context: Context, n_outputs: int, *, mmap: bool) -> Footprint:
 
 def by_size(weights: int, n_ctx: int, kv_per_cell: int, graphs: int, machine: Machine) -> Footprint:
     """Without a file: weights, cells and graphs by their bytes."""
-    pool = Pool(kv=n_ctx * kv_per_cell, compute=graphs)
+    pool = MemoryPool(kv=n_ctx * kv_per_cell, compute=graphs)
     copies = machine.kind == "cuda"
     pool = replace(pool, copied=weights) if copies else replace(pool, mapped=weights)
     return Footprint(host=pool) if machine.kind == "cpu" else Footprint(device=pool)
@@ -199,7 +199,7 @@ def fitting_n_ctx(model: Model, n_ctx: int, *, shrink: bool, **params: Any) -> i
     Where even a generous guess fits twice, nothing is projected.
     """
     devices = device_free()
-    available = Footprint(Pool(compute=devices), Pool(compute=host_available()))
+    available = Footprint(MemoryPool(compute=devices), MemoryPool(compute=host_available()))
     if 2 * _generous(model, n_ctx, params) <= (devices or available.total):
         return n_ctx
     load: dict[str, Any] = model._load

@@ -33,7 +33,7 @@ RULES: dict[str, str] = {
 }
 
 
-class Rows(NamedTuple):
+class CheckedRows(NamedTuple):
     """A checked plan: how many sequences decode, which of `StepView.decoding` do not, and by how
     many tokens the others advance."""
 
@@ -42,7 +42,7 @@ class Rows(NamedTuple):
     others: dict[int, int]
 
 
-def check_plan(plan: Plan, view: StepView) -> Rows:
+def check_plan(plan: Plan, view: StepView) -> CheckedRows:
     """Raise PlanError for the first rule that `plan` breaks. With `decode_all` there is no loop
     over the sequences that decode."""
     if not isinstance(plan, Plan):
@@ -70,10 +70,10 @@ def check_plan(plan: Plan, view: StepView) -> Rows:
     return rows
 
 
-def _rows(plan: Plan, view: StepView) -> Rows:
+def _rows(plan: Plan, view: StepView) -> CheckedRows:
     tokens, decoding = plan.tokens, view.decoding
     if plan.decode_all and not (tokens or plan.sit_out or plan.preempt):
-        return Rows(len(decoding), plan.sit_out, {})
+        return CheckedRows(len(decoding), plan.sit_out, {})
     _check_whole(tokens)
     others = {id: n for id, n in tokens.items() if id not in decoding}
     n_named = len(tokens) - len(others)
@@ -83,15 +83,15 @@ def _rows(plan: Plan, view: StepView) -> Rows:
         if not plan.sit_out <= decoding:
             _broken("decode-all", f"{sorted(plan.sit_out - decoding)} do not decode")
         out: Set[int] = plan.sit_out | {id for id in plan.preempt if id in decoding}
-        return Rows(len(decoding) - len(out), out, others)
+        return CheckedRows(len(decoding) - len(out), out, others)
     if plan.sit_out:
         _broken("decode-all", f"{sorted(plan.sit_out)} sit out")
     for id in tokens.keys() & decoding if n_named else ():
         if tokens[id] != 1:
             _broken("within-remaining", f"sequence {id} by {tokens[id]} of 1")
     if n_named in (0, len(decoding)):
-        return Rows(n_named, frozenset() if n_named else decoding, others)
-    return Rows(n_named, decoding - tokens.keys(), others)
+        return CheckedRows(n_named, frozenset() if n_named else decoding, others)
+    return CheckedRows(n_named, decoding - tokens.keys(), others)
 
 
 def _check_whole(tokens: Mapping[int, int]) -> None:
@@ -131,7 +131,7 @@ def _check_preempted(plan: Plan, view: StepView) -> int:
     return sum(map(view.kv.freed_by, plan.preempt))
 
 
-def _check_time(plan: Plan, view: StepView, rows: Rows, n_rows: int) -> None:
+def _check_time(plan: Plan, view: StepView, rows: CheckedRows, n_rows: int) -> None:
     if type(plan.repeat) is not int or plan.repeat < 1:
         _broken("repeat", f"{plan.repeat!r} steps")
     if plan.repeat > 1 and (rows.others or plan.preempt or not n_rows):
@@ -147,7 +147,7 @@ def _check_time(plan: Plan, view: StepView, rows: Rows, n_rows: int) -> None:
             _broken("progress", f"an empty plan, {n_running} run and {n_waiting} wait")
 
 
-def _check_drafts(plan: Plan, view: StepView, rows: Rows, n_rows: int) -> None:
+def _check_drafts(plan: Plan, view: StepView, rows: CheckedRows, n_rows: int) -> None:
     limits = view.limits
     if rows.others or plan.preempt:
         _broken("drafts", f"{len(rows.others)} sequences do not decode")

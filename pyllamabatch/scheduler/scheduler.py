@@ -35,7 +35,7 @@ from .policies import device_aware
 from .policy import Policy, check_policy
 from .progress import Progress
 from .queue import SequenceList
-from .rules import Rows, check_plan
+from .rules import CheckedRows, check_plan
 from .running import Entry, KnownTokens
 from .sequences import Sequences
 from .step import NO_SLOTS, Counters, Step
@@ -340,7 +340,7 @@ class Scheduler:
             return ()
         return ((id, sequences.preempt(id, retain=True)),)
 
-    def _admit(self, rows: Rows) -> Placed:
+    def _admit(self, rows: CheckedRows) -> Placed:
         """The newcomers; one that had better wait for another of them stays where it is."""
         n_rows = rows.n_decodes + sum(rows.others.values())
         admitted: list[tuple[int, int]] = []

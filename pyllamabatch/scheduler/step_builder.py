@@ -10,7 +10,7 @@ from .admission import Admission
 from .compaction import Compaction
 from .invariance import Invariance
 from .padding import Padding
-from .rules import Rows
+from .rules import CheckedRows
 from .running import Entry
 from .sequences import Sequences
 from .step import PromptChunk, Step
@@ -50,7 +50,7 @@ class StepBuilder:
         self.invariance = invariance
         self._alone = alone
 
-    def build(self, plan: Plan, rows: Rows, preempted: Placed, admitted: Placed) -> Step:
+    def build(self, plan: Plan, rows: CheckedRows, preempted: Placed, admitted: Placed) -> Step:
         """Of a plan that is checked, and whose sequences are placed."""
         moved = self._close_gaps(rows) if self.compaction.possible else ()
         chunks, last = self._cut_prompts(rows.others) if rows.others else ((), [])
@@ -94,7 +94,7 @@ class StepBuilder:
                 self._cut(entries[id], n, chunks, last)
         return tuple(chunks), last
 
-    def _sits_out(self, rows: Rows, last: list[int]) -> list[int]:
+    def _sits_out(self, rows: CheckedRows, last: list[int]) -> list[int]:
         """Slots of sequences that decode, and not in this step."""
         running = self._sequences.running
         sits_out = running.decoding if rows.n_decodes == 0 else rows.out
@@ -129,7 +129,7 @@ class StepBuilder:
         if self.compaction.possible and repeat > 1 and self.cost is not None:
             step.repeat = self.compaction.steps(step, accounting.held_by_slot, self.cost)
 
-    def _close_gaps(self, rows: Rows) -> tuple[tuple[int, int, int], ...]:
+    def _close_gaps(self, rows: CheckedRows) -> tuple[tuple[int, int, int], ...]:
         """Where nothing comes that could take the empty slots between those that run, and it pays:
         (id, slot before, slot) of each sequence that goes on in one of them."""
         running, waiting = self._sequences.running, self._sequences.waiting.ids

@@ -24,7 +24,7 @@ SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-class Histogram:
+class BucketHistogram:
     """Counts by upper bound. For one thread."""
 
     __slots__ = ("bounds", "counts", "total")
@@ -61,10 +61,10 @@ class Metrics(Collector):
 
     def __init__(self, engine: Engine | None) -> None:
         self._engine = engine
-        self.ttft = Histogram(SECONDS)
-        self.itl = Histogram(SHORT_SECONDS)
-        self.e2el = Histogram(SECONDS)
-        self.queue = Histogram(SECONDS)
+        self.ttft = BucketHistogram(SECONDS)
+        self.itl = BucketHistogram(SHORT_SECONDS)
+        self.e2el = BucketHistogram(SECONDS)
+        self.queue = BucketHistogram(SECONDS)
         self.n_prompt = 0  # tokens of prompts that were computed
         self.n_cached = 0
         self.prompt_s = 0.0
@@ -166,7 +166,7 @@ class Metrics(Collector):
 
 
 def _fill(fill: dict[int, int]) -> Metric:
-    tokens = Histogram(ROWS)
+    tokens = BucketHistogram(ROWS)
     for n_rows, n_steps in fill.items():
         tokens.add(n_rows, n_steps)
     return tokens.family("vllm:iteration_tokens_total", "Tokens sampled in a step.")

@@ -1,6 +1,6 @@
-"""Replica: an engine's scheduler in virtual time, with a cost model in the place of the device.
+"""SimulatedReplica: a scheduler in virtual time, with a cost model in the place of the device.
 
-`Replica.step` does what `EngineCore.step` does: update, take requests, schedule, carry out, run. A
+Its `step` does what `EngineCore.step` does: update, take requests, schedule, carry out, run. A
 native call of several steps is in flight until a sequence ends; a request that arrives ends it
 after its current step. The owner of the replica passes the time in.
 """
@@ -15,7 +15,7 @@ from math import inf
 
 import numpy as np
 
-from pyllamabatch.cost.graphs import F64, Call, Graphs
+from pyllamabatch.cost.graphs import F64, Graphs, NativeCall
 from pyllamabatch.cost.step_cost import NO_COST, NewGraph, StepCost
 from pyllamabatch.engine.layout import DRAFT_MOST, most_draft_rows, n_copies
 from pyllamabatch.errors import ArgumentError
@@ -131,7 +131,7 @@ class _Open:
 
 
 @dataclass(slots=True)
-class _Call:
+class _InFlight:
     """A native call in flight: the times at which its steps end, the cells in use before it; what
     its steps are, where they may have drafts."""
 
@@ -142,7 +142,7 @@ class _Call:
     steps: Steps | None = None
 
 
-class Replica(ReplicaView):
+class SimulatedReplica(ReplicaView):
     """`ended(outcome)` is called for each request at its end."""
 
     def __init__(
@@ -159,7 +159,7 @@ class Replica(ReplicaView):
         self._open: dict[int, _Open] = {}
         self._in_slot: dict[int, _Open] = {}
         self._parts: list[Step] = []  # of the scheduled step, not run yet
-        self._call: _Call | None = None
+        self._call: _InFlight | None = None
         self._wake = inf
         self._rows_before = 0  # of the last step
         switch = spec.cost.switch or 0.0
@@ -335,7 +335,7 @@ class Replica(ReplicaView):
                 steps = plain(step, seconds)
         self._rows_before = 0 if steps is None else int(steps.rows[-1])
         ends = now + self.spec.overhead + np.cumsum(seconds)
-        self._call = _Call(step, now, ends, held, steps)
+        self._call = _InFlight(step, now, ends, held, steps)
 
     # -- inside
 
@@ -378,7 +378,7 @@ class Replica(ReplicaView):
             self._graphs.add_to(seconds, self._call_of(step, n, len(shapes)))
         return seconds
 
-    def _call_of(self, step: Step, n: int, n_spans: int) -> Call:
+    def _call_of(self, step: Step, n: int, n_spans: int) -> NativeCall:
         """Of n times this step, whose decoding rows are in `n_spans` ubatches."""
         limits, accounting = self.spec.limits, self.scheduler.accounting
         ahead = np.arange(1, n + 1)
@@ -388,7 +388,7 @@ class Replica(ReplicaView):
             cells = accounting.longest(step.slots) + ahead
         chunks = tuple((chunk.slot, chunk.n) for chunk in step.chunks)
         decode = np.arange(step.n_pad, dtype=np.int32) if step.n_pad else step.decode
-        return Call(decode, chunks, max(n_spans, -(-step.n_rows // limits.n_ubatch)), cells)
+        return NativeCall(decode, chunks, max(n_spans, -(-step.n_rows // limits.n_ubatch)), cells)
 
     def _end(self, one: _Open, now: float) -> None:
         one.outcome.end = now + self.spec.latency

@@ -14,7 +14,7 @@ from pyllamabatch.scheduler.policies import DEFAULT
 from pyllamabatch.scheduler.router import make_router
 from pyllamabatch.sim.formats import at_rate
 from pyllamabatch.sim.metrics import Load, Outcome, summarise
-from pyllamabatch.sim.replica import EngineSpec, Replica
+from pyllamabatch.sim.replica import EngineSpec, SimulatedReplica
 from pyllamabatch.sim.workload import TraceRequest
 
 
@@ -76,7 +76,9 @@ def simulate(
         else:
             followers.setdefault(request.after, []).append(request)
     replicas = [
-        Replica(spec, make_policy(policy) if isinstance(policy, str) else policy(), ended, i)
+        SimulatedReplica(
+            spec, make_policy(policy) if isinstance(policy, str) else policy(), ended, i
+        )
         for i in range(n_replicas)
     ]
     by_index = dict(enumerate(replicas))

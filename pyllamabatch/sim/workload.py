@@ -120,7 +120,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workload:
+class DrawnWorkload:
     """n: requests. prompt, output: see `draw_lengths`. prefix: tokens that a prompt shares with
     others: one of `prefixes` prefixes."""
 
@@ -158,7 +158,7 @@ class Workload:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gamma(Workload):
+class Gamma(DrawnWorkload):
     """rate: requests a second. cv: standard deviation of the time between two requests over its
     mean: 1 is Poisson, more comes in bursts."""
 
@@ -177,7 +177,7 @@ class Poisson(Gamma):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Closed(Workload):
+class Closed(DrawnWorkload):
     """`clients` ask at once, and again `think` seconds (exponential, on average) after an answer,
     until `n` requests have been made."""
 
@@ -190,7 +190,7 @@ class Closed(Workload):
         return [0.0] * first + pauses[first:], [None] * first + list(range(self.n - first))
 
 
-DRAWN: dict[str, type[Workload]] = {"poisson": Poisson, "gamma": Gamma, "closed": Closed}
+DRAWN: dict[str, type[DrawnWorkload]] = {"poisson": Poisson, "gamma": Gamma, "closed": Closed}
 
 
 def draw(spec: str, seed: int) -> list[TraceRequest]:

@@ -16,7 +16,7 @@ from pyllamabatch.llama.runtime import text
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.json_schema import schema_to_gbnf
 from pyllamabatch.step.sampling_params import SamplingParams
-from pyllamabatch.step.types import RESULT_DTYPE, STEP_DTYPE, Drafts, Results, Rows
+from pyllamabatch.step.types import RESULT_DTYPE, STEP_DTYPE, DraftColumns, Results, Rows
 
 
 class DetachedSlot:
@@ -170,12 +170,12 @@ def results_of(views: Any, engine: Any) -> Results:
     )
 
 
-def drafts_of(engine: Any, n_seq_max: int, n_rows: int) -> Drafts:
+def drafts_of(engine: Any, n_seq_max: int, n_rows: int) -> DraftColumns:
     """Its drafts."""
     native = ffi.new("plb_drafts *")
     lib.plb_engine_drafts(engine, native)
     wide = n_seq_max, native.n_draft_max
-    return Drafts(
+    return DraftColumns(
         view(native.n_most, np.int32, (n_seq_max,), engine),
         view(native.n_given, np.int32, (n_seq_max,), engine),
         view(native.token, np.int32, wide, engine),

@@ -54,7 +54,7 @@ from pyllamabatch.step.types import (
     RESULT_DTYPE,
     SAMPLE,
     STEP_DTYPE,
-    Drafts,
+    DraftColumns,
     Finish,
     Results,
     Rows,
@@ -66,8 +66,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = [
-    "OUTPUT", "RESULT_DTYPE", "SAMPLE", "STEP_DTYPE", "DetachedSlot", "Drafts", "Finish", "Results",
-    "Rows", "SlotInfo", "Stepper", "Stop",
+    "OUTPUT", "RESULT_DTYPE", "SAMPLE", "STEP_DTYPE", "DetachedSlot", "DraftColumns", "Finish",
+    "Results", "Rows", "SlotInfo", "Stepper", "Stop",
 ]  # fmt: skip
 
 _REFUSED: int = lib.PLB_E_ARGUMENT  # and below: ours, not llama_decode's
@@ -117,7 +117,7 @@ class Stepper:
         self.n_steps_max: int = views.n_steps_max
         self.rows = rows_of(views, engine)
         self.result = results_of(views, engine)
-        self.drafts: Drafts | None = None  # with n_draft_max
+        self.drafts: DraftColumns | None = None  # with n_draft_max
         if params.n_draft_max:
             self.drafts = drafts_of(engine, self.n_seq_max, self.n_rows_max)
         self._slots: dict[int, DetachedSlot] = {}  # by sequence id

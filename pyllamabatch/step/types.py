@@ -72,7 +72,7 @@ class Rows(NamedTuple):
     flags: U8
 
 
-class Drafts(NamedTuple):
+class DraftColumns(NamedTuple):
     """What a run's steps check beside the slots' next tokens (speculative decoding): persistent
     NumPy views, by sequence; see `plb_drafts` in native/plb.h.
 

@@ -16,7 +16,7 @@ import pytest
 
 from pyllamabatch.cli.batch_file import BatchFile
 from pyllamabatch.cli.input_lines import InputLine, digest, read_lines
-from pyllamabatch.cli.result_file import Results, Row, result_file
+from pyllamabatch.cli.result_file import ResultFile, Row, result_file
 from pyllamabatch.engine.stream import Result
 from pyllamabatch.errors import ArgumentError, EngineClosed
 
@@ -56,7 +56,7 @@ def lines(n: int = N) -> list[bytes]:
     return [b'{"id": "r%d", "prompt": "%d"}\n' % (i, i) for i in range(1, n + 1)]
 
 
-def batch_on(results: Results, source: Iterable[bytes], **options: Any) -> BatchFile:
+def batch_on(results: ResultFile, source: Iterable[bytes], **options: Any) -> BatchFile:
     def key(line: InputLine) -> str:
         return digest(str(line.raw), line.prompt)
 
@@ -87,7 +87,7 @@ def test_every_line_has_its_row_and_the_bad_ones_an_error() -> None:
     source = lines()
     source[2] = b"not json\n"
     rows: list[Row] = []
-    batch_on(Results("stdout", stream), source, on_row=rows.append).run(engine.submit)
+    batch_on(ResultFile("stdout", stream), source, on_row=rows.append).run(engine.submit)
     written = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert sorted(rows, key=lambda row: row["line"]) == written
     errors = {row["line"]: row["error"] for row in rows if "error" in row}
@@ -101,7 +101,7 @@ def test_every_line_has_its_row_and_the_bad_ones_an_error() -> None:
 
 def test_the_window_bounds_what_is_read() -> None:
     """In the worst order: of eight that are open the newest ends first."""
-    results, streams = Results("stdout", io.BytesIO()), list[tuple[InputLine, Any]]()
+    results, streams = ResultFile("stdout", io.BytesIO()), list[tuple[InputLine, Any]]()
     n_read = most = 0
 
     def counted() -> Iterator[bytes]:
@@ -184,4 +184,4 @@ def test_a_read_error_ends_the_run() -> None:
         raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="the disk is gone"):
-        batch_on(Results("stdout", io.BytesIO()), broken()).run(FakeEngine().submit)
+        batch_on(ResultFile("stdout", io.BytesIO()), broken()).run(FakeEngine().submit)

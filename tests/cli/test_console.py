@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pyllamabatch.cli.console import Progress, say, show
+from pyllamabatch.cli.console import ProgressBar, say, show
 from pyllamabatch.report.tables import Table
 
 
@@ -28,7 +28,7 @@ def use_terminal(monkeypatch: pytest.MonkeyPatch, name: str = "stderr") -> Termi
 
 
 def run(total: float | None = 10, *, quiet: bool = False) -> None:
-    with Progress("generate", total, quiet=quiet) as progress:
+    with ProgressBar("generate", total, quiet=quiet) as progress:
         progress.update(3, "7.5 tok/s")
         progress.note("in.jsonl:7: [id] 'x': bad")
 
@@ -38,13 +38,13 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     run()
     assert "in.jsonl:7: [id] 'x': bad" in terminal.getvalue()
     assert "3/10" in terminal.getvalue()
-    with Progress("loading") as progress:
+    with ProgressBar("loading") as progress:
         progress.update(0.25)
     assert "25%" in terminal.getvalue()
 
 
 def test_without_a_bar_plain_lines(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(Progress, "EVERY_S", 0.0)
+    monkeypatch.setattr(ProgressBar, "EVERY_S", 0.0)
     plain = "generate: 3/10 7.5 tok/s\nin.jsonl:7: [id] 'x': bad\n"
     run()
     assert capsys.readouterr().err == plain, "in a pipe"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pyllamabatch.cli.result_file import Results, Row, decode, encode, result_file
+from pyllamabatch.cli.result_file import ResultFile, Row, decode, encode, result_file
 from pyllamabatch.errors import ArgumentError
 
 
@@ -26,7 +26,7 @@ def row(line: int) -> Row:
     return {"id": f"r{line}", "line": line, "text": f"añswer {line}", "key": f"k{line}"}
 
 
-def add(results: Results, *indices: int) -> list[int]:
+def add(results: ResultFile, *indices: int) -> list[int]:
     """How many rows are written after each."""
     found = []
     for index in indices:
@@ -36,7 +36,7 @@ def add(results: Results, *indices: int) -> list[int]:
     return found
 
 
-def finished(results: Results) -> list[int]:
+def finished(results: ResultFile) -> list[int]:
     return [found["line"] for found in results.finished()]
 
 
@@ -46,7 +46,7 @@ def lines_of(text: bytes) -> list[int]:
 
 def test_rows_go_out_in_order(out: Path, part: Path) -> None:
     stream = io.BytesIO()
-    assert add(Results("stdout", stream), 1, 0, 3, 2) == [0, 2, 2, 4]
+    assert add(ResultFile("stdout", stream), 1, 0, 3, 2) == [0, 2, 2, 4]
     assert lines_of(stream.getvalue()) == [1, 2, 3, 4]
     with result_file(out) as results:
         assert finished(results) == []

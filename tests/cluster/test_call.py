@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
-from pyllamabatch.cluster.call import Call, Head, answer, routed_by
+from pyllamabatch.cluster.call import Head, RoutedCall, answer, routed_by
 from pyllamabatch.cluster.metrics import summed
 from pyllamabatch.scheduler.router import BYTES_PER_TOKEN, PrefixAffinity
 from tests.server.conftest import served  # noqa: F401  # a fixture
@@ -18,8 +18,8 @@ from tests.support.served import ENDLESS, SUM_CHAT, Served, until
 JSON = [(b"content-type", b"application/json")]
 
 
-def call(path: str, values: Any, method: str = "POST") -> Call:
-    return Call(method, path, b"", JSON, orjson.dumps(values))
+def call(path: str, values: Any, method: str = "POST") -> RoutedCall:
+    return RoutedCall(method, path, b"", JSON, orjson.dumps(values))
 
 
 def test_conversations_are_routed_by_what_they_begin_with() -> None:
@@ -34,12 +34,12 @@ def test_conversations_are_routed_by_what_they_begin_with() -> None:
     assert routed_by(b'{"prompt": [1, 2]}') == (b"[1,2]", "")
     assert routed_by(b"not JSON") == routed_by(b"[1]") == (b"", "")
     router = PrefixAffinity(unit=BYTES_PER_TOKEN)
-    prompts = [Call("POST", "/", b"", [], b"", prefix).prompt() for prefix in (one, other)]
+    prompts = [RoutedCall("POST", "/", b"", [], b"", prefix).prompt() for prefix in (one, other)]
     assert len(prompts[0]) > 16 * router.unit
     assert (prompts[0][:-1] == prompts[1][: len(prompts[0]) - 1]).all()
 
 
-async def written(app: Any, call: Call) -> tuple[Head, bytes]:
+async def written(app: Any, call: RoutedCall) -> tuple[Head, bytes]:
     async with aclosing(answer(app, call)) as parts:
         head, *body = [part async for part in parts]
     assert isinstance(head, tuple)

@@ -20,7 +20,7 @@ from pyllamabatch.cost.calibrate import (
     BASE_DEPTH,
     Clock,
     OtherLoad,
-    Timings,
+    ShapeTimings,
     calibrate,
     faults_of,
     measure,
@@ -241,9 +241,9 @@ def test_kinds_of_steps_that_are_missing() -> None:
 
 def test_disturbed_steps_are_told() -> None:
     took = [Took(0.5, True), Took(0.2, True)]
-    sample = Timings(took).sample(Shape(4, depth=8), True)
+    sample = ShapeTimings(took).sample(Shape(4, depth=8), True)
     assert (sample.seconds, sample.n) == (0.2, 0)
-    calm = Timings([*took, Took(0.3, False)]).sample(Shape(4, depth=8), True)
+    calm = ShapeTimings([*took, Took(0.3, False)]).sample(Shape(4, depth=8), True)
     assert (calm.seconds, calm.n) == (0.3, 1)
     about = {"complete": True, "model": ""}
     profile = replace(

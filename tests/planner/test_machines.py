@@ -11,14 +11,14 @@ import sys
 import pytest
 
 from pyllamabatch.llama import runtime
-from pyllamabatch.llama.runtime import Device
+from pyllamabatch.llama.runtime import BackendDevice
 from pyllamabatch.planner import machines
 from pyllamabatch.planner.machines import GIB, MACHINES, here, machine
 
 
 def mac(monkeypatch: pytest.MonkeyPatch, values: dict[str, int], total: int) -> None:
     """As on a Mac whose Metal recommends `total`, and whose sysctl has these values."""
-    gpu = Device("MTL0", "Apple M2 Ultra", "gpu", "MTL", total, total)
+    gpu = BackendDevice("MTL0", "Apple M2 Ultra", "gpu", "MTL", total, total)
     monkeypatch.setattr(runtime, "devices", lambda: {"MTL0": gpu})
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(machines, "host_memory", lambda: 192 * GIB)

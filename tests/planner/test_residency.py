@@ -18,7 +18,7 @@ from pyllamabatch.llama.host import host_available
 from pyllamabatch.llama.limits import memory_parts
 from pyllamabatch.planner import residency
 from pyllamabatch.planner.machines import GIB, MACHINES, Machine, here, machine
-from pyllamabatch.planner.residency import Footprint, Pool, Projector, most
+from pyllamabatch.planner.residency import Footprint, MemoryPool, Projector, most
 
 
 @pytest.mark.parametrize("unified", [True, False])
@@ -31,7 +31,7 @@ def test_projection_is_what_is_allocated(arch_path: Path, unified: bool) -> None
         real = memory_parts(context)
         n_vocab = model.n_vocab
     host = planned.host
-    assert planned.device == Pool()
+    assert planned.device == MemoryPool()
     weights = sum(part.model for part in real)
     assert host.mapped + host.copied == pytest.approx(weights, rel=0.02)
     assert host.kv == pytest.approx(sum(part.context for part in real), rel=0.02)
@@ -73,7 +73,7 @@ def test_projection_allocates_nothing_and_grows_with_sequences(tiny_llama_path: 
 def test_use_of_a_mac() -> None:
     """Mapped weights are in memory once, and wired for every active process."""
     mac = Machine("mac", "metal", 100, 75)
-    found = Footprint(Pool(mapped=20, kv=3, compute=2), Pool(compute=1))
+    found = Footprint(MemoryPool(mapped=20, kv=3, compute=2), MemoryPool(compute=1))
     assert found.use(mac, 3) == [(75, 75), (20 + 3 * 6, 100)]
     assert found.check(mac, 3)
     assert not found.check(mac, 4)
@@ -81,12 +81,12 @@ def test_use_of_a_mac() -> None:
 
 
 def test_use_of_a_gpu_and_a_cpu() -> None:
-    found = Footprint(Pool(copied=20, kv=3, compute=2), Pool(mapped=5, compute=1))
+    found = Footprint(MemoryPool(copied=20, kv=3, compute=2), MemoryPool(mapped=5, compute=1))
     gpu = Machine("gpu", "cuda", 100, 60, 4)
     assert found.use(gpu, 2) == [(58, 60), (7, 100)]
     assert not found.check(gpu, 3)
     cpu = Machine("cpu", "cpu", 40, 0)
-    plain = Footprint(Pool(), Pool(mapped=20, copied=1, kv=3, compute=2, logits=1))
+    plain = Footprint(MemoryPool(), MemoryPool(mapped=20, copied=1, kv=3, compute=2, logits=1))
     assert plain.use(cpu, 2) == [(34, 40)]
     assert most(lambda n: plain.check(cpu, n)) == 2
     assert most(lambda n: plain.check(cpu, 1, n)) == 3

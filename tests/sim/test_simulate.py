@@ -31,7 +31,7 @@ from pyllamabatch.sim import (
     draw,
     simulate,
 )
-from pyllamabatch.sim.replica import Replica
+from pyllamabatch.sim.replica import SimulatedReplica
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ def test_affinity_finds_more_in_the_cache() -> None:
 
 
 def test_a_replica_says_how_long_a_request_waits() -> None:
-    replica = Replica(machine(n_seq_max=2), make_policy("fcfs"), lambda outcome: None)
+    replica = SimulatedReplica(machine(n_seq_max=2), make_policy("fcfs"), lambda outcome: None)
     assert replica.wait == 0
     assert replica.row_seconds > 0
     waits, now = [], 0.0

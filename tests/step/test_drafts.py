@@ -15,7 +15,7 @@ from pyllamabatch.errors import ArgumentError, UnsupportedOperation
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
-from pyllamabatch.step.stepper import Drafts, Finish, Results, Stepper
+from pyllamabatch.step.stepper import DraftColumns, Finish, Results, Stepper
 from pyllamabatch.step.stepper_options import DRAFT_LIMIT
 from tests.support.decoding import loaded, write
 from tests.support.engines import EXACT, greedy
@@ -55,7 +55,7 @@ def start(stepper: Stepper, params: Sequence[SamplingParams]) -> list[int]:
     return first
 
 
-def drafts_of(stepper: Stepper) -> Drafts:
+def drafts_of(stepper: Stepper) -> DraftColumns:
     assert stepper.drafts is not None
     return stepper.drafts
 

@@ -22,7 +22,7 @@ from pyllamabatch.engine.stream import Host, Stream
 from pyllamabatch.errors import ContextCreateError, StateError, UnsupportedOperation
 from pyllamabatch.kv import Sharing, SwapChoice, SwapSpace
 from pyllamabatch.llama.lora import LoraNames, LoraSet
-from pyllamabatch.machine.device import FakeDevice, Sampled, Times
+from pyllamabatch.machine.device import FakeDevice, SampledRow, Times
 from pyllamabatch.scheduler import KvOptions, Limits, Policy, Scheduler
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.types import Finish, Run
@@ -150,7 +150,7 @@ class FakeMachine(FakeDevice[Cell, Slot]):
     def _token(self, cell: Cell) -> int:
         return cell[0]
 
-    def _hold(self, n_rows: int, *, sample: bool) -> list[Sampled]:
+    def _hold(self, n_rows: int, *, sample: bool) -> list[SampledRow]:
         seqs = set(self.rows.seq[:n_rows].tolist())
         assert all(self.slots[seq].lora == self.applied for seq in seqs)
         sampled = super()._hold(n_rows, sample=sample)
@@ -158,11 +158,11 @@ class FakeMachine(FakeDevice[Cell, Slot]):
         assert not self.limits.unified or self.n_held <= self.limits.n_cells
         return sampled
 
-    def _sample(self, slot: int) -> Sampled:
+    def _sample(self, slot: int) -> SampledRow:
         state = self.slots[slot]
         if slot in self.failing:
             self.failing.discard(slot)
-            return Sampled(slot, -1, Finish.ERROR)
+            return SampledRow(slot, -1, Finish.ERROR)
         assert {cell.lora for _, cell in self.cells[slot]} == {state.lora}
         token = next_token([token for token, _ in self.cells[slot]], state.lora)
         state.generated.append(token)
@@ -173,7 +173,7 @@ class FakeMachine(FakeDevice[Cell, Slot]):
             finish = Finish.STOP
         elif len(state.generated) == state.params.max_tokens:
             finish = Finish.LENGTH
-        return Sampled(slot, token, finish)
+        return SampledRow(slot, token, finish)
 
     def _has_room(self) -> bool:
         return len(self.recorded) < self.n_room

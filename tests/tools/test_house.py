@@ -37,3 +37,11 @@ def test_retired_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path.write_text("A sequence waits in the queue.\nNo" + "body waits.\n")
     (found,) = house.retired_words(path)
     assert found.startswith("a.md:2:")
+
+
+def test_classes_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(house, "ROOT", tmp_path)
+    paths = [tmp_path / name for name in ("a.py", "b.py")]
+    paths[0].write_text("class Run: ...\nclass Ranked: ...\nclass Step: ...\n")
+    paths[1].write_text("class Run: ...\nclass Ranked: ...\n")
+    assert list(house.classes_of_one_name(paths)) == ["Run: a.py, b.py"]
