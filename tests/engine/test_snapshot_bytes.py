@@ -1,4 +1,4 @@
-"""Bytes that are no snapshot, or one that somebody changed: an error, or a sequence that goes on;
+"""Bytes that are no snapshot, or one with changed bytes: an error, or a sequence that goes on;
 the process, the engine and its other sequences stay as they are."""
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def fields(note: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
             yield from fields(value)
 
 
-def test_what_nobody_changed_goes_on(victim: Victim) -> None:
+def test_an_unchanged_one_goes_on(victim: Victim) -> None:
     with victim.engine.sequence(DRAWN) as sequence:
         sequence.restore(victim.saved)
         assert sequence.sample().token == victim.known
