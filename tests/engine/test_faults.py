@@ -38,15 +38,6 @@ def test_the_fake_itself_runs_everything_as_if_alone() -> None:
     assert rig.scheduler.counters.preemptions == 0
 
 
-def test_no_cells_several_times_in_a_row_sheds_one_after_the_other() -> None:
-    rig = Rig(LIMITS, lambda n: 1 if 4 <= n <= 6 else None)
-    rig.submit_all(prompts(4), greedy(10))
-    rig.run()
-    rig.check_solo()
-    assert "error" not in rig.finished
-    assert rig.scheduler.counters.preemptions == 3
-
-
 @pytest.mark.parametrize("code", [-2, -1019])
 @pytest.mark.parametrize("step", [1, 2, 5, 8])
 def test_a_fresh_context_takes_the_place_of_one_that_fails_twice(step: int, code: int) -> None:

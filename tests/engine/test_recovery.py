@@ -71,25 +71,6 @@ def test_a_fault_at_any_decode(
         assert [result.tokens for result in engine.generate(PROMPTS, GREEDY)] == expected
 
 
-@pytest.mark.parametrize("code", [2, -3])
-@pytest.mark.parametrize("step", [1, 3, 6])
-def test_a_decode_that_fails_twice_in_a_row(
-    model: Model, expected: list[list[int]], step: int, code: int
-) -> None:
-    with engine_on(model, max_restarts=0) as engine:
-        engine._stepper.fault(step, code, 1, 2)
-        results = engine.generate(PROMPTS, GREEDY)
-        failed = [result for result in results if result.finish_reason == "error"]
-        assert 1 <= len(failed) <= 3
-        assert all(isinstance(result.error, KINDS[code]) for result in failed)
-        for result, tokens in zip(results, expected, strict=True):
-            assert result.tokens == tokens[: len(result.tokens)]
-            assert result in failed or len(result.tokens) == 12
-        check_idle(engine)
-        again = engine.generate(PROMPTS, GREEDY)
-        assert [result.tokens for result in again] == expected
-
-
 @pytest.mark.parametrize("n_rows", [0, 7])
 @pytest.mark.parametrize("step", [1, 3, 6, 14])
 def test_a_fresh_context_after_a_decode_that_fails_twice(

@@ -250,6 +250,11 @@ def write_gguf(
     _write_vocabulary(writer, arch.n_spare)
     for name, value in tensors(arch, seed):
         _add_tensor(writer, name, value, file_type)
+    finish(writer)
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    """The file is whole."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import gguf
 
-from tests.support.models_gguf import N_EMBD, N_FF, N_HEAD, N_VOCAB, Weights, vocabulary
+from tests.support.models_gguf import N_EMBD, N_FF, N_HEAD, N_VOCAB, Weights, finish, vocabulary
 
 N_POSITIONS = 32
 
@@ -26,13 +26,6 @@ def _writer(path: Path, architecture: str) -> gguf.GGUFWriter:
     writer.add_token_scores(scores)
     writer.add_token_types(types)
     return writer
-
-
-def _finish(writer: gguf.GGUFWriter) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def _norm(writer: gguf.GGUFWriter, w: Weights, name: str) -> None:
@@ -59,7 +52,7 @@ def write_gpt2(path: Path) -> None:
     for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
         _norm(writer, w, name)
     _products(writer, w, attn_qkv=(3 * N_EMBD, N_EMBD))
-    _finish(writer)
+    finish(writer)
 
 
 def write_bert(path: Path, *, reranker: bool = False) -> None:
@@ -78,7 +71,7 @@ def write_bert(path: Path, *, reranker: bool = False) -> None:
         for name, shape in {"cls": square, "cls.output": (1, N_EMBD)}.items():
             writer.add_tensor(f"{name}.weight", w.matrix(*shape))
             writer.add_tensor(f"{name}.bias", w.around(0.0, shape[0]))
-    _finish(writer)
+    finish(writer)
 
 
 def write_lora(path: Path, architecture: str = "llama", width: int = N_EMBD, seed: int = 4) -> None:
@@ -91,4 +84,4 @@ def write_lora(path: Path, architecture: str = "llama", width: int = N_EMBD, see
     for name in ("attn_q", "attn_output"):
         writer.add_tensor(f"blk.0.{name}.weight.lora_a", w.matrix(4, width))
         writer.add_tensor(f"blk.0.{name}.weight.lora_b", w.matrix(width, 4))
-    _finish(writer)
+    finish(writer)
