@@ -11,10 +11,9 @@ model=${1:-smollm2-135m} streams=${2:-8} seconds=${3:-60} port=${PORT:-8089}
 work=$(mktemp -d)
 pyllamabatch serve -m "$model" -np "$streams" --port "$port" >"$work/serve.log" 2>&1 &
 server=$!
-trap 'kill "$server" 2>/dev/null && wait "$server"; rm -rf "$work"' EXIT
-for _ in $(seq 120); do
-    curl -sf "http://127.0.0.1:$port/health" >"$work/health" && break
-    kill -0 "$server" || { cat "$work/serve.log"; exit 1; }
+trap 'kill "$server" 2>/dev/null && wait "$server" || true; rm -rf "$work"' EXIT
+until curl -sf "http://127.0.0.1:$port/health" >"$work/health"; do
+    kill -0 "$server" && [ $SECONDS -lt 60 ] || { cat "$work/serve.log"; exit 1; }
     sleep 0.5
 done
 for _ in $(seq 50); do sed 's/}$/, "output_tokens_count": 48}/' bench/texts/chats.jsonl; done \

@@ -57,7 +57,7 @@ def steady_ratio(profile: str, n: int) -> Figure:
     """Throughput of the default over that of "counted", n streams."""
 
     def figure(records: Sequence[Record]) -> float | None:
-        ratios = pairs(undisturbed(of(records, profile, STEADY, n)), COUNTED)
+        ratios = pairs(counted(of(records, profile, STEADY, n)), COUNTED)
         found = ratios.get((DEFAULT, n))
         return median(found) if found else None
 
@@ -68,7 +68,7 @@ def over_simulated(profile: str, n: int) -> Figure:
     """Live throughput of the default over the simulated one, n streams."""
 
     def figure(records: Sequence[Record]) -> float | None:
-        mine = undisturbed(of(records, profile, STEADY, n))
+        mine = counted(of(records, profile, STEADY, n))
         found = [r.detail["over_simulated"] for r in mine if r.arm == DEFAULT]
         return median(found) if found else None
 
@@ -80,7 +80,7 @@ def over_best(profile: str, n: int) -> Figure:
 
     def figure(records: Sequence[Record]) -> float | None:
         speeds: dict[str, list[float]] = {}
-        for record in undisturbed(of(records, profile, CLIENTS, n)):
+        for record in counted(of(records, profile, CLIENTS, n)):
             speeds.setdefault(record.arm, []).append(record.speed_tg)
         middle = {arm: median(found) for arm, found in speeds.items()}
         if DEFAULT not in middle or len(middle) < 2:
@@ -248,7 +248,7 @@ def host_share(engine: Engine) -> float:
     return 1 - device / float(end - began)
 
 
-def undisturbed(records: Sequence[Record]) -> list[Record]:
+def counted(records: Sequence[Record]) -> list[Record]:
     """Those that others did not disturb: on calm cores, or where the engine lost little time."""
     return [r for r in records if not is_disturbed(r) or r.detail["host_share"] <= HOST_MOST]
 
@@ -271,7 +271,7 @@ def view(records: Sequence[Record]) -> str:
     def table(write: Callable[[list[Record]], str]) -> str:
         lines = []
         for profile, kind, n in loads:
-            mine = undisturbed(of(records, profile, kind, n))
+            mine = counted(of(records, profile, kind, n))
             cells = [[r for r in mine if r.arm == arm] for arm in arms]
             lines.append([f"{profile}: {n} {kind}", *(write(c) if c else NO_RESULT for c in cells)])
         return Table(["machine: load", *arms], lines).markdown()

@@ -291,7 +291,9 @@ class EngineCore:
             if run.n_steps:
                 self.recovery.computed()
                 self._step_s = run.seconds / run.n_steps
-                self._observe(step, run)
+                threads = self._device.threads
+                if threads is None or not threads.tries:
+                    self._observe(step, run)
                 self.scheduler.advance(
                     step, run.n_steps, perf_counter(), self.calls.drafted(step, run)
                 )

@@ -219,8 +219,8 @@ class Embedders:
                 self._made[kind] = Embedder(
                     context.model,
                     "rank" if kind == "rank" else None,
-                    n_threads=context.n_threads,
-                    n_threads_batch=context.n_threads_batch,
+                    n_threads=context.params["n_threads"],
+                    n_threads_batch=context.params["n_threads_batch"],
                 )
             return self._made[kind]
 

@@ -104,7 +104,7 @@ def read(model: Model, data: bytes) -> Saved:
         raise StateError("a plain state: Context.state_seq_set restores it")
     try:
         return _saved(tokens, note)
-    except (LookupError, TypeError, ValueError, ArgumentError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise StateError(f"its note is not of this version: {error!r}") from None
 
 

@@ -20,13 +20,13 @@ log = logging.getLogger(__name__)
 WINDOW = 8  # steps that are timed together
 WINDOWS = 4  # of a trial, with one number and the other in turns
 FEWER = 0.97  # of the time, at most, for which a thread is given up
-CHANGED = 1.3  # times as slow, or as quick: others use the cores differently now
+HOPELESS = 1.3  # times as slow: a trial ends early
 SOON = 1.0  # seconds between two trials, at least
 COST = 0.01  # of the time, that lost trials take at most
 
 
 class ThreadWatch:
-    """The leader's. Steps that compute prompts have all threads."""
+    """The leader's. Steps with prompts or drafts have all threads."""
 
     def __init__(
         self, set_threads: Callable[[int, int], object], n_threads: int, n_threads_batch: int
@@ -34,46 +34,51 @@ class ThreadWatch:
         """set_threads: as `Context.set_threads`, for one row and for many."""
         self._set_threads = set_threads
         self._all = self._now = (n_threads, n_threads_batch)
-        self._widths: dict[int, ThreadChoice] = {}
+        self._choices: dict[int, ThreadChoice] = {}  # by rows
+        self.tries = False  # the call since `begin` has threads that may be the wrong ones
 
     def begin(self, call: Step, n_steps: int) -> int:
         """Before a call: how many steps of it at most."""
-        wanted, width = self._all, self._width(call)
-        if width is not None and width.n_now != width.n_most:
-            wanted = (width.n_now, width.n_now)
+        choice, wanted = self._choice(call), self._wanted(call)
         if wanted != self._now:
             self._set_threads(*wanted)
             self._now = wanted
-        return n_steps if width is None else min(n_steps, width.n_left)
+        self.tries = choice is not None and choice.n_now != choice.n
+        return n_steps if choice is None else min(n_steps, choice.n_left)
 
-    def took(self, call: Step, run: Run) -> None:
-        """After it."""
-        width = self._width(call)
-        if width is not None and run.n_steps and not run.n_drafted:
-            width.took(run.n_steps, run.seconds, perf_counter())
+    def took(self, call: Step, run: Run) -> bool:
+        """After it. Returns whether another one like it may go on without `begin`."""
+        choice = self._choice(call)
+        if choice is not None and run.n_steps:
+            choice.took(run.n_steps, run.seconds, perf_counter())
+        return self._wanted(call) == self._now
 
-    def _width(self, call: Step) -> ThreadChoice | None:
-        """Steps of about as many rows."""
-        if call.chunks:
+    def _wanted(self, call: Step) -> tuple[int, int]:
+        choice = self._choice(call)
+        if choice is None or choice.n_now == choice.n_most:
+            return self._all
+        return choice.n_now, choice.n_now
+
+    def _choice(self, call: Step) -> ThreadChoice | None:
+        n_rows, most = call.n_rows, self._all[call.n_rows > 1]
+        if call.chunks or call.drafts or most == 1:
             return None
-        n_rows = call.n_rows
-        width = self._widths.get(n_rows.bit_length())
-        if width is None:
-            most = self._all[n_rows > 1]
-            width = self._widths[n_rows.bit_length()] = ThreadChoice(most, perf_counter() + SOON)
-        return width
+        choice = self._choices.get(n_rows)
+        if choice is None:
+            choice = self._choices[n_rows] = ThreadChoice(most, perf_counter() + SOON)
+        return choice
 
 
 @dataclass(slots=True)
 class ThreadChoice:
-    """`n_most`: threads that there are. `trial_at`: when two numbers of them are compared next."""
+    """Of steps of as many rows. `n_most`: threads that there are. `trial_at`: when two numbers of
+    them are compared next."""
 
     n_most: int
     trial_at: float
     n: int = 0
     other: int = 0  # that is compared with `n`; 0: none
     n_trials: int = 0
-    usual: float = 0.0  # seconds of a step when they were compared last
     times: list[float] = field(default_factory=list)  # of the trial's windows
     n_done: int = 0  # steps of the window, and their seconds
     seconds: float = 0.0
@@ -99,13 +104,9 @@ class ThreadChoice:
         self.n_done, self.seconds = 0, 0.0
         if self.other:
             self.times.append(each)
-            if len(self.times) == WINDOWS or self.times[-1] > CHANGED * self.times[0]:
+            if len(self.times) == WINDOWS or each > HOPELESS * self.times[0]:
                 self._decide(now)
-            return
-        if self.usual and not self.usual / CHANGED < each < self.usual * CHANGED:
-            self.usual = 0.0
-            self.trial_at = min(self.trial_at, now + SOON)
-        if now >= self.trial_at:
+        elif now >= self.trial_at:
             self._compare()
 
     def _compare(self) -> None:
@@ -119,9 +120,10 @@ class ThreadChoice:
     def _decide(self, now: float) -> None:
         mine, others = self.times[::2], self.times[1::2]
         enough = FEWER if self.other < self.n else 1.0
-        if max(others) < enough * min(mine):
+        lost = 0.0
+        if others and max(others) < enough * min(mine):
             log.debug("%d threads in place of %d: %s", self.other, self.n, self.times)
-            self.n, self.usual, lost = self.other, min(others), 0.0
+            self.n = self.other
         else:
-            self.usual, lost = min(mine), WINDOW * sum(others) - WINDOW * len(others) * min(mine)
+            lost = WINDOW * sum(each - min(mine) for each in others)
         self.other, self.trial_at = 0, now + max(SOON, lost / COST)

@@ -182,6 +182,14 @@ def test_a_note_that_was_changed_with_its_checksum(
     victim.restore(packed(own if tokens is None else tokens, encoded, body, header))
 
 
+@pytest.mark.parametrize("field", [{"sampling": 5}, {"context": {"loras": [["a", 10**400]]}}])
+def test_a_note_with_what_is_none_of_its_values(victim: Victim, field: dict[str, Any]) -> None:
+    header, own, note, body = victim.parts
+    encoded = json.dumps(note | field).encode()
+    with victim.engine.sequence(DRAWN) as sequence, pytest.raises(StateError):
+        sequence.restore(packed(own, encoded, body, header))
+
+
 def fields(note: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     for key, value in note.items():
         yield note, key

@@ -18,20 +18,27 @@ from tests.support.engines import engine_on, greedy
 N = 4
 
 
+def decodes(rows: int, drafts: int = 0) -> Step:
+    slots = np.arange(rows, dtype=np.int32)
+    each = dict.fromkeys(range(rows), drafts) if drafts else {}
+    return Step(slots, (), (), (), rows, {}, drafts=each)
+
+
 class Machine:
     """Its steps take what `seconds(threads, rows)` says."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now, self.threads = 0.0, (N, N)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, one: int = N, many: int = N) -> None:
+        self.now, self.threads = 0.0, (one, many)
         self.seconds: Callable[[int, int], float] = lambda threads, rows: 0.08 / threads
         monkeypatch.setattr(thread_watch, "perf_counter", lambda: self.now)
-        self.watch = ThreadWatch(lambda *threads: setattr(self, "threads", threads), N, N)
+        self.watch = ThreadWatch(lambda *threads: setattr(self, "threads", threads), one, many)
 
-    def compute(self, seconds: float, rows: int = 4, at_once: int = 32) -> dict[int, float]:
+    def compute(
+        self, seconds: float, rows: int = 4, at_once: int = 32, drafts: int = 0
+    ) -> dict[int, float]:
         """For so long, in calls of up to `at_once` steps. Returns the share of steps by threads."""
         n_steps: Counter[int] = Counter()
-        step = Step(decode=np.arange(rows, dtype=np.int32), chunks=(), preempted=(), admitted=(),
-                    n_rows=rows, reasons={})  # fmt: skip
+        step = decodes(rows, drafts)
         until = self.now + seconds
         while self.now < until:
             n = self.watch.begin(step, at_once)
@@ -67,6 +74,29 @@ def test_each_number_of_rows_has_its_own(machine: Machine) -> None:
     machine.compute(20, rows=1)
     assert machine.compute(60, rows=8)[N] > 0.95
     assert machine.compute(20, rows=1)[1] > 0.95
+
+
+def test_what_is_not_watched_has_all(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
+    """One thread, and steps with drafts: also when a trial goes on."""
+    few = Machine(monkeypatch, 1, 2)
+    assert few.compute(20, rows=1) == {1: 1.0}
+    machine.seconds = lambda threads, rows: 0.01 * threads
+    machine.compute(20)
+    assert machine.compute(1, drafts=2) == {N: 1.0}
+
+
+def test_a_call_that_goes_on_ends_where_threads_change(machine: Machine) -> None:
+    step = decodes(1)
+    machine.watch.begin(step, 1)
+    changes = 0
+    for _ in range(200):
+        machine.now += 0.1
+        if not machine.watch.took(step, Run(0, 1, 1, 0.1)):
+            changes += 1
+            before = machine.threads
+            machine.watch.begin(step, 1)
+            assert machine.threads != before
+    assert changes > 1
 
 
 def test_an_engine_has_one_where_threads_change_no_answer(embedded_model: Model) -> None:

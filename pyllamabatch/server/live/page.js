@@ -125,7 +125,7 @@ function draw() {
   const paths = { decode: new Path2D(), prompt: new Path2D(), filled: new Path2D(),
     reason: new Path2D(), cells: new Path2D(), other: new Path2D(), chosen: new Path2D() };
   const half = TOP / 2 - 4, scale = half / mostRows, cell = (CELLS - 8) / mostCells;
-  const held = []; // by slot: the lane that it had last
+  const held = new Map(); // by request, as far as was seen
   for (let i = start; i < end; i++) {
     const step = state.steps[i], x = GUTTER + (i - start) * z, w = z - gap;
     const d = step.decode * scale, p = step.prefill * scale, f = step.filled * scale;
@@ -135,18 +135,21 @@ function draw() {
     const ms = (half * step.ms) / mostMs;
     paths.cells.rect(x, TOP - 6 - ms, w, ms);
     for (const one of step.lanes) {
-      const [slot, id, n] = (held[one[0]] = one), y = TOP + slot * lane;
+      const [slot, id, n, cells] = one, y = TOP + slot * lane;
+      held.set(id, cells);
       (n ? paths.prompt : paths.decode).rect(x, y, w, lane - 1);
       if (id === state.chosen) paths.chosen.rect(x, y, w, lane - 1);
       if (step.reasons[id]) paths.reason.rect(x, y, Math.min(w, 3), lane - 1);
     }
-    let top = lanes + CELLS; // of the cells so far, request on request
-    for (const [, id, , cells] of held.filter((one) => state.requests.get(one[1]).last >= state.first + i)) {
+    let top = lanes + CELLS, left = step.kv_used; // request on request
+    for (const [id, seen] of held) {
+      if (state.requests.get(id).last < state.first + i) { held.delete(id); continue; }
+      const cells = Math.min(seen, left);
+      left -= cells;
       top -= cells * cell;
       (id % 2 ? paths.cells : paths.other).rect(x, top, w, cells * cell);
     }
-    const rest = top - (lanes + CELLS - step.kv_used * cell); // cached, or held by older requests
-    if (rest > 0) paths.filled.rect(x, top - rest, w, rest);
+    paths.filled.rect(x, top - left * cell, w, left * cell); // cached, or held by older requests
   }
   for (const name of ["decode", "prompt", "filled", "cells", "other", "reason"]) {
     pen.fillStyle = color(name);
