@@ -2,7 +2,10 @@
 
     python -m tools.fleet_prefix                          # two replicas of the embedded model
     python -m tools.fleet_prefix -m FILE.gguf --profile P.json
-    python -m tools.fleet_prefix --machine m2-ultra-gemma-3-4b-it-qat  # replicas that wait
+    python -m tools.fleet_prefix --machine m2-ultra-gemma-3-4b-it-qat
+
+A profile machine has one GPU, which all live replicas share and the simulated ones do not: there
+only the routers can be compared.
 
 32 chats of 8 users. All chats of a user begin with the user's own long prefix, as a system prompt
 and its tools are. Eight clients have four chats each, of four users, and ask one after the other.
