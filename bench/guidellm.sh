@@ -4,7 +4,8 @@
 #   pip install '.[server]' guidellm
 #   bench/guidellm.sh [MODEL [STREAMS [SECONDS]]]      # smollm2-135m 8 60
 #
-# The prompts are bench/texts/chats.jsonl, 48 tokens are asked for. Status 1 where a request failed, or none was answered.
+# The prompts are bench/texts/chats.jsonl, 48 tokens are asked for. Status 1 where a request failed, or
+# none was answered.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 model=${1:-smollm2-135m} streams=${2:-8} seconds=${3:-60} port=${PORT:-8089}

@@ -39,7 +39,8 @@ class ThreadWatch:
 
     def begin(self, call: Step, n_steps: int) -> int:
         """Before a call: how many steps of it at most."""
-        choice, wanted = self._choice(call), self._wanted(call)
+        choice = self._choice(call)
+        wanted = self._wanted(choice)
         if wanted != self._now:
             self._set_threads(*wanted)
             self._now = wanted
@@ -51,10 +52,9 @@ class ThreadWatch:
         choice = self._choice(call)
         if choice is not None and run.n_steps:
             choice.took(run.n_steps, run.seconds, perf_counter())
-        return self._wanted(call) == self._now
+        return self._wanted(choice) == self._now
 
-    def _wanted(self, call: Step) -> tuple[int, int]:
-        choice = self._choice(call)
+    def _wanted(self, choice: ThreadChoice | None) -> tuple[int, int]:
         if choice is None or choice.n_now == choice.n_most:
             return self._all
         return choice.n_now, choice.n_now
