@@ -4,8 +4,7 @@
     python -m tools.fleet_prefix -m FILE.gguf --profile P.json
     python -m tools.fleet_prefix --machine m2-ultra-gemma-3-4b-it-qat
 
-A profile machine has one GPU, which all live replicas share and the simulated ones do not: there
-only the routers can be compared.
+Each replica on a profile machine has a GPU of its own, as a simulated one has.
 
 32 chats of 8 users. All chats of a user begin with the user's own long prefix, as a system prompt
 and its tools are. Eight clients have four chats each, of four users, and ask one after the other.
@@ -114,7 +113,7 @@ def row(fleet: str, router: str, hits: float, known: float, seconds: float) -> d
 @contextmanager
 def fleet(router: str, args: argparse.Namespace) -> Iterator[httpx.Client]:
     model = ["-m", args.model] if args.model else []
-    model += ["--machine", args.machine] if args.machine else []
+    model += ["--machine", args.machine, "--gpus-per-replica", "1"] if args.machine else []
     command = [sys.executable, "-m", "pyllamabatch", "serve", "--port", "0", "-t", "1",
                "-np", str(N_SLOTS), "--kv-unified", "-c", str(N_CELLS), *model,
                "--replicas", str(args.replicas), "--router", router]  # fmt: skip

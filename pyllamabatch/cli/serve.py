@@ -17,7 +17,9 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -165,13 +167,16 @@ def _fleet(args: argparse.Namespace) -> Any:
 def _fleet_options(args: argparse.Namespace) -> Any:
     from pyllamabatch.cluster.deploy import FleetOptions
 
-    return FleetOptions.of(
+    options = FleetOptions.of(
         args.replicas or "1",
         gpus_per_replica=args.gpus_per_replica,
         router=args.router,
         n_seq_max=args.parallel,
         max_open=args.parallel + args.max_waiting,
     )
+    if args.machine:  # it has as many GPUs as are asked for
+        return replace(options, n_gpus=ceil(options.max_replicas * args.gpus_per_replica))
+    return options
 
 
 def _options(args: argparse.Namespace, lora_paths: Mapping[str, str] | None = None) -> Any:

@@ -34,7 +34,8 @@ HEALTH_SECONDS = 5.0
 class FleetOptions:
     """- min_replicas, max_replicas: engines. Between the two Ray scales by open requests, so that
       there are `n_seq_max` of them for each.
-    - gpus_per_replica: GPUs, or a share of one; 0: none.
+    - gpus_per_replica: GPUs, or a share of one; 0: none. n_gpus: those of a cluster of this machine
+      alone, None: as many as Ray finds.
     - router: one of `pyllamabatch.scheduler.router.ROUTERS`.
     - n_seq_max: requests that an engine runs at once. max_open: those that it takes, waiting ones
       included.
@@ -43,6 +44,7 @@ class FleetOptions:
     min_replicas: int
     max_replicas: int
     gpus_per_replica: float = 0.0
+    n_gpus: int | None = None
     router: str = DEFAULT
     n_seq_max: int = 16
     max_open: int = 1040
@@ -126,6 +128,7 @@ def running(open_app: OpenApp, options: FleetOptions, server: ServerOptions) -> 
     if here:  # not one that `ray start` has made on this machine
         cpus = max(options.max_replicas, os.cpu_count() or 1)
         own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+        own["num_gpus"] = options.n_gpus
     ray.init(log_to_driver=False, **own)
     try:
         serve.start(proxy_location="Disabled")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,8 @@ class ProfileMachine:
 
     @classmethod
     def named(cls, name: PathLike) -> ProfileMachine:
-        """By a profile's name (shipped, or saved by `pyllamabatch calibrate`) or its file.
+        """By a profile's name (shipped, or saved by `pyllamabatch calibrate`) or its file. Its GPU
+        is the one that CUDA_VISIBLE_DEVICES names: Ray gives a replica one of its own so.
         ArgumentError for what is none, ProfileError for a file that is damaged."""
         path = Path(name)
         if not path.is_file() and str(name) not in (known := known_names()):
@@ -56,7 +58,8 @@ class ProfileMachine:
             hint = f"did you mean {near[0]}? " if near else ""
             raise ArgumentError("machine", str(name), f"{hint}a profile: {', '.join(known)}")
         profile = load_profile(str(name))
-        return cls(profile, f"{path.stem}-{_digest(profile.to_json())}")
+        names = path.stem, _digest(profile.to_json()), os.environ.get("CUDA_VISIBLE_DEVICES")
+        return cls(profile, "-".join(filter(None, names)))
 
     @property
     def on_gpu(self) -> bool:
