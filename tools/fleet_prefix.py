@@ -11,9 +11,9 @@ and its tools are. Eight clients have four chats each, of four users, and ask on
 The cells of each replica hold the prefixes of half of the users, so that those of all fit into the
 fleet once, not twice.
 
-For each router it prints a line of JSON: the live fleet on Ray Serve, and the simulated one with a
-profile of this machine (`pyllamabatch calibrate -t 1 --layout unified`); then the ratio of the
-routers' hit rates, and how far the simulation is off. Wants the extra `ray`.
+For each seed and router it prints two lines of JSON: the simulated fleet with a profile of this
+machine (`pyllamabatch calibrate -t 1 --layout unified`), and the live one on Ray Serve; then, of all
+seeds, the ratio of the routers' hit rates, and how far the simulation is off. Wants the extra `ray`.
 """
 
 from __future__ import annotations
@@ -128,12 +128,12 @@ def fleet(router: str, args: argparse.Namespace) -> Iterator[httpx.Client]:
             process.send_signal(signal.SIGTERM)
 
 
-def live(router: str, args: argparse.Namespace) -> dict[str, Any]:
+def live(router: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     with fleet(router, args) as client:
         for _ in range(4 * args.replicas):  # their first requests are slower
             complete(client, [1, 2, 3])
         before, began = metrics_of(client.get("/metrics").text), time.perf_counter()
-        talk(client, order(args.seed), args.seed)
+        talk(client, order(seed), seed)
         seconds = time.perf_counter() - began
         after = metrics_of(client.get("/metrics").text)
     hits, known = (after[name] - before[name] for name in (HITS, QUERIES))
@@ -169,25 +169,39 @@ def complete(client: httpx.Client, tokens: list[int]) -> list[int]:
     return found
 
 
+def pooled(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of several seeds."""
+    hits, known, seconds = (
+        sum(row[name] for row in rows) for name in ("cached_tokens", "prompt_tokens", "seconds")
+    )
+    n_tokens = sum(row["tokens_per_s"] * row["seconds"] for row in rows)
+    return {"hit_rate": hits / known, "tokens_per_s": n_tokens / seconds}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("-m", "--model", metavar="FILE")
     parser.add_argument("--profile", default=None, metavar="FILE|NAME", help="of this machine")
     parser.add_argument("--machine", metavar="NAME", help="a profile machine in place of this one")
     parser.add_argument("--replicas", type=int, default=2, metavar="N")
-    parser.add_argument("--seed", type=int, default=1, metavar="S")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="1 to N, one by one (3)")
     parser.add_argument("--simulated-only", action="store_true")
     args = parser.parse_args()
     profile = load_profile(args.machine or args.profile)
-    rates: dict[tuple[str, str], dict[str, Any]] = {}
-    for router in ROUTERS:
-        rows = [simulated(router, profile, args.seed, args.replicas)]
-        if not args.simulated_only:
-            rows.append(live(router, args))
-        for one in rows:
-            print(json.dumps(one), flush=True)
-            rates[one["fleet"], router] = one
-    for kind in dict.fromkeys(kind for kind, _ in rates):
+    kinds = ["simulated"] if args.simulated_only else ["simulated", "live"]
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for seed in range(1, args.seeds + 1):
+        for router in ROUTERS:
+            for kind in kinds:
+                one = (
+                    live(router, seed, args)
+                    if kind == "live"
+                    else simulated(router, profile, seed, args.replicas)
+                )
+                print(json.dumps({"seed": seed, **one}), flush=True)
+                rows.setdefault((kind, router), []).append(one)
+    rates = {of: pooled(ones) for of, ones in rows.items()}
+    for kind in kinds:
         ratio = rates[kind, ROUTERS[1]]["hit_rate"] / rates[kind, ROUTERS[0]]["hit_rate"]
         print(json.dumps({"fleet": kind, "hit_rate_over_round_robin": round(ratio, 3)}))
     for router in ROUTERS if not args.simulated_only else ():
