@@ -12,8 +12,9 @@ The cells of each replica hold the prefixes of half of the users, so that those 
 fleet once, not twice.
 
 For each seed and router it prints two lines of JSON: the simulated fleet with a profile of this
-machine (`pyllamabatch calibrate -t 1 --layout unified`), and the live one on Ray Serve; then, of all
-seeds, the ratio of the routers' hit rates, and how far the simulation is off. Wants the extra `ray`.
+machine (`pyllamabatch calibrate -t 1 --layout unified`), and the live one on Ray Serve. Then, of
+all seeds, the ratio of the routers' hit rates, and how far the simulation is off. Wants the extra
+`ray`.
 """
 
 from __future__ import annotations
