@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ from pyllamabatch.llama.model import Model
 
 START_S = 180.0  # a model of gigabytes from a cold disk
 STOP_S = 10.0
+
+
+def events_of(answer: httpx.Response) -> Iterator[dict[str, Any]]:
+    """The data of its server-sent events, as they come."""
+    for line in answer.iter_lines():
+        if line.startswith("data: "):
+            yield json.loads(line[6:])
 
 
 class WrongAnswer(Exception):

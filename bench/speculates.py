@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 from bench.case import I32, Case, Measured
-from bench.serving import Clients, EngineClients, HttpClients, ServerProcess
+from bench.serving import Clients, EngineClients, HttpClients, ServerProcess, events_of
 from bench.texts import FREE, texts
 from pyllamabatch.compare.case import request_body
 from pyllamabatch.compare.clients import at_once
@@ -114,10 +113,7 @@ class ServerSpeculates(Speculates, HttpClients):
         with self._http.stream("POST", "/completion", json=self._body | own) as answer:
             answer.raise_for_status()
             n_before = 0
-            for line in answer.iter_lines():
-                if not line.startswith("data: "):
-                    continue
-                values = json.loads(line[6:])
+            for values in events_of(answer):
                 n = (
                     values["tokens_predicted"] - n_before
                     if values["stop"]

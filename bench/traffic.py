@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import subprocess
 import sys
 import time
@@ -51,6 +50,7 @@ from bench.serving import (
     ServerProcess,
     Tool,
     WrongAnswer,
+    events_of,
     seen,
 )
 from bench.targets import Figure, Target, median_detail, speed_ratio
@@ -421,10 +421,7 @@ class HttpTraffic(Traffic, HttpClients):
             if answer.status_code != 200:
                 raise WrongAnswer(f"status {answer.status_code}: {answer.read()[:300]!r}")
             n_before = 0
-            for line in answer.iter_lines():
-                if not line.startswith("data: "):
-                    continue
-                values = json.loads(line[6:])
+            for values in events_of(answer):
                 if values.get("stop"):  # tokens that were held back come with the end
                     n = values["tokens_predicted"] - n_before
                 else:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.child import python
 
 EXAMPLES = {path.name: path for path in Path(__file__).parent.parent.glob("examples/*.py")}
 PRINTS = {
@@ -25,9 +25,7 @@ PRINTS = {
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example(name: str) -> None:
     assert len(EXAMPLES[name].read_text(encoding="utf-8").splitlines()) <= 60
-    done = subprocess.run(
-        [sys.executable, EXAMPLES[name]], capture_output=True, encoding="utf-8", timeout=120
-    )
+    done = python(str(EXAMPLES[name]), seconds=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert PRINTS.get(name, "") in done.stdout
 

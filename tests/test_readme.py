@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from pyllamabatch.cost.profile import SHIPPED
 from pyllamabatch.models import default_model_path
+from tests.support.child import python
 from tests.support.models_special import write_lora
 
 ROOT = Path(__file__).parent.parent
@@ -45,10 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_page(page: str, folder: Path) -> None:
     blocks = BLOCK.findall(text(page))
     program = "".join(f"{code}\nprint({END!r}, end='', flush=True)\n" for code, _ in blocks)
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True, encoding="utf-8", timeout=300, cwd=folder,
-    )  # fmt: skip
+    done = python("-c", program, cwd=folder)
     assert done.returncode == 0, done.stderr
     for (code, expected), printed in zip(blocks, done.stdout.split(END), strict=False):
         assert not expected or printed == expected, code

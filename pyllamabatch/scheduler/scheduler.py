@@ -31,7 +31,7 @@ from .idle import PATIENCE_SECONDS, IdleSequences
 from .interactive import Interactive
 from .invariance import Computed
 from .kv_options import KvOptions
-from .policies import device_aware
+from .policies.device_aware import device_aware
 from .policy import Policy, check_policy
 from .progress import Progress
 from .queue import SequenceList

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +11,11 @@ import pytest
 
 from pyllamabatch.cli import demo, main
 from pyllamabatch.models import DefaultPrompt, default_prompts
+from tests.support.child import python
 
 
 def test_plain_lines_without_a_terminal() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pyllamabatch", "demo", "--prompts", "9", "-t", "1"],
-        capture_output=True, encoding="utf-8", timeout=120,
-    )  # fmt: skip
+    done = python("-m", "pyllamabatch", "demo", "--prompts", "9", "-t", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     assert len(re.findall(r"\((right|WRONG.*)\)$", done.stdout, re.MULTILINE)) == 9

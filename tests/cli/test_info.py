@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 from pyllamabatch import Engine, Model
 from pyllamabatch.cli import main
 from pyllamabatch.models import default_model_path
+from tests.support.child import python
 
 
 def test_json(capsys: Any) -> None:
@@ -61,9 +60,7 @@ def test_a_file_that_is_no_model(tmp_path: Path, capsys: Any) -> None:
 
 @pytest.mark.parametrize("args", [["--version"], ["--help"], ["generate", "--help"]])
 def test_help(args: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pyllamabatch", *args], capture_output=True, encoding="utf-8"
-    )
+    done = python("-m", "pyllamabatch", *args)
     assert done.returncode == 0
     assert "pyllamabatch" in done.stdout
     assert done.stderr == ""

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from tests.support.fleet import CHAT, SERVE, TEXT, Asked, Fleet, endless, started, until
-from tests.support.served import ANSWER, SUM, SUM_CHAT
+from tests.support.fleet import CHAT, SERVE, TEXT, Asked, Fleet, endless, started
+from tests.support.served import ANSWER, SUM, SUM_CHAT, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -38,7 +38,7 @@ def test_answers_are_those_of_a_server(fleet: Fleet) -> None:
 def test_requests_are_spread_and_their_prefixes_found(fleet: Fleet) -> None:
     """Eight at once on two engines of four slots: none waits. Then each conversation goes on."""
     asked = [Asked(fleet, endless(i, 200)) for i in range(8)]
-    until(lambda: fleet.metric("vllm:num_requests_running") == 8)
+    until(lambda: fleet.metric("vllm:num_requests_running") == 8, 60)
     assert [one.end for one in asked] == ["[DONE]"] * 8
     systems = [f"Animal {i} is fond of giraffes. " * 12 for i in range(4)]
     for turn in ("zebras", "lions", "giraffes"):
@@ -55,7 +55,7 @@ def test_who_leaves_is_cancelled(fleet: Fleet) -> None:
     before = fleet.metric(ended)
     with fleet.client.stream("POST", TEXT, json={**endless(1), "stream": True}) as response:
         next(response.iter_lines())
-    until(lambda: fleet.metric(ended) == before + 1)
+    until(lambda: fleet.metric(ended) == before + 1, 60)
     assert fleet.metric("vllm:num_requests_running") == 0
 
 
@@ -63,7 +63,7 @@ def test_a_replica_that_is_killed(fleet: Fleet) -> None:
     """Its streams end with an error that says so, those of the other one go on, a new one takes its
     place; what had no token yet is computed by another one."""
     asked = [Asked(fleet, endless(i)) for i in range(6)]
-    until(lambda: all(len(one.events) > 3 for one in asked))
+    until(lambda: all(len(one.events) > 3 for one in asked), 60)
     late = [Asked(fleet, endless(100 + i, 20)) for i in range(4)]
     victim = fleet.replicas()[0]
     victim.kill()

@@ -20,8 +20,8 @@ import psutil
 import pytest
 import yaml
 
-from tests.support.fleet import CHAT, SERVE, Asked, Fleet, endless, started, until
-from tests.support.served import ANSWER, SUM_CHAT
+from tests.support.fleet import CHAT, SERVE, Asked, Fleet, endless, started
+from tests.support.served import ANSWER, SUM_CHAT, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]

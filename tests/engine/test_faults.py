@@ -274,12 +274,6 @@ def test_any_mix_of_arrivals_cancels_and_faults(
         elif a < len(rig.requests):
             rig.requests[a].stream.cancel()
     rig.run()
-    rig.check_solo()
-    rig.check()
-    rig.scheduler.drop_cached()
-    rig.core.kv.flush()
-    rig.check()
-    assert rig.machine.cells == {}
-    assert len(rig.space) == 0
+    rig.check_end()
     assert rig.finished == Counter(rig.reasons)
     assert faults or "error" not in rig.finished

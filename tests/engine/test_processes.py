@@ -4,10 +4,11 @@ Each in a process of its own, which must end by itself."""
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 
 import pytest
+
+from tests.support.child import Done, python
 
 LIMIT = 300  # seconds: far more than any needs on a busy machine
 
@@ -55,10 +56,8 @@ engine.close()
 """
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    """TimeoutExpired, and the process is killed, where it hangs."""
-    command = [sys.executable, "-c", BEGIN + code]
-    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+def run(code: str) -> Done:
+    return python("-c", BEGIN + code, seconds=LIMIT)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals and fork are POSIX's")

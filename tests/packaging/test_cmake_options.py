@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+
+from tests.support.child import ended
 
 ROOT = Path(__file__).resolve().parents[2]
 CMAKE = shutil.which("cmake") or "cmake"  # the test extra installs it
@@ -34,9 +34,8 @@ def options(tmp_path: Path, **variables: str) -> dict[str, str]:
         + f'include("{ROOT}/cmake/BackendOptions.cmake")\nset(NAMES {" ".join(NAMES)})\n{SHOW}'
     )
     defined = [f"-D{k}={v}" for k, v in variables.items() if k.startswith("GGML")]
-    done = subprocess.run(
-        [CMAKE, *defined, "-P", str(script)], capture_output=True, text=True, check=True, timeout=60
-    )
+    done = ended([CMAKE, *defined, "-P", script])
+    assert done.returncode == 0, done.stderr
     lines = [line.removeprefix("-- ") for line in done.stdout.splitlines()]
     return dict(line.split("=", 1) for line in lines)
 
@@ -63,28 +62,16 @@ def test_what_is_chosen(tmp_path: Path, variables: str, expected: str) -> None:
     assert wanted.items() <= options(tmp_path, **given).items()
 
 
-def configure(
-    tmp_path: Path, *arguments: str, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [CMAKE, "-S", str(ROOT), "-B", str(tmp_path / "build"), *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 def test_a_missing_compiler_is_one_clear_message(tmp_path: Path) -> None:
     nowhere = str(tmp_path / "no-such-compiler")
-    done = configure(tmp_path, CC=nowhere, CXX=nowhere)
+    done = ended([CMAKE, "-S", ROOT, "-B", tmp_path / "build"], CC=nowhere, CXX=nowhere)
     assert done.returncode != 0
     assert "no C compiler found" in done.stderr
     assert "build-essential" in done.stderr
 
 
 def test_a_folder_that_is_not_llama_cpp_is_refused(tmp_path: Path) -> None:
-    done = configure(tmp_path, f"-DPLB_LLAMA_CPP_DIR={tmp_path}")
+    given = f"-DPLB_LLAMA_CPP_DIR={tmp_path}"
+    done = ended([CMAKE, "-S", ROOT, "-B", tmp_path / "build", given])
     assert done.returncode != 0
     assert "not a llama.cpp tree" in " ".join(done.stderr.split())  # CMake wraps its lines

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import tarfile
 import venv
@@ -11,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.support.child import ended
 
 pytestmark = [pytest.mark.build, pytest.mark.timeout(1500)]
 
@@ -31,15 +31,7 @@ print("works")
 
 
 def call(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=1400,
-        check=False,
-    )
+    done = ended(command, 1400, cwd, **environment)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return done.stdout
 

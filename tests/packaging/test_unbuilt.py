@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 import pyllamabatch
+from tests.support.child import ended
 
 
 def test_an_unbuilt_checkout_says_what_to_run(tmp_path: Path) -> None:
@@ -18,15 +18,8 @@ def test_an_unbuilt_checkout_says_what_to_run(tmp_path: Path) -> None:
     shutil.copytree(package, tmp_path / "pyllamabatch", ignore=compiled)
     # -S: of this environment the packages, not the .pth files, which may lead to a compiled module
     folders = [tmp_path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", "import pyllamabatch; pyllamabatch.Engine"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    command = [sys.executable, "-S", "-c", "import pyllamabatch; pyllamabatch.Engine"]
+    done = ended(command, cwd=tmp_path, PYTHONPATH=os.pathsep.join(map(str, folders)))
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.endswith(f"run python3 -m pip install -e . in {tmp_path}")

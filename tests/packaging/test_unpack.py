@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import subprocess
 import sys
 import tarfile
 from pathlib import Path, PurePosixPath
 
 import pytest
 
+from tests.support.child import Done, ended
 from vendor import unpack
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,15 +29,9 @@ def archive(path: Path, *names: str) -> unpack.Lock:
     return unpack.Lock("pkg==1.2.3", hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "vendor" / "unpack.py"), *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def run(*arguments: str, **environment: str) -> Done:
+    program = str(ROOT / "vendor" / "unpack.py")
+    return ended([sys.executable, program, *arguments], 300, None, **environment)
 
 
 def test_the_lock_names_one_archive_and_its_hash() -> None:

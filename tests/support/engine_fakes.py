@@ -352,6 +352,16 @@ class Rig:
         """Tokens that count: `EngineStats.tokens`."""
         return self.scheduler.counters.tokens - self.core.output_processor.n_dropped
 
+    def check_end(self) -> None:
+        """All that ran is over: nothing stays but what is cached, and that can be dropped."""
+        self.check_solo()
+        self.check()
+        self.scheduler.drop_cached()
+        self.core.kv.flush()
+        self.check()
+        assert self.machine.cells == {}
+        assert len(self.space) == 0
+
     def check(self) -> None:
         """Cache, accounting, slots and streams say the same."""
         scheduler, machine = self.scheduler, self.machine

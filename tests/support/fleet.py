@@ -6,8 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,10 +87,3 @@ class Asked:
 
 def endless(i: int, n: int = 400) -> dict[str, Any]:
     return {"prompt": f"{i} zebras are {SUM}", "ignore_eos": True, "max_tokens": n, "seed": i}
-
-
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)

@@ -87,9 +87,9 @@ def running(app: FastAPI) -> Iterator[Server]:
         assert not thread.is_alive()
 
 
-def until(condition: Callable[[], object]) -> None:
-    """Wait for it, 30 seconds at most."""
-    end = time.monotonic() + 30
+def until(condition: Callable[[], object], seconds: float = 30) -> None:
+    """Wait for it, but no longer than that."""
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)

@@ -49,23 +49,3 @@ def make_policy(spec: str, **options: Any) -> Policy:
     """The policy that `spec` names, as `Registry.make` reads it: "NAME", "NAME:option=value",
     "FILE.py:NAME" or "MODULE:NAME". ArgumentError."""
     return _POLICIES.make(spec, **options)
-
-
-__all__ = [
-    "DEFAULT",
-    "GROUP",
-    "SHIPPED",
-    "device_aware",
-    "fair",
-    "fcfs",
-    "make_policy",
-    "mlfq",
-    "policy_names",
-    "prefill_first",
-    "prefix",
-    "sarathi",
-    "shortest",
-    "slo",
-    "static",
-    "width",
-]
