@@ -4,7 +4,7 @@
  * Rules of every function: it returns a code (or fills a struct), throws nothing, prints nothing,
  * and never lets libllama reach an assertion with the arguments that it was given. An engine, its
  * views and its slots belong to one thread at a time; that is the caller's duty. What benches and
- * tests need besides is in tests/plb_testing.h.
+ * tests need besides is in tests/plb_testing.h, and in no wheel.
  *
  * One step, seen from the caller:
  *     write rows 0..n-1 into views.token/pos/seq/flags; plb_step(engine, n);
@@ -195,99 +195,6 @@ typedef struct plb_views {
                                    those of slots with `report` (plb_slot_next) */
 } plb_views;
 
-/* -- drafts -------------------------------------------------------------------------------------
- * Speculative decoding. Behind the next token of a slot a step of plb_run may have drafted tokens, a row
- * with an output each. The slot samples the first row, and the next one as long as the token that it
- * has sampled is the one that was drafted; what is behind is taken out of the memory again. So a slot
- * samples the same tokens from the same rows as without, with the same draws, and may sample several
- * in a step. In such a step the records of each slot are in its order, and those of different slots
- * are not in row order.
- * There are no more rows of a slot than its budget and its positions can take, none of a slot with
- * `report` (plb_slot_next), none beside n_before rows, and in a step no more than fit a ubatch. Where
- * libllama computes at once only sequences with the same number of rows (a stream of cells for each,
- * a recurrent state), all slots of a step have the same number: those that are missing hold a token
- * that is neither drafted nor sampled. A recurrent state that was taken back is whole again after the
- * next step: until then its sequence must not be copied. */
-enum plb_drafter {
-    PLB_DRAFTER_NONE  = 0, /* drafts are the caller's */
-    PLB_DRAFTER_NGRAM = 1  /* where the caller gives none: what followed in the sequence's own tokens
-                              where they last were as they are now (native/step/ngram.hpp), or in those
-                              of slots that were cleared or replaced (native/step/corpus.hpp) */
-};
-
-enum { PLB_DRAFT_LIMIT = 16 };
-
-/* Arrays of an engine with n_draft_max > 0, at the same addresses until plb_engine_free. */
-typedef struct plb_drafts {
-    int32_t n_draft_max;
-    int32_t     * n_most;   /* [n_seq_max], the caller's: drafted rows of each sequence in a step of the
-                               runs to come; 0 at first */
-    int32_t     * n_given;  /* [n_seq_max], the caller's: so many tokens of `token` are drafts for the
-                               first step of the next run, which sets it to 0 */
-    llama_token * token;    /* [n_seq_max][n_draft_max] */
-    int32_t     * n_taken;  /* [n_seq_max]: tokens that the last run has sampled of each of its slots,
-                               one that failed included: as many of its rows are in the memory */
-    /* [n_seq_max][n_draft_max] for the slots of the last run: how often, lately, there was a draft with
-     * this many tokens (column 0: one), and how often all of them were the sampled ones. For
-     * PLB_DRAFTER_NGRAM also of steps without drafted rows: it watches what would have been. For any
-     * other a slot without a record has what is usual: of the slots before it, hopeful at first. */
-    float       * found;
-    float       * right;
-    int32_t     * n_drafts;   /* [n_seq_max]: steps in which the last run had drafted rows of each slot, */
-    int32_t     * n_right;    /* [n_draft_max]: drafts whose token i stays, of all slots, */
-    int32_t     * n_drafted;  /* [n_seq_max]: rows of drafted tokens that the last run had of each slot, */
-    int32_t     * n_accepted; /* [n_seq_max]: and how many of them stay */
-    /* Prices: with them a step has as many drafted rows as give most tokens a second, at most n_most of
-     * each slot; how likely a draft is to be right is known from those before it, and of
-     * PLB_DRAFTER_NGRAM by how many tokens it has matched. */
-    int32_t     * n_priced; /* the caller's: length of the prices, 0 (none) to n_rows_max + 1 */
-    float       * seconds;  /* [n_rows_max + 1], the caller's: of a step with so many rows; 0: not allowed */
-    float       * worst;    /* [n_rows_max + 1], the caller's: the same, if it takes longer than thought */
-    float       * credit;   /* the caller's, and changed by a run: seconds that drafts may lose, at worst;
-                               what they gain is added. Below 0 there are none */
-    float       * gain;     /* the caller's: how much more tokens a second it takes to have any */
-    int32_t     * n_timed;  /* [n_rows_max + 1]: steps of the last run with so many rows, those that only
-                               fill up included; without drafts only such with the graph of the one before */
-    int64_t     * ns_timed; /* [n_rows_max + 1]: what they took. Of those with drafts also what the next
-                               one without took longer */
-} plb_drafts;
-
-/* What a step of plb_run decides by its prices, for what simulates it: of n_slots slots, of which each
- * could have n_drafted[i] drafted rows, how many it has. chance: [n_slots][n_draft_max], that so many and
- * one more are right, none larger than the one before. width: rows of the step without drafts. even: all
- * slots have the same number of rows. Of `prices` it reads n_draft_max, n_priced, seconds, worst, credit
- * and gain, and n_priced is at least 1. */
-int32_t plb_draft_rows(const plb_drafts * prices, int32_t n_slots, const int32_t * n_drafted,
-                       const float * chance, int32_t width, int32_t even, int32_t * chosen);
-
-/* A second, smaller model with the same vocabulary, in an engine of its own: without `stream`, with as
- * many sequences, and for as many rows in a step. Its sequence i follows sequence i of the engine that
- * it drafts for, and its slots are what drafts need: the caller sets none. Both engines must outlive
- * it, and belong to the same thread. */
-typedef struct plb_draft_model plb_draft_model;
-
-/* PLB_E_ARGUMENT when the engines do not suit each other, or the target has no drafts;
- * PLB_E_ROLLBACK for a model with a recurrent state. */
-int32_t plb_draft_model_new(plb_engine * model, plb_engine * target, plb_draft_model ** out);
-void    plb_draft_model_free(plb_draft_model * self);
-/* The sequence's slot is set, and these are all tokens that it knows, the next row's included. In a
- * pool of cells it goes on from what the memory has of them, in whichever sequence. */
-int32_t plb_draft_model_begin(plb_draft_model * self, int32_t seq, const llama_token * tokens,
-                              int32_t n_tokens);
-/* It drafts no more for this sequence. What its memory holds may serve the next one. */
-int32_t plb_draft_model_end(plb_draft_model * self, int32_t seq);
-/* The drafts for the next run of these slots: of each as many tokens as plb_drafts.n_most says, its
- * model's most likely ones, up to one that ends a text. First its memory is brought to where each
- * sequence is now: what was rejected is taken out, what it lacks is computed. One that lacks more than
- * fits its share of a batch has drafts when it has caught up, some calls later. Where there are no
- * cells, what other slots left is forgotten, and then the longest sequence has drafts no more.
- * Returns 0 or a code as plb_step: 1 when sequences were given up for want of cells; for any other one
- * these slots have no drafts, now and later. plb_draft_model_begin lets one have drafts again. */
-int32_t plb_draft_model_draft(plb_draft_model * self, const llama_seq_id * slots, int32_t n_slots);
-/* 1: from now on plb_run of the target asks it before each of its steps, and the caller need not.
- * 0: no more. */
-int32_t plb_draft_model_attach(plb_draft_model * self, int32_t attached);
-
 plb_engine_params plb_engine_default_params(void);
 
 /* The context must outlive the engine's last plb_step; plb_engine_free may come after it. A context
@@ -301,8 +208,6 @@ int32_t plb_engine_detach(plb_engine * engine);
  * nothing has changed, when it is of another size. */
 int32_t plb_engine_rebind(plb_engine * engine, struct llama_context * ctx);
 int32_t plb_engine_views(plb_engine * engine, plb_views * out);
-/* PLB_E_ARGUMENT for an engine without drafts. */
-int32_t plb_engine_drafts(plb_engine * engine, plb_drafts * out);
 
 /* Text of the engine's last failure, valid until its next call; "" when there was none. */
 const char * plb_last_error(const plb_engine * engine);
@@ -310,109 +215,6 @@ const char * plb_last_error(const plb_engine * engine);
 const char * plb_code_text(int32_t code);
 /* The llama.cpp that was compiled in: "b11549", or "own checkout". */
 const char * plb_llama_cpp_build(void);
-
-/* -- slots: one per sequence id ------------------------------------------------------------------
- * A slot is everything that sampling knows of a request: its sampler, what it has generated, its
- * budget, and the row that it would decode next. */
-/* Where a grammar begins, with the semantics of llama_sampler_init_grammar_lazy_patterns and of
- * llama-server. Not lazy: it has accepted the tokens of `prefill` (the end of the prompt) at the first
- * token. Lazy: it begins with a token of `tokens`, or where one of `patterns` (regular expressions)
- * matches the text so far; not between the tokens `thinking_start` and one of `thinking_ends`. */
-typedef struct plb_grammar_start {
-    int32_t lazy;
-    int32_t n_patterns;
-    int32_t n_tokens;
-    int32_t n_prefill;
-    int32_t n_thinking_start;
-    int32_t n_thinking_ends; /* tokens of all of them; behind each end stands LLAMA_TOKEN_NULL */
-    const char * const * patterns;
-    const llama_token * tokens;
-    const llama_token * prefill;
-    const llama_token * thinking_start;
-    const llama_token * thinking_ends;
-} plb_grammar_start;
-
-typedef struct plb_sampling {
-    int32_t  max_tokens;        /* >= 1: tokens to generate */
-    int32_t  min_tokens;        /* until then EOG and stop tokens are excluded */
-    float    temperature;       /* 0 = greedy */
-    int32_t  top_k;             /* <= 0 off */
-    float    top_p;             /* 1 off */
-    float    min_p;             /* 0 off */
-    float    typical_p;         /* 1 off */
-    float    repeat_penalty;    /* 1 off */
-    float    frequency_penalty; /* 0 off */
-    float    presence_penalty;  /* 0 off */
-    int32_t  penalty_last_n;    /* 0 off, -1 the whole context */
-    uint32_t seed;              /* LLAMA_DEFAULT_SEED = a random one (see plb_slot_info.seed) */
-    int32_t  n_logprobs;        /* -1 none, 0 the chosen token's, n also the n most likely ones */
-    int32_t  ignore_eog;        /* 1: EOG tokens are excluded throughout */
-    int32_t  n_logit_bias;
-    int32_t  n_stop_tokens;
-    int32_t  path;              /* enum plb_path */
-    const llama_logit_bias * logit_bias;  /* added to the logits; -INFINITY excludes */
-    const llama_token      * stop_tokens;
-    const char             * grammar;     /* GBNF with start rule "root"; NULL none */
-    const plb_grammar_start * grammar_start; /* NULL: at the first token */
-} plb_sampling;
-
-/* Which code samples; the token is the same (native/sampling/fused.hpp says where it need not be). */
-enum plb_path {
-    PLB_PATH_AUTO  = -1, /* asked for only: fused where it can, else the chain */
-    PLB_PATH_CHAIN = 0,  /* a chain of libllama samplers */
-    PLB_PATH_FUSED = 1   /* the fused sampler: no grammar, no typical_p */
-};
-
-typedef struct plb_slot_info {
-    int32_t  active;      /* 1: a slot is set and neither finished nor failed */
-    int32_t  finish;      /* enum plb_finish of the last result */
-    int32_t  error;
-    int32_t  path;        /* enum plb_path */
-    int32_t  n_generated;
-    int32_t  n_left;      /* budget left */
-    int32_t  next_token;  /* the row that continues this sequence; -1: none yet */
-    int32_t  next_pos;
-    uint32_t seed;        /* the seed in use, also when it was drawn at random */
-    int32_t  n_logprobs;
-    int32_t  n_draws;     /* random numbers that it has taken since it was seeded */
-} plb_slot_info;
-
-plb_sampling plb_sampling_default(void);
-
-/* prompt: tokens that came before, oldest first, for the penalties (the grammar does not see them).
- * A slot that was there is replaced; on failure it stays. */
-int32_t plb_slot_set(plb_engine * engine, int32_t seq, const plb_sampling * sampling,
-                     const llama_token * prompt, int32_t n_prompt);
-/* The same slot outside of the engine, for plb_slot_put: what it costs to make (a grammar) and to
- * refuse is paid before the request has a sequence. Any thread may call it, also while the engine's
- * own thread is in plb_step; error (NULL or n_error bytes) gets the text of a failure. */
-int32_t plb_slot_new(const plb_engine * engine, const plb_sampling * sampling,
-                     const llama_token * prompt, int32_t n_prompt, plb_slot ** out,
-                     char * error, int32_t n_error);
-int32_t plb_slot_clear(plb_engine * engine, int32_t seq); /* fine when there is none */
-/* dst becomes a copy of src, its draws, penalties and grammar state included (fork). */
-int32_t plb_slot_copy(plb_engine * engine, int32_t src, int32_t dst);
-/* New random draws from here on, so that forks part. */
-int32_t plb_slot_reseed(plb_engine * engine, int32_t seq, uint32_t seed);
-/* Take a slot out of the engine and put it under any sequence id later (preemption). put takes
- * ownership and replaces; a slot that was taken and is not put back goes to plb_slot_free. */
-int32_t plb_slot_take(plb_engine * engine, int32_t seq, plb_slot ** out);
-int32_t plb_slot_put(plb_engine * engine, int32_t seq, plb_slot * slot);
-void    plb_slot_free(plb_slot * slot);
-/* The row that a run computes next for this slot, as if it had sampled `token` for position `pos`: the
- * last token of a prompt. report: not 0, each of its results is among plb_views.finished. */
-int32_t plb_slot_next(plb_engine * engine, int32_t seq, llama_token token, llama_pos pos,
-                      int32_t report);
-/* A new slot as if it had sampled these tokens, with as many random numbers, and next_pos were the
- * position of the last of them: a saved sequence goes on as it would have. PLB_E_GRAMMAR_STATE when
- * the grammar could not have been there. */
-int32_t plb_slot_replay(plb_slot * slot, const llama_token * tokens, int32_t n_tokens,
-                        int32_t n_draws, int32_t next_pos);
-/* What a slot has generated, oldest first: *out is valid until the slot changes. Returns how many. */
-int32_t plb_slot_tokens(const plb_slot * slot, const llama_token ** out);
-int32_t plb_slot_get_info(plb_engine * engine, int32_t seq, plb_slot_info * out);
-/* Why the slot's last result was an error; "" when it was not. Valid until the slot changes. */
-const char * plb_slot_error(plb_engine * engine, int32_t seq);
 
 /* -- step -------------------------------------------------------------------------------------
  * Checks the rows, decodes them, samples each row with PLB_ROW_SAMPLE in row order, writes the
@@ -450,120 +252,15 @@ int32_t plb_run(plb_engine * engine, int32_t n_before, const llama_seq_id * slot
  * makes at least one step, unless it ends with PLB_STOP_FULL. */
 void plb_interrupt(plb_engine * engine);
 
-/* -- reading while a run goes on (engines with `stream`) ---------------------------------------
- * Each step that was tried, failed ones included, is recorded with its records, and stays until it
- * was read: by one thread, which may be another one than that which computes. Steps are counted from
- * 0 over the life of the engine. A run publishes each step when the next one starts; its last one is
- * published by the next run or by plb_ring_flush, so that the caller, which has a plan to change, comes
- * first. A run that finds no room waits for the reader for up to 50 ms, or until plb_interrupt. */
-
-/* What was read, in columns by sequence: a reader's memory, filled by plb_ring_read. Tokens that end
- * a text (EOG, STOP) and errors are left out. */
-typedef struct plb_page {
-    int32_t n_steps_max;       /* room for steps, and for tokens of each sequence */
-    int32_t n_steps;           /* steps that are there */
-    plb_step_info * steps;     /* [n_steps_max] */
-    int32_t       * n_tokens;  /* [n_seq_max]: tokens of each sequence that are there */
-    llama_token   * token;     /* [n_seq_max][n_steps_max] */
-    int32_t       * step;      /* [n_seq_max][n_steps_max]: the index in steps of each token */
-    float         * logprob;   /* as token; this one and those below may be NULL */
-    int32_t       * n_top;     /* as token */
-    llama_token   * top_token; /* [n_seq_max][n_steps_max][n_logprobs_max] */
-    float         * top_logprob;
-} plb_page;
-
-/* Steps published so far, once they are at least n_wanted, plb_ring_flush was called since the last
- * wait, or timeout_ns are over. */
-int64_t plb_ring_wait(plb_engine * engine, int64_t n_wanted, int64_t timeout_ns);
-/* Move the next steps, below `until` and as many as fit, from the ring to the end of a page; how
- * many. */
-int32_t plb_ring_read(plb_engine * engine, int64_t until, plb_page * page);
-/* Publish the last step, and wake the reader anyway. From the thread that computes. */
-void    plb_ring_flush(plb_engine * engine);
-/* Wake the reader. From any thread. */
-void    plb_ring_wake(plb_engine * engine);
-/* For the reader, between two pieces of work that keep others from planning (an interpreter's lock):
- * returns when a run goes on, or when the thread that computes has flushed because it has nothing to
- * do, at the latest after timeout_ns. */
-void    plb_ring_yield(plb_engine * engine, int64_t timeout_ns);
-/* Steps published so far. From any thread. */
-int64_t plb_ring_count(plb_engine * engine);
-/* The clock of plb_step_info.t_start_ns. */
-int64_t plb_now_ns(void);
-
-/* -- text ---------------------------------------------------------------------------------------
- * The bytes that tokens stand for, one after the other: those of token i are
- * out[offsets[i]] .. out[offsets[i + 1] - 1], offsets has n + 1 entries. Special tokens give nothing.
- * Returns the bytes of all, and has written nothing behind `size` when they are more; or
- * PLB_E_ARGUMENT, PLB_E_TOKEN, PLB_E_MEMORY, PLB_E_EXCEPTION. */
-int64_t plb_pieces(const struct llama_vocab * vocab, const llama_token * tokens, int32_t n,
-                   char * out, int64_t size, int64_t * offsets);
-
-/* -- memory ------------------------------------------------------------------------------------ */
-/* Bytes in buffers of one type; of a no_alloc model, bytes that there would be. */
-typedef struct plb_memory_part {
-    char    buffer_type[64];
-    char    device[64]; /* its name; "" when the type has none */
-    int32_t host;       /* 1: memory that the CPU can use */
-    int64_t model;      /* weights */
-    int64_t context;    /* KV cells, recurrent states */
-    int64_t compute;    /* graphs; the buffer of the outputs is not among them */
-} plb_memory_part;
-
-/* How many parts there are (also when there is room for fewer), or a code. */
-int32_t plb_memory_breakdown(const struct llama_context * ctx, plb_memory_part * parts, int32_t n_parts);
-
-/* -- log --------------------------------------------------------------------------------------- */
-/* libllama's and ggml's log goes to a ring of fixed size, from any thread; nothing is printed. */
-void plb_log_install(void);              /* once, before anything else logs */
-void plb_log_set_level(int32_t level);   /* enum ggml_log_level; what is below is dropped */
-/* The oldest fragment (not 0-terminated; a line ends with \n): returns its size, 0 when there is
- * none. dropped: fragments lost to a full ring since the last call. */
-int32_t plb_log_drain(char * buf, int32_t size, int32_t * level, int64_t * dropped);
-/* What the calling thread has logged as a warning or an error since its last mark, newest part. */
-void    plb_log_mark(void);
-int32_t plb_log_errors(char * buf, int32_t size);
-
-/* -- guarded calls -----------------------------------------------------------------------------
- * Calls that read a file or a blob: a failed assertion of libllama inside them, on the calling
- * thread, is a failure (NULL or 0, its text in plb_log_errors) instead of the end of the process
- * (native/guard/guard.cpp). */
-void plb_guard_install(void); /* once */
-struct llama_model   * plb_model_load(const char ** paths, size_t n_paths, struct llama_model_params params);
-struct llama_context * plb_context_new(struct llama_model * model, struct llama_context_params params);
-struct llama_adapter_lora * plb_lora_load(struct llama_model * model, const char * path);
-size_t plb_state_seq_set(struct llama_context * ctx, const uint8_t * src, size_t size, llama_seq_id seq);
-/* The GBNF grammar (root "root") of the JSON texts that a schema allows, by llama.cpp's own
- * converter; NULL, and why in plb_log_errors, for one that it can't express whole. The caller
- * bounds the schema's depth. To be freed with plb_text_free. */
-char * plb_json_schema_to_gbnf(const char * schema);
-void   plb_text_free(char * text);
-
-/* -- chats ---------------------------------------------------------------------------------------
- * llama.cpp's own chat templates (Jinja) and parsers of answers, guarded as the calls above: NULL,
- * and why in plb_log_errors. Texts that they return are JSON and are freed with plb_text_free. A
- * template and a parser may be used by several threads at once. The caller bounds how deep the JSON
- * that it gives is nested. */
-typedef struct plb_chat_template plb_chat_template;
-typedef struct plb_chat_parser   plb_chat_parser;
-
-/* source: Jinja, or a name that llama_chat_builtin_templates gives; NULL: the model's own template.
- * The model must outlive it. */
-plb_chat_template * plb_chat_template_new(const struct llama_model * model, const char * source);
-void   plb_chat_template_free(plb_chat_template * self);
-/* {source, capabilities: {name: bool}, supports_thinking} */
-char * plb_chat_template_info(const plb_chat_template * self);
-/* request: {messages, tools, tool_choice, parallel_tool_calls, json_schema, grammar, reasoning_format,
- * enable_thinking, add_generation_prompt, continue_final_message, template_kwargs}, all but the
- * first optional, in the words of llama-server's API. Returns {prompt, format, grammar, grammar_lazy,
- * trigger_patterns, trigger_tokens, preserved_tokens, preserved_texts, stops, generation_prompt,
- * prefill, thinking_start, thinking_ends}, tokens as ids. *parser reads the answers to this prompt. */
-char * plb_chat_render(const plb_chat_template * self, const char * request, plb_chat_parser ** parser);
-/* The message {role, content, reasoning_content, tool_calls} in an answer. partial: more may follow. */
-char * plb_chat_parse(const plb_chat_parser * parser, const char * text, size_t size, bool partial);
-void   plb_chat_parser_free(plb_chat_parser * parser);
 #ifdef __cplusplus
 }
 #endif
+
+/* -- its parts, by the rooms that they are of ----------------------------------------------------- */
+#include "common/plb_chat.h"
+#include "guard/plb_guard.h"
+#include "sampling/plb_slots.h"
+#include "step/plb_drafts.h"
+#include "step/plb_ring.h"
 
 #endif /* PLB_H */

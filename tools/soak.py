@@ -29,6 +29,7 @@ from bench.models import resolve
 from bench.soak import resident
 from pyllamabatch import Engine, LoraAdapter, Model, SamplingParams
 from pyllamabatch.engine.options import Options
+from tests.support.faults import set_fault
 from tests.support.models_special import write_lora
 
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
@@ -148,7 +149,7 @@ def soak(engine: Engine, options: argparse.Namespace) -> int:
             if time.monotonic() - begin > 0.2 * (until - begin):
                 settled = settled or memory
             with engine._core.state:
-                engine._stepper.fault(1, FATAL, 2, 2)  # twice: a lone one is only tried again
+                set_fault(engine._stepper, 1, FATAL, 2, 2)  # twice: a lone one is only tried again
         for client in clients:
             client.result()
     stats = engine.stats()

@@ -347,14 +347,6 @@ class Stepper:
         if code:
             raise GrammarError("the grammar does not lead to these tokens")
 
-    def fault(self, countdown: int, code: int, n_rows: int = -1, n_times: int = 1) -> None:
-        """For tests: the `countdown`-th decode from now on, and those behind it, `n_times` in all,
-        compute the first `n_rows` of their rows (-1: all) and report `code`. 0: no fault."""
-        engine, _ = self._open()
-        if lib.plb_fault_set(engine, countdown, code, n_rows, n_times):
-            given = countdown, code, n_rows, n_times
-            raise ArgumentError("fault", given, "see plb_fault_set in plb_testing.h")
-
     def slot(self, seq_id: int) -> SlotInfo:
         """A slot's state; `ArgumentError` when the sequence has none."""
         engine, _ = self._open()

@@ -18,6 +18,7 @@ from pyllamabatch.step.draft_model import DraftModel
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.decoding import loaded
 from tests.support.engines import Checked, check_idle, greedy
+from tests.support.faults import set_fault
 from tests.support.speculating import PROMPTS, always, check_mixes, engine_of
 
 LAYOUTS = pytest.mark.parametrize("kv_unified", [True, False], ids=["pool", "streams"])
@@ -84,7 +85,7 @@ def test_requests_go_on_without_a_draft_that_fails(
     with engine_of(model) as engine:
         expected = [r.tokens for r in engine.generate(PROMPTS[:3], params)]
     with engine_of(model, speculate=model, policy=always(4, 8)) as engine:
-        draft_of(engine)._stepper.fault(3, code, n_times=n_times)
+        set_fault(draft_of(engine)._stepper, 3, code, n_times=n_times)
         with caplog.at_level(logging.WARNING):
             assert [r.tokens for r in engine.generate(PROMPTS[:3], params)] == expected
         assert "draft model" in caplog.text
@@ -195,7 +196,7 @@ def test_cancels_and_faults_of_the_target_leave_the_draft_in_step(
     with engine_of(model, speculate=model, **how) as engine:
         stepper = engine._stepper
         for countdown, code, n_times in ((9, 2, 1), (12, -3, 3)):
-            stepper.fault(countdown, code, n_times=n_times)
+            set_fault(stepper, countdown, code, n_times=n_times)
             streams = [
                 engine.submit(prompt, one) for prompt, one in zip(PROMPTS, params, strict=True)
             ]

@@ -24,6 +24,7 @@ from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.types import Finish
 from tests.support import engines as support
 from tests.support.engines import check_idle, greedy
+from tests.support.faults import set_fault
 from tests.support.models_gguf import EOS
 
 PROMPT = [1, 20, 30, 40, 50]
@@ -33,11 +34,6 @@ engine_on = partial(support.engine_on, n_ctx=1024)
 
 def drive(sequence: Sequence, n: int) -> list[int]:
     return [sequence.sample().token for _ in range(n)]
-
-
-def fault(engine: Engine, *args: int, **times: int) -> None:
-    stepper: Any = engine._core._stepper
-    stepper.fault(*args, **times)
 
 
 @contextmanager
@@ -192,9 +188,9 @@ def test_a_step_that_fails_is_tried_again(model: Model) -> None:
         with engine.sequence(greedy()) as sequence:
             sequence.prompt(PROMPT)
             given = drive(sequence, 5)
-            fault(engine, 1, -3)  # once
+            set_fault(engine._core._stepper, 1, -3)  # once
             given += drive(sequence, 5)
-            fault(engine, 1, 1)  # no cells
+            set_fault(engine._core._stepper, 1, 1)  # no cells
             given += drive(sequence, N - 10)
             assert given == expected
         check_idle(engine)
@@ -204,10 +200,10 @@ def test_one_that_fails_for_good_is_an_error(model: Model) -> None:
     with engine_on(model, max_restarts=0) as engine, engine.sequence(greedy()) as sequence:
         sequence.prompt(PROMPT)
         given = drive(sequence, 3)
-        fault(engine, 1, -3, n_times=8)
+        set_fault(engine._core._stepper, 1, -3, n_times=8)
         with pytest.raises(FatalDecodeError):
             sequence.sample()
-        fault(engine, 0, 0)
+        set_fault(engine._core._stepper, 0, 0)
         assert sequence.tokens == PROMPT + given
         assert isinstance(sequence.sample().token, int)
 

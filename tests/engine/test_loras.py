@@ -18,6 +18,7 @@ from pyllamabatch.llama.context import Context
 from tests.support import engines as support
 from tests.support.decoding import decode
 from tests.support.engines import EXACT, check_idle
+from tests.support.faults import set_fault
 from tests.support.models_gguf import gguf_path
 from tests.support.models_special import write_lora
 from tests.support.oracle import greedy
@@ -232,7 +233,7 @@ def test_a_fresh_context_has_the_adapters_that_were_applied(
 ) -> None:
     with engine_on(model, adapters) as engine:
         for step in (1, 3, 9):
-            engine._stepper.fault(step, -3, 1, 2)
+            set_fault(engine._stepper, step, -3, 1, 2)
             streams = [engine.submit(PROMPTS[1], GREEDY, lora=chosen) for chosen in SETS]
             assert [stream.result(60).tokens for stream in streams] == alone[1]
         assert engine.stats().restarts == 3

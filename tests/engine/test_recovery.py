@@ -14,6 +14,7 @@ from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support import engines as support
 from tests.support.decoding import loaded
 from tests.support.engines import Checked, check_idle
+from tests.support.faults import set_fault
 from tests.support.models_gguf import Architecture
 from tests.support.oracle import random_prompts
 
@@ -37,7 +38,7 @@ def expected(model: Model) -> list[list[int]]:
 def test_no_cells(model: Model, expected: list[list[int]], step: int) -> None:
     """Nor at the retry, nor without cached prefixes: one is preempted."""
     with engine_on(model, n_batch=128) as engine:  # three prompts in the first step
-        engine._stepper.fault(step, 1, 0, 3)
+        set_fault(engine._stepper, step, 1, 0, 3)
         results = engine.generate(PROMPTS, GREEDY)
         assert [result.tokens for result in results] == expected
         assert engine.stats().preemptions >= 1
@@ -56,7 +57,7 @@ def test_a_fault_at_any_decode(
     memory. Only -1, which says that the rows are wrong, ends requests: those of that batch."""
     with engine_on(model, kv_unified=True, prefix_cache=True) as engine:
         for nth in (1, 2, 5, 21):
-            engine._stepper.fault(nth, code, n_rows)
+            set_fault(engine._stepper, nth, code, n_rows)
             results = engine.generate(PROMPTS, GREEDY)
             failed = [result for result in results if result.finish_reason == "error"]
             assert len(failed) <= 3
@@ -67,7 +68,7 @@ def test_a_fault_at_any_decode(
             for result in failed:
                 assert isinstance(result.error, KINDS[code])
             check_idle(engine)
-        engine._stepper.fault(0, 0)
+        set_fault(engine._stepper, 0, 0)
         assert [result.tokens for result in engine.generate(PROMPTS, GREEDY)] == expected
 
 
@@ -78,7 +79,7 @@ def test_a_fresh_context_after_a_decode_that_fails_twice(
 ) -> None:
     """Twice in a row, so that the second fresh context is needed at once; no request notices."""
     with engine_on(model) as engine:
-        engine._stepper.fault(step, -3, n_rows, 4)
+        set_fault(engine._stepper, step, -3, n_rows, 4)
         results = engine.generate(PROMPTS, GREEDY)
         assert [result.tokens for result in results] == expected
         assert engine.stats().restarts == 2
@@ -135,7 +136,7 @@ def test_draws_survive_a_preemption(model: Model) -> None:
     with engine_on(model) as engine:
         expected = [result.tokens for result in engine.generate(PROMPTS, params)]
     with engine_on(model) as engine:
-        engine._stepper.fault(4, 1, 0)
+        set_fault(engine._stepper, 4, 1, 0)
         assert [result.tokens for result in engine.generate(PROMPTS, params)] == expected
         assert engine.stats().preemptions >= 1
 

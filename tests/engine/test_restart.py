@@ -26,6 +26,7 @@ from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import Stepper
 from tests.support.decoding import decode, write
 from tests.support.engines import EXACT, engine_on, greedy
+from tests.support.faults import set_fault
 from tests.support.models_gguf import Architecture, gguf_path, write_gguf
 from tests.support.models_special import write_lora
 
@@ -71,7 +72,7 @@ def test_no_request_notices(model: Model, options: dict[str, Any]) -> None:
     with small(model, **options) as engine:
         expected = tokens_of(engine, params)
         for step in (1, 4, 11):
-            engine._stepper.fault(step, FATAL, 3, 2)
+            set_fault(engine._stepper, step, FATAL, 3, 2)
             assert tokens_of(engine, params) == expected
         stats = engine.stats()
         assert stats.restarts == 3
@@ -85,14 +86,14 @@ def test_a_call_of_a_sequence_takes_longer_and_no_more(model: Model) -> None:
         with engine.sequence(GREEDY) as seq, engine.sequence(GREEDY) as idle:
             idle.prompt(PROMPTS[1])
             first = idle.sample().token
-            engine._stepper.fault(1, FATAL, 2, 2)
+            set_fault(engine._stepper, 1, FATAL, 2, 2)
             seq.prompt(PROMPTS[3])
             assert engine.stats().restarts == 1
             tokens = [seq.sample().token]
-            engine._stepper.fault(1, FATAL, 0, 4)
+            set_fault(engine._stepper, 1, FATAL, 0, 4)
             tokens.append(seq.sample().token)
             assert engine.stats().restarts == 3
-            engine._stepper.fault(1, FATAL, 0, 2)  # another call may cost as many
+            set_fault(engine._stepper, 1, FATAL, 0, 2)  # another call may cost as many
             saved = seq.snapshot()
             tokens += [seq.sample().token for _ in range(4)]
             assert engine.stats().restarts == 4
@@ -106,7 +107,7 @@ def test_a_call_that_fails_too_often_has_not_happened(model: Model) -> None:
     with small(model, max_restarts=1) as engine, engine.sequence(GREEDY) as seq:
         seq.prompt(PROMPTS[2])
         before = seq.tokens
-        engine._stepper.fault(1, FATAL, 0, 4)
+        set_fault(engine._stepper, 1, FATAL, 0, 4)
         with pytest.raises(FatalDecodeError):
             seq.sample()
         assert seq.tokens == before
@@ -122,7 +123,7 @@ def test_a_reader_gets_each_token_once(model: Model) -> None:
             got.append(token.token)
             if len(got) == 2:
                 with engine._core.state:
-                    engine._stepper.fault(2, FATAL, 1, 2)
+                    set_fault(engine._stepper, 2, FATAL, 1, 2)
         assert got == expected
 
 
@@ -139,7 +140,7 @@ def test_what_is_left_of_the_engine_when_there_is_no_fresh_context(
                 assert context is not None
                 native = context._native
                 native.n_seq_max = 100_000  # libllama refuses
-                engine._stepper.fault(1, FATAL, 0, 2)
+                set_fault(engine._stepper, 1, FATAL, 0, 2)
             waiting = pool.submit(seq.sample)
             for stream in streams:
                 if stream.wait(30).finish_reason == "error":

@@ -35,6 +35,7 @@ from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support import engines as support
 from tests.support.decoding import loaded
 from tests.support.engines import check_idle, greedy, slow
+from tests.support.faults import set_fault
 from tests.support.models_gguf import EOS, N_VOCAB, Architecture
 
 PROMPT = [1, 20, 30, 40, 50]
@@ -235,7 +236,7 @@ def failing(engine: Engine, code: int) -> Iterator[None]:
     compute = engine._stepper.compute
 
     def fail(*args: Any) -> Any:
-        engine._stepper.fault(1, code, 1)
+        set_fault(engine._stepper, 1, code, 1)
         return compute(*args)
 
     setattr(engine._stepper, "compute", fail)  # noqa: B010
@@ -276,7 +277,7 @@ def test_a_failed_decode_is_an_error_and_no_end(model: Model) -> None:
             with failing(engine, -3), pytest.raises(DecodeError):
                 sequence.prompt([60, 61, 62])
             assert sequence.tokens == PROMPT + first
-            engine._stepper.fault(1, -3)  # once is tried again
+            set_fault(engine._stepper, 1, -3)  # once is tried again
             assert first + drive(sequence, 9) == expected
         check_idle(engine)
 
@@ -291,7 +292,7 @@ def test_owners_take_turns_after_a_decode_that_found_no_cells(model: Model) -> N
             second.prompt([1, 60, 61])
             engine._core.scheduler.drop_cached()
             with engine._core.state:
-                engine._stepper.fault(1, 1, 0)
+                set_fault(engine._stepper, 1, 1, 0)
             assert second.sample().token >= 0
             before = engine.stats().preemptions
             tokens = []

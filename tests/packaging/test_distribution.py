@@ -112,7 +112,8 @@ def test_the_libraries_find_each_other_by_relative_paths(wheel: Path, tmp_path: 
 def test_the_wheel_works_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:
     python = fresh_environment(tmp_path / "venv")
     call(python, "-m", "pip", "install", "-q", wheel)
-    out = call(python, "-c", SMOKE.format(inside=str(tmp_path)), cwd=tmp_path)
+    code = SMOKE.format(inside=str(tmp_path)) + "assert not hasattr(lib, 'plb_fault_set')\n"
+    out = call(python, "-c", code, cwd=tmp_path)
     assert out.strip() == "works"
 
 

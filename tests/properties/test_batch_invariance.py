@@ -19,6 +19,7 @@ from pyllamabatch.scheduler import Invariance, policy_names
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.bits import recorded
 from tests.support.engines import check_idle
+from tests.support.faults import set_fault
 from tests.support.invariance import Alone, AnyPolicy, assert_alone, each_alone
 from tests.support.models_gguf import gguf_path
 
@@ -104,10 +105,10 @@ def test_no_policy_changes_a_bit(
     own = {"policy": chosen, "preemption": preemption, "n_threads": n_threads}
     with engine_of(embedded_model, n_seq_max=n_seq_max, **own) as engine:
         if fault is not None:
-            engine._stepper.fault(fault, -3, n_times=2)
+            set_fault(engine._stepper, fault, -3, n_times=2)
         with recorded(engine) as bits:
             assert_alone(mixed(engine, order, random.Random(seed)), bits, embedded_bits)
-        engine._stepper.fault(0, 0)
+        set_fault(engine._stepper, 0, 0)
 
 
 def test_what_it_takes_does_happen(embedded_model: Model, embedded_bits: Alone) -> None:
@@ -125,7 +126,7 @@ def test_what_it_takes_does_happen(embedded_model: Model, embedded_bits: Alone) 
         assert stats.recomputed_rows > 0 or preemption == "swap"
         assert (stats.swapped_tokens > 0) == (preemption == "swap")
     with engine_of(embedded_model) as engine:
-        engine._stepper.fault(40, -3, n_times=2)
+        set_fault(engine._stepper, 40, -3, n_times=2)
         results = engine.generate(prompts(engine.model.n_vocab), [wanted(i) for i in range(10)])
         assert engine.stats().restarts == 1
         assert [r.tokens for r in results] == [tokens for tokens, _ in embedded_bits]

@@ -23,6 +23,7 @@ from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.embedded import check, texts
 from tests.support.engine_fakes import Rig
 from tests.support.engines import EXACT, check_idle
+from tests.support.faults import set_fault
 from tests.support.oracle import Agreement, Reference
 
 KINDS: dict[int, type[DecodeError]] = {
@@ -208,9 +209,9 @@ def test_every_decode_of_the_embedded_model(
         assert n_decodes > 10
         for nth in range(1, n_decodes + 1):
             before = engine.stats()
-            engine._stepper.fault(nth, code, n_rows, n_times)
+            set_fault(engine._stepper, nth, code, n_rows, n_times)
             n = run()
-            engine._stepper.fault(0, 0)
+            set_fault(engine._stepper, 0, 0)
             n_failed += n
             assert n <= 3
             assert n == 0 or code == -1 or n_times in (2, 6)

@@ -17,6 +17,7 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.embedded import N_TOKENS, check, texts
 from tests.support.engines import EXACT, Checked, check_idle
+from tests.support.faults import set_fault
 from tests.support.oracle import Agreement, Reference
 
 engines = st.fixed_dictionaries(
@@ -94,7 +95,7 @@ def test_every_request_gets_what_it_gets_alone(
                         if engine._core.recovery._n_failures == 0:
                             nth, code, n_rows = left.pop()
                             # A fatal one twice: a fresh context.
-                            engine._stepper.fault(nth, code, n_rows, 1 + (code == -3))
+                            set_fault(engine._stepper, nth, code, n_rows, 1 + (code == -3))
                 if what == "interactive":
                     for tokens in interactive(engine, prompts[which], n):
                         assert len(tokens) == n

@@ -20,6 +20,7 @@ from pyllamabatch.errors import DecodeError
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.bits import Bits, recorded
+from tests.support.faults import set_fault
 from tests.support.invariance import AnyPolicy
 from tests.support.models_gguf import gguf_path
 
@@ -154,9 +155,9 @@ def test_an_owner_sees_what_it_sees_alone(
         quiet.model, n_seq_max=n_seq_max, policy=AnyPolicy(seed), **own, **OPTIONS
     ) as engine:
         if fault is not None:
-            engine._stepper.fault(fault, -3, n_times=2)
+            set_fault(engine._stepper, fault, -3, n_times=2)
         assert seen([engine, quiet], ops, n_beside) == known
-        engine._stepper.fault(0, 0)
+        set_fault(engine._stepper, 0, 0)
 
 
 @pytest.mark.parametrize(("name", "loads"), [("llama", True), ("gemma3", False)])
