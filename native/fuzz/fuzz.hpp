@@ -3,10 +3,33 @@
 
 #include "tests/check.hpp"
 
+#include <sys/time.h>
+
+#include <csignal>
 #include <cstdint>
+#include <cstdlib>
 #include <string>
 
 constexpr int DEPTH_MAX = 64; // pyllamabatch/llama/json_limits.py
+
+// An input that takes longer is found. Of CPU time: on busy cores libFuzzer's own clock finds any.
+class time_limit {
+public:
+    time_limit() {
+        std::signal(SIGPROF, [](int) { std::abort(); });
+        set(SECONDS);
+    }
+    ~time_limit() { set(0); }
+
+private:
+    static constexpr time_t SECONDS = 120; // unoptimised, with AddressSanitizer
+
+    static void set(time_t seconds) {
+        itimerval timer = {};
+        timer.it_value.tv_sec = seconds;
+        setitimer(ITIMER_PROF, &timer, nullptr);
+    }
+};
 
 inline fixture & shared_fixture() {
     static fixture f(model_path(0, nullptr), 64, 2, plb_engine_default_params());

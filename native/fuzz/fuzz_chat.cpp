@@ -2,6 +2,7 @@
 #include "fuzz.hpp"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
+    const time_limit limit;
     static plb_chat_template * chatml = plb_chat_template_new(shared_fixture().model, "chatml");
     CHECK(chatml != nullptr);
     const std::string all((const char *) data, size);

@@ -2,6 +2,7 @@
 #include "fuzz.hpp"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
+    const time_limit limit;
     use_grammar(std::string((const char *) data, size).c_str());
     return 0;
 }

@@ -2,6 +2,7 @@
 #include "fuzz.hpp"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
+    const time_limit limit;
     const std::string schema((const char *) data, size);
     // Python refuses references in a circle, and texts that are nested deeper.
     if (!is_shallow(schema) || schema.find("ref") != std::string::npos) {

@@ -2,6 +2,7 @@
 #include "fuzz.hpp"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
+    const time_limit limit;
     fixture & f = shared_fixture();
     llama_memory_t memory = llama_get_memory(f.ctx);
     const size_t n_read = plb_state_seq_set(f.ctx, data, size, 0);

@@ -11,8 +11,8 @@ step makes new ones), the log-probabilities that were handed out, the text of a 
 compared). The number of threads, the backend and the batch sizes may differ; they move logits in
 their last bits, as a neighbour does.
 
-A checksum finds damage, not forgery: positions that were put in on purpose can spoil the answers of
-others in the same cells. Restore what you have saved.
+A checksum finds damage, not forgery: numbers that were put into cells on purpose can spoil answers.
+Restore what you have saved.
 """
 
 from __future__ import annotations

@@ -117,10 +117,17 @@ def _schemas(root: Any) -> Iterator[dict[str, Any]]:
 
 def _check_keywords(argument: str, root: Any) -> None:
     for schema in _schemas(root):
-        why = _left_out(schema) or _overlap(schema, root)
+        why = _left_out(schema) or _base(schema, root) or _overlap(schema, root)
         if why is not None:
             keyword, limit = why
             raise ArgumentError(f"{argument}: {keyword}", schema[keyword], limit)
+
+
+def _base(schema: Mapping[str, Any], root: Any) -> tuple[str, str] | None:
+    """$id, where references below it begin at it: the converter's all begin at the root."""
+    if schema is root or "$id" not in schema or all("$ref" not in one for one in _schemas(schema)):
+        return None
+    return "$id", "only in the root, or where there is no $ref below it"
 
 
 def _overlap(schema: Mapping[str, Any], root: Any) -> tuple[str, str] | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import struct
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ClosedError, PyllamabatchError, StateError
 from pyllamabatch.llama import state
+from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.decoding import loaded
@@ -63,8 +66,7 @@ class Victim:
         assert self.engine.submit(PROMPT[:9], GREEDY).result(60).tokens == self.beside
 
     def restore_forged(self, data: bytes) -> None:
-        """libllama takes negative positions, and no removal reaches their cells: others there may
-        read them. That is forgery, which no checksum finds; the engine goes on."""
+        """Values of cells that no checksum finds may spoil answers; the engine goes on."""
         with self.engine.sequence(DRAWN) as sequence:
             if taken(lambda: sequence.restore(data)):
                 taken(sequence.sample)
@@ -154,6 +156,19 @@ def test_a_state_that_was_changed_with_its_checksum(
     header, tokens, note, body = of_forged.parts
     data = packed(tokens, json.dumps(note).encode(), changed(body, changes), header)
     of_forged.restore_forged(data)
+
+
+@pytest.mark.parametrize("position", [-1, -(2**31)])
+def test_a_negative_position_is_refused(victim: Victim, position: int) -> None:
+    """No removal would reach its cell (`vendor/patches/state-positions.patch`)."""
+    header, tokens, note, body = victim.parts
+    cell = re.compile(re.escape(struct.pack("<ii", 5, 1)) + b"....", re.DOTALL)
+    (at,) = (found.start() for found in cell.finditer(body) if body[found.end()] == 6)
+    forged = body[:at] + struct.pack("<i", position) + body[at + 4 :]
+    data = packed(tokens, json.dumps(note).encode(), forged, header)
+    with Context(victim.engine.model, n_ctx=512) as context, pytest.raises(StateError):
+        context.state_seq_set(data, 0)
+    victim.restore(data)
 
 
 @settings(max_examples=15, deadline=None)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pyllamabatch.engine.engine import Engine
-from pyllamabatch.errors import ArgumentError, GrammarError
+from pyllamabatch.errors import ArgumentError, GrammarError, SamplingError
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.json_schema import schema_text, schema_to_gbnf
 from pyllamabatch.step.sampling_params import SamplingParams
@@ -169,3 +169,20 @@ def test_nested_as_deep_as_allowed(engine: Engine) -> None:
         "x", SamplingParams(json_schema=nested(30), temperature=0, max_tokens=100)
     ).result(60)
     assert result.text.startswith("[")
+
+
+ROW_OF_EMPTY = "^" + "(a|b)*" * 2000 + "$"
+REPEATED_REPETITIONS = "^" + "(" * 8 + "a" + "{1,9})" * 8 + "$"
+
+
+@pytest.mark.parametrize("pattern", [ROW_OF_EMPTY, REPEATED_REPETITIONS])
+def test_too_many_ways_to_go_on_end_one_answer(engine: Engine, pattern: str) -> None:
+    """Not the time of those beside it (`vendor/patches/llama-grammar-work.patch`)."""
+    greedy = SamplingParams(temperature=0, max_tokens=5)
+    alone = engine.submit("y", greedy).result(60)
+    schema = {"type": "string", "pattern": pattern}
+    one = engine.submit("x", SamplingParams(json_schema=schema, max_tokens=100))
+    beside = engine.submit("y", greedy)
+    with pytest.raises(SamplingError, match="in too many ways"):
+        one.result(60)
+    assert beside.result(60).tokens == alone.tokens

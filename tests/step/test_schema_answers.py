@@ -2,11 +2,13 @@
 2020-12, by what a model writes under the grammar, checked with `jsonschema`."""
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
+from jsonschema_specifications import REGISTRY
 
 from pyllamabatch import Engine, Model, SamplingParams
 from pyllamabatch.errors import ArgumentError, GrammarError
@@ -96,6 +98,18 @@ EXPRESSED: dict[str, Any] = {
         },
     },
     "notes": {**BOOL, "title": "t", "description": "d", "default": 1, "examples": [2], "x-y": 3},
+    "more notes": {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": "https://a.example/b",
+        "$anchor": "c",
+        "$comment": "d",
+        "$defs": {},
+        "definitions": {},
+        "deprecated": True,
+        "readOnly": True,
+        "writeOnly": False,
+        **BOOL,
+    },
 }
 """Schemas that a grammar expresses."""
 
@@ -122,6 +136,11 @@ REFUSED: dict[str, tuple[str, Any]] = {
     "unevaluated items": ("unevaluatedItems", {"type": "array", "unevaluatedItems": False}),
     "email": ("format", {"type": "string", "format": "email"}),
     "encoding": ("contentEncoding", {"type": "string", "contentEncoding": "base64"}),
+    "schema of a text": ("contentSchema", {"type": "string", "contentSchema": {}}),
+    "a reference from another base": (
+        "\\$id",
+        {"items": {"$id": "b", "$ref": "#/$defs/v", "$defs": {"v": BOOL}}, "$defs": {"v": CHOICE}},
+    ),
     "media type": ("contentMediaType", {"type": "string", "contentMediaType": "text/html"}),
     "dynamic": ("\\$dynamicRef", {"$dynamicRef": "#x"}),
     "beside": ("minLength", {"type": "string", "pattern": "^a$", "minLength": 1}),
@@ -161,6 +180,30 @@ def test_answers_are_what_their_schemas_allow(engine: Engine) -> None:
         wrong += [(name, text) for text in texts if not validator.is_valid(json.loads(text))]
     assert wrong == []
     assert n_whole >= 0.8 * N_EACH * len(EXPRESSED)
+
+
+def keywords_of_the_draft() -> set[str]:
+    """All of 2020-12's vocabularies."""
+    meta = "https://json-schema.org/draft/2020-12/meta/"
+    texts = [REGISTRY.contents(uri) for uri in REGISTRY if uri.startswith(meta)]
+    return {keyword for text in texts for keyword in text["properties"]}
+
+
+def test_every_keyword_is_kept_says_nothing_or_is_refused() -> None:
+    """And kept is what the answers above were checked for."""
+    kept = {keyword for schema in EXPRESSED.values() for keyword in keywords_in(schema)}
+    keywords = keywords_of_the_draft()
+    assert len(keywords) > 50
+    for keyword in sorted(keywords - kept):
+        with pytest.raises(ArgumentError, match=re.escape(f"json_schema: {keyword}=")):
+            SamplingParams(json_schema={keyword: {}})
+
+
+def keywords_in(schema: Any) -> Iterator[str]:
+    for value in schema.values() if isinstance(schema, dict) else schema:
+        if isinstance(value, (dict, list)):
+            yield from keywords_in(value)
+    yield from schema if isinstance(schema, dict) else ()
 
 
 @pytest.mark.parametrize("name", REFUSED)
