@@ -18,6 +18,7 @@ BENCHES = (
     "compare",
     "decode",
     "embed",
+    "fleet",
     "neighbour",
     "plan",
     "policies",

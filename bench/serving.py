@@ -174,13 +174,14 @@ class ServerProcess:
     """`command` plus the port is running and healthy when this returns.
 
     Its output goes to `log`. Raises ToolError with the log's end when it ends by itself or is not
-    healthy in time.
+    healthy in time. `stop_s`: what it may take to end.
     """
 
-    def __init__(self, command: list[str], log: Path) -> None:
+    def __init__(self, command: list[str], log: Path, stop_s: float = STOP_S) -> None:
         port = free_port()
         self.url = f"http://{HOST}:{port}"
         self._log = log
+        self._stop_s = stop_s
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             self._child = subprocess.Popen(
@@ -202,7 +203,7 @@ class ServerProcess:
         if self._child.poll() is None:
             self._child.terminate()
             try:
-                self._child.wait(STOP_S)
+                self._child.wait(self._stop_s)
             except subprocess.TimeoutExpired:
                 self._child.kill()
                 self._child.wait()

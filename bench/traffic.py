@@ -278,10 +278,11 @@ def all_arms(inside: InProcess, n_requests: int) -> list[ServeArm]:
     ]
 
 
-def serve(case: Case) -> list[str]:
-    """`pyllamabatch serve` with a slot per client."""
+def serve(case: Case, machine: str = "") -> list[str]:
+    """`pyllamabatch serve` with a slot per client. machine: a profile machine instead."""
     command = [sys.executable, "-m", "pyllamabatch", "serve", "-q", "--host", HOST]
-    command += ["-m", str(case.model.path), "-np", str(case.pl), "-t", str(case.n_threads)]
+    command += ["--machine", machine] if machine else ["-m", str(case.model.path)]
+    command += ["-np", str(case.pl), "-t", str(case.n_threads)]
     return command if case.n_gpu_layers < 0 else [*command, "-ngl", str(case.n_gpu_layers)]
 
 
