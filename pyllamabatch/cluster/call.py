@@ -13,9 +13,38 @@ from starlette.requests import Request
 from ..kv.radix_tree import Tokens
 from ..server.answer import HELD_BEGIN, WRITES, Write
 
+LINE_BYTES = 2**20  # of a head, at most
+TICKET_BYTES = 16
 PAGE = "page"  # the key of what is asked without a body: always the same replica's
 Head = tuple[int, list[tuple[bytes, bytes]]]
 """A status and the headers."""
+
+
+class Place(NamedTuple):
+    """Where an answer can be fetched, once: whoever connects and sends the ticket gets the head, a
+    line, and then the bytes of the body."""
+
+    host: str
+    port: int
+    ticket: bytes
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """OSError."""
+        reader, writer = await asyncio.open_connection(self.host, self.port, limit=LINE_BYTES)
+        writer.write(self.ticket)
+        return reader, writer
+
+
+def head_line(head: Head) -> bytes:
+    status, headers = head
+    pairs = [[text.decode("latin-1") for text in pair] for pair in headers]
+    return orjson.dumps([status, pairs]) + b"\n"
+
+
+def head_of(line: bytes) -> Head:
+    """Of a `head_line`."""
+    status, pairs = orjson.loads(line)
+    return status, [(name.encode("latin-1"), value.encode("latin-1")) for name, value in pairs]
 
 
 class RoutedCall(NamedTuple):

@@ -26,6 +26,7 @@ from .replica import OpenApp, Replica
 from .router import DEFAULT, FleetRouter
 
 APPLICATION = "pyllamabatch"
+LOOPBACK = "127.0.0.1"
 STATS_SECONDS = 1.0  # between two looks of the router at a replica
 HEALTH_SECONDS = 5.0
 
@@ -127,8 +128,10 @@ def running(open_app: OpenApp, options: FleetOptions, server: ServerOptions) -> 
     own: dict[str, Any] = {}
     if here:  # not one that `ray start` has made on this machine
         cpus = max(options.max_replicas, os.cpu_count() or 1)
-        own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
-        own["num_gpus"] = options.n_gpus
+        own = {
+            "address": "local", "num_cpus": cpus, "num_gpus": options.n_gpus,
+            "include_dashboard": False, "_node_ip_address": LOOPBACK,
+        }  # fmt: skip
     ray.init(log_to_driver=False, **own)
     try:
         serve.start(proxy_location="Disabled")

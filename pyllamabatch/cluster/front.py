@@ -16,20 +16,21 @@ from ray.serve.exceptions import (
 )
 from starlette.requests import Request
 
-from ..server.answer import event, named_event
+from ..server.answer import WRITES, event, named_event
 from ..server.bodies import LONG_BYTES, content_of
 from ..server.errors import ANTHROPIC, ApiError
 from ..server.options import ServerOptions
 from ..server.security import ApiKeys, Cors
-from .call import RoutedCall
+from .call import Head, Place, RoutedCall, head_of
 from .metrics import summed
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
-    from ..server.answer import Receive, Send
+    from ..server.answer import Receive, Send, Write
 
 TRIES = 3
+PART_BYTES = 2**16
 LOST = (
     RayActorError, ActorUnschedulableError, ReplicaUnavailableError, DeploymentUnavailableError,
 )  # fmt: skip
@@ -122,11 +123,15 @@ class Front:
         message = "the replica that computed this answer is gone: " + type(lost).__name__
         raise ApiError(503, message, "unavailable_error", code="replica_lost")
 
-    async def _parts(self, call: RoutedCall) -> AsyncGenerator[Any, None]:
+    async def _parts(self, call: RoutedCall) -> AsyncGenerator[Head | bytes, None]:
+        """The head and the bytes of the answer. What ends it too early is Ray's to say."""
         response = self._handle.options(stream=True).remote(call)
         try:
-            async for part in response:
+            place: Place = await anext(response)
+            async for part in fetched(place):
                 yield part
+            async for _ in response:  # its end
+                pass
         except (GeneratorExit, asyncio.CancelledError):  # the client has left
             response.cancel()
             raise
@@ -135,6 +140,24 @@ class Front:
         """Of all replicas: sums of their counters and gauges."""
         texts = await self._handle.broadcast("metrics").results_async()
         return await asyncio.to_thread(summed, texts)
+
+
+async def fetched(place: Place) -> AsyncGenerator[Head | bytes, None]:
+    """All that comes from there."""
+    try:
+        reader, writer = await place.connect()
+    except OSError:
+        return
+    try:
+        if not (line := await reader.readline()).endswith(b"\n"):
+            return
+        yield head_of(line)
+        while part := await reader.read(PART_BYTES):
+            yield part
+    except OSError:
+        pass
+    finally:
+        writer.close()
 
 
 class Sent:
@@ -146,13 +169,17 @@ class Sent:
         self._scope = scope
         self._send = send
         self._head: Any = (500, [])
+        self._write: Write | None = None  # for parts, where they need no message
 
     async def part(self, part: Any) -> None:
-        if isinstance(part, bytes):
-            await self._begin()
-            await self._send({"type": "http.response.body", "body": part, "more_body": True})
-        else:
+        if not isinstance(part, bytes):
             self._head = part
+            return
+        await self._begin()
+        if self._write is None:
+            await self._send({"type": "http.response.body", "body": part, "more_body": True})
+        elif (blocked := self._write(part)) is not None:
+            await blocked
 
     async def end(self) -> None:
         await self._begin()
@@ -182,6 +209,8 @@ class Sent:
             status, headers = self._head
             start = {"type": "http.response.start", "status": status, "headers": headers}
             await self._send(start)
+            if b"content-length" not in dict(headers):
+                self._write = (self._scope.get("extensions") or {}).get(WRITES)
 
 
 async def _left(receive: Receive) -> None:

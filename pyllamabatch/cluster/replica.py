@@ -1,18 +1,37 @@
-"""Replica: one engine and its HTTP application, as a Ray Serve deployment runs it."""
+"""Replica: one engine and its HTTP application, as a Ray Serve deployment runs it.
+
+Ray chooses the replica of a request, and counts it there until it ends. The bytes of the answer go
+over a connection of their own from the replica to the front: for each token they would cost Ray
+more than the engine.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractContextManager, ExitStack
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, ExitStack, aclosing
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .call import Head, RoutedCall, answer
+import ray
+
+from .call import TICKET_BYTES, Place, RoutedCall, answer, head_line
 
 if TYPE_CHECKING:
     from ..server.service import Service
 
 OpenApp = Callable[[], AbstractContextManager[Any]]
 """An application of `create_app` over an engine that is closed with it. It can be pickled."""
+
+FETCH_SECONDS = 30.0
+"""Until a front has come for an answer."""
+
+
+class Waiting(NamedTuple):
+    """An answer that a front is to fetch. `task`: what writes it there."""
+
+    call: RoutedCall
+    task: asyncio.Future[asyncio.Task[None]]
 
 
 class Replica:
@@ -22,11 +41,49 @@ class Replica:
         self._stack = ExitStack()
         self._app = self._stack.enter_context(open_app())
         self._service: Service = self._app.state.service
+        self._waiting: dict[bytes, Waiting] = {}
+        self._listening: asyncio.Task[asyncio.Server] | None = None
 
-    async def __call__(self, call: RoutedCall) -> AsyncGenerator[Head | bytes, None]:
-        """The head of the answer, then its bytes as they come."""
-        async for part in answer(self._app, call):
-            yield part
+    async def __call__(self, call: RoutedCall) -> AsyncGenerator[Place, None]:
+        """Where the answer is to be fetched. Ends with it, and raises what the application does."""
+        if self._listening is None:
+            host = ray.util.get_node_ip_address()
+            self._listening = asyncio.create_task(asyncio.start_server(self._fetched, host, 0))
+        host, port = (await self._listening).sockets[0].getsockname()[:2]
+        ticket = secrets.token_bytes(TICKET_BYTES)
+        waiting = self._waiting[ticket] = Waiting(call, asyncio.get_running_loop().create_future())
+        try:
+            yield Place(host, port, ticket)
+            writing = await asyncio.wait_for(waiting.task, FETCH_SECONDS)
+            await writing
+        finally:
+            self._waiting.pop(ticket, None)
+            if waiting.task.done() and not waiting.task.cancelled():
+                waiting.task.result().cancel()
+
+    async def _fetched(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A front has come. It leaves by closing its connection."""
+        try:
+            ticket = await reader.readexactly(TICKET_BYTES)
+            waiting = self._waiting.pop(ticket, None)
+            if waiting is None or waiting.task.done():
+                return
+            writing = asyncio.create_task(self._write(waiting.call, writer))
+            waiting.task.set_result(writing)
+            leaving = asyncio.create_task(reader.read())
+            await asyncio.wait((writing, leaving), return_when=asyncio.FIRST_COMPLETED)
+            leaving.cancel()
+            writing.cancel()
+        except asyncio.IncompleteReadError:
+            pass  # it was no front
+        finally:
+            writer.close()
+
+    async def _write(self, call: RoutedCall, writer: asyncio.StreamWriter) -> None:
+        async with aclosing(answer(self._app, call)) as parts:
+            async for part in parts:
+                writer.write(part if isinstance(part, bytes) else head_line(part))
+                await writer.drain()
 
     def check_health(self) -> None:
         """RuntimeError where the engine has ended: Ray makes another replica."""

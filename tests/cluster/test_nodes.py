@@ -106,7 +106,7 @@ def test_a_file_of_ray_serve(tmp_path: Path) -> None:
     config["http_options"]["port"] = port
     (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(config))
     command = [*SERVE_RUN, "--blocking", str(tmp_path / "fleet.yaml")]
-    env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    env = {**os.environ, "RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0"}
     with subprocess.Popen(command, env=env) as process:
         try:
             fleet = Fleet(f"http://127.0.0.1:{port}", psutil.Process(process.pid))
