@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
-from pyllamabatch.cluster.call import Head, RoutedCall, answer, routed_by
+from pyllamabatch.cluster.call import Head, RoutedCall, answer, head_line, head_of, routed_by
 from pyllamabatch.cluster.metrics import summed
 from pyllamabatch.scheduler.router import BYTES_PER_TOKEN, PrefixAffinity
 from tests.server.conftest import served  # noqa: F401  # a fixture
@@ -89,6 +89,13 @@ def test_who_leaves_is_cancelled(served: Served) -> None:  # noqa: F811
 
     asyncio.run(leave())
     until(lambda: served.engine.stats().finished["cancelled"] == before + 1)
+
+
+def test_a_head_on_its_way() -> None:
+    head = 200, [(b"content-type", b"text/plain"), (b"x-name", "Z\u00fcrich".encode("latin-1"))]
+    line = head_line(head)
+    assert line.index(b"\n") == len(line) - 1
+    assert head_of(line) == head
 
 
 def test_an_error_of_the_application_is_raised() -> None:
