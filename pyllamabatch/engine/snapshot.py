@@ -1,9 +1,5 @@
 """A sequence as bytes: what its cells hold, its tokens, and where its sampling was.
 
-    data = snapshot.save(context, stepper, seq_id, tokens, params, n_prompt)
-    ...                                     # another process, another engine of the same model
-    saved = snapshot.restore(context, stepper, seq_id, data)
-
 What is saved continues as the original would have: the draws, the penalties, the grammar, the
 budget and the minimum length are where they were. Not saved: the logits of the last row (the next
 step makes new ones), the log-probabilities that were handed out, the text of a half character
@@ -20,7 +16,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArgumentError, StateError, integer
+from ..errors import StateError, integer
 from ..llama import state
 from ..llama.grammar import Grammar
 from ..scheduler.invariance import Computed
@@ -59,35 +55,24 @@ class Saved:
 
 def save(
     context: Context,
-    stepper: Stepper | None,
+    stepper: Stepper,
     seq_id: int,
     tokens: Tokens,
-    params: SamplingParams | None = None,
-    n_prompt: int | None = None,
-    loras: LoraNames | None = None,
-    how: Computed | None = None,
+    params: SamplingParams | None,
+    n_prompt: int,
+    loras: LoraNames,
+    how: Computed | None,
 ) -> bytes:
     """`tokens`: all that the sequence knows, the one that was sampled last included; `n_prompt` of
-    them were not sampled (default: all). With `params`, which its slot was made of, the sampling
-    state goes along. `loras`: as in `Context.state_seq_get`. `how`: see `Saved`. Between two steps.
-
-    Raises UnsupportedOperation and StateError as `Context.state_seq_get`, ArgumentError for a
-    sequence that has finished.
-    """
-    n_tokens = len(context.model.vocab.check_tokens(tokens))
-    n_prompt = n_tokens if n_prompt is None else n_prompt
+    them were not sampled. With `params`, which its slot was made of, the sampling state goes along.
+    `loras`: as in `Context.state_seq_get`. `how`: see `Saved`. Between two steps. Raises
+    UnsupportedOperation and StateError as `Context.state_seq_get`."""
     note: dict[str, Any] = {
         "n_prompt": n_prompt,
         "n_computed": context.memory.pos_max(seq_id) + 1,
     }
-    if params is not None and stepper is not None:
+    if params is not None:
         info = stepper.slot(seq_id)
-        if not info.active or info.n_generated != n_tokens - n_prompt:
-            raise ArgumentError(
-                "tokens",
-                f"{n_tokens - n_prompt} of them sampled",
-                f"as many as its slot has ({info.n_generated}), and it must not have finished",
-            )
         sampling = asdict(params)
         sampling["seed"] = info.seed if info.seed is not None else params.seed
         sampling["logit_bias"] = sorted(params.logit_bias.items())
@@ -145,20 +130,3 @@ def slot_of(stepper: Stepper, saved: Saved) -> DetachedSlot | None:
     if len(sampled):
         stepper.replay(slot, sampled, saved.n_draws, len(saved.tokens) - 1)
     return slot
-
-
-def restore(context: Context, stepper: Stepper | None, seq_id: int, data: bytes) -> Saved:
-    """Put it in place of a sequence, its sampling state (if there is one and a `stepper`) in place
-    of the slot.
-
-    Raises StateError, and nothing has changed, when it is damaged, of another model or computed
-    with other parameters; StateError, and the sequence is empty, when this context has no room.
-    """
-    saved = read(context.model, data)
-    slot = None if stepper is None else slot_of(stepper, saved)
-    context.state_seq_set(data, seq_id)
-    if stepper is not None:
-        stepper.clear_slot(seq_id)
-        if slot is not None:
-            stepper.put_slot(seq_id, slot)
-    return saved

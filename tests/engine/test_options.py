@@ -129,18 +129,6 @@ def test_policies_see_priority_and_tenant(model: Model) -> None:
 # -- room in the line
 
 
-def test_the_default_policy_admits_the_largest_priority_first(model: Model) -> None:
-    order: list[int] = []
-    with small(model, n_seq_max=1, n_trace=64) as engine:
-        with engine._core.state:  # none starts before the last one waits
-            for priority in (0, 3, -1, 3, 7):
-                engine.submit(PROMPT, greedy(2), priority=priority).add_done_callback(
-                    lambda stream, priority=priority: order.append(priority)  # type: ignore[misc]
-                )
-        assert engine.drain(60)
-    assert order == [7, 3, 3, 0, -1]
-
-
 def test_a_full_line_refuses_or_waits(model: Model) -> None:
     gate = Gate()
     with small(model, policy=gate, max_waiting=2) as engine:

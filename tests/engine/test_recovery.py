@@ -127,20 +127,6 @@ def test_the_ledger_is_right_at_every_step(model: Model, options: dict[str, Any]
         check_idle(engine)
 
 
-def test_draws_survive_a_preemption(model: Model) -> None:
-    """Sampled, with penalties: the sampling state goes with the request."""
-    params = [
-        SamplingParams(max_tokens=12, seed=seed, repeat_penalty=1.3, presence_penalty=0.5)
-        for seed in range(len(PROMPTS))
-    ]
-    with engine_on(model) as engine:
-        expected = [result.tokens for result in engine.generate(PROMPTS, params)]
-    with engine_on(model) as engine:
-        set_fault(engine._stepper, 4, 1, 0)
-        assert [result.tokens for result in engine.generate(PROMPTS, params)] == expected
-        assert engine.stats().preemptions >= 1
-
-
 def test_what_the_ledger_calls_empty_is_there_to_the_last_cell(
     model: Model, architecture: Architecture
 ) -> None:

@@ -8,7 +8,7 @@ from itertools import count
 
 import pytest
 
-from pyllamabatch.errors import FatalDecodeError, KvCacheFull, PyllamabatchError, SamplingError
+from pyllamabatch.errors import SamplingError
 from pyllamabatch.scheduler import Limits, Plan, StepView, sarathi
 from tests.support.engine_fakes import EOG, Rig, solo
 from tests.support.engines import greedy
@@ -110,50 +110,6 @@ def test_cells_run_out_between_runs_not_in_them(n_cells: int) -> None:
     check_as_alone(rig, 0, 1, 2, 3)
     assert rig.scheduler.counters.preemptions > 0
     assert max(rig.machine.runs) > 1
-
-
-def test_libllama_finds_no_cells_in_the_middle_of_a_run() -> None:
-    rig = rig_of(fault=lambda n: 1 if n in (6, 7) else None)
-    rig.submit_all(PROMPTS, greedy(40))
-    rig.run()
-    check_as_alone(rig, 0, 1, 2, 3)
-    assert rig.scheduler.counters.preemptions == 1  # for the second: the first cut a run short
-    assert "error" not in rig.finished
-
-
-def test_no_cells_for_one_that_is_alone_keeps_what_came_before() -> None:
-    rig = rig_of(fault=lambda n: 1 if n >= 6 else None)
-    stream = rig.submit(PROMPTS[0], greedy(40))
-    rig.run()
-    assert isinstance(stream.wait(0).error, KvCacheFull)
-    assert stream.tokens == solo(PROMPTS[0], greedy(40))[0][:5]
-    rig.machine.fault = lambda n: None
-    rig.submit(PROMPTS[0], greedy(40))
-    rig.run()
-    check_as_alone(rig, 1)
-
-
-@pytest.mark.parametrize("fault", [2, -3, PyllamabatchError("llama_decode threw")])
-def test_a_decode_that_fails_in_the_middle_of_a_run(fault: object) -> None:
-    """Once: the step is tried again; twice in a row: its requests fail, with what they had."""
-    once = rig_of(fault=lambda n: fault if n == 9 else None)
-    once.submit_all(PROMPTS, greedy(40))
-    once.run()
-    assert "error" not in once.finished
-    rig = rig_of(fault=lambda n: fault if n in (9, 10) else None)
-    streams = rig.submit_all(PROMPTS, greedy(40))
-    rig.run()
-    for stream, prompt in zip(streams, PROMPTS, strict=True):
-        result = stream.wait(0)
-        assert result.finish_reason == "error"
-        assert isinstance(result.error, PyllamabatchError)
-        assert isinstance(result.error, FatalDecodeError) or fault in (2, result.error)
-        assert result.tokens == solo(prompt, greedy(40))[0][:8]
-    assert rig.machine.cells == {}
-    rig.machine.fault = lambda n: None
-    again = rig.submit(PROMPTS[0], greedy(40))
-    rig.run()
-    assert again.wait(0).tokens == solo(PROMPTS[0], greedy(40))[0]
 
 
 def test_a_row_that_can_not_be_sampled_in_the_middle_of_a_run() -> None:

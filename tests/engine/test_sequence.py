@@ -145,7 +145,8 @@ def test_a_fork_knows_the_same_and_goes_its_own_way(engine: Engine) -> None:
 
 
 def test_a_snapshot_goes_on_in_another_engine(model: Model) -> None:
-    params = SamplingParams(temperature=1.0, seed=7, repeat_penalty=1.2, ignore_eog=True)
+    bias = {300: 0.5, 5: float("-inf")}
+    params = SamplingParams(seed=7, repeat_penalty=1.2, ignore_eog=True, logit_bias=bias)
     with engine_on(model) as one, engine_on(model) as two:
         with one.sequence(params) as sequence:
             with pytest.raises(ArgumentError):
@@ -158,7 +159,7 @@ def test_a_snapshot_goes_on_in_another_engine(model: Model) -> None:
             copy.prompt(PROMPT)
             copy.restore(data)
             assert copy.tokens == tokens
-            assert copy.params.seed == 7
+            assert (copy.params.seed, copy.params.logit_bias) == (7, bias)
             before = two.stats()
             assert drive(copy, 8) == rest
             after = two.stats()

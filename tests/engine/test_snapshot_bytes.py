@@ -205,6 +205,14 @@ def test_a_note_with_what_is_none_of_its_values(victim: Victim, field: dict[str,
         sequence.restore(packed(own, encoded, body, header))
 
 
+def test_a_plain_state_is_no_snapshot(victim: Victim) -> None:
+    with victim.engine.sequence(DRAWN) as sequence:
+        sequence.prompt(PROMPT)
+        plain = victim.engine._context.state_seq_get(sequence._request.slot)
+        with pytest.raises(StateError, match="a plain state"):
+            sequence.restore(plain)
+
+
 def fields(note: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     for key, value in note.items():
         yield note, key

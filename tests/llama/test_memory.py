@@ -79,35 +79,6 @@ def test_a_part_of_a_sequence(context: Context) -> None:
     assert np.isfinite(decode(context, NEXT, memory.pos_max(0) + 1, 0)).all()
 
 
-def test_keep_and_clear(context: Context) -> None:
-    for seq in range(4):
-        decode(context, TOKENS[:8], 0, seq)
-    context.memory.seq_keep(2)
-    assert [span[1] for span in spans(context)] == [-1, -1, 7, -1]
-    decode(context, TOKENS[:8], 0, 0)
-    context.memory.seq_rm(-1)
-    assert spans(context) == [EMPTY] * 4
-    decode(context, TOKENS[:8], 0, 3)
-    context.memory.clear()
-    assert spans(context) == [EMPTY] * 4
-    np.testing.assert_allclose(
-        decode(context, TOKENS[:8], 0, 1), fresh(context, TOKENS[:8], 8), atol=TOLERANCE
-    )
-
-
-def test_ranges_that_hold_nothing_are_fine(context: Context) -> None:
-    decode(context, TOKENS[:8], 0, 0)
-    before = spans(context)
-    context.memory.seq_rm(1)
-    context.memory.seq_rm(0, 8)
-    context.memory.seq_rm(0, 5, 5)
-    context.memory.seq_cp(1, 2)
-    context.memory.seq_cp(0, 2, 8)
-    context.memory.seq_add(1, 0, -1, 3)
-    context.memory.seq_div(3, 0, -1, 3)
-    assert spans(context) == before
-
-
 def test_copy_into_a_used_sequence(context: Context) -> None:
     for seq in (0, 1):
         decode(context, TOKENS[:8], 0, seq)

@@ -4,11 +4,9 @@ helped gets what it gets alone, and no request ends that was not in a step that 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import pytest
 
-from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import (
     DecodeAborted,
     DecodeError,
@@ -17,14 +15,9 @@ from pyllamabatch.errors import (
     KvCacheFull,
 )
 from pyllamabatch.kv import Sharing
-from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Limits
 from pyllamabatch.step.sampling_params import SamplingParams
-from tests.support.embedded import check, texts
 from tests.support.engine_fakes import Rig
-from tests.support.engines import EXACT, check_idle
-from tests.support.faults import set_fault
-from tests.support.oracle import Agreement, Reference
 
 KINDS: dict[int, type[DecodeError]] = {
     1: KvCacheFull,
@@ -159,67 +152,3 @@ def test_different_codes_one_after_the_other(machine: str, codes: tuple[int, ...
         failed = {id for id, reason in reasons.items() if reason == "error"}
         assert failed <= set().union(*hit.values())
         rig.check()
-
-
-# -- the embedded model
-
-
-CHOSEN = [0, 3, 6, 5]  # prompts, two of them with a common prefix
-BUDGETS = [3, 7, 5, 9]
-
-
-@pytest.mark.parametrize(
-    ("code", "n_rows", "n_times"),
-    [(1, 0, 1), (2, 9, 2), (-1, 0, 1), (-3, -1, 1), (-3, 2, 2), (-3, 0, 6)],
-)
-@pytest.mark.parametrize("options", [{}, {"kv_unified": False}], ids=["shared cells", "streams"])
-def test_every_decode_of_the_embedded_model(
-    embedded_model: Model,
-    embedded_alone: list[Reference],
-    options: dict[str, Any],
-    code: int,
-    n_rows: int,
-    n_times: int,
-) -> None:
-    prompts = [texts(embedded_model.n_vocab)[i] for i in CHOSEN]
-    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eog=True) for n in BUDGETS]
-    agreement, n_failed = Agreement(), 0
-    limits: dict[str, Any] = {"n_seq_max": 3, "n_ctx": 768, "n_batch": 64, "n_ubatch": 32}
-    with Engine(embedded_model, prefix_cache=False, **limits, **options, **EXACT) as engine:
-
-        def run() -> int:
-            """How many have failed."""
-            with engine._core.state:  # none starts before the last one waits
-                streams = [
-                    engine.submit(prompt, each)
-                    for prompt, each in zip(prompts, params, strict=True)
-                ]
-            results = [stream.wait(60) for stream in streams]
-            failed = [result for result in results if result.finish_reason == "error"]
-            for result, i, n in zip(results, CHOSEN, BUDGETS, strict=True):
-                check(agreement, embedded_alone[i], result.tokens)
-                assert result in failed or result.n_generated == n
-            assert all(type(result.error) is KINDS[code] for result in failed)
-            stats = engine.stats()
-            assert stats.running == stats.waiting == stats.kv_used == stats.kv_cached == 0
-            return len(failed)
-
-        assert run() == 0
-        n_decodes = engine.stats().steps
-        assert n_decodes > 10
-        for nth in range(1, n_decodes + 1):
-            before = engine.stats()
-            set_fault(engine._stepper, nth, code, n_rows, n_times)
-            n = run()
-            set_fault(engine._stepper, 0, 0)
-            n_failed += n
-            assert n <= 3
-            assert n == 0 or code == -1 or n_times in (2, 6)
-            if code < -1:
-                # Of one request RESTARTS; in streams a prompt of another one may be next.
-                n_fresh = engine.stats().restarts - before.restarts
-                assert min(n_times // 2, RESTARTS) <= n_fresh <= n_times // 2
-        assert run() == 0
-        assert check_idle(engine).kv_cached == 0
-    assert (n_failed > 0) == (code == -1 or (code, n_times) in ((2, 2), (-3, 6)))
-    assert agreement.fraction > 0.9
