@@ -189,12 +189,12 @@ def keywords_of_the_draft() -> set[str]:
     return {keyword for text in texts for keyword in text["properties"]}
 
 
-def test_every_keyword_is_kept_says_nothing_or_is_refused() -> None:
-    """And kept is what the answers above were checked for."""
-    kept = {keyword for schema in EXPRESSED.values() for keyword in keywords_in(schema)}
+def test_every_keyword_is_honoured_says_nothing_or_is_refused() -> None:
+    """What is honoured is what the answers above were checked for."""
+    honoured = {keyword for schema in EXPRESSED.values() for keyword in keywords_in(schema)}
     keywords = keywords_of_the_draft()
     assert len(keywords) > 50
-    for keyword in sorted(keywords - kept):
+    for keyword in sorted(keywords - honoured):
         with pytest.raises(ArgumentError, match=re.escape(f"json_schema: {keyword}=")):
             SamplingParams(json_schema={keyword: {}})
 
