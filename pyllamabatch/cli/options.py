@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -198,9 +199,12 @@ def model_path(args: argparse.Namespace, *, quiet: bool = False) -> Path | None:
         if args.model is not None:
             raise ArgumentError("-hf", args.hf_repo, "-m is given already")
         return hub_file(args.hf_repo)
-    if args.model in CATALOGUE and not Path(args.model).exists():
-        return fetch(args.model, progress=not quiet)
-    return None if args.model is None else Path(args.model)
+    if args.model is None:
+        return None
+    path = Path(args.model)
+    if not path.exists() and get_close_matches(args.model, CATALOGUE) and not path.suffix:
+        return fetch(args.model, progress=not quiet)  # which says how a misspelled one is spelled
+    return path
 
 
 def open_engine(model: Model, args: argparse.Namespace, n_seq_max: int, **options: Any) -> Engine:

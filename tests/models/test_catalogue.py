@@ -108,5 +108,7 @@ def test_the_command_line_takes_the_names(index: Path, monkeypatch: pytest.Monke
     path = model_path(parse(["-m", "tiny"]), quiet=True)
     assert path is not None
     assert path.name == "tiny.gguf"
+    with pytest.raises(ArgumentError, match="did you mean tiny"):
+        model_path(parse(["-m", "tinny"]))
     with pytest.raises(ArgumentError, match="-m is given already"):
         model_path(parse(["-m", "tiny", "-hf", "a/b"]))
