@@ -197,9 +197,10 @@ typedef struct plb_views {
 
 plb_engine_params plb_engine_default_params(void);
 
-/* The context must outlive the engine's last plb_step; plb_engine_free may come after it. A context
- * that is to be used on without the engine needs plb_engine_detach first, which takes back what device
- * sampling has attached to it; the engine can go on as well. */
+/* The context must outlive the engine's last plb_step; plb_engine_free may come after it, and frees
+ * nothing in a forked child (plb_context_free). A context that is to be used on without the engine
+ * needs plb_engine_detach first, which takes back what device sampling has attached to it; the engine
+ * can go on as well. */
 int32_t plb_engine_new(struct llama_context * ctx, const plb_engine_params * params, plb_engine ** out);
 void    plb_engine_free(plb_engine * engine);
 int32_t plb_engine_detach(plb_engine * engine);

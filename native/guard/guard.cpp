@@ -5,6 +5,10 @@
 #include "guard/guard.hpp"
 #include "plb.h"
 
+#ifndef _WIN32
+#include <unistd.h>
+#endif
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -86,6 +90,20 @@ struct llama_adapter_lora * plb_lora_load(struct llama_model * model, const char
 
 size_t plb_state_seq_set(struct llama_context * ctx, const uint8_t * src, size_t size, llama_seq_id seq) {
     return plb::guarded_call((size_t) 0, [&] { return llama_state_seq_set_data(ctx, src, size, seq); });
+}
+
+int64_t plb_process(void) {
+#ifdef _WIN32
+    return 0; // none is forked
+#else
+    return (int64_t) getpid();
+#endif
+}
+
+void plb_context_free(int64_t process, struct llama_context * ctx) {
+    if (process == plb_process()) {
+        llama_free(ctx);
+    }
 }
 
 void plb_text_free(char * text) {

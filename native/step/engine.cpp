@@ -153,7 +153,9 @@ int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, pl
 }
 
 void plb_engine_free(plb_engine * engine) {
-    delete engine;
+    if (engine != nullptr && engine->process == plb_process()) {
+        delete engine;
+    }
 }
 
 int32_t plb_engine_detach(plb_engine * engine) {

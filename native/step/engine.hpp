@@ -154,6 +154,7 @@ private:
 } // namespace plb
 
 struct plb_engine {
+    const int64_t   process = plb_process();
     llama_context * ctx = nullptr;
     plb::vocabulary words;
     plb_views       views = {};

@@ -12,13 +12,13 @@ Each command interrupts the native call that is going on, after the step that it
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 
 from ..errors import EngineClosed, EngineDraining, QueueFull
+from .process import Process
 
 Command = Callable[[], None]
 
@@ -32,7 +32,7 @@ class CommandQueue:
         self.closed = False
         self.draining = False
         self.error: BaseException | None = None  # what closed it, if it was not `close`
-        self._process = os.getpid()
+        self._process = Process()
         self._interrupt = interrupt
         self._max_waiting = max_waiting
         self._commands: list[Command] = []
@@ -56,7 +56,7 @@ class CommandQueue:
     @contextmanager
     def keep_alive(self) -> Iterator[None]:
         """The model and the stepper stay open inside. EngineClosed when they are closed."""
-        self._check_process()
+        self._process.check()
         with self._lock:
             self._check_open()
             self._n_users += 1
@@ -71,7 +71,7 @@ class CommandQueue:
     def submit(self, command: Command, n: int, timeout: float | None = None) -> None:
         """`command` adds `n` requests. EngineClosed, EngineDraining, and QueueFull when there is no
         room for all of them within `timeout` seconds (None: however long it takes)."""
-        self._check_process()
+        self._process.check()
         with self._lock:
             if self._max_waiting is not None:
                 self._room.wait_for(lambda: self._shut or self._has_room(n), timeout)
@@ -86,7 +86,7 @@ class CommandQueue:
     def ask(self, command: Command, *, more: bool = False) -> None:
         """`command` is of an interactive sequence. `more`: it brings more to compute. EngineClosed,
         and EngineDraining where it brings more."""
-        self._check_process()
+        self._process.check()
         with self._lock:
             if more:
                 self._check_taking()
@@ -99,7 +99,7 @@ class CommandQueue:
         """`command` asks for a token. True: no thread leads, so the caller does, until it calls
         `stop_leading`. False: another one leads, whose next step may wait for more of these. Raises
         as `ask`."""
-        self._check_process()
+        self._process.check()
         with self._lock:
             self._check_taking()
             if not self._led:
@@ -116,7 +116,7 @@ class CommandQueue:
     def post(self, command: Command) -> None:
         """Also taken when it is closed, but the core thread may have ended then; not in a forked
         child, which has none."""
-        if os.getpid() != self._process:
+        if not self._process.is_here:
             return
         with self._lock:
             self._put(command)
@@ -125,7 +125,7 @@ class CommandQueue:
     def close(self, last: Command) -> None:
         """Nothing is submitted or asked for any more. `last` comes behind what is there. In a
         forked child nothing happens."""
-        if os.getpid() != self._process:
+        if not self._process.is_here:
             return
         with self._lock:
             self.closed = True
@@ -136,7 +136,7 @@ class CommandQueue:
     def drain(self) -> Future[bool]:
         """Nothing more to compute comes in until `resume`. The result: True when all that was there
         has ended, False when it was resumed before."""
-        self._check_process()
+        self._process.check()
         with self._lock:
             self.draining = True
             self._tell_room()
@@ -186,7 +186,7 @@ class CommandQueue:
     def lead_at_once(self) -> bool:
         """Lead, if no thread does and there are no commands, until `stop_leading`. Raises as
         `ask_or_lead`."""
-        self._check_process()
+        self._process.check()
         with self._lock:
             if self.closed or self.draining:
                 self._check_taking()
@@ -264,11 +264,6 @@ class CommandQueue:
         if self.error is None:
             return EngineClosed("the engine is closed")
         return EngineClosed(f"the engine is closed: its thread ended with {self.error!r}")
-
-    def _check_process(self) -> None:
-        """A forked child has no core thread, and the locks may be held for ever there."""
-        if os.getpid() != self._process:
-            raise EngineClosed("this process was forked from the engine's: make an engine in it")
 
     # -- inside, with the lock held
 

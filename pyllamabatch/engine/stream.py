@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..llama.vocab import Utf8Decoder
 from ..step.sampling_params import SamplingParams
 from .detokenizer import Pieces, TextFeed
+from .process import Process
 
 if TYPE_CHECKING:
     from ..step.ring_reader import Page
@@ -87,11 +88,13 @@ class Result:
 @dataclass(frozen=True, slots=True)
 class Host:
     """What a stream needs of its engine, which it keeps alive while it is open. `cancel(id)` ends
-    its request. `watch(stream)`: a reader waits for more."""
+    its request. `watch(stream)`: a reader waits for more. `process`: a reader in a forked child
+    would wait for ever."""
 
     cancel: Callable[[int], None]
     watch: Callable[[Stream], None]
     engine: object = None
+    process: Process = field(default_factory=Process)
 
 
 class Stream:
@@ -201,7 +204,9 @@ class Stream:
 
     def wait(self, timeout: float | None = None) -> Result:
         """The result once it is there, also when it is an error. TimeoutError when it takes longer
-        than `timeout` seconds."""
+        than `timeout` seconds, EngineClosed in a forked child."""
+        if (host := self._host) is not None:
+            host.process.check()
         with self._lock:
             if not self._end.wait_for(lambda: self._result is not None, timeout):
                 raise TimeoutError(f"request {self.id} is not done after {timeout} s")
@@ -460,6 +465,7 @@ class Stream:
         the next time."""
         host = self._host
         if host is not None:
+            host.process.check()
             self._is_waited_for = True
             host.watch(self)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,7 @@ class Context(Owner):
         ptr, log = runtime.logged(lib.plb_context_new, self._model_ptr, self._native)
         if ptr == ffi.NULL:
             raise ContextCreateError(f"libllama could not make the context\n{log}")
-        return owned(ptr, self._model_ptr, free=lib.llama_free)
+        return owned(ptr, self._model_ptr, free=partial(lib.plb_context_free, lib.plb_process()))
 
     def close(self) -> None:
         """Free the context. Closing twice is fine; `ContextBusy` while another thread is inside."""

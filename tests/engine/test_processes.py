@@ -14,7 +14,8 @@ LIMIT = 300  # seconds: far more than any needs on a busy machine
 
 BEGIN = """
 import os, signal, sys, threading, time
-from pyllamabatch import Engine, Model, SamplingParams
+from pyllamabatch import Batch, Context, Engine, Model, SamplingParams
+from pyllamabatch.errors import EngineClosed
 model = Model.default()
 engine = Engine(model, n_seq_max=2, n_ctx=4096, cost=None, n_threads=1, n_threads_batch=1)
 long = SamplingParams(max_tokens=1500, ignore_eog=True)
@@ -45,15 +46,35 @@ print("leaving")
 """
 
 FORKED = """
-engine.generate(["a"], SamplingParams(max_tokens=2, ignore_eog=True))
+context = Context(model, n_ctx=256, n_threads=2)
+batch = Batch(1)
+batch.add(5, 0, 0, logits=True)
+context.decode(batch)
+stream = engine.submit("a", long)
+next(iter(stream))
 child = os.fork()
 if child == 0:
-    os._exit(7)
+    for call in (
+        lambda: engine.generate(["a"]),
+        stream.result,
+        lambda: [token for token in stream],
+        lambda: engine.sequence().prompt("a"),
+    ):
+        try:
+            call()
+        except EngineClosed as error:
+            print(error, flush=True)
+    with Engine(model, n_seq_max=1, n_ctx=256, cost=None) as own:
+        print(len(own.generate(["a"], SamplingParams(max_tokens=3, ignore_eog=True))[0].tokens))
+    engine.close()
+    sys.exit(7)  # as any program ends: what Python holds is freed
 _, status = os.waitpid(child, 0)
+stream.cancel()
 (result,) = engine.generate(["a"], SamplingParams(max_tokens=3, ignore_eog=True))
 print(os.waitstatus_to_exitcode(status), len(result.tokens))
 engine.close()
 """
+IN_CHILD = "this process was forked from the engine's: make an engine in it"
 
 
 def run(code: str) -> Done:
@@ -63,7 +84,11 @@ def run(code: str) -> Done:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals and fork are POSIX's")
 @pytest.mark.parametrize(
     ("code", "said"),
-    [(INTERRUPTED, ["interrupted", "3"]), (OPEN_STREAMS, ["leaving"]), (FORKED, ["7 3"])],
+    [
+        (INTERRUPTED, ["interrupted", "3"]),
+        (OPEN_STREAMS, ["leaving"]),
+        (FORKED, [*[IN_CHILD] * 4, "3", "7 3"]),
+    ],
     ids=["Ctrl-C", "open streams", "fork"],
 )
 def test_a_process_ends_by_itself(code: str, said: list[str]) -> None:

@@ -1,0 +1,27 @@
+"""The process that an engine was made in. A forked child has none of its threads, and its locks may
+be held for ever there."""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import EngineClosed
+
+
+class Process:
+    """This process."""
+
+    __slots__ = ("_id",)
+
+    def __init__(self) -> None:
+        self._id = os.getpid()
+
+    @property
+    def is_here(self) -> bool:
+        """False in a forked child."""
+        return os.getpid() == self._id
+
+    def check(self) -> None:
+        """EngineClosed in a forked child."""
+        if not self.is_here:
+            raise EngineClosed("this process was forked from the engine's: make an engine in it")
