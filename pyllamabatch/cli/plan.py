@@ -24,11 +24,11 @@ from pyllamabatch.cli.options import (
     model_path,
     n_bytes,
 )
+from pyllamabatch.compare.sharing import measure
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.models import default_model_path
 from pyllamabatch.planner.machines import GIB, NAMES, Machine, machine
 from pyllamabatch.planner.residency import Footprint, MemoryPool, Projector, by_size, most
-from pyllamabatch.planner.sharing import measure
 from pyllamabatch.report.tables import Table
 
 GRAPHS = 10**9  # bytes of a process beside weights and cells, where no file tells

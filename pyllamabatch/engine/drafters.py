@@ -129,10 +129,6 @@ SHIPPED: dict[str, Callable[..., AnyDrafter]] = {
 _DRAFTERS = Registry("drafter", GROUP, SHIPPED, check_drafter)
 
 
-def drafter_names() -> tuple[str, ...]:
-    return _DRAFTERS.names()
-
-
 def make_drafter(spec: str) -> AnyDrafter:
     """The drafter that `spec` names: "ngram", "ngram:corpus=100000", "draft" for the embedded
     model's, "draft:FILE", or as `Registry.make` reads it: "FILE.py:NAME", "MODULE:NAME" or the name

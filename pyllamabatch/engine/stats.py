@@ -11,6 +11,13 @@ if TYPE_CHECKING:
     from .core import EngineCore
 
 
+AS_COUNTED = (
+    *("prefill_rows", "recomputed_rows", "admissions", "preemptions", "known_tokens"),
+    *("prefix_tokens", "drafts", "drafted_tokens", "accepted_tokens"),
+)
+"""Fields that are those of the scheduler's `Counters`."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """What an engine has done, at one moment between two steps.
@@ -92,17 +99,8 @@ def slots_of(core: EngineCore) -> list[SlotState]:
                 states.append(SlotState(slot))
                 continue
             view = core.scheduler.sequence(request.id)
-            states.append(
-                SlotState(
-                    slot,
-                    request.id,
-                    view.n_prompt,
-                    view.computed,
-                    view.generated,
-                    view.tenant,
-                    view.priority,
-                )
-            )
+            known = view.n_prompt, view.computed, view.generated
+            states.append(SlotState(slot, request.id, *known, view.tenant, view.priority))
         return states
 
 
@@ -122,29 +120,21 @@ def stats_of(core: EngineCore) -> EngineStats:
             submitted=core.commands.n_submitted,
             waiting=waiting,
             running=running,
-            finished={**finished},
+            finished=finished,
             steps=counters.steps + n,
             rows=counters.rows + n * n_rows,
             decode_rows=counters.decode_rows + n * n_rows,
-            prefill_rows=counters.prefill_rows,
-            recomputed_rows=counters.recomputed_rows,
             tokens=counters.tokens + n * n_rows - core.output_processor.n_dropped,
-            admissions=counters.admissions,
-            preemptions=counters.preemptions,
             kv_used=scheduler.accounting.used - scheduler.accounting.cached + n * n_rows,
             kv_total=scheduler.limits.n_cells,
             graphs_reused=core.n_reused,
             sequences=len(interactive),
             fill=fill,
             kv_cached=scheduler.accounting.cached,
-            known_tokens=counters.known_tokens,
-            prefix_tokens=counters.prefix_tokens,
             swapped_tokens=counters.loaded_tokens,
             restarts=core.recovery.n_restarts,
-            drafts=counters.drafts,
-            drafted_tokens=counters.drafted_tokens,
-            accepted_tokens=counters.accepted_tokens,
             accepted_at=tuple(counters.accepted_at),
             wait_s=expected_wait(scheduler, waiting + running),
             row_s=row_seconds(scheduler),
+            **{name: getattr(counters, name) for name in AS_COUNTED},
         )

@@ -47,9 +47,9 @@ class Answer(Protocol):
     def whole(self, results: Sequence[Result]) -> Any:
         """The answer without streaming, as JSON."""
 
-    @abstractmethod
     def begin(self) -> bytes:
         """Before the first token."""
+        return b""
 
     @abstractmethod
     def chunk(self, i: int, stream: Stream, chunk: Chunk) -> bytes:
@@ -59,9 +59,9 @@ class Answer(Protocol):
     def finish(self, i: int, result: Result) -> bytes:
         """A choice has ended well."""
 
-    @abstractmethod
     def end(self, results: Sequence[Result]) -> bytes:
         """All have."""
+        return b""
 
     def failed(self, error: ApiError) -> bytes:
         """Instead of what is still to come."""

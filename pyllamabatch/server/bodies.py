@@ -246,6 +246,13 @@ class SamplingBody(Body):
     itl_target: Number | None = None
     lora: Lora | None = None
 
+    @property
+    def makes_long_turn(self) -> bool:
+        """The prompt of its chat, with tools or a schema, may take longer than a step to make."""
+        return (
+            self.is_long or bool(getattr(self, "tools", None)) or self.schema_wanted() is not None
+        )
+
     def sampling(self, n_logprobs: int | None) -> dict[str, Any]:
         """Fields of `SamplingParams`, those that were given. max_tokens -1: no limit."""
         fields: dict[str, Any] = {}

@@ -59,8 +59,7 @@ async def input_tokens(service: Service, request: Request) -> Response:
 
 async def read_turn(service: Service, body: ChatBody) -> Turn:
     """As `chat_turn`, apart where that may take long."""
-    long = body.is_long or bool(body.tools) or body.schema_wanted() is not None
-    return await service.run(lambda: chat_turn(service, body), long=long)
+    return await service.run(lambda: chat_turn(service, body), long=body.makes_long_turn)
 
 
 def chat_turn(service: Service, body: ChatBody) -> Turn:

@@ -57,9 +57,6 @@ class TextAnswer(OpenAIAnswer):
             "finish_reason": tokens.finish_reason(result),
         }
 
-    def begin(self) -> bytes:
-        return b""
-
     def chunk(self, i: int, stream: Stream, chunk: Chunk) -> bytes:
         if self._plain:
             return self._before[i] + orjson.dumps(chunk.text) + self._after

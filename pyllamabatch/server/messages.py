@@ -71,8 +71,7 @@ async def count_tokens(service: Service, request: Request) -> Response:
 
 async def _read_turn(service: Service, body: MessagesBody) -> Turn:
     """Apart where it may take long."""
-    long = body.is_long or bool(body.tools) or body.schema_wanted() is not None
-    return await service.run(lambda: _turn(service, body), long=long)
+    return await service.run(lambda: _turn(service, body), long=body.makes_long_turn)
 
 
 def _turn(service: Service, body: MessagesBody) -> Turn:
@@ -186,10 +185,8 @@ class MessagesAnswer(Answer):
         ended = _ended(result, blocks, self._stops)
         return {**self._head, "content": content, **ended, "usage": usage}
 
-    def begin(self) -> bytes:
-        return b""  # the first event says how many tokens were cached
-
     def _start(self, n_cached: int) -> bytes:
+        """The first event: it says how many tokens were cached."""
         if self._n_cached is not None:
             return b""
         self._n_cached = n_cached

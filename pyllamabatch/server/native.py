@@ -114,9 +114,6 @@ class NativeAnswer(Answer):
             answers = [_fields(answer, wanted) for answer in answers]
         return answers[0] if len(answers) == 1 else answers
 
-    def begin(self) -> bytes:
-        return b""
-
     def chunk(self, i: int, stream: Stream, chunk: Chunk) -> bytes:
         new = stream.between(chunk.start, chunk.stop)
         if not self._body.n_probs:
@@ -140,9 +137,6 @@ class NativeAnswer(Answer):
 
     def finish(self, i: int, result: Result) -> bytes:
         return event(self._last(i, result))
-
-    def end(self, results: Sequence[Result]) -> bytes:
-        return b""
 
     def _last(self, i: int, result: Result) -> dict[str, Any]:
         body, service = self._body, self._service

@@ -60,10 +60,8 @@ async def responses(service: Service, request: Request) -> Response:
         schema = JsonSchema(name=format.name, schema=format.schema_)
         wrapped = schema if format.type == "json_schema" else None
         body.response_format = ResponseFormat(type=format.type, json_schema=wrapped)
-    options = options_of(body)
-    long = body.is_long or bool(body.tools) or options["json_schema"] is not None
-    make_turn = partial(turn_of, service, messages_of(body), options)
-    turn = await service.run(make_turn, long=long)
+    make_turn = partial(turn_of, service, messages_of(body), options_of(body))
+    turn = await service.run(make_turn, long=body.makes_long_turn)
     prepared = await service.submit(body, [turn.prompt], None, turn.sampling)
     make = partial(ResponsesAnswer, service, body, prepared, turn)
     return await respond(service, request, make, prepared.streams, stream=body.stream)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,9 +13,6 @@ from pyllamabatch.report import html
 from pyllamabatch.report.plots import styled, svg
 from pyllamabatch.report.tables import NO_RESULT, Table
 from pyllamabatch.sim.simulate import Simulated
-
-if TYPE_CHECKING:
-    pass
 
 SCHEMA = 1
 WIN = 0.02  # a smaller difference is none

@@ -102,10 +102,6 @@ class SamplingParams:
         if self.logprobs is not None:
             self._integer("logprobs", 0, LOGPROBS_MAX)
 
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0
-
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pyllamabatch.engine import drafters
-from pyllamabatch.engine.drafters import Draft, Ngram, Wanted, drafter_names, drafter_of
+from pyllamabatch.engine.drafters import _DRAFTERS, Draft, Ngram, Wanted, drafter_of
 from pyllamabatch.errors import ArgumentError, UnsupportedOperation
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import registry
@@ -139,7 +139,7 @@ def test_by_name(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert engine.stats().drafted_tokens == 0
     point = EntryPoint("theirs", "pyllamabatch.engine.drafters:Ngram", drafters.GROUP)
     monkeypatch.setattr(registry, "entry_points", lambda group: [point])
-    assert drafter_names() == ("draft", "mtp", "ngram", "theirs")
+    assert _DRAFTERS.names() == ("draft", "mtp", "ngram", "theirs")
     assert drafter_of("theirs") == Ngram()
 
 

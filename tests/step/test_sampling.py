@@ -67,8 +67,6 @@ def test_defaults_are_llama_cpps() -> None:
     assert (params.temperature, params.top_k, params.top_p, params.min_p) == (0.8, 40, 0.95, 0.05)
     assert (params.repeat_penalty, params.penalty_last_n, params.typical_p) == (1.0, 64, 1.0)
     assert params.seed is None
-    assert not params.is_greedy
-    assert SamplingParams(temperature=0).is_greedy
 
 
 def test_values_are_normalised() -> None:
