@@ -39,6 +39,7 @@ from pyllamabatch.cli.options import (
 )
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError, UnsupportedOperation
+from pyllamabatch.llama.host import usable_cores
 from pyllamabatch.llama.lora import LoraAdapter
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler.router import ROUTERS
@@ -160,8 +161,11 @@ def application(flags: dict[str, Any]) -> Any:
 def _fleet(args: argparse.Namespace) -> Any:
     from pyllamabatch.cluster.deploy import running
 
-    quiet = argparse.Namespace(**{**vars(args), "quiet": True})
-    return running(partial(opened, quiet), _fleet_options(args), _options(args))
+    options, threads = _fleet_options(args), args.threads
+    if threads is None and not os.environ.get("RAY_ADDRESS"):  # they are all on this machine
+        threads = max(1, usable_cores() // options.max_replicas)
+    own = argparse.Namespace(**{**vars(args), "quiet": True, "threads": threads})
+    return running(partial(opened, own), options, _options(args))
 
 
 def _fleet_options(args: argparse.Namespace) -> Any:

@@ -19,5 +19,6 @@ def test_each_replica_has_a_gpu_of_its_own() -> None:
             [file.path for file in replica.open_files() if file.path.endswith(".gpu")]
             for replica in fleet.replicas()
         ]
+        assert [replica.nice() for replica in fleet.replicas()] == [fleet.process.nice()] * 2
         assert [len(set(files)) for files in gpus] == [1, 1]
         assert gpus[0][0] != gpus[1][0]
