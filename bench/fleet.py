@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+import psutil
 
 from bench import harness
 from bench.cache import cache_folder
@@ -35,6 +36,7 @@ from bench.traffic import serve
 from bench.views import Column, by_arm
 from pyllamabatch.compare.case import request_body
 from pyllamabatch.machine.profile_machine import ProfileMachine
+from pyllamabatch.report.meters import OtherCores
 from pyllamabatch.report.records import Record
 
 BETWEEN = PROMPTS[CLIENTS], ANSWERS[CLIENTS]
@@ -106,11 +108,13 @@ def run(options: argparse.Namespace, n: int, case: Case) -> Measured:
             return [one for ones in found for one in ones]
 
         answers(1, 1)  # what the first requests would else pay for
+        others = OtherCores([one.pid for one in psutil.Process().children(recursive=True)])
         began, found = time.time(), answers(0, options.requests)
+        other_cpu = others.used()
     seconds = max(end for _, _, end in found) - began
     waited = [first - asked for asked, first, _ in found]
     detail = {f"ttft_p{q}_s": float(np.percentile(waited, q)) for q in (50, 99)}
-    return Measured(0.0, seconds / n, detail=detail)
+    return Measured(0.0, seconds / n, detail=detail | {"other_cpu": round(other_cpu, 3)})
 
 
 def jobs(case: Case, requests: int, which: int) -> list[list[Job]]:
