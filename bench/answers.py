@@ -85,7 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=32, help="of each answer at most")
     parser.add_argument("--arms", default="", help="comma separated; all by default")
     parser.add_argument("--chat-template", help="a name, for a model without a template")
-    parser.set_defaults(sampling="greedy")
+    # With more threads the engine gives one up that has no core, and a long row's attention is
+    # divided among those that there are.
+    parser.set_defaults(sampling="greedy", threads=1)
     add_run(parser)
 
 
