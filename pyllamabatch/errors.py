@@ -164,8 +164,8 @@ class GrammarError(PyllamabatchError):
 
 
 class SamplingError(PyllamabatchError):
-    """No token could be chosen for a row: the grammar or the biases exclude all of them, the grammar
-    can go on in so many ways that it would take seconds, or the logits are not numbers."""
+    """No token could be chosen for a row: the grammar or the biases exclude all of them, the
+    grammar can go on in so many ways that it would take seconds, or the logits are not numbers."""
 
 
 class StateError(PyllamabatchError):
