@@ -24,6 +24,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+
+import numpy as np
 
 from bench.models import resolve
 from bench.soak import resident
@@ -39,7 +42,8 @@ TEXTS = (
 )  # fmt: skip
 TOKENS = 12
 FATAL = -3  # llama_decode's code of a backend that failed
-GROWN_MIB = 64  # more than what is resident once a fifth of the time is over, at most
+PARTS = 5  # of the time: what is resident in the first one has not settled yet
+GROWN_MIB = 64  # median of what is resident in the last part over that of the second one, at most
 
 
 @dataclass(frozen=True)
@@ -140,26 +144,26 @@ def soak(engine: Engine, options: argparse.Namespace) -> int:
     run = Soak(engine, expected)
     begin = time.monotonic()
     until = begin + 60 * options.minutes
-    settled = memory = 0
+    memory: list[int] = []
     with ThreadPoolExecutor(options.clients) as pool:
         clients = [pool.submit(run.client, seed, until) for seed in range(options.clients)]
         while time.monotonic() < until and not any(client.done() for client in clients):
             time.sleep(min(options.fault_every, max(0.0, until - time.monotonic())))
-            memory = resident()
-            if time.monotonic() - begin > 0.2 * (until - begin):
-                settled = settled or memory
+            memory.append(resident())
             with engine._core.state:
                 set_fault(engine._stepper, 1, FATAL, 2, 2)  # twice: a lone one is only tried again
         for client in clients:
             client.result()
     stats = engine.stats()
-    grown = (memory - settled) / 2**20
+    parts = [round(median(part) / 2**20, 1) for part in np.array_split(memory, PARTS) if len(part)]
+    grown = parts[-1] - parts[min(1, len(parts) - 1)]
     print(
         json.dumps({
             "minutes": round((time.monotonic() - begin) / 60, 1), **dict(sorted(run.seen.items())),
             "wrong": run.seen["wrong"], "errors": stats.finished["error"],
             "restarts": stats.restarts, "preemptions": stats.preemptions,
-            "left": stats.running + stats.waiting, "grown_mib": round(grown, 1),
+            "left": stats.running + stats.waiting,
+            "resident_mib": parts, "grown_mib": round(grown, 1),
         })
     )  # fmt: skip
     faults = run.seen["wrong"] + stats.finished["error"] + stats.running + stats.waiting
