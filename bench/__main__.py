@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-from types import FrameType
 
 from bench import pair, suite, summary
 from bench.benches import BENCHES, about, load
 from bench.models import quantised
 from bench.shapes import SHAPES
 from bench.tools import ToolError, tool
+from pyllamabatch.cli.command import sigterm_as_ctrl_c
 
 
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     options = parser_of(words).parse_args(words)
-    before = signal.signal(signal.SIGTERM, _leave)
     try:
-        return run(options)
+        with sigterm_as_ctrl_c():
+            return run(options)
     except ToolError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("bench: interrupted; the records until here stay", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def parser_of(words: list[str]) -> argparse.ArgumentParser:
@@ -96,11 +93,6 @@ def show_list() -> None:
     print()
     for shape in SHAPES.values():
         print(f"{shape.name:<14} {shape.n_params / 1e6:6.0f} M  {shape.source}")
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    """Ends as Ctrl-C does: servers that a bench started are ended on the way out."""
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from bench.cache import REPOSITORY, cache_folder
+from pyllamabatch.llama.host import usable_cores
 
 UPSTREAM = Path(__file__).resolve().parent / "upstream"
 OPTIONS = {
@@ -112,7 +113,7 @@ def tool(name: str, *, log: bool = True) -> Path:
         definitions.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
         definitions.append(f"-DPLB_LLAMA_CPP_DIR={tree}")
         _run([cmake, "-G", "Ninja", "-S", str(UPSTREAM), "-B", str(build), *definitions])
-    _run([cmake, "--build", str(build), "--target", name, "-j", str(os.cpu_count() or 1)])
+    _run([cmake, "--build", str(build), "--target", name, "-j", str(usable_cores())])
     return binary
 
 

@@ -7,7 +7,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module, metadata
 
 from pyllamabatch.cli.console import say
@@ -38,11 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser(words).parse_args(words)
     if args.verbose:
         logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends as Ctrl-C does
     try:
-        status: int = args.run(args)
-        sys.stdout.flush()
-        return status
+        with sigterm_as_ctrl_c():
+            status: int = args.run(args)
+            sys.stdout.flush()
+            return status
     except KeyboardInterrupt:
         say("pyllamabatch: interrupted", sys.stderr)
         return INTERRUPTED
@@ -52,6 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PyllamabatchError, OSError) as error:  # OSError: a file that can't be read or written
         say(f"pyllamabatch: {error}", sys.stderr)
         return USAGE if isinstance(error, (ArgumentError, OSError)) else FAILED
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Inside, SIGTERM raises KeyboardInterrupt, too: what was started is ended on the way out."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..errors import ArgumentError, integer, number
+from ..llama.host import usable_cores
 from ..scheduler.router import make_router
 from ..server.options import ServerOptions
 from .front import Front
@@ -128,7 +129,7 @@ def running(open_app: OpenApp, options: FleetOptions, server: ServerOptions) -> 
     here = not os.environ.get("RAY_ADDRESS")
     own: dict[str, Any] = {}
     if here:  # not one that `ray start` has made on this machine
-        cpus = max(options.max_replicas, os.cpu_count() or 1)
+        cpus = max(options.max_replicas, usable_cores())
         own = {
             "address": "local", "num_cpus": cpus, "num_gpus": options.n_gpus,
             "include_dashboard": False, "_node_ip_address": LOOPBACK,

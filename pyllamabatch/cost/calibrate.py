@@ -13,12 +13,10 @@ remains unknown makes no profile.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,8 +27,10 @@ from pyllamabatch.cost.profile import KINDS, Profile, Sample, Shape
 from pyllamabatch.cost.rig import Rig, Took
 from pyllamabatch.cost.step_cost import SETTLED
 from pyllamabatch.errors import ArgumentError, KvCacheFull, ProfileError
+from pyllamabatch.llama.host import usable_cores
 from pyllamabatch.llama.model import Model
 from pyllamabatch.planner.residency import fitting_n_ctx
+from pyllamabatch.report.meters import TICK_S, OtherCores
 
 Progress = Callable[[float, str], None]
 """Called with the share of the budget that is spent, and what is being measured."""
@@ -157,34 +157,19 @@ def plan_shapes(kernels: Kernels, n_ubatch: int, unified: bool) -> list[Shape]:
 
 
 class OtherLoad:
-    """What other processes do to `n_threads` of this one's, by /proc/stat (in hundredths of a
-    second, for all cores)."""
+    """What other processes do to `n_threads` of this one's."""
 
     def __init__(self, n_threads: int) -> None:
         self._n_threads = n_threads
-        self._before = self._now()
+        self._watch = OtherCores()
 
     def disturbs(self) -> bool:
         """Since it was asked last, others used more than a fifth of what the threads need, and
-        hardly a core was idle. False where no CPU computes, and where the system does not say."""
-        before, self._before = self._before, self._now()
-        busy, own, wall = (now - then for now, then in zip(self._before, before, strict=True))
-        others = (busy - own - 2 * _TICK) / max(wall, _TICK)
-        n_cores = os.cpu_count() or 1
-        return others > 0.2 * self._n_threads > 0 and others + self._n_threads > 0.9 * n_cores
-
-    def _now(self) -> tuple[float, float, float]:
-        """Seconds: of all cores in use, of this process, of the clock."""
-        try:
-            words = Path("/proc/stat").read_text(encoding="ascii").split(maxsplit=9)[1:9]
-        except OSError:
-            words = ["0"] * 8
-        user, nice, system, _idle, _wait, irq, softirq, steal = map(int, words)
-        busy = _TICK * (user + nice + system + irq + softirq + steal)
-        return busy, time.process_time(), time.monotonic()
-
-
-_TICK = 0.01  # s
+        hardly a core was idle. False where no CPU computes, and without psutil."""
+        watch, self._watch = self._watch, OtherCores()
+        others = watch.used(doubt=2 * TICK_S)
+        room = 0.9 * usable_cores()
+        return others > 0.2 * self._n_threads > 0 and others + self._n_threads > room
 
 
 class Clock:

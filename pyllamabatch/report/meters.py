@@ -31,6 +31,7 @@ Source = Callable[[], Sample]
 INTERVAL_S = 0.2
 SHARE = 0.05  # of the time that reading may take: the kernel walks page tables for some figures
 BUSY = 0.1  # of the machine's cores: what others use of them disturbs a measurement
+TICK_S = 0.01  # systems count CPU time in such steps
 SETTLE_S = 2.0  # others must be quiet for this long before a run starts
 
 
@@ -191,19 +192,21 @@ class OtherCores:
 
     def __init__(self, pids: Collection[int] = ()) -> None:
         self._pids = pids
-        self._began = time.perf_counter()
-        self._before = self._seconds()
+        self._before = self._now()
 
-    def used(self) -> float:
+    def used(self, doubt: float = 0.0) -> float:
         """Of the cores that we may use, those that other processes used on average, a virtual
-        machine's stolen time included; -1 without psutil."""
-        seconds = time.perf_counter() - self._began
-        return -1.0 if psutil is None else max(0.0, (self._seconds() - self._before) / seconds)
-
-    def _seconds(self) -> float:
-        """CPU time of all processes but ours and our children."""
+        machine's stolen time included; -1 without psutil. doubt: CPU seconds that are not counted,
+        as the system's numbers are that coarse."""
         if psutil is None:
-            return 0.0
+            return -1.0
+        others, seconds = (b - a for a, b in zip(self._before, self._now(), strict=True))
+        return float(max(0.0, (others - doubt) / max(seconds, TICK_S)))
+
+    def _now(self) -> tuple[float, float]:
+        """CPU time of all processes but ours and our children, and the clock's."""
+        if psutil is None:
+            return 0.0, 0.0
         mine = psutil.Process()
         usable = set(mine.cpu_affinity()) if hasattr(mine, "cpu_affinity") else None
         busy = sum(
@@ -211,11 +214,11 @@ class OtherCores:
             for i, core in enumerate(psutil.cpu_times(percpu=True))
             if usable is None or i in usable
         )
-        own = sum(mine.cpu_times()[:4])  # user and system, and those of children that have ended
+        own = time.process_time() + sum(os.times()[2:4])  # and of children that have ended
         for pid in self._pids:
             with suppress(psutil.Error):
                 own += sum(psutil.Process(pid).cpu_times()[:2])
-        return float(busy - own)
+        return busy - own, time.monotonic()
 
 
 def undisturbed(

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Protocol
 
 from pyllamabatch.cost.step_cost import StepCost
 
-from ..errors import ArgumentError
+from ..errors import number
 
 LEAST_SECONDS, LONGEST_SECONDS = 200e-6, 0.1
 SOONEST_SECONDS = 1e-5  # that a thread which is woken can be there
@@ -79,7 +78,7 @@ class Window:
     seconds: float = 200e-6
 
     def __post_init__(self) -> None:
-        _check("seconds", self.seconds)
+        number("seconds", self.seconds, 0)
 
     def __call__(self, gathering: Gathering) -> float:
         return gathering.since + self.seconds - gathering.now
@@ -125,8 +124,8 @@ class CostWindow:
     otherwise: Gather = field(default_factory=Window)
 
     def __post_init__(self) -> None:
-        _check("least", self.least)
-        _check("longest", self.longest)
+        number("least", self.least, 0)
+        number("longest", self.longest, 0)
 
     def __call__(self, gathering: Gathering) -> float:
         cost = gathering.cost
@@ -155,8 +154,3 @@ def groups(gathering: Gathering) -> Iterable[tuple[float, float, float]]:
         come -= returns
         gain = come / k * (k * alone - n * (predict(n + k, 0, kv, n + k) - alone))
         yield wait, gain / (n + come), gain - (n + come) * wait
-
-
-def _check(name: str, seconds: float) -> None:
-    if not (isfinite(seconds) and seconds >= 0):
-        raise ArgumentError(name, seconds, "must be a number of seconds, 0 or more")

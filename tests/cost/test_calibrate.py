@@ -19,7 +19,6 @@ from pyllamabatch.cli.calibrate import in_words, summary
 from pyllamabatch.cost.calibrate import (
     BASE_DEPTH,
     Clock,
-    OtherLoad,
     ShapeTimings,
     calibrate,
     faults_of,
@@ -33,6 +32,7 @@ from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import Profile, Sample, Shape, shipped_profile
 from pyllamabatch.cost.rig import Rig, Took
 from pyllamabatch.errors import ArgumentError
+from pyllamabatch.report.meters import OtherCores
 from tests.support.calibration import calm_and_small
 from tests.support.models_gguf import gguf_path
 
@@ -161,8 +161,8 @@ class Fake:
         self.stepper = SimpleNamespace(n_pos_max=36864)
         monkeypatch.setattr("time.monotonic", lambda: self.now)
         monkeypatch.setattr("time.sleep", self.wait)
-        monkeypatch.setattr("os.cpu_count", lambda: 2)
-        monkeypatch.setattr(OtherLoad, "_now", lambda _: (self.busy, self.own, self.now))
+        monkeypatch.setattr("pyllamabatch.cost.calibrate.usable_cores", lambda: 2)
+        monkeypatch.setattr(OtherCores, "_now", lambda _: (self.busy - self.own, self.now))
 
     def wait(self, seconds: float) -> None:
         self.now += seconds
