@@ -15,7 +15,7 @@ from pyllamabatch.llama.grammar import Grammar
 from tests.llama.test_chat import HERMES, TIME, USER, WEATHER
 
 GREEDY = SamplingParams(temperature=0, max_tokens=64)
-LONG = SamplingParams(temperature=0.9, seed=3, max_tokens=400)
+LONG = SamplingParams(temperature=0.9, seed=9, max_tokens=400)
 LETTER = SamplingParams(grammar="root ::= [a-z]")
 COPY = {"role": "user", "content": "Copy: hello"}
 CHOICE = {
@@ -47,7 +47,8 @@ def model() -> Iterator[Model]:
 
 @pytest.fixture(scope="module")
 def engine(model: Model) -> Iterator[Engine]:
-    with Engine(model, n_seq_max=4, n_ctx=4096, cost=None) as engine:
+    # With more threads one is given up on busy cores, and a long row gets other last bits.
+    with Engine(model, n_seq_max=4, n_ctx=4096, n_threads=1, cost=None) as engine:
         yield engine
 
 
