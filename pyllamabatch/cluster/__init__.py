@@ -1,7 +1,8 @@
 """The same server over many engines, on Ray Serve (extra `ray`).
 
-    client → Front → Ray (PrefixRouter) → Replica: an engine and its HTTP application
+    client → Front → Ray (FleetRouter) → Replica: an engine and its HTTP application
+           ←          bytes             ←
 
-`Front` reads a request, Ray brings it to a replica, and the bytes of the answer come back as that
-replica's application writes them.
+`Front` reads a request, Ray brings it to a replica, and the bytes of the answer come back over a
+connection of their own, as that replica's application writes them.
 """
