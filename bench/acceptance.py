@@ -1,31 +1,38 @@
 """`bench speculate --acceptance`: drafts that are right as often as it says.
 
-The drafter knows the answers: it has heard them in a round without drafts. Of each token that it
-drafts it says the right one with the acceptance as probability, else another one. Prompts are
-random tokens, answers are greedy and have all of their tokens. With `--model gemma3-1b-still` the
-answers do not depend on rounding, so that the acceptance is what was asked for on any device.
+`ngram:corpus=…` drafts from texts that were made for it: of each place of an answer a few tokens
+before it, and what follows, each token with the acceptance as probability the right one. Drafting
+costs what it always does, no Python in a step. Prompts are random tokens, answers are greedy and
+have all of their tokens. With `--model gemma3-1b-counts` these repeat nothing, and do not depend on
+rounding, so that the acceptance is what was asked for on any device.
+
+Both arms answer `LEARNED` rounds before they are measured: it is about an engine that has run for
+a while. It has forgotten the answers themselves.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from bench.case import I32, Case
+from bench.case import I32, Case, Measured
 from bench.serve import ServeArm
 from bench.serving import EngineClients
 from bench.speculates import EngineSpeculates
 from bench.targets import Target, speed_ratio
-from pyllamabatch.engine.drafters import Wanted
+from pyllamabatch.engine.drafters import Ngram
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
 
 OFF, KNOWS = "off", "knows"
 PROMPT = 64  # tokens
+PROMPTS = 2  # different ones at most, of a round
+KNOWN, DRAFTED = 4, 64  # tokens of a text: before a place of an answer, and behind it
+LEARNED = 2  # rounds
 SAMPLING = "acceptance "
 
 
@@ -60,43 +67,47 @@ def acceptance_of(case: Case) -> float:
     return float(case.sampling.removeprefix(SAMPLING))
 
 
-class Knows:
-    """A drafter: `answers`, by the prompt's tokens."""
-
-    def __init__(self, acceptance: float, seed: int) -> None:
-        self.answers: dict[bytes, I32] = {}
-        self._acceptance = acceptance
-        self._random = np.random.default_rng(seed)
-
-    def draft(self, wanted: Sequence[Wanted]) -> list[Sequence[int]]:
-        return [self._of(one) for one in wanted]
-
-    def _of(self, one: Wanted) -> Sequence[int]:
-        answer = self.answers.get(one.tokens[: one.n_prompt].tobytes())
-        if answer is None:
-            return ()
-        at = len(one.tokens) - one.n_prompt
-        tokens = answer[at : at + one.n].copy()
-        tokens[self._random.random(len(tokens)) >= self._acceptance] ^= 1
-        drafted: list[int] = tokens.tolist()
-        return drafted
+def texts(prompt: I32, answer: I32, acceptance: float, random: np.random.Generator) -> list[I32]:
+    """What drafts of this answer come from, a text for each of its places."""
+    every = np.concatenate([prompt, answer])
+    made = []
+    for at in range(len(prompt), len(every)):
+        drafted = every[at : at + DRAFTED].copy()
+        drafted[random.random(len(drafted)) >= acceptance] ^= 1
+        made.append(np.concatenate([every[at - KNOWN : at], drafted]))
+    return made
 
 
 class Known(EngineSpeculates):
-    """An engine whose drafter, if it has one, knows the answers."""
+    """An engine that drafts from texts of the answers, or not at all."""
 
     def __init__(self, case: Case, model: Model, *, drafts: bool) -> None:
-        self._drafter = Knows(acceptance_of(case), case.seed)
-        super().__init__(case, model, {"speculate": self._drafter if drafts else None})
-        generator = np.random.default_rng(case.seed)
-        shape = (2 * case.pl, PROMPT)
-        self._prompts = list(generator.integers(0, model.n_vocab, shape, dtype=np.int32))
+        n = min(PROMPTS, case.pl)
+        # As much as it is told, so that the answers themselves are forgotten.
+        corpus = n * sum(KNOWN + min(DRAFTED, case.tg - at) for at in range(case.tg))
+        super().__init__(case, model, {"speculate": Ngram(corpus) if drafts else None})
+        self._drafts = drafts
+        self._random = np.random.default_rng(case.seed)
+        shape = (n, PROMPT)
+        self._prompts = list(self._random.integers(0, model.n_vocab, shape, dtype=np.int32))
+        self._texts: list[I32] = []
 
     def warm_up(self) -> None:
-        streams = [self._engine.submit(prompt, self._params(0)) for prompt in self._prompts]
-        for prompt, stream in zip(self._prompts, streams, strict=True):
-            answer = np.array(stream.result().tokens, np.int32)
-            self._drafter.answers[prompt.tobytes()] = answer
+        answers = self._engine.generate(self._prompts, self._params(0))
+        share = acceptance_of(self.case)
+        for prompt, answer in zip(self._prompts, answers, strict=True):
+            tokens = np.array(answer.tokens, np.int32)
+            text = np.concatenate(texts(prompt, tokens, share, self._random))
+            self._texts += np.array_split(
+                text, 1 + len(text) * self.case.pl // (self.case.n_ctx - 64)
+            )
+        for repeat in range(LEARNED):
+            self.run(repeat)
+
+    def run(self, repeat: int) -> Measured:
+        if self._drafts:
+            self._engine.generate(self._texts, SamplingParams(temperature=0, max_tokens=1))
+        return super().run(repeat)
 
     def times(self, prompt: I32, tokens: int, seed: int) -> Iterator[float]:
         for _ in self._engine.submit(prompt, self._params(seed)):

@@ -84,8 +84,9 @@ def write_f16(shape: Shape, path: Path, vocabulary: Path, *, seed: int = SEED) -
 
 
 def random_tensor(spec: TensorSpec, seed: int) -> npt.NDArray[np.float32] | npt.NDArray[np.float16]:
-    """The values of one tensor: they depend on its name and the seed, not on the others."""
-    random = np.random.default_rng([seed, zlib.crc32(spec.name.encode())])
+    """The values of one tensor: they depend on its name, or on that of the one that it is like, and
+    the seed."""
+    random = np.random.default_rng([seed, zlib.crc32((spec.like or spec.name).encode())])
     if len(spec.shape) == 1:
         vector: npt.NDArray[np.float32] = random.standard_normal(spec.shape, dtype=np.float32)
         vector *= np.float32(0.02)
@@ -96,7 +97,7 @@ def random_tensor(spec: TensorSpec, seed: int) -> npt.NDArray[np.float32] | npt.
     for first in range(0, len(matrix), ROWS_AT_ONCE):
         rows = matrix[first : first + ROWS_AT_ONCE]
         rows[:] = random.standard_normal(rows.shape, dtype=np.float32) / np.sqrt(spec.shape[-1])
-    return matrix
+    return np.roll(matrix, 1, axis=0) if spec.like else matrix
 
 
 def _write_hyperparameters(writer: gguf.GGUFWriter, shape: Shape) -> None:

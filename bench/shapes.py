@@ -19,6 +19,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     norm: bool = False  # around one; else a bias (1-D) or a matrix
     scale: float = 1.0  # of all values
+    like: str = ""  # another tensor, whose rows it has, each one further on
 
     @property
     def n_values(self) -> int:
@@ -48,10 +49,11 @@ class Shape:
     sliding_window: int = 0
     sliding_pattern: int = 0  # every so many layers one attends to all
     branch_scale: float = 1.0  # of what a layer adds, by its post norms
+    counts: bool = False  # the output matrix has the embedding's rows, each one further on
     source: str = ""  # where these sizes are from
 
     def tensors(self) -> Iterator[TensorSpec]:
-        """All tensors in file order; the output matrix is the embedding's (tied)."""
+        """All tensors in file order; without an output matrix it is the embedding's (tied)."""
         n_q, n_kv = self.n_head * self.head_dim, self.n_head_kv * self.head_dim
         yield TensorSpec("token_embd.weight", (self.n_vocab, self.n_embd))
         for i in range(self.n_layer):
@@ -74,6 +76,8 @@ class Shape:
             if self.post_norm:
                 yield self._post_norm(block + "post_ffw_norm.weight")
         yield TensorSpec("output_norm.weight", (self.n_embd,), norm=True)
+        if self.counts:
+            yield TensorSpec("output.weight", (self.n_vocab, self.n_embd), like="token_embd.weight")
 
     def _post_norm(self, name: str) -> TensorSpec:
         return TensorSpec(name, (self.n_embd,), norm=True, scale=self.branch_scale)
@@ -120,8 +124,8 @@ GEMMA3_1B = Shape(
     sliding_pattern=6,
     source="config.json of Gemma 3 1B; its vocabulary's size, Gemma 4's pieces",
 )
-STILL = replace(GEMMA3_1B, name="gemma3-1b-still", branch_scale=1 / 256)
-"""Its layers add next to nothing to a token's embedding, which is the output matrix, too: so the
-most likely next token is the same one again, by far, however the sums are rounded."""
+COUNTS = replace(GEMMA3_1B, name="gemma3-1b-counts", branch_scale=1 / 256, counts=True)
+"""Its layers add next to nothing to a token's embedding, and the output matrix has that in the row
+of the next token: after token 7 the most likely one is 8, by far, however the sums are rounded."""
 
-SHAPES = {shape.name: shape for shape in (QWEN2_0_5B, GEMMA3_1B, STILL)}
+SHAPES = {shape.name: shape for shape in (QWEN2_0_5B, GEMMA3_1B, COUNTS)}

@@ -11,6 +11,12 @@ namespace {
 // A step's time beyond its own, at most: for a new graph, and for one with other samplers.
 constexpr float GRAPH_MOST = 1, APART_MOST = 8;
 
+// A new graph is dear from this share of a step without drafts on. After so many more steps with it a
+// device has recorded it; what it takes until then is at most so many times what it takes at first.
+constexpr float   DEAR = 0.1f;
+constexpr int32_t SETTLED = 2;
+constexpr float   GRAPH_STEPS = 2;
+
 } // namespace
 
 draft_prices::draft_prices(int32_t n_rows_max) {
@@ -27,6 +33,7 @@ void draft_prices::views(plb_drafts & out) {
     out.worst    = worst_.data();
     out.credit   = &credit_;
     out.gain     = &gain_;
+    out.new_graph = &graph_;
     out.n_timed  = n_timed_.data();
     out.ns_timed = ns_timed_.data();
 }
@@ -34,44 +41,59 @@ void draft_prices::views(plb_drafts & out) {
 // Whether a step of so many rows gives more tokens a second than `best`, which it becomes, and can't lose
 // more than the credit.
 bool draft_prices::better(float tokens, int32_t n_rows, float a_token, float & best) const {
-    const float seconds = seconds_[(size_t) n_rows];
-    if (!(seconds > 0) || worst_[(size_t) n_rows] - tokens * a_token > credit_ ||
-        tokens <= best * seconds) {
+    const float seconds = seconds_[(size_t) n_rows], more = graph(n_rows);
+    if (!(seconds > 0) || worst_[(size_t) n_rows] + more - tokens * a_token > credit_ ||
+        tokens <= best * (seconds + more)) {
         return false;
     }
-    best = tokens / seconds;
+    best = tokens / (seconds + more);
     return true;
 }
 
-void draft_prices::choose(std::vector<draft_offer> & offers, int32_t width, bool even) {
+int32_t draft_prices::choose(std::vector<draft_offer> & offers, int32_t width, bool even) {
     width_ = width;
-    const auto n_slots = (float) offers.size();
-    int32_t longest = 0;
     for (draft_offer & offer : offers) {
         offer.chosen = 0;
-        longest = std::max(longest, offer.n);
     }
     if (width >= n_priced_ || !(seconds_[(size_t) width] > 0) || credit_ < 0) {
-        return;
+        return width;
     }
-    const float plain = seconds_[(size_t) width], a_token = plain / n_slots;
-    float tokens = n_slots, best = (1 + gain_) / a_token;
-    if (even) {
-        int32_t most = 0;
-        for (int32_t k = 1; k <= longest && width * (k + 1) < n_priced_; ++k) {
-            for (const draft_offer & offer : offers) {
-                tokens += k <= offer.n ? offer.chance[k - 1] : 0;
-            }
-            if (better(tokens, width * (k + 1), a_token, best)) {
-                most = k;
-            }
-        }
-        for (draft_offer & offer : offers) {
-            offer.chosen = std::min(offer.n, most);
-        }
-        return;
+    const float a_token = seconds_[(size_t) width] / (float) offers.size();
+    const float best = (1 + gain_) / a_token;
+    return even ? choose_even(offers, width, a_token, best) : choose_each(offers, width, a_token, best);
+}
+
+int32_t draft_prices::choose_even(std::vector<draft_offer> & offers, int32_t width, float a_token,
+                                  float best) {
+    int32_t longest = 0, most = 0, n_rows = width;
+    for (const draft_offer & offer : offers) {
+        longest = std::max(longest, offer.n);
     }
-    int32_t n_best = 0, n = 0;
+    auto tokens = (float) offers.size();
+    for (int32_t k = 1; k <= longest && width * (k + 1) < n_priced_; ++k) {
+        for (const draft_offer & offer : offers) {
+            tokens += k <= offer.n ? offer.chance[k - 1] : 0;
+        }
+        if (better(tokens, width * (k + 1), a_token, best)) {
+            most   = k;
+            n_rows = width * (k + 1);
+        }
+    }
+    const bool fills = longest > 0 && graph_rows_ < n_priced_ && graph_rows_ % width == 0 && graph_rows_ / width > longest + 1;
+    if (fills && better(tokens, graph_rows_, a_token, best)) {
+        most   = longest;
+        n_rows = graph_rows_;
+    }
+    for (draft_offer & offer : offers) {
+        offer.chosen = std::min(offer.n, most);
+    }
+    return n_rows;
+}
+
+int32_t draft_prices::choose_each(std::vector<draft_offer> & offers, int32_t width, float a_token,
+                                  float best) {
+    auto tokens = (float) offers.size();
+    int32_t n_best = 0, n = 0, n_rows = width;
     const auto likeliest = [&]() -> draft_offer * {
         draft_offer * found = nullptr;
         for (draft_offer & offer : offers) {
@@ -86,7 +108,12 @@ void draft_prices::choose(std::vector<draft_offer> & offers, int32_t width, bool
         tokens += next->chance[next->chosen++];
         if (better(tokens, width + ++n, a_token, best)) {
             n_best = n;
+            n_rows = width + n;
         }
+    }
+    if (n > 0 && graph_rows_ < n_priced_ && graph_rows_ > width + n && better(tokens, graph_rows_, a_token, best)) {
+        n_best = n;
+        n_rows = graph_rows_;
     }
     for (; n > n_best; --n) { // the unlikeliest ones go
         draft_offer * last = nullptr;
@@ -98,6 +125,7 @@ void draft_prices::choose(std::vector<draft_offer> & offers, int32_t width, bool
         }
         --last->chosen;
     }
+    return n_rows;
 }
 
 void draft_prices::begin() {
@@ -105,8 +133,20 @@ void draft_prices::begin() {
     std::fill(ns_timed_.begin(), ns_timed_.end(), (int64_t) 0);
 }
 
+// Whether it took what such steps take once their graph is there; where new ones cost little, all do.
+bool draft_prices::settled(const step & step) {
+    if (!step.drafted) {
+        return step.reused;
+    }
+    graph_rows_   = step.n_rows;
+    n_same_ = step.reused ? n_same_ + 1 : 0;
+    const bool dear = width_ < n_priced_ && graph_ > DEAR * seconds_[(size_t) width_];
+    return !step.apart && (!dear || n_same_ >= SETTLED);
+}
+
 void draft_prices::computed(const step & step) {
     const int32_t before = n_before_, n_rows = step.n_rows;
+    const bool typical = settled(step);
     n_before_ = step.drafted ? n_rows : 0;
     if (step.ns <= 0 || (size_t) n_rows >= seconds_.size()) {
         return;
@@ -123,13 +163,13 @@ void draft_prices::computed(const step & step) {
         credit_ -= more;
         return;
     }
-    if (step.drafted ? !step.apart : step.reused) {
+    if (typical) {
         ++n_timed_[(size_t) n_rows];
         ns_timed_[(size_t) n_rows] += step.ns;
     }
     if (step.drafted && priced && width_ < n_priced_) {
         const float worth = seconds_[(size_t) width_] / (float) step.n_slots * (float) step.n_tokens;
-        credit_ += worth - std::min(took, worst_[(size_t) n_rows]);
+        credit_ += worth - std::min(took, worst_[(size_t) n_rows] + GRAPH_STEPS * graph_);
     }
 }
 

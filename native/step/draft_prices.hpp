@@ -27,9 +27,10 @@ public:
     void views(plb_drafts & out);
     // Without prices every offer is chosen.
     bool there() const { return n_priced_ > 0; }
-    // Sets `chosen`. width: rows of the step without drafts. even: all slots have as many rows as the one
-    // with most, `width` of each.
-    void choose(std::vector<draft_offer> & offers, int32_t width, bool even);
+    // Sets `chosen`; returns the rows that the step is to have, those that only fill up included. width:
+    // rows of the step without drafts. even: all slots have as many rows as the one with most, `width` of
+    // each.
+    int32_t choose(std::vector<draft_offer> & offers, int32_t width, bool even);
 
     // That was computed.
     struct step {
@@ -47,6 +48,10 @@ public:
 
 private:
     bool better(float tokens, int32_t n_rows, float a_token, float & best) const;
+    int32_t choose_even(std::vector<draft_offer> & offers, int32_t width, float a_token, float best);
+    int32_t choose_each(std::vector<draft_offer> & offers, int32_t width, float a_token, float best);
+    float graph(int32_t n_rows) const { return n_rows == graph_rows_ ? 0 : graph_; }
+    bool  settled(const step & step);
 
     std::vector<float>   seconds_, worst_; // [n_rows_max + 1]
     std::vector<int32_t> n_timed_;         // [n_rows_max + 1]
@@ -54,6 +59,9 @@ private:
     int32_t n_priced_ = 0;
     float   credit_   = 0;
     float   gain_     = 0;
+    float   graph_    = 0;
+    int32_t graph_rows_     = 0;     // rows that the last step with drafts had, whose graph is there
+    int32_t n_same_   = 0;     // steps with that graph since it was new
     int32_t n_before_ = 0;     // rows of the step before, if it had drafts
     int32_t width_    = 0;     // of the last choice
 };

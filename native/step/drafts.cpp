@@ -156,22 +156,24 @@ int32_t drafts::width(const plb_engine & engine, int32_t n_pad) const {
     return n_pad > 0 ? std::max(n_pad, high->seq + 1) : high->seq + 1 - low->seq;
 }
 
-// Of what was drafted as much as pays.
-void drafts::choose(const plb_engine & engine, int32_t n_pad) {
+// Of what was drafted as much as pays; the rows that the step is to have.
+int32_t drafts::choose(const plb_engine & engine, int32_t n_pad) {
     offers_.clear();
     for (const rows & r : rows_) {
         offers_.push_back({&chance_[(size_t) r.seq * (size_t) n_max_], r.n_drafted, 0});
     }
-    prices_.choose(offers_, width(engine, n_pad), even_);
+    const int32_t n_wanted = prices_.choose(offers_, width(engine, n_pad), even_);
     for (size_t i = 0; i < rows_.size(); ++i) {
         if (offers_[i].chosen < rows_[i].n_drafted) {
             rows_[i].n_asked = rows_[i].n_drafted = offers_[i].chosen;
         }
     }
+    return n_wanted;
 }
 
-// Drafts are cut so that all rows fit one ubatch; how many rows a slot has at least.
-int32_t drafts::cut(const plb_engine & engine, int32_t n_pad) {
+// Drafts are cut so that all rows fit one ubatch; how many rows a slot has at least, where there are to
+// be n_wanted in all.
+int32_t drafts::cut(const plb_engine & engine, int32_t n_pad, int32_t n_wanted) {
     const int32_t room = std::min({n_ubatch_, engine.n_outputs_max, engine.views.n_rows_max});
     int32_t longest = 0;
     for (const rows & r : rows_) {
@@ -189,8 +191,8 @@ int32_t drafts::cut(const plb_engine & engine, int32_t n_pad) {
         while (n > 0 && !fits(n)) {
             --n;
         }
-    } else {
-        n = std::min(n, room / width(engine, n_pad) - 1);
+    } else if (longest > 0) {
+        n = std::min(std::max(n, n_wanted / width(engine, n_pad) - 1), room / width(engine, n_pad) - 1);
         for (const rows & r : rows_) {
             const int32_t next = engine.slots[r.seq]->next_pos;
             n = std::min(n, std::min(engine.views.n_pos_max, n_ctx_seq_) - 1 - next);
@@ -202,6 +204,20 @@ int32_t drafts::cut(const plb_engine & engine, int32_t n_pad) {
         }
     }
     return even_ ? 1 + std::max(n, 0) : 1;
+}
+
+// Rows that fill up behind those of the last slot, where each has its own number of rows.
+int32_t drafts::behind(const plb_engine & engine, int32_t n_wanted) {
+    int32_t n_rows = 0, n_planned = 0;
+    for (const rows & r : rows_) {
+        n_rows += 1 + r.n_drafted;
+        n_planned += 1 + n_most_[(size_t) r.seq];
+    }
+    const rows & last = rows_.back();
+    const int32_t room = std::min({n_ubatch_, engine.n_outputs_max, engine.views.n_rows_max});
+    const int32_t next = engine.slots[last.seq]->next_pos + 1 + last.n_drafted;
+    const int32_t positions = std::min(engine.views.n_pos_max, n_ctx_seq_) - next;
+    return std::max(0, std::min({n_wanted, n_planned, room, n_rows + positions}) - n_rows);
 }
 
 int32_t drafts::write(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_pad) {
@@ -220,16 +236,15 @@ int32_t drafts::write(plb_engine & engine, const llama_seq_id * slots, int32_t n
     for (int32_t i = 0; i < n_slots; ++i) {
         rows_.push_back(draft(engine, slots[i]));
     }
-    if (prices_.there()) {
-        choose(engine, n_pad);
-    }
-    n_each_ = cut(engine, n_pad);
+    const int32_t n_wanted = prices_.there() ? choose(engine, n_pad) : 0;
+    n_each_ = cut(engine, n_pad, n_wanted);
+    const int32_t n_behind = even_ ? 0 : behind(engine, n_wanted);
     int32_t row = 0;
     for (rows & r : rows_) {
         const plb_slot & slot = *engine.slots[r.seq];
         const llama_token * token = &token_[(size_t) r.seq * (size_t) n_max_];
         r.first = row;
-        r.n     = std::max(1 + r.n_drafted, n_each_);
+        r.n     = std::max(1 + r.n_drafted, n_each_) + (&r == &rows_.back() ? n_behind : 0);
         for (int32_t j = 0; j < r.n; ++j, ++row) {
             engine.token[row] = j == 0 || j > r.n_drafted ? slot.next_token : token[j - 1];
             engine.pos[row]   = slot.next_pos + j;

@@ -60,8 +60,9 @@ private:
 
     rows draft(const plb_engine & engine, llama_seq_id seq);
     int32_t width(const plb_engine & engine, int32_t n_pad) const;
-    int32_t cut(const plb_engine & engine, int32_t n_pad);
-    void choose(const plb_engine & engine, int32_t n_pad);
+    int32_t cut(const plb_engine & engine, int32_t n_pad, int32_t n_wanted);
+    int32_t behind(const plb_engine & engine, int32_t n_wanted);
+    int32_t choose(const plb_engine & engine, int32_t n_pad);
     static void collect(match_record & own, match_record & usual);
     void hope(float weight);
 

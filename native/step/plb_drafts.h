@@ -59,8 +59,12 @@ typedef struct plb_drafts {
     float       * credit;   /* the caller's, and changed by a run: seconds that drafts may lose, at worst;
                                what they gain is added. Below 0 there are none */
     float       * gain;     /* the caller's: how much more tokens a second it takes to have any */
+    float       * new_graph; /* the caller's: seconds that a step takes longer where it has not as many rows
+                               as the last one with drafts. Where that is much, a step has rows that only
+                               fill up rather than a new graph */
     int32_t     * n_timed;  /* [n_rows_max + 1]: steps of the last run with so many rows, those that only
-                               fill up included; without drafts only such with the graph of the one before */
+                               fill up included; without drafts only such with the graph of the one before,
+                               and where a new graph takes long none with or just behind one */
     int64_t     * ns_timed; /* [n_rows_max + 1]: what they took. Of those with drafts also what the next
                                one without took longer */
 } plb_drafts;
@@ -72,7 +76,7 @@ int32_t plb_engine_drafts(plb_engine * engine, plb_drafts * out);
  * could have n_drafted[i] drafted rows, how many it has. chance: [n_slots][n_draft_max], that so many and
  * one more are right, none larger than the one before. width: rows of the step without drafts. even: all
  * slots have the same number of rows. Of `prices` it reads n_draft_max, n_priced, seconds, worst, credit
- * and gain, and n_priced is at least 1. */
+ * and gain, and n_priced is at least 1. New graphs are for the caller to add. */
 int32_t plb_draft_rows(const plb_drafts * prices, int32_t n_slots, const int32_t * n_drafted,
                        const float * chance, int32_t width, int32_t even, int32_t * chosen);
 

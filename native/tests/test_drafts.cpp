@@ -113,6 +113,39 @@ void steps_are_timed_and_paid_for() {
     CHECK(views.ns_timed[5] == 0);
 }
 
+void a_dear_graph_stays() {
+    draft_prices prices(N_ROWS);
+    plb_drafts views = priced(prices, 1, 0.05f, 100);
+    *views.new_graph = 1;
+    std::vector<draft_offer> offers = {{GOOD.data(), 4, 0}};
+    constexpr int64_t SECOND = 1000000000;
+    prices.begin();
+    CHECK(prices.choose(offers, 1, false) == 5);
+    const auto computed = [&](bool reused) { prices.computed({5, true, reused, false, SECOND, 4, 1}); };
+    computed(false);
+    computed(true);
+    CHECK(views.n_timed[5] == 0); // what it takes at first is no price
+    computed(true);
+    CHECK(views.n_timed[5] == 1);
+    offers[0].n = 2; // with rows that fill up
+    CHECK(prices.choose(offers, 1, false) == 5 && offers[0].chosen == 2);
+    CHECK(prices.choose(offers, 1, true) == 5 && offers[0].chosen == 2);
+    offers[0].n = 0;
+    CHECK(prices.choose(offers, 1, false) == 1 && prices.choose(offers, 1, true) == 1);
+    offers[0].n = 4;
+    offers.push_back({BAD.data(), 4, 0});
+    CHECK(prices.choose(offers, 2, false) == 5 && offers[0].chosen == 3);
+    *views.new_graph = 0; // it costs nothing
+    offers = {{GOOD.data(), 2, 0}};
+    CHECK(prices.choose(offers, 1, false) == 3 && prices.choose(offers, 1, true) == 3);
+    prices.computed({3, true, false, false, SECOND, 2, 1});
+    CHECK(views.n_timed[3] == 1);
+    *views.new_graph = 1000; // more than it can give
+    CHECK(prices.choose(offers, 2, false) == 3 && prices.choose(offers, 3, false) == 3);
+    offers.push_back({GOOD.data(), 2, 0});
+    CHECK(prices.choose(offers, 4, false) == 4 && offers[0].chosen == 0);
+}
+
 void drafts_tell_how_long_their_match_is() {
     const std::vector<llama_token> prompt = {4, 5, 6, 7, 8, 20, 5, 6, 7, 9, 20, 4, 5, 6, 7};
     plb::ngram ngram(prompt.data(), (int32_t) prompt.size(), 8);
@@ -211,6 +244,7 @@ int main() {
     rows_are_had_as_long_as_they_pay();
     what_is_asked_bounds_them();
     steps_are_timed_and_paid_for();
+    a_dear_graph_stays();
     drafts_tell_how_long_their_match_is();
     texts_that_have_ended_are_drafted_from();
     a_simulation_decides_the_same();

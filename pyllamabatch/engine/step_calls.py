@@ -80,9 +80,10 @@ class StepCalls:
 
     def drafted(self, call: Step, run: Run) -> Drafted | None:
         """What came of its drafts. None where steps check none."""
-        drafts = self._drafts
+        drafts, threads = self._drafts, self._device.threads
         if drafts is None:
             return None
+        timed = threads is None or not threads.tries
         return Drafted(
             drafts.n_taken,
             run.n_rows,
@@ -91,7 +92,7 @@ class StepCalls:
             drafts.found,
             drafts.right,
             self._device.feed.seconds(run),
-            drafts.n_timed,
+            drafts.n_timed * timed,
             drafts.ns_timed * 1e-9,
             float(drafts.credit[0]) if drafts.n_priced[0] else None,
             int(drafts.n_drafts[call.decode].sum()),
@@ -131,3 +132,4 @@ def set_drafts(drafts: DraftColumns, step: Step) -> None:
         drafts.seconds[: len(prices.seconds)] = prices.seconds
         drafts.worst[: len(prices.worst)] = prices.worst
         drafts.credit[0], drafts.gain[0] = prices.credit, prices.gain
+        drafts.new_graph[0] = prices.new_graph

@@ -26,7 +26,8 @@ COST = 0.01  # of the time, that lost trials take at most
 
 
 class ThreadWatch:
-    """The leader's. Steps with prompts or drafts have all threads."""
+    """The leader's. Steps with prompts have all threads. Those that may have drafts have as many as
+    the same sequences without, and are timed where they had none."""
 
     def __init__(
         self, set_threads: Callable[[int, int], object], n_threads: int, n_threads_batch: int
@@ -50,7 +51,7 @@ class ThreadWatch:
     def took(self, call: Step, run: Run) -> bool:
         """After it. Returns whether another one like it may go on without `begin`."""
         choice = self._choice(call)
-        if choice is not None and run.n_steps:
+        if choice is not None and run.n_steps and not run.n_drafted:
             choice.took(run.n_steps, run.seconds, perf_counter())
         return self._wanted(choice) == self._now
 
@@ -61,7 +62,7 @@ class ThreadWatch:
 
     def _choice(self, call: Step) -> ThreadChoice | None:
         n_rows, most = call.n_rows, self._all[call.n_rows > 1]
-        if call.chunks or call.drafts or most == 1:
+        if call.chunks or most == 1:
             return None
         choice = self._choices.get(n_rows)
         if choice is None:

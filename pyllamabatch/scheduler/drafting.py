@@ -168,8 +168,10 @@ class Drafting:
         kv: float,
         limits: Limits,
         cost: StepCost | None,
+        new_graph: float | None = None,
     ) -> Drafts:
-        """Of the sequences that decode in these slots, with so many tokens left to generate."""
+        """Of the sequences that decode in these slots, with so many tokens left to generate.
+        new_graph: seconds, as measured; None: as the cost model says."""
         mine = (self._owner[slots] == owner)[:, None]
         found, right = self._found[slots] * mine, self._right[slots] * mine
         n = len(slots)
@@ -183,7 +185,8 @@ class Drafting:
             rows = range(room + 1)
             said = np.array([cost.predict(n_rows, 0, kv, n) if n_rows else 0.0 for n_rows in rows])
             seconds, worst = self.times.prices(said)
-            return Prices(seconds, worst, self.credit)
+            graph = cost.new_graph.step if new_graph is None else new_graph
+            return Prices(seconds, worst, self.credit, new_graph=graph)
 
         return Drafts(
             limits.n_draft_max,

@@ -280,7 +280,13 @@ class Scheduler:
         n_left = (running.most - running.known)[slots]
         attended = self.attention.of_all()
         return self.drafting.view(
-            slots, running.owner[slots], n_left, attended, self.limits, self.cost
+            slots,
+            running.owner[slots],
+            n_left,
+            attended,
+            self.limits,
+            self.cost,
+            self.padding.graph,
         )
 
     def plan(self, now: float) -> Step | None:

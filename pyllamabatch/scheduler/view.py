@@ -152,12 +152,15 @@ class Prices(NamedTuple):
       seconds 0: there is to be no such step.
     - credit: seconds that drafts may lose at worst. What they lose and gain changes it; below 0
       there are none.
+    - new_graph: seconds that a step takes longer where it has not as many rows as the last one with
+      drafts.
     """
 
     seconds: npt.NDArray[np.float64]
     worst: npt.NDArray[np.float64]
     credit: float
     gain: float = 0.0
+    new_graph: float = 0.0
 
 
 class Drafts(NamedTuple):

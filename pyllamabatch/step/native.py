@@ -191,6 +191,7 @@ def drafts_of(engine: Any, n_seq_max: int, n_rows: int) -> DraftColumns:
         view(native.worst, np.float32, (n_rows + 1,), engine),
         view(native.credit, np.float32, (1,), engine),
         view(native.gain, np.float32, (1,), engine),
+        view(native.new_graph, np.float32, (1,), engine),
         view(native.n_timed, np.int32, (n_rows + 1,), engine),
         view(native.ns_timed, np.int64, (n_rows + 1,), engine),
     )

@@ -91,6 +91,8 @@ class DraftColumns(NamedTuple):
     - seconds, worst: of a step with 0, 1, ... n_priced - 1 rows, as they are expected, and if it
       takes longer; seconds 0: there is no such step. credit (one value): seconds that drafts may
       lose at worst; runs change it by what they lose and gain, and below 0 there are none.
+      new_graph (one value): seconds that a step takes longer where it has not as many rows as the
+      last one with drafts.
     - n_timed, ns_timed: how many steps of the last run had 0, 1, ... rows, and their nanoseconds.
       Without drafts these are steps with the graph of the one before.
     """
@@ -110,6 +112,7 @@ class DraftColumns(NamedTuple):
     worst: F32
     credit: F32
     gain: F32
+    new_graph: F32
     n_timed: I32
     ns_timed: npt.NDArray[np.int64]
 

@@ -22,7 +22,6 @@ from bench import (
 )
 from bench.__main__ import main
 from bench.case import Measured
-from pyllamabatch.engine.drafters import Wanted
 from pyllamabatch.report.records import Record
 from pyllamabatch.scheduler import policy_names
 from tests.bench.conftest import Run
@@ -133,16 +132,17 @@ def test_speculate_knows_answers_as_often_as_it_is_told(run: Run) -> None:
     with pytest.raises(SystemExit, match="0 to 1"):
         run("speculate", *EMBEDDED, "--acceptance", "80")
 
-    drafter, answer = acceptance.Knows(0.5, 3), np.arange(1000, dtype=np.int32)
-    prompt = np.array([4, 5], np.int32)
-    known = np.concatenate([prompt, answer[:2]])
-    assert drafter.draft([Wanted(1, known, 2, 4)]) == [()]
-    drafter.answers[prompt.tobytes()] = answer
-    ((first, *rest),) = drafter.draft([Wanted(1, known, 2, 900)])
-    assert first in (2, 3)
-    right = [token == expected for token, expected in zip(rest, range(3, 902), strict=True)]
-    assert 0.4 < np.mean(right) < 0.6
-    assert len(drafter.draft([Wanted(1, np.concatenate([prompt, answer[:998]]), 2, 9)])[0]) == 2
+    prompt, answer = np.arange(3, 13, dtype=np.int32), np.arange(1000, 1900, dtype=np.int32)
+    made = acceptance.texts(prompt, answer, 0.5, np.random.default_rng(3))
+    assert len(made) == len(answer)
+    every, before = np.concatenate([prompt, answer]), acceptance.KNOWN
+    right = []
+    for at, text in enumerate(made, len(prompt)):
+        expected = every[at - before : at + acceptance.DRAFTED]
+        assert len(text) == len(expected)
+        assert text[:before].tolist() == expected[:before].tolist()
+        right += (text == expected)[before:].tolist()
+    assert 0.45 < np.mean(right) < 0.55
 
 
 def test_step_has_the_figures_of_every_arm(run: Run) -> None:

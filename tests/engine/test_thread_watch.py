@@ -34,11 +34,12 @@ class Machine:
         self.watch = ThreadWatch(lambda *threads: setattr(self, "threads", threads), one, many)
 
     def compute(
-        self, seconds: float, rows: int = 4, at_once: int = 32, drafts: int = 0
+        self, seconds: float, rows: int = 4, at_once: int = 32, drafted: int = 0
     ) -> dict[int, float]:
-        """For so long, in calls of up to `at_once` steps. Returns the share of steps by threads."""
+        """For so long, in calls of up to `at_once` steps, which had so many drafted rows. Returns
+        the share of steps by threads."""
         n_steps: Counter[int] = Counter()
-        step = decodes(rows, drafts)
+        step = decodes(rows, drafts=2)
         until = self.now + seconds
         while self.now < until:
             n = self.watch.begin(step, at_once)
@@ -46,7 +47,7 @@ class Machine:
             took = n * self.seconds(threads, rows)
             self.now += took
             n_steps[threads] += n
-            self.watch.took(step, Run(0, n, n, took))
+            self.watch.took(step, Run(0, n, n, took, n_drafted=drafted))
         return {threads: n / n_steps.total() for threads, n in n_steps.items()}
 
 
@@ -76,13 +77,15 @@ def test_each_number_of_rows_has_its_own(machine: Machine) -> None:
     assert machine.compute(20, rows=1)[1] > 0.95
 
 
-def test_what_is_not_watched_has_all(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
-    """One thread, and steps with drafts: also when a trial goes on."""
-    few = Machine(monkeypatch, 1, 2)
-    assert few.compute(20, rows=1) == {1: 1.0}
+def test_one_thread_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Machine(monkeypatch, 1, 2).compute(20, rows=1) == {1: 1.0}
+
+
+def test_steps_that_had_drafts_have_as_many_as_those_without(machine: Machine) -> None:
     machine.seconds = lambda threads, rows: 0.01 * threads
+    assert machine.compute(20, drafted=5) == {N: 1.0}  # nothing is compared
     machine.compute(20)
-    assert machine.compute(1, drafts=2) == {N: 1.0}
+    assert N not in machine.compute(1, drafted=5)
 
 
 def test_a_call_that_goes_on_ends_where_threads_change(machine: Machine) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pyllamabatch.cost.step_cost import NO_COST
 from pyllamabatch.errors import ArgumentError, PlanError
 from pyllamabatch.scheduler import Limits, Plan, Scheduler, StepView
 from pyllamabatch.scheduler.drafting import ADVANCE, LOSS, RISKED, Drafted, Drafting, StepTimes
@@ -141,7 +142,7 @@ class Linear:
 
     absolute = calibrated = True
     switch = 0.0
-    new_graph = (0.0, 0.0)
+    new_graph = NO_COST
 
     def predict(self, rows: int, prefill: int = 0, kv: float = 0, n_seqs: int = 1) -> float:
         return half(rows)

@@ -222,6 +222,34 @@ def test_rows_are_filled_up_where_all_need_the_same_number(model: Model) -> None
                 assert tokens_of(again, 2) == expected[2][4:9]
 
 
+def test_a_step_has_the_rows_of_the_one_before_where_a_new_graph_is_dear(stepper: Stepper) -> None:
+    """Those behind the drafts fill up, and are gone when it is done."""
+    each = [greedy(50)] * 2
+    expected = answers(stepper, each, 13)
+    start(stepper, each)
+    first = stepper.run([0, 1], 1)  # a slot's record begins
+    drafts = drafts_of(stepper)
+    drafts.n_priced[0] = n_priced = len(drafts.seconds)
+    drafts.seconds[:] = drafts.worst[:] = 1 + 0.01 * np.arange(n_priced)
+    drafts.credit[0], drafts.new_graph[0] = 100, 0.5
+    got = [tokens_of(first, seq) for seq in range(2)]
+    for n in (4, 2, 3):
+        for seq in range(2):
+            at = len(got[seq])
+            drafts.n_given[seq] = n
+            drafts.token[seq, :n] = expected[seq][at : at + n]
+        drafts.n_most[:2] = N_DRAFT
+        result = stepper.run([0, 1], 1)
+        assert result.steps["n_rows"].tolist() == [10]
+        assert result.steps["n_drafted"].tolist() == [2 * n]
+        for seq in range(2):
+            got[seq] += tokens_of(result, seq)
+            assert stepper._context is not None
+            held = stepper._context.memory.pos_max(seq) + 1
+            assert held == len(PROMPTS[seq]) + len(got[seq])
+    assert got == expected
+
+
 def test_drafts_are_cut_to_one_ubatch(model: Model) -> None:
     """And to the positions of a stream."""
     with (

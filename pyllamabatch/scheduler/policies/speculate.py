@@ -52,7 +52,7 @@ class ByGain:
             return Speculation({}, STEPS)
         target = float(view.running.column("itl_target").min())
         seconds = np.where(prices.seconds <= target, prices.seconds, 0.0)
-        own = Prices(seconds, prices.worst, prices.credit, self.gain)
+        own = prices._replace(seconds=seconds, gain=self.gain)
         if view.limits.drafts_take_time:
             return self._asked(drafts, own, most)
         if not can_pay(drafts, seconds, most, self.gain):
