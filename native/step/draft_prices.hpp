@@ -27,6 +27,8 @@ public:
     void views(plb_drafts & out);
     // Without prices every offer is chosen.
     bool there() const { return n_priced_ > 0; }
+    // Whether there may be a step with so many rows.
+    bool allows(int32_t n_rows) const { return n_rows < n_priced_ && seconds_[(size_t) n_rows] > 0; }
     // Sets `chosen`; returns the rows that the step is to have, those that only fill up included. width:
     // rows of the step without drafts. even: all slots have as many rows as the one with most, `width` of
     // each.

@@ -14,7 +14,7 @@ namespace {
 constexpr float HOPE = 0.8f, FORGET = 1.0f / 32;
 
 constexpr int32_t COLLECTED = 512; // matches of a length that what is usual remembers
-constexpr float   OTHERS = 4;      // what is usual counts as so many matches of one's own
+constexpr float   OTHERS = 8;      // what is usual counts as so many matches of one's own
 
 // Of matches of this length the share whose next token is right: of a sequence, and of all others where it
 // knows little itself. None at all count as two of which one is.
@@ -192,10 +192,17 @@ int32_t drafts::cut(const plb_engine & engine, int32_t n_pad, int32_t n_wanted) 
             --n;
         }
     } else if (longest > 0) {
-        n = std::min(std::max(n, n_wanted / width(engine, n_pad) - 1), room / width(engine, n_pad) - 1);
+        const int32_t wide = width(engine, n_pad);
+        n = std::min(std::max(n, n_wanted / wide - 1), room / wide - 1);
+        const int32_t n_pos = std::min(engine.views.n_pos_max, n_ctx_seq_);
         for (const rows & r : rows_) {
-            const int32_t next = engine.slots[r.seq]->next_pos;
-            n = std::min(n, std::min(engine.views.n_pos_max, n_ctx_seq_) - 1 - next);
+            n = std::min(n, n_pos - 1 - engine.slots[r.seq]->next_pos);
+        }
+        for (llama_seq_id seq = 0; seq < n_pad; ++seq) { // rows that fill up need positions, too
+            n = std::min(n, n_pos - 2 - llama_memory_seq_pos_max(llama_get_memory(engine.ctx), seq));
+        }
+        while (n > 0 && prices_.there() && !prices_.allows(wide * (n + 1))) {
+            --n;
         }
     }
     for (rows & r : rows_) {

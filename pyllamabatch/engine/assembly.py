@@ -55,7 +55,8 @@ def _parts(context: EngineContext, layout: Layout, options: EngineOptions) -> Pa
     invariance = None
     if options.batch_invariant:
         nearly = options.batch_invariant == "nearly"
-        invariance = context.find_invariance(options.n_seq_max, nearly=nearly)
+        drafts = options.speculate is not None
+        invariance = context.find_invariance(options.n_seq_max, nearly=nearly, drafts=drafts)
     cost = make_cost(context, options)
     scheduler = make_scheduler(context, layout, options, cost, invariance)
     stepper: Any = context.stepper(

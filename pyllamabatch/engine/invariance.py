@@ -12,6 +12,8 @@ where it is long.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +24,10 @@ from ..kv import Preemption
 from ..llama.batch import Batch
 from ..llama.context import Context
 from ..llama.model import Model
-from ..scheduler.invariance import GRID, LEAST_ROWS, Invariance, tried
+from ..scheduler.invariance import GRID, LEAST_ROWS, ROWS_EACH, Invariance, tried
 from ..step.native import offloaded
+
+log = logging.getLogger(__name__)
 
 N_BEFORE = 3  # tokens that each stream holds before
 
@@ -62,10 +66,12 @@ def swaps(preemption: Preemption, window: int) -> bool:
     return preemption == "swap" or (preemption == "auto" and not window)
 
 
-def find(context: Context, n_seq_max: int, *, nearly: bool = False) -> Invariance:
+def find(
+    context: Context, n_seq_max: int, *, nearly: bool = False, drafts: bool = False
+) -> Invariance:
     """Of a new context, whose memory is empty before and after. UnsupportedOperation when rows that
     decode depend on their place, whatever their number, and for devices other than a CPU; these
-    have one width for all that decode with `nearly`."""
+    have one width for all that decode with `nearly`. drafts: steps may have some."""
     if offloaded(context):
         if not nearly:
             raise UnsupportedOperation(
@@ -79,7 +85,55 @@ def find(context: Context, n_seq_max: int, *, nearly: bool = False) -> Invarianc
             f"batch_invariant: on this machine a row of {context.model.description} depends on its "
             "place among the others"
         )
-    return Invariance(min(GRID, context.n_ubatch), widths)
+    drafted = equal_drafts(context, widths) if drafts else {}
+    if drafts and not any(drafted.values()):
+        log.warning(
+            "batch_invariant: here a row of %s depends on the rows of its sequence beside it: "
+            "there are no drafts",
+            context.model.description,
+        )
+    return Invariance(min(GRID, context.n_ubatch), widths, drafted)
+
+
+def equal_drafts(context: Context, widths: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """By width, how many rows of each sequence one call may have so that every row has the logits,
+    bit by bit, that it has where they decode one by one. With experts, all that were tried or
+    none."""
+    most, longest = widths[-1], max(ROWS_EACH)
+    vocabulary = np.linspace(0, context.model.n_vocab - 1, N_BEFORE + longest + 2)
+    tokens = vocabulary.astype(int)[1:-1].tolist()
+    batch = Batch(max(context.n_batch, most))
+
+    def rows(first: int, n: int, width: int) -> Bits:
+        """So many tokens of each stream, from this one on, in one call."""
+        batch.clear()
+        for seq in range(width):
+            for pos in range(first, first + n):
+                batch.add(tokens[pos], pos, seq, logits=True)
+        context.decode(batch)
+        bits: Bits = context.logits_all().view(np.uint32)
+        return bits.reshape(width, n, -1)
+
+    one_by_one = [rows(pos, 1, most)[0, 0].copy() for pos in range(N_BEFORE + longest)]
+    alone = np.stack(one_by_one[N_BEFORE:])
+    room = min(context.n_outputs_max, context.n_ubatch)
+    found: dict[int, tuple[int, ...]] = {}
+    n_tried = 0
+    for width in widths:
+        equal: list[int] = []
+        for each in ROWS_EACH:
+            if width * each > room:
+                continue
+            n_tried += 1
+            for seq in range(most):
+                context.memory.seq_rm(seq, N_BEFORE)
+            if (rows(N_BEFORE, each, width) == alone[:each]).all():
+                equal.append(each)
+        found[width] = tuple(equal)
+    context.memory.clear()
+    if _has_experts(context.model) and sum(map(len, found.values())) < n_tried:
+        return {}
+    return found
 
 
 def equal_widths(context: Context, n_seq_max: int) -> tuple[int, ...]:

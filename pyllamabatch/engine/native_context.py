@@ -69,8 +69,10 @@ class NativeContext(Context):
         pool = self.capabilities.unified and not self.capabilities.recurrent
         return not pool or (device_sampling is not False and offloaded(self))
 
-    def find_invariance(self, n_seq_max: int, *, nearly: bool = False) -> Invariance:
-        return invariance.find(self, n_seq_max, nearly=nearly)
+    def find_invariance(
+        self, n_seq_max: int, *, nearly: bool = False, drafts: bool = False
+    ) -> Invariance:
+        return invariance.find(self, n_seq_max, nearly=nearly, drafts=drafts)
 
     def thread_watch(self) -> ThreadWatch | None:
         threads = self.n_threads, self.n_threads_batch

@@ -120,8 +120,8 @@ class EngineOptions:
         if not isinstance(self.batch_invariant, bool) and self.batch_invariant != "nearly":
             raise ArgumentError("batch_invariant", self.batch_invariant, 'True, False or "nearly"')
         choice("preemption", self.preemption, ("auto", "recompute", "swap"))
-        if self.speculate is not None and self.batch_invariant:
-            why = "None with batch_invariant: rows that check a draft are several of a sequence"
+        if self.speculate is not None and self.batch_invariant == "nearly":
+            why = 'None with batch_invariant="nearly": steps with drafts have other numbers of rows'
             raise ArgumentError("speculate", self.speculate, why)
         self.drafter = drafter_of(self.speculate)
         if self.max_waiting is not None:

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..scheduler import Scheduler, Step
 from ..scheduler.drafting import Drafted
+from ..scheduler.view import Prices
 from ..step.trace import StepTrace
 from ..step.types import DraftColumns, Run
 from .protocols import Device, StepRunner
@@ -94,7 +95,7 @@ class StepCalls:
             self._device.feed.seconds(run),
             drafts.n_timed * timed,
             drafts.ns_timed * 1e-9,
-            float(drafts.credit[0]) if drafts.n_priced[0] else None,
+            None if call.prices is None else float(drafts.credit[0]),
             int(drafts.n_drafts[call.decode].sum()),
             drafts.n_right,
         )
@@ -127,6 +128,11 @@ def set_drafts(drafts: DraftColumns, step: Step) -> None:
     for slot, n in step.drafts.items():
         drafts.n_most[slot] = n
     prices = step.prices
+    if step.invariance is not None and step.drafts:  # no rows but those that give the same bits
+        n_priced = len(drafts.seconds)
+        prices = prices or Prices(np.ones(n_priced), np.zeros(n_priced), np.inf)
+        seconds = step.invariance.allowed(prices.seconds, step.n_pad)
+        prices = prices._replace(seconds=seconds)
     drafts.n_priced[0] = 0 if prices is None else len(prices.seconds)
     if prices is not None:
         drafts.seconds[: len(prices.seconds)] = prices.seconds

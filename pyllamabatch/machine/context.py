@@ -116,7 +116,9 @@ class MachineContext:
         """How large a state would be is not known."""
         return SwapChoice("swap" if mode == "swap" else "recompute")
 
-    def find_invariance(self, n_seq_max: int, *, nearly: bool = False) -> Invariance:
+    def find_invariance(
+        self, n_seq_max: int, *, nearly: bool = False, drafts: bool = False
+    ) -> Invariance:
         return Invariance.assumed(self.n_ubatch, n_seq_max)
 
     def state_seq_get(

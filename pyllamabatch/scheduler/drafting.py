@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ..cost.step_cost import StepCost
 from ..kv import Slots
+from .invariance import Invariance
 from .view import Drafts, Limits, Prices
 
 LOSS = 0.01
@@ -111,8 +112,9 @@ class StepTimes:
 class Drafting:
     """Of one scheduler. n_slots: of its accounting."""
 
-    def __init__(self, limits: Limits, n_slots: int) -> None:
+    def __init__(self, limits: Limits, n_slots: int, invariance: Invariance | None = None) -> None:
         n = limits.n_draft_max
+        self._invariance = invariance
         self._limits = limits
         self.times = StepTimes()
         self.credit = LOSS * ADVANCE
@@ -147,7 +149,7 @@ class Drafting:
             if said > 0:
                 self.times.observe(n_rows, n, float(drafted.seconds_timed[n_rows]) / n / said)
         self._seconds += drafted.seconds
-        width = width_of(slots, even=not self._limits.unified)
+        width = self._width(slots)
         gained = 0.0
         if drafted.credit is not None:
             gained = drafted.credit - self.credit
@@ -159,6 +161,11 @@ class Drafting:
         self.credit += gained
         most = LOSS * self._seconds + max(0.0, RISKED * self._gained)
         self.credit = min(self.credit + LOSS * drafted.seconds, most)
+
+    def _width(self, slots: Slots) -> int:
+        if self._invariance is not None:
+            return self._invariance.width(slots[-1:].tolist())
+        return width_of(slots, even=not self._limits.unified)
 
     def view(
         self,
@@ -175,7 +182,7 @@ class Drafting:
         mine = (self._owner[slots] == owner)[:, None]
         found, right = self._found[slots] * mine, self._right[slots] * mine
         n = len(slots)
-        width = width_of(slots, even=not limits.unified)
+        width = self._width(slots)
         room = min(limits.n_outputs or limits.n_batch, limits.n_ubatch, limits.n_batch)
 
         def prices() -> Prices | None:
@@ -185,6 +192,8 @@ class Drafting:
             rows = range(room + 1)
             said = np.array([cost.predict(n_rows, 0, kv, n) if n_rows else 0.0 for n_rows in rows])
             seconds, worst = self.times.prices(said)
+            if self._invariance is not None:
+                seconds = self._invariance.allowed(seconds, width)
             graph = cost.new_graph.step if new_graph is None else new_graph
             return Prices(seconds, worst, self.credit, new_graph=graph)
 

@@ -10,21 +10,25 @@ apart:
   (`Step.n_pad`).
 - A token that was computed once is computed in the same way when it has to be computed again: a
   chunk as that chunk, a row that decoded as a row that decodes.
-- A row that checks a drafted token is one of several of its sequence, and no call of `widths` has
-  such rows: a scheduler with an `invariance` makes no drafts.
+- A step that checks drafted tokens has as many rows of each sequence, of those that fill up, too:
+  one of the numbers in `drafted`, which give each row the bits that it has where it decodes.
 - What another sequence has left is used up to where a chunk ends, as far as it came from whole
   ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
 
 from ..kv.grid import last_end, next_end
 
 GRID = 128  # positions: no kernel gains much from longer chunks, and a prefix loses less than this
 LEAST_ROWS = 2
+ROWS_EACH = (2, 4, 8)  # of a sequence in a step with drafts: numbers that are tried
 EACH_WIDTH, STEP = 17, 8  # up to so many rows each number is tried, above that multiples of STEP
 
 
@@ -32,15 +36,25 @@ EACH_WIDTH, STEP = 17, 8  # up to so many rows each number is tried, above that 
 class Invariance:
     """Of one context. grid: positions, at most its n_ubatch. widths: numbers of rows that give a
     row that decodes the same bits at any place, ascending, the last one enough for all slots that
-    may run."""
+    may run. drafted: by width, how many rows of each sequence a step with drafts may have."""
 
     grid: int
     widths: tuple[int, ...]
+    drafted: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def assumed(cls, n_ubatch: int, n_seq_max: int) -> Invariance:
         """Where nothing is computed, so that nothing can differ."""
-        return cls(min(GRID, n_ubatch), tuple(tried(max(LEAST_ROWS, n_seq_max))))
+        widths = tuple(tried(max(LEAST_ROWS, n_seq_max)))
+        return cls(min(GRID, n_ubatch), widths, dict.fromkeys(widths, ROWS_EACH))
+
+    def allowed(self, seconds: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float64]:
+        """Of the seconds of steps with 0, 1, ... rows those that there may be at this width, with
+        drafts and without; 0 for the others."""
+        rows = [width * each for each in (1, *self.drafted.get(width, ()))]
+        possible = np.zeros_like(seconds)
+        possible[[n for n in rows if n < len(seconds)]] = 1
+        return seconds * possible
 
     def width(self, slots: Iterable[int]) -> int:
         """Rows of a call in which these decode, from slot 0 on; 0 for none."""

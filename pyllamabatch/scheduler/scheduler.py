@@ -99,7 +99,7 @@ class Scheduler:
         self.interactive = Interactive(
             self.sequences, self.admission, self.idle_sequences, self._claim
         )
-        self.drafting = Drafting(limits, n_slots) if limits.n_draft_max else None
+        self.drafting = Drafting(limits, n_slots, kv.invariance) if limits.n_draft_max else None
         self.set_cost(cost)
         self._last_pause = NO_PAUSE
 

@@ -182,7 +182,7 @@ def test_what_it_says_of_itself(embedded_model: Model) -> None:
         ({"n_ubatch": 2}, "n_ubatch=2"),
         ({"batch_invariant": 1}, "batch_invariant=1"),
         ({"batch_invariant": "mostly"}, "batch_invariant='mostly'"),
-        ({"speculate": "ngram"}, "speculate='ngram'"),
+        ({"batch_invariant": "nearly", "speculate": "ngram"}, "speculate='ngram'"),
     ],
 )
 def test_options_that_stand_in_its_way(

@@ -32,10 +32,13 @@ def recorded(engine: Engine) -> Iterator[dict[int, Bits]]:
         ]
         run = compute(slots, 1, n_before, n_pad)
         assert run.code or not rows or n_pad > slots[-1]
+        each = (stepper._info.n_rows + stepper._info.n_filled) // n_pad if run.n_drafted else 1
         for id, position, slot in rows if run.code == 0 else ():
-            logits = ffi.buffer(lib.llama_get_logits_ith(engine._context.ptr, slot), n_bytes)
-            digest = hashlib.blake2b(logits, digest_size=8).digest()
-            found.setdefault(id, {})[position] = digest
+            n_taken = int(stepper.drafts.n_taken[slot]) if run.n_drafted else 1
+            for j in range(n_taken):
+                row = lib.llama_get_logits_ith(engine._context.ptr, slot * each + j)
+                digest = hashlib.blake2b(ffi.buffer(row, n_bytes), digest_size=8).digest()
+                found.setdefault(id, {})[position + j] = digest
         return run
 
     stepper.compute = computed

@@ -89,8 +89,11 @@ class Same(NamedTuple):
     n_accepted: int
 
 
-def check_mixes(speculating: list[Engine], alone: Engine, max_examples: int) -> Same:
-    """Any mix of requests, in one of these engines, has the answers that each has in `alone`."""
+def check_mixes(
+    speculating: list[Engine], alone: Engine, max_examples: int, *, exactly: bool = False
+) -> Same:
+    """Any mix of requests, in one of these engines, has the answers that each has in `alone`.
+    exactly: down to the log-probabilities."""
     n_same = n_all = n_accepted = 0
 
     @settings(max_examples=max_examples, deadline=None)
@@ -105,6 +108,8 @@ def check_mixes(speculating: list[Engine], alone: Engine, max_examples: int) -> 
         n_accepted += stats.accepted_tokens - before.accepted_tokens
         for prompt, one, result in zip(prompts, params, results, strict=True):
             expected = alone.submit(prompt, one).result()
+            if exactly:
+                assert (result.tokens, result.logprobs) == (expected.tokens, expected.logprobs)
             plain = one.temperature == 0 and one.repeat_penalty == 1 and not one.logit_bias
             same, of = as_expected(expected, result, plain)
             n_same, n_all = n_same + same, n_all + of

@@ -29,7 +29,7 @@ class ByGain:
     number that was not timed yet for a few steps at first; and so are those that keep the sampling
     off the device. No step takes longer than an ITL target."""
 
-    gain: float = 0.05
+    gain: float = 0.1
 
     def __post_init__(self) -> None:
         if not self.gain >= 0:
