@@ -131,7 +131,9 @@ def test_plan_of_a_file(tiny_llama_path: Path, capsys: pytest.CaptureFixture[str
 def test_largest_context_fits_and_the_next_does_not(
     tiny_llama_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    n_ctx = plan(capsys, "-m", tiny_llama_path, "-n", 4, "--memory", "8M")["max_n_ctx"]
+    found = plan(capsys, "-m", tiny_llama_path, "-n", 4, "--memory", "8M")
+    n_ctx = found["max_n_ctx"]
+    assert found["bound"] == "host memory is full then"
     assert 0 < n_ctx < 4 * 2048
     small = replace(here(), memory=8 * 10**6)
     with Projector(tiny_llama_path) as projector:
