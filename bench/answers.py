@@ -24,7 +24,7 @@ from bench.targets import Target, worst_detail
 from bench.tools import tool
 from bench.views import Column, by_arm
 from pyllamabatch.engine.engine import Engine
-from pyllamabatch.engine.stream import Result
+from pyllamabatch.engine.results import Result
 from pyllamabatch.llama.model import Model
 from pyllamabatch.report.records import Record
 from pyllamabatch.step.sampling_params import SamplingParams

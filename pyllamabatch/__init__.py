@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyllamabatch.engine.embedder import Embedder as Embedder
     from pyllamabatch.engine.engine import Engine as Engine
+    from pyllamabatch.engine.results import Result as Result
+    from pyllamabatch.engine.results import Token as Token
     from pyllamabatch.engine.sequence import Sampled as Sampled
     from pyllamabatch.engine.sequence import Sequence as Sequence
-    from pyllamabatch.engine.stream import Result as Result
     from pyllamabatch.engine.stream import Stream as Stream
-    from pyllamabatch.engine.stream import Token as Token
     from pyllamabatch.errors import PyllamabatchError as PyllamabatchError
     from pyllamabatch.llama.batch import Batch as Batch
     from pyllamabatch.llama.context import Context as Context
@@ -40,12 +40,12 @@ _HOME = {
     "Model": "llama.model",
     "PieceDecoder": "llama.vocab",
     "PyllamabatchError": "errors",
-    "Result": "engine.stream",
+    "Result": "engine.results",
     "Sampled": "engine.sequence",
     "SamplingParams": "step.sampling_params",
     "Sequence": "engine.sequence",
     "Stream": "engine.stream",
-    "Token": "engine.stream",
+    "Token": "engine.results",
     "Vocab": "llama.vocab",
     "keep_wired": "llama.runtime",
 }

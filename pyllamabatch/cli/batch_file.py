@@ -14,7 +14,8 @@ from typing import TypeVar
 
 from pyllamabatch.cli.input_lines import InputLine
 from pyllamabatch.cli.result_file import ResultFile, Row
-from pyllamabatch.engine.stream import Result, Stream
+from pyllamabatch.engine.results import Result
+from pyllamabatch.engine.stream import Stream
 from pyllamabatch.errors import EngineClosed, FatalDecodeError, PyllamabatchError
 
 ENGINE_FAILED = (EngineClosed, FatalDecodeError)  # every other error is that of one request

@@ -22,7 +22,8 @@ from pyllamabatch.cli.options import add_shared, at_least
 from pyllamabatch.cost.profile import Shape
 from pyllamabatch.cost.rig import Rig
 from pyllamabatch.engine.engine import Engine
-from pyllamabatch.engine.stream import Result, Stream
+from pyllamabatch.engine.results import Result
+from pyllamabatch.engine.stream import Stream
 from pyllamabatch.llama.host import usable_cores
 from pyllamabatch.llama.model import Model
 from pyllamabatch.models import DefaultPrompt, default_prompts

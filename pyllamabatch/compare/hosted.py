@@ -16,7 +16,7 @@ from pyllamabatch.compare.loop import Loop
 from pyllamabatch.compare.machine_loop import open_loop
 from pyllamabatch.compare.workload import BURST, RequestTimes, Timings, Workload
 from pyllamabatch.engine.engine import Engine
-from pyllamabatch.engine.stream import Token
+from pyllamabatch.engine.results import Token
 from pyllamabatch.errors import PyllamabatchError
 from pyllamabatch.llama.model import Model
 from pyllamabatch.report import facts

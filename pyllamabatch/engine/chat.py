@@ -13,7 +13,8 @@ from ..llama.chat_message import ChatDelta, ChatMessage, MessageReader
 from ..step.json_schema import schema_text
 from ..step.sampling_params import SamplingParams
 from .options import Options
-from .stream import FinishReason, Result, Stream
+from .results import FinishReason, Result
+from .stream import Stream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

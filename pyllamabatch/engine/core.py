@@ -37,10 +37,11 @@ from .output_processor import OutputProcessor
 from .protocols import Device, StepRunner
 from .recovery import Recovery
 from .request import Request
+from .results import FinishReason
 from .signals import DeferredSignals
 from .slot_table import SlotTable
 from .step_calls import StepCalls
-from .stream import FinishReason, Stream
+from .stream import Stream
 from .stream_sink import StreamSink
 
 log = logging.getLogger(__name__)

@@ -33,9 +33,10 @@ from .embedding_core import Vectors
 from .input_processor import InputProcessor, Prompt
 from .memory_watch import MemoryWatch
 from .options import BatchInvariant, EngineOptions, Options, policy_of
+from .results import Chunk, Result, Token
 from .sequence import Sequence as InteractiveSequence
 from .stats import EngineStats, SlotState, slots_of, stats_of
-from .stream import Chunk, Result, Stream, Token
+from .stream import Stream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

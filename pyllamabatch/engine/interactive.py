@@ -17,9 +17,9 @@ from ..step.types import Finish
 from . import snapshot
 from .kv_executor import KvExecutor
 from .request import Request, Sink, Tokens
+from .results import FinishReason
 from .slot_table import SlotTable
 from .snapshot import Saved
-from .stream import FinishReason
 
 NONE = int(Finish.NONE)
 Token = tuple[int, float | None, int]

@@ -22,7 +22,8 @@ from typing import Any, Protocol
 from ..step.ring_reader import Page
 from ..step.trace import StepTrace
 from .protocols import RingReader
-from .stream import FinishReason, Stream
+from .results import FinishReason
+from .stream import Stream
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from ..errors import QueueFull
-from .stream import Chunk, Result, Stream
+from .results import Chunk, Result
+from .stream import Stream
 
 if TYPE_CHECKING:
     from .core import EngineCore

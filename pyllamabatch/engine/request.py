@@ -12,7 +12,7 @@ from ..errors import SamplingError
 from ..step.sampling_params import SamplingParams
 from ..step.types import Finish
 from .options import DEFAULTS, RequestOptions
-from .stream import FinishReason
+from .results import FinishReason
 
 Tokens = npt.NDArray[np.int32]
 

@@ -8,8 +8,9 @@ from ..errors import SamplingError
 from ..step.types import Finish
 from .output_processor import OutputProcessor
 from .request import Request, Sink
+from .results import FinishReason
 from .slot_table import SlotTable
-from .stream import FinishReason, Stream
+from .stream import Stream
 
 
 class StreamSink(Sink):

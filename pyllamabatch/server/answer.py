@@ -17,7 +17,8 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..engine.stream import Chunk, Result, Stream
+from ..engine.results import Chunk, Result
+from ..engine.stream import Stream
 from . import errors
 from .errors import ApiError, json_response
 from .security import ApiKeys, Cors

@@ -11,7 +11,8 @@ from fastapi import Request
 from pydantic import Field
 from starlette.responses import Response
 
-from ..engine.stream import Chunk, Result, Stream, Token
+from ..engine.results import Chunk, Result, Token
+from ..engine.stream import Stream
 from ..llama.chat import ChatOptions
 from ..llama.chat_message import ChatDelta, ToolCallDelta
 from . import bodies, tokens

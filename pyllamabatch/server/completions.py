@@ -10,7 +10,8 @@ from fastapi import Request
 from pydantic import Field
 from starlette.responses import Response
 
-from ..engine.stream import Chunk, Result, Stream
+from ..engine.results import Chunk, Result
+from ..engine.stream import Stream
 from . import bodies, tokens
 from .answer import respond
 from .bodies import SamplingBody

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..engine.chat import end
-from ..engine.stream import Result
+from ..engine.results import Result
 from ..llama.chat import ChatOptions, ChatPrompt
 from ..llama.chat_message import ChatDelta, MessageReader
 from ..step.json_schema import schema_text

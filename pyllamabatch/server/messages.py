@@ -12,7 +12,8 @@ from fastapi import Request
 from pydantic import Field
 from starlette.responses import Response
 
-from ..engine.stream import Chunk, Result, Stream
+from ..engine.results import Chunk, Result
+from ..engine.stream import Stream
 from ..llama.chat import ChatOptions
 from ..llama.chat_message import ChatDelta
 from ..llama.json_limits import check_nesting

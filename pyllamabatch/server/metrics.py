@@ -11,8 +11,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from ..engine.results import Result
 from ..engine.stats import EngineStats
-from ..engine.stream import Result
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric

@@ -13,7 +13,8 @@ from fastapi import Request
 from pydantic import Field
 from starlette.responses import Response
 
-from ..engine.stream import Chunk, Result, Stream, Token
+from ..engine.results import Chunk, Result, Token
+from ..engine.stream import Stream
 from ..errors import UnsupportedOperation
 from ..step.sampling_params import SamplingParams
 from . import bodies, tokens

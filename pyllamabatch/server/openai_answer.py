@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import orjson
 
-from ..engine.stream import Result
+from ..engine.results import Result
 from . import tokens
 from .answer import DONE, Answer, event
 from .bodies import SamplingBody

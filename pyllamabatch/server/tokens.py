@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..engine.stream import Result, Token
+from ..engine.results import Result, Token
 
 if TYPE_CHECKING:
     from .bodies import StreamOptions

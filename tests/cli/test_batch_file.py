@@ -17,7 +17,7 @@ import pytest
 from pyllamabatch.cli.batch_file import BatchFile
 from pyllamabatch.cli.input_lines import InputLine, digest, read_lines
 from pyllamabatch.cli.result_file import ResultFile, Row, result_file
-from pyllamabatch.engine.stream import Result
+from pyllamabatch.engine.results import Result
 from pyllamabatch.errors import ArgumentError, EngineClosed
 
 N = 60

@@ -12,7 +12,7 @@ import pytest
 
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.engine.relays import Relay
-from pyllamabatch.engine.stream import Chunk
+from pyllamabatch.engine.results import Chunk
 from pyllamabatch.errors import ArgumentError, EngineClosed, RequestTooLong
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams

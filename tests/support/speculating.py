@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyllamabatch.engine.engine import Engine
-from pyllamabatch.engine.stream import Result
+from pyllamabatch.engine.results import Result
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler.policies.composed import ComposedPolicy
 from pyllamabatch.scheduler.policy import PlanBuilder, Speculation
