@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -145,17 +146,29 @@ def test_what_it_takes_does_happen(embedded_model: Model, embedded_bits: Alone) 
     ],
 )
 @pytest.mark.parametrize("attention", ["enabled", "disabled"])
-def test_architectures_and_types(name: str, file_type: str, attention: str) -> None:
-    path = gguf_path(name) if file_type == "f32" else gguf_path(name, file_type)
+@settings(max_examples=2, deadline=None)
+@given(
+    order=st.lists(st.integers(0, N_PROMPTS - 1), min_size=4, max_size=8),
+    seed=st.integers(0, 2**32 - 1),
+    n_seq_max=st.integers(2, 6),
+)
+def test_architectures_and_types(
+    name: str, file_type: str, attention: str, order: list[int], seed: int, n_seq_max: int
+) -> None:
     own: dict[str, Any] = {"flash_attn_type": attention}
-    with Model(path) as model:
-        known = alone(model, **own)
-        with (
-            engine_of(model, n_seq_max=5, policy=AnyPolicy(7), **own) as engine,
-            recorded(engine) as bits,
-        ):
-            results = mixed(engine, [*range(N_PROMPTS)][::-1], random.Random(1))
-            assert_alone(results, bits, known)
+    known, policy = known_of(name, file_type, attention), AnyPolicy(seed)
+    with (
+        Model(gguf_path(name, file_type)) as model,
+        engine_of(model, n_seq_max=n_seq_max, policy=policy, **own) as engine,
+        recorded(engine) as bits,
+    ):
+        assert_alone(mixed(engine, order, random.Random(seed)), bits, known)
+
+
+@cache
+def known_of(name: str, file_type: str, attention: str) -> Alone:
+    with Model(gguf_path(name, file_type)) as model:
+        return alone(model, flash_attn_type=attention)
 
 
 def test_what_it_says_of_itself(embedded_model: Model) -> None:
