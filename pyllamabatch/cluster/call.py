@@ -21,7 +21,7 @@ Head = tuple[int, list[tuple[bytes, bytes]]]
 
 
 class Place(NamedTuple):
-    """Where an answer can be fetched, once: whoever connects and sends the ticket gets the head, a
+    """Where an answer can be fetched, once: who connects and sends the ticket gets the head, a
     line, and then the bytes of the body."""
 
     host: str

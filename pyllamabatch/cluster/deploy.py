@@ -125,7 +125,7 @@ def running(open_app: OpenApp, options: FleetOptions, server: ServerOptions) -> 
     """Replicas that run, on the Ray cluster of `RAY_ADDRESS` or one of this machine, and a front
     for an event loop of this process. Afterwards they are gone."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # else replicas give way to all others
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else all others go before replicas
     here = not os.environ.get("RAY_ADDRESS")
     own: dict[str, Any] = {}
     if here:  # not one that `ray start` has made on this machine
