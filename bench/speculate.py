@@ -114,6 +114,7 @@ def view(records: Sequence[Record]) -> str:
     columns = (
         Column("right of drafted", "right", ".2f"),
         Column("tokens a step and sequence", "per_step", ".2f"),
+        Column("rows a token", "rows_a_token", ".2f"),
         Column("all in, tokens/s", "all_in", ".1f"),
         Column("CPU ms a token", "cpu_ms", ".2f"),
         Column("s until all had a token", lambda record: record.t_pp, ".2f"),

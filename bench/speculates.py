@@ -64,6 +64,7 @@ class Speculates(Clients):
             detail["right"] = counts["accepted"] / counts["drafted"]
         if counts.get("sequence_steps"):
             detail["per_step"] = n_all / counts["sequence_steps"]
+            detail["rows_a_token"] = counts["decode_rows"] / n_all
         return Measured(there - began, case.tg * n / speed, detail=detail | counts)
 
     def give_up(self) -> None:
@@ -93,6 +94,7 @@ class EngineSpeculates(Speculates, EngineClients):
         return {
             "drafted": float(stats.drafted_tokens),
             "accepted": float(stats.accepted_tokens),
+            "decode_rows": float(stats.decode_rows),
             "sequence_steps": float(sum(n * steps for n, steps in stats.fill.items())),
         }
 

@@ -119,6 +119,8 @@ def test_speculate_asks_both_arms_the_same_texts(run: Run) -> None:
         assert 2 < off.detail["tokens"] == ngram.detail["tokens"] <= 24
         assert off.detail["drafted"] == off.detail["accepted"] == 0
         assert ngram.detail["accepted"] <= ngram.detail["drafted"]
+        assert 0 < off.detail["rows_a_token"] <= 1
+        assert ngram.detail["rows_a_token"] >= off.detail["rows_a_token"]
 
 
 def test_speculate_knows_answers_as_often_as_it_is_told(run: Run) -> None:
