@@ -16,6 +16,7 @@ constexpr float GRAPH_MOST = 1, APART_MOST = 8;
 constexpr float   DEAR = 0.1f;
 constexpr int32_t SETTLED = 2;
 constexpr float   GRAPH_STEPS = 2;
+constexpr float   GRAPH_SHARE = 1.0f / 16; // of what a new one takes, in the step that begins with it
 
 } // namespace
 
@@ -41,8 +42,8 @@ void draft_prices::views(plb_drafts & out) {
 // Whether a step of so many rows gives more tokens a second than `best`, which it becomes, and can't lose
 // more than the credit.
 bool draft_prices::better(float tokens, int32_t n_rows, float a_token, float & best) const {
-    const float seconds = seconds_[(size_t) n_rows], more = graph(n_rows);
-    if (!(seconds > 0) || worst_[(size_t) n_rows] + more - tokens * a_token > credit_ ||
+    const float seconds = seconds_[(size_t) n_rows], whole = graph(n_rows), more = whole * graph_share_;
+    if (!(seconds > 0) || worst_[(size_t) n_rows] + whole - tokens * a_token > credit_ ||
         tokens <= best * (seconds + more)) {
         return false;
     }
@@ -60,7 +61,16 @@ int32_t draft_prices::choose(std::vector<draft_offer> & offers, int32_t width, b
     }
     const float a_token = seconds_[(size_t) width] / (float) offers.size();
     const float best = (1 + gain_) / a_token;
-    return even ? choose_even(offers, width, a_token, best) : choose_each(offers, width, a_token, best);
+    // Where the graph that is there does not pay, a new one may in the steps to come.
+    int32_t n_rows = width;
+    for (const float share : {1.0f, GRAPH_SHARE}) {
+        graph_share_ = share;
+        n_rows = even ? choose_even(offers, width, a_token, best) : choose_each(offers, width, a_token, best);
+        if (n_rows > width || !(graph_ > 0)) {
+            break;
+        }
+    }
+    return n_rows;
 }
 
 int32_t draft_prices::choose_even(std::vector<draft_offer> & offers, int32_t width, float a_token,

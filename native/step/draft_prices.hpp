@@ -62,6 +62,7 @@ private:
     float   credit_   = 0;
     float   gain_     = 0;
     float   graph_    = 0;
+    float   graph_share_ = 1;
     int32_t graph_rows_     = 0;     // rows that the last step with drafts had, whose graph is there
     int32_t n_same_   = 0;     // steps with that graph since it was new
     int32_t n_before_ = 0;     // rows of the step before, if it had drafts

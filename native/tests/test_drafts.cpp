@@ -146,6 +146,16 @@ void a_dear_graph_stays() {
     CHECK(prices.choose(offers, 4, false) == 4 && offers[0].chosen == 0);
 }
 
+void a_new_graph_pays_in_the_steps_to_come() {
+    draft_prices prices(N_ROWS);
+    plb_drafts views = priced(prices, 1, 0.05f, 100);
+    *views.new_graph = 5; // more than one step can give
+    std::vector<draft_offer> offers = {{GOOD.data(), 4, 0}};
+    CHECK(prices.choose(offers, 1, false) == 5 && prices.choose(offers, 1, true) == 5);
+    *views.credit = 1; // less than it takes
+    CHECK(prices.choose(offers, 1, false) == 1 && prices.choose(offers, 1, true) == 1);
+}
+
 void drafts_tell_how_long_their_match_is() {
     const std::vector<llama_token> prompt = {4, 5, 6, 7, 8, 20, 5, 6, 7, 9, 20, 4, 5, 6, 7};
     plb::ngram ngram(prompt.data(), (int32_t) prompt.size(), 8);
@@ -245,6 +255,7 @@ int main() {
     what_is_asked_bounds_them();
     steps_are_timed_and_paid_for();
     a_dear_graph_stays();
+    a_new_graph_pays_in_the_steps_to_come();
     drafts_tell_how_long_their_match_is();
     texts_that_have_ended_are_drafted_from();
     a_simulation_decides_the_same();

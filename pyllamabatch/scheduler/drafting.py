@@ -34,6 +34,7 @@ LATELY = 60.0
 
 Seconds = npt.NDArray[np.float64]
 
+_CALM = 64  # steps without drafts after which they are sampled where that is cheapest
 _NEAR = 0.25  # octaves of rows: how far the times of one number of rows speak for another one
 _COUNTS = 16  # steps: what was known counts as so many new ones at most
 _TRUSTED = 4000  # steps: what was observed longer ago is no more known
@@ -134,6 +135,7 @@ class Drafting:
         self._gained = 0.0  # seconds, less what was lost
         self._seconds = ADVANCE  # of all steps that might have had drafts
         self._owner = np.zeros(n_slots, dtype=np.int64)  # id + 1 of the sequence that it is of
+        self._calm: dict[int, int] = {}  # steps of calls that could have no drafts, by width
         self._found = np.zeros((n_slots, n))
         self._right = np.zeros((n_slots, n))
 
@@ -163,6 +165,8 @@ class Drafting:
                 self.times.observe(n_rows, n, float(drafted.seconds_timed[n_rows]) / n / said)
         self._seconds += drafted.seconds
         width = self._width(slots)
+        if not asked:
+            self._calm[width] = self._calm.get(width, 0) + n_steps
         gained = 0.0
         if drafted.credit is not None:
             gained = drafted.credit - self.credit
@@ -201,6 +205,9 @@ class Drafting:
         def prices() -> Prices | None:
             # a step without drafts has at least `width` rows, and with padding more
             if cost is None or not self.times.knows(width, max(width, limits.n_seq_max)):
+                return None
+            # else they would be compared with steps that are sampled on the host as well
+            if limits.drafts_move_sampling and self._calm.get(width, 0) < _CALM:
                 return None
             rows = range(room + 1)
             said = np.array([cost.predict(n_rows, 0, kv, n) if n_rows else 0.0 for n_rows in rows])

@@ -234,6 +234,21 @@ def test_nor_do_drafts_that_take_time() -> None:
     assert 0 < lost < LOSS * (total + ADVANCE) + worst
 
 
+def test_where_drafts_move_the_sampling_steps_without_come_first() -> None:
+    drafting = Drafting(replace(LIMITS, drafts_move_sampling=True), 8)
+    slots, owner, shares = np.array([0], np.int32), np.array([1]), np.zeros((8, 4))
+    seen = []
+    for asked in (True, False, False):
+        timed = np.bincount([1], minlength=9) * 32
+        drafted = Drafted(slots, 32, 0, 0, shares, shares, 0.3, timed, 0.01 * timed)
+        drafting.observe(slots, owner, drafted, 32, 100, Linear(), asked=asked)  # type: ignore[arg-type]
+        limits = replace(LIMITS, drafts_move_sampling=True)
+        drafts = drafting.view(slots, owner, np.array([9]), 100.0, limits, Linear())  # type: ignore[arg-type]
+        assert drafts.prices is not None
+        seen.append(drafts.prices() is not None)
+    assert seen == [False, False, True]
+
+
 def scheduler(speculate: Any, limits: Limits = LIMITS) -> Scheduler:
     made = Scheduler(limits, ComposedPolicy(repeat=2**31, speculate=speculate))
     for id in (1, 2):
