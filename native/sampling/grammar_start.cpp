@@ -87,14 +87,17 @@ void set_grammar(plb_slot & slot, const llama_vocab * vocab, const plb_sampling 
     const plb_grammar_start start = sampling.grammar_start ? *sampling.grammar_start : plb_grammar_start{};
     const tokens triggers = copied(vocab, start.tokens, start.n_tokens);
     check_patterns(start);
-    if (!start.lazy) {
-        slot.grammar.reset(llama_sampler_init_grammar(vocab, sampling.grammar, "root"));
-    } else if (start.n_patterns + start.n_tokens == 0) {
+    if (start.lazy && start.n_patterns + start.n_tokens == 0) {
         throw failure{PLB_E_SAMPLING, "grammar_start: a lazy grammar needs a trigger"};
-    } else {
-        slot.grammar.reset(llama_sampler_init_grammar_lazy_patterns(
-            vocab, sampling.grammar, "root", const_cast<const char **>(start.patterns),
-            (size_t) start.n_patterns, triggers.data(), triggers.size()));
+    }
+    try {
+        slot.grammar.reset(
+            start.lazy ? llama_sampler_init_grammar_lazy_patterns(
+                             vocab, sampling.grammar, "root", const_cast<const char **>(start.patterns),
+                             (size_t) start.n_patterns, triggers.data(), triggers.size())
+                       : llama_sampler_init_grammar(vocab, sampling.grammar, "root"));
+    } catch (const std::runtime_error & error) { // it begins in too many ways
+        throw failure{PLB_E_GRAMMAR, error.what()};
     }
     memory.check(); // libllama would call it a grammar that does not parse
     if (!slot.grammar) {

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from math import ceil
+from math import ceil, floor
 from pathlib import Path
 from typing import Any
 
@@ -178,9 +178,16 @@ def _fleet_options(args: argparse.Namespace) -> Any:
         n_seq_max=args.parallel,
         max_open=args.parallel + args.max_waiting,
     )
-    if args.machine:  # it has as many GPUs as are asked for
-        return replace(options, n_gpus=ceil(options.max_replicas * args.gpus_per_replica))
+    if args.machine:
+        return replace(options, n_gpus=_n_gpus(options.max_replicas, args.gpus_per_replica))
     return options
+
+
+def _n_gpus(replicas: int, each: float) -> int:
+    """As many as a profile machine has to have. A share of one is not spread over two."""
+    if 0 < each < 1:
+        return ceil(replicas / floor(1 / each))
+    return replicas * ceil(each)
 
 
 def _options(args: argparse.Namespace, lora_paths: Mapping[str, str] | None = None) -> Any:

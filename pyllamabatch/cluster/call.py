@@ -15,6 +15,7 @@ from ..server.answer import HELD_BEGIN, WRITES, Write
 
 LINE_BYTES = 2**20  # of a head, at most
 TICKET_BYTES = 16
+CONNECT_SECONDS = 10.0
 PAGE = "page"  # the key of what is asked without a body: always the same replica's
 Head = tuple[int, list[tuple[bytes, bytes]]]
 """A status and the headers."""
@@ -29,8 +30,13 @@ class Place(NamedTuple):
     ticket: bytes
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """OSError."""
-        reader, writer = await asyncio.open_connection(self.host, self.port, limit=LINE_BYTES)
+        """Raises OSError with the address."""
+        opening = asyncio.open_connection(self.host, self.port, limit=LINE_BYTES)
+        try:
+            reader, writer = await asyncio.wait_for(opening, CONNECT_SECONDS)
+        except (OSError, asyncio.TimeoutError) as error:
+            why = str(error) or f"nothing after {CONNECT_SECONDS:g} s"
+            raise ConnectionError(f"no connection to {self.host}:{self.port}: {why}") from None
         writer.write(self.ticket)
         return reader, writer
 

@@ -126,6 +126,8 @@ def running(open_app: OpenApp, options: FleetOptions, server: ServerOptions) -> 
     for an event loop of this process. Afterwards they are gone."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # else all others go before replicas
+    if options.n_gpus is not None:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # would name other GPUs
     here = not os.environ.get("RAY_ADDRESS")
     own: dict[str, Any] = {}
     if here:  # not one that `ray start` has made on this machine

@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 
 TRIES = 3
 PART_BYTES = 2**16
+EVENT_END = b"\n\n"
+END_SECONDS = 60.0  # until Ray knows why an answer was cut off
 LOST = (
     RayActorError, ActorUnschedulableError, ReplicaUnavailableError, DeploymentUnavailableError,
+    OSError,
 )  # fmt: skip
 """The replica has gone, not its answer."""
 
@@ -120,18 +123,22 @@ class Front:
                 lost = error
             if sent.began:
                 break
-        message = "the replica that computed this answer is gone: " + type(lost).__name__
+        why = str(lost) if isinstance(lost, OSError) else type(lost).__name__
+        message = f"the replica that computed this answer is gone: {why}"
         raise ApiError(503, message, "unavailable_error", code="replica_lost")
 
     async def _parts(self, call: RoutedCall) -> AsyncGenerator[Head | bytes, None]:
-        """The head and the bytes of the answer. What ends it too early is Ray's to say."""
+        """The head and the bytes of the answer."""
         response = self._handle.options(stream=True).remote(call)
         try:
             place: Place = await anext(response)
-            async for part in fetched(place):
-                yield part
-            async for _ in response:  # its end
-                pass
+            ended = asyncio.ensure_future(anext(response))
+            try:
+                async with aclosing(fetched(place, ended)) as parts:
+                    async for part in parts:
+                        yield part
+            finally:
+                ended.cancel()
         except (GeneratorExit, asyncio.CancelledError):  # the client has left
             response.cancel()
             raise
@@ -142,22 +149,31 @@ class Front:
         return await asyncio.to_thread(summed, texts)
 
 
-async def fetched(place: Place) -> AsyncGenerator[Head | bytes, None]:
-    """All that comes from there."""
+async def fetched(place: Place, ended: asyncio.Future[int]) -> AsyncGenerator[Head | bytes, None]:
+    """All that comes from there until `ended`: how many bytes that was. Raises what `ended` fails
+    with, also where the connection does not tell; OSError where not all has come."""
+    reader, writer = await place.connect()
+
+    def failed(ended: asyncio.Future[int]) -> None:
+        if ended.cancelled() or ended.exception() is not None:
+            writer.transport.abort()
+
+    ended.add_done_callback(failed)
+    n = 0
     try:
-        reader, writer = await place.connect()
-    except OSError:
-        return
-    try:
-        if not (line := await reader.readline()).endswith(b"\n"):
-            return
-        yield head_of(line)
+        if (line := await reader.readline()).endswith(b"\n"):
+            n = len(line)
+            yield head_of(line)
         while part := await reader.read(PART_BYTES):
+            n += len(part)
             yield part
     except OSError:
-        pass
+        pass  # `ended` knows more
     finally:
         writer.close()
+    done, _ = await asyncio.wait((ended,), timeout=END_SECONDS)
+    if not done or n != ended.result():
+        raise ConnectionError(f"an answer from {place.host}:{place.port} was cut off")
 
 
 class Sent:
@@ -170,12 +186,14 @@ class Sent:
         self._send = send
         self._head: Any = (500, [])
         self._write: Write | None = None  # for parts, where they need no message
+        self._within = False  # an event: a part ends anywhere
 
     async def part(self, part: Any) -> None:
         if not isinstance(part, bytes):
             self._head = part
             return
         await self._begin()
+        self._within = not part.endswith(EVENT_END)
         if self._write is None:
             await self._send({"type": "http.response.body", "body": part, "more_body": True})
         elif (blocked := self._write(part)) is not None:
@@ -198,7 +216,8 @@ class Sent:
         if dict(self._head[1]).get(b"content-type", b"").startswith(b"text/event-stream"):
             anthropic = self._path.startswith(ANTHROPIC)
             values = {"type": "error", **error.body}
-            await self.part(named_event("error", values) if anthropic else event(error.body))
+            last = named_event("error", values) if anthropic else event(error.body)
+            await self.part(EVENT_END + last if self._within else last)
             await self.end()
             return
         raise error

@@ -28,10 +28,11 @@ FETCH_SECONDS = 30.0
 
 
 class Waiting(NamedTuple):
-    """An answer that a front is to fetch. `task`: what writes it there."""
+    """An answer that a front is to fetch. `task`: what writes it there, and returns how
+    many bytes."""
 
     call: RoutedCall
-    task: asyncio.Future[asyncio.Task[None]]
+    task: asyncio.Future[asyncio.Task[int]]
 
 
 class Replica:
@@ -44,27 +45,34 @@ class Replica:
         self._waiting: dict[bytes, Waiting] = {}
         self._listening: asyncio.Task[asyncio.Server] | None = None
 
-    async def __call__(self, call: RoutedCall) -> AsyncGenerator[Place, None]:
-        """Where the answer is to be fetched. Ends with it, and raises what the application does."""
-        if self._listening is None:
-            host = ray.util.get_node_ip_address()
-            self._listening = asyncio.create_task(asyncio.start_server(self._fetched, host, 0))
-        host, port = (await self._listening).sockets[0].getsockname()[:2]
+    async def __call__(self, call: RoutedCall) -> AsyncGenerator[Place | int, None]:
+        """Where the answer is to be fetched; at its end, how many bytes were sent. Raises what the
+        application does."""
+        host, port = (await self._server()).sockets[0].getsockname()[:2]
         ticket = secrets.token_bytes(TICKET_BYTES)
         waiting = self._waiting[ticket] = Waiting(call, asyncio.get_running_loop().create_future())
         try:
             yield Place(host, port, ticket)
-            writing = await asyncio.wait_for(waiting.task, FETCH_SECONDS)
-            await writing
+            yield await (await asyncio.wait_for(waiting.task, FETCH_SECONDS))
         finally:
             self._waiting.pop(ticket, None)
             if waiting.task.done() and not waiting.task.cancelled():
                 waiting.task.result().cancel()
 
+    async def _server(self) -> asyncio.Server:
+        listening = self._listening
+        if listening is None or (listening.done() and listening.exception() is not None):
+            host = ray.util.get_node_ip_address()
+            listening = asyncio.create_task(asyncio.start_server(self._fetched, host, 0))
+            self._listening = listening
+        return await asyncio.shield(listening)  # others wait for it, too
+
     async def _fetched(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A front has come. It leaves by closing its connection."""
+        writer.transport.set_write_buffer_limits(0)  # what is written is sent when `drain` returns
         try:
-            ticket = await reader.readexactly(TICKET_BYTES)
+            asked = reader.readexactly(TICKET_BYTES)
+            ticket = await asyncio.wait_for(asked, FETCH_SECONDS)
             waiting = self._waiting.pop(ticket, None)
             if waiting is None or waiting.task.done():
                 return
@@ -72,18 +80,24 @@ class Replica:
             waiting.task.set_result(writing)
             leaving = asyncio.create_task(reader.read())
             await asyncio.wait((writing, leaving), return_when=asyncio.FIRST_COMPLETED)
-            leaving.cancel()
             writing.cancel()
-        except asyncio.IncompleteReadError:
+            leaving.cancel()
+            await asyncio.gather(leaving, return_exceptions=True)
+        except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError):
             pass  # it was no front
         finally:
             writer.close()
 
-    async def _write(self, call: RoutedCall, writer: asyncio.StreamWriter) -> None:
+    async def _write(self, call: RoutedCall, writer: asyncio.StreamWriter) -> int:
+        """How many bytes."""
+        n = 0
         async with aclosing(answer(self._app, call)) as parts:
             async for part in parts:
-                writer.write(part if isinstance(part, bytes) else head_line(part))
+                data = part if isinstance(part, bytes) else head_line(part)
+                n += len(data)
+                writer.write(data)
                 await writer.drain()
+        return n
 
     def check_health(self) -> None:
         """RuntimeError where the engine has ended: Ray makes another replica."""

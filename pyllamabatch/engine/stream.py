@@ -101,6 +101,7 @@ class Stream:
     def __iter__(self) -> Iterator[Token]:
         index = 0
         while True:
+            self._check_process()
             with self._lock:
                 self._wait_for_more(index)
                 n_decided = self._feed.n_decided
@@ -145,8 +146,7 @@ class Stream:
     def wait(self, timeout: float | None = None) -> Result:
         """The result once it is there, also when it is an error. TimeoutError when it takes longer
         than `timeout` seconds, EngineClosed in a forked child."""
-        if (host := self._host) is not None:
-            host.process.check()
+        self._check_process()
         with self._lock:
             if not self._end.wait_for(lambda: self._result is not None, timeout):
                 raise TimeoutError(f"request {self.id} is not done after {timeout} s")
@@ -171,6 +171,7 @@ class Stream:
     def add_done_callback(self, callback: Callable[[Stream], Any]) -> None:
         """`callback(stream)` is called once, when the request has ended: by the engine's output
         thread, so it must be quick, or at once when it has ended already."""
+        self._check_process()
         with self._lock:
             if self._result is None:
                 self._callbacks.append(callback)
@@ -352,6 +353,7 @@ class Stream:
     def _next_chunk(self, index: int, call: Callable[[], None]) -> Chunk | None:
         """What is decided from `index` on; an empty chunk is the end. None: nothing yet. Unless it
         is the end, `call()` once when there may be more, with the lock held."""
+        self._check_process()
         with self._lock:
             while True:
                 self._catch_up()
@@ -403,11 +405,16 @@ class Stream:
     def _watch(self) -> None:
         """The output processor fetches what is new. A reader that does not wait for it finds it
         the next time."""
+        self._check_process()
         host = self._host
         if host is not None:
-            host.process.check()
             self._is_waited_for = True
             host.watch(self)
+
+    def _check_process(self) -> None:
+        """EngineClosed in a forked child, where the lock may be held for ever."""
+        if (host := self._host) is not None:
+            host.process.check()
 
     def _token(self, i: int) -> Token:
         return Token(

@@ -51,7 +51,9 @@ class ThreadWatch:
     def took(self, call: Step, run: Run) -> bool:
         """After it. Returns whether another one like it may go on without `begin`."""
         choice = self._choice(call)
-        if choice is not None and run.n_steps and not run.n_drafted:
+        if choice is not None and run.n_drafted:
+            choice.give_up()
+        elif choice is not None and run.n_steps:
             choice.took(run.n_steps, run.seconds, perf_counter())
         return self._wanted(choice) == self._now
 
@@ -109,6 +111,11 @@ class ThreadChoice:
                 self._decide(now)
         elif now >= self.trial_at:
             self._compare()
+
+    def give_up(self) -> None:
+        """A trial whose next steps can't be compared with those before. Another one follows."""
+        if self.other:
+            self.other, self.n_done, self.seconds = 0, 0, 0.0
 
     def _compare(self) -> None:
         n, most = self.n, self.n_most

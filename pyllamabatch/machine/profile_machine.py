@@ -58,8 +58,8 @@ class ProfileMachine:
             hint = f"did you mean {near[0]}? " if near else ""
             raise ArgumentError("machine", str(name), f"{hint}a profile: {', '.join(known)}")
         profile = load_profile(str(name))
-        names = path.stem, _digest(profile.to_json()), os.environ.get("CUDA_VISIBLE_DEVICES")
-        return cls(profile, "-".join(filter(None, names)))
+        gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        return cls(profile, f"{path.stem}-{_digest(profile.to_json() + gpu)}")
 
     @property
     def on_gpu(self) -> bool:

@@ -1,8 +1,10 @@
 """Drafts in virtual time: what each step of a call has of them, and what comes of it.
 
-A step decides as the native one does (`plb_draft_rows` in native/plb.h), by the prices of the plan.
-Of a request's drafted tokens the next one is right with its acceptance as probability, be it the
-first or the fourth; a draft is found in every step. The same request has the same luck in any run.
+A step decides as the native one does (`plb_draft_rows` in native/step/plb_drafts.h), by the prices
+of the plan; but a live step leans to the number of rows that the last one had, whose graph is
+there, and a simulated one does not. Of a request's drafted tokens the next one is right with its
+acceptance as probability, be it the first or the fourth; a draft is found in every step. The same
+request has the same luck in any run.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
+from pyllamabatch.cli.serve import _n_gpus
 from pyllamabatch.cluster.call import Head, RoutedCall, answer, head_line, head_of, routed_by
 from pyllamabatch.cluster.metrics import summed
 from pyllamabatch.scheduler.router import BYTES_PER_TOKEN, PrefixAffinity
@@ -112,3 +113,10 @@ def test_metrics_of_two_servers() -> None:
     assert summed([text % (1, 0.2, 3), text % (4, 0.6, 5)]).decode().splitlines() == [
         "# TYPE n counter", "n 5.0", "use_perc 0.4", 'h_bucket{le="0.1"} 8.0',
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("replicas", "each", "n"), [(2, 1, 2), (3, 0.6, 3), (4, 0.5, 2), (2, 0, 0)]
+)
+def test_gpus_of_a_profile_machine(replicas: int, each: float, n: int) -> None:
+    assert _n_gpus(replicas, each) == n

@@ -88,6 +88,17 @@ def test_steps_that_had_drafts_have_as_many_as_those_without(machine: Machine) -
     assert N not in machine.compute(1, drafted=5)
 
 
+def test_a_trial_ends_where_drafts_begin(machine: Machine) -> None:
+    for _ in range(1000):
+        if machine.threads[1] != N:
+            break
+        machine.compute(0.1, at_once=1)
+    assert machine.watch.tries
+    shares = machine.compute(60, at_once=8, drafted=5)
+    assert shares[N] > 0.99
+    assert not machine.watch.tries
+
+
 def test_a_call_that_goes_on_ends_where_threads_change(machine: Machine) -> None:
     step = decodes(1)
     machine.watch.begin(step, 1)

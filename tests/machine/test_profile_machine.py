@@ -45,13 +45,13 @@ def test_answers_say_that_they_are_of_no_model(engine: Engine) -> None:
 
 def test_each_visible_gpu_is_one_of_its_own(fast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = set()
-    for gpu in ("", "0", "1"):
+    for gpu in ("", "0", "1", "MIG-GPU-1/2/0"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpu)
         a, b = ProfileMachine.named(fast), ProfileMachine.named(fast)
         end = a.queue.reserve(30.0, 0)[1]
         assert b.queue.reserve(0.0, 0)[0] == end  # the same GPU
         names.add(a.name)
-    assert len(names) == 3
+    assert len(names) == 4
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert ProfileMachine.named(fast).name in names
 

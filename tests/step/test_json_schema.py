@@ -175,6 +175,12 @@ ROW_OF_EMPTY = "^" + "(a|b)*" * 2000 + "$"
 REPEATED_REPETITIONS = "^" + "(" * 8 + "a" + "{1,9})" * 8 + "$"
 
 
+def test_a_grammar_that_begins_in_too_many_ways_is_refused(engine: Engine) -> None:
+    grammar = "root ::= " + "(" * 6 + '"a"?' + "){0,9}" * 6
+    with pytest.raises(GrammarError, match="in too many ways"):
+        engine.submit("x", SamplingParams(grammar=grammar))
+
+
 @pytest.mark.parametrize("pattern", [ROW_OF_EMPTY, REPEATED_REPETITIONS])
 def test_too_many_ways_to_go_on_end_one_answer(engine: Engine, pattern: str) -> None:
     """Not the time of those beside it (`vendor/patches/llama-grammar-work.patch`)."""
