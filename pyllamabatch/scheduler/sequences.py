@@ -100,7 +100,7 @@ class Sequences:
             0,
             view.generated,
             False,
-            view.prefix,
+            NO_PREFIX,  # that of its last start may be longer than what was left by a trim
             view.preemptions + 1,
             self._counters.steps,
         )

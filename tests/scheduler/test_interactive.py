@@ -307,3 +307,17 @@ def test_cells_and_counters_agree_whatever_the_owners_do(
             scheduler.ask(id)
             machine.run()
             assert machine.generated[id] == before + 1
+
+
+def test_it_is_computed_when_it_is_preempted_with_less_than_it_had_begun_with() -> None:
+    """It runs, has begun with 39 tokens, is trimmed to 20 and asked, and gives its slot up."""
+    machine = swapped()
+    machine.extend(1, 10)
+    machine.run()
+    assert machine.scheduler.sequence(1).prefix.hit == 39
+    machine.trim(1, 20)
+    machine.scheduler.ask(1)
+    machine.preempt(1)
+    assert machine.scheduler.n_waiting == 1
+    machine.run()
+    assert (cells(machine), machine.generated, len(machine.tokens[1])) == ({1: 20}, {1: 1}, 21)
