@@ -55,6 +55,7 @@ def check(model: Model, known: Alone, order: Sequence[int], seed: int, **options
     with engine_of(model, speculate=drafter, **options) as engine:
         with recorded(engine) as bits:
             assert_alone(mixed(engine, order, random.Random(seed)), bits, known)
+        assert engine.drain(60)  # also of those that were cancelled
         check_idle(engine)
     return engine
 
