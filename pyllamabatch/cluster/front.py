@@ -139,7 +139,7 @@ class Front:
                         yield part
             finally:
                 ended.cancel()
-        except (GeneratorExit, asyncio.CancelledError):  # the client has left
+        except BaseException:  # the client has left, or the rest can't be had: nobody fetches it
             response.cancel()
             raise
 
