@@ -32,7 +32,7 @@ from bench.options import add_model, add_run, numbers
 from bench.profile_machine import ANSWERS, CLIENTS, PROMPTS
 from bench.serving import ServerProcess, WrongAnswer, check
 from bench.targets import Target, speed_ratio
-from bench.traffic import serve
+from bench.traffic import serve, spread
 from bench.views import Column, by_arm
 from pyllamabatch.compare.case import request_body
 from pyllamabatch.machine.profile_machine import ProfileMachine
@@ -120,9 +120,7 @@ def run(options: argparse.Namespace, n: int, case: Case) -> Measured:
 def jobs(case: Case, requests: int, which: int) -> list[list[Job]]:
     """Of each client of a replica, in their order. Every replica's have the same sums."""
     draw, n = np.random.default_rng([case.seed, which]), case.pl * requests
-    prompts, answers = (
-        draw.permutation(np.rint(np.linspace(low, high, n)).astype(int)) for low, high in BETWEEN
-    )
+    prompts, answers = (spread(draw, n, low, high) for low, high in BETWEEN)
     each = [
         (draw.integers(*TOKENS, n_prompt).tolist(), int(n_answer))
         for n_prompt, n_answer in zip(prompts, answers, strict=True)

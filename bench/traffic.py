@@ -296,6 +296,12 @@ def run_bound(case: Case) -> Any:
     return run
 
 
+def spread(generator: np.random.Generator, n: int, low: int, high: int) -> I32:
+    """`n` sizes from low to high, evenly spread, in any order."""
+    sizes = np.rint(np.linspace(low, high, n)).astype(np.int32)
+    return generator.permutation(sizes if n > 1 else np.array([(low + high) // 2], np.int32))
+
+
 class Traffic(Clients):
     """Clients with `n_requests` each, and what their readers see."""
 
@@ -316,15 +322,10 @@ class Traffic(Clients):
         generator = np.random.default_rng([self.case.seed, which])
         n = self.case.pl * self.n_requests
 
-        def spread(low: int, high: int) -> I32:
-            sizes = np.rint(np.linspace(low, high, n)).astype(np.int32)
-            return generator.permutation(
-                sizes if n > 1 else np.array([(low + high) // 2], np.int32)
-            )
-
-        answers = spread(*ANSWER)
+        answers = spread(generator, n, *ANSWER)
         answers[-1] += self.case.pl * self.case.tg - int(answers.sum())
-        prompts = [generator.integers(0, n_vocab, k, dtype=np.int32) for k in spread(*PROMPT)]
+        sizes = spread(generator, n, *PROMPT)
+        prompts = [generator.integers(0, n_vocab, k, dtype=np.int32) for k in sizes]
         return list(zip(prompts, answers.tolist(), strict=True))
 
     def measured(self, n_vocab: int, repeat: int) -> Measured:
