@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pyllamabatch.llama.model import Model
+from tests.properties.test_batch_invariance import alone
 from tests.support.embedded import solos
+from tests.support.invariance import Alone
 from tests.support.oracle import Reference
 
 
@@ -13,3 +15,9 @@ from tests.support.oracle import Reference
 def embedded_alone(embedded_model: Model) -> list[Reference]:
     """What each prompt of `embedded.texts` gets alone."""
     return solos(embedded_model)
+
+
+@pytest.fixture(scope="session")
+def embedded_bits(embedded_model: Model) -> Alone:
+    """What each prompt of `test_batch_invariance.prompts` gets alone, bit by bit."""
+    return alone(embedded_model)

@@ -74,11 +74,6 @@ def mixed(engine: Engine, order: Sequence[int], draw: random.Random) -> list[tup
     return [(i, stream.result(timeout=120)) for i, stream in streams]
 
 
-@pytest.fixture(scope="module")
-def embedded_bits(embedded_model: Model) -> Alone:
-    return alone(embedded_model)
-
-
 @settings(max_examples=10, deadline=None)
 @given(
     order=st.lists(st.integers(0, N_PROMPTS - 1), min_size=2, max_size=12),

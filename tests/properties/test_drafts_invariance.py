@@ -60,11 +60,6 @@ def check(model: Model, known: Alone, order: Sequence[int], seed: int, **options
     return engine
 
 
-@pytest.fixture(scope="module")
-def embedded_bits(embedded_model: Model) -> Alone:
-    return alone(embedded_model)
-
-
 @settings(max_examples=6, deadline=None)
 @given(
     order=st.lists(st.integers(0, N_PROMPTS - 1), min_size=2, max_size=12),
