@@ -139,7 +139,7 @@ class Front:
                         yield part
             finally:
                 ended.cancel()
-        except BaseException:  # the client has left, or the rest can't be had: nobody fetches it
+        except BaseException:  # the client has left, or the rest can't be had
             response.cancel()
             raise
 
