@@ -209,10 +209,11 @@ class OutputProcessor:
     def _wake_readers(self) -> None:
         woken = [stream for stream in self._watched.copy() if stream._news() or stream.done]
         for stream in woken:
-            if (follower := stream._follower) is None:
-                self._watched.discard(stream)
-            else:
-                follower()  # it goes on watching
+            self._watched.discard(stream)
+            if stream._followers:  # looked at behind it: these go on watching
+                self._watched.add(stream)
+            for follower in stream._followers:
+                follower()
             if stream._is_waited_for:
                 stream._wake()
         self._n_woken = len(woken)

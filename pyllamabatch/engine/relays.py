@@ -94,20 +94,20 @@ async def submit(core: EngineCore, sink: StreamSink, relay: Relay) -> None:
 
 async def chunks(stream: Stream, relay: Relay) -> AsyncGenerator[Chunk, None]:
     """What is new each time, as its text is decided. Leaving before the end cancels the request."""
-    index = 0
+    index, news = 0, asyncio.Event()
+    stream._follow(relay.call_of(news.set))
     try:
         while True:
-            future, wake = relay.future()
-            chunk = stream._next_chunk(index, wake)
-            if chunk is not None:
-                if chunk.stop == index:
-                    stream._raise_error()
-                    return
+            news.clear()  # before it looks
+            chunk = stream._chunk_from(index)
+            if chunk is None:
+                await news.wait()
+            elif chunk.stop == index:
+                stream._raise_error()
+                return
+            else:
                 index = chunk.stop
                 yield chunk
-                if stream.done:
-                    continue
-            await future
     finally:
         stream.cancel()
 

@@ -50,11 +50,11 @@ class Stream:
 
     # without a dict: it has more attributes than those that CPython holds beside each other
     __slots__ = (
-        "_admitted_at", "_callbacks", "_calls", "_end", "_feed", "_first_at", "_follower",
-        "_harmless", "_host", "_is_waited_for", "_lock", "_logprobs", "_more", "_n_accepted",
-        "_n_drafted", "_n_drafts", "_n_dropped", "_n_taken", "_n_told", "_page", "_pieces",
-        "_pieces_of", "_result", "_slot", "_stopped", "_tokens", "_top", "id", "n_cached",
-        "n_prompt", "submitted_at",
+        "_admitted_at", "_callbacks", "_end", "_feed", "_first_at", "_followers", "_harmless",
+        "_host", "_is_waited_for", "_lock", "_logprobs", "_more", "_n_accepted", "_n_drafted",
+        "_n_drafts", "_n_dropped", "_n_taken", "_n_told", "_page", "_pieces", "_pieces_of",
+        "_result", "_slot", "_stopped", "_tokens", "_top", "id", "n_cached", "n_prompt",
+        "submitted_at",
     )  # fmt: skip
 
     def __init__(
@@ -90,8 +90,7 @@ class Stream:
         self._n_dropped = 0  # tokens behind it
         self._result: Result | None = None
         self._callbacks: list[Callable[[Stream], Any]] = []
-        self._calls: list[Callable[[], None]] = []  # for more
-        self._follower: Callable[[], None] | None = None  # for more, each time
+        self._followers: tuple[Callable[[], None], ...] = ()
         self._is_waited_for = False  # by readers that are no followers
         self._n_told = 0  # tokens that there were when readers were woken last
         self._host: Host | None = host  # until the end
@@ -229,7 +228,7 @@ class Stream:
         """Wake the readers that wait for more."""
         with self._lock:
             self._is_waited_for = False
-            self._call_all()
+            self._more.notify_all()
 
     def _finish(
         self,
@@ -274,8 +273,10 @@ class Stream:
             )
             self._host = None
             callbacks, self._callbacks = self._callbacks, []
-            self._call_all()
+            self._more.notify_all()
             self._end.notify_all()
+            for follower in self._followers:
+                follower()
         for callback in callbacks:
             self._call(callback)
 
@@ -350,57 +351,29 @@ class Stream:
             if not self._has_more():  # once more: `_watch` was too late for what came before
                 self._more.wait()
 
-    def _next_chunk(self, index: int, call: Callable[[], None]) -> Chunk | None:
-        """What is decided from `index` on; an empty chunk is the end. None: nothing yet. Unless it
-        is the end, `call()` once when there may be more, with the lock held."""
-        self._check_process()
-        with self._lock:
-            while True:
-                self._catch_up()
-                stop = self._feed.n_decided
-                if self._result is None:
-                    self._watch()
-                    if self._has_more():  # see `_wait_for_more`
-                        continue
-                    self._calls.append(call)
-                    if stop == index:
-                        return None
-                return self._chunk(index, stop)
-
     def _follow(self, call: Callable[[], None]) -> None:
         """`call()` each time when there may be more for `_chunk_from`, at the end too. It has to
         be quick, and may be called with the lock held."""
+        self._check_process()
         with self._lock:
-            self._follower = call
+            self._followers = (*self._followers, call)
             if self._host is not None:
                 self._host.watch(self)
 
     def _chunk_from(self, index: int) -> Chunk | None:
-        """As `_next_chunk`, for a follower."""
+        """What is decided from `index` on; an empty chunk is the end. None: nothing yet."""
         with self._lock:
             self._catch_up()
-            stop = self._feed.n_decided
+            stop, parts = self._feed.n_decided, self._feed.parts
             if stop == index and self._result is None:
                 return None
-            return self._chunk(index, stop)
-
-    def _chunk(self, index: int, stop: int) -> Chunk:
-        parts = self._feed.parts
-        text = parts[index] if stop == index + 1 else "".join(parts[index:stop])
-        return Chunk(text, index, stop)
+            text = parts[index] if stop == index + 1 else "".join(parts[index:stop])
+            return Chunk(text, index, stop)
 
     def _has_more(self) -> bool:
         """Whether the page has tokens that were not taken yet."""
         page = self._page
         return page is not None and page.shown[self._slot] > self._n_taken
-
-    def _call_all(self) -> None:
-        self._more.notify_all()
-        calls, self._calls = self._calls, []
-        for call in calls:
-            call()
-        if self._follower is not None:
-            self._follower()
 
     def _watch(self) -> None:
         """The output processor fetches what is new. A reader that does not wait for it finds it
