@@ -59,12 +59,13 @@ def _parts(context: EngineContext, layout: Layout, options: EngineOptions) -> Pa
         invariance = context.find_invariance(options.n_seq_max, nearly=nearly, drafts=drafts)
     cost = make_cost(context, options)
     scheduler = make_scheduler(context, layout, options, cost, invariance)
+    ngram = options.drafter if isinstance(options.drafter, Ngram) else None
     stepper: Any = context.stepper(
-        options.n_logprobs_max,
-        options.device_sampling,
-        "ngram" if isinstance(options.drafter, Ngram) else None,
-        n_draft_max(options),
-        options.drafter.corpus if isinstance(options.drafter, Ngram) else 0,
+        n_logprobs_max=options.n_logprobs_max,
+        device_sampling=options.device_sampling,
+        n_draft_max=n_draft_max(options),
+        drafter="ngram" if ngram else None,
+        n_corpus=ngram.corpus if ngram else 0,
     )
     cells = max(layout.n_ctx, layout.pool)
     feed = feed_of(options.drafter, stepper, cells, context.params)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..cost.choose import cost_of
 from ..cost.model import CostModel
@@ -16,6 +16,11 @@ from ..step.native import gap_max_of, offloaded
 from ..step.ring_reader import StreamStepper
 from . import invariance
 from .thread_watch import ThreadWatch
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..step.stepper_options import StepperOptions
 
 RING_STEPS = 256  # steps that are computed at most before their tokens are read
 
@@ -38,23 +43,9 @@ class NativeContext(Context):
     def asynchronous(self) -> bool:
         return offloaded(self)
 
-    def stepper(
-        self,
-        n_logprobs_max: int,
-        device_sampling: bool | str,
-        drafter: str | None = None,
-        n_draft_max: int = 0,
-        n_corpus: int = 0,
-    ) -> StreamStepper:
-        return StreamStepper(
-            self,
-            n_logprobs_max=n_logprobs_max,
-            n_steps_max=RING_STEPS,
-            device_sampling=device_sampling,
-            drafter=drafter,
-            n_draft_max=n_draft_max,
-            n_corpus=n_corpus,
-        )
+    def stepper(self, **options: Unpack[StepperOptions]) -> StreamStepper:
+        options.setdefault("n_steps_max", RING_STEPS)
+        return StreamStepper(self, **options)
 
     def cost(self) -> CostModel:
         return self.cost_of(self.capabilities.unified)

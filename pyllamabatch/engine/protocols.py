@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..cost.model import CostModel
 from ..kv import Preemption, Slots, SwapChoice
@@ -20,6 +20,11 @@ from ..step.ring_reader import Page
 from ..step.types import Run
 from .draft_feeds import Feed
 from .thread_watch import ThreadWatch
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..step.stepper_options import StepperOptions
 
 
 class StepRunner(Protocol):
@@ -107,14 +112,7 @@ class EngineContext(StateStore, Protocol):
     def gap_max(self) -> int: ...
     @property
     def asynchronous(self) -> bool: ...
-    def stepper(
-        self,
-        n_logprobs_max: int,
-        device_sampling: bool | str,
-        drafter: str | None = None,
-        n_draft_max: int = 0,
-        n_corpus: int = 0,
-    ) -> Any: ...
+    def stepper(self, **options: Unpack[StepperOptions]) -> Any: ...
     def cost(self) -> CostModel: ...
     def rebuilds_for_others(self, device_sampling: bool | str) -> bool: ...
     def thread_watch(self) -> ThreadWatch | None: ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.errors import ArgumentError, UnsupportedOperation, integer
@@ -13,6 +13,11 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.machine.profile_machine import ProfileDevice, ProfileMachine
 from pyllamabatch.scheduler import Invariance, Limits
 from pyllamabatch.step.native import default_gap_max
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from pyllamabatch.step.stepper_options import StepperOptions
 
 IGNORED = {
     "n_threads", "n_threads_batch", "type_k", "type_v", "flash_attn_type", "offload_kqv",
@@ -89,17 +94,10 @@ class MachineContext:
 
     asynchronous = False  # a call returns when it is computed
 
-    def stepper(
-        self,
-        n_logprobs_max: int,
-        device_sampling: bool | str,
-        drafter: str | None = None,
-        n_draft_max: int = 0,
-        n_corpus: int = 0,
-    ) -> ProfileDevice:
-        if n_draft_max:
+    def stepper(self, **options: Unpack[StepperOptions]) -> ProfileDevice:
+        if options.get("n_draft_max"):
             raise UnsupportedOperation("a profile machine has no logits to check drafts with")
-        self.device.n_logprobs_max = n_logprobs_max
+        self.device.n_logprobs_max = options["n_logprobs_max"]
         return self.device
 
     def cost(self) -> CostModel:
