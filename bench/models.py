@@ -16,7 +16,7 @@ from bench.shapes import SHAPES, Shape, TensorSpec
 from bench.tools import vocabulary_file
 from pyllamabatch.compare.case import ModelFile
 from pyllamabatch.llama import runtime
-from pyllamabatch.llama.host import usable_cores
+from pyllamabatch.llama.host import usable_cores, whole_file
 from pyllamabatch.models import CATALOGUE, default_model_path, fetch
 from pyllamabatch.raw import ffi, lib
 
@@ -51,14 +51,12 @@ def quantised(shape: Shape, file_type: str, *, seed: int = SEED) -> Path:
     half = folder / f"{shape.name}-F16-seed{seed}.gguf"
     made = not half.is_file()
     if made:
-        temporary = half.with_suffix(".partial")
-        write_f16(shape, temporary, vocabulary_file(shape.vocabulary), seed=seed)
-        temporary.replace(half)
+        with whole_file(half) as part:
+            write_f16(shape, part, vocabulary_file(shape.vocabulary), seed=seed)
     if file_type == "F16":
         return half
-    temporary = path.with_suffix(".partial")
-    quantise(half, temporary, file_type)
-    temporary.replace(path)
+    with whole_file(path) as part:
+        quantise(half, part, file_type)
     if made:
         half.unlink()
     return path

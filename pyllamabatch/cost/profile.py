@@ -16,7 +16,7 @@ from typing import Any
 
 from pyllamabatch.cost.kernels import Kernels, Regime, is_cuda
 from pyllamabatch.errors import ProfileError
-from pyllamabatch.llama.host import write_whole
+from pyllamabatch.llama.host import whole_file
 from pyllamabatch.models.cache import cache_folder
 
 SCHEMA = 1
@@ -181,7 +181,8 @@ class Profile:
         """Write the file whole or not at all."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(target, self.to_json().encode())
+        with whole_file(target) as part:
+            part.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:

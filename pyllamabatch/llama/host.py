@@ -7,7 +7,8 @@ import ctypes.util
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -132,14 +133,12 @@ def gguf_file(path: PathLike) -> bytes:
     return os.fsencode(name)
 
 
-def write_whole(path: PathLike, data: bytes) -> None:
-    """Write a file whole or not at all: a reader never sees a part of it. Raises OSError."""
+@contextmanager
+def whole_file(path: PathLike) -> Iterator[Path]:
+    """Where to write a file that is at `path` when the block ends, and not when it raises: a reader
+    never sees a part of it. Raises OSError."""
     target = Path(path)
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-        try:
-            file.write(data)
-            file.flush()
-            os.replace(file.name, target)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".part-") as folder:
+        part = Path(folder) / target.name
+        yield part
+        os.replace(part, target)

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from pyllamabatch.errors import StateError
-from pyllamabatch.llama.host import PathLike, write_whole
+from pyllamabatch.llama.host import PathLike, whole_file
 from pyllamabatch.llama.lora import LoraNames
 from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.vocab import TokenArray, Tokens
@@ -137,7 +137,8 @@ def _fingerprint(model: Model) -> bytes:
 def write(path: PathLike, data: bytes) -> None:
     """Write whole or not at all. Raises `StateError`."""
     try:
-        write_whole(path, data)
+        with whole_file(path) as part:
+            part.write_bytes(data)
     except OSError as error:
         raise StateError(f"can't write {os.fspath(path)}: {error.strerror or error}") from error
 

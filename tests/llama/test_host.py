@@ -91,17 +91,19 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert host.host_available() == 2048
 
 
-def test_a_file_is_written_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    host.write_whole(path, b"one")
+    with host.whole_file(path) as part:
+        part.write_bytes(b"one")
+        assert not path.exists()
+    assert path.read_bytes() == b"one"
 
-    def fail(source: str, target: Path) -> None:
-        raise OSError("no space")
+    def fail() -> None:
+        with host.whole_file(path) as part:
+            part.write_bytes(b"two")
+            raise OSError("no space")
 
-    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="no space"):
-        host.write_whole(path, b"two")
+        fail()
     assert path.read_bytes() == b"one"
     assert list(tmp_path.iterdir()) == [path]
