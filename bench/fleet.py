@@ -30,9 +30,9 @@ from bench.case import Arm, Case, Measured, ModelFile, cases_of
 from bench.models import resolve
 from bench.options import add_model, add_run, numbers
 from bench.profile_machine import ANSWERS, CLIENTS, PROMPTS
-from bench.serving import ServerProcess, WrongAnswer, check
+from bench.serving import ServerProcess, WrongAnswer, check, spread
 from bench.targets import Target, speed_ratio
-from bench.traffic import serve, spread
+from bench.traffic import serve
 from bench.views import Column, by_arm
 from pyllamabatch.compare.case import request_body
 from pyllamabatch.machine.profile_machine import ProfileMachine

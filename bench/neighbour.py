@@ -7,14 +7,13 @@ cores, it takes a third of them on two.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from collections.abc import Sequence
 
 from bench import harness
 from bench.arms import InProcess
 from bench.case import Arm, Case, Measured, cases_of
 from bench.options import add_model, add_run, add_work, numbers
+from bench.serving import busy
 from bench.targets import Target, speed_ratio
 from bench.views import speed_table
 from pyllamabatch.report.records import Record
@@ -41,16 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     inside = InProcess.of(options)
 
-    def busy(case: Case) -> Measured:
-        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
-            try:
-                return inside.engine(case)
-            finally:
-                other.kill()
+    def beside(case: Case) -> Measured:
+        with busy(1):
+            return inside.engine(case)
 
     arms = [
         Arm(QUIET, "Engine, and no other process of ours", inside.engine),
-        Arm(BUSY, "the same beside a process that computes without end", busy),
+        Arm(BUSY, "the same beside a process that computes without end", beside),
     ]
     pp, tg = options.prompt_tokens, options.tokens
     cases = cases_of(options, inside.file, pp, tg, numbers(options.batch))

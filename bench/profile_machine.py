@@ -29,7 +29,7 @@ import numpy as np
 from bench import harness
 from bench.case import Arm, Case, Measured, ModelFile
 from bench.policies import COUNTED, M2, streams_of
-from bench.serving import seen
+from bench.serving import seen, spread
 from bench.targets import Figure, Target
 from pyllamabatch.compare.case import sampling_params
 from pyllamabatch.compare.clients import at_once
@@ -165,12 +165,10 @@ class Load(Case):
     def jobs(self) -> list[list[tuple[int, int]]]:
         """Of each client (prompt tokens, tokens to generate): all loads have the same sums."""
         generator, n = np.random.default_rng(self.seed), self.pl * self.n_requests
-
-        def spread(low: int, high: int) -> list[int]:
-            sizes = np.rint(np.linspace(low, high, n)).astype(int)
-            return [int(size) for size in generator.permutation(sizes)]
-
-        each = list(zip(spread(*PROMPTS[self.kind]), spread(*ANSWERS[self.kind]), strict=True))
+        prompts, answers = (
+            spread(generator, n, *of[self.kind]).tolist() for of in (PROMPTS, ANSWERS)
+        )
+        each = list(zip(prompts, answers, strict=True))
         return [each[i :: self.pl] for i in range(self.pl)]
 
     def requests(self) -> list[TraceRequest]:

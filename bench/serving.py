@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +237,12 @@ def free_port() -> int:
         return port
 
 
+def spread(generator: np.random.Generator, n: int, low: int, high: int) -> I32:
+    """`n` sizes from low to high, evenly spread, in any order."""
+    sizes = np.rint(np.linspace(low, high, n)).astype(np.int32)
+    return generator.permutation(sizes if n > 1 else np.array([(low + high) // 2], np.int32))
+
+
 def seen(answers: Iterable[tuple[float, Sequence[float]]]) -> dict[str, float]:
     """What readers have seen of answers: seconds to the first token and between two, at the median
     and the 99th percentile. An answer: when it was asked for, and when each token came."""
@@ -248,3 +256,15 @@ def seen(answers: Iterable[tuple[float, Sequence[float]]]) -> dict[str, float]:
         for name, values in times.items()
         for q in (50, 99)
     }
+
+
+@contextmanager
+def busy(n: int) -> Iterator[None]:
+    """`n` processes that compute without end."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()

@@ -22,13 +22,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import subprocess
 import sys
 import time
 from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -50,8 +48,10 @@ from bench.serving import (
     ServerProcess,
     Tool,
     WrongAnswer,
+    busy,
     events_of,
     seen,
+    spread,
 )
 from bench.targets import Figure, Target, median_detail, speed_ratio
 from bench.tools import tool
@@ -296,12 +296,6 @@ def run_bound(case: Case) -> Any:
     return run
 
 
-def spread(generator: np.random.Generator, n: int, low: int, high: int) -> I32:
-    """`n` sizes from low to high, evenly spread, in any order."""
-    sizes = np.rint(np.linspace(low, high, n)).astype(np.int32)
-    return generator.permutation(sizes if n > 1 else np.array([(low + high) // 2], np.int32))
-
-
 class Traffic(Clients):
     """Clients with `n_requests` each, and what their readers see."""
 
@@ -436,15 +430,3 @@ class HttpTraffic(Traffic, HttpClients):
                 now = time.perf_counter()
                 n_before += n
                 yield from [now] * n
-
-
-@contextmanager
-def busy(n: int) -> Iterator[None]:
-    """`n` processes that compute without end."""
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
-    try:
-        yield
-    finally:
-        for other in others:
-            other.kill()
-            other.wait()
