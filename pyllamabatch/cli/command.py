@@ -36,6 +36,10 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own). Returns the exit status."""
     words = sys.argv[1:] if argv is None else argv
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks how its line may go on
+        import argcomplete
+
+        argcomplete.autocomplete(build_parser(os.environ["COMP_LINE"].split()))
     args = build_parser(words).parse_args(words)
     if args.verbose:
         logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pyllamabatch.cli.console import ProgressBar, say, show
 from pyllamabatch.report.tables import Table
+from tests.support.child import ended
 
 
 class Terminal(io.StringIO):
@@ -82,3 +84,20 @@ def test_a_table_breaks_in_its_cells(monkeypatch: pytest.MonkeyPatch, capsys: An
     lines = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue()).splitlines()
     assert max(map(len, lines)) <= 80
     assert any(line.split()[-6:] == list("012345") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("pyllamabatch gen", ["generate "]),
+        ("pyllamabatch generate --overw", ["--overwrite "]),
+        ("pyllamabatch compare --protocol burst --kv ", ["streams", "unified"]),
+    ],
+)
+def test_a_shell_completes_commands_and_flags(tmp_path: Path, line: str, words: list[str]) -> None:
+    told = tmp_path / "told"
+    asked: dict[str, Any] = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    asked |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(told), "_ARGCOMPLETE_IFS": "\n"}
+    done = ended([sys.executable, "-m", "pyllamabatch"], **asked)
+    assert done.returncode == 0, done.stderr
+    assert told.read_text(encoding="utf-8").split("\n") == words
