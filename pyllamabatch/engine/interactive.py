@@ -81,7 +81,7 @@ class InteractiveSink(Sink):
         self._scheduler.check_fits(n + len(tokens), 1)
         self._begin(np.concatenate((request.tokens, tokens)), sampler)
         if n:
-            self._scheduler.extend(request.id, len(tokens), now)
+            self._scheduler.interactive.extend(request.id, len(tokens), now)
         else:
             request.arrival = now
             self._table.add(request)
@@ -90,14 +90,14 @@ class InteractiveSink(Sink):
 
     def compute(self, call: Call) -> None:
         """All of its tokens but the last, as behind a prompt."""
-        self._scheduler.extend(self.request.id, 0)
+        self._scheduler.interactive.extend(self.request.id, 0)
         self._wait_for(call, len(self.request.tokens))
         self.computed()
 
     def sample(self, sampler: Any, now: float, call: Call) -> None:
         """The next token: (token, logprob, finish). `sampler`: in place of one that is spent, else
         None."""
-        self._scheduler.ask(self.request.id, now)
+        self._scheduler.interactive.ask(self.request.id, now)
         if sampler is not None:
             self._begin(self.request.tokens, sampler)
         self._wait_for(call)
@@ -221,7 +221,7 @@ class InteractiveSink(Sink):
     def _trim(self, n: int) -> None:
         request = self.request
         if n:
-            self._scheduler.trim(request.id, n)
+            self._scheduler.interactive.trim(request.id, n)
         else:
             self._table.end(request)
         request.tokens, request.n_given = request.tokens[:n], min(request.n_given, n)

@@ -46,12 +46,6 @@ class Interactive:
         self._learn(id, now)
         self._sequences.update(entry, replace(view, goal=view.known))
 
-    def relax(self, id: int) -> None:
-        """Compute nothing more until `extend` or `ask`."""
-        entry = self._entry(id)
-        view = self._sequences.running.seen(entry)
-        self._sequences.update(entry, replace(view, goal=view.computed))
-
     def trim(self, id: int, known: int) -> int:
         """Only the first `known` tokens are left, at least 1. Returns how many of them stay in the
         cache: all but the last at most, for only a token that is computed can be sampled from, and

@@ -232,19 +232,6 @@ class Scheduler:
         when no more than one runs."""
         return self.sequences.preempt_newest()
 
-    def extend(self, id: int, n: int, now: float | None = None) -> None:
-        """This and the next three: see `Interactive`."""
-        self.interactive.extend(id, n, now)
-
-    def ask(self, id: int, now: float | None = None) -> None:
-        self.interactive.ask(id, now)
-
-    def relax(self, id: int) -> None:
-        self.interactive.relax(id)
-
-    def trim(self, id: int, known: int) -> int:
-        return self.interactive.trim(id, known)
-
     # -- steps
 
     def view(self, now: float) -> StepView:

@@ -259,7 +259,7 @@ def run(gather: Gather, n: int, n_tokens: int, think: Think, cost: Steps) -> Run
     while asks or not scheduler.idle:
         while asks and asks[0][0] <= now:
             time, id = heapq.heappop(asks)
-            scheduler.ask(id, time)
+            scheduler.interactive.ask(id, time)
         if scheduler.idle:
             now = asks[0][0]
             continue

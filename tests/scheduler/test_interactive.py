@@ -36,10 +36,10 @@ def cells(machine: Machine) -> dict[int, int]:
 def test_all_of_a_prompt_but_its_last_token_is_computed_until_a_token_is_asked_for() -> None:
     machine = owners(10)
     assert (cells(machine), machine.generated) == ({1: 9}, {1: 0})
-    machine.scheduler.ask(1)
+    machine.scheduler.interactive.ask(1)
     machine.run()
     assert (cells(machine), machine.generated, len(machine.tokens[1])) == ({1: 10}, {1: 1}, 11)
-    machine.scheduler.ask(1)
+    machine.scheduler.interactive.ask(1)
     assert machine.scheduler.view(0.0).decoding == {1}
     machine.run()
     assert (cells(machine), machine.generated) == ({1: 11}, {1: 2})
@@ -52,7 +52,7 @@ def test_a_prompt_of_one_token_has_nothing_to_compute_at_first() -> None:
     machine = owners(1)
     assert machine.scheduler.idle
     assert machine.scheduler.plan(0.0) is None
-    machine.scheduler.ask(1)
+    machine.scheduler.interactive.ask(1)
     machine.run()
     assert (cells(machine), machine.generated) == ({1: 1}, {1: 1})
 
@@ -64,33 +64,33 @@ def test_a_step_waits_for_those_who_were_there_until_the_window_ends() -> None:
         machine.add_interactive(id, 2)
     assert scheduler.hold(0.0) == 0  # none has been here before
     machine.run()
-    scheduler.ask(1)
+    scheduler.interactive.ask(1)
     assert scheduler.hold(10.0) == pytest.approx(WINDOW)
-    scheduler.ask(2)
+    scheduler.interactive.ask(2)
     assert scheduler.hold(10.15) == pytest.approx(WINDOW - 0.15)
-    scheduler.ask(3)
+    scheduler.interactive.ask(3)
     assert scheduler.hold(10.16) == 0
     machine.run()
     assert scheduler.counters.fill[3] == 1
-    scheduler.ask(1)
-    scheduler.ask(2)
+    scheduler.interactive.ask(1)
+    scheduler.interactive.ask(2)
     assert scheduler.hold(20.0) > 0
     assert scheduler.hold(20.0 + WINDOW) == 0  # 3 does not come
     machine.run()
-    scheduler.ask(2)
+    scheduler.interactive.ask(2)
     assert scheduler.hold(30.0) > 0
-    scheduler.ask(1)
+    scheduler.interactive.ask(1)
     assert scheduler.hold(30.0) == 0  # and is not waited for until it does
 
 
 def test_who_is_alone_or_gone_is_not_waited_for() -> None:
     machine = owners(2)
     scheduler = machine.scheduler
-    scheduler.ask(1)
+    scheduler.interactive.ask(1)
     assert scheduler.hold(1.0) == 0
     machine.add_interactive(2, 3)
     machine.run()
-    scheduler.ask(1)
+    scheduler.interactive.ask(1)
     assert scheduler.hold(2.0) > 0
     machine.remove(2)
     assert scheduler.hold(2.0) == 0
@@ -101,7 +101,7 @@ def test_requests_run_for_many_steps_while_others_are_idle() -> None:
     machine.add(2, 5, 50)
     machine.step()
     assert machine.plan().repeat > 1
-    machine.scheduler.ask(1)
+    machine.scheduler.interactive.ask(1)
     both = machine.plan()
     assert (both.n_rows, both.repeat) == (2, 1)
 
@@ -111,11 +111,11 @@ def test_trimmed_tokens_give_their_cells_back_and_the_last_is_computed_again() -
     machine.trim(1, 8)
     machine.check()
     assert cells(machine) == {1: 7}
-    machine.scheduler.ask(1)
+    machine.scheduler.interactive.ask(1)
     machine.run()
     assert (cells(machine), len(machine.tokens[1])) == ({1: 8}, 9)
     with pytest.raises(ValueError, match="0 tokens are to stay of 9"):
-        machine.scheduler.trim(1, 0)
+        machine.scheduler.interactive.trim(1, 0)
 
 
 def test_one_whose_tokens_are_not_known_is_trimmed_too() -> None:
@@ -124,19 +124,19 @@ def test_one_whose_tokens_are_not_known_is_trimmed_too() -> None:
     step = scheduler.plan(0.0)
     assert step is not None
     scheduler.advance(step)
-    assert scheduler.trim(1, 8) == scheduler.accounting.used == 7
+    assert scheduler.interactive.trim(1, 8) == scheduler.accounting.used == 7
 
 
 def test_a_sequence_that_can_not_grow_any_more_says_so_and_stays() -> None:
     machine = owners(250)
     with pytest.raises(RequestTooLong):
-        machine.scheduler.extend(1, 7)
+        machine.scheduler.interactive.extend(1, 7)
     machine.extend(1, 6)
-    machine.scheduler.ask(1)
+    machine.scheduler.interactive.ask(1)
     machine.run()
     assert len(machine.tokens[1]) == 257
     with pytest.raises(RequestTooLong):
-        machine.scheduler.ask(1)
+        machine.scheduler.interactive.ask(1)
     machine.check()
 
 
@@ -152,35 +152,22 @@ def test_which_is_idle_too_long_is_preempted_and_comes_back() -> None:
     machine.run()
     assert scheduler.idle  # 1 wants nothing
     machine.remove(2)
-    scheduler.ask(1)
+    scheduler.interactive.ask(1)
     machine.run()
     assert machine.generated[1] == 1
     assert scheduler.counters.recomputed_rows == 9
-
-
-def test_who_relaxes_computes_no_more() -> None:
-    machine = owners()
-    machine.add_interactive(1, 100)
-    machine.scheduler.ask(1)
-    machine.step()
-    machine.scheduler.relax(1)
-    assert machine.scheduler.idle
-    assert cells(machine) == {1: 32}
-    machine.scheduler.ask(1)
-    machine.run()
-    assert machine.generated == {1: 1}
 
 
 def test_requests_are_not_interactive() -> None:
     scheduler = Scheduler(LIMITS)
     scheduler.add(1, 5, 5, arrival=0.0)
     with pytest.raises(ValueError, match="is not interactive"):
-        scheduler.ask(1)
+        scheduler.interactive.ask(1)
 
 
 def test_a_view_made_up_knows_which_is_idle() -> None:
     machine = owners(5, 5)
-    machine.scheduler.ask(1)
+    machine.scheduler.interactive.ask(1)
     real = machine.scheduler.view(0.0)
     made = StepView.of(LIMITS, real.running)
     assert made.decoding == real.decoding == {1}
@@ -219,7 +206,7 @@ def test_it_is_asked_when_less_is_left_than_it_had_begun_with() -> None:
     machine.extend(1, 10)
     assert machine.scheduler.sequence(1).prefix.hit == 39
     machine.trim(1, 5)
-    machine.scheduler.ask(1)
+    machine.scheduler.interactive.ask(1)
     assert machine.scheduler.sequence(1).remaining == 5
     step = machine.plan()
     assert [(chunk.start, chunk.n) for chunk in step.chunks] == [(0, 4)]
@@ -229,12 +216,11 @@ def test_it_is_asked_when_less_is_left_than_it_had_begun_with() -> None:
 def test_one_that_has_lost_what_it_began_with_computes_it() -> None:
     machine = swapped()
     scheduler = machine.scheduler
-    scheduler.ask(1)
+    scheduler.interactive.ask(1)
     machine.plan()
     assert scheduler.sequence(1).prefix.hit == 39
-    scheduler.relax(1)
     scheduler.preempt(1, worth=False)
-    scheduler.extend(1, 0)
+    scheduler.interactive.extend(1, 0)
     assert scheduler.sequence(1).remaining == 39
 
 
@@ -254,7 +240,7 @@ def test_deadlines() -> None:
 
 
 ACTIONS = st.tuples(
-    st.sampled_from(["add", "extend", "ask", "relax", "trim", "remove", "step", "wait"]),
+    st.sampled_from(["add", "extend", "ask", "trim", "remove", "step", "wait"]),
     st.integers(0, 5),
     st.integers(1, 60),
 )
@@ -297,14 +283,14 @@ def test_cells_and_counters_agree_whatever_the_owners_do(
                 machine.remove(id)
                 left.remove(id)
             else:
-                getattr(scheduler, what)(id)
+                scheduler.interactive.ask(id)
         except RequestTooLong:
             assert n + len(tokens.get(id, ())) > limits.n_cells_seq
         machine.check()
     for id in left:
         if len(tokens[id]) <= limits.n_cells_seq:
             before = machine.generated[id]
-            scheduler.ask(id)
+            scheduler.interactive.ask(id)
             machine.run()
             assert machine.generated[id] == before + 1
 
@@ -316,7 +302,7 @@ def test_it_is_computed_when_it_is_preempted_with_less_than_it_had_begun_with() 
     machine.run()
     assert machine.scheduler.sequence(1).prefix.hit == 39
     machine.trim(1, 20)
-    machine.scheduler.ask(1)
+    machine.scheduler.interactive.ask(1)
     machine.preempt(1)
     assert machine.scheduler.n_waiting == 1
     machine.run()

@@ -95,10 +95,10 @@ class Machine:
     def extend(self, id: int, n: int) -> None:
         self.scheduler.check_fits(len(self.tokens[id]) + n, 1)
         self.tokens[id] += islice(self._fresh, n)
-        self.scheduler.extend(id, n)
+        self.scheduler.interactive.extend(id, n)
 
     def trim(self, id: int, known: int) -> None:
-        cached, slot = self.scheduler.trim(id, known), self.scheduler.slot(id)
+        cached, slot = self.scheduler.interactive.trim(id, known), self.scheduler.slot(id)
         before = 0 if slot is None else self.memory.held(slot)
         del self.tokens[id][known:]
         self.carry_out()
