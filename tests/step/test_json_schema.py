@@ -1,4 +1,5 @@
-"""JSON schemas: what they become, what is refused, and that the engine keeps to them."""
+"""JSON schemas: what they become, what is no schema, and what is refused at submit. What answers
+keep to, and which keywords are refused: test_schema_answers.py."""
 
 from __future__ import annotations
 
@@ -14,41 +15,13 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.step.json_schema import schema_text, schema_to_gbnf
 from pyllamabatch.step.sampling_params import SamplingParams
 
-PERSON = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "pattern": "^[a-z]{2,5}$"},
-        "age": {"type": "integer", "minimum": 0, "maximum": 120},
-        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 1, "maxItems": 3},
-    },
-    "required": ["name", "age", "tags"],
-    "additionalProperties": False,
-}
+PERSON = {"type": "object", "properties": {"age": {"type": "integer", "minimum": 0}}}
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     with Model.default() as model, Engine(model, n_seq_max=4, n_ctx=2048, n_threads=1) as engine:
         yield engine
-
-
-def test_every_text_is_what_the_schema_says(engine: Engine) -> None:
-    """High temperature: it is the grammar that decides, not the model."""
-    params = [
-        SamplingParams(json_schema=PERSON, temperature=3.0, seed=seed, max_tokens=200)
-        for seed in range(8)
-    ]
-    results = engine.generate(["A person: "] * 8, params)
-    for result in results:
-        assert result.finish_reason == "stop"
-        value = json.loads(result.text)
-        assert set(value) == {"name", "age", "tags"}
-        assert value["name"].isalpha()
-        assert 2 <= len(value["name"]) <= 5
-        assert 0 <= value["age"] <= 120
-        assert 1 <= len(value["tags"]) <= 3
-        assert set(value["tags"]) <= {"a", "b"}
-    assert len({result.text for result in results}) > 1
 
 
 def test_text_and_mapping_are_the_same() -> None:
@@ -95,38 +68,9 @@ def test_what_is_no_schema_is_refused(schema: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("schema", "keyword"),
-    [
-        ({"type": "number", "exclusiveMaximum": 0}, "exclusiveMaximum"),
-        ({"minimum": 3}, "minimum"),
-        ({"type": ["integer", "number"], "maximum": 3}, "maximum"),
-        ({"type": "integer", "minimum": 1, "exclusiveMinimum": 1}, "exclusiveMinimum"),
-        ({"type": "integer", "multipleOf": 5}, "multipleOf"),
-        ({"type": "object", "minProperties": 2}, "minProperties"),
-        ({"type": "object", "maxProperties": 2}, "maxProperties"),
-        ({"not": {"type": "null"}}, "not"),
-        ({"type": "array", "contains": {"const": 1}}, "contains"),
-        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
-        ({"if": {}, "then": {}}, "if"),
-        ({"type": "string", "format": "email"}, "format"),
-        ({"type": "string", "pattern": "^a*$", "maxLength": 3}, "maxLength"),
-        ({"anyOf": [{"type": "null"}], "required": ["a"]}, "required"),
-        ({"properties": {"a": {"not": {}}}}, "not"),
-        ({"$ref": "#/$defs/a", "$defs": {"a": {"items": [{"not": {}}]}}}, "not"),
-    ],
-)
-def test_what_would_be_left_out_is_refused(schema: Any, keyword: str) -> None:
-    with pytest.raises(ArgumentError, match=f"json_schema: {keyword}="):
-        SamplingParams(json_schema=schema)
-
-
-@pytest.mark.parametrize(
     "schema",
     [
-        {"title": "a", "description": "b", "default": 1, "examples": [1], "x-mine": {"not": 1}},
-        {"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": 9},
-        {"type": ["integer", "null"], "minimum": 0},
-        {"type": "string", "format": "date-time"},
+        {"x-mine": {"not": 1}},
         {"properties": {"not": {"type": "null"}, "if": {}}, "required": ["not"]},
         {"const": {"not": 1}},
         {"enum": [{"if": 1}]},
