@@ -11,7 +11,8 @@ from tests.support.engines import Checked, check_idle, engine_on, greedy
 from tests.support.oracle import random_prompts, solos, tolerance
 
 N_SEQ = 6
-PROMPTS = random_prompts(N_SEQ, seed=22, shortest=3, longest=60)
+# Whose answers have no near tie.
+PROMPTS = random_prompts(N_SEQ, seed=89, shortest=3, longest=60)
 BUDGETS = [4, 40, 9, 25, 14, 60]  # gaps on all sides
 
 
@@ -40,7 +41,7 @@ def test_no_token_and_no_cell_is_another_one(name: str) -> None:
         assert engine.stats().preemptions == 0
         check_idle(engine)
     assert checked.n_checks > 10
-    assert_as_alone([r.tokens for r in results], alone, tolerance(name), 0.98)
+    assert_as_alone([r.tokens for r in results], alone, tolerance(name), 1.0)
 
 
 def test_the_sampler_goes_along() -> None:
