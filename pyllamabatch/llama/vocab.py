@@ -290,12 +290,3 @@ def _utf8(text: str | bytes) -> bytes:
     if len(data) > _MAX_TEXT:
         raise TokenizeError(f"the text has {len(data)} bytes, at most {_MAX_TEXT} are possible")
     return data
-
-
-def _c_string(name: str, value: object) -> bytes:
-    if not isinstance(value, str):
-        raise ArgumentError(name, value, "must be a string")
-    data = _utf8(value)
-    if b"\0" in data:
-        raise ArgumentError(name, value, "must not contain a NUL character")
-    return data

@@ -29,6 +29,7 @@ from pyllamabatch.errors import (
     SamplingError,
     StateError,
 )
+from pyllamabatch.llama.grammar import Grammar
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Window
 from pyllamabatch.step.sampling_params import SamplingParams
@@ -146,7 +147,10 @@ def test_a_fork_knows_the_same_and_goes_its_own_way(engine: Engine) -> None:
 
 def test_a_snapshot_goes_on_in_another_engine(model: Model) -> None:
     bias = {300: 0.5, 5: float("-inf")}
-    params = SamplingParams(seed=7, repeat_penalty=1.2, ignore_eog=True, logit_bias=bias)
+    grammar = Grammar("root ::= .*", thinking_ends=((3,), (4, 5)))
+    params = SamplingParams(
+        seed=7, repeat_penalty=1.2, ignore_eog=True, logit_bias=bias, grammar=grammar
+    )
     with engine_on(model) as one, engine_on(model) as two:
         with one.sequence(params) as sequence:
             with pytest.raises(ArgumentError):
@@ -160,6 +164,7 @@ def test_a_snapshot_goes_on_in_another_engine(model: Model) -> None:
             copy.restore(data)
             assert copy.tokens == tokens
             assert (copy.params.seed, copy.params.logit_bias) == (7, bias)
+            assert copy.params.grammar == grammar
             before = two.stats()
             assert drive(copy, 8) == rest
             after = two.stats()

@@ -143,6 +143,7 @@ def test_an_answer_in_its_parts(hermes: ChatTemplate) -> None:
 
 
 def test_an_answer_is_the_next_turns_message(hermes: ChatTemplate) -> None:
+    assert ChatMessage("4", "2 + 2").to_dict().items() >= {"reasoning_content": "2 + 2"}.items()
     said = ChatMessage("", "", (ToolCall("weather", '{"city": "Paris"}', "c1"),))
     result = {"role": "tool", "tool_call_id": "c1", "content": "rain"}
     prompt = hermes.render([USER, said.to_dict(), result], tools=[WEATHER])

@@ -348,7 +348,10 @@ def test_state_file(context: Context, tmp_path: Path) -> None:
 def test_damaged_states(context: Context) -> None:
     decode(context, PROMPT)
     data = context.state_seq_get(0)
-    flipped = [data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :] for i in range(0, len(data), 97)]
+    flipped = [
+        data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :]
+        for i in (*range(44), *range(44, len(data), 97))
+    ]
     cut = [data[:n] for n in (0, 5, 43, 44, 45, len(data) // 2, len(data) - 1)]
     for bad in (*flipped, *cut, data + b"x", b"garbage" * 99):
         with pytest.raises(StateError):
