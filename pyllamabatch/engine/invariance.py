@@ -2,7 +2,7 @@
 
 Which numbers of rows the kernels tell apart depends on the machine, the types of the weights and
 the build: x86 without AVX-512 has one kernel for a single row of F32 weights and another one for
-more, other machines one for pairs, fours or eights. So a new context decodes the same token in
+more, other machines one for pairs, fours or eights. So a new context decodes the same tokens in
 every stream, by different numbers of rows, and only those numbers are used that give each row the
 same bits, at any place. `pyllamabatch.scheduler.invariance` says what is done with them.
 
@@ -29,7 +29,7 @@ from ..step.native import offloaded
 
 log = logging.getLogger(__name__)
 
-N_BEFORE = 3  # tokens that each stream holds before
+N_BEFORE = 131  # tokens that each stream holds before: more than a kernel sums at a time
 
 Bits = npt.NDArray[np.uint32]
 
@@ -79,13 +79,15 @@ def find(
                 'the longest sequence beside it; batch_invariant="nearly" is as close as they come'
             )
         return Invariance(min(GRID, context.n_ubatch), (max(LEAST_ROWS, n_seq_max),))
-    widths = equal_widths(context, n_seq_max)
+    probe = Probe(context)
+    widths = equal_widths(probe, n_seq_max)
     if not widths:
         raise UnsupportedOperation(
             f"batch_invariant: on this machine a row of {context.model.description} depends on its "
             "place among the others"
         )
-    drafted = equal_drafts(context, widths) if drafts else {}
+    drafted = equal_drafts(probe, widths) if drafts else {}
+    context.memory.clear()
     if drafts and not any(drafted.values()):
         log.warning(
             "batch_invariant: here a row of %s depends on the rows of its sequence beside it: "
@@ -95,27 +97,58 @@ def find(
     return Invariance(min(GRID, context.n_ubatch), widths, drafted)
 
 
-def equal_drafts(context: Context, widths: Sequence[int]) -> dict[int, tuple[int, ...]]:
+class Probe:
+    """A context whose streams hold the same `N_BEFORE` tokens, and rows that are tried behind
+    these."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        n_tokens = N_BEFORE + max(ROWS_EACH)
+        vocabulary = np.linspace(0, context.model.n_vocab - 1, n_tokens + 2)
+        self._tokens = vocabulary.astype(int)[1:-1].tolist()
+        self._batch = batch = Batch(max(context.n_batch, context.n_seq_max))
+        self._n_held = 1  # streams
+        for first in range(0, N_BEFORE, context.n_ubatch):
+            batch.clear()
+            batch.extend(self._tokens[first : min(first + context.n_ubatch, N_BEFORE)], first, 0)
+            context.decode(batch)
+
+    def rows(self, width: int, each: int = 1, at: int = 0) -> Bits:
+        """The logits of `each` tokens, those from number `at` behind the ones that are held, in
+        each of the first `width` streams, by one call: shape (width, each, n_vocab)."""
+        context, batch = self.context, self._batch
+        for seq in range(self._n_held, width):
+            context.memory.seq_cp(0, seq)
+        self._n_held = max(self._n_held, width)
+        batch.clear()
+        for seq in range(width):
+            for pos in range(N_BEFORE + at, N_BEFORE + at + each):
+                batch.add(self._tokens[pos], pos, seq, logits=True)
+        context.decode(batch)
+        bits: Bits = context.logits_all().view(np.uint32)
+        return bits.reshape(width, each, -1)
+
+    def forget(self) -> None:
+        """What was tried."""
+        for seq in range(self._n_held):
+            self.context.memory.seq_rm(seq, N_BEFORE)
+
+    def row_bits(self, width: int) -> Bits | None:
+        """Of one token in each of the first `width` streams; None when not all rows have the
+        same."""
+        rows = self.rows(width)[:, 0]
+        bits = rows[0].copy() if (rows == rows[0]).all() else None
+        self.forget()
+        return bits
+
+
+def equal_drafts(probe: Probe, widths: Sequence[int]) -> dict[int, tuple[int, ...]]:
     """By width, how many rows of each sequence one call may have so that every row has the logits,
     bit by bit, that it has where they decode one by one. With experts, all that were tried or
     none."""
-    most, longest = widths[-1], max(ROWS_EACH)
-    vocabulary = np.linspace(0, context.model.n_vocab - 1, N_BEFORE + longest + 2)
-    tokens = vocabulary.astype(int)[1:-1].tolist()
-    batch = Batch(max(context.n_batch, most))
-
-    def rows(first: int, n: int, width: int) -> Bits:
-        """So many tokens of each stream, from this one on, in one call."""
-        batch.clear()
-        for seq in range(width):
-            for pos in range(first, first + n):
-                batch.add(tokens[pos], pos, seq, logits=True)
-        context.decode(batch)
-        bits: Bits = context.logits_all().view(np.uint32)
-        return bits.reshape(width, n, -1)
-
-    one_by_one = [rows(pos, 1, most)[0, 0].copy() for pos in range(N_BEFORE + longest)]
-    alone = np.stack(one_by_one[N_BEFORE:])
+    context, most = probe.context, widths[-1]
+    alone = np.stack([probe.rows(most, at=i)[0, 0].copy() for i in range(max(ROWS_EACH))])
+    probe.forget()
     room = min(context.n_outputs_max, context.n_ubatch)
     found: dict[int, tuple[int, ...]] = {}
     n_tried = 0
@@ -125,28 +158,25 @@ def equal_drafts(context: Context, widths: Sequence[int]) -> dict[int, tuple[int
             if width * each > room:
                 continue
             n_tried += 1
-            for seq in range(most):
-                context.memory.seq_rm(seq, N_BEFORE)
-            if (rows(N_BEFORE, each, width) == alone[:each]).all():
+            if (probe.rows(width, each) == alone[:each]).all():
                 equal.append(each)
+            probe.forget()
         found[width] = tuple(equal)
-    context.memory.clear()
     if _has_experts(context.model) and sum(map(len, found.values())) < n_tried:
         return {}
     return found
 
 
-def equal_widths(context: Context, n_seq_max: int) -> tuple[int, ...]:
+def equal_widths(probe: Probe, n_seq_max: int) -> tuple[int, ...]:
     """Numbers of rows that give every row the same logits, bit by bit, ascending; the last one is
     at least `n_seq_max`. Empty when there are none. With experts, all that were tried or none: how
     many rows an expert has is for the rows to say."""
-    least = max(LEAST_ROWS, n_seq_max)
-    found = {width: row_bits(context, width) for width in tried(least)}
+    context, least = probe.context, max(LEAST_ROWS, n_seq_max)
+    found = {width: probe.row_bits(width) for width in tried(least)}
     most = least
     while found[most] is None and most < context.n_seq_max:
         most += 1
-        found[most] = row_bits(context, most)
-    context.memory.clear()
+        found[most] = probe.row_bits(most)
     wanted = found[most]
     if wanted is None:
         return ()
@@ -154,24 +184,6 @@ def equal_widths(context: Context, n_seq_max: int) -> tuple[int, ...]:
     if _has_experts(context.model) and len(equal) < len(found):
         return ()
     return tuple(sorted(equal))
-
-
-def row_bits(context: Context, width: int) -> Bits | None:
-    """Logits of a token in each of the first `width` streams, which hold the same tokens; None when
-    not all rows have the same. The streams are empty before and after."""
-    tokens = np.linspace(0, context.model.n_vocab - 1, N_BEFORE + 2).astype(int)[1:].tolist()
-    batch = Batch(width)
-    for pos, token in enumerate(tokens):
-        batch.clear()
-        for seq in range(width):
-            batch.add(token, pos, seq, logits=True)
-        context.decode(batch)
-    rows: Bits = context.logits_all().view(np.uint32)
-    same = bool((rows == rows[0]).all())
-    bits = rows[0].copy() if same else None
-    for seq in range(width):
-        context.memory.seq_rm(seq)
-    return bits
 
 
 def _has_experts(model: Model) -> bool:
