@@ -15,6 +15,7 @@ class Pieces(dict[int, bytes]):
         self._fetch = fetch
         self._harmless: dict[tuple[str, ...], Harmless] = {}
         self._preserving: dict[tuple[int, ...], Pieces] = {}
+        self._texts: dict[Callable[[str], bytes], Texts] = {}
 
     def of(self, tokens: list[int]) -> list[bytes]:
         """Those of each of these tokens; what is not known yet is fetched in one go."""
@@ -35,6 +36,10 @@ class Pieces(dict[int, bytes]):
                 self._preserving[tokens] = found
         return found
 
+    def texts(self, encode: Callable[[str], bytes]) -> Texts:
+        """The texts of tokens that are whole characters, as `encode` gives them."""
+        return self._texts.setdefault(encode, Texts(self, encode))
+
     def harmless(self, stops: tuple[str, ...]) -> Harmless:
         """The tokens in which none of these stop strings can begin, as far as they are known."""
         found = self._harmless.get(stops)
@@ -43,6 +48,23 @@ class Pieces(dict[int, bytes]):
             if len(self._harmless) < 64:  # sets of stop strings that requests share
                 self._harmless[stops] = found
         return found
+
+
+class Texts(dict[int, bytes | None]):
+    """By token; None: not whole characters, so the text depends on its neighbours."""
+
+    def __init__(self, pieces: Pieces, encode: Callable[[str], bytes]) -> None:
+        super().__init__()
+        self._pieces = pieces
+        self._encode = encode
+
+    def __missing__(self, token: int) -> bytes | None:
+        (piece,) = self._pieces.of([token])
+        try:
+            self[token] = text = self._encode(piece.decode())
+        except UnicodeDecodeError:
+            self[token] = text = None
+        return text
 
 
 class Harmless:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import aclosing
@@ -30,6 +30,7 @@ from .core import CoreOptions, EngineCore
 from .drafters import AnyDrafter
 from .embedder import Embedders, Ranked
 from .embedding_core import Vectors
+from .followers import Followers
 from .input_processor import InputProcessor, Prompt
 from .memory_watch import MemoryWatch
 from .options import BatchInvariant, EngineOptions, Options, policy_of
@@ -335,11 +336,12 @@ class Engine:
         news of all streams wake the event loop once, in which this is called."""
         return relays.chunks(stream, self._relays.here())
 
-    async def follow(self, stream: Stream, take: Callable[[Chunk], Awaitable[None] | None]) -> None:
-        """As `chunks`, but calls `take` in the event loop for what is new, which costs less. What
-        it returns is awaited before it gets more. Returns at the stream's end, also where that is
-        an error; raises what `take` raises."""
-        await relays.follow(stream, self._relays.here(), take)
+    def followers(
+        self, observe: Callable[[float, int], None] = lambda seconds, n: None
+    ) -> Followers:
+        """As `chunks`, but for many streams of the running event loop: what is new of all of them
+        comes in one pass, which costs less. `observe`: see `Followers`."""
+        return Followers(self._relays.here(), observe)
 
     async def agenerate(
         self,

@@ -70,9 +70,11 @@ class OutputProcessor:
         self._at: list[Stream | None] = [None] * n_slots  # by slot
         self._with_stops: set[Stream] = set()
         self._watched: set[Stream] = set()  # a reader waits for more of them
+        self._followed: set[Stream] = set()
+        self._left: list[Stream] = []  # slots, since followers were told
         self._wait = Wait.STEP
         self._n_woken = 0  # readers, at the last turn
-        self._n_read = 0
+        self._n_read = self._n_told = 0
         self._events: deque[tuple[int, Callable[..., None], tuple[Any, ...]]] = deque()
         self._open = True
         self._page = self._new_page()
@@ -122,8 +124,11 @@ class OutputProcessor:
     # -- any thread
 
     def watch(self, stream: Stream) -> None:
-        """A reader waits for more of this stream."""
-        self._watched.add(stream)
+        """A reader waits for more of this stream, or it has a follower."""
+        if stream._is_waited_for:
+            self._watched.add(stream)
+        if stream._followers:
+            self._followed.add(stream)
         if self._wait is Wait.MANY:
             self._reader.wake()
 
@@ -168,7 +173,8 @@ class OutputProcessor:
         self._wait = self._next_wait()
         if self._wait is Wait.EVENT:
             return reader.wait(max(n, self._events[0][0]), LAZY_SECONDS)
-        if self._wait is Wait.MANY and self._watched:  # looked at after `_wait` was set
+        wanted = self._watched or self._followed  # looked at after `_wait` was set
+        if self._wait is Wait.MANY and wanted:
             self._wait = Wait.STEP
         if self._wait is Wait.STEP:
             return reader.wait(n + 1, IDLE_SECONDS)
@@ -210,13 +216,15 @@ class OutputProcessor:
         woken = [stream for stream in self._watched.copy() if stream._news() or stream.done]
         for stream in woken:
             self._watched.discard(stream)
-            if stream._followers:  # looked at behind it: these go on watching
-                self._watched.add(stream)
-            for follower in stream._followers:
-                follower()
-            if stream._is_waited_for:
-                stream._wake()
+            stream._wake()
         self._n_woken = len(woken)
+        if self._n_told != self._n_read:
+            told = self._followed.intersection((*self._at, *self._left))
+            for tell in {tell for stream in told for tell in stream._followers}:
+                tell()
+            self._n_woken += len(told)
+        self._n_told = self._n_read
+        self._left.clear()
 
     # -- events
 
@@ -232,12 +240,14 @@ class OutputProcessor:
         stream, self._at[slot] = self._at[slot], None
         assert stream is not None
         stream._turn_to(None)
+        self._left.append(stream)
 
     def _end(
         self, stream: Stream, reason: FinishReason, stop: int | None, error: Exception | None
     ) -> None:
         self._with_stops.discard(stream)
         self._watched.discard(stream)
+        self._followed.discard(stream)
         stream._finish(reason, stop, error, self._count)
         self._core.ended()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
@@ -109,89 +109,6 @@ async def chunks(stream: Stream, relay: Relay) -> AsyncGenerator[Chunk, None]:
                 index = chunk.stop
                 yield chunk
     finally:
-        stream.cancel()
-
-
-class Follower:
-    """Gives `take` what is new of a stream each time, in the loop and without a switch of tasks.
-    `ended` is done behind the last of it, or has the exception of `take`.
-
-    What `take` returns is awaited before it gets more.
-    """
-
-    def __init__(
-        self, stream: Stream, relay: Relay, take: Callable[[Chunk], Awaitable[None] | None]
-    ) -> None:
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._stream = stream
-        self._take = take
-        self._tell = relay.call_of(self._read)
-        self._index = 0
-        self._told = False  # the loop is about to read
-        self._blocked: asyncio.Future[None] | None = None
-        stream._follow(self._news)
-        self._read()
-
-    def _news(self) -> None:
-        """There may be more. From any thread."""
-        if not self._told:
-            self._told = True
-            self._tell()
-
-    def _read(self) -> None:
-        self._told = False  # before it looks
-        if self._blocked is not None:
-            return
-        stream, ended = self._stream, self.ended
-        try:
-            while not ended.done():
-                done = stream.done  # before the chunk: behind a last one there is an empty one
-                chunk = stream._chunk_from(self._index)
-                if chunk is None:
-                    return
-                if chunk.stop == self._index:
-                    ended.set_result(None)
-                    return
-                self._index = chunk.stop
-                blocked = self._take(chunk)
-                if blocked is not None:
-                    self._blocked = asyncio.ensure_future(blocked)
-                    self._blocked.add_done_callback(self._go_on)
-                    return
-                if not done:
-                    return
-        except Exception as error:
-            if not ended.done():
-                ended.set_exception(error)
-
-    def _go_on(self, blocked: asyncio.Future[None]) -> None:
-        self._blocked = None
-        if self.ended.done():
-            return
-        if blocked.cancelled():
-            self.ended.cancel()
-        elif (error := blocked.exception()) is not None:
-            self.ended.set_exception(error)
-        else:
-            self._read()
-
-    def close(self) -> None:
-        """It takes nothing more."""
-        self.ended.cancel()
-        if self._blocked is not None:
-            self._blocked.cancel()
-
-
-async def follow(
-    stream: Stream, relay: Relay, take: Callable[[Chunk], Awaitable[None] | None]
-) -> None:
-    """Returns when `take` has had all chunks. Raises what it raises. Leaving before the end cancels
-    the request."""
-    follower = Follower(stream, relay, take)
-    try:
-        await follower.ended
-    finally:
-        follower.close()
         stream.cancel()
 
 

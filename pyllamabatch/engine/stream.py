@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ class Stream:
         "_admitted_at", "_callbacks", "_end", "_feed", "_first_at", "_followers", "_harmless",
         "_host", "_is_waited_for", "_lock", "_logprobs", "_more", "_n_accepted", "_n_drafted",
         "_n_drafts", "_n_dropped", "_n_taken", "_n_told", "_page", "_pieces", "_pieces_of",
-        "_result", "_slot", "_stopped", "_tokens", "_top", "id", "n_cached", "n_prompt",
+        "_result", "_slot", "_stopped", "_texts", "_tokens", "_top", "id", "n_cached", "n_prompt",
         "submitted_at",
     )  # fmt: skip
 
@@ -82,6 +82,7 @@ class Stream:
         self._logprobs: list[float] | None = None if params.logprobs is None else []
         self._top: list[dict[int, float]] | None = [] if params.logprobs else None
         self._pieces_of = pieces.of
+        self._texts = pieces.texts
         stops = tuple(params.stop)
         self._harmless = pieces.harmless(stops) if stops else None
         self._pieces: list[bytes] = []  # of all tokens, at the end
@@ -369,6 +370,29 @@ class Stream:
                 return None
             text = parts[index] if stop == index + 1 else "".join(parts[index:stop])
             return Chunk(text, index, stop)
+
+    def _newest(
+        self, index: int, page: Page | None, shown: Sequence[int], newest: Sequence[int]
+    ) -> int | None:
+        """For a follower that has had `index` tokens: None when there are no more, the next one
+        when it is the only one, -1 when `_chunk_from` has to say. shown, newest: see `Page`."""
+        with self._lock:
+            if len(self._tokens) != index or self._result is not None:
+                return -1
+            if self._page is not page:
+                return None if self._page is None else -1
+            if page is None:
+                return None
+            slot, n = self._slot, self._n_taken
+            if shown[slot] == n:
+                return None
+            more_than_text = self._logprobs is not None or self._harmless is not None
+            if shown[slot] != n + 1 or more_than_text or self._first_at is None:
+                return -1
+            self._n_taken = n + 1
+            token = newest[slot]
+            self._tokens.append(token)
+            return token
 
     def _has_more(self) -> bool:
         """Whether the page has tokens that were not taken yet."""

@@ -10,13 +10,13 @@ import asyncio
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..engine.followers import TextWriter
 from ..engine.results import Chunk, Result
 from ..engine.stream import Stream
 from . import errors
@@ -51,6 +51,11 @@ class Answer(Protocol):
     def begin(self) -> bytes:
         """Before the first token."""
         return b""
+
+    def around(self, i: int) -> tuple[bytes, bytes] | None:
+        """What is before and behind the text, as a JSON string without its quotes, in an event of
+        what is new of a choice. None: `chunk` makes it."""
+        return None
 
     @abstractmethod
     def chunk(self, i: int, stream: Stream, chunk: Chunk) -> bytes:
@@ -143,27 +148,26 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _follow(self, write: Write, i: int, stream: Stream) -> Result:
-        answer, metrics = self._answer, self._service.metrics
-        before = 0.0
+        answer = self._answer
 
         def take(chunk: Chunk) -> Awaitable[None] | None:
-            nonlocal before
-            now = perf_counter()
-            if before:
-                n = chunk.stop - chunk.start
-                metrics.itl.add((now - before) / n, n)
-            before = now
             content = answer.chunk(i, stream, chunk)
             return write(content) if content else None
 
-        await self._service.engine.follow(stream, take)
+        around = answer.around(i)
+        taker = TextWriter(*around, _escaped, write) if around else take
+        await self._service.followers.follow(stream, taker)
         result = stream.wait(0)
-        metrics.ended(result)
+        self._service.metrics.ended(result)
         if (error := failure(result)) is not None:
             raise error
         if (content := answer.finish(i, result)) and (rest := write(content)) is not None:
             await rest
         return result
+
+
+def _escaped(text: str) -> bytes:
+    return orjson.dumps(text)[1:-1]
 
 
 def write_of(scope: Any) -> Write | None:

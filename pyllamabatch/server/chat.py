@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
-import orjson
 from fastapi import Request
 from pydantic import Field
 from starlette.responses import Response
@@ -95,9 +94,7 @@ class ChatAnswer(OpenAIAnswer):
         self._readers = [turn.reader() for _ in range(n)]
         self._called = [False] * n
         self._with_logprobs = body.logprobs
-        counts_each = body.stream_options.continuous_usage_stats
-        self._plain = turn.plain and not (body.logprobs or counts_each)
-        self._before, self._after = self._around_text(n, b'"delta":{"content":', b"}")
+        self._plain = turn.plain and not body.logprobs
 
     def _choice(self, i: int, result: Result) -> dict[str, Any]:
         message, reason = message_of(self._turn, result), tokens.finish_reason(result)
@@ -111,13 +108,14 @@ class ChatAnswer(OpenAIAnswer):
         return b"".join(self._event(i, choice_of(delta), 0) for i in range(self._n))
 
     def chunk(self, i: int, stream: Stream, chunk: Chunk) -> bytes:
-        if self._plain:
-            return self._before[i] + orjson.dumps(chunk.text) + self._after
         delta = self._delta(i, self._readers[i].feed(chunk.text))
         logprobs = self._logprobs(stream.between(chunk.start, chunk.stop))
         if not delta and not logprobs:
             return b""
         return self._event(i, choice_of(delta, logprobs=logprobs), chunk.stop)
+
+    def _text_choice(self, text: str) -> dict[str, Any]:
+        return choice_of({"content": text})
 
     def finish(self, i: int, result: Result) -> bytes:
         delta = self._delta(i, rest_of(self._turn, self._readers[i], result))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated, Any
 
-import orjson
 from fastapi import Request
 from pydantic import Field
 from starlette.responses import Response
@@ -44,12 +43,10 @@ async def completions(service: Service, request: Request) -> Response:
 class TextAnswer(OpenAIAnswer):
     def __init__(self, service: Service, body: CompletionBody, prepared: Prepared) -> None:
         super().__init__(service, body, prepared, id="cmpl", kind="text_completion")
-        n = len(prepared.streams)
+        self._plain = body.logprobs is None
         self._logprobs = None
-        if body.logprobs is not None:
-            self._logprobs = [tokens.TextLogprobs(service.piece) for _ in range(n)]
-        self._plain = self._logprobs is None and not body.stream_options.continuous_usage_stats
-        self._before, self._after = self._around_text(n, b'"text":', b"")
+        if not self._plain:
+            self._logprobs = [tokens.TextLogprobs(service.piece) for _ in prepared.streams]
 
     def _choice(self, i: int, result: Result) -> dict[str, Any]:
         return {
@@ -59,13 +56,13 @@ class TextAnswer(OpenAIAnswer):
         }
 
     def chunk(self, i: int, stream: Stream, chunk: Chunk) -> bytes:
-        if self._plain:
-            return self._before[i] + orjson.dumps(chunk.text) + self._after
-        columns = None
+        choice = self._text_choice(chunk.text)
         if self._logprobs is not None:
-            columns = self._logprobs[i](stream.between(chunk.start, chunk.stop))
-        choice = {"text": chunk.text, "logprobs": columns, "finish_reason": None}
+            choice["logprobs"] = self._logprobs[i](stream.between(chunk.start, chunk.stop))
         return self._event(i, choice, chunk.stop)
+
+    def _text_choice(self, text: str) -> dict[str, Any]:
+        return {"text": text, "logprobs": None, "finish_reason": None}
 
     def finish(self, i: int, result: Result) -> bytes:
         choice = {"text": "", "logprobs": None, "finish_reason": tokens.finish_reason(result)}

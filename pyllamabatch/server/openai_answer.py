@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
-import orjson
-
 from ..engine.results import Result
 from . import tokens
 from .answer import DONE, Answer, event
@@ -17,7 +15,10 @@ from .service import Prepared, Service
 
 
 class OpenAIAnswer(Answer):
-    """id, kind: how its "id" begins, and its "object"."""
+    """id, kind: how its "id" begins, and its "object". `_plain`: an event of new text has nothing
+    else that is new."""
+
+    _plain = False
 
     def __init__(
         self, service: Service, body: SamplingBody, prepared: Prepared, *, id: str, kind: str
@@ -34,13 +35,15 @@ class OpenAIAnswer(Answer):
             "system_fingerprint": service.fingerprint,
         }
 
-    def _around_text(self, n: int, before: bytes, after: bytes) -> tuple[list[bytes], bytes]:
-        """What is before the text of each of `n` choices and behind it in an event with nothing
-        else. before, after: the choice's own part of that."""
-        head = orjson.dumps(self._head)[:-1]
-        usage = b',"usage":null' if self._options.include_usage else b""
-        begins = [b'data: %b,"choices":[{"index":%d,%b' % (head, i, before) for i in range(n)]
-        return begins, b'%b,"logprobs":null,"finish_reason":null}]%b}\n\n' % (after, usage)
+    def around(self, i: int) -> tuple[bytes, bytes] | None:
+        if not self._plain or self._options.continuous_usage_stats:
+            return None
+        before, _, after = self._event(i, self._text_choice("\0"), 0).rpartition(rb"\u0000")
+        return before, after
+
+    @abstractmethod
+    def _text_choice(self, text: str) -> dict[str, Any]:
+        """A choice of an event with nothing but new text, without its index."""
 
     @abstractmethod
     def _choice(self, i: int, result: Result) -> dict[str, Any]:

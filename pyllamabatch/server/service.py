@@ -11,9 +11,11 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from ..engine.embedder import Embedder
 from ..engine.engine import Engine
+from ..engine.followers import Followers
 from ..engine.stream import Stream
 from ..errors import UnsupportedOperation, integer
 from ..llama import runtime
@@ -70,6 +72,7 @@ class Service:
         self.fingerprint = f"{runtime.text(lib.plb_llama_cpp_build())}-pyllamabatch"
         self.draining = False
         self._pieces: dict[int, bytes] = {}
+        self._followers = WeakKeyDictionary[asyncio.AbstractEventLoop, Followers]()
         # Long texts and grammars would hold up all streams: these two threads take them.
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="pyllamabatch-server")
 
@@ -93,6 +96,15 @@ class Service:
         if self._engine is None:
             raise UnsupportedOperation("this model makes embeddings only")
         return self._engine
+
+    @property
+    def followers(self) -> Followers:
+        """Who reads the engine's streams in the running event loop."""
+        loop = asyncio.get_running_loop()
+        found = self._followers.get(loop)
+        if found is None:
+            found = self._followers[loop] = self.engine.followers(self.metrics.itl.add)
+        return found
 
     @property
     def has_engine(self) -> bool:

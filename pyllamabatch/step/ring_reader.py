@@ -94,6 +94,11 @@ class Page:
         self.shown = self.n_tokens.tolist()
         self.steps.n = self.struct.n_steps
 
+    def newest(self) -> tuple[list[int], list[int]]:
+        """`shown`, and the last token of each sequence by then (any, where it has none)."""
+        shown = self.shown
+        return shown, self.token[np.arange(len(shown)), np.array(shown) - 1].tolist()
+
     def top(self, seq: int, records: slice) -> list[dict[int, float]]:
         """Token -> log-probability of the most likely ones, for some tokens of a sequence."""
         assert self.n_top is not None

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pyllamabatch.engine.engine import Engine
+from pyllamabatch.engine.followers import Followers
 from pyllamabatch.engine.relays import Relay
 from pyllamabatch.engine.results import Chunk
 from pyllamabatch.errors import ArgumentError, EngineClosed, RequestTooLong
@@ -89,7 +90,7 @@ def test_a_follower_gets_the_chunks_in_order(model: Model) -> None:
     with engine_on(model) as engine:
         expected = [result.text for result in engine.generate(PROMPTS, greedy(30))]
 
-        async def followed(prompt: list[int]) -> str:
+        async def followed(followers: Followers, prompt: list[int]) -> str:
             texts: list[str] = []
             seen = asyncio.Lock()  # held while it makes the stream wait
 
@@ -103,12 +104,14 @@ def test_a_follower_gets_the_chunks_in_order(model: Model) -> None:
                 return slowly() if len(texts) % 2 else None
 
             stream = engine.submit(prompt, greedy(30))
-            await engine.follow(stream, take)
+            await followers.follow(stream, take)
             assert stream.done
             return "".join(texts)
 
         async def run() -> None:
-            assert await asyncio.gather(*map(followed, PROMPTS)) == expected
+            followers = engine.followers()
+            tasks = (followed(followers, prompt) for prompt in PROMPTS)
+            assert await asyncio.gather(*tasks) == expected
 
         asyncio.run(run())
         check_done(engine)
@@ -127,12 +130,13 @@ def test_what_a_follower_raises_cancels_the_request_and_no_other(model: Model, l
             raise ValueError("full")
 
         async def run() -> None:
+            followers = engine.followers()
             other = asyncio.create_task(collect(engine, PROMPTS[1]))
             stream = engine.submit(PROMPTS[0], greedy(500))
             with pytest.raises(ValueError, match="full"):
-                await engine.follow(stream, take)
+                await followers.follow(stream, take)
             left = engine.submit(PROMPTS[2], greedy(500))
-            following = asyncio.create_task(engine.follow(left, lambda chunk: None))
+            following = asyncio.create_task(followers.follow(left, lambda chunk: None))
             await asyncio.sleep(0.02)
             following.cancel()
             with pytest.raises(asyncio.CancelledError):

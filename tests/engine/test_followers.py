@@ -1,0 +1,98 @@
+"""Followers: a text that is written token by token is the text that chunks have."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from functools import partial
+from typing import Any
+
+import pytest
+
+from pyllamabatch.engine.followers import Followers, TextWriter
+from pyllamabatch.engine.relays import Relay
+from pyllamabatch.engine.results import Chunk
+from pyllamabatch.step.ring_reader import Page
+from tests.engine.test_stream import push, stream
+
+PIECES = (
+    b" word", b'"\n', b"", b"\x00", "é".encode(), "é".encode()[:1], "é".encode()[1:], b"\xff",
+    "🦙".encode()[:2], "🦙".encode()[2:], b"\xf0\x9f",
+)  # fmt: skip
+
+
+def escaped(text: str) -> bytes:
+    return json.dumps(text).encode()[1:-1]
+
+
+def written(news: list[list[bytes]], turn_at: int, *, plain: bool, **options: Any) -> list[bytes]:
+    """What a follower writes when these pieces come one list after the other."""
+    parts: list[bytes] = []
+
+    async def run() -> None:
+        made = stream(**options)
+        gaps: list[int] = []
+        followers = Followers(Relay(asyncio.get_running_loop()), lambda seconds, n: gaps.append(n))
+        writer = TextWriter(b"<", b">", escaped, parts.append)
+        task = asyncio.create_task(
+            followers.follow(made, writer if plain else lambda chunk: writer(chunk))
+        )
+        await asyncio.sleep(0)
+        for i, pieces in enumerate(news):
+            push(made, *pieces)
+            followers._tell()
+            if i == turn_at:  # before the loop has looked
+                made._turn_to(Page(2, 64, 3))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        assert sum(gaps) <= sum(map(len, news))
+        made._finish("stop")
+        await task
+        text = made.wait(0).text
+        assert b"".join(parts).replace(b"><", b"") == b"<" + escaped(text) + b">" or not text
+        assert made.wait(0).tokens == made.tokens
+
+    asyncio.run(run())
+    return parts
+
+
+@pytest.mark.parametrize("options", [{}, {"logprobs": 1}, {"stop": ("rd",), "min_tokens": 9}])
+def test_a_writer_gets_what_chunks_have(options: dict[str, Any]) -> None:
+    draw = random.Random(1)
+    for _ in range(200):
+        sizes = (draw.choice((0, 1, 1, 1, 2, 3)) for _ in range(draw.randrange(1, 16)))
+        news = [draw.choices(PIECES, k=size) for size in sizes]
+        made = partial(written, news, draw.randrange(16), **options)
+        assert made(plain=True) == made(plain=False)
+
+
+def test_a_token_alone_needs_no_chunk() -> None:
+    asked = 0
+
+    async def run() -> None:
+        nonlocal asked
+        made, parts = stream(), list[bytes]()
+        look = made._chunk_from
+
+        def counted(index: int) -> Chunk | None:
+            nonlocal asked
+            asked += 1
+            return look(index)
+
+        made._chunk_from = counted  # type: ignore[method-assign]
+        followers = Followers(Relay(asyncio.get_running_loop()), lambda seconds, n: None)
+        writer = TextWriter(b"", b"", escaped, parts.append)
+        task = asyncio.create_task(followers.follow(made, writer))
+        await asyncio.sleep(0)
+        for _ in range(20):
+            push(made, b" word")
+            followers._tell()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        made._finish("stop")
+        await task
+        assert parts == [b" word"] * 20
+
+    asyncio.run(run())
+    assert asked == 3  # before the first token, for it, and for the end
