@@ -6,8 +6,8 @@ costs what it always does, no Python in a step. Prompts are random tokens, answe
 have all of their tokens. With `--model gemma3-1b-counts` these repeat nothing, and do not depend on
 rounding, so that the acceptance is what was asked for on any device.
 
-Both arms answer `LEARNED` rounds before they are measured: it is about an engine that has run for
-a while. It has forgotten the answers themselves.
+The engine that drafts answers for `--learn` seconds before it is measured: it is about one that has
+run for a while. It has forgotten the answers themselves.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ OFF, KNOWS = "off", "knows"
 PROMPT = 64  # tokens
 PROMPTS = 2  # different ones at most, of a round
 KNOWN, DRAFTED = 4, 64  # tokens of a text: before a place of an answer, and behind it
-LEARNED = 2  # rounds
 SAMPLING = "acceptance "
 
 
@@ -81,12 +80,13 @@ def texts(prompt: I32, answer: I32, acceptance: float, random: np.random.Generat
 class Known(EngineSpeculates):
     """An engine that drafts from texts of the answers, or not at all."""
 
-    def __init__(self, case: Case, model: Model, *, drafts: bool) -> None:
+    def __init__(self, case: Case, model: Model, *, drafts: bool, learn: float) -> None:
         n = min(PROMPTS, case.pl)
         # As much as it is told, so that the answers themselves are forgotten.
         corpus = n * sum(KNOWN + min(DRAFTED, case.tg - at) for at in range(case.tg))
         super().__init__(case, model, {"speculate": Ngram(corpus) if drafts else None})
         self._drafts = drafts
+        self._learn = learn if drafts else 0.0
         self._random = np.random.default_rng(case.seed)
         shape = (n, PROMPT)
         self._prompts = list(self._random.integers(0, model.n_vocab, shape, dtype=np.int32))
@@ -101,8 +101,10 @@ class Known(EngineSpeculates):
             self._texts += np.array_split(
                 text, 1 + len(text) * self.case.pl // (self.case.n_ctx - 64)
             )
-        for repeat in range(LEARNED):
-            self.run(repeat)
+        learned, repeat = 0.0, 0
+        while not repeat or learned < self._learn:
+            learned += self.run(repeat).t_tg
+            repeat += 1
 
     def run(self, repeat: int) -> Measured:
         if self._drafts:
@@ -117,9 +119,11 @@ class Known(EngineSpeculates):
         return SamplingParams(temperature=0, max_tokens=self.case.tg, ignore_eog=True, seed=seed)
 
 
-def arms(model: Model) -> list[ServeArm]:
+def arms(model: Model, learn: float) -> list[ServeArm]:
+    """learn: seconds of decoding."""
+
     def engine(case: Case, *, drafts: bool) -> EngineClients:
-        return Known(case, model, drafts=drafts)
+        return Known(case, model, drafts=drafts, learn=learn)
 
     includes = "Engine in this process, a thread for each reader; no HTTP"
     how: dict[str, Any] = {OFF: False, KNOWS: True}

@@ -37,6 +37,7 @@ QUICK = {
     "model": "default",
     "sequences": "1,2",
     "tokens": 24,
+    "learn": 0.5,
     "repeats": 1,
     "arms": f"{OFF},{NGRAM}",
 }
@@ -74,6 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE,…",
         help="instead of texts: drafts that are right so often, as in 0.8,0.4,0",
     )
+    parser.add_argument(
+        "--learn", type=float, default=6.0, metavar="S", help="with --acceptance: seconds, before"
+    )
     parser.set_defaults(sampling=SAMPLING[REPEATING])
     add_run(parser, repeats=6)
 
@@ -82,7 +86,7 @@ def main(options: argparse.Namespace) -> int:
     inside = InProcess.of(options)
     if options.acceptance:
         kinds = [acceptance.sampling_of(share) for share in acceptance.shares(options.acceptance)]
-        arms = choose(options.arms, acceptance.arms(inside.model))
+        arms = choose(options.arms, acceptance.arms(inside.model, options.learn))
         return _show(options, inside, arms, kinds, options.acceptance)
     arms = choose(options.arms, all_arms(inside, drafter_of(options)))
     for name in dict.fromkeys(arm.tool for arm in arms if arm.tool):

@@ -9,7 +9,7 @@ namespace plb {
 namespace {
 
 // A step's time beyond its own, at most: for a new graph, and for one with other samplers.
-constexpr float GRAPH_MOST = 1, APART_MOST = 8;
+constexpr float GRAPH_MOST = 1, APART_MOST = 16;
 
 // A new graph is dear from this share of a step without drafts on. After so many more steps with it a
 // device has recorded it; what it takes until then is at most so many times what it takes at first.
@@ -179,7 +179,8 @@ void draft_prices::computed(const step & step) {
     }
     if (step.drafted && priced && width_ < n_priced_) {
         const float worth = seconds_[(size_t) width_] / (float) step.n_slots * (float) step.n_tokens;
-        credit_ += worth - std::min(took, worst_[(size_t) n_rows] + GRAPH_STEPS * graph_);
+        const float apart = step.apart ? APART_MOST * seconds_[(size_t) width_] : 0;
+        credit_ += worth - std::min(took, worst_[(size_t) n_rows] + GRAPH_STEPS * graph_ + apart);
     }
 }
 

@@ -39,7 +39,7 @@ void draft_record::note(int32_t n_asked, int32_t n_found, int32_t n_right) {
 }
 
 int32_t match_record::of(int32_t length) {
-    constexpr int32_t from[N_LENGTHS] = {0, 4, 5, 7, 10, 16, 32};
+    constexpr int32_t from[N_LENGTHS] = {0, 3, 4, 5, 7, 10, 16, 32};
     int32_t i = N_LENGTHS - 1;
     while (length < from[i]) {
         --i;

@@ -16,7 +16,7 @@ namespace plb {
 
 class corpus;
 
-constexpr int32_t NGRAM       = 3;  // tokens that a match has at least
+constexpr int32_t NGRAM       = 2;  // tokens that a match has at least
 constexpr int32_t NGRAM_MOST  = 32; // that are compared
 constexpr int32_t NGRAM_TRIES = 64; // positions that are looked at
 
@@ -35,7 +35,7 @@ struct draft_record {
 
 // How often the next token was the one that followed the last match, by how many tokens that had.
 struct match_record {
-    static constexpr int32_t N_LENGTHS = 7;
+    static constexpr int32_t N_LENGTHS = 8;
     static int32_t of(int32_t length); // which of them
 
     float   right[N_LENGTHS]   = {}; // shares that forget

@@ -133,11 +133,13 @@ void choose_place(plb_engine & engine, int32_t n_rows) {
     }
     shortlist & device = *engine.on_device;
     // Drafts are sampled from whole rows; so are the steps between those that have some.
+    const bool able = short_enough(engine, n_rows);
     if (engine.drafts && engine.drafts->wanted()) {
-        const bool able = short_enough(engine, n_rows);
         engine.drafts->keep_off(engine.place.keep_off(info.n_outputs, able));
+    } else if (engine.place.lingers()) {
+        engine.drafts->keep_off(engine.place.linger(info.n_outputs, able));
     } else {
-        info.on_device = engine.place.on_device(info.n_outputs, short_enough(engine, n_rows));
+        info.on_device = engine.place.on_device(info.n_outputs, able);
     }
     if (info.on_device && !device.attach()) {
         info.on_device = 0;

@@ -35,6 +35,8 @@ LATELY = 60.0
 Seconds = npt.NDArray[np.float64]
 
 _CALM = 64  # steps without drafts after which they are sampled where that is cheapest
+_MOVES = 16  # steps' time: to sample elsewhere than on the device, and to come back
+_LINGERS = 32  # steps without drafts that are still sampled there (native/device/placement.hpp)
 _NEAR = 0.25  # octaves of rows: how far the times of one number of rows speak for another one
 _COUNTS = 16  # steps: what was known counts as so many new ones at most
 _TRUSTED = 4000  # steps: what was observed longer ago is no more known
@@ -136,6 +138,7 @@ class Drafting:
         self._seconds = ADVANCE  # of all steps that might have had drafts
         self._owner = np.zeros(n_slots, dtype=np.int64)  # id + 1 of the sequence that it is of
         self._calm: dict[int, int] = {}  # steps of calls that could have no drafts, by width
+        self._off = _LINGERS + 1  # the last of them
         self._found = np.zeros((n_slots, n))
         self._right = np.zeros((n_slots, n))
 
@@ -170,14 +173,33 @@ class Drafting:
         gained = 0.0
         if drafted.credit is not None:
             gained = drafted.credit - self.credit
-        elif asked and self.times.knows(width, max(width, self._limits.n_seq_max)):
+        elif (asked or self._lingers()) and self.times.knows(
+            width, max(width, self._limits.n_seq_max)
+        ):
             plain = cost.predict(width, 0, kv, len(slots)) * self.times.factor(width)
             worth = plain * float(drafted.taken[slots].sum()) / len(slots)
             gained = max(worth - drafted.seconds, -_LOST_MOST * n_steps * plain)
+        if asked and self._begins():  # it will have to come back
+            gained -= (
+                0.5 * _MOVES * cost.predict(width, 0, kv, len(slots)) * self.times.factor(width)
+            )
+        self._off = 0 if asked else self._off + n_steps
         self._gained = self._gained * exp(-drafted.seconds / LATELY) + gained
         self.credit += gained
         most = LOSS * min(self._seconds, LATELY) + max(0.0, RISKED * self._gained)
         self.credit = min(self.credit + LOSS * drafted.seconds, most)
+
+    def _is_calm(self, width: int) -> bool:
+        """Steps of so many rows, or more, had time to be sampled on the device."""
+        return any(n >= _CALM for rows, n in self._calm.items() if rows >= width)
+
+    def _begins(self) -> bool:
+        """Drafts, in the next step, have the sampling moved off the device."""
+        return self._limits.drafts_move_sampling and self._off > _LINGERS
+
+    def _lingers(self) -> bool:
+        """Steps without drafts are still sampled on the host, on account of those before."""
+        return self._limits.drafts_move_sampling and self._off <= _LINGERS
 
     def _width(self, slots: Slots) -> int:
         if self._invariance is not None:
@@ -207,7 +229,7 @@ class Drafting:
             if cost is None or not self.times.knows(width, max(width, limits.n_seq_max)):
                 return None
             # else they would be compared with steps that are sampled on the host as well
-            if limits.drafts_move_sampling and self._calm.get(width, 0) < _CALM:
+            if limits.drafts_move_sampling and not self._is_calm(width):
                 return None
             rows = range(room + 1)
             said = np.array([cost.predict(n_rows, 0, kv, n) if n_rows else 0.0 for n_rows in rows])
@@ -215,7 +237,10 @@ class Drafting:
             if self._invariance is not None:
                 seconds = self._invariance.allowed(seconds, width)
             graph = cost.new_graph.step if new_graph is None else new_graph
-            return Prices(seconds, worst, self.credit, new_graph=graph)
+            begin = 0.0
+            if self._begins():
+                begin = _MOVES * float(seconds[width])
+            return Prices(seconds, worst, self.credit, new_graph=graph, begin=begin)
 
         return Drafts(
             limits.n_draft_max,

@@ -154,6 +154,7 @@ class Prices(NamedTuple):
       there are none.
     - new_graph: seconds that a step takes longer where it has not as many rows as the last one with
       drafts.
+    - begin: credit that there has to be, for what it takes to begin with drafts and to end.
     """
 
     seconds: npt.NDArray[np.float64]
@@ -161,6 +162,7 @@ class Prices(NamedTuple):
     credit: float
     gain: float = 0.0
     new_graph: float = 0.0
+    begin: float = 0.0
 
 
 class Drafts(NamedTuple):

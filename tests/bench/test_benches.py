@@ -125,7 +125,7 @@ def test_speculate_asks_both_arms_the_same_texts(run: Run) -> None:
 
 def test_speculate_knows_answers_as_often_as_it_is_told(run: Run) -> None:
     words = ("--sequences", "2", "--tokens", "8", "--acceptance", "1,0.5", "--arms", "")
-    status, records = run("speculate", *EMBEDDED, *words)
+    status, records = run("speculate", *EMBEDDED, *words, "--learn", "0.1")
     assert status == 0
     arms = [acceptance.OFF, acceptance.KNOWS]
     kinds = ["acceptance 1.00", "acceptance 0.50"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -247,6 +248,34 @@ def test_where_drafts_move_the_sampling_steps_without_come_first() -> None:
         assert drafts.prices is not None
         seen.append(drafts.prices() is not None)
     assert seen == [False, False, True]
+
+
+def test_where_drafts_move_the_sampling_they_begin_seldom_and_stay() -> None:
+    """Each move takes eight steps' time. A new request has none for a step."""
+    limits = replace(LIMITS, drafts_move_sampling=True)
+    for right, pays in ((GOOD, True), ([0.0] * 4, False)):
+        drafting = Drafting(limits, 8)
+        slots, shares = np.array([0], np.int32), np.tile(np.array(right), (8, 1))
+        total, first, n_moves, n_off, moved = 0.0, 0.0, 0, 100, False
+        for i in range(400):
+            owner, fresh = np.array([1 + i // 10]), np.zeros((8, 4))
+            drafts = drafting.view(slots, owner, 1000 * owner, 100.0, limits, Linear())  # type: ignore[arg-type]
+            view = replace(view_of(decoding(0), limits=limits), drafts=partial(Drafts, *drafts))
+            asked, steps, _ = ByGain()(PlanBuilder(view, 64, view.kv.free, view.kv.promised))
+            assert steps is not None
+            n_off = 0 if asked else n_off + steps
+            now = n_off <= 32  # as long as steps without drafts are sampled where they were
+            n_moves, moved, first = n_moves + (now != moved), now, first or total * bool(asked)
+            each = half(5) if asked else half(1)
+            seconds = steps * each + 8 * half(1) * (n_off == 0 and n_moves % 2 == 1)
+            total += seconds
+            timed = np.bincount([5 if asked else 1], minlength=9) * steps
+            taken = slots + steps * (4 if asked else 1)
+            found = fresh if i % 10 == 9 else np.ones((8, 4))
+            drafted = Drafted(taken, 5 * steps, 0, 0, found, shares, seconds, timed, timed * each)
+            drafting.observe(slots, owner, drafted, steps, 100, Linear(), asked=bool(asked))  # type: ignore[arg-type]
+        assert n_moves == (1 if pays else 0)
+        assert not pays or first > 0.5 * 16 * half(1) / LOSS  # both moves were paid for
 
 
 def scheduler(speculate: Any, limits: Limits = LIMITS) -> Scheduler:

@@ -180,7 +180,8 @@ def test_what_the_native_drafter_drafts(context: Context) -> None:
         ([5, 6, 5, 6, 5, 6], [5, 6, 5, 6]),
         ([5, 5, 5, 5, 5, 5], [5, 5, 5, 5]),
         ([5, 6, 7, 8, 9, 10], []),
-        ([5, 6, 7, 5, 6], []),  # too short
+        ([5, 6, 7, 5, 6], [7, 5, 6, 7]),
+        ([5, 6, 7, 8, 5], []),  # too short
         ([5], []),
     ]
     with Stepper(context, n_draft_max=N_DRAFT, drafter="ngram") as stepper:

@@ -48,7 +48,7 @@ class ByGain:
             return Speculation({}, TIMED)
         room = min(drafts.room, builder.cells + n)
         most = min(drafts.n_max, (room - drafts.width) // (drafts.width if drafts.even else n))
-        if most < 1 or prices.credit < 0:
+        if most < 1 or prices.credit < prices.begin:
             return Speculation({}, STEPS)
         target = float(view.running.column("itl_target").min())
         seconds = np.where(prices.seconds <= target, prices.seconds, 0.0)
@@ -57,28 +57,26 @@ class ByGain:
             return self._asked(drafts, own, most)
         if not can_pay(drafts, seconds, most, self.gain):
             return Speculation({}, STEPS)
-        steps: int | None = STEPS
-        if view.limits.drafts_move_sampling:
-            expected, steps, _ = self._asked(drafts, own, most)
-            if not expected:
-                return Speculation({}, steps)
-        return Speculation(_as_many(drafts, most), steps, own)
+        if not view.limits.drafts_move_sampling:
+            return Speculation(_as_many(drafts, most), STEPS, own)
+        on = not prices.begin  # to go on with drafts takes less than to begin
+        expected = self._asked(drafts, own._replace(gain=0.0) if on else own, most)
+        return Speculation(_as_many(drafts, most), ASKED, own) if expected.drafts else expected
 
     def _asked(self, drafts: Drafts, prices: Prices, most: int) -> Speculation:
         if not drafts.found.any(axis=1).all():  # of a new one what is usual is known soon
             return Speculation({}, NEW)
         n, width = len(drafts.ids), drafts.width
         plain = float(prices.seconds[width])
-        best = (1 + self.gain) * n / plain if plain > 0 else np.inf
+        best = (1 + prices.gain) * n / plain if plain > 0 else np.inf
         choice, timed = 0, True
         for k in range(1, most + 1):
             rows = (width if drafts.even else n) * k + width
             seconds = float(prices.seconds[rows])
             known = prices.worst[rows] <= seconds
             tokens = n + float(drafts.right[:, :k].sum())
-            rate = tokens / seconds if seconds > 0 else 0.0
-            if not known:
-                rate /= HOPE
+            hoped = seconds if known else max(HOPE * seconds, min(plain, seconds))
+            rate = tokens / hoped if seconds > 0 else 0.0
             if rate > best:
                 best, choice, timed = rate, k, known
         if not choice:
