@@ -164,8 +164,12 @@ class GrammarError(PyllamabatchError):
 
 
 class SamplingError(PyllamabatchError):
-    """No token could be chosen for a row: the grammar or the biases exclude all of them, the
-    grammar can go on in so many ways that it would take seconds, or the logits are not numbers."""
+    """No token could be chosen for a row: the logits are not numbers, or it is a `NoCandidate`."""
+
+
+class NoCandidate(SamplingError):
+    """What the request asks for leaves no token to choose: its grammar or its biases exclude all of
+    them, or the grammar can go on in so many ways that it would take seconds."""
 
 
 class StateError(PyllamabatchError):

@@ -306,7 +306,7 @@ class EngineCore:
                 error = None
                 if finish == Finish.ERROR:
                     self.scheduler.counters.tokens -= 1
-                    error = SamplingError(self._stepper.slot_error(slot))
+                    error = self._stepper.slot_error(slot)
                 self.table.in_slot(slot).sink.sampled(token, Finish(finish), logprob, error)
             if run.code:
                 failure = decode_error(run.code, self._stepper.last_error)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import SamplingError, decode_error
+from ..errors import decode_error
 from ..scheduler import Scheduler, Step
 from ..step.trace import StepTrace
 from ..step.types import Finish, Run
@@ -90,7 +90,7 @@ class LoneDecode:
             if finish == ERROR:
                 self.request = None
                 self._scheduler.counters.tokens -= 1
-                raise SamplingError(stepper.slot_error(slot))
+                raise stepper.slot_error(slot)
             known = len(sink.request.tokens)
             self._tokens[known] = token
             return sink.given(self._tokens[: known + 1], token, finish, logprob)

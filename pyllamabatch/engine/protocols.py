@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..cost.model import CostModel
+from ..errors import SamplingError
 from ..kv import Preemption, Slots, SwapChoice
 from ..llama.lora import LoraNames, LoraSet
 from ..llama.memory import Capabilities
@@ -52,7 +53,7 @@ class StepRunner(Protocol):
     @property
     def last_error(self) -> str: ...
 
-    def slot_error(self, seq_id: int) -> str: ...
+    def slot_error(self, seq_id: int) -> SamplingError: ...
 
 
 class RingReader(Protocol):

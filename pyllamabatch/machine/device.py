@@ -17,6 +17,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from pyllamabatch.errors import NoCandidate, SamplingError
 from pyllamabatch.kv import Slots
 from pyllamabatch.scheduler import Limits
 from pyllamabatch.step.ring_reader import CLOCK_OFFSET, Page
@@ -142,8 +143,8 @@ class FakeDevice(Generic[C, S]):
     def last_error(self) -> str:
         return ""
 
-    def slot_error(self, seq_id: int) -> str:
-        return f"nothing to choose for {seq_id}"
+    def slot_error(self, seq_id: int) -> SamplingError:
+        return NoCandidate(f"nothing to choose for {seq_id}")
 
     def compute(self, slots: Slots, n_steps: int, n_before: int = 0, n_pad: int = 0) -> Run:
         """As `StreamStepper.compute`."""

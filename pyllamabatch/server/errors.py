@@ -20,6 +20,7 @@ from ..errors import (
     ClosedError,
     EngineDraining,
     GrammarError,
+    NoCandidate,
     PyllamabatchError,
     QueueFull,
     RequestTooLong,
@@ -90,7 +91,7 @@ def of(error: BaseException) -> ApiError:
             return ApiError(400, message, param=error.argument, code="invalid_value")
         case GrammarError():
             return ApiError(400, f"grammar: {message}", param="grammar", code="invalid_value")
-        case TokenizeError() | ChatTemplateError():
+        case TokenizeError() | ChatTemplateError() | NoCandidate():
             return ApiError(400, message, code="invalid_value")
         case ValidationError():
             return of_validation(error)

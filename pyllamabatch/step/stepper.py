@@ -29,6 +29,8 @@ from pyllamabatch.errors import (
     ClosedError,
     FatalDecodeError,
     GrammarError,
+    NoCandidate,
+    SamplingError,
     UnsupportedOperation,
     integer,
 )
@@ -366,10 +368,12 @@ class Stepper:
             n_draws=info.n_draws,
         )
 
-    def slot_error(self, seq_id: int) -> str:
-        """Why the sequence's last result was an error; empty when it was not."""
+    def slot_error(self, seq_id: int) -> SamplingError:
+        """Why the sequence's last result was an error."""
         engine, _ = self._open()
-        return text(lib.plb_slot_error(engine, self._seq(seq_id)))
+        asked = self.slot(seq_id).error not in (lib.PLB_E_LOGITS, lib.PLB_E_MEMORY)
+        why = text(lib.plb_slot_error(engine, self._seq(seq_id)))
+        return NoCandidate(why) if asked else SamplingError(why)
 
     @property
     def last_error(self) -> str:

@@ -61,6 +61,26 @@ def test_values_beyond_limits(served: Served, path: str, change: Any, param: str
     assert len(error["message"]) < 1000
 
 
+ROW_OF_EMPTY = {"type": "string", "pattern": "^" + "(a|b)*" * 2000 + "$"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"json_schema": ROW_OF_EMPTY, "max_tokens": 100}, "too many ways"),
+        ({"logit_bias": [[token, False] for token in range(259)], "temperature": 0}, "no token"),
+    ],
+)
+def test_what_leaves_no_token_is_the_clients_mistake(
+    served: Served, change: Any, words: str
+) -> None:
+    error = served.refused(TEXT, {"prompt": SUM, **change})
+    assert words in error["message"]
+    assert error["type"] == "invalid_request_error"
+    last = served.events(TEXT, {"prompt": SUM, **change})[-1]  # the status has gone out
+    assert last["error"] == error
+
+
 def test_what_was_submitted_is_cancelled_when_no_answer_can_be_made(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pyllamabatch.engine.engine import Engine
-from pyllamabatch.errors import ArgumentError, GrammarError, SamplingError
+from pyllamabatch.errors import ArgumentError, GrammarError, NoCandidate
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.json_schema import schema_text, schema_to_gbnf
 from pyllamabatch.step.sampling_params import SamplingParams
@@ -133,6 +133,6 @@ def test_too_many_ways_to_go_on_end_one_answer(engine: Engine, pattern: str) -> 
     schema = {"type": "string", "pattern": pattern}
     one = engine.submit("x", SamplingParams(json_schema=schema, max_tokens=100))
     beside = engine.submit("y", greedy)
-    with pytest.raises(SamplingError, match="in too many ways"):
+    with pytest.raises(NoCandidate, match="in too many ways"):
         one.result(60)
     assert beside.result(60).tokens == alone.tokens
