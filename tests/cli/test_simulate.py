@@ -44,6 +44,22 @@ def test_json_is_the_same_for_the_same_seed(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize(
+    ("words", "unified"),
+    [
+        (["-s", "4", "--batch-invariant"], False),
+        (["-s", "1", "--load", "0.5", "--acceptance", "0.6"], True),
+        (["-s", "4", "-c", "800"], True),  # a share is less than the longest request
+    ],
+)
+def test_the_layout_is_an_engines_own(tmp_path: Path, words: list[str], unified: bool) -> None:
+    out = tmp_path / "out.jsonl"
+    assert main([*PROFILE, *TRACE, *words, "--jsonl", str(out)]) == 0
+    settings, *requests = map(json.loads, out.read_text(encoding="utf-8").splitlines())
+    assert settings["kv_unified"] == unified
+    assert len(requests) == 1 + 30
+
+
+@pytest.mark.parametrize(
     ("words", "says"),
     [
         ([*PROFILE, "--trace", "none.csv"], "none.csv"),

@@ -19,6 +19,7 @@ import pytest
 
 from pyllamabatch.cli import main
 from pyllamabatch.report.records import Record, read
+from tests.support.machines import fast_profile
 
 SHORT = ["--prompt-tokens", "12", "--sample-tokens", "6", "--repeats", "1", "--quiet", "-t", "1"]
 ARMS = ["single", "processes", "contexts", "shared", "engine"]
@@ -123,6 +124,29 @@ def test_threads_are_divided_or_not(tmp_path: Path, words: list[str], each: int)
     words = ["-n", "3", "-t", "6", "--arms", "contexts", *words]
     (row,) = rows_of(tmp_path / "r.jsonl", *words)
     assert row.n_threads == row.detail["n_threads_each"] == each
+
+
+def test_one_object_and_a_page_of_a_profile_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, profile = tmp_path / "page.html", fast_profile(tmp_path)
+    words: list[str | Path] = [
+        "-n",
+        "2",
+        "--arms",
+        "shared,engine",
+        "--machine",
+        profile,
+        "--plot",
+        page,
+        "--json",
+    ]
+    assert compare(*words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["arm"] for row in found["rows"]] == ["shared", "engine"]
+    assert all("the profile of" in row["model_type"] for row in found["rows"])
+    assert "rss_bytes" not in found["rows"][0]["detail"]  # of no model
+    assert found["advice"].splitlines()[-1] in page.read_text(encoding="utf-8")
 
 
 # -- scenarios and the gate --

@@ -1,0 +1,69 @@
+"""Servers as the command line opens them: on a profile machine, with HTTP, streams and counters as
+always, and no model; with files; and several, without the extra."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from pyllamabatch.cli import serve
+from pyllamabatch.errors import ArgumentError, UnsupportedOperation
+from tests.support.machines import fast_profile
+from tests.support.models_gguf import gguf_path
+from tests.support.models_special import write_lora
+from tests.support.served import running
+
+
+def flags(*words: str | Path) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    return parser.parse_args([*map(str, words)])
+
+
+def test_it_answers_that_no_model_wrote_this(tmp_path: Path) -> None:
+    with (
+        serve.opened(flags("--machine", fast_profile(tmp_path), "-np", "2", "-q")) as app,
+        running(app) as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+    ):
+        chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 30}
+        answer = client.post("/v1/chat/completions", json=chat).raise_for_status().json()
+        assert "No model wrote this" in answer["choices"][0]["message"]["content"]
+        assert answer["usage"]["completion_tokens"] == 30
+        both = client.post("/v1/completions", json={"prompt": ["a", "b"], "max_tokens": 5})
+        texts = [choice["text"] for choice in both.raise_for_status().json()["choices"]]
+        assert texts == [texts[0]] * 2
+        slots = client.get("/slots").raise_for_status().json()
+        assert len(slots) == 2
+
+
+def test_files_that_flags_name(tmp_path: Path) -> None:
+    """A template, and adapters by their names."""
+    template, style = tmp_path / "template.jinja", tmp_path / "style.gguf"
+    template.write_text("{{ messages[0].content }}!", encoding="utf-8")
+    write_lora(style)
+    words: list[str | Path] = ["-m", gguf_path("llama"), "-np", "2", "-c", "512", "-t", "1", "-q"]
+    words += ["--chat-template", template, "--lora", style, "--lora", f"more={style}"]
+    with (
+        serve.opened(flags(*words)) as app,
+        running(app) as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+    ):
+        chat = {"messages": [{"role": "user", "content": "Hello"}]}
+        made = client.post("/apply-template", json=chat).raise_for_status().json()
+        assert made["prompt"] == "Hello!"
+        adapters = client.get("/lora-adapters").raise_for_status().json()
+        assert [Path(one["path"]) for one in adapters] == [style, style]
+    twice = flags(*words, "--lora", style)
+    with pytest.raises(ArgumentError, match="has this name already"), serve.opened(twice):
+        pass
+
+
+def test_several_engines_need_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UnsupportedOperation, match=r"ray is missing.*pyllamabatch\[ray\]"):
+        serve.run(flags("--replicas", "2", "--port", "0"))
