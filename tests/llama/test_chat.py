@@ -271,7 +271,7 @@ def test_a_template_outlives_its_closed_model() -> None:
     assert "raining" in template.render([USER])
 
 
-def with_parameters(schema: dict[str, Any]) -> dict[str, Any]:
+def with_parameters(schema: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", "parameters": schema}}
 
 
@@ -302,6 +302,7 @@ REFUSED: dict[str, list[dict[str, Any]]] = {
         {"tools": [WEATHER, {"type": "function", "function": {"name": name}}]}
         for name in ("", "_" * 30_000)
     ],
+    r"tools\[0\].function.parameters=7": [{"tools": [with_parameters(7)]}],
     r"tools\[0\].function.parameters=.*in a name": [
         {"tools": [with_parameters({"properties": {"_" * 30_000: {}}})]}
     ],
@@ -316,6 +317,7 @@ REFUSED: dict[str, list[dict[str, Any]]] = {
     "enable_thinking": [{"enable_thinking": "no"}],
     "continue_final_message": [
         {"continue_final_message": True},
+        {"continue_final_message": "thoughts"},
         {"continue_final_message": True, "add_generation_prompt": True},
     ],
     "did you mean tools": [{"tool": []}],

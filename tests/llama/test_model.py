@@ -119,6 +119,9 @@ def test_devices(tiny_llama_path: Path) -> None:
         ({"progress_callback": None}, "progress_callback"),
         ({"n_gpu_layer": 1}, "n_gpu_layer"),
         ({"no_alloc": True, "load_mode": "mmap"}, "load_mode"),
+        ({"kv_overrides": {"": 1}}, "kv_overrides"),
+        ({"kv_overrides": {"a": []}}, "kv_overrides[a]"),
+        ({"kv_overrides": {"a": 2**70}}, "kv_overrides[a]"),
     ],
 )
 def test_bad_options(tiny_llama_path: Path, params: dict[str, object], argument: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,6 +98,12 @@ def test_decoder_special(vocab: Vocab) -> None:
 @pytest.mark.parametrize("text", ["\ud800", b"\xff", b"\xc3", "ok".encode("utf-16")])
 def test_not_utf8(vocab: Vocab, text: str | bytes) -> None:
     with pytest.raises(TokenizeError):
+        vocab.tokenize(text)
+
+
+@pytest.mark.parametrize("text", [7, None, ["a"]])
+def test_no_text(vocab: Vocab, text: Any) -> None:
+    with pytest.raises(ArgumentError, match="must be str or bytes"):
         vocab.tokenize(text)
 
 

@@ -142,8 +142,9 @@ class NullEngine:
         machine's: the core's, the output thread's."""
         core, machine = self._core, self.machine
         if self._read:
-            running = (id for id, one in core.table.requests.items() if one.slot >= 0)
-            core.output_processor._watched.update(self.streams[id] for id in running)
+            for id, request in core.table.requests.items():
+                if request.slot >= 0:
+                    self.streams[id]._watch()  # as a reader that has all there is
         machine.own_ns, began = 0, time.thread_time_ns()
         if core.commands or not core.scheduler.idle:
             if core.wait_for_work():
