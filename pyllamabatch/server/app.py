@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from pydantic import BaseModel
 from starlette.responses import Response
+from starlette.routing import Route
 
 from ..engine.engine import Engine
 from ..llama.model import Model
@@ -44,7 +44,7 @@ def create_app(engine: Engine | Model, options: ServerOptions | None = None) -> 
     app = Described(title="pyllamabatch", version=version("pyllamabatch"), lifespan=lifespan)
     app.state.service = service
     errors.install(app)
-    app.include_router(_router(service, app.body))
+    _add_routes(app, service)
     if service.options.api_keys:
         app.add_middleware(ApiKeys, keys=service.options.api_keys)
     if service.options.cors_origins:
@@ -52,28 +52,31 @@ def create_app(engine: Engine | Model, options: ServerOptions | None = None) -> 
     return app
 
 
-def _router(service: Service, described: Callable[[type[BaseModel]], dict[str, Any]]) -> APIRouter:
-    router = APIRouter()
+def _add_routes(app: Described, service: Service) -> None:
+    """Starlette's answer, before FastAPI's of the same paths, which are there for the description
+    alone: an endpoint needs nothing of what FastAPI does for one."""
+    router, plain = APIRouter(), list[Route]()
 
     def route(method: str, *paths: str, to: Endpoint, body: type[BaseModel] | None = None) -> None:
         async def endpoint(request: Request) -> Response:
             return await to(service, request)
 
         endpoint.__doc__ = to.__doc__
-        extra = None if body is None else described(body)
+        extra = None if body is None else app.body(body)
         for path in paths:
             name = f"{to.__name__}:{path}"
+            plain.append(Route(path, endpoint, methods=[method], name=name))
             router.add_api_route(
                 path, endpoint, methods=[method], name=name, openapi_extra=extra,
                 response_model=None,
             )  # fmt: skip
 
+    route("POST", "/v1/completions", to=completions, body=CompletionBody)
+    route("POST", "/v1/chat/completions", "/chat/completions", to=chat_completions, body=ChatBody)
     route("GET", "/", to=steps.index)
     route("GET", "/steps", to=steps.steps)
     route("GET", "/health", "/v1/health", to=health)
     route("GET", "/v1/models", "/models", to=models)
-    route("POST", "/v1/completions", to=completions, body=CompletionBody)
-    route("POST", "/v1/chat/completions", "/chat/completions", to=chat_completions, body=ChatBody)
     counts = [f"{chats}/input_tokens" for chats in ("/v1/chat/completions", "/chat/completions")]
     route("POST", *counts, to=input_tokens, body=ChatBody)
     route("POST", "/v1/responses", "/responses", to=responses, body=ResponsesBody)
@@ -94,7 +97,8 @@ def _router(service: Service, described: Callable[[type[BaseModel]], dict[str, A
     route("POST", "/embedding", "/embeddings", to=embeddings.native, body=vectors)
     rerank = "/rerank", "/v1/rerank", "/reranking"
     route("POST", *rerank, to=embeddings.rerank, body=embeddings.RerankBody)
-    return router
+    app.include_router(router)
+    app.router.routes[:0] = plain
 
 
 async def health(service: Service, request: Request) -> Response:

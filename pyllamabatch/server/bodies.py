@@ -208,7 +208,7 @@ class SamplingBody(Body):
 
     model: str = ""
     stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
+    stream_options: StreamOptions = Field(default_factory=StreamOptions)
     n: Annotated[int, Field(ge=1, le=2**16)] = 1
 
     max_tokens: int | None = None
