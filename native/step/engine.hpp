@@ -219,9 +219,10 @@ void set_text(char (&text)[TEXT_BYTES], const char * format, Args... args) noexc
 
 // Check, build, decode, sample: rows 0..n_rows-1, the records from first_record on, which is the
 // ring's. The step is recorded there, done or not, and in engine.info; returns the code. n_pad: see
-// plb_run. drafted: the rows are those that engine.drafts has written.
+// plb_run. drafted: the rows are those that engine.drafts has written. n_behind: so many of the first
+// rows, none of them sampled, are a batch behind that of the others.
 int32_t one_step(plb_engine & engine, int32_t n_rows, int32_t first_record, int32_t n_pad = 0,
-                 bool drafted = false);
+                 bool drafted = false, int32_t n_behind = 0);
 
 // A result's slot goes on behind it.
 void advance(plb_engine & engine, const plb_result & result) noexcept;

@@ -1,6 +1,8 @@
 // Several steps of pure decoding, without coming back.
 #include "step/engine.hpp"
 
+#include "llama-ext.h"
+
 #include <algorithm>
 
 using namespace plb;
@@ -109,9 +111,31 @@ bool write_step(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots
     return write_next(engine, n_slots, n_before) < engine.views.n_pos_max;
 }
 
+// Whether the rows before those of the slots, which check_run has named, may be a batch of their own.
+// It costs nothing where sequences have streams: libllama makes an ubatch there for each number of rows
+// of a sequence anyway. And the graph of these rows is built while the device computes the slots'.
+bool apart(const plb_engine & engine, int32_t n_before) {
+#ifdef LLAMA_KEEP_OUTPUTS // vendor/patches/synchronize-outputs.patch
+    if (engine.all_outputs || llama_n_ctx_seq(engine.ctx) == llama_n_ctx(engine.ctx)) {
+        return false;
+    }
+    for (int32_t i = 0; i < n_before; ++i) {
+        const llama_seq_id seq = engine.seq[i];
+        if (engine.flags[i] != 0 || seq < 0 || seq >= engine.views.n_seq_max || engine.named[seq]) {
+            return false;
+        }
+    }
+    return true;
+#else
+    (void) engine, (void) n_before;
+    return false;
+#endif
+}
+
 int32_t run_steps(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_before,
                   int32_t n_pad, int32_t n_steps, plb_run_info & run) {
     rows_of_step rows = {};
+    const int32_t n_behind = n_slots > 0 && apart(engine, n_before) ? n_before : 0;
     const auto take_interrupt = [&] {
         return engine.interrupted.exchange(false, std::memory_order_acquire);
     };
@@ -131,7 +155,7 @@ int32_t run_steps(plb_engine & engine, const llama_seq_id * slots, int32_t n_slo
             }
         }
         const int32_t code =
-            one_step(engine, rows.n, engine.ring.reserve(rows.n_sampled), n_pad, rows.drafted);
+            one_step(engine, rows.n, engine.ring.reserve(rows.n_sampled), n_pad, rows.drafted, n_behind);
         if (code != PLB_OK) {
             run.stop = PLB_STOP_CODE;
             return code;

@@ -1,6 +1,8 @@
 // One step, from rows to results.
 #include "step/engine.hpp"
 
+#include "llama-ext.h"
+
 #include <algorithm>
 
 using namespace plb;
@@ -65,17 +67,17 @@ int32_t check_rows(plb_engine & engine, int32_t n_rows, int32_t & n_outputs) {
     return PLB_OK;
 }
 
-llama_batch build_batch(plb_engine & engine, int32_t n_rows) {
-    for (int32_t i = 0; i < n_rows; ++i) {
+llama_batch build_batch(plb_engine & engine, int32_t begin, int32_t end) {
+    for (int32_t i = begin; i < end; ++i) {
         engine.output[i] = engine.all_outputs || engine.flags[i] != 0;
     }
-    return {n_rows,
-            engine.token.data(),
+    return {end - begin,
+            engine.token.data() + begin,
             nullptr,
-            engine.pos.data(),
-            engine.n_seq_id.data(),
-            engine.seq_id.data(),
-            engine.output.data()};
+            engine.pos.data() + begin,
+            engine.n_seq_id.data() + begin,
+            engine.seq_id.data() + begin,
+            engine.output.data() + begin};
 }
 
 // llama_decode, or the fault that a test has asked for.
@@ -149,11 +151,12 @@ void choose_place(plb_engine & engine, int32_t n_rows) {
     }
 }
 
-int32_t sample_rows(plb_engine & engine, int32_t n_rows, int32_t first) {
+// Rows begin to n_rows - 1, which were a batch.
+int32_t sample_rows(plb_engine & engine, int32_t begin, int32_t n_rows, int32_t first) {
     const bool has_logits = engine.info.on_device || llama_get_logits(engine.ctx) != nullptr;
     const bool at_once = engine.info.on_device || each_slot_once(engine, n_rows); // short_enough
     int32_t n = 0;
-    for (int32_t i = 0; i < n_rows; ++i) {
+    for (int32_t i = begin; i < n_rows; ++i) {
         if (!(engine.flags[i] & PLB_ROW_SAMPLE)) {
             continue;
         }
@@ -167,7 +170,7 @@ int32_t sample_rows(plb_engine & engine, int32_t n_rows, int32_t first) {
         const size_t top = (size_t) (first + n) * engine.views.n_logprobs_max;
         row_job & job = engine.jobs[n];
         job = {&slot, nullptr, nullptr, &result, &engine.top_token[top], &engine.top_logprob[top]};
-        const int32_t at = engine.gaps ? engine.gaps->row(i) : i;
+        const int32_t at = engine.gaps ? engine.gaps->row(i - begin) : i - begin;
         if (engine.info.on_device) {
             job.logits = engine.short_rows[at].logit;
             job.ids    = engine.short_rows[at].id;
@@ -189,7 +192,15 @@ int32_t sample_rows(plb_engine & engine, int32_t n_rows, int32_t first) {
     return n;
 }
 
-int32_t check_decode_sample(plb_engine & engine, int32_t n_rows, int32_t n_pad, bool drafted) {
+// What waits for outputs waits for those of the batch before, which a batch without any leaves alone.
+void keep_outputs([[maybe_unused]] plb_engine & engine, [[maybe_unused]] bool keep) {
+#ifdef LLAMA_KEEP_OUTPUTS // vendor/patches/synchronize-outputs.patch
+    llama_keep_outputs(engine.ctx, keep);
+#endif
+}
+
+int32_t check_decode_sample(plb_engine & engine, int32_t n_rows, int32_t n_pad, bool drafted,
+                            int32_t n_behind) {
     plb_step_info & info = engine.info;
     info.n_rows = n_rows;
     if (n_rows < 1 || n_rows > engine.views.n_rows_max) {
@@ -199,7 +210,7 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows, int32_t n_pad, 
     if (refused != PLB_OK) {
         return refused;
     }
-    llama_batch batch = build_batch(engine, n_rows);
+    llama_batch batch = build_batch(engine, n_behind, n_rows);
     if (engine.gaps) {
         batch = engine.gaps->fill(batch, n_pad, drafted ? engine.drafts->n_each() : 1);
         info.n_filled = engine.gaps->n_filled();
@@ -208,11 +219,20 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows, int32_t n_pad, 
     info.build_ns = t_built - info.t_start_ns;
 
     int32_t code = PLB_OK;
-    const int32_t threw = guarded(engine.error, [&] {
+    int32_t threw = guarded(engine.error, [&] {
         choose_place(engine, n_rows);
         code = decode(engine, batch);
     });
     const bool cleared = !engine.gaps || engine.gaps->clear();
+    if (n_behind > 0 && !threw && !code && cleared) {
+        threw = guarded(engine.error, [&] {
+            keep_outputs(engine, true);
+            code = decode(engine, build_batch(engine, 0, n_behind));
+            if (engine.sync) {
+                keep_outputs(engine, false);
+            }
+        });
+    }
     const int64_t t_decoded = plb_now_ns();
     info.decode_ns = t_decoded - t_built;
     if (threw || code) {
@@ -246,7 +266,7 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows, int32_t n_pad, 
             return PLB_E_DECODE;
         }
     } else if (info.n_outputs > 0) {
-        info.n_results = sample_rows(engine, n_rows, info.first_result);
+        info.n_results = sample_rows(engine, n_behind, n_rows, info.first_result);
     }
     const int64_t t_sampled = plb_now_ns();
     info.sample_ns = t_sampled - t_synced;
@@ -259,14 +279,17 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows, int32_t n_pad, 
 } // namespace
 
 int32_t plb::one_step(plb_engine & engine, int32_t n_rows, int32_t first_record, int32_t n_pad,
-                      bool drafted) {
+                      bool drafted, int32_t n_behind) {
     engine.error[0] = 0;
     plb_step_info & info = engine.info;
     info = {};
     info.t_start_ns   = plb_now_ns();
     info.first_result = first_record;
     info.bad_row      = -1;
-    info.code         = check_decode_sample(engine, n_rows, n_pad, drafted);
+    info.code         = check_decode_sample(engine, n_rows, n_pad, drafted, n_behind);
+    if (n_behind > 0) {
+        keep_outputs(engine, false);
+    }
     info.n_reused     = llama_perf_context(engine.ctx).n_reused;
     engine.steps[engine.ring.next_step()] = info;
     engine.ring.record(info.n_results);

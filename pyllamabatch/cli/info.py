@@ -18,8 +18,7 @@ from pyllamabatch.cli.options import add_model_arguments, load_model
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ContextCreateError, NotEnoughMemory, UnsupportedOperation
 from pyllamabatch.llama import runtime
-from pyllamabatch.llama.context import Context
-from pyllamabatch.llama.host import usable_cores
+from pyllamabatch.llama.context import Context, default_threads
 from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.runtime import text
 from pyllamabatch.raw import lib
@@ -108,6 +107,7 @@ def engine_defaults(model: Model) -> dict[str, Any]:
         return {"none": str(error)}
     with engine:
         measured = engine.cost is not None and engine.cost.calibrated
+        threads, why = default_threads(model, {})
         costs = "of a profile" if measured else "a guess; `pyllamabatch calibrate` measures them"
         return {
             "sequences": engine.n_seq_max,
@@ -116,10 +116,10 @@ def engine_defaults(model: Model) -> dict[str, Any]:
             "cells_of_a_sequence": engine.n_ctx_seq,
             "n_batch": engine.n_batch,
             "n_ubatch": engine.n_ubatch,
-            "threads": usable_cores(),
+            "threads": threads,
             "step_costs": costs,
             "reasons": {
-                "threads": "cores that this process may use, by affinity and quota",
+                "threads": why,
                 **{name: why for name, why in engine.reasons.items() if name != "layout"},
             },
         }

@@ -18,12 +18,14 @@ _N_KV = 256  # cells that a graph's attention grows by (src/llama-kv-cache.cpp: 
 class NativeCall(NamedTuple):
     """A native call. decode: its slots that decode, or have a row for padding, ascending. chunks:
     (slot, rows) of each prompt. n_graphs: ubatches of each step. cells: those that a step's
-    attention goes over, one number for each step, before they are padded."""
+    attention goes over, one number for each step, before they are padded. behind: as in
+    `scheduler.Step`."""
 
     decode: npt.NDArray[np.int32]
     chunks: tuple[tuple[int, int], ...]
     n_graphs: int
     cells: npt.NDArray[np.int64]
+    behind: bool = False
 
 
 @dataclass(slots=True)
@@ -57,7 +59,16 @@ class Graphs:
 
     def add_to(self, seconds: F64, call: NativeCall) -> int:
         """Add what new graphs take to the `seconds` of each step of the call. Returns the number of
-        steps that need new ones."""
+        new ones."""
+        if not call.behind:
+            return self._add_to(seconds, call)
+        # The prompts' graph is built while the device computes what decodes.
+        prompts = call._replace(decode=call.decode[:0], n_graphs=call.n_graphs - 1)
+        n_new = self._add_to(np.zeros_like(seconds), prompts)
+        self.computed(len(seconds))
+        return n_new + self._add_to(seconds, call._replace(chunks=(), n_graphs=1))
+
+    def _add_to(self, seconds: F64, call: NativeCall) -> int:
         new, settle = self._new_graph
         graph = self._last = self._prompts if call.chunks else self._decoding
         n, decoding, n_graphs = len(seconds), call.decode.tobytes(), call.n_graphs
@@ -84,7 +95,7 @@ class Graphs:
             seconds[i] += new
             if i + 1 < n and i + 1 not in at:
                 seconds[i + 1] += settle
-        return len(at)
+        return len(at) * n_graphs
 
     def replaced(self) -> None:
         """The call that comes has steps with other rows than its slots have without drafts."""

@@ -34,6 +34,16 @@ from pyllamabatch.raw import ffi, lib
 FloatArray = npt.NDArray[np.float32]
 
 
+def default_threads(model: Model, params: Mapping[str, Any]) -> tuple[int, str]:
+    """CPU threads of a context of `model` whose `params` name none, and why."""
+    asked, devices = model._load["n_gpu_layers"], model._load.get("devices")
+    layers = 0 if devices == [] or not lib.llama_supports_gpu_offload() else asked
+    whole = layers < 0 or layers > model.n_layer  # with the output layer
+    if whole and params.get("offload_kqv") is not False:
+        return 1, "a device computes all layers: others would wait for embeddings that one looks up"
+    return usable_cores(), "cores that this process may use, by affinity and quota"
+
+
 class Context(Owner):
     """A `llama_context`: cells for the tokens of its sequences, and the outputs of its last batch.
 
@@ -71,8 +81,8 @@ class Context(Owner):
         - n_seq_max: sequences, up to 256.
         - kv_unified: sequences share the cells (default when there are several), or have n_ctx /
           n_seq_max each.
-        - params: any other field of `llama_context_params` under its own name: `n_threads` (the
-          cores that this process may use, by default), `n_threads_batch`, `type_k="q8_0"`,
+        - params: any other field of `llama_context_params` under its own name: `n_threads` (by
+          default see `default_threads`), `n_threads_batch`, `type_k="q8_0"`,
           `flash_attn_type="enabled"`, `embeddings=True`, `pooling_type="mean"`, `swa_full`,
           `n_rs_seq`, `offload_kqv`, `rope_freq_base`, ...
 
@@ -83,7 +93,7 @@ class Context(Owner):
             raise UnsupportedOperation("the model was loaded with vocab_only: it can't run")
         most_seqs = int(lib.llama_max_parallel_sequences())
         threads = params.get("n_threads")
-        threads = usable_cores() if threads is None else threads
+        threads = default_threads(model, params)[0] if threads is None else threads
         many = params.get("n_threads_batch") or threads
         given = params | {
             "n_ctx": integer("n_ctx", n_ctx, 0, MAX_CTX),

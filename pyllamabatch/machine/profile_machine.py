@@ -191,23 +191,30 @@ class ProfileDevice(FakeDevice[int, SentenceSampler]):
         n_rows, at = len(slots) + n_before, np.union1d(slots, seqs)
         held = self._held()
         kv = float((held if self._cost.unified else held[at]).sum())
-        shapes = [(n_rows, n_before, kv, len(slots) + len(seqs))]
-        if not limits.unified and n_before:
+        apart = not limits.unified and len(at) == len(slots) + len(seqs)
+        if limits.unified:
+            shapes = [(n_rows, n_before, kv, len(slots) + len(seqs))]
+        elif not (apart and len(slots)):
             shapes = [(n_rows, n_rows, kv, len(at))]
-        if n_pad and not n_before:
-            shapes = [(n_pad, 0, kv, n_pad)]
-            slots = np.arange(n_pad, dtype=np.int32)
-        elif not limits.unified and not n_before and len(slots) > 1:
-            found = spans(slots, held, limits.gap_max)
-            shapes = [(n, 0, kv * k / len(slots), n) for n, k in found]
+        else:
+            mine = float(held[slots].sum())
+            if n_pad:
+                shapes = [(n_pad, 0, mine, n_pad)]
+                slots = np.arange(n_pad, dtype=np.int32)
+            else:
+                found = spans(slots, held, limits.gap_max)
+                shapes = [(n, 0, mine * k / len(slots), n) for n, k in found]
+            if n_before:
+                shapes.append((n_before, n_before, kv - mine, len(seqs)))
         seconds = np.array([sum(self._cost.predict(*shape) for shape in shapes)])
         n_graphs = max(len(shapes), -(-n_rows // limits.n_ubatch))
         if self._graphs is None:
             return float(seconds[0]), n_graphs
         chunks = tuple(zip(seqs.tolist(), n_each.tolist(), strict=True))
         cells = held.sum() if limits.unified else held[at].max()
-        call = NativeCall(slots, chunks, n_graphs, np.array([cells + n_rows]))
-        n_new = self._graphs.add_to(seconds, call) * n_graphs
+        behind = apart and len(slots) > 0 and n_before > 0
+        call = NativeCall(slots, chunks, n_graphs, np.array([cells + n_rows]), behind)
+        n_new = self._graphs.add_to(seconds, call)
         self._graphs.computed(1)
         return float(seconds[0]), n_graphs - n_new
 

@@ -45,14 +45,21 @@ class Attention:
         """What `CostModel.predict` is told of each part of `step`, one of its `parts`, that is
         computed at once. One, but where every sequence has a stream of cells of its own and those
         that decode are not neighbours. kv: cells that are attended before it."""
-        shape, n = step.shape(kv), len(step.decode)
-        if not self._limits.unified and step.chunks:  # the last tokens of these prompts, if any
+        if self._limits.unified:
+            return [step.shape(kv)]
+        if not step.chunks:
+            return self._decoding(step, kv)
+        if not (step.behind and len(step.decode)):  # the last tokens of these prompts, if any
             return [(step.n_rows, step.n_rows, kv, len(step.slots))]
-        if self._limits.unified or n < 2 or step.n_pad:
-            return [shape]
+        n = sum(chunk.n for chunk in step.chunks)
+        held = float(self._running.computed[[chunk.slot for chunk in step.chunks]].sum())
+        return [*self._decoding(step, kv - held), (n, n, held, len(step.chunks))]
+
+    def _decoding(self, step: Step, kv: float) -> list[Shape]:
+        n = len(step.decode)
+        if step.n_pad:
+            return [(max(n, step.n_pad), 0, kv, max(n, step.n_pad))]
         found = spans(step.decode, self._accounting.held_by_slot, self._limits.gap_max)
-        if found == [(n, n)]:
-            return [shape]
         return [(rows, 0, kv * decode / n, rows) for rows, decode in found]
 
     def _pool(self, more: float = 0) -> float:

@@ -45,6 +45,7 @@ class Step:
 
     - chunks: rows of prompts, computed first. decode: slots that compute the last known token and
       sample (int32, ascending, read-only), those whose prompt ends with this step's chunk included.
+      behind: but none of those, and the chunks are computed behind it (`StepBuilder`).
     - preempted, admitted: (id, slot). moved: (id, slot before, slot), see `Compaction`.
     - repeat: how many times it may be computed before the policy is asked again, as long as no
       sequence comes or goes; more than 1 only for pure decoding. stands: the same of an interactive
@@ -66,6 +67,7 @@ class Step:
     n_out: int = 0
     kv_operations: tuple[KvOperation, ...] = ()
     n_pad: int = 0
+    behind: bool = False
     moved: tuple[tuple[int, int, int], ...] = ()
     stands: int = 1
     drafts: Mapping[int, int] = field(default_factory=dict)
@@ -121,6 +123,9 @@ class Step:
                 groups[-1].append(chunk)
             else:
                 groups.append([chunk])
+        if self.behind and len(self.decode):
+            behind = [(NO_SLOTS, group) for group in groups]
+            return self._cut([(self.decode, groups[0]), *behind[1:]])
         left = dict.fromkeys(self.decode.tolist())
         ends = {chunk.slot for chunk in self.chunks}
         others = [slot for slot in left if slot not in ends]

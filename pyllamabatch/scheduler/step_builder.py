@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from ..cost.step_cost import StepCost
 from ..kv import Slots
 from .admission import Admission
 from .compaction import Compaction
 from .invariance import Invariance
-from .padding import Padding
+from .padding import Padding, decode_seconds
 from .rules import CheckedRows
 from .running import Entry
 from .sequences import Sequences
@@ -57,9 +59,13 @@ class StepBuilder:
         out = self._sits_out(rows, last)
         decode = self._sequences.running.decode_slots_but(out, last)
         n_rows = len(decode)
+        behind = False
         if chunks:
+            others = np.setdiff1d(decode, [chunk.slot for chunk in chunks])
+            if behind := self._comes_behind(len(decode) - len(others), len(others)):
+                decode, n_rows = others, len(others)
             n_rows += sum([chunk.n for chunk in chunks])
-        step = Step(decode, chunks, preempted, admitted, n_rows, plan.reasons)
+        step = Step(decode, chunks, preempted, admitted, n_rows, plan.reasons, behind=behind)
         if moved:
             step.moved, step.reasons = moved, {**plan.reasons, **dict(map(_why_moved, moved))}
         if out and self._limits.unified:
@@ -93,6 +99,15 @@ class StepBuilder:
             if id in entries:
                 self._cut(entries[id], n, chunks, last)
         return tuple(chunks), last
+
+    def _comes_behind(self, n_wait: int, n_others: int) -> bool:
+        """Whether the prompts' chunks are computed behind the rows of `n_others` that decode: their
+        graph is built while the device computes those. `n_wait` sequences, whose prompt ends, could
+        have decoded with them, and do so in the next step."""
+        if self.cost is None or self._limits.unified or self.invariance is not None or not n_others:
+            return False
+        waits = n_wait * decode_seconds(self.cost, n_others) / n_others
+        return waits < self.cost.new_graph.step
 
     def _sits_out(self, rows: CheckedRows, last: list[int]) -> list[int]:
         """Slots of sequences that decode, and not in this step."""

@@ -388,7 +388,8 @@ class SimulatedReplica(ReplicaView):
             cells = accounting.longest(step.slots) + ahead
         chunks = tuple((chunk.slot, chunk.n) for chunk in step.chunks)
         decode = np.arange(step.n_pad, dtype=np.int32) if step.n_pad else step.decode
-        return NativeCall(decode, chunks, max(n_spans, -(-step.n_rows // limits.n_ubatch)), cells)
+        n_graphs = max(n_spans, -(-step.n_rows // limits.n_ubatch))
+        return NativeCall(decode, chunks, n_graphs, cells, bool(chunks) and step.behind)
 
     def _end(self, one: _Open, now: float) -> None:
         one.outcome.end = now + self.spec.latency

@@ -206,6 +206,28 @@ def test_what_is_learnt_of_calls(case: Observed, monkeypatch: pytest.MonkeyPatch
         assert [1e3 * s for s in cost.switches] == pytest.approx(case.switches, abs=1e-6)
 
 
+def test_what_a_prompt_behind_others_takes_is_learnt_with_the_step_that_waits_for_it() -> None:
+    """The device has all but 1 ms of it still to do when the decode's tokens are there."""
+    cost = Learner(NewGraph(0.002))
+    shapes = iter([[(3, 0, 50.0, 3), (40, 40, 0.0, 1)], [(4, 0, 90.0, 4)], [(4, 0, 94.0, 4)]])
+    scheduler: Any = SimpleNamespace(
+        cost=cost,
+        attention=SimpleNamespace(cells=lambda *_: 0.0, shapes=lambda *_: next(shapes)),
+        limits=SimpleNamespace(n_ubatch=64),
+        prefilled=lambda rows, seconds: None,
+        padding=Padding(Limits(8, 8, 8, 64, 8, unified=False), possible=True),
+    )
+    observe = CostObserver(scheduler, asynchronous=True)
+    chunks = (PromptChunk(9, 3, 0, 40),)
+    behind = Step(np.arange(3, dtype=np.int32), chunks, (), (), 43, {}, behind=True)
+    observe(behind, Run(0, 1, 1, 0.004, (), 0.004))  # 3 ms of it the decode's
+    after = Step(np.arange(4, dtype=np.int32), (), (), (), 4, {})
+    observe(after, Run(0, 1, 1, 0.008, (), 0.008))  # 5 ms of it the prompt's
+    observe(after, Run(0, 1, 1, 0.003, (), 0.003))
+    learnt = [(rows, 1e3 * seconds) for rows, seconds in cost.steps]
+    np.testing.assert_allclose(learnt, [(40, 6.0), (4, 3.0)], rtol=1e-6)
+
+
 def test_what_a_switch_costs_is_followed() -> None:
     cost = Edge()
     cost.new_graph = NewGraph(0.005, 0.0)

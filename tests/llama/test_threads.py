@@ -6,12 +6,13 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pyllamabatch import Model
-from pyllamabatch.llama import runtime
+from pyllamabatch.llama import context, runtime
 from pyllamabatch.llama.context import Context
 from pyllamabatch.raw import ffi, lib
 from tests.support.child import run_itself
@@ -89,3 +90,23 @@ def check_threads() -> None:
 
 if __name__ == "__main__":
     check_threads()
+
+
+@pytest.mark.parametrize(
+    ("load", "params", "one"),
+    [
+        ({"n_gpu_layers": -1}, {}, True),
+        ({"n_gpu_layers": 5}, {}, True),
+        ({"n_gpu_layers": 4}, {}, False),  # the output layer is the CPU's
+        ({"n_gpu_layers": 0}, {}, False),
+        ({"n_gpu_layers": -1, "devices": []}, {}, False),
+        ({"n_gpu_layers": -1}, {"offload_kqv": False}, False),
+    ],
+)
+def test_a_model_that_a_device_computes_wholly_has_one_thread(
+    load: dict[str, Any], params: dict[str, Any], one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = SimpleNamespace(_load=load, n_layer=4)
+    monkeypatch.setattr(context, "usable_cores", lambda: 7)
+    monkeypatch.setattr(context, "lib", SimpleNamespace(llama_supports_gpu_offload=lambda: True))
+    assert context.default_threads(model, params)[0] == (1 if one else 7)

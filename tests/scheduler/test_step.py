@@ -69,12 +69,23 @@ def test_prompts_go_together_where_libllama_can_compute_them_together() -> None:
     assert shape(step([0], {2: 20, 4: 20})) == [([], {2: 20}), ([], {4: 20}), ([0], {})]
 
 
+def test_prompts_behind_the_rows_that_decode_share_a_call_with_them() -> None:
+    whole = replace(step([0, 1], {3: 20, 2: 20, 5: 9}), n_pad=4, behind=True)
+    assert shape(whole) == [([0, 1], {2: 20, 3: 20}), ([], {5: 9})]
+    assert [part.n_pad for part in whole.parts()] == [4, 0]
+    assert shape(replace(step([], {2: 20, 5: 9}), behind=True)) == [([], {2: 20}), ([], {5: 9})]
+    assert shape(replace(step([0, 1], {}), behind=True)) == [([0, 1], {})]
+
+
 @given(
     st.lists(st.integers(0, 9), unique=True).map(sorted),
     st.dictionaries(st.integers(10, 19), st.integers(1, 3), min_size=1),
+    st.booleans(),
 )
-def test_every_row_is_in_one_part_and_in_order(decode: list[int], chunks: dict[int, int]) -> None:
-    whole = step(decode, chunks)
+def test_every_row_is_in_one_part_and_in_order(
+    decode: list[int], chunks: dict[int, int], behind: bool
+) -> None:
+    whole = replace(step(decode, chunks), behind=behind)
     parts = whole.parts()
     assert [s for p in parts for s in p.decode.tolist()] == decode
     assert {c.slot: c for p in parts for c in p.chunks} == {c.slot: c for c in whole.chunks}
@@ -89,7 +100,7 @@ def test_every_row_is_in_one_part_and_in_order(decode: list[int], chunks: dict[i
         lengths = {c.n for c in part.chunks}
         assert len(lengths) <= 1
         if lengths:
-            assert part.decode.tolist() in ([], slots)
+            assert part.decode.tolist() in ([], decode if behind else slots)
             assert slots == list(range(slots[0], slots[0] + len(slots)))
 
 

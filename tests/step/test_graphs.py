@@ -80,3 +80,19 @@ def test_it_stays(stepper: Stepper, between: Between) -> None:
 def test_a_graph_of_the_memorys_own_takes_it_away(stepper: Stepper) -> None:
     tokens, _ = decode(stepper, nothing)
     assert decode(stepper, a_shift) == (tokens, N - 1)
+
+
+def test_the_rows_of_others_are_a_batch_behind(stepper: Stepper) -> None:
+    """In one call: the decode's outputs stay, and so does its graph."""
+    tokens, _ = decode(stepper, nothing)
+    seen: list[int] = []
+
+    def in_one_call(memory: Memory, stepper: Stepper) -> None:
+        stepper.rows.flags[: write(stepper, PROMPTS[OTHER][:4], seq=3)] = 0
+        assert stepper._run_native(4, SEQS, 1) == 0
+        seen.extend(stepper.slot(int(seq)).next_token for seq in SEQS)
+        assert memory.pos_max(3) == 3
+
+    got, reused = decode(stepper, in_one_call)
+    assert (got[: 2 * N] + seen + got[2 * N :])[: len(tokens)] == tokens
+    assert reused == N + 1

@@ -1,0 +1,87 @@
+"""Prompts that are computed behind the rows that decode, in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pyllamabatch import Engine, Model
+from tests.properties.test_invariance_engine import assert_as_alone
+from tests.support.decoding import loaded
+from tests.support.engines import Checked, check_idle, engine_on, greedy
+from tests.support.faults import set_fault
+from tests.support.oracle import random_prompts, solos, tolerance
+
+N_SEQ = 4
+PROMPTS = random_prompts(14, seed=21, shortest=3, longest=60)
+BUDGETS = [3 + 5 * (i % 7) for i in range(len(PROMPTS))]
+
+
+def behind(model: Model, **options: Any) -> Engine:
+    """As where a new graph is dear."""
+    sizes = {"n_seq_max": N_SEQ, "n_ctx": N_SEQ * 256, "kv_unified": False, "n_batch": 32}
+    engine = engine_on(model, cost=None, prefix_cache=False, **{**sizes, **options})
+    engine._core.scheduler._builder._comes_behind = (  # type: ignore[method-assign]
+        lambda n_wait, n_others: n_others > 0
+    )
+    return engine
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3moe"])
+@pytest.mark.parametrize("pad", [0, N_SEQ])
+def test_no_token_and_no_cell_is_another_one(name: str, pad: int) -> None:
+    alone = [solos(name, [p], n)[0] for p, n in zip(PROMPTS, BUDGETS, strict=True)]
+    with behind(loaded(name)) as engine:
+        engine._core.scheduler.padding.width = (  # type: ignore[method-assign]
+            lambda decode, held, cost: pad if len(decode) else 0
+        )
+        checked = Checked(engine)
+        results = engine.generate(PROMPTS, [greedy(n) for n in BUDGETS])
+        trace = engine.trace()
+        check_idle(engine)
+    assert checked.n_checks > 20
+    assert_as_alone([r.tokens for r in results], alone, tolerance(name), 0.98)
+    mixed = trace[(trace["prefill_rows"] > 0) & (trace["decode_rows"] > 0)]
+    assert len(mixed) > 5
+    if pad:  # the graph of decoding stays
+        decode = trace[trace["decode_rows"] > 0][1:]  # with the first prompt's rows its last one
+        assert (decode["decode_rows"] + decode["filled"] == N_SEQ).all()
+        assert decode["reused"].tolist().count(0) == 1
+
+
+def test_a_newcomer_decodes_in_the_step_behind_its_prompt() -> None:
+    with behind(loaded("llama"), n_batch=64) as engine:
+        first = engine.submit(PROMPTS[0], greedy(200))
+        next(iter(first))
+        engine.generate([PROMPTS[1]], greedy(3))
+        trace = engine.trace()
+        first.cancel()
+    _, at = np.flatnonzero((trace["prefill_rows"] > 0) & (trace["decode_rows"] > 0))
+    assert trace["decode_rows"][at : at + 4].tolist() == [1, 2, 2, 2]
+    assert trace["prefill_rows"][at] == len(PROMPTS[1]) - 1
+
+
+@pytest.mark.parametrize(("call", "rows"), [(1, 0), (1, -1), (2, 0), (2, 5), (2, -1)])
+def test_a_step_that_fails_comes_again(call: int, rows: int) -> None:
+    """The rows that decode, or the prompt behind them, of which some are in the memory."""
+    alone = solos("llama", PROMPTS[:2], 40)
+    with behind(loaded("llama"), n_batch=64) as engine:
+        stepper: Any = engine._core._stepper
+        compute, failed = stepper.compute, list[int]()
+
+        def fails(slots: Any, n_steps: int, n_before: int = 0, n_pad: int = 0) -> Any:
+            if n_before and len(slots) and not failed:
+                failed.append(n_before)
+                set_fault(stepper, call, -3, n_rows=rows)
+            return compute(slots, n_steps, n_before, n_pad)
+
+        stepper.compute = fails
+        first = engine.submit(PROMPTS[0], greedy(40))
+        next(iter(first))
+        second = engine.submit(PROMPTS[1], greedy(40))
+        results = [stream.result() for stream in (first, second)]
+        check_idle(engine)
+    assert failed
+    assert_as_alone([r.tokens for r in results], alone, tolerance("llama"), 0.98)

@@ -1,0 +1,64 @@
+"""Prompts behind the rows that decode: where building a graph costs more than a step's wait."""
+
+from __future__ import annotations
+
+import pytest
+
+from pyllamabatch.cost.step_cost import NewGraph, StepCost
+from pyllamabatch.kv import Sharing
+from pyllamabatch.scheduler import Limits
+from tests.support.scheduler_machine import Machine
+
+STREAMS = Limits(64, 64, 8, 8 * 256, 256, unified=False)
+POOL = Limits(64, 64, 8, 2048, 2048)
+
+
+class Steps(StepCost):
+    """8 ms a step, and so much for a graph."""
+
+    unified = False
+
+    def __init__(self, graph: float) -> None:
+        self.new_graph = NewGraph(graph)
+
+    def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
+        return 8e-3
+
+
+def newcomer(graph: float, limits: Limits, n_others: int) -> list[tuple[int, int, bool]]:
+    """Sequences decode; then one comes with a prompt of 10 tokens. Rows that decode, those of
+    prompts, and whether these are behind: of its first two steps."""
+    machine = Machine(limits, cost=Steps(graph), sharing=Sharing(copy_whole=True, trim=True))
+    for id in range(n_others):
+        machine.add(id, 2, 40)
+    for _ in range(4 if n_others else 0):
+        machine.next_step()
+    machine.add(9, 10, 40)
+    steps = [machine.next_step() for _ in range(2)]
+    return [(len(s.decode), s.n_rows - len(s.decode), s.behind) for s in steps]
+
+
+@pytest.mark.parametrize(
+    ("graph", "limits", "n_others", "steps"),
+    [
+        (3e-3, STREAMS, 4, [(4, 9, True), (5, 0, False)]),  # a wait of 2 ms for each
+        (1e-3, STREAMS, 4, [(5, 9, False), (5, 0, False)]),
+        (3e-3, POOL, 4, [(5, 9, False), (5, 0, False)]),
+        (9e-3, STREAMS, 0, [(1, 9, False), (1, 0, False)]),  # there are no others
+    ],
+)
+def test_a_newcomer_waits_a_step_where_that_is_cheaper_than_a_graph(
+    graph: float, limits: Limits, n_others: int, steps: list[tuple[int, int, bool]]
+) -> None:
+    assert newcomer(graph, limits, n_others) == steps
+
+
+def test_a_long_prompt_is_behind_also_while_its_end_is_far() -> None:
+    machine = Machine(STREAMS, cost=Steps(3e-3), sharing=Sharing(copy_whole=True, trim=True))
+    machine.add(0, 2, 40)
+    machine.next_step()
+    machine.add(9, 150, 40)
+    steps = [machine.next_step() for _ in range(4)]
+    # with one that decodes the last piece would wait longer than a graph takes
+    assert [step.behind for step in steps] == [True, True, False, False]
+    assert sum(step.n_rows - len(step.decode) for step in steps) == 149
