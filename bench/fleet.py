@@ -19,7 +19,6 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
@@ -29,6 +28,7 @@ from bench.cache import cache_folder
 from bench.case import Arm, Case, Measured, ModelFile, cases_of
 from bench.models import resolve
 from bench.options import add_model, add_run, numbers
+from bench.posting import posted
 from bench.profile_machine import ANSWERS, CLIENTS, PROMPTS
 from bench.serving import ServerProcess, WrongAnswer, check, spread
 from bench.targets import Target, speed_ratio
@@ -142,19 +142,13 @@ def ask_all(url: str, sampling: str, each: Sequence[Sequence[Job]]) -> list[Answ
 
 async def ask(url: str, body: dict[str, Any], prompt: list[int], tokens: int) -> Answered:
     """A streamed answer, of which only the last event is read."""
-    address = urlsplit(url)
     body |= {"prompt": prompt, "n_predict": tokens, "stream": True, "cache_prompt": False}
-    data = json.dumps(body).encode()
-    asked = time.time()
-    reader, writer = await asyncio.open_connection(address.hostname, address.port)
-    head = f"POST /completion HTTP/1.1\r\nHost: {address.netloc}\r\nConnection: close\r\n"
-    writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-    answer, first = b"", 0.0
-    while part := await reader.read(2**16):
-        if not first and b"data: " in part:
-            first = time.time()
-        answer = (answer + part)[-LAST_BYTES:]
-    writer.close()
+    asked, answer, first = time.time(), b"", 0.0
+    async with posted(url, "/completion", json.dumps(body).encode()) as reader:
+        while part := await reader.read(2**16):
+            if not first and b"data: " in part:
+                first = time.time()
+            answer = (answer + part)[-LAST_BYTES:]
     try:
         last = json.loads(answer.rpartition(b"data: ")[2].partition(b"\n")[0])
         check((last["tokens_evaluated"], last["tokens_predicted"]), (len(prompt), tokens))

@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-HOST = "127.0.0.1"
+from bench.cache import cache_folder
+from bench.posting import posted
+from bench.serving import ServerProcess
 
 
 def cpu_seconds(pid: int) -> dict[str, float]:
@@ -30,7 +31,7 @@ def cpu_seconds(pid: int) -> dict[str, float]:
     return found
 
 
-async def stream(port: int, path: str, n: int, seed: int) -> int:
+async def stream(url: str, path: str, n: int, seed: int) -> int:
     """One answer. Returns its events of tokens."""
     ask: dict[str, Any] = {"max_tokens": n, "ignore_eos": True, "stream": True, "seed": seed}
     text = f"Tell me about {seed} zebras."
@@ -38,20 +39,16 @@ async def stream(port: int, path: str, n: int, seed: int) -> int:
         ask["messages"] = [{"role": "user", "content": text}]
     else:
         ask["prompt"] = text
-    body = json.dumps(ask).encode()
-    reader, writer = await asyncio.open_connection(HOST, port, limit=2**22)
-    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
-    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    data = await reader.read()
-    writer.close()
+    async with posted(url, path, json.dumps(ask).encode(), limit=2**22) as reader:
+        data = await reader.read()
     if b"[DONE]" not in data:
         raise RuntimeError(f"an answer that is not whole: {data[:300]!r}")
     return data.count(b"data: ") - 2
 
 
-async def measure(pid: int, port: int, args: argparse.Namespace, repeat: int) -> dict[str, Any]:
+async def measure(pid: int, url: str, args: argparse.Namespace, repeat: int) -> dict[str, Any]:
     before, began = cpu_seconds(pid), time.perf_counter()
-    streams = (stream(port, args.path, args.tokens, 1000 * repeat + i) for i in range(args.streams))
+    streams = (stream(url, args.path, args.tokens, 1000 * repeat + i) for i in range(args.streams))
     n_events = sum(await asyncio.gather(*streams))
     seconds, after = time.perf_counter() - began, cpu_seconds(pid)
     n = args.streams * args.tokens
@@ -69,15 +66,16 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5, metavar="N")
     parser.add_argument("--path", default="/v1/completions")
     args = parser.parse_args()
-    command = [sys.executable, "-m", "pyllamabatch", "serve", "--port", "0", "-np",
-               str(args.streams), "-c", str(512 * args.streams), "-t", "1"]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        port = int(process.stdout.readline().split()[1].rstrip(",").rpartition(":")[2])
+    command = [sys.executable, "-m", "pyllamabatch", "serve", "-np", str(args.streams),
+               "-c", str(512 * args.streams), "-t", "1"]  # fmt: skip
+    server = ServerProcess(command, cache_folder("logs") / "serve-cpu.log")
+    try:
         for repeat in range(args.repeats):
-            print(json.dumps(asyncio.run(measure(process.pid, port, args, repeat))), flush=True)
-        process.terminate()
-        return process.wait(60)
+            row = asyncio.run(measure(server.pid, server.url, args, repeat))
+            print(json.dumps(row), flush=True)
+    finally:
+        server.stop()
+    return 0
 
 
 if __name__ == "__main__":

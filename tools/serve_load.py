@@ -18,11 +18,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import psutil
+
+from bench.posting import posted
 
 HOST = "127.0.0.1"
 LEAVE = 0.05  # share of clients that leave in the middle
@@ -44,6 +45,7 @@ class Load:
         self.health_s: list[float] = []
         self._room = asyncio.Semaphore(connections)
         self._random = random.Random(7)
+        self._posted = partial(posted, f"http://{HOST}:{port}", "/v1/completions")
 
     async def run(self, n_requests: int) -> None:
         done = asyncio.Event()
@@ -78,7 +80,8 @@ class Load:
         n = self._random.randrange(4, 24)
         stream = kind != "answered" or self._random.random() < 0.5
         body = {"prompt": prompt, "max_tokens": n, "ignore_eos": True, "stream": stream}
-        async with self._posted(json.dumps(body).encode()) as (reader, status):
+        async with self._posted(json.dumps(body).encode()) as reader:
+            status = await status_of(reader)
             if kind == "left":
                 await reader.read(64)
                 return status
@@ -91,27 +94,17 @@ class Load:
             return status if status != "200" or whole else "incomplete"
 
     async def _bad(self, body: bytes) -> str:
-        async with self._posted(body) as (_, status):
-            return status
+        async with self._posted(body) as reader:
+            return await status_of(reader)
 
     async def _huge(self) -> str:
         """Its length is said: it is refused before it is read."""
         reader, writer = await asyncio.open_connection(HOST, self.port)
         head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % HUGE
         writer.write(head + b"a" * 2**16)
-        line = await reader.readline()
+        status = await status_of(reader)
         writer.close()
-        return line.split()[1].decode()
-
-    @asynccontextmanager
-    async def _posted(self, body: bytes) -> AsyncIterator[tuple[asyncio.StreamReader, str]]:
-        reader, writer = await asyncio.open_connection(HOST, self.port)
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
-        writer.write(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        try:
-            yield reader, (await reader.readline()).split()[1].decode()
-        finally:
-            writer.close()
+        return status
 
     async def _watch_health(self, done: asyncio.Event) -> None:
         reader, writer = await asyncio.open_connection(HOST, self.port)
@@ -122,6 +115,10 @@ class Load:
             self.health_s.append(time.perf_counter() - began)
             await asyncio.sleep(0.02)
         writer.close()
+
+
+async def status_of(reader: asyncio.StreamReader) -> str:
+    return (await reader.readline()).split()[1].decode()
 
 
 async def fetch(port: int, path: str) -> str:
