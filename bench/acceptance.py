@@ -89,6 +89,7 @@ class Known(EngineSpeculates):
         self._learn = learn if drafts else 0.0
         self._random = np.random.default_rng(case.seed)
         shape = (n, PROMPT)
+        self._each = 1
         self._prompts = list(self._random.integers(0, model.n_vocab, shape, dtype=np.int32))
         self._texts: list[I32] = []
 

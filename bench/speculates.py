@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from bench.case import I32, Case, Measured
@@ -14,6 +15,7 @@ from pyllamabatch.compare.case import request_body
 from pyllamabatch.compare.clients import at_once
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.llama.model import Model
+from pyllamabatch.models import default_model_path, default_prompts
 from pyllamabatch.step.sampling_params import SamplingParams
 
 REPEATING = "repeating"
@@ -21,13 +23,18 @@ SAMPLING = {REPEATING: "greedy", FREE: "default"}
 
 
 class Speculates(Clients):
-    """N texts at once; `tokens_of` of each."""
+    """N texts at once. The embedded model, which knows none of the set, has its own prompts; their
+    answers are short, so all of them are asked, one behind the other."""
 
     def __init__(self, case: Case, model: Model) -> None:
         self.case = case
         kind = REPEATING if case.sampling == SAMPLING[REPEATING] else FREE
-        own = [text.prompt for text in texts() if (text.kind == FREE) == (kind == FREE)]
-        self._prompts = [prompt_of(model, prompt) for prompt in mixed(own)]
+        own = mixed([text.prompt for text in texts() if (text.kind == FREE) == (kind == FREE)])
+        self._each = 1
+        if embedded(case):
+            own = [one.prompt for one in default_prompts()]
+            self._each = -(-len(own) // case.pl)
+        self._prompts = [prompt_of(model, prompt) for prompt in own]
 
     @abstractmethod
     def times(self, prompt: I32, tokens: int, seed: int) -> Iterator[float]:
@@ -46,9 +53,12 @@ class Speculates(Clients):
 
         def client(i: int, began: float) -> list[tuple[float, float]]:
             """When its tokens came, and the CPU time of this process until then."""
-            which = (repeat * n + i) % len(self._prompts)
-            times = self.times(self._prompts[which], case.tg, case.seed + which)
-            return [(at, time.process_time()) for at in times]
+            came = []
+            for j in range(repeat * self._each, (repeat + 1) * self._each):
+                which = (j * n + i) % len(self._prompts)
+                times = self.times(self._prompts[which], case.tg, case.seed + which)
+                came += [(at, time.process_time()) for at in times]
+            return came
 
         at_once(n, lambda i, began: self.connect(), self.give_up)
         began, came = at_once(n, client, self.give_up)
@@ -129,6 +139,10 @@ class ServerSpeculates(Speculates, HttpClients):
 
     def counts(self) -> dict[str, float]:
         return dict(self._timings)
+
+
+def embedded(case: Case) -> bool:
+    return Path(case.model.path) == default_model_path()
 
 
 def mixed(prompts: Sequence[str]) -> list[str]:

@@ -116,11 +116,11 @@ def test_speculate_asks_both_arms_the_same_texts(run: Run) -> None:
         for arm in (speculate.OFF, speculate.NGRAM)
     ]
     for off, ngram in zip(records[::2], records[1::2], strict=True):
-        assert 2 < off.detail["tokens"] == ngram.detail["tokens"] <= 24
+        assert 32 < off.detail["tokens"] == ngram.detail["tokens"] <= 32 * 12  # all 32 prompts
         assert off.detail["drafted"] == off.detail["accepted"] == 0
         assert ngram.detail["accepted"] <= ngram.detail["drafted"]
-        assert 0 < off.detail["rows_a_token"] <= 1
-        assert ngram.detail["rows_a_token"] >= off.detail["rows_a_token"]
+        assert 0 < off.detail["rows_a_token"] <= 2  # a stream between two prompts may have one
+        assert ngram.detail["rows_a_token"] > 0
 
 
 def test_speculate_knows_answers_as_often_as_it_is_told(run: Run) -> None:
