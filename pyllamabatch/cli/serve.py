@@ -162,7 +162,8 @@ def _fleet(args: argparse.Namespace) -> Any:
     from pyllamabatch.cluster.deploy import running
 
     options, threads = _fleet_options(args), args.threads
-    if threads is None and not os.environ.get("RAY_ADDRESS"):  # they are all on this machine
+    here = not os.environ.get("RAY_ADDRESS")
+    if threads is None and here and not args.gpus_per_replica:  # they share this machine's cores
         threads = max(1, usable_cores() // options.max_replicas)
     own = argparse.Namespace(**{**vars(args), "quiet": True, "threads": threads})
     return running(partial(opened, own), options, _options(args))
