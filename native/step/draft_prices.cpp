@@ -187,9 +187,10 @@ void draft_prices::computed(const step & step) {
 } // namespace plb
 
 int32_t plb_draft_rows(const plb_drafts * prices, int32_t n_slots, const int32_t * n_drafted,
-                       const float * chance, int32_t width, int32_t even, int32_t * chosen) {
+                       const float * chance, int32_t width, int32_t even, int32_t * chosen,
+                       int32_t * n_rows) {
     if (prices == nullptr || n_slots < 1 || n_drafted == nullptr || chance == nullptr || width < 1 ||
-        chosen == nullptr || *prices->n_priced < 1) {
+        chosen == nullptr || n_rows == nullptr || *prices->n_priced < 1) {
         return PLB_E_ARGUMENT;
     }
     const int32_t n_priced = *prices->n_priced;
@@ -203,11 +204,13 @@ int32_t plb_draft_rows(const plb_drafts * prices, int32_t n_slots, const int32_t
         std::copy_n(prices->worst, n_priced, views.worst);
         *views.credit = *prices->credit;
         *views.gain   = *prices->gain;
+        *views.new_graph = *prices->new_graph;
+        own.lean(*n_rows);
         std::vector<plb::draft_offer> offers;
         for (int32_t i = 0; i < n_slots; ++i) {
             offers.push_back({chance + (ptrdiff_t) i * prices->n_draft_max, n_drafted[i], 0});
         }
-        own.choose(offers, width, even != 0);
+        *n_rows = own.choose(offers, width, even != 0);
         for (int32_t i = 0; i < n_slots; ++i) {
             chosen[i] = offers[(size_t) i].chosen;
         }

@@ -45,6 +45,9 @@ public:
         int32_t n_slots;
     };
 
+    // The last step with drafts had so many rows, and its graph is there. Else `computed` tells it.
+    void lean(int32_t n_rows) { graph_rows_ = n_rows; }
+
     void begin(); // of a run
     void computed(const step & step);
 

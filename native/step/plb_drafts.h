@@ -75,10 +75,12 @@ int32_t plb_engine_drafts(plb_engine * engine, plb_drafts * out);
 /* What a step of plb_run decides by its prices, for what simulates it: of n_slots slots, of which each
  * could have n_drafted[i] drafted rows, how many it has. chance: [n_slots][n_draft_max], that so many and
  * one more are right, none larger than the one before. width: rows of the step without drafts. even: all
- * slots have the same number of rows. Of `prices` it reads n_draft_max, n_priced, seconds, worst, credit
- * and gain, and n_priced is at least 1. New graphs are for the caller to add. */
+ * slots have the same number of rows. n_rows: of the last step with drafts, 0: there was none; and then of
+ * this step, those that only fill up included. Of `prices` it reads n_draft_max, n_priced, seconds, worst,
+ * credit, gain and new_graph, and n_priced is at least 1. */
 int32_t plb_draft_rows(const plb_drafts * prices, int32_t n_slots, const int32_t * n_drafted,
-                       const float * chance, int32_t width, int32_t even, int32_t * chosen);
+                       const float * chance, int32_t width, int32_t even, int32_t * chosen,
+                       int32_t * n_rows);
 
 /* A second, smaller model with the same vocabulary, in an engine of its own: without `stream`, with as
  * many sequences, and for as many rows in a step. Its sequence i follows sequence i of the engine that

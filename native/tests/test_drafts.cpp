@@ -222,11 +222,24 @@ void a_simulation_decides_the_same() {
     std::copy(BAD.begin(), BAD.end(), chance.begin() + 8);
     std::array<int32_t, 3> chosen_rows = {};
     for (const int32_t even : {0, 1}) {
-        CHECK(plb_draft_rows(&views, 3, n.data(), chance.data(), 3, even, chosen_rows.data()) == PLB_OK);
+        int32_t n_rows = 0;
+        CHECK(plb_draft_rows(&views, 3, n.data(), chance.data(), 3, even, chosen_rows.data(), &n_rows) == PLB_OK);
+        CHECK(n_rows == (even ? 3 : 5));
         const draft_offer bad = {BAD.data(), 4, 0}, good = {GOOD.data(), 4, 0};
         CHECK(counts(chosen_rows.begin(), chosen_rows.end()) == chosen(prices, {bad, good, bad}, even != 0));
     }
-    CHECK(plb_draft_rows(&views, 0, n.data(), chance.data(), 3, 0, chosen_rows.data()) == PLB_E_ARGUMENT);
+    *views.new_graph = 1000; // more than it can give
+    int32_t n_rows = 7;
+    CHECK(plb_draft_rows(&views, 1, n.data(), GOOD.data(), 1, 0, chosen_rows.data(), &n_rows) == PLB_OK);
+    CHECK(n_rows == 1);
+    views = priced(prices, 1, 0.01f);
+    views.n_draft_max = 4;
+    *views.new_graph  = 1000;
+    n_rows = 7;
+    CHECK(plb_draft_rows(&views, 1, n.data(), GOOD.data(), 1, 0, chosen_rows.data(), &n_rows) == PLB_OK);
+    CHECK(n_rows == 7 && chosen_rows[0] == 4); // the graph that is there
+    CHECK(plb_draft_rows(&views, 0, n.data(), chance.data(), 3, 0, chosen_rows.data(), &n_rows) == PLB_E_ARGUMENT);
+    CHECK(plb_draft_rows(&views, 1, n.data(), chance.data(), 3, 0, chosen_rows.data(), nullptr) == PLB_E_ARGUMENT);
 }
 
 void matches_are_counted_by_their_length() {

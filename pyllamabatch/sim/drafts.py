@@ -1,10 +1,9 @@
 """Drafts in virtual time: what each step of a call has of them, and what comes of it.
 
 A step decides as the native one does (`plb_draft_rows` in native/step/plb_drafts.h), by the prices
-of the plan; but a live step leans to the number of rows that the last one had, whose graph is
-there, and a simulated one does not. Of a request's drafted tokens the next one is right with its
-acceptance as probability, be it the first or the fourth; a draft is found in every step. The same
-request has the same luck in any run.
+of the plan and by the rows of the last one with drafts, whose graph is there. Of a request's
+drafted tokens the next one is right with its acceptance as probability, be it the first or the
+fourth; a draft is found in every step. The same request has the same luck in any run.
 """
 
 from __future__ import annotations
@@ -61,33 +60,42 @@ class StepOf(NamedTuple):
 
 
 def decide(step: Step, n_most: Sequence[int], luck: Sequence[Luck], limits: Limits,
-           prices: Prices | None) -> StepOf:  # fmt: skip
-    """n_most: drafted tokens of each slot at most, 0 for one that has no drafts."""
+           prices: Prices | None, last: int) -> StepOf:  # fmt: skip
+    """n_most: drafted tokens of each slot at most, 0 for one that has no drafts. last: rows of the
+    step with drafts before this one; 0: there was none."""
     n, even = len(n_most), not limits.unified
     width = n
     if even:
         width = step.n_pad or int(step.decode[-1] - step.decode[0]) + 1
-    chosen = list(n_most)
+    chosen, wanted = list(n_most), 0
     if prices is not None:
-        chosen = _by_price(n_most, luck, limits.n_draft_max, width, even, prices)
-    longest = max(chosen)
-    return StepOf(chosen, width * (1 + longest) if even else n + sum(chosen), width)
+        chosen, wanted = _by_price(n_most, luck, limits.n_draft_max, width, even, prices, last)
+    rows = width * (1 + max(chosen)) if even else n + sum(chosen)
+    if any(chosen):  # some may only fill up
+        room = min(limits.n_outputs or limits.n_batch, limits.n_ubatch)
+        rows = max(rows, min(wanted, room if even else min(room, n + sum(step.drafts.values()))))
+    return StepOf(chosen, rows, width)
 
 
 def _by_price(n_most: Sequence[int], luck: Sequence[Luck], most: int, width: int, even: bool,
-              prices: Prices) -> list[int]:  # fmt: skip
+              prices: Prices, last: int) -> tuple[list[int], int]:  # fmt: skip
+    """Drafted tokens of each, and rows."""
     n_priced = len(prices.seconds)
     seconds = np.ascontiguousarray(prices.seconds, np.float32)
     worst = np.ascontiguousarray(prices.worst, np.float32)
     acceptance = np.array([one.acceptance for one in luck])[:, None]
     chance = np.ascontiguousarray(acceptance ** np.arange(1, most + 1), np.float32)
     drafted, chosen = np.array(n_most, np.int32), np.zeros(len(n_most), np.int32)
-    given = ffi.new("int32_t *", n_priced), ffi.new("float[2]", [prices.credit, prices.gain])
+    given = (
+        ffi.new("int32_t *", n_priced),
+        ffi.new("float[3]", [prices.credit, prices.gain, prices.new_graph]),
+        ffi.new("int32_t *", last),
+    )
     native = ffi.new("plb_drafts *")
     native.n_draft_max, native.n_priced = most, given[0]
     native.seconds = ffi.from_buffer("float[]", seconds)
     native.worst = ffi.from_buffer("float[]", worst)
-    native.credit, native.gain = given[1], given[1] + 1
+    native.credit, native.gain, native.new_graph = given[1], given[1] + 1, given[1] + 2
     code = lib.plb_draft_rows(
         native,
         len(n_most),
@@ -96,10 +104,10 @@ def _by_price(n_most: Sequence[int], luck: Sequence[Luck], most: int, width: int
         width,
         even,
         ffi.from_buffer("int32_t[]", chosen),
+        given[2],
     )
     assert code == 0, code
-    decided: list[int] = chosen.tolist()
-    return decided
+    return chosen.tolist(), given[2][0]
 
 
 def steps_of(
@@ -109,9 +117,11 @@ def steps_of(
     luck: Sequence[Luck],
     limits: Limits,
     seconds_of: Callable[[int, int], tuple[float, float]],
+    last: int = 0,
 ) -> Steps:
     """Up to n steps, to the end of a sequence. left: tokens to each one's end. seconds_of: of a
-    step with so many rows, so many steps into the call, and of the new graph that it needs."""
+    step with so many rows, so many steps into the call, and of the new graph that it needs. last:
+    see `decide`."""
     slots, left = step.decode.tolist(), list(left)
     most = [step.drafts.get(slot, 0) if one.acceptance > 0 else 0
             for slot, one in zip(slots, luck, strict=True)]  # fmt: skip
@@ -120,11 +130,12 @@ def steps_of(
     taken, drafted, credits = list[list[int]](), list[list[int]](), list[float | None]()
     for at in range(n):
         can = [min(k, m - 1) for k, m in zip(most, left, strict=True)]
-        decided = decide(step, can, luck, limits, prices)
+        decided = decide(step, can, luck, limits, prices, last)
         right = [one.right(k) for one, k in zip(luck, decided.n_drafted, strict=True)]
         took, graph = seconds_of(decided.rows, at)
         took += graph
         tokens, drafts = [1 + k for k in right], any(decided.n_drafted)
+        last = decided.rows if drafts else last
         timed.append(took if drafts or not graph else 0.0)
         if prices is not None and drafts:
             worth = float(prices.seconds[decided.width]) / len(slots) * sum(tokens)

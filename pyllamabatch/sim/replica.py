@@ -162,6 +162,7 @@ class SimulatedReplica(ReplicaView):
         self._call: _InFlight | None = None
         self._wake = inf
         self._rows_before = 0  # of the last step
+        self._drafted_rows = 0  # of the last one with drafts
         switch = spec.cost.switch or 0.0
         self._graphs: Graphs | None = None
         if spec.new_graph.step or switch:
@@ -226,6 +227,8 @@ class SimulatedReplica(ReplicaView):
             luck = {slot: self._luck(slot) for slot in step.decode.tolist()}
             n_slots, limits = self.scheduler.n_slots, self.scheduler.limits
             drafted = drafted_of(step, call.steps, n, luck, limits, n_slots)
+            with_drafts = call.steps.rows[:n][call.steps.n_drafted[:n].any(1)]
+            self._drafted_rows = int(with_drafts[-1]) if len(with_drafts) else self._drafted_rows
         self.scheduler.advance(step, n, None if drafted is None else end, drafted)
         done: list[int] = []
         if call.steps is not None and step.drafts:
@@ -361,7 +364,8 @@ class SimulatedReplica(ReplicaView):
             self._graphs.replaced()
         left = [self._in_slot[slot].left for slot in slots]
         luck = [self._luck(slot) for slot in slots]
-        return steps_of(step, n, left, luck, scheduler.limits, seconds_of)
+        last = self._drafted_rows
+        return steps_of(step, n, left, luck, scheduler.limits, seconds_of, last)
 
     def _seconds(self, step: Step, n: int) -> F64:
         """Seconds of each of n times this step."""

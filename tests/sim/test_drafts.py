@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pyllamabatch.cost.model import CostModel
@@ -14,6 +15,8 @@ from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.model import Model
 from pyllamabatch.models import default_prompts
+from pyllamabatch.scheduler import Step
+from pyllamabatch.scheduler.view import Prices
 from pyllamabatch.sim import (
     EngineSpec,
     TraceRequest,
@@ -22,6 +25,7 @@ from pyllamabatch.sim import (
     draw_acceptance,
     simulate,
 )
+from pyllamabatch.sim.drafts import Luck, decide
 from tests.sim.test_simulate import Linear, machine, one, outcomes
 from tests.support.engines import check_idle, greedy
 from tests.support.speculating import always
@@ -100,6 +104,26 @@ def test_the_decision_never_loses(profile: str, least: float) -> None:
                 if n == 1 and acceptance == 0.8:
                     gains.append(ratio)
     assert min(gains) > least
+
+
+@LAYOUTS
+def test_a_step_leans_to_the_rows_of_the_last_one_with_drafts(unified: bool) -> None:
+    """Where a new graph costs more than a step gives, some rows only fill up."""
+    seconds = np.array([0.0, *(0.01 + 0.001 * rows for rows in range(1, 33))])
+    prices = Prices(seconds, seconds, credit=1.0, new_graph=0.05)
+    spec = machine(unified=unified, n_seq_max=2, speculate=True)
+    slots = np.array([0, 1], np.int32)
+    step = Step(slots, (), (), (), 2, {}, drafts={0: 6, 1: 6}, prices=prices)
+    luck = [Luck(0, 0.8), Luck(1, 0.8)]
+
+    def rows(n_most: int, last: int, graph: float = 0.05) -> int:
+        own = prices._replace(new_graph=graph)
+        decided = decide(step, [n_most] * 2, luck, spec.limits, own, last)
+        assert decided.rows >= 2 + sum(decided.n_drafted)
+        return decided.rows
+
+    assert rows(2, last=12) == rows(6, last=12) == 12
+    assert rows(2, last=0, graph=0.0) == rows(2, last=12, graph=0.0) == 6
 
 
 def test_simulated_steps_are_those_of_a_live_engine() -> None:
