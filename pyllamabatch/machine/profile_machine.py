@@ -187,8 +187,9 @@ class ProfileDevice(FakeDevice[int, SentenceSampler]):
     def _seconds(self, slots: Slots, n_before: int, n_pad: int) -> tuple[float, int]:
         """Of a step, new graphs included; and how many graphs it reuses."""
         limits = self.limits
-        seqs, n_each = np.unique(self.rows.seq[:n_before], return_counts=True)
-        n_rows, at = len(slots) + n_before, np.union1d(slots, seqs)
+        n_each = np.bincount(self.rows.seq[:n_before], minlength=limits.n_seq_max)
+        (seqs,) = n_each.nonzero()
+        n_rows, at = len(slots) + n_before, list({*slots.tolist(), *seqs.tolist()})
         held = self._held()
         kv = float((held if self._cost.unified else held[at]).sum())
         apart = not limits.unified and len(at) == len(slots) + len(seqs)
@@ -210,7 +211,7 @@ class ProfileDevice(FakeDevice[int, SentenceSampler]):
         n_graphs = max(len(shapes), -(-n_rows // limits.n_ubatch))
         if self._graphs is None:
             return float(seconds[0]), n_graphs
-        chunks = tuple(zip(seqs.tolist(), n_each.tolist(), strict=True))
+        chunks = tuple(zip(seqs.tolist(), n_each[seqs].tolist(), strict=True))
         cells = held.sum() if limits.unified else held[at].max()
         behind = apart and len(slots) > 0 and n_before > 0
         call = NativeCall(slots, chunks, n_graphs, np.array([cells + n_rows]), behind)

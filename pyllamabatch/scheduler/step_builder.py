@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from ..cost.step_cost import StepCost
 from ..kv import Slots
 from .admission import Admission
@@ -58,13 +56,14 @@ class StepBuilder:
         chunks, last = self._cut_prompts(rows.others) if rows.others else ((), [])
         out = self._sits_out(rows, last)
         decode = self._sequences.running.decode_slots_but(out, last)
-        n_rows = len(decode)
-        behind = False
+        n_rows, behind = len(decode), False
         if chunks:
-            others = np.setdiff1d(decode, [chunk.slot for chunk in chunks])
-            if behind := self._comes_behind(len(decode) - len(others), len(others)):
-                decode, n_rows = others, len(others)
-            n_rows += sum([chunk.n for chunk in chunks])
+            cut = {chunk.slot for chunk in chunks}
+            n_wait = len(cut.intersection(last))
+            if behind := self._comes_behind(n_wait, n_rows - n_wait):
+                at_once = [slot for slot in last if slot not in cut]
+                decode = self._sequences.running.decode_slots_but(out, at_once)
+            n_rows = len(decode) + sum([chunk.n for chunk in chunks])
         step = Step(decode, chunks, preempted, admitted, n_rows, plan.reasons, behind=behind)
         if moved:
             step.moved, step.reasons = moved, {**plan.reasons, **dict(map(_why_moved, moved))}
