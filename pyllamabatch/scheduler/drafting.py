@@ -154,11 +154,13 @@ class Drafting:
         asked: bool = False,
     ) -> None:
         """After a call of `n_steps` steps of these slots, whose sequences have these ids (+ 1) and
-        attended `kv` cells on average. asked: it might have had drafts."""
+        attended `kv` cells on average. asked: it might have had drafts. cost: None for steps that
+        tell nothing of what decoding takes."""
         self._owner[slots] = owner
         self._found[slots] = drafted.found[slots]
         self._right[slots] = drafted.right[slots]
-        if cost is None:
+        if cost is None:  # prompts: they have none
+            self._off += n_steps
             return
         self.times.passed(n_steps)
         for n_rows in np.flatnonzero(drafted.n_timed).tolist():

@@ -278,6 +278,27 @@ def test_where_drafts_move_the_sampling_they_begin_seldom_and_stay() -> None:
         assert not pays or first > 0.5 * 16 * half(1) / LOSS  # both moves were paid for
 
 
+def test_after_many_prompts_drafts_move_the_sampling_again() -> None:
+    limits = replace(LIMITS, drafts_move_sampling=True)
+    drafting = Drafting(limits, 8)
+    slots, owner, shares = np.array([0], np.int32), np.array([1]), np.zeros((8, 4))
+    timed = np.bincount([1], minlength=9) * 64
+    drafted = Drafted(slots, 64, 0, 0, shares, shares, 1.0, timed, 0.015 * timed)
+
+    def begin() -> float:
+        view = drafting.view(slots, owner, np.array([9]), 100.0, limits, Linear())  # type: ignore[arg-type]
+        assert view.prices is not None
+        prices = view.prices()
+        assert prices is not None
+        return prices.begin
+
+    begins = []
+    for asked, cost in ((False, Linear()), (True, Linear()), (False, None)):
+        drafting.observe(slots, owner, drafted, 64, 100, cost, asked=asked)  # type: ignore[arg-type]
+        begins.append(begin() > 0)
+    assert begins == [True, False, True]
+
+
 def scheduler(speculate: Any, limits: Limits = LIMITS) -> Scheduler:
     made = Scheduler(limits, ComposedPolicy(repeat=2**31, speculate=speculate))
     for id in (1, 2):

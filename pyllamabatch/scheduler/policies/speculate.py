@@ -26,8 +26,9 @@ class ByGain:
     Of drafts that cost nothing to make it decides what rows cost, and how many a sequence may have
     at most. How many it has is decided in each step, by what was drafted there (`Prices`): long
     matches are right more often than short ones. Others are asked for as they were right lately, a
-    number that was not timed yet for a few steps at first; and so are those that keep the sampling
-    off the device. No step takes longer than an ITL target."""
+    number that was not timed yet for a few steps at first. Those that keep the sampling off the
+    device begin once there is credit for both moves, and go on as long as they give more than
+    without. No step takes longer than an ITL target."""
 
     gain: float = 0.1
 
