@@ -34,21 +34,37 @@ class TextWriter:
         return self.write(self.before + self.encode(chunk.text) + self.after)
 
 
+NO_WRITER = TextWriter(b"", b"", str.encode, lambda content: None)
+
+
 class Follower:
     """One stream, of which `take` has had `index` tokens. `ended` is done behind the last of it, or
     has the exception of `take`."""
 
-    __slots__ = ("blocked", "ended", "index", "stream", "take", "texts", "took_s", "writer")
+    __slots__ = (
+        "at", "blocked", "ended", "index", "n_turns", "page", "slot", "stream", "take", "texts",
+        "took_s", "writer",
+    )  # fmt: skip
 
     def __init__(self, stream: Stream, take: Take) -> None:
         self.stream = stream
         self.take = take
-        self.writer = take if isinstance(take, TextWriter) else None
-        self.texts = None if self.writer is None else stream._texts(self.writer.encode)
+        self.writer = writer = take if isinstance(take, TextWriter) else NO_WRITER
+        self.texts = stream._texts(writer.encode)
         self.index = 0
         self.took_s = 0.0
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.blocked: asyncio.Future[None] | None = None
+        self.page: Page | None = None
+        self.slot = self.at = self.n_turns = 0  # see `Column`
+
+    def find(self) -> None:
+        """Its next token, where that is enough."""
+        column = None if self.writer is NO_WRITER else self.stream._column(self.index)
+        if column is None:
+            self.page = None
+        else:
+            self.page, self.slot, self.at, self.n_turns = column
 
 
 class Followers:
@@ -91,22 +107,28 @@ class Followers:
         for one in list(self._open):
             if one.blocked is not None:
                 continue
-            stream = one.stream
-            its_page = stream._page  # it may have another one a moment later
-            if its_page is not page and its_page is not None:
-                page = its_page
-                shown, newest = page.newest()
-            token = stream._newest(one.index, page, shown, newest)
-            if token is None:
+            stream, text = one.stream, None
+            if one.page is not None:
+                if one.page is not page:
+                    page = one.page
+                    shown, newest = page.newest()
+                n_new = shown[one.slot] - one.at
+                if stream._n_turns == one.n_turns:  # looked at behind `newest`: that is its own
+                    if n_new == 0:
+                        continue
+                    if n_new == 1:
+                        text = one.texts[newest[one.slot]]
+            elif stream._page is None and len(stream._tokens) == one.index and not stream.done:
                 continue
-            writer, texts = one.writer, one.texts
-            if token < 0 or writer is None or texts is None or (text := texts[token]) is None:
+            if text is None:
                 self._read(one, now)
                 continue
+            one.at += 1
             one.index += 1
             gap = now - one.took_s
             one.took_s = now
             gaps[gap] = gaps.get(gap, 0) + 1
+            writer = one.writer
             try:
                 blocked = writer.write(writer.before + text + writer.after)
             except Exception as error:
@@ -123,20 +145,20 @@ class Followers:
             while one in self._open:
                 done = stream.done  # before the chunk: behind a last one there is an empty one
                 chunk = stream._chunk_from(one.index)
-                if chunk is None:
-                    return
-                n = chunk.stop - one.index
-                if n == 0:
-                    self._end(one)
-                    return
-                if one.index:
-                    self._observe((now - one.took_s) / n, n)
-                one.index, one.took_s = chunk.stop, now
-                blocked = one.take(chunk)
+                blocked = None
+                if chunk is not None:
+                    n = chunk.stop - one.index
+                    if n == 0:
+                        self._end(one)
+                        return
+                    if one.index:
+                        self._observe((now - one.took_s) / n, n)
+                    one.index, one.took_s = chunk.stop, now
+                    blocked = one.take(chunk)
                 if blocked is not None:
                     self._wait_for(one, blocked)
-                    return
-                if not done:
+                if blocked is not None or not done:
+                    one.find()
                     return
         except Exception as error:
             self._end(one, error)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..llama.vocab import Utf8Decoder
 from ..step.sampling_params import SamplingParams
@@ -37,6 +37,16 @@ class Host:
     process: Process = field(default_factory=Process)
 
 
+class Column(NamedTuple):
+    """The next token of a stream is entry `at` of a page's column `slot`, as long as the stream has
+    made `n_turns`."""
+
+    page: Page
+    slot: int
+    at: int
+    n_turns: int
+
+
 class Stream:
     """A submitted request. Every method may be called from any thread.
 
@@ -52,9 +62,9 @@ class Stream:
     __slots__ = (
         "_admitted_at", "_callbacks", "_end", "_feed", "_first_at", "_followers", "_harmless",
         "_host", "_is_waited_for", "_lock", "_logprobs", "_more", "_n_accepted", "_n_drafted",
-        "_n_drafts", "_n_dropped", "_n_taken", "_n_told", "_page", "_pieces", "_pieces_of",
-        "_result", "_slot", "_stopped", "_texts", "_tokens", "_top", "id", "n_cached", "n_prompt",
-        "submitted_at",
+        "_n_drafts", "_n_dropped", "_n_taken", "_n_told", "_n_turns", "_page", "_pieces",
+        "_pieces_of", "_result", "_slot", "_stopped", "_texts", "_tokens", "_top", "id",
+        "n_cached", "n_prompt", "submitted_at",
     )  # fmt: skip
 
     def __init__(
@@ -78,6 +88,7 @@ class Stream:
         self._page: Page | None = None  # while it has a slot
         self._slot = -1
         self._n_taken = 0  # tokens of the page's column
+        self._n_turns = 0  # to another column, or to none
         self._tokens: list[int] = []
         self._logprobs: list[float] | None = None if params.logprobs is None else []
         self._top: list[dict[int, float]] | None = [] if params.logprobs else None
@@ -202,12 +213,14 @@ class Stream:
         with self._lock:
             self._page, self._slot = page, slot
             self._n_taken = page.shown[slot]
+            self._n_turns += 1
 
     def _turn_to(self, page: Page | None) -> None:
         """Take what is left in the old page. `page`: the next one, None when it has no slot."""
         with self._lock:
             self._take()
             self._page, self._n_taken = page, 0
+            self._n_turns += 1
 
     def _news(self) -> bool:
         """Whether there are other tokens than when this was asked last."""
@@ -246,6 +259,7 @@ class Stream:
                 return
             self._take()
             self._page = None
+            self._n_turns += 1
             if self._stopped:
                 self._n_dropped += stop is not None
                 reason, stop, error = "stop", self._feed.stop, None
@@ -371,28 +385,16 @@ class Stream:
             text = parts[index] if stop == index + 1 else "".join(parts[index:stop])
             return Chunk(text, index, stop)
 
-    def _newest(
-        self, index: int, page: Page | None, shown: Sequence[int], newest: Sequence[int]
-    ) -> int | None:
-        """For a follower that has had `index` tokens: None when there are no more, the next one
-        when it is the only one, -1 when `_chunk_from` has to say. shown, newest: see `Page`."""
+    def _column(self, index: int) -> Column | None:
+        """Where the page has the tokens from `index` on, for a follower that wants their text. None
+        where a chunk has to say it: of the first token, of log-probabilities and stop strings, of
+        characters that are partly there."""
+        more_than_text = self._logprobs is not None or self._harmless is not None
         with self._lock:
-            if len(self._tokens) != index or self._result is not None:
-                return -1
-            if self._page is not page:
-                return None if self._page is None else -1
-            if page is None:
+            page, behind = self._page, len(self._tokens) != index
+            if page is None or behind or more_than_text or self._first_at is None:
                 return None
-            slot, n = self._slot, self._n_taken
-            if shown[slot] == n:
-                return None
-            more_than_text = self._logprobs is not None or self._harmless is not None
-            if shown[slot] != n + 1 or more_than_text or self._first_at is None:
-                return -1
-            self._n_taken = n + 1
-            token = newest[slot]
-            self._tokens.append(token)
-            return token
+            return Column(page, self._slot, self._n_taken, self._n_turns)
 
     def _has_more(self) -> bool:
         """Whether the page has tokens that were not taken yet."""

@@ -22,7 +22,7 @@ class HttpProtocol(HttpToolsProtocol):
     def write_part(self, body: bytes) -> Awaitable[None] | None:
         """A chunk, in one write. Dropped where the client has left. For a response that has begun
         without a length, and is not at its end."""
-        if self.cycle.disconnected or self.transport.is_closing():
+        if self.transport.is_closing():
             return None
         self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
         return self.flow.drain() if self.flow.write_paused else None

@@ -43,7 +43,17 @@ def written(news: list[list[bytes]], turn_at: int, *, plain: bool, **options: An
             push(made, *pieces)
             followers._tell()
             if i == turn_at:  # before the loop has looked
-                made._turn_to(Page(2, 64, 3))
+                made._turn_to(page := Page(2, 64, 3))
+            elif i == turn_at + 3:  # it leaves its slot, which another stream has for a while
+                made._turn_to(None)
+                page.token[1, page.n_tokens[1]] = 100
+                page.n_tokens[1] += 1
+                page.show()
+                followers._tell()
+                if i % 2:
+                    await asyncio.sleep(0)
+                    await asyncio.sleep(0)
+                made._begin(page, 1)
             await asyncio.sleep(0)
             await asyncio.sleep(0)
         assert sum(gaps) <= sum(map(len, news))
