@@ -191,8 +191,11 @@ def windows_links(folder: Path) -> dict[str, object]:
     source.write_text(WINDOWS_EXPORTS)
     words = [*ZIG, "cc", "-target", "x86_64-windows-gnu", "-c", str(source), "-o", str(exports)]
     subprocess.run(words, check=True)
+    # CMake takes a library that does not end with .dll for a static one, which needs what this
+    # machine's Python is linked with.
+    subprocess.run([*ZIG, "ar", "rc", str(folder / "libdl.a")], check=True)
     flags = ("CMAKE_SHARED_LINKER_FLAGS", "CMAKE_MODULE_LINKER_FLAGS")
-    return {"Python_SABI_LIBRARY": library, **dict.fromkeys(flags, exports)}
+    return {"Python_SABI_LIBRARY": library, **dict.fromkeys(flags, f"{exports} -L{folder}")}
 
 
 def no_bundles(folder: Path) -> dict[str, object]:
