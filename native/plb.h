@@ -238,7 +238,8 @@ int32_t plb_step(plb_engine * engine, int32_t n_rows);
  * n_before rows of the caller's own (prompts), written at 0 and behind, come before those in the one
  * step of a run with n_steps = 1; n_slots may be 0 then. They may be of the same sequences. Where they
  * are of others, none of them gives an output and each sequence has a stream of cells, they are a batch
- * of their own behind that of the slots, whose results do not wait for it.
+ * of their own behind that of the slots, whose results do not wait for its last ubatch. When it fails,
+ * with any code, the slots' rows are in the memory, and nothing was sampled.
  * n_pad > 0, for contexts with a stream of cells for each sequence: every sequence below it has a row
  * in each step, so that the graph stays the same when sequences come and go. What such a row leaves in
  * the memory is removed; where there is no room for it there is none.

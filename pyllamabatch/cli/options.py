@@ -88,7 +88,8 @@ _SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "n_batch": (("-b", "--n-batch"), _N | {"help": "most rows in a step"}),
     "n_ubatch": (("-ub", "--n-ubatch"),
                  _N | {"help": "most rows that the device computes at once"}),
-    "threads": (("-t", "--threads"), _N | {"help": "CPU threads"}),
+    "threads": (("-t", "--threads"),
+                _N | {"help": "CPU threads (the cores; 1 where a device computes all layers)"}),
     "kv_unified": (("--kv-unified",), {
         "action": argparse.BooleanOptionalAction,
         "help": "one pool of cells for all sequences, or an equal share for each: then a row "

@@ -226,6 +226,7 @@ class EngineCore:
             step = self.scheduler.plan(perf_counter())
             if step is None:
                 return
+            step.behind &= not self.recovery.tries_again  # or whose fault it is can't be told
             self._place(step)
             if step.kv_operations and not self.kv.carry_out(step.kv_operations):
                 return

@@ -47,12 +47,16 @@ class CostObserver:
         kv = scheduler.attention.cells(step, (n - 1) / 2)
         shapes = scheduler.attention.shapes(step, kv)
         if step.chunks and step.behind and len(step.decode):
-            if self._asynchronous:  # its graph took none of this time
-                ours = run.seconds - sum(cost.predict(*shape) for shape in shapes[:-1])
-                self._pending.append((shapes[-1], ours + cost.new_graph.step))
+            # Its graph took none of this time.
+            rest = run.seconds - sum(cost.predict(*shape) for shape in shapes[:-1])
+            if self._asynchronous:
+                self._wait_for(shapes[-1], rest + cost.new_graph.step)
+            elif rest > 0:
+                self._prefilled(*shapes[-1][:2], rest)
+                cost.observe(*shapes[-1], rest)
             return
         if self._asynchronous and not len(step.decode):
-            self._pending.append((shapes[0], run.seconds))
+            self._wait_for(shapes[0], run.seconds)
             return
         if self._pending and gap < _AT_ONCE:
             self._waited(shapes, run)
@@ -76,6 +80,11 @@ class CostObserver:
     def _prefilled(self, n_rows: int, n_prompt: int, seconds: float) -> None:
         if n_prompt >= 16 + 8 * (n_rows - n_prompt):
             self._scheduler.prefilled(n_rows, seconds)
+
+    def _wait_for(self, shape: Shape, seconds: float) -> None:
+        """A call that nothing has waited for. Of more than one nothing is learnt."""
+        if len(self._pending) < 2:
+            self._pending.append((shape, seconds))
 
     def _waited(self, shapes: Sequence[Shape], run: Run) -> None:
         """The first step of `run` took as long as the calls before it, too: what it does not need

@@ -38,7 +38,12 @@ class Pieces(dict[int, bytes]):
 
     def texts(self, encode: Callable[[str], bytes]) -> Texts:
         """The texts of tokens that are whole characters, as `encode` gives them."""
-        return self._texts.setdefault(encode, Texts(self, encode))
+        found = self._texts.get(encode)
+        if found is None:
+            found = Texts(self, encode)
+            if len(self._texts) < 64:
+                self._texts[encode] = found
+        return found
 
     def harmless(self, stops: tuple[str, ...]) -> Harmless:
         """The tokens in which none of these stop strings can begin, as far as they are known."""

@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any
 
 from ..errors import ArgumentError
+from ..llama.context import default_threads
 from ..llama.model import Model
 from ..models import default_draft_path
 from ..planner.residency import fitting_n_ctx
@@ -177,8 +178,9 @@ def _model_feed(drafter: Draft, stepper: Any, n_cells: int, params: Any) -> Feed
             "n_ubatch": rows,
             "n_outputs_max": n_seq_max,
             "swa_full": True,
-            **{name: params[name] for name in ("n_threads", "n_threads_batch")},
         }
+        if params["n_threads"] != default_threads(target, params)[0]:  # asked for
+            given |= {name: params[name] for name in ("n_threads", "n_threads_batch")}
         cells = fitting_n_ctx(
             model, cells, shrink=not drafter.n_ctx, n_seq_max=n_seq_max, kv_unified=True, **given
         )

@@ -245,10 +245,9 @@ class OutputProcessor:
     def _end(
         self, stream: Stream, reason: FinishReason, stop: int | None, error: Exception | None
     ) -> None:
-        self._with_stops.discard(stream)
-        self._watched.discard(stream)
-        self._followed.discard(stream)
         stream._finish(reason, stop, error, self._count)
+        for streams in (self._with_stops, self._watched, self._followed):  # none comes back now
+            streams.discard(stream)
         self._core.ended()
 
     def _count(self, reason: FinishReason, n_dropped: int) -> None:

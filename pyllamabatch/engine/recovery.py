@@ -53,6 +53,11 @@ class Recovery:
         self._max_restarts = max_restarts
         self._n_failures = 0  # of llama_decode, one after the other
 
+    @property
+    def tries_again(self) -> bool:
+        """The last step failed, and comes again."""
+        return self._n_failures > 0
+
     def computed(self) -> None:
         """A step was."""
         self._n_failures = 0

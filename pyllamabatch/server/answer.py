@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -140,8 +140,9 @@ class EventStream(Response):
             if len(streams) == 1:
                 results = [await self._follow(write, 0, streams[0])]
             else:
-                follow = (self._follow(write, i, stream) for i, stream in enumerate(streams))
-                results = await asyncio.gather(*follow)
+                results = await _all(
+                    [self._follow(write, i, stream) for i, stream in enumerate(streams)]
+                )
             last = answer.end(results)
         except Exception as error:  # the status has gone out: the last event says it
             last = answer.failed(errors.of(error))
@@ -168,6 +169,19 @@ class EventStream(Response):
 
 def _escaped(text: str) -> bytes:
     return orjson.dumps(text)[1:-1]
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """The result of each. Raises the first error, when the others have ended, too: nothing writes
+    behind the last part."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 def write_of(scope: Any) -> Write | None:

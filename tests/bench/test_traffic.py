@@ -113,7 +113,7 @@ def test_the_server_as_it_comes(run: Run) -> None:
     words = ("--model", "default", "--clients", "2", "--requests", "1", "--repeats", "1")
     status, (record,) = run("traffic", *words, "--arms", "serve")
     assert (status, record.error) == (0, "")
-    assert 0 < record.detail["itl_p50_s"] < record.t_tg
+    assert 0 < record.detail["itl_p99_s"] < record.t_tg  # several tokens come at once
 
 
 def test_the_end_of_the_list_has_no_say_in_the_full_speed() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pyllamabatch import Engine, Model
+from pyllamabatch.errors import FatalDecodeError
 from tests.properties.test_invariance_engine import assert_as_alone
 from tests.support.decoding import loaded
 from tests.support.engines import Checked, check_idle, engine_on, greedy
@@ -85,3 +86,30 @@ def test_a_step_that_fails_comes_again(call: int, rows: int) -> None:
         check_idle(engine)
     assert failed
     assert_as_alone([r.tokens for r in results], alone, tolerance("llama"), 0.98)
+
+
+def test_a_prompt_that_always_fails_ends_its_own_request_alone() -> None:
+    alone = solos("llama", PROMPTS[:1], 40)
+    with behind(loaded("llama"), n_batch=64) as engine:
+        stepper: Any = engine._core._stepper
+        compute, calls = stepper.compute, list[int]()
+
+        def fails(slots: Any, n_steps: int, n_before: int = 0, n_pad: int = 0) -> Any:
+            slot = engine._core.scheduler.slot(first.id + 1)
+            if slot in stepper.rows.seq[:n_before].tolist():
+                others = set(slots.tolist()) - {slot}
+                calls.append(len(others))
+                set_fault(stepper, 2 if others else 1, -3)
+            return compute(slots, n_steps, n_before, n_pad)
+
+        first = engine.submit(PROMPTS[0], greedy(40))
+        next(iter(first))
+        stepper.compute = fails
+        second = engine.submit(PROMPTS[1], greedy(40))
+        with pytest.raises(FatalDecodeError):
+            second.result()
+        result = first.result()
+        check_idle(engine)
+    assert 0 in calls  # tried apart
+    assert max(calls) > 0
+    assert_as_alone([result.tokens], alone, tolerance("llama"), 0.98)

@@ -96,17 +96,22 @@ if __name__ == "__main__":
     ("load", "params", "one"),
     [
         ({"n_gpu_layers": -1}, {}, True),
-        ({"n_gpu_layers": 5}, {}, True),
-        ({"n_gpu_layers": 4}, {}, False),  # the output layer is the CPU's
+        ({"n_gpu_layers": 6}, {}, True),
+        ({"n_gpu_layers": 5}, {}, False),  # the first layer is the CPU's, where one more predicts
         ({"n_gpu_layers": 0}, {}, False),
         ({"n_gpu_layers": -1, "devices": []}, {}, False),
+        ({"n_gpu_layers": -1, "devices": ()}, {}, False),
         ({"n_gpu_layers": -1}, {"offload_kqv": False}, False),
     ],
 )
 def test_a_model_that_a_device_computes_wholly_has_one_thread(
     load: dict[str, Any], params: dict[str, Any], one: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model: Any = SimpleNamespace(_load=load, n_layer=4)
+    model: Any = SimpleNamespace(_load=load, n_layer=4, ptr=None)
+    gpu, none = {"CUDA0": SimpleNamespace(kind="gpu")}, {"BLAS": SimpleNamespace(kind="accel")}
     monkeypatch.setattr(context, "usable_cores", lambda: 7)
-    monkeypatch.setattr(context, "lib", SimpleNamespace(llama_supports_gpu_offload=lambda: True))
+    monkeypatch.setattr(context, "lib", SimpleNamespace(llama_model_n_layer_nextn=lambda ptr: 1))
+    monkeypatch.setattr(runtime, "devices", lambda: gpu)
     assert context.default_threads(model, params)[0] == (1 if one else 7)
+    monkeypatch.setattr(runtime, "devices", lambda: none)
+    assert context.default_threads(model, params)[0] == 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import httpx
 import pytest
 
 from pyllamabatch.llama.model import Model
+from pyllamabatch.server import answer
 from pyllamabatch.server.app import create_app
 from pyllamabatch.server.options import ServerOptions
 from tests.support.engines import slow
@@ -143,3 +145,21 @@ def test_command_drains_at_a_signal() -> None:
         assert done == "data: [DONE]"
         assert json.loads(last[6:])["choices"][0]["finish_reason"] == "length"
         assert process.wait(30) == 0
+
+
+def test_where_one_choice_fails_no_other_writes_any_more() -> None:
+    ended = []
+
+    async def fails() -> Any:
+        raise ValueError("no token")
+
+    async def goes_on() -> Any:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0)  # it may have to clean up
+            ended.append(True)
+
+    with pytest.raises(ValueError, match="no token"):
+        asyncio.run(answer._all([goes_on(), fails()]))
+    assert ended
