@@ -35,7 +35,9 @@ LATELY = 60.0
 Seconds = npt.NDArray[np.float64]
 
 _CALM = 64  # steps without drafts after which they are sampled where that is cheapest
-_MOVES = 16  # steps' time: to sample elsewhere than on the device, and to come back
+_MOVE_MOST = 64  # steps' time that it takes to sample elsewhere than on the device; likewise
+_TRIAL = 2  # steps' time that there has to be to lose, to begin with that; then it comes back
+_TRIED = 128  # steps with that: what was gained longer ago counts little
 _LINGERS = 32  # steps without drafts that are still sampled there (native/device/placement.hpp)
 _NEAR = 0.25  # octaves of rows: how far the times of one number of rows speak for another one
 _COUNTS = 16  # steps: what was known counts as so many new ones at most
@@ -139,6 +141,8 @@ class Drafting:
         self._owner = np.zeros(n_slots, dtype=np.int64)  # id + 1 of the sequence that it is of
         self._calm: dict[int, int] = {}  # steps of calls that could have no drafts, by width
         self._off = _LINGERS + 1  # the last of them
+        self._moves = 0.0  # seconds, spent: to sample elsewhere, and to come back
+        self._since = 0.0  # seconds gained since then, the last _TRIED steps'
         self._found = np.zeros((n_slots, n))
         self._right = np.zeros((n_slots, n))
 
@@ -159,8 +163,12 @@ class Drafting:
         self._owner[slots] = owner
         self._found[slots] = drafted.found[slots]
         self._right[slots] = drafted.right[slots]
-        if cost is None:  # prompts: they have none
-            self._off += n_steps
+        begins, lingers = asked and self._begins(), self._lingers()
+        self._off = 0 if asked else self._off + n_steps
+        moves = self._moves
+        if not self._lingers():
+            self._moves = 0.0
+        if cost is None:  # prompts: they have no drafts
             return
         self.times.passed(n_steps)
         for n_rows in np.flatnonzero(drafted.n_timed).tolist():
@@ -173,19 +181,26 @@ class Drafting:
         if not asked:
             self._calm[width] = self._calm.get(width, 0) + n_steps
         gained = 0.0
-        if drafted.credit is not None:
-            gained = drafted.credit - self.credit
-        elif (asked or self._lingers()) and self.times.knows(
-            width, max(width, self._limits.n_seq_max)
-        ):
-            plain = cost.predict(width, 0, kv, len(slots)) * self.times.factor(width)
+        if drafted.credit is not None and not begins:
+            gained = drafted.credit - self.credit - moves
+        elif (asked or lingers) and self.times.knows(width, max(width, self._limits.n_seq_max)):
+
+            def price(n_rows: int) -> float:
+                return cost.predict(n_rows, 0, kv, len(slots)) * self.times.factor(n_rows)
+
+            plain = price(width)
             worth = plain * float(drafted.taken[slots].sum()) / len(slots)
-            gained = max(worth - drafted.seconds, -_LOST_MOST * n_steps * plain)
-        if asked and self._begins():  # it will have to come back
-            gained -= (
-                0.5 * _MOVES * cost.predict(width, 0, kv, len(slots)) * self.times.factor(width)
-            )
-        self._off = 0 if asked else self._off + n_steps
+            if begins:
+                steps = n_steps * price(max(width, round(drafted.n_rows / n_steps)))
+                move = min(max(0.0, drafted.seconds - steps), _MOVE_MOST * plain)
+                self._since, self._moves = 0.0, 2 * move  # it will have to come back
+                gained = worth - steps
+            else:  # it may have come back
+                back = 0.0 if self._lingers() else moves / 2
+                gained = max(worth - drafted.seconds + back, -_LOST_MOST * n_steps * plain)
+        self._since = self._since * exp(-n_steps / _TRIED) + gained
+        if begins:
+            gained -= self._moves
         self._gained = self._gained * exp(-drafted.seconds / LATELY) + gained
         self.credit += gained
         most = LOSS * min(self._seconds, LATELY) + max(0.0, RISKED * self._gained)
@@ -202,6 +217,10 @@ class Drafting:
     def _lingers(self) -> bool:
         """Steps without drafts are still sampled on the host, on account of those before."""
         return self._limits.drafts_move_sampling and self._off <= _LINGERS
+
+    def moves_sampling(self, *, asked: bool) -> bool:
+        """The next call, which may have drafts or not, is sampled elsewhere than without drafts."""
+        return self._lingers() or (asked and self._limits.drafts_move_sampling)
 
     def _width(self, slots: Slots) -> int:
         if self._invariance is not None:
@@ -239,10 +258,12 @@ class Drafting:
             if self._invariance is not None:
                 seconds = self._invariance.allowed(seconds, width)
             graph = cost.new_graph.step if new_graph is None else new_graph
-            begin = 0.0
-            if self._begins():
-                begin = _MOVES * float(seconds[width])
-            return Prices(seconds, worst, self.credit, new_graph=graph, begin=begin)
+            begin = _TRIAL * float(seconds[width]) if self._begins() else 0.0
+            # what the move has taken is spent, whether drafts go on or not
+            credit = self.credit + self._moves
+            if self._lingers() and self._since < -_TRIAL * seconds[width]:
+                credit = min(credit, self._since)
+            return Prices(seconds, worst, credit, new_graph=graph, begin=begin)
 
         return Drafts(
             limits.n_draft_max,

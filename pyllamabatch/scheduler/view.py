@@ -154,7 +154,8 @@ class Prices(NamedTuple):
       there are none.
     - new_graph: seconds that a step takes longer where it has not as many rows as the last one with
       drafts.
-    - begin: credit that there has to be, for what it takes to begin with drafts and to end.
+    - begin: credit that there has to be to begin with drafts, where that moves the sampling off the
+      device; 0 where it does not.
     """
 
     seconds: npt.NDArray[np.float64]

@@ -16,6 +16,7 @@ from pyllamabatch.engine.cost_observer import CostObserver
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Limits, Step, make_policy
+from pyllamabatch.scheduler.drafting import Drafted, Drafting
 from pyllamabatch.scheduler.padding import Padding
 from pyllamabatch.scheduler.policies.width import TRIAL
 from pyllamabatch.scheduler.step import PromptChunk
@@ -191,6 +192,7 @@ def test_what_is_learnt_of_calls(case: Observed, monkeypatch: pytest.MonkeyPatch
         attention=attention,
         limits=SimpleNamespace(n_ubatch=8),
         prefilled=lambda rows, seconds: None,
+        drafting=None,
         padding=Padding(Limits(8, 8, 8, 64, 8, unified=False), possible=True),
     )
     chunks = (PromptChunk(9, 9, 0, case.n_prompt),) if case.n_prompt else ()
@@ -215,6 +217,7 @@ def test_what_a_prompt_behind_others_takes_is_learnt_with_the_step_that_waits_fo
         attention=SimpleNamespace(cells=lambda *_: 0.0, shapes=lambda *_: next(shapes)),
         limits=SimpleNamespace(n_ubatch=64),
         prefilled=lambda rows, seconds: None,
+        drafting=None,
         padding=Padding(Limits(8, 8, 8, 64, 8, unified=False), possible=True),
     )
     observe = CostObserver(scheduler, asynchronous=True)
@@ -226,6 +229,32 @@ def test_what_a_prompt_behind_others_takes_is_learnt_with_the_step_that_waits_fo
     observe(after, Run(0, 1, 1, 0.003, (), 0.003))
     learnt = [(rows, 1e3 * seconds) for rows, seconds in cost.steps]
     np.testing.assert_allclose(learnt, [(40, 6.0), (4, 3.0)], rtol=1e-6)
+
+
+def test_steps_that_drafts_keep_off_the_device_tell_the_cost_model_nothing() -> None:
+    """The first one has moved there, and the next one lingers."""
+    cost = Learner(NewGraph(0.002))
+    limits = Limits(8, 8, 1, 64, 64, n_draft_max=2, drafts_move_sampling=True)
+    drafting, slots = Drafting(limits, 1), np.zeros(1, np.int32)
+    scheduler: Any = SimpleNamespace(
+        cost=cost,
+        attention=SimpleNamespace(cells=lambda *_: 0.0, shapes=lambda *_: [(1, 0, 0.0, 1)]),
+        limits=limits,
+        prefilled=lambda rows, seconds: None,
+        drafting=drafting,
+        padding=Padding(limits, possible=False),
+    )
+    observe = CostObserver(scheduler, asynchronous=True)
+    shares, none = np.zeros((1, 2)), np.zeros(9)
+    calls = [({}, 0.002), ({0: 1}, 0.004), ({}, 0.003), ({}, 0.002)]
+    for i, (drafts, seconds) in enumerate(calls):
+        step = Step(slots, (), (), (), 1, {}, 64, drafts=drafts)
+        new = 0.05 * (i in (1, 2))  # it moves in the first step of the one, and within the other
+        observe(step, Run(0, 64, 64 - (i == 1), 64 * seconds + new, (), seconds + new))
+        drafted = Drafted(slots + 64, 64, 0, 0, shares, shares, 1.0, none.astype(int), none)
+        drafting.observe(slots, np.ones(1, np.int64), drafted, 64, 0.0, None, asked=bool(drafts))
+    assert cost.steps == [(1, 0.002), (1, 0.002)]
+    assert scheduler.padding.graph is None
 
 
 def test_what_a_switch_costs_is_followed() -> None:

@@ -51,7 +51,8 @@ def decided(price: Any, n: int, *, even: bool = False, credit: float = 1.0, **fa
     """Of `n` sequences whose steps take `price(rows)` seconds."""
     rows = np.arange(41)
     seconds = np.array([price(float(n_rows)) if n_rows else 0.0 for n_rows in rows])
-    prices = Prices(seconds, np.where(rows > facts.pop("timed", 40), np.inf, seconds), credit)
+    worst = np.where(rows > facts.pop("timed", 40), np.inf, seconds)
+    prices = Prices(seconds, worst, credit, begin=facts.pop("begin", 0.0))
     limits, right = facts.pop("limits", LIMITS), facts.pop("right", np.ones((n, 4)))
     drafts = Drafts(
         n_max=4,
@@ -135,15 +136,22 @@ def test_drafts_that_take_time_are_asked_for_as_they_were_right(
         assert decided(price, 1, found=found, **own) == ({}, NEW, None)
 
 
-def test_where_drafts_move_the_sampling_they_must_pay_for_that() -> None:
+def test_where_drafts_move_the_sampling_they_begin_if_they_were_right() -> None:
     moving = replace(LIMITS, drafts_move_sampling=True)
-    drafts, steps, prices = decided(half, 1, limits=moving, right=np.array([GOOD]))
-    assert (drafts, steps) == ({0: 4}, ASKED)
-    assert prices is not None
-    assert decided(half, 1, limits=moving, right=np.array([BAD])) == ({}, STEPS, None)
+
+    def begun(right: list[float], begin: float = 0.03, **facts: Any) -> Any:
+        return decided(half, 1, limits=moving, right=np.array([right]), begin=begin, **facts)
+
+    drafts, steps, prices = begun(GOOD)  # a step that shows what that takes
+    assert (drafts, steps, prices.gain) == ({0: 4}, 1, 0.1)
+    assert begun(BAD) == begun(GOOD, credit=0.02) == ({}, STEPS, None)
+    assert begun(GOOD, found=np.zeros((1, 4))) == ({}, NEW, None)
+    drafts, steps, prices = begun(BAD, 0.0, found=np.zeros((1, 4)))  # what they gain shows it
+    assert (drafts, steps, prices.gain) == ({0: 4}, ASKED, 0.0)
+    assert begun(GOOD, 0.0, credit=-0.01) == ({}, STEPS, None)
+    moving = replace(moving, drafts_take_time=True)
+    assert (begun(GOOD)[:2], begun(GOOD, 0.0)[:2]) == (({0: 4}, 1), ({0: 4}, ASKED))
     assert decided(half, 1, limits=LIMITS, right=np.array([BAD]))[0] == {0: 4}
-    fresh = np.zeros((1, 4))
-    assert decided(half, 1, limits=moving, right=fresh, found=fresh) == ({}, NEW, None)
 
 
 class Linear:
@@ -250,32 +258,43 @@ def test_where_drafts_move_the_sampling_steps_without_come_first() -> None:
     assert seen == [False, False, True]
 
 
-def test_where_drafts_move_the_sampling_they_begin_seldom_and_stay() -> None:
-    """Each move takes eight steps' time. A new request has none for a step."""
-    limits = replace(LIMITS, drafts_move_sampling=True)
-    for right, pays in ((GOOD, True), ([0.0] * 4, False)):
+def test_where_drafts_move_the_sampling_they_begin_soon_and_stay_where_they_pay() -> None:
+    """Each move takes twenty steps' time. All drafts are said to have been right lately. A new
+    request has none for a step."""
+    limits, move = replace(LIMITS, drafts_move_sampling=True), 20 * half(1)
+    for n_taken, pays in ((4, True), (1, False)):
         drafting = Drafting(limits, 8)
-        slots, shares = np.array([0], np.int32), np.tile(np.array(right), (8, 1))
-        total, first, n_moves, n_off, moved = 0.0, 0.0, 0, 100, False
+        slots, shares = np.array([0], np.int32), np.tile(np.array(GOOD), (8, 1))
+        total = lost = first = 0.0
+        n_moves, n_off, n_asked, moved = 0, 100, 0, False
         for i in range(400):
             owner, fresh = np.array([1 + i // 10]), np.zeros((8, 4))
             drafts = drafting.view(slots, owner, 1000 * owner, 100.0, limits, Linear())  # type: ignore[arg-type]
             view = replace(view_of(decoding(0), limits=limits), drafts=partial(Drafts, *drafts))
-            asked, steps, _ = ByGain()(PlanBuilder(view, 64, view.kv.free, view.kv.promised))
+            asked, steps, prices = ByGain()(PlanBuilder(view, 64, view.kv.free, view.kv.promised))
             assert steps is not None
             n_off = 0 if asked else n_off + steps
             now = n_off <= 32  # as long as steps without drafts are sampled where they were
-            n_moves, moved, first = n_moves + (now != moved), now, first or total * bool(asked)
-            each = half(5) if asked else half(1)
-            seconds = steps * each + 8 * half(1) * (n_off == 0 and n_moves % 2 == 1)
-            total += seconds
+            first, n_asked = first or total * bool(asked), n_asked + steps * bool(asked)
+            each, n = (half(5), n_taken) if asked else (half(1), 1)
+            gained = steps * (n * half(1) - each)
+            seconds = steps * each + move * (now != moved)
+            n_moves, moved = n_moves + (now != moved), now
+            total, lost = total + seconds, lost + seconds - steps * n * half(1)
             timed = np.bincount([5 if asked else 1], minlength=9) * steps
-            taken = slots + steps * (4 if asked else 1)
             found = fresh if i % 10 == 9 else np.ones((8, 4))
-            drafted = Drafted(taken, 5 * steps, 0, 0, found, shares, seconds, timed, timed * each)
+            credit = None if prices is None else prices.credit + gained
+            drafted = Drafted(slots + steps * n, (5 if asked else 1) * steps, 0, 0, found, shares,
+                              seconds, timed, timed * each, credit)  # fmt: skip
             drafting.observe(slots, owner, drafted, steps, 100, Linear(), asked=bool(asked))  # type: ignore[arg-type]
-        assert n_moves == (1 if pays else 0)
-        assert not pays or first > 0.5 * 16 * half(1) / LOSS  # both moves were paid for
+        assert 0 < first < 4
+        if pays:
+            assert n_moves == 1
+        else:  # back at once, and again when that is paid for
+            trial = 2 * move + 17 * (half(5) - half(1))
+            assert n_moves in (2, 4, 6, 8, 10)
+            assert n_asked <= 17 * n_moves / 2
+            assert lost < LOSS * (total + ADVANCE) + trial
 
 
 def test_after_many_prompts_drafts_move_the_sampling_again() -> None:

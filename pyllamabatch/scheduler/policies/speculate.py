@@ -27,8 +27,8 @@ class ByGain:
     at most. How many it has is decided in each step, by what was drafted there (`Prices`): long
     matches are right more often than short ones. Others are asked for as they were right lately, a
     number that was not timed yet for a few steps at first. Those that keep the sampling off the
-    device begin once there is credit for both moves, and go on as long as they give more than
-    without. No step takes longer than an ITL target."""
+    device begin with one step, which shows what the move takes, and go on as long as they give more
+    than without. No step takes longer than an ITL target."""
 
     gain: float = 0.1
 
@@ -55,16 +55,19 @@ class ByGain:
         seconds = np.where(prices.seconds <= target, prices.seconds, 0.0)
         own = prices._replace(seconds=seconds, gain=self.gain)
         if view.limits.drafts_take_time:
-            return self._asked(drafts, own, most)
+            expected = self._asked(drafts, own, most, HOPE)
+            begins = prices.begin and expected.drafts
+            return expected._replace(steps=1) if begins else expected
         if not can_pay(drafts, seconds, most, self.gain):
             return Speculation({}, STEPS)
         if not view.limits.drafts_move_sampling:
             return Speculation(_as_many(drafts, most), STEPS, own)
-        on = not prices.begin  # to go on with drafts takes less than to begin
-        expected = self._asked(drafts, own._replace(gain=0.0) if on else own, most)
-        return Speculation(_as_many(drafts, most), ASKED, own) if expected.drafts else expected
+        if not prices.begin:
+            return Speculation(_as_many(drafts, most), ASKED, own._replace(gain=0.0))
+        expected = self._asked(drafts, own, most)
+        return Speculation(_as_many(drafts, most), 1, own) if expected.drafts else expected
 
-    def _asked(self, drafts: Drafts, prices: Prices, most: int) -> Speculation:
+    def _asked(self, drafts: Drafts, prices: Prices, most: int, hope: float = 1.0) -> Speculation:
         if not drafts.found.any(axis=1).all():  # of a new one what is usual is known soon
             return Speculation({}, NEW)
         n, width = len(drafts.ids), drafts.width
@@ -76,7 +79,7 @@ class ByGain:
             seconds = float(prices.seconds[rows])
             known = prices.worst[rows] <= seconds
             tokens = n + float(drafts.right[:, :k].sum())
-            hoped = seconds if known else max(HOPE * seconds, min(plain, seconds))
+            hoped = seconds if known else max(hope * seconds, min(plain, seconds))
             rate = tokens / hoped if seconds > 0 else 0.0
             if rate > best:
                 best, choice, timed = rate, k, known
