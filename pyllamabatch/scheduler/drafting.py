@@ -190,14 +190,14 @@ class Drafting:
 
             plain = price(width)
             worth = plain * float(drafted.taken[slots].sum()) / len(slots)
+            spent = drafted.seconds
             if begins:
-                steps = n_steps * price(max(width, round(drafted.n_rows / n_steps)))
-                move = min(max(0.0, drafted.seconds - steps), _MOVE_MOST * plain)
+                spent = n_steps * price(max(width, round(drafted.n_rows / n_steps)))
+                move = min(max(0.0, drafted.seconds - spent), _MOVE_MOST * plain)
                 self._since, self._moves = 0.0, 2 * move  # it will have to come back
-                gained = worth - steps
-            else:  # it may have come back
-                back = 0.0 if self._lingers() else moves / 2
-                gained = max(worth - drafted.seconds + back, -_LOST_MOST * n_steps * plain)
+            elif not self._lingers():  # it has come back
+                spent -= moves / 2
+            gained = max(worth - spent, -_LOST_MOST * n_steps * plain)
         self._since = self._since * exp(-n_steps / _TRIED) + gained
         if begins:
             gained -= self._moves

@@ -297,6 +297,22 @@ def test_where_drafts_move_the_sampling_they_begin_soon_and_stay_where_they_pay(
             assert lost < LOSS * (total + ADVANCE) + trial
 
 
+def test_a_disturbed_step_is_no_move_that_would_stop_drafts_for_long() -> None:
+    limits = replace(LIMITS, drafts_move_sampling=True)
+    slots, shares = np.array([0], np.int32), np.zeros((8, 4))
+    lost = []
+    for n_rows, n_timed in ((5, 0), (5, 1), (1, 0)):
+        drafting = Drafting(limits, 8)
+        for n, rows, seconds, asked in ((64, 1, 64 * half(1), False), (1, n_rows, 50.0, True)):
+            timed = np.bincount([rows], minlength=9) * (n if n > 1 else n_timed)
+            drafted = Drafted(slots + n, n * rows, 0, 0, shares, shares, seconds, timed,
+                              timed * seconds / n)  # fmt: skip
+            before = drafting.credit
+            drafting.observe(slots, slots + 1, drafted, n, 0, Linear(), asked=asked)  # type: ignore[arg-type]
+        lost.append(before - drafting.credit)
+    assert max(lost) < 150 * half(1)
+
+
 def test_after_many_prompts_drafts_move_the_sampling_again() -> None:
     limits = replace(LIMITS, drafts_move_sampling=True)
     drafting = Drafting(limits, 8)
