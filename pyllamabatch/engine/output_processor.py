@@ -218,7 +218,7 @@ class OutputProcessor:
             self._watched.discard(stream)
             stream._wake()
         self._n_woken = len(woken)
-        if self._n_told != self._n_read:
+        if self._followed and self._n_told != self._n_read:
             told = self._followed.intersection((*self._at, *self._left))
             for tell in {tell for stream in told for tell in stream._followers}:
                 tell()
