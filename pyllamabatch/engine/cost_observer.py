@@ -49,8 +49,8 @@ class CostObserver:
         gap, self._end = end - run.seconds - self._end, end
         kv = scheduler.attention.cells(step, (n - 1) / 2)
         shapes = scheduler.attention.shapes(step, kv)
-        if step.chunks and step.behind and len(step.decode):
-            # Its graph took none of this time.
+        if step.behind:
+            # The prompts' graph took none of this time.
             rest = run.seconds - sum(cost.predict(*shape) for shape in shapes[:-1])
             if self._asynchronous:
                 self._wait_for(shapes[-1], rest + cost.new_graph.step)

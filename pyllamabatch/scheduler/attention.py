@@ -49,7 +49,7 @@ class Attention:
             return [step.shape(kv)]
         if not step.chunks:
             return self._decoding(step, kv)
-        if not (step.behind and len(step.decode)):  # the last tokens of these prompts, if any
+        if not step.behind:  # the last tokens of these prompts, if any
             return [(step.n_rows, step.n_rows, kv, len(step.slots))]
         n = sum(chunk.n for chunk in step.chunks)
         held = float(self._running.computed[[chunk.slot for chunk in step.chunks]].sum())

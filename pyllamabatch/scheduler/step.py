@@ -123,7 +123,7 @@ class Step:
                 groups[-1].append(chunk)
             else:
                 groups.append([chunk])
-        if self.behind and len(self.decode):
+        if self.behind:
             behind = [(NO_SLOTS, group) for group in groups]
             return self._cut([(self.decode, groups[0]), *behind[1:]])
         left = dict.fromkeys(self.decode.tolist())
@@ -183,6 +183,7 @@ class Step:
                 admitted=() if parts else self.admitted,
                 n_rows=len(decode) + sum(chunk.n for chunk in chunks),
                 n_pad=self.n_pad if decode is self.decode else 0,
+                behind=self.behind and len(decode) > 0 and len(chunks) > 0,
             )
             parts.append(part)
         return tuple(parts)

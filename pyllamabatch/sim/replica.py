@@ -393,7 +393,7 @@ class SimulatedReplica(ReplicaView):
         chunks = tuple((chunk.slot, chunk.n) for chunk in step.chunks)
         decode = np.arange(step.n_pad, dtype=np.int32) if step.n_pad else step.decode
         n_graphs = max(n_spans, -(-step.n_rows // limits.n_ubatch))
-        return NativeCall(decode, chunks, n_graphs, cells, bool(chunks) and step.behind)
+        return NativeCall(decode, chunks, n_graphs, cells, step.behind)
 
     def _end(self, one: _Open, now: float) -> None:
         one.outcome.end = now + self.spec.latency
