@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pyllamabatch import Engine, Model
+from pyllamabatch.step.trace import Trace
 from tests.properties.test_invariance_engine import assert_as_alone
 from tests.support.decoding import loaded
 from tests.support.engines import Checked, check_idle, engine_on, greedy
@@ -20,23 +21,34 @@ BUDGETS = [3 + 5 * (i % 7) for i in range(len(PROMPTS))]
 def padded(model: Model, **options: Any) -> Engine:
     sizes = {"n_seq_max": N_SEQ, "n_ctx": N_SEQ * 256, "kv_unified": False, "n_batch": 16}
     engine = engine_on(model, cost=None, **{**sizes, **options})
-    engine._core.scheduler.padding.width = (  # type: ignore[method-assign]
-        lambda decode, held, cost: N_SEQ if len(decode) else 0
-    )
+    pad_to(engine, N_SEQ)
     return engine
+
+
+def pad_to(engine: Engine, width: int) -> None:
+    """Steps in which sequences decode have so many rows; 0: only theirs."""
+    engine._core.scheduler.padding.width = (  # type: ignore[method-assign]
+        lambda decode, held, cost: width if len(decode) else 0
+    )
+
+
+def answered_as_alone(engine: Engine, name: str) -> Trace:
+    """All prompts, with the tokens and cells that each has alone; what the engine traced."""
+    alone = [solos(name, [p], n)[0] for p, n in zip(PROMPTS, BUDGETS, strict=True)]
+    checked = Checked(engine)
+    results = engine.generate(PROMPTS, [greedy(n) for n in BUDGETS])
+    trace = engine.trace()
+    check_idle(engine)
+    assert checked.n_checks > 20
+    assert_as_alone([r.tokens for r in results], alone, tolerance(name), 0.98)
+    return trace
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3moe"])
 def test_no_token_and_no_cell_is_another_one(name: str) -> None:
     """Slots with a prompt that is half computed have such a row, too."""
-    alone = [solos(name, [p], n)[0] for p, n in zip(PROMPTS, BUDGETS, strict=True)]
     with padded(loaded(name)) as engine:
-        checked = Checked(engine)
-        results = engine.generate(PROMPTS, [greedy(n) for n in BUDGETS])
-        trace = engine.trace()
-        check_idle(engine)
-    assert checked.n_checks > 20
-    assert_as_alone([r.tokens for r in results], alone, tolerance(name), 0.98)
+        trace = answered_as_alone(engine, name)
     decode = trace[trace["prefill_rows"] == 0]
     assert (decode["decode_rows"] + decode["filled"] == N_SEQ).all()
 

@@ -9,15 +9,14 @@ import pytest
 
 from pyllamabatch import Engine, Model
 from pyllamabatch.errors import FatalDecodeError
+from tests.engine.test_padding import PROMPTS, answered_as_alone, pad_to
 from tests.properties.test_invariance_engine import assert_as_alone
 from tests.support.decoding import loaded
-from tests.support.engines import Checked, check_idle, engine_on, greedy
+from tests.support.engines import check_idle, engine_on, greedy
 from tests.support.faults import set_fault
-from tests.support.oracle import random_prompts, solos, tolerance
+from tests.support.oracle import solos, tolerance
 
 N_SEQ = 4
-PROMPTS = random_prompts(14, seed=21, shortest=3, longest=60)
-BUDGETS = [3 + 5 * (i % 7) for i in range(len(PROMPTS))]
 
 
 def behind(model: Model, **options: Any) -> Engine:
@@ -33,17 +32,9 @@ def behind(model: Model, **options: Any) -> Engine:
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3moe"])
 @pytest.mark.parametrize("pad", [0, N_SEQ])
 def test_no_token_and_no_cell_is_another_one(name: str, pad: int) -> None:
-    alone = [solos(name, [p], n)[0] for p, n in zip(PROMPTS, BUDGETS, strict=True)]
     with behind(loaded(name)) as engine:
-        engine._core.scheduler.padding.width = (  # type: ignore[method-assign]
-            lambda decode, held, cost: pad if len(decode) else 0
-        )
-        checked = Checked(engine)
-        results = engine.generate(PROMPTS, [greedy(n) for n in BUDGETS])
-        trace = engine.trace()
-        check_idle(engine)
-    assert checked.n_checks > 20
-    assert_as_alone([r.tokens for r in results], alone, tolerance(name), 0.98)
+        pad_to(engine, pad)
+        trace = answered_as_alone(engine, name)
     mixed = trace[(trace["prefill_rows"] > 0) & (trace["decode_rows"] > 0)]
     assert len(mixed) > 5
     if pad:  # the graph of decoding stays
