@@ -1,5 +1,5 @@
-// The step's contract: what is refused before libllama sees it, what a failure leaves untouched,
-// slots, finishes, results.
+// The step's contract: what is refused before libllama sees it, what a failure leaves untouched. Slots,
+// finishes and results are tests/step/test_stepper.py's.
 #include "check.hpp"
 #include "tests/plb_testing.h"
 
@@ -129,127 +129,6 @@ void rows(fixture & f) {
     CHECK_EQ(plb_slot_clear(f.engine, 0), PLB_OK);
 }
 
-// Two sequences; budget, next row, copies that go on alike, and a full memory.
-void sequences(fixture & f) {
-    plb_sampling s = greedy(3);
-    for (int seq = 0; seq < 2; ++seq) {
-        CHECK_EQ(plb_slot_set(f.engine, seq, &s, nullptr, 0), PLB_OK);
-    }
-    f.prompt(0, {1, 20, 30, 40}, 0);
-    f.prompt(4, {1, 50, 60}, 1);
-    CHECK_EQ(plb_step(f.engine, 7), PLB_OK);
-    CHECK_EQ(f.views.info->n_results, 2);
-    CHECK_EQ(f.views.info->n_outputs, 2);
-    CHECK(f.views.info->decode_ns > 0 && f.views.info->sample_ns > 0);
-    for (int i = 0; i < 2; ++i) {
-        const plb_result & r = f.views.results[i];
-        CHECK_EQ(r.seq, i);
-        CHECK_EQ(r.row, i == 0 ? 3 : 6);
-        CHECK_EQ(r.index, 0);
-        CHECK_EQ(r.finish, PLB_FINISH_NONE);
-        CHECK_EQ(r.error, 0);
-        CHECK_EQ(r.n_top, 0);
-        CHECK(std::isnan(r.logprob));
-        const plb_slot_info info = info_of(f, i);
-        CHECK_EQ(info.next_token, r.token);
-        CHECK_EQ(info.next_pos, i == 0 ? 4 : 3);
-        CHECK_EQ(info.n_left, 2);
-    }
-    // the slot knows its next row
-    for (int step = 0; step < 2; ++step) {
-        for (int seq = 0; seq < 2; ++seq) {
-            const plb_slot_info info = info_of(f, seq);
-            f.row(seq, info.next_token, info.next_pos, seq, PLB_ROW_SAMPLE);
-        }
-        CHECK_EQ(plb_step(f.engine, 2), PLB_OK);
-    }
-    CHECK_EQ(f.views.results[0].finish, PLB_FINISH_LENGTH);
-    CHECK_EQ(f.views.results[0].index, 2);
-    CHECK(!info_of(f, 0).active);
-    refuses(f, 2, PLB_E_SLOT_FINISHED, 0);
-
-    // rows without a sample need no slot; OUTPUT keeps the logits
-    CHECK_EQ(plb_slot_clear(f.engine, 0), PLB_OK);
-    f.row(0, 10, info_of(f, 1).next_pos, 1, PLB_ROW_OUTPUT);
-    CHECK_EQ(plb_step(f.engine, 1), PLB_OK);
-    CHECK_EQ(f.views.info->n_results, 0);
-    CHECK(llama_get_logits_ith(f.ctx, 0) != nullptr);
-    llama_memory_clear(llama_get_memory(f.ctx), true);
-}
-
-void slots_move(fixture & f) {
-    plb_sampling s = plb_sampling_default();
-    s.seed = 7;
-    s.grammar = "root ::= [a-z]*";
-    CHECK_EQ(plb_slot_set(f.engine, 0, &s, nullptr, 0), PLB_OK);
-    f.prompt(0, {1, 20, 30}, 0);
-    CHECK_EQ(plb_step(f.engine, 3), PLB_OK);
-    const plb_slot_info before = info_of(f, 0);
-    CHECK_EQ(before.seed, 7);
-
-    CHECK_EQ(plb_slot_copy(f.engine, 0, 0), PLB_OK);
-    CHECK_EQ(plb_slot_copy(f.engine, 0, 2), PLB_OK);
-    CHECK_EQ(plb_slot_copy(f.engine, 0, 3), PLB_OK);
-    CHECK_EQ(plb_slot_reseed(f.engine, 3, 8), PLB_OK);
-    CHECK_EQ(info_of(f, 3).seed, 8);
-    plb_slot * slot = nullptr;
-    CHECK_EQ(plb_slot_take(f.engine, 0, &slot), PLB_OK);
-    plb_slot_free(slot);
-    CHECK_EQ(plb_slot_take(f.engine, 0, &slot), PLB_E_NO_SLOT);
-    CHECK(slot == nullptr);
-    CHECK_EQ(plb_slot_take(f.engine, 2, &slot), PLB_OK);
-    CHECK_EQ(plb_slot_put(f.engine, 99, slot), PLB_E_SEQ);
-    CHECK_EQ(plb_slot_put(f.engine, 1, slot), PLB_OK);
-    const plb_slot_info after = info_of(f, 1);
-    CHECK(memcmp(&before, &after, sizeof(before)) == 0);
-    for (int seq = 0; seq < f.views.n_seq_max; ++seq) {
-        CHECK_EQ(plb_slot_clear(f.engine, seq), PLB_OK);
-    }
-    llama_memory_clear(llama_get_memory(f.ctx), true);
-}
-
-// A dead end ends its own request only.
-void dead_end(fixture & f) {
-    plb_sampling s = greedy(4);
-    CHECK_EQ(plb_slot_set(f.engine, 1, &s, nullptr, 0), PLB_OK);
-    s.grammar = "root ::= \"\\U0010FFFF\" <[0]>"; // then: only byte tokens, then nothing
-    std::vector<llama_logit_bias> biases;
-    for (llama_token token = 0; token < f.n_vocab; ++token) {
-        biases.push_back({token, -INFINITY});
-    }
-    s.n_logit_bias = f.n_vocab;
-    s.logit_bias   = biases.data();
-    CHECK_EQ(plb_slot_set(f.engine, 0, &s, nullptr, 0), PLB_OK);
-    f.prompt(0, {1, 20}, 0);
-    f.prompt(2, {1, 30}, 1);
-    CHECK_EQ(plb_step(f.engine, 4), PLB_OK);
-    CHECK_EQ(f.views.info->n_results, 2);
-    CHECK_EQ(f.views.results[0].finish, PLB_FINISH_ERROR);
-    CHECK_EQ(f.views.results[0].error, PLB_E_NO_CANDIDATE);
-    CHECK_EQ(f.views.results[0].token, -1);
-    CHECK(plb_slot_error(f.engine, 0)[0] != 0);
-    CHECK_EQ(f.views.results[1].finish, PLB_FINISH_NONE);
-    CHECK(f.views.results[1].token >= 0);
-    CHECK(plb_slot_error(f.engine, 1)[0] == 0);
-    llama_memory_clear(llama_get_memory(f.ctx), true);
-}
-
-void full_memory(fixture & f) {
-    plb_sampling s = greedy(1000);
-    CHECK_EQ(plb_slot_set(f.engine, 0, &s, nullptr, 0), PLB_OK);
-    int32_t code = PLB_OK, pos = 0;
-    while (code == PLB_OK && pos < 10000) {
-        f.row(0, 10, pos++, 0, PLB_ROW_SAMPLE);
-        code = plb_step(f.engine, 1);
-    }
-    CHECK_EQ(code, 1);
-    CHECK_EQ(info_of(f, 0).n_generated, pos - 1);
-    CHECK_EQ(f.views.info->n_results, 0);
-    llama_memory_clear(llama_get_memory(f.ctx), true);
-    f.row(0, 10, 0, 0, PLB_ROW_SAMPLE);
-    CHECK_EQ(plb_step(f.engine, 1), PLB_OK);
-}
-
 // The decode that was chosen fails as it was told to, and only that.
 void faults(fixture & f) {
     llama_memory_t memory = llama_get_memory(f.ctx);
@@ -330,10 +209,6 @@ int main(int argc, char ** argv) {
     fixture f(model_path(argc, argv), 256, 4, plb_engine_default_params());
     arguments(f);
     rows(f);
-    sequences(f);
-    slots_move(f);
-    dead_end(f);
-    full_memory(f);
     faults(f);
     another_context(f);
     return 0;
