@@ -75,14 +75,14 @@ public:
     void plan(bool planning) {
         planning_.store(planning);
         if (!planning) {
-            to_reader_.notify();
+            planned_.notify();
         }
     }
 
     // -- the reader
 
     void yield(std::chrono::nanoseconds timeout) {
-        to_reader_.wait([&] { return !planning_.load(); }, timeout);
+        planned_.wait([&] { return !planning_.load(); }, timeout);
     }
 
     int64_t wait(int64_t n_wanted, std::chrono::nanoseconds timeout) {
@@ -128,6 +128,7 @@ private:
     std::atomic<int64_t> published_{0}, taken_{0}, wanted_{0};
     std::atomic<bool>    poked_{false}, planning_{false};
     signal to_reader_, to_writer_;
+    signal planned_; // to a reader that yields: one that waits for steps sleeps on
 };
 
 } // namespace plb

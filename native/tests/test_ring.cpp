@@ -7,6 +7,10 @@
 #include <string>
 #include <thread>
 
+#if defined(__linux__)
+#include <sys/resource.h>
+#endif
+
 namespace {
 
 constexpr int64_t SECOND = 1000000000;
@@ -143,6 +147,42 @@ void gives_way(fixture & f) {
     CHECK(waited(100 * SECOND) < 10 * SECOND);
     other.join();
     plb_ring_yield(nullptr, 0);
+}
+
+// How often the calling thread has waited, where the system tells.
+int64_t n_waits() {
+#if defined(__linux__)
+    rusage usage = {};
+    getrusage(RUSAGE_THREAD, &usage);
+    return usage.ru_nvcsw;
+#else
+    return 0;
+#endif
+}
+
+// A reader that waits for many steps sleeps until they are there, however many calls make them.
+void sleeps_on(fixture & f) {
+    const int64_t first = start(f, 1, 1000).n_recorded;
+    constexpr int32_t N_CALLS = 200;
+    plb_ring_wait(f.engine, 0, 0); // wakes that are left are used up
+    int64_t n = 0;
+    std::thread reader([&] {
+        const int64_t before = n_waits();
+        CHECK_EQ(plb_ring_wait(f.engine, first + N_CALLS, 100 * SECOND), first + N_CALLS);
+        n = n_waits() - before;
+    });
+    page p(4, 16, 3);
+    for (int32_t i = 0; i < N_CALLS; ++i) {
+        run(f, {0}, 1);
+        std::this_thread::sleep_for(std::chrono::microseconds(300)); // it may well sleep again
+        if (i % 8 == 0) { // room
+            p.clear();
+            plb_ring_read(f.engine, INT64_MAX, &p.out);
+        }
+    }
+    plb_ring_flush(f.engine);
+    reader.join();
+    CHECK(n < N_CALLS / 4);
 }
 
 // A full ring: the run waits a while, ends, and goes on when there is room.
@@ -304,6 +344,7 @@ int main(int argc, char ** argv) {
         fixture f(path, 2048, 4, params_of(1, 12));
         handed_over(f);
         gives_way(f);
+        sleeps_on(f);
         full(f);
         failed(f);
         pieces(f);
