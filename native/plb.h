@@ -55,7 +55,7 @@ enum plb_code {
     PLB_E_ROLLBACK        = -1027, /* n_draft_max > 0, and the context can't take so many rows back */
     /* codes of one result (plb_result.error): its request ends, the others go on */
     PLB_E_LOGITS          = -1030, /* the row's logits hold NaN or +inf, or are not there */
-    PLB_E_NO_CANDIDATE    = -1031, /* every token is excluded (grammar dead end, biases) */
+    PLB_E_NO_CANDIDATE    = -1031, /* grammar and biases exclude every token, or ask for too much */
     PLB_E_GRAMMAR_STATE   = -1032  /* the grammar could not take the chosen token */
 };
 

@@ -164,7 +164,8 @@ class GrammarError(PyllamabatchError):
 
 
 class SamplingError(PyllamabatchError):
-    """No token could be chosen for a row: the logits are not numbers, or it is a `NoCandidate`."""
+    """No token could be chosen for a row: the logits are not numbers, a sampler has failed, or it
+    is a `NoCandidate`."""
 
 
 class NoCandidate(SamplingError):

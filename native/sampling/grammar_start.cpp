@@ -4,6 +4,7 @@
 #include "step/engine.hpp"
 
 #include <regex>
+#include <stdexcept>
 
 namespace plb {
 
@@ -58,6 +59,8 @@ void accept_checked(llama_sampler * grammar, llama_token token) {
     const assertion_guard guard;
     try {
         llama_sampler_accept(grammar, token);
+    } catch (const std::overflow_error & error) { // as in sample_by_chain
+        throw failure{PLB_E_NO_CANDIDATE, error.what()};
     } catch (const std::exception & error) {
         throw failure{PLB_E_GRAMMAR_STATE, error.what()};
     }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <random>
+#include <stdexcept>
 
 namespace plb {
 
@@ -57,7 +58,7 @@ llama_token run_chain(plb_slot & slot, llama_token_data_array & candidates) {
     slot.n_draws += slot.params.temperature > 0;
     const int64_t at = candidates.selected;
     if (at < 0 || at >= (int64_t) candidates.size || !(candidates.data[at].logit > NEVER)) {
-        throw failure{PLB_E_NO_CANDIDATE, "the samplers left no token to choose"};
+        throw failure{PLB_E_EXCEPTION, "the samplers left no token to choose"};
     }
     return candidates.data[at].id;
 }
@@ -198,7 +199,11 @@ static void sample_by_chain(const vocabulary & words, scratch & scratch, plb_slo
         return;
     }
     request.error = guarded(slot.error_text, [&] {
-        request.token = choose(words, scratch, slot, request);
+        try {
+            request.token = choose(words, scratch, slot, request);
+        } catch (const std::overflow_error & error) { // the grammar asks for too much work
+            throw failure{PLB_E_NO_CANDIDATE, error.what()};
+        }
         accept(slot, request.token);
     });
     if (!request.error && slot.params.n_logprobs >= 0) {

@@ -371,9 +371,9 @@ class Stepper:
     def slot_error(self, seq_id: int) -> SamplingError:
         """Why the sequence's last result was an error."""
         engine, _ = self._open()
-        asked = self.slot(seq_id).error not in (lib.PLB_E_LOGITS, lib.PLB_E_MEMORY)
         why = text(lib.plb_slot_error(engine, self._seq(seq_id)))
-        return NoCandidate(why) if asked else SamplingError(why)
+        none_left = self.slot(seq_id).error == lib.PLB_E_NO_CANDIDATE
+        return NoCandidate(why) if none_left else SamplingError(why)
 
     @property
     def last_error(self) -> str:

@@ -11,6 +11,7 @@ import orjson
 import pytest
 
 from pyllamabatch.errors import ChatParseError
+from pyllamabatch.llama.grammar import Grammar
 from pyllamabatch.llama.model import Model
 from pyllamabatch.server import run
 from pyllamabatch.server.app import create_app
@@ -78,6 +79,19 @@ def test_what_leaves_no_token_is_the_clients_mistake(
     assert words in error["message"]
     assert error["type"] == "invalid_request_error"
     last = served.events(TEXT, {"prompt": SUM, **change})[-1]  # the status has gone out
+    assert last["error"] == error
+
+
+def test_what_a_sampler_throws_is_not_the_clients_mistake(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first token begins a grammar that has no place for it."""
+    grammar = Grammar('root ::= "~"', lazy=True, trigger_patterns=(ANSWER[0],))
+    monkeypatch.setattr(Turn, "sampling", {"grammar": grammar})
+    error = served.refused(CHAT, {**SUM_CHAT, "temperature": 0}, 500)
+    assert "empty grammar stack" in error["message"]
+    assert error["type"] == "server_error"
+    last = served.events(CHAT, {**SUM_CHAT, "temperature": 0})[-1]
     assert last["error"] == error
 
 
