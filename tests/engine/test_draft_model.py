@@ -19,7 +19,7 @@ from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.decoding import loaded
 from tests.support.engines import Checked, check_idle, greedy
 from tests.support.faults import set_fault
-from tests.support.speculating import PROMPTS, always, check_mixes, engine_of
+from tests.support.speculating import PROMPTS, always, engine_of
 
 LAYOUTS = pytest.mark.parametrize("kv_unified", [True, False], ids=["pool", "streams"])
 
@@ -47,21 +47,6 @@ def test_a_model_that_drafts_for_itself_takes_a_fraction_of_the_steps(
     assert stats.accepted_tokens > 0.5 * stats.drafted_tokens > 0
     assert trace["drafted"].sum() == stats.drafted_tokens
     assert trace["run"].max() < len(trace) - 1  # calls of several steps: it drafts without Python
-
-
-@pytest.mark.parametrize("preemption", ["recompute", "swap"])
-def test_preempted_ones_go_on_as_they_would(model: Model, preemption: str) -> None:
-    params = [greedy(80)] * 6
-    with engine_of(model, n_seq_max=1, kv_unified=True) as engine:
-        expected = [r.tokens for r in engine.generate(PROMPTS, params)]
-    cells: dict[str, Any] = {"n_seq_max": 6, "n_ctx": 256, "kv_unified": True}
-    how: dict[str, Any] = {"policy": always(4, 16), "preemption": preemption}
-    with engine_of(model, speculate=model, **cells, **how) as engine:
-        Checked(engine)
-        assert [r.tokens for r in engine.generate(PROMPTS, params)] == expected
-        stats = check_idle(engine)
-        assert stats.preemptions > 0
-        assert stats.accepted_tokens > 0.3 * stats.drafted_tokens > 0
 
 
 def test_a_long_prompt_is_caught_up_with_bit_by_bit(model: Model) -> None:
@@ -107,20 +92,6 @@ def test_with_few_cells_the_shorter_sequences_have_drafts(model: Model) -> None:
         assert check_idle(engine).accepted_tokens > 30
 
 
-def test_an_interactive_sequence_has_no_drafts(model: Model) -> None:
-    with engine_of(model, speculate=model, policy=always(8, 16)) as engine:
-        with engine.sequence(SamplingParams(temperature=0, ignore_eog=True)) as sequence:
-            sequence.prompt(PROMPTS[0])
-            for _ in range(10):
-                sequence.sample()
-            fork = sequence.fork()
-            fork.sample()
-            fork.close()
-        assert engine.stats().drafted_tokens == 0
-        engine.submit(PROMPTS[0], greedy(20)).result()
-        assert engine.stats().accepted_tokens > 0
-
-
 def test_the_embedded_model_has_a_draft_of_its_own(embedded_model: Model) -> None:
     chats = [[{"role": "user", "content": one.prompt}] for one in default_prompts()[:8]]
     params = SamplingParams(temperature=0, max_tokens=40)
@@ -156,32 +127,6 @@ def test_what_is_refused(model: Model, embedded_model: Model) -> None:
         engine_of(model, speculate=loaded("mamba"))
     with pytest.raises(ArgumentError, match="speculate"):
         engine_of(model, speculate=7)
-
-
-def check_any_mix(model: Model, kv_unified: bool, max_examples: int) -> None:
-    """Little room, so that sequences are preempted; and, in streams, come and go in gaps."""
-    cells = {"n_ctx": 192, "n_seq_max": 6} if kv_unified else {"n_ctx": 3 * 256}
-    how: dict[str, Any] = {"kv_unified": kv_unified, "speculate": model, **cells}
-    speculating = [
-        engine_of(model, policy=always(8, 16), **how),
-        engine_of(model, policy=always(2, 1), preemption="swap", **how),
-    ]
-    with engine_of(model, kv_unified=kv_unified, n_seq_max=1, n_ctx=256) as alone:
-        same = check_mixes(speculating, alone, max_examples)
-    for engine in speculating:
-        engine.close()
-    assert same.n_same >= 0.98 * same.n_all
-
-
-@LAYOUTS
-def test_any_mix_of_requests_has_the_same_answers(model: Model, kv_unified: bool) -> None:
-    check_any_mix(model, kv_unified, 8)
-
-
-@pytest.mark.slow
-@LAYOUTS
-def test_a_thousand_mixes_have_the_same_answers(model: Model, kv_unified: bool) -> None:
-    check_any_mix(model, kv_unified, 500)
 
 
 @LAYOUTS

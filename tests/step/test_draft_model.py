@@ -1,8 +1,9 @@
-"""A second model that drafts: the same tokens as without, and its memory stays in step."""
+"""A second model that drafts for a stepper, and what it has to refuse. That answers are the same is
+native/tests/test_draft_model.cpp's and tests/engine/test_speculate.py's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -11,14 +12,13 @@ import pytest
 from pyllamabatch import Model, SamplingParams
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.context import Context
-from pyllamabatch.llama.vocab import TokenArray
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.draft_model import DraftModel
-from pyllamabatch.step.stepper import SAMPLE, Stepper
+from pyllamabatch.step.stepper import Stepper
+from tests.support.decoding import begin
 from tests.support.models_gguf import gguf_path
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=60)
-PROMPTS = ("Copy: one two three four five", "Sort the numbers: 42 7 19", "Reverse: hello")
 MOST = 4
 """Drafted tokens of a sequence in a step."""
 
@@ -45,117 +45,19 @@ def both(model: Model, request: pytest.FixtureRequest) -> Iterator[Both]:
         draft.close()
 
 
-def tokens_of(model: Model, prompt: str) -> TokenArray:
-    text = model.vocab.apply_chat_template([{"role": "user", "content": prompt}])
-    return model.vocab.tokenize(text, parse_special=True)
-
-
-class Done(NamedTuple):
-    tokens: list[list[int]]
-    n_steps: int
-    n_drafted: int
-    n_accepted: int
-
-
-def start(target: Stepper, prompts: Sequence[TokenArray], params: SamplingParams) -> list[int]:
-    """Each prompt in a sequence; the first token of each."""
-    n = 0
-    for seq, prompt in enumerate(prompts):
-        target.set_slot(seq, params, prompt)
-        end, rows = n + len(prompt), target.rows
-        rows.token[n:end], rows.pos[n:end] = prompt, np.arange(len(prompt))
-        rows.seq[n:end], rows.flags[n:end] = seq, 0
-        rows.flags[end - 1] = SAMPLE
-        n = end
-    result = target.step(n)
-    result.raise_for_code()
-    return [int(token) for token in result.token]
-
-
-def finish(target: Stepper, first: Sequence[int], draft: DraftModel | None) -> Done:
-    """All sequences to their ends, a run of one step after the other."""
-    assert target.drafts is not None
-    tokens, live = [[token] for token in first], list(range(len(first)))
-    n_steps = n_drafted = n_accepted = 0
-    while live:
-        if draft is not None:
-            target.drafts.n_most[:] = MOST
-            draft.draft(live)
-        result = target.run(live, 1)
-        result.raise_for_code()
-        n_steps += 1
-        n_drafted += int(result.steps["n_drafted"].sum())
-        n_accepted += int(result.steps["n_accepted"].sum())
-        for seq, token, end in zip(
-            result.seq.tolist(), result.token.tolist(), result.finish.tolist(), strict=True
-        ):
-            tokens[seq].append(token)
-            if end:
-                live.remove(seq)
-    return Done(tokens, n_steps, n_drafted, n_accepted)
-
-
-def without_and_with(
-    target: Stepper, draft: DraftModel, model: Model, params: SamplingParams
-) -> tuple[Done, Done]:
-    """The same prompts, without drafts and with them."""
-    prompts = [tokens_of(model, prompt) for prompt in PROMPTS]
-    alone = finish(target, start(target, prompts, params), None)
-    target._context.memory.clear()  # type: ignore[union-attr]
-    first = start(target, prompts, params)
-    for seq, prompt in enumerate(prompts):
-        draft.begin(seq, np.append(prompt, first[seq]))
-    return alone, finish(target, first, draft)
-
-
-def test_a_model_that_drafts_for_itself_is_nearly_always_right(model: Model, both: Both) -> None:
-    target, draft = both
-    alone, drafted = without_and_with(target, draft, model, GREEDY)
-    assert drafted.tokens == alone.tokens
-    assert (
-        drafted.n_accepted > 0.85 * drafted.n_drafted > 0
-    )  # but for what is drafted behind an end
-    assert drafted.n_steps < alone.n_steps / 2
-
-
-def test_what_it_holds_of_an_ended_sequence_serves_the_next_one(model: Model, both: Both) -> None:
-    target, draft = both
-    prompt = tokens_of(model, PROMPTS[0])
-    first = start(target, [prompt], GREEDY)
-    draft.begin(0, np.append(prompt, first[0]))
-    before = finish(target, first, draft)
-    draft.end(0)
-    target._context.memory.clear()  # type: ignore[union-attr]
-    first = start(target, [prompt], GREEDY)
-    draft.begin(0, np.append(prompt, first[0]))
-    rows = draft._stepper._info
-    target.drafts.n_most[:] = 1  # type: ignore[union-attr]
-    draft.draft([0])
-    assert rows.n_rows == 1  # the prompt is there already
-    assert finish(target, first, draft).tokens == before.tokens
-
-
-def test_drawn_tokens_are_the_same_too(model: Model, both: Both) -> None:
-    """Most drafts are wrong then, and taken back in both memories."""
-    target, draft = both
-    params = SamplingParams(temperature=3.0, seed=7, max_tokens=40, ignore_eog=True)
-    alone, drafted = without_and_with(target, draft, model, params)
-    assert drafted.tokens == alone.tokens
-    assert 0 < drafted.n_accepted < drafted.n_drafted
-
-
 def test_without_room_there_are_no_drafts_and_later_there_are(model: Model) -> None:
     context = Context(model, n_ctx=1024, n_seq_max=2, n_threads=1, n_threads_batch=1)
     with context, Stepper(context, n_draft_max=MOST) as target:
         assert target.drafts is not None
         draft = DraftModel(model, target, n_ctx=256, n_threads=1, n_threads_batch=1)
-        long, short = np.full(300, 65, np.int32), tokens_of(model, PROMPTS[2])
-        start(target, [long, short], GREEDY)
+        long, short = np.full(300, 65, np.int32), model.vocab.tokenize("Reverse: hello")
+        begin(target, GREEDY, long)
+        first = begin(target, GREEDY, short, seq=1)
         target.drafts.n_most[:] = MOST
         draft.begin(0, long)
         draft.draft([0])
         assert target.drafts.n_given[0] == 0  # more tokens than its model has cells
-        draft.begin(1, np.append(short, 111))
+        draft.begin(1, np.append(short, first))
         draft.draft([1])
         assert target.drafts.n_given[1] > 0
         draft.close()

@@ -17,7 +17,7 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import DraftColumns, Finish, Results, Stepper
 from pyllamabatch.step.stepper_options import DRAFT_LIMIT
-from tests.support.decoding import loaded, write
+from tests.support.decoding import begin, loaded, write
 from tests.support.engines import EXACT, greedy
 from tests.support.models_gguf import N_VOCAB
 from tests.support.oracle import random_prompts, tolerance
@@ -46,13 +46,7 @@ def stepper(context: Context) -> Iterator[Stepper]:
 
 def start(stepper: Stepper, params: Sequence[SamplingParams]) -> list[int]:
     """A prompt for each, its first token sampled."""
-    first = []
-    for seq, one in enumerate(params):
-        stepper.set_slot(seq, one, PROMPTS[seq])
-        result = stepper.step(write(stepper, PROMPTS[seq], seq=seq))
-        result.raise_for_code()
-        first.append(int(result.token[0]))
-    return first
+    return [begin(stepper, one, PROMPTS[seq], seq=seq) for seq, one in enumerate(params)]
 
 
 def drafts_of(stepper: Stepper) -> DraftColumns:
@@ -150,15 +144,13 @@ def test_a_run_of_many_steps_drafts_from_its_own_tokens(context: Context) -> Non
     bias = dict.fromkeys(loop, 30.0)
     params = greedy(60, logit_bias=bias)
     with Stepper(context, n_draft_max=N_DRAFT, drafter="ngram") as stepper:
-        stepper.set_slot(0, params, prompt)
-        stepper.step(write(stepper, prompt, seq=0)).raise_for_code()
+        begin(stepper, params, prompt)
         plain = stepper.run([0], 30)
         expected, first = tokens_of(plain, 0), stepper.slot(0).next_token
         assert not plain.steps["n_drafted"].any()
         watched = drafts_of(stepper).found[0].copy()
         context.memory.clear()
-        stepper.set_slot(0, params, prompt)
-        stepper.step(write(stepper, prompt, seq=0)).raise_for_code()
+        begin(stepper, params, prompt)
         drafts_of(stepper).n_most[0] = N_DRAFT
         result = stepper.run([0], 30)
         assert first == expected[-1]

@@ -14,9 +14,9 @@ from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler.step import spans
-from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import Stepper
-from tests.support.decoding import write
+from tests.support.decoding import begin
+from tests.support.engines import greedy
 from tests.support.models_gguf import gguf_path
 from tests.support.oracle import EXACT, Agreement, Reference, random_prompts, solos, tolerance
 
@@ -49,19 +49,13 @@ def context(model: Model) -> Iterator[Context]:
         yield context
 
 
-def greedy(n: int) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=n, ignore_eog=True)
-
-
 def start(stepper: Stepper, seqs: list[int], n: int, temperature: float = 0.0) -> list[int]:
     """Prompts, one a step; the first tokens."""
     first = []
     for seq in seqs:
-        stepper.set_slot(seq, replace(greedy(n), temperature=temperature, seed=seq))
-        result = stepper.step(write(stepper, PROMPTS[seq], seq=seq))
-        result.raise_for_code()
+        params = replace(greedy(n), temperature=temperature, seed=seq)
+        first.append(begin(stepper, params, PROMPTS[seq], seq=seq))
         assert stepper._info.n_filled == 0
-        first.append(int(result.token[0]))
     return first
 
 

@@ -11,9 +11,9 @@ import pytest
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.memory import Memory
 from pyllamabatch.llama.model import Model
-from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import Stepper
-from tests.support.decoding import write
+from tests.support.decoding import begin, write
+from tests.support.engines import greedy
 from tests.support.models_gguf import gguf_path
 from tests.support.oracle import EXACT, random_prompts
 
@@ -61,8 +61,7 @@ def decode(stepper: Stepper, between: Between) -> tuple[list[int], Any]:
     memory = stepper._ready().memory
     memory.clear()
     for seq, prompt in enumerate(PROMPTS):
-        stepper.set_slot(seq, SamplingParams(temperature=0, max_tokens=99, ignore_eog=True))
-        stepper.step(write(stepper, prompt, seq=seq)).raise_for_code()
+        begin(stepper, greedy(99), prompt, seq=seq)
     before = stepper.run(SEQS, N)
     tokens, reused = before.token.tolist(), int(before.steps["n_reused"][-1])
     between(memory, stepper)

@@ -11,7 +11,7 @@ from pyllamabatch.errors import ArgumentError, GrammarError
 from pyllamabatch.llama.context import Context
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import Stepper
-from tests.support.decoding import write
+from tests.support.decoding import begin
 
 PROMPT = [1, 300, 301, 302]
 
@@ -24,13 +24,6 @@ def generate(stepper: Stepper, n: int) -> list[int]:
         result.raise_for_code()
         tokens.append(int(result.token[0]))
     return tokens
-
-
-def start(stepper: Stepper, params: SamplingParams) -> int:
-    stepper.set_slot(0, params, PROMPT)
-    result = stepper.step(write(stepper, PROMPT))
-    result.raise_for_code()
-    return int(result.token[0])
 
 
 @pytest.mark.parametrize("sampler", ["fused", "chain"])
@@ -52,7 +45,7 @@ def test_it_goes_on_as_if_it_had_sampled(
         sampler = "auto"
     params = SamplingParams(max_tokens=40, **options)
     with Stepper(context, sampler=sampler, n_threads=1) as stepper:
-        tokens = [start(stepper, params), *generate(stepper, 9)]
+        tokens = [begin(stepper, params, PROMPT), *generate(stepper, 9)]
         info, state = stepper.slot(0), context.state_seq_get(0)
         rest = generate(stepper, 12)
 
@@ -66,7 +59,7 @@ def test_it_goes_on_as_if_it_had_sampled(
 
 def test_draws_are_counted(context: Context) -> None:
     with Stepper(context, n_threads=1) as stepper:
-        start(stepper, SamplingParams(seed=3, max_tokens=20))
+        begin(stepper, SamplingParams(seed=3, max_tokens=20), PROMPT)
         assert stepper.slot(0).n_draws == 1
         generate(stepper, 2)
         slot = stepper.take_slot(0)

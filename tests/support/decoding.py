@@ -51,6 +51,14 @@ def write_next(stepper: Stepper, seq: int, at: int = 0) -> int:
     return write(stepper, [info.next_token], seq=seq, pos=info.next_pos, at=at)
 
 
+def begin(stepper: Stepper, params: SamplingParams, prompt: Tokens, *, seq: int = 0) -> int:
+    """A sequence with its prompt computed; its first token."""
+    stepper.set_slot(seq, params, prompt)
+    result = stepper.step(write(stepper, prompt, seq=seq))
+    result.raise_for_code()
+    return int(result.token[0])
+
+
 def generate(
     stepper: Stepper, params: SamplingParams, prompt: Sequence[int], *, seq: int = 0
 ) -> tuple[list[int], Finish]:
