@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from pyllamabatch.engine.engine import Engine
-from pyllamabatch.errors import ArgumentError, EngineClosed
+from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import sarathi
 from pyllamabatch.step.sampling_params import SamplingParams
@@ -70,28 +69,3 @@ def test_a_chat_needs_its_template_and_nothing_else(engine: Engine) -> None:
     with engine.sequence(GREEDY) as sequence:
         sequence.prompt(prompt)
         assert sequence.tokens == tokens.tolist()
-
-
-def is_refused(call: Callable[[], object]) -> bool:
-    try:
-        call()
-    except EngineClosed as error:
-        return "forked" in str(error)
-    return False
-
-
-def test_a_forked_child_gets_an_error(engine: Engine) -> None:
-    with engine.sequence(GREEDY) as sequence:
-        sequence.prompt([1, 2, 3])
-        calls = [
-            lambda: engine.submit("a"),
-            lambda: engine.generate(["a"]),
-            engine.drain,
-            sequence.sample,
-        ]
-        child = os.fork()
-        if child == 0:
-            os._exit(sum(map(is_refused, calls)))
-        _, status = os.waitpid(child, 0)
-        assert os.waitstatus_to_exitcode(status) == len(calls)
-        assert sequence.sample().token >= 0

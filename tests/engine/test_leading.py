@@ -17,14 +17,13 @@ import pytest
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.engine.sequence import Sequence
 from pyllamabatch.engine.signals import DeferredSignals
-from pyllamabatch.errors import EngineClosed, EngineDraining, FatalDecodeError, SamplingError
+from pyllamabatch.errors import EngineClosed, EngineDraining, SamplingError
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Window
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.types import Finish
 from tests.support import engines as support
 from tests.support.engines import check_idle, greedy
-from tests.support.faults import set_fault
 from tests.support.models_gguf import EOS
 
 PROMPT = [1, 20, 30, 40, 50]
@@ -180,32 +179,6 @@ def test_another_thread_defers_nothing() -> None:
 
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(leave).result()
-
-
-def test_a_step_that_fails_is_tried_again(model: Model) -> None:
-    with engine_on(model) as engine:
-        expected = engine.submit(PROMPT, greedy(N)).result(60).tokens
-        with engine.sequence(greedy()) as sequence:
-            sequence.prompt(PROMPT)
-            given = drive(sequence, 5)
-            set_fault(engine._core._stepper, 1, -3)  # once
-            given += drive(sequence, 5)
-            set_fault(engine._core._stepper, 1, 1)  # no cells
-            given += drive(sequence, N - 10)
-            assert given == expected
-        check_idle(engine)
-
-
-def test_one_that_fails_for_good_is_an_error(model: Model) -> None:
-    with engine_on(model, max_restarts=0) as engine, engine.sequence(greedy()) as sequence:
-        sequence.prompt(PROMPT)
-        given = drive(sequence, 3)
-        set_fault(engine._core._stepper, 1, -3, n_times=8)
-        with pytest.raises(FatalDecodeError):
-            sequence.sample()
-        set_fault(engine._core._stepper, 0, 0)
-        assert sequence.tokens == PROMPT + given
-        assert isinstance(sequence.sample().token, int)
 
 
 def test_a_token_that_can_not_be_chosen(model: Model) -> None:

@@ -52,6 +52,8 @@ batch.add(5, 0, 0, logits=True)
 context.decode(batch)
 stream = engine.submit("a", long)
 next(iter(stream))
+sequence = engine.sequence()
+sequence.prompt("a")
 child = os.fork()
 if child == 0:
     for call in (
@@ -59,6 +61,8 @@ if child == 0:
         stream.result,
         lambda: [token for token in stream],
         lambda: engine.sequence().prompt("a"),
+        sequence.sample,
+        engine.drain,
     ):
         try:
             call()
@@ -70,6 +74,7 @@ if child == 0:
     sys.exit(7)  # as any program ends: what Python holds is freed
 _, status = os.waitpid(child, 0)
 stream.cancel()
+sequence.sample()
 (result,) = engine.generate(["a"], SamplingParams(max_tokens=3, ignore_eog=True))
 print(os.waitstatus_to_exitcode(status), len(result.tokens))
 engine.close()
@@ -87,7 +92,7 @@ def run(code: str) -> Done:
     [
         (INTERRUPTED, ["interrupted", "3"]),
         (OPEN_STREAMS, ["leaving"]),
-        (FORKED, [*[IN_CHILD] * 4, "3", "7 3"]),
+        (FORKED, [*[IN_CHILD] * 6, "3", "7 3"]),
     ],
     ids=["Ctrl-C", "open streams", "fork"],
 )

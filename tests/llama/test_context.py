@@ -357,6 +357,7 @@ def test_damaged_states(context: Context) -> None:
         with pytest.raises(StateError):
             context.state_seq_set(bad, 0)
         assert context.memory.pos_max(0) == len(PROMPT) - 1
+    assert context.state_seq_get(0) == data
 
 
 def test_state_of_another_model(context: Context) -> None:

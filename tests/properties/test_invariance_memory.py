@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyllamabatch.errors import StateError, UnsupportedOperation
+from pyllamabatch.errors import UnsupportedOperation
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from tests.support.decoding import loaded
@@ -194,14 +194,6 @@ def test_trimming_the_end_and_going_on_with_other_tokens(
     check(got, whole)
 
 
-def test_a_removed_sequence_leaves_nothing_behind(sequences: Sequences, check: Check) -> None:
-    sequences.feed(OTHER)
-    sequences.memory.seq_rm(0)
-    assert sequences.memory.pos_max(0) == -1
-    got = sequences.greedy(sequences.feed(PROMPT), pos=len(PROMPT))
-    check(got, PROMPT)
-
-
 @pytest.mark.parametrize("n_last", [1, 3, 20])
 @pytest.mark.parametrize("n_back", [1, 2, 4])
 def test_a_state_rolls_back_within_its_last_decode(n_last: int, n_back: int) -> None:
@@ -344,14 +336,3 @@ def test_a_saved_sequence_continues_elsewhere(
             np.testing.assert_array_equal(restored.logits, went_on.logits)
         assert_same(restored, went_on, limit)
         check(restored, PROMPT)
-
-
-def test_a_damaged_state_is_refused_and_the_sequence_stays(sequences: Sequences) -> None:
-    logits = sequences.feed(PROMPT)
-    before = sequences.context.state_seq_get(0)
-    damaged = before[:-9] + bytes([before[-9] ^ 1]) + before[-8:]
-    with pytest.raises(StateError):
-        sequences.context.state_seq_set(damaged, 0)
-    assert sequences.context.state_seq_get(0) == before
-    assert sequences.memory.pos_max(0) == len(PROMPT) - 1
-    assert len(sequences.greedy(logits, pos=len(PROMPT), n=2).tokens) == 2
