@@ -8,7 +8,6 @@ from ..cost.kernels import is_cuda
 from ..errors import integer
 from ..llama import runtime
 from ..llama.model import Model
-from ..step.native import uses_device
 
 UBATCH, CUDA_UBATCH = 512, 2048  # rows that are computed at once
 GRAPH_BYTES = 256  # of a graph's buffers, for each row and each value of a hidden state, at most
@@ -23,7 +22,7 @@ class Chosen(NamedTuple):
 def ubatch_of(model: Model, given: int | None) -> Chosen:
     """n_ubatch for `model` on this machine; `given`: what was asked for, None: nothing."""
     gpus = [d for d in runtime.devices().values() if d.kind != "cpu" and is_cuda(d.backend)]
-    cuda = bool(gpus) and uses_device(model)
+    cuda = bool(gpus and model.offloaded)
     return ubatch(given, cuda=cuda, n_embd=model.n_embd, free=sum(gpu.free for gpu in gpus))
 
 

@@ -166,7 +166,8 @@ def _model_feed(drafter: Draft, stepper: Any, n_cells: int, params: Any) -> Feed
         model = drafter.model
     else:
         path = drafter.model or default_draft_path()
-        model = own = Model(path, n_gpu_layers=target._load["n_gpu_layers"])
+        load = target._load
+        model = own = Model(path, n_gpu_layers=load["n_gpu_layers"], devices=load.get("devices"))
     try:
         _check_vocabulary(drafter, model, target)
         n_seq_max = stepper.n_seq_max

@@ -25,7 +25,6 @@ from ..llama.batch import Batch
 from ..llama.context import Context
 from ..llama.model import Model
 from ..scheduler.invariance import GRID, LEAST_ROWS, ROWS_EACH, Invariance, tried
-from ..step.native import offloaded
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ def find(
     """Of a new context, whose memory is empty before and after. UnsupportedOperation when rows that
     decode depend on their place, whatever their number, and for devices other than a CPU; these
     have one width for all that decode with `nearly`. drafts: steps may have some."""
-    if offloaded(context):
+    if context.model.offloaded:
         if not nearly:
             raise UnsupportedOperation(
                 "batch_invariant=True is for CPUs: other devices divide the attention of a row by "

@@ -12,7 +12,7 @@ from ..llama.context import Context
 from ..llama.limits import cell_bytes
 from ..llama.model import Model
 from ..scheduler import Invariance
-from ..step.native import gap_max_of, offloaded
+from ..step.native import gap_max_of
 from ..step.ring_reader import StreamStepper
 from . import invariance
 from .thread_watch import ThreadWatch
@@ -41,7 +41,7 @@ class NativeContext(Context):
 
     @property
     def asynchronous(self) -> bool:
-        return offloaded(self)
+        return bool(self.model.offloaded)
 
     def stepper(self, **options: Unpack[StepperOptions]) -> StreamStepper:
         options.setdefault("n_steps_max", RING_STEPS)
@@ -58,7 +58,7 @@ class NativeContext(Context):
 
     def rebuilds_for_others(self, device_sampling: bool | str) -> bool:
         pool = self.capabilities.unified and not self.capabilities.recurrent
-        return not pool or (device_sampling is not False and offloaded(self))
+        return not pool or (device_sampling is not False and bool(self.model.offloaded))
 
     def find_invariance(
         self, n_seq_max: int, *, nearly: bool = False, drafts: bool = False
@@ -67,12 +67,12 @@ class NativeContext(Context):
 
     def thread_watch(self) -> ThreadWatch | None:
         threads = self.n_threads, self.n_threads_batch
-        if offloaded(self) or max(threads) == 1:
+        if self.model.offloaded or max(threads) == 1:
             return None
         return ThreadWatch(self.set_threads, *threads)
 
     def swap_choice(self, mode: Preemption) -> SwapChoice:
         per_token = cell_bytes(self.model, self.params)
-        rate = COPY_RATE_GPU if offloaded(self) else COPY_RATE_CPU
+        rate = COPY_RATE_GPU if self.model.offloaded else COPY_RATE_CPU
         stream_seconds = self.n_ctx_seq * per_token / rate
         return SwapChoice(mode, bytes_per_token=per_token, stream_seconds=stream_seconds)

@@ -36,10 +36,7 @@ FloatArray = npt.NDArray[np.float32]
 
 def default_threads(model: Model, params: Mapping[str, Any]) -> tuple[int, str]:
     """CPU threads of a context of `model` whose `params` name none, and why."""
-    layers, devices = model._load["n_gpu_layers"], model._load.get("devices")
-    there = any(device.kind in ("gpu", "igpu") for device in runtime.devices().values())
-    whole = layers < 0 or layers > model.n_layer + lib.llama_model_n_layer_nextn(model.ptr)
-    if there and whole and devices not in ([], ()) and params.get("offload_kqv") is not False:
+    if model.offloaded == 1 and params.get("offload_kqv") is not False:
         return 1, "a device computes all layers: others would wait for embeddings that one looks up"
     return usable_cores(), "cores that this process may use, by affinity and quota"
 

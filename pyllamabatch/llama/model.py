@@ -19,6 +19,14 @@ from pyllamabatch.raw import ffi, lib
 _NOT_AGAIN = ("load_mode", "vocab_only", "no_alloc")
 
 
+def _offloaded(n_gpu_layers: int, devices: Sequence[str] | None, n_layers: int) -> float:
+    if devices is None:
+        devices = [d.name for d in runtime.devices().values() if d.kind in ("gpu", "igpu")]
+    every = n_layers + 1  # the output counts as one
+    on_devices = every if n_gpu_layers < 0 else min(n_gpu_layers, every)
+    return on_devices / every if devices else 0.0
+
+
 class Model(Owner):
     """Weights and vocabulary of a GGUF file, shared by any number of contexts and threads.
 
@@ -100,6 +108,9 @@ class Model(Owner):
         self.n_head: int = lib.llama_model_n_head(ptr) if self.n_layer else 0
         self.n_head_kv: int = lib.llama_model_n_head_kv(ptr) if self.n_layer else 0
         self.n_swa: int = lib.llama_model_n_swa(ptr)
+        n_layers = self.n_layer + int(lib.llama_model_n_layer_nextn(ptr))
+        self.offloaded: float = _offloaded(n_gpu_layers, params.get("devices"), n_layers)
+        """The share of its layers, 0.0 to 1.0, that devices other than the CPU compute."""
         self.rope_type: int = lib.llama_model_rope_type(ptr)
         self.has_encoder: bool = lib.llama_model_has_encoder(ptr)
         self.has_decoder: bool = lib.llama_model_has_decoder(ptr)

@@ -198,7 +198,7 @@ def fitting_n_ctx(model: Model, n_ctx: int, *, shrink: bool, **params: Any) -> i
 
     Where even a generous guess fits twice, nothing is projected.
     """
-    devices = device_free()
+    devices = device_free() if model.offloaded else 0
     available = Footprint(MemoryPool(compute=devices), MemoryPool(compute=host_available()))
     if 2 * _generous(model, n_ctx, params) <= (devices or available.total):
         return n_ctx

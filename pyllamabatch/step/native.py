@@ -11,7 +11,6 @@ from pyllamabatch.errors import ArgumentError, GrammarError, PyllamabatchError, 
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.grammar import Grammar
 from pyllamabatch.llama.handle import view
-from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.runtime import text
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.json_schema import schema_to_gbnf
@@ -62,7 +61,7 @@ def device_sampling_of(value: bool | str) -> int:
 def gap_max_of(context: Context) -> int:
     """The default of `Stepper`'s gap_max."""
     streams = not context.params["kv_unified"] or context.capabilities.recurrent
-    return default_gap_max(streams=streams, on_gpu=offloaded(context))
+    return default_gap_max(streams=streams, on_gpu=bool(context.model.offloaded))
 
 
 def default_gap_max(*, streams: bool, on_gpu: bool) -> int:
@@ -70,16 +69,6 @@ def default_gap_max(*, streams: bool, on_gpu: bool) -> int:
     if not streams:
         return 0
     return 16 if on_gpu else 1
-
-
-def offloaded(context: Context) -> bool:
-    """A device other than the CPU computes, some of it at least."""
-    return uses_device(context.model)
-
-
-def uses_device(model: Model) -> bool:
-    """Some of its layers are on a device other than the CPU."""
-    return bool(lib.llama_supports_gpu_offload()) and model._load["n_gpu_layers"] != 0
 
 
 _SAME_NAME = (

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from pyllamabatch.engine import layout
-from pyllamabatch.engine.context_defaults import CUDA_UBATCH, UBATCH, ubatch
+from pyllamabatch.engine.context_defaults import CUDA_UBATCH, UBATCH, ubatch, ubatch_of
 from pyllamabatch.engine.engine import Engine
+from pyllamabatch.engine.native_context import NativeContext
 from pyllamabatch.errors import ArgumentError, NotEnoughMemory
+from pyllamabatch.llama import runtime
 from pyllamabatch.llama.model import Model
 from tests.support.engines import greedy
 from tests.support.models_gguf import gguf_path
@@ -31,6 +33,17 @@ def test_rows_at_once_are_the_devices(options: dict[str, Any], rows: int, why: s
     chosen = ubatch(**options)
     assert chosen.value == rows
     assert why in chosen.why
+
+
+def test_a_device_that_does_not_compute_chooses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = runtime.BackendDevice("CUDA0", "", "gpu", "CUDA", 60 * GIB, 80 * GIB)
+    monkeypatch.setattr(runtime, "devices", lambda: {"CUDA0": gpu})
+    for params, rows in ({}, CUDA_UBATCH), ({"devices": []}, UBATCH), ({"n_gpu_layers": 0}, UBATCH):
+        with Model(gguf_path("llama"), **params) as model:
+            assert ubatch_of(model, None).value == rows
+            with NativeContext(model, n_ctx=512, n_seq_max=2, kv_unified=False) as context:
+                assert context.asynchronous == (rows == CUDA_UBATCH)
+                assert context.gap_max == (16 if rows == CUDA_UBATCH else 1)
 
 
 def test_no_number_of_rows() -> None:

@@ -111,6 +111,15 @@ class RowsForNothing(StepCost):
         return 10.0
 
 
+def test_a_draft_that_is_loaded_is_where_the_model_is() -> None:
+    with (
+        Model.default(devices=[], n_gpu_layers=1) as model,
+        engine_of(model, speculate="draft") as engine,
+    ):
+        load = draft_of(engine)._context.model._load
+        assert (load["devices"], load["n_gpu_layers"]) == ([], 1)
+
+
 def test_the_default_policy_tries_a_draft_that_was_never_tried(model: Model) -> None:
     cost: Any = RowsForNothing()
     with engine_of(model, speculate=model, cost=cost) as engine:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pyllamabatch import Model
 from pyllamabatch.errors import ArgumentError, ClosedError, ModelLoadCancelled
+from pyllamabatch.llama import runtime
 from pyllamabatch.llama.context import Context
 from tests.support.models_gguf import (
     ARCHITECTURES,
@@ -18,6 +21,8 @@ from tests.support.models_gguf import (
     N_HEAD_KV,
     gguf_path,
 )
+
+N_LAYER = len(ARCHITECTURES["llama"].layers)
 
 
 def test_describes_itself(tiny_llama_path: Path) -> None:
@@ -104,6 +109,35 @@ def test_devices(tiny_llama_path: Path) -> None:
         with pytest.raises(ArgumentError) as caught:
             Model(tiny_llama_path, devices=[name])
         assert caught.value.argument == "devices"
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "share"),
+    [
+        ("gpu", {}, 1),
+        ("igpu", {"n_gpu_layers": 99}, 1),
+        ("gpu", {"n_gpu_layers": N_LAYER + 1}, 1),  # the output counts as one
+        ("gpu", {"n_gpu_layers": N_LAYER}, N_LAYER / (N_LAYER + 1)),  # the first one is the CPU's
+        ("gpu", {"n_gpu_layers": 0}, 0),
+        ("gpu", {"devices": []}, 0),
+        ("gpu", {"devices": ()}, 0),
+        ("accel", {}, 0),
+        ("accel", {"devices": ["it"]}, 1),
+    ],
+)
+def test_what_devices_compute(
+    kind: str,
+    params: dict[str, Any],
+    share: float,
+    tiny_llama_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    devices = {"CPU": SimpleNamespace(name="CPU", kind="cpu")}
+    devices["it"] = SimpleNamespace(name="it", kind=kind)
+    monkeypatch.setattr(runtime, "devices", lambda: devices)
+    with Model(tiny_llama_path, **params) as model:
+        assert model.n_layer == N_LAYER
+        assert model.offloaded == share
 
 
 @pytest.mark.parametrize(

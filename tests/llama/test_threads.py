@@ -93,25 +93,12 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    ("load", "params", "one"),
-    [
-        ({"n_gpu_layers": -1}, {}, True),
-        ({"n_gpu_layers": 6}, {}, True),
-        ({"n_gpu_layers": 5}, {}, False),  # the first layer is the CPU's, where one more predicts
-        ({"n_gpu_layers": 0}, {}, False),
-        ({"n_gpu_layers": -1, "devices": []}, {}, False),
-        ({"n_gpu_layers": -1, "devices": ()}, {}, False),
-        ({"n_gpu_layers": -1}, {"offload_kqv": False}, False),
-    ],
+    ("offloaded", "params", "threads"),
+    [(1, {}, 1), (1, {"offload_kqv": False}, 7), (5 / 6, {}, 7), (0, {}, 7)],
 )
 def test_a_model_that_a_device_computes_wholly_has_one_thread(
-    load: dict[str, Any], params: dict[str, Any], one: bool, monkeypatch: pytest.MonkeyPatch
+    offloaded: float, params: dict[str, Any], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model: Any = SimpleNamespace(_load=load, n_layer=4, ptr=None)
-    gpu, none = {"CUDA0": SimpleNamespace(kind="gpu")}, {"BLAS": SimpleNamespace(kind="accel")}
+    model: Any = SimpleNamespace(offloaded=offloaded)
     monkeypatch.setattr(context, "usable_cores", lambda: 7)
-    monkeypatch.setattr(context, "lib", SimpleNamespace(llama_model_n_layer_nextn=lambda ptr: 1))
-    monkeypatch.setattr(runtime, "devices", lambda: gpu)
-    assert context.default_threads(model, params)[0] == (1 if one else 7)
-    monkeypatch.setattr(runtime, "devices", lambda: none)
-    assert context.default_threads(model, params)[0] == 7
+    assert context.default_threads(model, params)[0] == threads

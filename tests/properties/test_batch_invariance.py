@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyllamabatch.engine import invariance
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError, RequestTooLong, UnsupportedOperation
 from pyllamabatch.llama.model import Model
@@ -209,7 +208,7 @@ def test_a_gpu_has_nearly_the_same_bits_at_most(
     embedded_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All rows that decode have one width there, and nothing is promised. The CPU stands in."""
-    monkeypatch.setattr(invariance, "offloaded", lambda context: True)
+    monkeypatch.setattr(embedded_model, "offloaded", 1.0)
     with pytest.raises(UnsupportedOperation, match="nearly"):
         engine_of(embedded_model)
     with engine_of(embedded_model, batch_invariant="nearly", n_seq_max=3) as engine:
