@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from pyllamabatch.cost.step_cost import StepCost
 from pyllamabatch.engine.draft_feeds import BATCH, ModelFeed
 from pyllamabatch.engine.drafters import Draft
 from pyllamabatch.engine.engine import Engine
@@ -19,6 +18,7 @@ from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.decoding import loaded
 from tests.support.engines import Checked, check_idle, greedy
 from tests.support.faults import set_fault
+from tests.support.made_up_costs import Linear
 from tests.support.speculating import PROMPTS, always, engine_of
 
 LAYOUTS = pytest.mark.parametrize("kv_unified", [True, False], ids=["pool", "streams"])
@@ -106,11 +106,6 @@ def test_the_embedded_model_has_a_draft_of_its_own(embedded_model: Model) -> Non
     assert stats.accepted_tokens > 0.3 * stats.drafted_tokens > 0
 
 
-class RowsForNothing(StepCost):
-    def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
-        return 10.0
-
-
 def test_a_draft_that_is_loaded_is_where_the_model_is() -> None:
     with (
         Model.default(devices=[], n_gpu_layers=1) as model,
@@ -121,7 +116,7 @@ def test_a_draft_that_is_loaded_is_where_the_model_is() -> None:
 
 
 def test_the_default_policy_tries_a_draft_that_was_never_tried(model: Model) -> None:
-    cost: Any = RowsForNothing()
+    cost: Any = Linear(10.0)  # rows cost nothing
     with engine_of(model, speculate=model, cost=cost) as engine:
         engine.submit(PROMPTS[0], greedy(60)).result()
         assert engine.stats().accepted_tokens > 0

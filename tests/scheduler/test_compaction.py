@@ -7,6 +7,7 @@ import pytest
 from pyllamabatch.cost.step_cost import NewGraph, StepCost
 from pyllamabatch.kv import Sharing, SwapChoice
 from pyllamabatch.scheduler import Limits
+from tests.support.made_up_costs import Linear
 from tests.support.scheduler_machine import Machine
 
 STREAMS = Limits(64, 64, 8, n_cells=8 * 256, n_cells_seq=256, unified=False)
@@ -15,16 +16,9 @@ COPIES = Sharing(copy_whole=True, trim=True)
 ENDS = {0: 10, 3: 10}  # the first to end; the others later
 
 
-class Parts(StepCost):
+def parts(graph: float = 0.0) -> Linear:
     """10 ms for each part of a step, and 1 ms a row; so much for a graph."""
-
-    unified = False
-
-    def __init__(self, graph: float = 0.0) -> None:
-        self.new_graph = NewGraph(graph)
-
-    def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
-        return 10e-3 + 1e-3 * rows
+    return Linear(10e-3, 1e-3, new_graph=NewGraph(graph), unified=False)
 
 
 def machine_of(
@@ -35,7 +29,7 @@ def machine_of(
     cost: StepCost | None = None,
 ) -> Machine:
     swap = SwapChoice("recompute", stream_seconds=stream_seconds)
-    machine = Machine(limits, cost=cost or Parts(), sharing=sharing, retain=False, swap=swap)
+    machine = Machine(limits, cost=cost or parts(), sharing=sharing, retain=False, swap=swap)
     for id in range(8):
         machine.add(id, 4, 60, end=ENDS.get(id, 50))
     while len(machine.done) < len(ENDS):
@@ -54,7 +48,7 @@ def test_gaps_are_closed_when_they_have_cost_as_much() -> None:
     # Slots 1, 2 and 4 to 7: two parts, 10 ms more than one. Two copies of 15 ms: three steps.
     assert moves_of(machine_of()) == {3: [(7, 7, 0), (6, 6, 3)]}
     # With a graph's price there are eight rows instead, 2 ms more than six, and two graphs to pay.
-    assert moves_of(machine_of(cost=Parts(graph=5e-3))) == {20: [(7, 7, 0), (6, 6, 3)]}
+    assert moves_of(machine_of(cost=parts(graph=5e-3))) == {20: [(7, 7, 0), (6, 6, 3)]}
 
 
 def test_the_one_that_moved_knows_all_and_goes_on() -> None:
@@ -88,21 +82,14 @@ def test_what_comes_takes_the_empty_slots() -> None:
     [
         pytest.param(lambda: machine_of(limits=POOL), id="a pool"),
         pytest.param(lambda: machine_of(sharing=Sharing(trim=True)), id="no copies"),
-        pytest.param(lambda: machine_of(cost=Even()), id="gaps cost nothing"),
+        pytest.param(
+            lambda: machine_of(cost=Linear(row_s=1e-3, unified=False)), id="gaps cost nothing"
+        ),
     ],
 )
 def test_where_it_gains_nothing_none_moves(machine: object) -> None:
     assert callable(machine)
     assert moves_of(machine()) == {}
-
-
-class Even(StepCost):
-    """A step takes as long whatever its rows are."""
-
-    unified = False
-
-    def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
-        return 1e-3 * rows
 
 
 def test_an_idle_interactive_sequence_stays_where_it_is_until_it_is_high() -> None:

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pyllamabatch.cost.step_cost import StepCost
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler import (
     CostWindow,
@@ -26,19 +25,7 @@ from pyllamabatch.scheduler import (
 )
 from pyllamabatch.scheduler.gather import groups
 from pyllamabatch.scheduler.idle import IdleSequences, ReturnTime
-
-
-@dataclass(frozen=True)
-class Steps(StepCost):
-    """A step takes `pass_s` for each `tile` rows, and `row_s` for each row."""
-
-    pass_s: float
-    row_s: float = 0.0
-    tile: int = 1000
-    absolute: bool = True
-
-    def predict(self, rows: int, prefill: int = 0, kv: float = 0, n_seqs: int = 1) -> float:
-        return self.pass_s * math.ceil(rows / self.tile) + self.row_s * rows
+from tests.support.made_up_costs import Linear
 
 
 def in_seconds(*waits: float, returns: float = 1.0) -> tuple[ExpectedSequence, ...]:
@@ -46,7 +33,10 @@ def in_seconds(*waits: float, returns: float = 1.0) -> tuple[ExpectedSequence, .
 
 
 def at(
-    n_ready: int, expected: tuple[ExpectedSequence, ...], cost: Steps | None, waited: float = 0
+    n_ready: int,
+    expected: tuple[ExpectedSequence, ...],
+    cost: Linear | None,
+    waited: float = 0,
 ) -> Gathering:
     return Gathering(5.0 + waited, 5.0, n_ready, expected, cost)
 
@@ -62,7 +52,7 @@ def test_a_window_ends_so_long_after_the_first_row() -> None:
 
 
 def test_a_row_is_worth_its_share_of_a_step_whose_time_does_not_grow() -> None:
-    flat, window = Steps(0.04), CostWindow()
+    flat, window = Linear(0.04), CostWindow()
     assert [limit for _, limit, _ in groups(at(1, in_seconds(0.001), flat))] == [
         pytest.approx(0.02)
     ]
@@ -74,15 +64,15 @@ def test_a_row_is_worth_its_share_of_a_step_whose_time_does_not_grow() -> None:
 
 
 def test_rows_that_cost_as_much_later_are_not_waited_for() -> None:
-    assert CostWindow(least=0)(at(1, in_seconds(1e-6), Steps(0.0, 0.02))) == 0
-    tiles = Steps(0.04, tile=4)
+    assert CostWindow(least=0)(at(1, in_seconds(1e-6), Linear(0.0, 0.02))) == 0
+    tiles = Linear(0.04, tile=4)
     assert CostWindow()(at(3, in_seconds(0.001), tiles)) > 0
     assert CostWindow()(at(4, in_seconds(0.001), tiles)) == 0  # a fifth begins another pass
 
 
 def test_the_little_that_no_model_knows_of_is_waited_for() -> None:
     """Steps of next to no time, owners who are there in a moment; not those who hardly return."""
-    free, window = Steps(1e-6), CostWindow()
+    free, window = Linear(1e-6), CostWindow()
     assert window(at(1, in_seconds(50e-6), free)) == pytest.approx(200e-6)
     assert window(at(1, in_seconds(50e-6), free, waited=150e-6)) == pytest.approx(50e-6)
     assert window(at(1, in_seconds(50e-6), free, waited=210e-6)) <= 0
@@ -93,13 +83,13 @@ def test_the_little_that_no_model_knows_of_is_waited_for() -> None:
 
 
 def test_it_waits_for_those_who_are_worth_it_and_not_for_the_rest() -> None:
-    flat = Steps(0.04)
+    flat = Linear(0.04)
     answer = CostWindow()(at(1, in_seconds(5.0, 0.001, 0.002), flat))
     assert answer == CostWindow()(at(1, in_seconds(0.001, 0.002), flat)) == pytest.approx(0.004)
 
 
 def test_who_seldom_returns_is_waited_for_seldom() -> None:
-    flat = Steps(0.04)
+    flat = Linear(0.04)
     ((_, limit, _),) = groups(at(3, in_seconds(0.001, returns=0.5), flat))
     assert limit == pytest.approx(0.5 * 0.04 / 3.5)
     assert CostWindow()(at(3, in_seconds(0.001, returns=0.5), flat)) > 0
@@ -113,7 +103,7 @@ def test_who_is_late_is_expected_as_late_again() -> None:
 
 
 def test_without_a_level_it_is_a_window() -> None:
-    for cost in (None, Steps(0.04, absolute=False)):
+    for cost in (None, Linear(0.04, absolute=False)):
         assert CostWindow()(at(1, in_seconds(0.001), cost)) == pytest.approx(200e-6)
         assert CostWindow(otherwise=Window(0))(at(1, in_seconds(0.001), cost)) <= 0
 
@@ -131,14 +121,14 @@ def test_windows_are_finite(seconds: float) -> None:
 SECONDS = st.floats(0, 0.1)
 SHORT = st.one_of(st.floats(0, 0.005), SECONDS)
 IDLE = st.builds(ExpectedSequence, SHORT, SHORT, SHORT, st.floats(0.0, 1.0))
-STEPS = st.builds(Steps, st.floats(0, 0.1), st.floats(0, 0.02), st.sampled_from([4, 8, 1000]))
+STEPS = st.builds(Linear, st.floats(0, 0.1), st.floats(0, 0.02), st.sampled_from([4, 8, 1000]))
 GATHERINGS = st.builds(
     at, st.integers(1, 20), st.lists(IDLE, min_size=1, max_size=8).map(tuple), STEPS, SECONDS
 )
 
 
-def steps_of(g: Gathering) -> Steps:
-    assert isinstance(g.cost, Steps)
+def steps_of(g: Gathering) -> Linear:
+    assert isinstance(g.cost, Linear)
     return g.cost
 
 
@@ -167,7 +157,7 @@ def test_it_waits_the_rather_the_dearer_a_step_and_the_sooner_and_surer_they_com
         return  # it does not wait, or rounding decides
     assert window(g) > 0
     cost = steps_of(g)
-    steps = replace(cost, pass_s=cost.pass_s * dearer, row_s=cost.row_s * dearer)
+    steps = replace(cost, step_s=cost.step_s * dearer, row_s=cost.row_s * dearer)
     assert window(replace(g, cost=steps)) > 0
     soon = tuple(
         ExpectedSequence(0.0, max(0.0, r.wait - sooner), 0.0, r.returns) for r in g.expected
@@ -179,9 +169,9 @@ def test_it_waits_the_rather_the_dearer_a_step_and_the_sooner_and_surer_they_com
 
 @given(st.integers(1, 20), st.integers(1, 8), SECONDS, st.floats(0.001, 0.1))
 @example(1, 1, 0.0, 0.001)
-def test_the_more_are_ready_the_sooner_they_go(n: int, k: int, wait: float, pass_s: float) -> None:
+def test_the_more_are_ready_the_sooner_they_go(n: int, k: int, wait: float, step_s: float) -> None:
     one, more = (
-        CostWindow(1e9, least=0)(at(ready, in_seconds(*[wait] * k), Steps(pass_s)))
+        CostWindow(1e9, least=0)(at(ready, in_seconds(*[wait] * k), Linear(step_s)))
         for ready in (n, n + 1)
     )
     assert more <= one + 1e-12
@@ -245,7 +235,7 @@ class Run:
     waits: int  # holds that were more than 0
 
 
-def run(gather: Gather, n: int, n_tokens: int, think: Think, cost: Steps) -> Run:
+def run(gather: Gather, n: int, n_tokens: int, think: Think, cost: Linear) -> Run:
     """`n` owners ask for `n_tokens` each, the i-th `think(random, i)` seconds after the last."""
     rng = random.Random(7)
     limits = Limits(n_batch=64, n_ubatch=64, n_seq_max=n, n_cells=2**20, n_cells_seq=2**20)
@@ -310,8 +300,8 @@ OWNERS = {
 
 @pytest.mark.parametrize("n", [2, 8])
 @pytest.mark.parametrize("owners", OWNERS)
-@pytest.mark.parametrize("cost", [Steps(0.02, 0.001), Steps(0.02, 0.01), Steps(0.001, 5e-5)])
-def test_it_is_about_as_good_as_the_best_fixed_window(n: int, owners: str, cost: Steps) -> None:
+@pytest.mark.parametrize("cost", [Linear(0.02, 0.001), Linear(0.02, 0.01), Linear(0.001, 5e-5)])
+def test_it_is_about_as_good_as_the_best_fixed_window(n: int, owners: str, cost: Linear) -> None:
     times = [
         run(Window(seconds), n, 200, OWNERS[owners], cost).seconds
         for seconds in (0, 200e-6, 2e-3, 10e-3)
@@ -322,18 +312,18 @@ def test_it_is_about_as_good_as_the_best_fixed_window(n: int, owners: str, cost:
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_steps_are_full_where_owners_are_quick_beside_a_step(n: int) -> None:
     for think in (about(1e-4), about(1e-3), at_times(1e-4, 0.02, 0.005)):
-        assert run(CostWindow(), n, 64, think, Steps(0.03, 0.005)).fill >= 0.95
-    assert run(Window(200e-6), n, 64, about(1e-3), Steps(0.03, 0.005)).fill < 0.7
+        assert run(CostWindow(), n, 64, think, Linear(0.03, 0.005)).fill >= 0.95
+    assert run(Window(200e-6), n, 64, about(1e-3), Linear(0.03, 0.005)).fill < 0.7
 
 
 def test_one_that_is_alone_never_waits() -> None:
-    alone = run(CostWindow(), 1, 100, about(1e-3), Steps(0.02))
+    alone = run(CostWindow(), 1, 100, about(1e-3), Linear(0.02))
     assert (alone.waits, alone.fill) == (0, 1.0)
 
 
 def test_humans_are_not_waited_for_once_they_are_known() -> None:
     """Each of two takes a second; a step 20 ms."""
-    humans = run(CostWindow(), 2, 300, lambda rng, i: 0.5 + rng.random(), Steps(0.02))
+    humans = run(CostWindow(), 2, 300, lambda rng, i: 0.5 + rng.random(), Linear(0.02))
     assert humans.waits <= 10
-    fixed = run(Window(200e-6), 2, 300, lambda rng, i: 0.5 + rng.random(), Steps(0.02))
+    fixed = run(Window(200e-6), 2, 300, lambda rng, i: 0.5 + rng.random(), Linear(0.02))
     assert fixed.waits > 200

@@ -11,6 +11,7 @@ from pyllamabatch.cost.step_cost import NewGraph, StepCost
 from pyllamabatch.kv import Sharing
 from pyllamabatch.scheduler import KvOptions, Limits, Scheduler
 from pyllamabatch.scheduler.padding import Padding
+from tests.support.made_up_costs import Linear
 from tests.support.scheduler_machine import Machine
 
 STREAMS = Limits(64, 64, 8, 8 * 256, 256, unified=False)
@@ -18,16 +19,9 @@ POOL = Limits(64, 64, 8, 2048, 2048)
 TRIM = Sharing(copy_whole=True, trim=True)
 
 
-class Rows(StepCost):
+def rows(graph: float) -> Linear:
     """1 ms a row, and so much for a graph."""
-
-    unified = False
-
-    def __init__(self, graph: float) -> None:
-        self.new_graph = NewGraph(graph)
-
-    def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
-        return 1e-3 * rows
+    return Linear(row_s=1e-3, new_graph=NewGraph(graph), unified=False)
 
 
 def widths(padding: Padding, cost: StepCost | None, *decoding: list[int]) -> list[int]:
@@ -52,27 +46,27 @@ ALL, SIX, LAST = [*range(8)], [*range(6)], [7]
 
 def test_a_width_stays_until_its_rows_have_cost_two_graphs() -> None:
     # 2 ms wasted a step, two graphs of 5 ms
-    found = widths(padding(), Rows(5e-3), ALL, *[SIX] * 7, ALL)
+    found = widths(padding(), rows(5e-3), ALL, *[SIX] * 7, ALL)
     assert found == [8, 8, 8, 8, 8, 8, 6, 6, 8]
 
 
 def test_one_that_is_left_in_a_high_slot_is_alone_before_long() -> None:
-    found = widths(padding(), Rows(5e-3), ALL, *[LAST] * 4, [3], [2, 7], [2, 7])
+    found = widths(padding(), rows(5e-3), ALL, *[LAST] * 4, [3], [2, 7], [2, 7])
     assert found == [8, 8, 0, 0, 0, 0, 8, 0]
-    assert widths(padding(), Rows(1e-3), LAST, [6, 7], ALL) == [0, 0, 8]
+    assert widths(padding(), rows(1e-3), LAST, [6, 7], ALL) == [0, 0, 8]
 
 
 def test_where_a_row_costs_more_than_graphs_nothing_is_padded() -> None:
-    assert widths(padding(), Rows(0.4e-3), ALL, SIX, [0, 2], [0, 1]) == [8, 6, 0, 0]
+    assert widths(padding(), rows(0.4e-3), ALL, SIX, [0, 2], [0, 1]) == [8, 6, 0, 0]
 
 
 @pytest.mark.parametrize(
     ("one", "cost"),
     [
-        (padding(possible=False), Rows(1.0)),
-        (padding(), Rows(0.0)),
+        (padding(possible=False), rows(1.0)),
+        (padding(), rows(0.0)),
         (padding(), None),
-        (Padding(replace(STREAMS, n_ubatch=4), possible=True), Rows(1.0)),
+        (Padding(replace(STREAMS, n_ubatch=4), possible=True), rows(1.0)),
     ],
 )
 def test_where_it_is_not_known_or_not_possible_there_is_none(
@@ -82,7 +76,7 @@ def test_where_it_is_not_known_or_not_possible_there_is_none(
 
 
 def test_what_a_graph_costs_is_learned() -> None:
-    one, cost = padding(), Rows(0.0)
+    one, cost = padding(), rows(0.0)
     one.observe_graph(5e-3)
     assert widths(one, cost, ALL, SIX) == [8, 8]
     for _ in range(20):
@@ -96,7 +90,7 @@ def test_only_steps_in_which_all_decode_are_padded() -> None:
         (STREAMS, Sharing(copy_whole=True), False),
         (POOL, TRIM, False),
     ):
-        machine = Machine(limits, cost=Rows(5e-3), sharing=sharing)
+        machine = Machine(limits, cost=rows(5e-3), sharing=sharing)
         for id in range(3):
             machine.add(id, 10, 5 + 20 * (id != 2))
         pads = {step.n_pad for step in machine.steps()}
@@ -104,6 +98,6 @@ def test_only_steps_in_which_all_decode_are_padded() -> None:
 
 
 def test_a_pool_of_cells_has_none() -> None:
-    scheduler = Scheduler(POOL, kv=KvOptions(TRIM), cost=Rows(5e-3))
+    scheduler = Scheduler(POOL, kv=KvOptions(TRIM), cost=rows(5e-3))
     held = scheduler.accounting.held_by_slot
     assert scheduler.padding.width(np.array([3], np.int32), held, scheduler.cost) == 0

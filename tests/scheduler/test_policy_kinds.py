@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from pyllamabatch.cost.step_cost import StepCost
 from pyllamabatch.scheduler import (
     ComposedPolicy,
     Limits,
@@ -22,6 +21,7 @@ from pyllamabatch.scheduler import (
     static,
 )
 from pyllamabatch.scheduler.policies.mlfq import Levels
+from tests.support.made_up_costs import Linear
 from tests.support.scheduler_machine import Machine
 from tests.support.views import LIMITS, decoding, prefilling, tokens, view_of, waiting
 
@@ -89,19 +89,14 @@ def test_static_waits_for_its_batch_but_not_for_ever() -> None:
 
 # -- slo
 
-
-class Cost(StepCost):
-    """1 s a step, and 0.1 s a row."""
-
-    def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
-        return 1.0 + 0.1 * rows
+COST = Linear(1.0, 0.1)
 
 
 @pytest.mark.parametrize(("target", "rows"), [(3.0, 18), (1.35, 2), (1.0, 2), (100.0, 40)])
 def test_slo_takes_the_largest_chunk_within_the_smallest_target(target: float, rows: int) -> None:
     running = [decoding(1, itl_target=target), decoding(2, itl_target=200.0)]
     policy = slo(least=2)
-    plan = tokens(policy, *running, waiting(3, 40, itl_target=0.1), cost=Cost())
+    plan = tokens(policy, *running, waiting(3, 40, itl_target=0.1), cost=COST)
     assert plan == {1: 1, 2: 1, 3: rows}
 
 
@@ -111,17 +106,17 @@ OWN = decoding(1, itl_target=2.0)
 @pytest.mark.parametrize(
     ("policy", "running", "cost", "rows"),
     [
-        (slo(), decoding(1), Cost(), 15),
-        (slo(itl=2.0, least=1), decoding(1), Cost(), 9),
-        (slo(itl=1.5, least=1), decoding(1), Cost(), 4),
+        (slo(), decoding(1), COST, 15),
+        (slo(itl=2.0, least=1), decoding(1), COST, 9),
+        (slo(itl=1.5, least=1), decoding(1), COST, 4),
         (slo(itl=2.0), decoding(1, itl_target=1.0), None, 15),
-        (slo(itl=1.5, least=1), OWN, Cost(), 9),  # which goes before `itl`
-        (slo(margin=0.8, least=1), OWN, Cost(), 5),
+        (slo(itl=1.5, least=1), OWN, COST, 9),  # which goes before `itl`
+        (slo(margin=0.8, least=1), OWN, COST, 5),
         (slo(budget=5), decoding(1), None, 4),
     ],
 )
 def test_slo_without_a_target_or_a_model_has_a_token_budget(
-    policy: Policy, running: SequenceView, cost: Cost | None, rows: int
+    policy: Policy, running: SequenceView, cost: Linear | None, rows: int
 ) -> None:
     assert tokens(policy, running, waiting(3, 40), cost=cost) == {1: 1, 3: rows}
 

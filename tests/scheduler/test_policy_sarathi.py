@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from pyllamabatch.cost.step_cost import StepCost
 from pyllamabatch.scheduler import (
     ComposedPolicy,
     Limits,
@@ -17,6 +16,7 @@ from pyllamabatch.scheduler import (
     sarathi,
 )
 from pyllamabatch.scheduler.policies.parts import TokenBudget
+from tests.support.made_up_costs import Linear
 from tests.support.views import decoding, prefilling, tokens, view_of, waiting
 
 LIMITS = Limits(n_batch=64, n_ubatch=16, n_seq_max=4, n_cells=200, n_cells_seq=200)
@@ -125,13 +125,6 @@ def test_one_part_is_replaced_without_touching_the_others() -> None:
     assert ComposedPolicy(admit=not_the_first).plan(view).tokens == {2: 6}
 
 
-class Cost(StepCost):
-    """A device that takes 1 ms a row, and 10 ms for any step."""
-
-    def predict(self, rows: int, prefill: int = 0, kv: float = 0, n_seqs: int = 1) -> float:
-        return 0.01 + 0.001 * rows
-
-
 @pytest.mark.parametrize(
     ("n_decoding", "n_batch", "options", "rows"),
     [
@@ -148,5 +141,5 @@ def test_with_a_cost_model_a_step_keeps_the_time(
 ) -> None:
     limits = Limits(n_batch=n_batch, n_ubatch=64, n_seq_max=128, n_cells=10**6, n_cells_seq=10**5)
     sequences = [*(decoding(i, 10) for i in range(n_decoding)), waiting(999, 5000)]
-    advances = tokens(sarathi(**options), *sequences, limits=limits, cost=Cost())
+    advances = tokens(sarathi(**options), *sequences, limits=limits, cost=Linear(10e-3, 1e-3))
     assert sum(advances.values()) == rows

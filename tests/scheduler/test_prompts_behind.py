@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import pytest
 
-from pyllamabatch.cost.step_cost import NewGraph, StepCost
+from pyllamabatch.cost.step_cost import NewGraph
 from pyllamabatch.kv import Sharing
 from pyllamabatch.scheduler import Limits
+from tests.support.made_up_costs import Linear
 from tests.support.scheduler_machine import Machine
 
 STREAMS = Limits(64, 64, 8, 8 * 256, 256, unified=False)
 POOL = Limits(64, 64, 8, 2048, 2048)
 
 
-class Steps(StepCost):
+def steps_of(graph: float) -> Linear:
     """8 ms a step, and so much for a graph."""
-
-    unified = False
-
-    def __init__(self, graph: float) -> None:
-        self.new_graph = NewGraph(graph)
-
-    def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
-        return 8e-3
+    return Linear(8e-3, new_graph=NewGraph(graph), unified=False)
 
 
 def newcomer(graph: float, limits: Limits, n_others: int) -> list[tuple[int, int, bool]]:
     """Sequences decode; then one comes with a prompt of 10 tokens. Rows that decode, those of
     prompts, and whether these are behind: of its first two steps."""
-    machine = Machine(limits, cost=Steps(graph), sharing=Sharing(copy_whole=True, trim=True))
+    machine = Machine(limits, cost=steps_of(graph), sharing=Sharing(copy_whole=True, trim=True))
     for id in range(n_others):
         machine.add(id, 2, 40)
     for _ in range(4 if n_others else 0):
@@ -54,7 +48,7 @@ def test_a_newcomer_waits_a_step_where_that_is_cheaper_than_a_graph(
 
 
 def test_a_long_prompt_is_behind_also_while_its_end_is_far() -> None:
-    machine = Machine(STREAMS, cost=Steps(3e-3), sharing=Sharing(copy_whole=True, trim=True))
+    machine = Machine(STREAMS, cost=steps_of(3e-3), sharing=Sharing(copy_whole=True, trim=True))
     machine.add(0, 2, 40)
     machine.next_step()
     machine.add(9, 150, 40)

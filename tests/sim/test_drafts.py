@@ -10,7 +10,6 @@ import pytest
 
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import shipped_profile
-from pyllamabatch.cost.step_cost import StepCost
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.model import Model
@@ -26,18 +25,12 @@ from pyllamabatch.sim import (
     simulate,
 )
 from pyllamabatch.sim.drafts import Luck, decide
-from tests.sim.test_simulate import Linear, machine, one, outcomes
+from tests.sim.test_simulate import linear, machine, one, outcomes
 from tests.support.engines import check_idle, greedy
+from tests.support.made_up_costs import Linear
 from tests.support.speculating import always
 
 LAYOUTS = pytest.mark.parametrize("unified", [True, False], ids=["pool", "streams"])
-
-
-class Dear(StepCost):
-    """Twice the rows take twice as long."""
-
-    def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
-        return 0.01 * rows
 
 
 @LAYOUTS
@@ -71,7 +64,7 @@ def test_a_step_of_a_given_number_of_drafts_takes_its_rows() -> None:
 @LAYOUTS
 def test_rows_that_cost_as_much_as_the_first_have_no_drafts(unified: bool) -> None:
     requests = [one(i, 0.0, 20, 300, acceptance=0.6) for i in range(2)]
-    shape: dict[str, Any] = {"unified": unified, "n_seq_max": 2, "cost": Dear()}
+    shape: dict[str, Any] = {"unified": unified, "n_seq_max": 2, "cost": Linear(row_s=0.01)}
     found = simulate(requests, machine(speculate=True, **shape))
     plain = simulate(requests, machine(**shape))
     assert found.summary()["duration"] <= 1.02 * plain.summary()["duration"]
@@ -151,7 +144,7 @@ def test_simulated_steps_are_those_of_a_live_engine() -> None:
         for r in results
     ]  # fmt: skip
     spec = EngineSpec.of(
-        Linear(), n_seq_max=limits.n_seq_max, n_cells=limits.n_cells, unified=False, speculate=True
+        linear(), n_seq_max=limits.n_seq_max, n_cells=limits.n_cells, unified=False, speculate=True
     )
     counters = simulate(requests, spec, lambda: always(4, 16)).loads[0].counters
     assert live.tokens == counters.tokens

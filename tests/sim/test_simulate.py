@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import pytest
@@ -32,20 +32,16 @@ from pyllamabatch.sim import (
     simulate,
 )
 from pyllamabatch.sim.replica import SimulatedReplica
+from tests.support.made_up_costs import Linear
 
 
-@dataclass(frozen=True)
-class Linear(StepCost):
-    """10 ms a step, 1 ms a row, 1 us a cell."""
-
-    cell: float = 1e-6
-
-    def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
-        return 0.010 + 0.001 * rows + self.cell * kv
+def linear(cell_s: float = 1e-6) -> Linear:
+    """10 ms a step, 1 ms a row."""
+    return Linear(10e-3, 1e-3, cell_s)
 
 
 def machine(new_graph: NewGraph | None = None, latency: float = 0.0, **options: Any) -> EngineSpec:
-    cost = options.pop("cost", Linear(0.0))
+    cost = options.pop("cost", linear(0.0))
     made = EngineSpec.of(cost, **{"n_seq_max": 4, "n_cells": 4096, "overhead": 0.0, **options})
     return replace(made, new_graph=new_graph or made.new_graph, latency=latency)
 
@@ -111,13 +107,8 @@ def test_what_settles_behind_a_new_graph_may_be_the_next_call() -> None:
 def test_a_call_in_streams_reads_the_cells_of_its_own_sequences() -> None:
     """The prompt of the second one does not attend to the first, which holds 1,000 cells."""
 
-    class Cells(StepCost):
-        unified = False
-
-        def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
-            return 1.0 + kv
-
-    found = outcomes([one(0, 0.0, 1000, 3), one(1, 1.5, 8, 1)], cost=Cells(), unified=False)
+    cost = Linear(1.0, cell_s=1.0, unified=False)
+    found = outcomes([one(0, 0.0, 1000, 3), one(1, 1.5, 8, 1)], cost=cost, unified=False)
     # The first's prompt, and a step of 1,000 cells, in which the second one comes; its prompt, with
     # no cells before it, and a step of 1,001.
     second = 1 + 1001 + 1
@@ -144,7 +135,7 @@ def test_free_cells_cost_where_kernels_compute_them() -> None:
     seen: list[list[float]] = []
     plain, masking = (
         outcomes(requests, Seen, cost=cost, prefix_cache=False)[1].end
-        for cost in (Linear(), Masking())
+        for cost in (linear(), Masking(10e-3, 1e-3, 1e-6))
     )
     assert seen == [[0, 1100, 101], [0, 1100, 1102]]
     assert masking - plain == pytest.approx(1e-6 * sum(1102 - (101 + k) for k in range(29)))
@@ -174,7 +165,7 @@ def test_others_in_the_same_rows_cost_a_switch() -> None:
     """Where the cells are shared; two of three take turns of three steps: the others' round and
     two switches are as long as the wide step then."""
 
-    class Costs(Linear):
+    class Costs(StepCost):
         edges = (2,)
         switch = 0.001
 
@@ -211,7 +202,7 @@ def test_a_newcomer_waits_for_the_step_that_goes_on_and_no_longer() -> None:
 
 
 def test_cells_make_steps_longer() -> None:
-    (o,) = outcomes([one(1, 0.0, 100, 101)], cost=Linear(1e-5))
+    (o,) = outcomes([one(1, 0.0, 100, 101)], cost=linear(1e-5))
     assert o.end == pytest.approx(0.110 + 100 * 0.011 + 1e-5 * sum(range(100, 200)))
 
 
