@@ -8,8 +8,11 @@ compared is asserted.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 from pyllamabatch.engine.engine import Engine
@@ -20,13 +23,22 @@ from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import Finish, Stepper
 from tests.support.decoding import loaded, write
 from tests.support.engines import EXACT
-from tests.support.models_gguf import EOS, N_VOCAB, Architecture, gguf_path
+from tests.support.models_gguf import (
+    ARCHITECTURES,
+    EOS,
+    N_VOCAB,
+    SLIDING_WINDOW,
+    Architecture,
+    gguf_path,
+    write_gguf,
+)
 from tests.support.oracle import (
     DEFAULT,
     TOLERANCE_QUANTISED,
     Agreement,
     Reference,
     random_prompts,
+    raw_context,
     raw_model,
     solo,
     solos,
@@ -82,15 +94,30 @@ def assert_as_alone(
 # -- the stepper --
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 16, 33])
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "pool": EXACT,
+    "streams": EXACT | {"kv_unified": False},
+    "defaults": {"n_threads": 1},  # flash attention, F16 cells
+}
+
+
+@pytest.mark.parametrize(
+    ("n", "layout"), [*((n, "pool") for n in (1, 2, 5, 16, 33)), (5, "streams"), (5, "defaults")]
+)
 def test_stepper_sequences_get_what_they_get_alone(
-    model: Model, alone: list[Reference], limit: float, n: int
+    model: Model, architecture: Architecture, alone: list[Reference], n: int, layout: str
 ) -> None:
-    """One arrival per step, prompts in chunks of 13 among the others' single rows."""
+    """One arrival per step, prompts in chunks of 13 among the others' single rows: the same logits,
+    and so the same tokens."""
+    limit = tolerance(architecture.name)
+    if layout == "defaults":
+        limit = tolerance_default(architecture.name)
+        with raw_model(gguf_path(architecture.name)) as oracle:
+            alone = [solo(oracle, p, N_TOKENS, settings=DEFAULT) for p in PROMPTS[:n]]
     got: list[list[int]] = [[] for _ in range(n)]
     computed, alive = [0] * n, set(range(n))
     with (
-        Context(model, n_ctx=96 * n, n_seq_max=n, n_ubatch=64, **EXACT) as context,
+        Context(model, n_ctx=256 * n, n_seq_max=n, n_ubatch=64, **LAYOUTS[layout]) as context,
         Stepper(context) as stepper,
     ):
         for step in range(10 * N_TOKENS):
@@ -110,12 +137,18 @@ def test_stepper_sequences_get_what_they_get_alone(
                 break
             result = stepper.step(n_rows)
             result.raise_for_code()
-            for seq, token, finish in zip(result.seq, result.token, result.finish, strict=True):
+            for seq, row, token, finish in zip(
+                result.seq, result.row, result.token, result.finish, strict=True
+            ):
+                expected, at = alone[seq], len(got[seq])
+                if got[seq] == expected.tokens[:at]:  # else a near tie has parted them
+                    logits = context.logits(int(row))
+                    assert np.abs(logits - expected.logits[at]).max() <= limit
                 got[seq].append(int(token))
                 if finish == Finish.LENGTH:
                     alive.discard(int(seq))
     assert not alive
-    assert_as_alone(got, alone[:n], limit)
+    assert_as_alone(got, alone[:n], limit, 0.75 if layout == "defaults" else 0.99)
 
 
 # -- the engine --
@@ -260,3 +293,37 @@ def test_sampling_goes_on_where_it_was_after_a_preemption(
     same = [a.tokens == b.tokens for a, b in zip(roomy, tight, strict=True)]
     # a draw that falls on the edge between two tokens may go either way in other kernels
     assert sum(same) >= len(same) - 1
+
+
+# -- what is compared would show it --
+
+
+def test_a_row_under_a_neighbours_id_is_far_outside_the_tolerance(
+    architecture: Architecture,
+) -> None:
+    """Crossed wires show: the same token after another sequence's past gives other logits."""
+    first, second = random_prompts(2, seed=52, shortest=40)
+    second = second[: len(first)] + first[len(second) :]  # same length, so the same positions
+    with (
+        raw_model(gguf_path(architecture.name)) as oracle,
+        raw_context(oracle, n_ctx=512, n_seq_max=2, kv_unified=True) as context,
+    ):
+        context.feed(first, seq=0)
+        context.feed(second, seq=1)
+        right, crossed = context.decode(
+            [(first[5], len(first), 0, True), (first[5], len(first), 1, True)]
+        )
+    assert np.abs(right - crossed).max() > 20 * tolerance(architecture.name)
+
+
+def test_the_sliding_window_matters_at_the_lengths_used_here(tmp_path: Path) -> None:
+    """The same weights without the window agree up to its length and part after it."""
+    gemma3 = ARCHITECTURES["gemma3"]
+    write_gguf(tmp_path / "full.gguf", replace(gemma3, layers=("attention",) * 4))
+    prompt = random_prompts(1, seed=53, shortest=60, longest=60)[0]
+    with raw_model(gguf_path("gemma3")) as windowed, raw_model(tmp_path / "full.gguf") as full:
+        for length, same in ((SLIDING_WINDOW, True), (2 * SLIDING_WINDOW, False)):
+            one, other = (solo(model, prompt[:length], 1).logits for model in (windowed, full))
+            difference = float(np.abs(one - other).max())
+            assert (difference <= tolerance("gemma3")) == same, (length, difference)
+            assert same or difference > 0.2
