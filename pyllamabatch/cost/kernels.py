@@ -19,12 +19,13 @@ multiple of 8 that holds the rows, at most 128. F16, BF16 and F32 are mat-vec up
 CPU (ggml-cpu/repack.cpp: `forward_mul_mat_one_chunk`, `ggml_repack_get_optimal_repack_type`;
 arch/x86/repack.cpp; llamafile/sgemm.cpp): repacked weights go row by row below four rows, then
 sixteen at a time, then four, and each of the rest alone, so seven rows cost more than eight. Of the
-others, those of blocks of 32 (Q4_0, Q5_0, Q8_0, IQ4_NL) and the floats go from two rows on in
-tinyBLAS's tiles, up to 4 and 6 rows wide (2 and 3 with AVX2 only), the rest in narrower ones: a
-third row can cost as much as two; K-quants row by row. Where the CPU has AMX (amx/amx.cpp:
-`qtype_has_amx_kernels`; amx/mmq.cpp: `ggml_backend_amx_mul_mat`, `TILE_M`), most quants have
-neither: a single row goes through a kernel of its own, and from two on each block of 32 rows
-unpacks the weights again and computes them in tiles of 16. A file mixes types (Q4_K_M has Q5_0
+others, those of blocks of 32 (Q4_0, Q4_1, Q5_0, Q8_0, IQ4_NL) go in tinyBLAS's tiles, four rows
+wide (two with AVX2 only) and one narrower (vendor/patches/cpu-few-columns.patch: all in one pass
+over the weights), the floats from two rows on in its tiles of up to 6; K-quants row by row up to
+seven, then in tiles of 16 (tiled/tiled.cpp: `ggml_tiled_min_batch`). Where the CPU has AMX
+(amx/amx.cpp: `qtype_has_amx_kernels`; amx/mmq.cpp: `ggml_backend_amx_mul_mat`, `TILE_M`), most
+quants have neither: a single row goes through a kernel of its own, and from two on each block of 32
+rows unpacks the weights again and computes them in tiles of 16. A file mixes types (Q4_K_M has Q5_0
 where rows are not a multiple of 256 long), so blocks and tiles come on top of what the type of most
 bytes has: the cost model takes that for tiles of four in groups of sixteen.
 """
