@@ -153,12 +153,11 @@ class CostModel(StepCost):
                     self._scale[i] *= ratio
             return
         moved = 1.0 + (min(ratio, 4.0) - 1.0) * n_steps / (self._seen[at] + _FIT_COUNTS)
-        alike = range(at % 2, len(self._scale), 2)
-        n_seen = sum(self._seen[i] > 0 for i in alike)
         self._move(at, moved)
-        for i in alike:
-            if not self._seen[i]:
-                self._move(i, moved ** (1 / n_seen))
+        alike = range(at % 2, len(self._scale), 2)
+        unseen = [i for i in alike if not self._seen[i]]
+        for i in unseen:
+            self._move(i, moved ** (1 / (len(alike) - len(unseen))))
 
     def _move(self, i: int, factor: float) -> None:
         scale = self._scale[i] * factor

@@ -249,7 +249,10 @@ class PrefixCache:
         self._cached[slot] = None
 
     def _learn(self, slot: int, tokens: Tokens, space: Hashable) -> None:
-        self._trees.setdefault(space, RadixTree()).insert(slot, tokens)
+        tree = self._trees.get(space)
+        if tree is None:
+            tree = self._trees[space] = RadixTree()
+        tree.insert(slot, tokens)
         key = key_of(tokens, space)
         self._known[slot] = key, tokens
         self.changed.add(key)
@@ -383,7 +386,8 @@ class PrefixCache:
         from go first."""
         heap = self._behind if to_cache and self._apart else self._free
         if not heap:
-            found = [s for s in self._cached if s != besides and self._heap(s) is heap]
+            behind, first = heap is self._behind, self._n_running
+            found = [s for s in self._cached if s != besides and (s >= first) == behind]
             if not found:
                 return None
             unproven = (s for s in found if to_cache and s not in self._proven)

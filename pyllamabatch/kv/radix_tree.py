@@ -49,10 +49,11 @@ class RadixTree:
         node, at = self._root, 0
         node.keys.add(key)
         while at < len(tokens):
-            child = node.children.get(int(tokens[at]))
+            first = int(tokens[at])
+            child = node.children.get(first)
             if child is None:
-                child = _Node(tokens[at:].copy(), set(), node)
-                node.children[int(tokens[at])] = child
+                node.children[first] = node = _Node(tokens[at:].copy(), {key}, node)
+                break
             n = n_common(child.label, tokens[at:])
             if n < len(child.label):
                 child = self._split(child, n)
@@ -127,5 +128,6 @@ class RadixTree:
 def n_common(a: Tokens, b: Tokens) -> int:
     """How many tokens `a` and `b` begin with in common."""
     n = min(len(a), len(b))
-    differ = np.flatnonzero(a[:n] != b[:n])
-    return int(differ[0]) if len(differ) else n
+    differ = a[:n] != b[:n]
+    first = int(differ.argmax()) if n else 0
+    return first if n and differ[first] else n

@@ -32,7 +32,8 @@ class Padding:
         self._n_off = 0  # with no width: so many decoded when it was given up
         self._decode: Slots | None = None  # of the last step, and
         self._plain = 0.0  # its seconds without padding
-        self._wasted = 0.0  # seconds, since it has this width
+        self._waste = 0.0  # seconds of a step with this width beyond those of the best one
+        self._wasted = 0.0  # of all since it has this width
 
     def observe_graph(self, seconds: float) -> None:
         """A step that made a new graph took `seconds` longer than the next ones."""
@@ -59,26 +60,23 @@ class Padding:
             return 0
         self._n_off = 0
         narrow = decode_seconds(cost, needed)
+        best = min(narrow, self._plain)
         if needed > self._width:
             keep, off = False, narrow - self._plain > price
         else:
-            keep = self._wasted + self._waste(self._width, needed, cost) <= price
+            self._waste = max(0.0, decode_seconds(cost, self._width) - best)
+            keep = self._wasted + self._waste <= price
             off = not keep and self._plain < narrow
         if off:  # until a newcomer decodes
             self._width, self._n_off = 0, len(decode)
         elif not keep:
-            self._width = needed
+            self._width, self._waste = needed, narrow - best
         self._wasted = self._wasted if keep else 0.0
         return self._width
 
-    def computed(self, decode: Slots, width: int, n: int, cost: StepCost) -> None:
-        """`n` steps were computed with so many rows."""
-        self._wasted += n * self._waste(width, int(decode[-1]) + 1, cost)
-
-    def _waste(self, width: int, needed: int, cost: StepCost) -> float:
-        """Seconds of a step with `width` rows beyond those of the best one."""
-        best = min(decode_seconds(cost, needed), self._plain)
-        return max(0.0, decode_seconds(cost, width) - best)
+    def computed(self, n: int) -> None:
+        """`n` steps were computed with so many rows as `width` has said last."""
+        self._wasted += n * self._waste
 
     def price(self, cost: StepCost) -> float:
         """Seconds that two new graphs cost."""

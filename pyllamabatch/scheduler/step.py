@@ -114,7 +114,7 @@ class Step:
         by moving whole rows of logits."""
         if self.invariance is not None:
             return self._invariant_parts(self.invariance)
-        if not self.chunks:
+        if not self.chunks or (self.behind and len(self.chunks) == 1):
             return (self,)
         groups: list[list[PromptChunk]] = []
         for chunk in sorted(self.chunks, key=_slot):
@@ -205,14 +205,13 @@ def spans(slots: Slots, held: npt.NDArray[np.int64], gap_max: int) -> list[Span]
     if int(slots[-1]) - first + 1 == n:
         return [Span(n, n)]
     found: list[Span] = []
-    start, n_before, before = first, 0, first
-    for i, slot in enumerate(slots[1:].tolist(), 1):
-        gap = slot - before - 1
-        if gap and (gap > gap_max or held[before + 1 : slot].any()):
-            found.append(Span(before + 1 - start, i - n_before))
-            start, n_before = slot, i
-        before = slot
-    return [*found, Span(before + 1 - start, n - n_before)]
+    start, n_before = first, 0
+    for i in (slots[1:] - slots[:-1] > 1).nonzero()[0].tolist():
+        before, slot = int(slots[i]), int(slots[i + 1])
+        if slot - before - 1 > gap_max or held[before + 1 : slot].any():
+            found.append(Span(before + 1 - start, i + 1 - n_before))
+            start, n_before = slot, i + 1
+    return [*found, Span(int(slots[-1]) + 1 - start, n - n_before)]
 
 
 def _slot(chunk: PromptChunk) -> int:

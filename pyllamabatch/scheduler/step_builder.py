@@ -84,7 +84,7 @@ class StepBuilder:
         if self.cost is None:
             return
         if step.n_pad and self.invariance is None:
-            self.padding.computed(step.decode, step.n_pad, n, self.cost)
+            self.padding.computed(n)
         if self.compaction.possible and not step.chunks:
             self.compaction.computed(step, n, self.accounting.held_by_slot, self.cost)
 
@@ -150,13 +150,12 @@ class StepBuilder:
         n, slots = len(running.ids), running.decode_slots
         if waiting or rows.others or rows.out or not len(slots) or int(slots[-1]) < n:
             return ()
-        entries = sorted(running.ids.values(), key=lambda entry: entry.slot)
-        high = [entry for entry in entries if entry.slot >= n]
+        high = [entry for entry in running.ids.values() if entry.slot >= n]
         graphs = 0.0 if self.cost is None else self.padding.price(self.cost)
         if not self.compaction.due(len(high), graphs):
             return ()
         moved = []
-        for entry in reversed(high):
+        for entry in sorted(high, key=lambda entry: -entry.slot):
             source, id = entry.slot, entry.view.id
             slot = self._admission.cache.move(id, source)
             if slot is not None:

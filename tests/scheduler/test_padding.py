@@ -31,8 +31,7 @@ def widths(padding: Padding, cost: StepCost | None, *decoding: list[int]) -> lis
         decode = np.array(slots, np.int32)
         width = padding.width(decode, np.ones(8, np.int64), cost)
         if width:
-            assert cost is not None
-            padding.computed(decode, width, 1, cost)
+            padding.computed(1)
         found.append(width)
     return found
 

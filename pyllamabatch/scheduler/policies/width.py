@@ -165,24 +165,28 @@ def best_split(view: StepView, itl: float, gain: float, *, begun: bool = False) 
         return None
     kv = view.kv.attended
     wide: float = cost.predict(n, 0, kv, n)
+    least = 1 + max(gain, 2 * cost.error[0])
+    unified, rounds_of = view.limits.unified, {}
+    for width in widths(n, cost, unified):
+        steps = times(cost, n, width, kv, unified)
+        if min(steps) > 0 and wide >= least * all_once(steps, n, width, unified):
+            rounds_of[width] = steps
+    if not rounds_of:  # not even if switches were free
+        return None
     targets = view.running.column("itl_target")
     targets[targets == inf] = itl
     most = max(wide, float(targets.min()))
-    least = 1 + max(gain, 2 * cost.error[0])
     known: float | None = cost.switch
     switch = known or 0.0
     left = tokens_left(view)
     entry: float = 0.0 if begun else sum(cost.new_graph)
     best, found = 0.0, None
-    for width in widths(n, cost, view.limits.unified):
-        steps = times(cost, n, width, kv, view.limits.unified)
-        if not min(steps) > 0:
-            continue
+    for width, steps in rounds_of.items():
         mean, k = sum(steps) / len(steps), len(steps)
-        share = all_once(steps, n, width, view.limits.unified)
+        share = all_once(steps, n, width, unified)
         wanted = PROBE if known is None else max(1, ceil(switch / (LOSS * mean)))
         # Rounds until all have had the same.
-        cycle = n // gcd(n, width) if view.limits.unified else k
+        cycle = n // gcd(n, width) if unified else k
         wanted = min(wanted, max(1, left // cycle))
         # A wait: the others' rounds, and one's own first step.
         rounds, least_wait = sum(steps) - min(steps), min(steps) + k * switch
@@ -228,8 +232,9 @@ def times(cost: StepCost, n: int, width: int, kv: float, unified: bool) -> list[
     """Seconds of a step of each of the rounds that one may have to wait for, its own included."""
     if unified:  # cells of those who sit out are looked over, too
         return [cost.predict(width, 0, kv, n)] * -(-n // width)
-    sizes = [width] * (n // width) + ([n % width] if n % width else [])
-    return [cost.predict(size, 0, kv * size / n, size) for size in sizes]
+    k, rest = divmod(n, width)
+    steps = [cost.predict(width, 0, kv * width / n, width)] * k
+    return [*steps, cost.predict(rest, 0, kv * rest / n, rest)] if rest else steps
 
 
 def all_once(steps: list[float], n: int, width: int, unified: bool) -> float:
