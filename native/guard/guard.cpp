@@ -100,6 +100,18 @@ int64_t plb_process(void) {
 #endif
 }
 
+void plb_model_free(int64_t process, struct llama_model * model) {
+    if (process == plb_process()) {
+        llama_model_free(model);
+    }
+}
+
+void plb_lora_free(int64_t process, struct llama_adapter_lora * lora) {
+    if (process == plb_process()) {
+        llama_adapter_lora_free(lora);
+    }
+}
+
 void plb_context_free(int64_t process, struct llama_context * ctx) {
     if (process == plb_process()) {
         llama_free(ctx);

@@ -43,9 +43,11 @@ struct llama_context * plb_context_new(struct llama_model * model, struct llama_
 struct llama_adapter_lora * plb_lora_load(struct llama_model * model, const char * path);
 size_t plb_state_seq_set(struct llama_context * ctx, const uint8_t * src, size_t size, llama_seq_id seq);
 
-/* This process, and the end of a context that was made in `process`. In a forked child nothing is
- * freed: the threads that would be waited for are not there. */
+/* This process, and the ends of what was made in `process`. In a forked child nothing is freed: the
+ * threads that would be waited for are not there, and what is a device's is the parent's. */
 int64_t plb_process(void);
+void    plb_model_free(int64_t process, struct llama_model * model);
+void    plb_lora_free(int64_t process, struct llama_adapter_lora * lora);
 void    plb_context_free(int64_t process, struct llama_context * ctx);
 
 #ifdef __cplusplus

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from pyllamabatch.errors import (
 )
 from pyllamabatch.llama import runtime, state
 from pyllamabatch.llama.batch import Batch
-from pyllamabatch.llama.handle import Exclusive, Owner, owned, view
+from pyllamabatch.llama.handle import Exclusive, Owner, here, owned, view
 from pyllamabatch.llama.host import MAX_THREADS, PathLike, usable_cores
 from pyllamabatch.llama.limits import MAX_CTX, check_params, max_position
 from pyllamabatch.llama.lora import LoraAdapter, LoraNames
@@ -138,7 +137,7 @@ class Context(Owner):
         ptr, log = runtime.logged(lib.plb_context_new, self._model_ptr, self._native)
         if ptr == ffi.NULL:
             raise ContextCreateError(f"libllama could not make the context\n{log}")
-        return owned(ptr, self._model_ptr, free=partial(lib.plb_context_free, lib.plb_process()))
+        return owned(ptr, self._model_ptr, free=here(lib.plb_context_free))
 
     def close(self) -> None:
         """Free the context. Closing twice is fine; `ContextBusy` while another thread is inside."""

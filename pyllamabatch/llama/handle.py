@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyllamabatch.errors import ClosedError, ContextBusy
-from pyllamabatch.raw import ffi
+from pyllamabatch.raw import ffi, lib
 
 
 def owned(ptr: Any, *needs: object, free: Callable[[Any], object] = id) -> Any:
@@ -27,6 +27,11 @@ def owned(ptr: Any, *needs: object, free: Callable[[Any], object] = id) -> Any:
     end = partial(free)
     end.needs = needs  # type: ignore[attr-defined]
     return ffi.gc(ptr, end)
+
+
+def here(free: Callable[[int, Any], object]) -> Callable[[Any], object]:
+    """`free` of what is made now: a C function that frees nothing in a forked child."""
+    return partial(free, lib.plb_process())
 
 
 def view(pointer: Any, dtype: npt.DTypeLike, shape: tuple[int, ...], owner: object) -> Any:

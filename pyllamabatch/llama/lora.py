@@ -16,7 +16,7 @@ from pyllamabatch.errors import (
     number,
 )
 from pyllamabatch.llama import runtime
-from pyllamabatch.llama.handle import Held, Owner, owned
+from pyllamabatch.llama.handle import Held, Owner, here, owned
 from pyllamabatch.llama.host import PathLike, gguf_file
 from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.params import metadata
@@ -44,7 +44,7 @@ class LoraAdapter(Owner):
         ptr, log = runtime.logged(lib.plb_lora_load, model.ptr, file)
         if ptr == ffi.NULL:
             raise AdapterError(f"can't load the adapter {os.fspath(path)}\n{log}")
-        ptr = owned(ptr, model.ptr, free=lib.llama_adapter_lora_free)
+        ptr = owned(ptr, model.ptr, free=here(lib.plb_lora_free))
         super().__init__(Held(ptr, f"the adapter {os.fspath(path)}"))
         self.model = model
         self.path = os.fspath(path)

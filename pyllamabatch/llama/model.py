@@ -10,7 +10,7 @@ from typing import Any
 
 from pyllamabatch.errors import ModelLoadError
 from pyllamabatch.llama import runtime
-from pyllamabatch.llama.handle import Held, Owner, owned
+from pyllamabatch.llama.handle import Held, Owner, here, owned
 from pyllamabatch.llama.host import PathLike, gguf_file
 from pyllamabatch.llama.params import Progress, metadata, model_params, progress_handle, string
 from pyllamabatch.llama.vocab import Vocab
@@ -88,7 +88,7 @@ class Model(Owner):
             if failure:
                 raise failure[0]
             raise ModelLoadError(self.path, "llama.cpp rejects it", log)
-        super().__init__(Held(owned(ptr, free=lib.llama_model_free), f"the model {self.path}"))
+        super().__init__(Held(owned(ptr, free=here(lib.plb_model_free)), f"the model {self.path}"))
         self.vocab = Vocab(self)
 
         self.metadata = metadata("model", ptr)

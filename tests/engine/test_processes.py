@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.support.child import Done, python
+from tests.support.models_gguf import gguf_path
+from tests.support.models_special import write_lora
 
 LIMIT = 300  # seconds: far more than any needs on a busy machine
 
@@ -79,6 +82,22 @@ sequence.sample()
 print(os.waitstatus_to_exitcode(status), len(result.tokens))
 engine.close()
 """
+MODEL_CLOSED = """
+import os, sys
+from pyllamabatch import LoraAdapter, Model
+def mapped():
+    return any(sys.argv[1] in line for line in open("/proc/self/maps"))
+model = Model(sys.argv[1], load_mode="mmap")
+adapter = LoraAdapter(model, sys.argv[2])
+child = os.fork()
+if child == 0:
+    adapter.close(), model.close()
+    print(mapped(), flush=True)
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), mapped())
+adapter.close(), model.close()
+print(mapped())
+"""
 IN_CHILD = "this process was forked from the engine's: make an engine in it"
 
 
@@ -100,6 +119,15 @@ def test_a_process_ends_by_itself(code: str, said: list[str]) -> None:
     done = run(code)
     assert done.stdout.splitlines() == said
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what is mapped in /proc")
+def test_a_forked_child_leaves_the_parents_models_alone(tmp_path: Path) -> None:
+    """A device's memory is the parent's, and its library is no use in the child."""
+    write_lora(tmp_path / "lora.gguf")
+    files = gguf_path("llama"), tmp_path / "lora.gguf"
+    done = python("-c", MODEL_CLOSED, *map(str, files), seconds=LIMIT)
+    assert done.stdout.splitlines() == ["True", "7 True", "False"], done.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
