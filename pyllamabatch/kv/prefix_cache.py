@@ -23,14 +23,22 @@ UNPROVEN_SHARE = 1 / 8
 CACHED_SHARE = 1 / 2
 FREE_TO_CACHE = 2048
 
+# In streams it takes a copy for something to stay cached. So many of these copies are taken to be
+# started from, as long as nothing is known; each that is, or is dropped first, counts for as much.
+REUSED = 1 / 16
+
+
+def _free(n: int) -> float:
+    return 0.0
+
 
 class PrefixCache:
     """Owns the slots of `accounting`. `retain`: whether what a sequence leaves behind is cached; if
-    not, running sequences of one space still start from each other. `copy_pays(n)`: whether `n`
-    positions are worth a copy to be cached.
+    not, running sequences of one space still start from each other. `copy_share(n)`: what a copy of
+    a stream takes, as a share of computing `n` positions.
 
     In streams the sequences that run are neighbours, so that they share ubatches; what is cached is
-    copied to the `n_cached` slots behind them.
+    copied to the `n_cached` slots behind them, where that takes less than it is likely to save.
 
     A *space* divides sequences that must not share: other adapters, other tenants. `changed`: keys
     of sequences whose hit may have become another one, until `Admission`
@@ -43,7 +51,7 @@ class PrefixCache:
         sharing: Sharing,
         *,
         retain: bool = True,
-        copy_pays: Callable[[int], bool] = bool,
+        copy_share: Callable[[int], float] = _free,
     ) -> None:
         self.sharing = sharing
         self.retain = retain and sharing.any
@@ -53,7 +61,8 @@ class PrefixCache:
         n_slots = accounting.n_seq_max
         self._apart = sharing.n_cached > 0 and not accounting.unified
         self._n_running = n_slots - sharing.n_cached if self._apart else n_slots
-        self._copy_pays = copy_pays
+        self._copy_share = copy_share
+        self._reused = REUSED  # share of the copies that are started from
         self._free = list(range(self._n_running))  # empty slots, a heap
         self._behind = list(range(self._n_running, n_slots))  # the same of those for copies
         self._trees: dict[Hashable, RadixTree] = {}
@@ -159,7 +168,9 @@ class PrefixCache:
         whole = n == held or not self.sharing.copy_part
         if source in self._cached:
             self._cached.move_to_end(source)
-            self._proven.add(source)
+            if source not in self._proven:
+                self._proven.add(source)
+                self._reused += REUSED * (1 - self._reused)
         self.kv_operations.append(
             KvOperation("copy", slot, source, held if whole else n, whole, id)
         )
@@ -200,7 +211,7 @@ class PrefixCache:
             self._empty(slot)
             return
         takes_place = self._drop_covered(tokens, space)
-        place = self._out_of_the_way(slot, n)
+        place = self._out_of_the_way(slot, n, comes_back=comes_back)
         if place is None:
             self._empty(slot)
             return
@@ -229,12 +240,16 @@ class PrefixCache:
         self._empty(slot)
         return target
 
-    def _out_of_the_way(self, slot: int, n: int) -> int | None:
+    def _out_of_the_way(self, slot: int, n: int, *, comes_back: bool) -> int | None:
         """Where `n` positions of a slot that runs no more stay cached: in a pool where they are; in
         streams in a slot behind those that run, to which they are copied. None: nowhere."""
         if not self._apart:
             return slot
-        place = self._take_slot(to_cache=True) if self._copy_pays(n) else None
+        if self._copy_share(n) > (1 if comes_back else self._reused):
+            # What was learnt grows old: before long one is tried again.
+            self._reused += REUSED**2 * max(0.0, REUSED - self._reused)
+            return None
+        place = self._take_slot(to_cache=True)
         if place is None:
             return None
         held = self._accounting.held(slot)
@@ -390,6 +405,8 @@ class PrefixCache:
             found = [s for s in self._cached if s != besides and (s >= first) == behind]
             if not found:
                 return None
-            unproven = (s for s in found if to_cache and s not in self._proven)
-            self.drop(next(unproven, found[0]))
+            unproven = [s for s in found if s not in self._proven] if to_cache else []
+            if unproven:
+                self._reused -= REUSED * self._reused
+            self.drop(unproven[0] if unproven else found[0])
         return heapq.heappop(heap)

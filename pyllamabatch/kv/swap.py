@@ -3,7 +3,7 @@
     recompute = rows / rows a second          (prefill, measured over the last steps)
     swap      = 2 * bytes / bytes a second    (out and in, measured over the last copies)
 
-And whether a stream of cells is worth a copy on the device, to stay cached.
+And what share of computing it again a copy of its stream of cells takes, on the device.
 
 Rates are running means in which a new measurement counts for a fifth. Before the first one nothing
 is known of the device, and the sequence is computed again.
@@ -21,9 +21,6 @@ Preemption = Literal["auto", "recompute", "swap"]
 
 NEW = 0.2
 COPY_RATE = 2e9  # bytes a second until it has been measured: pageable memory over PCIe 3
-
-# What is cached may cost this share of computing it, for most of it is not asked for again.
-CACHE_SHARE = 1 / 16
 
 
 class SwapChoice:
@@ -55,10 +52,9 @@ class SwapChoice:
         n_bytes = self.bytes_fixed + n_tokens * self.bytes_per_token
         return 2 * n_bytes / self.copy_rate < n_tokens / self.prefill_rate
 
-    def caches(self, n_tokens: int) -> bool:
-        """Whether a stream that holds `n_tokens` is worth a copy, to stay cached."""
-        rate = self.prefill_rate
-        return rate is None or self.stream_seconds <= CACHE_SHARE * n_tokens / rate
+    def copy_share(self, n_tokens: int) -> float:
+        """What a copy of a stream takes, as a share of computing its `n_tokens`; 0: not known."""
+        return self.stream_seconds * (self.prefill_rate or 0.0) / n_tokens
 
     def computed(self, n_rows: int, seconds: float) -> None:
         """A step computed `n_rows` rows of prompts, nearly nothing else."""

@@ -70,7 +70,7 @@ class Admission:
 
     def _new_cache(self, sharing: Sharing) -> PrefixCache:
         return PrefixCache(
-            self.accounting, sharing, retain=self._retain, copy_pays=self.swap.caches
+            self.accounting, sharing, retain=self._retain, copy_share=self.swap.copy_share
         )
 
     def restart(self, sharing: Sharing) -> list[tuple[int, Prefix]]:

@@ -331,9 +331,37 @@ def test_streams_that_run_stay_neighbours_and_what_is_cached_lies_behind_them() 
 
 def test_a_copy_that_does_not_pay_is_not_made() -> None:
     rig = Rig(BESIDE, unified=False)
-    rig.cache = PrefixCache(rig.accounting, BESIDE, copy_pays=lambda n: n >= 50)
+    rig.cache = PrefixCache(rig.accounting, BESIDE, copy_share=lambda n: 2.5 / n)
     for n, cached in ((30, 0), (60, 1)):
         slot, _ = rig.start(text(n, n))
         rig.advance(slot, n)
         rig.end(slot)
+        assert rig.cache.n_cached == cached
+
+
+def test_copies_are_made_as_long_as_sequences_start_from_them() -> None:
+    rig = Rig(BESIDE, unified=False)
+    rig.cache = PrefixCache(rig.accounting, BESIDE, copy_share=lambda n: 1 / 20)
+
+    def copies(tokens: Tokens) -> bool:
+        """When a sequence of these ends."""
+        rig.run(tokens)
+        return rig.cache.find(branch(tokens, len(tokens), 1), "").n == len(tokens)
+
+    made = [copies(text(seed, 40)) for seed in range(200)]
+    assert all(made[:4])
+    assert 0 < sum(made[20:]) < 20  # now and then one is tried
+    last = max(seed for seed, copied in enumerate(made) if copied)
+    assert copies(branch(text(last, 40), 39, 10))
+    assert all(copies(text(seed, 40)) for seed in range(300, 304))
+
+
+def test_what_comes_back_is_copied_where_that_is_cheaper_than_computing_it() -> None:
+    for share, cached in ((0.9, 1), (1.1, 0)):
+        rig = Rig(BESIDE, unified=False)
+        rig.cache = PrefixCache(rig.accounting, BESIDE, copy_share={40: share}.__getitem__)
+        tokens = text(0, 40)
+        slot, _ = rig.start(tokens)
+        rig.advance(slot, 40)
+        rig.cache.leaves(slot, tokens, comes_back=True)
         assert rig.cache.n_cached == cached

@@ -29,6 +29,14 @@ def test_the_cheaper_way_is_taken() -> None:
     assert choice.swaps(5000)
 
 
+def test_a_copy_of_a_stream_is_a_share_of_computing_it() -> None:
+    choice = SwapChoice(stream_seconds=0.01)
+    assert choice.copy_share(50) == 0.0  # nothing is known yet
+    choice.computed(1000, 1.0)
+    assert choice.copy_share(50) == pytest.approx(0.2)
+    assert choice.copy_share(100) == pytest.approx(0.1)
+
+
 def test_it_is_forced() -> None:
     assert SwapChoice("swap").swaps(1)
     assert not SwapChoice("swap").swaps(0)
