@@ -42,8 +42,8 @@ class Follower:
     has the exception of `take`."""
 
     __slots__ = (
-        "at", "blocked", "ended", "index", "n_turns", "page", "slot", "stream", "take", "texts",
-        "took_s", "writer",
+        "ahead", "at", "blocked", "ended", "index", "page", "slot", "stream", "take", "texts",
+        "took_s", "turn", "writer",
     )  # fmt: skip
 
     def __init__(self, stream: Stream, take: Take) -> None:
@@ -56,7 +56,8 @@ class Follower:
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.blocked: asyncio.Future[None] | None = None
         self.page: Page | None = None
-        self.slot = self.at = self.n_turns = 0  # see `Column`
+        self.slot = self.turn = 0  # of the page's column, see `Column`
+        self.ahead = self.at = 0  # of `index`: where that is in the column, and in the page
 
     def find(self) -> None:
         """Its next token, where that is enough."""
@@ -64,7 +65,14 @@ class Follower:
         if column is None:
             self.page = None
         else:
-            self.page, self.slot, self.at, self.n_turns = column
+            self.page, self.slot, at, self.turn = column
+            self.ahead = at - self.index
+            self.at = self.ahead + self.slot * self.page.token.shape[1]
+
+    def has_news(self) -> bool:
+        """There may be more than it has had, where the page alone does not tell."""
+        stream = self.stream
+        return stream._page is not None or len(stream._tokens) != self.index or stream.done
 
 
 class Followers:
@@ -103,28 +111,25 @@ class Followers:
         now, gaps = perf_counter(), dict[float, int]()
         page: Page | None = None
         shown: Sequence[int] = ()
-        newest: Sequence[int] = ()
         for one in list(self._open):
-            if one.blocked is not None:
+            if one.page is None:
+                if one.blocked is None and one.has_news():
+                    self._read(one, now)
                 continue
-            stream, text = one.stream, None
-            if one.page is not None:
-                if one.page is not page:
-                    page = one.page
-                    shown, newest = page.newest()
-                n_new = shown[one.slot] - one.at
-                if stream._n_turns == one.n_turns:  # looked at behind `newest`: that is its own
-                    if n_new == 0:
-                        continue
-                    if n_new == 1:
-                        text = one.texts[newest[one.slot]]
-            elif stream._page is None and len(stream._tokens) == one.index and not stream.done:
-                continue
+            if one.page is not page:
+                page = one.page
+                shown, turns, tokens = page.shown, page.turns, page.tokens
+            index, text = one.index, None
+            n_new = shown[one.slot] - one.ahead - index
+            if turns[one.slot] == one.turn:  # looked at behind `shown`: what is there is its own
+                if n_new == 0:
+                    continue
+                if n_new == 1:
+                    text = one.texts[tokens[one.at + index]]
             if text is None:
                 self._read(one, now)
                 continue
-            one.at += 1
-            one.index += 1
+            one.index = index + 1
             gap = now - one.took_s
             one.took_s = now
             gaps[gap] = gaps.get(gap, 0) + 1
@@ -157,13 +162,15 @@ class Followers:
                     blocked = one.take(chunk)
                 if blocked is not None:
                     self._wait_for(one, blocked)
-                if blocked is not None or not done:
+                    return
+                if not done:
                     one.find()
                     return
         except Exception as error:
             self._end(one, error)
 
     def _wait_for(self, one: Follower, blocked: Awaitable[None]) -> None:
+        one.page = None
         one.blocked = asyncio.ensure_future(blocked)
         one.blocked.add_done_callback(lambda blocked: self._go_on(one, blocked))
 

@@ -38,13 +38,13 @@ class Host:
 
 
 class Column(NamedTuple):
-    """The next token of a stream is entry `at` of a page's column `slot`, as long as the stream has
-    made `n_turns`."""
+    """The next token of a stream is entry `at` of a page's column `slot`, as long as `turn` is the
+    column's."""
 
     page: Page
     slot: int
     at: int
-    n_turns: int
+    turn: int
 
 
 class Stream:
@@ -62,9 +62,9 @@ class Stream:
     __slots__ = (
         "_admitted_at", "_callbacks", "_end", "_feed", "_first_at", "_followers", "_harmless",
         "_host", "_is_waited_for", "_lock", "_logprobs", "_more", "_n_accepted", "_n_drafted",
-        "_n_drafts", "_n_dropped", "_n_taken", "_n_told", "_n_turns", "_page", "_pieces",
-        "_pieces_of", "_result", "_slot", "_stopped", "_texts", "_tokens", "_top", "id",
-        "n_cached", "n_prompt", "submitted_at",
+        "_n_drafts", "_n_dropped", "_n_taken", "_n_told", "_page", "_pieces", "_pieces_of",
+        "_result", "_slot", "_stopped", "_texts", "_tokens", "_top", "id", "n_cached", "n_prompt",
+        "submitted_at",
     )  # fmt: skip
 
     def __init__(
@@ -88,7 +88,6 @@ class Stream:
         self._page: Page | None = None  # while it has a slot
         self._slot = -1
         self._n_taken = 0  # tokens of the page's column
-        self._n_turns = 0  # to another column, or to none
         self._tokens: list[int] = []
         self._logprobs: list[float] | None = None if params.logprobs is None else []
         self._top: list[dict[int, float]] | None = [] if params.logprobs else None
@@ -213,14 +212,14 @@ class Stream:
         with self._lock:
             self._page, self._slot = page, slot
             self._n_taken = page.shown[slot]
-            self._n_turns += 1
+            page.turns[slot] += 1
 
     def _turn_to(self, page: Page | None) -> None:
         """Take what is left in the old page. `page`: the next one, None when it has no slot."""
         with self._lock:
             self._take()
+            self._leave_column()
             self._page, self._n_taken = page, 0
-            self._n_turns += 1
 
     def _news(self) -> bool:
         """Whether there are other tokens than when this was asked last."""
@@ -258,8 +257,8 @@ class Stream:
             if self._result is not None:
                 return
             self._take()
+            self._leave_column()
             self._page = None
-            self._n_turns += 1
             if self._stopped:
                 self._n_dropped += stop is not None
                 reason, stop, error = "stop", self._feed.stop, None
@@ -302,6 +301,10 @@ class Stream:
             log.exception("a done callback of request %d failed", self.id)
 
     # -- inside, with the lock held
+
+    def _leave_column(self) -> None:
+        if self._page is not None:
+            self._page.turns[self._slot] += 1
 
     def _take(self) -> None:
         """What is new in the page."""
@@ -394,7 +397,7 @@ class Stream:
             page, behind = self._page, len(self._tokens) != index
             if page is None or behind or more_than_text or self._first_at is None:
                 return None
-            return Column(page, self._slot, self._n_taken, self._n_turns)
+            return Column(page, self._slot, self._n_taken, page.turns[self._slot])
 
     def _has_more(self) -> bool:
         """Whether the page has tokens that were not taken yet."""

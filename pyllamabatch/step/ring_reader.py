@@ -57,12 +57,14 @@ class Page:
     token, step: int32, shape (n_seq_max, n_steps_max): the tokens of each sequence and the step
     that each is of. With `n_top` (a stepper's n_logprobs_max) also logprob, n_top and, with
     `n_top` columns, top_token and top_logprob; None without. Of sequence s the first `shown[s]`
-    entries are there: a reader goes by `shown`, which `show` brings up to date in one go.
+    entries are there: a reader goes by `shown`, which `show` brings up to date in one go. `tokens`
+    has all columns behind each other. `turns[s]` changes when what comes into column s is another
+    stream's.
     """
 
     __slots__ = (
-        "logprob", "n_tokens", "n_top", "shown", "step", "steps", "struct", "token",
-        "top_logprob", "top_token",
+        "logprob", "n_tokens", "n_top", "shown", "step", "steps", "struct", "token", "tokens",
+        "top_logprob", "top_token", "turns",
     )  # fmt: skip
 
     def __init__(self, n_seq_max: int, n_steps_max: int, n_top: int | None = None) -> None:
@@ -70,6 +72,7 @@ class Page:
         self.steps = StepTable(n_steps_max)
         self.n_tokens = np.zeros(n_seq_max, dtype=np.int32)
         self.token = np.empty(shape, dtype=np.int32)
+        self.tokens = self.token.reshape(-1).data
         self.step = np.empty(shape, dtype=np.int32)
         self.logprob = self.n_top = self.top_token = self.top_logprob = None
         self.struct = struct = ffi.new("plb_page *")
@@ -88,16 +91,12 @@ class Page:
             struct.top_token = _pointer("int32_t *", self.top_token)
             struct.top_logprob = _pointer("float *", self.top_logprob)
         self.shown: list[int] = [0] * n_seq_max
+        self.turns: list[int] = [0] * n_seq_max
 
     def show(self) -> None:
         """What was written since the last time is there from now on, for every thread."""
         self.shown = self.n_tokens.tolist()
         self.steps.n = self.struct.n_steps
-
-    def newest(self) -> tuple[list[int], list[int]]:
-        """`shown`, and the last token of each sequence by then (any, where it has none)."""
-        shown = self.shown
-        return shown, self.token[np.arange(len(shown)), np.array(shown) - 1].tolist()
 
     def top(self, seq: int, records: slice) -> list[dict[int, float]]:
         """Token -> log-probability of the most likely ones, for some tokens of a sequence."""
