@@ -208,7 +208,7 @@ def spans(slots: Slots, held: npt.NDArray[np.int64], gap_max: int) -> list[Span]
     start, n_before = first, 0
     for i in (slots[1:] - slots[:-1] > 1).nonzero()[0].tolist():
         before, slot = int(slots[i]), int(slots[i + 1])
-        if slot - before - 1 > gap_max or held[before + 1 : slot].any():
+        if slot - before - 1 > gap_max or any(held[before + 1 : slot].tolist()):
             found.append(Span(before + 1 - start, i + 1 - n_before))
             start, n_before = slot, i + 1
     return [*found, Span(int(slots[-1]) + 1 - start, n - n_before)]

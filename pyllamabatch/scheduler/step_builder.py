@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from ..cost.step_cost import StepCost
 from ..kv import Slots
 from .admission import Admission
@@ -150,11 +152,11 @@ class StepBuilder:
         n, slots = len(running.ids), running.decode_slots
         if waiting or rows.others or rows.out or not len(slots) or int(slots[-1]) < n:
             return ()
-        high = [entry for entry in running.ids.values() if entry.slot >= n]
         graphs = 0.0 if self.cost is None else self.padding.price(self.cost)
-        if not self.compaction.due(len(high), graphs):
+        if not self.compaction.due(int(np.count_nonzero(running.owner[n:])), graphs):
             return ()
         moved = []
+        high = [entry for entry in running.ids.values() if entry.slot >= n]
         for entry in sorted(high, key=lambda entry: -entry.slot):
             source, id = entry.slot, entry.view.id
             slot = self._admission.cache.move(id, source)
