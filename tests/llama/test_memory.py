@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pyllamabatch import Batch, Context
-from pyllamabatch.errors import ArgumentError, StateError, UnsupportedOperation
+from pyllamabatch.errors import ArgumentError, UnsupportedOperation
 from tests.support.decoding import loaded
 from tests.support.models_gguf import SLIDING_WINDOW, Architecture
 
@@ -79,18 +79,6 @@ def test_a_part_of_a_sequence(context: Context) -> None:
     assert np.isfinite(decode(context, NEXT, memory.pos_max(0) + 1, 0)).all()
 
 
-def test_copy_into_a_used_sequence(context: Context) -> None:
-    for seq in (0, 1):
-        decode(context, TOKENS[:8], 0, seq)
-    before = spans(context)
-    with pytest.raises(ArgumentError, match=r"seq_rm\(1\)") as caught:
-        context.memory.seq_cp(0, 1)
-    assert caught.value.argument == "dst"
-    with pytest.raises(ArgumentError):
-        context.memory.seq_cp(0, 0)
-    assert spans(context) == before
-
-
 def test_a_window_that_is_forgotten() -> None:
     """gemma3, one sequence at a time in a small cache: old cells of the window are reused."""
     with Context(loaded("gemma3"), n_threads=1, n_ctx=1024, n_ubatch=32, swa_full=False) as context:
@@ -131,20 +119,6 @@ def test_states_wait_for_what_is_pending() -> None:
         context.memory.seq_add(0, 0, -1, 2)
         with pytest.raises(UnsupportedOperation, match="next decode"):
             context.state_seq_get(0)
-
-
-def test_a_state_takes_a_shifted_sequences_place() -> None:
-    with Context(loaded("llama"), n_threads=1, n_ctx=512) as context:
-        decode(context, TOKENS, 0, 0)
-        data = context.state_seq_get(0)
-        context.memory.seq_add(0, 0, -1, 7)
-        context.state_seq_set(data, 0)
-        assert spans(context) == [(0, N - 1)]
-        with pytest.raises(StateError):
-            context.state_seq_set(data[:-1], 0)
-        np.testing.assert_allclose(
-            decode(context, NEXT, N, 0), fresh(context, TOKENS + NEXT, 3), atol=TOLERANCE
-        )
 
 
 def test_bf16_keys_are_not_shifted() -> None:

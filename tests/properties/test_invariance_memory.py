@@ -1,4 +1,5 @@
-"""Fork, trim, shift, save and restore: the continuation is that of recomputing from the tokens.
+"""Fork, roll back, shift, save and restore: the continuation is that of recomputing from the tokens.
+Any operations in any order, to the same end, are tests/llama/test_memory_stateful.py's.
 
 Bit for bit equal: a fork with a stream of cells per sequence, and a recurrent state that was
 copied or restored.  Within the tolerance of `oracle`: everything in shared cells, where the order
@@ -42,7 +43,6 @@ from tests.support.oracle import (
 
 N_TOKENS = 12
 PROMPT, OTHER = random_prompts(2, seed=100, shortest=60, longest=60)
-OTHER_SUFFIX = OTHER[40:]  # other tokens after the same 40
 
 
 class Sequences:
@@ -62,8 +62,8 @@ class Sequences:
         logits: Logits = self.context.logits().copy()
         return logits
 
-    def greedy(self, logits: Logits, *, seq: int = 0, pos: int, n: int = N_TOKENS) -> Reference:
-        return greedy(self.feed, logits.copy(), n, seq=seq, pos=pos)
+    def greedy(self, logits: Logits, *, seq: int = 0, pos: int) -> Reference:
+        return greedy(self.feed, logits.copy(), N_TOKENS, seq=seq, pos=pos)
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +104,6 @@ def assert_same(got: Reference, expected: Reference, limit: float) -> None:
     assert np.abs(got.logits - expected.logits).max() <= limit
 
 
-def partial_removal(sequences: Sequences) -> bool:
-    return sequences.context.capabilities.partial_removal
-
-
 # -- fork --
 
 
@@ -127,38 +123,6 @@ def test_a_fork_continues_as_its_source(
     check(fork, PROMPT)
 
 
-def test_forks_part_without_touching_each_other(sequences: Sequences, check: Check) -> None:
-    """One source, two forks, each with another next text; all three equal their own recompute."""
-    logits = sequences.feed(PROMPT)
-    extra = {1: OTHER[1:9], 2: OTHER[20:37]}
-    for seq in extra:
-        sequences.memory.seq_cp(0, seq)
-    for seq, tokens in extra.items():
-        after = sequences.feed(tokens, seq=seq, pos=len(PROMPT))
-        whole = [*PROMPT, *tokens]
-        got = sequences.greedy(after, seq=seq, pos=len(whole))
-        check(got, whole)
-    source = sequences.greedy(logits, seq=0, pos=len(PROMPT))
-    check(source, PROMPT)
-
-
-def test_a_shared_prefix_serves_another_suffix(sequences: Sequences, check: Check) -> None:
-    """Copy 40 of 60 tokens.  Recurrent and hybrid memory refuse, and the context goes on."""
-    logits = sequences.feed(PROMPT)
-    if not sequences.context.capabilities.prefix_copy:
-        with pytest.raises(UnsupportedOperation, match="only all of sequence 0 can be copied"):
-            sequences.memory.seq_cp(0, 1, 0, 40)
-        assert sequences.memory.pos_max(1) == -1
-    else:
-        sequences.memory.seq_cp(0, 1, 0, 40)
-        after = sequences.feed(OTHER_SUFFIX, seq=1, pos=40)
-        whole = PROMPT[:40] + OTHER_SUFFIX
-        got = sequences.greedy(after, seq=1, pos=len(whole))
-        check(got, whole)
-    source = sequences.greedy(logits, seq=0, pos=len(PROMPT))
-    check(source, PROMPT)
-
-
 def test_which_architectures_refuse_what() -> None:
     """The capabilities of the six, so that the branches above are the ones that are meant."""
     partial, prefix, window, shift = {}, {}, {}, {}
@@ -175,23 +139,6 @@ def test_which_architectures_refuse_what() -> None:
 
 
 # -- trim --
-
-
-def test_trimming_the_end_and_going_on_with_other_tokens(
-    sequences: Sequences, check: Check
-) -> None:
-    sequences.feed(OTHER, seq=1)  # a neighbour in the same cells
-    logits = sequences.feed(PROMPT)
-    if not partial_removal(sequences):
-        with pytest.raises(UnsupportedOperation, match="at most 0 tokens"):
-            sequences.memory.seq_rm(0, 40)
-        got, whole = sequences.greedy(logits, pos=len(PROMPT)), PROMPT
-    else:
-        sequences.memory.seq_rm(0, 40)
-        assert sequences.memory.pos_max(0) == 39
-        whole = PROMPT[:40] + OTHER_SUFFIX
-        got = sequences.greedy(sequences.feed(OTHER_SUFFIX, pos=40), pos=len(whole))
-    check(got, whole)
 
 
 @pytest.mark.parametrize("n_last", [1, 3, 20])
