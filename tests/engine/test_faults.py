@@ -29,15 +29,6 @@ def prompts(n: int, length: int = 5) -> list[list[int]]:
     return [list(range(10 * i + 1, 10 * i + 1 + length)) for i in range(n)]
 
 
-def test_the_fake_itself_runs_everything_as_if_alone() -> None:
-    rig = Rig(LIMITS)
-    rig.submit_all(prompts(7), greedy(10))
-    rig.run()
-    rig.check_solo()
-    assert set(rig.reasons) <= {"stop", "length"}
-    assert rig.scheduler.counters.preemptions == 0
-
-
 @pytest.mark.parametrize("code", [-2, -1019])
 @pytest.mark.parametrize("step", [1, 2, 5, 8])
 def test_a_fresh_context_takes_the_place_of_one_that_fails_twice(step: int, code: int) -> None:
@@ -145,21 +136,6 @@ def test_a_step_is_one_call_for_each_set_of_adapters() -> None:
     assert max(rig.machine.runs) == 8  # no request waits for longer
     assert len(rig.machine.runs) == 6  # behind a turn of prompts
     assert rig.machine.n_applied == 6  # not nine
-
-
-def test_none_starts_from_what_other_adapters_have_computed() -> None:
-    sharing = Sharing(copy_part=True, copy_whole=True, trim=True, n_cached=3)
-    limits = replace(LIMITS, n_cells=400, n_cells_seq=400)
-    rig = Rig(limits, sharing=sharing, loras=("a", "b"))
-    prompt = list(range(1, 41))
-    for lora in ((), (("a", 1.0),), (("a", 0.5),), (("b", 1.0),)):
-        rig.submit(prompt, greedy(4), lora)
-        rig.run()
-        assert rig.scheduler.counters.prefix_tokens == 0
-    rig.submit([*prompt, 7], greedy(4), (("a", 1.0),))
-    rig.run()
-    assert rig.scheduler.counters.prefix_tokens == 40
-    rig.check_solo()
 
 
 class Stubborn:

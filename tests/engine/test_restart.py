@@ -24,7 +24,7 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import Stepper
-from tests.support.decoding import decode, write
+from tests.support.decoding import decode
 from tests.support.engines import EXACT, engine_on, greedy
 from tests.support.faults import set_fault
 from tests.support.models_gguf import Architecture, gguf_path, write_gguf
@@ -178,24 +178,6 @@ def test_renew_is_the_same_context_but_empty(tmp_path: Path) -> None:
         np.testing.assert_array_equal(view, expected)  # of the one before
         np.testing.assert_allclose(logits(context), expected, atol=1e-5)
         assert context.lora_names == [("lora.gguf", 0.5)]
-
-
-def test_steppers_keep_their_slots(model: Model) -> None:
-    with Context(model, n_ctx=256, n_seq_max=2, **EXACT) as context, Stepper(context) as stepper:
-        prompt = [1, 20, 30, 40]
-
-        def step(first: int, tokens: list[int]) -> int:
-            stepper.step(write(stepper, tokens, seq=1, pos=first)).raise_for_code()
-            return int(stepper.result.token[0])
-
-        stepper.set_slot(1, GREEDY, prompt)
-        tokens = [step(0, prompt)]
-        tokens.append(step(4, tokens))
-        third = step(5, tokens[1:])
-        assert stepper.slot(1).n_generated == 3
-        context.renew()
-        assert step(0, prompt + tokens) == third
-        assert stepper.slot(1).n_generated == 4
 
 
 def test_slots_can_be_made_while_it_is_renewed(

@@ -101,17 +101,6 @@ def test_a_submission_in_the_middle_of_a_run_joins_at_the_next_step() -> None:
     assert rig.scheduler.counters.prefill_rows == len(PROMPTS[0]) + len(PROMPTS[1]) - 2
 
 
-@pytest.mark.parametrize("n_cells", [24, 40, 61])
-def test_cells_run_out_between_runs_not_in_them(n_cells: int) -> None:
-    limits = Limits(n_batch=64, n_ubatch=64, n_seq_max=4, n_cells=n_cells, n_cells_seq=n_cells)
-    rig = Rig(limits, n_steps_max=32)
-    rig.submit_all(PROMPTS, greedy(20))
-    rig.run()
-    check_as_alone(rig, 0, 1, 2, 3)
-    assert rig.scheduler.counters.preemptions > 0
-    assert max(rig.machine.runs) > 1
-
-
 def test_a_row_that_can_not_be_sampled_in_the_middle_of_a_run() -> None:
     rig = rig_of()
     streams = rig.submit_all(PROMPTS, greedy(40))

@@ -80,15 +80,6 @@ def test_tokens_come_in_order_to_every_reader() -> None:
     assert (result.result().ttft_s or 9) <= result.result().e2el_s
 
 
-def test_held_back_text_arrives_with_its_tokens_at_the_end() -> None:
-    made = stream(stop=("END",))
-    assert not push(made, b"a", b"E", b"N")
-    assert made.text == "a"
-    made._finish("length")
-    assert [(t.token, t.text) for t in made] == [(100, "a"), (101, "E"), (102, "N")]
-    assert made.result().text == "aEN"
-
-
 def test_a_stop_string_ends_the_text_and_keeps_the_tokens() -> None:
     made = stream(stop=("END",))
     assert push(made, b"a", b"E", b"N", b"D!")
@@ -239,23 +230,6 @@ def test_pages_turn_and_slots_change() -> None:
     assert (made.tokens, made.text) == ([100, 101, 8], "abc")
     made._finish("length")
     assert made.result().n_generated == 3
-
-
-def test_text_that_was_never_read_is_the_same() -> None:
-    euro = "€".encode()
-    pieces = [b"a" + euro[:1], euro[1:], b"", b"\xff", b"b" + euro[:2]]
-    texts = []
-    for looks in (0, 1, 5):
-        made = stream()
-        for i, piece in enumerate(pieces):
-            push(made, piece)
-            if i < looks:
-                assert made.text == made.text
-        made._finish("length")
-        assert "".join(token.text for token in made) == made.result().text
-        assert [token.text for token in made] == ["a", "€", "", "\ufffd", "b"]
-        texts.append(made.result().text)
-    assert texts == ["a€\ufffdb"] * 3
 
 
 def test_a_stream_has_no_dict() -> None:

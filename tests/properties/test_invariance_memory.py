@@ -1,4 +1,4 @@
-"""Fork, roll back, shift, save and restore: the continuation is that of recomputing from the tokens.
+"""Fork, roll back, shift, save, restore: the continuation is that of recomputing from the tokens.
 Any operations in any order, to the same end, are tests/llama/test_memory_stateful.py's.
 
 Bit for bit equal: a fork with a stream of cells per sequence, and a recurrent state that was

@@ -59,16 +59,6 @@ def raw_generate(n: int, choose: Callable[[RawContext], int]) -> list[int]:
         return tokens
 
 
-def test_greedy_is_the_argmax_of_raw_decoding(stepper: Stepper) -> None:
-    def argmax(context: RawContext) -> int:
-        logits = lib.llama_get_logits_ith(context.ptr, -1)
-        return int(np.frombuffer(ffi.buffer(logits, 4 * stepper.n_vocab), np.float32).argmax())
-
-    tokens, finish = alone(stepper, SamplingParams(temperature=0, max_tokens=24))
-    assert tokens == raw_generate(24, argmax)
-    assert finish is Finish.LENGTH
-
-
 @pytest.mark.parametrize("seed", [0, 1, 12345, 2**32 - 2])
 @pytest.mark.parametrize("penalties", [False, True])
 def test_seeded_sampling_is_libllamas_own_chain(
