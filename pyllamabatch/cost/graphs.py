@@ -18,14 +18,14 @@ _N_KV = 256  # cells that a graph's attention grows by (src/llama-kv-cache.cpp: 
 class NativeCall(NamedTuple):
     """A native call. decode: its slots that decode, or have a row for padding, ascending. chunks:
     (slot, rows) of each prompt. n_graphs: ubatches of each step. cells: those that a step's
-    attention goes over, one number for each step, before they are padded. behind: as in
-    `scheduler.Step`."""
+    attention goes over, one number for each step, before they are padded. n_behind: ubatches that
+    are prompts' behind those that decode (`scheduler.Step.behind`)."""
 
     decode: npt.NDArray[np.int32]
     chunks: tuple[tuple[int, int], ...]
     n_graphs: int
     cells: npt.NDArray[np.int64]
-    behind: bool = False
+    n_behind: int = 0
 
 
 @dataclass(slots=True)
@@ -60,13 +60,14 @@ class Graphs:
     def add_to(self, seconds: F64, call: NativeCall) -> int:
         """Add what new graphs take to the `seconds` of each step of the call. Returns the number of
         new ones."""
-        if not call.behind:
+        if not call.n_behind:
             return self._add_to(seconds, call)
         # The prompts' graph is built while the device computes what decodes.
-        prompts = call._replace(decode=call.decode[:0], n_graphs=call.n_graphs - 1)
+        prompts = call._replace(decode=call.decode[:0], n_graphs=call.n_behind)
         n_new = self._add_to(np.zeros_like(seconds), prompts)
         self.computed(len(seconds))
-        return n_new + self._add_to(seconds, call._replace(chunks=(), n_graphs=1))
+        n_graphs = call.n_graphs - call.n_behind
+        return n_new + self._add_to(seconds, call._replace(chunks=(), n_graphs=n_graphs))
 
     def _add_to(self, seconds: F64, call: NativeCall) -> int:
         new, settle = self._new_graph

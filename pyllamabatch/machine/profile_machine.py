@@ -208,13 +208,14 @@ class ProfileDevice(FakeDevice[int, SentenceSampler]):
             if n_before:
                 shapes.append((n_before, n_before, kv - mine, len(seqs)))
         seconds = np.array([sum(self._cost.predict(*shape) for shape in shapes)])
-        n_graphs = max(len(shapes), -(-n_rows // limits.n_ubatch))
+        each = [-(-rows // limits.n_ubatch) for rows, *_ in shapes]
+        n_graphs = sum(each)
         if self._graphs is None:
             return float(seconds[0]), n_graphs
         chunks = tuple(zip(seqs.tolist(), n_each[seqs].tolist(), strict=True))
         cells = held.sum() if limits.unified else held[at].max()
-        behind = apart and len(slots) > 0 and n_before > 0
-        call = NativeCall(slots, chunks, n_graphs, np.array([cells + n_rows]), behind)
+        n_behind = each[-1] if apart and len(slots) and n_before else 0
+        call = NativeCall(slots, chunks, n_graphs, np.array([cells + n_rows]), n_behind)
         n_new = self._graphs.add_to(seconds, call)
         self._graphs.computed(1)
         return float(seconds[0]), n_graphs - n_new

@@ -23,6 +23,7 @@ from pyllamabatch.kv import Sharing
 from pyllamabatch.kv.radix_tree import Tokens
 from pyllamabatch.scheduler import Invariance, KvOptions, Limits, Policy, Scheduler, Step
 from pyllamabatch.scheduler.router import ReplicaView, expected_wait, row_seconds
+from pyllamabatch.scheduler.step import Shape
 from pyllamabatch.sim.drafts import Luck, Steps, drafted_of, plain, steps_of
 from pyllamabatch.sim.metrics import Load, Outcome
 from pyllamabatch.sim.workload import TraceRequest
@@ -379,11 +380,11 @@ class SimulatedReplica(ReplicaView):
             last = sum(predict(rows, 0, held * later / kv, seqs) for rows, _, held, seqs in shapes)
             seconds += (last - first) / (n - 1) * np.arange(n, dtype=np.float64)
         if self._graphs is not None:
-            self._graphs.add_to(seconds, self._call_of(step, n, len(shapes)))
+            self._graphs.add_to(seconds, self._call_of(step, n, shapes))
         return seconds
 
-    def _call_of(self, step: Step, n: int, n_spans: int) -> NativeCall:
-        """Of n times this step, whose decoding rows are in `n_spans` ubatches."""
+    def _call_of(self, step: Step, n: int, shapes: list[Shape]) -> NativeCall:
+        """Of n times this step, whose parts that are computed at once have these shapes."""
         limits, accounting = self.spec.limits, self.scheduler.accounting
         ahead = np.arange(1, n + 1)
         if limits.unified:
@@ -392,8 +393,8 @@ class SimulatedReplica(ReplicaView):
             cells = accounting.longest(step.slots) + ahead
         chunks = tuple((chunk.slot, chunk.n) for chunk in step.chunks)
         decode = np.arange(step.n_pad, dtype=np.int32) if step.n_pad else step.decode
-        n_graphs = max(n_spans, -(-step.n_rows // limits.n_ubatch))
-        return NativeCall(decode, chunks, n_graphs, cells, step.behind)
+        n_graphs = [-(-rows // limits.n_ubatch) for rows, *_ in shapes]
+        return NativeCall(decode, chunks, sum(n_graphs), cells, n_graphs[-1] * step.behind)
 
     def _end(self, one: _Open, now: float) -> None:
         one.outcome.end = now + self.spec.latency

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pyllamabatch.cost.step_cost import NewGraph, StepCost
 from pyllamabatch.errors import ArgumentError, PlanError
+from pyllamabatch.kv import Sharing
 from pyllamabatch.scheduler import (
     Plan,
     Policy,
@@ -102,6 +103,23 @@ def test_what_settles_behind_a_new_graph_may_be_the_next_call() -> None:
         (new,) = outcomes([one(0, 0.0, 8, n)], OneByOne, new_graph=NewGraph(10.0, 1.0))
         (plain,) = outcomes([one(0, 0.0, 8, n)], OneByOne)
         assert new.end - plain.end == pytest.approx(seconds)
+
+
+def test_where_a_prompt_is_behind_each_part_that_decodes_has_a_graph() -> None:
+    """The second of three ends. In its slot a newcomer's prompt is computed behind the others,
+    which are no neighbours: two ubatches. Its own graph is built meanwhile."""
+    requests = [one(0, 0.0, 2, 40), one(1, 0.0, 2, 3), one(2, 0.0, 2, 40), one(3, 8.0, 9, 2)]
+    cost = Linear(1.0, 0.1, new_graph=NewGraph(10.0), unified=False)
+    spec = machine(cost=cost, unified=False, gap_max=0, prefix_cache=False)
+    spec = replace(spec, sharing=Sharing())  # nothing fills the gap, and no slot is moved
+    new, plain = (
+        simulate(requests, replace(spec, new_graph=graph), OneByOne).outcomes
+        for graph in (NewGraph(0.25), NewGraph())
+    )
+    took = {a.id: a.end - b.end for a, b in zip(new, plain, strict=True)}
+    # Prompts and decode of three: one each. Three steps of the two: two each. Again of three: one.
+    assert took[1] == pytest.approx(2 * 0.25)
+    assert took[3] == pytest.approx((2 + 3 * 2 + 1) * 0.25)
 
 
 def test_a_call_in_streams_reads_the_cells_of_its_own_sequences() -> None:
