@@ -237,9 +237,9 @@ int32_t plb_step(plb_engine * engine, int32_t n_rows);
  * (plb_drafts) a step may bring a slot further than that.
  * n_before rows of the caller's own (prompts), written at 0 and behind, come before those in the one
  * step of a run with n_steps = 1; n_slots may be 0 then. They may be of the same sequences. Where they
- * are of others, none of them gives an output and each sequence has a stream of cells, they are a batch
- * of their own behind that of the slots, whose results do not wait for its last ubatch. When it fails,
- * with any code, the slots' rows are in the memory, and nothing was sampled.
+ * are of others, none of them gives an output and plb_computes_behind says 1, they are a batch of their
+ * own behind that of the slots, whose results do not wait for its last ubatch. When it fails, with any
+ * code, the slots' rows are in the memory, and nothing was sampled.
  * n_pad > 0, for contexts with a stream of cells for each sequence: every sequence below it has a row
  * in each step, so that the graph stays the same when sequences come and go. What such a row leaves in
  * the memory is removed; where there is no room for it there is none.
@@ -248,6 +248,8 @@ int32_t plb_step(plb_engine * engine, int32_t n_rows);
  * the steps before it, their results included, are valid. The records of all steps lie in results one
  * after the other; steps[i].first_result is the first one of step i.
  * Nothing is allocated here either, however many steps (and see plb_step for libllama). */
+int32_t plb_computes_behind(const struct llama_context * ctx); /* where sequences have streams of cells;
+                                        never with a llama.cpp that has not our patches */
 int32_t plb_run(plb_engine * engine, int32_t n_before, const llama_seq_id * slots, int32_t n_slots,
                 int32_t n_pad, int32_t n_steps, plb_run_info * out);
 /* End the run that is going on, or when there is none the next one, after the step that it is in.

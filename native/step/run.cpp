@@ -112,11 +112,8 @@ bool write_step(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots
 }
 
 // Whether the rows before those of the slots, which check_run has named, may be a batch of their own.
-// It costs nothing where sequences have streams: libllama makes an ubatch there for each number of rows
-// of a sequence anyway. And the graph of these rows is built while the device computes the slots'.
 bool apart(const plb_engine & engine, int32_t n_before) {
-#ifdef LLAMA_KEEP_OUTPUTS // vendor/patches/synchronize-outputs.patch
-    if (engine.all_outputs || llama_n_ctx_seq(engine.ctx) == llama_n_ctx(engine.ctx)) {
+    if (engine.all_outputs || !plb_computes_behind(engine.ctx)) {
         return false;
     }
     for (int32_t i = 0; i < n_before; ++i) {
@@ -126,10 +123,6 @@ bool apart(const plb_engine & engine, int32_t n_before) {
         }
     }
     return true;
-#else
-    (void) engine, (void) n_before;
-    return false;
-#endif
 }
 
 int32_t run_steps(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots, int32_t n_before,
@@ -186,6 +179,16 @@ int32_t run_steps(plb_engine & engine, const llama_seq_id * slots, int32_t n_slo
 }
 
 } // namespace
+
+// It costs nothing where sequences have streams: libllama makes an ubatch there for each number of rows
+// of a sequence anyway. And the graph of these rows is built while the device computes the slots'.
+int32_t plb_computes_behind([[maybe_unused]] const llama_context * ctx) {
+#ifdef LLAMA_KEEP_OUTPUTS // vendor/patches/synchronize-outputs.patch
+    return llama_n_ctx_seq(ctx) != llama_n_ctx(ctx);
+#else
+    return 0;
+#endif
+}
 
 int32_t plb_run(plb_engine * engine, int32_t n_before, const llama_seq_id * slots, int32_t n_slots,
                 int32_t n_pad, int32_t n_steps, plb_run_info * out) {

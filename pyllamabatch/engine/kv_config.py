@@ -33,6 +33,7 @@ def limits_of(
         n_cells_seq=n_cells_seq,
         unified=unified,
         gap_max=context.gap_max,
+        behind=context.computes_behind,
         n_draft_max=n_draft_max,
         n_outputs=context.n_outputs_max if n_draft_max else 0,
     )

@@ -11,6 +11,7 @@ from ..kv import Preemption, SwapChoice
 from ..llama.context import Context
 from ..llama.limits import cell_bytes
 from ..llama.model import Model
+from ..raw import lib
 from ..scheduler import Invariance
 from ..step.native import gap_max_of
 from ..step.ring_reader import StreamStepper
@@ -38,6 +39,10 @@ class NativeContext(Context):
     @property
     def gap_max(self) -> int:
         return gap_max_of(self)
+
+    @property
+    def computes_behind(self) -> bool:
+        return bool(lib.plb_computes_behind(self.ptr))
 
     @property
     def asynchronous(self) -> bool:

@@ -91,11 +91,12 @@ class StateStore(Protocol):
 class EngineContext(StateStore, Protocol):
     """Cells for sequences on a device, which says itself what an engine must know of it.
 
-    gap_max: the most gaps that a step fills (`Stepper`). asynchronous: as in `Device`. stepper: a
-    `StepRunner` and `RingReader`. cost: what a step takes. rebuilds_for_others: a step in which
-    other sequences decode than before makes a new graph, though they are as many. find_invariance:
-    what keeps rows from depending on each other; UnsupportedOperation where nothing does. nearly:
-    then what comes closest. thread_watch: None where the CPU computes nothing, or by one thread.
+    gap_max: the most gaps that a step fills (`Stepper`). computes_behind: `Limits.behind`.
+    asynchronous: as in `Device`. stepper: a `StepRunner` and `RingReader`. cost: what a step takes.
+    rebuilds_for_others: a step in which other sequences decode than before makes a new graph,
+    though they are as many. find_invariance: what keeps rows from depending on each other;
+    UnsupportedOperation where nothing does. nearly: then what comes closest. thread_watch: None
+    where the CPU computes nothing, or by one thread.
     """
 
     model: Model
@@ -111,6 +112,8 @@ class EngineContext(StateStore, Protocol):
 
     @property
     def gap_max(self) -> int: ...
+    @property
+    def computes_behind(self) -> bool: ...
     @property
     def asynchronous(self) -> bool: ...
     def stepper(self, **options: Unpack[StepperOptions]) -> Any: ...

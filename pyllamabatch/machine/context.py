@@ -92,6 +92,7 @@ class MachineContext:
 
     # -- EngineContext
 
+    computes_behind = True
     asynchronous = False  # a call returns when it is computed
 
     def stepper(self, **options: Unpack[StepperOptions]) -> ProfileDevice:

@@ -105,7 +105,9 @@ class StepBuilder:
         """Whether the prompts' chunks are computed behind the rows of `n_others` that decode: their
         graph is built while the device computes those. `n_wait` sequences, whose prompt ends, could
         have decoded with them, and do so in the next step."""
-        if self.cost is None or self._limits.unified or self.invariance is not None or not n_others:
+        limits = self._limits
+        possible = limits.behind and not limits.unified and self.invariance is None
+        if self.cost is None or not possible or not n_others:
             return False
         waits = n_wait * decode_seconds(self.cost, n_others) / n_others
         return waits < self.cost.new_graph.step

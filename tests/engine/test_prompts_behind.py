@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from pyllamabatch import Engine, Model
+from pyllamabatch.engine.kv_config import limits_of
+from pyllamabatch.engine.native_context import NativeContext
 from pyllamabatch.errors import FatalDecodeError
 from tests.engine.test_padding import PROMPTS, answered_as_alone, pad_to
 from tests.properties.test_invariance_engine import assert_as_alone
@@ -41,6 +43,13 @@ def test_no_token_and_no_cell_is_another_one(name: str, pad: int) -> None:
         decode = trace[trace["decode_rows"] > 0][1:]  # with the first prompt's rows its last one
         assert (decode["decode_rows"] + decode["filled"] == N_SEQ).all()
         assert decode["reused"].tolist().count(0) == 1
+
+
+@pytest.mark.parametrize(("name", "unified"), [("llama", False), ("llama", True), ("mamba", True)])
+def test_no_newcomer_waits_where_a_context_computes_none_behind(name: str, unified: bool) -> None:
+    how: dict[str, Any] = {"n_ctx": 512, "n_seq_max": 2, "kv_unified": unified, "n_threads": 1}
+    with NativeContext(loaded(name), **how) as context:
+        assert limits_of(context, 2).behind is not unified
 
 
 def test_a_newcomer_decodes_in_the_step_behind_its_prompt() -> None:

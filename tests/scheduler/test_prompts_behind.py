@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pyllamabatch.cost.step_cost import NewGraph
@@ -11,6 +13,7 @@ from tests.support.made_up_costs import Linear
 from tests.support.scheduler_machine import Machine
 
 STREAMS = Limits(64, 64, 8, 8 * 256, 256, unified=False)
+NEVER = replace(STREAMS, behind=False)
 POOL = Limits(64, 64, 8, 2048, 2048)
 
 
@@ -38,6 +41,7 @@ def newcomer(graph: float, limits: Limits, n_others: int) -> list[tuple[int, int
         (3e-3, STREAMS, 4, [(4, 9, True), (5, 0, False)]),  # a wait of 2 ms for each
         (1e-3, STREAMS, 4, [(5, 9, False), (5, 0, False)]),
         (3e-3, POOL, 4, [(5, 9, False), (5, 0, False)]),
+        (3e-3, NEVER, 4, [(5, 9, False), (5, 0, False)]),
         (9e-3, STREAMS, 0, [(1, 9, False), (1, 0, False)]),  # there are no others
     ],
 )
