@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from pyllamabatch import Engine, Model
 from pyllamabatch.engine.kv_config import limits_of
 from pyllamabatch.engine.native_context import NativeContext
+from pyllamabatch.engine.stream import Stream
 from pyllamabatch.errors import FatalDecodeError
 from tests.engine.test_padding import PROMPTS, answered_as_alone, pad_to
 from tests.properties.test_invariance_engine import assert_as_alone
@@ -19,6 +22,7 @@ from tests.support.faults import set_fault
 from tests.support.oracle import solos, tolerance
 
 N_SEQ = 4
+LIMIT = 60  # seconds: far more than a step takes
 
 
 def behind(model: Model, **options: Any) -> Engine:
@@ -64,48 +68,62 @@ def test_a_newcomer_decodes_in_the_step_behind_its_prompt() -> None:
     assert trace["prefill_rows"][at] == len(PROMPTS[1]) - 1
 
 
+Hook = Callable[[Stream, list[int], int], None]
+
+
+def meeting(engine: Engine, hook: Hook) -> tuple[Stream, Stream]:
+    """Of two requests, the second of which comes while the first one decodes. `hook(second, slots,
+    n_before)`: before each call from then on."""
+    stepper: Any = engine._core._stepper
+    compute, decoded = stepper.compute, list[int]()
+    decodes, submitted = threading.Event(), threading.Event()
+
+    def computes(slots: Any, n_steps: int, n_before: int = 0, n_pad: int = 0) -> Any:
+        if decoded:
+            decodes.set()
+            assert submitted.wait(LIMIT)
+            hook(second, slots.tolist(), n_before)
+        decoded.extend(slots)
+        return compute(slots, n_steps, n_before, n_pad)
+
+    stepper.compute = computes
+    first = engine.submit(PROMPTS[0], greedy(40))
+    assert decodes.wait(LIMIT)
+    second = engine.submit(PROMPTS[1], greedy(40))
+    submitted.set()
+    return first, second
+
+
 @pytest.mark.parametrize(("call", "rows"), [(1, 0), (1, -1), (2, 0), (2, 5), (2, -1)])
 def test_a_step_that_fails_comes_again(call: int, rows: int) -> None:
     """The rows that decode, or the prompt behind them, of which some are in the memory."""
-    alone = solos("llama", PROMPTS[:2], 40)
+    alone, failed = solos("llama", PROMPTS[:2], 40), list[int]()
     with behind(loaded("llama"), n_batch=64) as engine:
-        stepper: Any = engine._core._stepper
-        compute, failed = stepper.compute, list[int]()
 
-        def fails(slots: Any, n_steps: int, n_before: int = 0, n_pad: int = 0) -> Any:
-            if n_before and len(slots) and not failed:
+        def fails(second: Stream, slots: list[int], n_before: int) -> None:
+            if n_before and slots and not failed:
                 failed.append(n_before)
-                set_fault(stepper, call, -3, n_rows=rows)
-            return compute(slots, n_steps, n_before, n_pad)
+                set_fault(engine._core._stepper, call, -3, n_rows=rows)
 
-        stepper.compute = fails
-        first = engine.submit(PROMPTS[0], greedy(40))
-        next(iter(first))
-        second = engine.submit(PROMPTS[1], greedy(40))
-        results = [stream.result() for stream in (first, second)]
+        results = [stream.result() for stream in meeting(engine, fails)]
         check_idle(engine)
     assert failed
     assert_as_alone([r.tokens for r in results], alone, tolerance("llama"), 0.98)
 
 
 def test_a_prompt_that_always_fails_ends_its_own_request_alone() -> None:
-    alone = solos("llama", PROMPTS[:1], 40)
+    alone, calls = solos("llama", PROMPTS[:1], 40), list[int]()
     with behind(loaded("llama"), n_batch=64) as engine:
         stepper: Any = engine._core._stepper
-        compute, calls = stepper.compute, list[int]()
 
-        def fails(slots: Any, n_steps: int, n_before: int = 0, n_pad: int = 0) -> Any:
-            slot = engine._core.scheduler.slot(first.id + 1)
+        def fails(second: Stream, slots: list[int], n_before: int) -> None:
+            slot = engine._core.scheduler.slot(second.id)
             if slot in stepper.rows.seq[:n_before].tolist():
-                others = set(slots.tolist()) - {slot}
+                others = {*slots} - {slot}
                 calls.append(len(others))
                 set_fault(stepper, 2 if others else 1, -3)
-            return compute(slots, n_steps, n_before, n_pad)
 
-        first = engine.submit(PROMPTS[0], greedy(40))
-        next(iter(first))
-        stepper.compute = fails
-        second = engine.submit(PROMPTS[1], greedy(40))
+        first, second = meeting(engine, fails)
         with pytest.raises(FatalDecodeError):
             second.result()
         result = first.result()
