@@ -192,8 +192,8 @@ class KvAccounting:
     def share(self, source: int, target: int, n: int) -> None:
         """The empty `target` runs from now on, and holds the first `n` positions of `source`, too.
         In a unified cache these are the same cells, in separate streams a copy."""
-        if self._held[target] or self._cached[target] or source == target:
-            raise ValueError(f"slot {target} can't share with {source}: it is not empty")
+        if self._held[target] or self._cached[target]:
+            raise ValueError(f"slot {target} is not empty")
         if not 0 < n <= self._held[source]:
             raise ValueError(f"{n} of {self._held[source]} positions of slot {source}")
         if not self.unified:

@@ -101,6 +101,20 @@ class Learner(StepCost):
         self.switches.append(seconds)
 
 
+def scheduler(
+    cost: Learner, attention: Any, limits: Limits, drafting: Drafting | None = None
+) -> Any:
+    """What a CostObserver needs of one."""
+    return SimpleNamespace(
+        cost=cost,
+        attention=attention,
+        limits=limits,
+        prefilled=lambda rows, seconds: None,
+        drafting=drafting,
+        padding=Padding(limits, possible=drafting is None),
+    )
+
+
 Call = tuple[list[int], Run]
 
 
@@ -187,17 +201,9 @@ def test_what_is_learnt_of_calls(case: Observed, monkeypatch: pytest.MonkeyPatch
         cells=lambda step, ahead: 100 + step.n_rows * ahead,
         shapes=lambda step, kv: case.shapes or [step.shape(kv)],
     )
-    scheduler: Any = SimpleNamespace(
-        cost=cost,
-        attention=attention,
-        limits=SimpleNamespace(n_ubatch=8),
-        prefilled=lambda rows, seconds: None,
-        drafting=None,
-        padding=Padding(Limits(8, 8, 8, 64, 8, unified=False), possible=True),
-    )
     chunks = (PromptChunk(9, 9, 0, case.n_prompt),) if case.n_prompt else ()
     monkeypatch.setattr("pyllamabatch.engine.cost_observer.perf_counter", lambda: now)
-    observe = CostObserver(scheduler)
+    observe = CostObserver(scheduler(cost, attention, Limits(8, 8, 8, 64, 8, unified=False)))
     for slots, run in case.calls:
         now += run.seconds
         n_rows = len(slots) + case.n_prompt
@@ -212,15 +218,10 @@ def test_what_a_prompt_behind_others_takes_is_learnt_with_the_step_that_waits_fo
     """The device has all but 1 ms of it still to do when the decode's tokens are there."""
     cost = Learner(NewGraph(0.002))
     shapes = iter([[(3, 0, 50.0, 3), (40, 40, 0.0, 1)], [(4, 0, 90.0, 4)], [(4, 0, 94.0, 4)]])
-    scheduler: Any = SimpleNamespace(
-        cost=cost,
-        attention=SimpleNamespace(cells=lambda *_: 0.0, shapes=lambda *_: next(shapes)),
-        limits=SimpleNamespace(n_ubatch=64),
-        prefilled=lambda rows, seconds: None,
-        drafting=None,
-        padding=Padding(Limits(8, 8, 8, 64, 8, unified=False), possible=True),
+    attention = SimpleNamespace(cells=lambda *_: 0.0, shapes=lambda *_: next(shapes))
+    observe = CostObserver(
+        scheduler(cost, attention, Limits(64, 64, 8, 64, 8, unified=False)), asynchronous=True
     )
-    observe = CostObserver(scheduler, asynchronous=True)
     chunks = (PromptChunk(9, 3, 0, 40),)
     behind = Step(np.arange(3, dtype=np.int32), chunks, (), (), 43, {}, behind=True)
     observe(behind, Run(0, 1, 1, 0.004, (), 0.004))  # 3 ms of it the decode's
@@ -236,15 +237,9 @@ def test_steps_that_drafts_keep_off_the_device_tell_the_cost_model_nothing() -> 
     cost = Learner(NewGraph(0.002))
     limits = Limits(8, 8, 1, 64, 64, n_draft_max=2, drafts_move_sampling=True)
     drafting, slots = Drafting(limits, 1), np.zeros(1, np.int32)
-    scheduler: Any = SimpleNamespace(
-        cost=cost,
-        attention=SimpleNamespace(cells=lambda *_: 0.0, shapes=lambda *_: [(1, 0, 0.0, 1)]),
-        limits=limits,
-        prefilled=lambda rows, seconds: None,
-        drafting=drafting,
-        padding=Padding(limits, possible=False),
-    )
-    observe = CostObserver(scheduler, asynchronous=True)
+    attention = SimpleNamespace(cells=lambda *_: 0.0, shapes=lambda *_: [(1, 0, 0.0, 1)])
+    drafts_too = scheduler(cost, attention, limits, drafting)
+    observe = CostObserver(drafts_too, asynchronous=True)
     shares, none = np.zeros((1, 2)), np.zeros(9)
     calls = [({}, 0.002), ({0: 1}, 0.004), ({}, 0.003), ({}, 0.002)]
     for i, (drafts, seconds) in enumerate(calls):
@@ -254,7 +249,7 @@ def test_steps_that_drafts_keep_off_the_device_tell_the_cost_model_nothing() -> 
         drafted = Drafted(slots + 64, 64, 0, 0, shares, shares, 1.0, none.astype(int), none)
         drafting.observe(slots, np.ones(1, np.int64), drafted, 64, 0.0, None, asked=bool(drafts))
     assert cost.steps == [(1, 0.002), (1, 0.002)]
-    assert scheduler.padding.graph is None
+    assert drafts_too.padding.graph is None
 
 
 def test_what_a_switch_costs_is_followed() -> None:
