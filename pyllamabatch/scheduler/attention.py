@@ -39,11 +39,10 @@ class Attention:
         more = step.n_rows * ahead
         if self._limits.unified:
             return self._pool(more)
-        computed, prompts = self._running.computed, {chunk.slot for chunk in step.chunks}
-        held = sum(computed.take(step.decode).tolist(), more)
-        if prompts:
-            held += sum([int(computed[slot]) for slot in prompts.difference(step.decode.tolist())])
-        return float(held)
+        slots = step.slots if step.chunks else step.decode
+        if len(slots) == len(self._running.ids):  # all that run
+            return self.of_all() + more
+        return float(self._running.computed.take(slots).sum() + more)
 
     def shapes(self, step: Step, kv: float) -> list[Shape]:
         """What `CostModel.predict` is told of each part of `step`, one of its `parts`, that is
