@@ -25,6 +25,28 @@
         }                                                                                 \
     } while (0)
 
+inline llama_context_params context_params(uint32_t n_ctx, uint32_t n_seq_max) {
+    llama_context_params p = llama_context_default_params();
+    p.n_ctx           = n_ctx;
+    p.n_batch         = 64;
+    p.n_ubatch        = 64;
+    p.n_seq_max       = n_seq_max;
+    p.n_threads       = 1;
+    p.n_threads_batch = 1;
+    p.kv_unified      = true;
+    return p;
+}
+
+inline plb_sampling sampling_of(int32_t max_tokens, float temperature = 0, uint32_t seed = 5) {
+    plb_sampling sampling = plb_sampling_default();
+    sampling.temperature = temperature;
+    sampling.max_tokens  = max_tokens;
+    sampling.seed        = seed;
+    sampling.ignore_eog  = 1;
+    sampling.n_logprobs  = 3;
+    return sampling;
+}
+
 struct fixture {
     llama_model   * model  = nullptr;
     llama_context * ctx    = nullptr;
@@ -37,15 +59,7 @@ struct fixture {
         llama_backend_init();
         model = llama_model_load_from_file(path, llama_model_default_params());
         CHECK(model != nullptr);
-        llama_context_params p = llama_context_default_params();
-        p.n_ctx           = n_ctx;
-        p.n_batch         = 64;
-        p.n_ubatch        = 64;
-        p.n_seq_max       = n_seq_max;
-        p.n_threads       = 1;
-        p.n_threads_batch = 1;
-        p.kv_unified      = true;
-        ctx = llama_init_from_model(model, p);
+        ctx = llama_init_from_model(model, context_params(n_ctx, n_seq_max));
         CHECK(ctx != nullptr);
         CHECK_EQ(plb_engine_new(ctx, &params, &engine), PLB_OK);
         CHECK_EQ(plb_engine_views(engine, &views), PLB_OK);
@@ -61,6 +75,12 @@ struct fixture {
     fixture(const fixture &) = delete;
     fixture & operator=(const fixture &) = delete;
 
+    plb_slot_info slot(llama_seq_id seq) const {
+        plb_slot_info info = {};
+        CHECK_EQ(plb_slot_get_info(engine, seq, &info), PLB_OK);
+        return info;
+    }
+
     void row(int32_t i, llama_token token, llama_pos pos, llama_seq_id seq, int flags) {
         views.token[i] = token;
         views.pos[i]   = pos;
@@ -74,6 +94,18 @@ struct fixture {
         for (int32_t i = 0; i < n; ++i) {
             row(first + i, tokens[i], i, seq, i == n - 1 ? PLB_ROW_SAMPLE : 0);
         }
+    }
+
+    // A new slot and a prompt for each of sequences 0.., in an empty memory: how many rows.
+    int32_t start(const std::vector<int32_t> & max_tokens, float temperature = 0) {
+        llama_memory_clear(llama_get_memory(ctx), true);
+        int32_t n_rows = 0;
+        for (int32_t seq = 0; seq < (int32_t) max_tokens.size(); ++seq, n_rows += 4) {
+            const plb_sampling s = sampling_of(max_tokens[seq], temperature);
+            CHECK_EQ(plb_slot_set(engine, seq, &s, nullptr, 0), PLB_OK);
+            prompt(n_rows, {1, 20 + seq, 40, 60 + 2 * seq}, seq);
+        }
+        return n_rows;
     }
 };
 

@@ -18,15 +18,6 @@ plb_engine_params drafting() {
     return params;
 }
 
-plb_sampling sampling_of(float temperature, uint32_t seed) {
-    plb_sampling sampling = plb_sampling_default();
-    sampling.temperature = temperature;
-    sampling.max_tokens  = N_TOKENS;
-    sampling.seed        = seed;
-    sampling.ignore_eog  = 1;
-    return sampling;
-}
-
 // A target, and the same weights once more that draft for it.
 struct models {
     fixture target, small;
@@ -45,7 +36,7 @@ struct models {
     // The prompt in the memory of the target, and the first token sampled.
     void start(llama_seq_id seq, const text & prompt, float temperature, bool followed) {
         llama_memory_seq_rm(llama_get_memory(target.ctx), seq, -1, -1);
-        const plb_sampling s = sampling_of(temperature, 7 + (uint32_t) seq);
+        const plb_sampling s = sampling_of(N_TOKENS, temperature, 7 + (uint32_t) seq);
         CHECK_EQ(plb_slot_set(target.engine, seq, &s, prompt.data(), (int32_t) prompt.size()), PLB_OK);
         for (size_t at = 0; at < prompt.size(); at += CATCH_UP) {
             const auto n = (int32_t) std::min(prompt.size() - at, (size_t) CATCH_UP);

@@ -135,8 +135,6 @@ int main(int argc, char ** argv) {
     sampling.grammar = "root ::= (";
     CHECK_EQ(plb_slot_set(f.engine, 0, &sampling, nullptr, 0), PLB_E_GRAMMAR);
     CHECK(strstr(plb_last_error(f.engine), "line 1, column 11") != nullptr);
-    plb_slot_info info = {};
-    CHECK_EQ(plb_slot_get_info(f.engine, 0, &info), PLB_OK);
-    CHECK(info.active);
+    CHECK(f.slot(0).active);
     return 0;
 }

@@ -53,8 +53,7 @@ std::vector<std::vector<llama_token>> answers(fixture & f, int32_t first, int32_
     for (bool any = true; any;) {
         int32_t n_rows = 0;
         for (int32_t seq = first; seq < n_begun; ++seq) {
-            plb_slot_info info = {};
-            CHECK_EQ(plb_slot_get_info(f.engine, seq, &info), PLB_OK);
+            const plb_slot_info info = f.slot(seq);
             if (info.active) {
                 f.row(n_rows++, info.next_token, info.next_pos, seq, PLB_ROW_SAMPLE);
             }

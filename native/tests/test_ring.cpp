@@ -44,25 +44,9 @@ struct page {
     }
 };
 
-void set_slot(fixture & f, int32_t seq, int32_t max_tokens) {
-    plb_sampling s = plb_sampling_default();
-    s.temperature = 0;
-    s.max_tokens  = max_tokens;
-    s.ignore_eog  = 1;
-    s.n_logprobs  = 3;
-    CHECK_EQ(plb_slot_set(f.engine, seq, &s, nullptr, 0), PLB_OK);
-}
-
 // The prompts of n sequences, in one step of a run without slots.
 plb_run_info start(fixture & f, int32_t n, int32_t max_tokens) {
-    llama_memory_clear(llama_get_memory(f.ctx), true);
-    int32_t n_rows = 0;
-    for (int32_t seq = 0; seq < n; ++seq) {
-        set_slot(f, seq, max_tokens);
-        const std::vector<llama_token> prompt = {1, 20 + seq, 40, 60 + 2 * seq};
-        f.prompt(n_rows, prompt, seq);
-        n_rows += (int32_t) prompt.size();
-    }
+    const int32_t n_rows = f.start(std::vector<int32_t>(n, max_tokens));
     plb_run_info info = {};
     CHECK_EQ(plb_run(f.engine, n_rows, nullptr, 0, 0, 1, &info), PLB_OK);
     CHECK_EQ(info.n_steps, 1);

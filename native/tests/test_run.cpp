@@ -18,40 +18,15 @@ plb_engine_params params_of(int32_t n_steps_max) {
     return params;
 }
 
-plb_sampling sampling_of(int32_t max_tokens, float temperature) {
-    plb_sampling sampling = plb_sampling_default();
-    sampling.temperature = temperature;
-    sampling.max_tokens  = max_tokens;
-    sampling.seed        = 5;
-    sampling.ignore_eog  = 1;
-    sampling.n_logprobs  = 3;
-    return sampling;
-}
-
-plb_slot_info info_of(fixture & f, int32_t seq) {
-    plb_slot_info info = {};
-    CHECK_EQ(plb_slot_get_info(f.engine, seq, &info), PLB_OK);
-    return info;
-}
-
 // n sequences with a prompt each, their first tokens sampled; budgets[i] tokens for sequence i.
 void start(fixture & f, const std::vector<int32_t> & budgets, float temperature = 0) {
-    llama_memory_clear(llama_get_memory(f.ctx), true);
-    int32_t n_rows = 0;
-    for (int32_t seq = 0; seq < (int32_t) budgets.size(); ++seq) {
-        const plb_sampling s = sampling_of(budgets[seq], temperature);
-        CHECK_EQ(plb_slot_set(f.engine, seq, &s, nullptr, 0), PLB_OK);
-        const std::vector<llama_token> prompt = {1, 20 + seq, 40, 60 + 2 * seq};
-        f.prompt(n_rows, prompt, seq);
-        n_rows += (int32_t) prompt.size();
-    }
-    CHECK_EQ(plb_step(f.engine, n_rows), PLB_OK);
+    CHECK_EQ(plb_step(f.engine, f.start(budgets, temperature)), PLB_OK);
     CHECK_EQ(f.views.info->n_results, budgets.size());
 }
 
 int32_t step_once(fixture & f, const std::vector<llama_seq_id> & slots) {
     for (size_t i = 0; i < slots.size(); ++i) {
-        const plb_slot_info info = info_of(f, slots[i]);
+        const plb_slot_info info = f.slot(slots[i]);
         f.row((int32_t) i, info.next_token, info.next_pos, slots[i], PLB_ROW_SAMPLE);
     }
     return plb_step(f.engine, (int32_t) slots.size());
@@ -74,7 +49,7 @@ void refused(fixture & f) {
     CHECK_EQ(plb_run(f.engine, 0, &one, 1, 0, 1, nullptr), PLB_E_ARGUMENT);
     CHECK_EQ(plb_run(f.engine, 64, &one, 1, 0, 1, &info), PLB_E_N_ROWS);
     CHECK_EQ(plb_run(f.engine, 1, &one, 1, 0, 2, &info), PLB_E_N_STEPS);
-    CHECK_EQ(info_of(f, 1).n_generated, 1);
+    CHECK_EQ(f.slot(1).n_generated, 1);
 }
 
 // No cells at some step: what came before it stays, and the slots stand where it began.
@@ -94,8 +69,8 @@ void decode_error(fixture & f) {
     CHECK(memcmp(f.views.results, expected.data(), expected.size() * sizeof(plb_result)) == 0);
     const llama_memory_t memory = llama_get_memory(f.ctx);
     for (llama_seq_id seq = 0; seq < 2; ++seq) {
-        CHECK_EQ(info_of(f, seq).n_generated, info.n_steps + 1);
-        CHECK_EQ(info_of(f, seq).next_pos, llama_memory_seq_pos_max(memory, seq) + 1);
+        CHECK_EQ(f.slot(seq).n_generated, info.n_steps + 1);
+        CHECK_EQ(f.slot(seq).next_pos, llama_memory_seq_pos_max(memory, seq) + 1);
     }
     CHECK(llama_memory_seq_rm(memory, 1, -1, -1));
     CHECK_EQ(run(f, {0}, 2).n_steps, 2); // room again
@@ -133,10 +108,10 @@ void prompt_before(fixture & f) {
     CHECK_EQ(f.views.finished[0].seq, 0);
     CHECK_EQ(f.views.finished[0].finish, PLB_FINISH_NONE);
     CHECK_EQ(f.views.info->n_outputs, 2);
-    CHECK_EQ(info_of(f, 1).next_pos, 4);
+    CHECK_EQ(f.slot(1).next_pos, 4);
     info = run(f, {0, 1}, 3);
     CHECK_EQ(info.n_steps, 1); // slot 0 is reported each time
-    CHECK_EQ(plb_slot_next(f.engine, 0, info_of(f, 0).next_token, 5, 0), PLB_OK);
+    CHECK_EQ(plb_slot_next(f.engine, 0, f.slot(0).next_token, 5, 0), PLB_OK);
     CHECK_EQ(run(f, {0, 1}, 2).n_steps, 2);
     CHECK_EQ(f.views.results[3].token, expected.token);
     CHECK_EQ(f.views.results[3].index, expected.index);

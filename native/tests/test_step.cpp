@@ -17,19 +17,6 @@ void refuses(fixture & f, int32_t n_rows, int32_t code, int32_t bad_row) {
     CHECK(strcmp(plb_code_text(code), "unknown code") != 0);
 }
 
-plb_sampling greedy(int32_t max_tokens) {
-    plb_sampling sampling = plb_sampling_default();
-    sampling.temperature = 0;
-    sampling.max_tokens  = max_tokens;
-    return sampling;
-}
-
-plb_slot_info info_of(fixture & f, int32_t seq) {
-    plb_slot_info info = {};
-    CHECK_EQ(plb_slot_get_info(f.engine, seq, &info), PLB_OK);
-    return info;
-}
-
 void arguments(fixture & f) {
     plb_engine * engine = nullptr;
     plb_engine_params params = plb_engine_default_params();
@@ -49,7 +36,7 @@ void arguments(fixture & f) {
     CHECK(strcmp(plb_last_error(nullptr), "") == 0);
     CHECK(strcmp(plb_slot_error(nullptr, 0), "") == 0);
 
-    plb_sampling s = greedy(4);
+    plb_sampling s = sampling_of(4);
     plb_slot * slot = nullptr;
     plb_slot_info info = {};
     CHECK_EQ(plb_slot_set(f.engine, 0, nullptr, nullptr, 0), PLB_E_ARGUMENT);
@@ -98,7 +85,7 @@ void arguments(fixture & f) {
 }
 
 void rows(fixture & f) {
-    plb_sampling s = greedy(4);
+    plb_sampling s = sampling_of(4);
     CHECK_EQ(plb_slot_set(f.engine, 0, &s, nullptr, 0), PLB_OK);
     refuses(f, 0, PLB_E_N_ROWS, -1);
     refuses(f, -5, PLB_E_N_ROWS, -1);
@@ -123,7 +110,7 @@ void rows(fixture & f) {
     f.row(0, 10, 0, 0, 0);
     f.row(1, 10, 5, 0, PLB_ROW_SAMPLE);
     CHECK_EQ(plb_step(f.engine, 2), -1);
-    CHECK_EQ(info_of(f, 0).n_generated, 0);
+    CHECK_EQ(f.slot(0).n_generated, 0);
     CHECK_EQ(llama_memory_seq_pos_max(llama_get_memory(f.ctx), 0), -1);
     CHECK_EQ(plb_slot_clear(f.engine, 0), PLB_OK);
     CHECK_EQ(plb_slot_clear(f.engine, 0), PLB_OK);
@@ -132,7 +119,7 @@ void rows(fixture & f) {
 // The decode that was chosen fails as it was told to, and only that.
 void faults(fixture & f) {
     llama_memory_t memory = llama_get_memory(f.ctx);
-    plb_sampling s = greedy(1000);
+    plb_sampling s = sampling_of(1000);
     CHECK_EQ(plb_slot_set(f.engine, 0, &s, nullptr, 0), PLB_OK);
     CHECK_EQ(plb_fault_set(nullptr, 1, 1, 0, 1), PLB_E_ARGUMENT);
     CHECK_EQ(plb_fault_set(f.engine, -1, 1, 0, 1), PLB_E_ARGUMENT);
@@ -147,11 +134,11 @@ void faults(fixture & f) {
         CHECK_EQ(plb_fault_set(f.engine, 2, fault.code, fault.n_rows, 1), PLB_OK);
         f.row(0, 10, 0, 1, 0);
         CHECK_EQ(plb_step(f.engine, 1), PLB_OK);
-        const plb_slot_info before = info_of(f, 0);
+        const plb_slot_info before = f.slot(0);
         f.prompt(0, {1, 20, 30, 40}, 0);
         CHECK_EQ(plb_step(f.engine, 4), fault.code);
         CHECK_EQ(f.views.info->n_results, 0);
-        CHECK_EQ(info_of(f, 0).n_generated, before.n_generated);
+        CHECK_EQ(f.slot(0).n_generated, before.n_generated);
         CHECK_EQ(llama_memory_seq_pos_max(memory, 0), fault.pos_max);
         CHECK(llama_memory_seq_rm(memory, 0, -1, -1));
         CHECK_EQ(plb_step(f.engine, 4), PLB_OK);
@@ -169,22 +156,18 @@ void faults(fixture & f) {
 
 // Another context in the first one's place, which is gone: slots go on, the memory is empty.
 void another_context(fixture & f) {
-    plb_sampling s = greedy(1000);
+    plb_sampling s = sampling_of(1000);
     CHECK_EQ(plb_slot_set(f.engine, 0, &s, nullptr, 0), PLB_OK);
     llama_memory_clear(llama_get_memory(f.ctx), true);
     f.prompt(0, {1, 20, 30, 40}, 0);
     CHECK_EQ(plb_step(f.engine, 4), PLB_OK);
-    const plb_slot_info first = info_of(f, 0);
+    const plb_slot_info first = f.slot(0);
     f.row(0, first.next_token, first.next_pos, 0, PLB_ROW_SAMPLE);
     CHECK_EQ(plb_step(f.engine, 1), PLB_OK);
-    const llama_token second = info_of(f, 0).next_token;
+    const llama_token second = f.slot(0).next_token;
 
-    llama_context_params p = llama_context_default_params();
-    p.n_ctx = 256;
+    llama_context_params p = context_params(256, 4);
     p.n_batch = p.n_ubatch = 32;
-    p.n_seq_max = 4;
-    p.n_threads = p.n_threads_batch = 1;
-    p.kv_unified = true;
     llama_context * other = llama_init_from_model(f.model, p);
     CHECK_EQ(plb_engine_rebind(f.engine, other), PLB_E_ARGUMENT); // of another size
     CHECK_EQ(plb_engine_rebind(f.engine, nullptr), PLB_E_ARGUMENT);
@@ -199,8 +182,8 @@ void another_context(fixture & f) {
     f.row(3, 40, 3, 0, 0);
     f.row(4, first.next_token, 4, 0, PLB_ROW_SAMPLE);
     CHECK_EQ(plb_step(f.engine, 5), PLB_OK);
-    CHECK_EQ(info_of(f, 0).n_generated, 3);
-    CHECK_EQ(info_of(f, 0).next_token, second);
+    CHECK_EQ(f.slot(0).n_generated, 3);
+    CHECK_EQ(f.slot(0).next_token, second);
 }
 
 } // namespace
