@@ -131,24 +131,33 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         answer, streams = self._answer, self._streams
         write = write_of(scope) or _sends(send)
+        held = HELD_BEGIN in (scope.get("extensions") or ())
         if begin := answer.begin():
-            if HELD_BEGIN in (scope.get("extensions") or ()):
+            if held:
                 write = _behind(begin, write)
             else:
                 await send(_body(begin))
         try:
-            if len(streams) == 1:
-                results = [await self._follow(write, 0, streams[0])]
+            if len(streams) == 1 and not held:
+                result, last = await self._follow(write, 0, streams[0])
+                last += answer.end([result])
             else:
                 results = await _all(
-                    [self._follow(write, i, stream) for i, stream in enumerate(streams)]
+                    [self._follow_all(write, i, stream) for i, stream in enumerate(streams)]
                 )
-            last = answer.end(results)
+                last = answer.end(results)
         except Exception as error:  # the status has gone out: the last event says it
             last = answer.failed(errors.of(error))
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    async def _follow(self, write: Write, i: int, stream: Stream) -> Result:
+    async def _follow_all(self, write: Write, i: int, stream: Stream) -> Result:
+        result, content = await self._follow(write, i, stream)
+        if content and (waits := write(content)) is not None:
+            await waits
+        return result
+
+    async def _follow(self, write: Write, i: int, stream: Stream) -> tuple[Result, bytes]:
+        """The result of a choice, and its last events, which are still to be written."""
         answer = self._answer
 
         def take(chunk: Chunk) -> Awaitable[None] | None:
@@ -162,9 +171,7 @@ class EventStream(Response):
         self._service.metrics.ended(result)
         if (error := failure(result)) is not None:
             raise error
-        if (content := answer.finish(i, result)) and (rest := write(content)) is not None:
-            await rest
-        return result
+        return result, answer.finish(i, result)
 
 
 def _escaped(text: str) -> bytes:

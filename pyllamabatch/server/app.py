@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import Request
 from pydantic import BaseModel
+from starlette.applications import Starlette
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Mount, Route
 
 from ..engine.engine import Engine
 from ..llama.model import Model
@@ -28,23 +30,24 @@ from .service import Service
 Endpoint = Callable[[Service, Request], Awaitable[Response]]
 
 
-def create_app(engine: Engine | Model, options: ServerOptions | None = None) -> FastAPI:
+def create_app(engine: Engine | Model, options: ServerOptions | None = None) -> Starlette:
     """An application that serves `engine`, which stays its caller's to close. A `Model` in its
     place: embeddings only."""
     model, running = (engine, None) if isinstance(engine, Model) else (engine.model, engine)
     service = Service(model, running, options or ServerOptions(), Metrics(running))
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         try:
             yield
         finally:
             service.close()
 
-    app = Described(title="pyllamabatch", version=version("pyllamabatch"), lifespan=lifespan)
+    described = Described(title="pyllamabatch", version=version("pyllamabatch"))
+    app = Starlette(routes=_routes(described, service), lifespan=lifespan)
     app.state.service = service
-    errors.install(app)
-    _add_routes(app, service)
+    for one in (app, described):
+        errors.install(one)
     if service.options.api_keys:
         app.add_middleware(ApiKeys, keys=service.options.api_keys)
     if service.options.cors_origins:
@@ -52,21 +55,32 @@ def create_app(engine: Engine | Model, options: ServerOptions | None = None) -> 
     return app
 
 
-def _add_routes(app: Described, service: Service) -> None:
-    """Starlette's answer, before FastAPI's of the same paths, which are there for the description
-    alone: an endpoint needs nothing of what FastAPI does for one."""
-    router, plain = APIRouter(), list[Route]()
+class Answers:
+    """An endpoint as an ASGI application."""
+
+    def __init__(self, service: Service, to: Endpoint) -> None:
+        self._service = service
+        self._to = to
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        response = await self._to(self._service, Request(scope, receive, send))
+        await response(scope, receive, send)
+
+
+def _routes(described: Described, service: Service) -> list[BaseRoute]:
+    """Starlette's, which answer, before FastAPI's of the same paths, which are there for the
+    description alone: an endpoint needs nothing of what FastAPI does for one."""
+    routes: list[BaseRoute] = []
 
     def route(method: str, *paths: str, to: Endpoint, body: type[BaseModel] | None = None) -> None:
-        async def endpoint(request: Request) -> Response:
-            return await to(service, request)
+        async def endpoint() -> None: ...
 
         endpoint.__doc__ = to.__doc__
-        extra = None if body is None else app.body(body)
+        extra = None if body is None else described.body(body)
         for path in paths:
             name = f"{to.__name__}:{path}"
-            plain.append(Route(path, endpoint, methods=[method], name=name))
-            router.add_api_route(
+            routes.append(Route(path, Answers(service, to), methods=[method], name=name))
+            described.add_api_route(
                 path, endpoint, methods=[method], name=name, openapi_extra=extra,
                 response_model=None,
             )  # fmt: skip
@@ -97,8 +111,7 @@ def _add_routes(app: Described, service: Service) -> None:
     route("POST", "/embedding", "/embeddings", to=embeddings.native, body=vectors)
     rerank = "/rerank", "/v1/rerank", "/reranking"
     route("POST", *rerank, to=embeddings.rerank, body=embeddings.RerankBody)
-    app.include_router(router)
-    app.router.routes[:0] = plain
+    return [*routes, Mount("/", described)]
 
 
 async def health(service: Service, request: Request) -> Response:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import orjson
-from fastapi import FastAPI, Request
+from fastapi import Request
 from pydantic import ValidationError
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -123,7 +124,7 @@ def of_validation(error: ValidationError) -> ApiError:
     return invalid(where, first["input"], first["msg"])
 
 
-def install(app: FastAPI) -> None:
+def install(app: Starlette) -> None:
     """Every failure of a request is answered in the one form."""
 
     async def answer(request: Request, error: Exception) -> Response:

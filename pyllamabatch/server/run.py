@@ -62,6 +62,7 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=CLOSE_SECONDS,
             server_header=False,
             date_header=False,
+            proxy_headers=False,
             ws="none",
         )
         super().__init__(config)

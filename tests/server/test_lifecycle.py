@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.middleware.base import BaseHTTPMiddleware
 
 from pyllamabatch.llama.model import Model
 from pyllamabatch.server import answer
@@ -47,12 +48,12 @@ def test_streams_pass_through_middleware(served: Served) -> None:
     """Also what gives each part to another task, as starlette's own base class does."""
     app = create_app(served.engine)
 
-    @app.middleware("http")
     async def named(request: Any, call_next: Any) -> Any:
         response = await call_next(request)
         response.headers["X-Name"] = "passed"
         return response
 
+    app.add_middleware(BaseHTTPMiddleware, dispatch=named)
     body = {**ENDLESS, "max_tokens": 40}
     with (
         running(app) as server,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.llama.model import Model
@@ -73,7 +73,7 @@ def serving(
 
 
 @contextmanager
-def running(app: FastAPI) -> Iterator[Server]:
+def running(app: Starlette) -> Iterator[Server]:
     """A server of this application, in a thread."""
     with listen("127.0.0.1", 0) as listening:
         ready = threading.Event()
