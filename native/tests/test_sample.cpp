@@ -191,45 +191,6 @@ void typical_with_excluded(sampler_test & t) {
     }
 }
 
-void endings(sampler_test & t) {
-    const llama_token eos = t.words.eog[0];
-    std::vector<float> logits(t.words.n_vocab, 0);
-    logits[eos] = 10;
-    logits[6]   = 8;
-    logits[7]   = 6;
-    const llama_token stop = 6;
-    plb_sampling p = plb_sampling_default();
-    p.temperature   = 0;
-    p.max_tokens    = 4;
-    p.n_stop_tokens = 1;
-    p.stop_tokens   = &stop;
-
-    auto slot = plb::make_slot(t.words, p, 0, nullptr, 0);
-    plb_result result = t.sample(*slot, logits);
-    CHECK_EQ(result.token, eos);
-    CHECK_EQ(result.finish, PLB_FINISH_EOG);
-
-    p.ignore_eog = 1;
-    slot = plb::make_slot(t.words, p, 0, nullptr, 0);
-    result = t.sample(*slot, logits);
-    CHECK_EQ(result.token, stop);
-    CHECK_EQ(result.finish, PLB_FINISH_STOP);
-
-    p.min_tokens = 2;
-    slot = plb::make_slot(t.words, p, 0, nullptr, 0);
-    CHECK_EQ(t.sample(*slot, logits).token, 7);
-    CHECK_EQ(t.sample(*slot, logits).token, 7);
-    CHECK_EQ(t.sample(*slot, logits).token, stop);
-
-    p.n_stop_tokens = 0;
-    slot = plb::make_slot(t.words, p, 0, nullptr, 0);
-    for (int i = 0; i < 4; ++i) {
-        result = t.sample(*slot, logits);
-        CHECK_EQ(result.finish, i == 3 ? PLB_FINISH_LENGTH : PLB_FINISH_NONE);
-        CHECK_EQ(result.index, i);
-    }
-}
-
 void no_allocation(sampler_test & t) {
     for (const float temperature : {0.0f, 0.8f}) {
         plb_sampling p = plb_sampling_default();
@@ -259,7 +220,6 @@ int main(int argc, char ** argv) {
     bad_logits(t);
     log_probabilities(t);
     typical_with_excluded(t);
-    endings(t);
     no_allocation(t);
     return 0;
 }

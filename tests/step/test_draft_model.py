@@ -1,5 +1,5 @@
-"""A second model that drafts for a stepper, and what it has to refuse. That answers are the same is
-native/tests/test_draft_model.cpp's and tests/engine/test_speculate.py's."""
+"""A second model that drafts for a stepper, and what it has to refuse. What its memory holds is
+native/tests/test_draft_model.cpp's; answers are tests/engine/test_draft_model.py's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from pyllamabatch.llama.context import Context
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.draft_model import DraftModel
 from pyllamabatch.step.stepper import Stepper
-from tests.support.decoding import begin
 from tests.support.models_gguf import gguf_path
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=60)
@@ -42,24 +41,6 @@ def both(model: Model, request: pytest.FixtureRequest) -> Iterator[Both]:
     with context, Stepper(context, n_draft_max=MOST) as target:
         draft = DraftModel(model, target, n_ctx=2048, n_threads=1, n_threads_batch=1)
         yield Both(target, draft)
-        draft.close()
-
-
-def test_without_room_there_are_no_drafts_and_later_there_are(model: Model) -> None:
-    context = Context(model, n_ctx=1024, n_seq_max=2, n_threads=1, n_threads_batch=1)
-    with context, Stepper(context, n_draft_max=MOST) as target:
-        assert target.drafts is not None
-        draft = DraftModel(model, target, n_ctx=256, n_threads=1, n_threads_batch=1)
-        long, short = np.full(300, 65, np.int32), model.vocab.tokenize("Reverse: hello")
-        begin(target, GREEDY, long)
-        first = begin(target, GREEDY, short, seq=1)
-        target.drafts.n_most[:] = MOST
-        draft.begin(0, long)
-        draft.draft([0])
-        assert target.drafts.n_given[0] == 0  # more tokens than its model has cells
-        draft.begin(1, np.append(short, first))
-        draft.draft([1])
-        assert target.drafts.n_given[1] > 0
         draft.close()
 
 
