@@ -4,7 +4,6 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
-#include <string>
 #include <thread>
 
 #if defined(__linux__)
@@ -272,30 +271,6 @@ void two_threads(const char * path, int32_t n_ring, int32_t n_page, int64_t rest
     }
 }
 
-void pieces(fixture & f) {
-    const llama_vocab * vocab = llama_model_get_vocab(f.model);
-    std::vector<llama_token> tokens;
-    for (llama_token token = 0; token < f.n_vocab; ++token) {
-        tokens.push_back(token);
-    }
-    const int32_t n = f.n_vocab;
-    std::vector<int64_t> offsets((size_t) n + 1);
-    const int64_t size = plb_pieces(vocab, tokens.data(), n, nullptr, 0, offsets.data());
-    CHECK(size > n / 2);
-    std::string all((size_t) size, '?');
-    CHECK_EQ(plb_pieces(vocab, tokens.data(), n, &all[0], size, offsets.data()), size);
-    for (int32_t i = 0; i < n; ++i) {
-        char one[64];
-        const int32_t bytes = llama_token_to_piece(vocab, i, one, 64, 0, false);
-        CHECK_EQ(offsets[i + 1] - offsets[i], bytes);
-        CHECK(all.compare((size_t) offsets[i], (size_t) bytes, one, (size_t) bytes) == 0);
-    }
-    const llama_token bad[] = {3, n};
-    CHECK_EQ(plb_pieces(vocab, bad, 2, &all[0], size, offsets.data()), PLB_E_TOKEN);
-    CHECK_EQ(plb_pieces(vocab, nullptr, 0, nullptr, 0, offsets.data()), 0);
-    CHECK_EQ(plb_pieces(vocab, nullptr, 1, nullptr, 0, offsets.data()), PLB_E_ARGUMENT);
-}
-
 // What a slot has generated goes with it.
 void history(fixture & f) {
     page p(4, 64, 3);
@@ -331,7 +306,6 @@ int main(int argc, char ** argv) {
         sleeps_on(f);
         full(f);
         failed(f);
-        pieces(f);
         history(f);
     }
     two_threads(path, 4, 64, 0);
