@@ -29,10 +29,7 @@ class _Node:
 
 
 class RadixTree:
-    """`version` counts the changes: what was found stays true until it moves."""
-
     def __init__(self) -> None:
-        self.version = 0
         self._root = _Node(np.zeros(0, dtype=np.int32), set(), None)
         self._ends: dict[int, _Node] = {}
 
@@ -45,7 +42,6 @@ class RadixTree:
     def insert(self, key: int, tokens: Tokens) -> None:
         """`key` stands for `tokens` (int32, not changed afterwards) from now on."""
         self.remove(key)
-        self.version += 1
         node, at = self._root, 0
         node.keys.add(key)
         while at < len(tokens):
@@ -66,7 +62,6 @@ class RadixTree:
         node: _Node | None = self._ends.pop(key, None)
         if node is None:
             return
-        self.version += 1
         while node is not None:
             node.keys.discard(key)
             parent = node.parent

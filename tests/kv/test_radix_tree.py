@@ -35,18 +35,6 @@ def test_the_longest_prefix_comes_first() -> None:
     assert (len(tree), 1 in tree, 0 in tree) == (2, False, True)
 
 
-def test_the_version_moves_with_every_change() -> None:
-    tree = RadixTree()
-    versions = [tree.version]
-    tree.insert(0, array([1, 2]))
-    versions.append(tree.version)
-    tree.remove(0)
-    versions.append(tree.version)
-    assert len(set(versions)) == 3
-    tree.remove(0)
-    assert tree.version == versions[-1]
-
-
 @pytest.mark.parametrize(
     ("a", "b", "n"), [([], [1], 0), ([1, 2], [1, 2, 3], 2), ([1, 2], [1, 3], 1), ([1], [1], 1)]
 )
