@@ -1,5 +1,5 @@
-// Sampling one row: the same tokens as libllama's own chain, bad logits, log-probabilities, and no
-// allocation.
+// Sampling one row: bad logits, log-probabilities, and no allocation. That tokens are those of libllama's
+// own chain is asked in test_fused.cpp, test_rows.cpp and tests/step/test_stepper.py.
 #include "allocations.hpp"
 #include "check.hpp"
 #include "step/engine.hpp"
@@ -38,98 +38,24 @@ struct sampler_test {
     }
 };
 
-// libllama's chain in llama.cpp's order, built here from its public calls only.
-plb::sampler_ptr reference(const plb_sampling & p, const llama_vocab * vocab) {
-    llama_sampler * chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
-    const int32_t n_vocab = llama_vocab_n_tokens(vocab);
-    llama_sampler_chain_add(
-        chain, llama_sampler_init_logit_bias(n_vocab, p.n_logit_bias, p.logit_bias));
-    llama_sampler_chain_add(chain, llama_sampler_init_penalties(
-        n_vocab, p.penalty_last_n, p.repeat_penalty, p.frequency_penalty, p.presence_penalty));
-    llama_sampler_chain_add(chain, llama_sampler_init_top_n_sigma(-1));
-    llama_sampler_chain_add(chain, llama_sampler_init_top_k(p.top_k));
-    llama_sampler_chain_add(chain, llama_sampler_init_typical(p.typical_p, 0));
-    llama_sampler_chain_add(chain, llama_sampler_init_top_p(p.top_p, 0));
-    llama_sampler_chain_add(chain, llama_sampler_init_min_p(p.min_p, 0));
-    llama_sampler_chain_add(chain, llama_sampler_init_temp_ext(p.temperature, 0, 1));
-    llama_sampler_chain_add(chain, llama_sampler_init_dist(p.seed));
-    return plb::sampler_ptr(chain);
-}
-
-llama_token reference_token(llama_sampler * chain, const std::vector<float> & logits) {
-    std::vector<llama_token_data> data;
-    for (size_t i = 0; i < logits.size(); ++i) {
-        data.push_back({(llama_token) i, logits[i], 0});
-    }
-    llama_token_data_array array = {data.data(), data.size(), -1, false};
-    llama_sampler_apply(chain, &array);
-    CHECK(array.selected >= 0);
-    const llama_token token = array.data[array.selected].id;
-    llama_sampler_accept(chain, token);
-    return token;
-}
-
-void same_as_chain(sampler_test & t) {
-    const llama_logit_bias biases[] = {{7, 3.5f}, {11, -INFINITY}};
-    const std::vector<llama_token> prompt = {3, 4, 5, 4, 3, 9, 9, 9};
-    int n_compared = 0;
-    for (int variant = 0; variant < 64; ++variant) {
-        plb_sampling p = plb_sampling_default();
-        p.max_tokens  = 1000;
-        p.seed        = 100 + (uint32_t) variant;
-        p.temperature = variant % 5 == 0 ? 0 : 0.5f + 0.1f * (float) (variant % 7);
-        p.top_k       = (variant & 1) ? 20 : 0;
-        p.top_p       = (variant & 2) ? 0.9f : 1;
-        p.min_p       = (variant & 4) ? 0.05f : 0;
-        p.typical_p   = variant % 16 == 9 && p.temperature > 0 ? 0.9f : 1;
-        if (variant & 8) {
-            p.repeat_penalty    = 1.3f;
-            p.frequency_penalty = 0.2f;
-            p.presence_penalty  = 0.1f;
-            p.penalty_last_n    = 5;
-        }
-        if (variant & 16) {
-            p.n_logit_bias = 2;
-            p.logit_bias   = biases;
-        }
-        auto slot = plb::make_slot(t.words, p, 0, prompt.data(), (int32_t) prompt.size());
-        auto chain = reference(p, t.words.vocab);
-        for (const llama_token token : prompt) {
-            llama_sampler_accept(chain.get(), token);
-        }
-        for (int step = 0; step < 40; ++step) {
-            const auto logits = t.row(step % 2 ? 4.0f : 1.0f);
-            const plb_result result = t.sample(*slot, logits);
-            CHECK_EQ(result.error, 0);
-            CHECK_EQ(result.token, reference_token(chain.get(), logits));
-            ++n_compared;
-            if (result.finish == PLB_FINISH_EOG) {
-                break;
-            }
-        }
-    }
-    CHECK(n_compared > 1000);
-}
-
 void bad_logits(sampler_test & t) {
-    for (const float bad : {NAN, -NAN, INFINITY}) {
-        for (const size_t at : {(size_t) 0, (size_t) 17, (size_t) t.words.n_vocab - 1}) {
-            plb_sampling p = plb_sampling_default();
+    plb_sampling p = plb_sampling_default();
+    plb_result result = {};
+    for (const float bad : {NAN, -NAN, INFINITY, -INFINITY}) { // more of them: test_fused.cpp
+        for (const int32_t path : {PLB_PATH_FUSED, PLB_PATH_CHAIN}) {
+            p.path = path;
             auto slot = plb::make_slot(t.words, p, 0, nullptr, 0);
-            auto logits = t.row(1);
-            logits[at] = bad;
-            const plb_result result = t.sample(*slot, logits);
+            auto logits = bad < 0 ? std::vector<float>(t.words.n_vocab, bad) : t.row(1);
+            logits[17] = bad;
+            result = t.sample(*slot, logits);
             CHECK_EQ(result.error, PLB_E_LOGITS);
             CHECK_EQ(result.finish, PLB_FINISH_ERROR);
             CHECK_EQ(result.token, -1);
             CHECK(!slot->active());
         }
     }
-    plb_sampling p = plb_sampling_default();
+    p.path = PLB_PATH_AUTO;
     auto slot = plb::make_slot(t.words, p, 0, nullptr, 0);
-    CHECK_EQ(t.sample(*slot, std::vector<float>(t.words.n_vocab, -INFINITY)).error, PLB_E_LOGITS);
-    slot = plb::make_slot(t.words, p, 0, nullptr, 0);
-    plb_result result = {};
     plb::sample_row(t.words, t.scratch, {slot.get(), nullptr, nullptr, &result, nullptr, nullptr});
     CHECK_EQ(result.error, PLB_E_LOGITS);
 
@@ -216,7 +142,6 @@ void no_allocation(sampler_test & t) {
 int main(int argc, char ** argv) {
     fixture f(model_path(argc, argv), 64, 1, plb_engine_default_params());
     sampler_test t(f.model);
-    same_as_chain(t);
     bad_logits(t);
     log_probabilities(t);
     typical_with_excluded(t);

@@ -59,32 +59,39 @@ def raw_generate(n: int, choose: Callable[[RawContext], int]) -> list[int]:
         return tokens
 
 
+BIAS = {270: 2.0, 280: -math.inf}
+CHAINS: list[dict[str, Any]] = [
+    {},
+    {"repeat_penalty": 1.3, "frequency_penalty": 0.2, "presence_penalty": 0.1, "penalty_last_n": 5},
+    {"typical_p": 0.9},
+    {"temperature": 0, "repeat_penalty": 1.3},
+    {"top_k": 0, "min_p": 0.0},
+]
+
+
 @pytest.mark.parametrize("seed", [0, 1, 12345, 2**32 - 2])
-@pytest.mark.parametrize("penalties", [False, True])
+@pytest.mark.parametrize("options", CHAINS, ids=lambda options: ",".join(options))
 def test_seeded_sampling_is_libllamas_own_chain(
-    stepper: Stepper, seed: int, penalties: bool
+    stepper: Stepper, seed: int, options: dict[str, Any]
 ) -> None:
-    repeat, frequency, presence = (1.3, 0.2, 0.1) if penalties else (1.0, 0.0, 0.0)
-    params = SamplingParams(
-        max_tokens=24,
-        seed=seed,
-        temperature=1.5,
-        top_p=0.98,
-        min_p=0.02,
-        repeat_penalty=repeat,
-        frequency_penalty=frequency,
-        presence_penalty=presence,
-        logit_bias={270: 2.0, 280: -math.inf},
-    )
-    bias = ffi.new("llama_logit_bias[]", list(params.logit_bias.items()))
+    given = {"temperature": 1.5, "top_p": 0.98, "min_p": 0.02, "logit_bias": BIAS, **options}
+    p = SamplingParams(max_tokens=24, seed=seed, **given)
+    bias = ffi.new("llama_logit_bias[]", list(BIAS.items()))
     chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
     for sampler in (
         lib.llama_sampler_init_logit_bias(stepper.n_vocab, len(bias), bias),
-        lib.llama_sampler_init_penalties(stepper.n_vocab, 64, repeat, frequency, presence),
-        lib.llama_sampler_init_top_k(40),
-        lib.llama_sampler_init_top_p(params.top_p, 0),
-        lib.llama_sampler_init_min_p(params.min_p, 0),
-        lib.llama_sampler_init_temp_ext(params.temperature, 0, 1),
+        lib.llama_sampler_init_penalties(
+            stepper.n_vocab,
+            p.penalty_last_n,
+            p.repeat_penalty,
+            p.frequency_penalty,
+            p.presence_penalty,
+        ),
+        lib.llama_sampler_init_top_k(p.top_k),
+        lib.llama_sampler_init_typical(p.typical_p, 0),
+        lib.llama_sampler_init_top_p(p.top_p, 0),
+        lib.llama_sampler_init_min_p(p.min_p, 0),
+        lib.llama_sampler_init_temp_ext(p.temperature, 0, 1),
         lib.llama_sampler_init_dist(seed),
     ):
         lib.llama_sampler_chain_add(chain, sampler)
@@ -93,12 +100,12 @@ def test_seeded_sampling_is_libllamas_own_chain(
     expected = raw_generate(24, lambda c: int(lib.llama_sampler_sample(chain, c.ptr, -1)))
     lib.llama_sampler_free(chain)
 
-    tokens, finish = alone(stepper, params)
+    tokens, finish = alone(stepper, p)
     n = len(tokens)
     assert tokens == expected[:n]
     assert finish is (Finish.EOG if tokens[-1] == EOS else Finish.LENGTH)
-    assert stepper.slot(0).seed == seed
-    assert len(set(tokens)) > 5
+    assert stepper.slot(0).seed == (seed if p.temperature else None)
+    assert len(set(tokens)) > 5 or not p.temperature
 
 
 def test_without_a_seed_draws_differ_and_the_seed_is_known(stepper: Stepper) -> None:
