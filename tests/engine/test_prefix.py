@@ -38,16 +38,21 @@ def n_prompt_rows(prompts: list[list[int]]) -> int:
     return sum(len(prompt) - 1 for prompt in prompts)
 
 
-@pytest.mark.parametrize("unified", [True, False])
+@pytest.mark.parametrize(("unified", "cache"), [(True, True), (False, True), (True, False)])
 def test_a_common_prefix_is_computed_once(
-    model: Model, architecture: Architecture, alone: list[Reference], unified: bool
+    model: Model, architecture: Architecture, alone: list[Reference], unified: bool, cache: bool
 ) -> None:
-    options = {"kv_unified": unified, "n_ctx": 1024 if unified else 4096, "prefix_cache": True}
+    """And without a cache by each."""
+    options = {"kv_unified": unified, "n_ctx": 1024 if unified else 4096, "prefix_cache": cache}
     with engine_on(model, **options) as engine:
         results = engine.generate(PROMPTS, GREEDY)
         stats = engine.stats()
     assert_as_alone([r.tokens for r in results], alone, tolerance(architecture.name), 0.98)
     n = len(COMMON)
+    if not cache:
+        assert (stats.prefix_tokens, stats.kv_cached) == (0, 0)
+        assert stats.prefill_rows == n_prompt_rows(PROMPTS)
+        return
     if not unified and (architecture.recurrent or architecture.hybrid):
         # a state in the middle of a text needs a slot of its own to be cached in
         assert stats.prefill_rows <= n_prompt_rows(PROMPTS)
@@ -55,17 +60,6 @@ def test_a_common_prefix_is_computed_once(
     assert stats.prefill_rows <= n_prompt_rows(PROMPTS) - (len(PROMPTS) - 1) * n + 16
     assert stats.prefix_tokens >= (len(PROMPTS) - 1) * n - 16
     assert stats.prefix_hit_rate > 0.6
-
-
-def test_without_a_cache_nothing_is_shared(
-    model: Model, architecture: Architecture, alone: list[Reference]
-) -> None:
-    with engine_on(model, prefix_cache=False) as engine:
-        results = engine.generate(PROMPTS, GREEDY)
-        stats = engine.stats()
-    assert_as_alone([r.tokens for r in results], alone, tolerance(architecture.name), 0.98)
-    assert (stats.prefix_tokens, stats.kv_cached) == (0, 0)
-    assert stats.prefill_rows == n_prompt_rows(PROMPTS)
 
 
 def test_a_conversation_goes_on_from_what_it_left(model: Model, architecture: Architecture) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyllamabatch.cost.step_cost import NO_COST
 from pyllamabatch.errors import ArgumentError, PlanError
 from pyllamabatch.scheduler import Limits, Plan, Scheduler, StepView
 from pyllamabatch.scheduler.drafting import (
@@ -26,6 +25,7 @@ from pyllamabatch.scheduler.policies.speculate import ASKED, NEW, STEPS, TIMED, 
 from pyllamabatch.scheduler.policy import PlanBuilder, Speculation
 from pyllamabatch.scheduler.rules import check_plan
 from pyllamabatch.scheduler.view import Drafts, Prices
+from tests.support.made_up_costs import Linear
 from tests.support.views import decoding, view_of
 
 LIMITS = Limits(
@@ -43,8 +43,11 @@ def dear(rows: float) -> float:
     return 0.01 * rows
 
 
+HALF = Linear(0.01, 0.005)
+
+
 def half(rows: float) -> float:
-    return 0.01 + 0.005 * rows
+    return HALF.predict(rows)  # type: ignore[arg-type]
 
 
 def decided(price: Any, n: int, *, even: bool = False, credit: float = 1.0, **facts: Any) -> Any:
@@ -154,17 +157,6 @@ def test_where_drafts_move_the_sampling_they_begin_if_they_were_right() -> None:
     assert decided(half, 1, limits=LIMITS, right=np.array([BAD]))[0] == {0: 4}
 
 
-class Linear:
-    """A cost model of `half`."""
-
-    absolute = calibrated = True
-    switch = 0.0
-    new_graph = NO_COST
-
-    def predict(self, rows: int, prefill: int = 0, kv: float = 0, n_seqs: int = 1) -> float:
-        return half(rows)
-
-
 def test_the_times_of_steps_correct_the_cost_model() -> None:
     times, said = StepTimes(), np.array([0.0, *map(half, range(1, 13))])
     assert not times.knows(1, 4)
@@ -196,7 +188,7 @@ def test_drafts_lose_no_more_than_a_share_of_the_time() -> None:
     slots, owner = np.array([0], np.int32), np.array([1])
 
     def call(seconds: float, credit: float | None) -> float:
-        drafting.observe(slots, owner, drafted_of(seconds, credit), 8, 100, Linear())  # type: ignore[arg-type]
+        drafting.observe(slots, owner, drafted_of(seconds, credit), 8, 100, HALF)
         return drafting.credit
 
     def drafted_of(seconds: float, credit: float | None = None) -> Drafted:
@@ -212,7 +204,7 @@ def test_drafts_lose_no_more_than_a_share_of_the_time() -> None:
     assert call(1.0, 7.0) == pytest.approx(4 * LOSS + RISKED * gained)
     assert call(1.0, None) == pytest.approx(5 * LOSS + RISKED * gained * second)
     for _ in range(10):  # what was gained long ago is not lost again
-        drafting.observe(slots, owner, drafted_of(100.0), 8, 100, Linear())  # type: ignore[arg-type]
+        drafting.observe(slots, owner, drafted_of(100.0), 8, 100, HALF)
     assert drafting.credit == pytest.approx(LOSS * LATELY, rel=1e-3)
 
 
@@ -224,7 +216,7 @@ def test_nor_do_drafts_that_take_time() -> None:
     shares = np.tile(np.array(GOOD), (8, 1))
 
     def decide() -> Speculation:
-        drafts = drafting.view(slots, owner, 1000 * one, 100.0, limits, Linear())  # type: ignore[arg-type]
+        drafts = drafting.view(slots, owner, 1000 * one, 100.0, limits, HALF)
         view = replace(view_of(decoding(0), limits=limits), drafts=lambda: drafts)
         return ByGain()(PlanBuilder(view, 64, view.kv.free, view.kv.promised))
 
@@ -239,7 +231,7 @@ def test_nor_do_drafts_that_take_time() -> None:
         timed = np.bincount([n_rows], minlength=9) * steps
         drafted = Drafted(slots + steps, n_rows * steps, 0, 0, shares, shares, seconds, timed,
                           timed * half(n_rows))  # fmt: skip
-        drafting.observe(slots, owner, drafted, steps, 100, Linear(), asked=bool(asked))  # type: ignore[arg-type]
+        drafting.observe(slots, owner, drafted, steps, 100, HALF, asked=bool(asked))
     assert 0 < lost < LOSS * (total + ADVANCE) + worst
 
 
@@ -250,9 +242,9 @@ def test_where_drafts_move_the_sampling_steps_without_come_first() -> None:
     for asked in (True, False, False):
         timed = np.bincount([1], minlength=9) * 32
         drafted = Drafted(slots, 32, 0, 0, shares, shares, 0.3, timed, 0.01 * timed)
-        drafting.observe(slots, owner, drafted, 32, 100, Linear(), asked=asked)  # type: ignore[arg-type]
+        drafting.observe(slots, owner, drafted, 32, 100, HALF, asked=asked)
         limits = replace(LIMITS, drafts_move_sampling=True)
-        drafts = drafting.view(slots, owner, np.array([9]), 100.0, limits, Linear())  # type: ignore[arg-type]
+        drafts = drafting.view(slots, owner, np.array([9]), 100.0, limits, HALF)
         assert drafts.prices is not None
         seen.append(drafts.prices() is not None)
     assert seen == [False, False, True]
@@ -269,7 +261,7 @@ def test_where_drafts_move_the_sampling_they_begin_soon_and_stay_where_they_pay(
         n_moves, n_off, n_asked, moved = 0, 100, 0, False
         for i in range(400):
             owner, fresh = np.array([1 + i // 10]), np.zeros((8, 4))
-            drafts = drafting.view(slots, owner, 1000 * owner, 100.0, limits, Linear())  # type: ignore[arg-type]
+            drafts = drafting.view(slots, owner, 1000 * owner, 100.0, limits, HALF)
             view = replace(view_of(decoding(0), limits=limits), drafts=partial(Drafts, *drafts))
             asked, steps, prices = ByGain()(PlanBuilder(view, 64, view.kv.free, view.kv.promised))
             assert steps is not None
@@ -286,7 +278,7 @@ def test_where_drafts_move_the_sampling_they_begin_soon_and_stay_where_they_pay(
             credit = None if prices is None else prices.credit + gained
             drafted = Drafted(slots + steps * n, (5 if asked else 1) * steps, 0, 0, found, shares,
                               seconds, timed, timed * each, credit)  # fmt: skip
-            drafting.observe(slots, owner, drafted, steps, 100, Linear(), asked=bool(asked))  # type: ignore[arg-type]
+            drafting.observe(slots, owner, drafted, steps, 100, HALF, asked=bool(asked))
         assert 0 < first < 4
         if pays:
             assert n_moves == 1
@@ -308,7 +300,7 @@ def test_a_disturbed_step_is_no_move_that_would_stop_drafts_for_long() -> None:
             drafted = Drafted(slots + n, n * rows, 0, 0, shares, shares, seconds, timed,
                               timed * seconds / n)  # fmt: skip
             before = drafting.credit
-            drafting.observe(slots, slots + 1, drafted, n, 0, Linear(), asked=asked)  # type: ignore[arg-type]
+            drafting.observe(slots, slots + 1, drafted, n, 0, HALF, asked=asked)  # type: ignore[arg-type]
         lost.append(before - drafting.credit)
     assert max(lost) < 150 * half(1)
 
@@ -321,15 +313,15 @@ def test_after_many_prompts_drafts_move_the_sampling_again() -> None:
     drafted = Drafted(slots, 64, 0, 0, shares, shares, 1.0, timed, 0.015 * timed)
 
     def begin() -> float:
-        view = drafting.view(slots, owner, np.array([9]), 100.0, limits, Linear())  # type: ignore[arg-type]
+        view = drafting.view(slots, owner, np.array([9]), 100.0, limits, HALF)
         assert view.prices is not None
         prices = view.prices()
         assert prices is not None
         return prices.begin
 
     begins = []
-    for asked, cost in ((False, Linear()), (True, Linear()), (False, None)):
-        drafting.observe(slots, owner, drafted, 64, 100, cost, asked=asked)  # type: ignore[arg-type]
+    for asked, cost in ((False, HALF), (True, HALF), (False, None)):
+        drafting.observe(slots, owner, drafted, 64, 100, cost, asked=asked)
         begins.append(begin() > 0)
     assert begins == [True, False, True]
 
