@@ -1,8 +1,8 @@
-// The check of grammars: what it must let through, what it must refuse, and that libllama agrees.
+// The check of grammars: what it must let through, what it must refuse, and that libllama agrees. What a
+// slot makes of it is tests/step/test_stepper.py's.
 #include "check.hpp"
 #include "step/engine.hpp"
 
-#include <cstring>
 #include <fstream>
 #include <sstream>
 
@@ -128,13 +128,5 @@ int main(int argc, char ** argv) {
     refuses(vocab, literal + "{2000}", "too large");
     refuses(vocab, literal + std::string(100000, '+'), "too large");
     refuses(vocab, literal + "{100}{100}", "too large");
-
-    // through the slot: the code, the text, and the old slot stays
-    plb_sampling sampling = plb_sampling_default();
-    CHECK_EQ(plb_slot_set(f.engine, 0, &sampling, nullptr, 0), PLB_OK);
-    sampling.grammar = "root ::= (";
-    CHECK_EQ(plb_slot_set(f.engine, 0, &sampling, nullptr, 0), PLB_E_GRAMMAR);
-    CHECK(strstr(plb_last_error(f.engine), "line 1, column 11") != nullptr);
-    CHECK(f.slot(0).active);
     return 0;
 }

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from pyllamabatch.cli import main
-from pyllamabatch.llama.batch import Batch
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
+from tests.support.decoding import likeliest
 from tools.recipe.default_model.tasks import Task, make_tasks
 
 KINDS = ("copy", "add", "upper", "reverse", "qa", "sort", "count")
@@ -85,24 +84,6 @@ def files(tmp_path: Path) -> Files:
     return Files(tmp_path)
 
 
-def greedy(model: Model, context: Context, prompt: np.ndarray) -> list[int]:
-    """What the prompt gives alone: one sequence, one row at a time, no engine."""
-    context.memory.clear()
-    batch = Batch(max(len(prompt), 1))
-    tokens: list[int] = []
-    batch.extend(prompt, 0, 0, logits=True)
-    pos = len(prompt)
-    while True:
-        context.decode(batch)
-        token = int(np.argmax(context.logits(batch.n_tokens - 1)))
-        tokens.append(token)
-        if model.vocab.is_eog(token) or len(tokens) == N_TOKENS:
-            return tokens
-        batch.clear()
-        batch.add(token, pos, (0,), logits=True)
-        pos += 1
-
-
 def test_200_prompts_are_what_they_are_one_by_one(files: Files) -> None:
     lines = make_lines(200)
     files.write(lines)
@@ -112,8 +93,8 @@ def test_200_prompts_are_what_they_are_one_by_one(files: Files) -> None:
     with Model.default() as model, Context(model, n_ctx=2048, n_threads=1) as context:
         for line, row in zip(lines, rows, strict=True):
             text = model.vocab.apply_chat_template(line["messages"])
-            prompt = model.vocab.tokenize(text, parse_special=True)
-            alone = greedy(model, context, prompt)
+            prompt = model.vocab.tokenize(text, parse_special=True).tolist()
+            alone = likeliest(context, prompt, N_TOKENS, ends=model.vocab.eog_tokens)
             ended = alone[:-1] if model.vocab.is_eog(alone[-1]) else alone
             assert row["text"] == model.vocab.detokenize(ended), line["id"]
             assert row["tokens"] in (alone, ended)

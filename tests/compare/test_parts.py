@@ -44,6 +44,7 @@ from pyllamabatch.compare.workload import (
 from pyllamabatch.models import default_model_path
 from pyllamabatch.raw import lib
 from pyllamabatch.scheduler import Limits, SequenceView, StepView, sarathi
+from tests.support.decoding import likeliest
 from tests.support.made_up_rows import row
 
 SECONDS = 60.0
@@ -64,25 +65,13 @@ def model() -> Iterator[Model]:
 # -- loops --
 
 
-def likeliest(model: Model, prompt: list[int], n: int) -> list[int]:
-    tokens: list[int] = []
-    with Context(model, n_ctx=256, n_threads=1) as context:
-        batch = context.batch()
-        batch.extend(prompt, 0, 0)
-        for i in range(n):
-            context.decode(batch)
-            tokens.append(int(np.argmax(context.logits())))
-            batch.clear()
-            batch.extend(tokens[-1:], len(prompt) + i, 0)
-    return tokens
-
-
 @pytest.mark.parametrize("n_batch", [512, 16])
 def test_a_loop_samples_what_each_sequence_gets_alone(model: Model, n_batch: int) -> None:
     """Also when prompts take several batches, and one comes while another decodes."""
     case = case_of(n_batch=n_batch, pp=40)
     prompts = case.prompts(model.n_vocab).tolist()
-    expected = [likeliest(model, prompt, 8) for prompt in prompts]
+    with Context(model, n_ctx=256, n_threads=1) as context:
+        expected = [likeliest(context, prompt, 8) for prompt in prompts]
     found: list[list[int]] = [[], []]
     with Context(model, **case.context_params()) as context:
         loop = Loop(context, "greedy")

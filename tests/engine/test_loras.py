@@ -6,7 +6,6 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,11 @@ from pyllamabatch import Engine, LoraAdapter, Model, SamplingParams
 from pyllamabatch.errors import ArgumentError, ClosedError, StateError
 from pyllamabatch.llama.context import Context
 from tests.support import engines as support
-from tests.support.decoding import decode
+from tests.support.decoding import likeliest
 from tests.support.engines import EXACT, check_idle
 from tests.support.faults import set_fault
 from tests.support.models_gguf import gguf_path
 from tests.support.models_special import write_lora
-from tests.support.oracle import greedy
 
 N_TOKENS = 24
 GREEDY = support.greedy(N_TOKENS)
@@ -47,16 +45,14 @@ def adapters(
 @pytest.fixture(scope="module")
 def alone(model: Model, adapters: dict[str, LoraAdapter]) -> list[list[list[int]]]:
     """By prompt and by set, with the typed layer: one sequence, one context."""
-    never = sorted(model.vocab.eog_tokens)
+    never = model.vocab.eog_tokens
     expected = []
     for prompt in PROMPTS:
         each = []
         for chosen in SETS:
             with Context(model, n_ctx=256, **EXACT) as context:
                 context.set_loras([(adapters[name], scale) for name, scale in chosen.items()])
-                feed = partial(decode, context)
-                alone = greedy(feed, feed(prompt), N_TOKENS, pos=len(prompt), never=never)
-                each.append(alone.tokens)
+                each.append(likeliest(context, prompt, N_TOKENS, never=never))
         expected.append(each)
     assert all(len({tuple(tokens) for tokens in each}) == len(SETS) for each in expected)
     return expected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -32,6 +32,26 @@ def decode(context: Context, tokens: Sequence[int], pos: int = 0, seq: int = 0) 
     batch.extend(tokens, pos, seq)
     context.decode(batch)
     return np.array(context.logits())
+
+
+def likeliest(
+    context: Context,
+    prompt: Sequence[int],
+    n: int,
+    *,
+    never: Collection[int] = (),
+    ends: Collection[int] = (),
+) -> list[int]:
+    """The `n` greedy tokens of a prompt that is alone, none of `never`; the first of `ends` is the
+    last one."""
+    context.memory.clear()
+    logits, tokens = decode(context, prompt), list[int]()
+    while True:
+        logits[list(never)] = -np.inf
+        tokens.append(int(logits.argmax()))
+        if len(tokens) == n or tokens[-1] in ends:
+            return tokens
+        logits = decode(context, tokens[-1:], pos=len(prompt) + len(tokens) - 1)
 
 
 def write(stepper: Stepper, tokens: Tokens, *, seq: int = 0, pos: int = 0, at: int = 0) -> int:
