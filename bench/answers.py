@@ -137,6 +137,7 @@ def compare(
     with Engine(
         model,
         n_seq_max=1,
+        speculate=None,
         n_ctx=N_CTX,
         n_batch=case.n_batch,
         n_ubatch=case.n_ubatch,

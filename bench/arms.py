@@ -171,7 +171,7 @@ class InProcess:
     def engine(self, case: Case) -> Measured:
         """The engine; time runs between the plans of its steady steps."""
         clock = StepClock(sarathi(), case.pl, case.tg)
-        with Engine(self.model, policy=clock, **case.context_params()) as engine:
+        with Engine(self.model, policy=clock, speculate=None, **case.context_params()) as engine:
             prompts = case.prompts(self.model.n_vocab)
             room = case.n_ctx // case.pl - case.pp
             start = time.perf_counter()

@@ -104,7 +104,11 @@ def cached(inside: InProcess, n_rounds: int, case: Case) -> Measured:
 
 def engine(inside: InProcess, case: Case, prefix_cache: bool = True) -> Engine:
     return Engine(
-        inside.model, n_seq_max=case.pl, n_threads=case.n_threads, prefix_cache=prefix_cache
+        inside.model,
+        n_seq_max=case.pl,
+        n_threads=case.n_threads,
+        prefix_cache=prefix_cache,
+        speculate=None,
     )
 
 

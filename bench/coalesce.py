@@ -127,7 +127,7 @@ def run_threads(inside: InProcess, gather: Gather | None, case: Case) -> Measure
             ready.abort()
 
     start = time.perf_counter()
-    with Engine(inside.model, gather=gather, **case.context_params()) as engine:
+    with Engine(inside.model, gather=gather, speculate=None, **case.context_params()) as engine:
 
         def read() -> None:  # while every thread waits, before the first one goes on
             readings.append((time.perf_counter(), engine.stats()))

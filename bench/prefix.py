@@ -87,7 +87,9 @@ def serve(
     """The last of the rounds, whose requests differ behind the common prefix. t_pp: until the last
     first token; t_tg: from there to the end."""
     params = SamplingParams(temperature=0, max_tokens=case.tg, ignore_eog=True)
-    with Engine(inside.model, prefix_cache=prefix_cache, **case.context_params()) as engine:
+    with Engine(
+        inside.model, prefix_cache=prefix_cache, speculate=None, **case.context_params()
+    ) as engine:
         for which in range(n_rounds):
             before = engine.stats()
             results = engine.generate(

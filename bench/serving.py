@@ -97,7 +97,7 @@ class EngineClients(Clients):
     def __init__(self, case: Case, model: Model, limit_s: float) -> None:
         super().__init__(case, model.n_vocab)
         self._limit_s = limit_s
-        self._engine = Engine(model, **case.context_params())
+        self._engine = Engine(model, speculate=None, **case.context_params())
 
     def ask(self, prompt: I32, tokens: int, seed: int) -> None:
         params = sampling_params(self.case.sampling, seed, tokens)

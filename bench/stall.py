@@ -115,7 +115,8 @@ def run(inside: InProcess, policy: str, case: Case) -> Measured:
     if case.kv_unified:
         with_late = replace(with_late, n_cells=SHORT + case.tg + case.pp // (case.pl + 1))
     half = threading.Semaphore(0)
-    with Engine(inside.model, policy=make_policy(policy), **with_late.context_params()) as engine:
+    options = with_late.context_params() | {"policy": make_policy(policy), "speculate": None}
+    with Engine(inside.model, **options) as engine:
         readers = [Reader(engine.submit(prompt[:SHORT], greedy), [], half) for prompt in prompts]
         threads = [threading.Thread(target=reader) for reader in readers]
         for thread in threads:

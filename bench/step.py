@@ -242,6 +242,7 @@ def gaps(inside: InProcess, load: Load, case: Case) -> Measured:
         n_threads=case.n_threads,
         n_threads_batch=case.n_threads,
         n_trace=2**16,
+        speculate=None,
     ) as engine:
         n = case.pl * load.rounds
         lengths = itertools.cycle(np.linspace(case.tg // 4, case.tg, 37).astype(int).tolist())

@@ -375,6 +375,7 @@ class EngineTraffic(Traffic, EngineClients):
             n_seq_max=case.pl,
             n_threads=case.n_threads,
             n_trace=2**16,
+            speculate=None,
             **options,
         )
 

@@ -206,6 +206,7 @@ def run_once(
         n_batch=case.n_batch,
         n_ubatch=case.n_ubatch,
         policy=make_policy(spec),
+        speculate=None,
         kv_unified=case.kv_unified,
         prefix_cache=False,
         n_threads=case.n_threads,

@@ -99,6 +99,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                     n_ctx=options.n_ctx,
                     kv_unified=unified,
                     prefix_cache=False,
+                    speculate=None,
                     policy=make_policy(options.policy),
                     cost=cost,
                     n_trace=N_TRACE,

@@ -97,8 +97,9 @@ _SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "speculate": (("--speculate",), {
         "metavar": "DRAFTER",
         "help": "check several tokens of a sequence in a step where that pays; answers stay the "
-                "same. ngram: what followed the same ones earlier in its text; draft:FILE: what a "
-                "smaller model drafts (draft: the embedded model's); your own, FILE.py:NAME; off"}),
+                "same. ngram: what followed the same ones earlier in its text (the default, where "
+                "a model can take tokens back); draft:FILE: what a smaller model drafts (draft: "
+                "the embedded model's); your own, FILE.py:NAME; off"}),
     "prefix_cache": (("--prefix-cache",), {
         "action": argparse.BooleanOptionalAction,
         "help": "reuse the cells of prompts that start alike (the default)"}),
@@ -212,9 +213,9 @@ def open_engine(model: Model, args: argparse.Namespace, n_seq_max: int, **option
     """An engine with the shared flags, the policy and these options."""
     given = {name: getattr(args, name) for name in _SHARED if name != "threads"}
     given |= dict.fromkeys(("n_threads", "n_threads_batch"), args.threads)
-    if given["speculate"] == "off":
-        given["speculate"] = None
     options |= {name: value for name, value in given.items() if value is not None}
+    if given["speculate"] == "off":
+        options["speculate"] = None
     if args.policy is not None:
         options["policy"] = make_policy(args.policy)
     return Engine(model, n_seq_max=n_seq_max, **options)

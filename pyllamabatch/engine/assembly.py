@@ -8,6 +8,7 @@ from typing import Any, cast
 from ..cost.model import CostModel
 from ..llama.host import PathLike
 from ..llama.lora import Loras
+from ..llama.memory import copies_whole_only
 from ..llama.model import Model
 from ..scheduler import Invariance, KvOptions, Scheduler
 from . import on_machine
@@ -40,6 +41,10 @@ def assemble(
     """`context_params`: see `layout.make_context`. `machine`: a profile's name or file, or None for
     this machine, which needs a model. Raises as `Engine`, and nothing is left open."""
     context: EngineContext
+    if options.speculate == "auto":
+        takes_back = isinstance(model, Model) and not copies_whole_only(model)
+        drafts = takes_back and machine is None and not options.batch_invariant
+        options = replace(options, speculate="ngram" if drafts else None)
     if machine is None:
         context, layout = make_context(cast("Model", model), options, context_params)
     else:

@@ -107,7 +107,7 @@ class EngineOptions:
     swap_folder: PathLike | None
     max_restarts: int
     loras: Mapping[str, LoraAdapter]
-    speculate: AnyDrafter | Model | str | None = None
+    speculate: AnyDrafter | Model | str | None = "auto"
     batch_invariant: BatchInvariant = False
     drafter: AnyDrafter | None = field(init=False, default=None)  # what `speculate` is
 
@@ -120,10 +120,10 @@ class EngineOptions:
         if not isinstance(self.batch_invariant, bool) and self.batch_invariant != "nearly":
             raise ArgumentError("batch_invariant", self.batch_invariant, 'True, False or "nearly"')
         choice("preemption", self.preemption, ("auto", "recompute", "swap"))
-        if self.speculate is not None and self.batch_invariant == "nearly":
+        if self.speculate not in (None, "auto") and self.batch_invariant == "nearly":
             why = 'None with batch_invariant="nearly": steps with drafts have other numbers of rows'
             raise ArgumentError("speculate", self.speculate, why)
-        self.drafter = drafter_of(self.speculate)
+        self.drafter = None if self.speculate == "auto" else drafter_of(self.speculate)
         if self.max_waiting is not None:
             self.max_waiting = integer("max_waiting", self.max_waiting, 1, 2**31)
 

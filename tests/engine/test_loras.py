@@ -239,7 +239,7 @@ def test_a_fresh_context_has_the_adapters_that_were_applied(
 def test_a_cancel_waits_for_one_step_of_each_set(
     model: Model, adapters: dict[str, LoraAdapter]
 ) -> None:
-    with engine_on(model, adapters, n_ctx=2048) as engine:
+    with engine_on(model, adapters, n_ctx=2048, speculate=None) as engine:
         calls: list[int] = []  # steps that each may have
         turns: list[int] = []  # the call that each begins with
         cancelled = threading.Event()

@@ -36,7 +36,7 @@ def drafter(request: pytest.FixtureRequest, model: Model) -> Any:
 @LAYOUTS
 def test_answers_are_the_same_and_the_accounts_agree(model: Model, kv_unified: bool) -> None:
     params = [greedy(60, logit_bias=LOOP), greedy(40, logit_bias=LOOP), greedy(50)]
-    with engine_of(model, kv_unified=kv_unified) as engine:
+    with engine_of(model, kv_unified=kv_unified, speculate=None) as engine:
         expected = engine.generate(PROMPTS[:3], params)
         plain = check_idle(engine)
         assert engine.limits.n_draft_max == plain.drafted_tokens == 0
@@ -90,6 +90,20 @@ def test_requests_that_have_ended_are_drafted_from(model: Model) -> None:
     with pytest.raises(ArgumentError, match="corpus"):
         Ngram(corpus=-1)
     assert str(make_drafter("ngram:corpus=1000")) == "ngram:corpus=1000"
+
+
+def test_an_engine_drafts_without_being_asked_where_that_is_possible(model: Model) -> None:
+    def may_draft(model: Model | None, **options: Any) -> bool:
+        with Engine(model, n_seq_max=2, n_ctx=512, n_threads=1, **options) as engine:
+            return engine.limits.n_draft_max > 0
+
+    assert may_draft(model)
+    assert not may_draft(model, speculate=None)
+    assert not may_draft(model, batch_invariant=True)
+    assert may_draft(model, batch_invariant=True, speculate="ngram")
+    assert not may_draft(loaded("lfm2"))
+    with Engine(machine="nvidia-h200-gemma-3-1b-q4_k_m", n_seq_max=2) as engine:
+        assert engine.limits.n_draft_max == 0
 
 
 def test_what_is_refused(model: Model) -> None:

@@ -53,6 +53,7 @@ def made(model: Model, policy: str, cost: Any) -> tuple[list[list[int]], Any]:
         n_ctx=2048,
         policy=make_policy(policy),
         cost=cost,
+        speculate=None,
         n_threads=1,
         n_threads_batch=1,
     ) as engine:

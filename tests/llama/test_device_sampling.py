@@ -221,6 +221,7 @@ def test_the_engine_passes_it_on(model: Model, kv_unified: bool) -> None:
             n_threads=1,
             kv_unified=kv_unified,
             device_sampling=device_sampling,
+            speculate=None,
         ) as engine:
             each = [SamplingParams(max_tokens=20, seed=i, ignore_eog=True) for i in range(8)]
             both.append([result.tokens for result in engine.generate(prompts, each)])
