@@ -56,24 +56,18 @@ def case_of(pl: int = 2, **values: object) -> Case:
     return Case(model=model, pl=pl, **given)  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    with Model.default() as model:
-        yield model
-
-
 # -- loops --
 
 
 @pytest.mark.parametrize("n_batch", [512, 16])
-def test_a_loop_samples_what_each_sequence_gets_alone(model: Model, n_batch: int) -> None:
+def test_a_loop_samples_what_each_sequence_gets_alone(embedded_model: Model, n_batch: int) -> None:
     """Also when prompts take several batches, and one comes while another decodes."""
     case = case_of(n_batch=n_batch, pp=40)
-    prompts = case.prompts(model.n_vocab).tolist()
-    with Context(model, n_ctx=256, n_threads=1) as context:
+    prompts = case.prompts(embedded_model.n_vocab).tolist()
+    with Context(embedded_model, n_ctx=256, n_threads=1) as context:
         expected = [likeliest(context, prompt, 8) for prompt in prompts]
     found: list[list[int]] = [[], []]
-    with Context(model, **case.context_params()) as context:
+    with Context(embedded_model, **case.context_params()) as context:
         loop = Loop(context, "greedy")
         loop.start(0, prompts[0], 3)
         while len(found[1]) < 8:
@@ -87,9 +81,9 @@ def test_a_loop_samples_what_each_sequence_gets_alone(model: Model, n_batch: int
     assert [tokens[:8] for tokens in found] == expected
 
 
-def test_held_sequences_wait_for_a_prompt(model: Model) -> None:
+def test_held_sequences_wait_for_a_prompt(embedded_model: Model) -> None:
     case = case_of(pp=30, n_batch=16)
-    with Context(model, **case.context_params()) as context:
+    with Context(embedded_model, **case.context_params()) as context:
         loop = Loop(context, "greedy")
         loop.start(0, [5] * 10, 1)
         loop.start(1, [6] * 30, 1)

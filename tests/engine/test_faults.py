@@ -71,19 +71,6 @@ def test_a_request_that_breaks_every_context_ends_and_the_others_go_on() -> None
     assert rig.machine.n_renewed == 2
 
 
-def test_without_a_fresh_context_every_request_is_told() -> None:
-    rig = Rig(LIMITS, lambda n: -3 if n in (3, 4) else None, max_restarts=2)
-    rig.machine.barren = True
-    streams = rig.submit_all(prompts(6), greedy(10))
-    rig.core.start()
-    for stream in streams:
-        with pytest.raises(ContextCreateError, match=r"backend failed.*no memory left"):
-            stream.result(10)
-    rig.core.close(wait=True, timeout=10)
-    with pytest.raises(EngineClosed, match="no memory left"):
-        rig.submit(prompts(1)[0], greedy(10))
-
-
 class FirstTwoOnly:
     """FCFS, but from the sixth plan on it runs only two of three sequences for a while."""
 
@@ -136,23 +123,28 @@ class Stubborn:
 
 
 @pytest.mark.parametrize(
-    ("policy", "fault", "kind"),
+    ("policy", "fault", "kind", "says"),
     [
-        (Stubborn(Plan({99: 1})), None, PlanError),
-        (Stubborn(Plan()), None, PlanError),
-        (None, RuntimeError("out of order"), RuntimeError),
-        (None, KeyboardInterrupt(), EngineClosed),
+        (Stubborn(Plan({99: 1})), None, PlanError, "99"),
+        (Stubborn(Plan()), None, PlanError, None),
+        (None, RuntimeError("out of order"), RuntimeError, "out of order"),
+        (None, KeyboardInterrupt(), EngineClosed, None),
+        (None, -3, ContextCreateError, "backend failed.*no memory left"),
     ],
-    ids=["bad plan", "empty plan", "bug", "interrupt"],
+    ids=["bad plan", "empty plan", "bug", "interrupt", "no fresh context"],
 )
 def test_the_thread_never_dies_silently(
-    policy: Stubborn | None, fault: BaseException | None, kind: type[Exception]
+    policy: Stubborn | None,
+    fault: BaseException | int | None,
+    kind: type[Exception],
+    says: str | None,
 ) -> None:
-    rig = Rig(LIMITS, lambda n: fault, policy)
+    rig = Rig(LIMITS, lambda n: fault, policy, max_restarts=2)
+    rig.machine.barren = True
     streams = rig.submit_all(prompts(6), greedy(10))
     rig.core.start()
     for stream in streams:
-        with pytest.raises(kind):
+        with pytest.raises(kind, match=says):
             stream.result(10)
     rig.core.close(wait=True, timeout=10)
     assert rig.machine.closed
