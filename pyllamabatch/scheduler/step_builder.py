@@ -141,7 +141,7 @@ class StepBuilder:
             return
         repeat = max(1, min(repeat, accounting.empty // n_rows))
         if asked:
-            step.stands = 1 if step.n_pad else repeat
+            step.stands = 1 if step.n_pad > n_rows else repeat  # for each tells what padding costs
             return
         step.repeat = repeat
         if self.compaction.possible and repeat > 1 and self.cost is not None:

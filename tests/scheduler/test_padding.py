@@ -96,6 +96,21 @@ def test_only_steps_in_which_all_decode_are_padded() -> None:
         assert pads == ({3, 2} if padded else {0})
 
 
+@pytest.mark.parametrize(("gone", "n_pad", "stands"), [(2, 1, True), (1, 2, False)])
+def test_a_lone_sequence_needs_a_plan_for_each_token_only_where_rows_are_wasted(
+    gone: int, n_pad: int, stands: bool
+) -> None:
+    machine = Machine(STREAMS, cost=rows(5e-3), sharing=TRIM)
+    for id in (1, 2):
+        machine.add_interactive(id, 10)
+    machine.run()
+    machine.remove(gone)
+    machine.scheduler.interactive.ask(3 - gone)
+    step = machine.scheduler.plan(0.0)
+    assert step is not None
+    assert (step.n_pad, step.stands > 1) == (n_pad, stands)
+
+
 def test_a_pool_of_cells_has_none() -> None:
     scheduler = Scheduler(POOL, kv=KvOptions(TRIM), cost=rows(5e-3))
     held = scheduler.accounting.held_by_slot
