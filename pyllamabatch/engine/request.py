@@ -54,6 +54,9 @@ class Sink:
         """The core thread ends, and leaves it as it is."""
 
 
+NO_SINK = Sink()
+
+
 class Request:
     """A sequence to be computed: a request that ends by itself, or an interactive one, which has no
     budget and stays until its owner closes it.
@@ -103,7 +106,7 @@ class Request:
         self.slot = -1
         self.state = b""
         self.n_restarts = 0
-        self.sink = Sink()
+        self.sink = NO_SINK
 
     @property
     def next_row(self) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ..errors import SamplingError
 from ..step.types import Finish
 from .output_processor import OutputProcessor
-from .request import Request, Sink
+from .request import NO_SINK, Request, Sink
 from .results import FinishReason
 from .slot_table import SlotTable
 from .stream import Stream
@@ -77,6 +77,7 @@ class StreamSink(Sink):
         """The stream ends behind all that was sampled for it."""
         self._leave_queue()
         self._output.end(self.stream, reason, stop, error)
+        self.request.sink = NO_SINK  # which has the request: a cycle would outlive both
 
     def _leave_queue(self) -> None:
         if self._waits:

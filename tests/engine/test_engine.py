@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from pyllamabatch.engine.engine import Engine
+from pyllamabatch.engine.request import Request
 from pyllamabatch.engine.stats import EngineStats
 from pyllamabatch.errors import (
     ArgumentError,
@@ -407,6 +408,27 @@ def test_a_forgotten_engine_ends_by_itself_but_not_under_a_stream(model: Model) 
     assert gone() is None
     thread.join(10)
     assert not thread.is_alive()
+
+
+def test_what_has_ended_is_freed_without_a_search_for_cycles(model: Model) -> None:
+    """Its sampling state, its prompt and its text with it."""
+
+    def n_requests() -> int:
+        return sum(isinstance(one, Request) for one in gc.get_objects())
+
+    with small(model) as engine:
+        engine.generate([PROMPT], greedy())
+        engine.drain()
+        gc.collect()
+        gc.disable()
+        try:
+            before = n_requests()
+            engine.resume()
+            engine.generate([PROMPT] * 20, greedy())
+            engine.drain()
+            assert n_requests() < before + 5  # a thread has the last one at hand
+        finally:
+            gc.enable()
 
 
 def test_a_thread_that_prepares_a_request_is_waited_for(
