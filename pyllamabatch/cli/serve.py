@@ -13,6 +13,7 @@ It listens on loopback only, unless --host says otherwise. Give it a key then:
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -120,6 +121,8 @@ def run(args: argparse.Namespace) -> int:
             raise UnsupportedOperation(what) from None
 
         def ready() -> None:
+            gc.collect()
+            gc.freeze()  # a search for cycles in all that stays would hold up every stream
             if not args.quiet:
                 say(f"{name}: {server.url}, {what}")
 

@@ -426,7 +426,7 @@ def test_what_has_ended_is_freed_without_a_search_for_cycles(model: Model) -> No
             engine.resume()
             engine.generate([PROMPT] * 20, greedy())
             engine.drain()
-            assert n_requests() < before + 5  # a thread has the last one at hand
+            assert n_requests() < before + 5  # a thread may still have the last one
         finally:
             gc.enable()
 

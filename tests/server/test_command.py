@@ -4,6 +4,7 @@ always, and no model; with files; and several, without the extra."""
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from pathlib import Path
 
@@ -61,6 +62,28 @@ def test_files_that_flags_name(tmp_path: Path) -> None:
     twice = flags(*words, "--lora", style)
     with pytest.raises(ArgumentError, match="has this name already"), serve.opened(twice):
         pass
+
+
+SERVED = """
+import argparse, gc, sys
+from pyllamabatch.cli import serve
+from pyllamabatch.server.run import Server
+
+Server.run_until_signal = lambda self: self._ready()
+parser = argparse.ArgumentParser()
+serve.add_arguments(parser)
+serve.run(parser.parse_args(sys.argv[1:]))
+gc.collect()
+print(len(gc.get_objects()), gc.get_freeze_count())
+"""
+
+
+def test_what_stays_is_searched_for_no_cycles(tmp_path: Path) -> None:
+    words = ["--machine", fast_profile(tmp_path), "-np", "2", "-q", "--port", "0"]
+    command = [sys.executable, "-c", SERVED, *map(str, words)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    n_searched, n_frozen = map(int, said.split())
+    assert n_searched < n_frozen / 10
 
 
 def test_several_engines_need_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
