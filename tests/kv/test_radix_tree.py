@@ -21,20 +21,6 @@ def common(a: list[int], b: list[int]) -> int:
     return n
 
 
-def test_the_longest_prefix_comes_first() -> None:
-    tree = RadixTree()
-    tree.insert(0, array([1, 2, 3, 4]))
-    tree.insert(1, array([1, 2, 5]))
-    tree.insert(2, array([7]))
-    assert list(tree.matches(array([1, 2, 5, 6]))) == [(1, 3), (0, 2)]
-    assert list(tree.matches(array([1, 9]))) in ([(0, 1), (1, 1)], [(1, 1), (0, 1)])
-    assert list(tree.matches(array([9]))) == []
-    assert list(tree.matches(array([]))) == []
-    tree.remove(1)
-    assert list(tree.matches(array([1, 2, 5, 6]))) == [(0, 2)]
-    assert (len(tree), 1 in tree, 0 in tree) == (2, False, True)
-
-
 @pytest.mark.parametrize(
     ("a", "b", "n"), [([], [1], 0), ([1, 2], [1, 2, 3], 2), ([1, 2], [1, 3], 1), ([1], [1], 1)]
 )
@@ -79,6 +65,7 @@ def test_it_finds_what_a_search_of_all_finds(
             assert dict(found) == expected
             assert len(found) == len(expected)
             assert [n for _, n in found] == sorted(expected.values(), reverse=True)
+        assert [key for key in range(8) if key in tree] == sorted(known)
         assert len(tree) == len(known)
         distinct = {tuple(tokens) for tokens in known.values() if tokens}
         assert size(tree) <= max(0, 2 * len(distinct) - 1)
