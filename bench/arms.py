@@ -106,14 +106,15 @@ class StepClock:
 class InProcess:
     """The arms that run in this process; the model is loaded once."""
 
-    def __init__(self, file: ModelFile, n_gpu_layers: int) -> None:
+    def __init__(self, file: ModelFile, n_gpu_layers: int, **load: Any) -> None:
         self.file = file
-        self.model = Model(file.path, n_gpu_layers=n_gpu_layers)
+        self.model = Model(file.path, n_gpu_layers=n_gpu_layers, **load)
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> InProcess:
         """By the options of `add_model`."""
-        return cls(resolve(options.model), options.gpu_layers)
+        mtp = getattr(options, "draft", None) == "mtp"
+        return cls(resolve(options.model), options.gpu_layers, load_mtp=mtp)
 
     def facts(self) -> dict[str, Any]:
         """The build's and the model's part of a record."""

@@ -69,7 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--texts", default=f"{REPEATING},{FREE}", help="comma separated")
     parser.add_argument("--tokens", type=int, default=96, help="of an answer at most")
     parser.add_argument("--arms", default="", help="comma separated; all by default")
-    parser.add_argument("--draft", metavar="FILE", help="a smaller model that drafts, for its arm")
+    parser.add_argument(
+        "--draft",
+        metavar="FILE",
+        help="a smaller model that drafts, for its arm; mtp: layers of the model itself",
+    )
     parser.add_argument(
         "--acceptance",
         metavar="SHARE,…",
@@ -137,6 +141,8 @@ def view(records: Sequence[Record]) -> str:
 
 def drafter_of(options: argparse.Namespace) -> str | None:
     """What the arm `draft` drafts from; None: there is no such arm."""
+    if options.draft == "mtp":
+        return "mtp"
     if options.draft:
         return f"draft:{options.draft}"
     return "draft" if options.model == "default" else None

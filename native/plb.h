@@ -155,6 +155,7 @@ typedef struct plb_engine_params {
     int32_t stream;         /* 0: a call overwrites what the one before it gave, and a run makes
                                n_steps_max steps at most; 1: results stay until another thread has
                                read them, see plb_ring_read */
+    int32_t mtp;            /* 1: the context is of LLAMA_CONTEXT_TYPE_MTP, see plb_draft_model */
 } plb_engine_params;
 
 /* Whether the device reduces each row of logits to the largest 128, which is what travels to the host

@@ -77,7 +77,8 @@ def main() -> int:
     if unknown := set(names) - set(NAMES):
         parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(NAMES)}")
     programs, model = build(names), BUILD / "tiny.gguf"
-    subprocess.run([sys.executable, ROOT / "native/tests/write_model.py", model], check=True)
+    write = str(ROOT / "native/tests/write_model.py")
+    subprocess.run([sys.executable, write, model, BUILD / "mtp.gguf"], check=True)
     seconds = round(60 * options.minutes)
     passed = [fuzz(programs / f"fuzz_{name}", name, seconds, model) for name in names]
     return int(not all(passed))

@@ -1,5 +1,7 @@
 #include "step/draft_model.hpp"
 
+#include "llama-ext.h"
+
 #include <algorithm>
 
 using namespace plb;
@@ -71,14 +73,21 @@ bool can_go_back(const plb_draft_model & self, llama_seq_id seq, size_t n) {
     return window == 0 || llama_memory_seq_pos_min(llama_get_memory(ctx), seq) <= std::max(first, 0);
 }
 
+// Of these tokens as many as a sequence's memory begins with, those left out that were drafted from the
+// model's own hidden states.
+size_t n_held(const plb_draft_model & self, const sequence & s, const std::vector<llama_token> & known) {
+    const size_t n = n_alike(s.held, known);
+    return self.n_hidden > 0 ? std::min(n, s.n_agreed) : n;
+}
+
 // Of all that is held the longest prefix of its tokens, be it another sequence's: one that was moved
 // or preempted, one with the same prompt.
 void take_over(plb_draft_model & self, llama_seq_id seq) {
     sequence & s = self.sequences[(size_t) seq];
-    size_t most = n_alike(s.held, s.known);
+    size_t most = n_held(self, s, s.known);
     llama_seq_id from = seq;
     for (llama_seq_id other = 0; other < (llama_seq_id) self.sequences.size(); ++other) {
-        const size_t n = n_alike(self.sequences[(size_t) other].held, s.known);
+        const size_t n = n_held(self, self.sequences[(size_t) other], s.known);
         if (n > most && can_go_back(self, other, n)) {
             most = n;
             from = other;
@@ -88,6 +97,7 @@ void take_over(plb_draft_model & self, llama_seq_id seq) {
         forget(self, seq);
         llama_memory_seq_cp(llama_get_memory(self.model->ctx), from, seq, 0, (llama_pos) most);
         s.held.assign(s.known.begin(), s.known.begin() + (ptrdiff_t) most);
+        s.n_agreed = most;
     }
 }
 
@@ -101,9 +111,11 @@ void follow(plb_draft_model & self, llama_seq_id seq) {
     s.n_seen = generated.size();
     const size_t most = std::min(s.held.size(), s.known.size() - 1);
     size_t n = std::min(s.n_agreed, most);
-    while (n < most && s.held[n] == s.known[n]) {
+    // Where it started from its own hidden states, it starts again from the target's.
+    while (self.n_hidden == 0 && n < most && s.held[n] == s.known[n]) {
         ++n;
     }
+    s.own_pos = 0;
     if (n < s.held.size()) {
         if (!can_go_back(self, seq, n) ||
             !llama_memory_seq_rm(llama_get_memory(self.model->ctx), seq, (llama_pos) n, -1)) {
@@ -152,6 +164,15 @@ public:
     int32_t add(llama_seq_id seq, llama_token token, bool sample) {
         plb_engine & model = *self_.model;
         sequence & s = self_.sequences[(size_t) seq];
+        if (self_.n_hidden > 0) {
+            // Only where all rows have outputs, every architecture gives the hidden states of these.
+            const int32_t code = n_ > 0 && sample != sample_ ? compute() : PLB_OK;
+            if (code != PLB_OK) {
+                return code;
+            }
+            sample_ = sample;
+            start(s, &model.hidden[(size_t) n_ * self_.n_hidden]);
+        }
         const auto row = (size_t) n_++;
         model.token[row] = token;
         model.pos[row]   = (llama_pos) s.held.size();
@@ -170,8 +191,10 @@ public:
         const int32_t code = plb_step(&model, n_);
         for (int32_t i = 0; code == NO_CELLS && i < n_; ++i) { // none was computed
             const llama_seq_id seq = model.seq[(size_t) i];
-            std::vector<llama_token> & held = self_.sequences[(size_t) seq].held;
+            sequence & s = self_.sequences[(size_t) seq];
+            std::vector<llama_token> & held = s.held;
             held.pop_back();
+            s.n_agreed = std::min(s.n_agreed, held.size());
             llama_memory_seq_rm(llama_get_memory(model.ctx), seq, (llama_pos) held.size(), -1);
         }
         n_ = 0;
@@ -188,15 +211,43 @@ public:
             const bool last = give(self_.given, result.seq, result.token) >= s.n_wanted;
             if (last || result.finish != PLB_FINISH_NONE) {
                 s.n_wanted = 0;
+            } else if (self_.n_hidden > 0) {
+                const float * state = llama_get_embeddings_nextn_ith(model.ctx, result.row);
+                std::copy_n(state, self_.n_hidden, s.own.begin());
+                s.own_pos = s.held.size();
             }
         }
         return PLB_OK;
     }
 
 private:
+    // What the row of the next token starts from: the hidden state of the position before, zeros where
+    // that is not known (the first one, or one that others have computed).
+    void start(const sequence & s, float * out) const {
+        const size_t pos = s.held.size();
+        const float * state = pos == 0 ? nullptr : s.own_pos == pos ? s.own.data() : s.states.at(pos - 1);
+        if (state != nullptr) {
+            std::copy_n(state, self_.n_hidden, out);
+        } else {
+            std::fill_n(out, self_.n_hidden, 0.0f);
+        }
+    }
+
     plb_draft_model & self_;
     int32_t n_ = 0;
+    bool sample_ = false; // of those that are in the making
 };
+
+// So many more of the tokens that are known, in rows that nothing is sampled from.
+int32_t read(plb_draft_model & self, rows & rows, llama_seq_id seq, size_t n) {
+    sequence & s = self.sequences[(size_t) seq];
+    int32_t code = PLB_OK;
+    for (; n > 0 && code == PLB_OK; --n) {
+        s.n_agreed = s.held.size() + 1;
+        code = rows.add(seq, s.known[s.held.size()], false);
+    }
+    return code;
+}
 
 // What the model's memory lacks of each sequence. Those that have fallen behind catch up by no more rows
 // than fit a batch, all together, so that no step waits long: they have no drafts until they are done.
@@ -217,14 +268,20 @@ int32_t catch_up(plb_draft_model & self, rows & rows) {
         if (n < lacks) {
             s.n_wanted = 0;
         }
-        for (; n > 0; --n) {
-            const size_t at = s.held.size();
-            const int32_t code = rows.add(seq, s.known[at], at + 1 == s.known.size());
+        const int32_t code = read(self, rows, seq, std::min(n, lacks - 1));
+        if (code != PLB_OK) {
+            return code;
+        }
+    }
+    for (const llama_seq_id seq : self.drafting) {
+        sequence & s = self.sequences[(size_t) seq];
+        if (s.n_wanted > 0) {
+            const int32_t code = rows.add(seq, s.known.back(), true);
             if (code != PLB_OK) {
                 return code;
             }
+            s.n_agreed = s.known.size();
         }
-        s.n_agreed = s.held.size();
     }
     const int32_t code = rows.compute();
     self.catch_up_ns += behind ? plb_now_ns() - began : 0;
@@ -300,7 +357,60 @@ int32_t draft_for(plb_draft_model & self, const llama_seq_id * slots, int32_t n_
     }
 }
 
+// Rows of the target: their hidden states are there for the next draft; where there is no room for one,
+// the rows that start from those before are computed.
+int32_t take_states(plb_draft_model & self, int32_t n_rows) {
+    const plb_engine & target = *self.target;
+    const float * states = llama_get_embeddings_nextn(target.ctx);
+    rows rows(self);
+    self.drafting.clear();
+    for (int32_t i = 0; i < n_rows && states != nullptr; ++i) {
+        const llama_seq_id seq = target.seq[(size_t) i];
+        sequence & s = self.sequences[(size_t) seq];
+        if (!s.followed || target.slots[seq] == nullptr) {
+            continue;
+        }
+        if (self.drafting.empty() || self.drafting.back() != seq) {
+            self.drafting.push_back(seq);
+        }
+        const auto pos = (size_t) target.pos[(size_t) i];
+        const size_t n_read = std::min(s.n_agreed, s.held.size()), begin = s.states.begin();
+        const auto n_gap = (size_t) self.model->views.n_rows_max; // a longer one is for catch_up
+        if (s.states.full(pos) && n_read <= begin + 1 && begin < n_read + n_gap) {
+            follow(self, seq);
+            const size_t n = std::min(pos + 1, s.known.size() - 1);
+            const int32_t code = read(self, rows, seq, n - std::min(n, s.held.size()));
+            if (code != PLB_OK) {
+                return code;
+            }
+        }
+        const int32_t at = target.gaps ? target.gaps->row(i) : i;
+        s.states.put(pos, states + (size_t) at * self.n_hidden);
+    }
+    return rows.compute();
+}
+
 } // namespace
+
+int32_t plb::watch(plb_draft_model & self, int32_t n_rows) {
+    if (self.n_hidden == 0) {
+        return PLB_OK;
+    }
+    int32_t code = PLB_OK;
+    const int32_t threw = guarded(self.model->error, [&] { code = take_states(self, n_rows); });
+    code = threw != PLB_OK ? threw : code;
+    std::sort(self.drafting.begin(), self.drafting.end());
+    if (code == NO_CELLS) {
+        if (!forget_others(self)) {
+            give_up_longest(self);
+        }
+    } else if (code != PLB_OK) {
+        for (const llama_seq_id seq : self.drafting) {
+            give_up(self, seq);
+        }
+    }
+    return code;
+}
 
 int32_t plb_draft_model_new(plb_engine * model, plb_engine * target, plb_draft_model ** out) {
     if (model == nullptr || target == nullptr || out == nullptr || model == target || model->stream ||
@@ -311,7 +421,11 @@ int32_t plb_draft_model_new(plb_engine * model, plb_engine * target, plb_draft_m
     }
     *out = nullptr;
     const llama_model * weights = llama_get_model(model->ctx);
-    if (llama_model_is_recurrent(weights) || llama_model_is_hybrid(weights)) {
+    const auto n_hidden = model->hidden.empty() ? 0 : (size_t) llama_model_n_embd_out(weights);
+    if (n_hidden > 0 && weights != llama_get_model(target->ctx)) {
+        return PLB_E_ARGUMENT;
+    }
+    if (n_hidden == 0 && (llama_model_is_recurrent(weights) || llama_model_is_hybrid(weights))) {
         return PLB_E_ROLLBACK;
     }
     return guarded(model->error, [&] {
@@ -320,7 +434,16 @@ int32_t plb_draft_model_new(plb_engine * model, plb_engine * target, plb_draft_m
         self->target = target;
         self->given  = target->drafts->views();
         self->shares = llama_n_ctx_seq(model->ctx) == llama_n_ctx(model->ctx); // a pool of cells
+        self->n_hidden = n_hidden;
         self->sequences.resize((size_t) target->views.n_seq_max);
+        if (n_hidden > 0) {
+            for (sequence & s : self->sequences) {
+                s.states.allocate(IN_STEP + 1, n_hidden);
+                s.own.resize(n_hidden);
+            }
+            llama_set_embeddings_nextn(model->ctx, true, /*masked*/ true);
+            llama_set_embeddings_nextn(target->ctx, true, /*masked*/ false);
+        }
         self->drafting.reserve((size_t) target->views.n_seq_max);
         plb_sampling greedy = plb_sampling_default();
         greedy.temperature = 0;
@@ -374,9 +497,10 @@ int32_t plb_draft_model_begin(plb_draft_model * self, int32_t seq, const llama_t
         const size_t room = (size_t) n_tokens + slot->generated.capacity() + PLB_DRAFT_LIMIT;
         s.known.reserve(room);
         s.held.reserve(room);
+        s.states.cut(n_alike(s.known, {tokens, tokens + n_tokens}));
         s.known.assign(tokens, tokens + n_tokens);
         s.n_seen   = slot->generated.size();
-        s.n_agreed = 0;
+        s.n_agreed = std::min(s.n_agreed, n_alike(s.held, s.known));
         s.followed = true;
         if (self->shares) {
             take_over(*self, seq);

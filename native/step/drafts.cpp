@@ -347,6 +347,17 @@ void drafts::computed(const plb_engine & engine, const llama_seq_id * slots, int
     prices_.computed(step);
 }
 
+bool drafts::reads_hidden() const {
+    return model_ != nullptr && model_->n_hidden > 0;
+}
+
+void drafts::watch(int32_t n_rows) {
+    if (model_ != nullptr) {
+        const int32_t code = plb::watch(*model_, n_rows);
+        draft_code_ = code != PLB_OK ? code : draft_code_;
+    }
+}
+
 void drafts::enter(plb_slot & slot) const {
     slot.history.share(corpus_.get());
 }

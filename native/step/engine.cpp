@@ -2,6 +2,7 @@
 #include "step/engine.hpp"
 
 #include "ggml-backend.h"
+#include "llama-ext.h"
 
 #include <algorithm>
 #include <iterator>
@@ -91,7 +92,7 @@ void place_sampling(plb_engine & engine, int32_t mode) {
 } // namespace
 
 plb_engine_params plb_engine_default_params(void) {
-    return {0, 20, 1, 0, 0, 32, PLB_DEVICE_SAMPLING_AUTO, 0, 0, PLB_DRAFTER_NONE, 0, 0};
+    return {0, 20, 1, 0, 0, 32, PLB_DEVICE_SAMPLING_AUTO, 0, 0, PLB_DRAFTER_NONE, 0, 0, 0};
 }
 
 int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, plb_engine ** out) {
@@ -133,6 +134,9 @@ int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, pl
         const int64_t n_records = std::max<int64_t>(
             engine->n_outputs_max, (int64_t) n_seq_max * params->n_steps_max * n_most);
         allocate(*engine, n_batch, (int32_t) n_records, n_logprobs, params->n_steps_max);
+        if (params->mtp != 0) {
+            engine->hidden.resize((size_t) n_batch * llama_model_n_embd_out(llama_get_model(ctx)));
+        }
         engine->views = {
             n_batch, (int32_t) n_records, n_logprobs, n_seq_max, engine->words.n_vocab,
             positions(llama_get_model(ctx)), params->n_steps_max,
@@ -190,6 +194,7 @@ int32_t plb_engine_rebind(plb_engine * engine, llama_context * ctx) {
         engine->gaps      = std::move(filled);
         engine->ctx       = ctx;
         if (engine->drafts) {
+            llama_set_embeddings_nextn(ctx, engine->drafts->reads_hidden(), /*masked*/ false);
             engine->drafts->bind(ctx);
         }
         engine->words.n_ctx = (int32_t) std::min<uint32_t>(llama_n_ctx(ctx), INT32_MAX);

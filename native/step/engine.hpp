@@ -171,6 +171,7 @@ struct plb_engine {
     std::vector<int32_t>        n_seq_id;
     std::vector<llama_seq_id *> seq_id;
     std::vector<int8_t>         output;
+    std::vector<float>          hidden;   // [n_rows_max][n_embd_out], what rows start from; empty: nothing
     std::vector<plb_result>     results;
     std::vector<llama_token>    top_token;
     std::vector<float>          top_logprob;

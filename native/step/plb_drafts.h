@@ -85,7 +85,11 @@ int32_t plb_draft_rows(const plb_drafts * prices, int32_t n_slots, const int32_t
 /* A second, smaller model with the same vocabulary, in an engine of its own: without `stream`, with as
  * many sequences, and for as many rows in a step. Its sequence i follows sequence i of the engine that
  * it drafts for, and its slots are what drafts need: the caller sets none. Both engines must outlive
- * it, and belong to the same thread. */
+ * it, and belong to the same thread.
+ * With `mtp` it is the target's own model, loaded with load_mtp: the first of its layers that predict
+ * further tokens. They start from the hidden state of the token before, of which the target's context
+ * gives those of all rows then. While it is attached, they are read as the target's steps compute them;
+ * where others have computed a token, zeros take the place of its state. */
 typedef struct plb_draft_model plb_draft_model;
 
 /* PLB_E_ARGUMENT when the engines do not suit each other, or the target has no drafts;

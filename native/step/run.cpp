@@ -113,7 +113,8 @@ bool write_step(plb_engine & engine, const llama_seq_id * slots, int32_t n_slots
 
 // Whether the rows before those of the slots, which check_run has named, may be a batch of their own.
 bool apart(const plb_engine & engine, int32_t n_before) {
-    if (engine.all_outputs || !plb_computes_behind(engine.ctx)) {
+    const bool all = engine.all_outputs || (engine.drafts && engine.drafts->reads_hidden());
+    if (all || !plb_computes_behind(engine.ctx)) {
         return false;
     }
     for (int32_t i = 0; i < n_before; ++i) {

@@ -71,9 +71,10 @@ llama_batch build_batch(plb_engine & engine, int32_t begin, int32_t end) {
     for (int32_t i = begin; i < end; ++i) {
         engine.output[i] = engine.all_outputs || engine.flags[i] != 0;
     }
+    const size_t width = engine.hidden.size() / (size_t) engine.views.n_rows_max;
     return {end - begin,
             engine.token.data() + begin,
-            nullptr,
+            width == 0 ? nullptr : engine.hidden.data() + (size_t) begin * width,
             engine.pos.data() + begin,
             engine.n_seq_id.data() + begin,
             engine.seq_id.data() + begin,
@@ -267,6 +268,9 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows, int32_t n_pad, 
         }
     } else if (info.n_outputs > 0) {
         info.n_results = sample_rows(engine, n_behind, n_rows, info.first_result);
+    }
+    if (engine.drafts) {
+        engine.drafts->watch(n_rows);
     }
     const int64_t t_sampled = plb_now_ns();
     info.sample_ns = t_sampled - t_synced;

@@ -54,10 +54,13 @@ struct fixture {
     plb_views       views  = {};
     int32_t         n_vocab = 0;
 
-    fixture(const char * path, uint32_t n_ctx, uint32_t n_seq_max, plb_engine_params params) {
+    fixture(const char * path, uint32_t n_ctx, uint32_t n_seq_max, plb_engine_params params,
+            bool load_mtp = false) {
         llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
         llama_backend_init();
-        model = llama_model_load_from_file(path, llama_model_default_params());
+        llama_model_params m = llama_model_default_params();
+        m.load_mtp = load_mtp;
+        model = llama_model_load_from_file(path, m);
         CHECK(model != nullptr);
         ctx = llama_init_from_model(model, context_params(n_ctx, n_seq_max));
         CHECK(ctx != nullptr);

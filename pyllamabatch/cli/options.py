@@ -99,7 +99,8 @@ _SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         "help": "check several tokens of a sequence in a step where that pays; answers stay the "
                 "same. ngram: what followed the same ones earlier in its text (the default, where "
                 "a model can take tokens back); draft:FILE: what a smaller model drafts (draft: "
-                "the embedded model's); your own, FILE.py:NAME; off"}),
+                "the embedded model's); mtp: what a layer of the model predicts, where it has one; "
+                "your own, FILE.py:NAME; off"}),
     "prefix_cache": (("--prefix-cache",), {
         "action": argparse.BooleanOptionalAction,
         "help": "reuse the cells of prompts that start alike (the default)"}),
@@ -192,7 +193,9 @@ def load_model(args: argparse.Namespace, *, quiet: bool = False) -> Model:
     if path is None:
         return Model.default(n_gpu_layers=args.n_gpu_layers)
     with ProgressBar(f"loading {path.name}", quiet=quiet, keep=False) as progress:
-        return Model(path, n_gpu_layers=args.n_gpu_layers, progress=progress.update)
+        mtp = getattr(args, "speculate", None) == "mtp"
+        n = args.n_gpu_layers
+        return Model(path, n_gpu_layers=n, progress=progress.update, load_mtp=mtp)
 
 
 def model_path(args: argparse.Namespace, *, quiet: bool = False) -> Path | None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from pyllamabatch.llama import runtime
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.limits import memory_parts
 from pyllamabatch.llama.model import Model
+from pyllamabatch.llama.tensors import tensors
 from pyllamabatch.raw import ffi, lib
 
 WHOLE = 0.98  # of the weights on one device: it computes all layers
@@ -46,7 +45,7 @@ def weigh(model: Model) -> Weights:
     tied = ""
     inputs = 0
     output = embedding = total = 0.0
-    for name, kind, size in _tensors(model):
+    for name, kind, size in tensors(model):
         if "token_embd." in name:
             inputs += size
             if name == "token_embd.weight":
@@ -71,33 +70,6 @@ def weigh(model: Model) -> Weights:
 def _count(model: Model, name: str) -> int:
     text = model.metadata.get(f"{model.architecture}.{name}", "")
     return int(text) if text.isdigit() else 0
-
-
-def _tensors(model: Model) -> Iterator[tuple[str, str, int]]:
-    """Name, type and bytes of every tensor."""
-    for path in _files(model):
-        params = ffi.new("struct gguf_init_params *", {"no_alloc": True, "ctx": ffi.NULL})
-        gguf = lib.gguf_init_from_file(os.fsencode(path), params[0])
-        if gguf == ffi.NULL:
-            continue
-        try:
-            for i in range(lib.gguf_get_n_tensors(gguf)):
-                kind = runtime.text(lib.ggml_type_name(lib.gguf_get_tensor_type(gguf, i)))
-                size = int(lib.gguf_get_tensor_size(gguf, i))
-                yield runtime.text(lib.gguf_get_tensor_name(gguf, i)), kind.upper(), size
-        finally:
-            lib.gguf_free(gguf)
-
-
-def _files(model: Model) -> list[Path]:
-    """The model's file, or all of them where it is split."""
-    if model._load["splits"]:
-        return [Path(part) for part in model._load["splits"]]
-    first = Path(model.path)
-    if found := re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", first.name):
-        stem, count = found.groups()
-        return [first.with_name(f"{stem}-{i:05}-of-{count}.gguf") for i in range(1, int(count) + 1)]
-    return [first]
 
 
 def fingerprint(model: Model) -> str:

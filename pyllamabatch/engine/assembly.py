@@ -13,7 +13,7 @@ from ..llama.model import Model
 from ..scheduler import Invariance, KvOptions, Scheduler
 from . import on_machine
 from .draft_feeds import feed_of
-from .drafters import Ngram
+from .drafters import Mtp, Ngram
 from .invariance import swaps
 from .kv_config import limits_of, pool_of, sharing_of
 from .layout import DRAFT_MOST, Layout, make_context
@@ -120,6 +120,7 @@ def make_scheduler(
     if n_draft:
         how = {
             "drafts_take_time": not isinstance(options.drafter, Ngram),
+            "behind": limits.behind and not isinstance(options.drafter, Mtp),
             "drafts_move_sampling": context.asynchronous and options.device_sampling is not False,
         }
         limits = replace(limits, **how)

@@ -15,7 +15,7 @@ from ..planner.residency import fitting_n_ctx
 from ..scheduler import Step
 from ..step.draft_model import DraftModel, check_same_vocabulary
 from ..step.types import DraftColumns, Run
-from .drafters import AnyDrafter, Draft, Drafter, Ngram, Wanted
+from .drafters import AnyDrafter, Draft, Drafter, Mtp, Ngram, Wanted
 from .request import Request
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def feed_of(drafter: AnyDrafter | None, stepper: Any, n_cells: int, params: Any)
     what loading a model and making a context raise, and ArgumentError for another vocabulary."""
     if drafter is None or isinstance(drafter, Ngram):
         return Feed()
-    if isinstance(drafter, Draft):
+    if isinstance(drafter, Draft | Mtp):
         return _model_feed(drafter, stepper, n_cells, params)
     return PythonFeed(drafter, stepper.drafts, stepper.n_vocab)
 
@@ -159,17 +159,32 @@ def _check_vocabulary(drafter: Draft, model: Model, target: Model) -> None:
         raise ArgumentError("speculate", "draft", limit) from None
 
 
-def _model_feed(drafter: Draft, stepper: Any, n_cells: int, params: Any) -> Feed:
-    target: Model = stepper.model
-    own: Model | None = None
+def _check_mtp(model: Model) -> None:
+    if not model.n_layer_nextn:
+        limit = "this model has no layers that predict further tokens: take ngram or draft:FILE"
+        raise ArgumentError("speculate", "mtp", limit)
+    if not model._load.get("load_mtp"):
+        limit = "the model was loaded without those layers: Model(path, load_mtp=True)"
+        raise ArgumentError("speculate", "mtp", limit)
+
+
+def _model_of(drafter: Draft | Mtp, target: Model) -> Model:
+    if isinstance(drafter, Mtp):
+        _check_mtp(target)
+        return target
     if isinstance(drafter.model, Model):
-        model = drafter.model
-    else:
-        path = drafter.model or default_draft_path()
-        load = target._load
-        model = own = Model(path, n_gpu_layers=load["n_gpu_layers"], devices=load.get("devices"))
+        return drafter.model
+    path, load = drafter.model or default_draft_path(), target._load
+    return Model(path, n_gpu_layers=load["n_gpu_layers"], devices=load.get("devices"))
+
+
+def _model_feed(drafter: Draft | Mtp, stepper: Any, n_cells: int, params: Any) -> Feed:
+    target: Model = stepper.model
+    model = _model_of(drafter, target)
+    own = None if model is target or model is getattr(drafter, "model", None) else model
     try:
-        _check_vocabulary(drafter, model, target)
+        if isinstance(drafter, Draft):
+            _check_vocabulary(drafter, model, target)
         n_seq_max = stepper.n_seq_max
         rows = max(BATCH, n_seq_max)
         n_ahead = n_seq_max * stepper.drafts.token.shape[1]
@@ -180,6 +195,8 @@ def _model_feed(drafter: Draft, stepper: Any, n_cells: int, params: Any) -> Feed
             "n_outputs_max": n_seq_max,
             "swa_full": True,
         }
+        if isinstance(drafter, Mtp):
+            given["ctx_type"] = "mtp"
         if params["n_threads"] != default_threads(target, params)[0]:  # asked for
             given |= {name: params[name] for name in ("n_threads", "n_threads_batch")}
         cells = fitting_n_ctx(

@@ -1,7 +1,8 @@
 """Drafters: what may come next in a text, for a step that checks several tokens of a sequence.
 
-`Engine(speculate=...)` takes a drafter or its name. Two of them are native, and cost no Python in a
-step: `Ngram` and `Draft`. One of your own is an object with a method `draft`, see `Drafter`:
+`Engine(speculate=...)` takes a drafter or its name. Three of them are native, and cost no Python in
+a step: `Ngram`, `Draft` and `Mtp`. One of your own is an object with a method `draft`, see
+`Drafter`:
 
     class Again:
         "What followed the last token where it was there before."
@@ -25,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from ..errors import ArgumentError, UnsupportedOperation, integer
+from ..errors import ArgumentError, integer
 from ..llama.host import PathLike
 from ..llama.model import Model
 from ..llama.vocab import TokenArray
@@ -99,31 +100,41 @@ class Draft:
         return f"draft:{self.model}" if self.model else "draft"
 
 
-AnyDrafter = Ngram | Draft | Drafter
+@dataclass(frozen=True, slots=True)
+class Mtp:
+    """Native: the layer of the engine's own model that predicts further tokens (MTP, NextN), where
+    it has one; the first one of several. It drafts for all sequences in the same calls. The model
+    is loaded with `Model(path, load_mtp=True)`.
+
+    - n_ctx: its KV cells; 0: as many as the engine has.
+    """
+
+    n_ctx: int = 0
+
+    def __str__(self) -> str:
+        return "mtp"
+
+
+AnyDrafter = Ngram | Draft | Mtp | Drafter
 
 
 def check_drafter(drafter: Any, given: object) -> AnyDrafter:
     """`drafter`, which `given` names; ArgumentError when it is none."""
-    if isinstance(drafter, Ngram | Draft):
+    if isinstance(drafter, Ngram | Draft | Mtp):
         return drafter
     if isinstance(drafter, type) or not callable(getattr(drafter, "draft", None)):
-        limit = 'must be "ngram", "draft:FILE", a Model, or have draft(wanted), as Drafter has'
+        limit = (
+            'must be "ngram", "draft:FILE", "mtp", a Model, or have draft(wanted), as Drafter has'
+        )
         raise ArgumentError("speculate", given, limit)
     made: Drafter = drafter
     return made
 
 
-def _mtp() -> AnyDrafter:
-    raise UnsupportedOperation(
-        "mtp: layers that draft the next tokens start from hidden states of the model, which "
-        "libllama gives away in src/llama-ext.h only, not in its public interface"
-    )
-
-
 SHIPPED: dict[str, Callable[..., AnyDrafter]] = {
     "ngram": Ngram,
     "draft": Draft,
-    "mtp": _mtp,
+    "mtp": Mtp,
 }
 
 _DRAFTERS = Registry("drafter", GROUP, SHIPPED, check_drafter)

@@ -232,6 +232,8 @@ class Context(Owner):
         """Refuse rows that libllama would abort on."""
         if self.model._no_alloc:
             raise UnsupportedOperation("the model was loaded with no_alloc: it has no weights")
+        if self.params["ctx_type"] == lib.LLAMA_CONTEXT_TYPE_MTP:
+            raise UnsupportedOperation("rows of a context of type mtp start from hidden states")
         n, embeddings, can = batch.n_tokens, self.params["embeddings"], self.capabilities
         if n == 0:
             raise ArgumentError("batch", batch, "has no rows")

@@ -13,12 +13,14 @@ from pyllamabatch.errors import ArgumentError, NotEnoughMemory, PyllamabatchErro
 from pyllamabatch.llama import runtime
 from pyllamabatch.llama.host import host_available
 from pyllamabatch.llama.model import Model
+from pyllamabatch.llama.tensors import tensors
 from pyllamabatch.raw import ffi, lib
 
 if TYPE_CHECKING:
     from pyllamabatch.llama.context import Context
 
 MAX_CTX = 2**31 - 256  # cells are counted in 32 bits and n_ctx is rounded up to 256
+_SEVERAL_NEXTN = ("hy_v3", "mimo2", "step35")
 _CELL_BYTES = 4 + 4 + 32  # libllama's own notes on a cell: position, shift, a bit per sequence
 
 
@@ -42,11 +44,25 @@ def check_params(model: Model, params: Any) -> int:
         )
     if params.n_rs_seq and params.n_rs_seq + 1 >= n_ubatch:
         raise ArgumentError("n_rs_seq", params.n_rs_seq, f"must be below n_ubatch-1={n_ubatch - 1}")
+    if params.ctx_type == lib.LLAMA_CONTEXT_TYPE_MTP and model.n_layer_nextn:
+        _check_mtp(model)
     for name, width in zip(("type_k", "type_v"), model.head_dims, strict=True):
         _check_cache_type(name, getattr(params, name), width)
     if not model._no_alloc:
         _check_fits(model, params, n_ctx, n_ubatch)
     return int(n_outputs)
+
+
+def _check_mtp(model: Model) -> None:
+    """Its graphs assert that the layers are there, and most of them that it is one."""
+    if not model._load.get("load_mtp"):
+        raise ArgumentError("ctx_type", "mtp", "needs Model(path, load_mtp=True)")
+    first = f"blk.{model.n_layer}."
+    if not any(name.startswith(first) for name, _, _ in tensors(model)):
+        raise ArgumentError("ctx_type", "mtp", "the file lacks the layers that its metadata names")
+    if model.n_layer_nextn > 1 and model.architecture not in _SEVERAL_NEXTN:
+        limit = f"{model.architecture} can have one layer that predicts, not {model.n_layer_nextn}"
+        raise ArgumentError("ctx_type", "mtp", limit)
 
 
 def _check_cache_type(name: str, ggml_type: int, width: int) -> None:
@@ -69,7 +85,9 @@ def _check_fits(model: Model, params: Any, n_ctx: int, n_ubatch: int) -> None:
     """
     needed = 4 * params.n_seq_max * model.n_vocab
     if not model.is_recurrent:
-        cell = _CELL_BYTES + _layers(model) * _cell_bytes_of_layer(model, params) + 2 * n_ubatch
+        mtp = params.ctx_type == lib.LLAMA_CONTEXT_TYPE_MTP
+        n_layers = 1 if mtp else _layers(model)
+        cell = _CELL_BYTES + n_layers * _cell_bytes_of_layer(model, params) + 2 * n_ubatch
         needed += n_ctx * cell
     devices = [d.free for d in runtime.devices().values() if d.kind != "cpu"]
     available = host_available() + sum(devices)

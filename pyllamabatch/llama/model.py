@@ -62,6 +62,8 @@ class Model(Owner):
           - devices: names as in `pyllamabatch info`; [] is CPU only, None is all.
           - tensor_split: the share of each device.
           - kv_overrides: metadata to replace, by key.
+          - load_mtp: True loads the layers that predict further tokens, where the file has some
+            (`Engine(speculate="mtp")`).
           - load_mode: "auto", "mmap", "mlock", "mmap_mlock", "direct_io" or "none".
           - vocab_only, no_alloc: only the vocabulary; only the shapes. No context can decode then.
 
@@ -108,7 +110,9 @@ class Model(Owner):
         self.n_head: int = lib.llama_model_n_head(ptr) if self.n_layer else 0
         self.n_head_kv: int = lib.llama_model_n_head_kv(ptr) if self.n_layer else 0
         self.n_swa: int = lib.llama_model_n_swa(ptr)
-        n_layers = self.n_layer + int(lib.llama_model_n_layer_nextn(ptr))
+        self.n_layer_nextn: int = lib.llama_model_n_layer_nextn(ptr)
+        """Layers behind those that predict further tokens, loaded or not."""
+        n_layers = self.n_layer + self.n_layer_nextn
         self.offloaded: float = _offloaded(n_gpu_layers, params.get("devices"), n_layers)
         """The share of its layers, 0.0 to 1.0, that devices other than the CPU compute."""
         self.rope_type: int = lib.llama_model_rope_type(ptr)

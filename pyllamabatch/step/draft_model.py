@@ -1,4 +1,4 @@
-"""DraftModel: a second, smaller model that drafts for a stepper.
+"""DraftModel: a second, smaller model, or layers of the first one, that drafts for a stepper.
 
 draft = DraftModel(Model("small.gguf"), stepper, n_ctx=4096)
 draft.begin(0, tokens)          # sequence 0 has a slot, and knows these tokens
@@ -38,7 +38,9 @@ class DraftModel:
     - model: its vocabulary is the target's, or `ArgumentError` names the first difference. It stays
       the caller's. target: has `n_draft_max`. Both belong to one thread, and the target is closed
       after this.
-    - n_ctx: cells for all sequences together. params: of the `Context` that it is given.
+    - n_ctx: cells for all sequences together. params: of the `Context` that it is given. With
+      ctx_type="mtp" `model` is the target's own, loaded with load_mtp, and its layers that predict
+      further tokens draft.
 
     UnsupportedOperation for a model with a recurrent state, which can't take tokens back.
     """
@@ -47,7 +49,7 @@ class DraftModel:
         if target.drafts is None:
             raise ArgumentError("target", target, "must be a stepper with n_draft_max of 1 or more")
         check_same_vocabulary(model.vocab, target.model.vocab)
-        if copies_whole_only(model):
+        if copies_whole_only(model) and params.get("ctx_type") != "mtp":
             raise UnsupportedOperation(
                 f"{model.architecture} can't draft: it keeps a recurrent state, from which tokens "
                 "that were not right can't be taken back"

@@ -84,6 +84,7 @@ def engine_params(context: Context, options: StepperOptions) -> Any:
     if drafter is not None:
         params.drafter = DRAFTERS[choice("drafter", drafter, DRAFTERS)]
     params.n_corpus = count("n_corpus", 0, 0, CORPUS_LIMIT)
+    params.mtp = context.params["ctx_type"] == lib.LLAMA_CONTEXT_TYPE_MTP
     params.sync = bool(options.get("sync", False))
     return params
 

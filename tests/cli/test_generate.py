@@ -19,6 +19,7 @@ from pyllamabatch.cli import main
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from tests.support.decoding import likeliest
+from tests.support.models_special import mimo2_path
 from tools.recipe.default_model.tasks import Task, make_tasks
 
 KINDS = ("copy", "add", "upper", "reverse", "qa", "sort", "count")
@@ -261,6 +262,16 @@ def test_a_trace_of_what_the_engine_did(files: Files) -> None:
     assert tracks == {"steps", *(f"request {i}" for i in range(1, 5))}
 
 
+def test_layers_that_predict_are_loaded_where_they_are_asked_for(files: Files) -> None:
+    files.write([{"prompt": "hello world"}, {"prompt": "the key"}])
+    found = []
+    for drafter in ("off", "mtp"):
+        words = ("-m", mimo2_path(), "--speculate", drafter, "--ignore-eog", "--overwrite")
+        assert files.run("-q", *words, "-n", 16, "--temperature", 0) == 0
+        found.append([row["tokens"] for row in files.rows()])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -274,6 +285,7 @@ def test_a_trace_of_what_the_engine_did(files: Files) -> None:
         ("--policy nonsense", "nonsense"),
         ("-m nowhere.gguf", "nowhere.gguf"),
         ("-m notes.txt", "notes.txt"),
+        ("--speculate mtp", "no layers that predict"),
         ("--parallel 0", "at least 1"),
         ("--parallel 100000", "n_seq_max"),
     ],

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from pyllamabatch.engine import drafters
-from pyllamabatch.engine.drafters import _DRAFTERS, Draft, Ngram, Wanted, drafter_of
-from pyllamabatch.errors import ArgumentError, UnsupportedOperation
+from pyllamabatch.engine.drafters import _DRAFTERS, Draft, Mtp, Ngram, Wanted, drafter_of
+from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import registry
 from tests.support.engines import Checked, check_idle, greedy
@@ -111,6 +111,7 @@ class Nothing:
 def test_by_name(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert drafter_of("ngram") == Ngram()
     assert drafter_of("draft") == Draft()
+    assert drafter_of("mtp") == Mtp()
     assert drafter_of("draft:a:b.gguf") == Draft("a:b.gguf")
     assert drafter_of(model) == Draft(model)
     assert drafter_of(None) is None
@@ -134,5 +135,3 @@ def test_what_is_refused() -> None:
         drafter_of(object())
     with pytest.raises(ArgumentError, match=r"have draft\(wanted\)"):
         drafter_of(Knows)
-    with pytest.raises(UnsupportedOperation, match="hidden states"):
-        drafter_of("mtp")

@@ -16,12 +16,21 @@ from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import SAMPLE, Finish, Stepper
 from pyllamabatch.step.types import F32
 from tests.support.models_gguf import gguf_path
+from tests.support.models_special import mimo2_path
 
 
 @functools.cache
 def loaded(architecture: str) -> Model:
     """The tiny model of an architecture. Not to be closed: all tests share it."""
     model = Model(gguf_path(architecture))
+    atexit.register(model.close)
+    return model
+
+
+@functools.cache
+def with_mtp() -> Model:
+    """A tiny model with a layer that predicts further tokens, loaded. All tests share it."""
+    model = Model(mimo2_path(), load_mtp=True)
     atexit.register(model.close)
     return model
 

@@ -331,7 +331,7 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, value: FloatArray, file_type
 
 
 @functools.cache
-def _folder() -> Path:
+def folder() -> Path:
     folder = tempfile.mkdtemp(prefix="pyllamabatch-tests-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
@@ -340,6 +340,6 @@ def _folder() -> Path:
 @functools.cache
 def gguf_path(architecture: str, file_type: str = "f32") -> Path:
     """The path of the tiny model, written at the first call and removed at exit."""
-    path = _folder() / f"tiny-{architecture}-{file_type}.gguf"
+    path = folder() / f"tiny-{architecture}-{file_type}.gguf"
     write_gguf(path, architecture, file_type=file_type)
     return path

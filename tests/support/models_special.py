@@ -1,25 +1,42 @@
 """Tiny GGUF files of other kinds than `models_gguf`'s: a table of positions (gpt2), an encoder
-(bert), and a LoRA for a model of `models_gguf`."""
+(bert), layers that predict further tokens (mimo2), and a LoRA for a model of `models_gguf`."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import gguf
+import numpy as np
 
-from tests.support.models_gguf import N_EMBD, N_FF, N_HEAD, N_VOCAB, Weights, finish, vocabulary
+from tests.support.models_gguf import (
+    BOS,
+    CONTROL_TOKENS,
+    EOS,
+    LOGIT_STD,
+    N_CTX_TRAIN,
+    N_EMBD,
+    N_FF,
+    N_HEAD,
+    N_VOCAB,
+    ROPE_BASE,
+    SLIDING_WINDOW,
+    UNK,
+    Weights,
+    finish,
+    folder,
+    vocabulary,
+)
 
 N_POSITIONS = 32
 
 
-def _writer(path: Path, architecture: str) -> gguf.GGUFWriter:
+def _writer(path: Path, architecture: str, n_layer: int = 1) -> gguf.GGUFWriter:
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(N_POSITIONS)
     writer.add_embedding_length(N_EMBD)
     writer.add_feed_forward_length(N_FF)
-    writer.add_block_count(1)
+    writer.add_block_count(n_layer)
     writer.add_head_count(N_HEAD)
-    writer.add_layer_norm_eps(1e-5)
     pieces, scores, types = vocabulary()
     writer.add_tokenizer_model("llama")
     writer.add_token_list(pieces)
@@ -47,6 +64,8 @@ def _products(writer: gguf.GGUFWriter, w: Weights, **shapes: tuple[int, int]) ->
 
 def write_gpt2(path: Path) -> None:
     writer, w = _writer(path, "gpt2"), Weights(2)
+    writer.add_context_length(N_POSITIONS)
+    writer.add_layer_norm_eps(1e-5)
     writer.add_tensor("token_embd.weight", w.matrix(N_VOCAB, N_EMBD))
     writer.add_tensor("position_embd.weight", w.matrix(N_POSITIONS, N_EMBD))
     for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
@@ -58,6 +77,8 @@ def write_gpt2(path: Path) -> None:
 def write_bert(path: Path, *, reranker: bool = False) -> None:
     """`reranker`: with a head that gives one score."""
     writer, w = _writer(path, "bert"), Weights(3)
+    writer.add_context_length(N_POSITIONS)
+    writer.add_layer_norm_eps(1e-5)
     writer.add_causal_attention(False)
     writer.add_pooling_type(gguf.PoolingType.RANK if reranker else gguf.PoolingType.MEAN)
     writer.add_token_type_count(1)
@@ -85,3 +106,65 @@ def write_lora(path: Path, architecture: str = "llama", width: int = N_EMBD, see
         writer.add_tensor(f"blk.0.{name}.weight.lora_a", w.matrix(4, width))
         writer.add_tensor(f"blk.0.{name}.weight.lora_b", w.matrix(width, 4))
     finish(writer)
+
+
+def write_mimo2(
+    path: Path, *, n_nextn: int = 1, writes: float = 0.05, stripped: bool = False, seed: int = 5
+) -> None:
+    """A decoder (mimo2) with `n_nextn` layers behind two others, that predict further tokens.
+
+    The next token depends mostly on the last one, in the decoder and in the layers behind it alike,
+    so that these are often right. `writes` scales what the decoder's layers add to that; those
+    behind it add four times as much, which depends on the hidden states that they start from.
+    `stripped`: these are named, and not in the file.
+    """
+    n_layer, width = 2 + n_nextn, N_EMBD // N_HEAD
+    writer, w = _writer(path, "mimo2", n_layer), Weights(seed)
+    writer.add_context_length(N_CTX_TRAIN)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_head_count_kv(N_HEAD)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_rope_freq_base(ROPE_BASE)
+    writer.add_rope_dimension_count(width)
+    writer.add_sliding_window(SLIDING_WINDOW)
+    writer.add_sliding_window_pattern([i == 0 for i in range(n_layer)])
+    writer.add_expert_feed_forward_length(N_FF)
+    writer.add_nextn_predict_layers(n_nextn)
+    writer.add_unk_token_id(UNK)
+    writer.add_bos_token_id(BOS)
+    writer.add_eos_token_id(EOS)
+    writer.add_add_bos_token(True)
+    writer.add_tensor("token_embd.weight", w.matrix(N_VOCAB, N_EMBD, gain=np.sqrt(N_EMBD)))
+    for i in range(n_layer):
+        block, is_nextn = f"blk.{i}.", i >= n_layer - n_nextn
+        if is_nextn and stripped:
+            continue
+        gain = writes * (4 if is_nextn else 1)
+        writer.add_tensor(block + "attn_norm.weight", w.around(1.0, N_EMBD))
+        writer.add_tensor(block + "attn_qkv.weight", w.matrix(3 * N_EMBD, N_EMBD, gain=1.6))
+        writer.add_tensor(block + "attn_output.weight", w.matrix(N_EMBD, N_EMBD, gain=1.5 * gain))
+        writer.add_tensor(block + "ffn_norm.weight", w.around(1.0, N_EMBD))
+        writer.add_tensor(block + "ffn_gate.weight", w.matrix(N_FF, N_EMBD, gain=1.5))
+        writer.add_tensor(block + "ffn_up.weight", w.matrix(N_FF, N_EMBD, gain=1.5))
+        writer.add_tensor(block + "ffn_down.weight", w.matrix(N_EMBD, N_FF, gain=1.5 * gain))
+        if is_nextn:
+            both = np.concatenate(
+                (np.eye(N_EMBD, dtype=np.float32), w.matrix(N_EMBD, N_EMBD, gain=gain)), axis=1
+            )
+            writer.add_tensor(block + "nextn.eh_proj.weight", both)
+            writer.add_tensor(block + "nextn.enorm.weight", np.ones(N_EMBD, np.float32))
+            writer.add_tensor(block + "nextn.hnorm.weight", np.ones(N_EMBD, np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(N_EMBD, np.float32))
+    output = w.matrix(N_VOCAB, N_EMBD, gain=LOGIT_STD)
+    output[: len(CONTROL_TOKENS)] = 0.0
+    writer.add_tensor("output.weight", output)
+    finish(writer)
+
+
+@functools.cache
+def mimo2_path() -> Path:
+    """One whose layer is right for every fourth of its tokens: written once, removed at exit."""
+    path = folder() / "tiny-mimo2.gguf"
+    write_mimo2(path, writes=0.02)
+    return path
