@@ -1,4 +1,4 @@
-#include "step/draft_model.hpp"
+#include "step/draft_rows.hpp"
 
 #include "llama-ext.h"
 
@@ -10,7 +10,6 @@ namespace {
 
 using sequence = plb_draft_model::sequence;
 
-constexpr int32_t NO_CELLS = 1; // of llama_decode
 // A sequence that is drafted for in each step lacks what the step has sampled, and no more.
 constexpr size_t IN_STEP = PLB_DRAFT_LIMIT + 1;
 
@@ -141,105 +140,8 @@ int32_t wanted_of(const plb_draft_model & self, llama_seq_id seq) {
                      n_pos - n_known});
 }
 
-llama_token & given_at(const plb_drafts & given, llama_seq_id seq, int32_t i) {
-    return given.token[(size_t) seq * (size_t) given.n_draft_max + (size_t) i];
-}
-
-llama_token last_given(const plb_drafts & given, llama_seq_id seq) {
-    return given_at(given, seq, given.n_given[seq] - 1);
-}
-
-// Returns how many there are now.
-int32_t give(const plb_drafts & given, llama_seq_id seq, llama_token token) {
-    given_at(given, seq, given.n_given[seq]) = token;
-    return ++given.n_given[seq];
-}
-
-// Rows of one call of the model, in the making.
-class rows {
-public:
-    explicit rows(plb_draft_model & self) : self_(self) {}
-
-    // PLB_OK, or the code of a step that this made full.
-    int32_t add(llama_seq_id seq, llama_token token, bool sample) {
-        plb_engine & model = *self_.model;
-        sequence & s = self_.sequences[(size_t) seq];
-        if (self_.n_hidden > 0) {
-            // Only where all rows have outputs, every architecture gives the hidden states of these.
-            const int32_t code = n_ > 0 && sample != sample_ ? compute() : PLB_OK;
-            if (code != PLB_OK) {
-                return code;
-            }
-            sample_ = sample;
-            start(s, &model.hidden[(size_t) n_ * self_.n_hidden]);
-        }
-        const auto row = (size_t) n_++;
-        model.token[row] = token;
-        model.pos[row]   = (llama_pos) s.held.size();
-        model.seq[row]   = seq;
-        model.flags[row] = (uint8_t) (sample ? PLB_ROW_SAMPLE : 0);
-        s.held.push_back(token);
-        return n_ == model.views.n_rows_max ? compute() : PLB_OK;
-    }
-
-    // Computes them; what is sampled is a draft's next token.
-    int32_t compute() {
-        if (n_ == 0) {
-            return PLB_OK;
-        }
-        plb_engine & model = *self_.model;
-        const int32_t code = plb_step(&model, n_);
-        for (int32_t i = 0; code == NO_CELLS && i < n_; ++i) { // none was computed
-            const llama_seq_id seq = model.seq[(size_t) i];
-            sequence & s = self_.sequences[(size_t) seq];
-            std::vector<llama_token> & held = s.held;
-            held.pop_back();
-            s.n_agreed = std::min(s.n_agreed, held.size());
-            llama_memory_seq_rm(llama_get_memory(model.ctx), seq, (llama_pos) held.size(), -1);
-        }
-        n_ = 0;
-        if (code != PLB_OK) {
-            return code;
-        }
-        for (int32_t i = 0; i < model.info.n_results; ++i) {
-            const plb_result & result = model.results[(size_t) i];
-            sequence & s = self_.sequences[(size_t) result.seq];
-            if (result.token < 0) {
-                s.n_wanted = 0;
-                continue;
-            }
-            const bool last = give(self_.given, result.seq, result.token) >= s.n_wanted;
-            if (last || result.finish != PLB_FINISH_NONE) {
-                s.n_wanted = 0;
-            } else if (self_.n_hidden > 0) {
-                const float * state = llama_get_embeddings_nextn_ith(model.ctx, result.row);
-                std::copy_n(state, self_.n_hidden, s.own.begin());
-                s.own_pos = s.held.size();
-            }
-        }
-        return PLB_OK;
-    }
-
-private:
-    // What the row of the next token starts from: the hidden state of the position before, zeros where
-    // that is not known (the first one, or one that others have computed).
-    void start(const sequence & s, float * out) const {
-        const size_t pos = s.held.size();
-        const float * state = pos == 0 ? nullptr : s.own_pos == pos ? s.own.data() : s.states.at(pos - 1);
-        if (state != nullptr) {
-            std::copy_n(state, self_.n_hidden, out);
-        } else {
-            std::fill_n(out, self_.n_hidden, 0.0f);
-        }
-    }
-
-    plb_draft_model & self_;
-    int32_t n_ = 0;
-    bool sample_ = false; // of those that are in the making
-};
-
 // So many more of the tokens that are known, in rows that nothing is sampled from.
-int32_t read(plb_draft_model & self, rows & rows, llama_seq_id seq, size_t n) {
+int32_t read(plb_draft_model & self, draft_rows & rows, llama_seq_id seq, size_t n) {
     sequence & s = self.sequences[(size_t) seq];
     int32_t code = PLB_OK;
     for (; n > 0 && code == PLB_OK; --n) {
@@ -251,7 +153,7 @@ int32_t read(plb_draft_model & self, rows & rows, llama_seq_id seq, size_t n) {
 
 // What the model's memory lacks of each sequence. Those that have fallen behind catch up by no more rows
 // than fit a batch, all together, so that no step waits long: they have no drafts until they are done.
-int32_t catch_up(plb_draft_model & self, rows & rows) {
+int32_t catch_up(plb_draft_model & self, draft_rows & rows) {
     const int64_t began = plb_now_ns();
     auto n_left = (size_t) self.model->views.n_rows_max;
     bool behind = false;
@@ -290,14 +192,14 @@ int32_t catch_up(plb_draft_model & self, rows & rows) {
 
 // Then a token of each after the other.
 int32_t draft(plb_draft_model & self) {
-    rows rows(self);
+    draft_rows rows(self);
     int32_t code = catch_up(self, rows);
     for (bool any = true; any && code == PLB_OK;) {
         any = false;
         for (const llama_seq_id seq : self.drafting) {
             if (code == PLB_OK && self.sequences[(size_t) seq].n_wanted > 0) {
                 any = true;
-                code = rows.add(seq, last_given(self.given, seq), true);
+                code = rows.go_on(seq);
             }
         }
         code = code == PLB_OK ? rows.compute() : code;
@@ -362,7 +264,7 @@ int32_t draft_for(plb_draft_model & self, const llama_seq_id * slots, int32_t n_
 int32_t take_states(plb_draft_model & self, int32_t n_rows) {
     const plb_engine & target = *self.target;
     const float * states = llama_get_embeddings_nextn(target.ctx);
-    rows rows(self);
+    draft_rows rows(self);
     self.drafting.clear();
     for (int32_t i = 0; i < n_rows && states != nullptr; ++i) {
         const llama_seq_id seq = target.seq[(size_t) i];

@@ -93,3 +93,17 @@ def test_all_rows_of_a_step_are_one_batch() -> None:
     for drafter in (None, "mtp"):
         with engine_of(model, speculate=drafter, **how) as engine:
             assert engine._core.scheduler._builder._comes_behind(1, 2) == (drafter is None)
+
+
+def test_the_same_bits_as_without() -> None:
+    cells = {"flash_attn_type": "enabled", "type_k": "f16", "type_v": "f16"}
+    how: dict[str, Any] = {"batch_invariant": True, "n_ctx": 3 * 512, **cells}
+    prompts = [PROMPTS[0] * 6, PROMPTS[1] * 3, PROMPTS[2]]
+    params = [greedy(60, logprobs=2), greedy(40, logprobs=2), SamplingParams(seed=3, logprobs=2)]
+    model = with_mtp()
+    with engine_of(model, speculate=None, **how) as engine:
+        expected = [engine.submit(*one).result() for one in zip(prompts, params, strict=True)]
+    with engine_of(model, speculate="mtp", policy=always(3, 8), **how) as engine:
+        results = engine.generate(prompts, params)
+        assert check_idle(engine).accepted_tokens > 0
+    assert [r.logprobs for r in results] == [r.logprobs for r in expected]
