@@ -21,7 +21,7 @@ from pyllamabatch.scheduler.drafting import (
     StepTimes,
 )
 from pyllamabatch.scheduler.policies.composed import ComposedPolicy
-from pyllamabatch.scheduler.policies.speculate import ASKED, NEW, STEPS, TIMED, ByGain
+from pyllamabatch.scheduler.policies.speculate import ASKED, STEPS, TIMED, ByGain
 from pyllamabatch.scheduler.policy import PlanBuilder, Speculation
 from pyllamabatch.scheduler.rules import check_plan
 from pyllamabatch.scheduler.view import Drafts, Prices
@@ -136,7 +136,7 @@ def test_drafts_that_take_time_are_asked_for_as_they_were_right(
     if price is half and expected == 4:  # what was not timed lately is tried first
         assert decided(price, 1, timed=1, **own)[:2] == ({0: 4}, TIMED)
         found = np.zeros((1, 4))  # of one that is new
-        assert decided(price, 1, found=found, **own) == ({}, NEW, None)
+        assert decided(price, 1, found=found, **own) == ({}, ASKED, None)
 
 
 def test_where_drafts_move_the_sampling_they_begin_if_they_were_right() -> None:
@@ -148,7 +148,7 @@ def test_where_drafts_move_the_sampling_they_begin_if_they_were_right() -> None:
     drafts, steps, prices = begun(GOOD)  # a step that shows what that takes
     assert (drafts, steps, prices.gain) == ({0: 4}, 1, 0.1)
     assert begun(BAD) == begun(GOOD, credit=0.02) == ({}, STEPS, None)
-    assert begun(GOOD, found=np.zeros((1, 4))) == ({}, NEW, None)
+    assert begun(GOOD, found=np.zeros((1, 4))) == ({}, ASKED, None)
     drafts, steps, prices = begun(BAD, 0.0, found=np.zeros((1, 4)))  # what they gain shows it
     assert (drafts, steps, prices.gain) == ({0: 4}, ASKED, 0.0)
     assert begun(GOOD, 0.0, credit=-0.01) == ({}, STEPS, None)

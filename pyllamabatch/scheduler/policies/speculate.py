@@ -13,7 +13,6 @@ from ..view import Drafts, Prices
 
 STEPS = 64  # that a decision stands for
 TIMED = 4  # of a kind that was not timed lately
-NEW = 1  # with a sequence of whose drafts nothing is known
 ASKED = 16  # where drafts are asked for, as they were right lately
 HOPE = 0.75  # what steps take then that were not timed, beside what the cost model says
 
@@ -69,7 +68,7 @@ class ByGain:
 
     def _asked(self, drafts: Drafts, prices: Prices, most: int, hope: float = 1.0) -> Speculation:
         if not drafts.found.any(axis=1).all():  # of a new one what is usual is known soon
-            return Speculation({}, NEW)
+            return Speculation({}, ASKED)
         n, width = len(drafts.ids), drafts.width
         plain = float(prices.seconds[width])
         best = (1 + prices.gain) * n / plain if plain > 0 else np.inf
