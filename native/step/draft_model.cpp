@@ -97,6 +97,9 @@ void take_over(plb_draft_model & self, llama_seq_id seq) {
         llama_memory_seq_cp(llama_get_memory(self.model->ctx), from, seq, 0, (llama_pos) most);
         s.held.assign(s.known.begin(), s.known.begin() + (ptrdiff_t) most);
         s.n_agreed = most;
+        const sequence & other = self.sequences[(size_t) from];
+        s.states = other.states;
+        s.states.cut(n_alike(other.known, s.known));
     }
 }
 

@@ -9,4 +9,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.support import models_gguf, models_special
 
 models_gguf.write_gguf(Path(sys.argv[1]), "llama")
-models_special.write_mimo2(Path(sys.argv[2]))
+models_special.write_glm4moe(Path(sys.argv[2]))

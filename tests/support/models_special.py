@@ -1,5 +1,6 @@
 """Tiny GGUF files of other kinds than `models_gguf`'s: a table of positions (gpt2), an encoder
-(bert), layers that predict further tokens (mimo2), and a LoRA for a model of `models_gguf`."""
+(bert), layers that predict further tokens (mimo2, glm4moe),
+and a LoRA for a model of `models_gguf`."""
 
 from __future__ import annotations
 
@@ -16,12 +17,16 @@ from tests.support.models_gguf import (
     LOGIT_STD,
     N_CTX_TRAIN,
     N_EMBD,
+    N_EXPERT,
+    N_EXPERT_USED,
     N_FF,
+    N_FF_EXPERT,
     N_HEAD,
     N_VOCAB,
     ROPE_BASE,
     SLIDING_WINDOW,
     UNK,
+    FloatArray,
     Weights,
     finish,
     folder,
@@ -149,17 +154,78 @@ def write_mimo2(
         writer.add_tensor(block + "ffn_up.weight", w.matrix(N_FF, N_EMBD, gain=1.5))
         writer.add_tensor(block + "ffn_down.weight", w.matrix(N_EMBD, N_FF, gain=1.5 * gain))
         if is_nextn:
-            both = np.concatenate(
-                (np.eye(N_EMBD, dtype=np.float32), w.matrix(N_EMBD, N_EMBD, gain=gain)), axis=1
-            )
-            writer.add_tensor(block + "nextn.eh_proj.weight", both)
-            writer.add_tensor(block + "nextn.enorm.weight", np.ones(N_EMBD, np.float32))
-            writer.add_tensor(block + "nextn.hnorm.weight", np.ones(N_EMBD, np.float32))
-    writer.add_tensor("output_norm.weight", np.ones(N_EMBD, np.float32))
+            for name, value in _predicts(w, gain).items():
+                writer.add_tensor(block + name, value)
+    for name, value in _output(w).items():
+        writer.add_tensor(name, value)
+    finish(writer)
+
+
+def write_glm4moe(path: Path, *, writes: float = 0.08) -> None:
+    """As `write_mimo2`, with experts, and one layer that predicts; libllama has the hidden states
+    of all rows of a batch there, be they asked for or not."""
+    n_layer, width, n_ff = 3, N_EMBD // N_HEAD, N_FF_EXPERT
+    writer, w = _writer(path, "glm4moe", n_layer), Weights(6)
+    writer.add_context_length(N_CTX_TRAIN)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_head_count_kv(N_HEAD)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_rope_freq_base(ROPE_BASE)
+    writer.add_rope_dimension_count(width)
+    writer.add_expert_count(N_EXPERT)
+    writer.add_expert_used_count(N_EXPERT_USED)
+    writer.add_expert_feed_forward_length(n_ff)
+    writer.add_expert_shared_count(1)
+    writer.add_nextn_predict_layers(1)
+    writer.add_unk_token_id(UNK)
+    writer.add_bos_token_id(BOS)
+    writer.add_eos_token_id(EOS)
+    writer.add_add_bos_token(True)
+    embedding = w.matrix(N_VOCAB, N_EMBD, gain=np.sqrt(N_EMBD))
+    tensors = {"token_embd.weight": embedding}
+    for i in range(n_layer):
+        gain = 1.5 * writes * (4 if i == n_layer - 1 else 1)
+        layer = {
+            "attn_norm.weight": w.around(1.0, N_EMBD),
+            "attn_q.weight": w.matrix(N_EMBD, N_EMBD, gain=1.6),
+            "attn_k.weight": w.matrix(N_EMBD, N_EMBD, gain=1.6),
+            "attn_v.weight": w.matrix(N_EMBD, N_EMBD, gain=1.6),
+            "attn_output.weight": w.matrix(N_EMBD, N_EMBD, gain=gain),
+            "post_attention_norm.weight": w.around(1.0, N_EMBD),
+            "ffn_gate_inp.weight": w.matrix(N_EXPERT, N_EMBD, gain=3.0),
+            "exp_probs_b.bias": w.around(0.0, N_EXPERT),
+            "ffn_gate_exps.weight": w.matrix(N_EXPERT, n_ff, N_EMBD, gain=1.5),
+            "ffn_up_exps.weight": w.matrix(N_EXPERT, n_ff, N_EMBD, gain=1.5),
+            "ffn_down_exps.weight": w.matrix(N_EXPERT, N_EMBD, n_ff, gain=gain),
+            "ffn_gate_shexp.weight": w.matrix(n_ff, N_EMBD, gain=1.5),
+            "ffn_up_shexp.weight": w.matrix(n_ff, N_EMBD, gain=1.5),
+            "ffn_down_shexp.weight": w.matrix(N_EMBD, n_ff, gain=gain),
+        }
+        if i == n_layer - 1:
+            layer |= _predicts(w, 4 * writes)
+        tensors |= {f"blk.{i}.{name}": value for name, value in layer.items()}
+    for name, value in (tensors | _output(w)).items():
+        writer.add_tensor(name, value)
+    finish(writer)
+
+
+def _predicts(w: Weights, gain: float) -> dict[str, FloatArray]:
+    """What a layer has besides that predicts: the token's part stays what it is."""
+    state = w.matrix(N_EMBD, N_EMBD, gain=gain)
+    ones = np.ones(N_EMBD, np.float32)
+    return {
+        "nextn.eh_proj.weight": np.concatenate((np.diag(ones), state), axis=1),
+        "nextn.enorm.weight": ones,
+        "nextn.hnorm.weight": ones,
+    }
+
+
+def _output(w: Weights) -> dict[str, FloatArray]:
+    """No control token is ever the most likely one."""
     output = w.matrix(N_VOCAB, N_EMBD, gain=LOGIT_STD)
     output[: len(CONTROL_TOKENS)] = 0.0
-    writer.add_tensor("output.weight", output)
-    finish(writer)
+    return {"output_norm.weight": np.ones(N_EMBD, np.float32), "output.weight": output}
 
 
 @functools.cache
