@@ -17,6 +17,7 @@ from bench.benches import load, view_of
 from bench.case import Arm, Case, Measured, record_of
 from bench.options import Budget, out_file
 from bench.targets import judged
+from bench.tools import own_ggml
 from pyllamabatch.report import facts
 from pyllamabatch.report.disturbed import warning
 from pyllamabatch.report.meters import undisturbed
@@ -31,9 +32,13 @@ def commit() -> str:
 
 
 def facts_of(model: Any = None) -> dict[str, Any]:
-    """The build's and the model's part of a record."""
+    """The build's and the model's part of a record. `versions` has `tools` where llama.cpp's have a
+    ggml of their own, so as upstream has it and without our patches."""
     none = {"model_type": "", "model_size": 0, "model_n_params": 0}
-    return facts.build(commit()) | (none if model is None else facts.about(model))
+    found = facts.build(commit()) | (none if model is None else facts.about(model))
+    if own_ggml():
+        found["versions"]["tools"] = "with a ggml of their own"
+    return found
 
 
 class Recorder:

@@ -31,6 +31,9 @@ OPTIONS = {
 """What sets this build apart from upstream's defaults; the compiler flags are upstream's."""
 
 
+READY = "PLB_LLAMA_CPP_TOOLS"
+
+
 class ToolError(Exception):
     """A tool could not be built or run; the message says what to do."""
 
@@ -90,13 +93,14 @@ def tool(name: str, *, log: bool = True) -> Path:
 
     Takes three to five minutes on two cores at first, then no time: the build stays in the cache
     folder, one per source tree and set of options. `$PLB_LLAMA_CPP_TOOLS` names a folder of tools
-    that were built elsewhere from the same llama.cpp.
+    that were built elsewhere from the same llama.cpp; if they have a ggml of their own, that of
+    upstream's own build, the bench compares with llama.cpp without our patches.
     """
     suffix = ".exe" if sys.platform == "win32" else ""
-    if ready := os.environ.get("PLB_LLAMA_CPP_TOOLS"):
+    if ready := os.environ.get(READY):
         binary = Path(ready, name + suffix)
         if not binary.is_file():
-            raise ToolError(f"{binary} is missing: PLB_LLAMA_CPP_TOOLS={ready} names its folder")
+            raise ToolError(f"{binary} is missing: {READY}={ready} names its folder")
         return binary
     tree, options = source_tree(), build_options()
     if ggml := ggml_folder():
@@ -115,6 +119,12 @@ def tool(name: str, *, log: bool = True) -> Path:
         _run([cmake, "-G", "Ninja", "-S", str(UPSTREAM), "-B", str(build), *definitions])
     _run([cmake, "--build", str(build), "--target", name, "-j", str(usable_cores())])
     return binary
+
+
+def own_ggml() -> bool:
+    """Whether the tools that `$PLB_LLAMA_CPP_TOOLS` names bring a ggml."""
+    ready = os.environ.get(READY)
+    return bool(ready) and any(Path(ready).glob("*ggml-cpu*"))
 
 
 def program(name: str) -> str:

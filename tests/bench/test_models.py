@@ -15,6 +15,7 @@ from bench.__main__ import main
 from bench.arms import batched_bench_row
 from bench.cache import cache_folder
 from bench.case import Case
+from bench.harness import facts_of
 from bench.shapes import GEMMA3_1B, QWEN2_0_5B, SHAPES, Shape
 from bench.tools import ToolError, source_tree, tool
 from pyllamabatch import Model, _native
@@ -141,6 +142,9 @@ def test_tools_that_were_built_elsewhere(tmp_path: Path, monkeypatch: pytest.Mon
     assert tool("llama-batched-bench") == tmp_path / name
     with pytest.raises(ToolError, match="llama-server is missing"):
         tool("llama-server")
+    assert "tools" not in facts_of()["versions"]
+    (tmp_path / "libggml-cpu.so").touch()
+    assert facts_of()["versions"]["tools"] == "with a ggml of their own"
 
 
 def test_tools_use_the_packages_ggml_if_it_is_of_the_same_llama_cpp(
