@@ -35,10 +35,10 @@ def facts_of(model: Any = None) -> dict[str, Any]:
     """The build's and the model's part of a record. `versions` has `tools` where llama.cpp's have a
     ggml of their own, so as upstream has it and without our patches."""
     none = {"model_type": "", "model_size": 0, "model_n_params": 0}
-    found = facts.build(commit()) | (none if model is None else facts.about(model))
+    found = facts.build(commit())
     if own_ggml():
         found["versions"]["tools"] = "with a ggml of their own"
-    return found
+    return found | (none if model is None else facts.about(model))
 
 
 class Recorder:

@@ -124,7 +124,7 @@ def tool(name: str, *, log: bool = True) -> Path:
 def own_ggml() -> bool:
     """Whether the tools that `$PLB_LLAMA_CPP_TOOLS` names bring a ggml."""
     ready = os.environ.get(READY)
-    return bool(ready) and any(Path(ready).glob("*ggml-cpu*"))
+    return ready is not None and any(Path(ready).glob("*ggml-cpu*"))
 
 
 def program(name: str) -> str:

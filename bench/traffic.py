@@ -9,8 +9,8 @@ do: so there is a second speed, of the tokens that came before the last request 
 With --loads requests come by themselves, as a Poisson process, at shares of what the device can do
 with all at once. The engine's arms differ in what a user would have to know:
 
-- engine: no option but the number of sequences and threads, and no drafts: random text is no measure
-  of them.
+- engine: no option but the number of sequences and threads, and no drafts: random text is no
+  measure of them.
 - engine-pool, engine-fcfs, engine-prefill-first: the other layout, the simple policies.
 - engine-best: the best options known.
 - engine-invariant: with batch_invariant; nearly so on a GPU.

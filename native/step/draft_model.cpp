@@ -263,8 +263,9 @@ int32_t draft_for(plb_draft_model & self, const llama_seq_id * slots, int32_t n_
 }
 
 // Rows of the target: their hidden states are there for the next draft; where there is no room for one,
-// the rows that start from those before are computed.
-int32_t take_states(plb_draft_model & self, int32_t n_rows) {
+// the rows that start from those before are computed. drafted: rows behind a sequence's next one count
+// for nothing.
+int32_t take_states(plb_draft_model & self, int32_t n_rows, bool drafted) {
     const plb_engine & target = *self.target;
     const float * states = llama_get_embeddings_nextn(target.ctx);
     draft_rows rows(self);
@@ -274,6 +275,9 @@ int32_t take_states(plb_draft_model & self, int32_t n_rows) {
         sequence & s = self.sequences[(size_t) seq];
         if (!s.followed || target.slots[seq] == nullptr) {
             continue;
+        }
+        if (drafted && target.pos[(size_t) i] >= target.slots[seq]->next_pos) {
+            continue; // a rejected token's, or a row that only fills the graph
         }
         if (self.drafting.empty() || self.drafting.back() != seq) {
             self.drafting.push_back(seq);
@@ -297,12 +301,12 @@ int32_t take_states(plb_draft_model & self, int32_t n_rows) {
 
 } // namespace
 
-int32_t plb::watch(plb_draft_model & self, int32_t n_rows) {
+int32_t plb::watch(plb_draft_model & self, int32_t n_rows, bool drafted) {
     if (self.n_hidden == 0) {
         return PLB_OK;
     }
     int32_t code = PLB_OK;
-    const int32_t threw = guarded(self.model->error, [&] { code = take_states(self, n_rows); });
+    const int32_t threw = guarded(self.model->error, [&] { code = take_states(self, n_rows, drafted); });
     code = threw != PLB_OK ? threw : code;
     std::sort(self.drafting.begin(), self.drafting.end());
     if (code == NO_CELLS) {

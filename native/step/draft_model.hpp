@@ -35,6 +35,6 @@ namespace plb {
 
 // The target has computed so many rows: where the model starts from hidden states, it takes theirs, and
 // computes what there is no room for. Returns 0 or a code as plb_draft_model_draft.
-int32_t watch(plb_draft_model & self, int32_t n_rows);
+int32_t watch(plb_draft_model & self, int32_t n_rows, bool drafted);
 
 } // namespace plb

@@ -351,9 +351,9 @@ bool drafts::reads_hidden() const {
     return model_ != nullptr && model_->n_hidden > 0;
 }
 
-void drafts::watch(int32_t n_rows) {
+void drafts::watch(int32_t n_rows, bool drafted) {
     if (model_ != nullptr) {
-        const int32_t code = plb::watch(*model_, n_rows);
+        const int32_t code = plb::watch(*model_, n_rows, drafted);
         draft_code_ = code != PLB_OK ? code : draft_code_;
     }
 }

@@ -30,7 +30,7 @@ public:
     const plb_draft_model * model() const { return model_; }
     // Whether it needs the hidden states of all rows; and rows that were computed, for it.
     bool reads_hidden() const;
-    void watch(int32_t n_rows);
+    void watch(int32_t n_rows, bool drafted);
     // Whether the device would have chosen the candidates of this step, were there no drafts.
     void keep_off(bool off) { stays_off_ = off; }
 

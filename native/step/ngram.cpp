@@ -128,7 +128,7 @@ int32_t ngram::find(int32_t & length) const {
 int32_t ngram::draft(int32_t n_most, llama_token * out, match & match) const {
     match  = {0, false};
     n_most = std::min(n_most, PLB_DRAFT_LIMIT + 0);
-    if (n_most < 1 || n_ < 1) {
+    if (n_most < 1 || n_ < 1 || (size_t) n_ >= tokens_.size()) {
         return 0;
     }
     const int32_t found = find(match.length);

@@ -19,6 +19,7 @@ class corpus;
 constexpr int32_t NGRAM       = 2;  // tokens that a match has at least
 constexpr int32_t NGRAM_MOST  = 32; // that are compared
 constexpr int32_t NGRAM_TRIES = 64; // positions that are looked at
+constexpr int32_t NGRAM_ROOM  = 8192; // generated tokens that are remembered: more take memory while they wait
 
 uint32_t ngram_hash(const llama_token * last); // of NGRAM tokens, `last` the last one
 
@@ -51,7 +52,7 @@ public:
     ngram() = default; // without room: drafts nothing
     ngram(const llama_token * prompt, int32_t n_prompt, int32_t n_more);
 
-    // Behind its room nothing is remembered. Whether the drafts that there would have been are right
+    // Behind its room nothing is remembered, and nothing drafted. Whether the drafts that there would have been are right
     // goes to `record`.
     void add(llama_token token, draft_record & record);
     // What was found: how many tokens are the same there, in a text of the corpus or in its own.

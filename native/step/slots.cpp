@@ -30,8 +30,8 @@ plb_slot & slot_of(plb_engine & engine, int32_t seq) {
 std::unique_ptr<plb_slot> new_slot(const plb_engine & engine, const plb_sampling & sampling,
                                    const llama_token * prompt, int32_t n_prompt) {
     auto slot = make_slot(engine.words, sampling, engine.views.n_logprobs_max, prompt, n_prompt);
-    if (engine.drafts && engine.drafts->ngram()) {
-        slot->history = ngram(prompt, n_prompt, std::min(sampling.max_tokens, engine.words.n_ctx));
+    if (engine.drafts && engine.drafts->ngram() && sampling.max_tokens < INT32_MAX) {
+        slot->history = ngram(prompt, n_prompt, std::min({sampling.max_tokens, engine.words.n_ctx, NGRAM_ROOM}));
     }
     return slot;
 }

@@ -270,7 +270,7 @@ int32_t check_decode_sample(plb_engine & engine, int32_t n_rows, int32_t n_pad, 
         info.n_results = sample_rows(engine, n_behind, n_rows, info.first_result);
     }
     if (engine.drafts) {
-        engine.drafts->watch(n_rows);
+        engine.drafts->watch(n_rows, drafted);
     }
     const int64_t t_sampled = plb_now_ns();
     info.sample_ns = t_sampled - t_synced;

@@ -193,7 +193,7 @@ def load_model(args: argparse.Namespace, *, quiet: bool = False) -> Model:
     if path is None:
         return Model.default(n_gpu_layers=args.n_gpu_layers)
     with ProgressBar(f"loading {path.name}", quiet=quiet, keep=False) as progress:
-        mtp = getattr(args, "speculate", None) == "mtp"
+        mtp = (getattr(args, "speculate", None) or "").partition(":")[0] == "mtp"
         n = args.n_gpu_layers
         return Model(path, n_gpu_layers=n, progress=progress.update, load_mtp=mtp)
 

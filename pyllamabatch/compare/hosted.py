@@ -52,7 +52,7 @@ class Hosted:
 
 def host(pipe: Connection[Any, Any], make: Callable[[Model, Case], Run], case: Case) -> None:
     """In the process: timings for each workload, after a first word that the arm is ready."""
-    mtp = case.speculate == "mtp"
+    mtp = case.speculate.partition(":")[0] == "mtp"
     run = make(Model(case.model.path, n_gpu_layers=case.n_gpu_layers, load_mtp=mtp), case)
     pipe.send("ready")
     while True:

@@ -123,7 +123,7 @@ def open_app(case: Case) -> Iterator[Any]:
     mapped, its pages are shared. One pool: there a prefix goes on without a copy."""
     from pyllamabatch.server.app import create_app
 
-    params = case.context_params() | {"kv_unified": True}
+    params = case.context_params() | {"kv_unified": True, "speculate": None}
     with (
         Model(case.model.path, n_gpu_layers=case.n_gpu_layers) as model,
         Engine(model, prefix_cache=True, machine=case.machine or None, **params) as engine,

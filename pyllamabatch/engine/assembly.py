@@ -42,9 +42,9 @@ def assemble(
     this machine, which needs a model. Raises as `Engine`, and nothing is left open."""
     context: EngineContext
     if options.speculate == "auto":
-        takes_back = isinstance(model, Model) and not copies_whole_only(model)
-        drafts = takes_back and machine is None and not options.batch_invariant
-        options = replace(options, speculate="ngram" if drafts else None)
+        options = replace(
+            options, speculate="ngram" if _may_draft(model, options, machine) else None
+        )
     if machine is None:
         context, layout = make_context(cast("Model", model), options, context_params)
     else:
@@ -54,6 +54,15 @@ def assemble(
     except BaseException:
         context.close()
         raise
+
+
+def _may_draft(model: Model | None, options: EngineOptions, machine: PathLike | None) -> bool:
+    """Whether an engine drafts without being asked: it can take tokens back, its rows may differ in
+    their last bits, and a policy decides by a cost model whether that pays."""
+    decides = options.policy is None or getattr(options.policy, "speculate", None) is not None
+    takes_back = isinstance(model, Model) and not copies_whole_only(model)
+    exact = bool(options.batch_invariant) or machine is not None
+    return takes_back and decides and options.cost is not None and not exact
 
 
 def _parts(context: EngineContext, layout: Layout, options: EngineOptions) -> Parts:

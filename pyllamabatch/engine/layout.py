@@ -76,7 +76,7 @@ def cells_of(model: Model, n_seq_max: int, params: dict[str, Any]) -> Cells:
     if copies_whole_only(model):
         why = "a recurrent state has one size, however long its text is"
         return Cells(n_ctx_train, 0, why, min(n_seq_max, MOST_STATES))
-    room = MEMORY_SHARE * free_memory() / bytes_of_cell(model, params)
+    room = MEMORY_SHARE * free_memory(model) / bytes_of_cell(model, params)
     if model.n_swa and not params.get("swa_full", True):
         return Cells(n_ctx_train, room, n_cached=0)  # a request goes on in the slot of its prefix
     return Cells(n_ctx_train, room)
@@ -165,9 +165,9 @@ def bytes_of_cell(model: Model, params: dict[str, Any]) -> float:
     return cell_bytes(model, read(native))
 
 
-def free_memory() -> int:
-    """Bytes that a context may take: of the devices, or of the host where there is none."""
-    return device_free() or host_available()
+def free_memory(model: Model) -> int:
+    """Bytes that a context may take: of the devices, or of the host where none computes."""
+    return (device_free() if model.offloaded else 0) or host_available()
 
 
 def with_speed(layout: Layout, cost_of: CostOf, n_seq_max: int) -> tuple[Layout, bool]:
@@ -198,7 +198,7 @@ def _open(
         reasons["swa_full"] = "off: all cells of the layers with a sliding window do not fit"
     rows = ubatch_of(model, params["n_ubatch"])
     reasons["n_ubatch"] = rows.why
-    n_outputs = min(given["n_seq_max"] + draft_rows(options), given["n_batch"])
+    n_outputs = _n_outputs(options, given)
     context = NativeContext(model, n_ctx=n_ctx, n_outputs_max=n_outputs, **given)
     return context, replace(layout, reasons=reasons)
 
@@ -209,8 +209,13 @@ def _fitting(
     """n_ctx that fits, the other parameters of the context, and the layout."""
     given = params | {"n_ubatch": ubatch_of(model, params["n_ubatch"]).value}
     layout = lay_out(cells_of(model, options.n_seq_max, given), options, given)
-    shrink = params["n_ctx"] == 0
-    return fitting_n_ctx(model, given.pop("n_ctx"), shrink=shrink, **given), given, layout
+    how = {"shrink": params["n_ctx"] == 0, "n_outputs": _n_outputs(options, given)}
+    return fitting_n_ctx(model, given.pop("n_ctx"), **how, **given), given, layout
+
+
+def _n_outputs(options: EngineOptions, given: dict[str, Any]) -> int:
+    """Rows of logits of a step."""
+    return min(int(given["n_seq_max"]) + draft_rows(options), int(given["n_batch"]))
 
 
 def make_context(

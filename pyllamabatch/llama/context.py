@@ -262,7 +262,7 @@ class Context(Owner):
     # -- outputs --
 
     def logits(self, row: int = -1) -> FloatArray:
-        """The logits of a row of the last batch: float32 (n_vocab,), a view.
+        """The logits of a row of the last batch: float32 (n_vocab,), a copy.
 
         Negative rows count back from the last row with an output. Raises `ArgumentError` for a row
         without output.
@@ -270,13 +270,15 @@ class Context(Owner):
         with self.exclusive():
             self._check_output(row)
             pointer = lib.llama_get_logits_ith(self.ptr, row)
-            return self._view(pointer, (self.model.n_vocab,), f"row {row} has no logits")
+            return np.array(self._view(pointer, (self.model.n_vocab,), f"row {row} has no logits"))
 
     def logits_all(self) -> FloatArray:
-        """The logits of every row with output, in batch order: float32 (n_outputs, n_vocab)."""
+        """The logits of every row with output, in batch order: float32 (n_outputs, n_vocab), a
+        copy."""
         with self.exclusive():
             shape = self._n_outputs(), self.model.n_vocab
-            return self._view(lib.llama_get_logits(self.ptr), shape, "the context has no logits")
+            pointer = lib.llama_get_logits(self.ptr)
+            return np.array(self._view(pointer, shape, "the context has no logits"))
 
     def embeddings(self, row: int = -1) -> FloatArray:
         """The embedding of one token of the last batch: float32 (n_embd_out,), a view."""

@@ -235,5 +235,6 @@ def _generous(model: Model, n_ctx: int, params: Mapping[str, Any]) -> int:
         cell += 4 * model.n_head * n_ubatch
     states = n_seq_max * model.n_layer * model.n_embd * 2048
     stateful = model.is_recurrent or model.is_hybrid
-    graphs = 256 * n_ubatch * model.n_embd + 8 * n_seq_max * model.n_vocab
+    n_outputs = int(params.get("n_outputs") or n_seq_max)
+    graphs = 256 * n_ubatch * model.n_embd + 8 * n_outputs * model.n_vocab
     return n_ctx * cell + graphs + (states if stateful else 0)

@@ -133,7 +133,7 @@ class Drafting:
     def __init__(self, limits: Limits, n_slots: int, invariance: Invariance | None = None) -> None:
         n = limits.n_draft_max
         self._invariance = invariance
-        self._limits = limits
+        self.limits = limits
         self.times = StepTimes()
         self.credit = LOSS * ADVANCE
         self._gained = 0.0  # seconds, less what was lost
@@ -183,7 +183,7 @@ class Drafting:
         gained = 0.0
         if drafted.credit is not None and not begins:
             gained = drafted.credit - self.credit - moves
-        elif (asked or lingers) and self.times.knows(width, max(width, self._limits.n_seq_max)):
+        elif (asked or lingers) and self.times.knows(width, max(width, self.limits.n_seq_max)):
 
             def price(n_rows: int) -> float:
                 return cost.predict(n_rows, 0, kv, len(slots)) * self.times.factor(n_rows)
@@ -212,20 +212,20 @@ class Drafting:
 
     def _begins(self) -> bool:
         """Drafts, in the next step, have the sampling moved off the device."""
-        return self._limits.drafts_move_sampling and self._off > _LINGERS
+        return self.limits.drafts_move_sampling and self._off > _LINGERS
 
     def _lingers(self) -> bool:
         """Steps without drafts are still sampled on the host, on account of those before."""
-        return self._limits.drafts_move_sampling and self._off <= _LINGERS
+        return self.limits.drafts_move_sampling and self._off <= _LINGERS
 
     def moves_sampling(self, *, asked: bool) -> bool:
         """The next call, which may have drafts or not, is sampled elsewhere than without drafts."""
-        return self._lingers() or (asked and self._limits.drafts_move_sampling)
+        return self._lingers() or (asked and self.limits.drafts_move_sampling)
 
     def _width(self, slots: Slots) -> int:
         if self._invariance is not None:
             return self._invariance.width(slots[-1:].tolist())
-        return width_of(slots, even=not self._limits.unified)
+        return width_of(slots, even=not self.limits.unified)
 
     def view(
         self,
@@ -274,5 +274,5 @@ class Drafting:
             width,
             room,
             even=not limits.unified,
-            prices=None if cost is None else prices,
+            prices=None if cost is None or width > room else prices,
         )

@@ -317,6 +317,8 @@ class Scheduler:
         self.accounting.reset(limits.n_cells, True, limits.n_cells_seq)
         for id, prefix in admission.restart(sharing):
             sequences.waiting.put(id, prefix=prefix)
+        if self.drafting is not None:
+            self.drafting.limits = limits
         self.set_cost(self.cost)
         pool = KvOperation("pool", -1, n=limits.n_cells)
         return Step(NO_SLOTS, (), preempted, (), 0, {}, kv_operations=(*operations, pool))

@@ -136,7 +136,7 @@ class StepBuilder:
             else:
                 left = 1
             repeat = max(1, min(repeat, left, accounting.free // n_rows))
-        self._admission.cache.make_cells(n_rows * min(repeat, AT_ONCE))
+        self._admission.cache.make_cells(max(n_rows, step.n_rows * min(repeat, AT_ONCE)))
         if repeat == 1:
             return
         repeat = max(1, min(repeat, accounting.empty // n_rows))

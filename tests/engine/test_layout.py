@@ -46,11 +46,11 @@ def test_streams_by_default_leave_memory_to_others(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cell = layout.bytes_of_cell(model, EXACT)
-    monkeypatch.setattr(layout, "free_memory", lambda: int(4 * cell * 4 * 1024))
+    monkeypatch.setattr(layout, "free_memory", lambda model: int(4 * cell * 4 * 1024))
     with engine_on(model) as engine:
         assert not engine.limits.unified
         assert engine.n_ctx == 2 * 1024
-    monkeypatch.setattr(layout, "free_memory", lambda: int(4 * cell * 4 * 511))
+    monkeypatch.setattr(layout, "free_memory", lambda model: int(4 * cell * 4 * 511))
     with engine_on(model) as engine:
         assert engine.limits.unified
         assert "free memory" in engine.layout
@@ -65,7 +65,7 @@ def test_a_long_request_makes_streams_a_pool_and_no_token_changes(model: Model) 
     short, long = prompt(40), prompt(900, 7)
     with engine_on(model, kv_unified=True, n_ctx=2048) as engine:
         expected = [r.tokens for r in engine.generate([short, long], [greedy(300), greedy(200)])]
-    with engine_on(model, n_ctx=2048) as engine:
+    with engine_on(model, n_ctx=2048, speculate="auto") as engine:
         first = engine.submit(short, greedy(300))
         iterator = iter(first)
         begun = [next(iterator).token for _ in range(20)]
@@ -75,6 +75,9 @@ def test_a_long_request_makes_streams_a_pool_and_no_token_changes(model: Model) 
         assert begun == expected[0][:20]
         stats = engine.stats()
         assert engine.limits.unified
+        drafting = engine._core.scheduler.drafting
+        assert drafting is not None
+        assert drafting.limits == engine.limits
         assert engine.n_ctx == 2048
         assert engine.capabilities.prefix_copy
         assert "a sequence needed it" in engine.layout

@@ -105,6 +105,8 @@ def test_an_engine_drafts_without_being_asked_where_that_is_possible(model: Mode
 
     assert may_draft(model)
     assert not may_draft(model, speculate=None)
+    assert not may_draft(model, cost=None)  # nothing decides whether that pays
+    assert not may_draft(model, policy="fcfs")
     assert not may_draft(model, batch_invariant=True)
     assert may_draft(model, batch_invariant=True, speculate="ngram")
     assert not may_draft(loaded("lfm2"))

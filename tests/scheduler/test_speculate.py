@@ -136,7 +136,7 @@ def test_drafts_that_take_time_are_asked_for_as_they_were_right(
     if price is half and expected == 4:  # what was not timed lately is tried first
         assert decided(price, 1, timed=1, **own)[:2] == ({0: 4}, TIMED)
         found = np.zeros((1, 4))  # of one that is new
-        assert decided(price, 1, found=found, **own) == ({}, ASKED, None)
+        assert decided(price, 1, found=found, **own) == ({}, 1, None)
 
 
 def test_where_drafts_move_the_sampling_they_begin_if_they_were_right() -> None:
@@ -233,6 +233,14 @@ def test_nor_do_drafts_that_take_time() -> None:
                           timed * half(n_rows))  # fmt: skip
         drafting.observe(slots, owner, drafted, steps, 100, HALF, asked=bool(asked))
     assert 0 < lost < LOSS * (total + ADVANCE) + worst
+
+
+def test_no_drafts_where_those_that_decode_fill_a_call() -> None:
+    slots = np.arange(8, dtype=np.int32)
+    limits = replace(LIMITS, drafts_move_sampling=True, n_ubatch=4)
+    owner, left = np.arange(1, 9), np.full(8, 9)
+    drafts = Drafting(limits, 8).view(slots, owner, left, 100.0, limits, HALF)
+    assert drafts.prices is None
 
 
 def test_where_drafts_move_the_sampling_steps_without_come_first() -> None:

@@ -54,7 +54,7 @@ class ByGain:
         seconds = np.where(prices.seconds <= target, prices.seconds, 0.0)
         own = prices._replace(seconds=seconds, gain=self.gain)
         if view.limits.drafts_take_time:
-            expected = self._asked(drafts, own, most, HOPE)
+            expected = self._asked(drafts, own, most, HOPE, unknown=1)
             begins = prices.begin and expected.drafts
             return expected._replace(steps=1) if begins else expected
         if not can_pay(drafts, seconds, most, self.gain):
@@ -66,9 +66,18 @@ class ByGain:
         expected = self._asked(drafts, own, most)
         return Speculation(_as_many(drafts, most), 1, own) if expected.drafts else expected
 
-    def _asked(self, drafts: Drafts, prices: Prices, most: int, hope: float = 1.0) -> Speculation:
+    def _asked(
+        self,
+        drafts: Drafts,
+        prices: Prices,
+        most: int,
+        hope: float = 1.0,
+        *,
+        unknown: int = ASKED,
+    ) -> Speculation:
+        """unknown: steps until one without any drafts so far is looked at again."""
         if not drafts.found.any(axis=1).all():  # of a new one what is usual is known soon
-            return Speculation({}, ASKED)
+            return Speculation({}, unknown)
         n, width = len(drafts.ids), drafts.width
         plain = float(prices.seconds[width])
         best = (1 + prices.gain) * n / plain if plain > 0 else np.inf
