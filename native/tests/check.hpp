@@ -112,6 +112,17 @@ struct fixture {
     }
 };
 
+using text = std::vector<llama_token>;
+
+// `n` tokens, which repeat nothing soon; another `first`, other ones.
+inline text prompt_of(int32_t n, int32_t first) {
+    text tokens = {1};
+    for (int32_t i = 1; i < n; ++i) {
+        tokens.push_back(20 + (first + 7 * i) % 200);
+    }
+    return tokens;
+}
+
 inline const char * model_path(int argc, char ** argv) {
     const char * path = argc > 1 ? argv[1] : getenv("PLB_TEST_MODEL");
     if (path == nullptr) {

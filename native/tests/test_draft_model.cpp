@@ -9,8 +9,6 @@ namespace {
 
 constexpr int32_t N_SEQ = 4, MOST = 4, N_TOKENS = 40, CATCH_UP = 64; // rows of a batch of the fixture
 
-using text = std::vector<llama_token>;
-
 plb_engine_params drafting() {
     plb_engine_params params = plb_engine_default_params();
     params.n_draft_max = MOST;
@@ -89,14 +87,6 @@ struct models {
 
     int32_t rows_of_last_call() const { return small.views.info->n_rows; }
 };
-
-text prompt_of(int32_t n, int32_t first) {
-    text tokens = {1};
-    for (int32_t i = 1; i < n; ++i) {
-        tokens.push_back(20 + (first + 7 * i) % 200);
-    }
-    return tokens;
-}
 
 // What is held of a sequence serves one with the same prefix, wherever it is.
 void takes_over(const char * path) {

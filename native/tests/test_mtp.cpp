@@ -12,7 +12,6 @@ namespace {
 
 constexpr int32_t N_SEQ = 4, MOST = 3, N_TOKENS = 60, N_BATCH = 64;
 
-using text = std::vector<llama_token>;
 using floats = std::vector<float>;
 
 llama_context * context_of(llama_model * model, llama_context_type type) {
@@ -166,14 +165,6 @@ struct models {
         return llama_memory_seq_pos_max(llama_get_memory(ctx), seq) + 1;
     }
 };
-
-text prompt_of(int32_t n, int32_t first) {
-    text tokens = {1};
-    for (int32_t i = 1; i < n; ++i) {
-        tokens.push_back(20 + (first + 7 * i) % 200);
-    }
-    return tokens;
-}
 
 // Prompts in one batch and in several, of which none is a multiple of another; tokens that were drafted,
 // rejected and taken; many that were not; and the same again in another sequence.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pyllamabatch.cli.console import ProgressBar
+from pyllamabatch.engine.drafters import needs_mtp
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.model import Model
@@ -193,7 +194,7 @@ def load_model(args: argparse.Namespace, *, quiet: bool = False) -> Model:
     if path is None:
         return Model.default(n_gpu_layers=args.n_gpu_layers)
     with ProgressBar(f"loading {path.name}", quiet=quiet, keep=False) as progress:
-        mtp = (getattr(args, "speculate", None) or "").partition(":")[0] == "mtp"
+        mtp = needs_mtp(getattr(args, "speculate", None))
         n = args.n_gpu_layers
         return Model(path, n_gpu_layers=n, progress=progress.update, load_mtp=mtp)
 

@@ -15,6 +15,7 @@ from pyllamabatch.compare.clients import ask_all
 from pyllamabatch.compare.loop import Loop
 from pyllamabatch.compare.machine_loop import open_loop
 from pyllamabatch.compare.workload import BURST, RequestTimes, Timings, Workload
+from pyllamabatch.engine.drafters import needs_mtp
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.engine.results import Token
 from pyllamabatch.errors import PyllamabatchError
@@ -52,7 +53,7 @@ class Hosted:
 
 def host(pipe: Connection[Any, Any], make: Callable[[Model, Case], Run], case: Case) -> None:
     """In the process: timings for each workload, after a first word that the arm is ready."""
-    mtp = case.speculate.partition(":")[0] == "mtp"
+    mtp = needs_mtp(case.speculate)
     run = make(Model(case.model.path, n_gpu_layers=case.n_gpu_layers, load_mtp=mtp), case)
     pipe.send("ready")
     while True:

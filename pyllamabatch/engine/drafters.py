@@ -150,6 +150,11 @@ def make_drafter(spec: str) -> AnyDrafter:
     return _DRAFTERS.make(spec)
 
 
+def needs_mtp(name: str | None) -> bool:
+    """Whether the drafter of this name drafts from layers that the model is to be loaded with."""
+    return (name or "").partition(":")[0] == "mtp"
+
+
 def drafter_of(given: Any) -> AnyDrafter | None:
     """A drafter, also by its name or its model. ArgumentError for what is none."""
     if given is None:

@@ -101,8 +101,8 @@ class Engine:
       followed the same tokens earlier in a request's text. "draft:FILE" or a `Model`: what a
       smaller model with the same vocabulary drafts; "draft": the one that ships with the embedded
       model. Or a drafter of your own (`pyllamabatch.engine.drafters`). Not for models with a
-      recurrent state. "auto": "ngram", but for such models, with `batch_invariant` or on a
-      `machine`. None: never.
+      recurrent state. "auto": "ngram", but for such models, with `batch_invariant`, on a `machine`,
+      and where no policy decides by a cost model whether that pays. None: never.
     - context_params: any other parameter of `Context`.
 
     A request that fails ends alone. Raises UnsupportedOperation for models with an encoder and for

@@ -113,6 +113,17 @@ def write_lora(path: Path, architecture: str = "llama", width: int = N_EMBD, see
     finish(writer)
 
 
+def _full_heads(writer: gguf.GGUFWriter) -> None:
+    width = N_EMBD // N_HEAD
+    writer.add_context_length(N_CTX_TRAIN)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_head_count_kv(N_HEAD)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_rope_freq_base(ROPE_BASE)
+    writer.add_rope_dimension_count(width)
+
+
 def write_mimo2(
     path: Path, *, n_nextn: int = 1, writes: float = 0.05, stripped: bool = False, seed: int = 5
 ) -> None:
@@ -123,15 +134,9 @@ def write_mimo2(
     behind it add four times as much, which depends on the hidden states that they start from.
     `stripped`: these are named, and not in the file.
     """
-    n_layer, width = 2 + n_nextn, N_EMBD // N_HEAD
+    n_layer = 2 + n_nextn
     writer, w = _writer(path, "mimo2", n_layer), Weights(seed)
-    writer.add_context_length(N_CTX_TRAIN)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_head_count_kv(N_HEAD)
-    writer.add_key_length(width)
-    writer.add_value_length(width)
-    writer.add_rope_freq_base(ROPE_BASE)
-    writer.add_rope_dimension_count(width)
+    _full_heads(writer)
     writer.add_sliding_window(SLIDING_WINDOW)
     writer.add_sliding_window_pattern([i == 0 for i in range(n_layer)])
     writer.add_expert_feed_forward_length(N_FF)
@@ -164,15 +169,9 @@ def write_mimo2(
 def write_glm4moe(path: Path, *, writes: float = 0.08) -> None:
     """As `write_mimo2`, with experts, and one layer that predicts; libllama has the hidden states
     of all rows of a batch there, be they asked for or not."""
-    n_layer, width, n_ff = 3, N_EMBD // N_HEAD, N_FF_EXPERT
+    n_layer, n_ff = 3, N_FF_EXPERT
     writer, w = _writer(path, "glm4moe", n_layer), Weights(6)
-    writer.add_context_length(N_CTX_TRAIN)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_head_count_kv(N_HEAD)
-    writer.add_key_length(width)
-    writer.add_value_length(width)
-    writer.add_rope_freq_base(ROPE_BASE)
-    writer.add_rope_dimension_count(width)
+    _full_heads(writer)
     writer.add_expert_count(N_EXPERT)
     writer.add_expert_used_count(N_EXPERT_USED)
     writer.add_expert_feed_forward_length(n_ff)
