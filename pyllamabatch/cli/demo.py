@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
             "n_threads_batch": threads,
         }
         n = len(tasks)
-        with Engine(model, n_seq_max=n, n_ctx=n * N_CELLS, **params) as engine:
+        # Without drafts: a batch is to be seen, and one by one they would fill its rows.
+        with Engine(model, n_seq_max=n, n_ctx=n * N_CELLS, speculate=None, **params) as engine:
             requests = [request(model, task) for task in tasks]
             engine.submit(*requests[0]).result()  # warm: neither pass pays for it
             with board(tasks, plain=args.plain) as shown:
