@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -98,8 +99,9 @@ class InputProcessor:
         self, prompt: Prompt, params: SamplingParams | None, options: Options, engine: object
     ) -> StreamSink:
         """One request and its stream, which keeps `engine` alive."""
+        now = perf_counter()
         params = self._params(params)
-        values = check_options(options)
+        values = check_options(options, now)
         add_special = values.pop("add_special", True)
         tokens = self.tokens(prompt, add_special, values.pop("parse_special", None))
         lora = self.loras.choose(values.pop("lora", None))
@@ -113,9 +115,10 @@ class InputProcessor:
             self.sampler(params, tokens),
             RequestOptions(**values, lora=lora, space=self._space(lora)),
             budget=params.max_tokens,
+            arrival=now,
         )
         host = Host(self._core.cancel, self._core.output_processor.watch, engine)
-        stream = Stream(request.id, len(tokens), params, self._pieces(params), host)
+        stream = Stream(request.id, len(tokens), params, self._pieces(params), host, now)
         return self._core.stream_to(request, stream)
 
     # -- interactive sequences
@@ -133,7 +136,7 @@ class InputProcessor:
             limit = "of an interactive sequence the owner looks for stop strings"
             raise ArgumentError("stop", params.stop, limit)
         params = replace(params, max_tokens=INT32_MAX)
-        check_options({"priority": priority, "tenant": tenant})
+        check_options({"priority": priority, "tenant": tenant}, perf_counter())
         chosen = self.loras.choose(lora)
         options = RequestOptions(priority, tenant, lora=chosen, space=self._space(chosen))
         return self._core.interactive(Request(next(self._ids), NO_TOKENS, params, options=options))

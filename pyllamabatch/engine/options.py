@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any, Literal, TypedDict
 
 from ..cost.model import CostModel
@@ -63,15 +62,14 @@ DEFAULTS = RequestOptions()
 BatchInvariant = bool | Literal["nearly"]
 
 
-def check_options(options: Options) -> dict[str, Any]:
-    """The given options, `timeout` as a `deadline`. ArgumentError for what is out of its range, and
-    for what is none."""
+def check_options(options: Options, now: float) -> dict[str, Any]:
+    """The given options, `timeout` as a `deadline` from `now` on. ArgumentError for what is out of
+    its range, and for what is none."""
     values: dict[str, Any] = {**options}
     for name in values.keys() - Options.__annotations__.keys():
         if name in SamplingParams.__dataclass_fields__:
             raise ArgumentError(name, values[name], f"goes into SamplingParams({name}=...)")
         raise unknown_keyword(name, values[name], Options.__annotations__)
-    now = perf_counter()
     timeout, deadline = values.pop("timeout", None), values.get("deadline")
     if timeout is not None:
         if deadline is not None:

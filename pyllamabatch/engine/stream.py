@@ -74,10 +74,11 @@ class Stream:
         params: SamplingParams,
         pieces: Pieces,
         host: Host,
+        submitted_at: float,
     ) -> None:
         self.id = id
         self.n_prompt = n_prompt
-        self.submitted_at = perf_counter()
+        self.submitted_at = submitted_at
         self.n_cached = 0
         self._n_drafts = self._n_drafted = self._n_accepted = 0
         self._admitted_at: float | None = None

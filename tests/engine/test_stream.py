@@ -34,7 +34,7 @@ def stream(**options: object) -> Told:
     watched: set[Stream] = set()
     params = SamplingParams(**options)  # type: ignore[arg-type]
     pieces = Pieces(lambda tokens: [PIECES[token] for token in tokens])
-    made = Told(1, 3, params, pieces, Host(cancelled.append, watched.add))
+    made = Told(1, 3, params, pieces, Host(cancelled.append, watched.add), 0.0)
     made.cancelled, made.watched = cancelled, watched
     made._begin(Page(2, N_STEPS, 3), 1)
     return made
@@ -234,5 +234,5 @@ def test_pages_turn_and_slots_change() -> None:
 
 def test_a_stream_has_no_dict() -> None:
     """It would be slower for every token: CPython shares the keys of 30 attributes at most."""
-    made = Stream(1, 3, SamplingParams(), Pieces(lambda tokens: []), Host(print, print))
+    made = Stream(1, 3, SamplingParams(), Pieces(lambda tokens: []), Host(print, print), 0.0)
     assert not hasattr(made, "__dict__")

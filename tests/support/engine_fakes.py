@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -287,9 +288,10 @@ class Rig:
             Slot(params, lora),
             options,
             budget=params.max_tokens,
+            arrival=perf_counter(),
         )
         host = Host(self.core.cancel, self.core.output_processor.watch)
-        stream = Stream(id, len(prompt), params, self._pieces, host)
+        stream = Stream(id, len(prompt), params, self._pieces, host, request.arrival)
         self.requests.append(Submitted(id, list(prompt), params, lora, stream))
         self.core.submit([self.core.stream_to(request, stream)])
         return stream

@@ -128,7 +128,8 @@ class NullEngine:
         id, core = len(self.streams) + 1, self._core
         params = SamplingParams(max_tokens=n_tokens, stop=self._stops)
         host = Host(core.cancel, core.output_processor.watch)
-        stream = self.streams[id] = Stream(id, N_PROMPT, params, self._pieces, host)
+        stream = Stream(id, N_PROMPT, params, self._pieces, host, time.perf_counter())
+        self.streams[id] = stream
         prompt = np.full(N_PROMPT, TOKEN, np.int32)
         request = Request(id, prompt, params, Budget(n_tokens), budget=n_tokens)
         core.submit([core.stream_to(request, stream)])
