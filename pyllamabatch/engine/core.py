@@ -100,7 +100,7 @@ class EngineCore:
         sink = StreamSink(
             request, stream, self.table, self.output_processor, self.commands.left_queue
         )
-        request.sink = sink
+        request.sink, request.arrival = sink, stream.submitted_at
         return sink
 
     def interactive(self, request: Request) -> InteractiveSink:

@@ -115,7 +115,6 @@ class InputProcessor:
             self.sampler(params, tokens),
             RequestOptions(**values, lora=lora, space=self._space(lora)),
             budget=params.max_tokens,
-            arrival=now,
         )
         host = Host(self._core.cancel, self._core.output_processor.watch, engine)
         stream = Stream(request.id, len(tokens), params, self._pieces(params), host, now)

@@ -63,7 +63,7 @@ class Request:
     - tokens: what is known of it in Python, int32. The first `n_given` were given, the others
       sampled. `known` brings them up to date.
     - budget: tokens that may be sampled; None without a limit.
-    - arrival: a time of `perf_counter`, from which on it waits.
+    - arrival: a time of `perf_counter`: when it was submitted, or began to wait for a slot.
     - sampler: its sampling state, which goes to the stepper while it has a slot.
     - slot: where it runs, -1 while it does not.
     - state: saved cells that it brings along, until they are stored.
@@ -94,10 +94,9 @@ class Request:
         options: RequestOptions = DEFAULTS,
         *,
         budget: int | None = None,
-        arrival: float = 0.0,
     ) -> None:
         self.id = id
-        self.arrival = arrival
+        self.arrival = 0.0
         self.tokens = tokens
         self.n_given = len(tokens)
         self.params = params

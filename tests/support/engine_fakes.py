@@ -288,10 +288,9 @@ class Rig:
             Slot(params, lora),
             options,
             budget=params.max_tokens,
-            arrival=perf_counter(),
         )
         host = Host(self.core.cancel, self.core.output_processor.watch)
-        stream = Stream(id, len(prompt), params, self._pieces, host, request.arrival)
+        stream = Stream(id, len(prompt), params, self._pieces, host, perf_counter())
         self.requests.append(Submitted(id, list(prompt), params, lora, stream))
         self.core.submit([self.core.stream_to(request, stream)])
         return stream
