@@ -43,8 +43,10 @@ def test_answers_say_that_they_are_of_no_model(engine: Engine) -> None:
     assert check_idle(engine).finished["length"] >= 5
 
 
-def test_each_visible_gpu_is_one_of_its_own(fast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = set()
+def test_each_visible_gpu_is_one_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, names = fast_profile(tmp_path), set()
     for gpu in ("", "0", "1", "MIG-GPU-1/2/0"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpu)
         a, b = ProfileMachine.named(fast), ProfileMachine.named(fast)
