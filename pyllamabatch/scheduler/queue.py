@@ -6,6 +6,7 @@ from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
 
 import numpy as np
@@ -64,15 +65,21 @@ class SequenceList(Sequence["SequenceView"]):
         return groups
 
     def column(self, what: str | Rank) -> Column:
-        """One number of each sequence: a field of `SequenceView` by its name, or `what(sequence)`.
-        float64 or int64, shape (n,); `itl_target` is infinity where there is none. The order is
-        the same one for all columns of a view, but not that of the list."""
-        if what == "itl_target":
-            targets = (view.itl_target for view in self)
-            return np.array([np.inf if t is None else t for t in targets], dtype=np.float64)
+        """One number of each sequence, shape (n,): a field of `SequenceView` by its name, or
+        `what(sequence)` as float64. The order is the same one for all columns of a view, but not
+        that of the list."""
         if isinstance(what, str):
-            return np.array([getattr(view, what) for view in self], dtype=np.int64)
+            return np.array([getattr(view, what) for view in self])
         return np.array([what(view) for view in self], dtype=np.float64)
+
+    def itl_targets(self) -> Sequence[float]:
+        """Seconds, ascending: infinity of each sequence that has none."""
+        return sorted(map(itl_target, self))
+
+
+def itl_target(seq: SequenceView) -> float:
+    """Seconds; infinity where it has none."""
+    return inf if seq.itl_target is None else seq.itl_target
 
 
 class HasView(Protocol):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from bisect import bisect_left, insort
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from ..kv import Slots
 from ..kv.radix_tree import Tokens
 from .invariance import Computed
-from .queue import Column, Rank, SequenceList, SequenceQueue
+from .queue import Column, Rank, SequenceList, SequenceQueue, itl_target
 from .view import NO_PREFIX, Prefix, SequenceView
 
 
@@ -68,7 +69,7 @@ class RunningSequences(SequenceQueue[Entry]):
             self._numbers
         )
         self.counts = self._numbers[:2]
-        self._itl_target = np.full(n_slots, np.inf)
+        self._itl_targets: list[float] = []
         self._facts: dict[Rank, npt.NDArray[np.float64]] = {}  # by the function they come from
         self._decoding: dict[int, None] = {}
         self.decoding: Set[int] = self._decoding.keys()
@@ -84,7 +85,7 @@ class RunningSequences(SequenceQueue[Entry]):
         entry.true = False
         known, most = view.known, view.n_prompt + view.max_tokens
         self._numbers[:, slot] = 0, known, view.n_prompt, most, known, id + 1
-        self._itl_target[slot] = np.inf if view.itl_target is None else view.itl_target
+        insort(self._itl_targets, itl_target(view))
         for function, facts in self._facts.items():
             facts[slot] = function(view)
         self._occupied = None
@@ -94,12 +95,14 @@ class RunningSequences(SequenceQueue[Entry]):
         if entry is not None:
             self._numbers[:, entry.slot] = 0
             self._occupied = None
+            targets = self._itl_targets
+            del targets[bisect_left(targets, itl_target(entry.view))]
         return entry
 
     def move(self, entry: Entry, slot: int) -> None:
         """It runs in the empty `slot` from now on."""
         source, entry.slot = entry.slot, slot
-        for by_slot in (*self._numbers, self._itl_target, self._decodes_in, *self._facts.values()):
+        for by_slot in (*self._numbers, self._decodes_in, *self._facts.values()):
             by_slot[slot] = by_slot[source]
         self._numbers[:, source] = 0
         self._decodes_in[source] = False
@@ -183,8 +186,6 @@ class RunningSequences(SequenceQueue[Entry]):
         slots = self._occupied
         if not isinstance(what, str):
             return self._facts_of(what)[slots]
-        if what == "itl_target":
-            return self._itl_target[slots]
         if what == "id":
             return self.owner[slots] - 1
         if what == "n_prompt":
@@ -199,6 +200,9 @@ class RunningSequences(SequenceQueue[Entry]):
             return self.most[slots] - self._n_prompt[slots]
         by_slot = sorted(self.ids.values(), key=_slot_of)
         return SequenceList(map(self.seen, by_slot)).column(what)
+
+    def itl_targets(self) -> Sequence[float]:
+        return self._itl_targets
 
     def _facts_of(self, function: Rank) -> npt.NDArray[np.float64]:
         facts = self._facts.get(function)

@@ -184,9 +184,9 @@ class WithinTarget:
             return view.limits.n_batch
         if view.cost is None:
             return self.otherwise(view)
-        targets = view.running.column("itl_target").tolist()
-        target = min(targets)
-        if self.itl < target and inf in targets:
+        targets = view.running.itl_targets()
+        target = targets[0]
+        if self.itl < target and targets[-1] == inf:
             alone = view.cost.predict(n, 0, view.kv.attended, n)
             target = min(target, max(self.itl, self.stretch * alone))
         if target == inf:

@@ -50,7 +50,7 @@ class ByGain:
         most = min(drafts.n_max, (room - drafts.width) // (drafts.width if drafts.even else n))
         if most < 1 or prices.credit < prices.begin:
             return Speculation({}, STEPS)
-        target = float(view.running.column("itl_target").min())
+        target = view.running.itl_targets()[0]
         seconds = np.where(prices.seconds <= target, prices.seconds, 0.0)
         own = prices._replace(seconds=seconds, gain=self.gain)
         if view.limits.drafts_take_time:

@@ -173,9 +173,8 @@ def best_split(view: StepView, itl: float, gain: float, *, begun: bool = False) 
             rounds_of[width] = steps
     if not rounds_of:  # not even if switches were free
         return None
-    targets = view.running.column("itl_target")
-    targets[targets == inf] = itl
-    most = max(wide, float(targets.min()))
+    targets = view.running.itl_targets()
+    most = max(wide, min(targets[0], itl) if targets[-1] == inf else targets[0])
     known: float | None = cost.switch
     switch = known or 0.0
     left = tokens_left(view)
