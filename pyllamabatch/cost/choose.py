@@ -30,9 +30,12 @@ def cost_of(context: Context, *, unified: bool) -> CostModel:
         swa_full = bool(context.params["swa_full"])
         return CostModel.fit(profile, unified=unified, n_ubatch=n_ubatch, swa_full=swa_full)
     model = context.model
-    moe = f"{model.architecture}.expert_count" in model.metadata
-    has = where.cpu_features()
-    known = kernels(key.backend, where.file_type(model), moe=moe, features=has, device=key.device)
+    experts = where.experts_of(model)
+    kind, has = where.file_type(model), where.cpu_features()
+    known = kernels(key.backend, kind, moe=experts.n > 0, features=has, device=key.device)
     gpu = not key.backend.startswith("CPU")
     rate = apple.read_rate(key.device) if gpu else None
-    return CostModel.prior(known, model.size_bytes, n_ubatch, gpu=gpu, unified=unified, rate=rate)
+    n_bytes = model.size_bytes
+    return CostModel.prior(
+        known, n_bytes, n_ubatch, gpu=gpu, unified=unified, rate=rate, experts=experts
+    )

@@ -43,6 +43,14 @@ Shape = tuple[int, int, float, int]
 """rows, prefill, kv, n_seqs: as `CostModel.predict` takes them."""
 
 
+class Experts(NamedTuple):
+    """Of a mixture of experts, else all 0: bytes of all, how many, and of how many a row passes."""
+
+    n_bytes: float = 0.0
+    n: int = 0
+    n_used: int = 0
+
+
 class Ubatch(NamedTuple):
     """Rows that are computed at once. decode: rows of sequences that have one row each; the others
     are prompt rows. sampled: rows with output. cells: held by all sequences. own, own_prompt: cells

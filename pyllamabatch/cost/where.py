@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pyllamabatch.cost.kernels import kernels
 from pyllamabatch.cost.profile import Key, Profile
+from pyllamabatch.cost.terms import Experts
 from pyllamabatch.llama import runtime
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.limits import memory_parts
@@ -26,7 +27,8 @@ class Weights:
     """What the tensors of a file weigh. `kind`: the type of most matrix bytes ("Q4_K").
     `output_share`: the output matrix's part of the bytes that a sampled row passes; a mixture of
     experts counts those experts that a row uses. `kinds`: types that have a twentieth of them or
-    more. `input_bytes`: tables that rows are only looked up in; they stay with the CPU."""
+    more. `input_bytes`: tables that rows are only looked up in; they stay with the CPU.
+    `expert_bytes`: of all experts."""
 
     kind: str
     output_share: float
@@ -34,6 +36,7 @@ class Weights:
     n_expert: int
     n_expert_used: int
     kinds: tuple[str, ...] = ()
+    expert_bytes: int = 0
 
 
 def weigh(model: Model) -> Weights:
@@ -43,7 +46,7 @@ def weigh(model: Model) -> Weights:
     by_kind: Counter[str] = Counter()
     passed: Counter[str] = Counter()
     tied = ""
-    inputs = 0
+    inputs = experts = 0
     output = embedding = total = 0.0
     for name, kind, size in tensors(model):
         if "token_embd." in name:
@@ -51,7 +54,10 @@ def weigh(model: Model) -> Weights:
             if name == "token_embd.weight":
                 embedding, tied = size, kind
             continue
-        share = n_used / n_expert if n_expert and "_exps" in name else 1.0
+        share = 1.0
+        if n_expert and "_exps" in name:
+            share = n_used / n_expert
+            experts += size
         by_kind[kind] += size
         passed[kind] += round(size * share)
         total += size * share
@@ -64,7 +70,15 @@ def weigh(model: Model) -> Weights:
     ((kind, _),) = by_kind.most_common(1) or [("F16", 0)]
     share = output / total if total else 0.0
     kinds = tuple(sorted(k for k, n in passed.items() if n >= 0.05 * total))
-    return Weights(kind, round(share, 4), inputs, n_expert, n_used, kinds)
+    return Weights(kind, round(share, 4), inputs, n_expert, n_used, kinds, experts)
+
+
+def experts_of(model: Model) -> Experts:
+    """The file's header is read only where there are some."""
+    if not _count(model, "expert_count"):
+        return Experts()
+    weights = weigh(model)
+    return Experts(weights.expert_bytes, weights.n_expert, weights.n_expert_used)
 
 
 def _count(model: Model, name: str) -> int:

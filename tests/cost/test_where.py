@@ -9,12 +9,14 @@ import pytest
 
 from pyllamabatch import Engine, Model
 from pyllamabatch.cost import where
+from pyllamabatch.cost.choose import cost_of
 from pyllamabatch.cost.kernels import kernels
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import Key, Profile, Sample, file_name, find_profile, profile_folder
 from pyllamabatch.errors import ProfileError
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.limits import memory_parts
+from tests.support.models_gguf import gguf_path
 
 
 def profile(key: Key, seconds: float = 0.01) -> Profile:
@@ -46,6 +48,18 @@ def test_weights(tiny_llama_path: Path) -> None:
         assert weights.kind == "F32" == where.file_type(model)
         assert 0 < weights.output_share < 1
         assert 0 < weights.input_bytes < 0.5 * model.size_bytes
+
+
+def test_a_prior_knows_the_experts() -> None:
+    """A row uses two of eight, two rows 7/16 of them: 1 - (3/4)^2."""
+    with Model(gguf_path("qwen3moe")) as model, Context(model, n_ctx=64) as context:
+        experts = where.experts_of(model)
+        assert experts[1:] == (8, 2)
+        assert 0 < experts.n_bytes < model.size_bytes
+        prior = cost_of(context, unified=True)
+        all_of_them = prior.coefficients["experts"]
+        assert all_of_them > 0
+        assert prior.terms.experts(2) == 7 / 16
 
 
 def test_key(tiny_llama_path: Path) -> None:
