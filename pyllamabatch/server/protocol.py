@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Awaitable
 from typing import Any, cast
 
+import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .answer import WRITES
+from .errors import ApiError
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -18,6 +20,16 @@ class HttpProtocol(HttpToolsProtocol):
         if self.parser.get_http_version() == "1.1" and self.parser.get_method() != b"HEAD":
             scope["extensions"] = {WRITES: self.write_part}
         super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """To what is no HTTP. It is the end of the connection."""
+        body = orjson.dumps(ApiError(400, msg, code="invalid_http").body)
+        head = (
+            b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\nConnection: close\r\n\r\n"
+        )
+        self.transport.write(head % len(body) + body)
+        self.transport.close()
 
     def write_part(self, body: bytes) -> Awaitable[None] | None:
         """A chunk, in one write. Dropped where the client has left. For a response that has begun

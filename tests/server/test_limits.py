@@ -129,6 +129,21 @@ def test_samples_count_the_cached_tokens_of_a_prompt_once(served: Served) -> Non
     assert usage["prompt_tokens_details"]["cached_tokens"] < usage["prompt_tokens"] // 3
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [b"FOO\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: abc\r\n\r\n"],
+)
+def test_what_is_no_http_gets_an_error_of_the_one_form(served: Served, sent: bytes) -> None:
+    host, _, port = served.url.rpartition("/")[2].partition(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(sent)
+        head, _, body = b"".join(iter(lambda: connection.recv(4096), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"content-type: application/json" in head.lower()
+    error = orjson.loads(body)["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_http")
+
+
 @pytest.mark.parametrize(("seconds", "n_signals"), [(0.2, 1), (60, 2)])
 def test_an_open_body_does_not_hold_up_the_end(
     embedded_model: Model, monkeypatch: pytest.MonkeyPatch, seconds: float, n_signals: int
