@@ -1,14 +1,14 @@
 """Request bodies: reading them, and the fields that every kind of completion shares.
 
 A wire name is checked in three places: a field of the model is used; one of `IGNORED` has no say in
-the text and is left out; one of `OFF` belongs to a sampler that the engine has not, and is taken at
-the value that switches it off. Any other is an error that names the nearest field.
+the text and is left out; one of `OFF` belongs to what the engine has not, and is taken at the value
+that switches it off. Any other is an error that names the nearest field.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -23,15 +23,14 @@ from .errors import ApiError, invalid
 IGNORED = frozenset({
     # OpenAI's
     "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "verbosity", "best_of",
+    "prompt_cache_retention", "verbosity",
     # Anthropic's
     "cache_control", "container", "inference_geo", "speed", "diagnostics",
     # llama-server's
-    "cache_prompt", "id_slot", "n_keep", "n_discard", "min_keep", "n_indent", "samplers",
-    "t_max_prompt_ms", "return_progress", "dry_base", "dry_allowed_length", "dry_penalty_last_n",
-    "dry_sequence_breakers", "xtc_threshold", "mirostat_tau", "mirostat_eta", "dynatemp_exponent",
-    "adaptive_decay", "backend_sampling", "grammar_lazy", "grammar_triggers", "preserved_tokens",
-    "speculative.n_max", "speculative.n_min", "speculative.p_min",
+    "cache_prompt", "id_slot", "n_keep", "n_discard", "return_progress", "timings_per_token",
+    "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers",
+    "xtc_threshold", "mirostat_tau", "mirostat_eta", "dynatemp_exponent", "adaptive_decay",
+    "backend_sampling", "speculative.n_max", "speculative.n_min", "speculative.p_min",
 })  # fmt: skip
 OFF: Mapping[str, tuple[object, ...]] = {
     "dry_multiplier": (0,),
@@ -40,11 +39,28 @@ OFF: Mapping[str, tuple[object, ...]] = {
     "dynatemp_range": (0,),
     "top_n_sigma": (-1, 0),
     "adaptive_target": (-1,),
+    "min_keep": (0, 1),
+    "n_indent": (0,),
+    "t_max_prompt_ms": (-1,),
+    "grammar_lazy": (False,),
+    "grammar_triggers": ([],),
+    "preserved_tokens": ([],),
+    "best_of": (1,),
     "suffix": ("",),
     "audio": (),
     "modalities": (["text"],),
     "echo": (False,),
 }
+SAMPLERS: Mapping[str, Mapping[str, float]] = {
+    "penalties": {"repeat_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0},
+    "top_k": {"top_k": 0},
+    "typ_p": {"typical_p": 1.0},
+    "top_p": {"top_p": 1.0},
+    "min_p": {"min_p": 0.0},
+    "temperature": {"temperature": 1.0},
+}
+"""llama-server's names of the engine's samplers, in their order, and what switches each one off."""
+ALWAYS_OFF = ("dry", "top_n_sigma", "xtc", "adaptive_p")  # see `OFF`; they may be named, too
 
 RENAMED = {
     "n_predict": "max_tokens",
@@ -235,7 +251,7 @@ class SamplingBody(Body):
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
     response_format: ResponseFormat | None = None
-    timings_per_token: bool = False
+    samplers: list[str] | None = None
 
     priority: int = 0
     user: str = ""
@@ -262,6 +278,8 @@ class SamplingBody(Body):
                 fields[RENAMED.get(name, name)] = value
         if fields.get("max_tokens", 1) < 0:
             del fields["max_tokens"]
+        if self.samplers is not None:
+            fields |= without_others(self.samplers)
         if self.stop is not None:
             fields["stop"] = stops_of(self.stop)
         if self.seed is not None and self.seed != -1:
@@ -294,6 +312,15 @@ class SamplingBody(Body):
         if given:
             options["timeout"] = min(given)
         return options
+
+
+def without_others(samplers: Sequence[str]) -> dict[str, float]:
+    """Fields of `SamplingParams` that switch off all samplers but these."""
+    named = [name for name in samplers if name not in ALWAYS_OFF]
+    if named != [name for name in SAMPLERS if name in named]:
+        raise invalid("samplers", samplers, f"must be some of {', '.join(SAMPLERS)}, in this order")
+    others = (off for name, off in SAMPLERS.items() if name not in named)
+    return {field: value for off in others for field, value in off.items()}
 
 
 def stops_of(given: str | list[str]) -> tuple[str, ...]:

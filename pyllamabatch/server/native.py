@@ -201,7 +201,7 @@ def settings(params: SamplingParams) -> dict[str, Any]:
         "n_probs": params.logprobs or 0,
         "grammar": params.grammar or "",
         "json_schema": params.json_schema,
-        "samplers": ["penalties", "top_k", "typ_p", "top_p", "min_p", "temperature"],
+        "samplers": list(bodies.SAMPLERS),
     }
 
 

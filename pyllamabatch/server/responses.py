@@ -11,16 +11,25 @@ from fastapi import Request
 from pydantic import Field
 from starlette.responses import Response
 
-from ..engine.results import Chunk, Result
+from ..engine.results import Chunk, Result, Token
 from ..engine.stream import Stream
 from ..llama.chat import ChatOptions
 from ..llama.chat_message import ChatDelta
-from . import bodies
+from . import bodies, tokens
 from .answer import Answer, named_event, respond
 from .bodies import Body, JsonSchema, ResponseFormat, SamplingBody
 from .conversation import Block, BlockEvent, Blocks, Turn, blocks_of, rest_of, turn_of
 from .errors import ApiError, invalid
 from .service import Prepared, Service
+
+LOGPROBS = "message.output_text.logprobs"
+Include = Literal[
+    "message.output_text.logprobs",
+    # of what there is not, or OpenAI's store has
+    "reasoning.encrypted_content", "message.input_image.image_url", "file_search_call.results",
+    "web_search_call.results", "web_search_call.action.sources",
+    "computer_call_output.output.image_url", "code_interpreter_call.outputs",
+]  # fmt: skip
 
 
 class TextFormat(JsonSchema):
@@ -35,7 +44,8 @@ class TextOptions(Body):
 
 
 class ResponsesBody(SamplingBody):
-    """`input`: a text, or the items of a conversation."""
+    """`input`: a text, or the items of a conversation. `top_logprobs`: so many of the most likely
+    tokens beside each, where `include` asks for log-probabilities."""
 
     input: str | list[dict[str, Any]]
     n: Literal[1] = 1
@@ -46,10 +56,15 @@ class ResponsesBody(SamplingBody):
     tool_choice: str | dict[str, Any] = "auto"
     parallel_tool_calls: bool | None = None
     reasoning: dict[str, Any] | None = None
-    include: list[str] | None = None
+    include: list[Include] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     background: Literal[False] = False
-    top_logprobs: Literal[0] = 0
+    top_logprobs: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """Of the most likely tokens; None without log-probabilities."""
+        return self.top_logprobs if LOGPROBS in (self.include or ()) else None
 
 
 async def responses(service: Service, request: Request) -> Response:
@@ -63,7 +78,12 @@ async def responses(service: Service, request: Request) -> Response:
         body.response_format = ResponseFormat(type=format.type, json_schema=wrapped)
     make_turn = partial(turn_of, service, messages_of(body), options_of(body))
     turn = await service.run(make_turn, long=body.makes_long_turn)
-    prepared = await service.submit(body, [turn.prompt], None, turn.sampling)
+    if body.top_logprobs and body.n_logprobs is None:
+        raise invalid("top_logprobs", body.top_logprobs, f'needs include: ["{LOGPROBS}"]')
+    if body.n_logprobs is not None and not turn.plain:
+        limit = "only of an answer without tools, by a template that can't think"
+        raise invalid("include", LOGPROBS, limit)
+    prepared = await service.submit(body, [turn.prompt], body.n_logprobs, turn.sampling)
     make = partial(ResponsesAnswer, service, body, prepared, turn)
     return await respond(service, request, make, prepared.streams, stream=body.stream)
 
@@ -131,8 +151,12 @@ class ResponsesAnswer(Answer):
     def __init__(
         self, service: Service, body: ResponsesBody, prepared: Prepared, turn: Turn
     ) -> None:
+        self._piece = service.piece
         self._prepared = prepared
         self._turn = turn
+        self._with_logprobs = body.n_logprobs is not None
+        self._logprobs: list[dict[str, Any]] = []
+        self._n_sent = 0  # of these
         self._reader = turn.reader()
         self._blocks = Blocks()
         self._ids: list[str] = []  # of the items
@@ -149,12 +173,15 @@ class ResponsesAnswer(Answer):
             "tools": body.tools or [],
             "temperature": body.temperature,
             "top_p": body.top_p,
+            "top_logprobs": body.top_logprobs,
             "metadata": {},
             "error": None,
             "incomplete_details": None,
         }
 
     def whole(self, results: Sequence[Result]) -> Any:
+        if self._with_logprobs:
+            self._look_at(tokens.tokens_of(results[0]))
         return self._complete(results[0], blocks_of(self._turn, results[0]))
 
     def begin(self) -> bytes:
@@ -164,6 +191,8 @@ class ResponsesAnswer(Answer):
         )
 
     def chunk(self, i: int, stream: Stream, chunk: Chunk) -> bytes:
+        if self._with_logprobs:
+            self._look_at(stream.between(chunk.start, chunk.stop))
         return self._events(self._reader.feed(chunk.text))
 
     def finish(self, i: int, result: Result) -> bytes:
@@ -179,6 +208,9 @@ class ResponsesAnswer(Answer):
         response = {**self._head, "status": "failed", "error": said, "output": [], "usage": None}
         return self._event("failed", response=response)
 
+    def _look_at(self, new: Sequence[Token]) -> None:
+        self._logprobs += tokens.chat_logprobs(new, self._piece)
+
     def _events(self, delta: ChatDelta) -> bytes:
         return b"".join(self._block_event(event) for event in self._blocks.feed(delta))
 
@@ -191,7 +223,7 @@ class ResponsesAnswer(Answer):
             if block.kind != "text":
                 return opened
             where |= {"item_id": item["id"], "content_index": 0}
-            return opened + self._event("content_part.added", **where, part=_text_part(""))
+            return opened + self._event("content_part.added", **where, part=_text_part("", []))
         item = self._item(block, "completed")
         where["item_id"] = item["id"]
         if block.kind != "tool":
@@ -199,15 +231,19 @@ class ResponsesAnswer(Answer):
         name = {"text": "output_text", "reasoning": "reasoning_text"}.get(
             block.kind, "function_call_arguments"
         )
-        more: dict[str, Any] = {"logprobs": []} if block.kind == "text" else {}
+        more: dict[str, Any] = {"logprobs": self._logprobs} if block.kind == "text" else {}
         if what == "grow":
+            if block.kind == "text":
+                more["logprobs"] = self._logprobs[self._n_sent :]
+                self._n_sent = len(self._logprobs)
             return self._event(f"{name}.delta", **where, delta=text, **more)
         if block.kind == "tool":
             done = self._event(f"{name}.done", **where, name=block.name, arguments=block.text)
         else:
             done = self._event(f"{name}.done", **where, text=block.text, **more)
         if block.kind == "text":
-            done += self._event("content_part.done", **where, part=_text_part(block.text))
+            part = _text_part(block.text, self._logprobs)
+            done += self._event("content_part.done", **where, part=part)
         return done + self._event("output_item.done", output_index=block.index, item=item)
 
     def _event(self, what: str, /, **values: Any) -> bytes:
@@ -219,6 +255,8 @@ class ResponsesAnswer(Answer):
         cut = result.finish_reason != "stop"
         status = "incomplete" if cut else "completed"
         n_prompt, n = self._prepared.n_prompt, result.n_generated
+        thoughts = [block.text for block in blocks if block.kind == "reasoning"]
+        n_thoughts = sum(tokens.n_within(text, result.tokens, self._piece) for text in thoughts)
         return {
             **self._head,
             "status": status,
@@ -228,7 +266,7 @@ class ResponsesAnswer(Answer):
                 "input_tokens": n_prompt,
                 "input_tokens_details": {"cached_tokens": result.n_cached},
                 "output_tokens": n,
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": n_thoughts},
                 "total_tokens": n_prompt + n,
             },
         }
@@ -239,7 +277,7 @@ class ResponsesAnswer(Answer):
         id = self._ids[block.index]
         match block.kind:
             case "text":
-                part = _text_part(block.text)
+                part = _text_part(block.text, self._logprobs)
                 item = {"id": f"msg_{id}", "type": "message", "role": "assistant"}
                 return {**item, "status": status, "content": [part]}
             case "reasoning":
@@ -262,8 +300,8 @@ class ResponsesAnswer(Answer):
                 }
 
 
-def _text_part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _text_part(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
 def _empty(item: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from ..engine.results import Result, Token
@@ -90,6 +93,14 @@ def _one(token: int, logprob: float | None, piece: PieceOf) -> dict[str, Any]:
     data = piece(token)
     text = data.decode("utf-8", "replace")
     return {"id": token, "token": text, "bytes": list(data), "logprob": logprob}
+
+
+def n_within(text: str, tokens: Sequence[int], piece: PieceOf) -> int:
+    """How many of the tokens a part of their text has."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    texts = [decoder.decode(piece(token)) for token in tokens]
+    begin, ends = "".join(texts).find(text), list(accumulate(map(len, texts)))
+    return bisect_left(ends, begin + len(text)) + 1 - bisect_right(ends, begin)
 
 
 class TextLogprobs:

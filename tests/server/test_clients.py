@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import anthropic
 import openai
@@ -109,6 +110,30 @@ def test_responses(client: openai.OpenAI) -> None:
         "response.output_text.done", "response.content_part.done", "response.output_item.done",
         "response.completed",
     ]  # fmt: skip
+
+
+def test_log_probabilities_of_responses(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": "m", "input": SUM, "temperature": 0, "top_logprobs": 2,
+        "include": ["message.output_text.logprobs", "reasoning.encrypted_content"],
+    }  # fmt: skip
+    response: Any = client.responses.create(**asked)
+    (part,) = response.output[0].content
+    assert "".join(one.token for one in part.logprobs) == ANSWER
+    assert [len(one.top_logprobs) for one in part.logprobs] == [2, 2]
+    with client.responses.stream(**asked) as stream:
+        events: list[Any] = list(stream)
+        final: Any = stream.get_final_response()
+    (whole,) = final.output[0].content
+    new = [one for e in events if e.type == "response.output_text.delta" for one in e.logprobs]
+    (done,) = (e.logprobs for e in events if e.type == "response.output_text.done")
+    for found in (whole.logprobs, new, done):
+        assert [one.token for one in found] == list(ANSWER)
+        assert [one.logprob for one in found] == pytest.approx(
+            [one.logprob for one in part.logprobs], abs=1e-3
+        )
+    plain: Any = client.responses.create(**{**asked, "top_logprobs": 0, "include": []})
+    assert plain.output[0].content[0].logprobs == []
 
 
 def test_messages(claude: anthropic.Anthropic) -> None:

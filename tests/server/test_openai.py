@@ -74,6 +74,8 @@ def test_the_text_is_the_engines(served: Served) -> None:
     cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"temperature": 0}, {"temperature": 0}),
         ({"seed": 3, "temperature": 1.5, "top_k": 0}, {"seed": 3, "temperature": 1.5, "top_k": 0}),
+        ({"seed": 3, "temperature": 1.5, "samplers": ["top_k", "xtc"], "top_k": 90},
+         {"seed": 3, "temperature": 1.0, "top_k": 90, "top_p": 1.0, "min_p": 0.0}),
         ({"temperature": 0, "stop": "5"}, {"temperature": 0, "stop": ("5",)}),
         ({"temperature": 0, "logit_bias": {"52": -100}}, {"logit_bias": {52: -math.inf}}),
         ({"temperature": 0, "presence_penalty": 2.0, "repeat_last_n": -1},
@@ -186,6 +188,18 @@ def test_budget_ends_with_length(served: Served) -> None:
          "json_schema: format", "email"),
         (CHAT, {"grammar": "root ::= ("}, "grammar", "column"),
         (CHAT, {"mirostat": 2}, "mirostat", "no such sampler"),
+        (CHAT, {"samplers": ["nonsense"]}, "samplers", "must be some of penalties, top_k"),
+        (CHAT, {"samplers": ["temperature", "top_k"]}, "samplers", "in this order"),
+        (CHAT, {"min_keep": 2}, "min_keep", "2"),
+        (CHAT, {"n_indent": 4}, "n_indent", "4"),
+        (CHAT, {"t_max_prompt_ms": 50}, "t_max_prompt_ms", "50"),
+        (CHAT, {"grammar_lazy": True}, "grammar_lazy", "True"),
+        (CHAT, {"grammar_triggers": [{"type": 1, "value": "a"}]}, "grammar_triggers", "value"),
+        (CHAT, {"preserved_tokens": ["</s>"]}, "preserved_tokens", "</s>"),
+        (CHAT, {"max_tokens": 0}, "max_tokens", "1..2147483647"),
+        (TEXT, {"prompt": SUM, "best_of": 3}, "best_of", "3"),
+        ("/v1/responses", {"input": SUM, "include": ["all"]}, "include.0", "logprobs"),
+        ("/v1/responses", {"input": SUM, "top_logprobs": 2}, "top_logprobs", "include"),
         (TEXT, {"prompt": ""}, "prompt", "empty"),
         (TEXT, {"prompt": [99999]}, "prompt[0]", "99999"),
         (TEXT, {"prompt": SUM, "suffix": "end"}, "suffix", "end"),
@@ -200,6 +214,17 @@ def test_errors_name_what_is_wrong(
     assert error["param"] == param, error
     assert words in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+def test_values_that_change_nothing_pass(served: Served) -> None:
+    off: dict[str, Any] = {
+        "min_keep": 0, "n_indent": 0, "t_max_prompt_ms": -1, "grammar_lazy": False,
+        "grammar_triggers": [], "preserved_tokens": [], "best_of": 1, "timings_per_token": True,
+        "samplers": ["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc",
+                     "temperature"],
+    }  # fmt: skip
+    body = {"prompt": SUM, "seed": 5, "temperature": 1.2, "max_tokens": 8, "ignore_eos": True}
+    assert served.ok(TEXT, body | off)["choices"] == served.ok(TEXT, body)["choices"]
 
 
 def test_too_long_says_the_numbers(served: Served) -> None:

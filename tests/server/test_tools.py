@@ -78,9 +78,15 @@ def test_responses(client: openai.OpenAI) -> None:
     assert [item.type for item in response.output] == ["reasoning", "message", "function_call"]
     call: Any = response.output[2]
     assert (call.name, json.loads(call.arguments)) == ("weather", ARGUMENTS)
+    thoughts: Any = response.output[0]
+    assert response.usage is not None
+    n_thoughts = response.usage.output_tokens_details.reasoning_tokens
+    assert n_thoughts == len(thoughts.content[0].text)  # its vocabulary is one of bytes
     with client.responses.stream(**asked, extra_body=FORCED) as stream:
         kinds = {event.type for event in stream}
         final = stream.get_final_response()
+    assert final.usage is not None
+    assert final.usage.output_tokens_details.reasoning_tokens == n_thoughts
     assert {"response.function_call_arguments.done", "response.reasoning_text.delta"} <= kinds
     assert [item.type for item in final.output] == [item.type for item in response.output]
     result = {"type": "function_call_output", "call_id": call.call_id, "output": RESULT}
@@ -118,6 +124,11 @@ def test_a_cut_off_answer_is_read_as_far_as_it_goes(hermes: Served) -> None:
     (choice,) = hermes.ok("/v1/chat/completions", body)["choices"]
     assert choice["finish_reason"] == "length"
     assert choice["message"]["content"].strip() == "I look."
+
+
+def test_log_probabilities_are_those_of_an_answer_that_is_all_text(hermes: Served) -> None:
+    body = {"input": "Hi", "include": ["message.output_text.logprobs"]}
+    assert hermes.refused("/v1/responses", body)["param"] == "include"
 
 
 def test_a_grammar_beside_tools_is_refused(hermes: Served, embedded_model: Model) -> None:
