@@ -11,7 +11,6 @@ import json
 import subprocess
 import threading
 import time
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -100,7 +99,7 @@ class StepClock:
         if left == 0:
             self.done.set()
             return plan
-        return replace(plan, repeat=min(plan.repeat, left))  # a plan begins where the time ends
+        return plan._replace(repeat=min(plan.repeat, left))  # a plan begins where the time ends
 
 
 class InProcess:

@@ -191,8 +191,8 @@ class StartTogether:
             return plan
         prompts = {id: n for id, n in plan.advances(view).items() if not _has_sampled(view, id)}
         wake = None if prompts else view.now + SOON_S  # an empty plan says how long it waits
-        return replace(
-            plan, tokens=prompts, decode_all=False, sit_out=frozenset(), repeat=1, wake=wake
+        return plan._replace(
+            tokens=prompts, decode_all=False, sit_out=frozenset(), repeat=1, wake=wake
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from .grid import last_end
 from .radix_tree import Tokens
@@ -56,8 +56,7 @@ class Sharing:
         return n if self.grid == 1 else self.whole(max(0, n - 1))
 
 
-@dataclass(frozen=True, slots=True)
-class KvOperation:
+class KvOperation(NamedTuple):
     """A change of the memory.
 
     - remove: all of `slot`. trim: all of `slot` but its first `n` positions; cut: the same, of the
@@ -78,8 +77,7 @@ class KvOperation:
     id: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Hit:
+class Hit(NamedTuple):
     """The first `n` tokens of a sequence are in `slot`. `cells`: those of them that count as free
     until they are used."""
 

@@ -36,7 +36,8 @@ class Interactive:
         known = view.known + n
         self._check_fits(known, 1)
         self._learn(id, now)
-        self._sequences.update(entry, replace(view, n_prompt=view.n_prompt + n, goal=known - 1))
+        more = view._replace(n_prompt=view.n_prompt + n, goal=known - 1)
+        self._sequences.update(entry, more)
 
     def ask(self, id: int, now: float | None = None) -> None:
         """Compute all that is known and sample the next token. `now`: as in `extend`."""
@@ -44,7 +45,7 @@ class Interactive:
         view = self._sequences.running.seen(entry)
         self._check_fits(view.known, 1)
         self._learn(id, now)
-        self._sequences.update(entry, replace(view, goal=view.known))
+        self._sequences.update(entry, view._replace(goal=view.known))
 
     def trim(self, id: int, known: int) -> int:
         """Only the first `known` tokens are left, at least 1. Returns how many of them stay in the
@@ -63,8 +64,9 @@ class Interactive:
             self._admission.trim_saved(id, known)
         elif computed < view.computed:
             self._admission.trim(id, entry.slot, computed, entry.known_tokens())
-        left = replace(view, n_prompt=n_prompt, generated=known - n_prompt, computed=computed)
-        self._sequences.update(entry, replace(left, goal=computed))
+        n_left = known - n_prompt
+        left = view._replace(n_prompt=n_prompt, generated=n_left, computed=computed, goal=computed)
+        self._sequences.update(entry, left)
         return computed
 
     def how_computed(self, id: int) -> Computed | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import numpy.typing as npt
 
@@ -67,7 +65,7 @@ class Progress:
         running.known[slot] += n
         entry.true = False
         view = running.seen(entry)
-        entry.view = replace(view, goal=view.computed)
+        entry.view = view._replace(goal=view.computed)
         entry.high = max(entry.high, view.computed)
         sequences.now = now
         self._idle.computed_alone(view.id, n, now, seconds)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from math import inf
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
 
@@ -128,7 +127,7 @@ class SequenceQueue(SequenceList, Generic[E]):
     def put(self, id: int, **changes: Any) -> None:
         """Change fields of the view of a sequence: it may rank differently then."""
         entry = self.ids[id]
-        entry.view = replace(entry.view, **changes)
+        entry.view = entry.view._replace(**changes)
         for index in self._indexes.values():
             index.remove(id)
             index.add(entry.view, self._places[id])

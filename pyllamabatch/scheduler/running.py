@@ -14,7 +14,7 @@ from ..kv import Slots
 from ..kv.radix_tree import Tokens
 from .invariance import Computed
 from .queue import Column, Rank, SequenceList, SequenceQueue, itl_target
-from .view import NO_PREFIX, Prefix, SequenceView
+from .view import SequenceView
 
 
 class KnownTokens(Protocol):
@@ -120,10 +120,9 @@ class RunningSequences(SequenceQueue[Entry]):
         generated = known - view.n_prompt
         if view.computed != computed or view.generated != generated or not view.running:
             turn = known - int(self._start[slot])
-            view = moved(
-                view, computed, generated, True, view.prefix, view.preemptions, view.queued, turn
+            view = entry.view = view._replace(
+                computed=computed, generated=generated, running=True, turn=turn
             )
-            entry.view = view
         entry.true = view.id not in self.decoding  # a decode moves without a word
         return view
 
@@ -215,34 +214,3 @@ class RunningSequences(SequenceQueue[Entry]):
 
 def _slot_of(entry: Entry) -> int:
     return entry.slot
-
-
-def moved(
-    view: SequenceView,
-    computed: int,
-    generated: int,
-    running: bool,
-    prefix: Prefix = NO_PREFIX,
-    preemptions: int = 0,
-    queued: int = 0,
-    turn: int = 0,
-) -> SequenceView:
-    """As `dataclasses.replace`, which takes several times as long."""
-    return SequenceView(
-        view.id,
-        view.arrival,
-        view.n_prompt,
-        computed,
-        generated,
-        view.max_tokens,
-        running,
-        view.priority,
-        view.tenant,
-        view.deadline,
-        prefix,
-        preemptions,
-        view.goal,
-        view.itl_target,
-        queued,
-        turn,
-    )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from ..kv import KvAccounting
 from .admission import Admission
 from .idle import IdleSequences
 from .queue import SequenceQueue
-from .running import Entry, RunningSequences, moved
+from .running import Entry, RunningSequences
 from .step import Counters
 from .view import NO_PREFIX, SequenceView
 
@@ -62,7 +61,7 @@ class Sequences:
             return
         prefix = self._admission.start_waiting(id, entry.known_tokens(), entry.n_wanted)
         if prefix != entry.view.prefix:
-            entry.view = replace(entry.view, prefix=prefix)
+            entry.view = entry.view._replace(prefix=prefix)
         self.waiting.join(id, entry, first=first)
 
     def remove(self, id: int, *, retain: bool) -> int | None:
@@ -95,16 +94,15 @@ class Sequences:
             entry.computed.high = max(entry.computed.high, view.computed)
         slot, entry.slot = entry.slot, -1
         goal = view.goal if view.remaining else 0  # an idle one is computed when its owner wants
-        waits = moved(
-            view,
-            0,
-            view.generated,
-            False,
-            NO_PREFIX,  # that of its last start may be longer than what was left by a trim
-            view.preemptions + 1,
-            self._counters.steps,
+        entry.view = view._replace(
+            computed=0,
+            running=False,
+            prefix=NO_PREFIX,  # that of its last start may be longer than what was left by a trim
+            preemptions=view.preemptions + 1,
+            goal=goal,
+            queued=self._counters.steps,
+            turn=0,
         )
-        entry.view = waits if goal == view.goal else replace(waits, goal=goal)
         entry.true = True
         self.add(entry, first=True)
         self._counters.preemptions += 1
@@ -131,7 +129,7 @@ class Sequences:
         entry.slot, start = admitted
         prefix = start.taken
         if entry.view.prefix != prefix:
-            entry.view = replace(entry.view, prefix=prefix)
+            entry.view = entry.view._replace(prefix=prefix)
         self.promised += entry.view.remaining
         self.running.join(id, entry)
         self.running.computed[entry.slot] = start.n
@@ -151,7 +149,7 @@ class Sequences:
         self.n_changes += 1
         if entry.slot < 0:
             self._take_out(id)
-            entry.view = replace(view, prefix=NO_PREFIX)  # what it could start from is in doubt
+            entry.view = view._replace(prefix=NO_PREFIX)  # what it could start from is in doubt
             self.add(entry)
             return
         running = self.running

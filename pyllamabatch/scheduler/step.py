@@ -26,8 +26,7 @@ Shape = tuple[int, int, float, int]
 """Rows, those of prompts, KV cells, sequences: as `CostModel.predict` takes them."""
 
 
-@dataclass(frozen=True, slots=True)
-class PromptChunk:
+class PromptChunk(NamedTuple):
     """Rows `start` to `start + n - 1` of one sequence's known tokens. Nothing is sampled from them:
     the last known token is a row of those that decode. decodes: one row that is computed as those
     (`Invariance`)."""

@@ -9,8 +9,9 @@ decode phase: a decode is an advance by the last known token, and samples the ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,8 @@ import numpy.typing as npt
 from pyllamabatch.cost.step_cost import StepCost
 
 from .queue import SequenceList
+
+EMPTY: Mapping[int, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +78,7 @@ class Prefix(NamedTuple):
 NO_PREFIX = Prefix()
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceView:
+class SequenceView(NamedTuple):
     """One sequence, as it is before the step. Times are in seconds on the scheduler's clock.
 
     - known = n_prompt + generated tokens, of which `computed` are in the cache. `remaining`: what a
@@ -193,8 +195,7 @@ class Drafts(NamedTuple):
     prices: Callable[[], Prices | None] | None
 
 
-@dataclass(frozen=True, slots=True)
-class StepView:
+class StepView(NamedTuple):
     """The whole system before a step. Valid while `Policy.plan` runs; a `SequenceView` taken from
     it stays true to that moment.
 
@@ -255,8 +256,7 @@ class StepView:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """What the next step is to be.
 
     - tokens: how many tokens each sequence advances, by id. A waiting one named here is admitted.
@@ -274,14 +274,14 @@ class Plan:
     - prices: how many of these each step has; None: all that are drafted.
     """
 
-    tokens: Mapping[int, int] = field(default_factory=dict)
+    tokens: Mapping[int, int] = EMPTY
     preempt: tuple[int, ...] = ()
     decode_all: bool = False
     sit_out: Set[int] = frozenset()
-    reasons: Mapping[int, str] = field(default_factory=dict)
+    reasons: Mapping[int, str] = EMPTY
     repeat: int = 1
     wake: float | None = None
-    drafts: Mapping[int, int] = field(default_factory=dict)
+    drafts: Mapping[int, int] = EMPTY
     prices: Prices | None = None
 
     def advances(self, view: StepView) -> dict[int, int]:

@@ -74,7 +74,7 @@ def test_the_step_clock_counts_steady_steps_only() -> None:
     assert clock.starts == []
     for steps in (0, 1, 4, 6):  # a plan may stand for several steps, but ends with the last one
         assert not clock.done.is_set()
-        now = [replace(s, computed=3 + steps, generated=1 + steps) for s in both]
+        now = [s._replace(computed=3 + steps, generated=1 + steps) for s in both]
         plan = clock.plan(StepView.of(limits, now))
         assert plan.decode_all
         assert plan.repeat == 6 - steps or steps == 6

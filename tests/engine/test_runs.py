@@ -3,7 +3,6 @@ between two steps."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -46,7 +45,7 @@ def test_a_policy_that_says_nothing_is_asked_at_every_step() -> None:
         def plan(self, view: StepView) -> Plan:
             self.n_plans += 1
             plan = self._usual.plan(view)
-            return replace(plan, repeat=1)
+            return plan._replace(repeat=1)
 
     policy = Plain()
     rig = rig_of(policy=policy)

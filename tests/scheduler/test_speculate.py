@@ -69,7 +69,7 @@ def decided(price: Any, n: int, *, even: bool = False, credit: float = 1.0, **fa
         prices=facts.pop("prices", lambda: prices),
     )
     sequences = [decoding(i, **facts) for i in range(n)]
-    view = replace(view_of(*sequences, limits=limits), drafts=lambda: drafts)
+    view = view_of(*sequences, limits=limits)._replace(drafts=lambda: drafts)
     builder = PlanBuilder(view, 64, view.kv.free, view.kv.promised)
     return ByGain()(builder)
 
@@ -217,7 +217,7 @@ def test_nor_do_drafts_that_take_time() -> None:
 
     def decide() -> Speculation:
         drafts = drafting.view(slots, owner, 1000 * one, 100.0, limits, HALF)
-        view = replace(view_of(decoding(0), limits=limits), drafts=lambda: drafts)
+        view = view_of(decoding(0), limits=limits)._replace(drafts=lambda: drafts)
         return ByGain()(PlanBuilder(view, 64, view.kv.free, view.kv.promised))
 
     total = lost = worst = 0.0
@@ -270,7 +270,7 @@ def test_where_drafts_move_the_sampling_they_begin_soon_and_stay_where_they_pay(
         for i in range(400):
             owner, fresh = np.array([1 + i // 10]), np.zeros((8, 4))
             drafts = drafting.view(slots, owner, 1000 * owner, 100.0, limits, HALF)
-            view = replace(view_of(decoding(0), limits=limits), drafts=partial(Drafts, *drafts))
+            view = view_of(decoding(0), limits=limits)._replace(drafts=partial(Drafts, *drafts))
             asked, steps, prices = ByGain()(PlanBuilder(view, 64, view.kv.free, view.kv.promised))
             assert steps is not None
             n_off = 0 if asked else n_off + steps

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from dataclasses import replace
 from itertools import pairwise
 from math import ceil
 from typing import Any
@@ -140,17 +139,17 @@ def test_all_sits_out_once_before_the_first_ends() -> None:
     """Of 9 eight at a time, in nine rounds; of 16 in two."""
     cost = Edge(jump=4.0, seconds=0.003, switch=0.0015)
     for n, left, hold in ((9, 9 * 9, 9), (9, 9 * 10 - 1, 9), (16, 2 * 9, 9)):
-        known = [replace(s, max_tokens=1 + left) for s in decoding(n)]
+        known = [s._replace(max_tokens=1 + left) for s in decoding(n)]
         view = StepView.of(LIMITS, known, cost=cost)
         found = best_split(view, 0.1, 0.0)
         assert found is not None
         assert (found.width, found.hold) == (8, hold)
-    view = StepView.of(LIMITS, [replace(s, max_tokens=9) for s in decoding(9)], cost=cost)
+    view = StepView.of(LIMITS, [s._replace(max_tokens=9) for s in decoding(9)], cost=cost)
     dear = Edge(jump=2.1, seconds=0.003, switch=0.006)  # more, at each step, than it wins
     assert best_split(StepView.of(LIMITS, view.running, cost=dear), 0.1, 0.0) is None
     free = StepView.of(LIMITS, view.running, cost=Edge())
     assert best_split(free, 0.1, 0.0)[:2] == (8, 1)  # type: ignore[index]
-    asked = [replace(s, n_prompt=11, max_tokens=1, generated=0, goal=11) for s in decoding(9)]
+    asked = [s._replace(n_prompt=11, max_tokens=1, generated=0, goal=11) for s in decoding(9)]
     assert best_split(StepView.of(LIMITS, asked, cost=cost), 0.1, 0.0) == split(9, cost)
 
 
@@ -235,8 +234,8 @@ def test_without_a_cost_model_it_is_sarathi() -> None:
             plan, usual = make_policy(spec).plan(view), sarathi().plan(view)
             assert plan == usual
             steady = StepView.of(LIMITS, decoding(n))
-            assert replace(make_policy(spec).plan(steady), repeat=1) == replace(
-                sarathi().plan(steady), repeat=1
+            assert make_policy(spec).plan(steady)._replace(repeat=1) == (
+                sarathi().plan(steady)._replace(repeat=1)
             )
             assert make_policy(spec).plan(steady).repeat > 1
 
@@ -273,7 +272,7 @@ def test_the_graph_of_other_rows_must_pay() -> None:
     found = split(9, cost)
     assert (found.width, found.lasting) == (8, ceil(0.06 / (0.0063 - 0.003375)))
     assert first_turn(machine_of(9, cost), 9) == found.lasting > TRIAL
-    short = [replace(s, max_tokens=found.lasting) for s in decoding(9)]
+    short = [s._replace(max_tokens=found.lasting) for s in decoding(9)]
     assert best_split(StepView.of(LIMITS, short, cost=cost), 0.1, 0.04) is None
     # where others come and go sooner there are none, and later they begin at once
     begun = best_split(StepView.of(LIMITS, short, cost=cost), 0.1, 0.04, begun=True)

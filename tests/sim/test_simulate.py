@@ -94,7 +94,7 @@ class OneByOne:
         self._policy = make_policy(name)
 
     def plan(self, view: StepView) -> Plan:
-        return replace(self._policy.plan(view), repeat=1)
+        return self._policy.plan(view)._replace(repeat=1)
 
 
 def test_what_settles_behind_a_new_graph_may_be_the_next_call() -> None:
