@@ -36,7 +36,11 @@ class Setting:
         return self.machine.split(" (")[0]
 
 
+Load = tuple[int, bool, float, float]
 Groups = Mapping[Setting, Sequence[Record]]
+Runs = Mapping[Setting, Sequence[Sequence[Record]]]
+"""The runs of each setting, the oldest first. A run is one invocation of a bench: its arms are
+compared with each other and with nothing else."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +65,8 @@ def main(options: argparse.Namespace, benches: Mapping[str, Bench]) -> int:
     ]
     first = sources[0]
     folder: Path = options.out or (first if first.is_dir() else first.parent)
-    groups = latest(record for file in files for record in read(file))
+    runs = runs_of(record for file in files for record in read(file))
+    groups = latest(runs)
     plots: dict[Setting, str] = {}
     if not options.no_plots:
         draws = {
@@ -73,34 +78,42 @@ def main(options: argparse.Namespace, benches: Mapping[str, Bench]) -> int:
         plots = draw_all(groups, draws, folder)
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "README.md"
-    page.write_text(markdown(groups, plots, benches), encoding="utf-8")
+    page.write_text(markdown(groups, plots, benches, runs), encoding="utf-8")
     print(page)
     return 0
 
 
-def latest(records: Iterable[Record]) -> dict[Setting, list[Record]]:
-    """Records by setting, and of each number of sequences those of the latest run that has it,
-    among those with the most arms.
-
-    A run is one invocation of a bench: its arms are compared with each other and with nothing
-    else, so a later run replaces an earlier one whole.
-    """
+def runs_of(records: Iterable[Record]) -> dict[Setting, list[list[Record]]]:
     runs: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         runs.setdefault((record.run_id, record.bench), []).append(record)
-    chosen: dict[tuple[Setting, tuple[int, bool]], list[Record]] = {}
+    found: dict[Setting, list[list[Record]]] = {}
     for run in sorted(runs.values(), key=lambda run: (run[0].test_time, run[0].run_id)):
-        setting = setting_of(run)
-        loads: dict[tuple[int, bool], list[Record]] = {}
-        for record in run:  # `width`: n clients are another load than n streams
-            loads.setdefault((record.pl, bool(record.detail.get("mixed"))), []).append(record)
-        for load, mine in loads.items():
-            if n_arms(mine) >= n_arms(chosen.get((setting, load), ())):
-                chosen[setting, load] = mine
+        found.setdefault(setting_of(run), []).append(run)
+    return dict(sorted(found.items()))
+
+
+def latest(runs: Runs) -> dict[Setting, list[Record]]:
+    """Of each load the records of the latest run that has it, among those with the most arms."""
     groups: dict[Setting, list[Record]] = {}
-    for setting, load in sorted(chosen):
-        groups.setdefault(setting, []).extend(chosen[setting, load])
+    for setting, mine in runs.items():
+        chosen: dict[Load, list[Record]] = {}
+        for run in mine:
+            loads: dict[Load, list[Record]] = {}
+            for record in run:
+                loads.setdefault(load_of(record), []).append(record)
+            for load, records in loads.items():
+                if n_arms(records) >= n_arms(chosen.get(load, ())):
+                    chosen[load] = records
+        groups[setting] = [record for load in sorted(chosen) for record in chosen[load]]
     return groups
+
+
+def load_of(record: Record) -> Load:
+    """Sequences at once, and what else makes a load another one: n clients (`width`) ask for more
+    than n streams; requests come by themselves; other processes compute."""
+    detail = record.detail
+    return record.pl, bool(detail.get("mixed")), detail.get("load", 0), detail.get("busy", 0)
 
 
 def n_arms(records: Iterable[Record]) -> int:
@@ -124,7 +137,9 @@ def setting_of(run: Sequence[Record]) -> Setting:
     )
 
 
-def markdown(groups: Groups, plots: Mapping[Setting, str], benches: Mapping[str, Bench]) -> str:
+def markdown(
+    groups: Groups, plots: Mapping[Setting, str], benches: Mapping[str, Bench], runs: Runs
+) -> str:
     lines = [
         "# Results",
         "",
@@ -136,7 +151,7 @@ def markdown(groups: Groups, plots: Mapping[Setting, str], benches: Mapping[str,
         mine = {s: records for s, records in groups.items() if s.bench in names_of(name, bench)}
         lines += ["", f"## {name}", "", about(bench)]
         if bench.TARGETS:
-            lines += ["", targets_table(bench.TARGETS, mine)]
+            lines += ["", targets_table(bench.TARGETS, mine, runs)]
         for setting, records in mine.items():
             lines += ["", f"### {setting.model}: {setting.machine}", ""]
             lines += [f"{setting.work}, {setting.settings}. {origin(records)}", ""]
@@ -150,12 +165,17 @@ def markdown(groups: Groups, plots: Mapping[Setting, str], benches: Mapping[str,
     return "\n".join(lines) + "\n"
 
 
-def targets_table(targets: Sequence[Target], groups: Groups) -> str:
-    """A line for each target and setting that has its figure, or one that says "not measured"."""
+def targets_table(targets: Sequence[Target], groups: Groups, runs: Runs) -> str:
+    """A line for each target and setting: by the latest run that has its arms and loads, or by
+    the records of the table where no run alone has them. Or a line that says "not measured"."""
     lines = []
     for target in targets:
-        found = {setting: target.measured(records) for setting, records in groups.items()}
-        measured = {setting: value for setting, value in found.items() if value is not None}
+        measured: dict[Setting, float] = {}
+        for setting, records in groups.items():
+            values = map(target.measured, [*reversed(runs[setting]), records])
+            value = next((value for value in values if value is not None), None)
+            if value is not None:
+                measured[setting] = value
         if not measured:
             lines.append([target.text, target.limit, "not measured", "", ""])
         for setting, value in measured.items():

@@ -63,9 +63,11 @@ def speed_ratio(arm: str, base: str, pl: int, *, sampling: str | None = None) ->
     return figure
 
 
-def median_detail(arm: str, name: str) -> Figure:
-    """The median of `detail[name]` of an arm."""
-    return lambda records: median_of(r.detail.get(name) for r in records if r.arm == arm)
+def median_detail(arm: str, name: str, pl: int | None = None) -> Figure:
+    """The median of `detail[name]` of an arm, of one number of sequences or of all."""
+    return lambda records: median_of(
+        r.detail.get(name) for r in records if r.arm == arm and pl in (None, r.pl)
+    )
 
 
 def worst_detail(name: str, arm: str | None = None) -> Figure:

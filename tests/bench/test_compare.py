@@ -11,7 +11,7 @@ import pytest
 from bench import compare, harness
 from bench.__main__ import main
 from bench.benches import load
-from bench.summary import latest, markdown
+from bench.summary import latest, markdown, runs_of
 from pyllamabatch.report.records import Record, read
 from tests.support.made_up_rows import row
 
@@ -41,7 +41,7 @@ def test_targets_are_of_the_burst_alone() -> None:
 def test_the_report_has_the_table_of_each_protocol_and_the_advice_once() -> None:
     rows = [row("contexts", 2, 50), row("engine", 2, 90)]
     rows += [row(arm, 2, 40, bench="compare-ds4") for arm in ("contexts", "engine")]
-    text = markdown(latest(rows), {}, {"compare": load("compare")})
+    text = markdown(latest(runs_of(rows)), {}, {"compare": load("compare")}, runs_of(rows))
     assert text.count("| N | arm |") == 2
     assert text.count("- 2 users: engine, 90 tok/s") == 1
     assert text.count("- Overall, with") == 1

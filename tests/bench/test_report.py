@@ -13,7 +13,7 @@ import pytest
 from bench import decode, serve, suite
 from bench.__main__ import main
 from bench.benches import BENCHES, load
-from bench.summary import draw_all, latest, markdown
+from bench.summary import draw_all, latest, markdown, runs_of
 from bench.targets import Target, speed_ratio
 from bench.views import plain
 from pyllamabatch.report.records import Record, append
@@ -32,11 +32,16 @@ def bench(**parts: Any) -> Any:
     return SimpleNamespace(__doc__="About it.", **{"TARGETS": (), **parts})
 
 
+def report(rows: Sequence[Record], benches: dict[str, Any]) -> str:
+    runs = runs_of(rows)
+    return markdown(latest(runs), {}, benches, runs)
+
+
 def test_of_each_number_of_sequences_the_latest_run_counts() -> None:
     rows = [row("old", 1.0, pl=1), row("old", 1.0, pl=4)]
     rows += [row("new", 2.0, pl=4, run=2), row("base", 2.0, pl=4, run=2)]
     rows += [replace(row("other", 2.0, pl=4, run=3), kv_unified=True)]
-    groups = latest(rows[::-1])
+    groups = latest(runs_of(rows[::-1]))
     assert [sorted({made.arm for made in group}) for group in groups.values()] == [
         ["base", "new", "old"],
         ["other"],
@@ -47,8 +52,23 @@ def test_of_each_number_of_sequences_the_latest_run_counts() -> None:
 
 def test_clients_are_another_load_than_as_many_streams() -> None:
     rows = [row("clients", 1.0, pl=4, mixed=1.0), row("streams", 1.0, pl=4, run=2)]
-    ((one, two),) = latest(rows).values()
+    ((one, two),) = latest(runs_of(rows)).values()
     assert {one.arm, two.arm} == {"clients", "streams"}
+
+
+def test_busy_processes_and_other_arrivals_are_other_loads() -> None:
+    rows = [row("engine", 1.0), row("engine", 2.0, run=2, busy=1.0)]
+    rows += [row("engine", 3.0, run=3, load=0.8)]
+    (group,) = latest(runs_of(rows)).values()
+    assert [made.test_time[8:10] for made in group] == ["01", "02", "03"]
+
+
+def test_a_target_is_measured_by_the_latest_run_that_has_its_arms() -> None:
+    target = Target("over base", speed_ratio("ours", "base", 1), at_least=2.0)
+    rows = [row("ours", 4.0), row("base", 4.0)]
+    rows += [row("ours", 9.0, run=2), row("base", 3.0, run=2)]
+    rows += [row("ours", 5.0, run=3), row("other", 1.0, run=3)]
+    assert "| over base | ≥ 2 | 3 | met |" in report(rows, {"decode": bench(TARGETS=(target,))})
 
 
 def test_targets_are_met_missed_or_not_measured() -> None:
@@ -56,12 +76,12 @@ def test_targets_are_met_missed_or_not_measured() -> None:
         Target(f"at {pl}", speed_ratio("ours", "base", pl), at_least=2.0) for pl in (1, 4, 16)
     )
     rows = [row("base", 4.0), row("ours", 8.0), row("base", 3.0, pl=4), row("ours", 4.0, pl=4)]
-    text = markdown(latest(rows), {}, {"decode": bench(TARGETS=targets)})
+    text = report(rows, {"decode": bench(TARGETS=targets)})
     assert "| at 1 | ≥ 2 | 2 | met |" in text
     assert "| at 4 | ≥ 2 | 1.33 | **missed** |" in text
     assert "| at 16 | ≥ 2 | not measured |" in text
     assert "commit abc, llama.cpp b11549, seed 1" in text
-    assert "that this code does not have: decode" in markdown(latest(rows), {}, {})
+    assert "that this code does not have: decode" in report(rows, {})
 
 
 def test_a_bench_without_a_view_shows_medians_and_details() -> None:
@@ -136,7 +156,7 @@ def test_a_bench_may_name_its_records_otherwise_and_draw_them_itself(tmp_path: P
     """One invocation may have records of two names: two settings, one heading."""
     rows = [row("ours", 1.0), row("ours", 1.0, pl=2)]
     rows += [replace(made, bench="other") for made in rows]
-    groups = latest(rows)
+    groups = latest(runs_of(rows))
     assert [setting.bench for setting in groups] == ["decode", "other"]
     drawn: list[tuple[str, int]] = []
 
@@ -147,7 +167,7 @@ def test_a_bench_may_name_its_records_otherwise_and_draw_them_itself(tmp_path: P
     drawings = draw_all(groups, {"other": draw}, tmp_path)
     assert [setting.bench for setting in drawings] == ["other"]
     assert drawn == [("other", 2)]
-    text = markdown(groups, drawings, {"decode": bench(NAMES=("decode", "other"))})
+    text = markdown(groups, drawings, {"decode": bench(NAMES=("decode", "other"))}, runs_of(rows))
     assert text.count("## decode") == 1
     assert text.count("### m-Q4_K_M: ") == 2
     assert "(plots/other-m-" in text
