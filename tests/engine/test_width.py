@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -195,27 +196,45 @@ OBSERVED = {
 }
 
 
+Tell = Callable[[CostObserver, Step, Run], None]
+
+
+@pytest.fixture
+def tell(monkeypatch: pytest.MonkeyPatch) -> Tell:
+    """An observer of calls that follow each other without a pause."""
+    now = 0.0
+
+    def tell(observe: CostObserver, step: Step, run: Run) -> None:
+        nonlocal now
+        now += run.seconds
+        observe(step, run)
+
+    monkeypatch.setattr("pyllamabatch.engine.cost_observer.perf_counter", lambda: now)
+    return tell
+
+
 @pytest.mark.parametrize("case", OBSERVED.values(), ids=OBSERVED)
-def test_what_is_learnt_of_calls(case: Observed, monkeypatch: pytest.MonkeyPatch) -> None:
-    now, cost = 0.0, Learner(case.new_graph)
+def test_what_is_learnt_of_calls(case: Observed, tell: Tell) -> None:
+    cost = Learner(case.new_graph)
     attention = SimpleNamespace(
         cells=lambda step, ahead: 100 + step.n_rows * ahead,
         shapes=lambda step, kv: case.shapes or [step.shape(kv)],
     )
     chunks = (PromptChunk(9, 9, 0, case.n_prompt),) if case.n_prompt else ()
-    monkeypatch.setattr("pyllamabatch.engine.cost_observer.perf_counter", lambda: now)
     observe = CostObserver(scheduler(cost, attention, Limits(8, 8, 8, 64, 8, unified=False)))
     for slots, run in case.calls:
-        now += run.seconds
         n_rows = len(slots) + case.n_prompt
-        observe(Step(np.array(slots, np.int32), chunks, (), (), n_rows, {}, run.n_steps), run)
+        step = Step(np.array(slots, np.int32), chunks, (), (), n_rows, {}, run.n_steps)
+        tell(observe, step, run)
     learnt = [(rows, 1e3 * seconds) for rows, seconds in cost.steps]
     np.testing.assert_allclose(learnt, case.steps, rtol=1e-6)
     if case.switches is not None:
         assert [1e3 * s for s in cost.switches] == pytest.approx(case.switches, abs=1e-6)
 
 
-def test_what_a_prompt_behind_others_takes_is_learnt_with_the_step_that_waits_for_it() -> None:
+def test_what_a_prompt_behind_others_takes_is_learnt_with_the_step_that_waits_for_it(
+    tell: Tell,
+) -> None:
     """The device has all but 1 ms of it still to do when the decode's tokens are there."""
     cost = Learner(NewGraph(0.002))
     shapes = iter([[(3, 0, 50.0, 3), (40, 40, 0.0, 1)], [(4, 0, 90.0, 4)], [(4, 0, 94.0, 4)]])
@@ -225,15 +244,15 @@ def test_what_a_prompt_behind_others_takes_is_learnt_with_the_step_that_waits_fo
     )
     chunks = (PromptChunk(9, 3, 0, 40),)
     behind = Step(np.arange(3, dtype=np.int32), chunks, (), (), 43, {}, behind=True)
-    observe(behind, Run(0, 1, 1, 0.004, (), 0.004))  # 3 ms of it the decode's
+    tell(observe, behind, Run(0, 1, 1, 0.004, (), 0.004))  # 3 ms of it the decode's
     after = Step(np.arange(4, dtype=np.int32), (), (), (), 4, {})
-    observe(after, Run(0, 1, 1, 0.008, (), 0.008))  # 5 ms of it the prompt's
-    observe(after, Run(0, 1, 1, 0.003, (), 0.003))
+    tell(observe, after, Run(0, 1, 1, 0.008, (), 0.008))  # 5 ms of it the prompt's
+    tell(observe, after, Run(0, 1, 1, 0.003, (), 0.003))
     learnt = [(rows, 1e3 * seconds) for rows, seconds in cost.steps]
     np.testing.assert_allclose(learnt, [(40, 6.0), (4, 3.0)], rtol=1e-6)
 
 
-def test_steps_that_drafts_keep_off_the_device_tell_the_cost_model_nothing() -> None:
+def test_steps_that_drafts_keep_off_the_device_tell_the_cost_model_nothing(tell: Tell) -> None:
     """The first one has moved there, and the next one lingers."""
     cost = Learner(NewGraph(0.002))
     limits = Limits(8, 8, 1, 64, 64, n_draft_max=2, drafts_move_sampling=True)
@@ -246,7 +265,7 @@ def test_steps_that_drafts_keep_off_the_device_tell_the_cost_model_nothing() -> 
     for i, (drafts, seconds) in enumerate(calls):
         step = Step(slots, (), (), (), 1, {}, 64, drafts=drafts)
         new = 0.05 * (i in (1, 2))  # it moves in the first step of the one, and within the other
-        observe(step, Run(0, 64, 64 - (i == 1), 64 * seconds + new, (), seconds + new))
+        tell(observe, step, Run(0, 64, 64 - (i == 1), 64 * seconds + new, (), seconds + new))
         drafted = Drafted(slots + 64, 64, 0, 0, shares, shares, 1.0, none.astype(int), none)
         drafting.observe(slots, np.ones(1, np.int64), drafted, 64, 0.0, None, asked=bool(drafts))
     assert cost.steps == [(1, 0.002), (1, 0.002)]
