@@ -134,8 +134,8 @@ def test_what_is_left_of_the_engine_when_there_is_no_fresh_context(
     with ThreadPoolExecutor(1) as pool:
         with engine.sequence(GREEDY) as seq:
             seq.prompt(PROMPTS[1])
-            streams = [engine.submit(prompt, GREEDY) for prompt in PROMPTS]
-            with engine._core.state:
+            with engine._core.state:  # none ends before
+                streams = [engine.submit(prompt, GREEDY) for prompt in PROMPTS]
                 context = engine._stepper._context
                 assert context is not None
                 native = context._native
