@@ -14,6 +14,7 @@ from pyllamabatch.cluster.call import Head, RoutedCall, answer, head_line, head_
 from pyllamabatch.cluster.metrics import summed
 from pyllamabatch.scheduler.router import BYTES_PER_TOKEN, PrefixAffinity
 from tests.server.conftest import served  # noqa: F401  # a fixture
+from tests.support.engines import held
 from tests.support.served import ENDLESS, SUM_CHAT, Served, until
 
 JSON = [(b"content-type", b"application/json")]
@@ -88,8 +89,9 @@ def test_who_leaves_is_cancelled(served: Served) -> None:  # noqa: F811
             await anext(parts)
             await anext(parts)
 
-    asyncio.run(leave())
-    until(lambda: served.engine.stats().finished["cancelled"] == before + 1)
+    with held(served.engine):
+        asyncio.run(leave())
+        until(lambda: served.engine.stats().finished["cancelled"] == before + 1)
 
 
 def test_a_head_on_its_way() -> None:

@@ -12,7 +12,7 @@ import pytest
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError, Cancelled, EngineClosed, EngineDraining
 from pyllamabatch.llama.model import Model
-from tests.support.engines import engine_on, greedy
+from tests.support.engines import engine_on, greedy, held
 
 PROMPT = [1, 20, 30, 40]
 
@@ -48,9 +48,10 @@ def test_what_is_open_is_finished_and_nothing_new_comes_in(model: Model) -> None
 
 def test_it_waits_no_longer_than_it_is_told_and_cancels_nothing(model: Model) -> None:
     with engine_on(model) as engine:
-        streams = [engine.submit(PROMPT, greedy(500)) for _ in range(8)]
-        assert not engine.drain(0.01)
-        assert engine.draining
+        with held(engine):
+            streams = [engine.submit(PROMPT, greedy(500)) for _ in range(8)]
+            assert not engine.drain(0.01)
+            assert engine.draining
         assert {stream.result(60).finish_reason for stream in streams} == {"length"}
         assert engine.drain()
         check_usable(engine)
@@ -67,16 +68,17 @@ def test_an_engine_that_did_nothing_yet_is_quiet_at_once(model: Model) -> None:
 
 def test_stop_cancels_what_is_open_and_the_engine_goes_on_afterwards(model: Model) -> None:
     with engine_on(model) as engine:
-        streams = [engine.submit(PROMPT, greedy(500)) for _ in range(8)]
-        next(iter(streams[0]))
-        engine.stop()
+        with held(engine):
+            streams = [engine.submit(PROMPT, greedy(500)) for _ in range(8)]
+            next(iter(streams[0]))
+            engine.stop()
         assert {stream.wait(0).finish_reason for stream in streams} == {"cancelled"}
         assert streams[0].tokens
         check_usable(engine)
 
 
 def test_resume_lets_those_go_who_wait_for_the_end(model: Model) -> None:
-    with engine_on(model) as engine, ThreadPoolExecutor(1) as pool:
+    with engine_on(model) as engine, ThreadPoolExecutor(1) as pool, held(engine):
         stream = engine.submit(PROMPT, greedy(1000))
         waiting = pool.submit(engine.drain)
         while not engine.draining:
@@ -88,7 +90,11 @@ def test_resume_lets_those_go_who_wait_for_the_end(model: Model) -> None:
 
 
 def test_those_who_wait_for_room_are_told(model: Model) -> None:
-    with engine_on(model, n_seq_max=1, max_waiting=1) as engine, ThreadPoolExecutor(2) as pool:
+    with (
+        engine_on(model, n_seq_max=1, max_waiting=1) as engine,
+        ThreadPoolExecutor(2) as pool,
+        held(engine) as go_on,
+    ):
         running = engine.submit(PROMPT, greedy(1000))
         next(iter(running))
         in_line = engine.submit(PROMPT, greedy(2))
@@ -106,6 +112,7 @@ def test_those_who_wait_for_room_are_told(model: Model) -> None:
             with pytest.raises(EngineDraining):
                 future.result(30)
         running.cancel()
+        go_on.set()
         assert engine.drain(30)
         assert in_line.wait(0).finish_reason == "length"
         check_usable(engine)
@@ -187,7 +194,7 @@ def test_a_callback_of_a_stream_does_not_wait_for_itself(model: Model) -> None:
 
 def test_close_ends_a_drain(model: Model) -> None:
     engine = engine_on(model)
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, held(engine):
         engine.submit(PROMPT, greedy(1000))
         waiting = pool.submit(engine.drain)
         while not engine.draining:
@@ -203,20 +210,22 @@ def test_close_ends_a_drain(model: Model) -> None:
 
 def test_asyncio(model: Model) -> None:
     async def run(engine: Engine) -> None:
-        streams = [engine.submit(PROMPT, greedy(500)) for _ in range(8)]
-        assert not await engine.adrain(0.01)
-        with pytest.raises(EngineDraining):
-            await engine.agenerate([PROMPT], greedy())
+        with held(engine):
+            streams = [engine.submit(PROMPT, greedy(500)) for _ in range(8)]
+            assert not await engine.adrain(0.01)
+            with pytest.raises(EngineDraining):
+                await engine.agenerate([PROMPT], greedy())
         assert await engine.adrain()
         assert {stream.wait(0).finish_reason for stream in streams} == {"length"}
         engine.resume()
-        streams = [engine.submit(PROMPT, greedy(500)) for _ in range(8)]
-        task = asyncio.create_task(engine.adrain())
-        await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        await engine.astop()
+        with held(engine):
+            streams = [engine.submit(PROMPT, greedy(500)) for _ in range(8)]
+            task = asyncio.create_task(engine.adrain())
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await engine.astop()
         assert {stream.wait(0).finish_reason for stream in streams} == {"cancelled"}
 
     with engine_on(model) as engine:

@@ -33,7 +33,7 @@ from pyllamabatch.errors import (
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support import engines as support
-from tests.support.engines import check_idle, engine_on, slow
+from tests.support.engines import check_idle, engine_on, held
 from tests.support.models_gguf import EOS, N_VOCAB, gguf_path
 
 PROMPT = [1, 20, 30, 40, 50]
@@ -241,7 +241,7 @@ def test_the_default_context_suits_the_model(model: Model) -> None:
 
 def test_cancel_ends_it_within_a_step_and_no_other(shared: Engine) -> None:
     expected = shared.generate([PROMPT], greedy(100))[0].tokens
-    with slow(shared, 0.002):
+    with held(shared):
         long = [shared.submit(PROMPT, greedy(400)) for _ in range(3)]
         neighbour = shared.submit(PROMPT, greedy(100))
         next(iter(long[0]))
@@ -258,14 +258,15 @@ def test_cancel_ends_it_within_a_step_and_no_other(shared: Engine) -> None:
 
 
 def test_cancel_before_it_runs(shared: Engine) -> None:
-    running = [shared.submit(PROMPT, greedy(200)) for _ in range(4)]
-    waiting = shared.submit(PROMPT, greedy())
-    waiting.cancel()
-    assert waiting.result(30).tokens == []
-    assert waiting.result().finish_reason == "cancelled"
-    for stream in running:
-        stream.cancel()
-        stream.result(30)
+    with held(shared):
+        running = [shared.submit(PROMPT, greedy(200)) for _ in range(4)]
+        waiting = shared.submit(PROMPT, greedy())
+        waiting.cancel()
+        assert waiting.result(30).tokens == []
+        assert waiting.result().finish_reason == "cancelled"
+        for stream in running:
+            stream.cancel()
+            stream.result(30)
     check_balanced(shared)
 
 
@@ -345,8 +346,9 @@ def test_close_finishes_what_is_open(model: Model) -> None:
 
 def test_close_now_cancels_what_is_open(model: Model) -> None:
     engine = small(model)
-    streams = [engine.submit(PROMPT, greedy(400)) for _ in range(10)]
-    engine.close(wait=False)
+    with held(engine):
+        streams = [engine.submit(PROMPT, greedy(400)) for _ in range(10)]
+        engine.close(wait=False)
     reasons = [stream.wait(0).finish_reason for stream in streams]
     assert set(reasons) == {"cancelled"}
     assert engine.stats().finished["cancelled"] == 10
@@ -356,8 +358,9 @@ def test_close_now_cancels_what_is_open(model: Model) -> None:
 
 def test_close_waits_no_longer_than_it_is_told(model: Model) -> None:
     engine = small(model)
-    streams = [engine.submit(PROMPT, greedy(500)) for _ in range(20)]
-    engine.close(timeout=0.05)
+    with held(engine):
+        streams = [engine.submit(PROMPT, greedy(500)) for _ in range(20)]
+        engine.close(timeout=0.05)
     assert all(stream.done for stream in streams)
     assert streams[-1].wait(0).finish_reason == "cancelled"
 
@@ -366,7 +369,8 @@ def test_an_exception_in_the_with_block_closes_at_once(model: Model) -> None:
     streams = []
 
     def fail() -> None:
-        with small(model) as engine:
+        engine = small(model)
+        with held(engine), engine:
             streams.append(engine.submit(PROMPT, greedy(500)))
             raise RuntimeError("mine")
 

@@ -11,7 +11,7 @@ from pyllamabatch.engine import layout
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError, RequestTooLong
 from pyllamabatch.llama.model import Model
-from tests.support.engines import EXACT, greedy
+from tests.support.engines import EXACT, greedy, held
 
 
 def engine_on(model: Model, **options: Any) -> Engine:
@@ -66,10 +66,11 @@ def test_a_long_request_makes_streams_a_pool_and_no_token_changes(model: Model) 
     with engine_on(model, kv_unified=True, n_ctx=2048) as engine:
         expected = [r.tokens for r in engine.generate([short, long], [greedy(300), greedy(200)])]
     with engine_on(model, n_ctx=2048, speculate="auto") as engine:
-        first = engine.submit(short, greedy(300))
-        iterator = iter(first)
-        begun = [next(iterator).token for _ in range(20)]
-        second = engine.submit(long, greedy(200))
+        with held(engine, 24):
+            first = engine.submit(short, greedy(300))
+            iterator = iter(first)
+            begun = [next(iterator).token for _ in range(20)]
+            second = engine.submit(long, greedy(200))
         results = [first.result(60), second.result(60)]
         assert [r.tokens for r in results] == expected
         assert begun == expected[0][:20]

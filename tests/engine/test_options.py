@@ -12,7 +12,7 @@ import pytest
 from pyllamabatch.errors import ArgumentError, EngineClosed, QueueFull
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Plan, Policy, StepView, fcfs
-from tests.support.engines import check_idle, engine_on, greedy, slow
+from tests.support.engines import check_idle, engine_on, greedy, held
 
 PROMPT = [1, 20, 30, 40, 50]
 small = partial(engine_on, n_seq_max=2)
@@ -40,12 +40,19 @@ class Gate:
 # -- deadlines
 
 
-def test_a_deadline_ends_a_running_request_with_what_it_has(model: Model) -> None:
+def test_a_deadline_ends_a_running_request_with_what_it_has(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, begun = time.perf_counter(), threading.Event()
+    now = lambda: time.perf_counter() if begun.is_set() else began  # noqa: E731
+    monkeypatch.setattr("pyllamabatch.engine.core.perf_counter", now)
     with small(model) as engine:
         whole = engine.submit(PROMPT, greedy(50)).result(60).tokens
-        with slow(engine, 0.002):  # so the deadline comes first
+        with held(engine):  # so the deadline comes first
             stream = engine.submit(PROMPT, greedy(2000), timeout=0.5)
             other = engine.submit(PROMPT, greedy(50))
+            next(iter(stream))
+            begun.set()
             result = stream.result(60)
         assert result.finish_reason == "deadline"
         assert result.error is None

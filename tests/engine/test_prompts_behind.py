@@ -17,7 +17,7 @@ from pyllamabatch.errors import FatalDecodeError
 from tests.engine.test_padding import PROMPTS, answered_as_alone, pad_to
 from tests.properties.test_invariance_engine import assert_as_alone
 from tests.support.decoding import loaded
-from tests.support.engines import check_idle, engine_on, greedy
+from tests.support.engines import check_idle, engine_on, greedy, held
 from tests.support.faults import set_fault
 from tests.support.oracle import solos, tolerance
 
@@ -58,10 +58,11 @@ def test_no_newcomer_waits_where_a_context_computes_none_behind(name: str, unifi
 
 def test_a_newcomer_decodes_in_the_step_behind_its_prompt() -> None:
     with behind(loaded("llama"), n_batch=64) as engine:
-        first = engine.submit(PROMPTS[0], greedy(200))
-        next(iter(first))
-        engine.generate([PROMPTS[1]], greedy(3))
-        trace = engine.trace()
+        with held(engine):
+            first = engine.submit(PROMPTS[0], greedy(200))
+            next(iter(first))
+            engine.generate([PROMPTS[1]], greedy(3))
+            trace = engine.trace()
         first.cancel()
     _, at = np.flatnonzero((trace["prefill_rows"] > 0) & (trace["decode_rows"] > 0))
     assert trace["decode_rows"][at : at + 4].tolist() == [1, 2, 2, 2]

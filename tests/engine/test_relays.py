@@ -17,7 +17,7 @@ from pyllamabatch.engine.results import Chunk
 from pyllamabatch.errors import ArgumentError, EngineClosed, RequestTooLong
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
-from tests.support.engines import check_idle, engine_on, greedy, slow
+from tests.support.engines import check_idle, engine_on, greedy, held
 
 PROMPTS = [[1, 20 + i, 30, 40] for i in range(12)]
 
@@ -119,7 +119,7 @@ def test_a_follower_gets_the_chunks_in_order(model: Model) -> None:
 
 @pytest.mark.parametrize("late", [False, True])
 def test_what_a_follower_raises_cancels_the_request_and_no_other(model: Model, late: bool) -> None:
-    with engine_on(model) as engine, slow(engine, 0.001):
+    with engine_on(model) as engine, held(engine) as go_on:
 
         async def fail() -> None:
             raise ValueError("full")
@@ -136,11 +136,13 @@ def test_what_a_follower_raises_cancels_the_request_and_no_other(model: Model, l
             with pytest.raises(ValueError, match="full"):
                 await followers.follow(stream, take)
             left = engine.submit(PROMPTS[2], greedy(500))
-            following = asyncio.create_task(followers.follow(left, lambda chunk: None))
-            await asyncio.sleep(0.02)
+            come = asyncio.Event()
+            following = asyncio.create_task(followers.follow(left, lambda chunk: come.set()))
+            await come.wait()
             following.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await following
+            go_on.set()
             assert await other
 
         asyncio.run(run())
@@ -154,7 +156,7 @@ def test_a_cancelled_task_cancels_its_request(model: Model) -> None:
         async def run() -> None:
             reading = asyncio.create_task(anext_of(engine))
             waiting = asyncio.create_task(engine.agenerate(PROMPTS, greedy(500)))
-            await asyncio.sleep(0.02)
+            await begun.wait()
             for task in (reading, waiting):
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
@@ -165,9 +167,11 @@ def test_a_cancelled_task_cancels_its_request(model: Model) -> None:
 
         async def anext_of(engine: Engine) -> None:
             async for _ in engine.stream(PROMPTS[0], greedy(500)):
-                await asyncio.sleep(10)
+                begun.set()
+                await asyncio.Event().wait()
 
-        with slow(engine, 0.001):
+        begun = asyncio.Event()
+        with held(engine):
             asyncio.run(run())
         check_done(engine)
         assert engine.stats().finished["cancelled"] > 0

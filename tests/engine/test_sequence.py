@@ -35,7 +35,7 @@ from pyllamabatch.scheduler import Window
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support import engines as support
 from tests.support.decoding import loaded
-from tests.support.engines import check_idle, greedy, slow
+from tests.support.engines import check_idle, greedy, held
 from tests.support.faults import set_fault
 from tests.support.models_gguf import EOS, N_VOCAB, Architecture
 
@@ -253,16 +253,17 @@ def failing(engine: Engine, code: int) -> Iterator[None]:
 
 
 def test_a_cancelled_call_has_not_happened(model: Model) -> None:
-    with engine_on(model, n_batch=8, n_ubatch=8) as engine, slow(engine, 0.01):
+    with engine_on(model, n_batch=8, n_ubatch=8) as engine:
         with engine.sequence(GREEDY) as sequence, ThreadPoolExecutor(1) as thread:
             sequence.prompt(PROMPT)
             first = drive(sequence, 2)
-            prompt = thread.submit(sequence.prompt, list(range(100, 400)))
-            while sequence.position < 100:  # it has begun
-                time.sleep(0.001)
-            sequence.cancel()
-            with pytest.raises(Cancelled):
-                prompt.result(30)
+            with held(engine):
+                prompt = thread.submit(sequence.prompt, list(range(100, 400)))
+                while sequence.position < 100:  # it has begun
+                    time.sleep(0.001)
+                sequence.cancel()
+                with pytest.raises(Cancelled):
+                    prompt.result(30)
             assert sequence.tokens == PROMPT + first
             sequence.cancel()  # nothing to cancel
             rest = drive(sequence, 4)
@@ -365,7 +366,7 @@ def test_a_full_sequence_says_so(model: Model) -> None:
 def test_a_closed_engine_wakes_its_owners(model: Model) -> None:
     engine = engine_on(model, n_batch=8, n_ubatch=8)
     sequence = engine.sequence(GREEDY)
-    with slow(engine, 0.01), ThreadPoolExecutor(1) as thread:
+    with held(engine), ThreadPoolExecutor(1) as thread:
         prompt = thread.submit(sequence.prompt, [7] * 500)
         while sequence.position < 500:
             time.sleep(0.001)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.server import answer
 from pyllamabatch.server.app import create_app
 from pyllamabatch.server.options import ServerOptions
-from tests.support.engines import slow
+from tests.support.engines import held
 from tests.support.served import ENDLESS, SUM, SUM_CHAT, Served, running, serving, until
 
 TEXT = "/v1/completions"
@@ -28,15 +29,15 @@ TEXT = "/v1/completions"
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_leaves_is_cancelled(served: Served, stream: bool) -> None:
     before = served.engine.stats()
-    with slow(served.engine, 0.005):
-        body = {**ENDLESS, "stream": stream, "n": 2}
-        with httpx.Client(base_url=served.url) as client:
+    with held(served.engine):
+        body = json.dumps({**ENDLESS, "stream": stream, "n": 2})
+        address = served.server.servers[0].sockets[0].getsockname()
+        with socket.create_connection(address, timeout=60) as connection:
+            head = f"POST {TEXT} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall((head + body).encode())
             if stream:
-                with client.stream("POST", TEXT, json=body) as response:
-                    next(response.iter_lines())
-            else:
-                with pytest.raises(httpx.ReadTimeout):
-                    client.post(TEXT, json=body, timeout=0.3)
+                assert connection.recv(1)  # the head comes with the first tokens
+            until(lambda: served.engine.stats().running == 2)
         until(lambda: served.engine.stats().running == 0)
     after = served.engine.stats()
     assert after.finished["cancelled"] == before.finished["cancelled"] + 2
@@ -107,7 +108,7 @@ def test_limits_of_a_small_server(small: Served) -> None:
         assert response.headers.get("access-control-allow-origin") == allowed
     # one runs, one waits, and no more
     with (
-        slow(small.engine, 0.005),
+        held(small.engine) as go_on,
         small.client.stream("POST", TEXT, json={**ENDLESS, "stream": True}) as running,
     ):
         lines = running.iter_lines()
@@ -125,6 +126,7 @@ def test_limits_of_a_small_server(small: Served) -> None:
             assert response.status_code == 503
             assert "retry-after" in response.headers
             assert bare.get("/health").status_code == 503
+            go_on.set()
             assert [line for line in lines if line][-1] == "data: [DONE]"
             assert [line for line in waiting.iter_lines() if line][-1] == "data: [DONE]"
 

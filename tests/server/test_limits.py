@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from contextlib import suppress
 from typing import Any
 
@@ -22,6 +21,7 @@ from pyllamabatch.server.bodies import (
     VALUES_MAX,
 )
 from pyllamabatch.server.conversation import Turn
+from tests.support.engines import held
 from tests.support.served import ANSWER, ENDLESS, SUM, SUM_CHAT, Served, running, until
 
 CHAT, TEXT, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/messages"
@@ -105,8 +105,9 @@ def test_what_was_submitted_is_cancelled_when_no_answer_can_be_made(
     until(lambda: served.engine.stats().running == 0)
     before = served.engine.stats().finished["cancelled"]
     body = {**SUM_CHAT, "ignore_eos": True, "max_tokens": 400, "n": 2}
-    assert "no reader" in served.refused(CHAT, body, 500)["message"]
-    until(lambda: served.engine.stats().finished["cancelled"] == before + 2)
+    with held(served.engine):
+        assert "no reader" in served.refused(CHAT, body, 500)["message"]
+        until(lambda: served.engine.stats().finished["cancelled"] == before + 2)
 
 
 def test_stops_of_the_template_are_no_stop_sequences(
@@ -144,16 +145,15 @@ def test_what_is_no_http_gets_an_error_of_the_one_form(served: Served, sent: byt
     assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_http")
 
 
-@pytest.mark.parametrize(("seconds", "n_signals"), [(0.2, 1), (60, 2)])
+@pytest.mark.parametrize(("seconds", "n_signals"), [(0.2, 1), (3600, 2)])
 def test_an_open_body_does_not_hold_up_the_end(
     embedded_model: Model, monkeypatch: pytest.MonkeyPatch, seconds: float, n_signals: int
 ) -> None:
     monkeypatch.setattr(run, "CLOSE_SECONDS", seconds)
-    began = time.monotonic()
     with running(create_app(embedded_model)) as server:
         address = server.servers[0].sockets[0].getsockname()
         loop = server.servers[0].get_loop()
-        with socket.create_connection(address, timeout=20) as connection:
+        with socket.create_connection(address, timeout=60) as connection:
             head = f"POST {TEXT} HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n"
             connection.sendall(head.encode())
             until(lambda: server.server_state.tasks)
@@ -161,7 +161,6 @@ def test_an_open_body_does_not_hold_up_the_end(
                 loop.call_soon_threadsafe(server.end)
             with suppress(ConnectionResetError):
                 assert len(connection.recv(1)) < 2  # it ends, with a 500 or without a word
-    assert time.monotonic() - began < 15
 
 
 def test_long_work_is_done_apart(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

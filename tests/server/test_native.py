@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pyllamabatch.llama.model import Model
 from pyllamabatch.server.app import create_app
 from pyllamabatch.server.options import ServerOptions
-from tests.support.engines import slow
+from tests.support.engines import held
 from tests.support.models_special import write_bert
 from tests.support.served import ANSWER, ENDLESS, SUM, SUM_CHAT, Served, running, serving
 
@@ -76,7 +76,7 @@ def test_props_slots_and_metrics(served: Served) -> None:
     assert "assistant" in props["chat_template"]
     body = {**ENDLESS, "tenant": "anna", "stream": True}
     with (
-        slow(served.engine, 0.005),
+        held(served.engine),
         served.client.stream("POST", "/v1/completions", json=body) as response,
     ):
         lines = response.iter_lines()  # the client leaves with it

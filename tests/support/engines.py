@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,21 +33,40 @@ def engine_on(model: Model, **options: Any) -> Engine:
 
 
 @contextmanager
-def slow(engine: Engine, seconds: float) -> Iterator[None]:
-    """Every native call computes one step, and takes so long at least: what happens meanwhile does
-    not depend on who is faster."""
-    stepper: Any = engine._core._stepper
-    compute = stepper.compute
+def held(engine: Engine, n_steps: int = 8) -> Iterator[threading.Event]:
+    """Each native call computes one step. After `n_steps` of them the next one waits until a thread
+    tells the engine something, which lets it go on for as many, until a deadline has come, or until
+    the event is set, at the end of the block at the latest. So what is long enough does not end
+    meanwhile, however late the test's own thread is."""
+    core: Any = engine._core
+    stepper, commands, free = core._stepper, core.commands, threading.Event()
+    compute, take, left = stepper.compute, commands.take, n_steps
+
+    def told() -> bool:
+        deadline = core.scheduler.deadlines.next
+        return bool(commands) or (deadline is not None and deadline <= time.perf_counter())
 
     def computed(slots: Any, n_steps: int, n_before: int = 0, n_pad: int = 0) -> Any:
-        time.sleep(seconds)
+        nonlocal left
+        if left == 0:
+            stepper.flush()
+            while not (told() or free.wait(0.001)):
+                pass
+        else:
+            left -= 1
         return compute(slots, 1, n_before, n_pad)
 
-    stepper.compute = computed
+    def taken() -> Any:
+        nonlocal left
+        left = n_steps
+        return take()
+
+    stepper.compute, commands.take = computed, taken
     try:
-        yield
+        yield free
     finally:
-        stepper.compute = compute
+        free.set()
+        stepper.compute, commands.take = compute, take
 
 
 def check_idle(engine: Engine) -> EngineStats:
