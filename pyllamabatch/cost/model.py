@@ -217,7 +217,9 @@ class CostModel(StepCost):
 
         Raises ArgumentError for fewer than 4 samples of the layout."""
         found = fit_terms(profile, unified=unified, swa_full=swa_full)
-        return cls(**found._asdict(), n_ubatch=n_ubatch or profile.n_ubatch, calibrated=True)
+        cost = cls(**found._asdict(), n_ubatch=n_ubatch or profile.n_ubatch, calibrated=True)
+        cost.layout_measured = profile.has(unified=unified)
+        return cost
 
     @classmethod
     def prior(

@@ -26,7 +26,8 @@ class StepCost(Protocol):
     calibrated: from measurements, not a guess. error: median and 95th percentile of the relative
     error. edges: row counts behind which a step may cost a jump. new_graph: see `NewGraph`. switch:
     seconds more for a step whose decoding sequences are others than in the step before, though as
-    many; None: not observed yet. unified: one pool of KV cells for all sequences. computes_masked:
+    many; None: not observed yet. unified: one pool of KV cells for all sequences. layout_measured:
+    steps with this layout of the cells were, not those of the other one alone. computes_masked:
     attention computes free and masked cells, too.
     """
 
@@ -36,6 +37,7 @@ class StepCost(Protocol):
     new_graph: NewGraph = NO_COST
     switch: float | None = 0.0
     unified: bool = True
+    layout_measured: bool = True
     computes_masked: bool = False
 
     @property

@@ -14,7 +14,7 @@ from ..scheduler.policies.width import GAIN, all_once, times, widths
 
 PROMPT, ANSWER = 256, 128  # tokens of the requests that the layouts are compared with
 N_KV = 256  # cells after which a context's graph is another one
-LEAST_GAIN = 0.005  # below it the exact layout is taken: streams
+LEAST_GAIN = 0.1  # below it exact answers are worth more: streams. A fit errs by half of it
 
 CostOf = Callable[[bool], StepCost]
 """The cost model of a pool (True) and of streams (False)."""
@@ -22,11 +22,10 @@ CostOf = Callable[[bool], StepCost]
 
 def pool_speed(cost_of: CostOf, n_seq_max: int) -> float | None:
     """Requests per second of a pool over those of streams, when `n_seq_max` run; when half as many
-    do, where the pool is slower then. None where no steps were measured."""
-    streams = cost_of(False)
-    if not streams.calibrated:
+    do, where the pool is slower then. None where steps of one of them were not measured."""
+    streams, pool = cost_of(False), cost_of(True)
+    if not all(cost.calibrated and cost.layout_measured for cost in (streams, pool)):
         return None
-    pool = cost_of(True)
     half, full = (
         seconds(streams, n, False) / seconds(pool, n, True)
         for n in (max(2, n_seq_max // 2), n_seq_max)
