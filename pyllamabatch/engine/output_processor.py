@@ -19,7 +19,10 @@ from collections.abc import Callable
 from enum import Enum, auto
 from typing import Any, Protocol
 
-from ..step.ring_reader import Page
+import numpy as np
+import numpy.typing as npt
+
+from ..step.ring_reader import Page, StepTable
 from ..step.trace import StepTrace
 from .protocols import RingReader
 from .results import FinishReason
@@ -78,6 +81,8 @@ class OutputProcessor:
         self._events: deque[tuple[int, Callable[..., None], tuple[Any, ...]]] = deque()
         self._open = True
         self._page = self._new_page()
+        # How many steps had 0, 1, ... tokens, without those of a last page.
+        self._counted = np.zeros(1, np.int64), self._page.steps
 
     # -- the core thread
 
@@ -122,6 +127,12 @@ class OutputProcessor:
                     log.exception("the end of request %d was not delivered", stream.id)
 
     # -- any thread
+
+    def step_tokens(self) -> dict[int, int]:
+        """How many steps had so many tokens: rows of prompts, and those that were sampled."""
+        before, steps = self._counted
+        counts = _more(before, steps)
+        return {n: int(counts[n]) for n in counts.nonzero()[0].tolist()}
 
     def watch(self, stream: Stream) -> None:
         """A reader waits for more of this stream, or it has a follower."""
@@ -199,7 +210,9 @@ class OutputProcessor:
                 self._turn_page()
 
     def _turn_page(self, *, logprobs: bool = False) -> None:
+        counts = _more(*self._counted)
         page = self._page = self._new_page(logprobs)
+        self._counted = counts, page.steps
         for stream in self._at:
             if stream is not None:
                 stream._turn_to(page)
@@ -256,3 +269,10 @@ class OutputProcessor:
 
     def _close(self) -> None:
         self._open = False
+
+
+def _more(counts: npt.NDArray[np.int64], steps: StepTable) -> npt.NDArray[np.int64]:
+    """With those of these steps."""
+    new = np.bincount(steps.tokens, minlength=len(counts))
+    new[: len(counts)] += counts
+    return new

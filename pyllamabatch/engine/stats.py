@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..scheduler.router import expected_wait, row_seconds
@@ -26,6 +27,8 @@ class EngineStats:
     `sequences` that know tokens are not among these. `rows` = `decode_rows` + `prefill_rows`;
     `recomputed_rows`: prefill rows that had been computed before a preemption. `tokens`: sampled,
     those that end a text included. `fill`: how many steps have sampled so many sequences.
+    `slot_steps`: slots that had rows, summed over the steps. `step_tokens`: how many steps had so
+    many tokens, rows of prompts and sampled ones, as far as these were read.
     `kv_used` of `kv_total` cells are held by sequences that run, and `kv_cached` others by cached
     prefixes. `known_tokens`: of all sequences when they were admitted,
     again if they were preempted; of these `prefix_tokens` were in the cache (`prefix_hit_rate`) and
@@ -65,6 +68,8 @@ class EngineStats:
     drafts: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    slot_steps: int = 0
+    step_tokens: Mapping[int, int] = field(default_factory=dict)
     accepted_at: tuple[int, ...] = ()
     wait_s: float = 0.0
     row_s: float = 0.0
@@ -133,6 +138,8 @@ def stats_of(core: EngineCore) -> EngineStats:
             kv_cached=scheduler.accounting.cached,
             swapped_tokens=counters.loaded_tokens,
             restarts=core.recovery.n_restarts,
+            slot_steps=counters.slot_steps + n * n_rows,
+            step_tokens=core.output_processor.step_tokens(),
             accepted_at=tuple(counters.accepted_at),
             wait_s=expected_wait(scheduler, waiting + running),
             row_s=row_seconds(scheduler),

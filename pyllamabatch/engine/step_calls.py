@@ -73,8 +73,8 @@ class StepCalls:
 
     def progress(self) -> tuple[int, int]:
         """Of the call that goes on: steps that are done and in no counter yet, and the rows of
-        each."""
-        if self._running is None:
+        each, which decode: one with rows of prompts is a single step, and counted at its end."""
+        if self._running is None or self._running[0].chunks:
             return 0, 0
         call, first = self._running
         return max(0, self._stepper.n_published - first), call.n_rows

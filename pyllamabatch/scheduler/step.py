@@ -222,8 +222,9 @@ class Counters:
     """What has been computed so far. `rows` = `decode_rows` + `prefill_rows`; the last known token
     of a prompt is a row of the first. `recomputed_rows` are the prefill rows that a preempted
     sequence had computed before; `tokens` = sampled; `fill`: how many steps have sampled so many
-    sequences. `known_tokens`: of sequences when they were
-    admitted; of these `prefix_tokens` were in the cache and `loaded_tokens` in a saved state.
+    sequences; `slot_steps`: slots that had rows, summed over the steps. `known_tokens`: of
+    sequences when they were admitted; of these `prefix_tokens` were in the cache and
+    `loaded_tokens` in a saved state.
     `drafts` with `drafted_tokens` were checked in rows of their own, and `accepted_tokens` of these
     were right, `accepted_at[i]` of them the draft's token i; these rows, and those that only fill
     up beside them, are among `decode_rows`."""
@@ -237,6 +238,7 @@ class Counters:
     admissions: int = 0
     preemptions: int = 0
     fill: dict[int, int] = field(default_factory=dict)
+    slot_steps: int = 0
     known_tokens: int = 0
     prefix_tokens: int = 0
     loaded_tokens: int = 0
@@ -269,4 +271,5 @@ class Counters:
         self.prefill_rows += n * (step.n_rows - n_sampled)
         self.recomputed_rows += n_recomputed
         self.tokens += n * n_sampled
+        self.slot_steps += n * (len(step.slots) if step.chunks else n_sampled)
         self.fill[n_sampled] = self.fill.get(n_sampled, 0) + n

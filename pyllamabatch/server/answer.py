@@ -233,7 +233,7 @@ async def _result(service: Service, stream: Stream) -> Result:
     stream.add_done_callback(lambda _: loop.call_soon_threadsafe(wake))
     await ended
     result = stream.wait(0)
-    service.metrics.ended(result)
+    service.metrics.ended_whole(result)
     return result
 
 

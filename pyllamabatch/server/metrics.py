@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+TOKENS = tuple(2**i for i in range(13))
 
 
 class BucketHistogram:
@@ -70,6 +70,7 @@ class Metrics(Collector):
         self.prompt_s = 0.0
         self.n_generated = 0
         self.generation_s = 0.0
+        self._n_longest = 0  # tokens of a sequence
         self._last: tuple[float, EngineStats] | None = None
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
@@ -86,6 +87,14 @@ class Metrics(Collector):
             self.prompt_s += result.ttft_s - (result.queue_s or 0.0)
             self.generation_s += result.e2el_s - result.ttft_s
         self.n_generated += result.n_generated
+        self._n_longest = max(self._n_longest, result.n_prompt + result.n_generated)
+
+    def ended_whole(self, result: Result) -> None:
+        """One has that was not read before its end: its tokens came one like the other."""
+        self.ended(result)
+        n = result.n_generated - 1
+        if result.ttft_s is not None and n > 0:
+            self.itl.add((result.e2el_s - result.ttft_s) / n, n)
 
     def itl_ms(self) -> float | None:
         """The median of all inter-token latencies, by the bounds of the histogram."""
@@ -94,7 +103,17 @@ class Metrics(Collector):
 
     def text(self) -> bytes:
         """In Prometheus' text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self._registry) + self._longest()
+
+    def _longest(self) -> bytes:
+        """llama-server's counter whose name has not the end that the library gives each."""
+        if self._engine is None:
+            return b""
+        running = [slot.n_prompt + slot.generated for slot in self._engine.slots()]
+        self._n_longest = n = max(self._n_longest, *running)
+        name = "llamacpp:n_tokens_max"
+        help = f"# HELP {name} Tokens of the longest sequence so far.\n# TYPE {name} counter\n"
+        return f"{help}{name} {n}\n".encode()
 
     def collect(self) -> Iterator[Metric]:
         if self._engine is None:
@@ -106,7 +125,11 @@ class Metrics(Collector):
         yield self.itl.family("vllm:inter_token_latency_seconds", "Between tokens of a stream.")
         yield self.e2el.family("vllm:e2e_request_latency_seconds", "Submission to the end.")
         yield self.queue.family("vllm:request_queue_time_seconds", "Submission to a slot.")
-        yield _fill(stats.fill)
+        tokens = BucketHistogram(TOKENS)
+        for n_tokens, n_steps in stats.step_tokens.items():
+            tokens.add(n_tokens, n_steps)
+        text = "Tokens of a step: rows of prompts, and sampled ones."
+        yield tokens.family("vllm:iteration_tokens_total", text)
 
     def _gauges(self, stats: EngineStats) -> Iterable[Metric]:
         now, (then, before) = perf_counter(), self._last or (0.0, stats)
@@ -130,8 +153,8 @@ class Metrics(Collector):
              rates["prompt"]),
             ("llamacpp:predicted_tokens_seconds", "Tokens a second since the last look.",
              rates["predicted"]),
-            ("llamacpp:n_busy_slots_per_decode", "Rows of a decode step, on average.",
-             stats.decode_rows / max(1, stats.steps)),
+            ("llamacpp:n_busy_slots_per_decode", "Slots with rows in a step, on average.",
+             stats.slot_steps / max(1, stats.steps)),
         )  # fmt: skip
         return [GaugeMetricFamily(name, text, value=value) for name, text, value in values]
 
@@ -148,25 +171,28 @@ class Metrics(Collector):
             ("vllm:num_preemptions", "Requests that gave up their cells.", stats.preemptions),
             ("vllm:prefix_cache_queries", "Tokens of admitted sequences.", stats.known_tokens),
             ("vllm:prefix_cache_hits", "Of these, in the cache.", stats.prefix_tokens),
-            ("vllm:spec_decode_num_drafts", "Drafts checked.", stats.drafts),
-            ("vllm:spec_decode_num_draft_tokens", "Drafted tokens checked.", stats.drafted_tokens),
-            ("vllm:spec_decode_num_accepted_tokens", "Of these, right.", stats.accepted_tokens),
         )
         for name, text, value in values:
             yield CounterMetricFamily(name, text, value=value)
-        name, text = "vllm:spec_decode_num_accepted_tokens_per_pos", "Right, by place in the draft."
-        right = CounterMetricFamily(name, text, labels=["position"])
-        for position, n in enumerate(stats.accepted_at):
-            right.add_metric([str(position)], n)
-        yield right
+        yield from _drafts("vllm", stats)
+        yield from _drafts("llamacpp", stats)
         ended = CounterMetricFamily("vllm:request_success", "Ended.", labels=["finished_reason"])
         for reason, n in stats.finished.items():
             ended.add_metric([reason], n)
         yield ended
 
 
-def _fill(fill: dict[int, int]) -> Metric:
-    tokens = BucketHistogram(ROWS)
-    for n_rows, n_steps in fill.items():
-        tokens.add(n_rows, n_steps)
-    return tokens.family("vllm:iteration_tokens_total", "Tokens sampled in a step.")
+def _drafts(server: str, stats: EngineStats) -> Iterator[Metric]:
+    """By names that two servers have in common."""
+    values = (
+        ("drafts", "Drafts checked.", stats.drafts),
+        ("draft_tokens", "Drafted tokens checked.", stats.drafted_tokens),
+        ("accepted_tokens", "Of these, right.", stats.accepted_tokens),
+    )
+    for name, text, value in values:
+        yield CounterMetricFamily(f"{server}:spec_decode_num_{name}", text, value=value)
+    name, text = "spec_decode_num_accepted_tokens_per_pos", "Right, by place in the draft."
+    right = CounterMetricFamily(f"{server}:{name}", text, labels=["position"])
+    for position, n in enumerate(stats.accepted_at):
+        right.add_metric([str(position)], n)
+    yield right

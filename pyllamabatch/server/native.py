@@ -287,7 +287,7 @@ async def slots(service: Service, request: Request) -> Response:
     """What runs in each slot. `?fail_on_no_slot=1`: 503 when none is free."""
     if not service.options.slots:
         raise UnsupportedOperation("this server does not show its slots")
-    states = service.engine.slots()
+    states, drafts = service.engine.slots(), service.engine.limits.n_draft_max > 0
     if request.query_params.get("fail_on_no_slot") and all(s.request for s in states):
         raise service.busy()
     return json_response(
@@ -296,7 +296,7 @@ async def slots(service: Service, request: Request) -> Response:
                 "id": state.slot,
                 "id_task": -1 if state.request is None else state.request,
                 "n_ctx": service.n_ctx_slot,
-                "speculative": False,
+                "speculative": drafts,
                 "is_processing": state.request is not None,
                 "n_prompt_tokens": state.n_prompt,
                 "n_prompt_tokens_processed": min(state.computed, state.n_prompt),

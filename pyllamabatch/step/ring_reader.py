@@ -44,6 +44,16 @@ class StepTable:
         self.table = np.zeros(n_steps_max, dtype=STEP_DTYPE)
         self.n = 0
 
+    @property
+    def tokens(self) -> npt.NDArray[np.int32]:
+        """Of each step that was computed: its rows of prompts and the tokens that it sampled. One
+        with drafts has no rows of prompts."""
+        steps = self.table[: self.n]
+        steps = steps[steps["code"] == 0]
+        tokens: npt.NDArray[np.int32]
+        tokens = np.where(steps["n_drafted"] > 0, steps["n_results"], steps["n_rows"])
+        return tokens
+
     def end_s(self, i: int) -> float:
         """When step i was over, on the clock of `perf_counter`."""
         step = self.table[i]

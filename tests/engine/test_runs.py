@@ -4,9 +4,11 @@ between two steps."""
 from __future__ import annotations
 
 from itertools import count
+from typing import Any
 
 import pytest
 
+from pyllamabatch.engine.stats import stats_of
 from pyllamabatch.errors import SamplingError
 from pyllamabatch.scheduler import Limits, Plan, StepView, sarathi
 from tests.support.engine_fakes import EOG, Rig, solo
@@ -35,6 +37,25 @@ def test_steady_decoding_is_a_few_runs() -> None:
     assert sum(runs) == rig.scheduler.counters.steps - 1 == rig.machine.n_steps - 1
     ends = {len(solo(p, greedy(40))[0]) for p in PROMPTS}
     assert len(runs) <= 1 + len(ends) + sum(runs) // 32
+
+
+def test_no_counter_goes_back() -> None:
+    """Looked at behind each call, before its steps are accounted: a prompt gives no tokens."""
+    rig, seen = rig_of(), [(0, 0)]
+    compute = rig.machine.compute
+
+    def computed(*given: Any) -> Any:
+        run = compute(*given)
+        rig.machine.flush()
+        stats = stats_of(rig.core)
+        seen.append((stats.tokens, stats.decode_rows))
+        return run
+
+    rig.machine.compute = computed  # type: ignore[assignment, method-assign]
+    rig.submit_all([[*range(1, 40)], *PROMPTS], greedy(4))
+    rig.run()
+    assert seen == sorted(seen)
+    assert seen[-1][0] == rig.scheduler.counters.tokens
 
 
 def test_a_policy_that_says_nothing_is_asked_at_every_step() -> None:

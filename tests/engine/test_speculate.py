@@ -67,7 +67,11 @@ def test_answers_are_the_same_and_the_accounts_agree(model: Model, kv_unified: b
         ("num_accepted_tokens_total", stats.accepted_tokens),
         ('num_accepted_tokens_per_pos_total{position="1"}', stats.accepted_at[1]),
     ):
-        assert f"vllm:spec_decode_{name} {float(n)}\n" in text
+        for server in ("vllm", "llamacpp"):
+            assert f"{server}:spec_decode_{name} {float(n)}\n" in text
+    tokens = stats.step_tokens
+    assert sum(tokens.values()) == stats.steps <= stats.slot_steps <= 3 * stats.steps
+    assert sum(n * n_steps for n, n_steps in tokens.items()) == stats.prefill_rows + stats.tokens
     assert stats.rows == stats.decode_rows + stats.prefill_rows
     assert trace["drafted"].sum() == stats.drafted_tokens
     assert trace["accepted"].sum() == stats.accepted_tokens
