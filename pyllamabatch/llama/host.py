@@ -40,13 +40,19 @@ def usable_cores(root: Path = Path("/"), system: str = sys.platform, read: Sysct
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     if system == "darwin":
         cores = read("hw.perflevel0.logicalcpu") or cores
+    cores = min([cores, *(_cpu_quota(folder) for folder in control_groups("cpu", root))])
+    return max(1, min(cores, MAX_THREADS))
+
+
+def control_groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
+    """Folders of Linux's control groups that this process is in and that have the controller, its
+    own group before those above it."""
     for line in lines_of(root / "proc/self/cgroup"):
         _, controllers, group = line.split(":", 2)
-        if controllers in ("", "cpu", "cpu,cpuacct"):  # version 2, or 1
-            mount = root / "sys/fs/cgroup" / controllers
+        if controllers == "" or controller in controllers.split(","):  # version 2, or 1
             path = PurePosixPath(group.lstrip("/"))
-            cores = min([cores, *(_cpu_quota(mount / part) for part in (path, *path.parents))])
-    return max(1, min(cores, MAX_THREADS))
+            for part in (path, *path.parents):
+                yield root / "sys/fs/cgroup" / controllers / part
 
 
 def _cpu_quota(folder: Path) -> int:
@@ -59,18 +65,38 @@ def _cpu_quota(folder: Path) -> int:
     return -(-int(quota) // int(period)) if quota.isdigit() else MAX_THREADS
 
 
-def host_memory() -> int:
-    """Bytes of physical memory, or what the control group allows of it."""
+def host_memory(root: Path = Path("/")) -> int:
+    """Bytes of physical memory, or what the control groups allow of it."""
     if sys.platform == "win32":
         return _windows_memory()[0]
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    allowed = [
-        int(line) for line in lines_of("/sys/fs/cgroup/memory.max") if line.strip().isdigit()
-    ]
-    return min([physical, *allowed])
+    return min([physical, *(most for most, _ in _memory_limits(root))])
 
 
-def host_available(system: str = sys.platform, read: Sysctl = sysctl) -> int:
+def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
+    """Of each control group: bytes that it may use, and those of them that it could still have. The
+    pages of files that it has read are given back when memory is wanted."""
+    for folder in control_groups("memory", root):
+        most = _number(folder / "memory.max") or _number(folder / "memory.limit_in_bytes")
+        used = _number(folder / "memory.current") or _number(folder / "memory.usage_in_bytes")
+        stat = dict(line.split() for line in lines_of(folder / "memory.stat"))
+        files = sum(
+            int(stat.get(f"total_{name}", stat.get(name, 0)))  # version 1: with groups below
+            for name in ("active_file", "inactive_file")
+        )
+        if most:
+            yield most, max(0, most - max(0, used - files))
+
+
+def _number(path: Path) -> int:
+    """In a file; 0 where there is none, or a word."""
+    text = "".join(lines_of(path)).strip()
+    return int(text) if text.isdigit() else 0
+
+
+def host_available(
+    system: str = sys.platform, read: Sysctl = sysctl, root: Path = Path("/")
+) -> int:
     """Bytes that could be allocated now, at most `host_memory`.
 
     `read`: macOS's `sysctl`, whose kern.memorystatus_level is the percentage that is free or can be
@@ -82,10 +108,10 @@ def host_available(system: str = sys.platform, read: Sysctl = sysctl) -> int:
         return _windows_memory()[1]
     free = [
         1024 * int(line.split()[1])
-        for line in lines_of("/proc/meminfo")
+        for line in lines_of(root / "proc/meminfo")
         if line.startswith("MemAvailable:")
     ]
-    return min([host_memory(), *free])
+    return min([host_memory(root), *free, *(left for _, left in _memory_limits(root))])
 
 
 def _windows_memory() -> tuple[int, int]:

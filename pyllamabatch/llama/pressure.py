@@ -7,7 +7,7 @@ import sys
 from enum import IntEnum
 from pathlib import Path
 
-from pyllamabatch.llama.host import Sysctl, lines_of, sysctl
+from pyllamabatch.llama.host import Sysctl, control_groups, lines_of, sysctl
 
 STALLED_PERCENT = 10.0
 """Of the last ten seconds in which tasks waited for memory, on Linux."""
@@ -44,11 +44,9 @@ def memory_pressure(
 
 
 def _own_group(root: Path) -> list[str]:
-    """memory.pressure of the control group (version 2) that this process is in."""
-    groups = [line.split(":", 2) for line in lines_of(root / "proc/self/cgroup")]
-    own = [path for _, controllers, path in groups if not controllers]
-    folder = root / "sys/fs/cgroup"
-    return lines_of(folder / own[0].lstrip("/") / "memory.pressure") if own else []
+    """memory.pressure of the control group (version 2) that this process is in, or of one above."""
+    files = (lines_of(folder / "memory.pressure") for folder in control_groups("memory", root))
+    return next(filter(None, files), [])
 
 
 def release_freed() -> None:

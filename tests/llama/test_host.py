@@ -16,8 +16,13 @@ import pytest
 from pyllamabatch.llama import host
 
 
-def given(monkeypatch: pytest.MonkeyPatch, files: dict[str, list[str]]) -> None:
-    monkeypatch.setattr(host, "lines_of", lambda path: files.get(Path(path).name, []))
+def system(root: Path, groups: str, files: dict[str, str]) -> Path:
+    """A folder with /proc and /sys of a process in these control groups."""
+    under_cgroup = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    for name, text in {"proc/self/cgroup": groups, **under_cgroup}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    return root
 
 
 V2 = "0::/a/b"
@@ -54,11 +59,7 @@ def test_cores(
     cores: int,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    under_cgroup = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
-    for name, text in {"proc/self/cgroup": groups, **under_cgroup}.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text + "\n")
-    assert host.usable_cores(tmp_path) == cores
+    assert host.usable_cores(system(tmp_path, groups, files)) == cores
 
 
 M2_ULTRA = {"hw.perflevel0.logicalcpu": 16, "hw.perflevel1.logicalcpu": 8}  # of 24
@@ -82,13 +83,57 @@ def test_a_macs_free_memory(level: int, share: float) -> None:
     assert found == pytest.approx(share * host.host_memory(), rel=1e-9)
 
 
-def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    given(monkeypatch, {"memory.max": ["max"]})
-    assert host.host_memory() == host.host_available() == physical
-    given(monkeypatch, {"memory.max": ["4096"], "meminfo": ["MemAvailable:  2 kB", "x"]})
-    assert host.host_memory() == 4096
-    assert host.host_available() == 2048
+PHYSICAL = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+FILES = "anon 9\ninactive_file 1000\nactive_file 500"  # of memory.stat
+FILES_V1 = "inactive_file 1\ntotal_inactive_file 1000\ntotal_active_file 500"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "memory", "available"),
+    [
+        (V2, {}, PHYSICAL, PHYSICAL),
+        (V2, {"a/b/memory.max": "max"}, PHYSICAL, PHYSICAL),
+        (V2, {"a/b/memory.max": "8192"}, 8192, 8192),
+        (V2, {"a/b/memory.max": "8192", "a/memory.max": "4096"}, 4096, 4096),
+        (V2, {"memory.max": "4096"}, 4096, 4096),  # a container that sees its own as the root
+        (V2, {"a/b/memory.max": "8192", "a/b/memory.current": "5000"}, 8192, 3192),
+        (
+            V2,
+            {"a/b/memory.max": "8192", "a/b/memory.current": "5000", "a/b/memory.stat": FILES},
+            8192,
+            4692,
+        ),
+        (
+            V2,  # others have most of the group above
+            {"a/b/memory.max": "4096", "a/memory.max": "8192", "a/memory.current": "8000"},
+            4096,
+            192,
+        ),
+        (
+            V1,
+            {
+                "memory/a/memory.limit_in_bytes": "8192",
+                "memory/a/memory.usage_in_bytes": "5000",
+                "memory/a/memory.stat": FILES_V1,
+            },
+            8192,
+            4692,
+        ),
+        (V1, {"memory/a/memory.limit_in_bytes": "9223372036854771712"}, PHYSICAL, PHYSICAL),  # none
+    ],
+)
+def test_memory(
+    tmp_path: Path, groups: str, files: dict[str, str], memory: int, available: int
+) -> None:
+    root = system(tmp_path, groups, files)
+    assert host.host_memory(root) == memory
+    assert host.host_available("linux", root=root) == available
+
+
+def test_memory_that_others_have(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemAvailable:  2 kB\nx\n")
+    assert host.host_available("linux", root=tmp_path) == 2048
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
