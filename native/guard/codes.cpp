@@ -28,8 +28,9 @@ const char * plb_code_text(int32_t code) {
         case PLB_E_STREAM:          return "the engine's results are read from its ring: plb_run";
         case PLB_E_DRAFT:           return "n_most or n_given outside 0..n_draft_max, or a drafted "
                                            "token outside the vocabulary";
-        case PLB_E_ROLLBACK:        return "drafts need a context that can take their rows back: "
-                                           "for a recurrent state n_rs_seq of n_draft_max or more";
+        case PLB_E_ROLLBACK:        return "drafts need a context that can take their rows back: for a "
+                                           "recurrent state one pool of cells, and n_rs_seq of "
+                                           "n_draft_max or more";
         case PLB_E_LOGITS:          return "the row's logits are missing or hold NaN or +inf";
         case PLB_E_NO_CANDIDATE:    return "no token is left to choose";
         case PLB_E_GRAMMAR_STATE:   return "the grammar could not take the chosen token";

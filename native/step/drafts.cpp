@@ -3,6 +3,8 @@
 #include "step/draft_model.hpp"
 #include "step/engine.hpp"
 
+#include "llama-ext.h"
+
 #include <algorithm>
 
 namespace plb {
@@ -33,10 +35,12 @@ bool keeps_a_state(const llama_model * model) {
 
 drafts::drafts(const llama_context * ctx, const plb_engine_params & params, int32_t n_seq_max)
     : n_max_(params.n_draft_max), drafter_(params.drafter), prices_((int32_t) llama_n_batch(ctx)) {
-    if (keeps_a_state(llama_get_model(ctx)) && (int32_t) llama_n_rs_seq(ctx) < n_max_) {
+    bind(ctx);
+    // A step in several ubatches may move states, and not their snapshots.
+    const bool streams = llama_n_ctx_seq(ctx) < llama_n_ctx(ctx);
+    if (keeps_a_state(llama_get_model(ctx)) && (streams || plb_max_rollback(ctx) < n_max_)) {
         throw failure{PLB_E_ROLLBACK, plb_code_text(PLB_E_ROLLBACK)};
     }
-    bind(ctx);
     if (params.n_corpus > 0) {
         corpus_ = std::make_unique<corpus>(params.n_corpus);
     }
@@ -405,3 +409,11 @@ void drafts::end(plb_engine & engine, const llama_seq_id * slots, int32_t n_slot
 }
 
 } // namespace plb
+
+int32_t plb_max_rollback([[maybe_unused]] const llama_context * ctx) {
+#ifdef LLAMA_ROLLS_BACK_OWN_PAST // vendor/patches/state-rolled-back.patch
+    return (int32_t) llama_n_rs_seq(ctx);
+#else
+    return 0;
+#endif
+}

@@ -72,6 +72,10 @@ typedef struct plb_drafts {
 /* PLB_E_ARGUMENT for an engine without drafts. */
 int32_t plb_engine_drafts(plb_engine * engine, plb_drafts * out);
 
+/* Tokens that can be taken back at the end of a sequence with a recurrent state: the context's n_rs_seq;
+ * 0 where libllama may take an old snapshot for it (vendor/patches/state-rolled-back.patch). */
+int32_t plb_max_rollback(const struct llama_context * ctx);
+
 /* What a step of plb_run decides by its prices, for what simulates it: of n_slots slots, of which each
  * could have n_drafted[i] drafted rows, how many it has. chance: [n_slots][n_draft_max], that so many and
  * one more are right, none larger than the one before. width: rows of the step without drafts. even: all

@@ -224,7 +224,6 @@ class Context(Owner):
         if code != 0:
             raise decode_error(code, log)
         n = batch.n_tokens
-        self.memory.decoded(batch.seq_id[:n, 0])
         every = encoder or self.params["embeddings"]
         self._outputs = np.ones(n, np.int8) if every else batch.logits[:n].copy()
 

@@ -21,9 +21,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from pyllamabatch.errors import ArgumentError, UnsupportedOperation, integer
 from pyllamabatch.llama.handle import Exclusive
 from pyllamabatch.llama.model import Model
@@ -31,7 +28,8 @@ from pyllamabatch.raw import ffi, lib
 
 _MAX_POS = 2**31 - 1
 _WHOLE = (-1, -1)
-# Memories that copy whole sequences only, whatever the stream layout (their seq_cp asserts it).
+# Memories that copy whole sequences only, whatever the stream layout (their seq_cp asserts it), and
+# what was rolled back as it was before.
 _WHOLE_COPIES = frozenset({"deepseek4", "glm5-next", "qwen4exp"})
 
 
@@ -79,8 +77,6 @@ class Memory:
         self._n_seq_max = n_seq_max
         self._stale: set[int] = set()  # shifted or copied; applied by the next decode
         self._copying: set[int] = set()  # streams that a copy reads or writes by then
-        self._snapshots: dict[int, int] = {}  # see decoded()
-        self._rolled_back: set[int] = set()  # states that the next decode of each makes whole
 
     @property
     def ptr(self) -> Any:
@@ -116,20 +112,14 @@ class Memory:
             every = range(self._n_seq_max)
             seqs = every if seq_id == -1 else (self._seq(seq_id),)
             parts = {seq: part for seq in seqs if (part := self._held_in(seq, p0, p1))}
-            for seq, part in parts.items():
-                if part != _WHOLE:
-                    self._check_removal(seq, p0, p1)
-            for seq, part in parts.items():
+            cut = [seq for seq, part in parts.items() if part != _WHOLE]
+            for seq in cut:
+                self._check_removal(seq, p0, p1, alone=len(cut) == 1)
+            for seq, part in sorted(parts.items(), key=lambda one: one[1] == _WHOLE):
                 if not lib.llama_memory_seq_rm(self.ptr, seq, *part):
-                    raise UnsupportedOperation(
-                        f"libllama refuses to remove [{p0}, {p1}) of sequence {seq}"
-                    )
-                self._snapshots.pop(seq, None)
+                    raise self._stays(seq, p0, p1)
                 if part == _WHOLE:
                     self._stale.discard(seq)
-                    self._rolled_back.discard(seq)
-                elif not self._can.partial_removal:
-                    self._rolled_back.add(seq)
 
     def seq_cp(self, src: int, dst: int, p0: int = -1, p1: int = -1) -> None:
         """Copy [p0, p1) of `src` to `dst`. With shared cells this costs no memory.
@@ -156,10 +146,6 @@ class Memory:
                 held = f"{self.pos_min(dst)}..{self.pos_max(dst)}"
                 limit = f"it holds {held}: remove that first with seq_rm({dst})"
                 raise ArgumentError("dst", dst, limit)
-            if src in self._rolled_back:  # libllama would copy the state before
-                raise UnsupportedOperation(
-                    f"sequence {src} was rolled back: it can be copied after its next decode"
-                )
             lib.llama_memory_seq_cp(self.ptr, src, dst, *part)
             if src in self._stale or not (can.unified or can.recurrent):
                 self._stale.add(dst)
@@ -220,36 +206,15 @@ class Memory:
         self._stale.clear()
         self._copying.clear()
 
-    def decoded(self, seq_ids: npt.NDArray[np.int32]) -> None:
-        """Rows of these sequences were decoded: note how far each can be rolled back.
-
-        A decode writes a state for its own rows only. libllama does not remember how many of its
-        `n_rs_seq` snapshots are of this past: it would take an old one and go on from there.
-        """
-        if self._can.max_rollback:
-            seqs, rows = np.unique(seq_ids, return_counts=True)
-            self._snapshots.update(zip(seqs.tolist(), (rows - 1).tolist(), strict=True))
-            self._rolled_back.difference_update(seqs.tolist())
-
-    def rolled_back(self, seq_ids: npt.NDArray[np.int32]) -> None:
-        """Rows of these sequences may have been taken back behind the last decode, as `seq_rm` does
-        it: they can't be copied before their next one. Call it after a raw removal."""
-        if self._can.max_rollback:
-            self._rolled_back.update(seq_ids.tolist())
-
     def renewed(self, capabilities: Capabilities) -> None:
         """The context was made again, and its memory is empty."""
         self._can = capabilities
         self._stale.clear()
         self._copying.clear()
-        self._snapshots.clear()
-        self._rolled_back.clear()
 
     def restored(self, seq_id: int) -> None:
         """A saved state took the place of a sequence."""
         self._stale.discard(seq_id)
-        self._snapshots.pop(seq_id, None)
-        self._rolled_back.discard(seq_id)
 
     # -- the rules --
 
@@ -269,20 +234,22 @@ class Memory:
             return None
         return -1 if p0 <= first else p0, -1 if p1 > last else p1
 
-    def _check_removal(self, seq: int, p0: int, p1: int) -> None:
+    def _check_removal(self, seq: int, p0: int, p1: int, *, alone: bool) -> None:
+        """What libllama would not refuse by itself. alone: no other sequence loses a part."""
         last = self.pos_max(seq)
         if not self._can.partial_removal:
-            most = self._can.max_rollback
-            back = min(most, self._snapshots.get(seq, 0))
-            if p1 <= last or last - p0 + 1 > back:
-                raise UnsupportedOperation(
-                    f"can't remove [{p0}, {p1}) of sequence {seq} (0..{last}): its state goes "
-                    f"back at most {back} tokens now (n_rs_seq {most}, and less than "
-                    "its rows in the last decode); remove all of it with seq_rm and decode the "
-                    "tokens again, or restore a saved state"
-                )
+            if p1 <= last or not self._can.max_rollback or not alone:
+                raise self._stays(seq, p0, p1)
         elif p1 > last:
             self._check_window(seq, p0, "trim")
+
+    def _stays(self, seq: int, p0: int, p1: int) -> UnsupportedOperation:
+        return UnsupportedOperation(
+            f"can't remove [{p0}, {p1}) of sequence {seq} (0..{self.pos_max(seq)}): its state goes "
+            f"back at most {self._can.max_rollback} tokens (n_rs_seq), fewer than its rows in the "
+            "last decode, and not behind a decode that has moved it, or twice; remove all of it "
+            "with seq_rm and decode the tokens again, or restore a saved state"
+        )
 
     def _check_window(self, seq: int, end: int, what: str) -> None:
         """The next token at `end` must find its sliding window in memory."""
@@ -320,7 +287,7 @@ def probe(ptr: Any, model: Model, params: Mapping[str, Any]) -> Capabilities:
     return Capabilities(
         has_memory=has_memory,
         partial_removal=has_memory and not whole_only,
-        max_rollback=lib.llama_n_rs_seq(ptr),
+        max_rollback=0 if model.architecture in _WHOLE_COPIES else lib.plb_max_rollback(ptr),
         can_shift=shifts and _can_rotate(model, params["type_k"]),
         unified=unified,
         prefix_copy=has_memory and unified and not whole_only,

@@ -108,7 +108,6 @@ class Stepper:
         self._context: Context | None = context
         self._exclusive = context.exclusive()
         self._encoder_first = context.model.has_encoder
-        self._rollback = context.capabilities.max_rollback > 0
         self._info: Any = owned(views.info, engine)
         self._engine: Any = engine
         self.n_rows_max: int = views.n_rows_max
@@ -198,12 +197,6 @@ class Stepper:
             memory = context.memory
             if memory._stale:
                 memory.applied()
-            if self._rollback:
-                drafted = len(slots) > 0 and self._run.n_rows > n_steps * n_rows
-                # a draft may have used up what a state can go back
-                memory.decoded(slots if drafted else self.rows.seq[:n_rows])
-                if drafted:
-                    memory.rolled_back(slots)
         if code == _THREW and not n_steps:
             raise FatalDecodeError(code, self.last_error)
 

@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 from pyllamabatch.errors import UnsupportedOperation, choice, integer, unknown_keyword
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.host import MAX_THREADS, usable_cores
+from pyllamabatch.llama.runtime import text
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.native import PATHS, device_sampling_of, gap_max_of
 from pyllamabatch.step.sampling_params import LOGPROBS_MAX
@@ -39,7 +40,8 @@ class StepperOptions(TypedDict, total=False):
       `steps["n_filled"]` tells how many there were.
     - n_draft_max: tokens of a sequence that a step of a run may check beside its next one
       (`Stepper.drafts` says which), from 0, the default, to DRAFT_LIMIT. The context needs outputs
-      for all rows of such a step, and one of a recurrent model n_rs_seq=n_draft_max.
+      for all rows of such a step, and one of a model with a recurrent state n_rs_seq=n_draft_max
+      and kv_unified=True.
     - drafter: "ngram" lets the stepper draft these tokens itself, from what the sequence's own
       tokens were followed by before; None: only what is given. n_corpus: so many tokens of slots
       that were cleared or replaced stay for that, too; 0, the default: none.
@@ -75,6 +77,9 @@ def engine_params(context: Context, options: StepperOptions) -> Any:
     params.n_logprobs_max = count("n_logprobs_max", 20, 0, LOGPROBS_MAX)
     params.n_steps_max = count("n_steps_max", 32, 1, 65536)
     params.n_draft_max = count("n_draft_max", 0, 0, DRAFT_LIMIT)
+    can = context.capabilities
+    if params.n_draft_max > (DRAFT_LIMIT if can.partial_removal else can.max_rollback):
+        raise UnsupportedOperation(text(lib.plb_code_text(lib.PLB_E_ROLLBACK)))
     n_threads = count("n_threads", 0, 0, MAX_THREADS)
     params.n_threads = n_threads or min(usable_cores(), SAMPLING_THREADS)
     params.device_sampling = device_sampling_of(options.get("device_sampling", "auto"))

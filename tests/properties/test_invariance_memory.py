@@ -145,8 +145,8 @@ def test_which_architectures_refuse_what() -> None:
 @pytest.mark.parametrize("n_back", [1, 2, 4])
 def test_a_state_rolls_back_within_its_last_decode(n_last: int, n_back: int) -> None:
     """`n_rs_seq=4` lets the last tokens of an lfm2 go, but the first row of the last decode has no
-    snapshot before it: libllama would take an old one without a word (logits off by 10).  Refused
-    here, and the sequence goes on."""
+    snapshot before it: without `vendor/patches/state-rolled-back.patch` libllama takes an old one
+    without a word (logits off by 10).  Refused, and the sequence goes on."""
     with raw_model(gguf_path("lfm2")) as oracle:
         sequences = Sequences(loaded("lfm2"), n_seq_max=2, n_rs_seq=4)
         with sequences.context:
@@ -158,7 +158,7 @@ def test_a_state_rolls_back_within_its_last_decode(n_last: int, n_back: int) -> 
             if n_back < n_last:
                 sequences.memory.seq_rm(0, len(PROMPT) - n_back)
             else:
-                with pytest.raises(UnsupportedOperation, match=f"at most {n_last - 1} tokens"):
+                with pytest.raises(UnsupportedOperation, match="fewer than its rows"):
                     sequences.memory.seq_rm(0, len(PROMPT) - n_back)
                 whole = [*PROMPT, *OTHER[1:4]]
             after = sequences.feed(OTHER[1:4], pos=len(whole) - 3)
@@ -166,20 +166,56 @@ def test_a_state_rolls_back_within_its_last_decode(n_last: int, n_back: int) -> 
         assert_same(got, solo(oracle, whole, N_TOKENS), tolerance("lfm2"))
 
 
-def test_a_state_that_was_rolled_back_is_copied_after_its_next_decode() -> None:
-    """libllama would copy the state from before."""
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_a_state_that_was_rolled_back_is_copied(first: int) -> None:
+    """It, and copies of it, go on from there, whichever comes first, and with a neighbour between:
+    unpatched, libllama copies the state from before (logits off by 15)."""
     with raw_model(gguf_path("lfm2")) as oracle:
-        sequences = Sequences(loaded("lfm2"), n_seq_max=2, n_rs_seq=4)
+        sequences = Sequences(loaded("lfm2"), n_seq_max=4, n_rs_seq=4)
+        memory = sequences.memory
         with sequences.context:
+            sequences.feed(OTHER, seq=3)
             sequences.feed(PROMPT)
-            sequences.memory.seq_rm(0, len(PROMPT) - 2)
-            with pytest.raises(UnsupportedOperation, match="after its next decode"):
-                sequences.memory.seq_cp(0, 1)
+            memory.seq_rm(0, len(PROMPT) - 2)
+            memory.seq_cp(0, 1)
+            memory.seq_cp(1, 2)
+            with pytest.raises(UnsupportedOperation, match="twice"):
+                memory.seq_rm(0, len(PROMPT) - 3)
             whole = [*PROMPT[:-2], *OTHER[1:3]]
-            logits = sequences.feed(OTHER[1:3], pos=len(whole) - 2)
-            sequences.memory.seq_cp(0, 1)
-            got = sequences.greedy(logits, pos=len(whole), seq=1)
-        assert_same(got, solo(oracle, whole, N_TOKENS), tolerance("lfm2"))
+            for n, seq in enumerate([first, (first + 1) % 3, (first + 2) % 3]):
+                sequences.feed(OTHER[1:3], pos=len(OTHER) + 2 * n, seq=3)
+                logits = sequences.feed(OTHER[1:3], pos=len(whole) - 2, seq=seq)
+                got = sequences.greedy(logits, pos=len(whole), seq=seq)
+                assert_same(got, solo(oracle, whole, N_TOKENS), tolerance("lfm2"))
+
+
+def test_a_state_that_was_moved_has_no_snapshots() -> None:
+    """A decode of others puts their states side by side; those of one that lies between stay
+    behind. Unpatched, libllama goes on from another sequence's (logits off by 17)."""
+    with raw_model(gguf_path("lfm2")) as oracle:
+        sequences = Sequences(loaded("lfm2"), n_seq_max=4, n_rs_seq=4, kv_unified=True)
+        with sequences.context:
+            for seq in (0, 1, 2):
+                logits = sequences.feed(PROMPT, seq=seq)
+            sequences.batch.clear()
+            for seq in (0, 2):
+                sequences.batch.extend(OTHER[:1], len(PROMPT), seq)
+            sequences.context.decode(sequences.batch)
+            with pytest.raises(UnsupportedOperation, match="has moved it"):
+                sequences.memory.seq_rm(1, len(PROMPT) - 2)
+            got = sequences.greedy(logits, pos=len(PROMPT), seq=1)
+        assert_same(got, solo(oracle, PROMPT, N_TOKENS), tolerance("lfm2"))
+
+
+def test_parts_of_several_states_are_not_removed_at_once() -> None:
+    """Of which one might stay, and another not."""
+    sequences = Sequences(loaded("lfm2"), n_seq_max=2, n_rs_seq=4)
+    with sequences.context:
+        for seq in (0, 1):
+            sequences.feed(PROMPT, seq=seq)
+        with pytest.raises(UnsupportedOperation):
+            sequences.memory.seq_rm(-1, len(PROMPT) - 2)
+        assert [sequences.memory.pos_max(seq) for seq in (0, 1)] == 2 * [len(PROMPT) - 1]
 
 
 @pytest.mark.parametrize("name", ["mamba", "jamba"])
