@@ -281,9 +281,9 @@ def run_tests(target: Target) -> bool:
     """The native tests of a build, each as its platform runs it: under QEMU with every instruction
     that it knows, or under Wine."""
     folder = BUILD / target.name / "build"
-    model, mtp = folder / "tiny.gguf", folder / "mtp.gguf"
+    model, *others = [str(folder / f"{name}.gguf") for name in ("tiny", "mtp", "hybrid")]
     write = ROOT / "native" / "tests" / "write_model.py"
-    subprocess.run([sys.executable, str(write), str(model), str(mtp)], check=True)
+    subprocess.run([sys.executable, str(write), model, *others], check=True)
     tests = [f for f in sorted((folder / "native" / "tests").glob("test_*")) if is_program(f)]
     if not tests:
         print(f"{target.name}: no native tests in {folder}")
@@ -295,7 +295,7 @@ def run_tests(target: Target) -> bool:
     good = bool(tests)
     for test in tests:
         began = time.monotonic()
-        words = [*target.run, str(test), str(model), str(LLAMA), str(EMBEDDED), str(mtp)]
+        words = [*target.run, str(test), model, str(LLAMA), str(EMBEDDED), *others]
         done = subprocess.run(
             words, capture_output=True, text=True, check=False, env=environment, errors="replace"
         )

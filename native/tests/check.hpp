@@ -62,7 +62,9 @@ struct fixture {
         m.load_mtp = load_mtp;
         model = llama_model_load_from_file(path, m);
         CHECK(model != nullptr);
-        ctx = llama_init_from_model(model, context_params(n_ctx, n_seq_max));
+        llama_context_params c = context_params(n_ctx, n_seq_max);
+        c.n_rs_seq = (uint32_t) params.n_draft_max; // where it keeps a state
+        ctx = llama_init_from_model(model, c);
         CHECK(ctx != nullptr);
         CHECK_EQ(plb_engine_new(ctx, &params, &engine), PLB_OK);
         CHECK_EQ(plb_engine_views(engine, &views), PLB_OK);

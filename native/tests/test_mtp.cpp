@@ -1,5 +1,6 @@
 // Layers that predict further tokens: their drafts are those that the whole text gives at once, however it
-// came into the memory; and what is sampled is the same with and without.
+// came into the memory; and what is sampled is the same with and without. Of a model with KV cells, and of
+// one that keeps a state besides, which is taken back with the drafts.
 #include "check.hpp"
 #include "plb_testing.h"
 
@@ -254,13 +255,14 @@ void fails(const char * path, int32_t code) {
 } // namespace
 
 int main(int argc, char ** argv) {
-    CHECK(argc > 4);
-    const char * path = argv[4];
-    drafts_of_the_whole_text(path);
-    a_prefix(path);
-    same_with_and_without(path, 0);
-    same_with_and_without(path, 1.0f);
-    fails(path, 1);
-    fails(path, -3);
+    CHECK(argc > 5);
+    a_prefix(argv[4]);
+    for (const char * path : {argv[4], argv[5]}) {
+        drafts_of_the_whole_text(path);
+        same_with_and_without(path, 0);
+        same_with_and_without(path, 1.0f);
+        fails(path, 1);
+        fails(path, -3);
+    }
     return 0;
 }

@@ -16,7 +16,7 @@ from .draft_feeds import feed_of
 from .drafters import Mtp, Ngram
 from .invariance import swaps
 from .kv_config import limits_of, pool_of, sharing_of
-from .layout import DRAFT_MOST, Layout, make_context
+from .layout import Layout, make_context, n_draft_max
 from .options import EngineOptions
 from .protocols import Device, EngineContext
 
@@ -77,7 +77,7 @@ def _parts(context: EngineContext, layout: Layout, options: EngineOptions) -> Pa
     stepper: Any = context.stepper(
         n_logprobs_max=options.n_logprobs_max,
         device_sampling=options.device_sampling,
-        n_draft_max=n_draft_max(options),
+        n_draft_max=n_draft_max(options, context.capabilities),
         drafter="ngram" if ngram else None,
         n_corpus=ngram.corpus if ngram else 0,
     )
@@ -112,10 +112,6 @@ def make_cost(context: EngineContext, options: EngineOptions) -> CostModel | Non
     return cost
 
 
-def n_draft_max(options: EngineOptions) -> int:
-    return 0 if options.speculate is None else DRAFT_MOST
-
-
 def make_scheduler(
     context: EngineContext,
     layout: Layout,
@@ -123,7 +119,7 @@ def make_scheduler(
     cost: CostModel | None,
     invariance: Invariance | None,
 ) -> Scheduler:
-    n_draft, n_seq_max = n_draft_max(options), options.n_seq_max
+    n_draft, n_seq_max = n_draft_max(options, context.capabilities), options.n_seq_max
     limits = limits_of(context, n_seq_max, n_draft, invariance)
     pool = pool_of(context, n_seq_max, layout.pool, n_draft) if layout.pool else None
     if n_draft:

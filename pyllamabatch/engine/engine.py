@@ -100,9 +100,12 @@ class Engine:
       far and by the cost model that gives more tokens a second; answers are the same. "ngram": what
       followed the same tokens earlier in a request's text. "draft:FILE" or a `Model`: what a
       smaller model with the same vocabulary drafts; "draft": the one that ships with the embedded
-      model. Or a drafter of your own (`pyllamabatch.engine.drafters`). Not for models with a
-      recurrent state. "auto": "ngram", but for such models, with `batch_invariant`, on a `machine`,
-      and where no policy decides by a cost model whether that pays. None: never.
+      model. "mtp": what a layer of the model itself predicts. Or a drafter of your own
+      (`pyllamabatch.engine.drafters`). Models with a recurrent state keep n_rs_seq snapshots of it
+      then, 4 by default, for as many drafted tokens; UnsupportedOperation for those of which
+      libllama has none. "auto": "ngram", but for such models, as snapshots take memory and time,
+      with `batch_invariant`, on a `machine`, and where no policy decides by a cost model whether
+      that pays. None: never.
     - context_params: any other parameter of `Context`.
 
     A request that fails ends alone. Raises UnsupportedOperation for models with an encoder and for

@@ -36,6 +36,7 @@ def limits_of(
         behind=context.computes_behind,
         n_draft_max=n_draft_max,
         n_outputs=context.n_outputs_max if n_draft_max else 0,
+        even=can.recurrent or can.hybrid,
     )
 
 

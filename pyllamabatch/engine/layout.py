@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
-from ..errors import ArgumentError, NotEnoughMemory, UnsupportedOperation
+from ..errors import ArgumentError, NotEnoughMemory, UnsupportedOperation, integer
 from ..llama.host import host_available
 from ..llama.limits import cell_bytes
-from ..llama.memory import copies_whole_only
+from ..llama.memory import Capabilities, copies_whole_only
 from ..llama.model import Model
 from ..llama.params import fill, read
-from ..planner.residency import device_free, fitting_n_ctx
+from ..planner.residency import device_free, fitting_n_ctx, takes_back
 from ..raw import lib
 from ..scheduler.invariance import LEAST_ROWS
 from .context_defaults import ubatch_of
@@ -31,6 +31,7 @@ from .options import EngineOptions
 
 MOST_STATES = 8  # slots for cached recurrent states: each takes the memory of a whole one
 DRAFT_MOST = 16  # drafted tokens of a sequence in a step
+SNAPSHOTS = 4  # the same where each takes a snapshot of a recurrent state; or as n_rs_seq says
 MOST_DRAFT_ROWS = 64  # of a step
 LEAST_CACHED = 16  # slots for prefixes cached in shared cells: they cost a row of logits each
 LEAST_COPIES, STREAMS_A_COPY = 2, 4  # streams for what is cached: one to so many that run
@@ -142,13 +143,16 @@ def lay_out(cells: Cells, options: EngineOptions, params: dict[str, Any]) -> Lay
     return layout
 
 
-def draft_rows(options: EngineOptions) -> int:
+def n_draft_max(options: EngineOptions, can: Capabilities) -> int:
+    """Drafted tokens of a sequence in a step. Those that are rejected must be taken back."""
+    if options.speculate is None:
+        return 0
+    return DRAFT_MOST if can.partial_removal else min(DRAFT_MOST, can.max_rollback)
+
+
+def most_draft_rows(n_seq_max: int, n_draft_max: int = DRAFT_MOST) -> int:
     """Rows of drafted tokens in a step: each takes a row of logits."""
-    return 0 if options.speculate is None else most_draft_rows(options.n_seq_max)
-
-
-def most_draft_rows(n_seq_max: int) -> int:
-    return min(MOST_DRAFT_ROWS, DRAFT_MOST * n_seq_max)
+    return min(MOST_DRAFT_ROWS, n_draft_max * n_seq_max)
 
 
 def n_copies(n_seq_max: int, n_batch: int, *, unified: bool) -> int:
@@ -198,7 +202,9 @@ def _open(
         reasons["swa_full"] = "off: all cells of the layers with a sliding window do not fit"
     rows = ubatch_of(model, params["n_ubatch"])
     reasons["n_ubatch"] = rows.why
-    n_outputs = _n_outputs(options, given)
+    if given.get("n_rs_seq"):
+        reasons["n_rs_seq"] = "a snapshot of each state for each token that can be taken back"
+    n_outputs = _n_outputs(model, options, given)
     context = NativeContext(model, n_ctx=n_ctx, n_outputs_max=n_outputs, **given)
     return context, replace(layout, reasons=reasons)
 
@@ -209,13 +215,42 @@ def _fitting(
     """n_ctx that fits, the other parameters of the context, and the layout."""
     given = params | {"n_ubatch": ubatch_of(model, params["n_ubatch"]).value}
     layout = lay_out(cells_of(model, options.n_seq_max, given), options, given)
-    how = {"shrink": params["n_ctx"] == 0, "n_outputs": _n_outputs(options, given)}
+    if options.speculate is not None and copies_whole_only(model):
+        _check_rollback(model, options, layout)
+        given["n_rs_seq"] = _snapshots(given)
+    how = {"shrink": params["n_ctx"] == 0, "n_outputs": _n_outputs(model, options, given)}
     return fitting_n_ctx(model, given.pop("n_ctx"), **how, **given), given, layout
 
 
-def _n_outputs(options: EngineOptions, given: dict[str, Any]) -> int:
+def _check_rollback(model: Model, options: EngineOptions, layout: Layout) -> None:
+    """UnsupportedOperation where drafted tokens can't be taken back from a recurrent state."""
+    refused = f"speculate={str(options.drafter)!r}: {model.architecture} keeps a recurrent state"
+    if not layout.unified:
+        limit = "drafted tokens are taken back from it in a pool of cells only"
+        raise UnsupportedOperation(f"{refused}, and {limit}: kv_unified=True")
+    if not takes_back(model):
+        limit = "from which drafted tokens can't be taken back: libllama keeps no snapshots of it"
+        raise UnsupportedOperation(f"{refused}, {limit}")
+
+
+def _snapshots(given: dict[str, Any]) -> int:
+    """Of each state: `n_rs_seq`. A ubatch must hold a row of each and more (`check_params`)."""
+    n_ubatch = min(int(given["n_batch"]), int(given["n_ubatch"] or given["n_batch"]))
+    if n_ubatch < 3:
+        limit = "3 or more, for drafts of a model with a recurrent state"
+        raise ArgumentError("n_ubatch", n_ubatch, limit)
+    if "n_rs_seq" not in given:
+        return min(SNAPSHOTS, n_ubatch - 2)
+    return integer("n_rs_seq", given["n_rs_seq"], 1, n_ubatch - 2)
+
+
+def _n_outputs(model: Model, options: EngineOptions, given: dict[str, Any]) -> int:
     """Rows of logits of a step."""
-    return min(int(given["n_seq_max"]) + draft_rows(options), int(given["n_batch"]))
+    n = int(given["n_seq_max"])
+    if options.speculate is not None:
+        each = given["n_rs_seq"] if copies_whole_only(model) else DRAFT_MOST
+        n += most_draft_rows(options.n_seq_max, min(DRAFT_MOST, each))
+    return min(n, int(given["n_batch"]))
 
 
 def make_context(
@@ -247,11 +282,5 @@ def make_context(
         raise UnsupportedOperation(
             f"{model.architecture} does not generate token by token; for vectors of texts there is "
             "Embedder(model)"
-        )
-    if options.speculate is not None and copies_whole_only(model):
-        context.close()
-        raise UnsupportedOperation(
-            f"speculate={str(options.drafter)!r}: {model.architecture} keeps a recurrent state, "
-            "from which tokens that were drafted in vain can't be taken back"
         )
     return context, layout

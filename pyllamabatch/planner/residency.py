@@ -25,6 +25,7 @@ from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.handle import Owner
 from pyllamabatch.llama.host import PathLike, host_available
 from pyllamabatch.llama.limits import MAX_CTX, memory_parts
+from pyllamabatch.llama.memory import copies_whole_only
 from pyllamabatch.llama.model import Model
 from pyllamabatch.planner.machines import Machine
 
@@ -139,8 +140,9 @@ class Projector(Owner):
         with Context(self.model, n_ctx=n_ctx, n_seq_max=n_seq_max, **params) as context:
             found = footprint_of(context, n_outputs, mmap=self._mmap)
             n_ctx, decodes = context.n_ctx, context.capabilities.has_memory
-            few = {"n_batch": n_seq_max, "n_ubatch": n_seq_max, "n_outputs_max": n_seq_max}
-            if not decodes or params.get("embeddings") or context.n_ubatch <= n_seq_max:
+            least = max(n_seq_max, context.n_rs_seq + 2)
+            few = {"n_batch": least, "n_ubatch": least, "n_outputs_max": n_seq_max}
+            if not decodes or params.get("embeddings") or context.n_ubatch <= least:
                 return found
         # vendor/patches/graph-of-decoding.patch: a scheduler with buffers of its own.
         with Context(self.model, n_ctx=n_ctx, n_seq_max=n_seq_max, **params | few) as context:
@@ -187,6 +189,18 @@ def most(fits: Callable[[int], bool], limit: int = 2**20) -> int:
     return high // 2 + bisect(within, False, key=lambda n: not fits(n))
 
 
+def takes_back(model: Model) -> bool:
+    """Whether a context of this model can take the last tokens of a sequence back."""
+    if not copies_whole_only(model):
+        return True
+    load: dict[str, Any] = model._load
+    with (
+        Projector(model.path, **load) as projector,
+        Context(projector.model, n_ctx=256, n_rs_seq=1) as context,
+    ):
+        return context.capabilities.max_rollback > 0
+
+
 def device_free() -> int:
     """Bytes that are free on the devices now; 0 where there is none."""
     return sum(d.free for d in runtime.devices().values() if d.kind != "cpu" and d.total)
@@ -217,7 +231,8 @@ def fitting_n_ctx(model: Model, n_ctx: int, *, shrink: bool, **params: Any) -> i
         step = 256 * (1 if params.get("kv_unified", True) else int(params["n_seq_max"]))
         found = step * most(lambda blocks: short(step * blocks) is None, n_ctx // step)
     if not shrink or found == 0:
-        raise NotEnoughMemory(*first, f"n_ctx={found} would fit")
+        lower = ", or fewer snapshots of its states (n_rs_seq)" if params.get("n_rs_seq") else ""
+        raise NotEnoughMemory(*first, f"n_ctx={found} would fit{lower}")
     gib = [size / 2**30 for size in first]
     log.warning("n_ctx is %d, not %d: %.1f GiB would be needed, %.1f are free", found, n_ctx, *gib)
     return found
@@ -233,7 +248,8 @@ def _generous(model: Model, n_ctx: int, params: Mapping[str, Any]) -> int:
     cell = 40 + 4 * model.n_layer * model.n_head_kv * sum(model.head_dims) + 4 * n_ubatch
     if not flash:
         cell += 4 * model.n_head * n_ubatch
-    states = n_seq_max * model.n_layer * model.n_embd * 2048
+    n_states = n_seq_max * (1 + int(params.get("n_rs_seq", 0)))
+    states = n_states * (model.n_layer + 2) * model.n_embd * 2048  # and what a layer computes
     stateful = model.is_recurrent or model.is_hybrid
     n_outputs = int(params.get("n_outputs") or n_seq_max)
     graphs = 256 * n_ubatch * model.n_embd + 8 * n_outputs * model.n_vocab

@@ -38,7 +38,8 @@ class Limits:
     - n_draft_max: drafted tokens of a sequence in a step; 0: none ever. n_outputs: rows of a step
       that may have an output, drafted ones included; 0: all. drafts_take_time: they are asked for
       before each step that may have them. drafts_move_sampling: steps that may have them are
-      sampled on the host, others on the device.
+      sampled on the host, others on the device. even: all sequences of a step with drafts have the
+      same number of rows, as always with streams.
     """
 
     n_batch: int
@@ -53,6 +54,7 @@ class Limits:
     n_outputs: int = 0
     drafts_take_time: bool = False
     drafts_move_sampling: bool = False
+    even: bool = False
 
     @property
     def most_cells(self) -> int:

@@ -42,7 +42,8 @@ class DraftModel:
       ctx_type="mtp" `model` is the target's own, loaded with load_mtp, and its layers that predict
       further tokens draft.
 
-    UnsupportedOperation for a model with a recurrent state, which can't take tokens back.
+    UnsupportedOperation for a model with a recurrent state, which can't take back the tokens of
+    several steps.
     """
 
     def __init__(self, model: Model, target: Stepper, *, n_ctx: int, **params: Any) -> None:
@@ -52,7 +53,7 @@ class DraftModel:
         if copies_whole_only(model) and params.get("ctx_type") != "mtp":
             raise UnsupportedOperation(
                 f"{model.architecture} can't draft: it keeps a recurrent state, from which tokens "
-                "that were not right can't be taken back"
+                "of several steps can't be taken back"
             )
         params = {"n_outputs_max": target.n_seq_max, "swa_full": True, **params}
         self._context = Context(

@@ -121,8 +121,6 @@ def test_an_engine_drafts_without_being_asked_where_that_is_possible(model: Mode
 def test_what_is_refused(model: Model) -> None:
     with pytest.raises(ArgumentError, match="ngram"):
         engine_of(model, speculate="n-gram")
-    with pytest.raises(UnsupportedOperation, match="recurrent state"):
-        engine_of(loaded("lfm2"), speculate="ngram")
     with pytest.raises(UnsupportedOperation, match="logits"):
         Engine(machine="nvidia-h200-gemma-3-1b-q4_k_m", speculate="ngram")
 

@@ -16,7 +16,7 @@ from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import SAMPLE, Finish, Stepper
 from pyllamabatch.step.types import F32
 from tests.support.models_gguf import gguf_path
-from tests.support.models_special import mimo2_path
+from tests.support.models_special import mimo2_path, qwen35_path
 
 
 @functools.cache
@@ -31,6 +31,15 @@ def loaded(architecture: str) -> Model:
 def with_mtp() -> Model:
     """A tiny model with a layer that predicts further tokens, loaded. All tests share it."""
     model = Model(mimo2_path(), load_mtp=True)
+    atexit.register(model.close)
+    return model
+
+
+@functools.cache
+def recurrent_with_mtp(right: bool = True) -> Model:
+    """The same, with a layer that keeps a state. `right`: what it predicts is often right, for the
+    next token depends mostly on the last one."""
+    model = Model(qwen35_path(0.02 if right else 1.0), load_mtp=True)
     atexit.register(model.close)
     return model
 

@@ -1,5 +1,5 @@
 """Tiny GGUF files of other kinds than `models_gguf`'s: a table of positions (gpt2), an encoder
-(bert), layers that predict further tokens (mimo2, glm4moe),
+(bert), layers that predict further tokens (mimo2, glm4moe, and behind recurrent ones qwen35),
 and a LoRA for a model of `models_gguf`."""
 
 from __future__ import annotations
@@ -209,6 +209,64 @@ def write_glm4moe(path: Path, *, writes: float = 0.08) -> None:
     finish(writer)
 
 
+def write_qwen35(path: Path, *, writes: float = 0.02) -> None:
+    """As `write_mimo2`, with a recurrent layer (gated delta net) before one of attention, and one
+    layer that predicts."""
+    n_layer, width, n_group, n_state = 3, N_EMBD // N_HEAD, 2, 16
+    inner, mixed = n_state * N_HEAD, n_state * (N_HEAD + 2 * n_group)
+    writer, w = _writer(path, "qwen35", n_layer), Weights(7)
+    _full_heads(writer)
+    writer.add_rope_dimension_sections([width // 4, width // 8, width // 8, 0])
+    writer.add_full_attention_interval(2)
+    writer.add_ssm_conv_kernel(4)
+    writer.add_ssm_inner_size(inner)
+    writer.add_ssm_state_size(n_state)
+    writer.add_ssm_time_step_rank(N_HEAD)
+    writer.add_ssm_group_count(n_group)
+    writer.add_nextn_predict_layers(1)
+    writer.add_unk_token_id(UNK)
+    writer.add_bos_token_id(BOS)
+    writer.add_eos_token_id(EOS)
+    writer.add_add_bos_token(True)
+    tensors = {"token_embd.weight": w.matrix(N_VOCAB, N_EMBD, gain=np.sqrt(N_EMBD))}
+    for i in range(n_layer):
+        gain = 1.5 * writes * (4 if i == n_layer - 1 else 1)
+        if i == 0:
+            layer = {
+                "attn_qkv.weight": w.matrix(mixed, N_EMBD, gain=1.5),
+                "attn_gate.weight": w.matrix(inner, N_EMBD, gain=1.5),
+                "ssm_conv1d.weight": w.matrix(mixed, 4, gain=1.5),
+                "ssm_dt.bias": w.around(-1.5, N_HEAD, spread=0.5),
+                "ssm_a": -np.linspace(0.05, 1.0, N_HEAD, dtype=np.float32),
+                "ssm_beta.weight": w.matrix(N_HEAD, N_EMBD),
+                "ssm_alpha.weight": w.matrix(N_HEAD, N_EMBD),
+                "ssm_norm.weight": w.around(1.0, n_state),
+                "ssm_out.weight": w.matrix(N_EMBD, inner, gain=gain),
+            }
+        else:
+            layer = {
+                "attn_q.weight": w.matrix(2 * N_EMBD, N_EMBD, gain=1.6),
+                "attn_k.weight": w.matrix(N_EMBD, N_EMBD, gain=1.6),
+                "attn_v.weight": w.matrix(N_EMBD, N_EMBD, gain=1.6),
+                "attn_q_norm.weight": w.around(1.6, width),
+                "attn_k_norm.weight": w.around(1.6, width),
+                "attn_output.weight": w.matrix(N_EMBD, N_EMBD, gain=gain),
+            }
+        layer |= {
+            "attn_norm.weight": w.around(1.0, N_EMBD),
+            "post_attention_norm.weight": w.around(1.0, N_EMBD),
+            "ffn_gate.weight": w.matrix(N_FF, N_EMBD, gain=1.5),
+            "ffn_up.weight": w.matrix(N_FF, N_EMBD, gain=1.5),
+            "ffn_down.weight": w.matrix(N_EMBD, N_FF, gain=gain),
+        }
+        if i == n_layer - 1:
+            layer |= _predicts(w, 4 * writes)
+        tensors |= {f"blk.{i}.{name}": value for name, value in layer.items()}
+    for name, value in (tensors | _output(w)).items():
+        writer.add_tensor(name, value)
+    finish(writer)
+
+
 def _predicts(w: Weights, gain: float) -> dict[str, FloatArray]:
     """What a layer has besides that predicts: the token's part stays what it is."""
     state = w.matrix(N_EMBD, N_EMBD, gain=gain)
@@ -232,4 +290,12 @@ def mimo2_path() -> Path:
     """One whose layer is right for every fourth of its tokens: written once, removed at exit."""
     path = folder() / "tiny-mimo2.gguf"
     write_mimo2(path, writes=0.02)
+    return path
+
+
+@functools.cache
+def qwen35_path(writes: float = 0.02) -> Path:
+    """Written once, removed at exit."""
+    path = folder() / f"tiny-qwen35-{writes}.gguf"
+    write_qwen35(path, writes=writes)
     return path
