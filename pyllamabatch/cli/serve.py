@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from math import ceil, floor
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from pyllamabatch.cli.options import (
     read_text,
     sampling_options,
 )
+from pyllamabatch.cluster.gpus import n_gpus
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError, UnsupportedOperation
 from pyllamabatch.llama.host import usable_cores
@@ -183,15 +183,8 @@ def _fleet_options(args: argparse.Namespace) -> Any:
         max_open=args.parallel + args.max_waiting,
     )
     if args.machine:
-        return replace(options, n_gpus=_n_gpus(options.max_replicas, args.gpus_per_replica))
+        return replace(options, n_gpus=n_gpus(options.max_replicas, args.gpus_per_replica))
     return options
-
-
-def _n_gpus(replicas: int, each: float) -> int:
-    """As many as a profile machine has to have. A share of one is not spread over two."""
-    if 0 < each < 1:
-        return ceil(replicas / floor(1 / each))
-    return replicas * ceil(each)
 
 
 def _options(args: argparse.Namespace, lora_paths: Mapping[str, str] | None = None) -> Any:

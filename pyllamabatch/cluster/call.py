@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, MutableMapping
+from contextlib import aclosing
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +18,12 @@ LINE_BYTES = 2**20  # of a head, at most
 TICKET_BYTES = 16
 CONNECT_SECONDS = 10.0
 PAGE = "page"  # the key of what is asked without a body: always the same replica's
+REPLICA = b"x-replica"
+"""A header of every answer: the name of the replica that gave it."""
 Head = tuple[int, list[tuple[bytes, bytes]]]
 """A status and the headers."""
+Whole = tuple[Head, bytes]
+"""A head and the body."""
 
 
 class Place(NamedTuple):
@@ -116,6 +121,24 @@ def routed_by(body: bytes) -> tuple[bytes, str]:
 
 def _written(value: Any) -> bytes:
     return value.encode() if isinstance(value, str) else orjson.dumps(value)
+
+
+def named(head: Head, replica: str) -> Head:
+    status, headers = head
+    return status, [*headers, (REPLICA, replica.encode())]
+
+
+async def whole_answer(app: Any, call: RoutedCall, replica: str) -> Whole:
+    """What the application of this replica answers, at once."""
+    head: Head = (500, [])
+    body = b""
+    async with aclosing(answer(app, call)) as parts:
+        async for part in parts:
+            if isinstance(part, bytes):
+                body += part
+            else:
+                head = named(part, replica)
+    return head, body
 
 
 async def answer(app: Any, call: RoutedCall) -> AsyncGenerator[Head | bytes, None]:

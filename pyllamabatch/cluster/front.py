@@ -16,13 +16,15 @@ from ray.serve.exceptions import (
 )
 from starlette.requests import Request
 
+from ..errors import UnsupportedOperation
+from ..server import errors
 from ..server.answer import WRITES, event, named_event
 from ..server.bodies import LONG_BYTES, content_of
 from ..server.errors import ANTHROPIC, ApiError
 from ..server.options import ServerOptions
 from ..server.security import ApiKeys, Cors
-from .call import Head, Place, RoutedCall, head_of
-from .metrics import summed
+from .call import REPLICA, Head, Place, RoutedCall, Whole, head_of
+from .joined import JOINED
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -85,9 +87,9 @@ class Front:
                 if len(body) > LONG_BYTES
                 else RoutedCall.of(request, body)
             )
-            if call.path == "/metrics":
-                await sent.whole(await self._metrics())
-                return
+            if (call.method, call.path) == ("POST", "/lora-adapters"):
+                message = "replicas come and go: they have no scales for all requests"
+                raise UnsupportedOperation(f'{message}: name adapters in each request, by "lora"')
             passing = asyncio.create_task(self._pass_on(call, sent))
             self._open.add(passing)
             leaving = asyncio.create_task(_left(receive))
@@ -102,15 +104,17 @@ class Front:
                 raise ApiError(503, "the server ended the request", "unavailable_error")
             if passing.done():
                 passing.result()
-        except ApiError as error:
-            await sent.failed(error)
+        except Exception as error:
+            await sent.failed(errors.of(error))
 
     async def _pass_on(self, call: RoutedCall, sent: Sent) -> None:
         """ApiError where no replica could answer."""
         lost: BaseException | None = None
         for _ in range(TRIES):
             try:
-                async with aclosing(self._parts(call)) as parts:
+                joined = call.method == "GET" and call.path in JOINED
+                source = self._joined(call) if joined else self._parts(call)
+                async with aclosing(source) as parts:
                     async for part in parts:
                         await sent.part(part)
                 await sent.end()
@@ -143,10 +147,16 @@ class Front:
             response.cancel()
             raise
 
-    async def _metrics(self) -> bytes:
-        """Of all replicas: sums of their counters and gauges."""
-        texts = await self._handle.broadcast("metrics").results_async()
-        return await asyncio.to_thread(summed, texts)
+    async def _joined(self, call: RoutedCall) -> AsyncGenerator[Head | bytes, None]:
+        """The same of the answers of all replicas, or of the first one where all refuse."""
+        answers: list[Whole] = await self._handle.broadcast("whole", call).results_async()
+        good = [answer for answer in answers if answer[0][0] == 200]
+        (status, headers), body = (good or answers)[0]
+        if good:
+            body = await asyncio.to_thread(JOINED[call.path], good)
+        of_one = b"content-length", REPLICA
+        yield status, [header for header in headers if header[0] not in of_one]
+        yield body
 
 
 async def fetched(place: Place, ended: asyncio.Future[int]) -> AsyncGenerator[Head | bytes, None]:
@@ -202,11 +212,6 @@ class Sent:
     async def end(self) -> None:
         await self._begin()
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def whole(self, text: bytes) -> None:
-        self._head = 200, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")]
-        await self.part(text)
-        await self.end()
 
     async def failed(self, error: ApiError) -> None:
         """As an answer of its own, or as the last event of a stream. What is neither is cut off."""

@@ -14,8 +14,18 @@ from contextlib import AbstractContextManager, ExitStack, aclosing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
+from ray import serve
 
-from .call import TICKET_BYTES, Place, RoutedCall, answer, head_line
+from .call import (
+    TICKET_BYTES,
+    Place,
+    RoutedCall,
+    Whole,
+    answer,
+    head_line,
+    named,
+    whole_answer,
+)
 
 if TYPE_CHECKING:
     from ..server.service import Service
@@ -42,6 +52,7 @@ class Replica:
         self._stack = ExitStack()
         self._app = self._stack.enter_context(open_app())
         self._service: Service = self._app.state.service
+        self._name: str = serve.get_replica_context().replica_id.unique_id
         self._waiting: dict[bytes, Waiting] = {}
         self._listening: asyncio.Task[asyncio.Server] | None = None
 
@@ -93,7 +104,7 @@ class Replica:
         n = 0
         async with aclosing(answer(self._app, call)) as parts:
             async for part in parts:
-                data = part if isinstance(part, bytes) else head_line(part)
+                data = part if isinstance(part, bytes) else head_line(named(part, self._name))
                 n += len(data)
                 writer.write(data)
                 await writer.drain()
@@ -111,9 +122,9 @@ class Replica:
         stats = self._service.engine.stats()
         return {"wait_s": stats.wait_s, "row_s": stats.row_s}
 
-    def metrics(self) -> bytes:
-        """Its `/metrics`."""
-        return self._service.metrics.text()
+    async def whole(self, call: RoutedCall) -> Whole:
+        """Its answer to what all replicas are asked."""
+        return await whole_answer(self._app, call, self._name)
 
     def __del__(self) -> None:
         self._service.close()

@@ -48,6 +48,7 @@ class Replicas(OverHttp):
 def serve(pipe: Connection[Any, Any], case: Case, n: int) -> None:
     """The front. Sends its port and the size of the vocabulary."""
     from pyllamabatch.cluster.deploy import FleetOptions, running
+    from pyllamabatch.cluster.gpus import share
     from pyllamabatch.server.options import ServerOptions
     from pyllamabatch.server.run import Server, listen
 
@@ -56,7 +57,7 @@ def serve(pipe: Connection[Any, Any], case: Case, n: int) -> None:
     cuda = (device.backend == "CUDA" for device in runtime.devices().values())
     n_gpus = sum(cuda) if case.n_gpu_layers else 0
     options = FleetOptions(
-        min_replicas=n, max_replicas=n, gpus_per_replica=min(1.0, n_gpus / n), n_seq_max=1
+        min_replicas=n, max_replicas=n, gpus_per_replica=share(n, n_gpus), n_seq_max=1
     )
     server = ServerOptions()
     with (

@@ -9,9 +9,9 @@ from typing import Any
 import orjson
 import pytest
 
-from pyllamabatch.cli.serve import _n_gpus
 from pyllamabatch.cluster.call import Head, RoutedCall, answer, head_line, head_of, routed_by
-from pyllamabatch.cluster.metrics import summed
+from pyllamabatch.cluster.gpus import n_gpus, share
+from pyllamabatch.cluster.joined import summed
 from pyllamabatch.scheduler.router import BYTES_PER_TOKEN, PrefixAffinity
 from tests.server.conftest import served  # noqa: F401  # a fixture
 from tests.support.engines import held
@@ -121,4 +121,12 @@ def test_metrics_of_two_servers() -> None:
     ("replicas", "each", "n"), [(2, 1, 2), (3, 0.6, 3), (4, 0.5, 2), (2, 0, 0)]
 )
 def test_gpus_of_a_profile_machine(replicas: int, each: float, n: int) -> None:
-    assert _n_gpus(replicas, each) == n
+    assert n_gpus(replicas, each) == n
+
+
+def test_replicas_share_gpus_so_that_all_have_room() -> None:
+    assert [share(n, 2) for n in (1, 2, 3, 4, 5)] == [1, 1, 0.5, 0.5, 0.3333]
+    assert share(3, 0) == 0
+    for gpus in range(1, 9):
+        for replicas in range(1, 257):
+            assert n_gpus(replicas, share(replicas, gpus)) <= gpus

@@ -50,6 +50,16 @@ def test_requests_are_spread_and_their_prefixes_found(fleet: Fleet) -> None:
         assert turn == "zebras" or found > 4 * 50
 
 
+def test_what_one_replica_says_names_it(fleet: Fleet) -> None:
+    slots = fleet.client.get("/slots").json()
+    assert [slot["id"] for slot in slots] == [0, 1, 2, 3] * 2
+    names = {slot["replica"] for slot in slots}
+    assert len(names) == 2
+    steps = [fleet.client.get("/steps").headers["x-replica"] for _ in range(3)]
+    assert set(steps) == {steps[0]} <= names
+    assert fleet.client.post("/lora-adapters", json=[]).status_code == 501
+
+
 def test_who_leaves_is_cancelled(fleet: Fleet) -> None:
     ended = 'vllm:request_success_total{finished_reason="cancelled"}'
     before = fleet.metric(ended)
@@ -59,19 +69,34 @@ def test_who_leaves_is_cancelled(fleet: Fleet) -> None:
     assert fleet.metric("vllm:num_requests_running") == 0
 
 
+def assert_one_answer(asked: Asked, n_tokens: int) -> None:
+    """Its events are of one answer, which is whole unless it was lost."""
+    events = [json.loads(event) for event in asked.events if event != "[DONE]"]
+    assert len({event["id"] for event in events if "error" not in event}) == 1
+    if asked.end == "[DONE]":
+        ends = [choice["finish_reason"] for event in events for choice in event["choices"]]
+        assert [end for end in ends if end] == ["length"]
+        assert events[-1]["usage"]["completion_tokens"] == n_tokens
+
+
 def test_a_replica_that_is_killed(fleet: Fleet) -> None:
     """Its streams end with an error that says so, those of the other one go on, a new one takes its
     place; what had no token yet is computed by another one."""
-    asked = [Asked(fleet, endless(i)) for i in range(6)]
+    counted = {"stream_options": {"include_usage": True}}
+    asked = [Asked(fleet, endless(i) | counted) for i in range(6)]
     until(lambda: all(len(one.events) > 3 for one in asked), 60)
-    late = [Asked(fleet, endless(100 + i, 20)) for i in range(4)]
+    late = [Asked(fleet, endless(100 + i, 20) | counted) for i in range(4)]
     victim = fleet.replicas()[0]
     victim.kill()
     ends = [one.end for one in asked]
+    for one in asked:
+        assert_one_answer(one, 400)
     lost = [json.loads(end)["error"]["code"] for end in ends if end != "[DONE]"]
     assert 0 < len(lost) < 6
     assert set(lost) == {"replica_lost"}
     assert [one.end for one in late] == ["[DONE]"] * 4
+    for one in late:
+        assert_one_answer(one, 20)
     until(lambda: len(fleet.replicas()) == 2 and victim not in fleet.replicas(), 120)
     until(lambda: fleet.client.get("/health").status_code == 200, 120)
     assert fleet.metric("vllm:num_requests_running") == 0

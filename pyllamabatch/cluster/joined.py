@@ -1,6 +1,12 @@
-"""Metrics of several servers as those of one."""
+"""What is asked of all replicas: their answers as one."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import orjson
+
+from .call import REPLICA, Whole
 
 
 def summed(texts: list[bytes]) -> bytes:
@@ -23,3 +29,20 @@ def summed(texts: list[bytes]) -> bytes:
             lines[name] = lines.get(name, 0.0) + float(value) / (len(texts) if share else 1)
     written = (one if one in comments else f"{one} {lines[one]!r}" for one in order)
     return "".join(f"{line}\n" for line in written).encode()
+
+
+def _all_slots(answers: Sequence[Whole]) -> bytes:
+    """The slots of each, with its name."""
+    slots = [
+        {**slot, "replica": dict(headers)[REPLICA].decode()}
+        for (_, headers), body in answers
+        for slot in orjson.loads(body)
+    ]
+    return orjson.dumps(slots)
+
+
+JOINED: Mapping[str, Callable[[Sequence[Whole]], bytes]] = {
+    "/metrics": lambda answers: summed([body for _, body in answers]),
+    "/slots": _all_slots,
+}
+"""By path, from the answers to the body of the one answer."""

@@ -1,0 +1,99 @@
+"""What a front answers for all replicas, without a cluster: pytest -m ray tests/cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+
+from pyllamabatch.cluster.call import RoutedCall, Whole, whole_answer
+from pyllamabatch.llama.model import Model
+from pyllamabatch.server.options import ServerOptions
+from tests.server.conftest import served  # noqa: F401  # a fixture
+from tests.support.served import Served, serving
+
+pytestmark = pytest.mark.ray
+
+
+class Replicas:
+    """A handle of these applications. What fails, fails once."""
+
+    def __init__(self, *of: Served, failure: Exception | None = None) -> None:
+        self._apps = [one.server.config.app for one in of]
+        self._failure = failure
+
+    def broadcast(self, method: str, call: RoutedCall) -> Replicas:
+        assert method == "whole"
+        self._call = call
+        return self
+
+    async def results_async(self) -> list[Whole]:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        answers = (whole_answer(app, self._call, f"r{i}") for i, app in enumerate(self._apps))
+        return await asyncio.gather(*answers)
+
+
+def asked(handle: Any, method: str, path: str, **more: Any) -> httpx.Response:
+    from pyllamabatch.cluster.front import Front
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(Front(handle, ServerOptions()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://fleet") as client:
+            return await client.request(method, path, **more)
+
+    return asyncio.run(ask())
+
+
+def test_slots_are_those_of_all(served: Served, embedded_model: Model) -> None:  # noqa: F811
+    with serving(embedded_model, n_seq_max=2) as other:
+        response = asked(Replicas(served, other), "GET", "/slots")
+    assert response.status_code == 200
+    slots = [(slot["replica"], slot["id"]) for slot in response.json()]
+    assert slots == [*(("r0", i) for i in range(4)), *(("r1", i) for i in range(2))]
+    assert "x-replica" not in response.headers
+
+
+def test_what_replicas_do_not_show_a_front_does_not(embedded_model: Model) -> None:
+    with serving(embedded_model, ServerOptions(metrics=False, slots=False)) as hidden:
+        for path in ("/metrics", "/slots"):
+            response = asked(Replicas(hidden, hidden), "GET", path)
+            assert response.status_code == 501
+            assert response.json()["error"]["type"] == "not_supported_error"
+
+
+def test_metrics_are_asked_again_where_a_replica_has_gone(served: Served) -> None:  # noqa: F811
+    response = asked(Replicas(served, served, failure=OSError("gone")), "GET", "/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert "vllm:num_requests_running 0.0" in response.text
+
+
+def test_scales_for_all_requests_are_refused() -> None:
+    response = asked(None, "POST", "/lora-adapters", json=[{"id": 0, "scale": 0.5}])
+    assert response.status_code == 501
+    assert '"lora"' in response.json()["error"]["message"]
+
+
+def test_what_all_replicas_are_asked_is_no_open_request() -> None:
+    """Ray tells the router of its end only."""
+    from pyllamabatch.cluster.router import FleetRouter
+
+    router: Any = FleetRouter.__new__(FleetRouter)
+    router.initialize_state()
+    request = SimpleNamespace(metadata=SimpleNamespace(internal_request_id="a"))
+    router.on_request_routed(request, "r0", None)
+    router.on_request_completed("r0", "b")
+    assert router._n_open()["r0"] == 1
+    router.on_request_completed("r0", "a")
+    assert router._n_open()["r0"] == 0
+
+
+def test_a_bug_is_told_in_the_one_form(served: Served) -> None:  # noqa: F811
+    response = asked(Replicas(served, failure=ValueError("a bug")), "GET", "/slots")
+    assert response.status_code == 500
+    assert "a bug" in response.json()["error"]["message"]
