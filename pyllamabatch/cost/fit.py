@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -64,6 +65,7 @@ def fit_terms(profile: Profile, *, unified: bool, swa_full: bool) -> Fitted:
     plain = Terms(
         profile.kernels, 0.0, unified, profile.n_expert, profile.n_expert_used, profile.n_swa
     )
+    plain = replace(plain, gaps=_gaps(plain, (*mine, *others), n_ubatch))
     # The values are linear in h and w.
     shared = replace(plain, output_share=1.0)
     windowed = replace(plain, window_share=1.0 if plain.window else 0.0)
@@ -151,6 +153,15 @@ def _reused(samples: Sequence[Sample], n_ubatch: int) -> tuple[list[float], NewG
     return [
         s.seconds - min(s.new_graphs(n_ubatch) * new, 0.5 * s.seconds) for s in samples
     ], NewGraph(new, settle)
+
+
+def _gaps(terms: Terms, samples: Sequence[Sample], n_ubatch: int) -> tuple[tuple[int, int], ...]:
+    """The samples' numbers of rows in an ubatch, the last one below a regime and the first one in
+    it, where neither is beside the edge."""
+    rows = sorted({part.rows for s in samples for part in terms.split(*s.shape, n_ubatch)})
+    edges = [regime.first for regime in terms.kernels.regimes]
+    pairs = list(pairwise(rows))
+    return tuple((low, high) for low, high in pairs if any(low + 1 < edge < high for edge in edges))
 
 
 def _values(

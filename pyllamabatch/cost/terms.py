@@ -9,6 +9,8 @@ A ubatch of n rows, o of them sampled, costs
 
 - f_r(n) is a pass over the weights, tiles, rows (`values_of`). Where rows beyond full tiles have
   passes of their own, each number of them has a term; a group of rows may be cheaper.
+- Where a regime begins among rows that no sample is near (`Terms.gaps`), nothing is known of a
+  jump, and a pass goes steadily from the last rows that were measured to the next ones.
 - Only sampled rows pass the output matrix. h is between 0 (its time is c_head and c_output alone)
   and its share of the weights (it behaves like the other weights). The fit chooses.
 - e(n) = 1 - (1 - k/E)^n: the share of E experts that n rows with k each touch if they choose
@@ -67,7 +69,7 @@ class Ubatch(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Terms:
     """The values of the terms by name; those that are not named are 0. output_share: h. window: in
-    cells. window_share: w."""
+    cells. window_share: w. gaps: numbers of rows, between which a pass goes steadily."""
 
     kernels: Kernels
     output_share: float
@@ -76,6 +78,7 @@ class Terms:
     n_expert_used: int = 0
     window: int = 0
     window_share: float = 0.0
+    gaps: tuple[tuple[int, int], ...] = ()
 
     def of_step(self, shape: Shape, n_ubatch: int) -> dict[str, float]:
         values: dict[str, float] = {}
@@ -101,6 +104,13 @@ class Terms:
 
     def passes(self, n: int) -> dict[str, float]:
         """The terms of pass(n)."""
+        for low, high in self.gaps:
+            if low < n < high:
+                values: dict[str, float] = {}
+                part = (n - low) / (high - low)
+                _add(values, self.passes(low), 1 - part)
+                _add(values, self.passes(high), part)
+                return values
         if not n:
             return {}
         # Kernels that compute a tile at once have another one for a single row.

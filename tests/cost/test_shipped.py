@@ -50,6 +50,16 @@ def test_no_step_where_no_sample_shows_one(name: str, unified: bool) -> None:
         assert cost.predict(20, 0, kv, 20) < 1.05 * cost.predict(19, 0, kv, 19)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("unified", [False, True])
+def test_no_cliff_where_a_kernel_begins(name: str, unified: bool) -> None:
+    """A kernel may begin at rows that no table has: 129, between 32 and 512."""
+    cost = CostModel.fit(shipped_profile(name), unified=unified, n_ubatch=512)
+    before, after = (cost.predict(n, n, 0, 1) for n in (128, 129))
+    assert after < 1.35 * before
+    assert cost.predict(32, 32, 0, 1) < cost.predict(512, 512, 0, 1)
+
+
 def test_m2_ultra_gemma() -> None:
     """The table's own figures for 32 decode steps: eight rows twice are faster than sixteen."""
     cost = CostModel.fit(shipped_profile("m2-ultra-gemma-3-4b-it-qat"), unified=False)
