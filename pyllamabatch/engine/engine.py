@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -410,7 +411,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What it has done until now."""
-        return stats_of(self._core)
+        return replace(stats_of(self._core), reasons=self.reasons)
 
     def slots(self) -> list[SlotState]:
         """What runs in each slot."""

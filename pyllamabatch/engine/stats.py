@@ -39,6 +39,7 @@ class EngineStats:
     and `accepted_tokens` of these were right, `accepted_at[i]` of them the draft's token i
     (`Engine`'s speculate). Of a native call that goes on a step counts as one token of each
     sequence.
+    `reasons`: as `Engine.reasons`; those of "layout" say what there is, and why.
     `wait_s`: seconds until one more request begins to be computed, `row_s`: of a prompt row, both
     by the cost model (`pyllamabatch.scheduler.router`); 0 without one.
     """
@@ -73,6 +74,7 @@ class EngineStats:
     accepted_at: tuple[int, ...] = ()
     wait_s: float = 0.0
     row_s: float = 0.0
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def prefix_hit_rate(self) -> float:

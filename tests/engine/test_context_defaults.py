@@ -60,6 +60,7 @@ def test_an_engine_says_why(machine: str, rows: int) -> None:
         assert engine.n_ubatch == rows
         assert engine.reasons.keys() == {"layout", "n_ubatch"}
         assert engine.reasons["layout"] == engine.layout
+        assert engine.stats().reasons == engine.reasons
 
 
 def test_a_window_stays_small_where_all_cells_do_not_fit(
