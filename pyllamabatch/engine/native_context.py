@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..cost.choose import cost_of
 from ..cost.model import CostModel
 from ..kv import Preemption, SwapChoice
-from ..llama.context import Context
+from ..llama.context import Context, device_computes_all
 from ..llama.limits import cell_bytes
 from ..llama.model import Model
 from ..raw import lib
@@ -46,6 +46,7 @@ class NativeContext(Context):
 
     @property
     def asynchronous(self) -> bool:
+        """Also where a device computes some of the layers: they are the last ones."""
         return bool(self.model.offloaded)
 
     def stepper(self, **options: Unpack[StepperOptions]) -> StreamStepper:
@@ -72,7 +73,7 @@ class NativeContext(Context):
 
     def thread_watch(self) -> ThreadWatch | None:
         threads = self.n_threads, self.n_threads_batch
-        if self.model.offloaded or max(threads) == 1:
+        if device_computes_all(self.model, self.params) or max(threads) == 1:
             return None
         return ThreadWatch(self.set_threads, *threads)
 

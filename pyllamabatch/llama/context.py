@@ -33,9 +33,14 @@ from pyllamabatch.raw import ffi, lib
 FloatArray = npt.NDArray[np.float32]
 
 
+def device_computes_all(model: Model, params: Mapping[str, Any]) -> bool:
+    """In a context with these `params`, devices other than the CPU."""
+    return model.offloaded == 1 and params.get("offload_kqv") is not False
+
+
 def default_threads(model: Model, params: Mapping[str, Any]) -> tuple[int, str]:
     """CPU threads of a context of `model` whose `params` name none, and why."""
-    if model.offloaded == 1 and params.get("offload_kqv") is not False:
+    if device_computes_all(model, params):
         return 1, "a device computes all layers: others would wait for embeddings that one looks up"
     return usable_cores(), "cores that this process may use, by affinity and quota"
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pyllamabatch.engine import thread_watch
+from pyllamabatch.engine.native_context import NativeContext
 from pyllamabatch.engine.thread_watch import ThreadWatch
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Step
@@ -123,3 +125,19 @@ def test_an_engine_has_one_where_threads_change_no_answer(embedded_model: Model)
     assert isinstance(watch(), ThreadWatch)
     assert watch(batch_invariant=True) is None
     assert watch(n_threads_batch=1) is not None
+
+
+@pytest.mark.parametrize(
+    ("offloaded", "params", "watched"),
+    [(1.0, {}, False), (1.0, {"offload_kqv": False}, True), (0.5, {}, True), (0.0, {}, True)],
+)
+def test_threads_are_watched_where_the_cpu_computes_a_part(
+    offloaded: float,
+    params: dict[str, Any],
+    watched: bool,
+    model: Model,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(model, "offloaded", offloaded)
+    with NativeContext(model, n_ctx=256, n_threads=2, **params) as context:
+        assert (context.thread_watch() is not None) == watched
