@@ -263,8 +263,8 @@ int32_t draft_for(plb_draft_model & self, const llama_seq_id * slots, int32_t n_
 }
 
 // Rows of the target: their hidden states are there for the next draft; where there is no room for one,
-// the rows that start from those before are computed. drafted: rows behind a sequence's next one count
-// for nothing.
+// the rows that start from those before are computed, but for a sequence that decodes without drafts:
+// it may never have any. drafted: rows behind a sequence's next one count for nothing.
 int32_t take_states(plb_draft_model & self, int32_t n_rows, bool drafted) {
     const plb_engine & target = *self.target;
     const float * states = llama_get_embeddings_nextn(target.ctx);
@@ -285,7 +285,8 @@ int32_t take_states(plb_draft_model & self, int32_t n_rows, bool drafted) {
         const auto pos = (size_t) target.pos[(size_t) i];
         const size_t n_read = std::min(s.n_agreed, s.held.size()), begin = s.states.begin();
         const auto n_gap = (size_t) self.model->views.n_rows_max; // a longer one is for catch_up
-        if (s.states.full(pos) && n_read <= begin + 1 && begin < n_read + n_gap) {
+        const bool reads = target.flags[(size_t) i] == 0 || self.given.n_most[seq] > 0;
+        if (reads && s.states.full(pos) && n_read <= begin + 1 && begin < n_read + n_gap) {
             follow(self, seq);
             const size_t n = std::min(pos + 1, s.known.size() - 1);
             const int32_t code = read(self, rows, seq, n - std::min(n, s.held.size()));

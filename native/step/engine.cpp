@@ -112,6 +112,7 @@ int32_t plb_engine_new(llama_context * ctx, const plb_engine_params * params, pl
         params->n_steps_max < 1 || params->n_steps_max > N_STEPS_LIMIT ||
         params->device_sampling < PLB_DEVICE_SAMPLING_AUTO ||
         params->device_sampling > PLB_DEVICE_SAMPLING_ON || params->gap_max < 0 ||
+        (params->mtp != 0 && params->gap_max > 0) || // a row that fills up has no hidden state
         params->n_draft_max < 0 || params->n_draft_max > PLB_DRAFT_LIMIT ||
         params->drafter < PLB_DRAFTER_NONE || params->drafter > PLB_DRAFTER_NGRAM ||
         params->n_corpus < 0) {

@@ -179,10 +179,14 @@ void drafts_of_the_whole_text(const char * path) {
         n_accepted += m.step_as(all, {2, 0});
     }
     CHECK(n_accepted > 0 && n_accepted < 2 * 5 * MOST);
-    m.run({0}, 25, 0); // others wait
+    m.run({0}, 8, 0); // others wait
     m.step_as(all, {0, 2});
     const llama_pos n_read = m.end_of(0);
     CHECK(n_read > 200);
+    m.run({0, 2}, 22, 0); // where nothing is drafted, nothing is read
+    CHECK_EQ(m.end_of(0), n_read);
+    CHECK_EQ(m.run({0, 2}, 1, MOST).n_drafted, 2 * MOST); // before something is, all that it lacks
+    CHECK(m.end_of(0) > n_read + 22);
     CHECK_EQ(plb_draft_model_end(m.draft, 0), PLB_OK);
     CHECK_EQ(plb_draft_model_end(m.draft, 2), PLB_OK);
     m.start(0, prompt_of(30, 5), 0, true); // in place of another one

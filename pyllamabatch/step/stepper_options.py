@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
-from pyllamabatch.errors import UnsupportedOperation, choice, integer, unknown_keyword
+from pyllamabatch.errors import (
+    ArgumentError,
+    UnsupportedOperation,
+    choice,
+    integer,
+    unknown_keyword,
+)
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.host import MAX_THREADS, usable_cores
 from pyllamabatch.llama.runtime import text
@@ -83,15 +89,22 @@ def engine_params(context: Context, options: StepperOptions) -> Any:
     n_threads = count("n_threads", 0, 0, MAX_THREADS)
     params.n_threads = n_threads or min(usable_cores(), SAMPLING_THREADS)
     params.device_sampling = device_sampling_of(options.get("device_sampling", "auto"))
-    gap_max = options.get("gap_max")
-    params.gap_max = integer("gap_max", gap_max_of(context) if gap_max is None else gap_max, 0, 256)
+    params.mtp = context.params["ctx_type"] == lib.LLAMA_CONTEXT_TYPE_MTP
+    params.gap_max = _gap_max(context, options.get("gap_max"), mtp=bool(params.mtp))
     drafter = options.get("drafter")
     if drafter is not None:
         params.drafter = DRAFTERS[choice("drafter", drafter, DRAFTERS)]
     params.n_corpus = count("n_corpus", 0, 0, CORPUS_LIMIT)
-    params.mtp = context.params["ctx_type"] == lib.LLAMA_CONTEXT_TYPE_MTP
     params.sync = bool(options.get("sync", False))
     return params
+
+
+def _gap_max(context: Context, given: int | None, *, mtp: bool) -> int:
+    if mtp and given:
+        limit = "0 on a context of layers that predict: what fills up has no hidden states"
+        raise ArgumentError("gap_max", given, limit)
+    default = 0 if mtp else gap_max_of(context)
+    return integer("gap_max", default if given is None else given, 0, 256)
 
 
 def sampler_path(options: StepperOptions) -> int:

@@ -13,7 +13,8 @@ from pyllamabatch.llama.batch import Batch
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
-from tests.support.decoding import with_mtp
+from pyllamabatch.step.stepper import Stepper
+from tests.support.decoding import with_mtp, write
 from tests.support.engines import Checked, check_idle, greedy
 from tests.support.made_up_costs import Linear
 from tests.support.models_special import mimo2_path, write_mimo2
@@ -83,6 +84,20 @@ def test_rows_without_hidden_states_are_refused() -> None:
         batch.extend([1, 2, 3], 0, 0)
         with pytest.raises(UnsupportedOperation, match="hidden states"):
             context.decode(batch)
+
+
+def test_gaps_between_streams_stay_gaps() -> None:
+    """A row that fills one up has no hidden state: libllama would abort."""
+    cells: dict[str, Any] = {"n_ctx": 768, "n_seq_max": 3, "kv_unified": False}
+    with Context(with_mtp(), ctx_type="mtp", **cells) as context:
+        with pytest.raises(ArgumentError, match="gap_max=1: 0 on a context of layers that predict"):
+            Stepper(context, gap_max=1)
+        with Stepper(context) as stepper:
+            for at, seq in enumerate((0, 2)):
+                stepper.set_slot(seq, greedy(5))
+                write(stepper, [300], seq=seq, at=at)
+            assert stepper.step(2).n_results == 2
+            assert stepper._info.n_filled == 0
 
 
 def test_all_rows_of_a_step_are_one_batch() -> None:
