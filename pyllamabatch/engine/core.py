@@ -261,9 +261,8 @@ class EngineCore:
             self.table.leave(id, slot)
         for id, slot in step.admitted:
             self.table.admit(id, slot)
-        for id, source, slot in step.moved:
-            self.table.leave(id, source)
-            self.table.admit(id, slot)
+        for moved in step.moved:
+            self.table.move(*moved)
 
     def _run(self, call: Step) -> Run:
         """One native call."""

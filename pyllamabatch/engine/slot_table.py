@@ -69,6 +69,15 @@ class SlotTable:
         request.known()
         request.sampler = self.stepper.take_slot(slot)
         self._free(request)
+        if self._trace is not None:
+            self._trace.preempted[id] = slot
+
+    def move(self, id: int, source: int, slot: int) -> None:
+        """The scheduler has given it another slot."""
+        self.leave(id, source)
+        self.admit(id, slot)
+        if self._trace is not None:
+            del self._trace.preempted[id]
 
     def end(self, request: Request, *, worth: bool = True) -> None:
         """It is over, wherever it was. `worth`: its cells are right, and may stay cached."""

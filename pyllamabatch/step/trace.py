@@ -49,6 +49,7 @@ def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
       are none; and how many of its prompt, without a last one that is sampled from.
     - reasons: why the policy planned it so, a dict: text by request id, of those that were
       admitted, cut or preempted.
+    - preempted: which requests were preempted before it, a dict: the slot that each had, by id.
     """
     return np.dtype(
         [
@@ -70,6 +71,7 @@ def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
             ("ids", np.int64, (n_seq_max,)),
             ("chunk", np.int32, (n_seq_max,)),
             ("reasons", object),
+            ("preempted", object),
         ]
     )
 
@@ -85,18 +87,21 @@ class _Call(NamedTuple):
     ids: npt.NDArray[np.int64]  # of `decode`
     prompts: Sequence[Prompt]
     reasons: Mapping[int, str]
+    preempted: Mapping[int, int]
 
 
 class StepTrace:
     """The last `capacity` steps. Recording is cheap: the table is made when it is asked for.
 
-    The thread that computes calls `begin`, keeps `ids` (the request in each slot) and adds to
-    `idle_ns` what it waited for work since the last step. The thread that reads the ring calls
+    The thread that computes calls `begin`, keeps `ids` (the request in each slot) and `preempted`
+    (the slots, by request, of those that were preempted since the last step), and adds to `idle_ns`
+    what it waited for work since then. The thread that reads the ring calls
     `add_steps`.
     """
 
     def __init__(self, capacity: int, n_seq_max: int) -> None:
         self.ids = np.zeros(n_seq_max, dtype=np.int64)
+        self.preempted: dict[int, int] = {}
         self.idle_ns = 0
         self._capacity = capacity
         self._calls: deque[_Call] = deque()
@@ -119,14 +124,18 @@ class StepTrace:
         kv_used: cells that are held before it. reasons: the policy's, by request id. `decode` must
         not change afterwards.
         """
-        calls, idle_ns = self._calls, self.idle_ns
+        calls, idle_ns, preempted = self._calls, self.idle_ns, self.preempted
         # The decoding slots are one array as long as none comes or goes: so are their ids.
         same = calls and calls[-1].decode is decode
         ids = calls[-1].ids if same else self.ids[decode]
         if calls and calls[-1].first == first:  # it came to nothing
-            idle_ns += calls.pop().idle_ns
-        calls.append(_Call(first, n_rows, kv_used, idle_ns, decode, ids, prompts, reasons))
+            nothing = calls.pop()
+            idle_ns, preempted = idle_ns + nothing.idle_ns, {**nothing.preempted, **preempted}
+        calls.append(
+            _Call(first, n_rows, kv_used, idle_ns, decode, ids, prompts, reasons, preempted)
+        )
         self.idle_ns = 0
+        self.preempted = {}
         while len(calls) > 1 and calls[1].first <= first - self._capacity:
             calls.popleft()
             self._n_dropped_calls += 1
@@ -209,7 +218,9 @@ def _fill(
         if start == stop:
             continue
         of_call = slice(start, stop)
-        table["reasons"][of_call] = call.reasons
+        table["reasons"][of_call], table["preempted"][of_call] = call.reasons, {}
+        if number[start] == call.first:
+            table["preempted"][start] = call.preempted
         table["ids"][of_call, call.decode] = call.ids
         for slot, id, n_prompt in call.prompts:
             table["ids"][of_call, slot] = id
@@ -250,14 +261,17 @@ def why_new(trace: Trace) -> npt.NDArray[np.str_]:
 def to_chrome(trace: Trace, path: str | PathLike[str]) -> None:
     """Write a trace as Chrome's trace event JSON: one track of steps with their phases, one of the
     KV cells, and one track per request. Times in µs from the first step on."""
-    events = [*_names(trace), *_steps(trace), *_sequences(trace)]
+    events = [*_names(trace), *_steps(trace), *_sequences(trace), *_preemptions(trace)]
     with open(path, "w", encoding="utf-8") as file:
         json.dump({"traceEvents": events, "displayTimeUnit": "ms"}, file, separators=(",", ":"))
         file.write("\n")
 
 
 _ENGINE, _REQUESTS = 1, 2  # "processes": groups of tracks
-_ARGUMENTS = ("rows", "prefill_rows", "decode_rows", "sampled", "kv_used", "reused", "run", "code")
+_ARGUMENTS = (
+    *("rows", "prefill_rows", "decode_rows", "sampled", "filled", "drafted", "accepted"),
+    *("kv_used", "reused", "run", "code"),
+)
 
 
 def _names(trace: Trace) -> Iterator[dict[str, Any]]:
@@ -308,3 +322,11 @@ def _sequences(trace: Trace) -> Iterator[dict[str, Any]]:
     for id, chunk, i, slot in zip(ids, chunks, steps.tolist(), slots.tolist(), strict=True):
         name, args = f"prefill {chunk}" if chunk else "decode", {"slot": slot, "step": i}
         yield _event("X", _REQUESTS, id, name, starts[i], dur=took[i] / 1e3, args=args)
+
+
+def _preemptions(trace: Trace) -> Iterator[dict[str, Any]]:
+    starts = _starts(trace)
+    for i, preempted in enumerate(trace["preempted"].tolist()):
+        for id, slot in preempted.items():
+            args = {"slot": slot, "step": i}
+            yield _event("i", _REQUESTS, id, "preempted", starts[i], s="t", args=args)

@@ -19,7 +19,10 @@ from pyllamabatch.cli import main
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.server import live
 from pyllamabatch.step.trace import to_chrome
+from tests.support.decoding import loaded
+from tests.support.engines import greedy, held
 from tests.support.served import SUM, SUM_CHAT, Served, until
+from tests.support.speculating import LOOP, PROMPTS, always, engine_of
 
 
 def test_recorded_steps_are_the_live_ones(served: Served, tmp_path: Path) -> None:
@@ -34,8 +37,8 @@ def test_recorded_steps_are_the_live_ones(served: Served, tmp_path: Path) -> Non
         assert other["ms"] == pytest.approx(step["ms"], abs=0.01)
         assert other["phases"][:4] == pytest.approx(step["phases"][:4], abs=0.01)
         assert sorted(other["lanes"]) == sorted(step["lanes"])
-        for name in ("rows", "prefill", "decode", "kv_used", "reused", "code", "reasons"):
-            assert other[name] == step[name]
+        for name in step.keys() - {"at", "ms", "phases", "lanes"}:
+            assert other[name] == step[name], name
     assert any(n > 0 for step in found for _, _, n in step["lanes"])
 
     assert main(["view", str(tmp_path / "steps.json"), "--out", str(tmp_path / "a.html")]) == 0
@@ -47,6 +50,47 @@ def test_recorded_steps_are_the_live_ones(served: Served, tmp_path: Path) -> Non
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(ArgumentError, match="generate --trace"):
             live.recorded(tmp_path / "bad.json")
+
+
+def test_drafts_padding_and_preemptions_are_there_live_and_recorded(tmp_path: Path) -> None:
+    """The longest of three requests that speculate, in streams of their own, is preempted once."""
+    options = {"speculate": "ngram", "policy": always(4, 8), "kv_unified": False}
+    with engine_of(loaded("llama"), n_seq_max=4, **options) as engine:
+        padding = engine._core.scheduler.padding
+        padding.width = lambda decode, held, cost: 4 if len(decode) else 0  # type: ignore[method-assign]
+        with held(engine, 12):
+            params = [greedy(n, logit_bias=LOOP) for n in (60, 80, 90)]
+            streams = [engine.submit(*pair) for pair in zip(PROMPTS, params, strict=False)]
+            next(iter(streams[2]))
+            core = engine._core
+            core.commands.post(lambda: core.recovery._preempt(streams[2].id))
+        results = [stream.result() for stream in streams]
+        stats, trace = engine.stats(), engine.trace()
+    steps = live.steps_of(trace)
+    to_chrome(trace, tmp_path / "steps.json")
+    for found in (steps, live.recorded(tmp_path / "steps.json")):
+        total = {n: sum(step[n] for step in found) for n in ("sampled", "drafted", "accepted")}
+        assert total == {
+            "sampled": stats.tokens,
+            "drafted": stats.drafted_tokens,
+            "accepted": stats.accepted_tokens,
+        }
+        assert 0 < total["accepted"] < total["drafted"]
+        assert [pair for step in found for pair in step["preempted"]] == [[2, results[2].id]]
+        assert stats.preemptions == 1
+        for step in found:
+            decoding = [slot for slot, _, n in step["lanes"] if not n]
+            assert sorted([*decoding, *step["padded"]]) == [0, 1, 2, 3] or step["prefill"]
+        assert any(step["padded"] for step in found)
+
+
+def test_slots_of_padding() -> None:
+    lanes = [[slot, 1 + slot, 0] for slot in (1, 3, 7)]
+    assert live.padded(lanes, 3, 0) == live.padded([[0, 1, 8]], 0, 0) == []
+    assert live.padded(lanes, 3, 4) == [2, 4, 5, 6]
+    assert live.padded(lanes, 9, 12) == [2, 4, 5, 6]  # three rows of each slot
+    assert live.padded(lanes, 3, 1) == [2]  # too wide a gap is left open
+    assert live.padded(lanes, 3, 6) == [0, 2, 4, 5, 6, 8]
 
 
 def test_the_feed_goes_on_where_it_was(served: Served) -> None:
@@ -151,6 +195,51 @@ def test_recorded_in_a_browser(page: Any, tmp_path: Path) -> None:
     assert not page.is_visible("#chat")
 
 
+@pytest.mark.browser
+def test_lanes_of_padding_and_preempted_ones(page: Any, tmp_path: Path) -> None:
+    """Request 1 decodes in slot 0, 2 in slot 2 is preempted before step 1 and goes on in slot 1 at
+    step 3; slot 3 fills up."""
+    lanes = [[[0, 1, 0], [2, 2, 0]], [[0, 1, 0]], [[0, 1, 0]], [[0, 1, 0], [1, 2, 3]]]
+    steps = [
+        {
+            **made_up_step(i), "lanes": its, "padded": [3], "preempted": [[2, 2]] * (i == 1),
+            "rows": 8, "prefill": 0, "decode": 8, "sampled": 3, "drafted": 5, "accepted": 2,
+            "filled": 1, "reasons": {},
+        }
+        for i, its in enumerate(lanes)
+    ]  # fmt: skip
+    path = tmp_path / "steps.html"
+    path.write_text(live.page(steps, "steps.json"))
+    page.goto(path.as_uri())
+    until(lambda: page.evaluate("!window.batch.changed"))
+    colors = page.evaluate(
+        """() => [0, 1, 2, 3].map((i) => [0, 1, 2, 3].map((slot) => {
+        const x = GUTTER + i * state.zoom + 2, y = TOP + (slot + 0.5) * laneHeight();
+        const at = [...pen.getImageData(x * devicePixelRatio, y * devicePixelRatio, 1, 1).data];
+        const hex = "#" + at.slice(0, 3).map((v) => v.toString(16).padStart(2, "0")).join("");
+        const names = ["decode", "prompt", "filled", "preempted"];
+        return at[3] ? names.find((name) => color(name) === hex) : ""; }))"""
+    )
+    assert colors == [
+        ["decode", "", "decode", "filled"],
+        ["decode", "", "preempted", "filled"],
+        ["decode", "", "preempted", "filled"],
+        ["decode", "prompt", "", "filled"],
+    ]
+    assert page.evaluate("rowsOf(state.steps[0])") == [
+        ["decode", 1], ["accepted", 2], ["rejected", 3], ["prompt", 0], ["filled", 3],
+    ]  # fmt: skip
+    figures = page.inner_text("#figures").split("\n")
+    seconds = (steps[3]["at"] + steps[3]["ms"] - steps[0]["at"]) / 1000
+    assert f"tokens/s{12 / seconds:.0f}" in "".join(figures)
+    x, y = page.evaluate("[GUTTER + 2 * state.zoom + 2, TOP + 2.5 * laneHeight()]")
+    page.click("#canvas", position={"x": x, "y": y})
+    about = page.inner_text("#about")
+    assert "9 rows (1 decode, 5 drafted, of which 2 right, 0 of prompts, 3 padding)" in about
+    assert "request 2: slot 2, 1" in about
+    assert "preempted 1 times" in about
+
+
 def made_up_step(i: int) -> live.Step:
     """64 sequences that come and go."""
     lanes = [
@@ -166,10 +255,15 @@ def made_up_step(i: int) -> live.Step:
         "rows": n_prompt + n_decode,
         "prefill": n_prompt,
         "decode": n_decode,
+        "sampled": n_decode,
         "filled": 4,
+        "drafted": 0,
+        "accepted": 0,
         "kv_used": 20_000 + 40 * (i % 500),
         "reused": 1,
         "code": 0,
         "lanes": lanes,
+        "preempted": [],
+        "padded": [],
         "reasons": {"3": "it has waited for 2 s"} if i % 50 == 0 else {},
     }

@@ -4,8 +4,10 @@ A step is a JSON object:
 
 - at, ms: when it began and what it took, in ms; the clock's zero means nothing. phases: build,
   decode, sync, sample, and the Python before it, in ms.
-- rows = prefill + decode, filled, kv_used, reused, code: as in `pyllamabatch.step.trace`.
+- rows = prefill + decode, sampled, filled, drafted, accepted, kv_used, reused, code: as in
+  `pyllamabatch.step.trace`.
 - lanes: [slot, request, prompt rows (0: it decodes)] of each request with rows in it.
+- preempted: [slot, request] of each that was preempted before it. padded: slots of `filled`.
 - reasons: the policy's, by request.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from itertools import pairwise
 from os import PathLike
 from typing import Any
 
@@ -24,22 +27,24 @@ from ...step.ring_reader import PHASES, TIMES
 from ...step.trace import Trace
 
 Step = dict[str, Any]
-_COUNTS = ("rows", "prefill_rows", "decode_rows", "filled", "kv_used", "reused", "code")
+_SAME = ("rows", "sampled", "filled", "drafted", "accepted", "kv_used", "reused", "code")
+_COUNTS = {"prefill": "prefill_rows", "decode": "decode_rows"} | {name: name for name in _SAME}
+"""Names of a step's counts: the page's, and the trace's."""
 
 
 def steps_of(trace: Trace) -> list[Step]:
     """The steps of an engine's trace."""
     times = trace[[*TIMES, "python_ns"]].tolist()
-    counts = trace[[*_COUNTS]].tolist()
+    counts = trace[[*_COUNTS.values()]].tolist()
     at, slots = np.nonzero(trace["ids"])
     lanes: list[list[list[int]]] = [[] for _ in range(len(trace))]
     ids, chunks = trace["ids"][at, slots].tolist(), trace["chunk"][at, slots].tolist()
     for i, slot, id, chunk in zip(at.tolist(), slots.tolist(), ids, chunks, strict=True):
         lanes[i].append([slot, id, chunk])
-    starts, reasons = trace["t_start_ns"].tolist(), trace["reasons"].tolist()
+    columns = (trace[name].tolist() for name in ("t_start_ns", "reasons", "preempted"))
     return [
-        _step(start / 1e6, [ns / 1e6 for ns in took], count, lane, why or {})
-        for start, took, count, lane, why in zip(starts, times, counts, lanes, reasons, strict=True)
+        _step(start / 1e6, [ns / 1e6 for ns in took], count, lane, why, taken)
+        for took, count, lane, start, why, taken in zip(times, counts, lanes, *columns, strict=True)
     ]
 
 
@@ -49,28 +54,40 @@ def _step(
     counts: Sequence[int],
     lanes: list[list[int]],
     reasons: Mapping[Any, str],
+    preempted: Mapping[int, int],
 ) -> Step:
-    rows, prefill, decode, filled, kv_used, reused, code = counts
+    named = dict(zip(_COUNTS, counts, strict=True))
     return {
         "at": round(at, 3),
         "ms": round(sum(phases[:4]), 3),
         "phases": [round(ms, 3) for ms in phases],
-        "rows": rows,
-        "prefill": prefill,
-        "decode": decode,
-        "filled": filled,
-        "kv_used": kv_used,
-        "reused": reused,
-        "code": code,
+        **named,
         "lanes": lanes,
+        "preempted": [[slot, id] for id, slot in preempted.items()],
+        "padded": padded(lanes, named["decode"], named["filled"]),
         "reasons": {str(id): text for id, text in reasons.items()},
     }
 
 
+def padded(lanes: Sequence[Sequence[int]], n_decode: int, n_filled: int) -> list[int]:
+    """Slots of the rows that fill up a step beside `n_decode` others, as many of each slot
+    (native/step/gaps.hpp): all gaps between slots that decode, and if that is not enough all slots
+    from the first one on. Where it is too much, wide gaps are left open."""
+    slots = sorted(slot for slot, _, chunk in lanes if not chunk)
+    n = n_filled * len(slots) // max(1, n_decode)
+    gaps = [range(slot + 1, after) for slot, after in pairwise(slots)]
+    if n > sum(map(len, gaps)):
+        return [slot for slot in range(len(slots) + n) if slot not in slots]
+    found: list[int] = []
+    for gap in sorted(gaps, key=len):
+        found += gap if len(found) + len(gap) <= n else ()
+    return sorted(found)
+
+
 def recorded(path: str | PathLike[str]) -> list[Step]:
-    """The steps of a file that `to_chrome` wrote (`generate --trace`). ArgumentError for another
-    file, OSError for one that can't be read."""
-    limit = "must be a trace that `pyllamabatch generate --trace` wrote"
+    """The steps of a file that `to_chrome` wrote (`generate --trace`, `simulate --steps`).
+    ArgumentError for another file, OSError for one that can't be read."""
+    limit = "must be a file that `generate --trace` or `simulate --steps` wrote"
     with open(path, encoding="utf-8") as file:
         try:
             return _of_events(json.load(file)["traceEvents"])
@@ -87,14 +104,16 @@ def _of_events(events: Sequence[Mapping[str, Any]]) -> list[Step]:
         if name == "python":
             python_ms = event["dur"] / 1e3
         elif name == "step":
-            counts = [args.get(count, 0) for count in _COUNTS]
+            counts = [args.get(count, 0) for count in _COUNTS.values()]
             why = {
                 id.removeprefix("request "): text for id, text in args.get("reasons", {}).items()
             }
-            steps.append(_step(event["ts"] / 1e3, [0.0] * 5, counts, [], why))
+            steps.append(_step(event["ts"] / 1e3, [0.0] * 5, counts, [], why, {}))
             steps[-1] |= {"ms": round(event["dur"] / 1e3, 3)}
             steps[-1]["phases"][4] = round(python_ms, 3)
             python_ms = 0.0
+        elif name == "preempted":
+            steps[args["step"]]["preempted"].append([args["slot"], event["tid"]])
         elif "slot" in args:
             kind, _, n = name.partition(" ")
             lane = [args["slot"], event["tid"], int(n) if kind == "prefill" else 0]
@@ -103,6 +122,8 @@ def _of_events(events: Sequence[Mapping[str, Any]]) -> list[Step]:
             steps[-1]["phases"][PHASES.index(name)] = round(event["dur"] / 1e3, 3)
     if not steps:
         raise ValueError("it has no steps")
+    for step in steps:
+        step["padded"] = padded(step["lanes"], step["decode"], step["filled"])
     return steps
 
 

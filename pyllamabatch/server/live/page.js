@@ -9,7 +9,8 @@ const style = getComputedStyle(document.documentElement);
 const color = (name) => style.getPropertyValue(`--${name}`).trim();
 
 const state = {
-  steps: [], requests: new Map(), nSlots: 1, nCells: 1, first: 0, // steps that were forgotten
+  steps: [], requests: new Map(), out: new Map(), // slots of preempted requests, by id
+  nSlots: 1, nCells: 1, first: 0, // steps that were forgotten
   paused: false, back: 0, zoom: 7, chosen: null, changed: true, frames: 0, stats: null,
 };
 window.batch = state; // for tests and the console
@@ -20,16 +21,26 @@ function addSteps(steps) {
   for (const step of steps) {
     const number = state.first + state.steps.length;
     state.steps.push(step);
+    state.nSlots = Math.max(state.nSlots, ...step.padded.map((slot) => slot + 1));
+    for (const [slot, id] of step.preempted) {
+      state.out.set(id, slot);
+      const request = state.requests.get(id);
+      if (request) request.preempted++;
+    }
     for (const lane of step.lanes) {
       const [slot, id, prompt] = lane;
+      state.out.delete(id);
+      for (const [other, its] of state.out) if (its === slot) state.out.delete(other);
       state.nSlots = Math.max(state.nSlots, slot + 1);
       let request = state.requests.get(id);
       if (!request) {
-        request = { id, slots: new Set(), chunks: [], times: [], first: number, reasons: [], cells: 0 };
+        request = { id, slots: new Set(), chunks: [], times: [], first: number, reasons: [], cells: 0,
+          preempted: 0, speculates: false };
         state.requests.set(id, request);
       }
       request.slots.add(slot);
       request.last = number;
+      if (step.drafted && !prompt) request.speculates = true; // how many tokens it had is not known
       if (prompt && request.decoding) request.cells = 0; // preempted, and computed again
       request.decoding = !prompt;
       request.cells += prompt || 1;
@@ -37,6 +48,7 @@ function addSteps(steps) {
       if (prompt) request.chunks.push(prompt);
       else request.times.push(step.at + step.ms);
     }
+    step.out = [...state.out];
     for (const [id, text] of Object.entries(step.reasons)) {
       const request = state.requests.get(Number(id));
       if (request) request.reasons.push([number, text]);
@@ -122,16 +134,15 @@ function draw() {
     mostRows = Math.max(mostRows, state.steps[i].rows + state.steps[i].filled);
     mostCells = Math.max(mostCells, state.steps[i].kv_used);
   }
-  const paths = { decode: new Path2D(), prompt: new Path2D(), filled: new Path2D(),
-    reason: new Path2D(), cells: new Path2D(), other: new Path2D(), chosen: new Path2D() };
+  const names = ["decode", "accepted", "rejected", "prompt", "filled", "preempted", "cells", "other",
+    "reason"], paths = { chosen: new Path2D() };
+  for (const name of names) paths[name] = new Path2D();
   const half = TOP / 2 - 4, scale = half / mostRows, cell = (CELLS - 8) / mostCells;
   const held = new Map(); // by request, as far as was seen
   for (let i = start; i < end; i++) {
     const step = state.steps[i], x = GUTTER + (i - start) * z, w = z - gap;
-    const d = step.decode * scale, p = step.prefill * scale, f = step.filled * scale;
-    paths.decode.rect(x, half - d, w, d);
-    paths.prompt.rect(x, half - d - p, w, p);
-    paths.filled.rect(x, half - d - p - f, w, f);
+    let y = half; // row on row
+    for (const [name, n] of rowsOf(step)) paths[name].rect(x, y -= n * scale, w, n * scale);
     const ms = (half * step.ms) / mostMs;
     paths.cells.rect(x, TOP - 6 - ms, w, ms);
     for (const one of step.lanes) {
@@ -141,6 +152,10 @@ function draw() {
       if (id === state.chosen) paths.chosen.rect(x, y, w, lane - 1);
       if (step.reasons[id]) paths.reason.rect(x, y, Math.min(w, 3), lane - 1);
     }
+    for (const slot of step.padded) paths.filled.rect(x, TOP + slot * lane, w, lane - 1);
+    for (const [, slot] of step.out) paths.preempted.rect(x, TOP + slot * lane, w, lane - 1);
+    for (const [slot] of step.preempted)
+      paths.preempted.rect(x, TOP + slot * lane, Math.min(w, 3), lane - 1);
     let top = lanes + CELLS, left = step.kv_used; // request on request
     for (const [id, seen] of held) {
       if (state.requests.get(id).last < state.first + i) { held.delete(id); continue; }
@@ -151,7 +166,7 @@ function draw() {
     }
     paths.filled.rect(x, top - left * cell, w, left * cell); // cached, or held by older requests
   }
-  for (const name of ["decode", "prompt", "filled", "cells", "other", "reason"]) {
+  for (const name of names) {
     pen.fillStyle = color(name);
     pen.fill(paths[name]);
   }
@@ -167,17 +182,27 @@ function draw() {
   pen.fillText(`${mostCells} cells`, 2, lanes + 10);
 }
 
+// Of a step, by color. Rows that decode and are none of these fill up beside drafts.
+function rowsOf(step) {
+  const { decode, drafted, accepted } = step;
+  const own = drafted ? step.sampled - accepted : decode;
+  return [["decode", own], ["accepted", accepted], ["rejected", drafted - accepted],
+    ["prompt", step.prefill], ["filled", decode - own - drafted + step.filled]];
+}
+
 // -- figures and what was clicked
 
 function figures() {
   const steps = state.steps.slice(-200), last = steps[steps.length - 1], values = [];
   if (last) {
     const seconds = (last.at + last.ms - steps[0].at) / 1000;
-    const tokens = steps.reduce((n, step) => n + step.decode, 0);
+    const sum = (name) => steps.reduce((n, step) => n + step[name], 0);
     const ms = steps.map((step) => step.ms).sort((a, b) => a - b);
-    values.push(["tokens/s", (tokens / seconds).toFixed(0)],
+    values.push(["tokens/s", (sum("sampled") / seconds).toFixed(0)],
       ["step p50", `${ms[ms.length >> 1].toFixed(1)} ms`], ["rows", last.rows],
       ["cells", `${last.kv_used} of ${state.nCells}`]);
+    if (sum("drafted"))
+      values.push(["drafted rows", `${sum("drafted")}, ${sum("accepted")} right`]);
   }
   if (state.stats)
     values.push(["running", state.stats.running], ["waiting", state.stats.waiting],
@@ -194,18 +219,21 @@ function figures() {
 
 function about(step, id) {
   const names = ["build", "decode", "sync", "sample", "Python before"];
-  const lines = [`step: ${step.rows} rows (${step.decode} decode, ${step.prefill} of prompts, ` +
-    `${step.filled} padding), ${step.ms.toFixed(2)} ms (` +
+  const rows = Object.fromEntries(rowsOf(step));
+  const lines = [`step: ${step.rows + step.filled} rows (${rows.decode} decode, ` +
+    `${step.drafted} drafted, of which ${step.accepted} right, ${step.prefill} of prompts, ` +
+    `${rows.filled} padding), ${step.sampled} tokens, ${step.ms.toFixed(2)} ms (` +
     step.phases.map((ms, i) => `${names[i]} ${ms.toFixed(2)}`).join(", ") +
     `), ${step.kv_used} cells${step.code ? `, failed with code ${step.code}` : ""}`];
   for (const [other, text] of Object.entries(step.reasons)) lines.push(`request ${other}: ${text}`);
   const request = state.requests.get(id);
   if (request) {
     const gaps = request.times.slice(1).map((t, i) => t - request.times[i]).sort((a, b) => a - b);
-    const itl = gaps.length ? `, ITL p50 ${gaps[gaps.length >> 1].toFixed(1)} ms` : "";
+    const gap = gaps.length ? `, between them p50 ${gaps[gaps.length >> 1].toFixed(1)} ms` : "";
     lines.push(`request ${id}: slot ${[...request.slots].join(", ")}; prompt rows ` +
-      `${request.chunks.join(" + ") || "none seen"}; ${request.times.length} decode steps, ` +
-      `${request.cells} cells of its own${itl}`);
+      `${request.chunks.join(" + ") || "none seen"}; ${request.times.length} decode steps${gap}, ` +
+      `${request.speculates ? "at least " : ""}${request.cells} cells of its own` +
+      (request.preempted ? `; preempted ${request.preempted} times` : ""));
     for (const [number, text] of request.reasons) lines.push(`  step ${number}: ${text}`);
   }
   byId("about").textContent = lines.join("\n");
@@ -216,7 +244,8 @@ canvas.addEventListener("click", (event) => {
   if (event.offsetX < GUTTER || i >= end) return;
   const slot = Math.floor((event.offsetY - TOP) / laneHeight()), step = state.steps[i];
   const lane = step.lanes.find(([at]) => at === slot);
-  state.chosen = lane ? lane[1] : null;
+  const out = step.out.find(([, at]) => at === slot);
+  state.chosen = lane ? lane[1] : out ? out[0] : null;
   state.changed = true;
   pause(true);
   about(step, state.chosen);
