@@ -138,7 +138,8 @@ def _attempt(call: Callable[[], T]) -> T | str:
 def problem_fields(problem: str) -> Row:
     return {
         "text": "", "tokens": [], "finish_reason": "error", "error": problem,
-        "n_prompt": 0, "n_generated": 0, "ttft_ms": None, "e2el_ms": None,
+        "n_prompt": 0, "n_generated": 0, "n_drafts": 0, "n_drafted": 0, "n_accepted": 0,
+        "ttft_ms": None, "e2el_ms": None,
     }  # fmt: skip
 
 
@@ -150,6 +151,9 @@ def result_fields(result: Result) -> Row:
         "finish_reason": result.finish_reason,
         "n_prompt": result.n_prompt,
         "n_generated": result.n_generated,
+        "n_drafts": result.n_drafts,
+        "n_drafted": result.n_drafted,
+        "n_accepted": result.n_accepted,
         "ttft_ms": None if result.ttft_s is None else round(1e3 * result.ttft_s, 3),
         "e2el_ms": round(1e3 * result.e2el_s, 3),
     }

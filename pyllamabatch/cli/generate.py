@@ -9,9 +9,10 @@ sampling fields such as max_tokens, temperature, top_k, top_p, min_p, seed,
 stop, logit_bias, grammar, json_schema: all those of SamplingParams.
 
 Each output line has id, line, text, tokens, finish_reason, n_prompt,
-n_generated, ttft_ms, e2el_ms and key (a digest of the request), in the order of
-the input. A line that can't be run is reported on the standard error and has an
-output line with finish_reason "error" and the field error.
+n_generated, n_drafts, n_drafted, n_accepted, ttft_ms, e2el_ms and key (a digest
+of the request), in the order of the input. A line that can't be run is reported
+on the standard error and has an output line with finish_reason "error" and the
+field error.
 
 Run the same command again after an interruption: finished lines stay, the
 others are answered.
@@ -32,6 +33,7 @@ from pyllamabatch.cli.batch_file import BatchFile
 from pyllamabatch.cli.console import ProgressBar
 from pyllamabatch.cli.input_lines import InputLine, digest, read_lines
 from pyllamabatch.cli.options import (
+    N_TRACE,
     add_model_arguments,
     add_policy_argument,
     add_sampling_arguments,
@@ -50,7 +52,6 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SEED_MAX, SamplingParams
 from pyllamabatch.step.trace import to_chrome
 
-N_TRACE = 2**16  # steps
 # fmt: off
 
 
@@ -67,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ignore-unknown", action="store_true", help="leave out fields that are not known")
     add("--overwrite", action="store_true", help="forget what --out holds")
     add("--trace", metavar="FILE",
-        help=f"write the last {N_TRACE} steps as JSON for https://ui.perfetto.dev")
+        help=f"write the last {N_TRACE} steps as JSON, for `pyllamabatch view` and "
+        "https://ui.perfetto.dev")
     add("-q", "--quiet", action="store_true", help="report bad lines only")
     add_model_arguments(parser)
     add = parser.add_argument_group("context").add_argument

@@ -20,6 +20,8 @@ from pyllamabatch.scheduler import make_policy
 from pyllamabatch.scheduler.policies import DEFAULT
 from pyllamabatch.step.sampling_params import SamplingParams
 
+N_TRACE = 2**16  # steps that are written to a file
+
 Add = Callable[..., argparse.Action]
 """`add_argument` of a parser or of a group."""
 

@@ -22,7 +22,7 @@ from math import inf
 from pathlib import Path
 
 from pyllamabatch.cli.console import say, show
-from pyllamabatch.cli.options import add_shared, at_least
+from pyllamabatch.cli.options import N_TRACE, add_shared, at_least
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import Profile, load_profile, shipped_names
 from pyllamabatch.engine.layout_cost import pool_pays, pool_speed
@@ -35,12 +35,14 @@ from pyllamabatch.sim import (
     TraceRequest,
     at_load,
     draw_acceptance,
+    load_acceptance,
     load_trace,
     parse_slo,
     report,
     simulate,
 )
 from pyllamabatch.sim.replica import OVERHEAD
+from pyllamabatch.step.trace import to_chrome
 
 SETTINGS = (
     *("trace", "profile", "slo", "seed", "requests", "rate", "load", "n_seq_max", "n_ctx"),
@@ -69,9 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="S", help="of a drawn trace (0)")
     add("--requests", type=at_least(1), metavar="N", help="the first N of the trace")
     add("--rate", type=float, metavar="R", help="requests a second, instead of a file's own times")
-    add("--acceptance", metavar="P|P-Q",
+    add("--acceptance", metavar="P|P-Q|FILE",
         help="engines that speculate: the probability that the next drafted token of a request is "
-        "right, where the trace does not say; the same for all, or uniform")
+        "right, where the trace does not say; the same for all, uniform, or as the requests had it "
+        "that `generate` wrote to FILE")
     add = parser.add_argument_group("engines").add_argument
     add("-s", "--n-seq-max", type=at_least(1, 256), default=16, metavar="N",
         help="requests that run at once (16)")
@@ -87,6 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--jsonl", type=Path, metavar="FILE", help="figures and every request")
     add("--markdown", type=Path, metavar="FILE", help="the table")
     add("--html", type=Path, metavar="FILE", help="with plots; needs matplotlib")
+    add("--steps", type=Path, metavar="FILE",
+        help=f"the last {N_TRACE} steps of one policy and one engine, for `pyllamabatch view` and "
+        "https://ui.perfetto.dev")
     add("--json", action="store_true", help="print the figures as JSON")
 
 
@@ -98,11 +104,17 @@ def run(args: argparse.Namespace) -> int:
         make_policy(policy)  # what is wrong with one is said before anything runs
     if not 0 <= args.overhead < inf:
         raise ArgumentError("overhead", args.overhead, "seconds, at least 0")
+    if args.steps is not None:
+        if len(policies) > 1 or args.replicas > 1:
+            raise ArgumentError("--steps", str(args.steps), "one policy and one replica")
+        open(args.steps, "w").close()  # a bad name is said before anything runs
     requests = load_trace(args.trace, seed=args.seed, n=args.requests, rate=args.rate)
     if "itl" in slo:  # for policies that look at it
         requests = [replace(r, itl_target=r.itl_target or slo["itl"]) for r in requests]
     if args.acceptance is not None:
-        requests = draw_acceptance(requests, args.acceptance, args.seed)
+        is_file = Path(args.acceptance).is_file()
+        acceptance = load_acceptance(args.acceptance) if is_file else args.acceptance
+        requests = draw_acceptance(requests, acceptance, args.seed)
     speculate = any(r.acceptance is not None for r in requests)
     profile = load_profile(args.profile)
     if args.kv_unified is None:
@@ -116,7 +128,14 @@ def run(args: argparse.Namespace) -> int:
     if args.load is not None:
         requests = at_load(requests, spec, policies[0], args.load)
     runs = [
-        simulate(requests, spec, policy, n_replicas=args.replicas, router=args.router)
+        simulate(
+            requests,
+            spec,
+            policy,
+            n_replicas=args.replicas,
+            router=args.router,
+            n_trace=0 if args.steps is None else N_TRACE,
+        )
         for policy in policies
     ]
     summaries = {run.policy: run.summary(slo) for run in runs}
@@ -135,6 +154,8 @@ def run(args: argparse.Namespace) -> int:
     if args.jsonl is not None:
         lines = report.jsonl(runs, summaries, settings)
         args.jsonl.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    if args.steps is not None:
+        to_chrome(runs[0].traces[0], args.steps)
     if args.markdown is not None:
         args.markdown.write_text(markdown, encoding="utf-8")
     if args.html is not None:

@@ -2,6 +2,7 @@
 
   pyllamabatch generate --prompts in.jsonl --out out.jsonl --trace steps.json
   pyllamabatch view steps.json
+  pyllamabatch simulate --trace poisson:rate=4 --steps steps.json    # likewise
 
 The page is one HTML file without any address in it: --out says where it goes.
 """
@@ -19,7 +20,12 @@ from pyllamabatch.server import live
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("file", type=Path, metavar="FILE", help="what `generate --trace` wrote")
+    add(
+        "file",
+        type=Path,
+        metavar="FILE",
+        help="what `generate --trace` or `simulate --steps` wrote",
+    )
     add("--out", type=Path, metavar="FILE.html", help="write the page there, and open no browser")
 
 

@@ -4,7 +4,7 @@ model in the place of the device."""
 from __future__ import annotations
 
 from pyllamabatch.scheduler.router import ROUTERS
-from pyllamabatch.sim.formats import load_trace
+from pyllamabatch.sim.formats import load_acceptance, load_trace
 from pyllamabatch.sim.metrics import Histogram, Load, Outcome, parse_slo, summarise
 from pyllamabatch.sim.replica import EngineSpec
 from pyllamabatch.sim.simulate import Simulated, SimulationStuck, at_load, simulate
@@ -12,6 +12,6 @@ from pyllamabatch.sim.workload import TraceRequest, acceptance_of, draw, draw_ac
 
 __all__ = [
     "ROUTERS", "EngineSpec", "Histogram", "Load", "Outcome", "Simulated", "SimulationStuck",
-    "TraceRequest", "acceptance_of", "at_load", "draw", "draw_acceptance", "load_trace",
-    "parse_slo", "simulate", "summarise",
+    "TraceRequest", "acceptance_of", "at_load", "draw", "draw_acceptance", "load_acceptance",
+    "load_trace", "parse_slo", "simulate", "summarise",
 ]  # fmt: skip

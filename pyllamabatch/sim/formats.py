@@ -11,13 +11,14 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import datetime
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pyllamabatch.errors import ArgumentError
-from pyllamabatch.sim.workload import DRAWN, Piece, TraceRequest, draw
+from pyllamabatch.sim.workload import DRAWN, Piece, TraceRequest, acceptance_of, draw
 
 BLOCK = 512  # tokens that a hash id of Mooncake's stands for
 CHARACTERS = 4  # of a token, where there is no vocabulary to count with
@@ -114,6 +115,22 @@ _OPTIONAL: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "acceptance": ("acceptance", _share),
 }
 """Field of a line → field of `TraceRequest`, and how it is read."""
+
+
+def load_acceptance(path: str | PathLike[str]) -> list[float]:
+    """Of each request whose result `pyllamabatch generate` wrote (`acceptance_of`), 0 for one
+    without drafts. ArgumentError where none had any."""
+    found: list[float | None] = []
+    try:
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            found.append(acceptance_of(row["n_drafts"], row["n_drafted"], row["n_accepted"]))
+    except (ValueError, KeyError, TypeError) as error:
+        limit = f"line {len(found) + 1}: must be what `generate` wrote, not {error!r}"
+        raise ArgumentError("acceptance", str(path), limit) from None
+    if not any(share is not None for share in found):
+        raise ArgumentError("acceptance", str(path), "must have requests with drafts")
+    return [share or 0.0 for share in found]
 
 
 class _Lines:

@@ -26,6 +26,7 @@ from pyllamabatch.scheduler.router import ReplicaView, expected_wait, row_second
 from pyllamabatch.scheduler.step import Shape
 from pyllamabatch.sim.drafts import Luck, Steps, drafted_of, plain, steps_of
 from pyllamabatch.sim.metrics import Load, Outcome
+from pyllamabatch.sim.recorder import StepRecorder
 from pyllamabatch.sim.workload import TraceRequest
 
 # Seconds of the engine around a native call: plan, admission, rows of prompts. `python -m bench
@@ -134,20 +135,27 @@ class _Open:
 @dataclass(slots=True)
 class _InFlight:
     """A native call in flight: the times at which its steps end, the cells in use before it; what
-    its steps are, where they may have drafts."""
+    its steps are, where they may have drafts; rows of padding, where they are recorded."""
 
     step: Step
     start: float
     ends: F64
     held: int
     steps: Steps | None = None
+    n_filled: int = 0
 
 
 class SimulatedReplica(ReplicaView):
-    """`ended(outcome)` is called for each request at its end."""
+    """`ended(outcome)` is called for each request at its end. `recorder`: has its last `n_trace`
+    steps; None for 0."""
 
     def __init__(
-        self, spec: EngineSpec, policy: Policy, ended: Callable[[Outcome], None], index: int = 0
+        self,
+        spec: EngineSpec,
+        policy: Policy,
+        ended: Callable[[Outcome], None],
+        index: int = 0,
+        n_trace: int = 0,
     ) -> None:
         self.spec = spec
         self.index = index
@@ -155,6 +163,7 @@ class SimulatedReplica(ReplicaView):
         kv = KvOptions(spec.sharing, spec.retain, invariance=spec.invariance)
         self.scheduler = Scheduler(spec.limits, policy, cost=spec.cost, kv=kv)
         self.load.counters = self.scheduler.counters
+        self.recorder = StepRecorder(n_trace, self.scheduler.n_slots) if n_trace else None
         self._ended = ended
         self._arrived: list[tuple[TraceRequest, float]] = []
         self._open: dict[int, _Open] = {}
@@ -220,9 +229,15 @@ class SimulatedReplica(ReplicaView):
         step, ends = call.step, call.ends
         n, end = len(ends), float(ends[-1])
         self.load.seconds += end - call.start
-        self.load.kv_peak = max(self.load.kv_peak, call.held + n * step.n_rows)
+        n_held = call.held + n * step.n_rows
+        if call.steps is not None:  # drafted tokens that were right
+            n_held += int(call.steps.taken[:n].sum()) - n * len(step.decode)
+        self.load.kv_peak = max(self.load.kv_peak, n_held)
         if self._graphs is not None:
             self._graphs.computed(n)
+        if self.recorder is not None:
+            first = call.start + self.spec.overhead
+            self.recorder.ended(step, first, ends, call.n_filled, call.steps)
         drafted = None
         if call.steps is not None:
             luck = {slot: self._luck(slot) for slot in step.decode.tolist()}
@@ -318,6 +333,8 @@ class SimulatedReplica(ReplicaView):
                 one.outcome.prefix = self.scheduler.sequence(id).prefix.hit
         for _, source, slot in step.moved:
             self._in_slot[slot] = self._in_slot.pop(source)
+        if self.recorder is not None:
+            self.recorder.placed(step)
         if step.n_rows:
             self._parts = [step] if self.spec.limits.unified else list(step.parts())
 
@@ -340,6 +357,10 @@ class SimulatedReplica(ReplicaView):
         self._rows_before = 0 if steps is None else int(steps.rows[-1])
         ends = now + self.spec.overhead + np.cumsum(seconds)
         self._call = _InFlight(step, now, ends, held, steps)
+        if self.recorder is not None:
+            shapes = scheduler.attention.shapes(step, 1.0)
+            self._call.n_filled = sum(rows for rows, *_ in shapes) - step.n_rows
+            self.recorder.begin(step, now, scheduler.accounting.used)
 
     # -- inside
 

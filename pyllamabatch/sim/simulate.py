@@ -16,6 +16,7 @@ from pyllamabatch.sim.formats import at_rate
 from pyllamabatch.sim.metrics import Load, Outcome, summarise
 from pyllamabatch.sim.replica import EngineSpec, SimulatedReplica
 from pyllamabatch.sim.workload import TraceRequest
+from pyllamabatch.step.trace import Trace
 
 
 class SimulationStuck(PyllamabatchError):
@@ -25,11 +26,13 @@ class SimulationStuck(PyllamabatchError):
 @dataclass(frozen=True, slots=True)
 class Simulated:
     """A run. outcomes: in the order in which requests ended or were rejected. loads: of each
-    replica."""
+    replica. traces: its last steps, as `Engine.trace` has them, a request by its id + 1; none where
+    they were not asked for."""
 
     policy: str
     outcomes: tuple[Outcome, ...]
     loads: tuple[Load, ...]
+    traces: tuple[Trace, ...] = ()
 
     def summary(self, slo: Mapping[str, float] | None = None) -> dict[str, float]:
         """See `metrics.summarise`."""
@@ -43,9 +46,11 @@ def simulate(
     *,
     n_replicas: int = 1,
     router: str = "least-outstanding",
+    n_trace: int = 0,
 ) -> Simulated:
     """Run `requests` on `n_replicas` engines. policy: a name with options (see `make_policy`), or
-    a function that makes a policy for each replica.
+    a function that makes a policy for each replica. n_trace: how many of each replica's last steps
+    are recorded.
 
     The same arguments give the same run, to the last bit. A request that can never fit is rejected;
     those after it arrive as if it had ended at once. Raises SimulationStuck when the policy leaves
@@ -77,7 +82,7 @@ def simulate(
             followers.setdefault(request.after, []).append(request)
     replicas = [
         SimulatedReplica(
-            spec, make_policy(policy) if isinstance(policy, str) else policy(), ended, i
+            spec, make_policy(policy) if isinstance(policy, str) else policy(), ended, i, n_trace
         )
         for i in range(n_replicas)
     ]
@@ -102,7 +107,9 @@ def simulate(
     n_left = sum(replica.n_open for replica in replicas) + sum(map(len, followers.values()))
     if n_left:
         raise SimulationStuck(f"{name} leaves {n_left} requests waiting for ever")
-    return Simulated(name, tuple(outcomes), tuple(replica.load for replica in replicas))
+    recorders = [replica.recorder for replica in replicas]
+    traces = tuple(one.trace.snapshot()() for one in recorders if one is not None)
+    return Simulated(name, tuple(outcomes), tuple(replica.load for replica in replicas), traces)
 
 
 def at_load(

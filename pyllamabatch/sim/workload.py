@@ -76,17 +76,23 @@ def draw_lengths(text: str, rng: np.random.Generator, n: int) -> list[int]:
     return found
 
 
-def draw_acceptance(requests: Sequence[TraceRequest], text: str, seed: int) -> list[TraceRequest]:
+def draw_acceptance(
+    requests: Sequence[TraceRequest], how: str | Sequence[float], seed: int
+) -> list[TraceRequest]:
     """These requests, with an `acceptance` where they have none. "0.7": all the same; "0.3-0.9":
-    uniform. ArgumentError for anything else."""
-    first, _, last = text.partition("-")
-    try:
-        low, high = float(first), float(last or first)
-    except ValueError:
-        low, high = 1.0, 0.0
-    if not 0 <= low <= high <= 1:
-        raise ArgumentError("acceptance", text, "a share from 0 to 1, like 0.7 or 0.3-0.9")
-    drawn = np.random.default_rng([seed, 1]).uniform(low, high, len(requests)).tolist()
+    uniform; or one of these. ArgumentError for another text."""
+    rng, n = np.random.default_rng([seed, 1]), len(requests)
+    if isinstance(how, str):
+        first, _, last = how.partition("-")
+        try:
+            low, high = float(first), float(last or first)
+        except ValueError:
+            low, high = 1.0, 0.0
+        if not 0 <= low <= high <= 1:
+            raise ArgumentError("acceptance", how, "a share from 0 to 1, like 0.7 or 0.3-0.9")
+        drawn = rng.uniform(low, high, n).tolist()
+    else:
+        drawn = rng.choice(how, n).tolist()
     return [
         replace(request, acceptance=share) if request.acceptance is None else request
         for request, share in zip(requests, drawn, strict=True)

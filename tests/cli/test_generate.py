@@ -102,6 +102,7 @@ def test_200_prompts_are_what_they_are_one_by_one(files: Files) -> None:
             assert row["finish_reason"] == ("length" if ended is alone else "stop")
             assert row["n_prompt"] == len(prompt)
             assert row["n_generated"] == len(row["tokens"])
+            assert row["n_accepted"] <= row["n_drafted"] >= row["n_drafts"] >= 0
             assert 0 < row["ttft_ms"] <= row["e2el_ms"]
     assert sorted(path.name for path in files.folder.iterdir()) == ["in.jsonl", "out.jsonl"]
 

@@ -13,6 +13,8 @@ from pyllamabatch.cli.simulate import split_policies
 from pyllamabatch.cost.profile import profile_folder, shipped_profile
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler.policies import DEFAULT
+from pyllamabatch.server import live
+from pyllamabatch.sim import load_acceptance
 
 PROFILE = ["simulate", "--profile", "m2-ultra-gemma-3-4b-it-qat"]
 TRACE = ["--trace", "poisson:rate=2,n=30,prompt=10-200,output=5-40"]
@@ -43,6 +45,15 @@ def test_json_is_the_same_for_the_same_seed(capsys: pytest.CaptureFixture[str]) 
     assert run("1")[DEFAULT]["requests"] == 30
 
 
+def test_its_steps_look_like_live_ones(tmp_path: Path) -> None:
+    steps, page = tmp_path / "steps.json", tmp_path / "page.html"
+    assert main([*PROFILE, *TRACE, "-s", "4", "--steps", str(steps)]) == 0
+    assert main(["view", str(steps), "--out", str(page)]) == 0
+    found = live.recorded(steps)
+    assert {lane[1] for step in found for lane in step["lanes"]} == {*range(1, 31)}
+    assert json.dumps(found[-1]["lanes"]) in page.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("words", "unified"),
     [
@@ -68,6 +79,9 @@ def test_the_layout_is_an_engines_own(tmp_path: Path, words: list[str], unified:
         ([*PROFILE, *TRACE, "--policy", "fcfs,fcfs"], "every one once"),
         ([*PROFILE, *TRACE, "--slo", "speed=1"], "slo"),
         ([*PROFILE, *TRACE, "--overhead", "-1"], "overhead"),
+        ([*PROFILE, *TRACE, "--steps", "/no/such/folder/x"], "/no/such/folder"),
+        ([*PROFILE, *TRACE, "--steps", "x", "--policy", "fcfs,sarathi"], "one policy"),
+        ([*PROFILE, *TRACE, "--steps", "x", "--replicas", "2"], "one replica"),
         ([*PROFILE, *TRACE, "--jsonl", "/no/such/folder/x"], "/no/such/folder"),
     ],
 )
@@ -115,3 +129,29 @@ def test_splitting_policies() -> None:
     assert split_policies("a") == ["a"]
     with pytest.raises(ArgumentError):
         split_policies("a,a")
+
+
+def test_acceptance_of_requests_that_were_answered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`generate` writes what came of drafts, and `simulate` draws from it."""
+    asked, answered = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts = ["abcabcabcabc" * 4, "1 2 3 4 5 1 2 3 4 5 1 2 3"]
+    asked.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+    bias = {"logit_bias": {"97": 25.0, "98": 25.0}, "ignore_eog": True}
+    asked.write_text(asked.read_text() + json.dumps({"prompt": "ab" * 30, **bias}) + "\n")
+    words = ["--prompts", str(asked), "--out", str(answered), "-n", "60", "--temperature", "0"]
+    assert main(["generate", "-q", "-t", "1", "--speculate", "ngram", *words]) == 0
+    found = load_acceptance(answered)
+    assert len(found) == 3
+    assert 0 < max(found) <= 1
+    out = tmp_path / "run.jsonl"
+    run = [*PROFILE, *TRACE, "--jsonl", str(out)]
+    assert main([*run, "--acceptance", str(answered)]) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sum(line.get("n_accepted", 0) for line in lines) > 0
+    capsys.readouterr()
+    for text, says in (('{"n_drafts": 1}\n', "line 1"), ("", "with drafts")):
+        answered.write_text(text)
+        assert main([*run, "--acceptance", str(answered)]) == 2
+        assert says in capsys.readouterr().err
