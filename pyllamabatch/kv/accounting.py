@@ -78,6 +78,7 @@ class KvAccounting:
         if n_cells < 1 or n_seq_max < 1:
             raise ValueError(f"n_cells and n_seq_max must be positive, got {n_cells}, {n_seq_max}")
         self.n_seq_max = n_seq_max
+        self._held = np.zeros(n_seq_max, dtype=np.int64)
         self.reset(n_cells, unified, n_cells_seq)
 
     def reset(self, n_cells: int, unified: bool, n_cells_seq: int | None) -> None:
@@ -86,7 +87,7 @@ class KvAccounting:
         self.n_cells = n_cells
         self.unified = unified
         self.n_cells_seq = n_cells_seq or (n_cells if unified else n_cells // n_seq_max)
-        self._held = np.zeros(n_seq_max, dtype=np.int64)
+        self._held[:] = 0
         self._own_from = [0] * n_seq_max
         self._runs: list[list[_Run]] = [[] for _ in range(n_seq_max)]
         self._cached = [False] * n_seq_max
@@ -132,7 +133,7 @@ class KvAccounting:
 
     @property
     def held_by_slot(self) -> npt.NDArray[np.int64]:
-        """`held` of all slots; the accounting's own, to read."""
+        """`held` of all slots: always the same array, the accounting's own, to read."""
         return self._held
 
     def longest(self, slots: list[int]) -> int:
@@ -186,6 +187,7 @@ class KvAccounting:
         n_all = n * len(slots) if isinstance(n, int) else int(n.sum())
         if n_all > self.empty:
             raise ValueError(f"{n_all} cells are asked for, {self.empty} are free")
+        slots = slots.astype(np.intp)  # NumPy takes twice as long for any other type
         held = self._held[slots]
         self._place(slots, n_all, new=int(np.count_nonzero(held)) < len(held))
         self._held[slots] = held + n

@@ -45,11 +45,8 @@ class Progress:
             sequences.now = now
         n_recomputed = sum([self._advance(chunk) for chunk in step.chunks]) if step.chunks else 0
         if len(step.decode):
-            slots = step.decode.astype(np.intp)  # NumPy takes twice as long for any other type
             taken = n if drafted is None else self._drafted(step, n, drafted)
-            self._accounting.take_each(slots, taken)
-            running.computed[slots] += taken
-            running.known[slots] += taken
+            self._accounting.take_each(step.decode, taken)
             self._builder.computed(step, n)
             if running.asked:
                 self._answered(step.decode)
@@ -61,8 +58,6 @@ class Progress:
         (slot,) = step.decode.tolist()
         (entry,) = running.ids.values()
         self._accounting.take(slot, n)
-        running.computed[slot] += n
-        running.known[slot] += n
         entry.true = False
         view = running.seen(entry)
         entry.view = view._replace(goal=view.computed)
@@ -100,7 +95,7 @@ class Progress:
         entry = running.ids[chunk.id]
         entry.true = False
         self._accounting.take(slot, chunk.n)
-        running.computed[slot] = end
+        running.ahead[slot] -= chunk.n
         sequences.promised -= chunk.n
         n_recomputed = max(0, min(end, entry.high) - chunk.start)
         entry.high = max(end, entry.high)
@@ -108,7 +103,7 @@ class Progress:
             entry.computed.add(chunk.start, chunk.n)
         if entry.view.goal is not None:
             sequences.update(entry, running.seen(entry))
-        elif int(running.known[slot]) - end == 1:
+        elif running.ahead[slot] == 1:
             sequences.prefilling.leave(chunk.id)
             running.start_decoding(entry)
         return n_recomputed

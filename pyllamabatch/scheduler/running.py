@@ -56,19 +56,19 @@ class Entry:
 class RunningSequences(SequenceQueue[Entry]):
     """In the order of admission.
 
-    - computed, known: tokens, int64 arrays by slot, 0 where none runs. counts: both of them, shape
-      (2, n_slots). most: what `known` is at the very end.
-    - owner: id + 1 by slot, 0 where none runs.
+    - computed: tokens in the cache, by slot: what `KvAccounting` says it holds.
+    - ahead: tokens that are known and not computed; of one that decodes always 1. most: what is
+      computed at the very end: all but the last one. owner: id + 1. int64 by slot, 0 where none
+      runs.
     - decoding: ids of those that decode. asked: slot -> id of the interactive ones of these.
     """
 
-    def __init__(self, n_slots: int) -> None:
+    def __init__(self, computed: npt.NDArray[np.int64]) -> None:
         super().__init__(self.seen)
-        self._numbers = np.zeros((6, n_slots), dtype=np.int64)
-        self.computed, self.known, self._n_prompt, self.most, self._start, self.owner = (
-            self._numbers
-        )
-        self.counts = self._numbers[:2]
+        n_slots = len(computed)
+        self.computed = computed
+        self._numbers = np.zeros((5, n_slots), dtype=np.int64)
+        self.ahead, self._n_prompt, self.most, self._start, self.owner = self._numbers
         self._itl_targets: list[float] = []
         self._facts: dict[Rank, npt.NDArray[np.float64]] = {}  # by the function they come from
         self._decoding: dict[int, None] = {}
@@ -79,12 +79,13 @@ class RunningSequences(SequenceQueue[Entry]):
         self._occupied: npt.NDArray[np.intp] | None = None
 
     def join(self, id: int, entry: Entry, *, first: bool = False) -> None:
-        """`entry.slot` is its own from now on."""
+        """`entry.slot`, and what that holds, is its own from now on."""
         super().join(id, entry, first=first)
         view, slot = entry.view, entry.slot
         entry.true = False
-        known, most = view.known, view.n_prompt + view.max_tokens
-        self._numbers[:, slot] = 0, known, view.n_prompt, most, known, id + 1
+        known, most = view.known, view.n_prompt + view.max_tokens - 1
+        ahead = known - self.computed[slot]
+        self._numbers[:, slot] = ahead, view.n_prompt, most, known, id + 1
         insort(self._itl_targets, itl_target(view))
         for function, facts in self._facts.items():
             facts[slot] = function(view)
@@ -100,7 +101,7 @@ class RunningSequences(SequenceQueue[Entry]):
         return entry
 
     def move(self, entry: Entry, slot: int) -> None:
-        """It runs in the empty `slot` from now on."""
+        """It runs in `slot` from now on, which holds all that it has computed."""
         source, entry.slot = entry.slot, slot
         for by_slot in (*self._numbers, self._decodes_in, *self._facts.values()):
             by_slot[slot] = by_slot[source]
@@ -116,7 +117,8 @@ class RunningSequences(SequenceQueue[Entry]):
         if entry.true:
             return view
         slot = entry.slot
-        computed, known = self.counts[:, slot].tolist()
+        computed = int(self.computed[slot])
+        known = computed + int(self.ahead[slot])
         generated = known - view.n_prompt
         if view.computed != computed or view.generated != generated or not view.running:
             turn = known - int(self._start[slot])
@@ -130,8 +132,8 @@ class RunningSequences(SequenceQueue[Entry]):
         """A running sequence is `view` from now on, whose `turn` is what it was."""
         entry.view, entry.true = view, False
         slot, known = entry.slot, view.known
-        self.computed[slot], self.known[slot] = view.computed, known
-        self._n_prompt[slot], self._start[slot] = view.n_prompt, known - view.turn
+        self.ahead[slot], self._n_prompt[slot] = known - view.computed, view.n_prompt
+        self._start[slot] = known - view.turn
         for function, facts in self._facts.items():
             facts[slot] = function(view)
 
@@ -174,9 +176,8 @@ class RunningSequences(SequenceQueue[Entry]):
 
     def remaining(self, entry: Entry) -> int:
         """`seen(entry).remaining`, and no view is made."""
-        goal = entry.view.goal
-        last = self.known[entry.slot] if goal is None else goal
-        return max(0, int(last - self.computed[entry.slot]))
+        goal, slot = entry.view.goal, entry.slot
+        return int(self.ahead[slot] if goal is None else max(0, goal - self.computed[slot]))
 
     def column(self, what: str | Rank) -> Column:
         """See `SequenceList`. In the order of the slots."""
@@ -192,16 +193,19 @@ class RunningSequences(SequenceQueue[Entry]):
         if what == "computed":
             return self.computed[slots]
         if what == "generated":
-            return self.known[slots] - self._n_prompt[slots]
+            return self._known(slots) - self._n_prompt[slots]
         if what == "turn":
-            return self.known[slots] - self._start[slots]
+            return self._known(slots) - self._start[slots]
         if what == "max_tokens":
-            return self.most[slots] - self._n_prompt[slots]
+            return self.most[slots] + 1 - self._n_prompt[slots]
         by_slot = sorted(self.ids.values(), key=_slot_of)
         return SequenceList(map(self.seen, by_slot)).column(what)
 
     def itl_targets(self) -> Sequence[float]:
         return self._itl_targets
+
+    def _known(self, slots: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
+        return self.computed[slots] + self.ahead[slots]
 
     def _facts_of(self, function: Rank) -> npt.NDArray[np.float64]:
         facts = self._facts.get(function)

@@ -264,7 +264,7 @@ class Scheduler:
         slots = running.decode_slots
         if running.asked:
             slots = running.decode_slots_but([*running.asked], [])
-        n_left = (running.most - running.known)[slots]
+        n_left = (running.most - running.computed)[slots]
         attended = self.attention.of_all()
         return self.drafting.view(
             slots,

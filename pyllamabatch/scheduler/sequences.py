@@ -32,7 +32,7 @@ class Sequences:
         counters: Counters,
         left: Callable[[Entry], None],
     ) -> None:
-        self.running = RunningSequences(accounting.n_seq_max)
+        self.running = RunningSequences(accounting.held_by_slot)
         self.prefilling = SequenceQueue(self.running.seen)
         self.waiting = SequenceQueue(self.running.seen)
         self.aside: dict[int, Entry] = {}
@@ -132,7 +132,6 @@ class Sequences:
             entry.view = entry.view._replace(prefix=prefix)
         self.promised += entry.view.remaining
         self.running.join(id, entry)
-        self.running.computed[entry.slot] = start.n
         if entry.computed is not None:
             entry.computed.on_grid = max(entry.computed.on_grid, start.hit.n)
         self._sort(entry)
@@ -144,7 +143,8 @@ class Sequences:
         return entry.slot
 
     def update(self, entry: Entry, view: SequenceView) -> None:
-        """An interactive sequence is `view` from now on: it goes where that belongs."""
+        """An interactive sequence, which was looked at, is `view` from now on: it goes where that
+        belongs."""
         id = view.id
         self.n_changes += 1
         if entry.slot < 0:
@@ -153,7 +153,7 @@ class Sequences:
             self.add(entry)
             return
         running = self.running
-        self.promised += view.remaining - running.remaining(entry)
+        self.promised += view.remaining - entry.view.remaining
         running.set(entry, view)
         self.prefilling.leave(id)
         running.stop_decoding(entry)
@@ -166,7 +166,7 @@ class Sequences:
         n = running.remaining(entry)
         if n == 0:
             self._idle.begin(entry.view.id, self.now)
-        elif n == 1 and running.known[entry.slot] - running.computed[entry.slot] == 1:
+        elif n == 1 and running.ahead[entry.slot] == 1:
             running.start_decoding(entry)
         else:
             self.prefilling.join(entry.view.id, entry)

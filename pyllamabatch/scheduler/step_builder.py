@@ -130,7 +130,7 @@ class StepBuilder:
         asked = bool(running.asked)
         if repeat > 1:
             if not asked:
-                left = int((running.most - running.known)[step.decode].min())
+                left = int((running.most - running.computed).take(step.decode).min())
             elif len(step.decode) == n_rows == len(running.ids) == 1 and self._alone():
                 left = self._limits.most_cells - int(running.computed[step.decode[0]])
             else:
@@ -177,7 +177,9 @@ class StepBuilder:
         checkpoint is due: a chunk, and if they come to the last token that is to be sampled from,
         one of `last` for that."""
         slot, goal = entry.slot, entry.view.goal
-        start, known = self._sequences.running.counts[:, slot].tolist()
+        running = self._sequences.running
+        start = int(running.computed[slot])
+        known = start + int(running.ahead[slot])
         n = min(n, (known if goal is None else goal) - start)
         if entry.computed is not None:
             self._cut_on_grid(entry, start, n, chunks, last)
@@ -195,7 +197,7 @@ class StepBuilder:
         """As `_cut`, with chunks that are whole, be it by more rows than `n`."""
         assert entry.computed is not None
         slot, goal = entry.slot, entry.view.goal
-        known = int(self._sequences.running.known[slot])
+        known = start + int(self._sequences.running.ahead[slot])
         stop = known - 1 if goal is None else min(goal, known - 1)
         at, decoding = start, False
         while at < min(start + n, stop):
