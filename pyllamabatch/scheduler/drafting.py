@@ -233,12 +233,12 @@ class Drafting:
         owner: npt.NDArray[np.int64],
         n_left: npt.NDArray[np.int64],
         kv: float,
-        limits: Limits,
         cost: StepCost | None,
         new_graph: float | None = None,
     ) -> Drafts:
         """Of the sequences that decode in these slots, with so many tokens left to generate.
         new_graph: seconds, as measured; None: as the cost model says."""
+        limits = self.limits
         mine = (self._owner[slots] == owner)[:, None]
         found, right = self._found[slots] * mine, self._right[slots] * mine
         n = len(slots)

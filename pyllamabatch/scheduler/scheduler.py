@@ -267,13 +267,7 @@ class Scheduler:
         n_left = (running.most - running.computed)[slots]
         attended = self.attention.of_all()
         return self.drafting.view(
-            slots,
-            running.owner[slots],
-            n_left,
-            attended,
-            self.limits,
-            self.cost,
-            self.padding.graph,
+            slots, running.owner[slots], n_left, attended, self.cost, self.padding.graph
         )
 
     def plan(self, now: float) -> Step | None:

@@ -216,7 +216,7 @@ def test_nor_do_drafts_that_take_time() -> None:
     shares = np.tile(np.array(GOOD), (8, 1))
 
     def decide() -> Speculation:
-        drafts = drafting.view(slots, owner, 1000 * one, 100.0, limits, HALF)
+        drafts = drafting.view(slots, owner, 1000 * one, 100.0, HALF)
         view = view_of(decoding(0), limits=limits)._replace(drafts=lambda: drafts)
         return ByGain()(PlanBuilder(view, 64, view.kv.free, view.kv.promised))
 
@@ -239,7 +239,7 @@ def test_no_drafts_where_those_that_decode_fill_a_call() -> None:
     slots = np.arange(8, dtype=np.int32)
     limits = replace(LIMITS, drafts_move_sampling=True, n_ubatch=4)
     owner, left = np.arange(1, 9), np.full(8, 9)
-    drafts = Drafting(limits, 8).view(slots, owner, left, 100.0, limits, HALF)
+    drafts = Drafting(limits, 8).view(slots, owner, left, 100.0, HALF)
     assert drafts.prices is None
 
 
@@ -251,8 +251,7 @@ def test_where_drafts_move_the_sampling_steps_without_come_first() -> None:
         timed = np.bincount([1], minlength=9) * 32
         drafted = Drafted(slots, 32, 0, 0, shares, shares, 0.3, timed, 0.01 * timed)
         drafting.observe(slots, owner, drafted, 32, 100, HALF, asked=asked)
-        limits = replace(LIMITS, drafts_move_sampling=True)
-        drafts = drafting.view(slots, owner, np.array([9]), 100.0, limits, HALF)
+        drafts = drafting.view(slots, owner, np.array([9]), 100.0, HALF)
         assert drafts.prices is not None
         seen.append(drafts.prices() is not None)
     assert seen == [False, False, True]
@@ -269,7 +268,7 @@ def test_where_drafts_move_the_sampling_they_begin_soon_and_stay_where_they_pay(
         n_moves, n_off, n_asked, moved = 0, 100, 0, False
         for i in range(400):
             owner, fresh = np.array([1 + i // 10]), np.zeros((8, 4))
-            drafts = drafting.view(slots, owner, 1000 * owner, 100.0, limits, HALF)
+            drafts = drafting.view(slots, owner, 1000 * owner, 100.0, HALF)
             view = view_of(decoding(0), limits=limits)._replace(drafts=partial(Drafts, *drafts))
             asked, steps, prices = ByGain()(PlanBuilder(view, 64, view.kv.free, view.kv.promised))
             assert steps is not None
@@ -321,7 +320,7 @@ def test_after_many_prompts_drafts_move_the_sampling_again() -> None:
     drafted = Drafted(slots, 64, 0, 0, shares, shares, 1.0, timed, 0.015 * timed)
 
     def begin() -> float:
-        view = drafting.view(slots, owner, np.array([9]), 100.0, limits, HALF)
+        view = drafting.view(slots, owner, np.array([9]), 100.0, HALF)
         assert view.prices is not None
         prices = view.prices()
         assert prices is not None
