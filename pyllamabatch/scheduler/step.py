@@ -50,6 +50,7 @@ class Step:
       sequence comes or goes; more than 1 only for pure decoding. stands: the same of an interactive
       sequence that is alone, once each time that its owner asks; see `Scheduler.advance_alone`.
     - kv_operations: to be carried out in the memory, in this order, before the rows are computed.
+    - n_rows, n_slots: how many rows there are, and how many slots have some.
     - n_out: sequences that decode and have no row in this step, but whose cells are attended.
     - n_pad: slots that have a row, used or not (`Padding`); 0: only those that decode.
     - drafts: drafted tokens that each slot may add each time. prices: see `Plan`.
@@ -63,6 +64,7 @@ class Step:
     n_rows: int
     reasons: Mapping[int, str]
     repeat: int = 1
+    n_slots: int = 0
     n_out: int = 0
     kv_operations: tuple[KvOperation, ...] = ()
     n_pad: int = 0
@@ -181,6 +183,7 @@ class Step:
                 preempted=() if parts else self.preempted,
                 admitted=() if parts else self.admitted,
                 n_rows=len(decode) + sum(chunk.n for chunk in chunks),
+                n_slots=len({*decode.tolist(), *(chunk.slot for chunk in chunks)}),
                 n_pad=self.n_pad if decode is self.decode else 0,
                 behind=self.behind and len(decode) > 0 and len(chunks) > 0,
             )
@@ -271,5 +274,5 @@ class Counters:
         self.prefill_rows += n * (step.n_rows - n_sampled)
         self.recomputed_rows += n_recomputed
         self.tokens += n * n_sampled
-        self.slot_steps += n * (len(step.slots) if step.chunks else n_sampled)
+        self.slot_steps += n * step.n_slots
         self.fill[n_sampled] = self.fill.get(n_sampled, 0) + n

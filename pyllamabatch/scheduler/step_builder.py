@@ -58,7 +58,8 @@ class StepBuilder:
         chunks, last = self._cut_prompts(rows.others) if rows.others else ((), [])
         out = self._sits_out(rows, last)
         decode = self._sequences.running.decode_slots_but(out, last)
-        n_rows, behind = len(decode), False
+        n_rows = n_slots = len(decode)
+        behind = False
         if chunks:
             cut = {chunk.slot for chunk in chunks}
             n_wait = len(cut.intersection(last))
@@ -66,7 +67,9 @@ class StepBuilder:
                 at_once = [slot for slot in last if slot not in cut]
                 decode = self._sequences.running.decode_slots_but(out, at_once)
             n_rows = len(decode) + sum([chunk.n for chunk in chunks])
+            n_slots = len(decode) + len(cut) - (0 if behind else n_wait)
         step = Step(decode, chunks, preempted, admitted, n_rows, plan.reasons, behind=behind)
+        step.n_slots = n_slots
         if moved:
             step.moved, step.reasons = moved, {**plan.reasons, **dict(map(_why_moved, moved))}
         if out and self._limits.unified:

@@ -198,6 +198,7 @@ class Machine:
             self.memory.carry_out(operation, self.tokens.get(operation.id, ()))
 
     def place(self, step: Step) -> None:
+        assert step.n_slots == len(step.slots)
         for id, slot in step.preempted:
             assert self.owner.pop(slot) == id
         moved = {id: self.memory.tokens(source) for id, source, _ in step.moved}
@@ -224,6 +225,7 @@ class Machine:
     def compute(self, step: Step, *, advance: bool = True) -> None:
         rows = len(step.decode) + sum(chunk.n for chunk in step.chunks)
         assert rows == step.n_rows <= self.limits.n_batch
+        assert step.n_slots == len(step.slots)
         prompts = [chunk.slot for chunk in step.chunks]
         assert len(prompts) == len(set(prompts))
         for chunk in step.chunks:
