@@ -118,11 +118,11 @@ class StepBuilder:
     def _sits_out(self, rows: CheckedRows, last: list[int]) -> list[int]:
         """Slots of sequences that decode, and not in this step."""
         running = self._sequences.running
-        sits_out = running.decoding if rows.n_decodes == 0 else rows.out
-        if not sits_out:
-            return []
         entries = running.ids
-        slots = [entries[id].slot for id in sits_out if id in entries]
+        if rows.n_decodes:
+            slots = [entries[id].slot for id in rows.out if id in entries]
+        else:
+            slots = running.decode_slots.tolist()
         return [slot for slot in slots if slot not in last] if last else slots
 
     def _set_repeat(self, step: Step, repeat: int) -> None:
