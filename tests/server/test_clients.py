@@ -6,14 +6,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import anthropic
+import numpy as np
 import openai
 import pytest
 from openai.types.chat import ChatCompletionUserMessageParam
 from pydantic import BaseModel
 
+from pyllamabatch.llama.model import Model
 from pyllamabatch.server.messages import MessagesBody, messages_of
 from pyllamabatch.server.native import MixedPrompt, prompts_of
-from tests.support.served import ANSWER, SUM, Served
+from pyllamabatch.server.options import ServerOptions
+from tests.support.served import ANSWER, SUM, Served, serving
 
 ASKED: list[ChatCompletionUserMessageParam] = [{"role": "user", "content": SUM}]
 
@@ -68,6 +71,31 @@ def test_completions_and_models(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="m", prompt=SUM, max_tokens=3, logprobs=1)
     assert answer.choices[0].logprobs is not None
     assert [model.id for model in client.models.list()] == ["default.gguf"]
+
+
+def test_embeddings(embedded_model: Model) -> None:
+    """The client asks for base64 unless told otherwise."""
+    with (
+        serving(embedded_model, ServerOptions(embeddings=True)) as served,
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        vocab, create = embedded_model.vocab, client.embeddings.create
+        texts = [SUM, "zebras"]
+        found = create(model="m", input=texts)
+        assert [one.index for one in found.data] == [0, 1]
+        vectors = np.array([one.embedding for one in found.data])
+        assert vectors.shape == (2, embedded_model.n_embd)
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+        tokens = [vocab.tokenize(text).tolist() for text in texts]
+        assert found.usage.prompt_tokens == sum(map(len, tokens))
+        by_tokens = create(model="m", input=tokens, encoding_format="float")
+        for one, vector in zip(by_tokens.data, vectors, strict=True):
+            np.testing.assert_allclose(one.embedding, vector, atol=0.01)
+        (alone,) = create(model="m", input=tokens[0]).data
+        np.testing.assert_allclose(alone.embedding, vectors[0], atol=0.01)
+        with pytest.raises(openai.BadRequestError, match="shortened") as caught:
+            create(model="m", input=SUM, dimensions=8)
+        assert caught.value.param == "dimensions"
 
 
 def test_errors(client: openai.OpenAI) -> None:
