@@ -5,7 +5,7 @@
 
 It starts a server over the embedded model and prints a line of JSON: answers by kind, the 99th
 percentile of `/health` meanwhile, memory before and after. It ends with 1 where the server has
-ended, an answer is missing, counters don't balance, or cells are left.
+ended, an answer is missing, counters don't balance, cells are left, or memory has grown.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -35,7 +36,13 @@ BAD_BODIES = (
     b"not JSON",
     b'{"prompt": "a", "n": 100000}',
 )
-HUGE = 50 * 2**20
+HUGE_MIB = 50
+MIB_OF_BODY = b"a" * 2**20
+HUGE_BODIES = {  # its length is said, or seen while it is read
+    b"Content-Length: %d" % (HUGE_MIB * 2**20): MIB_OF_BODY,
+    b"Transfer-Encoding: chunked": b"%x\r\n%b\r\n" % (len(MIB_OF_BODY), MIB_OF_BODY),
+}
+GROWTH_MIB = 32  # of memory, at most: less than the part of one huge body that is read
 
 
 class Load:
@@ -56,7 +63,7 @@ class Load:
         for _, writer in half_open[10:]:
             writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n{")
         bad = [self._counted("bad", self._bad(body)) for body in BAD_BODIES]
-        bad += [self._counted("huge", self._huge()) for _ in range(2)]
+        bad += [self._counted("huge", self._huge(head)) for head in HUGE_BODIES for _ in range(2)]
         await asyncio.gather(*(self._request() for _ in range(n_requests)), *bad)
         for _, writer in half_open:
             writer.close()
@@ -97,12 +104,16 @@ class Load:
         async with self._posted(body) as reader:
             return await status_of(reader)
 
-    async def _huge(self) -> str:
-        """Its length is said: it is refused before it is read."""
+    async def _huge(self, head: bytes) -> str:
+        """It is sent to its end, whatever is answered meanwhile."""
         reader, writer = await asyncio.open_connection(HOST, self.port)
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % HUGE
-        writer.write(head + b"a" * 2**16)
-        status = await status_of(reader)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n" + head + b"\r\n\r\n")
+        answer = asyncio.create_task(status_of(reader))
+        with suppress(ConnectionError):  # the server may close it
+            for _ in range(HUGE_MIB):
+                writer.write(HUGE_BODIES[head])
+                await writer.drain()
+        status = await answer
         writer.close()
         return status
 
@@ -171,7 +182,9 @@ def problems(result: dict[str, Any]) -> list[str]:
     fine = "answered 200", "slow 200", "left 200", "bad 400", "huge 413"
     found = [f"{kind}: {n}" for kind, n in result["answers"].items() if kind not in fine]
     names = ("running", "waiting", "kv_in_use", "busy_slots")
-    return found + [f"{name}={result[name]}" for name in names if result[name]]
+    found += [f"{name}={result[name]}" for name in names if result[name]]
+    before, after = result["memory_mib"]
+    return found + ([f"memory: {before} MiB, then {after}"] if after > before + GROWTH_MIB else [])
 
 
 def main() -> int:
