@@ -35,8 +35,8 @@ def ask_all(
     timings = Timings(0.0, requests)
 
     def start() -> None:
-        let_go()
         timings.begin = time.perf_counter()
+        let_go()
 
     all_there = threading.Barrier(n_clients, action=start)
 

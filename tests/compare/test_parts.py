@@ -205,6 +205,18 @@ def test_a_request_is_asked_once_and_not_before_it_comes() -> None:
         assert one.arrived == timings.begin + arrival <= moment
 
 
+def test_the_time_of_a_burst_starts_before_any_client_goes_on() -> None:
+    let_go: list[float] = []
+    timings = ask_all(
+        Workload("burst", 0, 2, (0.0,) * 2),
+        2,
+        lambda k, i: range(2),
+        let_go=lambda: let_go.append(time.perf_counter()),
+    )
+    assert timings.begin <= let_go[0]
+    assert all(one.times[0] <= timings.begin <= one.times[1] for one in timings.requests)
+
+
 def test_arms_take_turns_and_single_runs_once() -> None:
     names = ["single", "contexts", "engine"]
     arms = [ARMS[name] for name in names]
@@ -417,7 +429,7 @@ def test_a_burst_goes_on_where_its_first_tokens_were(processes: Processes) -> No
 
 def test_a_worker_that_dies_in_a_run_ends_the_run(processes: Processes) -> None:
     workload = Workload("ds4", 0, 40_000, (0.0, 0.0))
-    killer = threading.Timer(1.0, os.kill, (processes.pids[1], signal.SIGKILL))
+    killer = threading.Timer(0.3, os.kill, (processes.pids[1], signal.SIGKILL))
     killer.start()
     done = processes.run(workload, limit_s=2.0)
     killer.join()
