@@ -224,15 +224,19 @@ def test_answers_come_while_the_input_is_still_open() -> None:
         assert process.wait(timeout=60) == 0
 
 
-def test_a_reader_that_goes_away(files: Files) -> None:
-    files.write(make_lines(50))
+def test_a_reader_that_goes_away() -> None:
     pipe = subprocess.PIPE
-    args = command(*files.names[:2], "-n", 8, "--window", 1)
-    with subprocess.Popen(args, stdout=pipe, stderr=pipe) as process:
+    with subprocess.Popen(command("-n", 8), stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
+        first, second = (json.dumps(line).encode() + b"\n" for line in make_lines(2))
+        process.stdin.write(first)
+        process.stdin.flush()
         process.stdout.readline()
         process.stdout.close()
+        process.stdin.write(second)  # whose row has no reader
+        process.stdin.close()
         assert b"Traceback" not in process.stderr.read()
         assert process.wait(timeout=60) == 1
 
