@@ -12,7 +12,7 @@ import pytest
 from pyllamabatch.errors import ArgumentError, EngineClosed, QueueFull
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Plan, Policy, StepView, fcfs
-from tests.support.engines import check_idle, engine_on, greedy, held
+from tests.support.engines import check_idle, engine_on, greedy, held, stopped_clock
 
 PROMPT = [1, 20, 30, 40, 50]
 small = partial(engine_on, n_seq_max=2)
@@ -43,9 +43,7 @@ class Gate:
 def test_a_deadline_ends_a_running_request_with_what_it_has(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    began, begun = time.perf_counter(), threading.Event()
-    now = lambda: time.perf_counter() if begun.is_set() else began  # noqa: E731
-    monkeypatch.setattr("pyllamabatch.engine.core.perf_counter", now)
+    begun = stopped_clock(monkeypatch)
     with small(model) as engine:
         whole = engine.submit(PROMPT, greedy(50)).result(60).tokens
         with held(engine):  # so the deadline comes first

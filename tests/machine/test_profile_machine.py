@@ -16,7 +16,7 @@ from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError, PyllamabatchError, UnsupportedOperation
 from pyllamabatch.machine.profile_machine import SENTENCE, ProfileMachine, known_names
 from pyllamabatch.step.sampling_params import SamplingParams
-from tests.support.engines import check_idle
+from tests.support.engines import check_idle, held, stopped_clock
 from tests.support.machines import FASTER, M2, fast_profile
 
 
@@ -77,19 +77,26 @@ def test_a_step_takes_what_the_profile_says(fast: Path) -> None:
     machine.queue.close()
 
 
-def test_streams_stops_deadlines_and_cancelling(engine: Engine) -> None:
+def test_streams_stops_deadlines_and_cancelling(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stopped = engine.submit("x", SamplingParams(max_tokens=200, stop=["wrote"])).wait()
     assert (stopped.text, stopped.finish_reason) == (" No model ", "stop")
     token = engine.model.vocab.tokenize(":", add_special=False)[0]
     params = SamplingParams(max_tokens=200, stop_token_ids=[int(token)])
     assert engine.submit("x", params).wait().text == SENTENCE.partition(":")[0]
-    read = engine.submit("x", SamplingParams(max_tokens=500))
-    assert "".join(token.text for token in islice(read, 9)) == text_of(9)
-    read.cancel()
-    assert read.wait().finish_reason == "cancelled"
-    late = engine.submit("x", SamplingParams(max_tokens=2000), timeout=0.05).wait()
-    assert late.finish_reason == "deadline"
-    assert 0 < len(late.tokens) < 2000
+    with held(engine, 20):
+        read = engine.submit("x", SamplingParams(max_tokens=500))
+        assert "".join(token.text for token in islice(read, 9)) == text_of(9)
+        read.cancel()
+        assert read.wait().finish_reason == "cancelled"
+        begun = stopped_clock(monkeypatch)
+        stream = engine.submit("x", SamplingParams(max_tokens=2000), timeout=0.05)
+        next(iter(stream))
+        begun.set()
+        late = stream.wait()
+        assert late.finish_reason == "deadline"
+        assert 0 < len(late.tokens) < 2000
     scored = engine.submit("x", SamplingParams(max_tokens=3, logprobs=1)).wait()
     assert scored.logprobs == [0.0] * 3
     assert scored.top_logprobs == [{token: 0.0} for token in scored.tokens]

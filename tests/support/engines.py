@@ -8,11 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
+from pyllamabatch.engine import core as core_module
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.engine.stats import EngineStats
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
 
+clock: Any = core_module  # by which an engine's core goes
 EXACT: dict[str, Any] = {
     "flash_attn_type": "disabled",
     "type_k": "f32",
@@ -32,6 +36,15 @@ def engine_on(model: Model, **options: Any) -> Engine:
     return Engine(model, **{**sizes, **EXACT, **options})
 
 
+def stopped_clock(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """The core's clock stands still until this is set: no deadline comes before."""
+    goes, now = threading.Event(), time.perf_counter()
+    monkeypatch.setattr(
+        clock, "perf_counter", lambda: time.perf_counter() if goes.is_set() else now
+    )
+    return goes
+
+
 @contextmanager
 def held(engine: Engine, n_steps: int = 8) -> Iterator[threading.Event]:
     """Each native call computes one step. After `n_steps` of them the next one waits until a thread
@@ -44,7 +57,7 @@ def held(engine: Engine, n_steps: int = 8) -> Iterator[threading.Event]:
 
     def told() -> bool:
         deadline = core.scheduler.deadlines.next
-        return bool(commands) or (deadline is not None and deadline <= time.perf_counter())
+        return bool(commands) or (deadline is not None and deadline <= clock.perf_counter())
 
     def computed(slots: Any, n_steps: int, n_before: int = 0, n_pad: int = 0) -> Any:
         nonlocal left
