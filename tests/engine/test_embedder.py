@@ -225,8 +225,11 @@ def test_what_is_cancelled_is_not_computed(
         assert batches.sizes == [1, 1]
 
 
-def test_cancelled_tasks_and_closed_embedders(embedded_model: Model) -> None:
-    own = Embedder(embedded_model)
+def test_cancelled_tasks_and_closed_embedders(
+    embedded_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches, own = Batches(monkeypatch), Embedder(embedded_model)
+    batches.go.set()
 
     async def cancelled() -> None:
         task = asyncio.create_task(own.aembed([[40]] * 2000))
@@ -237,8 +240,14 @@ def test_cancelled_tasks_and_closed_embedders(embedded_model: Model) -> None:
 
     asyncio.run(cancelled())
     assert asyncio.run(own.aembed([[40], [41]])).shape == (2, embedded_model.n_embd_out)
+    batches.go.clear()
     waiting = own.submit(own.tokens([[40]] * 2000))
-    own.close()
+    with ThreadPoolExecutor(1) as threads:
+        closing = threads.submit(own.close)
+        while not own._core._closed:
+            pass
+        batches.go.set()
+        closing.result(60)
     own.close()
     with pytest.raises(ClosedError, match="given up"):
         waiting.future.result(60)
