@@ -16,6 +16,7 @@ import pytest
 
 from pyllamabatch.report import meters
 from pyllamabatch.report.meters import Gpus, Meter, OtherCores, figures
+from tests.support.served import until
 
 MIB = 2**20
 
@@ -50,9 +51,8 @@ def test_a_meter_samples_all_the_while(monkeypatch: pytest.MonkeyPatch) -> None:
     values = itertools.count(1)
     meter = Meter([1], sources=[lambda: {"rss_bytes": float(next(values))}])
     meter.start()
-    while (n := next(values)) < 50:
-        time.sleep(0.001)
-    assert 1 < meter.stop()["rss_bytes"] < n
+    until(lambda: len(meter._samples) > 9)
+    assert 1 < meter.stop()["rss_bytes"] < next(values)
 
 
 class FakeNvml:
