@@ -42,7 +42,7 @@ AVX2 = kernels("CPU", "Q4_K", features="AVX2")
 def test_every_memory(arch_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calm_and_small(monkeypatch)
     with Model(arch_path) as model:
-        profile = calibrate(model, budget=20.0, n_ubatch=16, n_threads=1)
+        profile = calibrate(model, budget=600.0, n_ubatch=16, n_threads=1)
     shapes = {(s.rows, s.prefill, s.unified) for s in profile.samples}
     expected = {(n, 0, u) for n in (1, 2, 3, 4) for u in (True, False)}
     assert expected | {(20, 20, True), (12, 10, True)} <= shapes
@@ -105,9 +105,9 @@ def test_interrupt_keeps_the_layouts_that_are_known(
     with Model(tiny_llama_path) as model:
         if layouts is None:
             with pytest.raises(KeyboardInterrupt):
-                calibrate(model, budget=60, progress=interrupt, n_threads=1)
+                calibrate(model, budget=600, progress=interrupt, n_threads=1)
         else:
-            profile = calibrate(model, budget=60, progress=interrupt, n_threads=1)
+            profile = calibrate(model, budget=600, progress=interrupt, n_threads=1)
             assert profile.about["complete"] is False
             assert {s.unified for s in profile.samples} == layouts
 
@@ -270,7 +270,7 @@ def test_command(
 ) -> None:
     calm_and_small(monkeypatch)
     monkeypatch.setenv("PYLLAMABATCH_CACHE", str(tmp_path))
-    common = ["calibrate", "-m", str(tiny_llama_path), "--budget", "20", "-t", "1", "-q"]
+    common = ["calibrate", "-m", str(tiny_llama_path), "--budget", "600", "-t", "1", "-q"]
     assert main([*common, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     path = Path(said["profile"])
