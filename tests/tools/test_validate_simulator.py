@@ -49,7 +49,7 @@ def test_a_profile_is_measured_and_shipped(tmp_path: Path, monkeypatch: pytest.M
     calm_and_small(monkeypatch)
     monkeypatch.setattr("tools.validation._PROBE_SECONDS", 0.1)
     monkeypatch.setattr(validate_simulator, "SHIPPED", tmp_path / "shipped")
-    words = [*SMALL, "-s", "2", "-c", "1024", "--calibrate", "5", "--ship", "mine"]
+    words = [*SMALL, "-s", "2", "-c", "1024", "--calibrate", "600", "--ship", "mine"]
     words += ["--layouts", "unified", "--out", str(tmp_path / "out.jsonl")]
     assert validate_simulator.main(words) in (0, 1)
     shipped = Profile.load(tmp_path / "shipped" / "mine.json")
