@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,13 @@ from tests.support.models_gguf import ARCHITECTURES, Architecture, gguf_path
 
 # A shell ignores it for what runs in the background, and commands under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+with suppress(ImportError):  # an installed wheel is tested with nothing but pytest
+    from hypothesis import HealthCheck, settings
+
+    # How long an example takes says more of the machine than of what is tested.
+    settings.register_profile("calm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("calm")
 
 
 @pytest.fixture(scope="session")

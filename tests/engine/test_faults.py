@@ -167,7 +167,7 @@ faults = st.dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     operations,
     faults,

@@ -412,7 +412,7 @@ OPS = st.lists(
 
 
 @given(OPS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_whatever_the_owners_do_each_gets_its_own(ops: list[tuple[int, str, int]]) -> None:
     """Three sequences on two slots and a request now and then: greedy tokens of each are those of
     a request with the same prefix, and in the end nothing is left over."""

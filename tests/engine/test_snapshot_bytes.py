@@ -138,7 +138,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(CHANGES)
 def test_changed_bytes_are_refused(victim: Victim, changes: list[tuple[str, int, bytes]]) -> None:
     data = changed(victim.saved, changes)
@@ -147,7 +147,7 @@ def test_changed_bytes_are_refused(victim: Victim, changes: list[tuple[str, int,
             sequence.restore(data)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(CHANGES)
 @example([("cut", 0, b"")])
 def test_a_state_that_was_changed_with_its_checksum(
@@ -171,7 +171,7 @@ def test_a_negative_position_is_refused(victim: Victim, position: int) -> None:
     victim.restore(data)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     tokens=st.none() | st.lists(st.integers(-(2**31), 2**31 - 1), max_size=50),
     changes=st.lists(st.tuples(st.integers(0, 60), VALUES), max_size=3),

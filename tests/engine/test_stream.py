@@ -188,7 +188,7 @@ def test_a_reader_finds_the_stop_string_before_the_output_thread() -> None:
     assert made._scan()
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     st.lists(st.binary(max_size=3) | st.text("abE€", max_size=3).map(str.encode), max_size=30),
     st.lists(st.text("abE€\ufffd", min_size=1, max_size=3), min_size=1, max_size=3),

@@ -60,7 +60,7 @@ class Cells:
 OPERATIONS = ["take", "take each", "share", "share", "keep", "revive", "trim", "release"]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @example(True, [("take", 0, 0, 5), ("keep", 1, 0, 0), ("share", 0, 1, 3)])
 @given(
     st.booleans(),
@@ -260,7 +260,7 @@ def test_what_is_trimmed_is_not_reached() -> None:
     assert (kv.used, kv.reach) == (110, 110)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40)), max_size=60))
 def test_reach_is_never_less_than_what_is_used(moves: list[tuple[int, int]]) -> None:
     """And never more than there is."""

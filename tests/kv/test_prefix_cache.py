@@ -272,7 +272,7 @@ def test_moves_say_what_to_do() -> None:
     assert rig.cache.kv_operations == [KvOperation("copy", 1, slot, 20, False, 7)]
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(
     st.sampled_from(LIMITS),
     st.booleans(),

@@ -46,7 +46,7 @@ def size(tree: RadixTree) -> int:
     return total
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.tuples(st.integers(0, 7), st.none() | words), max_size=40), words)
 def test_it_finds_what_a_search_of_all_finds(
     changes: list[tuple[int, list[int] | None]], query: list[int]

@@ -255,7 +255,6 @@ class Machine(RuleBasedStateMachine):
 LIMITS = settings(
     max_examples=20,
     stateful_step_count=30,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 

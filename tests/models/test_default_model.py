@@ -88,7 +88,7 @@ def test_a_conversation_tokenizes_as_in_training(model: Model) -> None:
 
 
 @given(st.text(max_size=80))
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 def test_any_text_comes_back(model: Model, text: str) -> None:
     tokens = model.vocab.tokenize(text)
     assert tokens.tolist() == tokenizer.encode(text)

@@ -73,7 +73,7 @@ def mixed(engine: Engine, order: Sequence[int], draw: random.Random) -> list[tup
     return [(i, stream.result(timeout=120)) for i, stream in streams]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     order=st.lists(st.integers(0, N_PROMPTS - 1), min_size=2, max_size=12),
     seed=st.integers(0, 2**32 - 1),
@@ -140,7 +140,7 @@ def test_what_it_takes_does_happen(embedded_model: Model, embedded_bits: Alone) 
     ],
 )
 @pytest.mark.parametrize("attention", ["enabled", "disabled"])
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=2)
 @given(
     order=st.lists(st.integers(0, N_PROMPTS - 1), min_size=4, max_size=8),
     seed=st.integers(0, 2**32 - 1),

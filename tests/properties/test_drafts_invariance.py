@@ -60,7 +60,7 @@ def check(model: Model, known: Alone, order: Sequence[int], seed: int, **options
     return engine
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(
     order=st.lists(st.integers(0, N_PROMPTS - 1), min_size=2, max_size=12),
     seed=st.integers(0, 2**32 - 1),

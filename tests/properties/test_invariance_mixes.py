@@ -73,7 +73,7 @@ def test_every_request_gets_what_it_gets_alone(
     seen: Counter[str] = Counter()
     agreement = Agreement()
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     @given(engines, requests, faults)
     def mix(
         options: dict[str, Any],

@@ -130,7 +130,7 @@ MOVED: list[Op] = [
 ]  # fmt: skip
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @example(ops=MOVED, seed=3, n_seq_max=2, n_beside=2, preemption="recompute", fault=None)
 @given(
     ops=OPS,

@@ -252,7 +252,7 @@ ACTIONS = st.tuples(
     st.sampled_from([Sharing(), UNIFIED, Sharing(copy_whole=True, n_cached=2)]),
     st.sampled_from(["recompute", "swap"]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_cells_and_counters_agree_whatever_the_owners_do(
     actions: list[tuple[str, int, int]], unified: bool, sharing: Sharing, swap: str
 ) -> None:

@@ -198,7 +198,7 @@ def live(policy: Policy, memory: Memory, arrivals: list[Arrival], repeats: bool)
 
 
 @each_policy
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(memory=memories, arrivals=arrivals, repeats=st.booleans())
 def test_all_finishes_and_the_same_again(
     spec: str, memory: Memory, arrivals: list[Arrival], repeats: bool
@@ -236,7 +236,7 @@ composed = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(composed, memories, arrivals)
 def test_any_parts_together_keep_the_rules_and_finish(
     policy: ComposedPolicy, memory: Memory, arrivals: list[Arrival]
@@ -245,7 +245,7 @@ def test_any_parts_together_keep_the_rules_and_finish(
 
 
 @each_policy
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(limits=limits, arrivals=arrivals, most=st.integers(2, 40))
 def test_a_plan_stands_for_as_long_as_it_says(
     spec: str, limits: Limits, arrivals: list[Arrival], most: int

@@ -68,7 +68,7 @@ def test_what_fits_the_pool_no_more_than_a_stream_is_refused() -> None:
     assert not m.moved["pool"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(st.integers(1, 200), st.integers(1, 60), st.integers(0, 6), st.integers(0, 40)),

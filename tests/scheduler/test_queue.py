@@ -34,7 +34,7 @@ def view_of(entry: Entry) -> SequenceView:
     return entry.view
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9), st.integers(0, 2)), max_size=60))
 def test_a_line_that_changes_is_the_line_that_it_is(changes: list[tuple[int, int, int]]) -> None:
     """Asked at each moment, or only now and then, `by` and `split` are those of a plain line."""
@@ -82,7 +82,7 @@ def test_orders_that_are_made_on_the_spot_are_forgotten() -> None:
     assert len(line._indexes) == MOST_ORDERS
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(1, 40), st.integers(1, 20), st.sampled_from("abc")), max_size=9)
 )

@@ -174,7 +174,7 @@ def machine_of(
     return machine
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     n=st.integers(9, 16),
     seconds=st.sampled_from([0.001, 0.02]),
@@ -198,7 +198,7 @@ def test_all_get_the_same_share(n: int, seconds: float, switch: float) -> None:
         assert max(after - before for before, after in pairwise(at)) <= most
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     start=st.integers(6, 12),
     changes=st.lists(st.tuples(st.integers(1, 7), st.booleans()), max_size=25),
@@ -349,7 +349,7 @@ def test_a_trial_is_made_for_each_number_of_sequences_and_again_when_old(
     assert set(later) == {8, 9}
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     most=st.lists(st.integers(1, 40), min_size=1, max_size=5),
     start=st.integers(9, 13),

@@ -44,7 +44,6 @@ def ask_all(served: Served) -> None:
 
             @settings(
                 max_examples=EXAMPLES,
-                deadline=None,
                 database=None,
                 phases=[Phase.generate],
                 suppress_health_check=list(HealthCheck),

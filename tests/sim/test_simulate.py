@@ -320,9 +320,7 @@ drawn_requests = st.lists(
 )
 
 
-@settings(
-    max_examples=60, deadline=None, phases=[Phase.reuse, Phase.generate]
-)  # shrinking: minutes
+@settings(max_examples=60, phases=[Phase.reuse, Phase.generate])  # shrinking: minutes
 @given(
     drawn_requests,
     st.sampled_from(sorted(policy_names())),

@@ -479,7 +479,7 @@ def test_any_mix_samples_the_same(name: str, options: dict[str, Any]) -> None:
         Stepper(context, n_draft_max=N_DRAFT, drafter="ngram") as stepper,
     ):
 
-        @settings(max_examples=25, deadline=None)
+        @settings(max_examples=25)
         @given(mixes)
         @example(RIGHT)
         def check(mix: Mix) -> None:

@@ -96,7 +96,7 @@ def check_mixes(
     exactly: down to the log-probabilities."""
     n_same = n_all = n_accepted = 0
 
-    @settings(max_examples=max_examples, deadline=None)
+    @settings(max_examples=max_examples)
     @given(requests, st.integers(0, len(speculating) - 1))
     def check(mix: list[tuple[int, SamplingParams]], which: int) -> None:
         nonlocal n_same, n_all, n_accepted
