@@ -252,7 +252,8 @@ def gaps(inside: InProcess, load: Load, case: Case) -> Measured:
         )
         params = [sampling_params(case.sampling, i, length) for i, length in enumerate(each)]
         if load.read:
-            streams = [engine.submit(*pair) for pair in zip(prompts, params, strict=True)]
+            with engine._core.state:  # none ends before the last one comes
+                streams = [engine.submit(*pair) for pair in zip(prompts, params, strict=True)]
             _in_threads([partial(list, stream) for stream in streams])
         else:
             engine.generate(list(prompts), params)

@@ -255,9 +255,7 @@ def params_of(case: Case, seed: int) -> SamplingParams:
 def steady_load(engine: Engine, case: Case) -> tuple[float, int, list[float]]:
     """Seconds, tokens and ITL of the steps in which all streams decode."""
     prompts = case.prompts(engine.model.n_vocab)
-    streams = [engine.submit(p, params_of(case, i)) for i, p in enumerate(prompts)]
-    for stream in streams:
-        stream.wait()
+    engine.generate(list(prompts), [params_of(case, i) for i in range(len(prompts))])
     trace = engine.trace()
     decodes = (trace["ids"] != 0) & (trace["chunk"] == 0)
     first = int(trace["prefill_rows"].nonzero()[0][-1]) + 1
