@@ -175,10 +175,11 @@ class InProcess:
             prompts = case.prompts(self.model.n_vocab)
             room = case.n_ctx // case.pl - case.pp
             start = time.perf_counter()
-            streams = [
-                engine.submit(prompt, sampling_params(case.sampling, case.seed + seq, room))
-                for seq, prompt in enumerate(prompts)
-            ]
+            with engine._core.state:  # none ends before the last one comes
+                streams = [
+                    engine.submit(prompt, sampling_params(case.sampling, case.seed + seq, room))
+                    for seq, prompt in enumerate(prompts)
+                ]
             reached = clock.done.wait(timeout=600)
             for stream in streams:
                 stream.cancel()
