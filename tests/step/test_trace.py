@@ -153,7 +153,8 @@ def test_its_sums_are_the_engines_counters(
 ) -> None:
     with small(model, **options) as engine:
         assert len(engine.trace()) == 0
-        streams = [engine.submit(prompt, greedy(n_tokens)) for prompt in PROMPTS]
+        with engine._core.state:  # all of them meet
+            streams = [engine.submit(prompt, greedy(n_tokens)) for prompt in PROMPTS]
         for stream in streams:
             stream.result(30)
         engine.generate(PROMPTS[:2], greedy(3))
