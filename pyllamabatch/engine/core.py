@@ -224,7 +224,8 @@ class EngineCore:
         with self.state:
             self._take_commands()
             step = self.scheduler.plan(perf_counter())
-            if step is None:
+            if step is None:  # a policy waits: what it waits for may be a reader
+                self._stepper.flush()
                 return
             step.behind &= not self.recovery.tries_again  # or whose fault it is can't be told
             self._place(step)

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from pyllamabatch import Engine, Model, SamplingParams
-from pyllamabatch.scheduler import Plan, Policy, StepView, make_policy, policy_names, static
+from pyllamabatch.scheduler import (
+    Plan,
+    Policy,
+    StepView,
+    fcfs,
+    make_policy,
+    policy_names,
+    static,
+)
 
 TASKS = ["Copy: hello", "What is 17 + 25?", "Write in capitals: batch", "Reverse: drawer"]
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -49,3 +59,30 @@ def test_a_policy_that_waits_is_not_asked(embedded_model: Model) -> None:
         assert policy.n_plans <= 5
         two = [engine.submit("Copy: b", GREEDY) for _ in range(2)]
         assert [stream.result(60).n_generated > 0 for stream in two] == [True, True]
+
+
+class Impatient:
+    """It plans no second token before the first one was read, and is to be asked again at once."""
+
+    def __init__(self) -> None:
+        self.policy, self.read = fcfs(), False
+
+    def plan(self, view: StepView) -> Plan:
+        if not self.read and any(seq.generated for seq in view.running):
+            return Plan(wake=view.now + 1e-9)
+        return self.policy.plan(view)
+
+
+def test_a_policy_that_waits_for_a_reader_keeps_nothing_from_it(embedded_model: Model) -> None:
+    policy = Impatient()
+    with (
+        Engine(embedded_model, n_seq_max=2, n_ctx=256, policy=policy, n_threads=1) as engine,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        stream = engine.submit("Copy: a", GREEDY)
+        first = pool.submit(next, iter(stream))
+        try:
+            assert first.result(30)
+        finally:
+            policy.read = True
+        assert stream.result(60).n_generated > 0
