@@ -133,7 +133,9 @@ def test_live_in_a_browser(served: Served, page: Any) -> None:
     page.fill("#question", SUM_CHAT["messages"][0]["content"])
     page.click("#chat button")
     until(lambda: page.inner_text("#answer"))
-    until(lambda: page.evaluate("window.batch.steps.length"))
+    until(lambda: served.engine.stats().running == 0)
+    (last,) = live.steps_of(served.engine.trace(1))
+    until(lambda: page.evaluate("window.batch.steps.at(-1)?.at") == last["at"])  # none comes now
     assert "tokens/s" in page.inner_text("#figures")
     assert "cached cells" in page.inner_text("#figures")
     # a click on a lane of the last step, which is at the right end of what is drawn
