@@ -5,8 +5,9 @@
     python -m tools.cross_build --whole --run --targets aarch64-linux-gnu   # and its native tests
 
 `ziglang` brings the compiler and each platform's headers. The first form links nothing: it finds
-what a platform lacks in our code, in a minute a target on two cores. `--whole` takes about five
-minutes of CPU time a target, and little when little has changed; Metal's own files need a Mac.
+what a platform lacks in our code, in a minute a target on two cores, and whether what we change
+in Metal's C++ compiles. `--whole` takes about five minutes of CPU time a target, and little when
+little has changed; Metal's Objective-C and its kernels need a Mac.
 For Arm Linux it takes the compiler of Debian's g++-aarch64-linux-gnu.
 `--run` runs the native tests: for Arm with qemu-aarch64-static (Debian: qemu-user-static), for
 Windows with Wine (Debian: wine64).
@@ -142,15 +143,19 @@ def includes() -> list[Path]:
 
 
 def check(target: Target, jobs: int) -> bool:
-    """Every file of the shim, the converter of JSON schemas and the module's C file compile for
-    the target. Prints what the compiler says of those that do not."""
+    """Every file of the shim, the converter of JSON schemas, the module's C file, and for a Mac
+    those of Metal that are C++ compile for the target. Prints what the compiler says of those that
+    do not."""
     sources = sorted((ROOT / "native").glob("*/*.cpp"))
+    metal = LLAMA / "ggml" / "src" / "ggml-metal"
+    if target.system == "Darwin":
+        sources += sorted(metal.glob("*.cpp"))
     flags = [f"-I{ROOT / 'native'}", f"-I{python_headers(target)}", '-DPLB_LLAMA_CPP_BUILD="check"']
-    for upstream in ("include", "ggml/include", "src", "common", "vendor"):
+    for upstream in ("include", "ggml/include", "ggml/src", "src", "common", "vendor"):
         flags += ["-isystem", str(LLAMA / upstream)]
 
     def compiles(source: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
-        own = source.suffix == ".cpp" and source.parent.name != "common"  # with upstream's warnings
+        own = source.suffix == ".cpp" and source.parent not in (metal, ROOT / "native" / "common")
         words = ["c++", "-std=c++17"] if source.suffix == ".cpp" else ["cc", "-DPy_LIMITED_API"]
         words += ["-target", target.name, *(WARNINGS if own else ("-w",)), *flags]
         command = [*ZIG, *words, "-c", str(source), "-o", str(folder / f"{source.stem}.o")]
