@@ -20,7 +20,7 @@ from ..llama.limits import cell_bytes
 from ..llama.memory import Capabilities, copies_whole_only
 from ..llama.model import Model
 from ..llama.params import fill, read
-from ..planner.residency import device_free, fitting_n_ctx, takes_back
+from ..planner.residency import device_free, fitting_n_ctx, why_not_back
 from ..raw import lib
 from ..scheduler.invariance import LEAST_ROWS
 from .context_defaults import ubatch_of
@@ -228,9 +228,8 @@ def _check_rollback(model: Model, options: EngineOptions, layout: Layout) -> Non
     if not layout.unified:
         limit = "drafted tokens are taken back from it in a pool of cells only"
         raise UnsupportedOperation(f"{refused}, and {limit}: kv_unified=True")
-    if not takes_back(model):
-        limit = "from which drafted tokens can't be taken back: libllama keeps no snapshots of it"
-        raise UnsupportedOperation(f"{refused}, {limit}")
+    if why := why_not_back(model):
+        raise UnsupportedOperation(f"{refused}, from which drafts can't be taken back: {why}")
 
 
 def _snapshots(given: dict[str, Any]) -> int:

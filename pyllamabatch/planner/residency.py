@@ -25,7 +25,6 @@ from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.handle import Owner
 from pyllamabatch.llama.host import PathLike, host_available
 from pyllamabatch.llama.limits import MAX_CTX, memory_parts
-from pyllamabatch.llama.memory import copies_whole_only
 from pyllamabatch.llama.model import Model
 from pyllamabatch.planner.machines import Machine
 
@@ -189,16 +188,17 @@ def most(fits: Callable[[int], bool], limit: int = 2**20) -> int:
     return high // 2 + bisect(within, False, key=lambda n: not fits(n))
 
 
-def takes_back(model: Model) -> bool:
-    """Whether a context of this model can take the last tokens of a sequence back."""
-    if not copies_whole_only(model):
-        return True
+def why_not_back(model: Model) -> str:
+    """Why no context of this model, which keeps a recurrent state, can take the last tokens of a
+    sequence back; "" where one can."""
     load: dict[str, Any] = model._load
     with (
         Projector(model.path, **load) as projector,
         Context(projector.model, n_ctx=256, n_rs_seq=1) as context,
     ):
-        return context.capabilities.max_rollback > 0
+        if context.capabilities.max_rollback:
+            return ""
+        return f"libllama {'copies no' if context.n_rs_seq else 'keeps no'} snapshots of it"
 
 
 def device_free() -> int:
