@@ -7,28 +7,47 @@ of the stream.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import TYPE_CHECKING, Protocol
 
 from ..step.ring_reader import Page
 from .relays import Relay
 from .results import Chunk
 from .stream import Stream
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Take = Callable[[Chunk], Awaitable[None] | None]
 """Gets what is new. What it returns is awaited before it gets more."""
+
+
+class TextSink(Protocol):
+    """Takes what `TextWriter.write` would get, of many streams at once."""
+
+    @classmethod
+    @abstractmethod
+    def send(
+        cls, sinks: Sequence[Self], texts: Sequence[bytes]
+    ) -> Iterable[tuple[int, Awaitable[None]]]:
+        """Each gets its text, without `before` and `after`. Yields what is awaited before sink i
+        gets more. Does not raise."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextWriter:
     """A `Take` that wants the text only: `write` gets `before`, the text as `encode` gives it, and
-    `after`. `encode` gives the same for a text as for its parts one after the other."""
+    `after`. `encode` gives the same for a text as for its parts one after the other. `sink`: does
+    the same as `write`; all of a loop are of one class."""
 
     before: bytes
     after: bytes
     encode: Callable[[str], bytes]
     write: Callable[[bytes], Awaitable[None] | None]
+    sink: TextSink | None = None
 
     def __call__(self, chunk: Chunk) -> Awaitable[None] | None:
         return self.write(self.before + self.encode(chunk.text) + self.after)
@@ -42,14 +61,15 @@ class Follower:
     has the exception of `take`."""
 
     __slots__ = (
-        "ahead", "at", "blocked", "ended", "index", "page", "slot", "stream", "take", "texts",
-        "took_s", "turn", "writer",
+        "ahead", "at", "blocked", "ended", "index", "page", "sink", "slot", "stream", "take",
+        "texts", "took_s", "turn", "writer",
     )  # fmt: skip
 
     def __init__(self, stream: Stream, take: Take) -> None:
         self.stream = stream
         self.take = take
         self.writer = writer = take if isinstance(take, TextWriter) else NO_WRITER
+        self.sink = writer.sink
         self.texts = stream._texts(writer.encode)
         self.index = 0
         self.took_s = 0.0
@@ -111,6 +131,8 @@ class Followers:
         now, gaps = perf_counter(), dict[float, int]()
         page: Page | None = None
         shown: Sequence[int] = ()
+        to: list[Follower] = []
+        sinks, texts = list[TextSink](), list[bytes]()
         for one in list(self._open):
             if one.page is None:
                 if one.blocked is None and one.has_news():
@@ -133,6 +155,11 @@ class Followers:
             gap = now - one.took_s
             one.took_s = now
             gaps[gap] = gaps.get(gap, 0) + 1
+            if one.sink is not None:
+                to.append(one)
+                sinks.append(one.sink)
+                texts.append(text)
+                continue
             writer = one.writer
             try:
                 blocked = writer.write(writer.before + text + writer.after)
@@ -141,6 +168,9 @@ class Followers:
             else:
                 if blocked is not None:
                     self._wait_for(one, blocked)
+        if sinks:
+            for i, blocked in sinks[0].send(sinks, texts):
+                self._wait_for(to[i], blocked)
         for gap, n in gaps.items():
             self._observe(gap, n)
 

@@ -16,7 +16,7 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..engine.followers import TextWriter
+from ..engine.followers import Take, TextWriter
 from ..engine.results import Chunk, Result
 from ..engine.stream import Stream
 from . import errors
@@ -36,6 +36,8 @@ WRITES = "pyllamabatch.writes"
 """An ASGI extension: a `Write` that stands for `send` of parts of the body."""
 Write = Callable[[bytes], Awaitable[None] | None]
 """Writes a part of the body, not an empty one. What it returns is awaited before the next one."""
+TEXT_SINK = "pyllamabatch.text_sink"
+"""An ASGI extension: makes a `TextSink` of `before` and `after`, for a response of one stream."""
 HELD_BEGIN = "pyllamabatch.held_begin"
 """An ASGI extension: nothing is sent before the first token, because what asks repeats a request of
 which nothing was sent."""
@@ -130,7 +132,9 @@ class EventStream(Response):
     async def _write(self, scope: Any, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         answer, streams = self._answer, self._streams
-        write = write_of(scope) or _sends(send)
+        given = write_of(scope)
+        write = given or _sends(send)
+        self._sink_of = scope["extensions"].get(TEXT_SINK) if given else None
         held = HELD_BEGIN in (scope.get("extensions") or ())
         if begin := answer.begin():
             if held:
@@ -164,8 +168,10 @@ class EventStream(Response):
             content = answer.chunk(i, stream, chunk)
             return write(content) if content else None
 
-        around = answer.around(i)
-        taker = TextWriter(*around, _escaped, write) if around else take
+        taker: Take = take
+        if around := answer.around(i):
+            sink = self._sink_of(*around) if self._sink_of and len(self._streams) == 1 else None
+            taker = TextWriter(*around, _escaped, write, sink)
         await self._service.followers.follow(stream, taker)
         result = stream.wait(0)
         self._service.metrics.ended(result)
