@@ -10,8 +10,8 @@ from .call import REPLICA, Whole
 
 
 def summed(texts: list[bytes]) -> bytes:
-    """Metrics in Prometheus' text format as those of one server: each value is the sum; a share
-    (`perc`, `ratio`) is the mean."""
+    """Metrics in Prometheus' text format as those of one server: each value is the sum; of what is
+    a share, or counted in a decode, it is the mean, and of a maximum the largest."""
     lines: dict[str, float] = {}
     comments: dict[str, None] = {}
     order: list[str] = []
@@ -25,8 +25,12 @@ def summed(texts: list[bytes]) -> bytes:
             name, _, value = line.rpartition(" ")
             if name not in lines:
                 order.append(name)
-            share = name.endswith(("_perc", "_ratio"))
-            lines[name] = lines.get(name, 0.0) + float(value) / (len(texts) if share else 1)
+            one, so_far = float(value), lines.get(name, 0.0)
+            if name.endswith("_max"):
+                lines[name] = max(so_far, one)
+            else:
+                is_mean = name.endswith(("_perc", "_ratio", "_per_decode"))
+                lines[name] = so_far + one / (len(texts) if is_mean else 1)
     written = (one if one in comments else f"{one} {lines[one]!r}" for one in order)
     return "".join(f"{line}\n" for line in written).encode()
 

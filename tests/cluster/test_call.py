@@ -112,8 +112,11 @@ def test_an_error_of_the_application_is_raised() -> None:
 
 def test_metrics_of_two_servers() -> None:
     text = b'# TYPE n counter\nn %d.0\nuse_perc %.1f\nh_bucket{le="0.1"} %d.0\n'
-    assert summed([text % (1, 0.2, 3), text % (4, 0.6, 5)]).decode().splitlines() == [
+    text += b"n_max %d.0\nslots_per_decode %d.0\nright_per_pos_total %d.0\n"
+    first, other = text % (1, 0.2, 3, 70, 1, 2), text % (4, 0.6, 5, 50, 4, 3)
+    assert summed([first, other]).decode().splitlines() == [
         "# TYPE n counter", "n 5.0", "use_perc 0.4", 'h_bucket{le="0.1"} 8.0',
+        "n_max 70.0", "slots_per_decode 2.5", "right_per_pos_total 5.0",
     ]  # fmt: skip
 
 
