@@ -9,8 +9,8 @@ extern "C" {
 #endif
 
 /* Sends part i, which ends before data[ends[i]] and begins where the one before it ends, to
- * sockets[i], without waiting. n_sent[i]: bytes that it took; 0 where it is broken or -1. Returns how
- * many took all. */
+ * sockets[i], without waiting. n_sent[i]: bytes that it took; 0 where it is broken or -1, and always on
+ * Windows. Returns how many took all. */
 int32_t plb_send(int32_t n, const int32_t * sockets, const char * data, const int32_t * ends, int32_t * n_sent);
 
 #ifdef __cplusplus
