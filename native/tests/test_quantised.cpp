@@ -1,6 +1,6 @@
 // The same tokens alone and together, with quantised weights: rows that are alone go through other
-// kernels than rows of a batch. Prints what the CPU has, which says which ones. And the tiles of
-// vendor/patches/cpu-few-columns.patch by themselves.
+// kernels than rows of a batch. Prints what the CPU has, which says which ones. And the kernels of
+// vendor/patches/cpu-few-columns.patch and cpu-k-quants.patch by themselves.
 // Arguments: where to write, llama.cpp's folder, the embedded model.
 #include "check.hpp"
 
@@ -18,6 +18,7 @@ const char * const QUESTIONS[] = {
 };
 constexpr int32_t N_SEQ = 5;
 constexpr int64_t SHORT = 64, LONG = 9216; // rows below and above 5 KB
+constexpr int64_t BLOCK = 256;             // of a K-quant; long rows of these go in pieces
 
 struct type {
     const char * name;
@@ -29,6 +30,7 @@ const type TYPES[] = {
     {"q4_0", LLAMA_FTYPE_MOSTLY_Q4_0},
     {"q4_1", LLAMA_FTYPE_MOSTLY_Q4_1},
     {"q4_k", LLAMA_FTYPE_MOSTLY_Q4_K_M}, // with Q6_K
+    {"q5_k", LLAMA_FTYPE_MOSTLY_Q5_K_M},
     {"iq4_nl", LLAMA_FTYPE_MOSTLY_IQ4_NL},
 };
 
@@ -112,7 +114,7 @@ std::vector<float> product(ggml_backend_t cpu, const std::vector<uint8_t> & weig
 // Every number of columns gives each of them the values that it has alone: on x86 bit by bit, but for
 // long rows of IQ4_NL, which alone are summed in another order.
 void columns_alone_and_together(ggml_backend_t cpu, ggml_type type, int64_t k, int64_t n_rows) {
-    constexpr int64_t  N = 11;
+    constexpr int64_t  N = 12;
     std::vector<float> values(k * n_rows), columns(k * N);
     uint32_t           state = 1;
     const auto draw = [&state] { return (float) ((state = state * 1664525 + 1013904223) >> 8) / (1 << 24) - 0.4f; };
@@ -153,6 +155,13 @@ int main(int argc, char ** argv) {
     ggml_backend_t cpu = ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr);
     for (const ggml_type type : {GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q8_0, GGML_TYPE_IQ4_NL}) {
         for (const int64_t k : {SHORT, LONG}) {
+            for (const int64_t n_rows : {8, 11}) {
+                columns_alone_and_together(cpu, type, k, n_rows);
+            }
+        }
+    }
+    for (const ggml_type type : {GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K}) {
+        for (const int64_t k : {BLOCK, LONG}) {
             for (const int64_t n_rows : {8, 11}) {
                 columns_alone_and_together(cpu, type, k, n_rows);
             }

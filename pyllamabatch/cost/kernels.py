@@ -21,8 +21,10 @@ arch/x86/repack.cpp; llamafile/sgemm.cpp): repacked weights go row by row below 
 sixteen at a time, then four, and each of the rest alone, so seven rows cost more than eight. Of the
 others, those of blocks of 32 (Q4_0, Q4_1, Q5_0, Q8_0, IQ4_NL) go in tinyBLAS's tiles, four rows
 wide (two with AVX2 only) and one narrower (vendor/patches/cpu-few-columns.patch: all in one pass
-over the weights), the floats from two rows on in its tiles of up to 6; K-quants row by row up to
-seven, then in tiles of 16 (tiled/tiled.cpp: `ggml_tiled_min_batch`). Where the CPU has AMX
+over the weights), the floats from two rows on in its tiles of up to 6. With AVX2
+Q4_K, Q5_K and Q6_K unpack a block once for all rows, up to `TILED_FEW`, then come tiles of 16
+(tiled/tiled.cpp; vendor/patches/cpu-k-quants.patch); other K-quants go row by row up to seven, then
+in the same tiles (`ggml_tiled_min_batch`). Where the CPU has AMX
 (amx/amx.cpp: `qtype_has_amx_kernels`; amx/mmq.cpp: `ggml_backend_amx_mul_mat`, `TILE_M`), most
 quants have neither: a single row goes through a kernel of its own, and from two on each block of 32
 rows unpacks the weights again and computes them in tiles of 16. A file mixes types (Q4_K_M has Q5_0
@@ -53,6 +55,9 @@ CUDA_TILE_MAX = 128
 CPU_ROWS = 4
 CPU_GROUP = 16
 CPU_ATTENTION_TILED = 64  # ggml-cpu/common.h: GGML_FA_TILE_Q
+CPU_K_TYPES = ("Q4_K", "Q5_K", "Q6_K")
+CPU_K_FEW, CPU_K_FEW_AVX2 = 16, 32  # the second without AVX512_VNNI
+CPU_K_TILE = 16
 AMX_TILES = (16, 32)
 AMX_TYPES = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
 
@@ -165,7 +170,7 @@ def _cuda(weight_type: str) -> Kernels:
 
 
 _REPACKED = {
-    "AVX2": ("Q4_0", "Q4_K", "IQ4_NL", "MXFP4"),
+    "AVX2": ("Q4_0", "IQ4_NL", "MXFP4"),
     "AVX512": ("Q2_K",),
     "DOTPROD": ("Q4_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "MXFP4", "Q8_0"),
 }
@@ -177,6 +182,11 @@ def _cpu(weight_type: str, features: str, others: Collection[str]) -> Kernels:
     tiles = AMX_TILES if amx else ()
     if weight_type in amx:
         found = [Regime(1, kernel="AMX: avx512-vnni"), Regime(2, kernel="AMX")]
+        return Kernels(tuple(found), CPU_ATTENTION_TILED, tiles)
+    if weight_type in CPU_K_TYPES and "AVX2" in has:
+        last = CPU_K_FEW if "AVX512_VNNI" in has else CPU_K_FEW_AVX2
+        found = [Regime(1, kernel="few columns"), Regime(2, kernel="few columns"),
+                 Regime(last + 1, CPU_K_TILE, kernel="tiled")]  # fmt: skip
         return Kernels(tuple(found), CPU_ATTENTION_TILED, tiles)
     if any(weight_type in types for name, types in _REPACKED.items() if name in has):
         few, many = "gemv", "gemm of 16 and 4, gemv"

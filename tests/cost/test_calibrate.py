@@ -36,7 +36,7 @@ from pyllamabatch.report.meters import OtherCores
 from tests.support.calibration import calm_and_small
 from tests.support.models_gguf import gguf_path
 
-AVX2 = kernels("CPU", "Q4_K", features="AVX2")
+AVX2 = kernels("CPU", "Q4_0", features="AVX2")
 
 
 def test_every_memory(arch_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

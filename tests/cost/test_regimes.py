@@ -108,10 +108,25 @@ def test_cpu_groups() -> None:
     x86 = text("ggml-cpu/arch/x86/repack.cpp")
     assert f"int anr = nr - nr % {regimes.CPU_GROUP};" in x86
     body = source[source.index("ggml_repack_get_optimal_repack_type(") :]
-    for kind in ("Q4_0", "Q4_K", "IQ4_NL", "MXFP4"):
+    for kind in ("Q4_0", "IQ4_NL", "MXFP4"):
         part = body[body.index(f"cur->type == GGML_TYPE_{kind})") :]
         assert "ggml_cpu_has_avx2()" in part[: part.index("else if")]
+    part = body[body.index("cur->type == GGML_TYPE_Q4_K)") :]
+    assert "ggml_cpu_has_avx2()" not in part[: part.index("else if")]
     assert number("ggml-cpu/common.h", r"GGML_FA_TILE_Q\s*=? *(\d+)") == regimes.CPU_ATTENTION_TILED
+
+
+def test_cpu_few_rows_of_k_quants() -> None:
+    few = re.findall(r"#define TILED_FEW +(\d+)", text("ggml-cpu/tiled/tiled.cpp"))
+    assert few == [str(regimes.CPU_K_FEW), str(regimes.CPU_K_FEW_AVX2)]
+    body = function("ggml-cpu/tiled/tiled.cpp", "static bool ggml_tiled_few(")
+    assert tuple(re.findall(r"GGML_TYPE_(\w+)", body)) == regimes.CPU_K_TYPES
+    tile = number("ggml-cpu/tiled/tiled-kernel.h", r"#define TILED_MICRO +(\d+)")
+    assert tile == regimes.CPU_K_TILE
+    vnni = kernels("CPU", "Q4_K", features="AVX2 AVX512 AVX512_VNNI")
+    assert [r.first for r in vnni.regimes] == [1, 2, 17]
+    assert [r.first for r in kernels("CPU", "Q6_K", features="AVX2").regimes] == [1, 2, 33]
+    assert kernels("CPU", "Q4_K", features="NEON DOTPROD").regimes[-1].rest == "each"
 
 
 def test_two_rows_are_a_tile_of_tinyblas_and_three_are_not() -> None:
@@ -154,8 +169,8 @@ def test_regime_of_rows() -> None:
     found = kernels("CUDA", "Q4_K")
     assert [found.of(n) for n in (1, 2, 8, 9, 128, 129, 5000)] == [0, 1, 1, 2, 2, 3, 3]
     assert {1, 2, 8, 9, 16, 17, 64} <= set(found.edges(64))
-    assert kernels("CPU", "Q4_K", features="AVX2").regimes[-1].rest == "each"
-    assert "gemm" in kernels("CPU", "Q4_K", features="AVX2").regimes[-1].kernel
+    assert kernels("CPU", "Q4_0", features="AVX2").regimes[-1].rest == "each"
+    assert "gemm" in kernels("CPU", "Q4_0", features="AVX2").regimes[-1].kernel
     assert "tinyBLAS" in kernels("CPU", "Q5_0", features="AVX2").regimes[-1].kernel
     assert kernels("Vulkan", "Q4_K") == Kernels((Regime(1),))
 
