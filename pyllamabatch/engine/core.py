@@ -290,13 +290,12 @@ class EngineCore:
         with self.state:
             self.calls.ended()
             self.n_reused += run.n_reused
-            n_copied = self.kv.take_copied()
             if run.n_steps:
                 self.recovery.computed()
                 self._step_s = run.seconds / run.n_steps
                 threads = self._device.threads
                 if threads is None or not threads.tries:
-                    self._observe(step, run, n_copied)
+                    self._observe(step, run)
                 self.scheduler.advance(
                     step, run.n_steps, perf_counter(), self.calls.drafted(step, run)
                 )

@@ -28,14 +28,10 @@ class CostObserver:
         self._end = 0.0  # of that call
         self._n_old = SETTLED  # steps since the last new graph
 
-    def __call__(self, step: Step, run: Run, n_copied: int = 0) -> None:
-        """After a call, and before the scheduler advances. n_copied: streams that it had to copy
-        first: libllama does so in the next decode (src/llama-kv-cache.cpp: `seq_cp`)."""
+    def __call__(self, step: Step, run: Run) -> None:
+        """After a call, and before the scheduler advances."""
         scheduler, n = self._scheduler, run.n_steps
         cost = scheduler.cost
-        if n_copied and not step.behind and (len(step.decode) or not self._asynchronous):
-            self._copied(step, run, n_copied)
-            return
         if cost is None:
             if len(step.decode) or not self._asynchronous:
                 self._prefilled(step.n_rows, step.n_rows - len(step.decode), run.seconds)
@@ -83,18 +79,6 @@ class CostObserver:
         # Of several parts one number says nothing of each.
         if len(shapes) == 1 and not (switched and rebuilt and n == 1):
             cost.observe(*shapes[0], seconds, n)
-
-    def _copied(self, step: Step, run: Run, n_copied: int) -> None:
-        """What the first step took beyond its rows and its graph."""
-        scheduler, cost = self._scheduler, self._scheduler.cost
-        others, self._pending = self._pending, []  # whose rows this call waits for, too
-        self._before, self._end, self._n_old = None, perf_counter(), 0
-        if cost is None or not cost.absolute or others or run.n_drafted:
-            return
-        shapes = scheduler.attention.shapes(step, scheduler.attention.cells(step, 0))
-        new = cost.new_graph.step if run.n_reused < run.n_steps else 0.0
-        rest = run.first_seconds - sum(cost.predict(*shape) for shape in shapes) - new
-        scheduler.stream_copied(rest / n_copied)
 
     def _prefilled(self, n_rows: int, n_prompt: int, seconds: float) -> None:
         if n_prompt >= 16 + 8 * (n_rows - n_prompt):

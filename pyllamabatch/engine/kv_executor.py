@@ -29,12 +29,6 @@ class KvExecutor:
         self._states = device.states
         self._loras = device.loras
         self._renewed = device.renewed
-        self._n_copied = 0  # streams, since the last call
-
-    def take_copied(self) -> int:
-        """Streams that the next native call has to copy first, or that the last one had to."""
-        n, self._n_copied = self._n_copied, 0
-        return n
 
     def flush(self) -> None:
         """Carry out what no step has brought yet."""
@@ -71,7 +65,6 @@ class KvExecutor:
             case "copy":
                 self._memory.seq_cp(operation.source, slot, *(() if operation.whole else (0, n)))
                 self._check(slot, n)
-                self._n_copied += not self._scheduler.limits.unified
             case "store" if request is not None:
                 state, request.state = request.state, b""
                 self.space.put(id, state)

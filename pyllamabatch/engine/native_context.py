@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 RING_STEPS = 256  # steps that are computed at most before their tokens are read
 
-# Bytes that a device copies in a second, each way, until copies were timed: the least of what is
-# sold today.
+# Bytes that a device copies in a second, each way: the least of what is sold today.
 COPY_RATE_CPU, COPY_RATE_GPU = 5e9, 100e9
 
 

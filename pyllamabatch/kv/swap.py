@@ -3,8 +3,7 @@
     recompute = rows / rows a second          (prefill, measured over the last steps)
     swap      = 2 * bytes / bytes a second    (out and in, measured over the last copies)
 
-And what share of computing it again a copy of its stream of cells takes, on the device; measured
-too, from a first guess.
+And what share of computing it again a copy of its stream of cells takes, on the device.
 
 Rates are running means in which a new measurement counts for a fifth. Before the first one nothing
 is known of the device, and the sequence is computed again.
@@ -68,12 +67,6 @@ class SwapChoice:
         self.copy_rate += NEW * (n_bytes / max(seconds, 1e-9) - self.copy_rate)
         if n_tokens and not self.bytes_fixed:
             self.bytes_per_token = n_bytes / n_tokens
-
-    def stream_copied(self, seconds: float) -> None:
-        """A stream was copied on the device. One that something disturbed counts as four times
-        what was known."""
-        known = self.stream_seconds
-        self.stream_seconds += NEW * (min(max(0.0, seconds), 4 * known) - known)
 
 
 class SwapSpace:

@@ -14,20 +14,20 @@ import numpy as np
 import numpy.typing as npt
 
 from ..cost.step_cost import StepCost
-from ..kv import Slots, SwapChoice
+from ..kv import Slots
 from .padding import decode_seconds, unpadded_seconds
 from .step import Step
 from .view import Limits
 
 
 class Compaction:
-    """Of one context. swap: says what a copy of a stream of cells takes. possible: its sequences
+    """Of one context. stream_seconds: for a copy of a stream of cells. possible: its sequences
     have streams, and these can be copied."""
 
-    def __init__(self, limits: Limits, swap: SwapChoice, *, possible: bool) -> None:
+    def __init__(self, limits: Limits, stream_seconds: float, *, possible: bool) -> None:
         self.possible = possible
         self._gap_max = limits.gap_max
-        self._swap = swap
+        self._stream_seconds = stream_seconds
         self._price = 0.0  # seconds to close the gaps that there are
         self._paid = 0.0  # seconds that they have cost, but for
         self._n = 0  # the last steps, all of
@@ -38,7 +38,7 @@ class Compaction:
     def due(self, n_moves: int, graphs: float) -> bool:
         """Whether `n_moves` sequences had better move now, which closes the gaps. graphs: seconds
         that new graphs cost then."""
-        self._price = n_moves * self._swap.stream_seconds + graphs
+        self._price = n_moves * self._stream_seconds + graphs
         return self._waste > 0 and self._n >= self._n_due()
 
     def steps(self, step: Step, held: npt.NDArray[np.int64], cost: StepCost) -> int:

@@ -416,10 +416,6 @@ class Scheduler:
         """The state of `n_tokens` tokens was copied to the host or back in `seconds`."""
         self.admission.swap.copied(n_bytes, seconds, n_tokens)
 
-    def stream_copied(self, seconds: float) -> None:
-        """A copy of a stream of cells took `seconds`."""
-        self.admission.swap.stream_copied(seconds)
-
     def prefilled(self, n_rows: int, seconds: float) -> None:
         """A step of `n_rows` rows, nearly all of prompts, took `seconds`."""
         self.admission.swap.computed(n_rows, seconds)

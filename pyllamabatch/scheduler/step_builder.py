@@ -40,7 +40,9 @@ class StepBuilder:
         sharing = admission.cache.sharing
         self.padding = Padding(limits, possible=sharing.trim and not limits.unified)
         self.compaction = Compaction(
-            limits, admission.swap, possible=sharing.copy_whole and not limits.unified
+            limits,
+            admission.swap.stream_seconds,
+            possible=sharing.copy_whole and not limits.unified,
         )
         self._limits = limits
         self._sequences = sequences

@@ -77,16 +77,3 @@ def test_an_interactive_sequence_goes_along() -> None:
         assert [one.token for one in found] == solos("llama", [PROMPTS[2]], 24)[0].tokens
         sequence.close()
         check_idle(engine)
-
-
-def test_what_a_copy_takes_is_learnt() -> None:
-    """Each request starts from a copy of the first one's stream."""
-    with engine_on(loaded("llama"), n_seq_max=2, n_ctx=1024, kv_unified=False) as engine:
-        swap = engine._core.scheduler.admission.swap
-        guess = swap.stream_seconds
-        n_used = 0
-        while swap.stream_seconds == guess:
-            engine.generate([[*PROMPTS[0] * 8, n_used]], greedy(8))
-            n_used = engine.stats().prefix_tokens
-            assert engine.stats().submitted < 20
-        assert n_used > 0

@@ -232,23 +232,6 @@ def test_what_is_learnt_of_calls(case: Observed, tell: Tell) -> None:
         assert [1e3 * s for s in cost.switches] == pytest.approx(case.switches, abs=1e-6)
 
 
-def test_what_a_call_takes_beyond_its_rows_is_its_copies(tell: Tell) -> None:
-    """Two streams, 3 ms each, a graph of 2 ms and 3 rows of 1 ms; the next call is observed."""
-    cost, copies = Learner(NewGraph(0.002)), list[float]()
-    attention = SimpleNamespace(cells=lambda *_: 0.0, shapes=lambda *_: [(3, 0, 50.0, 3)])
-    limits = Limits(8, 8, 8, 64, 8, unified=False)
-    system = scheduler(cost, attention, limits)
-    system.stream_copied = copies.append
-    observe = CostObserver(system)
-    step = Step(np.arange(3, dtype=np.int32), (), (), (), 3, {}, 4)
-    observe(step, Run(0, 4, 3, 0.020, (), 0.011), 2)
-    assert copies == pytest.approx([0.003])
-    assert not cost.steps
-    tell(observe, step, Run(0, 4, 4, 0.012, (), 0.003))
-    assert copies == pytest.approx([0.003])
-    assert len(cost.steps) == 1
-
-
 def test_what_a_prompt_behind_others_takes_is_learnt_with_the_step_that_waits_for_it(
     tell: Tell,
 ) -> None:

@@ -37,17 +37,6 @@ def test_a_copy_of_a_stream_is_a_share_of_computing_it() -> None:
     assert choice.copy_share(100) == pytest.approx(0.1)
 
 
-def test_a_copy_of_a_stream_is_learnt_from_copies() -> None:
-    choice = SwapChoice(stream_seconds=1e-3)
-    choice.stream_copied(10.0)  # disturbed
-    assert choice.stream_seconds == pytest.approx(1.6e-3)
-    for _ in range(50):
-        choice.stream_copied(4e-3)
-    assert choice.stream_seconds == pytest.approx(4e-3, rel=0.01)
-    choice.stream_copied(-1.0)
-    assert choice.stream_seconds == pytest.approx(3.2e-3, rel=0.01)
-
-
 def test_it_is_forced() -> None:
     assert SwapChoice("swap").swaps(1)
     assert not SwapChoice("swap").swaps(0)

@@ -76,18 +76,3 @@ def test_clients_lose_nothing_on_any_device(name: str, n: int) -> None:
     now, wait = run(model, requests, DEFAULT, n)
     assert now >= 0.99 * before
     assert wait <= 1.15 * wait_before
-
-
-@pytest.mark.parametrize(
-    "name", ["x86-2-core-avx512-qwen2-0.5b-q4_k_m", "x86-1-thread-qwen2-0.5b-q4_k_m"]
-)
-def test_a_pool_is_not_overcrowded(name: str) -> None:
-    """Where a row looks over the cells of all, and that is dear, fewer at once are faster."""
-    model = CostModel.fit(shipped_profile(name), n_ubatch=512)
-    requests = clients(32, seed=1)
-    sarathi, _ = run(model, requests, "sarathi", 32)
-    admits_all, _ = run(model, requests, "fcfs", 32)
-    now, wait = run(model, requests, DEFAULT, 32)
-    assert now >= 0.88 * sarathi
-    assert now >= 1.15 * admits_all
-    assert wait <= 2.1
