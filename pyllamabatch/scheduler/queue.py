@@ -68,7 +68,8 @@ class SequenceList(Sequence["SequenceView"]):
         `what(sequence)` as float64. The order is the same one for all columns of a view, but not
         that of the list."""
         if isinstance(what, str):
-            return np.array([getattr(view, what) for view in self])
+            values = [getattr(view, what) for view in self]
+            return np.array(values) if values else np.zeros(0, dtype=np.int64)
         return np.array([what(view) for view in self], dtype=np.float64)
 
     def itl_targets(self) -> Sequence[float]:

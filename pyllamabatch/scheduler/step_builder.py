@@ -129,7 +129,10 @@ class StepBuilder:
         """How often it may be computed of the `repeat` times that it is planned for: as far as
         budgets, cells and gaps allow. Cells for that are emptied."""
         running, accounting = self._sequences.running, self.accounting
-        n_rows = step.n_rows + (sum(step.drafts.values()) if step.drafts else 0)
+        n_rows = step.n_rows
+        if step.drafts:
+            drafted = step.drafts.values()
+            n_rows = n_rows * (1 + max(drafted)) if self._limits.even else n_rows + sum(drafted)
         asked = bool(running.asked)
         if repeat > 1:
             if not asked:

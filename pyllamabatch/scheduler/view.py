@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from pyllamabatch.cost.step_cost import StepCost
 
 from .queue import SequenceList
 
-EMPTY: Mapping[int, Any] = MappingProxyType({})
+EMPTY: Mapping[int, Any] = {}
 
 
 @dataclass(frozen=True, slots=True)

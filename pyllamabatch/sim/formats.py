@@ -122,7 +122,7 @@ def load_acceptance(path: str | PathLike[str]) -> list[float]:
     without drafts. ArgumentError where none had any."""
     found: list[float | None] = []
     try:
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
+        for line in filter(str.strip, Path(path).read_text(encoding="utf-8").splitlines()):
             row = json.loads(line)
             found.append(acceptance_of(row["n_drafts"], row["n_drafted"], row["n_accepted"]))
     except (ValueError, KeyError, TypeError) as error:

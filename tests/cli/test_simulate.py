@@ -145,6 +145,8 @@ def test_acceptance_of_requests_that_were_answered(
     found = load_acceptance(answered)
     assert len(found) == 3
     assert 0 < max(found) <= 1
+    answered.write_text(answered.read_text() + "\n")
+    assert load_acceptance(answered) == found
     out = tmp_path / "run.jsonl"
     run = [*PROFILE, *TRACE, "--jsonl", str(out)]
     assert main([*run, "--acceptance", str(answered)]) == 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyllamabatch.scheduler import ComposedPolicy, Limits, SequenceList, SequenceView
+from pyllamabatch.scheduler import ComposedPolicy, Limits, Plan, SequenceList, SequenceView
 from pyllamabatch.scheduler.policies.fair import LeastServed
 from pyllamabatch.scheduler.queue import MOST_ORDERS, SequenceQueue
 from pyllamabatch.scheduler.running import Entry
@@ -109,3 +111,12 @@ def test_columns_and_tenants_are_those_of_the_sequences(
         for id in machine.first_rows:
             served[requests[id][2]] += requests[id][0] + 2 * machine.generated[id]
         assert least_served.counters(view) == served
+
+
+def test_a_column_of_no_sequences_is_one_of_numbers() -> None:
+    """That others may be indexed with."""
+    assert SequenceList().column("id").dtype == np.int64
+
+
+def test_a_plan_may_go_to_another_process() -> None:
+    assert pickle.loads(pickle.dumps(Plan({1: 2}))) == Plan({1: 2})

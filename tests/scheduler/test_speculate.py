@@ -385,6 +385,15 @@ def test_each_sequence_advances_by_what_it_took() -> None:
     assert not seen[-1].found.any()  # another one's
 
 
+@pytest.mark.parametrize(("even", "repeat"), [(False, 24 // 5), (True, 24 // 8)])
+def test_steps_with_drafts_have_cells(even: bool, repeat: int) -> None:
+    """Where all sequences have as many rows as the one with most, for all of these."""
+    limits = replace(LIMITS, n_cells=12 + 24, even=even)
+    step = scheduler(lambda builder: Speculation({1: 3}, 5), limits).plan(1.0)
+    assert step is not None
+    assert (step.drafts, step.repeat) == ({0: 3}, repeat)
+
+
 def test_a_plan_with_drafts_keeps_the_rules() -> None:
     view = view_of(decoding(1), decoding(2), limits=LIMITS)
     assert check_plan(Plan(decode_all=True, drafts={1: 4, 2: 1}), view).n_decodes == 2
