@@ -143,11 +143,12 @@ async def whole_answer(app: Any, call: RoutedCall, replica: str) -> Whole:
 
 async def answer(app: Any, call: RoutedCall) -> AsyncGenerator[Head | bytes, None]:
     """What the application writes: the head, then the bytes of the body, all that have come since
-    the last ones. Leaving before the end is a client that leaves."""
+    the last ones. Leaving before the end is a client that leaves. Raises what the application does
+    before its answer is whole."""
     heads: list[Head] = []
     parts: list[bytes] = []
     news, left = asyncio.Event(), asyncio.Event()
-    asked = False
+    asked = whole = False
 
     async def receive() -> dict[str, Any]:
         nonlocal asked
@@ -158,11 +159,14 @@ async def answer(app: Any, call: RoutedCall) -> AsyncGenerator[Head | bytes, Non
         return {"type": "http.request", "body": call.body, "more_body": False}
 
     async def send(message: MutableMapping[str, Any]) -> None:
+        nonlocal whole
         if message["type"] == "http.response.start":
             heads.append((message["status"], list(message["headers"])))
             news.set()
-        elif body := message.get("body"):
-            write(bytes(body))
+        else:
+            if body := message.get("body"):
+                write(bytes(body))
+            whole = not message.get("more_body", False)
 
     def write(body: bytes) -> None:
         parts.append(body)
@@ -180,7 +184,11 @@ async def answer(app: Any, call: RoutedCall) -> AsyncGenerator[Head | bytes, Non
                 body = b"".join(parts)
                 parts.clear()
                 yield body
-        await running  # raises what the application has raised
+        try:
+            await running
+        except Exception:
+            if not whole:  # Starlette has answered a bug before it raises it again
+                raise
     finally:
         left.set()
         running.cancel()

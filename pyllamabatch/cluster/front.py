@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, MutableMapping
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from ray.exceptions import ActorUnschedulableError, RayActorError, TaskCancelledError
+from ray.exceptions import (
+    ActorUnschedulableError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    TaskCancelledError,
+)
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -30,6 +37,8 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
     from ..server.answer import Receive, Send, Write
+
+log = logging.getLogger(__name__)
 
 TRIES = 3
 PART_BYTES = 2**16
@@ -123,8 +132,10 @@ class Front:
                 raise ApiError(429, str(error), "rate_limit_error", code="queue_full") from None
             except TaskCancelledError:
                 raise ApiError(503, "the replica ended the request", "unavailable_error") from None
-            except LOST as error:
-                lost = error
+            except (RayError, *LOST) as error:
+                lost = error.cause if isinstance(error, RayTaskError) else error
+                if not isinstance(lost, LOST):
+                    raise told(lost) from None
             if sent.began:
                 break
         why = str(lost) if isinstance(lost, OSError) else type(lost).__name__
@@ -148,15 +159,25 @@ class Front:
             raise
 
     async def _joined(self, call: RoutedCall) -> AsyncGenerator[Head | bytes, None]:
-        """The same of the answers of all replicas, or of the first one where all refuse."""
-        answers: list[Whole] = await self._handle.broadcast("whole", call).results_async()
-        good = [answer for answer in answers if answer[0][0] == 200]
-        (status, headers), body = (good or answers)[0]
-        if good:
-            body = await asyncio.to_thread(JOINED[call.path], good)
+        """The same of the answers of all replicas, or of the first one that refuses."""
+        asked = call._replace(query=b"")
+        answers: list[Whole] = await self._handle.broadcast("whole", asked).results_async()
+        refused = [answer for answer in answers if answer[0][0] != 200]
+        (status, headers), body = (refused or answers)[0]
+        if not refused:
+            body = await asyncio.to_thread(JOINED[call.path], answers, call.query)
         of_one = b"content-length", REPLICA
         yield status, [header for header in headers if header[0] not in of_one]
         yield body
+
+
+def told(error: BaseException) -> ApiError:
+    """What a client is told of what has failed in a replica. Ray's own texts are logged only: they
+    have tracebacks, paths and addresses."""
+    if not isinstance(error, RayError):
+        return errors.of(error)
+    log.error("a replica has failed", exc_info=error)
+    return ApiError(500, type(error).__name__, "server_error")
 
 
 async def fetched(place: Place, ended: asyncio.Future[int]) -> AsyncGenerator[Head | bytes, None]:
@@ -201,6 +222,8 @@ class Sent:
     async def part(self, part: Any) -> None:
         if not isinstance(part, bytes):
             self._head = part
+            return
+        if not part:  # a chunk of nothing would be the last one
             return
         await self._begin()
         self._within = not part.endswith(EVENT_END)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from urllib.parse import parse_qs
 
 import orjson
 
+from ..server.errors import no_slot
 from .call import REPLICA, Whole
 
 
@@ -35,18 +37,20 @@ def summed(texts: list[bytes]) -> bytes:
     return "".join(f"{line}\n" for line in written).encode()
 
 
-def _all_slots(answers: Sequence[Whole]) -> bytes:
-    """The slots of each, with its name."""
+def _all_slots(answers: Sequence[Whole], query: bytes) -> bytes:
+    """The slots of each, with its name. ApiError where none is free and the query asks for that."""
     slots = [
         {**slot, "replica": dict(headers)[REPLICA].decode()}
         for (_, headers), body in answers
         for slot in orjson.loads(body)
     ]
+    if b"fail_on_no_slot" in parse_qs(query) and all(slot["is_processing"] for slot in slots):
+        raise no_slot()
     return orjson.dumps(slots)
 
 
-JOINED: Mapping[str, Callable[[Sequence[Whole]], bytes]] = {
-    "/metrics": lambda answers: summed([body for _, body in answers]),
+JOINED: Mapping[str, Callable[[Sequence[Whole], bytes], bytes]] = {
+    "/metrics": lambda answers, _: summed([body for _, body in answers]),
     "/slots": _all_slots,
 }
-"""By path, from the answers to the body of the one answer."""
+"""By path, from the answers and the query, which no replica gets, to the body of the one answer."""

@@ -49,7 +49,7 @@ class FleetRouter(RequestRouter):  # type: ignore[misc,unused-ignore]
             PrefixAffinity(unit=BYTES_PER_TOKEN) if name == DEFAULT else make_router(name)
         )
         self._open: Counter[ReplicaID] = Counter()
-        self._routed: set[str] = set()  # the requests that are open
+        self._routed: dict[str, ReplicaID] = {}  # the requests that are open
         self._on_the_way: dict[str, tuple[ReplicaID, PendingRequest]] = {}
 
     async def choose_replicas(
@@ -85,13 +85,13 @@ class FleetRouter(RequestRouter):  # type: ignore[misc,unused-ignore]
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
     ) -> None:
         self._on_the_way.pop(pending_request.metadata.internal_request_id, None)
-        self._routed.add(pending_request.metadata.internal_request_id)
+        self._routed[pending_request.metadata.internal_request_id] = replica_id
         self._open[replica_id] += 1
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        if internal_request_id not in self._routed:
-            return  # of what all replicas are asked
-        self._routed.remove(internal_request_id)
+        if self._routed.get(internal_request_id) != replica_id:
+            return  # of what all replicas are asked, or what this one has refused
+        del self._routed[internal_request_id]
         self._open[replica_id] -= 1
         if self._open[replica_id] <= 0:
             del self._open[replica_id]

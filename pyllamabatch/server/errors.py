@@ -80,6 +80,10 @@ def invalid(param: str, value: object, limit: str) -> ApiError:
     return of(ArgumentError(param, value, limit))
 
 
+def no_slot() -> ApiError:
+    return ApiError(503, "no slot is free", "unavailable_error", code="no_slot")
+
+
 def of(error: BaseException) -> ApiError:
     """What a client is told of an exception. One that is a bug of ours is logged."""
     message = str(error)

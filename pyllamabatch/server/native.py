@@ -22,7 +22,7 @@ from .answer import Answer, event, respond
 from .bodies import Body, SamplingBody
 from .chat import ChatBody, read_turn
 from .conversation import text_of
-from .errors import invalid, json_response
+from .errors import invalid, json_response, no_slot
 from .service import Prepared, Prompt, Service
 
 MixedPrompt = str | dict[str, Any] | list[int | str | dict[str, Any] | list[int | str]]
@@ -289,7 +289,7 @@ async def slots(service: Service, request: Request) -> Response:
         raise UnsupportedOperation("this server does not show its slots")
     states, drafts = service.engine.slots(), service.engine.limits.n_draft_max > 0
     if request.query_params.get("fail_on_no_slot") and all(s.request for s in states):
-        raise service.busy()
+        raise no_slot()
     return json_response(
         [
             {

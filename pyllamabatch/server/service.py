@@ -124,9 +124,6 @@ class Service:
         limits = self._engine.limits
         return min(limits.n_cells_seq, limits.n_cells)
 
-    def busy(self) -> ApiError:
-        return ApiError(503, "no slot is free", "unavailable_error", code="no_slot")
-
     @staticmethod
     def now() -> int:
         """Unix time, in seconds."""

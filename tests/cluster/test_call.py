@@ -8,11 +8,13 @@ from typing import Any
 
 import orjson
 import pytest
+from fastapi import FastAPI
 
 from pyllamabatch.cluster.call import Head, RoutedCall, answer, head_line, head_of, routed_by
 from pyllamabatch.cluster.gpus import n_gpus, share
 from pyllamabatch.cluster.joined import summed
 from pyllamabatch.scheduler.router import BYTES_PER_TOKEN, PrefixAffinity
+from pyllamabatch.server.errors import install
 from tests.server.conftest import served  # noqa: F401  # a fixture
 from tests.support.engines import held
 from tests.support.served import ENDLESS, SUM_CHAT, Served, until
@@ -108,6 +110,20 @@ def test_an_error_of_the_application_is_raised() -> None:
 
     with pytest.raises(ValueError, match="a bug"):
         asyncio.run(written(broken, call("/", {})))
+
+
+def test_a_bug_that_was_answered_is_an_answer() -> None:
+    """Starlette sends it, and raises it again."""
+    broken = FastAPI()
+    install(broken)
+
+    @broken.post("/")
+    def fail() -> None:
+        raise ValueError("a bug")
+
+    (status, _), body = asyncio.run(written(broken, call("/", {})))
+    assert status == 500
+    assert orjson.loads(body)["error"]["message"] == "ValueError: a bug"
 
 
 def test_metrics_of_two_servers() -> None:

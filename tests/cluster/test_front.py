@@ -9,11 +9,14 @@ from typing import Any
 import httpx
 import pytest
 
+from pyllamabatch import SamplingParams
 from pyllamabatch.cluster.call import RoutedCall, Whole, whole_answer
+from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.model import Model
 from pyllamabatch.server.options import ServerOptions
 from tests.server.conftest import served  # noqa: F401  # a fixture
-from tests.support.served import Served, serving
+from tests.support.engines import held
+from tests.support.served import Served, serving, until
 
 pytestmark = pytest.mark.ray
 
@@ -36,6 +39,24 @@ class Replicas:
             raise failure
         answers = (whole_answer(app, self._call, f"r{i}") for i, app in enumerate(self._apps))
         return await asyncio.gather(*answers)
+
+
+class Broken:
+    """A handle of a replica that fails with this, each time."""
+
+    def __init__(self, failure: Exception) -> None:
+        self._failure = failure
+
+    def broadcast(self, method: str, call: RoutedCall) -> Broken:
+        return self
+
+    async def results_async(self) -> list[Whole]:
+        raise self._failure
+
+
+class Unpicklable(Exception):
+    def __reduce__(self) -> Any:
+        raise TypeError("no way")
 
 
 def asked(handle: Any, method: str, path: str, **more: Any) -> httpx.Response:
@@ -91,6 +112,84 @@ def test_what_all_replicas_are_asked_is_no_open_request() -> None:
     assert router._n_open()["r0"] == 1
     router.on_request_completed("r0", "a")
     assert router._n_open()["r0"] == 0
+
+
+def test_what_a_replica_refused_another_one_answers() -> None:
+    """Ray may tell of the end of a request that was refused after another replica has taken it."""
+    from pyllamabatch.cluster.router import FleetRouter
+
+    router: Any = FleetRouter.__new__(FleetRouter)
+    router.initialize_state()
+    other, again = (
+        SimpleNamespace(metadata=SimpleNamespace(internal_request_id=id)) for id in ("o", "x")
+    )
+    router.on_request_routed(other, "r0", None)
+    router.on_request_routed(again, "r1", None)
+    router.on_request_completed("r0", "x")
+    assert router._n_open() == {"r0": 1, "r1": 1}
+    router.on_request_completed("r1", "x")
+    assert router._n_open() == {"r0": 1}
+
+
+@pytest.mark.parametrize(
+    ("cause", "status", "message"),
+    [
+        (ArgumentError("n", 0, "at least 1"), 400, "n=0: at least 1"),
+        (KeyError("a bug"), 500, "KeyError: 'a bug'"),
+        (OSError(28, "no space"), 503, "no space"),
+        (Unpicklable(), 500, "RayError"),
+    ],
+)
+def test_tracebacks_of_a_replica_stay_there(cause: Exception, status: int, message: str) -> None:
+    from ray.exceptions import RayTaskError
+
+    raised = RayTaskError("whole", "File /home/me/x.py, line 3", cause, "title", 9, "10.0.0.9")
+    response = asked(Broken(raised.as_instanceof_cause()), "GET", "/slots")
+    assert response.status_code == status
+    assert message in response.json()["error"]["message"]
+    for inner in ("/home/me", "10.0.0.9", "Traceback", "pid"):
+        assert inner not in response.text
+
+
+def test_a_sum_of_some_replicas_is_none(served: Served, embedded_model: Model) -> None:  # noqa: F811
+    with serving(embedded_model, ServerOptions(metrics=False)) as hidden:
+        response = asked(Replicas(served, hidden), "GET", "/metrics")
+    assert response.status_code == 501
+
+
+def test_a_full_replica_shows_its_slots(embedded_model: Model) -> None:
+    with (
+        serving(embedded_model, n_seq_max=1) as full,
+        serving(embedded_model, n_seq_max=1) as free,
+        held(full.engine),
+    ):
+        full.engine.submit("a", SamplingParams(max_tokens=9, ignore_eog=True))
+        until(lambda: full.engine.slots()[0].request is not None)
+        response = asked(Replicas(full, free), "GET", "/slots?fail_on_no_slot=1")
+        assert [slot["is_processing"] for slot in response.json()] == [True, False]
+        response = asked(Replicas(full, full), "GET", "/slots?fail_on_no_slot=1")
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "no_slot"
+        assert asked(Replicas(full, full), "GET", "/slots").status_code == 200
+
+
+def test_an_empty_part_is_no_chunk() -> None:
+    """It would be the last one, and end the answer."""
+    from pyllamabatch.cluster.front import Sent
+
+    async def send_nothing() -> list[bool]:
+        messages: list[Any] = []
+
+        async def send(message: Any) -> None:
+            messages.append(message)
+
+        sent = Sent({"path": "/metrics"}, send)
+        await sent.part((200, []))
+        await sent.part(b"")
+        await sent.end()
+        return [message["more_body"] for message in messages[1:]]
+
+    assert asyncio.run(send_nothing()) == [False]
 
 
 def test_a_bug_is_told_in_the_one_form(served: Served) -> None:  # noqa: F811
