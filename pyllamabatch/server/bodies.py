@@ -45,7 +45,6 @@ OFF: Mapping[str, tuple[object, ...]] = {
     "grammar_lazy": (False,),
     "grammar_triggers": ([],),
     "preserved_tokens": ([],),
-    "best_of": (1,),
     "suffix": ("",),
     "audio": (),
     "modalities": (["text"],),
@@ -61,6 +60,12 @@ SAMPLERS: Mapping[str, Mapping[str, float]] = {
 }
 """llama-server's names of the engine's samplers, in their order, and what switches each one off."""
 ALWAYS_OFF = ("dry", "top_n_sigma", "xtc", "adaptive_p")  # see `OFF`; they may be named, too
+SPELLINGS = {"temp": "temperature", "typ": "typ_p", "nucleus": "top_p"} | {
+    name.replace("_", dash): name
+    for name in (*SAMPLERS, *ALWAYS_OFF, "infill")
+    for dash in ("_", "-", "")
+}
+"""llama-server's, in any case of letters."""
 
 RENAMED = {
     "n_predict": "max_tokens",
@@ -226,6 +231,7 @@ class SamplingBody(Body):
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
     n: Annotated[int, Field(ge=1, le=2**16)] = 1
+    best_of: int | None = None
 
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -271,6 +277,8 @@ class SamplingBody(Body):
 
     def sampling(self, n_logprobs: int | None) -> dict[str, Any]:
         """Fields of `SamplingParams`, those that were given. max_tokens -1: no limit."""
+        if self.best_of not in (None, 1, self.n):
+            raise invalid("best_of", self.best_of, "must be 1 or n: no answer is left out")
         fields: dict[str, Any] = {}
         for name in (*SAME, *RENAMED):
             value = getattr(self, name, None)
@@ -315,8 +323,10 @@ class SamplingBody(Body):
 
 
 def without_others(samplers: Sequence[str]) -> dict[str, float]:
-    """Fields of `SamplingParams` that switch off all samplers but these."""
-    named = [name for name in samplers if name not in ALWAYS_OFF]
+    """Fields of `SamplingParams` that switch off all samplers but these. Names that llama-server
+    does not know are left out, as there."""
+    known = (SPELLINGS.get(name.lower()) for name in samplers)
+    named = [name for name in known if name is not None and name not in ALWAYS_OFF]
     if named != [name for name in SAMPLERS if name in named]:
         raise invalid("samplers", samplers, f"must be some of {', '.join(SAMPLERS)}, in this order")
     others = (off for name, off in SAMPLERS.items() if name not in named)

@@ -96,10 +96,12 @@ def _one(token: int, logprob: float | None, piece: PieceOf) -> dict[str, Any]:
 
 
 def n_within(text: str, tokens: Sequence[int], piece: PieceOf) -> int:
-    """How many of the tokens a part of their text has."""
+    """How many of the tokens a part of their text has; 0 where it is not one piece of it."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     texts = [decoder.decode(piece(token)) for token in tokens]
     begin, ends = "".join(texts).find(text), list(accumulate(map(len, texts)))
+    if begin < 0 or not text:
+        return 0
     return bisect_left(ends, begin + len(text)) + 1 - bisect_right(ends, begin)
 
 

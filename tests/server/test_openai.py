@@ -188,7 +188,7 @@ def test_budget_ends_with_length(served: Served) -> None:
          "json_schema: format", "email"),
         (CHAT, {"grammar": "root ::= ("}, "grammar", "column"),
         (CHAT, {"mirostat": 2}, "mirostat", "no such sampler"),
-        (CHAT, {"samplers": ["nonsense"]}, "samplers", "must be some of penalties, top_k"),
+        (CHAT, {"samplers": ["top_k", "infill"]}, "samplers", "must be some of penalties, top_k"),
         (CHAT, {"samplers": ["temperature", "top_k"]}, "samplers", "in this order"),
         (CHAT, {"min_keep": 2}, "min_keep", "2"),
         (CHAT, {"n_indent": 4}, "n_indent", "4"),
@@ -197,7 +197,7 @@ def test_budget_ends_with_length(served: Served) -> None:
         (CHAT, {"grammar_triggers": [{"type": 1, "value": "a"}]}, "grammar_triggers", "value"),
         (CHAT, {"preserved_tokens": ["</s>"]}, "preserved_tokens", "</s>"),
         (CHAT, {"max_tokens": 0}, "max_tokens", "1..2147483647"),
-        (TEXT, {"prompt": SUM, "best_of": 3}, "best_of", "3"),
+        (TEXT, {"prompt": SUM, "n": 2, "best_of": 3}, "best_of", "3"),
         ("/v1/responses", {"input": SUM, "include": ["all"]}, "include.0", "logprobs"),
         ("/v1/responses", {"input": SUM, "top_logprobs": 2}, "top_logprobs", "include"),
         (TEXT, {"prompt": ""}, "prompt", "empty"),
@@ -225,6 +225,20 @@ def test_values_that_change_nothing_pass(served: Served) -> None:
     }  # fmt: skip
     body = {"prompt": SUM, "seed": 5, "temperature": 1.2, "max_tokens": 8, "ignore_eos": True}
     assert served.ok(TEXT, body | off)["choices"] == served.ok(TEXT, body)["choices"]
+    two = body | {"n": 2}
+    assert served.ok(TEXT, two | {"best_of": 2})["choices"] == served.ok(TEXT, two)["choices"]
+
+
+def test_samplers_have_llama_servers_spellings(served: Served) -> None:
+    """Unknown ones are left out."""
+    body = {"prompt": SUM, "seed": 5, "temperature": 1.7, "max_tokens": 9, "ignore_eos": True}
+    names, others = ["top_k", "typ_p", "top_p", "temperature"], ["topk", "typ", "nucleus", "temp"]
+    more = ["Top-K", "TYP-P", "tfs_z", "top-n-sigma", "topp", "Temperature"]
+    one, two, three = (
+        served.ok(TEXT, {**body, "samplers": some})["choices"] for some in (names, others, more)
+    )
+    assert one == two == three
+    assert one != served.ok(TEXT, {**body, "samplers": names[:-1]})["choices"]
 
 
 def test_too_long_says_the_numbers(served: Served) -> None:

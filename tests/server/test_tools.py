@@ -14,6 +14,7 @@ import pytest
 from pyllamabatch.llama.model import Model
 from pyllamabatch.server.conversation import Turn
 from pyllamabatch.server.options import ServerOptions
+from pyllamabatch.server.tokens import n_within
 from tests.llama.test_chat import CALL, HERMES, USER, WEATHER
 from tests.support.served import SUM_CHAT, Served, serving
 
@@ -69,6 +70,13 @@ def test_chat(client: openai.OpenAI) -> None:
     message = choice.message.model_dump(exclude_none=True)
     again = {**asked, "messages": [USER, message, result]}
     assert client.chat.completions.create(**again).choices[0].message.content == "Yes."
+
+
+@pytest.mark.parametrize(
+    ("part", "n"), [("ab", 1), ("bcd", 3), ("c", 1), ("abcdef", 4), ("", 0), ("ac", 0), ("x", 0)]
+)
+def test_the_tokens_of_a_part(part: str, n: int) -> None:
+    assert n_within(part, range(4), [b"ab", b"c", b"de", b"f"].__getitem__) == n
 
 
 def test_responses(client: openai.OpenAI) -> None:
