@@ -71,7 +71,7 @@ class ApiError(Exception):
 def json_response(
     values: Any, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    content = orjson.dumps(values, option=orjson.OPT_NON_STR_KEYS)
+    content = orjson.dumps(values, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY)
     return Response(content, status, headers, media_type="application/json")
 
 

@@ -6,6 +6,7 @@ install chromium`): `python -m pytest -m browser tests/server`.
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import time
@@ -13,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pyllamabatch.cli import main
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.server import live
-from pyllamabatch.step.trace import to_chrome
+from pyllamabatch.step.trace import to_chrome, trace_dtype
 from tests.support.decoding import loaded
 from tests.support.engines import greedy, held
 from tests.support.served import SUM, SUM_CHAT, Served, until
@@ -36,7 +38,7 @@ def test_recorded_steps_are_the_live_ones(served: Served, tmp_path: Path) -> Non
         assert other["at"] == pytest.approx(step["at"] - begin, abs=0.01)
         assert other["ms"] == pytest.approx(step["ms"], abs=0.01)
         assert other["phases"][:4] == pytest.approx(step["phases"][:4], abs=0.01)
-        assert sorted(other["lanes"]) == sorted(step["lanes"])
+        assert sorted(other["lanes"]) == sorted(step["lanes"].tolist())
         for name in step.keys() - {"at", "ms", "phases", "lanes"}:
             assert other[name] == step[name], name
     assert any(n > 0 for step in found for _, _, n in step["lanes"])
@@ -91,6 +93,27 @@ def test_slots_of_padding() -> None:
     assert live.padded(lanes, 9, 12) == [2, 4, 5, 6]  # three rows of each slot
     assert live.padded(lanes, 3, 1) == [2]  # too wide a gap is left open
     assert live.padded(lanes, 3, 6) == [0, 2, 4, 5, 6, 8]
+    prompts = [[slot, 1 + slot, 1] for slot in (1, 3)]  # their rows fill up as those that decode
+    assert live.padded(prompts, 0, 2) == [0, 2]
+    assert live.padded([[0, 1, 0], [1, 2, 1], [3, 4, 0]], 2, 2) == [1, 2]  # computed behind them
+
+
+def test_many_steps_of_many_slots_are_told_quickly() -> None:
+    """No object is made for each lane: collecting them would hold up the server."""
+    trace = np.zeros(64, trace_dtype(64))
+    trace["ids"], trace["rows"], trace["decode_rows"] = np.arange(1, 65), 64, 64
+    for name in ("reasons", "preempted"):
+        trace[name] = [{} for _ in trace]
+    gc.collect()
+    gc.disable()
+    try:
+        before = gc.get_count()[0]
+        steps = live.steps_of(trace)
+        made = gc.get_count()[0] - before
+    finally:
+        gc.enable()
+    assert len(steps) == 64
+    assert made < 64 * 16
 
 
 def test_the_feed_goes_on_where_it_was(served: Served) -> None:

@@ -21,6 +21,7 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ...errors import ArgumentError
 from ...step.ring_reader import PHASES, TIMES
@@ -33,14 +34,14 @@ _COUNTS = {"prefill": "prefill_rows", "decode": "decode_rows"} | {name: name for
 
 
 def steps_of(trace: Trace) -> list[Step]:
-    """The steps of an engine's trace."""
+    """The steps of an engine's trace. Their lanes are int64 arrays of shape (n, 3): lists for each
+    lane would take long to make."""
     times = trace[[*TIMES, "python_ns"]].tolist()
     counts = trace[[*_COUNTS.values()]].tolist()
     at, slots = np.nonzero(trace["ids"])
-    lanes: list[list[list[int]]] = [[] for _ in range(len(trace))]
-    ids, chunks = trace["ids"][at, slots].tolist(), trace["chunk"][at, slots].tolist()
-    for i, slot, id, chunk in zip(at.tolist(), slots.tolist(), ids, chunks, strict=True):
-        lanes[i].append([slot, id, chunk])
+    found = np.stack([slots, trace["ids"][at, slots], trace["chunk"][at, slots]], 1)
+    ends = np.searchsorted(at, np.arange(len(trace) + 1)).tolist()
+    lanes = [found[start:end] for start, end in pairwise(ends)]
     columns = (trace[name].tolist() for name in ("t_start_ns", "reasons", "preempted"))
     return [
         _step(start / 1e6, [ns / 1e6 for ns in took], count, lane, why, taken)
@@ -52,7 +53,7 @@ def _step(
     at: float,
     phases: Sequence[float],
     counts: Sequence[int],
-    lanes: list[list[int]],
+    lanes: npt.ArrayLike,
     reasons: Mapping[Any, str],
     preempted: Mapping[int, int],
 ) -> Step:
@@ -69,15 +70,22 @@ def _step(
     }
 
 
-def padded(lanes: Sequence[Sequence[int]], n_decode: int, n_filled: int) -> list[int]:
+def padded(lanes: npt.ArrayLike, n_decode: int, n_filled: int) -> list[int]:
     """Slots of the rows that fill up a step beside `n_decode` others, as many of each slot
     (native/step/gaps.hpp): all gaps between slots that decode, and if that is not enough all slots
-    from the first one on. Where it is too much, wide gaps are left open."""
-    slots = sorted(slot for slot, _, chunk in lanes if not chunk)
-    n = n_filled * len(slots) // max(1, n_decode)
+    from the first one on. Where it is too much, wide gaps are left open. Where none decodes each
+    lane is a row of a prompt, which counts as one that does."""
+    if not n_filled:
+        return []
+    rows = np.array(lanes, np.int64).reshape(-1, 3)
+    slots = np.sort(rows[(rows[:, 2] == 0) | (n_decode == 0), 0]).tolist()
+    if not slots:
+        return []
+    n = n_filled * len(slots) // (n_decode or len(slots))
+    if n >= (n_between := slots[-1] - slots[0] + 1 - len(slots)):
+        first = 0 if n > n_between else slots[0]
+        return sorted(set(range(first, first + len(slots) + n)).difference(slots))
     gaps = [range(slot + 1, after) for slot, after in pairwise(slots)]
-    if n > sum(map(len, gaps)):
-        return [slot for slot in range(len(slots) + n) if slot not in slots]
     found: list[int] = []
     for gap in sorted(gaps, key=len):
         found += gap if len(found) + len(gap) <= n else ()
