@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     if args.steps is not None:
         if len(policies) > 1 or args.replicas > 1:
             raise ArgumentError("--steps", str(args.steps), "one policy and one replica")
-        open(args.steps, "w").close()  # a bad name is said before anything runs
+        open(args.steps, "a").close()  # a bad name is said before anything runs
     requests = load_trace(args.trace, seed=args.seed, n=args.requests, rate=args.rate)
     if "itl" in slo:  # for policies that look at it
         requests = [replace(r, itl_target=r.itl_target or slo["itl"]) for r in requests]

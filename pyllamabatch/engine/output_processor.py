@@ -204,8 +204,8 @@ class OutputProcessor:
         while self._n_read < until:
             n = self._reader.read(until, self._page)
             if n:
-                self._n_read += n
                 self._page.show()
+                self._n_read += n
             else:
                 self._turn_page()
 

@@ -118,15 +118,18 @@ _OPTIONAL: dict[str, tuple[str, Callable[[Any], Any]]] = {
 
 
 def load_acceptance(path: str | PathLike[str]) -> list[float]:
-    """Of each request whose result `pyllamabatch generate` wrote (`acceptance_of`), 0 for one
-    without drafts. ArgumentError where none had any."""
+    """Of each request that `pyllamabatch generate` wrote a result of (`acceptance_of`), 0 for one
+    without drafts; those that failed are left out. ArgumentError where none had any."""
     found: list[float | None] = []
+    number = 0
     try:
-        for line in filter(str.strip, Path(path).read_text(encoding="utf-8").splitlines()):
-            row = json.loads(line)
-            found.append(acceptance_of(row["n_drafts"], row["n_drafted"], row["n_accepted"]))
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            number += 1
+            row = json.loads(line) if line.strip() else None
+            if row is not None and row["finish_reason"] != "error":
+                found.append(acceptance_of(row["n_drafts"], row["n_drafted"], row["n_accepted"]))
     except (ValueError, KeyError, TypeError) as error:
-        limit = f"line {len(found) + 1}: must be what `generate` wrote, not {error!r}"
+        limit = f"line {number}: must be what `generate` wrote, not {error!r}"
         raise ArgumentError("acceptance", str(path), limit) from None
     if not any(share is not None for share in found):
         raise ArgumentError("acceptance", str(path), "must have requests with drafts")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pyllamabatch.cli import main
+from pyllamabatch.cli.batch_file import problem_fields
 from pyllamabatch.cli.simulate import split_policies
 from pyllamabatch.cost.profile import profile_folder, shipped_profile
 from pyllamabatch.errors import ArgumentError
@@ -124,6 +125,15 @@ def test_a_policy_of_your_own_file(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "wide" in capsys.readouterr().err
 
 
+def test_what_can_not_run_leaves_the_file_of_steps_as_it_is(tmp_path: Path) -> None:
+    steps = tmp_path / "steps.jsonl"
+    steps.write_text('{"timestamp": 0, "input_length": 5, "output_length": 2}\n')
+    before = steps.read_text()
+    assert main([*PROFILE, *TRACE, "--steps", str(steps), "--acceptance", "2"]) == 2
+    assert steps.read_text() == before
+    assert main([*PROFILE, "--trace", str(steps), "--steps", str(steps)]) == 0
+
+
 def test_splitting_policies() -> None:
     assert split_policies("a,b:x=1,y=2,c") == ["a", "b:x=1,y=2", "c"]
     assert split_policies("a") == ["a"]
@@ -145,7 +155,8 @@ def test_acceptance_of_requests_that_were_answered(
     found = load_acceptance(answered)
     assert len(found) == 3
     assert 0 < max(found) <= 1
-    answered.write_text(answered.read_text() + "\n")
+    failed = json.dumps({"line": 4, **problem_fields("too long")})
+    answered.write_text(f"{failed}\n{answered.read_text()}\n")
     assert load_acceptance(answered) == found
     out = tmp_path / "run.jsonl"
     run = [*PROFILE, *TRACE, "--jsonl", str(out)]

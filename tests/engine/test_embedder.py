@@ -26,6 +26,7 @@ from pyllamabatch.errors import (
 )
 from tests.support.models_gguf import gguf_path
 from tests.support.models_special import N_POSITIONS, write_bert
+from tests.support.served import until
 
 TEXTS = [[10 + (i * j) % 200 for j in range(1, 3 + i % 23)] for i in range(40)]
 EXACT: dict[str, Any] = {
@@ -244,8 +245,7 @@ def test_cancelled_tasks_and_closed_embedders(
     waiting = own.submit(own.tokens([[40]] * 2000))
     with ThreadPoolExecutor(1) as threads:
         closing = threads.submit(own.close)
-        while not own._core._closed:
-            pass
+        until(lambda: own._core._closed)
         batches.go.set()
         closing.result(60)
     own.close()

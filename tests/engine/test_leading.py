@@ -25,6 +25,7 @@ from pyllamabatch.step.types import Finish
 from tests.support import engines as support
 from tests.support.engines import check_idle, greedy
 from tests.support.models_gguf import EOS
+from tests.support.served import until
 
 PROMPT = [1, 20, 30, 40, 50]
 N = 24
@@ -69,8 +70,7 @@ def test_a_lone_owner_runs_its_own_steps(model: Model) -> None:
             assert (state.computed, state.generated) == (len(PROMPT) + N - 1, N)
             core: Any = engine._core
             core._stepper.flush()
-            while core.output_processor._n_read < core._stepper.n_recorded:  # it comes by itself
-                time.sleep(0.001)
+            until(lambda: core.output_processor._n_read == core._stepper.n_recorded)
             assert engine.trace()["decode_rows"].tolist() == [*[1] * N, 0, *[1] * N]
         assert engine.submit(PROMPT, greedy(N)).result(60).tokens == expected
         check_idle(engine)

@@ -117,11 +117,15 @@ def test_many_steps_of_many_slots_are_told_quickly() -> None:
 
 
 def test_the_feed_goes_on_where_it_was(served: Served) -> None:
+    served.ok("/v1/completions", {"prompt": SUM, "max_tokens": 1})
+    core: Any = served.engine._core
+    until(lambda: core.output_processor._n_read == core._stepper.n_recorded)
     first = served.client.get("/steps").json()
     assert first["n_slots"] == 4
     last = first["steps"][-1]["at"]
     assert served.client.get("/steps", params={"since": last}).json()["steps"] == []
     served.ok("/v1/completions", {"prompt": SUM, "max_tokens": 5, "ignore_eos": True})
+    until(lambda: core.output_processor._n_read == core._stepper.n_recorded)
     new = served.client.get("/steps", params={"since": last}).json()["steps"]
     assert [step["at"] for step in new] == sorted(step["at"] for step in new)
     assert min(step["at"] for step in new) > last
