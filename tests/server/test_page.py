@@ -215,6 +215,28 @@ def test_64_slots_at_100_steps_a_second(served: Served, page: Any) -> None:
 
 
 @pytest.mark.browser
+def test_a_preempted_request_that_ends_is_not_preempted_any_more(served: Served, page: Any) -> None:
+    """One step an answer: request 2 is preempted before step 1, waits, and is cancelled."""
+    sent = 0
+
+    def answer(route: Any) -> None:
+        nonlocal sent
+        step = {**made_up_step(sent), "lanes": [[0, 1, 0], [2, 2, 0]][: 1 + (sent == 0)]}
+        step |= {"preempted": [[2, 2]] * (sent == 1), "reasons": {}}
+        stats = {"running": 1, "waiting": int(sent in (1, 2)), "preemptions": 1}
+        stats |= {"prefix_hit_rate": 0, "kv_cached": 0, "itl_ms": 9}
+        sent += 1
+        route.fulfill(json={"steps": [step], "n_slots": 4, "n_cells": 65536, "stats": stats})
+
+    page.route("**/steps*", answer)
+    page.goto(served.url)
+    until(lambda: page.evaluate("window.batch.steps.length > 5"))
+    out = page.evaluate("window.batch.steps.slice(0, 6).map((step) => step.out)")
+    assert out == [[], [[2, 2]], [[2, 2]], [[2, 2]], [], []]
+    page.unroute("**/steps*")
+
+
+@pytest.mark.browser
 def test_recorded_in_a_browser(page: Any, tmp_path: Path) -> None:
     path = tmp_path / "steps.html"
     path.write_text(live.page([made_up_step(i) for i in range(300)], "steps.json"))
