@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pyllamabatch.llama import host
@@ -83,7 +84,7 @@ def test_a_macs_free_memory(level: int, share: float) -> None:
     assert found == pytest.approx(share * host.host_memory(), rel=1e-9)
 
 
-PHYSICAL = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+PHYSICAL = psutil.virtual_memory().total
 FILES = "anon 9\ninactive_file 1000\nactive_file 500"  # of memory.stat
 FILES_V1 = "inactive_file 1\ntotal_inactive_file 1000\ntotal_active_file 500"
 

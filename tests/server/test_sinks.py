@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 from typing import Any
 
 import pytest
-import uvloop
 from uvicorn.protocols.http.flow_control import FlowControl
 
 from pyllamabatch.server.protocol import ChunkSink
+
+if sys.platform == "win32":
+    LOOPS = [asyncio.new_event_loop]
+else:
+    import uvloop
+
+    LOOPS = [uvloop.new_event_loop, asyncio.new_event_loop]
 
 BEFORE, AFTER = b'data: {"text":"', b'"}\n\n'
 
@@ -34,7 +41,7 @@ def chunk(text: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(event), event)
 
 
-@pytest.mark.parametrize("new_loop", [uvloop.new_event_loop, asyncio.new_event_loop])
+@pytest.mark.parametrize("new_loop", LOOPS)
 def test_what_a_socket_does_not_take_comes_later(new_loop: Any) -> None:
     """In order, to a client that reads slowly; another one gets its texts at once meanwhile, and a
     third has left."""
