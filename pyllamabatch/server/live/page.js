@@ -87,6 +87,7 @@ async function poll() {
         since = news.steps[news.steps.length - 1].at;
         addSteps(news.steps);
       }
+      if (!news.stats.waiting) state.out.clear(); // they run, or have ended
       note("");
     } catch (error) {
       note(`${error.message}: trying again`);
