@@ -99,14 +99,18 @@ def latest(runs: Runs) -> dict[Setting, list[Record]]:
     for setting, mine in runs.items():
         chosen: dict[Load, list[Record]] = {}
         for run in mine:
-            loads: dict[Load, list[Record]] = {}
-            for record in run:
-                loads.setdefault(load_of(record), []).append(record)
-            for load, records in loads.items():
+            for load, records in by_load(run).items():
                 if n_arms(records) >= n_arms(chosen.get(load, ())):
                     chosen[load] = records
         groups[setting] = [record for load in sorted(chosen) for record in chosen[load]]
     return groups
+
+
+def by_load(records: Iterable[Record]) -> dict[Load, list[Record]]:
+    loads: dict[Load, list[Record]] = {}
+    for record in records:
+        loads.setdefault(load_of(record), []).append(record)
+    return loads
 
 
 def load_of(record: Record) -> Load:
@@ -114,6 +118,11 @@ def load_of(record: Record) -> Load:
     than n streams; requests come by themselves; other processes compute."""
     detail = record.detail
     return record.pl, bool(detail.get("mixed")), detail.get("load", 0), detail.get("busy", 0)
+
+
+def loads_with(target: Target, records: Sequence[Record]) -> set[Load]:
+    """Of which the records of one alone have the target's figure."""
+    return {load for load, mine in by_load(records).items() if target.measured(mine) is not None}
 
 
 def n_arms(records: Iterable[Record]) -> int:
@@ -166,14 +175,17 @@ def markdown(
 
 
 def targets_table(targets: Sequence[Target], groups: Groups, runs: Runs) -> str:
-    """A line for each target and setting: by the latest run that has its arms and loads, or by
-    the records of the table where no run alone has them. Or a line that says "not measured"."""
+    """A line for each target and setting: by the latest run that has its arms, or by the records of
+    the table where that run lacks a load for which they have the figure. Or a line that says "not
+    measured"."""
     lines = []
     for target in targets:
         measured: dict[Setting, float] = {}
         for setting, records in groups.items():
-            values = map(target.measured, [*reversed(runs[setting]), records])
-            value = next((value for value in values if value is not None), None)
+            has = (run for run in reversed(runs[setting]) if target.measured(run) is not None)
+            run = next(has, records)
+            complete = loads_with(target, run) >= loads_with(target, records)
+            value = target.measured(run if complete else records)
             if value is not None:
                 measured[setting] = value
         if not measured:

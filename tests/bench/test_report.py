@@ -71,6 +71,19 @@ def test_a_target_is_measured_by_the_latest_run_that_has_its_arms() -> None:
     assert "| over base | ≥ 2 | 3 | met |" in report(rows, {"decode": bench(TARGETS=(target,))})
 
 
+def test_a_later_run_of_fewer_loads_does_not_judge_the_others() -> None:
+    """A figure of any load, the smallest: a run that has one load has no word on the rest."""
+
+    def smallest(records: Sequence[Record]) -> float | None:
+        return min((r.speed_tg for r in records if r.arm == "ours"), default=None)
+
+    bound = {"decode": bench(TARGETS=(Target("smallest", smallest, at_least=2.0),))}
+    rows = [row("ours", 4.0), row("ours", 1.0, pl=4), row("ours", 3.0, run=2)]
+    assert "| smallest | ≥ 2 | 1 | **missed** |" in report(rows, bound)
+    rows += [row("ours", 5.0, run=3), row("ours", 6.0, pl=4, run=3)]
+    assert "| smallest | ≥ 2 | 5 | met |" in report(rows, bound)
+
+
 def test_targets_are_met_missed_or_not_measured() -> None:
     targets = tuple(
         Target(f"at {pl}", speed_ratio("ours", "base", pl), at_least=2.0) for pl in (1, 4, 16)
