@@ -61,15 +61,14 @@ class Follower:
     has the exception of `take`."""
 
     __slots__ = (
-        "ahead", "at", "blocked", "ended", "index", "page", "sink", "slot", "stream", "take",
-        "texts", "took_s", "turn", "writer",
+        "ahead", "at", "blocked", "ended", "index", "page", "slot", "stream", "take", "texts",
+        "took_s", "turn", "writer",
     )  # fmt: skip
 
     def __init__(self, stream: Stream, take: Take) -> None:
         self.stream = stream
         self.take = take
         self.writer = writer = take if isinstance(take, TextWriter) else NO_WRITER
-        self.sink = writer.sink
         self.texts = stream._texts(writer.encode)
         self.index = 0
         self.took_s = 0.0
@@ -155,12 +154,12 @@ class Followers:
             gap = now - one.took_s
             one.took_s = now
             gaps[gap] = gaps.get(gap, 0) + 1
-            if one.sink is not None:
+            writer = one.writer
+            if writer.sink is not None:
                 to.append(one)
-                sinks.append(one.sink)
+                sinks.append(writer.sink)
                 texts.append(text)
                 continue
-            writer = one.writer
             try:
                 blocked = writer.write(writer.before + text + writer.after)
             except Exception as error:

@@ -161,9 +161,7 @@ def write_mimo2(
         if is_nextn:
             for name, value in _predicts(w, gain).items():
                 writer.add_tensor(block + name, value)
-    for name, value in _output(w).items():
-        writer.add_tensor(name, value)
-    finish(writer)
+    _end(writer, w, {})
 
 
 def write_glm4moe(path: Path, *, writes: float = 0.08) -> None:
@@ -204,9 +202,7 @@ def write_glm4moe(path: Path, *, writes: float = 0.08) -> None:
         if i == n_layer - 1:
             layer |= _predicts(w, 4 * writes)
         tensors |= {f"blk.{i}.{name}": value for name, value in layer.items()}
-    for name, value in (tensors | _output(w)).items():
-        writer.add_tensor(name, value)
-    finish(writer)
+    _end(writer, w, tensors)
 
 
 def write_qwen35(path: Path, *, writes: float = 0.02) -> None:
@@ -262,6 +258,11 @@ def write_qwen35(path: Path, *, writes: float = 0.02) -> None:
         if i == n_layer - 1:
             layer |= _predicts(w, 4 * writes)
         tensors |= {f"blk.{i}.{name}": value for name, value in layer.items()}
+    _end(writer, w, tensors)
+
+
+def _end(writer: gguf.GGUFWriter, w: Weights, tensors: dict[str, FloatArray]) -> None:
+    """The file with these tensors and those of the output."""
     for name, value in (tensors | _output(w)).items():
         writer.add_tensor(name, value)
     finish(writer)
