@@ -19,7 +19,7 @@ from bench.options import Budget, out_file
 from bench.targets import judged
 from bench.tools import own_ggml
 from pyllamabatch.report import facts
-from pyllamabatch.report.disturbed import warning
+from pyllamabatch.report.disturbed import unwatched, warning
 from pyllamabatch.report.meters import undisturbed
 from pyllamabatch.report.records import Record, append
 from pyllamabatch.report.tables import in_words
@@ -145,6 +145,8 @@ def show(
     print(f"\n{title}, medians of {options.repeats}\n\n{view_of(bench)(records)}\n")
     if busy := warning(records):
         print(f"{busy} Their speeds may be far off: --undisturbed waits, and repeats these.\n")
+    if unknown := unwatched(records):
+        print(f"{unknown}\n")
     print(judged(bench.TARGETS, records), end="")
     print("What each time contains:")
     arms = {record.arm: record.includes for record in records}

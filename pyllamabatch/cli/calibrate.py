@@ -22,6 +22,7 @@ from pyllamabatch.cli.options import add_model_arguments, add_shared, load_model
 from pyllamabatch.cost.calibrate import calibrate
 from pyllamabatch.cost.model import CostModel, held_out
 from pyllamabatch.cost.profile import Profile, file_name, profile_folder
+from pyllamabatch.report.disturbed import UNWATCHED
 from pyllamabatch.report.tables import Table
 
 
@@ -70,6 +71,7 @@ def summary(profile: Profile) -> dict[str, Any]:
         "samples": len(profile.samples),
         "disturbed": sum(sample.n == 0 for sample in profile.samples),
         "complete": profile.about["complete"],
+        "watched": profile.about["watched"],
         "layouts": {},
     }
     for unified in sorted({s.unified for s in profile.samples}, reverse=True):
@@ -106,6 +108,8 @@ def in_words(found: dict[str, Any]) -> str:
             f"{found['disturbed']} of them were disturbed at every try: "
             "measure again when nothing else uses the processor"
         )
+    if not found["watched"]:
+        out.append(UNWATCHED)
     for name, layout in found["layouts"].items():
         rows = []
         for step in layout["decode"]:

@@ -8,7 +8,7 @@ from itertools import groupby
 from statistics import median
 
 from pyllamabatch.compare.comparison import EACH, JOULES, SPEED, Comparison, by_bench
-from pyllamabatch.report.disturbed import undisturbed, warning
+from pyllamabatch.report.disturbed import undisturbed, unwatched, warning
 from pyllamabatch.report.records import Record
 
 NOISE = 0.03  # ratios of speeds closer to 1 say nothing
@@ -29,8 +29,8 @@ class Choice:
 
 
 def advice(records: Iterable[Record]) -> str:
-    """A line if the machine was busy, one for each number of users, and one for all; "" without
-    records. Of several benches the first one's speeds decide.
+    """A line if the machine was busy, one if no one has looked, one for each number of users, and
+    one for all; "" without records. Of several benches the first one's speeds decide.
 
     Runs that others disturbed count for nothing: where an arm has no other result, there is no
     advice for so many users, and none for all."""
@@ -42,6 +42,7 @@ def advice(records: Iterable[Record]) -> str:
     quiet = undisturbed(asked.records)
     them = Comparison(quiet) if quiet else asked
     lines = [f"{told} These count for nothing below." if (told := warning(records)) else ""]
+    lines.append(unwatched(records))
     lost = {n: arms for n in asked.counts if (arms := lost_arms(asked, quiet, n))}
     choices = {n: choice(them, n) for n in asked.counts if n not in lost}
     for n in asked.counts:

@@ -30,7 +30,7 @@ from pyllamabatch.errors import ArgumentError, KvCacheFull, ProfileError
 from pyllamabatch.llama.host import usable_cores
 from pyllamabatch.llama.model import Model
 from pyllamabatch.planner.residency import fitting_n_ctx
-from pyllamabatch.report.meters import TICK_S, OtherCores
+from pyllamabatch.report.meters import TICK_S, OtherCores, others_are_known
 
 Progress = Callable[[float, str], None]
 """Called with the share of the budget that is spent, and what is being measured."""
@@ -55,7 +55,8 @@ def calibrate(
     progress: Progress | None = None,
     **context_params: Any,
 ) -> Profile:
-    """Measure and return a profile; its `about["complete"]` is False when it was interrupted.
+    """Measure and return a profile. Its `about["complete"]` is False when it was interrupted, its
+    `about["watched"]` where it is not known what else ran (without psutil).
 
     budget: seconds, without loading the model; the last round ends early. layouts: of `LAYOUTS`.
     context_params: of `Context`, as the engine will use them (n_ubatch, n_threads, type_k, ...).
@@ -96,6 +97,7 @@ def calibrate(
         "source": "pyllamabatch calibrate",
         "seconds": round(time.monotonic() - began, 1),
         "complete": complete,
+        "watched": others_are_known(),
     }
     return replace(profile, about={**profile.about, **about})
 

@@ -1,7 +1,8 @@
 """What processes take while they run, and what other processes take of the machine meanwhile.
 
 The figures are psutil's and nvidia-ml-py's (the extra `compare`), and macOS's footprint and energy,
-which these have not. A figure that the system does not say has no key.
+which these have not. A figure that the system does not say has no key; what others use is then
+`UNKNOWN`, as it must be seen that no one has looked.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from itertools import pairwise
 from statistics import median
 from typing import Any, TypeVar
 
+from pyllamabatch.errors import UnsupportedOperation
+
 try:
     import psutil
 except ImportError:  # no figures of processes
@@ -30,6 +33,7 @@ Source = Callable[[], Sample]
 
 INTERVAL_S = 0.2
 SHARE = 0.05  # of the time that reading may take: the kernel walks page tables for some figures
+UNKNOWN = -1.0  # cores that others use, without psutil
 BUSY = 0.1  # of the machine's cores: what others use of them disturbs a measurement
 TICK_S = 0.01  # systems count CPU time in such steps
 SETTLE_S = 2.0  # others must be quiet for this long before a run starts
@@ -74,15 +78,14 @@ class Meter:
         - device_bytes: memory of NVIDIA GPUs
         - cpu_energy_joules: of the processes (macOS); gpu_energy_joules: of the NVIDIA GPUs;
           energy_joules: both
-        - other_cpu: cores that other processes used, on average
+        - other_cpu: cores that other processes used, on average; `UNKNOWN` without psutil
 
         Bytes are the median of the samples.
         """
         self._over.set()
         self._thread.join()
         self._samples.append(self._sample())
-        others = {} if psutil is None else {"other_cpu": self._others.used()}
-        return figures(self._samples) | others
+        return figures(self._samples) | {"other_cpu": self._others.used()}
 
     def _watch(self) -> None:
         pause = INTERVAL_S
@@ -187,6 +190,11 @@ class Gpus:
         return sum(self._nvml.nvmlDeviceGetMemoryInfo(device).used for device in self._devices)
 
 
+def others_are_known() -> bool:
+    """Whether `OtherCores` knows what others use."""
+    return psutil is not None
+
+
 class OtherCores:
     """Counts from its creation on. `pids`: children of ours that run all the while."""
 
@@ -196,10 +204,10 @@ class OtherCores:
 
     def used(self, doubt: float = 0.0) -> float:
         """Of the cores that we may use, those that other processes used on average, a virtual
-        machine's stolen time included; -1 without psutil. doubt: CPU seconds that are not counted,
-        as the system's numbers are that coarse."""
+        machine's stolen time included; `UNKNOWN` without psutil. doubt: CPU seconds that
+        are not counted, as the system's numbers are that coarse."""
         if psutil is None:
-            return -1.0
+            return UNKNOWN
         others, seconds = (b - a for a, b in zip(self._before, self._now(), strict=True))
         return float(max(0.0, (others - doubt) / max(seconds, TICK_S)))
 
@@ -224,7 +232,7 @@ class OtherCores:
 def undisturbed(
     run: Callable[[], T], limit: float | None, pids: Sequence[int] = ()
 ) -> tuple[T, float]:
-    """What `run` returns, and the cores that others used meanwhile (-1 where that is not known).
+    """What `run` returns, and the cores that others used meanwhile.
 
     With a `limit` the run waits until others use fewer cores, and is made again, as often as it
     takes, when they used more while it ran.
@@ -239,7 +247,14 @@ def undisturbed(
 
 
 def wait_for_quiet(limit: float) -> None:
-    """Until others use at most so many cores for `SETTLE_S`."""
+    """Until others use at most so many cores for `SETTLE_S`.
+
+    UnsupportedOperation without psutil.
+    """
+    if not others_are_known():
+        raise UnsupportedOperation(
+            "only psutil knows when others are quiet: pip install 'pyllamabatch[compare]'"
+        )
     others = limit + 1
     while others > limit:
         watch = OtherCores()

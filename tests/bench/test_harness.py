@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from bench import decode, harness
@@ -17,6 +19,8 @@ from bench.case import Arm, Case, Measured
 from bench.options import numbers
 from bench.shapes import SHAPES
 from bench.targets import Target, speed_ratio
+from pyllamabatch.report import meters
+from pyllamabatch.report.disturbed import UNWATCHED
 from pyllamabatch.report.facts import machine
 from pyllamabatch.report.records import SCHEMA, read, speeds
 from pyllamabatch.scheduler import StepView, sarathi
@@ -55,6 +59,21 @@ def test_an_arm_that_fails_leaves_a_record_and_the_others_go_on(case: Case) -> N
     assert (lost.arm, lost.error, lost.t_tg) == ("broken", "RuntimeError: no memory", 0.0)
     assert (good.arm, good.t_tg) == ("good", 1.0)
     assert list(harness.measure("b", arms, [case], about, options(budget=0.0))) == []
+
+
+def test_rows_and_output_say_that_no_one_looked_what_others_use(
+    case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms = [Arm("engine", "", lambda case: Measured(0.0, 1.0))]
+    asked = options(command="decode", repeats=1, out=tmp_path / "rows.jsonl")
+    told = []
+    for library in (psutil, None):
+        monkeypatch.setattr(meters, "psutil", library)
+        harness.run(asked, arms, [case], harness.facts_of(), "title", "model")
+        told.append(UNWATCHED in capsys.readouterr().out)
+    assert told == [False, True]
+    known, unknown = (record.detail["other_cpu"] for record in read(asked.out))
+    assert known >= 0 > unknown
 
 
 def test_the_step_clock_counts_steady_steps_only() -> None:

@@ -90,6 +90,14 @@ def test_a_busy_machine_is_told_first() -> None:
     assert "busy" not in advice(rows[:1])
 
 
+def test_that_no_one_looked_what_others_use_is_told_first() -> None:
+    rows = [row("engine", 2, 90, other_cpu=0.1), row("contexts", 2, 50, other_cpu=-1.0)]
+    told, users, _ = advice(rows).splitlines()
+    assert told.startswith("Whether other programs used the CPU is not known")
+    assert users.startswith("2 users: engine")
+    assert "not known: " not in advice(rows[:1])
+
+
 def test_disturbed_runs_count_for_nothing() -> None:
     rows = [row(arm, 2, 50, other_cpu=0.1) for arm in ("contexts", "engine")]
     slow = row("contexts", 2, 5, repeat=1, other_cpu=0.0)

@@ -32,6 +32,8 @@ from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import Profile, Sample, Shape, shipped_profile
 from pyllamabatch.cost.rig import Rig, Took
 from pyllamabatch.errors import ArgumentError
+from pyllamabatch.report import meters
+from pyllamabatch.report.disturbed import UNWATCHED
 from pyllamabatch.report.meters import OtherCores
 from tests.support.calibration import calm_and_small
 from tests.support.models_gguf import gguf_path
@@ -245,13 +247,15 @@ def test_disturbed_steps_are_told() -> None:
     assert (sample.seconds, sample.n) == (0.2, 0)
     calm = ShapeTimings([*took, Took(0.3, False)]).sample(Shape(4, depth=8), True)
     assert (calm.seconds, calm.n) == (0.3, 1)
-    about = {"complete": True, "model": ""}
+    about = {"complete": True, "watched": True, "model": ""}
     profile = replace(
         shipped_profile("nvidia-h200-gemma-3-1b-q4_k_m"), samples=(sample, calm), about=about
     )
     found = summary(profile)
     assert found["disturbed"] == 1
-    assert "1 of them were disturbed" in in_words({"profile": "file", **found})
+    told = in_words({"profile": "file", **found})
+    assert "1 of them were disturbed" in told
+    assert UNWATCHED not in told
 
 
 @pytest.mark.parametrize(
@@ -278,8 +282,12 @@ def test_command(
     assert len(Profile.load(path).samples) == said["samples"]
     assert set(said["layouts"]) == {"unified", "streams"}
     out = tmp_path / "x.json"
+    monkeypatch.setattr(meters, "psutil", None)
     assert main([*common, "--layout", "streams", "--out", str(out)]) == 0
-    assert "streams: the model is" in capsys.readouterr().out
+    said_so = capsys.readouterr().out
+    assert "streams: the model is" in said_so
+    assert UNWATCHED in said_so
+    assert [Profile.load(p).about["watched"] for p in (path, out)] == [True, False]
     assert all(not s.unified for s in Profile.load(out).samples)
     # The threads never have their cores: nothing is saved.
     out.unlink()

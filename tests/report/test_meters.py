@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from pyllamabatch.errors import UnsupportedOperation
 from pyllamabatch.report import meters
 from pyllamabatch.report.meters import Gpus, Meter, OtherCores, figures
 from tests.support.served import until
@@ -43,7 +44,7 @@ def test_what_is_not_known_has_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meters, "psutil", None)
     meter = Meter([1], sources=[dict])
     meter.start()
-    assert meter.stop() == {}
+    assert meter.stop() == {"other_cpu": meters.UNKNOWN}
 
 
 def test_a_meter_samples_all_the_while(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +165,13 @@ def test_a_run_that_others_disturb_is_made_again(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(meters, "SETTLE_S", 0.0)
     runs = iter([1, 2])
     assert meters.undisturbed(lambda: next(runs), 0.2) == (2, 0.1)
+
+
+def test_without_psutil_no_run_waits_for_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meters, "psutil", None)
+    assert meters.undisturbed(lambda: 7, None) == (7, meters.UNKNOWN)
+    with pytest.raises(UnsupportedOperation, match="psutil"):
+        meters.undisturbed(lambda: 7, 0.1)
 
 
 def test_the_children_that_are_named_are_no_others() -> None:
