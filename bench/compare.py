@@ -35,10 +35,9 @@ ON_H200 = {"gpu_info": "H200", "model_type": "gemma3 1B"}
 # pyllamabatch compare --machine bench/profiles/m-series-gemma-3-1b-q4_k_m.json --arms \
 #     contexts,shared,engine -n 2,3,4 --prompt-tokens 256 --sample-tokens 200
 ON_COTABBYS_MAC = {"gpu_info": "Apple M-series", "model_type": "Gemma 3 1B Q4_K_M"}
-SHARED_OVER_CONTEXTS = {
-    2: 1.43,
-    3: 1.92,
-}  # 2.35 at 4, where its contexts gave up: 2.01 without that
+SHARED_OVER_CONTEXTS = {2: 1.43, 3: 1.92}
+"""At 4 its figure is 2.35, which no profile has: its contexts gave up (llama_decode failed after
+about 126 of 199 steps) and made 113 tok/s. Over three contexts, 132 tok/s, it is 2.01."""
 
 
 def of_burst(figure: Figure) -> Figure:
@@ -69,8 +68,8 @@ TARGETS = (
         Target(
             f"N = {n}: shared over contexts as Cotabby's bench has it, on a profile of its Mac",
             of_burst(speed_ratio("shared", "contexts", n)),
-            at_least=0.95 * ratio,
-            at_most=1.05 * ratio,
+            at_least=round(0.97 * ratio, 3),
+            at_most=round(1.03 * ratio, 3),
             where=ON_COTABBYS_MAC,
         )
         for n, ratio in SHARED_OVER_CONTEXTS.items()

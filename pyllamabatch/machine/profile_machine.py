@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -28,7 +29,7 @@ from pyllamabatch.machine.gpu_queue import GpuQueue, sleep_until
 from pyllamabatch.scheduler import Limits
 from pyllamabatch.scheduler.step import spans
 from pyllamabatch.step.sampling_params import SamplingParams
-from pyllamabatch.step.types import Finish
+from pyllamabatch.step.types import Finish, Run
 
 if TYPE_CHECKING:
     from pyllamabatch.llama.model import Model
@@ -129,6 +130,7 @@ class ProfileDevice(FakeDevice[int, SentenceSampler]):
         self._machine = machine
         words = model.vocab.tokenize(SENTENCE, add_special=False)
         self._end_ns = 0  # of the step before
+        self._late_ns = 0  # the call before returned so long after its last step's end
         self._words: list[int] = words.tolist()
         self.set_layout(limits)
 
@@ -159,6 +161,12 @@ class ProfileDevice(FakeDevice[int, SentenceSampler]):
     def close(self) -> None:
         """Nothing is to be freed."""
 
+    def compute(self, slots: Slots, n_steps: int, n_before: int = 0, n_pad: int = 0) -> Run:
+        run = super().compute(slots, n_steps, n_before, n_pad)
+        if run.n_steps:
+            self._late_ns = perf_counter_ns() - self._end_ns
+        return run
+
     # -- FakeDevice
 
     def _cell(self, token: int) -> int:
@@ -172,9 +180,9 @@ class ProfileDevice(FakeDevice[int, SentenceSampler]):
         return SampledRow(slot, token, finish)
 
     def _compute(self, slots: Slots, n_before: int, n_pad: int) -> tuple[int, int, Times]:
-        # The native loop has a step ready when it is called, and the next one when that ends:
-        # what Python takes here is none of the machine's time.
-        began = self._end_ns if self.n_in_run else self.called_ns
+        # The native loop has a step ready when it is called, and the next one when that ends; it
+        # returns when the last one ends. What Python takes here is none of the machine's time.
+        began = self._end_ns if self.n_in_run else self.called_ns - self._late_ns
         seconds, n_reused = self._seconds(slots, n_before, n_pad)
         start, self._end_ns = self._machine.queue.reserve(seconds, began)
         return 0, self.n_now, Times(began, self._end_ns - start, n_reused)

@@ -12,6 +12,8 @@ from bench import compare, harness
 from bench.__main__ import main
 from bench.benches import load
 from bench.summary import latest, markdown, runs_of
+from pyllamabatch.cost.model import CostModel
+from pyllamabatch.cost.profile import Profile
 from pyllamabatch.report.records import Record, read
 from tests.support.made_up_rows import row
 
@@ -36,6 +38,21 @@ def test_targets_are_of_the_burst_alone() -> None:
         "N = 2: engine over contexts"
     ]
     assert found["N = 2: engine over contexts"].measured([row("engine", 2, 9)]) is None
+
+
+def test_the_profile_of_cotabbys_mac_has_its_ratios() -> None:
+    """Contexts compute a row at a time, one after the other; a shared context a row of each."""
+    profile = Profile.load(
+        Path(compare.__file__).parent / "profiles/m-series-gemma-3-1b-q4_k_m.json"
+    )
+    cost = CostModel.fit(profile, unified=False)
+
+    def speed(n: int) -> float:
+        return n / cost.predict(n, 0, 356 * n, n)
+
+    for n, ratio in compare.SHARED_OVER_CONTEXTS.items():
+        assert speed(n) / speed(1) == pytest.approx(ratio, rel=0.03)
+    assert speed(4) / speed(1) == pytest.approx(266 / 132, rel=0.03)
 
 
 def test_the_report_has_the_table_of_each_protocol_and_the_advice_once() -> None:

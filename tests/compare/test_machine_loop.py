@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pyllamabatch.compare import hosted
 from pyllamabatch.compare.case import Case, ModelFile
+from pyllamabatch.compare.machine_loop import MachineLoop
 from pyllamabatch.compare.workload import BURST, Workload, failure, figures
 from pyllamabatch.engine.on_machine import vocabulary
 from pyllamabatch.llama.model import Model
+from pyllamabatch.machine import device, gpu_queue, profile_machine
+from pyllamabatch.machine.context import MachineContext
 from pyllamabatch.machine.profile_machine import ProfileMachine
 from tests.support.machines import fast_profile
 
@@ -43,3 +48,43 @@ def test_an_arm_takes_what_the_profile_says(
     # The last token of one may come a step before that of the other, and the time began while the
     # first step was under way.
     assert figures(workload, timings)["elapsed_seconds"] >= least * (1 - 2 / TOKENS)
+
+
+def test_what_the_machine_itself_takes_is_in_no_step(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It wakes late, and then writes down what a native loop has in its ring. A raw loop, which
+    calls it for each step, loses its own time alone."""
+    now, late_ns, own_ns = 10**9, 7 * 10**6, 10**6
+
+    def clock() -> int:
+        nonlocal now
+        now += 10
+        return now
+
+    def wake(end_ns: int) -> None:
+        nonlocal now
+        now = max(now, end_ns) + late_ns
+
+    clocks = SimpleNamespace(perf_counter_ns=clock, time_ns=clock)
+    monkeypatch.setattr(gpu_queue, "time", clocks)
+    monkeypatch.setattr(device, "perf_counter_ns", clock)
+    monkeypatch.setattr(profile_machine, "perf_counter_ns", clock)
+    monkeypatch.setattr(profile_machine, "sleep_until", wake)
+    machine = ProfileMachine.named(fast_profile(tmp_path))
+    steps: list[tuple[int, int]] = []
+    reserve = machine.queue.reserve
+
+    def noted(seconds: float, since_ns: int) -> tuple[int, int]:
+        steps.append(reserve(seconds, since_ns))
+        return steps[-1]
+
+    monkeypatch.setattr(machine.queue, "reserve", noted)
+    loop = MachineLoop(MachineContext(machine, model, n_ctx=64, n_seq_max=1, kv_unified=False))
+    loop.start(0, [1, 2, 3], 0)
+    for _ in range(5):
+        loop.step()
+        now += own_ns
+    gaps = [start - end for (_, end), (start, _) in pairwise(steps)]
+    assert gaps == pytest.approx([own_ns] * 4, abs=1000)
+    machine.queue.close()
