@@ -1,7 +1,5 @@
 """Fixtures that every test folder shares."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Every file of `examples/` runs with the embedded model and prints what it is about."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

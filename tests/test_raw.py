@@ -1,7 +1,5 @@
 """The raw layer is all of libllama and ggml: read from the same headers that were compiled."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shlex

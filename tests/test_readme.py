@@ -4,8 +4,6 @@ The blocks of a page run one after the other in one process, as a reader would t
 block that follows a `python` block, with at most a line of words between, is exactly its output.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 from pathlib import Path

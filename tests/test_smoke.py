@@ -1,7 +1,5 @@
 """What an installed wheel must do, with nothing but the wheel and pytest."""
 
-from __future__ import annotations
-
 import pyllamabatch
 from pyllamabatch.raw import ffi, lib
 

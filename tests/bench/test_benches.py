@@ -1,7 +1,5 @@
 """A small run of each bench: it measures what it says, and its figures follow from its records."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

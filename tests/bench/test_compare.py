@@ -1,7 +1,5 @@
 """The bench of the four ways to serve N users: plans, targets, views, and a small real run."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The clients of a fleet count what they get. The fleet itself: pytest -m ray tests/cluster."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

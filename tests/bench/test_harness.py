@@ -1,7 +1,5 @@
 """What all benches share: arms in turns, records, targets, the command line."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path

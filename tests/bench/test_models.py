@@ -1,7 +1,5 @@
 """The benches' models: shapes, weights, vocabularies, quantisation; and llama.cpp's tools."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from pathlib import Path

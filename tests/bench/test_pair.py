@@ -1,7 +1,5 @@
 """Two checkouts side by side: what is run, and how their records become ratios."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The bench of the planner: a real load beside its projection."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The benches of the default policy: simulated, and live on the embedded model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

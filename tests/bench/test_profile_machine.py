@@ -1,7 +1,5 @@
 """`bench traffic --machine`: policies in a profile's time, beside the simulator."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The report: which records it takes, what it says of targets, and that it is always the same."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The serve bench: same work for every arm, failures that end no other, nothing left running."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import re

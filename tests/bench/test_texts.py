@@ -1,7 +1,5 @@
 """The prompts of the speculation bench."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 from bench.texts import FREE, KINDS, REPEATING, texts

@@ -1,7 +1,5 @@
 """The traffic bench: the same work for every arm, and times of every token."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from pathlib import Path

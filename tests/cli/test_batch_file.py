@@ -1,7 +1,5 @@
 """The loop of `generate` with an engine of the test's own: order, window, resuming, failures."""
 
-from __future__ import annotations
-
 import io
 import json
 import random

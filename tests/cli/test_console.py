@@ -1,7 +1,5 @@
 """Text and progress on a terminal, in a pipe, and without rich."""
 
-from __future__ import annotations
-
 import io
 import re
 import sys

@@ -1,7 +1,5 @@
 """`pyllamabatch demo`: right answers, and the exit status that says so."""
 
-from __future__ import annotations
-
 import io
 import re
 from dataclasses import replace

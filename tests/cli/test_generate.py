@@ -1,7 +1,5 @@
 """`pyllamabatch generate` with the embedded model, as a process and in this one."""
 
-from __future__ import annotations
-
 import json
 import random
 import signal

@@ -1,7 +1,5 @@
 """`pyllamabatch info` and `--version`."""
 
-from __future__ import annotations
-
 import json
 from importlib import metadata
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What `generate` makes of its input lines."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The output file of `generate`: order, and taking it up again after any kind of end."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path

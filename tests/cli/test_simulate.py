@@ -1,7 +1,5 @@
 """pyllamabatch simulate."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

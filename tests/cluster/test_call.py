@@ -1,7 +1,5 @@
 """What comes between a front and a replica, without Ray."""
 
-from __future__ import annotations
-
 import asyncio
 from contextlib import aclosing
 from typing import Any

@@ -1,7 +1,5 @@
 """The arm of `compare` that is on Ray: pytest -m ray tests/cluster."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import psutil

@@ -1,7 +1,5 @@
 """What a front gets from a replica, or why not: pytest -m ray tests/cluster."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from typing import Any

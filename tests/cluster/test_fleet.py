@@ -1,7 +1,5 @@
 """Two replicas of the embedded model on Ray Serve, on this machine: pytest -m ray tests/cluster."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 

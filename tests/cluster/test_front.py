@@ -1,7 +1,5 @@
 """What a front answers for all replicas, without a cluster: pytest -m ray tests/cluster."""
 
-from __future__ import annotations
-
 import asyncio
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +26,7 @@ class Replicas:
         self._apps = [one.server.config.app for one in of]
         self._failure = failure
 
-    def broadcast(self, method: str, call: RoutedCall) -> Replicas:
+    def broadcast(self, method: str, call: RoutedCall) -> "Replicas":
         assert method == "whole"
         self._call = call
         return self
@@ -47,7 +45,7 @@ class Broken:
     def __init__(self, failure: Exception) -> None:
         self._failure = failure
 
-    def broadcast(self, method: str, call: RoutedCall) -> Broken:
+    def broadcast(self, method: str, call: RoutedCall) -> "Broken":
         return self
 
     async def results_async(self) -> list[Whole]:

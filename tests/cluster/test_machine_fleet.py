@@ -1,7 +1,5 @@
 """Replicas on a profile machine, on this machine's Ray: pytest -m ray tests/cluster."""
 
-from __future__ import annotations
-
 import psutil
 import pytest
 

@@ -1,8 +1,6 @@
 """More than one fixed fleet on one machine: Ray's own ways to start one, to scale it, and several
 nodes. pytest -m ray tests/cluster."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -1,8 +1,6 @@
 """`pyllamabatch compare` with the embedded model: every arm does what it was asked, and what fails
 or is interrupted harms no other."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess
@@ -287,7 +285,7 @@ class Started:
             signal.signal(signal.SIGINT, before)
         self.children: list[psutil.Process] = []
 
-    def __enter__(self) -> Started:
+    def __enter__(self) -> "Started":
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -1,7 +1,5 @@
 """The raw arms on a profile machine."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path

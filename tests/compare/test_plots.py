@@ -1,7 +1,5 @@
 """Pictures and pages of made-up rows."""
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path

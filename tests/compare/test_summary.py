@@ -1,7 +1,5 @@
 """The table and the plain sentences, over rows that were made up."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Priors of Apple's chips: their level from the memory's bandwidth, beside what was published."""
 
-from __future__ import annotations
-
 import pytest
 
 from pyllamabatch.cost.apple import BANDWIDTH, chip_of, read_rate

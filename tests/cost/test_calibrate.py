@@ -1,7 +1,5 @@
 """Calibration: what it measures, on every kind of memory, what disturbs it, and how it ends."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The cost model: what it recovers of a known device, its limits, and its refinement."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """The cost model: attention, by kernel, cache layout and window."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What regimes.py says of the kernels, against the text of the llama.cpp that is being built."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

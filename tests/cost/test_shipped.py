@@ -1,7 +1,5 @@
 """The profiles that come with the package, and how published tables become profiles."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

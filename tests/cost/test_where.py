@@ -1,7 +1,5 @@
 """What a profile is matched by, and the profiles' files."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Sequences that go on in another slot: no token is another one, and what they hold goes along."""
 
-from __future__ import annotations
-
 import pytest
 
 from pyllamabatch import Engine, SamplingParams

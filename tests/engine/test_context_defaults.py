@@ -1,7 +1,5 @@
 """Sizes of an engine's context where none were asked for."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """TextFeed: stop strings and UTF-8, however the text is cut into pieces."""
 
-from __future__ import annotations
-
 import codecs
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """An engine with a draft model: the same answers, and the draft's memory stays in step."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Drafters in Python: by an object, by name, by entry point; what they are told; their mistakes."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint

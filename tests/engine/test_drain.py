@@ -1,7 +1,5 @@
 """Drain, stop, resume: nothing comes in, what is inside ends, and the engine is as good as new."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Embedder: what a text gives does not depend on the texts that are computed with it."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import threading

@@ -4,8 +4,6 @@ That tokens are those of solo runs is test_invariance_engine's; here the setting
 kernels for one row and for many agree but for the order of their F32 sums.
 """
 
-from __future__ import annotations
-
 import gc
 import threading
 import time

@@ -1,7 +1,5 @@
 """What the engine does when something goes wrong: a request that is not hit gets its own tokens."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import replace
 

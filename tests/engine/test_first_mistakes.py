@@ -1,7 +1,5 @@
 """What a newcomer gets wrong: the error says what to do instead."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Followers: a text that is written token by token is the text that chunks have."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random

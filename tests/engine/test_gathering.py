@@ -1,8 +1,6 @@
 """Owners of interactive sequences in threads, and how steps of the embedded model wait for them: by
 what is counted, not by the time that it takes."""
 
-from __future__ import annotations
-
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor

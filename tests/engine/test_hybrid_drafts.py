@@ -1,8 +1,6 @@
 """Engines that speculate with models whose layers keep a state: rejected tokens are taken back from
 it by libllama's snapshots (n_rs_seq), and answers are the same."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

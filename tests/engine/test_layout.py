@@ -1,7 +1,5 @@
 """How an engine divides its cells: streams where they suffice, a pool when a sequence needs one."""
 
-from __future__ import annotations
-
 import threading
 from typing import Any
 

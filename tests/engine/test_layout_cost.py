@@ -1,7 +1,5 @@
 """The layout by price: a pool where it is faster on the device, streams elsewhere."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cache
 from pathlib import Path

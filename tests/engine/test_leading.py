@@ -1,7 +1,5 @@
 """Which thread runs the steps: the core thread, or one that asks for a token."""
 
-from __future__ import annotations
-
 import signal
 import threading
 import time

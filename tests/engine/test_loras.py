@@ -1,7 +1,5 @@
 """LoRA adapters by request: each gets what it gets alone on a context with just its adapters."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 import weakref

@@ -1,7 +1,5 @@
 """An engine gives up host memory while there is pressure, and takes it again afterwards."""
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections.abc import Callable

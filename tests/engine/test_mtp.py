@@ -1,7 +1,5 @@
 """An engine whose model has layers that predict further tokens."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

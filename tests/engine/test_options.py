@@ -1,7 +1,5 @@
 """What requests may ask for beside their tokens: deadlines, room in the line, priorities."""
 
-from __future__ import annotations
-
 import threading
 import time
 from functools import partial

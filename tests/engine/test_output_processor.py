@@ -1,8 +1,6 @@
 """OutputProcessor while a run goes on: step by step on the fake machine, in threads on a real
 engine."""
 
-from __future__ import annotations
-
 import threading
 
 import pytest

@@ -1,7 +1,5 @@
 """A row for every slot: other requests come and go, and the graph of decoding stays."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Every policy, live: the same tokens, in another order of steps."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest

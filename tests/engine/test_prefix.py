@@ -1,7 +1,5 @@
 """What requests share, on real contexts: prefixes are computed once, and the tokens do not tell."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

@@ -1,8 +1,6 @@
 """What becomes of a process with an engine: it is interrupted, it ends with open streams, it forks.
 Each in a process of its own, which must end by itself."""
 
-from __future__ import annotations
-
 import signal
 import sys
 from pathlib import Path

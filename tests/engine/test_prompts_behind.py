@@ -1,7 +1,5 @@
 """Prompts that are computed behind the rows that decode, in one call."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from typing import Any

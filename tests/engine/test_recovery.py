@@ -1,8 +1,6 @@
 """Faults on real contexts, in every architecture: what libllama's memory holds after a failure is
 cleaned up, and the next request gets its own tokens."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """asyncio: the same tokens as threads get, tasks that are cancelled, a line that is full."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections.abc import Awaitable

@@ -1,7 +1,5 @@
 """A fresh context under a running engine: what stays, what is computed again, what that costs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial

@@ -1,8 +1,6 @@
 """Several steps in one call: what happens in the middle of a run comes out as if it had happened
 between two steps."""
 
-from __future__ import annotations
-
 from itertools import count
 from typing import Any
 

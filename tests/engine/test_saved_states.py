@@ -1,7 +1,5 @@
 """States that are saved, brought and loaded again, when one of these fails, on the fake device."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

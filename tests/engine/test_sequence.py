@@ -1,7 +1,5 @@
 """Interactive sequences on real contexts: what they give is what raw calls and requests give."""
 
-from __future__ import annotations
-
 import gc
 import threading
 import time

@@ -1,8 +1,6 @@
 """Bytes that are no snapshot, or one with changed bytes: an error, or a sequence that goes on;
 the process, the engine and its other sequences stay as they are."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

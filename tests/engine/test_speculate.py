@@ -1,7 +1,5 @@
 """An engine that speculates: the same answers in fewer steps, and its accounts agree."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

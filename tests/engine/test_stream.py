@@ -1,7 +1,5 @@
 """Stream: reading from threads while another one pushes."""
 
-from __future__ import annotations
-
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Threads are given up where a step takes less time without them, and come back."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from typing import Any

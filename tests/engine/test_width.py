@@ -1,7 +1,5 @@
 """An engine whose streams take turns: the same tokens, no long waits, and what it learns of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """KvAccounting: cells are counted exactly, in a pool and in streams, shared and cached."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import nullcontext
 

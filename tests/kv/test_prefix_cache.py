@@ -1,7 +1,5 @@
 """PrefixCache on a memory of plain lists that refuses what the real ones would refuse."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import numpy as np

@@ -1,7 +1,5 @@
 """RadixTree against a list of all sequences."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """Swap or recompute: the estimate; and where the states lie."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -4,8 +4,6 @@ What libllama would end the process for is here on purpose. The argument checks 
 functions are with their tests; these are the ways in which a user goes wrong.
 """
 
-from __future__ import annotations
-
 import gc
 import random
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Batch: its arrays are the memory that libllama reads."""
 
-from __future__ import annotations
-
 import gc
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Context: parameters, decoding, outputs, states, one thread at a time."""
 
-from __future__ import annotations
-
 import gc
 import threading
 from collections.abc import Iterator

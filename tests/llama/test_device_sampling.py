@@ -2,8 +2,6 @@
 
 The CPU backend is the device here: the same graph, the same way back to the host."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Models without a memory (bert) and with a table of positions (bert, gpt2)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

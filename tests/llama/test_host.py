@@ -6,8 +6,6 @@ both versions (Documentation/admin-guide/cgroup-v2.rst and cgroup-v1), proc_memi
 Apple's technical specifications name.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,8 +1,6 @@
 """Where a lazy grammar begins: libllama's search for its trigger, which looks at what is new only
 (`vendor/patches/lazy-grammar-reach.patch`)."""
 
-from __future__ import annotations
-
 import re
 import time
 from typing import Any

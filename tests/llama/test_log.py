@@ -1,7 +1,5 @@
 """llama.cpp's log: in order, from any thread, bounded, and with the call that failed."""
 
-from __future__ import annotations
-
 import logging
 import threading
 from pathlib import Path

@@ -1,8 +1,6 @@
 """Logits are read where the graph has left them, or copied where something may write there
 (vendor/patches/logits-in-place.patch)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """LoRA adapters: applied, scaled, dropped; what keeps them alive."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

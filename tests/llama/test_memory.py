@@ -3,8 +3,6 @@
 What a sequence gives afterwards is in tests/properties/test_invariance_memory.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 

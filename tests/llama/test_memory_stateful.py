@@ -5,8 +5,6 @@ operations are refused. After every operation both sides must hold the same posi
 end the continuation of a sequence must be the one of a context that saw nothing else.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 
 import hypothesis.strategies as st

@@ -1,7 +1,5 @@
 """Model: what it says of itself, its options, its life."""
 
-from __future__ import annotations
-
 import weakref
 from pathlib import Path
 from types import SimpleNamespace

@@ -6,8 +6,6 @@ No recording of a machine: values in the formats that the systems define. Linux:
 _CRITICAL (dispatch/source.h).
 """
 
-from __future__ import annotations
-
 import os
 import threading
 from pathlib import Path

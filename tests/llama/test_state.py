@@ -1,7 +1,5 @@
 """States where libllama's streams are copied late."""
 
-from __future__ import annotations
-
 import pytest
 
 from pyllamabatch.errors import UnsupportedOperation

@@ -1,7 +1,5 @@
 """Threads of the CPU backend: one that waits for others sleeps, and all end with their context."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -1,7 +1,5 @@
 """Vocab: text to tokens and back, special tokens, chat templates."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

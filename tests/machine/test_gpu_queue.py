@@ -1,7 +1,5 @@
 """GpuQueue: reservations, whose times are exact; and sleeping, which never ends early."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import threading

@@ -1,7 +1,5 @@
 """An engine on a profile machine does all that it does on a device, in the profile's time."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The draft that ships beside the embedded model: its size, its vocabulary, its agreement."""
 
-from __future__ import annotations
-
 import pytest
 
 from pyllamabatch import Model

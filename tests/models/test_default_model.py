@@ -1,7 +1,5 @@
 """The embedded model: its size, its tokenizer, and its answers through the engine."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """CMake's choices, also for platforms that this machine is not. Nothing is compiled."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

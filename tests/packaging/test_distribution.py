@@ -1,7 +1,5 @@
 """sdist, wheel and editable install, each made and used as a user would. Minutes: `-m build`."""
 
-from __future__ import annotations
-
 import sys
 import tarfile
 import venv

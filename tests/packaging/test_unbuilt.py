@@ -1,7 +1,5 @@
 """A checkout that was never built says in one line what to run."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """vendor/unpack.py: the pin holds, and each failure ends with one clear message."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os

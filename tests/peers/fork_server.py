@@ -5,8 +5,6 @@ costs milliseconds instead of seconds.
 folder and output on, and ends with the server. Each ends when the other one does.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

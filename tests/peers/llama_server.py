@@ -12,8 +12,6 @@ compared (`peer_plugin.py`). `expected_failures.txt` has a reason for each test 
 Wants: pip install requests filelock wget aiohttp pytest-xdist.
 """
 
-from __future__ import annotations
-
 import os
 import stat
 import subprocess

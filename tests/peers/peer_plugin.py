@@ -1,8 +1,6 @@
 """A pytest plugin for llama-server's suite: no models are fetched, texts are not compared, and what
 `expected_failures.txt` names is expected to fail, for the reason that it gives."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ No recording of a Mac: `iogpu.wired_limit_mb` is 0 until it is set, then whole M
 recommends of 192 GiB is three quarters (llama.cpp's log of `recommendedMaxWorkingSetSize`).
 """
 
-from __future__ import annotations
-
 import sys
 
 import pytest

@@ -1,7 +1,5 @@
 """What a context will take up, against what it then takes, and how many fit a machine."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Fixtures of the properties that hold for the embedded model."""
 
-from __future__ import annotations
-
 import pytest
 
 from pyllamabatch.llama.model import Model

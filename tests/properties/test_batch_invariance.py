@@ -1,8 +1,6 @@
 """`Engine(batch_invariant=True)`: all logits of a request are those that it has alone, bit by bit,
 whatever a policy does, which others come, go and fail beside it, and whatever is cached."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from functools import cache

@@ -1,8 +1,6 @@
 """Batch invariance with drafts: each row that a token is sampled from has the bits that it has
 alone, without drafts."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from typing import Any

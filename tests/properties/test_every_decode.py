@@ -1,8 +1,6 @@
 """Every decode of a run fails in turn, with every code, once or several times in a row: what can be
 helped gets what it gets alone, and no request ends that was not in a step that failed."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest

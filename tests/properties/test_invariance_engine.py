@@ -5,8 +5,6 @@ Greedy tokens, compared up to the first near tie (see `oracle.Agreement`); the f
 compared is asserted.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

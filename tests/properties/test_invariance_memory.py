@@ -7,8 +7,6 @@ of the cells, and so of the sums, depends on who wrote first; and what recompute
 groups of rows, or rotates keys.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -3,8 +3,6 @@ deadlines, samples of one prompt, interactive forks, common prefixes, far too fe
 failing decodes, in engines of every kind. Each request that finishes has the tokens that it gets
 alone through raw calls, and each that ends early has the first of them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

@@ -3,8 +3,6 @@ bit, for the same prompts, samples, trims and forks: whatever runs beside it, ho
 preempted, after a failure of the backend, and when it goes on from a snapshot of itself, in this
 engine or in another one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace

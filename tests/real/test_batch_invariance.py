@@ -1,8 +1,6 @@
 """`Engine(batch_invariant=True)` with real weights: all logits as a request has them alone, bit by
 bit."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """What a meter says of processes: made-up counters, a fake NVML, and real children."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import subprocess

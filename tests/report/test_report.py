@@ -1,7 +1,5 @@
 """Records in their file, and tables as views of them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,8 +1,6 @@
 """Where sequences start: shared prefixes, saved states, and what becomes of the preempted, on a
 machine that refuses what a memory would refuse."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The largest prompt within a target: found exactly, and with few questions to the cost model."""
 
-from __future__ import annotations
-
 from itertools import accumulate
 from math import log2
 

@@ -1,7 +1,5 @@
 """Sequences in high slots go on in empty low ones, once the gaps between them have cost as much."""
 
-from __future__ import annotations
-
 import pytest
 
 from pyllamabatch.cost.step_cost import NewGraph, StepCost

@@ -1,8 +1,6 @@
 """How long a step waits by the cost model: the rule alone, what is learnt of owners, and both with
 owners in virtual time. No model, no clock."""
 
-from __future__ import annotations
-
 import heapq
 import math
 import random

@@ -1,8 +1,6 @@
 """Interactive sequences among the others: what is computed when, and which of them a step waits
 for. No model, no clock."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """The policy of `examples/own_policy.py`: on a view made up, simulated, and live."""
 
-from __future__ import annotations
-
 import runpy
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Rows that no sequence reads: as long as they cost less than another graph."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -2,8 +2,6 @@
 sequences finish whatever happens and every cell comes back, the same arrivals give the same steps,
 and a plan that repeats is what would have been planned at each step."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The pages on policies: their code obeys the rules, and their tables are complete."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

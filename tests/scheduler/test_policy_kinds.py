@@ -1,7 +1,5 @@
 """What makes each policy itself, by views made up and by whole lives of sequences."""
 
-from __future__ import annotations
-
 import pytest
 
 from pyllamabatch.scheduler import (

@@ -1,7 +1,5 @@
 """Sarathi and the shared decisions, by views made up."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Streams that become a pool of cells when a sequence needs more than one of them has."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Prompts behind the rows that decode: where building a graph costs more than a step's wait."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

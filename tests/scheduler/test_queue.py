@@ -1,7 +1,5 @@
 """Lines that keep their orders say the same as sorting them would; tenants add up."""
 
-from __future__ import annotations
-
 import pickle
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Policies by name, with options as a command line gives them."""
 
-from __future__ import annotations
-
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any

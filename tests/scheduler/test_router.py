@@ -1,7 +1,5 @@
 """Which replica gets a request: the decisions, on replicas that say what they are told to."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """A plan that breaks a rule is refused by the rule's name and changes nothing."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

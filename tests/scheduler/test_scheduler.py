@@ -1,7 +1,5 @@
 """The scheduler alone, driven through whole lives of sequences by a plain-Python executor."""
 
-from __future__ import annotations
-
 import pytest
 
 from pyllamabatch.scheduler import Limits, fcfs

@@ -1,7 +1,5 @@
 """Speculate: rows for drafts where they give more tokens a second, none where they do not."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from typing import Any

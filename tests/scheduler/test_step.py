@@ -1,8 +1,6 @@
 """The native calls of a step: where every sequence has a stream of cells of its own, and where
 groups can't share one."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

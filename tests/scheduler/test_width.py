@@ -1,7 +1,5 @@
 """Turns: who decodes in a step where fewer rows at a time are faster."""
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from itertools import pairwise

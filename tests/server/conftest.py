@@ -1,7 +1,5 @@
 """One server over the embedded model for all tests that don't change it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

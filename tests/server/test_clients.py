@@ -1,7 +1,5 @@
 """The real `openai` and `anthropic` clients, and what bodies become."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

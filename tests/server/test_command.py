@@ -1,8 +1,6 @@
 """Servers as the command line opens them: on a profile machine, with HTTP, streams and counters as
 always, and no model; with files; and several, without the extra."""
 
-from __future__ import annotations
-
 import argparse
 import subprocess
 import sys

@@ -4,8 +4,6 @@ over, and every refusal in OpenAI's form.
     pip install -e '.[test,described]' && python -m pytest -m described tests/server
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from typing import Any

@@ -1,7 +1,5 @@
 """Who may ask, who leaves, a queue that is full, and the end."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

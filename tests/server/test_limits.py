@@ -1,7 +1,5 @@
 """What no client may do to a server: bodies that cost much, and connections that stay open."""
 
-from __future__ import annotations
-
 import socket
 from contextlib import suppress
 from typing import Any

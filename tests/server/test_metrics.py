@@ -1,7 +1,5 @@
 """/metrics of a server with one slot, with and without drafts."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """llama-server's interface, embeddings, and what the server says of itself."""
 
-from __future__ import annotations
-
 import base64
 import json
 import re

@@ -1,8 +1,6 @@
 """OpenAI's client for Node: python -m pytest -m node tests/server. Wants node and npm, which brings
 the client by its name."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """OpenAI's completions and chats: whole, streamed, refused."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import Any

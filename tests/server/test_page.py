@@ -4,8 +4,6 @@ The browser's tests want `pip install -e '.[browser]'` and /usr/bin/chromium (De
 install chromium`): `python -m pytest -m browser tests/server`.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import re

@@ -1,7 +1,5 @@
 """Texts that go to sockets at once, as long as these take them."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 import sys

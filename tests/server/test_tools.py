@@ -1,8 +1,6 @@
 """Tools and thoughts in all three interfaces. A grammar in the place of the template's makes the
 embedded model say what a model with such a template would."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from typing import Any

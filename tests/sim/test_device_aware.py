@@ -1,8 +1,6 @@
 """The default policy on the profile of an M2 Ultra with gemma-3-4b, whose kernels for more than 8
 rows took twice as long as those for 8 (llama.cpp's own table, build 7948)."""
 
-from __future__ import annotations
-
 import pytest
 
 from bench.policies import COUNTED, TARGETS, clients, steady

@@ -1,7 +1,5 @@
 """Speculation in virtual time: the engine's own decision, and what comes of it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Figures of many requests."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """Rows for every slot, in the closed loop of an H200's profile and of two cores of a CPU."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

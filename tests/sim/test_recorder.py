@@ -1,7 +1,5 @@
 """The steps of a simulated engine: a trace like a live one's, which agrees with the counters."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Reports."""
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import replace

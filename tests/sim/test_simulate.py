@@ -1,7 +1,5 @@
 """The scheduler under a virtual clock."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Workloads that are drawn."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """A context and a stepper of four sequences, exact enough to compare tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

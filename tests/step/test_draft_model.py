@@ -1,8 +1,6 @@
 """A second model that drafts for a stepper, and what it has to refuse. What its memory holds is
 native/tests/test_draft_model.cpp's; answers are tests/engine/test_draft_model.py's."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Drafts: a run with drafted rows samples what a run without them does, in fewer steps."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ Row by row both are compared in native/tests/test_fused.cpp: candidates, probabi
 logits, threads, every instruction set.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

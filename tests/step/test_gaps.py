@@ -1,7 +1,5 @@
 """Unused sequences between those that decode: a row each keeps a step in one ubatch, unseen."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """The graph of decoding: what may come between two steps without a new one (vendor/patches)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

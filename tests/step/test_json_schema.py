@@ -1,8 +1,6 @@
 """JSON schemas: what they become, what is no schema, and what is refused at submit. What answers
 keep to, and which keywords are refused: test_schema_answers.py."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from typing import Any

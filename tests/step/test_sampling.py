@@ -1,7 +1,5 @@
 """SamplingParams: what is accepted, what is refused and how it is said."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import math

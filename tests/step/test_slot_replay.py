@@ -1,7 +1,5 @@
 """Replay: a new slot that is told what was sampled goes on as the one that sampled it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

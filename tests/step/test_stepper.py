@@ -1,7 +1,5 @@
 """The native step against raw libllama: same tokens, same numbers, and errors instead of aborts."""
 
-from __future__ import annotations
-
 import gc
 import math
 import threading

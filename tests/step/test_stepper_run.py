@@ -1,7 +1,5 @@
 """Stepper.run: the same tokens as step by step, its ends, the interrupt, and what it refuses."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Sequence
 from pathlib import Path

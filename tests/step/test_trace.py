@@ -1,8 +1,6 @@
 """The step trace: a ring that keeps the last steps, sums that agree with the counters, and JSON
 that Perfetto and Chrome read."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Sequence

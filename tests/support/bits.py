@@ -1,7 +1,5 @@
 """The logits that an engine samples from, to the last bit."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Calibration of a tiny model in a second, however busy the machine is."""
 
-from __future__ import annotations
-
 from math import inf
 
 import pytest

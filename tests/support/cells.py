@@ -1,7 +1,5 @@
 """A memory in plain Python: what KV operations make of it, and what a real one would refuse."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 

@@ -1,7 +1,5 @@
 """What many tests do: decode tokens, write rows for a stepper, generate one request alone."""
 
-from __future__ import annotations
-
 import atexit
 import functools
 from collections.abc import Collection, Sequence

@@ -1,7 +1,5 @@
 """The embedded model, twelve prompts, and what each gets alone through raw calls."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

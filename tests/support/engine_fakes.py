@@ -4,8 +4,6 @@ The next token of a sequence is a checksum of all tokens that its cells hold: on
 position or neighbour and everything after it differs from `solo`.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Real engines under test: settings, and checks of their accounting against libllama's memory."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Iterator

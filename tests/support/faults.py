@@ -1,7 +1,5 @@
 """Decodes that fail on purpose (native/tests/plb_testing.h): not in a wheel's compiled module."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pyllamabatch.raw import lib

@@ -1,7 +1,5 @@
 """A fleet of engines under test: its processes, and requests that run in threads."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

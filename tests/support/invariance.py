@@ -1,7 +1,5 @@
 """What tests of batch invariance share: any policy, and what a request has alone."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from typing import Any

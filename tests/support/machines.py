@@ -1,7 +1,5 @@
 """A profile machine whose steps are short."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Steps of a made-up device, whose seconds are a straight line."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from pyllamabatch.cost.step_cost import NO_COST, NewGraph, StepCost

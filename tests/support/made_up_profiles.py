@@ -1,7 +1,5 @@
 """Profiles of devices of which everything is known."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from pyllamabatch.cost.kernels import Kernels, Regime, kernels

@@ -1,7 +1,5 @@
 """Rows that are made up."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pyllamabatch.report.records import Record, speeds

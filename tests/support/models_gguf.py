@@ -15,8 +15,6 @@ The weights are scaled so that the tests can tell right from wrong:
   continuation never ends by accident.  A `logit_bias` brings the end of text when a test wants it.
 """
 
-from __future__ import annotations
-
 import atexit
 import functools
 import shutil

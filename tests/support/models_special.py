@@ -2,8 +2,6 @@
 (bert), layers that predict further tokens (mimo2, glm4moe, and behind recurrent ones qwen35),
 and a LoRA for a model of `models_gguf`."""
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 

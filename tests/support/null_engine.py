@@ -1,7 +1,5 @@
 """An engine on a device that computes nothing, for the time that the engine itself takes."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

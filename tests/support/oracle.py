@@ -13,8 +13,6 @@ A greedy token says something only where the best logit leads by more than the t
 move: `agreement` compares there and counts how much it compared.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A plain-Python executor that drives a scheduler by the book, and random limits for it."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

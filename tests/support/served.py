@@ -1,7 +1,5 @@
 """A server under test: an engine, uvicorn in a thread of this process, and a client."""
 
-from __future__ import annotations
-
 import json
 import threading
 import time

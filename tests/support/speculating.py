@@ -1,8 +1,6 @@
 """Engines that speculate: prompts and requests for them, a policy that always does, and how their
 answers are compared."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import pytest

@@ -1,7 +1,5 @@
 """Views made up, to try policies with no engine, no scheduler and no model."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pyllamabatch.scheduler import Limits, Policy, SequenceView, StepView

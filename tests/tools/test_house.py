@@ -1,7 +1,5 @@
 """tools.house: what it refuses."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The simulator does what the engine does."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The tasks that the embedded model was trained on: repeatable, right, and split for good."""
 
-from __future__ import annotations
-
 import random
 import re
 

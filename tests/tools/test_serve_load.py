@@ -1,7 +1,5 @@
 """What `tools.serve_load` finds wrong."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from tools.serve_load import GROWTH_MIB, problems

@@ -1,7 +1,5 @@
 """The tool that validates the simulator: its records and its tables."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
