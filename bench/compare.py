@@ -16,6 +16,7 @@ from bench import harness
 from bench.case import cases_of
 from bench.models import resolve
 from bench.options import Budget, add_model, add_run, add_work, choose, numbers
+from bench.quiet import wait_for_quiet
 from bench.targets import Figure, Target, speed_ratio
 from bench.views import paired_ratios
 from pyllamabatch.compare import plots
@@ -25,7 +26,6 @@ from pyllamabatch.compare.hosted import probe
 from pyllamabatch.compare.run import Experiment, measure
 from pyllamabatch.compare.summary import table
 from pyllamabatch.compare.workload import BENCHES, BURST
-from pyllamabatch.report.meters import wait_for_quiet
 from pyllamabatch.report.records import Record
 
 QUICK = {"users": "1,2", "prompt_tokens": 32, "tokens": 16, "repeats": 1}

@@ -16,11 +16,11 @@ from rich.progress import Progress
 from bench.benches import load, view_of
 from bench.case import Arm, Case, Measured, record_of
 from bench.options import Budget, out_file
+from bench.quiet import undisturbed
 from bench.targets import judged
 from bench.tools import own_ggml
 from pyllamabatch.report import facts
 from pyllamabatch.report.disturbed import unwatched, warning
-from pyllamabatch.report.meters import undisturbed
 from pyllamabatch.report.records import Record, append
 from pyllamabatch.report.tables import in_words
 

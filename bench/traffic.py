@@ -39,6 +39,7 @@ from bench.arms import InProcess
 from bench.arrivals import ALL_IN, Load, beside, kinds_of, loads_of, quiet
 from bench.cache import cache_folder
 from bench.case import I32, Case, Measured, cases_of
+from bench.new_graphs import WHY_NEW, why_new
 from bench.options import add_model, add_run, choose, numbers
 from bench.profile_machine import ANSWERS, CLIENTS, PROMPTS
 from bench.serve import ServeArm, llama_server, measure, run_all_in
@@ -63,7 +64,7 @@ from pyllamabatch.compare.completion import HOST
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.report.records import Record
 from pyllamabatch.step.ring_reader import TIMES
-from pyllamabatch.step.trace import WHY_NEW, Trace, why_new
+from pyllamabatch.step.trace import Trace
 
 PROMPT, ANSWER = PROMPTS[CLIENTS], ANSWERS[CLIENTS]
 BASE, SERVER, BACKEND = "engine", "llama-server", "llama-server-backend-sampling"

@@ -17,16 +17,13 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from statistics import median
-from typing import Any, TypeVar
-
-from pyllamabatch.errors import UnsupportedOperation
+from typing import Any
 
 try:
     import psutil
 except ImportError:  # no figures of processes
     psutil = None
 
-T = TypeVar("T")
 Sample = dict[str, float]
 """Bytes now, or joules (`…_joules`) since some moment in the past."""
 Source = Callable[[], Sample]
@@ -36,7 +33,6 @@ SHARE = 0.05  # of the time that reading may take: the kernel walks page tables 
 UNKNOWN = -1.0  # cores that others use, without psutil
 BUSY = 0.1  # of the machine's cores: what others use of them disturbs a measurement
 TICK_S = 0.01  # systems count CPU time in such steps
-SETTLE_S = 2.0  # others must be quiet for this long before a run starts
 
 
 class Meter:
@@ -227,36 +223,3 @@ class OtherCores:
             with suppress(psutil.Error):
                 own += sum(psutil.Process(pid).cpu_times()[:2])
         return busy - own, time.monotonic()
-
-
-def undisturbed(
-    run: Callable[[], T], limit: float | None, pids: Sequence[int] = ()
-) -> tuple[T, float]:
-    """What `run` returns, and the cores that others used meanwhile.
-
-    With a `limit` the run waits until others use fewer cores, and is made again, as often as it
-    takes, when they used more while it ran.
-    """
-    while True:
-        if limit is not None:
-            wait_for_quiet(limit)
-        watch = OtherCores(pids)
-        result, others = run(), watch.used()
-        if limit is None or others <= limit:
-            return result, others
-
-
-def wait_for_quiet(limit: float) -> None:
-    """Until others use at most so many cores for `SETTLE_S`.
-
-    UnsupportedOperation without psutil.
-    """
-    if not others_are_known():
-        raise UnsupportedOperation(
-            "only psutil knows when others are quiet: pip install 'pyllamabatch[compare]'"
-        )
-    others = limit + 1
-    while others > limit:
-        watch = OtherCores()
-        time.sleep(SETTLE_S)
-        others = watch.used()

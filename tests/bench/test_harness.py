@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import pytest
 
-from bench import decode, harness
+from bench import decode, harness, quiet
 from bench.__main__ import main, parser_of
 from bench.arms import InProcess, StepClock
 from bench.benches import BENCHES, load
@@ -17,9 +17,11 @@ from bench.case import Arm, Case, Measured
 from bench.options import numbers
 from bench.shapes import SHAPES
 from bench.targets import Target, speed_ratio
+from pyllamabatch.errors import UnsupportedOperation
 from pyllamabatch.report import meters
 from pyllamabatch.report.disturbed import UNWATCHED
 from pyllamabatch.report.facts import machine
+from pyllamabatch.report.meters import OtherCores
 from pyllamabatch.report.records import SCHEMA, read, speeds
 from pyllamabatch.scheduler import StepView, sarathi
 from pyllamabatch.scheduler.view import Limits, SequenceView
@@ -177,3 +179,18 @@ def test_numbers() -> None:
     for words in ("", "1,x", "0", "2,-1"):
         with pytest.raises(SystemExit, match="1 or more"):
             numbers(words)
+
+
+def test_a_run_that_others_disturb_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = iter([0.9, 0.1, 0.5, 0.1, 0.1])  # busy, quiet, run disturbed, quiet, run undisturbed
+    monkeypatch.setattr(OtherCores, "used", lambda self: next(seen))
+    monkeypatch.setattr(quiet, "SETTLE_S", 0.0)
+    runs = iter([1, 2])
+    assert quiet.undisturbed(lambda: next(runs), 0.2) == (2, 0.1)
+
+
+def test_without_psutil_no_run_waits_for_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meters, "psutil", None)
+    assert quiet.undisturbed(lambda: 7, None) == (7, meters.UNKNOWN)
+    with pytest.raises(UnsupportedOperation, match="psutil"):
+        quiet.undisturbed(lambda: 7, 0.1)

@@ -4,12 +4,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bench import arrivals, traffic
 from bench.case import Case, Measured
+from bench.new_graphs import WHY_NEW, why_new
 from bench.serving import ServerProcess, WrongAnswer
-from pyllamabatch.step.trace import WHY_NEW
+from pyllamabatch.step.trace import trace_dtype
 from tests.bench.conftest import Run
 
 FAKE = """
@@ -133,3 +135,29 @@ def test_streamed_answers_are_counted(case: Case, tmp_path: Path, lost: int) -> 
             assert serving.run(0).t_tg > 0
     finally:
         serving.close()
+
+
+def test_why_a_graph_is_new() -> None:
+    """Slots of three sequences, rows of prompts and of padding, by step."""
+    steps: list[tuple[list[int], int, int, int, int, str]] = [
+        # slots, prompt rows, filled, on_device, reused, why
+        ([0], 7, 0, 0, 0, "prompt"),
+        ([0], 0, 0, 0, 0, "samplers"),  # the first one, with which nothing can be compared
+        ([0], 0, 0, 0, 1, ""),
+        ([0, 1], 0, 0, 0, 0, "rows"),
+        ([0, 2], 0, 0, 0, 0, "slots"),
+        ([0, 2], 0, 0, 1, 0, "samplers"),
+        ([1], 9, 0, 0, 0, "prompt"),
+        ([0, 2], 0, 0, 1, 0, "cells"),
+        ([0], 0, 1, 1, 1, ""),  # another slot's row is padding
+        ([1], 0, 1, 1, 0, "cells"),
+    ]
+    trace = np.zeros(len(steps) + 1, trace_dtype(3))
+    for row, (slots, n_prompt, filled, on_device, reused, _) in zip(trace, steps, strict=False):
+        row["ids"][slots] = 1 + np.array(slots)
+        row["prefill_rows"], row["filled"], row["on_device"] = n_prompt, filled, on_device
+        row["decode_rows"], row["reused"] = len(slots) if not n_prompt else 0, reused
+    trace["code"][-1] = -3  # it was not computed
+    assert why_new(trace).tolist() == [*(step[-1] for step in steps), ""]
+    assert why_new(trace[:0]).tolist() == []
+    assert why_new(trace[:1]).tolist() == ["prompt"]

@@ -12,7 +12,6 @@ from typing import Any
 import psutil
 import pytest
 
-from pyllamabatch.errors import UnsupportedOperation
 from pyllamabatch.report import meters
 from pyllamabatch.report.meters import Gpus, Meter, OtherCores, figures
 from tests.support.served import until
@@ -155,21 +154,6 @@ def test_two_processes_share_the_file_they_map(tmp_path: Path) -> None:
 
 
 # -- others --
-
-
-def test_a_run_that_others_disturb_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = iter([0.9, 0.1, 0.5, 0.1, 0.1])  # busy, quiet, run disturbed, quiet, run undisturbed
-    monkeypatch.setattr(OtherCores, "used", lambda self: next(seen))
-    monkeypatch.setattr(meters, "SETTLE_S", 0.0)
-    runs = iter([1, 2])
-    assert meters.undisturbed(lambda: next(runs), 0.2) == (2, 0.1)
-
-
-def test_without_psutil_no_run_waits_for_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meters, "psutil", None)
-    assert meters.undisturbed(lambda: 7, None) == (7, meters.UNKNOWN)
-    with pytest.raises(UnsupportedOperation, match="psutil"):
-        meters.undisturbed(lambda: 7, 0.1)
 
 
 def test_the_children_that_are_named_are_no_others() -> None:

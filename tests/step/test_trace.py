@@ -16,7 +16,7 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.step.ring_reader import PHASES, StepTable
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import STEP_DTYPE
-from pyllamabatch.step.trace import Prompt, StepTrace, Trace, to_chrome, trace_dtype, why_new
+from pyllamabatch.step.trace import Prompt, StepTrace, Trace, to_chrome
 
 PROMPTS = [[1, *range(20, 25 + 3 * i)] for i in range(5)]
 
@@ -264,29 +264,3 @@ def test_an_empty_trace_is_a_file_too(model: Model, tmp_path: Path) -> None:
         to_chrome(engine.trace(), tmp_path / "empty.json")
     events = json.loads((tmp_path / "empty.json").read_text())["traceEvents"]
     assert {event["ph"] for event in events} == {"M"}
-
-
-def test_why_a_graph_is_new() -> None:
-    """Slots of three sequences, rows of prompts and of padding, by step."""
-    steps: list[tuple[list[int], int, int, int, int, str]] = [
-        # slots, prompt rows, filled, on_device, reused, why
-        ([0], 7, 0, 0, 0, "prompt"),
-        ([0], 0, 0, 0, 0, "samplers"),  # the first one, with which nothing can be compared
-        ([0], 0, 0, 0, 1, ""),
-        ([0, 1], 0, 0, 0, 0, "rows"),
-        ([0, 2], 0, 0, 0, 0, "slots"),
-        ([0, 2], 0, 0, 1, 0, "samplers"),
-        ([1], 9, 0, 0, 0, "prompt"),
-        ([0, 2], 0, 0, 1, 0, "cells"),
-        ([0], 0, 1, 1, 1, ""),  # another slot's row is padding
-        ([1], 0, 1, 1, 0, "cells"),
-    ]
-    trace = np.zeros(len(steps) + 1, trace_dtype(3))
-    for row, (slots, n_prompt, filled, on_device, reused, _) in zip(trace, steps, strict=False):
-        row["ids"][slots] = 1 + np.array(slots)
-        row["prefill_rows"], row["filled"], row["on_device"] = n_prompt, filled, on_device
-        row["decode_rows"], row["reused"] = len(slots) if not n_prompt else 0, reused
-    trace["code"][-1] = -3  # it was not computed
-    assert why_new(trace).tolist() == [*(step[-1] for step in steps), ""]
-    assert why_new(trace[:0]).tolist() == []
-    assert why_new(trace[:1]).tolist() == ["prompt"]
