@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from ..llama.model import Model
     from ..step.stepper import DetachedSlot, Stepper
 
+NOTHING = SamplingParams(max_tokens=0)
+ONE = SamplingParams(max_tokens=1, temperature=0, ignore_eog=True)
+"""What is sampled for `NOTHING`: a prompt ends with a token, which its stream leaves out."""
+
 Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]]
 
 
@@ -107,14 +111,15 @@ class InputProcessor:
         lora = self.loras.choose(values.pop("lora", None))
         if params.stop and self._vocab.type == "none":
             raise ArgumentError("stop", params.stop, "the model has no text: use stop_token_ids")
-        self._core.scheduler.check_fits(len(tokens), params.max_tokens)
+        params, sampled = (params, params) if params.max_tokens else (NOTHING, ONE)
+        self._core.scheduler.check_fits(len(tokens), sampled.max_tokens)
         request = Request(
             next(self._ids),
             tokens,
             params,
-            self.sampler(params, tokens),
+            self.sampler(sampled, tokens),
             RequestOptions(**values, lora=lora, space=self._space(lora)),
-            budget=params.max_tokens,
+            budget=sampled.max_tokens,
         )
         host = Host(self._core.cancel, self._core.output_processor.watch, engine)
         stream = Stream(request.id, len(tokens), params, self._pieces(params), host, now)

@@ -81,7 +81,8 @@ class SlotTable:
 
     def end(self, request: Request, *, worth: bool = True) -> None:
         """It is over, wherever it was. `worth`: its cells are right, and may stay cached."""
-        self.scheduler.remove(request.id, worth=worth)
+        wanted = request.params.max_tokens == 0  # it was computed for them
+        self.scheduler.remove(request.id, worth=worth, wanted=wanted)
         del self.requests[request.id]
         self.interactive.discard(request.id)
         if request.slot >= 0:

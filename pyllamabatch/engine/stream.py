@@ -98,8 +98,8 @@ class Stream:
         self._harmless = pieces.harmless(stops) if stops else None
         self._pieces: list[bytes] = []  # of all tokens, at the end
         self._feed = TextFeed(stops, params.min_tokens)
-        self._stopped = False  # by a stop string
-        self._n_dropped = 0  # tokens behind it
+        self._stopped = params.max_tokens == 0  # or by a stop string
+        self._n_dropped = 0  # tokens since then
         self._result: Result | None = None
         self._callbacks: list[Callable[[Stream], Any]] = []
         self._followers: tuple[Callable[[], None], ...] = ()
@@ -260,7 +260,7 @@ class Stream:
             self._take()
             self._leave_column()
             self._page = None
-            if self._stopped:
+            if self._feed.stop is not None:
                 self._n_dropped += stop is not None
                 reason, stop, error = "stop", self._feed.stop, None
             self._pieces = self._pieces_of(self._tokens)  # the vocabulary may be gone later

@@ -195,7 +195,7 @@ class PrefixCache:
 
     def leaves(self, slot: int, tokens: Tokens | None, *, comes_back: bool = False) -> None:
         """The sequence in `slot` does not run any more. `tokens`: all that it knew, None when what
-        it holds is worth nothing. `comes_back`: it is going to start from there again."""
+        it holds is worth nothing. `comes_back`: it or another one is going to start there."""
         known = self._known.get(slot)
         held = self._accounting.held(slot)
         n = 0 if tokens is None or known is None or not self.retain else len(tokens)

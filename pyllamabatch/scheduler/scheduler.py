@@ -213,12 +213,13 @@ class Scheduler:
         self.check_fits(n_prompt, max_tokens)
         self._needs_pool |= n_prompt + max_tokens - 1 > self.limits.most_cells
 
-    def remove(self, id: int, *, worth: bool = True) -> int | None:
+    def remove(self, id: int, *, worth: bool = True, wanted: bool = False) -> int | None:
         """A sequence ends, for whatever reason. Returns the slot it ran in, which is free from now
         on, or None when it was waiting. `worth`: what it holds is right, and may be cached.
-        KeyError when there is no such sequence."""
+        `wanted`: others are going to start from it. KeyError when there is no such sequence."""
         self.deadlines.remove(id)
-        return self.sequences.remove(id, retain=worth and self.admission.cache.retain)
+        retain = worth and self.admission.cache.retain
+        return self.sequences.remove(id, retain=retain, wanted=wanted)
 
     def preempt(self, id: int, *, worth: bool = True) -> int:
         """A running sequence gives up its cells and its slot, which is returned, and waits to run

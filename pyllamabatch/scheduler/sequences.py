@@ -64,14 +64,15 @@ class Sequences:
             entry.view = entry.view._replace(prefix=prefix)
         self.waiting.join(id, entry, first=first)
 
-    def remove(self, id: int, *, retain: bool) -> int | None:
+    def remove(self, id: int, *, retain: bool, wanted: bool) -> int | None:
         """A sequence ends. Returns the slot it ran in, None when it did not run. `retain`: what it
-        holds is right, and may be cached."""
+        holds is right, and may be cached. `wanted`: others are going to start from it."""
         slot = None
         if id in self.running.ids:
             entry = self._leave(id)
             slot = entry.slot
-            self._admission.cache.leaves(slot, entry.known_tokens() if retain else None)
+            known = entry.known_tokens() if retain else None
+            self._admission.cache.leaves(slot, known, comes_back=wanted)
         else:
             self._take_out(id)
             self.n_changes += 1

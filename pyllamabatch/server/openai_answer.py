@@ -61,7 +61,8 @@ class OpenAIAnswer(Answer):
         if not self._options.include_usage:
             return DONE
         counts = tokens.usage(self._n_prompt, results, self._n_samples)
-        return event({**self._head, "choices": [], "usage": counts}) + DONE
+        timings = tokens.timings(results[0])
+        return event({**self._head, "choices": [], "usage": counts, "timings": timings}) + DONE
 
     def _event(self, i: int, choice: dict[str, Any], n_generated: int, **more: Any) -> bytes:
         """`choice`, of which so many tokens have come."""

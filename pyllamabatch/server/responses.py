@@ -50,7 +50,7 @@ class ResponsesBody(SamplingBody):
     input: str | list[dict[str, Any]]
     n: Literal[1] = 1
     instructions: str = ""
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_output_tokens: Annotated[int, Field(ge=0)] | None = None
     text: TextOptions | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] = "auto"
@@ -70,7 +70,8 @@ class ResponsesBody(SamplingBody):
 async def responses(service: Service, request: Request) -> Response:
     """An answer as a list of output items."""
     body = await bodies.read(request, ResponsesBody)
-    body.max_tokens = body.max_output_tokens or body.max_tokens
+    if body.max_output_tokens is not None:
+        body.max_tokens = body.max_output_tokens
     format = body.text.format if body.text else None
     if format is not None and format.type != "text":
         schema = JsonSchema(name=format.name, schema=format.schema_)

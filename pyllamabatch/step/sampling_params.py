@@ -27,7 +27,8 @@ class SamplingParams:
     temperature, draw. `temperature=0` is greedy: the most likely token (the smallest id among
     equals) after bias, penalties and grammar; the truncations have no say then.
 
-    - max_tokens: tokens to generate, at least 1. min_tokens: as many are generated before an
+    - max_tokens: tokens to generate. 0: an engine computes the prompt, which its prefix cache has
+      afterwards, and generates nothing. min_tokens: as many are generated before an
       end-of-generation token or a stop token id may be chosen, and stop strings are looked for
       behind them.
     - top_k <= 0, top_p = 1, min_p = 0, typical_p = 1, repeat_penalty = 1, frequency_penalty = 0
@@ -75,7 +76,7 @@ class SamplingParams:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        self._integer("max_tokens", 1, INT32_MAX)
+        self._integer("max_tokens", 0, INT32_MAX)
         self._integer("min_tokens", 0, self.max_tokens)
         self._number("temperature", 0.0, FLOAT32_MAX)
         if 0 < self.temperature < TEMPERATURE_MIN:

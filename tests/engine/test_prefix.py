@@ -91,6 +91,27 @@ def test_the_same_prompt_again_and_again(
         assert stats.prefix_tokens == 2 * (len(PROMPTS[3]) - 1)
 
 
+def test_a_prompt_is_computed_for_nothing_but_the_cache(
+    model: Model, architecture: Architecture, alone: list[Reference]
+) -> None:
+    nothing = SamplingParams(max_tokens=0, logprobs=2, stop=["a"], grammar='root ::= "a"')
+    with engine_on(model) as engine:
+        streams = [engine.submit(prompt, nothing) for prompt in PROMPTS]
+        assert not any(list(stream) for stream in streams)
+        results = [stream.result(60) for stream in streams]
+        assert {(*r.tokens, r.text, r.finish_reason, r.stop) for r in results} == {
+            ("", "length", None)
+        }
+        assert engine.stats().tokens == 0
+        n_rows = engine.stats().prefill_rows
+        answers = engine.generate(PROMPTS, GREEDY)
+        can = engine.capabilities
+        if not (can.recurrent or can.hybrid):
+            assert engine.stats().prefill_rows == n_rows
+    tokens = [answer.tokens for answer in answers]
+    assert_as_alone(tokens, alone, tolerance(architecture.name), 0.5)
+
+
 @pytest.mark.parametrize("prefix_cache", [True, False])
 def test_samples_of_one_prompt(model: Model, prefix_cache: bool) -> None:
     params = SamplingParams(temperature=1.2, seed=40, max_tokens=N_TOKENS)

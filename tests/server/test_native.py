@@ -51,6 +51,39 @@ def test_completion_whole_and_streamed(served: Served) -> None:
     assert stopped["content"] == whole["content"][:1]
 
 
+def test_nothing_of_a_text_warms_the_prefix_cache(served: Served) -> None:
+    tokens = [*range(40, 90), *range(60, 40, -1)]
+    options = {"n_predict": 0, "stop": ["a"], "n_probs": 1}
+    cold = served.ok("/completion", {**options, "prompt": tokens, "return_tokens": True})
+    (last,) = served.events("/completion", {**options, "prompt": tokens})
+    warm = served.ok("/completion", {**GREEDY, "prompt": tokens})
+    for answer in (cold, last):
+        assert (answer["content"], answer["tokens"], answer["stop_type"]) == ("", [], "limit")
+        assert answer["tokens_predicted"] == answer["timings"]["predicted_n"] == 0
+        assert answer["generation_settings"]["n_predict"] == 0
+    assert [a["timings"]["cache_n"] for a in (cold, last, warm)] == [0] + [len(tokens) - 1] * 2
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        ("/v1/chat/completions", {"max_tokens": 0, "n": 2, "messages": SUM_CHAT["messages"]}),
+        ("/v1/completions", {"max_tokens": 0, "prompt": SUM, "logprobs": 1}),
+        ("/v1/messages", {"max_tokens": 0, "model": "m", "messages": SUM_CHAT["messages"]}),
+        ("/v1/responses", {"max_output_tokens": 0, "input": SUM}),
+    ],
+)
+def test_every_interface_can_ask_for_nothing(
+    served: Served, path: str, more: dict[str, Any]
+) -> None:
+    answer = served.ok(path, more)
+    usage = answer["usage"]
+    assert usage.get("completion_tokens", usage.get("output_tokens")) == 0
+    events = [e for e in served.events(path, more) if isinstance(e, dict)]
+    assert not [c for e in events for c in e.get("choices", ()) if c.get("text")]
+    assert not [e for e in events if "delta" in e.get("type", "") and e["type"] != "message_delta"]
+
+
 def test_tokens_and_templates(served: Served) -> None:
     vocab = served.engine.model.vocab
     tokens = served.ok("/tokenize", {"content": "Añ!"})["tokens"]

@@ -49,7 +49,7 @@ def test_chat_streamed(served: Served) -> None:
     ]
     assert all(e["usage"] is None for e in events)
     assert last["choices"] == []
-    assert last["usage"]["completion_tokens"] == 2
+    assert last["usage"]["completion_tokens"] == last["timings"]["predicted_n"] == 2
     assert len({e["id"] for e in [*events, last]}) == 1
 
 
@@ -194,7 +194,7 @@ def test_budget_ends_with_length(served: Served) -> None:
         (CHAT, {"grammar_lazy": True}, "grammar_lazy", "True"),
         (CHAT, {"grammar_triggers": [{"type": 1, "value": "a"}]}, "grammar_triggers", "value"),
         (CHAT, {"preserved_tokens": ["</s>"]}, "preserved_tokens", "</s>"),
-        (CHAT, {"max_tokens": 0}, "max_tokens", "1..2147483647"),
+        (CHAT, {"top_k": 2**31}, "top_k", "-1..2147483647"),
         (TEXT, {"prompt": SUM, "n": 2, "best_of": 3}, "best_of", "3"),
         ("/v1/responses", {"input": SUM, "include": ["all"]}, "include.0", "logprobs"),
         ("/v1/responses", {"input": SUM, "top_logprobs": 2}, "top_logprobs", "include"),

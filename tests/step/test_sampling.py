@@ -13,7 +13,7 @@ from pyllamabatch.errors import ArgumentError
 from pyllamabatch.step.sampling_params import SamplingParams
 
 BAD: list[tuple[str, Any]] = [
-    *[("max_tokens", value) for value in (0, -1, 2**31, 1.5, "8", None, True)],
+    *[("max_tokens", value) for value in (-1, 2**31, 1.5, "8", None, True)],
     *[("min_tokens", value) for value in (-1, 129, 2.0)],
     *[("temperature", value) for value in (-0.1, math.nan, math.inf, 1e-9, "hot", None, True)],
     *[("top_k", value) for value in (-2, 2**31, 0.5)],
