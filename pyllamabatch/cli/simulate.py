@@ -109,8 +109,14 @@ def run(args: argparse.Namespace) -> int:
             raise ArgumentError("--steps", str(args.steps), "one policy and one replica")
         open(args.steps, "a").close()  # a bad name is said before anything runs
     requests = load_trace(args.trace, seed=args.seed, n=args.requests, rate=args.rate)
-    if "itl" in slo:  # for policies that look at it
-        requests = [replace(r, itl_target=r.itl_target or slo["itl"]) for r in requests]
+    requests = [  # for policies that look at them
+        replace(
+            r,
+            ttft_target=slo.get("ttft") if r.ttft_target is None else r.ttft_target,
+            itl_target=slo.get("itl") if r.itl_target is None else r.itl_target,
+        )
+        for r in requests
+    ]
     if args.acceptance is not None:
         is_file = Path(args.acceptance).is_file()
         acceptance = load_acceptance(args.acceptance) if is_file else args.acceptance

@@ -30,7 +30,8 @@ class Options(TypedDict, total=False):
       them.
     - timeout: seconds from now on. deadline: the same as a time of `time.perf_counter()`. What is
       not done by then, waiting or running, ends with finish_reason "deadline" and what it has.
-    - itl_target: seconds between two tokens that its reader likes at most; for policies, too.
+    - ttft_target, itl_target: seconds from now to the first token, and between two tokens, that its
+      reader likes at most; for policies, too.
     - lora: which of the engine's adapters apply to it: a name, or names with scales, as
       {"style": 0.5, "facts": 1.0}. Default: none.
     """
@@ -41,6 +42,7 @@ class Options(TypedDict, total=False):
     tenant: str
     timeout: float
     deadline: float
+    ttft_target: float
     itl_target: float
     lora: str | Mapping[str, float]
 
@@ -53,6 +55,7 @@ class RequestOptions:
     priority: int = 0
     tenant: str = ""
     deadline: float | None = None
+    ttft_target: float | None = None
     itl_target: float | None = None
     lora: LoraSet = ()
     space: Hashable = None
@@ -78,8 +81,9 @@ def check_options(options: Options, now: float) -> dict[str, Any]:
     elif deadline is not None and number("deadline", deadline) > now + LONGEST_SECONDS:
         limit = "a time of time.perf_counter(); for seconds from now on there is timeout"
         raise ArgumentError("deadline", deadline, limit)
-    if values.get("itl_target") is not None:
-        number("itl_target", values["itl_target"], 0)
+    for name in ("ttft_target", "itl_target"):
+        if values.get(name) is not None:
+            number(name, values[name], 0)
     integer("priority", values.get("priority", 0), -(2**31), 2**31 - 1)
     if not isinstance(values.get("tenant", ""), str):
         raise ArgumentError("tenant", values["tenant"], "must be text")

@@ -44,6 +44,7 @@ class SlotTable:
             priority=options.priority,
             tenant=options.tenant,
             deadline=options.deadline,
+            ttft_target=options.ttft_target,
             itl_target=options.itl_target,
             space=options.space,
             interactive=request.budget is None,

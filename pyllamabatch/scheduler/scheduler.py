@@ -132,6 +132,7 @@ class Scheduler:
         priority: int = 0,
         tenant: str = "",
         deadline: float | None = None,
+        ttft_target: float | None = None,
         itl_target: float | None = None,
         interactive: bool = False,
         space: Hashable = None,
@@ -168,6 +169,7 @@ class Scheduler:
             tenant=tenant,
             deadline=deadline,
             goal=goal,
+            ttft_target=ttft_target,
             itl_target=itl_target,
             queued=self.counters.steps,
         )

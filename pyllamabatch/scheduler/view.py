@@ -84,8 +84,8 @@ class SequenceView(NamedTuple):
 
     - known = n_prompt + generated tokens, of which `computed` are in the cache. `remaining`: what a
       step may advance it by.
-    - priority: larger goes first. deadline: when it should be done. itl_target: the most seconds
-      between two of its tokens that its reader likes.
+    - priority: larger goes first. deadline: when it should be done. ttft_target, itl_target: the
+      most seconds that its reader likes from its arrival to its first token, and between two.
     - prefix: what it need not compute.
     - queued: `StepView.step` when it joined the waiting queue, last time. turn: tokens generated
       since it was admitted, last time.
@@ -107,6 +107,7 @@ class SequenceView(NamedTuple):
     prefix: Prefix = NO_PREFIX
     preemptions: int = 0
     goal: int | None = None
+    ttft_target: float | None = None
     itl_target: float | None = None
     queued: int = 0
     turn: int = 0

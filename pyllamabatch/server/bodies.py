@@ -265,6 +265,7 @@ class SamplingBody(Body):
     timeout: Number | None = None
     t_max_predict_ms: Number | None = None
     deadline: Number | None = None
+    ttft_target: Number | None = None
     itl_target: Number | None = None
     lora: Lora | None = None
 
@@ -309,8 +310,9 @@ class SamplingBody(Body):
     def options(self, now_wall: float) -> dict[str, Any]:
         """Of the engine's `Options`, those that were given. `now_wall`: `time.time()`."""
         options: dict[str, Any] = {"priority": self.priority, "tenant": self.tenant or self.user}
-        if self.itl_target is not None:
-            options["itl_target"] = self.itl_target
+        for name in ("ttft_target", "itl_target"):
+            if (target := getattr(self, name)) is not None:
+                options[name] = target
         seconds = [
             self.timeout,
             None if self.t_max_predict_ms is None else self.t_max_predict_ms / 1e3,

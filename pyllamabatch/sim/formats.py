@@ -111,6 +111,7 @@ _OPTIONAL: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "priority": ("priority", int),
     "tenant": ("tenant", str),
     "deadline_ms": ("deadline", _seconds),
+    "ttft_target_ms": ("ttft_target", _seconds),
     "itl_target_ms": ("itl_target", _seconds),
     "acceptance": ("acceptance", _share),
 }

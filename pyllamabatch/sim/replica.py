@@ -309,6 +309,7 @@ class SimulatedReplica(ReplicaView):
                 priority=request.priority,
                 tenant=request.tenant,
                 deadline=None if request.deadline is None else now + request.deadline,
+                ttft_target=request.ttft_target,
                 itl_target=request.itl_target,
                 tokens=one if self.spec.sharing.any else None,
             )

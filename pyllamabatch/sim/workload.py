@@ -27,7 +27,7 @@ class TraceRequest:
       ends it earlier; 0: `n_output`.
     - content: the (piece, tokens) of its prompt: prompts with the same first pieces share a prefix.
       answer: the piece of its output. Pieces are at least 0 and below 2**31.
-    - priority, tenant, deadline (after its arrival), itl_target: see `SequenceView`.
+    - priority, tenant, deadline (after its arrival), ttft_target, itl_target: see `SequenceView`.
     - acceptance: the probability that the next token of a draft is right; None: it has no drafts.
     """
 
@@ -42,6 +42,7 @@ class TraceRequest:
     priority: int = 0
     tenant: str = ""
     deadline: float | None = None
+    ttft_target: float | None = None
     itl_target: float | None = None
     acceptance: float | None = None
 

@@ -9,7 +9,7 @@ import pytest
 
 from pyllamabatch.errors import ArgumentError, EngineClosed, QueueFull
 from pyllamabatch.llama.model import Model
-from pyllamabatch.scheduler import Plan, Policy, StepView, fcfs
+from pyllamabatch.scheduler import Plan, Policy, StepView, device_aware, fcfs
 from tests.support.engines import check_idle, engine_on, greedy, held, stopped_clock
 
 PROMPT = [1, 20, 30, 40, 50]
@@ -84,6 +84,7 @@ def test_a_deadline_ends_one_that_waits(model: Model) -> None:
         {"timeout": 1.0, "deadline": 5.0},
         {"deadline": float("inf")},
         {"itl_target": -1.0},
+        {"ttft_target": -1.0},
         {"priority": 1.5},
         {"priority": 2**40},
         {"tenant": 7},
@@ -127,6 +128,17 @@ def test_policies_see_priority_and_tenant(model: Model) -> None:
             stream.result(60)
     low, high, tenant_b = (stream.id for stream in streams)
     assert gate.admitted == [high, tenant_b, low, first.id]
+
+
+def test_the_default_policy_goes_by_the_first_token_that_is_due(model: Model) -> None:
+    gate = Gate(device_aware())
+    with small(model, policy=gate, n_seq_max=1) as engine:
+        targets: list[dict[str, Any]] = [{}, {"ttft_target": 60}, {"ttft_target": 5.5}]
+        some, late, soon = (engine.submit(PROMPT, greedy(), **target) for target in targets)
+        gate.opened = True
+        for stream in (some, late, soon):
+            stream.result(60)
+    assert gate.admitted == [soon.id, late.id, some.id]
 
 
 # -- room in the line

@@ -27,16 +27,19 @@ from pyllamabatch.scheduler.policies.mlfq import Feedback, Levels
 from pyllamabatch.scheduler.policies.parts import (
     Aged,
     LastRanked,
+    MostUrgent,
     Ranked,
     TokenBudget,
+    UntilDue,
     WhenItFits,
     all_that_is_left,
     first_come,
     newest_first,
+    soonest_due,
     whole_batch,
 )
 from pyllamabatch.scheduler.policies.shortest import Remaining
-from pyllamabatch.scheduler.policies.slo import EarliestDeadline
+from pyllamabatch.scheduler.policies.slo import Deadline
 from tests.support.scheduler_machine import Machine, limits
 
 each_policy = pytest.mark.parametrize(
@@ -77,6 +80,7 @@ facts = st.fixed_dictionaries(
         "priority": st.integers(-1, 1),
         "tenant": st.sampled_from("abc"),
         "deadline": st.none() | st.floats(0, 50),
+        "ttft_target": st.none() | st.floats(0.01, 1),
         "itl_target": st.none() | st.floats(0.01, 1),
         "space": st.sampled_from([None, None, "a", "b"]),
         "alike": st.integers(0, 60),
@@ -222,12 +226,15 @@ composed = st.builds(
     order=st.one_of(
         st.just(first_come),
         st.just(Aged(Ranked(Remaining()), 7)),
-        st.builds(EarliestDeadline),
+        st.just(MostUrgent(Deadline())),
+        st.just(soonest_due),
         st.builds(LeastServed).map(lambda least_served: least_served.order),
         st.just(FEEDBACK.order),
     ),
     admit=st.builds(WhenItFits, st.floats(0, 0.3)) | st.builds(OddOnesLater),
-    budget=st.just(whole_batch) | st.builds(TokenBudget, st.integers(1, 9)),
+    budget=st.just(whole_batch)
+    | st.builds(TokenBudget, st.integers(1, 9))
+    | st.just(UntilDue(whole_batch)),
     chunk=st.sampled_from([all_that_is_left, lambda builder, seq: 3]),
     victim=st.sampled_from([newest_first, LastRanked(Remaining()), FEEDBACK.victim]),
     mixed=st.booleans(),

@@ -8,6 +8,7 @@ from pyllamabatch.scheduler import (
     Policy,
     Prefix,
     SequenceView,
+    device_aware,
     fair,
     fcfs,
     mlfq,
@@ -85,9 +86,42 @@ def test_static_waits_for_its_batch_but_not_for_ever() -> None:
     assert [id for id, _ in machine.plan().admitted] == [0, 1]
 
 
-# -- slo
+# -- a first token that is due
 
+LONG = prefilling(1, 200, 50)
 COST = Linear(1.0, 0.1)
+
+
+@pytest.mark.parametrize("policy", [device_aware(), slo()])
+def test_the_first_token_that_is_due_soonest_comes_first(policy: Policy) -> None:
+    late, soon = waiting(2, 20, ttft_target=90.0), waiting(3, 20, ttft_target=9.0)
+    assert tokens(policy, LONG, late, soon) == {3: 20, 2: 20, 1: 24}
+    assert tokens(policy, LONG, waiting(4, 20)) == {1: 64}
+    assert tokens(policy, late, soon, waiting(4, 20, priority=1)) == {4: 20, 3: 20, 2: 20}
+
+
+def test_one_that_was_preempted_is_not_overtaken() -> None:
+    again = waiting(4, 20, generated=3, ttft_target=0.1)
+    assert tokens(device_aware(), again, waiting(5, 60, ttft_target=0.1)) == {4: 23, 5: 41}
+    assert tokens(device_aware(), waiting(5, 60, ttft_target=0.1), again) == {4: 23, 5: 41}
+
+
+@pytest.mark.parametrize("policy", [device_aware(), slo()])
+def test_nothing_else_is_computed_that_would_make_a_first_token_late(policy: Policy) -> None:
+    soon = waiting(2, 20, ttft_target=6.3)  # due at 8.3
+    assert tokens(policy, LONG, soon, cost=COST, now=2.0) == {2: 20, 1: 20}  # 5 of 6.3 s
+    assert tokens(policy, LONG, soon, cost=COST, now=4.5) == {2: 20}  # 3 s
+    assert tokens(policy, LONG, soon, cost=COST, now=4.6) == {2: 20, 1: 44}  # late in any case
+    assert tokens(policy, LONG, soon) == {2: 20, 1: 44}
+
+
+def test_a_first_token_that_is_due_keeps_the_targets_of_others() -> None:
+    reader = decoding(1, itl_target=2.0)
+    soon = waiting(2, 40, ttft_target=1.0)
+    assert tokens(slo(least=1), reader, soon, cost=COST, now=2.0) == {1: 1, 2: 9}
+
+
+# -- slo
 
 
 @pytest.mark.parametrize(("target", "rows"), [(3.0, 18), (1.35, 2), (1.0, 2), (100.0, 40)])

@@ -188,6 +188,8 @@ def test_budget_ends_with_length(served: Served) -> None:
         (CHAT, {"mirostat": 2}, "mirostat", "no such sampler"),
         (CHAT, {"samplers": ["top_k", "infill"]}, "samplers", "must be some of penalties, top_k"),
         (CHAT, {"samplers": ["temperature", "top_k"]}, "samplers", "in this order"),
+        (CHAT, {"ttft_target": -1}, "ttft_target", "-1"),
+        (CHAT, {"itl_target": -1}, "itl_target", "-1"),
         (CHAT, {"min_keep": 2}, "min_keep", "2"),
         (CHAT, {"n_indent": 4}, "n_indent", "4"),
         (CHAT, {"t_max_prompt_ms": 50}, "t_max_prompt_ms", "50"),

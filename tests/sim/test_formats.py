@@ -41,7 +41,8 @@ def test_mooncake_shares_what_its_hash_ids_say() -> None:
 def test_our_own_fields() -> None:
     a, b, c = load("ours.jsonl")
     assert (a.priority, a.tenant, a.after, a.max_tokens) == (2, "red", None, 0)
-    assert (b.arrival, b.max_tokens, b.deadline, b.itl_target) == (0.01, 200, 0.8, 0.04)
+    assert (b.arrival, b.max_tokens, b.deadline) == (0.01, 200, 0.8)
+    assert (b.ttft_target, b.itl_target) == (0.3, 0.04)
     assert (c.after, c.arrival) == (a.id, 0.25)
     assert n_common(a.tokens(), c.tokens()) == 100
     assert n_common(a.tokens(), b.tokens()) == 0

@@ -15,10 +15,12 @@ from pyllamabatch.scheduler import (
     Plan,
     Policy,
     StepView,
+    device_aware,
     fcfs,
     make_policy,
     policy_names,
     sarathi,
+    slo,
     width,
 )
 from pyllamabatch.sim import (
@@ -233,6 +235,23 @@ def test_queueing_and_a_closed_loop() -> None:
     a, b, c = outcomes(requests, n_seq_max=1)
     assert b.queueing == pytest.approx(a.end)
     assert c.arrival == pytest.approx(a.end + 0.5)
+
+
+@pytest.mark.parametrize("policy", [device_aware, slo])
+def test_a_target_brings_the_first_token_sooner(policy: Callable[[], Policy]) -> None:
+    """A short prompt behind a long one, of which a step takes 500 tokens."""
+
+    def first(**short: float) -> tuple[float, float, float]:
+        requests = [one(1, 0.0, 2000, 5), one(2, 0.1, 50, 5, **short)]
+        long, late = outcomes(requests, policy, n_batch=500)
+        return round(late.ttft, 3), round(long.ttft, 3), max(late.end, long.end)
+
+    plain, long, end = first()
+    aimed, delayed, last = first(ttft_target=0.6)
+    assert (plain, aimed) == (2.001, 0.561)  # behind four steps; in one that is shorter
+    assert 0 < delayed - long < 0.2
+    assert last < end + 0.1
+    assert first(ttft_target=2.0)[0] > aimed  # there is time for more
 
 
 def test_what_can_never_fit_is_rejected_and_the_rest_goes_on() -> None:

@@ -1,9 +1,10 @@
 """The default: as many tokens a second as the device gives, first tokens soon, no long stall.
 
 Prompts are computed as soon as they come: the sooner they are, the more sequences decode together.
-A step takes no longer than `stall` seconds for that, or than the ITL target of a request that has
-one, by the cost model. And sequences decode in turns where several narrow steps are faster than a
-wide one (`width`)."""
+Those with a `ttft_target` go before the others, the soonest due first, and nothing is computed
+beside them that would make them late. A step takes no longer than `stall` seconds for that, or than
+the ITL target of a request that has one, by the cost model. And sequences decode in turns where
+several narrow steps are faster than a wide one (`width`)."""
 
 from __future__ import annotations
 
@@ -11,7 +12,15 @@ from dataclasses import dataclass
 
 from ..view import StepView
 from .composed import ComposedPolicy
-from .parts import ALWAYS, STALL_SECONDS, TokenBudget, WhenItFits, WithinTarget
+from .parts import (
+    ALWAYS,
+    STALL_SECONDS,
+    TokenBudget,
+    UntilDue,
+    WhenItFits,
+    WithinTarget,
+    soonest_due,
+)
 from .speculate import ByGain
 from .width import Turns
 
@@ -41,8 +50,9 @@ def device_aware(
     """`stall`: seconds that a step may take for prompts while sequences without an ITL target
     decode. `itl`, `gain`: see `Turns`. `watermark`: see `WhenItFits`."""
     return ComposedPolicy(
+        order=soonest_due,
         admit=WhenItFits(watermark),
-        budget=PromptsSoon(WithinTarget(TokenBudget(), stall)),
+        budget=UntilDue(PromptsSoon(WithinTarget(TokenBudget(), stall))),
         repeat=ALWAYS,
         width=Turns(itl, gain),
         speculate=ByGain(),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from heapq import merge
 from itertools import chain, takewhile
-from math import inf
+from math import inf, isinf
+from typing import Any
 
 from ...errors import ArgumentError
 from ..policy import Budget, Order, PlanBuilder, Verdict
@@ -40,6 +42,39 @@ class Ranked:
 
 
 first_come = Ranked(by_priority)  # and among equals as they came
+
+
+def first_token_due(seq: SequenceView) -> float:
+    """On the scheduler's clock: at once for one that was preempted after its first token; infinity
+    without a `ttft_target`, and for an interactive sequence."""
+    if seq.goal is not None:
+        return inf
+    if seq.generated:
+        return -inf
+    return inf if seq.ttft_target is None else seq.arrival + seq.ttft_target
+
+
+def by_first_token(seq: SequenceView) -> tuple[int, float]:
+    return -seq.priority, first_token_due(seq)
+
+
+@dataclass(frozen=True, slots=True)
+class MostUrgent:
+    """Prompts already begun and the waiting queue in one order, the smallest `rank(sequence)`
+    first; among equals prompts already begun. What a rank may look at: see `SequenceList`."""
+
+    rank: Callable[[SequenceView], Any]
+
+    def __call__(self, view: StepView) -> Iterable[SequenceView]:
+        if not view.can_admit:
+            return view.prefilling.by(self.rank)
+        waiting = view.waiting.by(self.rank)
+        if not len(view.prefilling):
+            return waiting
+        return merge(view.prefilling.by(self.rank), waiting, key=self.rank)
+
+
+soonest_due = MostUrgent(by_first_token)  # and among equals as they came
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +227,28 @@ class WithinTarget:
         if target == inf:
             return self.otherwise(view)
         return n + most_within(view, self.margin * target, self.least)
+
+
+@dataclass(frozen=True, slots=True)
+class UntilDue:
+    """Rows of a step: as `budget`, but no more beside the prompt whose first token is due next than
+    the step has time for until then. Where that is late anyway it holds nothing up. margin: the
+    share of that time that a predicted step may take."""
+
+    budget: Budget
+    margin: float = 0.8
+
+    def __call__(self, view: StepView) -> int:
+        rows, n = self.budget(view), len(view.decoding)
+        if view.cost is None or not (len(view.prefilling) or view.can_admit):
+            return rows
+        first = next(iter(soonest_due(view)), None)
+        due = inf if first is None else first_token_due(first)
+        if first is None or isinf(due) or first.remaining >= rows - n:
+            return rows
+        least, seconds = first.remaining, self.margin * (due - view.now)
+        alone = view.cost.predict(n + least, least, view.kv.attended, n + 1)
+        return min(rows, n + most_within(view, seconds, least)) if alone <= seconds else rows
 
 
 def most_within(view: StepView, seconds: float, least: int) -> int:

@@ -7,42 +7,27 @@ target holds one back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from heapq import merge
 from math import inf
 
 from ...errors import ArgumentError
-from ..view import SequenceView, StepView
+from ..view import SequenceView
 from .composed import ComposedPolicy
-from .parts import ALWAYS, LastRanked, TokenBudget, WhenItFits, WithinTarget
+from .parts import ALWAYS, LastRanked, MostUrgent, TokenBudget, UntilDue, WhenItFits, WithinTarget
 
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """The rank of a sequence: priority, then its deadline; without one it is due `ttft` seconds
-    after its arrival, or at no time."""
+    """The rank of a sequence: priority, then its deadline, or when its first token is due, if that
+    is sooner; without a deadline it is due `ttft` seconds after its arrival, or at no time."""
 
     ttft: float = inf
 
     def __call__(self, seq: SequenceView) -> tuple[int, float, float]:
         due = seq.arrival + self.ttft if seq.deadline is None else seq.deadline
+        if seq.ttft_target is not None and not seq.generated:
+            due = min(due, seq.arrival + seq.ttft_target)
         return -seq.priority, due, seq.arrival
-
-
-@dataclass(frozen=True, slots=True)
-class EarliestDeadline:
-    """Prompts already begun and newcomers in one order."""
-
-    rank: Deadline = Deadline()
-
-    def __call__(self, view: StepView) -> Iterable[SequenceView]:
-        if not view.can_admit:
-            return view.prefilling.by(self.rank)
-        waiting = view.waiting.by(self.rank)
-        if not len(view.prefilling):
-            return waiting
-        return merge(view.prefilling.by(self.rank), waiting, key=self.rank)
 
 
 def slo(
@@ -64,9 +49,9 @@ def slo(
             raise ArgumentError(name, seconds, "more than 0 seconds")
     rank = Deadline(ttft)
     return ComposedPolicy(
-        order=EarliestDeadline(rank),
+        order=MostUrgent(rank),
         admit=WhenItFits(watermark),
-        budget=WithinTarget(TokenBudget(budget), itl, 1.0, least, margin),
+        budget=UntilDue(WithinTarget(TokenBudget(budget), itl, 1.0, least, margin)),
         victim=LastRanked(rank),
         repeat=ALWAYS,
     )
