@@ -11,6 +11,7 @@ from pyllamabatch.report.records import Record
 
 SPEED, EACH = "tokens_per_second", "per_sequence_tokens_per_second"
 JOULES = "joules_per_token"
+SHORT = 90
 MEMORY = {
     "device_bytes": "on the device",
     "pss_bytes": "PSS",
@@ -92,8 +93,8 @@ def by_bench(records: Iterable[Record]) -> dict[str, Comparison]:
     return {bench: Comparison(group) for bench, group in groups.items() if group}
 
 
-def short(error: str, limit: int = 90) -> str:
-    """The last line of a failure, cut to `limit` characters."""
+def short(error: str) -> str:
+    """The last line of a failure, cut to `SHORT` characters."""
     lines = [" ".join(line.split()) for line in error.splitlines() if line.strip()]
     text = lines[-1] if lines else ""
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    return text if len(text) <= SHORT else text[: SHORT - 1] + "…"

@@ -24,23 +24,20 @@ COPY_RATE = 2e9  # bytes a second until it has been measured: pageable memory ov
 
 
 class SwapChoice:
-    """`mode`: "auto" takes what is cheaper, the others are forced. `bytes_fixed`,
-    `bytes_per_token`: of a sequence's state. `stream_seconds`: for a copy of a stream of cells on
-    the device, however many it holds."""
+    """`mode`: "auto" takes what is cheaper, the others are forced. `bytes_per_token`: of a state.
+    `stream_seconds`: for a copy of a stream of cells on the device, however many it holds."""
 
     def __init__(
         self,
         mode: Preemption = "auto",
         *,
         bytes_per_token: float = 0.0,
-        bytes_fixed: float = 0.0,
         stream_seconds: float = 0.0,
     ) -> None:
         if mode not in ("auto", "recompute", "swap"):
             raise ValueError(f"preemption {mode!r}: auto, recompute or swap")
         self.mode = mode
         self.bytes_per_token = bytes_per_token
-        self.bytes_fixed = bytes_fixed
         self.stream_seconds = stream_seconds
         self.copy_rate = COPY_RATE
         self.prefill_rate: float | None = None  # rows a second
@@ -49,8 +46,7 @@ class SwapChoice:
         """Whether a sequence of `n_tokens` computed tokens is swapped rather than recomputed."""
         if self.mode != "auto" or n_tokens == 0 or self.prefill_rate is None:
             return self.mode == "swap" and n_tokens > 0
-        n_bytes = self.bytes_fixed + n_tokens * self.bytes_per_token
-        return 2 * n_bytes / self.copy_rate < n_tokens / self.prefill_rate
+        return 2 * self.bytes_per_token / self.copy_rate < 1 / self.prefill_rate
 
     def copy_share(self, n_tokens: int) -> float:
         """What a copy of a stream takes, as a share of computing its `n_tokens`; 0: not known."""
@@ -65,7 +61,7 @@ class SwapChoice:
     def copied(self, n_bytes: int, seconds: float, n_tokens: int) -> None:
         """A state of `n_tokens` was copied one way."""
         self.copy_rate += NEW * (n_bytes / max(seconds, 1e-9) - self.copy_rate)
-        if n_tokens and not self.bytes_fixed:
+        if n_tokens:
             self.bytes_per_token = n_bytes / n_tokens
 
 

@@ -39,9 +39,9 @@ class BucketHistogram:
         self.counts[bisect_left(self.bounds, value)] += n
         self.total += value * n
 
-    def quantile(self, share: float) -> float | None:
+    def median(self) -> float | None:
         """The upper bound of the bucket that it lies in; None without values."""
-        n, wanted = 0, share * sum(self.counts)
+        n, wanted = 0, sum(self.counts) / 2
         for bound, count in zip(self.bounds, self.counts, strict=False):
             n += count
             if n and n >= wanted:
@@ -98,7 +98,7 @@ class Metrics(Collector):
 
     def itl_ms(self) -> float | None:
         """The median of all inter-token latencies, by the bounds of the histogram."""
-        median = self.itl.quantile(0.5)
+        median = self.itl.median()
         return None if median is None else 1e3 * median
 
     def text(self) -> bytes:

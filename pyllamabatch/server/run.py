@@ -119,15 +119,10 @@ class Server(uvicorn.Server):
             self.should_exit = True
 
 
-def listen(host: str, port: int, path: str | None = None) -> socket.socket:
-    """A listening socket; `port` 0 takes a free one, `path` a Unix socket instead. OSError."""
-    if path is not None:
-        found = socket.socket(socket.AF_UNIX)
-        found.bind(path)
-    else:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        found = socket.socket(family)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind((host, port))
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; `port` 0 takes a free one. OSError."""
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    found.bind((host, port))
     found.listen(BACKLOG)
     return found
