@@ -81,18 +81,10 @@ def describe(model: Model) -> dict[str, Any]:
     """Size, shape, metadata and capabilities of `model`; sizes in bytes."""
     with Context(model, n_ctx=256, n_seq_max=2, n_batch=32, n_ubatch=32) as context:
         capabilities = asdict(context.capabilities)
-    names = (
-        "description",
-        "architecture",
-        "size_bytes",
-        "n_params",
-        "n_layer",
-        "n_embd",
-        "n_vocab",
-    )
+    names = ("description", "architecture", "size_bytes", "n_params", "n_layer", "n_embd")
     return {
         "path": str(model.path),
-        **{name: getattr(model, name) for name in (*names, "n_ctx_train")},
+        **{name: getattr(model, name) for name in (*names, "n_vocab", "n_ctx_train")},
         "chat_template": model.chat_template() is not None,
         "capabilities": capabilities,
         "metadata": dict(sorted(model.metadata.items())),

@@ -110,16 +110,9 @@ class TextFeed:
     """
 
     __slots__ = (
-        "_decode",
-        "_held",
-        "_min_tokens",
-        "_partial",
-        "_state",
-        "_stops",
-        "n_decided",
-        "parts",
+        "_decode", "_held", "_min_tokens", "_partial", "_state", "_stops", "n_decided", "parts",
         "stop",
-    )
+    )  # fmt: skip
 
     def __init__(self, stops: Sequence[str] = (), min_tokens: int = 0) -> None:
         decoder = Utf8Decoder("replace")

@@ -131,11 +131,7 @@ def check_drafter(drafter: Any, given: object) -> AnyDrafter:
     return made
 
 
-SHIPPED: dict[str, Callable[..., AnyDrafter]] = {
-    "ngram": Ngram,
-    "draft": Draft,
-    "mtp": Mtp,
-}
+SHIPPED: dict[str, Callable[..., AnyDrafter]] = {"ngram": Ngram, "draft": Draft, "mtp": Mtp}
 
 _DRAFTERS = Registry("drafter", GROUP, SHIPPED, check_drafter)
 

@@ -71,19 +71,9 @@ class Request:
     """
 
     __slots__ = (
-        "arrival",
-        "budget",
-        "id",
-        "n_given",
-        "n_restarts",
-        "options",
-        "params",
-        "sampler",
-        "sink",
-        "slot",
-        "state",
-        "tokens",
-    )
+        "arrival", "budget", "id", "n_given", "n_restarts", "options", "params", "sampler", "sink",
+        "slot", "state", "tokens",
+    )  # fmt: skip
 
     def __init__(
         self,

@@ -10,14 +10,6 @@ from .sharing import Hit, KvOperation, Sharing
 from .swap import Preemption, SwapChoice, SwapSpace
 
 __all__ = [
-    "Hit",
-    "KvAccounting",
-    "KvOperation",
-    "Preemption",
-    "PrefixCache",
-    "RadixTree",
-    "Sharing",
-    "Slots",
-    "SwapChoice",
-    "SwapSpace",
-]
+    "Hit", "KvAccounting", "KvOperation", "Preemption", "PrefixCache", "RadixTree", "Sharing",
+    "Slots", "SwapChoice", "SwapSpace",
+]  # fmt: skip

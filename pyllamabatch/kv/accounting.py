@@ -50,22 +50,9 @@ class KvAccounting:
     """
 
     __slots__ = (
-        "_cached",
-        "_first",
-        "_head",
-        "_held",
-        "_last",
-        "_n_cached",
-        "_newest_first",
-        "_own_from",
-        "_reach",
-        "_runs",
-        "_used",
-        "n_cells",
-        "n_cells_seq",
-        "n_seq_max",
-        "unified",
-    )
+        "_cached", "_first", "_head", "_held", "_last", "_n_cached", "_newest_first", "_own_from",
+        "_reach", "_runs", "_used", "n_cells", "n_cells_seq", "n_seq_max", "unified",
+    )  # fmt: skip
 
     def __init__(
         self,

@@ -40,18 +40,9 @@ _VERSION = 2
 # What the cells hold depends on these and libllama does not check them. It does check the types and
 # the layout of the cells.
 _PARAMETERS = (
-    "rope_scaling_type",
-    "rope_freq_base",
-    "rope_freq_scale",
-    "yarn_ext_factor",
-    "yarn_attn_factor",
-    "yarn_beta_fast",
-    "yarn_beta_slow",
-    "yarn_orig_ctx",
-    "attention_type",
-    "type_k",
-    "type_v",
-)
+    "rope_scaling_type", "rope_freq_base", "rope_freq_scale", "yarn_ext_factor", "yarn_attn_factor",
+    "yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx", "attention_type", "type_k", "type_v",
+)  # fmt: skip
 
 
 def pack(

@@ -23,19 +23,10 @@ from .width import width
 
 GROUP = "pyllamabatch.policies"
 
-SHIPPED: dict[str, Callable[..., Policy]] = {
-    "static": static,
-    "fcfs": fcfs,
-    "prefill-first": prefill_first,
-    "sarathi": sarathi,
-    "slo": slo,
-    "shortest": shortest,
-    "mlfq": mlfq,
-    "fair": fair,
-    "prefix": prefix,
-    "width": width,
-    "device-aware": device_aware,
-}
+_FACTORIES: tuple[Callable[..., Policy], ...] = (
+    static, fcfs, prefill_first, sarathi, slo, shortest, mlfq, fair, prefix, width, device_aware,
+)  # fmt: skip
+SHIPPED = {factory.__name__.replace("_", "-"): factory for factory in _FACTORIES}
 DEFAULT = "device-aware"
 
 _POLICIES = Registry("policy", GROUP, SHIPPED, check_policy)
