@@ -8,13 +8,13 @@ from itertools import groupby
 from statistics import median
 
 from pyllamabatch.compare.comparison import EACH, JOULES, SPEED, Comparison, by_bench
+from pyllamabatch.planner.machines import GIB
 from pyllamabatch.report.disturbed import undisturbed, unwatched, warning
 from pyllamabatch.report.records import Record
 
 NOISE = 0.03  # ratios of speeds closer to 1 say nothing
 MORE = 1.05  # memory, energy: what counts as a difference
 UNEVEN = 0.9  # fairness below it is worth a word
-GIB = 2**30
 ARMS = ("single", "engine", "contexts", "processes", "shared", "replicas")
 """Of arms that are alike in everything the first one is taken."""
 

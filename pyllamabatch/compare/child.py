@@ -15,6 +15,7 @@ from typing import Any
 
 from pyllamabatch.errors import PyllamabatchError
 
+START_S = 300.0  # until a process has loaded a model of many gigabytes from a cold disk
 LAST_WORDS = 6  # lines of a process's standard error in the message about its end
 STOP_S = 5.0  # for a process that closed its pipe, before its end is no longer waited for
 

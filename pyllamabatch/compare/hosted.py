@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from pyllamabatch.compare.case import Case, sampling_params
-from pyllamabatch.compare.child import Child
+from pyllamabatch.compare.child import START_S, Child
 from pyllamabatch.compare.clients import ask_all
 from pyllamabatch.compare.loop import Loop
 from pyllamabatch.compare.machine_loop import open_loop
@@ -23,7 +23,6 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.report import facts
 from pyllamabatch.scheduler import Plan, Policy, StepView, sarathi
 
-START_S = 300.0  # a model of many gigabytes from a cold disk
 SOON_S = 0.0002
 
 Run = Callable[[Workload], Timings]

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyllamabatch.compare.advice import GIB, advice
+from pyllamabatch.compare.advice import advice
 from pyllamabatch.compare.comparison import EACH, MEMORY, SPEED, Comparison, by_bench
 from pyllamabatch.compare.summary import TITLES, cells, notes
 from pyllamabatch.errors import ArgumentError
+from pyllamabatch.planner.machines import GIB
 from pyllamabatch.report import html
 from pyllamabatch.report.plots import draw_speeds, over_counts, styled, svg
 from pyllamabatch.report.records import Record

@@ -11,10 +11,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from pyllamabatch.compare.case import Case, request_body
-from pyllamabatch.compare.child import ArmError, Child
+from pyllamabatch.compare.child import START_S, ArmError, Child
 from pyllamabatch.compare.clients import ask_all
 from pyllamabatch.compare.completion import HOST, Client
-from pyllamabatch.compare.hosted import START_S
 from pyllamabatch.compare.round_robin import route
 from pyllamabatch.compare.workload import BURST, Timings, Workload
 from pyllamabatch.engine.engine import Engine

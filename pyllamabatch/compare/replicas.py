@@ -12,9 +12,8 @@ from typing import Any
 import psutil
 
 from pyllamabatch.compare.case import Case
-from pyllamabatch.compare.child import Child
+from pyllamabatch.compare.child import START_S, Child
 from pyllamabatch.compare.completion import HOST
-from pyllamabatch.compare.hosted import START_S
 from pyllamabatch.compare.processes import OverHttp, open_app
 from pyllamabatch.llama import runtime
 from pyllamabatch.llama.model import Model

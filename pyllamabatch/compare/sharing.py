@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from pyllamabatch.compare.child import Child
+from pyllamabatch.compare.child import START_S, Child
 from pyllamabatch.errors import UnsupportedOperation
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
@@ -20,7 +20,6 @@ try:
 except ImportError:
     psutil = None
 
-START_S = 300.0  # a model of many gigabytes from a cold disk
 _CONTEXT: dict[str, Any] = {"n_batch": 64, "n_ubatch": 64}
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from pyllamabatch.compare.arms import EACH_ITS_OWN
 from pyllamabatch.compare.comparison import EACH, JOULES, SPEED, Comparison, by_bench
 from pyllamabatch.compare.workload import BENCHES, BURST, DS4, POISSON
+from pyllamabatch.planner.machines import GIB
 from pyllamabatch.report.records import Record
 from pyllamabatch.report.tables import NO_RESULT, Table
 
-GIB = 2**30
 TITLES = {
     BENCHES[BURST]: "All at once, decode only: prompts and first tokens are not in the time",
     BENCHES[DS4]: "Identical completions, fired at once: prompts are in the time",

@@ -250,11 +250,10 @@ class Engine:
         max_tokens can never fit, GrammarError, TokenizeError, QueueFull, EngineDraining,
         EngineClosed.
         """
-        if queue_timeout is not None:
-            queue_timeout = number("queue_timeout", queue_timeout, 0)
+        seconds = _seconds("queue_timeout", queue_timeout)
         with self._core.commands.keep_alive():
             sink = self._inputs.request(prompt, params, options, self)
-            self._core.submit([sink], queue_timeout)
+            self._core.submit([sink], seconds)
         return sink.stream
 
     def submit_n(
@@ -272,12 +271,10 @@ class Engine:
         Prompts of up to 16 tokens are computed n times, and so are those of recurrent and hybrid
         models in an engine with prefix_cache=False.
         """
-        n = integer("n", n, 1, 2**16)
-        if queue_timeout is not None:
-            queue_timeout = number("queue_timeout", queue_timeout, 0)
+        n, seconds = integer("n", n, 1, 2**16), _seconds("queue_timeout", queue_timeout)
         with self._core.commands.keep_alive():
             sinks = self._inputs.samples(prompt, params, n, options, self)
-            self._core.submit(sinks, queue_timeout)
+            self._core.submit(sinks, seconds)
         return [sink.stream for sink in sinks]
 
     def generate(
@@ -435,9 +432,8 @@ class Engine:
         Until `resume`, `submit` and its kin raise EngineDraining, also where they wait for room
         already, and so do `Sequence.prompt`, `sample` and `fork`. Calls of sequences that are under
         way are waited for."""
-        if timeout is not None:
-            timeout = number("timeout", timeout, 0)
-        return self._wait_drained(self._core.drain(), timeout)
+        seconds = _seconds("timeout", timeout)
+        return self._wait_drained(self._core.drain(), seconds)
 
     def stop(self) -> None:
         """As `drain`, but what is open is cancelled, which takes no longer than one step."""
@@ -449,9 +445,8 @@ class Engine:
 
     async def adrain(self, timeout: float | None = None) -> bool:
         """`drain` for asyncio. Cancelling the task resumes nothing."""
-        if timeout is not None:
-            timeout = number("timeout", timeout, 0)
-        return await relays.outcome(self._core.drain(), timeout)
+        seconds = _seconds("timeout", timeout)
+        return await relays.outcome(self._core.drain(), seconds)
 
     async def astop(self) -> None:
         """`stop` for asyncio."""
@@ -496,3 +491,7 @@ class Engine:
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.n_seq_max} sequences, {self.n_ctx} cells"
         return f"<Engine {state}>"
+
+
+def _seconds(name: str, given: float | None) -> float | None:
+    return None if given is None else number(name, given, 0)

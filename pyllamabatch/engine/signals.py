@@ -5,17 +5,13 @@ Python runs them in the main thread, between any two instructions, and most of t
 
 from __future__ import annotations
 
+# `signal` itself looks for an enum member at each call, and takes twenty times as long.
+import _signal as fast  # type: ignore[import-not-found,unused-ignore]
 import signal
 import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
-
-try:
-    # `signal` itself looks for an enum member at each call, and takes twenty times as long.
-    import _signal as fast  # type: ignore[import-not-found,unused-ignore]
-except ImportError:
-    fast = signal
 
 _NUMBERS = tuple(signal.valid_signals())
 

@@ -261,7 +261,6 @@ class FakeDevice(Generic[C, S]):
             self._news.wait_for(lambda: not self._planning, _YIELD_SECONDS)
 
     def read(self, until: int, page: Page) -> int:
-        n = 0
         room = page.struct.n_steps_max - page.struct.n_steps
         with self._news:
             n_taken = self.n_recorded - len(self.recorded)
@@ -269,12 +268,11 @@ class FakeDevice(Generic[C, S]):
             steps = [self.recorded[i] for i in range(max(0, most))]
         for step in steps:
             _write_step(page, step)
-            n += 1
         with self._news:
             for _ in steps:
                 self.recorded.popleft()
             self._news.notify_all()
-        return n
+        return len(steps)
 
     # -- KvMemory
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..cost.terms import Shape as Shape
 from ..kv import KvOperation, Slots
 from .drafting import Drafted
 from .invariance import Invariance
@@ -21,9 +22,6 @@ AT_A_TIME = 8
 
 NO_SLOTS: Slots = np.zeros(0, dtype=np.int32)
 NO_SLOTS.flags.writeable = False
-
-Shape = tuple[int, int, float, int]
-"""Rows, those of prompts, KV cells, sequences: as `CostModel.predict` takes them."""
 
 
 class PromptChunk(NamedTuple):

@@ -133,7 +133,7 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         answer, streams = self._answer, self._streams
         given = write_of(scope)
-        write = given or _sends(send)
+        write = given or (lambda content: send(_body(content)))
         self._sink_of = scope["extensions"].get(TEXT_SINK) if given else None
         held = HELD_BEGIN in (scope.get("extensions") or ())
         if begin := answer.begin():
@@ -204,10 +204,6 @@ def write_of(scope: Any) -> Write | None:
     if write is None or any(one.cls not in (ApiKeys, Cors) for one in scope["app"].user_middleware):
         return None
     return write
-
-
-def _sends(send: Send) -> Write:
-    return lambda content: send(_body(content))
 
 
 def _behind(begin: bytes, write: Write) -> Write:

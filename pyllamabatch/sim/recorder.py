@@ -37,7 +37,7 @@ class StepRecorder:
 
     def begin(self, step: Step, now: float, kv_used: int) -> None:
         """A call begins. kv_used: cells that are held."""
-        self.trace.idle_ns = _ns(now - self._end) if self._n else 0
+        self.trace.idle_ns = round((now - self._end) * 1e9) if self._n else 0
         prompts = [(chunk.slot, 1 + chunk.id, chunk.n) for chunk in step.chunks]
         reasons = {1 + id: text for id, text in step.reasons.items()}
         self.trace.begin(self._n, step.n_rows, kv_used, step.decode, prompts, reasons)
@@ -71,7 +71,3 @@ class StepRecorder:
             new, table = np.split(table, [len(page.table) - page.n])
             page.table[page.n : page.n + len(new)] = new
             page.n += len(new)
-
-
-def _ns(seconds: float) -> int:
-    return round(seconds * 1e9)

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from pyllamabatch.errors import ArgumentError, GrammarError
-from pyllamabatch.llama.json_limits import check_schema, json_text
+from pyllamabatch.llama.json_limits import check_schema, json_text, target
 
 Schema = Mapping[str, Any] | str
 
@@ -166,10 +166,7 @@ def _resolved(schema: Any, root: Any) -> Any:
     for _ in range(len(_NOTES)):  # references that lead back are refused elsewhere
         if not (isinstance(schema, Mapping) and str(schema.get("$ref", "")).startswith("#/")):
             return schema
-        place = root
-        for key in schema["$ref"][2:].split("/"):
-            place = place.get(key) if isinstance(place, Mapping) else None
-        schema = place
+        schema = target(root, schema["$ref"])
     return schema
 
 
