@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from pyllamabatch.cost import apple, where
+from pyllamabatch.cost import where
 from pyllamabatch.cost.fit import LEAST_SAMPLES
 from pyllamabatch.cost.kernels import kernels
 from pyllamabatch.cost.model import CostModel
+from pyllamabatch.cost.prior import Sizes, speeds_of
 from pyllamabatch.cost.profile import find_profile
 from pyllamabatch.llama.context import Context
 
@@ -29,13 +30,12 @@ def cost_of(context: Context, *, unified: bool) -> CostModel:
         profile = replace(profile, n_swa=context.model.n_swa)  # an older one does not know it
         swa_full = bool(context.params["swa_full"])
         return CostModel.fit(profile, unified=unified, n_ubatch=n_ubatch, swa_full=swa_full)
-    model = context.model
+    model, backend = context.model, key.backend
     experts = where.experts_of(model)
     kind, has = where.file_type(model), where.cpu_features()
-    known = kernels(key.backend, kind, moe=experts.n > 0, features=has, device=key.device)
-    gpu = not key.backend.startswith("CPU")
-    rate = apple.read_rate(key.device) if gpu else None
-    n_bytes = model.size_bytes
-    return CostModel.prior(
-        known, n_bytes, n_ubatch, gpu=gpu, unified=unified, rate=rate, experts=experts
-    )
+    known = kernels(backend, kind, moe=experts.n > 0, features=has, device=key.device)
+    n_output = model.n_vocab * model.n_embd
+    sizes = Sizes(model.size_bytes, model.n_params, n_output, model.n_layer, experts)
+    device, _ = where.device_of(context)
+    speeds = speeds_of(backend, key.device, kind=device.kind, n_threads=context.n_threads)
+    return CostModel.prior(known, sizes, speeds, n_ubatch, unified=unified)

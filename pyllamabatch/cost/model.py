@@ -16,11 +16,11 @@ from math import inf
 
 from pyllamabatch.cost.fit import LEAST_SAMPLES, fit_terms
 from pyllamabatch.cost.kernels import Kernels
+from pyllamabatch.cost.prior import Sizes, Speeds, coefficients_of
 from pyllamabatch.cost.profile import Profile
 from pyllamabatch.cost.step_cost import NO_COST, NewGraph, StepCost
-from pyllamabatch.cost.terms import Experts, Terms
+from pyllamabatch.cost.terms import Terms
 
-_DENSE = Experts()
 _SEEN_MAX = 60  # steps that refinement remembers of a regime
 _FIT_COUNTS = 2  # steps: the fit counts as much as so many observed ones
 _CALL_COUNTS = 8  # steps: a longer call counts as so many; something may have disturbed it
@@ -32,7 +32,7 @@ class CostModel(StepCost):
     """Seconds of a step by its shape, where the graph of the step before is reused.
 
     A prior (`calibrated` is False) knows where the steps of the kernels are. Their heights and all
-    absolute times are guesses until `observe` has seen a step (`absolute`).
+    absolute times are estimates until `observe` has seen a step (`absolute`).
     """
 
     def __init__(
@@ -225,35 +225,16 @@ class CostModel(StepCost):
     def prior(
         cls,
         kernels: Kernels,
-        row_bytes: float,
+        model: Sizes,
+        device: Speeds,
         n_ubatch: int = 512,
         *,
-        gpu: bool,
         unified: bool = True,
-        rate: float | None = None,
-        experts: Experts = _DENSE,
     ) -> CostModel:
-        """What is known without measuring: a pass over `row_bytes` of weights at `rate` bytes per
-        second (None: a typical one), and for each tile of rows a part of it. Of the `experts`,
-        which are among these bytes, those are read that the rows use (`terms`: e(n)). It shows
-        where the steps of the kernels are; their heights, absolute times and attention are
-        guesses."""
-        rate = rate or (1e12 if gpu else 2e10)
-        one_pass, all_experts = (row_bytes - experts.n_bytes) / rate, experts.n_bytes / rate
-        terms = Terms(kernels, 0.0, unified, experts.n, experts.n_used)
-        row = (one_pass + all_experts * terms.experts(1)) / (32 if gpu else 3)
-        guess = {f"tile of {tile}": 0.25 * one_pass for tile in kernels.tiles}
-        guess["experts"] = all_experts
-        for regime in kernels.regimes:
-            tile = regime.tile * row
-            seconds = {"pass": one_pass, "tile": tile, "row": row if regime.tile == 1 else 0.0}
-            if regime.rest == "each":
-                # A group goes through the weights: "any group" costs nothing more.
-                seconds |= {"full tile": 0.6 * tile, "tile beyond": 0.6 * tile}
-                seconds["group"] = one_pass + 0.5 * regime.group * row
-                seconds |= {f"{n} beyond": n * row for n in range(1, regime.tile)}
-            guess |= {f"{part} {regime.first}+": guessed for part, guessed in seconds.items()}
-        return cls(terms, guess, n_ubatch)
+        """What is known without measuring (`cost.prior`): where the steps of the kernels are, and
+        of their heights what the device's speeds and the model's sizes say."""
+        terms = Terms(kernels, 0.0, unified, model.experts.n, model.experts.n_used)
+        return cls(terms, coefficients_of(terms, model, device), n_ubatch)
 
 
 def held_out(profile: Profile, *, unified: bool = True, parts: int = 5) -> list[float]:

@@ -46,11 +46,16 @@ Shape = tuple[int, int, float, int]
 
 
 class Experts(NamedTuple):
-    """Of a mixture of experts, else all 0: bytes of all, how many, and of how many a row passes."""
+    """Of a mixture of experts, else all 0: bytes of all, how many, of how many a row passes, and
+    weights of all."""
 
     n_bytes: float = 0.0
     n: int = 0
     n_used: int = 0
+    n_weights: float = 0.0
+
+
+DENSE = Experts()
 
 
 class Ubatch(NamedTuple):

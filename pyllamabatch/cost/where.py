@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pyllamabatch.cost.kernels import kernels
 from pyllamabatch.cost.profile import Key, Profile
-from pyllamabatch.cost.terms import Experts
+from pyllamabatch.cost.terms import DENSE, Experts
 from pyllamabatch.llama import runtime
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.limits import memory_parts
@@ -28,15 +28,13 @@ class Weights:
     `output_share`: the output matrix's part of the bytes that a sampled row passes; a mixture of
     experts counts those experts that a row uses. `kinds`: types that have a twentieth of them or
     more. `input_bytes`: tables that rows are only looked up in; they stay with the CPU.
-    `expert_bytes`: of all experts."""
+    `experts`: of all."""
 
     kind: str
     output_share: float
     input_bytes: int
-    n_expert: int
-    n_expert_used: int
     kinds: tuple[str, ...] = ()
-    expert_bytes: int = 0
+    experts: Experts = DENSE
 
 
 def weigh(model: Model) -> Weights:
@@ -46,9 +44,9 @@ def weigh(model: Model) -> Weights:
     by_kind: Counter[str] = Counter()
     passed: Counter[str] = Counter()
     tied = ""
-    inputs = experts = 0
+    inputs = expert_bytes = expert_weights = 0
     output = embedding = total = 0.0
-    for name, kind, size in tensors(model):
+    for name, kind, size, n_values in tensors(model):
         if "token_embd." in name:
             inputs += size
             if name == "token_embd.weight":
@@ -57,7 +55,8 @@ def weigh(model: Model) -> Weights:
         share = 1.0
         if n_expert and "_exps" in name:
             share = n_used / n_expert
-            experts += size
+            expert_bytes += size
+            expert_weights += n_values
         by_kind[kind] += size
         passed[kind] += round(size * share)
         total += size * share
@@ -70,15 +69,13 @@ def weigh(model: Model) -> Weights:
     ((kind, _),) = by_kind.most_common(1) or [("F16", 0)]
     share = output / total if total else 0.0
     kinds = tuple(sorted(k for k, n in passed.items() if n >= 0.05 * total))
-    return Weights(kind, round(share, 4), inputs, n_expert, n_used, kinds, experts)
+    experts = Experts(expert_bytes, n_expert, n_used, expert_weights)
+    return Weights(kind, round(share, 4), inputs, kinds, experts)
 
 
 def experts_of(model: Model) -> Experts:
     """The file's header is read only where there are some."""
-    if not _count(model, "expert_count"):
-        return Experts()
-    weights = weigh(model)
-    return Experts(weights.expert_bytes, weights.n_expert, weights.n_expert_used)
+    return weigh(model).experts if _count(model, "expert_count") else DENSE
 
 
 def _count(model: Model, name: str) -> int:
@@ -169,7 +166,7 @@ def unmeasured(context: Context) -> Profile:
     known = kernels(
         key.backend,
         weights.kind,
-        moe=weights.n_expert > 0,
+        moe=weights.experts.n > 0,
         features=cpu_features(),
         others=weights.kinds,
         device=key.device,
@@ -180,8 +177,8 @@ def unmeasured(context: Context) -> Profile:
         (),
         context.n_ubatch,
         weights.output_share,
-        weights.n_expert,
-        weights.n_expert_used,
+        weights.experts.n,
+        weights.experts.n_used,
         model.n_swa,
         about={
             "model": model.description,

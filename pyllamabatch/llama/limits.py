@@ -58,7 +58,7 @@ def _check_mtp(model: Model) -> None:
     if not model._load.get("load_mtp"):
         raise ArgumentError("ctx_type", "mtp", "needs Model(path, load_mtp=True)")
     first = f"blk.{model.n_layer}."
-    if not any(name.startswith(first) for name, _, _ in tensors(model)):
+    if not any(name.startswith(first) for name, *_ in tensors(model)):
         raise ArgumentError("ctx_type", "mtp", "the file lacks the layers that its metadata names")
     if model.n_layer_nextn > 1 and model.architecture not in _SEVERAL_NEXTN:
         limit = f"{model.architecture} can have one layer that predicts, not {model.n_layer_nextn}"

@@ -12,8 +12,8 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.raw import ffi, lib
 
 
-def tensors(model: Model) -> Iterator[tuple[str, str, int]]:
-    """Name, type and bytes of every tensor."""
+def tensors(model: Model) -> Iterator[tuple[str, str, int, int]]:
+    """Name, type, bytes and number of values of every tensor."""
     for path in _files(model):
         params = ffi.new("struct gguf_init_params *", {"no_alloc": True, "ctx": ffi.NULL})
         gguf = lib.gguf_init_from_file(os.fsencode(path), params[0])
@@ -21,9 +21,13 @@ def tensors(model: Model) -> Iterator[tuple[str, str, int]]:
             continue
         try:
             for i in range(lib.gguf_get_n_tensors(gguf)):
-                kind = runtime.text(lib.ggml_type_name(lib.gguf_get_tensor_type(gguf, i)))
-                size = int(lib.gguf_get_tensor_size(gguf, i))
-                yield runtime.text(lib.gguf_get_tensor_name(gguf, i)), kind.upper(), size
+                name, number = lib.gguf_get_tensor_name(gguf, i), lib.gguf_get_tensor_type(gguf, i)
+                kind, size = (
+                    runtime.text(lib.ggml_type_name(number)),
+                    lib.gguf_get_tensor_size(gguf, i),
+                )
+                n_values = size // lib.ggml_type_size(number) * lib.ggml_blck_size(number)
+                yield runtime.text(name), kind.upper(), int(size), int(n_values)
         finally:
             lib.gguf_free(gguf)
 

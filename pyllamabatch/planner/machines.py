@@ -34,8 +34,10 @@ _CHIPS = {
     "m3-ultra": (96, 256, 512),
     "m4": (16, 24, 32), "m4-pro": (24, 48, 64), "m4-max": (36, 48, 64, 128),
     "m5": (16, 24, 32), "m5-pro": (24, 48, 64), "m5-max": (36, 48, 64, 128),
+    "m5-ultra": (512,),
 }  # fmt: skip
-"""GiB of memory that Macs are sold with, by chip (Apple's technical specifications)."""
+"""GiB of memory that Macs are sold with, by chip (Apple's technical specifications; of the M5 Ultra
+the most)."""
 
 _LIMITS = {
     "m5-max-128": (107.52 * GIB, "as measured in ds4 pull request 893, macOS 26"),

@@ -9,6 +9,7 @@ import pytest
 from pyllamabatch.cost.fit import nnls
 from pyllamabatch.cost.kernels import Kernels, Regime, kernels
 from pyllamabatch.cost.model import CostModel, held_out
+from pyllamabatch.cost.prior import CPU, GPU, Sizes
 from pyllamabatch.cost.profile import Key, Profile, Sample
 from pyllamabatch.cost.terms import Terms, Ubatch
 from pyllamabatch.errors import ArgumentError
@@ -65,7 +66,7 @@ def test_tiles_of_another_kernel() -> None:
     cost = CostModel.fit(Profile(Key("", "", ""), found, samples, 512))
     assert cost.predict(33, 0, 0, 33) - cost.predict(32, 0, 0, 32) == pytest.approx(2.1e-3, rel=0.1)
     assert cost.predict(30, 0, 0, 30) - cost.predict(20, 0, 0, 20) == pytest.approx(1e-3, rel=0.1)
-    prior = CostModel.prior(found, 1e9, gpu=False)
+    prior = CostModel.prior(found, Sizes(1e9, 2e9), CPU)
     assert prior.predict(17, 0, 0, 17) - prior.predict(16, 0, 0, 16) > prior.predict(
         16, 0, 0, 16
     ) - prior.predict(15, 0, 0, 15)
@@ -224,7 +225,7 @@ def test_a_call_of_many_steps_says_more_than_one() -> None:
 
 
 def test_prior_learns_its_level() -> None:
-    cost = CostModel.prior(CUDA, 1e9, gpu=True)
+    cost = CostModel.prior(CUDA, Sizes(1e9, 1e9), GPU)
     assert not cost.calibrated
     assert cost.predict(9) >= cost.predict(8)
     for n in (1, 4, 8, 16, 32):

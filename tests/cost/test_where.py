@@ -52,7 +52,8 @@ def test_a_prior_knows_the_experts() -> None:
     """A row uses two of eight, two rows 7/16 of them: 1 - (3/4)^2."""
     with Model(gguf_path("qwen3moe")) as model, Context(model, n_ctx=64) as context:
         experts = where.experts_of(model)
-        assert experts[1:] == (8, 2)
+        assert (experts.n, experts.n_used) == (8, 2)
+        assert 0 < experts.n_weights < model.n_params
         assert 0 < experts.n_bytes < model.size_bytes
         prior = cost_of(context, unified=True)
         all_of_them = prior.coefficients["experts"]

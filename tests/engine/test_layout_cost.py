@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pyllamabatch.cost.model import CostModel
+from pyllamabatch.cost.prior import GPU, Sizes
 from pyllamabatch.cost.profile import Profile, shipped_profile
 from pyllamabatch.cost.step_cost import StepCost
 from pyllamabatch.engine.engine import Engine
@@ -77,7 +78,7 @@ def test_a_layout_that_was_asked_for_has_no_price() -> None:
 
 
 def test_a_guess_is_no_reason_for_a_pool() -> None:
-    prior = CostModel.prior(shipped_profile(M2).kernels, 1e9, gpu=True)
+    prior = CostModel.prior(shipped_profile(M2).kernels, Sizes(1e9, 1e9), GPU)
 
     def cost_of(unified: bool) -> StepCost:
         return prior

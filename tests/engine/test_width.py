@@ -10,6 +10,7 @@ import pytest
 
 from pyllamabatch.cost.kernels import Kernels, Regime
 from pyllamabatch.cost.model import CostModel
+from pyllamabatch.cost.prior import CPU, Sizes
 from pyllamabatch.cost.step_cost import NO_COST, NewGraph, StepCost
 from pyllamabatch.engine.cost_observer import CostObserver
 from pyllamabatch.engine.engine import Engine
@@ -29,7 +30,8 @@ class Edge(CostModel):
     """As measured on a device where 9 rows take three times as long as 8; it learns nothing."""
 
     def __init__(self) -> None:
-        prior = CostModel.prior(Kernels((Regime(1), Regime(EDGE + 1))), 1e6, 32, gpu=False)
+        known = Kernels((Regime(1), Regime(EDGE + 1)))
+        prior = CostModel.prior(known, Sizes(1e6, 1e6), CPU, 32)
         self.__dict__ |= prior.__dict__
         self.calibrated, self.error = True, (0.01, 0.05)
 

@@ -1,0 +1,107 @@
+"""What the terms of the cost model cost on a device that was never measured.
+
+A step takes what each layer takes to start, a pass over the weights (`Speeds.read`) and its rows
+(`Speeds.compute`); attention is not known. The constants are round figures of the shipped profiles
+(cost/profiles) and of what was published; tests/cost/test_prior.py holds them against all of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from pyllamabatch.cost import apple
+from pyllamabatch.cost.kernels import CUDA_VEC_MAX
+from pyllamabatch.cost.terms import DENSE, Experts, Terms
+
+
+class Speeds(NamedTuple):
+    """Of a device. read: bytes of weights a second. compute: operations a second in matrix kernels,
+    two for each weight and row. layer, expert_layer: seconds that a layer's kernels take to start,
+    the second one more for a layer of experts. few: times the time of a row in a matrix kernel, in
+    kernels of few rows. fill: rows that a matrix kernel could compute while it fills the device."""
+
+    read: float
+    compute: float
+    layer: float = 0.0
+    expert_layer: float = 0.0
+    few: float = 1.0
+    fill: float = 0.0
+
+
+class Sizes(NamedTuple):
+    """Of a model. n_output: weights of the output matrix, which sampled rows pass alone."""
+
+    n_bytes: float
+    n_weights: float
+    n_output: float = 0.0
+    n_layer: int = 0
+    experts: Experts = DENSE
+
+
+# Kernels of few rows take a row four times as long as those for prompts (M2 Ultra: 2.5 to 4.4, DGX
+# Spark 2.6 to 7, H200: 7), and the first tile of a matrix takes as long as 15 to 85 rows more.
+_FEW, _FILL = 4.0, 40
+_MMA = 0.5
+"""Of that, a row in tiles of few rows: llama.cpp pull request 25377, eight rows on an M4 Pro."""
+_GROUP = 0.5  # of its rows' time, where more rows are computed at once
+
+GPU = Speeds(1e12, 70e12, 60e-6, few=_FEW, fill=_FILL)
+"""A GPU with memory of its own: an RTX 3090, which computes Llama 2 7B Q4_0 at 158 tokens/s and its
+prompts at 5,175 (a 5060 Ti 91 and 3,737, a 4090 186 and 11,993: llama.cpp discussion 15013). A
+layer is that of Gemma 3 1B on H100 and H200."""
+SHARED = Speeds(0.23e12, 36e12, 40e-6, few=_FEW, fill=_FILL)
+"""One that shares the host's: DGX Spark, 0.85 of 273 GB/s, 22 to 56 us a layer, prompts at 33 to 39
+TFLOP/s."""
+CPU = Speeds(20e9, 90e9, few=1.5)
+"""A thread; memory is read as fast by one as by all. Three profiles of x86 with AVX-512."""
+
+
+def speeds_of(backend: str, device: str, *, kind: str, n_threads: int) -> Speeds:
+    """By ggml's names of the backend and the device, and the device's `kind` ("igpu", ...)."""
+    if backend.startswith("CPU"):
+        return CPU._replace(compute=n_threads * CPU.compute)
+    if chip := apple.chip_of(device):
+        return Speeds(chip.read, chip.compute, apple.LAYER, apple.EXPERT_LAYER, _FEW, _FILL)
+    return SHARED if kind == "igpu" else GPU
+
+
+def coefficients_of(terms: Terms, model: Sizes, device: Speeds) -> Mapping[str, float]:
+    """Seconds per unit of each term."""
+    kernels, experts = terms.kernels, model.experts
+    dense = (model.n_bytes - experts.n_bytes) / device.read
+    all_experts = experts.n_bytes / device.read
+    used = experts.n_used / experts.n if experts.n else 0.0
+    n_passed = model.n_weights - model.n_output - (1 - used) * experts.n_weights
+    row = 2 * n_passed / device.compute
+    found = {
+        "base": model.n_layer * (device.layer + device.expert_layer * (experts.n > 0)),
+        "output": 2 * model.n_output / device.compute,
+    }
+    # Metal reads each row's experts anew, until it sorts the rows by expert.
+    sorted_from = next((r.first for r in kernels.regimes if "mul_mm_id" in r.kernel), 0)
+    if not sorted_from:
+        found["experts"] = all_experts
+    found |= {f"tile of {tile}": 0.25 * dense for tile in kernels.tiles}
+    for regime in kernels.regimes:
+        many = regime.first > CUDA_VEC_MAX or len(kernels.regimes) == 1
+        one = row if many else device.few * row
+        tile = regime.tile * one
+        seconds = {"pass": dense, "row": one, "tile": tile}
+        if many:
+            seconds["pass"] += device.fill * row
+        if regime.first == 1 and not many:
+            seconds["row"] = 0.0  # reading takes longer
+        if regime.tile > 1:
+            seconds |= {"row": 0.0, "tile": tile if many else _MMA * tile}
+        if regime.first < sorted_from:
+            seconds["row"] += used * all_experts
+        elif sorted_from:
+            seconds["pass"] += all_experts
+        if regime.rest == "each":
+            # A group goes through the weights: "any group" costs nothing more.
+            seconds |= {"full tile": tile, "tile beyond": tile}
+            seconds["group"] = dense + _GROUP * regime.group * one
+            seconds |= {f"{n} beyond": n * one for n in range(1, regime.tile)}
+        found |= {f"{part} {regime.first}+": value for part, value in seconds.items()}
+    return found
