@@ -5,7 +5,9 @@ nothing and takes as long as the profile says. So what the scheduler wins on tha
 live, without the device. Steady: n streams decode, and no other comes. Clients: n of them, as in
 `bench traffic`. A thread for each reads token by token.
 
-`simulated` is the same in virtual time, with the same cost model and requests.
+An arm is a policy in the layout of --kv, without a prefix cache; `engine` is an engine without
+options, which chooses its layout, too. Live over simulated: in virtual time, with the same cost
+model and requests.
 
 Others' programs do not slow a profile; they matter where the engine's threads wake late. With a
 priority above theirs (`chrt -f 1 python -m bench traffic --machine ...`, a few percent of a core) a
@@ -50,7 +52,8 @@ PROMPTS = {STEADY: (128, 128), CLIENTS: (100, 400)}  # tokens, from and to
 ANSWERS = {STEADY: (256, 256), CLIENTS: (32, 224)}
 POOL = {"kv_unified": True}  # streams decode in turns only with their neighbours
 HOST_MOST = 0.05  # share of a run's time that was not the device's, though others used the cores
-POLICIES = (COUNTED, *(name for name in SHIPPED if name != "static"))
+ENGINE = "engine"
+POLICIES = (ENGINE, COUNTED, *(name for name in SHIPPED if name != "static"))
 
 
 def steady_ratio(profile: str, n: int) -> Figure:
@@ -75,17 +78,16 @@ def over_simulated(profile: str, n: int) -> Figure:
     return figure
 
 
-def over_best(profile: str, n: int) -> Figure:
-    """Throughput of the default over the best policy's, n clients, by medians."""
+def over_best(mine: str, profile: str, n: int) -> Figure:
+    """Throughput over the best policy's, n clients, by medians."""
 
     def figure(records: Sequence[Record]) -> float | None:
         speeds: dict[str, list[float]] = {}
         for record in counted(of(records, profile, CLIENTS, n)):
             speeds.setdefault(record.arm, []).append(record.speed_tg)
         middle = {arm: median(found) for arm, found in speeds.items()}
-        if DEFAULT not in middle or len(middle) < 2:
-            return None
-        return middle.pop(DEFAULT) / max(middle.values())
+        others = [speed for arm, speed in middle.items() if arm not in (mine, ENGINE)]
+        return middle[mine] / max(others) if mine in middle and others else None
 
     return figure
 
@@ -111,7 +113,8 @@ TARGETS = (
         )
     ),
     *(
-        Target(f"{name}, {n} clients: default over the best policy", over_best(name, n), 0.97)
+        Target(f"{name}, {n} clients: {what} over the best policy", over_best(arm, name, n), 0.97)
+        for arm, what in ((DEFAULT, "default"), (ENGINE, "engine without options"))
         for name in (GEMMA, QWEN, GPT)
         for n in (8, 16, 32)
     ),
@@ -122,7 +125,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("on profile machines, where --model and --arms say nothing")
     group.add_argument("--machine", default="", help="profiles, comma separated: names, files")
     group.add_argument("--streams", default="", help="that only decode: numbers and ranges")
-    group.add_argument("--policies", default=";".join(POLICIES), help="separated by ;")
+    words = f"separated by ; ({ENGINE}: an engine without options)"
+    group.add_argument("--policies", default=";".join(POLICIES), help=words)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -194,15 +198,12 @@ def cases_of(name: str, options: argparse.Namespace) -> Iterator[Load]:
             yield Load(file, pp, tg, n, 1, "default", options.seed, pool, **own)
 
 
-def live(policy: str, load: Load) -> Measured:
-    jobs = load.jobs
-    with Engine(
-        machine=load.machine,
-        n_seq_max=load.pl,
-        kv_unified=load.kv_unified,
-        policy=policy,
-        prefix_cache=False,
-    ) as engine:
+def live(arm: str, load: Load) -> Measured:
+    jobs, policy = load.jobs, DEFAULT if arm == ENGINE else arm
+    options: dict[str, Any] = {}
+    if arm != ENGINE:
+        options = {"kv_unified": load.kv_unified, "policy": policy, "prefix_cache": False}
+    with Engine(machine=load.machine, n_seq_max=load.pl, **options) as engine:
         limits, cost = engine.limits, copy.deepcopy(engine.cost)
         spec = spec_of(engine, OVERHEAD, cost=cost)
         n_vocab = engine.model.n_vocab

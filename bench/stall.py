@@ -3,6 +3,9 @@
 A thread for each of the streams reads its tokens; the times between two tokens (ITL) of all of them
 are one sample. The prompt arrives when every reader has had more than half of its tokens: the
 median is a step without it, and what it does is the tail. p99 is the nearest rank.
+
+An arm is a policy; `engine` is an engine without options, which chooses its layout, too. It bounds
+what readers wait for a prompt by seconds, not by the time of a step.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 from statistics import median
+from typing import Any
 
 from bench import harness
 from bench.arms import InProcess
@@ -27,13 +31,15 @@ from pyllamabatch.engine.stream import Stream
 from pyllamabatch.errors import PyllamabatchError
 from pyllamabatch.report.records import Record
 from pyllamabatch.scheduler import make_policy
+from pyllamabatch.scheduler.policies.parts import STALL_SECONDS
 from pyllamabatch.step.sampling_params import SamplingParams
 
 STREAMS, TOKENS, ARRIVES = 8, 72, 40  # readers, tokens of each, and after which the prompt comes
 SHORT, LONG = 32, 6000  # prompt tokens: of a reader, and of the one that arrives
 CHUNKED, PREFILL_FIRST = "sarathi:budget=12", "prefill-first"
+ENGINE = "engine"
 ALSO = ("sarathi", "fcfs")
-QUICK = {"arms": f"{CHUNKED},{PREFILL_FIRST}", "prompt_tokens": 1500, "repeats": 1}
+QUICK = {"arms": f"{CHUNKED},{PREFILL_FIRST},{ENGINE}", "prompt_tokens": 1500, "repeats": 1}
 TARGETS = (
     Target(
         f"{CHUNKED}: p99 of the ITL over its median",
@@ -47,6 +53,11 @@ TARGETS = (
         at_least=3.0,
         must=True,
     ),
+    Target(
+        f"{ENGINE}: p99 of the ITL, s",
+        median_detail(ENGINE, "itl_p99_s"),
+        at_most=STALL_SECONDS,
+    ),
 )
 
 
@@ -54,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, kv="unified")
     parser.add_argument(
         "--arms",
-        default=",".join((CHUNKED, PREFILL_FIRST, *ALSO)),
-        help="policies, comma separated; one option each at most",
+        default=",".join((CHUNKED, PREFILL_FIRST, ENGINE, *ALSO)),
+        help=f"policies, comma separated, one option each at most; {ENGINE}: without options",
     )
     parser.add_argument("--prompt-tokens", type=int, default=LONG, help="of the one that arrives")
     parser.set_defaults(sampling="greedy")
@@ -83,7 +94,7 @@ def view(records: Sequence[Record]) -> str:
         Column("longest, ms", "itl_max_s", ".1f", 1e3),
         Column("p99 / median", "p99_over_median", ".2f"),
     )
-    return by_arm(records, columns, "policy")
+    return by_arm(records, columns)
 
 
 @dataclass
@@ -107,7 +118,7 @@ class Reader:
                 self.half.release()
 
 
-def run(inside: InProcess, policy: str, case: Case) -> Measured:
+def run(inside: InProcess, arm: str, case: Case) -> Measured:
     """One engine, one arrival."""
     prompts = case.prompts(inside.model.n_vocab)
     greedy = SamplingParams(temperature=0, max_tokens=case.tg, ignore_eog=True)
@@ -115,8 +126,10 @@ def run(inside: InProcess, policy: str, case: Case) -> Measured:
     if case.kv_unified:
         with_late = replace(with_late, n_cells=SHORT + case.tg + case.pp // (case.pl + 1))
     half = threading.Semaphore(0)
-    options = with_late.context_params() | {"policy": make_policy(policy), "speculate": None}
-    with Engine(inside.model, **options) as engine:
+    options: dict[str, Any] = {"n_seq_max": with_late.pl, "n_threads": case.n_threads}
+    if arm != ENGINE:
+        options = with_late.context_params() | {"policy": make_policy(arm)}
+    with Engine(inside.model, speculate=None, **options) as engine:
         readers = [Reader(engine.submit(prompt[:SHORT], greedy), [], half) for prompt in prompts]
         threads = [threading.Thread(target=reader) for reader in readers]
         for thread in threads:
@@ -129,7 +142,7 @@ def run(inside: InProcess, policy: str, case: Case) -> Measured:
         late.cancel()
         for reader in readers:
             reader.stream.result()
-        context = engine.n_ctx
+        settings = {"n_kv_max": engine.n_ctx, "kv_unified": engine.limits.unified}
     gaps = sorted(
         after - before
         for reader in readers
@@ -146,4 +159,4 @@ def run(inside: InProcess, policy: str, case: Case) -> Measured:
         "arrives_after": ARRIVES,
         "reader_prompt_tokens": SHORT,
     }
-    return Measured(0.0, last - first, {"n_kv_max": context}, detail)
+    return Measured(0.0, last - first, settings, detail)

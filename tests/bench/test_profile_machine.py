@@ -15,15 +15,16 @@ from tests.support.machines import fast_profile
 def test_policies_run_live_on_a_machine(run: Run, tmp_path: Path) -> None:
     profile = fast_profile(tmp_path)
     loads = ("--streams", "3", "--clients", "2", "--requests", "2", "--repeats", "1")
-    policies = ("--policies", f"{COUNTED};{DEFAULT}", "--kv", "unified")
+    arms = [COUNTED, DEFAULT, profile_machine.ENGINE]
+    policies = ("--policies", ";".join(arms), "--kv", "unified")
     status, records = run("traffic", "--machine", str(profile), *loads, *policies)
     assert status == 0
     assert [(r.arm, r.pl, r.detail["steady"]) for r in records] == [
-        (COUNTED, 3, 1.0), (DEFAULT, 3, 1.0), (COUNTED, 2, 0.0), (DEFAULT, 2, 0.0),
-    ]  # fmt: skip
+        (arm, n, steady) for n, steady in ((3, 1.0), (2, 0.0)) for arm in arms
+    ]
     for record in records:
         detail = record.detail
-        assert record.kv_unified
+        assert record.kv_unified == (record.arm != profile_machine.ENGINE)
         assert record.gpu_info == "no GPU, the profile of Apple M2 Ultra"
         assert record.model_type.startswith("no model")
         assert detail["over_simulated"] == pytest.approx(

@@ -184,7 +184,8 @@ class TokenBudget:
 token_budget = TokenBudget()
 
 # Without a target of its own a reader waits so long for a token at most, while others' prompts are
-# computed: a pause that is felt, and time for a whole ubatch on two cores of a CPU.
+# computed: a pause that is felt, and time for a whole ubatch on two cores of a CPU. With one second
+# first tokens come a tenth later there, and no more than that is what a short stall is worth.
 STALL_SECONDS = 2.0
 
 
