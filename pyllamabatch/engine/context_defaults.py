@@ -19,6 +19,13 @@ class Chosen(NamedTuple):
     why: str
 
 
+def why_batch(asked: int, rows: int) -> str:
+    """Why a step has `rows` rows at most, where it may have had `asked`."""
+    if rows < asked:
+        return "as many as there are cells"
+    return "longer prompts go in pieces, between which others get theirs"
+
+
 def ubatch_of(model: Model, given: int | None) -> Chosen:
     """n_ubatch for `model` on this machine; `given`: what was asked for, None: nothing."""
     gpus = [d for d in runtime.devices().values() if d.kind != "cpu" and is_cuda(d.backend)]

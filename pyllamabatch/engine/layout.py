@@ -23,7 +23,7 @@ from ..llama.params import fill, read
 from ..planner.residency import device_free, fitting_n_ctx, why_not_back
 from ..raw import lib
 from ..scheduler.invariance import LEAST_ROWS
-from .context_defaults import ubatch_of
+from .context_defaults import ubatch_of, why_batch
 from .invariance import check_can, swaps
 from .layout_cost import CostOf, pool_pays, pool_speed
 from .native_context import NativeContext
@@ -193,6 +193,9 @@ def _open(
     """The context as `params` ask for it; without all cells of a sliding window where these do not
     fit, and they do not say that they want them."""
     reasons: dict[str, str] = {}
+    if model.n_swa:
+        fits = "on: all cells of the layers with a sliding window fit, as cached prefixes need them"
+        reasons["swa_full"] = "as was asked for" if "swa_full" in params else fits
     try:
         n_ctx, given, layout = _fitting(model, options, params)
     except NotEnoughMemory:
@@ -202,6 +205,7 @@ def _open(
         reasons["swa_full"] = "off: all cells of the layers with a sliding window do not fit"
     rows = ubatch_of(model, params["n_ubatch"])
     reasons["n_ubatch"] = rows.why
+    reasons["n_batch"] = why_batch(params["n_batch"], given["n_batch"])
     if given.get("n_rs_seq"):
         reasons["n_rs_seq"] = "a snapshot of each state for each token that can be taken back"
     n_outputs = _n_outputs(model, options, given)

@@ -14,7 +14,7 @@ from ..llama.model import Model
 from ..machine.context import MachineContext
 from ..machine.profile_machine import ProfileMachine
 from ..models import default_model_path
-from .context_defaults import ubatch
+from .context_defaults import ubatch, why_batch
 from .layout import Cells, Layout, lay_out, with_speed
 from .options import EngineOptions
 
@@ -48,5 +48,6 @@ def make_context(
         if pool:
             given = params | {"kv_unified": True}
             lay_out(cells, options, given)
-    layout = replace(layout, reasons={"n_ubatch": rows.why})
+    reasons = {"n_ubatch": rows.why, "n_batch": why_batch(params["n_batch"], given["n_batch"])}
+    layout = replace(layout, reasons=reasons)
     return MachineContext(machine, model, **given), layout

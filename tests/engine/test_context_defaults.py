@@ -56,7 +56,8 @@ def test_no_number_of_rows() -> None:
 def test_an_engine_says_why(machine: str, rows: int) -> None:
     with Engine(machine=machine, n_seq_max=4) as engine:
         assert engine.n_ubatch == rows
-        assert engine.reasons.keys() == {"layout", "n_ubatch"}
+        assert engine.reasons.keys() == {"layout", "n_ubatch", "n_batch"}
+        assert "in pieces" in engine.reasons["n_batch"]
         assert engine.reasons["layout"] == engine.layout
         assert engine.stats().reasons == engine.reasons
 
@@ -80,3 +81,17 @@ def test_a_window_stays_small_where_all_cells_do_not_fit(
             assert len(engine.generate([[5, 6, 7]], greedy(3))[0].tokens) == 3
         with pytest.raises(NotEnoughMemory):
             Engine(model, n_seq_max=2, n_ctx=1024, swa_full=True)
+
+
+def test_every_size_that_was_chosen_has_a_reason() -> None:
+    with Model(gguf_path("gemma3")) as model:
+        cases: list[tuple[dict[str, Any], str]]
+        cases = [({}, "on: "), ({"swa_full": False}, "as was asked for")]
+        for options, why in cases:
+            with Engine(model, n_seq_max=2, n_ctx=1024, **options) as engine:
+                assert engine.n_batch == 1024
+                assert engine.reasons["n_batch"] == "as many as there are cells"
+                assert engine.reasons["swa_full"].startswith(why)
+                assert engine.reasons["n_ubatch"]
+    with Model(gguf_path("llama")) as model, Engine(model, n_ctx=1024) as engine:
+        assert "swa_full" not in engine.reasons
