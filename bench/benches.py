@@ -31,6 +31,7 @@ BENCHES = (
     "soak",
     "speculate",
     "stall",
+    "start",
     "step",
     "traffic",
     "width",

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from bench import serve
+from bench import serve, start
 from bench.arms import InProcess
 from bench.case import Case
 from bench.serve import ServeArm, measure, our_server
 from bench.serving import Clients, EngineClients, HttpClients, ServerProcess
-from tests.bench.conftest import options
+from tests.bench.conftest import Run, options
 
 FAKE = """
 import argparse, time
@@ -172,3 +172,14 @@ def test_every_arm_is_there_and_says_whether_http_is_in_its_time(inside: InProce
     assert {target.text.split(" over ")[1].split(",")[0] for target in serve.TARGETS} <= set(names)
     for arm in arms:
         assert "HTTP" in arm.includes or "http" in arm.includes
+
+
+def test_a_start_is_measured_until_there_is_text(run: Run) -> None:
+    status, (record,) = run("start", "--quick", "--threads", "1")
+    assert status == 0
+    detail = record.detail
+    assert 0 < detail["healthy_s"] < detail["first_token_s"] == record.t_tg
+    assert detail["cpu_s"] > 0
+    slow = dataclasses.replace(record, model_filename="SmolLM2-135M-Instruct.Q4_1.gguf", n_cores=2)
+    assert start.TARGETS[0].measured([slow]) == detail["first_token_s"]
+    assert start.TARGETS[0].measured([record]) is None
