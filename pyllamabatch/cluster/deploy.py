@@ -20,7 +20,7 @@ from starlette.responses import Response
 
 from ..errors import ArgumentError, integer, number
 from ..llama.host import usable_cores
-from ..scheduler.router import make_router
+from ..scheduler.router import REPORT_SECONDS, make_router
 from ..server.options import ServerOptions
 from .front import Front
 from .replica import OpenApp, Replica
@@ -28,7 +28,6 @@ from .router import DEFAULT, FleetRouter
 
 APPLICATION = "pyllamabatch"
 LOOPBACK = "127.0.0.1"
-STATS_SECONDS = 1.0  # between two looks of the router at a replica
 HEALTH_SECONDS = 5.0
 
 
@@ -77,7 +76,7 @@ def engines(open_app: OpenApp, options: FleetOptions, server: ServerOptions) -> 
         "request_router_config": RequestRouterConfig(
             request_router_class=FleetRouter,
             request_router_kwargs={"router": options.router},
-            request_routing_stats_period_s=STATS_SECONDS,
+            request_routing_stats_period_s=REPORT_SECONDS,
         ),
     }
     if options.min_replicas < options.max_replicas:

@@ -116,11 +116,11 @@ class Replica:
             raise RuntimeError("the engine is closed")
 
     def record_routing_stats(self) -> dict[str, float]:
-        """For `router.Seen`."""
+        """What a `ReplicaView` has of them."""
         if not self._service.has_engine:
             return {}
         stats = self._service.engine.stats()
-        return {"wait_s": stats.wait_s, "row_s": stats.row_s}
+        return {"wait": stats.wait_s, "row_seconds": stats.row_s}
 
     async def whole(self, call: RoutedCall) -> Whole:
         """Its answer to what all replicas are asked."""

@@ -18,27 +18,6 @@ from .call import RoutedCall
 DEFAULT = "prefix-affinity"
 
 
-class Seen(ReplicaView):
-    """What the router knows of a replica: what it has sent there itself, and what the replica says
-    of itself every second."""
-
-    def __init__(self, n_open: int, says: dict[str, Any]) -> None:
-        self._n_open = n_open
-        self._says = says
-
-    @property
-    def n_open(self) -> int:
-        return self._n_open
-
-    @property
-    def wait(self) -> float:
-        return float(self._says.get("wait_s", 0.0))
-
-    @property
-    def row_seconds(self) -> float:
-        return float(self._says.get("row_s", 0.0))
-
-
 class FleetRouter(RequestRouter):  # type: ignore[misc,unused-ignore]
     """Its calls have a `RoutedCall` as their first argument. `initialize_state(router)`: the name
     of one of `pyllamabatch.scheduler.router.ROUTERS`. For one event loop."""
@@ -65,7 +44,7 @@ class FleetRouter(RequestRouter):  # type: ignore[misc,unused-ignore]
         n_open = self._n_open()
         replicas = {replica.replica_id: replica for replica in candidate_replicas}
         seen = {
-            name: Seen(n_open[name], replica.routing_stats or {})
+            name: ReplicaView(n_open[name], **(replica.routing_stats or {}))
             for name, replica in replicas.items()
         }
         call: RoutedCall = pending_request.args[0]

@@ -10,7 +10,7 @@ import itertools
 from abc import abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from ..errors import ArgumentError
 from ..kv.radix_tree import RadixTree, Tokens
@@ -18,27 +18,23 @@ from ..kv.sharing import MIN_PREFIX
 from .scheduler import Scheduler
 
 BYTES_PER_TOKEN = 4  # of a text, about
+REPORT_SECONDS = 1.0  # between two words of a replica about itself
 
 Name = TypeVar("Name", bound=Hashable)
 
 
-class ReplicaView(Protocol):
-    """What a router may know of a replica."""
+class ReplicaView(NamedTuple):
+    """What a router knows of a replica.
 
-    @property
-    @abstractmethod
-    def n_open(self) -> int:
-        """Requests that it has got and that have not ended."""
+    - n_open: requests that it has got and that have not ended.
+    - wait: seconds until a request that comes now begins to be computed, see `expected_wait`.
+      row_seconds: of a prompt row, 0 where that is not known. The replica has said both, up to
+      `REPORT_SECONDS` ago.
+    """
 
-    @property
-    @abstractmethod
-    def wait(self) -> float:
-        """Seconds until a request that comes now begins to be computed; see `expected_wait`."""
-
-    @property
-    @abstractmethod
-    def row_seconds(self) -> float:
-        """Of a prompt row; 0 where that is not known."""
+    n_open: int = 0
+    wait: float = 0.0
+    row_seconds: float = 0.0
 
 
 class Router(Protocol):

@@ -145,7 +145,7 @@ class _InFlight:
     n_filled: int = 0
 
 
-class SimulatedReplica(ReplicaView):
+class SimulatedReplica:
     """`ended(outcome)` is called for each request at its end. `recorder`: has its last `n_trace`
     steps; None for 0."""
 
@@ -164,6 +164,7 @@ class SimulatedReplica(ReplicaView):
         self.scheduler = Scheduler(spec.limits, policy, cost=spec.cost, kv=kv)
         self.load.counters = self.scheduler.counters
         self.recorder = StepRecorder(n_trace, self.scheduler.n_slots) if n_trace else None
+        self._said = ReplicaView()
         self._ended = ended
         self._arrived: list[tuple[TraceRequest, float]] = []
         self._open: dict[int, _Open] = {}
@@ -184,12 +185,14 @@ class SimulatedReplica(ReplicaView):
         return len(self._open) + len(self._arrived)
 
     @property
-    def wait(self) -> float:
-        return expected_wait(self.scheduler, self.n_open)
+    def seen(self) -> ReplicaView:
+        """What a router knows of it."""
+        return self._said._replace(n_open=self.n_open)
 
-    @property
-    def row_seconds(self) -> float:
-        return row_seconds(self.scheduler)
+    def report(self) -> None:
+        """What a router knows is of now."""
+        wait = expected_wait(self.scheduler, self.n_open)
+        self._said = ReplicaView(0, wait, row_seconds(self.scheduler))
 
     @property
     def next(self) -> float:

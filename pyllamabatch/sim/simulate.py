@@ -11,7 +11,7 @@ from math import inf
 from pyllamabatch.errors import ArgumentError, PyllamabatchError, RequestTooLong
 from pyllamabatch.scheduler import Policy, make_policy
 from pyllamabatch.scheduler.policies import DEFAULT
-from pyllamabatch.scheduler.router import make_router
+from pyllamabatch.scheduler.router import REPORT_SECONDS, make_router
 from pyllamabatch.sim.formats import at_rate
 from pyllamabatch.sim.metrics import Load, Outcome, summarise
 from pyllamabatch.sim.replica import EngineSpec, SimulatedReplica
@@ -86,13 +86,17 @@ def simulate(
         )
         for i in range(n_replicas)
     ]
-    by_index = dict(enumerate(replicas))
     due = [inf] * n_replicas  # when each replica has its next step
+    report_at = -inf  # when they are to say what routers know of them
     while arrivals or min(due) < inf:
-        step_at = min(due)
-        if arrivals and arrivals[0][0] <= step_at:
+        step_at, arrives_at = min(due), arrivals[0][0] if arrivals else inf
+        if min(step_at, arrives_at) >= report_at:
+            for replica in replicas:
+                replica.report()
+            report_at = (min(step_at, arrives_at) // REPORT_SECONDS + 1) * REPORT_SECONDS
+        if arrives_at <= step_at:
             now, _, request = heapq.heappop(arrivals)
-            i = routing.choose(request.tokens, by_index)
+            i = routing.choose(request.tokens, {r.index: r.seen for r in replicas})
             try:
                 replicas[i].submit(request, now)
             except RequestTooLong:

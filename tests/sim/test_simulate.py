@@ -1,6 +1,6 @@
 """The scheduler under a virtual clock."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from pyllamabatch.scheduler import (
     slo,
     width,
 )
+from pyllamabatch.scheduler.router import ROUTERS, ReplicaView, RoundRobin
 from pyllamabatch.sim import (
     EngineSpec,
     Outcome,
@@ -303,18 +304,41 @@ def test_affinity_finds_more_in_the_cache() -> None:
     assert affinity["prefix_share"] > 1.3 * turns["prefix_share"]
 
 
+def test_a_router_knows_what_replicas_said_up_to_a_second_ago(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits: list[float] = []
+
+    class Watching(RoundRobin):
+        def choose(self, prompt: Any, replicas: Mapping[Any, ReplicaView], key: str = "") -> Any:
+            waits.append(replicas[0].wait)
+            return super().choose(prompt, replicas, key)
+
+    monkeypatch.setitem(ROUTERS, "watching", Watching)
+    requests = [one(i, 0.25 * i, 500, 100) for i in range(40)]
+    simulate(requests, machine(n_seq_max=2, n_cells=4096), n_replicas=2, router="watching")
+    seconds = [set(waits[i : i + 4]) for i in range(0, len(waits), 4)]
+    assert [len(values) for values in seconds] == [1] * 10
+    assert len(set(waits)) > 4
+
+
 def test_a_replica_says_how_long_a_request_waits() -> None:
     replica = SimulatedReplica(machine(n_seq_max=2), make_policy("fcfs"), lambda outcome: None)
-    assert replica.wait == 0
-    assert replica.row_seconds > 0
-    waits, now = [], 0.0
+    replica.report()
+    row_seconds = replica.seen.row_seconds
+    assert replica.seen == ReplicaView(0, 0.0, row_seconds)
+    assert row_seconds > 0
+    waits: list[float] = []
+    now = 0.0
     for i in range(6):
         replica.submit(one(i, now, 50, 20), now)
         replica.step(now)
         now = replica.next
-        waits.append(replica.wait)
+        assert replica.seen.wait == (waits or [0.0])[-1]  # what it said last
+        replica.report()
+        waits.append(replica.seen.wait)
     assert waits[:2] == [0, 0]  # a slot is free
-    assert waits[-1] > 4 * 50 * replica.row_seconds
+    assert waits[-1] > 4 * 50 * row_seconds
 
 
 def test_curves_are_thinned_out() -> None:
