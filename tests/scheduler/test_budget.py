@@ -1,4 +1,5 @@
-"""The largest prompt within a target: found exactly, and with few questions to the cost model."""
+"""The largest prompt within a target: found exactly, and with few questions to the cost model; and
+one whose rows cost least."""
 
 from itertools import accumulate
 from math import log2
@@ -8,7 +9,8 @@ from hypothesis import strategies as st
 
 from pyllamabatch.cost.step_cost import StepCost
 from pyllamabatch.scheduler import Limits, StepView
-from pyllamabatch.scheduler.policies.parts import most_within
+from pyllamabatch.scheduler.policies.device_aware import PromptsSoon
+from pyllamabatch.scheduler.policies.parts import WithinTarget, most_within
 from tests.support import views
 
 N_BATCH = 64
@@ -60,3 +62,32 @@ def test_a_straight_curve_takes_five_questions_and_one_out_of_reach_two() -> Non
         cost.n_asked = 0
         assert most_within(view_of(cost), target, 10) == expected
         assert cost.n_asked <= n_most
+
+
+class Dear(StepCost):
+    """From 32 rows on each sequence that decodes beside a prompt takes `more` seconds longer."""
+
+    edges = (8, 16, 24, 31, 40, 48, 56, 64)
+
+    def __init__(self, more: float = 1.0, *, measured: bool = True) -> None:
+        self.more, self.layout_measured = more, measured
+
+    def predict(self, rows: int, prefill: int, kv: float, n_seqs: int) -> float:
+        return 0.02 * rows + self.more * (rows - prefill) * (prefill > 0 and rows >= 32)
+
+
+def test_a_prompt_in_a_pool_comes_in_rows_that_cost_least() -> None:
+    limits = Limits(64, 64, 8, 4000, 4000)
+    budget = PromptsSoon(WithinTarget(itl=100.0))
+
+    def rows(cost: StepCost, **prompt: float) -> int:
+        others = [views.decoding(i) for i in range(4)]
+        prompts = views.waiting(5, 300, **prompt), views.waiting(6, 300)
+        return budget(views.view_of(*others, *prompts, limits=limits, cost=cost))
+
+    assert rows(Dear()) == 31
+    assert rows(Dear(more=0.001)) == 64  # not worth it
+    assert rows(Dear(measured=False)) == rows(Dear(), ttft_target=1e3) == 64
+    vague = Dear()
+    vague.error = (2.0, 4.0)
+    assert rows(vague) == 64

@@ -74,3 +74,30 @@ def test_clients_lose_nothing_on_any_device(name: str, n: int) -> None:
     now, wait = run(model, requests, DEFAULT, n)
     assert now >= 0.99 * before
     assert wait <= 1.15 * wait_before
+
+
+CPUS = ["x86-1-thread-qwen2-0.5b-q4_k_m", "x86-2-core-avx512-qwen2-0.5b-q4_k_m"]
+
+
+@pytest.mark.parametrize("name", CPUS)
+def test_clients_in_a_pool_where_prompts_make_decoding_dear(name: str) -> None:
+    model = CostModel.fit(shipped_profile(name), n_ubatch=512)
+    machine = EngineSpec.of(model, n_seq_max=32, n_cells=65536, prefix_cache=False)
+    requests = draw("closed:clients=32,n=192,prompt=64-256,output=32-128", 1)
+    chunked, now = (simulate(requests, machine, p).summary() for p in ("sarathi", DEFAULT))
+    assert now["tokens_per_s"] >= 0.97 * chunked["tokens_per_s"]
+    assert now["ttft_p50"] <= 1.1 * chunked["ttft_p50"]
+
+
+@pytest.mark.parametrize("name", CPUS)
+def test_a_long_prompt_with_a_short_answer_has_its_turn(name: str) -> None:
+    """Beside clients that would keep a full pool busy for ever without it."""
+    model = CostModel.fit(shipped_profile(name), n_ubatch=512)
+    machine = EngineSpec.of(model, n_seq_max=32, n_cells=65536, prefix_cache=False)
+    requests = draw("closed:clients=32,n=192,prompt=64-256,output=32-128", 1)
+    long = TraceRequest(10_000, 60.0, 1500, 4, ((10_000, 1500),), 10_001)
+    outcomes = simulate([*requests, long], machine, DEFAULT).outcomes
+    (found,) = (o for o in outcomes if o.id == long.id)
+    later = [o for o in outcomes if o.arrival > found.arrival]
+    assert len(later) > 20
+    assert all(o.first >= found.first for o in later)

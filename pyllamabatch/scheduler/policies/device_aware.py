@@ -8,7 +8,12 @@ several narrow steps are faster than a wide one (`width`)."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isinf
+
+from pyllamabatch.cost.step_cost import StepCost
 
 from ..view import StepView
 from .composed import ComposedPolicy
@@ -19,25 +24,66 @@ from .parts import (
     UntilDue,
     WhenItFits,
     WithinTarget,
+    first_token_due,
     soonest_due,
 )
 from .speculate import ByGain
-from .width import Turns
+from .width import GAIN, Turns, least_gain, measured
 
 
 @dataclass(frozen=True, slots=True)
 class PromptsSoon:
     """Rows of a step: as `within`; in a pool also no more than its `otherwise`. There rows that
     decode cost next to nothing beside those of a prompt, so the more steps a prompt takes, the more
-    of them it carries. In streams the two never share a ubatch."""
+    of them it carries. In streams the two never share a ubatch.
+
+    A CPU's kernels for many rows make those that decode beside a prompt dear: each looks at the
+    cells of all. Where that was measured, a prompt advances by fewer rows in a step, if each then
+    costs less by `gain` at least, and twice the model's own median error (`cheapest`)."""
 
     within: WithinTarget
+    gain: float = GAIN
 
     def __call__(self, view: StepView) -> int:
-        rows = self.within(view)
-        if not view.limits.unified or not len(view.decoding):
+        rows, n = self.within(view), len(view.decoding)
+        if not view.limits.unified or n == 0:
             return rows
-        return min(rows, self.within.otherwise(view))
+        rows = min(rows, self.within.otherwise(view))
+        cost, least = view.cost, self.within.least
+        if rows - n <= least or not measured(cost) or not cost.layout_measured:
+            return rows
+        first = next(iter(soonest_due(view)), None)
+        if first is None or not isinf(first_token_due(first)):  # that one is not to be late
+            return rows
+        return n + cheapest(view, cost, rows - n, least, least_gain(cost, self.gain))
+
+
+def cheapest(view: StepView, cost: StepCost, most: int, least: int, gain: float) -> int:
+    """Rows of prompts beside all that decode, from `least` to `most`: the most that cost no more
+    than `gain` times the cheapest, for each.
+
+    What a step's prompts cost is the time that it takes longer for them, and what it would take
+    less if all that have their prompts yet to compute decoded already: the more rows, the fewer
+    steps without them."""
+    n, kv, predict = len(view.decoding), view.kv.attended, cost.predict
+    alone = predict(n, 0, kv, n)
+    free = view.limits.n_seq_max - len(view.running)
+    wide = n + len(view.prefilling) + min(free, len(view.waiting))
+    missed = max(0.0, wide / n * alone - predict(wide, 0, wide / n * kv, wide))
+    price = {
+        rows: (predict(n + rows, rows, kv, n + 1) - alone + missed) / rows
+        for rows in halves(most, least, n, cost.edges)
+    }
+    low = min(price.values())
+    return max(rows for rows in price if price[rows] <= max(low, gain * low))
+
+
+def halves(most: int, least: int, n: int, edges: tuple[int, ...]) -> Iterator[int]:
+    """`most`, and again and again about half of it, so that with `n` others a kernel is full."""
+    while most >= least:
+        yield most
+        edge = bisect_left(edges, n + most / 2)
+        most = edges[edge - 1] - n if edge else 0
 
 
 def device_aware(
@@ -48,11 +94,12 @@ def device_aware(
     watermark: float = 0.01,
 ) -> ComposedPolicy:
     """`stall`: seconds that a step may take for prompts while sequences without an ITL target
-    decode. `itl`, `gain`: see `Turns`. `watermark`: see `WhenItFits`."""
+    decode. `itl`: see `Turns`. `gain`: see `Turns` and `PromptsSoon`. `watermark`: see
+    `WhenItFits`."""
     return ComposedPolicy(
         order=soonest_due,
         admit=WhenItFits(watermark),
-        budget=UntilDue(PromptsSoon(WithinTarget(TokenBudget(), stall))),
+        budget=UntilDue(PromptsSoon(WithinTarget(TokenBudget(), stall), gain)),
         repeat=ALWAYS,
         width=Turns(itl, gain),
         speculate=ByGain(),

@@ -165,7 +165,7 @@ def best_split(view: StepView, itl: float, gain: float, *, begun: bool = False) 
         return None
     kv = view.kv.attended
     wide: float = cost.predict(n, 0, kv, n)
-    least = 1 + max(gain, 2 * cost.error[0])
+    least = least_gain(cost, gain)
     unified, rounds_of = view.limits.unified, {}
     for width in widths(n, cost, unified):
         steps = times(cost, n, width, kv, unified)
@@ -206,6 +206,11 @@ def best_split(view: StepView, itl: float, gain: float, *, begun: bool = False) 
             if lasting <= left:
                 best, found = won / need, Split(width, hold, won, lasting)
     return found
+
+
+def least_gain(cost: StepCost, gain: float) -> float:
+    """Times as much as before, from which it pays: `gain` more, and twice the median error."""
+    return 1 + max(gain, 2 * cost.error[0])
 
 
 def needed(wait: float, wide: float, most: float) -> float:
