@@ -382,10 +382,7 @@ def test_tokens_are_counted_as_they_come() -> None:
 def test_an_answer_that_is_not_whole_is_an_error(
     lines: list[bytes], status: bytes, words: str
 ) -> None:
-    with (
-        serving(answering(*lines, status=status)) as port,
-        pytest.raises(ArmError, match=words),
-    ):
+    with serving(answering(*lines, status=status)) as port, pytest.raises(ArmError, match=words):
         streamed(port)
 
 

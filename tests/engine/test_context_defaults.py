@@ -62,9 +62,7 @@ def test_an_engine_says_why(machine: str, rows: int) -> None:
         assert engine.stats().reasons == engine.reasons
 
 
-def test_a_window_stays_small_where_all_cells_do_not_fit(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_window_stays_small_where_all_cells_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def fits_without(model: Model, n_ctx: int, *, shrink: bool, **params: Any) -> int:

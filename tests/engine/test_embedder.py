@@ -73,10 +73,7 @@ def alone(model: Model, tokens: list[int], pooling: str) -> npt.NDArray[np.float
 def test_texts_give_what_they_give_alone(
     special: Callable[[str], Path], kind: str, pooling: Any
 ) -> None:
-    with (
-        Model(special(kind)) as model,
-        Embedder(model, pooling, **EXACT) as embedder,
-    ):
+    with Model(special(kind)) as model, Embedder(model, pooling, **EXACT) as embedder:
         vectors = embedder.embed(TEXTS, normalize=False)
         assert vectors.shape == (len(TEXTS), model.n_embd_out)
         for i in (0, 7, 22, 39):

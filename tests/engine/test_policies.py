@@ -5,15 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pyllamabatch import Engine, Model, SamplingParams
-from pyllamabatch.scheduler import (
-    Plan,
-    Policy,
-    StepView,
-    fcfs,
-    make_policy,
-    policy_names,
-    static,
-)
+from pyllamabatch.scheduler import Plan, Policy, StepView, fcfs, make_policy, policy_names, static
 
 TASKS = ["Copy: hello", "What is 17 + 25?", "Write in capitals: batch", "Reverse: drawer"]
 GREEDY = SamplingParams(temperature=0, max_tokens=24)

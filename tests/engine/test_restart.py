@@ -10,12 +10,7 @@ import numpy as np
 import pytest
 
 from pyllamabatch.engine.engine import Engine
-from pyllamabatch.errors import (
-    ClosedError,
-    ContextCreateError,
-    EngineClosed,
-    FatalDecodeError,
-)
+from pyllamabatch.errors import ClosedError, ContextCreateError, EngineClosed, FatalDecodeError
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.lora import LoraAdapter
 from pyllamabatch.llama.model import Model

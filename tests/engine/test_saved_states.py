@@ -21,11 +21,7 @@ STATE = TOKENS[:-1].tobytes()
 
 def test_a_state_that_could_not_be_saved_is_computed_again() -> None:
     """The one that was preempted is admitted by the very plan that brings the save."""
-    rig = Rig(
-        Limits(16, 16, 3, 100, 100),
-        fault=lambda step: 1 if step == 6 else None,
-        swap="swap",
-    )
+    rig = Rig(Limits(16, 16, 3, 100, 100), fault=lambda step: 1 if step == 6 else None, swap="swap")
     rig.machine.stubborn = True  # it gives no states
     streams = [
         rig.submit(list(range(1 + k, 9 + k)), SamplingParams(max_tokens=20)) for k in range(3)

@@ -39,10 +39,7 @@ class Cells:
         live = [slot for slot in every if not self.cached[slot]]
         used, of_live = self.all_of(every), self.all_of(live)
         assert (kv.used, kv.cached) == (len(used), len(used - of_live))
-        assert (kv.free, kv.empty) == (
-            self.n_cells - len(of_live),
-            self.n_cells - len(used),
-        )
+        assert (kv.free, kv.empty) == (self.n_cells - len(of_live), self.n_cells - len(used))
         for slot in every:
             mine = set(self.slots[slot])
             assert kv.held(slot) == len(mine)

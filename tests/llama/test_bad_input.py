@@ -16,12 +16,7 @@ from gguf import GGUFReader
 
 from pyllamabatch import Batch, Model
 from pyllamabatch.engine.engine import Engine
-from pyllamabatch.errors import (
-    ArgumentError,
-    ModelLoadError,
-    PyllamabatchError,
-    TokenizeError,
-)
+from pyllamabatch.errors import ArgumentError, ModelLoadError, PyllamabatchError, TokenizeError
 from pyllamabatch.llama.context import Context
 from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.models_gguf import N_VOCAB, gguf_path

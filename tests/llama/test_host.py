@@ -51,11 +51,7 @@ V1 = "4:memory:/a\n3:cpu,cpuacct:/a"
     ],
 )
 def test_cores(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    groups: str,
-    files: dict[str, str],
-    cores: int,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, files: dict[str, str], cores: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     assert host.usable_cores(system(tmp_path, groups, files)) == cores

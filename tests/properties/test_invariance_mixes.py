@@ -41,11 +41,7 @@ requests = st.lists(
 )
 TIMEOUTS = {"soon": 0.004, "later": 0.03}
 faults = st.lists(
-    st.tuples(
-        st.integers(1, 15),
-        st.sampled_from([1, 2, -3]),
-        st.sampled_from([0, 5, -1]),
-    ),
+    st.tuples(st.integers(1, 15), st.sampled_from([1, 2, -3]), st.sampled_from([0, 5, -1])),
     max_size=3,
 )
 

@@ -22,8 +22,7 @@ def test_a_record_survives_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [({"schema": 0}, "schema 0"), ({"speed": None, "extra": 1}, "extra")],
+    ("change", "message"), [({"schema": 0}, "schema 0"), ({"speed": None, "extra": 1}, "extra")]
 )
 def test_records_of_another_form_are_refused(change: dict[str, Any], message: str) -> None:
     values = json.loads(row("engine", 1, 9).to_json()) | change

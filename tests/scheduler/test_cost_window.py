@@ -31,10 +31,7 @@ def in_seconds(*waits: float, returns: float = 1.0) -> tuple[ExpectedSequence, .
 
 
 def at(
-    n_ready: int,
-    expected: tuple[ExpectedSequence, ...],
-    cost: Linear | None,
-    waited: float = 0,
+    n_ready: int, expected: tuple[ExpectedSequence, ...], cost: Linear | None, waited: float = 0
 ) -> Gathering:
     return Gathering(5.0 + waited, 5.0, n_ready, expected, cost)
 

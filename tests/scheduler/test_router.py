@@ -7,12 +7,7 @@ import pytest
 
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.kv.radix_tree import Tokens
-from pyllamabatch.scheduler.router import (
-    ROUTERS,
-    PrefixAffinity,
-    ReplicaView,
-    make_router,
-)
+from pyllamabatch.scheduler.router import ROUTERS, PrefixAffinity, ReplicaView, make_router
 
 
 def prompt(*pieces: tuple[int, int]) -> Callable[[], Tokens]:

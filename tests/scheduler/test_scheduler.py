@@ -49,12 +49,7 @@ def test_a_lone_request_step_by_step() -> None:
     shapes = [
         (step.decode.tolist(), [(c.start, c.n) for c in step.chunks]) for step in machine.steps()
     ]
-    assert shapes == [
-        ([], [(0, 8)]),
-        ([0], [(8, 1)]),
-        ([0], []),
-        ([0], []),
-    ]
+    assert shapes == [([], [(0, 8)]), ([0], [(8, 1)]), ([0], []), ([0], [])]
     assert machine.scheduler.counters.tokens == 3
 
 

@@ -48,11 +48,7 @@ def test_last_tokens_go_along_with_their_prompts_but_where_that_costs_a_graph() 
 def test_a_last_token_stays_between_others_that_decode() -> None:
     """Without it they would be two ubatches."""
     assert shape(step([1, 2, 3], {2: 20})) == [([], {2: 20}), ([1, 2, 3], {})]
-    assert shape(step([1, 2, 3, 4], {3: 20, 4: 9})) == [
-        ([3], {3: 20}),
-        ([4], {4: 9}),
-        ([1, 2], {}),
-    ]
+    assert shape(step([1, 2, 3, 4], {3: 20, 4: 9})) == [([3], {3: 20}), ([4], {4: 9}), ([1, 2], {})]
 
 
 def test_only_the_rows_that_decode_are_padded() -> None:
@@ -146,11 +142,7 @@ def test_neighbours_are_computed_together_and_what_is_filled_in_between() -> Non
     assert found([0, 3, 8, 9], 16) == [(1, 1), (1, 1), (2, 2)]  # 1 and 5 hold something
 
 
-@given(
-    st.sets(st.integers(0, 30), min_size=1),
-    st.sets(st.integers(0, 30)),
-    st.integers(0, 4),
-)
+@given(st.sets(st.integers(0, 30), min_size=1), st.sets(st.integers(0, 30)), st.integers(0, 4))
 def test_a_span_ends_where_a_gap_cannot_be_filled(
     decode: set[int], others: set[int], gap_max: int
 ) -> None:

@@ -356,11 +356,7 @@ def test_a_trial_is_made_for_each_number_of_sequences_and_again_when_old(
     limits=st.sampled_from([LIMITS, APART]),
 )
 def test_asked_at_each_step_it_says_the_same(
-    most: list[int],
-    start: int,
-    switch: float | None,
-    new_graph: NewGraph,
-    limits: Limits,
+    most: list[int], start: int, switch: float | None, new_graph: NewGraph, limits: Limits
 ) -> None:
     cost = Edge(seconds=0.003, jump=2.3, switch=switch)
     cost.new_graph = new_graph

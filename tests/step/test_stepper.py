@@ -229,11 +229,7 @@ def test_a_dead_end_is_an_error_of_that_request_only(stepper: Stepper) -> None:
 
 
 @pytest.mark.parametrize(
-    ("grammar", "why"),
-    [
-        ("root ::= (", "line 1, column 11"),
-        ("root ::= " + 5000 * "(", "nested"),
-    ],
+    ("grammar", "why"), [("root ::= (", "line 1, column 11"), ("root ::= " + 5000 * "(", "nested")]
 )
 def test_a_bad_grammar_says_why(
     stepper: Stepper, capfd: pytest.CaptureFixture[str], grammar: str, why: str

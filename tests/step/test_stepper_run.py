@@ -13,14 +13,7 @@ from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.raw import lib
 from pyllamabatch.step.sampling_params import SamplingParams
-from pyllamabatch.step.stepper import (
-    RESULT_DTYPE,
-    STEP_DTYPE,
-    Finish,
-    Results,
-    Stepper,
-    Stop,
-)
+from pyllamabatch.step.stepper import RESULT_DTYPE, STEP_DTYPE, Finish, Results, Stepper, Stop
 from tests.support.decoding import write, write_next
 from tests.support.models_special import N_POSITIONS, write_gpt2
 

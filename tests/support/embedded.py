@@ -6,13 +6,7 @@ import numpy as np
 
 from pyllamabatch.llama.model import Model
 from pyllamabatch.models import default_model_path
-from tests.support.oracle import (
-    TOLERANCE_QUANTISED,
-    Agreement,
-    Reference,
-    raw_model,
-    solo,
-)
+from tests.support.oracle import TOLERANCE_QUANTISED, Agreement, Reference, raw_model, solo
 
 N_TOKENS = 24
 

@@ -230,11 +230,7 @@ def _feed_forward(arch: Architecture, w: Weights) -> Iterator[tuple[str, FloatAr
 
 
 def write_gguf(
-    path: Path,
-    architecture: str | Architecture,
-    *,
-    file_type: str = "f32",
-    seed: int | None = None,
+    path: Path, architecture: str | Architecture, *, file_type: str = "f32", seed: int | None = None
 ) -> None:
     """Writes one model: a known architecture by name, or a variant of one.
 
@@ -310,12 +306,7 @@ def _write_vocabulary(writer: gguf.GGUFWriter, n_spare: int) -> None:
     writer.add_chat_template(CHAT_TEMPLATE)
 
 
-_FILE_TYPES = {
-    "f32": "ALL_F32",
-    "f16": "MOSTLY_F16",
-    "q8_0": "MOSTLY_Q8_0",
-    "q4_0": "MOSTLY_Q4_0",
-}
+_FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
 _STAYS_F32 = ("norm", "bias", "ssm_a", "ssm_d", "conv1d", "shortconv.conv", "ffn_gate_inp")
 
 
