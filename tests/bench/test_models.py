@@ -22,8 +22,6 @@ from pyllamabatch.raw import ffi, lib
 from pyllamabatch.report.records import Record
 from tests.support.models_gguf import N_VOCAB, gguf_path, vocabulary
 
-# -- models
-
 
 @pytest.mark.parametrize(
     ("shape", "n_params"),
@@ -101,9 +99,6 @@ def test_the_cache_folder_can_be_named(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PYLLAMABATCH_BENCH_CACHE", str(tmp_path / "here"))
     assert cache_folder("models") == tmp_path / "here" / "models"
     assert (tmp_path / "here" / "models").is_dir()
-
-
-# -- llama.cpp's tools
 
 
 def test_the_keys_are_those_of_upstreams_tools() -> None:

@@ -147,9 +147,6 @@ def test_one_object_and_a_page_of_a_profile_machine(
     assert found["advice"].splitlines()[-1] in page.read_text(encoding="utf-8")
 
 
-# -- scenarios and the gate --
-
-
 def test_a_scenario_prints_the_bench_s_line(capfd: pytest.CaptureFixture[str]) -> None:
     words = ["--scenario", "c_engine_threaded", "--num-sequences", "3", "--gpu-layers", "0"]
     assert compare(*words) == 0
@@ -219,9 +216,6 @@ def test_a_file_that_is_no_model(tmp_path: Path, capfd: pytest.CaptureFixture[st
     (tmp_path / "m.gguf").write_bytes(b"GGUF but no more")
     assert compare("-m", tmp_path / "m.gguf") == 1
     assert "m.gguf" in capfd.readouterr().err
-
-
-# -- what goes wrong --
 
 
 @LINUX

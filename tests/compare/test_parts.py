@@ -56,9 +56,6 @@ def case_of(pl: int = 2, **values: object) -> Case:
     return Case(model=model, pl=pl, **given)  # type: ignore[arg-type]
 
 
-# -- loops --
-
-
 @pytest.mark.parametrize("n_batch", [512, 16])
 def test_a_loop_samples_what_each_sequence_gets_alone(embedded_model: Model, n_batch: int) -> None:
     """Also when prompts take several batches, and one comes while another decodes."""
@@ -92,9 +89,6 @@ def test_held_sequences_wait_for_a_prompt(embedded_model: Model) -> None:
             sampled += list(loop.step(decode=False))
         loop.close()
     assert sampled == [0, 1]  # each once, though sequence 0 was ready two batches earlier
-
-
-# -- figures --
 
 
 def timings() -> Timings:
@@ -159,9 +153,6 @@ def test_prompts_are_equal_where_the_protocol_says_so() -> None:
     other = Workload("burst", 1, 6, (0.0,) * 3).prompts(case, 100)
     assert not (other == other[0]).all()
     assert not (other == Workload("burst", 2, 6, (0.0,) * 3).prompts(case, 100)).all()
-
-
-# -- what runs when --
 
 
 def test_clients_of_a_burst_wait_for_each_other_after_the_first_token() -> None:
@@ -253,9 +244,6 @@ def test_a_gate_holds_at_every_number_of_sequences() -> None:
     assert gate([], "engine", 0.1) == []
 
 
-# -- the engine's start --
-
-
 def view(decoding: int, prefilling: int) -> StepView:
     ready = [
         SequenceView(id=i, arrival=0.0, n_prompt=4, computed=4, generated=1, running=True)
@@ -284,9 +272,6 @@ def test_no_sequence_decodes_before_they_are_let_go() -> None:
     assert advanced(policy, 2, 1) == {10}
     policy.let_go()
     assert advanced(policy, 3, 0) == {0, 1, 2}
-
-
-# -- processes --
 
 
 def echo(pipe: Connection[Any, Any], add: int) -> None:

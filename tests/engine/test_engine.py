@@ -26,6 +26,7 @@ from pyllamabatch.errors import (
     GrammarError,
     RequestTooLong,
     SamplingError,
+    TokenizeError,
     UnsupportedOperation,
 )
 from pyllamabatch.llama.model import Model
@@ -94,9 +95,6 @@ def test_the_prompt_may_change_after_submit(shared: Engine) -> None:
     }
 
 
-# -- how requests end
-
-
 def test_end_of_generation_is_not_part_of_the_tokens(shared: Engine) -> None:
     result = shared.submit(PROMPT, greedy(logit_bias={EOS: 1000.0})).result(30)
     assert (result.finish_reason, result.tokens, result.text) == ("stop", [], "")
@@ -147,9 +145,6 @@ def test_one_that_can_not_be_sampled_fails_alone(shared: Engine) -> None:
     check_balanced(shared)
 
 
-# -- what is refused at once
-
-
 @pytest.mark.parametrize(
     ("prompt", "params", "error", "words"),
     [
@@ -158,6 +153,10 @@ def test_one_that_can_not_be_sampled_fails_alone(shared: Engine) -> None:
         ([1, -1], greedy(), ArgumentError, r"prompt\[1\]=-1"),
         ([[1, 2]], greedy(), ArgumentError, "flat sequence"),
         ([1.5], greedy(), ArgumentError, "integers"),
+        ([2**40], greedy(), ArgumentError, rf"prompt\[0\]={2**40}"),
+        (b"\xff\xfe", greedy(), ArgumentError, "flat sequence of integers"),
+        (None, greedy(), ArgumentError, "integers"),
+        ("\ud800", greedy(), TokenizeError, "not valid UTF-8"),
         ([1] * 513, greedy(1), RequestTooLong, "513 tokens.*max_tokens=1.*513 KV cells.*512"),
         ([1] * 500, greedy(14), RequestTooLong, "513 KV cells"),
         (PROMPT, greedy(grammar="root ::= ("), GrammarError, "line 1"),
@@ -227,16 +226,6 @@ def test_encoders_are_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> 
         small(model)
 
 
-def test_the_default_context_suits_the_model(model: Model) -> None:
-    with Engine(model, n_seq_max=2, n_threads=1) as engine:
-        assert engine.n_ctx == 2 * model.n_ctx_train
-    with Engine(model, n_seq_max=32, kv_unified=True, n_threads=1) as engine:
-        assert engine.n_ctx == 16384
-
-
-# -- cancel
-
-
 def test_cancel_ends_it_within_a_step_and_no_other(shared: Engine) -> None:
     expected = shared.generate([PROMPT], greedy(100))[0].tokens
     with held(shared):
@@ -266,9 +255,6 @@ def test_cancel_before_it_runs(shared: Engine) -> None:
             stream.cancel()
             stream.result(30)
     check_balanced(shared)
-
-
-# -- threads
 
 
 def test_many_threads_at_once(model: Model) -> None:
@@ -324,9 +310,6 @@ def test_a_done_callback_may_submit(model: Model) -> None:
         engine.submit(PROMPT, greedy()).add_done_callback(again)
         assert done.wait(30)
     assert len({tuple(result.tokens) for result in results}) == 1
-
-
-# -- the end of an engine
 
 
 def test_close_finishes_what_is_open(model: Model) -> None:

@@ -28,6 +28,7 @@ def prompt(n: int, seed: int = 0) -> list[int]:
         ({"n_ctx": 512}, True, 512, "a stream would have 256 cells"),
         ({"n_ctx": 2048, "kv_unified": True}, True, 2048, "asked for"),
         ({"n_ctx": 512, "kv_unified": False}, False, 512, "asked for"),
+        ({"n_seq_max": 32, "kv_unified": True}, True, 16384, "asked for"),
         ({"n_seq_max": 1}, True, 2048, "one sequence"),
     ],
 )

@@ -18,11 +18,9 @@ from pyllamabatch.engine.signals import DeferredSignals
 from pyllamabatch.errors import EngineClosed, EngineDraining, SamplingError
 from pyllamabatch.llama.model import Model
 from pyllamabatch.scheduler import Window
-from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.types import Finish
 from tests.support import engines as support
 from tests.support.engines import check_idle, greedy
-from tests.support.models_gguf import EOS
 from tests.support.served import until
 
 PROMPT = [1, 20, 30, 40, 50]
@@ -259,14 +257,3 @@ def test_a_close_ends_the_step_of_an_owner(model: Model) -> None:
         closed.result(30)
         with suppress(EngineClosed):  # or its token, whichever came first
             asked.result(30)
-
-
-def test_an_end_of_text_is_said_and_the_next_one_begins_anew(model: Model) -> None:
-    params = SamplingParams(temperature=0, logit_bias={EOS: 1e6}, logprobs=1)
-    with engine_on(model) as engine, engine.sequence(params) as sequence:
-        sequence.prompt(PROMPT)
-        for _ in range(3):
-            sampled = sequence.sample()
-            assert sampled.end
-            assert sampled.token == EOS
-            assert sampled.logprob is not None

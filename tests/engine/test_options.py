@@ -35,9 +35,6 @@ class Gate:
         return plan
 
 
-# -- deadlines
-
-
 def test_a_deadline_ends_a_running_request_with_what_it_has(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,9 +97,6 @@ def test_bad_options_start_nothing(model: Model, options: dict[str, Any]) -> Non
         assert engine.stats().submitted == 0
 
 
-# -- who goes first
-
-
 class Urgent:
     """The largest priority runs alone."""
 
@@ -139,9 +133,6 @@ def test_the_default_policy_goes_by_the_first_token_that_is_due(model: Model) ->
         for stream in (some, late, soon):
             stream.result(60)
     assert gate.admitted == [soon.id, late.id, some.id]
-
-
-# -- room in the line
 
 
 def test_a_full_line_refuses_or_waits(model: Model) -> None:
@@ -199,9 +190,6 @@ def test_closing_wakes_who_waits_for_room(model: Model) -> None:
     engine.close(wait=False)
     thread.join()
     assert len(caught) == 1
-
-
-# -- min_tokens
 
 
 def test_nothing_ends_a_text_before_min_tokens(embedded_model: Model) -> None:

@@ -48,21 +48,8 @@ def test_tasks_get_what_threads_get(model: Model, max_waiting: int | None) -> No
         check_done(engine)
 
 
-def test_text_is_what_the_stream_says(model: Model) -> None:
-    with Model.default() as default, engine_on(default) as engine:
-        params = SamplingParams(temperature=0, max_tokens=20, logprobs=1)
-        result = engine.submit("Copy: hello. Copy: ", params).result(60)
-
-        async def run() -> list[Any]:
-            return [token async for token in engine.stream("Copy: hello. Copy: ", params)]
-
-        tokens = asyncio.run(run())
-        assert "".join(token.text for token in tokens) == result.text
-        assert [token.logprob for token in tokens] == result.logprobs
-
-
-def test_chunks_are_the_tokens_in_pieces(model: Model) -> None:
-    with Model.default() as default, engine_on(default, kv_unified=True) as engine:
+def test_chunks_are_the_tokens_in_pieces(embedded_model: Model) -> None:
+    with engine_on(embedded_model, kv_unified=True) as engine:
         params = SamplingParams(temperature=0, max_tokens=20, logprobs=1, ignore_eog=True)
 
         async def run() -> None:
@@ -74,6 +61,9 @@ def test_chunks_are_the_tokens_in_pieces(model: Model) -> None:
             tokens = [t for chunk in chunks for t in stream.between(chunk.start, chunk.stop)]
             assert [token.token for token in tokens] == result.tokens
             assert [token.logprob for token in tokens] == result.logprobs
+            streamed = [token async for token in engine.stream("Copy: hello. Copy: ", params)]
+            assert [(t.token, t.text) for t in streamed] == [(t.token, t.text) for t in tokens]
+            assert [t.logprob for t in streamed] == pytest.approx(result.logprobs, abs=1e-4)
             again = await engine.agenerate(["Copy: hello. Copy: "], params)
             assert again[0].n_cached > result.n_cached == 0
             assert result.queue_s is not None

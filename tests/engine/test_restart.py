@@ -146,9 +146,6 @@ def test_what_is_left_of_the_engine_when_there_is_no_fresh_context(
     engine.close()
 
 
-# -- Context.renew
-
-
 def logits(context: Context) -> np.ndarray:
     context.memory.seq_rm(0)
     return decode(context, [1, 20, 30, 40, 50])

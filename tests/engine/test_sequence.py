@@ -24,7 +24,6 @@ from pyllamabatch.errors import (
     EngineClosed,
     GrammarError,
     RequestTooLong,
-    SamplingError,
     StateError,
 )
 from pyllamabatch.llama.grammar import Grammar
@@ -231,9 +230,6 @@ def test_threads_share_their_decodes(model: Model) -> None:
         check_idle(engine)
 
 
-# -- cancel, errors, the end
-
-
 @contextmanager
 def failing(engine: Engine, code: int) -> Iterator[None]:
     """Every decode computes its first row and fails."""
@@ -306,17 +302,6 @@ def test_owners_take_turns_after_a_decode_that_found_no_cells(model: Model) -> N
                 second.sample()
             assert tokens == expected[:6]
             assert engine.stats().preemptions <= before + 1
-
-
-def test_a_token_that_can_not_be_chosen_is_an_error(engine: Engine) -> None:
-    nothing = SamplingParams(logit_bias={token: -float("inf") for token in range(N_VOCAB)})
-    with engine.sequence(nothing) as sequence:
-        sequence.prompt(PROMPT)
-        for _ in range(2):
-            with pytest.raises(SamplingError):
-                sequence.sample()
-            assert sequence.position == 5
-    check_idle(engine)
 
 
 def test_bad_arguments_leave_it_as_it_was(engine: Engine) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyllamabatch.kv import Hit, KvAccounting, KvOperation, PrefixCache, Sharing
+from pyllamabatch.kv import Hit, KvAccounting, PrefixCache, Sharing
 from pyllamabatch.kv.radix_tree import Tokens
 from pyllamabatch.kv.sharing import MIN_PREFIX, NO_HIT
 from tests.support.cells import Cells
@@ -246,28 +246,12 @@ def test_nothing_is_cached_when_it_is_not_wanted() -> None:
     assert rig.cache.n_cached == 0
 
 
-def test_a_slot_that_is_worth_nothing_is_emptied() -> None:
-    rig, tokens = Rig(UNIFIED), text(0, 60)
-    slot, _ = rig.start(tokens)
-    rig.advance(slot, 60)
-    rig.end(slot, known=False)
-    assert (rig.accounting.used, rig.cache.find(tokens, "")) == (0, NO_HIT)
-
-
 def test_no_slot_is_left_when_all_run() -> None:
     rig = Rig(NOTHING)
     for i in range(N_RUN):
         rig.start(text(i, 20))
     with pytest.raises(ValueError, match="every slot is running"):
         rig.cache.start(1)
-
-
-def test_moves_say_what_to_do() -> None:
-    rig, tokens = Rig(UNIFIED), text(0, 60)
-    slot, _ = rig.start(tokens)
-    rig.advance(slot, 60)
-    assert rig.cache.start(7, Hit(slot, 20)) == 1
-    assert rig.cache.kv_operations == [KvOperation("copy", 1, slot, 20, False, 7)]
 
 
 @settings(max_examples=250)

@@ -8,26 +8,17 @@ import gc
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from gguf import GGUFReader
 
 from pyllamabatch import Batch, Model
-from pyllamabatch.engine.engine import Engine
-from pyllamabatch.errors import ArgumentError, ModelLoadError, PyllamabatchError, TokenizeError
+from pyllamabatch.errors import ArgumentError, ModelLoadError
 from pyllamabatch.llama.context import Context
-from pyllamabatch.step.sampling_params import SamplingParams
-from tests.support.models_gguf import N_VOCAB, gguf_path
+from tests.support.models_gguf import gguf_path
 
 N_CTX = 256
-
-
-@pytest.fixture(scope="module")
-def engine(model: Model) -> Iterator[Engine]:
-    with Engine(model, n_seq_max=2, n_ctx=N_CTX, n_threads=1) as engine:
-        yield engine
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +30,6 @@ def works_on(model: Model) -> Iterator[None]:
         batch.extend([5, 6, 7], 0, 0)
         context.decode(batch)
         assert np.isfinite(context.logits()).all()
-
-
-# -- files --
 
 
 @pytest.mark.parametrize(
@@ -114,31 +102,6 @@ def test_a_failed_assertion_is_an_error(tmp_path: Path) -> None:
         Model(path)
 
 
-# -- requests --
-
-
-@pytest.mark.parametrize(
-    ("prompt", "kind"),
-    [
-        ([], ArgumentError),
-        ([-1], ArgumentError),
-        ([N_VOCAB], ArgumentError),
-        ([2**40], ArgumentError),
-        ([1.5], ArgumentError),
-        ("\ud800", TokenizeError),
-        (b"\xff\xfe", PyllamabatchError),
-        (None, PyllamabatchError),
-    ],
-)
-def test_prompts(engine: Engine, prompt: Any, kind: type[PyllamabatchError]) -> None:
-    with pytest.raises(kind):
-        engine.submit(prompt)
-    assert engine.submit([5, 6], SamplingParams(max_tokens=2)).result(60).n_generated == 2
-
-
-# -- order of closing --
-
-
 def test_any_order_of_closing_and_collecting() -> None:
     for order in range(6):
         model = Model(gguf_path("llama"))
@@ -147,10 +110,11 @@ def test_any_order_of_closing_and_collecting() -> None:
         batch.extend([5, 6, 7], 0, 0)
         context.decode(batch)
         view = context.logits()
+        expected = view.copy()
         steps: list[Callable[[], None]] = [model.close, context.close, gc.collect]  # type: ignore[list-item]
         for i in np.random.default_rng(order).permutation(3):
             steps[i]()
-        assert np.isfinite(view).all()
+        assert (view == expected).all()
         del model, context
         gc.collect()
-        assert np.isfinite(view).all()
+        assert (view == expected).all()

@@ -1,6 +1,5 @@
 """Context: parameters, decoding, outputs, states, one thread at a time."""
 
-import gc
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,9 +32,6 @@ PROMPT = [10, 20, 30, 40, 50, 60, 70]
 def context(model: Model) -> Iterator[Context]:
     with Context(model, n_threads=1, n_ctx=512, n_seq_max=4) as context:
         yield context
-
-
-# -- parameters --
 
 
 def test_values_are_read_back(model: Model) -> None:
@@ -136,9 +132,6 @@ def test_no_weights(tiny_llama_path: Path) -> None:
         decode(context, PROMPT)
 
 
-# -- decoding --
-
-
 def test_logits(context: Context) -> None:
     batch = context.batch()
     batch.extend(PROMPT, 0, 0, [False, True] + [False] * 4 + [True])
@@ -161,16 +154,6 @@ def test_rows_after_a_smaller_batch(context: Context) -> None:
     assert context.logits(0).shape == (N_VOCAB,)
     with pytest.raises(ArgumentError):
         context.logits(6)  # of the batch before
-
-
-def test_a_view_outlives_its_context(model: Model) -> None:
-    context = Context(model, n_threads=1, n_ctx=256)
-    expected = decode(context, PROMPT)
-    view = context.logits()
-    context.close()
-    del context
-    gc.collect()
-    assert (view == expected).all()
 
 
 def test_cache_full_leaves_memory_as_it_was(context: Context) -> None:
@@ -255,9 +238,6 @@ def test_perf_counts(context: Context) -> None:
     assert set(perf) >= {"n_reused", "t_p_eval_ms", "n_eval"}
 
 
-# -- embeddings --
-
-
 def test_embeddings_of_tokens(model: Model) -> None:
     with Context(model, n_threads=1, n_ctx=512, embeddings=True, pooling_type="none") as context:
         batch = context.batch()
@@ -329,9 +309,6 @@ def test_what_this_context_can_not_do(context: Context) -> None:
             use()
 
 
-# -- states --
-
-
 def test_state_file(context: Context, tmp_path: Path) -> None:
     decode(context, PROMPT)
     path = tmp_path / "a.state"
@@ -395,9 +372,6 @@ def test_state_files_that_are_none(context: Context, tmp_path: Path) -> None:
         context.state_seq_load(tmp_path, 0)
     with pytest.raises(StateError, match="can't write"):
         context.state_seq_save(tmp_path / "none" / "x", 0)
-
-
-# -- life --
 
 
 def test_close(model: Model) -> None:

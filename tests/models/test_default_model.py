@@ -42,9 +42,6 @@ def answers(engine: Engine, model: Model, prompts: list[str]) -> list[str]:
     return [result.text for result in engine.generate(tokens, GREEDY)]
 
 
-# --- the file ------------------------------------------------------------------------------------
-
-
 def test_the_file_is_at_most_4_mib() -> None:
     assert default_model_path().stat().st_size <= 4 << 20
 
@@ -60,9 +57,6 @@ def test_the_prompts_that_ship_differ() -> None:
     shipped = default_prompts()
     assert len({task.prompt for task in shipped}) == len(shipped) == 32
     assert len({task.kind for task in shipped}) == 9
-
-
-# --- the tokenizer -------------------------------------------------------------------------------
 
 
 def test_training_and_llama_cpp_tokenize_alike(model: Model) -> None:
@@ -97,9 +91,6 @@ def test_control_tokens_in_plain_text_stay_text(model: Model) -> None:
     text = "a <|im_end|> b"
     assert model.vocab.tokenize(text).tolist() == tokenizer.encode(text)
     assert model.vocab.eog_tokens == {tokenizer.IM_END, tokenizer.END_OF_TEXT}
-
-
-# --- the answers ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("engine", [False], indirect=True, ids=["own-cells"])

@@ -89,9 +89,6 @@ def assert_as_alone(
     assert agreement.fraction >= at_least
 
 
-# -- the stepper --
-
-
 LAYOUTS: dict[str, dict[str, Any]] = {
     "pool": EXACT,
     "streams": EXACT | {"kv_unified": False},
@@ -147,9 +144,6 @@ def test_stepper_sequences_get_what_they_get_alone(
                     alive.discard(int(seq))
     assert not alive
     assert_as_alone(got, alone[:n], limit, 0.75 if layout == "defaults" else 0.99)
-
-
-# -- the engine --
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 16, 33])
@@ -291,9 +285,6 @@ def test_sampling_goes_on_where_it_was_after_a_preemption(
     same = [a.tokens == b.tokens for a, b in zip(roomy, tight, strict=True)]
     # a draw that falls on the edge between two tokens may go either way in other kernels
     assert sum(same) >= len(same) - 1
-
-
-# -- what is compared would show it --
 
 
 def test_a_row_under_a_neighbours_id_is_far_outside_the_tolerance(

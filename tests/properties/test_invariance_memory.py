@@ -102,9 +102,6 @@ def assert_same(got: Reference, expected: Reference, limit: float) -> None:
     assert np.abs(got.logits - expected.logits).max() <= limit
 
 
-# -- fork --
-
-
 @pytest.mark.parametrize("unified", [True, False])
 def test_a_fork_continues_as_its_source(
     model: Model, check: Check, architecture: Architecture, unified: bool
@@ -134,9 +131,6 @@ def test_which_architectures_refuse_what() -> None:
     assert {name for name, can in partial.items() if can} == attention
     assert {name for name, can in prefix.items() if can} == attention
     assert {name: n for name, n in window.items() if n} == {"gemma3": SLIDING_WINDOW}
-
-
-# -- trim --
 
 
 @pytest.mark.parametrize("n_last", [1, 3, 20])
@@ -248,9 +242,6 @@ def test_a_window_that_forgot_cannot_be_trimmed_into() -> None:
         assert_same(got, solo(oracle, long, N_TOKENS), tolerance("gemma3"))
 
 
-# -- shift --
-
-
 def test_a_shifted_sequence_continues_the_same(
     sequences: Sequences, oracle: RawModel, architecture: Architecture
 ) -> None:
@@ -289,9 +280,6 @@ def test_cutting_the_middle_out_and_closing_the_gap(tmp_path: Path) -> None:
             got = sequences.greedy(logits, pos=len(whole))
     with raw_model(path) as oracle:
         assert_same(got, solo(oracle, whole, N_TOKENS), 1e-3)
-
-
-# -- save and restore --
 
 
 def test_a_saved_sequence_continues_elsewhere(

@@ -153,9 +153,6 @@ def test_two_processes_share_the_file_they_map(tmp_path: Path) -> None:
     assert "rss_bytes" not in ended.stop()
 
 
-# -- others --
-
-
 def test_the_children_that_are_named_are_no_others() -> None:
     spin = "import sys\nprint(1, flush=True)\nwhile True: pass"
     with subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE) as child:

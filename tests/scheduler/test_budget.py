@@ -4,7 +4,7 @@ one whose rows cost least."""
 from itertools import accumulate
 from math import log2
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pyllamabatch.cost.step_cost import StepCost
@@ -40,6 +40,7 @@ curves = st.lists(
 ).map(lambda rises: list(accumulate(rises, initial=1.0)))
 
 
+@example([1.0] * 60 + [1e9] * 5, 59, 0.0, 1)  # a cliff
 @given(curves, st.integers(0, N_BATCH), st.sampled_from((-0.0625, 0.0, 0.0625)), st.integers(1, 20))
 def test_it_is_the_largest_within_the_target(
     seconds: list[float], rows: int, more: float, least: int
@@ -47,12 +48,6 @@ def test_it_is_the_largest_within_the_target(
     cost, target = Steps(seconds), seconds[rows] + more
     good = [n for n in range(least, N_BATCH) if seconds[n] <= target]
     assert most_within(view_of(cost), target, least) == max(good, default=least)
-    assert cost.n_asked <= 2 + 2 * log2(N_BATCH)
-
-
-def test_a_cliff_takes_no_more_than_halving_twice() -> None:
-    cost = Steps([1.0] * 60 + [1e9] * 5)
-    assert most_within(view_of(cost), 1.5, 1) == 59
     assert cost.n_asked <= 2 + 2 * log2(N_BATCH)
 
 

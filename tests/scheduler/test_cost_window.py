@@ -36,9 +36,6 @@ def at(
     return Gathering(5.0 + waited, 5.0, n_ready, expected, cost)
 
 
-# -- the rule
-
-
 def test_a_window_ends_so_long_after_the_first_row() -> None:
     gathering = at(1, in_seconds(0.1, 0.1), None, waited=0.05)
     assert Window(0.2)(gathering) == pytest.approx(0.15)
@@ -172,9 +169,6 @@ def test_the_more_are_ready_the_sooner_they_go(n: int, k: int, wait: float, step
     assert more <= one + 1e-12
 
 
-# -- what is learnt
-
-
 def test_long_times_count_only_as_such() -> None:
     return_time = ReturnTime()
     for _ in range(50):
@@ -217,8 +211,6 @@ def test_a_new_one_is_like_those_before_it_and_then_like_itself() -> None:
     idle.learn(3, 7.0)  # who does not rest: nothing
     assert len(asked) == 2
 
-
-# -- both, with owners in virtual time
 
 Think = Callable[[random.Random, int], float]
 

@@ -172,9 +172,6 @@ def test_a_view_made_up_knows_which_is_idle() -> None:
     assert list(made.prefilling) == list(real.prefilling) == []
 
 
-# -- swapped
-
-
 def swapped() -> Machine:
     """With one interactive sequence, of whose 40 tokens 39 are saved."""
     machine = Machine(LIMITS, sharing=UNIFIED, swap="swap")

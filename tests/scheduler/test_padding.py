@@ -7,7 +7,7 @@ import pytest
 
 from pyllamabatch.cost.step_cost import NewGraph, StepCost
 from pyllamabatch.kv import Sharing
-from pyllamabatch.scheduler import KvOptions, Limits, Scheduler
+from pyllamabatch.scheduler import Limits
 from pyllamabatch.scheduler.padding import Padding
 from tests.support.made_up_costs import Linear
 from tests.support.scheduler_machine import Machine
@@ -107,9 +107,3 @@ def test_a_lone_sequence_needs_a_plan_for_each_token_only_where_rows_are_wasted(
     step = machine.scheduler.plan(0.0)
     assert step is not None
     assert (step.n_pad, step.stands > 1) == (n_pad, stands)
-
-
-def test_a_pool_of_cells_has_none() -> None:
-    scheduler = Scheduler(POOL, kv=KvOptions(TRIM), cost=rows(5e-3))
-    held = scheduler.accounting.held_by_slot
-    assert scheduler.padding.width(np.array([3], np.int32), held, scheduler.cost) == 0

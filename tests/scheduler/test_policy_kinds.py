@@ -27,9 +27,6 @@ from tests.support.views import LIMITS, decoding, prefilling, tokens, view_of, w
 SIXTY = Limits(64, 16, 4, n_cells=60, n_cells_seq=60)
 
 
-# -- who computes beside which
-
-
 def test_fcfs_computes_whole_prompts_beside_the_decodes() -> None:
     assert tokens(fcfs(), decoding(1), waiting(2, 40), waiting(3, 40)) == {1: 1, 2: 40, 3: 23}
 
@@ -47,9 +44,6 @@ def test_priority_goes_before_arrival() -> None:
         assert tokens(policy, *line) == {2: 60, 3: 4}
     for policy in (mlfq(), fair()):  # which say that they don't look at it
         assert tokens(policy, *line) == {1: 60, 2: 4}
-
-
-# -- static
 
 
 def test_static_admits_until_the_batch_decodes_and_then_none() -> None:
@@ -86,8 +80,6 @@ def test_static_waits_for_its_batch_but_not_for_ever() -> None:
     assert [id for id, _ in machine.plan().admitted] == [0, 1]
 
 
-# -- a first token that is due
-
 LONG = prefilling(1, 200, 50)
 COST = Linear(1.0, 0.1)
 
@@ -119,9 +111,6 @@ def test_a_first_token_that_is_due_keeps_the_targets_of_others() -> None:
     reader = decoding(1, itl_target=2.0)
     soon = waiting(2, 40, ttft_target=1.0)
     assert tokens(slo(least=1), reader, soon, cost=COST, now=2.0) == {1: 1, 2: 9}
-
-
-# -- slo
 
 
 @pytest.mark.parametrize(("target", "rows"), [(3.0, 18), (1.35, 2), (1.0, 2), (100.0, 40)])
@@ -167,9 +156,6 @@ def test_slo_takes_cells_from_the_latest_deadline() -> None:
     assert (plan.preempt, plan.advances(view)) == ((3,), {1: 1, 2: 1})
 
 
-# -- shortest
-
-
 def test_shortest_goes_by_what_is_predicted() -> None:
     line = [waiting(1, 30, max_tokens=50), waiting(2, 30, max_tokens=9), waiting(3, 20)]
     assert tokens(shortest(), *line) == {3: 20, 2: 30, 1: 14}
@@ -196,9 +182,6 @@ def test_patience_ends(policy: Policy) -> None:
         machine.step()
     assert 1 in machine.first_rows[:12]
     machine.run()
-
-
-# -- mlfq
 
 
 def test_levels() -> None:
@@ -253,9 +236,6 @@ def test_short_answers_overtake_long_ones() -> None:
     assert list(done.values()) == [[0, 1, 2, 3], [2, 3, 0, 1]]
 
 
-# -- fair
-
-
 @pytest.mark.parametrize(
     ("served", "advances"),
     [
@@ -303,9 +283,6 @@ def test_who_comes_late_has_saved_nothing_up() -> None:
         machine.step()
     late = [id for id in machine.done[6:] if id >= 10]
     assert len(late) == 3  # half of what was served from then on, though b had had nothing
-
-
-# -- prefix
 
 
 def test_the_longest_hit_is_next() -> None:

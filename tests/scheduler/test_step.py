@@ -127,21 +127,6 @@ def test_groups_take_turns() -> None:
     assert [p.decode.tolist() for p in whole.by_group(lambda slot: slot, 1)] == [[1], [0]]
 
 
-def test_neighbours_are_computed_together_and_what_is_filled_in_between() -> None:
-    held = np.zeros(12, np.int64)
-    held[[0, 1, 3, 5, 8, 9]] = 7
-
-    def found(slots: list[int], gap_max: int) -> list[tuple[int, int]]:
-        return [(s.rows, s.decode) for s in spans(np.array(slots, np.int32), held, gap_max)]
-
-    assert found([0, 1], 0) == [(2, 2)]
-    assert found([5], 0) == [(1, 1)]
-    assert found([0, 1, 3, 5, 8], 16) == [(9, 5)]
-    assert found([0, 1, 3, 5, 8], 1) == [(6, 4), (1, 1)]
-    assert found([0, 1, 3, 5, 8], 0) == [(2, 2), (1, 1), (1, 1), (1, 1)]
-    assert found([0, 3, 8, 9], 16) == [(1, 1), (1, 1), (2, 2)]  # 1 and 5 hold something
-
-
 @given(st.sets(st.integers(0, 30), min_size=1), st.sets(st.integers(0, 30)), st.integers(0, 4))
 def test_a_span_ends_where_a_gap_cannot_be_filled(
     decode: set[int], others: set[int], gap_max: int

@@ -298,8 +298,6 @@ def test_a_state_that_can_not_go_back_is_refused() -> None:
             Stepper(context, n_draft_max=3)
 
 
-# -- any mix --
-
 GRAMMAR = 'root ::= ("the" | "and" | "hello" | [a-z] | " ")*'
 
 

@@ -99,7 +99,3 @@ def test_values_can_be_shared_and_varied() -> None:
 @pytest.mark.parametrize("value", [0, -1, 1, 100])
 def test_top_k_off_and_on(value: int) -> None:
     assert SamplingParams(top_k=value).top_k == value
-
-
-def test_excluding_a_token_is_a_bias() -> None:
-    assert SamplingParams(logit_bias={4: -math.inf}).logit_bias[4] == -math.inf

@@ -35,9 +35,6 @@ def alone(stepper: Stepper, params: SamplingParams, *, seq: int = 0) -> tuple[li
     return generate(stepper, params, PROMPT, seq=seq)
 
 
-# -- the same as raw calls --
-
-
 def raw_generate(n: int, choose: Callable[[RawContext], int]) -> list[int]:
     settings = {
         "type_k": lib.GGML_TYPE_F32,
@@ -121,9 +118,6 @@ def test_without_a_seed_draws_differ_and_the_seed_is_known(stepper: Stepper) -> 
     assert alone(stepper, again)[0] == first
 
 
-# -- log-probabilities --
-
-
 def log_softmax(logits: Any) -> Any:
     wide = np.asarray(logits, np.float64)
     return wide - wide.max() - np.log(np.exp(wide - wide.max()).sum())
@@ -166,9 +160,6 @@ def test_more_log_probabilities_than_the_stepper_has_room_for(context: Context) 
         Stepper(context, n_logprobs_max=-1)
 
 
-# -- ends --
-
-
 def greedy_tokens(stepper: Stepper, n: int = 8) -> list[int]:
     tokens, _ = alone(stepper, SamplingParams(temperature=0, max_tokens=n))
     stepper._context.memory.clear()  # type: ignore[union-attr]
@@ -195,9 +186,6 @@ def test_ends(stepper: Stepper, context: Context) -> None:
         context.memory.clear()
     late = SamplingParams(temperature=0, max_tokens=8, min_tokens=1, stop_token_ids=tuple(free))
     assert alone(stepper, late)[0][0] not in free
-
-
-# -- grammars --
 
 
 def test_a_grammar_forces_its_language(stepper: Stepper, model: Model, context: Context) -> None:
@@ -241,9 +229,6 @@ def test_a_bad_grammar_says_why(
     with pytest.raises(GrammarError, match=why):
         stepper.make_slot(SamplingParams(grammar=grammar))
     assert capfd.readouterr() == ("", "")
-
-
-# -- rows --
 
 
 @pytest.mark.parametrize(
@@ -328,9 +313,6 @@ def test_several_rows_of_one_sequence_sample_in_order(stepper: Stepper, context:
     assert result.token.tolist() == alone
     assert result.index.tolist() == [0, 1, 2]
     assert result.finish.tolist() == [0, 0, Finish.LENGTH]
-
-
-# -- slots that move --
 
 
 def test_copy_slot_forks_draws_penalties_and_grammar(stepper: Stepper, context: Context) -> None:
@@ -418,9 +400,6 @@ def test_arguments_are_checked(
     with pytest.raises(ArgumentError, match=words):
         use(stepper)
     assert stepper.slot(0).seed == 9  # the slot that was there stays
-
-
-# -- life --
 
 
 def test_closed_things_say_so(context: Context) -> None:
