@@ -91,21 +91,13 @@ def test_a_stop_string_ends_the_text_and_keeps_the_tokens() -> None:
 
 
 def test_log_probabilities_only_when_asked_for() -> None:
-    made = stream()
-    push(made, b"a")
-    made._finish("length")
-    assert made.result().logprobs is None
-    assert made.result().top_logprobs is None
-    assert next(iter(made)).logprob is None
-    made = stream(logprobs=0)
-    push(made, b"a")
-    made._finish("length")
-    assert (made.result().logprobs, made.result().top_logprobs) == ([-0.5], None)
-    made = stream(logprobs=2)
-    push(made, b"a")
-    made._finish("length")
-    assert made.result().top_logprobs == [{100: -0.5}]
-    assert next(iter(made)).top_logprobs == {100: -0.5}
+    for asked, found, top in ((None, None, None), (0, [-0.5], None), (2, [-0.5], [{100: -0.5}])):
+        made = stream(logprobs=asked)
+        push(made, b"a")
+        made._finish("length")
+        assert (made.result().logprobs, made.result().top_logprobs) == (found, top)
+        token = next(iter(made))
+        assert (token.logprob, token.top_logprobs) == (found and found[0], top and top[0])
 
 
 def test_an_error_is_raised_after_the_tokens_that_came_before_it() -> None:

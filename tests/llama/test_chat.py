@@ -3,8 +3,8 @@ llama-server does is tools/chat_templates.py's to show."""
 
 import json
 import pickle
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -249,19 +249,14 @@ def test_a_prompt_is_a_text(hermes: ChatTemplate) -> None:
 
 
 def test_threads_share_a_template(hermes: ChatTemplate) -> None:
-    seen: list[tuple[str, str]] = []
-
-    def work(i: int) -> None:
+    def work(i: int) -> tuple[str, str]:
         prompt = hermes.render([{"role": "user", "content": str(i)}], tools=[WEATHER])
-        seen.append((prompt, prompt.parse(CALL).tool_calls[0].arguments))
+        return prompt, prompt.parse(CALL).tool_calls[0].arguments
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len({prompt for prompt, _ in seen}) == 8
-    assert len({arguments for _, arguments in seen}) == 1
+    with ThreadPoolExecutor(8) as pool:
+        prompts, arguments = zip(*pool.map(work, range(8)), strict=True)
+    assert len({*prompts}) == 8
+    assert len({*arguments}) == 1
 
 
 def test_a_template_outlives_its_closed_model() -> None:

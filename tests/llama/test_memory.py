@@ -119,6 +119,25 @@ def test_states_wait_for_what_is_pending() -> None:
             context.state_seq_get(0)
 
 
+def test_no_state_is_loaded_where_a_copy_waits() -> None:
+    """libllama copies streams with the next decode: from or to cells that were loaded before it."""
+    with Context(loaded("llama"), n_ctx=512 * 3, n_seq_max=3, kv_unified=False) as context:
+        decode(context, [5, 6, 7], 0, 0)
+        decode(context, [8, 9], 0, 1)
+        data = context.state_seq_get(1)
+        context.memory.seq_cp(0, 2)
+        context.memory.seq_rm(0)
+        for seq in (0, 2):
+            with pytest.raises(UnsupportedOperation, match="waits for the next decode"):
+                context.state_seq_set(data, seq)
+        expected = decode(context, [4], 3, 2)
+        context.state_seq_set(data, 0)
+        assert context.memory.pos_max(0) == 1
+        context.memory.clear()
+        decode(context, [5, 6, 7], 0, 2)
+        assert (decode(context, [4], 3, 2) == expected).all()
+
+
 def test_bf16_keys_are_not_shifted() -> None:
     with Context(loaded("llama"), n_threads=1, n_ctx=256, type_k="bf16") as context:
         assert not context.memory.can_shift

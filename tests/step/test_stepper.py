@@ -61,7 +61,11 @@ CHAINS: list[dict[str, Any]] = [
     {"typical_p": 0.9},
     {"temperature": 0, "repeat_penalty": 1.3},
     {"top_k": 0, "min_p": 0.0},
+    {"top_k": 0, "top_p": 1, "min_p": 0},
 ]
+
+
+"""With those of the fused sampler, candidates and probabilities are compared in native/tests."""
 
 
 @pytest.mark.parametrize("seed", [0, 1, 12345, 2**32 - 2])
@@ -101,6 +105,26 @@ def test_seeded_sampling_is_libllamas_own_chain(
     assert finish is (Finish.EOG if tokens[-1] == EOS else Finish.LENGTH)
     assert stepper.slot(0).seed == (seed if p.temperature else None)
     assert len(set(tokens)) > 5 or not p.temperature
+
+
+def test_which_path(context: Context) -> None:
+    grammar = SamplingParams(grammar='root ::= "a"')
+    with Stepper(context) as stepper:
+        for params, path in (
+            (SamplingParams(), "fused"),
+            (SamplingParams(temperature=0), "fused"),
+            (SamplingParams(repeat_penalty=1.4, logit_bias=BIAS), "fused"),
+            (grammar, "chain"),
+            (SamplingParams(typical_p=0.9), "chain"),
+        ):
+            stepper.set_slot(0, params)
+            assert stepper.slot(0).path == path
+            stepper.copy_slot(0, 1)
+            assert stepper.slot(1).path == path
+    with Stepper(context, sampler="fused") as stepper, pytest.raises(ArgumentError, match="path"):
+        stepper.set_slot(0, grammar)
+    with pytest.raises(ArgumentError, match="auto, chain, fused"):
+        Stepper(context, sampler="quick")
 
 
 def test_without_a_seed_draws_differ_and_the_seed_is_known(stepper: Stepper) -> None:
