@@ -30,7 +30,6 @@ from pyllamabatch.errors import (
     UnsupportedOperation,
 )
 from pyllamabatch.llama.model import Model
-from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support import engines as support
 from tests.support.engines import check_idle, engine_on, held
 from tests.support.models_gguf import EOS, N_VOCAB, gguf_path
@@ -125,14 +124,6 @@ def test_a_stop_string_across_tokens_ends_it(embedded_model: Model) -> None:
         assert result.tokens == whole.tokens[: len(result.tokens)]
         assert len(result.tokens) < len(whole.tokens)
         check_balanced(engine)
-
-
-def test_a_grammar_rules_the_text(embedded_model: Model) -> None:
-    with small(embedded_model) as engine:
-        grammar = 'root ::= "yes" | "no"'
-        results = engine.generate(["Hm? "] * 5, SamplingParams(grammar=grammar, max_tokens=20))
-        assert {result.text for result in results} <= {"yes", "no"}
-        assert {result.finish_reason for result in results} == {"stop"}
 
 
 def test_one_that_can_not_be_sampled_fails_alone(shared: Engine) -> None:

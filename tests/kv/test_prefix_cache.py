@@ -315,9 +315,7 @@ def test_a_copy_that_does_not_pay_is_not_made() -> None:
     rig = Rig(BESIDE, unified=False)
     rig.cache = PrefixCache(rig.accounting, BESIDE, copy_share=lambda n: 2.5 / n)
     for n, cached in ((30, 0), (60, 1)):
-        slot, _ = rig.start(text(n, n))
-        rig.advance(slot, n)
-        rig.end(slot)
+        rig.run(text(n, n))
         assert rig.cache.n_cached == cached
 
 

@@ -70,40 +70,31 @@ def test_parameters_have_their_own_names(model: Model) -> None:
         assert (context.n_threads, context.n_threads_batch) == (2, 1)
 
 
+BAD: dict[str, list[Any]] = {
+    "n_ctx": [-1, 2**31, 2**32 - 1, 2**64, "512", 512.0],
+    "n_batch": [0, -5, {"n_seq_max": 9, "n_batch": 8}, {"n_seq_max": 9, "n_ctx": 8}],
+    "n_ubatch": [-1],
+    "n_seq_max": [0, 257],
+    "n_outputs_max": [{"n_seq_max": 9, "n_outputs_max": 8}],
+    "n_rs_seq": [511],
+    "n_threads": [0, 10**6],
+    "type_k": ["q4_k", "i32"],
+    "type_v": ["q8_0", 10**6],  # 16 wide heads
+    "pooling_type": ["average"],
+    "embeddings": [1],
+    "rope_freq_base": [float("nan")],
+    "abort_callback": ["stop"],
+    "n_cxt": [512],
+}
+"""By the argument that the error names: its value, or several arguments."""
+
+
 @pytest.mark.parametrize(
-    ("params", "argument"),
-    [
-        ({"n_ctx": -1}, "n_ctx"),
-        ({"n_ctx": 2**31}, "n_ctx"),
-        ({"n_ctx": 2**32 - 1}, "n_ctx"),
-        ({"n_ctx": 2**64}, "n_ctx"),
-        ({"n_ctx": "512"}, "n_ctx"),
-        ({"n_ctx": 512.0}, "n_ctx"),
-        ({"n_batch": 0}, "n_batch"),
-        ({"n_batch": -5}, "n_batch"),
-        ({"n_ubatch": -1}, "n_ubatch"),
-        ({"n_seq_max": 0}, "n_seq_max"),
-        ({"n_seq_max": 257}, "n_seq_max"),
-        ({"n_seq_max": 9, "n_batch": 8}, "n_batch"),
-        ({"n_seq_max": 9, "n_ctx": 8}, "n_batch"),
-        ({"n_seq_max": 9, "n_outputs_max": 8}, "n_outputs_max"),
-        ({"n_rs_seq": 511}, "n_rs_seq"),
-        ({"n_threads": 0}, "n_threads"),
-        ({"n_threads": 10**6}, "n_threads"),
-        ({"type_k": "q4_k"}, "type_k"),
-        ({"type_k": "i32"}, "type_k"),
-        ({"type_v": "q8_0"}, "type_v"),  # 16 wide heads
-        ({"type_v": 10**6}, "type_v"),
-        ({"pooling_type": "average"}, "pooling_type"),
-        ({"embeddings": 1}, "embeddings"),
-        ({"rope_freq_base": float("nan")}, "rope_freq_base"),
-        ({"abort_callback": "stop"}, "abort_callback"),
-        ({"n_cxt": 512}, "n_cxt"),
-    ],
+    ("argument", "value"), [(name, value) for name, values in BAD.items() for value in values]
 )
-def test_bad_parameters(model: Model, params: dict[str, Any], argument: str) -> None:
+def test_bad_parameters(model: Model, argument: str, value: Any) -> None:
     with pytest.raises(ArgumentError) as caught:
-        Context(model, **params)
+        Context(model, **(value if isinstance(value, dict) else {argument: value}))
     assert caught.value.argument == argument
     assert caught.value.limit
 
