@@ -32,6 +32,12 @@ def drive(sequence: Sequence, n: int) -> list[int]:
     return [sequence.sample().token for _ in range(n)]
 
 
+def prompted(engine: Engine, sequence: Sequence) -> None:
+    """And the core thread, which has computed it, leads no more."""
+    sequence.prompt(PROMPT)
+    until(lambda: not engine._core.commands._led)
+
+
 @contextmanager
 def leaders(engine: Engine, before: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
     """The thread of each native call; `before` is called in front of it."""
@@ -55,7 +61,7 @@ def test_a_lone_owner_runs_its_own_steps(model: Model) -> None:
         expected = engine.submit(PROMPT, greedy(N)).result(60).tokens
         before = engine.stats()
         with engine.sequence(greedy()) as sequence:
-            sequence.prompt(PROMPT)
+            prompted(engine, sequence)
             del threads[:]
             assert drive(sequence, N) == expected
             assert set(threads) == {threading.get_ident()}
@@ -132,7 +138,7 @@ def test_ctrl_c_in_the_thread_that_leads(model: Model) -> None:
                     signal.raise_signal(signal.SIGINT)
 
             with engine.sequence(greedy()) as sequence:
-                sequence.prompt(PROMPT)
+                prompted(engine, sequence)
                 with leaders(engine, press) as threads, pytest.raises(KeyboardInterrupt):
                     drive(sequence, N)
                 assert threads[-1] == threading.get_ident()
