@@ -23,6 +23,7 @@ BENCHES = (
     "plan",
     "policies",
     "prefix",
+    "routes",
     "same",
     "sampler",
     "scheduler",

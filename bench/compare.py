@@ -21,7 +21,7 @@ from bench.targets import Figure, Target, speed_ratio
 from bench.views import paired_ratios
 from pyllamabatch.compare import plots
 from pyllamabatch.compare.advice import advice
-from pyllamabatch.compare.arms import ARMS
+from pyllamabatch.compare.arms import ARMS, ON_RAY
 from pyllamabatch.compare.hosted import probe
 from pyllamabatch.compare.run import Experiment, measure
 from pyllamabatch.compare.summary import table
@@ -91,7 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_work(parser, prompt_tokens=256, tokens=200)
     parser.add_argument("-N", "--users", default="1,2,3,4,8", help="comma separated")
-    parser.add_argument("--arms", default="", help="comma separated; all by default")
+    parser.add_argument(
+        "--arms", default=",".join(ARMS), help=f"comma separated; {ON_RAY.name} is one, too"
+    )
     parser.add_argument(
         "--keep-loaded",
         action="store_true",
@@ -114,7 +116,7 @@ def experiment(options: argparse.Namespace) -> Experiment:
     model, timed = resolve(options.model), options.tokens - 1
     return Experiment(
         protocol=BURST,
-        arms=choose(options.arms, list(ARMS.values())),
+        arms=choose(options.arms, [*ARMS.values(), ON_RAY]),
         cases=cases_of(options, model, options.prompt_tokens, timed, numbers(options.users)),
         tokens=options.tokens,
         repeats=options.repeats,

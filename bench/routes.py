@@ -1,0 +1,323 @@
+"""Routers of a fleet with common prefixes: live, and simulated by the same objects.
+
+32 chats of 8 users. All chats of a user begin with the user's own long prefix, as a system prompt
+and its tools are. Eight clients have four chats each, of four users, and ask one after the other.
+The cells of each replica hold the prefixes of half of the users, so that those of all fit into the
+fleet once, not twice.
+
+The clients begin at once, and a live fleet meets them in any order: which prefix lies where follows
+from that, and so does the hit rate of a run. The simulation is the mean of many orders,
+`hit_rate_sd` what one run differs by. Each repeat has other orders of chats.
+
+The simulation has a profile that is measured first (--calibrate), or that of a profile machine
+(--machine), of which each replica has a GPU of its own. Wants the extra `ray`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+import httpx
+import psutil
+
+from bench import harness
+from bench.cache import cache_folder
+from bench.case import Arm, Case, Measured, ModelFile, cases_of
+from bench.fleet import STOP_S
+from bench.models import resolve
+from bench.options import add_model, add_run, choose
+from bench.serving import ServerProcess
+from bench.targets import Figure, Target
+from bench.views import Column, by_arm, median_of
+from pyllamabatch.compare.completion import HOST
+from pyllamabatch.cost.calibrate import calibrate
+from pyllamabatch.cost.model import CostModel
+from pyllamabatch.cost.profile import load_profile
+from pyllamabatch.engine.engine import Engine
+from pyllamabatch.llama.model import Model
+from pyllamabatch.machine.profile_machine import ProfileMachine
+from pyllamabatch.report.meters import OtherCores
+from pyllamabatch.report.records import Record
+from pyllamabatch.sim import EngineSpec, TraceRequest, simulate
+from pyllamabatch.sim.replica import OVERHEAD
+from tools.live import spec_of
+from tools.serve_load import metrics_of
+
+USERS, CHATS, CLIENTS, TURNS = 8, 32, 8, 4
+N_PREFIX, N_QUESTION, N_ANSWER = 800, 12, 16  # tokens
+N_SLOTS = 4  # of a replica
+N_ORDERS = 16  # of the clients, that are simulated
+N_CHAT = TURNS * (N_QUESTION + N_ANSWER)
+N_CELLS = (USERS // 2) * N_PREFIX + (CHATS // 2) * N_CHAT + N_SLOTS * N_CHAT  # of a replica
+N_PROMPTS = sum(N_PREFIX + N_QUESTION + i * (N_QUESTION + N_ANSWER) for i in range(TURNS)) * CHATS
+TURN_BY_TURN, AFFINITY = "round-robin", "prefix-affinity"
+LIVE, SIMULATED = "live", "simulated"
+HITS, QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
+QUICK = {"machine": "nvidia-h200-gemma-3-1b-q4_k_m", "repeats": 1}
+
+
+def arm_name(kind: str, router: str) -> str:
+    return f"{kind}-{router}"
+
+
+def _hits(kind: str, router: str) -> Figure:
+    return lambda records: median_of(
+        r.detail["hit_rate"] for r in records if r.arm == arm_name(kind, router)
+    )
+
+
+def hits_ratio(kind: str) -> Figure:
+    """Hit rate of prefix affinity over that of round robin."""
+
+    def figure(records: Sequence[Record]) -> float | None:
+        affinity, turns = (_hits(kind, router)(records) for router in (AFFINITY, TURN_BY_TURN))
+        return affinity / turns if affinity and turns else None
+
+    return figure
+
+
+def points_off(router: str) -> Figure:
+    """Simulated hit rate less the live one, in points."""
+
+    def figure(records: Sequence[Record]) -> float | None:
+        found, lived = (_hits(kind, router)(records) for kind in (SIMULATED, LIVE))
+        return None if found is None or lived is None else 100 * (found - lived)
+
+    return figure
+
+
+def speed_off(router: str) -> Figure:
+    """Simulated throughput over the live one."""
+
+    def figure(records: Sequence[Record]) -> float | None:
+        found, lived = (
+            median_of(r.t_tg for r in records if r.arm == arm_name(kind, router))
+            for kind in (SIMULATED, LIVE)
+        )
+        return lived / found if found and lived else None
+
+    return figure
+
+
+TARGETS = (
+    Target(
+        "two replicas: prefix hits of prefix affinity over round robin, live",
+        hits_ratio(LIVE),
+        at_least=1.7,
+    ),
+    *(
+        Target(f"{router}: tokens/s simulated over live", speed_off(router), 0.95, 1.05)
+        for router in (TURN_BY_TURN, AFFINITY)
+    ),
+    *(
+        Target(f"{router}: hit rate simulated less live, points", points_off(router), -3, 3)
+        for router in (TURN_BY_TURN, AFFINITY)
+    ),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser, model="smollm2-135m", kv="unified", threads=1)
+    parser.add_argument("--replicas", type=int, default=2, metavar="N")
+    parser.add_argument("--machine", default="", metavar="PROFILE", help="instead of a model")
+    parser.add_argument(
+        "--calibrate", type=float, default=60.0, metavar="S", help="to measure the device"
+    )
+    parser.add_argument("--arms", default="", help="comma separated; all by default")
+    parser.set_defaults(sampling="default")
+    add_run(parser, repeats=6)
+
+
+def main(options: argparse.Namespace) -> int:
+    about = harness.facts_of()
+    if options.machine:
+        file = ModelFile(Path(options.machine))
+        about |= ProfileMachine.named(options.machine).facts()
+        spec = spec_on(options, None)
+    else:
+        file = resolve(options.model)
+        with Model(file.path, n_gpu_layers=options.gpu_layers) as model:
+            about = harness.facts_of(model)
+            spec = spec_on(options, model)
+    arms = choose(options.arms, all_arms(options, spec))
+    (case,) = cases_of(
+        options, file, N_PROMPTS // CLIENTS, CHATS * TURNS * N_ANSWER // CLIENTS, [CLIENTS]
+    )
+    title = f"{CHATS} chats of {USERS} users on {options.replicas} replicas"
+    running = measure(arms, case, about, options)
+    return harness.show(options, running, len(arms) * options.repeats, title,
+                        options.machine or None)  # fmt: skip
+
+
+def view(records: Sequence[Record]) -> str:
+    columns = (
+        Column("prefix hits, %", "hit_rate", scale=100),
+        Column("± of a run", "hit_rate_sd", scale=100),
+        Column("s", lambda record: record.t_tg),
+        Column("tok/s", lambda record: record.speed_tg),
+    )
+    return by_arm(records, columns)
+
+
+def all_arms(options: argparse.Namespace, spec: EngineSpec) -> list[Arm]:
+    makes: dict[str, tuple[str, Callable[..., Measured]]] = {
+        SIMULATED: ("the mean of several orders of the clients", partial(simulated, spec)),
+        LIVE: ("`pyllamabatch serve --replicas N`, a thread per client", live),
+    }
+    return [
+        Arm(arm_name(kind, router), includes, partial(make, options, router))
+        for router in (TURN_BY_TURN, AFFINITY)
+        for kind, (includes, make) in makes.items()
+    ]
+
+
+def measure(
+    arms: Sequence[Arm], case: Case, about: dict[str, Any], options: argparse.Namespace
+) -> Generator[Record, None, None]:
+    recorder = harness.Recorder(options.command, about, options)
+    for repeat in range(options.repeats):
+        own = replace(case, seed=case.seed + repeat)
+        for arm in arms:
+            if recorder.budget.spent():
+                return
+            yield recorder.run(arm, own, repeat, partial(arm.run, own))
+
+
+class Asked(NamedTuple):
+    """A turn of a chat of a user, by a client."""
+
+    client: int
+    user: int
+    chat: int
+    turn: int
+
+
+def order(seed: int) -> list[list[Asked]]:
+    """What each client asks, one after the other: turn by turn, its chats in another order."""
+    rng = random.Random(seed)
+    found: list[list[Asked]] = []
+    for client in range(CLIENTS):
+        chats = [client + CLIENTS * i for i in range(CHATS // CLIENTS)]
+        found.append([
+            Asked(client, (chat + chat // CLIENTS) % USERS, chat, turn)
+            for turn in range(TURNS) for chat in rng.sample(chats, len(chats))
+        ])  # fmt: skip
+    return found
+
+
+# -- simulated
+
+
+def spec_on(options: argparse.Namespace, model: Model | None) -> EngineSpec:
+    """The twin of a replica's engine."""
+    threads = {"n_threads": options.threads, "n_threads_batch": options.threads}
+    if model is None:
+        profile = load_profile(options.machine)
+    else:
+        print(f"measuring the device for {options.calibrate:g} s", file=sys.stderr)
+        profile = calibrate(model, budget=options.calibrate, layouts=("unified",), **threads)
+    cost = CostModel.fit(profile, unified=True)
+    with Engine(
+        model, machine=options.machine or None, n_seq_max=N_SLOTS, n_ctx=N_CELLS, kv_unified=True,
+        **threads,
+    ) as engine:  # fmt: skip
+        return spec_of(engine, OVERHEAD, cost=cost)
+
+
+def trace(asked: Sequence[Sequence[Asked]]) -> list[TraceRequest]:
+    """The same requests; pieces of users, questions and answers are numbers of their own."""
+    found: list[TraceRequest] = []
+    for ones in asked:
+        after: int | None = None
+        for one in ones:
+            id = len(found)
+            content = [(one.user, N_PREFIX)]
+            for turn in range(one.turn + 1):
+                piece = USERS + 2 * (one.chat * TURNS + turn)
+                content += [(piece, N_QUESTION), (piece + 1, N_ANSWER)]
+            *content, (answer, n_answer) = content
+            n_prompt = sum(n for _, n in content)
+            found.append(TraceRequest(id, 0.0, n_prompt, n_answer, tuple(content), answer, after))
+            after = id
+    return found
+
+
+def simulated(spec: EngineSpec, options: argparse.Namespace, router: str, case: Case) -> Measured:
+    rng, rates, seconds = random.Random(case.seed), list[float](), list[float]()
+    for _ in range(N_ORDERS):
+        clients = order(case.seed)
+        rng.shuffle(clients)
+        run = simulate(trace(clients), spec, n_replicas=options.replicas, router=router)
+        counters = [load.counters for load in run.loads]
+        known = sum(c.known_tokens for c in counters)
+        rates.append(sum(c.prefix_tokens for c in counters) / known)
+        seconds.append(max(one.end for one in run.outcomes))
+    detail = {"hit_rate": fmean(rates), "hit_rate_sd": stdev(rates)}
+    return Measured(0.0, fmean(seconds), detail=detail)
+
+
+# -- live
+
+
+def live(options: argparse.Namespace, router: str, case: Case) -> Measured:
+    command = [sys.executable, "-m", "pyllamabatch", "serve", "-q", "--host", HOST,
+               "-t", str(case.n_threads), "-np", str(N_SLOTS), "--kv-unified",
+               "-c", str(N_CELLS), "--replicas", str(options.replicas),
+               "--router", router]  # fmt: skip
+    if options.machine:
+        command += ["--machine", options.machine, "--gpus-per-replica", "1"]
+    else:
+        command += ["-m", str(case.model.path)]
+    server = ServerProcess(command, cache_folder("logs") / f"{router}.log", STOP_S)
+    try:
+        with httpx.Client(base_url=server.url, timeout=600, trust_env=False) as client:
+            for _ in range(4 * options.replicas):  # their first requests are slower
+                complete(client, [1, 2, 3])
+            others = OtherCores([one.pid for one in psutil.Process().children(recursive=True)])
+            before, began = metrics_of(client.get("/metrics").text), time.perf_counter()
+            talk(client, order(case.seed), case.seed)
+            seconds, other_cpu = time.perf_counter() - began, others.used()
+            after = metrics_of(client.get("/metrics").text)
+    finally:
+        server.stop()
+    hits, known = (after[name] - before[name] for name in (HITS, QUERIES))
+    return Measured(0.0, seconds, detail={"hit_rate": hits / known, "other_cpu": other_cpu})
+
+
+def talk(client: httpx.Client, asked: Sequence[Sequence[Asked]], seed: int) -> None:
+    """Every client to its end. Prompts are random tokens, and the answers that came."""
+    rng = random.Random(seed)
+
+    def drawn(n: int) -> list[int]:
+        return [rng.randrange(32, 127) for _ in range(n)]
+
+    prefixes = [drawn(N_PREFIX) for _ in range(USERS)]
+    questions = [[drawn(N_QUESTION) for _ in range(TURNS)] for _ in range(CHATS)]
+    chats: dict[int, list[int]] = {}
+
+    def ask(ones: Sequence[Asked]) -> None:
+        for one in ones:
+            tokens = chats.setdefault(one.chat, list(prefixes[one.user]))
+            tokens += questions[one.chat][one.turn]
+            tokens += complete(client, tokens)
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        list(pool.map(ask, asked))
+
+
+def complete(client: httpx.Client, tokens: list[int]) -> list[int]:
+    body = {"prompt": tokens, "n_predict": N_ANSWER, "ignore_eos": True, "return_tokens": True}
+    answer = client.post("/completion", json=body)
+    answer.raise_for_status()
+    found: list[int] = answer.json()["tokens"]
+    return found

@@ -1,0 +1,58 @@
+"""A fleet with common prefixes, but for the fleet itself: pytest -m ray tests/cluster."""
+
+import argparse
+
+import httpx
+import pytest
+
+from bench import routes
+from bench.case import Case
+from bench.routes import AFFINITY, LIVE, SIMULATED, TURN_BY_TURN
+from pyllamabatch.llama.model import Model
+from pyllamabatch.sim import EngineSpec
+from tests.support.made_up_costs import Linear
+from tests.support.made_up_rows import row
+from tests.support.served import serving
+
+
+def test_clients_ask_what_is_simulated(
+    embedded_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routes, "N_PREFIX", 40)
+    asked = routes.order(3)
+    requests = routes.trace(asked)
+    with serving(embedded_model) as served, httpx.Client(base_url=served.url) as client:
+        routes.talk(client, asked, 3)
+        stats = served.engine.stats()
+    assert stats.submitted == len(requests) == routes.CHATS * routes.TURNS
+    assert stats.known_tokens == sum(request.n_prompt for request in requests)
+    assert stats.tokens == sum(request.n_output for request in requests)
+
+
+def test_affinity_keeps_what_turns_throw_away(case: Case) -> None:
+    cost = Linear(10e-3, 0.4e-3)
+    spec = EngineSpec.of(cost, n_seq_max=routes.N_SLOTS, n_cells=routes.N_CELLS)
+    options = argparse.Namespace(replicas=2)
+    turns, affinity = (
+        routes.simulated(spec, options, router, case) for router in (TURN_BY_TURN, AFFINITY)
+    )
+    assert affinity.detail["hit_rate"] > 1.5 * turns.detail["hit_rate"]
+    assert affinity.t_tg < turns.t_tg
+    assert sum(r.n_prompt for r in routes.trace(routes.order(1))) == routes.N_PROMPTS
+
+
+def test_figures_compare_live_and_simulated() -> None:
+    rows = [
+        row(routes.arm_name(kind, router), 8, speed, hit_rate=rate)
+        for kind, router, rate, speed in (
+            (LIVE, TURN_BY_TURN, 0.4, 100.0),
+            (LIVE, AFFINITY, 0.8, 200.0),
+            (SIMULATED, TURN_BY_TURN, 0.42, 98.0),
+            (SIMULATED, AFFINITY, 0.76, 220.0),
+        )
+    ]
+    values = [target.measured(rows) for target in routes.TARGETS]
+    assert values == pytest.approx([2.0, 0.98, 1.1, 2.0, -4.0])
+    missed = [target.missed_by(rows) for target in routes.TARGETS]
+    assert missed == [False, False, True, False, True]
+    assert [target.measured(rows[:1]) for target in routes.TARGETS] == [None] * 5
