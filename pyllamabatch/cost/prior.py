@@ -42,8 +42,6 @@ class Sizes(NamedTuple):
 # Kernels of few rows take a row four times as long as those for prompts (M2 Ultra: 2.5 to 4.4, DGX
 # Spark 2.6 to 7, H200: 7), and the first tile of a matrix takes as long as 15 to 85 rows more.
 _FEW, _FILL = 4.0, 40
-_MMA = 0.5
-"""Of that, a row in tiles of few rows: llama.cpp pull request 25377, eight rows on an M4 Pro."""
 _GROUP = 0.5  # of its rows' time, where more rows are computed at once
 
 GPU = Speeds(1e12, 70e12, 60e-6, few=_FEW, fill=_FILL)
@@ -85,7 +83,10 @@ def coefficients_of(terms: Terms, model: Sizes, device: Speeds) -> Mapping[str, 
     found |= {f"tile of {tile}": 0.25 * dense for tile in kernels.tiles}
     for regime in kernels.regimes:
         many = regime.first > CUDA_VEC_MAX or len(kernels.regimes) == 1
-        one = row if many else device.few * row
+        # Metal's tiles of few rows are as fast as a matrix kernel: from two rows on they beat what
+        # takes `few` times as long for each (ggml-metal-common.cpp: `mul_mv_mma_rows_min`).
+        tiled = regime.tile > 1 and regime.rest == "tile"
+        one = row if many or tiled else device.few * row
         tile = regime.tile * one
         seconds = {"pass": dense, "row": one, "tile": tile}
         if many:
@@ -93,7 +94,7 @@ def coefficients_of(terms: Terms, model: Sizes, device: Speeds) -> Mapping[str, 
         if regime.first == 1 and not many:
             seconds["row"] = 0.0  # reading takes longer
         if regime.tile > 1:
-            seconds |= {"row": 0.0, "tile": tile if many else _MMA * tile}
+            seconds["row"] = 0.0
         if regime.first < sorted_from:
             seconds["row"] += used * all_experts
         elif sorted_from:
