@@ -43,7 +43,8 @@ def ensure() -> None:
 def keep_wired(seconds: int) -> None:
     """How long a Mac's GPU keeps weights and cells wired after its last step: at least one second,
     at most 10**7. While they are, the next step begins at once; afterwards the system may use their
-    memory for others. llama.cpp's default is 180. Nothing elsewhere.
+    memory for others. llama.cpp's default is 180. Nothing elsewhere. It holds for all engines of
+    the process: llama.cpp keeps the buffers of a GPU wired together.
 
     UnsupportedOperation once llama.cpp has started in this process: it reads this only then.
     """
