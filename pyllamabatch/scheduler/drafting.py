@@ -273,6 +273,6 @@ class Drafting:
             n_left,
             width,
             room,
-            even=limits.even or not limits.unified,
+            even=limits.even_rows,
             prices=None if cost is None or width > room else prices,
         )

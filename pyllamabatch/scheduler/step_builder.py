@@ -132,7 +132,9 @@ class StepBuilder:
         n_rows = step.n_rows
         if step.drafts:
             drafted = step.drafts.values()
-            n_rows = n_rows * (1 + max(drafted)) if self._limits.even else n_rows + sum(drafted)
+            n_rows = (
+                n_rows * (1 + max(drafted)) if self._limits.even_rows else n_rows + sum(drafted)
+            )
         asked = bool(running.asked)
         if repeat > 1:
             if not asked:

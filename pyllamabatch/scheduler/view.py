@@ -37,8 +37,8 @@ class Limits:
     - n_draft_max: drafted tokens of a sequence in a step; 0: none ever. n_outputs: rows of a step
       that may have an output, drafted ones included; 0: all. drafts_take_time: they are asked for
       before each step that may have them. drafts_move_sampling: steps that may have them are
-      sampled on the host, others on the device. even: all sequences of a step with drafts have the
-      same number of rows, as always with streams.
+      sampled on the host, others on the device. even: also in a pool all sequences of a step with
+      drafts have the same number of rows (`even_rows`).
     """
 
     n_batch: int
@@ -59,6 +59,11 @@ class Limits:
     def most_cells(self) -> int:
         """That a sequence can have."""
         return min(self.n_cells_seq, self.n_cells)
+
+    @property
+    def even_rows(self) -> bool:
+        """All sequences of a step with drafts have as many rows as the one with most."""
+        return self.even or not self.unified
 
 
 class Prefix(NamedTuple):

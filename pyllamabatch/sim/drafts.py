@@ -63,7 +63,7 @@ def decide(step: Step, n_most: Sequence[int], luck: Sequence[Luck], limits: Limi
            prices: Prices | None, last: int) -> StepOf:  # fmt: skip
     """n_most: drafted tokens of each slot at most, 0 for one that has no drafts. last: rows of the
     step with drafts before this one; 0: there was none."""
-    n, even = len(n_most), limits.even or not limits.unified
+    n, even = len(n_most), limits.even_rows
     width = n
     if not limits.unified:
         width = step.n_pad or int(step.decode[-1] - step.decode[0]) + 1

@@ -383,10 +383,14 @@ def test_each_sequence_advances_by_what_it_took() -> None:
     assert not seen[-1].found.any()  # another one's
 
 
-@pytest.mark.parametrize(("even", "repeat"), [(False, 24 // 5), (True, 24 // 8)])
-def test_steps_with_drafts_have_cells(even: bool, repeat: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "repeat"),
+    [({}, 24 // 5), ({"even": True}, 24 // 8), ({"unified": False}, 24 // 8)],
+    ids=["pool", "even", "streams"],
+)
+def test_steps_with_drafts_have_cells(kind: dict[str, bool], repeat: int) -> None:
     """Where all sequences have as many rows as the one with most, for all of these."""
-    limits = replace(LIMITS, n_cells=12 + 24, even=even)
+    limits = replace(LIMITS, n_cells=12 + 24, **kind)  # type: ignore[arg-type]
     step = scheduler(lambda builder: Speculation({1: 3}, 5), limits).plan(1.0)
     assert step is not None
     assert (step.drafts, step.repeat) == ({0: 3}, repeat)
