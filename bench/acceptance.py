@@ -6,15 +6,18 @@ costs what it always does, no Python in a step. Prompts are random tokens, answe
 have all of their tokens. With `--model gemma3-1b-counts` these repeat nothing, and do not depend on
 rounding, so that the acceptance is what was asked for on any device.
 
-The engine that drafts answers for `--learn` seconds before it is measured: it is about one that has
-run for a while. It has forgotten the answers themselves.
+The engines that draft answer for `--learn` seconds before they are measured: it is about one that
+has run for a while. It has forgotten the answers themselves. All arms compute the texts before each
+run; `watches` knows what drafts would be, and never has any: what it loses is no decision's loss.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -26,9 +29,11 @@ from bench.speculates import EngineSpeculates
 from bench.targets import Target, speed_ratio
 from pyllamabatch.engine.drafters import Ngram
 from pyllamabatch.llama.model import Model
+from pyllamabatch.scheduler.policies.device_aware import device_aware
+from pyllamabatch.scheduler.policies.speculate import ByGain
 from pyllamabatch.step.sampling_params import SamplingParams
 
-OFF, KNOWS = "off", "knows"
+OFF, WATCHES, KNOWS = "off", "watches", "knows"
 PROMPT = 64  # tokens
 PROMPTS = 2  # different ones at most, of a round
 KNOWN, DRAFTED = 4, 64  # tokens of a text: before a place of an answer, and behind it
@@ -78,14 +83,14 @@ def texts(prompt: I32, answer: I32, acceptance: float, random: np.random.Generat
 
 
 class Known(EngineSpeculates):
-    """An engine that drafts from texts of the answers, or not at all."""
+    """An engine that drafts from texts of the answers, or not at all. options: of the engine."""
 
-    def __init__(self, case: Case, model: Model, *, drafts: bool, learn: float) -> None:
+    def __init__(self, case: Case, model: Model, *, drafts: bool, learn: float,
+                 options: dict[str, Any]) -> None:  # fmt: skip
         n = min(PROMPTS, case.pl)
         # As much as it is told, so that the answers themselves are forgotten.
         corpus = n * sum(KNOWN + min(DRAFTED, case.tg - at) for at in range(case.tg))
-        super().__init__(case, model, {"speculate": Ngram(corpus) if drafts else None})
-        self._drafts = drafts
+        super().__init__(case, model, {"speculate": Ngram(corpus) if drafts else None, **options})
         self._learn = learn if drafts else 0.0
         self._random = np.random.default_rng(case.seed)
         shape = (n, PROMPT)
@@ -108,8 +113,7 @@ class Known(EngineSpeculates):
             repeat += 1
 
     def run(self, repeat: int) -> Measured:
-        if self._drafts:
-            self._engine.generate(self._texts, SamplingParams(temperature=0, max_tokens=1))
+        self._engine.generate(self._texts, SamplingParams(temperature=0, max_tokens=1))
         return super().run(repeat)
 
     def times(self, prompt: I32, tokens: int, seed: int) -> Iterator[float]:
@@ -123,9 +127,14 @@ class Known(EngineSpeculates):
 def arms(model: Model, learn: float) -> list[ServeArm]:
     """learn: seconds of decoding."""
 
-    def engine(case: Case, *, drafts: bool) -> EngineClients:
-        return Known(case, model, drafts=drafts, learn=learn)
+    def engine(case: Case, *, drafts: bool, **options: Any) -> EngineClients:
+        return Known(case, model, drafts=drafts, learn=learn, options=options)
 
     includes = "Engine in this process, a thread for each reader; no HTTP"
-    how: dict[str, Any] = {OFF: False, KNOWS: True}
-    return [ServeArm(name, includes, partial(engine, drafts=on)) for name, on in how.items()]
+    never = replace(device_aware(), speculate=ByGain(inf))
+    how: dict[str, dict[str, Any]] = {
+        OFF: {"drafts": False},
+        WATCHES: {"drafts": True, "policy": never},
+        KNOWS: {"drafts": True},
+    }
+    return [ServeArm(name, includes, partial(engine, **each)) for name, each in how.items()]

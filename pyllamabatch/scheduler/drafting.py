@@ -42,7 +42,12 @@ _LINGERS = 32  # steps without drafts that are still sampled there (native/devic
 _NEAR = 0.25  # octaves of rows: how far the times of one number of rows speak for another one
 _COUNTS = 16  # steps: what was known counts as so many new ones at most
 _TRUSTED = 4000  # steps: what was observed longer ago is no more known
-_OFF_MOST = 1.6  # a call whose steps are further off counts as this: something has disturbed it
+_OFF_MOST = 1.6  # a call whose steps are further off counts as this: something has disturbed it;
+# where the next one is, too, or little was known, what is known begins anew with it
+_ENOUGH = (
+    8  # steps: so many without drafts are timed before those with drafts are compared with them
+)
+_RENEWED = (16, 512)  # steps with drafts: then some without are timed again, as soon, as late
 _LOST_MOST = 8.0  # steps' time, that one whose drafts were asked for may have lost; likewise
 
 
@@ -81,15 +86,25 @@ class StepTimes:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[float, float, int]] = {}  # by rows: factor, weight, step
+        self._doubted = set[int]()  # of these the last call was far off
         self._n_steps = 0
 
-    def observe(self, n_rows: int, n_steps: int, ratio: float) -> None:
-        """`n_steps` steps took `ratio` times what the model says."""
+    def observe(self, n_rows: int, n_steps: int, ratio: float) -> bool:
+        """`n_steps` steps took `ratio` times what the model says. Returns whether that is about
+        what was known."""
         factor, weight, _ = self._known.get(n_rows, (ratio, 0.0, 0))
-        ratio = min(max(ratio, factor / _OFF_MOST), factor * _OFF_MOST)
-        weight = min(weight, _COUNTS)
-        factor += (ratio - factor) * n_steps / (weight + n_steps)
+        near = min(max(ratio, factor / _OFF_MOST), factor * _OFF_MOST)
+        agrees, weight = near == ratio, min(weight, _COUNTS)
+        if agrees:
+            self._doubted.discard(n_rows)
+        elif weight < _ENOUGH or n_rows in self._doubted:
+            factor, near, weight = ratio, ratio, 0.0
+            self._doubted.discard(n_rows)
+        else:
+            self._doubted.add(n_rows)
+        factor += (near - factor) * n_steps / (weight + n_steps)
         self._known[n_rows] = factor, weight + n_steps, self._n_steps
+        return agrees
 
     def passed(self, n_steps: int) -> None:
         """So many steps were computed."""
@@ -100,8 +115,9 @@ class StepTimes:
             }
 
     def knows(self, first: int, last: int) -> bool:
-        """Whether a number of rows among these was timed lately."""
-        return any(first <= n_rows <= last for n_rows in self._known)
+        """Whether numbers of rows among these were timed lately, often enough."""
+        known = self._known.items()
+        return sum(weight for n, (_, weight, _) in known if first <= n <= last) >= _ENOUGH
 
     def factor(self, n_rows: int) -> float:
         """Of steps of so many rows."""
@@ -141,6 +157,11 @@ class Drafting:
         self._owner = np.zeros(n_slots, dtype=np.int64)  # id + 1 of the sequence that it is of
         self._calm: dict[int, int] = {}  # steps of calls that could have no drafts, by width
         self._off = _LINGERS + 1  # the last of them
+        self._calm_owner = self._owner[:0]  # what decoded in the last call,
+        self._n_calm = 0  # and for so many steps, without drafts
+        self._spell = 0  # steps with drafts, as long as those without take what they did
+        self._n_asked = 0  # of these since some without were timed
+        self._move: float | None = None  # seconds, as measured last
         self._moves = 0.0  # seconds, spent: to sample elsewhere, and to come back
         self._since = 0.0  # seconds gained since then, the last _TRIED steps'
         self._found = np.zeros((n_slots, n))
@@ -165,19 +186,27 @@ class Drafting:
         self._right[slots] = drafted.right[slots]
         begins, lingers = asked and self._begins(), self._lingers()
         self._off = 0 if asked else self._off + n_steps
+        goes_on = not asked and np.array_equal(owner, self._calm_owner)
+        self._calm_owner, self._n_calm = owner, n_steps + (self._n_calm if goes_on else 0)
         moves = self._moves
         if not self._lingers():
             self._moves = 0.0
         if cost is None:  # prompts: they have no drafts
             return
         self.times.passed(n_steps)
+        agrees, width = False, self._width(slots)
         for n_rows in np.flatnonzero(drafted.n_timed).tolist():
             n = int(drafted.n_timed[n_rows])
             said = cost.predict(n_rows, 0, kv, len(slots))
             if said > 0:
-                self.times.observe(n_rows, n, float(drafted.seconds_timed[n_rows]) / n / said)
+                ratio = float(drafted.seconds_timed[n_rows]) / n / said
+                agrees = self.times.observe(n_rows, n, ratio) or agrees
+        if asked:
+            self._spell += n_steps
+            self._n_asked = 0 if drafted.n_timed[width] else self._n_asked + n_steps
+        elif drafted.n_timed.any():
+            self._spell, self._n_asked = self._spell * agrees, 0
         self._seconds += drafted.seconds
-        width = self._width(slots)
         if not asked:
             self._calm[width] = self._calm.get(width, 0) + n_steps
         gained = 0.0
@@ -194,7 +223,8 @@ class Drafting:
             if begins:
                 spent = n_steps * price(max(width, round(drafted.n_rows / n_steps)))
                 move = min(max(0.0, drafted.seconds - spent), _MOVE_MOST * plain)
-                self._since, self._moves = 0.0, 2 * move  # it will have to come back
+                self._since, self._move = 0.0, move
+                self._moves = 2 * move  # it will have to come back
             elif not self._lingers():  # it has come back
                 spent -= moves / 2
             gained = max(worth - spent, -_LOST_MOST * n_steps * plain)
@@ -213,6 +243,12 @@ class Drafting:
     def _begins(self) -> bool:
         """Drafts, in the next step, have the sampling moved off the device."""
         return self.limits.drafts_move_sampling and self._off > _LINGERS
+
+    def _begin(self, plain: float) -> float:
+        """Seconds that it takes to sample elsewhere, and to come back; little, as long as that is
+        not known."""
+        known = _TRIAL * plain if self._move is None else 2 * self._move
+        return min(known, LOSS * LATELY / 2)
 
     def _lingers(self) -> bool:
         """Steps without drafts are still sampled on the host, on account of those before."""
@@ -250,7 +286,10 @@ class Drafting:
             if cost is None or not self.times.knows(width, max(width, limits.n_seq_max)):
                 return None
             # else they would be compared with steps that are sampled on the host as well
-            if limits.drafts_move_sampling and not self._is_calm(width):
+            if limits.drafts_move_sampling:
+                if not self._is_calm(width):
+                    return None
+            elif self._n_asked >= np.clip(self._spell - self._n_asked, *_RENEWED):
                 return None
             rows = range(room + 1)
             said = np.array([cost.predict(n_rows, 0, kv, n) if n_rows else 0.0 for n_rows in rows])
@@ -258,7 +297,7 @@ class Drafting:
             if self._invariance is not None:
                 seconds = self._invariance.allowed(seconds, width)
             graph = cost.new_graph.step if new_graph is None else new_graph
-            begin = _TRIAL * float(seconds[width]) if self._begins() else 0.0
+            begin = self._begin(float(seconds[width])) if self._begins() else 0.0
             # what the move has taken is spent, whether drafts go on or not
             credit = self.credit + self._moves
             if self._lingers() and self._since < -_TRIAL * seconds[width]:
@@ -274,5 +313,6 @@ class Drafting:
             width,
             room,
             even=limits.even_rows,
+            n_calm=self._n_calm if np.array_equal(owner, self._calm_owner) else 0,
             prices=None if cost is None or width > room else prices,
         )

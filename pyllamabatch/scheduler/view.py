@@ -165,8 +165,9 @@ class Prices(NamedTuple):
       there are none.
     - new_graph: seconds that a step takes longer where it has not as many rows as the last one with
       drafts.
-    - begin: credit that there has to be to begin with drafts, where that moves the sampling off the
-      device; 0 where it does not.
+    - begin: seconds that it takes to begin with drafts, and to end that, where they move the
+      sampling off the device; 0 where they do not, or there were some just before. There has to be
+      so much credit.
     """
 
     seconds: npt.NDArray[np.float64]
@@ -187,8 +188,10 @@ class Drafts(NamedTuple):
     - n_left: tokens that each may still generate.
     - width: rows of a step without drafts. room: rows that a step with drafts may have.
     - even: all sequences of a step have the same number of rows.
+    - n_calm: for so many steps these have decoded without any drafts.
     - prices(): of steps of up to `room` rows, by the cost model and by the time of such steps; None
-      where no step without drafts was timed lately. None without a cost model.
+      where steps without drafts were not timed lately, or not often enough. None without a cost
+      model.
     """
 
     n_max: int
@@ -200,6 +203,7 @@ class Drafts(NamedTuple):
     room: int
     even: bool
     prices: Callable[[], Prices | None] | None
+    n_calm: int = 0
 
 
 class StepView(NamedTuple):

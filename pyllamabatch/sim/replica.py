@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import starmap
 from math import inf
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from pyllamabatch.kv.radix_tree import Tokens
 from pyllamabatch.scheduler import Invariance, KvOptions, Limits, Policy, Scheduler, Step
 from pyllamabatch.scheduler.router import ReplicaView, expected_wait, row_seconds
 from pyllamabatch.scheduler.step import Shape
-from pyllamabatch.sim.drafts import Luck, Steps, drafted_of, plain, steps_of
+from pyllamabatch.sim.drafts import Luck, Sampling, Steps, drafted_of, plain, steps_of
 from pyllamabatch.sim.metrics import Load, Outcome
 from pyllamabatch.sim.recorder import StepRecorder
 from pyllamabatch.sim.workload import TraceRequest
@@ -34,11 +35,22 @@ from pyllamabatch.sim.workload import TraceRequest
 OVERHEAD = 1e-4
 
 
+class Moves(NamedTuple):
+    """What sampling on the host takes, which drafts need, in seconds. move: to sample elsewhere
+    than in the step before; 0: it is never on the device. row: a row takes longer by this."""
+
+    move: float = 0.0
+    row: float = 0.0
+
+
+NO_MOVES = Moves()
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     """What every replica is. sharing, retain, invariance: see `KvOptions`. overhead: seconds of a
     native call beside its steps. latency: seconds from a token to its reader. new_graph: see
-    `NewGraph`."""
+    `NewGraph`. moves: see `Moves`."""
 
     cost: StepCost
     limits: Limits
@@ -48,6 +60,7 @@ class EngineSpec:
     latency: float = 0.0
     new_graph: NewGraph = NO_COST
     invariance: Invariance | None = None
+    moves: Moves = NO_MOVES
 
     @classmethod
     def of(
@@ -64,12 +77,14 @@ class EngineSpec:
         gap_max: int = 16,
         batch_invariant: bool = False,
         speculate: bool = False,
+        moves: Moves = NO_MOVES,
     ) -> EngineSpec:
         """An engine of a model with plain attention. In a pool (unified) sequences share any
         prefix; with a stream for each, a prefix is copied whole. prefix_cache: cache the prefixes
         of ended requests. gap_max: see `Limits`; the default
         is a GPU's. batch_invariant: see `Engine`; ArgumentError in a pool. speculate: steps may
-        check drafts that cost nothing to make, of requests with an `acceptance`."""
+        check drafts that cost nothing to make, of requests with an `acceptance`. moves: of a device
+        that samples by itself where there are none."""
         if batch_invariant and speculate:
             raise ArgumentError("speculate", speculate, "False with batch_invariant")
         if batch_invariant and unified:
@@ -81,7 +96,12 @@ class EngineSpec:
         limits = Limits(n_batch, n_ubatch, n_seq_max, n_cells, n_cells_seq, unified, gap_max)
         if speculate:
             n_outputs = min(n_seq_max + n_cached + most_draft_rows(n_seq_max), n_batch)
-            limits = replace(limits, n_draft_max=DRAFT_MOST, n_outputs=n_outputs)
+            limits = replace(
+                limits,
+                n_draft_max=DRAFT_MOST,
+                n_outputs=n_outputs,
+                drafts_move_sampling=moves.move > 0,
+            )
         sharing = Sharing(
             copy_part=unified,
             copy_whole=True,
@@ -98,6 +118,7 @@ class EngineSpec:
             overhead,
             new_graph=cost.new_graph,
             invariance=invariance,
+            moves=moves,
         )
 
 
@@ -174,6 +195,7 @@ class SimulatedReplica:
         self._wake = inf
         self._rows_before = 0  # of the last step
         self._drafted_rows = 0  # of the last one with drafts
+        self._sampling = Sampling(*spec.moves)
         switch = spec.cost.switch or 0.0
         self._graphs: Graphs | None = None
         if spec.new_graph.step or switch:
@@ -355,9 +377,10 @@ class SimulatedReplica:
             steps = self._drafted_steps(step, n)
             seconds = steps.seconds
         else:
-            seconds = self._seconds(step, n)
+            own, seconds = self._seconds(step, n)
             if scheduler.drafting is not None:
-                steps = plain(step, seconds)
+                steps = plain(step, seconds, own == seconds, self._sampling)
+                seconds = steps.seconds
         self._rows_before = 0 if steps is None else int(steps.rows[-1])
         ends = now + self.spec.overhead + np.cumsum(seconds)
         self._call = _InFlight(step, now, ends, held, steps)
@@ -391,10 +414,10 @@ class SimulatedReplica:
         left = [self._in_slot[slot].left for slot in slots]
         luck = [self._luck(slot) for slot in slots]
         last = self._drafted_rows
-        return steps_of(step, n, left, luck, scheduler.limits, seconds_of, last)
+        return steps_of(step, n, left, luck, scheduler.limits, seconds_of, last, self._sampling)
 
-    def _seconds(self, step: Step, n: int) -> F64:
-        """Seconds of each of n times this step."""
+    def _seconds(self, step: Step, n: int) -> tuple[F64, F64]:
+        """Seconds of each of n times this step, without new graphs and with them."""
         scheduler, predict = self.scheduler, self.spec.cost.predict
         kv = scheduler.attention.cells(step)
         shapes = scheduler.attention.shapes(step, kv)
@@ -404,9 +427,11 @@ class SimulatedReplica:
             later = scheduler.attention.cells(step, n - 1)
             last = sum(predict(rows, 0, held * later / kv, seqs) for rows, _, held, seqs in shapes)
             seconds += (last - first) / (n - 1) * np.arange(n, dtype=np.float64)
+        own = seconds
         if self._graphs is not None:
+            seconds = seconds.copy()
             self._graphs.add_to(seconds, self._call_of(step, n, shapes))
-        return seconds
+        return own, seconds
 
     def _call_of(self, step: Step, n: int, shapes: list[Shape]) -> NativeCall:
         """Of n times this step, whose parts that are computed at once have these shapes."""

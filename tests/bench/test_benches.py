@@ -127,10 +127,10 @@ def test_speculate_knows_answers_as_often_as_it_is_told(run: Run) -> None:
     words = ("--sequences", "2", "--tokens", "8", "--acceptance", "1,0.5", "--arms", "")
     status, records = run("speculate", *EMBEDDED, *words, "--learn", "0.1")
     assert status == 0
-    arms = [acceptance.OFF, acceptance.KNOWS]
+    arms = [acceptance.OFF, acceptance.WATCHES, acceptance.KNOWS]
     kinds = ["acceptance 1.00", "acceptance 0.50"]
     assert [(r.arm, r.sampling) for r in records] == [(arm, kind) for kind in kinds for arm in arms]
-    assert [r.detail["tokens"] for r in records] == [16.0] * 4
+    assert [r.detail["tokens"] for r in records] == [16.0] * 6
     with pytest.raises(SystemExit, match="0 to 1"):
         run("speculate", *EMBEDDED, "--acceptance", "80")
 

@@ -1,5 +1,6 @@
 """Speculate: rows for drafts where they give more tokens a second, none where they do not."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -233,6 +234,49 @@ def test_nor_do_drafts_that_take_time() -> None:
     assert 0 < lost < LOSS * (total + ADVANCE) + worst
 
 
+def lost_by(pace: Callable[[int], float], drafted_step: float, tokens: float) -> tuple[float, int]:
+    """Of one sequence whose drafts take time: the share of the time that it has lost in 3,000
+    steps, and how many of these had drafts. pace: of the machine at each step; drafted_step: as
+    many times what one without takes, and gives so many tokens."""
+    limits = replace(LIMITS, drafts_take_time=True)
+    drafting = Drafting(limits, 8)
+    slots, owner, one = np.array([0], np.int32), np.array([1]), np.ones(1, np.int64)
+    shares = np.tile(np.array([0.9, 0.8, 0.0, 0.0]), (8, 1))
+    total = worth = 0.0
+    at = n_asked = 0
+    while at < 3000:
+        drafts = drafting.view(slots, owner, 10000 * one, 100.0, HALF)
+        view = view_of(decoding(0), limits=limits)._replace(drafts=partial(Drafts, *drafts))
+        asked, steps, _ = ByGain()(PlanBuilder(view, 64, view.kv.free, view.kv.promised))
+        assert steps is not None
+        paces = np.array([pace(at + i) for i in range(steps)])
+        each = drafted_step * half(1) if asked else half(1)
+        seconds = float(paces.sum()) * each
+        total += seconds
+        worth += float(paces.sum()) * half(1) * (tokens if asked else 1)
+        n_rows = 1 + sum(asked.values())
+        timed = np.bincount([n_rows], minlength=9) * steps
+        taken = slots + round(steps * (tokens if asked else 1))
+        drafted = Drafted(taken, n_rows * steps, 0, 0, np.ones((8, 4)), shares, seconds, timed,
+                          timed * seconds / steps)  # fmt: skip
+        drafting.observe(slots, owner, drafted, steps, 100, HALF, asked=bool(asked))
+        at, n_asked = at + steps, n_asked + steps * bool(asked)
+    return 1 - worth / total, n_asked
+
+
+def test_steps_without_drafts_are_timed_again_where_they_become_rare() -> None:
+    """Else an engine's first steps, which are slow, would be what drafts are compared with."""
+    for slow in (4, 10, 12):
+        lost, n_asked = lost_by(lambda at, slow=slow: 12.0 if at < slow else 1.0, 4.0, 2.7)  # type: ignore[misc]
+        assert 0 < n_asked < 100
+        assert lost < 0.03
+    lost, n_asked = lost_by(lambda at: 5.0 if at // 500 % 2 else 1.0, 4.0, 2.7)
+    assert lost < 0.04
+    lost, n_asked = lost_by(lambda at: 5.0 if at // 500 % 2 else 1.0, 1.2, 2.7)
+    assert lost < -1.0
+    assert n_asked > 2700
+
+
 def test_no_drafts_where_those_that_decode_fill_a_call() -> None:
     slots = np.arange(8, dtype=np.int32)
     limits = replace(LIMITS, drafts_move_sampling=True, n_ubatch=4)
@@ -289,7 +333,8 @@ def test_where_drafts_move_the_sampling_they_begin_soon_and_stay_where_they_pay(
             assert n_moves == 1
         else:  # back at once, and again when that is paid for
             trial = 2 * move + 17 * (half(5) - half(1))
-            assert n_moves in (2, 4, 6, 8, 10)
+            assert n_moves >= 2
+            assert n_moves % 2 == 0
             assert n_asked <= 17 * n_moves / 2
             assert lost < LOSS * (total + ADVANCE) + trial
 
@@ -390,7 +435,7 @@ def test_each_sequence_advances_by_what_it_took() -> None:
 )
 def test_steps_with_drafts_have_cells(kind: dict[str, bool], repeat: int) -> None:
     """Where all sequences have as many rows as the one with most, for all of these."""
-    limits = replace(LIMITS, n_cells=12 + 24, **kind)  # type: ignore[arg-type]
+    limits = replace(LIMITS, n_cells=12 + 24, **kind)
     step = scheduler(lambda builder: Speculation({1: 3}, 5), limits).plan(1.0)
     assert step is not None
     assert (step.drafts, step.repeat) == ({0: 3}, repeat)

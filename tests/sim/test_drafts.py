@@ -16,13 +16,15 @@ from pyllamabatch.scheduler import Step
 from pyllamabatch.scheduler.view import Prices
 from pyllamabatch.sim import (
     EngineSpec,
+    Simulated,
     TraceRequest,
     acceptance_of,
     draw,
     draw_acceptance,
     simulate,
 )
-from pyllamabatch.sim.drafts import Luck, decide
+from pyllamabatch.sim.drafts import F64, Luck, Sampling, decide
+from pyllamabatch.sim.replica import Moves
 from tests.sim.test_simulate import linear, machine, one, outcomes
 from tests.support.engines import check_idle, greedy
 from tests.support.made_up_costs import Linear
@@ -95,6 +97,42 @@ def test_the_decision_never_loses(profile: str, least: float) -> None:
                 if n == 1 and acceptance == 0.8:
                     gains.append(ratio)
     assert min(gains) > least
+
+
+@pytest.mark.parametrize("n", [1, 4, 8, 16])
+@pytest.mark.parametrize("acceptance", [0.4, 0.5, 0.8])
+def test_nor_where_drafts_move_the_sampling(n: int, acceptance: float) -> None:
+    """N answers at once, again and again, on a device that samples by itself: a move takes as long
+    as nine steps. No round loses much, and all of them nothing."""
+    cost = CostModel.fit(
+        shipped_profile("nvidia-h200-gemma-3-1b-q4_k_m"), unified=False, n_ubatch=512
+    )
+    shape: dict[str, Any] = {"n_seq_max": n, "n_cells": 1024 * n, "unified": False}
+    requests = [one(r * n + i, 60.0 * r, 64, 256) for r in range(12) for i in range(n)]
+    plain = ends(simulate(requests, EngineSpec.of(cost, **shape)), n)
+    moving = EngineSpec.of(cost, speculate=True, moves=Moves(22e-3, 16e-6), **shape)
+    found = simulate([replace(r, acceptance=acceptance) for r in requests], moving)
+    ratios = plain / ends(found, n)
+    assert plain.sum() / ends(found, n).sum() > 0.99
+    assert ratios.min() > 0.93
+    if acceptance == 0.8:
+        assert ratios[-1] > 1.3
+
+
+def ends(found: Simulated, n: int) -> F64:
+    """Seconds until the last of each round's n answers is there."""
+    outcomes = sorted(found.outcomes, key=lambda o: o.id)
+    rounds: F64 = np.array([o.end - o.arrival for o in outcomes]).reshape(-1, n)
+    return np.asarray(rounds.max(axis=1))
+
+
+def test_sampling_moves_and_lingers() -> None:
+    sampling = Sampling(1.0, 0.125)
+    steps = [sampling.next(2, asked=at == 1) for at in range(36)]
+    assert [at for at, step in enumerate(steps) if step.moved] == [1, 34]
+    assert [at for at, step in enumerate(steps) if step.off] == [*range(1, 34)]
+    assert [steps[at].seconds for at in (0, 1, 2, 34, 35)] == [0.0, 1.25, 0.25, 1.0, 0.0]
+    assert Sampling().next(2, asked=True) == (0.0, False, False)
 
 
 @LAYOUTS

@@ -11,9 +11,11 @@ from ...errors import ArgumentError
 from ..policy import NO_SPECULATION, PlanBuilder, Speculation
 from ..view import Drafts, Prices
 
-STEPS = 64  # that a decision stands for
+STEPS = 64  # that a decision stands for; one against drafts
+AT_MOST = 1024  # as many as there were without any, up to this
 TIMED = 4  # of a kind that was not timed lately
 ASKED = 16  # where drafts are asked for, as they were right lately
+REPAID = 2.0  # times what it takes to begin is to be gained in what is left of the answers
 HOPE = 0.75  # what steps take then that were not timed, beside what the cost model says
 
 
@@ -41,59 +43,62 @@ class ByGain:
         if drafts is None or drafts.prices is None or not drafts.ids:
             return NO_SPECULATION
         n = len(view.decoding)
+        none = Speculation({}, min(max(STEPS, drafts.n_calm), AT_MOST))
         if n != len(drafts.ids):
-            return Speculation({}, STEPS)
+            return none
         prices = drafts.prices()
         if prices is None:
             return Speculation({}, TIMED)
         room = min(drafts.room, builder.cells + n)
         most = min(drafts.n_max, (room - drafts.width) // (drafts.width if drafts.even else n))
         if most < 1 or prices.credit < prices.begin:
-            return Speculation({}, STEPS)
+            return none
         target = view.running.itl_targets()[0]
         seconds = np.where(prices.seconds <= target, prices.seconds, 0.0)
         own = prices._replace(seconds=seconds, gain=self.gain)
-        if view.limits.drafts_take_time:
-            expected = self._asked(drafts, own, most, HOPE, unknown=1)
-            begins = prices.begin and expected.drafts
-            return expected._replace(steps=1) if begins else expected
-        if not can_pay(drafts, seconds, most, self.gain):
-            return Speculation({}, STEPS)
-        if not view.limits.drafts_move_sampling:
-            return Speculation(_as_many(drafts, most), STEPS, own)
-        if not prices.begin:
-            return Speculation(_as_many(drafts, most), ASKED, own._replace(gain=0.0))
-        expected = self._asked(drafts, own, most)
-        return Speculation(_as_many(drafts, most), 1, own) if expected.drafts else expected
-
-    def _asked(
-        self,
-        drafts: Drafts,
-        prices: Prices,
-        most: int,
-        hope: float = 1.0,
-        *,
-        unknown: int = ASKED,
-    ) -> Speculation:
-        """unknown: steps until one without any drafts so far is looked at again."""
+        takes_time = view.limits.drafts_take_time
+        if not takes_time:
+            if not can_pay(drafts, seconds, most, self.gain):
+                return none
+            if not view.limits.drafts_move_sampling:
+                return Speculation(_as_many(drafts, most), STEPS, own)
+            if not prices.begin:
+                return Speculation(_as_many(drafts, most), ASKED, own._replace(gain=0.0))
         if not drafts.found.any(axis=1).all():  # of a new one what is usual is known soon
-            return Speculation({}, unknown)
-        n, width = len(drafts.ids), drafts.width
-        plain = float(prices.seconds[width])
-        best = (1 + prices.gain) * n / plain if plain > 0 else np.inf
-        choice, timed = 0, True
-        for k in range(1, most + 1):
-            rows = (width if drafts.even else n) * k + width
-            seconds = float(prices.seconds[rows])
-            known = prices.worst[rows] <= seconds
-            tokens = n + float(drafts.right[:, :k].sum())
-            hoped = seconds if known else max(hope * seconds, min(plain, seconds))
-            rate = tokens / hoped if seconds > 0 else 0.0
-            if rate > best:
-                best, choice, timed = rate, k, known
-        if not choice:
-            return Speculation({}, STEPS)
-        return Speculation(_as_many(drafts, choice), ASKED if timed else TIMED)
+            return Speculation({}, 1 if takes_time else min(max(ASKED, drafts.n_calm), AT_MOST))
+        k, timed = _choice(drafts, own, most, HOPE if takes_time else 1.0)
+        if not k:
+            return none
+        if prices.begin:
+            return Speculation(
+                _as_many(drafts, k if takes_time else most), 1, None if takes_time else own
+            )
+        return Speculation(_as_many(drafts, k), ASKED if timed else TIMED)
+
+
+def _choice(drafts: Drafts, prices: Prices, most: int, hope: float) -> tuple[int, bool]:
+    """How many drafted tokens of each give most tokens a second, 0 where that is too little; and
+    whether such steps were timed. hope: what others take, beside what the cost model says."""
+    n, width = len(drafts.ids), drafts.width
+    plain = float(prices.seconds[width])
+    best = (1 + prices.gain) * n / plain if plain > 0 else np.inf
+    if prices.begin:  # as much as that has to be gained before the answers end
+        left = float(drafts.n_left.mean()) * plain
+        repaid = 1 - REPAID * prices.begin / left
+        best = max(best, n / plain / repaid) if repaid > 0 else np.inf
+    choice, known = 0, True
+    for k in range(1, most + 1):
+        rows = (width if drafts.even else n) * k + width
+        seconds, worst = float(prices.seconds[rows]), float(prices.worst[rows])
+        timed = worst <= seconds
+        tokens = n + float(drafts.right[:, :k].sum())
+        hoped = seconds if timed else max(hope * seconds, min(plain, seconds))
+        rate = tokens / hoped if seconds > 0 else 0.0
+        # else the step itself would have none
+        dared = not prices.begin or worst + prices.new_graph - tokens * plain / n <= prices.credit
+        if rate > best and dared:
+            best, choice, known = rate, k, timed
+    return choice, known
 
 
 def _as_many(drafts: Drafts, n: int) -> dict[int, int]:
