@@ -1,7 +1,5 @@
 """`python -m pyllamabatch` is the same as `pyllamabatch`."""
 
-from __future__ import annotations
-
 import sys
 
 from pyllamabatch.cli import main

@@ -4,8 +4,6 @@ The checks of arguments that every room shares are at the end: `integer`, `numbe
 `choice`, `unknown_keyword`.
 """
 
-from __future__ import annotations
-
 import math
 import numbers
 import operator

@@ -7,8 +7,6 @@ be used by one thread at a time. Every call releases the GIL.
 docs/reference/raw.md has a complete loop.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The command line, one file a command: `pyllamabatch demo`, `pyllamabatch generate`, …"""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

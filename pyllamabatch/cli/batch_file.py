@@ -4,8 +4,6 @@ A reader thread pulls input lines. The engine's thread says when a stream has en
 happens in the thread that calls `BatchFile.run`, which sleeps until one of the two has news.
 """
 
-from __future__ import annotations
-
 import math
 import queue
 import threading

@@ -8,8 +8,6 @@ what is measured. Where other load disturbed too many steps of a kind, nothing
 is saved, and the exit status is 1.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Parse the command line, run one command, and turn every known failure into one line."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

@@ -16,8 +16,6 @@ Exit status: 0, or 1 when an arm failed; with --gate 0 when it is met and 3 when
 after Ctrl-C.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -20,8 +20,6 @@ Exit status: 0 all answered, 1 some lines failed, 2 nothing could be run,
 130 interrupted.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

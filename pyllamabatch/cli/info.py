@@ -3,8 +3,6 @@
 Without -m, the embedded model is described.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import platform

@@ -1,7 +1,5 @@
 """The JSON lines that `generate` reads: one request each, checked before anything is run."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Iterator

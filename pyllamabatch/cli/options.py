@@ -1,7 +1,5 @@
 """The flags that commands share, and what they give to Model, Engine and SamplingParams."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import fields

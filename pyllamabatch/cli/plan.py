@@ -7,8 +7,6 @@ sequences, a context each, and a process each are compared. --measure starts
 real processes on this machine (Linux) and prints what they share.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Callable, Iterator

@@ -4,8 +4,6 @@
 turn waits in `OUT.part`: a killed run loses nothing that was finished.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 from collections.abc import Iterator

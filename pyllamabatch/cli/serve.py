@@ -10,8 +10,6 @@ It listens on loopback only, unless --host says otherwise. Give it a key then:
 503, open ones are finished (--drain-timeout); a second one cuts them off.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import os

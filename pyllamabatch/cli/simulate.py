@@ -11,8 +11,6 @@ draws one:
   closed:clients=16,…
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

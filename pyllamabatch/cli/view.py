@@ -7,8 +7,6 @@
 The page is one HTML file without any address in it: --out says where it goes.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 import webbrowser

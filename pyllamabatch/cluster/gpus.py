@@ -1,7 +1,5 @@
 """GPUs of replicas: each has some, or a share of one."""
 
-from __future__ import annotations
-
 from math import ceil, floor
 
 UNITS = 10_000  # of a share, as Ray counts them

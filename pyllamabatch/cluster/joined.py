@@ -1,7 +1,5 @@
 """What is asked of all replicas: their answers as one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from urllib.parse import parse_qs
 

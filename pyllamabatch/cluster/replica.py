@@ -5,8 +5,6 @@ over a connection of their own from the replica to the front: for each token the
 more than the engine.
 """
 
-from __future__ import annotations
-
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Callable

@@ -1,7 +1,5 @@
 """FleetRouter: a router of the scheduler's as Ray Serve's `RequestRouter`."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What to use on this machine for this model: plain sentences that follow from the medians."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby

@@ -1,7 +1,5 @@
 """The arms, and what the time of each contains. `Arm.run` opens it."""
 
-from __future__ import annotations
-
 from pyllamabatch.compare import hosted
 from pyllamabatch.compare.case import Arm, Case
 from pyllamabatch.compare.hosted import Hosted

@@ -1,7 +1,5 @@
 """A thread for each client, all let go at the same moment."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable, Iterable

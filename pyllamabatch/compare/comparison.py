@@ -1,7 +1,5 @@
 """Records of one bench as arms beside each other: one table of medians."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Sequence
 from statistics import median
 

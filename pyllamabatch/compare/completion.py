@@ -1,8 +1,6 @@
 """A client of `pyllamabatch serve`, of the standard library: it costs the least where it shares the
 cores with what it measures."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import time

@@ -1,7 +1,5 @@
 """The raw loop on a profile machine, and the loop that suits a case."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from pyllamabatch.compare.case import Case

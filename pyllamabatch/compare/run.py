@@ -1,7 +1,5 @@
 """The comparison: every number of sequences, every repeat, every arm in turn."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """The Cotabby inference bench's three scenarios, as its one line of JSON; and the gate."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import Any

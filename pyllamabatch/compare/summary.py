@@ -1,7 +1,5 @@
 """Records of `pyllamabatch compare` for a reader: a table of each bench."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from pyllamabatch.compare.arms import EACH_ITS_OWN

@@ -1,7 +1,5 @@
 """What one run asks of an arm, what came of it, and the figures that follow."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

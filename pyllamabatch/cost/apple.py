@@ -1,7 +1,5 @@
 """Apple's chips, for priors of Macs that were never measured."""
 
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
 

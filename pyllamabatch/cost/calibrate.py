@@ -11,8 +11,6 @@ and are repeated, as is a shape whose steps differ too much. A layout of which a
 remains unknown makes no profile.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """The cost model that suits a context."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import replace
 

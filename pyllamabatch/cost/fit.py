@@ -1,7 +1,5 @@
 """How the terms of the cost model are fitted to a profile's samples."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """What new graphs cost the steps of a simulated engine, and of a profile machine."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

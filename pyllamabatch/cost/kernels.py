@@ -32,8 +32,6 @@ where rows are not a multiple of 256 long), so blocks and tiles come on top of w
 bytes has: the cost model takes that for tiles of four in groups of sixteen.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 

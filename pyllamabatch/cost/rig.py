@@ -4,8 +4,6 @@ Contents do not matter for time: tokens are random, and a depth is computed once
 other sequences as state.
 """
 
-from __future__ import annotations
-
 import time
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """StepCost: what the scheduler, its policies and the simulator ask about a device."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from typing import NamedTuple, Protocol
 

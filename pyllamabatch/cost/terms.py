@@ -30,8 +30,6 @@ A ubatch of n rows, o of them sampled, costs
 All c are >= 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple

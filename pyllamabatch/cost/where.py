@@ -1,7 +1,5 @@
 """What a profile is matched by: the device that a context runs on, and what its model weighs."""
 
-from __future__ import annotations
-
 import hashlib
 import platform
 import re

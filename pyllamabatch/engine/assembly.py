@@ -1,7 +1,5 @@
 """The parts of an engine, by its options: a context, the stepper on it, and the scheduler."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any, cast
 

@@ -10,8 +10,6 @@ Each command interrupts the native call that is going on, after the step that it
 - Keep-alive: inside `keep_alive()` the model and the stepper stay open.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future

@@ -1,7 +1,5 @@
 """The sizes of an engine's context where none were asked for, and why."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from ..cost.kernels import is_cuda

@@ -11,8 +11,6 @@ Whatever ends a request early (a cancel, a deadline, an error, a stop string) en
 calls, so that the cache, the accounting and the counters always agree.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections.abc import Callable, Sequence

@@ -1,8 +1,6 @@
 """CostObserver: tells the cost model, and the estimate of what a preemption costs, how long the
 native calls took."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from time import perf_counter
 

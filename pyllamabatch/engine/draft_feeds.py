@@ -1,7 +1,5 @@
 """Feeds: how drafts come to the steps of an engine, from the drafter that it was given."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from time import perf_counter

@@ -20,8 +20,6 @@ Whatever a drafter says, answers are the same as without: a drafted token stays 
 that is sampled.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol

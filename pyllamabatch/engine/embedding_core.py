@@ -1,7 +1,5 @@
 """EmbeddingCore: texts of many calls, packed into batches by one thread on one context."""
 
-from __future__ import annotations
-
 import threading
 from collections import deque
 from collections.abc import Sequence

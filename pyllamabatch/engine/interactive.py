@@ -3,8 +3,6 @@
 One call at a time, `Call`, says what the owner waits for. A call that raises has changed nothing.
 """
 
-from __future__ import annotations
-
 import threading
 from math import isnan
 from time import perf_counter

@@ -10,8 +10,6 @@ One row alone is never among them: attention of a single row on a CPU is divided
 where it is long.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from typing import Any

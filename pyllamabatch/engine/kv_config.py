@@ -1,7 +1,5 @@
 """What the scheduler may use of a context, and what its sequences can share."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from ..kv import Sharing

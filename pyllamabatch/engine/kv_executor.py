@@ -1,7 +1,5 @@
 """KvExecutor: carries out in the memory what the scheduler has decided."""
 
-from __future__ import annotations
-
 import logging
 from time import perf_counter
 

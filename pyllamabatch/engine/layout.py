@@ -7,8 +7,6 @@ looks over the cells of all. Streams are the default where their cells suffice, 
 faster on the device (`layout_cost`), and become a pool when a sequence needs more than one has.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import inf

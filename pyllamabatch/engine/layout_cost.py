@@ -5,8 +5,6 @@ a row looks at the cells of all, and rows that decode ride along with prompts, w
 where they pay for a whole tile of rows otherwise.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from ..cost.step_cost import StepCost

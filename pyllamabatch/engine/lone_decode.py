@@ -5,8 +5,6 @@ the plan stands for more steps (`Step.stands`). So the next of them needs no com
 plan; they are accounted together, before anything looks at the scheduler.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager
 from typing import Any
 

@@ -4,8 +4,6 @@ Cells and graphs are allocated when an engine starts, and mapped weights are the
 What grows beside these are the states of swapped sequences.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The layout and the context of an engine on a profile machine."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from math import inf
 from typing import Any

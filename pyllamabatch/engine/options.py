@@ -1,7 +1,5 @@
 """Options of requests and of engines: what may be given, and the checks of it."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict

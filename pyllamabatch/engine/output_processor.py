@@ -9,8 +9,6 @@ What the core does between two steps comes as an event with the number of steps 
 everything happens to a stream in the order in which it was computed.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

@@ -1,8 +1,6 @@
 """The process that an engine was made in. A forked child has none of its threads, and its locks may
 be held for ever there."""
 
-from __future__ import annotations
-
 import os
 
 from ..errors import EngineClosed

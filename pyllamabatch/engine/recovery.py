@@ -6,8 +6,6 @@ context takes the place of the one that failed, and all that ran in it is comput
 that was in such steps too often ends with the error.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 

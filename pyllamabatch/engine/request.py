@@ -1,7 +1,5 @@
 """Request: one sequence as the core knows it, from the command queue to its end."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What a stream gives: Token, Chunk (new text and tokens) and, at the end, Result."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 

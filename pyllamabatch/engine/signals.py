@@ -3,8 +3,6 @@
 Python runs them in the main thread, between any two instructions, and most of them raise (Ctrl-C).
 """
 
-from __future__ import annotations
-
 # `signal` itself looks for an enum member at each call, and takes twenty times as long.
 import _signal as fast  # type: ignore[import-not-found,unused-ignore]
 import signal

@@ -1,7 +1,5 @@
 """SlotTable: which request is in which slot, and its way in and out."""
 
-from __future__ import annotations
-
 from ..llama.lora import LoraSet
 from ..scheduler import Scheduler
 from ..scheduler.invariance import Computed

@@ -1,7 +1,5 @@
 """StepCalls: the native calls that a step is made of, what each is told, and what it tells."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from ..scheduler import Scheduler, Step

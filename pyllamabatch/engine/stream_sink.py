@@ -1,7 +1,5 @@
 """StreamSink: a request whose tokens go to a stream, and which ends by itself."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from ..errors import SamplingError

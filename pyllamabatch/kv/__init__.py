@@ -1,8 +1,6 @@
 """KV memory as plain Python: which slot holds which cells, which prefixes stay cached, and what a
 preemption should do. No libllama here: the engine and the simulator use the same objects."""
 
-from __future__ import annotations
-
 from .accounting import KvAccounting, Slots
 from .prefix_cache import PrefixCache
 from .radix_tree import RadixTree

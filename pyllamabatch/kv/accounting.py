@@ -17,8 +17,6 @@ takes the next free one behind the last row's, or from the first one on that was
 `reach` follows that about, as if the free ones were spread evenly.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -4,8 +4,6 @@ Chunks end at multiples of a step, and the first ones at `EARLY` too: the turns 
 begins with are no longer than these, and with them short prompts have a prefix to share.
 """
 
-from __future__ import annotations
-
 EARLY = (16, 24, 32, 64)
 """More of them would save rows of prompts that share a little more, and cost each prompt a call."""
 

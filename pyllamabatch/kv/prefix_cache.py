@@ -6,8 +6,6 @@ Every slot that holds something is known by its tokens: a running one by those t
 started with, a cached one (its sequence has ended, or was preempted) by all that it holds.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator

@@ -1,8 +1,6 @@
 """What sequences of one context can take over from each other, and the words for it: hits, keys and
 KV operations."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple

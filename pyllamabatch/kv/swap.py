@@ -9,8 +9,6 @@ Rates are running means in which a new measurement counts for a fifth. Before th
 is known of the device, and the sequence is computed again.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Batch: the rows of one `llama_batch`, seen as NumPy arrays."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Context: a model at work, with its memory and its outputs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any

@@ -1,7 +1,5 @@
 """Who frees what, when: a native object lives as long as anything refers to its pointer."""
 
-from __future__ import annotations
-
 import math
 import threading
 import weakref

@@ -1,7 +1,5 @@
 """What this host gives to a process: cores, memory, files. Pure Python, without libllama."""
 
-from __future__ import annotations
-
 import ctypes
 import ctypes.util
 import os

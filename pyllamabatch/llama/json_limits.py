@@ -1,7 +1,5 @@
 """Limits of the JSON that llama.cpp gets: its converters recurse as deep as it is nested."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

@@ -15,8 +15,6 @@ kind of memory; here each such case is an exception before the call. The rules, 
   cells.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ The fields, their types, ranges and enum names come from the compiled declaratio
 later llama.cpp adds is accepted under its own name without a change here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

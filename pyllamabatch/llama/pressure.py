@@ -1,7 +1,5 @@
 """Whether this system runs out of memory, by its own account, and memory that goes back to it."""
 
-from __future__ import annotations
-
 import ctypes
 import sys
 from enum import IntEnum

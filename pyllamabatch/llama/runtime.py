@@ -5,8 +5,6 @@ until the application gives it (or a parent) a handler. Lines arrive when one of
 the ring of native/guard/log.cpp, on the thread that made the call.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

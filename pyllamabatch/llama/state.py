@@ -12,8 +12,6 @@ The note holds the parameters of the context that the data depends on, so that o
 can be named, and what else the saver wants to have back.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

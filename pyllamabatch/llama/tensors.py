@@ -1,7 +1,5 @@
 """The tensors of a model's files, by name."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ of each sequence's cells, gives each sampled row a token, and counts budgets. Wh
 which token comes next, is a subclass's: `ProfileDevice`, and the fakes of the tests.
 """
 
-from __future__ import annotations
-
 import threading
 from collections import deque
 from collections.abc import Sequence

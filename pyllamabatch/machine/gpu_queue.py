@@ -5,8 +5,6 @@ nothing is passed on from one caller to the next, and a caller that dies holds n
 stays is the time at which the GPU is free again, in a file that all processes of the user share.
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 import struct

@@ -1,8 +1,6 @@
 """The embedded model, a small llama with one right answer for every prompt that it was made for;
 a smaller one that drafts for it; and `fetch`, which brings real ones by name."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from importlib.resources import files

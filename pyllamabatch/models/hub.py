@@ -6,8 +6,6 @@ Its cache, its token and its settings apply: HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_
 download that was broken off goes on where it ended.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches

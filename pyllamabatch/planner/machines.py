@@ -1,7 +1,5 @@
 """Machines to plan for: this one, or one by name."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 

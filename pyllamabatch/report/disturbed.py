@@ -3,8 +3,6 @@
 A record's `other_cpu` is what others used of the cores meanwhile, on average (`meters`); below 0
 where that is not known."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from .meters import BUSY

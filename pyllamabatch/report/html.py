@@ -1,7 +1,5 @@
 """HTML documents that need no other file."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """What records say together: speeds of repeats, and ratios of runs that were neighbours."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from pyllamabatch.report.records import Record

@@ -5,8 +5,6 @@ which these have not. A figure that the system does not say has no key; what oth
 `UNKNOWN`, as it must be seen that no one has looked.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import sys

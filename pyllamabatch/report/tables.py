@@ -1,7 +1,5 @@
 """Tables of text cells, as Markdown, as plain text and as HTML."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Where sequences start: behind a prefix that is in the cache, from a saved state, or at 0."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import islice

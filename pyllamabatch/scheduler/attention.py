@@ -1,7 +1,5 @@
 """What attention looks over in a step, for the cost model."""
 
-from __future__ import annotations
-
 from pyllamabatch.cost.step_cost import StepCost
 
 from ..kv import KvAccounting

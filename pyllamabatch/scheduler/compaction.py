@@ -6,8 +6,6 @@ they cut a step into parts. Every step pays for that while nothing comes to take
 the steps have paid as much as closing the gaps costs, they are closed.
 """
 
-from __future__ import annotations
-
 from math import ceil
 
 import numpy as np

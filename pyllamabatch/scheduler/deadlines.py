@@ -1,7 +1,5 @@
 """Which sequences must be done by when."""
 
-from __future__ import annotations
-
 import heapq
 
 

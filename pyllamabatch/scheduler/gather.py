@@ -7,8 +7,6 @@ for, and how long each has taken until now (`idle`); how long to wait is one sma
 frozen value, and has no clock: the engine asks it in real time, a simulator in virtual time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol

@@ -1,7 +1,5 @@
 """Interactive sequences: a prompt now and then, one token each time that its owner asks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """How sequences share and keep KV cells: what a scheduler is told of it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import NamedTuple
 

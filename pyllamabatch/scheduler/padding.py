@@ -7,8 +7,6 @@ a width is given up when its rows have cost as much more than a step without the
 graphs would, that for the new rows and that for when the width is needed again.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 

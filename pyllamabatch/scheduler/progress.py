@@ -1,7 +1,5 @@
 """Progress: what changes when a step has been computed."""
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 

@@ -1,7 +1,5 @@
 """Things by name: those that ship, those of other packages (entry points), and one's own."""
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import inspect

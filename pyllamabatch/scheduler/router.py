@@ -4,8 +4,6 @@ and the live one (`pyllamabatch.cluster`) ask the very same objects.
 A prompt is an array of int32: token ids, or the bytes of a text where there is no tokenizer.
 """
 
-from __future__ import annotations
-
 import itertools
 from abc import abstractmethod
 from collections import Counter, OrderedDict

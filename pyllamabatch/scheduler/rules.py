@@ -1,7 +1,5 @@
 """The rules that every plan keeps, by name. A plan that breaks one changes nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Set
 from math import inf
 from typing import NamedTuple, NoReturn

@@ -1,7 +1,5 @@
 """The running sequences: their counters, in arrays by slot, and how a policy sees them."""
 
-from __future__ import annotations
-
 from bisect import bisect_left, insort
 from collections.abc import Sequence, Set
 from dataclasses import dataclass

@@ -14,8 +14,6 @@ counters. Counters live in arrays by slot, so that a step of pure decoding costs
 sequence; views are made when a policy looks at them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """All sequences: where each is, and how it gets from one place to another."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from ..kv import KvAccounting

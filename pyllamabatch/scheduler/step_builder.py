@@ -1,7 +1,5 @@
 """StepBuilder: a checked plan in terms of slots and rows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The application: `create_app(engine)` gives an ASGI application over a running engine."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version

@@ -5,8 +5,6 @@ the text and is left out; one of `OFF` belongs to what the engine has not, and i
 that switches it off. Any other is an error that names the nearest field.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """OpenAI's `/v1/chat/completions`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, Literal

@@ -1,7 +1,5 @@
 """OpenAI's `/v1/completions`."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Annotated, Any
 

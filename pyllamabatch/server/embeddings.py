@@ -1,7 +1,5 @@
 """Embeddings and reranking: OpenAI's and llama-server's forms."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Errors as HTTP: the one place where an exception becomes a status and an OpenAI-form body."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Anthropic's `/v1/messages`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, Literal

@@ -3,8 +3,6 @@
 Names and forms are llama-server's. What this engine has not is left out of `generation_settings`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """What the answers of OpenAI's two interfaces for completions have in common."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any

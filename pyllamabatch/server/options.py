@@ -1,7 +1,5 @@
 """What a server is told at its start."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """OpenAI's `/v1/responses`, without a store: a conversation is sent whole each time."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, Literal

@@ -5,8 +5,6 @@ SIGTERM or SIGINT: new requests get 503, open ones end by themselves, or are cut
 up for long.
 """
 
-from __future__ import annotations
-
 import asyncio
 import signal
 import socket

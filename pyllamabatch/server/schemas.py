@@ -1,7 +1,5 @@
 """The OpenAPI description of bodies that are read by `bodies.read`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fastapi import FastAPI

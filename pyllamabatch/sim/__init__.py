@@ -1,8 +1,6 @@
 """The simulator: an engine's own scheduler, KV accounting and policies in virtual time, with a cost
 model in the place of the device."""
 
-from __future__ import annotations
-
 from pyllamabatch.scheduler.router import ROUTERS
 from pyllamabatch.sim.formats import load_acceptance, load_trace
 from pyllamabatch.sim.metrics import Histogram, Load, Outcome, parse_slo, summarise

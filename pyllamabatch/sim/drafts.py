@@ -6,8 +6,6 @@ drafted tokens the next one is right with its acceptance as probability, be it t
 fourth; a draft is found in every step. The same request has the same luck in any run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 docs/how-to/simulate.md says what their fields mean.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import re

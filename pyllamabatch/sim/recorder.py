@@ -1,7 +1,5 @@
 """The steps of a simulated engine, in the form of a live one's trace."""
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 

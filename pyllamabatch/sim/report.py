@@ -1,7 +1,5 @@
 """Runs side by side: a table, who wins, JSONL with every figure, and a page with plots."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict

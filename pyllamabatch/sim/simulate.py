@@ -1,7 +1,5 @@
 """simulate: a trace through replicas of an engine, in virtual time."""
 
-from __future__ import annotations
-
 import heapq
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence

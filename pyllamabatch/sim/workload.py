@@ -4,8 +4,6 @@ Arrivals are a Poisson process, a gamma process (the same rate in bursts), or a 
 client asks again when it has its answer. The same seed draws the same requests.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, get_type_hints

@@ -10,8 +10,6 @@ draft.attach()                  # or the stepper does it before each of its step
 stepper.run([0], 32)
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -7,8 +7,6 @@ raises `ArgumentError` with its name: a schema is honoured whole or refused. one
 types, values or a required property tell its branches apart.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from functools import lru_cache

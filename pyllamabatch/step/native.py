@@ -1,7 +1,5 @@
 """What the stepper needs of cffi: slots, parameters, views, exceptions for codes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -5,8 +5,6 @@ One thread computes (`StreamStepper.compute`), another takes what was sampled ou
 stream is touched because a token was sampled for it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from time import perf_counter
 from typing import Any

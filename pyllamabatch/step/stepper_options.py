@@ -1,7 +1,5 @@
 """The options of a `Stepper`, and the native parameters that they are."""
 
-from __future__ import annotations
-
 from typing import Any, TypedDict
 
 from pyllamabatch.errors import (

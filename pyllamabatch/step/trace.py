@@ -5,8 +5,6 @@ trace["decode_ns"].mean()
 to_chrome(trace, "steps.json")       # open it in https://ui.perfetto.dev or chrome://tracing
 """
 
-from __future__ import annotations
-
 import json
 import threading
 from collections import deque

@@ -2,8 +2,6 @@
 `MODULE:NAME`, or by an entry point of a package in the group `pyllamabatch.policies`. NAME is a
 callable that returns a policy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

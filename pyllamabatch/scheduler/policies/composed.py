@@ -1,7 +1,5 @@
 """ComposedPolicy: a policy of parts, each of which can be replaced alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 

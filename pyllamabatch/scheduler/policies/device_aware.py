@@ -6,8 +6,6 @@ beside them that would make them late. A step takes no longer than `stall` secon
 the ITL target of a request that has one, by the cost model. And sequences decode in turns where
 several narrow steps are faster than a wide one (`width`)."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -9,8 +9,6 @@ looked at. What the running sequences were served is read from the view, so the 
 every step of a plan that repeats: while all decode, until another tenant would be next. A policy
 object keeps the counters of one engine."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from math import inf
 

@@ -5,8 +5,6 @@ step can have is cut.
 
 A plan repeats while all decode and none can be admitted."""
 
-from __future__ import annotations
-
 from .composed import ComposedPolicy
 from .parts import ALWAYS, WhenItFits, whole_batch
 

@@ -9,8 +9,6 @@ ever: one that has waited for `patience` steps goes first, as from the best leve
 while all decode, until one sinks, ends its first quantum or has waited that long, or as long as
 none waits. Priorities are not looked at."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain

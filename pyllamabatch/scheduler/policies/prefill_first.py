@@ -4,8 +4,6 @@ short, and those that decode wait for every prompt that comes.
 
 A plan repeats while all decode and none can be admitted."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from .composed import ComposedPolicy

@@ -5,8 +5,6 @@ cache-aware scheduling of SGLang (Zheng et al., NeurIPS 2024), with a bound on w
 None waits for ever: one that has waited for `patience` steps goes first. A plan repeats while all
 decode, until the next one has waited that long."""
 
-from __future__ import annotations
-
 from ..view import SequenceView
 from .composed import ComposedPolicy
 from .parts import Aged, Ranked, TokenBudget, UntilAged, WhenItFits, by_priority

@@ -1,7 +1,5 @@
 """Whose turn it is, where sequences decode a few at a time."""
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Set

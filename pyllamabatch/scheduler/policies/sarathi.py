@@ -5,8 +5,6 @@ profiled for each device; here it is found anew at each step, by the cost model.
 
 A plan repeats while all decode and none can be admitted."""
 
-from __future__ import annotations
-
 from .composed import ComposedPolicy
 from .parts import ALWAYS, TokenBudget, WhenItFits, WithinTarget
 

@@ -5,8 +5,6 @@ time; Schrage 1968; for language models with a predictor e.g. Jin et al., S3, Ne
 None waits for ever: one that has waited for `patience` steps goes first. A plan repeats while all
 decode, until the next one has waited that long."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

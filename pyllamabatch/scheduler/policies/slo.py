@@ -5,8 +5,6 @@ of the device), and the earliest deadline first (Liu and Layland, 1973).
 A plan repeats while all decode and none can be admitted: prompts always have some rows, so no
 target holds one back."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import inf
 

@@ -1,7 +1,5 @@
 """How many drafted tokens each sequence may add to a step (speculative decoding)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -4,8 +4,6 @@ when the last one is all done, and no sequence joins it on the way.
 A sequence that has finished is not computed any longer, so this is a kinder baseline than engines
 that pad their batch to its longest sequence. A plan repeats while a batch decodes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ...errors import ArgumentError

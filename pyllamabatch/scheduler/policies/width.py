@@ -8,8 +8,6 @@ Where every sequence has a stream of cells of its own (`Limits.unified` is False
 consecutive slots share a ubatch. There a round is a window of slots, and windows do not overlap:
 of 9 sequences 5 and 4, never 8 and 1 and 7 and so on."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Set
 from dataclasses import replace

@@ -11,8 +11,6 @@ A step is a JSON object:
 - reasons: the policy's, by request.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
