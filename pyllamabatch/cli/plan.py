@@ -15,13 +15,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from pyllamabatch.cli.console import say
-from pyllamabatch.cli.options import (
-    add_model_arguments,
-    add_shared,
-    at_least,
-    model_path,
-    n_bytes,
-)
+from pyllamabatch.cli.options import add_model_arguments, add_shared, at_least, model_path, n_bytes
 from pyllamabatch.compare.sharing import measure
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.models import default_model_path
@@ -61,9 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     chosen = machine(args.machine)
     chosen = replace(
-        chosen,
-        memory=args.memory or chosen.memory,
-        device_limit=args.limit or chosen.device_limit,
+        chosen, memory=args.memory or chosen.memory, device_limit=args.limit or chosen.device_limit
     )
     model_named = args.model is not None or args.hf_repo is not None
     if args.weights is not None and (model_named or args.measure):

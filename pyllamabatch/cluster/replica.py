@@ -14,16 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import ray
 from ray import serve
 
-from .call import (
-    TICKET_BYTES,
-    Place,
-    RoutedCall,
-    Whole,
-    answer,
-    head_line,
-    named,
-    whole_answer,
-)
+from .call import TICKET_BYTES, Place, RoutedCall, Whole, answer, head_line, named, whole_answer
 
 if TYPE_CHECKING:
     from ..server.service import Service

@@ -3,12 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from ray.serve.request_router import (
-    PendingRequest,
-    ReplicaID,
-    RequestRouter,
-    RunningReplica,
-)
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from ..scheduler.router import BYTES_PER_TOKEN, PrefixAffinity, ReplicaView, Router, make_router
 from .call import RoutedCall

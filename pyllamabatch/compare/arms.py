@@ -24,11 +24,7 @@ ARMS = {
             "that gives a connection to each in turn",
             Processes,
         ),
-        Arm(
-            "contexts",
-            f"a context and a thread per sequence: {_LOOP}; no HTTP",
-            hosted.contexts,
-        ),
+        Arm("contexts", f"a context and a thread per sequence: {_LOOP}; no HTTP", hosted.contexts),
         Arm(
             "shared",
             f"one context, one batch per step: {_LOOP} for each row in turn; no HTTP",

@@ -157,11 +157,7 @@ def engine(model: Model, case: Case) -> Run:
 
         before = serving.stats()
         timings = ask_all(
-            workload,
-            case.pl,
-            ask,
-            let_go=policy.let_go,
-            give_up=lambda: serving.close(wait=False),
+            workload, case.pl, ask, let_go=policy.let_go, give_up=lambda: serving.close(wait=False)
         )
         if case.speculate:
             after = serving.stats()

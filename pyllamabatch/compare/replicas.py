@@ -59,9 +59,6 @@ def serve(pipe: Connection[Any, Any], case: Case, n: int) -> None:
         min_replicas=n, max_replicas=n, gpus_per_replica=share(n, n_gpus), n_seq_max=1
     )
     server = ServerOptions()
-    with (
-        running(partial(open_app, case), options, server) as front,
-        listen(HOST, 0) as listening,
-    ):
+    with running(partial(open_app, case), options, server) as front, listen(HOST, 0) as listening:
         port = listening.getsockname()[1]
         Server(front, listening, lambda: pipe.send((port, n_vocab)), front).run_until_signal()

@@ -187,12 +187,7 @@ def _model_feed(drafter: Draft | Mtp, stepper: Any, n_cells: int, params: Any) -
         rows = max(BATCH, n_seq_max)
         n_ahead = n_seq_max * stepper.drafts.token.shape[1]
         cells = drafter.n_ctx or -(-(n_cells + n_ahead) // 256) * 256
-        given = {
-            "n_batch": rows,
-            "n_ubatch": rows,
-            "n_outputs_max": n_seq_max,
-            "swa_full": True,
-        }
+        given = {"n_batch": rows, "n_ubatch": rows, "n_outputs_max": n_seq_max, "swa_full": True}
         if isinstance(drafter, Mtp):
             given["ctx_type"] = "mtp"
         if params["n_threads"] != default_threads(target, params)[0]:  # asked for

@@ -305,10 +305,7 @@ class Engine:
             raise
 
     async def stream(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        **options: Unpack[Options],
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[Options]
     ) -> AsyncGenerator[Token, None]:
         """`submit` for asyncio: `async for token in engine.stream(prompt)`. The request is made at
         the first step of the loop, which waits while there is no room. Leaving the loop, or
@@ -321,10 +318,7 @@ class Engine:
                     yield token
 
     async def asubmit(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        **options: Unpack[Options],
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[Options]
     ) -> Stream:
         """`submit` for asyncio: waits while there is no room. Then `chunks` reads it."""
         relay = self._relays.here()

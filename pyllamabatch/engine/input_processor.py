@@ -42,12 +42,7 @@ class InputProcessor:
     others have left, so that those with different adapters must not share."""
 
     def __init__(
-        self,
-        model: Model,
-        core: EngineCore,
-        stepper: Stepper,
-        loras: Loras,
-        prefix_cache: bool,
+        self, model: Model, core: EngineCore, stepper: Stepper, loras: Loras, prefix_cache: bool
     ) -> None:
         self.model = model
         self.loras = loras

@@ -35,9 +35,7 @@ def check_can(params: dict[str, Any], n_seq_max: int) -> None:
     """ArgumentError for a parameter of the context that stands in the way."""
     if params.get("kv_unified") is True:
         raise ArgumentError(
-            "kv_unified",
-            True,
-            'False or "auto" with batch_invariant: in a pool rows share cells',
+            "kv_unified", True, 'False or "auto" with batch_invariant: in a pool rows share cells'
         )
     if not params.get("swa_full", True):
         raise ArgumentError(

@@ -67,10 +67,7 @@ def save(
     them were not sampled. With `params`, which its slot was made of, the sampling state goes along.
     `loras`: as in `Context.state_seq_get`. `how`: see `Saved`. Between two steps. Raises
     UnsupportedOperation and StateError as `Context.state_seq_get`."""
-    note: dict[str, Any] = {
-        "n_prompt": n_prompt,
-        "n_computed": context.memory.pos_max(seq_id) + 1,
-    }
+    note: dict[str, Any] = {"n_prompt": n_prompt, "n_computed": context.memory.pos_max(seq_id) + 1}
     if params is not None:
         info = stepper.slot(seq_id)
         sampling = asdict(params)

@@ -53,12 +53,7 @@ class KvAccounting:
     )  # fmt: skip
 
     def __init__(
-        self,
-        n_cells: int,
-        n_seq_max: int,
-        *,
-        unified: bool = True,
-        n_cells_seq: int | None = None,
+        self, n_cells: int, n_seq_max: int, *, unified: bool = True, n_cells_seq: int | None = None
     ) -> None:
         if n_cells < 1 or n_seq_max < 1:
             raise ValueError(f"n_cells and n_seq_max must be positive, got {n_cells}, {n_seq_max}")

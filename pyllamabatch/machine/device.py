@@ -119,12 +119,7 @@ class FakeDevice(Generic[C, S]):
     # -- StepRunner
 
     def put_slot(
-        self,
-        seq_id: int,
-        slot: S,
-        next_row: tuple[int, int] | None = None,
-        *,
-        report: bool = False,
+        self, seq_id: int, slot: S, next_row: tuple[int, int] | None = None, *, report: bool = False
     ) -> None:
         self.slots[seq_id] = slot
         if next_row is not None:

@@ -31,11 +31,7 @@ def hub_file(repository: str, *, token: str | None = None, endpoint: str | None 
     """
     try:
         from huggingface_hub import HfApi, constants, scan_cache_dir, snapshot_download
-        from huggingface_hub.errors import (
-            CacheNotFound,
-            HfHubHTTPError,
-            LocalEntryNotFoundError,
-        )
+        from huggingface_hub.errors import CacheNotFound, HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise DownloadError(
             "the hub needs the package huggingface_hub: pip install 'pyllamabatch[hub]'"
