@@ -111,7 +111,7 @@ def write_lora(path: Path, architecture: str = "llama", width: int = N_EMBD, see
     finish(writer)
 
 
-def _full_heads(writer: gguf.GGUFWriter) -> None:
+def _decoder(writer: gguf.GGUFWriter) -> None:
     width = N_EMBD // N_HEAD
     writer.add_context_length(N_CTX_TRAIN)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -120,6 +120,10 @@ def _full_heads(writer: gguf.GGUFWriter) -> None:
     writer.add_value_length(width)
     writer.add_rope_freq_base(ROPE_BASE)
     writer.add_rope_dimension_count(width)
+    writer.add_unk_token_id(UNK)
+    writer.add_bos_token_id(BOS)
+    writer.add_eos_token_id(EOS)
+    writer.add_add_bos_token(True)
 
 
 def write_mimo2(
@@ -134,32 +138,28 @@ def write_mimo2(
     """
     n_layer = 2 + n_nextn
     writer, w = _writer(path, "mimo2", n_layer), Weights(seed)
-    _full_heads(writer)
+    _decoder(writer)
     writer.add_sliding_window(SLIDING_WINDOW)
     writer.add_sliding_window_pattern([i == 0 for i in range(n_layer)])
     writer.add_expert_feed_forward_length(N_FF)
     writer.add_nextn_predict_layers(n_nextn)
-    writer.add_unk_token_id(UNK)
-    writer.add_bos_token_id(BOS)
-    writer.add_eos_token_id(EOS)
-    writer.add_add_bos_token(True)
-    writer.add_tensor("token_embd.weight", w.matrix(N_VOCAB, N_EMBD, gain=np.sqrt(N_EMBD)))
+    tensors = {"token_embd.weight": w.matrix(N_VOCAB, N_EMBD, gain=np.sqrt(N_EMBD))}
     for i in range(n_layer):
-        block, is_nextn = f"blk.{i}.", i >= n_layer - n_nextn
+        is_nextn = i >= n_layer - n_nextn
         if is_nextn and stripped:
             continue
         gain = writes * (4 if is_nextn else 1)
-        writer.add_tensor(block + "attn_norm.weight", w.around(1.0, N_EMBD))
-        writer.add_tensor(block + "attn_qkv.weight", w.matrix(3 * N_EMBD, N_EMBD, gain=1.6))
-        writer.add_tensor(block + "attn_output.weight", w.matrix(N_EMBD, N_EMBD, gain=1.5 * gain))
-        writer.add_tensor(block + "ffn_norm.weight", w.around(1.0, N_EMBD))
-        writer.add_tensor(block + "ffn_gate.weight", w.matrix(N_FF, N_EMBD, gain=1.5))
-        writer.add_tensor(block + "ffn_up.weight", w.matrix(N_FF, N_EMBD, gain=1.5))
-        writer.add_tensor(block + "ffn_down.weight", w.matrix(N_EMBD, N_FF, gain=1.5 * gain))
+        layer = {
+            "attn_norm.weight": w.around(1.0, N_EMBD),
+            "attn_qkv.weight": w.matrix(3 * N_EMBD, N_EMBD, gain=1.6),
+            "attn_output.weight": w.matrix(N_EMBD, N_EMBD, gain=1.5 * gain),
+            "ffn_norm.weight": w.around(1.0, N_EMBD),
+            **_feed_forward(w, 1.5 * gain),
+        }
         if is_nextn:
-            for name, value in _predicts(w, gain).items():
-                writer.add_tensor(block + name, value)
-    _end(writer, w, {})
+            layer |= _predicts(w, gain)
+        tensors |= {f"blk.{i}.{name}": value for name, value in layer.items()}
+    _end(writer, w, tensors)
 
 
 def write_glm4moe(path: Path, *, writes: float = 0.08) -> None:
@@ -167,18 +167,13 @@ def write_glm4moe(path: Path, *, writes: float = 0.08) -> None:
     of all rows of a batch there, be they asked for or not."""
     n_layer, n_ff = 3, N_FF_EXPERT
     writer, w = _writer(path, "glm4moe", n_layer), Weights(6)
-    _full_heads(writer)
+    _decoder(writer)
     writer.add_expert_count(N_EXPERT)
     writer.add_expert_used_count(N_EXPERT_USED)
     writer.add_expert_feed_forward_length(n_ff)
     writer.add_expert_shared_count(1)
     writer.add_nextn_predict_layers(1)
-    writer.add_unk_token_id(UNK)
-    writer.add_bos_token_id(BOS)
-    writer.add_eos_token_id(EOS)
-    writer.add_add_bos_token(True)
-    embedding = w.matrix(N_VOCAB, N_EMBD, gain=np.sqrt(N_EMBD))
-    tensors = {"token_embd.weight": embedding}
+    tensors = {"token_embd.weight": w.matrix(N_VOCAB, N_EMBD, gain=np.sqrt(N_EMBD))}
     for i in range(n_layer):
         gain = 1.5 * writes * (4 if i == n_layer - 1 else 1)
         layer = {
@@ -209,7 +204,7 @@ def write_qwen35(path: Path, *, writes: float = 0.02) -> None:
     n_layer, width, n_group, n_state = 3, N_EMBD // N_HEAD, 2, 16
     inner, mixed = n_state * N_HEAD, n_state * (N_HEAD + 2 * n_group)
     writer, w = _writer(path, "qwen35", n_layer), Weights(7)
-    _full_heads(writer)
+    _decoder(writer)
     writer.add_rope_dimension_sections([width // 4, width // 8, width // 8, 0])
     writer.add_full_attention_interval(2)
     writer.add_ssm_conv_kernel(4)
@@ -218,10 +213,6 @@ def write_qwen35(path: Path, *, writes: float = 0.02) -> None:
     writer.add_ssm_time_step_rank(N_HEAD)
     writer.add_ssm_group_count(n_group)
     writer.add_nextn_predict_layers(1)
-    writer.add_unk_token_id(UNK)
-    writer.add_bos_token_id(BOS)
-    writer.add_eos_token_id(EOS)
-    writer.add_add_bos_token(True)
     tensors = {"token_embd.weight": w.matrix(N_VOCAB, N_EMBD, gain=np.sqrt(N_EMBD))}
     for i in range(n_layer):
         gain = 1.5 * writes * (4 if i == n_layer - 1 else 1)
@@ -249,9 +240,7 @@ def write_qwen35(path: Path, *, writes: float = 0.02) -> None:
         layer |= {
             "attn_norm.weight": w.around(1.0, N_EMBD),
             "post_attention_norm.weight": w.around(1.0, N_EMBD),
-            "ffn_gate.weight": w.matrix(N_FF, N_EMBD, gain=1.5),
-            "ffn_up.weight": w.matrix(N_FF, N_EMBD, gain=1.5),
-            "ffn_down.weight": w.matrix(N_EMBD, N_FF, gain=gain),
+            **_feed_forward(w, gain),
         }
         if i == n_layer - 1:
             layer |= _predicts(w, 4 * writes)
@@ -264,6 +253,14 @@ def _end(writer: gguf.GGUFWriter, w: Weights, tensors: dict[str, FloatArray]) ->
     for name, value in (tensors | _output(w)).items():
         writer.add_tensor(name, value)
     finish(writer)
+
+
+def _feed_forward(w: Weights, gain: float) -> dict[str, FloatArray]:
+    return {
+        "ffn_gate.weight": w.matrix(N_FF, N_EMBD, gain=1.5),
+        "ffn_up.weight": w.matrix(N_FF, N_EMBD, gain=1.5),
+        "ffn_down.weight": w.matrix(N_EMBD, N_FF, gain=gain),
+    }
 
 
 def _predicts(w: Weights, gain: float) -> dict[str, FloatArray]:

@@ -17,28 +17,23 @@ from tools.live import run_live, spec_of
 from tools.validation import Validator, split
 
 
+def engine_on(model: Model, **options: Any) -> Engine:
+    sizes: dict[str, Any] = {"n_seq_max": 4, "n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1}
+    return Engine(model, **{**sizes, **options})
+
+
 @pytest.mark.parametrize("policy", ["sarathi:budget=48", "fcfs", "static", "prefill-first"])
 @pytest.mark.parametrize("unified", [True, False])
-def test_the_same_steps(policy: str, unified: bool) -> None:
+def test_the_same_steps(embedded_model: Model, policy: str, unified: bool) -> None:
     """All requests at once: whatever steps take, an engine and a simulation make the same ones."""
     requests = [
         replace(request, arrival=0.0, id=i + 1)
         for i, request in enumerate(draw("poisson:rate=1,n=12,prompt=5-120,output=1-30", 1))
     ]
-    with (
-        Model.default() as model,
-        Engine(
-            model,
-            n_seq_max=4,
-            n_ctx=4 * 512,
-            n_batch=64,
-            n_ubatch=32,
-            kv_unified=unified,
-            policy=make_policy(policy),
-            n_threads=1,
-            n_threads_batch=1,
-        ) as engine,
-    ):
+    sizes: dict[str, Any] = {"n_ctx": 4 * 512, "n_batch": 64, "n_ubatch": 32}
+    with engine_on(
+        embedded_model, **sizes, kv_unified=unified, policy=make_policy(policy)
+    ) as engine:
         machine = spec_of(engine, 0.0)
         results = engine.generate(
             [request.tokens().tolist() for request in requests],
@@ -53,12 +48,9 @@ def test_the_same_steps(policy: str, unified: bool) -> None:
     assert sum(o.preemptions for o in run.outcomes) == stats.preemptions
 
 
-def test_a_trace_in_real_time() -> None:
+def test_a_trace_in_real_time(embedded_model: Model) -> None:
     requests = draw("closed:clients=3,n=9,prompt=5-40,output=1-8,prefix=20", 0)
-    with (
-        Model.default() as model,
-        Engine(model, n_seq_max=4, n_ctx=1024, n_threads=1, n_threads_batch=1) as engine,
-    ):
+    with engine_on(embedded_model) as engine:
         machine = spec_of(engine, 0.0)
         outcomes = run_live(engine, requests)
     assert [(o.id, o.n_prompt, o.n_output) for o in outcomes] == [
@@ -73,23 +65,15 @@ def test_a_trace_in_real_time() -> None:
     assert simulate(requests, machine).summary()["requests"] == 9
 
 
-def test_a_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_validation(embedded_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a cost model that says twice what steps take: the probes find it out. The steps are made,
     but take what a device is said to take: this one's pace depends on who else uses it."""
     monkeypatch.setattr("tools.validation._PROBE_SECONDS", 0.1)
     monkeypatch.setattr("tools.validation.seconds_of", lambda table: seconds(1.0, table["rows"]))
     requests = draw("poisson:rate=40,n=8,prompt=5-40,output=2-8", 0)
-    with Model.default() as model:
-
-        def made(cost: CostModel) -> Engine:
-            return Engine(
-                model, n_seq_max=4, n_ctx=1024, n_threads=1, n_threads_batch=1, prefix_cache=False,
-                cost=cost,
-            )  # fmt: skip
-
-        with made(slow(2.0)) as engine:
-            validator = Validator(engine, "sarathi")
-            found = validator.run(split(requests, 2), lambda text: None)
+    with engine_on(embedded_model, prefix_cache=False, cost=slow(2.0)) as engine:
+        validator = Validator(engine, "sarathi")
+        found = validator.run(split(requests, 2), lambda text: None)
     assert found.live["requests"] == 8
     assert {f["requests"] for f in found.simulated.values()} == {8}
     assert all(len(errors) == 2 for errors in found.errors.values())
@@ -138,11 +122,10 @@ def test_segments_and_loads() -> None:
             at_load(trace, machine, "sarathi", load)
 
 
-def test_what_a_request_fails_with_is_raised() -> None:
+def test_what_a_request_fails_with_is_raised(embedded_model: Model) -> None:
     requests = load_trace("closed:clients=1,n=2,prompt=5000,output=5")
     with (
-        Model.default() as model,
-        Engine(model, n_seq_max=2, n_ctx=512, n_threads=1, n_threads_batch=1) as engine,
+        engine_on(embedded_model, n_ctx=512) as engine,
         pytest.raises(ValueError, match="5000 tokens"),
     ):
         run_live(engine, requests)
