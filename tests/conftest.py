@@ -43,7 +43,6 @@ def embedded_model() -> Iterator[Model]:
 
 @pytest.fixture(scope="session", params=sorted(ARCHITECTURES))
 def architecture(request: pytest.FixtureRequest) -> Architecture:
-    """Each architecture in turn."""
     return ARCHITECTURES[request.param]
 
 

@@ -26,7 +26,6 @@ def row(
 
 
 def bench(**parts: Any) -> Any:
-    """A module of a bench."""
     return SimpleNamespace(__doc__="About it.", **{"TARGETS": (), **parts})
 
 

@@ -47,8 +47,6 @@ def command(*args: str | Path | int | float) -> list[str]:
 
 @dataclass
 class Files:
-    """The input and the output of a run."""
-
     folder: Path
 
     @property

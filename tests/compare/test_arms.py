@@ -48,7 +48,6 @@ def undisturbed() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def burst(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
-    """Two repeats."""
     out = tmp_path_factory.mktemp("burst") / "rows.jsonl"
     words = ["-n", "2", "--repeats", "2", "--keep-loaded"]
     assert compare("--out", out, *words) == 0

@@ -15,7 +15,6 @@ BUDGETS = [4, 40, 9, 25, 14, 60]  # gaps on all sides
 
 
 def closing(name: str) -> Engine:
-    """Gaps are closed as soon as there are any."""
     engine = engine_on(
         loaded(name), cost=None, n_seq_max=N_SEQ, n_ctx=N_SEQ * 256, kv_unified=False
     )

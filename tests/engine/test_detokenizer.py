@@ -10,7 +10,6 @@ from pyllamabatch.engine.detokenizer import Pieces, TextFeed
 
 
 def run(pieces: list[bytes], stops: tuple[str, ...] = ()) -> tuple[TextFeed, list[str]]:
-    """Feed all; the text that could be shown after each piece."""
     feed, shown = TextFeed(stops), []
     for piece in pieces:
         ended = feed.feed(piece)

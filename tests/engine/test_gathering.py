@@ -38,8 +38,6 @@ class Flat(StepCost):
 
 
 class Watched:
-    """A window, and what it was asked and has answered."""
-
     def __init__(self, window: CostWindow) -> None:
         self.window = window
         self.answers: list[tuple[Gathering, float]] = []

@@ -26,7 +26,6 @@ def fitted(name: str, unified: bool) -> CostModel:
 
 
 def simulated_speed(name: str, n: int) -> float:
-    """As `pool_speed`, by the simulator."""
     trace = f"closed:clients={n},n={4 * n},prompt=100-400,output=32-224"
 
     def speed(unified: bool) -> float:

@@ -98,8 +98,6 @@ def test_bad_options_start_nothing(model: Model, options: dict[str, Any]) -> Non
 
 
 class Urgent:
-    """The largest priority runs alone."""
-
     def plan(self, view: StepView) -> Plan:
         if view.running:
             (seq,) = view.running

@@ -30,8 +30,6 @@ def test_a_policy_does_not_change_what_is_said(embedded_model: Model, spec: str)
 
 
 class Counted:
-    """A policy, and how often it was asked."""
-
     def __init__(self, policy: Policy) -> None:
         self.policy, self.n_plans = policy, 0
 

@@ -40,7 +40,6 @@ def n_prompt_rows(prompts: list[list[int]]) -> int:
 def test_a_common_prefix_is_computed_once(
     model: Model, architecture: Architecture, alone: list[Reference], unified: bool, cache: bool
 ) -> None:
-    """And without a cache by each."""
     options = {"kv_unified": unified, "n_ctx": 1024 if unified else 4096, "prefix_cache": cache}
     with engine_on(model, **options) as engine:
         results = engine.generate(PROMPTS, GREEDY)

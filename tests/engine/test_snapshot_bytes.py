@@ -28,8 +28,6 @@ GREEDY = SamplingParams(temperature=0, max_tokens=3, ignore_eog=True)
 
 
 class Parts(NamedTuple):
-    """What a snapshot is made of."""
-
     header: tuple[Any, ...]
     tokens: list[int]
     note: dict[str, Any]
@@ -83,7 +81,6 @@ def taken(call: Callable[[], object]) -> bool:
 
 
 def packed(tokens: list[int], note: bytes, body: bytes, header: tuple[Any, ...]) -> bytes:
-    """With sizes and a checksum that are right."""
     ids = np.array(tokens, "<i4").tobytes()
     content = ids + note + body
     crc = zlib.crc32(content)

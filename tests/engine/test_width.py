@@ -84,8 +84,6 @@ def test_all_at_once_where_it_is_not_measured(embedded_model: Model) -> None:
 
 
 class Learner(StepCost):
-    """Writes down what it is told."""
-
     def __init__(self, new_graph: NewGraph = NO_COST) -> None:
         self.new_graph = new_graph
         self.steps: list[tuple[int, float]] = []
@@ -106,7 +104,6 @@ class Learner(StepCost):
 def scheduler(
     cost: Learner, attention: Any, limits: Limits, drafting: Drafting | None = None
 ) -> Any:
-    """What a CostObserver needs of one."""
     return SimpleNamespace(
         cost=cost,
         attention=attention,

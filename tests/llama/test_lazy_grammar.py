@@ -82,7 +82,6 @@ def test_a_long_wait_costs_little(embedded_model: Model) -> None:
 
 
 def letter_token(model: Model, letter: str) -> int:
-    """The token whose piece is this letter."""
     (token,) = (i for i in range(model.n_vocab) if piece(model, i) == letter.encode())
     return token
 

@@ -28,7 +28,6 @@ def context(request: pytest.FixtureRequest, architecture: Architecture) -> Itera
 
 
 def decode(context: Context, tokens: list[int], pos: int, seq: int) -> np.ndarray:
-    """Logits of every row, copied."""
     batch = Batch(len(tokens))
     batch.extend(tokens, pos, seq, [True] * len(tokens))
     context.decode(batch)

@@ -11,7 +11,6 @@ from tests.support.oracle import Reference
 
 @pytest.fixture(scope="session")
 def embedded_alone(embedded_model: Model) -> list[Reference]:
-    """What each prompt of `embedded.texts` gets alone."""
     return solos(embedded_model)
 
 

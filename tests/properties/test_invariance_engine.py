@@ -58,7 +58,6 @@ def model(architecture: Architecture) -> Model:
 
 @pytest.fixture(scope="module")
 def alone(architecture: Architecture) -> list[Reference]:
-    """What each prompt of PROMPTS gets on a context of its own."""
     return solos(architecture.name, PROMPTS, N_TOKENS)
 
 

@@ -18,7 +18,6 @@ TRIM = Sharing(copy_whole=True, trim=True)
 
 
 def rows(graph: float) -> Linear:
-    """1 ms a row, and so much for a graph."""
     return Linear(row_s=1e-3, new_graph=NewGraph(graph), unified=False)
 
 

@@ -16,7 +16,6 @@ POOL = Limits(64, 64, 8, 2048, 2048)
 
 
 def steps_of(graph: float) -> Linear:
-    """8 ms a step, and so much for a graph."""
     return Linear(8e-3, new_graph=NewGraph(graph), unified=False)
 
 

@@ -112,7 +112,6 @@ def test_columns_and_tenants_are_those_of_the_sequences(
 
 
 def test_a_column_of_no_sequences_is_one_of_numbers() -> None:
-    """That others may be indexed with."""
     assert SequenceList().column("id").dtype == np.int64
 
 

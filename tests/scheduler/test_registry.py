@@ -79,7 +79,6 @@ def nothing() -> int:
 
 @pytest.fixture
 def packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What other packages have installed."""
     values = {
         "mine": "pyllamabatch.scheduler.policies.fcfs:fcfs",
         "away": "pyllamabatch.scheduler.nowhere:fcfs",

@@ -11,7 +11,6 @@ from pyllamabatch.scheduler.router import ROUTERS, PrefixAffinity, ReplicaView, 
 
 
 def prompt(*pieces: tuple[int, int]) -> Callable[[], Tokens]:
-    """`n` tokens of each number."""
     tokens = np.repeat([number for number, _ in pieces], [n for _, n in pieces]).astype(np.int32)
     return lambda: tokens
 

@@ -38,7 +38,6 @@ from tests.support.made_up_costs import Linear
 
 
 def linear(cell_s: float = 1e-6) -> Linear:
-    """10 ms a step, 1 ms a row."""
     return Linear(10e-3, 1e-3, cell_s)
 
 
@@ -89,8 +88,6 @@ def test_a_new_graph_costs_once_and_again_where_the_cells_grow(
 
 
 class OneByOne:
-    """Plans every step by itself."""
-
     def __init__(self, name: str = "fcfs") -> None:
         self._policy = make_policy(name)
 
@@ -408,8 +405,6 @@ def test_every_policy_serves_every_request(
 
 
 class Later:
-    """Plans nothing before the third second."""
-
     def plan(self, view: StepView) -> Plan:
         return Plan(wake=view.now + 1) if view.now < 3 else Plan({1: 1})
 

@@ -35,7 +35,6 @@ def model(name: str) -> Iterator[Model]:
 
 @pytest.fixture(scope="module")
 def alone(name: str) -> list[Reference]:
-    """What each prompt gets on a context of its own."""
     return solos(name, PROMPTS, N_TOKENS + 1)
 
 

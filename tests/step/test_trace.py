@@ -35,7 +35,6 @@ def phases(trace: Trace) -> Any:
 
 
 def native(first_ns: int, n: int, n_reused: int = 0) -> Trace:
-    """Steps of 100 ns each, 10 ns apart."""
     steps = np.zeros(n, STEP_DTYPE)
     steps["t_start_ns"] = first_ns + 110 * np.arange(n)
     steps["build_ns"], steps["decode_ns"], steps["sync_ns"], steps["sample_ns"] = 5, 60, 20, 15

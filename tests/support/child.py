@@ -26,7 +26,6 @@ def ended(
 
 
 def python(*arguments: str, seconds: float = 300, cwd: Path | None = None) -> Done:
-    """This Python with these arguments, done."""
     return ended([sys.executable, *arguments], seconds, cwd)
 
 

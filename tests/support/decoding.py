@@ -98,7 +98,6 @@ def begin(stepper: Stepper, params: SamplingParams, prompt: Tokens, *, seq: int 
 def generate(
     stepper: Stepper, params: SamplingParams, prompt: Sequence[int], *, seq: int = 0
 ) -> tuple[list[int], Finish]:
-    """One request alone: its tokens and how it ended."""
     stepper.set_slot(seq, params, prompt)
     result = stepper.step(write(stepper, prompt, seq=seq))
     tokens: list[int] = []

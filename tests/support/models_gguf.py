@@ -248,7 +248,6 @@ def write_gguf(
 
 
 def finish(writer: gguf.GGUFWriter) -> None:
-    """The file is whole."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -249,7 +249,6 @@ def write_qwen35(path: Path, *, writes: float = 0.02) -> None:
 
 
 def _end(writer: gguf.GGUFWriter, w: Weights, tensors: dict[str, FloatArray]) -> None:
-    """The file with these tensors and those of the output."""
     for name, value in (tensors | _output(w)).items():
         writer.add_tensor(name, value)
     finish(writer)

@@ -268,7 +268,6 @@ class Machine:
 
     @property
     def held(self) -> dict[int, list[int]]:
-        """The tokens in each slot."""
         return {slot: self.memory.tokens(slot) for slot in self.memory.slots}
 
     def check(self) -> None:

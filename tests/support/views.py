@@ -27,6 +27,5 @@ def view_of(*sequences: SequenceView, limits: Limits = LIMITS, **facts: Any) -> 
 
 
 def tokens(policy: Policy, *sequences: SequenceView, **facts: Any) -> dict[int, int]:
-    """What each sequence is advanced by."""
     view = view_of(*sequences, **facts)
     return policy.plan(view).advances(view)

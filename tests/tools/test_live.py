@@ -91,7 +91,6 @@ def seconds(factor: float, rows: Any) -> Any:
 
 
 def slow(factor: float) -> CostModel:
-    """A device whose steps take that."""
     samples = [
         Sample(n, prefill, 0, n - prefill or 1, True, seconds(factor, n))
         for n in range(1, 65)
