@@ -1,4 +1,4 @@
-"""The embedded model: its size, its tokenizer, and its answers through the engine."""
+"""The embedded model and the draft beside it: size, tokenizer, answers through the engine."""
 
 from collections.abc import Iterator
 
@@ -7,8 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyllamabatch import Engine, Model, SamplingParams
-from pyllamabatch.models import default_model_path, default_prompts
+from pyllamabatch.llama.context import Context
+from pyllamabatch.models import default_draft_path, default_model_path, default_prompts
+from pyllamabatch.step.draft_model import check_same_vocabulary
 from tools.recipe.default_model import tasks, tokenizer
+from tools.recipe.default_model.evaluate import agreement
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=128)
 
@@ -135,3 +138,24 @@ def test_a_later_turn_is_answered_too(engine: Engine, model: Model) -> None:
     ]
     tokens = model.vocab.tokenize(model.vocab.apply_chat_template(messages), parse_special=True)
     assert engine.generate([tokens], GREEDY)[0].text == "500"
+
+
+def test_the_file_is_at_most_1_mib_and_has_the_model_s_vocabulary() -> None:
+    assert default_draft_path().stat().st_size <= 1 << 20
+    with (
+        Model(default_draft_path(), n_gpu_layers=0) as draft,
+        Model(default_model_path(), vocab_only=True) as model,
+    ):
+        check_same_vocabulary(draft.vocab, model.vocab)
+        assert draft.n_ctx_train == 2048
+
+
+@pytest.mark.parametrize(
+    ("kind", "least"), [("copy", 0.85), ("upper", 0.85), ("qa", 0.8), ("sort", 0.7), ("add", 0.3)]
+)
+def test_it_agrees_with_the_model(kind: str, least: float) -> None:
+    with (
+        Model(default_draft_path(), n_gpu_layers=0) as draft,
+        Context(draft, n_threads=1, n_threads_batch=1) as context,
+    ):
+        assert least < agreement(context, kind, 25) < 1

@@ -1,11 +1,14 @@
 """The default policy on the profile of an M2 Ultra with gemma-3-4b, whose kernels for more than 8
 rows took twice as long as those for 8 (llama.cpp's own table, build 7948)."""
 
+from typing import Any
+
 import pytest
 
 from bench.policies import COUNTED, TARGETS, clients, steady
 from pyllamabatch.cost.model import CostModel
 from pyllamabatch.cost.profile import shipped_names, shipped_profile
+from pyllamabatch.scheduler.padding import Padding
 from pyllamabatch.scheduler.policies import DEFAULT
 from pyllamabatch.sim import EngineSpec, TraceRequest, draw, simulate
 
@@ -101,3 +104,22 @@ def test_a_long_prompt_with_a_short_answer_has_its_turn(name: str) -> None:
     later = [o for o in outcomes if o.arrival > found.arrival]
     assert len(later) > 20
     assert all(o.first >= found.first for o in later)
+
+
+@pytest.mark.parametrize(
+    ("profile", "gain"),
+    [("nvidia-h200-gemma-3-1b-q4_k_m", 1.05), ("x86-2-core-amx-qwen2-0.5b-q4_k_m", 0.99)],
+)
+def test_it_pays_where_graphs_are_dear(
+    profile: str, gain: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cost = CostModel.fit(shipped_profile(profile), unified=False, n_ubatch=512)
+    load = draw("closed:clients=16,n=64,prompt=100-400,output=32-224", 1)
+    spec = EngineSpec.of(cost, n_cells=16 * 2048, unified=False, prefix_cache=False)
+
+    def speed() -> Any:
+        return simulate(load, spec, "device-aware").summary()["tokens_per_s"]
+
+    padded = speed()
+    monkeypatch.setattr(Padding, "width", lambda *args: 0)
+    assert padded >= gain * speed()
