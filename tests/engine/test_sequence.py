@@ -24,6 +24,7 @@ from pyllamabatch.errors import (
     EngineClosed,
     GrammarError,
     RequestTooLong,
+    SamplingError,
     StateError,
 )
 from pyllamabatch.llama.grammar import Grammar
@@ -302,6 +303,17 @@ def test_owners_take_turns_after_a_decode_that_found_no_cells(model: Model) -> N
                 second.sample()
             assert tokens == expected[:6]
             assert engine.stats().preemptions <= before + 1
+
+
+def test_a_token_that_can_not_be_chosen_is_an_error(engine: Engine) -> None:
+    nothing = SamplingParams(logit_bias={token: -float("inf") for token in range(N_VOCAB)})
+    with engine.sequence(nothing) as sequence:
+        sequence.prompt(PROMPT)
+        for _ in range(2):
+            with pytest.raises(SamplingError):
+                sequence.sample()
+            assert sequence.position == 5
+    check_idle(engine)
 
 
 def test_bad_arguments_leave_it_as_it_was(engine: Engine) -> None:
