@@ -108,18 +108,6 @@ def test_a_call_that_fails_too_often_has_not_happened(model: Model) -> None:
         assert seq.sample().token == engine.submit(PROMPTS[2], GREEDY).result(60).tokens[0]
 
 
-def test_a_reader_gets_each_token_once(model: Model) -> None:
-    with small(model) as engine:
-        expected = engine.submit(PROMPTS[0], GREEDY).result(60).tokens
-        got = []
-        for token in engine.submit(PROMPTS[0], GREEDY):
-            got.append(token.token)
-            if len(got) == 2:
-                with engine._core.state:
-                    set_fault(engine._stepper, 2, FATAL, 1, 2)
-        assert got == expected
-
-
 def test_what_is_left_of_the_engine_when_there_is_no_fresh_context(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,17 +26,6 @@ def check_as_alone(rig: Rig, *indices: int) -> None:
         assert (result.tokens, result.finish_reason) == rig.requests[i].alone
 
 
-def test_steady_decoding_is_a_few_runs() -> None:
-    rig = rig_of()
-    rig.submit_all(PROMPTS, greedy(40))
-    rig.run()
-    check_as_alone(rig, 0, 1, 2, 3)
-    runs = rig.machine.runs
-    assert sum(runs) == rig.scheduler.counters.steps - 1 == rig.machine.n_steps - 1
-    ends = {len(solo(p, greedy(40))[0]) for p in PROMPTS}
-    assert len(runs) <= 1 + len(ends) + sum(runs) // 32
-
-
 def test_no_counter_goes_back() -> None:
     """Looked at behind each call, before its steps are accounted: a prompt gives no tokens."""
     rig, seen = rig_of(), [(0, 0)]

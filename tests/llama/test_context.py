@@ -243,28 +243,21 @@ def test_embeddings_of_tokens(model: Model) -> None:
 
 
 def test_pooled_embeddings(model: Model) -> None:
-    with Context(model, n_threads=1, n_ctx=512, embeddings=True, pooling_type="none") as context:
+    """Their values: tests/engine/test_embedder.py."""
+    params: dict[str, Any] = {"embeddings": True, "pooling_type": "mean", "n_seq_max": 2}
+    with Context(model, n_threads=1, n_ctx=512, **params) as context:
         batch = context.batch()
-        batch.extend(PROMPT, 0, 0)
+        batch.extend(PROMPT, 0, 1)
+        batch.extend(PROMPT[1:4], 0, 0)
         context.decode(batch)
-        rows = context.embeddings_all().copy()
-    for pooling, expected in (("mean", rows.mean(0)), ("last", rows[-1]), ("cls", rows[0])):
-        with Context(
-            model, n_ctx=512, n_seq_max=2, embeddings=True, pooling_type=pooling
-        ) as context:
-            batch = context.batch()
-            batch.extend(PROMPT, 0, 1)
-            batch.extend(PROMPT[1:4], 0, 0)
-            context.decode(batch)
-            np.testing.assert_allclose(context.embeddings_seq(1), expected, rtol=1e-3, atol=1e-3)
-            assert not np.allclose(context.embeddings_seq(0), expected, atol=1e-3)
-            with pytest.raises(UnsupportedOperation, match="use embeddings_seq"):
-                context.embeddings(0)
-            batch.clear()
-            batch.extend(PROMPT[:3], len(PROMPT), 1)
-            context.decode(batch)
-            with pytest.raises(UnsupportedOperation, match="not in the last batch"):
-                context.embeddings_seq(0)
+        assert not np.allclose(context.embeddings_seq(0), context.embeddings_seq(1), atol=1e-3)
+        with pytest.raises(UnsupportedOperation, match="use embeddings_seq"):
+            context.embeddings(0)
+        batch.clear()
+        batch.extend(PROMPT[:3], len(PROMPT), 1)
+        context.decode(batch)
+        with pytest.raises(UnsupportedOperation, match="not in the last batch"):
+            context.embeddings_seq(0)
 
 
 @pytest.mark.parametrize(
@@ -298,17 +291,6 @@ def test_what_this_context_can_not_do(context: Context) -> None:
     ):
         with pytest.raises(UnsupportedOperation, match=why):
             use()
-
-
-def test_state_file(context: Context, tmp_path: Path) -> None:
-    decode(context, PROMPT)
-    path = tmp_path / "a.state"
-    context.state_seq_save(path, 0, PROMPT)
-    assert [p.name for p in tmp_path.iterdir()] == ["a.state"]
-    tokens = context.state_seq_load(path, 2)
-    assert tokens.tolist() == PROMPT
-    assert tokens.dtype == np.int32
-    assert context.memory.pos_max(2) == len(PROMPT) - 1
 
 
 def test_damaged_states(context: Context) -> None:

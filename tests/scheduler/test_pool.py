@@ -24,15 +24,6 @@ def machine() -> Machine:
     return Machine(STREAMS, sharing=BESIDE, pool=POOL)
 
 
-def test_streams_stay_while_requests_fit() -> None:
-    m = machine()
-    m.add(0, 60, 41, 41)
-    m.run()
-    assert m.done == [0]
-    assert not m.scheduler.limits.unified
-    assert not m.moved["pool"]
-
-
 def test_a_long_request_gets_a_pool_and_what_runs_is_computed_again() -> None:
     m = machine()
     for id in range(3):

@@ -22,7 +22,7 @@ from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.raw import ffi, lib
 from pyllamabatch.step.sampling_params import SamplingParams
-from pyllamabatch.step.stepper import OUTPUT, SAMPLE, Finish, Results, Stepper
+from pyllamabatch.step.stepper import OUTPUT, SAMPLE, Finish, Stepper
 from tests.support.decoding import generate, write, write_next
 from tests.support.models_gguf import EOS, gguf_path
 from tests.support.oracle import RawContext, raw_context, raw_model
@@ -210,19 +210,6 @@ def test_ends(stepper: Stepper, context: Context) -> None:
         context.memory.clear()
     late = SamplingParams(temperature=0, max_tokens=8, min_tokens=1, stop_token_ids=tuple(free))
     assert alone(stepper, late)[0][0] not in free
-
-
-def test_a_grammar_forces_its_language(stepper: Stepper, model: Model, context: Context) -> None:
-    grammar = 'root ::= ("yes" | "no") " " [0-9] [0-9]'
-    for seed in range(8):
-        context.memory.clear()
-        params = SamplingParams(seed=seed, temperature=1.5, grammar=grammar, max_tokens=30)
-        tokens, finish = alone(stepper, params)
-        assert finish is Finish.EOG
-        answer, number = model.vocab.detokenize(tokens[:-1]).strip().split(" ")
-        assert answer in ("yes", "no")
-        assert number.isdigit()
-        assert len(number) == 2
 
 
 def test_a_dead_end_is_an_error_of_that_request_only(stepper: Stepper) -> None:
@@ -473,13 +460,3 @@ def test_one_thread_at_a_time(stepper: Stepper, context: Context) -> None:
         thread.join()
         assert len(errors) == 1
         assert stepper.step(n).code == 0  # the owner may
-
-
-def test_the_result_is_one_object_that_steps_overwrite(stepper: Stepper) -> None:
-    stepper.set_slot(0, SamplingParams(temperature=0, max_tokens=9))
-    first = stepper.step(write(stepper, PROMPT))
-    assert isinstance(first, Results)
-    view = first.token
-    assert stepper.step(write_next(stepper, 0)) is first
-    assert view[0] == first.token[0]
-    assert first.records["index"].tolist() == [1]
