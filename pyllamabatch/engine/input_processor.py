@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from ..llama.model import Model
     from ..step.stepper import DetachedSlot, Stepper
 
-NOTHING = SamplingParams(max_tokens=0)
-ONE = SamplingParams(max_tokens=1, temperature=0, ignore_eog=True)
-"""What is sampled for `NOTHING`: a prompt ends with a token, which its stream leaves out."""
-
 Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]]
 
 
@@ -106,7 +102,8 @@ class InputProcessor:
         lora = self.loras.choose(values.pop("lora", None))
         if params.stop and self._vocab.type == "none":
             raise ArgumentError("stop", params.stop, "the model has no text: use stop_token_ids")
-        params, sampled = (params, params) if params.max_tokens else (NOTHING, ONE)
+        # a prompt ends with a token, which the stream leaves out where none was asked for
+        sampled = params if params.max_tokens else replace(params, max_tokens=1)
         self._core.scheduler.check_fits(len(tokens), sampled.max_tokens)
         request = Request(
             next(self._ids),

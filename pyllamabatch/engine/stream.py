@@ -94,7 +94,7 @@ class Stream:
         self._top: list[dict[int, float]] | None = [] if params.logprobs else None
         self._pieces_of = pieces.of
         self._texts = pieces.texts
-        stops = tuple(params.stop)
+        stops = tuple(params.stop) if params.max_tokens else ()
         self._harmless = pieces.harmless(stops) if stops else None
         self._pieces: list[bytes] = []  # of all tokens, at the end
         self._feed = TextFeed(stops, params.min_tokens)
@@ -263,6 +263,9 @@ class Stream:
             if self._feed.stop is not None:
                 self._n_dropped += stop is not None
                 reason, stop, error = "stop", self._feed.stop, None
+            elif self._stopped and reason == "stop":  # by the token that is left out
+                self._n_dropped += 1
+                reason, stop = "length", None
             self._pieces = self._pieces_of(self._tokens)  # the vocabulary may be gone later
             text = self._whole_text()
             count(reason, self._n_dropped)

@@ -197,6 +197,7 @@ def test_budget_ends_with_length(served: Served) -> None:
         (CHAT, {"grammar_triggers": [{"type": 1, "value": "a"}]}, "grammar_triggers", "value"),
         (CHAT, {"preserved_tokens": ["</s>"]}, "preserved_tokens", "</s>"),
         (CHAT, {"top_k": 2**31}, "top_k", "-1..2147483647"),
+        (CHAT, {"max_tokens": 0, "grammar": "root ::= ("}, "grammar", "column"),
         (TEXT, {"prompt": SUM, "n": 2, "best_of": 3}, "best_of", "3"),
         ("/v1/responses", {"input": SUM, "include": ["all"]}, "include.0", "logprobs"),
         ("/v1/responses", {"input": SUM, "top_logprobs": 2}, "top_logprobs", "include"),
