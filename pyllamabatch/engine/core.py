@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter, perf_counter_ns
 
-from ..errors import PyllamabatchError, SamplingError, decode_error
+from ..errors import ContextCreateError, PyllamabatchError, SamplingError, decode_error
 from ..kv import SwapSpace
 from ..scheduler import Scheduler, Step
 from ..step.stepper import Finish
@@ -80,6 +80,7 @@ class EngineCore:
         self._stepper = stepper
         self._device = device
         self._n_taken = 0  # of the requests submitted
+        self._shrunk = False  # the context, until the next request
         self._step_s = 0.0  # the last step's time
         self._led_until = perf_counter_ns()
         # Guards the state between two steps. A thread that needs the commands' lock, too, takes
@@ -171,6 +172,19 @@ class EngineCore:
     def cancel(self, id: int, reason: FinishReason = "cancelled") -> None:
         """Soon; nothing happens when it has ended by then."""
         self.commands.post(partial(self._cancel, id, reason))
+
+    def shrink(self) -> None:
+        """A command: where no request is open, give up the memory of cells, also of cached ones,
+        until one comes."""
+        if self._shrunk or self.table.requests or not self._device.states.shrink():
+            return
+        self._shrunk = True
+        self.scheduler.drop_cached()
+
+    def _grow(self) -> None:
+        if self._shrunk:
+            self._device.states.renew()
+            self._shrunk = False
 
     def fail(self, error: BaseException) -> None:
         """The engine ends because of this."""
@@ -390,11 +404,12 @@ class EngineCore:
 
     def _act(self, act: Callable[[Call], None], call: Call) -> None:
         try:
+            self._grow()
             act(call)
         except BaseException as error:
             if call.pending:
                 call.finish(error=error if isinstance(error, Exception) else self._cause())
-            if not isinstance(error, PyllamabatchError):
+            if not isinstance(error, PyllamabatchError) or isinstance(error, ContextCreateError):
                 raise
 
     def _wake(self) -> None:
@@ -405,6 +420,7 @@ class EngineCore:
         for sink in sinks:
             self._n_taken += 1
             self.table.add(sink.request)
+        self._grow()
 
     def _cancel(self, id: int, reason: FinishReason) -> None:
         request = self.table.requests.get(id)

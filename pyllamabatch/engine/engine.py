@@ -185,7 +185,7 @@ class Engine:
         # Also when the engine is forgotten, and before the interpreter exits.
         self._finalizer = weakref.finalize(self, self._core.close, wait=False, timeout=None)
         self._core.start()
-        MemoryWatch(space, self._core.commands.post).start(self._core.thread)
+        MemoryWatch(space, self._core.commands.post, self._core.shrink).start(self._core.thread)
 
     # -- what there is
 

@@ -1,7 +1,7 @@
 """MemoryWatch: an engine gives up host memory while the system runs short of it.
 
-Cells and graphs are allocated when an engine starts, and mapped weights are the system's to drop.
-What grows beside these are the states of swapped sequences.
+Mapped weights are the system's to drop. What grows are the states of swapped sequences: they go to
+files. Most of the rest are cells, which an engine without requests can do without.
 """
 
 import logging
@@ -18,6 +18,7 @@ LOOK_SECONDS = 1.0
 
 class MemoryWatch:
     """While there is pressure, saved states lie in files, and freed memory goes back to the system.
+    While it is critical, `shrink` is called between two steps, again and again.
 
     post: has a command done between two steps. read: the pressure now.
     """
@@ -26,6 +27,7 @@ class MemoryWatch:
         self,
         space: SwapSpace,
         post: Callable[[Callable[[], None]], None],
+        shrink: Callable[[], None],
         *,
         read: Callable[[], Pressure] = memory_pressure,
         seconds: float = LOOK_SECONDS,
@@ -34,6 +36,7 @@ class MemoryWatch:
         self._space = space
         self._n_bytes = space.n_bytes  # without pressure
         self._post = post
+        self._shrink = shrink
         self._read = read
         self._seconds = seconds
 
@@ -55,6 +58,8 @@ class MemoryWatch:
         if pressure is not self.pressure:
             self.pressure = pressure
             self._post(lambda: self._answer(pressure))
+        elif pressure is Pressure.CRITICAL:  # requests may have ended
+            self._post(self._shrink)
 
     def _answer(self, pressure: Pressure) -> None:
         log.warning("memory pressure: %s", pressure.name.lower())
@@ -62,5 +67,7 @@ class MemoryWatch:
             self._space.resize(0 if pressure else self._n_bytes)
         except OSError as problem:
             log.warning("saved states stay in memory: %s", problem)
+        if pressure is Pressure.CRITICAL:
+            self._shrink()
         if pressure:
             release_freed()

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from ..cost.choose import cost_of
 from ..cost.model import CostModel
 from ..kv import Preemption, SwapChoice
+from ..llama import runtime
 from ..llama.context import Context, device_computes_all
-from ..llama.limits import cell_bytes
+from ..llama.limits import cell_bytes, memory_parts
 from ..llama.model import Model
 from ..raw import lib
 from ..scheduler import Invariance
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from ..step.stepper_options import StepperOptions
 
+_PAD = 256  # cells that a stream has at least
 RING_STEPS = 256  # steps that are computed at most before their tokens are read
 
 # Bytes that a device copies in a second, each way: the least of what is sold today.
@@ -65,6 +67,27 @@ class NativeContext(Context):
     def rebuilds_for_others(self, device_sampling: bool | str) -> bool:
         pool = self.capabilities.unified and not self.capabilities.recurrent
         return not pool or (device_sampling is not False and bool(self.model.offloaded))
+
+    def shrink(self) -> bool:
+        """Make the native context again with as few cells as it can have, until `renew`. False:
+        they are not in the host's memory, or half of them would stay."""
+        n_streams = 1 if self.capabilities.unified else self.n_seq_max
+        least = max(self.n_batch, _PAD * n_streams)  # n_batch is never above it
+        if 2 * least > self.n_ctx or not self._has_cells_in_host_memory():
+            return False
+        with self.exclusive():
+            wanted, self._native.n_ctx = self._native.n_ctx, least
+            try:
+                self.renew()
+            finally:
+                self._native.n_ctx = wanted
+        return True
+
+    def _has_cells_in_host_memory(self) -> bool:
+        """A Mac's GPU has no other, though its buffers are no host's to ggml."""
+        backends = {device.name: device.backend for device in runtime.devices().values()}
+        held = [part for part in memory_parts(self) if part.context]
+        return all(part.host or backends[part.device] == "MTL" for part in held)
 
     def find_invariance(
         self, n_seq_max: int, *, nearly: bool = False, drafts: bool = False

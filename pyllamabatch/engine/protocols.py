@@ -81,11 +81,13 @@ class KvMemory(Protocol):
 
 class StateStore(Protocol):
     """Copies a sequence's cells to bytes and back; `renew` replaces a broken context, or one whose
-    streams are to be a pool of so many cells."""
+    streams are to be a pool of so many cells. `shrink`: by one with few cells, for as long as there
+    is no sequence; False where that gives no memory back."""
 
     def state_seq_get(self, seq_id: int, loras: LoraNames | None = None) -> bytes: ...
     def state_seq_set(self, data: bytes, seq_id: int, loras: LoraNames | None = None) -> object: ...
     def renew(self, pool: int = 0) -> None: ...
+    def shrink(self) -> bool: ...
 
 
 class EngineContext(StateStore, Protocol):

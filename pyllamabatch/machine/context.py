@@ -136,6 +136,10 @@ class MachineContext:
             self._set_layout(pool, True)
         self.device.set_layout(self._limits())
 
+    def shrink(self) -> bool:
+        """Its cells take no memory."""
+        return False
+
     def set_loras(self, adapters: Any) -> None:
         """There are none."""
 

@@ -4,12 +4,18 @@ import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pyllamabatch.engine.engine import Engine
 from pyllamabatch.engine.memory_watch import MemoryWatch
+from pyllamabatch.errors import ContextCreateError, EngineClosed
 from pyllamabatch.kv import SwapSpace
+from pyllamabatch.llama.limits import memory_parts
+from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.pressure import Pressure
+from tests.support.engines import check_idle, engine_on, greedy, held
 
 NORMAL, WARNING, CRITICAL = Pressure
 
@@ -19,7 +25,10 @@ def test_pressure_moves_states_to_files(tmp_path: Path) -> None:
     space.put(1, b"state")
     levels = iter([NORMAL, WARNING, CRITICAL, CRITICAL, NORMAL])
     commands: list[Callable[[], None]] = []
-    watch = MemoryWatch(space, commands.append, read=lambda: next(levels))
+    shrunk: list[Pressure] = []
+    watch = MemoryWatch(
+        space, commands.append, lambda: shrunk.append(watch.pressure), read=lambda: next(levels)
+    )
     found = []
     for _ in range(5):
         watch.look()
@@ -29,13 +38,14 @@ def test_pressure_moves_states_to_files(tmp_path: Path) -> None:
         space.put(2, b"another")
         found.append((space.used, space.n_bytes, len(list(tmp_path.iterdir()))))
     assert found == [(12, 100, 0), (0, 0, 2), (0, 0, 2), (0, 0, 2), (7, 100, 1)]
+    assert shrunk == [CRITICAL] * 2
     assert (space.take(1), space.take(2)) == (b"state", b"another")
 
 
 def test_without_room_for_files_they_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     space = SwapSpace(100, tmp_path / "missing")
     space.put(1, b"state")
-    watch = MemoryWatch(space, lambda command: command(), read=lambda: CRITICAL)
+    watch = MemoryWatch(space, lambda command: command(), lambda: None, read=lambda: CRITICAL)
     with caplog.at_level(logging.WARNING, logger="pyllamabatch"):
         watch.look()
     assert "memory pressure: critical" in caplog.text
@@ -48,7 +58,11 @@ def test_it_looks_until_the_core_ends() -> None:
     core = threading.Thread(target=stop.wait)
     core.start()
     watch = MemoryWatch(
-        SwapSpace(0), lambda command: answered.set(), read=lambda: CRITICAL, seconds=0.001
+        SwapSpace(0),
+        lambda command: answered.set(),
+        lambda: None,
+        read=lambda: CRITICAL,
+        seconds=0.001,
     )
     thread = watch.start(core)
     assert answered.wait(60)
@@ -56,3 +70,86 @@ def test_it_looks_until_the_core_ends() -> None:
     core.join()
     thread.join(60)
     assert not thread.is_alive()
+
+
+def told_to_shrink(engine: Engine) -> None:
+    """It has carried that out."""
+    done = threading.Event()
+    engine._core.commands.post(engine._core.shrink)
+    engine._core.commands.post(done.set)
+    assert done.wait(60)
+
+
+def bytes_of_cells(engine: Engine) -> int:
+    return sum(part.context for part in memory_parts(engine._context))
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_unified": False}, {"device_sampling": True}], ids=str)
+def test_without_requests_an_engine_needs_few_cells(
+    tiny_llama_path: Path, options: dict[str, Any]
+) -> None:
+    prompts = [[1, *range(10, 30)], [1, *range(40, 90)]]
+    with Model(tiny_llama_path) as model, engine_on(model, n_ctx=8192, **options) as engine:
+        expected = [result.tokens for result in engine.generate(prompts, greedy(20))]
+        before = bytes_of_cells(engine)
+        for _ in range(2):
+            check_idle(engine)
+            for _ in range(2):
+                told_to_shrink(engine)
+            assert bytes_of_cells(engine) <= before / 8 + 2**16
+            assert engine.n_ctx == 8192
+            results = engine.generate(prompts, greedy(20))
+            assert [result.tokens for result in results] == expected
+            assert bytes_of_cells(engine) == before
+            with engine.sequence(greedy()) as one:
+                one.prompt(prompts[0])
+                told_to_shrink(engine)
+                assert bytes_of_cells(engine) == before
+                assert [one.sample().token for _ in range(3)] == expected[0][:3]
+        told_to_shrink(engine)
+        with engine.sequence(greedy()) as one:  # the first to come
+            one.prompt(prompts[0])
+            assert one.sample().token == expected[0][0]
+        told_to_shrink(engine)  # and is closed so
+
+
+def test_cells_stay_while_a_request_is_open(tiny_llama_path: Path) -> None:
+    with Model(tiny_llama_path) as model, engine_on(model, n_ctx=8192) as engine:
+        before = bytes_of_cells(engine)
+        with held(engine):
+            stream = engine.submit([1, 5, 6], greedy(100))
+            next(iter(stream))
+            told_to_shrink(engine)
+            assert not engine._core._shrunk
+        assert len(stream.wait().tokens) == 100
+        assert bytes_of_cells(engine) == before
+
+
+def test_few_cells_are_no_use_where_few_would_stay(tiny_llama_path: Path) -> None:
+    with Model(tiny_llama_path) as model, engine_on(model, n_ctx=256) as engine:
+        told_to_shrink(engine)
+        assert not engine._core._shrunk
+        assert len(engine.generate([[1, 5]], greedy(3))[0].tokens) == 3
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda engine: list(engine.submit([1, 5], greedy(3))),
+        lambda engine: engine.sequence().prompt([1, 5]),
+    ],
+    ids=["request", "sequence"],
+)
+def test_memory_that_others_have_taken_meanwhile_ends_the_engine(
+    tiny_llama_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Callable[[Engine], object]
+) -> None:
+    def barren(*_: Any) -> Any:
+        raise ContextCreateError("no memory left")
+
+    with Model(tiny_llama_path) as model:
+        engine = engine_on(model, n_ctx=8192)
+        told_to_shrink(engine)
+        monkeypatch.setattr(engine._context, "_make", barren)
+        with pytest.raises((ContextCreateError, EngineClosed), match="no memory left"):
+            ask(engine)
+        engine.close()

@@ -224,6 +224,9 @@ class FakeMachine(FakeDevice[Cell, Slot]):
             raise ContextCreateError("no memory left")
         self.n_renewed += 1
 
+    def shrink(self) -> bool:
+        return False
+
     @property
     def n_held(self) -> int:
         """Cells in use, shared ones once."""
