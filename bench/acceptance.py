@@ -11,8 +11,6 @@ has run for a while. It has forgotten the answers themselves. All arms compute t
 run; `watches` knows what drafts would be, and never has any: what it loses is no decision's loss.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from dataclasses import replace

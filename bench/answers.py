@@ -1,7 +1,5 @@
 """Greedy answers of a real model beside llama-server's, token for token, each request alone."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """What `bench traffic` asks for, and when: a closed loop, or requests that come by themselves."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """The benches: one module each."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 from collections.abc import Callable, Mapping, Sequence

@@ -9,8 +9,6 @@ pair says more on a machine whose speed drifts than two long runs would.
   engine without a prefix cache.
 """
 
-from __future__ import annotations
-
 import argparse
 import threading
 from collections.abc import Callable, Sequence

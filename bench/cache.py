@@ -1,7 +1,5 @@
 """The folder for what is slow to make: models and built tools."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

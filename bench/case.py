@@ -1,7 +1,5 @@
 """The cases of a command line, and what runs without a model have in common."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterable
 from pathlib import Path

@@ -4,8 +4,6 @@ The engine waits for threads as it does by default, and in another arm for a fix
 computes the same prompts, which are outside the time, and then `tg` tokens per sequence.
 """
 
-from __future__ import annotations
-
 import argparse
 import threading
 import time

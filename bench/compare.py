@@ -5,8 +5,6 @@ and files. Arms run in turn, each in processes of its own. Records of its other 
 are shown by the report as well.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 from collections.abc import Generator, Sequence

@@ -1,7 +1,5 @@
 """Decode-only speed of our layers beside llama-batched-bench."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Embeddings: many texts in one call, beside one call for each."""
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Callable, Sequence

@@ -6,8 +6,6 @@ Only what the load generator needs: GET /health, and POST /completion without st
 - llama-cpp-python: one `Llama`, which takes one user at a time, behind a lock
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import threading

@@ -6,8 +6,6 @@ time of each other. The speed is that of the whole fleet. On a profile machine (
 replica has a GPU of its own, too. Wants the extra `ray`.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

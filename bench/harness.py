@@ -1,7 +1,5 @@
 """How a bench runs: arms in turns, a record of every run, and what is printed at the end."""
 
-from __future__ import annotations
-
 import argparse
 import uuid
 from collections.abc import Callable, Generator, Sequence

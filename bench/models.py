@@ -1,7 +1,5 @@
 """Models for the benches: random weights in a real shape, written on demand into the cache."""
 
-from __future__ import annotations
-
 import os
 import sys
 import zlib

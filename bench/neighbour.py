@@ -4,8 +4,6 @@ The process computes without end and never sleeps. Where the engine has as many 
 cores, it takes a third of them on two.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 

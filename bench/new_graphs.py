@@ -1,7 +1,5 @@
 """Why steps of a trace needed new graphs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What the command lines of the benches have in common."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

@@ -11,8 +11,6 @@ medians, after over before; beside it stands the ratio of the best runs, which a
 disturbs least.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -7,8 +7,6 @@ apart, with the embedded model, and is in neither side. On a CPU the kernel give
 touched: `pyllamabatch plan --measure` shows them.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

@@ -10,8 +10,6 @@ tokens, as the live ones of `bench width`. The same arguments give the same figu
 bit.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field

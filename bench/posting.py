@@ -3,8 +3,6 @@
 For clients of many streams: what httpx does for each event takes more than a server does for it.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

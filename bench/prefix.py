@@ -1,7 +1,5 @@
 """Requests with a common prefix: with the prefix cache, and without."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from functools import partial

@@ -14,8 +14,6 @@ priority above theirs (`chrt -f 1 python -m bench traffic --machine ...`, a few 
 run is good on busy cores, too: one counts where the device had nearly all of the time.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import time

@@ -1,7 +1,5 @@
 """Runs that other processes do not disturb."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar

@@ -13,8 +13,6 @@ The simulation has a profile that is measured first (--calibrate), or that of a 
 (--machine), of which each replica has a GPU of its own. Wants the extra `ray`.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 import sys

@@ -1,7 +1,5 @@
 """Greedy answers, all at once and one by one: how many are the same to the last token."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial

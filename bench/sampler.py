@@ -1,7 +1,5 @@
 """Sampling alone: rows of random logits, no model."""
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Callable, Sequence

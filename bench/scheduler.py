@@ -1,7 +1,5 @@
 """The scheduler's own time: plan and advance, every policy, no model."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import time

@@ -4,8 +4,6 @@ Every arm gets the same model, threads, batch sizes and sampling, a prompt of ra
 client, and room for all clients at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib.metadata

@@ -4,8 +4,6 @@ A bench needs the work that a model makes, not its knowledge: same layers, same 
 vocabulary, so the same bytes to read and the same products to compute.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

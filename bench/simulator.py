@@ -1,7 +1,5 @@
 """The simulator's own time: steps of a day's traffic in a second, no model."""
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Thousands of short requests from many threads, some cancelled: nothing lost or left over."""
 
-from __future__ import annotations
-
 import argparse
 import gc
 import itertools

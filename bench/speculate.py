@@ -9,8 +9,6 @@ the same texts.
 each at the speed of what was sampled then: so no prompt is in the speed.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

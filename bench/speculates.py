@@ -1,7 +1,5 @@
 """What `bench speculate` asks: N texts at once of an engine or of llama-server, and its times."""
 
-from __future__ import annotations
-
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence

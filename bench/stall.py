@@ -8,8 +8,6 @@ An arm is a policy; `engine` is an engine without options, which chooses its lay
 what readers wait for a prompt by seconds, not by the time of a step.
 """
 
-from __future__ import annotations
-
 import argparse
 import threading
 import time

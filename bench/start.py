@@ -4,8 +4,6 @@ Nothing of the model is in the process before; the files are in the system's cac
 before the first measured one has read them.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

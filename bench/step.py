@@ -5,8 +5,6 @@
 `gap`: a real engine; from the end of sampling of one step to the start of the next decode.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import threading

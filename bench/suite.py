@@ -1,7 +1,5 @@
 """`python -m bench all`: every bench, each in a process of its own."""
 
-from __future__ import annotations
-
 import argparse
 import subprocess
 import sys

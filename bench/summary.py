@@ -1,7 +1,5 @@
 """`python -m bench report`: Markdown and plots of records, the same for the same records."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import re

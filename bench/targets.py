@@ -1,7 +1,5 @@
 """What a bench is to show: a figure, made from records, and its limit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 

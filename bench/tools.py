@@ -1,8 +1,6 @@
 """llama.cpp's own tools, built on demand from the tree that pyllamabatch is built from, and on the
 ggml of the installed package: the same kernels on both sides, which are compiled once."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

@@ -19,8 +19,6 @@ with all at once. The engine's arms differ in what a user would have to know:
 The prefixes that others leave are of no use here: every prompt is another one.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import sys

@@ -1,7 +1,5 @@
 """Tables of a bench's records: medians of the repeats, and ratios within each."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median

@@ -14,8 +14,6 @@ The model is that of the profile that an engine finds (`pyllamabatch calibrate`)
 of `--calibrate S` seconds first.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

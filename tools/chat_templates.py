@@ -11,8 +11,6 @@ the server is started with the embedded model and that template, and asked for i
 the server's prompts become those that tests/real compares with.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

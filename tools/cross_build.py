@@ -13,8 +13,6 @@ For Arm Linux it takes the compiler of Debian's g++-aarch64-linux-gnu.
 Windows with Wine (Debian: wine64).
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shutil

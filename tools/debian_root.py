@@ -7,8 +7,6 @@ Needs mmdebstrap, and for another processor qemu-user-static. Roots stay in buil
 is installed in an environment of the root's own Python; the tests lie apart from any checkout.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform

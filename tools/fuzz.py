@@ -6,8 +6,6 @@ build/fuzz/corpus.
 An input that crashes, hangs or breaks a check stays in build/fuzz/found, and ends this with 1.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shutil

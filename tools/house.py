@@ -5,8 +5,6 @@ one name, long files and long constructors, and ends with 1 where a rule is brok
 import-linter's (`lint-imports`, pyproject.toml).
 """
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

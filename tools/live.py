@@ -4,8 +4,6 @@ Prompts are random tokens. Two prompts share a prefix where the trace says so. E
 generates exactly as many tokens as the trace says.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import defaultdict
 from collections.abc import Iterable

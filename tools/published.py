@@ -12,8 +12,6 @@ writes a profile per model. How a row becomes steps:
 The tables give each sequence cells of its own, llama.cpp's default.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import statistics

@@ -7,8 +7,6 @@ It starts a server over the embedded model, with one thread to compute, and prin
 for each repeat, in microseconds a token. Linux.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

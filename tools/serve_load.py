@@ -8,8 +8,6 @@ percentile of `/health` meanwhile, memory before and after. It ends with 1 where
 ended, an answer is missing, counters don't balance, cells are left, or memory has grown.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

@@ -10,8 +10,6 @@ JSON, and ends with 1 where an answer differs, a request fails, one is left, not
 or memory grows.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

@@ -8,8 +8,6 @@ and load to --out. `--view` prints the tables of the records in --out and measur
 status 1: a figure misses its bound.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -14,8 +14,6 @@ show` (a Linux wheel's platform tag); for a Mac's `delocate` (no library but the
 the macOS of its tag), which elsewhere reads it by Debian's `llvm`.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Prompts for speculative decoding: answers that repeat their prompt, and such that do not."""
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from pathlib import Path
