@@ -60,7 +60,8 @@ class ProfileMachine:
             raise ArgumentError("machine", str(name), f"{hint}a profile: {', '.join(known)}")
         profile = load_profile(str(name))
         gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        return cls(profile, f"{path.stem}-{_digest(profile.to_json() + gpu)}")
+        digest = hashlib.sha256((profile.to_json() + gpu).encode()).hexdigest()
+        return cls(profile, f"{path.stem}-{digest[:12]}")
 
     @property
     def on_gpu(self) -> bool:
@@ -89,10 +90,6 @@ def known_names() -> list[str]:
     """Profiles that a machine can be named after."""
     saved = sorted(path.stem for path in profile_folder().glob("*.json"))
     return [*shipped_names(), *saved]
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass

@@ -78,16 +78,9 @@ class PrefixAffinity(Router):
     `unit`: elements of a prompt that make a token. `reach`: elements that are looked at.
     """
 
-    def __init__(
-        self,
-        slack: int = 8,
-        memory: int = 4096,
-        unit: int = 1,
-        reach: int = 2**15,
-        patience: float = 3.0,
-    ) -> None:
-        self.slack = slack
-        self.patience = patience
+    slack, patience = 8, 3.0
+
+    def __init__(self, memory: int = 4096, unit: int = 1, reach: int = 2**15) -> None:
         self.memory = memory
         self.unit = unit
         self.reach = reach

@@ -50,7 +50,7 @@ def test_a_prefix_goes_where_it_was() -> None:
 
 
 def test_load_bounds_affinity() -> None:
-    router, two = PrefixAffinity(slack=8), {"a": ReplicaView(), "b": ReplicaView()}
+    router, two = PrefixAffinity(), {"a": ReplicaView(), "b": ReplicaView()}
     assert router.choose(A, two) == "a"
     two["a"] = ReplicaView(8)
     assert router.choose(LIKE_A, two) == "a"
