@@ -1,8 +1,7 @@
 """pyllamabatch: own the batch.
 
 Names are imported when they are first used, so `import pyllamabatch` is cheap and does not load
-llama.cpp.
-"""
+llama.cpp."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,8 +1,7 @@
 """What can go wrong, one exception per kind of failure; all of them are `PyllamabatchError`.
 
 The checks of arguments that every room shares are at the end: `integer`, `number`, `flag`,
-`choice`, `unknown_keyword`.
-"""
+`choice`, `unknown_keyword`."""
 
 import math
 import numbers
@@ -51,8 +50,7 @@ class EngineDraining(PyllamabatchError):
 class ModelLoadError(PyllamabatchError):
     """The file is missing, damaged or of a kind that this build can't load.
 
-    `path` is the file; `log` holds llama.cpp's own last lines, which the message ends with.
-    """
+    `path` is the file; `log` holds llama.cpp's own last lines, which the message ends with."""
 
     def __init__(self, path: str, reason: str, log: str = "") -> None:
         super().__init__(f"can't load {path}: {reason}" + (f"\n{log}" if log else ""))

@@ -4,8 +4,7 @@ Every public function and constant of llama.h, ggml.h, ggml-backend.h, ggml-cpu.
 `lib` under its own name, and so are the functions of our shim (`plb_*`, native/plb.h). Nothing is
 checked: libllama aborts the process on arguments that it rejects by assertion, and a context may
 be used by one thread at a time. Every call releases the GIL.
-docs/reference/raw.md has a complete loop.
-"""
+docs/reference/raw.md has a complete loop."""
 
 import os
 import sys

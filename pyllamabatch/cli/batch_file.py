@@ -1,8 +1,7 @@
 """Answer a file of requests with a bounded number under way, and resume what a run left.
 
 A reader thread pulls input lines. The engine's thread says when a stream has ended. All else
-happens in the thread that calls `BatchFile.run`, which sleeps until one of the two has news.
-"""
+happens in the thread that calls `BatchFile.run`, which sleeps until one of the two has news."""
 
 import math
 import queue

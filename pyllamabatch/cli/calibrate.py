@@ -5,8 +5,7 @@ or cells of each sequence's own) are timed with random tokens until the budget
 is spent. The cost model is fitted to them. The profile goes into the user's
 cache folder, where `Engine` and `pyllamabatch simulate` find it. Ctrl-C saves
 what is measured. Where other load disturbed too many steps of a kind, nothing
-is saved, and the exit status is 1.
-"""
+is saved, and the exit status is 1."""
 
 import argparse
 import json

@@ -13,8 +13,7 @@ run one after the other. Ctrl-C ends every process and keeps the rows that are d
 --scenario runs one arm as the Cotabby inference bench does, and prints its line of JSON.
 
 Exit status: 0, or 1 when an arm failed; with --gate 0 when it is met and 3 when it is not; 130
-after Ctrl-C.
-"""
+after Ctrl-C."""
 
 import argparse
 import json

@@ -1,7 +1,6 @@
 """What a person sees: text that breaks between words, and progress.
 
-A terminal gets a live display where rich is installed. A pipe gets plain lines.
-"""
+A terminal gets a live display where rich is installed. A pipe gets plain lines."""
 
 from __future__ import annotations
 

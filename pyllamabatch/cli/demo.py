@@ -4,8 +4,7 @@ Every prompt has one right answer, so a token that went to the wrong sequence
 shows. Before that, steps of 1 to 32 rows are timed: what a wider batch is worth
 on this machine.
 
-Exit status: 0 if at least 8 in 10 answers of each pass are right, else 1.
-"""
+Exit status: 0 if at least 8 in 10 answers of each pass are right, else 1."""
 
 from __future__ import annotations
 
@@ -83,8 +82,7 @@ def time_steps(model: Model, threads: int | None) -> tuple[int, dict[int, float]
     """The number of CPU threads, and the milliseconds of a step for each number of rows.
 
     Threads that are not given are those that decode wide steps fastest here, now. A step of the
-    embedded model is so short that waiting for a busy core can make it many times longer.
-    """
+    embedded model is so short that waiting for a busy core can make it many times longer."""
     widest = WIDTHS[-1]
     with Rig(model, n_seq_max=widest, n_ctx=256 * widest, kv_unified=False) as rig:
 

@@ -17,8 +17,7 @@ field error.
 Run the same command again after an interruption: finished lines stay, the
 others are answered.
 Exit status: 0 all answered, 1 some lines failed, 2 nothing could be run,
-130 interrupted.
-"""
+130 interrupted."""
 
 import argparse
 import sys

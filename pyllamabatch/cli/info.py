@@ -1,7 +1,6 @@
 """What this installation is, what it runs on, what a model can do, and how an engine runs it.
 
-Without -m, the embedded model is described.
-"""
+Without -m, the embedded model is described."""
 
 import argparse
 import json

@@ -35,8 +35,7 @@ class _Problem(ValueError):
 def read_lines(lines: Iterable[bytes], *, ignore_unknown: bool = False) -> Iterator[InputLine]:
     """The requests of `lines`, lazily and in order. Blank lines are skipped, but counted.
 
-    A field that is not known is a problem, or is left out with `ignore_unknown`.
-    """
+    A field that is not known is a problem, or is left out with `ignore_unknown`."""
     for number, raw in enumerate(lines, start=1):
         if number == 1:
             raw = raw.removeprefix(b"\xef\xbb\xbf")

@@ -4,8 +4,7 @@ anything is loaded.
 With a file, the sizes are those that llama.cpp itself projects; nothing is
 allocated. With --weights, they are what you say. One context shared by all
 sequences, a context each, and a process each are compared. --measure starts
-real processes on this machine (Linux) and prints what they share.
-"""
+real processes on this machine (Linux) and prints what they share."""
 
 import argparse
 import json

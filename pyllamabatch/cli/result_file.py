@@ -1,8 +1,7 @@
 """The JSON lines that `generate` writes: in the order of the input, and safe to resume.
 
 `OUT` only grows, and holds finished rows in the order of the input. A row that finishes before its
-turn waits in `OUT.part`: a killed run loses nothing that was finished.
-"""
+turn waits in `OUT.part`: a killed run loses nothing that was finished."""
 
 import fcntl
 import json
@@ -22,8 +21,7 @@ class ResultFile:
     """Takes rows in any order and writes them in order to `file`. `part`: where early rows wait;
     without it `file` is a stream, which holds nothing to resume.
 
-    Take the rows that are `finished()` first, then `early_rows()`, then `add()`.
-    """
+    Take the rows that are `finished()` first, then `early_rows()`, then `add()`."""
 
     def __init__(self, name: str, file: BinaryIO, part: BinaryIO | None = None) -> None:
         self.name, self._file, self._part = name, file, part
@@ -78,8 +76,7 @@ class ResultFile:
     def early_rows(self) -> dict[int, Row]:
         """Rows that an earlier run finished out of turn, by line. Each is to be added again.
 
-        There are never more of them than that run had requests under way.
-        """
+        There are never more of them than that run had requests under way."""
         if self._part is None:
             return {}
         self._part.seek(0)

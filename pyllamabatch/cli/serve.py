@@ -7,8 +7,7 @@
 
 It listens on loopback only, unless --host says otherwise. Give it a key then:
 --api-key, or a file of keys, one a line. SIGTERM or Ctrl-C: new requests get
-503, open ones are finished (--drain-timeout); a second one cuts them off.
-"""
+503, open ones are finished (--drain-timeout); a second one cuts them off."""
 
 import argparse
 import gc

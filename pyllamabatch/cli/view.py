@@ -4,8 +4,7 @@
   pyllamabatch view steps.json
   pyllamabatch simulate --trace poisson:rate=4 --steps steps.json    # likewise
 
-The page is one HTML file without any address in it: --out says where it goes.
-"""
+The page is one HTML file without any address in it: --out says where it goes."""
 
 import argparse
 import tempfile

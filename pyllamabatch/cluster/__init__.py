@@ -4,5 +4,4 @@
            ←          bytes             ←
 
 `Front` reads a request, Ray brings it to a replica, and the bytes of the answer come back over a
-connection of their own, as that replica's application writes them.
-"""
+connection of their own, as that replica's application writes them."""

@@ -1,8 +1,7 @@
 """Deployments on Ray Serve, by `pyllamabatch serve --replicas` or `serve run`.
 
 Settings that belong to Ray (autoscaling, rolling updates, placement) stay Ray's: `serve run FILE`
-takes them by the names of the deployments, `engine` and `front`.
-"""
+takes them by the names of the deployments, `engine` and `front`."""
 
 from __future__ import annotations
 
@@ -39,8 +38,7 @@ class FleetOptions:
       alone, None: as many as Ray finds.
     - router: one of `pyllamabatch.scheduler.router.ROUTERS`.
     - n_seq_max: requests that an engine runs at once. max_open: those that it takes, waiting ones
-      included.
-    """
+      included."""
 
     min_replicas: int
     max_replicas: int

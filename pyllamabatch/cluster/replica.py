@@ -2,8 +2,7 @@
 
 Ray chooses the replica of a request, and counts it there until it ends. The bytes of the answer go
 over a connection of their own from the replica to the front: for each token they would cost Ray
-more than the engine.
-"""
+more than the engine."""
 
 import asyncio
 import secrets

@@ -32,8 +32,7 @@ class Child:
             ready = child.receive(60.0)
 
     It ends when it is stopped or forgotten, and when this process ends, also by a kill. A
-    terminal's Ctrl-C does not reach it. POSIX.
-    """
+    terminal's Ctrl-C does not reach it. POSIX."""
 
     def __init__(self, *, loud: bool = False) -> None:
         """loud: what it logs goes to our standard error, else into the message about its end."""

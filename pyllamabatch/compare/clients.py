@@ -26,8 +26,7 @@ def ask_all(
 
     The time starts when the clients are let go. In a burst each has one request and waits for the
     others after its first token: `let_go()` and the start of the time come when all have theirs.
-    `give_up`: as for `at_once`.
-    """
+    `give_up`: as for `at_once`."""
     requests = [RequestTimes() for _ in workload.arrivals]
     left = iter(range(len(requests)))
     timings = Timings(0.0, requests)

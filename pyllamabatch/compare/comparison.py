@@ -22,8 +22,7 @@ MEMORY = {
 class Comparison:
     """The arms of one bench at each number of users, as medians over repeats.
 
-    A run that failed is no result, nor is one with an answer that was not completed.
-    """
+    A run that failed is no result, nor is one with an answer that was not completed."""
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.records = records

@@ -1,8 +1,7 @@
 """A raw loop on one context, in Python: build a batch, decode it, sample its rows.
 
 It is what a program without an engine does, for one sequence or for many: cffi calls only, as in
-docs/reference/raw.md, and libllama's own sampler chains.
-"""
+docs/reference/raw.md, and libllama's own sampler chains."""
 
 from __future__ import annotations
 
@@ -29,8 +28,7 @@ class Loop:
 
     A step computes the last token of every sequence that decodes and, beside them, as many rows of
     prompts as the batch has room for. A sequence samples its first token with its prompt's last
-    row.
-    """
+    row."""
 
     def __init__(self, context: Context, sampling: str) -> None:
         """`sampling`: "greedy" or "default"."""

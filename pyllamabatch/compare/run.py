@@ -34,8 +34,7 @@ class Experiment:
     arrivals, 1/s (poisson). limit_s: of one run. total_memory: bytes that all workers together may
     take, in equal shares; 0: no limit. tries: how often a run is made, at most, until others do
     not disturb it. keep_loaded: all arms of a case stay open until its last
-    repeat.
-    """
+    repeat."""
 
     protocol: str
     arms: Sequence[Arm]
@@ -83,8 +82,7 @@ def measure(
     """Records as they are measured. `about`: of `hosted.probe`; `running` is told what runs next.
 
     An arm that fails gives a record that says why, and is left out of the case's other repeats;
-    the others go on. Closing the generator ends every process.
-    """
+    the others go on. Closing the generator ends every process."""
     run_id = uuid.uuid4().hex[:12]
     failed: set[tuple[Arm, Case]] = set()
     loaded: dict[tuple[Arm, Case], Serving] = {}

@@ -30,8 +30,7 @@ class Shared:
     rss: pages in memory; a shared page counts once for each process. pss: a shared page is divided
     by its sharers, so the sum is what is really taken. shared: the pages of rss that another
     process has, too. base: pss before loading. planned: base, the mapped file once, and n times
-    what is private.
-    """
+    what is private."""
 
     n: int
     state: str
@@ -46,8 +45,7 @@ def measure(path: Path, n: int, n_ctx: int, n_gpu_layers: int = -1) -> list[Shar
     """n processes on the model at `path`, idle and then active.
 
     Raises UnsupportedOperation where the kernel does not say (systems other than Linux) and without
-    psutil, and ArmError for a process that fails.
-    """
+    psutil, and ArmError for a process that fails."""
     if psutil is None or not Path("/proc/self/smaps").exists():
         raise UnsupportedOperation("this takes Linux and psutil: pip install 'pyllamabatch[cli]'")
     with Projector(path, n_gpu_layers=n_gpu_layers) as projector:

@@ -21,8 +21,7 @@ class Workload:
     - ds4: one for each sequence, with the same prompt, fired at once. The time is theirs whole.
     - poisson: they come at `arrivals` (s after the start, ascending) and wait for a free sequence.
 
-    which: another one gives other prompts.
-    """
+    which: another one gives other prompts."""
 
     protocol: str
     which: int
@@ -75,8 +74,7 @@ def figures(workload: Workload, timings: Timings) -> dict[str, float]:
     - ttft_p50_s, ttft_p99_s: from a request's arrival to its first token
     - itl_p50_s, itl_p99_s: between a request's tokens, those of all requests together
     - draft_n, draft_n_accepted: drafted tokens that were checked, and the right ones, of an engine
-      that speculates
-    """
+      that speculates"""
     begin, requests = timings.begin, timings.requests
     untimed = 1 if workload.protocol == BURST else 0  # first samples
     in_time = [one.times[untimed:] for one in requests]

@@ -8,8 +8,7 @@ round: on a slow device it may be the only one.
 
 Where the CPU computes, steps beside other load on its cores are disturbed. They count for nothing,
 and are repeated, as is a shape whose steps differ too much. A layout of which a kind of step
-remains unknown makes no profile.
-"""
+remains unknown makes no profile."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -60,8 +59,7 @@ def calibrate(
     context_params: of `Context`, as the engine will use them (n_ubatch, n_threads, type_k, ...).
 
     KeyboardInterrupt ends it with the layouts that are known, and is raised where none is.
-    Raises ProfileError when too little of a kind of step is known at the end of the budget.
-    """
+    Raises ProfileError when too little of a kind of step is known at the end of the budget."""
     if not layouts or not set(layouts) <= LAYOUTS.keys():
         raise ArgumentError("layouts", layouts, f"must be of {', '.join(LAYOUTS)}")
     if not budget > 0:

@@ -180,8 +180,7 @@ def robust_nnls(design: F64, seconds: F64, base: F64, n_rounds: int) -> tuple[F6
     """Least squares of relative errors with coefficients >= 0; outliers get a smaller weight
     (Huber) in `n_rounds` rounds. Returns the coefficients, and (measured - fitted) / fitted.
 
-    design: (samples, terms); seconds, base: (samples,), base a weight.
-    """
+    design: (samples, terms); seconds, base: (samples,), base a weight."""
     relative = design / seconds[:, None]
     weight = base
     for _ in range(n_rounds):

@@ -44,8 +44,7 @@ class Graphs:
     A step needs a new graph when its rows differ from those before, and when it attends to other
     cells than the graph was made for. Of a step in several ubatches libllama keeps the last graph
     only, so each ubatch needs a new one. The last graph of decoding stays while prompts are
-    computed (vendor/patches/graph-of-decoding.patch).
-    """
+    computed (vendor/patches/graph-of-decoding.patch)."""
 
     def __init__(self, new_graph: NewGraph, switch: float, *, unified: bool) -> None:
         self._new_graph = new_graph

@@ -29,8 +29,7 @@ in the same tiles (`ggml_tiled_min_batch`). Where the CPU has AMX
 quants have neither: a single row goes through a kernel of its own, and from two on each block of 32
 rows unpacks the weights again and computes them in tiles of 16. A file mixes types (Q4_K_M has Q5_0
 where rows are not a multiple of 256 long), so blocks and tiles come on top of what the type of most
-bytes has: the cost model takes that for tiles of four in groups of sixteen.
-"""
+bytes has: the cost model takes that for tiles of four in groups of sixteen."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,7 @@
     cost.predict(rows=24, prefill=16, kv=9000, n_seqs=9)   # seconds
 
 The model is fitted to a profile (`terms` has the formula), or a prior from what the kernels are
-known to do. An engine refines it with the steps that it runs.
-"""
+known to do. An engine refines it with the steps that it runs."""
 
 from __future__ import annotations
 
@@ -32,8 +31,7 @@ class CostModel(StepCost):
     """Seconds of a step by its shape, where the graph of the step before is reused.
 
     A prior (`calibrated` is False) knows where the steps of the kernels are. Their heights and all
-    absolute times are estimates until `observe` has seen a step (`absolute`).
-    """
+    absolute times are estimates until `observe` has seen a step (`absolute`)."""
 
     def __init__(
         self,

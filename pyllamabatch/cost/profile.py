@@ -1,8 +1,7 @@
 """Profile: what was measured on one device with one model, as JSON, and where profiles are stored.
 
 `pyllamabatch calibrate` saves profiles in the user's cache folder (`profile_folder`). The package
-ships others in `cost/profiles`. `find_profile` takes the best match of both.
-"""
+ships others in `cost/profiles`. `find_profile` takes the best match of both."""
 
 from __future__ import annotations
 
@@ -95,8 +94,7 @@ class Key:
     """What a step's time depends on beside its shape. A profile suits an engine with an equal key.
 
     device: its description. backend: ggml's name. model: `fingerprint`. context: parameters that
-    change the kernels or the work (threads, cache types, flash attention, n_ubatch).
-    """
+    change the kernels or the work (threads, cache types, flash attention, n_ubatch)."""
 
     device: str
     backend: str

@@ -1,8 +1,7 @@
 """A context to measure on: sequences of a wanted depth, steps of a wanted shape, their times.
 
 Contents do not matter for time: tokens are random, and a depth is computed once and copied to the
-other sequences as state.
-"""
+other sequences as state."""
 
 import time
 from typing import Any, NamedTuple
@@ -130,8 +129,7 @@ class Rig(Owner):
 
         The first `decode` sequences decode; the prompt rows belong to the next ones, which hold
         `depth` tokens too, and are the prompts' last ones: each gives a token. What a step adds is
-        taken away again, where the memory can.
-        """
+        taken away again, where the memory can."""
         taken = []
         for _ in range(n_steps):
             self.hold(shape.n_seqs, shape.depth)

@@ -26,8 +26,7 @@ class StepCost(Protocol):
     seconds more for a step whose decoding sequences are others than in the step before, though as
     many; None: not observed yet. unified: one pool of KV cells for all sequences. layout_measured:
     steps with this layout of the cells were, not those of the other one alone. computes_masked:
-    attention computes free and masked cells, too.
-    """
+    attention computes free and masked cells, too."""
 
     calibrated: bool = True
     error: tuple[float, float] = (0.0, 0.0)

@@ -27,8 +27,7 @@ A ubatch of n rows, o of them sampled, costs
   holds more, w * (own - window) cells do not count. w is these layers' part of attention's time.
   The fit chooses.
 
-All c are >= 0.
-"""
+All c are >= 0."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

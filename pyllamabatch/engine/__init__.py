@@ -7,5 +7,4 @@ A request's way:
 
 `EngineCore.step()` takes commands, schedules, carries out KV operations, runs and updates. It
 knows one kind of `Request`; the request's `Sink` hears what becomes of it: a `StreamSink`, or the
-`InteractiveSink` of a `Sequence`.
-"""
+`InteractiveSink` of a `Sequence`."""

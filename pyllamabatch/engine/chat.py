@@ -34,8 +34,7 @@ class ChatResult:
 
     - message: what it says. Its `to_dict()` belongs to the messages of the next turn.
     - finish_reason: a `Result`'s, or "tool_calls" where it ended with some.
-    - result: its text, tokens and times.
-    """
+    - result: its text, tokens and times."""
 
     message: ChatMessage
     finish_reason: FinishReason | Literal["tool_calls"]
@@ -54,8 +53,7 @@ class Chat:
     The prompt is llama-server's for the same messages (`pyllamabatch.llama.chat`). The grammar that
     tools or a schema need is applied, and what the model's format marks as thoughts or as tool
     calls is read into `reasoning_content` and `tool_calls`. Raises what `Engine.submit` and
-    `ChatTemplate.render` raise; ArgumentError for a grammar beside tools.
-    """
+    `ChatTemplate.render` raise; ArgumentError for a grammar beside tools."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -143,8 +141,7 @@ class Chat:
 class ChatStream:
     """An answer as it comes: iterating gives `ChatDelta`s, from the first one on each time.
 
-    `stream`: the request's tokens and text. `prompt`: what it answers.
-    """
+    `stream`: the request's tokens and text. `prompt`: what it answers."""
 
     def __init__(self, stream: Stream, prompt: ChatPrompt) -> None:
         self.stream = stream

@@ -7,8 +7,7 @@ Each command interrupts the native call that is going on, after the step that it
   asks for a token while no other leads. See `stop_leading`.
 - Room: with `max_waiting` a submission waits while so many requests wait for their first slot.
 - Draining: nothing more to compute comes in until `resume`.
-- Keep-alive: inside `keep_alive()` the model and the stepper stay open.
-"""
+- Keep-alive: inside `keep_alive()` the model and the stepper stay open."""
 
 import threading
 from collections.abc import Callable, Iterator

@@ -8,8 +8,7 @@ One thread at a time leads: it alone touches the context. That is the core threa
 for a token while no other leads: so a lone interactive sequence waits for no other thread to wake.
 
 Whatever ends a request early (a cancel, a deadline, an error, a stop string) ends it between two
-calls, so that the cache, the accounting and the counters always agree.
-"""
+calls, so that the cache, the accounting and the counters always agree."""
 
 import logging
 import threading

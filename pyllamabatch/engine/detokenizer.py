@@ -106,8 +106,7 @@ class TextFeed:
     tokens belongs to the last of them, bytes that are not UTF-8 become U+FFFD. The text ends
     before the stop string that is complete first (of several complete at the same place, the one
     that began first); how the text was cut into tokens makes no difference. `min_tokens`: in the
-    text of so many tokens, the first ones, stop strings are not looked for.
-    """
+    text of so many tokens, the first ones, stop strings are not looked for."""
 
     __slots__ = (
         "_decode", "_held", "_min_tokens", "_partial", "_state", "_stops", "n_decided", "parts",

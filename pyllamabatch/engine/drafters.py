@@ -17,8 +17,7 @@ a step: `Ngram`, `Draft` and `Mtp`. One of your own is an object with a method `
     engine = Engine(model, speculate=Again())
 
 Whatever a drafter says, answers are the same as without: a drafted token stays where it is the one
-that is sampled.
-"""
+that is sampled."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,8 +38,7 @@ class Wanted(NamedTuple):
 
     - id: of its request, the same from its first step to its last one.
     - tokens: all that it knows, of which the first `n_prompt` were given: int32, read-only.
-    - n: drafted tokens at most.
-    """
+    - n: drafted tokens at most."""
 
     id: int
     tokens: TokenArray
@@ -53,8 +51,7 @@ class Drafter(Protocol):
     its time counts in the decision whether drafts pay. What it raises is logged, and it is not
     asked again.
 
-    With a method `ended(id)` it hears that a request is over.
-    """
+    With a method `ended(id)` it hears that a request is over."""
 
     def draft(self, wanted: Sequence[Wanted]) -> Sequence[Sequence[int]]:
         """For each of these, in their order, up to `n` tokens that may come next; none: []."""
@@ -69,8 +66,7 @@ class Ngram:
     - corpus: so many tokens of requests that have ended, prompts and answers, stay for that,
       too, the last ones; a longer match there wins. Some 24 bytes each. Answers stay what they
       are; but how soon they come may show that another one has asked for the same. ArgumentError
-      outside of 0 to CORPUS_LIMIT.
-    """
+      outside of 0 to CORPUS_LIMIT."""
 
     corpus: int = 0
 
@@ -88,8 +84,7 @@ class Draft:
 
     - model: a GGUF file, which is loaded beside the engine's model, or a `Model`, which stays the
       caller's. "": the draft that ships with the embedded model.
-    - n_ctx: its KV cells; 0: as many as the engine has.
-    """
+    - n_ctx: its KV cells; 0: as many as the engine has."""
 
     model: Model | PathLike = ""
     n_ctx: int = 0
@@ -104,8 +99,7 @@ class Mtp:
     it has one; the first one of several. It drafts for all sequences in the same calls. The model
     is loaded with `Model(path, load_mtp=True)`.
 
-    - n_ctx: its KV cells; 0: as many as the engine has.
-    """
+    - n_ctx: its KV cells; 0: as many as the engine has."""
 
     n_ctx: int = 0
 

@@ -56,8 +56,7 @@ class Embedder:
     - context_params: any other parameter of `Context`.
 
     Raises ArgumentError, ContextCreateError for a pooling that the model can't do, and
-    NotEnoughMemory.
-    """
+    NotEnoughMemory."""
 
     def __init__(
         self,
@@ -107,8 +106,7 @@ class Embedder:
 
         `normalize`: to length 1. Raises ArgumentError for a text without tokens or with more than
         `n_tokens_max`, and nothing is computed; UnsupportedOperation for a reranker; ClosedError;
-        and the `DecodeError` of a text that fails.
-        """
+        and the `DecodeError` of a text that fails."""
         vectors = _wait(self.submit(self.tokens(texts)))
         return normalized(vectors) if normalize else vectors
 
@@ -123,8 +121,7 @@ class Embedder:
     ) -> list[Ranked]:
         """The documents by their relevance to `query`, the best first; `top_n` of them at most.
 
-        Raises as `embed`; UnsupportedOperation where the pooling is not "rank".
-        """
+        Raises as `embed`; UnsupportedOperation where the pooling is not "rank"."""
         embedding = self.submit(self.pairs(query, documents), ranks=True)
         return best_of(_wait(embedding), top_n)
 

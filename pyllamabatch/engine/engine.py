@@ -111,8 +111,7 @@ class Engine:
 
     A request that fails ends alone. Raises UnsupportedOperation for models with an encoder and for
     embedding models, and NotEnoughMemory, before anything is allocated, for an n_ctx that does not
-    fit.
-    """
+    fit."""
 
     def __init__(
         self,
@@ -248,8 +247,7 @@ class Engine:
         Raises before anything has started: ArgumentError for an empty prompt, tokens that are not
         in the vocabulary and parameters that do not suit the model, RequestTooLong when prompt and
         max_tokens can never fit, GrammarError, TokenizeError, QueueFull, EngineDraining,
-        EngineClosed.
-        """
+        EngineClosed."""
         seconds = _seconds("queue_timeout", queue_timeout)
         with self._core.commands.keep_alive():
             sink = self._inputs.request(prompt, params, options, self)
@@ -269,8 +267,7 @@ class Engine:
         seeds `seed`, `seed + 1`, ... (as vLLM's), or random ones without. Otherwise as `submit`.
 
         Prompts of up to 16 tokens are computed n times, and so are those of recurrent and hybrid
-        models in an engine with prefix_cache=False.
-        """
+        models in an engine with prefix_cache=False."""
         n, seconds = integer("n", n, 1, 2**16), _seconds("queue_timeout", queue_timeout)
         with self._core.commands.keep_alive():
             sinks = self._inputs.samples(prompt, params, n, options, self)
@@ -287,8 +284,7 @@ class Engine:
 
         `params`: one for all, or one each. `options`: of all, see `Options`. A prompt that `submit`
         would refuse raises, and nothing is started. One that fails later has `finish_reason`
-        "error" and an `error`. Where `max_waiting` is less than they are, it waits for room.
-        """
+        "error" and an `error`. Where `max_waiting` is less than they are, it waits for room."""
         commands = self._core.commands
         with commands.keep_alive():
             sinks = self._inputs.requests(prompts, params, options, self)

@@ -1,8 +1,7 @@
 """Followers: what is new of many streams, given in one pass of the event loop for each step.
 
 A token whose text stands alone goes straight from the page to a `TextWriter`. All else is a `Chunk`
-of the stream.
-"""
+of the stream."""
 
 from __future__ import annotations
 

@@ -56,8 +56,7 @@ class InteractiveSink(Sink):
     Each thing that the owner may ask for takes a `Call` and finishes it, now or after a step. It
     raises a PyllamabatchError instead where it is refused. `now`: when the owner asked.
 
-    `spent`: the sampling state has come to its end, so the next `sample` brings another one.
-    """
+    `spent`: the sampling state has come to its end, so the next `sample` brings another one."""
 
     def __init__(self, request: Request, table: SlotTable, kv: KvExecutor, context: Any) -> None:
         self.request = request

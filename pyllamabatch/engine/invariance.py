@@ -7,8 +7,7 @@ every stream, by different numbers of rows, and only those numbers are used that
 same bits, at any place. `pyllamabatch.scheduler.invariance` says what is done with them.
 
 One row alone is never among them: attention of a single row on a CPU is divided between the threads
-where it is long.
-"""
+where it is long."""
 
 import logging
 from collections.abc import Sequence

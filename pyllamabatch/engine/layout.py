@@ -4,8 +4,7 @@ In *streams* every sequence has cells of its own: a row attends to its own seque
 same tokens come whichever others are computed beside it. In a *pool* all sequences draw from the
 same cells: one may be as long as all of them, prefixes are shared without a copy, and every row
 looks over the cells of all. Streams are the default where their cells suffice, unless a pool is
-faster on the device (`layout_cost`), and become a pool when a sequence needs more than one has.
-"""
+faster on the device (`layout_cost`), and become a pool when a sequence needs more than one has."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

@@ -2,8 +2,7 @@
 
 In streams a row looks at few cells, and prompts are computed apart from rows that decode. In a pool
 a row looks at the cells of all, and rows that decode ride along with prompts, which is nearly free
-where they pay for a whole tile of rows otherwise.
-"""
+where they pay for a whole tile of rows otherwise."""
 
 from collections.abc import Callable
 

@@ -2,8 +2,7 @@
 
 Such a sequence asks for a token, computes one row, and asks again. Nothing else comes or goes, and
 the plan stands for more steps (`Step.stands`). So the next of them needs no command, no view and no
-plan; they are accounted together, before anything looks at the scheduler.
-"""
+plan; they are accounted together, before anything looks at the scheduler."""
 
 from contextlib import AbstractContextManager
 from typing import Any

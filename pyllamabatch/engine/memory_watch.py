@@ -1,8 +1,7 @@
 """MemoryWatch: an engine gives up host memory while the system runs short of it.
 
 Mapped weights are the system's to drop. What grows are the states of swapped sequences: they go to
-files. Most of the rest are cells, which an engine without requests can do without.
-"""
+files. Most of the rest are cells, which an engine without requests can do without."""
 
 import logging
 import threading
@@ -20,8 +19,7 @@ class MemoryWatch:
     """While there is pressure, saved states lie in files, and freed memory goes back to the system.
     While it is critical, `shrink` is called between two steps, again and again.
 
-    post: has a command done between two steps. read: the pressure now.
-    """
+    post: has a command done between two steps. read: the pressure now."""
 
     def __init__(
         self,

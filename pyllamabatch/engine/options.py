@@ -31,8 +31,7 @@ class Options(TypedDict, total=False):
     - ttft_target, itl_target: seconds from now to the first token, and between two tokens, that its
       reader likes at most; for policies, too.
     - lora: which of the engine's adapters apply to it: a name, or names with scales, as
-      {"style": 0.5, "facts": 1.0}. Default: none.
-    """
+      {"style": 0.5, "facts": 1.0}. Default: none."""
 
     add_special: bool
     parse_special: bool

@@ -6,8 +6,7 @@ tokens from the page when they are read. The thread itself looks only at streams
 and at those that a reader waits for.
 
 What the core does between two steps comes as an event with the number of steps before it, so that
-everything happens to a stream in the order in which it was computed.
-"""
+everything happens to a stream in the order in which it was computed."""
 
 import logging
 import threading

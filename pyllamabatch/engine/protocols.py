@@ -1,8 +1,7 @@
 """What an engine asks of its context, and what the core and the output processor run on: `Device`.
 
 An engine's context is a `NativeContext` or a profile machine's. Its device is a stepper, the
-context with its memory, and `Loras`; tests and benchmarks bring one in plain Python.
-"""
+context with its memory, and `Loras`; tests and benchmarks bring one in plain Python."""
 
 from __future__ import annotations
 
@@ -98,8 +97,7 @@ class EngineContext(StateStore, Protocol):
     rebuilds_for_others: a step in which other sequences decode than before makes a new graph,
     though they are as many. find_invariance: what keeps rows from depending on each other;
     UnsupportedOperation where nothing does. nearly: then what comes closest. thread_watch: None
-    where the CPU computes nothing, or by one thread.
-    """
+    where the CPU computes nothing, or by one thread."""
 
     model: Model
     memory: Any

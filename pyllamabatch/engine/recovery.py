@@ -3,8 +3,7 @@
 What the memory holds of the step is taken out. The step is tried again: with more room where there
 were no cells, and once more as it is. When that fails, too, with an error of the backend, a fresh
 context takes the place of the one that failed, and all that ran in it is computed again. A request
-that was in such steps too often ends with the error.
-"""
+that was in such steps too often ends with the error."""
 
 import logging
 from collections.abc import Callable

@@ -1,8 +1,7 @@
 """Relays: tokens and results in event loops of asyncio, without a thread per request.
 
 The output thread wakes a loop once however many of its tasks have news. Each task then takes what
-is there for it.
-"""
+is there for it."""
 
 from __future__ import annotations
 

@@ -65,8 +65,7 @@ class Request:
     - sampler: its sampling state, which goes to the stepper while it has a slot.
     - slot: where it runs, -1 while it does not.
     - state: saved cells that it brings along, until they are stored.
-    - n_restarts: fresh contexts because of steps that it was in.
-    """
+    - n_restarts: fresh contexts because of steps that it was in."""
 
     __slots__ = (
         "arrival", "budget", "id", "n_given", "n_restarts", "options", "params", "sampler", "sink",

@@ -12,8 +12,7 @@ class Token:
 
     `text`: what it adds to the text, "" where a character or a stop string is only partly there.
     `logprob`, `top_logprobs` (token -> log-probability, the most likely first): None unless asked
-    for.
-    """
+    for."""
 
     token: int
     text: str
@@ -43,8 +42,7 @@ class Result:
     - queue_s: seconds from submission to its first slot, None when it had none. n_cached: tokens of
       the prompt that were in the prefix cache then.
     - n_drafted: drafted tokens that were checked, of which `n_accepted` were right, in `n_drafts`
-      steps.
-    """
+      steps."""
 
     id: int
     text: str

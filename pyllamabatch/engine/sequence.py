@@ -32,8 +32,7 @@ class Sampled:
     """One sampled token.
 
     `piece`: its bytes. `text`: what it adds to the text, "" where a character is only partly there.
-    `logprob`: None unless asked for. `end`: it is an end-of-generation or a stop token.
-    """
+    `logprob`: None unless asked for. `end`: it is an end-of-generation or a stop token."""
 
     token: int
     piece: bytes
@@ -56,8 +55,7 @@ class Sequence:
 
     Every method may be called from any thread. Two calls on the same sequence wait for each other,
     except for `cancel`. Whatever a call raises, the sequence is as it was before the call, and
-    usable.
-    """
+    usable."""
 
     def __init__(
         self, sink: InteractiveSink, core: EngineCore, inputs: InputProcessor, engine: object
@@ -110,8 +108,7 @@ class Sequence:
 
         Raises ArgumentError for an empty prompt and for tokens that are not in the vocabulary,
         RequestTooLong when it can never fit, Cancelled, EngineDraining, EngineClosed, and
-        DecodeError when llama_decode fails.
-        """
+        DecodeError when llama_decode fails."""
         now = perf_counter()
         with self._lock:
             self._check_open()
@@ -131,8 +128,7 @@ class Sequence:
 
         Raises ArgumentError when nothing is known yet, RequestTooLong when there is no cell for
         another token, SamplingError when no token can be chosen, Cancelled, EngineDraining,
-        EngineClosed, and DecodeError when llama_decode fails.
-        """
+        EngineClosed, and DecodeError when llama_decode fails."""
         with self._lock:
             sink, sampled = self._sink, None
             if not (self._closed or sink.spent):

@@ -8,8 +8,7 @@ compared). The number of threads, the backend and the batch sizes may differ; th
 their last bits, as a neighbour does.
 
 A checksum finds damage, not forgery: numbers that were put into cells on purpose can spoil answers.
-Restore what you have saved.
-"""
+Restore what you have saved."""
 
 from __future__ import annotations
 
@@ -41,8 +40,7 @@ class Saved:
     `n_computed`: how many of them the state holds. `params`: None without a sampling state;
     `params.seed` is the one in use. `n_draws`: random numbers that it had taken. `loras`: file
     names and scales of the adapters that it was computed with. `how`: how its tokens were computed,
-    where a batch-invariant engine did.
-    """
+    where a batch-invariant engine did."""
 
     tokens: TokenArray
     n_prompt: int

@@ -41,8 +41,7 @@ class EngineStats:
     sequence.
     `reasons`: as `Engine.reasons`; those of "layout" say what there is, and why.
     `wait_s`: seconds until one more request begins to be computed, `row_s`: of a prompt row, both
-    by the cost model (`pyllamabatch.scheduler.router`); 0 without one.
-    """
+    by the cost model (`pyllamabatch.scheduler.router`); 0 without one."""
 
     submitted: int
     waiting: int

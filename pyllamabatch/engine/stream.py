@@ -1,8 +1,7 @@
 """Stream: one request's tokens and text as they come.
 
 The output processor fills a page (`step/ring_reader.py`). A stream takes its tokens from there when
-it is read, when the page is full, at its end, and at every step if it has stop strings.
-"""
+it is read, when the page is full, at its end, and at every step if it has stop strings."""
 
 from __future__ import annotations
 
@@ -55,8 +54,7 @@ class Stream:
         stream.result(timeout=10)           # wait for the end
 
     Iterating starts at the first token each time. It raises the request's error where the tokens
-    end because of one.
-    """
+    end because of one."""
 
     # without a dict: it has more attributes than those that CPython holds beside each other
     __slots__ = (

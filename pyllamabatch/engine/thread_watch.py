@@ -2,8 +2,7 @@
 
 At each barrier of a step all threads wait for the last one. Where another process computes on the
 core of one, a step may take less time without it. Which number is better shows when steps are timed
-with both.
-"""
+with both."""
 
 from __future__ import annotations
 

@@ -14,8 +14,7 @@ sequence; a recurrent state has one size whatever it has read.
 
 Where the cells of a pool are is libllama's affair (src/llama-kv-cache.cpp: `find_slot`): a row
 takes the next free one behind the last row's, or from the first one on that was emptied.
-`reach` follows that about, as if the free ones were spread evenly.
-"""
+`reach` follows that about, as if the free ones were spread evenly."""
 
 from dataclasses import dataclass
 
@@ -44,8 +43,7 @@ class KvAccounting:
     `None` means `n_cells` for a unified cache and `n_cells // n_seq_max` for separate streams.
 
     A slot's positions are `0 .. held - 1`: first those that others hold too (or have held), in
-    `_runs`; then, from `_own_from` on, those that have been its own ever since.
-    """
+    `_runs`; then, from `_own_from` on, those that have been its own ever since."""
 
     __slots__ = (
         "_cached", "_first", "_head", "_held", "_last", "_n_cached", "_newest_first", "_own_from",

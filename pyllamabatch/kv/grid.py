@@ -1,8 +1,7 @@
 """Where prompts are cut when it may depend on nothing but positions of their own.
 
 Chunks end at multiples of a step, and the first ones at `EARLY` too: the turns that a chat template
-begins with are no longer than these, and with them short prompts have a prefix to share.
-"""
+begins with are no longer than these, and with them short prompts have a prefix to share."""
 
 EARLY = (16, 24, 32, 64)
 """More of them would save rows of prompts that share a little more, and cost each prompt a call."""

@@ -3,8 +3,7 @@ when cells or slots are short. Decisions only: what is to be done in the memory 
 operations, which the engine carries out and the simulator skips.
 
 Every slot that holds something is known by its tokens: a running one by those that its sequence
-started with, a cached one (its sequence has ended, or was preempted) by all that it holds.
-"""
+started with, a cached one (its sequence has ended, or was preempted) by all that it holds."""
 
 import heapq
 from collections import OrderedDict

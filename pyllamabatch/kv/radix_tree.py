@@ -1,8 +1,7 @@
 """RadixTree: which of many token sequences begin like a given one.
 
 A radix tree: an edge is a run of tokens, a path from the root is a prefix of every sequence
-below it. Keys are small integers (slots); a key has one sequence at a time.
-"""
+below it. Keys are small integers (slots); a key has one sequence at a time."""
 
 from __future__ import annotations
 

@@ -23,8 +23,7 @@ class Sharing:
       sliding window are given to others; 0: no such limit. tries: they may be there all the same
       (the window has as many cells as the rest), so a part is worth a try.
     - n_cached: slots beyond those that may run at once, for what is cached.
-    - grid: prefixes end where chunks do, with this step (`pyllamabatch.kv.grid`); 1: anywhere.
-    """
+    - grid: prefixes end where chunks do, with this step (`pyllamabatch.kv.grid`); 1: anywhere."""
 
     copy_part: bool = False
     copy_whole: bool = False

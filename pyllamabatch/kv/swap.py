@@ -6,8 +6,7 @@
 And what share of computing it again a copy of its stream of cells takes, on the device.
 
 Rates are running means in which a new measurement counts for a fifth. Before the first one nothing
-is known of the device, and the sequence is computed again.
-"""
+is known of the device, and the sequence is computed again."""
 
 import os
 import tempfile

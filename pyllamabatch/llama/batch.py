@@ -114,8 +114,7 @@ class Batch:
 
         pos: the first row's position (the others follow), or one per row. logits: True for the
         last row, False for none, or one per row. Raises `BatchFull` (nothing added) or
-        `ArgumentError`.
-        """
+        `ArgumentError`."""
         ids = flat_integers("tokens", tokens)
         n = len(ids)
         start = self._room(n)

@@ -62,8 +62,7 @@ class ChatOptions(TypedDict, total=False):
     - add_generation_prompt: end where the answer begins. Default True.
     - continue_final_message: the last message is an answer that goes on, instead.
     - template_kwargs: further variables of the template. preserve_reasoning=False leaves out the
-      thoughts of earlier turns, where the template can.
-    """
+      thoughts of earlier turns, where the template can."""
 
     tools: Sequence[Mapping[str, Any]] | None
     tool_choice: str | Mapping[str, Any]
@@ -83,8 +82,7 @@ class ChatPrompt(str):
     - grammar: what an answer must look like, for tools and a schema; None: anything.
     - stops: texts that end an answer.
     - preserved_tokens: special tokens whose text the parser needs, and that text.
-    - generation_prompt: what the template has put at the start of the answer.
-    """
+    - generation_prompt: what the template has put at the start of the answer."""
 
     grammar: Grammar | None = None
     stops: tuple[str, ...] = ()
@@ -137,8 +135,7 @@ class ChatTemplate:
     """A model's chat template, or one of your own. Any thread may use it.
 
     `template`: Jinja, or one of the names of `chat_templates()`. None: the
-    model's own. Raises `ChatTemplateError` when there is none, or llama.cpp can't read it.
-    """
+    model's own. Raises `ChatTemplateError` when there is none, or llama.cpp can't read it."""
 
     def __init__(self, model: Owner, template: str | None = None) -> None:
         source = ffi.NULL if template is None else _source(template)
@@ -178,8 +175,7 @@ class ChatTemplate:
 
         messages: {"role": ..., "content": text or text parts} each, and what OpenAI's API knows
         besides: "tool_calls", "tool_call_id", "reasoning_content". Raises `ArgumentError`, and
-        `ChatTemplateError` when the template refuses them.
-        """
+        `ChatTemplateError` when the template refuses them."""
         request = json_text("messages", _request(messages, options))
         parser = ffi.new("plb_chat_parser **")
         out, log = runtime.logged(lib.plb_chat_render, self._ptr, request.encode(), parser)

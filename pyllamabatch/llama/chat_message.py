@@ -94,8 +94,7 @@ class MessageReader:
 
     `message`: what there is so far. Every tool call gets an id. What the deltas have said is never
     taken back. A parser reads the whole text each time: of one that is longer than `OFTEN`
-    characters it is read again once it has grown by a 64th, and at `now` or `last`.
-    """
+    characters it is read again once it has grown by a 64th, and at `now` or `last`."""
 
     def __init__(self, parse: Callable[[str, bool], ChatMessage]) -> None:
         self._parse = parse

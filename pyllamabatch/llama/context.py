@@ -59,8 +59,7 @@ class Context(Owner):
 
     Arrays that it returns are views on libllama's buffers, valid until the next decode or encode
     of this context: copy what must last. They keep the context's memory alive, so reading one
-    after `close` is safe.
-    """
+    after `close` is safe."""
 
     def __init__(
         self,
@@ -86,8 +85,7 @@ class Context(Owner):
           `n_rs_seq`, `offload_kqv`, `rope_freq_base`, ...
 
         Raises `ArgumentError`, `NotEnoughMemory` or `ContextCreateError`, and
-        `UnsupportedOperation` for a model that was loaded with `vocab_only`.
-        """
+        `UnsupportedOperation` for a model that was loaded with `vocab_only`."""
         if model._vocab_only:
             raise UnsupportedOperation("the model was loaded with vocab_only: it can't run")
         most_seqs = int(lib.llama_max_parallel_sequences())
@@ -159,8 +157,7 @@ class Context(Owner):
 
         Its memory is empty and its outputs are gone. Adapters, threads and steppers, with their
         slots, stay. Other threads may make slots meanwhile. Raises `ContextCreateError`, and the
-        context is closed, when it can't be made.
-        """
+        context is closed, when it can't be made."""
         with self.exclusive():
             if pool:
                 self._native.n_ctx, self._native.kv_unified = pool, True
@@ -187,8 +184,7 @@ class Context(Owner):
     def exclusive(self) -> AbstractContextManager[None]:
         """Hold the context for this thread. Raises `ContextBusy` when another thread has it.
 
-        Every method does this for its own time. A thread may enter again.
-        """
+        Every method does this for its own time. A thread may enter again."""
         return self._exclusive
 
     # -- running --
@@ -201,8 +197,7 @@ class Context(Owner):
         """Run the rows of a batch.
 
         Raises `ArgumentError` for rows that libllama would abort on, and `KvCacheFull`,
-        `InvalidBatch`, `DecodeAborted` or `FatalDecodeError` for what it reports itself.
-        """
+        `InvalidBatch`, `DecodeAborted` or `FatalDecodeError` for what it reports itself."""
         with self.exclusive():
             if self.model.has_encoder and self.capabilities.decoder and not self._encoded:
                 raise UnsupportedOperation("this model's decoder needs `encode` first")
@@ -267,8 +262,7 @@ class Context(Owner):
         """The logits of a row of the last batch: float32 (n_vocab,), a copy.
 
         Negative rows count back from the last row with an output. Raises `ArgumentError` for a row
-        without output.
-        """
+        without output."""
         with self.exclusive():
             self._check_output(row)
             pointer = lib.llama_get_logits_ith(self.ptr, row)
@@ -301,8 +295,7 @@ class Context(Owner):
     def embeddings_seq(self, seq_id: int = 0) -> FloatArray:
         """The pooled embedding of a sequence of the last batch: float32 (n_embd_out,), a view.
 
-        With pooling_type "rank": the scores, (n_cls_out,).
-        """
+        With pooling_type "rank": the scores, (n_cls_out,)."""
         with self.exclusive():
             self._check_embeddings(pooled=True)
             seq = self._seq(seq_id)
@@ -354,8 +347,7 @@ class Context(Owner):
         - tokens, note: what `state_seq_set` and `state.read_note` give back; note is anything JSON.
 
         Raises `StateError` when libllama can't save it, `UnsupportedOperation` when a shift or copy
-        of it waits for the next decode.
-        """
+        of it waits for the next decode."""
         seq = self._seq(seq_id)
         with self.exclusive():
             self._need_memory()
@@ -379,8 +371,7 @@ class Context(Owner):
         loras: the adapters that it will go on with, if not those of now. Raises `StateError`: the
         sequence is as it was when the data is damaged, of another model or computed with other
         parameters, and empty when it does not fit. `UnsupportedOperation`, and it is as it was,
-        when a copy from or to its stream waits for the next decode.
-        """
+        when a copy from or to its stream waits for the next decode."""
         seq = self._seq(seq_id)
         with self.exclusive():
             names = self.lora_names if loras is None else loras
@@ -420,8 +411,7 @@ class Context(Owner):
         """Apply these adapters with these scales, and no others, from the next decode on.
 
         Raises `ArgumentError` for an adapter of another model or a scale that is not finite,
-        `ClosedError` for a closed adapter.
-        """
+        `ClosedError` for a closed adapter."""
         for adapter, _ in adapters:
             if adapter.model is not self.model:
                 raise ArgumentError("adapters", adapter, "was loaded for another model")

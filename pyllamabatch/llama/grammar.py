@@ -17,8 +17,7 @@ class Grammar:
       else with the match).
     - prefill: tokens at the end of the prompt that the grammar describes, too. Not for a lazy one.
     - thinking_start, thinking_ends: token sequences around thoughts, in which a lazy grammar is not
-      triggered. It may begin with one of the ends.
-    """
+      triggered. It may begin with one of the ends."""
 
     text: str
     lazy: bool = False

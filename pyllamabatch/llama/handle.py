@@ -20,8 +20,7 @@ def owned(ptr: Any, *needs: object, free: Callable[[Any], object] = id) -> Any:
     and what it needed is let go after it.
 
     free: a C function, so that no line of Python runs when garbage is collected: a
-    KeyboardInterrupt raised there would be lost. `id`: nothing is to be freed.
-    """
+    KeyboardInterrupt raised there would be lost. `id`: nothing is to be freed."""
     end = partial(free)
     end.needs = needs  # type: ignore[attr-defined]
     return ffi.gc(ptr, end)
@@ -62,8 +61,7 @@ class Exclusive(Held, AbstractContextManager[None]):
     """The native context of now, for one thread at a time.
 
     Entering costs well under a microsecond, and a thread may enter again. Raises `ContextBusy`
-    when another thread is inside, `ClosedError` when the context is closed.
-    """
+    when another thread is inside, `ClosedError` when the context is closed."""
 
     def __init__(self, ptr: Any) -> None:
         super().__init__(ptr, "the context")

@@ -32,8 +32,7 @@ def usable_cores(root: Path = Path("/"), system: str = sys.platform, read: Sysct
     """Cores that this process may use: its affinity, and its control groups' quota rounded up. On a
     Mac the performance cores: at every barrier they would wait for the slower ones.
 
-    `root`: where /proc and /sys are. `read`: macOS's `sysctl`.
-    """
+    `root`: where /proc and /sys are. `read`: macOS's `sysctl`."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     if system == "darwin":
@@ -142,8 +141,7 @@ def lines_of(path: PathLike) -> list[str]:
 def gguf_file(path: PathLike) -> bytes:
     """The path as llama.cpp takes it, after the checks whose failures it reports badly.
 
-    Raises `ArgumentError` for what is no file name, `ModelLoadError` for no GGUF file.
-    """
+    Raises `ArgumentError` for what is no file name, `ModelLoadError` for no GGUF file."""
     name = os.fspath(path)
     if not isinstance(name, str) or not name or "\0" in name:
         raise ArgumentError("path", path, "must be the name of a file")

@@ -1,8 +1,7 @@
 """What libllama would abort on when a context is made, or what can't fit, checked before. And what
 a context takes up.
 
-Each rule names the assertion's reason, not its line: they are re-read when llama.cpp moves.
-"""
+Each rule names the assertion's reason, not its line: they are re-read when llama.cpp moves."""
 
 from __future__ import annotations
 
@@ -81,8 +80,7 @@ def _check_fits(model: Model, params: Any, n_ctx: int, n_ubatch: int) -> None:
     The figure is a lower bound (a sliding window or hybrid model keeps less than a plain one), so
     a refusal is always right. Bytes: n_ctx x (40 + layers x kv heads x (key + value bytes)) for
     the cache, n_ctx x n_ubatch x 2 for the attention mask, n_seq_max x n_vocab x 4 for the logits.
-    Recurrent models have no cells.
-    """
+    Recurrent models have no cells."""
     needed = 4 * params.n_seq_max * model.n_vocab
     if not model.is_recurrent:
         mtp = params.ctx_type == lib.LLAMA_CONTEXT_TYPE_MTP

@@ -29,8 +29,7 @@ class LoraAdapter(Owner):
         with LoraAdapter(model, "lora.gguf") as lora:
             context.set_loras([(lora, 0.5)])
 
-    Like a model it may be closed while contexts use it: they keep it until they drop it.
-    """
+    Like a model it may be closed while contexts use it: they keep it until they drop it."""
 
     def __init__(self, model: Model, path: PathLike) -> None:
         """Load it. Raises `AdapterError` when it is not a LoRA for this model, and
@@ -76,8 +75,7 @@ class Loras:
     """The adapters of an engine by the names that requests give them.
 
     libllama applies adapters to a whole context: rows with different ones can't be in one decode.
-    The adapters stay usable when they are closed elsewhere, until `close`.
-    """
+    The adapters stay usable when they are closed elsewhere, until `close`."""
 
     def __init__(
         self, model: Model, adapters: Mapping[str, LoraAdapter], set_loras: SetLoras
@@ -100,8 +98,7 @@ class Loras:
     def choose(self, wanted: str | Mapping[str, float] | None) -> LoraSet:
         """What a request asks for: a name, or names with scales (0: as if it were not named).
 
-        Raises `ArgumentError` for a name that there is not. Any thread may call it.
-        """
+        Raises `ArgumentError` for a name that there is not. Any thread may call it."""
         if wanted is None:
             return ()
         scales = {wanted: 1.0} if isinstance(wanted, str) else wanted

@@ -12,8 +12,7 @@ kind of memory; here each such case is an exception before the call. The rules, 
   one; with shared cells the range that is copied must be free in the destination;
 - positions are shifted only where all that is held can be: not a recurrent state (a copy shares
   it, and would move too), not M-RoPE, not BF16 keys. A shift moves every sequence that shares the
-  cells.
-"""
+  cells."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,8 +65,7 @@ class Memory:
     Sequences are 0..n_seq_max-1, positions are counted in tokens. Ranges are [p0, p1): p0 < 0 is
     from the start, p1 < 0 to the end. An operation that this memory can't do raises
     `UnsupportedOperation` and changes nothing. Ids and positions out of their range raise
-    `ArgumentError`, and every method raises `ContextBusy` while another thread is inside.
-    """
+    `ArgumentError`, and every method raises `ContextBusy` while another thread is inside."""
 
     def __init__(self, context: Exclusive, capabilities: Capabilities, n_seq_max: int) -> None:
         self._context = context
@@ -123,8 +121,7 @@ class Memory:
         """Copy [p0, p1) of `src` to `dst`. With shared cells this costs no memory.
 
         The copy's range of `dst` must be empty; all of `dst` where only whole sequences can be
-        copied (`capabilities.prefix_copy` is False).
-        """
+        copied (`capabilities.prefix_copy` is False)."""
         p0, p1 = _range(p0, p1)
         src, dst = self._seq(src, "src"), self._seq(dst, "dst")
         if src == dst:
@@ -163,8 +160,7 @@ class Memory:
         """Shift [p0, p1) of a sequence by `delta` positions. What falls below 0 is removed.
 
         The next decode rotates the keys. Cells that `seq_cp` shares with other sequences are
-        shifted for these too.
-        """
+        shifted for these too."""
         seq = self._seq(seq_id)
         delta = integer("delta", delta, -_MAX_POS, _MAX_POS)
         p0, p1 = _range(p0, p1)
@@ -224,8 +220,7 @@ class Memory:
         where nothing is held.
 
         A recurrent state stands for all positions up to its own; of a sliding window model only
-        some layers forget, and pos_min speaks of these.
-        """
+        some layers forget, and pos_min speaks of these."""
         one_state = self._can.recurrent or self._can.hybrid or self._can.swa_window
         first, last = 0 if one_state else self.pos_min(seq), self.pos_max(seq)
         if last < 0 or p0 > last or p1 <= max(p0, first):

@@ -39,8 +39,7 @@ class Model(Owner):
     Sizes are counts (`n_ctx_train` tokens, `n_layer` layers, `n_swa` tokens of the sliding window,
     0 without one), `size_bytes` is the bytes of all tensors. `n_embd_out` is the width of an output
     embedding, `n_cls_out` the scores of a classifier or reranker. `rope_type` is
-    `enum llama_rope_type`. `decoder_start_token` is None for decoder-only models.
-    """
+    `enum llama_rope_type`. `decoder_start_token` is None for decoder-only models."""
 
     def __init__(
         self,
@@ -67,8 +66,7 @@ class Model(Owner):
           - load_mode: "auto", "mmap", "mlock", "mmap_mlock", "direct_io" or "none".
           - vocab_only, no_alloc: only the vocabulary; only the shapes. No context can decode then.
 
-        Raises `ModelLoadError`, `ModelLoadCancelled` or `ArgumentError`.
-        """
+        Raises `ModelLoadError`, `ModelLoadCancelled` or `ArgumentError`."""
         runtime.ensure()
         files = [ffi.new("char[]", gguf_file(p)) for p in (splits or [path])]
         native, keep = model_params({**params, "n_gpu_layers": n_gpu_layers})

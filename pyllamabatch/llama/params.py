@@ -1,8 +1,7 @@
 """Parameters by name into llama.cpp's parameter structs, checked against their fields.
 
 The fields, their types, ranges and enum names come from the compiled declarations: a field that a
-later llama.cpp adds is accepted under its own name without a change here.
-"""
+later llama.cpp adds is accepted under its own name without a change here."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,8 +29,7 @@ def fill(struct: Any, params: Mapping[str, object], reserved: frozenset[str]) ->
     """Set the fields of a parameter struct. `reserved` fields are managed by us and refused.
 
     Enums take their number or the distinctive part of their name in lower case ("q8_0", "mean",
-    "enabled"); pointers take cdata, which the caller keeps alive.
-    """
+    "enabled"); pointers take cdata, which the caller keeps alive."""
     fields = {name: field.type for name, field in ffi.typeof(struct).fields}
     for name, value in params.items():
         if name not in fields or name in reserved:

@@ -28,8 +28,7 @@ def memory_pressure(
     process's control group, else of the whole system: WARNING where some tasks wait for memory
     for `STALLED_PERCENT` of the time, CRITICAL where all of them do. NORMAL where neither is told.
 
-    `root`: where /proc and /sys are. `read`: macOS's `sysctl`.
-    """
+    `root`: where /proc and /sys are. `read`: macOS's `sysctl`."""
     if system == "darwin":
         return Pressure(_MAC_LEVELS.get(read("kern.memorystatus_vm_pressure_level"), 0))
     if system != "linux":

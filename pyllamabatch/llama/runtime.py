@@ -2,8 +2,7 @@
 
 llama.cpp's log goes to Python's `logging` under the name "pyllamabatch.llama", which is silent
 until the application gives it (or a parent) a handler. Lines arrive when one of our calls drains
-the ring of native/guard/log.cpp, on the thread that made the call.
-"""
+the ring of native/guard/log.cpp, on the thread that made the call."""
 
 import logging
 import os
@@ -44,8 +43,7 @@ def keep_wired(seconds: int) -> None:
     memory for others. llama.cpp's default is 180. Nothing elsewhere. It holds for all engines of
     the process: llama.cpp keeps the buffers of a GPU wired together.
 
-    UnsupportedOperation once llama.cpp has started in this process: it reads this only then.
-    """
+    UnsupportedOperation once llama.cpp has started in this process: it reads this only then."""
     seconds = integer("seconds", seconds, 1, 10**7)  # llama.cpp counts 200 to a second, in an int
     with _lock:
         if _started.is_set():

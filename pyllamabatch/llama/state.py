@@ -9,8 +9,7 @@ numbers are little-endian:
     int32[tokens], note (JSON in UTF-8), libllama's data
 
 The note holds the parameters of the context that the data depends on, so that one which differs
-can be named, and what else the saver wants to have back.
-"""
+can be named, and what else the saver wants to have back."""
 
 import hashlib
 import json

@@ -46,8 +46,7 @@ class Vocab:
     `add_bos`, `add_eos` and `add_sep` tell what `tokenize(add_special=True)` adds.
 
     Methods raise `ClosedError` once the model is closed, and `ArgumentError` for token ids outside
-    of 0..n_tokens-1.
-    """
+    of 0..n_tokens-1."""
 
     def __init__(self, model: Owner) -> None:
         self._model = model
@@ -103,8 +102,7 @@ class Vocab:
           what `apply_chat_template` made. Leave it off for text that a user typed.
 
         Raises `TokenizeError` for text that is not UTF-8, `UnsupportedOperation` for a model
-        without a tokenizer.
-        """
+        without a tokenizer."""
         self._need_text()
         data, chat = _utf8(text), isinstance(text, ChatPrompt)
         parse_special = chat if parse_special is None else parse_special
@@ -134,8 +132,7 @@ class Vocab:
     def token_to_piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes that a token stands for; may be a part of a UTF-8 character.
 
-        Special tokens give b"" unless `special`.
-        """
+        Special tokens give b"" unless `special`."""
         self._need_text()
         return self._piece(self.ptr, self._check(token), special)
 
@@ -145,8 +142,7 @@ class Vocab:
         """The text of tokens; bytes that are not UTF-8 become U+FFFD.
 
         - remove_special: leave out the BOS and EOS that `tokenize` added.
-        - unparse_special: write special tokens out.
-        """
+        - unparse_special: write special tokens out."""
         self._need_text()
         ids = self.check_tokens(tokens)
         ptr, pointer = self.ptr, ffi.from_buffer("llama_token[]", ids)
@@ -196,8 +192,7 @@ class Vocab:
           model's.
 
         `ChatTemplate.render` has tools, schemas and reasoning besides. Raises `ChatTemplateError`
-        when there is no template, llama.cpp can't read it, or it refuses the messages.
-        """
+        when there is no template, llama.cpp can't read it, or it refuses the messages."""
         chat = self.chat_template(template)
         return chat.render(messages, add_generation_prompt=add_generation_prompt)
 

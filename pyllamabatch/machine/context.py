@@ -32,8 +32,7 @@ class MachineContext:
 
     n_ctx: cells of all sequences together; kv_unified: in one pool, or in a stream for each. Other
     parameters of a context are part of the profile, or mean nothing to it: ArgumentError for those
-    that can't be had.
-    """
+    that can't be had."""
 
     def __init__(
         self,

@@ -2,8 +2,7 @@
 
 Stepper, ring and memory at once, as `pyllamabatch.engine.protocols` has them. It holds the tokens
 of each sequence's cells, gives each sampled row a token, and counts budgets. What a step takes, and
-which token comes next, is a subclass's: `ProfileDevice`, and the fakes of the tests.
-"""
+which token comes next, is a subclass's: `ProfileDevice`, and the fakes of the tests."""
 
 import threading
 from collections import deque

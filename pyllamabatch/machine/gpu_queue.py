@@ -2,8 +2,7 @@
 
 A caller reserves its step's seconds behind those of all others, and sleeps until they are over. So
 nothing is passed on from one caller to the next, and a caller that dies holds nothing up: what
-stays is the time at which the GPU is free again, in a file that all processes of the user share.
-"""
+stays is the time at which the GPU is free again, in a file that all processes of the user share."""
 
 import mmap
 import os
@@ -37,8 +36,7 @@ def sleep_until(end_ns: int) -> None:
 class GpuQueue:
     """The GPU called `name`: the same one for all threads and processes of this user, on this host.
 
-    In the order in which they ask. Raises OSError where there is no folder for temporary files.
-    """
+    In the order in which they ask. Raises OSError where there is no folder for temporary files."""
 
     def __init__(self, name: str, folder: Path | None = None) -> None:
         """`folder`: where its file lies; default the user's own, in that for temporary files."""

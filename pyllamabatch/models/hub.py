@@ -3,8 +3,7 @@
     Model.from_hub("bartowski/Qwen2.5-0.5B-Instruct-GGUF:Q4_K_M")
 
 Its cache, its token and its settings apply: HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE. A
-download that was broken off goes on where it ended.
-"""
+download that was broken off goes on where it ended."""
 
 import re
 from collections.abc import Iterable
@@ -27,8 +26,7 @@ def hub_file(repository: str, *, token: str | None = None, endpoint: str | None 
 
     `repository`: "owner/name", or "owner/name:quant" for the files with that word in their names.
     Raises `ArgumentError` for another form and for a quant that is not there (it names those that
-    are), `DownloadError` when there is no such repository, no access, or no network.
-    """
+    are), `DownloadError` when there is no such repository, no access, or no network."""
     try:
         from huggingface_hub import HfApi, constants, scan_cache_dir, snapshot_download
         from huggingface_hub.errors import CacheNotFound, HfHubHTTPError, LocalEntryNotFoundError

@@ -8,8 +8,7 @@ A machine is two limits: what its device may hold (a GPU's memory; on a Mac the 
 Metal recommends, or `iogpu.wired_limit_mb`), and its memory. Weights that are mapped from the file
 are in memory once for all processes. But an active Metal process wires all that its graphs touch,
 mapped pages too, so each active process counts whole against the working set. A CUDA process has a
-copy of its own.
-"""
+copy of its own."""
 
 from __future__ import annotations
 
@@ -127,8 +126,7 @@ class Projector(Owner):
         n_seq_max). Raises what `Context` raises for the parameters.
 
         libllama keeps notes on every cell even so (about 50 bytes): contexts of more than 2**20
-        cells follow from two smaller ones; sizes are linear by then.
-        """
+        cells follow from two smaller ones; sizes are linear by then."""
         n_outputs = n_outputs or n_seq_max
         if n_ctx > _CELLS:
             given = {"n_seq_max": n_seq_max, "n_outputs": n_outputs, **context_params}
@@ -210,8 +208,7 @@ def fitting_n_ctx(model: Model, n_ctx: int, *, shrink: bool, **params: Any) -> i
     """`n_ctx` if a context with these parameters fits what is free now, beside the model that is
     loaded; with `shrink` the largest below it that does. Raises `NotEnoughMemory`.
 
-    Where even a generous guess fits twice, nothing is projected.
-    """
+    Where even a generous guess fits twice, nothing is projected."""
     devices = device_free() if model.offloaded else 0
     available = Footprint(MemoryPool(compute=devices), MemoryPool(compute=host_available()))
     if 2 * _generous(model, n_ctx, params) <= (devices or available.total):

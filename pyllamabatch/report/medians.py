@@ -23,8 +23,7 @@ def pairs(
     sequences. A repeat without the base is left out.
 
     Runs of one repeat are neighbours in time: a machine that slows down for a while moves both
-    sides of a ratio.
-    """
+    sides of a ratio."""
     records = list(records)
     bases = {(r.run_id, r.repeat, r.pl): r.speed_tg for r in records if r.arm == base}
     groups: dict[Key, list[float]] = {}

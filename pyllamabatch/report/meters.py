@@ -2,8 +2,7 @@
 
 The figures are psutil's and nvidia-ml-py's (the extra `compare`), and macOS's footprint and energy,
 which these have not. A figure that the system does not say has no key; what others use is then
-`UNKNOWN`, as it must be seen that no one has looked.
-"""
+`UNKNOWN`, as it must be seen that no one has looked."""
 
 import ctypes
 import os
@@ -43,8 +42,7 @@ class Meter:
         print(meter.stop()["pss_bytes"])
 
     Where the system knows only the whole device, what it has more than when the meter was made
-    counts as that of the processes. So make it before they allocate.
-    """
+    counts as that of the processes. So make it before they allocate."""
 
     def __init__(self, pids: Iterable[int], sources: Sequence[Source] | None = None) -> None:
         self._pids = list(pids)
@@ -74,8 +72,7 @@ class Meter:
           energy_joules: both
         - other_cpu: cores that other processes used, on average; `UNKNOWN` without psutil
 
-        Bytes are the median of the samples.
-        """
+        Bytes are the median of the samples."""
         self._over.set()
         self._thread.join()
         self._samples.append(self._sample())

@@ -1,8 +1,7 @@
 """The one form in which results are stored: a `Record` per run, a line of JSON each.
 
 `pyllamabatch compare` and the benches write records. Names are those of llama-bench and
-llama-batched-bench where these have the thing.
-"""
+llama-batched-bench where these have the thing."""
 
 from __future__ import annotations
 

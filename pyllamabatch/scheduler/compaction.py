@@ -3,8 +3,7 @@
 Where every sequence has a stream of cells, those that decode are computed together as neighbours
 only (`spans`). What has ended leaves gaps between them: rows fill these that no sequence reads, or
 they cut a step into parts. Every step pays for that while nothing comes to take the slots. Once
-the steps have paid as much as closing the gaps costs, they are closed.
-"""
+the steps have paid as much as closing the gaps costs, they are closed."""
 
 from math import ceil
 

@@ -4,8 +4,7 @@ A step may check several drafted tokens of a sequence behind its last known one 
 decoding): a row each, that stays as long as its token is the one that is sampled. Whether that pays
 depends on how often drafts are right, and on what more rows cost. Both are measured: the drafter
 keeps a record of each sequence, also while it has no drafted rows, and the steps' own times correct
-the cost model.
-"""
+the cost model."""
 
 from __future__ import annotations
 

@@ -4,8 +4,7 @@ Owners of interactive sequences ask for one token at a time. Between two steps t
 nothing to compute for as long as it takes the owners to look at their tokens. So a step that starts
 with the first that asks leaves the others to the next one. The scheduler knows which may be waited
 for, and how long each has taken until now (`idle`); how long to wait is one small function of a
-frozen value, and has no clock: the engine asks it in real time, a simulator in virtual time.
-"""
+frozen value, and has no clock: the engine asks it in real time, a simulator in virtual time."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -46,8 +45,7 @@ class Gathering:
     `since`: when the first of its rows was there. `n_ready`: running sequences with something to
     compute. `expected`: the interactive ones that have nothing to compute, but have had since the
     last wait in vain. `cost`: the device's cost model, when there
-    is one; `kv`: cells that are held.
-    """
+    is one; `kv`: cells that are held."""
 
     now: float
     since: float
@@ -114,8 +112,7 @@ class CostWindow:
     (`CostModel.absolute`).
 
     Rows of prompts that are in the same step are taken for one each. It makes T smaller than it is
-    and the wait shorter.
-    """
+    and the wait shorter."""
 
     longest: float = LONGEST_SECONDS
     least: float = LEAST_SECONDS

@@ -13,8 +13,7 @@ apart:
 - A step that checks drafted tokens has as many rows of each sequence, of those that fill up, too:
   one of the numbers in `drafted`, which give each row the bits that it has where it decodes.
 - What another sequence has left is used up to where a chunk ends, as far as it came from whole
-  ones.
-"""
+  ones."""
 
 from __future__ import annotations
 
@@ -79,8 +78,7 @@ class Computed:
     - on_grid: so many of them in whole chunks from 0 on.
     - chunks: the other chunks, as (start, end), ascending. Rows in none are rows that decode.
     - shared: so many tokens may come from other sequences, or go to them: those that were known
-      when it was added.
-    """
+      when it was added."""
 
     grid: int
     shared: int

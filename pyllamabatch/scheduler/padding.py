@@ -4,8 +4,7 @@ Where every sequence has a stream of cells, libllama's graph is made for certain
 sequence comes or goes it has to make another one, and a device to prepare for it. With a row for
 every slot below some width, used or not, it need not. A row costs little or much, and a graph too:
 a width is given up when its rows have cost as much more than a step without them as two other
-graphs would, that for the new rows and that for when the width is needed again.
-"""
+graphs would, that for the new rows and that for when the width is needed again."""
 
 import numpy as np
 import numpy.typing as npt

@@ -55,8 +55,7 @@ class PlanBuilder:
     - tokens: rows that were given, by sequence id, but not to those of `decode_all`.
     - preempt: the victims until now, by id.
     - admitted: newcomers until now.
-    - short: a sequence was preempted for want of cells: no newcomer is admitted.
-    """
+    - short: a sequence was preempted for want of cells: no newcomer is admitted."""
 
     view: StepView
     rows: int

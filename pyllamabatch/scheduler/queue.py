@@ -27,8 +27,7 @@ class SequenceList(Sequence["SequenceView"]):
     `by`, `split` and `column` of a function cost little at each step: the scheduler keeps what they
     have sorted. The function must be the same object each time, not a lambda made on the spot. It
     must look only at what stays as it is while a sequence is in that list: not at `computed` of a
-    prefilling one, not at `generated` of a running one.
-    """
+    prefilling one, not at `generated` of a running one."""
 
     __slots__ = ("_views",)
 

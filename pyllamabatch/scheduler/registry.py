@@ -22,8 +22,7 @@ class Registry(Generic[T]):
 
     - kind: what they make, in errors. group: of the entry points.
     - shipped: the factories of this package. check: returns what was made, or raises for something
-      else; it is told what was asked for.
-    """
+      else; it is told what was asked for."""
 
     kind: str
     group: str

@@ -1,8 +1,7 @@
 """Which of several replicas a request goes to. Pure Python, without a clock: the simulator's fleet
 and the live one (`pyllamabatch.cluster`) ask the very same objects.
 
-A prompt is an array of int32: token ids, or the bytes of a text where there is no tokenizer.
-"""
+A prompt is an array of int32: token ids, or the bytes of a text where there is no tokenizer."""
 
 import itertools
 from abc import abstractmethod
@@ -27,8 +26,7 @@ class ReplicaView(NamedTuple):
     - n_open: requests that it has got and that have not ended.
     - wait: seconds until a request that comes now begins to be computed, see `expected_wait`.
       row_seconds: of a prompt row, 0 where that is not known. The replica has said both, up to
-      `REPORT_SECONDS` ago.
-    """
+      `REPORT_SECONDS` ago."""
 
     n_open: int = 0
     wait: float = 0.0
@@ -75,8 +73,7 @@ class PrefixAffinity(Router):
     prefix saves: what is computed twice holds up others, and takes cells from their prefixes. Of
     equally busy ones, that which has got the fewest elements that were new to it.
 
-    `unit`: elements of a prompt that make a token. `reach`: elements that are looked at.
-    """
+    `unit`: elements of a prompt that make a token. `reach`: elements that are looked at."""
 
     slack, patience = 8, 3.0
 

@@ -28,8 +28,7 @@ class Entry:
 
     - tokens: None where it shares nothing. high: tokens that were computed at least once.
       computed: how they were, where that has to be the same again (`Invariance`).
-    - true: `view` says how it is now.
-    """
+    - true: `view` says how it is now."""
 
     view: SequenceView
     tokens: KnownTokens | None = None
@@ -58,8 +57,7 @@ class RunningSequences(SequenceQueue[Entry]):
     - ahead: tokens that are known and not computed; of one that decodes always 1. most: what is
       computed at the very end: all but the last one. owner: id + 1. int64 by slot, 0 where none
       runs.
-    - decoding: ids of those that decode. asked: slot -> id of the interactive ones of these.
-    """
+    - decoding: ids of those that decode. asked: slot -> id of the interactive ones of these."""
 
     def __init__(self, computed: npt.NDArray[np.int64]) -> None:
         super().__init__(self.seen)

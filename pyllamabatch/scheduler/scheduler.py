@@ -11,8 +11,7 @@ The live engine and the simulator drive the same object:
 
 A step that could not be computed is simply not advanced: the next `plan` starts from the same
 counters. Counters live in arrays by slot, so that a step of pure decoding costs no Python per
-sequence; views are made when a policy looks at them.
-"""
+sequence; views are made when a policy looks at them."""
 
 from collections.abc import Hashable
 from typing import NamedTuple
@@ -146,8 +145,7 @@ class Scheduler:
         - saved: positions that it has in a saved state, fewer than it knows tokens.
         - restored: how tokens of an interactive one were computed elsewhere; they are computed
           again in the same way, if on this grid.
-        - tokens: where its tokens are read; without it, it shares nothing.
-        """
+        - tokens: where its tokens are read; without it, it shares nothing."""
         if n_prompt < 1 or max_tokens < 1:
             raise ValueError(
                 f"n_prompt and max_tokens are at least 1, got {n_prompt}, {max_tokens}"

@@ -19,8 +19,7 @@ class Sequences:
     - left: is told of each running sequence that ends or is preempted, before it leaves.
     - promised: cells that the running ones need for tokens that they know already.
     - n_changes: grows whenever there may be something new to ask the policy about.
-    - closed: no sequence is admitted until another one leaves, see `preempt_newest`.
-    """
+    - closed: no sequence is admitted until another one leaves, see `preempt_newest`."""
 
     def __init__(
         self,

@@ -52,8 +52,7 @@ class Step:
     - n_out: sequences that decode and have no row in this step, but whose cells are attended.
     - n_pad: slots that have a row, used or not (`Padding`); 0: only those that decode.
     - drafts: drafted tokens that each slot may add each time. prices: see `Plan`.
-    - invariance: how it is cut into calls, where that may not depend on neighbours.
-    """
+    - invariance: how it is cut into calls, where that may not depend on neighbours."""
 
     decode: Slots
     chunks: tuple[PromptChunk, ...]

@@ -3,8 +3,7 @@
 A sequence has tokens that are *known* (its prompt and what it has generated) and tokens that are
 *computed* (in the KV cache). Every step advances some sequences by some of their known tokens. A
 sequence whose last known token gets computed samples one more. There is no prefill phase and no
-decode phase: a decode is an advance by the last known token, and samples the next one.
-"""
+decode phase: a decode is an advance by the last known token, and samples the next one."""
 
 from __future__ import annotations
 
@@ -38,8 +37,7 @@ class Limits:
       that may have an output, drafted ones included; 0: all. drafts_take_time: they are asked for
       before each step that may have them. drafts_move_sampling: steps that may have them are
       sampled on the host, others on the device. even: also in a pool all sequences of a step with
-      drafts have the same number of rows (`even_rows`).
-    """
+      drafts have the same number of rows (`even_rows`)."""
 
     n_batch: int
     n_ubatch: int
@@ -73,8 +71,7 @@ class Prefix(NamedTuple):
       so many were, when it was admitted.
     - cells: free cells that it would take for these.
     - pending: a running sequence is computing so many tokens that this one begins with, too: more
-      than the hit, and worth waiting for. 0 when there is none.
-    """
+      than the hit, and worth waiting for. 0 when there is none."""
 
     hit: int = 0
     cells: int = 0
@@ -96,8 +93,7 @@ class SequenceView(NamedTuple):
       since it was admitted, last time.
     - goal: None for a request. An interactive sequence computes its first `goal` known tokens: all
       of them when its owner wants the next token, all but the last one of a prompt. At its goal it
-      is idle, and keeps its slot and its cells.
-    """
+      is idle, and keeps its slot and its cells."""
 
     id: int
     arrival: float
@@ -145,8 +141,7 @@ class KvView(NamedTuple):
       share, cached ones count, and free ones that its kernels compute.
     - freed_by(id): cells that are free when a running sequence is preempted: those that no other
       running one shares with it.
-    - slot_of(id): where a sequence runs. Of streams, those in consecutive slots share a ubatch.
-    """
+    - slot_of(id): where a sequence runs. Of streams, those in consecutive slots share a ubatch."""
 
     free: int
     promised: int
@@ -167,8 +162,7 @@ class Prices(NamedTuple):
       drafts.
     - begin: seconds that it takes to begin with drafts, and to end that, where they move the
       sampling off the device; 0 where they do not, or there were some just before. There has to be
-      so much credit.
-    """
+      so much credit."""
 
     seconds: npt.NDArray[np.float64]
     worst: npt.NDArray[np.float64]
@@ -191,8 +185,7 @@ class Drafts(NamedTuple):
     - n_calm: for so many steps these have decoded without any drafts.
     - prices(): of steps of up to `room` rows, by the cost model and by the time of such steps; None
       where steps without drafts were not timed lately, or not often enough. None without a cost
-      model.
-    """
+      model."""
 
     n_max: int
     ids: list[int]
@@ -217,8 +210,7 @@ class StepView(NamedTuple):
       seconds of a step of `rows` rows, `prefill` of them of prompts, of `n_seqs` sequences that
       attend `kv` cells.
     - step: how many steps have been computed.
-    - drafts(): see `Drafts`; None where there are never any.
-    """
+    - drafts(): see `Drafts`; None where there are never any."""
 
     now: float
     limits: Limits
@@ -282,8 +274,7 @@ class Plan(NamedTuple):
       policy is asked again then, or as soon as a sequence comes or goes.
     - drafts: how many drafted tokens each sequence may add to each step, by id, in a plan of
       decoding alone; see `Drafts`. Those that turn out to be right are sampled in the same step.
-    - prices: how many of these each step has; None: all that are drafted.
-    """
+    - prices: how many of these each step has; None: all that are drafted."""
 
     tokens: Mapping[int, int] = EMPTY
     preempt: tuple[int, ...] = ()

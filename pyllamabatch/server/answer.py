@@ -1,8 +1,7 @@
 """Answers to completions: whole, or as server-sent events while tokens come.
 
 An `Answer` is one interface's form of a request: it turns chunks and results into bytes. A client
-that leaves is noticed by `receive`, and what runs for it is cancelled.
-"""
+that leaves is noticed by `receive`, and what runs for it is cancelled."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 A wire name is checked in three places: a field of the model is used; one of `IGNORED` has no say in
 the text and is left out; one of `OFF` belongs to what the engine has not, and is taken at the value
-that switches it off. Any other is an error that names the nearest field.
-"""
+that switches it off. Any other is an error that names the nearest field."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,8 +1,7 @@
 """Chats: messages to a prompt, and an answer's text to its parts, for all interfaces.
 
 `turn_of` is the one place that knows how. Interfaces translate their messages to OpenAI's, and the
-parts of an answer from `ChatDelta`.
-"""
+parts of an answer from `ChatDelta`."""
 
 from __future__ import annotations
 

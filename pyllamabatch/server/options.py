@@ -28,8 +28,7 @@ class ServerOptions:
     - request_timeout: seconds that a request may take, waiting included; None for no limit. It ends
       with what it has.
     - drain_timeout: seconds that open requests get when the server is told to end.
-    - chat_template: the name or text of a template instead of the model's.
-    """
+    - chat_template: the name or text of a template instead of the model's."""
 
     model_name: str | None = None
     api_keys: Sequence[str] = ()

@@ -2,8 +2,7 @@
 
 SIGTERM or SIGINT: new requests get 503, open ones end by themselves, or are cut off after
 `drain_timeout` seconds or at a second signal. Clients that neither send nor read then hold nothing
-up for long.
-"""
+up for long."""
 
 import asyncio
 import signal

@@ -3,8 +3,7 @@
 A step decides as the native one does (`plb_draft_rows` in native/step/plb_drafts.h), by the prices
 of the plan and by the rows of the last one with drafts, whose graph is there. Of a request's
 drafted tokens the next one is right with its acceptance as probability, be it the first or the
-fourth; a draft is found in every step. The same request has the same luck in any run.
-"""
+fourth; a draft is found in every step. The same request has the same luck in any run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple

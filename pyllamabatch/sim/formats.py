@@ -1,7 +1,6 @@
 """Traces in files: Azure's CSV, Mooncake's JSONL and our superset of it, ShareGPT's JSON.
 
-docs/how-to/simulate.md says what their fields mean.
-"""
+docs/how-to/simulate.md says what their fields mean."""
 
 import csv
 import json

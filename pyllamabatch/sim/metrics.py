@@ -1,7 +1,6 @@
 """What came of each request, and the figures of a run: docs/how-to/simulate.md says what each is.
 
-Percentiles are interpolated between order statistics; those of ITL come from bins 0.5 % wide.
-"""
+Percentiles are interpolated between order statistics; those of ITL come from bins 0.5 % wide."""
 
 from __future__ import annotations
 
@@ -32,8 +31,7 @@ class Outcome:
     tokens. prefix: tokens of its prompt that were cached at its first admission. rejected: it can
     never fit; the other fields are meaningless then. queueing: until its first admission.
     execution: in a slot, recomputation after a preemption included. n_drafted, n_accepted: drafted
-    tokens that were checked, and of these the right ones.
-    """
+    tokens that were checked, and of these the right ones."""
 
     id: int
     arrival: float

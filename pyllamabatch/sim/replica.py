@@ -2,8 +2,7 @@
 
 Its `step` does what `EngineCore.step` does: update, take requests, schedule, carry out, run. A
 native call of several steps is in flight until a sequence ends; a request that arrives ends it
-after its current step. The owner of the replica passes the time in.
-"""
+after its current step. The owner of the replica passes the time in."""
 
 from __future__ import annotations
 

@@ -52,8 +52,7 @@ def simulate(
 
     The same arguments give the same run, to the last bit. A request that can never fit is rejected;
     those after it arrive as if it had ended at once. Raises SimulationStuck when the policy leaves
-    requests waiting for ever, PlanError when it breaks a rule.
-    """
+    requests waiting for ever, PlanError when it breaks a rule."""
     if n_replicas < 1:
         raise ArgumentError("replicas", n_replicas, "at least 1")
     routing = make_router(router)

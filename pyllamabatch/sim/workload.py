@@ -1,8 +1,7 @@
 """Requests with pinned output lengths, and workloads that are drawn.
 
 Arrivals are a Poisson process, a gamma process (the same rate in bursts), or a closed loop: each
-client asks again when it has its answer. The same seed draws the same requests.
-"""
+client asks again when it has its answer. The same seed draws the same requests."""
 
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace

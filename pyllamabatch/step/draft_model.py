@@ -7,8 +7,7 @@ draft.draft([0])                # fills in stepper.drafts.token and n_given
 stepper.run([0], 1)             # checks them
 
 draft.attach()                  # or the stepper does it before each of its steps
-stepper.run([0], 32)
-"""
+stepper.run([0], 32)"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -41,8 +40,7 @@ class DraftModel:
       further tokens draft.
 
     UnsupportedOperation for a model with a recurrent state, which can't take back the tokens of
-    several steps.
-    """
+    several steps."""
 
     def __init__(self, model: Model, target: Stepper, *, n_ctx: int, **params: Any) -> None:
         if target.drafts is None:

@@ -4,8 +4,7 @@
 
 The converter honours the keywords in `HONOURED`. Any other that would say something about the text
 raises `ArgumentError` with its name: a schema is honoured whole or refused. oneOf is honoured where
-types, values or a required property tell its branches apart.
-"""
+types, values or a required property tell its branches apart."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -64,8 +63,7 @@ def schema_text(schema: Schema, argument: str = "json_schema") -> str:
     A mapping, or JSON text. Raises `ArgumentError` for anything else, for a schema of more
     than 2**18 bytes or 64 levels, for an object of more than 500 properties, for names of more than
     512 characters and references of more than 2048, for references that lead back to themselves,
-    and for keywords that the converter would leave out in silence.
-    """
+    and for keywords that the converter would leave out in silence."""
     try:
         value = json.loads(schema) if isinstance(schema, str) else schema
     except (ValueError, RecursionError) as error:

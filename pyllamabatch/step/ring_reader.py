@@ -2,8 +2,7 @@
 
 One thread computes (`StreamStepper.compute`), another takes what was sampled out of the ring, a
 `Page` at a time: columns by sequence. A reader of a stream takes what is new in its column; no
-stream is touched because a token was sampled for it.
-"""
+stream is touched because a token was sampled for it."""
 
 from collections.abc import Sequence
 from time import perf_counter
@@ -67,8 +66,7 @@ class Page:
     `n_top` columns, top_token and top_logprob; None without. Of sequence s the first `shown[s]`
     entries are there: a reader goes by `shown`, which `show` brings up to date in one go. `tokens`
     has all columns behind each other. `turns[s]` changes when what comes into column s is another
-    stream's.
-    """
+    stream's."""
 
     __slots__ = (
         "logprob", "n_tokens", "n_top", "shown", "step", "steps", "struct", "token", "tokens",
@@ -134,8 +132,7 @@ class StreamStepper(Stepper):
     """A stepper of two threads: one computes (`compute`, `flush`), one reads (`wait`, `read`).
 
     See "reading while a run goes on" in native/plb.h. `n_steps_max` is what fits between them.
-    `step` and `run` are not for it.
-    """
+    `step` and `run` are not for it."""
 
     _stream = True
 
@@ -146,8 +143,7 @@ class StreamStepper(Stepper):
         n_before rows of prompts, one. n_pad: see `plb_run` in native/plb.h.
 
         Ends as `Stepper.run` does, and after nothing at all when the reader is too far behind.
-        Raises as it does.
-        """
+        Raises as it does."""
         code = self._run_native(n_before, slots, min(n_steps, _MOST_STEPS), n_pad)
         info = self._run
         n = info.n_finished

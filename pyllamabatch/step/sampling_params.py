@@ -45,8 +45,7 @@ class SamplingParams:
     - ignore_eog: end-of-generation tokens are never chosen.
     - logprobs: None is off, 0 gives the chosen token's log-probability, n also the n most likely
       tokens'. They are a log-softmax of the raw logits over the whole vocabulary, before bias,
-      penalties, grammar and truncation.
-    """
+      penalties, grammar and truncation."""
 
     max_tokens: int = 128
     temperature: float = 0.8

@@ -13,8 +13,7 @@ nothing allocated, whatever the number of sequences.
     result.token[0], result.finish[0]
 
 Steady decoding needs no rows: `stepper.run([0], 16)` makes sixteen steps of the slots' own next
-tokens in one call.
-"""
+tokens in one call."""
 
 from __future__ import annotations
 
@@ -84,8 +83,7 @@ class Stepper:
     `UnsupportedOperation` for a model without weights, MemoryError.
 
     Keeps the context alive. Like the context it serves one thread at a time: a second one gets
-    `ContextBusy`. Closing the context first is fine, the stepper then raises `ClosedError`.
-    """
+    `ContextBusy`. Closing the context first is fine, the stepper then raises `ClosedError`."""
 
     _stream = False  # whether another thread reads the results: `ring_reader.StreamStepper`
 
@@ -135,8 +133,7 @@ class Stepper:
 
         `result.code` is llama_decode's: 0, or nothing was sampled and no slot has changed
         (`result.raise_for_code()` turns it into an exception). Raises `ArgumentError`, with the row
-        and the limit, for rows that libllama would stumble over, before it sees them.
-        """
+        and the limit, for rows that libllama would stumble over, before it sees them."""
         context = self._ready()
         if not 0 < n_rows <= self.n_rows_max:
             raise ArgumentError("n_rows", n_rows, f"must be in 1..{self.n_rows_max}")
@@ -159,8 +156,7 @@ class Stepper:
         overwritten. Raises as `step` does.
 
         Where `drafts` has tokens to check, a step may sample several tokens of a sequence: the same
-        ones, with the same draws, as so many steps.
-        """
+        ones, with the same draws, as so many steps."""
         seqs = np.ascontiguousarray(slots, dtype=np.int32)
         if not 0 < seqs.size <= self.n_seq_max:
             raise ArgumentError("slots", f"{seqs.size} of them", f"must be 1..{self.n_seq_max}")
@@ -226,8 +222,7 @@ class Stepper:
 
         prompt_tokens are the tokens that came before, oldest first: the penalties look back at
         them. Raises `GrammarError` for a grammar that does not parse and `ArgumentError` for token
-        ids outside the vocabulary; the slot that was there stays then.
-        """
+        ids outside the vocabulary; the slot that was there stays then."""
         self.put_slot(seq_id, self.make_slot(params, prompt_tokens))
 
     def make_slot(
@@ -236,8 +231,7 @@ class Stepper:
         """What `set_slot` makes, with the same errors, for `put_slot` later.
 
         From any thread, also while another one is in `step`. The caller sees to it that the context
-        is not closed meanwhile.
-        """
+        is not closed meanwhile."""
         _, context = self._open()
         given = () if prompt_tokens is None else prompt_tokens
         return self.new_slot(params, context.model.vocab.check_tokens(given, "prompt_tokens"))
@@ -267,8 +261,7 @@ class Stepper:
         """Fork: dst gets a copy of src, penalties, grammar state, budget and draws included.
 
         With the same draws both would choose the same tokens from the same logits; `seed` gives
-        dst its own.
-        """
+        dst its own."""
         engine, context = self._open()
         source, target = self._seq(src, "src"), self._seq(dst, "dst")
         draws = None if seed is None else integer("seed", seed, 0, SEED_MAX)

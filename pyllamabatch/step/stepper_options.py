@@ -49,8 +49,7 @@ class StepperOptions(TypedDict, total=False):
     - drafter: "ngram" lets the stepper draft these tokens itself, from what the sequence's own
       tokens were followed by before; None: only what is given. n_corpus: so many tokens of slots
       that were cleared or replaced stay for that, too; 0, the default: none.
-    - sync: wait for the device at every step, also when no row has an output; for exact timings.
-    """
+    - sync: wait for the device at every step, also when no row has an output; for exact timings."""
 
     n_logprobs_max: int
     n_threads: int

@@ -2,8 +2,7 @@
 
 trace = engine.trace()               # the last steps, a structured NumPy array
 trace["decode_ns"].mean()
-to_chrome(trace, "steps.json")       # open it in https://ui.perfetto.dev or chrome://tracing
-"""
+to_chrome(trace, "steps.json")       # open it in https://ui.perfetto.dev or chrome://tracing"""
 
 import json
 import threading
@@ -47,8 +46,7 @@ def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
       are none; and how many of its prompt, without a last one that is sampled from.
     - reasons: why the policy planned it so, a dict: text by request id, of those that were
       admitted, cut or preempted.
-    - preempted: which requests were preempted before it, a dict: the slot that each had, by id.
-    """
+    - preempted: which requests were preempted before it, a dict: the slot that each had, by id."""
     return np.dtype(
         [
             ("t_start_ns", np.int64),
@@ -94,8 +92,7 @@ class StepTrace:
     The thread that computes calls `begin`, keeps `ids` (the request in each slot) and `preempted`
     (the slots, by request, of those that were preempted since the last step), and adds to `idle_ns`
     what it waited for work since then. The thread that reads the ring calls
-    `add_steps`.
-    """
+    `add_steps`."""
 
     def __init__(self, capacity: int, n_seq_max: int) -> None:
         self.ids = np.zeros(n_seq_max, dtype=np.int64)
@@ -120,8 +117,7 @@ class StepTrace:
         """The steps from number `first` on decode these slots, and the first has rows of prompts.
 
         kv_used: cells that are held before it. reasons: the policy's, by request id. `decode` must
-        not change afterwards.
-        """
+        not change afterwards."""
         calls, idle_ns, preempted = self._calls, self.idle_ns, self.preempted
         # The decoding slots are one array as long as none comes or goes: so are their ids.
         same = calls and calls[-1].decode is decode

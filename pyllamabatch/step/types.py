@@ -63,8 +63,7 @@ class Rows(NamedTuple):
     """The rows of the next step: persistent NumPy views, `n_rows_max` long each.
 
     flags: any of OUTPUT and SAMPLE. A step reads rows 0 to n - 1 and leaves them as they
-    are, so a steady batch only rewrites what changes.
-    """
+    are, so a steady batch only rewrites what changes."""
 
     token: I32
     pos: I32
@@ -94,8 +93,7 @@ class DraftColumns(NamedTuple):
       new_graph (one value): seconds that a step takes longer where it has not as many rows as the
       last one with drafts.
     - n_timed, ns_timed: how many steps of the last run had 0, 1, ... rows, and their nanoseconds.
-      Without drafts these are steps with the graph of the one before.
-    """
+      Without drafts these are steps with the graph of the one before."""
 
     n_most: I32
     n_given: I32
@@ -144,8 +142,7 @@ class Results:
     step i begin at `steps[i]["first_result"]`. `stop` says why a run ended (`Stop`). `code` is 0,
     or that of the step that could not be done; the records of the steps before it are valid.
 
-    All are views of memory that the next call overwrites: copy what must last.
-    """
+    All are views of memory that the next call overwrites: copy what must last."""
 
     __slots__ = ("_views", "code", "n_results", "n_steps", "stop")
 

@@ -31,8 +31,7 @@ class ComposedPolicy:
       drafts are possible, and all that decode have a row.
     - mixed: sequences that decode have rows beside prompts, first of all. False: they have them
       only in a step in which no other sequence has any.
-    - ended: see `Policy`.
-    """
+    - ended: see `Policy`."""
 
     order: Order = first_come
     admit: Admit = when_it_fits

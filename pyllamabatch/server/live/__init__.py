@@ -8,8 +8,7 @@ A step is a JSON object:
   `pyllamabatch.step.trace`.
 - lanes: [slot, request, prompt rows (0: it decodes)] of each request with rows in it.
 - preempted: [slot, request] of each that was preempted before it. padded: slots of `filled`.
-- reasons: the policy's, by request.
-"""
+- reasons: the policy's, by request."""
 
 import json
 from collections.abc import Mapping, Sequence
