@@ -330,7 +330,7 @@ def test_the_wide_step_is_tried_before_turns(switch: float) -> None:
 def test_a_trial_is_made_for_each_number_of_sequences_and_again_when_old(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sys.modules[Turns.__module__], "RENEW", 600)
+    monkeypatch.setattr(sys.modules[Turns.__module__], "RENEW", 200)
     cost = Learned(2.1)
     machine = machine_of(9, cost, max_tokens=5000)
     live(machine, cost, 60)
@@ -342,7 +342,7 @@ def test_a_trial_is_made_for_each_number_of_sequences_and_again_when_old(
     assert ten.count(10) == TRIAL
     machine.remove(22)
     assert live(machine, cost, 60) == [8] * 60  # nine are known
-    later = live(machine, cost, 1000)
+    later = live(machine, cost, 340)
     assert 1 <= later.count(9) / TRIAL <= 2
     assert set(later) == {8, 9}
 
