@@ -278,11 +278,11 @@ def test_every_step_does_what_its_scenario_says(policy: str, scenario: str) -> N
 
 def test_soak_finds_every_token_and_request(run: Run) -> None:
     """No request gets a wrong token; no request and no token is lost or counted twice."""
-    words = ("--requests", "300", "--clients", "24", "--cancelled", "0.1", "--seed", "5")
+    words = ("--requests", "150", "--clients", "24", "--cancelled", "0.1", "--seed", "5")
     status, (record,) = run("soak", *words)
     detail = record.detail
     assert status == 0
-    assert detail["requests"] == 300
+    assert detail["requests"] == 150
     assert detail["cancelled"] > 0
     assert (detail["wrong"], detail["unbalanced"], detail["kv_used"]) == (0, 0, 0)
 
