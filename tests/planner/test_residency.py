@@ -175,33 +175,33 @@ def test_measured_processes(tiny_llama_path: Path, capsys: pytest.CaptureFixture
         assert found["planned"] > found["base"] > 0
 
 
-class TestEngine:
-    """It never finds out by an out-of-memory."""
+@pytest.fixture
+def little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "host_available", lambda: 3 * 2**20)
 
-    @pytest.fixture
-    def little(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(residency, "host_available", lambda: 3 * 2**20)
 
-    def test_shrinks_what_it_chooses(self, tiny_llama_path: Path, little: None) -> None:
-        with Model(tiny_llama_path) as model:
-            wanted = min(model.n_ctx_train * 4, 16384)
-            with Engine(model, n_seq_max=4, n_ubatch=64, n_threads=1) as engine:
-                assert 256 <= engine.n_ctx < wanted
-                assert len(engine.generate([[5, 6, 7]])[0].tokens) > 0
+def test_an_engine_shrinks_what_it_chooses(tiny_llama_path: Path, little: None) -> None:
+    with Model(tiny_llama_path) as model:
+        wanted = min(model.n_ctx_train * 4, 16384)
+        with Engine(model, n_seq_max=4, n_ubatch=64, n_threads=1) as engine:
+            assert 256 <= engine.n_ctx < wanted
+            assert len(engine.generate([[5, 6, 7]])[0].tokens) > 0
 
-    def test_refuses_what_it_is_given(self, tiny_llama_path: Path, little: None) -> None:
-        with Model(tiny_llama_path) as model:
-            with pytest.raises(NotEnoughMemory, match=r"n_ctx=\d+ would fit") as caught:
-                Engine(model, n_seq_max=4, n_ctx=2**20, n_ubatch=64)
-            assert caught.value.needed > caught.value.available == 3 * 2**20
 
-    def test_loads_no_twin_where_there_is_plenty(
-        self, tiny_llama_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def refuse(*_: object, **__: object) -> Projector:
-            raise AssertionError("projected")
+def test_an_engine_refuses_what_it_is_given(tiny_llama_path: Path, little: None) -> None:
+    with Model(tiny_llama_path) as model:
+        with pytest.raises(NotEnoughMemory, match=r"n_ctx=\d+ would fit") as caught:
+            Engine(model, n_seq_max=4, n_ctx=2**20, n_ubatch=64)
+        assert caught.value.needed > caught.value.available == 3 * 2**20
 
-        monkeypatch.setattr(residency, "Projector", refuse)
-        monkeypatch.setattr(residency, "host_available", lambda: 2**40)
-        with Model(tiny_llama_path) as model, Engine(model, n_seq_max=4, n_threads=1) as engine:
-            assert engine.n_ctx == min(model.n_ctx_train * 4, 16384)
+
+def test_an_engine_loads_no_twin_where_there_is_plenty(
+    tiny_llama_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> Projector:
+        raise AssertionError("projected")
+
+    monkeypatch.setattr(residency, "Projector", refuse)
+    monkeypatch.setattr(residency, "host_available", lambda: 2**40)
+    with Model(tiny_llama_path) as model, Engine(model, n_seq_max=4, n_threads=1) as engine:
+        assert engine.n_ctx == min(model.n_ctx_train * 4, 16384)

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pyllamabatch.scheduler import RULES, Limits, Scheduler, make_policy, policy_names
+from pyllamabatch.scheduler import RULES, Limits, make_policy, policy_names
+from tests.support.scheduler_machine import Machine
 
 DOCS = Path(__file__).parents[2] / "docs"
 TUTORIAL = (DOCS / "tutorial" / "write-a-policy.md").read_text(encoding="utf-8")
@@ -15,19 +16,10 @@ SMALLEST, OWN, *_ = re.findall(r"^```python\n(.*?)^```$", TUTORIAL, re.MULTILINE
 def test_the_smallest_policy_obeys_every_rule() -> None:
     names: dict[str, Any] = {}
     exec(compile(SMALLEST, "write-a-policy.md", "exec"), names)
-    scheduler = Scheduler(Limits(8, 8, 2, 64, 64), names["OneAtATime"]())
-    scheduler.add(1, 10, 5, arrival=0.0)
-    scheduler.add(2, 3, 2, arrival=0.0)
-    n_rows = []
-    while not scheduler.idle:
-        step = scheduler.plan(0.0)
-        assert step is not None
-        scheduler.advance(step, step.repeat)
-        n_rows += [step.n_rows] * step.repeat
-        for id, most in ((1, 5), (2, 2)):
-            if id in scheduler.running_ids() and scheduler.sequence(id).generated == most:
-                scheduler.remove(id)
-    assert n_rows == [8, 2, 1, 1, 1, 1, 3, 1]
+    machine = Machine(Limits(8, 8, 2, 64, 64), names["OneAtATime"]())
+    machine.add(1, 10, 5)
+    machine.add(2, 3, 2)
+    assert [step.n_rows for step in machine.steps()] == [8, 2, 1, 1, 1, 1, 3, 1]
 
 
 def test_a_policy_of_ones_own_takes_twenty_lines() -> None:
