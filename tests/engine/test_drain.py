@@ -11,6 +11,7 @@ from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError, Cancelled, EngineClosed, EngineDraining
 from pyllamabatch.llama.model import Model
 from tests.support.engines import engine_on, greedy, held
+from tests.support.served import until
 
 PROMPT = [1, 20, 30, 40]
 
@@ -79,8 +80,7 @@ def test_resume_lets_those_go_who_wait_for_the_end(model: Model) -> None:
     with engine_on(model) as engine, ThreadPoolExecutor(1) as pool, held(engine):
         stream = engine.submit(PROMPT, greedy(1000))
         waiting = pool.submit(engine.drain)
-        while not engine.draining:
-            pass
+        until(lambda: engine.draining)
         engine.resume()
         assert not waiting.result(30)
         assert not stream.done
@@ -103,8 +103,7 @@ def test_those_who_wait_for_room_are_told(model: Model) -> None:
                 pass
 
         in_loop = pool.submit(asyncio.run, stream())
-        while len(engine._core.commands._room_calls) == 0 or not blocked.running():
-            pass
+        until(lambda: engine._core.commands._room_calls and blocked.running())
         assert not engine.drain(0)
         for future in (blocked, in_loop):
             with pytest.raises(EngineDraining):
@@ -158,8 +157,7 @@ def test_calls_that_are_under_way_are_waited_for_or_cancelled(model: Model, canc
             if cancel:
                 stopping = threading.Thread(target=engine.stop)
                 stopping.start()
-                while len(engine._core.commands._commands) == 0:
-                    pass
+                until(lambda: engine._core.commands._commands)
                 go_on.set()
                 stopping.join(30)
                 with pytest.raises(Cancelled):
@@ -195,8 +193,7 @@ def test_close_ends_a_drain(model: Model) -> None:
     with ThreadPoolExecutor(1) as pool, held(engine):
         engine.submit(PROMPT, greedy(1000))
         waiting = pool.submit(engine.drain)
-        while not engine.draining:
-            pass
+        until(lambda: engine.draining)
         engine.close(wait=False)
         assert waiting.result(30)
     assert engine.drain(0)

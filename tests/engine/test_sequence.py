@@ -2,7 +2,6 @@
 
 import gc
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from tests.support.decoding import loaded
 from tests.support.engines import check_idle, greedy, held
 from tests.support.faults import set_fault
 from tests.support.models_gguf import EOS, N_VOCAB, Architecture
+from tests.support.served import until
 
 PROMPT = [1, 20, 30, 40, 50]
 GREEDY = greedy(12)
@@ -254,8 +254,7 @@ def test_a_cancelled_call_has_not_happened(model: Model) -> None:
             first = drive(sequence, 2)
             with held(engine):
                 prompt = thread.submit(sequence.prompt, list(range(100, 400)))
-                while sequence.position < 100:  # it has begun
-                    time.sleep(0.001)
+                until(lambda: sequence.position >= 100)  # it has begun
                 sequence.cancel()
                 with pytest.raises(Cancelled):
                     prompt.result(30)
@@ -363,8 +362,7 @@ def test_a_closed_engine_wakes_its_owners(model: Model) -> None:
     sequence = engine.sequence(GREEDY)
     with held(engine), ThreadPoolExecutor(1) as thread:
         prompt = thread.submit(sequence.prompt, [7] * 500)
-        while sequence.position < 500:
-            time.sleep(0.001)
+        until(lambda: sequence.position >= 500)
         engine.close()
         with pytest.raises(EngineClosed):
             prompt.result(30)
