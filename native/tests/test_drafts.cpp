@@ -1,4 +1,5 @@
 // How many drafted rows pay, and what n-grams draft: no model is needed.
+#include "allocations.hpp"
 #include "check.hpp"
 
 #include "step/corpus.hpp"
@@ -261,6 +262,41 @@ void matches_are_counted_by_their_length() {
     CHECK(record.n == 1 && record.right[1] > 0 && record.right[2] == 0);
 }
 
+// What a step of a slot does: what was sampled is added, a draft found, in its own text and in the corpus,
+// and as much of it chosen as pays.
+void a_step_with_drafts_allocates_nothing() {
+    constexpr int32_t N = 500;
+    std::vector<llama_token> text;
+    for (int32_t i = 0; i < N; ++i) {
+        text.push_back(i % 7 == 6 ? i % 5 : i % 7); // it repeats itself, and not at once
+    }
+    plb::corpus texts(N);
+    texts.add(text.data(), N);
+    plb::ngram ngram(text.data(), 30, N);
+    ngram.share(&texts);
+    draft_prices prices(N_ROWS);
+    priced(prices, 1, 0.01f);
+    plb::draft_record record;
+    std::array<llama_token, PLB_DRAFT_LIMIT> out = {};
+    std::array<float, PLB_DRAFT_LIMIT> chance = {};
+    std::vector<draft_offer> offers(1);
+    plb::ngram::match match = {};
+    int32_t n_drafted = 0;
+    const long before = n_allocations;
+    prices.begin();
+    for (int32_t i = 30; i < N; ++i) {
+        ngram.add(text[(size_t) i], record);
+        const int32_t n = ngram.draft(PLB_DRAFT_LIMIT, out.data(), match);
+        std::fill_n(chance.begin(), n, 0.9f);
+        offers[0] = {chance.data(), n, 0};
+        const int32_t n_rows = prices.choose(offers, 1, i % 2 == 0);
+        prices.computed({n_rows, offers[0].chosen > 0, true, false, 1000000, 1, 1});
+        n_drafted += offers[0].chosen;
+    }
+    CHECK(n_allocations == before);
+    CHECK(n_drafted > N);
+}
+
 } // namespace
 
 int main() {
@@ -273,5 +309,6 @@ int main() {
     texts_that_have_ended_are_drafted_from();
     a_simulation_decides_the_same();
     matches_are_counted_by_their_length();
+    a_step_with_drafts_allocates_nothing();
     return 0;
 }
