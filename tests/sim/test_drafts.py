@@ -29,6 +29,7 @@ from tests.sim.test_simulate import linear, machine, one, outcomes
 from tests.support.engines import check_idle, greedy
 from tests.support.made_up_costs import Linear
 from tests.support.speculating import always
+from tools.validate_drafts import BOUND, Rows, compare
 
 LAYOUTS = pytest.mark.parametrize("unified", [True, False], ids=["pool", "streams"])
 
@@ -188,6 +189,18 @@ def test_simulated_steps_are_those_of_a_live_engine() -> None:
     assert counters.accepted_tokens == pytest.approx(live.accepted_tokens, rel=0.12)
     without = simulate([replace(r, acceptance=None) for r in requests], spec)
     assert without.loads[0].counters.steps > 1.12 * live.steps  # the bound can fail
+
+
+@pytest.mark.parametrize(("n", "row"), [(1, 0.3), (4, 0.1)])
+def test_the_policy_of_drafts_decides_live_as_simulated(n: int, row: float) -> None:
+    """`tools.validate_drafts`, by prices that no clock is in."""
+    cost = Rows(row)
+    with Model.default(n_gpu_layers=0) as model:
+        live, simulated, plain = compare(model, cost, n, 64)
+    assert live.tokens == simulated.tokens == plain.tokens
+    assert simulated.worth(cost) == pytest.approx(live.worth(cost), rel=BOUND)
+    assert live.worth(cost) > (1 + BOUND) * plain.worth(cost)  # the bound can fail
+    assert 0 < live.accepted < live.drafted
 
 
 def test_acceptance_from_counts() -> None:
