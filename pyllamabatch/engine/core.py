@@ -271,10 +271,10 @@ class EngineCore:
     def _place(self, step: Step) -> None:
         for id, slot in step.preempted:
             self.table.leave(id, slot)
-        for id, slot in step.admitted:
-            self.table.admit(id, slot)
         for moved in step.moved:
             self.table.move(*moved)
+        for id, slot in step.admitted:
+            self.table.admit(id, slot)
 
     def _run(self, call: Step) -> Run:
         """One native call."""

@@ -112,9 +112,10 @@ class StepCalls:
         end = 0
         for chunk in call.chunks:
             request = self._table.in_slot(chunk.slot)
-            start, end = end, end + chunk.n
-            rows.token[start:end] = request.tokens[chunk.start : chunk.start + chunk.n]
-            rows.pos[start:end] = np.arange(chunk.start, chunk.start + chunk.n)
+            start, stop, end = end, end + chunk.n, end + chunk.n + chunk.fill
+            rows.token[start:stop] = request.tokens[chunk.start : chunk.start + chunk.n]
+            rows.token[stop:end] = rows.token[stop - 1]
+            rows.pos[start:end] = np.arange(chunk.start, chunk.start + end - start)
             rows.seq[start:end] = chunk.slot
         rows.flags[:end] = 0
         return end

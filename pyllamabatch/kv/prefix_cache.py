@@ -61,6 +61,7 @@ class PrefixCache:
         self._copy_share = copy_share
         self._reused = REUSED  # share of the copies that are started from
         self._free = list(range(self._n_running))  # empty slots, a heap
+        self.next_slots: list[int] = []  # where the next ones start, if they are empty
         self._behind = list(range(self._n_running, n_slots))  # the same of those for copies
         self._trees: dict[Hashable, RadixTree] = {}
         self._known: dict[int, tuple[Key, Tokens]] = {}  # by slot
@@ -222,10 +223,11 @@ class PrefixCache:
 
     def move(self, id: int, slot: int) -> int | None:
         """Sequence `id`, which runs in `slot`, goes on in the lowest empty one: where. None when
-        there is none below."""
-        if not self._free or self._free[0] > slot:
+        there is none, or none below, unless `slot` is one of `next_slots`, which stay empty."""
+        empty = [free for free in self._free if free not in self.next_slots]
+        if not empty or (min(empty) > slot and slot not in self.next_slots):
             return None
-        target, held = heapq.heappop(self._free), self._accounting.held(slot)
+        target, held = self._take(min(empty)), self._accounting.held(slot)
         known, stops = self._known.get(slot), self._stops.get(slot)
         self._accounting.share(slot, target, held)
         self.kv_operations.append(KvOperation("copy", target, slot, held, True, id))
@@ -406,4 +408,10 @@ class PrefixCache:
             if unproven:
                 self._reused -= REUSED * self._reused
             self.drop(unproven[0] if unproven else found[0])
-        return heapq.heappop(heap)
+        wanted = [slot for slot in self.next_slots if slot in heap]
+        return self._take(wanted[0]) if wanted else heapq.heappop(heap)
+
+    def _take(self, slot: int) -> int:
+        self._free.remove(slot)
+        heapq.heapify(self._free)
+        return slot

@@ -51,8 +51,9 @@ class Attention:
         if not step.chunks:
             return self._decoding(step, kv)
         if not step.behind:  # the last tokens of these prompts, if any
-            return [(step.n_rows, step.n_rows, kv, len(step.slots))]
-        n = sum(chunk.n for chunk in step.chunks)
+            n = step.n_rows + step.n_fill
+            return [(n, n, kv, len(step.slots))]
+        n = sum(chunk.n for chunk in step.chunks) + step.n_fill
         held = float(self._running.computed[[chunk.slot for chunk in step.chunks]].sum())
         return [*self._decoding(step, kv - held), (n, n, held, len(step.chunks))]
 

@@ -36,7 +36,7 @@ from .rules import CheckedRows, check_plan
 from .running import Entry, KnownTokens
 from .sequences import Sequences
 from .step import NO_SLOTS, Counters, Step
-from .step_builder import Placed, StepBuilder
+from .step_builder import Moved, Placed, StepBuilder
 from .view import Drafts, KvView, Limits, SequenceView, StepView
 
 
@@ -292,8 +292,8 @@ class Scheduler:
             return self._without_rows()
         if plan.preempt:
             preempted += tuple((id, sequences.preempt(id, retain=True)) for id in plan.preempt)
-        admitted = self._admit(rows) if rows.others else ()
-        return self._builder.build(plan, rows, preempted, admitted)
+        moved, admitted = self._admit(rows) if rows.others else ((), ())
+        return self._builder.build(plan, rows, preempted, admitted, moved)
 
     def _become_pool(self) -> Step:
         """What runs is preempted, nothing stays cached, and streams become a pool."""
@@ -328,18 +328,22 @@ class Scheduler:
             return ()
         return ((id, sequences.preempt(id, retain=True)),)
 
-    def _admit(self, rows: CheckedRows) -> Placed:
-        """The newcomers; one that had better wait for another of them stays where it is."""
+    def _admit(self, rows: CheckedRows) -> tuple[tuple[Moved, ...], Placed]:
+        """Others that moved, so that newcomers are neighbours; and these. One that had better wait
+        for another of them stays where it is."""
+        waiting = self.sequences.waiting.ids
+        newcomers = {id: n for id, n in rows.others.items() if id in waiting}
+        moved = self._builder.side_by_side(newcomers)
         n_rows = rows.n_decodes + sum(rows.others.values())
         admitted: list[tuple[int, int]] = []
         fresh: set[int] = set()
-        for id in rows.others:
-            if id in self.sequences.waiting.ids:
-                slot = self.sequences.admit(id, self.accounting.free - n_rows, fresh)
-                if slot is not None:
-                    admitted.append((id, slot))
-                    fresh.add(slot)
-        return tuple(admitted)
+        for id in newcomers:
+            slot = self.sequences.admit(id, self.accounting.free - n_rows, fresh)
+            if slot is not None:
+                admitted.append((id, slot))
+                fresh.add(slot)
+        self.admission.cache.next_slots = []
+        return moved, tuple(admitted)
 
     def _without_rows(self) -> Step | None:
         operations = self.take_kv_operations()

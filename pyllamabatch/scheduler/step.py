@@ -27,13 +27,14 @@ NO_SLOTS.flags.writeable = False
 class PromptChunk(NamedTuple):
     """Rows `start` to `start + n - 1` of one sequence's known tokens. Nothing is sampled from them:
     the last known token is a row of those that decode. decodes: one row that is computed as those
-    (`Invariance`)."""
+    (`Invariance`). fill: rows behind them that no sequence reads (`Neighbours`)."""
 
     id: int
     slot: int
     start: int
     n: int
     decodes: bool = False
+    fill: int = 0
 
 
 @dataclass(slots=True)
@@ -43,12 +44,14 @@ class Step:
     - chunks: rows of prompts, computed first. decode: slots that compute the last known token and
       sample (int32, ascending, read-only), those whose prompt ends with this step's chunk included.
       behind: but none of those, and the chunks are computed behind it (`StepBuilder`).
-    - preempted, admitted: (id, slot). moved: (id, slot before, slot), see `Compaction`.
+    - preempted, admitted: (id, slot). moved: (id, slot before, slot), before any is admitted; see
+      `Compaction`, `Neighbours`.
     - repeat: how many times it may be computed before the policy is asked again, as long as no
       sequence comes or goes; more than 1 only for pure decoding. stands: the same of an interactive
       sequence that is alone, once each time that its owner asks; see `Scheduler.advance_alone`.
     - kv_operations: to be carried out in the memory, in this order, before the rows are computed.
-    - n_rows, n_slots: how many rows there are, and how many slots have some.
+    - n_rows, n_slots: how many rows there are, without those that fill up, and how many slots have
+      some.
     - n_out: sequences that decode and have no row in this step, but whose cells are attended.
     - n_pad: slots that have a row, used or not (`Padding`); 0: only those that decode.
     - drafts: drafted tokens that each slot may add each time. prices: see `Plan`.
@@ -71,6 +74,11 @@ class Step:
     drafts: Mapping[int, int] = field(default_factory=dict)
     invariance: Invariance | None = None
     prices: Prices | None = None
+
+    @property
+    def n_fill(self) -> int:
+        """Rows that fill up chunks."""
+        return sum([chunk.fill for chunk in self.chunks])
 
     @property
     def slots(self) -> list[int]:
@@ -115,9 +123,10 @@ class Step:
         if not self.chunks or (self.behind and len(self.chunks) == 1):
             return (self,)
         groups: list[list[PromptChunk]] = []
-        for chunk in sorted(self.chunks, key=_slot):
+        for chunk in sorted(self.chunks, key=by_slot):
             last = groups[-1][-1] if groups else None
-            if last is not None and (last.n, last.slot + 1) == (chunk.n, chunk.slot):
+            rows = chunk.n + chunk.fill
+            if last is not None and (last.n + last.fill, last.slot + 1) == (rows, chunk.slot):
                 groups[-1].append(chunk)
             else:
                 groups.append([chunk])
@@ -160,7 +169,7 @@ class Step:
                     break
             else:
                 rounds.append([chunk])
-        pieces += [(NO_SLOTS, sorted(one, key=_slot)) for one in rounds]
+        pieces += [(NO_SLOTS, sorted(one, key=by_slot)) for one in rounds]
         if len(self.decode):
             pieces.append((self.decode, ()))
         parts = self._cut(pieces)
@@ -213,7 +222,7 @@ def spans(slots: Slots, held: npt.NDArray[np.int64], gap_max: int) -> list[Span]
     return [*found, Span(int(slots[-1]) + 1 - start, n - n_before)]
 
 
-def _slot(chunk: PromptChunk) -> int:
+def by_slot(chunk: PromptChunk) -> int:
     return chunk.slot
 
 

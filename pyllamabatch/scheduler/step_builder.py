@@ -1,14 +1,15 @@
 """StepBuilder: a checked plan in terms of slots and rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from ..cost.step_cost import StepCost
-from ..kv import Slots
+from ..kv import KvOperation, Slots
 from .admission import Admission
 from .compaction import Compaction
 from .invariance import Invariance
+from .neighbours import Neighbours
 from .padding import Padding, decode_seconds
 from .rules import CheckedRows
 from .running import Entry
@@ -20,6 +21,8 @@ AT_ONCE = 32  # steps of decoding that cells are emptied for, if they are there
 
 Placed = tuple[tuple[int, int], ...]
 """(id, slot) of each."""
+Moved = tuple[int, int, int]
+"""(id, slot before, slot)."""
 
 
 class StepBuilder:
@@ -42,6 +45,12 @@ class StepBuilder:
             admission.swap.stream_seconds,
             possible=sharing.copy_whole and not limits.unified,
         )
+        self.neighbours = Neighbours(
+            limits,
+            admission.swap.stream_seconds,
+            possible=sharing.trim and (sharing.tries or not sharing.window) and invariance is None,
+            moves=sharing.copy_whole,
+        )
         self._limits = limits
         self._sequences = sequences
         self._admission = admission
@@ -50,9 +59,17 @@ class StepBuilder:
         self.invariance = invariance
         self._alone = alone
 
-    def build(self, plan: Plan, rows: CheckedRows, preempted: Placed, admitted: Placed) -> Step:
+    def build(
+        self,
+        plan: Plan,
+        rows: CheckedRows,
+        preempted: Placed,
+        admitted: Placed,
+        moved: tuple[Moved, ...] = (),
+    ) -> Step:
         """Of a plan that is checked, and whose sequences are placed."""
-        moved = self._close_gaps(rows) if self.compaction.possible else ()
+        if self.compaction.possible:
+            moved += self._close_gaps(rows)
         chunks, last = self._cut_prompts(rows.others) if rows.others else ((), [])
         out = self._sits_out(rows, last)
         decode = self._sequences.running.decode_slots_but(out, last)
@@ -64,6 +81,8 @@ class StepBuilder:
             if behind := self._comes_behind(n_wait, n_rows - n_wait):
                 at_once = [slot for slot in last if slot not in cut]
                 decode = self._sequences.running.decode_slots_but(out, at_once)
+                if len(chunks) > 1 and self.neighbours.possible and self.cost is not None:
+                    chunks = self.neighbours.evened(chunks, self.cost)
             n_rows = len(decode) + sum([chunk.n for chunk in chunks])
             n_slots = len(decode) + len(cut) - (0 if behind else n_wait)
         step = Step(decode, chunks, preempted, admitted, n_rows, plan.reasons, behind=behind)
@@ -79,8 +98,37 @@ class StepBuilder:
         step.invariance = self.invariance
         step.n_pad = self._n_pad(decode, out)
         self._set_repeat(step, plan.repeat)
-        step.kv_operations = self._admission.cache.take_kv_operations()
+        cache = self._admission.cache
+        step.kv_operations = cache.take_kv_operations()
+        for chunk in chunks:
+            if chunk.fill:  # when it is computed, and before any other row is
+                end = chunk.start + chunk.n
+                cache.kv_operations.append(KvOperation("trim", chunk.slot, n=end, id=chunk.id))
         return step
+
+    def side_by_side(self, newcomers: dict[int, int]) -> tuple[Moved, ...]:
+        """Slots in a row for those that come, where that pays: which sequences move away.
+        newcomers: rows of their prompts by id."""
+        if len(newcomers) < 2 or not self.neighbours.moves or self.cost is None:
+            return ()
+        running, cache = self._sequences.running, self._admission.cache
+        occupied = running.owner[: self._limits.n_seq_max] > 0
+        window = self.neighbours.window([*newcomers.values()], occupied, self.cost)
+        if window is None:
+            return ()
+        cache.next_slots = list(window)
+        return self._moved([entry for entry in running.ids.values() if entry.slot in window])
+
+    def _moved(self, entries: Iterable[Entry]) -> tuple[Moved, ...]:
+        """They go on in the lowest empty slots, as far as there are some."""
+        found: list[Moved] = []
+        for entry in entries:
+            source, id = entry.slot, entry.view.id
+            slot = self._admission.cache.move(id, source)
+            if slot is not None:
+                self._sequences.running.move(entry, slot)
+                found.append((id, source, slot))
+        return tuple(found)
 
     def computed(self, step: Step, n: int) -> None:
         """What padding and compaction learn from a step that decodes and was computed `n` times."""
@@ -163,15 +211,8 @@ class StepBuilder:
         graphs = 0.0 if self.cost is None else self.padding.price(self.cost)
         if not self.compaction.due(int(np.count_nonzero(running.owner[n:])), graphs):
             return ()
-        moved = []
         high = [entry for entry in running.ids.values() if entry.slot >= n]
-        for entry in sorted(high, key=lambda entry: -entry.slot):
-            source, id = entry.slot, entry.view.id
-            slot = self._admission.cache.move(id, source)
-            if slot is not None:
-                running.move(entry, slot)
-                moved.append((id, source, slot))
-        return tuple(moved)
+        return self._moved(sorted(high, key=lambda entry: -entry.slot))
 
     def _n_pad(self, decode: Slots, out: list[int]) -> int:
         if self.invariance is not None:
@@ -218,4 +259,4 @@ class StepBuilder:
 
 def _why_moved(moved: tuple[int, int, int]) -> tuple[int, str]:
     id, source, slot = moved
-    return id, f"moved from slot {source} to {slot}: closes a gap"
+    return id, f"moved from slot {source} to {slot}: neighbours are computed together"

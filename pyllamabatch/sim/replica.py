@@ -349,6 +349,8 @@ class SimulatedReplica:
             self._open[id].preempted = now
             self._open[id].outcome.preemptions += 1
             del self._in_slot[slot]
+        for _, source, slot in step.moved:
+            self._in_slot[slot] = self._in_slot.pop(source)
         for id, slot in step.admitted:
             one = self._in_slot[slot] = self._open[id]
             if one.outcome.preemptions:
@@ -356,8 +358,6 @@ class SimulatedReplica:
             else:
                 one.outcome.admitted = now
                 one.outcome.prefix = self.scheduler.sequence(id).prefix.hit
-        for _, source, slot in step.moved:
-            self._in_slot[slot] = self._in_slot.pop(source)
         if self.recorder is not None:
             self.recorder.placed(step)
         if step.n_rows:

@@ -1,0 +1,69 @@
+"""Prompts of neighbours: which are filled up, and who moves away."""
+
+import numpy as np
+import pytest
+
+from pyllamabatch.scheduler import Limits, PromptChunk
+from pyllamabatch.scheduler.neighbours import MOST, Neighbours
+from tests.support.made_up_costs import Linear
+
+LIMITS = Limits(256, 256, 8, n_cells=8 * 300, n_cells_seq=300, unified=False)
+
+
+def neighbours(limits: Limits = LIMITS, stream_seconds: float = 0.0) -> Neighbours:
+    return Neighbours(limits, stream_seconds, possible=True, moves=True)
+
+
+def filled(chunks: dict[int, int], cost: Linear, start: int = 0) -> dict[int, int]:
+    """Rows of the chunk in each slot, and how many fill it up."""
+    given = [PromptChunk(100 + slot, slot, start, n) for slot, n in chunks.items()]
+    found = neighbours().evened(given, cost)
+    assert [chunk.slot for chunk in found] == sorted(chunks)
+    assert {chunk.slot: chunk.n for chunk in found} == chunks
+    return {chunk.slot: chunk.fill for chunk in found}
+
+
+@pytest.mark.parametrize(
+    ("chunks", "call_rows", "fill"),
+    [
+        ({2: 50, 3: 40}, 11, [0, 10]),  # a call costs as much as so many rows
+        ({3: 40, 2: 50}, 9, [0, 0]),
+        ({2: 50, 4: 40}, 99, [0, 0]),  # no neighbours
+        ({1: 10, 2: 60, 3: 55}, 20, [0, 0, 5]),
+        ({1: 60, 2: 55, 4: 30, 5: 31}, 20, [0, 5, 1, 0]),
+        ({1: 100, 2: 95, 3: 80}, 99, [0, 5, 0]),  # a call has 248 rows beside those that decode
+        ({0: 9, 1: 9, 2: 9, 3: 9, 4: 8}, 99, [0, 0, 0, 0, 0]),
+    ],
+)
+def test_a_chunk_is_filled_up_where_that_costs_less_than_a_call(
+    chunks: dict[int, int], call_rows: float, fill: list[int]
+) -> None:
+    assert [*filled(chunks, Linear(call_rows, 1.0)).values()] == fill
+
+
+def test_a_stream_has_no_room_for_more_rows_than_cells() -> None:
+    assert filled({1: 50, 2: 20}, Linear(99.0, 1.0), 250) == {1: 0, 2: 30}
+    assert filled({1: 50, 2: 20}, Linear(99.0, 1.0), 251) == {1: 0, 2: 0}
+
+
+def window(occupied: list[int], sizes: list[int], stream_seconds: float = 0.0) -> range | None:
+    by_slot = np.array([slot in occupied for slot in range(8)])
+    return neighbours(stream_seconds=stream_seconds).window(sizes, by_slot, Linear(20.0, 1.0))
+
+
+def test_newcomers_get_slots_in_a_row() -> None:
+    assert window([0, 2, 4, 5, 6, 7], [50, 50]) == range(2)  # the one in slot 0 moves to slot 3
+    assert window([0, 1, 2, 3, 6, 7], [50, 50]) is None  # they are in a row anyway
+    assert window([0, 2, 3, 6, 7], [50, 50]) == range(4, 6)  # none has to move
+    assert window([0, 2, 4, 5, 6, 7], [50]) is None
+    assert window([0, 2, 4, 5, 6, 7], [50, 10]) is None  # 40 rows more for a call less
+    assert window([0, 2, 4, 5, 6, 7], [50, 50], stream_seconds=19.0) == range(2)
+    assert window([0, 2, 4, 5, 6, 7], [50, 50], stream_seconds=20.0) is None
+    assert window([0, 2], [50] * 6) == range(1, 1 + MOST)  # no higher than need be
+
+
+def test_not_where_prompts_are_computed_apart() -> None:
+    pool = Limits(256, 256, 8, n_cells=2400, n_cells_seq=2400)
+    for limits in (pool, pool.__class__(256, 256, 8, 2400, 300, unified=False, behind=False)):
+        assert not neighbours(limits).possible
+        assert not neighbours(limits).moves
