@@ -1,12 +1,19 @@
-"""Fixtures of the properties that hold for the embedded model."""
+"""Models of the properties: of each architecture in turn, and the embedded one."""
 
 import pytest
 
 from pyllamabatch.llama.model import Model
 from tests.properties.test_batch_invariance import alone
+from tests.support.decoding import loaded
 from tests.support.embedded import solos
 from tests.support.invariance import Alone
+from tests.support.models_gguf import Architecture
 from tests.support.oracle import Reference
+
+
+@pytest.fixture(scope="module")
+def model(architecture: Architecture) -> Model:
+    return loaded(architecture.name)
 
 
 @pytest.fixture(scope="session")

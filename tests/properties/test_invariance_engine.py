@@ -52,11 +52,6 @@ PROMPTS = random_prompts(33, seed=241)
 
 
 @pytest.fixture(scope="module")
-def model(architecture: Architecture) -> Model:
-    return loaded(architecture.name)
-
-
-@pytest.fixture(scope="module")
 def alone(architecture: Architecture) -> list[Reference]:
     return solos(architecture.name, PROMPTS, N_TOKENS)
 

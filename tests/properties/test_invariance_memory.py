@@ -65,11 +65,6 @@ class Sequences:
 
 
 @pytest.fixture(scope="module")
-def model(architecture: Architecture) -> Model:
-    return loaded(architecture.name)
-
-
-@pytest.fixture(scope="module")
 def oracle(architecture: Architecture) -> Iterator[RawModel]:
     with raw_model(gguf_path(architecture.name)) as model:
         yield model
