@@ -183,12 +183,7 @@ def test_preserved_tokens_are_text(engine: Engine, model: Model) -> None:
     end = model.vocab.tokenize("<|im_start|>", add_special=False, parse_special=True).tolist()
     params = SamplingParams(temperature=0, max_tokens=2, logit_bias={end[0]: 100.0})
     (hidden,) = engine.generate(["a"], params)
-    (shown,) = engine.generate(
-        ["a"],
-        SamplingParams(
-            temperature=0, max_tokens=2, logit_bias={end[0]: 100.0}, preserved_tokens=end[:1]
-        ),
-    )
+    (shown,) = engine.generate(["a"], replace(params, preserved_tokens=end[:1]))
     assert hidden.tokens == shown.tokens == end[:1] * 2
     assert (hidden.text, shown.text) == ("", "<|im_start|>" * 2)
 

@@ -14,10 +14,13 @@ PROMPTS = random_prompts(N_SEQ, seed=89, shortest=3, longest=60)
 BUDGETS = [4, 40, 9, 25, 14, 60]  # gaps on all sides
 
 
+def made(name: str) -> Engine:
+    sizes = {"n_seq_max": N_SEQ, "n_ctx": N_SEQ * 256, "kv_unified": False}
+    return engine_on(loaded(name), cost=None, **sizes)
+
+
 def closing(name: str) -> Engine:
-    engine = engine_on(
-        loaded(name), cost=None, n_seq_max=N_SEQ, n_ctx=N_SEQ * 256, kv_unified=False
-    )
+    engine = made(name)
     engine._core.scheduler.compaction.due = lambda n_moves, graphs: True  # type: ignore[method-assign]
     return engine
 
@@ -53,9 +56,7 @@ def test_the_sampler_goes_along() -> None:
             results = engine.generate(PROMPTS, params)
             return [(r.tokens, r.finish_reason, len(r.logprobs or ())) for r in results]
 
-    still = engine_on(
-        loaded("llama"), cost=None, n_seq_max=N_SEQ, n_ctx=N_SEQ * 256, kv_unified=False
-    )
+    still = made("llama")
     still._core.scheduler.compaction.possible = False
     assert answers(closing("llama")) == answers(still)
 

@@ -15,7 +15,7 @@ from pyllamabatch.cost.step_cost import NO_COST, NewGraph, StepCost
 from pyllamabatch.engine.cost_observer import CostObserver
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.llama.model import Model
-from pyllamabatch.scheduler import Limits, Step, make_policy
+from pyllamabatch.scheduler import Limits, Step
 from pyllamabatch.scheduler.drafting import Drafted, Drafting
 from pyllamabatch.scheduler.padding import Padding
 from pyllamabatch.scheduler.policies.width import TRIAL
@@ -48,16 +48,8 @@ class Edge(CostModel):
 def made(model: Model, policy: str, cost: Any) -> tuple[list[list[int]], Any]:
     prompts = [f"Copy: word{i} and more" for i in range(N)]
     params = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eog=True)
-    with Engine(
-        model,
-        n_seq_max=N,
-        n_ctx=2048,
-        policy=make_policy(policy),
-        cost=cost,
-        speculate=None,
-        n_threads=1,
-        n_threads_batch=1,
-    ) as engine:
+    sizes: dict[str, Any] = {"n_seq_max": N, "n_ctx": 2048, "n_threads": 1, "n_threads_batch": 1}
+    with Engine(model, policy=policy, cost=cost, speculate=None, **sizes) as engine:
         results = engine.generate(prompts, params)
         return [result.tokens for result in results], engine.trace()
 

@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pyllamabatch.engine.engine import Engine
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.llama.context import Context
 from pyllamabatch.llama.model import Model
 from pyllamabatch.step.sampling_params import SamplingParams
 from pyllamabatch.step.stepper import OUTPUT, SAMPLE, Finish, Stepper
 from tests.support.decoding import write
+from tests.support.engines import engine_on
 from tests.support.models_gguf import ARCHITECTURES, Architecture, write_gguf
 
 N_SEQ = 5
@@ -212,15 +212,8 @@ def test_the_engine_passes_it_on(model: Model, kv_unified: bool) -> None:
     prompts = [prompt(seq, 6 + seq).tolist() for seq in range(8)]
     both = []
     for device_sampling in (True, False):
-        with Engine(
-            model,
-            n_seq_max=4,
-            n_ctx=512,
-            n_threads=1,
-            kv_unified=kv_unified,
-            device_sampling=device_sampling,
-            speculate=None,
-        ) as engine:
+        own = {"kv_unified": kv_unified, "device_sampling": device_sampling}
+        with engine_on(model, n_ctx=512, **own) as engine:
             each = [SamplingParams(max_tokens=20, seed=i, ignore_eog=True) for i in range(8)]
             both.append([result.tokens for result in engine.generate(prompts, each)])
             trace = engine.trace()

@@ -258,17 +258,9 @@ def test_sampling_goes_on_where_it_was_after_a_preemption(
     model: Model, architecture: Architecture
 ) -> None:
     """Draws, penalties and min_tokens belong to the request, not to the slot that it lost."""
-    params = [
-        SamplingParams(
-            temperature=0.9,
-            repeat_penalty=1.3,
-            presence_penalty=0.5,
-            seed=seed,
-            max_tokens=N_TOKENS,
-            min_tokens=N_TOKENS - 1,
-        )
-        for seed in range(16)
-    ]
+    drawn: dict[str, Any] = {"temperature": 0.9, "repeat_penalty": 1.3, "presence_penalty": 0.5}
+    drawn |= {"max_tokens": N_TOKENS, "min_tokens": N_TOKENS - 1}
+    params = [SamplingParams(seed=seed, **drawn) for seed in range(16)]
     prompts = PROMPTS[:16]
     with Engine(model, n_seq_max=16, **EXACT) as engine:
         roomy = engine.generate(prompts, params)
