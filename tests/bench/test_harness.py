@@ -79,12 +79,8 @@ def test_rows_and_output_say_that_no_one_looked_what_others_use(
 def test_the_step_clock_counts_steady_steps_only() -> None:
     limits = Limits(n_batch=8, n_ubatch=8, n_seq_max=2, n_cells=64, n_cells_seq=64)
     done: dict[str, Any] = {
-        "n_prompt": 3,
-        "computed": 3,
-        "generated": 1,
-        "max_tokens": 9,
-        "running": True,
-    }
+        "n_prompt": 3, "computed": 3, "generated": 1, "max_tokens": 9, "running": True,
+    }  # fmt: skip
     both = [SequenceView(id=i, arrival=0.0, **done) for i in (1, 2)]
     begun = SequenceView(id=2, arrival=0.0, n_prompt=9, computed=3, max_tokens=9, running=True)
     clock = StepClock(sarathi(), 2, 6)

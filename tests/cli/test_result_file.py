@@ -92,14 +92,11 @@ def test_a_torn_line_among_the_early_rows_is_dropped(out: Path, part: Path) -> N
 @pytest.mark.parametrize(
     "content",
     [
-        b"some notes of mine\n",
-        b'{"id": 1, "prompt": "an input file"}\n',
-        b'{"id": 1, "prompt": "an input file"}',
-        b"[]",
-        b"\x00\xff",
+        b"some notes of mine\n", b'{"id": 1, "prompt": "an input file"}\n',
+        b'{"id": 1, "prompt": "an input file"}', b"[]", b"\x00\xff",
         encode(row(1)) + b'{"id": 2, "text": "torn in the mi\n' + encode(row(3)),
     ],
-)
+)  # fmt: skip
 def test_a_foreign_file_is_left_alone_until_it_is_overwritten(
     out: Path, part: Path, content: bytes
 ) -> None:

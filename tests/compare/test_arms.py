@@ -128,16 +128,8 @@ def test_one_object_and_a_page_of_a_profile_machine(
 ) -> None:
     page, profile = tmp_path / "page.html", fast_profile(tmp_path)
     words: list[str | Path] = [
-        "-n",
-        "2",
-        "--arms",
-        "shared,engine",
-        "--machine",
-        profile,
-        "--plot",
-        page,
-        "--json",
-    ]
+        "-n", "2", "--arms", "shared,engine", "--machine", profile, "--plot", page, "--json",
+    ]  # fmt: skip
     assert compare(*words) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["arm"] for row in found["rows"]] == ["shared", "engine"]

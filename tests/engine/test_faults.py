@@ -209,14 +209,9 @@ def test_any_mix_of_arrivals_cancels_and_faults(
         n_slots = limits.n_seq_max + sharing.n_cached
         limits = replace(limits, n_cells=n_slots * limits.n_cells_seq)
     rig = Rig(
-        limits,
-        faults.get,
-        n_steps_max=n_steps_max,
-        sharing=sharing,
-        swap=preemption,
-        max_restarts=max_restarts,
-        loras=loras,
-    )
+        limits, faults.get, n_steps_max=n_steps_max, sharing=sharing, swap=preemption,
+        max_restarts=max_restarts, loras=loras,
+    )  # fmt: skip
     choices: list[LoraSet] = [(), *(((name, 1.0),) for name in loras)]
     rig.machine.stubborn, rig.machine.lossy = memory == "stubborn", memory == "lossy"
     for name, a, b in operations:

@@ -68,16 +68,13 @@ def check_empty(engine: Engine) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"n_batch": 512, "n_ubatch": 512},
+        {}, {"n_batch": 512, "n_ubatch": 512},
         {"n_ctx": 256, "n_seq_max": 12, "preemption": "recompute"},
-        {"n_ctx": 256, "n_seq_max": 12, "preemption": "swap"},
-        {"kv_unified": False},
-        {"prefix_cache": False},
-        {"n_seq_max": 1},
+        {"n_ctx": 256, "n_seq_max": 12, "preemption": "swap"}, {"kv_unified": False},
+        {"prefix_cache": False}, {"n_seq_max": 1},
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_any_mixture_gets_what_each_gets_alone(
     model: Model,
     adapters: dict[str, LoraAdapter],

@@ -58,12 +58,9 @@ def test_it_looks_until_the_core_ends() -> None:
     core = threading.Thread(target=stop.wait)
     core.start()
     watch = MemoryWatch(
-        SwapSpace(0),
-        lambda command: answered.set(),
-        lambda: None,
-        read=lambda: CRITICAL,
+        SwapSpace(0), lambda command: answered.set(), lambda: None, read=lambda: CRITICAL,
         seconds=0.001,
-    )
+    )  # fmt: skip
     thread = watch.start(core)
     assert answered.wait(60)
     stop.set()

@@ -75,19 +75,12 @@ def test_a_deadline_ends_one_that_waits(model: Model) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"timeout": -1},
-        {"timeout": float("nan")},
-        {"timeout": "1"},
-        {"timeout": 1.0, "deadline": 5.0},
-        {"deadline": float("inf")},
-        {"itl_target": -1.0},
-        {"ttft_target": -1.0},
-        {"priority": 1.5},
-        {"priority": 2**40},
-        {"tenant": 7},
+        {"timeout": -1}, {"timeout": float("nan")}, {"timeout": "1"},
+        {"timeout": 1.0, "deadline": 5.0}, {"deadline": float("inf")}, {"itl_target": -1.0},
+        {"ttft_target": -1.0}, {"priority": 1.5}, {"priority": 2**40}, {"tenant": 7},
         {"queue_timeout": -1},
     ],
-)
+)  # fmt: skip
 def test_bad_options_start_nothing(model: Model, options: dict[str, Any]) -> None:
     with small(model) as engine:
         with pytest.raises(ArgumentError):

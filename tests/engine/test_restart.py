@@ -44,15 +44,12 @@ def tokens_of(engine: Engine, params: SamplingParams | list[SamplingParams]) -> 
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"device_sampling": True},
-        {"kv_unified": False},
-        {"kv_unified": False, "device_sampling": True},
-        {"n_ctx": 96, "preemption": "swap"},
+        {}, {"device_sampling": True}, {"kv_unified": False},
+        {"kv_unified": False, "device_sampling": True}, {"n_ctx": 96, "preemption": "swap"},
         {"prefix_cache": False},
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_no_request_notices(model: Model, options: dict[str, Any]) -> None:
     """Sampled, with seeds, penalties and a grammar: the sampling state goes on, too."""
     sampling: list[dict[str, Any]] = [

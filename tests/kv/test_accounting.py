@@ -81,14 +81,10 @@ def test_it_balances_whatever_happens(
         ):  # fmt: skip
             continue
         may = {
-            "take": not cached and 0 <= n <= room,
-            "take each": 2 * n <= kv.empty,
+            "take": not cached and 0 <= n <= room, "take each": 2 * n <= kv.empty,
             "share": 0 < n <= len(mine) and not cells.slots[other] and not cells.cached[other],
-            "keep": not cached,
-            "revive": cached,
-            "trim": 0 <= n <= len(mine),
-            "release": True,
-        }
+            "keep": not cached, "revive": cached, "trim": 0 <= n <= len(mine), "release": True,
+        }  # fmt: skip
         before = kv.used
         with nullcontext() if may[name] else pytest.raises(ValueError, match=r"slot|asked for"):
             if name == "take":

@@ -19,13 +19,9 @@ BESIDE = Sharing(copy_whole=True, trim=True, n_cached=2)  # streams, and some mo
 WINDOW = Sharing(trim=True, window=24)
 NOTHING = Sharing()
 LIMITS = [
-    (UNIFIED, True),
-    (STATES, True),
-    (STREAMS, False),
-    (BESIDE, False),
-    (WINDOW, True),
+    (UNIFIED, True), (STATES, True), (STREAMS, False), (BESIDE, False), (WINDOW, True),
     (NOTHING, True),
-]
+]  # fmt: skip
 N_RUN, N_CELLS = 3, 300
 
 

@@ -35,15 +35,11 @@ def works_on(model: Model) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "not a GGUF"),
-        (b"GGU", "not a GGUF"),
-        (b"GGUF", "rejects"),
-        (b"GGUF" + bytes(100), "rejects"),
-        (b"GGUF\x03\x00\x00\x00" + b"\xff" * 16, "rejects"),
-        (b"PK\x03\x04 a zip archive", "not a GGUF"),
-        (b"GGML" * 100, "not a GGUF"),
+        (b"", "not a GGUF"), (b"GGU", "not a GGUF"), (b"GGUF", "rejects"),
+        (b"GGUF" + bytes(100), "rejects"), (b"GGUF\x03\x00\x00\x00" + b"\xff" * 16, "rejects"),
+        (b"PK\x03\x04 a zip archive", "not a GGUF"), (b"GGML" * 100, "not a GGUF"),
     ],
-)
+)  # fmt: skip
 def test_not_a_model(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(content)

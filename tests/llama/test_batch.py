@@ -93,29 +93,17 @@ def test_full() -> None:
 @pytest.mark.parametrize(
     "use",
     [
-        lambda b: b.add(-1, 0, 0),
-        lambda b: b.add(2**31, 0, 0),
-        lambda b: b.add(1, -1, 0),
-        lambda b: b.add(1, 2**31 - 1, 0),
-        lambda b: b.add(1, 0, -1),
-        lambda b: b.add(1, 0, 256),
-        lambda b: b.add(1, 0, []),
-        lambda b: b.add(1, 0, [0, 1, 2]),
-        lambda b: b.add(1.5, 0, 0),
-        lambda b: b.extend([1, -2], 0, 0),
-        lambda b: b.extend([1, 2], -1, 0),
-        lambda b: b.extend([1, 2], [0], 0),
-        lambda b: b.extend([1, 2], [0, -1], 0),
-        lambda b: b.extend([1, 2], 2**31 - 2, 0),
-        lambda b: b.extend([1, 2], 0, 300),
-        lambda b: b.extend([1, 2], 0, 0, [True]),
-        lambda b: b.extend([[1, 2]], 0, 0),
-        lambda b: b.extend(["a"], 0, 0),
-        lambda b: b.extend([2**70], 0, 0),
-        lambda b: setattr(b, "n_tokens", 9),
-        lambda b: setattr(b, "n_tokens", -1),
+        lambda b: b.add(-1, 0, 0), lambda b: b.add(2**31, 0, 0), lambda b: b.add(1, -1, 0),
+        lambda b: b.add(1, 2**31 - 1, 0), lambda b: b.add(1, 0, -1), lambda b: b.add(1, 0, 256),
+        lambda b: b.add(1, 0, []), lambda b: b.add(1, 0, [0, 1, 2]), lambda b: b.add(1.5, 0, 0),
+        lambda b: b.extend([1, -2], 0, 0), lambda b: b.extend([1, 2], -1, 0),
+        lambda b: b.extend([1, 2], [0], 0), lambda b: b.extend([1, 2], [0, -1], 0),
+        lambda b: b.extend([1, 2], 2**31 - 2, 0), lambda b: b.extend([1, 2], 0, 300),
+        lambda b: b.extend([1, 2], 0, 0, [True]), lambda b: b.extend([[1, 2]], 0, 0),
+        lambda b: b.extend(["a"], 0, 0), lambda b: b.extend([2**70], 0, 0),
+        lambda b: setattr(b, "n_tokens", 9), lambda b: setattr(b, "n_tokens", -1),
     ],
-)
+)  # fmt: skip
 def test_bad_rows_change_nothing(use) -> None:  # type: ignore[no-untyped-def]
     batch = Batch(8, n_seq_max=2)
     batch.add(7, 7, 1)

@@ -102,14 +102,9 @@ def test_the_same_tokens_as_from_whole_rows(model: Model, kv_unified: bool, n_ub
 
 
 ASKS_FOR_MORE: list[dict[str, Any]] = [
-    {"logprobs": 0},
-    {"top_k": 0},
-    {"top_k": 127},
-    {"repeat_penalty": 1.1},
-    {"logit_bias": {7: 2.0}},
-    {"typical_p": 0.9},
-    {"grammar": "root ::= [a-z]+"},
-]
+    {"logprobs": 0}, {"top_k": 0}, {"top_k": 127}, {"repeat_penalty": 1.1},
+    {"logit_bias": {7: 2.0}}, {"typical_p": 0.9}, {"grammar": "root ::= [a-z]+"},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", ASKS_FOR_MORE, ids=lambda options: next(iter(options)))

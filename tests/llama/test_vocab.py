@@ -14,13 +14,8 @@ from tests.support.models_gguf import BOS, CHAT_TEMPLATE, EOS, IM_END, IM_START,
 from tests.support.models_special import write_gpt2
 
 TEXTS = [
-    "hello",
-    "two  spaces",
-    "é €uro 漢字 🙂👩‍🚀",
-    "line\nbreak\ttab",
-    "nul\0inside",
-    "<s> is text",
-]
+    "hello", "two  spaces", "é €uro 漢字 🙂👩‍🚀", "line\nbreak\ttab", "nul\0inside", "<s> is text",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

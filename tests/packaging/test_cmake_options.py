@@ -11,16 +11,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CMAKE = shutil.which("cmake") or "cmake"  # the test extra installs it
 
 NAMES = (
-    "BUILD_SHARED_LIBS",
-    "GGML_BACKEND_DL",
-    "GGML_CPU_ALL_VARIANTS",
-    "GGML_CUDA",
-    "GGML_METAL",
-    "GGML_METAL_EMBED_LIBRARY",
-    "GGML_NATIVE",
-    "GGML_OPENMP",
-    "LLAMA_BUILD_TOOLS",
-)
+    "BUILD_SHARED_LIBS", "GGML_BACKEND_DL", "GGML_CPU_ALL_VARIANTS", "GGML_CUDA", "GGML_METAL",
+    "GGML_METAL_EMBED_LIBRARY", "GGML_NATIVE", "GGML_OPENMP", "LLAMA_BUILD_TOOLS",
+)  # fmt: skip
 SHOW = 'foreach(n ${NAMES})\n  message(STATUS "${n}=${${n}}")\nendforeach()\n'
 
 

@@ -18,13 +18,9 @@ from pyllamabatch.step.sampling_params import SamplingParams
 from tests.support.engine_fakes import Rig
 
 KINDS: dict[int, type[DecodeError]] = {
-    1: KvCacheFull,
-    2: DecodeAborted,
-    -1: InvalidBatch,
-    -2: FatalDecodeError,
-    -3: FatalDecodeError,
+    1: KvCacheFull, 2: DecodeAborted, -1: InvalidBatch, -2: FatalDecodeError, -3: FatalDecodeError,
     -1019: FatalDecodeError,
-}
+}  # fmt: skip
 RESTARTS = 2
 
 MACHINES: dict[str, tuple[Limits, Sharing]] = {
@@ -58,13 +54,9 @@ def run(
         return faults.get(step)
 
     rig = Rig(
-        limits,
-        fault,
-        n_steps_max=n_steps_max,
-        sharing=sharing,
-        swap="swap" if machine == "shared cells" else "recompute",
-        max_restarts=max_restarts,
-    )
+        limits, fault, n_steps_max=n_steps_max, sharing=sharing,
+        swap="swap" if machine == "shared cells" else "recompute", max_restarts=max_restarts,
+    )  # fmt: skip
     for i in range(5):
         prompt = [7 * (i // 2) + k for k in range(1, 4 + 2 * i)]
         rig.submit(prompt, SamplingParams(temperature=0, max_tokens=4 + i))

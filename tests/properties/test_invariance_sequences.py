@@ -41,7 +41,9 @@ OPS = st.lists(
     ),
     min_size=3,
     max_size=9,
-).map(lambda ops: [("prompt", MOST), *ops])
+).map(
+    lambda ops: [("prompt", MOST), *ops],
+)  # fmt: skip
 
 
 def text(n: int) -> list[int]:
@@ -131,13 +133,10 @@ MOVED: list[Op] = [
 @settings(max_examples=3)
 @example(ops=MOVED, seed=3, n_seq_max=2, n_beside=2, preemption="recompute", fault=None)
 @given(
-    ops=OPS,
-    seed=st.integers(0, 2**32 - 1),
-    n_seq_max=st.integers(2, 4),
-    n_beside=st.integers(0, 3),
-    preemption=st.sampled_from(["auto", "recompute"]),
+    ops=OPS, seed=st.integers(0, 2**32 - 1), n_seq_max=st.integers(2, 4),
+    n_beside=st.integers(0, 3), preemption=st.sampled_from(["auto", "recompute"]),
     fault=st.none() | st.integers(1, 60),
-)
+)  # fmt: skip
 def test_an_owner_sees_what_it_sees_alone(
     quiet: Engine,
     ops: list[Op],

@@ -45,16 +45,11 @@ from tests.support.scheduler_machine import Machine, limits
 each_policy = pytest.mark.parametrize(
     "spec",
     [
-        *policy_names(),
-        "static:size=2,wait=3",
-        "sarathi:budget=5",
-        "slo:itl=0.5,ttft=9,least=3",
-        "shortest:patience=6",
-        "mlfq:quantum=2,levels=4,prompt_rows=3,patience=15",
-        "fair:prompt=3.0,budget=4",
-        "prefix:patience=4",
+        *policy_names(), "static:size=2,wait=3", "sarathi:budget=5", "slo:itl=0.5,ttft=9,least=3",
+        "shortest:patience=6", "mlfq:quantum=2,levels=4,prompt_rows=3,patience=15",
+        "fair:prompt=3.0,budget=4", "prefix:patience=4",
     ],
-)
+)  # fmt: skip
 
 
 class Cost(StepCost):

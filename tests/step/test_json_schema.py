@@ -42,20 +42,13 @@ def nested(depth: int) -> dict[str, Any]:
 
 
 BAD: list[Any] = [
-    "{",
-    "[1]",
-    7,
-    {"const": float("nan")},
-    {"const": {1, 2}},
-    nested(70),
-    {"properties": {f"p{i}": {} for i in range(501)}},
-    {"description": "x" * 2**18},
+    "{", "[1]", 7, {"const": float("nan")}, {"const": {1, 2}}, nested(70),
+    {"properties": {f"p{i}": {} for i in range(501)}}, {"description": "x" * 2**18},
     {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"$ref": "#/$defs/a"}}},
-    {"properties": {"_" * 513: {}}},
-    {"$ref": "#/" + "_" * 2048},
+    {"properties": {"_" * 513: {}}}, {"$ref": "#/" + "_" * 2048},
     {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
     {"const": "\ud800"},
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("schema", BAD)

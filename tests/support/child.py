@@ -15,14 +15,9 @@ def ended(
     """The command, done, with what it wrote. `environment`: beside that of the tests.
     TimeoutExpired, and it is killed, where it takes longer."""
     return subprocess.run(
-        [str(word) for word in command],
-        env={**os.environ, **environment},
-        cwd=cwd,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=seconds,
-        check=False,
-    )
+        [str(word) for word in command], env={**os.environ, **environment}, cwd=cwd,
+        capture_output=True, encoding="utf-8", timeout=seconds, check=False,
+    )  # fmt: skip
 
 
 def python(*arguments: str, seconds: float = 300, cwd: Path | None = None) -> Done:

@@ -283,13 +283,9 @@ class Rig:
         id = len(self.requests) + 1
         options = RequestOptions(lora=lora, space=lora or None)
         request = Request(
-            id,
-            np.array(prompt, np.int32),
-            params,
-            Slot(params, lora),
-            options,
+            id, np.array(prompt, np.int32), params, Slot(params, lora), options,
             budget=params.max_tokens,
-        )
+        )  # fmt: skip
         host = Host(self.core.cancel, self.core.output_processor.watch)
         stream = Stream(id, len(prompt), params, self._pieces, host, perf_counter())
         self.requests.append(Submitted(id, list(prompt), params, lora, stream))

@@ -16,11 +16,8 @@ from pyllamabatch.step.sampling_params import SamplingParams
 
 clock: Any = core_module  # by which an engine's core goes
 EXACT: dict[str, Any] = {
-    "flash_attn_type": "disabled",
-    "type_k": "f32",
-    "type_v": "f32",
-    "n_threads": 1,
-}
+    "flash_attn_type": "disabled", "type_k": "f32", "type_v": "f32", "n_threads": 1,
+}  # fmt: skip
 """Of an engine or a context: what `oracle.EXACT` is in raw calls."""
 
 

@@ -297,16 +297,12 @@ class Machine:
 
 limits = st.builds(
     lambda n_batch, n_ubatch, n_seq_max, n_cells, unified: Limits(
-        n_batch=n_batch,
-        n_ubatch=min(n_batch, n_ubatch),
-        n_seq_max=n_seq_max,
-        n_cells=n_cells if unified else n_cells * n_seq_max,
-        n_cells_seq=n_cells,
-        unified=unified,
+        n_batch=n_batch, n_ubatch=min(n_batch, n_ubatch), n_seq_max=n_seq_max,
+        n_cells=n_cells if unified else n_cells * n_seq_max, n_cells_seq=n_cells, unified=unified,
     ),
     st.integers(1, 40),
     st.integers(1, 16),
     st.integers(1, 6),
     st.integers(12, 80),
     st.booleans(),
-)
+)  # fmt: skip

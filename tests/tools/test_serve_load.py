@@ -5,13 +5,9 @@ from typing import Any
 from tools.serve_load import GROWTH_MIB, problems
 
 GOOD: dict[str, Any] = {
-    "answers": {"answered 200": 9, "huge 413": 4},
-    "memory_mib": [150, 150 + GROWTH_MIB],
-    "running": 0,
-    "waiting": 0,
-    "kv_in_use": 0.0,
-    "busy_slots": 0,
-}
+    "answers": {"answered 200": 9, "huge 413": 4}, "memory_mib": [150, 150 + GROWTH_MIB],
+    "running": 0, "waiting": 0, "kv_in_use": 0.0, "busy_slots": 0,
+}  # fmt: skip
 
 
 def test_what_is_wrong_is_said() -> None:
