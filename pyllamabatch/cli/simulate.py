@@ -39,7 +39,7 @@ from pyllamabatch.sim import (
     report,
     simulate,
 )
-from pyllamabatch.sim.replica import OVERHEAD
+from pyllamabatch.sim.replica import OVERHEAD, Moves
 from pyllamabatch.step.trace import to_chrome
 
 SETTINGS = (
@@ -128,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
         cost, n_seq_max=args.n_seq_max, n_cells=args.n_ctx, n_batch=args.n_batch,
         n_ubatch=args.n_ubatch, unified=args.kv_unified, prefix_cache=args.prefix_cache,
         overhead=args.overhead, batch_invariant=args.batch_invariant, speculate=speculate,
+        moves=Moves.of(profile.key.backend),
     )  # fmt: skip
     if args.load is not None:
         requests = at_load(requests, spec, policies[0], args.load)

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from pyllamabatch.cost.profile import profile_folder, shipped_profile
 from pyllamabatch.errors import ArgumentError
 from pyllamabatch.scheduler.policies import DEFAULT
 from pyllamabatch.server import live
-from pyllamabatch.sim import load_acceptance
+from pyllamabatch.sim import EngineSpec, Simulated, load_acceptance, simulate
 
 PROFILE = ["simulate", "--profile", "m2-ultra-gemma-3-4b-it-qat"]
 TRACE = ["--trace", "poisson:rate=2,n=30,prompt=10-200,output=5-40"]
@@ -67,6 +68,24 @@ def test_the_layout_is_an_engines_own(tmp_path: Path, words: list[str], unified:
     settings, *requests = map(json.loads, out.read_text(encoding="utf-8").splitlines())
     assert settings["kv_unified"] == unified
     assert len(requests) == 1 + 30
+
+
+@pytest.mark.parametrize(
+    ("profile", "moves"),
+    [("nvidia-h200-gemma-3-1b-q4_k_m", True), ("m2-ultra-gemma-3-4b-it-qat", False)],
+)
+def test_drafts_move_the_sampling_on_a_device_that_samples(
+    monkeypatch: pytest.MonkeyPatch, profile: str, moves: bool
+) -> None:
+    seen = []
+
+    def simulated(requests: Any, spec: EngineSpec, *args: Any, **options: Any) -> Simulated:
+        seen.append(spec.limits.drafts_move_sampling)
+        return simulate(requests, spec, *args, **options)
+
+    monkeypatch.setattr("pyllamabatch.cli.simulate.simulate", simulated)
+    assert main(["simulate", "--profile", profile, *TRACE, "--acceptance", "0.5"]) == 0
+    assert seen == [moves]
 
 
 @pytest.mark.parametrize(

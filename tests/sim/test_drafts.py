@@ -111,7 +111,7 @@ def test_nor_where_drafts_move_the_sampling(n: int, acceptance: float) -> None:
     shape: dict[str, Any] = {"n_seq_max": n, "n_cells": 1024 * n, "unified": False}
     requests = [one(r * n + i, 60.0 * r, 64, 256) for r in range(12) for i in range(n)]
     plain = ends(simulate(requests, EngineSpec.of(cost, **shape)), n)
-    moving = EngineSpec.of(cost, speculate=True, moves=Moves(22e-3, 16e-6), **shape)
+    moving = EngineSpec.of(cost, speculate=True, moves=Moves.of("CUDA0"), **shape)
     found = simulate([replace(r, acceptance=acceptance) for r in requests], moving)
     ratios = plain / ends(found, n)
     assert plain.sum() / ends(found, n).sum() > 0.99
