@@ -5,8 +5,6 @@ A step takes what each layer takes to start, a pass over the weights (`Speeds.re
 (cost/profiles) and of what was published; tests/cost/test_prior.py holds them against all of these.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 

@@ -1,22 +1,22 @@
 """InputProcessor: from what a caller gives to what the core knows. All of it is checked here, once,
 before anything has started."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError
 from ..llama.lora import Loras, LoraSet
+from ..llama.model import Model
 from ..llama.vocab import pieces_of
 from ..step.sampling_params import INT32_MAX, SamplingParams
+from ..step.stepper import DetachedSlot, Stepper
 from .core import EngineCore
 from .detokenizer import Pieces
 from .interactive import InteractiveSink
@@ -25,10 +25,6 @@ from .request import NO_TOKENS, Request, Tokens
 from .snapshot import Saved, slot_of
 from .stream import Host, Stream
 from .stream_sink import StreamSink
-
-if TYPE_CHECKING:
-    from ..llama.model import Model
-    from ..step.stepper import DetachedSlot, Stepper
 
 Prompt = str | Sequence[int] | npt.NDArray[np.integer[Any]]
 

@@ -9,22 +9,20 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..errors import ArgumentError, ClosedError, EngineClosed, StateError, integer
 from ..llama import state
+from ..llama.host import PathLike
 from ..llama.vocab import Utf8Decoder
 from ..step.sampling_params import SamplingParams
+from .core import EngineCore
+from .input_processor import InputProcessor, Prompt
 from .interactive import NONE, Call, InteractiveSink, Token
+from .request import Tokens
 from .snapshot import read
-
-if TYPE_CHECKING:
-    from ..llama.host import PathLike
-    from .core import EngineCore
-    from .input_processor import InputProcessor, Prompt
-    from .request import Tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,23 +10,19 @@ their last bits, as a neighbour does.
 A checksum finds damage, not forgery: numbers that were put into cells on purpose can spoil answers.
 Restore what you have saved."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import StateError, integer
 from ..llama import state
+from ..llama.context import Context
 from ..llama.grammar import Grammar
+from ..llama.lora import LoraNames
+from ..llama.model import Model
+from ..llama.vocab import TokenArray, Tokens
 from ..scheduler.invariance import Computed
 from ..step.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from ..llama.context import Context
-    from ..llama.lora import LoraNames
-    from ..llama.model import Model
-    from ..llama.vocab import TokenArray, Tokens
-    from ..step.stepper import DetachedSlot, Stepper
+from ..step.stepper import DetachedSlot, Stepper
 
 MOST = 2**31 - 1
 DRAWS_MAX = 16  # random numbers for each token, more than any takes

@@ -1,16 +1,11 @@
 """What an engine has done so far."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ..scheduler.router import expected_wait, row_seconds
-
-if TYPE_CHECKING:
-    from .core import EngineCore
-
+from .core import EngineCore
 
 AS_COUNTED = (
     *("prefill_rows", "recomputed_rows", "admissions", "preemptions", "known_tokens"),

@@ -10,16 +10,14 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ..llama.vocab import Utf8Decoder
+from ..step.ring_reader import Page
 from ..step.sampling_params import SamplingParams
 from .detokenizer import Pieces, TextFeed
 from .process import Process
 from .results import Chunk, FinishReason, Result, Token
-
-if TYPE_CHECKING:
-    from ..step.ring_reader import Page
 
 log = logging.getLogger(__name__)
 

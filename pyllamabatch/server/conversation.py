@@ -3,11 +3,9 @@
 `turn_of` is the one place that knows how. Interfaces translate their messages to OpenAI's, and the
 parts of an answer from `ChatDelta`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ..engine.chat import end
 from ..engine.results import Result
@@ -15,9 +13,7 @@ from ..llama.chat import ChatOptions, ChatPrompt
 from ..llama.chat_message import ChatDelta, MessageReader
 from ..step.json_schema import schema_text
 from .errors import invalid
-
-if TYPE_CHECKING:
-    from .service import Service
+from .service import Service
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")

@@ -1,17 +1,11 @@
 """`/` and `/steps`: the live batch page and the feed that it polls."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from . import live
 from .errors import ApiError, invalid, json_response
-
-if TYPE_CHECKING:
-    from .service import Service
+from .service import Service
 
 STEPS_MAX = 512  # of one answer
 POLICY = (

@@ -1,17 +1,13 @@
 """Log-probabilities, usage and timings as the interfaces write them."""
 
-from __future__ import annotations
-
 import codecs
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..engine.results import Result, Token
-
-if TYPE_CHECKING:
-    from .bodies import StreamOptions
+from .bodies import StreamOptions
 
 PieceOf = Callable[[int], bytes]
 
