@@ -36,13 +36,9 @@ def small(shape: Shape) -> Shape:
     """A relative with few layers, narrow ones, and the vocabulary of a tiny model."""
     head_dim = shape.head_dim // 2
     return dataclasses.replace(
-        shape,
-        n_layer=shape.sliding_pattern or 2,
-        head_dim=head_dim,
-        n_embd=shape.n_head * head_dim,
-        n_ff=256,
-        n_vocab=N_VOCAB,
-    )
+        shape, n_layer=shape.sliding_pattern or 2, head_dim=head_dim,
+        n_embd=shape.n_head * head_dim, n_ff=256, n_vocab=N_VOCAB,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))

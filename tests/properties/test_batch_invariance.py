@@ -129,14 +129,10 @@ def test_what_it_takes_does_happen(embedded_model: Model, embedded_bits: Alone) 
 @pytest.mark.parametrize(
     ("name", "file_type"),
     [
-        ("llama", "f32"),
-        ("qwen2", "f32"),
-        ("gemma3", "f32"),
-        ("qwen3moe", "f32"),
-        ("llama", "q8_0"),
-        ("gemma3", "q4_0"),
+        ("llama", "f32"), ("qwen2", "f32"), ("gemma3", "f32"), ("qwen3moe", "f32"),
+        ("llama", "q8_0"), ("gemma3", "q4_0"),
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("attention", ["enabled", "disabled"])
 @settings(max_examples=2)
 @given(

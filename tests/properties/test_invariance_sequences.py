@@ -23,11 +23,8 @@ from tests.support.invariance import AnyPolicy
 from tests.support.models_gguf import gguf_path
 
 OPTIONS: dict[str, Any] = {
-    "batch_invariant": True,
-    "n_ubatch": 32,
-    "cost": None,
-    "flash_attn_type": "disabled",
-}
+    "batch_invariant": True, "n_ubatch": 32, "cost": None, "flash_attn_type": "disabled",
+}  # fmt: skip
 N_CELLS = 512
 GREEDY = SamplingParams(temperature=0, ignore_eog=True)
 REQUEST = replace(GREEDY, max_tokens=9)

@@ -38,14 +38,9 @@ def scheduler() -> tuple[Scheduler, Scripted]:
 def state(made: Scheduler) -> Any:
     view = made.view(0.0)
     return (
-        tuple(view.running),
-        tuple(view.waiting),
-        set(view.decoding),
-        view.kv.free,
-        view.kv.promised,
-        [made.slot(id) for id in (1, 2, 3, 4)],
-        repr(made.counters),
-    )
+        tuple(view.running), tuple(view.waiting), set(view.decoding), view.kv.free,
+        view.kv.promised, [made.slot(id) for id in (1, 2, 3, 4)], repr(made.counters),
+    )  # fmt: skip
 
 
 BROKEN: list[tuple[str, Any]] = [

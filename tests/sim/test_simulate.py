@@ -360,12 +360,9 @@ drawn_requests = st.lists(
 
 @settings(max_examples=60, phases=[Phase.reuse, Phase.generate])  # shrinking: minutes
 @given(
-    drawn_requests,
-    st.sampled_from(sorted(policy_names())),
-    st.sampled_from([300, 1000]),
-    st.booleans(),
-    st.booleans(),
-)
+    drawn_requests, st.sampled_from(sorted(policy_names())), st.sampled_from([300, 1000]),
+    st.booleans(), st.booleans(),
+)  # fmt: skip
 def test_every_policy_serves_every_request(
     drawn: list[tuple[float, int, int, int, bool]],
     policy: str,

@@ -245,15 +245,11 @@ def test_a_bad_grammar_says_why(
 @pytest.mark.parametrize(
     ("column", "value", "limit"),
     [
-        ("token", -1, r"0\.\."),
-        ("token", 10**6, r"0\.\."),
-        ("pos", -1, r"0\.\."),
-        ("seq", -1, r"0\.\.3"),
-        ("seq", 4, r"0\.\.3"),
-        ("flags", 8, "OUTPUT and SAMPLE"),
+        ("token", -1, r"0\.\."), ("token", 10**6, r"0\.\."), ("pos", -1, r"0\.\."),
+        ("seq", -1, r"0\.\.3"), ("seq", 4, r"0\.\.3"), ("flags", 8, "OUTPUT and SAMPLE"),
         ("seq", 1, "a slot"),
     ],
-)
+)  # fmt: skip
 def test_bad_rows_are_refused_before_libllama(
     stepper: Stepper, context: Context, column: str, value: int, limit: str
 ) -> None:
