@@ -26,6 +26,7 @@ def system(root: Path, groups: str, files: dict[str, str]) -> Path:
 
 V2 = "0::/a/b"
 V1 = "4:memory:/a\n3:cpu,cpuacct:/a"
+QUOTA, PERIOD = (f"cpu,cpuacct/a/cpu.cfs_{name}_us" for name in ("quota", "period"))
 
 
 @pytest.mark.parametrize(
@@ -38,15 +39,8 @@ V1 = "4:memory:/a\n3:cpu,cpuacct:/a"
         (V2, {"a/b/cpu.max": "1000 100000"}, 1),
         (V2, {"a/b/cpu.max": "600000 100000", "a/cpu.max": "300000 100000"}, 3),  # the one above
         (V2, {"cpu.max": "400000 100000"}, 4),  # a container that sees its own group as the root
-        (V1, {"cpu,cpuacct/a/cpu.cfs_quota_us": "-1"}, 8),
-        (
-            V1,
-            {
-                "cpu,cpuacct/a/cpu.cfs_quota_us": "250000",
-                "cpu,cpuacct/a/cpu.cfs_period_us": "50000",
-            },
-            5,
-        ),
+        (V1, {QUOTA: "-1"}, 8),
+        (V1, {QUOTA: "250000", PERIOD: "50000"}, 5),
         ("12:pids:/", {"cpu.max": "200000 100000"}, 8),  # no group of its own for the CPU
     ],
 )
@@ -81,40 +75,26 @@ def test_a_macs_free_memory(level: int, share: float) -> None:
 PHYSICAL = psutil.virtual_memory().total
 FILES = "anon 9\ninactive_file 1000\nactive_file 500"  # of memory.stat
 FILES_V1 = "inactive_file 1\ntotal_inactive_file 1000\ntotal_active_file 500"
+MOST, NOW, STAT = (f"a/b/memory.{name}" for name in ("max", "current", "stat"))
+LIMIT, USAGE, STAT_V1 = (
+    f"memory/a/memory.{n}" for n in ("limit_in_bytes", "usage_in_bytes", "stat")
+)
 
 
 @pytest.mark.parametrize(
     ("groups", "files", "memory", "available"),
     [
         (V2, {}, PHYSICAL, PHYSICAL),
-        (V2, {"a/b/memory.max": "max"}, PHYSICAL, PHYSICAL),
-        (V2, {"a/b/memory.max": "8192"}, 8192, 8192),
-        (V2, {"a/b/memory.max": "8192", "a/memory.max": "4096"}, 4096, 4096),
+        (V2, {MOST: "max"}, PHYSICAL, PHYSICAL),
+        (V2, {MOST: "8192"}, 8192, 8192),
+        (V2, {MOST: "8192", "a/memory.max": "4096"}, 4096, 4096),
         (V2, {"memory.max": "4096"}, 4096, 4096),  # a container that sees its own as the root
-        (V2, {"a/b/memory.max": "8192", "a/b/memory.current": "5000"}, 8192, 3192),
-        (
-            V2,
-            {"a/b/memory.max": "8192", "a/b/memory.current": "5000", "a/b/memory.stat": FILES},
-            8192,
-            4692,
-        ),
-        (
-            V2,  # others have most of the group above
-            {"a/b/memory.max": "4096", "a/memory.max": "8192", "a/memory.current": "8000"},
-            4096,
-            192,
-        ),
-        (
-            V1,
-            {
-                "memory/a/memory.limit_in_bytes": "8192",
-                "memory/a/memory.usage_in_bytes": "5000",
-                "memory/a/memory.stat": FILES_V1,
-            },
-            8192,
-            4692,
-        ),
-        (V1, {"memory/a/memory.limit_in_bytes": "9223372036854771712"}, PHYSICAL, PHYSICAL),  # none
+        (V2, {MOST: "8192", NOW: "5000"}, 8192, 3192),
+        (V2, {MOST: "8192", NOW: "5000", STAT: FILES}, 8192, 4692),
+        # others have most of the group above
+        (V2, {MOST: "4096", "a/memory.max": "8192", "a/memory.current": "8000"}, 4096, 192),
+        (V1, {LIMIT: "8192", USAGE: "5000", STAT_V1: FILES_V1}, 8192, 4692),
+        (V1, {LIMIT: "9223372036854771712"}, PHYSICAL, PHYSICAL),  # none
     ],
 )
 def test_memory(

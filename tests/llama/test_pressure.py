@@ -16,6 +16,8 @@ from pyllamabatch.errors import ArgumentError, UnsupportedOperation
 from pyllamabatch.llama import runtime
 from pyllamabatch.llama.pressure import Pressure, memory_pressure, release_freed
 
+NORMAL, WARNING, CRITICAL = Pressure
+HOST, GROUPS, GROUP = "proc/pressure/memory", "proc/self/cgroup", "sys/fs/cgroup"
 QUIET = """\
 some avg10=0.00 avg60=0.12 avg300=0.05 total=2913411
 full avg10=0.00 avg60=0.10 avg300=0.04 total=2513020
@@ -32,7 +34,7 @@ full avg10=42.71 avg60=23.02 avg300=10.80 total=477513020
 
 @pytest.mark.parametrize(
     ("level", "pressure"),
-    [(1, Pressure.NORMAL), (2, Pressure.WARNING), (4, Pressure.CRITICAL), (0, Pressure.NORMAL)],
+    [(1, NORMAL), (2, WARNING), (4, CRITICAL), (0, NORMAL)],
 )
 def test_on_a_mac(level: int, pressure: Pressure) -> None:
     values = {"kern.memorystatus_vm_pressure_level": level}
@@ -42,30 +44,14 @@ def test_on_a_mac(level: int, pressure: Pressure) -> None:
 @pytest.mark.parametrize(
     ("files", "pressure"),
     [
-        ({"proc/pressure/memory": QUIET}, Pressure.NORMAL),
-        ({"proc/pressure/memory": SOME}, Pressure.WARNING),
-        ({"proc/pressure/memory": FULL}, Pressure.CRITICAL),
-        ({}, Pressure.NORMAL),  # a kernel without stall information
-        (  # a container's own, on a host that is short of memory
-            {
-                "proc/self/cgroup": "0::/a/b\n",
-                "sys/fs/cgroup/a/b/memory.pressure": QUIET,
-                "proc/pressure/memory": FULL,
-            },
-            Pressure.NORMAL,
-        ),
-        (
-            {
-                "proc/self/cgroup": "4:memory:/a\n0::/\n",
-                "sys/fs/cgroup/memory.pressure": FULL,
-                "proc/pressure/memory": QUIET,
-            },
-            Pressure.CRITICAL,
-        ),
-        (  # version 1, which has none
-            {"proc/self/cgroup": "4:memory:/a\n", "proc/pressure/memory": SOME},
-            Pressure.WARNING,
-        ),
+        ({HOST: QUIET}, NORMAL),
+        ({HOST: SOME}, WARNING),
+        ({HOST: FULL}, CRITICAL),
+        ({}, NORMAL),  # a kernel without stall information
+        # a container's own, on a host that is short of memory
+        ({GROUPS: "0::/a/b\n", f"{GROUP}/a/b/memory.pressure": QUIET, HOST: FULL}, NORMAL),
+        ({GROUPS: "4:memory:/a\n0::/\n", f"{GROUP}/memory.pressure": FULL, HOST: QUIET}, CRITICAL),
+        ({GROUPS: "4:memory:/a\n", HOST: SOME}, WARNING),  # version 1, which has none
     ],
 )
 def test_on_linux(tmp_path: Path, files: dict[str, str], pressure: Pressure) -> None:
@@ -77,7 +63,7 @@ def test_on_linux(tmp_path: Path, files: dict[str, str], pressure: Pressure) -> 
 
 
 def test_elsewhere_nothing_is_known() -> None:
-    assert memory_pressure(system="win32") is Pressure.NORMAL
+    assert memory_pressure(system="win32") is NORMAL
 
 
 def test_this_system_answers() -> None:
