@@ -31,49 +31,25 @@ def test_a_sequence_decodes_when_only_its_last_token_is_left() -> None:
 FOUR = [decoding(i) for i in range(4)]
 DECISIONS: dict[str, tuple[list[SequenceView], dict[int, int], tuple[int, ...]]] = {
     "idle: whole prompts up to n_batch": ([waiting(1, 40), waiting(2, 40)], {1: 40, 2: 24}, ()),
-    "decoding rows first, prompts fill the ubatch": (
-        [decoding(1), decoding(2), prefilling(3, 50, 10), waiting(4, 5)],
-        {1: 1, 2: 1, 3: 14},
-        (),
-    ),
-    "a prompt begun goes before the waiting queue": (
-        [decoding(1), prefilling(3, 20, 10), waiting(4, 9)],
-        {1: 1, 3: 10, 4: 5},
-        (),
-    ),
+    "decoding rows first, prompts fill the ubatch":
+        ([decoding(1), decoding(2), prefilling(3, 50, 10), waiting(4, 5)], {1: 1, 2: 1, 3: 14}, ()),
+    "a prompt begun goes before the waiting queue":
+        ([decoding(1), prefilling(3, 20, 10), waiting(4, 9)], {1: 1, 3: 10, 4: 5}, ()),
     "no slot, no admission": ([*FOUR, waiting(9, 1)], dict.fromkeys(range(4), 1), ()),
-    "the first that does not fit stops the queue": (
-        [decoding(1, 150), waiting(2, 60), waiting(3, 2)],
-        {1: 1},
-        (),
-    ),
-    "what running prompts will need is not given to newcomers": (
-        [decoding(1), prefilling(2, 150, 0), waiting(3, 60)],
-        {1: 1, 2: 15},
-        (),
-    ),
-    "one that fills the cache to the last cell is admitted when it is alone": (
-        [waiting(1, 200)],
-        {1: 64},
-        (),
-    ),
-    "the newest is preempted when cells run out; the waiting one stays behind": (
-        [decoding(1, 100), decoding(2, 60), decoding(3, 40), waiting(4, 1)],
-        {1: 1, 2: 1},
-        (3,),
-    ),
-    "the newest itself waits with its cells": (
-        [decoding(1, 100), prefilling(2, 120, 99)],
-        {1: 1},
-        (),
-    ),
-    "an old prompt takes its cells back from a newer decode": (
-        [prefilling(1, 120, 99), decoding(2, 99), decoding(3, 1)],
-        {2: 1, 1: 1},
-        (3,),
-    ),
+    "the first that does not fit stops the queue":
+        ([decoding(1, 150), waiting(2, 60), waiting(3, 2)], {1: 1}, ()),
+    "what running prompts will need is not given to newcomers":
+        ([decoding(1), prefilling(2, 150, 0), waiting(3, 60)], {1: 1, 2: 15}, ()),
+    "one that fills the cache to the last cell is admitted when it is alone":
+        ([waiting(1, 200)], {1: 64}, ()),
+    "the newest is preempted when cells run out; the waiting one stays behind":
+        ([decoding(1, 100), decoding(2, 60), decoding(3, 40), waiting(4, 1)], {1: 1, 2: 1}, (3,)),
+    "the newest itself waits with its cells":
+        ([decoding(1, 100), prefilling(2, 120, 99)], {1: 1}, ()),
+    "an old prompt takes its cells back from a newer decode":
+        ([prefilling(1, 120, 99), decoding(2, 99), decoding(3, 1)], {2: 1, 1: 1}, (3,)),
     "and from the only one": ([prefilling(1, 120, 100), decoding(2, 100)], {1: 16}, (2,)),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("sequences", "advances", "preempt"), DECISIONS.values(), ids=DECISIONS)
