@@ -84,21 +84,12 @@ def _count(model: Model, name: str) -> int:
 def fingerprint(model: Model) -> str:
     """16 hex digits for everything that the time of a step depends on: shape and types, not the
     weights' values."""
-    prefix = model.architecture
     facts = (
-        prefix,
-        model.n_params,
-        model.size_bytes,
-        model.n_layer,
-        model.n_embd,
-        model.n_vocab,
-        model.n_head_kv,
-        model.head_dims,
-        model.n_swa,
-        _count(model, "expert_count"),
-        _count(model, "expert_used_count"),
+        model.architecture, model.n_params, model.size_bytes, model.n_layer, model.n_embd,
+        model.n_vocab, model.n_head_kv, model.head_dims, model.n_swa,
+        _count(model, "expert_count"), _count(model, "expert_used_count"),
         model.metadata.get("general.file_type"),
-    )
+    )  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 

@@ -22,6 +22,7 @@ Trace = npt.NDArray[np.void]
 Prompt = tuple[int, int, int]
 """Rows of a prompt in a step: its slot, its request's id, how many."""
 NO_REASONS: Mapping[int, str] = MappingProxyType({})
+_COUNTS = "rows", "prefill_rows", "decode_rows", "sampled", "filled", "drafted", "accepted"
 
 
 def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
@@ -49,21 +50,8 @@ def trace_dtype(n_seq_max: int) -> np.dtype[np.void]:
     - preempted: which requests were preempted before it, a dict: the slot that each had, by id."""
     return np.dtype(
         [
-            ("t_start_ns", np.int64),
-            *((name, np.int64) for name in TIMES),
-            ("python_ns", np.int64),
-            ("run", np.int64),
-            ("kv_used", np.int64),
-            ("rows", np.int32),
-            ("prefill_rows", np.int32),
-            ("decode_rows", np.int32),
-            ("sampled", np.int32),
-            ("filled", np.int32),
-            ("drafted", np.int32),
-            ("accepted", np.int32),
-            ("reused", np.int32),
-            ("code", np.int32),
-            ("on_device", np.int32),
+            *((name, np.int64) for name in ("t_start_ns", *TIMES, "python_ns", "run", "kv_used")),
+            *((name, np.int32) for name in (*_COUNTS, "reused", "code", "on_device")),
             ("ids", np.int64, (n_seq_max,)),
             ("chunk", np.int32, (n_seq_max,)),
             ("reasons", object),
@@ -231,10 +219,7 @@ def to_chrome(trace: Trace, path: str | PathLike[str]) -> None:
 
 
 _ENGINE, _REQUESTS = 1, 2  # "processes": groups of tracks
-_ARGUMENTS = (
-    *("rows", "prefill_rows", "decode_rows", "sampled", "filled", "drafted", "accepted"),
-    *("kv_used", "reused", "run", "code"),
-)
+_ARGUMENTS = (*_COUNTS, "kv_used", "reused", "run", "code")
 
 
 def _names(trace: Trace) -> Iterator[dict[str, Any]]:
