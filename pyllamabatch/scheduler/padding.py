@@ -85,6 +85,15 @@ def decode_seconds(cost: StepCost, n: int) -> float:
     return cost.predict(n, 0, 0, n)
 
 
+def comes_behind(limits: Limits, cost: StepCost, n_wait: int, n_others: int) -> bool:
+    """Whether the prompts' chunks are computed behind the rows of `n_others` that decode: their
+    graph is built while the device computes those. `n_wait` sequences, whose prompt ends, could
+    have decoded with them, and do so in the next step."""
+    if not limits.behind or limits.unified or not n_others:
+        return False
+    return n_wait * decode_seconds(cost, n_others) / n_others < cost.new_graph.step
+
+
 def unpadded_seconds(
     cost: StepCost, decode: Slots, held: npt.NDArray[np.int64], gap_max: int
 ) -> float:

@@ -46,6 +46,14 @@ class Verdict(Enum):
     STOP = "stop"  # no other is admitted in this step, unless a victim makes room for this one
 
 
+class Mix(Enum):
+    """Who has rows in a step, where some sequences decode and others have prompts to compute."""
+
+    BOTH = "both"  # those that decode, first of all, and prompts beside them
+    PROMPTS = "prompts"  # prompts; those that decode only if no prompt has any
+    DECODES = "decodes"  # those that decode, if there are any, in one step
+
+
 @dataclass(slots=True)
 class PlanBuilder:
     """A plan in the making. Parts read it; `ComposedPolicy` alone changes it, but for `ask_again`.
@@ -177,6 +185,14 @@ class Budget(Protocol):
     """How many rows this step may have; more than `n_batch` counts as `n_batch`."""
 
     def __call__(self, view: StepView) -> int: ...
+
+
+class Mixing(Protocol):
+    """Who has rows in this step, of which there may be `rows`. It may depend on earlier answers,
+    where some sequences decode and others have prompts to compute; else the answer is BOTH, at each
+    of the steps of a plan."""
+
+    def __call__(self, view: StepView, rows: int) -> Mix: ...
 
 
 class ChunkSize(Protocol):

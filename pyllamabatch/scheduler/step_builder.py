@@ -10,7 +10,7 @@ from .admission import Admission
 from .compaction import Compaction
 from .invariance import Invariance
 from .neighbours import Neighbours
-from .padding import Padding, decode_seconds
+from .padding import Padding, comes_behind
 from .rules import CheckedRows
 from .running import Entry
 from .sequences import Sequences
@@ -151,15 +151,9 @@ class StepBuilder:
         return tuple(chunks), last
 
     def _comes_behind(self, n_wait: int, n_others: int) -> bool:
-        """Whether the prompts' chunks are computed behind the rows of `n_others` that decode: their
-        graph is built while the device computes those. `n_wait` sequences, whose prompt ends, could
-        have decoded with them, and do so in the next step."""
-        limits = self._limits
-        possible = limits.behind and not limits.unified and self.invariance is None
-        if self.cost is None or not possible or not n_others:
+        if self.cost is None or self.invariance is not None:
             return False
-        waits = n_wait * decode_seconds(self.cost, n_others) / n_others
-        return waits < self.cost.new_graph.step
+        return comes_behind(self._limits, self.cost, n_wait, n_others)
 
     def _sits_out(self, rows: CheckedRows, last: list[int]) -> list[int]:
         """Slots of sequences that decode, and not in this step."""

@@ -24,7 +24,7 @@ def test_no_token_and_no_cell_is_another_one(name: str, prefix_cache: bool) -> N
     alone = [solos(name, [p], n)[0] for p, n in zip(prompts, BUDGETS, strict=True)]
     steps: list[Step] = []
     how: dict[str, Any] = {"n_seq_max": 4, "n_ctx": 1024, "kv_unified": False, "n_batch": 512}
-    with engine_on(loaded(name), prefix_cache=prefix_cache, **how) as engine:
+    with engine_on(loaded(name), prefix_cache=prefix_cache, cost=None, **how) as engine:
         builder: Any = engine._core.scheduler._builder
         builder.cost = Linear(1.0)  # a call is dear; its rows and a copy are not
         builder._comes_behind = lambda n_wait, n_others: n_others > 0

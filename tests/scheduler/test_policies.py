@@ -22,6 +22,7 @@ from pyllamabatch.scheduler import (
     make_policy,
     policy_names,
 )
+from pyllamabatch.scheduler.policies.device_aware import Alternately
 from pyllamabatch.scheduler.policies.fair import LeastServed
 from pyllamabatch.scheduler.policies.mlfq import Feedback, Levels
 from pyllamabatch.scheduler.policies.parts import (
@@ -40,6 +41,7 @@ from pyllamabatch.scheduler.policies.parts import (
 )
 from pyllamabatch.scheduler.policies.shortest import Remaining
 from pyllamabatch.scheduler.policies.slo import Deadline
+from pyllamabatch.scheduler.policy import Mix
 from tests.support.scheduler_machine import Machine, limits
 
 each_policy = pytest.mark.parametrize(
@@ -232,7 +234,7 @@ composed = st.builds(
     | st.just(UntilDue(whole_batch)),
     chunk=st.sampled_from([all_that_is_left, lambda builder, seq: 3]),
     victim=st.sampled_from([newest_first, LastRanked(Remaining()), FEEDBACK.victim]),
-    mixed=st.booleans(),
+    mix=st.sampled_from(Mix) | st.builds(Alternately),
 )
 
 

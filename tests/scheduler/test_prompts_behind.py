@@ -36,9 +36,9 @@ def newcomer(graph: float, limits: Limits, n_others: int) -> list[tuple[int, int
     ("graph", "limits", "n_others", "steps"),
     [
         (3e-3, STREAMS, 4, [(4, 9, True), (5, 0, False)]),  # a wait of 2 ms for each
-        (1e-3, STREAMS, 4, [(5, 9, False), (5, 0, False)]),
+        (1e-3, STREAMS, 4, [(1, 9, False), (5, 0, False)]),
         (3e-3, POOL, 4, [(5, 9, False), (5, 0, False)]),
-        (3e-3, NEVER, 4, [(5, 9, False), (5, 0, False)]),
+        (3e-3, NEVER, 4, [(1, 9, False), (5, 0, False)]),
         (9e-3, STREAMS, 0, [(1, 9, False), (1, 0, False)]),  # there are no others
     ],
 )

@@ -123,3 +123,17 @@ def test_it_pays_where_graphs_are_dear(
     padded = speed()
     monkeypatch.setattr(Padding, "width", lambda *args: 0)
     assert padded >= gain * speed()
+
+
+@pytest.mark.parametrize("name", [CPUS[1], "m2-ultra-gemma-3-4b-it-qat"])
+def test_a_first_token_in_streams_does_not_wait_for_those_that_decode(name: str) -> None:
+    """Nor do these wait longer than beside the prompts."""
+    model = CostModel.fit(shipped_profile(name), unified=False, n_ubatch=512)
+    machine = EngineSpec.of(model, n_seq_max=16, n_cells=65536, unified=False, prefix_cache=False)
+    requests = draw("closed:clients=16,n=128,prompt=64-256,output=32-128", 1)
+    together, soon, now = (
+        simulate(requests, machine, p).summary() for p in ("fcfs", "prefill-first", DEFAULT)
+    )
+    assert now["tokens_per_s"] >= 0.99 * soon["tokens_per_s"]
+    assert now["ttft_p50"] <= min(1.1 * soon["ttft_p50"], 0.93 * together["ttft_p50"])
+    assert now["itl_p99"] <= 1.05 * together["itl_p99"]

@@ -7,6 +7,8 @@ from ..policy import (
     Admit,
     Budget,
     ChunkSize,
+    Mix,
+    Mixing,
     Order,
     PlanBuilder,
     Repeat,
@@ -29,8 +31,7 @@ class ComposedPolicy:
     - width: without it all that decode do so at every step.
     - speculate: without it no sequence has drafted tokens in a step. It is asked only where
       drafts are possible, and all that decode have a row.
-    - mixed: sequences that decode have rows beside prompts, first of all. False: they have them
-      only in a step in which no other sequence has any.
+    - mix: who has rows in a step, always the same or asked before each.
     - ended: see `Policy`."""
 
     order: Order = first_come
@@ -41,23 +42,26 @@ class ComposedPolicy:
     repeat: Repeat | int = 1
     width: Width | None = None
     speculate: Speculate | None = None
-    mixed: bool = True
+    mix: Mix | Mixing = Mix.BOTH
     ended: Callable[[SequenceView], None] | None = None
 
     def plan(self, view: StepView) -> Plan:
         rows = min(self.budget(view), view.limits.n_batch)
+        mix = self.mix if isinstance(self.mix, Mix) else self.mix(view, rows)
+        if mix is Mix.DECODES and len(view.decoding):
+            rows = min(rows, len(view.decoding))
         builder = PlanBuilder(view, rows, view.kv.free, view.kv.promised)
-        if self.mixed:
-            self._decode(builder)
-        else:
+        if mix is Mix.PROMPTS:
             self._end_prompts(builder)
+        else:
+            self._decode(builder)
         if len(view.prefilling) or len(view.waiting):
             builder = self._advance_others(builder)
-        if not self.mixed:
+        if mix is Mix.PROMPTS:
             if builder.tokens:  # of prompts: the next step has other rows
                 return builder.plan()
             self._decode(builder)
-        if not builder.steady:
+        if not builder.steady or mix is Mix.DECODES:  # prompts wait: the next step is another one
             return builder.plan()
         repeat = self.repeat if isinstance(self.repeat, int) else self.repeat(builder)
         sit_out: Set[int] = frozenset()

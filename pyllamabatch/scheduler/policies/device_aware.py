@@ -13,6 +13,8 @@ from math import isinf
 
 from pyllamabatch.cost.step_cost import StepCost
 
+from ..padding import comes_behind
+from ..policy import Mix
 from ..view import StepView
 from .composed import ComposedPolicy
 from .parts import (
@@ -84,6 +86,29 @@ def halves(most: int, least: int, n: int, edges: tuple[int, ...]) -> Iterator[in
         most = edges[edge - 1] - n if edge else 0
 
 
+class Alternately:
+    """In streams prompts have a step of their own, and those that decode have the next one. The two
+    would share no ubatch: what is computed beside a prompt only makes its first token late. Where
+    prompts are computed behind those that decode (`comes_behind`), and in a pool, they have steps
+    together. One object serves one engine."""
+
+    __slots__ = ("_prompts",)
+
+    def __init__(self) -> None:
+        self._prompts = False  # the step before was theirs
+
+    def __call__(self, view: StepView, rows: int) -> Mix:
+        before, self._prompts = self._prompts, False
+        n, cost = len(view.decoding), view.cost
+        if view.limits.unified or n == 0 or cost is None:
+            return Mix.BOTH
+        first = next(iter(soonest_due(view)), None)
+        if first is None or comes_behind(view.limits, cost, first.remaining <= rows - n, n):
+            return Mix.BOTH
+        self._prompts = not before
+        return Mix.PROMPTS if self._prompts else Mix.DECODES
+
+
 def device_aware(
     *,
     stall: float = STALL_SECONDS,
@@ -98,6 +123,7 @@ def device_aware(
         order=soonest_due,
         admit=WhenItFits(watermark),
         budget=UntilDue(PromptsSoon(WithinTarget(TokenBudget(), stall), gain)),
+        mix=Alternately(),
         repeat=ALWAYS,
         width=Turns(itl, gain),
         speculate=ByGain(),

@@ -6,10 +6,11 @@ A plan repeats while all decode and none can be admitted."""
 
 from dataclasses import replace
 
+from ..policy import Mix
 from .composed import ComposedPolicy
 from .fcfs import fcfs
 
 
 def prefill_first(*, watermark: float = 0.01) -> ComposedPolicy:
     """`watermark`: see `WhenItFits`."""
-    return replace(fcfs(watermark=watermark), mixed=False)
+    return replace(fcfs(watermark=watermark), mix=Mix.PROMPTS)

@@ -7,7 +7,7 @@ that pad their batch to its longest sequence. A plan repeats while a batch decod
 from dataclasses import dataclass
 
 from ...errors import ArgumentError
-from ..policy import Admit, PlanBuilder, Verdict
+from ..policy import Admit, Mix, PlanBuilder, Verdict
 from ..view import SequenceView
 from .composed import ComposedPolicy
 from .parts import ALWAYS, WhenItFits, whole_batch
@@ -50,6 +50,6 @@ def static(
     return ComposedPolicy(
         admit=Together(WhenItFits(watermark), size, wait),
         budget=whole_batch,
-        mixed=False,
+        mix=Mix.PROMPTS,
         repeat=ALWAYS,
     )
