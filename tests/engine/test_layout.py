@@ -115,13 +115,13 @@ def test_an_interactive_sequence_grows_beyond_a_stream(model: Model) -> None:
 
 @pytest.mark.parametrize("n", [8, 32])
 def test_a_prefix_that_all_have_is_computed_once_in_streams(model: Model, n: int) -> None:
-    common = prompt(1000)
+    common = prompt(500)
     prompts = [[*common, *prompt(9, i)[1:]] for i in range(n)]
-    with engine_on(model, n_seq_max=8, n_ctx=8 * 1280, n_batch=512) as engine:
+    with engine_on(model, n_seq_max=8, n_ctx=8 * 768, n_batch=512) as engine:
         assert not engine.limits.unified
         together = engine.generate(prompts, greedy(6))
-        assert engine.stats().prefill_rows <= 1000 + n * 10 + 64
-    with engine_on(model, n_ctx=2560, prefix_cache=False) as engine:
+        assert engine.stats().prefill_rows <= 500 + n * 10 + 64
+    with engine_on(model, n_ctx=1536, prefix_cache=False) as engine:
         alone = [engine.generate([one], greedy(6))[0].tokens for one in prompts[:8]]
     assert [r.tokens for r in together[:8]] == alone
 
