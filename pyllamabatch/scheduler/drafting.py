@@ -130,11 +130,16 @@ class StepTimes:
         near = np.exp(-(((octaves[:, None] - octaves) / _NEAR) ** 2)) * weights
         return known, (near @ factors) / near.sum(axis=1)
 
-    def prices(self, said: Seconds) -> tuple[Seconds, Seconds]:
+    def prices(
+        self, said: Seconds, plain: tuple[int, float] | None = None
+    ) -> tuple[Seconds, Seconds]:
         """Expected and worst seconds of steps of 0, 1, ... rows, where a cost model has `said`
-        them."""
+        them. plain: rows and factor of steps without drafts, where these times are of others."""
         rows = np.arange(len(said))
-        known, factors = self._factors()
+        known, factors = self._factors() if self._known else ([], np.zeros(0))
+        if plain is not None:
+            first = int(np.searchsorted(known, plain[0], side="right"))
+            known, factors = [plain[0], *known[first:]], np.append(plain[1], factors[first:])
         seconds = said * np.interp(rows, known, factors)
         largest = min(known[-1], len(said) - 1)
         worst = np.maximum(seconds, seconds[largest] * rows / max(1, largest))
@@ -150,6 +155,8 @@ class Drafting:
         self._invariance = invariance
         self.limits = limits
         self.times = StepTimes()
+        # a step of as many rows takes longer with drafts where these take time
+        self.drafted = StepTimes() if limits.drafts_take_time else self.times
         self.credit = LOSS * ADVANCE
         self._gained = 0.0  # seconds, less what was lost
         self._seconds = ADVANCE  # of all steps that might have had drafts
@@ -192,14 +199,16 @@ class Drafting:
             self._moves = 0.0
         if cost is None:  # prompts: they have no drafts
             return
-        self.times.passed(n_steps)
+        times = self.drafted if asked else self.times
+        for each in {self.times, self.drafted}:
+            each.passed(n_steps)
         agrees, width = False, self._width(slots)
         for n_rows in np.flatnonzero(drafted.n_timed).tolist():
             n = int(drafted.n_timed[n_rows])
             said = cost.predict(n_rows, 0, kv, len(slots))
             if said > 0:
                 ratio = float(drafted.seconds_timed[n_rows]) / n / said
-                agrees = self.times.observe(n_rows, n, ratio) or agrees
+                agrees = times.observe(n_rows, n, ratio) or agrees
         if asked:
             self._spell += n_steps
             self._n_asked = 0 if drafted.n_timed[width] else self._n_asked + n_steps
@@ -213,14 +222,15 @@ class Drafting:
             gained = drafted.credit - self.credit - moves
         elif (asked or lingers) and self.times.knows(width, max(width, self.limits.n_seq_max)):
 
-            def price(n_rows: int) -> float:
-                return cost.predict(n_rows, 0, kv, len(slots)) * self.times.factor(n_rows)
+            def price(times: StepTimes, n_rows: int) -> float:
+                return cost.predict(n_rows, 0, kv, len(slots)) * times.factor(n_rows)
 
-            plain = price(width)
+            plain = price(self.times, width)
             worth = plain * float(drafted.taken[slots].sum()) / len(slots)
             spent = drafted.seconds
             if begins:
-                spent = n_steps * price(max(width, round(drafted.n_rows / n_steps)))
+                n_rows = max(width, round(drafted.n_rows / n_steps))
+                spent = n_steps * price(times if times.knows(1, n_rows) else self.times, n_rows)
                 move = min(max(0.0, drafted.seconds - spent), _MOVE_MOST * plain)
                 self._since, self._move = 0.0, move
                 self._moves = 2 * move  # it will have to come back
@@ -292,7 +302,8 @@ class Drafting:
                 return None
             rows = range(room + 1)
             said = np.array([cost.predict(n_rows, 0, kv, n) if n_rows else 0.0 for n_rows in rows])
-            seconds, worst = self.times.prices(said)
+            own = None if self.drafted is self.times else (width, self.times.factor(width))
+            seconds, worst = self.drafted.prices(said, own)
             if self._invariance is not None:
                 seconds = self._invariance.allowed(seconds, width)
             graph = cost.new_graph.step if new_graph is None else new_graph
