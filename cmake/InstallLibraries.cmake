@@ -14,7 +14,9 @@ set_property(TARGET ${libraries} PROPERTY SOVERSION)
 set_property(TARGET ${libraries} PROPERTY PUBLIC_HEADER)
 set_target_properties(${libraries} PROPERTIES
     INSTALL_RPATH "${origin}" BUILD_WITH_INSTALL_RPATH OFF MACOSX_RPATH ON)
-if (CMAKE_SYSTEM_NAME STREQUAL "Linux")
+include(CheckLinkerFlag)
+check_linker_flag(CXX LINKER:--exclude-libs,ALL PLB_EXCLUDE_LIBS)  # zig's linker does not know it
+if (CMAKE_SYSTEM_NAME STREQUAL "Linux" AND PLB_EXCLUDE_LIBS)
     # CUDA's static libraries may bring a part of libstdc++ along, and some compilers link all of it;
     # a copy that the other libraries would find before the real one crashes them, or this module.
     foreach(library ${libraries} _native)

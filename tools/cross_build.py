@@ -1,35 +1,39 @@
-"""Compile for platforms that this machine is not: `pip install -e '.[cross]'`, then
+"""Build for platforms that this machine is not: `pip install -e '.[cross]'`, then
 
-    python -m tools.cross_build                  # the shim and the module's C file, every target
-    python -m tools.cross_build --whole          # all of it by CMake, ggml and llama.cpp included
-    python -m tools.cross_build --whole --run --targets aarch64-linux-gnu   # and its native tests
+    python -m tools.cross_build                      # all of it, not optimised, every target
+    python -m tools.cross_build --optimised --targets aarch64-macos     # as a wheel has it
+    python -m tools.cross_build --run --targets aarch64-linux-gnu       # and its native tests
 
-`ziglang` brings the compiler and each platform's headers. The first form links nothing: it finds
-what a platform lacks in our code, in a minute a target on two cores, and whether what we change
-in Metal's C++ compiles. `--whole` takes about five minutes of CPU time a target, and little when
-little has changed; Metal's Objective-C and its kernels need a Mac.
-For Arm Linux it takes the compiler of Debian's g++-aarch64-linux-gnu.
-`--run` runs the native tests: for Arm with qemu-aarch64-static (Debian: qemu-user-static), for
-Windows with Wine (Debian: wine64).
+ggml and its CPU backend, libllama, the shim, the module and the native tests are compiled and
+linked as CMakeLists.txt has it; then each symbol that one of them needs is looked for. `ziglang`
+brings the compiler and each platform's headers. The first form finds what a platform lacks in our
+code; for a Mac it compiles Metal's C++ and the fuzzers as well (`tools/cross_build.cmake`); Metal's
+Objective-C and its kernels need a Mac. Compilations go through ccache where it is installed.
+For Arm Linux an optimised build takes the compiler of Debian's g++-aarch64-linux-gnu.
+`--run` runs the native tests of an optimised build: for Arm with qemu-aarch64-static (Debian:
+qemu-user-static), for Windows with Wine (Debian: wine64).
 """
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "cross"
 LLAMA = ROOT / "vendor" / "llama.cpp"
 EMBEDDED = ROOT / "pyllamabatch" / "models" / "default.gguf"
 ZIG = [sys.executable, "-m", "ziglang"]
-WARNINGS = ("-Wall", "-Wextra", "-Werror")
+UNOPTIMISED = "-O0 -g0 -fno-sanitize=all"  # zig adds a sanitizer where nothing is optimised
+# The oldest macOS, which the wheel's name tells, too.
+MACOS = re.findall(r'MACOSX_DEPLOYMENT_TARGET = "(.+)"', (ROOT / "pyproject.toml").read_text())[0]
 EMULATED_ROWS = "100"  # that native/tests/test_fused.cpp compares
 QEMU = ("qemu-aarch64-static", "-cpu", "max", "-L", "/usr/aarch64-linux-gnu")
 WINE = ("/usr/lib/wine/wine64",)
@@ -37,15 +41,15 @@ WINE = ("/usr/lib/wine/wine64",)
 
 @dataclass(frozen=True)
 class Target:
-    """`system`, `processor`: CMake's names. Of the whole build: `cpu`, as the compiler takes it;
-    `gnu`: what the commands of the compiler begin with, "" for zig. run: what runs its programs.
-    wheel: what the name of a wheel calls it."""
+    """`system`, `processor`: CMake's names. zig: what zig is told. gnu: what the names of another
+    compiler of optimised builds begin with, and what it is told. run: what runs the target's
+    programs. wheel: what the name of a wheel calls it."""
 
     name: str
     system: str
     processor: str
-    cpu: str
-    gnu: str = ""
+    zig: str
+    gnu: tuple[str, str] | None = None
     run: tuple[str, ...] = ()
     wheel: str = ""
 
@@ -53,17 +57,31 @@ class Target:
 TARGETS = {
     target.name: target
     for target in (
-        Target("aarch64-macos", "Darwin", "arm64", "-mcpu=apple_m1", wheel="macosx-15.0-arm64"),
+        Target(
+            "aarch64-macos",
+            "Darwin",
+            "arm64",
+            f"-target aarch64-macos.{MACOS} -mcpu=apple_m1",
+            wheel=f"macosx-{MACOS}-arm64",
+        ),
         Target(
             "aarch64-linux-gnu",
             "Linux",
             "aarch64",
-            "-march=armv8.2-a+dotprod+i8mm+fp16fml",
-            "aarch64-linux-gnu-",
+            # zig builds its C++ library anew for programs that are not position independent.
+            "-target aarch64-linux-gnu -mcpu=generic+v8_2a+dotprod+i8mm+fp16fml -fPIC",
+            ("aarch64-linux-gnu-", "-march=armv8.2-a+dotprod+i8mm+fp16fml"),
             QEMU,
             "linux-aarch64",
         ),
-        Target("x86_64-windows-gnu", "Windows", "AMD64", "-mcpu=x86_64_v3", "", WINE, "win-amd64"),
+        Target(
+            "x86_64-windows-gnu",
+            "Windows",
+            "AMD64",
+            "-target x86_64-windows-gnu -mcpu=x86_64_v3",
+            run=WINE,
+            wheel="win-amd64",
+        ),
     )
 }
 
@@ -97,78 +115,36 @@ typedef long long Py_ssize_t;
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma separated")
-    parser.add_argument("--whole", action="store_true", help="all of it, by CMake")
-    parser.add_argument("--run", action="store_true", help="and its native tests")
+    parser.add_argument("--optimised", action="store_true", help="as a wheel has it")
+    parser.add_argument("--run", action="store_true", help="optimised, and its native tests run")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     names = options.targets.split(",")
     if unknown := [name for name in names if name not in TARGETS]:
         parser.error(f"--targets {unknown[0]}: one of {', '.join(TARGETS)}")
     for target in (TARGETS[name] for name in names if options.run):
-        if not target.run or not options.whole:
-            parser.error("--run: with --whole, for aarch64-linux-gnu and x86_64-windows-gnu")
+        if not target.run:
+            parser.error("--run: for aarch64-linux-gnu and x86_64-windows-gnu")
         if shutil.which(target.run[0]) is None:
             parser.error(f"--run: there is no {target.run[0]}")
-    bring_sources()
     failed = []
     for name in names:
-        began, target = time.monotonic(), TARGETS[name]
-        good = whole(target, options.jobs) if options.whole else check(target, options.jobs)
+        began, before, target = time.monotonic(), cpu_seconds(), TARGETS[name]
+        optimised = options.optimised or options.run
+        good = built(target, optimised, options.jobs) and resolved(target, optimised)
         if good and options.run:
             good = run_tests(target)
-        print(
-            f"{name}: {'good' if good else 'FAILED'}, {time.monotonic() - began:.0f} s", flush=True
-        )
+        state = "good" if good else "FAILED"
+        wall, cpu = time.monotonic() - began, cpu_seconds() - before
+        print(f"{name}: {state}, {wall:.0f} s, {cpu:.0f} s of CPU time", flush=True)
         failed += [] if good else [name]
     return int(bool(failed))
 
 
-def bring_sources() -> None:
-    """llama.cpp unpacked, and the module's C file."""
-    subprocess.run([sys.executable, str(ROOT / "vendor" / "unpack.py")], check=True)
-    BUILD.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, str(ROOT / "vendor" / "declarations.py")]
-    for folder in includes():
-        words += ["--include", str(folder)]
-    for header in ("llama.h", "plb.h", "tests/plb_testing.h"):
-        words += ["--header", header]
-    words += ["--dynamic", "ggml-cpu.h", "--cdef", str(ROOT / "native" / "python_callbacks.cdef")]
-    subprocess.run([*words, "--output", str(BUILD / "_native.c")], check=True)
-
-
-def includes() -> list[Path]:
-    return [LLAMA / "include", LLAMA / "ggml" / "include", ROOT / "native"]
-
-
-def check(target: Target, jobs: int) -> bool:
-    """Every file of the shim, the converter of JSON schemas, the module's C file, and for a Mac
-    those of Metal that are C++ compile for the target. Prints what the compiler says of those that
-    do not."""
-    sources = sorted((ROOT / "native").glob("*/*.cpp"))
-    if target.system == "Windows":  # the fuzzers stop by signals
-        sources = [source for source in sources if source.parent.name != "fuzz"]
-    metal = LLAMA / "ggml" / "src" / "ggml-metal"
-    if target.system == "Darwin":
-        sources += sorted(metal.glob("*.cpp"))
-    flags = [f"-I{ROOT / 'native'}", f"-I{python_headers(target)}", '-DPLB_LLAMA_CPP_BUILD="check"']
-    for upstream in ("include", "ggml/include", "ggml/src", "src", "common", "vendor"):
-        flags += ["-isystem", str(LLAMA / upstream)]
-
-    def compiles(source: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
-        own = source.suffix == ".cpp" and source.parent not in (metal, ROOT / "native" / "common")
-        words = ["c++", "-std=c++17"] if source.suffix == ".cpp" else ["cc", "-DPy_LIMITED_API"]
-        words += ["-target", target.name, *(WARNINGS if own else ("-w",)), *flags]
-        command = [*ZIG, *words, "-c", str(source), "-o", str(folder / f"{source.stem}.o")]
-        return source, subprocess.run(command, capture_output=True, text=True, check=False)
-
-    good, folder = True, BUILD / target.name / "check"
-    folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(jobs) as pool:
-        for source, done in pool.map(compiles, [*sources, BUILD / "_native.c"]):
-            if done.returncode:
-                print(f"{target.name}: {source.relative_to(ROOT)}\n{done.stderr[:4000]}")
-                good = False
-    return good
+def cpu_seconds() -> float:
+    """What ended children of this process have used."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def python_headers(target: Target) -> Path:
@@ -182,12 +158,23 @@ def python_headers(target: Target) -> Path:
     return folder
 
 
+def python_interface() -> tuple[set[str], set[str]]:
+    """The functions and the data of the stable interface of Python 3.10."""
+    from abi3info import DATAS, FUNCTIONS
+    from abi3info.models import PyVersion
+
+    functions, data = (
+        {symbol.name for symbol, entry in known.items() if entry.added <= PyVersion(3, 10)}
+        for known in (FUNCTIONS, DATAS)
+    )
+    return functions, data
+
+
 def windows_links(folder: Path) -> dict[str, object]:
     """What libraries and modules are linked with: `WINDOWS_EXPORTS`, and Python's stable interface,
     in python3.dll."""
-    from abi3info import DATAS, FUNCTIONS
-
-    names = [symbol.name for symbol in FUNCTIONS] + [f"{symbol.name} DATA" for symbol in DATAS]
+    functions, data = python_interface()
+    names = [*functions, *(f"{name} DATA" for name in data)]
     definition, library = folder / "python3.def", folder / "python3.lib"
     definition.write_text("\n".join(("LIBRARY python3.dll", "EXPORTS", *sorted(names))) + "\n")
     words = [*ZIG, "dlltool", "-m", "i386:x86-64", "-d", str(definition), "-l", str(library)]
@@ -210,15 +197,19 @@ def no_bundles(folder: Path) -> dict[str, object]:
     return {"CMAKE_USER_MAKE_RULES_OVERRIDE_CXX": rules}
 
 
-def toolchain(target: Target) -> Path:
+def place(target: Target, optimised: bool) -> Path:
+    return BUILD / target.name / ("optimised" if optimised else "unoptimised")
+
+
+def toolchain(target: Target, optimised: bool = True) -> Path:
     """CMake's file for the target, and the commands that it names."""
-    folder = BUILD / target.name
+    folder = place(target, optimised)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "toolchain.cmake"
     settings = {
         "CMAKE_SYSTEM_NAME": target.system,
         "CMAKE_SYSTEM_PROCESSOR": target.processor,
-        **(gnu_commands(target) if target.gnu else zig_commands(target, folder)),
+        **(gnu_commands(*target.gnu) if target.gnu and optimised else zig_commands(target, folder)),
         "CMAKE_INSTALL_NAME_TOOL": llvm("install-name-tool") or shutil.which("true"),
         "CMAKE_OSX_SYSROOT": "",
         "CMAKE_FIND_ROOT_PATH_MODE_PROGRAM": "NEVER",
@@ -234,12 +225,12 @@ def toolchain(target: Target) -> Path:
     return file
 
 
-def gnu_commands(target: Target) -> dict[str, object]:
+def gnu_commands(prefix: str, flags: str) -> dict[str, object]:
     return {
-        "CMAKE_C_COMPILER": f"{target.gnu}gcc",
-        "CMAKE_CXX_COMPILER": f"{target.gnu}g++",
-        "CMAKE_C_FLAGS": target.cpu,
-        "CMAKE_CXX_FLAGS": target.cpu,
+        "CMAKE_C_COMPILER": f"{prefix}gcc",
+        "CMAKE_CXX_COMPILER": f"{prefix}g++",
+        "CMAKE_C_FLAGS": flags,
+        "CMAKE_CXX_FLAGS": flags,
     }
 
 
@@ -252,8 +243,11 @@ def llvm(tool: str) -> str | None:
 
 
 def zig_commands(target: Target, folder: Path) -> dict[str, object]:
-    aimed, zig = f"-target {target.name} {target.cpu}", " ".join(ZIG)
-    for tool, flags in (("cc", aimed), ("c++", aimed), ("ar", ""), ("ranlib", ""), ("rc", "")):
+    from ziglang import __file__ as package
+
+    zig = Path(package).with_name("zig")  # Python's start is a tenth of what a small file takes
+    tools = dict.fromkeys(("cc", "c++"), target.zig) | dict.fromkeys(("ar", "ranlib", "rc"), "")
+    for tool, flags in tools.items():
         command = folder / f"zig-{tool}"
         script = f'#!/bin/sh\nexec {zig} {tool} {flags} "$@"\n'
         if not command.exists() or command.read_text() != script:  # its time tells a compiler cache
@@ -267,12 +261,20 @@ def zig_commands(target: Target, folder: Path) -> dict[str, object]:
     }
 
 
-def whole(target: Target, jobs: int) -> bool:
+def built(target: Target, optimised: bool, jobs: int) -> bool:
     """As CMakeLists.txt has it: libraries, module and native tests."""
-    folder = BUILD / target.name / "build"
+    folder = place(target, optimised) / "build"
     configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
-    configure += [f"-DCMAKE_TOOLCHAIN_FILE={toolchain(target)}", "-DCMAKE_BUILD_TYPE=Release"]
+    configure += [f"-DCMAKE_TOOLCHAIN_FILE={toolchain(target, optimised)}"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}"]
+    if optimised:
+        configure += ["-DCMAKE_BUILD_TYPE=Release"]
+    else:
+        beside = Path(__file__).with_suffix(".cmake")
+        configure += ["-DCMAKE_BUILD_TYPE=Debug", f"-DCMAKE_PROJECT_pyllamabatch_INCLUDE={beside}"]
+        configure += [f"-DCMAKE_{language}_FLAGS_DEBUG={UNOPTIMISED}" for language in ("C", "CXX")]
+    if shutil.which("ccache"):
+        configure += [f"-DCMAKE_{language}_COMPILER_LAUNCHER=ccache" for language in ("C", "CXX")]
     build = ["cmake", "--build", str(folder), "--parallel", str(jobs)]
     for words in (configure, build):
         done = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -282,10 +284,57 @@ def whole(target: Target, jobs: int) -> bool:
     return True
 
 
+def resolved(target: Target, optimised: bool) -> bool:
+    """Each symbol that a library or the module needs is in another of them, in the system's or in
+    the stable interface of Python; and the module has Python's entry."""
+    import lief
+
+    lief.logging.disable()  # it warns of what zig's linker leaves empty
+    folder = place(target, optimised) / "build"
+    (module,) = folder.glob("_native*.[sp][oy]*")
+    files = [file for end in ("so", "dylib", "dll") for file in folder.glob(f"bin/*.{end}")]
+    binaries = {file.name: lief.parse(str(file)) for file in (*files, module)}
+    shown = {name: exports(binary) for name, binary in binaries.items()}
+    known = set().union(*shown.values())
+    under = "_" if target.system == "Darwin" else ""  # what the names of C begin with
+    python = {under + name for names in python_interface() for name in names}
+    entry = f"{under}PyInit__native"
+    wrong = [] if entry in shown[module.name] else [f"{module.name} exports no {entry}"]
+    for name, binary in binaries.items():
+        lacking = unbound(binary) - known - (python if name == module.name else set())
+        wrong += [f"{name} needs {symbol}" for symbol in sorted(lacking)]
+    print("".join(f"{target.name}: {line}\n" for line in wrong[:40]), end="")
+    return not wrong
+
+
+def exports(binary: Any) -> set[str]:
+    import lief
+
+    if isinstance(binary, lief.PE.Binary):
+        return {s.name for s in binary.exported_functions}
+    if isinstance(binary, lief.MachO.Binary):
+        return {s.name for s in binary.exported_symbols}
+    return {s.name for s in binary.dynamic_symbols if s.exported}
+
+
+def unbound(binary: Any) -> set[str]:
+    """What it needs and is bound to no library: on a Mac by its place, on Linux by its version. On
+    Windows nothing is linked unbound."""
+    import lief
+
+    if isinstance(binary, lief.PE.Binary):
+        return set()
+    if isinstance(binary, lief.MachO.Binary):
+        return {s.name for s in binary.imported_symbols if not s.binding_info.has_library}
+    weak = lief.ELF.Symbol.BINDING.WEAK
+    needed = [s for s in binary.dynamic_symbols if s.imported and s.binding != weak]
+    return {s.name for s in needed if not getattr(s.symbol_version, "has_auxiliary_version", False)}
+
+
 def run_tests(target: Target) -> bool:
     """The native tests of a build, each as its platform runs it: under QEMU with every instruction
     that it knows, or under Wine."""
-    folder = BUILD / target.name / "build"
+    folder = place(target, True) / "build"
     model, *others = [str(folder / f"{name}.gguf") for name in ("tiny", "mtp", "hybrid")]
     write = ROOT / "native" / "tests" / "write_model.py"
     subprocess.run([sys.executable, str(write), model, *others], check=True)
