@@ -40,7 +40,7 @@ class Feed:
         """Before a call, whose `DraftColumns.n_most` is there."""
 
     def seconds(self, run: Run) -> float:
-        """After a call: what it took, as often as there are such steps."""
+        """After a call: what it took, what its drafts needed included: they have to gain it."""
         return run.seconds
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ class ModelFeed(Feed):
         if run.draft_code:
             why = "has no cells for all" if run.draft_code == 1 else f"failed: {run.draft_code}"
             log.warning("the draft model %s; some sequences go on without drafts", why)
-        return run.seconds - run.catch_up_seconds
+        return super().seconds(run)
 
     def close(self) -> None:
         self._draft.close()

@@ -2,6 +2,7 @@
 
 import logging
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import pytest
 
@@ -13,6 +14,7 @@ from pyllamabatch.llama.model import Model
 from pyllamabatch.models import default_prompts
 from pyllamabatch.step.draft_model import DraftModel
 from pyllamabatch.step.sampling_params import SamplingParams
+from pyllamabatch.step.types import Run
 from tests.support.decoding import loaded, with_mtp
 from tests.support.engines import Checked, check_idle, greedy
 from tests.support.faults import set_fault
@@ -26,6 +28,13 @@ def draft_of(engine: Engine) -> DraftModel:
     feed = engine._core._device.feed
     assert isinstance(feed, ModelFeed)
     return feed._draft
+
+
+def test_what_a_draft_model_lacked_is_to_be_gained_too() -> None:
+    """Else prompts that it computes would be lost, where answers are short."""
+    feed = ModelFeed(Mock())
+    run = Run(0, 4, 0, 2.0, catch_up_seconds=0.5)
+    assert feed.seconds(run) == 2.0
 
 
 class Case(NamedTuple):
