@@ -41,9 +41,15 @@ class Neighbours:
             run = ordered[first:end]
             starts, sizes = [chunk.start for chunk in run], [chunk.n for chunk in run]
             _, groups = self._grouped(starts, sizes, cost)
+            filled_before = False
             for group in groups:
                 most = max(sizes[i] for i in group)
-                found += [run[i]._replace(fill=most - sizes[i]) for i in group]
+                chunks_of = [run[i]._replace(fill=most - sizes[i]) for i in group]
+                filled = any(chunk.fill for chunk in chunks_of)
+                # rows that fill up are in no budget: two groups might be too many for a call
+                chunks_of[0] = chunks_of[0]._replace(apart=filled or filled_before)
+                found += chunks_of
+                filled_before = filled
             first = end
         return tuple(found)
 

@@ -27,7 +27,8 @@ NO_SLOTS.flags.writeable = False
 class PromptChunk(NamedTuple):
     """Rows `start` to `start + n - 1` of one sequence's known tokens. Nothing is sampled from them:
     the last known token is a row of those that decode. decodes: one row that is computed as those
-    (`Invariance`). fill: rows behind them that no sequence reads (`Neighbours`)."""
+    (`Invariance`). fill: rows behind them that no sequence reads. apart: it shares no call with
+    the chunk before it, though that may have as many rows (`Neighbours`)."""
 
     id: int
     slot: int
@@ -35,6 +36,7 @@ class PromptChunk(NamedTuple):
     n: int
     decodes: bool = False
     fill: int = 0
+    apart: bool = False
 
 
 @dataclass(slots=True)
@@ -124,7 +126,7 @@ class Step:
             return (self,)
         groups: list[list[PromptChunk]] = []
         for chunk in sorted(self.chunks, key=by_slot):
-            last = groups[-1][-1] if groups else None
+            last = groups[-1][-1] if groups and not chunk.apart else None
             rows = chunk.n + chunk.fill
             if last is not None and (last.n + last.fill, last.slot + 1) == (rows, chunk.slot):
                 groups[-1].append(chunk)

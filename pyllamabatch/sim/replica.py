@@ -373,6 +373,7 @@ class SimulatedReplica:
     def _run(self, step: Step, now: float) -> None:
         """Begin a call: as many steps as the plan stands for, or to the end of a sequence."""
         scheduler = self.scheduler
+        assert step.n_rows + step.n_fill <= scheduler.limits.n_batch
         held = self.load.n_cells - scheduler.accounting.free
         self.load.add_point(now, scheduler.n_running, scheduler.n_waiting, held)
         n = step.repeat

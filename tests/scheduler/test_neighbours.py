@@ -1,9 +1,13 @@
-"""Prompts of neighbours: which are filled up, and who moves away."""
+"""Prompts of neighbours: which are filled up, and which sequences move away."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pyllamabatch.scheduler import Limits, PromptChunk
+from pyllamabatch.scheduler import Limits, PromptChunk, Step
 from pyllamabatch.scheduler.neighbours import MOST, Neighbours
 from tests.support.made_up_costs import Linear
 
@@ -39,6 +43,44 @@ def test_a_chunk_is_filled_up_where_that_costs_less_than_a_call(
     chunks: dict[int, int], call_rows: float, fill: list[int]
 ) -> None:
     assert [*filled(chunks, Linear(call_rows, 1.0)).values()] == fill
+
+
+def calls(chunks: dict[int, int], cost: Linear, limits: Limits = LIMITS) -> list[dict[int, int]]:
+    """Rows by slot of each call of a step with these chunks, beside as many sequences as there can
+    be that decode."""
+    given = [PromptChunk(100 + slot, slot, 0, n) for slot, n in chunks.items()]
+    evened = neighbours(limits).evened(given, cost)
+    n_left = limits.n_batch - sum(chunks.values())
+    decode = np.arange(20, 20 + min(limits.n_seq_max - len(chunks), n_left), dtype=np.int32)
+    n_rows = len(decode) + sum(chunks.values())
+    parts = Step(decode, evened, (), (), n_rows, {}, behind=True).parts()
+    for part in parts:
+        assert part.n_rows + part.n_fill <= limits.n_batch
+    return [{chunk.slot: chunk.n + chunk.fill for chunk in part.chunks} for part in parts]
+
+
+def test_groups_that_are_as_long_are_a_call_each() -> None:
+    """Together they would have more rows than a call may."""
+    dear = Linear(99.0, 1.0)
+    assert calls({1: 100, 2: 20, 3: 100, 4: 20}, dear) == [{1: 100, 2: 100}, {3: 100, 4: 100}]
+    assert calls({1: 50, 2: 50, 3: 50, 4: 50, 5: 50}, dear) == [dict.fromkeys(range(1, 6), 50)]
+
+
+@given(
+    st.dictionaries(st.integers(0, 7), st.sampled_from([5, 20, 21, 60, 100]), min_size=2),
+    st.integers(0, 150),
+    st.integers(9, 260),
+    st.integers(4, 260),
+)
+def test_no_call_has_more_rows_than_it_may(
+    chunks: dict[int, int], call_rows: int, n_batch: int, n_ubatch: int
+) -> None:
+    limits = replace(LIMITS, n_batch=n_batch, n_ubatch=n_ubatch)
+    while sum(chunks.values()) > n_batch:
+        del chunks[max(chunks)]
+    if chunks:
+        found = calls(chunks, Linear(call_rows, 1.0), limits)
+        assert sorted(slot for call in found for slot in call) == sorted(chunks)
 
 
 def test_a_stream_has_no_room_for_more_rows_than_cells() -> None:

@@ -222,7 +222,7 @@ class Machine:
 
     def compute(self, step: Step, *, advance: bool = True) -> None:
         rows = len(step.decode) + sum(chunk.n for chunk in step.chunks)
-        assert rows == step.n_rows <= self.limits.n_batch
+        assert rows == step.n_rows <= self.limits.n_batch - step.n_fill
         assert step.n_slots == len(step.slots)
         prompts = [chunk.slot for chunk in step.chunks]
         assert len(prompts) == len(set(prompts))
