@@ -161,6 +161,7 @@ class Drafting:
         self._gained = 0.0  # seconds, less what was lost
         self._seconds = ADVANCE  # of all steps that might have had drafts
         self._owner = np.zeros(n_slots, dtype=np.int64)  # id + 1 of the sequence that it is of
+        self._n_seen = np.zeros(n_slots, dtype=np.int64)  # steps of that one
         self._calm: dict[int, int] = {}  # steps of calls that could have no drafts, by width
         self._off = _LINGERS + 1  # the last of them
         self._calm_owner = self._owner[:0]  # what decoded in the last call,
@@ -187,6 +188,7 @@ class Drafting:
         """After a call of `n_steps` steps of these slots, whose sequences have these ids (+ 1) and
         attended `kv` cells on average. asked: it might have had drafts. cost: None for steps that
         tell nothing of what decoding takes."""
+        self._n_seen[slots] = self._n_seen[slots] * (self._owner[slots] == owner) + n_steps
         self._owner[slots] = owner
         self._found[slots] = drafted.found[slots]
         self._right[slots] = drafted.right[slots]
@@ -284,8 +286,8 @@ class Drafting:
         """Of the sequences that decode in these slots, with so many tokens left to generate.
         new_graph: seconds, as measured; None: as the cost model says."""
         limits = self.limits
-        mine = (self._owner[slots] == owner)[:, None]
-        found, right = self._found[slots] * mine, self._right[slots] * mine
+        mine = self._owner[slots] == owner
+        found, right = (share[slots] * mine[:, None] for share in (self._found, self._right))
         n = len(slots)
         width = self._width(slots)
         room = min(limits.n_outputs or limits.n_batch, limits.n_ubatch, limits.n_batch)
@@ -319,6 +321,7 @@ class Drafting:
             (owner - 1).tolist(),
             found,
             right,
+            self._n_seen[slots] * mine,
             n_left,
             width,
             room,

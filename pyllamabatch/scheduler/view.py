@@ -178,7 +178,9 @@ class Drafts(NamedTuple):
     - n_max: drafted tokens of a sequence in a step at most.
     - ids: the sequences that decode and may have drafts. The arrays are in their order.
     - found, right: shape (len(ids), n_max): how often, lately, there was a draft with more than i
-      tokens, and how often so many of them were right. 0 of a sequence that is new.
+      tokens, and how often so many of them were right. 0 of a sequence that is new, and of one of
+      which there was none.
+    - n_seen: for so many steps that is known of each, 0 of one that is new.
     - n_left: tokens that each may still generate.
     - width: rows of a step without drafts. room: rows that a step with drafts may have.
     - even: all sequences of a step have the same number of rows.
@@ -191,6 +193,7 @@ class Drafts(NamedTuple):
     ids: list[int]
     found: npt.NDArray[np.float64]
     right: npt.NDArray[np.float64]
+    n_seen: npt.NDArray[np.int64]
     n_left: npt.NDArray[np.int64]
     width: int
     room: int

@@ -61,6 +61,7 @@ def decided(price: Any, n: int, *, even: bool = False, credit: float = 1.0, **fa
         ids=[*range(n)],
         found=facts.pop("found", np.ones((n, 4))),
         right=right,
+        n_seen=np.array(facts.pop("n_seen", [0] * n)),
         n_left=np.full(n, facts.pop("n_left", 90)),
         width=n,
         room=40,
@@ -148,6 +149,10 @@ def test_where_drafts_move_the_sampling_they_begin_if_they_were_right() -> None:
     assert (drafts, steps, prices.gain) == ({0: 4}, 1, 0.1)
     assert begun(BAD) == begun(GOOD, credit=0.02) == ({}, STEPS, None)
     assert begun(GOOD, found=np.zeros((1, 4))) == ({}, ASKED, None)
+    never: dict[str, Any] = {"found": np.diag([1, 0]), "right": np.array([GOOD, [0.0] * 4])}
+    for n_seen, expected in ((8, ({}, ASKED)), (64, ({0: 4, 1: 4}, 1))):  # of the second, none
+        own = {"limits": moving, "begin": 0.03, "n_seen": [64, n_seen], **never}
+        assert decided(free, 2, **own)[:2] == expected
     drafts, steps, prices = begun(BAD, 0.0, found=np.zeros((1, 4)))  # what they gain shows it
     assert (drafts, steps, prices.gain) == ({0: 4}, ASKED, 0.0)
     assert begun(GOOD, 0.0, credit=-0.01) == ({}, STEPS, None)
@@ -437,6 +442,7 @@ def test_each_sequence_advances_by_what_it_took() -> None:
     assert counters.rows == counters.decode_rows + counters.prefill_rows
     made.plan(3.0)
     assert [drafts.found[:, 0].tolist() for drafts in seen] == [[0, 0], [0.5, 0]]
+    assert [drafts.n_seen.tolist() for drafts in seen] == [[0, 0], [5, 5]]
     assert seen[1].right[0].tolist() == [0.25] * 4
     assert seen[1].n_left.tolist() == [30 - 12, 30 - 6]
     made.remove(1)
@@ -447,6 +453,7 @@ def test_each_sequence_advances_by_what_it_took() -> None:
         made.advance(step)
     assert made.slot(3) == slots[0]
     assert not seen[-1].found.any()  # another one's
+    assert [*seen[-1].n_seen] == [0, 5]
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,20 @@ def test_nor_where_drafts_move_the_sampling(n: int, acceptance: float) -> None:
         assert ratios[-1] > 1.3
 
 
+def test_one_without_any_drafts_keeps_no_others_from_theirs() -> None:
+    cost = CostModel.fit(
+        shipped_profile("nvidia-h200-gemma-3-1b-q4_k_m"), unified=False, n_ubatch=512
+    )
+    shape: dict[str, Any] = {"n_seq_max": 8, "n_cells": 16384, "unified": False}
+    spec = EngineSpec.of(cost, speculate=True, moves=Moves.of("CUDA0"), **shape)
+    found = []
+    for share in (0.01, 0.0):
+        requests = [one(i, 0.0, 64, 1500) for i in range(8)]
+        requests = [replace(r, acceptance=0.9 if r.id else share) for r in requests]
+        found.append(max(o.end for o in simulate(requests, spec).outcomes if o.id))
+    assert found[1] < 1.1 * found[0]
+
+
 def ends(found: Simulated, n: int) -> F64:
     """Seconds until the last of each round's n answers is there."""
     outcomes = sorted(found.outcomes, key=lambda o: o.id)

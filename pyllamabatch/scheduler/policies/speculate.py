@@ -62,8 +62,9 @@ class ByGain:
                 return Speculation(_as_many(drafts, most), STEPS, own)
             if not prices.begin:
                 return Speculation(_as_many(drafts, most), ASKED, own._replace(gain=0.0))
-        if not drafts.found.any(axis=1).all():  # of a new one what is usual is known soon
-            return Speculation({}, 1 if takes_time else min(max(ASKED, drafts.n_calm), AT_MOST))
+        soon = 1 if takes_time else ASKED  # of a new one what is usual is known
+        if (~drafts.found.any(axis=1) & (drafts.n_seen < soon)).any():
+            return Speculation({}, soon)
         k, timed = _choice(drafts, own, most, HOPE if takes_time else 1.0)
         if not k:
             return none
