@@ -213,7 +213,8 @@ class Drafting:
                 agrees = times.observe(n_rows, n, ratio) or agrees
         if asked:
             self._spell += n_steps
-            self._n_asked = 0 if drafted.n_timed[width] else self._n_asked + n_steps
+            renewed = times is self.times and drafted.n_timed[width]
+            self._n_asked = 0 if renewed else self._n_asked + n_steps
         elif drafted.n_timed.any():
             self._spell, self._n_asked = self._spell * agrees, 0
         self._seconds += drafted.seconds

@@ -303,6 +303,22 @@ def test_what_drafts_take_is_no_price_of_as_many_rows_without(takes_time: bool) 
     assert seconds == ([half(4), 1.5 * half(4)] if takes_time else [mixed, mixed])
 
 
+def test_where_drafts_take_time_steps_of_which_none_had_one_are_not_what_others_take() -> None:
+    for takes_time in (True, False):
+        drafting = Drafting(replace(LIMITS, drafts_take_time=takes_time), 8)
+        slots, owner, shares = np.array([0], np.int32), np.array([1]), np.zeros((8, 4))
+        timed = np.bincount([1], minlength=9) * 64
+        drafted = Drafted(slots, 64, 0, 0, shares, shares, 1.0, timed, 0.015 * timed)
+        seen = []
+        for asked in (False, *[True] * 9):
+            drafting.observe(slots, owner, drafted, 64, 100, HALF, asked=asked)
+            drafts = drafting.view(slots, owner, np.array([9]), 100.0, HALF)
+            assert drafts.prices is not None
+            seen.append(drafts.prices() is not None)
+        assert seen[0]
+        assert all(seen) != takes_time
+
+
 def test_no_drafts_where_those_that_decode_fill_a_call() -> None:
     slots = np.arange(8, dtype=np.int32)
     limits = replace(LIMITS, drafts_move_sampling=True, n_ubatch=4)
