@@ -333,7 +333,7 @@ class Scheduler:
         for another of them stays where it is."""
         waiting = self.sequences.waiting.ids
         newcomers = {id: n for id, n in rows.others.items() if id in waiting}
-        moved = self._builder.side_by_side(newcomers)
+        moved = self._builder.side_by_side(newcomers, rows)
         n_rows = rows.n_decodes + sum(rows.others.values())
         admitted: list[tuple[int, int]] = []
         fresh: set[int] = set()

@@ -109,7 +109,16 @@ class Step:
         if len(pieces) == 1:
             return (self,)
         at_a_time = replace(self, repeat=min(self.repeat, AT_A_TIME))
-        return at_a_time._cut([(np.array(slots, np.int32), chunks) for slots, chunks in pieces])
+        # No call is saved by rows that make a prompt as long as another group's.
+        return at_a_time._cut(
+            [
+                (
+                    np.array(slots, np.int32),
+                    [chunk._replace(fill=0, apart=False) for chunk in chunks],
+                )
+                for slots, chunks in pieces
+            ]
+        )
 
     def parts(self) -> tuple[Step, ...]:
         """The native calls that this step is best computed in where every sequence has a stream of

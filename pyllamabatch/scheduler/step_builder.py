@@ -106,11 +106,15 @@ class StepBuilder:
                 cache.kv_operations.append(KvOperation("trim", chunk.slot, n=end, id=chunk.id))
         return step
 
-    def side_by_side(self, newcomers: dict[int, int]) -> tuple[Moved, ...]:
+    def side_by_side(self, newcomers: dict[int, int], rows: CheckedRows) -> tuple[Moved, ...]:
         """Slots in a row for those that come, where that pays: which sequences move away.
-        newcomers: rows of their prompts by id."""
+        newcomers: rows of their prompts by id, which are among those of the plan."""
         if len(newcomers) < 2 or not self.neighbours.moves or self.cost is None:
             return ()
+        ends = [n for id, n in rows.others.items() if self._ends(id, n)]
+        n_wait = sum(n > 1 for n in ends)
+        if not self._comes_behind(n_wait, rows.n_decodes + len(ends) - n_wait):
+            return ()  # they are not computed together
         running, cache = self._sequences.running, self._admission.cache
         occupied = running.owner[: self._limits.n_seq_max] > 0
         window = self.neighbours.window([*newcomers.values()], occupied, self.cost)
@@ -118,6 +122,11 @@ class StepBuilder:
             return ()
         cache.next_slots = list(window)
         return self._moved([entry for entry in running.ids.values() if entry.slot in window])
+
+    def _ends(self, id: int, n: int) -> bool:
+        """Whether a sequence samples after the `n` rows that are planned for it."""
+        view = self._sequences[id].view
+        return n == view.remaining and view.goal in (None, view.known)
 
     def _moved(self, entries: Iterable[Entry]) -> tuple[Moved, ...]:
         """They go on in the lowest empty slots, as far as there are some."""

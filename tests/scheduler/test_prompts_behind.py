@@ -57,3 +57,21 @@ def test_a_long_prompt_is_behind_also_while_its_end_is_far() -> None:
     # with one that decodes the last piece would wait longer than a graph takes
     assert [step.behind for step in steps] == [True, True, False, False]
     assert sum(step.n_rows - len(step.decode) for step in steps) == 149
+
+
+@pytest.mark.parametrize(("n_new", "n_moved"), [(2, 1), (3, 0)])
+def test_none_moves_away_for_newcomers_that_are_computed_apart(n_new: int, n_moved: int) -> None:
+    """Four decode, one slot between each two. Prompts of three that end would make these wait
+    longer than a graph takes: none is behind the rows that decode, and filled up."""
+    machine = Machine(STREAMS, cost=steps_of(5e-3), sharing=Sharing(copy_whole=True, trim=True))
+    for id in range(8):
+        machine.add(id, 2, 40)
+    machine.next_step()
+    for id in range(0, 8, 2):
+        machine.remove(id)
+    for id in range(10, 10 + n_new):
+        machine.add(id, id, 40)
+    step = machine.next_step()
+    assert len(step.admitted) == n_new
+    assert (step.behind, len(step.moved)) == (n_new == 2, n_moved)
+    assert step.n_fill == n_moved

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from pyllamabatch.scheduler import PromptChunk, Step
 from pyllamabatch.scheduler.step import spans
 
+FILLED = PromptChunk(104, 4, 0, 15, fill=5)
+
 
 def step(decode: list[int], chunks: dict[int, int]) -> Step:
     rows = tuple(PromptChunk(100 + slot, slot, 0, n) for slot, n in chunks.items())
@@ -117,6 +119,14 @@ def test_groups_get_a_call_each_and_the_first_one_comes_first() -> None:
     assert (parts[1].preempted, parts[1].admitted) == ((), ())
     assert whole.by_group(lambda slot: 7, 7) == (whole,)
     assert whole.by_group(lambda slot: 7, 8) == (whole,)
+
+
+def test_a_group_has_no_rows_that_make_a_prompt_as_long_as_one_of_another() -> None:
+    whole = step([], {3: 20, 4: 15})
+    filled = replace(whole, chunks=(whole.chunks[0]._replace(apart=True), FILLED))
+    assert [part.n_fill for part in filled.by_group(lambda slot: slot % 2, 0)] == [0, 0]
+    (one,) = filled.by_group(lambda slot: 0, 0)
+    assert one.n_fill == FILLED.fill
 
 
 def test_groups_take_turns() -> None:
