@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from bench import harness
 from bench.cache import cache_folder
@@ -34,7 +33,7 @@ from bench.traffic import serve
 from bench.views import Column, by_arm
 from pyllamabatch.compare.case import request_body
 from pyllamabatch.machine.profile_machine import ProfileMachine
-from pyllamabatch.report.meters import OtherCores
+from pyllamabatch.report.meters import OtherCores, descendants
 from pyllamabatch.report.records import Record
 
 BETWEEN = PROMPTS[CLIENTS], ANSWERS[CLIENTS]
@@ -106,7 +105,7 @@ def run(options: argparse.Namespace, n: int, case: Case) -> Measured:
             return [one for ones in found for one in ones]
 
         answers(1, 1)  # what the first requests would else pay for
-        others = OtherCores([one.pid for one in psutil.Process().children(recursive=True)])
+        others = OtherCores(descendants())
         began, found = time.time(), answers(0, options.requests)
         other_cpu = others.used()
     seconds = max(end for _, _, end in found) - began

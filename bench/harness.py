@@ -63,8 +63,7 @@ class Recorder:
         that differ from those of this build."""
         own = facts.now() | own
         try:
-            measured, others = undisturbed(work, self._limit, pids)
-            measured.detail.setdefault("other_cpu", round(others, 3))  # an arm may know better
+            measured = undisturbed(work, self._limit, pids)
         except Exception as failure:
             measured = Measured.failed(failure)
         return self.record(arm, case, repeat, measured, **own)

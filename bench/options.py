@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from bench.cache import RESULTS
+from pyllamabatch.report.disturbed import UNWATCHED
 from pyllamabatch.report.facts import machine
+from pyllamabatch.report.meters import others_are_known
 
 
 def add_model(
@@ -44,7 +46,7 @@ def add_run(parser: argparse.ArgumentParser, repeats: int = 1) -> None:
     parser.add_argument("--quick", action="store_true", help="a small form: about a minute")
     parser.add_argument(
         "--undisturbed",
-        type=float,
+        type=cores,
         metavar="CORES",
         help="wait until others use fewer cores than this, and repeat runs that they disturb",
     )
@@ -57,6 +59,13 @@ def add_run(parser: argparse.ArgumentParser, repeats: int = 1) -> None:
     parser.add_argument(
         "--out", type=Path, help="JSONL file to append to, or a folder for it (bench/results)"
     )
+
+
+def cores(word: str) -> float:
+    """That others may use. ArgumentTypeError where it can't be known what they do."""
+    if not others_are_known():
+        raise argparse.ArgumentTypeError(UNWATCHED)
+    return float(word)
 
 
 def numbers(words: str) -> list[int]:

@@ -26,7 +26,6 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import httpx
-import psutil
 
 from bench import harness
 from bench.cache import cache_folder
@@ -44,7 +43,7 @@ from pyllamabatch.cost.profile import load_profile
 from pyllamabatch.engine.engine import Engine
 from pyllamabatch.llama.model import Model
 from pyllamabatch.machine.profile_machine import ProfileMachine
-from pyllamabatch.report.meters import OtherCores
+from pyllamabatch.report.meters import OtherCores, descendants
 from pyllamabatch.report.records import Record
 from pyllamabatch.sim import EngineSpec, TraceRequest, simulate
 from pyllamabatch.sim.replica import OVERHEAD
@@ -281,7 +280,7 @@ def live(options: argparse.Namespace, router: str, case: Case) -> Measured:
         with httpx.Client(base_url=server.url, timeout=600, trust_env=False) as client:
             for _ in range(4 * options.replicas):  # their first requests are slower
                 complete(client, [1, 2, 3])
-            others = OtherCores([one.pid for one in psutil.Process().children(recursive=True)])
+            others = OtherCores(descendants())
             before, began = metrics_of(client.get("/metrics").text), time.perf_counter()
             talk(client, order(case.seed), case.seed)
             seconds, other_cpu = time.perf_counter() - began, others.used()

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-import psutil
 
 from bench import harness
 from bench.arms import InProcess
@@ -166,6 +165,8 @@ def decided(engine: Engine, seed: int) -> Iterator[Expected]:
 
 def resident() -> int:
     """Bytes of this process in memory."""
+    import psutil
+
     gc.collect()
     return int(psutil.Process().memory_info().rss)
 

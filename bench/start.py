@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import psutil
-
 from bench import harness
 from bench.arms import InProcess
 from bench.cache import cache_folder
@@ -82,6 +80,8 @@ def llama_server(case: Case) -> list[str]:
 
 
 def run(command: Callable[[Case], list[str]], case: Case) -> Measured:
+    import psutil
+
     words = [*command(case), "--host", HOST, "-t", str(case.n_threads)]
     began = time.perf_counter()
     server = ServerProcess(words, cache_folder("logs") / "start.log")

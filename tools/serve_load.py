@@ -20,8 +20,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import psutil
-
 from bench.posting import posted
 
 HOST = "127.0.0.1"
@@ -148,7 +146,10 @@ def metrics_of(text: str) -> dict[str, float]:
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 
-async def measure(server: psutil.Process, port: int, args: argparse.Namespace) -> dict[str, Any]:
+async def measure(pid: int, port: int, args: argparse.Namespace) -> dict[str, Any]:
+    import psutil
+
+    server = psutil.Process(pid)
     warm = Load(port, args.connections)
     await warm.run(min(args.requests, args.connections))
     memory = server.memory_info().rss
@@ -196,7 +197,7 @@ def main() -> int:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         port = int(process.stdout.readline().split()[1].rstrip(",").rpartition(":")[2])
-        result = asyncio.run(measure(psutil.Process(process.pid), port, args))
+        result = asyncio.run(measure(process.pid, port, args))
         alive = process.poll() is None
         process.terminate()
         status = process.wait(60)

@@ -9,14 +9,13 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-import psutil
-
 from pyllamabatch.compare.case import Case
 from pyllamabatch.compare.child import START_S, Child
 from pyllamabatch.compare.completion import HOST
 from pyllamabatch.compare.processes import OverHttp, open_app
 from pyllamabatch.llama import runtime
 from pyllamabatch.llama.model import Model
+from pyllamabatch.report.meters import descendants
 
 END_S = 60.0  # that Ray gets to end its processes
 
@@ -34,8 +33,7 @@ class Replicas(OverHttp):
     def load(self) -> None:
         self._front.send((serve, replace(self._case, pl=1), self._case.pl))
         self.port, self._n_vocab = self._front.receive(START_S)
-        children = psutil.Process(self._front.pid).children(recursive=True)
-        self.pids = [self._front.pid, *(child.pid for child in children)]
+        self.pids = [self._front.pid, *descendants(self._front.pid)]
 
     def _end(self) -> None:
         """By itself, so that Ray's processes end with it."""

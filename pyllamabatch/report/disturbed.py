@@ -20,7 +20,7 @@ def undisturbed(records: Sequence[Record]) -> list[Record]:
 
 UNWATCHED = (
     "Whether other programs used the CPU is not known: that needs psutil "
-    "(pip install 'pyllamabatch[compare]')."
+    "(pip install 'pyllamabatch[cli]')."
 )
 
 

@@ -181,6 +181,14 @@ class Gpus:
         return sum(self._nvml.nvmlDeviceGetMemoryInfo(device).used for device in self._devices)
 
 
+def descendants(pid: int | None = None) -> list[int]:
+    """Ids of the processes that a process (this one) has started, and that those have; [] without
+    psutil."""
+    if psutil is None:
+        return []
+    return [one.pid for one in psutil.Process(pid).children(recursive=True)]
+
+
 def others_are_known() -> bool:
     """Whether `OtherCores` knows what others use."""
     return psutil is not None

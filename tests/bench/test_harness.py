@@ -1,6 +1,8 @@
 """What all benches share: arms in turns, records, targets, the command line."""
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,6 @@ from bench.case import Arm, Case, Measured
 from bench.options import numbers
 from bench.shapes import SHAPES
 from bench.targets import Target, speed_ratio
-from pyllamabatch.errors import UnsupportedOperation
 from pyllamabatch.report import meters
 from pyllamabatch.report.disturbed import UNWATCHED
 from pyllamabatch.report.facts import machine
@@ -181,12 +182,35 @@ def test_a_run_that_others_disturb_is_made_again(monkeypatch: pytest.MonkeyPatch
     seen = iter([0.9, 0.1, 0.5, 0.1, 0.1])  # busy, quiet, run disturbed, quiet, run undisturbed
     monkeypatch.setattr(OtherCores, "used", lambda self: next(seen))
     monkeypatch.setattr(quiet, "SETTLE_S", 0.0)
-    runs = iter([1, 2])
-    assert quiet.undisturbed(lambda: next(runs), 0.2) == (2, 0.1)
+    runs = iter([Measured(0.0, 1.0), Measured(0.0, 2.0)])
+    assert quiet.undisturbed(lambda: next(runs), 0.2) == Measured(0.0, 2.0, {}, {"other_cpu": 0.1})
 
 
-def test_without_psutil_no_run_waits_for_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_run_knows_of_others_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that it starts are others, as seen from without."""
+    monkeypatch.setattr(OtherCores, "used", lambda self: 7.0)
+    monkeypatch.setattr(quiet, "wait_for_quiet", lambda limit: None)
+    runs = iter([0.9, 0.1])
+    found = quiet.undisturbed(lambda: Measured(0.0, 1.0, {}, {"other_cpu": next(runs)}), 0.2)
+    assert found.detail == {"other_cpu": 0.1}
+
+
+def test_without_psutil_no_bench_promises_quiet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["serve", "--undisturbed", "0.1"]
+    assert parser_of(words).parse_args(words).undisturbed == 0.1
     monkeypatch.setattr(meters, "psutil", None)
-    assert quiet.undisturbed(lambda: 7, None) == (7, meters.UNKNOWN)
-    with pytest.raises(UnsupportedOperation, match="psutil"):
-        quiet.undisturbed(lambda: 7, 0.1)
+    found = quiet.undisturbed(lambda: Measured(0.0, 1.0), None)
+    assert found.detail == {"other_cpu": meters.UNKNOWN}
+    assert meters.descendants() == []
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "psutil" in capsys.readouterr().err
+
+
+def test_without_psutil_every_bench_is_there() -> None:
+    names = [f"bench.{name}" for name in BENCHES]
+    code = "import sys, importlib; sys.modules['psutil'] = None\n"
+    code += f"for name in {[*names, 'pyllamabatch.cli.compare']}: importlib.import_module(name)"
+    subprocess.run([sys.executable, "-c", code], check=True)
