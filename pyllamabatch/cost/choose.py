@@ -7,7 +7,7 @@ from pyllamabatch.cost import where
 from pyllamabatch.cost.fit import LEAST_SAMPLES
 from pyllamabatch.cost.kernels import kernels
 from pyllamabatch.cost.model import CostModel
-from pyllamabatch.cost.prior import Sizes, speeds_of
+from pyllamabatch.cost.prior import Sizes, in_turn, speeds_of
 from pyllamabatch.cost.profile import find_profile
 from pyllamabatch.llama.context import Context
 
@@ -36,4 +36,7 @@ def cost_of(context: Context, *, unified: bool) -> CostModel:
     sizes = Sizes(model.size_bytes, model.n_params, n_output, model.n_layer, experts)
     device, _ = where.device_of(context)
     speeds = speeds_of(backend, key.device, kind=device.kind, n_threads=context.n_threads)
+    if not backend.startswith("CPU"):
+        cpu = speeds_of("CPU", "", kind="cpu", n_threads=context.n_threads)
+        speeds = in_turn(speeds, cpu, where.shares_of(context).get("", 0.0))
     return CostModel.prior(known, sizes, speeds, n_ubatch, unified=unified)

@@ -62,6 +62,17 @@ def speeds_of(backend: str, device: str, *, kind: str, n_threads: int) -> Speeds
     return SHARED if kind == "igpu" else GPU
 
 
+def in_turn(device: Speeds, cpu: Speeds, share: float) -> Speeds:
+    """Of both, where the CPU computes this share of the layers, and the device the others."""
+    rest = 1 - share
+    return device._replace(
+        read=1 / (rest / device.read + share / cpu.read),
+        compute=1 / (rest / device.compute + share / cpu.compute),
+        layer=rest * device.layer + share * cpu.layer,
+        expert_layer=rest * device.expert_layer + share * cpu.expert_layer,
+    )
+
+
 def coefficients_of(terms: Terms, model: Sizes, device: Speeds) -> Mapping[str, float]:
     """Seconds per unit of each term."""
     kernels, experts = terms.kernels, model.experts

@@ -93,8 +93,8 @@ def fingerprint(model: Model) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def device_of(context: Context) -> tuple[runtime.BackendDevice, float]:
-    """The device that holds most of the weights, and its share of those that rows pass."""
+def shares_of(context: Context) -> dict[str, float]:
+    """Of the weights that rows pass, by the name of the device that holds them; "" is the CPU."""
     devices = runtime.devices()
     held: Counter[str] = Counter()
     for part in memory_parts(context):
@@ -103,9 +103,15 @@ def device_of(context: Context) -> tuple[runtime.BackendDevice, float]:
     if held[""] and len(held) > 1:
         held[""] = max(0, held[""] - weigh(context.model).input_bytes)
     total = sum(held.values())
-    name = max(held, key=lambda n: held[n]) if total else ""
+    return {name: n / total for name, n in held.items()} if total else {"": 1.0}
+
+
+def device_of(context: Context) -> tuple[runtime.BackendDevice, float]:
+    """The device that holds most of the weights, and its share of those that rows pass."""
+    devices, shares = runtime.devices(), shares_of(context)
+    name = max(shares, key=lambda n: shares[n])
     device = devices[name] if name else next(d for d in devices.values() if d.kind == "cpu")
-    return device, held[name] / total if total else 1.0
+    return device, shares[name]
 
 
 def file_type(model: Model) -> str:

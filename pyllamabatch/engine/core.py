@@ -175,15 +175,22 @@ class EngineCore:
     def shrink(self) -> None:
         """A command: where no request is open, give up the memory of cells, also of cached ones,
         until one comes."""
-        if self._shrunk or self.table.requests or not self._device.states.shrink():
+        if self._shrunk or self.table.requests or self.n_untaken:
             return
-        self._shrunk = True
-        self.scheduler.drop_cached()
+        if self._device.states.shrink():
+            self._shrunk = True
+            self.scheduler.drop_cached()
 
-    def _grow(self) -> None:
-        if self._shrunk:
-            self._device.states.renew()
-            self._shrunk = False
+    def _grow(self) -> ContextCreateError | None:
+        """The cells that were given up are there again. Returns why not, where the next request may
+        find them."""
+        if not self._shrunk:
+            return None
+        problem = self._device.states.grow()
+        self._shrunk = problem is not None
+        if problem is not None:
+            log.warning("the cells that were given up can't be had again yet: %s", problem)
+        return problem
 
     def fail(self, error: BaseException) -> None:
         """The engine ends because of this."""
@@ -403,7 +410,9 @@ class EngineCore:
 
     def _act(self, act: Callable[[Call], None], call: Call) -> None:
         try:
-            self._grow()
+            if (problem := self._grow()) is not None:
+                call.finish(error=problem)
+                return
             act(call)
         except BaseException as error:
             if call.pending:
@@ -419,7 +428,9 @@ class EngineCore:
         for sink in sinks:
             self._n_taken += 1
             self.table.add(sink.request)
-        self._grow()
+        if (problem := self._grow()) is not None:
+            for sink in sinks:
+                sink.failed(problem)
 
     def _cancel(self, id: int, reason: FinishReason) -> None:
         request = self.table.requests.get(id)

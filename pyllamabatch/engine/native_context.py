@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..cost.choose import cost_of
 from ..cost.model import CostModel
+from ..errors import ContextCreateError
 from ..kv import Preemption, SwapChoice
 from ..llama import runtime
 from ..llama.context import Context, device_computes_all
-from ..llama.limits import cell_bytes, memory_parts
+from ..llama.limits import cell_bytes, check_params, memory_parts
 from ..llama.model import Model
 from ..raw import lib
 from ..scheduler import Invariance
@@ -69,19 +70,45 @@ class NativeContext(Context):
         return not pool or (device_sampling is not False and bool(self.model.offloaded))
 
     def shrink(self) -> bool:
-        """Make the native context again with as few cells as it can have, until `renew`. False:
-        they are not in the host's memory, or half of them would stay."""
-        n_streams = 1 if self.capabilities.unified else self.n_seq_max
-        least = max(self.n_batch, _PAD * n_streams)  # n_batch is never above it
-        if 2 * least > self.n_ctx or not self._has_cells_in_host_memory():
+        """Make the native context again with as few cells as it can have, until `grow`. False:
+        they are not in the host's memory, or half of what it holds would stay."""
+        states_only = self.capabilities.recurrent and not self.capabilities.hybrid
+        if states_only or 2 * self._n_least > self.n_ctx or not self._has_cells_in_host_memory():
             return False
         with self.exclusive():
-            wanted, self._native.n_ctx = self._native.n_ctx, least
-            try:
-                self.renew()
-            finally:
-                self._native.n_ctx = wanted
+            self._replace(self._make_small)
         return True
+
+    def grow(self) -> ContextCreateError | None:
+        """Make it with all of its cells again. Returns why they can't be had: it has few then, as
+        before. Raises that, and is closed, where not even these can be had."""
+        problem: ContextCreateError | None = None
+
+        def make() -> Any:
+            nonlocal problem
+            try:
+                check_params(self.model, self._native)
+                return self._make()
+            except ContextCreateError as error:
+                problem = error
+            return self._make_small()
+
+        with self.exclusive():
+            self._replace(make)
+        return problem
+
+    @property
+    def _n_least(self) -> int:
+        """Cells. The context's n_batch is never above them."""
+        n_streams = 1 if self.capabilities.unified else self.n_seq_max
+        return max(self.n_batch, _PAD * n_streams)
+
+    def _make_small(self) -> Any:
+        wanted, self._native.n_ctx = self._native.n_ctx, self._n_least
+        try:
+            return self._make()
+        finally:
+            self._native.n_ctx = wanted
 
     def _has_cells_in_host_memory(self) -> bool:
         """A Mac's GPU has no other, though its buffers are no host's to ggml."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..cost.model import CostModel
-from ..errors import SamplingError
+from ..errors import ContextCreateError, SamplingError
 from ..kv import Preemption, Slots, SwapChoice
 from ..llama.lora import LoraNames, LoraSet
 from ..llama.memory import Capabilities
@@ -81,12 +81,14 @@ class KvMemory(Protocol):
 class StateStore(Protocol):
     """Copies a sequence's cells to bytes and back; `renew` replaces a broken context, or one whose
     streams are to be a pool of so many cells. `shrink`: by one with few cells, for as long as there
-    is no sequence; False where that gives no memory back."""
+    is no sequence; False where that gives no memory back. `grow`: by one with all of them again, or
+    why they can't be had: it has few then, as before."""
 
     def state_seq_get(self, seq_id: int, loras: LoraNames | None = None) -> bytes: ...
     def state_seq_set(self, data: bytes, seq_id: int, loras: LoraNames | None = None) -> object: ...
     def renew(self, pool: int = 0) -> None: ...
     def shrink(self) -> bool: ...
+    def grow(self) -> ContextCreateError | None: ...
 
 
 class EngineContext(StateStore, Protocol):

@@ -1,6 +1,6 @@
 """Context: a model at work, with its memory and its outputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -161,21 +161,25 @@ class Context(Owner):
         with self.exclusive():
             if pool:
                 self._native.n_ctx, self._native.kv_unified = pool, True
-            threads = self.n_threads, self.n_threads_batch
-            self._exclusive.now = ffi.NULL  # freed, and not closed
-            try:
-                self._exclusive.now = ptr = self._make()
-            except ContextCreateError:
-                self._end()
-                raise
-            self._outputs, self._encoded = None, False
-            self._read(ptr)
-            self.memory.renewed(self.capabilities)
-            lib.llama_set_n_threads(ptr, *threads)
-            self._apply_loras(self._loras)
-            for engine in self._attached:
-                if lib.plb_engine_rebind(engine, ptr):
-                    raise ContextCreateError("the fresh context is of another size")
+            self._replace(self._make)
+
+    def _replace(self, make: Callable[[], Any]) -> None:
+        """By what `make` makes, once the native context that there is has been freed."""
+        threads = self.n_threads, self.n_threads_batch
+        self._exclusive.now = ffi.NULL  # freed, and not closed
+        try:
+            self._exclusive.now = ptr = make()
+        except ContextCreateError:
+            self._end()
+            raise
+        self._outputs, self._encoded = None, False
+        self._read(ptr)
+        self.memory.renewed(self.capabilities)
+        lib.llama_set_n_threads(ptr, *threads)
+        self._apply_loras(self._loras)
+        for engine in self._attached:
+            if lib.plb_engine_rebind(engine, ptr):
+                raise ContextCreateError("the fresh context is of another size")
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.n_ctx} cells, {self.n_seq_max} sequences"

@@ -139,6 +139,9 @@ class MachineContext:
         """Its cells take no memory."""
         return False
 
+    def grow(self) -> None:
+        """They were not given up."""
+
     def set_loras(self, adapters: Any) -> None:
         """There are none."""
 

@@ -28,7 +28,8 @@ class SamplingParams:
     equals) after bias, penalties and grammar; the truncations have no say then.
 
     - max_tokens: tokens to generate. 0: an engine computes the prompt, which its prefix cache has
-      afterwards, and generates nothing. min_tokens: as many are generated before an
+      afterwards, and generates nothing. A recurrent or hybrid model can go on from there only with
+      a longer prompt: the same one is computed again. min_tokens: as many are generated before an
       end-of-generation token or a stop token id may be chosen, and stop strings are looked for
       behind them.
     - top_k <= 0, top_p = 1, min_p = 0, typical_p = 1, repeat_penalty = 1, frequency_penalty = 0

@@ -11,7 +11,7 @@ import pytest
 
 from pyllamabatch.cost.kernels import kernels
 from pyllamabatch.cost.model import CostModel
-from pyllamabatch.cost.prior import GPU, Sizes, speeds_of
+from pyllamabatch.cost.prior import CPU, GPU, Sizes, in_turn, speeds_of
 from pyllamabatch.cost.profile import shipped_names, shipped_profile
 from pyllamabatch.cost.terms import Experts
 
@@ -115,6 +115,11 @@ def test_it_is_near_enough_to_any_card(card: str) -> None:
     for shape, n, rate in (((512, 512, 0, 1), 512, 0), ((1, 0, 0, 1), 1, 1)):
         ratio = cost.predict(*shape) / (n / CARDS[card][rate])
         assert 1 / 3.1 < ratio < 3.1
+
+
+def test_the_cpu_reads_its_layers_as_slowly_as_it_does() -> None:
+    assert 3 / in_turn(GPU, CPU, 1 / 3).read == pytest.approx(2 / GPU.read + 1 / CPU.read)
+    assert in_turn(GPU, CPU, 0.0) == pytest.approx(GPU)
 
 
 def test_a_known_chip_is_no_typical_gpu() -> None:

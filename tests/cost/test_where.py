@@ -10,10 +10,12 @@ from pyllamabatch.cost import where
 from pyllamabatch.cost.choose import cost_of
 from pyllamabatch.cost.kernels import kernels
 from pyllamabatch.cost.model import CostModel
+from pyllamabatch.cost.prior import CPU, GPU
 from pyllamabatch.cost.profile import Key, Profile, Sample, file_name, find_profile, profile_folder
 from pyllamabatch.errors import ProfileError
+from pyllamabatch.llama import runtime
 from pyllamabatch.llama.context import Context
-from pyllamabatch.llama.limits import memory_parts
+from pyllamabatch.llama.limits import Part, memory_parts
 from tests.support.models_gguf import gguf_path
 
 
@@ -59,6 +61,34 @@ def test_a_prior_knows_the_experts() -> None:
         all_of_them = prior.coefficients["experts"]
         assert all_of_them > 0
         assert prior.terms.experts(2) == 7 / 16
+
+
+def test_a_prior_of_layers_on_two_devices_has_the_time_of_both(
+    tiny_llama_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = runtime.devices()
+    gpu = runtime.BackendDevice("GPU0", "A card", "gpu", "CUDA", 0, 0)
+    others = {"GPU0": gpu, "GPU1": gpu._replace(name="GPU1")}
+    monkeypatch.setattr(runtime, "devices", lambda: {**devices, **others})
+    with Model(tiny_llama_path) as model, Context(model, n_ctx=64, n_threads=2) as context:
+        inputs = where.weigh(model).input_bytes
+
+        def priced(gpu0: int, gpu1: int, cpu: int) -> CostModel:
+            """Each number is a part of the weights."""
+            held = {"GPU0": gpu0, "GPU1": gpu1, "CPU": cpu}
+            parts = [
+                Part(name, name, name == "CPU", 1000 * n + inputs * (name == "CPU"), 0, 0)
+                for name, n in held.items()
+            ]
+            monkeypatch.setattr(where, "memory_parts", lambda _: parts)
+            assert where.key_of(context).backend == "CUDA"
+            return cost_of(context, unified=True)
+
+        whole, half, part = priced(4, 0, 0), priced(2, 2, 0), priced(3, 0, 1)
+        assert half.coefficients == pytest.approx(dict(whole.coefficients))
+        slower = (3 / GPU.compute + 1 / (2 * CPU.compute)) / (4 / GPU.compute)
+        assert part.coefficients["output"] / whole.coefficients["output"] == pytest.approx(slower)
+        assert part.coefficients["base"] / whole.coefficients["base"] == pytest.approx(0.75)
 
 
 def test_key(tiny_llama_path: Path) -> None:

@@ -12,10 +12,12 @@ from pyllamabatch.engine.engine import Engine
 from pyllamabatch.engine.memory_watch import MemoryWatch
 from pyllamabatch.errors import ContextCreateError, EngineClosed
 from pyllamabatch.kv import SwapSpace
+from pyllamabatch.llama import limits
 from pyllamabatch.llama.limits import memory_parts
 from pyllamabatch.llama.model import Model
 from pyllamabatch.llama.pressure import Pressure
 from tests.support.engines import check_idle, engine_on, greedy, held
+from tests.support.models_gguf import gguf_path
 
 NORMAL, WARNING, CRITICAL = Pressure
 
@@ -78,7 +80,8 @@ def told_to_shrink(engine: Engine) -> None:
 
 
 def bytes_of_cells(engine: Engine) -> int:
-    return sum(part.context for part in memory_parts(engine._context))
+    with engine._core.state:  # in which it takes out what no request has any more
+        return sum(part.context for part in memory_parts(engine._context))
 
 
 @pytest.mark.parametrize("options", [{}, {"kv_unified": False}, {"device_sampling": True}], ids=str)
@@ -127,6 +130,75 @@ def test_few_cells_are_no_use_where_few_would_stay(tiny_llama_path: Path) -> Non
         told_to_shrink(engine)
         assert not engine._core._shrunk
         assert len(engine.generate([[1, 5]], greedy(3))[0].tokens) == 3
+
+
+def test_a_recurrent_model_has_no_cells_to_give_up() -> None:
+    prompt = [1, *range(10, 60)]
+    with Model(gguf_path("mamba")) as model, engine_on(model, n_ctx=8192) as engine:
+        engine.generate([prompt], greedy(5))
+        cached = check_idle(engine).kv_cached
+        assert cached > 0
+        told_to_shrink(engine)
+        assert not engine._core._shrunk
+        assert check_idle(engine).kv_cached == cached
+
+
+def test_cells_stay_for_a_request_that_has_just_come(
+    tiny_llama_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Model(tiny_llama_path) as model, engine_on(model, n_ctx=8192) as engine:
+        context = engine._context
+        made, make = [], context._make
+
+        def counted() -> Any:
+            made.append(context._native.n_ctx)
+            return make()
+
+        monkeypatch.setattr(context, "_make", counted)
+        with engine._core.state:  # both are taken together
+            engine._core.commands.post(engine._core.shrink)
+            stream = engine.submit([1, 5, 6], greedy(3))
+        assert len(stream.wait().tokens) == 3
+        assert not made
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda engine: list(engine.submit([1, 5], greedy(3))),
+        lambda engine: engine.sequence().prompt([1, 5]),
+    ],
+    ids=["request", "sequence"],
+)
+def test_memory_that_others_have_taken_meanwhile_fails_what_needs_it(
+    tiny_llama_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Callable[[Engine], object]
+) -> None:
+    """And the engine is as it was: the next request finds the cells once they can be had."""
+    with Model(tiny_llama_path) as model, engine_on(model, n_ctx=8192) as engine:
+        context = engine._context
+        before, make, wanted = bytes_of_cells(engine), context._make, context._native.n_ctx
+
+        def make_small_ones() -> Any:
+            if context._native.n_ctx == wanted:
+                raise ContextCreateError("no memory left")
+            return make()
+
+        told_to_shrink(engine)
+        for at, name, barren, text in (
+            (context, "_make", make_small_ones, "no memory left"),
+            (limits, "host_available", lambda: 0, "GiB are available"),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(at, name, barren)
+                for _ in range(2):
+                    with pytest.raises(ContextCreateError, match=text):
+                        ask(engine)
+                assert engine._core._shrunk
+                assert bytes_of_cells(engine) <= before / 8 + 2**16
+                check_idle(engine)
+        assert len(engine.generate([[1, 5]], greedy(3))[0].tokens) == 3
+        assert bytes_of_cells(engine) == before
+        assert engine.n_ctx == 8192
 
 
 @pytest.mark.parametrize(

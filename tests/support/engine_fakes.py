@@ -227,6 +227,9 @@ class FakeMachine(FakeDevice[Cell, Slot]):
     def shrink(self) -> bool:
         return False
 
+    def grow(self) -> None:
+        pass
+
     @property
     def n_held(self) -> int:
         """Cells in use, shared ones once."""
