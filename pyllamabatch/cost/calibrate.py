@@ -27,6 +27,7 @@ from pyllamabatch.errors import ArgumentError, KvCacheFull, ProfileError
 from pyllamabatch.llama.host import usable_cores
 from pyllamabatch.llama.model import Model
 from pyllamabatch.planner.residency import fitting_n_ctx
+from pyllamabatch.report.disturbed import UNWATCHED
 from pyllamabatch.report.meters import TICK_S, OtherCores, others_are_known
 
 Progress = Callable[[float, str], None]
@@ -80,7 +81,7 @@ def calibrate(
             raise ProfileError(
                 f"calibration within {budget:g} s",
                 f"{' and '.join(faults)} ({name}): give it a larger budget, or measure when "
-                "nothing else uses the device",
+                "nothing else uses the device" + ("" if others_are_known() else f". {UNWATCHED}"),
             )
         if not faults:
             profile = replace(profile, samples=(*profile.samples, *samples))

@@ -291,5 +291,7 @@ def test_command(
     out.unlink()
     monkeypatch.setattr("pyllamabatch.cost.rig._UNDISTURBED", inf)
     assert main([*common, "--layout", "unified", "--out", str(out)]) == 1
-    assert "steps with prompt rows disturbed (unified)" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "steps with prompt rows disturbed (unified)" in told
+    assert UNWATCHED in told
     assert not out.exists()
